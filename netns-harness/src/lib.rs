@@ -1,0 +1,1 @@
+//! Network namespaces that reproduce every stuck TCP state.

@@ -1,0 +1,1 @@
+//! Closes TCP sockets stuck in CLOSE-WAIT without killing the process that leaks them.

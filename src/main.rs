@@ -1,0 +1,2 @@
+//! The `cwkill` program.
+fn main() {}
