@@ -1,0 +1,157 @@
+//! Which listener would accept a connection that nobody has accepted yet.
+//!
+//! sock_diag does not say it, so the kernel's own choice is followed: an exact address before the
+//! wildcard, a socket of the connection's own family before a dual-stack one, the bound interface if
+//! there is one (net/ipv4/inet_hashtables.c and net/ipv6/inet6_hashtables.c, compute_score).
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+
+use crate::finder::Held;
+use crate::finder::sock_diag::{DiagId, DumpError, DumpRequest, Family, SockDiag, SocketMessage};
+
+/// The listeners at one address: one, or a group made with SO_REUSEPORT.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listener {
+    /// Where it listens.
+    pub local: SocketAddr,
+    /// Connections waiting for accept(), over the whole group.
+    pub waiting: u32,
+    /// The limit of the backlog, over the whole group.
+    pub backlog: u32,
+    /// Its owners, one entry a descriptor.
+    pub owners: Vec<Held>,
+}
+
+/// The listeners of a network namespace, and which of them were asked for.
+#[derive(Debug, Default)]
+pub struct Listeners {
+    groups: Vec<Group>,
+    /// Port to indices in `groups`.
+    by_port: HashMap<u16, Vec<usize>>,
+    /// Indices in `groups` of those asked for, in the order of the first question.
+    used: Vec<usize>,
+}
+
+#[derive(Debug)]
+struct Group {
+    local: SocketAddr,
+    family: Family,
+    interface: u32,
+    /// Takes IPv4 connections on an IPv6 wildcard.
+    dual_stack: bool,
+    waiting: u32,
+    backlog: u32,
+    inodes: Vec<u32>,
+}
+
+impl Listeners {
+    /// Dumps the listeners of the namespace.
+    pub fn read(diag: &mut SockDiag) -> Result<Self, DumpError> {
+        let mut listeners = Listeners::default();
+        for family in Family::ALL {
+            let request = DumpRequest {
+                family,
+                states: super::listening(),
+                info: false,
+            };
+            for message in diag.dump(&request, Some)? {
+                listeners.add(&message);
+            }
+        }
+        Ok(listeners)
+    }
+
+    fn add(&mut self, message: &SocketMessage) {
+        let candidate = Group {
+            local: message.id.tuple().local,
+            family: message.id.family(),
+            interface: message.id.interface(),
+            dual_stack: message.id.family() == Family::V6 && message.v6only != Some(true),
+            waiting: message.recv_q,
+            backlog: message.send_q,
+            inodes: vec![message.inode],
+        };
+        let on_port = self.by_port.entry(candidate.local.port()).or_default();
+        let groups = &mut self.groups;
+        match on_port.iter().find(|&&at| groups[at].is_group_of(&candidate)) {
+            Some(&at) => groups[at].join(candidate),
+            None => {
+                on_port.push(groups.len());
+                groups.push(candidate);
+            }
+        }
+    }
+
+    /// The place, in the result of [`Listeners::into_used`], of the listener that would accept the
+    /// connection `id` to `local`; `None` when it has been closed.
+    pub fn accepting(&mut self, id: &DiagId, local: SocketAddr) -> Option<usize> {
+        let on_port = self.by_port.get(&local.port())?;
+        let scored = on_port.iter().filter_map(|&at| {
+            let score = self.groups[at].score(id, local)?;
+            Some((score, at))
+        });
+        let (_, best) = scored.max_by_key(|(score, _)| *score)?;
+        let place = self.used.iter().position(|&at| at == best);
+        Some(place.unwrap_or_else(|| {
+            self.used.push(best);
+            self.used.len() - 1
+        }))
+    }
+
+    /// The inodes of the listeners asked for so far.
+    pub fn used_inodes(&self) -> impl Iterator<Item = u32> + '_ {
+        let used = self.used.iter().map(|&at| &self.groups[at]);
+        used.flat_map(|group| group.inodes.iter().copied())
+    }
+
+    /// The listeners asked for, with their owners.
+    pub fn into_used(self, owners: impl Fn(u32) -> Vec<Held>) -> Vec<Listener> {
+        let used = self.used.iter().map(|&at| &self.groups[at]);
+        used.map(|group| {
+            let inodes = group.inodes.iter().copied();
+            let mut held: Vec<Held> = inodes.flat_map(&owners).collect();
+            held.sort_unstable();
+            Listener {
+                local: group.local,
+                waiting: group.waiting,
+                backlog: group.backlog,
+                owners: held,
+            }
+        })
+        .collect()
+    }
+}
+
+impl Group {
+    /// Whether `other` shares the group's address, as only SO_REUSEPORT allows.
+    fn is_group_of(&self, other: &Group) -> bool {
+        let key = |group: &Group| (group.local, group.family, group.interface, group.dual_stack);
+        key(self) == key(other)
+    }
+
+    fn join(&mut self, other: Group) {
+        self.waiting = self.waiting.saturating_add(other.waiting);
+        self.backlog = self.backlog.saturating_add(other.backlog);
+        self.inodes.extend(other.inodes);
+    }
+
+    /// How well the group fits a connection to `local`; `None` if it would never take it.
+    fn score(&self, id: &DiagId, local: SocketAddr) -> Option<u32> {
+        // A connection's socket has the family of its listener, also when it runs over IPv4
+        // (net/ipv6/tcp_ipv6.c, tcp_v6_syn_recv_sock).
+        if self.family != id.family()
+            || (self.interface != 0 && self.interface != id.interface())
+        {
+            return None;
+        }
+        let exact = self.local.ip() == local.ip();
+        let wildcard = self.local.ip().is_unspecified() && (self.dual_stack || !self.mixes(local));
+        (exact || wildcard).then(|| u32::from(exact) * 2 + u32::from(self.interface != 0))
+    }
+
+    /// An IPv4 connection at an AF_INET6 listener.
+    fn mixes(&self, local: SocketAddr) -> bool {
+        self.family == Family::V6 && local.is_ipv4()
+    }
+}

@@ -1,0 +1,279 @@
+//! Who holds a socket: socket inodes to processes and descriptors, from /proc.
+//!
+//! A socket can have many owners (fork, SCM_RIGHTS), and nothing in the kernel says how many, so
+//! every process is looked at. Only `/proc/PID/fd` and, for an owner, `/proc/PID/stat` are read:
+//! never task, maps or exe, which can hang on a sick host. Processes are read in parallel, a big
+//! descriptor table in chunks.
+//!
+//! Races: what vanishes (ENOENT, ESRCH) is passed over, what may not be read (EACCES, EPERM) is
+//! counted, anything else is an error.
+
+use std::collections::HashSet;
+use std::ffi::CStr;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
+use procfs::FromRead;
+use procfs::process::Stat;
+use rayon::prelude::*;
+
+use crate::finder::Held;
+use crate::sys::{self, TargetFd};
+
+/// Descriptors in one unit of parallel work.
+const CHUNK: usize = 512;
+
+/// A mounted proc file system. Its root is a parameter so that tests can build one of their own.
+#[derive(Clone, Debug)]
+pub struct Proc {
+    root: PathBuf,
+}
+
+/// A process that owns a socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Process {
+    /// Its number, in the pid namespace of the proc file system.
+    pub pid: i32,
+    /// When it started, in clock ticks since boot: with `pid`, its identity.
+    pub start_time: u64,
+    /// Its name as the kernel keeps it. Chosen by the process: escape it before it is shown.
+    pub comm: String,
+}
+
+/// What a scan of all processes gave.
+#[derive(Debug, Default)]
+pub struct OwnerScan {
+    /// The processes that hold a wanted socket, by pid.
+    pub processes: Vec<Process>,
+    /// Socket inode and who holds it, by process and descriptor.
+    pub held: Vec<(u32, Held)>,
+    /// Processes that could not be looked at.
+    pub unreadable_processes: usize,
+}
+
+/// One process's share of a scan.
+enum Look {
+    /// It holds these.
+    Owner(Process, Vec<(u32, TargetFd)>),
+    Nothing,
+    Unreadable,
+}
+
+impl Default for Proc {
+    fn default() -> Self {
+        Proc::at("/proc")
+    }
+}
+
+impl Proc {
+    /// The proc file system mounted at `root`.
+    pub fn at(root: impl AsRef<Path>) -> Self {
+        Proc {
+            root: root.as_ref().to_owned(),
+        }
+    }
+
+    /// Finds every process that holds a socket whose inode is in `wanted`.
+    ///
+    /// # Errors
+    /// The root cannot be listed, or a process's files fail in a way that is neither its end nor a
+    /// missing right.
+    pub fn find_owners(&self, wanted: impl Iterator<Item = u32>) -> io::Result<OwnerScan> {
+        let wanted: HashSet<u32> = wanted.collect();
+        let mut scan = OwnerScan::default();
+        if wanted.is_empty() {
+            return Ok(scan);
+        }
+        let looks: Vec<(i32, Look)> = self
+            .pids()?
+            .into_par_iter()
+            .map(|pid| Ok((pid, self.look(pid, &wanted)?)))
+            .collect::<io::Result<_>>()?;
+        for (_, look) in looks {
+            match look {
+                Look::Owner(process, fds) => {
+                    let index = scan.processes.len();
+                    scan.processes.push(process);
+                    let held = |(inode, fd)| (inode, Held { process: index, fd });
+                    scan.held.extend(fds.into_iter().map(held));
+                }
+                Look::Nothing => {}
+                Look::Unreadable => scan.unreadable_processes += 1,
+            }
+        }
+        Ok(scan)
+    }
+
+    /// When process `pid` started, in clock ticks since boot; `None` when there is none.
+    pub fn start_time(&self, pid: i32) -> Option<u64> {
+        let stat = Stat::from_file(self.root.join(pid.to_string()).join("stat")).ok()?;
+        Some(stat.starttime)
+    }
+
+    /// Of descriptors seen earlier, those that refer to the same socket right now.
+    ///
+    /// `asked` has, for each of `processes`, descriptors with the inode seen there and a mark; the
+    /// marks of those still open are returned.
+    pub fn still_held<M: Copy + Send + Sync>(
+        &self,
+        processes: &[Process],
+        asked: Vec<Vec<(TargetFd, u32, M)>>,
+    ) -> Vec<M> {
+        let held = |(process, asked): (&Process, &Vec<(TargetFd, u32, M)>)| {
+            let Ok(dir) = File::open(self.root.join(format!("{}/fd", process.pid))) else {
+                return Vec::new();
+            };
+            if asked.is_empty() || self.start_time(process.pid) != Some(process.start_time) {
+                return Vec::new();
+            }
+            let open = |&(fd, inode, mark)| {
+                let link = read_socket_link(dir.as_fd(), fd.0).ok().flatten();
+                (link == Some(inode)).then_some(mark)
+            };
+            asked.par_iter().with_min_len(CHUNK).filter_map(open).collect()
+        };
+        processes
+            .par_iter()
+            .zip(&asked)
+            .flat_map_iter(held)
+            .collect()
+    }
+
+    /// The processes, by number.
+    fn pids(&self) -> io::Result<Vec<i32>> {
+        let mut pids = Vec::new();
+        for entry in fs::read_dir(&self.root)? {
+            pids.extend(entry?.file_name().to_str().and_then(|n| n.parse::<i32>().ok()));
+        }
+        pids.sort_unstable();
+        Ok(pids)
+    }
+
+    fn look(&self, pid: i32, wanted: &HashSet<u32>) -> io::Result<Look> {
+        match self.look_inside(pid, wanted) {
+            Ok(look) => Ok(look),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::ENOENT | libc::ESRCH) => Ok(Look::Nothing),
+                Some(libc::EACCES | libc::EPERM) => Ok(Look::Unreadable),
+                _ => Err(error),
+            },
+        }
+    }
+
+    fn look_inside(&self, pid: i32, wanted: &HashSet<u32>) -> io::Result<Look> {
+        // This descriptor stays with the process it was opened for: if the number is given to
+        // another, everything below answers ESRCH.
+        let process = File::open(self.root.join(pid.to_string()))?;
+        let dir = open_in(process.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
+        let names = list_fds(dir.as_fd())?;
+        let fds: Vec<(u32, TargetFd)> = names
+            .par_chunks(CHUNK)
+            .map(|names| read_sockets(dir.as_fd(), names, wanted))
+            .collect::<io::Result<Vec<_>>>()?
+            .concat();
+        if fds.is_empty() {
+            return Ok(Look::Nothing);
+        }
+        let stat = File::from(open_in(process.as_fd(), c"stat", OFlag::empty())?);
+        let stat = Stat::from_read(stat).map_err(stat_error)?;
+        let process = Process {
+            pid,
+            start_time: stat.starttime,
+            comm: stat.comm,
+        };
+        Ok(Look::Owner(process, fds))
+    }
+}
+
+fn open_in(dir: BorrowedFd<'_>, name: &CStr, flags: OFlag) -> io::Result<OwnedFd> {
+    let flags = flags | OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    Ok(openat(dir, name, flags, Mode::empty())?)
+}
+
+/// Reading a stat file can fail with the process's end, which keeps its errno.
+fn stat_error(error: procfs::ProcError) -> io::Error {
+    match error {
+        procfs::ProcError::Io(error, _) => error,
+        procfs::ProcError::NotFound(_) => io::Error::from_raw_os_error(libc::ESRCH),
+        procfs::ProcError::PermissionDenied(_) => io::Error::from_raw_os_error(libc::EACCES),
+        other => io::Error::other(other),
+    }
+}
+
+/// The numbers in a `/proc/PID/fd` directory.
+fn list_fds(dir: BorrowedFd<'_>) -> io::Result<Vec<i32>> {
+    let mut fds = Vec::new();
+    let mut buffer = vec![0; 32 * 1024];
+    loop {
+        let entries = sys::getdents64(dir, &mut buffer)?;
+        if entries.is_empty() {
+            return Ok(fds);
+        }
+        fds.extend(dirent_numbers(entries));
+    }
+}
+
+/// The names in a sequence of `struct linux_dirent64` that are numbers.
+///
+/// Source: include/linux/dirent.h: inode 8 bytes, offset 8, record length 2, type 1, then the name
+/// with its NUL.
+fn dirent_numbers(mut entries: &[u8]) -> impl Iterator<Item = i32> + '_ {
+    std::iter::from_fn(move || {
+        loop {
+            let length = entries.get(16..18)?;
+            let length = usize::from(u16::from_ne_bytes([length[0], length[1]]));
+            let (entry, rest) = entries.split_at_checked(length)?;
+            entries = rest;
+            let name = CStr::from_bytes_until_nul(entry.get(19..)?).ok()?;
+            if let Some(number) = name.to_str().ok().and_then(|name| name.parse().ok()) {
+                return Some(number);
+            }
+        }
+    })
+}
+
+/// Of the descriptors `fds` in `dir`, those that are a wanted socket.
+fn read_sockets(
+    dir: BorrowedFd<'_>,
+    fds: &[i32],
+    wanted: &HashSet<u32>,
+) -> io::Result<Vec<(u32, TargetFd)>> {
+    let mut found = Vec::new();
+    for &fd in fds {
+        let inode = match read_socket_link(dir, fd) {
+            // Closed since the directory was read.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => None,
+            other => other?,
+        };
+        let inode = inode.filter(|inode| wanted.contains(inode));
+        found.extend(inode.map(|inode| (inode, TargetFd(fd))));
+    }
+    Ok(found)
+}
+
+/// The inode of the socket that descriptor `fd` in `dir` refers to; `None` if it is no socket.
+fn read_socket_link(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<u32>> {
+    // Longer targets are paths, of which the first bytes already say that they are no socket.
+    let mut target = [0; 32];
+    let mut name = [0; 12];
+    let target = sys::readlinkat(dir, decimal(fd, &mut name), &mut target)?;
+    Ok(parse_socket_link(target))
+}
+
+/// Writes a descriptor number as a C string.
+fn decimal(number: i32, buffer: &mut [u8; 12]) -> &CStr {
+    use io::Write;
+    let mut rest = &mut buffer[..];
+    write!(rest, "{number}\0").expect("11 characters and a NUL fit");
+    CStr::from_bytes_until_nul(buffer).expect("just terminated")
+}
+
+/// The inode in `socket:[4711]`.
+fn parse_socket_link(target: &[u8]) -> Option<u32> {
+    let digits = target.strip_prefix(b"socket:[")?.strip_suffix(b"]")?;
+    std::str::from_utf8(digits).ok()?.parse().ok()
+}

@@ -1,0 +1,307 @@
+//! The netlink socket: dumps, questions about one socket, and SOCK_DESTROY.
+//!
+//! Several requests travel in one datagram and are answered one message each. A namespace is the
+//! one the socket was opened in.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG};
+
+use super::codec::{self, DiagId, DumpRequest, Frame, Malformed, SocketMessage};
+
+/// The kernel fills dump datagrams up to 32 KiB (net/netlink/af_netlink.c, netlink_dump).
+const RECEIVE_BUFFER: usize = 64 * 1024;
+/// A dump that the kernel flags as interrupted, or that overruns the receive queue, is repeated this
+/// often at most.
+const DUMP_ATTEMPTS: u32 = 10;
+/// Requests in one datagram. Every answer waits in the receive queue until the whole datagram is
+/// processed; 64 with TCP_INFO fit the default queue (net.core.rmem_default).
+const BATCH: usize = 64;
+/// Requests whose answers did not fit the receive queue are sent again this often at most.
+const EXCHANGE_ATTEMPTS: u32 = 8;
+
+/// A dump that could not be had.
+#[derive(Debug)]
+pub enum DumpError {
+    /// The tables changed under every attempt.
+    Interrupted,
+    /// The answer was not sock_diag.
+    Malformed(Malformed),
+    /// The kernel refused, or the socket failed.
+    Io(io::Error),
+}
+
+impl fmt::Display for DumpError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DumpError::Interrupted => write!(
+                f,
+                "the socket tables changed under each of {DUMP_ATTEMPTS} dumps; try again"
+            ),
+            DumpError::Malformed(Malformed(what)) => write!(f, "sock_diag: {what}"),
+            DumpError::Io(error) => write!(f, "sock_diag: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for DumpError {}
+
+impl From<io::Error> for DumpError {
+    fn from(error: io::Error) -> Self {
+        DumpError::Io(error)
+    }
+}
+
+/// Why a socket could not be looked at.
+#[derive(Debug)]
+pub enum LookupError {
+    /// It is no longer in the kernel's tables (ENOENT), or its place is taken by another (ESTALE).
+    Gone,
+    /// Anything else.
+    Io(io::Error),
+}
+
+/// Why a socket could not be aborted. The caller counts `Gone` as done, gives up the method for
+/// every socket on `NotSupported` and reports the rest.
+#[derive(Debug)]
+pub enum DestroyError {
+    /// EOPNOTSUPP: the kernel was built without CONFIG_INET_DIAG_DESTROY, or cannot abort this state.
+    NotSupported,
+    /// ENOENT or ESTALE: it closed before us.
+    Gone,
+    /// EPERM: needs CAP_NET_ADMIN over the network namespace.
+    Denied,
+    /// Anything else.
+    Other(io::Error),
+}
+
+/// A sock_diag socket in the network namespace of the thread that opened it.
+pub struct SockDiag {
+    socket: Socket,
+    sequence: u32,
+    buffer: Vec<u8>,
+}
+
+impl SockDiag {
+    /// Opens the socket.
+    ///
+    /// # Errors
+    /// EPROTONOSUPPORT: no sock_diag in this kernel (CONFIG_INET_DIAG).
+    pub fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
+        // Keeps the request out of error replies. Kernels before 4.3 do not know it; only longer
+        // replies follow from that.
+        let _ = socket.set_cap_ack(true);
+        Ok(SockDiag {
+            socket,
+            sequence: 0,
+            buffer: vec![0; RECEIVE_BUFFER],
+        })
+    }
+
+    /// Lists sockets; `keep` sees each and says what to keep of it.
+    ///
+    /// # Errors
+    /// [`DumpError::Interrupted`] when the tables changed under every one of a bounded number of dumps.
+    pub fn dump<T>(
+        &mut self,
+        request: &DumpRequest,
+        mut keep: impl FnMut(SocketMessage) -> Option<T>,
+    ) -> Result<Vec<T>, DumpError> {
+        for _ in 0..DUMP_ATTEMPTS {
+            let sequence = self.next_sequence();
+            self.socket.send(&request.encode(sequence), 0)?;
+            let mut assembly = Assembly::new(sequence);
+            let verdict = loop {
+                let datagram = match receive(&self.socket, &mut self.buffer, 0) {
+                    // The queue overran and messages are lost: what remains is stale, start again.
+                    Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                        break Verdict::Again;
+                    }
+                    other => other?,
+                };
+                match assembly.feed(datagram, &mut keep)? {
+                    Verdict::More => {}
+                    verdict => break verdict,
+                }
+            };
+            match verdict {
+                Verdict::Complete => return Ok(assembly.kept),
+                // A fresh socket leaves the rest of the old dump behind.
+                _ => *self = SockDiag::open()?,
+            }
+        }
+        Err(DumpError::Interrupted)
+    }
+
+    /// Looks at each of `ids` now; one result each, in order.
+    ///
+    /// # Errors
+    /// Only when the netlink socket itself fails.
+    pub fn lookup(&mut self, ids: &[DiagId]) -> io::Result<Vec<Result<SocketMessage, LookupError>>> {
+        self.exchange(ids, codec::put_lookup, |frame| match frame {
+            Frame::Socket(message) => Ok(message),
+            Frame::Error(libc::ENOENT | libc::ESTALE) => Err(LookupError::Gone),
+            Frame::Error(errno) => Err(LookupError::Io(io::Error::from_raw_os_error(errno))),
+            _ => Err(LookupError::Io(io::ErrorKind::InvalidData.into())),
+        })
+    }
+
+    /// Aborts each of `ids`; one result each, in order.
+    ///
+    /// # Errors
+    /// Only when the netlink socket itself fails.
+    pub fn destroy(&mut self, ids: &[DiagId]) -> io::Result<Vec<Result<(), DestroyError>>> {
+        self.exchange(ids, codec::put_destroy, |frame| match frame {
+            Frame::Ack => Ok(()),
+            Frame::Error(libc::ENOENT | libc::ESTALE) => Err(DestroyError::Gone),
+            Frame::Error(libc::EOPNOTSUPP) => Err(DestroyError::NotSupported),
+            Frame::Error(libc::EPERM) => Err(DestroyError::Denied),
+            Frame::Error(errno) => Err(DestroyError::Other(io::Error::from_raw_os_error(errno))),
+            _ => Err(DestroyError::Other(io::ErrorKind::InvalidData.into())),
+        })
+    }
+
+    /// Sends one request an id, [`BATCH`] in a datagram, and pairs the answers by sequence number.
+    fn exchange<T>(
+        &mut self,
+        ids: &[DiagId],
+        put: impl Fn(&mut Vec<u8>, &DiagId, u32),
+        read: impl Fn(Frame) -> T,
+    ) -> io::Result<Vec<T>> {
+        let mut answers: Vec<Option<T>> = ids.iter().map(|_| None).collect();
+        for (ids, answers) in ids.chunks(BATCH).zip(answers.chunks_mut(BATCH)) {
+            for _ in 0..EXCHANGE_ATTEMPTS {
+                if !self.exchange_batch(ids, answers, &put, &read)? {
+                    break;
+                }
+            }
+        }
+        answers
+            .into_iter()
+            .map(|answer| answer.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOBUFS)))
+            .collect()
+    }
+
+    /// Asks about those of `ids` that have no answer yet; true if some still have none.
+    fn exchange_batch<T>(
+        &mut self,
+        ids: &[DiagId],
+        answers: &mut [Option<T>],
+        put: &impl Fn(&mut Vec<u8>, &DiagId, u32),
+        read: &impl Fn(Frame) -> T,
+    ) -> io::Result<bool> {
+        // One sequence number a slot, asked or not, so that a number finds its slot.
+        let first = self.sequence.wrapping_add(1);
+        let mut request = Vec::new();
+        for (id, answer) in ids.iter().zip(&*answers) {
+            let sequence = self.next_sequence();
+            if answer.is_none() {
+                put(&mut request, id, sequence);
+            }
+        }
+        self.socket.send(&request, 0)?;
+        // The kernel answers inside send(): what is not in the queue now was lost to a full queue.
+        loop {
+            let datagram = match receive(&self.socket, &mut self.buffer, libc::MSG_DONTWAIT) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => continue,
+                other => other?,
+            };
+            for framed in codec::frames(datagram) {
+                let framed = framed.map_err(|Malformed(what)| io::Error::other(what))?;
+                let slot = usize::try_from(framed.sequence.wrapping_sub(first))
+                    .ok()
+                    .and_then(|index| answers.get_mut(index));
+                if let Some(slot) = slot.filter(|slot| slot.is_none()) {
+                    *slot = Some(read(framed.frame));
+                }
+            }
+        }
+        Ok(answers.iter().any(Option::is_none))
+    }
+
+    fn next_sequence(&mut self) -> u32 {
+        self.sequence = self.sequence.wrapping_add(1);
+        self.sequence
+    }
+}
+
+impl AsFd for SockDiag {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// Takes the next datagram; a signal does not end the wait.
+fn receive<'b>(
+    socket: &Socket,
+    buffer: &'b mut [u8],
+    flags: libc::c_int,
+) -> io::Result<&'b [u8]> {
+    let length = loop {
+        // The socket is connected to port 0, so only the kernel can have sent what arrives here.
+        match socket.recv(&mut &mut buffer[..], flags | libc::MSG_TRUNC) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => break other?,
+        }
+    };
+    buffer.get(..length).ok_or_else(|| {
+        io::Error::other(format!(
+            "a datagram of {length} bytes does not fit the receive buffer"
+        ))
+    })
+}
+
+/// What a datagram did to a dump.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    More,
+    Complete,
+    Again,
+}
+
+/// Puts the datagrams of one dump together. Pure, so that bad luck can be played to it.
+struct Assembly<T> {
+    sequence: u32,
+    interrupted: bool,
+    kept: Vec<T>,
+}
+
+impl<T> Assembly<T> {
+    fn new(sequence: u32) -> Self {
+        Assembly {
+            sequence,
+            interrupted: false,
+            kept: Vec::new(),
+        }
+    }
+
+    fn feed(
+        &mut self,
+        datagram: &[u8],
+        keep: &mut impl FnMut(SocketMessage) -> Option<T>,
+    ) -> Result<Verdict, DumpError> {
+        for framed in codec::frames(datagram) {
+            let framed = framed.map_err(DumpError::Malformed)?;
+            if framed.sequence != self.sequence {
+                continue;
+            }
+            self.interrupted |= framed.interrupted;
+            match framed.frame {
+                Frame::Socket(message) => self.kept.extend(keep(message)),
+                Frame::Done(0) if self.interrupted => return Ok(Verdict::Again),
+                Frame::Done(0) => return Ok(Verdict::Complete),
+                Frame::Done(errno) | Frame::Error(errno) => {
+                    return Err(io::Error::from_raw_os_error(errno).into());
+                }
+                Frame::Ack | Frame::Other => {}
+            }
+        }
+        Ok(Verdict::More)
+    }
+}

@@ -1,0 +1,65 @@
+//! `destroy`: SOCK_DESTROY. The kernel aborts the socket, sends RST and drops what was queued.
+//!
+//! The request carries the cookie of the dump. Without it the kernel would look the addresses up
+//! afresh, and once the connection is gone it would find, and close, the listener
+//! (net/ipv4/tcp_diag.c, tcp_diag_destroy; net/ipv4/inet_diag.c, inet_diag_find_one_icsk).
+
+use std::io;
+
+use super::{ActError, Method, MethodName, Target};
+use crate::finder::sock_diag::{DestroyError, DiagId, SockDiag};
+use crate::privileges::Need;
+
+/// The method; it has a netlink socket of its own, so that nothing of a dump is in its way.
+pub struct Destroy {
+    diag: SockDiag,
+}
+
+impl Destroy {
+    /// Opens the netlink socket, in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// As [`SockDiag::open`].
+    pub fn open() -> io::Result<Self> {
+        Ok(Destroy {
+            diag: SockDiag::open()?,
+        })
+    }
+}
+
+impl Method for Destroy {
+    fn name(&self) -> MethodName {
+        MethodName::Destroy
+    }
+
+    fn act(&mut self, targets: &[Target]) -> Vec<Result<(), ActError>> {
+        let ids: Vec<DiagId> = targets.iter().map(|target| target.id).collect();
+        match self.diag.destroy(&ids) {
+            Ok(results) => results
+                .into_iter()
+                .map(|result| result.map_err(ActError::from))
+                .collect(),
+            // The netlink socket failed under the whole batch; verification tells what was done.
+            Err(error) => {
+                let errno = error.raw_os_error().unwrap_or(libc::EIO);
+                let failure = || ActError::Os("SOCK_DESTROY", io::Error::from_raw_os_error(errno));
+                targets.iter().map(|_| Err(failure())).collect()
+            }
+        }
+    }
+}
+
+impl From<DestroyError> for ActError {
+    fn from(error: DestroyError) -> Self {
+        let errno = io::Error::from_raw_os_error;
+        match error {
+            DestroyError::Gone => ActError::Gone,
+            DestroyError::Denied => ActError::Denied(Need::NetAdmin, errno(libc::EPERM)),
+            DestroyError::NotSupported => ActError::NotSupported(
+                "this kernel has no SOCK_DESTROY (CONFIG_INET_DIAG_DESTROY)",
+                errno(libc::EOPNOTSUPP),
+            ),
+            DestroyError::Other(error) => ActError::Os("SOCK_DESTROY", error),
+        }
+    }
+}

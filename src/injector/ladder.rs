@@ -1,0 +1,381 @@
+//! The ladder: tries the planned methods one after the other, all sockets of one rung together, and
+//! verifies each socket against the kernel by its cookie.
+//!
+//! Right before an act the socket is looked at again, [`CHUNK`] sockets at a time. What has changed
+//! since the plan is left alone. Between that look and the act lie some microseconds in which the
+//! application may still write; no interface of the kernel closes this gap.
+
+use std::fmt;
+use std::io;
+use std::time::{Duration, Instant};
+
+use super::{ActError, Method, MethodName, Target};
+use crate::diagnosis;
+use crate::finder::sock_diag::{DiagId, LookupError, SockDiag, SocketMessage};
+use crate::finder::{Found, Socket};
+use crate::plan::{LeftOut, Plan};
+use crate::selectors::Selectors;
+use crate::tcp::TcpState;
+
+/// Sockets between a look and the act on them: one netlink datagram of each.
+const CHUNK: usize = 64;
+/// Pauses between looks at sockets that are about to close: from a loopback's answer to an ocean's.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(50);
+
+/// What became of a matched socket.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The one verdict.
+    pub verdict: Verdict,
+    /// Every method tried, in order.
+    pub attempts: Vec<Attempt>,
+}
+
+/// One method tried on one socket.
+#[derive(Debug)]
+pub struct Attempt {
+    /// The method.
+    pub method: MethodName,
+    /// Why it did nothing, if it did.
+    pub error: Option<ActError>,
+}
+
+/// The one outcome of a socket.
+#[derive(Debug)]
+pub enum Verdict {
+    /// It is no longer in the kernel's tables, by this method.
+    Closed(MethodName),
+    /// It has left its state by this method, and waits for its peer.
+    Closing(MethodName, TcpState),
+    /// It left its state on its own before the act.
+    Gone,
+    /// It is left alone.
+    Skipped(Skip),
+    /// It is still there; the attempts say why.
+    Failed,
+}
+
+/// Why a socket was left alone.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Skip {
+    /// No method can work, each for its reason.
+    NoMethod(Vec<(MethodName, LeftOut)>),
+    /// --max-kills was reached by older sockets.
+    OverLimit,
+    /// Bytes were written after the plan was made, and an abort would lose them.
+    Unsent(u32),
+    /// It no longer has the age or the cause asked for.
+    NoLongerSelected,
+    /// The application accepted it after the plan was made.
+    Accepted,
+    /// The run was interrupted before its turn.
+    Interrupted,
+}
+
+impl fmt::Display for Skip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Skip::NoMethod(left_out) => {
+                for (index, (method, why)) in left_out.iter().enumerate() {
+                    let separator = if index == 0 { "" } else { "; " };
+                    write!(f, "{separator}{method}: {why}")?;
+                }
+                Ok(())
+            }
+            Skip::OverLimit => f.write_str("over --max-kills"),
+            Skip::Unsent(bytes) => write!(
+                f,
+                "destroy: would lose {bytes} unsent bytes (--discard-unsent allows it)"
+            ),
+            Skip::NoLongerSelected => f.write_str("no longer has the age or cause asked for"),
+            Skip::Accepted => f.write_str("the application accepted it meanwhile"),
+            Skip::Interrupted => f.write_str("interrupted before its turn"),
+        }
+    }
+}
+
+/// How the ladder sees the kernel.
+pub trait Observe {
+    /// Looks at each of `ids` now, in order.
+    ///
+    /// # Errors
+    /// Only when none of them can be looked at.
+    fn observe(&mut self, ids: &[DiagId]) -> io::Result<Vec<Result<SocketMessage, LookupError>>>;
+}
+
+impl Observe for SockDiag {
+    fn observe(&mut self, ids: &[DiagId]) -> io::Result<Vec<Result<SocketMessage, LookupError>>> {
+        self.lookup(ids)
+    }
+}
+
+/// What the ladder takes from its surroundings.
+pub trait Surroundings {
+    /// A clock that never goes back.
+    fn now(&self) -> Instant;
+    /// Waits.
+    fn pause(&self, duration: Duration);
+    /// Whether the operator wants to stop. What is begun is still verified.
+    fn interrupted(&self) -> bool;
+    /// So many sockets more have been dealt with by `method`.
+    fn acted(&self, method: MethodName, sockets: usize);
+}
+
+/// What the ladder must keep to.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules<'a> {
+    /// How long the sockets of a rung get to close.
+    pub grace: Duration,
+    /// Whether unsent bytes may be lost.
+    pub discard_unsent: bool,
+    /// What the operator selected.
+    pub selectors: &'a Selectors,
+}
+
+/// Runs `plans` over the sockets of `found`; one outcome each, in order.
+///
+/// # Errors
+/// The kernel cannot be asked about any socket any more.
+pub fn climb(
+    found: &Found,
+    plans: &[Plan],
+    methods: &mut [Box<dyn Method>],
+    kernel: &mut dyn Observe,
+    rules: Rules<'_>,
+    surroundings: &dyn Surroundings,
+) -> io::Result<Vec<Outcome>> {
+    let mut ladder = Ladder {
+        found,
+        climbers: plans.iter().map(Climber::new).collect(),
+        kernel,
+        rules,
+        surroundings,
+    };
+    for method in methods {
+        ladder.rung(plans, method.as_mut())?;
+    }
+    ladder.last_look()?;
+    Ok(ladder.climbers.into_iter().map(Climber::outcome).collect())
+}
+
+/// A socket on its way up.
+struct Climber {
+    attempts: Vec<Attempt>,
+    /// The last method whose act the kernel took.
+    acted: Option<MethodName>,
+    verdict: Option<Verdict>,
+}
+
+impl Climber {
+    fn new(plan: &Plan) -> Self {
+        let skip = if plan.over_limit {
+            Some(Skip::OverLimit)
+        } else if plan.methods.is_empty() {
+            Some(Skip::NoMethod(plan.left_out.clone()))
+        } else {
+            None
+        };
+        Climber {
+            attempts: Vec::new(),
+            acted: None,
+            verdict: skip.map(Verdict::Skipped),
+        }
+    }
+
+    fn settle(&mut self, verdict: Verdict) {
+        self.verdict = Some(verdict);
+    }
+
+    /// Notes that the socket is no longer in the kernel's tables.
+    fn vanished(&mut self) {
+        self.settle(match self.acted {
+            Some(method) => Verdict::Closed(method),
+            None => Verdict::Gone,
+        });
+    }
+
+    fn attempt(&mut self, method: MethodName, error: Option<ActError>) {
+        if error.is_none() {
+            self.acted = Some(method);
+        }
+        self.attempts.push(Attempt { method, error });
+    }
+
+    fn outcome(self) -> Outcome {
+        Outcome {
+            verdict: self.verdict.unwrap_or(Verdict::Failed),
+            attempts: self.attempts,
+        }
+    }
+}
+
+struct Ladder<'a> {
+    found: &'a Found,
+    climbers: Vec<Climber>,
+    kernel: &'a mut dyn Observe,
+    rules: Rules<'a>,
+    surroundings: &'a dyn Surroundings,
+}
+
+impl Ladder<'_> {
+    /// Acts with one method on every socket that is planned for it and still there, then waits for
+    /// them together.
+    fn rung(&mut self, plans: &[Plan], method: &mut dyn Method) -> io::Result<()> {
+        let name = method.name();
+        let mine: Vec<usize> = (0..plans.len())
+            .filter(|&at| self.climbers[at].verdict.is_none() && plans[at].methods.contains(&name))
+            .collect();
+        let mut ordered = Vec::with_capacity(mine.len());
+        for chunk in mine.chunks(CHUNK) {
+            if self.surroundings.interrupted() {
+                break;
+            }
+            let chunk = self.recheck(chunk, method)?;
+            let targets: Vec<Target> = chunk
+                .iter()
+                .map(|&at| Target::new(self.found, at))
+                .collect();
+            for (&at, result) in chunk.iter().zip(method.act(&targets)) {
+                if result.is_ok() {
+                    ordered.push(at);
+                }
+                self.climbers[at].attempt(name, result.err());
+            }
+            self.surroundings.acted(name, chunk.len());
+        }
+        self.wait(ordered)
+    }
+
+    /// Looks at the sockets right before the act and returns those to act on.
+    fn recheck(&mut self, chunk: &[usize], method: &dyn Method) -> io::Result<Vec<usize>> {
+        let mut fit = Vec::with_capacity(chunk.len());
+        for (&at, look) in chunk.iter().zip(self.look(chunk)?) {
+            let climber = &mut self.climbers[at];
+            match look {
+                Err(LookupError::Gone) => climber.vanished(),
+                Err(LookupError::Io(error)) => {
+                    let error = ActError::Os("sock_diag lookup", error);
+                    climber.attempt(method.name(), Some(error));
+                }
+                Ok(now) => {
+                    let planned = &self.found.sockets[at];
+                    match check(planned, &now, climber.acted.is_some(), method, &self.rules) {
+                        Check::Act => fit.push(at),
+                        Check::Settle(verdict) => climber.settle(verdict),
+                        Check::Protect(bytes) => {
+                            climber.attempt(method.name(), Some(ActError::Unsent(bytes)));
+                        }
+                    }
+                }
+            }
+        }
+        Ok(fit)
+    }
+
+    /// Waits until the sockets in `pending` are closed, at most for the grace.
+    fn wait(&mut self, mut pending: Vec<usize>) -> io::Result<()> {
+        let began = self.surroundings.now();
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let looks = self.look(&pending)?;
+            let mut left = Vec::new();
+            for (at, look) in pending.into_iter().zip(looks) {
+                match look {
+                    Err(LookupError::Gone) => self.climbers[at].vanished(),
+                    Ok(now) if now.state == TcpState::TimeWait => self.climbers[at].vanished(),
+                    Ok(_) | Err(LookupError::Io(_)) => left.push(at),
+                }
+            }
+            pending = left;
+            let rest = self
+                .rules
+                .grace
+                .saturating_sub(self.surroundings.now().duration_since(began));
+            if pending.is_empty() || rest.is_zero() || self.surroundings.interrupted() {
+                return Ok(());
+            }
+            self.surroundings.pause(pause.min(rest));
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// Gives every socket without a verdict the one that the kernel's tables say.
+    fn last_look(&mut self) -> io::Result<()> {
+        let open: Vec<usize> = (0..self.climbers.len())
+            .filter(|&at| self.climbers[at].verdict.is_none())
+            .collect();
+        for (at, look) in open.iter().copied().zip(self.look(&open)?) {
+            let planned = &self.found.sockets[at];
+            let climber = &mut self.climbers[at];
+            match look {
+                Err(LookupError::Gone) => climber.vanished(),
+                Ok(now) if now.state != planned.state => climber.settle(match climber.acted {
+                    Some(_) if now.state == TcpState::TimeWait => {
+                        climber.vanished();
+                        continue;
+                    }
+                    Some(method) => Verdict::Closing(method, now.state),
+                    None => Verdict::Gone,
+                }),
+                _ if climber.attempts.is_empty() => {
+                    climber.settle(Verdict::Skipped(Skip::Interrupted));
+                }
+                _ => {
+                    if let [
+                        Attempt {
+                            error: Some(ActError::Unsent(bytes)),
+                            ..
+                        },
+                    ] = climber.attempts[..]
+                    {
+                        climber.settle(Verdict::Skipped(Skip::Unsent(bytes)));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn look(&mut self, sockets: &[usize]) -> io::Result<Vec<Result<SocketMessage, LookupError>>> {
+        let ids: Vec<DiagId> = sockets
+            .iter()
+            .map(|&at| self.found.sockets[at].id)
+            .collect();
+        self.kernel.observe(&ids)
+    }
+}
+
+enum Check {
+    Act,
+    Settle(Verdict),
+    /// So many unsent bytes forbid this method.
+    Protect(u32),
+}
+
+/// Compares a socket as it is `now` with what was planned for it.
+fn check(
+    planned: &Socket,
+    now: &SocketMessage,
+    acted: bool,
+    method: &dyn Method,
+    rules: &Rules<'_>,
+) -> Check {
+    if !acted {
+        let fresh = Socket::from_message(now);
+        if fresh.state != planned.state {
+            return Check::Settle(Verdict::Gone);
+        }
+        if planned.inode.is_none() && fresh.inode.is_some() {
+            return Check::Settle(Verdict::Skipped(Skip::Accepted));
+        }
+        if !rules.selectors.still_matches(&fresh) {
+            return Check::Settle(Verdict::Skipped(Skip::NoLongerSelected));
+        }
+    }
+    let unsent = diagnosis::unsent(now.state, now.send_q);
+    if unsent > 0 && method.name().discards_unsent() && !rules.discard_unsent {
+        return Check::Protect(unsent);
+    }
+    Check::Act
+}

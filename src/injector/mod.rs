@@ -1,0 +1,180 @@
+//! The injector: closes sockets. One file a method, and the [`ladder`] that runs a plan over them.
+//!
+//! A new method is a variant of [`MethodName`], a module that implements [`Method`], and a line in
+//! [`methods`]; neither the plan nor the ladder nor the report changes.
+
+pub mod destroy;
+pub mod ladder;
+pub mod shutdown;
+
+use std::fmt;
+use std::io;
+use std::str::FromStr;
+
+use crate::finder::sock_diag::DiagId;
+use crate::finder::{Found, TargetFd};
+use crate::privileges::Need;
+
+/// The ways to close a socket, gentlest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum MethodName {
+    /// shutdown(2) on a duplicate of an owner's descriptor.
+    Shutdown,
+    /// SOCK_DESTROY over sock_diag.
+    Destroy,
+}
+
+const NAMES: [(MethodName, &str); 2] = [
+    (MethodName::Shutdown, "shutdown"),
+    (MethodName::Destroy, "destroy"),
+];
+
+impl MethodName {
+    /// What `auto` stands for.
+    pub const AUTO: [MethodName; 2] = [MethodName::Shutdown, MethodName::Destroy];
+
+    /// The name in `--method`, in JSON and in the table.
+    pub fn name(self) -> &'static str {
+        NAMES
+            .iter()
+            .find(|row| row.0 == self)
+            .expect("every method is in NAMES")
+            .1
+    }
+
+    /// Whether it works through a descriptor of an owner.
+    pub fn needs_descriptor(self) -> bool {
+        self == MethodName::Shutdown
+    }
+
+    /// Whether bytes queued to the peer are lost.
+    pub fn discards_unsent(self) -> bool {
+        self == MethodName::Destroy
+    }
+}
+
+impl fmt::Display for MethodName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for MethodName {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let row = NAMES.iter().find(|row| row.1 == text).ok_or(())?;
+        Ok(row.0)
+    }
+}
+
+/// A socket to act on, with what a method may use.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// Its name to the kernel.
+    pub id: DiagId,
+    /// Descriptors of it in other processes.
+    pub descriptors: Vec<Descriptor>,
+}
+
+/// A descriptor in another process, which may have closed it or exited since it was seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Descriptor {
+    /// The process.
+    pub pid: i32,
+    /// When that process started; another process with its number started later.
+    pub start_time: u64,
+    /// The number in its table.
+    pub fd: TargetFd,
+}
+
+impl Target {
+    /// The socket at `index` of `found`.
+    pub fn new(found: &Found, index: usize) -> Self {
+        let socket = &found.sockets[index];
+        let descriptor = |held: &crate::finder::Held| {
+            let process = &found.processes[held.process];
+            Descriptor {
+                pid: process.pid,
+                start_time: process.start_time,
+                fd: held.fd,
+            }
+        };
+        Target {
+            id: socket.id,
+            descriptors: socket.owners.iter().map(descriptor).collect(),
+        }
+    }
+}
+
+/// A way to close sockets.
+pub trait Method {
+    /// Its name.
+    fn name(&self) -> MethodName;
+
+    /// Acts on every target, each already checked to be the one that was planned; one result each,
+    /// in order. `Ok` says that the kernel took the order, not that the socket is closed.
+    fn act(&mut self, targets: &[Target]) -> Vec<Result<(), ActError>>;
+}
+
+/// The methods in the order they are tried, for the network namespace of the calling thread.
+///
+/// # Errors
+/// The netlink socket cannot be opened.
+pub fn methods(
+    names: &[MethodName],
+    proc: &crate::finder::owners::Proc,
+) -> io::Result<Vec<Box<dyn Method>>> {
+    let build = |name: &MethodName| -> io::Result<Box<dyn Method>> {
+        Ok(match name {
+            MethodName::Shutdown => Box::new(shutdown::Shutdown::new(proc.clone())),
+            MethodName::Destroy => Box::new(destroy::Destroy::open()?),
+        })
+    };
+    names.iter().map(build).collect()
+}
+
+/// Why a method did nothing to a socket.
+#[derive(Debug)]
+pub enum ActError {
+    /// The socket closed before the act.
+    Gone,
+    /// None of the descriptors refers to the socket any more.
+    DescriptorsGone,
+    /// A privilege is missing; the kernel's answer is kept.
+    Denied(Need, io::Error),
+    /// The kernel cannot do it at all.
+    NotSupported(&'static str, io::Error),
+    /// It would lose so many bytes queued to the peer, which were written after the plan was made.
+    Unsent(u32),
+    /// Anything else: the system call and its errno.
+    Os(&'static str, io::Error),
+}
+
+impl ActError {
+    /// The errno, where a system call gave one.
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            ActError::Denied(_, error)
+            | ActError::NotSupported(_, error)
+            | ActError::Os(_, error) => error.raw_os_error(),
+            ActError::Gone | ActError::DescriptorsGone | ActError::Unsent(_) => None,
+        }
+    }
+}
+
+impl fmt::Display for ActError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ActError::Gone => f.write_str("closed before the act"),
+            ActError::DescriptorsGone => f.write_str("every known descriptor has been closed"),
+            ActError::Denied(need, error) => write!(f, "{error}: needs {need}"),
+            ActError::NotSupported(what, error) => write!(f, "{error}: {what}"),
+            ActError::Unsent(bytes) => write!(
+                f,
+                "would lose {bytes} unsent bytes (--discard-unsent allows it)"
+            ),
+            ActError::Os(call, error) => write!(f, "{call}: {error}"),
+        }
+    }
+}

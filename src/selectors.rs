@@ -1,0 +1,124 @@
+//! What the operator wants to match, as a pure predicate over sockets and owners.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use globset::GlobMatcher;
+use ipnet::IpNet;
+
+use crate::diagnosis::Cause;
+use crate::finder::Socket;
+use crate::finder::owners::Process;
+use crate::tcp::{StateSet, TcpState};
+
+/// A conjunction of selectors; of one selector, any value will do. An empty list selects nothing away.
+#[derive(Clone, Debug)]
+pub struct Selectors {
+    /// Local ports.
+    pub ports: Vec<RangeInclusive<u16>>,
+    /// Peer ports.
+    pub peer_ports: Vec<RangeInclusive<u16>>,
+    /// Local networks; IPv4-mapped addresses count as IPv4.
+    pub local: Vec<IpNet>,
+    /// Peer networks.
+    pub peer: Vec<IpNet>,
+    /// Only IPv4 or only IPv6 connections; an IPv4-mapped one is IPv4.
+    pub ip_version: Option<IpVersion>,
+    /// Owners by number.
+    pub pids: BTreeSet<i32>,
+    /// Owners by name (comm).
+    pub processes: Vec<GlobMatcher>,
+    /// Users of the socket's inode.
+    pub users: BTreeSet<u32>,
+    /// States.
+    pub states: StateSet,
+    /// Sockets quiet for at least this long.
+    pub min_age: Duration,
+    /// Causes.
+    pub causes: BTreeSet<Cause>,
+}
+
+/// The IP version a connection runs over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IpVersion {
+    /// IPv4, on sockets of either family.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Default for Selectors {
+    /// Everything in CLOSE-WAIT.
+    fn default() -> Self {
+        Selectors {
+            ports: Vec::new(),
+            peer_ports: Vec::new(),
+            local: Vec::new(),
+            peer: Vec::new(),
+            ip_version: None,
+            pids: BTreeSet::new(),
+            processes: Vec::new(),
+            users: BTreeSet::new(),
+            states: StateSet::from(TcpState::CloseWait),
+            min_age: Duration::ZERO,
+            causes: BTreeSet::new(),
+        }
+    }
+}
+
+impl Selectors {
+    /// The states to ask the kernel for.
+    pub fn states(&self) -> StateSet {
+        self.states
+    }
+
+    /// Whether sockets that speak IPv4 need not be asked for.
+    pub fn wants_only_ipv6(&self) -> bool {
+        self.ip_version == Some(IpVersion::V6)
+    }
+
+    /// Whether the socket, as the kernel describes it, matches. Owners are not looked at.
+    pub fn match_socket(&self, socket: &Socket) -> bool {
+        let version = match socket.is_ipv4() {
+            true => IpVersion::V4,
+            false => IpVersion::V6,
+        };
+        self.states.contains(socket.state)
+            && in_ranges(&self.ports, socket.tuple.local.port())
+            && in_ranges(&self.peer_ports, socket.tuple.peer.port())
+            && in_networks(&self.local, socket.tuple.local.ip())
+            && in_networks(&self.peer, socket.tuple.peer.ip())
+            && self.ip_version.is_none_or(|wanted| wanted == version)
+            && (self.users.is_empty() || self.users.contains(&socket.uid))
+            && self.still_matches(socket)
+    }
+
+    /// Of [`Selectors::match_socket`], what can change while a socket stays in its state.
+    pub fn still_matches(&self, socket: &Socket) -> bool {
+        (self.min_age.is_zero() || socket.age.is_some_and(|age| age >= self.min_age))
+            && (self.causes.is_empty() || self.causes.contains(&socket.cause))
+    }
+
+    /// Whether one of `owners` matches; without a selector of owners, also when there is none.
+    pub fn match_owners<'a>(&self, owners: impl Iterator<Item = &'a Process>) -> bool {
+        if self.pids.is_empty() && self.processes.is_empty() {
+            return true;
+        }
+        let mut owners = owners;
+        owners.any(|owner| {
+            (self.pids.is_empty() || self.pids.contains(&owner.pid))
+                && (self.processes.is_empty()
+                    || self.processes.iter().any(|glob| glob.is_match(&owner.comm)))
+        })
+    }
+}
+
+fn in_ranges(ranges: &[RangeInclusive<u16>], port: u16) -> bool {
+    ranges.is_empty() || ranges.iter().any(|range| range.contains(&port))
+}
+
+fn in_networks(networks: &[IpNet], address: IpAddr) -> bool {
+    networks.is_empty() || networks.iter().any(|network| network.contains(&address))
+}

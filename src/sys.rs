@@ -1,0 +1,123 @@
+//! Every `unsafe` of this program: one function a system call, nothing above it.
+//!
+//! Each function returns the errno as [`io::Error`], read right after the call. What a kept crate
+//! wraps safely is not here.
+#![expect(
+    unsafe_code,
+    reason = "system calls that no kept crate wraps, each block argued"
+)]
+
+use std::ffi::CStr;
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+/// The number of a descriptor in *another* process's table; useless as a descriptor of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TargetFd(pub i32);
+
+/// Opens a descriptor that refers to process `pid` and to no later process of the same number.
+///
+/// # Errors
+/// ESRCH: no such process. ENOSYS: kernel older than 5.3. Source: kernel/pid.c, pidfd_open(2).
+pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: both arguments are integers; the kernel accesses no memory of ours in this call.
+    let ret = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0u32) };
+    owned_fd(ret)
+}
+
+/// Duplicates descriptor `target` of the process behind `pidfd` into this process, close-on-exec.
+///
+/// # Errors
+/// EPERM: needs ptrace attach rights over the process (its uid, or CAP_SYS_PTRACE). EBADF: it has no
+/// such descriptor. ESRCH: it has exited. ENOSYS: kernel older than 5.6. Source: kernel/pid.c,
+/// pidfd_getfd(2).
+pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, target: TargetFd) -> io::Result<OwnedFd> {
+    // SAFETY: every argument is an integer; the kernel accesses no memory of ours in this call.
+    let ret = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), target.0, 0u32) };
+    owned_fd(ret)
+}
+
+/// The kernel's identity of a socket, the same number that sock_diag reports as its cookie.
+///
+/// # Errors
+/// ENOTSOCK: the descriptor is no socket. Source: net/core/sock.c, SO_COOKIE in sk_getsockopt.
+pub fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut cookie = 0u64;
+    let mut len = libc::socklen_t::try_from(mem::size_of_val(&cookie)).expect("8 fits");
+    // SAFETY: `cookie` and `len` are live, writable and 8 and 4 bytes wide as SO_COOKIE demands, and
+    // `len` holds the size of `cookie`, so the kernel writes within it.
+    let ret = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut len,
+        )
+    };
+    if ret != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(cookie)
+}
+
+/// Fills `buf` with directory entries and returns those written; none at the end of the directory.
+///
+/// The result is a sequence of `struct linux_dirent64`, read with [`crate::finder::dirents`].
+///
+/// # Errors
+/// ENOENT, ESRCH: the directory's process is gone. Source: fs/readdir.c, getdents64(2).
+pub fn getdents64<'b>(dir: BorrowedFd<'_>, buf: &'b mut [u8]) -> io::Result<&'b [u8]> {
+    // SAFETY: the pointer and the length describe `buf`, which is writable for the whole call.
+    let ret = unsafe {
+        libc::syscall(
+            libc::SYS_getdents64,
+            dir.as_raw_fd(),
+            buf.as_mut_ptr(),
+            buf.len(),
+        )
+    };
+    match usize::try_from(ret) {
+        Ok(written) => Ok(&buf[..written]),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Reads the target of the symbolic link `name` in `dir`, cut to the length of `buf`.
+///
+/// Unlike the crates' wrappers it allocates nothing: it runs once for every descriptor of the host.
+///
+/// # Errors
+/// ENOENT: closed meanwhile. ESRCH: the process is gone. EACCES: no right to look.
+/// Source: fs/stat.c, do_readlinkat; fs/proc/base.c, proc_pid_readlink.
+pub fn readlinkat<'b>(
+    dir: BorrowedFd<'_>,
+    name: &CStr,
+    buf: &'b mut [u8],
+) -> io::Result<&'b [u8]> {
+    // SAFETY: `name` is NUL-terminated; the pointer and the length describe `buf`, which is writable
+    // for the whole call.
+    let ret = unsafe {
+        libc::readlinkat(
+            dir.as_raw_fd(),
+            name.as_ptr(),
+            buf.as_mut_ptr().cast(),
+            buf.len(),
+        )
+    };
+    match usize::try_from(ret) {
+        Ok(written) => Ok(&buf[..written]),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Takes the result of a system call that makes a descriptor.
+fn owned_fd(ret: libc::c_long) -> io::Result<OwnedFd> {
+    if ret < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let fd = RawFd::try_from(ret).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
+    // SAFETY: a non-negative result is a fresh descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

@@ -1,0 +1,27 @@
+//! TCP's own vocabulary: states and address pairs, in the words of RFC 9293 and the kernel.
+//!
+//! Pure: nothing here touches a socket.
+
+mod state;
+
+pub use state::{StateSet, TcpState};
+
+use std::fmt;
+use std::net::SocketAddr;
+
+/// The two endpoints of a connection, seen from the socket on this host.
+///
+/// Addresses are canonical: an IPv4-mapped IPv6 address is written as IPv4.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Tuple {
+    /// The end on this host.
+    pub local: SocketAddr,
+    /// The other end.
+    pub peer: SocketAddr,
+}
+
+impl fmt::Display for Tuple {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} -> {}", self.local, self.peer)
+    }
+}

@@ -1,0 +1,179 @@
+//! The states of a TCP socket and sets of them.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// A TCP state as sock_diag numbers it.
+///
+/// Source: include/net/tcp_states.h. A request socket (TCP_NEW_SYN_RECV) is dumped as SYN-RECV
+/// (net/ipv4/inet_diag.c, inet_req_diag_fill), so it has no variant of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TcpState {
+    /// Open, both directions.
+    Established,
+    /// Connection request sent.
+    SynSent,
+    /// Connection request received, not yet acknowledged by the peer.
+    SynRecv,
+    /// Closed here, our FIN is not acknowledged.
+    FinWait1,
+    /// Closed here and acknowledged; the peer has not closed.
+    FinWait2,
+    /// Both sides closed; the address pair is kept for a while.
+    TimeWait,
+    /// No connection.
+    Close,
+    /// The peer has closed; the application here has not.
+    CloseWait,
+    /// The peer closed, then we did; our FIN is not acknowledged.
+    LastAck,
+    /// Waits for connections.
+    Listen,
+    /// Both sides closed at once; our FIN is not acknowledged.
+    Closing,
+    /// A number this program does not know.
+    Unknown(u8),
+}
+
+/// Every named state with its number, its name in output and `--state`, and the names `ss` prints.
+const TABLE: [(TcpState, u8, &str); 11] = [
+    (TcpState::Established, 1, "established"),
+    (TcpState::SynSent, 2, "syn-sent"),
+    (TcpState::SynRecv, 3, "syn-recv"),
+    (TcpState::FinWait1, 4, "fin-wait-1"),
+    (TcpState::FinWait2, 5, "fin-wait-2"),
+    (TcpState::TimeWait, 6, "time-wait"),
+    (TcpState::Close, 7, "close"),
+    (TcpState::CloseWait, 8, "close-wait"),
+    (TcpState::LastAck, 9, "last-ack"),
+    (TcpState::Listen, 10, "listen"),
+    (TcpState::Closing, 11, "closing"),
+];
+
+impl TcpState {
+    /// The state for the kernel's number; a number without a name is kept as [`TcpState::Unknown`].
+    pub fn from_kernel(number: u8) -> Self {
+        TABLE
+            .iter()
+            .find(|row| row.1 == number)
+            .map_or(TcpState::Unknown(number), |row| row.0)
+    }
+
+    /// The kernel's number.
+    pub fn number(self) -> u8 {
+        match self {
+            TcpState::Unknown(number) => number,
+            named => {
+                TABLE
+                    .iter()
+                    .find(|row| row.0 == named)
+                    .expect("every named state is in TABLE")
+                    .1
+            }
+        }
+    }
+
+    /// The name in lower case with dashes, as JSON and `--state` use it.
+    pub fn name(self) -> &'static str {
+        TABLE
+            .iter()
+            .find(|row| row.0 == self)
+            .map_or("unknown", |row| row.2)
+    }
+}
+
+impl fmt::Display for TcpState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            TcpState::Unknown(number) => write!(f, "STATE-{number}"),
+            named => f.write_str(&named.name().to_ascii_uppercase()),
+        }
+    }
+}
+
+impl FromStr for TcpState {
+    type Err = ();
+
+    /// Parses the name in any case; `close_wait` is taken for `close-wait`.
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let name = text.to_ascii_lowercase().replace('_', "-");
+        TABLE
+            .iter()
+            .find(|row| row.2 == name)
+            .map(|row| row.0)
+            .ok_or(())
+    }
+}
+
+/// A set of states, laid out as `idiag_states` wants it: bit *n* for state number *n*.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub struct StateSet(u32);
+
+impl StateSet {
+    /// The set without a member.
+    pub const EMPTY: StateSet = StateSet(0);
+
+    /// The mask for `idiag_states`.
+    pub fn mask(self) -> u32 {
+        self.0
+    }
+
+    /// Whether `state` is in the set.
+    pub fn contains(self, state: TcpState) -> bool {
+        self.0 & Self::from(state).0 != 0
+    }
+
+    /// Both sets together.
+    #[must_use]
+    pub fn union(self, other: StateSet) -> StateSet {
+        StateSet(self.0 | other.0)
+    }
+}
+
+impl From<TcpState> for StateSet {
+    fn from(state: TcpState) -> Self {
+        StateSet(1u32.checked_shl(u32::from(state.number())).unwrap_or(0))
+    }
+}
+
+impl FromIterator<TcpState> for StateSet {
+    fn from_iter<I: IntoIterator<Item = TcpState>>(states: I) -> Self {
+        states
+            .into_iter()
+            .fold(StateSet::EMPTY, |set, state| set.union(state.into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_the_kernels() {
+        // include/net/tcp_states.h
+        assert_eq!(TcpState::from_kernel(8), TcpState::CloseWait);
+        assert_eq!(TcpState::from_kernel(9), TcpState::LastAck);
+        assert_eq!(TcpState::from_kernel(77), TcpState::Unknown(77));
+        for number in 0..=255 {
+            assert_eq!(TcpState::from_kernel(number).number(), number);
+        }
+    }
+
+    #[test]
+    fn names_round_trip_and_tolerate_underscores() {
+        for (state, _, name) in TABLE {
+            assert_eq!(name.parse(), Ok(state));
+        }
+        assert_eq!("CLOSE_WAIT".parse(), Ok(TcpState::CloseWait));
+        assert_eq!("closewait".parse::<TcpState>(), Err(()));
+    }
+
+    #[test]
+    fn a_set_is_the_kernels_mask() {
+        let set = StateSet::from_iter([TcpState::CloseWait, TcpState::LastAck]);
+        assert_eq!(set.mask(), (1 << 8) | (1 << 9));
+        assert!(set.contains(TcpState::LastAck));
+        assert!(!set.contains(TcpState::Established));
+        assert!(!set.contains(TcpState::Unknown(200)));
+    }
+}
