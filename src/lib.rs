@@ -1,7 +1,28 @@
 //! Closes TCP sockets stuck in CLOSE-WAIT without killing the process that leaks them.
+//!
+//! Data flows one way: **select → find → diagnose → plan → inject → verify → report**.
+//!
+//! - [`cli`]: what the operator typed; [`config`]: what it means
+//! - [`selectors`]: which sockets are meant (pure)
+//! - [`finder`]: which sockets match, and whose they are
+//! - [`diagnosis`]: why a socket is stuck, and for how long (pure)
+//! - [`plan`]: what to try on each socket, or why it is left alone (pure)
+//! - [`privileges`]: what this process may do
+//! - [`injector`]: the methods, and the ladder that runs a plan and verifies it
+//! - [`pipeline`]: all of the above as one call
+//! - [`report`]: table, JSON and exit status, from a finished run
+//! - [`tcp`]: states and address pairs
+//! - `sys`: every `unsafe`
 
+pub mod cli;
+pub mod config;
 pub mod diagnosis;
 pub mod finder;
+pub mod injector;
+pub mod pipeline;
+pub mod plan;
+pub mod privileges;
+pub mod report;
 pub mod selectors;
 mod sys;
 pub mod tcp;

@@ -91,11 +91,7 @@ pub fn getdents64<'b>(dir: BorrowedFd<'_>, buf: &'b mut [u8]) -> io::Result<&'b 
 /// # Errors
 /// ENOENT: closed meanwhile. ESRCH: the process is gone. EACCES: no right to look.
 /// Source: fs/stat.c, do_readlinkat; fs/proc/base.c, proc_pid_readlink.
-pub fn readlinkat<'b>(
-    dir: BorrowedFd<'_>,
-    name: &CStr,
-    buf: &'b mut [u8],
-) -> io::Result<&'b [u8]> {
+pub fn readlinkat<'b>(dir: BorrowedFd<'_>, name: &CStr, buf: &'b mut [u8]) -> io::Result<&'b [u8]> {
     // SAFETY: `name` is NUL-terminated; the pointer and the length describe `buf`, which is writable
     // for the whole call.
     let ret = unsafe {

@@ -74,7 +74,10 @@ impl Listeners {
         };
         let on_port = self.by_port.entry(candidate.local.port()).or_default();
         let groups = &mut self.groups;
-        match on_port.iter().find(|&&at| groups[at].is_group_of(&candidate)) {
+        match on_port
+            .iter()
+            .find(|&&at| groups[at].is_group_of(&candidate))
+        {
             Some(&at) => groups[at].join(candidate),
             None => {
                 on_port.push(groups.len());
@@ -140,9 +143,7 @@ impl Group {
     fn score(&self, id: &DiagId, local: SocketAddr) -> Option<u32> {
         // A connection's socket has the family of its listener, also when it runs over IPv4
         // (net/ipv6/tcp_ipv6.c, tcp_v6_syn_recv_sock).
-        if self.family != id.family()
-            || (self.interface != 0 && self.interface != id.interface())
-        {
+        if self.family != id.family() || (self.interface != 0 && self.interface != id.interface()) {
             return None;
         }
         let exact = self.local.ip() == local.ip();

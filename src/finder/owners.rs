@@ -130,11 +130,15 @@ impl Proc {
             if asked.is_empty() || self.start_time(process.pid) != Some(process.start_time) {
                 return Vec::new();
             }
-            let open = |&(fd, inode, mark)| {
+            let open = |&(fd, inode, mark): &(TargetFd, u32, M)| {
                 let link = read_socket_link(dir.as_fd(), fd.0).ok().flatten();
                 (link == Some(inode)).then_some(mark)
             };
-            asked.par_iter().with_min_len(CHUNK).filter_map(open).collect()
+            asked
+                .par_iter()
+                .with_min_len(CHUNK)
+                .filter_map(open)
+                .collect()
         };
         processes
             .par_iter()
@@ -147,7 +151,12 @@ impl Proc {
     fn pids(&self) -> io::Result<Vec<i32>> {
         let mut pids = Vec::new();
         for entry in fs::read_dir(&self.root)? {
-            pids.extend(entry?.file_name().to_str().and_then(|n| n.parse::<i32>().ok()));
+            pids.extend(
+                entry?
+                    .file_name()
+                    .to_str()
+                    .and_then(|n| n.parse::<i32>().ok()),
+            );
         }
         pids.sort_unstable();
         Ok(pids)

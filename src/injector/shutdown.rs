@@ -5,7 +5,6 @@
 //! used again never hits a stranger. SO_LINGER is never touched: it would outlive us and turn the
 //! owner's own close() into an abort.
 
-use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::errno::Errno;
@@ -62,15 +61,13 @@ impl Shutdown {
     /// A descriptor of ours for what the owner's descriptor refers to now.
     fn duplicate(&mut self, descriptor: &Descriptor) -> Result<OwnedFd, ActError> {
         let pidfd = self.pidfd(descriptor)?;
-        sys::pidfd_getfd(pidfd.as_fd(), descriptor.fd).map_err(|error| {
-            match error.raw_os_error() {
-                Some(libc::EBADF | libc::ESRCH) => ActError::DescriptorsGone,
-                Some(libc::EPERM) => ActError::Denied(Need::Ptrace, error),
-                Some(libc::ENOSYS) => {
-                    ActError::NotSupported("pidfd_getfd needs Linux 5.6 or later", error)
-                }
-                _ => ActError::Os("pidfd_getfd", error),
+        sys::pidfd_getfd(pidfd.as_fd(), descriptor.fd).map_err(|error| match error.raw_os_error() {
+            Some(libc::EBADF | libc::ESRCH) => ActError::DescriptorsGone,
+            Some(libc::EPERM) => ActError::Denied(Need::Ptrace, error),
+            Some(libc::ENOSYS) => {
+                ActError::NotSupported("pidfd_getfd needs Linux 5.6 or later", error)
             }
+            _ => ActError::Os("pidfd_getfd", error),
         })
     }
 
@@ -86,13 +83,14 @@ impl Shutdown {
     }
 
     fn open_pidfd(&self, descriptor: &Descriptor) -> Result<OwnedFd, ActError> {
-        let pidfd = sys::pidfd_open(descriptor.pid).map_err(|error| match error.raw_os_error() {
-            Some(libc::ESRCH) => ActError::DescriptorsGone,
-            Some(libc::ENOSYS) => {
-                ActError::NotSupported("pidfd_open needs Linux 5.3 or later", error)
-            }
-            _ => ActError::Os("pidfd_open", error),
-        })?;
+        let pidfd =
+            sys::pidfd_open(descriptor.pid).map_err(|error| match error.raw_os_error() {
+                Some(libc::ESRCH) => ActError::DescriptorsGone,
+                Some(libc::ENOSYS) => {
+                    ActError::NotSupported("pidfd_open needs Linux 5.3 or later", error)
+                }
+                _ => ActError::Os("pidfd_open", error),
+            })?;
         // Read after the pidfd was opened: the process that was seen still has its number, so the
         // pidfd is of it.
         if self.proc.start_time(descriptor.pid) != Some(descriptor.start_time) {

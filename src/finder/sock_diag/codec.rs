@@ -174,7 +174,13 @@ impl DumpRequest {
         let mut bytes = Vec::with_capacity(NLMSG_HDR_LEN + REQUEST_LEN);
         let flags = NLM_F_REQUEST | NLM_F_DUMP;
         put_header(&mut bytes, SOCK_DIAG_BY_FAMILY, flags, sequence);
-        put_request(&mut bytes, self.family, self.states, self.info, &[0; SOCKID_LEN]);
+        put_request(
+            &mut bytes,
+            self.family,
+            self.states,
+            self.info,
+            &[0; SOCKID_LEN],
+        );
         bytes
     }
 }

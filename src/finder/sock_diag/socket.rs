@@ -142,7 +142,10 @@ impl SockDiag {
     ///
     /// # Errors
     /// Only when the netlink socket itself fails.
-    pub fn lookup(&mut self, ids: &[DiagId]) -> io::Result<Vec<Result<SocketMessage, LookupError>>> {
+    pub fn lookup(
+        &mut self,
+        ids: &[DiagId],
+    ) -> io::Result<Vec<Result<SocketMessage, LookupError>>> {
         self.exchange(ids, codec::put_lookup, |frame| match frame {
             Frame::Socket(message) => Ok(message),
             Frame::Error(libc::ENOENT | libc::ESTALE) => Err(LookupError::Gone),
@@ -238,11 +241,7 @@ impl AsFd for SockDiag {
 }
 
 /// Takes the next datagram; a signal does not end the wait.
-fn receive<'b>(
-    socket: &Socket,
-    buffer: &'b mut [u8],
-    flags: libc::c_int,
-) -> io::Result<&'b [u8]> {
+fn receive<'b>(socket: &Socket, buffer: &'b mut [u8], flags: libc::c_int) -> io::Result<&'b [u8]> {
     let length = loop {
         // The socket is connected to port 0, so only the kernel can have sent what arrives here.
         match socket.recv(&mut &mut buffer[..], flags | libc::MSG_TRUNC) {

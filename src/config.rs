@@ -1,0 +1,245 @@
+//! What the operator meant: validated, with defaults filled in.
+
+use std::time::Duration;
+
+use clap::error::ErrorKind;
+use clap::{ColorChoice, CommandFactory};
+
+use crate::cli::{Args, MethodChoice};
+use crate::injector::MethodName;
+use crate::plan::Policy;
+use crate::selectors::{IpVersion, Selectors};
+use crate::tcp::{StateSet, TcpState};
+
+/// How far the pipeline runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Show what is stuck.
+    List,
+    /// Show what would be done.
+    DryRun,
+    /// Do it.
+    Act,
+}
+
+/// The form of the results.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// For people.
+    Table,
+    /// One document.
+    Json,
+    /// One object a line.
+    JsonLines,
+    /// Nothing.
+    Quiet,
+}
+
+/// Everything the program needs to know.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What to match.
+    pub selectors: Selectors,
+    /// What to do with it.
+    pub action: Action,
+    /// What may be done.
+    pub policy: Policy,
+    /// How long a socket gets to close before the next method.
+    pub grace: Duration,
+    /// The form of the results.
+    pub format: Format,
+    /// Leave out the header of the table.
+    pub no_header: bool,
+    /// Show every owner and every attempt.
+    pub verbose: bool,
+    /// Colour the table.
+    pub color: ColorChoice,
+}
+
+const DEFAULT_GRACE: Duration = Duration::from_secs(1);
+
+impl Config {
+    /// Checks that the arguments make sense together.
+    ///
+    /// # Errors
+    /// They do not; the error says which and shows good ones.
+    pub fn from_args(args: Args) -> Result<Self, clap::Error> {
+        let selects = args.selects();
+        if !selects
+            && !args.dry_run
+            && let Some(option) = args.acting_option()
+        {
+            return Err(usage(&format!(
+                "{option} needs a selector that says which sockets to act on: \
+                 for example --port 8080, or --all for everything that is stuck"
+            )));
+        }
+        let action = match (selects, args.dry_run) {
+            (_, true) => Action::DryRun,
+            (true, false) => Action::Act,
+            (false, false) => Action::List,
+        };
+        let format = match (args.json, args.jsonl, args.quiet) {
+            (true, _, _) => Format::Json,
+            (_, true, _) => Format::JsonLines,
+            (_, _, true) => Format::Quiet,
+            _ => Format::Table,
+        };
+        let states = match args.state.as_slice() {
+            [] => StateSet::from(TcpState::CloseWait),
+            states => states.iter().copied().collect(),
+        };
+        Ok(Config {
+            action,
+            policy: Policy {
+                methods: methods(&args.method)?,
+                discard_unsent: args.discard_unsent,
+                max_kills: args.max_kills,
+            },
+            grace: args.grace.unwrap_or(DEFAULT_GRACE),
+            format,
+            no_header: args.no_header,
+            verbose: args.verbose,
+            color: args.color,
+            selectors: Selectors {
+                ports: args.port,
+                peer_ports: args.peer_port,
+                local: args.local,
+                peer: args.peer,
+                ip_version: match (args.ipv4, args.ipv6) {
+                    (true, _) => Some(IpVersion::V4),
+                    (_, true) => Some(IpVersion::V6),
+                    _ => None,
+                },
+                pids: args.pid.into_iter().collect(),
+                processes: args.process,
+                users: args.user.into_iter().collect(),
+                states,
+                min_age: args.min_age.unwrap_or_default(),
+                causes: args.cause.into_iter().collect(),
+            },
+        })
+    }
+}
+
+impl Args {
+    /// Whether anything says which sockets are meant.
+    fn selects(&self) -> bool {
+        self.all
+            || self.ipv4
+            || self.ipv6
+            || self.min_age.is_some()
+            || !(self.port.is_empty()
+                && self.peer_port.is_empty()
+                && self.local.is_empty()
+                && self.peer.is_empty()
+                && self.pid.is_empty()
+                && self.process.is_empty()
+                && self.user.is_empty()
+                && self.state.is_empty()
+                && self.cause.is_empty())
+    }
+
+    /// An option that only makes sense when something is to be done.
+    fn acting_option(&self) -> Option<&'static str> {
+        [
+            ("--method", !self.method.is_empty()),
+            ("--grace", self.grace.is_some()),
+            ("--discard-unsent", self.discard_unsent),
+            ("--max-kills", self.max_kills.is_some()),
+        ]
+        .into_iter()
+        .find_map(|(option, given)| given.then_some(option))
+    }
+}
+
+/// Resolves `--method` into an order without repetition.
+fn methods(choices: &[MethodChoice]) -> Result<Vec<MethodName>, clap::Error> {
+    let mut methods = Vec::new();
+    for choice in choices {
+        match choice {
+            MethodChoice::Auto if choices.len() == 1 => return Ok(MethodName::AUTO.to_vec()),
+            MethodChoice::Auto => {
+                return Err(usage(
+                    "--method auto stands alone; give --method auto or --method shutdown,destroy",
+                ));
+            }
+            MethodChoice::Only(method) if !methods.contains(method) => methods.push(*method),
+            MethodChoice::Only(_) => {}
+        }
+    }
+    match methods.is_empty() {
+        true => Ok(MethodName::AUTO.to_vec()),
+        false => Ok(methods),
+    }
+}
+
+fn usage(message: &str) -> clap::Error {
+    Args::command().error(ErrorKind::ArgumentConflict, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    fn config(line: &str) -> Result<Config, clap::Error> {
+        let words = std::iter::once("cwkill").chain(line.split_whitespace());
+        Config::from_args(Args::try_parse_from(words)?)
+    }
+
+    #[test]
+    fn only_a_selector_makes_it_act() {
+        for line in ["", "--json", "-v", "-H", "--color never"] {
+            assert_eq!(config(line).unwrap().action, Action::List, "{line}");
+        }
+        for line in [
+            "--all",
+            "--port 1",
+            "--peer-port 1",
+            "--local 127.0.0.1",
+            "--peer ::1",
+            "-p 1",
+            "--process x",
+            "--user 0",
+            "--state close-wait",
+            "--min-age 0s",
+            "--cause unread",
+            "-4",
+            "-6",
+        ] {
+            assert_eq!(config(line).unwrap().action, Action::Act, "{line}");
+            let dry = format!("{line} -n");
+            assert_eq!(config(&dry).unwrap().action, Action::DryRun, "{dry}");
+        }
+        for line in ["-n", "--dry-run", "--dryrun", "-n --method destroy"] {
+            assert_eq!(config(line).unwrap().action, Action::DryRun, "{line}");
+        }
+    }
+
+    #[test]
+    fn an_act_without_a_selector_is_refused() {
+        for line in [
+            "--method destroy",
+            "--grace 2s",
+            "--discard-unsent",
+            "--max-kills 3",
+        ] {
+            let error = config(line).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{line}");
+            assert!(error.to_string().contains("--port 8080"), "{error}");
+        }
+    }
+
+    #[test]
+    fn methods_keep_their_order() {
+        use MethodName::{Destroy, Shutdown};
+        let methods = |line| config(line).map(|c| c.policy.methods);
+        assert_eq!(methods("--all").unwrap(), [Shutdown, Destroy]);
+        assert_eq!(methods("--all --method auto").unwrap(), [Shutdown, Destroy]);
+        let swapped = "--all --method destroy,shutdown,destroy";
+        assert_eq!(methods(swapped).unwrap(), [Destroy, Shutdown]);
+        assert!(methods("--all --method auto,destroy").is_err());
+        assert!(methods("--all --method kill").is_err());
+    }
+}

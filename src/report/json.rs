@@ -1,0 +1,253 @@
+//! The report for programs: `schema_version` 1. Fields are added, never renamed.
+//!
+//! Written as it is walked, without a tree in memory.
+
+use std::io::{self, Write};
+
+use nix::errno::Errno;
+use serde::Serialize;
+use serde::ser::{SerializeSeq, Serializer};
+
+use super::Tally;
+use crate::finder::{Found, Held, Socket};
+use crate::injector::ladder::Verdict;
+use crate::pipeline::{Deed, Run};
+use crate::plan::Plan;
+
+const SCHEMA_VERSION: u32 = 1;
+
+/// Writes one document with every socket and the summary.
+///
+/// # Errors
+/// Those of `out`.
+pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
+    let document = Document {
+        schema_version: SCHEMA_VERSION,
+        cwkill_version: env!("CARGO_PKG_VERSION"),
+        dry_run: run.deeds.is_none(),
+        sockets: Sockets(run),
+        unreadable_processes: run.found.unreadable_processes,
+        summary: Tally::of(run),
+    };
+    serde_json::to_writer(&mut *out, &document)?;
+    out.write_all(b"\n")
+}
+
+/// Writes one object a line, one line a socket.
+///
+/// # Errors
+/// Those of `out`.
+pub fn write_lines(run: &Run, out: &mut dyn Write) -> io::Result<()> {
+    for socket in sockets(run) {
+        let line = Line {
+            schema_version: SCHEMA_VERSION,
+            socket,
+        };
+        serde_json::to_writer(&mut *out, &line)?;
+        out.write_all(b"\n")?;
+    }
+    Ok(())
+}
+
+#[derive(Serialize)]
+struct Document<'a> {
+    schema_version: u32,
+    cwkill_version: &'static str,
+    dry_run: bool,
+    sockets: Sockets<'a>,
+    unreadable_processes: usize,
+    summary: Tally,
+}
+
+#[derive(Serialize)]
+struct Line<'a> {
+    schema_version: u32,
+    #[serde(flatten)]
+    socket: JsonSocket<'a>,
+}
+
+struct Sockets<'a>(&'a Run);
+
+impl Serialize for Sockets<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut list = serializer.serialize_seq(Some(self.0.found.sockets.len()))?;
+        for socket in sockets(self.0) {
+            list.serialize_element(&socket)?;
+        }
+        list.end()
+    }
+}
+
+#[derive(Serialize)]
+struct JsonSocket<'a> {
+    netns: JsonNetns<'a>,
+    family: &'static str,
+    state: &'static str,
+    local: Endpoint,
+    peer: Endpoint,
+    cookie: String,
+    inode: Option<u32>,
+    uid: u32,
+    recv_q: u32,
+    send_q: u32,
+    age_ms: Option<u64>,
+    cause: &'static str,
+    owners: Vec<Owner<'a>>,
+    listener: Option<JsonListener<'a>>,
+    plan: Vec<&'static str>,
+    left_out: Vec<LeftOut>,
+    result: Option<JsonResult>,
+}
+
+#[derive(Serialize)]
+struct JsonNetns<'a> {
+    inode: u64,
+    name: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct Endpoint {
+    address: std::net::IpAddr,
+    port: u16,
+}
+
+#[derive(Serialize)]
+struct Owner<'a> {
+    pid: i32,
+    comm: &'a str,
+    fds: Vec<i32>,
+}
+
+#[derive(Serialize)]
+struct JsonListener<'a> {
+    address: std::net::IpAddr,
+    port: u16,
+    waiting: u32,
+    backlog: u32,
+    owners: Vec<Owner<'a>>,
+}
+
+#[derive(Serialize)]
+struct LeftOut {
+    method: &'static str,
+    reason: String,
+}
+
+#[derive(Serialize)]
+struct JsonResult {
+    outcome: &'static str,
+    method: Option<&'static str>,
+    reason: Option<String>,
+    attempts: Vec<JsonAttempt>,
+    descriptor_open: bool,
+}
+
+#[derive(Serialize)]
+struct JsonAttempt {
+    method: &'static str,
+    error: Option<String>,
+    errno: Option<String>,
+}
+
+fn sockets(run: &Run) -> impl Iterator<Item = JsonSocket<'_>> {
+    let sockets = run.found.sockets.iter().zip(&run.plans).enumerate();
+    sockets.map(|(at, (socket, plan))| {
+        let deed = run.deeds.as_ref().map(|deeds| &deeds[at]);
+        json_socket(run, socket, plan, deed)
+    })
+}
+
+fn json_socket<'a>(
+    run: &'a Run,
+    socket: &'a Socket,
+    plan: &'a Plan,
+    deed: Option<&'a Deed>,
+) -> JsonSocket<'a> {
+    let endpoint = |address: std::net::SocketAddr| Endpoint {
+        address: address.ip(),
+        port: address.port(),
+    };
+    JsonSocket {
+        netns: JsonNetns {
+            inode: run.netns.inode,
+            name: run.netns.name.as_deref(),
+        },
+        family: if socket.is_ipv4() { "ipv4" } else { "ipv6" },
+        state: socket.state.name(),
+        local: endpoint(socket.tuple.local),
+        peer: endpoint(socket.tuple.peer),
+        cookie: socket.cookie().to_string(),
+        inode: socket.inode,
+        uid: socket.uid,
+        recv_q: socket.recv_q,
+        send_q: socket.send_q,
+        age_ms: socket
+            .age
+            .map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
+        cause: socket.cause.name(),
+        owners: owners(&run.found, &socket.owners),
+        listener: socket.listener.map(|at| {
+            let listener = &run.found.listeners[at];
+            JsonListener {
+                address: listener.local.ip(),
+                port: listener.local.port(),
+                waiting: listener.waiting,
+                backlog: listener.backlog,
+                owners: owners(&run.found, &listener.owners),
+            }
+        }),
+        plan: plan.methods.iter().map(|method| method.name()).collect(),
+        left_out: plan
+            .left_out
+            .iter()
+            .map(|(method, why)| LeftOut {
+                method: method.name(),
+                reason: why.to_string(),
+            })
+            .collect(),
+        result: deed.map(json_result),
+    }
+}
+
+/// Gathers the descriptors of each process; `held` is ordered by process.
+fn owners<'a>(found: &'a Found, held: &[Held]) -> Vec<Owner<'a>> {
+    let same = |a: &Held, b: &Held| a.process == b.process;
+    held.chunk_by(same)
+        .map(|of_one| {
+            let process = &found.processes[of_one[0].process];
+            Owner {
+                pid: process.pid,
+                comm: &process.comm,
+                fds: of_one.iter().map(|held| held.fd.0).collect(),
+            }
+        })
+        .collect()
+}
+
+fn json_result(deed: &Deed) -> JsonResult {
+    let (outcome, method, reason) = match &deed.outcome.verdict {
+        Verdict::Closed(method) => ("closed", Some(method), None),
+        Verdict::Closing(method, state) => {
+            ("closing", Some(method), Some(format!("now in {state}")))
+        }
+        Verdict::Gone => ("gone", None, None),
+        Verdict::Skipped(why) => ("skipped", None, Some(why.to_string())),
+        Verdict::Failed => ("failed", None, None),
+    };
+    let attempt = |attempt: &crate::injector::ladder::Attempt| JsonAttempt {
+        method: attempt.method.name(),
+        error: attempt.error.as_ref().map(ToString::to_string),
+        errno: attempt
+            .error
+            .as_ref()
+            .and_then(|error| error.errno())
+            .map(|errno| format!("{:?}", Errno::from_raw(errno))),
+    };
+    JsonResult {
+        outcome,
+        method: method.map(|method| method.name()),
+        reason,
+        attempts: deed.outcome.attempts.iter().map(attempt).collect(),
+        descriptor_open: !deed.open_descriptors.is_empty(),
+    }
+}

@@ -1,0 +1,113 @@
+//! The report: what happened, for people ([`text`]) and for programs ([`json`]), and the exit status.
+//!
+//! Reports read a finished [`Run`] and nothing else.
+
+pub mod escape;
+pub mod json;
+pub mod text;
+
+use std::process::ExitCode;
+
+use crate::injector::ladder::Verdict;
+use crate::pipeline::Run;
+
+/// How many sockets had which outcome.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Tally {
+    /// Sockets that matched.
+    pub matched: usize,
+    /// No longer in the kernel's tables, by our act.
+    pub closed: usize,
+    /// Out of their state by our act, waiting for the peer.
+    pub closing: usize,
+    /// Left their state on their own before the act.
+    pub gone: usize,
+    /// Left alone.
+    pub skipped: usize,
+    /// Still there.
+    pub failed: usize,
+}
+
+impl Tally {
+    /// Counts the outcomes of a run.
+    pub fn of(run: &Run) -> Self {
+        let mut tally = Tally {
+            matched: run.found.sockets.len(),
+            ..Tally::default()
+        };
+        for deed in run.deeds.iter().flatten() {
+            *match deed.outcome.verdict {
+                Verdict::Closed(_) => &mut tally.closed,
+                Verdict::Closing(..) => &mut tally.closing,
+                Verdict::Gone => &mut tally.gone,
+                Verdict::Skipped(_) => &mut tally.skipped,
+                Verdict::Failed => &mut tally.failed,
+            } += 1;
+        }
+        tally
+    }
+
+    /// The status to exit with.
+    pub fn exit_status(&self) -> ExitStatus {
+        if self.matched == 0 {
+            ExitStatus::NothingMatched
+        } else if self.closing + self.skipped + self.failed > 0 {
+            ExitStatus::NotAllClosed
+        } else {
+            ExitStatus::Done
+        }
+    }
+}
+
+/// The exit status of the program.
+///
+/// | status | meaning |
+/// |---|---|
+/// | 0 | every matched socket is closed, or the listing or dry run matched something |
+/// | 1 | nothing matched |
+/// | 2 | wrong usage |
+/// | 3 | the job could not be done at all |
+/// | 4 | something matched, and not all of it is closed |
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExitStatus {
+    /// 0
+    Done = 0,
+    /// 1
+    NothingMatched = 1,
+    /// 2
+    Usage = 2,
+    /// 3
+    Impossible = 3,
+    /// 4
+    NotAllClosed = 4,
+}
+
+impl From<ExitStatus> for ExitCode {
+    fn from(status: ExitStatus) -> Self {
+        ExitCode::from(status as u8)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_exit_status_says_whether_all_are_closed() {
+        let tally = |matched, closing, gone, skipped, failed| Tally {
+            matched,
+            closed: matched - closing - gone - skipped - failed,
+            closing,
+            gone,
+            skipped,
+            failed,
+        };
+        let status = |t: Tally| t.exit_status();
+        assert_eq!(status(tally(0, 0, 0, 0, 0)), ExitStatus::NothingMatched);
+        assert_eq!(status(tally(5, 0, 0, 0, 0)), ExitStatus::Done);
+        assert_eq!(status(tally(5, 0, 5, 0, 0)), ExitStatus::Done);
+        assert_eq!(status(tally(5, 1, 0, 0, 0)), ExitStatus::NotAllClosed);
+        assert_eq!(status(tally(5, 0, 0, 1, 0)), ExitStatus::NotAllClosed);
+        assert_eq!(status(tally(5, 0, 0, 0, 1)), ExitStatus::NotAllClosed);
+    }
+}
