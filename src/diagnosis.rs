@@ -98,3 +98,63 @@ pub fn unsent(state: TcpState, send_q: u32) -> u32 {
         _ => send_q,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::finder::sock_diag::testdata::stuck;
+
+    fn message(state: TcpState, inode: u32, recv_q: u32, send_q: u32) -> SocketMessage {
+        SocketMessage {
+            state,
+            inode,
+            recv_q,
+            send_q,
+            ..stuck("10.0.0.1:80", "10.0.0.2:5", 1)
+        }
+    }
+
+    #[test]
+    fn causes() {
+        use TcpState::{CloseWait, Established, LastAck};
+        let cases = [
+            (message(CloseWait, 0, 1, 0), Cause::NotAccepted),
+            (message(CloseWait, 0, 1, 9), Cause::NotAccepted),
+            (message(Established, 0, 1, 0), Cause::NotAccepted),
+            (message(LastAck, 0, 0, 1), Cause::Orphan),
+            (message(CloseWait, 7, 1, 9), Cause::Sending),
+            (message(CloseWait, 7, 1, 0), Cause::Unread),
+            (message(CloseWait, 7, 0, 0), Cause::Drained),
+        ];
+        for (message, expected) in cases {
+            assert_eq!(cause(&message), expected, "{message:?}");
+        }
+    }
+
+    #[test]
+    fn names_round_trip() {
+        for (cause, name) in NAMES {
+            assert_eq!(name.parse(), Ok(cause));
+        }
+    }
+
+    #[test]
+    fn in_close_wait_only_the_last_segment_counts() {
+        let mut message = message(TcpState::CloseWait, 7, 1, 0);
+        let quiet = message.quiet.as_mut().unwrap();
+        quiet.last_ack_recv = Duration::from_secs(5);
+        quiet.last_data_recv = Duration::from_millis(1);
+        assert_eq!(age(&message), Some(Duration::from_secs(5)));
+        message.state = TcpState::Established;
+        assert_eq!(age(&message), Some(Duration::from_millis(1)));
+        message.quiet = None;
+        assert_eq!(age(&message), None);
+    }
+
+    #[test]
+    fn our_own_fin_is_no_data() {
+        assert_eq!(unsent(TcpState::LastAck, 1), 0);
+        assert_eq!(unsent(TcpState::LastAck, 11), 10);
+        assert_eq!(unsent(TcpState::CloseWait, 1), 1);
+    }
+}

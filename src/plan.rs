@@ -110,3 +110,111 @@ fn obstacle(
     }
     privileges.missing_for(method).map(LeftOut::Needs)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::finder::sock_diag::testdata::stuck;
+    use crate::finder::{Held, TargetFd};
+
+    const ROOT: Privileges = Privileges { net_admin: true };
+    const USER: Privileges = Privileges { net_admin: false };
+
+    fn policy() -> Policy {
+        Policy {
+            methods: MethodName::AUTO.to_vec(),
+            discard_unsent: false,
+            max_kills: None,
+        }
+    }
+
+    fn owned(send_q: u32) -> Socket {
+        let mut message = stuck("10.0.0.1:80", "10.0.0.2:5", 1);
+        message.send_q = send_q;
+        let mut socket = Socket::from_message(&message);
+        socket.owners.push(Held {
+            process: 0,
+            fd: TargetFd(3),
+        });
+        socket
+    }
+
+    fn never_accepted() -> Socket {
+        let mut message = stuck("10.0.0.1:80", "10.0.0.2:5", 1);
+        message.inode = 0;
+        Socket::from_message(&message)
+    }
+
+    fn plan(socket: Socket, policy: &Policy, privileges: &Privileges) -> Plan {
+        let found = Found {
+            sockets: vec![socket],
+            ..Found::default()
+        };
+        build(&found, policy, privileges).remove(0)
+    }
+
+    #[test]
+    fn an_idle_socket_gets_every_method() {
+        assert_eq!(plan(owned(0), &policy(), &ROOT).methods, MethodName::AUTO);
+    }
+
+    #[test]
+    fn unsent_bytes_forbid_what_would_lose_them() {
+        let protected = plan(owned(9), &policy(), &ROOT);
+        assert_eq!(protected.methods, [MethodName::Shutdown]);
+        assert_eq!(
+            protected.left_out,
+            [(MethodName::Destroy, LeftOut::Unsent(9))]
+        );
+        let allowed = Policy {
+            discard_unsent: true,
+            ..policy()
+        };
+        assert_eq!(plan(owned(9), &allowed, &ROOT).methods, MethodName::AUTO);
+    }
+
+    #[test]
+    fn without_a_descriptor_there_is_no_shutdown() {
+        let socket = plan(never_accepted(), &policy(), &ROOT);
+        assert_eq!(socket.methods, [MethodName::Destroy]);
+        assert_eq!(
+            socket.left_out,
+            [(MethodName::Shutdown, LeftOut::NotAccepted)]
+        );
+        let mut orphaned = owned(0);
+        orphaned.owners.clear();
+        let unknown = plan(orphaned, &policy(), &ROOT);
+        assert_eq!(unknown.left_out, [(MethodName::Shutdown, LeftOut::NoOwner)]);
+    }
+
+    #[test]
+    fn a_missing_capability_is_named() {
+        let socket = plan(never_accepted(), &policy(), &USER);
+        assert!(socket.methods.is_empty());
+        assert!(
+            socket
+                .left_out
+                .contains(&(MethodName::Destroy, LeftOut::Needs(Need::NetAdmin)))
+        );
+        assert_eq!(
+            plan(owned(0), &policy(), &USER).methods,
+            [MethodName::Shutdown]
+        );
+    }
+
+    #[test]
+    fn the_limit_counts_only_what_would_be_acted_on() {
+        let mut only_destroy = policy();
+        only_destroy.methods = vec![MethodName::Destroy];
+        only_destroy.max_kills = Some(1);
+        let found = Found {
+            sockets: vec![owned(9), owned(0), owned(0)],
+            ..Found::default()
+        };
+        let plans = build(&found, &only_destroy, &ROOT);
+        let acts: Vec<bool> = plans.iter().map(|plan| !plan.methods.is_empty()).collect();
+        assert_eq!(acts, [false, true, false]);
+        let over: Vec<bool> = plans.iter().map(|plan| plan.over_limit).collect();
+        assert_eq!(over, [false, false, true]);
+    }
+}

@@ -122,3 +122,94 @@ fn in_ranges(ranges: &[RangeInclusive<u16>], port: u16) -> bool {
 fn in_networks(networks: &[IpNet], address: IpAddr) -> bool {
     networks.is_empty() || networks.iter().any(|network| network.contains(&address))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::finder::sock_diag::testdata::stuck;
+    use crate::finder::sock_diag::{Cookie, DiagId, Family, SocketMessage};
+    use globset::Glob;
+
+    fn socket() -> Socket {
+        Socket::from_message(&message())
+    }
+
+    fn message() -> SocketMessage {
+        stuck("10.0.0.1:8080", "10.0.0.2:50000", 1)
+    }
+
+    fn matches(change: impl FnOnce(&mut Selectors)) -> bool {
+        let mut selectors = Selectors::default();
+        change(&mut selectors);
+        selectors.match_socket(&socket())
+    }
+
+    #[test]
+    fn different_selectors_are_anded_values_of_one_ored() {
+        assert!(matches(|_| {}));
+        assert!(matches(|s| s.ports = vec![80..=80, 8000..=9000]));
+        assert!(!matches(|s| s.ports = vec![80..=80]));
+        assert!(!matches(|s| {
+            s.ports = vec![8080..=8080];
+            s.peer_ports = vec![1..=2];
+        }));
+        assert!(matches(|s| s.local = vec!["10.0.0.0/8".parse().unwrap()]));
+        assert!(!matches(|s| s.peer = vec!["10.0.0.1/32".parse().unwrap()]));
+        assert!(matches(|s| s.users = [0, 1000].into()));
+        assert!(!matches(|s| s.users = [0].into()));
+        assert!(!matches(|s| s.states = TcpState::LastAck.into()));
+        assert!(matches(
+            |s| s.causes = [Cause::Unread, Cause::Drained].into()
+        ));
+        assert!(!matches(|s| s.causes = [Cause::Drained].into()));
+    }
+
+    #[test]
+    fn a_mapped_socket_is_ipv4() {
+        let mut message = message();
+        let tuple = message.id.tuple();
+        message.id = DiagId::example(Family::V6, tuple, Cookie(1));
+        let mapped = Socket::from_message(&message);
+        let mut selectors = Selectors {
+            ip_version: Some(IpVersion::V4),
+            local: vec!["10.0.0.1/32".parse().unwrap()],
+            ..Selectors::default()
+        };
+        assert!(selectors.match_socket(&mapped));
+        selectors.ip_version = Some(IpVersion::V6);
+        assert!(!selectors.match_socket(&mapped));
+    }
+
+    #[test]
+    fn an_unknown_age_is_never_old_enough() {
+        assert!(matches(|s| s.min_age = Duration::from_secs(3600)));
+        assert!(!matches(|s| s.min_age = Duration::from_secs(3601)));
+        let mut ageless = socket();
+        ageless.age = None;
+        let mut selectors = Selectors::default();
+        assert!(selectors.match_socket(&ageless));
+        selectors.min_age = Duration::from_millis(1);
+        assert!(!selectors.match_socket(&ageless));
+    }
+
+    #[test]
+    fn one_owner_must_match_pid_and_name_together() {
+        let process = |pid, comm: &str| Process {
+            pid,
+            start_time: 0,
+            comm: comm.into(),
+        };
+        let owners = [process(1, "java"), process(2, "nginx")];
+        let mut selectors = Selectors {
+            processes: vec![Glob::new("ja*").unwrap().compile_matcher()],
+            ..Selectors::default()
+        };
+        assert!(selectors.match_owners(owners.iter()));
+        selectors.pids = [2].into();
+        assert!(!selectors.match_owners(owners.iter()));
+        selectors.pids = [1].into();
+        assert!(selectors.match_owners(owners.iter()));
+        assert!(!selectors.match_owners([].iter()), "no owner, no match");
+        assert!(Selectors::default().match_owners([].iter()));
+    }
+}

@@ -156,3 +156,77 @@ impl Group {
         self.family == Family::V6 && local.is_ipv4()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::sock_diag::testdata::{listener, stuck};
+    use super::*;
+    use crate::sys::TargetFd;
+
+    fn listeners(all: &[SocketMessage]) -> Listeners {
+        let mut listeners = Listeners::default();
+        for message in all {
+            listeners.add(message);
+        }
+        listeners
+    }
+
+    /// The inodes of the listener that would accept a connection to `local`.
+    fn accepting(all: &[SocketMessage], connection: &SocketMessage) -> Vec<u32> {
+        let mut listeners = listeners(all);
+        let local = connection.id.tuple().local;
+        let place = listeners.accepting(&connection.id, local);
+        assert!(place.is_none_or(|place| place == 0));
+        listeners.used_inodes().collect()
+    }
+
+    #[test]
+    fn an_exact_address_comes_before_the_wildcard() {
+        let all = [
+            listener(Family::V4, "0.0.0.0:80", 1),
+            listener(Family::V4, "10.0.0.1:80", 2),
+            listener(Family::V4, "10.0.0.1:81", 3),
+        ];
+        let to = |local| accepting(&all, &stuck(local, "10.0.0.9:5", 9));
+        assert_eq!(to("10.0.0.1:80"), [2]);
+        assert_eq!(to("10.0.0.2:80"), [1]);
+        assert!(to("10.0.0.1:82").is_empty());
+    }
+
+    #[test]
+    fn a_mapped_connection_came_through_a_dual_stack_listener() {
+        let mut mapped = stuck("10.0.0.1:80", "10.0.0.9:5", 9);
+        mapped.id = DiagId::example(Family::V6, mapped.id.tuple(), mapped.id.cookie());
+        let v4 = listener(Family::V4, "0.0.0.0:80", 1);
+        let dual = listener(Family::V6, "[::]:80", 2);
+        let mut only = listener(Family::V6, "[::]:80", 3);
+        only.v6only = Some(true);
+        let all = [v4.clone(), only.clone(), dual.clone()];
+        assert_eq!(accepting(&all, &mapped), [2]);
+        assert!(accepting(&[v4, only], &mapped).is_empty());
+    }
+
+    #[test]
+    fn a_reuseport_group_is_one_listener_with_all_owners() {
+        let all = [
+            listener(Family::V4, "0.0.0.0:80", 1),
+            listener(Family::V4, "0.0.0.0:80", 2),
+        ];
+        let mut group = listeners(&all);
+        let connection = stuck("10.0.0.1:80", "10.0.0.9:5", 9);
+        let local = connection.id.tuple().local;
+        assert_eq!(group.accepting(&connection.id, local), Some(0));
+        assert_eq!(group.accepting(&connection.id, local), Some(0));
+        let held = |inode: u32| {
+            let process = usize::try_from(inode).unwrap();
+            vec![Held {
+                process,
+                fd: TargetFd(3),
+            }]
+        };
+        let used = group.into_used(held);
+        assert_eq!(used.len(), 1);
+        assert_eq!(used[0].owners.len(), 2);
+        assert_eq!((used[0].waiting, used[0].backlog), (4, 256));
+    }
+}

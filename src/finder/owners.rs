@@ -286,3 +286,141 @@ fn parse_socket_link(target: &[u8]) -> Option<u32> {
     let digits = target.strip_prefix(b"socket:[")?.strip_suffix(b"]")?;
     std::str::from_utf8(digits).ok()?.parse().ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    /// A proc file system of our own.
+    struct TestProc {
+        dir: tempfile::TempDir,
+    }
+
+    impl TestProc {
+        fn new() -> Self {
+            TestProc {
+                dir: tempfile::tempdir().unwrap(),
+            }
+        }
+
+        fn process(&self, pid: i32, comm: &str, fds: &[(i32, &str)]) {
+            let process = self.dir.path().join(pid.to_string());
+            fs::create_dir_all(process.join("fd")).unwrap();
+            let zeros = "0 ".repeat(18);
+            let stat = format!("{pid} ({comm}) S 1 {zeros}{} {zeros}{zeros}\n", 4_000 + pid);
+            fs::write(process.join("stat"), stat).unwrap();
+            for (fd, target) in fds {
+                symlink(target, process.join("fd").join(fd.to_string())).unwrap();
+            }
+        }
+
+        fn find(&self, wanted: &[u32]) -> OwnerScan {
+            let proc = Proc::at(self.dir.path());
+            proc.find_owners(wanted.iter().copied()).unwrap()
+        }
+    }
+
+    #[test]
+    fn every_owner_of_a_shared_socket_is_found() {
+        let proc = TestProc::new();
+        proc.process(7, "parent", &[(3, "socket:[42]"), (4, "socket:[43]")]);
+        proc.process(8, "child", &[(3, "socket:[42]"), (9, "socket:[42]")]);
+        proc.process(
+            9,
+            "other",
+            &[(3, "pipe:[42]"), (4, "/a/very/long/path/to/some/file")],
+        );
+        fs::write(proc.dir.path().join("version"), "not a process").unwrap();
+        let scan = proc.find(&[42]);
+        let comms: Vec<&str> = scan.processes.iter().map(|p| p.comm.as_str()).collect();
+        assert_eq!(comms, ["parent", "child"]);
+        let mut held: Vec<_> = scan
+            .held
+            .iter()
+            .map(|(inode, held)| (*inode, held.process, held.fd.0))
+            .collect();
+        held.sort_unstable();
+        assert_eq!(held, [(42, 0, 3), (42, 1, 3), (42, 1, 9)]);
+    }
+
+    #[test]
+    fn start_time_and_an_odd_name_are_read() {
+        let proc = TestProc::new();
+        proc.process(7, "a) R (b", &[(3, "socket:[42]")]);
+        let scan = proc.find(&[42]);
+        assert_eq!(scan.processes[0].comm, "a) R (b");
+        let start = Proc::at(proc.dir.path()).start_time(7);
+        assert_eq!(start, Some(scan.processes[0].start_time));
+        assert_eq!(Proc::at(proc.dir.path()).start_time(8), None);
+    }
+
+    #[test]
+    fn a_table_larger_than_a_chunk_is_read_whole() {
+        let proc = TestProc::new();
+        let count = i32::try_from(CHUNK * 3 + 1).unwrap();
+        let targets: Vec<String> = (0..count)
+            .map(|fd| format!("socket:[{}]", fd + 100))
+            .collect();
+        let fds: Vec<(i32, &str)> = (0..count).zip(targets.iter().map(String::as_str)).collect();
+        proc.process(7, "big", &fds);
+        let wanted: Vec<u32> = (100..).take(CHUNK * 3 + 1).collect();
+        assert_eq!(proc.find(&wanted).held.len(), wanted.len());
+    }
+
+    #[test]
+    fn a_process_that_vanishes_is_passed_over() {
+        let proc = TestProc::new();
+        proc.process(7, "here", &[(3, "socket:[42]")]);
+        // Listed, but its files are already gone, as for a process that exits while it is read.
+        fs::create_dir(proc.dir.path().join("8")).unwrap();
+        let scan = proc.find(&[42]);
+        assert_eq!(scan.processes.len(), 1);
+        assert_eq!(scan.unreadable_processes, 0);
+    }
+
+    #[test]
+    fn nothing_wanted_reads_nothing() {
+        let scan = Proc::at("/nonexistent").find_owners(std::iter::empty());
+        assert!(scan.unwrap().processes.is_empty());
+        assert!(
+            Proc::at("/nonexistent")
+                .find_owners([1].into_iter())
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn a_descriptor_used_again_is_not_still_held() {
+        let proc = TestProc::new();
+        proc.process(7, "p", &[(3, "socket:[42]"), (4, "socket:[99]")]);
+        let scan = proc.find(&[42]);
+        let asked = vec![vec![
+            (TargetFd(3), 42, 'a'),
+            (TargetFd(4), 42, 'b'),
+            (TargetFd(5), 42, 'c'),
+        ]];
+        let here = Proc::at(proc.dir.path());
+        assert_eq!(here.still_held(&scan.processes, asked.clone()), ['a']);
+        let mut later = scan.processes;
+        later[0].start_time += 1;
+        assert!(
+            here.still_held(&later, asked).is_empty(),
+            "another process of that number"
+        );
+    }
+
+    #[test]
+    fn socket_links() {
+        assert_eq!(parse_socket_link(b"socket:[4711]"), Some(4711));
+        for other in [
+            &b"socket:[]"[..],
+            b"socket:[-1]",
+            b"pipe:[1]",
+            b"socket:[1",
+            b"",
+        ] {
+            assert_eq!(parse_socket_link(other), None);
+        }
+    }
+}

@@ -379,3 +379,7 @@ fn check(
     }
     Check::Act
 }
+
+#[cfg(test)]
+#[path = "ladder_tests.rs"]
+mod tests;

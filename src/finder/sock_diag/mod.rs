@@ -5,6 +5,8 @@
 
 pub mod codec;
 pub mod socket;
+#[cfg(test)]
+pub(crate) mod testdata;
 
 pub use codec::{Cookie, DiagId, DumpRequest, Family, SocketMessage};
 pub use socket::{DestroyError, DumpError, LookupError, SockDiag};

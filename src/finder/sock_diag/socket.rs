@@ -304,3 +304,76 @@ impl<T> Assembly<T> {
         Ok(Verdict::More)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testdata;
+    use super::*;
+
+    const NLM_F_DUMP_INTR: u16 = 0x10;
+
+    /// A real dump with its datagrams' sequence numbers and flags set.
+    fn dump(sequence: u32, flags: u16) -> Vec<u8> {
+        let mut bytes = testdata::bytes(testdata::DUMP_V4);
+        let mut at = 0;
+        while at < bytes.len() {
+            let length = u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap());
+            bytes[at + 6..at + 8].copy_from_slice(&flags.to_ne_bytes());
+            bytes[at + 8..at + 12].copy_from_slice(&sequence.to_ne_bytes());
+            at += usize::try_from(length).unwrap().next_multiple_of(4);
+        }
+        bytes
+    }
+
+    fn feed(assembly: &mut Assembly<SocketMessage>, datagram: &[u8]) -> Verdict {
+        assembly.feed(datagram, &mut Some).unwrap()
+    }
+
+    #[test]
+    fn a_whole_dump_is_complete() {
+        let mut assembly = Assembly::new(5);
+        assert_eq!(feed(&mut assembly, &dump(5, 2)), Verdict::Complete);
+        assert_eq!(assembly.kept.len(), 2);
+    }
+
+    #[test]
+    fn an_interrupted_dump_is_asked_for_again() {
+        let mut assembly = Assembly::new(5);
+        let datagram = dump(5, 2 | NLM_F_DUMP_INTR);
+        assert_eq!(feed(&mut assembly, &datagram), Verdict::Again);
+    }
+
+    #[test]
+    fn an_interruption_in_an_early_datagram_is_not_forgotten() {
+        let whole = dump(5, 2);
+        let first = usize::try_from(u32::from_ne_bytes(whole[..4].try_into().unwrap())).unwrap();
+        let mut early = whole[..first].to_vec();
+        early[6] |= 0x10;
+        let mut assembly = Assembly::new(5);
+        assert_eq!(feed(&mut assembly, &early), Verdict::More);
+        assert_eq!(feed(&mut assembly, &whole[first..]), Verdict::Again);
+    }
+
+    #[test]
+    fn answers_to_another_question_are_not_taken() {
+        let mut assembly = Assembly::new(6);
+        assert_eq!(feed(&mut assembly, &dump(5, 2)), Verdict::More);
+        assert!(assembly.kept.is_empty());
+    }
+
+    #[test]
+    fn a_refused_dump_keeps_its_errno() {
+        let mut refusal = Vec::new();
+        refusal.extend_from_slice(&20u32.to_ne_bytes());
+        refusal.extend_from_slice(&2u16.to_ne_bytes());
+        refusal.extend_from_slice(&0u16.to_ne_bytes());
+        refusal.extend_from_slice(&5u32.to_ne_bytes());
+        refusal.extend_from_slice(&0u32.to_ne_bytes());
+        refusal.extend_from_slice(&(-libc::EPERM).to_ne_bytes());
+        let mut assembly: Assembly<SocketMessage> = Assembly::new(5);
+        let Err(DumpError::Io(error)) = assembly.feed(&refusal, &mut Some) else {
+            panic!("an error");
+        };
+        assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+    }
+}

@@ -1,0 +1,348 @@
+//! The ladder against a kernel of our own, in which everything that can change meanwhile does.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use super::*;
+use crate::finder::sock_diag::Cookie;
+use crate::finder::sock_diag::testdata::stuck;
+
+/// A table of sockets; methods and the ladder share it.
+#[derive(Clone, Default)]
+struct Kernel(Rc<RefCell<HashMap<Cookie, SocketMessage>>>);
+
+impl Kernel {
+    fn change(&self, cookie: u64, change: impl FnOnce(&mut SocketMessage)) {
+        change(self.0.borrow_mut().get_mut(&Cookie(cookie)).unwrap());
+    }
+
+    fn remove(&self, cookie: u64) {
+        self.0.borrow_mut().remove(&Cookie(cookie));
+    }
+}
+
+impl Observe for Kernel {
+    fn observe(&mut self, ids: &[DiagId]) -> io::Result<Vec<Result<SocketMessage, LookupError>>> {
+        let table = self.0.borrow();
+        let look = |id: &DiagId| table.get(&id.cookie()).cloned().ok_or(LookupError::Gone);
+        Ok(ids.iter().map(look).collect())
+    }
+}
+
+type Deed = dyn Fn(&Kernel, u64) -> Result<(), ActError>;
+
+/// A method that does what the test says and remembers on which cookies.
+struct Scripted {
+    name: MethodName,
+    kernel: Kernel,
+    deed: Box<Deed>,
+    touched: Rc<RefCell<Vec<u64>>>,
+}
+
+impl Method for Scripted {
+    fn name(&self) -> MethodName {
+        self.name
+    }
+
+    fn act(&mut self, targets: &[Target]) -> Vec<Result<(), ActError>> {
+        let act = |target: &Target| {
+            let cookie = target.id.cookie().0;
+            self.touched.borrow_mut().push(cookie);
+            (self.deed)(&self.kernel, cookie)
+        };
+        targets.iter().map(act).collect()
+    }
+}
+
+/// A clock that moves only when someone waits.
+struct Clock {
+    start: Instant,
+    waited: Cell<Duration>,
+    interrupted: bool,
+    /// What happens in the world during a pause.
+    meanwhile: Box<dyn Fn()>,
+}
+
+impl Surroundings for Clock {
+    fn now(&self) -> Instant {
+        self.start + self.waited.get()
+    }
+    fn pause(&self, duration: Duration) {
+        self.waited.set(self.waited.get() + duration);
+        (self.meanwhile)();
+    }
+    fn interrupted(&self) -> bool {
+        self.interrupted
+    }
+    fn acted(&self, _: MethodName, _: usize) {}
+}
+
+struct World {
+    kernel: Kernel,
+    found: Found,
+    plans: Vec<Plan>,
+    selectors: Selectors,
+    methods: Vec<Box<dyn Method>>,
+    touched: Rc<RefCell<Vec<u64>>>,
+    clock: Clock,
+    discard_unsent: bool,
+}
+
+impl World {
+    /// Sockets with the cookies 1 to `count`, planned for both methods.
+    fn new(count: u64) -> Self {
+        let kernel = Kernel::default();
+        let mut found = Found::default();
+        for cookie in 1..=count {
+            let message = stuck("10.0.0.1:80", "10.0.0.2:5", cookie);
+            found.sockets.push(Socket::from_message(&message));
+            kernel.0.borrow_mut().insert(Cookie(cookie), message);
+        }
+        let plan = Plan {
+            methods: MethodName::AUTO.to_vec(),
+            left_out: Vec::new(),
+            over_limit: false,
+        };
+        World {
+            kernel,
+            plans: vec![plan; found.sockets.len()],
+            found,
+            selectors: Selectors::default(),
+            methods: Vec::new(),
+            touched: Rc::default(),
+            clock: Clock {
+                start: Instant::now(),
+                waited: Cell::default(),
+                interrupted: false,
+                meanwhile: Box::new(|| {}),
+            },
+            discard_unsent: false,
+        }
+    }
+
+    fn method(
+        mut self,
+        name: MethodName,
+        deed: impl Fn(&Kernel, u64) -> Result<(), ActError> + 'static,
+    ) -> Self {
+        self.methods.push(Box::new(Scripted {
+            name,
+            kernel: self.kernel.clone(),
+            deed: Box::new(deed),
+            touched: Rc::clone(&self.touched),
+        }));
+        self
+    }
+
+    fn climb(&mut self) -> Vec<Outcome> {
+        let rules = Rules {
+            grace: Duration::from_secs(1),
+            discard_unsent: self.discard_unsent,
+            selectors: &self.selectors,
+        };
+        climb(
+            &self.found,
+            &self.plans,
+            &mut self.methods,
+            &mut self.kernel.clone(),
+            rules,
+            &self.clock,
+        )
+        .unwrap()
+    }
+
+    fn verdict(&mut self) -> Verdict {
+        self.climb().remove(0).verdict
+    }
+}
+
+fn close(kernel: &Kernel, cookie: u64) -> Result<(), ActError> {
+    kernel.remove(cookie);
+    Ok(())
+}
+
+fn to_last_ack(kernel: &Kernel, cookie: u64) -> Result<(), ActError> {
+    kernel.change(cookie, |socket| {
+        socket.state = TcpState::LastAck;
+        socket.send_q = 1;
+    });
+    Ok(())
+}
+
+fn denied(_: &Kernel, _: u64) -> Result<(), ActError> {
+    let error = io::Error::from_raw_os_error(libc::EPERM);
+    Err(ActError::Denied(crate::privileges::Need::Ptrace, error))
+}
+
+use MethodName::{Destroy, Shutdown};
+
+#[test]
+fn the_first_method_that_works_is_the_one_reported() {
+    let mut world = World::new(3).method(Shutdown, close).method(Destroy, close);
+    for outcome in world.climb() {
+        assert!(matches!(outcome.verdict, Verdict::Closed(Shutdown)));
+        assert_eq!(outcome.attempts.len(), 1);
+    }
+    assert!(world.clock.waited.get().is_zero(), "nothing to wait for");
+}
+
+#[test]
+fn a_refused_method_hands_over_to_the_next() {
+    let mut world = World::new(1)
+        .method(Shutdown, denied)
+        .method(Destroy, close);
+    let outcome = world.climb().remove(0);
+    assert!(matches!(outcome.verdict, Verdict::Closed(Destroy)));
+    assert_eq!(
+        outcome.attempts[0].error.as_ref().unwrap().errno(),
+        Some(libc::EPERM)
+    );
+    assert!(outcome.attempts[1].error.is_none());
+}
+
+#[test]
+fn a_silent_peer_costs_one_grace_for_all_together() {
+    let mut world = World::new(200)
+        .method(Shutdown, to_last_ack)
+        .method(Destroy, close);
+    assert!(
+        world
+            .climb()
+            .iter()
+            .all(|outcome| matches!(outcome.verdict, Verdict::Closed(Destroy)))
+    );
+    assert_eq!(world.clock.waited.get(), Duration::from_secs(1));
+}
+
+#[test]
+fn a_socket_that_closes_during_the_grace_ends_the_wait() {
+    let mut world = World::new(1).method(Shutdown, to_last_ack);
+    let kernel = world.kernel.clone();
+    world.clock.meanwhile = Box::new(move || kernel.remove(1));
+    assert!(matches!(world.verdict(), Verdict::Closed(Shutdown)));
+    assert_eq!(world.clock.waited.get(), FIRST_PAUSE);
+}
+
+#[test]
+fn without_a_next_method_it_is_closing() {
+    let mut world = World::new(1).method(Shutdown, to_last_ack);
+    assert!(matches!(
+        world.verdict(),
+        Verdict::Closing(Shutdown, TcpState::LastAck)
+    ));
+}
+
+#[test]
+fn what_changed_since_the_plan_is_never_touched() {
+    // It closed on its own; its address pair may belong to a new connection by now.
+    let mut world = World::new(1).method(Destroy, close);
+    world.kernel.remove(1);
+    assert!(matches!(world.verdict(), Verdict::Gone));
+    assert!(world.touched.borrow().is_empty());
+
+    // The application closed it.
+    let mut world = World::new(1).method(Destroy, close);
+    to_last_ack(&world.kernel, 1).unwrap();
+    assert!(matches!(world.verdict(), Verdict::Gone));
+    assert!(world.touched.borrow().is_empty());
+
+    // A segment arrived: it is younger than asked for.
+    let mut world = World::new(1).method(Destroy, close);
+    world.selectors.min_age = Duration::from_secs(60);
+    world.kernel.change(1, |socket| {
+        socket.quiet.as_mut().unwrap().last_ack_recv = Duration::ZERO;
+    });
+    assert!(matches!(
+        world.verdict(),
+        Verdict::Skipped(Skip::NoLongerSelected)
+    ));
+    assert!(world.touched.borrow().is_empty());
+
+    // The application accepted it.
+    let mut world = World::new(1).method(Destroy, close);
+    world.found.sockets[0].inode = None;
+    assert!(matches!(world.verdict(), Verdict::Skipped(Skip::Accepted)));
+    assert!(world.touched.borrow().is_empty());
+}
+
+#[test]
+fn bytes_written_after_the_plan_are_not_lost() {
+    let unsent = |socket: &mut SocketMessage| socket.send_q = 9;
+
+    let mut world = World::new(1).method(Destroy, close);
+    world.kernel.change(1, unsent);
+    assert!(matches!(world.verdict(), Verdict::Skipped(Skip::Unsent(9))));
+    assert!(world.touched.borrow().is_empty());
+
+    let mut world = World::new(1).method(Destroy, close);
+    world.discard_unsent = true;
+    world.kernel.change(1, unsent);
+    assert!(matches!(world.verdict(), Verdict::Closed(Destroy)));
+
+    // Behind a shutdown that the peer does not answer: the FIN alone may be dropped, data may not.
+    let mut world = World::new(1)
+        .method(Shutdown, |kernel, cookie| {
+            to_last_ack(kernel, cookie)?;
+            kernel.change(cookie, |socket| socket.send_q = 10);
+            Ok(())
+        })
+        .method(Destroy, close);
+    let outcome = world.climb().remove(0);
+    assert!(matches!(
+        outcome.verdict,
+        Verdict::Closing(Shutdown, TcpState::LastAck)
+    ));
+    assert!(matches!(
+        outcome.attempts[1].error,
+        Some(ActError::Unsent(9))
+    ));
+}
+
+#[test]
+fn an_order_the_kernel_took_but_did_not_carry_out_is_a_failure() {
+    let mut world = World::new(1).method(Destroy, |_, _| Ok(()));
+    assert!(matches!(world.verdict(), Verdict::Failed));
+    assert_eq!(world.clock.waited.get(), Duration::from_secs(1));
+}
+
+#[test]
+fn one_bad_socket_does_not_stop_the_others() {
+    let mut world = World::new(130).method(Destroy, |kernel, cookie| match cookie {
+        65 => Err(ActError::Os("x", io::Error::from_raw_os_error(libc::EIO))),
+        _ => close(kernel, cookie),
+    });
+    let outcomes = world.climb();
+    let failed = |outcome: &&Outcome| matches!(outcome.verdict, Verdict::Failed);
+    assert_eq!(outcomes.iter().filter(failed).count(), 1);
+    assert!(matches!(outcomes[64].verdict, Verdict::Failed));
+}
+
+#[test]
+fn interrupted_sockets_are_left_and_said_so() {
+    let mut world = World::new(2).method(Destroy, close);
+    world.clock.interrupted = true;
+    assert!(matches!(
+        world.verdict(),
+        Verdict::Skipped(Skip::Interrupted)
+    ));
+    assert!(world.touched.borrow().is_empty());
+}
+
+#[test]
+fn a_plan_without_methods_touches_nothing() {
+    let mut world = World::new(2).method(Destroy, close);
+    world.plans[0].methods.clear();
+    world.plans[1].over_limit = true;
+    world.plans[1].methods.clear();
+    let outcomes = world.climb();
+    assert!(matches!(
+        outcomes[0].verdict,
+        Verdict::Skipped(Skip::NoMethod(_))
+    ));
+    assert!(matches!(
+        outcomes[1].verdict,
+        Verdict::Skipped(Skip::OverLimit)
+    ));
+    assert!(world.touched.borrow().is_empty());
+}
