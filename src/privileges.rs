@@ -35,8 +35,9 @@ impl Need {
             }
             Need::Ptrace => {
                 "shutdown needs CAP_SYS_PTRACE to reach into another user's process: run cwkill with \
-                 sudo or as the owner's user, or grant it once with `setcap cap_sys_ptrace+ep` on the \
-                 binary (kernel.yama.ptrace_scope can forbid it even to the owner's user)"
+                 sudo or as the owner's user, or grant it once with \
+                 `setcap cap_sys_ptrace,cap_dac_read_search+ep` on the binary \
+                 (kernel.yama.ptrace_scope can forbid it even to the owner's user)"
             }
         }
     }
