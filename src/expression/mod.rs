@@ -116,9 +116,9 @@ impl Expression {
         }
     }
 
-    /// Connections over IPv4, on sockets of either family.
-    pub fn over_ipv4() -> Expression {
-        Expression::Address(End::Local, IpNet::V4(Ipv4Net::default()))
+    /// The address at `end` is one of IPv4, on a socket of either family.
+    pub fn over_ipv4(end: End) -> Expression {
+        Expression::Address(end, IpNet::V4(Ipv4Net::default()))
     }
 
     /// What it says of states.

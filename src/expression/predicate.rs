@@ -6,7 +6,8 @@ use std::net::{IpAddr, Ipv6Addr};
 use ipnet::IpNet;
 
 use super::{End, Ephemeral, Expression, Interface};
-use crate::finder::sock_diag::{Family, SocketMessage};
+use crate::finder::Socket;
+use crate::finder::sock_diag::Family;
 use crate::tcp::{TcpState, Tuple};
 
 /// What an expression looks at.
@@ -22,13 +23,13 @@ pub struct Facts {
     pub interface: u32,
 }
 
-impl From<&SocketMessage> for Facts {
-    fn from(message: &SocketMessage) -> Self {
+impl From<&Socket> for Facts {
+    fn from(socket: &Socket) -> Self {
         Facts {
-            family: message.id.family(),
-            tuple: message.id.tuple(),
-            state: message.state,
-            interface: message.id.interface(),
+            family: socket.id.family(),
+            tuple: socket.tuple,
+            state: socket.state,
+            interface: socket.id.interface(),
         }
     }
 }
