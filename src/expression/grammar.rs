@@ -27,6 +27,7 @@ use winnow::prelude::*;
 use winnow::stream::{LocatingSlice, Location, Stateful, Stream};
 use winnow::token::take_while;
 
+use super::syntax_error::quoted;
 use super::{End, Ephemeral, Expression, Interface, MAX_DEPTH, Services, SyntaxError};
 use crate::tcp::{StateSet, TcpState};
 
@@ -349,7 +350,7 @@ fn positive(input: &mut Input<'_>) -> Outcome<Grown> {
         if first.token == Token::Open {
             return group(input, first.at);
         }
-        let what = format!("a condition is missing before `{}`", first.text);
+        let what = format!("a condition is missing before {}", quoted(first.text));
         return Err(Fault::new(first.at, what, CONDITIONS));
     };
     let tree = match keyword {
@@ -384,7 +385,7 @@ fn group(input: &mut Input<'_>, open: Range<usize>) -> Outcome<Grown> {
 
 /// A word that begins no condition, with what was probably meant.
 fn unknown(at: Range<usize>, word: &str) -> ErrMode<Fault> {
-    let what = format!("`{word}` begins no condition");
+    let what = format!("{} begins no condition", quoted(word));
     let lower = word.to_ascii_lowercase();
     let keywords = [
         "sport", "dport", "src", "dst", "state", "exclude", "and", "or", "not",
@@ -419,7 +420,7 @@ fn value<'i>(input: &mut Input<'i>, what: &str, example: &str) -> Outcome<(&'i s
             Ok((text, at))
         }
         Some(other) => {
-            let what = format!("{what} is missing before `{}`", other.text);
+            let what = format!("{what} is missing before {}", quoted(other.text));
             Err(Fault::new(other.at, what, example))
         }
         None => {
@@ -494,14 +495,15 @@ fn port_number(services: &Services, text: &str, at: Range<usize>, example: &str)
         return match text.parse() {
             // ss takes a leading zero for octal.
             Ok(port) if port == 0 || !text.starts_with('0') => Ok(port),
-            Ok(_) => fault(format!("`{text}` begins with a zero")),
-            Err(_) => fault(format!("`{text}` is no port: they end at 65535")),
+            Ok(_) => fault(format!("{} begins with a zero", quoted(text))),
+            Err(_) => fault(format!("{} is no port: they end at 65535", quoted(text))),
         };
     }
     match services.port(text) {
         Some(port) => Ok(port),
         None => fault(format!(
-            "`{text}` is neither a port nor a service in /etc/services"
+            "{} is neither a port nor a service in /etc/services",
+            quoted(text)
         )),
     }
 }
@@ -509,7 +511,12 @@ fn port_number(services: &Services, text: &str, at: Range<usize>, example: &str)
 fn interface(input: &mut Input<'_>) -> Outcome<Expression> {
     let example = "dev = eth0";
     let unequal = unequal(input, "dev", example)?;
-    let (name, _) = value(input, "an interface", example)?;
+    let (name, at) = value(input, "an interface", example)?;
+    // IFNAMSIZ, less the NUL.
+    if name.len() > 15 {
+        let what = format!("{} is longer than the name of an interface", quoted(name));
+        return Err(Fault::new(at, what, example));
+    }
     let tree = Expression::Interface(Interface::Named(name.to_owned()));
     Ok(match unequal {
         true => tree.negated(),
@@ -530,7 +537,7 @@ fn states(input: &mut Input<'_>) -> Outcome<Grown> {
         next(input);
         let (name, at) = value(input, "a state", example)?;
         let named = state_names(name).ok_or_else(|| {
-            let what = format!("`{name}` is no state");
+            let what = format!("{} is no state", quoted(name));
             let example = "state close-wait, or one of established, syn-sent, syn-recv, fin-wait-1, \
                            fin-wait-2, time-wait, closed, last-ack, listening, closing, all, connected, \
                            synchronized, bucket, big";

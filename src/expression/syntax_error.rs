@@ -33,17 +33,27 @@ impl SyntaxError {
     }
 }
 
+/// One column a character, whatever it is, so that the caret stands below the error.
+fn plain(c: char) -> char {
+    match c {
+        _ if c.is_whitespace() => ' ',
+        _ if c.is_control() => '\u{fffd}',
+        _ => c,
+    }
+}
+
+/// A part of an expression for a message: in quotes, and cut when it is long.
+pub(super) fn quoted(text: &str) -> String {
+    let mut shown: String = text.chars().map(plain).take(CONTEXT).collect();
+    if text.chars().nth(CONTEXT).is_some() {
+        shown.push('…');
+    }
+    format!("`{shown}`")
+}
+
 impl fmt::Display for SyntaxError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // One column a character, whatever it is, so that the caret stands below the error.
-        let shown = |text: &str| -> Vec<char> {
-            let plain = |c: char| match c {
-                _ if c.is_whitespace() => ' ',
-                _ if c.is_control() => '\u{fffd}',
-                _ => c,
-            };
-            text.chars().map(plain).collect()
-        };
+        let shown = |text: &str| -> Vec<char> { text.chars().map(plain).collect() };
         let before = shown(&self.text[..self.wrong.start]);
         let wrong = shown(&self.text[self.wrong.clone()]);
         let after = shown(&self.text[self.wrong.end..]);
@@ -103,5 +113,7 @@ mod tests {
         assert_eq!(lines[1], format!("    …{a}!!{b}…"));
         assert_eq!(lines[2], format!("    {}^^", " ".repeat(41)));
         assert!(error(&text, 0..text.len()).len() < 500);
+        assert_eq!(quoted(&text), format!("`{a}…`"));
+        assert_eq!(quoted("80\u{7}"), "`80\u{fffd}`");
     }
 }

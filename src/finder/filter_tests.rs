@@ -7,6 +7,10 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::expression::{Facts, Services, parse};
+use crate::finder::Socket;
+use crate::finder::sock_diag::testdata::stuck;
+use crate::finder::sock_diag::{Cookie, DiagId};
+use crate::selectors::{IpVersion, Selectors};
 use crate::tcp::{TcpState, Tuple};
 
 /// `struct inet_diag_entry`, addresses as the kernel has them.
@@ -285,8 +289,42 @@ fn facts() -> impl Strategy<Value = Facts> {
     )
 }
 
+fn selectors() -> impl Strategy<Value = Selectors> {
+    let ranges = || prop::collection::vec((port(), port()).prop_map(|(a, b)| a..=b), 0..3);
+    // As --local and --peer give them: an IPv4-mapped network is one of IPv4.
+    let canonical = |network: IpNet| match network {
+        IpNet::V6(v6) if v6.addr().to_ipv4_mapped().is_some() && v6.prefix_len() >= 96 => {
+            let address = v6.addr().to_ipv4_mapped().unwrap();
+            Ipv4Net::new(address, v6.prefix_len() - 96).unwrap().into()
+        }
+        other => other,
+    };
+    let networks = move || prop::collection::vec(network().prop_map(canonical), 0..3);
+    let version = prop::sample::select(vec![None, Some(IpVersion::V4), Some(IpVersion::V6)]);
+    (
+        ranges(),
+        ranges(),
+        networks(),
+        networks(),
+        version,
+        expression(false),
+    )
+        .prop_map(
+            |(ports, peer_ports, local, peer, ip_version, expression)| Selectors {
+                ports,
+                peer_ports,
+                local,
+                peer,
+                ip_version,
+                expression,
+                states: StateSet::ALL,
+                ..Selectors::default()
+            },
+        )
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2_000))]
+    #![proptest_config(ProptestConfig::with_cases(1_000))]
 
     #[test]
     fn bytecode_and_predicate_are_one(
@@ -322,6 +360,19 @@ proptest! {
     ) {
         let bytecode = bytecode(&expression, facts.state.into());
         prop_assert_eq!(run(&bytecode, &(&facts).into()), expression.matches(&facts));
+    }
+
+    #[test]
+    fn selectors_and_their_expression_are_one(selectors in selectors(), facts in facts()) {
+        let mut message = stuck("10.0.0.1:1", "10.0.0.2:2", 1);
+        message.id = DiagId::example(facts.family, facts.tuple, Cookie(1));
+        message.state = facts.state;
+        let socket = Socket::from_message(&message);
+        let facts = Facts { interface: 0, ..facts };
+        prop_assert_eq!(
+            selectors.as_expression().matches(&facts),
+            selectors.match_socket(&socket)
+        );
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::{Fault, Input, Outcome, port_number, unequal, value};
+use crate::expression::syntax_error::quoted;
 use crate::expression::{End, Expression};
 
 /// `src [=] HOST`, the keyword already taken.
@@ -38,7 +39,7 @@ pub(super) fn condition(input: &mut Input<'_>, end: End, keyword: &str) -> Outco
 fn split(text: &str) -> Result<(&str, Option<&str>), String> {
     let port = |rest: &'_ str| match rest.strip_prefix(':') {
         Some(_) => Ok(()),
-        None => Err(format!("`{rest}` stands where only :PORT may")),
+        None => Err(format!("{} stands where only :PORT may", quoted(rest))),
     };
     if let Some(inner) = text.strip_prefix('[') {
         let (address, rest) = inner
@@ -81,11 +82,12 @@ fn network(text: &str) -> Result<IpNet, String> {
                 8 * text.split('.').count()
             )),
             Err(_) => Err(format!(
-                "`{text}` is no address; names of hosts are not looked up"
+                "{} is no address; names of hosts are not looked up",
+                quoted(text)
             )),
         };
     };
-    let no_length = || format!("`{length}` is no length for `{address}`");
+    let no_length = || format!("{} is no length for {}", quoted(length), quoted(address));
     if let Some(v4) = abbreviated(address) {
         let network = match length.parse::<Ipv4Addr>() {
             Ok(mask) => Ipv4Net::with_netmask(v4, mask).ok(),
@@ -93,9 +95,10 @@ fn network(text: &str) -> Result<IpNet, String> {
         };
         return Ok(network.ok_or_else(no_length)?.trunc().into());
     }
-    let v6 = address
-        .parse::<Ipv6Addr>()
-        .map_err(|_| format!("`{address}` is no address; names of hosts are not looked up"))?;
+    let v6 = address.parse::<Ipv6Addr>().map_err(|_| {
+        let address = quoted(address);
+        format!("{address} is no address; names of hosts are not looked up")
+    })?;
     let length = length.parse().map_err(|_| no_length())?;
     let network = Ipv6Net::new(v6, length).map_err(|_| no_length())?;
     Ok(network.trunc().into())

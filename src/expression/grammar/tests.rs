@@ -261,6 +261,7 @@ fn errors_say_where_and_show_a_good_one() {
         ("src > 10.0.0.1", 5, "no order"),
         ("dev < eth0", 5, "no order"),
         ("dev", 4, "interface"),
+        ("dev = an-interface-of-20", 7, "longer"),
         ("( sport 80", 1, "never closed"),
         ("sport 80 )", 10, "closes nothing"),
         ("()", 2, "before `)`"),
@@ -316,8 +317,16 @@ fn long_and_deep_expressions() {
     assert!(matches!(tree(&flat), Expression::Any(parts) if parts.len() == 7_000));
     let mixed = ["sport 80 or sport 80"; 3_000].join(" and ");
     assert!(error(&mixed).to_string().contains("deeper"));
-    error(&"x".repeat(65_536));
-    error(&"sport ".repeat(11_000));
+    for text in [
+        "x".repeat(65_536),
+        "sport ".repeat(11_000),
+        format!("sport = {}", "8".repeat(65_536)),
+        format!("src {}", "f".repeat(65_536)),
+        format!("src 10/{}", "8".repeat(65_536)),
+        format!("state {}", "s".repeat(65_536)),
+    ] {
+        assert!(error(&text).to_string().len() < 1_000);
+    }
 }
 
 proptest! {
