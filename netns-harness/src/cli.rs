@@ -10,7 +10,7 @@ use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 
 use crate::lab::Family;
 use crate::run::{self, HARNESS_FAILED, RunRequest};
-use crate::{privilege, scenario, verify};
+use crate::{bench, privilege, scenario, verify};
 
 const EXAMPLE: &str = "netns-harness run unread --count 3 -- ss -tnp";
 
@@ -51,6 +51,8 @@ enum Action {
         #[arg(last = true)]
         command: Vec<OsString>,
     },
+    /// Measure `cwkill` beside ss, lsof and netstat
+    Bench(bench::Bench),
     /// Build scenarios and compare them with what `ss` shows
     Verify {
         /// Which ones; all that are listed, if none is named
@@ -129,6 +131,7 @@ fn act(action: Action) -> Result<i32> {
                 &command,
             )
         }
+        Action::Bench(bench) => bench.run().map(|()| 0),
         Action::Verify {
             scenarios,
             family,

@@ -27,9 +27,11 @@
 //! - `privilege`: root, or root of a user namespace
 //! - `rtnetlink`: links and addresses
 //! - `kernel`, `ss`, `verify`: what the kernel shows, what `ss` shows, and whether a scenario keeps its word
+//! - `bench`: `cwkill` beside its peers
 //! - `run`, `cli`: the program `netns-harness`
 
 mod agent;
+mod bench;
 pub mod cli;
 mod host;
 mod kernel;

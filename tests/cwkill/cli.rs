@@ -50,7 +50,10 @@ fn bad_values() -> Result<()> {
         let ran = cwkill(&lab, line)?.exits(2)?;
         ensure!(ran.stdout.is_empty(), "{line}: {ran:#?}");
         let has = |text: &str| ran.stderr.contains(text);
-        ensure!(has(named) && has(good), "{line}: wanted {named} and {good}: {ran:#?}");
+        ensure!(
+            has(named) && has(good),
+            "{line}: wanted {named} and {good}: {ran:#?}"
+        );
     }
     same(&lab.app_host().ss(&[])?, &before)
 }
@@ -79,9 +82,15 @@ fn man_page() -> Result<()> {
         .split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'))
         .collect();
     let options = options();
-    ensure!(options.len() > 20, "the walk over the options found {options:?}");
+    ensure!(
+        options.len() > 20,
+        "the walk over the options found {options:?}"
+    );
     for option in options {
-        ensure!(words.contains(option.as_str()), "{option} is not in man/cwkill.8");
+        ensure!(
+            words.contains(option.as_str()),
+            "{option} is not in man/cwkill.8"
+        );
     }
     Ok(())
 }
@@ -89,11 +98,20 @@ fn man_page() -> Result<()> {
 fn readme() -> Result<()> {
     let text = document("README.md")?;
     let known = options();
-    for line in text.lines().filter(|line| line.trim_start().starts_with("cwkill ")) {
+    for line in text
+        .lines()
+        .filter(|line| line.trim_start().starts_with("cwkill "))
+    {
         let code = line.split(" #").next().unwrap_or_default();
-        for word in code.split_whitespace().filter(|word| word.starts_with("--")) {
+        for word in code
+            .split_whitespace()
+            .filter(|word| word.starts_with("--"))
+        {
             let option = word.split('=').next().unwrap_or_default().to_owned();
-            ensure!(known.contains(&option), "README names {option}, which is no option");
+            ensure!(
+                known.contains(&option),
+                "README names {option}, which is no option"
+            );
         }
     }
     Ok(())

@@ -16,7 +16,10 @@ pub const CASES: &[Case] = &[
     EachFamily("listing_and_dry_run_change_nothing", nothing_changes),
     EachFamily("a_silent_peer_is_left_to_the_next_method", silent_peer),
     Once("the_oldest_come_first", the_oldest_come_first),
-    Once("without_privileges_nothing_happens_and_it_says_so", unprivileged),
+    Once(
+        "without_privileges_nothing_happens_and_it_says_so",
+        unprivileged,
+    ),
     Once("a_user_may_shut_down_his_own", own_user),
     Once("the_owner_may_be_stopped", stopped_owner),
     Once("a_reader_that_leaves_early_changes_nothing", head),
@@ -139,7 +142,10 @@ fn silent_peer(family: Family) -> Result<()> {
     let ran = cwkill(&lab, "--port 9090 --grace 100ms --json")?.exits(0)?;
     let sockets = ran.sockets()?;
     all_have(&sockets, "closed", "destroy")?;
-    same(&at(&sockets[0], "/result/attempts/0/method"), &"shutdown".into())?;
+    same(
+        &at(&sockets[0], "/result/attempts/0/method"),
+        &"shutdown".into(),
+    )?;
     same(&in_state(&lab, TcpState::LastAck)?, &2)
 }
 
@@ -147,17 +153,24 @@ fn the_oldest_come_first() -> Result<()> {
     let (lab, old) = lab("drained", Family::V4, 2)?;
     let oldest = || -> Result<u64> {
         let sockets = cwkill(&lab, "--json")?.sockets()?;
-        let ages = sockets.iter().filter_map(|socket| socket["age_ms"].as_u64());
+        let ages = sockets
+            .iter()
+            .filter_map(|socket| socket["age_ms"].as_u64());
         ages.min().context("no age")
     };
     // The kernel's clock of these ages ticks in milliseconds.
     lab.wait_for(crate::support::PATIENCE, || Ok(oldest()? > 100))?;
     let young = lab.start("drained", Family::V4, count(3))?;
-    let sockets = cwkill(&lab, "--all --max-kills 2 --json")?.exits(4)?.sockets()?;
+    let sockets = cwkill(&lab, "--all --max-kills 2 --json")?
+        .exits(4)?
+        .sockets()?;
     same(&sockets.len(), &5)?;
     all_have(&sockets[..2], "closed", "shutdown")?;
     all_have(&sockets[2..], "skipped", "null")?;
-    same(&at(&sockets[2], "/result/reason"), &"over --max-kills".into())?;
+    same(
+        &at(&sockets[2], "/result/reason"),
+        &"over --max-kills".into(),
+    )?;
     let left: Vec<_> = connections(&lab)?.iter().map(|row| row.peer).collect();
     ensure!(old.conns().iter().all(|conn| !left.contains(&conn.peer)));
     ensure!(young.conns().iter().all(|conn| left.contains(&conn.peer)));

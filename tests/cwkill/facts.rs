@@ -13,7 +13,10 @@ pub const CASES: &[Case] = &[
     EachFamily("destroy_loses_no_unread_data", after_destroy),
     EachFamily("a_closed_socket_keeps_its_descriptor", descriptor_stays),
     EachFamily("our_fin_counts_as_one_unsent_byte", our_fin_counts),
-    EachFamily("the_listener_survives_a_destroy_with_a_cookie", listener_survives),
+    EachFamily(
+        "the_listener_survives_a_destroy_with_a_cookie",
+        listener_survives,
+    ),
 ];
 
 fn fin_counts(family: Family) -> Result<()> {
@@ -22,7 +25,10 @@ fn fin_counts(family: Family) -> Result<()> {
         .shutdown(&leak.peer_fds(), netns_harness::How::Write)?;
     lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::CloseWait)? == 1))?;
     same(&connections(&lab)?[0].recv_q, &1)?;
-    same(&leak.app().recv(leak.app_fds()[0], 10, PATIENCE)?, &Recv::Eof)?;
+    same(
+        &leak.app().recv(leak.app_fds()[0], 10, PATIENCE)?,
+        &Recv::Eof,
+    )?;
     same(&connections(&lab)?[0].recv_q, &0)
 }
 
@@ -32,7 +38,10 @@ fn aftermath(family: Family, method: &str) -> Result<(Recv, Option<i32>)> {
     let fd = leak.app_fds()[0];
     cwkill(&lab, &format!("--all --method {method}"))?.exits(0)?;
     let first = leak.app().recv(fd, 1000, PATIENCE)?;
-    ensure!(matches!(first, Recv::Data(ref data) if !data.is_empty()), "{first:?}");
+    ensure!(
+        matches!(first, Recv::Data(ref data) if !data.is_empty()),
+        "{first:?}"
+    );
     let then = leak.app().recv(fd, 1000, PATIENCE)?;
     let send = leak.app().send(&[fd], b"x").err();
     let errno = send.and_then(|error| {
@@ -44,7 +53,10 @@ fn aftermath(family: Family, method: &str) -> Result<(Recv, Option<i32>)> {
 }
 
 fn after_shutdown(family: Family) -> Result<()> {
-    same(&aftermath(family, "shutdown")?, &(Recv::Eof, Some(libc::EPIPE)))
+    same(
+        &aftermath(family, "shutdown")?,
+        &(Recv::Eof, Some(libc::EPIPE)),
+    )
 }
 
 fn after_destroy(family: Family) -> Result<()> {
@@ -59,7 +71,10 @@ fn descriptor_stays(family: Family) -> Result<()> {
         cwkill(&lab, &format!("--all --method {method}"))?.exits(0)?;
         let link = format!("/proc/{}/fd/{}", leak.app().pid(), leak.app_fds()[0]);
         let target = std::fs::read_link(link)?;
-        same(&target.to_string_lossy().into_owned(), &format!("socket:[{inode}]"))?;
+        same(
+            &target.to_string_lossy().into_owned(),
+            &format!("socket:[{inode}]"),
+        )?;
     }
     Ok(())
 }
@@ -74,7 +89,9 @@ fn our_fin_counts(family: Family) -> Result<()> {
 
 fn listener_survives(family: Family) -> Result<()> {
     let (lab, leak) = lab("unread", family, 3)?;
-    let sockets = cwkill(&lab, "--all --method destroy --json")?.exits(0)?.sockets()?;
+    let sockets = cwkill(&lab, "--all --method destroy --json")?
+        .exits(0)?
+        .sockets()?;
     same(&at(&sockets[0], "/result/method"), &"destroy".to_owned())?;
     same(&in_state(&lab, TcpState::Listen)?, &1)?;
     let _more = lab.start("established", family, count(1))?;

@@ -9,8 +9,14 @@ use crate::support::{at, connections, count, cwkill, lab, same};
 
 pub const CASES: &[Case] = &[
     EachFamily("agrees_with_ss", agrees_with_ss),
-    EachFamily("never_accepted_has_its_listener", never_accepted_has_its_listener),
-    EachFamily("all_owners_of_a_shared_socket", all_owners_of_a_shared_socket),
+    EachFamily(
+        "never_accepted_has_its_listener",
+        never_accepted_has_its_listener,
+    ),
+    EachFamily(
+        "all_owners_of_a_shared_socket",
+        all_owners_of_a_shared_socket,
+    ),
     EachFamily("innocents_are_not_listed", innocents_are_not_listed),
     Once("thousands_of_sockets", thousands_of_sockets),
     Once("json_lines_are_one_a_socket", json_lines_are_one_a_socket),
@@ -40,9 +46,8 @@ fn agrees_with_ss(family: Family) -> Result<()> {
             let port = at(socket, &format!("/{end}/port"));
             (address, port)
         };
-        let of = |address: std::net::SocketAddr| {
-            (address.ip().to_string(), address.port().to_string())
-        };
+        let of =
+            |address: std::net::SocketAddr| (address.ip().to_string(), address.port().to_string());
         same(&endpoint("local"), &of(row.local))?;
         same(&endpoint("peer"), &of(row.peer))?;
         same(&at(socket, "/recv_q"), &row.recv_q.to_string())?;
@@ -121,11 +126,17 @@ fn thousands_of_sockets() -> Result<()> {
     let owned = |socket: &&Value| socket["owners"].as_array().is_some_and(|o| o.len() == 1);
     same(&sockets.iter().filter(owned).count(), &2500)?;
     let table = cwkill(&lab, "-H")?.exits(0)?.stdout;
-    let rows: Vec<&str> = table.lines().filter(|line| line.contains("drained")).collect();
+    let rows: Vec<&str> = table
+        .lines()
+        .filter(|line| line.contains("drained"))
+        .collect();
     same(&rows.len(), &2501)?;
     let column = |row: &&str| row.find("drained");
     let columns: std::collections::BTreeSet<_> = rows[..2500].iter().map(column).collect();
-    ensure!(columns.len() == 1, "the columns of all blocks are aligned: {columns:?}");
+    ensure!(
+        columns.len() == 1,
+        "the columns of all blocks are aligned: {columns:?}"
+    );
     Ok(())
 }
 
@@ -162,14 +173,20 @@ fn evil_name() -> Result<()> {
     // Not by ss, which prints the name as it is and so breaks its own line.
     lab.wait_for(patience, || {
         let sockets = lab.app_host().sockets()?;
-        Ok(sockets.iter().any(|socket| socket.state == TcpState::CloseWait))
+        Ok(sockets
+            .iter()
+            .any(|socket| socket.state == TcpState::CloseWait))
     })?;
     for arguments in ["", "-v", "--port 7000 -n", "--port 7000"] {
         let ran = cwkill(&lab, arguments)?.exits(0)?;
         for text in [&ran.stdout, &ran.stderr] {
             ensure!(!text.contains('\x1b'), "{text:?}");
         }
-        ensure!(ran.stdout.contains("\\u{1b}[2J\\nroot/1/"), "{}", ran.stdout);
+        ensure!(
+            ran.stdout.contains("\\u{1b}[2J\\nroot/1/"),
+            "{}",
+            ran.stdout
+        );
     }
     Ok(())
 }

@@ -49,10 +49,7 @@ fn main() -> std::process::ExitCode {
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 
-fn trial(
-    name: String,
-    test: impl FnOnce() -> anyhow::Result<()> + Send + 'static,
-) -> Trial {
+fn trial(name: String, test: impl FnOnce() -> anyhow::Result<()> + Send + 'static) -> Trial {
     Trial::test(name, move || {
         test().map_err(|error| format!("{error:#}").into())
     })

@@ -19,8 +19,14 @@ use crate::Case::{self, EachFamily, Once};
 use crate::support::{PATIENCE, connections, in_state, lab, same};
 
 pub const CASES: &[Case] = &[
-    EachFamily("a_descriptor_number_used_again_is_not_touched", reused_number),
-    EachFamily("a_tuple_taken_by_a_new_connection_is_not_touched", reused_tuple),
+    EachFamily(
+        "a_descriptor_number_used_again_is_not_touched",
+        reused_number,
+    ),
+    EachFamily(
+        "a_tuple_taken_by_a_new_connection_is_not_touched",
+        reused_tuple,
+    ),
     EachFamily("an_owner_that_dies_is_no_error_for_others", owner_dies),
     Once("a_socket_that_closes_on_its_own_is_gone", closes_on_its_own),
     Once("one_that_is_accepted_meanwhile_is_left", accepted_meanwhile),
@@ -128,7 +134,10 @@ fn reused_number(family: Family) -> Result<()> {
         Ok(())
     };
     let result = bare_act_after(&lab, MethodName::Shutdown, swap)?;
-    ensure!(matches!(result, Err(ActError::DescriptorsGone)), "{result:?}");
+    ensure!(
+        matches!(result, Err(ActError::DescriptorsGone)),
+        "{result:?}"
+    );
     let (app, peer) = innocent.context("swapped")?;
     lives(&leak, app, peer)
 }
@@ -138,8 +147,10 @@ fn swap_connection(lab: &Lab, leak: &Leak) -> Result<(netns_harness::Fd, netns_h
     let old = leak.conns()[0];
     let before = connections(lab)?;
     // The application's reset leaves nothing behind on either side that could hold the pair.
-    leak.app()
-        .set_option(&leak.app_fds(), netns_harness::SocketOption::Linger(Some(0)))?;
+    leak.app().set_option(
+        &leak.app_fds(),
+        netns_harness::SocketOption::Linger(Some(0)),
+    )?;
     leak.app().close(&leak.app_fds())?;
     leak.peer().close(&leak.peer_fds())?;
     lab.wait_for(PATIENCE, || Ok(connections(lab)?.is_empty()))?;
@@ -147,10 +158,15 @@ fn swap_connection(lab: &Lab, leak: &Leak) -> Result<(netns_harness::Fd, netns_h
         from: Some(old.peer),
         ..Dial::default()
     };
-    let ends = leak.peer().connect(leak.pair().app_address, 1, dial, PATIENCE)?;
+    let ends = leak
+        .peer()
+        .connect(leak.pair().app_address, 1, dial, PATIENCE)?;
     let accepted = leak.app().accept(leak.pair().listener, 1, PATIENCE)?;
     let now = connections(lab)?;
-    same(&(now[0].local, now[0].peer), &(before[0].local, before[0].peer))?;
+    same(
+        &(now[0].local, now[0].peer),
+        &(before[0].local, before[0].peer),
+    )?;
     Ok((accepted[0].fd, ends[0].fd))
 }
 
@@ -209,7 +225,9 @@ fn closes_on_its_own() -> Result<()> {
     let (lab, leak) = lab("drained", Family::V4, 2)?;
     let first = leak.app_fds()[0];
     let (_, outcomes) = act_after(&lab, &MethodName::AUTO, || leak.app().close(&[first]))?;
-    let gone = outcomes.iter().filter(|o| matches!(o.verdict, Verdict::Gone));
+    let gone = outcomes
+        .iter()
+        .filter(|o| matches!(o.verdict, Verdict::Gone));
     same(&gone.count(), &1)?;
     let closed = |o: &&Outcome| matches!(o.verdict, Verdict::Closed(MethodName::Shutdown));
     same(&outcomes.iter().filter(closed).count(), &1)
@@ -221,9 +239,9 @@ fn accepted_meanwhile() -> Result<()> {
         leak.app().accept(leak.pair().listener, 1, PATIENCE)?;
         Ok(())
     })?;
-    let left = outcomes.iter().filter(|o| {
-        matches!(o.verdict, Verdict::Skipped(ladder::Skip::Accepted))
-    });
+    let left = outcomes
+        .iter()
+        .filter(|o| matches!(o.verdict, Verdict::Skipped(ladder::Skip::Accepted)));
     same(&left.count(), &1)?;
     same(&in_state(&lab, TcpState::CloseWait)?, &1)
 }

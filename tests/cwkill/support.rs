@@ -23,7 +23,10 @@ pub struct Ran {
 impl Ran {
     /// Its exit status was `code`.
     pub fn exits(self, code: i32) -> Result<Self> {
-        ensure!(self.code == Some(code), "wanted exit status {code}: {self:#?}");
+        ensure!(
+            self.code == Some(code),
+            "wanted exit status {code}: {self:#?}"
+        );
         Ok(self)
     }
 
@@ -97,10 +100,16 @@ pub fn carries_data(leak: &Leak) -> Result<()> {
         let peer = conn.peer_fd.context("no descriptor in the peer")?;
         leak.peer().send(&[peer], b"ping")?;
         let got = leak.app().recv(app, 100, PATIENCE)?;
-        ensure!(got == netns_harness::Recv::Data(b"ping".to_vec()), "{got:?}");
+        ensure!(
+            got == netns_harness::Recv::Data(b"ping".to_vec()),
+            "{got:?}"
+        );
         leak.app().send(&[app], b"pong")?;
         let got = leak.peer().recv(peer, 100, PATIENCE)?;
-        ensure!(got == netns_harness::Recv::Data(b"pong".to_vec()), "{got:?}");
+        ensure!(
+            got == netns_harness::Recv::Data(b"pong".to_vec()),
+            "{got:?}"
+        );
     }
     Ok(())
 }
