@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::diagnosis::{self, Cause};
+use crate::diagnosis;
 use crate::finder::{Found, Socket};
 use crate::injector::MethodName;
 use crate::kernel::KernelVersion;
@@ -109,9 +109,9 @@ fn obstacle(
         return Some(LeftOut::State(socket.state, why));
     }
     if method.needs_descriptor() && socket.owners.is_empty() {
-        return Some(match socket.cause {
-            Cause::NotAccepted => LeftOut::NotAccepted,
-            _ => LeftOut::NoOwner,
+        return Some(match socket.cause.is_with_listener() {
+            true => LeftOut::NotAccepted,
+            false => LeftOut::NoOwner,
         });
     }
     let unsent = diagnosis::unsent(socket.state, socket.send_q);

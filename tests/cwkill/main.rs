@@ -6,6 +6,7 @@ mod facts;
 mod listing;
 mod races;
 mod selecting;
+mod states;
 mod support;
 
 use libtest_mimic::{Arguments, Trial};
@@ -28,6 +29,7 @@ fn main() -> std::process::ExitCode {
         ("selecting", selecting::CASES),
         ("closing", closing::CASES),
         ("races", races::CASES),
+        ("states", states::CASES),
         ("facts", facts::CASES),
     ];
     let mut trials = Vec::new();
