@@ -1,5 +1,6 @@
 //! Drives the built `cwkill` in the harness and looks at the kernel from outside, with `ss`.
 
+mod chaos;
 mod cli;
 mod closing;
 mod facts;
@@ -31,6 +32,7 @@ fn main() -> std::process::ExitCode {
         ("races", races::CASES),
         ("states", states::CASES),
         ("facts", facts::CASES),
+        ("chaos", chaos::CASES),
     ];
     let mut trials = Vec::new();
     for (group, cases) in groups {

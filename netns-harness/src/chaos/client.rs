@@ -278,7 +278,8 @@ impl<'a> Client<'a> {
                 life,
                 round,
                 request: self.payload(),
-                reply: self.payload(),
+                // The server's word that it has every byte; without it the client might reset too early.
+                reply: 1 + self.payload(),
                 then: match (last, end) {
                     (false, _) => Then::More,
                     (true, End::ServerCloses) => Then::ServerCloses,

@@ -1,5 +1,6 @@
 //! Who acts on the stuck connections: `cwkill`, method by method, as a user would start it.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
 use std::path::Path;
@@ -89,8 +90,8 @@ pub struct Deeds {
     pub failed: u64,
     /// The longest run.
     pub longest: Duration,
-    /// One example of a failure, with its reasons.
-    pub failure: Option<String>,
+    /// Why sockets were left alone or are still there, and how many; without numbers, so that like is counted with like.
+    pub reasons: BTreeMap<String, u64>,
 }
 
 impl Deeds {
@@ -116,10 +117,10 @@ impl fmt::Display for Deeds {
             self.failed,
             self.longest.as_millis()
         )?;
-        match &self.failure {
-            Some(failure) => write!(f, "\n           failed, for example: {failure}"),
-            None => Ok(()),
+        for (reason, count) in &self.reasons {
+            write!(f, "\n{count:>18} {reason}")?;
         }
+        Ok(())
     }
 }
 
@@ -136,13 +137,14 @@ struct JsonSocket {
 #[derive(Deserialize)]
 struct JsonResult {
     outcome: String,
+    reason: Option<String>,
     attempts: Vec<JsonAttempt>,
 }
 
 #[derive(Deserialize)]
 struct JsonAttempt {
     method: String,
-    error: Option<serde_json::Value>,
+    error: Option<String>,
 }
 
 /// Runs the killers in turn on `host` until `until`, or until each has reached for `acts` sockets.
@@ -220,24 +222,25 @@ fn run(killer: &Killer, deeds: &mut Deeds) -> Result<()> {
             "closing" => deeds.closing += 1,
             "gone" => deeds.gone += 1,
             "skipped" => deeds.skipped += 1,
-            "failed" => {
-                deeds.failed += 1;
-                deeds.failure.get_or_insert_with(|| reasons(&result));
-            }
+            "failed" => deeds.failed += 1,
             other => bail!("{name} knows an outcome that we do not: {other}"),
+        }
+        if matches!(result.outcome.as_str(), "skipped" | "failed") {
+            *deeds.reasons.entry(reason(&result)).or_default() += 1;
         }
     }
     Ok(())
 }
 
-fn reasons(result: &JsonResult) -> String {
-    let attempts: Vec<_> = result
-        .attempts
-        .iter()
-        .map(|attempt| match &attempt.error {
-            Some(error) => format!("{}: {error}", attempt.method),
-            None => format!("{}: done, and still there", attempt.method),
-        })
-        .collect();
-    attempts.join("; ")
+fn reason(result: &JsonResult) -> String {
+    let attempts = result.attempts.iter().map(|attempt| match &attempt.error {
+        Some(error) => format!("{}: {error}", attempt.method),
+        None => format!("{}: done, and still there", attempt.method),
+    });
+    let all: Vec<_> = result.reason.iter().cloned().chain(attempts).collect();
+    let text = format!("{}: {}", result.outcome, all.join("; "));
+    text.split(|c: char| c.is_ascii_digit())
+        .filter(|part| !part.is_empty())
+        .collect::<Vec<_>>()
+        .join("N")
 }

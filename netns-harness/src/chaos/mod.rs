@@ -223,8 +223,8 @@ pub(crate) struct Chaos {
     instead: Option<String>,
 }
 
-/// The methods that are run if none is named.
-const METHODS: [&str; 2] = ["shutdown", "destroy"];
+/// The methods of `cwkill`.
+pub const METHODS: [&str; 2] = ["shutdown", "destroy"];
 
 impl Chaos {
     /// Runs, prints what came of it, and returns the exit status.
