@@ -2,6 +2,7 @@
 
 mod cli;
 mod closing;
+mod expressions;
 mod facts;
 mod listing;
 mod races;
@@ -26,6 +27,7 @@ fn main() -> std::process::ExitCode {
         ("cli", cli::CASES),
         ("listing", listing::CASES),
         ("selecting", selecting::CASES),
+        ("expressions", expressions::CASES),
         ("closing", closing::CASES),
         ("races", races::CASES),
         ("facts", facts::CASES),
