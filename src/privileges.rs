@@ -6,6 +6,7 @@ use anyhow::Context;
 use caps::{CapSet, Capability};
 
 use crate::injector::MethodName;
+use crate::kernel::KernelVersion;
 
 /// A privilege that a method needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -43,11 +44,13 @@ impl Need {
     }
 }
 
-/// What this process may do.
+/// What this process may do on the kernel it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Privileges {
     /// CAP_NET_ADMIN is effective.
     pub net_admin: bool,
+    /// The running kernel.
+    pub kernel: KernelVersion,
 }
 
 impl Privileges {
@@ -61,7 +64,10 @@ impl Privileges {
     pub fn of_this_thread() -> anyhow::Result<Self> {
         let net_admin = caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN)
             .context("cannot read the capabilities of this process")?;
-        Ok(Privileges { net_admin })
+        Ok(Privileges {
+            net_admin,
+            kernel: KernelVersion::running(),
+        })
     }
 
     /// What `method` needs and this process certainly lacks. Rights over an owner cannot be told

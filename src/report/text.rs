@@ -269,6 +269,13 @@ fn summary(run: &Run, config: &Config) -> String {
 pub fn notes(run: &Run) -> Vec<String> {
     let mut notes = Vec::new();
     let Some(deeds) = &run.deeds else {
+        for listener in &run.found.listeners {
+            let (owner, _) = names(&run.found, &listener.owners, false);
+            notes.push(format!(
+                "{owner} does not accept what comes to {}: backlog {}/{}",
+                listener.local, listener.waiting, listener.backlog
+            ));
+        }
         notes.extend(unknown_owners(run));
         return notes;
     };
@@ -297,11 +304,13 @@ pub fn notes(run: &Run) -> Vec<String> {
         let listener = &run.found.listeners[listener];
         let (owner, _) = names(&run.found, &listener.owners, false);
         notes.push(format!(
-            "{count} closed connection{} still take{} a slot in the backlog of {} ({owner}): only its \
-             accept() frees them",
+            "{count} closed connection{} still take{} a slot in the backlog of {} ({owner}, backlog \
+             {}/{}): only its accept() frees them",
             plural(count),
             if count == 1 { "s" } else { "" },
             listener.local,
+            listener.waiting,
+            listener.backlog,
         ));
     }
     notes.extend(unknown_owners(run));
