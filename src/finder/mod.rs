@@ -5,6 +5,7 @@
 //! accept it ([`listeners`]). What a selector can judge by the socket alone is judged before
 //! anything is looked up for it.
 
+pub mod cgroup;
 pub mod filter;
 pub mod listeners;
 pub mod netns;
