@@ -5,12 +5,15 @@
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use netns_harness::{Family, Lab, Options};
+use netns_harness::{Dial, Family, How, Lab, Options, TcpState};
 
 use crate::Case::{self, Once};
-use crate::support::{at, cwkill, same};
+use crate::support::{CWKILL, PATIENCE, Ran, at, count, cwkill, ran, same};
 
-pub const CASES: &[Case] = &[Once("units_containers_and_cgroups_select", select)];
+pub const CASES: &[Case] = &[
+    Once("units_containers_and_cgroups_select", select),
+    Once("cgroup_in_an_expression_is_where_the_socket_was_made", made),
+];
 
 /// Whether cgroups can be made: cgroup2 can be mounted, by root of the machine.
 pub fn possible() -> bool {
@@ -37,9 +40,9 @@ struct Cgroups {
 }
 
 impl Cgroups {
-    fn new() -> Self {
+    fn new(test: &str) -> Self {
         Cgroups {
-            root: format!("cwkill-test-{}", std::process::id()),
+            root: format!("cwkill-test-{}-{test}", std::process::id()),
         }
     }
 
@@ -61,9 +64,58 @@ impl Drop for Cgroups {
     }
 }
 
+/// Runs a command of the leaking host where cgroup2 is mounted.
+fn with_cgroup2(lab: &Lab, command: &str) -> Result<Ran> {
+    let script = format!("mount -t cgroup2 none /mnt && exec {command}");
+    ran(lab
+        .app_host()
+        .command("unshare")
+        .args(["-m", "sh", "-ec", &script]))
+}
+
+/// The kernel's cgroup of a socket is that of its maker, for ever; `--cgroup` goes by the owners of now.
+fn made() -> Result<()> {
+    let lab = Lab::new()?;
+    let cgroups = Cgroups::new("made");
+    let leak = lab.start("unread", Family::V4, count(3))?;
+    let dir = format!("{}/app.slice/web.service", cgroups.root);
+    cgroups.put(leak.app().pid(), "app.slice/web.service")?;
+    // These are made in the new cgroup.
+    let address = (leak.pair().app_address.ip(), 8100).into();
+    let listener = leak.app().listen(address, false, 8)?;
+    let ends = leak.peer().connect(address, 2, Dial::default(), PATIENCE)?;
+    leak.app().accept(listener, 2, PATIENCE)?;
+    let fds: Vec<_> = ends.iter().map(|end| end.fd).collect();
+    leak.peer().shutdown(&fds, How::Write)?;
+    lab.wait_for(PATIENCE, || {
+        Ok(crate::support::in_state(&lab, TcpState::CloseWait)? == 5)
+    })?;
+
+    for (expression, expected) in [
+        (format!("cgroup = {dir}"), 2),
+        (format!("cgroup {dir}"), 2),
+        (format!("cgroup != {dir}"), 3),
+        (format!("cgroup = {dir} or sport = :8080"), 5),
+        // Exactly this one, and not what is below it.
+        (format!("cgroup = {}/app.slice", cgroups.root), 0),
+    ] {
+        let ours = with_cgroup2(&lab, &format!("{CWKILL} -n --json '{expression}'"))?;
+        same(&ours.sockets()?.len(), &expected).with_context(|| expression.clone())?;
+        let by_ss = with_cgroup2(&lab, &format!("ss -Htn state close-wait {expression}"))?;
+        let rows = by_ss.exits(0)?.stdout.lines().count();
+        same(&rows, &expected).with_context(|| format!("ss {expression}"))?;
+    }
+    with_cgroup2(&lab, &format!("{CWKILL} -n 'cgroup = /nowhere'"))?
+        .exits(3)?
+        .complains("/nowhere")?;
+    cwkill(&lab, &format!("-n --json --cgroup /{}", cgroups.root))?
+        .sockets()
+        .and_then(|sockets| same(&sockets.len(), &5))
+}
+
 fn select() -> Result<()> {
     let lab = Lab::new()?;
-    let cgroups = Cgroups::new();
+    let cgroups = Cgroups::new("select");
     let on = |port, count| Options {
         port,
         count,
