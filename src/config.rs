@@ -161,7 +161,7 @@ fn methods(choices: &[MethodChoice]) -> Result<Vec<MethodName>, clap::Error> {
             MethodChoice::Auto if choices.len() == 1 => return Ok(MethodName::AUTO.to_vec()),
             MethodChoice::Auto => {
                 return Err(usage(
-                    "--method auto stands alone; give --method auto or --method shutdown,destroy",
+                    "--method auto stands alone; give --method auto or --method shutdown,destroy,rst",
                 ));
             }
             MethodChoice::Only(method) if !methods.contains(method) => methods.push(*method),

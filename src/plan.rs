@@ -108,7 +108,8 @@ fn obstacle(
     if method.discards_unsent() && unsent > 0 && !policy.discard_unsent {
         return Some(LeftOut::Unsent(unsent));
     }
-    privileges.missing_for(method).map(LeftOut::Needs)
+    let owned = !socket.owners.is_empty();
+    privileges.missing_for(method, owned).map(LeftOut::Needs)
 }
 
 #[cfg(test)]
