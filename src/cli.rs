@@ -22,6 +22,8 @@ Examples:
   cwkill --port 8080 --dry-run             show what would be done to each socket
   cwkill --port 8080                       do it, verify it, report it
   cwkill --process 'java*' --min-age 1h    only sockets of java, stuck for at least an hour
+  cwkill 'sport = :8080 and dst 10.0.0.0/8'
+                                           any filter of ss(8)
 
 Exit status: 0 all matched sockets are closed (or something was listed), 1 nothing matched,
 2 wrong usage, 3 could not do the job at all, 4 some matched sockets are not closed.";
@@ -94,6 +96,10 @@ pub struct Args {
     #[arg(long)]
     #[arg(help_heading = SELECTORS)]
     pub all: bool,
+
+    /// Sockets that match this filter of ss(8): 'sport = :8080 and dst 10.0.0.0/8'
+    #[arg(value_name = "EXPRESSION")]
+    pub expression: Vec<String>,
 
     /// Show what would be done, and do nothing
     #[arg(short = 'n', long, visible_alias = "dryrun")]

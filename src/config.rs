@@ -6,6 +6,7 @@ use clap::error::ErrorKind;
 use clap::{ColorChoice, CommandFactory};
 
 use crate::cli::{Args, MethodChoice};
+use crate::expression::{self, Expression, Services, States};
 use crate::injector::MethodName;
 use crate::plan::Policy;
 use crate::selectors::{IpVersion, Selectors};
@@ -54,6 +55,8 @@ pub struct Config {
     pub verbose: bool,
     /// Colour the table.
     pub color: ColorChoice,
+    /// What the operator should know before anything is done, one a line.
+    pub notes: Vec<String>,
 }
 
 const DEFAULT_GRACE: Duration = Duration::from_secs(1);
@@ -85,10 +88,8 @@ impl Config {
             (_, _, true) => Format::Quiet,
             _ => Format::Table,
         };
-        let states = match args.state.as_slice() {
-            [] => StateSet::from(TcpState::CloseWait),
-            states => states.iter().copied().collect(),
-        };
+        let mut notes = Vec::new();
+        let (expression, states) = expression(&args, &mut notes)?;
         Ok(Config {
             action,
             policy: Policy {
@@ -117,7 +118,9 @@ impl Config {
                 states,
                 min_age: args.min_age.unwrap_or_default(),
                 causes: args.cause.into_iter().collect(),
+                expression,
             },
+            notes,
         })
     }
 }
@@ -129,7 +132,8 @@ impl Args {
             || self.ipv4
             || self.ipv6
             || self.min_age.is_some()
-            || !(self.port.is_empty()
+            || !(self.expression.is_empty()
+                && self.port.is_empty()
                 && self.peer_port.is_empty()
                 && self.local.is_empty()
                 && self.peer.is_empty()
@@ -153,6 +157,40 @@ impl Args {
     }
 }
 
+/// The expression, and the states to look for: those it names, or `--state`, or CLOSE-WAIT.
+fn expression(args: &Args, notes: &mut Vec<String>) -> Result<(Expression, StateSet), clap::Error> {
+    let named = match args.state.as_slice() {
+        [] => None,
+        states => Some(states.iter().copied().collect()),
+    };
+    let default = || named.unwrap_or(StateSet::from(TcpState::CloseWait));
+    if args.expression.is_empty() {
+        return Ok((Expression::TRUE, default()));
+    }
+    let text = args.expression.join(" ");
+    let parsed = expression::parse(&text, &Services::of_this_host())
+        .map_err(|error| invalid(&format!("the expression is wrong at {error}")))?;
+    let states = match (parsed.expression.states(), named) {
+        (States::Unmentioned, _) => default(),
+        (_, Some(_)) => {
+            return Err(usage(
+                "--state and `state` in the expression both say which states are meant: \
+                 give one of them",
+            ));
+        }
+        (States::Within(states), None) => states,
+        (States::Partly, None) => {
+            return Err(invalid(
+                "a part of the expression names states and an alternative to it names none, which \
+                 would mean every state: give each its state, or put it first for all, for example \
+                 'state close-wait sport = :80 or sport = :443'",
+            ));
+        }
+    };
+    notes.extend(parsed.doubt);
+    Ok((parsed.expression, states))
+}
+
 /// Resolves `--method` into an order without repetition.
 fn methods(choices: &[MethodChoice]) -> Result<Vec<MethodName>, clap::Error> {
     let mut methods = Vec::new();
@@ -172,6 +210,10 @@ fn methods(choices: &[MethodChoice]) -> Result<Vec<MethodName>, clap::Error> {
         true => Ok(MethodName::AUTO.to_vec()),
         false => Ok(methods),
     }
+}
+
+fn invalid(message: &str) -> clap::Error {
+    Args::command().error(ErrorKind::ValueValidation, message)
 }
 
 fn usage(message: &str) -> clap::Error {
@@ -207,6 +249,7 @@ mod tests {
             "--cause unread",
             "-4",
             "-6",
+            "sport = :80",
         ] {
             assert_eq!(config(line).unwrap().action, Action::Act, "{line}");
             let dry = format!("{line} -n");
@@ -232,11 +275,36 @@ mod tests {
     }
 
     #[test]
+    fn an_expression_says_which_states() {
+        let states = |line| config(line).unwrap().selectors.states;
+        let (close_wait, last_ack) = (TcpState::CloseWait, TcpState::LastAck);
+        assert_eq!(states("sport = :80"), close_wait.into());
+        assert_eq!(states("state last-ack sport = :80"), last_ack.into());
+        assert_eq!(states("sport = :80 --state last-ack"), last_ack.into());
+        for (line, part) in [
+            ("state close-wait --state close-wait", "--state and `state`"),
+            ("state close-wait or sport = :80", "every state"),
+            ("sport = :8O80 -n", "column 9"),
+        ] {
+            let error = config(line).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{line}");
+            assert!(error.to_string().contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_expression_that_can_be_misread_gets_a_note() {
+        let notes = |line| config(line).unwrap().notes;
+        assert!(notes("sport 80 or sport 443 or dst 10/8").is_empty());
+        assert_eq!(notes("sport 80 or sport 443 and dst 10/8").len(), 1);
+    }
+
+    #[test]
     fn methods_keep_their_order() {
         use MethodName::{Destroy, Shutdown};
         let methods = |line| config(line).map(|c| c.policy.methods);
-        assert_eq!(methods("--all").unwrap(), [Shutdown, Destroy]);
-        assert_eq!(methods("--all --method auto").unwrap(), [Shutdown, Destroy]);
+        assert_eq!(methods("--all").unwrap(), MethodName::AUTO);
+        assert_eq!(methods("--all --method auto").unwrap(), MethodName::AUTO);
         let swapped = "--all --method destroy,shutdown,destroy";
         assert_eq!(methods(swapped).unwrap(), [Destroy, Shutdown]);
         assert!(methods("--all --method auto,destroy").is_err());

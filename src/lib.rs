@@ -4,6 +4,7 @@
 //!
 //! - [`cli`]: what the operator typed; [`config`]: what it means
 //! - [`selectors`]: which sockets are meant (pure)
+//! - [`expression`]: selectors in the filter syntax of ss(8) (pure)
 //! - [`finder`]: which sockets match, and whose they are
 //! - [`diagnosis`]: why a socket is stuck, and for how long (pure)
 //! - [`plan`]: what to try on each socket, or why it is left alone (pure)
@@ -17,6 +18,7 @@
 pub mod cli;
 pub mod config;
 pub mod diagnosis;
+pub mod expression;
 pub mod finder;
 pub mod injector;
 pub mod pipeline;

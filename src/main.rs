@@ -30,6 +30,11 @@ fn main() -> ExitCode {
 }
 
 fn run(config: &Config) -> anyhow::Result<ExitStatus> {
+    if config.format != Format::Quiet {
+        for note in &config.notes {
+            eprintln!("cwkill: note: {note}");
+        }
+    }
     let terminal = Terminal::new(config)?;
     let run = pipeline::run(config, &Proc::default(), &terminal)?;
     terminal.progress.finish_and_clear();

@@ -49,8 +49,7 @@ pub fn run(config: &Config, proc: &Proc, surroundings: &dyn Surroundings) -> any
     let mut diag = SockDiag::open()
         .context("cannot open a sock_diag socket (is CONFIG_INET_DIAG in this kernel?)")?;
     let found = finder::find(&mut diag, proc, &config.selectors)?;
-    let privileges = Privileges::of_this_thread()?;
-    let plans = plan::build(&found, &config.policy, &privileges);
+    let plans = plan::build(&found, &config.policy, &Privileges::of_this_thread()?);
     let mut run = Run {
         netns,
         found,
@@ -60,7 +59,7 @@ pub fn run(config: &Config, proc: &Proc, surroundings: &dyn Surroundings) -> any
     if config.action != Action::Act {
         return Ok(run);
     }
-    let mut methods = injector::methods(&config.policy.methods, proc, &privileges)
+    let mut methods = injector::methods(&config.policy.methods, proc)
         .context("cannot open a second sock_diag socket")?;
     let rules = Rules {
         grace: config.grace,

@@ -118,8 +118,14 @@ mod tests {
     use crate::finder::sock_diag::testdata::stuck;
     use crate::finder::{Held, TargetFd};
 
-    const ROOT: Privileges = Privileges { net_admin: true };
-    const USER: Privileges = Privileges { net_admin: false };
+    const ROOT: Privileges = Privileges {
+        net_admin: true,
+        net_raw: true,
+    };
+    const USER: Privileges = Privileges {
+        net_admin: false,
+        net_raw: false,
+    };
 
     fn policy() -> Policy {
         Policy {
@@ -165,7 +171,10 @@ mod tests {
         assert_eq!(protected.methods, [MethodName::Shutdown]);
         assert_eq!(
             protected.left_out,
-            [(MethodName::Destroy, LeftOut::Unsent(9))]
+            [
+                (MethodName::Destroy, LeftOut::Unsent(9)),
+                (MethodName::Rst, LeftOut::Unsent(9))
+            ]
         );
         let allowed = Policy {
             discard_unsent: true,
@@ -177,7 +186,7 @@ mod tests {
     #[test]
     fn without_a_descriptor_there_is_no_shutdown() {
         let socket = plan(never_accepted(), &policy(), &ROOT);
-        assert_eq!(socket.methods, [MethodName::Destroy]);
+        assert_eq!(socket.methods, [MethodName::Destroy, MethodName::Rst]);
         assert_eq!(
             socket.left_out,
             [(MethodName::Shutdown, LeftOut::NotAccepted)]
@@ -201,6 +210,28 @@ mod tests {
             plan(owned(0), &policy(), &USER).methods,
             [MethodName::Shutdown]
         );
+    }
+
+    #[test]
+    fn raw_sockets_are_needed_where_no_descriptor_is() {
+        let wanted = Policy {
+            methods: vec![MethodName::Probe, MethodName::Rst],
+            ..policy()
+        };
+        let raw = |method| (method, LeftOut::Needs(Need::NetRaw));
+        let socket = plan(never_accepted(), &wanted, &USER);
+        assert_eq!(
+            socket.left_out,
+            [raw(MethodName::Probe), raw(MethodName::Rst)]
+        );
+        let socket = plan(owned(0), &wanted, &USER);
+        assert_eq!(socket.methods, [MethodName::Probe]);
+        assert_eq!(socket.left_out, [raw(MethodName::Rst)]);
+        let only_raw = Privileges {
+            net_raw: true,
+            ..USER
+        };
+        assert_eq!(plan(owned(0), &wanted, &only_raw).methods, wanted.methods);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What the operator wants to match, as a pure predicate over sockets and owners.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -9,6 +10,7 @@ use globset::GlobMatcher;
 use ipnet::IpNet;
 
 use crate::diagnosis::Cause;
+use crate::expression::{End, Expression, Facts, Namespace};
 use crate::finder::Socket;
 use crate::finder::owners::Process;
 use crate::tcp::{StateSet, TcpState};
@@ -38,6 +40,8 @@ pub struct Selectors {
     pub min_age: Duration,
     /// Causes.
     pub causes: BTreeSet<Cause>,
+    /// What the operator said in the syntax of ss(8).
+    pub expression: Expression,
 }
 
 /// The IP version a connection runs over.
@@ -64,6 +68,7 @@ impl Default for Selectors {
             states: StateSet::from(TcpState::CloseWait),
             min_age: Duration::ZERO,
             causes: BTreeSet::new(),
+            expression: Expression::TRUE,
         }
     }
 }
@@ -79,6 +84,45 @@ impl Selectors {
         self.ip_version == Some(IpVersion::V6)
     }
 
+    /// The same selectors with what depends on the network namespace filled in.
+    ///
+    /// # Errors
+    /// The expression names what the namespace does not have.
+    pub fn resolved(&self, namespace: &dyn Namespace) -> io::Result<Selectors> {
+        Ok(Selectors {
+            expression: self.expression.resolved(namespace)?,
+            ..self.clone()
+        })
+    }
+
+    /// What an expression can say of these selectors: more sockets match it than match them.
+    pub fn as_expression(&self) -> Expression {
+        let any = |parts: Vec<Expression>| match parts.is_empty() {
+            true => Expression::TRUE,
+            false => Expression::Any(parts),
+        };
+        let ports = |end, ranges: &[RangeInclusive<u16>]| {
+            any(ranges
+                .iter()
+                .map(|r| Expression::Port(end, r.clone()))
+                .collect())
+        };
+        let networks =
+            |end, networks: &[IpNet]| any(networks.iter().map(|n| canonical(end, *n)).collect());
+        Expression::All(vec![
+            ports(End::Local, &self.ports),
+            ports(End::Peer, &self.peer_ports),
+            networks(End::Local, &self.local),
+            networks(End::Peer, &self.peer),
+            match self.ip_version {
+                None => Expression::TRUE,
+                Some(IpVersion::V4) => Expression::over_ipv4(End::Local),
+                Some(IpVersion::V6) => Expression::over_ipv4(End::Local).negated(),
+            },
+            self.expression.clone(),
+        ])
+    }
+
     /// Whether the socket, as the kernel describes it, matches. Owners are not looked at.
     pub fn match_socket(&self, socket: &Socket) -> bool {
         let version = match socket.is_ipv4() {
@@ -92,6 +136,7 @@ impl Selectors {
             && in_networks(&self.peer, socket.tuple.peer.ip())
             && self.ip_version.is_none_or(|wanted| wanted == version)
             && (self.users.is_empty() || self.users.contains(&socket.uid))
+            && self.expression.matches(&Facts::from(socket))
             && self.still_matches(socket)
     }
 
@@ -112,6 +157,15 @@ impl Selectors {
                 && (self.processes.is_empty()
                     || self.processes.iter().any(|glob| glob.is_match(&owner.comm)))
         })
+    }
+}
+
+/// A network of selectors: unlike one of an expression, one of IPv6 has no IPv4-mapped addresses.
+fn canonical(end: End, network: IpNet) -> Expression {
+    let address = Expression::Address(end, network);
+    match network {
+        IpNet::V4(_) => address,
+        IpNet::V6(_) => Expression::All(vec![address, Expression::over_ipv4(end).negated()]),
     }
 }
 

@@ -54,6 +54,7 @@ impl Listeners {
                 family,
                 states: super::listening(),
                 info: false,
+                bytecode: &[],
             };
             for message in diag.dump(&request, Some)? {
                 listeners.add(&message);

@@ -5,6 +5,7 @@
 //! accept it ([`listeners`]). What a selector can judge by the socket alone is judged before
 //! anything is looked up for it.
 
+pub mod filter;
 pub mod listeners;
 pub mod netns;
 pub mod owners;
@@ -79,23 +80,10 @@ pub struct Found {
 /// When the kernel gives no list of sockets or /proc none of processes; a process that vanishes or
 /// may not be read is no error.
 pub fn find(diag: &mut SockDiag, proc: &Proc, selectors: &Selectors) -> Result<Found, FindError> {
-    let mut sockets = Vec::new();
-    for family in Family::ALL {
-        // An IPv4 connection can be on an AF_INET6 socket, never the other way round.
-        if family == Family::V4 && selectors.wants_only_ipv6() {
-            continue;
-        }
-        let request = DumpRequest {
-            family,
-            states: selectors.states(),
-            info: true,
-        };
-        sockets.extend(diag.dump(&request, |message| {
-            let socket = Socket::from_message(&message);
-            selectors.match_socket(&socket).then_some(socket)
-        })?);
-    }
-
+    let selectors = &selectors
+        .resolved(&filter::ThisNamespace)
+        .map_err(FindError::Expression)?;
+    let mut sockets = dump(diag, selectors)?;
     let mut listeners = Listeners::default();
     if sockets.iter().any(|s| s.cause == Cause::NotAccepted) {
         listeners = Listeners::read(diag)?;
@@ -143,6 +131,40 @@ pub fn find(diag: &mut SockDiag, proc: &Proc, selectors: &Selectors) -> Result<F
     })
 }
 
+/// Lists the sockets that match by what the kernel says of them.
+fn dump(diag: &mut SockDiag, selectors: &Selectors) -> Result<Vec<Socket>, DumpError> {
+    let bytecode = filter::bytecode(&selectors.as_expression(), selectors.states());
+    let mut sockets = Vec::new();
+    for family in Family::ALL {
+        // An IPv4 connection can be on an AF_INET6 socket, never the other way round.
+        if family == Family::V4 && selectors.wants_only_ipv6() {
+            continue;
+        }
+        let mut request = DumpRequest {
+            family,
+            states: selectors.states(),
+            info: true,
+            bytecode: &bytecode,
+        };
+        let mut keep = |message| {
+            let socket = Socket::from_message(&message);
+            selectors.match_socket(&socket).then_some(socket)
+        };
+        let dumped = match diag.dump(&request, &mut keep) {
+            // An old kernel does not know an operation; the predicate does.
+            Err(DumpError::Io(error))
+                if error.raw_os_error() == Some(libc::EINVAL) && !bytecode.is_empty() =>
+            {
+                request.bytecode = &[];
+                diag.dump(&request, &mut keep)
+            }
+            other => other,
+        };
+        sockets.extend(dumped?);
+    }
+    Ok(sockets)
+}
+
 impl Socket {
     /// What the kernel's message alone says; owners and listener are still to be found.
     pub fn from_message(message: &SocketMessage) -> Socket {
@@ -180,6 +202,8 @@ pub(crate) fn listening() -> StateSet {
 /// Why nothing could be found at all.
 #[derive(Debug)]
 pub enum FindError {
+    /// The expression means nothing in this network namespace.
+    Expression(io::Error),
     /// The kernel's socket tables.
     Dump(DumpError),
     /// The list of processes.
@@ -189,6 +213,7 @@ pub enum FindError {
 impl std::fmt::Display for FindError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
+            FindError::Expression(_) => f.write_str("cannot apply the expression"),
             FindError::Dump(_) => f.write_str("cannot list sockets"),
             FindError::Proc(_) => f.write_str("cannot list processes"),
         }
@@ -199,7 +224,7 @@ impl std::error::Error for FindError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             FindError::Dump(error) => Some(error),
-            FindError::Proc(error) => Some(error),
+            FindError::Expression(error) | FindError::Proc(error) => Some(error),
         }
     }
 }

@@ -110,8 +110,7 @@ impl Proc {
 
     /// When process `pid` started, in clock ticks since boot; `None` when there is none.
     pub fn start_time(&self, pid: i32) -> Option<u64> {
-        let stat = Stat::from_file(self.root.join(pid.to_string()).join("stat")).ok()?;
-        Some(stat.starttime)
+        Some(self.stat(pid)?.starttime)
     }
 
     /// Of descriptors seen earlier, those that refer to the same socket right now.
@@ -167,10 +166,25 @@ impl Proc {
             Ok(look) => Ok(look),
             Err(error) => match error.raw_os_error() {
                 Some(libc::ENOENT | libc::ESRCH) => Ok(Look::Nothing),
+                Some(libc::EACCES | libc::EPERM) if self.has_no_descriptors(pid) => {
+                    Ok(Look::Nothing)
+                }
                 Some(libc::EACCES | libc::EPERM) => Ok(Look::Unreadable),
                 _ => Err(error),
             },
         }
+    }
+
+    /// Whether process `pid` is a zombie or a kernel thread, which hold nothing but may not be read.
+    fn has_no_descriptors(&self, pid: i32) -> bool {
+        // include/linux/sched.h, PF_KTHREAD.
+        const KERNEL_THREAD: u32 = 0x0020_0000;
+        self.stat(pid)
+            .is_some_and(|stat| stat.state == 'Z' || stat.flags & KERNEL_THREAD != 0)
+    }
+
+    fn stat(&self, pid: i32) -> Option<Stat> {
+        Stat::from_file(self.root.join(pid.to_string()).join("stat")).ok()
     }
 
     fn look_inside(&self, pid: i32, wanted: &HashSet<u32>) -> io::Result<Look> {

@@ -86,7 +86,7 @@ impl fmt::Display for Skip {
             Skip::OverLimit => f.write_str("over --max-kills"),
             Skip::Unsent(bytes) => write!(
                 f,
-                "destroy: would lose {bytes} unsent bytes (--discard-unsent allows it)"
+                "would lose {bytes} unsent bytes (--discard-unsent allows it)"
             ),
             Skip::NoLongerSelected => f.write_str("no longer has the age or cause asked for"),
             Skip::Accepted => f.write_str("the application accepted it meanwhile"),
@@ -202,6 +202,18 @@ impl Climber {
             self.acted = Some(method);
         }
         self.attempts.push(Attempt { method, error });
+    }
+
+    /// The unsent bytes, if they alone kept every method from acting.
+    fn only_protected(&self) -> Option<u32> {
+        let mut bytes = None;
+        for attempt in &self.attempts {
+            match attempt.error {
+                Some(ActError::Unsent(unsent)) => bytes = Some(unsent),
+                _ => return None,
+            }
+        }
+        bytes
     }
 
     fn outcome(self) -> Outcome {
@@ -351,13 +363,7 @@ impl Ladder<'_> {
                     climber.settle(Verdict::Skipped(Skip::Interrupted));
                 }
                 _ => {
-                    if let [
-                        Attempt {
-                            error: Some(ActError::Unsent(bytes)),
-                            ..
-                        },
-                    ] = climber.attempts[..]
-                    {
+                    if let Some(bytes) = climber.only_protected() {
                         climber.settle(Verdict::Skipped(Skip::Unsent(bytes)));
                     }
                 }

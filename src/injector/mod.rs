@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use crate::finder::sock_diag::{DiagId, LookupError, SocketMessage};
 use crate::finder::{Found, TargetFd};
-use crate::privileges::{Need, Privileges};
+use crate::privileges::Need;
 use ladder::Surroundings;
 
 /// The ways to close a socket, gentlest first.
@@ -165,12 +165,11 @@ pub trait Scene {
 pub fn methods(
     names: &[MethodName],
     proc: &crate::finder::owners::Proc,
-    privileges: &Privileges,
 ) -> io::Result<Vec<Box<dyn Method>>> {
     let build = |name: &MethodName| -> io::Result<Box<dyn Method>> {
         Ok(match name {
             MethodName::Probe => Box::new(probe::Probe::new(proc.clone())),
-            MethodName::Rst => Box::new(rst::Rst::new(proc.clone(), privileges.net_admin)),
+            MethodName::Rst => Box::new(rst::Rst::new(proc.clone())),
             MethodName::Shutdown => Box::new(shutdown::Shutdown::new(proc.clone())),
             MethodName::Destroy => Box::new(destroy::Destroy::open()?),
         })

@@ -20,6 +20,9 @@ use super::Seq;
 const IPV4_HEADER_LEN: usize = 20;
 const IPV6_HEADER_LEN: usize = 40;
 const TCP_HEADER_LEN: usize = 20;
+/// What we send, as the IP headers count it: IPv4 with its own header, IPv6 without.
+const IPV4_TOTAL_LENGTH: u16 = 40;
+const IPV6_PAYLOAD_LENGTH: u16 = 20;
 /// Passes a listener's and a connection's IP_MINTTL, whatever it is (RFC 5082 asks for 255).
 const HOP_LIMIT: u8 = 255;
 /// Tags in a row: 802.1ad has two. More is not a frame this host sends.
@@ -77,12 +80,11 @@ impl Segment {
     }
 
     fn encode_ipv4(&self, from: Ipv4Addr, to: Ipv4Addr) -> Vec<u8> {
-        const LEN: usize = IPV4_HEADER_LEN + TCP_HEADER_LEN;
-        let mut bytes = vec![0; LEN];
+        let mut bytes = vec![0; IPV4_HEADER_LEN + TCP_HEADER_LEN];
         let mut ip = MutableIpv4Packet::new(&mut bytes).expect("the header fits");
         ip.set_version(4);
         ip.set_header_length(5);
-        ip.set_total_length(LEN as u16);
+        ip.set_total_length(IPV4_TOTAL_LENGTH);
         ip.set_flags(Ipv4Flags::DontFragment);
         ip.set_ttl(HOP_LIMIT);
         ip.set_next_level_protocol(IpNextHeaderProtocols::Tcp);
@@ -99,7 +101,7 @@ impl Segment {
         let mut bytes = vec![0; IPV6_HEADER_LEN + TCP_HEADER_LEN];
         let mut ip = MutableIpv6Packet::new(&mut bytes).expect("the header fits");
         ip.set_version(6);
-        ip.set_payload_length(TCP_HEADER_LEN as u16);
+        ip.set_payload_length(IPV6_PAYLOAD_LENGTH);
         ip.set_next_header(IpNextHeaderProtocols::Tcp);
         ip.set_hop_limit(HOP_LIMIT);
         ip.set_source(from);

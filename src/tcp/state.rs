@@ -94,9 +94,16 @@ impl fmt::Display for TcpState {
 impl FromStr for TcpState {
     type Err = ();
 
-    /// Parses the name in any case; `close_wait` is taken for `close-wait`.
+    /// Parses the name in any case; `close_wait` is taken for `close-wait`, and the names of ss(8) that
+    /// differ from ours are known.
     fn from_str(text: &str) -> Result<Self, ()> {
         let name = text.to_ascii_lowercase().replace('_', "-");
+        let name = match name.as_str() {
+            "closed" => "close",
+            "listening" => "listen",
+            "syn-rcv" => "syn-recv",
+            name => name,
+        };
         TABLE
             .iter()
             .find(|row| row.2 == name)
@@ -112,6 +119,8 @@ pub struct StateSet(u32);
 impl StateSet {
     /// The set without a member.
     pub const EMPTY: StateSet = StateSet(0);
+    /// Every named state.
+    pub const ALL: StateSet = StateSet(0xffe);
 
     /// The mask for `idiag_states`.
     pub fn mask(self) -> u32 {
@@ -127,6 +136,18 @@ impl StateSet {
     #[must_use]
     pub fn union(self, other: StateSet) -> StateSet {
         StateSet(self.0 | other.0)
+    }
+
+    /// What both sets have.
+    #[must_use]
+    pub fn intersection(self, other: StateSet) -> StateSet {
+        StateSet(self.0 & other.0)
+    }
+
+    /// This set less the other.
+    #[must_use]
+    pub fn without(self, other: StateSet) -> StateSet {
+        StateSet(self.0 & !other.0)
     }
 }
 
@@ -165,6 +186,8 @@ mod tests {
             assert_eq!(name.parse(), Ok(state));
         }
         assert_eq!("CLOSE_WAIT".parse(), Ok(TcpState::CloseWait));
+        assert_eq!("listening".parse(), Ok(TcpState::Listen));
+        assert_eq!("Closed".parse(), Ok(TcpState::Close));
         assert_eq!("closewait".parse::<TcpState>(), Err(()));
     }
 
@@ -175,5 +198,9 @@ mod tests {
         assert!(set.contains(TcpState::LastAck));
         assert!(!set.contains(TcpState::Established));
         assert!(!set.contains(TcpState::Unknown(200)));
+        assert_eq!(
+            TABLE.iter().map(|row| row.0).collect::<StateSet>(),
+            StateSet::ALL
+        );
     }
 }

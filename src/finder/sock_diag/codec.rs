@@ -33,6 +33,10 @@ const IPPROTO_TCP: u8 = 6;
 /// Attribute kinds of a reply (linux/inet_diag.h).
 const INET_DIAG_INFO: u16 = 2;
 const INET_DIAG_SKV6ONLY: u16 = 11;
+/// Attribute kind of a request (linux/inet_diag.h).
+const INET_DIAG_REQ_BYTECODE: u16 = 1;
+/// `struct nlattr`: length 2, kind 2.
+const ATTRIBUTE_HDR_LEN: usize = 4;
 /// `struct tcp_info`: eight one-byte fields, then u32s of which these three are the 10th, 12th and 13th.
 const TCPI_LAST_DATA_SENT: usize = 8 + 9 * 4;
 const TCPI_LAST_DATA_RECV: usize = 8 + 11 * 4;
@@ -51,7 +55,8 @@ impl Family {
     /// Both, in the order they are dumped.
     pub const ALL: [Family; 2] = [Family::V4, Family::V6];
 
-    fn number(self) -> u8 {
+    /// Its number, AF_INET or AF_INET6.
+    pub fn number(self) -> u8 {
         match self {
             Family::V4 => 2,
             Family::V6 => 10,
@@ -187,21 +192,31 @@ pub struct SocketMessage {
 
 /// What a dump asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DumpRequest {
+pub struct DumpRequest<'a> {
     /// The family of the sockets.
     pub family: Family,
     /// Their states.
     pub states: StateSet,
     /// Whether to send `struct tcp_info`, which costs the kernel a lock a socket.
     pub info: bool,
+    /// What else they must be ([`crate::finder::filter::bytecode`]); empty for anything.
+    pub bytecode: &'a [u8],
 }
 
-impl DumpRequest {
+impl DumpRequest<'_> {
     /// The request as one netlink message.
+    ///
+    /// # Panics
+    /// The bytecode is longer than an attribute can be, 64 KiB.
     pub fn encode(&self, sequence: u32) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(NLMSG_HDR_LEN + REQUEST_LEN);
+        let attribute = match self.bytecode.len() {
+            0 => 0,
+            length => ATTRIBUTE_HDR_LEN + length,
+        };
+        let mut bytes = Vec::with_capacity(NLMSG_HDR_LEN + REQUEST_LEN + attribute);
         let flags = NLM_F_REQUEST | NLM_F_DUMP;
-        put_header(&mut bytes, SOCK_DIAG_BY_FAMILY, flags, sequence);
+        let body = REQUEST_LEN + attribute;
+        put_header(&mut bytes, body, SOCK_DIAG_BY_FAMILY, flags, sequence);
         put_request(
             &mut bytes,
             self.family,
@@ -209,6 +224,12 @@ impl DumpRequest {
             self.info,
             &[0; SOCKID_LEN],
         );
+        if attribute > 0 {
+            let length = u16::try_from(attribute).expect("bytecode fits an attribute");
+            bytes.extend(length.to_ne_bytes());
+            bytes.extend(INET_DIAG_REQ_BYTECODE.to_ne_bytes());
+            bytes.extend(self.bytecode);
+        }
         bytes
     }
 }
@@ -218,7 +239,13 @@ impl DumpRequest {
 /// The answer is one [`Frame::Socket`], or an error: ENOENT or ESTALE when that socket is no longer
 /// in the kernel's tables (net/ipv4/inet_diag.c, inet_diag_find_one_icsk).
 pub fn put_lookup(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32) {
-    put_header(bytes, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, sequence);
+    put_header(
+        bytes,
+        REQUEST_LEN,
+        SOCK_DIAG_BY_FAMILY,
+        NLM_F_REQUEST,
+        sequence,
+    );
     put_request(bytes, id.family, StateSet::EMPTY, true, &id.raw);
 }
 
@@ -227,13 +254,13 @@ pub fn put_lookup(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32) {
 /// The cookie in `id` is what keeps this from hitting the listener once the connection is gone.
 pub fn put_destroy(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32) {
     let flags = NLM_F_REQUEST | netlink_packet_core::NLM_F_ACK;
-    put_header(bytes, SOCK_DESTROY, flags, sequence);
+    put_header(bytes, REQUEST_LEN, SOCK_DESTROY, flags, sequence);
     put_request(bytes, id.family, StateSet::EMPTY, false, &id.raw);
 }
 
-fn put_header(bytes: &mut Vec<u8>, message_type: u16, flags: u16, sequence: u32) {
+fn put_header(bytes: &mut Vec<u8>, body: usize, message_type: u16, flags: u16, sequence: u32) {
     let mut header = NetlinkHeader::default();
-    header.length = u32::try_from(NLMSG_HDR_LEN + REQUEST_LEN).expect("72 fits");
+    header.length = u32::try_from(NLMSG_HDR_LEN + body).expect("at most 64 KiB and 76 bytes");
     header.message_type = message_type;
     header.flags = flags;
     header.sequence_number = sequence;
@@ -501,6 +528,7 @@ mod tests {
             family: Family::V4,
             states: StateSet::from(TcpState::CloseWait),
             info: true,
+            bytecode: &[],
         };
         let bytes = request.encode(3);
         assert_eq!(
@@ -510,6 +538,19 @@ mod tests {
         );
         assert_eq!(bytes[16..20], [2, 6, 2, 0], "AF_INET, TCP, INET_DIAG_INFO");
         assert_eq!(bytes[20..24], (1u32 << 8).to_ne_bytes());
+        assert_eq!(bytes.len(), 72);
+
+        let code = [1, 4, 8, 0];
+        let filtered = DumpRequest {
+            bytecode: &code,
+            ..request
+        };
+        let filtered = filtered.encode(3);
+        assert_eq!(filtered[..4], 80u32.to_ne_bytes());
+        assert_eq!(filtered[4..72], bytes[4..]);
+        assert_eq!(filtered[72..74], 8u16.to_ne_bytes());
+        assert_eq!(filtered[74..76], 1u16.to_ne_bytes());
+        assert_eq!(filtered[76..], code);
     }
 
     #[test]

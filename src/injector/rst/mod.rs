@@ -13,7 +13,7 @@
 pub mod capture;
 pub mod drawn_ack;
 pub mod raw;
-mod repair;
+pub mod repair;
 
 use std::io;
 use std::os::fd::AsFd;
@@ -46,7 +46,7 @@ pub struct Numbers {
 
 /// The method.
 pub struct Rst {
-    /// CAP_NET_ADMIN is there, so repair mode may be tried.
+    /// Repair mode has not been refused yet; it needs CAP_NET_ADMIN.
     may_repair: bool,
     duplicator: Duplicator,
     wire: Wire,
@@ -68,10 +68,10 @@ struct Aimed {
 }
 
 impl Rst {
-    /// The method; `may_repair` allows repair mode, which needs CAP_NET_ADMIN.
-    pub fn new(proc: Proc, may_repair: bool) -> Self {
+    /// The method, with the proc file system that tells one process from the next of its number.
+    pub fn new(proc: Proc) -> Self {
         Rst {
-            may_repair,
+            may_repair: true,
             duplicator: Duplicator::new(proc),
             wire: Wire::default(),
         }
@@ -97,6 +97,10 @@ impl Rst {
                     numbers,
                     provoked: false,
                 }),
+                // Being checkpointed: it may be alive elsewhere in a moment.
+                Some(Err(error)) if error.errno() == Some(libc::EBUSY) => {
+                    results[at] = Err(error);
+                }
                 Some(Err(error)) => unowned.push((at, Some(Box::new(error)))),
                 None => unowned.push((at, None)),
             }
@@ -125,7 +129,11 @@ impl Rst {
             return None;
         }
         let socket = self.duplicator.socket(target);
-        Some(socket.and_then(|socket| repair::numbers(socket.as_fd())))
+        let numbers = socket.and_then(|socket| repair::numbers(socket.as_fd()));
+        if matches!(numbers, Err(ActError::Denied(Need::NetAdmin, _))) {
+            self.may_repair = false;
+        }
+        Some(numbers)
     }
 
     /// Sends the RSTs of one salvo, each after a last look, and returns what is left to look at.

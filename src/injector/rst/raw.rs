@@ -6,6 +6,7 @@
 //! packet without a route is looked up).
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd};
@@ -71,25 +72,29 @@ impl RawSockets {
         results
     }
 
-    fn socket(&mut self, key @ (ipv6, interface): (bool, u32)) -> io::Result<&Socket> {
-        if !self.0.contains_key(&key) {
-            let domain = if ipv6 { Domain::IPV6 } else { Domain::IPV4 };
-            let protocol = Protocol::from(libc::IPPROTO_RAW);
-            let socket = Socket::new(domain, Type::RAW, Some(protocol))?;
-            if interface != 0 {
-                // A bound connection only takes what comes in by its interface; for a packet to
-                // ourselves that is the interface it was routed by.
-                sys::set_socket_option(
-                    socket.as_fd(),
-                    libc::SOL_SOCKET,
-                    SO_BINDTOIFINDEX,
-                    interface.cast_signed(),
-                )?;
-            }
-            self.0.insert(key, socket);
+    fn socket(&mut self, key: (bool, u32)) -> io::Result<&Socket> {
+        match self.0.entry(key) {
+            Entry::Occupied(open) => Ok(open.into_mut()),
+            Entry::Vacant(place) => Ok(place.insert(open(key.0, key.1)?)),
         }
-        Ok(&self.0[&key])
     }
+}
+
+fn open(ipv6: bool, interface: u32) -> io::Result<Socket> {
+    let domain = if ipv6 { Domain::IPV6 } else { Domain::IPV4 };
+    let protocol = Protocol::from(libc::IPPROTO_RAW);
+    let socket = Socket::new(domain, Type::RAW, Some(protocol))?;
+    if interface != 0 {
+        // A bound connection only takes what comes in by its interface; for a packet to ourselves that
+        // is the interface it was routed by.
+        sys::set_socket_option(
+            socket.as_fd(),
+            libc::SOL_SOCKET,
+            SO_BINDTOIFINDEX,
+            interface.cast_signed(),
+        )?;
+    }
+    Ok(socket)
 }
 
 /// Sends the packets at the places `group`, and notes the result of each.

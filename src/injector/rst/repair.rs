@@ -39,13 +39,17 @@ pub fn numbers(socket: BorrowedFd<'_>) -> Result<Numbers, ActError> {
 
 /// A socket in repair mode; dropping it leaves the mode and restores SO_REUSEADDR, which the mode
 /// overwrites in both directions (net/ipv4/tcp.c, do_tcp_setsockopt: SK_FORCE_REUSE, SK_NO_REUSE).
-struct RepairMode<'fd> {
+pub struct RepairMode<'fd> {
     socket: BorrowedFd<'fd>,
     reuse_address: i32,
 }
 
 impl<'fd> RepairMode<'fd> {
-    fn enter(socket: BorrowedFd<'fd>) -> io::Result<Self> {
+    /// Enters the mode.
+    ///
+    /// # Errors
+    /// As [`numbers`].
+    pub fn enter(socket: BorrowedFd<'fd>) -> io::Result<Self> {
         // Leaving would end the mode under whoever entered it first.
         if sys::socket_option(socket, libc::IPPROTO_TCP, libc::TCP_REPAIR)? != 0 {
             return Err(io::Error::from_raw_os_error(libc::EBUSY));
@@ -58,7 +62,11 @@ impl<'fd> RepairMode<'fd> {
         })
     }
 
-    fn numbers(&self) -> io::Result<Numbers> {
+    /// Reads the numbers.
+    ///
+    /// # Errors
+    /// Those of getsockopt(2) and setsockopt(2).
+    pub fn numbers(&self) -> io::Result<Numbers> {
         let rcv_nxt = self.queue_seq(TCP_RECV_QUEUE)?;
         // Of the send queue the kernel gives write_seq; what is not sent yet lies before it.
         let write_seq = self.queue_seq(TCP_SEND_QUEUE)?;
@@ -86,97 +94,5 @@ impl Drop for RepairMode<'_> {
             .and_then(|()| set(libc::SOL_SOCKET, libc::SO_REUSEADDR, self.reuse_address));
         // Neither can fail for a socket that was let in.
         debug_assert!(left.is_ok() || std::thread::panicking(), "{left:?}");
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::{Read, Write};
-    use std::net::{Shutdown, TcpListener, TcpStream};
-    use std::os::fd::AsFd;
-
-    fn stuck() -> (TcpStream, TcpStream) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (local, _) = listener.accept().unwrap();
-        peer.shutdown(Shutdown::Write).unwrap();
-        (local, peer)
-    }
-
-    fn options(socket: &TcpStream) -> [i32; 2] {
-        let get = |level, name| sys::socket_option(socket.as_fd(), level, name).unwrap();
-        [
-            get(libc::SOL_SOCKET, libc::SO_REUSEADDR),
-            get(libc::IPPROTO_TCP, libc::TCP_REPAIR),
-        ]
-    }
-
-    /// Needs CAP_NET_ADMIN; the integration tests run the same as an ordinary user's refusal.
-    fn with_repair(test: impl FnOnce(&TcpStream, &mut TcpStream)) {
-        let (local, mut peer) = stuck();
-        test(&local, &mut peer);
-    }
-
-    #[test]
-    fn the_mode_is_left_on_every_path() {
-        with_repair(|local, peer| {
-            for reuse in [0, 1] {
-                sys::set_socket_option(local.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, reuse)
-                    .unwrap();
-                let before = options(local);
-                match numbers(local.as_fd()) {
-                    Ok(_) => {}
-                    Err(ActError::Denied(Need::NetAdmin, _)) => {
-                        assert!(
-                            !crate::privileges::Privileges::of_this_thread()
-                                .unwrap()
-                                .net_admin
-                        );
-                        return;
-                    }
-                    Err(other) => panic!("{other}"),
-                }
-                assert_eq!(options(local), before);
-
-                let panicked = std::panic::catch_unwind(|| {
-                    let _mode = RepairMode::enter(local.as_fd()).unwrap();
-                    // The kernel fact the guard is there for.
-                    assert_eq!(options(local), [2, 1]);
-                    panic!("while in repair mode");
-                });
-                assert!(panicked.is_err());
-                assert_eq!(options(local), before);
-            }
-            // The socket still speaks.
-            (&*local).write_all(b"x").unwrap();
-            peer.read_exact(&mut [0]).unwrap();
-        });
-    }
-
-    #[test]
-    fn a_socket_that_someone_else_repairs_is_left_to_him() {
-        with_repair(|local, _| {
-            let Ok(_mode) = RepairMode::enter(local.as_fd()) else {
-                return;
-            };
-            let error = numbers(local.as_fd()).unwrap_err();
-            assert_eq!(error.errno(), Some(libc::EBUSY));
-            assert_eq!(options(local), [2, 1]);
-        });
-    }
-
-    #[test]
-    fn numbers_move_with_the_bytes() {
-        with_repair(|local, peer| {
-            let Ok(before) = numbers(local.as_fd()) else {
-                return;
-            };
-            (&*local).write_all(b"1234567").unwrap();
-            peer.read_exact(&mut [0; 7]).unwrap();
-            let after = numbers(local.as_fd()).unwrap();
-            assert_eq!(after.rcv_nxt, before.rcv_nxt);
-            assert_eq!(after.snd_nxt, before.snd_nxt.plus(7));
-        });
     }
 }

@@ -1,0 +1,470 @@
+//! Agents: the processes of a lab that own sockets, and the typed handle that drives one.
+
+mod protocol;
+pub(crate) mod server;
+
+use std::io::{self, Read as _, Write as _};
+use std::net::SocketAddr;
+use std::os::fd::AsFd as _;
+use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow};
+use caps::Capability;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
+use serde::de::DeserializeOwned;
+
+use protocol::{Answer, Request};
+pub use protocol::{Dial, Drained, End, Endpoint, Fd, How, Readiness, Recv, SocketOption, pattern};
+
+use crate::host::Host;
+use crate::privilege;
+use crate::role::{Become, Identity};
+use crate::spawner;
+
+/// How long an agent has for a request, beyond what the request itself allows it.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How an agent is started.
+#[derive(Debug, Clone, Default)]
+pub struct AgentOptions {
+    /// Its name in the process list (the kernel keeps 15 bytes).
+    pub comm: String,
+    /// Run as this user, without capabilities; `None` runs it as the lab's own user.
+    pub uid: Option<u32>,
+    /// The only capabilities it keeps; `None` leaves them as they are.
+    pub capabilities: Option<Vec<Capability>>,
+}
+
+/// A process on a [`Host`] that holds sockets and does what it is told. Killed when dropped, with all its children.
+///
+/// The requests that act on several sockets stop at the first failure. The errors of all methods carry the kernel's errno
+/// as an [`io::Error`] that `downcast_ref` finds, if it was the kernel that refused.
+#[derive(Debug)]
+pub struct Agent {
+    comm: String,
+    pid: u32,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    stdout: ChildStdout,
+    /// What has arrived of the next answer.
+    pending: Vec<u8>,
+}
+
+impl Agent {
+    pub(crate) fn start(host: &Host, options: &AgentOptions) -> Result<Self> {
+        if let Some(uid) = options.uid {
+            privilege::ensure_mapped(uid)?;
+        }
+        let comm = options.comm.clone();
+        let names = |list: &Vec<Capability>| list.iter().map(ToString::to_string).collect();
+        let identity = Identity {
+            uid: options.uid,
+            capabilities: options.capabilities.as_ref().map(names),
+        };
+        let mut command = host
+            .role(identity, true, Become::Agent { comm: comm.clone() })
+            .command()?;
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child =
+            spawner::spawn(command).with_context(|| format!("start the agent {comm}"))?;
+        let stdin = child.stdin.take();
+        let stdout = child.stdout.take().context("the agent has no stdout")?;
+        let pid = child.id();
+        let agent = Self {
+            comm,
+            pid,
+            state: Mutex::new(State {
+                child,
+                stdin,
+                stdout,
+                pending: Vec::new(),
+            }),
+        };
+        agent
+            .state()
+            .answer::<()>(Duration::ZERO)
+            .with_context(|| format!("start the agent {}", agent.comm))?;
+        Ok(agent)
+    }
+
+    /// Its pid.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Its name in the process list.
+    #[must_use]
+    pub fn comm(&self) -> &str {
+        &self.comm
+    }
+
+    /// Does the process still run (or is it stopped)?
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        matches!(self.state().child.try_wait(), Ok(None))
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        // Under the lock and unreaped: the number is still its own.
+        let mut state = self.state();
+        if state.child.try_wait()?.is_some() {
+            return Err(anyhow!("the agent {} is gone", self.comm));
+        }
+        kill(self.raw_pid(), signal).with_context(|| format!("signal the agent {}", self.comm))
+    }
+
+    /// Stops it with SIGSTOP, and waits until it has stopped. It answers no request until SIGCONT.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn stop(&self) -> Result<()> {
+        self.signal(Signal::SIGSTOP)?;
+        match waitid(
+            Id::Pid(self.raw_pid()),
+            WaitPidFlag::WSTOPPED | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT,
+        )? {
+            WaitStatus::Stopped(..) => Ok(()),
+            other => Err(anyhow!("the agent {} did not stop: {other:?}", self.comm)),
+        }
+    }
+
+    /// Kills it with SIGKILL and waits for its end; its sockets close as the kernel closes a dead process's.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn kill(&self) -> Result<()> {
+        let mut state = self.state();
+        state.child.kill()?;
+        state.child.wait()?;
+        Ok(())
+    }
+
+    fn raw_pid(&self) -> Pid {
+        Pid::from_raw(self.pid.cast_signed())
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn call<T: DeserializeOwned>(&self, what: &str, request: &Request) -> Result<T> {
+        self.call_within(what, Duration::ZERO, request)
+    }
+
+    /// `within` is what the request itself may take.
+    fn call_within<T: DeserializeOwned>(
+        &self,
+        what: &str,
+        within: Duration,
+        request: &Request,
+    ) -> Result<T> {
+        let mut state = self.state();
+        state
+            .ask(request)
+            .and_then(|()| state.answer(within))
+            .with_context(|| format!("{} (pid {}): {what}", self.comm, self.pid))
+    }
+
+    /// Opens a listening socket. With `v6_only` off, an IPv6 one also takes IPv4 connections.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn listen(&self, address: SocketAddr, v6_only: bool, backlog: i32) -> Result<Fd> {
+        self.call(
+            &format!("listen on {address}"),
+            &Request::Listen {
+                address,
+                v6_only,
+                backlog,
+            },
+        )
+    }
+
+    /// Opens `count` connections to `to`, one after the other.
+    ///
+    /// # Errors
+    /// The kernel's errno; ETIMEDOUT or a timeout if they are not all established `within`.
+    pub fn connect(
+        &self,
+        to: SocketAddr,
+        count: usize,
+        dial: Dial,
+        within: Duration,
+    ) -> Result<Vec<Endpoint>> {
+        let request = Request::Connect {
+            to,
+            count,
+            dial,
+            within_ms: millis(within),
+        };
+        self.call_within(&format!("connect to {to}"), within, &request)
+    }
+
+    /// Accepts `count` connections.
+    ///
+    /// # Errors
+    /// The kernel's errno, or they did not all arrive `within`.
+    pub fn accept(&self, listener: Fd, count: usize, within: Duration) -> Result<Vec<Endpoint>> {
+        self.call_within(
+            "accept",
+            within,
+            &Request::Accept {
+                listener,
+                count,
+                within_ms: millis(within),
+            },
+        )
+    }
+
+    /// Sends all of `data` on each of them.
+    ///
+    /// # Errors
+    /// The kernel's errno of the first that failed.
+    pub fn send(&self, fds: &[Fd], data: &[u8]) -> Result<()> {
+        self.call(
+            "send",
+            &Request::Send {
+                fds: fds.to_vec(),
+                data: data.to_vec(),
+            },
+        )
+    }
+
+    /// Sends [`pattern`] on each of them, from `offset` on, until `len` bytes are sent or the send buffer is full.
+    /// Returns the bytes sent on each.
+    ///
+    /// # Errors
+    /// The kernel's errno of the first that failed.
+    pub fn fill(&self, fds: &[Fd], offset: u64, len: u64) -> Result<Vec<u64>> {
+        self.call(
+            "fill",
+            &Request::Fill {
+                fds: fds.to_vec(),
+                offset,
+                len,
+            },
+        )
+    }
+
+    /// Reads once, `max` bytes at most.
+    ///
+    /// # Errors
+    /// The agent's only; the kernel's errno is [`Recv::Failed`].
+    pub fn recv(&self, fd: Fd, max: usize, within: Duration) -> Result<Recv> {
+        self.call_within(
+            "recv",
+            within,
+            &Request::Recv {
+                fd,
+                max,
+                within_ms: millis(within),
+            },
+        )
+    }
+
+    /// Reads each of them to its end, all of them `within`.
+    ///
+    /// # Errors
+    /// The agent's only; how each ended is in the answer.
+    pub fn drain(&self, fds: &[Fd], within: Duration) -> Result<Vec<Drained>> {
+        self.call_within(
+            "drain",
+            within,
+            &Request::Drain {
+                fds: fds.to_vec(),
+                within_ms: millis(within),
+            },
+        )
+    }
+
+    /// Waits in epoll_wait for reading, the other side's end or an error (and, if `writable`, for writing).
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn poll(&self, fd: Fd, writable: bool, within: Duration) -> Result<Readiness> {
+        self.call_within(
+            "poll",
+            within,
+            &Request::Poll {
+                fd,
+                writable,
+                within_ms: millis(within),
+            },
+        )
+    }
+
+    /// Shuts each of them down.
+    ///
+    /// # Errors
+    /// The kernel's errno of the first that failed.
+    pub fn shutdown(&self, fds: &[Fd], how: How) -> Result<()> {
+        self.call(
+            "shutdown",
+            &Request::Shutdown {
+                fds: fds.to_vec(),
+                how,
+            },
+        )
+    }
+
+    /// Closes each of them.
+    ///
+    /// # Errors
+    /// The agent has no such socket.
+    pub fn close(&self, fds: &[Fd]) -> Result<()> {
+        self.call("close", &Request::Close { fds: fds.to_vec() })
+    }
+
+    /// Sets a socket option on each of them.
+    ///
+    /// # Errors
+    /// The kernel's errno of the first that failed.
+    pub fn set_option(&self, fds: &[Fd], option: SocketOption) -> Result<()> {
+        self.call(
+            &format!("set {option:?}"),
+            &Request::SetOption {
+                fds: fds.to_vec(),
+                option,
+            },
+        )
+    }
+
+    /// Makes this host forget each of them: no FIN, no RST, and whatever the other side sends later draws a RST.
+    ///
+    /// # Errors
+    /// EPERM if the agent has no CAP_NET_ADMIN (it is done by closing them in TCP_REPAIR mode).
+    pub fn forget(&self, fds: &[Fd]) -> Result<()> {
+        self.set_option(fds, SocketOption::Repair(true))?;
+        self.close(fds)
+    }
+
+    /// Reads and clears SO_ERROR: an errno, or 0.
+    ///
+    /// # Errors
+    /// The agent's only.
+    pub fn take_error(&self, fd: Fd) -> Result<i32> {
+        self.call("SO_ERROR", &Request::TakeError { fd })
+    }
+
+    /// Starts processes that inherit these descriptors under the same numbers, as after a fork. Returns their pids; they end
+    /// with the agent.
+    ///
+    /// # Errors
+    /// They cannot be started.
+    pub fn share(&self, fds: &[Fd], children: usize) -> Result<Vec<u32>> {
+        self.call(
+            "share",
+            &Request::Share {
+                fds: fds.to_vec(),
+                children,
+            },
+        )
+    }
+
+    /// Sends the descriptors over a Unix socket that nobody reads, and closes them: the sockets live on without an owner.
+    ///
+    /// # Errors
+    /// The kernel's errno; ETOOMANYREFS beyond RLIMIT_NOFILE without CAP_SYS_RESOURCE.
+    pub fn put_in_flight(&self, fds: &[Fd]) -> Result<()> {
+        self.call(
+            "send descriptors",
+            &Request::PutInFlight { fds: fds.to_vec() },
+        )
+    }
+
+    /// Starts threads that do nothing.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn start_threads(&self, count: usize) -> Result<()> {
+        self.call("start threads", &Request::Threads { count })
+    }
+
+    /// Starts sending [`pattern`] on each of them, a few bytes every `interval`, until [`Self::hush`].
+    ///
+    /// # Errors
+    /// The agent has no such socket.
+    pub fn talk(&self, fds: &[Fd], interval: Duration) -> Result<()> {
+        self.call(
+            "talk",
+            &Request::Talk {
+                fds: fds.to_vec(),
+                interval_ms: millis(interval),
+            },
+        )
+    }
+
+    /// Stops [`Self::talk`]. Returns the bytes sent on each.
+    ///
+    /// # Errors
+    /// The agent's only.
+    pub fn hush(&self) -> Result<Vec<u64>> {
+        self.call("hush", &Request::Hush)
+    }
+}
+
+impl State {
+    fn ask(&mut self, request: &Request) -> Result<()> {
+        let mut line = serde_json::to_vec(request)?;
+        line.push(b'\n');
+        self.stdin
+            .as_mut()
+            .context("already dismissed")?
+            .write_all(&line)
+            .context("the agent is gone")
+    }
+
+    fn answer<T: DeserializeOwned>(&mut self, within: Duration) -> Result<T> {
+        let deadline = Instant::now() + within + PATIENCE;
+        let line = loop {
+            if let Some(end) = self.pending.iter().position(|&byte| byte == b'\n') {
+                let rest = self.pending.split_off(end + 1);
+                break std::mem::replace(&mut self.pending, rest);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let mut fds = [PollFd::new(self.stdout.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut fds, PollTimeout::try_from(left)?)? == 0 {
+                return Err(anyhow!("no answer within {:?}", within + PATIENCE));
+            }
+            let mut chunk = vec![0; 64 * 1024];
+            let len = self.stdout.read(&mut chunk)?;
+            if len == 0 {
+                return Err(anyhow!("the agent is gone"));
+            }
+            self.pending.extend_from_slice(&chunk[..len]);
+        };
+        match serde_json::from_slice::<Answer>(&line)? {
+            Ok(value) => Ok(serde_json::from_value(value)?),
+            Err(failure) => Err(match failure.errno {
+                Some(errno) => io::Error::from_raw_os_error(errno).into(),
+                None => anyhow!(failure.message),
+            }),
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        // Either it is dead already, or there is nobody to tell.
+        let _ = self.kill();
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

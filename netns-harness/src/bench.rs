@@ -1,0 +1,245 @@
+//! `netns-harness bench`: `cwkill` beside its peers, in the same run, on sockets made here.
+//!
+//! Commands run in turn, round after round, so that a slow moment of the machine hits all of them. A command that
+//! kills gets sockets of its own, made afresh for every run. Peers that are not installed are named, not replaced.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::sys::resource::{UsageWho, getrusage};
+
+use crate::lab::{Family, Lab, Leak, Listen, Options};
+use crate::{TcpState, privilege};
+
+/// Sockets of one application; RLIMIT_NOFILE is 20,000 on many hosts.
+const PER_PROCESS: usize = 19_000;
+
+/// What to measure.
+#[derive(Debug, clap::Args)]
+pub struct Bench {
+    /// Stuck sockets
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    sockets: usize,
+    /// Runs of each command that lists; those that kill run a third as often
+    #[arg(long, value_name = "N", default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+    /// The program to measure
+    #[arg(long, value_name = "PATH", default_value = "cwkill")]
+    cwkill: PathBuf,
+    /// Only commands that list
+    #[arg(long)]
+    list_only: bool,
+}
+
+/// One command line and what it took.
+struct Subject {
+    name: &'static str,
+    /// What it is compared with: the name of the row of `cwkill` that does the same work.
+    rival: Option<&'static str>,
+    arguments: Vec<String>,
+    times: Vec<Duration>,
+    /// Largest resident set of any run so far, if it was larger than every command before it.
+    peak_kib: Option<i64>,
+}
+
+impl Subject {
+    fn new(name: &'static str, rival: Option<&'static str>, line: &str) -> Self {
+        Self {
+            name,
+            rival,
+            arguments: line.split_whitespace().map(str::to_owned).collect(),
+            times: Vec::new(),
+            peak_kib: None,
+        }
+    }
+
+    fn median(&self) -> Duration {
+        let mut times = self.times.clone();
+        times.sort_unstable();
+        times.get(times.len() / 2).copied().unwrap_or_default()
+    }
+}
+
+const LIST: &str = "list with owners";
+const KILL: &str = "find, destroy, verify";
+
+impl Bench {
+    /// Measures and prints the table.
+    ///
+    /// # Errors
+    /// The sockets cannot be made, or `cwkill` fails.
+    pub fn run(&self) -> Result<()> {
+        privilege::ensure_privileges()?;
+        let cwkill = beside_us(&self.cwkill)?;
+        let cwkill = cwkill.display();
+        ensure!(
+            self.sockets > 0,
+            "--sockets 0 measures nothing; for example --sockets 1000"
+        );
+        let mut listers = vec![
+            Subject::new(LIST, None, &format!("{cwkill} --all --dry-run --json")),
+            Subject::new(
+                "the same as a table",
+                Some(LIST),
+                &format!("{cwkill} --all --dry-run"),
+            ),
+            Subject::new("ss -tnp", Some(LIST), "ss -tnp"),
+            Subject::new("ss -tn, no owners", Some(LIST), "ss -tn state close-wait"),
+            Subject::new("lsof", Some(LIST), "lsof -nP -iTCP -sTCP:CLOSE_WAIT"),
+            Subject::new("netstat", Some(LIST), "netstat -antp"),
+        ];
+        let mut killers = vec![
+            Subject::new(
+                KILL,
+                None,
+                &format!("{cwkill} --all --method destroy --json"),
+            ),
+            Subject::new(
+                "find, shut down, verify",
+                Some(KILL),
+                &format!("{cwkill} --all --method shutdown --json"),
+            ),
+            Subject::new("ss -K", Some(KILL), "ss -K -tn state close-wait"),
+        ];
+        if self.list_only {
+            killers.clear();
+        }
+        let mut missing = BTreeMap::new();
+        for subjects in [&mut listers, &mut killers] {
+            subjects.retain(|subject| {
+                let found = on_path(&subject.arguments[0]);
+                if !found {
+                    missing.insert(subject.arguments[0].clone(), ());
+                }
+                found
+            });
+        }
+
+        let lab = Lab::new()?;
+        let leaks = leak(&lab, self.sockets)?;
+        for _ in 0..self.runs {
+            for subject in &mut listers {
+                measure(&lab, subject)?;
+            }
+        }
+        drop(leaks);
+        drop(lab);
+        for _ in 0..self.runs.div_ceil(3) {
+            for subject in &mut killers {
+                let lab = Lab::new()?;
+                let leaks = leak(&lab, self.sockets)?;
+                measure(&lab, subject)?;
+                let stuck = |socket: &&crate::KernelSocket| socket.state == TcpState::CloseWait;
+                let left = lab.app_host().sockets()?.iter().filter(stuck).count();
+                ensure!(
+                    left == 0,
+                    "{} left {left} sockets in CLOSE-WAIT",
+                    subject.name
+                );
+                drop(leaks);
+            }
+        }
+        print(self.sockets, &[listers, killers]);
+        for (program, ()) in missing {
+            println!("{program} is not installed, so not measured");
+        }
+        Ok(())
+    }
+}
+
+/// Brings `sockets` sockets into CLOSE-WAIT, in as many processes as it takes.
+fn leak(lab: &Lab, sockets: usize) -> Result<Vec<Leak>> {
+    let mut leaks = Vec::new();
+    let mut left = sockets;
+    while left > 0 {
+        let count = left.min(PER_PROCESS);
+        let options = Options {
+            count,
+            listen: Listen::Own,
+            own: true,
+            deadline: Duration::from_secs(60),
+            ..Options::default()
+        };
+        leaks.push(lab.start("unread", Family::V4, options)?);
+        left -= count;
+    }
+    Ok(leaks)
+}
+
+fn measure(lab: &Lab, subject: &mut Subject) -> Result<()> {
+    let before = getrusage(UsageWho::RUSAGE_CHILDREN)?.max_rss();
+    let took = lab.app_host().within(|| {
+        // Started from a thread in the namespace: nothing but the command itself is timed.
+        let began = Instant::now();
+        let status = Command::new(&subject.arguments[0])
+            .args(&subject.arguments[1..])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .with_context(|| format!("run {}", subject.arguments[0]))?;
+        let took = began.elapsed();
+        if subject.arguments[0].ends_with("cwkill") && !status.success() {
+            bail!("{} ended with {status}", subject.arguments.join(" "));
+        }
+        Ok(took)
+    })?;
+    subject.times.push(took);
+    let after = getrusage(UsageWho::RUSAGE_CHILDREN)?.max_rss();
+    if after > before {
+        subject.peak_kib = Some(after);
+    }
+    Ok(())
+}
+
+fn print(sockets: usize, groups: &[Vec<Subject>]) {
+    println!("{sockets} sockets in CLOSE-WAIT, wall time in ms");
+    println!(
+        "{:<26} {:>9} {:>9} {:>9} {:>10} {:>9}",
+        "", "median", "least", "most", "x cwkill", "peak MiB"
+    );
+    for group in groups {
+        for subject in group {
+            let ms = |time: Duration| time.as_secs_f64() * 1000.0;
+            let rival = group.iter().find(|other| Some(other.name) == subject.rival);
+            let ratio = rival.map_or_else(String::new, |rival| {
+                format!(
+                    "{:.2}",
+                    subject.median().as_secs_f64() / rival.median().as_secs_f64()
+                )
+            });
+            let peak = subject
+                .peak_kib
+                .map_or_else(String::new, |kib| (kib / 1024).to_string());
+            println!(
+                "{:<26} {:>9.1} {:>9.1} {:>9.1} {ratio:>10} {peak:>9}",
+                subject.name,
+                ms(subject.median()),
+                ms(subject.times.iter().min().copied().unwrap_or_default()),
+                ms(subject.times.iter().max().copied().unwrap_or_default()),
+            );
+        }
+    }
+}
+
+/// A bare name is looked for beside this program first.
+fn beside_us(program: &Path) -> Result<PathBuf> {
+    let us = std::env::current_exe().context("find our own path")?;
+    let beside = us.with_file_name(program);
+    Ok(if program.components().count() == 1 && beside.exists() {
+        beside
+    } else {
+        program.to_owned()
+    })
+}
+
+fn on_path(program: &str) -> bool {
+    if program.contains('/') {
+        return Path::new(program).exists();
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|directory| directory.join(program).exists())
+}

@@ -1,0 +1,419 @@
+//! A lab: the host of the leaking application, and one host for each peer, joined to it by a veth pair.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::sys::resource::{Resource, getrlimit};
+use serde::{Deserialize, Serialize};
+
+use crate::agent::{Agent, AgentOptions, Endpoint, Fd};
+use crate::host::Host;
+use crate::rtnetlink;
+use crate::scenario::{self, Expect, Scenario, Sharing, Stage};
+
+/// The name of the link on the peer's side.
+const PEER_LINK: &str = "eth0";
+
+/// Descriptors an agent needs beside its connections.
+const SPARE_DESCRIPTORS: usize = 32;
+
+/// How often a wait looks again.
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
+
+/// How the two sides address each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    /// IPv4 on both sides.
+    V4,
+    /// IPv6 on both sides.
+    V6,
+    /// An IPv6 socket that takes IPv4 connections: the application's addresses are IPv4-mapped.
+    Mapped,
+}
+
+impl Family {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::V4, Self::V6, Self::Mapped];
+
+    /// As on the command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V4 => "v4",
+            Self::V6 => "v6",
+            Self::Mapped => "mapped",
+        }
+    }
+}
+
+/// What the application's listener is bound to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum Listen {
+    /// Any address: what most applications do. One application of a lab can have the port.
+    #[default]
+    Any,
+    /// The address of its own link, so that several applications of a lab can have the same port.
+    Own,
+}
+
+/// What to start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    /// How many sockets to bring into the state.
+    pub count: usize,
+    /// The application's port.
+    pub port: u16,
+    /// What its listener is bound to.
+    pub listen: Listen,
+    /// A process, a peer and a link of its own, even if the lab has an application that could be shared.
+    pub own: bool,
+    /// How long it may take until the kernel shows the state.
+    pub deadline: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            count: 1,
+            port: 8080,
+            listen: Listen::Any,
+            own: false,
+            deadline: Duration::from_secs(20),
+        }
+    }
+}
+
+/// One connection of a scenario, seen from the application.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Conn {
+    /// The application's end.
+    pub local: SocketAddr,
+    /// The peer's end.
+    pub peer: SocketAddr,
+    /// The application's descriptor; `None` if it has none (never accepted, closed, in flight).
+    pub app_fd: Option<Fd>,
+    /// The peer's descriptor; `None` if it has none any more.
+    pub peer_fd: Option<Fd>,
+}
+
+/// An application, its peer and the link between them.
+#[derive(Debug)]
+pub struct Pair {
+    /// The leaking application.
+    pub app: Agent,
+    /// Who is connected to it.
+    pub peer: Agent,
+    /// Where the peer runs.
+    pub peer_host: Host,
+    /// The application's listening socket.
+    pub listener: Fd,
+    /// What the peer connects to.
+    pub app_address: SocketAddr,
+    /// The peer's address on the link.
+    pub peer_address: IpAddr,
+    family: Family,
+    options: Options,
+    /// Nobody else may use this pair: its accept queue is full of connections that must stay there.
+    sealed: Mutex<bool>,
+}
+
+impl Pair {
+    /// Takes the peer's side of the link down or up: a peer that is unplugged.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn set_link(&self, up: bool) -> Result<()> {
+        self.peer_host.set_link(PEER_LINK, up)
+    }
+}
+
+/// Hosts, applications and peers, all gone when it is dropped or when this process ends, in whatever way.
+///
+/// Labs have nothing in common: any number can live side by side, each with the same addresses and ports.
+#[derive(Debug)]
+pub struct Lab {
+    app_host: Host,
+    pairs: Mutex<Vec<Arc<Pair>>>,
+    links: AtomicU8,
+}
+
+impl Lab {
+    /// An empty lab.
+    ///
+    /// # Errors
+    /// The kernel refuses a network namespace; see [`crate::ensure_privileges`].
+    pub fn new() -> Result<Self> {
+        Ok(Self {
+            app_host: Host::new()?,
+            pairs: Mutex::default(),
+            links: AtomicU8::new(0),
+        })
+    }
+
+    /// The host of the leaking applications.
+    #[must_use]
+    pub fn app_host(&self) -> &Host {
+        &self.app_host
+    }
+
+    /// Brings sockets into the state that `scenario` names, and waits until the kernel shows it.
+    ///
+    /// Scenarios started on the same port and family share one application and listener where they can, so that the sockets
+    /// of both are its own.
+    ///
+    /// # Errors
+    /// No such scenario, something the scenario needs is missing, or the state did not come about in time; the message then
+    /// says what the kernel shows instead.
+    pub fn start(&self, scenario: &str, family: Family, options: Options) -> Result<Leak> {
+        let leak = self.prepare(scenario, family, options)?;
+        leak.wait_for_state(&self.app_host, options.deadline)?;
+        Ok(leak)
+    }
+
+    /// As [`Self::start`], but does not wait for the state.
+    ///
+    /// # Errors
+    /// No such scenario, or something it needs is missing.
+    pub fn prepare(&self, scenario: &str, family: Family, options: Options) -> Result<Leak> {
+        let scenario = scenario::find(scenario)?;
+        ensure!(options.count > 0, "a scenario needs at least one socket");
+        let (_, limit) = getrlimit(Resource::RLIMIT_NOFILE).context("read RLIMIT_NOFILE")?;
+        let limit = usize::try_from(limit)
+            .unwrap_or(usize::MAX)
+            .saturating_sub(SPARE_DESCRIPTORS);
+        ensure!(
+            options.count <= limit,
+            "{} sockets are more than one process can have (hard RLIMIT_NOFILE leaves {limit})",
+            options.count
+        );
+        let pair = self.pair_for(scenario, family, options)?;
+        let stage = Stage {
+            pair: &pair,
+            count: options.count,
+        };
+        let conns =
+            (scenario.build)(&stage).with_context(|| format!("scenario {}", scenario.name))?;
+        Ok(Leak {
+            scenario,
+            pair,
+            conns,
+        })
+    }
+
+    /// Waits until `condition` holds.
+    ///
+    /// # Errors
+    /// It fails, or it does not hold within `deadline`.
+    pub fn wait_for(
+        &self,
+        deadline: Duration,
+        mut condition: impl FnMut() -> Result<bool>,
+    ) -> Result<()> {
+        let until = Instant::now() + deadline;
+        while !condition()? {
+            ensure!(
+                Instant::now() < until,
+                "the condition did not come about within {deadline:?}"
+            );
+            std::thread::sleep(POLL_INTERVAL);
+        }
+        Ok(())
+    }
+
+    fn pair_for(&self, scenario: &Scenario, family: Family, options: Options) -> Result<Arc<Pair>> {
+        let mut pairs = self.pairs.lock().unwrap_or_else(PoisonError::into_inner);
+        let seals = scenario.sharing == Sharing::Last;
+        if !options.own && scenario.sharing != Sharing::Never {
+            let fits = |pair: &&Arc<Pair>| {
+                let same = pair.family == family && pair.options.port == options.port;
+                same && !pair.options.own
+                    && !*pair.sealed.lock().unwrap_or_else(PoisonError::into_inner)
+            };
+            if let Some(pair) = pairs.iter().find(fits) {
+                *pair.sealed.lock().unwrap_or_else(PoisonError::into_inner) |= seals;
+                return Ok(Arc::clone(pair));
+            }
+        }
+        let options = Options {
+            own: options.own || scenario.sharing == Sharing::Never,
+            ..options
+        };
+        let pair = Arc::new(self.new_pair(&scenario.app, family, options)?);
+        *pair.sealed.lock().unwrap_or_else(PoisonError::into_inner) = seals;
+        pairs.push(Arc::clone(&pair));
+        Ok(pair)
+    }
+
+    fn new_pair(&self, app: &scenario::App, family: Family, options: Options) -> Result<Pair> {
+        // 10.78.N.0/24 and fd78:0:0:N::/64 for the link N, the application at 1 and the peer at 2.
+        let link = self
+            .links
+            .fetch_add(1, Ordering::Relaxed)
+            .checked_add(1)
+            .context("no more links in this lab")?;
+        let v4 = |host| IpAddr::V4(Ipv4Addr::new(10, 78, link, host));
+        let v6 = |host| IpAddr::V6(Ipv6Addr::new(0xfd78, 0, 0, link.into(), 0, 0, 0, host));
+        let peer_host = Host::new()?;
+        let app_link = format!("veth{link}");
+        self.app_host.join(&app_link, &peer_host, PEER_LINK)?;
+        for (host, name, number) in [
+            (&self.app_host, app_link.as_str(), 1),
+            (&peer_host, PEER_LINK, 2),
+        ] {
+            host.within(|| {
+                rtnetlink::set_link(name, true)?;
+                rtnetlink::add_address(name, v4(number), 24)?;
+                rtnetlink::add_address(name, v6(number.into()), 64)
+            })?;
+        }
+        let (app_ip, peer_address) = match family {
+            Family::V4 | Family::Mapped => (v4(1), v4(2)),
+            Family::V6 => (v6(1), v6(2)),
+        };
+        let bound: IpAddr = match (options.listen, family, app_ip) {
+            (Listen::Any, Family::V4, _) => Ipv4Addr::UNSPECIFIED.into(),
+            (Listen::Any, Family::V6 | Family::Mapped, _) => Ipv6Addr::UNSPECIFIED.into(),
+            (Listen::Own, Family::Mapped, IpAddr::V4(ip)) => ip.to_ipv6_mapped().into(),
+            (Listen::Own, _, ip) => ip,
+        };
+        let app_options = AgentOptions {
+            comm: app.comm.to_owned(),
+            uid: app.uid,
+            capabilities: None,
+        };
+        let app = self.app_host.agent_as(&app_options)?;
+        let peer = peer_host.agent("peer")?;
+        let listener = app.listen(
+            SocketAddr::new(bound, options.port),
+            family == Family::V6,
+            i32::from(u16::MAX),
+        )?;
+        Ok(Pair {
+            app,
+            peer,
+            peer_host,
+            listener,
+            app_address: SocketAddr::new(app_ip, options.port),
+            peer_address,
+            family,
+            options,
+            sealed: Mutex::new(false),
+        })
+    }
+}
+
+/// Sockets in the state of one scenario.
+#[derive(Debug)]
+pub struct Leak {
+    scenario: &'static Scenario,
+    pair: Arc<Pair>,
+    conns: Vec<Conn>,
+}
+
+impl Leak {
+    /// The scenario.
+    #[must_use]
+    pub fn scenario(&self) -> &'static Scenario {
+        self.scenario
+    }
+
+    /// The application.
+    #[must_use]
+    pub fn app(&self) -> &Agent {
+        &self.pair.app
+    }
+
+    /// The peer.
+    #[must_use]
+    pub fn peer(&self) -> &Agent {
+        &self.pair.peer
+    }
+
+    /// The application, the peer and the link between them.
+    #[must_use]
+    pub fn pair(&self) -> &Pair {
+        &self.pair
+    }
+
+    /// The connections.
+    #[must_use]
+    pub fn conns(&self) -> &[Conn] {
+        &self.conns
+    }
+
+    /// The application's descriptors of them, those it has.
+    #[must_use]
+    pub fn app_fds(&self) -> Vec<Fd> {
+        self.conns.iter().filter_map(|conn| conn.app_fd).collect()
+    }
+
+    /// The peer's descriptors of them, those it has.
+    #[must_use]
+    pub fn peer_fds(&self) -> Vec<Fd> {
+        self.conns.iter().filter_map(|conn| conn.peer_fd).collect()
+    }
+
+    /// Waits until the kernel shows every connection as the scenario says.
+    pub(crate) fn wait_for_state(&self, app_host: &Host, deadline: Duration) -> Result<()> {
+        let until = Instant::now() + self.scenario.deadline.unwrap_or(deadline);
+        app_host.within(|| {
+            loop {
+                let wrong = self.differences(&crate::kernel::sockets()?);
+                let Some(first) = wrong.first() else { return Ok(()) };
+                if Instant::now() >= until {
+                    bail!(
+                        "scenario {}: {} of {} sockets are not in the wanted state ({}) in time, for example {first}",
+                        self.scenario.name,
+                        wrong.len(),
+                        self.conns.len(),
+                        self.scenario.expect,
+                    );
+                }
+                std::thread::sleep(POLL_INTERVAL);
+            }
+        })
+    }
+
+    fn differences(&self, sockets: &[crate::KernelSocket]) -> Vec<String> {
+        let by_tuple: std::collections::HashMap<_, _> = sockets
+            .iter()
+            .map(|socket| ((socket.local, socket.peer), socket))
+            .collect();
+        let expect: &Expect = &self.scenario.expect;
+        self.conns
+            .iter()
+            .filter_map(|conn| match by_tuple.get(&(conn.local, conn.peer)) {
+                None => Some(format!("{} {}: no such socket", conn.local, conn.peer)),
+                Some(socket)
+                    if expect.fits(socket.state, socket.recv_q, socket.send_q, socket.inode) =>
+                {
+                    None
+                }
+                Some(socket) => Some(format!("{socket:?}")),
+            })
+            .collect()
+    }
+}
+
+/// Pairs up the two ends of connections.
+pub(crate) fn join_ends(ours: &[Endpoint], theirs: &[Endpoint]) -> Result<Vec<Conn>> {
+    let by_local: std::collections::HashMap<_, _> =
+        theirs.iter().map(|end| (end.local, end)).collect();
+    ours.iter()
+        .map(|end| {
+            let other = by_local
+                .get(&end.peer)
+                .with_context(|| format!("a stranger connected: {}", end.peer))?;
+            Ok(Conn {
+                local: end.local,
+                peer: end.peer,
+                app_fd: Some(end.fd),
+                peer_fd: Some(other.fd),
+            })
+        })
+        .collect()
+}

@@ -1,0 +1,100 @@
+//! The three things a lab asks of rtnetlink, so that it needs no `ip` program: a veth pair, an address, a link up or down.
+//!
+//! Invariant: every call works on the network namespace of the calling thread.
+
+use std::net::IpAddr;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
+
+use anyhow::{Context as _, Result, bail};
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload,
+};
+use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
+use netlink_packet_route::link::{
+    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use netlink_sys::protocols::NETLINK_ROUTE;
+use netlink_sys::{Socket, SocketAddr};
+
+/// Creates a veth pair: `name` here, `peer_name` in the namespace `peer_netns`.
+pub(crate) fn add_veth(name: &str, peer_name: &str, peer_netns: BorrowedFd<'_>) -> Result<()> {
+    let mut peer = LinkMessage::default();
+    peer.attributes
+        .push(LinkAttribute::IfName(peer_name.to_owned()));
+    peer.attributes
+        .push(LinkAttribute::NetNsFd(peer_netns.as_raw_fd()));
+    let mut link = LinkMessage::default();
+    link.attributes.push(LinkAttribute::IfName(name.to_owned()));
+    link.attributes.push(LinkAttribute::LinkInfo(vec![
+        LinkInfo::Kind(InfoKind::Veth),
+        LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
+    ]));
+    request(
+        RouteNetlinkMessage::NewLink(link),
+        NLM_F_CREATE | NLM_F_EXCL,
+    )
+    .with_context(|| format!("create the veth pair {name}"))
+}
+
+/// Takes a link up or down.
+pub(crate) fn set_link(name: &str, up: bool) -> Result<()> {
+    let mut link = LinkMessage::default();
+    link.header.index = index(name)?;
+    link.header.flags = if up {
+        LinkFlags::Up
+    } else {
+        LinkFlags::empty()
+    };
+    link.header.change_mask = LinkFlags::Up;
+    request(RouteNetlinkMessage::SetLink(link), 0)
+        .with_context(|| format!("set link {name} up={up}"))
+}
+
+/// Adds an address that is usable at once (no duplicate address detection).
+pub(crate) fn add_address(name: &str, address: IpAddr, prefix_len: u8) -> Result<()> {
+    let mut message = AddressMessage::default();
+    message.header.family = if address.is_ipv4() {
+        AddressFamily::Inet
+    } else {
+        AddressFamily::Inet6
+    };
+    message.header.prefix_len = prefix_len;
+    message.header.flags = AddressHeaderFlags::Nodad;
+    message.header.index = index(name)?;
+    message.attributes = vec![
+        AddressAttribute::Local(address),
+        AddressAttribute::Address(address),
+    ];
+    request(
+        RouteNetlinkMessage::NewAddress(message),
+        NLM_F_CREATE | NLM_F_EXCL,
+    )
+    .with_context(|| format!("add {address} to {name}"))
+}
+
+fn index(name: &str) -> Result<u32> {
+    nix::net::if_::if_nametoindex(name).with_context(|| format!("find the link {name}"))
+}
+
+fn request(message: RouteNetlinkMessage, flags: u16) -> Result<()> {
+    let mut socket = Socket::new(NETLINK_ROUTE).context("open a netlink socket")?;
+    socket.bind_auto()?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+    let mut message = NetlinkMessage::new(header, NetlinkPayload::from(message));
+    message.finalize();
+    let mut bytes = vec![0; message.buffer_len()];
+    message.serialize(&mut bytes);
+    socket.send(&bytes, 0)?;
+    let (answer, _) = socket.recv_from_full()?;
+    match NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer)?.payload {
+        NetlinkPayload::Error(error) => match error.code {
+            None => Ok(()),
+            Some(_) => Err(error.to_io().into()),
+        },
+        other => bail!("unexpected answer from rtnetlink: {other:?}"),
+    }
+}

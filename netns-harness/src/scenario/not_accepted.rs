@@ -1,0 +1,36 @@
+//! `not-accepted`: the peer has come, spoken and gone, and the application never accepted it. No descriptor exists.
+
+use super::{Expect, LEAKY_APP, STEP, Scenario, Sharing, Stage};
+use crate::Conn;
+use crate::agent::{Dial, Endpoint, Fd, How};
+
+const HELLO: &[u8] = b"anybody?";
+
+pub(super) const SCENARIO: Scenario = Scenario {
+    name: "not-accepted",
+    summary: "CLOSE-WAIT: still in the listener's accept queue, so no process has a descriptor of it",
+    hidden: false,
+    app: LEAKY_APP,
+    sharing: Sharing::Last,
+    expect: Expect {
+        recv_q: 9..=9,
+        inode: false,
+        owners: 0,
+        ..Expect::CLOSE_WAIT
+    },
+    deadline: None,
+    build,
+};
+
+fn build(stage: &Stage<'_>) -> anyhow::Result<Vec<Conn>> {
+    let ends = stage
+        .peer()
+        .connect(stage.pair.app_address, stage.count, Dial::default(), STEP)?;
+    let fds: Vec<Fd> = ends.iter().map(|end| end.fd).collect();
+    stage.peer().send(&fds, HELLO)?;
+    stage.peer().shutdown(&fds, How::Write)?;
+    Ok(ends
+        .iter()
+        .map(|end: &Endpoint| end.without_app())
+        .collect())
+}

@@ -1,0 +1,282 @@
+//! Agents and commands: honest answers, other identities.
+
+use std::time::Duration;
+
+use anyhow::{Result, bail, ensure};
+use libtest_mimic::Trial;
+use netns_harness::{
+    AgentOptions, Capability, Dial, Drained, End, Family, Host, How, Lab, Options, Recv,
+    SocketOption, pattern,
+};
+
+use crate::support::{DEADLINE, has_other_users};
+
+pub fn tests() -> Vec<Trial> {
+    crate::tests!("agents":
+        errno_is_the_kernels,
+        reads_data_then_the_end,
+        fills_the_send_buffer,
+        talks_until_hushed,
+        a_forgotten_connection_draws_a_reset,
+        a_deaf_socket_hears_nothing,
+        epoll_sees_the_end,
+        ends_when_dropped_with_its_children,
+        a_dead_agent_is_noticed,
+        a_command_runs_on_the_host,
+        a_command_keeps_only_the_capabilities_it_is_given,
+        another_user_where_there_is_one,
+    )
+}
+
+fn errno(error: &anyhow::Error) -> Option<i32> {
+    error
+        .downcast_ref::<std::io::Error>()
+        .and_then(std::io::Error::raw_os_error)
+}
+
+fn errno_is_the_kernels() -> Result<()> {
+    let host = Host::new()?;
+    let agent = host.agent("app")?;
+    let Err(error) = agent.connect("127.0.0.1:9".parse()?, 1, Dial::default(), DEADLINE) else {
+        bail!("connected")
+    };
+    ensure!(errno(&error) == Some(libc::ECONNREFUSED), "{error:#}");
+    let Err(error) = agent.listen("192.0.2.1:80".parse()?, false, 1) else {
+        bail!("listens")
+    };
+    ensure!(errno(&error) == Some(libc::EADDRNOTAVAIL), "{error:#}");
+    let Err(error) = agent.close(&[netns_harness::Fd(99)]) else {
+        bail!("closed")
+    };
+    ensure!(
+        errno(&error).is_none() && format!("{error:#}").contains("99"),
+        "{error:#}"
+    );
+    Ok(())
+}
+
+fn one(
+    lab: &Lab,
+    scenario: &str,
+) -> Result<(netns_harness::Leak, netns_harness::Fd, netns_harness::Fd)> {
+    let leak = lab.start(scenario, Family::V4, Options::default())?;
+    let (Some(app), Some(peer)) = (leak.conns()[0].app_fd, leak.conns()[0].peer_fd) else {
+        bail!("no descriptors")
+    };
+    Ok((leak, app, peer))
+}
+
+fn reads_data_then_the_end() -> Result<()> {
+    let lab = Lab::new()?;
+    let (leak, app, peer) = one(&lab, "unread")?;
+    ensure!(leak.app().recv(app, 4, DEADLINE)? == Recv::Data(b"good".to_vec()));
+    ensure!(leak.app().recv(app, 4, DEADLINE)? == Recv::Data(b"bye".to_vec()));
+    ensure!(leak.app().recv(app, 4, DEADLINE)? == Recv::Eof);
+    ensure!(leak.peer().recv(peer, 4, Duration::from_millis(1))? == Recv::Nothing);
+    Ok(())
+}
+
+fn fills_the_send_buffer() -> Result<()> {
+    let lab = Lab::new()?;
+    let (leak, app, peer) = one(&lab, "established")?;
+    let mut total = 0;
+    loop {
+        let sent = leak.peer().fill(&[peer], total, 1 << 20)?[0];
+        total += sent;
+        if sent < 1 << 20 {
+            break;
+        }
+    }
+    leak.peer().shutdown(&[peer], How::Write)?;
+    let drained = leak.app().drain(&[app], DEADLINE)?;
+    let expected = Drained {
+        fd: app,
+        bytes: total,
+        intact: true,
+        end: End::Eof,
+    };
+    ensure!(drained == [expected], "{drained:?} of {total}");
+    Ok(())
+}
+
+fn talks_until_hushed() -> Result<()> {
+    let lab = Lab::new()?;
+    let (leak, app, peer) = one(&lab, "established")?;
+    leak.peer().talk(&[peer], Duration::from_millis(1))?;
+    ensure!(leak.app().recv(app, 1, DEADLINE)? == Recv::Data(vec![pattern(0)]));
+    let said = leak.peer().hush()?[0];
+    leak.peer().send(&[peer], b"over")?;
+    leak.peer().shutdown(&[peer], How::Write)?;
+    let mut heard: Vec<u8> = vec![pattern(0)];
+    while let Recv::Data(data) = leak.app().recv(app, 1 << 16, DEADLINE)? {
+        heard.extend(data);
+    }
+    let expected: Vec<u8> = (0..said).map(pattern).chain(*b"over").collect();
+    ensure!(heard == expected, "{} bytes of {said}", heard.len());
+    Ok(())
+}
+
+fn a_forgotten_connection_draws_a_reset() -> Result<()> {
+    let lab = Lab::new()?;
+    let (leak, app, peer) = one(&lab, "established")?;
+    leak.peer().forget(&[peer])?;
+    ensure!(leak.app().recv(app, 1, Duration::from_millis(1))? == Recv::Nothing);
+    leak.app().send(&[app], b"still there?")?;
+    ensure!(leak.app().recv(app, 1, DEADLINE)? == Recv::Failed(libc::ECONNRESET));
+    Ok(())
+}
+
+fn a_deaf_socket_hears_nothing() -> Result<()> {
+    let lab = Lab::new()?;
+    let (leak, app, peer) = one(&lab, "established")?;
+    leak.peer().set_option(&[peer], SocketOption::Deaf(true))?;
+    leak.app().send(&[app], b"hello")?;
+    ensure!(leak.peer().recv(peer, 9, Duration::from_millis(50))? == Recv::Nothing);
+    leak.peer().set_option(&[peer], SocketOption::Deaf(false))?;
+    ensure!(leak.peer().recv(peer, 9, DEADLINE)? == Recv::Data(b"hello".to_vec()));
+    Ok(())
+}
+
+fn epoll_sees_the_end() -> Result<()> {
+    let lab = Lab::new()?;
+    let (leak, app, peer) = one(&lab, "established")?;
+    let before = leak.app().poll(app, false, Duration::from_millis(1))?;
+    ensure!(!before.readable && !before.read_hangup, "{before:?}");
+    leak.peer().shutdown(&[peer], How::Write)?;
+    let after = leak.app().poll(app, true, DEADLINE)?;
+    ensure!(after.writable, "{after:?}");
+    let after = leak.app().poll(app, false, DEADLINE)?;
+    ensure!(
+        after.readable && after.read_hangup && !after.hangup && !after.error,
+        "{after:?}"
+    );
+    ensure!(leak.app().take_error(app)? == 0);
+    Ok(())
+}
+
+fn ends_when_dropped_with_its_children() -> Result<()> {
+    let host = Host::new()?;
+    let agent = host.agent("app")?;
+    let mut pids = agent.share(&[], 2)?;
+    ensure!(pids.len() == 2);
+    pids.push(agent.pid());
+    drop(agent);
+    crate::support::wait_until("the agent and its children end", || {
+        Ok(pids.iter().all(|pid| !is_running(*pid)))
+    })
+}
+
+/// Neither gone nor a zombie that nobody has waited for yet.
+fn is_running(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ")
+        .is_some_and(|(_, rest)| !rest.starts_with('Z'))
+}
+
+fn a_dead_agent_is_noticed() -> Result<()> {
+    let host = Host::new()?;
+    let agent = host.agent("app")?;
+    ensure!(agent.is_alive());
+    agent.kill()?;
+    ensure!(!agent.is_alive());
+    let Err(error) = agent.take_error(netns_harness::Fd(3)) else {
+        bail!("answered")
+    };
+    ensure!(format!("{error:#}").contains("gone"), "{error:#}");
+    Ok(())
+}
+
+fn a_command_runs_on_the_host() -> Result<()> {
+    let host = Host::new()?;
+    let output = host.command("readlink").arg("/proc/self/ns/net").output()?;
+    ensure!(String::from_utf8(output.stdout)?.trim() == format!("net:[{}]", host.netns_inode()?));
+    let output = host
+        .command("sh")
+        .args(["-c", "echo $WORD; exit 3"])
+        .env("WORD", "one two")
+        .output()?;
+    ensure!(
+        output.status.code() == Some(3) && output.stdout == b"one two\n",
+        "{output:?}"
+    );
+    let output = host.command("no-such-program").output()?;
+    ensure!(output.status.code() == Some(127), "{output:?}");
+    ensure!(String::from_utf8(output.stderr)?.contains("no-such-program"));
+    let Err(error) = host
+        .command("sleep")
+        .arg("1000")
+        .output_within(Duration::from_millis(50))
+    else {
+        bail!("slept")
+    };
+    ensure!(error.to_string().contains("did not end"), "{error:#}");
+    Ok(())
+}
+
+/// The `Cap…` lines of a command's /proc/self/status as numbers.
+fn capabilities(output: &std::process::Output) -> Result<Vec<(String, u64)>> {
+    let text = String::from_utf8(output.stdout.clone())?;
+    let lines = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("Cap")?.split_once(":\t"));
+    lines
+        .map(|(set, mask)| Ok((set.to_owned(), u64::from_str_radix(mask, 16)?)))
+        .collect()
+}
+
+fn a_command_keeps_only_the_capabilities_it_is_given() -> Result<()> {
+    let host = Host::new()?;
+    let status = || host.command("cat").arg("/proc/self/status");
+    for (keep, mask) in [
+        (&[][..], 0),
+        (
+            &[Capability::CAP_NET_ADMIN, Capability::CAP_NET_RAW][..],
+            (1 << 12) | (1 << 13),
+        ),
+    ] {
+        let sets = capabilities(&status().capabilities(keep).output()?)?;
+        ensure!(
+            sets.len() == 5 && sets.iter().all(|&(_, have)| have == mask),
+            "{keep:?}: {sets:x?}"
+        );
+    }
+    Ok(())
+}
+
+fn another_user_where_there_is_one() -> Result<()> {
+    let host = Host::new()?;
+    let command = || host.command("id").arg("-u").uid(65534);
+    if !has_other_users()? {
+        let Err(error) = command().output() else {
+            bail!("became an unmapped user")
+        };
+        ensure!(
+            error.to_string().contains("65534 is not mapped"),
+            "{error:#}"
+        );
+        return Ok(());
+    }
+    ensure!(command().output()?.stdout == b"65534\n");
+    let raw = [Capability::CAP_NET_RAW];
+    let status = host
+        .command("cat")
+        .arg("/proc/self/status")
+        .uid(65534)
+        .capabilities(&raw)
+        .output()?;
+    let sets = capabilities(&status)?;
+    ensure!(sets.iter().all(|&(_, have)| have == 1 << 13), "{sets:x?}");
+    // Its /proc entry is its own, as that of a program it started itself.
+    let agent = host.agent_as(&AgentOptions {
+        comm: "app".into(),
+        uid: Some(65534),
+        capabilities: None,
+    })?;
+    let look = host
+        .command("readlink")
+        .arg(format!("/proc/{}/fd/0", agent.pid()))
+        .uid(65534)
+        .output()?;
+    ensure!(look.status.success(), "{look:?}");
+    Ok(())
+}

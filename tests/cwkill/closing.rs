@@ -1,0 +1,247 @@
+//! Closing stuck sockets, and nothing else.
+
+use anyhow::{Context, Result, ensure};
+use netns_harness::{Family, Lab, TcpState};
+
+use crate::Case::{self, EachFamily, Once};
+use crate::support::{
+    CWKILL, all_have, at, carries_data, connections, count, cwkill, in_state, lab, ran, same,
+};
+
+pub const CASES: &[Case] = &[
+    EachFamily("forty_are_closed_and_innocents_live", forty),
+    EachFamily("destroy_closes_every_kind", destroy_closes_every_kind),
+    EachFamily("never_accepted_is_destroyed", never_accepted_is_destroyed),
+    EachFamily("a_shared_socket_needs_one_act", a_shared_socket),
+    EachFamily("listing_and_dry_run_change_nothing", nothing_changes),
+    EachFamily("a_silent_peer_is_left_to_the_next_method", silent_peer),
+    Once("the_oldest_come_first", the_oldest_come_first),
+    Once(
+        "without_privileges_nothing_happens_and_it_says_so",
+        unprivileged,
+    ),
+    Once("a_user_may_shut_down_his_own", own_user),
+    Once("the_owner_may_be_stopped", stopped_owner),
+    Once("a_reader_that_leaves_early_changes_nothing", head),
+    Once("the_command_of_the_issue", harness_command),
+];
+
+fn forty(family: Family) -> Result<()> {
+    let (lab, leak) = lab("unread", family, 40)?;
+    let innocents = lab.start("established", family, count(5))?;
+    let ran = cwkill(&lab, "--port 8080 --json")?.exits(0)?;
+    let sockets = ran.sockets()?;
+    same(&sockets.len(), &40)?;
+    all_have(&sockets, "closed", "shutdown")?;
+    same(&at(&ran.json()?, "/summary/closed"), &"40".to_owned())?;
+    for socket in &sockets {
+        same(&at(socket, "/result/descriptor_open"), &"true".to_owned())?;
+    }
+    let ran = ran.complains("still has 40 descriptors of closed sockets open")?;
+    ensure!(!ran.stderr.contains("hint"), "{ran:#?}");
+    let rows = connections(&lab)?;
+    same(&rows.len(), &5)?;
+    ensure!(rows.iter().all(|row| row.state == TcpState::Established));
+    ensure!(leak.app().is_alive());
+    carries_data(&innocents)?;
+    cwkill(&lab, "--port 8080")?.exits(1)?;
+    Ok(())
+}
+
+fn destroy_closes_every_kind(family: Family) -> Result<()> {
+    let (lab, unread) = lab("unread", family, 70)?;
+    let _drained = lab.start("drained", family, count(70))?;
+    let innocents = lab.start("established", family, count(2))?;
+    let sockets = cwkill(&lab, "--all --method destroy --json")?
+        .exits(0)?
+        .sockets()?;
+    same(&sockets.len(), &140)?;
+    all_have(&sockets, "closed", "destroy")?;
+    same(&connections(&lab)?.len(), &2)?;
+    ensure!(unread.app().is_alive());
+    carries_data(&innocents)
+}
+
+fn never_accepted_is_destroyed(family: Family) -> Result<()> {
+    let (lab, leak) = lab("not-accepted", family, 3)?;
+    let backlog = || -> Result<u32> {
+        let rows = lab.app_host().ss(&["sport", "=", ":8080"])?;
+        let listener = rows.iter().find(|row| row.state == TcpState::Listen);
+        Ok(listener.context("the listener is gone")?.recv_q)
+    };
+    same(&backlog()?, &3)?;
+    let ran = cwkill(&lab, "--port 8080 --json")?.exits(0)?;
+    let sockets = ran.sockets()?;
+    all_have(&sockets, "closed", "destroy")?;
+    same(&sockets[0]["plan"], &serde_json::json!(["destroy", "rst"]))?;
+    same(&at(&sockets[0], "/result/descriptor_open"), &"false".into())?;
+    ran.complains("3 closed connections still take a slot in the backlog")?;
+    same(&connections(&lab)?.len(), &0)?;
+    ensure!(leak.app().is_alive());
+    // The note is true: no slot was freed.
+    same(&backlog()?, &3)
+}
+
+fn a_shared_socket(family: Family) -> Result<()> {
+    let (lab, _leak) = lab("forked", family, 2)?;
+    let ran = cwkill(&lab, "--all --json")?.exits(0)?;
+    all_have(&ran.sockets()?, "closed", "shutdown")?;
+    same(&connections(&lab)?.len(), &0)?;
+    // One note for each of the three owners.
+    let notes = ran.stderr.matches("still has 2 descriptors").count();
+    same(&notes, &3)
+}
+
+fn nothing_changes(family: Family) -> Result<()> {
+    let (lab, _unread) = lab("unread", family, 2)?;
+    let _innocents = lab.start("established", family, count(2))?;
+    let _never = lab.start("not-accepted", family, count(2))?;
+    let before = lab.app_host().ss(&[])?;
+    for arguments in [
+        "",
+        "--json",
+        "--jsonl",
+        "-v",
+        "--all --dry-run",
+        "--port 8080 -n",
+        "--port 8080 --dryrun --method destroy --discard-unsent",
+        "--help",
+        "--version",
+    ] {
+        cwkill(&lab, arguments)?.exits(0)?;
+        same(&lab.app_host().ss(&[])?, &before).context(arguments)?;
+    }
+    let plan = cwkill(&lab, "--port 8080 -n --json")?.sockets()?;
+    for socket in plan {
+        let planned = match at(&socket, "/cause").as_str() {
+            "not-accepted" => serde_json::json!(["destroy", "rst"]),
+            _ => serde_json::json!(["shutdown", "destroy", "rst"]),
+        };
+        same(&socket["plan"], &planned)?;
+    }
+    Ok(())
+}
+
+fn silent_peer(family: Family) -> Result<()> {
+    let (lab, leak) = lab("drained", family, 2)?;
+    leak.pair().set_link(false)?;
+    let ran = cwkill(&lab, "--all --method shutdown --grace 100ms --json")?.exits(4)?;
+    all_have(&ran.sockets()?, "closing", "shutdown")?;
+    same(&in_state(&lab, TcpState::LastAck)?, &2)?;
+
+    let more = lab.start(
+        "drained",
+        family,
+        netns_harness::Options {
+            own: true,
+            port: 9090,
+            ..count(2)
+        },
+    )?;
+    more.pair().set_link(false)?;
+    let ran = cwkill(&lab, "--port 9090 --grace 100ms --json")?.exits(0)?;
+    let sockets = ran.sockets()?;
+    all_have(&sockets, "closed", "destroy")?;
+    same(
+        &at(&sockets[0], "/result/attempts/0/method"),
+        &"shutdown".into(),
+    )?;
+    same(&in_state(&lab, TcpState::LastAck)?, &2)
+}
+
+fn the_oldest_come_first() -> Result<()> {
+    let (lab, old) = lab("drained", Family::V4, 2)?;
+    let oldest = || -> Result<u64> {
+        let sockets = cwkill(&lab, "--json")?.sockets()?;
+        let ages = sockets
+            .iter()
+            .filter_map(|socket| socket["age_ms"].as_u64());
+        ages.min().context("no age")
+    };
+    // The kernel's clock of these ages ticks in milliseconds.
+    lab.wait_for(crate::support::PATIENCE, || Ok(oldest()? > 100))?;
+    let young = lab.start("drained", Family::V4, count(3))?;
+    let sockets = cwkill(&lab, "--all --max-kills 2 --json")?
+        .exits(4)?
+        .sockets()?;
+    same(&sockets.len(), &5)?;
+    all_have(&sockets[..2], "closed", "shutdown")?;
+    all_have(&sockets[2..], "skipped", "null")?;
+    same(
+        &at(&sockets[2], "/result/reason"),
+        &"over --max-kills".into(),
+    )?;
+    let left: Vec<_> = connections(&lab)?.iter().map(|row| row.peer).collect();
+    ensure!(old.conns().iter().all(|conn| !left.contains(&conn.peer)));
+    ensure!(young.conns().iter().all(|conn| left.contains(&conn.peer)));
+    Ok(())
+}
+
+fn unprivileged() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 2)?;
+    let _never = lab.start("not-accepted", Family::V4, count(2))?;
+    let before = lab.app_host().ss(&[])?;
+    let command = lab.app_host().command(CWKILL).capabilities(&[]);
+    let ran = ran(command.args(["--port", "8080", "--json"]))?
+        .exits(4)?
+        .complains("destroy needs CAP_NET_ADMIN")?
+        .complains("setcap")?;
+    let sockets = ran.sockets()?;
+    same(&sockets.len(), &4)?;
+    all_have(&sockets, "skipped", "null")?;
+    for socket in &sockets {
+        let reason = at(socket, "/result/reason");
+        ensure!(reason.contains("destroy: needs CAP_NET_ADMIN"), "{reason}");
+    }
+    same(&lab.app_host().ss(&[])?, &before)
+}
+
+fn own_user() -> Result<()> {
+    let lab = Lab::new()?;
+    let app = lab.app_host().agent_as(&netns_harness::AgentOptions {
+        comm: "no-privilege".into(),
+        capabilities: Some(vec![]),
+        ..Default::default()
+    })?;
+    let address = "127.0.0.1:7000".parse()?;
+    let listener = app.listen(address, false, 16)?;
+    let peer = lab.app_host().agent("peer")?;
+    let patience = crate::support::PATIENCE;
+    let ends = peer.connect(address, 1, netns_harness::Dial::default(), patience)?;
+    app.accept(listener, 1, patience)?;
+    peer.shutdown(&[ends[0].fd], netns_harness::How::Write)?;
+    lab.wait_for(patience, || Ok(in_state(&lab, TcpState::CloseWait)? == 1))?;
+    let command = lab.app_host().command(CWKILL).capabilities(&[]);
+    let ran = ran(command.args(["--port", "7000", "--json"]))?.exits(0)?;
+    all_have(&ran.sockets()?, "closed", "shutdown")
+}
+
+fn stopped_owner() -> Result<()> {
+    let (lab, leak) = lab("unread", Family::V4, 2)?;
+    leak.app().stop()?;
+    let sockets = cwkill(&lab, "--all --json")?.exits(0)?.sockets()?;
+    all_have(&sockets, "closed", "shutdown")?;
+    same(&connections(&lab)?.len(), &0)
+}
+
+fn head() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 300)?;
+    let script = format!("{{ {CWKILL} --all -v; echo status=$? >&2; }} | head -1");
+    let ran = ran(lab.app_host().command("sh").args(["-c", &script]))?.exits(0)?;
+    same(&ran.stdout.lines().count(), &1)?;
+    let ran = ran.complains("status=0")?;
+    ensure!(!ran.stderr.contains("panic"), "{ran:#?}");
+    same(&connections(&lab)?.len(), &0)
+}
+
+/// `netns-harness run unread --count 40 -- cwkill --port 8080`, as it stands in the README.
+fn harness_command() -> Result<()> {
+    let lab = Lab::new()?;
+    let beside = std::path::Path::new(CWKILL).with_file_name("netns-harness");
+    let harness = lab.app_host().command(beside);
+    let line = "run unread --count 40 -- cwkill --port 8080";
+    let ran = ran(harness.args(line.split(' ')))?.exits(0)?;
+    let summary = "40 sockets matched: 40 closed";
+    ensure!(ran.stdout.contains(summary), "{ran:#?}");
+    Ok(())
+}

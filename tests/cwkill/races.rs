@@ -1,0 +1,284 @@
+//! What changes between the scan and the act. The stages are called one by one, on real sockets, so
+//! that the world can change between them.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use netns_harness::{Dial, Family, Lab, Leak, Recv, TcpState};
+
+use cwkill::finder::owners::Proc;
+use cwkill::finder::sock_diag::{DiagId, LookupError, SockDiag, SocketMessage};
+use cwkill::finder::{self, Found};
+use cwkill::injector::ladder::{self, Outcome, Rules, Surroundings, Verdict};
+use cwkill::injector::{self, ActError, MethodName, Scene, Target};
+use cwkill::plan::{self, Policy};
+use cwkill::privileges::Privileges;
+use cwkill::selectors::Selectors;
+
+use crate::Case::{self, EachFamily, Once};
+use crate::support::{PATIENCE, connections, in_state, lab, same};
+
+pub const CASES: &[Case] = &[
+    EachFamily(
+        "a_descriptor_number_used_again_is_not_touched",
+        reused_number,
+    ),
+    EachFamily(
+        "a_tuple_taken_by_a_new_connection_is_not_touched",
+        reused_tuple,
+    ),
+    EachFamily("an_owner_that_dies_is_no_error_for_others", owner_dies),
+    Once("a_socket_that_closes_on_its_own_is_gone", closes_on_its_own),
+    Once("one_that_is_accepted_meanwhile_is_left", accepted_meanwhile),
+];
+
+struct Now;
+
+impl Surroundings for Now {
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+    fn pause(&self, duration: Duration) {
+        std::thread::sleep(duration);
+    }
+    fn interrupted(&self) -> bool {
+        false
+    }
+    fn acted(&self, _: MethodName, _: usize) {}
+}
+
+/// Finds everything stuck on the leaking host, then lets the world change, then acts.
+fn act_after(
+    lab: &Lab,
+    methods: &[MethodName],
+    change: impl FnOnce() -> Result<()> + Send,
+) -> Result<(Found, Vec<Outcome>)> {
+    lab.app_host().within(|| {
+        let proc = Proc::default();
+        let mut diag = SockDiag::open()?;
+        let selectors = Selectors::default();
+        let found = finder::find(&mut diag, &proc, &selectors)?;
+        let policy = Policy {
+            methods: methods.to_vec(),
+            discard_unsent: false,
+            max_kills: None,
+        };
+        let plans = plan::build(&found, &policy, &Privileges::of_this_thread()?);
+        change()?;
+        let mut methods = injector::methods(&policy.methods, &proc)?;
+        let rules = Rules {
+            grace: Duration::from_millis(500),
+            discard_unsent: false,
+            selectors: &selectors,
+        };
+        let outcomes = ladder::climb(&found, &plans, &mut methods, &mut diag, rules, &Now)?;
+        Ok((found, outcomes))
+    })
+}
+
+/// The method alone, without the ladder's look, on what was found before the world changed.
+fn bare_act_after(
+    lab: &Lab,
+    method: MethodName,
+    change: impl FnOnce() -> Result<()> + Send,
+) -> Result<Result<(), ActError>> {
+    lab.app_host().within(|| {
+        let proc = Proc::default();
+        let found = finder::find(&mut SockDiag::open()?, &proc, &Selectors::default())?;
+        ensure!(found.sockets.len() == 1, "{found:#?}");
+        change()?;
+        let mut methods = injector::methods(&[method], &proc)?;
+        let mut scene = OnlyCookies(SockDiag::open()?, found.sockets[0].id);
+        let mut results = methods[0].act(&[Target::new(&found, 0)], &mut scene);
+        Ok(results.remove(0))
+    })
+}
+
+/// The looks that a method takes itself, without what the ladder knows.
+struct OnlyCookies(SockDiag, DiagId);
+
+impl Scene for OnlyCookies {
+    fn grace(&self) -> Duration {
+        Duration::from_millis(700)
+    }
+    fn surroundings(&self) -> &dyn Surroundings {
+        &Now
+    }
+    fn still_fit(&mut self, targets: &[usize], _: bool) -> std::io::Result<Vec<bool>> {
+        Ok(self.look(targets)?.iter().map(Result::is_ok).collect())
+    }
+    fn look(
+        &mut self,
+        targets: &[usize],
+    ) -> std::io::Result<Vec<Result<SocketMessage, LookupError>>> {
+        self.0.lookup(&vec![self.1; targets.len()])
+    }
+}
+
+/// The owner closes the stuck descriptor and gets its number again for a new, innocent connection.
+fn swap_descriptor(leak: &Leak) -> Result<(netns_harness::Fd, netns_harness::Fd)> {
+    let old = leak.conns()[0];
+    let fd = old.app_fd.context("no descriptor")?;
+    leak.app().close(&[fd])?;
+    let peer = leak.peer();
+    let ends = peer.connect(leak.pair().app_address, 1, Dial::default(), PATIENCE)?;
+    let accepted = leak.app().accept(leak.pair().listener, 1, PATIENCE)?;
+    ensure!(accepted[0].fd == fd, "the number is used again");
+    Ok((fd, ends[0].fd))
+}
+
+fn lives(leak: &Leak, app: netns_harness::Fd, peer: netns_harness::Fd) -> Result<()> {
+    leak.peer().send(&[peer], b"still here?")?;
+    let got = leak.app().recv(app, 100, PATIENCE)?;
+    same(&got, &Recv::Data(b"still here?".to_vec()))?;
+    leak.app().send(&[app], b"yes")?;
+    let got = leak.peer().recv(peer, 100, PATIENCE)?;
+    same(&got, &Recv::Data(b"yes".to_vec()))
+}
+
+fn reused_number(family: Family) -> Result<()> {
+    let (lab, leak) = lab("drained", family, 1)?;
+    let mut innocent = None;
+    let swap = || {
+        innocent = Some(swap_descriptor(&leak)?);
+        Ok(())
+    };
+    let (_, outcomes) = act_after(&lab, &MethodName::AUTO, swap)?;
+    ensure!(matches!(outcomes[0].verdict, Verdict::Gone), "{outcomes:?}");
+    let (app, peer) = innocent.context("swapped")?;
+    lives(&leak, app, peer)?;
+
+    // Without the ladder's look the method itself compares the cookie.
+    let (lab, leak) = crate::support::lab("drained", family, 1)?;
+    let mut innocent = None;
+    let swap = || {
+        innocent = Some(swap_descriptor(&leak)?);
+        Ok(())
+    };
+    let result = bare_act_after(&lab, MethodName::Shutdown, swap)?;
+    ensure!(
+        matches!(result, Err(ActError::DescriptorsGone)),
+        "{result:?}"
+    );
+    let (app, peer) = innocent.context("swapped")?;
+    lives(&leak, app, peer)
+}
+
+/// Both ends close the stuck connection, and the peer opens a new one from the same port.
+fn swap_connection(lab: &Lab, leak: &Leak) -> Result<(netns_harness::Fd, netns_harness::Fd)> {
+    let old = leak.conns()[0];
+    let before = connections(lab)?;
+    // The application's reset leaves nothing behind on either side that could hold the pair.
+    leak.app().set_option(
+        &leak.app_fds(),
+        netns_harness::SocketOption::Linger(Some(0)),
+    )?;
+    leak.app().close(&leak.app_fds())?;
+    leak.peer().close(&leak.peer_fds())?;
+    lab.wait_for(PATIENCE, || Ok(connections(lab)?.is_empty()))?;
+    let dial = Dial {
+        from: Some(old.peer),
+        ..Dial::default()
+    };
+    let ends = leak
+        .peer()
+        .connect(leak.pair().app_address, 1, dial, PATIENCE)?;
+    let accepted = leak.app().accept(leak.pair().listener, 1, PATIENCE)?;
+    let now = connections(lab)?;
+    same(
+        &(now[0].local, now[0].peer),
+        &(before[0].local, before[0].peer),
+    )?;
+    Ok((accepted[0].fd, ends[0].fd))
+}
+
+fn reused_tuple(family: Family) -> Result<()> {
+    for method in MethodName::AUTO {
+        let (lab, leak) = lab("drained", family, 1)?;
+        let mut innocent = None;
+        let swap = || {
+            innocent = Some(swap_connection(&lab, &leak)?);
+            Ok(())
+        };
+        let (_, outcomes) = act_after(&lab, &[method], swap)?;
+        ensure!(matches!(outcomes[0].verdict, Verdict::Gone), "{outcomes:?}");
+        let (app, peer) = innocent.context("swapped")?;
+        lives(&leak, app, peer)?;
+    }
+
+    let (lab, leak) = lab("drained", family, 1)?;
+    let mut innocent = None;
+    let swap = || {
+        innocent = Some(swap_connection(&lab, &leak)?);
+        Ok(())
+    };
+    let result = bare_act_after(&lab, MethodName::Destroy, swap)?;
+    ensure!(matches!(result, Err(ActError::Gone)), "{result:?}");
+    let (app, peer) = innocent.context("swapped")?;
+    lives(&leak, app, peer)?;
+    same(&in_state(&lab, TcpState::Listen)?, &1)?;
+
+    // The ACK that rst draws now comes from the stranger; the look after it finds that out.
+    for method in [MethodName::Rst, MethodName::Probe] {
+        let (lab, leak) = crate::support::lab("drained", family, 1)?;
+        let mut innocent = None;
+        let swap = || {
+            innocent = Some(swap_connection(&lab, &leak)?);
+            Ok(())
+        };
+        let _ = bare_act_after(&lab, method, swap)?;
+        let (app, peer) = innocent.context("swapped")?;
+        lives(&leak, app, peer)?;
+        same(&in_state(&lab, TcpState::Listen)?, &1)?;
+    }
+    same(&in_state(&lab, TcpState::Listen)?, &1)
+}
+
+fn owner_dies(family: Family) -> Result<()> {
+    let (lab, doomed) = lab("unread", family, 3)?;
+    let other = netns_harness::Options {
+        port: 9090,
+        own: true,
+        count: 2,
+        ..Default::default()
+    };
+    let _other = lab.start("unread", family, other)?;
+    let (found, outcomes) = act_after(&lab, &MethodName::AUTO, || {
+        doomed.app().kill()?;
+        // Unread data turns the kernel's close into a reset: the sockets go at once.
+        lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::CloseWait)? == 2))
+    })?;
+    for (socket, outcome) in found.sockets.iter().zip(&outcomes) {
+        let as_wanted = match socket.tuple.local.port() {
+            9090 => matches!(outcome.verdict, Verdict::Closed(MethodName::Shutdown)),
+            _ => matches!(outcome.verdict, Verdict::Gone),
+        };
+        ensure!(as_wanted, "{outcome:?}");
+    }
+    same(&in_state(&lab, TcpState::CloseWait)?, &0)
+}
+
+fn closes_on_its_own() -> Result<()> {
+    let (lab, leak) = lab("drained", Family::V4, 2)?;
+    let first = leak.app_fds()[0];
+    let (_, outcomes) = act_after(&lab, &MethodName::AUTO, || leak.app().close(&[first]))?;
+    let gone = outcomes
+        .iter()
+        .filter(|o| matches!(o.verdict, Verdict::Gone));
+    same(&gone.count(), &1)?;
+    let closed = |o: &&Outcome| matches!(o.verdict, Verdict::Closed(MethodName::Shutdown));
+    same(&outcomes.iter().filter(closed).count(), &1)
+}
+
+fn accepted_meanwhile() -> Result<()> {
+    let (lab, leak) = lab("not-accepted", Family::V4, 2)?;
+    let (_, outcomes) = act_after(&lab, &MethodName::AUTO, || {
+        leak.app().accept(leak.pair().listener, 1, PATIENCE)?;
+        Ok(())
+    })?;
+    let left = outcomes
+        .iter()
+        .filter(|o| matches!(o.verdict, Verdict::Skipped(ladder::Skip::Accepted)));
+    same(&left.count(), &1)?;
+    same(&in_state(&lab, TcpState::CloseWait)?, &1)
+}

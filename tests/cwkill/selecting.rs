@@ -1,0 +1,92 @@
+//! Every selector, on real sockets that differ in what it selects.
+
+use anyhow::{Context, Result};
+use netns_harness::{Family, Lab, Options};
+
+use crate::Case::{self, Once};
+use crate::support::{cwkill, lab, same};
+
+pub const CASES: &[Case] = &[
+    Once("each_selector_matches_what_it_names", each_selector),
+    Once("age_is_a_lower_bound", age),
+];
+
+fn each_selector() -> Result<()> {
+    let lab = Lab::new()?;
+    let on = |port, count| Options {
+        port,
+        count,
+        own: true,
+        ..Options::default()
+    };
+    let v4 = lab.start("unread", Family::V4, on(8001, 1))?;
+    let mapped = lab.start("drained", Family::Mapped, on(8002, 2))?;
+    let v6 = lab.start("unread", Family::V6, on(8003, 4))?;
+    let never = lab.start("not-accepted", Family::V6, on(8004, 8))?;
+    let pid = |leak: &netns_harness::Leak| leak.app().pid();
+    let conn = v4.conns()[0];
+    let v6_peer = v6.conns()[0].peer;
+    let comm = v6.app().comm().to_owned();
+    let glob = format!("{}*", &comm[..2]);
+    // What is selected, and how many sockets that is.
+    let cases = [
+        (String::new(), 15),
+        ("--all".into(), 15),
+        ("--port 8001".into(), 1),
+        ("--port 8001,8003".into(), 5),
+        ("--port 8001-8003".into(), 7),
+        ("--port 8001 --port 8002".into(), 3),
+        ("--port 9999".into(), 0),
+        (format!("--peer-port {}", conn.peer.port()), 1),
+        (format!("--local {}", conn.local.ip()), 1),
+        ("--local 10.78.0.0/16".into(), 3),
+        ("--local ::ffff:10.78.0.0/112".into(), 3),
+        (format!("--peer {}", v6_peer.ip()), 4),
+        ("--peer fd78::/16".into(), 12),
+        (format!("--pid {}", pid(&v4)), 1),
+        (format!("-p {},{}", pid(&v4), pid(&mapped)), 3),
+        (format!("-p {}", pid(&never)), 8),
+        (format!("--process {comm}"), 15),
+        (format!("--process {glob}"), 15),
+        ("--process nothing-like-it".into(), 0),
+        ("--user root".into(), 15),
+        ("--user 0".into(), 15),
+        ("--user 12345".into(), 0),
+        ("--state close-wait".into(), 15),
+        ("--state last-ack,CLOSING".into(), 0),
+        ("--cause unread".into(), 5),
+        ("--cause drained,not-accepted".into(), 10),
+        ("--cause sending".into(), 0),
+        ("-4".into(), 3),
+        ("-6".into(), 12),
+        ("--min-age 0s".into(), 15),
+        ("--min-age 1h".into(), 0),
+        ("--port 8001 --cause drained".into(), 0),
+        (format!("--port 8003 -6 --process {glob} --cause unread"), 4),
+    ];
+    for (selector, expected) in cases {
+        let status = if expected == 0 { 1 } else { 0 };
+        let sockets = cwkill(&lab, &format!("-n --json {selector}"))?
+            .exits(status)
+            .and_then(|ran| ran.sockets())
+            .with_context(|| selector.clone())?;
+        same(&sockets.len(), &expected).with_context(|| selector.clone())?;
+    }
+    Ok(())
+}
+
+/// A socket is never selected before it has been stuck that long.
+fn age() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V4, 1)?;
+    let started = std::time::Instant::now();
+    let age = || -> Result<u64> {
+        let sockets = cwkill(&lab, "--json")?.exits(0)?.sockets()?;
+        sockets[0]["age_ms"].as_u64().context("no age")
+    };
+    let first = age()?;
+    lab.wait_for(crate::support::PATIENCE, || Ok(age()? > first + 50))?;
+    let known = first + u64::try_from(started.elapsed().as_millis())? + 1000;
+    let selector = format!("-n --min-age {known}ms");
+    cwkill(&lab, &selector)?.exits(1)?;
+    Ok(())
+}
