@@ -90,12 +90,20 @@ impl Config {
         };
         let mut notes = Vec::new();
         let (expression, states) = expression(&args, &mut notes)?;
+        let ageless = args.min_age.is_none_or(|age| age.is_zero());
+        if action == Action::Act && states.contains(TcpState::Established) && ageless {
+            return Err(usage(
+                "ESTABLISHED connections are in use as far as the kernel knows: say how long they must \
+                 have been idle, for example --min-age 1h",
+            ));
+        }
         Ok(Config {
             action,
             policy: Policy {
                 methods: methods(&args.method)?,
                 discard_unsent: args.discard_unsent,
                 max_kills: args.max_kills,
+                idle_only: args.min_age.is_some_and(|age| !age.is_zero()),
             },
             grace: args.grace.unwrap_or(DEFAULT_GRACE),
             format,
@@ -258,6 +266,21 @@ mod tests {
         for line in ["-n", "--dry-run", "--dryrun", "-n --method destroy"] {
             assert_eq!(config(line).unwrap().action, Action::DryRun, "{line}");
         }
+    }
+
+    #[test]
+    fn open_connections_are_only_closed_by_age() {
+        for line in [
+            "--state established",
+            "state connected",
+            "--state established --min-age 0s",
+        ] {
+            let error = config(line).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{line}");
+            assert!(error.to_string().contains("--min-age 1h"), "{error}");
+        }
+        assert!(config("--state established --min-age 1h").is_ok());
+        assert!(config("--state established -n").is_ok());
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //! - [`finder`]: which sockets match, and whose they are
 //! - [`diagnosis`]: why a socket is stuck, and for how long (pure)
 //! - [`plan`]: what to try on each socket, or why it is left alone (pure)
-//! - [`privileges`]: what this process may do
+//! - [`privileges`]: what this process may do; [`kernel`]: the version it runs on
 //! - [`injector`]: the methods, and the ladder that runs a plan and verifies it
 //! - [`pipeline`]: all of the above as one call
 //! - [`report`]: table, JSON and exit status, from a finished run
@@ -21,6 +21,7 @@ pub mod diagnosis;
 pub mod expression;
 pub mod finder;
 pub mod injector;
+pub mod kernel;
 pub mod pipeline;
 pub mod plan;
 pub mod privileges;

@@ -2,10 +2,12 @@
 
 use std::fmt;
 
-use crate::diagnosis::{self, Cause};
+use crate::diagnosis;
 use crate::finder::{Found, Socket};
 use crate::injector::MethodName;
+use crate::kernel::KernelVersion;
 use crate::privileges::{Need, Privileges};
+use crate::tcp::TcpState;
 
 /// What the operator allows to be done.
 #[derive(Clone, Debug)]
@@ -16,6 +18,8 @@ pub struct Policy {
     pub discard_unsent: bool,
     /// At most so many sockets are acted on, the oldest first.
     pub max_kills: Option<usize>,
+    /// Whether a minimum age was asked for, without which an open connection is never closed.
+    pub idle_only: bool,
 }
 
 /// What is planned for one socket.
@@ -40,6 +44,8 @@ pub enum LeftOut {
     Unsent(u32),
     /// This process lacks a privilege.
     Needs(Need),
+    /// The socket's state does not allow it, for this reason.
+    State(TcpState, &'static str),
 }
 
 impl fmt::Display for LeftOut {
@@ -52,6 +58,7 @@ impl fmt::Display for LeftOut {
                 "would lose {bytes} unsent bytes (--discard-unsent allows it)"
             ),
             LeftOut::Needs(need) => write!(f, "needs {need}"),
+            LeftOut::State(state, why) => write!(f, "{state}: {why}"),
         }
     }
 }
@@ -98,10 +105,13 @@ fn obstacle(
     policy: &Policy,
     privileges: &Privileges,
 ) -> Option<LeftOut> {
+    if let Some(why) = forbidden_by_state(method, socket, policy, privileges) {
+        return Some(LeftOut::State(socket.state, why));
+    }
     if method.needs_descriptor() && socket.owners.is_empty() {
-        return Some(match socket.cause {
-            Cause::NotAccepted => LeftOut::NotAccepted,
-            _ => LeftOut::NoOwner,
+        return Some(match socket.cause.is_with_listener() {
+            true => LeftOut::NotAccepted,
+            false => LeftOut::NoOwner,
         });
     }
     let unsent = diagnosis::unsent(socket.state, socket.send_q);
@@ -110,6 +120,51 @@ fn obstacle(
     }
     let owned = !socket.owners.is_empty();
     privileges.missing_for(method, owned).map(LeftOut::Needs)
+}
+
+/// What the socket's state has against `method`, if anything.
+fn forbidden_by_state(
+    method: MethodName,
+    socket: &Socket,
+    policy: &Policy,
+    privileges: &Privileges,
+) -> Option<&'static str> {
+    match socket.state {
+        TcpState::CloseWait => None,
+        TcpState::Established if policy.idle_only => None,
+        TcpState::Established => Some("an open connection is only closed with --min-age"),
+        // net/ipv4/af_inet.c, inet_shutdown and net/ipv4/tcp.c, tcp_shutdown: our FIN has been sent,
+        // and shutdown(2) sends no other.
+        TcpState::FinWait1
+        | TcpState::FinWait2
+        | TcpState::LastAck
+        | TcpState::Closing
+        | TcpState::TimeWait
+            if method == MethodName::Shutdown =>
+        {
+            Some("our side is shut down already")
+        }
+        // The kernel keeps neither as a socket: there is no last ACK to look at, and a half-open request
+        // answers an ACK with the listener's RST (net/ipv4/tcp_minisocks.c, tcp_check_req).
+        TcpState::TimeWait if method == MethodName::Probe => Some("there is no one left to ask"),
+        TcpState::SynRecv if matches!(method, MethodName::Probe | MethodName::Rst) => {
+            Some("a half-open request does not tell its sequence numbers")
+        }
+        TcpState::FinWait1
+            if socket.inode.is_none() && privileges.kernel < KernelVersion::ABORTS_ORPHANS =>
+        {
+            Some("kernels before 6.11 can keep an aborted orphan for ever")
+        }
+        TcpState::FinWait1
+        | TcpState::FinWait2
+        | TcpState::LastAck
+        | TcpState::Closing
+        | TcpState::TimeWait
+        | TcpState::SynRecv => None,
+        TcpState::Listen => Some("closing a listener takes its service down; stop the service"),
+        TcpState::SynSent => Some("its application is still opening it"),
+        TcpState::Close | TcpState::Unknown(_) => Some("it is no connection"),
+    }
 }
 
 #[cfg(test)]
@@ -121,10 +176,12 @@ mod tests {
     const ROOT: Privileges = Privileges {
         net_admin: true,
         net_raw: true,
+        kernel: KernelVersion::ABORTS_ORPHANS,
     };
     const USER: Privileges = Privileges {
         net_admin: false,
         net_raw: false,
+        ..ROOT
     };
 
     fn policy() -> Policy {
@@ -132,6 +189,7 @@ mod tests {
             methods: MethodName::AUTO.to_vec(),
             discard_unsent: false,
             max_kills: None,
+            idle_only: false,
         }
     }
 
@@ -248,5 +306,65 @@ mod tests {
         assert_eq!(acts, [false, true, false]);
         let over: Vec<bool> = plans.iter().map(|plan| plan.over_limit).collect();
         assert_eq!(over, [false, false, true]);
+    }
+
+    fn in_state(state: TcpState, orphan: bool) -> Socket {
+        let mut socket = owned(0);
+        socket.state = state;
+        if orphan {
+            socket.inode = None;
+            socket.owners.clear();
+        }
+        socket
+    }
+
+    #[test]
+    fn an_open_connection_needs_an_age() {
+        let open = || in_state(TcpState::Established, false);
+        assert!(plan(open(), &policy(), &ROOT).methods.is_empty());
+        let idle = Policy {
+            idle_only: true,
+            ..policy()
+        };
+        assert_eq!(plan(open(), &idle, &ROOT).methods, MethodName::AUTO);
+    }
+
+    #[test]
+    fn what_is_shut_down_already_is_aborted() {
+        use TcpState::{Closing, FinWait1, FinWait2, LastAck, TimeWait};
+        for state in [FinWait1, FinWait2, LastAck, Closing, TimeWait] {
+            let plan = plan(in_state(state, false), &policy(), &ROOT);
+            assert!(!plan.methods.contains(&MethodName::Shutdown), "{state}");
+            assert!(plan.methods.contains(&MethodName::Destroy), "{state}");
+        }
+    }
+
+    #[test]
+    fn an_orphan_is_not_left_for_ever() {
+        let old = Privileges {
+            kernel: KernelVersion(6, 10),
+            ..ROOT
+        };
+        let orphan = || in_state(TcpState::FinWait1, true);
+        let refused = plan(orphan(), &policy(), &old);
+        assert!(refused.methods.is_empty());
+        assert!(refused.left_out[0].1.to_string().contains("FIN-WAIT-1"));
+        assert!(!plan(orphan(), &policy(), &ROOT).methods.is_empty());
+        let held = plan(in_state(TcpState::FinWait1, false), &policy(), &old);
+        assert!(!held.methods.is_empty());
+    }
+
+    #[test]
+    fn a_listener_is_never_closed() {
+        use TcpState::{Close, Listen, SynSent, Unknown};
+        let anything = Policy {
+            idle_only: true,
+            discard_unsent: true,
+            ..policy()
+        };
+        for state in [Listen, SynSent, Close, Unknown(99)] {
+            let plan = plan(in_state(state, false), &anything, &ROOT);
+            assert!(plan.methods.is_empty(), "{state}");
+        }
     }
 }

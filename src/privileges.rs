@@ -6,6 +6,7 @@ use anyhow::Context;
 use caps::{CapSet, Capability};
 
 use crate::injector::MethodName;
+use crate::kernel::KernelVersion;
 
 /// A privilege that a method needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -52,13 +53,15 @@ impl Need {
     }
 }
 
-/// What this process may do.
+/// What this process may do on the kernel it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Privileges {
     /// CAP_NET_ADMIN is effective.
     pub net_admin: bool,
     /// CAP_NET_RAW is effective.
     pub net_raw: bool,
+    /// The running kernel.
+    pub kernel: KernelVersion,
 }
 
 impl Privileges {
@@ -77,6 +80,7 @@ impl Privileges {
         Ok(Privileges {
             net_admin: has(Capability::CAP_NET_ADMIN)?,
             net_raw: has(Capability::CAP_NET_RAW)?,
+            kernel: KernelVersion::running(),
         })
     }
 

@@ -21,7 +21,7 @@ const PEER_LINK: &str = "eth0";
 const SPARE_DESCRIPTORS: usize = 32;
 
 /// How often a wait looks again.
-const POLL_INTERVAL: Duration = Duration::from_millis(5);
+pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// How the two sides address each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -98,6 +98,8 @@ pub struct Conn {
     pub app_fd: Option<Fd>,
     /// The peer's descriptor; `None` if it has none any more.
     pub peer_fd: Option<Fd>,
+    /// Bytes of [`crate::pattern`] that the application has queued to the peer.
+    pub sent: u64,
 }
 
 /// An application, its peer and the link between them.
@@ -413,6 +415,7 @@ pub(crate) fn join_ends(ours: &[Endpoint], theirs: &[Endpoint]) -> Result<Vec<Co
                 peer: end.peer,
                 app_fd: Some(end.fd),
                 peer_fd: Some(other.fd),
+                sent: 0,
             })
         })
         .collect()

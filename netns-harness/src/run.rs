@@ -122,6 +122,9 @@ fn try_keep(request: &RunRequest, command: &[OsString]) -> Result<i32> {
     };
     let status = child.wait();
     let _ending = lock(&phase);
+    // By their own handles first: behind the back of those nothing may be reaped.
+    drop(leaks);
+    drop(lab);
     kill_children()?;
     Ok(exit_code(status.context("wait for the command")?))
 }

@@ -324,7 +324,7 @@ impl Ladder<'_> {
             for (at, look) in pending.into_iter().zip(looks) {
                 match look {
                     Err(LookupError::Gone) => self.climbers[at].vanished(),
-                    Ok(now) if now.state == TcpState::TimeWait => self.climbers[at].vanished(),
+                    Ok(now) if self.ends_in_time_wait(at, &now) => self.climbers[at].vanished(),
                     Ok(_) | Err(LookupError::Io(_)) => left.push(at),
                 }
             }
@@ -341,6 +341,12 @@ impl Ladder<'_> {
         }
     }
 
+    /// Whether the connection is over: TIME-WAIT keeps the address pair, not the socket. For a socket
+    /// that was in TIME-WAIT to begin with, nothing has changed.
+    fn ends_in_time_wait(&self, at: usize, now: &SocketMessage) -> bool {
+        now.state == TcpState::TimeWait && self.found.sockets[at].state != TcpState::TimeWait
+    }
+
     /// Gives every socket without a verdict the one that the kernel's tables say.
     fn last_look(&mut self) -> io::Result<()> {
         let open: Vec<usize> = (0..self.climbers.len())
@@ -352,10 +358,7 @@ impl Ladder<'_> {
             match look {
                 Err(LookupError::Gone) => climber.vanished(),
                 Ok(now) if now.state != planned.state => climber.settle(match climber.acted {
-                    Some(_) if now.state == TcpState::TimeWait => {
-                        climber.vanished();
-                        continue;
-                    }
+                    Some(method) if now.state == TcpState::TimeWait => Verdict::Closed(method),
                     Some(method) => Verdict::Closing(method, now.state),
                     None => Verdict::Gone,
                 }),

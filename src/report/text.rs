@@ -269,6 +269,19 @@ fn summary(run: &Run, config: &Config) -> String {
 pub fn notes(run: &Run) -> Vec<String> {
     let mut notes = Vec::new();
     let Some(deeds) = &run.deeds else {
+        let unaccepted = run
+            .found
+            .sockets
+            .iter()
+            .filter(|s| s.cause == Cause::NotAccepted);
+        let listeners: BTreeSet<usize> = unaccepted.filter_map(|s| s.listener).collect();
+        for listener in listeners.into_iter().map(|at| &run.found.listeners[at]) {
+            let (owner, _) = names(&run.found, &listener.owners, false);
+            notes.push(format!(
+                "{owner} does not accept what comes to {}: backlog {}/{}",
+                listener.local, listener.waiting, listener.backlog
+            ));
+        }
         notes.extend(unknown_owners(run));
         return notes;
     };
@@ -279,7 +292,9 @@ pub fn notes(run: &Run) -> Vec<String> {
         for &owner in &deed.open_descriptors {
             *descriptors.entry(socket.owners[owner].process).or_default() += 1;
         }
-        if let (Verdict::Closed(_), Some(listener)) = (&deed.outcome.verdict, socket.listener) {
+        if let (Verdict::Closed(_), Cause::NotAccepted, Some(listener)) =
+            (&deed.outcome.verdict, socket.cause, socket.listener)
+        {
             *backlogs.entry(listener).or_default() += 1;
         }
     }
@@ -297,11 +312,13 @@ pub fn notes(run: &Run) -> Vec<String> {
         let listener = &run.found.listeners[listener];
         let (owner, _) = names(&run.found, &listener.owners, false);
         notes.push(format!(
-            "{count} closed connection{} still take{} a slot in the backlog of {} ({owner}): only its \
-             accept() frees them",
+            "{count} closed connection{} still take{} a slot in the backlog of {} ({owner}, backlog \
+             {}/{}): only its accept() frees them",
             plural(count),
             if count == 1 { "s" } else { "" },
             listener.local,
+            listener.waiting,
+            listener.backlog,
         ));
     }
     notes.extend(unknown_owners(run));

@@ -8,6 +8,7 @@ mod probing;
 mod races;
 mod resetting;
 mod selecting;
+mod states;
 mod support;
 
 use libtest_mimic::{Arguments, Trial};
@@ -32,6 +33,7 @@ fn main() -> std::process::ExitCode {
         ("resetting", resetting::CASES),
         ("probing", probing::CASES),
         ("races", races::CASES),
+        ("states", states::CASES),
         ("facts", facts::CASES),
     ];
     let mut trials = Vec::new();

@@ -62,6 +62,7 @@ fn act_after(
             methods: methods.to_vec(),
             discard_unsent: false,
             max_kills: None,
+            idle_only: false,
         };
         let plans = plan::build(&found, &policy, &Privileges::of_this_thread()?);
         change()?;

@@ -37,6 +37,7 @@ impl Endpoint {
             peer: self.local,
             app_fd: None,
             peer_fd: Some(self.fd),
+            sent: 0,
         }
     }
 }

@@ -338,6 +338,9 @@ impl Server {
     }
 
     fn talk(&mut self, fds: &[Fd], interval: Duration) -> io::Result<()> {
+        if self.talk.is_some() {
+            return Err(io::Error::other("the agent is talking already"));
+        }
         let find = |fd: &Fd| self.sockets.get(fd).cloned().ok_or_else(|| no_such(*fd));
         let sockets = fds.iter().map(find).collect::<io::Result<Vec<_>>>()?;
         let stop = Arc::new(AtomicBool::new(false));

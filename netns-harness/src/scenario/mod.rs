@@ -3,22 +3,41 @@
 //! A scenario is a script of requests to the application and its peer, and a statement of what the kernel must show
 //! afterwards. It knows nothing of families: those come from [`crate::Family`].
 
+mod closing;
 mod drained;
 mod established;
+mod fin_wait_1;
+mod fin_wait_1_orphan;
+mod fin_wait_2;
 mod forked;
+mod half_closed;
+mod last_ack;
 mod must_fail;
 mod not_accepted;
+mod other_user;
+mod peer_gone;
+mod peer_vanished;
+mod reuse;
+mod scm_rights;
+mod sending;
+mod silent_peer;
+mod stopped;
+mod syn_recv;
+mod threads;
+mod time_wait;
 mod unread;
 
+use std::collections::HashSet;
 use std::fmt;
 use std::ops::RangeInclusive;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::agent::{Agent, Dial, End, Fd, How};
-use crate::kernel::TcpState;
-use crate::lab::{Conn, Pair, join_ends};
+use crate::agent::{Agent, Dial, End, Fd, How, SocketOption};
+use crate::kernel::{self, TcpState};
+use crate::lab::{Conn, POLL_INTERVAL, Pair, join_ends};
 
 /// Every scenario, in the order of `netns-harness list`.
 pub const ALL: &[&Scenario] = &[
@@ -26,6 +45,23 @@ pub const ALL: &[&Scenario] = &[
     &drained::SCENARIO,
     &not_accepted::SCENARIO,
     &forked::SCENARIO,
+    &sending::SCENARIO,
+    &half_closed::SCENARIO,
+    &peer_gone::SCENARIO,
+    &silent_peer::SCENARIO,
+    &peer_vanished::SCENARIO,
+    &scm_rights::SCENARIO,
+    &other_user::SCENARIO,
+    &stopped::SCENARIO,
+    &threads::SCENARIO,
+    &reuse::SCENARIO,
+    &fin_wait_1::SCENARIO,
+    &fin_wait_1_orphan::SCENARIO,
+    &fin_wait_2::SCENARIO,
+    &last_ack::SCENARIO,
+    &closing::SCENARIO,
+    &syn_recv::SCENARIO,
+    &time_wait::SCENARIO,
     &established::SCENARIO,
     &must_fail::SCENARIO,
 ];
@@ -190,18 +226,51 @@ impl Stage<'_> {
         Ok(conns)
     }
 
-    /// Connections whose peer has finished, and whose application has not looked.
-    pub(crate) fn finished_by_peer(&self) -> Result<Vec<Conn>> {
-        let conns = self.connected()?;
-        self.peer().shutdown(&peer_fds(&conns), How::Write)?;
-        Ok(conns)
+    /// Lets the peer finish, and waits until our kernel has acknowledged it (it may delay that by 40 ms): nothing is under
+    /// way any more that would reach a peer made deaf or forgetful afterwards.
+    pub(crate) fn finish_in_peer(&self, conns: &[Conn]) -> Result<()> {
+        self.peer().shutdown(&peer_fds(conns), How::Write)?;
+        let mut waiting: HashSet<_> = conns.iter().map(|conn| (conn.peer, conn.local)).collect();
+        let until = Instant::now() + STEP;
+        self.pair.peer_host.within(|| {
+            while !waiting.is_empty() {
+                if Instant::now() > until {
+                    bail!(
+                        "the FINs of {} connections were not acknowledged in time",
+                        waiting.len()
+                    );
+                }
+                for socket in kernel::sockets()? {
+                    if socket.state == TcpState::FinWait2 {
+                        waiting.remove(&(socket.local, socket.peer));
+                    }
+                }
+                thread::sleep(POLL_INTERVAL);
+            }
+            Ok(())
+        })
     }
 
     /// Connections that the application has read to the end and forgotten to close.
     pub(crate) fn leaked(&self) -> Result<Vec<Conn>> {
-        let conns = self.finished_by_peer()?;
+        let conns = self.connected()?;
+        self.finish_in_peer(&conns)?;
         self.read_to_end(self.app(), &app_fds(&conns))?;
         Ok(conns)
+    }
+
+    /// Connections whose peer no longer hears anything.
+    pub(crate) fn with_deaf_peer(&self) -> Result<Vec<Conn>> {
+        let conns = self.connected()?;
+        self.peer()
+            .set_option(&peer_fds(&conns), SocketOption::Deaf(true))?;
+        Ok(conns)
+    }
+
+    pub(crate) fn close_in_app(&self, conns: &mut [Conn]) -> Result<()> {
+        self.app().close(&app_fds(conns))?;
+        conns.iter_mut().for_each(|conn| conn.app_fd = None);
+        Ok(())
     }
 
     pub(crate) fn read_to_end(&self, agent: &Agent, fds: &[Fd]) -> Result<()> {

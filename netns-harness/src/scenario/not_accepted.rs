@@ -1,8 +1,8 @@
 //! `not-accepted`: the peer has come, spoken and gone, and the application never accepted it. No descriptor exists.
 
-use super::{Expect, LEAKY_APP, STEP, Scenario, Sharing, Stage};
+use super::{Expect, LEAKY_APP, STEP, Scenario, Sharing, Stage, peer_fds};
 use crate::Conn;
-use crate::agent::{Dial, Endpoint, Fd, How};
+use crate::agent::{Dial, Endpoint};
 
 const HELLO: &[u8] = b"anybody?";
 
@@ -26,11 +26,8 @@ fn build(stage: &Stage<'_>) -> anyhow::Result<Vec<Conn>> {
     let ends = stage
         .peer()
         .connect(stage.pair.app_address, stage.count, Dial::default(), STEP)?;
-    let fds: Vec<Fd> = ends.iter().map(|end| end.fd).collect();
-    stage.peer().send(&fds, HELLO)?;
-    stage.peer().shutdown(&fds, How::Write)?;
-    Ok(ends
-        .iter()
-        .map(|end: &Endpoint| end.without_app())
-        .collect())
+    let conns: Vec<Conn> = ends.iter().map(Endpoint::without_app).collect();
+    stage.peer().send(&peer_fds(&conns), HELLO)?;
+    stage.finish_in_peer(&conns)?;
+    Ok(conns)
 }

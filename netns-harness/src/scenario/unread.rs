@@ -1,7 +1,6 @@
 //! `unread`: the peer has said something and finished; the application has not read it. An idle pool, a stuck worker.
 
 use super::{Expect, LEAKY_APP, Scenario, Sharing, Stage, peer_fds};
-use crate::agent::How;
 
 const GOODBYE: &[u8] = b"goodbye";
 
@@ -22,8 +21,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
 
 fn build(stage: &Stage<'_>) -> anyhow::Result<Vec<crate::Conn>> {
     let conns = stage.connected()?;
-    let fds = peer_fds(&conns);
-    stage.peer().send(&fds, GOODBYE)?;
-    stage.peer().shutdown(&fds, How::Write)?;
+    stage.peer().send(&peer_fds(&conns), GOODBYE)?;
+    stage.finish_in_peer(&conns)?;
     Ok(conns)
 }

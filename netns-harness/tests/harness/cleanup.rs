@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
-use std::process::{Child, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context as _, Result, ensure};
@@ -11,7 +11,7 @@ use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
-use crate::support::{harness_with, wait_for_line, wait_until};
+use crate::support::{harness, wait_for_line, wait_until};
 
 pub fn tests() -> Vec<Trial> {
     crate::tests!("cleanup":
@@ -45,7 +45,20 @@ impl Run {
             NUMBER.fetch_add(1, Ordering::Relaxed)
         );
         let (name, value) = mark.split_once('=').context("a variable")?;
-        let mut command = harness_with("run unread,forked,not-accepted --count 2 -- sh -c");
+        // A suite started in the background has SIGINT ignored, which every program after it inherits.
+        let mut command = Command::new("env");
+        command
+            .args(["--default-signal=INT,QUIT"])
+            .arg(harness().get_program());
+        command.args([
+            "run",
+            "unread,forked,not-accepted",
+            "--count",
+            "2",
+            "--",
+            "sh",
+            "-c",
+        ]);
         command
             .arg(script)
             .env(name, value)
@@ -175,8 +188,17 @@ fn after_sigterm_of_the_front() -> Result<()> {
 
 fn after_ctrl_c() -> Result<()> {
     let mut run = Run::start(TENACIOUS)?;
-    killpg(run.front(), Signal::SIGINT)?;
-    ensure!(run.wait()?.code() == Some(130));
+    let mut status = None;
+    // More than once: dash loses an interrupt that comes just before it starts a command.
+    wait_until("the front ends of Ctrl-C", || {
+        killpg(run.front(), Signal::SIGINT)?;
+        status = run.front.try_wait()?;
+        Ok(status.is_some())
+    })?;
+    ensure!(
+        status.and_then(|status| status.code()) == Some(130),
+        "{status:?}"
+    );
     run.wait_until_all_is_gone()
 }
 

@@ -3,6 +3,7 @@
 //! Not libtest: the processes of a lab are this very executable started again, so `main` must be ours.
 
 mod agents;
+mod behaviour;
 mod cleanup;
 mod input;
 mod scenarios;
@@ -20,6 +21,7 @@ fn main() -> ExitCode {
     let tests = [
         scenarios::tests(),
         agents::tests(),
+        behaviour::tests(),
         input::tests(),
         cleanup::tests(),
     ];

@@ -1,0 +1,32 @@
+//! `closing`: both have finished at the same time, and the peer does not acknowledge our FIN.
+
+use anyhow::Result;
+
+use super::{Expect, LEAKY_APP, Scenario, Sharing, Stage, app_fds, peer_fds};
+use crate::Conn;
+use crate::agent::How;
+use crate::kernel::TcpState;
+
+pub(super) const SCENARIO: Scenario = Scenario {
+    name: "closing",
+    summary: "CLOSING: both sides finished at once, and the peer is silent; the descriptor is still held",
+    hidden: false,
+    app: LEAKY_APP,
+    sharing: Sharing::Freely,
+    expect: Expect {
+        state: TcpState::Closing,
+        send_q: 1..=1,
+        ..Expect::CLOSE_WAIT
+    },
+    deadline: None,
+    build,
+};
+
+fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
+    let conns = stage.with_deaf_peer()?;
+    let fds = app_fds(&conns);
+    stage.app().shutdown(&fds, How::Write)?;
+    stage.peer().shutdown(&peer_fds(&conns), How::Write)?;
+    stage.read_to_end(stage.app(), &fds)?;
+    Ok(conns)
+}

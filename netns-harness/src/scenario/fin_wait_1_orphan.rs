@@ -1,0 +1,30 @@
+//! `fin-wait-1-orphan`: as `fin-wait-1`, but closed: no process has it any more. Kernels before 6.11 must not abort it.
+
+use anyhow::Result;
+
+use super::{Expect, LEAKY_APP, Scenario, Sharing, Stage};
+use crate::Conn;
+use crate::kernel::TcpState;
+
+pub(super) const SCENARIO: Scenario = Scenario {
+    name: "fin-wait-1-orphan",
+    summary: "FIN-WAIT-1: the application has closed, the peer is silent; no process has it",
+    hidden: false,
+    app: LEAKY_APP,
+    sharing: Sharing::Freely,
+    expect: Expect {
+        state: TcpState::FinWait1,
+        send_q: 1..=1,
+        inode: false,
+        owners: 0,
+        ..Expect::CLOSE_WAIT
+    },
+    deadline: None,
+    build,
+};
+
+fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
+    let mut conns = stage.with_deaf_peer()?;
+    stage.close_in_app(&mut conns)?;
+    Ok(conns)
+}

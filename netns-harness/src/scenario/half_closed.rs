@@ -1,0 +1,30 @@
+//! `half-closed`: a conversation in which only the peer has finished, which is legal and common. An innocent that looks stuck.
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+use super::{Expect, LEAKY_APP, Scenario, Sharing, Stage, app_fds};
+use crate::Conn;
+
+pub(super) const SCENARIO: Scenario = Scenario {
+    name: "half-closed",
+    summary: "CLOSE-WAIT: an innocent: the peer has finished, and the application still sends to it",
+    hidden: false,
+    app: LEAKY_APP,
+    sharing: Sharing::Freely,
+    expect: Expect {
+        send_q: 0..=4096,
+        ..Expect::CLOSE_WAIT
+    },
+    deadline: None,
+    build,
+};
+
+fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
+    let conns = stage.leaked()?;
+    stage
+        .app()
+        .talk(&app_fds(&conns), Duration::from_millis(20))?;
+    Ok(conns)
+}

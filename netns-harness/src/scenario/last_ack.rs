@@ -1,0 +1,33 @@
+//! `last-ack`: both have finished, and the peer does not acknowledge it.
+
+use anyhow::Result;
+
+use super::{Expect, LEAKY_APP, Scenario, Sharing, Stage, peer_fds};
+use crate::Conn;
+use crate::agent::SocketOption;
+use crate::kernel::TcpState;
+
+pub(super) const SCENARIO: Scenario = Scenario {
+    name: "last-ack",
+    summary: "LAST-ACK: closed by the application after the peer, which is silent; no process has it",
+    hidden: false,
+    app: LEAKY_APP,
+    sharing: Sharing::Freely,
+    expect: Expect {
+        state: TcpState::LastAck,
+        send_q: 1..=1,
+        inode: false,
+        owners: 0,
+        ..Expect::CLOSE_WAIT
+    },
+    deadline: None,
+    build,
+};
+
+fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
+    let mut conns = stage.leaked()?;
+    let deaf = SocketOption::Deaf(true);
+    stage.peer().set_option(&peer_fds(&conns), deaf)?;
+    stage.close_in_app(&mut conns)?;
+    Ok(conns)
+}

@@ -1,0 +1,20 @@
+//! `other-user`: the application is another user's. Needs root: a user namespace has one user only.
+
+use super::{App, Expect, Scenario, Sharing};
+
+/// The one user that every machine has beside root.
+const APP: App = App {
+    comm: "leaky-app",
+    uid: Some(65534),
+};
+
+pub(super) const SCENARIO: Scenario = Scenario {
+    name: "other-user",
+    summary: "CLOSE-WAIT: the application runs as user 65534 (needs root)",
+    hidden: false,
+    app: APP,
+    sharing: Sharing::Never,
+    expect: Expect::CLOSE_WAIT,
+    deadline: None,
+    build: |stage| stage.leaked(),
+};

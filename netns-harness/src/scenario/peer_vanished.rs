@@ -1,0 +1,24 @@
+//! `peer-vanished`: the peer's host has forgotten the connection (rebooted, or its own timeout passed) and answers RST.
+
+use anyhow::Result;
+
+use super::{Expect, LEAKY_APP, Scenario, Sharing, Stage, peer_fds};
+use crate::Conn;
+
+pub(super) const SCENARIO: Scenario = Scenario {
+    name: "peer-vanished",
+    summary: "CLOSE-WAIT: then the peer's host forgot the connection; it answers RST to whatever comes",
+    hidden: false,
+    app: LEAKY_APP,
+    sharing: Sharing::Freely,
+    expect: Expect::CLOSE_WAIT,
+    deadline: None,
+    build,
+};
+
+fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
+    let mut conns = stage.leaked()?;
+    stage.peer().forget(&peer_fds(&conns))?;
+    conns.iter_mut().for_each(|conn| conn.peer_fd = None);
+    Ok(conns)
+}

@@ -1,0 +1,47 @@
+//! `sending`: the peer has finished and reads nothing, and megabytes are queued to it. Killing this one loses data.
+
+use anyhow::Result;
+
+use super::{Expect, LEAKY_APP, Scenario, Sharing, Stage, app_fds};
+use crate::Conn;
+use crate::agent::Dial;
+
+/// SO_RCVBUF of the peer, bytes; the kernel raises it to its minimum.
+const WINDOW: usize = 1024;
+
+/// Bytes queued to each peer at least.
+const MIN_QUEUED: u32 = 32 << 10;
+
+/// Bytes queued on all connections together, about.
+const TOTAL: u64 = 64 << 20;
+
+pub(super) const SCENARIO: Scenario = Scenario {
+    name: "sending",
+    summary: "CLOSE-WAIT: the peer has finished and a tiny window, with up to 2 MiB queued to it",
+    hidden: false,
+    app: LEAKY_APP,
+    sharing: Sharing::Freely,
+    expect: Expect {
+        send_q: MIN_QUEUED..=u32::MAX,
+        ..Expect::CLOSE_WAIT
+    },
+    deadline: None,
+    build,
+};
+
+fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
+    let dial = Dial {
+        recv_buffer: Some(WINDOW),
+        ..Dial::default()
+    };
+    let mut conns = stage.connected_by(dial)?;
+    stage.finish_in_peer(&conns)?;
+    let fds = app_fds(&conns);
+    stage.read_to_end(stage.app(), &fds)?;
+    // The kernel's memory is the limit when there are many.
+    let each = (TOTAL / stage.count as u64).clamp(u64::from(MIN_QUEUED) * 2, 2 << 20);
+    for (conn, sent) in conns.iter_mut().zip(stage.app().fill(&fds, 0, each)?) {
+        conn.sent = sent;
+    }
+    Ok(conns)
+}

@@ -1,0 +1,35 @@
+//! `syn-recv`: the peer has knocked and does not answer the answer.
+
+use anyhow::Result;
+
+use super::{Expect, LEAKY_APP, STEP, Scenario, Sharing, Stage};
+use crate::Conn;
+use crate::agent::{Dial, Endpoint};
+use crate::kernel::TcpState;
+
+pub(super) const SCENARIO: Scenario = Scenario {
+    name: "syn-recv",
+    summary: "SYN-RECV: the peer never completes the handshake; no process has it",
+    hidden: false,
+    app: LEAKY_APP,
+    sharing: Sharing::Freely,
+    expect: Expect {
+        state: TcpState::SynRecv,
+        inode: false,
+        owners: 0,
+        ..Expect::CLOSE_WAIT
+    },
+    deadline: None,
+    build,
+};
+
+fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
+    let dial = Dial {
+        deaf: true,
+        ..Dial::default()
+    };
+    let ends = stage
+        .peer()
+        .connect(stage.pair.app_address, stage.count, dial, STEP)?;
+    Ok(ends.iter().map(Endpoint::without_app).collect())
+}

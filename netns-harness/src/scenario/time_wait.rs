@@ -1,0 +1,33 @@
+//! `time-wait`: both have finished, the application first. The kernel keeps it for a minute.
+
+use anyhow::Result;
+
+use super::{Expect, LEAKY_APP, Scenario, Sharing, Stage, peer_fds};
+use crate::Conn;
+use crate::kernel::TcpState;
+
+pub(super) const SCENARIO: Scenario = Scenario {
+    name: "time-wait",
+    summary: "TIME-WAIT: the application closed first; no process has it, and the kernel drops it after 60 s",
+    hidden: false,
+    app: LEAKY_APP,
+    sharing: Sharing::Freely,
+    expect: Expect {
+        state: TcpState::TimeWait,
+        inode: false,
+        owners: 0,
+        ..Expect::CLOSE_WAIT
+    },
+    deadline: None,
+    build,
+};
+
+fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
+    let mut conns = stage.connected()?;
+    stage.close_in_app(&mut conns)?;
+    let fds = peer_fds(&conns);
+    stage.read_to_end(stage.peer(), &fds)?;
+    stage.peer().close(&fds)?;
+    conns.iter_mut().for_each(|conn| conn.peer_fd = None);
+    Ok(conns)
+}

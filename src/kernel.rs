@@ -1,0 +1,51 @@
+//! The version of the running kernel, for the few things that depend on it and cannot be probed.
+
+use nix::sys::utsname::uname;
+
+/// A kernel release, compared by its first two numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct KernelVersion(pub u32, pub u32);
+
+impl KernelVersion {
+    /// From this one on, aborting an orphan cannot leave it behind for ever.
+    ///
+    /// Before commit bac76cf89816b ("tcp: fix forever orphan socket caused by tcp_abort"), tcp_abort
+    /// stopped the timer of an orphan in FIN-WAIT-1 without removing the socket. A distribution's older
+    /// kernel may have the fix; that cannot be told, so it counts as without.
+    pub const ABORTS_ORPHANS: KernelVersion = KernelVersion(6, 11);
+
+    /// The version of the running kernel; 0.0 when it cannot be read.
+    pub fn running() -> Self {
+        uname()
+            .ok()
+            .and_then(|name| Self::parse(name.release().to_str()?))
+            .unwrap_or(KernelVersion(0, 0))
+    }
+
+    fn parse(release: &str) -> Option<Self> {
+        let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+        let mut number = || numbers.next()?.parse().ok();
+        Some(KernelVersion(number()?, number()?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn releases_of_distributions() {
+        let parse = KernelVersion::parse;
+        assert_eq!(parse("6.11.0-8-generic"), Some(KernelVersion(6, 11)));
+        assert_eq!(parse("5.14.0-427.el9.x86_64"), Some(KernelVersion(5, 14)));
+        assert_eq!(parse("6.12-rc3"), Some(KernelVersion(6, 12)));
+        assert_eq!(parse("linux"), None);
+        assert!(KernelVersion(6, 9) < KernelVersion::ABORTS_ORPHANS);
+        assert!(KernelVersion(7, 0) > KernelVersion::ABORTS_ORPHANS);
+    }
+
+    #[test]
+    fn the_running_kernel_has_a_version() {
+        assert!(KernelVersion::running() > KernelVersion(2, 6));
+    }
+}
