@@ -4,7 +4,9 @@ mod cli;
 mod closing;
 mod facts;
 mod listing;
+mod probing;
 mod races;
+mod resetting;
 mod selecting;
 mod states;
 mod support;
@@ -28,6 +30,8 @@ fn main() -> std::process::ExitCode {
         ("listing", listing::CASES),
         ("selecting", selecting::CASES),
         ("closing", closing::CASES),
+        ("resetting", resetting::CASES),
+        ("probing", probing::CASES),
         ("races", races::CASES),
         ("states", states::CASES),
         ("facts", facts::CASES),
