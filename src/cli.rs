@@ -324,7 +324,7 @@ fn method(text: &str) -> Result<MethodChoice, String> {
         _ => text
             .parse()
             .map(MethodChoice::Only)
-            .map_err(|()| "give auto, or some of shutdown,destroy".into()),
+            .map_err(|()| "give auto, or some of probe,shutdown,destroy,rst".into()),
     }
 }
 

@@ -213,7 +213,7 @@ fn methods(choices: &[MethodChoice]) -> Result<Vec<MethodName>, clap::Error> {
             MethodChoice::Auto if choices.len() == 1 => return Ok(MethodName::AUTO.to_vec()),
             MethodChoice::Auto => {
                 return Err(usage(
-                    "--method auto stands alone; give --method auto or --method shutdown,destroy",
+                    "--method auto stands alone; give --method auto or --method shutdown,destroy,rst",
                 ));
             }
             MethodChoice::Only(method) if !methods.contains(method) => methods.push(*method),
@@ -335,8 +335,8 @@ mod tests {
     fn methods_keep_their_order() {
         use MethodName::{Destroy, Shutdown};
         let methods = |line| config(line).map(|c| c.policy.methods);
-        assert_eq!(methods("--all").unwrap(), [Shutdown, Destroy]);
-        assert_eq!(methods("--all --method auto").unwrap(), [Shutdown, Destroy]);
+        assert_eq!(methods("--all").unwrap(), MethodName::AUTO);
+        assert_eq!(methods("--all --method auto").unwrap(), MethodName::AUTO);
         let swapped = "--all --method destroy,shutdown,destroy";
         assert_eq!(methods(swapped).unwrap(), [Destroy, Shutdown]);
         assert!(methods("--all --method auto,destroy").is_err());

@@ -12,6 +12,8 @@ use crate::tcp::TcpState;
 pub enum Cause {
     /// In the accept queue of a listener: no descriptor exists, the listener's owner is the culprit.
     NotAccepted,
+    /// The peer has not finished the handshake; there is no connection to accept yet. Only in SYN-RECV.
+    Handshake,
     /// Bytes are still queued to the peer.
     Sending,
     /// The application has not read to the end: an idle pool or a blocked worker.
@@ -22,8 +24,9 @@ pub enum Cause {
     Orphan,
 }
 
-const NAMES: [(Cause, &str); 5] = [
+const NAMES: [(Cause, &str); 6] = [
     (Cause::NotAccepted, "not-accepted"),
+    (Cause::Handshake, "handshake"),
     (Cause::Sending, "sending"),
     (Cause::Unread, "unread"),
     (Cause::Drained, "drained"),
@@ -38,6 +41,11 @@ impl Cause {
             .find(|row| row.0 == self)
             .expect("every cause is in NAMES")
             .1
+    }
+
+    /// Whether the socket is still with its listener, which then stands for its owner.
+    pub fn is_with_listener(self) -> bool {
+        matches!(self, Cause::NotAccepted | Cause::Handshake)
     }
 }
 
@@ -64,11 +72,11 @@ impl FromStr for Cause {
 pub fn cause(message: &SocketMessage) -> Cause {
     match (message.inode, message.state) {
         // A connection gets its inode with its descriptor, in accept(); before that it can only be
-        // opened, being opened, or closed by the peer. In any other state the owner had one and
-        // closed it.
-        (0, TcpState::Established | TcpState::SynRecv | TcpState::CloseWait) => Cause::NotAccepted,
+        // opened, or closed by the peer. In any other state the owner had one and closed it.
+        (0, TcpState::SynRecv) => Cause::Handshake,
+        (0, TcpState::Established | TcpState::CloseWait) => Cause::NotAccepted,
         (0, _) => Cause::Orphan,
-        _ if message.send_q > 0 => Cause::Sending,
+        _ if unsent(message.state, message.send_q) > 0 => Cause::Sending,
         _ if message.recv_q > 0 => Cause::Unread,
         _ => Cause::Drained,
     }
@@ -121,10 +129,13 @@ mod tests {
             (message(CloseWait, 0, 1, 0), Cause::NotAccepted),
             (message(CloseWait, 0, 1, 9), Cause::NotAccepted),
             (message(Established, 0, 1, 0), Cause::NotAccepted),
+            (message(TcpState::SynRecv, 0, 0, 0), Cause::Handshake),
             (message(LastAck, 0, 0, 1), Cause::Orphan),
             (message(CloseWait, 7, 1, 9), Cause::Sending),
             (message(CloseWait, 7, 1, 0), Cause::Unread),
             (message(CloseWait, 7, 0, 0), Cause::Drained),
+            (message(LastAck, 7, 0, 1), Cause::Drained),
+            (message(LastAck, 7, 0, 2), Cause::Sending),
         ];
         for (message, expected) in cases {
             assert_eq!(cause(&message), expected, "{message:?}");

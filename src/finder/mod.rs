@@ -88,10 +88,10 @@ pub fn find(diag: &mut SockDiag, proc: &Proc, selectors: &Selectors) -> Result<F
         .map_err(FindError::Expression)?;
     let mut sockets = dump(diag, selectors)?;
     let mut listeners = Listeners::default();
-    if sockets.iter().any(|s| s.cause == Cause::NotAccepted) {
+    if sockets.iter().any(|s| s.cause.is_with_listener()) {
         listeners = Listeners::read(diag)?;
         for socket in &mut sockets {
-            if socket.cause == Cause::NotAccepted {
+            if socket.cause.is_with_listener() {
                 socket.listener = listeners.accepting(&socket.id, socket.tuple.local);
             }
         }

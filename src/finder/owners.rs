@@ -113,7 +113,7 @@ impl Proc {
 
     /// When process `pid` started, in clock ticks since boot; `None` when there is none.
     pub fn start_time(&self, pid: i32) -> Option<u64> {
-        Some(self.stat(pid)?.starttime)
+        Some(self.stat(pid).ok()?.starttime)
     }
 
     /// Of descriptors seen earlier, those that refer to the same socket right now.
@@ -178,16 +178,19 @@ impl Proc {
         }
     }
 
-    /// Whether process `pid` is a zombie or a kernel thread, which hold nothing but may not be read.
+    /// Whether process `pid` holds nothing although it may not be read: a zombie, a kernel thread, or
+    /// one that has just gone.
     fn has_no_descriptors(&self, pid: i32) -> bool {
         // include/linux/sched.h, PF_KTHREAD.
         const KERNEL_THREAD: u32 = 0x0020_0000;
-        self.stat(pid)
-            .is_some_and(|stat| stat.state == 'Z' || stat.flags & KERNEL_THREAD != 0)
+        match self.stat(pid) {
+            Ok(stat) => matches!(stat.state, 'Z' | 'X') || stat.flags & KERNEL_THREAD != 0,
+            Err(error) => matches!(error, procfs::ProcError::NotFound(_)),
+        }
     }
 
-    fn stat(&self, pid: i32) -> Option<Stat> {
-        Stat::from_file(self.root.join(pid.to_string()).join("stat")).ok()
+    fn stat(&self, pid: i32) -> procfs::ProcResult<Stat> {
+        Stat::from_file(self.root.join(pid.to_string()).join("stat"))
     }
 
     fn look_inside(&self, pid: i32, wanted: &HashSet<u32>) -> io::Result<Look> {

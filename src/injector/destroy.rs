@@ -6,7 +6,7 @@
 
 use std::io;
 
-use super::{ActError, Method, MethodName, Target};
+use super::{ActError, Method, MethodName, Scene, Target};
 use crate::finder::sock_diag::{DestroyError, DiagId, SockDiag};
 use crate::privileges::Need;
 
@@ -32,7 +32,7 @@ impl Method for Destroy {
         MethodName::Destroy
     }
 
-    fn act(&mut self, targets: &[Target]) -> Vec<Result<(), ActError>> {
+    fn act(&mut self, targets: &[Target], _: &mut dyn Scene) -> Vec<Result<(), ActError>> {
         let ids: Vec<DiagId> = targets.iter().map(|target| target.id).collect();
         match self.diag.destroy(&ids) {
             Ok(results) => results

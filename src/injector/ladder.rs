@@ -1,15 +1,15 @@
 //! The ladder: tries the planned methods one after the other, all sockets of one rung together, and
 //! verifies each socket against the kernel by its cookie.
 //!
-//! Right before an act the socket is looked at again, [`CHUNK`] sockets at a time. What has changed
-//! since the plan is left alone. Between that look and the act lie some microseconds in which the
+//! Right before an act the socket is looked at again, as many at a time as the method takes
+//! ([`Method::batch`]). What has changed since the plan is left alone. Between that look and the act lie some microseconds in which the
 //! application may still write; no interface of the kernel closes this gap.
 
 use std::fmt;
 use std::io;
 use std::time::{Duration, Instant};
 
-use super::{ActError, Method, MethodName, Target};
+use super::{ActError, Method, MethodName, Scene, Target};
 use crate::diagnosis;
 use crate::finder::sock_diag::{DiagId, LookupError, SockDiag, SocketMessage};
 use crate::finder::{Found, Socket};
@@ -17,8 +17,6 @@ use crate::plan::{LeftOut, Plan};
 use crate::selectors::Selectors;
 use crate::tcp::TcpState;
 
-/// Sockets between a look and the act on them: one netlink datagram of each.
-const CHUNK: usize = 64;
 /// Pauses between looks at sockets that are about to close: from a loopback's answer to an ocean's.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
@@ -69,6 +67,8 @@ pub enum Skip {
     NoLongerSelected,
     /// The application accepted it after the plan was made.
     Accepted,
+    /// The peer answered a probe: the connection is in use, or half-closed by intention.
+    PeerAlive,
     /// The run was interrupted before its turn.
     Interrupted,
 }
@@ -86,10 +86,11 @@ impl fmt::Display for Skip {
             Skip::OverLimit => f.write_str("over --max-kills"),
             Skip::Unsent(bytes) => write!(
                 f,
-                "destroy: would lose {bytes} unsent bytes (--discard-unsent allows it)"
+                "would lose {bytes} unsent bytes (--discard-unsent allows it)"
             ),
             Skip::NoLongerSelected => f.write_str("no longer has the age or cause asked for"),
             Skip::Accepted => f.write_str("the application accepted it meanwhile"),
+            Skip::PeerAlive => f.write_str("peer is alive"),
             Skip::Interrupted => f.write_str("interrupted before its turn"),
         }
     }
@@ -196,10 +197,23 @@ impl Climber {
     }
 
     fn attempt(&mut self, method: MethodName, error: Option<ActError>) {
-        if error.is_none() {
+        // An RST that seems to be ignored may still be on its way through a busy kernel.
+        if matches!(error, None | Some(ActError::RstIgnored)) {
             self.acted = Some(method);
         }
         self.attempts.push(Attempt { method, error });
+    }
+
+    /// The unsent bytes, if they alone kept every method from acting.
+    fn only_protected(&self) -> Option<u32> {
+        let mut bytes = None;
+        for attempt in &self.attempts {
+            match attempt.error {
+                Some(ActError::Unsent(unsent)) => bytes = Some(unsent),
+                _ => return None,
+            }
+        }
+        bytes
     }
 
     fn outcome(self) -> Outcome {
@@ -227,18 +241,33 @@ impl Ladder<'_> {
             .filter(|&at| self.climbers[at].verdict.is_none() && plans[at].methods.contains(&name))
             .collect();
         let mut ordered = Vec::with_capacity(mine.len());
-        for chunk in mine.chunks(CHUNK) {
+        for chunk in mine.chunks(method.batch()) {
             if self.surroundings.interrupted() {
                 break;
             }
-            let chunk = self.recheck(chunk, method)?;
+            let chunk: Vec<usize> = self.recheck(chunk, name, false)?;
             let targets: Vec<Target> = chunk
                 .iter()
                 .map(|&at| Target::new(self.found, at))
                 .collect();
-            for (&at, result) in chunk.iter().zip(method.act(&targets)) {
-                if result.is_ok() {
-                    ordered.push(at);
+            let mut scene = OnRung {
+                unfit: vec![false; chunk.len()],
+                ladder: self,
+                chunk: &chunk,
+                method: name,
+            };
+            let results = method.act(&targets, &mut scene);
+            let unfit = scene.unfit;
+            for ((&at, result), unfit) in chunk.iter().zip(results).zip(unfit) {
+                match result {
+                    // Noted when it was found out.
+                    _ if unfit => continue,
+                    Err(ActError::Interrupted) => continue,
+                    Err(ActError::PeerAlive) => {
+                        self.climbers[at].settle(Verdict::Skipped(Skip::PeerAlive));
+                    }
+                    Ok(()) => ordered.push(at),
+                    Err(_) => {}
                 }
                 self.climbers[at].attempt(name, result.err());
             }
@@ -247,16 +276,28 @@ impl Ladder<'_> {
         self.wait(ordered)
     }
 
-    /// Looks at the sockets right before the act and returns those to act on.
-    fn recheck(&mut self, chunk: &[usize], method: &dyn Method) -> io::Result<Vec<usize>> {
+    /// Looks at the sockets right before the act and returns those to act on. `provoked`: the method has
+    /// sent something that may have closed them.
+    fn recheck(
+        &mut self,
+        chunk: &[usize],
+        method: MethodName,
+        provoked: bool,
+    ) -> io::Result<Vec<usize>> {
         let mut fit = Vec::with_capacity(chunk.len());
         for (&at, look) in chunk.iter().zip(self.look(chunk)?) {
             let climber = &mut self.climbers[at];
             match look {
-                Err(LookupError::Gone) => climber.vanished(),
+                Err(LookupError::Gone) => {
+                    // What the method has sent so far made the peer answer RST.
+                    if provoked {
+                        climber.attempt(method, None);
+                    }
+                    climber.vanished();
+                }
                 Err(LookupError::Io(error)) => {
                     let error = ActError::Os("sock_diag lookup", error);
-                    climber.attempt(method.name(), Some(error));
+                    climber.attempt(method, Some(error));
                 }
                 Ok(now) => {
                     let planned = &self.found.sockets[at];
@@ -264,7 +305,7 @@ impl Ladder<'_> {
                         Check::Act => fit.push(at),
                         Check::Settle(verdict) => climber.settle(verdict),
                         Check::Protect(bytes) => {
-                            climber.attempt(method.name(), Some(ActError::Unsent(bytes)));
+                            climber.attempt(method, Some(ActError::Unsent(bytes)));
                         }
                     }
                 }
@@ -325,13 +366,7 @@ impl Ladder<'_> {
                     climber.settle(Verdict::Skipped(Skip::Interrupted));
                 }
                 _ => {
-                    if let [
-                        Attempt {
-                            error: Some(ActError::Unsent(bytes)),
-                            ..
-                        },
-                    ] = climber.attempts[..]
-                    {
+                    if let Some(bytes) = climber.only_protected() {
                         climber.settle(Verdict::Skipped(Skip::Unsent(bytes)));
                     }
                 }
@@ -349,6 +384,43 @@ impl Ladder<'_> {
     }
 }
 
+/// The ladder, as the method on one of its rungs sees it.
+struct OnRung<'s, 'a> {
+    ladder: &'s mut Ladder<'a>,
+    chunk: &'s [usize],
+    method: MethodName,
+    /// Of the chunk: those that changed while the method was at work.
+    unfit: Vec<bool>,
+}
+
+impl Scene for OnRung<'_, '_> {
+    fn grace(&self) -> Duration {
+        self.ladder.rules.grace
+    }
+
+    fn surroundings(&self) -> &dyn Surroundings {
+        self.ladder.surroundings
+    }
+
+    fn still_fit(&mut self, targets: &[usize], provoked: bool) -> io::Result<Vec<bool>> {
+        let sockets: Vec<usize> = targets.iter().map(|&target| self.chunk[target]).collect();
+        let fit = self.ladder.recheck(&sockets, self.method, provoked)?;
+        // `fit` is `sockets` with gaps.
+        let mut fit = fit.into_iter().peekable();
+        let still = |at: &usize| fit.next_if_eq(at).is_some();
+        let still: Vec<bool> = sockets.iter().map(still).collect();
+        for (&target, still) in targets.iter().zip(&still) {
+            self.unfit[target] |= !still;
+        }
+        Ok(still)
+    }
+
+    fn look(&mut self, targets: &[usize]) -> io::Result<Vec<Result<SocketMessage, LookupError>>> {
+        let sockets: Vec<usize> = targets.iter().map(|&target| self.chunk[target]).collect();
+        self.ladder.look(&sockets)
+    }
+}
+
 enum Check {
     Act,
     Settle(Verdict),
@@ -361,7 +433,7 @@ fn check(
     planned: &Socket,
     now: &SocketMessage,
     acted: bool,
-    method: &dyn Method,
+    method: MethodName,
     rules: &Rules<'_>,
 ) -> Check {
     if !acted {
@@ -377,7 +449,7 @@ fn check(
         }
     }
     let unsent = diagnosis::unsent(now.state, now.send_q);
-    if unsent > 0 && method.name().discards_unsent() && !rules.discard_unsent {
+    if unsent > 0 && method.discards_unsent() && !rules.discard_unsent {
         return Check::Protect(unsent);
     }
     Check::Act

@@ -45,7 +45,7 @@ impl Method for Scripted {
         self.name
     }
 
-    fn act(&mut self, targets: &[Target]) -> Vec<Result<(), ActError>> {
+    fn act(&mut self, targets: &[Target], _: &mut dyn Scene) -> Vec<Result<(), ActError>> {
         let act = |target: &Target| {
             let cookie = target.id.cookie().0;
             self.touched.borrow_mut().push(cookie);
@@ -100,7 +100,7 @@ impl World {
             kernel.0.borrow_mut().insert(Cookie(cookie), message);
         }
         let plan = Plan {
-            methods: MethodName::AUTO.to_vec(),
+            methods: vec![Shutdown, Destroy],
             left_out: Vec::new(),
             over_limit: false,
         };

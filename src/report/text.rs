@@ -310,7 +310,13 @@ fn summary(run: &Run, config: &Config) -> String {
 pub fn notes(run: &Run) -> Vec<String> {
     let mut notes = Vec::new();
     let Some(deeds) = &run.deeds else {
-        for listener in &run.found.listeners {
+        let unaccepted = run
+            .found
+            .sockets
+            .iter()
+            .filter(|s| s.cause == Cause::NotAccepted);
+        let listeners: BTreeSet<usize> = unaccepted.filter_map(|s| s.listener).collect();
+        for listener in listeners.into_iter().map(|at| &run.found.listeners[at]) {
             let (owner, _) = names(&run.found, &listener.owners, false);
             notes.push(format!(
                 "{owner} does not accept what comes to {}: backlog {}/{}",
@@ -327,7 +333,9 @@ pub fn notes(run: &Run) -> Vec<String> {
         for &owner in &deed.open_descriptors {
             *descriptors.entry(socket.owners[owner].process).or_default() += 1;
         }
-        if let (Verdict::Closed(_), Some(listener)) = (&deed.outcome.verdict, socket.listener) {
+        if let (Verdict::Closed(_), Cause::NotAccepted, Some(listener)) =
+            (&deed.outcome.verdict, socket.cause, socket.listener)
+        {
             *backlogs.entry(listener).or_default() += 1;
         }
     }

@@ -73,7 +73,7 @@ fn never_accepted_is_destroyed(family: Family) -> Result<()> {
     let ran = cwkill(&lab, "--port 8080 --json")?.exits(0)?;
     let sockets = ran.sockets()?;
     all_have(&sockets, "closed", "destroy")?;
-    same(&sockets[0]["plan"], &serde_json::json!(["destroy"]))?;
+    same(&sockets[0]["plan"], &serde_json::json!(["destroy", "rst"]))?;
     same(&at(&sockets[0], "/result/descriptor_open"), &"false".into())?;
     ran.complains("3 closed connections still take a slot in the backlog")?;
     same(&connections(&lab)?.len(), &0)?;
@@ -114,8 +114,8 @@ fn nothing_changes(family: Family) -> Result<()> {
     let plan = cwkill(&lab, "--port 8080 -n --json")?.sockets()?;
     for socket in plan {
         let planned = match at(&socket, "/cause").as_str() {
-            "not-accepted" => serde_json::json!(["destroy"]),
-            _ => serde_json::json!(["shutdown", "destroy"]),
+            "not-accepted" => serde_json::json!(["destroy", "rst"]),
+            _ => serde_json::json!(["shutdown", "destroy", "rst"]),
         };
         same(&socket["plan"], &planned)?;
     }

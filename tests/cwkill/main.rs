@@ -5,8 +5,11 @@ mod closing;
 mod expressions;
 mod facts;
 mod listing;
+mod probing;
 mod races;
+mod resetting;
 mod selecting;
+mod states;
 mod support;
 mod whose;
 
@@ -31,7 +34,10 @@ fn main() -> std::process::ExitCode {
         ("expressions", expressions::CASES),
         ("whose", whose::CASES),
         ("closing", closing::CASES),
+        ("resetting", resetting::CASES),
+        ("probing", probing::CASES),
         ("races", races::CASES),
+        ("states", states::CASES),
         ("facts", facts::CASES),
     ];
     let mut trials = Vec::new();

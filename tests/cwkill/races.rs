@@ -7,10 +7,10 @@ use anyhow::{Context, Result, ensure};
 use netns_harness::{Dial, Family, Lab, Leak, Recv, TcpState};
 
 use cwkill::finder::owners::Proc;
-use cwkill::finder::sock_diag::SockDiag;
+use cwkill::finder::sock_diag::{DiagId, LookupError, SockDiag, SocketMessage};
 use cwkill::finder::{self, Found};
 use cwkill::injector::ladder::{self, Outcome, Rules, Surroundings, Verdict};
-use cwkill::injector::{self, ActError, MethodName, Target};
+use cwkill::injector::{self, ActError, MethodName, Scene, Target};
 use cwkill::plan::{self, Policy};
 use cwkill::privileges::Privileges;
 use cwkill::selectors::Selectors;
@@ -89,9 +89,31 @@ fn bare_act_after(
         ensure!(found.sockets.len() == 1, "{found:#?}");
         change()?;
         let mut methods = injector::methods(&[method], &proc)?;
-        let mut results = methods[0].act(&[Target::new(&found, 0)]);
+        let mut scene = OnlyCookies(SockDiag::open()?, found.sockets[0].id);
+        let mut results = methods[0].act(&[Target::new(&found, 0)], &mut scene);
         Ok(results.remove(0))
     })
+}
+
+/// The looks that a method takes itself, without what the ladder knows.
+struct OnlyCookies(SockDiag, DiagId);
+
+impl Scene for OnlyCookies {
+    fn grace(&self) -> Duration {
+        Duration::from_millis(700)
+    }
+    fn surroundings(&self) -> &dyn Surroundings {
+        &Now
+    }
+    fn still_fit(&mut self, targets: &[usize], _: bool) -> std::io::Result<Vec<bool>> {
+        Ok(self.look(targets)?.iter().map(Result::is_ok).collect())
+    }
+    fn look(
+        &mut self,
+        targets: &[usize],
+    ) -> std::io::Result<Vec<Result<SocketMessage, LookupError>>> {
+        self.0.lookup(&vec![self.1; targets.len()])
+    }
 }
 
 /// The owner closes the stuck descriptor and gets its number again for a new, innocent connection.
@@ -195,6 +217,21 @@ fn reused_tuple(family: Family) -> Result<()> {
     ensure!(matches!(result, Err(ActError::Gone)), "{result:?}");
     let (app, peer) = innocent.context("swapped")?;
     lives(&leak, app, peer)?;
+    same(&in_state(&lab, TcpState::Listen)?, &1)?;
+
+    // The ACK that rst draws now comes from the stranger; the look after it finds that out.
+    for method in [MethodName::Rst, MethodName::Probe] {
+        let (lab, leak) = crate::support::lab("drained", family, 1)?;
+        let mut innocent = None;
+        let swap = || {
+            innocent = Some(swap_connection(&lab, &leak)?);
+            Ok(())
+        };
+        let _ = bare_act_after(&lab, method, swap)?;
+        let (app, peer) = innocent.context("swapped")?;
+        lives(&leak, app, peer)?;
+        same(&in_state(&lab, TcpState::Listen)?, &1)?;
+    }
     same(&in_state(&lab, TcpState::Listen)?, &1)
 }
 

@@ -1,0 +1,95 @@
+//! States other than CLOSE-WAIT: what closes them, and what is refused.
+
+use anyhow::{Result, ensure};
+use netns_harness::{Family, TcpState};
+
+use crate::Case::{self, EachFamily, Once};
+use crate::support::{all_have, at, carries_data, connections, cwkill, in_state, lab, same};
+
+pub const CASES: &[Case] = &[
+    EachFamily("every_state_can_be_destroyed", every_state),
+    EachFamily("an_open_connection_needs_an_age", established),
+    EachFamily("a_listener_is_never_closed", listener),
+    Once("default_is_close_wait_alone", default_state),
+];
+
+/// Scenario, the state it makes, and what `auto` plans for it.
+const STATES: &[(&str, &str, &str)] = &[
+    ("fin-wait-1", "fin-wait-1", "drained"),
+    ("fin-wait-1-orphan", "fin-wait-1", "orphan"),
+    ("fin-wait-2", "fin-wait-2", "drained"),
+    ("last-ack", "last-ack", "orphan"),
+    ("closing", "closing", "drained"),
+    ("syn-recv", "syn-recv", "handshake"),
+    ("time-wait", "time-wait", "orphan"),
+];
+
+fn every_state(family: Family) -> Result<()> {
+    for (scenario, state, cause) in STATES {
+        let (lab, _leak) = lab(scenario, family, 2)?;
+        let planned = cwkill(&lab, &format!("--state {state} -n --json"))?
+            .exits(0)?
+            .sockets()?;
+        same(&planned.len(), &2)?;
+        for socket in &planned {
+            same(&at(socket, "/state"), &(*state).to_owned())?;
+            same(&at(socket, "/cause"), &(*cause).to_owned())?;
+            same(&at(socket, "/plan/0"), &"destroy".to_owned())?;
+            let reason = at(socket, "/left_out/0/reason");
+            let said = reason.contains("shut down already") || reason.contains("never accepted");
+            ensure!(said, "{scenario}: {socket:#}");
+        }
+        let ran = cwkill(&lab, &format!("--state {state} --json"))?.exits(0)?;
+        all_have(&ran.sockets()?, "closed", "destroy")?;
+        ensure!(!ran.stderr.contains("backlog"), "{scenario}: {ran:#?}");
+        same(&connections(&lab)?.len(), &0)?;
+        same(&in_state(&lab, TcpState::Listen)?, &1)?;
+    }
+    Ok(())
+}
+
+fn established(family: Family) -> Result<()> {
+    let (lab, leak) = lab("established", family, 2)?;
+    for arguments in [
+        "--state established",
+        "state established",
+        "state connected",
+    ] {
+        cwkill(&lab, arguments)?
+            .exits(2)?
+            .complains("--min-age 1h")?;
+    }
+    let ran = cwkill(&lab, "--state established -n --json")?.exits(0)?;
+    same(&ran.sockets()?[0]["plan"], &serde_json::json!([]))?;
+    cwkill(&lab, "--state established --min-age 1h")?.exits(1)?;
+    carries_data(&leak)?;
+    lab.wait_for(crate::support::PATIENCE, || {
+        let line = "--state established --min-age 200ms -n";
+        Ok(cwkill(&lab, line)?.code == Some(0))
+    })?;
+    let ran = cwkill(
+        &lab,
+        "--state established --min-age 200ms --method destroy --json",
+    )?;
+    all_have(&ran.exits(0)?.sockets()?, "closed", "destroy")?;
+    same(&connections(&lab)?.len(), &0)
+}
+
+fn listener(family: Family) -> Result<()> {
+    let (lab, leak) = lab("established", family, 1)?;
+    let line = "--state listen --discard-unsent --json";
+    let sockets = cwkill(&lab, line)?.exits(4)?.sockets()?;
+    all_have(&sockets, "skipped", "null")?;
+    ensure!(at(&sockets[0], "/result/reason").contains("takes its service down"));
+    same(&in_state(&lab, TcpState::Listen)?, &1)?;
+    carries_data(&leak)
+}
+
+fn default_state() -> Result<()> {
+    for scenario in ["fin-wait-2", "time-wait", "syn-recv", "established"] {
+        let (lab, _leak) = lab(scenario, Family::V4, 1)?;
+        cwkill(&lab, "--all")?.exits(1)?;
+        same(&connections(&lab)?.len(), &1)?;
+    }
+    Ok(())
+}
