@@ -111,14 +111,7 @@ impl Method for Probe {
     fn act(&mut self, targets: &[Target], scene: &mut dyn Scene) -> Vec<Result<(), ActError>> {
         let mut results: Vec<Result<(), ActError>> = targets.iter().map(|_| Ok(())).collect();
         let all: Vec<usize> = (0..targets.len()).collect();
-        let looks = match scene.look(&all) {
-            Ok(looks) => looks,
-            Err(error) => {
-                let errno = error.raw_os_error().unwrap_or(libc::EIO);
-                let failure = || ActError::Os("sock_diag lookup", errno_error(errno));
-                return targets.iter().map(|_| Err(failure())).collect();
-            }
-        };
+        let looks = scene.look(&all);
         let mut asked = Vec::with_capacity(targets.len());
         let mut unowned = Vec::new();
         for (target, look) in looks.into_iter().enumerate() {
@@ -192,13 +185,7 @@ fn await_answers(
     let mut pause = FIRST_PAUSE;
     loop {
         let targets: Vec<usize> = asked.iter().map(|asked| asked.target).collect();
-        // What cannot be looked at may still answer.
-        let Ok(looks) = scene.look(&targets) else {
-            for target in targets {
-                results[target] = Err(ActError::PeerSilent);
-            }
-            return;
-        };
+        let looks = scene.look(&targets);
         let now = scene.surroundings().now();
         let interrupted = scene.surroundings().interrupted();
         let mut looks = looks.into_iter();
@@ -317,8 +304,4 @@ fn batch() -> usize {
     usize::try_from(limit.saturating_sub(RESERVED))
         .unwrap_or(MOST)
         .clamp(1, MOST)
-}
-
-fn errno_error(errno: i32) -> std::io::Error {
-    std::io::Error::from_raw_os_error(errno)
 }
