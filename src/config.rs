@@ -7,6 +7,7 @@ use clap::{ColorChoice, CommandFactory};
 
 use crate::cli::{Args, MethodChoice};
 use crate::expression::{self, Expression, Services, States};
+use crate::finder::netns::Which;
 use crate::injector::MethodName;
 use crate::plan::Policy;
 use crate::selectors::{IpVersion, Selectors};
@@ -41,6 +42,8 @@ pub enum Format {
 pub struct Config {
     /// What to match.
     pub selectors: Selectors,
+    /// Where to look.
+    pub netns: Which,
     /// What to do with it.
     pub action: Action,
     /// What may be done.
@@ -97,7 +100,13 @@ impl Config {
                  have been idle, for example --min-age 1h",
             ));
         }
+        let netns = match (args.netns, args.all_netns) {
+            (Some(name), _) => Which::One(name),
+            (None, true) => Which::All,
+            (None, false) => Which::Ours,
+        };
         Ok(Config {
+            netns,
             action,
             policy: Policy {
                 methods: methods(&args.method)?,
@@ -122,6 +131,9 @@ impl Config {
                 },
                 pids: args.pid.into_iter().collect(),
                 processes: args.process,
+                units: args.unit,
+                containers: args.container,
+                cgroups: args.cgroup,
                 users: args.user.into_iter().collect(),
                 states,
                 min_age: args.min_age.unwrap_or_default(),
@@ -147,6 +159,9 @@ impl Args {
                 && self.peer.is_empty()
                 && self.pid.is_empty()
                 && self.process.is_empty()
+                && self.unit.is_empty()
+                && self.container.is_empty()
+                && self.cgroup.is_empty()
                 && self.user.is_empty()
                 && self.state.is_empty()
                 && self.cause.is_empty())
@@ -207,7 +222,7 @@ fn methods(choices: &[MethodChoice]) -> Result<Vec<MethodName>, clap::Error> {
             MethodChoice::Auto if choices.len() == 1 => return Ok(MethodName::AUTO.to_vec()),
             MethodChoice::Auto => {
                 return Err(usage(
-                    "--method auto stands alone; give --method auto or --method shutdown,destroy",
+                    "--method auto stands alone; give --method auto or --method shutdown,destroy,rst",
                 ));
             }
             MethodChoice::Only(method) if !methods.contains(method) => methods.push(*method),
@@ -251,6 +266,9 @@ mod tests {
             "--peer ::1",
             "-p 1",
             "--process x",
+            "--unit nginx",
+            "--container web",
+            "--cgroup /system.slice",
             "--user 0",
             "--state close-wait",
             "--min-age 0s",
@@ -326,8 +344,8 @@ mod tests {
     fn methods_keep_their_order() {
         use MethodName::{Destroy, Shutdown};
         let methods = |line| config(line).map(|c| c.policy.methods);
-        assert_eq!(methods("--all").unwrap(), [Shutdown, Destroy]);
-        assert_eq!(methods("--all --method auto").unwrap(), [Shutdown, Destroy]);
+        assert_eq!(methods("--all").unwrap(), MethodName::AUTO);
+        assert_eq!(methods("--all --method auto").unwrap(), MethodName::AUTO);
         let swapped = "--all --method destroy,shutdown,destroy";
         assert_eq!(methods(swapped).unwrap(), [Destroy, Shutdown]);
         assert!(methods("--all --method auto,destroy").is_err());

@@ -118,7 +118,8 @@ fn obstacle(
     if method.discards_unsent() && unsent > 0 && !policy.discard_unsent {
         return Some(LeftOut::Unsent(unsent));
     }
-    privileges.missing_for(method).map(LeftOut::Needs)
+    let owned = !socket.owners.is_empty();
+    privileges.missing_for(method, owned).map(LeftOut::Needs)
 }
 
 /// What the socket's state has against `method`, if anything.
@@ -142,6 +143,12 @@ fn forbidden_by_state(
             if method == MethodName::Shutdown =>
         {
             Some("our side is shut down already")
+        }
+        // The kernel keeps neither as a socket: there is no last ACK to look at, and a half-open request
+        // answers an ACK with the listener's RST (net/ipv4/tcp_minisocks.c, tcp_check_req).
+        TcpState::TimeWait if method == MethodName::Probe => Some("there is no one left to ask"),
+        TcpState::SynRecv if matches!(method, MethodName::Probe | MethodName::Rst) => {
+            Some("a half-open request does not tell its sequence numbers")
         }
         TcpState::FinWait1
             if socket.inode.is_none() && privileges.kernel < KernelVersion::ABORTS_ORPHANS =>
@@ -168,10 +175,12 @@ mod tests {
 
     const ROOT: Privileges = Privileges {
         net_admin: true,
+        net_raw: true,
         kernel: KernelVersion::ABORTS_ORPHANS,
     };
     const USER: Privileges = Privileges {
         net_admin: false,
+        net_raw: false,
         ..ROOT
     };
 
@@ -220,7 +229,10 @@ mod tests {
         assert_eq!(protected.methods, [MethodName::Shutdown]);
         assert_eq!(
             protected.left_out,
-            [(MethodName::Destroy, LeftOut::Unsent(9))]
+            [
+                (MethodName::Destroy, LeftOut::Unsent(9)),
+                (MethodName::Rst, LeftOut::Unsent(9))
+            ]
         );
         let allowed = Policy {
             discard_unsent: true,
@@ -232,7 +244,7 @@ mod tests {
     #[test]
     fn without_a_descriptor_there_is_no_shutdown() {
         let socket = plan(never_accepted(), &policy(), &ROOT);
-        assert_eq!(socket.methods, [MethodName::Destroy]);
+        assert_eq!(socket.methods, [MethodName::Destroy, MethodName::Rst]);
         assert_eq!(
             socket.left_out,
             [(MethodName::Shutdown, LeftOut::NotAccepted)]
@@ -256,6 +268,28 @@ mod tests {
             plan(owned(0), &policy(), &USER).methods,
             [MethodName::Shutdown]
         );
+    }
+
+    #[test]
+    fn raw_sockets_are_needed_where_no_descriptor_is() {
+        let wanted = Policy {
+            methods: vec![MethodName::Probe, MethodName::Rst],
+            ..policy()
+        };
+        let raw = |method| (method, LeftOut::Needs(Need::NetRaw));
+        let socket = plan(never_accepted(), &wanted, &USER);
+        assert_eq!(
+            socket.left_out,
+            [raw(MethodName::Probe), raw(MethodName::Rst)]
+        );
+        let socket = plan(owned(0), &wanted, &USER);
+        assert_eq!(socket.methods, [MethodName::Probe]);
+        assert_eq!(socket.left_out, [raw(MethodName::Rst)]);
+        let only_raw = Privileges {
+            net_raw: true,
+            ..USER
+        };
+        assert_eq!(plan(owned(0), &wanted, &only_raw).methods, wanted.methods);
     }
 
     #[test]

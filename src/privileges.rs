@@ -13,6 +13,9 @@ use crate::kernel::KernelVersion;
 pub enum Need {
     /// CAP_NET_ADMIN over the network namespace: SOCK_DESTROY (net/core/sock_diag.c, sock_diag_rcv_msg).
     NetAdmin,
+    /// CAP_NET_RAW over the network namespace: raw and packet sockets (net/ipv4/af_inet.c, inet_create;
+    /// net/packet/af_packet.c, packet_create).
+    NetRaw,
     /// The right to attach to the owner: pidfd_getfd (kernel/pid.c, __pidfd_fget).
     Ptrace,
 }
@@ -21,34 +24,42 @@ impl fmt::Display for Need {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Need::NetAdmin => "CAP_NET_ADMIN",
+            Need::NetRaw => "CAP_NET_RAW",
             Need::Ptrace => "the owner's uid or CAP_SYS_PTRACE",
         })
     }
 }
 
 impl Need {
-    /// What it is for and how to grant it, as one sentence for the operator.
-    pub fn hint(self) -> &'static str {
+    /// What it is for, as one sentence for the operator.
+    pub fn purpose(self) -> &'static str {
         match self {
-            Need::NetAdmin => {
-                "destroy needs CAP_NET_ADMIN to abort a socket: run cwkill with sudo, or grant it once \
-                 with `setcap cap_net_admin+ep` on the binary"
+            Need::NetAdmin => "destroy needs CAP_NET_ADMIN to have the kernel abort a socket",
+            Need::NetRaw => {
+                "rst, and probe of a socket without an owner, need CAP_NET_RAW to send and see single \
+                 segments"
             }
             Need::Ptrace => {
-                "shutdown needs CAP_SYS_PTRACE to reach into another user's process: run cwkill with \
-                 sudo or as the owner's user, or grant it once with \
-                 `setcap cap_sys_ptrace,cap_dac_read_search+ep` on the binary \
-                 (kernel.yama.ptrace_scope can forbid it even to the owner's user)"
+                "seeing the owners of other users' sockets, and shutdown through them, need \
+                 CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH (within one user only that the owner has no \
+                 more capabilities than cwkill, and that kernel.yama.ptrace_scope allows it)"
             }
         }
     }
 }
+
+/// How to grant whatever is missing. All of it: with a part, the methods that are left may be harsher.
+pub const HOW_TO_GRANT: &str = "run cwkill with sudo, or grant its binary what it needs once: \
+    `setcap cap_dac_read_search,cap_net_admin,cap_net_raw,cap_sys_ptrace+ep`, and let only those run \
+    it who may close anybody's connections";
 
 /// What this process may do on the kernel it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Privileges {
     /// CAP_NET_ADMIN is effective.
     pub net_admin: bool,
+    /// CAP_NET_RAW is effective.
+    pub net_raw: bool,
     /// The running kernel.
     pub kernel: KernelVersion,
 }
@@ -62,19 +73,24 @@ impl Privileges {
     /// # Errors
     /// capget(2) failed.
     pub fn of_this_thread() -> anyhow::Result<Self> {
-        let net_admin = caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN)
-            .context("cannot read the capabilities of this process")?;
+        let has = |capability| {
+            caps::has_cap(None, CapSet::Effective, capability)
+                .context("cannot read the capabilities of this process")
+        };
         Ok(Privileges {
-            net_admin,
+            net_admin: has(Capability::CAP_NET_ADMIN)?,
+            net_raw: has(Capability::CAP_NET_RAW)?,
             kernel: KernelVersion::running(),
         })
     }
 
-    /// What `method` needs and this process certainly lacks. Rights over an owner cannot be told
+    /// What `method` needs, for a socket with or without an owner, and this process certainly lacks. Rights over an owner cannot be told
     /// beforehand: they depend on it and on security modules.
-    pub fn missing_for(&self, method: MethodName) -> Option<Need> {
+    pub fn missing_for(&self, method: MethodName, owned: bool) -> Option<Need> {
         match method {
             MethodName::Shutdown => None,
+            MethodName::Probe if owned => None,
+            MethodName::Probe | MethodName::Rst => (!self.net_raw).then_some(Need::NetRaw),
             MethodName::Destroy => (!self.net_admin).then_some(Need::NetAdmin),
         }
     }

@@ -6,13 +6,14 @@ use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use globset::GlobMatcher;
+use globset::{GlobBuilder, GlobMatcher};
 use ipnet::IpNet;
 
 use crate::diagnosis::Cause;
 use crate::expression::{End, Expression, Facts, Namespace};
 use crate::finder::Socket;
-use crate::finder::owners::Process;
+use crate::finder::cgroup::{Cgroup, unescape};
+use crate::finder::owners::{Process, Unreadable};
 use crate::tcp::{StateSet, TcpState};
 
 /// A conjunction of selectors; of one selector, any value will do. An empty list selects nothing away.
@@ -32,6 +33,12 @@ pub struct Selectors {
     pub pids: BTreeSet<i32>,
     /// Owners by name (comm).
     pub processes: Vec<GlobMatcher>,
+    /// Owners by systemd unit.
+    pub units: Vec<UnitName>,
+    /// Owners by the id, the first digits of it, or the name of their container.
+    pub containers: Vec<String>,
+    /// Owners in one of these cgroups or below.
+    pub cgroups: Vec<String>,
     /// Users of the socket's inode.
     pub users: BTreeSet<u32>,
     /// States.
@@ -53,6 +60,38 @@ pub enum IpVersion {
     V6,
 }
 
+/// What `--unit` says: a name, with or without `.service`, or a pattern.
+#[derive(Clone, Debug)]
+pub struct UnitName {
+    text: String,
+    pattern: GlobMatcher,
+}
+
+impl UnitName {
+    /// # Errors
+    /// It is no pattern.
+    pub fn new(text: &str) -> Result<Self, globset::Error> {
+        // Units have escapes, `a\x2db.service`, which a pattern does not: there `\` is itself.
+        let pattern = GlobBuilder::new(text).backslash_escape(false).build()?;
+        Ok(UnitName {
+            text: text.to_owned(),
+            pattern: pattern.compile_matcher(),
+        })
+    }
+
+    /// Whether the unit `name` is meant, as systemctl writes it or with its escapes undone.
+    fn is(&self, name: &str) -> bool {
+        let one = |name: &str| {
+            let stem = name.strip_suffix(".service");
+            [Some(name), stem]
+                .into_iter()
+                .flatten()
+                .any(|name| name == self.text || self.pattern.is_match(name))
+        };
+        one(name) || one(&unescape(name))
+    }
+}
+
 impl Default for Selectors {
     /// Everything in CLOSE-WAIT.
     fn default() -> Self {
@@ -64,6 +103,9 @@ impl Default for Selectors {
             ip_version: None,
             pids: BTreeSet::new(),
             processes: Vec::new(),
+            units: Vec::new(),
+            containers: Vec::new(),
+            cgroups: Vec::new(),
             users: BTreeSet::new(),
             states: StateSet::from(TcpState::CloseWait),
             min_age: Duration::ZERO,
@@ -135,7 +177,6 @@ impl Selectors {
             && in_networks(&self.local, socket.tuple.local.ip())
             && in_networks(&self.peer, socket.tuple.peer.ip())
             && self.ip_version.is_none_or(|wanted| wanted == version)
-            && (self.users.is_empty() || self.users.contains(&socket.uid))
             && self.expression.matches(&Facts::from(socket))
             && self.still_matches(socket)
     }
@@ -146,17 +187,46 @@ impl Selectors {
             && (self.causes.is_empty() || self.causes.contains(&socket.cause))
     }
 
-    /// Whether one of `owners` matches; without a selector of owners, also when there is none.
-    pub fn match_owners<'a>(&self, owners: impl Iterator<Item = &'a Process>) -> bool {
-        if self.pids.is_empty() && self.processes.is_empty() {
-            return true;
-        }
-        let mut owners = owners;
-        owners.any(|owner| {
-            (self.pids.is_empty() || self.pids.contains(&owner.pid))
-                && (self.processes.is_empty()
-                    || self.processes.iter().any(|glob| glob.is_match(&owner.comm)))
-        })
+    /// Whether the user of a socket is one of those asked for.
+    pub fn match_user(&self, uid: u32) -> bool {
+        self.users.is_empty() || self.users.contains(&uid)
+    }
+
+    /// Whether `owner` is one of those asked for.
+    pub fn match_owner(&self, owner: &Process) -> bool {
+        self.match_process(owner.pid, Some(&owner.comm)) && self.match_cgroup(&owner.cgroup)
+    }
+
+    /// Whether one of the processes that could not be read may be an owner that is asked for.
+    pub fn could_match(&self, unreadable: &[Unreadable]) -> bool {
+        let could = |process: &Unreadable| self.match_process(process.pid, process.comm.as_deref());
+        self.selects_owners() && unreadable.iter().any(could)
+    }
+
+    /// Whether a process is asked for by its number and its name; an unknown name may be any.
+    fn match_process(&self, pid: i32, comm: Option<&str>) -> bool {
+        let named = |comm| self.processes.iter().any(|glob| glob.is_match(comm));
+        (self.pids.is_empty() || self.pids.contains(&pid))
+            && (self.processes.is_empty() || comm.is_none_or(named))
+    }
+
+    /// Whether owners decide what matches.
+    pub fn selects_owners(&self) -> bool {
+        !(self.pids.is_empty()
+            && self.processes.is_empty()
+            && self.units.is_empty()
+            && self.containers.is_empty()
+            && self.cgroups.is_empty())
+    }
+
+    fn match_cgroup(&self, cgroup: &Cgroup) -> bool {
+        let unit = || cgroup.unit.as_deref();
+        let container = || cgroup.container.as_ref();
+        (self.units.is_empty() || unit().is_some_and(|u| self.units.iter().any(|name| name.is(u))))
+            && (self.containers.is_empty()
+                || container()
+                    .is_some_and(|c| self.containers.iter().any(|name| c.is_called(name))))
+            && (self.cgroups.is_empty() || self.cgroups.iter().any(|path| cgroup.is_below(path)))
     }
 }
 
@@ -209,8 +279,6 @@ mod tests {
         }));
         assert!(matches(|s| s.local = vec!["10.0.0.0/8".parse().unwrap()]));
         assert!(!matches(|s| s.peer = vec!["10.0.0.1/32".parse().unwrap()]));
-        assert!(matches(|s| s.users = [0, 1000].into()));
-        assert!(!matches(|s| s.users = [0].into()));
         assert!(!matches(|s| s.states = TcpState::LastAck.into()));
         assert!(matches(
             |s| s.causes = [Cause::Unread, Cause::Drained].into()
@@ -252,18 +320,92 @@ mod tests {
             pid,
             start_time: 0,
             comm: comm.into(),
+            cgroup: Cgroup::default(),
         };
         let owners = [process(1, "java"), process(2, "nginx")];
+        let any = |selectors: &Selectors| owners.iter().any(|owner| selectors.match_owner(owner));
         let mut selectors = Selectors {
             processes: vec![Glob::new("ja*").unwrap().compile_matcher()],
             ..Selectors::default()
         };
-        assert!(selectors.match_owners(owners.iter()));
+        assert!(any(&selectors));
         selectors.pids = [2].into();
-        assert!(!selectors.match_owners(owners.iter()));
+        assert!(!any(&selectors));
         selectors.pids = [1].into();
-        assert!(selectors.match_owners(owners.iter()));
-        assert!(!selectors.match_owners([].iter()), "no owner, no match");
-        assert!(Selectors::default().match_owners([].iter()));
+        assert!(any(&selectors));
+        assert!(selectors.selects_owners());
+        assert!(!Selectors::default().selects_owners());
+    }
+
+    #[test]
+    fn a_process_that_cannot_be_read_may_be_the_one() {
+        let hidden = |pid, comm: Option<&str>| Unreadable {
+            pid,
+            comm: comm.map(str::to_owned),
+        };
+        let java = Selectors {
+            processes: vec![Glob::new("java").unwrap().compile_matcher()],
+            ..Selectors::default()
+        };
+        assert!(java.could_match(&[hidden(1, Some("java"))]));
+        assert!(!java.could_match(&[hidden(1, Some("nginx"))]));
+        assert!(java.could_match(&[hidden(1, None)]));
+        let pid = Selectors {
+            pids: [7].into(),
+            ..Selectors::default()
+        };
+        assert!(pid.could_match(&[hidden(7, Some("x"))]));
+        assert!(!pid.could_match(&[hidden(8, None)]));
+        assert!(!Selectors::default().could_match(&[hidden(7, None)]));
+    }
+
+    #[test]
+    fn units_containers_and_cgroups_are_those_of_one_owner() {
+        let process = |pid, cgroup: &str| Process {
+            pid,
+            start_time: 0,
+            comm: "java".into(),
+            cgroup: Cgroup::parse(cgroup),
+        };
+        let id = "3f4a9b2c1d0e5f6a7b8c9d0e1f2a3b4c5d6e7f8091a2b3c4d5e6f708192a3b4c";
+        let owners = [
+            process(1, "0::/system.slice/tomcat@a\\x2db.service/main\n"),
+            process(2, &format!("0::/docker/{id}\n")),
+            process(3, "0::/user.slice/session-3.scope\n"),
+            process(4, ""),
+        ];
+        let who = |change: &dyn Fn(&mut Selectors)| -> Vec<i32> {
+            let mut selectors = Selectors::default();
+            change(&mut selectors);
+            let matching = |owner: &&Process| selectors.match_owner(owner);
+            owners.iter().filter(matching).map(|p| p.pid).collect()
+        };
+        let unit = |name: &str| who(&|s| s.units = vec![UnitName::new(name).unwrap()]);
+        for name in [
+            "tomcat@a\\x2db.service",
+            "tomcat@a\\x2db",
+            "tomcat@a-b",
+            "tomcat@a-b.service",
+            "tomcat@*",
+            "tom*.service",
+        ] {
+            assert_eq!(unit(name), [1], "{name}");
+        }
+        let nobody: [i32; 0] = [];
+        assert_eq!(unit("tomcat"), nobody);
+        assert_eq!(unit("session-3.scope"), [3]);
+        assert_eq!(unit("session-3"), nobody, "only .service may be left out");
+        assert_eq!(unit("*"), [1, 3]);
+        assert_eq!(who(&|s| s.containers = vec![id[..12].into()]), [2]);
+        assert_eq!(who(&|s| s.containers = vec!["web".into()]), nobody);
+        assert_eq!(who(&|s| s.cgroups = vec!["/system.slice".into()]), [1]);
+        assert_eq!(who(&|s| s.cgroups = vec!["/".into()]), [1, 2, 3, 4]);
+        assert_eq!(
+            who(&|s| {
+                s.cgroups = vec!["/user.slice".into(), "/docker".into()];
+                s.pids = [3].into();
+            }),
+            [3]
+        );
     }
 }

@@ -62,9 +62,80 @@ pub fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     Ok(cookie)
 }
 
+/// An integer option of a socket.
+///
+/// # Errors
+/// ENOPROTOOPT: this kernel or this socket does not have it. EPERM: needs a capability.
+pub fn socket_option(socket: BorrowedFd<'_>, level: i32, name: i32) -> io::Result<i32> {
+    let mut value: libc::c_int = 0;
+    let mut len = INT_LEN;
+    // SAFETY: `value` and `len` are live and writable, and `len` holds the size of `value`, so the
+    // kernel writes within it whatever the option is.
+    let ret = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            (&raw mut value).cast(),
+            &raw mut len,
+        )
+    };
+    match ret {
+        0 => Ok(value),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Sets an integer option of a socket.
+///
+/// # Errors
+/// As [`socket_option`], and EINVAL for a value it does not take.
+pub fn set_socket_option(
+    socket: BorrowedFd<'_>,
+    level: i32,
+    name: i32,
+    value: i32,
+) -> io::Result<()> {
+    // SAFETY: the pointer and the length describe `value`, which the kernel only reads. An option that
+    // takes a pointer inside a longer struct is refused for its length (EINVAL).
+    let ret = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            (&raw const value).cast(),
+            INT_LEN,
+        )
+    };
+    match ret {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "4 fits")]
+const INT_LEN: libc::socklen_t = mem::size_of::<libc::c_int>() as libc::socklen_t;
+
+/// Bytes written to a TCP socket and not yet sent: `write_seq - snd_nxt`.
+///
+/// # Errors
+/// EINVAL: the socket listens. Source: net/ipv4/tcp.c, tcp_ioctl, SIOCOUTQNSD.
+pub fn unsent_bytes(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: SIOCOUTQNSD writes one int, and the pointer is to a live and writable one.
+    let ret = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCOUTQNSD, &raw mut bytes) };
+    match ret {
+        0 => Ok(u32::try_from(bytes).unwrap_or(0)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// linux/sockios.h; the libc crate has it for some targets only.
+const SIOCOUTQNSD: libc::Ioctl = 0x894b;
+
 /// Fills `buf` with directory entries and returns those written; none at the end of the directory.
 ///
-/// The result is a sequence of `struct linux_dirent64`, read with [`crate::finder::dirents`].
+/// The result is a sequence of `struct linux_dirent64`, which `finder::owners` reads.
 ///
 /// # Errors
 /// ENOENT, ESRCH: the directory's process is gone. Source: fs/readdir.c, getdents64(2).

@@ -1,8 +1,8 @@
 //! Who holds a socket: socket inodes to processes and descriptors, from /proc.
 //!
 //! A socket can have many owners (fork, SCM_RIGHTS), and nothing in the kernel says how many, so
-//! every process is looked at. Only `/proc/PID/fd` and, for an owner, `/proc/PID/stat` are read:
-//! never task, maps or exe, which can hang on a sick host. Processes are read in parallel, a big
+//! every process is looked at. Only `/proc/PID/fd` and, for an owner, `/proc/PID/stat` and
+//! `/proc/PID/cgroup` are read: never task, maps or exe, which can hang on a sick host. Processes are read in parallel, a big
 //! descriptor table in chunks.
 //!
 //! Races: what vanishes (ENOENT, ESRCH) is passed over, what may not be read (EACCES, EPERM) is
@@ -11,7 +11,7 @@
 use std::collections::HashSet;
 use std::ffi::CStr;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -22,6 +22,7 @@ use procfs::process::Stat;
 use rayon::prelude::*;
 
 use crate::finder::Held;
+use crate::finder::cgroup::Cgroup;
 use crate::sys::{self, TargetFd};
 
 /// Descriptors in one unit of parallel work.
@@ -42,6 +43,8 @@ pub struct Process {
     pub start_time: u64,
     /// Its name as the kernel keeps it. Chosen by the process: escape it before it is shown.
     pub comm: String,
+    /// Where it belongs: its unit, its container.
+    pub cgroup: Cgroup,
 }
 
 /// What a scan of all processes gave.
@@ -51,16 +54,36 @@ pub struct OwnerScan {
     pub processes: Vec<Process>,
     /// Socket inode and who holds it, by process and descriptor.
     pub held: Vec<(u32, Held)>,
-    /// Processes that could not be looked at.
-    pub unreadable_processes: usize,
+    /// Processes that could not be looked at, or not at all of their descriptors.
+    pub unreadable: Vec<Unreadable>,
+}
+
+/// A process that may hold wanted sockets without our seeing it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unreadable {
+    /// Its number.
+    pub pid: i32,
+    /// Its name, if that can be read.
+    pub comm: Option<String>,
 }
 
 /// One process's share of a scan.
-enum Look {
+#[derive(Default)]
+struct Look {
     /// It holds these.
-    Owner(Process, Vec<(u32, TargetFd)>),
-    Nothing,
-    Unreadable,
+    owner: Option<(Process, Vec<(u32, TargetFd)>)>,
+    unreadable: Option<Unreadable>,
+}
+
+/// Whether a descriptor still refers to a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holding {
+    /// It does.
+    Open,
+    /// It has been closed, or refers to something else, or its process is gone.
+    Closed,
+    /// It may not be looked at.
+    Unknown,
 }
 
 impl Default for Proc {
@@ -88,21 +111,18 @@ impl Proc {
         if wanted.is_empty() {
             return Ok(scan);
         }
-        let looks: Vec<(i32, Look)> = self
+        let looks: Vec<Look> = self
             .pids()?
             .into_par_iter()
-            .map(|pid| Ok((pid, self.look(pid, &wanted)?)))
+            .map(|pid| self.look(pid, &wanted))
             .collect::<io::Result<_>>()?;
-        for (_, look) in looks {
-            match look {
-                Look::Owner(process, fds) => {
-                    let index = scan.processes.len();
-                    scan.processes.push(process);
-                    let held = |(inode, fd)| (inode, Held { process: index, fd });
-                    scan.held.extend(fds.into_iter().map(held));
-                }
-                Look::Nothing => {}
-                Look::Unreadable => scan.unreadable_processes += 1,
+        for look in looks {
+            scan.unreadable.extend(look.unreadable);
+            if let Some((process, fds)) = look.owner {
+                let index = scan.processes.len();
+                scan.processes.push(process);
+                let held = |(inode, fd)| (inode, Held { process: index, fd });
+                scan.held.extend(fds.into_iter().map(held));
             }
         }
         Ok(scan)
@@ -113,41 +133,51 @@ impl Proc {
         Some(self.stat(pid).ok()?.starttime)
     }
 
-    /// Of descriptors seen earlier, those that refer to the same socket right now.
+    /// Of descriptors seen earlier, which refer to the same socket right now.
     ///
-    /// `asked` has, for each of `processes`, descriptors with the inode seen there and a mark; the
-    /// marks of those still open are returned.
+    /// `asked` has, for each of `processes`, descriptors with the inode seen there and a mark that goes
+    /// with the answer.
     pub fn still_held<M: Copy + Send + Sync>(
         &self,
         processes: &[Process],
-        asked: Vec<Vec<(TargetFd, u32, M)>>,
-    ) -> Vec<M> {
-        let held = |(process, asked): (&Process, &Vec<(TargetFd, u32, M)>)| {
-            let Ok(dir) = File::open(self.root.join(format!("{}/fd", process.pid))) else {
-                return Vec::new();
+        asked: &[Vec<(TargetFd, u32, M)>],
+    ) -> Vec<(M, Holding)> {
+        let look = |(process, asked): (&Process, &Vec<(TargetFd, u32, M)>)| {
+            let dir = match asked.is_empty() {
+                true => return Vec::new(),
+                false => File::open(self.path(&format!("{}/fd", process.pid))),
             };
-            if asked.is_empty() || self.start_time(process.pid) != Some(process.start_time) {
-                return Vec::new();
-            }
-            let open = |&(fd, inode, mark): &(TargetFd, u32, M)| {
-                let link = read_socket_link(dir.as_fd(), fd.0).ok().flatten();
-                (link == Some(inode)).then_some(mark)
+            let same_process = self.start_time(process.pid) == Some(process.start_time);
+            let holding = |&(fd, inode, mark): &(TargetFd, u32, M)| {
+                let holding = match &dir {
+                    Ok(dir) if same_process => holding(read_socket_link(dir.as_fd(), fd.0), inode),
+                    Ok(_) => Holding::Closed,
+                    Err(error) => unreadable_holding(error),
+                };
+                (mark, holding)
             };
-            asked
-                .par_iter()
-                .with_min_len(CHUNK)
-                .filter_map(open)
-                .collect()
+            asked.par_iter().with_min_len(CHUNK).map(holding).collect()
         };
         processes
             .par_iter()
-            .zip(&asked)
-            .flat_map_iter(held)
+            .zip(asked)
+            .flat_map_iter(look)
             .collect()
     }
 
+    /// Whether the process numbers of this file system are those that system calls take.
+    pub fn is_of_our_pid_namespace(&self) -> bool {
+        let own = std::process::id().to_string();
+        fs::read_link(self.path("self")).is_ok_and(|target| target.as_os_str() == own.as_str())
+    }
+
+    /// The path of `name` in this file system.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.root.join(name)
+    }
+
     /// The processes, by number.
-    fn pids(&self) -> io::Result<Vec<i32>> {
+    pub(crate) fn pids(&self) -> io::Result<Vec<i32>> {
         let mut pids = Vec::new();
         for entry in fs::read_dir(&self.root)? {
             pids.extend(
@@ -163,16 +193,19 @@ impl Proc {
 
     fn look(&self, pid: i32, wanted: &HashSet<u32>) -> io::Result<Look> {
         match self.look_inside(pid, wanted) {
-            Ok(look) => Ok(look),
-            Err(error) => match error.raw_os_error() {
-                Some(libc::ENOENT | libc::ESRCH) => Ok(Look::Nothing),
-                Some(libc::EACCES | libc::EPERM) if self.has_no_descriptors(pid) => {
-                    Ok(Look::Nothing)
-                }
-                Some(libc::EACCES | libc::EPERM) => Ok(Look::Unreadable),
-                _ => Err(error),
-            },
+            Err(error) if is_end(&error) => Ok(Look::default()),
+            Err(error) if is_denied(&error) => Ok(Look {
+                owner: None,
+                unreadable: self.unreadable(pid),
+            }),
+            other => other,
         }
+    }
+
+    /// Process `pid`, which may not be read, if it can hold anything.
+    fn unreadable(&self, pid: i32) -> Option<Unreadable> {
+        let comm = self.stat(pid).ok().map(|stat| stat.comm);
+        (!self.has_no_descriptors(pid)).then_some(Unreadable { pid, comm })
     }
 
     /// Whether process `pid` holds nothing although it may not be read: a zombie, a kernel thread, or
@@ -196,13 +229,17 @@ impl Proc {
         let process = File::open(self.root.join(pid.to_string()))?;
         let dir = open_in(process.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
         let names = list_fds(dir.as_fd())?;
-        let fds: Vec<(u32, TargetFd)> = names
+        let chunks: Vec<Chunk> = names
             .par_chunks(CHUNK)
             .map(|names| read_sockets(dir.as_fd(), names, wanted))
-            .collect::<io::Result<Vec<_>>>()?
-            .concat();
+            .collect::<io::Result<_>>()?;
+        let mut look = Look::default();
+        if chunks.iter().any(|chunk| chunk.denied) {
+            look.unreadable = self.unreadable(pid);
+        }
+        let fds: Vec<(u32, TargetFd)> = chunks.into_iter().flat_map(|chunk| chunk.found).collect();
         if fds.is_empty() {
-            return Ok(Look::Nothing);
+            return Ok(look);
         }
         let stat = File::from(open_in(process.as_fd(), c"stat", OFlag::empty())?);
         let stat = Stat::from_read(stat).map_err(stat_error)?;
@@ -210,14 +247,30 @@ impl Proc {
             pid,
             start_time: stat.starttime,
             comm: stat.comm,
+            cgroup: read_cgroup(process.as_fd())?,
         };
-        Ok(Look::Owner(process, fds))
+        look.owner = Some((process, fds));
+        Ok(look)
     }
 }
 
 fn open_in(dir: BorrowedFd<'_>, name: &CStr, flags: OFlag) -> io::Result<OwnedFd> {
     let flags = flags | OFlag::O_RDONLY | OFlag::O_CLOEXEC;
     Ok(openat(dir, name, flags, Mode::empty())?)
+}
+
+/// The cgroups of the process behind `process`; none on a kernel without cgroups (ENOENT).
+fn read_cgroup(process: BorrowedFd<'_>) -> io::Result<Cgroup> {
+    let read = || -> io::Result<String> {
+        let mut text = Vec::new();
+        File::from(open_in(process, c"cgroup", OFlag::empty())?).read_to_end(&mut text)?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    };
+    match read() {
+        Ok(text) => Ok(Cgroup::parse(&text)),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(Cgroup::default()),
+        Err(error) => Err(error),
+    }
 }
 
 /// Reading a stat file can fail with the process's end, which keeps its errno.
@@ -262,23 +315,60 @@ fn dirent_numbers(mut entries: &[u8]) -> impl Iterator<Item = i32> + '_ {
     })
 }
 
+/// What a part of a descriptor table has.
+struct Chunk {
+    found: Vec<(u32, TargetFd)>,
+    /// The rest of it may not be read.
+    denied: bool,
+}
+
 /// Of the descriptors `fds` in `dir`, those that are a wanted socket.
-fn read_sockets(
-    dir: BorrowedFd<'_>,
-    fds: &[i32],
-    wanted: &HashSet<u32>,
-) -> io::Result<Vec<(u32, TargetFd)>> {
-    let mut found = Vec::new();
+fn read_sockets(dir: BorrowedFd<'_>, fds: &[i32], wanted: &HashSet<u32>) -> io::Result<Chunk> {
+    let mut chunk = Chunk {
+        found: Vec::new(),
+        denied: false,
+    };
     for &fd in fds {
         let inode = match read_socket_link(dir, fd) {
             // Closed since the directory was read.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => None,
+            // The right to look is one for all descriptors of a process.
+            Err(error) if is_denied(&error) => {
+                chunk.denied = true;
+                return Ok(chunk);
+            }
             other => other?,
         };
         let inode = inode.filter(|inode| wanted.contains(inode));
-        found.extend(inode.map(|inode| (inode, TargetFd(fd))));
+        chunk.found.extend(inode.map(|inode| (inode, TargetFd(fd))));
     }
-    Ok(found)
+    Ok(chunk)
+}
+
+/// Whether a descriptor that was a socket with `inode` still is, by what its link says now.
+fn holding(link: io::Result<Option<u32>>, inode: u32) -> Holding {
+    match link {
+        Ok(now) if now == Some(inode) => Holding::Open,
+        Ok(_) => Holding::Closed,
+        Err(error) => unreadable_holding(&error),
+    }
+}
+
+fn unreadable_holding(error: &io::Error) -> Holding {
+    match is_end(error) {
+        true => Holding::Closed,
+        false => Holding::Unknown,
+    }
+}
+
+/// The process or the descriptor is gone.
+fn is_end(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
+}
+
+/// We may not look.
+fn is_denied(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM))
 }
 
 /// The inode of the socket that descriptor `fd` in `dir` refers to; `None` if it is no socket.
@@ -362,6 +452,22 @@ mod tests {
     }
 
     #[test]
+    fn an_owner_has_its_cgroup() {
+        let proc = TestProc::new();
+        proc.process(7, "nginx", &[(3, "socket:[42]")]);
+        proc.process(8, "none", &[(3, "socket:[42]")]);
+        let file = proc.dir.path().join("7/cgroup");
+        fs::write(file, "0::/system.slice/nginx.service\n").unwrap();
+        let scan = proc.find(&[42]);
+        let units: Vec<_> = scan
+            .processes
+            .iter()
+            .map(|p| p.cgroup.unit.as_deref())
+            .collect();
+        assert_eq!(units, [Some("nginx.service"), None]);
+    }
+
+    #[test]
     fn start_time_and_an_odd_name_are_read() {
         let proc = TestProc::new();
         proc.process(7, "a) R (b", &[(3, "socket:[42]")]);
@@ -393,7 +499,7 @@ mod tests {
         fs::create_dir(proc.dir.path().join("8")).unwrap();
         let scan = proc.find(&[42]);
         assert_eq!(scan.processes.len(), 1);
-        assert_eq!(scan.unreadable_processes, 0);
+        assert!(scan.unreadable.is_empty());
     }
 
     #[test]
@@ -418,13 +524,17 @@ mod tests {
             (TargetFd(5), 42, 'c'),
         ]];
         let here = Proc::at(proc.dir.path());
-        assert_eq!(here.still_held(&scan.processes, asked.clone()), ['a']);
+        let wanted = [
+            ('a', Holding::Open),
+            ('b', Holding::Closed),
+            ('c', Holding::Closed),
+        ];
+        assert_eq!(here.still_held(&scan.processes, &asked), wanted);
         let mut later = scan.processes;
         later[0].start_time += 1;
-        assert!(
-            here.still_held(&later, asked).is_empty(),
-            "another process of that number"
-        );
+        let closed = |(_, holding): &(char, Holding)| *holding == Holding::Closed;
+        let later = here.still_held(&later, &asked);
+        assert!(later.iter().all(closed), "another process of that number");
     }
 
     #[test]

@@ -1,15 +1,15 @@
 //! The ladder: tries the planned methods one after the other, all sockets of one rung together, and
 //! verifies each socket against the kernel by its cookie.
 //!
-//! Right before an act the socket is looked at again, [`CHUNK`] sockets at a time. What has changed
-//! since the plan is left alone. Between that look and the act lie some microseconds in which the
+//! Right before an act the socket is looked at again, as many at a time as the method takes
+//! ([`Method::batch`]). What has changed since the plan is left alone. Between that look and the act lie some microseconds in which the
 //! application may still write; no interface of the kernel closes this gap.
 
 use std::fmt;
 use std::io;
 use std::time::{Duration, Instant};
 
-use super::{ActError, Method, MethodName, Target};
+use super::{ActError, Method, MethodName, Scene, Target};
 use crate::diagnosis;
 use crate::finder::sock_diag::{DiagId, LookupError, SockDiag, SocketMessage};
 use crate::finder::{Found, Socket};
@@ -17,8 +17,6 @@ use crate::plan::{LeftOut, Plan};
 use crate::selectors::Selectors;
 use crate::tcp::TcpState;
 
-/// Sockets between a look and the act on them: one netlink datagram of each.
-const CHUNK: usize = 64;
 /// Pauses between looks at sockets that are about to close: from a loopback's answer to an ocean's.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
@@ -69,6 +67,8 @@ pub enum Skip {
     NoLongerSelected,
     /// The application accepted it after the plan was made.
     Accepted,
+    /// The peer answered a probe: the connection is in use, or half-closed by intention.
+    PeerAlive,
     /// The run was interrupted before its turn.
     Interrupted,
 }
@@ -86,10 +86,11 @@ impl fmt::Display for Skip {
             Skip::OverLimit => f.write_str("over --max-kills"),
             Skip::Unsent(bytes) => write!(
                 f,
-                "destroy: would lose {bytes} unsent bytes (--discard-unsent allows it)"
+                "would lose {bytes} unsent bytes (--discard-unsent allows it)"
             ),
             Skip::NoLongerSelected => f.write_str("no longer has the age or cause asked for"),
             Skip::Accepted => f.write_str("the application accepted it meanwhile"),
+            Skip::PeerAlive => f.write_str("peer is alive"),
             Skip::Interrupted => f.write_str("interrupted before its turn"),
         }
     }
@@ -110,8 +111,8 @@ impl Observe for SockDiag {
     }
 }
 
-/// What the ladder takes from its surroundings.
-pub trait Surroundings {
+/// What the ladder takes from its surroundings; several ladders may stand in the same.
+pub trait Surroundings: Sync {
     /// A clock that never goes back.
     fn now(&self) -> Instant;
     /// Waits.
@@ -133,30 +134,31 @@ pub struct Rules<'a> {
     pub selectors: &'a Selectors,
 }
 
-/// Runs `plans` over the sockets of `found`; one outcome each, in order.
+/// Runs `plans` over the sockets of `found` whose indices are `members`; one outcome each, in order.
 ///
-/// # Errors
-/// The kernel cannot be asked about any socket any more.
+/// `kernel` and `methods` must be of the network namespace these sockets are in.
 pub fn climb(
     found: &Found,
     plans: &[Plan],
+    members: &[usize],
     methods: &mut [Box<dyn Method>],
     kernel: &mut dyn Observe,
     rules: Rules<'_>,
     surroundings: &dyn Surroundings,
-) -> io::Result<Vec<Outcome>> {
+) -> Vec<Outcome> {
     let mut ladder = Ladder {
         found,
-        climbers: plans.iter().map(Climber::new).collect(),
+        members,
+        climbers: members.iter().map(|&at| Climber::new(&plans[at])).collect(),
         kernel,
         rules,
         surroundings,
     };
     for method in methods {
-        ladder.rung(plans, method.as_mut())?;
+        ladder.rung(plans, method.as_mut());
     }
-    ladder.last_look()?;
-    Ok(ladder.climbers.into_iter().map(Climber::outcome).collect())
+    ladder.last_look(plans);
+    ladder.climbers.into_iter().map(Climber::outcome).collect()
 }
 
 /// A socket on its way up.
@@ -196,10 +198,27 @@ impl Climber {
     }
 
     fn attempt(&mut self, method: MethodName, error: Option<ActError>) {
-        if error.is_none() {
+        // An RST that seems to be ignored may still be on its way through a busy kernel, and an order
+        // whose answer was lost may have been carried out.
+        if matches!(
+            error,
+            None | Some(ActError::RstIgnored | ActError::Unanswered(_))
+        ) {
             self.acted = Some(method);
         }
         self.attempts.push(Attempt { method, error });
+    }
+
+    /// The unsent bytes, if they alone kept every method from acting.
+    fn only_protected(&self) -> Option<u32> {
+        let mut bytes = None;
+        for attempt in &self.attempts {
+            match attempt.error {
+                Some(ActError::Unsent(unsent)) => bytes = Some(unsent),
+                _ => return None,
+            }
+        }
+        bytes
     }
 
     fn outcome(self) -> Outcome {
@@ -212,6 +231,8 @@ impl Climber {
 
 struct Ladder<'a> {
     found: &'a Found,
+    /// Indices of the sockets in `found`; everything else here counts by the place in this list.
+    members: &'a [usize],
     climbers: Vec<Climber>,
     kernel: &'a mut dyn Observe,
     rules: Rules<'a>,
@@ -221,64 +242,87 @@ struct Ladder<'a> {
 impl Ladder<'_> {
     /// Acts with one method on every socket that is planned for it and still there, then waits for
     /// them together.
-    fn rung(&mut self, plans: &[Plan], method: &mut dyn Method) -> io::Result<()> {
+    fn rung(&mut self, plans: &[Plan], method: &mut dyn Method) {
         let name = method.name();
-        let mine: Vec<usize> = (0..plans.len())
-            .filter(|&at| self.climbers[at].verdict.is_none() && plans[at].methods.contains(&name))
+        let mine: Vec<usize> = (0..self.members.len())
+            .filter(|&at| self.climbers[at].verdict.is_none())
+            .filter(|&at| plans[self.members[at]].methods.contains(&name))
             .collect();
         let mut ordered = Vec::with_capacity(mine.len());
-        for chunk in mine.chunks(CHUNK) {
+        for chunk in mine.chunks(method.batch()) {
             if self.surroundings.interrupted() {
                 break;
             }
-            let chunk = self.recheck(chunk, method)?;
+            let chunk: Vec<usize> = self.recheck(chunk, name, false);
             let targets: Vec<Target> = chunk
                 .iter()
-                .map(|&at| Target::new(self.found, at))
+                .map(|&at| Target::new(self.found, self.members[at]))
                 .collect();
-            for (&at, result) in chunk.iter().zip(method.act(&targets)) {
-                if result.is_ok() {
-                    ordered.push(at);
+            let mut scene = OnRung {
+                unfit: vec![false; chunk.len()],
+                ladder: self,
+                chunk: &chunk,
+                method: name,
+            };
+            let results = method.act(&targets, &mut scene);
+            let unfit = scene.unfit;
+            for ((&at, result), unfit) in chunk.iter().zip(results).zip(unfit) {
+                match result {
+                    // Noted when it was found out.
+                    _ if unfit => continue,
+                    Err(ActError::Interrupted) => continue,
+                    Err(ActError::PeerAlive) => {
+                        self.climbers[at].settle(Verdict::Skipped(Skip::PeerAlive));
+                    }
+                    Ok(()) | Err(ActError::Unanswered(_)) => ordered.push(at),
+                    Err(_) => {}
                 }
                 self.climbers[at].attempt(name, result.err());
             }
             self.surroundings.acted(name, chunk.len());
         }
-        self.wait(ordered)
+        self.wait(ordered);
     }
 
-    /// Looks at the sockets right before the act and returns those to act on.
-    fn recheck(&mut self, chunk: &[usize], method: &dyn Method) -> io::Result<Vec<usize>> {
+    /// Looks at the sockets right before the act and returns those to act on. `provoked`: the method has
+    /// sent something that may have closed them.
+    fn recheck(&mut self, chunk: &[usize], method: MethodName, provoked: bool) -> Vec<usize> {
         let mut fit = Vec::with_capacity(chunk.len());
-        for (&at, look) in chunk.iter().zip(self.look(chunk)?) {
+        for (&at, look) in chunk.iter().zip(self.look(chunk)) {
             let climber = &mut self.climbers[at];
             match look {
-                Err(LookupError::Gone) => climber.vanished(),
+                Err(LookupError::Gone) => {
+                    // What the method has sent so far made the peer answer RST.
+                    if provoked {
+                        climber.attempt(method, None);
+                    }
+                    climber.vanished();
+                }
                 Err(LookupError::Io(error)) => {
                     let error = ActError::Os("sock_diag lookup", error);
-                    climber.attempt(method.name(), Some(error));
+                    climber.attempt(method, Some(error));
                 }
                 Ok(now) => {
-                    let planned = &self.found.sockets[at];
+                    let planned = &self.found.sockets[self.members[at]];
                     match check(planned, &now, climber.acted.is_some(), method, &self.rules) {
                         Check::Act => fit.push(at),
                         Check::Settle(verdict) => climber.settle(verdict),
                         Check::Protect(bytes) => {
-                            climber.attempt(method.name(), Some(ActError::Unsent(bytes)));
+                            climber.attempt(method, Some(ActError::Unsent(bytes)));
                         }
                     }
                 }
             }
         }
-        Ok(fit)
+        fit
     }
 
     /// Waits until the sockets in `pending` are closed, at most for the grace.
-    fn wait(&mut self, mut pending: Vec<usize>) -> io::Result<()> {
+    fn wait(&mut self, mut pending: Vec<usize>) {
         let began = self.surroundings.now();
         let mut pause = FIRST_PAUSE;
         loop {
-            let looks = self.look(&pending)?;
+            let looks = self.look(&pending);
             let mut left = Vec::new();
             for (at, look) in pending.into_iter().zip(looks) {
                 match look {
@@ -293,7 +337,7 @@ impl Ladder<'_> {
                 .grace
                 .saturating_sub(self.surroundings.now().duration_since(began));
             if pending.is_empty() || rest.is_zero() || self.surroundings.interrupted() {
-                return Ok(());
+                return;
             }
             self.surroundings.pause(pause.min(rest));
             pause = (pause * 2).min(LONGEST_PAUSE);
@@ -303,16 +347,17 @@ impl Ladder<'_> {
     /// Whether the connection is over: TIME-WAIT keeps the address pair, not the socket. For a socket
     /// that was in TIME-WAIT to begin with, nothing has changed.
     fn ends_in_time_wait(&self, at: usize, now: &SocketMessage) -> bool {
-        now.state == TcpState::TimeWait && self.found.sockets[at].state != TcpState::TimeWait
+        now.state == TcpState::TimeWait
+            && self.found.sockets[self.members[at]].state != TcpState::TimeWait
     }
 
     /// Gives every socket without a verdict the one that the kernel's tables say.
-    fn last_look(&mut self) -> io::Result<()> {
+    fn last_look(&mut self, plans: &[Plan]) {
         let open: Vec<usize> = (0..self.climbers.len())
             .filter(|&at| self.climbers[at].verdict.is_none())
             .collect();
-        for (at, look) in open.iter().copied().zip(self.look(&open)?) {
-            let planned = &self.found.sockets[at];
+        for (at, look) in open.iter().copied().zip(self.look(&open)) {
+            let planned = &self.found.sockets[self.members[at]];
             let climber = &mut self.climbers[at];
             match look {
                 Err(LookupError::Gone) => climber.vanished(),
@@ -321,31 +366,70 @@ impl Ladder<'_> {
                     Some(method) => Verdict::Closing(method, now.state),
                     None => Verdict::Gone,
                 }),
+                Err(LookupError::Io(error)) => {
+                    let error = ActError::Os("sock_diag lookup", error);
+                    let planned = plans[self.members[at]].methods[0];
+                    climber.attempt(climber.acted.unwrap_or(planned), Some(error));
+                }
                 _ if climber.attempts.is_empty() => {
                     climber.settle(Verdict::Skipped(Skip::Interrupted));
                 }
                 _ => {
-                    if let [
-                        Attempt {
-                            error: Some(ActError::Unsent(bytes)),
-                            ..
-                        },
-                    ] = climber.attempts[..]
-                    {
+                    if let Some(bytes) = climber.only_protected() {
                         climber.settle(Verdict::Skipped(Skip::Unsent(bytes)));
                     }
                 }
             }
         }
-        Ok(())
     }
 
-    fn look(&mut self, sockets: &[usize]) -> io::Result<Vec<Result<SocketMessage, LookupError>>> {
-        let ids: Vec<DiagId> = sockets
-            .iter()
-            .map(|&at| self.found.sockets[at].id)
-            .collect();
-        self.kernel.observe(&ids)
+    /// Looks at sockets now. When the kernel cannot be asked that is said of each: what was done to the
+    /// others still has to be reported.
+    fn look(&mut self, climbers: &[usize]) -> Vec<Result<SocketMessage, LookupError>> {
+        let id = |&at: &usize| self.found.sockets[self.members[at]].id;
+        let ids: Vec<DiagId> = climbers.iter().map(id).collect();
+        self.kernel.observe(&ids).unwrap_or_else(|error| {
+            let errno = error.raw_os_error().unwrap_or(libc::EIO);
+            let failure = || LookupError::Io(io::Error::from_raw_os_error(errno));
+            ids.iter().map(|_| Err(failure())).collect()
+        })
+    }
+}
+
+/// The ladder, as the method on one of its rungs sees it.
+struct OnRung<'s, 'a> {
+    ladder: &'s mut Ladder<'a>,
+    chunk: &'s [usize],
+    method: MethodName,
+    /// Of the chunk: those that changed while the method was at work.
+    unfit: Vec<bool>,
+}
+
+impl Scene for OnRung<'_, '_> {
+    fn grace(&self) -> Duration {
+        self.ladder.rules.grace
+    }
+
+    fn surroundings(&self) -> &dyn Surroundings {
+        self.ladder.surroundings
+    }
+
+    fn still_fit(&mut self, targets: &[usize], provoked: bool) -> Vec<bool> {
+        let sockets: Vec<usize> = targets.iter().map(|&target| self.chunk[target]).collect();
+        let fit = self.ladder.recheck(&sockets, self.method, provoked);
+        // `fit` is `sockets` with gaps.
+        let mut fit = fit.into_iter().peekable();
+        let still = |at: &usize| fit.next_if_eq(at).is_some();
+        let still: Vec<bool> = sockets.iter().map(still).collect();
+        for (&target, still) in targets.iter().zip(&still) {
+            self.unfit[target] |= !still;
+        }
+        still
+    }
+
+    fn look(&mut self, targets: &[usize]) -> Vec<Result<SocketMessage, LookupError>> {
+        let sockets: Vec<usize> = targets.iter().map(|&target| self.chunk[target]).collect();
+        self.ladder.look(&sockets)
     }
 }
 
@@ -361,7 +445,7 @@ fn check(
     planned: &Socket,
     now: &SocketMessage,
     acted: bool,
-    method: &dyn Method,
+    method: MethodName,
     rules: &Rules<'_>,
 ) -> Check {
     if !acted {
@@ -377,7 +461,7 @@ fn check(
         }
     }
     let unsent = diagnosis::unsent(now.state, now.send_q);
-    if unsent > 0 && method.name().discards_unsent() && !rules.discard_unsent {
+    if unsent > 0 && method.discards_unsent() && !rules.discard_unsent {
         return Check::Protect(unsent);
     }
     Check::Act

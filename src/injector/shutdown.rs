@@ -1,102 +1,38 @@
 //! `shutdown`: shutdown(2) on a duplicate of an owner's descriptor. FIN goes out after all queued
 //! data, the peer ends cleanly, nothing is lost.
 //!
-//! The duplicate is compared with the socket by SO_COOKIE, so a descriptor number that was closed and
-//! used again never hits a stranger. SO_LINGER is never touched: it would outlive us and turn the
-//! owner's own close() into an abort.
+//! SO_LINGER is never touched: it would outlive us and turn the owner's own close() into an abort.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
 use nix::sys::socket::{Shutdown as How, shutdown};
 
-use super::{ActError, Descriptor, Method, MethodName, Target};
+use super::duplicate::Duplicator;
+use super::{ActError, Method, MethodName, Scene, Target};
 use crate::finder::owners::Proc;
-use crate::privileges::Need;
-use crate::sys;
 
-/// The method; it keeps the pidfd of the last process it reached into, since sockets come grouped
-/// by their owner.
+/// The method.
 pub struct Shutdown {
-    proc: Proc,
-    last: Option<(i32, u64, OwnedFd)>,
+    duplicator: Duplicator,
 }
 
 impl Shutdown {
     /// The method, with the proc file system that tells one process from the next of its number.
     pub fn new(proc: Proc) -> Self {
-        Shutdown { proc, last: None }
+        Shutdown {
+            duplicator: Duplicator::new(proc),
+        }
     }
 
     fn act_on(&mut self, target: &Target) -> Result<(), ActError> {
-        let mut verdict = ActError::DescriptorsGone;
-        for descriptor in &target.descriptors {
-            let socket = match self.duplicate(descriptor) {
-                Ok(socket) => socket,
-                // This owner closed it or is gone; another may still have it.
-                Err(ActError::DescriptorsGone) => continue,
-                Err(error) => {
-                    verdict = error;
-                    continue;
-                }
-            };
-            match sys::socket_cookie(socket.as_fd()) {
-                Ok(cookie) if cookie == target.id.cookie().0 => {}
-                // The number now belongs to another socket, or to none.
-                Ok(_) => continue,
-                Err(error) if error.raw_os_error() == Some(libc::ENOTSOCK) => continue,
-                Err(error) => return Err(ActError::Os("getsockopt SO_COOKIE", error)),
-            }
-            use std::os::fd::AsRawFd;
-            return match shutdown(socket.as_raw_fd(), How::Both) {
-                Ok(()) => Ok(()),
-                // It left the connected states since it was checked.
-                Err(Errno::ENOTCONN) => Err(ActError::Gone),
-                Err(errno) => Err(ActError::Os("shutdown", errno.into())),
-            };
+        let socket = self.duplicator.socket(target)?;
+        match shutdown(socket.as_raw_fd(), How::Both) {
+            Ok(()) => Ok(()),
+            // It left the connected states since it was checked.
+            Err(Errno::ENOTCONN) => Err(ActError::Gone),
+            Err(errno) => Err(ActError::Os("shutdown", errno.into())),
         }
-        Err(verdict)
-    }
-
-    /// A descriptor of ours for what the owner's descriptor refers to now.
-    fn duplicate(&mut self, descriptor: &Descriptor) -> Result<OwnedFd, ActError> {
-        let pidfd = self.pidfd(descriptor)?;
-        sys::pidfd_getfd(pidfd.as_fd(), descriptor.fd).map_err(|error| match error.raw_os_error() {
-            Some(libc::EBADF | libc::ESRCH) => ActError::DescriptorsGone,
-            Some(libc::EPERM) => ActError::Denied(Need::Ptrace, error),
-            Some(libc::ENOSYS) => {
-                ActError::NotSupported("pidfd_getfd needs Linux 5.6 or later", error)
-            }
-            _ => ActError::Os("pidfd_getfd", error),
-        })
-    }
-
-    /// A pidfd of exactly the process that was seen.
-    fn pidfd(&mut self, descriptor: &Descriptor) -> Result<&OwnedFd, ActError> {
-        let key = (descriptor.pid, descriptor.start_time);
-        let cached = self.last.take_if(|(pid, start, _)| (*pid, *start) == key);
-        let pidfd = match cached {
-            Some((_, _, pidfd)) => pidfd,
-            None => self.open_pidfd(descriptor)?,
-        };
-        Ok(&self.last.insert((key.0, key.1, pidfd)).2)
-    }
-
-    fn open_pidfd(&self, descriptor: &Descriptor) -> Result<OwnedFd, ActError> {
-        let pidfd =
-            sys::pidfd_open(descriptor.pid).map_err(|error| match error.raw_os_error() {
-                Some(libc::ESRCH) => ActError::DescriptorsGone,
-                Some(libc::ENOSYS) => {
-                    ActError::NotSupported("pidfd_open needs Linux 5.3 or later", error)
-                }
-                _ => ActError::Os("pidfd_open", error),
-            })?;
-        // Read after the pidfd was opened: the process that was seen still has its number, so the
-        // pidfd is of it.
-        if self.proc.start_time(descriptor.pid) != Some(descriptor.start_time) {
-            return Err(ActError::DescriptorsGone);
-        }
-        Ok(pidfd)
     }
 }
 
@@ -105,7 +41,7 @@ impl Method for Shutdown {
         MethodName::Shutdown
     }
 
-    fn act(&mut self, targets: &[Target]) -> Vec<Result<(), ActError>> {
+    fn act(&mut self, targets: &[Target], _: &mut dyn Scene) -> Vec<Result<(), ActError>> {
         targets.iter().map(|target| self.act_on(target)).collect()
     }
 }

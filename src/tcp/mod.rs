@@ -1,9 +1,14 @@
-//! TCP's own vocabulary: states and address pairs, in the words of RFC 9293 and the kernel.
+//! TCP's own vocabulary: states, address pairs, sequence numbers and segments, in the words of RFC 9293
+//! and the kernel.
 //!
 //! Pure: nothing here touches a socket.
 
+pub mod segment;
+mod seq;
 mod state;
 
+pub use segment::{Segment, TcpFlags};
+pub use seq::Seq;
 pub use state::{StateSet, TcpState};
 
 use std::fmt;
@@ -18,6 +23,17 @@ pub struct Tuple {
     pub local: SocketAddr,
     /// The other end.
     pub peer: SocketAddr,
+}
+
+impl Tuple {
+    /// The pair as the peer sees it.
+    #[must_use]
+    pub fn reversed(self) -> Tuple {
+        Tuple {
+            local: self.peer,
+            peer: self.local,
+        }
+    }
 }
 
 impl fmt::Display for Tuple {

@@ -93,6 +93,15 @@ pub fn in_state(lab: &Lab, state: TcpState) -> Result<usize> {
     Ok(rows.iter().filter(|row| row.state == state).count())
 }
 
+/// Waits until the peer has its FIN acknowledged: from then on both ends are quiet.
+pub fn settled(lab: &Lab, leak: &Leak) -> Result<()> {
+    lab.wait_for(PATIENCE, || {
+        let rows = leak.pair().peer_host.ss(&[])?;
+        let closing = |row: &SsRow| row.state == TcpState::FinWait1;
+        Ok(!rows.iter().any(closing))
+    })
+}
+
 /// Every connection of `leak` still carries bytes from the peer to the application and back.
 pub fn carries_data(leak: &Leak) -> Result<()> {
     for conn in leak.conns() {

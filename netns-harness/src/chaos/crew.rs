@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::wire::Loss;
 use super::{Part, client, server};
 use crate::host::Host;
-use crate::role::{Become, Identity, raise_descriptor_limit};
+use crate::role::{Become, Group, Identity, raise_descriptor_limit};
 use crate::spawner;
 
 /// How long a process may take to be ready.
@@ -80,7 +80,7 @@ impl<T: DeserializeOwned + Send + 'static> Member<T> {
     /// Starts it and waits until it is in place.
     pub fn start(host: &Host, name: &'static str, part: Part) -> Result<Self> {
         let mut command = host
-            .role(Identity::default(), true, Become::Chaos { part })
+            .role(Identity::default(), Group::Own, Become::Chaos { part })
             .command()?;
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = spawner::spawn(command).with_context(|| format!("start the {name}"))?;

@@ -224,7 +224,7 @@ pub(crate) struct Chaos {
 }
 
 /// The methods of `cwkill`.
-pub const METHODS: [&str; 2] = ["shutdown", "destroy"];
+pub const METHODS: [&str; 4] = ["shutdown", "destroy", "rst", "probe"];
 
 impl Chaos {
     /// Runs, prints what came of it, and returns the exit status.

@@ -1,0 +1,98 @@
+//! Sequence numbers from the socket itself, in repair mode on a duplicate of its descriptor.
+//!
+//! A socket is in repair mode for five system calls, and its descriptor of ours outlives the mode: an
+//! owner that exits meanwhile leaves the last reference to us, which is closed after the mode is.
+//! SIGKILL between entering and leaving (some microseconds a socket) is the one thing the guard
+//! cannot undo.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use super::Numbers;
+use crate::injector::ActError;
+use crate::privileges::Need;
+use crate::sys;
+use crate::tcp::Seq;
+
+/// linux/tcp.h; not in the libc crate.
+const TCP_REPAIR_ON: i32 = 1;
+/// Leaves without a window probe. Since Linux 4.19; before, EPERM.
+const TCP_REPAIR_OFF_NO_WP: i32 = -1;
+const TCP_REPAIR_OFF: i32 = 0;
+const TCP_NO_QUEUE: i32 = 0;
+const TCP_RECV_QUEUE: i32 = 1;
+const TCP_SEND_QUEUE: i32 = 2;
+
+/// Reads the numbers of the connection of `socket`.
+///
+/// # Errors
+/// [`ActError::Denied`]: needs CAP_NET_ADMIN over the socket's network namespace. EBUSY: another
+/// process has it in repair mode, to checkpoint it.
+pub fn numbers(socket: BorrowedFd<'_>) -> Result<Numbers, ActError> {
+    let mode = RepairMode::enter(socket).map_err(|error| match error.raw_os_error() {
+        Some(libc::EPERM) => ActError::Denied(Need::NetAdmin, error),
+        _ => ActError::Os("TCP_REPAIR", error),
+    })?;
+    mode.numbers()
+        .map_err(|error| ActError::Os("TCP_QUEUE_SEQ", error))
+}
+
+/// A socket in repair mode; dropping it leaves the mode and restores SO_REUSEADDR, which the mode
+/// overwrites in both directions (net/ipv4/tcp.c, do_tcp_setsockopt: SK_FORCE_REUSE, SK_NO_REUSE).
+pub struct RepairMode<'fd> {
+    socket: BorrowedFd<'fd>,
+    reuse_address: i32,
+}
+
+impl<'fd> RepairMode<'fd> {
+    /// Enters the mode.
+    ///
+    /// # Errors
+    /// As [`numbers`].
+    pub fn enter(socket: BorrowedFd<'fd>) -> io::Result<Self> {
+        // Leaving would end the mode under whoever entered it first.
+        if sys::socket_option(socket, libc::IPPROTO_TCP, libc::TCP_REPAIR)? != 0 {
+            return Err(io::Error::from_raw_os_error(libc::EBUSY));
+        }
+        let reuse_address = sys::socket_option(socket, libc::SOL_SOCKET, libc::SO_REUSEADDR)?;
+        sys::set_socket_option(socket, libc::IPPROTO_TCP, libc::TCP_REPAIR, TCP_REPAIR_ON)?;
+        Ok(RepairMode {
+            socket,
+            reuse_address,
+        })
+    }
+
+    /// Reads the numbers.
+    ///
+    /// # Errors
+    /// Those of getsockopt(2) and setsockopt(2).
+    pub fn numbers(&self) -> io::Result<Numbers> {
+        let rcv_nxt = self.queue_seq(TCP_RECV_QUEUE)?;
+        // Of the send queue the kernel gives write_seq; what is not sent yet lies before it.
+        let write_seq = self.queue_seq(TCP_SEND_QUEUE)?;
+        Ok(Numbers {
+            rcv_nxt,
+            snd_nxt: write_seq.minus(sys::unsent_bytes(self.socket)?),
+        })
+    }
+
+    fn queue_seq(&self, queue: i32) -> io::Result<Seq> {
+        let tcp = libc::IPPROTO_TCP;
+        sys::set_socket_option(self.socket, tcp, libc::TCP_REPAIR_QUEUE, queue)?;
+        let seq = sys::socket_option(self.socket, tcp, libc::TCP_QUEUE_SEQ)?;
+        Ok(Seq(seq.cast_unsigned()))
+    }
+}
+
+impl Drop for RepairMode<'_> {
+    fn drop(&mut self) {
+        let set = |level, name, value| sys::set_socket_option(self.socket, level, name, value);
+        let tcp = libc::IPPROTO_TCP;
+        let _ = set(tcp, libc::TCP_REPAIR_QUEUE, TCP_NO_QUEUE);
+        let left = set(tcp, libc::TCP_REPAIR, TCP_REPAIR_OFF_NO_WP)
+            .or_else(|_| set(tcp, libc::TCP_REPAIR, TCP_REPAIR_OFF))
+            .and_then(|()| set(libc::SOL_SOCKET, libc::SO_REUSEADDR, self.reuse_address));
+        // Neither can fail for a socket that was let in.
+        debug_assert!(left.is_ok() || std::thread::panicking(), "{left:?}");
+    }
+}

@@ -1,0 +1,174 @@
+//! `probe`: only what its peer has forgotten is closed, and nothing of it stays behind.
+
+use anyhow::{Context, Result, ensure};
+use netns_harness::{Family, Lab, Leak, Recv, Signal, SocketOption};
+
+use crate::Case::{self, EachFamily, Once};
+use crate::support::{
+    CWKILL, PATIENCE, all_have, at, connections, cwkill, lab, ran, same, settled,
+};
+
+pub const CASES: &[Case] = &[
+    EachFamily("a_half_closed_peer_lives_and_gets_its_data", half_closed),
+    EachFamily("a_peer_that_has_forgotten_lets_the_kernel_close", forgotten),
+    EachFamily("a_silent_peer_is_not_taken_for_gone", silent),
+    EachFamily(
+        "a_silent_peer_is_left_to_the_next_method",
+        silent_then_destroy,
+    ),
+    EachFamily("an_alive_peer_ends_the_ladder", alive_then_destroy),
+    EachFamily("an_owner_without_privileges_is_enough", unprivileged),
+    Once("ctrl_c_puts_the_options_back", ctrl_c),
+];
+
+const PROBE: &str = "--port 8080 --method probe --json";
+/// With and without a descriptor.
+const KINDS: [&str; 2] = ["drained", "not-accepted"];
+
+/// The keepalive timers that `ss` shows on the leaking host.
+fn keepalive_timers(lab: &Lab) -> Result<usize> {
+    let shown = ran(lab.app_host().command("ss").args(["-Htno"]))?.exits(0)?;
+    Ok(shown.stdout.matches("keepalive").count())
+}
+
+fn half_closed(family: Family) -> Result<()> {
+    for kind in KINDS {
+        let (lab, leak) = lab(kind, family, 3)?;
+        let before = connections(&lab)?;
+        let sockets = cwkill(&lab, PROBE)?.exits(4)?.sockets()?;
+        same(&sockets.len(), &3)?;
+        all_have(&sockets, "skipped", "null").context(kind)?;
+        for socket in &sockets {
+            same(&at(socket, "/result/reason"), &"peer is alive".into())?;
+        }
+        same(&connections(&lab)?, &before)?;
+        same(&keepalive_timers(&lab)?, &0)?;
+        for conn in leak.conns() {
+            let Some(app) = conn.app_fd else { continue };
+            leak.app().send(&[app], b"late")?;
+            let peer = conn.peer_fd.context("no descriptor in the peer")?;
+            let got = leak.peer().recv(peer, 10, PATIENCE)?;
+            same(&got, &Recv::Data(b"late".to_vec()))?;
+        }
+    }
+    Ok(())
+}
+
+fn forgotten(family: Family) -> Result<()> {
+    for kind in KINDS {
+        let (lab, leak) = lab(kind, family, 3)?;
+        leak.peer().forget(&leak.peer_fds())?;
+        let sockets = cwkill(&lab, PROBE)?.exits(0)?.sockets()?;
+        all_have(&sockets, "closed", "probe").context(kind)?;
+        same(&connections(&lab)?.len(), &0)?;
+        ensure!(leak.app().is_alive());
+    }
+    Ok(())
+}
+
+fn deaf(kind: &str, family: Family) -> Result<(Lab, Leak)> {
+    let (lab, leak) = lab(kind, family, 3)?;
+    // A peer whose FIN is not acknowledged would send it again, and be alive.
+    settled(&lab, &leak)?;
+    leak.peer()
+        .set_option(&leak.peer_fds(), SocketOption::Deaf(true))?;
+    Ok((lab, leak))
+}
+
+fn silent(family: Family) -> Result<()> {
+    for kind in KINDS {
+        let (lab, _leak) = deaf(kind, family)?;
+        let sockets = cwkill(&lab, &format!("{PROBE} --grace 300ms"))?
+            .exits(4)?
+            .sockets()?;
+        all_have(&sockets, "failed", "null").context(kind)?;
+        let error = at(&sockets[0], "/result/attempts/0/error");
+        ensure!(error.contains("no answer from the peer"), "{error}");
+        same(&connections(&lab)?.len(), &3)?;
+        same(&keepalive_timers(&lab)?, &0)?;
+    }
+    Ok(())
+}
+
+fn silent_then_destroy(family: Family) -> Result<()> {
+    let (lab, _leak) = deaf("drained", family)?;
+    let line = "--all --method probe,destroy --grace 100ms --json";
+    let sockets = cwkill(&lab, line)?.exits(0)?.sockets()?;
+    all_have(&sockets, "closed", "destroy")
+}
+
+fn alive_then_destroy(family: Family) -> Result<()> {
+    let (lab, _leak) = lab("drained", family, 3)?;
+    let sockets = cwkill(&lab, "--all --method probe,destroy --json")?
+        .exits(4)?
+        .sockets()?;
+    all_have(&sockets, "skipped", "null")?;
+    same(&connections(&lab)?.len(), &3)
+}
+
+/// An owner of the same user and as little privilege.
+fn unprivileged(family: Family) -> Result<()> {
+    let lab = Lab::new()?;
+    let app = lab.app_host().agent_as(&netns_harness::AgentOptions {
+        comm: "no-privilege".into(),
+        capabilities: Some(vec![]),
+        ..Default::default()
+    })?;
+    let address = match family {
+        Family::V4 => "127.0.0.1:7000",
+        Family::V6 => "[::1]:7000",
+        Family::Mapped => "[::ffff:127.0.0.1]:7000",
+    };
+    let address = address.parse()?;
+    let listener = app.listen(address, false, 16)?;
+    let peer = lab.app_host().agent("peer")?;
+    let ends = peer.connect(address, 1, netns_harness::Dial::default(), PATIENCE)?;
+    app.accept(listener, 1, PATIENCE)?;
+    peer.shutdown(&[ends[0].fd], netns_harness::How::Write)?;
+    let command = lab.app_host().command(CWKILL).capabilities(&[]);
+    let line = "--port 7000 --method probe --json";
+    let sockets = ran(command.args(line.split(' ')))?.exits(4)?.sockets()?;
+    all_have(&sockets, "skipped", "null")?;
+    same(
+        &at(&sockets[0], "/result/reason"),
+        &"peer is alive".to_owned(),
+    )
+}
+
+fn ctrl_c() -> Result<()> {
+    let (lab, leak) = deaf("drained", Family::V4)?;
+    leak.app().set_option(
+        &leak.app_fds()[..1],
+        SocketOption::KeepAlive {
+            idle_s: 7000,
+            interval_s: 70,
+            probes: 7,
+        },
+    )?;
+    let before = ran(lab.app_host().command("ss").args(["-Htn"]))?.stdout;
+    same(&keepalive_timers(&lab)?, &1)?;
+    let line = "--port 8080 --method probe --grace 60s --json";
+    let child = lab
+        .app_host()
+        .command(CWKILL)
+        .args(line.split(' '))
+        .stdout(std::process::Stdio::piped())
+        .spawn()?;
+    lab.wait_for(PATIENCE, || Ok(keepalive_timers(&lab)? == 3))?;
+    let pid = nix::unistd::Pid::from_raw(child.id().try_into()?);
+    nix::sys::signal::kill(pid, Signal::SIGINT)?;
+    let output = child.wait_with_output()?;
+    same(&output.status.code(), &Some(4))?;
+    let document: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    same(&at(&document, "/summary/skipped"), &"3".to_owned())?;
+    same(
+        &at(&document, "/sockets/0/result/reason"),
+        &"interrupted before its turn".to_owned(),
+    )?;
+    same(&keepalive_timers(&lab)?, &1)?;
+    same(
+        &ran(lab.app_host().command("ss").args(["-Htn"]))?.stdout,
+        &before,
+    )?;
+    Ok(())
+}

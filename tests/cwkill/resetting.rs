@@ -1,0 +1,253 @@
+//! `rst`: exact RSTs, with and without an owner, and what they leave alone.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use netns_harness::{Capability, Family, Lab, Recv, TcpState};
+
+use nix::sys::socket::sockopt::{ReuseAddr, TcpRepair};
+use nix::sys::socket::{getsockopt, setsockopt};
+
+use cwkill::injector::rst::raw::{Outgoing, RawSockets};
+use cwkill::injector::rst::repair::{self, RepairMode};
+use cwkill::tcp::{Segment, Seq, TcpFlags};
+
+use crate::Case::{self, EachFamily};
+use crate::support::{
+    CWKILL, PATIENCE, all_have, at, carries_data, connections, count, cwkill, in_state, lab, ran,
+    same, settled,
+};
+
+pub const CASES: &[Case] = &[
+    EachFamily("every_kind_is_closed_and_its_peer_released", every_kind),
+    EachFamily("more_than_one_batch", more_than_one_batch),
+    EachFamily("the_right_to_raw_sockets_is_enough", only_net_raw),
+    EachFamily("a_user_is_told_what_is_missing", unprivileged),
+    EachFamily("a_socket_is_asked_again_after_the_rate_limit", rate_limited),
+    EachFamily("the_step_that_failed_is_named", lo_down),
+    EachFamily("unsent_bytes_are_protected", unsent),
+    EachFamily("fact_a_listener_keeps_nothing_of_a_bare_ack", listener_fact),
+    EachFamily("fact_an_rst_beside_rcv_nxt_closes_nothing", near_miss_fact),
+    EachFamily("repair_mode_is_left_on_every_path", repair_mode),
+];
+
+const RST: &str = "--port 8080 --method rst --json";
+
+fn every_kind(family: Family) -> Result<()> {
+    for kind in ["unread", "drained", "forked", "not-accepted"] {
+        let (lab, innocents) = lab("established", family, 3)?;
+        let leak = lab.start(kind, family, count(5))?;
+        let sockets = cwkill(&lab, RST)?.exits(0)?.sockets()?;
+        same(&sockets.len(), &5)?;
+        all_have(&sockets, "closed", "rst")?;
+        let rows = connections(&lab)?;
+        same(&rows.len(), &3)?;
+        ensure!(rows.iter().all(|row| row.state == TcpState::Established));
+        ensure!(leak.app().is_alive());
+        carries_data(&innocents).context(kind)?;
+        // The peer, half-closed until now, has been told.
+        for fd in leak.peer_fds() {
+            let got = leak.peer().recv(fd, 1, PATIENCE)?;
+            same(&got, &Recv::Failed(libc::ECONNRESET)).context(kind)?;
+        }
+    }
+    Ok(())
+}
+
+fn more_than_one_batch(family: Family) -> Result<()> {
+    for kind in ["drained", "not-accepted"] {
+        let (lab, leak) = lab(kind, family, 1100)?;
+        let sockets = cwkill(&lab, RST)?.exits(0)?.sockets()?;
+        same(&sockets.len(), &1100)?;
+        all_have(&sockets, "closed", "rst")?;
+        same(&connections(&lab)?.len(), &0)?;
+        ensure!(leak.app().is_alive());
+    }
+    Ok(())
+}
+
+fn only_net_raw(family: Family) -> Result<()> {
+    let (lab, _leak) = lab("drained", family, 3)?;
+    let command = lab.app_host().command(CWKILL);
+    let command = command.capabilities(&[Capability::CAP_NET_RAW]);
+    let sockets = ran(command.args(RST.split(' ')))?.exits(0)?.sockets()?;
+    all_have(&sockets, "closed", "rst")
+}
+
+fn unprivileged(family: Family) -> Result<()> {
+    let (lab, _leak) = lab("drained", family, 2)?;
+    let before = lab.app_host().ss(&[])?;
+    let command = lab.app_host().command(CWKILL).capabilities(&[]);
+    let ran = ran(command.args(RST.split(' ')))?
+        .exits(4)?
+        .complains("CAP_NET_RAW")?
+        .complains("setcap")?;
+    let sockets = ran.sockets()?;
+    all_have(&sockets, "skipped", "null")?;
+    same(
+        &at(&sockets[0], "/result/reason"),
+        &"rst: needs CAP_NET_RAW".into(),
+    )?;
+    same(&lab.app_host().ss(&[])?, &before)
+}
+
+fn rate_limited(family: Family) -> Result<()> {
+    let (lab, _leak) = lab("not-accepted", family, 3)?;
+    // Draws an ACK from each; each is silent for net.ipv4.tcp_invalid_ratelimit then.
+    cwkill(&lab, "--all --method probe")?.exits(4)?;
+    let impatient = cwkill(&lab, &format!("{RST} --grace 100ms"))?.exits(4)?;
+    all_have(&impatient.sockets()?, "failed", "null")?;
+    let sockets = cwkill(&lab, RST)?.exits(0)?.sockets()?;
+    all_have(&sockets, "closed", "rst")
+}
+
+fn lo_down(family: Family) -> Result<()> {
+    for (kind, step) in [
+        ("drained", "RST sent, but the socket is still there"),
+        ("not-accepted", "no ACK could be drawn"),
+    ] {
+        let (lab, leak) = lab(kind, family, 2)?;
+        settled(&lab, &leak)?;
+        lab.app_host().set_link("lo", false)?;
+        let sockets = cwkill(&lab, &format!("{RST} --grace 200ms"))?
+            .exits(4)?
+            .sockets()?;
+        all_have(&sockets, "failed", "null")?;
+        let error = at(&sockets[0], "/result/attempts/0/error");
+        ensure!(error.contains(step), "{error}");
+        same(&in_state(&lab, TcpState::CloseWait)?, &2)?;
+    }
+    Ok(())
+}
+
+fn unsent(family: Family) -> Result<()> {
+    let (lab, leak) = lab("drained", family, 1)?;
+    leak.pair().set_link(false)?;
+    leak.app().send(&leak.app_fds(), b"not yet arrived")?;
+    cwkill(&lab, "--all --method destroy,rst")?.exits(4)?;
+    same(&connections(&lab)?[0].send_q, &15)?;
+    let sockets = cwkill(&lab, "--all --method rst --discard-unsent --json")?.sockets()?;
+    all_have(&sockets, "closed", "rst")
+}
+
+/// Sends one segment to the application's listener as a peer that is not connected.
+fn to_listener(lab: &Lab, leak: &netns_harness::Leak, flags: u8) -> Result<()> {
+    let segment = Segment {
+        from: (leak.pair().peer_address, 9).into(),
+        to: leak.pair().app_address,
+        seq: Seq(1),
+        ack: Seq(2),
+        flags,
+        payload_len: 0,
+    };
+    lab.app_host().within(|| send(segment))
+}
+
+/// Why rst draws its ACK with an ACK and not with a SYN.
+fn listener_fact(family: Family) -> Result<()> {
+    let (lab, leak) = lab("established", family, 1)?;
+    for flags in [TcpFlags::ACK, TcpFlags::RST, TcpFlags::RST | TcpFlags::ACK] {
+        to_listener(&lab, &leak, flags)?;
+        same(&connections(&lab)?.len(), &1)?;
+    }
+    // Nobody answers the SYN-ACK.
+    leak.pair().set_link(false)?;
+    to_listener(&lab, &leak, TcpFlags::SYN)?;
+    same(&in_state(&lab, TcpState::SynRecv)?, &1)
+}
+
+/// A stuck connection of this process to itself on the leaking host: the end in CLOSE-WAIT and its peer.
+fn loopback(family: Family) -> Result<(TcpStream, TcpStream)> {
+    let listener = TcpListener::bind(match family {
+        Family::V4 => "127.0.0.1:0",
+        Family::V6 => "[::1]:0",
+        Family::Mapped => "[::ffff:127.0.0.1]:0",
+    })?;
+    let peer = TcpStream::connect(listener.local_addr()?)?;
+    let (local, _) = listener.accept()?;
+    peer.shutdown(Shutdown::Write)?;
+    Ok((local, peer))
+}
+
+fn send(segment: Segment) -> Result<()> {
+    let outgoing = Outgoing {
+        segment,
+        interface: 0,
+    };
+    let sent = RawSockets::default().send(&[outgoing]).remove(0);
+    ensure!(sent.is_ok(), "{sent:?}");
+    Ok(())
+}
+
+fn near_miss_fact(family: Family) -> Result<()> {
+    Lab::new()?.app_host().within(|| {
+        let (local, peer) = loopback(family)?;
+        let numbers = repair::numbers(local.as_fd()).map_err(|error| anyhow!("{error}"))?;
+        let canonical =
+            |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
+        let reset = |seq| {
+            send(Segment {
+                from: canonical(peer.local_addr()?),
+                to: canonical(local.local_addr()?),
+                seq,
+                ack: numbers.snd_nxt,
+                flags: TcpFlags::RST | TcpFlags::ACK,
+                payload_len: 0,
+            })
+        };
+        for off in [1, 2, 1000] {
+            reset(numbers.rcv_nxt.plus(off))?;
+        }
+        // rcv_nxt - 1 is taken as well, after a FIN (tcp_reset_check).
+        for off in [2, 1000] {
+            reset(numbers.rcv_nxt.minus(off))?;
+        }
+        (&local).write_all(b"x")?;
+        (&peer).read_exact(&mut [0])?;
+        reset(numbers.rcv_nxt)?;
+        let error = (&local).write_all(b"x").unwrap_err().raw_os_error();
+        same(&error, &Some(libc::EPIPE))
+    })
+}
+
+/// SO_REUSEADDR and TCP_REPAIR.
+fn options(socket: &TcpStream) -> Result<(bool, u32)> {
+    Ok((
+        getsockopt(socket, ReuseAddr)?,
+        getsockopt(socket, TcpRepair)?,
+    ))
+}
+
+fn repair_mode(family: Family) -> Result<()> {
+    Lab::new()?.app_host().within(|| {
+        let (local, peer) = loopback(family)?;
+        for reuse in [false, true] {
+            setsockopt(&local, ReuseAddr, &reuse)?;
+            let before = repair::numbers(local.as_fd()).map_err(|error| anyhow!("{error}"))?;
+            same(&options(&local)?, &(reuse, 0))?;
+            let panicked = catch_unwind(AssertUnwindSafe(|| {
+                let _mode = RepairMode::enter(local.as_fd()).unwrap();
+                // The fact that the guard is there for.
+                assert_eq!(options(&local).unwrap(), (true, 1));
+                let error = repair::numbers(local.as_fd()).unwrap_err();
+                assert_eq!(error.errno(), Some(libc::EBUSY), "somebody else's");
+                resume_unwind(Box::new("in repair mode"));
+            }));
+            let message = panicked.unwrap_err();
+            same(&message.downcast_ref::<&str>(), &Some(&"in repair mode"))?;
+            same(&options(&local)?, &(reuse, 0))?;
+            (&local).write_all(b"1234567")?;
+            (&peer).read_exact(&mut [0; 7])?;
+            let after = repair::numbers(local.as_fd()).map_err(|error| anyhow!("{error}"))?;
+            same(&after.rcv_nxt, &before.rcv_nxt)?;
+            same(&after.snd_nxt, &before.snd_nxt.plus(7))?;
+        }
+        // The fact: without the guard the mode leaves SO_REUSEADDR off.
+        setsockopt(&local, TcpRepair, &1)?;
+        setsockopt(&local, TcpRepair, &u32::MAX)?;
+        same(&options(&local)?, &(false, 0))
+    })
+}
