@@ -21,14 +21,16 @@ pub const CASES: &[Case] = &[
     Once("a_killer_of_nothing_is_found_out", nothing),
 ];
 
-/// Acts of each method below which a run proves nothing. A machine that is busy with other tests does
-/// ten times as many.
-const ACTS: u64 = 40;
+/// Acts of each method in each family.
+const ACTS: u64 = 100;
+
+/// What a run may take. One that has its acts is over earlier, on an idle machine after a fifth of that.
+const SECONDS: u64 = 60;
 
 fn options(seconds: u64) -> Options {
     Options {
         time: Duration::from_secs(seconds),
-        connections: 60,
+        connections: 100,
         ..Options::default()
     }
 }
@@ -37,12 +39,9 @@ fn cwkill(method: &str, options: &Options) -> Killer {
     Killer::cwkill(Path::new(CWKILL), method, options.ports(), options.min_age)
 }
 
-fn cleared(report: &Report, acts: u64) -> Result<()> {
+fn cleared(report: &Report) -> Result<()> {
     println!("{report}");
     same(&report.faults(), &Vec::<String>::new())?;
-    for deeds in &report.deeds {
-        ensure!(deeds.acts >= acts, "fewer than {acts} acts: {report}");
-    }
     // The point of it: what is hit too late is another connection on the same addresses.
     ensure!(report.reused() > 500, "{report}");
     ensure!(report.median_gap() < Duration::from_millis(10), "{report}");
@@ -52,10 +51,11 @@ fn cleared(report: &Report, acts: u64) -> Result<()> {
 fn no_innocent_is_lost(family: Family) -> Result<()> {
     let options = Options {
         family,
-        ..options(10)
+        acts: Some(ACTS),
+        ..options(SECONDS)
     };
     let killers = METHODS.map(|method| cwkill(method, &options));
-    cleared(&chaos::run(&options, &killers)?, ACTS)
+    cleared(&chaos::run(&options, &killers)?)
 }
 
 fn young() -> Result<()> {

@@ -358,8 +358,14 @@ impl<'a> Client<'a> {
 
     /// Some bytes and a FIN; from then on the server's socket is stuck and may be closed by anybody.
     fn stuck(&mut self, mut line: Line, life: u64) -> Result<()> {
-        let most = [5, 50, 200][usize::try_from(self.random.up_to(2)).expect("at most 2")];
-        let ms = self.random.up_to(most) + u32::from(self.plan.min_age_ms.unwrap_or(0));
+        let ms = match self.random.up_to(3) {
+            0 => self.random.up_to(5),
+            1 => self.random.up_to(50),
+            // Long enough for a killer on a busy machine; a quick one never lets it come to that.
+            2 => self.random.up_to(500),
+            _ => self.random.up_to(2000),
+        };
+        let ms = ms + u32::from(self.plan.min_age_ms.unwrap_or(0));
         let ms = u16::try_from(ms).unwrap_or(u16::MAX);
         let header = Header {
             life,
