@@ -96,8 +96,9 @@ impl Report {
                 ));
             }
         }
-        // What a stuck connection leaves on its 4-tuple may refuse a handshake; a listener that is gone refuses all.
-        let bearable = 5 + self.opened() / 200;
+        // What a stuck connection leaves on its 4-tuple might refuse a handshake, although no more has been seen to
+        // [measured: none in 300,000]; a listener that is gone refuses all.
+        let bearable = 1 + self.opened() / 10_000;
         if self.refused() > bearable {
             faults.push(format!(
                 "{} handshakes failed, more than {bearable}",
