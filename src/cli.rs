@@ -11,6 +11,7 @@ use nix::unistd::{Uid, User};
 
 use crate::diagnosis::Cause;
 use crate::injector::MethodName;
+use crate::selectors::UnitName;
 use crate::tcp::TcpState;
 
 const AFTER_HELP: &str = "\
@@ -61,6 +62,21 @@ pub struct Args {
     #[arg(long, value_name = "GLOB", value_parser = glob)]
     #[arg(help_heading = SELECTORS)]
     pub process: Vec<GlobMatcher>,
+
+    /// Sockets of this systemd unit: nginx, nginx.service or 'php*'
+    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = unit)]
+    #[arg(help_heading = SELECTORS)]
+    pub unit: Vec<UnitName>,
+
+    /// Sockets of this container: its id, 8 digits of it or more, or its name where the cgroup has one
+    #[arg(long, value_name = "ID|NAME", value_delimiter = ',', value_parser = container)]
+    #[arg(help_heading = SELECTORS)]
+    pub container: Vec<String>,
+
+    /// Sockets of processes in this cgroup or below
+    #[arg(long, value_name = "PATH", value_parser = cgroup)]
+    #[arg(help_heading = SELECTORS)]
+    pub cgroup: Vec<String>,
 
     /// Sockets of this user
     #[arg(long, value_name = "NAME|UID", value_delimiter = ',', value_parser = user)]
@@ -220,6 +236,63 @@ fn glob(text: &str) -> Result<GlobMatcher, String> {
     }
 }
 
+fn unit(text: &str) -> Result<UnitName, String> {
+    match UnitName::new(text) {
+        Ok(unit) if !text.is_empty() => Ok(unit),
+        Ok(_) => Err("give a unit, nginx or nginx.service or 'php*'".into()),
+        Err(error) => Err(format!("{}; give nginx or 'php*'", error.kind())),
+    }
+}
+
+fn container(text: &str) -> Result<String, String> {
+    match text.is_empty() {
+        true => Err("give an id, 3f4a9b2c1d0e, or a name".into()),
+        false => Ok(text.to_owned()),
+    }
+}
+
+/// A path in a hierarchy of cgroups; one as seen below the usual mount point is taken as well.
+fn cgroup(text: &str) -> Result<String, String> {
+    // Of cgroup v1, every hierarchy is mounted in a directory with the name of its controllers.
+    const HIERARCHIES: [&str; 17] = [
+        "unified",
+        "systemd",
+        "blkio",
+        "cpu",
+        "cpuacct",
+        "cpu,cpuacct",
+        "cpuset",
+        "devices",
+        "freezer",
+        "hugetlb",
+        "memory",
+        "misc",
+        "net_cls",
+        "net_cls,net_prio",
+        "net_prio",
+        "perf_event",
+        "pids",
+    ];
+    let path = match text.strip_prefix("/sys/fs/cgroup") {
+        None => text,
+        Some(below) => {
+            let (first, rest) = match below.trim_start_matches('/').split_once('/') {
+                Some((first, _)) => (first, &below[1 + first.len()..]),
+                None => (below.trim_start_matches('/'), "/"),
+            };
+            match HIERARCHIES.contains(&first) {
+                true => rest,
+                false if below.is_empty() => "/",
+                false => below,
+            }
+        }
+    };
+    match path.starts_with('/') {
+        true => Ok(path.to_owned()),
+        false => Err("give a path, /system.slice/nginx.service".into()),
+    }
+}
+
 fn user(text: &str) -> Result<u32, String> {
     if let Ok(uid) = text.parse() {
         return Ok(Uid::from_raw(uid).as_raw());
@@ -301,5 +374,28 @@ mod tests {
             assert!(pid(bad).is_err(), "{bad}");
             assert!(kills(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn cgroups_are_paths_in_a_hierarchy() {
+        for (text, path) in [
+            ("/", "/"),
+            ("/system.slice", "/system.slice"),
+            ("/sys/fs/cgroup", "/"),
+            ("/sys/fs/cgroup/", "/"),
+            (
+                "/sys/fs/cgroup/system.slice/a.service",
+                "/system.slice/a.service",
+            ),
+            ("/sys/fs/cgroup/unified/system.slice", "/system.slice"),
+            ("/sys/fs/cgroup/cpu,cpuacct/docker/x", "/docker/x"),
+            ("/sys/fs/cgroup/memory", "/"),
+        ] {
+            assert_eq!(cgroup(text).as_deref(), Ok(path), "{text}");
+        }
+        for bad in ["", "system.slice", "/sys/fs/cgroupx"] {
+            assert!(cgroup(bad).is_err(), "{bad}");
+        }
+        assert!(container("").is_err() && unit("").is_err() && unit("a[").is_err());
     }
 }

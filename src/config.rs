@@ -122,6 +122,9 @@ impl Config {
                 },
                 pids: args.pid.into_iter().collect(),
                 processes: args.process,
+                units: args.unit,
+                containers: args.container,
+                cgroups: args.cgroup,
                 users: args.user.into_iter().collect(),
                 states,
                 min_age: args.min_age.unwrap_or_default(),
@@ -147,6 +150,9 @@ impl Args {
                 && self.peer.is_empty()
                 && self.pid.is_empty()
                 && self.process.is_empty()
+                && self.unit.is_empty()
+                && self.container.is_empty()
+                && self.cgroup.is_empty()
                 && self.user.is_empty()
                 && self.state.is_empty()
                 && self.cause.is_empty())
@@ -251,6 +257,9 @@ mod tests {
             "--peer ::1",
             "-p 1",
             "--process x",
+            "--unit nginx",
+            "--container web",
+            "--cgroup /system.slice",
             "--user 0",
             "--state close-wait",
             "--min-age 0s",

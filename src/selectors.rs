@@ -6,12 +6,13 @@ use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use globset::GlobMatcher;
+use globset::{GlobBuilder, GlobMatcher};
 use ipnet::IpNet;
 
 use crate::diagnosis::Cause;
 use crate::expression::{End, Expression, Facts, Namespace};
 use crate::finder::Socket;
+use crate::finder::cgroup::{Cgroup, unescape};
 use crate::finder::owners::Process;
 use crate::tcp::{StateSet, TcpState};
 
@@ -32,6 +33,12 @@ pub struct Selectors {
     pub pids: BTreeSet<i32>,
     /// Owners by name (comm).
     pub processes: Vec<GlobMatcher>,
+    /// Owners by systemd unit.
+    pub units: Vec<UnitName>,
+    /// Owners by the id, the first digits of it, or the name of their container.
+    pub containers: Vec<String>,
+    /// Owners in one of these cgroups or below.
+    pub cgroups: Vec<String>,
     /// Users of the socket's inode.
     pub users: BTreeSet<u32>,
     /// States.
@@ -53,6 +60,38 @@ pub enum IpVersion {
     V6,
 }
 
+/// What `--unit` says: a name, with or without `.service`, or a pattern.
+#[derive(Clone, Debug)]
+pub struct UnitName {
+    text: String,
+    pattern: GlobMatcher,
+}
+
+impl UnitName {
+    /// # Errors
+    /// It is no pattern.
+    pub fn new(text: &str) -> Result<Self, globset::Error> {
+        // Units have escapes, `a\x2db.service`, which a pattern does not: there `\` is itself.
+        let pattern = GlobBuilder::new(text).backslash_escape(false).build()?;
+        Ok(UnitName {
+            text: text.to_owned(),
+            pattern: pattern.compile_matcher(),
+        })
+    }
+
+    /// Whether the unit `name` is meant, as systemctl writes it or with its escapes undone.
+    fn is(&self, name: &str) -> bool {
+        let one = |name: &str| {
+            let stem = name.strip_suffix(".service");
+            [Some(name), stem]
+                .into_iter()
+                .flatten()
+                .any(|name| name == self.text || self.pattern.is_match(name))
+        };
+        one(name) || one(&unescape(name))
+    }
+}
+
 impl Default for Selectors {
     /// Everything in CLOSE-WAIT.
     fn default() -> Self {
@@ -64,6 +103,9 @@ impl Default for Selectors {
             ip_version: None,
             pids: BTreeSet::new(),
             processes: Vec::new(),
+            units: Vec::new(),
+            containers: Vec::new(),
+            cgroups: Vec::new(),
             users: BTreeSet::new(),
             states: StateSet::from(TcpState::CloseWait),
             min_age: Duration::ZERO,
@@ -148,7 +190,7 @@ impl Selectors {
 
     /// Whether one of `owners` matches; without a selector of owners, also when there is none.
     pub fn match_owners<'a>(&self, owners: impl Iterator<Item = &'a Process>) -> bool {
-        if self.pids.is_empty() && self.processes.is_empty() {
+        if !self.selects_owners() {
             return true;
         }
         let mut owners = owners;
@@ -156,7 +198,27 @@ impl Selectors {
             (self.pids.is_empty() || self.pids.contains(&owner.pid))
                 && (self.processes.is_empty()
                     || self.processes.iter().any(|glob| glob.is_match(&owner.comm)))
+                && self.match_cgroup(&owner.cgroup)
         })
+    }
+
+    /// Whether owners decide what matches.
+    fn selects_owners(&self) -> bool {
+        !(self.pids.is_empty()
+            && self.processes.is_empty()
+            && self.units.is_empty()
+            && self.containers.is_empty()
+            && self.cgroups.is_empty())
+    }
+
+    fn match_cgroup(&self, cgroup: &Cgroup) -> bool {
+        let unit = || cgroup.unit.as_deref();
+        let container = || cgroup.container.as_ref();
+        (self.units.is_empty() || unit().is_some_and(|u| self.units.iter().any(|name| name.is(u))))
+            && (self.containers.is_empty()
+                || container()
+                    .is_some_and(|c| self.containers.iter().any(|name| c.is_called(name))))
+            && (self.cgroups.is_empty() || self.cgroups.iter().any(|path| cgroup.is_below(path)))
     }
 }
 
@@ -252,6 +314,7 @@ mod tests {
             pid,
             start_time: 0,
             comm: comm.into(),
+            cgroup: Cgroup::default(),
         };
         let owners = [process(1, "java"), process(2, "nginx")];
         let mut selectors = Selectors {
@@ -265,5 +328,55 @@ mod tests {
         assert!(selectors.match_owners(owners.iter()));
         assert!(!selectors.match_owners([].iter()), "no owner, no match");
         assert!(Selectors::default().match_owners([].iter()));
+    }
+
+    #[test]
+    fn units_containers_and_cgroups_are_those_of_one_owner() {
+        let process = |pid, cgroup: &str| Process {
+            pid,
+            start_time: 0,
+            comm: "java".into(),
+            cgroup: Cgroup::parse(cgroup),
+        };
+        let id = "3f4a9b2c1d0e5f6a7b8c9d0e1f2a3b4c5d6e7f8091a2b3c4d5e6f708192a3b4c";
+        let owners = [
+            process(1, "0::/system.slice/tomcat@a\\x2db.service/main\n"),
+            process(2, &format!("0::/docker/{id}\n")),
+            process(3, "0::/user.slice/session-3.scope\n"),
+            process(4, ""),
+        ];
+        let who = |change: &dyn Fn(&mut Selectors)| -> Vec<i32> {
+            let mut selectors = Selectors::default();
+            change(&mut selectors);
+            let matching = |owner: &&Process| selectors.match_owners([*owner].into_iter());
+            owners.iter().filter(matching).map(|p| p.pid).collect()
+        };
+        let unit = |name: &str| who(&|s| s.units = vec![UnitName::new(name).unwrap()]);
+        for name in [
+            "tomcat@a\\x2db.service",
+            "tomcat@a\\x2db",
+            "tomcat@a-b",
+            "tomcat@a-b.service",
+            "tomcat@*",
+            "tom*.service",
+        ] {
+            assert_eq!(unit(name), [1], "{name}");
+        }
+        let nobody: [i32; 0] = [];
+        assert_eq!(unit("tomcat"), nobody);
+        assert_eq!(unit("session-3.scope"), [3]);
+        assert_eq!(unit("session-3"), nobody, "only .service may be left out");
+        assert_eq!(unit("*"), [1, 3]);
+        assert_eq!(who(&|s| s.containers = vec![id[..12].into()]), [2]);
+        assert_eq!(who(&|s| s.containers = vec!["web".into()]), nobody);
+        assert_eq!(who(&|s| s.cgroups = vec!["/system.slice".into()]), [1]);
+        assert_eq!(who(&|s| s.cgroups = vec!["/".into()]), [1, 2, 3, 4]);
+        assert_eq!(
+            who(&|s| {
+                s.cgroups = vec!["/user.slice".into(), "/docker".into()];
+                s.pids = [3].into();
+            }),
+            [3]
+        );
     }
 }

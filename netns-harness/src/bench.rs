@@ -74,7 +74,11 @@ impl Bench {
     pub fn run(&self) -> Result<()> {
         privilege::ensure_privileges()?;
         let cwkill = beside_us(&self.cwkill)?;
-        let cwkill = cwkill.display();
+        let cwkill = cwkill.display().to_string();
+        ensure!(
+            on_path(&cwkill),
+            "no program {cwkill}: build it (cargo build --release --workspace) or name it with --cwkill"
+        );
         ensure!(
             self.sockets > 0,
             "--sockets 0 measures nothing; for example --sockets 1000"

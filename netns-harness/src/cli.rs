@@ -87,7 +87,8 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) if is_broken_pipe(&error) => 0,
         Err(error) => {
-            eprintln!("netns-harness: {error:#}");
+            // Where stderr is closed there is nobody to tell.
+            let _ = writeln!(io::stderr(), "netns-harness: {error:#}");
             HARNESS_FAILED
         }
     };

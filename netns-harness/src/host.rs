@@ -20,7 +20,7 @@ use nix::unistd::Pid;
 
 use crate::agent::{Agent, AgentOptions};
 use crate::kernel::{self, KernelSocket};
-use crate::role::{Become, Identity, Role};
+use crate::role::{Become, Group, Identity, Role};
 use crate::ss::{self, SsRow};
 use crate::{rtnetlink, spawner};
 
@@ -166,15 +166,15 @@ impl Host {
             arguments: vec![program.as_ref().to_owned()],
             environment: Vec::new(),
             identity: Identity::default(),
-            own_group: true,
+            group: Group::Own,
             stdio: [None, None, None],
         }
     }
 
-    pub(crate) fn role(&self, identity: Identity, own_group: bool, become_: Become) -> Role {
+    pub(crate) fn role(&self, identity: Identity, group: Group, become_: Become) -> Role {
         Role {
             netns: Some(self.netns_path()),
-            ..Role::here(identity, own_group, become_)
+            ..Role::here(identity, group, become_)
         }
     }
 }
@@ -195,7 +195,7 @@ pub struct HostCommand<'a> {
     arguments: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
     identity: Identity,
-    own_group: bool,
+    group: Group,
     stdio: [Option<Stdio>; 3],
 }
 
@@ -244,7 +244,14 @@ impl HostCommand<'_> {
     /// Keeps it in our process group, so that the terminal's Ctrl-C reaches it and it may read from the terminal.
     #[must_use]
     pub fn in_our_group(mut self) -> Self {
-        self.own_group = false;
+        self.group = Group::Ours;
+        self
+    }
+
+    /// Puts it into this process group of our session.
+    #[must_use]
+    pub(crate) fn in_group(mut self, group: i32) -> Self {
+        self.group = Group::Of(group);
         self
     }
 
@@ -280,7 +287,7 @@ impl HostCommand<'_> {
         }
         let mut command: Command = self
             .host
-            .role(self.identity, self.own_group, Become::Command)
+            .role(self.identity, self.group, Become::Command)
             .command()?;
         command.args(self.arguments).envs(self.environment);
         let [stdin, stdout, stderr] = self.stdio;

@@ -20,10 +20,11 @@ pub const FORCE_USERNS: &str = "NETNS_HARNESS_USERNS";
 pub fn ensure_privileges() -> Result<()> {
     let forced =
         std::env::var_os(FORCE_USERNS).is_some_and(|value| !value.is_empty() && value != "0");
-    if !forced && may_build()? {
-        return Ok(());
-    }
-    enter_user_namespace().and_then(|()| try_network_namespace()).with_context(|| {
+    let allowed = match !forced && may_build()? {
+        true => try_network_namespace(),
+        false => enter_user_namespace().and_then(|()| try_network_namespace()),
+    };
+    allowed.with_context(|| {
         "cannot build network namespaces: run as root, or allow unprivileged user namespaces (sysctl \
          kernel.unprivileged_userns_clone=1 where it exists, user.max_user_namespaces and user.max_net_namespaces \
          above 0, kernel.apparmor_restrict_unprivileged_userns=0 where it exists; in a container, a seccomp profile \

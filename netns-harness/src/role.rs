@@ -34,10 +34,20 @@ pub(crate) struct Role {
     pub parent: i32,
     /// The network namespace to enter, as a path (`/proc/PID/fd/N`).
     pub netns: Option<PathBuf>,
-    /// A process group of its own, so that Ctrl-C at the terminal does not reach it.
-    pub own_group: bool,
+    pub group: Group,
     pub identity: Identity,
     pub become_: Become,
+}
+
+/// The process group of a process of the lab: whom Ctrl-C at the terminal reaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Group {
+    /// That of the process that starts it.
+    Ours,
+    /// One of its own.
+    Own,
+    /// This one, of the same session.
+    Of(i32),
 }
 
 /// Whose rights a process of the lab has.
@@ -63,11 +73,11 @@ pub(crate) enum Become {
 
 impl Role {
     /// A role of a child of this process, in our own network namespace.
-    pub(crate) fn here(identity: Identity, own_group: bool, become_: Become) -> Self {
+    pub(crate) fn here(identity: Identity, group: Group, become_: Become) -> Self {
         Self {
             parent: std::process::id().cast_signed(),
             netns: None,
-            own_group,
+            group,
             identity,
             become_,
         }
@@ -93,8 +103,13 @@ impl Role {
                 std::fs::File::open(path).with_context(|| format!("open {}", path.display()))?;
             setns(netns, CloneFlags::CLONE_NEWNET).context("enter the network namespace")?;
         }
-        if self.own_group {
-            nix::unistd::setpgid(Pid::from_raw(0), Pid::from_raw(0)).context("setpgid")?;
+        let group = match self.group {
+            Group::Ours => None,
+            Group::Own => Some(0),
+            Group::Of(group) => Some(group),
+        };
+        if let Some(group) = group {
+            nix::unistd::setpgid(Pid::from_raw(0), Pid::from_raw(group)).context("setpgid")?;
         }
         self.identity.assume()?;
         // After the change of identity, which clears it.

@@ -3,7 +3,9 @@
 //! Two processes share the work. The *front* is what the user started; it only waits. The *keeper*, its child, builds the
 //! lab and runs the command. Both are subreapers, so every descendant that loses its parent becomes a child of one of
 //! them. When the front dies, the kernel tells the keeper (PR_SET_PDEATHSIG, SIGTERM), which kills all its children until
-//! it has none; when the keeper dies, its children fall to the front, which does the same.
+//! it has none; when the keeper dies, its children fall to the front, which does the same. The keeper has a process group
+//! of its own, so that a signal to the group of the front and the command leaves it. If both are killed in the same
+//! instant, the agents and the command still die with their parent, but not what the command has put in the background.
 //!
 //! Invariant: only children of our own are killed, and those not reaped yet, so a pid never means somebody else.
 
@@ -18,11 +20,11 @@ use nix::errno::Errno;
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::wait::waitpid;
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getpgid, getppid};
 use serde::{Deserialize, Serialize};
 
 use crate::lab::{Family, Lab, Leak, Listen, Options};
-use crate::role::{Become, Identity, Role};
+use crate::role::{Become, Group, Identity, Role};
 use crate::scenario::{self, Sharing};
 use crate::{privilege, verify};
 
@@ -44,15 +46,24 @@ pub(crate) struct RunRequest {
 pub(crate) fn front(request: RunRequest, command: &[OsString]) -> Result<i32> {
     privilege::ensure_privileges()?;
     prctl::set_child_subreaper(true).context("become a subreaper")?;
-    // Ctrl-C is for the keeper and the command, which are in the same process group.
+    // Ctrl-C is for the command, which is in our process group, and while there is none for the keeper,
+    // which is not: so a signal to the whole group, SIGKILL too, leaves one that can clean up.
     interrupts().thread_block().context("block signals")?;
-    let role = Role::here(Identity::default(), false, Become::Keeper { request });
+    let role = Role::here(Identity::default(), Group::Own, Become::Keeper { request });
     // Not through the spawner: the main thread lives as long as the process.
-    let status = role
+    let mut keeper = role
         .command()?
         .args(command)
-        .status()
+        .spawn()
         .context("start the keeper")?;
+    let pid = Pid::from_raw(keeper.id().cast_signed());
+    thread::spawn(move || {
+        while let Ok(signal) = interrupts().wait() {
+            // It may have ended; then so do we.
+            let _ = kill(pid, signal);
+        }
+    });
+    let status = keeper.wait().context("wait for the keeper")?;
     kill_children()?;
     Ok(exit_code(status))
 }
@@ -96,6 +107,7 @@ fn try_keep(request: &RunRequest, command: &[OsString]) -> Result<i32> {
     let watched = Arc::clone(&phase);
     thread::spawn(move || watch_signals(&watched));
 
+    let front_group = getpgid(Some(getppid())).context("find the group of the front")?;
     let lab = Lab::new()?;
     let leaks = build(&lab, request)?;
     let first = leaks.first().context("no scenario")?;
@@ -104,7 +116,7 @@ fn try_keep(request: &RunRequest, command: &[OsString]) -> Result<i32> {
         .app_host()
         .command(program)
         .args(arguments)
-        .in_our_group();
+        .in_group(front_group.as_raw());
     command = command
         .env("PATH", path_with_our_directory()?)
         .env("HARNESS_APP_PID", first.app().pid().to_string())

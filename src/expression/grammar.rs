@@ -9,6 +9,7 @@
 //! condition  := ( sport | dport ) [comparison] [:]PORT
 //!             | ( src | dst ) [= | !=] HOST
 //!             | dev [= | !=] INTERFACE
+//!             | cgroup [= | !=] PATH
 //!             | autobound
 //! HOST       := ( ADDRESS[/LENGTH] | "[" ADDRESS[/LENGTH] "]" | * )[:PORT] | :PORT
 //! ```
@@ -28,7 +29,7 @@ use winnow::stream::{LocatingSlice, Location, Stateful, Stream};
 use winnow::token::take_while;
 
 use super::syntax_error::quoted;
-use super::{End, Ephemeral, Expression, Interface, MAX_DEPTH, Services, SyntaxError};
+use super::{Cgroup2, End, Ephemeral, Expression, Interface, MAX_DEPTH, Services, SyntaxError};
 use crate::tcp::{StateSet, TcpState};
 
 /// What a text means.
@@ -359,6 +360,7 @@ fn positive(input: &mut Input<'_>) -> Outcome<Grown> {
         "src" => host::condition(input, End::Local, keyword)?,
         "dst" => host::condition(input, End::Peer, keyword)?,
         "dev" => interface(input)?,
+        "cgroup" => cgroup(input)?,
         "autobound" => Expression::Autobound(Ephemeral::Unread),
         _ => return Err(unknown(first.at, keyword)),
     };
@@ -391,7 +393,6 @@ fn unknown(at: Range<usize>, word: &str) -> ErrMode<Fault> {
         "sport", "dport", "src", "dst", "state", "exclude", "and", "or", "not",
     ];
     let example = match word {
-        "cgroup" => "--cgroup PATH, an option beside the expression".to_owned(),
         "fwmark" => {
             let what = "`fwmark` is not supported: cwkill does not see the marks of sockets";
             return Fault::new(at, what, CONDITIONS);
@@ -518,6 +519,17 @@ fn interface(input: &mut Input<'_>) -> Outcome<Expression> {
         return Err(Fault::new(at, what, example));
     }
     let tree = Expression::Interface(Interface::Named(name.to_owned()));
+    Ok(match unequal {
+        true => tree.negated(),
+        false => tree,
+    })
+}
+
+fn cgroup(input: &mut Input<'_>) -> Outcome<Expression> {
+    let example = "cgroup = /system.slice/nginx.service";
+    let unequal = unequal(input, "cgroup", example)?;
+    let (path, _) = value(input, "a cgroup", example)?;
+    let tree = Expression::Cgroup(Cgroup2::Path(path.to_owned()));
     Ok(match unequal {
         true => tree.negated(),
         false => tree,

@@ -47,6 +47,9 @@ pub enum Expression {
     State(StateSet),
     /// The socket is bound to this interface.
     Interface(Interface),
+    /// The socket was made in this cgroup of cgroup v2, or accepted from a listener that was: exactly this
+    /// one, and wherever its owners are by now.
+    Cgroup(Cgroup2),
     /// The local port was given by the kernel and not asked for in bind(2).
     Autobound(Ephemeral),
 }
@@ -69,6 +72,15 @@ pub enum Interface {
     Index(u32),
 }
 
+/// A cgroup of cgroup v2.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cgroup2 {
+    /// As written: below the mount point, or the directory itself.
+    Path(String),
+    /// The inode of its directory.
+    Id(u64),
+}
+
 /// The ports that the kernel gives out by itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ephemeral {
@@ -78,7 +90,7 @@ pub enum Ephemeral {
     Range(RangeInclusive<u16>),
 }
 
-/// What an expression needs to know of the network namespace it is applied in.
+/// What an expression needs to know of the network namespace, and of the host, it is applied in.
 pub trait Namespace {
     /// The range of ports that the kernel gives out.
     ///
@@ -88,6 +100,9 @@ pub trait Namespace {
 
     /// The index of the interface `name`.
     fn interface(&self, name: &str) -> Option<u32>;
+
+    /// The id of the cgroup `path`.
+    fn cgroup(&self, path: &str) -> Option<u64>;
 }
 
 /// What an expression says of states.
@@ -164,7 +179,7 @@ impl Expression {
     /// The same expression with what depends on the network namespace filled in.
     ///
     /// # Errors
-    /// There is no such interface (ENODEV), or the namespace cannot be read.
+    /// There is no such interface or cgroup, or the namespace cannot be read.
     pub fn resolved(&self, namespace: &dyn Namespace) -> io::Result<Expression> {
         let each = |parts: &[Expression]| -> io::Result<Vec<Expression>> {
             parts.iter().map(|part| part.resolved(namespace)).collect()
@@ -182,6 +197,15 @@ impl Expression {
                     )
                 })?;
                 Expression::Interface(Interface::Index(index))
+            }
+            Expression::Cgroup(Cgroup2::Path(path)) => {
+                let id = namespace.cgroup(path).ok_or_else(|| {
+                    io::Error::new(
+                        io::ErrorKind::NotFound,
+                        format!("no cgroup {} in cgroup v2", syntax_error::quoted(path)),
+                    )
+                })?;
+                Expression::Cgroup(Cgroup2::Id(id))
             }
             Expression::Autobound(Ephemeral::Unread) => {
                 Expression::Autobound(Ephemeral::Range(namespace.ephemeral_ports()?))
@@ -238,6 +262,10 @@ mod tests {
         fn interface(&self, name: &str) -> Option<u32> {
             (name == "veth0").then_some(7)
         }
+
+        fn cgroup(&self, path: &str) -> Option<u64> {
+            (path == "/app.slice").then_some(99)
+        }
     }
 
     #[test]
@@ -249,6 +277,11 @@ mod tests {
         assert_eq!(resolved("dev != 3").unwrap(), index(3).negated());
         let error = resolved("sport 80 or not dev eth9").unwrap_err();
         assert!(error.to_string().contains("eth9"), "{error}");
+        let cgroup = Expression::Cgroup(Cgroup2::Id(99));
+        assert_eq!(resolved("cgroup = /app.slice").unwrap(), cgroup);
+        assert_eq!(resolved("cgroup != /app.slice").unwrap(), cgroup.negated());
+        let error = resolved("cgroup /nowhere").unwrap_err();
+        assert!(error.to_string().contains("/nowhere"), "{error}");
         let range = Expression::Autobound(Ephemeral::Range(32_768..=60_999));
         assert_eq!(resolved("autobound").unwrap(), range);
     }

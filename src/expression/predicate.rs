@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv6Addr};
 
 use ipnet::IpNet;
 
-use super::{End, Ephemeral, Expression, Interface};
+use super::{Cgroup2, End, Ephemeral, Expression, Interface};
 use crate::finder::Socket;
 use crate::finder::sock_diag::Family;
 use crate::tcp::{TcpState, Tuple};
@@ -21,6 +21,8 @@ pub struct Facts {
     pub state: TcpState,
     /// The index of the interface it is bound to, 0 for none.
     pub interface: u32,
+    /// The cgroup it was made in, where the kernel says (Linux 5.8; not of TIME-WAIT and SYN-RECV).
+    pub cgroup: Option<u64>,
 }
 
 impl From<&Socket> for Facts {
@@ -30,6 +32,7 @@ impl From<&Socket> for Facts {
             tuple: socket.tuple,
             state: socket.state,
             interface: socket.id.interface(),
+            cgroup: socket.cgroup,
         }
     }
 }
@@ -48,7 +51,9 @@ impl Expression {
             Expression::Autobound(Ephemeral::Range(range)) => {
                 range.contains(&facts.end(End::Local).port())
             }
+            Expression::Cgroup(Cgroup2::Id(id)) => facts.cgroup == Some(*id),
             Expression::Interface(Interface::Named(_)) => false,
+            Expression::Cgroup(Cgroup2::Path(_)) => false,
             Expression::Autobound(Ephemeral::Unread) => false,
         }
     }
@@ -92,6 +97,7 @@ mod tests {
             },
             state: TcpState::CloseWait,
             interface: 0,
+            cgroup: None,
         };
         let services = Services::from_text("");
         parse(text, &services)

@@ -12,11 +12,13 @@
 use std::fs;
 use std::io;
 use std::ops::RangeInclusive;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
 
-use crate::expression::{End, Ephemeral, Expression, Interface, Namespace};
+use crate::expression::{Cgroup2, End, Ephemeral, Expression, Interface, Namespace};
 use crate::finder::sock_diag::Family;
 use crate::tcp::StateSet;
 
@@ -36,6 +38,8 @@ mod code {
     pub const D_COND: u8 = 8;
     /// Since Linux 4.0.
     pub const DEV_COND: u8 = 9;
+    /// Since Linux 5.8.
+    pub const CGROUP_COND: u8 = 13;
 }
 
 /// `struct inet_diag_bc_op`.
@@ -79,6 +83,7 @@ enum Test {
     Port(End, u16),
     Address(End, IpNet),
     Interface(u32),
+    Cgroup(u64),
     Autobound,
 }
 
@@ -96,6 +101,7 @@ fn lower(expression: &Expression, negated: bool, states: StateSet) -> Node {
         (Expression::Port(end, range), true) => port_outside(*end, range),
         (Expression::Address(end, network), _) => test(Test::Address(*end, *network)),
         (Expression::Interface(Interface::Index(index)), _) => test(Test::Interface(*index)),
+        (Expression::Cgroup(Cgroup2::Id(id)), _) => test(Test::Cgroup(*id)),
         (Expression::Autobound(Ephemeral::Range(_)), _) => test(Test::Autobound),
         (Expression::State(wanted), _) => {
             let possible = match negated {
@@ -110,6 +116,7 @@ fn lower(expression: &Expression, negated: bool, states: StateSet) -> Node {
         }
         // Never true, and not of the kernel's making.
         (Expression::Interface(Interface::Named(_)), _) => Node::True,
+        (Expression::Cgroup(Cgroup2::Path(_)), _) => Node::True,
         (Expression::Autobound(Ephemeral::Unread), _) => Node::True,
     }
 }
@@ -262,6 +269,7 @@ impl Program {
                 self.op(either(end, code::S_COND, code::D_COND), &argument)
             }
             Test::Interface(index) => self.op(code::DEV_COND, &index.to_ne_bytes()),
+            Test::Cgroup(id) => self.op(code::CGROUP_COND, &id.to_ne_bytes()),
             Test::Autobound => self.op(code::AUTO, &[]),
         }
     }
@@ -312,6 +320,28 @@ impl Namespace for ThisNamespace {
     fn interface(&self, name: &str) -> Option<u32> {
         if_nametoindex(name).ok()
     }
+
+    fn cgroup(&self, path: &str) -> Option<u64> {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+        let root = Path::new(cgroup2_mount(&mounts)?);
+        let device = fs::metadata(root).ok()?.dev();
+        // As ss does it: a directory, or what is below the mount point.
+        let below = root.join(path.trim_start_matches('/'));
+        [Path::new(path), &below].into_iter().find_map(|path| {
+            let found = fs::metadata(path).ok()?;
+            (found.dev() == device && found.is_dir()).then(|| found.ino())
+        })
+    }
+}
+
+/// Where cgroup v2 is mounted, from the text of /proc/PID/mountinfo: the fifth field of the line whose
+/// file system, behind ` - `, is `cgroup2`.
+fn cgroup2_mount(mountinfo: &str) -> Option<&str> {
+    mountinfo.lines().find_map(|line| {
+        let (mount, system) = line.split_once(" - ")?;
+        let is_cgroup2 = system.split(' ').next() == Some("cgroup2");
+        is_cgroup2.then(|| mount.split(' ').nth(4)).flatten()
+    })
 }
 
 #[cfg(test)]

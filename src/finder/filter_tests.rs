@@ -21,6 +21,7 @@ struct Entry {
     local_port: u16,
     peer_port: u16,
     interface: u32,
+    cgroup: u64,
     autobound: bool,
 }
 
@@ -40,6 +41,7 @@ impl From<&Facts> for Entry {
             local_port: facts.tuple.local.port(),
             peer_port: facts.tuple.peer.port(),
             interface: facts.interface,
+            cgroup: facts.cgroup.unwrap_or(0),
             // Here the kernel's answer and that of the range agree.
             autobound: EPHEMERAL.contains(&facts.tuple.local.port()),
         }
@@ -75,6 +77,7 @@ fn run(bytecode: &[u8], entry: &Entry) -> bool {
             6 => entry.autobound,
             7 => host_holds(&rest[4..], entry, &entry.local, entry.local_port),
             8 => host_holds(&rest[4..], entry, &entry.peer, entry.peer_port),
+            13 => u64::from_ne_bytes(rest[4..12].try_into().unwrap()) == entry.cgroup,
             9 => u32::from_ne_bytes(rest[4..8].try_into().unwrap()) == entry.interface,
             other => panic!("operation {other}"),
         };
@@ -121,6 +124,7 @@ fn audit(bytecode: &[u8]) {
         let min = match rest[0] {
             1 | 6 => 4,
             2..=5 | 9 => 8,
+            13 => 12,
             7 | 8 => {
                 let address: u8 = match rest[4] {
                     0 => 0,
@@ -176,6 +180,20 @@ fn bytes_of_simple_expressions() {
         assert!(code(text).is_empty(), "{text}");
     }
     assert_eq!(code("sport < 0"), [&[1, 4][..], &no(8)].concat());
+}
+
+#[test]
+fn where_cgroup2_is_mounted() {
+    let v2 = "23 1 0:22 / /proc rw - proc proc rw\n\
+              30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw\n";
+    assert_eq!(cgroup2_mount(v2), Some("/sys/fs/cgroup"));
+    let hybrid = "31 30 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
+                  32 30 0:28 / /sys/fs/cgroup/unified rw - cgroup2 none rw\n";
+    assert_eq!(cgroup2_mount(hybrid), Some("/sys/fs/cgroup/unified"));
+    assert_eq!(
+        cgroup2_mount("31 30 0:27 / /x rw - cgroup cgroup2 rw\nbad\n"),
+        None
+    );
 }
 
 #[test]
@@ -248,6 +266,7 @@ fn expression(with_states: bool) -> impl Strategy<Value = Expression> {
         (end(), port()).prop_map(|(end, a)| Expression::Port(end, a..=a)),
         (end(), network()).prop_map(|(end, network)| Expression::Address(end, network)),
         (0u32..3).prop_map(|index| Expression::Interface(Interface::Index(index))),
+        (1u64..4).prop_map(|id| Expression::Cgroup(Cgroup2::Id(id))),
         Just(Expression::Autobound(Ephemeral::Range(EPHEMERAL))),
         states().prop_map(move |states| match with_states {
             true => Expression::State(states),
@@ -270,9 +289,11 @@ fn facts() -> impl Strategy<Value = Facts> {
         (v4(), v4()).prop_map(|(a, b)| (Family::V6, a.into(), b.into())),
         (v6(), v6()).prop_map(|(a, b)| (Family::V6, a.into(), b.into())),
     ];
-    (addresses, port(), port(), 1u8..=11, 0u32..3).prop_map(
-        |((family, local, peer), local_port, peer_port, state, interface): (
+    let cgroup = prop::option::of(1u64..4);
+    (addresses, port(), port(), 1u8..=11, 0u32..3, cgroup).prop_map(
+        |((family, local, peer), local_port, peer_port, state, interface, cgroup): (
             (Family, IpAddr, IpAddr),
+            _,
             _,
             _,
             _,
@@ -285,6 +306,7 @@ fn facts() -> impl Strategy<Value = Facts> {
             },
             state: TcpState::from_kernel(state),
             interface,
+            cgroup,
         },
     )
 }
@@ -368,7 +390,7 @@ proptest! {
         message.id = DiagId::example(facts.family, facts.tuple, Cookie(1));
         message.state = facts.state;
         let socket = Socket::from_message(&message);
-        let facts = Facts { interface: 0, ..facts };
+        let facts = Facts { interface: 0, cgroup: None, ..facts };
         prop_assert_eq!(
             selectors.as_expression().matches(&facts),
             selectors.match_socket(&socket)

@@ -5,6 +5,7 @@
 //! accept it ([`listeners`]). What a selector can judge by the socket alone is judged before
 //! anything is looked up for it.
 
+pub mod cgroup;
 pub mod filter;
 pub mod listeners;
 pub mod netns;
@@ -40,6 +41,8 @@ pub struct Socket {
     pub send_q: u32,
     /// User of the socket's inode.
     pub uid: u32,
+    /// The cgroup v2 it was made in. See [`SocketMessage::cgroup`].
+    pub cgroup: Option<u64>,
     /// Its inode; `None` when no descriptor exists.
     pub inode: Option<u32>,
     /// Lower bound of the time it has been quiet, `None` if the kernel does not say.
@@ -175,6 +178,7 @@ impl Socket {
             recv_q: message.recv_q,
             send_q: message.send_q,
             uid: message.uid,
+            cgroup: message.cgroup,
             inode: (message.inode != 0).then_some(message.inode),
             age: diagnosis::age(message),
             cause: diagnosis::cause(message),

@@ -1,8 +1,8 @@
 //! Who holds a socket: socket inodes to processes and descriptors, from /proc.
 //!
 //! A socket can have many owners (fork, SCM_RIGHTS), and nothing in the kernel says how many, so
-//! every process is looked at. Only `/proc/PID/fd` and, for an owner, `/proc/PID/stat` are read:
-//! never task, maps or exe, which can hang on a sick host. Processes are read in parallel, a big
+//! every process is looked at. Only `/proc/PID/fd` and, for an owner, `/proc/PID/stat` and
+//! `/proc/PID/cgroup` are read: never task, maps or exe, which can hang on a sick host. Processes are read in parallel, a big
 //! descriptor table in chunks.
 //!
 //! Races: what vanishes (ENOENT, ESRCH) is passed over, what may not be read (EACCES, EPERM) is
@@ -11,7 +11,7 @@
 use std::collections::HashSet;
 use std::ffi::CStr;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -22,6 +22,7 @@ use procfs::process::Stat;
 use rayon::prelude::*;
 
 use crate::finder::Held;
+use crate::finder::cgroup::Cgroup;
 use crate::sys::{self, TargetFd};
 
 /// Descriptors in one unit of parallel work.
@@ -42,6 +43,8 @@ pub struct Process {
     pub start_time: u64,
     /// Its name as the kernel keeps it. Chosen by the process: escape it before it is shown.
     pub comm: String,
+    /// Where it belongs: its unit, its container.
+    pub cgroup: Cgroup,
 }
 
 /// What a scan of all processes gave.
@@ -210,6 +213,7 @@ impl Proc {
             pid,
             start_time: stat.starttime,
             comm: stat.comm,
+            cgroup: read_cgroup(process.as_fd())?,
         };
         Ok(Look::Owner(process, fds))
     }
@@ -218,6 +222,20 @@ impl Proc {
 fn open_in(dir: BorrowedFd<'_>, name: &CStr, flags: OFlag) -> io::Result<OwnedFd> {
     let flags = flags | OFlag::O_RDONLY | OFlag::O_CLOEXEC;
     Ok(openat(dir, name, flags, Mode::empty())?)
+}
+
+/// The cgroups of the process behind `process`; none on a kernel without cgroups (ENOENT).
+fn read_cgroup(process: BorrowedFd<'_>) -> io::Result<Cgroup> {
+    let read = || -> io::Result<String> {
+        let mut text = Vec::new();
+        File::from(open_in(process, c"cgroup", OFlag::empty())?).read_to_end(&mut text)?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    };
+    match read() {
+        Ok(text) => Ok(Cgroup::parse(&text)),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(Cgroup::default()),
+        Err(error) => Err(error),
+    }
 }
 
 /// Reading a stat file can fail with the process's end, which keeps its errno.
@@ -359,6 +377,22 @@ mod tests {
             .collect();
         held.sort_unstable();
         assert_eq!(held, [(42, 0, 3), (42, 1, 3), (42, 1, 9)]);
+    }
+
+    #[test]
+    fn an_owner_has_its_cgroup() {
+        let proc = TestProc::new();
+        proc.process(7, "nginx", &[(3, "socket:[42]")]);
+        proc.process(8, "none", &[(3, "socket:[42]")]);
+        let file = proc.dir.path().join("7/cgroup");
+        fs::write(file, "0::/system.slice/nginx.service\n").unwrap();
+        let scan = proc.find(&[42]);
+        let units: Vec<_> = scan
+            .processes
+            .iter()
+            .map(|p| p.cgroup.unit.as_deref())
+            .collect();
+        assert_eq!(units, [Some("nginx.service"), None]);
     }
 
     #[test]

@@ -116,6 +116,16 @@ struct Owner<'a> {
     pid: i32,
     comm: &'a str,
     fds: Vec<i32>,
+    unit: Option<&'a str>,
+    container: Option<JsonContainer<'a>>,
+}
+
+#[derive(Serialize)]
+struct JsonContainer<'a> {
+    runtime: &'static str,
+    id: Option<&'a str>,
+    name: Option<&'a str>,
+    pod_uid: Option<&'a str>,
 }
 
 #[derive(Serialize)]
@@ -219,6 +229,17 @@ fn owners<'a>(found: &'a Found, held: &[Held]) -> Vec<Owner<'a>> {
                 pid: process.pid,
                 comm: &process.comm,
                 fds: of_one.iter().map(|held| held.fd.0).collect(),
+                unit: process.cgroup.unit.as_deref(),
+                container: process
+                    .cgroup
+                    .container
+                    .as_ref()
+                    .map(|container| JsonContainer {
+                        runtime: container.runtime.name(),
+                        id: container.id.as_deref(),
+                        name: container.name.as_deref(),
+                        pod_uid: container.pod_uid.as_deref(),
+                    }),
             }
         })
         .collect()

@@ -11,6 +11,7 @@ use super::Tally;
 use super::escape::escape;
 use crate::config::{Action, Config};
 use crate::diagnosis::Cause;
+use crate::finder::cgroup::{Cgroup, unescape};
 use crate::finder::{Found, Held, Socket};
 use crate::injector::ActError;
 use crate::injector::ladder::{Outcome, Verdict};
@@ -40,6 +41,7 @@ pub fn write(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io
 
 /// Which columns there are.
 struct Layout {
+    whose: bool,
     state: bool,
     last: Option<&'static str>,
     verbose: bool,
@@ -48,7 +50,9 @@ struct Layout {
 impl Layout {
     fn new(run: &Run, config: &Config) -> Self {
         let states: BTreeSet<&str> = run.found.sockets.iter().map(|s| s.state.name()).collect();
+        let belongs = |cgroup: &Cgroup| cgroup.unit.is_some() || cgroup.container.is_some();
         Layout {
+            whose: run.found.processes.iter().any(|p| belongs(&p.cgroup)),
             state: states.len() > 1 || states.iter().any(|state| *state != "close-wait"),
             last: match config.action {
                 Action::List => None,
@@ -61,6 +65,7 @@ impl Layout {
 
     fn names(&self) -> Vec<&'static str> {
         let mut names = vec!["PROCESS", "FD"];
+        names.extend(self.whose.then_some("UNIT"));
         names.extend(self.state.then_some("STATE"));
         names.extend(["LOCAL", "PEER", "AGE", "RECV-Q", "SEND-Q", "CAUSE"]);
         names.extend(self.last);
@@ -117,6 +122,9 @@ impl Layout {
         let socket = &run.found.sockets[row];
         let (process, fd) = owner_cells(&run.found, socket, self.verbose);
         let mut cells = vec![Cell::new(process), Cell::new(fd)];
+        if self.whose {
+            cells.push(Cell::new(whose(&run.found, socket, self.verbose)));
+        }
         if self.state {
             cells.push(Cell::new(socket.state));
         }
@@ -168,6 +176,39 @@ fn names(found: &Found, held: &[Held], all: bool) -> (String, String) {
         let _ = write!(processes, " +{}", held.len() - shown.len());
     }
     (processes, fds)
+}
+
+/// The container or the unit of the first owner, or of all of them.
+fn whose(found: &Found, socket: &Socket, all: bool) -> String {
+    let held = match socket.listener {
+        Some(listener) => &found.listeners[listener].owners,
+        None => &socket.owners,
+    };
+    let shown = if all {
+        &held[..]
+    } else {
+        &held[..held.len().min(1)]
+    };
+    let mut names: Vec<String> = Vec::new();
+    for held in shown {
+        let cgroup = &found.processes[held.process].cgroup;
+        let name = match (&cgroup.container, &cgroup.unit) {
+            (Some(container), _) => match &container.pod_uid {
+                Some(pod) if all => format!("{container} pod {pod}"),
+                _ => container.to_string(),
+            },
+            (None, Some(unit)) => unescape(unit.strip_suffix(".service").unwrap_or(unit)),
+            (None, None) => "-".to_owned(),
+        };
+        let name = escape(&name);
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    match names.is_empty() {
+        true => "-".to_owned(),
+        false => names.join(","),
+    }
 }
 
 /// A duration in its two largest units.

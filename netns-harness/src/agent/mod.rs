@@ -23,7 +23,7 @@ pub use protocol::{Dial, Drained, End, Endpoint, Fd, How, Readiness, Recv, Socke
 
 use crate::host::Host;
 use crate::privilege;
-use crate::role::{Become, Identity};
+use crate::role::{Become, Group, Identity};
 use crate::spawner;
 
 /// How long an agent has for a request, beyond what the request itself allows it.
@@ -72,7 +72,7 @@ impl Agent {
             capabilities: options.capabilities.as_ref().map(names),
         };
         let mut command = host
-            .role(identity, true, Become::Agent { comm: comm.clone() })
+            .role(identity, Group::Own, Become::Agent { comm: comm.clone() })
             .command()?;
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child =

@@ -33,7 +33,7 @@ use super::protocol::{
     pattern,
 };
 use crate::kernel::canonical;
-use crate::role::{Become, Identity, Role};
+use crate::role::{Become, Group, Identity, Role};
 
 /// The most descriptors one SCM_RIGHTS message carries (SCM_MAX_FD in the kernel).
 const SCM_MAX_FD: usize = 253;
@@ -375,7 +375,7 @@ impl Server {
 fn start_holder(comm: &str) -> io::Result<Child> {
     let role = Role::here(
         Identity::default(),
-        false,
+        Group::Ours,
         Become::Holder {
             comm: comm.to_owned(),
         },

@@ -18,6 +18,7 @@ pub fn tests() -> Vec<Trial> {
         after_the_command_ends,
         after_sigkill_of_the_front,
         after_sigkill_of_the_keeper,
+        after_sigkill_of_the_whole_group,
         after_sigterm_of_the_front,
         after_ctrl_c,
         ctrl_c_is_the_commands_business,
@@ -176,6 +177,13 @@ fn after_sigkill_of_the_keeper() -> Result<()> {
     kill(run.keeper()?, Signal::SIGKILL)?;
     ensure!(run.wait()?.code() == Some(137));
     ensure!(run.processes()?.is_empty(), "{:?}", run.processes()?);
+    run.wait_until_all_is_gone()
+}
+
+/// As `timeout --signal=KILL` does it.
+fn after_sigkill_of_the_whole_group() -> Result<()> {
+    let run = Run::start(TENACIOUS)?;
+    killpg(run.front(), Signal::SIGKILL)?;
     run.wait_until_all_is_gone()
 }
 

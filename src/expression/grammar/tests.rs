@@ -276,7 +276,8 @@ fn errors_say_where_and_show_a_good_one() {
         ("state stuck", 7, "established"),
         ("state (close-wait)", 7, "before `(`"),
         ("fwmark = 1", 1, "not supported"),
-        ("cgroup = /x", 1, "--cgroup"),
+        ("cgroup > /x", 8, "no order"),
+        ("cgroup =", 9, "a cgroup"),
         ("sport = :80 and ünd", 17, "begins no condition"),
     ] {
         let error = error(text);
@@ -345,7 +346,7 @@ proptest! {
         prop::sample::select(vec![
             "sport", "dport", "src", "dst", "dev", "state", "exclude", "autobound", "and", "or", "not",
             "!", "&", "|", "(", ")", "=", "!=", "<", ">=", "eq", ":80", "80", "*", "http", "10/8", "[::1]:80",
-            "[", "]", "/", ":", "close-wait", "all", "eth0",
+            "[", "]", "/", ":", "close-wait", "all", "eth0", "cgroup",
         ]), 0..12)) {
         let text = words.join(" ");
         if let Err(error) = parse(&text, &services()) {

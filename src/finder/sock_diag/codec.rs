@@ -33,6 +33,7 @@ const IPPROTO_TCP: u8 = 6;
 /// Attribute kinds of a reply (linux/inet_diag.h).
 const INET_DIAG_INFO: u16 = 2;
 const INET_DIAG_SKV6ONLY: u16 = 11;
+const INET_DIAG_CGROUP_ID: u16 = 21;
 /// Attribute kind of a request (linux/inet_diag.h).
 const INET_DIAG_REQ_BYTECODE: u16 = 1;
 /// `struct nlattr`: length 2, kind 2.
@@ -188,6 +189,8 @@ pub struct SocketMessage {
     pub quiet: Option<Quiet>,
     /// Whether an IPv6 socket refuses IPv4, if the kernel says.
     pub v6only: Option<bool>,
+    /// The id of the cgroup v2 it was made in, if the kernel says (Linux 5.8): the inode of its directory.
+    pub cgroup: Option<u64>,
 }
 
 /// What a dump asks for.
@@ -377,11 +380,16 @@ fn parse_socket(payload: &[u8]) -> Result<SocketMessage, Malformed> {
         inode: u32_at(payload, 68),
         quiet: None,
         v6only: None,
+        cgroup: None,
     };
     for attribute in NlasIterator::new(&payload[MESSAGE_LEN..]) {
         let attribute = attribute.map_err(|_| Malformed("an attribute is cut short"))?;
         match attribute.kind() {
             INET_DIAG_INFO => message.quiet = parse_quiet(attribute.value()),
+            INET_DIAG_CGROUP_ID => {
+                let id = attribute.value().first_chunk();
+                message.cgroup = id.map(|id| u64::from_ne_bytes(*id));
+            }
             INET_DIAG_SKV6ONLY => message.v6only = attribute.value().first().map(|&b| b != 0),
             _ => {}
         }

@@ -42,6 +42,7 @@ pub(crate) fn stuck(local: &str, peer: &str, cookie: u64) -> SocketMessage {
             last_ack_recv: hour,
         }),
         v6only: None,
+        cgroup: None,
     }
 }
 

@@ -1,0 +1,201 @@
+//! Units and containers, in cgroups made for the test.
+//!
+//! Needs root of the machine: nobody else may make cgroups. Elsewhere these tests are shown as ignored.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use netns_harness::{Dial, Family, How, Lab, Options, TcpState};
+
+use crate::Case::{self, Once};
+use crate::support::{CWKILL, PATIENCE, Ran, at, count, cwkill, ran, same};
+
+pub const CASES: &[Case] = &[
+    Once("units_containers_and_cgroups_select", select),
+    Once("cgroup_in_an_expression_is_where_the_socket_was_made", made),
+];
+
+/// Whether cgroups can be made: cgroup2 can be mounted, by root of the machine.
+pub fn possible() -> bool {
+    in_cgroup2("true").is_ok()
+}
+
+const ID: &str = "3f4a9b2c1d0e5f6a7b8c9d0e1f2a3b4c5d6e7f8091a2b3c4d5e6f708192a3b4c";
+
+/// Runs a script in the root of cgroup2, mounted where nobody else sees it.
+fn in_cgroup2(script: &str) -> Result<()> {
+    let script = format!("mount -t cgroup2 none /mnt && cd /mnt && {script}");
+    let output = Command::new("unshare")
+        .args(["-m", "sh", "-ec", &script])
+        .output()
+        .context("run unshare")?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{script}: {stderr}");
+    Ok(())
+}
+
+/// Cgroups of this test, gone with it.
+struct Cgroups {
+    root: String,
+}
+
+impl Cgroups {
+    fn new(test: &str) -> Self {
+        Cgroups {
+            root: format!("cwkill-test-{}-{test}", std::process::id()),
+        }
+    }
+
+    fn put(&self, pid: u32, path: &str) -> Result<()> {
+        let dir = format!("{}/{path}", self.root);
+        in_cgroup2(&format!("mkdir -p {dir}; echo {pid} > {dir}/cgroup.procs"))
+    }
+}
+
+impl Drop for Cgroups {
+    fn drop(&mut self) {
+        // The processes are in the root again before their cgroups go.
+        let _ = in_cgroup2(&format!(
+            "for procs in $(find {0} -name cgroup.procs); do \
+                 for pid in $(cat $procs); do echo $pid > cgroup.procs || true; done; \
+             done; find {0} -depth -type d -exec rmdir {{}} +",
+            self.root
+        ));
+    }
+}
+
+/// Runs a command of the leaking host where cgroup2 is mounted.
+fn with_cgroup2(lab: &Lab, command: &str) -> Result<Ran> {
+    let script = format!("mount -t cgroup2 none /mnt && exec {command}");
+    ran(lab
+        .app_host()
+        .command("unshare")
+        .args(["-m", "sh", "-ec", &script]))
+}
+
+/// The kernel's cgroup of a socket is that of its maker, for ever; `--cgroup` goes by the owners of now.
+fn made() -> Result<()> {
+    let lab = Lab::new()?;
+    let cgroups = Cgroups::new("made");
+    let leak = lab.start("unread", Family::V4, count(3))?;
+    let dir = format!("{}/app.slice/web.service", cgroups.root);
+    cgroups.put(leak.app().pid(), "app.slice/web.service")?;
+    // These are made in the new cgroup.
+    let address = (leak.pair().app_address.ip(), 8100).into();
+    let listener = leak.app().listen(address, false, 8)?;
+    let ends = leak.peer().connect(address, 2, Dial::default(), PATIENCE)?;
+    leak.app().accept(listener, 2, PATIENCE)?;
+    let fds: Vec<_> = ends.iter().map(|end| end.fd).collect();
+    leak.peer().shutdown(&fds, How::Write)?;
+    lab.wait_for(PATIENCE, || {
+        Ok(crate::support::in_state(&lab, TcpState::CloseWait)? == 5)
+    })?;
+
+    for (expression, expected) in [
+        (format!("cgroup = {dir}"), 2),
+        (format!("cgroup {dir}"), 2),
+        (format!("cgroup != {dir}"), 3),
+        (format!("cgroup = {dir} or sport = :8080"), 5),
+        // Exactly this one, and not what is below it.
+        (format!("cgroup = {}/app.slice", cgroups.root), 0),
+    ] {
+        let ours = with_cgroup2(&lab, &format!("{CWKILL} -n --json '{expression}'"))?;
+        same(&ours.sockets()?.len(), &expected).with_context(|| expression.clone())?;
+        let by_ss = with_cgroup2(&lab, &format!("ss -Htn state close-wait {expression}"))?;
+        let rows = by_ss.exits(0)?.stdout.lines().count();
+        same(&rows, &expected).with_context(|| format!("ss {expression}"))?;
+    }
+    with_cgroup2(&lab, &format!("{CWKILL} -n 'cgroup = /nowhere'"))?
+        .exits(3)?
+        .complains("/nowhere")?;
+    cwkill(&lab, &format!("-n --json --cgroup /{}", cgroups.root))?
+        .sockets()
+        .and_then(|sockets| same(&sockets.len(), &5))
+}
+
+fn select() -> Result<()> {
+    let lab = Lab::new()?;
+    let cgroups = Cgroups::new("select");
+    let on = |port, count| Options {
+        port,
+        count,
+        own: true,
+        ..Options::default()
+    };
+    let unit = lab.start("unread", Family::V4, on(8001, 1))?;
+    let docker = lab.start("drained", Family::V6, on(8002, 2))?;
+    let lxc = lab.start("not-accepted", Family::Mapped, on(8003, 4))?;
+    let plain = lab.start("unread", Family::V4, on(8004, 8))?;
+    cgroups.put(
+        unit.app().pid(),
+        "system.slice/leaky@a\\\\x2db.service/main",
+    )?;
+    cgroups.put(
+        docker.app().pid(),
+        &format!("system.slice/docker-{ID}.scope"),
+    )?;
+    cgroups.put(lxc.app().pid(), "lxc.payload.web/app")?;
+    let root = &cgroups.root;
+    let cases = [
+        ("--unit leaky@a-b".to_owned(), 1),
+        ("--unit leaky@a\\x2db.service".into(), 1),
+        ("--unit leaky@*".into(), 1),
+        ("--unit leaky".into(), 0),
+        (format!("--unit docker-{ID}.scope"), 2),
+        (format!("--container {ID}"), 2),
+        (format!("--container {}", &ID[..12]), 2),
+        (format!("--container {}", &ID[..7]), 0),
+        // Never accepted: the listener's owner is in the container.
+        ("--container web".into(), 4),
+        ("--container web,3f4a9b2c1d0e".into(), 6),
+        (format!("--cgroup /{root}/system.slice"), 3),
+        (format!("--cgroup /{root}/system.slice/"), 3),
+        (format!("--cgroup /sys/fs/cgroup/{root}"), 7),
+        (format!("--cgroup /{root}/system"), 0),
+        (format!("--cgroup /{root} --port 8003"), 4),
+        (
+            format!("--cgroup /{root}/lxc.payload.web --unit leaky@*"),
+            0,
+        ),
+        ("--all".into(), 15),
+    ];
+    for (selector, expected) in cases {
+        let status = if expected == 0 { 1 } else { 0 };
+        let sockets = cwkill(&lab, &format!("-n --json {selector}"))?
+            .exits(status)
+            .and_then(|ran| ran.sockets())
+            .with_context(|| selector.clone())?;
+        same(&sockets.len(), &expected).with_context(|| selector.clone())?;
+    }
+
+    let told = |port, pointer| -> Result<String> {
+        let sockets = cwkill(&lab, &format!("-n --json --port {port}"))?.sockets()?;
+        Ok(at(&sockets[0], pointer))
+    };
+    same(
+        &told(8001, "/owners/0/unit")?,
+        &"leaky@a\\x2db.service".into(),
+    )?;
+    same(&told(8001, "/owners/0/container")?, &"null".into())?;
+    same(
+        &told(8002, "/owners/0/container/runtime")?,
+        &"docker".into(),
+    )?;
+    same(&told(8002, "/owners/0/container/id")?, &ID.into())?;
+    same(
+        &told(8003, "/listener/owners/0/container/name")?,
+        &"web".into(),
+    )?;
+
+    let table = cwkill(&lab, "")?.exits(0)?.stdout;
+    for text in ["UNIT", " leaky@a-b ", " docker 3f4a9b2c1d0e ", " lxc web "] {
+        ensure!(table.contains(text), "no {text:?} in\n{table}");
+    }
+
+    cwkill(&lab, "--container web --method destroy")?.exits(0)?;
+    cwkill(&lab, "--all -n --json")?
+        .sockets()
+        .and_then(|sockets| same(&sockets.len(), &11))?;
+    ensure!(plain.app().is_alive());
+    Ok(())
+}
