@@ -108,6 +108,21 @@ pub struct Args {
     #[arg(help_heading = SELECTORS)]
     pub ipv6: bool,
 
+    /// Look into this network namespace (does not make it act by itself)
+    #[arg(
+        short = 'N',
+        long,
+        value_name = "NAME|PATH|PID",
+        conflicts_with = "all_netns"
+    )]
+    #[arg(help_heading = SELECTORS)]
+    pub netns: Option<String>,
+
+    /// Look into every network namespace (does not make it act by itself)
+    #[arg(long)]
+    #[arg(help_heading = SELECTORS)]
+    pub all_netns: bool,
+
     /// Everything that is stuck
     #[arg(long)]
     #[arg(help_heading = SELECTORS)]

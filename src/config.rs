@@ -7,6 +7,7 @@ use clap::{ColorChoice, CommandFactory};
 
 use crate::cli::{Args, MethodChoice};
 use crate::expression::{self, Expression, Services, States};
+use crate::finder::netns::Which;
 use crate::injector::MethodName;
 use crate::plan::Policy;
 use crate::selectors::{IpVersion, Selectors};
@@ -41,6 +42,8 @@ pub enum Format {
 pub struct Config {
     /// What to match.
     pub selectors: Selectors,
+    /// Where to look.
+    pub netns: Which,
     /// What to do with it.
     pub action: Action,
     /// What may be done.
@@ -97,7 +100,13 @@ impl Config {
                  have been idle, for example --min-age 1h",
             ));
         }
+        let netns = match (args.netns, args.all_netns) {
+            (Some(name), _) => Which::One(name),
+            (None, true) => Which::All,
+            (None, false) => Which::Ours,
+        };
         Ok(Config {
+            netns,
             action,
             policy: Policy {
                 methods: methods(&args.method)?,

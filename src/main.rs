@@ -2,8 +2,8 @@
 
 use std::io::{self, BufWriter, IsTerminal, Write};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -16,14 +16,15 @@ use cwkill::finder::owners::Proc;
 use cwkill::injector::MethodName;
 use cwkill::injector::ladder::Surroundings;
 use cwkill::pipeline::{self, Run};
-use cwkill::report::{ExitStatus, Tally, json, text};
+use cwkill::privileges::HOW_TO_GRANT;
+use cwkill::report::{ExitStatus, exit_status, json, notes, text};
 
 fn main() -> ExitCode {
     let config = Config::from_args(Args::parse()).unwrap_or_else(|error| error.exit());
     match run(&config) {
         Ok(status) => status.into(),
         Err(error) => {
-            eprintln!("cwkill: {error:#}");
+            say(format_args!("{error:#}"));
             ExitStatus::Impossible.into()
         }
     }
@@ -32,20 +33,30 @@ fn main() -> ExitCode {
 fn run(config: &Config) -> anyhow::Result<ExitStatus> {
     if config.format != Format::Quiet {
         for note in &config.notes {
-            eprintln!("cwkill: note: {note}");
+            say(format_args!("note: {note}"));
         }
     }
     let terminal = Terminal::new(config)?;
     let run = pipeline::run(config, &Proc::default(), &terminal)?;
-    terminal.progress.finish_and_clear();
-    let status = Tally::of(&run).exit_status();
-    match report(&run, config) {
+    drop(terminal);
+    let written = report(&run, config);
+    messages(&run, config);
+    match written {
         // The reader has seen enough; what was done is done, and the status still says how it went.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
-        other => other.context("cannot write the report")?,
+        Err(error) if run.deeds.is_some() => {
+            say(format_args!(
+                "the work is done, but its report cannot be written: {error}"
+            ));
+        }
+        other => other.context("cannot write the listing")?,
     }
-    messages(&run, config);
-    Ok(status)
+    Ok(exit_status(&run))
+}
+
+/// Writes a line to stderr; where that is closed or full there is nobody to tell.
+fn say(message: std::fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr(), "cwkill: {message}");
 }
 
 fn report(run: &Run, config: &Config) -> io::Result<()> {
@@ -70,13 +81,16 @@ fn messages(run: &Run, config: &Config) {
     if config.format == Format::Quiet {
         return;
     }
-    let mut err = io::stderr().lock();
-    for note in text::notes(run) {
-        let _ = writeln!(err, "cwkill: note: {note}");
+    for note in notes::notes(run) {
+        say(format_args!("note: {note}"));
     }
     if config.action != Action::List {
-        for need in text::missing_privileges(run) {
-            let _ = writeln!(err, "cwkill: hint: {}", need.hint());
+        let missing = notes::missing_privileges(run);
+        for need in &missing {
+            say(format_args!("hint: {}", need.purpose()));
+        }
+        if !missing.is_empty() {
+            say(format_args!("hint: {HOW_TO_GRANT}"));
         }
     }
 }
@@ -84,14 +98,15 @@ fn messages(run: &Run, config: &Config) {
 /// The clock, the operator's Ctrl-C and the progress bar.
 struct Terminal {
     interrupted: Arc<AtomicBool>,
-    began: Instant,
     progress: ProgressBar,
+    /// Closed when the run is over.
+    _running: mpsc::Sender<()>,
 }
 
-impl Terminal {
-    /// How long a run may take before it shows progress.
-    const PATIENCE: Duration = Duration::from_secs(1);
+/// How long a run may take before it shows progress.
+const PATIENCE: Duration = Duration::from_secs(1);
 
+impl Terminal {
     fn new(config: &Config) -> anyhow::Result<Self> {
         let interrupted = Arc::new(AtomicBool::new(false));
         if config.action == Action::Act {
@@ -103,11 +118,32 @@ impl Terminal {
                     .context("cannot handle Ctrl-C")?;
             }
         }
+        let progress = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
+        progress.set_message("looking for sockets");
+        let (running, over) = mpsc::channel::<()>();
+        if config.format != Format::Quiet && io::stderr().is_terminal() {
+            let progress = progress.clone();
+            std::thread::spawn(move || {
+                if over.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+                    progress.set_draw_target(ProgressDrawTarget::stderr());
+                    progress.enable_steady_tick(Duration::from_millis(100));
+                }
+            });
+        }
         Ok(Terminal {
             interrupted,
-            began: Instant::now(),
-            progress: ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden()),
+            progress: progress.with_style(
+                ProgressStyle::with_template("{spinner} {msg} ({pos} sockets acted on)")
+                    .expect("the template is fixed and valid"),
+            ),
+            _running: running,
         })
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        self.progress.finish_and_clear();
     }
 }
 
@@ -117,6 +153,7 @@ impl Surroundings for Terminal {
     }
 
     fn pause(&self, duration: Duration) {
+        self.progress.set_message("waiting for sockets to close");
         std::thread::sleep(duration);
     }
 
@@ -125,18 +162,8 @@ impl Surroundings for Terminal {
     }
 
     fn acted(&self, method: MethodName, sockets: usize) {
+        self.progress.set_message(method.name());
         self.progress
             .inc(u64::try_from(sockets).unwrap_or(u64::MAX));
-        self.progress.set_message(method.name());
-        if self.progress.is_hidden()
-            && self.began.elapsed() > Self::PATIENCE
-            && io::stderr().is_terminal()
-        {
-            self.progress.set_style(
-                ProgressStyle::with_template("{spinner} {msg}: {pos} sockets")
-                    .expect("the template is fixed and valid"),
-            );
-            self.progress.set_draw_target(ProgressDrawTarget::stderr());
-        }
     }
 }

@@ -1,25 +1,34 @@
 //! The pipeline: find, diagnose, plan, inject, verify, as one call without a terminal, a clock or a
 //! global in it.
 
-use std::path::PathBuf;
+use std::collections::HashMap;
+use std::io;
+use std::thread;
 
 use anyhow::Context;
 
 use crate::config::{Action, Config};
-use crate::finder::netns::Netns;
-use crate::finder::owners::Proc;
+use crate::diagnosis::Cause;
+use crate::finder::listeners::Listeners;
+use crate::finder::netns::{Netns, Which};
+use crate::finder::owners::{Holding, Proc};
 use crate::finder::sock_diag::SockDiag;
 use crate::finder::{self, Found};
-use crate::injector::ladder::{self, Outcome, Rules, Surroundings, Verdict};
-use crate::injector::{self};
+use crate::injector::ladder::{self, Attempt, Outcome, Rules, Surroundings, Verdict};
+use crate::injector::{self, ActError};
 use crate::plan::{self, Plan};
 use crate::privileges::Privileges;
+
+/// Sockets of one namespace that are worth a second crew.
+const CREW: usize = 2048;
+/// Crews at work at the same time: enough to wait for many namespaces together.
+const CREWS_AT_ONCE: usize = 16;
 
 /// What was found, planned and done: all that a report needs.
 #[derive(Debug)]
 pub struct Run {
-    /// The network namespace it happened in.
-    pub netns: Netns,
+    /// The network namespaces that were looked into; [`finder::Socket::netns`] counts them.
+    pub namespaces: Vec<Netns>,
     /// What matched.
     pub found: Found,
     /// What was planned for each socket of `found`.
@@ -33,72 +42,198 @@ pub struct Run {
 pub struct Deed {
     /// The outcome.
     pub outcome: Outcome,
-    /// Descriptors of the closed socket that are still open in its owners: indices in
-    /// [`finder::Socket::owners`]. Only closing them frees them.
-    pub open_descriptors: Vec<usize>,
+    /// Of a socket that is closed or about to be: whether each of [`finder::Socket::owners`] still has
+    /// its descriptor. Only closing it frees it. `None` where the owners are not known.
+    pub descriptors: Option<Vec<Holding>>,
 }
 
-/// Runs the pipeline as far as `config` wants it, in the network namespace of the calling thread.
+/// Runs the pipeline as far as `config` wants it.
 ///
 /// # Errors
-/// Nothing can be found or nothing can be acted on at all; what happens to a single socket is in
-/// its outcome.
+/// Nothing can be found at all; what happens to a single socket is in its outcome.
 pub fn run(config: &Config, proc: &Proc, surroundings: &dyn Surroundings) -> anyhow::Result<Run> {
-    let netns = Netns::of_this_thread(&PathBuf::from("/run/netns"))
-        .context("cannot tell the network namespace")?;
-    let mut diag = SockDiag::open()
-        .context("cannot open a sock_diag socket (is CONFIG_INET_DIAG in this kernel?)")?;
-    let found = finder::find(&mut diag, proc, &config.selectors)?;
-    let plans = plan::build(&found, &config.policy, &Privileges::of_this_thread()?);
+    let namespaces = config
+        .netns
+        .open(proc)
+        .with_context(|| match &config.netns {
+            Which::One(text) => format!("cannot open the network namespace {text}"),
+            Which::Ours | Which::All => "cannot tell the network namespaces".into(),
+        })?;
+    let mut found = finder::find(&namespaces.open, proc, &config.selectors)?;
+    found.unreachable_namespaces += namespaces.unreachable;
+    let privileges = Privileges::of_this_thread()?;
+    let plans = plan::build(&found, &config.policy, &privileges);
     let mut run = Run {
-        netns,
+        namespaces: namespaces.open,
         found,
         plans,
         deeds: None,
     };
-    if config.action != Action::Act {
-        return Ok(run);
+    if config.action == Action::Act {
+        let outcomes = act(&mut run, config, proc, surroundings);
+        run.deeds = Some(account(&run.found, outcomes, proc));
     }
-    let mut methods = injector::methods(&config.policy.methods, proc)
-        .context("cannot open a second sock_diag socket")?;
+    Ok(run)
+}
+
+/// What a crew brings back.
+struct Report {
+    outcomes: Vec<Outcome>,
+    /// Connections that wait at listening sockets, by inode, if any was closed before it was accepted.
+    waiting: HashMap<u32, u32>,
+}
+
+/// Closes what is planned, the namespaces and the parts of a large one side by side.
+fn act(
+    run: &mut Run,
+    config: &Config,
+    proc: &Proc,
+    surroundings: &dyn Surroundings,
+) -> Vec<Outcome> {
     let rules = Rules {
         grace: config.grace,
         discard_unsent: config.policy.discard_unsent,
         selectors: &config.selectors,
     };
-    let outcomes = ladder::climb(
-        &run.found,
-        &run.plans,
-        &mut methods,
-        &mut diag,
-        rules,
-        surroundings,
-    )
-    .context("lost contact with the kernel while acting; list again to see what is left")?;
-    run.deeds = Some(account(&run.found, outcomes, proc));
-    Ok(run)
+    let crews = crews(&run.found);
+    let work = |members: &[usize]| {
+        let netns = &run.namespaces[run.found.sockets[members[0]].netns];
+        let names = &config.policy.methods;
+        let begin = || -> io::Result<Report> {
+            let mut diag = SockDiag::open()?;
+            let mut methods = injector::methods(names, proc)?;
+            let (found, plans) = (&run.found, &run.plans);
+            let outcomes = ladder::climb(
+                found,
+                plans,
+                members,
+                &mut methods,
+                &mut diag,
+                rules,
+                surroundings,
+            );
+            let waiting = waiting(found, members, &outcomes, &mut diag);
+            Ok(Report { outcomes, waiting })
+        };
+        netns
+            .within(begin)
+            .and_then(|report| report)
+            .unwrap_or_else(|error| Report {
+                outcomes: not_begun(&run.plans, members, &error),
+                waiting: HashMap::new(),
+            })
+    };
+    let mut reports = Vec::with_capacity(crews.len());
+    for some in crews.chunks(CREWS_AT_ONCE) {
+        thread::scope(|scope| {
+            let workers: Vec<_> = some.iter().map(|crew| scope.spawn(|| work(crew))).collect();
+            let report = |worker: thread::ScopedJoinHandle<'_, Report>| {
+                worker
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            reports.extend(workers.into_iter().map(report));
+        });
+    }
+
+    let mut outcomes: Vec<Option<Outcome>> = run.plans.iter().map(|_| None).collect();
+    for (crew, report) in crews.iter().zip(reports) {
+        for (&at, outcome) in crew.iter().zip(report.outcomes) {
+            outcomes[at] = Some(outcome);
+        }
+        for listener in &mut run.found.listeners {
+            if listener
+                .inodes
+                .iter()
+                .any(|inode| report.waiting.contains_key(inode))
+            {
+                let waiting = listener
+                    .inodes
+                    .iter()
+                    .filter_map(|inode| report.waiting.get(inode));
+                listener.waiting = waiting.sum();
+            }
+        }
+    }
+    outcomes.into_iter().flatten().collect()
+}
+
+/// The sockets that are worked on together: those of one namespace, and of a large one a share each
+/// for every processor.
+fn crews(found: &Found) -> Vec<Vec<usize>> {
+    let mut by_netns: HashMap<usize, Vec<usize>> = HashMap::new();
+    for (at, socket) in found.sockets.iter().enumerate() {
+        by_netns.entry(socket.netns).or_default().push(at);
+    }
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let share = |members: Vec<usize>| -> Vec<Vec<usize>> {
+        let size = members.len().div_ceil(processors).max(CREW);
+        members.chunks(size).map(<[usize]>::to_vec).collect()
+    };
+    by_netns.into_values().flat_map(share).collect()
+}
+
+/// The outcomes where a crew could not even begin.
+fn not_begun(plans: &[Plan], members: &[usize], error: &io::Error) -> Vec<Outcome> {
+    let errno = error.raw_os_error().unwrap_or(libc::EIO);
+    let failed = |&at: &usize| {
+        let error = || ActError::Os("preparing", io::Error::from_raw_os_error(errno));
+        let attempts = plans[at].methods.iter().map(|&method| Attempt {
+            method,
+            error: Some(error()),
+        });
+        Outcome {
+            verdict: Verdict::Failed,
+            attempts: attempts.collect(),
+        }
+    };
+    members.iter().map(failed).collect()
+}
+
+/// The state of the backlogs after connections in them were closed.
+fn waiting(
+    found: &Found,
+    members: &[usize],
+    outcomes: &[Outcome],
+    diag: &mut SockDiag,
+) -> HashMap<u32, u32> {
+    let closed = |outcome: &Outcome| matches!(outcome.verdict, Verdict::Closed(_));
+    let mut both = members.iter().zip(outcomes);
+    let any =
+        both.any(|(&at, outcome)| found.sockets[at].cause == Cause::NotAccepted && closed(outcome));
+    match any {
+        true => Listeners::read(diag).map_or_else(|_| HashMap::new(), |l| l.waiting_by_inode()),
+        false => HashMap::new(),
+    }
 }
 
 /// Adds to every outcome which descriptors of the dead socket are still open.
 fn account(found: &Found, outcomes: Vec<Outcome>, proc: &Proc) -> Vec<Deed> {
-    let mut deeds: Vec<Deed> = outcomes
-        .into_iter()
-        .map(|outcome| Deed {
-            outcome,
-            open_descriptors: Vec::new(),
-        })
-        .collect();
     let mut asked = vec![Vec::new(); found.processes.len()];
-    for (at, deed) in deeds.iter().enumerate() {
+    let mut deeds = Vec::with_capacity(outcomes.len());
+    for (at, outcome) in outcomes.into_iter().enumerate() {
         let socket = &found.sockets[at];
-        if let (Verdict::Closed(_), Some(inode)) = (&deed.outcome.verdict, socket.inode) {
-            for (owner, held) in socket.owners.iter().enumerate() {
-                asked[held.process].push((held.fd, inode, (at, owner)));
+        let over = matches!(outcome.verdict, Verdict::Closed(_) | Verdict::Closing(..));
+        let descriptors = match socket.inode {
+            // No descriptor was ever made, or none is left.
+            None if over => Some(Vec::new()),
+            Some(inode) if over && !socket.owners.is_empty() => {
+                for (owner, held) in socket.owners.iter().enumerate() {
+                    asked[held.process].push((held.fd, inode, (at, owner)));
+                }
+                Some(vec![Holding::Unknown; socket.owners.len()])
             }
-        }
+            _ => None,
+        };
+        deeds.push(Deed {
+            outcome,
+            descriptors,
+        });
     }
-    for (at, owner) in proc.still_held(&found.processes, asked) {
-        deeds[at].open_descriptors.push(owner);
+    for ((at, owner), holding) in proc.still_held(&found.processes, &asked) {
+        if let Some(descriptors) = &mut deeds[at].descriptors {
+            descriptors[owner] = holding;
+        }
     }
     deeds
 }

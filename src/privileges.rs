@@ -31,27 +31,27 @@ impl fmt::Display for Need {
 }
 
 impl Need {
-    /// What it is for and how to grant it, as one sentence for the operator.
-    pub fn hint(self) -> &'static str {
+    /// What it is for, as one sentence for the operator.
+    pub fn purpose(self) -> &'static str {
         match self {
-            Need::NetAdmin => {
-                "destroy needs CAP_NET_ADMIN to abort a socket: run cwkill with sudo, or grant it once \
-                 with `setcap cap_net_admin+ep` on the binary"
-            }
+            Need::NetAdmin => "destroy needs CAP_NET_ADMIN to have the kernel abort a socket",
             Need::NetRaw => {
                 "rst, and probe of a socket without an owner, need CAP_NET_RAW to send and see single \
-                 segments: run cwkill with sudo, or grant it once with `setcap cap_net_raw,cap_net_admin+ep` \
-                 on the binary"
+                 segments"
             }
             Need::Ptrace => {
-                "shutdown needs CAP_SYS_PTRACE to reach into another user's process: run cwkill with \
-                 sudo or as the owner's user, or grant it once with \
-                 `setcap cap_sys_ptrace,cap_dac_read_search+ep` on the binary \
-                 (kernel.yama.ptrace_scope can forbid it even to the owner's user)"
+                "seeing the owners of other users' sockets, and shutdown through them, need \
+                 CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH (within one user only that the owner has no \
+                 more capabilities than cwkill, and that kernel.yama.ptrace_scope allows it)"
             }
         }
     }
 }
+
+/// How to grant whatever is missing. All of it: with a part, the methods that are left may be harsher.
+pub const HOW_TO_GRANT: &str = "run cwkill with sudo, or grant its binary what it needs once: \
+    `setcap cap_dac_read_search,cap_net_admin,cap_net_raw,cap_sys_ptrace+ep`, and let only those run \
+    it who may close anybody's connections";
 
 /// What this process may do on the kernel it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

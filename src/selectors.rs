@@ -13,7 +13,7 @@ use crate::diagnosis::Cause;
 use crate::expression::{End, Expression, Facts, Namespace};
 use crate::finder::Socket;
 use crate::finder::cgroup::{Cgroup, unescape};
-use crate::finder::owners::Process;
+use crate::finder::owners::{Process, Unreadable};
 use crate::tcp::{StateSet, TcpState};
 
 /// A conjunction of selectors; of one selector, any value will do. An empty list selects nothing away.
@@ -177,7 +177,6 @@ impl Selectors {
             && in_networks(&self.local, socket.tuple.local.ip())
             && in_networks(&self.peer, socket.tuple.peer.ip())
             && self.ip_version.is_none_or(|wanted| wanted == version)
-            && (self.users.is_empty() || self.users.contains(&socket.uid))
             && self.expression.matches(&Facts::from(socket))
             && self.still_matches(socket)
     }
@@ -188,22 +187,31 @@ impl Selectors {
             && (self.causes.is_empty() || self.causes.contains(&socket.cause))
     }
 
-    /// Whether one of `owners` matches; without a selector of owners, also when there is none.
-    pub fn match_owners<'a>(&self, owners: impl Iterator<Item = &'a Process>) -> bool {
-        if !self.selects_owners() {
-            return true;
-        }
-        let mut owners = owners;
-        owners.any(|owner| {
-            (self.pids.is_empty() || self.pids.contains(&owner.pid))
-                && (self.processes.is_empty()
-                    || self.processes.iter().any(|glob| glob.is_match(&owner.comm)))
-                && self.match_cgroup(&owner.cgroup)
-        })
+    /// Whether the user of a socket is one of those asked for.
+    pub fn match_user(&self, uid: u32) -> bool {
+        self.users.is_empty() || self.users.contains(&uid)
+    }
+
+    /// Whether `owner` is one of those asked for.
+    pub fn match_owner(&self, owner: &Process) -> bool {
+        self.match_process(owner.pid, Some(&owner.comm)) && self.match_cgroup(&owner.cgroup)
+    }
+
+    /// Whether one of the processes that could not be read may be an owner that is asked for.
+    pub fn could_match(&self, unreadable: &[Unreadable]) -> bool {
+        let could = |process: &Unreadable| self.match_process(process.pid, process.comm.as_deref());
+        self.selects_owners() && unreadable.iter().any(could)
+    }
+
+    /// Whether a process is asked for by its number and its name; an unknown name may be any.
+    fn match_process(&self, pid: i32, comm: Option<&str>) -> bool {
+        let named = |comm| self.processes.iter().any(|glob| glob.is_match(comm));
+        (self.pids.is_empty() || self.pids.contains(&pid))
+            && (self.processes.is_empty() || comm.is_none_or(named))
     }
 
     /// Whether owners decide what matches.
-    fn selects_owners(&self) -> bool {
+    pub fn selects_owners(&self) -> bool {
         !(self.pids.is_empty()
             && self.processes.is_empty()
             && self.units.is_empty()
@@ -271,8 +279,6 @@ mod tests {
         }));
         assert!(matches(|s| s.local = vec!["10.0.0.0/8".parse().unwrap()]));
         assert!(!matches(|s| s.peer = vec!["10.0.0.1/32".parse().unwrap()]));
-        assert!(matches(|s| s.users = [0, 1000].into()));
-        assert!(!matches(|s| s.users = [0].into()));
         assert!(!matches(|s| s.states = TcpState::LastAck.into()));
         assert!(matches(
             |s| s.causes = [Cause::Unread, Cause::Drained].into()
@@ -317,17 +323,40 @@ mod tests {
             cgroup: Cgroup::default(),
         };
         let owners = [process(1, "java"), process(2, "nginx")];
+        let any = |selectors: &Selectors| owners.iter().any(|owner| selectors.match_owner(owner));
         let mut selectors = Selectors {
             processes: vec![Glob::new("ja*").unwrap().compile_matcher()],
             ..Selectors::default()
         };
-        assert!(selectors.match_owners(owners.iter()));
+        assert!(any(&selectors));
         selectors.pids = [2].into();
-        assert!(!selectors.match_owners(owners.iter()));
+        assert!(!any(&selectors));
         selectors.pids = [1].into();
-        assert!(selectors.match_owners(owners.iter()));
-        assert!(!selectors.match_owners([].iter()), "no owner, no match");
-        assert!(Selectors::default().match_owners([].iter()));
+        assert!(any(&selectors));
+        assert!(selectors.selects_owners());
+        assert!(!Selectors::default().selects_owners());
+    }
+
+    #[test]
+    fn a_process_that_cannot_be_read_may_be_the_one() {
+        let hidden = |pid, comm: Option<&str>| Unreadable {
+            pid,
+            comm: comm.map(str::to_owned),
+        };
+        let java = Selectors {
+            processes: vec![Glob::new("java").unwrap().compile_matcher()],
+            ..Selectors::default()
+        };
+        assert!(java.could_match(&[hidden(1, Some("java"))]));
+        assert!(!java.could_match(&[hidden(1, Some("nginx"))]));
+        assert!(java.could_match(&[hidden(1, None)]));
+        let pid = Selectors {
+            pids: [7].into(),
+            ..Selectors::default()
+        };
+        assert!(pid.could_match(&[hidden(7, Some("x"))]));
+        assert!(!pid.could_match(&[hidden(8, None)]));
+        assert!(!Selectors::default().could_match(&[hidden(7, None)]));
     }
 
     #[test]
@@ -348,7 +377,7 @@ mod tests {
         let who = |change: &dyn Fn(&mut Selectors)| -> Vec<i32> {
             let mut selectors = Selectors::default();
             change(&mut selectors);
-            let matching = |owner: &&Process| selectors.match_owners([*owner].into_iter());
+            let matching = |owner: &&Process| selectors.match_owner(owner);
             owners.iter().filter(matching).map(|p| p.pid).collect()
         };
         let unit = |name: &str| who(&|s| s.units = vec![UnitName::new(name).unwrap()]);

@@ -135,7 +135,7 @@ const SIOCOUTQNSD: libc::Ioctl = 0x894b;
 
 /// Fills `buf` with directory entries and returns those written; none at the end of the directory.
 ///
-/// The result is a sequence of `struct linux_dirent64`, read in `finder::owners`.
+/// The result is a sequence of `struct linux_dirent64`, which `finder::owners` reads.
 ///
 /// # Errors
 /// ENOENT, ESRCH: the directory's process is gone. Source: fs/readdir.c, getdents64(2).

@@ -9,13 +9,18 @@ use std::net::SocketAddr;
 
 use crate::finder::Held;
 use crate::finder::sock_diag::{DiagId, DumpError, DumpRequest, Family, SockDiag, SocketMessage};
+use crate::tcp::TcpState;
 
 /// The listeners at one address: one, or a group made with SO_REUSEPORT.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listener {
     /// Where it listens.
     pub local: SocketAddr,
-    /// Connections waiting for accept(), over the whole group.
+    /// The inodes of its sockets.
+    pub inodes: Vec<u32>,
+    /// The user of its sockets.
+    pub uid: u32,
+    /// Connections waiting for accept(), over the whole group, when last looked at.
     pub waiting: u32,
     /// The limit of the backlog, over the whole group.
     pub backlog: u32,
@@ -40,9 +45,11 @@ struct Group {
     interface: u32,
     /// Takes IPv4 connections on an IPv6 wildcard.
     dual_stack: bool,
+    uid: u32,
     waiting: u32,
     backlog: u32,
-    inodes: Vec<u32>,
+    /// Inode of each socket, and the connections waiting at it.
+    sockets: Vec<(u32, u32)>,
 }
 
 impl Listeners {
@@ -52,7 +59,7 @@ impl Listeners {
         for family in Family::ALL {
             let request = DumpRequest {
                 family,
-                states: super::listening(),
+                states: TcpState::Listen.into(),
                 info: false,
                 bytecode: &[],
             };
@@ -69,9 +76,10 @@ impl Listeners {
             family: message.id.family(),
             interface: message.id.interface(),
             dual_stack: message.id.family() == Family::V6 && message.v6only != Some(true),
+            uid: message.uid,
             waiting: message.recv_q,
             backlog: message.send_q,
-            inodes: vec![message.inode],
+            sockets: vec![(message.inode, message.recv_q)],
         };
         let on_port = self.by_port.entry(candidate.local.port()).or_default();
         let groups = &mut self.groups;
@@ -103,21 +111,33 @@ impl Listeners {
         }))
     }
 
+    /// How many listeners were asked for so far.
+    pub fn used(&self) -> usize {
+        self.used.len()
+    }
+
+    /// How many connections wait for accept() at each listening socket, by its inode.
+    pub fn waiting_by_inode(&self) -> HashMap<u32, u32> {
+        let sockets = self.groups.iter().flat_map(|group| &group.sockets);
+        sockets.copied().collect()
+    }
+
     /// The inodes of the listeners asked for so far.
     pub fn used_inodes(&self) -> impl Iterator<Item = u32> + '_ {
         let used = self.used.iter().map(|&at| &self.groups[at]);
-        used.flat_map(|group| group.inodes.iter().copied())
+        used.flat_map(|group| group.inodes())
     }
 
     /// The listeners asked for, with their owners.
     pub fn into_used(self, owners: impl Fn(u32) -> Vec<Held>) -> Vec<Listener> {
         let used = self.used.iter().map(|&at| &self.groups[at]);
         used.map(|group| {
-            let inodes = group.inodes.iter().copied();
-            let mut held: Vec<Held> = inodes.flat_map(&owners).collect();
+            let mut held: Vec<Held> = group.inodes().flat_map(&owners).collect();
             held.sort_unstable();
             Listener {
                 local: group.local,
+                inodes: group.inodes().collect(),
+                uid: group.uid,
                 waiting: group.waiting,
                 backlog: group.backlog,
                 owners: held,
@@ -134,10 +154,14 @@ impl Group {
         key(self) == key(other)
     }
 
+    fn inodes(&self) -> impl Iterator<Item = u32> + '_ {
+        self.sockets.iter().map(|(inode, _)| *inode)
+    }
+
     fn join(&mut self, other: Group) {
         self.waiting = self.waiting.saturating_add(other.waiting);
         self.backlog = self.backlog.saturating_add(other.backlog);
-        self.inodes.extend(other.inodes);
+        self.sockets.extend(other.sockets);
     }
 
     /// How well the group fits a connection to `local`; `None` if it would never take it.

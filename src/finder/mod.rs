@@ -11,6 +11,7 @@ pub mod listeners;
 pub mod netns;
 pub mod owners;
 pub mod sock_diag;
+mod view;
 
 use std::collections::HashMap;
 use std::io;
@@ -18,19 +19,26 @@ use std::time::Duration;
 
 use crate::diagnosis::{self, Cause};
 use crate::selectors::Selectors;
-use crate::tcp::{StateSet, TcpState, Tuple};
+use crate::tcp::{TcpState, Tuple};
 
 use listeners::{Listener, Listeners};
-use owners::{OwnerScan, Proc, Process};
-use sock_diag::{Cookie, DiagId, DumpError, DumpRequest, Family, SockDiag, SocketMessage};
+use netns::Netns;
+use owners::{Proc, Process, Unreadable};
+use sock_diag::{Cookie, DiagId, DumpError, SocketMessage};
+use view::View;
 
 pub use crate::sys::TargetFd;
+
+/// How many namespaces are looked into at the same time.
+const NAMESPACES_AT_ONCE: usize = 8;
 
 /// A socket that matches, with everything known about it.
 #[derive(Clone, Debug)]
 pub struct Socket {
     /// Its name to the kernel.
     pub id: DiagId,
+    /// Index of its network namespace in the list that was given to [`find`].
+    pub netns: usize,
     /// Its endpoints, IPv4-mapped addresses written as IPv4.
     pub tuple: Tuple,
     /// Its state at the dump.
@@ -39,7 +47,7 @@ pub struct Socket {
     pub recv_q: u32,
     /// Bytes written and not acknowledged. See [`SocketMessage::send_q`].
     pub send_q: u32,
-    /// User of the socket's inode.
+    /// User of the socket's inode; of the listener's, for one that was never accepted.
     pub uid: u32,
     /// The cgroup v2 it was made in. See [`SocketMessage::cgroup`].
     pub cgroup: Option<u64>,
@@ -49,7 +57,8 @@ pub struct Socket {
     pub age: Option<Duration>,
     /// Why it is stuck.
     pub cause: Cause,
-    /// Its owners: process and descriptors, one entry a descriptor. Empty: none is known.
+    /// Its owners: one entry a descriptor, those of a process together, selected ones first. Empty: none
+    /// is known.
     pub owners: Vec<Held>,
     /// For a socket that was never accepted: the index in [`Found::listeners`] of who would accept it.
     pub listener: Option<usize>,
@@ -75,97 +84,121 @@ pub struct Found {
     pub listeners: Vec<Listener>,
     /// Processes whose descriptors could not be read: they may own sockets without a known owner.
     pub unreadable_processes: usize,
+    /// Sockets that are not in `sockets` only because their owner could not be read, and might match.
+    pub undecided: usize,
+    /// Namespaces that could not be looked into.
+    pub unreachable_namespaces: usize,
 }
 
-/// Finds the sockets that `selectors` match in the network namespace of the calling thread.
+/// Finds the sockets that `selectors` match in each of `namespaces`.
 ///
 /// # Errors
 /// When the kernel gives no list of sockets or /proc none of processes; a process that vanishes or
-/// may not be read is no error.
-pub fn find(diag: &mut SockDiag, proc: &Proc, selectors: &Selectors) -> Result<Found, FindError> {
-    let selectors = &selectors
-        .resolved(&filter::ThisNamespace)
-        .map_err(FindError::Expression)?;
-    let mut sockets = dump(diag, selectors)?;
-    let mut listeners = Listeners::default();
-    if sockets.iter().any(|s| s.cause.is_with_listener()) {
-        listeners = Listeners::read(diag)?;
-        for socket in &mut sockets {
-            if socket.cause.is_with_listener() {
-                socket.listener = listeners.accepting(&socket.id, socket.tuple.local);
+/// may not be read is no error, nor is a namespace among several that cannot be entered.
+pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<Found, FindError> {
+    let mut found = Found::default();
+    let mut listeners = Vec::new();
+    for (netns, view) in views(namespaces, selectors).into_iter().enumerate() {
+        let view = match view {
+            Ok(view) => view,
+            Err(error) if namespaces.len() == 1 => return Err(error),
+            // An interface that is not there: nothing can match here.
+            Err(FindError::Expression(_)) => continue,
+            Err(_) => {
+                found.unreachable_namespaces += 1;
+                continue;
             }
-        }
+        };
+        // Listeners of all namespaces share one list.
+        let before: usize = listeners.iter().map(Listeners::used).sum();
+        found
+            .sockets
+            .extend(view.sockets.into_iter().map(|socket| Socket {
+                netns,
+                listener: socket.listener.map(|at| before + at),
+                ..socket
+            }));
+        listeners.push(view.listeners);
     }
 
-    let wanted = sockets
-        .iter()
-        .filter_map(|socket| socket.inode)
-        .chain(listeners.used_inodes());
-    let scan = proc.find_owners(wanted)?;
-    let OwnerScan {
-        processes,
-        held,
-        unreadable_processes,
-    } = scan;
-    let mut by_inode: HashMap<u32, Vec<Held>> = HashMap::with_capacity(held.len());
-    for (inode, held) in held {
+    let wanted = found.sockets.iter().filter_map(|socket| socket.inode);
+    let scan = proc.find_owners(wanted.chain(listeners.iter().flat_map(Listeners::used_inodes)))?;
+    let mut by_inode: HashMap<u32, Vec<Held>> = HashMap::with_capacity(scan.held.len());
+    for (inode, held) in scan.held {
         by_inode.entry(inode).or_default().push(held);
     }
-    let listeners = listeners.into_used(|inode| by_inode.get(&inode).cloned().unwrap_or_default());
-    for socket in &mut sockets {
-        if let Some(inode) = socket.inode {
-            socket.owners = by_inode.remove(&inode).unwrap_or_default();
+    let owners = |inode| by_inode.get(&inode).cloned().unwrap_or_default();
+    found.listeners = listeners
+        .into_iter()
+        .flat_map(|listeners| listeners.into_used(owners))
+        .collect();
+    for socket in &mut found.sockets {
+        match (socket.listener, socket.inode) {
+            // It will get the user of whoever accepts it; kernels differ in what they say until then.
+            (Some(listener), _) => socket.uid = found.listeners[listener].uid,
+            (None, Some(inode)) => socket.owners = by_inode.remove(&inode).unwrap_or_default(),
+            (None, None) => {}
         }
     }
-
-    sockets.retain(|socket| {
-        let responsible = match socket.listener {
-            Some(listener) => &listeners[listener].owners,
-            None => &socket.owners,
-        };
-        selectors.match_owners(responsible.iter().map(|held| &processes[held.process]))
-    });
-    sockets.sort_by_key(|socket| (std::cmp::Reverse(socket.age), socket.tuple));
-    Ok(Found {
-        sockets,
-        processes,
-        listeners,
-        unreadable_processes,
-    })
+    found.processes = scan.processes;
+    found.unreadable_processes = scan.unreadable.len();
+    found.retain_selected(selectors, &scan.unreadable);
+    let oldest_first =
+        |socket: &Socket| (std::cmp::Reverse(socket.age), socket.netns, socket.tuple);
+    found.sockets.sort_by_key(oldest_first);
+    Ok(found)
 }
 
-/// Lists the sockets that match by what the kernel says of them.
-fn dump(diag: &mut SockDiag, selectors: &Selectors) -> Result<Vec<Socket>, DumpError> {
-    let bytecode = filter::bytecode(&selectors.as_expression(), selectors.states());
-    let mut sockets = Vec::new();
-    for family in Family::ALL {
-        // An IPv4 connection can be on an AF_INET6 socket, never the other way round.
-        if family == Family::V4 && selectors.wants_only_ipv6() {
-            continue;
-        }
-        let mut request = DumpRequest {
-            family,
-            states: selectors.states(),
-            info: true,
-            bytecode: &bytecode,
-        };
-        let mut keep = |message| {
-            let socket = Socket::from_message(&message);
-            selectors.match_socket(&socket).then_some(socket)
-        };
-        let dumped = match diag.dump(&request, &mut keep) {
-            // An old kernel does not know an operation; the predicate does.
-            Err(DumpError::Io(error))
-                if error.raw_os_error() == Some(libc::EINVAL) && !bytecode.is_empty() =>
-            {
-                request.bytecode = &[];
-                diag.dump(&request, &mut keep)
-            }
-            other => other,
-        };
-        sockets.extend(dumped?);
+/// Looks into every namespace, some at a time.
+fn views(namespaces: &[Netns], selectors: &Selectors) -> Vec<Result<View, FindError>> {
+    let look = |netns: &Netns| match netns.within(|| view::look(selectors)) {
+        Ok(view) => view,
+        Err(error) => Err(FindError::Enter(error)),
+    };
+    if let [only] = namespaces {
+        return vec![look(only)];
     }
-    Ok(sockets)
+    let mut views = Vec::with_capacity(namespaces.len());
+    for some in namespaces.chunks(NAMESPACES_AT_ONCE) {
+        std::thread::scope(|scope| {
+            let looks: Vec<_> = some
+                .iter()
+                .map(|netns| scope.spawn(|| look(netns)))
+                .collect();
+            let view = |look: std::thread::ScopedJoinHandle<'_, _>| {
+                look.join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            views.extend(looks.into_iter().map(view));
+        });
+    }
+    views
+}
+
+impl Found {
+    /// Keeps the sockets whose owners, or whose listener's, are selected, and puts those first.
+    fn retain_selected(&mut self, selectors: &Selectors, unreadable: &[Unreadable]) {
+        let (processes, listeners) = (&self.processes, &self.listeners);
+        let hidden = selectors.could_match(unreadable);
+        let mut undecided = 0;
+        self.sockets.retain_mut(|socket| {
+            if !selectors.match_user(socket.uid) {
+                return false;
+            }
+            let selected = |held: &Held| selectors.match_owner(&processes[held.process]);
+            let responsible = match socket.listener {
+                Some(listener) => &listeners[listener].owners,
+                None => {
+                    socket.owners.sort_by_key(|held| !selected(held));
+                    &socket.owners
+                }
+            };
+            let keep = !selectors.selects_owners() || responsible.iter().any(selected);
+            undecided += usize::from(!keep && hidden && responsible.is_empty());
+            keep
+        });
+        self.undecided = undecided;
+    }
 }
 
 impl Socket {
@@ -173,6 +206,7 @@ impl Socket {
     pub fn from_message(message: &SocketMessage) -> Socket {
         Socket {
             id: message.id,
+            netns: 0,
             tuple: message.id.tuple(),
             state: message.state,
             recv_q: message.recv_q,
@@ -198,14 +232,13 @@ impl Socket {
     }
 }
 
-/// States of sockets that a listener made and nobody accepted yet.
-pub(crate) fn listening() -> StateSet {
-    StateSet::from(TcpState::Listen)
-}
-
 /// Why nothing could be found at all.
 #[derive(Debug)]
 pub enum FindError {
+    /// The network namespace.
+    Enter(io::Error),
+    /// The sock_diag socket.
+    Open(io::Error),
     /// The expression means nothing in this network namespace.
     Expression(io::Error),
     /// The kernel's socket tables.
@@ -217,6 +250,12 @@ pub enum FindError {
 impl std::fmt::Display for FindError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
+            FindError::Enter(_) => {
+                f.write_str("cannot enter the network namespace (needs CAP_SYS_ADMIN)")
+            }
+            FindError::Open(_) => {
+                f.write_str("cannot open a sock_diag socket (is CONFIG_INET_DIAG in this kernel?)")
+            }
             FindError::Expression(_) => f.write_str("cannot apply the expression"),
             FindError::Dump(_) => f.write_str("cannot list sockets"),
             FindError::Proc(_) => f.write_str("cannot list processes"),
@@ -228,7 +267,10 @@ impl std::error::Error for FindError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             FindError::Dump(error) => Some(error),
-            FindError::Expression(error) | FindError::Proc(error) => Some(error),
+            FindError::Enter(error)
+            | FindError::Open(error)
+            | FindError::Expression(error)
+            | FindError::Proc(error) => Some(error),
         }
     }
 }

@@ -54,16 +54,36 @@ pub struct OwnerScan {
     pub processes: Vec<Process>,
     /// Socket inode and who holds it, by process and descriptor.
     pub held: Vec<(u32, Held)>,
-    /// Processes that could not be looked at.
-    pub unreadable_processes: usize,
+    /// Processes that could not be looked at, or not at all of their descriptors.
+    pub unreadable: Vec<Unreadable>,
+}
+
+/// A process that may hold wanted sockets without our seeing it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unreadable {
+    /// Its number.
+    pub pid: i32,
+    /// Its name, if that can be read.
+    pub comm: Option<String>,
 }
 
 /// One process's share of a scan.
-enum Look {
+#[derive(Default)]
+struct Look {
     /// It holds these.
-    Owner(Process, Vec<(u32, TargetFd)>),
-    Nothing,
-    Unreadable,
+    owner: Option<(Process, Vec<(u32, TargetFd)>)>,
+    unreadable: Option<Unreadable>,
+}
+
+/// Whether a descriptor still refers to a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holding {
+    /// It does.
+    Open,
+    /// It has been closed, or refers to something else, or its process is gone.
+    Closed,
+    /// It may not be looked at.
+    Unknown,
 }
 
 impl Default for Proc {
@@ -91,21 +111,18 @@ impl Proc {
         if wanted.is_empty() {
             return Ok(scan);
         }
-        let looks: Vec<(i32, Look)> = self
+        let looks: Vec<Look> = self
             .pids()?
             .into_par_iter()
-            .map(|pid| Ok((pid, self.look(pid, &wanted)?)))
+            .map(|pid| self.look(pid, &wanted))
             .collect::<io::Result<_>>()?;
-        for (_, look) in looks {
-            match look {
-                Look::Owner(process, fds) => {
-                    let index = scan.processes.len();
-                    scan.processes.push(process);
-                    let held = |(inode, fd)| (inode, Held { process: index, fd });
-                    scan.held.extend(fds.into_iter().map(held));
-                }
-                Look::Nothing => {}
-                Look::Unreadable => scan.unreadable_processes += 1,
+        for look in looks {
+            scan.unreadable.extend(look.unreadable);
+            if let Some((process, fds)) = look.owner {
+                let index = scan.processes.len();
+                scan.processes.push(process);
+                let held = |(inode, fd)| (inode, Held { process: index, fd });
+                scan.held.extend(fds.into_iter().map(held));
             }
         }
         Ok(scan)
@@ -116,41 +133,51 @@ impl Proc {
         Some(self.stat(pid).ok()?.starttime)
     }
 
-    /// Of descriptors seen earlier, those that refer to the same socket right now.
+    /// Of descriptors seen earlier, which refer to the same socket right now.
     ///
-    /// `asked` has, for each of `processes`, descriptors with the inode seen there and a mark; the
-    /// marks of those still open are returned.
+    /// `asked` has, for each of `processes`, descriptors with the inode seen there and a mark that goes
+    /// with the answer.
     pub fn still_held<M: Copy + Send + Sync>(
         &self,
         processes: &[Process],
-        asked: Vec<Vec<(TargetFd, u32, M)>>,
-    ) -> Vec<M> {
-        let held = |(process, asked): (&Process, &Vec<(TargetFd, u32, M)>)| {
-            let Ok(dir) = File::open(self.root.join(format!("{}/fd", process.pid))) else {
-                return Vec::new();
+        asked: &[Vec<(TargetFd, u32, M)>],
+    ) -> Vec<(M, Holding)> {
+        let look = |(process, asked): (&Process, &Vec<(TargetFd, u32, M)>)| {
+            let dir = match asked.is_empty() {
+                true => return Vec::new(),
+                false => File::open(self.path(&format!("{}/fd", process.pid))),
             };
-            if asked.is_empty() || self.start_time(process.pid) != Some(process.start_time) {
-                return Vec::new();
-            }
-            let open = |&(fd, inode, mark): &(TargetFd, u32, M)| {
-                let link = read_socket_link(dir.as_fd(), fd.0).ok().flatten();
-                (link == Some(inode)).then_some(mark)
+            let same_process = self.start_time(process.pid) == Some(process.start_time);
+            let holding = |&(fd, inode, mark): &(TargetFd, u32, M)| {
+                let holding = match &dir {
+                    Ok(dir) if same_process => holding(read_socket_link(dir.as_fd(), fd.0), inode),
+                    Ok(_) => Holding::Closed,
+                    Err(error) => unreadable_holding(error),
+                };
+                (mark, holding)
             };
-            asked
-                .par_iter()
-                .with_min_len(CHUNK)
-                .filter_map(open)
-                .collect()
+            asked.par_iter().with_min_len(CHUNK).map(holding).collect()
         };
         processes
             .par_iter()
-            .zip(&asked)
-            .flat_map_iter(held)
+            .zip(asked)
+            .flat_map_iter(look)
             .collect()
     }
 
+    /// Whether the process numbers of this file system are those that system calls take.
+    pub fn is_of_our_pid_namespace(&self) -> bool {
+        let own = std::process::id().to_string();
+        fs::read_link(self.path("self")).is_ok_and(|target| target.as_os_str() == own.as_str())
+    }
+
+    /// The path of `name` in this file system.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.root.join(name)
+    }
+
     /// The processes, by number.
-    fn pids(&self) -> io::Result<Vec<i32>> {
+    pub(crate) fn pids(&self) -> io::Result<Vec<i32>> {
         let mut pids = Vec::new();
         for entry in fs::read_dir(&self.root)? {
             pids.extend(
@@ -166,16 +193,19 @@ impl Proc {
 
     fn look(&self, pid: i32, wanted: &HashSet<u32>) -> io::Result<Look> {
         match self.look_inside(pid, wanted) {
-            Ok(look) => Ok(look),
-            Err(error) => match error.raw_os_error() {
-                Some(libc::ENOENT | libc::ESRCH) => Ok(Look::Nothing),
-                Some(libc::EACCES | libc::EPERM) if self.has_no_descriptors(pid) => {
-                    Ok(Look::Nothing)
-                }
-                Some(libc::EACCES | libc::EPERM) => Ok(Look::Unreadable),
-                _ => Err(error),
-            },
+            Err(error) if is_end(&error) => Ok(Look::default()),
+            Err(error) if is_denied(&error) => Ok(Look {
+                owner: None,
+                unreadable: self.unreadable(pid),
+            }),
+            other => other,
         }
+    }
+
+    /// Process `pid`, which may not be read, if it can hold anything.
+    fn unreadable(&self, pid: i32) -> Option<Unreadable> {
+        let comm = self.stat(pid).ok().map(|stat| stat.comm);
+        (!self.has_no_descriptors(pid)).then_some(Unreadable { pid, comm })
     }
 
     /// Whether process `pid` holds nothing although it may not be read: a zombie, a kernel thread, or
@@ -199,13 +229,17 @@ impl Proc {
         let process = File::open(self.root.join(pid.to_string()))?;
         let dir = open_in(process.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
         let names = list_fds(dir.as_fd())?;
-        let fds: Vec<(u32, TargetFd)> = names
+        let chunks: Vec<Chunk> = names
             .par_chunks(CHUNK)
             .map(|names| read_sockets(dir.as_fd(), names, wanted))
-            .collect::<io::Result<Vec<_>>>()?
-            .concat();
+            .collect::<io::Result<_>>()?;
+        let mut look = Look::default();
+        if chunks.iter().any(|chunk| chunk.denied) {
+            look.unreadable = self.unreadable(pid);
+        }
+        let fds: Vec<(u32, TargetFd)> = chunks.into_iter().flat_map(|chunk| chunk.found).collect();
         if fds.is_empty() {
-            return Ok(Look::Nothing);
+            return Ok(look);
         }
         let stat = File::from(open_in(process.as_fd(), c"stat", OFlag::empty())?);
         let stat = Stat::from_read(stat).map_err(stat_error)?;
@@ -215,7 +249,8 @@ impl Proc {
             comm: stat.comm,
             cgroup: read_cgroup(process.as_fd())?,
         };
-        Ok(Look::Owner(process, fds))
+        look.owner = Some((process, fds));
+        Ok(look)
     }
 }
 
@@ -280,23 +315,60 @@ fn dirent_numbers(mut entries: &[u8]) -> impl Iterator<Item = i32> + '_ {
     })
 }
 
+/// What a part of a descriptor table has.
+struct Chunk {
+    found: Vec<(u32, TargetFd)>,
+    /// The rest of it may not be read.
+    denied: bool,
+}
+
 /// Of the descriptors `fds` in `dir`, those that are a wanted socket.
-fn read_sockets(
-    dir: BorrowedFd<'_>,
-    fds: &[i32],
-    wanted: &HashSet<u32>,
-) -> io::Result<Vec<(u32, TargetFd)>> {
-    let mut found = Vec::new();
+fn read_sockets(dir: BorrowedFd<'_>, fds: &[i32], wanted: &HashSet<u32>) -> io::Result<Chunk> {
+    let mut chunk = Chunk {
+        found: Vec::new(),
+        denied: false,
+    };
     for &fd in fds {
         let inode = match read_socket_link(dir, fd) {
             // Closed since the directory was read.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => None,
+            // The right to look is one for all descriptors of a process.
+            Err(error) if is_denied(&error) => {
+                chunk.denied = true;
+                return Ok(chunk);
+            }
             other => other?,
         };
         let inode = inode.filter(|inode| wanted.contains(inode));
-        found.extend(inode.map(|inode| (inode, TargetFd(fd))));
+        chunk.found.extend(inode.map(|inode| (inode, TargetFd(fd))));
     }
-    Ok(found)
+    Ok(chunk)
+}
+
+/// Whether a descriptor that was a socket with `inode` still is, by what its link says now.
+fn holding(link: io::Result<Option<u32>>, inode: u32) -> Holding {
+    match link {
+        Ok(now) if now == Some(inode) => Holding::Open,
+        Ok(_) => Holding::Closed,
+        Err(error) => unreadable_holding(&error),
+    }
+}
+
+fn unreadable_holding(error: &io::Error) -> Holding {
+    match is_end(error) {
+        true => Holding::Closed,
+        false => Holding::Unknown,
+    }
+}
+
+/// The process or the descriptor is gone.
+fn is_end(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
+}
+
+/// We may not look.
+fn is_denied(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM))
 }
 
 /// The inode of the socket that descriptor `fd` in `dir` refers to; `None` if it is no socket.
@@ -427,7 +499,7 @@ mod tests {
         fs::create_dir(proc.dir.path().join("8")).unwrap();
         let scan = proc.find(&[42]);
         assert_eq!(scan.processes.len(), 1);
-        assert_eq!(scan.unreadable_processes, 0);
+        assert!(scan.unreadable.is_empty());
     }
 
     #[test]
@@ -452,13 +524,17 @@ mod tests {
             (TargetFd(5), 42, 'c'),
         ]];
         let here = Proc::at(proc.dir.path());
-        assert_eq!(here.still_held(&scan.processes, asked.clone()), ['a']);
+        let wanted = [
+            ('a', Holding::Open),
+            ('b', Holding::Closed),
+            ('c', Holding::Closed),
+        ];
+        assert_eq!(here.still_held(&scan.processes, &asked), wanted);
         let mut later = scan.processes;
         later[0].start_time += 1;
-        assert!(
-            here.still_held(&later, asked).is_empty(),
-            "another process of that number"
-        );
+        let closed = |(_, holding): &(char, Holding)| *holding == Holding::Closed;
+        let later = here.still_held(&later, &asked);
+        assert!(later.iter().all(closed), "another process of that number");
     }
 
     #[test]

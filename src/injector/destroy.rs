@@ -39,10 +39,10 @@ impl Method for Destroy {
                 .into_iter()
                 .map(|result| result.map_err(ActError::from))
                 .collect(),
-            // The netlink socket failed under the whole batch; verification tells what was done.
+            // The netlink socket failed under the whole batch; a part of it may be done.
             Err(error) => {
                 let errno = error.raw_os_error().unwrap_or(libc::EIO);
-                let failure = || ActError::Os("SOCK_DESTROY", io::Error::from_raw_os_error(errno));
+                let failure = || ActError::Unanswered(io::Error::from_raw_os_error(errno));
                 targets.iter().map(|_| Err(failure())).collect()
             }
         }
@@ -59,6 +59,7 @@ impl From<DestroyError> for ActError {
                 "this kernel has no SOCK_DESTROY (CONFIG_INET_DIAG_DESTROY)",
                 errno(libc::EOPNOTSUPP),
             ),
+            DestroyError::AnswerLost => ActError::Unanswered(errno(libc::ENOBUFS)),
             DestroyError::Other(error) => ActError::Os("SOCK_DESTROY", error),
         }
     }

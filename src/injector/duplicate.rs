@@ -3,6 +3,7 @@
 //! It is compared with the socket by SO_COOKIE, so a descriptor number that was closed and used again
 //! never hits a stranger.
 
+use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 
 use super::{ActError, Descriptor, Target};
@@ -10,17 +11,25 @@ use crate::finder::owners::Proc;
 use crate::privileges::Need;
 use crate::sys;
 
-/// Makes duplicates; keeps the pidfd of the last process it reached into, since sockets come grouped
-/// by their owner.
+/// How many processes are kept open at once; the limit of descriptors is 1024 on many hosts.
+const MOST_PIDFDS: usize = 128;
+
+/// Makes duplicates; keeps pidfds of the processes it has reached into.
 pub struct Duplicator {
     proc: Proc,
-    last: Option<(i32, u64, OwnedFd)>,
+    /// Whether process numbers of `proc` mean the same to system calls.
+    same_pids: bool,
+    pidfds: HashMap<(i32, u64), OwnedFd>,
 }
 
 impl Duplicator {
     /// With the proc file system that tells one process from the next of its number.
     pub fn new(proc: Proc) -> Self {
-        Duplicator { proc, last: None }
+        Duplicator {
+            same_pids: proc.is_of_our_pid_namespace(),
+            proc,
+            pidfds: HashMap::new(),
+        }
     }
 
     /// A descriptor of exactly the socket of `target`, from the first owner that still has one.
@@ -62,13 +71,18 @@ impl Duplicator {
 
     /// A pidfd of exactly the process that was seen.
     fn pidfd(&mut self, descriptor: &Descriptor) -> Result<&OwnedFd, ActError> {
+        if !self.same_pids {
+            return Err(ActError::ForeignProc);
+        }
         let key = (descriptor.pid, descriptor.start_time);
-        let cached = self.last.take_if(|(pid, start, _)| (*pid, *start) == key);
-        let pidfd = match cached {
-            Some((_, _, pidfd)) => pidfd,
-            None => self.open_pidfd(descriptor)?,
-        };
-        Ok(&self.last.insert((key.0, key.1, pidfd)).2)
+        if !self.pidfds.contains_key(&key) {
+            let pidfd = self.open_pidfd(descriptor)?;
+            if self.pidfds.len() >= MOST_PIDFDS {
+                self.pidfds.clear();
+            }
+            self.pidfds.insert(key, pidfd);
+        }
+        Ok(&self.pidfds[&key])
     }
 
     fn open_pidfd(&self, descriptor: &Descriptor) -> Result<OwnedFd, ActError> {

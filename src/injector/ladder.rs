@@ -2,8 +2,9 @@
 //! verifies each socket against the kernel by its cookie.
 //!
 //! Right before an act the socket is looked at again, as many at a time as the method takes
-//! ([`Method::batch`]). What has changed since the plan is left alone. Between that look and the act lie some microseconds in which the
-//! application may still write; no interface of the kernel closes this gap.
+//! ([`Method::batch`]). What has changed since the plan is left alone. Between that look and the act
+//! lie some microseconds in which the application may still write; no interface of the kernel closes
+//! this gap.
 
 use std::fmt;
 use std::io;
@@ -111,8 +112,8 @@ impl Observe for SockDiag {
     }
 }
 
-/// What the ladder takes from its surroundings.
-pub trait Surroundings {
+/// What the ladder takes from its surroundings; several ladders may stand in the same.
+pub trait Surroundings: Sync {
     /// A clock that never goes back.
     fn now(&self) -> Instant;
     /// Waits.
@@ -134,30 +135,31 @@ pub struct Rules<'a> {
     pub selectors: &'a Selectors,
 }
 
-/// Runs `plans` over the sockets of `found`; one outcome each, in order.
+/// Runs `plans` over the sockets of `found` whose indices are `members`; one outcome each, in order.
 ///
-/// # Errors
-/// The kernel cannot be asked about any socket any more.
+/// `kernel` and `methods` must be of the network namespace these sockets are in.
 pub fn climb(
     found: &Found,
     plans: &[Plan],
+    members: &[usize],
     methods: &mut [Box<dyn Method>],
     kernel: &mut dyn Observe,
     rules: Rules<'_>,
     surroundings: &dyn Surroundings,
-) -> io::Result<Vec<Outcome>> {
+) -> Vec<Outcome> {
     let mut ladder = Ladder {
         found,
-        climbers: plans.iter().map(Climber::new).collect(),
+        members,
+        climbers: members.iter().map(|&at| Climber::new(&plans[at])).collect(),
         kernel,
         rules,
         surroundings,
     };
     for method in methods {
-        ladder.rung(plans, method.as_mut())?;
+        ladder.rung(plans, method.as_mut());
     }
-    ladder.last_look()?;
-    Ok(ladder.climbers.into_iter().map(Climber::outcome).collect())
+    ladder.last_look(plans);
+    ladder.climbers.into_iter().map(Climber::outcome).collect()
 }
 
 /// A socket on its way up.
@@ -197,8 +199,12 @@ impl Climber {
     }
 
     fn attempt(&mut self, method: MethodName, error: Option<ActError>) {
-        // An RST that seems to be ignored may still be on its way through a busy kernel.
-        if matches!(error, None | Some(ActError::RstIgnored)) {
+        // An RST that seems to be ignored may still be on its way through a busy kernel, and an order
+        // whose answer was lost may have been carried out.
+        if matches!(
+            error,
+            None | Some(ActError::RstIgnored | ActError::Unanswered(_))
+        ) {
             self.acted = Some(method);
         }
         self.attempts.push(Attempt { method, error });
@@ -226,6 +232,8 @@ impl Climber {
 
 struct Ladder<'a> {
     found: &'a Found,
+    /// Indices of the sockets in `found`; everything else here counts by the place in this list.
+    members: &'a [usize],
     climbers: Vec<Climber>,
     kernel: &'a mut dyn Observe,
     rules: Rules<'a>,
@@ -235,20 +243,21 @@ struct Ladder<'a> {
 impl Ladder<'_> {
     /// Acts with one method on every socket that is planned for it and still there, then waits for
     /// them together.
-    fn rung(&mut self, plans: &[Plan], method: &mut dyn Method) -> io::Result<()> {
+    fn rung(&mut self, plans: &[Plan], method: &mut dyn Method) {
         let name = method.name();
-        let mine: Vec<usize> = (0..plans.len())
-            .filter(|&at| self.climbers[at].verdict.is_none() && plans[at].methods.contains(&name))
+        let mine: Vec<usize> = (0..self.members.len())
+            .filter(|&at| self.climbers[at].verdict.is_none())
+            .filter(|&at| plans[self.members[at]].methods.contains(&name))
             .collect();
         let mut ordered = Vec::with_capacity(mine.len());
         for chunk in mine.chunks(method.batch()) {
             if self.surroundings.interrupted() {
                 break;
             }
-            let chunk: Vec<usize> = self.recheck(chunk, name, false)?;
+            let chunk: Vec<usize> = self.recheck(chunk, name, false);
             let targets: Vec<Target> = chunk
                 .iter()
-                .map(|&at| Target::new(self.found, at))
+                .map(|&at| Target::new(self.found, self.members[at]))
                 .collect();
             let mut scene = OnRung {
                 unfit: vec![false; chunk.len()],
@@ -266,26 +275,21 @@ impl Ladder<'_> {
                     Err(ActError::PeerAlive) => {
                         self.climbers[at].settle(Verdict::Skipped(Skip::PeerAlive));
                     }
-                    Ok(()) => ordered.push(at),
+                    Ok(()) | Err(ActError::Unanswered(_)) => ordered.push(at),
                     Err(_) => {}
                 }
                 self.climbers[at].attempt(name, result.err());
             }
             self.surroundings.acted(name, chunk.len());
         }
-        self.wait(ordered)
+        self.wait(ordered);
     }
 
     /// Looks at the sockets right before the act and returns those to act on. `provoked`: the method has
     /// sent something that may have closed them.
-    fn recheck(
-        &mut self,
-        chunk: &[usize],
-        method: MethodName,
-        provoked: bool,
-    ) -> io::Result<Vec<usize>> {
+    fn recheck(&mut self, chunk: &[usize], method: MethodName, provoked: bool) -> Vec<usize> {
         let mut fit = Vec::with_capacity(chunk.len());
-        for (&at, look) in chunk.iter().zip(self.look(chunk)?) {
+        for (&at, look) in chunk.iter().zip(self.look(chunk)) {
             let climber = &mut self.climbers[at];
             match look {
                 Err(LookupError::Gone) => {
@@ -300,7 +304,7 @@ impl Ladder<'_> {
                     climber.attempt(method, Some(error));
                 }
                 Ok(now) => {
-                    let planned = &self.found.sockets[at];
+                    let planned = &self.found.sockets[self.members[at]];
                     match check(planned, &now, climber.acted.is_some(), method, &self.rules) {
                         Check::Act => fit.push(at),
                         Check::Settle(verdict) => climber.settle(verdict),
@@ -311,15 +315,15 @@ impl Ladder<'_> {
                 }
             }
         }
-        Ok(fit)
+        fit
     }
 
     /// Waits until the sockets in `pending` are closed, at most for the grace.
-    fn wait(&mut self, mut pending: Vec<usize>) -> io::Result<()> {
+    fn wait(&mut self, mut pending: Vec<usize>) {
         let began = self.surroundings.now();
         let mut pause = FIRST_PAUSE;
         loop {
-            let looks = self.look(&pending)?;
+            let looks = self.look(&pending);
             let mut left = Vec::new();
             for (at, look) in pending.into_iter().zip(looks) {
                 match look {
@@ -334,7 +338,7 @@ impl Ladder<'_> {
                 .grace
                 .saturating_sub(self.surroundings.now().duration_since(began));
             if pending.is_empty() || rest.is_zero() || self.surroundings.interrupted() {
-                return Ok(());
+                return;
             }
             self.surroundings.pause(pause.min(rest));
             pause = (pause * 2).min(LONGEST_PAUSE);
@@ -344,16 +348,17 @@ impl Ladder<'_> {
     /// Whether the connection is over: TIME-WAIT keeps the address pair, not the socket. For a socket
     /// that was in TIME-WAIT to begin with, nothing has changed.
     fn ends_in_time_wait(&self, at: usize, now: &SocketMessage) -> bool {
-        now.state == TcpState::TimeWait && self.found.sockets[at].state != TcpState::TimeWait
+        now.state == TcpState::TimeWait
+            && self.found.sockets[self.members[at]].state != TcpState::TimeWait
     }
 
     /// Gives every socket without a verdict the one that the kernel's tables say.
-    fn last_look(&mut self) -> io::Result<()> {
+    fn last_look(&mut self, plans: &[Plan]) {
         let open: Vec<usize> = (0..self.climbers.len())
             .filter(|&at| self.climbers[at].verdict.is_none())
             .collect();
-        for (at, look) in open.iter().copied().zip(self.look(&open)?) {
-            let planned = &self.found.sockets[at];
+        for (at, look) in open.iter().copied().zip(self.look(&open)) {
+            let planned = &self.found.sockets[self.members[at]];
             let climber = &mut self.climbers[at];
             match look {
                 Err(LookupError::Gone) => climber.vanished(),
@@ -362,6 +367,11 @@ impl Ladder<'_> {
                     Some(method) => Verdict::Closing(method, now.state),
                     None => Verdict::Gone,
                 }),
+                Err(LookupError::Io(error)) => {
+                    let error = ActError::Os("sock_diag lookup", error);
+                    let planned = plans[self.members[at]].methods[0];
+                    climber.attempt(climber.acted.unwrap_or(planned), Some(error));
+                }
                 _ if climber.attempts.is_empty() => {
                     climber.settle(Verdict::Skipped(Skip::Interrupted));
                 }
@@ -372,15 +382,18 @@ impl Ladder<'_> {
                 }
             }
         }
-        Ok(())
     }
 
-    fn look(&mut self, sockets: &[usize]) -> io::Result<Vec<Result<SocketMessage, LookupError>>> {
-        let ids: Vec<DiagId> = sockets
-            .iter()
-            .map(|&at| self.found.sockets[at].id)
-            .collect();
-        self.kernel.observe(&ids)
+    /// Looks at sockets now. When the kernel cannot be asked that is said of each: what was done to the
+    /// others still has to be reported.
+    fn look(&mut self, climbers: &[usize]) -> Vec<Result<SocketMessage, LookupError>> {
+        let id = |&at: &usize| self.found.sockets[self.members[at]].id;
+        let ids: Vec<DiagId> = climbers.iter().map(id).collect();
+        self.kernel.observe(&ids).unwrap_or_else(|error| {
+            let errno = error.raw_os_error().unwrap_or(libc::EIO);
+            let failure = || LookupError::Io(io::Error::from_raw_os_error(errno));
+            ids.iter().map(|_| Err(failure())).collect()
+        })
     }
 }
 
@@ -402,9 +415,9 @@ impl Scene for OnRung<'_, '_> {
         self.ladder.surroundings
     }
 
-    fn still_fit(&mut self, targets: &[usize], provoked: bool) -> io::Result<Vec<bool>> {
+    fn still_fit(&mut self, targets: &[usize], provoked: bool) -> Vec<bool> {
         let sockets: Vec<usize> = targets.iter().map(|&target| self.chunk[target]).collect();
-        let fit = self.ladder.recheck(&sockets, self.method, provoked)?;
+        let fit = self.ladder.recheck(&sockets, self.method, provoked);
         // `fit` is `sockets` with gaps.
         let mut fit = fit.into_iter().peekable();
         let still = |at: &usize| fit.next_if_eq(at).is_some();
@@ -412,10 +425,10 @@ impl Scene for OnRung<'_, '_> {
         for (&target, still) in targets.iter().zip(&still) {
             self.unfit[target] |= !still;
         }
-        Ok(still)
+        still
     }
 
-    fn look(&mut self, targets: &[usize]) -> io::Result<Vec<Result<SocketMessage, LookupError>>> {
+    fn look(&mut self, targets: &[usize]) -> Vec<Result<SocketMessage, LookupError>> {
         let sockets: Vec<usize> = targets.iter().map(|&target| self.chunk[target]).collect();
         self.ladder.look(&sockets)
     }

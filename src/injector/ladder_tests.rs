@@ -1,8 +1,7 @@
 //! The ladder against a kernel of our own, in which everything that can change meanwhile does.
 
-use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::rc::Rc;
+use std::sync::{Arc, Mutex};
 
 use super::*;
 use crate::finder::sock_diag::Cookie;
@@ -10,21 +9,21 @@ use crate::finder::sock_diag::testdata::stuck;
 
 /// A table of sockets; methods and the ladder share it.
 #[derive(Clone, Default)]
-struct Kernel(Rc<RefCell<HashMap<Cookie, SocketMessage>>>);
+struct Kernel(Arc<Mutex<HashMap<Cookie, SocketMessage>>>);
 
 impl Kernel {
     fn change(&self, cookie: u64, change: impl FnOnce(&mut SocketMessage)) {
-        change(self.0.borrow_mut().get_mut(&Cookie(cookie)).unwrap());
+        change(self.0.lock().unwrap().get_mut(&Cookie(cookie)).unwrap());
     }
 
     fn remove(&self, cookie: u64) {
-        self.0.borrow_mut().remove(&Cookie(cookie));
+        self.0.lock().unwrap().remove(&Cookie(cookie));
     }
 }
 
 impl Observe for Kernel {
     fn observe(&mut self, ids: &[DiagId]) -> io::Result<Vec<Result<SocketMessage, LookupError>>> {
-        let table = self.0.borrow();
+        let table = self.0.lock().unwrap();
         let look = |id: &DiagId| table.get(&id.cookie()).cloned().ok_or(LookupError::Gone);
         Ok(ids.iter().map(look).collect())
     }
@@ -37,7 +36,7 @@ struct Scripted {
     name: MethodName,
     kernel: Kernel,
     deed: Box<Deed>,
-    touched: Rc<RefCell<Vec<u64>>>,
+    touched: Arc<Mutex<Vec<u64>>>,
 }
 
 impl Method for Scripted {
@@ -48,7 +47,7 @@ impl Method for Scripted {
     fn act(&mut self, targets: &[Target], _: &mut dyn Scene) -> Vec<Result<(), ActError>> {
         let act = |target: &Target| {
             let cookie = target.id.cookie().0;
-            self.touched.borrow_mut().push(cookie);
+            self.touched.lock().unwrap().push(cookie);
             (self.deed)(&self.kernel, cookie)
         };
         targets.iter().map(act).collect()
@@ -58,18 +57,24 @@ impl Method for Scripted {
 /// A clock that moves only when someone waits.
 struct Clock {
     start: Instant,
-    waited: Cell<Duration>,
+    waited: Mutex<Duration>,
     interrupted: bool,
     /// What happens in the world during a pause.
-    meanwhile: Box<dyn Fn()>,
+    meanwhile: Box<dyn Fn() + Sync>,
+}
+
+impl Clock {
+    fn waited(&self) -> Duration {
+        *self.waited.lock().unwrap()
+    }
 }
 
 impl Surroundings for Clock {
     fn now(&self) -> Instant {
-        self.start + self.waited.get()
+        self.start + self.waited()
     }
     fn pause(&self, duration: Duration) {
-        self.waited.set(self.waited.get() + duration);
+        *self.waited.lock().unwrap() += duration;
         (self.meanwhile)();
     }
     fn interrupted(&self) -> bool {
@@ -84,7 +89,7 @@ struct World {
     plans: Vec<Plan>,
     selectors: Selectors,
     methods: Vec<Box<dyn Method>>,
-    touched: Rc<RefCell<Vec<u64>>>,
+    touched: Arc<Mutex<Vec<u64>>>,
     clock: Clock,
     discard_unsent: bool,
 }
@@ -97,7 +102,7 @@ impl World {
         for cookie in 1..=count {
             let message = stuck("10.0.0.1:80", "10.0.0.2:5", cookie);
             found.sockets.push(Socket::from_message(&message));
-            kernel.0.borrow_mut().insert(Cookie(cookie), message);
+            kernel.0.lock().unwrap().insert(Cookie(cookie), message);
         }
         let plan = Plan {
             methods: vec![Shutdown, Destroy],
@@ -110,10 +115,10 @@ impl World {
             found,
             selectors: Selectors::default(),
             methods: Vec::new(),
-            touched: Rc::default(),
+            touched: Arc::default(),
             clock: Clock {
                 start: Instant::now(),
-                waited: Cell::default(),
+                waited: Mutex::default(),
                 interrupted: false,
                 meanwhile: Box::new(|| {}),
             },
@@ -130,7 +135,7 @@ impl World {
             name,
             kernel: self.kernel.clone(),
             deed: Box::new(deed),
-            touched: Rc::clone(&self.touched),
+            touched: Arc::clone(&self.touched),
         }));
         self
     }
@@ -141,15 +146,16 @@ impl World {
             discard_unsent: self.discard_unsent,
             selectors: &self.selectors,
         };
+        let members: Vec<usize> = (0..self.found.sockets.len()).collect();
         climb(
             &self.found,
             &self.plans,
+            &members,
             &mut self.methods,
             &mut self.kernel.clone(),
             rules,
             &self.clock,
         )
-        .unwrap()
     }
 
     fn verdict(&mut self) -> Verdict {
@@ -184,7 +190,7 @@ fn the_first_method_that_works_is_the_one_reported() {
         assert!(matches!(outcome.verdict, Verdict::Closed(Shutdown)));
         assert_eq!(outcome.attempts.len(), 1);
     }
-    assert!(world.clock.waited.get().is_zero(), "nothing to wait for");
+    assert!(world.clock.waited().is_zero(), "nothing to wait for");
 }
 
 #[test]
@@ -212,7 +218,7 @@ fn a_silent_peer_costs_one_grace_for_all_together() {
             .iter()
             .all(|outcome| matches!(outcome.verdict, Verdict::Closed(Destroy)))
     );
-    assert_eq!(world.clock.waited.get(), Duration::from_secs(1));
+    assert_eq!(world.clock.waited(), Duration::from_secs(1));
 }
 
 #[test]
@@ -221,7 +227,7 @@ fn a_socket_that_closes_during_the_grace_ends_the_wait() {
     let kernel = world.kernel.clone();
     world.clock.meanwhile = Box::new(move || kernel.remove(1));
     assert!(matches!(world.verdict(), Verdict::Closed(Shutdown)));
-    assert_eq!(world.clock.waited.get(), FIRST_PAUSE);
+    assert_eq!(world.clock.waited(), FIRST_PAUSE);
 }
 
 #[test]
@@ -239,13 +245,13 @@ fn what_changed_since_the_plan_is_never_touched() {
     let mut world = World::new(1).method(Destroy, close);
     world.kernel.remove(1);
     assert!(matches!(world.verdict(), Verdict::Gone));
-    assert!(world.touched.borrow().is_empty());
+    assert!(world.touched.lock().unwrap().is_empty());
 
     // The application closed it.
     let mut world = World::new(1).method(Destroy, close);
     to_last_ack(&world.kernel, 1).unwrap();
     assert!(matches!(world.verdict(), Verdict::Gone));
-    assert!(world.touched.borrow().is_empty());
+    assert!(world.touched.lock().unwrap().is_empty());
 
     // A segment arrived: it is younger than asked for.
     let mut world = World::new(1).method(Destroy, close);
@@ -257,13 +263,13 @@ fn what_changed_since_the_plan_is_never_touched() {
         world.verdict(),
         Verdict::Skipped(Skip::NoLongerSelected)
     ));
-    assert!(world.touched.borrow().is_empty());
+    assert!(world.touched.lock().unwrap().is_empty());
 
     // The application accepted it.
     let mut world = World::new(1).method(Destroy, close);
     world.found.sockets[0].inode = None;
     assert!(matches!(world.verdict(), Verdict::Skipped(Skip::Accepted)));
-    assert!(world.touched.borrow().is_empty());
+    assert!(world.touched.lock().unwrap().is_empty());
 }
 
 #[test]
@@ -273,7 +279,7 @@ fn bytes_written_after_the_plan_are_not_lost() {
     let mut world = World::new(1).method(Destroy, close);
     world.kernel.change(1, unsent);
     assert!(matches!(world.verdict(), Verdict::Skipped(Skip::Unsent(9))));
-    assert!(world.touched.borrow().is_empty());
+    assert!(world.touched.lock().unwrap().is_empty());
 
     let mut world = World::new(1).method(Destroy, close);
     world.discard_unsent = true;
@@ -303,7 +309,7 @@ fn bytes_written_after_the_plan_are_not_lost() {
 fn an_order_the_kernel_took_but_did_not_carry_out_is_a_failure() {
     let mut world = World::new(1).method(Destroy, |_, _| Ok(()));
     assert!(matches!(world.verdict(), Verdict::Failed));
-    assert_eq!(world.clock.waited.get(), Duration::from_secs(1));
+    assert_eq!(world.clock.waited(), Duration::from_secs(1));
 }
 
 #[test]
@@ -326,7 +332,7 @@ fn interrupted_sockets_are_left_and_said_so() {
         world.verdict(),
         Verdict::Skipped(Skip::Interrupted)
     ));
-    assert!(world.touched.borrow().is_empty());
+    assert!(world.touched.lock().unwrap().is_empty());
 }
 
 #[test]
@@ -344,7 +350,60 @@ fn a_plan_without_methods_touches_nothing() {
         outcomes[1].verdict,
         Verdict::Skipped(Skip::OverLimit)
     ));
-    assert!(world.touched.borrow().is_empty());
+    assert!(world.touched.lock().unwrap().is_empty());
+}
+
+#[test]
+fn an_order_whose_answer_was_lost_is_ours_all_the_same() {
+    let mut world = World::new(2).method(Destroy, |kernel, cookie| {
+        if cookie == 1 {
+            kernel.remove(1);
+        }
+        let error = io::Error::from_raw_os_error(libc::ENOBUFS);
+        Err(ActError::Unanswered(error))
+    });
+    let outcomes = world.climb();
+    assert!(matches!(outcomes[0].verdict, Verdict::Closed(Destroy)));
+    assert!(matches!(outcomes[1].verdict, Verdict::Failed));
+}
+
+/// A kernel that stops answering once something was done.
+struct Mute(Kernel, Arc<Mutex<Vec<u64>>>);
+
+impl Observe for Mute {
+    fn observe(&mut self, ids: &[DiagId]) -> io::Result<Vec<Result<SocketMessage, LookupError>>> {
+        match self.1.lock().unwrap().is_empty() {
+            true => self.0.observe(ids),
+            false => Err(io::Error::from_raw_os_error(libc::ENOBUFS)),
+        }
+    }
+}
+
+#[test]
+fn every_socket_has_an_outcome_when_the_kernel_cannot_be_asked_any_more() {
+    let mut world = World::new(3).method(Destroy, close);
+    let rules = Rules {
+        grace: Duration::ZERO,
+        discard_unsent: false,
+        selectors: &world.selectors,
+    };
+    let mut kernel = Mute(world.kernel.clone(), Arc::clone(&world.touched));
+    let outcomes = climb(
+        &world.found,
+        &world.plans,
+        &[0, 2],
+        &mut world.methods,
+        &mut kernel,
+        rules,
+        &world.clock,
+    );
+    assert_eq!(outcomes.len(), 2);
+    for outcome in outcomes {
+        assert!(matches!(outcome.verdict, Verdict::Failed));
+        let last = outcome.attempts.last().unwrap().error.as_ref().unwrap();
+        assert!(last.to_string().contains("lookup"), "{last}");
+    }
+    assert_eq!(*world.touched.lock().unwrap(), [1, 3], "only the members");
 }
 
 #[test]
@@ -353,7 +412,7 @@ fn an_alive_peer_ends_the_ladder() {
         .method(Shutdown, |_, _| Err(ActError::PeerAlive))
         .method(Destroy, close);
     assert!(matches!(world.verdict(), Verdict::Skipped(Skip::PeerAlive)));
-    assert_eq!(*world.touched.borrow(), [1]);
+    assert_eq!(*world.touched.lock().unwrap(), [1]);
 }
 
 #[test]
@@ -386,9 +445,9 @@ fn bytes_that_forbid_every_method_are_a_reason_to_skip() {
 /// A method that takes its time: the world changes, then it looks again, then it closes what fits.
 struct Slow {
     kernel: Kernel,
-    change: Box<dyn Fn(&Kernel)>,
+    change: Box<dyn Fn(&Kernel) + Send>,
     provoked: bool,
-    fit: Rc<RefCell<Vec<bool>>>,
+    fit: Arc<Mutex<Vec<bool>>>,
 }
 
 impl Method for Slow {
@@ -403,30 +462,36 @@ impl Method for Slow {
     fn act(&mut self, targets: &[Target], scene: &mut dyn Scene) -> Vec<Result<(), ActError>> {
         (self.change)(&self.kernel);
         let all: Vec<usize> = (0..targets.len()).collect();
-        let fit = scene.still_fit(&all, self.provoked).unwrap();
+        let fit = scene.still_fit(&all, self.provoked);
         for (target, fit) in targets.iter().zip(&fit) {
             if *fit {
                 self.kernel.remove(target.id.cookie().0);
             }
         }
-        self.fit.replace(fit);
+        *self.fit.lock().unwrap() = fit;
         targets.iter().map(|_| Ok(())).collect()
     }
 }
 
 /// The verdicts on five sockets of which `change` changes some while the method is at work.
-fn while_at_work(provoked: bool, change: impl Fn(&Kernel) + 'static) -> (Vec<bool>, Vec<Verdict>) {
+fn while_at_work(
+    provoked: bool,
+    change: impl Fn(&Kernel) + Send + 'static,
+) -> (Vec<bool>, Vec<Verdict>) {
     let mut world = World::new(5);
-    let fit = Rc::default();
+    let fit = Arc::default();
     world.methods.push(Box::new(Slow {
         kernel: world.kernel.clone(),
         change: Box::new(change),
         provoked,
-        fit: Rc::clone(&fit),
+        fit: Arc::clone(&fit),
     }));
     let outcomes = world.climb();
     let verdicts = outcomes.into_iter().map(|outcome| outcome.verdict);
-    (fit.take(), verdicts.collect())
+    (
+        std::mem::take(&mut *fit.lock().unwrap()),
+        verdicts.collect(),
+    )
 }
 
 #[test]

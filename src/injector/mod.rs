@@ -146,16 +146,10 @@ pub trait Scene {
     /// Looks at these targets again and says of each whether it is still what was planned. What became
     /// of those that are not is noted, whatever the method reports of them. `provoked` says that the
     /// method has already sent something that may have closed them.
-    ///
-    /// # Errors
-    /// The kernel cannot be asked.
-    fn still_fit(&mut self, targets: &[usize], provoked: bool) -> io::Result<Vec<bool>>;
+    fn still_fit(&mut self, targets: &[usize], provoked: bool) -> Vec<bool>;
 
     /// Looks at these targets now.
-    ///
-    /// # Errors
-    /// The kernel cannot be asked.
-    fn look(&mut self, targets: &[usize]) -> io::Result<Vec<Result<SocketMessage, LookupError>>>;
+    fn look(&mut self, targets: &[usize]) -> Vec<Result<SocketMessage, LookupError>>;
 }
 
 /// The methods in the order they are tried, for the network namespace of the calling thread.
@@ -184,6 +178,8 @@ pub enum ActError {
     Gone,
     /// None of the descriptors refers to the socket any more.
     DescriptorsGone,
+    /// The /proc that names the owners is of another pid namespace than ours.
+    ForeignProc,
     /// A privilege is missing; the kernel's answer is kept.
     Denied(Need, io::Error),
     /// The kernel cannot do it at all.
@@ -200,6 +196,8 @@ pub enum ActError {
     PeerSilent,
     /// The operator stopped the run before its turn.
     Interrupted,
+    /// The order was given, and whether it was carried out is not known.
+    Unanswered(io::Error),
     /// Anything else: the system call and its errno.
     Os(&'static str, io::Error),
 }
@@ -210,10 +208,12 @@ impl ActError {
         match self {
             ActError::Denied(_, error)
             | ActError::NotSupported(_, error)
+            | ActError::Unanswered(error)
             | ActError::Os(_, error) => error.raw_os_error(),
             ActError::NoAck(repair) => repair.as_ref()?.errno(),
             ActError::Gone
             | ActError::DescriptorsGone
+            | ActError::ForeignProc
             | ActError::Unsent(_)
             | ActError::RstIgnored
             | ActError::PeerAlive
@@ -228,6 +228,10 @@ impl fmt::Display for ActError {
         match self {
             ActError::Gone => f.write_str("closed before the act"),
             ActError::DescriptorsGone => f.write_str("every known descriptor has been closed"),
+            ActError::ForeignProc => f.write_str(
+                "/proc shows another pid namespace than cwkill runs in; mount one of its own, or run it \
+                 outside",
+            ),
             ActError::Denied(need, error) => write!(f, "{error}: needs {need}"),
             ActError::NotSupported(what, error) => write!(f, "{error}: {what}"),
             ActError::Unsent(bytes) => write!(
@@ -252,6 +256,7 @@ impl fmt::Display for ActError {
                 f.write_str("no answer from the peer within the grace, which does not prove it gone")
             }
             ActError::Interrupted => f.write_str("interrupted"),
+            ActError::Unanswered(error) => write!(f, "the kernel's answer was lost: {error}"),
             ActError::Os(call, error) => write!(f, "{call}: {error}"),
         }
     }

@@ -6,13 +6,18 @@
 pub fn escape(name: &str) -> String {
     let mut out = String::with_capacity(name.len());
     for c in name.chars() {
-        if c.is_control() || is_invisible(c) || c == '\u{fffd}' {
+        if is_unsafe(c) || c == '\u{fffd}' {
             out.extend(c.escape_default());
         } else {
             out.push(c);
         }
     }
     out
+}
+
+/// Whether a character may move the cursor, or hide or reorder text.
+pub fn is_unsafe(c: char) -> bool {
+    c.is_control() || is_invisible(c)
 }
 
 /// Format characters: they take no column and can reorder the ones beside them (Unicode UAX #9).

@@ -7,8 +7,11 @@ use std::io::{self, Write};
 use nix::errno::Errno;
 use serde::Serialize;
 use serde::ser::{SerializeSeq, Serializer};
+use serde_json::ser::Formatter;
 
 use super::Tally;
+use super::escape::is_unsafe;
+use crate::finder::owners::Holding;
 use crate::finder::{Found, Held, Socket};
 use crate::injector::ladder::Verdict;
 use crate::pipeline::{Deed, Run};
@@ -27,9 +30,11 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
         dry_run: run.deeds.is_none(),
         sockets: Sockets(run),
         unreadable_processes: run.found.unreadable_processes,
+        unreachable_namespaces: run.found.unreachable_namespaces,
+        undecided: run.found.undecided,
         summary: Tally::of(run),
     };
-    serde_json::to_writer(&mut *out, &document)?;
+    document.serialize(&mut serializer(out))?;
     out.write_all(b"\n")
 }
 
@@ -43,10 +48,44 @@ pub fn write_lines(run: &Run, out: &mut dyn Write) -> io::Result<()> {
             schema_version: SCHEMA_VERSION,
             socket,
         };
-        serde_json::to_writer(&mut *out, &line)?;
+        line.serialize(&mut serializer(out))?;
         out.write_all(b"\n")?;
     }
     Ok(())
+}
+
+fn serializer(out: &mut dyn Write) -> serde_json::Serializer<&mut dyn Write, TerminalSafe> {
+    serde_json::Serializer::with_formatter(out, TerminalSafe)
+}
+
+/// Compact JSON in which no name of another process can move the cursor of a terminal: what JSON
+/// itself does not escape (DEL, the C1 controls, marks that reorder text) is escaped too.
+struct TerminalSafe;
+
+impl Formatter for TerminalSafe {
+    fn write_string_fragment<W: Write + ?Sized>(
+        &mut self,
+        writer: &mut W,
+        fragment: &str,
+    ) -> io::Result<()> {
+        let mut plain = 0;
+        for (at, c) in fragment.char_indices().filter(|(_, c)| is_unsafe(*c)) {
+            writer.write_all(&fragment.as_bytes()[plain..at])?;
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                write!(writer, "\\u{unit:04x}")?;
+            }
+            plain = at + c.len_utf8();
+        }
+        writer.write_all(&fragment.as_bytes()[plain..])
+    }
+}
+
+/// Whether any of the descriptors is still open, as far as that is known.
+fn any_open(descriptors: &[Holding]) -> Option<bool> {
+    if descriptors.contains(&Holding::Open) {
+        return Some(true);
+    }
+    (!descriptors.contains(&Holding::Unknown)).then_some(false)
 }
 
 #[derive(Serialize)]
@@ -56,6 +95,8 @@ struct Document<'a> {
     dry_run: bool,
     sockets: Sockets<'a>,
     unreadable_processes: usize,
+    unreachable_namespaces: usize,
+    undecided: usize,
     summary: Tally,
 }
 
@@ -149,7 +190,8 @@ struct JsonResult {
     method: Option<&'static str>,
     reason: Option<String>,
     attempts: Vec<JsonAttempt>,
-    descriptor_open: bool,
+    /// `None`: not known, or not asked because the socket is not closed.
+    descriptor_open: Option<bool>,
 }
 
 #[derive(Serialize)]
@@ -179,8 +221,8 @@ fn json_socket<'a>(
     };
     JsonSocket {
         netns: JsonNetns {
-            inode: run.netns.inode,
-            name: run.netns.name.as_deref(),
+            inode: run.namespaces[socket.netns].inode(),
+            name: run.namespaces[socket.netns].name.as_deref(),
         },
         family: if socket.is_ipv4() { "ipv4" } else { "ipv6" },
         state: socket.state.name(),
@@ -269,6 +311,6 @@ fn json_result(deed: &Deed) -> JsonResult {
         method: method.map(|method| method.name()),
         reason,
         attempts: deed.outcome.attempts.iter().map(attempt).collect(),
-        descriptor_open: !deed.open_descriptors.is_empty(),
+        descriptor_open: deed.descriptors.as_deref().and_then(any_open),
     }
 }

@@ -1,9 +1,11 @@
-//! The report: what happened, for people ([`text`]) and for programs ([`json`]), and the exit status.
+//! The report: what happened, for people ([`text`], [`notes`]) and for programs ([`json`]), and the
+//! exit status.
 //!
 //! Reports read a finished [`Run`] and nothing else.
 
 pub mod escape;
 pub mod json;
+pub mod notes;
 pub mod text;
 
 use std::process::ExitCode;
@@ -56,6 +58,21 @@ impl Tally {
         } else {
             ExitStatus::Done
         }
+    }
+}
+
+/// The status to exit with after a run.
+///
+/// Sockets that may have matched and were left alone because their owner could not be read keep an act
+/// from being complete, and a listing from being empty.
+pub fn exit_status(run: &Run) -> ExitStatus {
+    let status = Tally::of(run).exit_status();
+    match run.found.undecided {
+        0 => status,
+        _ if status == ExitStatus::NothingMatched || run.deeds.is_some() => {
+            ExitStatus::NotAllClosed
+        }
+        _ => status,
     }
 }
 

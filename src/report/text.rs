@@ -13,11 +13,10 @@ use crate::config::{Action, Config};
 use crate::diagnosis::Cause;
 use crate::finder::cgroup::{Cgroup, unescape};
 use crate::finder::{Found, Held, Socket};
-use crate::injector::ActError;
 use crate::injector::ladder::{Outcome, Verdict};
 use crate::pipeline::Run;
 use crate::plan::{LeftOut, Plan};
-use crate::privileges::Need;
+use crate::tcp::TcpState;
 
 /// Rows that are laid out together: enough for stable columns, few enough that a listing of 100,000
 /// sockets starts at once and stays small in memory.
@@ -41,6 +40,7 @@ pub fn write(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io
 
 /// Which columns there are.
 struct Layout {
+    netns: bool,
     whose: bool,
     state: bool,
     last: Option<&'static str>,
@@ -52,6 +52,7 @@ impl Layout {
         let states: BTreeSet<&str> = run.found.sockets.iter().map(|s| s.state.name()).collect();
         let belongs = |cgroup: &Cgroup| cgroup.unit.is_some() || cgroup.container.is_some();
         Layout {
+            netns: run.namespaces.len() > 1,
             whose: run.found.processes.iter().any(|p| belongs(&p.cgroup)),
             state: states.len() > 1 || states.iter().any(|state| *state != "close-wait"),
             last: match config.action {
@@ -64,7 +65,9 @@ impl Layout {
     }
 
     fn names(&self) -> Vec<&'static str> {
-        let mut names = vec!["PROCESS", "FD"];
+        let mut names = Vec::with_capacity(12);
+        names.extend(self.netns.then_some("NETNS"));
+        names.extend(["PROCESS", "FD"]);
         names.extend(self.whose.then_some("UNIT"));
         names.extend(self.state.then_some("STATE"));
         names.extend(["LOCAL", "PEER", "AGE", "RECV-Q", "SEND-Q", "CAUSE"]);
@@ -121,7 +124,11 @@ impl Layout {
     fn cells(&self, run: &Run, row: usize) -> Vec<Cell> {
         let socket = &run.found.sockets[row];
         let (process, fd) = owner_cells(&run.found, socket, self.verbose);
-        let mut cells = vec![Cell::new(process), Cell::new(fd)];
+        let mut cells = Vec::with_capacity(12);
+        if self.netns {
+            cells.push(Cell::new(escape(&run.namespaces[socket.netns].label())));
+        }
+        cells.extend([Cell::new(process), Cell::new(fd)]);
         if self.whose {
             cells.push(Cell::new(whose(&run.found, socket, self.verbose)));
         }
@@ -158,24 +165,37 @@ fn owner_cells(found: &Found, socket: &Socket, verbose: bool) -> (String, String
     names(found, &socket.owners, verbose)
 }
 
-/// The first of `held`, or all of them.
-fn names(found: &Found, held: &[Held], all: bool) -> (String, String) {
-    if held.is_empty() {
-        return ("unknown".into(), "-".into());
+/// The first process of `held` with its first descriptor, or all of them.
+pub(super) fn names(found: &Found, held: &[Held], all: bool) -> (String, String) {
+    let mut processes: Vec<&[Held]> = held.chunk_by(|a, b| a.process == b.process).collect();
+    let (count, of_first) = match processes.first() {
+        None => return ("unknown".into(), "-".into()),
+        Some(first) => (processes.len(), first.len()),
+    };
+    if !all {
+        processes.truncate(1);
     }
-    let shown = if all { held } else { &held[..1] };
-    let (mut processes, mut fds) = (String::new(), String::new());
-    for (index, held) in shown.iter().enumerate() {
-        let process = &found.processes[held.process];
-        let separator = if index == 0 { "" } else { "," };
-        let comm = escape(&process.comm);
-        let _ = write!(processes, "{separator}{comm}/{}", process.pid);
-        let _ = write!(fds, "{separator}{}", held.fd.0);
+    let name = |held: &&[Held]| {
+        let process = &found.processes[held[0].process];
+        format!("{}/{}", escape(&process.comm), process.pid)
+    };
+    let fds = |held: &&[Held]| match all {
+        true => join(held.iter().map(|held| held.fd.0.to_string()), ","),
+        false => held[0].fd.0.to_string(),
+    };
+    let mut names = join(processes.iter().map(name), ",");
+    let mut fds = join(processes.iter().map(fds), " ");
+    if !all && count > 1 {
+        let _ = write!(names, " +{}", count - 1);
     }
-    if held.len() > shown.len() {
-        let _ = write!(processes, " +{}", held.len() - shown.len());
+    if !all && of_first > 1 {
+        let _ = write!(fds, " +{}", of_first - 1);
     }
-    (processes, fds)
+    (names, fds)
+}
+
+fn join(parts: impl Iterator<Item = String>, separator: &str) -> String {
+    parts.collect::<Vec<_>>().join(separator)
 }
 
 /// The container or the unit of the first owner, or of all of them.
@@ -239,7 +259,7 @@ fn left_out_text(left_out: &[(crate::injector::MethodName, LeftOut)]) -> String 
     let parts = left_out
         .iter()
         .map(|(method, why)| format!("{method}: {why}"));
-    parts.collect::<Vec<_>>().join("; ")
+    join(parts, "; ")
 }
 
 fn result_cell(outcome: &Outcome, verbose: bool) -> Cell {
@@ -248,7 +268,7 @@ fn result_cell(outcome: &Outcome, verbose: bool) -> Cell {
             let error = attempt.error.as_ref()?;
             Some(format!("{}: {error}", attempt.method))
         });
-        failed.collect::<Vec<_>>().join("; ")
+        join(failed, "; ")
     };
     let (mut text, color) = match &outcome.verdict {
         Verdict::Closed(method) => (format!("closed by {method}"), Color::Green),
@@ -274,7 +294,11 @@ fn summary(run: &Run, config: &Config) -> String {
         _ => format!("{count} sockets"),
     };
     if run.deeds.is_none() {
-        let mut line = format!("{} stuck", sockets(tally.matched));
+        let close_wait = |socket: &Socket| socket.state == TcpState::CloseWait;
+        let mut line = match run.found.sockets.iter().all(close_wait) {
+            true => format!("{} stuck", sockets(tally.matched)),
+            false => format!("{} matched", sockets(tally.matched)),
+        };
         let mut causes: BTreeMap<Cause, usize> = BTreeMap::new();
         for socket in &run.found.sockets {
             *causes.entry(socket.cause).or_default() += 1;
@@ -304,116 +328,6 @@ fn summary(run: &Run, config: &Config) -> String {
         }
     }
     line
-}
-
-/// What the operator should know beside the result, one note a line.
-pub fn notes(run: &Run) -> Vec<String> {
-    let mut notes = Vec::new();
-    let Some(deeds) = &run.deeds else {
-        let unaccepted = run
-            .found
-            .sockets
-            .iter()
-            .filter(|s| s.cause == Cause::NotAccepted);
-        let listeners: BTreeSet<usize> = unaccepted.filter_map(|s| s.listener).collect();
-        for listener in listeners.into_iter().map(|at| &run.found.listeners[at]) {
-            let (owner, _) = names(&run.found, &listener.owners, false);
-            notes.push(format!(
-                "{owner} does not accept what comes to {}: backlog {}/{}",
-                listener.local, listener.waiting, listener.backlog
-            ));
-        }
-        notes.extend(unknown_owners(run));
-        return notes;
-    };
-
-    let mut descriptors: BTreeMap<usize, usize> = BTreeMap::new();
-    let mut backlogs: BTreeMap<usize, usize> = BTreeMap::new();
-    for (socket, deed) in run.found.sockets.iter().zip(deeds) {
-        for &owner in &deed.open_descriptors {
-            *descriptors.entry(socket.owners[owner].process).or_default() += 1;
-        }
-        if let (Verdict::Closed(_), Cause::NotAccepted, Some(listener)) =
-            (&deed.outcome.verdict, socket.cause, socket.listener)
-        {
-            *backlogs.entry(listener).or_default() += 1;
-        }
-    }
-    for (process, count) in descriptors {
-        let process = &run.found.processes[process];
-        notes.push(format!(
-            "{}/{} still has {count} descriptor{} of closed sockets open: closing a socket does not free \
-             the descriptor, only the process can",
-            escape(&process.comm),
-            process.pid,
-            plural(count),
-        ));
-    }
-    for (listener, count) in backlogs {
-        let listener = &run.found.listeners[listener];
-        let (owner, _) = names(&run.found, &listener.owners, false);
-        notes.push(format!(
-            "{count} closed connection{} still take{} a slot in the backlog of {} ({owner}, backlog \
-             {}/{}): only its accept() frees them",
-            plural(count),
-            if count == 1 { "s" } else { "" },
-            listener.local,
-            listener.waiting,
-            listener.backlog,
-        ));
-    }
-    notes.extend(unknown_owners(run));
-    notes
-}
-
-/// Sockets whose owner could not be told.
-fn unknown_owners(run: &Run) -> Option<String> {
-    let unknown = run
-        .found
-        .sockets
-        .iter()
-        .filter(|socket| socket.inode.is_some() && socket.owners.is_empty())
-        .count();
-    (unknown > 0).then(|| {
-        format!(
-            "{unknown} socket{} without a known owner; {} process{} could not be looked into: run as \
-             root, in the pid namespace of the owner",
-            plural(unknown),
-            run.found.unreadable_processes,
-            if run.found.unreadable_processes == 1 { "" } else { "es" },
-        )
-    })
-}
-
-/// The privileges whose lack kept a socket open, or would.
-pub fn missing_privileges(run: &Run) -> BTreeSet<Need> {
-    let mut needs = BTreeSet::new();
-    for (at, plan) in run.plans.iter().enumerate() {
-        let done = match &run.deeds {
-            None => !plan.methods.is_empty(),
-            Some(deeds) => matches!(
-                deeds[at].outcome.verdict,
-                Verdict::Closed(_) | Verdict::Gone
-            ),
-        };
-        if done || plan.over_limit {
-            continue;
-        }
-        needs.extend(plan.left_out.iter().filter_map(|(_, why)| match why {
-            LeftOut::Needs(need) => Some(*need),
-            _ => None,
-        }));
-        for attempt in run.deeds.iter().flat_map(|d| &d[at].outcome.attempts) {
-            if let Some(ActError::Denied(need, _)) = attempt.error {
-                needs.insert(need);
-            }
-        }
-    }
-    needs
-}
-
-fn plural(count: usize) -> &'static str {
-    if count == 1 { "" } else { "s" }
 }
 
 #[cfg(test)]

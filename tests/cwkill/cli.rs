@@ -2,14 +2,16 @@
 
 use anyhow::{Context, Result, ensure};
 use clap::CommandFactory;
-use netns_harness::Family;
+use netns_harness::{Family, Lab};
 
 use crate::Case::{self, Once};
-use crate::support::{cwkill, lab, same};
+use crate::support::{CWKILL, connections, cwkill, lab, ran, same};
 
 pub const CASES: &[Case] = &[
     Once("bad_values_are_named_and_nothing_is_done", bad_values),
-    Once("every_option_is_in_the_man_page", man_page),
+    Once("every_option_has_a_paragraph_in_the_man_page", man_page),
+    Once("a_mention_is_no_paragraph", man_page_tags),
+    Once("closed_output_is_no_error", closed_output),
     Once("options_named_in_the_readme_exist", readme),
 ];
 
@@ -75,12 +77,27 @@ fn options() -> Vec<String> {
     options
 }
 
-fn man_page() -> Result<()> {
+/// The tags of the page: what stands out at the left, one paragraph of explanation each.
+fn tags(page: &str) -> std::collections::HashSet<String> {
+    let lines: Vec<&str> = page.lines().collect();
+    let tag = |pair: &[&str]| (pair[0] == ".TP").then(|| pair[1].to_owned());
     // roff writes a dash as `\-`; a word ends at anything that cannot be part of an option.
-    let text = document("man/cwkill.8")?.replace("\\-", "-");
-    let words: std::collections::HashSet<&str> = text
-        .split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'))
-        .collect();
+    lines
+        .windows(2)
+        .filter_map(tag)
+        .flat_map(|line| {
+            let line = line
+                .replace("\\-", "-")
+                .replace("\\fP", " ")
+                .replace("\\fR", " ");
+            let words = line.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'));
+            words.map(str::to_owned).collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+fn man_page() -> Result<()> {
+    let tags = tags(&document("man/cwkill.8")?);
     let options = options();
     ensure!(
         options.len() > 20,
@@ -88,10 +105,24 @@ fn man_page() -> Result<()> {
     );
     for option in options {
         ensure!(
-            words.contains(option.as_str()),
-            "{option} is not in man/cwkill.8"
+            tags.contains(&option),
+            "{option} has no paragraph in man/cwkill.8"
         );
     }
+    Ok(())
+}
+
+/// The test above can fail.
+fn man_page_tags() -> Result<()> {
+    let page = ".TP\n.BI \\-\\-port \" LIST\"\nPorts; see\n.B \\-\\-all .\n.TP\n.BR \\-n \", \" \\-\\-dry\\-run\nx";
+    let tags = tags(page);
+    for option in ["--port", "-n", "--dry-run"] {
+        ensure!(tags.contains(option), "{option}: {tags:?}");
+    }
+    ensure!(
+        !tags.contains("--all"),
+        "a mention is no paragraph: {tags:?}"
+    );
     Ok(())
 }
 
@@ -115,4 +146,38 @@ fn readme() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Nobody reads what it prints: the work is done all the same, and the status says so.
+fn closed_output() -> Result<()> {
+    for output in ["", "--json", "--jsonl", "-v"] {
+        let (lab, _leak) = lab("unread", Family::V4, 3)?;
+        let (reader, writer) = std::io::pipe()?;
+        drop(reader);
+        let line = format!("--all {output}");
+        let child = lab.app_host().command(CWKILL).args(line.split_whitespace());
+        let status = child
+            .stdout(writer)
+            .stderr(std::process::Stdio::null())
+            .spawn()?
+            .wait()?;
+        ensure!(status.code() == Some(0), "{line}: {status}");
+        same(&connections(&lab)?.len(), &0)?;
+    }
+    // Neither is there anyone to tell of an error, nor room for a listing.
+    let empty = Lab::new()?;
+    for (script, code) in [
+        ("--port 80x >&- 2>&-", 2),
+        ("-N no-such-namespace >/dev/full 2>/dev/full", 3),
+        (">/dev/full 2>/dev/full", 3),
+    ] {
+        let script = format!("{CWKILL} {script}");
+        ran(empty.app_host().command("sh").args(["-c", &script]))?.exits(code)?;
+    }
+    let (lab, _leak) = lab("unread", Family::V4, 3)?;
+    let script = format!("{CWKILL} --all >/dev/full");
+    let ran = ran(lab.app_host().command("sh").args(["-c", &script]))?.exits(0)?;
+    ran.complains("the work is done")?
+        .complains("descriptors of closed")?;
+    same(&connections(&lab)?.len(), &0)
 }

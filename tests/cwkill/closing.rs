@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use netns_harness::{Family, Lab, TcpState};
 
+use crate::AS_HARNESS;
 use crate::Case::{self, EachFamily, Once};
 use crate::support::{
     CWKILL, all_have, at, carries_data, connections, count, cwkill, in_state, lab, ran, same,
@@ -224,8 +225,9 @@ fn stopped_owner() -> Result<()> {
     same(&connections(&lab)?.len(), &0)
 }
 
+/// More than a pipe holds, so that the program is still writing when its reader has gone.
 fn head() -> Result<()> {
-    let (lab, _leak) = lab("unread", Family::V4, 300)?;
+    let (lab, _leak) = lab("unread", Family::V4, 1500)?;
     let script = format!("{{ {CWKILL} --all -v; echo status=$? >&2; }} | head -1");
     let ran = ran(lab.app_host().command("sh").args(["-c", &script]))?.exits(0)?;
     same(&ran.stdout.lines().count(), &1)?;
@@ -234,13 +236,13 @@ fn head() -> Result<()> {
     same(&connections(&lab)?.len(), &0)
 }
 
-/// `netns-harness run unread --count 40 -- cwkill --port 8080`, as it stands in the README.
+/// `netns-harness run unread --count 40 -- cwkill --port 8080`, as it stands in the README. This program
+/// plays the harness.
 fn harness_command() -> Result<()> {
     let lab = Lab::new()?;
-    let beside = std::path::Path::new(CWKILL).with_file_name("netns-harness");
-    let harness = lab.app_host().command(beside);
-    let line = "run unread --count 40 -- cwkill --port 8080";
-    let ran = ran(harness.args(line.split(' ')))?.exits(0)?;
+    let line = format!("run unread --count 40 -- {CWKILL} --port 8080");
+    let harness = lab.app_host().command(std::env::current_exe()?);
+    let ran = ran(harness.env(AS_HARNESS, "1").args(line.split(' ')))?.exits(0)?;
     let summary = "40 sockets matched: 40 closed";
     ensure!(ran.stdout.contains(summary), "{ran:#?}");
     Ok(())

@@ -22,7 +22,14 @@ enum Case {
     EachFamily(&'static str, fn(Family) -> anyhow::Result<()>),
 }
 
+/// Set in the environment, it makes this program the harness's own.
+const AS_HARNESS: &str = "CWKILL_TESTS_AS_HARNESS";
+
 fn main() -> std::process::ExitCode {
+    netns_harness::run_role();
+    if std::env::var_os(AS_HARNESS).is_some() {
+        return netns_harness::cli::main();
+    }
     if let Err(error) = netns_harness::init() {
         eprintln!("{error:#}");
         return std::process::ExitCode::FAILURE;
@@ -32,7 +39,6 @@ fn main() -> std::process::ExitCode {
         ("listing", listing::CASES),
         ("selecting", selecting::CASES),
         ("expressions", expressions::CASES),
-        ("whose", whose::CASES),
         ("closing", closing::CASES),
         ("resetting", resetting::CASES),
         ("probing", probing::CASES),
@@ -40,14 +46,19 @@ fn main() -> std::process::ExitCode {
         ("states", states::CASES),
         ("facts", facts::CASES),
     ];
+    let mut groups = groups.to_vec();
+    if whose::possible() {
+        groups.push(("whose", whose::CASES));
+    } else {
+        // The gate runs as root and fails if it sees this in its first run.
+        eprintln!("LEFT OUT: whose: only root of the machine can make cgroups");
+    }
     let mut trials = Vec::new();
     for (group, cases) in groups {
-        let possible = group != "whose" || whose::possible();
         for case in cases {
             match *case {
                 Case::Once(name, test) => {
-                    let trial = trial(format!("{group}::{name}"), test);
-                    trials.push(trial.with_ignored_flag(!possible));
+                    trials.push(trial(format!("{group}::{name}"), test));
                 }
                 Case::EachFamily(name, test) => {
                     for family in Family::ALL {

@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use netns_harness::{Dial, Family, Lab, Leak, Recv, TcpState};
 
+use cwkill::finder::netns::Which;
 use cwkill::finder::owners::Proc;
-use cwkill::finder::sock_diag::{DiagId, LookupError, SockDiag, SocketMessage};
+use cwkill::finder::sock_diag::{DestroyError, DiagId, LookupError, SockDiag, SocketMessage};
 use cwkill::finder::{self, Found};
 use cwkill::injector::ladder::{self, Outcome, Rules, Surroundings, Verdict};
 use cwkill::injector::{self, ActError, MethodName, Scene, Target};
@@ -30,6 +31,14 @@ pub const CASES: &[Case] = &[
     EachFamily("an_owner_that_dies_is_no_error_for_others", owner_dies),
     Once("a_socket_that_closes_on_its_own_is_gone", closes_on_its_own),
     Once("one_that_is_accepted_meanwhile_is_left", accepted_meanwhile),
+    Once(
+        "an_owner_of_several_that_lets_go_leaves_the_others",
+        one_of_three_lets_go,
+    ),
+    Once(
+        "answers_that_are_lost_are_not_taken_for_others",
+        lost_answers,
+    ),
 ];
 
 struct Now;
@@ -55,9 +64,8 @@ fn act_after(
 ) -> Result<(Found, Vec<Outcome>)> {
     lab.app_host().within(|| {
         let proc = Proc::default();
-        let mut diag = SockDiag::open()?;
         let selectors = Selectors::default();
-        let found = finder::find(&mut diag, &proc, &selectors)?;
+        let found = find(&proc, &selectors)?;
         let policy = Policy {
             methods: methods.to_vec(),
             discard_unsent: false,
@@ -72,9 +80,16 @@ fn act_after(
             discard_unsent: false,
             selectors: &selectors,
         };
-        let outcomes = ladder::climb(&found, &plans, &mut methods, &mut diag, rules, &Now)?;
+        let all: Vec<usize> = (0..found.sockets.len()).collect();
+        let mut diag = SockDiag::open()?;
+        let outcomes = ladder::climb(&found, &plans, &all, &mut methods, &mut diag, rules, &Now);
         Ok((found, outcomes))
     })
+}
+
+fn find(proc: &Proc, selectors: &Selectors) -> Result<Found> {
+    let here = Which::Ours.open(proc)?;
+    Ok(finder::find(&here.open, proc, selectors)?)
 }
 
 /// The method alone, without the ladder's look, on what was found before the world changed.
@@ -85,7 +100,7 @@ fn bare_act_after(
 ) -> Result<Result<(), ActError>> {
     lab.app_host().within(|| {
         let proc = Proc::default();
-        let found = finder::find(&mut SockDiag::open()?, &proc, &Selectors::default())?;
+        let found = find(&proc, &Selectors::default())?;
         ensure!(found.sockets.len() == 1, "{found:#?}");
         change()?;
         let mut methods = injector::methods(&[method], &proc)?;
@@ -105,14 +120,12 @@ impl Scene for OnlyCookies {
     fn surroundings(&self) -> &dyn Surroundings {
         &Now
     }
-    fn still_fit(&mut self, targets: &[usize], _: bool) -> std::io::Result<Vec<bool>> {
-        Ok(self.look(targets)?.iter().map(Result::is_ok).collect())
+    fn still_fit(&mut self, targets: &[usize], _: bool) -> Vec<bool> {
+        self.look(targets).iter().map(Result::is_ok).collect()
     }
-    fn look(
-        &mut self,
-        targets: &[usize],
-    ) -> std::io::Result<Vec<Result<SocketMessage, LookupError>>> {
-        self.0.lookup(&vec![self.1; targets.len()])
+    fn look(&mut self, targets: &[usize]) -> Vec<Result<SocketMessage, LookupError>> {
+        let looks = self.0.lookup(&vec![self.1; targets.len()]);
+        looks.expect("the kernel can be asked")
     }
 }
 
@@ -282,4 +295,39 @@ fn accepted_meanwhile() -> Result<()> {
         .filter(|o| matches!(o.verdict, Verdict::Skipped(ladder::Skip::Accepted)));
     same(&left.count(), &1)?;
     same(&in_state(&lab, TcpState::CloseWait)?, &1)
+}
+
+/// The act goes through an owner that is still there.
+fn one_of_three_lets_go() -> Result<()> {
+    let (lab, leak) = lab("forked", Family::V4, 2)?;
+    let (found, outcomes) = act_after(&lab, &[MethodName::Shutdown], || {
+        leak.app().close(&leak.app_fds())
+    })?;
+    ensure!(found.sockets.iter().all(|socket| socket.owners.len() == 3));
+    let closed = |o: &&Outcome| matches!(o.verdict, Verdict::Closed(MethodName::Shutdown));
+    same(&outcomes.iter().filter(closed).count(), &2)
+}
+
+/// With a receive queue for a few answers only: every socket that was aborted is known as ours, and
+/// every look gets its answer.
+fn lost_answers() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V4, 200)?;
+    lab.app_host().within(|| {
+        let found = find(&Proc::default(), &Selectors::default())?;
+        let ids: Vec<DiagId> = found.sockets.iter().map(|socket| socket.id).collect();
+        let mut tiny = SockDiag::with_queue(1)?;
+        let seen = tiny.lookup(&ids)?;
+        same(&seen.iter().filter(|look| look.is_ok()).count(), &200)?;
+        let mut lost = 0;
+        for result in tiny.destroy(&ids)? {
+            match result {
+                Ok(()) => {}
+                Err(DestroyError::AnswerLost) => lost += 1,
+                Err(other) => anyhow::bail!("{other:?}"),
+            }
+        }
+        ensure!(lost > 0, "the queue was too large for this test");
+        Ok(())
+    })?;
+    same(&connections(&lab)?.len(), &0)
 }

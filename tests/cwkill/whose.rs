@@ -1,6 +1,6 @@
 //! Units and containers, in cgroups made for the test.
 //!
-//! Needs root of the machine: nobody else may make cgroups. Elsewhere these tests are shown as ignored.
+//! Needs root of the machine: nobody else may make cgroups.
 
 use std::process::Command;
 

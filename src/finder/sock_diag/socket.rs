@@ -19,8 +19,8 @@ const DUMP_ATTEMPTS: u32 = 10;
 /// Requests in one datagram. Every answer waits in the receive queue until the whole datagram is
 /// processed; 64 with TCP_INFO fit the default queue (net.core.rmem_default).
 const BATCH: usize = 64;
-/// Requests whose answers did not fit the receive queue are sent again this often at most.
-const EXCHANGE_ATTEMPTS: u32 = 8;
+/// Size of the receive queue that is asked for. The kernel gives what net.core.rmem_max allows.
+const RECEIVE_QUEUE: usize = 1024 * 1024;
 
 /// A dump that could not be had.
 #[derive(Debug)]
@@ -73,6 +73,8 @@ pub enum DestroyError {
     Gone,
     /// EPERM: needs CAP_NET_ADMIN over the network namespace.
     Denied,
+    /// The kernel took the order, and its answer did not fit the receive queue.
+    AnswerLost,
     /// Anything else.
     Other(io::Error),
 }
@@ -90,12 +92,22 @@ impl SockDiag {
     /// # Errors
     /// EPROTONOSUPPORT: no sock_diag in this kernel (CONFIG_INET_DIAG).
     pub fn open() -> io::Result<Self> {
+        Self::with_queue(RECEIVE_QUEUE)
+    }
+
+    /// Opens the socket with a receive queue of about `bytes`.
+    ///
+    /// # Errors
+    /// As [`SockDiag::open`].
+    pub fn with_queue(bytes: usize) -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
         // Keeps the request out of error replies. Kernels before 4.3 do not know it; only longer
         // replies follow from that.
         let _ = socket.set_cap_ack(true);
+        // Less than asked for means more, smaller datagrams, nothing else.
+        let _ = socket.set_rx_buf_sz(u32::try_from(bytes).unwrap_or(u32::MAX));
         Ok(SockDiag {
             socket,
             sequence: 0,
@@ -112,30 +124,32 @@ impl SockDiag {
         request: &DumpRequest,
         mut keep: impl FnMut(SocketMessage) -> Option<T>,
     ) -> Result<Vec<T>, DumpError> {
-        for _ in 0..DUMP_ATTEMPTS {
-            let sequence = self.next_sequence();
-            self.socket.send(&request.encode(sequence), 0)?;
-            let mut assembly = Assembly::new(sequence);
-            let verdict = loop {
-                let datagram = match receive(&self.socket, &mut self.buffer, 0) {
-                    // The queue overran and messages are lost: what remains is stale, start again.
-                    Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
-                        break Verdict::Again;
-                    }
-                    other => other?,
-                };
-                match assembly.feed(datagram, &mut keep)? {
+        repeat(|| self.dump_once(request, &mut keep))
+    }
+
+    /// One dump; `None` if it has to be asked for again.
+    fn dump_once<T>(
+        &mut self,
+        request: &DumpRequest,
+        keep: &mut impl FnMut(SocketMessage) -> Option<T>,
+    ) -> Result<Option<Vec<T>>, DumpError> {
+        let sequence = self.next_sequence();
+        self.socket.send(&request.encode(sequence), 0)?;
+        let mut assembly = Assembly::new(sequence);
+        loop {
+            match receive(&self.socket, &mut self.buffer, 0) {
+                Ok(datagram) => match assembly.feed(datagram, keep)? {
                     Verdict::More => {}
-                    verdict => break verdict,
+                    Verdict::Complete => return Ok(Some(assembly.kept)),
+                    Verdict::Again => return Ok(None),
+                },
+                // The queue overran. The kernel goes on, so the rest is read before asking again.
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                    assembly.interrupted = true;
                 }
-            };
-            match verdict {
-                Verdict::Complete => return Ok(assembly.kept),
-                // A fresh socket leaves the rest of the old dump behind.
-                _ => *self = SockDiag::open()?,
+                Err(error) => return Err(error.into()),
             }
         }
-        Err(DumpError::Interrupted)
     }
 
     /// Looks at each of `ids` now; one result each, in order.
@@ -146,72 +160,89 @@ impl SockDiag {
         &mut self,
         ids: &[DiagId],
     ) -> io::Result<Vec<Result<SocketMessage, LookupError>>> {
-        self.exchange(ids, codec::put_lookup, |frame| match frame {
-            Frame::Socket(message) => Ok(message),
-            Frame::Error(libc::ENOENT | libc::ESTALE) => Err(LookupError::Gone),
-            Frame::Error(errno) => Err(LookupError::Io(io::Error::from_raw_os_error(errno))),
-            _ => Err(LookupError::Io(io::ErrorKind::InvalidData.into())),
-        })
+        let mut answers: Vec<Option<Frame>> = ids.iter().map(|_| None).collect();
+        for (ids, answers) in ids.chunks(BATCH).zip(answers.chunks_mut(BATCH)) {
+            // A question may be asked again. What did not fit the queue together fits it one by one.
+            let mut at_once = BATCH;
+            while self.ask(ids, answers, at_once, codec::put_lookup)? == Answers::SomeLost
+                && at_once > 1
+            {
+                at_once /= 2;
+            }
+        }
+        let read = |answer| match answer {
+            Some(Frame::Socket(message)) => Ok(message),
+            Some(Frame::Error(libc::ENOENT | libc::ESTALE)) => Err(LookupError::Gone),
+            Some(Frame::Error(errno)) => Err(LookupError::Io(io::Error::from_raw_os_error(errno))),
+            Some(_) => Err(LookupError::Io(io::ErrorKind::InvalidData.into())),
+            None => Err(LookupError::Io(io::Error::from_raw_os_error(libc::ENOBUFS))),
+        };
+        Ok(answers.into_iter().map(read).collect())
     }
 
     /// Aborts each of `ids`; one result each, in order.
     ///
+    /// An order is never given twice: the second would be answered with ENOENT, as if the socket had
+    /// closed before the first.
+    ///
     /// # Errors
-    /// Only when the netlink socket itself fails.
+    /// Only when the netlink socket itself fails; some of `ids` may be aborted then.
     pub fn destroy(&mut self, ids: &[DiagId]) -> io::Result<Vec<Result<(), DestroyError>>> {
-        self.exchange(ids, codec::put_destroy, |frame| match frame {
-            Frame::Ack => Ok(()),
-            Frame::Error(libc::ENOENT | libc::ESTALE) => Err(DestroyError::Gone),
-            Frame::Error(libc::EOPNOTSUPP) => Err(DestroyError::NotSupported),
-            Frame::Error(libc::EPERM) => Err(DestroyError::Denied),
-            Frame::Error(errno) => Err(DestroyError::Other(io::Error::from_raw_os_error(errno))),
-            _ => Err(DestroyError::Other(io::ErrorKind::InvalidData.into())),
+        let mut answers: Vec<Option<Frame>> = ids.iter().map(|_| None).collect();
+        for (ids, answers) in ids.chunks(BATCH).zip(answers.chunks_mut(BATCH)) {
+            self.ask(ids, answers, BATCH, codec::put_destroy)?;
+        }
+        let read = |answer| match answer {
+            Some(Frame::Ack) => Ok(()),
+            Some(Frame::Error(libc::ENOENT | libc::ESTALE)) => Err(DestroyError::Gone),
+            Some(Frame::Error(libc::EOPNOTSUPP)) => Err(DestroyError::NotSupported),
+            Some(Frame::Error(libc::EPERM)) => Err(DestroyError::Denied),
+            Some(Frame::Error(errno)) => {
+                Err(DestroyError::Other(io::Error::from_raw_os_error(errno)))
+            }
+            Some(_) => Err(DestroyError::Other(io::ErrorKind::InvalidData.into())),
+            None => Err(DestroyError::AnswerLost),
+        };
+        Ok(answers.into_iter().map(read).collect())
+    }
+
+    /// Sends one request for each of `ids` that has no answer yet, `at_once` in a datagram, and pairs
+    /// the answers by sequence number.
+    fn ask(
+        &mut self,
+        ids: &[DiagId],
+        answers: &mut [Option<Frame>],
+        at_once: usize,
+        put: impl Fn(&mut Vec<u8>, &DiagId, u32),
+    ) -> io::Result<Answers> {
+        let mut request = Vec::new();
+        for (ids, answers) in ids.chunks(at_once).zip(answers.chunks_mut(at_once)) {
+            // One sequence number a slot, asked or not, so that a number finds its slot.
+            let first = self.sequence.wrapping_add(1);
+            request.clear();
+            for (id, answer) in ids.iter().zip(&*answers) {
+                let sequence = self.next_sequence();
+                if answer.is_none() {
+                    put(&mut request, id, sequence);
+                }
+            }
+            if !request.is_empty() {
+                self.socket.send(&request, 0)?;
+                self.take_answers(first, answers)?;
+            }
+        }
+        Ok(match answers.iter().all(Option::is_some) {
+            true => Answers::All,
+            false => Answers::SomeLost,
         })
     }
 
-    /// Sends one request an id, [`BATCH`] in a datagram, and pairs the answers by sequence number.
-    fn exchange<T>(
-        &mut self,
-        ids: &[DiagId],
-        put: impl Fn(&mut Vec<u8>, &DiagId, u32),
-        read: impl Fn(Frame) -> T,
-    ) -> io::Result<Vec<T>> {
-        let mut answers: Vec<Option<T>> = ids.iter().map(|_| None).collect();
-        for (ids, answers) in ids.chunks(BATCH).zip(answers.chunks_mut(BATCH)) {
-            for _ in 0..EXCHANGE_ATTEMPTS {
-                if !self.exchange_batch(ids, answers, &put, &read)? {
-                    break;
-                }
-            }
-        }
-        answers
-            .into_iter()
-            .map(|answer| answer.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOBUFS)))
-            .collect()
-    }
-
-    /// Asks about those of `ids` that have no answer yet; true if some still have none.
-    fn exchange_batch<T>(
-        &mut self,
-        ids: &[DiagId],
-        answers: &mut [Option<T>],
-        put: &impl Fn(&mut Vec<u8>, &DiagId, u32),
-        read: &impl Fn(Frame) -> T,
-    ) -> io::Result<bool> {
-        // One sequence number a slot, asked or not, so that a number finds its slot.
-        let first = self.sequence.wrapping_add(1);
-        let mut request = Vec::new();
-        for (id, answer) in ids.iter().zip(&*answers) {
-            let sequence = self.next_sequence();
-            if answer.is_none() {
-                put(&mut request, id, sequence);
-            }
-        }
-        self.socket.send(&request, 0)?;
-        // The kernel answers inside send(): what is not in the queue now was lost to a full queue.
+    /// Empties the receive queue. The kernel answers inside send(), so what is not there now was lost
+    /// to a full queue.
+    fn take_answers(&mut self, first: u32, answers: &mut [Option<Frame>]) -> io::Result<()> {
         loop {
             let datagram = match receive(&self.socket, &mut self.buffer, libc::MSG_DONTWAIT) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => continue,
                 other => other?,
             };
@@ -221,11 +252,10 @@ impl SockDiag {
                     .ok()
                     .and_then(|index| answers.get_mut(index));
                 if let Some(slot) = slot.filter(|slot| slot.is_none()) {
-                    *slot = Some(read(framed.frame));
+                    *slot = Some(framed.frame);
                 }
             }
         }
-        Ok(answers.iter().any(Option::is_none))
     }
 
     fn next_sequence(&mut self) -> u32 {
@@ -238,6 +268,25 @@ impl AsFd for SockDiag {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// Whether every question of an exchange was answered.
+#[derive(Debug, PartialEq, Eq)]
+enum Answers {
+    All,
+    SomeLost,
+}
+
+/// Tries a dump until it is whole, a bounded number of times.
+fn repeat<T>(
+    mut once: impl FnMut() -> Result<Option<Vec<T>>, DumpError>,
+) -> Result<Vec<T>, DumpError> {
+    for _ in 0..DUMP_ATTEMPTS {
+        if let Some(whole) = once()? {
+            return Ok(whole);
+        }
+    }
+    Err(DumpError::Interrupted)
 }
 
 /// Takes the next datagram; a signal does not end the wait.
@@ -352,6 +401,27 @@ mod tests {
         let mut assembly = Assembly::new(5);
         assert_eq!(feed(&mut assembly, &early), Verdict::More);
         assert_eq!(feed(&mut assembly, &whole[first..]), Verdict::Again);
+    }
+
+    #[test]
+    fn a_dump_that_is_interrupted_again_and_again_ends_in_an_error() {
+        let mut attempts = 0;
+        let never: Result<Vec<u8>, _> = repeat(|| {
+            attempts += 1;
+            Ok(None)
+        });
+        assert!(matches!(never, Err(DumpError::Interrupted)));
+        assert_eq!(attempts, DUMP_ATTEMPTS);
+
+        let mut attempts = 0;
+        let third = repeat(|| {
+            attempts += 1;
+            Ok((attempts == 3).then(|| vec![1]))
+        });
+        assert_eq!(third.unwrap(), [1]);
+
+        let refused: Result<Vec<u8>, _> = repeat(|| Err(DumpError::Malformed(Malformed("x"))));
+        assert!(matches!(refused, Err(DumpError::Malformed(_))));
     }
 
     #[test]

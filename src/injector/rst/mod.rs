@@ -143,14 +143,14 @@ impl Rst {
         targets: &[Target],
         scene: &mut dyn Scene,
         results: &mut [Result<(), ActError>],
-    ) -> io::Result<Vec<usize>> {
+    ) -> Vec<usize> {
         let mut fit = vec![false; salvo.len()];
         for provoked in [false, true] {
             let places: Vec<usize> = (0..salvo.len())
                 .filter(|&place| salvo[place].provoked == provoked)
                 .collect();
             let asked: Vec<usize> = places.iter().map(|&place| salvo[place].target).collect();
-            for (place, still) in places.into_iter().zip(scene.still_fit(&asked, provoked)?) {
+            for (place, still) in places.into_iter().zip(scene.still_fit(&asked, provoked)) {
                 fit[place] = still;
             }
         }
@@ -170,7 +170,7 @@ impl Rst {
                 Err(error) => results[aimed.target] = Err(send_error(error)),
             }
         }
-        Ok(fired)
+        fired
     }
 }
 
@@ -195,24 +195,13 @@ impl Method for Rst {
                 }
                 continue;
             }
-            match self.fire(salvo, targets, scene, &mut results) {
-                Ok(fired) => pending.extend(fired),
-                Err(error) => {
-                    for aimed in salvo {
-                        results[aimed.target] = Err(lookup_error(&error));
-                    }
-                }
-            }
+            pending.extend(self.fire(salvo, targets, scene, &mut results));
         }
         let mut reset = vec![None; targets.len()];
         for aimed in &aimed {
             reset[aimed.target] = Some(aimed.reset(&targets[aimed.target]).1);
         }
-        let gone = match wait_until_gone(&mut pending, scene) {
-            Ok(gone) => gone,
-            // The ladder looks for itself.
-            Err(_) => return results,
-        };
+        let gone = wait_until_gone(&mut pending, scene);
         for &at in &pending {
             results[at] = Err(ActError::RstIgnored);
         }
@@ -303,12 +292,12 @@ impl Wire {
 
 /// Waits until the sockets in `pending` are gone, at most for the grace; takes those that are out of
 /// it and returns them. The local stack handles a packet on `lo` before send returns, unless it is busy.
-fn wait_until_gone(pending: &mut Vec<usize>, scene: &mut dyn Scene) -> io::Result<Vec<usize>> {
+fn wait_until_gone(pending: &mut Vec<usize>, scene: &mut dyn Scene) -> Vec<usize> {
     let over = scene.surroundings().now() + scene.grace();
     let mut gone = Vec::with_capacity(pending.len());
     let mut pause = FIRST_PAUSE;
     loop {
-        let looks = scene.look(pending)?;
+        let looks = scene.look(pending);
         let mut left = Vec::new();
         for (&at, look) in pending.iter().zip(looks) {
             match look {
@@ -319,7 +308,7 @@ fn wait_until_gone(pending: &mut Vec<usize>, scene: &mut dyn Scene) -> io::Resul
         *pending = left;
         let now = scene.surroundings().now();
         if pending.is_empty() || now >= over || scene.surroundings().interrupted() {
-            return Ok(gone);
+            return gone;
         }
         scene.surroundings().pause(pause.min(over - now));
         pause = (pause * 2).min(LONGEST_PAUSE);
@@ -341,9 +330,4 @@ fn open_error(what: &'static str, error: io::Error) -> ActError {
         Some(libc::EPERM) => ActError::Denied(Need::NetRaw, error),
         _ => ActError::Os(what, error),
     }
-}
-
-fn lookup_error(error: &io::Error) -> ActError {
-    let errno = error.raw_os_error().unwrap_or(libc::EIO);
-    ActError::Os("sock_diag lookup", io::Error::from_raw_os_error(errno))
 }

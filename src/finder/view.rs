@@ -1,0 +1,66 @@
+//! What the kernel says of the sockets in one network namespace.
+
+use super::filter;
+use super::listeners::Listeners;
+use super::sock_diag::{DumpError, DumpRequest, Family, SockDiag};
+use super::{FindError, Socket};
+use crate::selectors::Selectors;
+
+/// The sockets of a namespace that match by what the kernel says of them.
+pub(super) struct View {
+    pub sockets: Vec<Socket>,
+    /// Those of the sockets that were never accepted.
+    pub listeners: Listeners,
+}
+
+/// Looks at the namespace of the calling thread.
+pub(super) fn look(selectors: &Selectors) -> Result<View, FindError> {
+    let mut diag = SockDiag::open().map_err(FindError::Open)?;
+    let selectors = selectors
+        .resolved(&filter::ThisNamespace)
+        .map_err(FindError::Expression)?;
+    let mut sockets = dump(&mut diag, &selectors)?;
+    let mut listeners = Listeners::default();
+    if sockets.iter().any(|socket| socket.cause.is_with_listener()) {
+        listeners = Listeners::read(&mut diag)?;
+    }
+    for socket in &mut sockets {
+        if socket.cause.is_with_listener() {
+            socket.listener = listeners.accepting(&socket.id, socket.tuple.local);
+        }
+    }
+    Ok(View { sockets, listeners })
+}
+
+fn dump(diag: &mut SockDiag, selectors: &Selectors) -> Result<Vec<Socket>, DumpError> {
+    let bytecode = filter::bytecode(&selectors.as_expression(), selectors.states());
+    let mut sockets = Vec::new();
+    for family in Family::ALL {
+        // An IPv4 connection can be on an AF_INET6 socket, never the other way round.
+        if family == Family::V4 && selectors.wants_only_ipv6() {
+            continue;
+        }
+        let mut request = DumpRequest {
+            family,
+            states: selectors.states(),
+            info: true,
+            bytecode: &bytecode,
+        };
+        let mut keep = |message| {
+            let socket = Socket::from_message(&message);
+            selectors.match_socket(&socket).then_some(socket)
+        };
+        let dumped = match diag.dump(&request, &mut keep) {
+            // An old kernel does not know an operation; the predicate does.
+            Err(DumpError::Io(error))
+                if error.raw_os_error() == Some(libc::EINVAL) && !bytecode.is_empty() =>
+            {
+                request.bytecode = &[];
+                diag.dump(&request, &mut keep)
+            }
+            other => other,
+        };
+        sockets.extend(dumped?);
+    }
+    Ok(sockets)
+}
