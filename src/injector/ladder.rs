@@ -2,8 +2,9 @@
 //! verifies each socket against the kernel by its cookie.
 //!
 //! Right before an act the socket is looked at again, as many at a time as the method takes
-//! ([`Method::batch`]). What has changed since the plan is left alone. Between that look and the act lie some microseconds in which the
-//! application may still write; no interface of the kernel closes this gap.
+//! ([`Method::batch`]). What has changed since the plan is left alone. Between that look and the act
+//! lie some microseconds in which the application may still write; no interface of the kernel closes
+//! this gap.
 
 use std::fmt;
 use std::io;
