@@ -5,6 +5,7 @@ mod closing;
 mod expressions;
 mod facts;
 mod listing;
+mod namespaces;
 mod probing;
 mod races;
 mod resetting;
@@ -44,6 +45,7 @@ fn main() -> std::process::ExitCode {
         ("probing", probing::CASES),
         ("races", races::CASES),
         ("states", states::CASES),
+        ("namespaces", namespaces::CASES),
         ("facts", facts::CASES),
     ];
     let mut groups = groups.to_vec();
