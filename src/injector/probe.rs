@@ -27,7 +27,7 @@ const MOST: usize = 4096;
 /// Descriptors for everything else that is open.
 const RESERVED: u64 = 256;
 /// Ladders that may run side by side and share the descriptors of this process.
-const SHARES: u64 = 8;
+const SHARES: u64 = 16;
 /// The shortest TCP_KEEPIDLE (net/ipv4/tcp.c, tcp_sock_set_keepidle_locked): a socket that heard from
 /// its peer less than this ago asks only when it is over.
 const KEEP_IDLE: Duration = Duration::from_secs(1);
