@@ -22,7 +22,7 @@ impl Kernel {
 }
 
 impl Observe for Kernel {
-    fn observe(&mut self, ids: &[DiagId]) -> io::Result<Vec<Result<SocketMessage, LookupError>>> {
+    fn observe(&mut self, ids: &[DiagId], _: Detail) -> io::Result<Looks> {
         let table = self.0.lock().unwrap();
         let look = |id: &DiagId| table.get(&id.cookie()).cloned().ok_or(LookupError::Gone);
         Ok(ids.iter().map(look).collect())
@@ -371,9 +371,9 @@ fn an_order_whose_answer_was_lost_is_ours_all_the_same() {
 struct Mute(Kernel, Arc<Mutex<Vec<u64>>>);
 
 impl Observe for Mute {
-    fn observe(&mut self, ids: &[DiagId]) -> io::Result<Vec<Result<SocketMessage, LookupError>>> {
+    fn observe(&mut self, ids: &[DiagId], detail: Detail) -> io::Result<Looks> {
         match self.1.lock().unwrap().is_empty() {
-            true => self.0.observe(ids),
+            true => self.0.observe(ids, detail),
             false => Err(io::Error::from_raw_os_error(libc::ENOBUFS)),
         }
     }
