@@ -6,7 +6,8 @@ use netns_harness::{Family, Lab, TcpState};
 use crate::AS_HARNESS;
 use crate::Case::{self, EachFamily, Once};
 use crate::support::{
-    CWKILL, all_have, at, carries_data, connections, count, cwkill, in_state, lab, ran, same,
+    CWKILL, all_have, at, carries_data, connections, count, cwkill, in_state, lab, leaker, ran,
+    same,
 };
 
 pub const CASES: &[Case] = &[
@@ -255,19 +256,12 @@ fn foreign_proc() -> Result<()> {
 
 fn own_user() -> Result<()> {
     let lab = Lab::new()?;
-    let app = lab.app_host().agent_as(&netns_harness::AgentOptions {
+    let options = netns_harness::AgentOptions {
         comm: "no-privilege".into(),
         capabilities: Some(vec![]),
         ..Default::default()
-    })?;
-    let address = "127.0.0.1:7000".parse()?;
-    let listener = app.listen(address, false, 16)?;
-    let peer = lab.app_host().agent("peer")?;
-    let patience = crate::support::PATIENCE;
-    let ends = peer.connect(address, 1, netns_harness::Dial::default(), patience)?;
-    app.accept(listener, 1, patience)?;
-    peer.shutdown(&[ends[0].fd], netns_harness::How::Write)?;
-    lab.wait_for(patience, || Ok(in_state(&lab, TcpState::CloseWait)? == 1))?;
+    };
+    let _leaker = leaker(&lab, &options)?;
     let command = lab.app_host().command(CWKILL).capabilities(&[]);
     let ran = ran(command.args(["--port", "7000", "--json"]))?.exits(0)?;
     all_have(&ran.sockets()?, "closed", "shutdown")
