@@ -257,7 +257,7 @@ fn print(what: &str, groups: &[Vec<Subject>]) {
 }
 
 /// A bare name is looked for beside this program first.
-fn beside_us(program: &Path) -> Result<PathBuf> {
+pub(crate) fn beside_us(program: &Path) -> Result<PathBuf> {
     let us = std::env::current_exe().context("find our own path")?;
     let beside = us.with_file_name(program);
     Ok(if program.components().count() == 1 && beside.exists() {

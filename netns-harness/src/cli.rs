@@ -10,7 +10,7 @@ use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 
 use crate::lab::Family;
 use crate::run::{self, HARNESS_FAILED, RunRequest};
-use crate::{bench, privilege, scenario, verify};
+use crate::{bench, chaos, privilege, scenario, verify};
 
 const EXAMPLE: &str = "netns-harness run unread --count 3 -- ss -tnp";
 
@@ -53,6 +53,10 @@ enum Action {
     },
     /// Measure `cwkill` beside ss, lsof and netstat
     Bench(bench::Bench),
+    /// Run `cwkill` among innocent connections on reused addresses, and count what is lost
+    ///
+    /// Exits with 1 if an innocent connection, a listener or the server was lost, or nothing was acted on.
+    Chaos(chaos::Chaos),
     /// Build scenarios and compare them with what `ss` shows
     Verify {
         /// Which ones; all that are listed, if none is named
@@ -133,6 +137,7 @@ fn act(action: Action) -> Result<i32> {
             )
         }
         Action::Bench(bench) => bench.run().map(|()| 0),
+        Action::Chaos(chaos) => chaos.run(),
         Action::Verify {
             scenarios,
             family,

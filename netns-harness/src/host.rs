@@ -325,17 +325,25 @@ impl HostCommand<'_> {
             stdio.get_or_insert_with(default);
         }
         let child = self.spawn()?;
-        // Unreaped until the thread below is done with it, so the number cannot become another process's.
-        let pid = Pid::from_raw(child.id().cast_signed());
-        let (done, result) = channel();
-        std::thread::spawn(move || done.send(child.wait_with_output()));
-        match result.recv_timeout(deadline) {
-            Ok(output) => output.with_context(|| format!("wait for {name}")),
-            Err(RecvTimeoutError::Timeout) => {
-                let _ = kill(pid, Signal::SIGKILL);
-                bail!("{name} did not end within {deadline:?}")
-            }
-            Err(RecvTimeoutError::Disconnected) => bail!("lost {name}"),
+        finish_within(child, &name, deadline)
+    }
+}
+
+/// Waits for the end of `child` and what it has written, or kills it at the deadline.
+///
+/// # Errors
+/// It did not end in time and was killed.
+pub(crate) fn finish_within(child: Child, name: &str, deadline: Duration) -> Result<Output> {
+    // Unreaped until the thread below is done with it, so the number cannot become another process's.
+    let pid = Pid::from_raw(child.id().cast_signed());
+    let (done, result) = channel();
+    std::thread::spawn(move || done.send(child.wait_with_output()));
+    match result.recv_timeout(deadline) {
+        Ok(output) => output.with_context(|| format!("wait for {name}")),
+        Err(RecvTimeoutError::Timeout) => {
+            let _ = kill(pid, Signal::SIGKILL);
+            bail!("{name} did not end within {deadline:?}")
         }
+        Err(RecvTimeoutError::Disconnected) => bail!("lost {name}"),
     }
 }

@@ -48,6 +48,14 @@ impl Family {
             Self::Mapped => "mapped",
         }
     }
+
+    /// What a listener for any address of the application's host is bound to.
+    pub(crate) fn any(self) -> IpAddr {
+        match self {
+            Self::V4 => Ipv4Addr::UNSPECIFIED.into(),
+            Self::V6 | Self::Mapped => Ipv6Addr::UNSPECIFIED.into(),
+        }
+    }
 }
 
 /// What the application's listener is bound to.
@@ -250,35 +258,37 @@ impl Lab {
         Ok(pair)
     }
 
-    fn new_pair(&self, app: &scenario::App, family: Family, options: Options) -> Result<Pair> {
-        // 10.78.N.0/24 and fd78:0:0:N::/64 for the link N, the application at 1 and the peer at 2.
-        let link = self
+    /// Joins a new host to the application's, with addresses on both sides.
+    pub(crate) fn link(&self) -> Result<Link> {
+        let number = self
             .links
             .fetch_add(1, Ordering::Relaxed)
             .checked_add(1)
             .context("no more links in this lab")?;
-        let v4 = |host| IpAddr::V4(Ipv4Addr::new(10, 78, link, host));
-        let v6 = |host| IpAddr::V6(Ipv6Addr::new(0xfd78, 0, 0, link.into(), 0, 0, 0, host));
-        let peer_host = Host::new()?;
-        let app_link = format!("veth{link}");
-        self.app_host.join(&app_link, &peer_host, PEER_LINK)?;
-        for (host, name, number) in [
-            (&self.app_host, app_link.as_str(), 1),
-            (&peer_host, PEER_LINK, 2),
+        let link = Link {
+            peer_host: Host::new()?,
+            number,
+        };
+        let app_link = format!("veth{number}");
+        self.app_host.join(&app_link, &link.peer_host, PEER_LINK)?;
+        for (host, name, end) in [
+            (&self.app_host, app_link.as_str(), Link::APP),
+            (&link.peer_host, PEER_LINK, Link::PEER),
         ] {
             host.within(|| {
                 rtnetlink::set_link(name, true)?;
-                rtnetlink::add_address(name, v4(number), 24)?;
-                rtnetlink::add_address(name, v6(number.into()), 64)
+                rtnetlink::add_address(name, link.v4(end), 24)?;
+                rtnetlink::add_address(name, link.v6(end), 64)
             })?;
         }
-        let (app_ip, peer_address) = match family {
-            Family::V4 | Family::Mapped => (v4(1), v4(2)),
-            Family::V6 => (v6(1), v6(2)),
-        };
-        let bound: IpAddr = match (options.listen, family, app_ip) {
-            (Listen::Any, Family::V4, _) => Ipv4Addr::UNSPECIFIED.into(),
-            (Listen::Any, Family::V6 | Family::Mapped, _) => Ipv6Addr::UNSPECIFIED.into(),
+        Ok(link)
+    }
+
+    fn new_pair(&self, app: &scenario::App, family: Family, options: Options) -> Result<Pair> {
+        let link = self.link()?;
+        let (app_ip, peer_address) = link.addresses(family);
+        let bound = match (options.listen, family, app_ip) {
+            (Listen::Any, _, _) => family.any(),
             (Listen::Own, Family::Mapped, IpAddr::V4(ip)) => ip.to_ipv6_mapped().into(),
             (Listen::Own, _, ip) => ip,
         };
@@ -288,7 +298,7 @@ impl Lab {
             capabilities: None,
         };
         let app = self.app_host.agent_as(&app_options)?;
-        let peer = peer_host.agent("peer")?;
+        let peer = link.peer_host.agent("peer")?;
         let listener = app.listen(
             SocketAddr::new(bound, options.port),
             family == Family::V6,
@@ -297,7 +307,7 @@ impl Lab {
         Ok(Pair {
             app,
             peer,
-            peer_host,
+            peer_host: link.peer_host,
             listener,
             app_address: SocketAddr::new(app_ip, options.port),
             peer_address,
@@ -305,6 +315,35 @@ impl Lab {
             options,
             sealed: Mutex::new(false),
         })
+    }
+}
+
+/// A peer's host, joined to the application's: 10.78.N.0/24 and fd78:0:0:N::/64 for the link N.
+#[derive(Debug)]
+pub(crate) struct Link {
+    pub peer_host: Host,
+    number: u8,
+}
+
+impl Link {
+    /// The numbers of the two ends in their networks.
+    const APP: u8 = 1;
+    const PEER: u8 = 2;
+
+    /// The addresses of the application and of the peer, as the network sees them.
+    pub(crate) fn addresses(&self, family: Family) -> (IpAddr, IpAddr) {
+        match family {
+            Family::V4 | Family::Mapped => (self.v4(Self::APP), self.v4(Self::PEER)),
+            Family::V6 => (self.v6(Self::APP), self.v6(Self::PEER)),
+        }
+    }
+
+    fn v4(&self, end: u8) -> IpAddr {
+        Ipv4Addr::new(10, 78, self.number, end).into()
+    }
+
+    fn v6(&self, end: u8) -> IpAddr {
+        Ipv6Addr::new(0xfd78, 0, 0, self.number.into(), 0, 0, 0, end.into()).into()
     }
 }
 

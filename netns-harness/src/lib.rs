@@ -28,10 +28,12 @@
 //! - `rtnetlink`: links and addresses
 //! - `kernel`, `ss`, `verify`: what the kernel shows, what `ss` shows, and whether a scenario keeps its word
 //! - `bench`: `cwkill` beside its peers
+//! - [`chaos`]: innocent connections under fire
 //! - `run`, `cli`: the program `netns-harness`
 
 mod agent;
 mod bench;
+pub mod chaos;
 pub mod cli;
 mod host;
 mod kernel;

@@ -17,12 +17,13 @@ use anyhow::{Context as _, Result, bail};
 use caps::{CapSet, CapsHashSet};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::{Gid, Pid, Uid};
 use serde::{Deserialize, Serialize};
 
-use crate::agent;
 use crate::run::{self, RunRequest};
+use crate::{agent, chaos};
 
 /// The first argument of a re-executed process. Not a word anybody types.
 const ROLE_ARGUMENT: &str = "__netns-harness-role";
@@ -69,6 +70,8 @@ pub(crate) enum Become {
     Command,
     /// The inner process of `netns-harness run`.
     Keeper { request: RunRequest },
+    /// One of the two processes of `netns-harness chaos`.
+    Chaos { part: chaos::Part },
 }
 
 impl Role {
@@ -202,6 +205,7 @@ fn play(specification: &OsStr, arguments: Vec<OsString>) -> Result<i32> {
         Become::Agent { comm } => agent::server::serve(&comm).map(|()| 0),
         Become::Holder { comm } => agent::server::hold(&comm).map(|()| 0),
         Become::Keeper { request } => Ok(run::keep(&request, &arguments)),
+        Become::Chaos { part } => chaos::play(&part).map(|()| 0),
         Become::Command => {
             let (program, rest) = arguments.split_first().context("no command to run")?;
             let error = Command::new(program).args(rest).exec();
@@ -210,6 +214,15 @@ fn play(specification: &OsStr, arguments: Vec<OsString>) -> Result<i32> {
             Ok(if is_found(program) { 126 } else { 127 })
         }
     }
+}
+
+/// Lets this process have as many descriptors as it may.
+///
+/// # Errors
+/// The kernel's.
+pub(crate) fn raise_descriptor_limit() -> nix::Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
 }
 
 /// Not the kind of the exec error: execvp says "permission denied" of a name it has not found either, if some directory of

@@ -1,5 +1,6 @@
 //! Drives the built `cwkill` in the harness and looks at the kernel from outside, with `ss`.
 
+mod chaos;
 mod cli;
 mod closing;
 mod expressions;
@@ -47,6 +48,7 @@ fn main() -> std::process::ExitCode {
         ("states", states::CASES),
         ("namespaces", namespaces::CASES),
         ("facts", facts::CASES),
+        ("chaos", chaos::CASES),
     ];
     let mut groups = groups.to_vec();
     if whose::possible() {

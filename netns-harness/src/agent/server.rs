@@ -19,7 +19,6 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::prctl;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::sockopt::TcpRepair;
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, setsockopt, socketpair,
@@ -33,7 +32,7 @@ use super::protocol::{
     pattern,
 };
 use crate::kernel::canonical;
-use crate::role::{Become, Group, Identity, Role};
+use crate::role::{Become, Group, Identity, Role, raise_descriptor_limit};
 
 /// The most descriptors one SCM_RIGHTS message carries (SCM_MAX_FD in the kernel).
 const SCM_MAX_FD: usize = 253;
@@ -44,9 +43,8 @@ const TALK_BYTES: usize = 16;
 /// Serves requests until stdin ends.
 pub(crate) fn serve(comm: &str) -> anyhow::Result<()> {
     be_called(comm)?;
-    // Leaks are large: as many descriptors as we may have.
-    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    // Leaks are large.
+    raise_descriptor_limit()?;
     let mut agent = Server {
         comm: comm.to_owned(),
         ..Server::default()

@@ -1,0 +1,429 @@
+//! What clients and server say to each other, and a connection that knows what it has carried.
+//!
+//! The client leads: each of its requests is a [`Header`] and a payload, and says what comes next. Every payload is a
+//! function of the life, the round and the side, so bytes of another life on the same 4-tuple are never taken for right.
+
+use std::fmt;
+use std::io::{self, Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
+
+use super::random::Random;
+use crate::kernel::canonical;
+
+/// How long an innocent may wait for a byte. Far above any retransmission, so that what is lost is lost.
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+
+const MAGIC: u8 = 0xc4;
+const HEADER_LEN: usize = 24;
+
+/// The most a header may ask for.
+const MAX_PAYLOAD: u32 = 1 << 20;
+
+/// Who made a payload.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Side {
+    Client,
+    Server,
+}
+
+/// What comes after a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Then {
+    /// A reply, and another request.
+    More,
+    /// A reply, and the server closes.
+    ServerCloses,
+    /// A reply, and the client closes.
+    ClientCloses,
+    /// A FIN: the server is to leak the connection for so many milliseconds.
+    Leak {
+        /// The server reads to the end first.
+        read: bool,
+        /// The server closes as soon as it notices that the connection is dead.
+        watch: bool,
+        ms: u16,
+    },
+    /// A FIN, and so many replies, little by little: a half-closed conversation in progress.
+    Stream { replies: u16 },
+}
+
+impl Then {
+    fn code(self) -> (u8, u16) {
+        match self {
+            Self::More => (0, 0),
+            Self::ServerCloses => (1, 0),
+            Self::ClientCloses => (2, 0),
+            Self::Stream { replies } => (3, replies),
+            Self::Leak { read, watch, ms } => (4 + u8::from(read) + 2 * u8::from(watch), ms),
+        }
+    }
+
+    fn from_code(code: u8, number: u16) -> Option<Self> {
+        Some(match code {
+            0 => Self::More,
+            1 => Self::ServerCloses,
+            2 => Self::ClientCloses,
+            3 => Self::Stream { replies: number },
+            4..=7 => Self::Leak {
+                read: code & 1 != 0,
+                watch: code & 2 != 0,
+                ms: number,
+            },
+            _ => return None,
+        })
+    }
+}
+
+/// The beginning of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Header {
+    /// The connection's number in the run.
+    pub life: u64,
+    /// The request's number in the connection.
+    pub round: u32,
+    /// Bytes of payload that follow.
+    pub request: u32,
+    /// Bytes of payload in (each) reply.
+    pub reply: u32,
+    pub then: Then,
+}
+
+impl Header {
+    fn encode(&self) -> [u8; HEADER_LEN] {
+        let (code, number) = self.then.code();
+        let mut bytes = [0; HEADER_LEN];
+        bytes[0] = MAGIC;
+        bytes[1] = code;
+        bytes[2..4].copy_from_slice(&number.to_le_bytes());
+        bytes[4..12].copy_from_slice(&self.life.to_le_bytes());
+        bytes[12..16].copy_from_slice(&self.round.to_le_bytes());
+        bytes[16..20].copy_from_slice(&self.request.to_le_bytes());
+        bytes[20..24].copy_from_slice(&self.reply.to_le_bytes());
+        bytes
+    }
+
+    fn decode(bytes: &[u8; HEADER_LEN]) -> Option<Self> {
+        let u32_at = |at: usize| {
+            bytes[at..at + 4]
+                .iter()
+                .rev()
+                .fold(0, |sum, &byte| sum << 8 | u32::from(byte))
+        };
+        let header = Self {
+            life: u64::from(u32_at(4)) | u64::from(u32_at(8)) << 32,
+            round: u32_at(12),
+            request: u32_at(16),
+            reply: u32_at(20),
+            then: Then::from_code(bytes[1], u16::from_le_bytes([bytes[2], bytes[3]]))?,
+        };
+        let sane = bytes[0] == MAGIC && header.request.max(header.reply) <= MAX_PAYLOAD;
+        sane.then_some(header)
+    }
+}
+
+fn payload(life: u64, round: u32, side: Side, len: u32) -> Vec<u8> {
+    let side = match side {
+        Side::Client => 0,
+        Side::Server => 1,
+    };
+    let mut random = Random::new(life, u64::from(round) << 1 | side);
+    let len = usize::try_from(len).expect("32 bits fit");
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        bytes.extend_from_slice(&random.next().to_le_bytes());
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+/// What went wrong on a connection.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Trouble {
+    what: String,
+    errno: Option<i32>,
+}
+
+impl Trouble {
+    pub fn new(what: impl Into<String>) -> Self {
+        Self {
+            what: what.into(),
+            errno: None,
+        }
+    }
+
+    pub fn io(what: &str, error: &io::Error) -> Self {
+        // What a read with a timeout says when it is over.
+        if error.kind() == io::ErrorKind::WouldBlock {
+            return Self::new(format!("{what}: nothing happened for {PATIENCE:?}"));
+        }
+        Self {
+            what: what.to_owned(),
+            errno: error.raw_os_error(),
+        }
+    }
+
+    /// The other side or the kernel has reset the connection.
+    pub fn is_reset(&self) -> bool {
+        self.errno.is_some()
+    }
+}
+
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.what)?;
+        match self.errno {
+            Some(errno) => write!(f, ": {}", errno_name(errno)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// `ECONNRESET`.
+pub(super) fn errno_name(errno: i32) -> String {
+    format!("{:?}", Errno::from_raw(errno))
+}
+
+/// A connection whose bytes had to arrive and did not.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Loss {
+    /// The connection's number in the run.
+    pub(super) life: u64,
+    side: String,
+    kind: String,
+    server: SocketAddr,
+    client: SocketAddr,
+    round: u32,
+    sent: u64,
+    received: u64,
+    age_ms: u128,
+    trouble: Trouble,
+}
+
+impl fmt::Display for Loss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} {} (life {:#x}, {}), seen by the {} in round {} after {} ms: sent {} bytes, received {}: {}",
+            self.server,
+            self.client,
+            self.life,
+            self.kind,
+            self.side,
+            self.round,
+            self.age_ms,
+            self.sent,
+            self.received,
+            self.trouble
+        )
+    }
+}
+
+/// One end of a connection.
+#[derive(Debug)]
+pub(super) struct Line {
+    pub stream: TcpStream,
+    side: Side,
+    local: SocketAddr,
+    peer: SocketAddr,
+    began: Instant,
+    pub sent: u64,
+    pub received: u64,
+}
+
+impl Line {
+    /// `local` and `peer` are what the kernel calls the ends; of a connection that is already dead it may not tell.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn new(
+        stream: TcpStream,
+        side: Side,
+        local: SocketAddr,
+        peer: SocketAddr,
+    ) -> io::Result<Self> {
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        stream.set_nodelay(true)?;
+        Ok(Self {
+            stream,
+            side,
+            local: canonical(local),
+            peer: canonical(peer),
+            began: Instant::now(),
+            sent: 0,
+            received: 0,
+        })
+    }
+
+    pub fn send_request(&mut self, header: &Header) -> Result<(), Trouble> {
+        let mut bytes = header.encode().to_vec();
+        bytes.extend(payload(
+            header.life,
+            header.round,
+            Side::Client,
+            header.request,
+        ));
+        self.send(&bytes)
+    }
+
+    /// The next request's header; `None` if the connection ends in order instead.
+    pub fn read_header(&mut self) -> Result<Option<Header>, Trouble> {
+        let mut bytes = [0; HEADER_LEN];
+        if self.read(&mut bytes[..1])? == 0 {
+            return Ok(None);
+        }
+        self.fill(&mut bytes[1..])?;
+        match Header::decode(&bytes) {
+            Some(header) => Ok(Some(header)),
+            None => Err(Trouble::new(format!("no header: {bytes:02x?}"))),
+        }
+    }
+
+    pub fn read_request(&mut self, header: &Header) -> Result<(), Trouble> {
+        self.read_payload(header.life, header.round, Side::Client, header.request)
+    }
+
+    /// Sends the reply number `round`, which in a stream is not the request's number.
+    pub fn send_reply(&mut self, header: &Header, round: u32) -> Result<(), Trouble> {
+        self.send(&payload(header.life, round, Side::Server, header.reply))
+    }
+
+    pub fn read_reply(&mut self, header: &Header, round: u32) -> Result<(), Trouble> {
+        self.read_payload(header.life, round, Side::Server, header.reply)
+    }
+
+    /// Reads an orderly end and nothing before it.
+    pub fn read_end(&mut self) -> Result<(), Trouble> {
+        match self.read(&mut [0])? {
+            0 => Ok(()),
+            _ => Err(Trouble::new("bytes after the end")),
+        }
+    }
+
+    /// Reads whatever comes, to the end.
+    pub fn drain(&mut self) -> Result<(), Trouble> {
+        let mut bytes = [0; 4096];
+        while self.read(&mut bytes)? > 0 {}
+        Ok(())
+    }
+
+    pub fn loss(&self, life: u64, kind: &str, round: u32, trouble: Trouble) -> Loss {
+        let (side, server, client) = match self.side {
+            Side::Client => ("client", self.peer, self.local),
+            Side::Server => ("server", self.local, self.peer),
+        };
+        Loss {
+            life,
+            side: side.to_owned(),
+            kind: kind.to_owned(),
+            server,
+            client,
+            round,
+            sent: self.sent,
+            received: self.received,
+            age_ms: self.began.elapsed().as_millis(),
+            trouble,
+        }
+    }
+
+    fn send(&mut self, mut bytes: &[u8]) -> Result<(), Trouble> {
+        while !bytes.is_empty() {
+            match self.stream.write(bytes) {
+                Ok(written) => {
+                    bytes = &bytes[written..];
+                    self.sent += written as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(Trouble::io("send", &error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, bytes: &mut [u8]) -> Result<usize, Trouble> {
+        loop {
+            match self.stream.read(bytes) {
+                Ok(read) => {
+                    self.received += read as u64;
+                    return Ok(read);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(Trouble::io("receive", &error)),
+            }
+        }
+    }
+
+    fn fill(&mut self, bytes: &mut [u8]) -> Result<(), Trouble> {
+        let mut have = 0;
+        while have < bytes.len() {
+            match self.read(&mut bytes[have..])? {
+                0 => return Err(Trouble::new("the end came too early")),
+                read => have += read,
+            }
+        }
+        Ok(())
+    }
+
+    fn read_payload(&mut self, life: u64, round: u32, side: Side, len: u32) -> Result<(), Trouble> {
+        let right = payload(life, round, side, len);
+        let mut bytes = vec![0; right.len()];
+        self.fill(&mut bytes)?;
+        match right.iter().zip(&bytes).position(|(a, b)| a != b) {
+            None => Ok(()),
+            Some(at) => Err(Trouble::new(format!("the byte {at} of {len} is wrong"))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_survive_the_wire() {
+        let leak = |read, watch| Then::Leak {
+            read,
+            watch,
+            ms: 513,
+        };
+        for then in [
+            Then::More,
+            Then::ServerCloses,
+            Then::ClientCloses,
+            Then::Stream { replies: 700 },
+            leak(false, false),
+            leak(true, false),
+            leak(false, true),
+            leak(true, true),
+        ] {
+            let header = Header {
+                life: 0x0102_0304_0506_0708,
+                round: 9,
+                request: 70_000,
+                reply: 3,
+                then,
+            };
+            assert_eq!(Header::decode(&header.encode()), Some(header));
+        }
+        assert_eq!(Header::decode(&[0; HEADER_LEN]), None);
+    }
+
+    #[test]
+    fn payloads_differ_by_life_round_and_side() {
+        let first = payload(1, 1, Side::Client, 21);
+        assert_eq!(first.len(), 21);
+        assert_eq!(first, payload(1, 1, Side::Client, 21));
+        for other in [
+            payload(2, 1, Side::Client, 21),
+            payload(1, 2, Side::Client, 21),
+            payload(1, 1, Side::Server, 21),
+        ] {
+            assert_ne!(first, other);
+        }
+    }
+}

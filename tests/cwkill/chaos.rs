@@ -1,0 +1,118 @@
+//! Connections open, get stuck, are closed and come again on the same 4-tuples while the program runs
+//! in a loop: whatever was not stuck carries its bytes to the end. And wrong killers, which show that
+//! the test can fail.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use netns_harness::Family;
+use netns_harness::chaos::{self, Killer, METHODS, Options, Report};
+
+use crate::Case::{self, EachFamily, Once};
+use crate::support::{CWKILL, same};
+
+pub const CASES: &[Case] = &[
+    EachFamily("no_innocent_is_lost", no_innocent_is_lost),
+    Once("half_closed_streams_live_under_the_minimum_age", young),
+    Once("a_killer_without_a_state_is_found_out", without_a_state),
+    Once("a_killer_by_stale_addresses_is_found_out", stale_addresses),
+    Once("a_killer_of_listeners_is_found_out", listeners),
+    Once("a_killer_of_nothing_is_found_out", nothing),
+];
+
+/// Acts of each method in each family.
+const ACTS: u64 = 100;
+
+/// What a run may take. One that has its acts is over earlier, on an idle machine after a fifth of that.
+const SECONDS: u64 = 60;
+
+fn options(seconds: u64) -> Options {
+    Options {
+        time: Duration::from_secs(seconds),
+        connections: 100,
+        ..Options::default()
+    }
+}
+
+fn cwkill(method: &str, options: &Options) -> Killer {
+    Killer::cwkill(Path::new(CWKILL), method, options.ports(), options.min_age)
+}
+
+fn cleared(report: &Report) -> Result<()> {
+    println!("{report}");
+    same(&report.faults(), &Vec::<String>::new())?;
+    // The point of it: what is hit too late is another connection on the same addresses.
+    ensure!(report.reused() > 500, "{report}");
+    ensure!(report.median_gap() < Duration::from_millis(10), "{report}");
+    Ok(())
+}
+
+fn no_innocent_is_lost(family: Family) -> Result<()> {
+    let options = Options {
+        family,
+        acts: Some(ACTS),
+        ..options(SECONDS)
+    };
+    let killers = METHODS.map(|method| cwkill(method, &options));
+    cleared(&chaos::run(&options, &killers)?)
+}
+
+fn young() -> Result<()> {
+    let options = Options {
+        min_age: Some(Duration::from_secs(1)),
+        ..options(8)
+    };
+    let killers = METHODS.map(|method| cwkill(method, &options));
+    let report = chaos::run(&options, &killers)?;
+    println!("{report}");
+    same(&report.faults(), &Vec::<String>::new())?;
+    ensure!(report.streams() > 20, "{report}");
+    Ok(())
+}
+
+/// Runs a wrong killer until it has done enough harm.
+fn found_out(seconds: u64, name: &str, script: &str) -> Result<Report> {
+    let killer = Killer::other(name, ["sh", "-c", script]);
+    let report = chaos::run(&options(seconds), &[killer])?;
+    println!("{report}");
+    ensure!(!report.faults().is_empty(), "not found out: {report}");
+    ensure!(report.server_alive, "{report}");
+    Ok(report)
+}
+
+fn without_a_state() -> Result<()> {
+    let report = found_out(2, "ss -K", "ss -K -tn sport = :8080")?;
+    ensure!(!report.losses.is_empty(), "{report}");
+    same(&report.listeners, &2)
+}
+
+/// Finds what is stuck as `cwkill` does, and then kills by addresses alone what has them by now.
+fn stale_addresses() -> Result<()> {
+    let script = "\
+        filter=$(ss -Htn state close-wait sport = :8080 | head -n 30 |
+            while read -r _ _ _ peer _; do printf ' or dst %s' \"$peer\"; done)
+        sleep 0.02
+        ss -K -tn sport = :8080 and \"( ${filter# or } )\"";
+    let report = found_out(5, "stale", script)?;
+    ensure!(!report.losses.is_empty(), "{report}");
+    same(&report.listeners, &2)
+}
+
+fn listeners() -> Result<()> {
+    let report = found_out(2, "ss -Kl", "ss -K -tnl sport = :8080")?;
+    same(&report.listeners, &1)
+}
+
+fn nothing() -> Result<()> {
+    let elsewhere = Options {
+        port: 9000,
+        ..options(2)
+    };
+    let report = chaos::run(&options(2), &[cwkill("destroy", &elsewhere)])?;
+    same(&report.losses.len(), &0)?;
+    same(
+        &report.faults(),
+        &vec!["destroy acted on 0 sockets, fewer than 1".to_owned()],
+    )
+}
