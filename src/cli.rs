@@ -93,7 +93,7 @@ pub struct Args {
     #[arg(help_heading = SELECTORS)]
     pub min_age: Option<Duration>,
 
-    /// Causes: not-accepted, unread, drained, sending
+    /// Causes: not-accepted, unread, drained, sending, handshake, orphan
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = cause)]
     #[arg(help_heading = SELECTORS)]
     pub cause: Vec<Cause>,
@@ -326,7 +326,7 @@ fn state(text: &str) -> Result<TcpState, String> {
 
 fn cause(text: &str) -> Result<Cause, String> {
     text.parse()
-        .map_err(|()| "give some of not-accepted,unread,drained,sending".into())
+        .map_err(|()| "give some of not-accepted,unread,drained,sending,handshake,orphan".into())
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

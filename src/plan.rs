@@ -144,9 +144,9 @@ fn forbidden_by_state(
         {
             Some("our side is shut down already")
         }
-        // The kernel keeps neither as a socket: there is no last ACK to look at, and a half-open request
-        // answers an ACK with the listener's RST (net/ipv4/tcp_minisocks.c, tcp_check_req).
+        // The kernel keeps no time of the last ACK for it.
         TcpState::TimeWait if method == MethodName::Probe => Some("there is no one left to ask"),
+        // Its listener answers an ACK with RST (net/ipv4/tcp_minisocks.c, tcp_check_req).
         TcpState::SynRecv if matches!(method, MethodName::Probe | MethodName::Rst) => {
             Some("a half-open request does not tell its sequence numbers")
         }

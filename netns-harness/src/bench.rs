@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::resource::{UsageWho, getrusage};
 
 use crate::lab::{Family, Lab, Leak, Listen, Options};
-use crate::{TcpState, privilege};
+use crate::{TcpState, privilege, scenario};
 
 /// Sockets of one application; RLIMIT_NOFILE is 20,000 on many hosts.
 const PER_PROCESS: usize = 19_000;
@@ -29,9 +29,18 @@ pub struct Bench {
     /// The program to measure
     #[arg(long, value_name = "PATH", default_value = "cwkill")]
     cwkill: PathBuf,
+    /// The state of the sockets; one of CLOSE-WAIT
+    #[arg(long, value_name = "SCENARIO", default_value = "unread")]
+    scenario: String,
+    /// How the two sides address each other
+    #[arg(long, value_enum, default_value = "v4")]
+    family: Family,
     /// Only commands that list
-    #[arg(long)]
+    #[arg(long, conflicts_with = "kill_only")]
     list_only: bool,
+    /// Only commands that kill
+    #[arg(long)]
+    kill_only: bool,
 }
 
 /// One command line and what it took.
@@ -106,10 +115,22 @@ impl Bench {
                 Some(KILL),
                 &format!("{cwkill} --all --method shutdown --json"),
             ),
+            Subject::new(
+                "find, rst, verify",
+                Some(KILL),
+                &format!("{cwkill} --all --method rst --json"),
+            ),
             Subject::new("ss -K", Some(KILL), "ss -K -tn state close-wait"),
         ];
+        if !scenario::find(&self.scenario)?.expect.inode {
+            // Without a descriptor there is nothing to shut down.
+            killers.retain(|killer| !killer.name.contains("shut down"));
+        }
         if self.list_only {
             killers.clear();
+        }
+        if self.kill_only {
+            listers.clear();
         }
         let mut missing = BTreeMap::new();
         for subjects in [&mut listers, &mut killers] {
@@ -122,19 +143,19 @@ impl Bench {
             });
         }
 
-        let lab = Lab::new()?;
-        let leaks = leak(&lab, self.sockets)?;
-        for _ in 0..self.runs {
-            for subject in &mut listers {
-                measure(&lab, subject)?;
+        if !listers.is_empty() {
+            let lab = Lab::new()?;
+            let _leaks = self.leak(&lab)?;
+            for _ in 0..self.runs {
+                for subject in &mut listers {
+                    measure(&lab, subject)?;
+                }
             }
         }
-        drop(leaks);
-        drop(lab);
         for _ in 0..self.runs.div_ceil(3) {
             for subject in &mut killers {
                 let lab = Lab::new()?;
-                let leaks = leak(&lab, self.sockets)?;
+                let leaks = self.leak(&lab)?;
                 measure(&lab, subject)?;
                 let stuck = |socket: &&crate::KernelSocket| socket.state == TcpState::CloseWait;
                 let left = lab.app_host().sockets()?.iter().filter(stuck).count();
@@ -146,31 +167,37 @@ impl Bench {
                 drop(leaks);
             }
         }
-        print(self.sockets, &[listers, killers]);
+        let what = format!(
+            "{} sockets, {} {}",
+            self.sockets,
+            self.scenario,
+            self.family.name()
+        );
+        print(&what, &[listers, killers]);
         for (program, ()) in missing {
             println!("{program} is not installed, so not measured");
         }
         Ok(())
     }
-}
 
-/// Brings `sockets` sockets into CLOSE-WAIT, in as many processes as it takes.
-fn leak(lab: &Lab, sockets: usize) -> Result<Vec<Leak>> {
-    let mut leaks = Vec::new();
-    let mut left = sockets;
-    while left > 0 {
-        let count = left.min(PER_PROCESS);
-        let options = Options {
-            count,
-            listen: Listen::Own,
-            own: true,
-            deadline: Duration::from_secs(60),
-            ..Options::default()
-        };
-        leaks.push(lab.start("unread", Family::V4, options)?);
-        left -= count;
+    /// Makes the sockets, in as many processes as it takes.
+    fn leak(&self, lab: &Lab) -> Result<Vec<Leak>> {
+        let mut leaks = Vec::new();
+        let mut left = self.sockets;
+        while left > 0 {
+            let count = left.min(PER_PROCESS);
+            let options = Options {
+                count,
+                listen: Listen::Own,
+                own: true,
+                deadline: Duration::from_secs(60),
+                ..Options::default()
+            };
+            leaks.push(lab.start(&self.scenario, self.family, options)?);
+            left -= count;
+        }
+        Ok(leaks)
     }
-    Ok(leaks)
 }
 
 fn measure(lab: &Lab, subject: &mut Subject) -> Result<()> {
@@ -199,8 +226,8 @@ fn measure(lab: &Lab, subject: &mut Subject) -> Result<()> {
     Ok(())
 }
 
-fn print(sockets: usize, groups: &[Vec<Subject>]) {
-    println!("{sockets} sockets in CLOSE-WAIT, wall time in ms");
+fn print(what: &str, groups: &[Vec<Subject>]) {
+    println!("{what}, wall time in ms");
     println!(
         "{:<26} {:>9} {:>9} {:>9} {:>10} {:>9}",
         "", "median", "least", "most", "x cwkill", "peak MiB"

@@ -10,11 +10,15 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::sched::{CloneFlags, setns};
+use nix::sys::statfs::{FsType, fstatfs};
 
 use crate::finder::owners::Proc;
 
 /// Where ip-netns(8) and docker keep names of namespaces.
 const NAME_DIRECTORIES: [&str; 2] = ["/run/netns", "/run/docker/netns"];
+
+/// include/uapi/linux/magic.h
+const NSFS_MAGIC: FsType = FsType(libc::NSFS_MAGIC);
 
 /// A network namespace that is kept alive.
 #[derive(Debug)]
@@ -137,6 +141,12 @@ impl Netns {
 
     fn at(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
+        if fstatfs(&file)?.filesystem_type() != NSFS_MAGIC {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "it is no namespace; give a name of ip-netns, a process number, or /proc/PID/ns/net",
+            ));
+        }
         Ok(Netns {
             id: id(&file.metadata()?),
             name: None,

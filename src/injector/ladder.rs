@@ -2,8 +2,9 @@
 //! verifies each socket against the kernel by its cookie.
 //!
 //! Right before an act the socket is looked at again, as many at a time as the method takes
-//! ([`Method::batch`]). What has changed since the plan is left alone. Between that look and the act lie some microseconds in which the
-//! application may still write; no interface of the kernel closes this gap.
+//! ([`Method::batch`]). What has changed since the plan is left alone. Between that look and the act
+//! lie some microseconds in which the application may still write; no interface of the kernel closes
+//! this gap.
 
 use std::fmt;
 use std::io;
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::{ActError, Method, MethodName, Scene, Target};
 use crate::diagnosis;
-use crate::finder::sock_diag::{DiagId, LookupError, SockDiag, SocketMessage};
+use crate::finder::sock_diag::{Detail, DiagId, LookupError, SockDiag, SocketMessage};
 use crate::finder::{Found, Socket};
 use crate::plan::{LeftOut, Plan};
 use crate::selectors::Selectors;
@@ -96,18 +97,21 @@ impl fmt::Display for Skip {
     }
 }
 
+/// What was seen of some sockets, in the order they were asked for.
+pub type Looks = Vec<Result<SocketMessage, LookupError>>;
+
 /// How the ladder sees the kernel.
 pub trait Observe {
     /// Looks at each of `ids` now, in order.
     ///
     /// # Errors
     /// Only when none of them can be looked at.
-    fn observe(&mut self, ids: &[DiagId]) -> io::Result<Vec<Result<SocketMessage, LookupError>>>;
+    fn observe(&mut self, ids: &[DiagId], detail: Detail) -> io::Result<Looks>;
 }
 
 impl Observe for SockDiag {
-    fn observe(&mut self, ids: &[DiagId]) -> io::Result<Vec<Result<SocketMessage, LookupError>>> {
-        self.lookup(ids)
+    fn observe(&mut self, ids: &[DiagId], detail: Detail) -> io::Result<Looks> {
+        self.lookup(ids, detail)
     }
 }
 
@@ -287,8 +291,12 @@ impl Ladder<'_> {
     /// Looks at the sockets right before the act and returns those to act on. `provoked`: the method has
     /// sent something that may have closed them.
     fn recheck(&mut self, chunk: &[usize], method: MethodName, provoked: bool) -> Vec<usize> {
+        let detail = match self.rules.selectors.min_age.is_zero() {
+            true => Detail::Basic,
+            false => Detail::Quiet,
+        };
         let mut fit = Vec::with_capacity(chunk.len());
-        for (&at, look) in chunk.iter().zip(self.look(chunk)) {
+        for (&at, look) in chunk.iter().zip(self.look(chunk, detail)) {
             let climber = &mut self.climbers[at];
             match look {
                 Err(LookupError::Gone) => {
@@ -322,7 +330,7 @@ impl Ladder<'_> {
         let began = self.surroundings.now();
         let mut pause = FIRST_PAUSE;
         loop {
-            let looks = self.look(&pending);
+            let looks = self.look(&pending, Detail::Basic);
             let mut left = Vec::new();
             for (at, look) in pending.into_iter().zip(looks) {
                 match look {
@@ -356,7 +364,7 @@ impl Ladder<'_> {
         let open: Vec<usize> = (0..self.climbers.len())
             .filter(|&at| self.climbers[at].verdict.is_none())
             .collect();
-        for (at, look) in open.iter().copied().zip(self.look(&open)) {
+        for (at, look) in open.iter().copied().zip(self.look(&open, Detail::Basic)) {
             let planned = &self.found.sockets[self.members[at]];
             let climber = &mut self.climbers[at];
             match look {
@@ -385,10 +393,10 @@ impl Ladder<'_> {
 
     /// Looks at sockets now. When the kernel cannot be asked that is said of each: what was done to the
     /// others still has to be reported.
-    fn look(&mut self, climbers: &[usize]) -> Vec<Result<SocketMessage, LookupError>> {
+    fn look(&mut self, climbers: &[usize], detail: Detail) -> Looks {
         let id = |&at: &usize| self.found.sockets[self.members[at]].id;
         let ids: Vec<DiagId> = climbers.iter().map(id).collect();
-        self.kernel.observe(&ids).unwrap_or_else(|error| {
+        self.kernel.observe(&ids, detail).unwrap_or_else(|error| {
             let errno = error.raw_os_error().unwrap_or(libc::EIO);
             let failure = || LookupError::Io(io::Error::from_raw_os_error(errno));
             ids.iter().map(|_| Err(failure())).collect()
@@ -427,9 +435,9 @@ impl Scene for OnRung<'_, '_> {
         still
     }
 
-    fn look(&mut self, targets: &[usize]) -> Vec<Result<SocketMessage, LookupError>> {
+    fn look(&mut self, targets: &[usize]) -> Looks {
         let sockets: Vec<usize> = targets.iter().map(|&target| self.chunk[target]).collect();
-        self.ladder.look(&sockets)
+        self.ladder.look(&sockets, Detail::Quiet)
     }
 }
 

@@ -22,7 +22,7 @@ impl Kernel {
 }
 
 impl Observe for Kernel {
-    fn observe(&mut self, ids: &[DiagId]) -> io::Result<Vec<Result<SocketMessage, LookupError>>> {
+    fn observe(&mut self, ids: &[DiagId], _: Detail) -> io::Result<Looks> {
         let table = self.0.lock().unwrap();
         let look = |id: &DiagId| table.get(&id.cookie()).cloned().ok_or(LookupError::Gone);
         Ok(ids.iter().map(look).collect())
@@ -371,9 +371,9 @@ fn an_order_whose_answer_was_lost_is_ours_all_the_same() {
 struct Mute(Kernel, Arc<Mutex<Vec<u64>>>);
 
 impl Observe for Mute {
-    fn observe(&mut self, ids: &[DiagId]) -> io::Result<Vec<Result<SocketMessage, LookupError>>> {
+    fn observe(&mut self, ids: &[DiagId], detail: Detail) -> io::Result<Looks> {
         match self.1.lock().unwrap().is_empty() {
-            true => self.0.observe(ids),
+            true => self.0.observe(ids, detail),
             false => Err(io::Error::from_raw_os_error(libc::ENOBUFS)),
         }
     }
@@ -404,4 +404,123 @@ fn every_socket_has_an_outcome_when_the_kernel_cannot_be_asked_any_more() {
         assert!(last.to_string().contains("lookup"), "{last}");
     }
     assert_eq!(*world.touched.lock().unwrap(), [1, 3], "only the members");
+}
+
+#[test]
+fn an_alive_peer_ends_the_ladder() {
+    let mut world = World::new(1)
+        .method(Shutdown, |_, _| Err(ActError::PeerAlive))
+        .method(Destroy, close);
+    assert!(matches!(world.verdict(), Verdict::Skipped(Skip::PeerAlive)));
+    assert_eq!(*world.touched.lock().unwrap(), [1]);
+}
+
+#[test]
+fn what_a_method_did_not_get_to_is_interrupted() {
+    let mut world = World::new(1).method(Shutdown, |_, _| Err(ActError::Interrupted));
+    assert!(matches!(
+        world.verdict(),
+        Verdict::Skipped(Skip::Interrupted)
+    ));
+}
+
+#[test]
+fn a_late_reset_is_still_by_the_method() {
+    let mut world = World::new(1).method(Shutdown, |kernel, cookie| {
+        kernel.remove(cookie);
+        Err(ActError::RstIgnored)
+    });
+    assert!(matches!(world.verdict(), Verdict::Closed(Shutdown)));
+}
+
+#[test]
+fn bytes_that_forbid_every_method_are_a_reason_to_skip() {
+    let unsent = |_: &Kernel, _| Err(ActError::Unsent(7));
+    let mut world = World::new(1)
+        .method(Shutdown, unsent)
+        .method(Destroy, unsent);
+    assert!(matches!(world.verdict(), Verdict::Skipped(Skip::Unsent(7))));
+}
+
+/// A method that takes its time: the world changes, then it looks again, then it closes what fits.
+struct Slow {
+    kernel: Kernel,
+    change: Box<dyn Fn(&Kernel) + Send>,
+    provoked: bool,
+    fit: Arc<Mutex<Vec<bool>>>,
+}
+
+impl Method for Slow {
+    fn name(&self) -> MethodName {
+        Destroy
+    }
+
+    fn batch(&self) -> usize {
+        1000
+    }
+
+    fn act(&mut self, targets: &[Target], scene: &mut dyn Scene) -> Vec<Result<(), ActError>> {
+        (self.change)(&self.kernel);
+        let all: Vec<usize> = (0..targets.len()).collect();
+        let fit = scene.still_fit(&all, self.provoked);
+        for (target, fit) in targets.iter().zip(&fit) {
+            if *fit {
+                self.kernel.remove(target.id.cookie().0);
+            }
+        }
+        *self.fit.lock().unwrap() = fit;
+        targets.iter().map(|_| Ok(())).collect()
+    }
+}
+
+/// The verdicts on five sockets of which `change` changes some while the method is at work.
+fn while_at_work(
+    provoked: bool,
+    change: impl Fn(&Kernel) + Send + 'static,
+) -> (Vec<bool>, Vec<Verdict>) {
+    let mut world = World::new(5);
+    let fit = Arc::default();
+    world.methods.push(Box::new(Slow {
+        kernel: world.kernel.clone(),
+        change: Box::new(change),
+        provoked,
+        fit: Arc::clone(&fit),
+    }));
+    let outcomes = world.climb();
+    let verdicts = outcomes.into_iter().map(|outcome| outcome.verdict);
+    (
+        std::mem::take(&mut *fit.lock().unwrap()),
+        verdicts.collect(),
+    )
+}
+
+#[test]
+fn the_look_in_the_middle_of_an_act_counts() {
+    let (fit, verdicts) = while_at_work(false, |kernel| {
+        kernel.remove(2);
+        kernel.change(3, |socket| socket.state = TcpState::LastAck);
+        kernel.change(4, |socket| socket.send_q = 9);
+    });
+    assert_eq!(fit, [true, false, false, false, true]);
+    assert!(matches!(
+        verdicts[..],
+        [
+            Verdict::Closed(Destroy),
+            Verdict::Gone,
+            Verdict::Gone,
+            Verdict::Skipped(Skip::Unsent(9)),
+            Verdict::Closed(Destroy)
+        ]
+    ));
+}
+
+#[test]
+fn what_a_question_has_closed_is_closed_by_the_method() {
+    let (fit, verdicts) = while_at_work(true, |kernel| kernel.remove(2));
+    assert_eq!(fit, [true, false, true, true, true]);
+    assert!(
+        verdicts
+            .iter()
+            .all(|v| matches!(v, Verdict::Closed(Destroy)))
+    );
 }

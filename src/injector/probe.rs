@@ -25,7 +25,9 @@ use crate::tcp::{Segment, TcpFlags};
 /// Sockets that wait for their peers together, if there are descriptors for as many duplicates.
 const MOST: usize = 4096;
 /// Descriptors for everything else that is open.
-const RESERVED: u64 = 64;
+const RESERVED: u64 = 256;
+/// Ladders that may run side by side and share the descriptors of this process.
+const SHARES: u64 = 16;
 /// The shortest TCP_KEEPIDLE (net/ipv4/tcp.c, tcp_sock_set_keepidle_locked): a socket that heard from
 /// its peer less than this ago asks only when it is over.
 const KEEP_IDLE: Duration = Duration::from_secs(1);
@@ -294,14 +296,14 @@ impl Drop for Keepalive {
 /// How many duplicates may be open at once; takes what the hard limit allows.
 fn batch() -> usize {
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
-        return MOST.min(64);
+        return 1;
     };
-    let wanted = (MOST as u64 + RESERVED).min(hard).max(soft);
+    let most = u64::try_from(MOST).unwrap_or(u64::MAX);
+    let wanted = (most * SHARES + RESERVED).min(hard).max(soft);
     let limit = match setrlimit(Resource::RLIMIT_NOFILE, wanted, hard) {
         Ok(()) => wanted,
         Err(_) => soft,
     };
-    usize::try_from(limit.saturating_sub(RESERVED))
-        .unwrap_or(MOST)
-        .clamp(1, MOST)
+    let share = limit.saturating_sub(RESERVED) / SHARES;
+    usize::try_from(share).unwrap_or(MOST).clamp(1, MOST)
 }

@@ -75,7 +75,6 @@ fn young() -> Result<()> {
 fn found_out(seconds: u64, name: &str, script: &str) -> Result<Report> {
     let killer = Killer::other(name, ["sh", "-c", script]);
     let report = chaos::run(&options(seconds), &[killer])?;
-    println!("{report}");
     ensure!(!report.faults().is_empty(), "not found out: {report}");
     ensure!(report.server_alive, "{report}");
     Ok(report)

@@ -6,7 +6,8 @@ use netns_harness::{Family, Lab, TcpState};
 use crate::AS_HARNESS;
 use crate::Case::{self, EachFamily, Once};
 use crate::support::{
-    CWKILL, all_have, at, carries_data, connections, count, cwkill, in_state, lab, ran, same,
+    CWKILL, all_have, at, carries_data, connections, count, cwkill, in_state, lab, leaker, ran,
+    same,
 };
 
 pub const CASES: &[Case] = &[
@@ -21,6 +22,12 @@ pub const CASES: &[Case] = &[
         "without_privileges_nothing_happens_and_it_says_so",
         unprivileged,
     ),
+    Once("what_cannot_be_seen_is_not_taken_for_nothing", hidden_owner),
+    Once(
+        "an_unknown_owner_leaves_the_descriptor_unknown",
+        unknown_descriptor,
+    ),
+    Once("another_pid_namespace_is_named", foreign_proc),
     Once("a_user_may_shut_down_his_own", own_user),
     Once("the_owner_may_be_stopped", stopped_owner),
     Once("a_reader_that_leaves_early_changes_nothing", head),
@@ -197,21 +204,64 @@ fn unprivileged() -> Result<()> {
     same(&lab.app_host().ss(&[])?, &before)
 }
 
+/// Asked for by its owner, which may not be looked into: that is no empty result.
+fn hidden_owner() -> Result<()> {
+    let (lab, leak) = lab("unread", Family::V4, 2)?;
+    let before = lab.app_host().ss(&[])?;
+    let (pid, comm) = (leak.app().pid(), leak.app().comm().to_owned());
+    for selector in [format!("--pid={pid}"), format!("--process={comm}")] {
+        for also in ["--json", "--dry-run"] {
+            let command = lab.app_host().command(CWKILL).capabilities(&[]);
+            ran(command.args([&selector, also]))?
+                .exits(4)?
+                .complains("2 sockets more may belong to the processes asked for")?
+                .complains("CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")?
+                .complains("setcap cap_dac_read_search,")?;
+        }
+    }
+    // No process that is hidden has this name.
+    let command = lab.app_host().command(CWKILL).capabilities(&[]);
+    ran(command.args(["--process", "nobody-has-this", "--json"]))?.exits(1)?;
+    same(&lab.app_host().ss(&[])?, &before)
+}
+
+fn unknown_descriptor() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 2)?;
+    let command = lab.app_host().command(CWKILL);
+    let command = command.capabilities(&[netns_harness::Capability::CAP_NET_ADMIN]);
+    let ran = ran(command.args(["--all", "--json"]))?
+        .exits(0)?
+        .complains("2 sockets without a known owner")?
+        .complains("could not be looked into")?
+        .complains(
+            "whether the descriptors of 2 closed sockets are still open could not be seen",
+        )?;
+    let sockets = ran.sockets()?;
+    all_have(&sockets, "closed", "destroy")?;
+    same(&at(&sockets[0], "/result/descriptor_open"), &"null".into())?;
+    let unreadable = ran.json()?["unreadable_processes"].as_u64();
+    ensure!(unreadable.is_some_and(|count| count > 0), "{ran:#?}");
+    Ok(())
+}
+
+/// Process numbers of /proc mean nothing here: no process is reached into by one.
+fn foreign_proc() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 1)?;
+    let line = format!("--pid --fork --kill-child {CWKILL} --all --method shutdown --json");
+    let ran = ran(lab.app_host().command("unshare").args(line.split(' ')))?.exits(4)?;
+    let error = at(&ran.sockets()?[0], "/result/attempts/0/error");
+    ensure!(error.contains("another pid namespace"), "{error}");
+    same(&in_state(&lab, TcpState::CloseWait)?, &1)
+}
+
 fn own_user() -> Result<()> {
     let lab = Lab::new()?;
-    let app = lab.app_host().agent_as(&netns_harness::AgentOptions {
+    let options = netns_harness::AgentOptions {
         comm: "no-privilege".into(),
         capabilities: Some(vec![]),
         ..Default::default()
-    })?;
-    let address = "127.0.0.1:7000".parse()?;
-    let listener = app.listen(address, false, 16)?;
-    let peer = lab.app_host().agent("peer")?;
-    let patience = crate::support::PATIENCE;
-    let ends = peer.connect(address, 1, netns_harness::Dial::default(), patience)?;
-    app.accept(listener, 1, patience)?;
-    peer.shutdown(&[ends[0].fd], netns_harness::How::Write)?;
-    lab.wait_for(patience, || Ok(in_state(&lab, TcpState::CloseWait)? == 1))?;
+    };
+    let _leaker = leaker(&lab, &options)?;
     let command = lab.app_host().command(CWKILL).capabilities(&[]);
     let ran = ran(command.args(["--port", "7000", "--json"]))?.exits(0)?;
     all_have(&ran.sockets()?, "closed", "shutdown")

@@ -11,6 +11,7 @@ pub const CASES: &[Case] = &[
     EachFamily("a_fin_counts_as_one_unread_byte", fin_counts),
     EachFamily("shutdown_loses_no_unread_data", after_shutdown),
     EachFamily("destroy_loses_no_unread_data", after_destroy),
+    EachFamily("rst_loses_no_unread_data", after_rst),
     EachFamily("a_closed_socket_keeps_its_descriptor", descriptor_stays),
     EachFamily("our_fin_counts_as_one_unsent_byte", our_fin_counts),
     EachFamily(
@@ -64,8 +65,12 @@ fn after_destroy(family: Family) -> Result<()> {
     same(&aftermath(family, "destroy")?, &wanted)
 }
 
+fn after_rst(family: Family) -> Result<()> {
+    same(&aftermath(family, "rst")?, &(Recv::Eof, Some(libc::EPIPE)))
+}
+
 fn descriptor_stays(family: Family) -> Result<()> {
-    for method in ["shutdown", "destroy"] {
+    for method in ["shutdown", "destroy", "rst"] {
         let (lab, leak) = lab("drained", family, 1)?;
         let inode = connections(&lab)?[0].inode;
         cwkill(&lab, &format!("--all --method {method}"))?.exits(0)?;

@@ -6,6 +6,7 @@ mod closing;
 mod expressions;
 mod facts;
 mod listing;
+mod namespaces;
 mod probing;
 mod races;
 mod resetting;
@@ -45,6 +46,7 @@ fn main() -> std::process::ExitCode {
         ("probing", probing::CASES),
         ("races", races::CASES),
         ("states", states::CASES),
+        ("namespaces", namespaces::CASES),
         ("facts", facts::CASES),
         ("chaos", chaos::CASES),
     ];

@@ -1,11 +1,11 @@
 //! `probe`: only what its peer has forgotten is closed, and nothing of it stays behind.
 
 use anyhow::{Context, Result, ensure};
-use netns_harness::{Family, Lab, Leak, Recv, Signal, SocketOption};
+use netns_harness::{Family, Lab, Leak, Recv, Signal, SocketOption, TcpState};
 
 use crate::Case::{self, EachFamily, Once};
 use crate::support::{
-    CWKILL, PATIENCE, all_have, at, connections, cwkill, lab, ran, same, settled,
+    CWKILL, PATIENCE, all_have, at, connections, cwkill, in_state, lab, ran, same, settled,
 };
 
 pub const CASES: &[Case] = &[
@@ -125,6 +125,7 @@ fn unprivileged(family: Family) -> Result<()> {
     let ends = peer.connect(address, 1, netns_harness::Dial::default(), PATIENCE)?;
     app.accept(listener, 1, PATIENCE)?;
     peer.shutdown(&[ends[0].fd], netns_harness::How::Write)?;
+    lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::CloseWait)? == 1))?;
     let command = lab.app_host().command(CWKILL).capabilities(&[]);
     let line = "--port 7000 --method probe --json";
     let sockets = ran(command.args(line.split(' ')))?.exits(4)?.sockets()?;

@@ -8,7 +8,9 @@ use netns_harness::{Dial, Family, Lab, Leak, Recv, TcpState};
 
 use cwkill::finder::netns::Which;
 use cwkill::finder::owners::Proc;
-use cwkill::finder::sock_diag::{DestroyError, DiagId, LookupError, SockDiag, SocketMessage};
+use cwkill::finder::sock_diag::{
+    DestroyError, Detail, DiagId, LookupError, SockDiag, SocketMessage,
+};
 use cwkill::finder::{self, Found};
 use cwkill::injector::ladder::{self, Outcome, Rules, Surroundings, Verdict};
 use cwkill::injector::{self, ActError, MethodName, Scene, Target};
@@ -124,7 +126,7 @@ impl Scene for OnlyCookies {
         self.look(targets).iter().map(Result::is_ok).collect()
     }
     fn look(&mut self, targets: &[usize]) -> Vec<Result<SocketMessage, LookupError>> {
-        let looks = self.0.lookup(&vec![self.1; targets.len()]);
+        let looks = self.0.lookup(&vec![self.1; targets.len()], Detail::Quiet);
         looks.expect("the kernel can be asked")
     }
 }
@@ -316,7 +318,7 @@ fn lost_answers() -> Result<()> {
         let found = find(&Proc::default(), &Selectors::default())?;
         let ids: Vec<DiagId> = found.sockets.iter().map(|socket| socket.id).collect();
         let mut tiny = SockDiag::with_queue(1)?;
-        let seen = tiny.lookup(&ids)?;
+        let seen = tiny.lookup(&ids, Detail::Quiet)?;
         same(&seen.iter().filter(|look| look.is_ok()).count(), &200)?;
         let mut lost = 0;
         for result in tiny.destroy(&ids)? {

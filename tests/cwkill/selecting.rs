@@ -1,10 +1,10 @@
 //! Every selector, on real sockets that differ in what it selects.
 
 use anyhow::{Context, Result};
-use netns_harness::{Family, Lab, Options};
+use netns_harness::{Family, Lab};
 
 use crate::Case::{self, Once};
-use crate::support::{cwkill, lab, same};
+use crate::support::{alone, cwkill, lab, same};
 
 pub const CASES: &[Case] = &[
     Once("each_selector_matches_what_it_names", each_selector),
@@ -13,16 +13,10 @@ pub const CASES: &[Case] = &[
 
 fn each_selector() -> Result<()> {
     let lab = Lab::new()?;
-    let on = |port, count| Options {
-        port,
-        count,
-        own: true,
-        ..Options::default()
-    };
-    let v4 = lab.start("unread", Family::V4, on(8001, 1))?;
-    let mapped = lab.start("drained", Family::Mapped, on(8002, 2))?;
-    let v6 = lab.start("unread", Family::V6, on(8003, 4))?;
-    let never = lab.start("not-accepted", Family::V6, on(8004, 8))?;
+    let v4 = lab.start("unread", Family::V4, alone(8001, 1))?;
+    let mapped = lab.start("drained", Family::Mapped, alone(8002, 2))?;
+    let v6 = lab.start("unread", Family::V6, alone(8003, 4))?;
+    let never = lab.start("not-accepted", Family::V6, alone(8004, 8))?;
     let pid = |leak: &netns_harness::Leak| leak.app().pid();
     let conn = v4.conns()[0];
     let v6_peer = v6.conns()[0].peer;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use netns_harness::{Family, Lab, Leak, Options, SsRow, TcpState};
+use netns_harness::{Agent, AgentOptions, Dial, Family, How, Lab, Leak, Options, SsRow, TcpState};
 use serde_json::Value;
 
 /// The program under test.
@@ -70,6 +70,32 @@ pub fn count(count: usize) -> Options {
         count,
         ..Options::default()
     }
+}
+
+/// `count` sockets on `port`, of an application of their own.
+pub fn alone(port: u16, sockets: usize) -> Options {
+    Options {
+        port,
+        own: true,
+        ..count(sockets)
+    }
+}
+
+/// A process as `options` say that leaves one socket on 127.0.0.1:7000 in CLOSE-WAIT, and its peer.
+pub fn leaker(lab: &Lab, options: &AgentOptions) -> Result<(Agent, Agent)> {
+    let app = lab.app_host().agent_as(options)?;
+    let address = "127.0.0.1:7000".parse()?;
+    let listener = app.listen(address, false, 16)?;
+    let peer = lab.app_host().agent("peer")?;
+    let ends = peer.connect(address, 1, Dial::default(), PATIENCE)?;
+    app.accept(listener, 1, PATIENCE)?;
+    peer.shutdown(&[ends[0].fd], How::Write)?;
+    // Not by ss, which prints a name as it is and so can break its own lines.
+    lab.wait_for(PATIENCE, || {
+        let stuck = |socket: &netns_harness::KernelSocket| socket.state == TcpState::CloseWait;
+        Ok(lab.app_host().sockets()?.iter().any(stuck))
+    })?;
+    Ok((app, peer))
 }
 
 /// A lab with one scenario.

@@ -5,10 +5,10 @@
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use netns_harness::{Dial, Family, How, Lab, Options, TcpState};
+use netns_harness::{Dial, Family, How, Lab, TcpState};
 
 use crate::Case::{self, Once};
-use crate::support::{CWKILL, PATIENCE, Ran, at, count, cwkill, ran, same};
+use crate::support::{CWKILL, PATIENCE, Ran, alone, at, count, cwkill, ran, same};
 
 pub const CASES: &[Case] = &[
     Once("units_containers_and_cgroups_select", select),
@@ -116,16 +116,10 @@ fn made() -> Result<()> {
 fn select() -> Result<()> {
     let lab = Lab::new()?;
     let cgroups = Cgroups::new("select");
-    let on = |port, count| Options {
-        port,
-        count,
-        own: true,
-        ..Options::default()
-    };
-    let unit = lab.start("unread", Family::V4, on(8001, 1))?;
-    let docker = lab.start("drained", Family::V6, on(8002, 2))?;
-    let lxc = lab.start("not-accepted", Family::Mapped, on(8003, 4))?;
-    let plain = lab.start("unread", Family::V4, on(8004, 8))?;
+    let unit = lab.start("unread", Family::V4, alone(8001, 1))?;
+    let docker = lab.start("drained", Family::V6, alone(8002, 2))?;
+    let lxc = lab.start("not-accepted", Family::Mapped, alone(8003, 4))?;
+    let plain = lab.start("unread", Family::V4, alone(8004, 8))?;
     cgroups.put(
         unit.app().pid(),
         "system.slice/leaky@a\\\\x2db.service/main",

@@ -237,11 +237,20 @@ impl DumpRequest<'_> {
     }
 }
 
+/// How much is asked of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Detail {
+    /// State, queues, inode.
+    Basic,
+    /// The quiet times of `struct tcp_info` as well, for which the kernel locks the socket.
+    Quiet,
+}
+
 /// Appends a question about exactly the socket `id` to `bytes`.
 ///
 /// The answer is one [`Frame::Socket`], or an error: ENOENT or ESTALE when that socket is no longer
 /// in the kernel's tables (net/ipv4/inet_diag.c, inet_diag_find_one_icsk).
-pub fn put_lookup(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32) {
+pub fn put_lookup(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32, detail: Detail) {
     put_header(
         bytes,
         REQUEST_LEN,
@@ -249,7 +258,13 @@ pub fn put_lookup(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32) {
         NLM_F_REQUEST,
         sequence,
     );
-    put_request(bytes, id.family, StateSet::EMPTY, true, &id.raw);
+    put_request(
+        bytes,
+        id.family,
+        StateSet::EMPTY,
+        detail == Detail::Quiet,
+        &id.raw,
+    );
 }
 
 /// Appends a request to abort exactly the socket `id` to `bytes`, answered by one [`Frame::Ack`].
@@ -510,11 +525,19 @@ mod tests {
         assert!(parse_quiet(&[0; TCPI_LAST_ACK_RECV + 4]).is_some());
     }
 
+    fn quiet_lookup(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32) {
+        put_lookup(bytes, id, sequence, Detail::Quiet);
+    }
+
     #[test]
     fn a_question_carries_the_id_byte_for_byte() {
         let stuck = &sockets(DUMP_V6)[2];
         for (put, kind, flags) in [
-            (put_lookup as fn(&mut Vec<u8>, &DiagId, u32), 20u16, 0x01u16),
+            (
+                quiet_lookup as fn(&mut Vec<u8>, &DiagId, u32),
+                20u16,
+                0x01u16,
+            ),
             (put_destroy, 21, 0x05),
         ] {
             let mut request = Vec::new();

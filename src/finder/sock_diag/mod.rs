@@ -8,5 +8,5 @@ pub mod socket;
 #[cfg(test)]
 pub(crate) mod testdata;
 
-pub use codec::{Cookie, DiagId, DumpRequest, Family, SocketMessage};
+pub use codec::{Cookie, Detail, DiagId, DumpRequest, Family, SocketMessage};
 pub use socket::{DestroyError, DumpError, LookupError, SockDiag};

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG};
 
-use super::codec::{self, DiagId, DumpRequest, Frame, Malformed, SocketMessage};
+use super::codec::{self, Detail, DiagId, DumpRequest, Frame, Malformed, SocketMessage};
 
 /// The kernel fills dump datagrams up to 32 KiB (net/netlink/af_netlink.c, netlink_dump).
 const RECEIVE_BUFFER: usize = 64 * 1024;
@@ -159,14 +159,16 @@ impl SockDiag {
     pub fn lookup(
         &mut self,
         ids: &[DiagId],
+        detail: Detail,
     ) -> io::Result<Vec<Result<SocketMessage, LookupError>>> {
+        let put = |bytes: &mut Vec<u8>, id: &DiagId, sequence| {
+            codec::put_lookup(bytes, id, sequence, detail);
+        };
         let mut answers: Vec<Option<Frame>> = ids.iter().map(|_| None).collect();
         for (ids, answers) in ids.chunks(BATCH).zip(answers.chunks_mut(BATCH)) {
             // A question may be asked again. What did not fit the queue together fits it one by one.
             let mut at_once = BATCH;
-            while self.ask(ids, answers, at_once, codec::put_lookup)? == Answers::SomeLost
-                && at_once > 1
-            {
+            while self.ask(ids, answers, at_once, put)? == Answers::SomeLost && at_once > 1 {
                 at_once /= 2;
             }
         }

@@ -1,0 +1,157 @@
+//! Network namespaces other than our own.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use netns_harness::{Family, Lab, TcpState};
+use serde_json::Value;
+
+use crate::Case::{self, EachFamily, Once};
+use crate::support::{CWKILL, all_have, at, carries_data, count, cwkill, in_state, lab, same};
+
+pub const CASES: &[Case] = &[
+    EachFamily("two_are_swept_from_outside_and_nothing_else", sweep),
+    Once("one_by_path_and_by_process", one),
+    Once("naming_a_place_does_not_act", only_a_place),
+    Once("one_that_cannot_be_opened_is_named", unknown),
+    Once("those_that_cannot_be_entered_are_counted", unreachable),
+];
+
+/// Runs the program in our own namespace, in which nothing is stuck.
+fn outside(arguments: &[&str]) -> Result<(Option<i32>, Value, String)> {
+    let output = Command::new(CWKILL).args(arguments).output()?;
+    let json = serde_json::from_slice(&output.stdout).unwrap_or(Value::Null);
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    Ok((output.status.code(), json, stderr))
+}
+
+fn sockets(json: &Value) -> Result<Vec<Value>> {
+    json["sockets"].as_array().cloned().context("no sockets")
+}
+
+/// Those of `all` in the namespace of `lab`; other tests have namespaces too.
+fn of(lab: &Lab, all: &[Value]) -> Result<Vec<Value>> {
+    let inode = lab.app_host().netns_inode()?;
+    let here = |socket: &&Value| socket["netns"]["inode"].as_u64() == Some(inode);
+    Ok(all.iter().filter(here).cloned().collect())
+}
+
+fn sweep(family: Family) -> Result<()> {
+    let port = match family {
+        Family::V4 => 18_401,
+        Family::V6 => 18_402,
+        Family::Mapped => 18_403,
+    };
+    let on = |port, count| netns_harness::Options {
+        port,
+        ..crate::support::count(count)
+    };
+    let (first, second, other) = (Lab::new()?, Lab::new()?, Lab::new()?);
+    let _one = first.start("unread", family, on(port, 3))?;
+    let innocents = first.start("established", family, on(port, 2))?;
+    let _two = second.start("drained", family, on(port, 4))?;
+    let _elsewhere = other.start("drained", family, on(port + 10, 2))?;
+
+    for method in ["shutdown", "rst"] {
+        let port = port.to_string();
+        let arguments = ["--all-netns", "--port", &port, "--method", method, "--json"];
+        let (code, json, stderr) = outside(&arguments)?;
+        // Other tests' namespaces may come and go; ours are all done.
+        ensure!(code == Some(0), "{code:?} {stderr}");
+        let all = sockets(&json)?;
+        let (in_first, in_second) = (of(&first, &all)?, of(&second, &all)?);
+        same(&(in_first.len(), in_second.len()), &(3, 4))?;
+        same(&all.len(), &7)?;
+        all_have(&all, "closed", method)?;
+        same(&in_state(&first, TcpState::CloseWait)?, &0)?;
+        same(&in_state(&second, TcpState::CloseWait)?, &0)?;
+        same(&in_state(&other, TcpState::CloseWait)?, &2)?;
+        carries_data(&innocents)?;
+        if method == "shutdown" {
+            first.start("unread", family, on(port_number(&port)?, 3))?;
+            second.start("drained", family, on(port_number(&port)?, 4))?;
+        }
+    }
+    Ok(())
+}
+
+fn port_number(text: &str) -> Result<u16> {
+    Ok(text.parse()?)
+}
+
+fn one() -> Result<()> {
+    let (lab, leak) = lab("unread", Family::V4, 2)?;
+    let path = lab.app_host().netns_path();
+    let pid = leak.app().pid().to_string();
+    for place in [path.to_str().context("a path")?, &pid] {
+        let (code, json, stderr) = outside(&["-N", place, "--all", "-n", "--json"])?;
+        ensure!(code == Some(0), "{place}: {code:?} {stderr}");
+        let found = sockets(&json)?;
+        same(&of(&lab, &found)?.len(), &2)?;
+        same(&found.len(), &2)?;
+        same(&at(&found[0], "/owners/0/pid"), &pid)?;
+    }
+    let (code, json, _) = outside(&["-N", &pid, "--port", "8080", "--json"])?;
+    same(&code, &Some(0))?;
+    all_have(&sockets(&json)?, "closed", "shutdown")?;
+    same(&in_state(&lab, TcpState::CloseWait)?, &0)
+}
+
+fn only_a_place() -> Result<()> {
+    let (lab, leak) = lab("unread", Family::V4, 2)?;
+    let pid = leak.app().pid().to_string();
+    for arguments in [&["-N", pid.as_str()][..], &["--all-netns"]] {
+        outside(arguments)?;
+        same(&in_state(&lab, TcpState::CloseWait)?, &2)?;
+    }
+    // With more than one, the table says where.
+    let output = Command::new(CWKILL).args(["--all-netns"]).output()?;
+    let table = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(table.starts_with("NETNS"), "{table}");
+    let inode = lab.app_host().netns_inode()?.to_string();
+    ensure!(
+        table
+            .lines()
+            .filter(|line| line.starts_with(&inode))
+            .count()
+            == 2,
+        "{table}"
+    );
+    Ok(())
+}
+
+fn unknown() -> Result<()> {
+    for place in [
+        "no-such-namespace",
+        "/nonexistent",
+        "999999999",
+        "/etc/passwd",
+    ] {
+        let (code, _, stderr) = outside(&["-N", place, "--all"])?;
+        ensure!(
+            code == Some(3) && stderr.contains(place),
+            "{code:?} {stderr}"
+        );
+    }
+    let (code, _, stderr) = outside(&["-N", "blue", "--all-netns"])?;
+    ensure!(
+        code == Some(2) && stderr.contains("--all-netns"),
+        "{code:?} {stderr}"
+    );
+    Ok(())
+}
+
+fn unreachable() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 2)?;
+    let other = Lab::new()?;
+    let _other = other.start("unread", Family::V4, count(1))?;
+    // Without the right to enter any other, our own is still listed.
+    let command = lab.app_host().command(CWKILL).capabilities(&[]);
+    let ran = crate::support::ran(command.args(["--all-netns", "--json"]))?.exits(0)?;
+    same(&ran.sockets()?.len(), &2)?;
+    let count = ran.json()?["unreachable_namespaces"].as_u64();
+    ensure!(count.is_some_and(|count| count > 0), "{ran:#?}");
+    ran.complains("could not be looked into (needs CAP_SYS_ADMIN)")?;
+    cwkill(&lab, "--all -n")?.exits(0)?;
+    Ok(())
+}
