@@ -101,7 +101,7 @@ impl<T: DeserializeOwned + Send + 'static> Member<T> {
         }
     }
 
-    /// The process runs and has closed nothing it should not.
+    /// The process still runs.
     pub fn is_alive(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }

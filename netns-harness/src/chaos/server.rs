@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::random::Random;
-use super::wire::{Header, Line, PATIENCE, Side, Then};
+use super::wire::{Header, Line, PATIENCE, Side, Then, Trouble};
 use super::{Event, STACK, Tell};
 use crate::lab::POLL_INTERVAL;
 
@@ -90,6 +90,8 @@ pub(super) fn play(plan: &Plan) -> Result<()> {
             .into_iter()
             .try_for_each(|thread| thread.join().expect("accepting does not panic"))
     })?;
+    // Threads whose listener died are back before the end.
+    io::copy(&mut io::stdin().lock(), &mut io::sink()).context("wait for the end")?;
     let until = Instant::now() + PATIENCE + PATIENCE;
     while server.busy.load(Ordering::Acquire) > 0 {
         ensure!(Instant::now() < until, "connections that never end");
@@ -135,12 +137,8 @@ fn accept(listener: &Socket, lazy_ms: u32, mut random: Random, server: &Arc<Serv
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 // It died in the queue.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
-                // A listener that is dead stays so: the report looks at it from outside. Until stdin ends, go on as a
-                // server would.
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                    wait_for_end(&stdin)?;
-                    return Ok(());
-                }
+                // The listener is dead, which the report sees from outside; the connections go on.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(()),
                 Err(error) => return Err(error).context("accept"),
             };
             server.tally().accepted += 1;
@@ -153,16 +151,12 @@ fn accept(listener: &Socket, lazy_ms: u32, mut random: Random, server: &Arc<Serv
                 .ok()
                 .and_then(|local| local.as_socket())
                 .unwrap_or(local);
-            let line = Line::new(socket.into(), Side::Server, local, peer);
-            server.serve(line.context("prepare a connection")?, random.next())?;
+            match Line::new(socket.into(), Side::Server, local, peer) {
+                Ok(line) => server.serve(line, random.next())?,
+                Err(_) => server.tally().dead_on_arrival += 1,
+            }
         }
     }
-}
-
-fn wait_for_end(stdin: &io::Stdin) -> Result<()> {
-    let mut waiting = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
-    poll(&mut waiting, PollTimeout::NONE).context("wait for the end")?;
-    Ok(())
 }
 
 impl Server {
@@ -209,9 +203,7 @@ impl Server {
             };
             let next = served.and_then(|()| match header.then {
                 Then::More => match line.read_header()? {
-                    None => Err(super::wire::Trouble::new(
-                        "no request where one was announced",
-                    )),
+                    None => Err(Trouble::new("no request where one was announced")),
                     next => Ok(next),
                 },
                 _ => Ok(None),
@@ -265,7 +257,7 @@ fn stream(
     header: &Header,
     replies: u16,
     random: &mut Random,
-) -> Result<(), super::wire::Trouble> {
+) -> Result<(), Trouble> {
     line.read_request(header)?;
     line.read_end()?;
     for reply in 0..replies {

@@ -20,6 +20,7 @@ pub fn tests() -> Vec<Trial> {
         programs_beside_ours_are_found,
         several_scenarios_with_counts,
         verify_says_what_failed,
+        chaos_finds_out_a_wrong_killer,
         works_without_root,
         says_what_to_allow_where_nothing_works,
     )
@@ -154,6 +155,21 @@ fn verify_says_what_failed() -> Result<()> {
         stdout.starts_with("must-fail v6: FAILED: ") && stdout.contains("recv_q: 0"),
         "{stdout}"
     );
+    Ok(())
+}
+
+fn chaos_finds_out_a_wrong_killer() -> Result<()> {
+    let mut command = harness_with("chaos --seconds 2 --connections 20 --seed 7 --instead");
+    command.arg("ss -K -tn sport = :8080");
+    let (stdout, _) = output_with_code(&mut command, 1)?;
+    for words in [
+        "\nLOST 10.78.1.1:8080 10.78.1.2:20",
+        "ECONNRESET",
+        "listeners alive      2 of 2",
+        "FAULT: ",
+    ] {
+        ensure!(stdout.contains(words), "{words}: {stdout}");
+    }
     Ok(())
 }
 
