@@ -137,7 +137,7 @@ pub struct Args {
     #[arg(help_heading = ACTION)]
     pub dry_run: bool,
 
-    /// Methods to try in this order: shutdown, destroy [default: auto, both]
+    /// Methods to try in this order: probe, shutdown, destroy, rst [default: auto, the last three]
     #[arg(long, value_name = "auto|LIST", value_delimiter = ',', value_parser = method)]
     #[arg(help_heading = ACTION)]
     pub method: Vec<MethodChoice>,

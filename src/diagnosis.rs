@@ -20,11 +20,14 @@ pub enum Cause {
     Unread,
     /// The application has read everything and still holds the descriptor: the classic leak.
     Drained,
+    /// A listener, which is not stuck at all.
+    Listening,
     /// Closed by its owner; only the kernel still has it. Never in CLOSE-WAIT.
     Orphan,
 }
 
-const NAMES: [(Cause, &str); 6] = [
+const NAMES: [(Cause, &str); 7] = [
+    (Cause::Listening, "listening"),
     (Cause::NotAccepted, "not-accepted"),
     (Cause::Handshake, "handshake"),
     (Cause::Sending, "sending"),
@@ -71,6 +74,7 @@ impl FromStr for Cause {
 /// may be done to it.
 pub fn cause(message: &SocketMessage) -> Cause {
     match (message.inode, message.state) {
+        (_, TcpState::Listen) => Cause::Listening,
         // A connection gets its inode with its descriptor, in accept(); before that it can only be
         // opened, or closed by the peer. In any other state the owner had one and closed it.
         (0, TcpState::SynRecv) => Cause::Handshake,
@@ -98,11 +102,21 @@ pub fn age(message: &SocketMessage) -> Option<Duration> {
     })
 }
 
+/// Whether the owner has closed the socket while the kernel still sends for it (SOCK_DEAD).
+pub fn is_orphan(message: &SocketMessage) -> bool {
+    let sending = [TcpState::FinWait1, TcpState::LastAck, TcpState::Closing];
+    message.inode == 0 && sending.contains(&message.state)
+}
+
 /// Bytes of the application that an abort would lose: `send_q` without our own FIN, which the kernel
 /// counts once it is sent (RFC 9293 §3.4: SYN and FIN occupy sequence numbers).
 pub fn unsent(state: TcpState, send_q: u32) -> u32 {
     match state {
-        TcpState::LastAck | TcpState::FinWait1 | TcpState::Closing => send_q.saturating_sub(1),
+        TcpState::LastAck | TcpState::FinWait1 | TcpState::Closing | TcpState::SynSent => {
+            send_q.saturating_sub(1)
+        }
+        // There it is the limit of the backlog.
+        TcpState::Listen => 0,
         _ => send_q,
     }
 }

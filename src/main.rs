@@ -16,7 +16,7 @@ use cwkill::finder::owners::Proc;
 use cwkill::injector::MethodName;
 use cwkill::injector::ladder::Surroundings;
 use cwkill::pipeline::{self, Run};
-use cwkill::privileges::HOW_TO_GRANT;
+use cwkill::privileges::{HOW_TO_GRANT, Need};
 use cwkill::report::{ExitStatus, exit_status, json, notes, text};
 
 fn main() -> ExitCode {
@@ -46,8 +46,10 @@ fn run(config: &Config) -> anyhow::Result<ExitStatus> {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
         Err(error) if run.deeds.is_some() => {
             say(format_args!(
-                "the work is done, but its report cannot be written: {error}"
+                "the work is done ({}), but its report cannot be written: {error}",
+                text::summary(&run, config)
             ));
+            return Ok(ExitStatus::Impossible);
         }
         other => other.context("cannot write the listing")?,
     }
@@ -84,14 +86,15 @@ fn messages(run: &Run, config: &Config) {
     for note in notes::notes(run) {
         say(format_args!("note: {note}"));
     }
-    if config.action != Action::List {
-        let missing = notes::missing_privileges(run);
-        for need in &missing {
-            say(format_args!("hint: {}", need.purpose()));
-        }
-        if !missing.is_empty() {
-            say(format_args!("hint: {HOW_TO_GRANT}"));
-        }
+    let mut missing = notes::missing_privileges(run);
+    if config.action == Action::List {
+        missing.retain(|need| *need == Need::Ptrace);
+    }
+    for need in &missing {
+        say(format_args!("hint: {}", need.purpose()));
+    }
+    if !missing.is_empty() {
+        say(format_args!("hint: {HOW_TO_GRANT}"));
     }
 }
 
@@ -110,11 +113,10 @@ impl Terminal {
     fn new(config: &Config) -> anyhow::Result<Self> {
         let interrupted = Arc::new(AtomicBool::new(false));
         if config.action == Action::Act {
-            // The first signal ends the run after what is begun, with a report; the second ends it.
-            for signal in [libc::SIGINT, libc::SIGTERM] {
-                let flag = || Arc::clone(&interrupted);
-                signal_hook::flag::register_conditional_default(signal, flag())
-                    .and_then(|_| signal_hook::flag::register(signal, flag()))
+            // What is begun is brought to its end and reported, whatever is pressed: a method may have
+            // changed options of an owner's socket that it still has to put back. All waits are bounded.
+            for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT] {
+                signal_hook::flag::register(signal, Arc::clone(&interrupted))
                     .context("cannot handle Ctrl-C")?;
             }
         }

@@ -14,8 +14,9 @@ use crate::finder::netns::{Netns, Which};
 use crate::finder::owners::{Holding, Proc};
 use crate::finder::sock_diag::SockDiag;
 use crate::finder::{self, Found};
-use crate::injector::ladder::{self, Attempt, Outcome, Rules, Surroundings, Verdict};
-use crate::injector::{self, ActError};
+use crate::injector;
+use crate::injector::ladder::{self, Outcome, Rules, Surroundings, Verdict};
+use crate::kernel::KernelVersion;
 use crate::plan::{self, Plan};
 use crate::privileges::Privileges;
 
@@ -61,6 +62,7 @@ pub fn run(config: &Config, proc: &Proc, surroundings: &dyn Surroundings) -> any
         })?;
     let mut found = finder::find(&namespaces.open, proc, &config.selectors)?;
     found.unreachable_namespaces += namespaces.unreachable;
+    found.untold_namespaces = namespaces.untold;
     let privileges = Privileges::of_this_thread()?;
     let plans = plan::build(&found, &config.policy, &privileges);
     let mut run = Run {
@@ -94,6 +96,7 @@ fn act(
         grace: config.grace,
         discard_unsent: config.policy.discard_unsent,
         selectors: &config.selectors,
+        kernel: KernelVersion::running(),
     };
     let crews = crews(&run.found);
     let work = |members: &[usize]| {
@@ -118,21 +121,20 @@ fn act(
         netns
             .within(begin)
             .and_then(|report| report)
-            .unwrap_or_else(|error| Report {
-                outcomes: not_begun(&run.plans, members, &error),
-                waiting: HashMap::new(),
-            })
+            .unwrap_or_else(|error| not_begun(&run.plans, members, error.raw_os_error()))
     };
     let mut reports = Vec::with_capacity(crews.len());
     for some in crews.chunks(CREWS_AT_ONCE) {
         thread::scope(|scope| {
-            let workers: Vec<_> = some.iter().map(|crew| scope.spawn(|| work(crew))).collect();
-            let report = |worker: thread::ScopedJoinHandle<'_, Report>| {
-                worker
-                    .join()
-                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            };
-            reports.extend(workers.into_iter().map(report));
+            let workers: Vec<_> = some
+                .iter()
+                .map(|crew| (crew, scope.spawn(|| work(crew))))
+                .collect();
+            // What the other crews did is reported even if one has run into a bug of ours.
+            reports.extend(workers.into_iter().map(|(crew, worker)| {
+                let report = worker.join();
+                report.unwrap_or_else(|_| not_begun(&run.plans, crew, Some(libc::EFAULT)))
+            }));
         });
     }
 
@@ -173,21 +175,14 @@ fn crews(found: &Found) -> Vec<Vec<usize>> {
     by_netns.into_values().flat_map(share).collect()
 }
 
-/// The outcomes where a crew could not even begin.
-fn not_begun(plans: &[Plan], members: &[usize], error: &io::Error) -> Vec<Outcome> {
-    let errno = error.raw_os_error().unwrap_or(libc::EIO);
-    let failed = |&at: &usize| {
-        let error = || ActError::Os("preparing", io::Error::from_raw_os_error(errno));
-        let attempts = plans[at].methods.iter().map(|&method| Attempt {
-            method,
-            error: Some(error()),
-        });
-        Outcome {
-            verdict: Verdict::Failed,
-            attempts: attempts.collect(),
-        }
-    };
-    members.iter().map(failed).collect()
+/// What a crew that could not work brings back.
+fn not_begun(plans: &[Plan], members: &[usize], errno: Option<i32>) -> Report {
+    let errno = errno.unwrap_or(libc::EIO);
+    let outcome = |&at: &usize| Outcome::not_begun(&plans[at], errno);
+    Report {
+        outcomes: members.iter().map(outcome).collect(),
+        waiting: HashMap::new(),
+    }
 }
 
 /// The state of the backlogs after connections in them were closed.

@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::diagnosis;
 use crate::finder::{Found, Socket};
-use crate::injector::MethodName;
+use crate::injector::{MethodName, ORPHANS};
 use crate::kernel::KernelVersion;
 use crate::privileges::{Need, Privileges};
 use crate::tcp::TcpState;
@@ -150,10 +150,12 @@ fn forbidden_by_state(
         TcpState::SynRecv if matches!(method, MethodName::Probe | MethodName::Rst) => {
             Some("a half-open request does not tell its sequence numbers")
         }
-        TcpState::FinWait1
-            if socket.inode.is_none() && privileges.kernel < KernelVersion::ABORTS_ORPHANS =>
+        TcpState::FinWait1 | TcpState::LastAck | TcpState::Closing
+            if socket.inode.is_none()
+                && privileges.kernel < KernelVersion::ABORTS_ORPHANS
+                && (method == MethodName::Destroy || socket.state == TcpState::FinWait1) =>
         {
-            Some("kernels before 6.11 can keep an aborted orphan for ever")
+            Some(ORPHANS)
         }
         TcpState::FinWait1
         | TcpState::FinWait2

@@ -304,7 +304,14 @@ fn host_condition(family: u8, length: u8, port: i32, address: &[u8]) -> Vec<u8> 
 }
 
 /// The network namespace of the calling thread.
-pub struct ThisNamespace;
+pub struct ThisNamespace {
+    /// It is one of several: an interface that is not here may be in another, and here no socket is
+    /// bound to it.
+    pub one_of_several: bool,
+}
+
+/// The index of no interface: the kernel gives them out from 1 up (net/core/dev.c, dev_index_reserve).
+const NO_INTERFACE: u32 = u32::MAX;
 
 impl Namespace for ThisNamespace {
     fn ephemeral_ports(&self) -> io::Result<RangeInclusive<u16>> {
@@ -318,7 +325,8 @@ impl Namespace for ThisNamespace {
     }
 
     fn interface(&self, name: &str) -> Option<u32> {
-        if_nametoindex(name).ok()
+        let absent = self.one_of_several.then_some(NO_INTERFACE);
+        if_nametoindex(name).ok().or(absent)
     }
 
     fn cgroup(&self, path: &str) -> Option<u64> {

@@ -86,8 +86,14 @@ pub struct Found {
     pub unreadable_processes: usize,
     /// Sockets that are not in `sockets` only because their owner could not be read, and might match.
     pub undecided: usize,
+    /// /proc does not show the processes of other users (hidepid): they may own anything.
+    pub hidden_processes: bool,
     /// Namespaces that could not be looked into.
     pub unreachable_namespaces: usize,
+    /// Why the first of them could not.
+    pub namespace_failure: Option<String>,
+    /// Processes whose namespace could not be told, which may be one that was not looked into.
+    pub untold_namespaces: usize,
 }
 
 /// Finds the sockets that `selectors` match in each of `namespaces`.
@@ -98,14 +104,17 @@ pub struct Found {
 pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<Found, FindError> {
     let mut found = Found::default();
     let mut listeners = Vec::new();
+    let mut first_failure = None;
     for (netns, view) in views(namespaces, selectors).into_iter().enumerate() {
         let view = match view {
             Ok(view) => view,
-            Err(error) if namespaces.len() == 1 => return Err(error),
-            // An interface that is not there: nothing can match here.
-            Err(FindError::Expression(_)) => continue,
-            Err(_) => {
+            // Nothing could be seen anywhere.
+            Err(error) if found.unreachable_namespaces + 1 == namespaces.len() => {
+                return Err(error);
+            }
+            Err(error) => {
                 found.unreachable_namespaces += 1;
+                first_failure.get_or_insert(error);
                 continue;
             }
         };
@@ -140,6 +149,8 @@ pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<
             (None, None) => {}
         }
     }
+    found.namespace_failure = first_failure.map(|error| chain(&error));
+    found.hidden_processes = scan.hidden;
     found.processes = scan.processes;
     found.unreadable_processes = scan.unreadable.len();
     found.retain_selected(selectors, &scan.unreadable);
@@ -151,7 +162,7 @@ pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<
 
 /// Looks into every namespace, some at a time.
 fn views(namespaces: &[Netns], selectors: &Selectors) -> Vec<Result<View, FindError>> {
-    let look = |netns: &Netns| match netns.within(|| view::look(selectors)) {
+    let look = |netns: &Netns| match netns.within(|| view::look(selectors, namespaces.len() > 1)) {
         Ok(view) => view,
         Err(error) => Err(FindError::Enter(error)),
     };
@@ -175,11 +186,22 @@ fn views(namespaces: &[Netns], selectors: &Selectors) -> Vec<Result<View, FindEr
     views
 }
 
+/// An error with its causes.
+fn chain(error: &FindError) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
 impl Found {
     /// Keeps the sockets whose owners, or whose listener's, are selected, and puts those first.
     fn retain_selected(&mut self, selectors: &Selectors, unreadable: &[Unreadable]) {
         let (processes, listeners) = (&self.processes, &self.listeners);
-        let hidden = selectors.could_match(unreadable);
+        let hidden = selectors.could_match(unreadable) || self.hidden_processes;
         let mut undecided = 0;
         self.sockets.retain_mut(|socket| {
             if !selectors.match_user(socket.uid) {
@@ -250,9 +272,10 @@ pub enum FindError {
 impl std::fmt::Display for FindError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            FindError::Enter(_) => {
+            FindError::Enter(error) if error.raw_os_error() == Some(libc::EPERM) => {
                 f.write_str("cannot enter the network namespace (needs CAP_SYS_ADMIN)")
             }
+            FindError::Enter(_) => f.write_str("cannot enter it as a network namespace"),
             FindError::Open(_) => {
                 f.write_str("cannot open a sock_diag socket (is CONFIG_INET_DIAG in this kernel?)")
             }

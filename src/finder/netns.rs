@@ -47,8 +47,10 @@ pub enum Which {
 pub struct Namespaces {
     /// Those that can be worked in, ours first.
     pub open: Vec<Netns>,
-    /// How many others there are, or may be: processes whose namespace could not be told.
+    /// How many others there are that cannot be opened.
     pub unreachable: usize,
+    /// Processes whose namespace could not be told.
+    pub untold: usize,
 }
 
 impl Which {
@@ -60,11 +62,11 @@ impl Which {
         match self {
             Which::Ours => Ok(Namespaces {
                 open: vec![Netns::ours(&names())?],
-                unreachable: 0,
+                ..Namespaces::default()
             }),
             Which::One(text) => Ok(Namespaces {
                 open: vec![Netns::named(text, proc)?],
-                unreachable: 0,
+                ..Namespaces::default()
             }),
             Which::All => all(proc),
         }
@@ -193,7 +195,7 @@ fn all(proc: &Proc) -> io::Result<Namespaces> {
     let mut seen = HashMap::from([(ours.id, ())]);
     let mut found = Namespaces {
         open: vec![ours],
-        unreachable: 0,
+        ..Namespaces::default()
     };
     let processes = proc.pids()?;
     let processes = processes
@@ -206,7 +208,7 @@ fn all(proc: &Proc) -> io::Result<Namespaces> {
             // The process is gone, or is a kernel thread or a zombie; a name that is no namespace.
             Err(error) if error.kind() == io::ErrorKind::NotFound => true,
             Err(_) => {
-                found.unreachable += 1;
+                found.untold += 1;
                 true
             }
         };

@@ -56,6 +56,8 @@ pub struct OwnerScan {
     pub held: Vec<(u32, Held)>,
     /// Processes that could not be looked at, or not at all of their descriptors.
     pub unreadable: Vec<Unreadable>,
+    /// Processes of others are not shown at all: /proc is mounted with hidepid.
+    pub hidden: bool,
 }
 
 /// A process that may hold wanted sockets without our seeing it.
@@ -111,8 +113,10 @@ impl Proc {
         if wanted.is_empty() {
             return Ok(scan);
         }
-        let looks: Vec<Look> = self
-            .pids()?
+        let pids = self.pids()?;
+        // The first process of a pid namespace lives as long as the namespace.
+        scan.hidden = pids.first() != Some(&1);
+        let looks: Vec<Look> = pids
             .into_par_iter()
             .map(|pid| self.look(pid, &wanted))
             .collect::<io::Result<_>>()?;

@@ -14,10 +14,10 @@ pub(super) struct View {
 }
 
 /// Looks at the namespace of the calling thread.
-pub(super) fn look(selectors: &Selectors) -> Result<View, FindError> {
+pub(super) fn look(selectors: &Selectors, one_of_several: bool) -> Result<View, FindError> {
     let mut diag = SockDiag::open().map_err(FindError::Open)?;
     let selectors = selectors
-        .resolved(&filter::ThisNamespace)
+        .resolved(&filter::ThisNamespace { one_of_several })
         .map_err(FindError::Expression)?;
     let mut sockets = dump(&mut diag, &selectors)?;
     let mut listeners = Listeners::default();

@@ -9,10 +9,13 @@ use std::io;
 use super::{ActError, Method, MethodName, Scene, Target};
 use crate::finder::sock_diag::{DestroyError, DiagId, SockDiag};
 use crate::privileges::Need;
+use crate::tcp::TcpState;
 
 /// The method; it has a netlink socket of its own, so that nothing of a dump is in its way.
 pub struct Destroy {
     diag: SockDiag,
+    /// The kernel has said that it cannot destroy any socket.
+    unsupported: bool,
 }
 
 impl Destroy {
@@ -23,6 +26,7 @@ impl Destroy {
     pub fn open() -> io::Result<Self> {
         Ok(Destroy {
             diag: SockDiag::open()?,
+            unsupported: false,
         })
     }
 }
@@ -33,20 +37,45 @@ impl Method for Destroy {
     }
 
     fn act(&mut self, targets: &[Target], _: &mut dyn Scene) -> Vec<Result<(), ActError>> {
+        if self.unsupported {
+            return targets.iter().map(|_| Err(unsupported())).collect();
+        }
         let ids: Vec<DiagId> = targets.iter().map(|target| target.id).collect();
-        match self.diag.destroy(&ids) {
-            Ok(results) => results
-                .into_iter()
-                .map(|result| result.map_err(ActError::from))
-                .collect(),
+        let results = match self.diag.destroy(&ids) {
+            Ok(results) => results,
             // The netlink socket failed under the whole batch; a part of it may be done.
             Err(error) => {
                 let errno = error.raw_os_error().unwrap_or(libc::EIO);
                 let failure = || ActError::Unanswered(io::Error::from_raw_os_error(errno));
-                targets.iter().map(|_| Err(failure())).collect()
+                return targets.iter().map(|_| Err(failure())).collect();
             }
-        }
+        };
+        let each = targets.iter().zip(results);
+        each.map(|(target, result)| {
+            result.map_err(|error| match error {
+                // Older kernels can destroy every other state (net/ipv4/tcp.c, tcp_abort).
+                DestroyError::NotSupported if target.state == TcpState::TimeWait => {
+                    ActError::NotSupported(
+                        "this kernel cannot destroy a socket in TIME-WAIT",
+                        io::Error::from_raw_os_error(libc::EOPNOTSUPP),
+                    )
+                }
+                DestroyError::NotSupported => {
+                    self.unsupported = true;
+                    unsupported()
+                }
+                other => other.into(),
+            })
+        })
+        .collect()
     }
+}
+
+fn unsupported() -> ActError {
+    ActError::NotSupported(
+        "this kernel has no SOCK_DESTROY (CONFIG_INET_DIAG_DESTROY)",
+        io::Error::from_raw_os_error(libc::EOPNOTSUPP),
+    )
 }
 
 impl From<DestroyError> for ActError {
@@ -55,10 +84,7 @@ impl From<DestroyError> for ActError {
         match error {
             DestroyError::Gone => ActError::Gone,
             DestroyError::Denied => ActError::Denied(Need::NetAdmin, errno(libc::EPERM)),
-            DestroyError::NotSupported => ActError::NotSupported(
-                "this kernel has no SOCK_DESTROY (CONFIG_INET_DIAG_DESTROY)",
-                errno(libc::EOPNOTSUPP),
-            ),
+            DestroyError::NotSupported => unsupported(),
             DestroyError::AnswerLost => ActError::Unanswered(errno(libc::ENOBUFS)),
             DestroyError::Other(error) => ActError::Os("SOCK_DESTROY", error),
         }

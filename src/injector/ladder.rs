@@ -14,6 +14,7 @@ use super::{ActError, Method, MethodName, Scene, Target};
 use crate::diagnosis;
 use crate::finder::sock_diag::{Detail, DiagId, LookupError, SockDiag, SocketMessage};
 use crate::finder::{Found, Socket};
+use crate::kernel::KernelVersion;
 use crate::plan::{LeftOut, Plan};
 use crate::selectors::Selectors;
 use crate::tcp::TcpState;
@@ -70,8 +71,36 @@ pub enum Skip {
     Accepted,
     /// The peer answered a probe: the connection is in use, or half-closed by intention.
     PeerAlive,
-    /// The run was interrupted before its turn.
+    /// The run was interrupted before anything was done to it.
     Interrupted,
+}
+
+impl Skip {
+    /// Why `plan` leaves its socket alone, if it does.
+    fn planned(plan: &Plan) -> Option<Skip> {
+        if plan.over_limit {
+            Some(Skip::OverLimit)
+        } else if plan.methods.is_empty() {
+            Some(Skip::NoMethod(plan.left_out.clone()))
+        } else {
+            None
+        }
+    }
+}
+
+impl Outcome {
+    /// Of a socket for which nothing could even be begun, for the reason `errno`.
+    pub fn not_begun(plan: &Plan, errno: i32) -> Self {
+        let error = || ActError::Os("preparing", io::Error::from_raw_os_error(errno));
+        let attempts = plan.methods.iter().map(|&method| Attempt {
+            method,
+            error: Some(error()),
+        });
+        Outcome {
+            attempts: attempts.collect(),
+            verdict: Skip::planned(plan).map_or(Verdict::Failed, Verdict::Skipped),
+        }
+    }
 }
 
 impl fmt::Display for Skip {
@@ -92,7 +121,7 @@ impl fmt::Display for Skip {
             Skip::NoLongerSelected => f.write_str("no longer has the age or cause asked for"),
             Skip::Accepted => f.write_str("the application accepted it meanwhile"),
             Skip::PeerAlive => f.write_str("peer is alive"),
-            Skip::Interrupted => f.write_str("interrupted before its turn"),
+            Skip::Interrupted => f.write_str("interrupted"),
         }
     }
 }
@@ -136,6 +165,8 @@ pub struct Rules<'a> {
     pub discard_unsent: bool,
     /// What the operator selected.
     pub selectors: &'a Selectors,
+    /// The running kernel.
+    pub kernel: KernelVersion,
 }
 
 /// Runs `plans` over the sockets of `found` whose indices are `members`; one outcome each, in order.
@@ -170,22 +201,19 @@ struct Climber {
     attempts: Vec<Attempt>,
     /// The last method whose act the kernel took.
     acted: Option<MethodName>,
+    /// A later one that may have closed the socket although it seemed to fail: an order whose answer was
+    /// lost, an RST still on its way through a busy kernel.
+    perhaps: Option<MethodName>,
     verdict: Option<Verdict>,
 }
 
 impl Climber {
     fn new(plan: &Plan) -> Self {
-        let skip = if plan.over_limit {
-            Some(Skip::OverLimit)
-        } else if plan.methods.is_empty() {
-            Some(Skip::NoMethod(plan.left_out.clone()))
-        } else {
-            None
-        };
         Climber {
             attempts: Vec::new(),
             acted: None,
-            verdict: skip.map(Verdict::Skipped),
+            perhaps: None,
+            verdict: Skip::planned(plan).map(Verdict::Skipped),
         }
     }
 
@@ -195,20 +223,17 @@ impl Climber {
 
     /// Notes that the socket is no longer in the kernel's tables.
     fn vanished(&mut self) {
-        self.settle(match self.acted {
+        self.settle(match self.perhaps.or(self.acted) {
             Some(method) => Verdict::Closed(method),
             None => Verdict::Gone,
         });
     }
 
     fn attempt(&mut self, method: MethodName, error: Option<ActError>) {
-        // An RST that seems to be ignored may still be on its way through a busy kernel, and an order
-        // whose answer was lost may have been carried out.
-        if matches!(
-            error,
-            None | Some(ActError::RstIgnored | ActError::Unanswered(_))
-        ) {
-            self.acted = Some(method);
+        match error {
+            None => self.acted = Some(method),
+            Some(ActError::RstIgnored | ActError::Unanswered(_)) => self.perhaps = Some(method),
+            Some(_) => {}
         }
         self.attempts.push(Attempt { method, error });
     }
@@ -315,9 +340,7 @@ impl Ladder<'_> {
                     match check(planned, &now, climber.acted.is_some(), method, &self.rules) {
                         Check::Act => fit.push(at),
                         Check::Settle(verdict) => climber.settle(verdict),
-                        Check::Protect(bytes) => {
-                            climber.attempt(method, Some(ActError::Unsent(bytes)));
-                        }
+                        Check::Refuse(error) => climber.attempt(method, Some(error)),
                     }
                 }
             }
@@ -444,8 +467,8 @@ impl Scene for OnRung<'_, '_> {
 enum Check {
     Act,
     Settle(Verdict),
-    /// So many unsent bytes forbid this method.
-    Protect(u32),
+    /// This method must not be used on it.
+    Refuse(ActError),
 }
 
 /// Compares a socket as it is `now` with what was planned for it.
@@ -456,11 +479,13 @@ fn check(
     method: MethodName,
     rules: &Rules<'_>,
 ) -> Check {
-    if !acted {
+    let changed = now.state != planned.state;
+    if changed && !acted {
+        return Check::Settle(Verdict::Gone);
+    }
+    // Once our own act has changed the state, the age and the cause are no longer the application's.
+    if !changed {
         let fresh = Socket::from_message(now);
-        if fresh.state != planned.state {
-            return Check::Settle(Verdict::Gone);
-        }
         if planned.inode.is_none() && fresh.inode.is_some() {
             return Check::Settle(Verdict::Skipped(Skip::Accepted));
         }
@@ -468,9 +493,15 @@ fn check(
             return Check::Settle(Verdict::Skipped(Skip::NoLongerSelected));
         }
     }
+    if method == MethodName::Destroy
+        && rules.kernel < KernelVersion::ABORTS_ORPHANS
+        && diagnosis::is_orphan(now)
+    {
+        return Check::Refuse(ActError::Orphan);
+    }
     let unsent = diagnosis::unsent(now.state, now.send_q);
     if unsent > 0 && method.discards_unsent() && !rules.discard_unsent {
-        return Check::Protect(unsent);
+        return Check::Refuse(ActError::Unsent(unsent));
     }
     Check::Act
 }

@@ -145,6 +145,7 @@ impl World {
             grace: Duration::from_secs(1),
             discard_unsent: self.discard_unsent,
             selectors: &self.selectors,
+            kernel: KernelVersion::ABORTS_ORPHANS,
         };
         let members: Vec<usize> = (0..self.found.sockets.len()).collect();
         climb(
@@ -386,6 +387,7 @@ fn every_socket_has_an_outcome_when_the_kernel_cannot_be_asked_any_more() {
         grace: Duration::ZERO,
         discard_unsent: false,
         selectors: &world.selectors,
+        kernel: KernelVersion::ABORTS_ORPHANS,
     };
     let mut kernel = Mute(world.kernel.clone(), Arc::clone(&world.touched));
     let outcomes = climb(
@@ -523,4 +525,59 @@ fn what_a_question_has_closed_is_closed_by_the_method() {
             .iter()
             .all(|v| matches!(v, Verdict::Closed(Destroy)))
     );
+}
+
+#[test]
+fn what_perhaps_did_nothing_does_not_lift_the_checks() {
+    // The connection comes to life while the first method waits in vain.
+    let mut world = World::new(1)
+        .method(Shutdown, |kernel, cookie| {
+            kernel.change(cookie, |socket| {
+                socket.quiet.as_mut().unwrap().last_ack_recv = Duration::ZERO;
+            });
+            Err(ActError::RstIgnored)
+        })
+        .method(Destroy, close);
+    world.selectors.min_age = Duration::from_secs(60);
+    assert!(matches!(
+        world.verdict(),
+        Verdict::Skipped(Skip::NoLongerSelected)
+    ));
+    assert_eq!(*world.touched.lock().unwrap(), [1], "not a second time");
+}
+
+#[test]
+fn an_orphan_made_meanwhile_is_not_left_for_ever() {
+    let climb_on = |kernel| {
+        let mut world = World::new(1)
+            .method(Shutdown, |kernel, cookie| {
+                to_last_ack(kernel, cookie)?;
+                // And the owner closes its descriptor.
+                kernel.change(cookie, |socket| socket.inode = 0);
+                Ok(())
+            })
+            .method(Destroy, close);
+        let rules = Rules {
+            grace: Duration::ZERO,
+            discard_unsent: true,
+            selectors: &world.selectors,
+            kernel,
+        };
+        let mut table = world.kernel.clone();
+        climb(
+            &world.found,
+            &world.plans,
+            &[0],
+            &mut world.methods,
+            &mut table,
+            rules,
+            &world.clock,
+        )
+        .remove(0)
+    };
+    let old = climb_on(KernelVersion(6, 10));
+    assert!(matches!(old.verdict, Verdict::Closing(Shutdown, _)));
+    assert!(matches!(old.attempts[1].error, Some(ActError::Orphan)));
+    let new = climb_on(KernelVersion::ABORTS_ORPHANS);
+    assert!(matches!(new.verdict, Verdict::Closed(Destroy)));
 }

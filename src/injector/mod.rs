@@ -18,6 +18,7 @@ use std::time::Duration;
 use crate::finder::sock_diag::{DiagId, LookupError, SocketMessage};
 use crate::finder::{Found, TargetFd};
 use crate::privileges::Need;
+use crate::tcp::TcpState;
 use ladder::Surroundings;
 
 /// The ways to close a socket, gentlest first.
@@ -84,6 +85,8 @@ impl FromStr for MethodName {
 pub struct Target {
     /// Its name to the kernel.
     pub id: DiagId,
+    /// Its state when it was found.
+    pub state: TcpState,
     /// Descriptors of it in other processes.
     pub descriptors: Vec<Descriptor>,
 }
@@ -113,6 +116,7 @@ impl Target {
         };
         Target {
             id: socket.id,
+            state: socket.state,
             descriptors: socket.owners.iter().map(descriptor).collect(),
         }
     }
@@ -171,6 +175,9 @@ pub fn methods(
     names.iter().map(build).collect()
 }
 
+/// Why an orphan is not aborted on an old kernel; see [`crate::kernel::KernelVersion::ABORTS_ORPHANS`].
+pub(crate) const ORPHANS: &str = "kernels before 6.11 can keep an aborted orphan for ever";
+
 /// Why a method did nothing to a socket.
 #[derive(Debug)]
 pub enum ActError {
@@ -184,6 +191,8 @@ pub enum ActError {
     Denied(Need, io::Error),
     /// The kernel cannot do it at all.
     NotSupported(&'static str, io::Error),
+    /// An orphan, which this kernel can keep for ever once it is aborted.
+    Orphan,
     /// It would lose so many bytes queued to the peer, which were written after the plan was made.
     Unsent(u32),
     /// No ACK with the sequence numbers was seen within the grace; and why TCP_REPAIR did not give them.
@@ -214,6 +223,7 @@ impl ActError {
             ActError::Gone
             | ActError::DescriptorsGone
             | ActError::ForeignProc
+            | ActError::Orphan
             | ActError::Unsent(_)
             | ActError::RstIgnored
             | ActError::PeerAlive
@@ -234,6 +244,7 @@ impl fmt::Display for ActError {
             ),
             ActError::Denied(need, error) => write!(f, "{error}: needs {need}"),
             ActError::NotSupported(what, error) => write!(f, "{error}: {what}"),
+            ActError::Orphan => f.write_str(ORPHANS),
             ActError::Unsent(bytes) => write!(
                 f,
                 "would lose {bytes} unsent bytes (--discard-unsent allows it)"

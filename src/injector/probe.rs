@@ -72,7 +72,7 @@ impl Probe {
     /// Switches keepalive on, on a descriptor of `target`.
     fn ask_by_keepalive(&mut self, target: &Target) -> Result<Keepalive, ActError> {
         let socket = self.duplicator.socket(target)?;
-        Keepalive::start(socket).map_err(|error| ActError::Os("keepalive", error))
+        Keepalive::start(socket).map_err(keepalive_error)
     }
 
     /// Makes the local stack ask the peers of `targets`, and asks in its name.
@@ -268,6 +268,18 @@ impl Keepalive {
             former(Self::INTERVAL)?,
             former(Self::IDLE)?,
         ];
+        // A value that follows a large sysctl can be read and not be set (net/ipv4/tcp.c,
+        // do_tcp_setsockopt): then it could not be put back either.
+        for (_, name, value) in former {
+            let most = match name {
+                libc::TCP_KEEPIDLE | libc::TCP_KEEPINTVL => MAX_KEEP_INTERVAL,
+                libc::TCP_KEEPCNT => MAX_KEEP_COUNT,
+                _ => continue,
+            };
+            if value > most {
+                return Err(std::io::Error::from_raw_os_error(libc::ERANGE));
+            }
+        }
         let keepalive = Keepalive { socket, former };
         let set = |(level, name), value| {
             sys::set_socket_option(keepalive.socket.as_fd(), level, name, value)
@@ -287,9 +299,19 @@ impl Drop for Keepalive {
     fn drop(&mut self) {
         for (level, name, value) in self.former {
             // A socket that has been closed meanwhile takes them as well.
-            let put_back = sys::set_socket_option(self.socket.as_fd(), level, name, value);
-            debug_assert!(put_back.is_ok() || std::thread::panicking(), "{put_back:?}");
+            // It could be set before, and start() has seen that the value is within the limits.
+            let _ = sys::set_socket_option(self.socket.as_fd(), level, name, value);
         }
+    }
+}
+
+fn keepalive_error(error: std::io::Error) -> ActError {
+    match error.raw_os_error() {
+        Some(libc::ERANGE) => ActError::Os(
+            "keepalive values of the socket (from net.ipv4.tcp_keepalive_*?) that could not be put back",
+            error,
+        ),
+        _ => ActError::Os("keepalive", error),
     }
 }
 

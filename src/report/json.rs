@@ -30,7 +30,9 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
         dry_run: run.deeds.is_none(),
         sockets: Sockets(run),
         unreadable_processes: run.found.unreadable_processes,
+        hidden_processes: run.found.hidden_processes,
         unreachable_namespaces: run.found.unreachable_namespaces,
+        untold_namespaces: run.found.untold_namespaces,
         undecided: run.found.undecided,
         summary: Tally::of(run),
     };
@@ -99,7 +101,9 @@ struct Document<'a> {
     dry_run: bool,
     sockets: Sockets<'a>,
     unreadable_processes: usize,
+    hidden_processes: bool,
     unreachable_namespaces: usize,
+    untold_namespaces: usize,
     undecided: usize,
     summary: Tally,
 }

@@ -64,15 +64,15 @@ impl Tally {
 /// The status to exit with after a run.
 ///
 /// Sockets that may have matched and were left alone because their owner could not be read keep an act
-/// from being complete, and a listing from being empty.
+/// from being complete. They, and namespaces that could not be seen, keep a result from being empty.
 pub fn exit_status(run: &Run) -> ExitStatus {
     let status = Tally::of(run).exit_status();
-    match run.found.undecided {
-        0 => status,
-        _ if status == ExitStatus::NothingMatched || run.deeds.is_some() => {
-            ExitStatus::NotAllClosed
-        }
-        _ => status,
+    let found = &run.found;
+    let unseen = found.unreachable_namespaces + found.untold_namespaces > 0;
+    match status {
+        ExitStatus::NothingMatched if unseen || found.undecided > 0 => ExitStatus::NotAllClosed,
+        ExitStatus::Done if found.undecided > 0 && run.deeds.is_some() => ExitStatus::NotAllClosed,
+        status => status,
     }
 }
 

@@ -25,10 +25,21 @@ pub fn notes(run: &Run) -> Vec<String> {
     };
     notes.extend(unknown_owners(run));
     notes.extend(undecided(run));
-    if run.found.unreachable_namespaces > 0 {
+    let found = &run.found;
+    if found.unreachable_namespaces > 0 {
+        let why = found
+            .namespace_failure
+            .as_deref()
+            .unwrap_or("needs CAP_SYS_ADMIN");
         notes.push(format!(
-            "{} could not be looked into (needs CAP_SYS_ADMIN)",
-            counted(run.found.unreachable_namespaces, "network namespace")
+            "{} could not be looked into ({why})",
+            counted(found.unreachable_namespaces, "network namespace")
+        ));
+    }
+    if found.untold_namespaces > 0 {
+        notes.push(format!(
+            "the network namespaces of {} could not be told (needs CAP_SYS_PTRACE)",
+            counted(found.untold_namespaces, "process")
         ));
     }
     notes
@@ -127,17 +138,22 @@ fn unknown_owners(run: &Run) -> Option<String> {
         .filter(|socket| socket.inode.is_some() && socket.owners.is_empty());
     let unknown = unknown.count();
     let unreadable = run.found.unreadable_processes;
-    (unknown > 0).then(|| match unreadable {
-        0 => format!(
-            "{} without a known owner: in flight over a Unix socket, held by the kernel, or owned in \
-             another pid namespace",
-            counted(unknown, "socket")
-        ),
-        _ => format!(
-            "{} without a known owner; {} could not be looked into",
-            counted(unknown, "socket"),
+    let why = if run.found.hidden_processes {
+        "/proc does not show the processes of others (hidepid)".to_owned()
+    } else if unreadable > 0 {
+        format!(
+            "{} could not be looked into",
             counted(unreadable, "process")
-        ),
+        )
+    } else {
+        "in flight over a Unix socket, held by the kernel, or owned in another pid namespace"
+            .to_owned()
+    };
+    (unknown > 0).then(|| {
+        format!(
+            "{} without a known owner: {why}",
+            counted(unknown, "socket")
+        )
     })
 }
 
@@ -154,7 +170,7 @@ fn undecided(run: &Run) -> Option<String> {
 /// The privileges whose lack kept a socket open or its owner unknown, or would.
 pub fn missing_privileges(run: &Run) -> BTreeSet<Need> {
     let mut needs = BTreeSet::new();
-    let hidden = run.found.unreadable_processes > 0;
+    let hidden = run.found.unreadable_processes > 0 || run.found.hidden_processes;
     if run.found.undecided > 0 {
         needs.insert(Need::Ptrace);
     }

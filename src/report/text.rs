@@ -287,7 +287,7 @@ fn result_cell(outcome: &Outcome, verbose: bool) -> Cell {
 }
 
 /// One line that says how it went.
-fn summary(run: &Run, config: &Config) -> String {
+pub fn summary(run: &Run, config: &Config) -> String {
     let tally = Tally::of(run);
     let sockets = |count| match count {
         1 => "1 socket".to_owned(),

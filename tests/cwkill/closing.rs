@@ -17,6 +17,8 @@ pub const CASES: &[Case] = &[
     EachFamily("a_shared_socket_needs_one_act", a_shared_socket),
     EachFamily("listing_and_dry_run_change_nothing", nothing_changes),
     EachFamily("a_silent_peer_is_left_to_the_next_method", silent_peer),
+    EachFamily("shutdown_loses_nothing_that_is_queued", sending),
+    EachFamily("every_kind_of_owner", every_kind_of_owner),
     Once("the_oldest_come_first", the_oldest_come_first),
     Once(
         "without_privileges_nothing_happens_and_it_says_so",
@@ -155,6 +157,66 @@ fn silent_peer(family: Family) -> Result<()> {
         &"shutdown".into(),
     )?;
     same(&in_state(&lab, TcpState::LastAck)?, &2)
+}
+
+/// Megabytes are queued to a peer that does not read.
+fn sending(family: Family) -> Result<()> {
+    let (lab, leak) = lab("sending", family, 1)?;
+    let queued = connections(&lab)?[0].send_q;
+    ensure!(queued > 100_000, "{queued}");
+    // An abort would lose them, so it is not done.
+    for method in ["destroy", "rst", "destroy,rst"] {
+        let line = format!("--all --method {method} --json");
+        let sockets = cwkill(&lab, &line)?.exits(4)?.sockets()?;
+        all_have(&sockets, "skipped", "null")?;
+        let reason = at(&sockets[0], "/result/reason");
+        ensure!(
+            reason.contains("unsent bytes (--discard-unsent allows it)"),
+            "{reason}"
+        );
+    }
+    same(&connections(&lab)?[0].send_q, &queued)?;
+    // Nor after a shutdown that the peer cannot answer yet.
+    let sockets = cwkill(&lab, "--all --grace 100ms --json")?
+        .exits(4)?
+        .sockets()?;
+    all_have(&sockets, "closing", "shutdown")?;
+    same(&in_state(&lab, TcpState::LastAck)?, &1)?;
+    // The peer gets every byte and then the end.
+    let conn = leak.conns()[0];
+    let peer = conn.peer_fd.context("the peer's descriptor")?;
+    let drained = leak.peer().drain(&[peer], crate::support::PATIENCE)?;
+    same(&drained[0].bytes, &conn.sent)?;
+    ensure!(
+        drained[0].intact && drained[0].end == netns_harness::End::Eof,
+        "{drained:?}"
+    );
+
+    let (lab, _leak) = crate::support::lab("sending", family, 1)?;
+    let line = "--all --method destroy --discard-unsent --json";
+    all_have(
+        &cwkill(&lab, line)?.exits(0)?.sockets()?,
+        "closed",
+        "destroy",
+    )?;
+    same(&connections(&lab)?.len(), &0)
+}
+
+fn every_kind_of_owner(family: Family) -> Result<()> {
+    for (scenario, method) in [
+        ("scm-rights", "destroy"),
+        ("threads", "shutdown"),
+        ("reuse", "shutdown"),
+        ("peer-vanished", "shutdown"),
+        ("silent-peer", "destroy"),
+        ("peer-gone", "destroy"),
+    ] {
+        let (lab, _leak) = lab(scenario, family, 2)?;
+        let ran = cwkill(&lab, "--all --grace 300ms --json")?.exits(0)?;
+        all_have(&ran.sockets()?, "closed", method).context(scenario)?;
+        same(&connections(&lab)?.len(), &0)?;
+    }
+    Ok(())
 }
 
 fn the_oldest_come_first() -> Result<()> {

@@ -18,7 +18,16 @@ pub const CASES: &[Case] = &[
     ),
     EachFamily("an_alive_peer_ends_the_ladder", alive_then_destroy),
     EachFamily("an_owner_without_privileges_is_enough", unprivileged),
-    Once("ctrl_c_puts_the_options_back", ctrl_c),
+    Once("ctrl_c_puts_the_options_back", || {
+        interrupted(&[Signal::SIGINT])
+    }),
+    Once("pressing_it_again_changes_nothing", || {
+        interrupted(&[Signal::SIGINT, Signal::SIGINT, Signal::SIGTERM])
+    }),
+    Once("a_lost_terminal_is_no_different", || {
+        interrupted(&[Signal::SIGHUP])
+    }),
+    Once("what_could_not_be_put_back_is_not_touched", large_sysctl),
 ];
 
 const PROBE: &str = "--port 8080 --method probe --json";
@@ -136,7 +145,7 @@ fn unprivileged(family: Family) -> Result<()> {
     )
 }
 
-fn ctrl_c() -> Result<()> {
+fn interrupted(signals: &[Signal]) -> Result<()> {
     let (lab, leak) = deaf("drained", Family::V4)?;
     leak.app().set_option(
         &leak.app_fds()[..1],
@@ -157,19 +166,39 @@ fn ctrl_c() -> Result<()> {
         .spawn()?;
     lab.wait_for(PATIENCE, || Ok(keepalive_timers(&lab)? == 3))?;
     let pid = nix::unistd::Pid::from_raw(child.id().try_into()?);
-    nix::sys::signal::kill(pid, Signal::SIGINT)?;
+    for signal in signals {
+        nix::sys::signal::kill(pid, *signal)?;
+    }
     let output = child.wait_with_output()?;
     same(&output.status.code(), &Some(4))?;
     let document: serde_json::Value = serde_json::from_slice(&output.stdout)?;
     same(&at(&document, "/summary/skipped"), &"3".to_owned())?;
     same(
         &at(&document, "/sockets/0/result/reason"),
-        &"interrupted before its turn".to_owned(),
+        &"interrupted".to_owned(),
     )?;
     same(&keepalive_timers(&lab)?, &1)?;
     same(
         &ran(lab.app_host().command("ss").args(["-Htn"]))?.stdout,
         &before,
     )?;
+    Ok(())
+}
+
+/// A keepalive time that follows a large sysctl can be read, but not set.
+fn large_sysctl() -> Result<()> {
+    let (lab, leak) = lab("half-closed", Family::V4, 1)?;
+    lab.app_host().within(|| {
+        std::fs::write("/proc/sys/net/ipv4/tcp_keepalive_time", "86400")?;
+        Ok(())
+    })?;
+    let sockets = cwkill(&lab, "--all --method probe --json")?
+        .exits(4)?
+        .sockets()?;
+    all_have(&sockets, "failed", "null")?;
+    let error = at(&sockets[0], "/result/attempts/0/error");
+    ensure!(error.contains("could not be put back"), "{error}");
+    same(&keepalive_timers(&lab)?, &0)?;
+    ensure!(leak.app().is_alive());
     Ok(())
 }

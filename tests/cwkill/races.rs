@@ -81,6 +81,7 @@ fn act_after(
             grace: Duration::from_millis(500),
             discard_unsent: false,
             selectors: &selectors,
+            kernel: cwkill::kernel::KernelVersion::running(),
         };
         let all: Vec<usize> = (0..found.sockets.len()).collect();
         let mut diag = SockDiag::open()?;

@@ -32,6 +32,10 @@ pub const CASES: &[Case] = &[
     EachFamily("fact_a_listener_keeps_nothing_of_a_bare_ack", listener_fact),
     EachFamily("fact_an_rst_beside_rcv_nxt_closes_nothing", near_miss_fact),
     EachFamily("repair_mode_is_left_on_every_path", repair_mode),
+    EachFamily(
+        "an_owner_that_exits_in_repair_mode_still_says_goodbye",
+        owner_exits,
+    ),
 ];
 
 const RST: &str = "--port 8080 --method rst --json";
@@ -249,5 +253,21 @@ fn repair_mode(family: Family) -> Result<()> {
         setsockopt(&local, TcpRepair, &1)?;
         setsockopt(&local, TcpRepair, &u32::MAX)?;
         same(&options(&local)?, &(false, 0))
+    })
+}
+
+/// The owner lets go of the socket while our duplicate has it in repair mode, in which a close would be
+/// silent: its peer still gets the FIN, because the mode ends before the duplicate does.
+fn owner_exits(family: Family) -> Result<()> {
+    Lab::new()?.app_host().within(|| {
+        let (local, mut peer) = loopback(family)?;
+        peer.shutdown(Shutdown::Write)?;
+        let duplicate = local.try_clone()?;
+        let mode = RepairMode::enter(duplicate.as_fd())?;
+        drop(local);
+        drop(mode);
+        drop(duplicate);
+        peer.set_read_timeout(Some(PATIENCE))?;
+        same(&peer.read(&mut [0; 1])?, &0)
     })
 }

@@ -1,6 +1,6 @@
 //! Units and containers, in cgroups made for the test.
 //!
-//! Needs root of the machine: nobody else may make cgroups.
+//! Needs root of the machine: nobody else may make cgroups, or mount a /proc that hides processes.
 
 use std::process::Command;
 
@@ -12,6 +12,7 @@ use crate::support::{CWKILL, PATIENCE, Ran, alone, at, count, cwkill, ran, same}
 
 pub const CASES: &[Case] = &[
     Once("units_containers_and_cgroups_select", select),
+    Once("a_proc_that_hides_processes_is_named", hidepid),
     Once("cgroup_in_an_expression_is_where_the_socket_was_made", made),
 ];
 
@@ -191,5 +192,31 @@ fn select() -> Result<()> {
         .sockets()
         .and_then(|sockets| same(&sockets.len(), &11))?;
     ensure!(plain.app().is_alive());
+    Ok(())
+}
+
+fn hidepid() -> Result<()> {
+    let (lab, leak) = crate::support::lab("unread", Family::V4, 2)?;
+    let pid = leak.app().pid();
+    let run = |arguments: &str| {
+        let script = format!(
+            "mount -t proc -o hidepid=2 proc /proc && \
+             exec setpriv --reuid 65534 --regid 65534 --clear-groups {CWKILL} {arguments}"
+        );
+        ran(lab
+            .app_host()
+            .command("unshare")
+            .args(["-m", "sh", "-ec", &script]))
+    };
+    // Listed, with what keeps the owner unknown.
+    let listing = run("--json")?.exits(0)?.complains("hidepid")?;
+    same(&at(&listing.json()?, "/hidden_processes"), &"true".into())?;
+    // Asked for by owner, that is no empty result.
+    for selector in [format!("--pid {pid}"), "--process leaky-app".into()] {
+        run(&format!("{selector} -n"))?
+            .exits(4)?
+            .complains("2 sockets more may belong")?
+            .complains("CAP_SYS_PTRACE")?;
+    }
     Ok(())
 }

@@ -63,8 +63,7 @@ pub enum LookupError {
     Io(io::Error),
 }
 
-/// Why a socket could not be aborted. The caller counts `Gone` as done, gives up the method for
-/// every socket on `NotSupported` and reports the rest.
+/// Why a socket could not be aborted.
 #[derive(Debug)]
 pub enum DestroyError {
     /// EOPNOTSUPP: the kernel was built without CONFIG_INET_DIAG_DESTROY, or cannot abort this state.

@@ -20,6 +20,9 @@ pub const MAX_PORTS: usize = 512;
 /// Longer packets carry data. IP and TCP headers take 60 bytes each, and IPv6 extension headers some.
 const LONGEST: u32 = 256;
 
+/// Receive queue that is asked for, in bytes.
+const RECEIVE_QUEUE: usize = 4 * 1024 * 1024;
+
 /// The socket.
 pub struct Capture {
     socket: Socket,
@@ -35,6 +38,8 @@ impl Capture {
         let protocol = Protocol::from(all);
         let socket = Socket::new(Domain::PACKET, Type::DGRAM, Some(protocol))?;
         socket.set_nonblocking(true)?;
+        // Less than asked for loses answers on a busy host, which are then asked for again.
+        let _ = socket.set_recv_buffer_size(RECEIVE_QUEUE);
         Ok(Capture { socket })
     }
 
@@ -70,7 +75,8 @@ impl Capture {
 }
 
 /// The filter, in classic BPF: a TCP segment on its way out, of the kind bare ACK, from one of the
-/// local ports or to one of the peer ports of `connections`, whichever are fewer. What has IPv6
+/// local ports or to one of the peer ports of `connections`, whichever are more: many different ports say
+/// more about a segment than the one port of a busy server. What has IPv6
 /// extension headers, which it cannot walk, is let through.
 fn program(connections: &[Tuple]) -> Vec<SockFilter> {
     /// Places in the program.
@@ -82,7 +88,7 @@ fn program(connections: &[Tuple]) -> Vec<SockFilter> {
 
     let local: BTreeSet<u16> = connections.iter().map(|t| t.local.port()).collect();
     let peer: BTreeSet<u16> = connections.iter().map(|t| t.peer.port()).collect();
-    let (ports, offset) = if local.len() <= peer.len() {
+    let (ports, offset) = if local.len() > peer.len() {
         (local, 0)
     } else {
         (peer, 2)
