@@ -115,18 +115,19 @@ impl Terminal {
         if config.action == Action::Act {
             // What is begun is brought to its end and reported, whatever is pressed: a method may have
             // changed options of an owner's socket that it still has to put back. All waits are bounded.
-            for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT] {
+            let signals = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
+            for signal in signals.into_iter().filter(|signal| !is_ignored(*signal)) {
                 signal_hook::flag::register(signal, Arc::clone(&interrupted))
                     .context("cannot handle Ctrl-C")?;
             }
         }
         let progress = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
         progress.set_message("looking for sockets");
-        let (running, over) = mpsc::channel::<()>();
+        let (running, ended) = mpsc::channel::<()>();
         if config.format != Format::Quiet && io::stderr().is_terminal() {
             let progress = progress.clone();
             std::thread::spawn(move || {
-                if over.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+                if ended.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
                     progress.set_draw_target(ProgressDrawTarget::stderr());
                     progress.enable_steady_tick(Duration::from_millis(100));
                 }
@@ -141,6 +142,12 @@ impl Terminal {
             _running: running,
         })
     }
+}
+
+/// Whether a signal was to be ignored when the program was started, as nohup(1) does it.
+fn is_ignored(signal: libc::c_int) -> bool {
+    let status = procfs::process::Process::myself().and_then(|process| process.status());
+    status.is_ok_and(|status| status.sigign >> (signal - 1) & 1 == 1)
 }
 
 impl Drop for Terminal {

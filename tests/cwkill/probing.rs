@@ -27,6 +27,7 @@ pub const CASES: &[Case] = &[
     Once("a_lost_terminal_is_no_different", || {
         interrupted(&[Signal::SIGHUP])
     }),
+    Once("nohup_is_respected", nohup),
     Once("what_could_not_be_put_back_is_not_touched", large_sysctl),
 ];
 
@@ -183,6 +184,22 @@ fn interrupted(signals: &[Signal]) -> Result<()> {
         &before,
     )?;
     Ok(())
+}
+
+/// Started with SIGHUP ignored, it stays ignored.
+fn nohup() -> Result<()> {
+    let (lab, _leak) = deaf("drained", Family::V4)?;
+    let script = format!("trap '' HUP; exec {CWKILL} --all --method probe --grace 2s --json");
+    let sh = lab.app_host().command("sh").args(["-c", &script]);
+    let child = sh.stdout(std::process::Stdio::piped()).spawn()?;
+    lab.wait_for(PATIENCE, || Ok(keepalive_timers(&lab)? == 3))?;
+    let pid = nix::unistd::Pid::from_raw(child.id().try_into()?);
+    nix::sys::signal::kill(pid, Signal::SIGHUP)?;
+    let output = child.wait_with_output()?;
+    let document: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let error = at(&document, "/sockets/0/result/attempts/0/error");
+    ensure!(error.contains("no answer from the peer"), "{error}");
+    same(&keepalive_timers(&lab)?, &0)
 }
 
 /// A keepalive time that follows a large sysctl can be read, but not set.
