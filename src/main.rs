@@ -101,6 +101,8 @@ fn messages(run: &Run, config: &Config) {
 /// The clock, the operator's Ctrl-C and the progress bar.
 struct Terminal {
     interrupted: Arc<AtomicBool>,
+    /// Nothing is being done to any socket.
+    idle: Arc<AtomicBool>,
     progress: ProgressBar,
     /// Closed when the run is over.
     _running: mpsc::Sender<()>,
@@ -112,12 +114,14 @@ const PATIENCE: Duration = Duration::from_secs(1);
 impl Terminal {
     fn new(config: &Config) -> anyhow::Result<Self> {
         let interrupted = Arc::new(AtomicBool::new(false));
+        let idle = Arc::new(AtomicBool::new(true));
         if config.action == Action::Act {
-            // What is begun is brought to its end and reported, whatever is pressed: a method may have
+            // Before and after the act a signal ends the program as usual. What is begun is brought to its end and reported, whatever is pressed: a method may have
             // changed options of an owner's socket that it still has to put back. All waits are bounded.
             let signals = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
             for signal in signals.into_iter().filter(|signal| !is_ignored(*signal)) {
-                signal_hook::flag::register(signal, Arc::clone(&interrupted))
+                signal_hook::flag::register_conditional_default(signal, Arc::clone(&idle))
+                    .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&interrupted)))
                     .context("cannot handle Ctrl-C")?;
             }
         }
@@ -135,6 +139,7 @@ impl Terminal {
         }
         Ok(Terminal {
             interrupted,
+            idle,
             progress: progress.with_style(
                 ProgressStyle::with_template("{spinner} {msg} ({pos} sockets acted on)")
                     .expect("the template is fixed and valid"),
@@ -152,6 +157,7 @@ fn is_ignored(signal: libc::c_int) -> bool {
 
 impl Drop for Terminal {
     fn drop(&mut self) {
+        self.idle.store(true, Ordering::Relaxed);
         self.progress.finish_and_clear();
     }
 }
@@ -159,6 +165,10 @@ impl Drop for Terminal {
 impl Surroundings for Terminal {
     fn now(&self) -> Instant {
         Instant::now()
+    }
+
+    fn begin(&self) {
+        self.idle.store(false, Ordering::Relaxed);
     }
 
     fn pause(&self, duration: Duration) {

@@ -63,6 +63,10 @@ pub fn run(config: &Config, proc: &Proc, surroundings: &dyn Surroundings) -> any
     let mut found = finder::find(&namespaces.open, proc, &config.selectors)?;
     found.unreachable_namespaces += namespaces.unreachable;
     found.untold_namespaces = namespaces.untold;
+    let unopened = namespaces
+        .failure
+        .map(|error| format!("opening it: {error}"));
+    found.namespace_failure = found.namespace_failure.or(unopened);
     let privileges = Privileges::of_this_thread()?;
     let plans = plan::build(&found, &config.policy, &privileges);
     let mut run = Run {
@@ -72,6 +76,7 @@ pub fn run(config: &Config, proc: &Proc, surroundings: &dyn Surroundings) -> any
         deeds: None,
     };
     if config.action == Action::Act {
+        surroundings.begin();
         let outcomes = act(&mut run, config, proc, surroundings);
         run.deeds = Some(account(&run.found, outcomes, proc));
     }
@@ -121,7 +126,7 @@ fn act(
         netns
             .within(begin)
             .and_then(|report| report)
-            .unwrap_or_else(|error| not_begun(&run.plans, members, error.raw_os_error()))
+            .unwrap_or_else(|error| unknown(&run.plans, members, "preparing", error.raw_os_error()))
     };
     let mut reports = Vec::with_capacity(crews.len());
     for some in crews.chunks(CREWS_AT_ONCE) {
@@ -133,7 +138,14 @@ fn act(
             // What the other crews did is reported even if one has run into a bug of ours.
             reports.extend(workers.into_iter().map(|(crew, worker)| {
                 let report = worker.join();
-                report.unwrap_or_else(|_| not_begun(&run.plans, crew, Some(libc::EFAULT)))
+                report.unwrap_or_else(|_| {
+                    unknown(
+                        &run.plans,
+                        crew,
+                        "a bug of cwkill, list again to see the state",
+                        None,
+                    )
+                })
             }));
         });
     }
@@ -175,10 +187,10 @@ fn crews(found: &Found) -> Vec<Vec<usize>> {
     by_netns.into_values().flat_map(share).collect()
 }
 
-/// What a crew that could not work brings back.
-fn not_begun(plans: &[Plan], members: &[usize], errno: Option<i32>) -> Report {
+/// What a crew that could not work, or not to its end, brings back.
+fn unknown(plans: &[Plan], members: &[usize], step: &'static str, errno: Option<i32>) -> Report {
     let errno = errno.unwrap_or(libc::EIO);
-    let outcome = |&at: &usize| Outcome::not_begun(&plans[at], errno);
+    let outcome = |&at: &usize| Outcome::unknown(&plans[at], step, errno);
     Report {
         outcomes: members.iter().map(outcome).collect(),
         waiting: HashMap::new(),

@@ -105,12 +105,14 @@ pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<
     let mut found = Found::default();
     let mut listeners = Vec::new();
     let mut first_failure = None;
+    // A name that means something in none of the namespaces is a mistake: `not dev` would match all.
+    let (mut resolved, mut unresolved) = (false, None);
     for (netns, view) in views(namespaces, selectors).into_iter().enumerate() {
         let view = match view {
             Ok(view) => view,
             // Nothing could be seen anywhere.
             Err(error) if found.unreachable_namespaces + 1 == namespaces.len() => {
-                return Err(error);
+                return Err(first_failure.unwrap_or(error));
             }
             Err(error) => {
                 found.unreachable_namespaces += 1;
@@ -118,6 +120,12 @@ pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<
                 continue;
             }
         };
+        match view.unresolved {
+            None => resolved = true,
+            Some(error) => {
+                unresolved.get_or_insert(error);
+            }
+        }
         // Listeners of all namespaces share one list.
         let before: usize = listeners.iter().map(Listeners::used).sum();
         found
@@ -128,6 +136,10 @@ pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<
                 ..socket
             }));
         listeners.push(view.listeners);
+    }
+
+    if let (false, Some(error)) = (resolved, unresolved) {
+        return Err(error);
     }
 
     let wanted = found.sockets.iter().filter_map(|socket| socket.inode);

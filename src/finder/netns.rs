@@ -4,9 +4,9 @@
 //! both can be given to another. An open file keeps it alive.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::sched::{CloneFlags, setns};
@@ -49,6 +49,8 @@ pub struct Namespaces {
     pub open: Vec<Netns>,
     /// How many others there are that cannot be opened.
     pub unreachable: usize,
+    /// Why the first of them cannot.
+    pub failure: Option<io::Error>,
     /// Processes whose namespace could not be told.
     pub untold: usize,
 }
@@ -142,7 +144,11 @@ impl Netns {
     }
 
     fn at(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
+        // Should it be a FIFO, opening it would wait for a writer.
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)?;
         if fstatfs(&file)?.filesystem_type() != NSFS_MAGIC {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -204,9 +210,8 @@ fn all(proc: &Proc) -> io::Result<Namespaces> {
     let mounted = mounted(&fs::read_to_string(proc.path("self/mountinfo"))?);
     for path in processes.chain(named_files()).chain(mounted) {
         let known = match fs::metadata(&path) {
-            Ok(metadata) => seen.insert(id(&metadata), ()).is_some(),
-            // The process is gone, or is a kernel thread or a zombie; a name that is no namespace.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => true,
+            Ok(metadata) => seen.contains_key(&id(&metadata)),
+            Err(error) if is_gone(&error) => true,
             Err(_) => {
                 found.untold += 1;
                 true
@@ -216,14 +221,26 @@ fn all(proc: &Proc) -> io::Result<Namespaces> {
             continue;
         }
         match Netns::at(&path) {
-            Ok(netns) => {
+            // By the file that was opened: the process may have made way for another since.
+            Ok(netns) if seen.insert(netns.id, ()).is_none() => {
                 let name = names.get(&netns.id).cloned();
                 found.open.push(Netns { name, ..netns });
             }
-            Err(_) => found.unreachable += 1,
+            Ok(_) => {}
+            // Another process of the same namespace may still be there.
+            Err(error) if is_gone(&error) => {}
+            Err(error) => {
+                found.unreachable += 1;
+                found.failure.get_or_insert(error);
+            }
         }
     }
     Ok(found)
+}
+
+/// The process is gone, or is a kernel thread or a zombie; a name that is no longer there.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
 }
 
 /// The mount points of network namespaces in the text of /proc/PID/mountinfo.

@@ -11,14 +11,22 @@ pub(super) struct View {
     pub sockets: Vec<Socket>,
     /// Those of the sockets that were never accepted.
     pub listeners: Listeners,
+    /// What of the expression means nothing here; in another namespace it may.
+    pub unresolved: Option<FindError>,
 }
 
 /// Looks at the namespace of the calling thread.
 pub(super) fn look(selectors: &Selectors, one_of_several: bool) -> Result<View, FindError> {
     let mut diag = SockDiag::open().map_err(FindError::Open)?;
-    let selectors = selectors
-        .resolved(&filter::ThisNamespace { one_of_several })
-        .map_err(FindError::Expression)?;
+    let resolve = |one_of_several| {
+        let here = filter::ThisNamespace { one_of_several };
+        selectors.resolved(&here).map_err(FindError::Expression)
+    };
+    let (selectors, unresolved) = match resolve(false) {
+        Ok(selectors) => (selectors, None),
+        Err(error) if one_of_several => (resolve(true)?, Some(error)),
+        Err(error) => return Err(error),
+    };
     let mut sockets = dump(&mut diag, &selectors)?;
     let mut listeners = Listeners::default();
     if sockets.iter().any(|socket| socket.cause.is_with_listener()) {
@@ -29,7 +37,11 @@ pub(super) fn look(selectors: &Selectors, one_of_several: bool) -> Result<View, 
             socket.listener = listeners.accepting(&socket.id, socket.tuple.local);
         }
     }
-    Ok(View { sockets, listeners })
+    Ok(View {
+        sockets,
+        listeners,
+        unresolved,
+    })
 }
 
 fn dump(diag: &mut SockDiag, selectors: &Selectors) -> Result<Vec<Socket>, DumpError> {

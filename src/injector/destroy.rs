@@ -54,9 +54,9 @@ impl Method for Destroy {
         each.map(|(target, result)| {
             result.map_err(|error| match error {
                 // Older kernels can destroy every other state (net/ipv4/tcp.c, tcp_abort).
-                DestroyError::NotSupported if target.state == TcpState::TimeWait => {
+                DestroyError::NotSupported if !is_surely_full(target.state) => {
                     ActError::NotSupported(
-                        "this kernel cannot destroy a socket in TIME-WAIT",
+                        "this kernel has no SOCK_DESTROY, or none for what is left of a connection",
                         io::Error::from_raw_os_error(libc::EOPNOTSUPP),
                     )
                 }
@@ -69,6 +69,12 @@ impl Method for Destroy {
         })
         .collect()
     }
+}
+
+/// Whether a socket in this state is one with all its parts; in others it can be a minisocket, a FIN-WAIT-2
+/// orphan for example (net/ipv4/tcp_minisocks.c, tcp_time_wait).
+fn is_surely_full(state: TcpState) -> bool {
+    matches!(state, TcpState::CloseWait | TcpState::Established)
 }
 
 fn unsupported() -> ActError {

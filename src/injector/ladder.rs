@@ -89,9 +89,9 @@ impl Skip {
 }
 
 impl Outcome {
-    /// Of a socket for which nothing could even be begun, for the reason `errno`.
-    pub fn not_begun(plan: &Plan, errno: i32) -> Self {
-        let error = || ActError::Os("preparing", io::Error::from_raw_os_error(errno));
+    /// Of a socket of which it is not known what was done to it, because `step` failed.
+    pub fn unknown(plan: &Plan, step: &'static str, errno: i32) -> Self {
+        let error = || ActError::Os(step, io::Error::from_raw_os_error(errno));
         let attempts = plan.methods.iter().map(|&method| Attempt {
             method,
             error: Some(error()),
@@ -148,6 +148,8 @@ impl Observe for SockDiag {
 pub trait Surroundings: Sync {
     /// A clock that never goes back.
     fn now(&self) -> Instant;
+    /// From now on sockets are acted on, and there may be something to put back.
+    fn begin(&self) {}
     /// Waits.
     fn pause(&self, duration: Duration);
     /// Whether the operator wants to stop. What is begun is still verified.
@@ -231,7 +233,10 @@ impl Climber {
 
     fn attempt(&mut self, method: MethodName, error: Option<ActError>) {
         match error {
-            None => self.acted = Some(method),
+            None => {
+                self.acted = Some(method);
+                self.perhaps = None;
+            }
             Some(ActError::RstIgnored | ActError::Unanswered(_)) => self.perhaps = Some(method),
             Some(_) => {}
         }
@@ -323,6 +328,7 @@ impl Ladder<'_> {
         let mut fit = Vec::with_capacity(chunk.len());
         for (&at, look) in chunk.iter().zip(self.look(chunk, detail)) {
             let climber = &mut self.climbers[at];
+            let planned = &self.found.sockets[self.members[at]];
             match look {
                 Err(LookupError::Gone) => {
                     // What the method has sent so far made the peer answer RST.
@@ -335,8 +341,10 @@ impl Ladder<'_> {
                     let error = ActError::Os("sock_diag lookup", error);
                     climber.attempt(method, Some(error));
                 }
+                Ok(now) if climber.acted.is_some() && ends_in_time_wait(planned, &now) => {
+                    climber.vanished();
+                }
                 Ok(now) => {
-                    let planned = &self.found.sockets[self.members[at]];
                     match check(planned, &now, climber.acted.is_some(), method, &self.rules) {
                         Check::Act => fit.push(at),
                         Check::Settle(verdict) => climber.settle(verdict),
@@ -358,7 +366,9 @@ impl Ladder<'_> {
             for (at, look) in pending.into_iter().zip(looks) {
                 match look {
                     Err(LookupError::Gone) => self.climbers[at].vanished(),
-                    Ok(now) if self.ends_in_time_wait(at, &now) => self.climbers[at].vanished(),
+                    Ok(now) if ends_in_time_wait(&self.found.sockets[self.members[at]], &now) => {
+                        self.climbers[at].vanished();
+                    }
                     Ok(_) | Err(LookupError::Io(_)) => left.push(at),
                 }
             }
@@ -373,13 +383,6 @@ impl Ladder<'_> {
             self.surroundings.pause(pause.min(rest));
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
-    }
-
-    /// Whether the connection is over: TIME-WAIT keeps the address pair, not the socket. For a socket
-    /// that was in TIME-WAIT to begin with, nothing has changed.
-    fn ends_in_time_wait(&self, at: usize, now: &SocketMessage) -> bool {
-        now.state == TcpState::TimeWait
-            && self.found.sockets[self.members[at]].state != TcpState::TimeWait
     }
 
     /// Gives every socket without a verdict the one that the kernel's tables say.
@@ -464,6 +467,12 @@ impl Scene for OnRung<'_, '_> {
     }
 }
 
+/// Whether the connection is over: TIME-WAIT keeps the address pair, not the socket. For a socket that
+/// was in TIME-WAIT to begin with, nothing has changed.
+fn ends_in_time_wait(planned: &Socket, now: &SocketMessage) -> bool {
+    now.state == TcpState::TimeWait && planned.state != TcpState::TimeWait
+}
+
 enum Check {
     Act,
     Settle(Verdict),
@@ -493,7 +502,7 @@ fn check(
             return Check::Settle(Verdict::Skipped(Skip::NoLongerSelected));
         }
     }
-    if method == MethodName::Destroy
+    if (method == MethodName::Destroy || now.state == TcpState::FinWait1)
         && rules.kernel < KernelVersion::ABORTS_ORPHANS
         && diagnosis::is_orphan(now)
     {

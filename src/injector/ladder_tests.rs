@@ -581,3 +581,26 @@ fn an_orphan_made_meanwhile_is_not_left_for_ever() {
     let new = climb_on(KernelVersion::ABORTS_ORPHANS);
     assert!(matches!(new.verdict, Verdict::Closed(Destroy)));
 }
+
+#[test]
+fn the_credit_goes_to_the_method_that_worked() {
+    let mut world = World::new(1)
+        .method(Destroy, |_, _| Err(ActError::RstIgnored))
+        .method(Shutdown, close);
+    assert!(matches!(world.verdict(), Verdict::Closed(Shutdown)));
+}
+
+#[test]
+fn a_connection_that_ended_in_time_wait_is_left_there() {
+    // After the grace, before the next method.
+    let mut world = World::new(1)
+        .method(Shutdown, to_last_ack)
+        .method(Destroy, close);
+    let (kernel, waits) = (world.kernel.clone(), Mutex::new(0));
+    world.clock.meanwhile = Box::new(move || {
+        *waits.lock().unwrap() += 1;
+        kernel.change(1, |socket| socket.state = TcpState::TimeWait);
+    });
+    assert!(matches!(world.verdict(), Verdict::Closed(Shutdown)));
+    assert_eq!(*world.touched.lock().unwrap(), [1], "not destroyed as well");
+}

@@ -33,6 +33,10 @@ pub const CASES: &[Case] = &[
     Once("a_user_may_shut_down_his_own", own_user),
     Once("the_owner_may_be_stopped", stopped_owner),
     Once("a_reader_that_leaves_early_changes_nothing", head),
+    Once(
+        "a_reader_that_never_reads_does_not_make_it_immortal",
+        no_reader,
+    ),
     Once("the_command_of_the_issue", harness_command),
 ];
 
@@ -345,6 +349,25 @@ fn head() -> Result<()> {
     same(&ran.stdout.lines().count(), &1)?;
     let ran = ran.complains("status=0")?;
     ensure!(!ran.stderr.contains("panic"), "{ran:#?}");
+    same(&connections(&lab)?.len(), &0)
+}
+
+/// The work is done and the report waits for somebody who does not read: a signal ends it as usual.
+fn no_reader() -> Result<()> {
+    use std::os::unix::process::ExitStatusExt;
+    let (lab, _leak) = lab("unread", Family::V4, 1500)?;
+    let (reader, writer) = std::io::pipe()?;
+    let command = lab.app_host().command(CWKILL).args(["--all", "--json"]);
+    let mut child = command.stdout(writer).spawn()?;
+    lab.wait_for(crate::support::PATIENCE, || {
+        let wchan = std::fs::read_to_string(format!("/proc/{}/wchan", child.id()))?;
+        Ok(wchan.contains("pipe_write"))
+    })?;
+    let pid = nix::unistd::Pid::from_raw(child.id().try_into()?);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
+    let status = child.wait()?;
+    ensure!(status.signal() == Some(libc::SIGTERM), "{status}");
+    drop(reader);
     same(&connections(&lab)?.len(), &0)
 }
 

@@ -169,15 +169,27 @@ fn unreachable() -> Result<()> {
 
 fn interface_elsewhere() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
-    let text = "dev no-such-if or sport = :8080";
+    let name = "only-here";
+    lab.app_host().within(|| {
+        let add = ["link", "add", name, "type", "veth"];
+        ensure!(Command::new("ip").args(add).status()?.success());
+        Ok(())
+    })?;
+    let text = &format!("dev {name} or sport = :8080");
     let (code, json, stderr) = outside(&["--all-netns", "-n", "--json", text])?;
     ensure!(code == Some(0), "{code:?} {stderr}");
     same(&of(&lab, &sockets(&json)?)?.len(), &2)?;
-    // What means nothing in any of them is an error.
-    let (code, _, stderr) = outside(&["--all-netns", "-n", "cgroup /no/such"])?;
-    ensure!(
-        code == Some(3) && stderr.contains("/no/such"),
-        "{code:?} {stderr}"
-    );
+    // What means nothing in any of them is an error: without it, `not dev` would match everything.
+    for (text, named) in [
+        ("cgroup /no/such", "/no/such"),
+        ("dev no-such-if", "no-such-if"),
+        ("not dev no-such-if", "no-such-if"),
+    ] {
+        let (code, _, stderr) = outside(&["--all-netns", "-n", text])?;
+        ensure!(
+            code == Some(3) && stderr.contains(named),
+            "{text}: {code:?} {stderr}"
+        );
+    }
     Ok(())
 }
