@@ -16,7 +16,6 @@ use crate::finder::sock_diag::SockDiag;
 use crate::finder::{self, Found};
 use crate::injector;
 use crate::injector::ladder::{self, Outcome, Rules, Surroundings, Verdict};
-use crate::kernel::KernelVersion;
 use crate::plan::{self, Plan};
 use crate::privileges::Privileges;
 
@@ -77,7 +76,7 @@ pub fn run(config: &Config, proc: &Proc, surroundings: &dyn Surroundings) -> any
     };
     if config.action == Action::Act {
         surroundings.begin();
-        let outcomes = act(&mut run, config, proc, surroundings);
+        let outcomes = act(&mut run, config, proc, &privileges, surroundings);
         run.deeds = Some(account(&run.found, outcomes, proc));
     }
     Ok(run)
@@ -95,13 +94,14 @@ fn act(
     run: &mut Run,
     config: &Config,
     proc: &Proc,
+    privileges: &Privileges,
     surroundings: &dyn Surroundings,
 ) -> Vec<Outcome> {
     let rules = Rules {
         grace: config.grace,
         discard_unsent: config.policy.discard_unsent,
         selectors: &config.selectors,
-        kernel: KernelVersion::running(),
+        kernel: privileges.kernel,
     };
     let crews = crews(&run.found);
     let work = |members: &[usize]| {

@@ -103,7 +103,7 @@ pub struct Found {
 /// may not be read is no error, nor is a namespace among several that cannot be entered.
 pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<Found, FindError> {
     let mut found = Found::default();
-    let mut listeners = Vec::new();
+    let (mut listeners, mut used) = (Vec::new(), 0);
     let mut first_failure = None;
     // A name that means something in none of the namespaces is a mistake: `not dev` would match all.
     let (mut resolved, mut unresolved) = (false, None);
@@ -127,14 +127,14 @@ pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<
             }
         }
         // Listeners of all namespaces share one list.
-        let before: usize = listeners.iter().map(Listeners::used).sum();
         found
             .sockets
             .extend(view.sockets.into_iter().map(|socket| Socket {
                 netns,
-                listener: socket.listener.map(|at| before + at),
+                listener: socket.listener.map(|at| used + at),
                 ..socket
             }));
+        used += view.listeners.used();
         listeners.push(view.listeners);
     }
 
@@ -161,7 +161,8 @@ pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<
             (None, None) => {}
         }
     }
-    found.namespace_failure = first_failure.map(|error| chain(&error));
+    found.namespace_failure =
+        first_failure.map(|error| format!("{:#}", anyhow::Error::from(error)));
     found.hidden_processes = scan.hidden;
     found.processes = scan.processes;
     found.unreadable_processes = scan.unreadable.len();
@@ -198,27 +199,18 @@ fn views(namespaces: &[Netns], selectors: &Selectors) -> Vec<Result<View, FindEr
     views
 }
 
-/// An error with its causes.
-fn chain(error: &FindError) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
-}
-
 impl Found {
     /// Keeps the sockets whose owners, or whose listener's, are selected, and puts those first.
     fn retain_selected(&mut self, selectors: &Selectors, unreadable: &[Unreadable]) {
+        self.sockets
+            .retain(|socket| selectors.match_user(socket.uid));
+        if !selectors.selects_owners() {
+            return;
+        }
         let (processes, listeners) = (&self.processes, &self.listeners);
         let hidden = selectors.could_match(unreadable) || self.hidden_processes;
         let mut undecided = 0;
         self.sockets.retain_mut(|socket| {
-            if !selectors.match_user(socket.uid) {
-                return false;
-            }
             let selected = |held: &Held| selectors.match_owner(&processes[held.process]);
             let responsible = match socket.listener {
                 Some(listener) => &listeners[listener].owners,
@@ -227,7 +219,7 @@ impl Found {
                     &socket.owners
                 }
             };
-            let keep = !selectors.selects_owners() || responsible.iter().any(selected);
+            let keep = responsible.iter().any(selected);
             undecided += usize::from(!keep && hidden && responsible.is_empty());
             keep
         });

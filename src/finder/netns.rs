@@ -3,7 +3,7 @@
 //! A namespace is known by the device and inode of its file in nsfs, never by a name or a process:
 //! both can be given to another. An open file keeps it alive.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -198,7 +198,7 @@ fn named_files() -> Vec<PathBuf> {
 fn all(proc: &Proc) -> io::Result<Namespaces> {
     let names = names();
     let ours = Netns::ours(&names)?;
-    let mut seen = HashMap::from([(ours.id, ())]);
+    let mut seen = HashSet::from([ours.id]);
     let mut found = Namespaces {
         open: vec![ours],
         ..Namespaces::default()
@@ -210,7 +210,7 @@ fn all(proc: &Proc) -> io::Result<Namespaces> {
     let mounted = mounted(&fs::read_to_string(proc.path("self/mountinfo"))?);
     for path in processes.chain(named_files()).chain(mounted) {
         let known = match fs::metadata(&path) {
-            Ok(metadata) => seen.contains_key(&id(&metadata)),
+            Ok(metadata) => seen.contains(&id(&metadata)),
             Err(error) if is_gone(&error) => true,
             Err(_) => {
                 found.untold += 1;
@@ -222,7 +222,7 @@ fn all(proc: &Proc) -> io::Result<Namespaces> {
         }
         match Netns::at(&path) {
             // By the file that was opened: the process may have made way for another since.
-            Ok(netns) if seen.insert(netns.id, ()).is_none() => {
+            Ok(netns) if seen.insert(netns.id) => {
                 let name = names.get(&netns.id).cloned();
                 found.open.push(Netns { name, ..netns });
             }

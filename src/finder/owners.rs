@@ -208,19 +208,9 @@ impl Proc {
 
     /// Process `pid`, which may not be read, if it can hold anything.
     fn unreadable(&self, pid: i32) -> Option<Unreadable> {
-        let comm = self.stat(pid).ok().map(|stat| stat.comm);
-        (!self.has_no_descriptors(pid)).then_some(Unreadable { pid, comm })
-    }
-
-    /// Whether process `pid` holds nothing although it may not be read: a zombie, a kernel thread, or
-    /// one that has just gone.
-    fn has_no_descriptors(&self, pid: i32) -> bool {
-        // include/linux/sched.h, PF_KTHREAD.
-        const KERNEL_THREAD: u32 = 0x0020_0000;
-        match self.stat(pid) {
-            Ok(stat) => matches!(stat.state, 'Z' | 'X') || stat.flags & KERNEL_THREAD != 0,
-            Err(error) => matches!(error, procfs::ProcError::NotFound(_)),
-        }
+        let stat = self.stat(pid);
+        let comm = || stat.as_ref().ok().map(|stat| stat.comm.clone());
+        (!has_no_descriptors(&stat)).then(|| Unreadable { pid, comm: comm() })
     }
 
     fn stat(&self, pid: i32) -> procfs::ProcResult<Stat> {
@@ -255,6 +245,17 @@ impl Proc {
         };
         look.owner = Some((process, fds));
         Ok(look)
+    }
+}
+
+/// Whether a process holds nothing although it may not be read: a zombie, a kernel thread, or one that
+/// has just gone.
+fn has_no_descriptors(stat: &procfs::ProcResult<Stat>) -> bool {
+    // include/linux/sched.h, PF_KTHREAD.
+    const KERNEL_THREAD: u32 = 0x0020_0000;
+    match stat {
+        Ok(stat) => matches!(stat.state, 'Z' | 'X') || stat.flags & KERNEL_THREAD != 0,
+        Err(error) => matches!(error, procfs::ProcError::NotFound(_)),
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::io;
 
-use super::{ActError, Method, MethodName, Scene, Target};
+use super::{ActError, Method, MethodName, Scene, Target, same_errno};
 use crate::finder::sock_diag::{DestroyError, DiagId, SockDiag};
 use crate::privileges::Need;
 use crate::tcp::TcpState;
@@ -45,8 +45,7 @@ impl Method for Destroy {
             Ok(results) => results,
             // The netlink socket failed under the whole batch; a part of it may be done.
             Err(error) => {
-                let errno = error.raw_os_error().unwrap_or(libc::EIO);
-                let failure = || ActError::Unanswered(io::Error::from_raw_os_error(errno));
+                let failure = || ActError::Unanswered(same_errno(&error));
                 return targets.iter().map(|_| Err(failure())).collect();
             }
         };

@@ -10,7 +10,7 @@ use std::fmt;
 use std::io;
 use std::time::{Duration, Instant};
 
-use super::{ActError, Method, MethodName, Scene, Target};
+use super::{ActError, Method, MethodName, Scene, Target, same_errno};
 use crate::diagnosis;
 use crate::finder::sock_diag::{Detail, DiagId, LookupError, SockDiag, SocketMessage};
 use crate::finder::{Found, Socket};
@@ -423,8 +423,7 @@ impl Ladder<'_> {
         let id = |&at: &usize| self.found.sockets[self.members[at]].id;
         let ids: Vec<DiagId> = climbers.iter().map(id).collect();
         self.kernel.observe(&ids, detail).unwrap_or_else(|error| {
-            let errno = error.raw_os_error().unwrap_or(libc::EIO);
-            let failure = || LookupError::Io(io::Error::from_raw_os_error(errno));
+            let failure = || LookupError::Io(same_errno(&error));
             ids.iter().map(|_| Err(failure())).collect()
         })
     }

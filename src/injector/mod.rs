@@ -178,6 +178,11 @@ pub fn methods(
 /// Why an orphan is not aborted on an old kernel; see [`crate::kernel::KernelVersion::ABORTS_ORPHANS`].
 pub(crate) const ORPHANS: &str = "kernels before 6.11 can keep an aborted orphan for ever";
 
+/// A copy of an error, of which one is needed for every socket it concerns.
+pub(crate) fn same_errno(error: &io::Error) -> io::Error {
+    io::Error::from_raw_os_error(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
 /// Why a method did nothing to a socket.
 #[derive(Debug)]
 pub enum ActError {

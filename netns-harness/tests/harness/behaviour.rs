@@ -7,7 +7,7 @@ use libtest_mimic::Trial;
 use netns_harness::{End, Family, Fd, How, Lab, Leak, Options, Recv, TcpState, check};
 use nix::net::if_::InterfaceFlags;
 
-use crate::support::{DEADLINE, harness_with, output_with_code, wait_until};
+use crate::support::{DEADLINE, count_states, wait_until};
 
 pub fn tests() -> Vec<Trial> {
     crate::tests!("behaviour":
@@ -187,16 +187,7 @@ fn reused_ports_are_the_same() -> Result<()> {
 
 fn special_applications_beside_ordinary_ones() -> Result<()> {
     let arguments = "run not-accepted,unread,stopped,peer-gone,established --count 2 --family mapped --check -- ss -Htan";
-    let (stdout, _) = output_with_code(&mut harness_with(arguments), 0)?;
-    let count = |state: &str| {
-        stdout
-            .lines()
-            .filter(|line| line.starts_with(state))
-            .count()
-    };
-    ensure!(
-        (count("CLOSE-WAIT"), count("ESTAB"), count("LISTEN")) == (8, 2, 3),
-        "{stdout}"
-    );
+    let states = count_states(arguments)?;
+    ensure!(states == (8, 2, 3), "{states:?}");
     Ok(())
 }

@@ -7,7 +7,9 @@ use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use netns_harness::scenario;
 
-use crate::support::{harness, harness_with, has_other_users, output, output_with_code};
+use crate::support::{
+    count_states, harness, harness_with, has_other_users, output, output_with_code,
+};
 
 pub fn tests() -> Vec<Trial> {
     crate::tests!("input":
@@ -130,17 +132,8 @@ fn programs_beside_ours_are_found() -> Result<()> {
 fn several_scenarios_with_counts() -> Result<()> {
     let arguments =
         "run not-accepted,unread:4,established:5 --count 2 --check --family mapped -- ss -Htan";
-    let (stdout, _) = output_with_code(&mut harness_with(arguments), 0)?;
-    let count = |state: &str| {
-        stdout
-            .lines()
-            .filter(|line| line.starts_with(state))
-            .count()
-    };
-    ensure!(
-        (count("CLOSE-WAIT"), count("ESTAB"), count("LISTEN")) == (6, 5, 1),
-        "{stdout}"
-    );
+    let states = count_states(arguments)?;
+    ensure!(states == (6, 5, 1), "{states:?}");
     Ok(())
 }
 

@@ -93,3 +93,14 @@ pub fn has_other_users() -> Result<bool> {
     };
     Ok(map.lines().any(whole))
 }
+
+/// Runs the harness with a command that prints what `ss -Htan` does, and counts the sockets in CLOSE-WAIT, ESTABLISHED
+/// and LISTEN.
+pub fn count_states(arguments: &str) -> Result<(usize, usize, usize)> {
+    let (stdout, _) = output_with_code(&mut harness_with(arguments), 0)?;
+    let count = |state: &str| {
+        let of_state = |line: &&str| line.starts_with(state);
+        stdout.lines().filter(of_state).count()
+    };
+    Ok((count("CLOSE-WAIT"), count("ESTAB"), count("LISTEN")))
+}

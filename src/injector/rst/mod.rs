@@ -20,7 +20,7 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use super::duplicate::Duplicator;
-use super::{ActError, Method, MethodName, Scene, Target};
+use super::{ActError, Method, MethodName, Scene, Target, same_errno};
 use crate::finder::owners::Proc;
 use crate::finder::sock_diag::LookupError;
 use crate::privileges::Need;
@@ -270,8 +270,7 @@ impl Wire {
                 })
                 .collect(),
             Err(error) => {
-                let errno = error.raw_os_error().unwrap_or(libc::EIO);
-                let failure = || open_error("packet socket", io::Error::from_raw_os_error(errno));
+                let failure = || open_error("packet socket", same_errno(&error));
                 targets.iter().map(|_| Err(failure())).collect()
             }
         }

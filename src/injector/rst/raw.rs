@@ -14,6 +14,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrStorage, sendmmsg};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::injector::same_errno;
 use crate::sys;
 use crate::tcp::Segment;
 
@@ -64,7 +65,7 @@ impl RawSockets {
                 }
                 Err(error) => {
                     for at in group {
-                        results[at] = Err(SendError::Open(clone(&error)));
+                        results[at] = Err(SendError::Open(same_errno(&error)));
                     }
                 }
             }
@@ -143,8 +144,4 @@ fn destination(packet: &Outgoing) -> SocketAddr {
         IpAddr::V4(ip) => SocketAddr::new(ip.into(), 0),
         IpAddr::V6(ip) => SocketAddrV6::new(ip, 0, 0, packet.interface).into(),
     }
-}
-
-fn clone(error: &io::Error) -> io::Error {
-    io::Error::from_raw_os_error(error.raw_os_error().unwrap_or(libc::EIO))
 }
