@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{ColorChoice, CommandFactory};
 
-use crate::cli::{Args, MethodChoice};
+use crate::cli::{Acting, Args, Cli, MethodChoice, Output, Selection};
 use crate::expression::{self, Expression, Services, States};
 use crate::finder::netns::Which;
 use crate::injector::MethodName;
@@ -70,74 +70,105 @@ impl Config {
     /// # Errors
     /// They do not; the error says which and shows good ones.
     pub fn from_args(args: Args) -> Result<Self, clap::Error> {
-        let selects = args.selects();
+        let Args {
+            selection,
+            acting,
+            output,
+        } = args;
+        let selects = selection.selects();
         if !selects
-            && !args.dry_run
-            && let Some(option) = args.acting_option()
+            && !acting.dry_run
+            && let Some(option) = acting.acting_option()
         {
             return Err(usage(&format!(
                 "{option} needs a selector that says which sockets to act on: \
                  for example --port 8080, or --all for everything that is stuck"
             )));
         }
-        let action = match (selects, args.dry_run) {
+        let action = match (selects, acting.dry_run) {
             (_, true) => Action::DryRun,
             (true, false) => Action::Act,
             (false, false) => Action::List,
         };
-        let format = match (args.json, args.jsonl, args.quiet) {
-            (true, _, _) => Format::Json,
-            (_, true, _) => Format::JsonLines,
-            (_, _, true) => Format::Quiet,
-            _ => Format::Table,
-        };
-        let mut notes = Vec::new();
-        let (expression, states) = expression(&args, &mut notes)?;
-        let ageless = args.min_age.is_none_or(|age| age.is_zero());
-        if action == Action::Act && states.contains(TcpState::Established) && ageless {
+        let min_age = selection.min_age.unwrap_or_default();
+        let Scope {
+            selectors,
+            netns,
+            notes,
+        } = Scope::from_args(selection)?;
+        if action == Action::Act
+            && selectors.states.contains(TcpState::Established)
+            && min_age.is_zero()
+        {
             return Err(usage(
                 "ESTABLISHED connections are in use as far as the kernel knows: say how long they must \
                  have been idle, for example --min-age 1h",
             ));
         }
-        let netns = match (args.netns, args.all_netns) {
-            (Some(name), _) => Which::One(name),
-            (None, true) => Which::All,
-            (None, false) => Which::Ours,
-        };
         Ok(Config {
             netns,
             action,
             policy: Policy {
-                methods: methods(&args.method)?,
-                discard_unsent: args.discard_unsent,
-                max_kills: args.max_kills,
-                idle_only: args.min_age.is_some_and(|age| !age.is_zero()),
+                methods: methods(&acting.method)?,
+                discard_unsent: acting.discard_unsent,
+                max_kills: acting.max_kills,
+                idle_only: !min_age.is_zero(),
             },
-            grace: args.grace.unwrap_or(DEFAULT_GRACE),
-            format,
-            no_header: args.no_header,
-            verbose: args.verbose,
-            color: args.color,
+            grace: acting.grace.unwrap_or(DEFAULT_GRACE),
+            format: output.format(),
+            no_header: output.no_header,
+            verbose: output.verbose,
+            color: output.color,
+            selectors,
+            notes,
+        })
+    }
+}
+
+/// Which sockets are meant, and where to look: what the selectors of any command say.
+#[derive(Clone, Debug)]
+pub struct Scope {
+    /// What to match.
+    pub selectors: Selectors,
+    /// Where to look.
+    pub netns: Which,
+    /// What the operator should know before anything is done, one a line.
+    pub notes: Vec<String>,
+}
+
+impl Scope {
+    /// Checks that the selectors make sense together.
+    ///
+    /// # Errors
+    /// They do not; the error says which and shows good ones.
+    pub fn from_args(selection: Selection) -> Result<Self, clap::Error> {
+        let mut notes = Vec::new();
+        let (expression, states) = expression(&selection, &mut notes)?;
+        Ok(Scope {
+            netns: match (selection.netns, selection.all_netns) {
+                (Some(name), _) => Which::One(name),
+                (None, true) => Which::All,
+                (None, false) => Which::Ours,
+            },
             selectors: Selectors {
-                ports: args.port,
-                peer_ports: args.peer_port,
-                local: args.local,
-                peer: args.peer,
-                ip_version: match (args.ipv4, args.ipv6) {
+                ports: selection.port,
+                peer_ports: selection.peer_port,
+                local: selection.local,
+                peer: selection.peer,
+                ip_version: match (selection.ipv4, selection.ipv6) {
                     (true, _) => Some(IpVersion::V4),
                     (_, true) => Some(IpVersion::V6),
                     _ => None,
                 },
-                pids: args.pid.into_iter().collect(),
-                processes: args.process,
-                units: args.unit,
-                containers: args.container,
-                cgroups: args.cgroup,
-                users: args.user.into_iter().collect(),
+                pids: selection.pid.into_iter().collect(),
+                processes: selection.process,
+                units: selection.unit,
+                containers: selection.container,
+                cgroups: selection.cgroup,
+                users: selection.user.into_iter().collect(),
                 states,
-                min_age: args.min_age.unwrap_or_default(),
-                causes: args.cause.into_iter().collect(),
+                min_age: selection.min_age.unwrap_or_default(),
+                causes: selection.cause.into_iter().collect(),
                 expression,
             },
             notes,
@@ -145,7 +176,7 @@ impl Config {
     }
 }
 
-impl Args {
+impl Selection {
     /// Whether anything says which sockets are meant.
     fn selects(&self) -> bool {
         self.all
@@ -166,7 +197,9 @@ impl Args {
                 && self.state.is_empty()
                 && self.cause.is_empty())
     }
+}
 
+impl Acting {
     /// An option that only makes sense when something is to be done.
     fn acting_option(&self) -> Option<&'static str> {
         [
@@ -180,8 +213,22 @@ impl Args {
     }
 }
 
+impl Output {
+    fn format(&self) -> Format {
+        match (self.json, self.jsonl, self.quiet) {
+            (true, _, _) => Format::Json,
+            (_, true, _) => Format::JsonLines,
+            (_, _, true) => Format::Quiet,
+            _ => Format::Table,
+        }
+    }
+}
+
 /// The expression, and the states to look for: those it names, or `--state`, or CLOSE-WAIT.
-fn expression(args: &Args, notes: &mut Vec<String>) -> Result<(Expression, StateSet), clap::Error> {
+fn expression(
+    args: &Selection,
+    notes: &mut Vec<String>,
+) -> Result<(Expression, StateSet), clap::Error> {
     let named = match args.state.as_slice() {
         [] => None,
         states => Some(states.iter().copied().collect()),
@@ -235,12 +282,14 @@ fn methods(choices: &[MethodChoice]) -> Result<Vec<MethodName>, clap::Error> {
     }
 }
 
-fn invalid(message: &str) -> clap::Error {
-    Args::command().error(ErrorKind::ValueValidation, message)
+/// An error in the value of an argument.
+pub(crate) fn invalid(message: &str) -> clap::Error {
+    Cli::command().error(ErrorKind::ValueValidation, message)
 }
 
-fn usage(message: &str) -> clap::Error {
-    Args::command().error(ErrorKind::ArgumentConflict, message)
+/// An error in how arguments are put together.
+pub(crate) fn usage(message: &str) -> clap::Error {
+    Cli::command().error(ErrorKind::ArgumentConflict, message)
 }
 
 #[cfg(test)]
@@ -250,7 +299,7 @@ mod tests {
 
     fn config(line: &str) -> Result<Config, clap::Error> {
         let words = std::iter::once("cwkill").chain(line.split_whitespace());
-        Config::from_args(Args::try_parse_from(words)?)
+        Config::from_args(Cli::try_parse_from(words)?.args)
     }
 
     #[test]

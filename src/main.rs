@@ -10,7 +10,7 @@ use anyhow::Context;
 use clap::{ColorChoice, Parser};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use cwkill::cli::Args;
+use cwkill::cli::Cli;
 use cwkill::config::{Action, Config, Format};
 use cwkill::finder::owners::Proc;
 use cwkill::injector::MethodName;
@@ -20,7 +20,7 @@ use cwkill::privileges::{HOW_TO_GRANT, Need};
 use cwkill::report::{ExitStatus, exit_status, json, notes, text};
 
 fn main() -> ExitCode {
-    let config = Config::from_args(Args::parse()).unwrap_or_else(|error| error.exit());
+    let config = Config::from_args(Cli::parse().args).unwrap_or_else(|error| error.exit());
     match run(&config) {
         Ok(status) => status.into(),
         Err(error) => {

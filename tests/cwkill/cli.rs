@@ -65,9 +65,7 @@ fn document(name: &str) -> Result<String> {
     std::fs::read_to_string(&path).with_context(|| path.display().to_string())
 }
 
-fn options() -> Vec<String> {
-    let mut command = cwkill::cli::Args::command();
-    command.build();
+fn options(command: &clap::Command) -> Vec<String> {
     let mut options = Vec::new();
     for argument in command.get_arguments() {
         options.extend(argument.get_short().map(|short| format!("-{short}")));
@@ -97,17 +95,30 @@ fn tags(page: &str) -> std::collections::HashSet<String> {
 }
 
 fn man_page() -> Result<()> {
-    let tags = tags(&document("man/cwkill.8")?);
-    let options = options();
+    let mut command = cwkill::cli::Cli::command();
+    command.build();
+    let main = tags(&document("man/cwkill.8")?);
+    let known = options(&command);
     ensure!(
-        options.len() > 20,
-        "the walk over the options found {options:?}"
+        known.len() > 20,
+        "the walk over the options found {known:?}"
     );
-    for option in options {
+    for option in &known {
         ensure!(
-            tags.contains(&option),
+            main.contains(option),
             "{option} has no paragraph in man/cwkill.8"
         );
+    }
+    // Each command has a page of its own, which sends the reader to cwkill(8) for the selectors.
+    for command in command.get_subcommands() {
+        let name = format!("man/cwkill-{}.8", command.get_name());
+        let own = tags(&document(&name)?);
+        for option in options(command) {
+            ensure!(
+                own.contains(&option) || known.contains(&option),
+                "{option} has no paragraph in {name}"
+            );
+        }
     }
     Ok(())
 }
@@ -128,7 +139,10 @@ fn man_page_tags() -> Result<()> {
 
 fn readme() -> Result<()> {
     let text = document("README.md")?;
-    let known = options();
+    let mut command = cwkill::cli::Cli::command();
+    command.build();
+    let mut known = options(&command);
+    known.extend(command.get_subcommands().flat_map(options));
     for line in text
         .lines()
         .filter(|line| line.trim_start().starts_with("cwkill "))

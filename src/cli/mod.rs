@@ -1,0 +1,132 @@
+//! What the operator typed. Each value is parsed here; what the whole means is in [`crate::config`].
+
+mod selection;
+mod values;
+
+use std::time::Duration;
+
+use clap::{ArgAction, ColorChoice, Parser, Subcommand};
+
+pub use selection::Selection;
+
+use crate::injector::MethodName;
+
+const AFTER_HELP: &str = "\
+Without a selector cwkill lists what is stuck and never acts. With one it acts, unless --dry-run.
+Different selectors must all match; of one selector's values, any.
+
+Examples:
+  cwkill                                   list what is stuck, whose it is, and why
+  cwkill --port 8080 --dry-run             show what would be done to each socket
+  cwkill --port 8080                       do it, verify it, report it
+  cwkill --process 'java*' --min-age 1h    only sockets of java, stuck for at least an hour
+  cwkill 'sport = :8080 and dst 10.0.0.0/8'
+                                           any filter of ss(8)
+
+Exit status: 0 all matched sockets are closed (or something was listed), 1 nothing matched,
+2 wrong usage, 3 could not do the job at all, 4 some matched sockets are not closed.";
+
+/// Close TCP sockets stuck in CLOSE-WAIT without killing the process that leaks them.
+#[derive(Debug, Parser)]
+#[command(name = "cwkill", version, after_help = AFTER_HELP, max_term_width = 100)]
+#[command(args_conflicts_with_subcommands = true, disable_help_subcommand = true)]
+pub struct Cli {
+    /// List and close, the job without a name.
+    #[command(flatten)]
+    pub args: Args,
+    /// Another job.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// The jobs with a name.
+#[derive(Debug, Subcommand)]
+pub enum Command {}
+
+/// The arguments of `cwkill` without a command.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Which sockets.
+    #[command(flatten)]
+    pub selection: Selection,
+    /// What to do with them.
+    #[command(flatten)]
+    pub acting: Acting,
+    /// How to tell.
+    #[command(flatten)]
+    pub output: Output,
+}
+
+/// What to do with the sockets.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Action")]
+pub struct Acting {
+    /// Show what would be done, and do nothing
+    #[arg(short = 'n', long, visible_alias = "dryrun")]
+    pub dry_run: bool,
+
+    /// Methods to try in this order: probe, shutdown, destroy, rst [default: auto, the last three]
+    #[arg(long, value_name = "auto|LIST", value_delimiter = ',', value_parser = values::method)]
+    pub method: Vec<MethodChoice>,
+
+    /// How long a socket gets to close before the next method [default: 1s]
+    #[arg(long, value_name = "DURATION", value_parser = values::duration)]
+    pub grace: Option<Duration>,
+
+    /// Allow the loss of bytes still queued to a peer
+    #[arg(long)]
+    pub discard_unsent: bool,
+
+    /// Act on at most N sockets, the oldest first
+    #[arg(long, value_name = "N", value_parser = values::kills)]
+    pub max_kills: Option<usize>,
+}
+
+/// The form of the results.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Output")]
+pub struct Output {
+    /// Print one JSON document
+    #[arg(long, conflicts_with = "jsonl")]
+    pub json: bool,
+
+    /// Print one JSON object a line, one line a socket
+    #[arg(long)]
+    pub jsonl: bool,
+
+    /// Leave out the header of the table
+    #[arg(short = 'H', long)]
+    pub no_header: bool,
+
+    /// Print errors only
+    #[arg(short, long, conflicts_with_all = ["json", "jsonl", "verbose"])]
+    pub quiet: bool,
+
+    /// Print every owner and every attempt
+    #[arg(short, long, action = ArgAction::SetTrue)]
+    pub verbose: bool,
+
+    /// Colour the table; NO_COLOR is respected
+    #[arg(long, value_name = "WHEN", default_value_t = ColorChoice::Auto)]
+    pub color: ColorChoice,
+}
+
+/// A value of `--method`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MethodChoice {
+    /// The default order.
+    Auto,
+    /// This one.
+    Only(MethodName),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

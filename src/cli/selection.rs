@@ -1,0 +1,98 @@
+//! Which sockets are meant, and where to look for them.
+
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use globset::GlobMatcher;
+use ipnet::IpNet;
+
+use super::values;
+use crate::diagnosis::Cause;
+use crate::selectors::UnitName;
+use crate::tcp::TcpState;
+
+/// The selectors, the same in every command.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Selectors")]
+pub struct Selection {
+    /// Local ports: 8080 or 8080,8443 or 9000-9100
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = values::port_range)]
+    pub port: Vec<RangeInclusive<u16>>,
+
+    /// Peer ports
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = values::port_range)]
+    pub peer_port: Vec<RangeInclusive<u16>>,
+
+    /// Local address or network
+    #[arg(long, value_name = "ADDR[/LEN]", value_delimiter = ',', value_parser = values::network)]
+    pub local: Vec<IpNet>,
+
+    /// Peer address or network
+    #[arg(long, value_name = "ADDR[/LEN]", value_delimiter = ',', value_parser = values::network)]
+    pub peer: Vec<IpNet>,
+
+    /// Sockets of this process (of its listener, if never accepted)
+    #[arg(short, long, value_name = "PID", value_delimiter = ',', value_parser = values::pid)]
+    pub pid: Vec<i32>,
+
+    /// Sockets of processes with this name: java or 'php-fpm*'
+    #[arg(long, value_name = "GLOB", value_parser = values::glob)]
+    pub process: Vec<GlobMatcher>,
+
+    /// Sockets of this systemd unit: nginx, nginx.service or 'php*'
+    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = values::unit)]
+    pub unit: Vec<UnitName>,
+
+    /// Sockets of this container: its id, 8 digits of it or more, or its name where the cgroup has one
+    #[arg(long, value_name = "ID|NAME", value_delimiter = ',', value_parser = values::container)]
+    pub container: Vec<String>,
+
+    /// Sockets of processes in this cgroup or below
+    #[arg(long, value_name = "PATH", value_parser = values::cgroup)]
+    pub cgroup: Vec<String>,
+
+    /// Sockets of this user
+    #[arg(long, value_name = "NAME|UID", value_delimiter = ',', value_parser = values::user)]
+    pub user: Vec<u32>,
+
+    /// States [default: close-wait]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = values::state)]
+    pub state: Vec<TcpState>,
+
+    /// Sockets stuck for at least this long: 90s, 15m, 2h
+    #[arg(long, value_name = "DURATION", value_parser = values::duration)]
+    pub min_age: Option<Duration>,
+
+    /// Causes: not-accepted, unread, drained, sending, handshake, orphan
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = values::cause)]
+    pub cause: Vec<Cause>,
+
+    /// Connections over IPv4, on sockets of either family
+    #[arg(short = '4', long, conflicts_with = "ipv6")]
+    pub ipv4: bool,
+
+    /// Connections over IPv6
+    #[arg(short = '6', long)]
+    pub ipv6: bool,
+
+    /// Look into this network namespace (does not make it act by itself)
+    #[arg(
+        short = 'N',
+        long,
+        value_name = "NAME|PATH|PID",
+        conflicts_with = "all_netns"
+    )]
+    pub netns: Option<String>,
+
+    /// Look into every network namespace (does not make it act by itself)
+    #[arg(long)]
+    pub all_netns: bool,
+
+    /// Everything that is stuck
+    #[arg(long)]
+    pub all: bool,
+
+    /// Sockets that match this filter of ss(8): 'sport = :8080 and dst 10.0.0.0/8'
+    #[arg(value_name = "EXPRESSION")]
+    pub expression: Vec<String>,
+}

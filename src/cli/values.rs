@@ -1,0 +1,222 @@
+//! How a value of an option is read; what is refused says why and shows a good one.
+
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use globset::{Glob, GlobMatcher};
+use ipnet::{IpNet, Ipv4Net};
+use nix::unistd::{Uid, User};
+
+use super::MethodChoice;
+use crate::diagnosis::Cause;
+use crate::selectors::UnitName;
+use crate::tcp::TcpState;
+
+pub(super) fn port_range(text: &str) -> Result<RangeInclusive<u16>, String> {
+    let port = |text: &str| match text.parse::<u16>() {
+        Ok(port) if port != 0 => Ok(port),
+        _ => Err(format!(
+            "`{text}` is no port from 1 to 65535; give 8080 or 8080,8443 or 9000-9100"
+        )),
+    };
+    match text.split_once('-') {
+        None => port(text).map(|port| port..=port),
+        Some((first, last)) => {
+            let (first, last) = (port(first)?, port(last)?);
+            if first > last {
+                return Err(format!("the range is empty; give {last}-{first}"));
+            }
+            Ok(first..=last)
+        }
+    }
+}
+
+pub(super) fn network(text: &str) -> Result<IpNet, String> {
+    let parsed = match text.contains('/') {
+        true => text.parse::<IpNet>().ok(),
+        false => text.parse::<IpAddr>().ok().map(IpNet::from),
+    };
+    let network = parsed.ok_or("give 192.0.2.1 or 192.0.2.0/24 or 2001:db8::/32")?;
+    // Sockets that speak IPv4 through an IPv6 socket count as IPv4.
+    if let IpNet::V6(v6) = network
+        && let Some(v4) = v6.addr().to_ipv4_mapped()
+        && let Some(length) = v6.prefix_len().checked_sub(96)
+    {
+        return Ok(Ipv4Net::new_assert(v4, length).into());
+    }
+    Ok(network)
+}
+
+pub(super) fn pid(text: &str) -> Result<i32, String> {
+    match text.parse() {
+        Ok(pid) if pid > 0 => Ok(pid),
+        _ => Err("give a process number, 4711; for a name use --process".into()),
+    }
+}
+
+pub(super) fn glob(text: &str) -> Result<GlobMatcher, String> {
+    match Glob::new(text) {
+        Ok(glob) if !text.is_empty() => Ok(glob.compile_matcher()),
+        Ok(_) => Err("give a name or a pattern, java or 'php-fpm*'".into()),
+        Err(error) => Err(format!("{}; give java or 'php-fpm*'", error.kind())),
+    }
+}
+
+pub(super) fn unit(text: &str) -> Result<UnitName, String> {
+    match UnitName::new(text) {
+        Ok(unit) if !text.is_empty() => Ok(unit),
+        Ok(_) => Err("give a unit, nginx or nginx.service or 'php*'".into()),
+        Err(error) => Err(format!("{}; give nginx or 'php*'", error.kind())),
+    }
+}
+
+pub(super) fn container(text: &str) -> Result<String, String> {
+    match text.is_empty() {
+        true => Err("give an id, 3f4a9b2c1d0e, or a name".into()),
+        false => Ok(text.to_owned()),
+    }
+}
+
+/// A path in a hierarchy of cgroups; one as seen below the usual mount point is taken as well.
+pub(super) fn cgroup(text: &str) -> Result<String, String> {
+    // Of cgroup v1, every hierarchy is mounted in a directory with the name of its controllers.
+    const HIERARCHIES: [&str; 17] = [
+        "unified",
+        "systemd",
+        "blkio",
+        "cpu",
+        "cpuacct",
+        "cpu,cpuacct",
+        "cpuset",
+        "devices",
+        "freezer",
+        "hugetlb",
+        "memory",
+        "misc",
+        "net_cls",
+        "net_cls,net_prio",
+        "net_prio",
+        "perf_event",
+        "pids",
+    ];
+    let path = match text.strip_prefix("/sys/fs/cgroup") {
+        None => text,
+        Some(below) => {
+            let (first, rest) = match below.trim_start_matches('/').split_once('/') {
+                Some((first, _)) => (first, &below[1 + first.len()..]),
+                None => (below.trim_start_matches('/'), "/"),
+            };
+            match HIERARCHIES.contains(&first) {
+                true => rest,
+                false if below.is_empty() => "/",
+                false => below,
+            }
+        }
+    };
+    match path.starts_with('/') {
+        true => Ok(path.to_owned()),
+        false => Err("give a path, /system.slice/nginx.service".into()),
+    }
+}
+
+pub(super) fn user(text: &str) -> Result<u32, String> {
+    if let Ok(uid) = text.parse() {
+        return Ok(Uid::from_raw(uid).as_raw());
+    }
+    match User::from_name(text) {
+        Ok(Some(user)) => Ok(user.uid.as_raw()),
+        Ok(None) => Err("no such user here; give www-data or 33".into()),
+        Err(errno) => Err(format!("cannot look the user up: {errno}; give the uid")),
+    }
+}
+
+pub(super) fn state(text: &str) -> Result<TcpState, String> {
+    text.parse()
+        .map_err(|()| "give close-wait or close-wait,last-ack".into())
+}
+
+pub(super) fn cause(text: &str) -> Result<Cause, String> {
+    text.parse()
+        .map_err(|()| "give some of not-accepted,unread,drained,sending,handshake,orphan".into())
+}
+
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|error| format!("{error}; give 500ms, 90s, 15m or 2h"))
+}
+
+pub(super) fn method(text: &str) -> Result<MethodChoice, String> {
+    match text {
+        "auto" => Ok(MethodChoice::Auto),
+        _ => text
+            .parse()
+            .map(MethodChoice::Only)
+            .map_err(|()| "give auto, or some of probe,shutdown,destroy,rst".into()),
+    }
+}
+
+pub(super) fn kills(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(count) if count > 0 => Ok(count),
+        _ => Err("give a number from 1 on; to do nothing use --dry-run".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_and_ranges() {
+        assert_eq!(port_range("8080"), Ok(8080..=8080));
+        assert_eq!(port_range("1-65535"), Ok(1..=65535));
+        for bad in ["", "0", "65536", "80x", "-", "5-", "-5", "9-1", "1-2-3"] {
+            assert!(port_range(bad).is_err(), "{bad}");
+        }
+        assert!(port_range("9100-9000").unwrap_err().contains("9000-9100"));
+    }
+
+    #[test]
+    fn networks_are_canonical() {
+        let text = |t: &str| network(t).map(|n| n.to_string());
+        assert_eq!(text("10.0.0.1"), Ok("10.0.0.1/32".into()));
+        assert_eq!(text("::ffff:10.0.0.1"), Ok("10.0.0.1/32".into()));
+        assert_eq!(text("::ffff:10.0.0.0/104"), Ok("10.0.0.0/8".into()));
+        assert_eq!(text("::ffff:0.0.0.0/80"), Ok("::ffff:0.0.0.0/80".into()));
+        assert_eq!(text("2001:db8::/32"), Ok("2001:db8::/32".into()));
+        for bad in ["", "10.0.0", "10.0.0.1/33", "fe80::/129", "host"] {
+            assert!(network(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn numbers_that_mean_nothing_are_refused() {
+        for bad in ["0", "-1", "java", ""] {
+            assert!(pid(bad).is_err(), "{bad}");
+            assert!(kills(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn cgroups_are_paths_in_a_hierarchy() {
+        for (text, path) in [
+            ("/", "/"),
+            ("/system.slice", "/system.slice"),
+            ("/sys/fs/cgroup", "/"),
+            ("/sys/fs/cgroup/", "/"),
+            (
+                "/sys/fs/cgroup/system.slice/a.service",
+                "/system.slice/a.service",
+            ),
+            ("/sys/fs/cgroup/unified/system.slice", "/system.slice"),
+            ("/sys/fs/cgroup/cpu,cpuacct/docker/x", "/docker/x"),
+            ("/sys/fs/cgroup/memory", "/"),
+        ] {
+            assert_eq!(cgroup(text).as_deref(), Ok(path), "{text}");
+        }
+        for bad in ["", "system.slice", "/sys/fs/cgroupx"] {
+            assert!(cgroup(bad).is_err(), "{bad}");
+        }
+        assert!(container("").is_err() && unit("").is_err() && unit("a[").is_err());
+    }
+}
