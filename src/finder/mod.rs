@@ -13,9 +13,13 @@ pub mod owners;
 pub mod sock_diag;
 mod view;
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::ScopedJoinHandle;
 use std::time::Duration;
+
+use rayon::slice::ParallelSliceMut;
 
 use crate::diagnosis::{self, Cause};
 use crate::selectors::Selectors;
@@ -23,7 +27,7 @@ use crate::tcp::{TcpState, Tuple};
 
 use listeners::{Listener, Listeners};
 use netns::Netns;
-use owners::{Proc, Process, Unreadable};
+use owners::{OwnerScan, Proc, Process, Unreadable};
 use sock_diag::{Cookie, DiagId, DumpError, SocketMessage};
 use view::View;
 
@@ -98,17 +102,74 @@ pub struct Found {
 
 /// Finds the sockets that `selectors` match in each of `namespaces`.
 ///
+/// /proc is read while the kernel lists the sockets, since each takes about as long as the other.
+///
 /// # Errors
 /// When the kernel gives no list of sockets or /proc none of processes; a process that vanishes or
 /// may not be read is no error, nor is a namespace among several that cannot be entered.
 pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<Found, FindError> {
+    let needless = AtomicBool::new(false);
+    let (seen, scan) = std::thread::scope(|scope| {
+        let scan = scope.spawn(|| proc.scan(&needless));
+        let seen = see(namespaces, selectors);
+        let wanted = seen.as_ref().is_ok_and(|seen| !seen.wanted.is_empty());
+        needless.store(!wanted, Ordering::Relaxed);
+        (seen, joined(scan))
+    });
+    let Seen {
+        mut found,
+        listeners,
+        wanted,
+    } = seen?;
+    let mut owners = match wanted.is_empty() {
+        true => OwnerScan::default(),
+        false => proc.owners(scan?, &wanted)?,
+    };
+    owners.sort_by_inode();
+    // The scan may have passed a process before it got the descriptor of a socket that was listed later.
+    if wanted.iter().any(|&inode| owners.of(inode).is_empty()) {
+        owners = proc.find_owners(wanted.into_iter())?;
+        owners.sort_by_inode();
+    }
+    found.listeners = listeners
+        .into_iter()
+        .flat_map(|listeners| listeners.into_used(|inode| owners.holding(inode)))
+        .collect();
+    for socket in &mut found.sockets {
+        match (socket.listener, socket.inode) {
+            // It will get the user of whoever accepts it; kernels differ in what they say until then.
+            (Some(listener), _) => socket.uid = found.listeners[listener].uid,
+            (None, Some(inode)) => socket.owners = owners.holding(inode),
+            (None, None) => {}
+        }
+    }
+    found.hidden_processes = owners.hidden;
+    found.processes = owners.processes;
+    found.unreadable_processes = owners.unreadable.len();
+    found.retain_selected(selectors, &owners.unreadable);
+    let oldest_first =
+        |socket: &Socket| (std::cmp::Reverse(socket.age), socket.netns, socket.tuple);
+    found.sockets.par_sort_by_key(oldest_first);
+    Ok(found)
+}
+
+/// What the kernel says in all namespaces.
+struct Seen {
+    found: Found,
+    listeners: Vec<Listeners>,
+    /// The inodes of which the owners are asked for.
+    wanted: HashSet<u32>,
+}
+
+/// Asks the kernel of every namespace.
+fn see(namespaces: &[Netns], selectors: &Selectors) -> Result<Seen, FindError> {
     let mut found = Found::default();
     let (mut listeners, mut used) = (Vec::new(), 0);
     let mut first_failure = None;
     // A name that means something in none of the namespaces is a mistake: `not dev` would match all.
     let (mut resolved, mut unresolved) = (false, None);
     for (netns, view) in views(namespaces, selectors).into_iter().enumerate() {
-        let view = match view {
+        let mut view = match view {
             Ok(view) => view,
             // Nothing could be seen anywhere.
             Err(error) if found.unreachable_namespaces + 1 == namespaces.len() => {
@@ -127,50 +188,38 @@ pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<
             }
         }
         // Listeners of all namespaces share one list.
-        found
-            .sockets
-            .extend(view.sockets.into_iter().map(|socket| Socket {
-                netns,
-                listener: socket.listener.map(|at| used + at),
-                ..socket
-            }));
+        for socket in &mut view.sockets {
+            socket.netns = netns;
+            socket.listener = socket.listener.map(|at| used + at);
+        }
+        match found.sockets.is_empty() {
+            true => found.sockets = view.sockets,
+            false => found.sockets.append(&mut view.sockets),
+        }
         used += view.listeners.used();
         listeners.push(view.listeners);
     }
-
     if let (false, Some(error)) = (resolved, unresolved) {
         return Err(error);
     }
-
-    let wanted = found.sockets.iter().filter_map(|socket| socket.inode);
-    let scan = proc.find_owners(wanted.chain(listeners.iter().flat_map(Listeners::used_inodes)))?;
-    let mut by_inode: HashMap<u32, Vec<Held>> = HashMap::with_capacity(scan.held.len());
-    for (inode, held) in scan.held {
-        by_inode.entry(inode).or_default().push(held);
-    }
-    let owners = |inode| by_inode.get(&inode).cloned().unwrap_or_default();
-    found.listeners = listeners
-        .into_iter()
-        .flat_map(|listeners| listeners.into_used(owners))
-        .collect();
-    for socket in &mut found.sockets {
-        match (socket.listener, socket.inode) {
-            // It will get the user of whoever accepts it; kernels differ in what they say until then.
-            (Some(listener), _) => socket.uid = found.listeners[listener].uid,
-            (None, Some(inode)) => socket.owners = by_inode.remove(&inode).unwrap_or_default(),
-            (None, None) => {}
-        }
-    }
     found.namespace_failure =
         first_failure.map(|error| format!("{:#}", anyhow::Error::from(error)));
-    found.hidden_processes = scan.hidden;
-    found.processes = scan.processes;
-    found.unreadable_processes = scan.unreadable.len();
-    found.retain_selected(selectors, &scan.unreadable);
-    let oldest_first =
-        |socket: &Socket| (std::cmp::Reverse(socket.age), socket.netns, socket.tuple);
-    found.sockets.sort_by_key(oldest_first);
-    Ok(found)
+    let inodes = found.sockets.iter().filter_map(|socket| socket.inode);
+    let wanted = inodes
+        .chain(listeners.iter().flat_map(Listeners::used_inodes))
+        .collect();
+    Ok(Seen {
+        found,
+        listeners,
+        wanted,
+    })
+}
+
+/// What a thread brings back; its panic goes on here.
+fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// Looks into every namespace, some at a time.
@@ -189,11 +238,7 @@ fn views(namespaces: &[Netns], selectors: &Selectors) -> Vec<Result<View, FindEr
                 .iter()
                 .map(|netns| scope.spawn(|| look(netns)))
                 .collect();
-            let view = |look: std::thread::ScopedJoinHandle<'_, _>| {
-                look.join()
-                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            };
-            views.extend(looks.into_iter().map(view));
+            views.extend(looks.into_iter().map(joined));
         });
     }
     views

@@ -14,6 +14,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
@@ -69,13 +70,23 @@ pub struct Unreadable {
     pub comm: Option<String>,
 }
 
+/// The sockets that each process holds, whatever sockets they are.
+#[derive(Default)]
+pub struct Scan {
+    looks: Vec<Look>,
+    hidden: bool,
+}
+
 /// One process's share of a scan.
 #[derive(Default)]
 struct Look {
-    /// It holds these.
-    owner: Option<(Process, Vec<(u32, TargetFd)>)>,
+    /// It holds these sockets, by inode.
+    holds: Option<(i32, Vec<(u32, TargetFd)>)>,
     unreadable: Option<Unreadable>,
 }
+
+/// A process with the wanted sockets that it holds.
+type Owner = (Process, Vec<(u32, TargetFd)>);
 
 /// Whether a descriptor still refers to a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +97,25 @@ pub enum Holding {
     Closed,
     /// It may not be looked at.
     Unknown,
+}
+
+impl OwnerScan {
+    /// Orders `held` for [`OwnerScan::of`].
+    pub fn sort_by_inode(&mut self) {
+        self.held.par_sort_by_key(|(inode, _)| *inode);
+    }
+
+    /// Who holds the socket with this inode, once sorted.
+    pub fn of(&self, inode: u32) -> &[(u32, Held)] {
+        let from = self.held.partition_point(|(of, _)| *of < inode);
+        let held = &self.held[from..];
+        &held[..held.iter().take_while(|(of, _)| *of == inode).count()]
+    }
+
+    /// The same without the inode.
+    pub fn holding(&self, inode: u32) -> Vec<Held> {
+        self.of(inode).iter().map(|(_, held)| *held).collect()
+    }
 }
 
 impl Default for Proc {
@@ -105,31 +135,74 @@ impl Proc {
     /// Finds every process that holds a socket whose inode is in `wanted`.
     ///
     /// # Errors
-    /// The root cannot be listed, or a process's files fail in a way that is neither its end nor a
-    /// missing right.
+    /// As [`Proc::scan`].
     pub fn find_owners(&self, wanted: impl Iterator<Item = u32>) -> io::Result<OwnerScan> {
         let wanted: HashSet<u32> = wanted.collect();
-        let mut scan = OwnerScan::default();
         if wanted.is_empty() {
-            return Ok(scan);
+            return Ok(OwnerScan::default());
         }
+        let scan = self.scan(&AtomicBool::new(false))?;
+        self.owners(scan, &wanted)
+    }
+
+    /// Reads the descriptors of all processes, until it is done or `needless` is set: what it has by then
+    /// is of no use.
+    ///
+    /// # Errors
+    /// The root cannot be listed, or a process's files fail in a way that is neither its end nor a
+    /// missing right.
+    pub fn scan(&self, needless: &AtomicBool) -> io::Result<Scan> {
         let pids = self.pids()?;
-        // The first process of a pid namespace lives as long as the namespace.
-        scan.hidden = pids.first() != Some(&1);
-        let looks: Vec<Look> = pids
+        Ok(Scan {
+            // The first process of a pid namespace lives as long as the namespace.
+            hidden: pids.first() != Some(&1),
+            looks: pids
+                .into_par_iter()
+                .map(|pid| match needless.load(Ordering::Relaxed) {
+                    true => Ok(Look::default()),
+                    false => self.look(pid, needless),
+                })
+                .collect::<io::Result<_>>()?,
+        })
+    }
+
+    /// Of what `scan` saw, the processes that hold a socket whose inode is in `wanted`.
+    ///
+    /// # Errors
+    /// As [`Proc::scan`].
+    pub fn owners(&self, scan: Scan, wanted: &HashSet<u32>) -> io::Result<OwnerScan> {
+        let identify = |look: Look| -> io::Result<(Option<Owner>, Option<Unreadable>)> {
+            let Some((pid, mut held)) = look.holds else {
+                return Ok((None, look.unreadable));
+            };
+            held.retain(|(inode, _)| wanted.contains(inode));
+            let owner = match held.is_empty() {
+                true => None,
+                false => unless_gone(self.identify(pid, held, wanted))?.flatten(),
+            };
+            Ok((owner, look.unreadable))
+        };
+        let looks: Vec<_> = scan
+            .looks
             .into_par_iter()
-            .map(|pid| self.look(pid, &wanted))
+            .map(identify)
             .collect::<io::Result<_>>()?;
-        for look in looks {
-            scan.unreadable.extend(look.unreadable);
-            if let Some((process, fds)) = look.owner {
-                let index = scan.processes.len();
-                scan.processes.push(process);
-                let held = |(inode, fd)| (inode, Held { process: index, fd });
-                scan.held.extend(fds.into_iter().map(held));
+        let mut found = OwnerScan {
+            hidden: scan.hidden,
+            ..OwnerScan::default()
+        };
+        for (owner, unreadable) in looks {
+            found.unreadable.extend(unreadable);
+            if let Some((process, held)) = owner {
+                let index = found.processes.len();
+                found.processes.push(process);
+                let held = held
+                    .into_iter()
+                    .map(|(inode, fd)| (inode, Held { process: index, fd }));
+                found.held.extend(held);
             }
         }
-        Ok(scan)
+        Ok(found)
     }
 
     /// When process `pid` started, in clock ticks since boot; `None` when there is none.
@@ -195,11 +268,11 @@ impl Proc {
         Ok(pids)
     }
 
-    fn look(&self, pid: i32, wanted: &HashSet<u32>) -> io::Result<Look> {
-        match self.look_inside(pid, wanted) {
+    fn look(&self, pid: i32, needless: &AtomicBool) -> io::Result<Look> {
+        match self.look_inside(pid, needless) {
             Err(error) if is_end(&error) => Ok(Look::default()),
             Err(error) if is_denied(&error) => Ok(Look {
-                owner: None,
+                holds: None,
                 unreadable: self.unreadable(pid),
             }),
             other => other,
@@ -217,23 +290,35 @@ impl Proc {
         Stat::from_file(self.root.join(pid.to_string()).join("stat"))
     }
 
-    fn look_inside(&self, pid: i32, wanted: &HashSet<u32>) -> io::Result<Look> {
-        // This descriptor stays with the process it was opened for: if the number is given to
+    fn look_inside(&self, pid: i32, needless: &AtomicBool) -> io::Result<Look> {
+        // These descriptors stay with the process they were opened for: if the number is given to
         // another, everything below answers ESRCH.
         let process = File::open(self.root.join(pid.to_string()))?;
         let dir = open_in(process.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
-        let names = list_fds(dir.as_fd())?;
-        let chunks: Vec<Chunk> = names
-            .par_chunks(CHUNK)
-            .map(|names| read_sockets(dir.as_fd(), names, wanted))
-            .collect::<io::Result<_>>()?;
-        let mut look = Look::default();
-        if chunks.iter().any(|chunk| chunk.denied) {
-            look.unreadable = self.unreadable(pid);
-        }
-        let fds: Vec<(u32, TargetFd)> = chunks.into_iter().flat_map(|chunk| chunk.found).collect();
-        if fds.is_empty() {
-            return Ok(look);
+        let (sockets, denied) = read_table(dir.as_fd(), needless)?;
+        Ok(Look {
+            holds: (!sockets.is_empty()).then_some((pid, sockets)),
+            unreadable: denied.then(|| self.unreadable(pid)).flatten(),
+        })
+    }
+
+    /// The process that was seen to hold `held`, if it still has the first of them; otherwise the number
+    /// may have been given to another, and what it holds now counts.
+    fn identify(
+        &self,
+        pid: i32,
+        mut held: Vec<(u32, TargetFd)>,
+        wanted: &HashSet<u32>,
+    ) -> io::Result<Option<Owner>> {
+        let process = File::open(self.root.join(pid.to_string()))?;
+        let dir = open_in(process.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
+        let (inode, fd) = held[0];
+        if holding(read_socket_link(dir.as_fd(), fd.0), inode) != Holding::Open {
+            (held, _) = read_table(dir.as_fd(), &AtomicBool::new(false))?;
+            held.retain(|(inode, _)| wanted.contains(inode));
+            if held.is_empty() {
+                return Ok(None);
+            }
         }
         let stat = File::from(open_in(process.as_fd(), c"stat", OFlag::empty())?);
         let stat = Stat::from_read(stat).map_err(stat_error)?;
@@ -243,8 +328,31 @@ impl Proc {
             comm: stat.comm,
             cgroup: read_cgroup(process.as_fd())?,
         };
-        look.owner = Some((process, fds));
-        Ok(look)
+        Ok(Some((process, held)))
+    }
+}
+
+/// The sockets in a descriptor table, and whether a part of it may not be read.
+fn read_table(
+    dir: BorrowedFd<'_>,
+    needless: &AtomicBool,
+) -> io::Result<(Vec<(u32, TargetFd)>, bool)> {
+    let names = list_fds(dir)?;
+    let chunks: Vec<Chunk> = names
+        .par_chunks(CHUNK)
+        .filter(|_| !needless.load(Ordering::Relaxed))
+        .map(|names| read_sockets(dir, names))
+        .collect::<io::Result<_>>()?;
+    let denied = chunks.iter().any(|chunk| chunk.denied);
+    let sockets = chunks.into_iter().flat_map(|chunk| chunk.found).collect();
+    Ok((sockets, denied))
+}
+
+/// Nothing if it failed because the process has ended, or may no longer be read.
+fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Err(error) if is_end(&error) || is_denied(&error) => Ok(None),
+        other => other.map(Some),
     }
 }
 
@@ -327,8 +435,8 @@ struct Chunk {
     denied: bool,
 }
 
-/// Of the descriptors `fds` in `dir`, those that are a wanted socket.
-fn read_sockets(dir: BorrowedFd<'_>, fds: &[i32], wanted: &HashSet<u32>) -> io::Result<Chunk> {
+/// Of the descriptors `fds` in `dir`, those that are a socket.
+fn read_sockets(dir: BorrowedFd<'_>, fds: &[i32]) -> io::Result<Chunk> {
     let mut chunk = Chunk {
         found: Vec::new(),
         denied: false,
@@ -344,7 +452,6 @@ fn read_sockets(dir: BorrowedFd<'_>, fds: &[i32], wanted: &HashSet<u32>) -> io::
             }
             other => other?,
         };
-        let inode = inode.filter(|inode| wanted.contains(inode));
         chunk.found.extend(inode.map(|inode| (inode, TargetFd(fd))));
     }
     Ok(chunk)

@@ -72,7 +72,11 @@ fn dump(diag: &mut SockDiag, selectors: &Selectors) -> Result<Vec<Socket>, DumpE
             }
             other => other,
         };
-        sockets.extend(dumped?);
+        let mut dumped = dumped?;
+        match sockets.is_empty() {
+            true => sockets = dumped,
+            false => sockets.append(&mut dumped),
+        }
     }
     Ok(sockets)
 }

@@ -5,30 +5,35 @@
 use std::io::{self, Write};
 
 use nix::errno::Errno;
+use rayon::prelude::*;
 use serde::Serialize;
-use serde::ser::{SerializeSeq, Serializer};
 use serde_json::ser::Formatter;
 
 use super::Tally;
 use super::escape::is_unsafe;
 use crate::finder::owners::Holding;
-use crate::finder::{Found, Held, Socket};
+use crate::finder::{Found, Held};
 use crate::injector::ladder::Verdict;
 use crate::pipeline::{Deed, Run};
-use crate::plan::Plan;
 
 const SCHEMA_VERSION: u32 = 1;
+
+/// Sockets that are written together; those of a long list are written side by side.
+const BLOCK: usize = 512;
+/// Blocks in memory at a time.
+const BLOCKS: usize = 16;
 
 /// Writes one document with every socket and the summary.
 ///
 /// # Errors
 /// Those of `out`.
 pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
-    let document = Document {
+    let head = Head {
         schema_version: SCHEMA_VERSION,
         cwkill_version: env!("CARGO_PKG_VERSION"),
         dry_run: run.deeds.is_none(),
-        sockets: Sockets(run),
+    };
+    let tail = Tail {
         unreadable_processes: run.found.unreadable_processes,
         hidden_processes: run.found.hidden_processes,
         unreachable_namespaces: run.found.unreachable_namespaces,
@@ -36,7 +41,18 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
         undecided: run.found.undecided,
         summary: Tally::of(run),
     };
-    document.serialize(&mut serializer(out))?;
+    // One object in three parts, of which the sockets are too many for one string.
+    let (head, tail) = (to_bytes(&head)?, to_bytes(&tail)?);
+    out.write_all(head.strip_suffix(b"}").unwrap_or(&head))?;
+    out.write_all(b",\"sockets\":[")?;
+    write_sockets(run, out, |at, socket, bytes| {
+        if at > 0 {
+            bytes.push(b',');
+        }
+        put(&socket, bytes)
+    })?;
+    out.write_all(b"],")?;
+    out.write_all(tail.strip_prefix(b"{").unwrap_or(&tail))?;
     out.write_all(b"\n")
 }
 
@@ -45,19 +61,53 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
 /// # Errors
 /// Those of `out`.
 pub fn write_lines(run: &Run, out: &mut dyn Write) -> io::Result<()> {
-    for socket in sockets(run) {
+    write_sockets(run, out, |_, socket, bytes| {
         let line = Line {
             schema_version: SCHEMA_VERSION,
             socket,
         };
-        line.serialize(&mut serializer(out))?;
-        out.write_all(b"\n")?;
+        put(&line, bytes)?;
+        bytes.push(b'\n');
+        Ok(())
+    })
+}
+
+/// Writes what `put` makes of every socket, in order.
+fn write_sockets(
+    run: &Run,
+    out: &mut dyn Write,
+    put: impl Fn(usize, JsonSocket<'_>, &mut Vec<u8>) -> io::Result<()> + Sync,
+) -> io::Result<()> {
+    let block = |from: usize| {
+        let to = run.found.sockets.len().min(from + BLOCK);
+        let mut bytes = Vec::with_capacity((to - from) * 512);
+        for at in from..to {
+            put(at, json_socket(run, at), &mut bytes)?;
+        }
+        Ok(bytes)
+    };
+    let starts: Vec<usize> = (0..run.found.sockets.len()).step_by(BLOCK).collect();
+    for some in starts.chunks(BLOCKS) {
+        let blocks: Vec<io::Result<Vec<u8>>> = match some {
+            [only] => vec![block(*only)],
+            _ => some.par_iter().map(|from| block(*from)).collect(),
+        };
+        for block in blocks {
+            out.write_all(&block?)?;
+        }
     }
     Ok(())
 }
 
-fn serializer(out: &mut dyn Write) -> serde_json::Serializer<&mut dyn Write, TerminalSafe> {
-    serde_json::Serializer::with_formatter(out, TerminalSafe)
+fn to_bytes(value: &impl Serialize) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    put(value, &mut bytes)?;
+    Ok(bytes)
+}
+
+fn put(value: &impl Serialize, bytes: &mut Vec<u8>) -> io::Result<()> {
+    let mut serializer = serde_json::Serializer::with_formatter(bytes, TerminalSafe);
+    Ok(value.serialize(&mut serializer)?)
 }
 
 /// Compact JSON in which no name of another process can move the cursor of a terminal: what JSON
@@ -94,12 +144,17 @@ fn any_open(descriptors: &[Holding]) -> Option<bool> {
     (!descriptors.contains(&Holding::Unknown)).then_some(false)
 }
 
+/// What comes before the sockets.
 #[derive(Serialize)]
-struct Document<'a> {
+struct Head {
     schema_version: u32,
     cwkill_version: &'static str,
     dry_run: bool,
-    sockets: Sockets<'a>,
+}
+
+/// What comes after them.
+#[derive(Serialize)]
+struct Tail {
     unreadable_processes: usize,
     hidden_processes: bool,
     unreachable_namespaces: usize,
@@ -113,18 +168,6 @@ struct Line<'a> {
     schema_version: u32,
     #[serde(flatten)]
     socket: JsonSocket<'a>,
-}
-
-struct Sockets<'a>(&'a Run);
-
-impl Serialize for Sockets<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut list = serializer.serialize_seq(Some(self.0.found.sockets.len()))?;
-        for socket in sockets(self.0) {
-            list.serialize_element(&socket)?;
-        }
-        list.end()
-    }
 }
 
 #[derive(Serialize)]
@@ -209,20 +252,9 @@ struct JsonAttempt {
     errno: Option<String>,
 }
 
-fn sockets(run: &Run) -> impl Iterator<Item = JsonSocket<'_>> {
-    let sockets = run.found.sockets.iter().zip(&run.plans).enumerate();
-    sockets.map(|(at, (socket, plan))| {
-        let deed = run.deeds.as_ref().map(|deeds| &deeds[at]);
-        json_socket(run, socket, plan, deed)
-    })
-}
-
-fn json_socket<'a>(
-    run: &'a Run,
-    socket: &'a Socket,
-    plan: &'a Plan,
-    deed: Option<&'a Deed>,
-) -> JsonSocket<'a> {
+fn json_socket(run: &Run, at: usize) -> JsonSocket<'_> {
+    let (socket, plan) = (&run.found.sockets[at], &run.plans[at]);
+    let deed = run.deeds.as_ref().map(|deeds| &deeds[at]);
     let endpoint = |address: std::net::SocketAddr| Endpoint {
         address: address.ip(),
         port: address.port(),
