@@ -8,6 +8,8 @@
 //! Races: what vanishes (ENOENT, ESRCH) is passed over, what may not be read (EACCES, EPERM) is
 //! counted, anything else is an error.
 
+mod descriptors;
+
 use std::collections::HashSet;
 use std::ffi::CStr;
 use std::fs::{self, File};
@@ -22,12 +24,11 @@ use procfs::FromRead;
 use procfs::process::Stat;
 use rayon::prelude::*;
 
+use descriptors::{CHUNK, read_socket_link, read_table};
+
 use crate::finder::Held;
 use crate::finder::cgroup::Cgroup;
-use crate::sys::{self, TargetFd};
-
-/// Descriptors in one unit of parallel work.
-const CHUNK: usize = 512;
+use crate::sys::TargetFd;
 
 /// A mounted proc file system. Its root is a parameter so that tests can build one of their own.
 #[derive(Clone, Debug)]
@@ -295,10 +296,10 @@ impl Proc {
         // another, everything below answers ESRCH.
         let process = File::open(self.root.join(pid.to_string()))?;
         let dir = open_in(process.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
-        let (sockets, denied) = read_table(dir.as_fd(), needless)?;
+        let table = read_table(dir.as_fd(), needless)?;
         Ok(Look {
-            holds: (!sockets.is_empty()).then_some((pid, sockets)),
-            unreadable: denied.then(|| self.unreadable(pid)).flatten(),
+            holds: (!table.sockets.is_empty()).then_some((pid, table.sockets)),
+            unreadable: table.denied.then(|| self.unreadable(pid)).flatten(),
         })
     }
 
@@ -314,7 +315,7 @@ impl Proc {
         let dir = open_in(process.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
         let (inode, fd) = held[0];
         if holding(read_socket_link(dir.as_fd(), fd.0), inode) != Holding::Open {
-            (held, _) = read_table(dir.as_fd(), &AtomicBool::new(false))?;
+            held = read_table(dir.as_fd(), &AtomicBool::new(false))?.sockets;
             held.retain(|(inode, _)| wanted.contains(inode));
             if held.is_empty() {
                 return Ok(None);
@@ -330,22 +331,6 @@ impl Proc {
         };
         Ok(Some((process, held)))
     }
-}
-
-/// The sockets in a descriptor table, and whether a part of it may not be read.
-fn read_table(
-    dir: BorrowedFd<'_>,
-    needless: &AtomicBool,
-) -> io::Result<(Vec<(u32, TargetFd)>, bool)> {
-    let names = list_fds(dir)?;
-    let chunks: Vec<Chunk> = names
-        .par_chunks(CHUNK)
-        .filter(|_| !needless.load(Ordering::Relaxed))
-        .map(|names| read_sockets(dir, names))
-        .collect::<io::Result<_>>()?;
-    let denied = chunks.iter().any(|chunk| chunk.denied);
-    let sockets = chunks.into_iter().flat_map(|chunk| chunk.found).collect();
-    Ok((sockets, denied))
 }
 
 /// Nothing if it failed because the process has ended, or may no longer be read.
@@ -396,67 +381,6 @@ fn stat_error(error: procfs::ProcError) -> io::Error {
     }
 }
 
-/// The numbers in a `/proc/PID/fd` directory.
-fn list_fds(dir: BorrowedFd<'_>) -> io::Result<Vec<i32>> {
-    let mut fds = Vec::new();
-    let mut buffer = vec![0; 32 * 1024];
-    loop {
-        let entries = sys::getdents64(dir, &mut buffer)?;
-        if entries.is_empty() {
-            return Ok(fds);
-        }
-        fds.extend(dirent_numbers(entries));
-    }
-}
-
-/// The names in a sequence of `struct linux_dirent64` that are numbers.
-///
-/// Source: include/linux/dirent.h: inode 8 bytes, offset 8, record length 2, type 1, then the name
-/// with its NUL.
-fn dirent_numbers(mut entries: &[u8]) -> impl Iterator<Item = i32> + '_ {
-    std::iter::from_fn(move || {
-        loop {
-            let length = entries.get(16..18)?;
-            let length = usize::from(u16::from_ne_bytes([length[0], length[1]]));
-            let (entry, rest) = entries.split_at_checked(length)?;
-            entries = rest;
-            let name = CStr::from_bytes_until_nul(entry.get(19..)?).ok()?;
-            if let Some(number) = name.to_str().ok().and_then(|name| name.parse().ok()) {
-                return Some(number);
-            }
-        }
-    })
-}
-
-/// What a part of a descriptor table has.
-struct Chunk {
-    found: Vec<(u32, TargetFd)>,
-    /// The rest of it may not be read.
-    denied: bool,
-}
-
-/// Of the descriptors `fds` in `dir`, those that are a socket.
-fn read_sockets(dir: BorrowedFd<'_>, fds: &[i32]) -> io::Result<Chunk> {
-    let mut chunk = Chunk {
-        found: Vec::new(),
-        denied: false,
-    };
-    for &fd in fds {
-        let inode = match read_socket_link(dir, fd) {
-            // Closed since the directory was read.
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => None,
-            // The right to look is one for all descriptors of a process.
-            Err(error) if is_denied(&error) => {
-                chunk.denied = true;
-                return Ok(chunk);
-            }
-            other => other?,
-        };
-        chunk.found.extend(inode.map(|inode| (inode, TargetFd(fd))));
-    }
-    Ok(chunk)
-}
-
 /// Whether a descriptor that was a socket with `inode` still is, by what its link says now.
 fn holding(link: io::Result<Option<u32>>, inode: u32) -> Holding {
     match link {
@@ -481,29 +405,6 @@ fn is_end(error: &io::Error) -> bool {
 /// We may not look.
 fn is_denied(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM))
-}
-
-/// The inode of the socket that descriptor `fd` in `dir` refers to; `None` if it is no socket.
-fn read_socket_link(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<u32>> {
-    // Longer targets are paths, of which the first bytes already say that they are no socket.
-    let mut target = [0; 32];
-    let mut name = [0; 12];
-    let target = sys::readlinkat(dir, decimal(fd, &mut name), &mut target)?;
-    Ok(parse_socket_link(target))
-}
-
-/// Writes a descriptor number as a C string.
-fn decimal(number: i32, buffer: &mut [u8; 12]) -> &CStr {
-    use io::Write;
-    let mut rest = &mut buffer[..];
-    write!(rest, "{number}\0").expect("11 characters and a NUL fit");
-    CStr::from_bytes_until_nul(buffer).expect("just terminated")
-}
-
-/// The inode in `socket:[4711]`.
-fn parse_socket_link(target: &[u8]) -> Option<u32> {
-    let digits = target.strip_prefix(b"socket:[")?.strip_suffix(b"]")?;
-    std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
 #[cfg(test)]
@@ -647,19 +548,5 @@ mod tests {
         let closed = |(_, holding): &(char, Holding)| *holding == Holding::Closed;
         let later = here.still_held(&later, &asked);
         assert!(later.iter().all(closed), "another process of that number");
-    }
-
-    #[test]
-    fn socket_links() {
-        assert_eq!(parse_socket_link(b"socket:[4711]"), Some(4711));
-        for other in [
-            &b"socket:[]"[..],
-            b"socket:[-1]",
-            b"pipe:[1]",
-            b"socket:[1",
-            b"",
-        ] {
-            assert_eq!(parse_socket_link(other), None);
-        }
     }
 }
