@@ -46,6 +46,8 @@ pub struct Config {
     pub netns: Which,
     /// What to do with it.
     pub action: Action,
+    /// Whether to look for who holds the sockets.
+    pub owners: bool,
     /// What may be done.
     pub policy: Policy,
     /// How long a socket gets to close before the next method.
@@ -105,11 +107,27 @@ impl Config {
                  have been idle, for example --min-age 1h",
             ));
         }
+        let methods = methods(&acting.method)?;
+        if acting.no_owners {
+            if selectors.selects_owners() {
+                return Err(usage(
+                    "--no-owners cannot go with a selector that asks for owners (--pid, --process, --unit, \
+                     --container, --cgroup); say which sockets are meant by --port or an expression",
+                ));
+            }
+            if methods.iter().all(|method| method.needs_descriptor()) {
+                return Err(usage(
+                    "--method shutdown works through the descriptor of an owner: leave --no-owners away, or \
+                     give --method destroy",
+                ));
+            }
+        }
         Ok(Config {
             netns,
             action,
+            owners: !acting.no_owners,
             policy: Policy {
-                methods: methods(&acting.method)?,
+                methods,
                 discard_unsent: acting.discard_unsent,
                 max_kills: acting.max_kills,
                 idle_only: !min_age.is_zero(),
@@ -387,6 +405,15 @@ mod tests {
         let notes = |line| config(line).unwrap().notes;
         assert!(notes("sport 80 or sport 443 or dst 10/8").is_empty());
         assert_eq!(notes("sport 80 or sport 443 and dst 10/8").len(), 1);
+    }
+
+    #[test]
+    fn what_needs_owners_does_not_go_without_them() {
+        let error = |line| config(line).unwrap_err().to_string();
+        assert!(error("--no-owners --pid 7").contains("--port"));
+        assert!(error("--no-owners --all --method shutdown").contains("--method destroy"));
+        assert!(!config("--no-owners --all").unwrap().owners);
+        assert!(config("--all").unwrap().owners);
     }
 
     #[test]

@@ -59,7 +59,10 @@ pub fn run(config: &Config, proc: &Proc, surroundings: &dyn Surroundings) -> any
             Which::One(text) => format!("cannot open the network namespace {text}"),
             Which::Ours | Which::All => "cannot tell the network namespaces".into(),
         })?;
-    let mut found = finder::find(&namespaces.open, proc, &config.selectors)?;
+    let mut found = match config.owners {
+        true => finder::find(&namespaces.open, proc, &config.selectors)?,
+        false => finder::find_sockets(&namespaces.open, &config.selectors)?,
+    };
     found.unreachable_namespaces += namespaces.unreachable;
     found.untold_namespaces = namespaces.untold;
     let unopened = namespaces

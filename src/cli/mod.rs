@@ -73,6 +73,10 @@ pub struct Acting {
     #[arg(long, value_name = "DURATION", value_parser = values::duration)]
     pub grace: Option<Duration>,
 
+    /// Do not look for who holds the sockets: much faster for many, and without `shutdown`
+    #[arg(long)]
+    pub no_owners: bool,
+
     /// Allow the loss of bytes still queued to a peer
     #[arg(long)]
     pub discard_unsent: bool,

@@ -86,6 +86,8 @@ pub struct Found {
     pub processes: Vec<Process>,
     /// The listeners of never accepted sockets.
     pub listeners: Vec<Listener>,
+    /// Whether the owners were looked for.
+    pub owners_sought: bool,
     /// Processes whose descriptors could not be read: they may own sockets without a known owner.
     pub unreadable_processes: usize,
     /// Sockets that are not in `sockets` only because their owner could not be read, and might match.
@@ -143,13 +145,36 @@ pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<
             (None, None) => {}
         }
     }
+    found.owners_sought = true;
     found.hidden_processes = owners.hidden;
     found.processes = owners.processes;
     found.unreadable_processes = owners.unreadable.len();
     found.retain_selected(selectors, &owners.unreadable);
-    let oldest_first =
-        |socket: &Socket| (std::cmp::Reverse(socket.age), socket.netns, socket.tuple);
-    found.sockets.par_sort_by_key(oldest_first);
+    found.sort();
+    Ok(found)
+}
+
+/// Finds the sockets alone: nobody's owners are looked for, so `selectors` must not ask for any.
+///
+/// # Errors
+/// As [`find`], but for /proc.
+pub fn find_sockets(namespaces: &[Netns], selectors: &Selectors) -> Result<Found, FindError> {
+    let Seen {
+        mut found,
+        listeners,
+        ..
+    } = see(namespaces, selectors)?;
+    found.listeners = listeners
+        .into_iter()
+        .flat_map(|listeners| listeners.into_used(|_| Vec::new()))
+        .collect();
+    for socket in &mut found.sockets {
+        if let Some(listener) = socket.listener {
+            socket.uid = found.listeners[listener].uid;
+        }
+    }
+    found.retain_selected(selectors, &[]);
+    found.sort();
     Ok(found)
 }
 
@@ -245,6 +270,12 @@ fn views(namespaces: &[Netns], selectors: &Selectors) -> Vec<Result<View, FindEr
 }
 
 impl Found {
+    fn sort(&mut self) {
+        let oldest_first =
+            |socket: &Socket| (std::cmp::Reverse(socket.age), socket.netns, socket.tuple);
+        self.sockets.par_sort_by_key(oldest_first);
+    }
+
     /// Keeps the sockets whose owners, or whose listener's, are selected, and puts those first.
     fn retain_selected(&mut self, selectors: &Selectors, unreadable: &[Unreadable]) {
         self.sockets

@@ -34,6 +34,7 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
         dry_run: run.deeds.is_none(),
     };
     let tail = Tail {
+        owners_sought: run.found.owners_sought,
         unreadable_processes: run.found.unreadable_processes,
         hidden_processes: run.found.hidden_processes,
         unreachable_namespaces: run.found.unreachable_namespaces,
@@ -155,6 +156,7 @@ struct Head {
 /// What comes after them.
 #[derive(Serialize)]
 struct Tail {
+    owners_sought: bool,
     unreadable_processes: usize,
     hidden_processes: bool,
     unreachable_namespaces: usize,

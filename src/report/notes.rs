@@ -68,6 +68,12 @@ fn not_accepting(run: &Run) -> Vec<String> {
 fn descriptors(run: &Run, deeds: &[Deed]) -> Vec<String> {
     let mut open: BTreeMap<usize, usize> = BTreeMap::new();
     let mut unknown = 0;
+    if !run.found.owners_sought {
+        return vec![
+            "owners were not looked for: a descriptor of a closed socket stays open until its process closes it"
+                .to_owned(),
+        ];
+    }
     for (socket, deed) in run.found.sockets.iter().zip(deeds) {
         let closed = matches!(deed.outcome.verdict, Verdict::Closed(_));
         unknown += usize::from(closed && deed.descriptors.is_none());
@@ -131,6 +137,9 @@ fn backlogs(run: &Run, deeds: &[Deed]) -> Vec<String> {
 
 /// Sockets whose owner could not be told.
 fn unknown_owners(run: &Run) -> Option<String> {
+    if !run.found.owners_sought {
+        return None;
+    }
     let unknown = run
         .found
         .sockets

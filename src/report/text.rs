@@ -169,6 +169,7 @@ fn owner_cells(found: &Found, socket: &Socket, verbose: bool) -> (String, String
 pub(super) fn names(found: &Found, held: &[Held], all: bool) -> (String, String) {
     let mut processes: Vec<&[Held]> = held.chunk_by(|a, b| a.process == b.process).collect();
     let (count, of_first) = match processes.first() {
+        None if !found.owners_sought => return ("-".into(), "-".into()),
         None => return ("unknown".into(), "-".into()),
         Some(first) => (processes.len(), first.len()),
     };
