@@ -53,7 +53,10 @@ fn run(config: &Config) -> anyhow::Result<ExitStatus> {
         }
         other => other.context("cannot write the listing")?,
     }
-    Ok(exit_status(&run))
+    let status = exit_status(&run);
+    // The program ends here; a large result takes a while to give back piece by piece.
+    std::mem::forget(run);
+    Ok(status)
 }
 
 /// Writes a line to stderr; where that is closed or full there is nobody to tell.
