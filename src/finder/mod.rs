@@ -113,7 +113,7 @@ pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<
     let needless = AtomicBool::new(false);
     let (seen, scan) = std::thread::scope(|scope| {
         let scan = scope.spawn(|| proc.scan(&needless));
-        let seen = see(namespaces, selectors);
+        let seen = see(namespaces, selectors, false);
         let wanted = seen.as_ref().is_ok_and(|seen| !seen.wanted.is_empty());
         needless.store(!wanted, Ordering::Relaxed);
         (seen, joined(scan))
@@ -163,7 +163,7 @@ pub fn find_sockets(namespaces: &[Netns], selectors: &Selectors) -> Result<Found
         mut found,
         listeners,
         ..
-    } = see(namespaces, selectors)?;
+    } = see(namespaces, selectors, true)?;
     found.listeners = listeners
         .into_iter()
         .flat_map(|listeners| listeners.into_used(|_| Vec::new()))
@@ -186,14 +186,14 @@ struct Seen {
     wanted: HashSet<u32>,
 }
 
-/// Asks the kernel of every namespace.
-fn see(namespaces: &[Netns], selectors: &Selectors) -> Result<Seen, FindError> {
+/// Asks the kernel of every namespace. `alone`: nothing else keeps the processors busy.
+fn see(namespaces: &[Netns], selectors: &Selectors, alone: bool) -> Result<Seen, FindError> {
     let mut found = Found::default();
     let (mut listeners, mut used) = (Vec::new(), 0);
     let mut first_failure = None;
     // A name that means something in none of the namespaces is a mistake: `not dev` would match all.
     let (mut resolved, mut unresolved) = (false, None);
-    for (netns, view) in views(namespaces, selectors).into_iter().enumerate() {
+    for (netns, view) in views(namespaces, selectors, alone).into_iter().enumerate() {
         let mut view = match view {
             Ok(view) => view,
             // Nothing could be seen anywhere.
@@ -248,10 +248,13 @@ fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
 }
 
 /// Looks into every namespace, some at a time.
-fn views(namespaces: &[Netns], selectors: &Selectors) -> Vec<Result<View, FindError>> {
-    let look = |netns: &Netns| match netns.within(|| view::look(selectors, namespaces.len() > 1)) {
-        Ok(view) => view,
-        Err(error) => Err(FindError::Enter(error)),
+fn views(namespaces: &[Netns], selectors: &Selectors, alone: bool) -> Vec<Result<View, FindError>> {
+    let several = namespaces.len() > 1;
+    let look = |netns: &Netns| {
+        let look = || view::look(selectors, several, alone && !several);
+        netns
+            .within(look)
+            .unwrap_or_else(|error| Err(FindError::Enter(error)))
     };
     if let [only] = namespaces {
         return vec![look(only)];
