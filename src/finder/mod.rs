@@ -6,6 +6,7 @@
 //! anything is looked up for it.
 
 pub mod cgroup;
+pub mod dead;
 pub mod filter;
 pub mod listeners;
 pub mod netns;
