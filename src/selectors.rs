@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
@@ -179,6 +179,22 @@ impl Selectors {
             && self.ip_version.is_none_or(|wanted| wanted == version)
             && self.expression.matches(&Facts::from(socket))
             && self.still_matches(socket)
+    }
+
+    /// Whether a dead socket, of which only the local address is known, can be meant. One that selects by
+    /// what is no longer known means none.
+    pub fn could_match_dead(&self, local: SocketAddr) -> bool {
+        self.peer_ports.is_empty()
+            && self.peer.is_empty()
+            && self.users.is_empty()
+            && self.causes.is_empty()
+            && self.min_age.is_zero()
+            && self.expression == Expression::TRUE
+            && in_ranges(&self.ports, local.port())
+            && in_networks(&self.local, local.ip())
+            && self
+                .ip_version
+                .is_none_or(|wanted| (wanted == IpVersion::V4) == local.is_ipv4())
     }
 
     /// Of [`Selectors::match_socket`], what can change while a socket stays in its state.
