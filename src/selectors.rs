@@ -182,9 +182,10 @@ impl Selectors {
     }
 
     /// Whether a dead socket, of which only the local address is known, can be meant. One that selects by
-    /// what is no longer known means none.
+    /// what is no longer known, such as another state, means none.
     pub fn could_match_dead(&self, local: SocketAddr) -> bool {
-        self.peer_ports.is_empty()
+        self.states == TcpState::CloseWait.into()
+            && self.peer_ports.is_empty()
             && self.peer.is_empty()
             && self.users.is_empty()
             && self.causes.is_empty()
@@ -300,6 +301,23 @@ mod tests {
             |s| s.causes = [Cause::Unread, Cause::Drained].into()
         ));
         assert!(!matches(|s| s.causes = [Cause::Drained].into()));
+    }
+
+    #[test]
+    fn of_a_dead_socket_only_the_local_address_is_judged() {
+        let could = |change: fn(&mut Selectors)| {
+            let mut selectors = Selectors::default();
+            change(&mut selectors);
+            selectors.could_match_dead("10.0.0.1:8080".parse().unwrap())
+        };
+        assert!(could(|_| {}));
+        assert!(could(|s| s.ports = vec![8000..=9000]));
+        assert!(!could(|s| s.ports = vec![80..=80]));
+        assert!(!could(|s| s.local = vec!["10.1.0.0/16".parse().unwrap()]));
+        assert!(!could(|s| s.ip_version = Some(IpVersion::V6)));
+        assert!(!could(|s| s.peer_ports = vec![1..=u16::MAX]));
+        assert!(!could(|s| s.states = TcpState::Established.into()));
+        assert!(!could(|s| s.expression = Expression::TRUE.negated()));
     }
 
     #[test]

@@ -65,6 +65,7 @@ impl Group {
     pub fn new<'a>(
         first: impl Iterator<Item = &'a Socket>,
         second: impl Iterator<Item = &'a Socket>,
+        listening: &Listening,
     ) -> Group {
         let first: HashSet<Cookie> = first.map(Socket::cookie).collect();
         let second: Vec<&Socket> = second.collect();
@@ -89,7 +90,7 @@ impl Group {
         let of_cause = |sockets: Vec<&Socket>| OfCause {
             count: sockets.len(),
             close_wait: sockets.iter().all(|s| s.state == TcpState::CloseWait),
-            service: Service::of(&sockets),
+            service: Service::of(&sockets, listening),
         };
         group.causes = by_cause
             .into_iter()
@@ -104,14 +105,21 @@ impl Group {
     }
 }
 
+/// The local ports at which somebody listens, with the network namespace.
+pub type Listening = HashSet<(usize, u16)>;
+
 impl Service {
-    /// A server has one port and many peers; a client has a port for each connection, and a peer's port
-    /// in common. Where that tells nothing, the lower port is the server's.
-    fn of(sockets: &[&Socket]) -> Service {
+    /// Connections to a port at which somebody listens were accepted there. If the listener is gone: a server has
+    /// one port and many peers, a client a port for each connection and the peer's in common; where that
+    /// tells nothing, the lower port is the server's.
+    fn of(sockets: &[&Socket], listening: &Listening) -> Service {
         let local = most(sockets.iter().map(|socket| socket.tuple.local.port()));
         let peer = most(sockets.iter().map(|socket| socket.tuple.peer.port()));
         let port = |ports: &[(u16, usize)]| ports.first().map_or(0, |(port, _)| *port);
-        let accepted = sockets.iter().any(|socket| socket.cause.is_with_listener());
+        let accepted = sockets.iter().any(|socket| {
+            let at = (socket.netns, socket.tuple.local.port());
+            socket.cause.is_with_listener() || (listening.contains(&at) && at.1 == port(&local))
+        });
         let key = |ports: &[(u16, usize)]| (ports.len(), port(ports));
         match accepted || key(&local) <= key(&peer) {
             true => Service::Handles(port(&local)),
@@ -185,7 +193,8 @@ mod tests {
         let sockets: Vec<Socket> = (0..6)
             .map(|cookie| socket("10.0.0.1:80", "10.0.0.2:5", cookie))
             .collect();
-        let group = Group::new(sockets[..3].iter(), sockets[2..].iter());
+        let nobody = Listening::new();
+        let group = Group::new(sockets[..3].iter(), sockets[2..].iter(), &nobody);
         assert_eq!((group.stuck, group.new, group.gone), (4, 3, 2));
         assert!((group.growth(Duration::from_secs(5)) - 12.0).abs() < 1e-9);
         assert_eq!(group.growth(Duration::ZERO), 0.0);
@@ -198,26 +207,29 @@ mod tests {
             age: age.map(Duration::from_secs),
             ..socket("10.0.0.1:80", "10.0.0.2:5", 1)
         });
-        let group = Group::new([].iter(), sockets.iter());
+        let group = Group::new([].iter(), sockets.iter(), &Listening::new());
         assert_eq!(group.ages, [2, 1, 0, 1, 1]);
         assert_eq!(group.oldest, Some(Duration::from_secs(86_400)));
     }
 
+    fn service(pairs: &[(&str, &str)], listening: &[u16]) -> Service {
+        let sockets: Vec<Socket> = pairs.iter().map(|(l, p)| socket(l, p, 1)).collect();
+        let listening = listening.iter().map(|port| (0, *port)).collect();
+        let group = Group::new([].iter(), sockets.iter(), &listening);
+        group.causes[&Cause::Unread].service
+    }
+
     #[test]
-    fn the_common_port_is_the_service() {
-        let service = |pairs: &[(&str, &str)]| {
-            let sockets: Vec<Socket> = pairs.iter().map(|(l, p)| socket(l, p, 1)).collect();
-            let group = Group::new([].iter(), sockets.iter());
-            group.causes[&Cause::Unread].service
-        };
+    fn the_service_is_where_somebody_listens_or_else_the_common_port() {
+        use Service::{CallsOut, Handles};
         let (server, a, b) = ("10.0.0.1:8080", "10.0.0.2:40000", "10.0.0.3:50000");
-        assert_eq!(service(&[(server, a), (server, b)]), Service::Handles(8080));
-        assert_eq!(
-            service(&[(a, server), (b, server)]),
-            Service::CallsOut(8080)
-        );
-        assert_eq!(service(&[(server, a)]), Service::Handles(8080));
-        assert_eq!(service(&[(a, server)]), Service::CallsOut(8080));
+        assert_eq!(service(&[(server, a), (server, b)], &[]), Handles(8080));
+        assert_eq!(service(&[(a, server), (b, server)], &[]), CallsOut(8080));
+        assert_eq!(service(&[(server, a)], &[]), Handles(8080));
+        assert_eq!(service(&[(a, server)], &[]), CallsOut(8080));
+        let low = "10.0.0.2:1730";
+        assert_eq!(service(&[(server, low)], &[8080]), Handles(8080));
+        assert_eq!(service(&[(server, low)], &[9090]), CallsOut(1730));
     }
 
     #[test]

@@ -25,12 +25,14 @@ use crate::config::Scope;
 use crate::finder::dead::{self, DeadScan, Table, Verdict};
 use crate::finder::netns::Netns;
 use crate::finder::owners::{Proc, Process};
+use crate::finder::sock_diag::{DumpError, DumpRequest, Family, SockDiag};
 use crate::finder::vitals::Vitals;
 use crate::finder::{Found, Socket};
 use crate::pipeline;
 use crate::report::{ExitStatus, notes};
 use crate::selectors::Selectors;
-use group::Group;
+use crate::tcp::TcpState;
+use group::{Group, Listening};
 use verdict::Condition;
 
 /// The time between two looks, if nothing else is asked for.
@@ -170,7 +172,9 @@ pub fn run(scope: &Scope, sample: Duration, proc: &Proc) -> anyhow::Result<Diagn
     let found = pipeline::find(&namespaces, proc, selectors)?;
     let (tables, tables_failure) = tables(&namespaces.open, &found, selectors, proc)?;
     let unreadable = tables.unreadable.len();
-    let processes = patients(&first, &found, tables, selectors, |process| {
+    let listening = listening(&namespaces.open);
+    let looks = (&first, &found);
+    let processes = patients(looks, &listening, tables, selectors, |process| {
         let vitals = proc.vitals(process);
         let condition = Condition::of(states.get(&id(process)).copied().flatten(), vitals.state);
         (vitals, condition)
@@ -179,6 +183,7 @@ pub fn run(scope: &Scope, sample: Duration, proc: &Proc) -> anyhow::Result<Diagn
         Group::new(
             first.sockets.iter().filter(|s| wanted(&first, s)),
             found.sockets.iter().filter(|s| wanted(&found, s)),
+            &listening,
         )
     };
     let ownerless = groups(&|found, socket| socket.culprit(found).is_none());
@@ -251,10 +256,34 @@ fn tables(
     Ok((scan, failure))
 }
 
+/// The ports at which somebody listens. A namespace that does not tell only costs a better verdict.
+fn listening(namespaces: &[Netns]) -> Listening {
+    let ports = |netns: &Netns| netns.within(listening_ports).ok()?.ok();
+    let ports = namespaces.iter().map(ports).enumerate();
+    ports
+        .flat_map(|(at, ports)| ports.into_iter().flatten().map(move |port| (at, port)))
+        .collect()
+}
+
+fn listening_ports() -> Result<Vec<u16>, DumpError> {
+    let mut diag = SockDiag::open()?;
+    let mut ports = Vec::new();
+    for family in Family::ALL {
+        let request = DumpRequest {
+            family,
+            states: TcpState::Listen.into(),
+            info: false,
+            bytecode: &[],
+        };
+        ports.extend(diag.dump(&request, |message| Some(message.id.tuple().local.port()))?);
+    }
+    Ok(ports)
+}
+
 /// The processes to report, worst first.
 fn patients(
-    first: &Found,
-    second: &Found,
+    (first, second): (&Found, &Found),
+    listening: &Listening,
     scan: DeadScan,
     selectors: &Selectors,
     fares: impl Fn(&Process) -> (Vitals, Condition),
@@ -289,7 +318,7 @@ fn patients(
             process: process.clone(),
             shared: now.shared,
             waiting: now.waiting,
-            held: Group::new(before.held.into_iter(), now.held.into_iter()),
+            held: Group::new(before.held.into_iter(), now.held.into_iter(), listening),
             vitals,
             condition,
             table: tables.remove(&key),
