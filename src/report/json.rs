@@ -11,10 +11,11 @@ use serde_json::ser::Formatter;
 
 use super::Tally;
 use super::escape::is_unsafe;
-use crate::finder::owners::Holding;
+use crate::finder::owners::{Holding, Process};
 use crate::finder::{Found, Held};
 use crate::injector::ladder::Verdict;
 use crate::pipeline::{Deed, Run};
+use crate::refill::Refill;
 
 const SCHEMA_VERSION: u32 = 1;
 
@@ -41,6 +42,7 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
         untold_namespaces: run.found.untold_namespaces,
         undecided: run.found.undecided,
         summary: Tally::of(run),
+        refill: run.refill.as_ref().map(json_refill),
     };
     // One object in three parts, of which the sockets are too many for one string.
     let (head, tail) = (to_bytes(&head)?, to_bytes(&tail)?);
@@ -107,13 +109,18 @@ fn to_bytes(value: &impl Serialize) -> io::Result<Vec<u8>> {
 }
 
 fn put(value: &impl Serialize, bytes: &mut Vec<u8>) -> io::Result<()> {
-    let mut serializer = serde_json::Serializer::with_formatter(bytes, TerminalSafe);
-    Ok(value.serialize(&mut serializer)?)
+    Ok(value.serialize(&mut serializer(bytes))?)
+}
+
+pub(crate) fn serializer(
+    out: &mut dyn Write,
+) -> serde_json::Serializer<&mut dyn Write, TerminalSafe> {
+    serde_json::Serializer::with_formatter(out, TerminalSafe)
 }
 
 /// Compact JSON in which no name of another process can move the cursor of a terminal: what JSON
 /// itself does not escape (DEL, the C1 controls, marks that reorder text) is escaped too.
-struct TerminalSafe;
+pub(crate) struct TerminalSafe;
 
 impl Formatter for TerminalSafe {
     fn write_string_fragment<W: Write + ?Sized>(
@@ -155,7 +162,7 @@ struct Head {
 
 /// What comes after them.
 #[derive(Serialize)]
-struct Tail {
+struct Tail<'a> {
     owners_sought: bool,
     unreadable_processes: usize,
     hidden_processes: bool,
@@ -163,6 +170,22 @@ struct Tail {
     untold_namespaces: usize,
     undecided: usize,
     summary: Tally,
+    refill: Option<JsonRefill<'a>>,
+}
+
+#[derive(Serialize)]
+struct JsonRefill<'a> {
+    seconds: f64,
+    new: usize,
+    per_minute: f64,
+    by: Vec<Newcomers<'a>>,
+}
+
+#[derive(Serialize)]
+struct Newcomers<'a> {
+    pid: Option<i32>,
+    comm: Option<&'a str>,
+    new: usize,
 }
 
 #[derive(Serialize)]
@@ -215,7 +238,7 @@ struct Owner<'a> {
 }
 
 #[derive(Serialize)]
-struct JsonContainer<'a> {
+pub(crate) struct JsonContainer<'a> {
     runtime: &'static str,
     id: Option<&'a str>,
     name: Option<&'a str>,
@@ -303,6 +326,23 @@ fn json_socket(run: &Run, at: usize) -> JsonSocket<'_> {
     }
 }
 
+fn json_refill(refill: &Refill) -> JsonRefill<'_> {
+    JsonRefill {
+        seconds: refill.watched.as_secs_f64(),
+        new: refill.new,
+        per_minute: refill.per_minute(),
+        by: refill
+            .by
+            .iter()
+            .map(|(culprit, new)| Newcomers {
+                pid: culprit.as_ref().map(|culprit| culprit.pid),
+                comm: culprit.as_ref().map(|culprit| culprit.comm.as_str()),
+                new: *new,
+            })
+            .collect(),
+    }
+}
+
 /// Gathers the descriptors of each process; `held` is ordered by process.
 fn owners<'a>(found: &'a Found, held: &[Held]) -> Vec<Owner<'a>> {
     let same = |a: &Held, b: &Held| a.process == b.process;
@@ -314,19 +354,21 @@ fn owners<'a>(found: &'a Found, held: &[Held]) -> Vec<Owner<'a>> {
                 comm: &process.comm,
                 fds: of_one.iter().map(|held| held.fd.0).collect(),
                 unit: process.cgroup.unit.as_deref(),
-                container: process
-                    .cgroup
-                    .container
-                    .as_ref()
-                    .map(|container| JsonContainer {
-                        runtime: container.runtime.name(),
-                        id: container.id.as_deref(),
-                        name: container.name.as_deref(),
-                        pod_uid: container.pod_uid.as_deref(),
-                    }),
+                container: container(process),
             }
         })
         .collect()
+}
+
+/// The container of a process, if it is in one.
+pub(crate) fn container(process: &Process) -> Option<JsonContainer<'_>> {
+    let container = process.cgroup.container.as_ref()?;
+    Some(JsonContainer {
+        runtime: container.runtime.name(),
+        id: container.id.as_deref(),
+        name: container.name.as_deref(),
+        pod_uid: container.pod_uid.as_deref(),
+    })
 }
 
 fn json_result(deed: &Deed) -> JsonResult {

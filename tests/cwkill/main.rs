@@ -1,14 +1,17 @@
 //! Drives the built `cwkill` in the harness and looks at the kernel from outside, with `ss`.
 
 mod chaos;
+mod check;
 mod cli;
 mod closing;
+mod diagnose;
 mod expressions;
 mod facts;
 mod listing;
 mod namespaces;
 mod probing;
 mod races;
+mod refill;
 mod resetting;
 mod selecting;
 mod states;
@@ -49,6 +52,9 @@ fn main() -> std::process::ExitCode {
         ("namespaces", namespaces::CASES),
         ("facts", facts::CASES),
         ("chaos", chaos::CASES),
+        ("diagnose", diagnose::CASES),
+        ("check", check::CASES),
+        ("refill", refill::CASES),
     ];
     let mut groups = groups.to_vec();
     if whose::possible() {

@@ -14,7 +14,7 @@ use super::is_denied;
 use crate::sys::{self, TargetFd};
 
 /// Descriptors in one unit of parallel work.
-pub(super) const CHUNK: usize = 512;
+pub(in crate::finder) const CHUNK: usize = 512;
 /// Descriptors from which a table is worth a look without a listing.
 const LARGE: usize = 8 * CHUNK;
 
@@ -110,7 +110,7 @@ fn numbers(chunk: usize) -> Range<i32> {
 }
 
 /// The numbers in a `/proc/PID/fd` directory.
-fn list_fds(dir: BorrowedFd<'_>) -> io::Result<Vec<i32>> {
+pub(in crate::finder) fn list_fds(dir: BorrowedFd<'_>) -> io::Result<Vec<i32>> {
     let mut fds = Vec::new();
     let mut buffer = vec![0; 32 * 1024];
     loop {
@@ -164,7 +164,7 @@ fn read_sockets(dir: BorrowedFd<'_>, fds: impl Iterator<Item = i32>) -> io::Resu
 }
 
 /// The inode of the socket that descriptor `fd` in `dir` refers to; `None` if it is no socket.
-pub(super) fn read_socket_link(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<u32>> {
+pub(in crate::finder) fn read_socket_link(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<u32>> {
     // Longer targets are paths, of which the first bytes already say that they are no socket.
     let mut target = [0; 32];
     let mut name = [0; 12];

@@ -24,7 +24,8 @@ use procfs::FromRead;
 use procfs::process::Stat;
 use rayon::prelude::*;
 
-use descriptors::{CHUNK, read_socket_link, read_table};
+use descriptors::read_table;
+pub(super) use descriptors::{CHUNK, list_fds, read_socket_link};
 
 use crate::finder::Held;
 use crate::finder::cgroup::Cgroup;
@@ -281,7 +282,7 @@ impl Proc {
     }
 
     /// Process `pid`, which may not be read, if it can hold anything.
-    fn unreadable(&self, pid: i32) -> Option<Unreadable> {
+    pub(super) fn unreadable(&self, pid: i32) -> Option<Unreadable> {
         let stat = self.stat(pid);
         let comm = || stat.as_ref().ok().map(|stat| stat.comm.clone());
         (!has_no_descriptors(&stat)).then(|| Unreadable { pid, comm: comm() })
@@ -321,15 +322,7 @@ impl Proc {
                 return Ok(None);
             }
         }
-        let stat = File::from(open_in(process.as_fd(), c"stat", OFlag::empty())?);
-        let stat = Stat::from_read(stat).map_err(stat_error)?;
-        let process = Process {
-            pid,
-            start_time: stat.starttime,
-            comm: stat.comm,
-            cgroup: read_cgroup(process.as_fd())?,
-        };
-        Ok(Some((process, held)))
+        Ok(Some((identity(process.as_fd(), pid)?, held)))
     }
 }
 
@@ -339,6 +332,18 @@ fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
         Err(error) if is_end(&error) || is_denied(&error) => Ok(None),
         other => other.map(Some),
     }
+}
+
+/// The process behind `process`, the directory of number `pid`.
+pub(super) fn identity(process: BorrowedFd<'_>, pid: i32) -> io::Result<Process> {
+    let stat = File::from(open_in(process, c"stat", OFlag::empty())?);
+    let stat = Stat::from_read(stat).map_err(stat_error)?;
+    Ok(Process {
+        pid,
+        start_time: stat.starttime,
+        comm: stat.comm,
+        cgroup: read_cgroup(process)?,
+    })
 }
 
 /// Whether a process holds nothing although it may not be read: a zombie, a kernel thread, or one that
@@ -352,7 +357,7 @@ fn has_no_descriptors(stat: &procfs::ProcResult<Stat>) -> bool {
     }
 }
 
-fn open_in(dir: BorrowedFd<'_>, name: &CStr, flags: OFlag) -> io::Result<OwnedFd> {
+pub(super) fn open_in(dir: BorrowedFd<'_>, name: &CStr, flags: OFlag) -> io::Result<OwnedFd> {
     let flags = flags | OFlag::O_RDONLY | OFlag::O_CLOEXEC;
     Ok(openat(dir, name, flags, Mode::empty())?)
 }
@@ -398,12 +403,12 @@ fn unreadable_holding(error: &io::Error) -> Holding {
 }
 
 /// The process or the descriptor is gone.
-fn is_end(error: &io::Error) -> bool {
+pub(super) fn is_end(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
 }
 
 /// We may not look.
-fn is_denied(error: &io::Error) -> bool {
+pub(super) fn is_denied(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM))
 }
 
