@@ -139,7 +139,7 @@ fn run(config: &Config) -> anyhow::Result<ExitStatus> {
     }
     let written = report(&run, config);
     messages(&run, config);
-    if !early {
+    if !early && written.is_ok() {
         line = watch(&mut run, config, &mut terminal);
     }
     drop(terminal);

@@ -192,6 +192,18 @@ pub fn by_process(found: &Found) -> HashMap<(i32, u64), Share<'_>> {
     shares
 }
 
+/// The connections that wait at each listener, by the inodes of its sockets.
+pub fn by_listener(found: &Found) -> HashMap<&[u32], Vec<&Socket>> {
+    let mut waiting: HashMap<&[u32], Vec<&Socket>> = HashMap::new();
+    for socket in &found.sockets {
+        if let Some(at) = socket.listener {
+            let inodes = &found.listeners[at].inodes[..];
+            waiting.entry(inodes).or_default().push(socket);
+        }
+    }
+    waiting
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
