@@ -203,7 +203,7 @@ fn dead(family: Family) -> Result<()> {
 fn half_closed(family: Family) -> Result<()> {
     let (lab, leak) = lab("half-closed", family, 2)?;
     let leaks = lab.start("drained", family, alone(8001, 2))?;
-    let line = "diagnose --sample 2s --json";
+    let line = "diagnose --sample 4s --json";
     let document = cwkill(&lab, line)?.exits(0)?.json()?;
     let talks = process(&document, leak.app().pid())?;
     let causes = talks["causes"].as_object().context("no causes")?;
