@@ -8,9 +8,9 @@
 //! - [`finder`]: which sockets match, and whose they are
 //! - [`diagnosis`]: why a socket is stuck, and for how long (pure)
 //! - [`plan`]: what to try on each socket, or why it is left alone (pure)
-//! - [`privileges`]: what this process may do; [`kernel`]: the version it runs on
+//! - [`privileges`]: what this process may do, and giving up what it need not; [`kernel`]: the version it runs on
 //! - [`injector`]: the methods, and the ladder that runs a plan and verifies it
-//! - [`pipeline`]: all of the above as one call
+//! - [`pipeline`]: all of the above as two calls
 //! - [`report`]: table, JSON and exit status, from a finished run
 //! - [`tcp`]: states and address pairs
 //! - `sys`: every `unsafe`

@@ -16,7 +16,7 @@ use cwkill::finder::owners::Proc;
 use cwkill::injector::MethodName;
 use cwkill::injector::ladder::Surroundings;
 use cwkill::pipeline::{self, Run};
-use cwkill::privileges::{HOW_TO_GRANT, Need};
+use cwkill::privileges::{HOW_TO_GRANT, Need, Privileges, least};
 use cwkill::report::{ExitStatus, exit_status, json, notes, text};
 
 fn main() -> ExitCode {
@@ -36,8 +36,13 @@ fn run(config: &Config) -> anyhow::Result<ExitStatus> {
             say(format_args!("note: {note}"));
         }
     }
+    // What may be planned is told by what was granted, also where nothing of it is used.
+    let privileges = Privileges::of_this_thread()?;
+    give_up_privileges(config);
     let terminal = Terminal::new(config)?;
-    let run = pipeline::run(config, &Proc::default(), &terminal)?;
+    let proc = Proc::default();
+    let mut run = pipeline::plan(config, &proc, &privileges)?;
+    pipeline::carry_out(&mut run, config, &proc, &privileges, &terminal);
     drop(terminal);
     let written = report(&run, config);
     messages(&run, config);
@@ -54,6 +59,22 @@ fn run(config: &Config) -> anyhow::Result<ExitStatus> {
         other => other.context("cannot write the listing")?,
     }
     Ok(exit_status(&run))
+}
+
+/// Keeps only the capabilities that this run needs.
+fn give_up_privileges(config: &Config) {
+    let mut needed = least::to_find(&config.netns);
+    if config.action == Action::Act {
+        needed.extend(least::to_act(&config.policy.methods));
+    }
+    // More rights than needed are no reason to leave the host without help.
+    if let Err(error) = least::give_up_all_but(&needed)
+        && config.format != Format::Quiet
+    {
+        say(format_args!(
+            "note: more privileges are held than needed: {error:#}"
+        ));
+    }
 }
 
 /// Writes a line to stderr; where that is closed or full there is nobody to tell.

@@ -5,6 +5,7 @@ mod cli;
 mod closing;
 mod expressions;
 mod facts;
+mod least_privilege;
 mod listing;
 mod namespaces;
 mod probing;
@@ -49,13 +50,17 @@ fn main() -> std::process::ExitCode {
         ("namespaces", namespaces::CASES),
         ("facts", facts::CASES),
         ("chaos", chaos::CASES),
+        ("least_privilege", least_privilege::CASES),
     ];
     let mut groups = groups.to_vec();
     if whose::possible() {
         groups.push(("whose", whose::CASES));
+        groups.push(("users", least_privilege::USERS_CASES));
     } else {
         // The gate runs as root and fails if it sees this in its first run.
-        eprintln!("LEFT OUT: whose: only root of the machine can make cgroups and mount /proc");
+        eprintln!(
+            "LEFT OUT: whose, users: only root of the machine can make cgroups, mount /proc and be others"
+        );
     }
     let mut trials = Vec::new();
     for (group, cases) in groups {

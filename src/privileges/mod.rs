@@ -1,5 +1,7 @@
 //! What this process may do, and what to tell the operator about what it may not.
 
+pub mod least;
+
 use std::fmt;
 
 use anyhow::Context;
