@@ -5,6 +5,7 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{ColorChoice, CommandFactory};
 
+use crate::audit;
 use crate::cli::{Acting, Args, Cli, MethodChoice, Output, Selection};
 use crate::expression::{self, Expression, Services, States};
 use crate::finder::netns::Which;
@@ -50,6 +51,8 @@ pub struct Config {
     pub policy: Policy,
     /// How long a socket gets to close before the next method.
     pub grace: Duration,
+    /// Where acts are recorded.
+    pub log: audit::Wanted,
     /// The form of the results.
     pub format: Format,
     /// Leave out the header of the table.
@@ -115,6 +118,11 @@ impl Config {
                 idle_only: !min_age.is_zero(),
             },
             grace: acting.grace.unwrap_or(DEFAULT_GRACE),
+            log: audit::Wanted {
+                target: acting.log,
+                file: acting.log_file,
+                verbose: output.verbose,
+            },
             format: output.format(),
             no_header: output.no_header,
             verbose: output.verbose,
@@ -207,6 +215,8 @@ impl Acting {
             ("--grace", self.grace.is_some()),
             ("--discard-unsent", self.discard_unsent),
             ("--max-kills", self.max_kills.is_some()),
+            ("--log", self.log.is_some()),
+            ("--log-file", self.log_file.is_some()),
         ]
         .into_iter()
         .find_map(|(option, given)| given.then_some(option))

@@ -11,10 +11,12 @@
 //! - [`privileges`]: what this process may do, and giving up what it need not; [`kernel`]: the version it runs on
 //! - [`injector`]: the methods, and the ladder that runs a plan and verifies it
 //! - [`pipeline`]: all of the above as two calls
+//! - [`audit`]: the log of what was done
 //! - [`report`]: table, JSON and exit status, from a finished run
 //! - [`tcp`]: states and address pairs
 //! - `sys`: every `unsafe`
 
+pub mod audit;
 pub mod cli;
 pub mod config;
 pub mod diagnosis;

@@ -10,6 +10,7 @@ use anyhow::Context;
 use clap::{ColorChoice, Parser};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use cwkill::audit::Audit;
 use cwkill::cli::Cli;
 use cwkill::config::{Action, Config, Format};
 use cwkill::finder::owners::Proc;
@@ -38,14 +39,31 @@ fn run(config: &Config) -> anyhow::Result<ExitStatus> {
     }
     // What may be planned is told by what was granted, also where nothing of it is used.
     let privileges = Privileges::of_this_thread()?;
+    // Where only root may write: before anything is given up.
+    let audit = match config.action {
+        Action::Act => Audit::open(&config.log).context("nothing was done")?,
+        Action::List | Action::DryRun => None,
+    };
     give_up_privileges(config);
     let terminal = Terminal::new(config)?;
     let proc = Proc::default();
     let mut run = pipeline::plan(config, &proc, &privileges)?;
+    // A run that has nothing to do leaves no record.
+    let audit = audit.filter(|_| !run.plans.is_empty());
+    if let Some(audit) = &audit {
+        audit.begin(&run).context("nothing was done")?;
+    }
     pipeline::carry_out(&mut run, config, &proc, &privileges, &terminal);
+    // Ctrl-C does not come between the work and its record.
+    let unrecorded = audit.and_then(|audit| audit.finish(&run));
     drop(terminal);
     let written = report(&run, config);
     messages(&run, config);
+    if let Some(why) = unrecorded {
+        let summary = text::summary(&run, config);
+        say(format_args!("the work is done ({summary}), but {why}"));
+        return Ok(ExitStatus::Impossible);
+    }
     match written {
         // The reader has seen enough; what was done is done, and the status still says how it went.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}

@@ -3,12 +3,14 @@
 mod selection;
 mod values;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, ColorChoice, Parser, Subcommand};
 
 pub use selection::Selection;
 
+use crate::audit;
 use crate::injector::MethodName;
 
 const AFTER_HELP: &str = "\
@@ -80,6 +82,14 @@ pub struct Acting {
     /// Act on at most N sockets, the oldest first
     #[arg(long, value_name = "N", value_parser = values::kills)]
     pub max_kills: Option<usize>,
+
+    /// Record every act there: journald, stderr or none [default: journald when run by systemd, else stderr with -v]
+    #[arg(long, value_name = "WHERE", value_parser = values::log_target)]
+    pub log: Option<audit::Target>,
+
+    /// Append a JSON line for every act to this file
+    #[arg(long, value_name = "PATH")]
+    pub log_file: Option<PathBuf>,
 }
 
 /// The form of the results.

@@ -1,5 +1,6 @@
 //! Drives the built `cwkill` in the harness and looks at the kernel from outside, with `ss`.
 
+mod audit;
 mod chaos;
 mod cli;
 mod closing;
@@ -51,6 +52,7 @@ fn main() -> std::process::ExitCode {
         ("facts", facts::CASES),
         ("chaos", chaos::CASES),
         ("least_privilege", least_privilege::CASES),
+        ("audit", audit::CASES),
     ];
     let mut groups = groups.to_vec();
     if whose::possible() {
