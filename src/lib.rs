@@ -13,6 +13,7 @@
 //! - [`pipeline`]: all of the above as two calls
 //! - [`audit`]: the log of what was done
 //! - [`report`]: table, JSON and exit status, from a finished run
+//! - [`doctor`]: what works here
 //! - [`tcp`]: states and address pairs
 //! - `sys`: every `unsafe`
 
@@ -20,6 +21,7 @@ pub mod audit;
 pub mod cli;
 pub mod config;
 pub mod diagnosis;
+pub mod doctor;
 pub mod expression;
 pub mod finder;
 pub mod injector;

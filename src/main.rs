@@ -10,9 +10,12 @@ use anyhow::Context;
 use clap::{ColorChoice, Parser};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use caps::CapsHashSet;
 use cwkill::audit::Audit;
-use cwkill::cli::Cli;
+use cwkill::cli::{Cli, Command, DoctorArgs};
 use cwkill::config::{Action, Config, Format};
+use cwkill::doctor;
+use cwkill::finder::netns::Which;
 use cwkill::finder::owners::Proc;
 use cwkill::injector::MethodName;
 use cwkill::injector::ladder::Surroundings;
@@ -21,13 +24,35 @@ use cwkill::privileges::{HOW_TO_GRANT, Need, Privileges, least};
 use cwkill::report::{ExitStatus, exit_status, json, notes, text};
 
 fn main() -> ExitCode {
-    let config = Config::from_args(Cli::parse().args).unwrap_or_else(|error| error.exit());
-    match run(&config) {
-        Ok(status) => status.into(),
-        Err(error) => {
-            say(format_args!("{error:#}"));
-            ExitStatus::Impossible.into()
+    let cli = Cli::parse();
+    let ended = match cli.command {
+        None => {
+            let config = Config::from_args(cli.args).unwrap_or_else(|error| error.exit());
+            run(&config).map(ExitCode::from)
         }
+        Some(Command::Doctor(args)) => doctor(&args),
+    };
+    ended.unwrap_or_else(|error| {
+        say(format_args!("{error:#}"));
+        ExitStatus::Impossible.into()
+    })
+}
+
+fn doctor(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
+    let mut needed = least::to_find(&Which::All);
+    needed.extend(least::to_act(&MethodName::ALL));
+    give_up_all_but(&needed);
+    let examination = doctor::examine(&Proc::default())?;
+    let mut out = BufWriter::new(io::stdout().lock());
+    let written = match args.json {
+        true => doctor::report::write_json(&examination, &mut out),
+        false => doctor::report::write_text(&examination, &mut out),
+    };
+    match written.and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write the findings")
+        }
+        _ => Ok(doctor::report::status(&examination).into()),
     }
 }
 
@@ -44,7 +69,11 @@ fn run(config: &Config) -> anyhow::Result<ExitStatus> {
         Action::Act => Audit::open(&config.log).context("nothing was done")?,
         Action::List | Action::DryRun => None,
     };
-    give_up_privileges(config);
+    let mut needed = least::to_find(&config.netns);
+    if config.action == Action::Act {
+        needed.extend(least::to_act(&config.policy.methods));
+    }
+    give_up_all_but(&needed);
     let terminal = Terminal::new(config)?;
     let proc = Proc::default();
     let mut run = pipeline::plan(config, &proc, &privileges)?;
@@ -79,16 +108,9 @@ fn run(config: &Config) -> anyhow::Result<ExitStatus> {
     Ok(exit_status(&run))
 }
 
-/// Keeps only the capabilities that this run needs.
-fn give_up_privileges(config: &Config) {
-    let mut needed = least::to_find(&config.netns);
-    if config.action == Action::Act {
-        needed.extend(least::to_act(&config.policy.methods));
-    }
-    // More rights than needed are no reason to leave the host without help.
-    if let Err(error) = least::give_up_all_but(&needed)
-        && config.format != Format::Quiet
-    {
+/// Keeps only the capabilities that are `needed`. More rights than that are no reason to leave the host without help.
+fn give_up_all_but(needed: &CapsHashSet) {
+    if let Err(error) = least::give_up_all_but(needed) {
         say(format_args!(
             "note: more privileges are held than needed: {error:#}"
         ));

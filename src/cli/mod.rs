@@ -1,5 +1,6 @@
 //! What the operator typed. Each value is parsed here; what the whole means is in [`crate::config`].
 
+mod doctor;
 mod selection;
 mod values;
 
@@ -8,6 +9,7 @@ use std::time::Duration;
 
 use clap::{ArgAction, ColorChoice, Parser, Subcommand};
 
+pub use doctor::DoctorArgs;
 pub use selection::Selection;
 
 use crate::audit;
@@ -28,6 +30,11 @@ Examples:
 Exit status: 0 all matched sockets are closed (or something was listed), 1 nothing matched,
 2 wrong usage, 3 could not do the job at all, 4 some matched sockets are not closed.";
 
+const DOCTOR_HELP: &str = "\
+Tries every method on connections of its own over loopback, and touches nothing else.
+
+Exit status: 0 auto works fully, 1 in part (or it could not be tried), 2 wrong usage, 3 not at all.";
+
 /// Close TCP sockets stuck in CLOSE-WAIT without killing the process that leaks them.
 #[derive(Debug, Parser)]
 #[command(name = "cwkill", version, after_help = AFTER_HELP, max_term_width = 100)]
@@ -43,7 +50,11 @@ pub struct Cli {
 
 /// The jobs with a name.
 #[derive(Debug, Subcommand)]
-pub enum Command {}
+pub enum Command {
+    /// Tell what works here, and what to change
+    #[command(after_help = DOCTOR_HELP)]
+    Doctor(DoctorArgs),
+}
 
 /// The arguments of `cwkill` without a command.
 #[derive(Debug, clap::Args)]

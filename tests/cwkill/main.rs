@@ -4,6 +4,7 @@ mod audit;
 mod chaos;
 mod cli;
 mod closing;
+mod doctor;
 mod expressions;
 mod facts;
 mod least_privilege;
@@ -34,6 +35,11 @@ fn main() -> std::process::ExitCode {
     if std::env::var_os(AS_HARNESS).is_some() {
         return netns_harness::cli::main();
     }
+    if let Ok(what) = std::env::var(doctor::WITHOUT) {
+        let error = doctor::run_without(&what).expect_err("it has become another program");
+        eprintln!("{error:#}");
+        return std::process::ExitCode::FAILURE;
+    }
     if let Err(error) = netns_harness::init() {
         eprintln!("{error:#}");
         return std::process::ExitCode::FAILURE;
@@ -53,11 +59,13 @@ fn main() -> std::process::ExitCode {
         ("chaos", chaos::CASES),
         ("least_privilege", least_privilege::CASES),
         ("audit", audit::CASES),
+        ("doctor", doctor::CASES),
     ];
     let mut groups = groups.to_vec();
     if whose::possible() {
         groups.push(("whose", whose::CASES));
         groups.push(("users", least_privilege::USERS_CASES));
+        groups.push(("users", doctor::USERS_CASES));
     } else {
         // The gate runs as root and fails if it sees this in its first run.
         eprintln!(
