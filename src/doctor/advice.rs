@@ -157,15 +157,28 @@ fn probe(facts: &Facts, trials: &Trials) -> Row {
     );
     row.failure(owned);
     row.failure(ownerless);
-    let ownerless = Works::of(ownerless);
-    let (own, others) = row.through_owners(Works::of(owned));
+    let (owned, ownerless) = (Works::of(owned), Works::of(ownerless));
+    let (mut own, mut others) = row.through_owners(owned);
     // An owner that cannot be seen is none: its socket is asked by segments.
-    let unseen = |works, count: fn(&Facts) -> Option<Count>| match count(facts) {
-        Some(count) if count.total > 0 && count.seen == 0 => ownerless,
-        _ => works,
+    let by_segments = |count: Count, by_rule: Works| {
+        let kinds = [
+            (count.reached, owned),
+            (count.seen - count.reached, Works::No),
+            (count.total - count.seen, ownerless),
+        ];
+        let works = kinds.into_iter().filter(|(processes, _)| *processes > 0);
+        works
+            .map(|(_, works)| works)
+            .reduce(Works::and)
+            .unwrap_or(by_rule)
     };
-    let own = unseen(own, |facts| Some(facts.reach.as_ref().ok()?.same_user));
-    let others = unseen(others, |facts| Some(facts.reach.as_ref().ok()?.others));
+    if let Ok(reach) = &facts.reach {
+        own = by_segments(reach.same_user, own);
+        others = by_segments(reach.others, others);
+    }
+    if facts.hides_others() {
+        others = ownerless;
+    }
     row.build(own, others, Some(ownerless))
 }
 
@@ -315,8 +328,16 @@ impl<'a> Builder<'a> {
             _ => Works::No,
         };
         let own = judge(reach.same_user, by_rule(true));
-        let mut others = judge(reach.others, by_rule(false));
-        if let Some(value) = self.facts.hidepid.as_deref().filter(|_| !ptrace) {
+        let mut others = judge(
+            reach.others,
+            match self.facts.first_user_namespace {
+                true => by_rule(false),
+                // The capability counts for some and not for others, and there are only ours to tell by.
+                false => own,
+            },
+        );
+        if self.facts.hides_others() {
+            let value = self.facts.hidepid.as_deref().unwrap_or_default();
             self.say(
                 format!("/proc hides the processes of others (hidepid={value})"),
                 "run as root, or: mount -o remount,hidepid=0 /proc",
@@ -390,6 +411,7 @@ mod tests {
                         pid: 7,
                         comm: Some("a\u{1b}".into()),
                         same_user,
+                        seen: false,
                     })
                     .collect(),
             }),
@@ -493,6 +515,25 @@ mod tests {
         assert!(row(&advice, "destroy").change[0].contains("setcap"));
         assert_eq!(row(&advice, "probe").own, Works::Yes);
         assert_eq!(row(&advice, "probe").others, Works::No);
+    }
+
+    #[test]
+    fn a_probe_goes_by_segments_where_the_owner_is_not_seen() {
+        let seen = |seen, reached| Count {
+            total: 4,
+            seen,
+            reached,
+        };
+        for (count, works) in [
+            (seen(0, 0), Works::Yes),
+            (seen(4, 0), Works::No),
+            (seen(1, 0), Works::Partly),
+            (seen(2, 2), Works::Yes),
+        ] {
+            let facts = facts(&[Capability::CAP_NET_RAW], count, count);
+            let probe = row(&Advice::new(&facts, &trials(|_| None)), "probe");
+            assert_eq!(probe.own, works, "{count:?}");
+        }
     }
 
     #[test]

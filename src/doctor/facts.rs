@@ -95,6 +95,8 @@ pub struct Missed {
     pub comm: Option<String>,
     /// It is of our effective user.
     pub same_user: bool,
+    /// Its descriptors can be seen.
+    pub seen: bool,
 }
 
 /// How many processes there are, and what we can do with them.
@@ -142,6 +144,11 @@ impl Facts {
             capture: Capture::open().and_then(|capture| capture.watch(&[])),
             ipv6: TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok(),
         })
+    }
+
+    /// Whether /proc shows us fewer processes than there are.
+    pub fn hides_others(&self) -> bool {
+        self.hidepid.is_some() && !self.has(Capability::CAP_SYS_PTRACE)
     }
 
     /// Whether a capability is effective.
@@ -259,6 +266,7 @@ fn reach(proc: &Proc) -> io::Result<Reach> {
                 pid,
                 comm,
                 same_user,
+                seen,
             });
         }
     }

@@ -189,7 +189,7 @@ fn checks(examination: &Examination) -> Vec<Check> {
             None => check("hidepid", Some(true), "off".into()),
             Some(value) => check(
                 "hidepid",
-                Some(has(caps::Capability::CAP_SYS_PTRACE)),
+                Some(!examination.facts.hides_others()),
                 value.clone(),
             ),
         },

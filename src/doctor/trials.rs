@@ -16,7 +16,7 @@ use crate::selectors::Selectors;
 use crate::tcp::TcpState;
 
 /// How long a connection over loopback, or an answer on it, may take.
-const PATIENCE: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_secs(3);
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// What is tried on what.
