@@ -1,7 +1,7 @@
 //! The audit log: one structured record for every socket that was acted on, and one before and after them all.
 //!
 //! The log is opened, and the record that says what is about to be done is written, before anything is done; if either fails,
-//! nothing is. [`record`] builds the records; the events go through `tracing` to the [`sinks`].
+//! nothing is. [`record`] builds the records; the events go through `tracing` to the sinks.
 
 pub mod record;
 mod sinks;

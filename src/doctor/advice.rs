@@ -112,7 +112,7 @@ impl Advice {
 
 fn shutdown(facts: &Facts, trials: &Trials) -> Row {
     let tried = trials.of(MethodName::Shutdown, false, true);
-    let mut row = Builder::new(MethodName::Shutdown, facts);
+    let mut row = Builder::of(MethodName::Shutdown, facts);
     row.failure(tried);
     let (own, others) = row.through_owners(Works::of(tried));
     row.build(own, others, None)
@@ -120,14 +120,14 @@ fn shutdown(facts: &Facts, trials: &Trials) -> Row {
 
 fn destroy(facts: &Facts, trials: &Trials) -> Row {
     let tried = trials.of(MethodName::Destroy, false, true);
-    let mut row = Builder::new(MethodName::Destroy, facts);
+    let mut row = Builder::of(MethodName::Destroy, facts);
     row.failure(tried);
     let works = Works::of(tried);
     row.build(works, works, Some(works))
 }
 
 fn rst(facts: &Facts, trials: &Trials) -> Row {
-    let mut row = Builder::new(MethodName::Rst, facts);
+    let mut row = Builder::of(MethodName::Rst, facts);
     let drawn = |ipv6| trials.of(MethodName::Rst, ipv6, false);
     row.failure(drawn(false));
     let mut ownerless = Works::of(drawn(false));
@@ -150,7 +150,7 @@ fn rst(facts: &Facts, trials: &Trials) -> Row {
 }
 
 fn probe(facts: &Facts, trials: &Trials) -> Row {
-    let mut row = Builder::new(MethodName::Probe, facts);
+    let mut row = Builder::of(MethodName::Probe, facts);
     let (owned, ownerless) = (
         trials.of(MethodName::Probe, false, true),
         trials.of(MethodName::Probe, false, false),
@@ -192,16 +192,18 @@ fn name(process: &Missed) -> String {
 
 /// Gathers the reasons of one row, each once.
 struct Builder<'a> {
-    method: MethodName,
+    name: &'static str,
+    auto: bool,
     facts: &'a Facts,
     why: Vec<String>,
     change: Vec<String>,
 }
 
 impl<'a> Builder<'a> {
-    fn new(method: MethodName, facts: &'a Facts) -> Self {
+    fn of(method: MethodName, facts: &'a Facts) -> Self {
         Builder {
-            method,
+            name: method.name(),
+            auto: MethodName::AUTO.contains(&method),
             facts,
             why: Vec::new(),
             change: Vec::new(),
@@ -209,11 +211,10 @@ impl<'a> Builder<'a> {
     }
 
     fn build(self, own: Works, others: Works, ownerless: Option<Works>) -> Row {
-        let works = ownerless.into_iter().fold(own.and(others), Works::and);
         Row {
-            name: self.method.name(),
-            auto: MethodName::AUTO.contains(&self.method),
-            works,
+            name: self.name,
+            auto: self.auto,
+            works: ownerless.into_iter().fold(own.and(others), Works::and),
             own,
             others,
             ownerless,
@@ -262,7 +263,7 @@ impl<'a> Builder<'a> {
                  container or unit"
                     .into()
             }
-            ActError::NotSupported(..) if self.method == MethodName::Destroy => {
+            ActError::NotSupported(..) if self.name == MethodName::Destroy.name() => {
                 "a kernel with CONFIG_INET_DIAG_DESTROY=y; rst does the same without it".into()
             }
             ActError::NotSupported(..) => {
@@ -572,7 +573,7 @@ mod tests {
             &facts(&ALL, count(5, 5), count(9, 9)),
             &trials(|subject| {
                 let drawn = subject.method == MethodName::Rst && !subject.owned;
-                drawn.then(|| Tried::Failed(ActError::NoAck(None)))
+                drawn.then_some(Tried::Failed(ActError::NoAck(None)))
             }),
         );
         let rst = row(&advice, "rst");

@@ -48,9 +48,10 @@ pub fn give_up_all_but(needed: &CapsHashSet) -> anyhow::Result<()> {
     let read = |set| caps::read(None, set).with_context(|| format!("cannot read the {set:?} set"));
     let permitted = read(CapSet::Permitted)?;
     // First of all, while CAP_SETPCAP is there; without it the set stays, and no_new_privs makes it harmless.
-    if read(CapSet::Effective)?.contains(&Capability::CAP_SETPCAP) {
-        caps::clear(None, CapSet::Bounding).context("cannot clear the bounding set")?;
-    }
+    let bounding = match read(CapSet::Effective)?.contains(&Capability::CAP_SETPCAP) {
+        true => caps::clear(None, CapSet::Bounding),
+        false => Ok(()),
+    };
     let drop_to = |set, keep: &CapsHashSet| {
         caps::set(None, set, keep).with_context(|| format!("cannot reduce the {set:?} set"))
     };
@@ -63,7 +64,8 @@ pub fn give_up_all_but(needed: &CapsHashSet) -> anyhow::Result<()> {
         drop_to(CapSet::Effective, &keep(&read(CapSet::Effective)?))?;
         drop_to(CapSet::Permitted, &keep(&permitted))?;
     }
-    drop_to(CapSet::Inheritable, &CapsHashSet::new())
+    drop_to(CapSet::Inheritable, &CapsHashSet::new())?;
+    bounding.context("cannot clear the bounding set")
 }
 
 #[cfg(test)]

@@ -35,6 +35,7 @@ pub const CASES: &[Case] = &[
         "it_agrees_with_the_methods_in_a_user_namespace",
         user_namespace,
     ),
+    Once("without_a_list_of_sockets_nothing_works", blind),
     Once("a_loopback_that_is_down_is_named", loopback_down),
     Once(
         "a_privilege_that_is_missing_is_named",
@@ -63,6 +64,8 @@ pub const WITHOUT: &str = "CWKILL_TESTS_WITHOUT";
 /// Runs the arguments under the filter that `what` names.
 pub fn run_without(what: &str) -> Result<()> {
     const AF_PACKET: u64 = libc::AF_PACKET as u64;
+    const AF_NETLINK: u64 = libc::AF_NETLINK as u64;
+    const CAPBSET_DROP: u64 = libc::PR_CAPBSET_DROP as u64;
     let (call, errno, rules) = match what {
         // As an old kernel, and as a container's filter.
         "pidfd_getfd: ENOSYS" => (libc::SYS_pidfd_getfd, libc::ENOSYS, vec![]),
@@ -74,6 +77,24 @@ pub fn run_without(what: &str) -> Result<()> {
                 libc::SYS_socket,
                 libc::EAFNOSUPPORT,
                 vec![SeccompRule::new(vec![family])?],
+            )
+        }
+        "netlink" => {
+            let family =
+                SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, AF_NETLINK)?;
+            (
+                libc::SYS_socket,
+                libc::EPROTONOSUPPORT,
+                vec![SeccompRule::new(vec![family])?],
+            )
+        }
+        "PR_CAPBSET_DROP" => {
+            let drop =
+                SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, CAPBSET_DROP)?;
+            (
+                libc::SYS_prctl,
+                libc::EPERM,
+                vec![SeccompRule::new(vec![drop])?],
             )
         }
         other => bail!("no such filter: {other}"),
@@ -91,6 +112,16 @@ pub fn run_without(what: &str) -> Result<()> {
         .args(arguments)
         .exec();
     Err(error.into())
+}
+
+/// The program, to be run under a filter; its arguments follow.
+pub fn without<'a>(lab: &'a Lab, what: &str) -> Result<HostCommand<'a>> {
+    let ourselves = std::env::current_exe()?;
+    Ok(lab
+        .app_host()
+        .command(ourselves)
+        .env(WITHOUT, what)
+        .arg(CWKILL))
 }
 
 /// Whom the sockets belong to that a method is tried on.
@@ -282,15 +313,13 @@ fn capabilities() -> Result<()> {
 }
 
 fn filtered() -> Result<()> {
-    let ourselves = std::env::current_exe()?;
     for (filter, text) in [
         ("pidfd_getfd: ENOSYS", "Linux 5.6"),
         ("pidfd_getfd: EPERM", "seccomp"),
         ("packet sockets", ""),
     ] {
         let findings = agree(Family::V4, OURS, &|lab, arguments| {
-            let command = lab.app_host().command(&ourselves).env(WITHOUT, filter);
-            plain(command.arg(CWKILL), arguments)
+            plain(without(lab, filter)?, arguments)
         })
         .with_context(|| filter.to_owned())?;
         match filter {
@@ -305,6 +334,20 @@ fn filtered() -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+fn blind() -> Result<()> {
+    let lab = Lab::new()?;
+    let without = |arguments: &[&str]| plain(without(&lab, "netlink")?, arguments);
+    let ran = without(&["doctor", "--json"])?.exits(3)?;
+    same(&at(&ran.json()?, "/auto"), &"no".into())?;
+    let text = without(&["doctor"])?.exits(3)?.stdout;
+    ensure!(
+        text.contains("sock_diag") && text.contains("auto does not work here"),
+        "{text}"
+    );
+    without(&["--all"])?.exits(3)?;
     Ok(())
 }
 

@@ -29,6 +29,7 @@ pub const CASES: &[Case] = &[
         "a_neighbour_with_the_same_capabilities_lets_it_in",
         neighbour,
     ),
+    Once("what_cannot_be_given_up_is_told_and_the_work_done", refused),
 ];
 
 /// Those that need a second user.
@@ -223,5 +224,15 @@ fn neighbour() -> Result<()> {
     )?;
     with(&lab, None, &[], "--all --method shutdown")?.exits(4)?;
     with(&lab, None, &[BIND], "--all --method shutdown")?.exits(0)?;
+    Ok(())
+}
+
+/// As under a filter of system calls that knows better.
+fn refused() -> Result<()> {
+    let (lab, _leak) = lab("silent-peer", Family::V4, 1)?;
+    let command = crate::doctor::without(&lab, "PR_CAPBSET_DROP")?;
+    let ran = ran(command.args(["--all", "--method", "destroy"]))?.exits(0)?;
+    ran.complains("more privileges are held than needed: cannot clear the bounding set")?;
+    ensure!(in_state(&lab, TcpState::CloseWait)? == 0);
     Ok(())
 }
