@@ -201,9 +201,14 @@ struct Builder<'a> {
 
 impl<'a> Builder<'a> {
     fn of(method: MethodName, facts: &'a Facts) -> Self {
+        Self::new(method.name(), MethodName::AUTO.contains(&method), facts)
+    }
+
+    /// For what is no method of the ladder, too.
+    fn new(name: &'static str, auto: bool, facts: &'a Facts) -> Self {
         Builder {
-            name: method.name(),
-            auto: MethodName::AUTO.contains(&method),
+            name,
+            auto,
             facts,
             why: Vec::new(),
             change: Vec::new(),

@@ -11,7 +11,8 @@ use crate::support::{CWKILL, PATIENCE, Ran, at, count, in_state, lab, leaker, ra
 
 use Capability::{
     CAP_DAC_READ_SEARCH as SEARCH, CAP_NET_ADMIN as ADMIN, CAP_NET_BIND_SERVICE as BIND,
-    CAP_NET_RAW as RAW, CAP_SYS_ADMIN as SYS_ADMIN, CAP_SYS_PTRACE as PTRACE,
+    CAP_NET_RAW as RAW, CAP_SETPCAP as SETPCAP, CAP_SYS_ADMIN as SYS_ADMIN,
+    CAP_SYS_PTRACE as PTRACE,
 };
 
 pub const CASES: &[Case] = &[
@@ -170,6 +171,8 @@ fn held() -> Result<()> {
         let mut child = lab
             .app_host()
             .command(CWKILL)
+            // In all five sets, and more than any job needs.
+            .capabilities(&[PTRACE, SEARCH, ADMIN, RAW, SYS_ADMIN, BIND, SETPCAP])
             .args(["--all", "--grace", "60s", "--method", method])
             .stdout(Stdio::null())
             .stderr(Stdio::null())
