@@ -147,9 +147,8 @@ impl Audit {
     /// What could not be written so far. The layer for the journal keeps its errors to itself, so whether there still is one is
     /// asked anew.
     fn losses(&self) -> Option<String> {
-        let journal = || tracing_journald::Layer::new().err();
         if self.journald
-            && let Some(error) = journal()
+            && let Err(error) = tracing_journald::Layer::new()
         {
             return Some(format!(
                 "the journal does not take records any more: {error}"

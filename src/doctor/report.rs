@@ -151,9 +151,9 @@ fn checks(examination: &Examination) -> Vec<Check> {
             names.join(" ")
         }
     };
-    let processes = |count: Count| {
+    let processes = |name, count: Count| {
         check(
-            "",
+            name,
             Some(count.reached == count.total),
             format!(
                 "{} of {} can be reached into; {} can be seen as owners",
@@ -221,17 +221,10 @@ fn checks(examination: &Examination) -> Vec<Check> {
         },
     ];
     match reach {
-        Ok(reach) => {
-            for (name, count) in [
-                ("this user's processes", reach.same_user),
-                ("others' processes", reach.others),
-            ] {
-                checks.push(Check {
-                    name,
-                    ..processes(count)
-                });
-            }
-        }
+        Ok(reach) => checks.extend([
+            processes("this user's processes", reach.same_user),
+            processes("others' processes", reach.others),
+        ]),
         Err(error) => checks.push(check("processes", Some(false), error.clone())),
     }
     checks
