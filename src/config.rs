@@ -5,6 +5,7 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{ColorChoice, CommandFactory};
 
+use crate::audit;
 use crate::cli::{Acting, Args, Cli, MethodChoice, Output, Selection};
 use crate::expression::{self, Expression, Services, States};
 use crate::finder::netns::Which;
@@ -54,6 +55,8 @@ pub struct Config {
     pub grace: Duration,
     /// How long to watch for new stuck sockets after the act.
     pub watch_refill: Option<Duration>,
+    /// Where acts are recorded.
+    pub log: audit::Wanted,
     /// The form of the results.
     pub format: Format,
     /// Leave out the header of the table.
@@ -136,6 +139,11 @@ impl Config {
             },
             grace: acting.grace.unwrap_or(DEFAULT_GRACE),
             watch_refill: acting.watch_refill,
+            log: audit::Wanted {
+                target: acting.log,
+                file: acting.log_file,
+                verbose: output.verbose,
+            },
             format: output.format(),
             no_header: output.no_header,
             verbose: output.verbose,
@@ -229,6 +237,8 @@ impl Acting {
             ("--discard-unsent", self.discard_unsent),
             ("--max-kills", self.max_kills.is_some()),
             ("--watch-refill", self.watch_refill.is_some()),
+            ("--log", self.log.is_some()),
+            ("--log-file", self.log_file.is_some()),
         ]
         .into_iter()
         .find_map(|(option, given)| given.then_some(option))

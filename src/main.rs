@@ -10,31 +10,54 @@ use anyhow::Context;
 use clap::{ColorChoice, Parser};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use caps::CapsHashSet;
+use cwkill::audit::Audit;
 use cwkill::check::{self, Check, Status};
-use cwkill::cli::{CheckArgs, Cli, Command, DiagnoseArgs};
+use cwkill::cli::{CheckArgs, Cli, Command, DiagnoseArgs, DoctorArgs};
 use cwkill::config::{Action, Config, Format, Scope};
 use cwkill::diagnose;
+use cwkill::doctor;
+use cwkill::finder::netns::Which;
 use cwkill::finder::owners::Proc;
 use cwkill::injector::MethodName;
 use cwkill::injector::ladder::Surroundings;
 use cwkill::pipeline::{self, Run};
-use cwkill::privileges::{HOW_TO_GRANT, Need};
+use cwkill::privileges::{HOW_TO_GRANT, Need, Privileges, least};
 use cwkill::refill;
 use cwkill::report::{ExitStatus, exit_status, json, notes, text};
 
 fn main() -> ExitCode {
     let cli = Cli::try_parse().unwrap_or_else(|error| refuse(&error));
-    let done = match cli.command {
-        None => run(&Config::from_args(cli.args).unwrap_or_else(|error| error.exit())),
-        Some(Command::Diagnose(args)) => diagnose(args),
-        Some(Command::Check(args)) => return check(args),
-    };
-    match done {
-        Ok(status) => status.into(),
-        Err(error) => {
-            say(format_args!("{error:#}"));
-            ExitStatus::Impossible.into()
+    let ended = match cli.command {
+        None => {
+            let config = Config::from_args(cli.args).unwrap_or_else(|error| error.exit());
+            run(&config).map(ExitCode::from)
         }
+        Some(Command::Diagnose(args)) => diagnose(args).map(ExitCode::from),
+        Some(Command::Check(args)) => return check(args),
+        Some(Command::Doctor(args)) => doctor(&args),
+    };
+    ended.unwrap_or_else(|error| {
+        say(format_args!("{error:#}"));
+        ExitStatus::Impossible.into()
+    })
+}
+
+fn doctor(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
+    let mut needed = least::to_find(&Which::All);
+    needed.extend(least::to_act(&MethodName::ALL));
+    give_up_all_but(&needed);
+    let examination = doctor::examine(&Proc::default())?;
+    let mut out = BufWriter::new(io::stdout().lock());
+    let written = match args.json {
+        true => doctor::report::write_json(&examination, &mut out),
+        false => doctor::report::write_text(&examination, &mut out),
+    };
+    match written.and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write the findings")
+        }
+        _ => Ok(doctor::report::status(&examination).into()),
     }
 }
 
@@ -66,6 +89,7 @@ fn check(args: CheckArgs) -> ExitCode {
             for note in &check.scope.notes {
                 say(format_args!("note: {note}"));
             }
+            give_up_all_but(&least::to_find(&check.scope.netns));
             check::run(&check, &Proc::default())
                 .unwrap_or_else(|error| check::unknown(&format!("{error:#}")))
         }
@@ -88,6 +112,7 @@ fn diagnose(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
     for note in &scope.notes {
         say(format_args!("note: {note}"));
     }
+    give_up_all_but(&least::to_find(&scope.netns));
     let sample = sample.unwrap_or(diagnose::SAMPLE);
     if io::stderr().is_terminal() {
         let time = refill::seconds(sample);
@@ -128,8 +153,29 @@ fn run(config: &Config) -> anyhow::Result<ExitStatus> {
             say(format_args!("note: {note}"));
         }
     }
+    // What may be planned is told by what was granted, also where nothing of it is used.
+    let privileges = Privileges::of_this_thread()?;
+    // Where only root may write: before anything is given up.
+    let audit = match config.action {
+        Action::Act => Audit::open(&config.log).context("nothing was done")?,
+        Action::List | Action::DryRun => None,
+    };
+    let mut needed = least::to_find(&config.netns);
+    if config.action == Action::Act {
+        needed.extend(least::to_act(&config.policy.methods));
+    }
+    give_up_all_but(&needed);
     let mut terminal = Terminal::new(config)?;
-    let mut run = pipeline::run(config, &Proc::default(), &terminal)?;
+    let proc = Proc::default();
+    let mut run = pipeline::plan(config, &proc, &privileges)?;
+    // A run that has nothing to do leaves no record.
+    let audit = audit.filter(|_| !run.plans.is_empty());
+    if let Some(audit) = &audit {
+        audit.begin(&run).context("nothing was done")?;
+    }
+    pipeline::carry_out(&mut run, config, &proc, &privileges, &terminal);
+    // Ctrl-C does not come between the work and its record.
+    let unrecorded = audit.and_then(|audit| audit.finish(&run));
     terminal.rest();
     // A document has room for what comes later; a person reads the results meanwhile.
     let early = config.format == Format::Json;
@@ -151,6 +197,11 @@ fn run(config: &Config) -> anyhow::Result<ExitStatus> {
         }
         (None, _) => written,
     };
+    if let Some(why) = unrecorded {
+        let summary = text::summary(&run, config);
+        say(format_args!("the work is done ({summary}), but {why}"));
+        return Ok(ExitStatus::Impossible);
+    }
     match written {
         // The reader has seen enough; what was done is done, and the status still says how it went.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
@@ -198,6 +249,15 @@ fn watch(run: &mut Run, config: &Config, terminal: &mut Terminal) -> Option<Stri
             ));
             None
         }
+    }
+}
+
+/// Keeps only the capabilities that are `needed`. More rights than that are no reason to leave the host without help.
+fn give_up_all_but(needed: &CapsHashSet) {
+    if let Err(error) = least::give_up_all_but(needed) {
+        say(format_args!(
+            "note: more privileges are held than needed: {error:#}"
+        ));
     }
 }
 

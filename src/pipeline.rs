@@ -1,5 +1,5 @@
-//! The pipeline: find, diagnose, plan, inject, verify, as one call without a terminal, a clock or a
-//! global in it.
+//! The pipeline: find, diagnose and plan as one call, inject and verify as another, without a terminal, a clock or a
+//! global in them.
 
 use std::collections::HashMap;
 use std::io;
@@ -51,28 +51,36 @@ pub struct Deed {
     pub descriptors: Option<Vec<Holding>>,
 }
 
-/// Runs the pipeline as far as `config` wants it.
+/// Finds the sockets and plans what to do with each, as far as `privileges` allow; does nothing to any.
 ///
 /// # Errors
-/// Nothing can be found at all; what happens to a single socket is in its outcome.
-pub fn run(config: &Config, proc: &Proc, surroundings: &dyn Surroundings) -> anyhow::Result<Run> {
+/// Nothing can be found at all.
+pub fn plan(config: &Config, proc: &Proc, privileges: &Privileges) -> anyhow::Result<Run> {
     let namespaces = open(&config.netns, proc)?;
     let found = find(&namespaces, proc, &config.selectors, config.owners)?;
-    let privileges = Privileges::of_this_thread()?;
-    let plans = plan::build(&found, &config.policy, &privileges);
-    let mut run = Run {
+    let plans = plan::build(&found, &config.policy, privileges);
+    Ok(Run {
         namespaces: namespaces.open,
         found,
         plans,
         deeds: None,
         refill: None,
-    };
+    })
+}
+
+/// Does what `run` plans, if `config` wants it done. What happens to a single socket is in its outcome.
+pub fn carry_out(
+    run: &mut Run,
+    config: &Config,
+    proc: &Proc,
+    privileges: &Privileges,
+    surroundings: &dyn Surroundings,
+) {
     if config.action == Action::Act {
         surroundings.begin();
-        let outcomes = act(&mut run, config, proc, &privileges, surroundings);
+        let outcomes = act(run, config, proc, privileges, surroundings);
         run.deeds = Some(account(&run.found, outcomes, proc));
     }
-    Ok(run)
 }
 
 /// Opens the namespaces that are meant.

@@ -2,17 +2,21 @@
 
 mod check;
 mod diagnose;
+mod doctor;
 mod selection;
 mod values;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, ColorChoice, Parser, Subcommand};
 
 pub use check::CheckArgs;
 pub use diagnose::DiagnoseArgs;
+pub use doctor::DoctorArgs;
 pub use selection::Selection;
 
+use crate::audit;
 use crate::injector::MethodName;
 
 const AFTER_HELP: &str = "\
@@ -29,6 +33,11 @@ Examples:
 
 Exit status: 0 all matched sockets are closed (or something was listed), 1 nothing matched,
 2 wrong usage, 3 could not do the job at all, 4 some matched sockets are not closed.";
+
+const DOCTOR_HELP: &str = "\
+Tries every method on connections of its own over loopback, and touches nothing else.
+
+Exit status: 0 auto works fully, 1 in part (or it could not be tried), 2 wrong usage, 3 not at all.";
 
 /// Close TCP sockets stuck in CLOSE-WAIT without killing the process that leaks them.
 #[derive(Debug, Parser)]
@@ -50,6 +59,9 @@ pub enum Command {
     Diagnose(DiagnoseArgs),
     /// Compare the number of stuck sockets with thresholds, as a monitoring plugin; never acts
     Check(CheckArgs),
+    /// Tell what works here, and what to change
+    #[command(after_help = DOCTOR_HELP)]
+    Doctor(DoctorArgs),
 }
 
 /// The arguments of `cwkill` without a command.
@@ -102,6 +114,14 @@ pub struct Acting {
         conflicts_with_all = ["dry_run", "quiet"]
     )]
     pub watch_refill: Option<Duration>,
+
+    /// Record every act there: journald, stderr or none [default: journald when run by systemd, else stderr with -v]
+    #[arg(long, value_name = "WHERE", value_parser = values::log_target)]
+    pub log: Option<audit::Target>,
+
+    /// Append a JSON line for every act to this file
+    #[arg(long, value_name = "PATH")]
+    pub log_file: Option<PathBuf>,
 }
 
 /// The form of the results.

@@ -9,6 +9,7 @@ use ipnet::{IpNet, Ipv4Net};
 use nix::unistd::{Uid, User};
 
 use super::MethodChoice;
+use crate::audit::Target;
 use crate::diagnosis::Cause;
 use crate::selectors::UnitName;
 use crate::tcp::TcpState;
@@ -46,6 +47,15 @@ pub(super) fn network(text: &str) -> Result<IpNet, String> {
         return Ok(Ipv4Net::new_assert(v4, length).into());
     }
     Ok(network)
+}
+
+pub(super) fn log_target(text: &str) -> Result<Target, String> {
+    match text {
+        "journald" => Ok(Target::Journald),
+        "stderr" => Ok(Target::Stderr),
+        "none" => Ok(Target::None),
+        _ => Err("give journald, stderr or none; for a file use --log-file PATH".into()),
+    }
 }
 
 pub(super) fn pid(text: &str) -> Result<i32, String> {

@@ -3,6 +3,7 @@
 //! Written as it is walked, without a tree in memory.
 
 use std::io::{self, Write};
+use std::net::SocketAddr;
 
 use nix::errno::Errno;
 use rayon::prelude::*;
@@ -112,6 +113,14 @@ fn put(value: &impl Serialize, bytes: &mut Vec<u8>) -> io::Result<()> {
     Ok(value.serialize(&mut serializer(bytes))?)
 }
 
+/// One object, without the end of a line.
+pub(crate) fn line(value: &impl Serialize) -> String {
+    let mut bytes = Vec::with_capacity(1024);
+    let written = value.serialize(&mut serializer(&mut bytes));
+    written.expect("memory takes everything, and every key is a text");
+    String::from_utf8(bytes).expect("JSON is UTF-8")
+}
+
 pub(crate) fn serializer(
     out: &mut dyn Write,
 ) -> serde_json::Serializer<&mut dyn Write, TerminalSafe> {
@@ -195,14 +204,15 @@ struct Line<'a> {
     socket: JsonSocket<'a>,
 }
 
+/// A socket, as it was found and as it ended.
 #[derive(Serialize)]
-struct JsonSocket<'a> {
+pub struct JsonSocket<'a> {
     netns: JsonNetns<'a>,
     family: &'static str,
     state: &'static str,
-    local: Endpoint,
-    peer: Endpoint,
-    cookie: String,
+    pub(crate) local: Endpoint,
+    pub(crate) peer: Endpoint,
+    pub(crate) cookie: String,
     inode: Option<u32>,
     uid: u32,
     recv_q: u32,
@@ -213,7 +223,7 @@ struct JsonSocket<'a> {
     listener: Option<JsonListener<'a>>,
     plan: Vec<&'static str>,
     left_out: Vec<LeftOut>,
-    result: Option<JsonResult>,
+    pub(crate) result: Option<JsonResult>,
 }
 
 #[derive(Serialize)]
@@ -223,9 +233,15 @@ struct JsonNetns<'a> {
 }
 
 #[derive(Serialize)]
-struct Endpoint {
+pub(crate) struct Endpoint {
     address: std::net::IpAddr,
     port: u16,
+}
+
+impl std::fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        SocketAddr::new(self.address, self.port).fmt(f)
+    }
 }
 
 #[derive(Serialize)]
@@ -261,9 +277,9 @@ struct LeftOut {
 }
 
 #[derive(Serialize)]
-struct JsonResult {
-    outcome: &'static str,
-    method: Option<&'static str>,
+pub(crate) struct JsonResult {
+    pub(crate) outcome: &'static str,
+    pub(crate) method: Option<&'static str>,
     reason: Option<String>,
     attempts: Vec<JsonAttempt>,
     /// `None`: not known, or not asked because the socket is not closed.
@@ -277,10 +293,15 @@ struct JsonAttempt {
     errno: Option<String>,
 }
 
+/// Every socket of a run, in order.
+pub(crate) fn sockets(run: &Run) -> impl Iterator<Item = JsonSocket<'_>> {
+    (0..run.found.sockets.len()).map(|at| json_socket(run, at))
+}
+
 fn json_socket(run: &Run, at: usize) -> JsonSocket<'_> {
     let (socket, plan) = (&run.found.sockets[at], &run.plans[at]);
     let deed = run.deeds.as_ref().map(|deeds| &deeds[at]);
-    let endpoint = |address: std::net::SocketAddr| Endpoint {
+    let endpoint = |address: SocketAddr| Endpoint {
         address: address.ip(),
         port: address.port(),
     };

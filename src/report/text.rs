@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use comfy_table::{Cell, CellAlignment, Color, ContentArrangement, Table, presets};
 
-use super::Tally;
 use super::escape::escape;
+use super::{Tally, sockets};
 use crate::config::{Action, Config};
 use crate::diagnosis::Cause;
 use crate::finder::cgroup::{Cgroup, unescape};
@@ -209,7 +209,7 @@ pub(crate) fn place(cgroup: &Cgroup) -> Option<String> {
 }
 
 /// The container or the unit of the first owner, or of all of them.
-fn whose(found: &Found, socket: &Socket, all: bool) -> String {
+pub(crate) fn whose(found: &Found, socket: &Socket, all: bool) -> String {
     let held = match socket.listener {
         Some(listener) => &found.listeners[listener].owners,
         None => &socket.owners,
@@ -271,6 +271,12 @@ fn left_out_text(left_out: &[(crate::injector::MethodName, LeftOut)]) -> String 
 }
 
 fn result_cell(outcome: &Outcome, verbose: bool) -> Cell {
+    let (text, color) = result(outcome, verbose);
+    Cell::new(text).fg(color)
+}
+
+/// The outcome in words, and its colour.
+pub(crate) fn result(outcome: &Outcome, verbose: bool) -> (String, Color) {
     let attempts = || {
         let failed = outcome.attempts.iter().filter_map(|attempt| {
             let error = attempt.error.as_ref()?;
@@ -291,16 +297,12 @@ fn result_cell(outcome: &Outcome, verbose: bool) -> Cell {
     if verbose && !matches!(outcome.verdict, Verdict::Failed) && !attempts().is_empty() {
         let _ = write!(text, " ({})", attempts());
     }
-    Cell::new(text).fg(color)
+    (text, color)
 }
 
 /// One line that says how it went.
 pub fn summary(run: &Run, config: &Config) -> String {
     let tally = Tally::of(run);
-    let sockets = |count| match count {
-        1 => "1 socket".to_owned(),
-        _ => format!("{count} sockets"),
-    };
     if run.deeds.is_none() {
         let close_wait = |socket: &Socket| socket.state == TcpState::CloseWait;
         let mut line = match run.found.sockets.iter().all(close_wait) {
@@ -320,22 +322,7 @@ pub fn summary(run: &Run, config: &Config) -> String {
         }
         return line;
     }
-    let mut line = format!(
-        "{} matched: {} closed",
-        sockets(tally.matched),
-        tally.closed
-    );
-    for (count, name) in [
-        (tally.closing, "closing"),
-        (tally.gone, "gone"),
-        (tally.skipped, "skipped"),
-        (tally.failed, "failed"),
-    ] {
-        if count > 0 {
-            let _ = write!(line, ", {count} {name}");
-        }
-    }
-    line
+    tally.sentence()
 }
 
 #[cfg(test)]

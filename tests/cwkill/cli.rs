@@ -39,6 +39,8 @@ const BAD: &[(&str, &str, &str)] = &[
     ("--all --max-kills many", "many", "number"),
     ("--method destroy", "--method", "--port 8080"),
     ("--max-kills 3", "--max-kills", "--all"),
+    ("--all --log syslog", "syslog", "journald"),
+    ("--log-file /tmp/x", "--log-file", "--port 8080"),
     ("--frobnicate", "--frobnicate", "--help"),
     ("--all -4 -6", "--ipv6", "--help"),
     ("--all --json --jsonl", "--jsonl", "--help"),

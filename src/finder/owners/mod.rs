@@ -270,6 +270,15 @@ impl Proc {
         Ok(pids)
     }
 
+    /// The processes that can hold descriptors, with their names where those can be read.
+    pub(crate) fn with_descriptors(&self) -> io::Result<Vec<(i32, Option<String>)>> {
+        let holds = |pid| {
+            let stat = self.stat(pid);
+            (!has_no_descriptors(&stat)).then(|| (pid, stat.ok().map(|stat| stat.comm)))
+        };
+        Ok(self.pids()?.into_iter().filter_map(holds).collect())
+    }
+
     fn look(&self, pid: i32, needless: &AtomicBool) -> io::Result<Look> {
         match self.look_inside(pid, needless) {
             Err(error) if is_end(&error) => Ok(Look::default()),
