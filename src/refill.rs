@@ -108,19 +108,24 @@ impl Refill {
         if self.new == 0 {
             return format!("none new in {time}");
         }
-        let mut line = format!("{} new in {time} from ", self.new);
-        for (index, (culprit, new)) in self.by.iter().take(NAMED).enumerate() {
-            let separator = if index == 0 { "" } else { ", " };
+        let mut line = format!("{} new in {time}", self.new);
+        let by = match config.owners {
+            true => &self.by[..],
+            // Nobody has looked.
+            false => &[],
+        };
+        for (index, (culprit, new)) in by.iter().take(NAMED).enumerate() {
+            let separator = if index == 0 { " from " } else { ", " };
             let _ = match culprit {
                 Some(Culprit { pid, comm }) => write!(line, "{separator}{}/{pid}", escape(comm)),
                 None => write!(line, "{separator}an unknown owner"),
             };
-            if self.by.len() > 1 {
+            if by.len() > 1 {
                 let _ = write!(line, " ({new})");
             }
         }
-        if self.by.len() > NAMED {
-            let _ = write!(line, " and {} more", self.by.len() - NAMED);
+        if by.len() > NAMED {
+            let _ = write!(line, " and {} more", by.len() - NAMED);
         }
         let _ = write!(line, ", {:.0} a minute", self.per_minute());
         // In other states new ones may be as they should be.

@@ -235,12 +235,14 @@ pub fn recvmmsg(socket: BorrowedFd<'_>, buf: &mut [u8], slot: usize) -> io::Resu
     // SAFETY: `headers` has `count` elements or more. Each points to one element of `parts`, and that to a slot of
     // `buf` of its own; all three live, and nothing else uses them, until the call returns.
     let ret = unsafe {
-        libc::recvmmsg(
+        // Not by the function, whose types differ from C library to C library.
+        libc::syscall(
+            libc::SYS_recvmmsg,
             socket.as_raw_fd(),
             headers.as_mut_ptr(),
             count,
             libc::MSG_DONTWAIT | libc::MSG_TRUNC,
-            std::ptr::null_mut(),
+            std::ptr::null_mut::<libc::timespec>(),
         )
     };
     let received = usize::try_from(ret).map_err(|_| io::Error::last_os_error())?;

@@ -1,9 +1,8 @@
 //! The finder: which sockets are stuck, and whose they are.
 //!
-//! [`find`] asks the kernel for the sockets ([`sock_diag`]) and /proc for the processes that hold
-//! their descriptors ([`owners`]); a connection that was never accepted gets the listener that would
-//! accept it ([`listeners`]). What a selector can judge by the socket alone is judged before
-//! anything is looked up for it.
+//! [`find`] asks the kernel for the sockets ([`sock_diag`]) and, beside that, /proc for the processes that
+//! hold descriptors ([`owners`]); a connection that was never accepted gets the listener that would
+//! accept it ([`listeners`]).
 
 pub mod cgroup;
 pub mod dead;
@@ -18,7 +17,7 @@ pub mod vitals;
 use std::collections::HashSet;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::ScopedJoinHandle;
+use std::thread::{Builder, ScopedJoinHandle};
 use std::time::Duration;
 
 use rayon::slice::ParallelSliceMut;
@@ -29,7 +28,7 @@ use crate::tcp::{TcpState, Tuple};
 
 use listeners::{Listener, Listeners};
 use netns::Netns;
-use owners::{OwnerScan, Proc, Process, Unreadable};
+use owners::{OwnerScan, Proc, Process, Trust, Unreadable};
 use sock_diag::{Cookie, DiagId, DumpError, SocketMessage};
 use view::View;
 
@@ -114,11 +113,16 @@ pub struct Found {
 pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<Found, FindError> {
     let needless = AtomicBool::new(false);
     let (seen, scan) = std::thread::scope(|scope| {
-        let scan = scope.spawn(|| proc.scan(&needless));
+        // Where no thread can be started, one comes after the other.
+        let scan = Builder::new().spawn_scoped(scope, || proc.scan(&needless));
         let seen = see(namespaces, selectors, false);
         let wanted = seen.as_ref().is_ok_and(|seen| !seen.wanted.is_empty());
         needless.store(!wanted, Ordering::Relaxed);
-        (seen, joined(scan))
+        let scan = match scan {
+            Ok(scan) => joined(scan),
+            Err(_) => proc.scan(&needless),
+        };
+        (seen, scan)
     });
     let Seen {
         mut found,
@@ -127,7 +131,13 @@ pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<
     } = seen?;
     let mut owners = match wanted.is_empty() {
         true => OwnerScan::default(),
-        false => proc.owners(scan?, &wanted)?,
+        false => {
+            let trust = match selectors.selects_owners() {
+                true => Trust::Nothing,
+                false => Trust::TheScan,
+            };
+            proc.owners(scan?, &wanted, trust)?
+        }
     };
     owners.sort_by_inode();
     // The scan may have passed a process before it got the descriptor of a socket that was listed later.

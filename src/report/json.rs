@@ -68,6 +68,7 @@ pub fn write_lines(run: &Run, out: &mut dyn Write) -> io::Result<()> {
     write_sockets(run, out, |_, socket, bytes| {
         let line = Line {
             schema_version: SCHEMA_VERSION,
+            owners_sought: run.found.owners_sought,
             socket,
         };
         put(&line, bytes)?;
@@ -200,6 +201,7 @@ struct Newcomers<'a> {
 #[derive(Serialize)]
 struct Line<'a> {
     schema_version: u32,
+    owners_sought: bool,
     #[serde(flatten)]
     socket: JsonSocket<'a>,
 }

@@ -75,10 +75,13 @@ fn descriptors(run: &Run, deeds: &[Deed]) -> Vec<String> {
     let mut open: BTreeMap<usize, usize> = BTreeMap::new();
     let mut unknown = 0;
     if !run.found.owners_sought {
-        return vec![
-            "owners were not looked for: a descriptor of a closed socket stays open until its process closes it"
-                .to_owned(),
-        ];
+        let mut pairs = run.found.sockets.iter().zip(deeds);
+        let left = pairs.any(|(socket, deed)| {
+            socket.inode.is_some() && matches!(deed.outcome.verdict, Verdict::Closed(_))
+        });
+        let note = "owners were not looked for: a descriptor of a closed socket stays open until its process \
+                    closes it";
+        return left.then(|| note.to_owned()).into_iter().collect();
     }
     for (socket, deed) in run.found.sockets.iter().zip(deeds) {
         let closed = matches!(deed.outcome.verdict, Verdict::Closed(_));

@@ -2,12 +2,12 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::stat::fstat;
 use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
+use nix::unistd::{Whence, lseek64};
 use rayon::prelude::*;
 
 use super::is_denied;
@@ -16,15 +16,13 @@ use crate::sys::{self, TargetFd};
 /// Descriptors in one unit of parallel work.
 pub(in crate::finder) const CHUNK: usize = 512;
 /// Descriptors from which a table is worth a look without a listing.
-const LARGE: usize = 8 * CHUNK;
+const LARGE: i32 = 4096;
 
 /// What a descriptor table has, or a part of it.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Table {
     /// The sockets, by inode.
     pub sockets: Vec<(u32, TargetFd)>,
-    /// Descriptors of any kind.
-    descriptors: usize,
     /// Some may not be read.
     pub denied: bool,
 }
@@ -32,25 +30,26 @@ pub(super) struct Table {
 impl Table {
     fn add(&mut self, part: Table) {
         self.sockets.extend(part.sockets);
-        self.descriptors += part.descriptors;
         self.denied |= part.denied;
     }
 }
 
 /// Reads the table in `dir`, until `needless` is set.
+///
+/// Of a large table as many numbers from 0 up as there are descriptors are tried, and only those beyond are
+/// listed: descriptors have the lowest free number, so that few are, and listing all costs a fifth more.
 pub(super) fn read_table(dir: BorrowedFd<'_>, needless: &AtomicBool) -> io::Result<Table> {
-    if let Some(open) = count(dir)?
-        && open >= LARGE
-        && let Some(table) = read_gapless(dir, open, needless)?
-    {
-        return Ok(table);
-    }
-    let fds = list_fds(dir)?;
-    let parts: Vec<Table> = fds
+    let tried = count(dir)?.unwrap_or(0);
+    let mut parts = read_numbers(dir, tried, needless)?;
+    let beyond = match tried {
+        0 => list_fds(dir)?,
+        _ => list_from(dir, tried)?,
+    };
+    let listed = beyond
         .par_chunks(CHUNK)
         .filter(|_| !needless.load(Ordering::Relaxed))
-        .map(|fds| read_sockets(dir, fds.iter().copied()))
-        .collect::<io::Result<_>>()?;
+        .map(|fds| read_sockets(dir, fds.iter().copied()));
+    parts.extend(listed.collect::<io::Result<Vec<Table>>>()?);
     Ok(gather(parts))
 }
 
@@ -62,51 +61,31 @@ fn gather(parts: Vec<Table>) -> Table {
     table
 }
 
-/// How many descriptors are open, if the kernel says (Linux 6.2: fs/proc/fd.c, proc_fd_getattr).
-fn count(dir: BorrowedFd<'_>) -> io::Result<Option<usize>> {
-    let size = usize::try_from(fstat(dir)?.st_size).unwrap_or(0);
+/// How many descriptors are open, if they are many and the kernel says so (Linux 6.2: fs/proc/fd.c,
+/// proc_fd_getattr).
+fn count(dir: BorrowedFd<'_>) -> io::Result<Option<i32>> {
+    let size = i32::try_from(fstat(dir)?.st_size).unwrap_or(0);
     // Other file systems mean something else by the size of a directory.
     Ok((size >= LARGE && fstatfs(dir)?.filesystem_type() == PROC_SUPER_MAGIC).then_some(size))
 }
 
-/// Reads a table of about `open` descriptors by counting their numbers up, since listing them first costs
-/// a fifth more. `None` if there are gaps, and the listing is the shorter way.
-///
-/// Descriptors have the lowest free number, so a large table has few gaps. It goes on past `open`
-/// descriptors until a whole chunk of numbers has none.
-fn read_gapless(
-    dir: BorrowedFd<'_>,
-    open: usize,
-    needless: &AtomicBool,
-) -> io::Result<Option<Table>> {
-    let parts: Vec<Table> = (0..open.div_ceil(CHUNK))
+/// Reads the descriptors from 0 to `end`, as far as there are any.
+fn read_numbers(dir: BorrowedFd<'_>, end: i32, needless: &AtomicBool) -> io::Result<Vec<Table>> {
+    let length = i32::try_from(CHUNK).expect("a small constant");
+    let starts: Vec<i32> = (0..end).step_by(CHUNK).collect();
+    starts
         .into_par_iter()
         .filter(|_| !needless.load(Ordering::Relaxed))
-        .map(|chunk| read_sockets(dir, numbers(chunk)))
-        .collect::<io::Result<_>>()?;
-    let mut table = gather(parts);
-    for chunk in open.div_ceil(CHUNK).. {
-        if table.denied || needless.load(Ordering::Relaxed) {
-            break;
-        }
-        if chunk * CHUNK > open + open / 8 + CHUNK {
-            return Ok(None);
-        }
-        let part = read_sockets(dir, numbers(chunk))?;
-        let end = part.descriptors == 0 && table.descriptors >= open;
-        table.add(part);
-        if end {
-            break;
-        }
-    }
-    Ok(Some(table))
+        .map(|start| read_sockets(dir, start..end.min(start + length)))
+        .collect()
 }
 
-/// The descriptor numbers of a chunk; empty past the largest number.
-fn numbers(chunk: usize) -> Range<i32> {
-    let start = i32::try_from(chunk * CHUNK).unwrap_or(i32::MAX);
-    let length = i32::try_from(CHUNK).expect("a small constant");
-    start..start.saturating_add(length)
+/// The numbers from `first` on in a `/proc/PID/fd` directory.
+///
+/// The position in the directory is the number and two, for `.` and `..` (fs/proc/fd.c, proc_readfd_common).
+fn list_from(dir: BorrowedFd<'_>, first: i32) -> io::Result<Vec<i32>> {
+    lseek64(dir, i64::from(first) + 2, Whence::SeekSet)?;
+    list_fds(dir)
 }
 
 /// The numbers in a `/proc/PID/fd` directory.
@@ -155,7 +134,6 @@ fn read_sockets(dir: BorrowedFd<'_>, fds: impl Iterator<Item = i32>) -> io::Resu
             }
             other => other?,
         };
-        table.descriptors += 1;
         table
             .sockets
             .extend(inode.map(|inode| (inode, TargetFd(fd))));
@@ -189,74 +167,58 @@ fn parse_socket_link(target: &[u8]) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::fcntl::{FcntlArg, fcntl};
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     use std::fs::File;
-    use std::os::fd::{AsFd, AsRawFd};
-    use std::os::unix::fs::symlink;
+    use std::os::fd::{AsFd, OwnedFd};
 
-    static GO_ON: AtomicBool = AtomicBool::new(false);
-
-    /// A directory with a socket for each of `fds`.
-    fn directory(fds: impl Iterator<Item = i32>) -> (tempfile::TempDir, File) {
-        let dir = tempfile::tempdir().unwrap();
-        for fd in fds {
-            let target = format!("socket:[{}]", fd + 100_000);
-            symlink(target, dir.path().join(fd.to_string())).unwrap();
-        }
-        let file = File::open(dir.path()).unwrap();
-        (dir, file)
-    }
-
-    fn gapless(dir: &File, open: usize) -> Option<usize> {
-        let table = read_gapless(dir.as_fd(), open, &GO_ON).unwrap();
-        table.map(|table| table.sockets.len())
-    }
-
-    #[test]
-    fn a_table_without_gaps_needs_no_listing() {
-        let (_dir, fd) = directory(0..5000);
-        assert_eq!(gapless(&fd, 5000), Some(5000));
-        // The process has opened and closed some since they were counted.
-        assert_eq!(gapless(&fd, 4800), Some(5000));
-    }
-
-    #[test]
-    fn small_gaps_are_passed_over() {
-        let (_dir, fd) = directory((0..5500).filter(|fd| fd % 11 != 0));
-        assert_eq!(gapless(&fd, 5000), Some(5000));
-    }
-
-    #[test]
-    fn what_lies_beyond_a_gap_takes_a_listing() {
-        let (_dir, fd) = directory((0..4999).chain([1_000_000]));
-        assert_eq!(gapless(&fd, 5000), None);
-        let (_dir, fd) = directory((0..10_000).step_by(2));
-        assert_eq!(gapless(&fd, 5000), None);
-        let table = read_table(fd.as_fd(), &GO_ON).unwrap();
-        assert_eq!(table.sockets.len(), 5000);
-    }
-
-    #[test]
-    fn a_large_table_of_a_real_process_is_the_same_both_ways() {
+    /// Many descriptors of ours with gaps, and the numbers of some sockets among them, which stay open.
+    fn hoard() -> (Vec<OwnedFd>, Vec<i32>) {
         let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-        let needed = u64::try_from(2 * LARGE).unwrap();
-        setrlimit(Resource::RLIMIT_NOFILE, soft.max(needed), hard).unwrap();
-        let held: Vec<File> = (0..LARGE + 10)
-            .map(|_| File::open("/dev/null").unwrap())
+        let limit = hard.min(20_000);
+        setrlimit(Resource::RLIMIT_NOFILE, soft.max(limit), hard).unwrap();
+        let null = File::open("/dev/null").unwrap();
+        let mut held: Vec<OwnedFd> = (0..2 * LARGE)
+            .map(|_| null.try_clone().unwrap().into())
             .collect();
+        let mut at = 0;
+        held.retain(|_| {
+            at += 1;
+            at % 7 != 0
+        });
         let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let highest = i32::try_from(limit).unwrap() - 10;
+        let copies = [0, LARGE, 2 * LARGE, highest]
+            .map(|least| fcntl(&socket, FcntlArg::F_DUPFD_CLOEXEC(least)).unwrap());
+        (held, copies.to_vec())
+    }
+
+    #[test]
+    fn a_large_table_is_read_whole() {
+        let (_held, numbers) = hoard();
         let dir = File::open("/proc/self/fd").unwrap();
-        // Kernels before 6.2 do not count them.
-        let open = count(dir.as_fd()).unwrap().unwrap_or(LARGE + 10);
-        assert!(open >= LARGE + 10);
-        let link = std::fs::read_link(format!("/proc/self/fd/{}", socket.as_raw_fd()));
-        let inode = parse_socket_link(link.unwrap().as_os_str().as_encoded_bytes());
-        let wanted = (inode.unwrap(), TargetFd(socket.as_raw_fd()));
-        let counted = read_gapless(dir.as_fd(), open, &GO_ON).unwrap().unwrap();
-        assert!(counted.sockets.contains(&wanted));
-        let listed = read_sockets(dir.as_fd(), list_fds(dir.as_fd()).unwrap().into_iter());
-        assert!(listed.unwrap().sockets.contains(&wanted));
-        drop(held);
+        let tried = count(dir.as_fd()).unwrap().expect("Linux 6.2");
+        assert!(tried >= LARGE);
+        let go_on = AtomicBool::new(false);
+        // Other tests open and close sockets meanwhile.
+        let ours = |table: Table| -> Vec<(u32, TargetFd)> {
+            let mut sockets = table.sockets;
+            sockets.retain(|(_, fd)| numbers.contains(&fd.0));
+            sockets.sort_unstable();
+            sockets
+        };
+        let listed = list_fds(dir.as_fd()).unwrap().into_iter();
+        let listed = ours(read_sockets(dir.as_fd(), listed).unwrap());
+        assert_eq!(listed.len(), 4);
+        assert_eq!(ours(read_table(dir.as_fd(), &go_on).unwrap()), listed);
+        // Whatever the count says, what lies beyond is listed.
+        for tried in [1, LARGE, tried] {
+            let mut parts = read_numbers(dir.as_fd(), tried, &go_on).unwrap();
+            let beyond = list_from(dir.as_fd(), tried).unwrap();
+            assert!(beyond.iter().all(|fd| *fd >= tried), "{tried}");
+            parts.push(read_sockets(dir.as_fd(), beyond.into_iter()).unwrap());
+            assert_eq!(ours(gather(parts)), listed, "{tried}");
+        }
     }
 
     #[test]

@@ -144,7 +144,7 @@ impl Proc {
             return Ok(OwnerScan::default());
         }
         let scan = self.scan(&AtomicBool::new(false))?;
-        self.owners(scan, &wanted)
+        self.owners(scan, &wanted, Trust::TheScan)
     }
 
     /// Reads the descriptors of all processes, until it is done or `needless` is set: what it has by then
@@ -172,17 +172,24 @@ impl Proc {
     ///
     /// # Errors
     /// As [`Proc::scan`].
-    pub fn owners(&self, scan: Scan, wanted: &HashSet<u32>) -> io::Result<OwnerScan> {
+    pub fn owners(&self, scan: Scan, wanted: &HashSet<u32>, trust: Trust) -> io::Result<OwnerScan> {
         let identify = |look: Look| -> io::Result<(Option<Owner>, Option<Unreadable>)> {
             let Some((pid, mut held)) = look.holds else {
                 return Ok((None, look.unreadable));
             };
             held.retain(|(inode, _)| wanted.contains(inode));
-            let owner = match held.is_empty() {
-                true => None,
-                false => unless_gone(self.identify(pid, held, wanted))?.flatten(),
-            };
-            Ok((owner, look.unreadable))
+            if held.is_empty() {
+                return Ok((None, look.unreadable));
+            }
+            match self.identify(pid, held, wanted, trust) {
+                Ok((owner, denied)) => {
+                    let unreadable = denied.then(|| self.unreadable(pid)).flatten();
+                    Ok((owner, look.unreadable.or(unreadable)))
+                }
+                Err(error) if is_end(&error) => Ok((None, look.unreadable)),
+                Err(error) if is_denied(&error) => Ok((None, self.unreadable(pid))),
+                Err(error) => Err(error),
+            }
         };
         let looks: Vec<_> = scan
             .looks
@@ -313,34 +320,46 @@ impl Proc {
         })
     }
 
-    /// The process that was seen to hold `held`, if it still has the first of them; otherwise the number
-    /// may have been given to another, and what it holds now counts.
+    /// The process that was seen to hold `held`, and what it holds now as far as the scan is not trusted; and
+    /// whether a part of that may no longer be read.
     fn identify(
         &self,
         pid: i32,
         mut held: Vec<(u32, TargetFd)>,
         wanted: &HashSet<u32>,
-    ) -> io::Result<Option<Owner>> {
+        trust: Trust,
+    ) -> io::Result<(Option<Owner>, bool)> {
         let process = File::open(self.root.join(pid.to_string()))?;
         let dir = open_in(process.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
-        let (inode, fd) = held[0];
-        if holding(read_socket_link(dir.as_fd(), fd.0), inode) != Holding::Open {
-            held = read_table(dir.as_fd(), &AtomicBool::new(false))?.sockets;
+        let still = |&(inode, fd): &(u32, TargetFd)| {
+            holding(read_socket_link(dir.as_fd(), fd.0), inode) == Holding::Open
+        };
+        let checked = match trust {
+            // The first tells whether the number of the process has been given to another.
+            Trust::TheScan => &held[..1],
+            Trust::Nothing => &held[..],
+        };
+        let mut denied = false;
+        if !checked.par_iter().with_min_len(CHUNK).all(still) {
+            let table = read_table(dir.as_fd(), &AtomicBool::new(false))?;
+            denied = table.denied;
+            held = table.sockets;
             held.retain(|(inode, _)| wanted.contains(inode));
             if held.is_empty() {
-                return Ok(None);
+                return Ok((None, denied));
             }
         }
-        Ok(Some((identity(process.as_fd(), pid)?, held)))
+        Ok((Some((identity(process.as_fd(), pid)?, held)), denied))
     }
 }
 
-/// Nothing if it failed because the process has ended, or may no longer be read.
-fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
-    match result {
-        Err(error) if is_end(&error) || is_denied(&error) => Ok(None),
-        other => other.map(Some),
-    }
+/// How far a scan from before the end of the dump is trusted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trust {
+    /// What a process held then it holds.
+    TheScan,
+    /// Every descriptor is looked at again: the owners decide what is acted on.
+    Nothing,
 }
 
 /// The process behind `process`, the directory of number `pid`.

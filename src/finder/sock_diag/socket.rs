@@ -246,15 +246,18 @@ impl SockDiag {
     /// Empties the receive queue. The kernel answers inside send(), so what is not there now was lost
     /// to a full queue.
     fn take_answers(&mut self, first: u32, answers: &mut [Option<Frame>]) -> io::Result<()> {
+        // The fewer, the longer each may be.
+        let room = self.buffer.len() / answers.len().max(1);
         while answers.iter().any(Option::is_none) {
-            let lengths = match sys::recvmmsg(self.socket.as_fd(), &mut self.buffer, ANSWER) {
+            let lengths = match sys::recvmmsg(self.socket.as_fd(), &mut self.buffer, room) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => continue,
                 other => other?,
             };
-            for (slot, length) in self.buffer.chunks(ANSWER).zip(lengths) {
-                let datagram = slot.get(..length).ok_or_else(|| too_long(length))?;
+            for (slot, length) in self.buffer.chunks(room).zip(lengths) {
+                // One that does not fit is lost.
+                let datagram = slot.get(..length).unwrap_or_default();
                 for framed in codec::frames(datagram) {
                     let framed = framed.map_err(|Malformed(what)| io::Error::other(what))?;
                     let place = usize::try_from(framed.sequence.wrapping_sub(first))
@@ -309,13 +312,11 @@ fn receive<'b>(socket: &Socket, buffer: &'b mut [u8]) -> io::Result<&'b [u8]> {
             other => break other?,
         }
     };
-    buffer.get(..length).ok_or_else(|| too_long(length))
-}
-
-fn too_long(length: usize) -> io::Error {
-    io::Error::other(format!(
-        "a datagram of {length} bytes does not fit the receive buffer"
-    ))
+    buffer.get(..length).ok_or_else(|| {
+        io::Error::other(format!(
+            "a datagram of {length} bytes does not fit the receive buffer"
+        ))
+    })
 }
 
 /// What a datagram did to a dump.
