@@ -17,7 +17,7 @@
 //! - [`report`]: table, JSON and exit status, from a finished run
 //! - [`doctor`]: what works here
 //! - [`tcp`]: states and address pairs
-//! - `sys`: every `unsafe`
+//! - [`threads`]: several of them, or none; `sys`: every `unsafe`
 
 pub mod audit;
 pub mod check;
@@ -38,3 +38,4 @@ pub mod report;
 pub mod selectors;
 mod sys;
 pub mod tcp;
+pub mod threads;

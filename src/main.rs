@@ -25,9 +25,13 @@ use cwkill::pipeline::{self, Run};
 use cwkill::privileges::{HOW_TO_GRANT, Need, Privileges, least};
 use cwkill::refill;
 use cwkill::report::{ExitStatus, exit_status, json, notes, text};
+use cwkill::threads;
 
 fn main() -> ExitCode {
     let cli = Cli::try_parse().unwrap_or_else(|error| refuse(&error));
+    if let Err(error) = threads::prepare() {
+        say(format_args!("note: {error}"));
+    }
     let ended = match cli.command {
         None => {
             let config = Config::from_args(cli.args).unwrap_or_else(|error| error.exit());
@@ -335,7 +339,8 @@ impl Terminal {
         let (running, ended) = mpsc::channel::<()>();
         if config.format != Format::Quiet && io::stderr().is_terminal() {
             let progress = progress.clone();
-            std::thread::spawn(move || {
+            // Without a thread there is no progress to be seen.
+            let _ = std::thread::Builder::new().spawn(move || {
                 if ended.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
                     progress.set_draw_target(ProgressDrawTarget::stderr());
                     progress.enable_steady_tick(Duration::from_millis(100));

@@ -20,6 +20,7 @@ use crate::plan::{self, Plan};
 use crate::privileges::Privileges;
 use crate::refill::Refill;
 use crate::selectors::Selectors;
+use crate::threads;
 
 /// Sockets of one namespace that are worth a second crew.
 const CREW: usize = 2048;
@@ -162,27 +163,13 @@ fn act(
             .and_then(|report| report)
             .unwrap_or_else(|error| unknown(&run.plans, members, "preparing", error.raw_os_error()))
     };
-    let mut reports = Vec::with_capacity(crews.len());
-    for some in crews.chunks(CREWS_AT_ONCE) {
-        thread::scope(|scope| {
-            let workers: Vec<_> = some
-                .iter()
-                .map(|crew| (crew, scope.spawn(|| work(crew))))
-                .collect();
-            // What the other crews did is reported even if one has run into a bug of ours.
-            reports.extend(workers.into_iter().map(|(crew, worker)| {
-                let report = worker.join();
-                report.unwrap_or_else(|_| {
-                    unknown(
-                        &run.plans,
-                        crew,
-                        "a bug of cwkill, list again to see the state",
-                        None,
-                    )
-                })
-            }));
-        });
-    }
+    let reports = threads::side_by_side(&crews, CREWS_AT_ONCE, |crew| work(crew));
+    // What the other crews did is reported even if one has run into a bug of ours.
+    let bug = "a bug of cwkill, list again to see the state";
+    let report = |(crew, report): (&Vec<usize>, thread::Result<Report>)| {
+        report.unwrap_or_else(|_| unknown(&run.plans, crew, bug, None))
+    };
+    let reports: Vec<Report> = crews.iter().zip(reports).map(report).collect();
 
     let mut outcomes: Vec<Option<Outcome>> = run.plans.iter().map(|_| None).collect();
     for (crew, report) in crews.iter().zip(reports) {

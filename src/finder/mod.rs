@@ -16,6 +16,7 @@ pub mod vitals;
 
 use std::collections::HashSet;
 use std::io;
+use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{Builder, ScopedJoinHandle};
 use std::time::Duration;
@@ -25,6 +26,7 @@ use rayon::slice::ParallelSliceMut;
 use crate::diagnosis::{self, Cause};
 use crate::selectors::Selectors;
 use crate::tcp::{TcpState, Tuple};
+use crate::threads;
 
 use listeners::{Listener, Listeners};
 use netns::Netns;
@@ -114,13 +116,14 @@ pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<
     let needless = AtomicBool::new(false);
     let (seen, scan) = std::thread::scope(|scope| {
         // Where no thread can be started, one comes after the other.
-        let scan = Builder::new().spawn_scoped(scope, || proc.scan(&needless));
+        let scan = threads::are_there()
+            .then(|| Builder::new().spawn_scoped(scope, || proc.scan(&needless)));
         let seen = see(namespaces, selectors, false);
         let wanted = seen.as_ref().is_ok_and(|seen| !seen.wanted.is_empty());
         needless.store(!wanted, Ordering::Relaxed);
         let scan = match scan {
-            Ok(scan) => joined(scan),
-            Err(_) => proc.scan(&needless),
+            Some(Ok(scan)) => joined(scan),
+            Some(Err(_)) | None => proc.scan(&needless),
         };
         (seen, scan)
     });
@@ -254,9 +257,7 @@ fn see(namespaces: &[Netns], selectors: &Selectors, alone: bool) -> Result<Seen,
 
 /// What a thread brings back; its panic goes on here.
 fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
-    thread
-        .join()
-        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    thread.join().unwrap_or_else(|panic| resume_unwind(panic))
 }
 
 /// Looks into every namespace, some at a time.
@@ -268,20 +269,9 @@ fn views(namespaces: &[Netns], selectors: &Selectors, alone: bool) -> Vec<Result
             .within(look)
             .unwrap_or_else(|error| Err(FindError::Enter(error)))
     };
-    if let [only] = namespaces {
-        return vec![look(only)];
-    }
-    let mut views = Vec::with_capacity(namespaces.len());
-    for some in namespaces.chunks(NAMESPACES_AT_ONCE) {
-        std::thread::scope(|scope| {
-            let looks: Vec<_> = some
-                .iter()
-                .map(|netns| scope.spawn(|| look(netns)))
-                .collect();
-            views.extend(looks.into_iter().map(joined));
-        });
-    }
-    views
+    let views = threads::side_by_side(namespaces, NAMESPACES_AT_ONCE, look);
+    let view = |view: std::thread::Result<_>| view.unwrap_or_else(|panic| resume_unwind(panic));
+    views.into_iter().map(view).collect()
 }
 
 impl Found {
