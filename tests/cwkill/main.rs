@@ -3,6 +3,7 @@
 mod chaos;
 mod cli;
 mod closing;
+mod completions;
 mod expressions;
 mod facts;
 mod listing;
@@ -38,6 +39,7 @@ fn main() -> std::process::ExitCode {
     }
     let groups = [
         ("cli", cli::CASES),
+        ("completions", completions::CASES),
         ("listing", listing::CASES),
         ("selecting", selecting::CASES),
         ("expressions", expressions::CASES),
