@@ -11,7 +11,10 @@ use crate::cli::options;
 
 pub const CASES: &[Case] = &[
     Once("bash_completes_every_option_and_command", bash),
-    Once("zsh_and_fish_are_told_every_option_and_command", zsh_and_fish),
+    Once(
+        "zsh_and_fish_are_told_every_option_and_command",
+        zsh_and_fish,
+    ),
 ];
 
 /// As examples/completions.rs writes it.

@@ -11,6 +11,7 @@ mod namespaces;
 mod probing;
 mod races;
 mod resetting;
+mod runbooks;
 mod selecting;
 mod states;
 mod support;
@@ -51,6 +52,7 @@ fn main() -> std::process::ExitCode {
         ("namespaces", namespaces::CASES),
         ("facts", facts::CASES),
         ("chaos", chaos::CASES),
+        ("runbooks", runbooks::CASES),
     ];
     let mut groups = groups.to_vec();
     if whose::possible() {
