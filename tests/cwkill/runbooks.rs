@@ -10,24 +10,22 @@
 //! <!-- not run: why -->
 //! ```
 //!
-//! or nothing: then it goes on in the lab of the block before. The shell variable `pid` is the application, whatever
-//! number the document gives it.
+//! or nothing: then it goes on in the lab of the block before. The application's pid is [`WRITTEN_PID`] in the documents;
+//! commands take it from the shell variable `pid`, which is set by `$ pid=18754`.
 //!
 //! With CWKILL_RENEW_RUNBOOKS=1 in the environment, outputs that differ are written into the documents instead.
 
-use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use anyhow::{Context, Result, bail, ensure};
-use netns_harness::{Family, Lab, Leak};
+use netns_harness::{Family, Lab, Leak, TcpState};
 use regex::Regex;
 
 use crate::AS_HARNESS;
 use crate::Case::{self, Once};
 use crate::support::{CWKILL, PATIENCE, count, cwkill, in_state, ran};
-use netns_harness::TcpState;
 
 pub const CASES: &[Case] = &[
     Once("every_command_prints_what_is_written", documents),
@@ -44,6 +42,9 @@ const RUNBOOKS: [&str; 6] = [
     "thousands-of-close-wait.md",
     "too-many-open-files.md",
 ];
+
+/// What stands for the pid of the application in the documents, so that they do not change with every renewal.
+const WRITTEN_PID: &str = "18754";
 
 fn docs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("docs")
@@ -217,7 +218,7 @@ impl Document {
                 }
                 Part::Command { line, output } => {
                     let place = place.as_mut().context("no lab")?;
-                    let (line, printed) = place.run(programs.path(), line)?;
+                    let printed = place.run(programs.path(), line)?;
                     let same = normal(&printed) == normal(output);
                     if !same {
                         differences.push(format!(
@@ -243,7 +244,8 @@ struct Session {
     outside: Option<Lab>,
     leaks: Vec<Leak>,
     status: i32,
-    variables: BTreeMap<String, String>,
+    /// Once the document has set it.
+    pid: Option<String>,
 }
 
 impl Session {
@@ -254,17 +256,17 @@ impl Session {
             outside: scenarios.outside.then(Lab::new).transpose()?,
             leaks,
             status: 0,
-            variables: BTreeMap::new(),
+            pid: None,
         })
     }
 
-    /// Runs a command; the command as it was run, and what it printed.
-    fn run(&mut self, programs: &Path, line: &str) -> Result<(String, Vec<String>)> {
-        if line.starts_with("pid=") {
-            let app = self.leaks.first().context("no application has a pid")?;
-            let pid = app.app().pid().to_string();
-            self.variables.insert("pid".to_owned(), pid.clone());
-            return Ok((format!("pid={pid}"), Vec::new()));
+    /// Runs a command; what it printed.
+    fn run(&mut self, programs: &Path, line: &str) -> Result<Vec<String>> {
+        let pid = self.leaks.first().map(|leak| leak.app().pid().to_string());
+        if let Some(written) = line.strip_prefix("pid=") {
+            ensure!(written == WRITTEN_PID, "write pid={WRITTEN_PID}");
+            self.pid = Some(pid.context("no application has a pid")?);
+            return Ok(Vec::new());
         }
         let path = std::env::var("PATH").context("PATH")?;
         let script = format!(
@@ -274,13 +276,18 @@ impl Session {
         );
         let host = self.outside.as_ref().unwrap_or(&self.lab).app_host();
         let mut command = host.command("sh").args(["-c", &script]);
-        for (name, value) in &self.variables {
-            command = command.env(name, value);
+        if let Some(pid) = &self.pid {
+            command = command.env("pid", pid);
         }
         let ran = ran(command.env("PATH", format!("{}:{path}", programs.display())))?;
         self.status = ran.code.with_context(|| format!("killed: {ran:?}"))?;
-        let lines = ran.stdout.lines().map(|line| line.trim_end().to_owned());
-        Ok((line.to_owned(), lines.collect()))
+        let lines = ran.stdout.lines().map(|line| match &pid {
+            Some(pid) => line
+                .trim_end()
+                .replace(&format!("/{pid}"), &format!("/{WRITTEN_PID}")),
+            None => line.trim_end().to_owned(),
+        });
+        Ok(lines.collect())
     }
 }
 
