@@ -311,10 +311,11 @@ static VARIES: LazyLock<Vec<(Regex, &str)>> = LazyLock::new(|| {
         (r"\bpid=[0-9]+", "pid=PID"),
         (r#"("(?:pid|inode|age_ms|uid)": ?)[0-9]+"#, "${1}N"),
         (r#"("cookie": ?")[0-9a-f]{16}"#, "${1}COOKIE"),
-        // Peers have any port, the application has 8080.
-        (r"(10\.78\.[0-9]+\.2:)[0-9]+", "${1}PORT"),
+        // Who connects has any port, the application has 8080.
+        (r"(10\.78\.[0-9]+\.1:)8080\b", "${1}APPLICATION"),
+        (r"(10\.78\.[0-9]+\.[12]:)[0-9]+", "${1}PORT"),
         (r#"("peer":\{"address":"[^"]*","port":)[0-9]+"#, "${1}PORT"),
-        (r"\b[0-9]+(\.[0-9]+)?(ms|s|m|h)\b( [0-9]+(ms|s)\b)?", "AGE"),
+        (r"\b([0-9]+(\.[0-9]+)?(ms|[smhd]))+\b", "AGE"),
         // What is queued to a peer with a tiny window.
         (r"\b[0-9]{6,}\b", "BYTES"),
         (r"\s+", " "),
@@ -371,7 +372,7 @@ fn forgiven() -> Result<()> {
     let same = |one: &str, other: &str| normal(&[one.to_owned()]) == normal(&[other.to_owned()]);
     let row = "leaky-app/17    4  10.78.1.1:8080  10.78.1.2:5506   528ms       8       0  unread";
     for other in [
-        "leaky-app/29406  4  10.78.1.1:8080  10.78.1.2:50290  2m 3s  8  0  unread",
+        "leaky-app/29406  4  10.78.1.1:8080  10.78.1.2:50290  2m3s  8  0  unread",
         "leaky-app/1  4  10.78.1.1:8080  10.78.1.2:1  1s  8  0  unread",
     ] {
         ensure!(same(row, other), "{other}");
