@@ -50,6 +50,8 @@ pub struct Config {
     pub policy: Policy,
     /// How long a socket gets to close before the next method.
     pub grace: Duration,
+    /// How long to watch for new stuck sockets after the act.
+    pub watch_refill: Option<Duration>,
     /// The form of the results.
     pub format: Format,
     /// Leave out the header of the table.
@@ -115,6 +117,7 @@ impl Config {
                 idle_only: !min_age.is_zero(),
             },
             grace: acting.grace.unwrap_or(DEFAULT_GRACE),
+            watch_refill: acting.watch_refill,
             format: output.format(),
             no_header: output.no_header,
             verbose: output.verbose,
@@ -207,6 +210,7 @@ impl Acting {
             ("--grace", self.grace.is_some()),
             ("--discard-unsent", self.discard_unsent),
             ("--max-kills", self.max_kills.is_some()),
+            ("--watch-refill", self.watch_refill.is_some()),
         ]
         .into_iter()
         .find_map(|(option, given)| given.then_some(option))
@@ -357,6 +361,7 @@ mod tests {
             "--grace 2s",
             "--discard-unsent",
             "--max-kills 3",
+            "--watch-refill 5s",
         ] {
             let error = config(line).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{line}");

@@ -11,12 +11,16 @@
 //! - [`privileges`]: what this process may do; [`kernel`]: the version it runs on
 //! - [`injector`]: the methods, and the ladder that runs a plan and verifies it
 //! - [`pipeline`]: all of the above as one call
+//! - [`refill`]: whether new stuck sockets come after a kill
+//! - [`diagnose`]: who leaks, why, and what to look at next; [`check`]: thresholds for monitoring
 //! - [`report`]: table, JSON and exit status, from a finished run
 //! - [`tcp`]: states and address pairs
 //! - `sys`: every `unsafe`
 
+pub mod check;
 pub mod cli;
 pub mod config;
+pub mod diagnose;
 pub mod diagnosis;
 pub mod expression;
 pub mod finder;
@@ -25,6 +29,7 @@ pub mod kernel;
 pub mod pipeline;
 pub mod plan;
 pub mod privileges;
+pub mod refill;
 pub mod report;
 pub mod selectors;
 mod sys;

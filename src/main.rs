@@ -10,18 +10,26 @@ use anyhow::Context;
 use clap::{ColorChoice, Parser};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use cwkill::cli::Cli;
-use cwkill::config::{Action, Config, Format};
+use cwkill::check::{self, Check, Status};
+use cwkill::cli::{CheckArgs, Cli, Command, DiagnoseArgs};
+use cwkill::config::{Action, Config, Format, Scope};
+use cwkill::diagnose;
 use cwkill::finder::owners::Proc;
 use cwkill::injector::MethodName;
 use cwkill::injector::ladder::Surroundings;
 use cwkill::pipeline::{self, Run};
 use cwkill::privileges::{HOW_TO_GRANT, Need};
+use cwkill::refill;
 use cwkill::report::{ExitStatus, exit_status, json, notes, text};
 
 fn main() -> ExitCode {
-    let config = Config::from_args(Cli::parse().args).unwrap_or_else(|error| error.exit());
-    match run(&config) {
+    let cli = Cli::try_parse().unwrap_or_else(|error| refuse(&error));
+    let done = match cli.command {
+        None => run(&Config::from_args(cli.args).unwrap_or_else(|error| error.exit())),
+        Some(Command::Diagnose(args)) => diagnose(args),
+        Some(Command::Check(args)) => return check(args),
+    };
+    match done {
         Ok(status) => status.into(),
         Err(error) => {
             say(format_args!("{error:#}"));
@@ -30,17 +38,114 @@ fn main() -> ExitCode {
     }
 }
 
+/// Ends with a wrong command line, in the way of the command that was meant.
+fn refuse(error: &clap::Error) -> ! {
+    if error.use_stderr()
+        && std::env::args_os()
+            .nth(1)
+            .is_some_and(|first| first == "check")
+    {
+        unknown_by_usage(error);
+    }
+    error.exit()
+}
+
+/// A monitoring system reads one line of stdout, and takes status 2 for CRITICAL.
+fn unknown_by_usage(error: &clap::Error) -> ! {
+    let text = error.to_string();
+    let what = text.split("\n\n").next().unwrap_or_default();
+    let what = what.strip_prefix("error: ").unwrap_or(what);
+    let _ = error.print();
+    let _ = writeln!(io::stdout(), "{}", check::unknown(what).line);
+    std::process::exit(Status::Unknown as i32)
+}
+
+fn check(args: CheckArgs) -> ExitCode {
+    let verdict = match Check::from_args(args) {
+        Ok(check) => check::run(&check, &Proc::default())
+            .unwrap_or_else(|error| check::unknown(&format!("{error:#}"))),
+        Err(error) => unknown_by_usage(&error),
+    };
+    match writeln!(io::stdout(), "{}", verdict.line) {
+        Ok(()) => verdict.status.into(),
+        // Nobody can have read how it stands.
+        Err(_) => Status::Unknown.into(),
+    }
+}
+
+fn diagnose(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
+    let DiagnoseArgs {
+        selection,
+        sample,
+        json,
+    } = args;
+    let scope = Scope::from_args(selection).unwrap_or_else(|error| error.exit());
+    for note in &scope.notes {
+        say(format_args!("note: {note}"));
+    }
+    let sample = sample.unwrap_or(diagnose::SAMPLE);
+    if io::stderr().is_terminal() {
+        let time = refill::seconds(sample);
+        say(format_args!("looking twice, {time} apart"));
+    }
+    let diagnosis = diagnose::run(&scope, sample, &Proc::default())?;
+    let mut out = BufWriter::new(io::stdout().lock());
+    let written = match json {
+        true => diagnose::json::write(&diagnosis, &mut out),
+        false => diagnose::text::write(&diagnosis, columns(), &mut out),
+    };
+    let written = written.and_then(|()| out.flush());
+    for note in diagnosis.notes() {
+        say(format_args!("note: {note}"));
+    }
+    if diagnosis.is_partly_blind() {
+        say(format_args!("hint: {}", Need::Ptrace.purpose()));
+        say(format_args!("hint: {HOW_TO_GRANT}"));
+    }
+    match written {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+        other => other.context("cannot write the diagnosis")?,
+    }
+    Ok(diagnosis.exit_status())
+}
+
+/// The columns of the screen: COLUMNS in the environment, or those of the terminal.
+fn columns() -> Option<usize> {
+    let told = std::env::var("COLUMNS").ok();
+    let told = told.and_then(|columns| columns.parse().ok());
+    told.filter(|columns| *columns > 0)
+        .or_else(|| comfy_table::Table::new().width().map(usize::from))
+}
+
 fn run(config: &Config) -> anyhow::Result<ExitStatus> {
     if config.format != Format::Quiet {
         for note in &config.notes {
             say(format_args!("note: {note}"));
         }
     }
-    let terminal = Terminal::new(config)?;
-    let run = pipeline::run(config, &Proc::default(), &terminal)?;
-    drop(terminal);
+    let mut terminal = Terminal::new(config)?;
+    let mut run = pipeline::run(config, &Proc::default(), &terminal)?;
+    terminal.rest();
+    // A document has room for what comes later; a person reads the results meanwhile.
+    let early = config.format == Format::Json;
+    let mut line = None;
+    if early {
+        line = watch(&mut run, config, &mut terminal);
+    }
     let written = report(&run, config);
     messages(&run, config);
+    if !early {
+        line = watch(&mut run, config, &mut terminal);
+    }
+    drop(terminal);
+    let written = match (line, config.format) {
+        (Some(line), Format::Table) => written.and_then(|()| writeln!(io::stdout(), "{line}")),
+        (Some(line), _) => {
+            say(format_args!("note: {line}"));
+            written
+        }
+        (None, _) => written,
+    };
     match written {
         // The reader has seen enough; what was done is done, and the status still says how it went.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
@@ -54,6 +159,38 @@ fn run(config: &Config) -> anyhow::Result<ExitStatus> {
         other => other.context("cannot write the listing")?,
     }
     Ok(exit_status(&run))
+}
+
+/// Watches for new stuck sockets, if that is asked for and something was done, and says what came.
+fn watch(run: &mut Run, config: &Config, terminal: &mut Terminal) -> Option<String> {
+    let duration = config.watch_refill?;
+    if run.deeds.is_none() || terminal.interrupted() {
+        return None;
+    }
+    if io::stderr().is_terminal() {
+        let time = refill::seconds(duration);
+        say(format_args!(
+            "watching for new stuck sockets for {time}; Ctrl-C ends it"
+        ));
+    }
+    // Ctrl-C ends the watch, and what was seen is told.
+    terminal.begin();
+    let refill = refill::watch(run, config, duration, &Proc::default(), terminal);
+    terminal.rest();
+    match refill {
+        Ok(refill) => {
+            let line = refill.line(config);
+            run.refill = Some(refill);
+            Some(line)
+        }
+        Err(error) => {
+            let error = anyhow::Error::from(error);
+            say(format_args!(
+                "note: whether new ones came could not be seen: {error:#}"
+            ));
+            None
+        }
+    }
 }
 
 /// Writes a line to stderr; where that is closed or full there is nobody to tell.
@@ -104,8 +241,8 @@ struct Terminal {
     /// Nothing is being done to any socket.
     idle: Arc<AtomicBool>,
     progress: ProgressBar,
-    /// Closed when the run is over.
-    _running: mpsc::Sender<()>,
+    /// Closed when there is no more progress to show.
+    running: Option<mpsc::Sender<()>>,
 }
 
 /// How long a run may take before it shows progress.
@@ -144,8 +281,15 @@ impl Terminal {
                 ProgressStyle::with_template("{spinner} {msg} ({pos} sockets acted on)")
                     .expect("the template is fixed and valid"),
             ),
-            _running: running,
+            running: Some(running),
         })
+    }
+
+    /// Nothing is being done any more, until the next [`Surroundings::begin`].
+    fn rest(&mut self) {
+        self.idle.store(true, Ordering::Relaxed);
+        self.running = None;
+        self.progress.finish_and_clear();
     }
 }
 
@@ -157,8 +301,7 @@ fn is_ignored(signal: libc::c_int) -> bool {
 
 impl Drop for Terminal {
     fn drop(&mut self) {
-        self.idle.store(true, Ordering::Relaxed);
-        self.progress.finish_and_clear();
+        self.rest();
     }
 }
 

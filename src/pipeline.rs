@@ -10,14 +10,16 @@ use anyhow::Context;
 use crate::config::{Action, Config};
 use crate::diagnosis::Cause;
 use crate::finder::listeners::Listeners;
-use crate::finder::netns::{Netns, Which};
+use crate::finder::netns::{Namespaces, Netns, Which};
 use crate::finder::owners::{Holding, Proc};
 use crate::finder::sock_diag::SockDiag;
-use crate::finder::{self, Found};
+use crate::finder::{self, FindError, Found};
 use crate::injector;
 use crate::injector::ladder::{self, Outcome, Rules, Surroundings, Verdict};
 use crate::plan::{self, Plan};
 use crate::privileges::Privileges;
+use crate::refill::Refill;
+use crate::selectors::Selectors;
 
 /// Sockets of one namespace that are worth a second crew.
 const CREW: usize = 2048;
@@ -35,6 +37,8 @@ pub struct Run {
     pub plans: Vec<Plan>,
     /// What became of each; `None` when nothing was to be done.
     pub deeds: Option<Vec<Deed>>,
+    /// What came after; `None` if it was not watched.
+    pub refill: Option<Refill>,
 }
 
 /// What became of one socket.
@@ -52,20 +56,8 @@ pub struct Deed {
 /// # Errors
 /// Nothing can be found at all; what happens to a single socket is in its outcome.
 pub fn run(config: &Config, proc: &Proc, surroundings: &dyn Surroundings) -> anyhow::Result<Run> {
-    let namespaces = config
-        .netns
-        .open(proc)
-        .with_context(|| match &config.netns {
-            Which::One(text) => format!("cannot open the network namespace {text}"),
-            Which::Ours | Which::All => "cannot tell the network namespaces".into(),
-        })?;
-    let mut found = finder::find(&namespaces.open, proc, &config.selectors)?;
-    found.unreachable_namespaces += namespaces.unreachable;
-    found.untold_namespaces = namespaces.untold;
-    let unopened = namespaces
-        .failure
-        .map(|error| format!("opening it: {error}"));
-    found.namespace_failure = found.namespace_failure.or(unopened);
+    let namespaces = open(&config.netns, proc)?;
+    let found = find(&namespaces, proc, &config.selectors)?;
     let privileges = Privileges::of_this_thread()?;
     let plans = plan::build(&found, &config.policy, &privileges);
     let mut run = Run {
@@ -73,6 +65,7 @@ pub fn run(config: &Config, proc: &Proc, surroundings: &dyn Surroundings) -> any
         found,
         plans,
         deeds: None,
+        refill: None,
     };
     if config.action == Action::Act {
         surroundings.begin();
@@ -80,6 +73,35 @@ pub fn run(config: &Config, proc: &Proc, surroundings: &dyn Surroundings) -> any
         run.deeds = Some(account(&run.found, outcomes, proc));
     }
     Ok(run)
+}
+
+/// Opens the namespaces that are meant.
+///
+/// # Errors
+/// As [`Which::open`].
+pub fn open(which: &Which, proc: &Proc) -> anyhow::Result<Namespaces> {
+    which.open(proc).with_context(|| match which {
+        Which::One(text) => format!("cannot open the network namespace {text}"),
+        Which::Ours | Which::All => "cannot tell the network namespaces".into(),
+    })
+}
+
+/// Finds what matches in them, and says what could not be seen.
+///
+/// # Errors
+/// As [`finder::find`].
+pub fn find(
+    namespaces: &Namespaces,
+    proc: &Proc,
+    selectors: &Selectors,
+) -> Result<Found, FindError> {
+    let mut found = finder::find(&namespaces.open, proc, selectors)?;
+    found.unreachable_namespaces += namespaces.unreachable;
+    found.untold_namespaces = namespaces.untold;
+    let unopened = namespaces.failure.as_ref();
+    let unopened = unopened.map(|error| format!("opening it: {error}"));
+    found.namespace_failure = found.namespace_failure.or(unopened);
+    Ok(found)
 }
 
 /// What a crew brings back.

@@ -86,6 +86,35 @@ pub fn socket_option(socket: BorrowedFd<'_>, level: i32, name: i32) -> io::Resul
     }
 }
 
+/// An option of a socket that is a struct: the bytes of it that the kernel wrote into `buf`.
+///
+/// # Errors
+/// As [`socket_option`].
+pub fn socket_option_bytes<'b>(
+    socket: BorrowedFd<'_>,
+    level: i32,
+    name: i32,
+    buf: &'b mut [u8],
+) -> io::Result<&'b [u8]> {
+    let mut len = libc::socklen_t::try_from(buf.len()).unwrap_or(libc::socklen_t::MAX);
+    // SAFETY: `len` is live and writable and holds no more than the size of `buf`, which is writable for
+    // the whole call, so the kernel writes within it.
+    let ret = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            buf.as_mut_ptr().cast(),
+            &raw mut len,
+        )
+    };
+    match (ret, usize::try_from(len)) {
+        (0, Ok(written)) if written <= buf.len() => Ok(&buf[..written]),
+        (0, _) => Err(io::Error::from_raw_os_error(libc::EOVERFLOW)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Sets an integer option of a socket.
 ///
 /// # Errors
@@ -175,6 +204,30 @@ pub fn readlinkat<'b>(dir: BorrowedFd<'_>, name: &CStr, buf: &'b mut [u8]) -> io
     };
     match usize::try_from(ret) {
         Ok(written) => Ok(&buf[..written]),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Reads the extended attribute `name` of the file that `path` leads to.
+///
+/// # Errors
+/// EOPNOTSUPP, ENODATA: it has none such. ENOENT: the file is gone. EACCES: no right to look. ERANGE: `buf`
+/// is too short. Source: fs/xattr.c, path_getxattrat; getxattr(2).
+pub fn getxattr<'b>(path: &CStr, name: &CStr, buf: &'b mut [u8]) -> io::Result<&'b [u8]> {
+    // SAFETY: `path` and `name` are NUL-terminated; the pointer and the length describe `buf`, which is
+    // writable for the whole call.
+    let ret = unsafe {
+        libc::getxattr(
+            path.as_ptr(),
+            name.as_ptr(),
+            buf.as_mut_ptr().cast(),
+            buf.len(),
+        )
+    };
+    match usize::try_from(ret) {
+        // An empty buffer would be asked for the length instead.
+        Ok(written) if written <= buf.len() => Ok(&buf[..written]),
+        Ok(_) => Err(io::Error::from_raw_os_error(libc::ERANGE)),
         Err(_) => Err(io::Error::last_os_error()),
     }
 }

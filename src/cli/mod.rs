@@ -1,5 +1,7 @@
 //! What the operator typed. Each value is parsed here; what the whole means is in [`crate::config`].
 
+mod check;
+mod diagnose;
 mod selection;
 mod values;
 
@@ -7,6 +9,8 @@ use std::time::Duration;
 
 use clap::{ArgAction, ColorChoice, Parser, Subcommand};
 
+pub use check::CheckArgs;
+pub use diagnose::DiagnoseArgs;
 pub use selection::Selection;
 
 use crate::injector::MethodName;
@@ -41,7 +45,12 @@ pub struct Cli {
 
 /// The jobs with a name.
 #[derive(Debug, Subcommand)]
-pub enum Command {}
+pub enum Command {
+    /// Say who leaks, why, how fast, and what to look at next; never acts
+    Diagnose(DiagnoseArgs),
+    /// Compare the number of stuck sockets with thresholds, as a monitoring plugin; never acts
+    Check(CheckArgs),
+}
 
 /// The arguments of `cwkill` without a command.
 #[derive(Debug, clap::Args)]
@@ -80,6 +89,15 @@ pub struct Acting {
     /// Act on at most N sockets, the oldest first
     #[arg(long, value_name = "N", value_parser = values::kills)]
     pub max_kills: Option<usize>,
+
+    /// After the act, watch so long for new stuck sockets, and say how fast they come
+    #[arg(
+        long,
+        value_name = "DURATION",
+        value_parser = values::positive_duration,
+        conflicts_with_all = ["dry_run", "quiet"]
+    )]
+    pub watch_refill: Option<Duration>,
 }
 
 /// The form of the results.

@@ -145,6 +145,23 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|error| format!("{error}; give 500ms, 90s, 15m or 2h"))
 }
 
+/// A time in which something is to happen.
+pub(super) fn positive_duration(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        Duration::ZERO => Err("nothing can be seen in no time; give 500ms, 10s or 1m".into()),
+        duration => Ok(duration),
+    }
+}
+
+/// A threshold of a monitoring plugin, which is reached at so many or more.
+pub(super) fn threshold(text: &str) -> Result<u64, String> {
+    match text.parse() {
+        Ok(0) => Err("0 is always reached; give 1 or more".into()),
+        Ok(number) => Ok(number),
+        Err(_) => Err("give a whole number, 100".into()),
+    }
+}
+
 pub(super) fn method(text: &str) -> Result<MethodChoice, String> {
     match text {
         "auto" => Ok(MethodChoice::Auto),

@@ -6,12 +6,14 @@
 //! anything is looked up for it.
 
 pub mod cgroup;
+pub mod dead;
 pub mod filter;
 pub mod listeners;
 pub mod netns;
 pub mod owners;
 pub mod sock_diag;
 mod view;
+pub mod vitals;
 
 use std::collections::HashMap;
 use std::io;
@@ -250,6 +252,15 @@ impl Socket {
     /// The kernel's identity of the socket.
     pub fn cookie(&self) -> Cookie {
         self.id.cookie()
+    }
+
+    /// The process to blame, by its index in [`Found::processes`]: its first owner, or its listener's.
+    pub fn culprit(&self, found: &Found) -> Option<usize> {
+        let held = match self.listener {
+            Some(listener) => &found.listeners[listener].owners,
+            None => &self.owners,
+        };
+        held.first().map(|held| held.process)
     }
 
     /// Whether the connection runs over IPv4, on a socket of either family.

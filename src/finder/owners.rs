@@ -26,7 +26,7 @@ use crate::finder::cgroup::Cgroup;
 use crate::sys::{self, TargetFd};
 
 /// Descriptors in one unit of parallel work.
-const CHUNK: usize = 512;
+pub(super) const CHUNK: usize = 512;
 
 /// A mounted proc file system. Its root is a parameter so that tests can build one of their own.
 #[derive(Clone, Debug)]
@@ -207,7 +207,7 @@ impl Proc {
     }
 
     /// Process `pid`, which may not be read, if it can hold anything.
-    fn unreadable(&self, pid: i32) -> Option<Unreadable> {
+    pub(super) fn unreadable(&self, pid: i32) -> Option<Unreadable> {
         let stat = self.stat(pid);
         let comm = || stat.as_ref().ok().map(|stat| stat.comm.clone());
         (!has_no_descriptors(&stat)).then(|| Unreadable { pid, comm: comm() })
@@ -235,17 +235,21 @@ impl Proc {
         if fds.is_empty() {
             return Ok(look);
         }
-        let stat = File::from(open_in(process.as_fd(), c"stat", OFlag::empty())?);
-        let stat = Stat::from_read(stat).map_err(stat_error)?;
-        let process = Process {
-            pid,
-            start_time: stat.starttime,
-            comm: stat.comm,
-            cgroup: read_cgroup(process.as_fd())?,
-        };
-        look.owner = Some((process, fds));
+        look.owner = Some((identity(process.as_fd(), pid)?, fds));
         Ok(look)
     }
+}
+
+/// The process behind `process`, the directory of number `pid`.
+pub(super) fn identity(process: BorrowedFd<'_>, pid: i32) -> io::Result<Process> {
+    let stat = File::from(open_in(process, c"stat", OFlag::empty())?);
+    let stat = Stat::from_read(stat).map_err(stat_error)?;
+    Ok(Process {
+        pid,
+        start_time: stat.starttime,
+        comm: stat.comm,
+        cgroup: read_cgroup(process)?,
+    })
 }
 
 /// Whether a process holds nothing although it may not be read: a zombie, a kernel thread, or one that
@@ -259,7 +263,7 @@ fn has_no_descriptors(stat: &procfs::ProcResult<Stat>) -> bool {
     }
 }
 
-fn open_in(dir: BorrowedFd<'_>, name: &CStr, flags: OFlag) -> io::Result<OwnedFd> {
+pub(super) fn open_in(dir: BorrowedFd<'_>, name: &CStr, flags: OFlag) -> io::Result<OwnedFd> {
     let flags = flags | OFlag::O_RDONLY | OFlag::O_CLOEXEC;
     Ok(openat(dir, name, flags, Mode::empty())?)
 }
@@ -289,7 +293,7 @@ fn stat_error(error: procfs::ProcError) -> io::Error {
 }
 
 /// The numbers in a `/proc/PID/fd` directory.
-fn list_fds(dir: BorrowedFd<'_>) -> io::Result<Vec<i32>> {
+pub(super) fn list_fds(dir: BorrowedFd<'_>) -> io::Result<Vec<i32>> {
     let mut fds = Vec::new();
     let mut buffer = vec![0; 32 * 1024];
     loop {
@@ -367,17 +371,17 @@ fn unreadable_holding(error: &io::Error) -> Holding {
 }
 
 /// The process or the descriptor is gone.
-fn is_end(error: &io::Error) -> bool {
+pub(super) fn is_end(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
 }
 
 /// We may not look.
-fn is_denied(error: &io::Error) -> bool {
+pub(super) fn is_denied(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM))
 }
 
 /// The inode of the socket that descriptor `fd` in `dir` refers to; `None` if it is no socket.
-fn read_socket_link(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<u32>> {
+pub(super) fn read_socket_link(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<u32>> {
     // Longer targets are paths, of which the first bytes already say that they are no socket.
     let mut target = [0; 32];
     let mut name = [0; 12];

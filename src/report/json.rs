@@ -11,11 +11,12 @@ use serde_json::ser::Formatter;
 
 use super::Tally;
 use super::escape::is_unsafe;
-use crate::finder::owners::Holding;
+use crate::finder::owners::{Holding, Process};
 use crate::finder::{Found, Held, Socket};
 use crate::injector::ladder::Verdict;
 use crate::pipeline::{Deed, Run};
 use crate::plan::Plan;
+use crate::refill::Refill;
 
 const SCHEMA_VERSION: u32 = 1;
 
@@ -35,6 +36,7 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
         untold_namespaces: run.found.untold_namespaces,
         undecided: run.found.undecided,
         summary: Tally::of(run),
+        refill: run.refill.as_ref().map(json_refill),
     };
     document.serialize(&mut serializer(out))?;
     out.write_all(b"\n")
@@ -56,13 +58,15 @@ pub fn write_lines(run: &Run, out: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
-fn serializer(out: &mut dyn Write) -> serde_json::Serializer<&mut dyn Write, TerminalSafe> {
+pub(crate) fn serializer(
+    out: &mut dyn Write,
+) -> serde_json::Serializer<&mut dyn Write, TerminalSafe> {
     serde_json::Serializer::with_formatter(out, TerminalSafe)
 }
 
 /// Compact JSON in which no name of another process can move the cursor of a terminal: what JSON
 /// itself does not escape (DEL, the C1 controls, marks that reorder text) is escaped too.
-struct TerminalSafe;
+pub(crate) struct TerminalSafe;
 
 impl Formatter for TerminalSafe {
     fn write_string_fragment<W: Write + ?Sized>(
@@ -106,6 +110,22 @@ struct Document<'a> {
     untold_namespaces: usize,
     undecided: usize,
     summary: Tally,
+    refill: Option<JsonRefill<'a>>,
+}
+
+#[derive(Serialize)]
+struct JsonRefill<'a> {
+    seconds: f64,
+    new: usize,
+    per_minute: f64,
+    by: Vec<Newcomers<'a>>,
+}
+
+#[derive(Serialize)]
+struct Newcomers<'a> {
+    pid: Option<i32>,
+    comm: Option<&'a str>,
+    new: usize,
 }
 
 #[derive(Serialize)]
@@ -170,7 +190,7 @@ struct Owner<'a> {
 }
 
 #[derive(Serialize)]
-struct JsonContainer<'a> {
+pub(crate) struct JsonContainer<'a> {
     runtime: &'static str,
     id: Option<&'a str>,
     name: Option<&'a str>,
@@ -269,6 +289,23 @@ fn json_socket<'a>(
     }
 }
 
+fn json_refill(refill: &Refill) -> JsonRefill<'_> {
+    JsonRefill {
+        seconds: refill.watched.as_secs_f64(),
+        new: refill.new,
+        per_minute: refill.per_minute(),
+        by: refill
+            .by
+            .iter()
+            .map(|(culprit, new)| Newcomers {
+                pid: culprit.as_ref().map(|culprit| culprit.pid),
+                comm: culprit.as_ref().map(|culprit| culprit.comm.as_str()),
+                new: *new,
+            })
+            .collect(),
+    }
+}
+
 /// Gathers the descriptors of each process; `held` is ordered by process.
 fn owners<'a>(found: &'a Found, held: &[Held]) -> Vec<Owner<'a>> {
     let same = |a: &Held, b: &Held| a.process == b.process;
@@ -280,19 +317,21 @@ fn owners<'a>(found: &'a Found, held: &[Held]) -> Vec<Owner<'a>> {
                 comm: &process.comm,
                 fds: of_one.iter().map(|held| held.fd.0).collect(),
                 unit: process.cgroup.unit.as_deref(),
-                container: process
-                    .cgroup
-                    .container
-                    .as_ref()
-                    .map(|container| JsonContainer {
-                        runtime: container.runtime.name(),
-                        id: container.id.as_deref(),
-                        name: container.name.as_deref(),
-                        pod_uid: container.pod_uid.as_deref(),
-                    }),
+                container: container(process),
             }
         })
         .collect()
+}
+
+/// The container of a process, if it is in one.
+pub(crate) fn container(process: &Process) -> Option<JsonContainer<'_>> {
+    let container = process.cgroup.container.as_ref()?;
+    Some(JsonContainer {
+        runtime: container.runtime.name(),
+        id: container.id.as_deref(),
+        name: container.name.as_deref(),
+        pod_uid: container.pod_uid.as_deref(),
+    })
 }
 
 fn json_result(deed: &Deed) -> JsonResult {

@@ -198,6 +198,15 @@ fn join(parts: impl Iterator<Item = String>, separator: &str) -> String {
     parts.collect::<Vec<_>>().join(separator)
 }
 
+/// The container or the unit of a process.
+pub(crate) fn place(cgroup: &Cgroup) -> Option<String> {
+    match (&cgroup.container, &cgroup.unit) {
+        (Some(container), _) => Some(container.to_string()),
+        (None, Some(unit)) => Some(unescape(unit.strip_suffix(".service").unwrap_or(unit))),
+        (None, None) => None,
+    }
+}
+
 /// The container or the unit of the first owner, or of all of them.
 fn whose(found: &Found, socket: &Socket, all: bool) -> String {
     let held = match socket.listener {
@@ -212,14 +221,12 @@ fn whose(found: &Found, socket: &Socket, all: bool) -> String {
     let mut names: Vec<String> = Vec::new();
     for held in shown {
         let cgroup = &found.processes[held.process].cgroup;
-        let name = match (&cgroup.container, &cgroup.unit) {
-            (Some(container), _) => match &container.pod_uid {
-                Some(pod) if all => format!("{container} pod {pod}"),
-                _ => container.to_string(),
-            },
-            (None, Some(unit)) => unescape(unit.strip_suffix(".service").unwrap_or(unit)),
-            (None, None) => "-".to_owned(),
-        };
+        let mut name = place(cgroup).unwrap_or_else(|| "-".to_owned());
+        if let Some(pod) = cgroup.container.as_ref().and_then(|c| c.pod_uid.as_ref())
+            && all
+        {
+            let _ = write!(name, " pod {pod}");
+        }
         let name = escape(&name);
         if !names.contains(&name) {
             names.push(name);
@@ -232,7 +239,7 @@ fn whose(found: &Found, socket: &Socket, all: bool) -> String {
 }
 
 /// A duration in its two largest units.
-fn age(age: Duration) -> String {
+pub fn age(age: Duration) -> String {
     let seconds = age.as_secs();
     let (days, hours, minutes) = (seconds / 86_400, seconds / 3_600 % 24, seconds / 60 % 60);
     match (days, hours, minutes) {

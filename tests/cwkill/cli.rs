@@ -43,6 +43,16 @@ const BAD: &[(&str, &str, &str)] = &[
     ("--all -4 -6", "--ipv6", "--help"),
     ("--all --json --jsonl", "--jsonl", "--help"),
     ("--color blue", "blue", "never"),
+    ("--watch-refill 10s", "--watch-refill", "--port 8080"),
+    ("--all --watch-refill 0s", "0s", "10s"),
+    ("--all --watch-refill soon", "soon", "90s"),
+    ("--all -n --watch-refill 10s", "--watch-refill", "--help"),
+    ("--all -q --watch-refill 10s", "--watch-refill", "--help"),
+    ("diagnose --sample 0s", "0s", "500ms"),
+    ("diagnose --port 80x", "80x", "8080"),
+    ("diagnose --method destroy", "--method", "--help"),
+    ("diagnose --jsonl", "--jsonl", "--help"),
+    ("diagnose sport = :8O80", "column 9", ":8080"),
 ];
 
 fn bad_values() -> Result<()> {

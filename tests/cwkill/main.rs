@@ -1,15 +1,18 @@
 //! Drives the built `cwkill` in the harness and looks at the kernel from outside, with `ss`.
 
 mod chaos;
+mod check;
 mod cli;
 mod closing;
 mod completions;
+mod diagnose;
 mod expressions;
 mod facts;
 mod listing;
 mod namespaces;
 mod probing;
 mod races;
+mod refill;
 mod resetting;
 mod runbooks;
 mod selecting;
@@ -53,6 +56,9 @@ fn main() -> std::process::ExitCode {
         ("facts", facts::CASES),
         ("chaos", chaos::CASES),
         ("runbooks", runbooks::CASES),
+        ("diagnose", diagnose::CASES),
+        ("check", check::CASES),
+        ("refill", refill::CASES),
     ];
     let mut groups = groups.to_vec();
     if whose::possible() {

@@ -41,7 +41,7 @@ const ATTRIBUTE_HDR_LEN: usize = 4;
 /// `struct tcp_info`: eight one-byte fields, then u32s of which these three are the 10th, 12th and 13th.
 const TCPI_LAST_DATA_SENT: usize = 8 + 9 * 4;
 const TCPI_LAST_DATA_RECV: usize = 8 + 11 * 4;
-const TCPI_LAST_ACK_RECV: usize = 8 + 12 * 4;
+pub(in crate::finder) const TCPI_LAST_ACK_RECV: usize = 8 + 12 * 4;
 
 /// The address family a socket was made with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -1,0 +1,440 @@
+//! Dead descriptors: open descriptors of TCP sockets whose connection is over.
+//!
+//! Such a socket is in no table of the kernel, so no `ss` shows it; it costs its process a descriptor until
+//! the process closes it. What is looked for are sockets in /proc/PID/fd whose inode is in no TCP table
+//! ([`inodes_in_tables`]). That alone says little: UNIX and UDP sockets are in no TCP table either, nor is a TCP socket
+//! that was never connected, nor one in a network namespace that was not looked into. So:
+//!
+//! 1. the protocol is read from the attribute `system.sockprotoname` of the descriptor (net/socket.c,
+//!    sockfs_xattr_get), with the right that reading the link needs and no more; MPTCP has a name of its
+//!    own and is left out;
+//! 2. the state is read from TCP_INFO through a duplicate (pidfd_getfd(2)), which needs the right to
+//!    attach to the process. Without it the descriptor is [`Verdict::Unknown`], never dead.
+//!
+//! A socket that was a connection has received segments; one that was never connected, or whose
+//! connect(2) was reported as failed, has not: tcp_disconnect resets the counts (net/ipv4/tcp.c).
+//! [measured on Linux 6.18]
+
+use std::collections::HashSet;
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::stat::fstat;
+use rayon::prelude::*;
+use socket2::SockRef;
+
+use super::FindError;
+use super::netns::Netns;
+use super::owners::{self, Proc, Process, Unreadable};
+use super::sock_diag::codec::TCPI_LAST_ACK_RECV;
+use super::sock_diag::{Cookie, DumpRequest, Family, SockDiag};
+use crate::sys::{self, TargetFd};
+use crate::tcp::{StateSet, TcpState};
+
+/// `struct tcp_info` (linux/tcp.h): the state is the first byte, the count of received segments is there
+/// since Linux 4.2.
+const TCPI_STATE: usize = 0;
+const TCPI_SEGS_IN: usize = 140;
+
+/// The descriptor table of one process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Table {
+    /// The process.
+    pub process: Process,
+    /// Its open descriptors, of whatever kind.
+    pub used: usize,
+    /// Those of TCP sockets in no table that was looked into, by number.
+    pub suspects: Vec<Suspect>,
+}
+
+/// A descriptor of a TCP socket that is in no table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Suspect {
+    /// Its number in its process.
+    pub fd: TargetFd,
+    /// The socket's inode.
+    pub inode: u32,
+    /// What it is.
+    pub verdict: Verdict,
+}
+
+/// What a descriptor of a socket in no table is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The connection is over, state CLOSE: nothing can come of this descriptor any more.
+    Dead(DeadSocket),
+    /// State CLOSE, and never a connection: fresh, bound, or after a failed connect(2). Its process may
+    /// still connect it.
+    NeverConnected,
+    /// It may not be duplicated, for this reason; the socket may be any of the above, or alive in
+    /// a network namespace that was not looked into.
+    Unknown(Errno),
+}
+
+/// What the kernel still knows of a dead socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeadSocket {
+    /// Its identity.
+    pub cookie: Cookie,
+    /// Its local address, IPv4-mapped written as IPv4. The peer's is forgotten (inet_getname).
+    pub local: Option<SocketAddr>,
+    /// Time since the last acceptable segment of the peer. The connection ended later than that: an
+    /// upper bound on the time the socket has been dead.
+    pub quiet: Duration,
+}
+
+/// What [`find`] found.
+#[derive(Debug, Default)]
+pub struct DeadScan {
+    /// The processes that were wanted, by pid, with or without suspects.
+    pub tables: Vec<Table>,
+    /// Processes that may not be looked into.
+    pub unreadable: Vec<Unreadable>,
+}
+
+/// The inodes of all sockets in the TCP tables of `namespaces`.
+///
+/// # Errors
+/// A namespace cannot be entered, or gives no list.
+pub fn inodes_in_tables(namespaces: &[Netns]) -> Result<HashSet<u32>, FindError> {
+    let mut inodes = HashSet::new();
+    for netns in namespaces {
+        let dumped = netns.within(dump_inodes).map_err(FindError::Enter)?;
+        inodes.extend(dumped?);
+    }
+    Ok(inodes)
+}
+
+fn dump_inodes() -> Result<Vec<u32>, FindError> {
+    let mut diag = SockDiag::open().map_err(FindError::Open)?;
+    let mut inodes = Vec::new();
+    for family in Family::ALL {
+        let request = DumpRequest {
+            family,
+            // An entry in TIME-WAIT has no inode. The kernel's list of bound sockets in CLOSE (Linux 6.8)
+            // has dead ones as well, so it is not asked for.
+            states: StateSet::ALL.without(TcpState::TimeWait.into()),
+            info: false,
+            bytecode: &[],
+        };
+        inodes.extend(diag.dump(&request, |message| {
+            (message.inode != 0).then_some(message.inode)
+        })?);
+    }
+    Ok(inodes)
+}
+
+/// Looks into the descriptor table of every process that is `wanted`, for sockets that are not in
+/// `in_tables`.
+///
+/// What vanishes meanwhile is passed over. A connection that is made after `in_tables` was read is
+/// told from a dead one by its state.
+///
+/// # Errors
+/// The processes cannot be listed, or their files fail in a way that is neither their end nor a
+/// missing right.
+pub fn find(
+    proc: &Proc,
+    wanted: &(dyn Fn(&Process) -> bool + Sync),
+    in_tables: &HashSet<u32>,
+) -> io::Result<DeadScan> {
+    let same_pids = proc.is_of_our_pid_namespace();
+    let look = |pid: i32| -> io::Result<Option<Result<Table, Unreadable>>> {
+        match look_inside(proc, pid, same_pids, wanted, in_tables) {
+            Ok(table) => Ok(table.map(Ok)),
+            Err(error) if owners::is_end(&error) => Ok(None),
+            Err(error) if owners::is_denied(&error) => Ok(proc.unreadable(pid).map(Err)),
+            Err(error) => Err(error),
+        }
+    };
+    let looks: Vec<_> = proc
+        .pids()?
+        .into_par_iter()
+        .map(look)
+        .collect::<io::Result<_>>()?;
+    let mut scan = DeadScan::default();
+    for look in looks.into_iter().flatten() {
+        match look {
+            Ok(table) => scan.tables.push(table),
+            Err(unreadable) => scan.unreadable.push(unreadable),
+        }
+    }
+    Ok(scan)
+}
+
+fn look_inside(
+    proc: &Proc,
+    pid: i32,
+    same_pids: bool,
+    wanted: &(dyn Fn(&Process) -> bool + Sync),
+    in_tables: &HashSet<u32>,
+) -> io::Result<Option<Table>> {
+    // Stays with the process it was opened for, as in owners.
+    let dir = File::open(proc.path(&pid.to_string()))?;
+    let process = owners::identity(dir.as_fd(), pid)?;
+    if !wanted(&process) {
+        return Ok(None);
+    }
+    let fds = owners::open_in(dir.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
+    let numbers = owners::list_fds(fds.as_fd())?;
+    let missing: Vec<(TargetFd, u32)> = numbers
+        .par_chunks(owners::CHUNK)
+        .map(|numbers| in_no_table(fds.as_fd(), numbers, in_tables))
+        .collect::<io::Result<Vec<_>>>()?
+        .concat();
+    let mut suspects = Vec::new();
+    if !missing.is_empty() {
+        let pidfd = match same_pids {
+            true => open_pidfd(proc, &process),
+            false => Err(Errno::ESRCH),
+        };
+        let suspect = |&(fd, inode): &(TargetFd, u32)| {
+            if !is_tcp(proc, pid, fd)? {
+                return Ok(None);
+            }
+            let verdict = match &pidfd {
+                Ok(pidfd) => examine(pidfd.as_fd(), fd, inode),
+                Err(errno) => Some(Verdict::Unknown(*errno)),
+            };
+            Ok(verdict.map(|verdict| Suspect { fd, inode, verdict }))
+        };
+        let found: Vec<Option<Suspect>> = missing
+            .par_iter()
+            .with_min_len(owners::CHUNK)
+            .map(suspect)
+            .collect::<io::Result<_>>()?;
+        suspects = found.into_iter().flatten().collect();
+        suspects.sort_unstable_by_key(|suspect| suspect.fd);
+        // The attribute was read by the number of the process.
+        if proc.start_time(pid) != Some(process.start_time) {
+            return Ok(None);
+        }
+    }
+    Ok(Some(Table {
+        process,
+        used: numbers.len(),
+        suspects,
+    }))
+}
+
+/// Of the descriptors `numbers` in `fds`, the sockets whose inode is in no table.
+fn in_no_table(
+    fds: BorrowedFd<'_>,
+    numbers: &[i32],
+    in_tables: &HashSet<u32>,
+) -> io::Result<Vec<(TargetFd, u32)>> {
+    let mut missing = Vec::new();
+    for &number in numbers {
+        match owners::read_socket_link(fds, number) {
+            Ok(Some(inode)) if !in_tables.contains(&inode) => {
+                missing.push((TargetFd(number), inode));
+            }
+            Ok(_) => {}
+            // Closed since the directory was read.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(missing)
+}
+
+/// Whether the kernel calls the descriptor's protocol TCP.
+fn is_tcp(proc: &Proc, pid: i32, fd: TargetFd) -> io::Result<bool> {
+    let path = proc.path(&format!("{pid}/fd/{}", fd.0));
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut name = [0; 32];
+    match sys::getxattr(&path, c"system.sockprotoname", &mut name) {
+        Ok(name) => Ok(matches!(name, b"TCP\0" | b"TCPv6\0")),
+        Err(error) => match error.raw_os_error() {
+            // Closed meanwhile, or something else by now.
+            Some(libc::ENOENT | libc::EOPNOTSUPP | libc::ENODATA | libc::ERANGE) => Ok(false),
+            _ => Err(error),
+        },
+    }
+}
+
+/// A pidfd of exactly `process`.
+fn open_pidfd(proc: &Proc, process: &Process) -> Result<OwnedFd, Errno> {
+    let pidfd = sys::pidfd_open(process.pid).map_err(errno)?;
+    // Read after the pidfd was opened: it still has its number, so the pidfd is of it.
+    match proc.start_time(process.pid) == Some(process.start_time) {
+        true => Ok(pidfd),
+        false => Err(Errno::ESRCH),
+    }
+}
+
+/// Looks at a descriptor through a duplicate of it, which is closed again at once. `None`: it is no longer
+/// this socket, or the socket is alive.
+fn examine(pidfd: BorrowedFd<'_>, fd: TargetFd, inode: u32) -> Option<Verdict> {
+    let socket = match sys::pidfd_getfd(pidfd, fd) {
+        Ok(socket) => socket,
+        Err(error) => match errno(error) {
+            Errno::EBADF | Errno::ESRCH => return None,
+            other => return Some(Verdict::Unknown(other)),
+        },
+    };
+    if fstat(&socket).map(|stat| stat.st_ino) != Ok(inode.into()) {
+        return None;
+    }
+    read_verdict(socket.as_fd()).unwrap_or_else(|error| Some(Verdict::Unknown(errno(error))))
+}
+
+fn read_verdict(socket: BorrowedFd<'_>) -> io::Result<Option<Verdict>> {
+    // Longer than any tcp_info so far; a longer one is cut by the kernel.
+    let mut info = [0; 512];
+    let info = sys::socket_option_bytes(socket, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info)?;
+    let Some((state, segments, quiet)) = parse_info(info) else {
+        return Err(Errno::ENODATA.into());
+    };
+    Ok(match (state, segments) {
+        (TcpState::Close, 0) => Some(Verdict::NeverConnected),
+        (TcpState::Close, _) => {
+            let local = SockRef::from(&socket).local_addr().ok();
+            let canonical =
+                |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
+            Some(Verdict::Dead(DeadSocket {
+                cookie: Cookie(sys::socket_cookie(socket)?),
+                local: local.and_then(|address| address.as_socket()).map(canonical),
+                quiet,
+            }))
+        }
+        _ => None,
+    })
+}
+
+/// The state, the segments received and the time since the last of them in a `struct tcp_info`.
+fn parse_info(info: &[u8]) -> Option<(TcpState, u32, Duration)> {
+    let number = |at: usize| -> Option<u32> {
+        let bytes = info.get(at..at + 4)?;
+        Some(u32::from_ne_bytes(bytes.try_into().ok()?))
+    };
+    Some((
+        TcpState::from_kernel(*info.get(TCPI_STATE)?),
+        number(TCPI_SEGS_IN)?,
+        Duration::from_millis(number(TCPI_LAST_ACK_RECV)?.into()),
+    ))
+}
+
+fn errno(error: io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::finder::netns::Which;
+    use socket2::{Domain, Socket, Type};
+    use std::io::Read;
+    use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
+    use std::os::fd::AsRawFd;
+    use std::os::unix::net::UnixStream;
+
+    /// What is said of descriptors of this process.
+    fn verdicts(fds: &[BorrowedFd<'_>]) -> Vec<Option<Verdict>> {
+        let proc = Proc::default();
+        let ours = Which::Ours.open(&proc).unwrap().open;
+        let in_tables = inodes_in_tables(&ours).unwrap();
+        let own = i32::try_from(std::process::id()).unwrap();
+        let mut scan = find(&proc, &|process| process.pid == own, &in_tables).unwrap();
+        let table = scan.tables.remove(0);
+        assert!(table.used >= fds.len());
+        let verdict = |fd: &BorrowedFd<'_>| {
+            let mut suspects = table.suspects.iter();
+            suspects
+                .find(|suspect| suspect.fd.0 == fd.as_raw_fd())
+                .map(|suspect| suspect.verdict)
+        };
+        fds.iter().map(verdict).collect()
+    }
+
+    /// A connection over `listener`, whose accepted end has seen a reset.
+    fn reset(listener: &TcpListener) -> TcpStream {
+        let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut accepted, _) = listener.accept().unwrap();
+        SockRef::from(&peer)
+            .set_linger(Some(Duration::ZERO))
+            .unwrap();
+        drop(peer);
+        let error = accepted.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        accepted
+    }
+
+    #[test]
+    fn only_a_connection_that_is_over_is_dead() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = TcpListener::bind(address).unwrap();
+            let local = listener.local_addr().unwrap();
+            let dead = reset(&listener);
+            // Both sides have closed, in this order: the kernel keeps TIME-WAIT without the descriptor.
+            let mut peer = TcpStream::connect(local).unwrap();
+            let (mut finished, _) = listener.accept().unwrap();
+            finished.shutdown(Shutdown::Write).unwrap();
+            assert_eq!(peer.read(&mut [0]).unwrap(), 0);
+            drop(peer);
+            assert_eq!(finished.read(&mut [0]).unwrap(), 0);
+            let open = TcpStream::connect(local).unwrap();
+            let fresh = Socket::new(Domain::for_address(local), Type::STREAM, None).unwrap();
+            let bound = Socket::new(Domain::for_address(local), Type::STREAM, None).unwrap();
+            let any_port: SocketAddr = address.parse().unwrap();
+            bound.bind(&any_port.into()).unwrap();
+            let refused = Socket::new(Domain::for_address(local), Type::STREAM, None).unwrap();
+            let nobody = SocketAddr::new(local.ip(), 1);
+            refused.connect(&nobody.into()).unwrap_err();
+            let udp = UdpSocket::bind(address).unwrap();
+            let (unix, _other) = UnixStream::pair().unwrap();
+
+            let said = verdicts(&[
+                listener.as_fd(),
+                open.as_fd(),
+                fresh.as_fd(),
+                bound.as_fd(),
+                refused.as_fd(),
+                udp.as_fd(),
+                unix.as_fd(),
+                dead.as_fd(),
+                finished.as_fd(),
+            ]);
+            let never = Some(Verdict::NeverConnected);
+            assert_eq!(said[..7], [None, None, never, never, never, None, None]);
+            for verdict in &said[7..] {
+                let Some(Verdict::Dead(socket)) = verdict else {
+                    panic!("{address}: {verdict:?}");
+                };
+                assert_eq!(socket.local, Some(local), "{address}");
+                assert!(socket.quiet < Duration::from_secs(60), "{socket:?}");
+            }
+            let cookie = sys::socket_cookie(dead.as_fd()).unwrap();
+            assert!(matches!(said[7], Some(Verdict::Dead(d)) if d.cookie == Cookie(cookie)));
+        }
+    }
+
+    #[test]
+    fn a_live_socket_in_no_known_table_is_not_dead() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let inode = u32::try_from(fstat(&listener).unwrap().st_ino).unwrap();
+        let proc = Proc::default();
+        let own = i32::try_from(std::process::id()).unwrap();
+        let scan = find(&proc, &|process| process.pid == own, &HashSet::new()).unwrap();
+        let mut suspects = scan.tables.iter().flat_map(|table| &table.suspects);
+        assert!(!suspects.any(|suspect| suspect.inode == inode));
+    }
+
+    #[test]
+    fn a_short_tcp_info_says_nothing() {
+        assert_eq!(parse_info(&[7; TCPI_SEGS_IN + 3]), None);
+        let mut info = [0; TCPI_SEGS_IN + 4];
+        info[0] = 7;
+        info[TCPI_LAST_ACK_RECV..][..4].copy_from_slice(&1500_u32.to_ne_bytes());
+        info[TCPI_SEGS_IN..].copy_from_slice(&3_u32.to_ne_bytes());
+        let wanted = (TcpState::Close, 3, Duration::from_millis(1500));
+        assert_eq!(parse_info(&info), Some(wanted));
+    }
+}
