@@ -62,8 +62,13 @@ fn unknown_by_usage(error: &clap::Error) -> ! {
 
 fn check(args: CheckArgs) -> ExitCode {
     let verdict = match Check::from_args(args) {
-        Ok(check) => check::run(&check, &Proc::default())
-            .unwrap_or_else(|error| check::unknown(&format!("{error:#}"))),
+        Ok(check) => {
+            for note in &check.scope.notes {
+                say(format_args!("note: {note}"));
+            }
+            check::run(&check, &Proc::default())
+                .unwrap_or_else(|error| check::unknown(&format!("{error:#}")))
+        }
         Err(error) => unknown_by_usage(&error),
     };
     match writeln!(io::stdout(), "{}", verdict.line) {

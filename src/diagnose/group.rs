@@ -45,6 +45,9 @@ pub struct Group {
 pub struct OfCause {
     /// How many.
     pub count: usize,
+    /// How many of them were there at the first look and have heard nothing of their peer since. The others have
+    /// just come, or are in use in one direction.
+    pub idle: usize,
     /// Whether all are in CLOSE-WAIT: what a cause means is known there.
     pub close_wait: bool,
     /// The service they belong to.
@@ -65,7 +68,7 @@ impl Group {
     pub fn new<'a>(
         first: impl Iterator<Item = &'a Socket>,
         second: impl Iterator<Item = &'a Socket>,
-        listening: &Listening,
+        around: &Around,
     ) -> Group {
         let first: HashSet<Cookie> = first.map(Socket::cookie).collect();
         let second: Vec<&Socket> = second.collect();
@@ -87,10 +90,16 @@ impl Group {
                 group.ages[class.unwrap_or(AGES.len() - 1)] += 1;
             }
         }
+        // Half of the time, so that the clocks of the looks need not agree.
+        let idle = |socket: &&&Socket| {
+            first.contains(&socket.cookie())
+                && socket.age.is_none_or(|age| age >= around.elapsed / 2)
+        };
         let of_cause = |sockets: Vec<&Socket>| OfCause {
             count: sockets.len(),
+            idle: sockets.iter().filter(idle).count(),
             close_wait: sockets.iter().all(|s| s.state == TcpState::CloseWait),
-            service: Service::of(&sockets, listening),
+            service: Service::of(&sockets, &around.listening),
         };
         group.causes = by_cause
             .into_iter()
@@ -105,14 +114,20 @@ impl Group {
     }
 }
 
-/// The local ports at which somebody listens, with the network namespace.
-pub type Listening = HashSet<(usize, u16)>;
+/// What there is beside the sockets of a group.
+#[derive(Clone, Debug, Default)]
+pub struct Around {
+    /// The local ports at which somebody listens, with the network namespace.
+    pub listening: HashSet<(usize, u16)>,
+    /// The time between the looks.
+    pub elapsed: Duration,
+}
 
 impl Service {
     /// Connections to a port at which somebody listens were accepted there. If the listener is gone: a server has
     /// one port and many peers, a client a port for each connection and the peer's in common; where that
     /// tells nothing, the lower port is the server's.
-    fn of(sockets: &[&Socket], listening: &Listening) -> Service {
+    fn of(sockets: &[&Socket], listening: &HashSet<(usize, u16)>) -> Service {
         let local = most(sockets.iter().map(|socket| socket.tuple.local.port()));
         let peer = most(sockets.iter().map(|socket| socket.tuple.peer.port()));
         let port = |ports: &[(u16, usize)]| ports.first().map_or(0, |(port, _)| *port);
@@ -193,11 +208,33 @@ mod tests {
         let sockets: Vec<Socket> = (0..6)
             .map(|cookie| socket("10.0.0.1:80", "10.0.0.2:5", cookie))
             .collect();
-        let nobody = Listening::new();
-        let group = Group::new(sockets[..3].iter(), sockets[2..].iter(), &nobody);
+        let around = Around::default();
+        let group = Group::new(sockets[..3].iter(), sockets[2..].iter(), &around);
         assert_eq!((group.stuck, group.new, group.gone), (4, 3, 2));
         assert!((group.growth(Duration::from_secs(5)) - 12.0).abs() < 1e-9);
         assert_eq!(group.growth(Duration::ZERO), 0.0);
+    }
+
+    #[test]
+    fn only_what_stays_and_hears_nothing_is_idle() {
+        let aged = |cookie, age| Socket {
+            age,
+            ..socket("10.0.0.1:80", "10.0.0.2:5", cookie)
+        };
+        let seconds = |seconds| Some(Duration::from_secs(seconds));
+        let second = [
+            aged(1, seconds(60)),
+            aged(2, None),
+            aged(3, seconds(1)),
+            aged(4, seconds(60)),
+        ];
+        let around = Around {
+            elapsed: Duration::from_secs(10),
+            ..Around::default()
+        };
+        let group = Group::new(second[..3].iter(), second.iter(), &around);
+        let of = &group.causes[&Cause::Unread];
+        assert_eq!((of.count, of.idle), (4, 2));
     }
 
     #[test]
@@ -207,15 +244,18 @@ mod tests {
             age: age.map(Duration::from_secs),
             ..socket("10.0.0.1:80", "10.0.0.2:5", 1)
         });
-        let group = Group::new([].iter(), sockets.iter(), &Listening::new());
+        let group = Group::new([].iter(), sockets.iter(), &Around::default());
         assert_eq!(group.ages, [2, 1, 0, 1, 1]);
         assert_eq!(group.oldest, Some(Duration::from_secs(86_400)));
     }
 
     fn service(pairs: &[(&str, &str)], listening: &[u16]) -> Service {
         let sockets: Vec<Socket> = pairs.iter().map(|(l, p)| socket(l, p, 1)).collect();
-        let listening = listening.iter().map(|port| (0, *port)).collect();
-        let group = Group::new([].iter(), sockets.iter(), &listening);
+        let around = Around {
+            listening: listening.iter().map(|port| (0, *port)).collect(),
+            elapsed: Duration::ZERO,
+        };
+        let group = Group::new([].iter(), sockets.iter(), &around);
         group.causes[&Cause::Unread].service
     }
 

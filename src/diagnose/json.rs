@@ -79,6 +79,7 @@ struct JsonGroup {
 #[derive(Serialize)]
 struct JsonCause {
     count: usize,
+    idle: usize,
     verdict: String,
 }
 
@@ -155,8 +156,13 @@ struct JsonListener {
 fn group(group: &Group, elapsed: Duration) -> JsonGroup {
     let cause = |(cause, of): (&crate::diagnosis::Cause, &super::group::OfCause)| {
         let verdict = verdict::of_cause(*cause, of);
-        let count = of.count;
-        (cause.name(), JsonCause { count, verdict })
+        let (count, idle) = (of.count, of.idle);
+        let cause_of = JsonCause {
+            count,
+            idle,
+            verdict,
+        };
+        (cause.name(), cause_of)
     };
     let age = |((end, _), count): (&(Duration, &str), usize)| JsonAge {
         under_seconds: (*end != Duration::MAX).then_some(end.as_secs()),

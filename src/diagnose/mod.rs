@@ -32,7 +32,7 @@ use crate::pipeline;
 use crate::report::{ExitStatus, notes};
 use crate::selectors::Selectors;
 use crate::tcp::TcpState;
-use group::{Group, Listening};
+use group::{Around, Group};
 use verdict::Condition;
 
 /// The time between two looks, if nothing else is asked for.
@@ -172,9 +172,12 @@ pub fn run(scope: &Scope, sample: Duration, proc: &Proc) -> anyhow::Result<Diagn
     let found = pipeline::find(&namespaces, proc, selectors)?;
     let (tables, tables_failure) = tables(&namespaces.open, &found, selectors, proc)?;
     let unreadable = tables.unreadable.len();
-    let listening = listening(&namespaces.open);
+    let around = Around {
+        listening: listening(&namespaces.open),
+        elapsed,
+    };
     let looks = (&first, &found);
-    let processes = patients(looks, &listening, tables, selectors, |process| {
+    let processes = patients(looks, &around, tables, selectors, |process| {
         let vitals = proc.vitals(process);
         let condition = Condition::of(states.get(&id(process)).copied().flatten(), vitals.state);
         (vitals, condition)
@@ -183,7 +186,7 @@ pub fn run(scope: &Scope, sample: Duration, proc: &Proc) -> anyhow::Result<Diagn
         Group::new(
             first.sockets.iter().filter(|s| wanted(&first, s)),
             found.sockets.iter().filter(|s| wanted(&found, s)),
-            &listening,
+            &around,
         )
     };
     let ownerless = groups(&|found, socket| socket.culprit(found).is_none());
@@ -257,7 +260,7 @@ fn tables(
 }
 
 /// The ports at which somebody listens. A namespace that does not tell only costs a better verdict.
-fn listening(namespaces: &[Netns]) -> Listening {
+fn listening(namespaces: &[Netns]) -> HashSet<(usize, u16)> {
     let ports = |netns: &Netns| netns.within(listening_ports).ok()?.ok();
     let ports = namespaces.iter().map(ports).enumerate();
     ports
@@ -283,7 +286,7 @@ fn listening_ports() -> Result<Vec<u16>, DumpError> {
 /// The processes to report, worst first.
 fn patients(
     (first, second): (&Found, &Found),
-    listening: &Listening,
+    around: &Around,
     scan: DeadScan,
     selectors: &Selectors,
     fares: impl Fn(&Process) -> (Vitals, Condition),
@@ -318,7 +321,7 @@ fn patients(
             process: process.clone(),
             shared: now.shared,
             waiting: now.waiting,
-            held: Group::new(before.held.into_iter(), now.held.into_iter(), listening),
+            held: Group::new(before.held.into_iter(), now.held.into_iter(), around),
             vitals,
             condition,
             table: tables.remove(&key),

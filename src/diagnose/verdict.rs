@@ -1,5 +1,7 @@
 //! What a cause means, and what the state of a process adds to it, in plain words. Pure.
 
+use std::fmt::Write as _;
+
 use super::group::{OfCause, Service};
 use crate::diagnosis::Cause;
 
@@ -70,9 +72,26 @@ pub fn of_cause(cause: Cause, sockets: &OfCause) -> String {
     if !sockets.close_wait && cause != Cause::Handshake && cause != Cause::Orphan {
         return "not in CLOSE-WAIT: what it means is the application's business".into();
     }
+    // Bytes on their way, and what is no connection of the application, are another matter.
+    let judged = matches!(cause, Cause::Drained | Cause::Unread | Cause::NotAccepted);
+    if judged && sockets.idle == 0 {
+        return "just come, or still in use: no leak as far as these two looks go".into();
+    }
+    let mut text = meaning(cause, sockets.service);
+    if judged && sockets.idle < sockets.count {
+        let _ = write!(
+            text,
+            " ({} of {} idle at both looks)",
+            sockets.idle, sockets.count
+        );
+    }
+    text
+}
+
+fn meaning(cause: Cause, service: Service) -> String {
     match cause {
         Cause::Drained => {
-            let code = match sockets.service {
+            let code = match service {
                 Service::Handles(port) => format!("that handles :{port}"),
                 Service::CallsOut(port) => format!("that calls :{port}"),
             };
@@ -115,7 +134,8 @@ mod tests {
     #[test]
     fn verdicts_name_the_code_and_hold_for_close_wait_only() {
         let sockets = |service| OfCause {
-            count: 1,
+            count: 3,
+            idle: 3,
             close_wait: true,
             service,
         };
@@ -131,5 +151,26 @@ mod tests {
             ..sockets(Service::Handles(8080))
         };
         assert!(!of_cause(Cause::Drained, &open).contains("leak"));
+    }
+
+    #[test]
+    fn what_has_just_come_or_moves_is_no_leak() {
+        let text = |cause, idle| {
+            let sockets = OfCause {
+                count: 3,
+                idle,
+                close_wait: true,
+                service: Service::Handles(80),
+            };
+            of_cause(cause, &sockets)
+        };
+        for cause in [Cause::Drained, Cause::Unread, Cause::NotAccepted] {
+            assert!(text(cause, 0).starts_with("just come"), "{cause}");
+            assert!(
+                text(cause, 2).ends_with("(2 of 3 idle at both looks)"),
+                "{cause}"
+            );
+        }
+        assert_eq!(text(Cause::Sending, 0), text(Cause::Sending, 3));
     }
 }

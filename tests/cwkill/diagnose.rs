@@ -15,6 +15,7 @@ use crate::support::{
 pub const CASES: &[Case] = &[
     EachFamily("each_culprit_has_its_verdict", every_cause),
     EachFamily("dead_descriptors_are_counted", dead),
+    EachFamily("a_conversation_in_one_direction_is_no_leak", half_closed),
     Once("unix_sockets_are_not_dead", unix),
     Once("dead_where_it_may_not_be_read_is_unknown", foreign_proc),
     Once("growth_is_told_by_identity", growth),
@@ -197,6 +198,24 @@ fn dead(family: Family) -> Result<()> {
     leak.app().close(&leak.app_fds())?;
     cwkill(&lab, &format!("diagnose {QUICK}"))?.exits(1)?;
     Ok(())
+}
+
+fn half_closed(family: Family) -> Result<()> {
+    let (lab, leak) = lab("half-closed", family, 2)?;
+    let leaks = lab.start("drained", family, alone(8001, 2))?;
+    let line = "diagnose --sample 2s --json";
+    let document = cwkill(&lab, line)?.exits(0)?.json()?;
+    let talks = process(&document, leak.app().pid())?;
+    let causes = talks["causes"].as_object().context("no causes")?;
+    let verdicts: Vec<String> = causes.values().map(|of| at(of, "/verdict")).collect();
+    let leak_told = verdicts.iter().any(|text| text.contains("never closes"));
+    ensure!(!causes.is_empty() && !leak_told, "{verdicts:?}");
+    only_cause(
+        process(&document, leaks.app().pid())?,
+        "drained",
+        2,
+        "never closes",
+    )
 }
 
 fn unix() -> Result<()> {
