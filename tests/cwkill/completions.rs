@@ -81,15 +81,18 @@ fn zsh_and_fish() -> Result<()> {
         let name = line.split(' ').nth(1);
         // The part for one command: zsh has a function or a branch for it, fish a condition in each line.
         let zsh = match name {
-            None => zsh.as_str(),
+            None => zsh.split("case $state in").next().unwrap_or_default(),
             Some(name) => {
-                let start = format!("\n({name})\n");
+                let start = format!("({name})\n");
                 let (_, part) = zsh.split_once(&start).context(start)?;
                 part.split("\n;;").next().unwrap_or_default()
             }
         };
         let fish: Vec<&str> = match name {
-            None => fish.lines().collect(),
+            None => fish
+                .lines()
+                .filter(|l| !l.contains("using_subcommand"))
+                .collect(),
             Some(name) => {
                 let condition = format!("subcommand {name}\"");
                 fish.lines().filter(|l| l.contains(&condition)).collect()

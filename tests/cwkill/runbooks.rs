@@ -282,9 +282,13 @@ impl Session {
         let ran = ran(command.env("PATH", format!("{}:{path}", programs.display())))?;
         self.status = ran.code.with_context(|| format!("killed: {ran:?}"))?;
         let lines = ran.stdout.lines().map(|line| match &pid {
-            Some(pid) => line
-                .trim_end()
-                .replace(&format!("/{pid}"), &format!("/{WRITTEN_PID}")),
+            Some(pid) => {
+                ["/", "-p "]
+                    .into_iter()
+                    .fold(line.trim_end().to_owned(), |line, before| {
+                        line.replace(&format!("{before}{pid}"), &format!("{before}{WRITTEN_PID}"))
+                    })
+            }
             None => line.trim_end().to_owned(),
         });
         Ok(lines.collect())
@@ -309,6 +313,9 @@ static VARIES: LazyLock<Vec<(Regex, &str)>> = LazyLock::new(|| {
         // The program's name, then its pid; in /proc and as `users:((…,pid=1,fd=4))` too.
         (r"\b([a-z][a-z-]*)/[0-9]+\b", "$1/PID"),
         (r"\bpid=[0-9]+", "pid=PID"),
+        (r"(-p|--pid) [0-9]+", "$1 PID"),
+        // RLIMIT_NOFILE is that of the machine.
+        (r"\bof [0-9]+ \([0-9]+%\)", "of LIMIT"),
         (r#"("(?:pid|inode|age_ms|uid)": ?)[0-9]+"#, "${1}N"),
         (r#"("cookie": ?")[0-9a-f]{16}"#, "${1}COOKIE"),
         // Who connects has any port, the application has 8080.
@@ -316,6 +323,7 @@ static VARIES: LazyLock<Vec<(Regex, &str)>> = LazyLock::new(|| {
         (r"(10\.78\.[0-9]+\.[12]:)[0-9]+", "${1}PORT"),
         (r#"("peer":\{"address":"[^"]*","port":)[0-9]+"#, "${1}PORT"),
         (r"\b([0-9]+(\.[0-9]+)?(ms|[smhd]))+\b", "AGE"),
+        (r"\bin [0-9]+ s\b", "in AGE"),
         // What is queued to a peer with a tiny window.
         (r"\b[0-9]{6,}\b", "BYTES"),
         (r"\s+", " "),
@@ -327,7 +335,7 @@ static VARIES: LazyLock<Vec<(Regex, &str)>> = LazyLock::new(|| {
 
 /// What other processes of this machine make of it.
 static OF_THE_MACHINE: LazyLock<Regex> = LazyLock::new(|| {
-    Regex::new("could not be looked into|^cwkill: hint: ").expect("fixed and valid")
+    Regex::new("could not be looked into|may not be read|^cwkill: hint: ").expect("fixed and valid")
 });
 
 /// Lines without what varies; their order varies as well, with the ages of sockets.
