@@ -5,6 +5,7 @@ mod chaos;
 mod check;
 mod cli;
 mod closing;
+mod completions;
 mod diagnose;
 mod doctor;
 mod expressions;
@@ -16,6 +17,7 @@ mod probing;
 mod races;
 mod refill;
 mod resetting;
+mod runbooks;
 mod selecting;
 mod states;
 mod support;
@@ -49,6 +51,7 @@ fn main() -> std::process::ExitCode {
     }
     let groups = [
         ("cli", cli::CASES),
+        ("completions", completions::CASES),
         ("listing", listing::CASES),
         ("selecting", selecting::CASES),
         ("expressions", expressions::CASES),
@@ -60,6 +63,7 @@ fn main() -> std::process::ExitCode {
         ("namespaces", namespaces::CASES),
         ("facts", facts::CASES),
         ("chaos", chaos::CASES),
+        ("runbooks", runbooks::CASES),
         ("diagnose", diagnose::CASES),
         ("check", check::CASES),
         ("refill", refill::CASES),
