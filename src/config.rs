@@ -10,6 +10,7 @@ use crate::expression::{self, Expression, Services, States};
 use crate::finder::netns::Which;
 use crate::injector::MethodName;
 use crate::plan::Policy;
+use crate::reclaim;
 use crate::selectors::{IpVersion, Selectors};
 use crate::tcp::{StateSet, TcpState};
 
@@ -50,6 +51,8 @@ pub struct Config {
     pub policy: Policy,
     /// How long a socket gets to close before the next method.
     pub grace: Duration,
+    /// Whether, and how, the descriptors of closed sockets are closed in their owners.
+    pub reclaim: Option<reclaim::Rules>,
     /// The form of the results.
     pub format: Format,
     /// Leave out the header of the table.
@@ -115,6 +118,15 @@ impl Config {
                 idle_only: !min_age.is_zero(),
             },
             grace: acting.grace.unwrap_or(DEFAULT_GRACE),
+            reclaim: match (acting.reclaim, acting.reclaiming.given()) {
+                (true, _) => Some(reclaim::Rules::from_args(&acting.reclaiming)),
+                (false, None) => None,
+                (false, Some(option)) => {
+                    return Err(usage(&format!(
+                        "{option} says how to reclaim: give --reclaim as well, or use `cwkill reclaim`"
+                    )));
+                }
+            },
             format: output.format(),
             no_header: output.no_header,
             verbose: output.verbose,
@@ -207,6 +219,7 @@ impl Acting {
             ("--grace", self.grace.is_some()),
             ("--discard-unsent", self.discard_unsent),
             ("--max-kills", self.max_kills.is_some()),
+            ("--reclaim", self.reclaim),
         ]
         .into_iter()
         .find_map(|(option, given)| given.then_some(option))
@@ -214,7 +227,7 @@ impl Acting {
 }
 
 impl Output {
-    fn format(&self) -> Format {
+    pub(crate) fn format(&self) -> Format {
         match (self.json, self.jsonl, self.quiet) {
             (true, _, _) => Format::Json,
             (_, true, _) => Format::JsonLines,

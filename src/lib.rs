@@ -10,6 +10,7 @@
 //! - [`plan`]: what to try on each socket, or why it is left alone (pure)
 //! - [`privileges`]: what this process may do; [`kernel`]: the version it runs on
 //! - [`injector`]: the methods, and the ladder that runs a plan and verifies it
+//! - [`reclaim`]: closing the descriptors of dead sockets inside their owners
 //! - [`pipeline`]: all of the above as one call
 //! - [`report`]: table, JSON and exit status, from a finished run
 //! - [`tcp`]: states and address pairs
@@ -25,6 +26,7 @@ pub mod kernel;
 pub mod pipeline;
 pub mod plan;
 pub mod privileges;
+pub mod reclaim;
 pub mod report;
 pub mod selectors;
 mod sys;

@@ -10,18 +10,29 @@ use anyhow::Context;
 use clap::{ColorChoice, Parser};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use cwkill::cli::Cli;
+use cwkill::cli::{Cli, Command};
 use cwkill::config::{Action, Config, Format};
 use cwkill::finder::owners::Proc;
 use cwkill::injector::MethodName;
 use cwkill::injector::ladder::Surroundings;
 use cwkill::pipeline::{self, Run};
 use cwkill::privileges::{HOW_TO_GRANT, Need};
-use cwkill::report::{ExitStatus, exit_status, json, notes, text};
+use cwkill::reclaim::command;
+use cwkill::report::{self, ExitStatus, exit_status, json, notes, text};
 
 fn main() -> ExitCode {
-    let config = Config::from_args(Cli::parse().args).unwrap_or_else(|error| error.exit());
-    match run(&config) {
+    let cli = Cli::parse();
+    let ended = match cli.command {
+        None => {
+            let config = Config::from_args(cli.args).unwrap_or_else(|error| error.exit());
+            run(&config)
+        }
+        Some(Command::Reclaim(args)) => {
+            let config = command::Config::from_args(args).unwrap_or_else(|error| error.exit());
+            reclaim(&config)
+        }
+    };
+    match ended {
         Ok(status) => status.into(),
         Err(error) => {
             say(format_args!("{error:#}"));
@@ -30,13 +41,48 @@ fn main() -> ExitCode {
     }
 }
 
+fn reclaim(config: &command::Config) -> anyhow::Result<ExitStatus> {
+    let quiet = config.format == Format::Quiet;
+    let terminal = Terminal::new(config.action == Action::Act, quiet)?;
+    let run = command::run(config, &Proc::default(), &terminal)?;
+    drop(terminal);
+    let written = write_out(config.color, |color, out| match config.format {
+        Format::Table => report::reclaim::write(&run, config, color, out),
+        Format::Json => report::reclaim::write_document(&run, out),
+        Format::JsonLines => report::reclaim::write_lines(&run, out),
+        Format::Quiet => Ok(()),
+    });
+    if !quiet {
+        for note in report::reclaim::notes(&run) {
+            say(format_args!("note: {note}"));
+        }
+        if report::reclaim::lacks_rights(&run) {
+            say(format_args!("hint: {}", Need::Ptrace.purpose()));
+            say(format_args!("hint: {HOW_TO_GRANT}"));
+        }
+    }
+    match written {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+        Err(error) if run.fates.is_some() => {
+            let summary = report::reclaim::summary(&run, config);
+            say(format_args!(
+                "the work is done ({summary}), but its report cannot be written: {error}"
+            ));
+            return Ok(ExitStatus::Impossible);
+        }
+        other => other.context("cannot write the listing")?,
+    }
+    Ok(report::reclaim::exit_status(&run))
+}
+
 fn run(config: &Config) -> anyhow::Result<ExitStatus> {
     if config.format != Format::Quiet {
         for note in &config.notes {
             say(format_args!("note: {note}"));
         }
     }
-    let terminal = Terminal::new(config)?;
+    let quiet = config.format == Format::Quiet;
+    let terminal = Terminal::new(config.action == Action::Act, quiet)?;
     let run = pipeline::run(config, &Proc::default(), &terminal)?;
     drop(terminal);
     let written = report(&run, config);
@@ -62,19 +108,26 @@ fn say(message: std::fmt::Arguments<'_>) {
 }
 
 fn report(run: &Run, config: &Config) -> io::Result<()> {
+    write_out(config.color, |color, out| match config.format {
+        Format::Table => text::write(run, config, color, out),
+        Format::Json => json::write_document(run, out),
+        Format::JsonLines => json::write_lines(run, out),
+        Format::Quiet => Ok(()),
+    })
+}
+
+fn write_out(
+    color: ColorChoice,
+    write: impl FnOnce(bool, &mut dyn Write) -> io::Result<()>,
+) -> io::Result<()> {
     let stdout = io::stdout();
-    let color = match config.color {
+    let color = match color {
         ColorChoice::Always => true,
         ColorChoice::Never => false,
         ColorChoice::Auto => anstream::AutoStream::choice(&stdout) != anstream::ColorChoice::Never,
     };
     let mut out = BufWriter::with_capacity(64 * 1024, stdout.lock());
-    match config.format {
-        Format::Table => text::write(run, config, color, &mut out)?,
-        Format::Json => json::write_document(run, &mut out)?,
-        Format::JsonLines => json::write_lines(run, &mut out)?,
-        Format::Quiet => {}
-    }
+    write(color, &mut out)?;
     out.flush()
 }
 
@@ -112,10 +165,10 @@ struct Terminal {
 const PATIENCE: Duration = Duration::from_secs(1);
 
 impl Terminal {
-    fn new(config: &Config) -> anyhow::Result<Self> {
+    fn new(acts: bool, quiet: bool) -> anyhow::Result<Self> {
         let interrupted = Arc::new(AtomicBool::new(false));
         let idle = Arc::new(AtomicBool::new(true));
-        if config.action == Action::Act {
+        if acts {
             // Before and after the act a signal ends the program as usual. What is begun is brought to its end and reported, whatever is pressed: a method may have
             // changed options of an owner's socket that it still has to put back. All waits are bounded.
             let signals = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
@@ -124,11 +177,16 @@ impl Terminal {
                     .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&interrupted)))
                     .context("cannot handle Ctrl-C")?;
             }
+            // Ctrl-Z while a process is stopped for us would keep it stopped.
+            let never = Arc::new(AtomicBool::new(false));
+            signal_hook::flag::register_conditional_default(libc::SIGTSTP, Arc::clone(&idle))
+                .and_then(|_| signal_hook::flag::register(libc::SIGTSTP, never))
+                .context("cannot handle Ctrl-Z")?;
         }
         let progress = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
         progress.set_message("looking for sockets");
         let (running, ended) = mpsc::channel::<()>();
-        if config.format != Format::Quiet && io::stderr().is_terminal() {
+        if !quiet && io::stderr().is_terminal() {
             let progress = progress.clone();
             std::thread::spawn(move || {
                 if ended.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {

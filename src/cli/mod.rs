@@ -1,5 +1,6 @@
 //! What the operator typed. Each value is parsed here; what the whole means is in [`crate::config`].
 
+mod reclaim;
 mod selection;
 mod values;
 
@@ -7,6 +8,7 @@ use std::time::Duration;
 
 use clap::{ArgAction, ColorChoice, Parser, Subcommand};
 
+pub use reclaim::{OwnerSelection, ReclaimArgs, Reclaiming};
 pub use selection::Selection;
 
 use crate::injector::MethodName;
@@ -41,7 +43,10 @@ pub struct Cli {
 
 /// The jobs with a name.
 #[derive(Debug, Subcommand)]
-pub enum Command {}
+pub enum Command {
+    /// Close descriptors of dead sockets inside the processes that leak them
+    Reclaim(ReclaimArgs),
+}
 
 /// The arguments of `cwkill` without a command.
 #[derive(Debug, clap::Args)]
@@ -80,6 +85,14 @@ pub struct Acting {
     /// Act on at most N sockets, the oldest first
     #[arg(long, value_name = "N", value_parser = values::kills)]
     pub max_kills: Option<usize>,
+
+    /// Then close the descriptors of the closed sockets inside their processes; see `cwkill reclaim --help`
+    #[arg(long)]
+    pub reclaim: bool,
+
+    /// What may be done to the owners.
+    #[command(flatten)]
+    pub reclaiming: Reclaiming,
 }
 
 /// The form of the results.

@@ -145,6 +145,13 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|error| format!("{error}; give 500ms, 90s, 15m or 2h"))
 }
 
+pub(super) fn stop_limit(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        Duration::ZERO => Err("nothing can be done in no time; give 100ms or 1s".into()),
+        limit => Ok(limit),
+    }
+}
+
 pub(super) fn method(text: &str) -> Result<MethodChoice, String> {
     match text {
         "auto" => Ok(MethodChoice::Auto),

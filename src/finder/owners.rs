@@ -293,7 +293,7 @@ fn stat_error(error: procfs::ProcError) -> io::Error {
 }
 
 /// The numbers in a `/proc/PID/fd` directory.
-pub(super) fn list_fds(dir: BorrowedFd<'_>) -> io::Result<Vec<i32>> {
+pub(crate) fn list_fds(dir: BorrowedFd<'_>) -> io::Result<Vec<i32>> {
     let mut fds = Vec::new();
     let mut buffer = vec![0; 32 * 1024];
     loop {
@@ -371,7 +371,7 @@ fn unreadable_holding(error: &io::Error) -> Holding {
 }
 
 /// The process or the descriptor is gone.
-pub(super) fn is_end(error: &io::Error) -> bool {
+pub(crate) fn is_end(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
 }
 
@@ -381,7 +381,7 @@ pub(super) fn is_denied(error: &io::Error) -> bool {
 }
 
 /// The inode of the socket that descriptor `fd` in `dir` refers to; `None` if it is no socket.
-pub(super) fn read_socket_link(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<u32>> {
+pub(crate) fn read_socket_link(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<u32>> {
     // Longer targets are paths, of which the first bytes already say that they are no socket.
     let mut target = [0; 32];
     let mut name = [0; 12];
@@ -390,7 +390,7 @@ pub(super) fn read_socket_link(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Optio
 }
 
 /// Writes a descriptor number as a C string.
-fn decimal(number: i32, buffer: &mut [u8; 12]) -> &CStr {
+pub(crate) fn decimal(number: i32, buffer: &mut [u8; 12]) -> &CStr {
     use io::Write;
     let mut rest = &mut buffer[..];
     write!(rest, "{number}\0").expect("11 characters and a NUL fit");

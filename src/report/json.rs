@@ -11,13 +11,14 @@ use serde_json::ser::Formatter;
 
 use super::Tally;
 use super::escape::is_unsafe;
+use crate::finder::cgroup::Container;
 use crate::finder::owners::Holding;
 use crate::finder::{Found, Held, Socket};
 use crate::injector::ladder::Verdict;
 use crate::pipeline::{Deed, Run};
 use crate::plan::Plan;
 
-const SCHEMA_VERSION: u32 = 1;
+pub(super) const SCHEMA_VERSION: u32 = 1;
 
 /// Writes one document with every socket and the summary.
 ///
@@ -56,13 +57,15 @@ pub fn write_lines(run: &Run, out: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
-fn serializer(out: &mut dyn Write) -> serde_json::Serializer<&mut dyn Write, TerminalSafe> {
+pub(super) fn serializer(
+    out: &mut dyn Write,
+) -> serde_json::Serializer<&mut dyn Write, TerminalSafe> {
     serde_json::Serializer::with_formatter(out, TerminalSafe)
 }
 
 /// Compact JSON in which no name of another process can move the cursor of a terminal: what JSON
 /// itself does not escape (DEL, the C1 controls, marks that reorder text) is escaped too.
-struct TerminalSafe;
+pub(super) struct TerminalSafe;
 
 impl Formatter for TerminalSafe {
     fn write_string_fragment<W: Write + ?Sized>(
@@ -155,7 +158,7 @@ struct JsonNetns<'a> {
 }
 
 #[derive(Serialize)]
-struct Endpoint {
+pub(super) struct Endpoint {
     address: std::net::IpAddr,
     port: u16,
 }
@@ -170,7 +173,7 @@ struct Owner<'a> {
 }
 
 #[derive(Serialize)]
-struct JsonContainer<'a> {
+pub(super) struct JsonContainer<'a> {
     runtime: &'static str,
     id: Option<&'a str>,
     name: Option<&'a str>,
@@ -223,10 +226,6 @@ fn json_socket<'a>(
     plan: &'a Plan,
     deed: Option<&'a Deed>,
 ) -> JsonSocket<'a> {
-    let endpoint = |address: std::net::SocketAddr| Endpoint {
-        address: address.ip(),
-        port: address.port(),
-    };
     JsonSocket {
         netns: JsonNetns {
             inode: run.namespaces[socket.netns].inode(),
@@ -269,6 +268,22 @@ fn json_socket<'a>(
     }
 }
 
+pub(super) fn endpoint(address: std::net::SocketAddr) -> Endpoint {
+    Endpoint {
+        address: address.ip(),
+        port: address.port(),
+    }
+}
+
+pub(super) fn container(container: &Container) -> JsonContainer<'_> {
+    JsonContainer {
+        runtime: container.runtime.name(),
+        id: container.id.as_deref(),
+        name: container.name.as_deref(),
+        pod_uid: container.pod_uid.as_deref(),
+    }
+}
+
 /// Gathers the descriptors of each process; `held` is ordered by process.
 fn owners<'a>(found: &'a Found, held: &[Held]) -> Vec<Owner<'a>> {
     let same = |a: &Held, b: &Held| a.process == b.process;
@@ -280,16 +295,7 @@ fn owners<'a>(found: &'a Found, held: &[Held]) -> Vec<Owner<'a>> {
                 comm: &process.comm,
                 fds: of_one.iter().map(|held| held.fd.0).collect(),
                 unit: process.cgroup.unit.as_deref(),
-                container: process
-                    .cgroup
-                    .container
-                    .as_ref()
-                    .map(|container| JsonContainer {
-                        runtime: container.runtime.name(),
-                        id: container.id.as_deref(),
-                        name: container.name.as_deref(),
-                        pod_uid: container.pod_uid.as_deref(),
-                    }),
+                container: process.cgroup.container.as_ref().map(container),
             }
         })
         .collect()

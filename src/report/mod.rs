@@ -6,6 +6,7 @@
 pub mod escape;
 pub mod json;
 pub mod notes;
+pub mod reclaim;
 pub mod text;
 
 use std::process::ExitCode;

@@ -208,7 +208,7 @@ pub fn missing_privileges(run: &Run) -> BTreeSet<Need> {
 }
 
 /// A number with its noun.
-fn counted(count: usize, noun: &str) -> String {
+pub(super) fn counted(count: usize, noun: &str) -> String {
     let ending = match (count, noun.ends_with('s')) {
         (1, _) => "",
         (_, true) => "es",

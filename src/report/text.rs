@@ -50,7 +50,6 @@ struct Layout {
 impl Layout {
     fn new(run: &Run, config: &Config) -> Self {
         let states: BTreeSet<&str> = run.found.sockets.iter().map(|s| s.state.name()).collect();
-        let belongs = |cgroup: &Cgroup| cgroup.unit.is_some() || cgroup.container.is_some();
         Layout {
             netns: run.namespaces.len() > 1,
             whose: run.found.processes.iter().any(|p| belongs(&p.cgroup)),
@@ -211,16 +210,7 @@ fn whose(found: &Found, socket: &Socket, all: bool) -> String {
     };
     let mut names: Vec<String> = Vec::new();
     for held in shown {
-        let cgroup = &found.processes[held.process].cgroup;
-        let name = match (&cgroup.container, &cgroup.unit) {
-            (Some(container), _) => match &container.pod_uid {
-                Some(pod) if all => format!("{container} pod {pod}"),
-                _ => container.to_string(),
-            },
-            (None, Some(unit)) => unescape(unit.strip_suffix(".service").unwrap_or(unit)),
-            (None, None) => "-".to_owned(),
-        };
-        let name = escape(&name);
+        let name = belongs_to(&found.processes[held.process].cgroup, all);
         if !names.contains(&name) {
             names.push(name);
         }
@@ -231,8 +221,26 @@ fn whose(found: &Found, socket: &Socket, all: bool) -> String {
     }
 }
 
+/// Whether a process has a unit or a container.
+pub(super) fn belongs(cgroup: &Cgroup) -> bool {
+    cgroup.unit.is_some() || cgroup.container.is_some()
+}
+
+/// The container or the unit of a process.
+pub(super) fn belongs_to(cgroup: &Cgroup, all: bool) -> String {
+    let name = match (&cgroup.container, &cgroup.unit) {
+        (Some(container), _) => match &container.pod_uid {
+            Some(pod) if all => format!("{container} pod {pod}"),
+            _ => container.to_string(),
+        },
+        (None, Some(unit)) => unescape(unit.strip_suffix(".service").unwrap_or(unit)),
+        (None, None) => "-".to_owned(),
+    };
+    escape(&name)
+}
+
 /// A duration in its two largest units.
-fn age(age: Duration) -> String {
+pub(super) fn age(age: Duration) -> String {
     let seconds = age.as_secs();
     let (days, hours, minutes) = (seconds / 86_400, seconds / 3_600 % 24, seconds / 60 % 60);
     match (days, hours, minutes) {

@@ -1,0 +1,715 @@
+//! The step after a socket is closed: closing its descriptors inside the processes that leak them.
+//!
+//! [`reclaim`] takes descriptors of dead sockets, asks for the [`evidence`] that nobody needs them, and for
+//! each owner stops all threads ([`stop`]), asks again, has one of its threads close them ([`remote`]), and
+//! lets it go. Whatever happens to us, the owner goes on; docs/decisions/reclaim.md follows that through.
+//!
+//! - [`evidence`]: whether a descriptor may be taken, from facts (pure); [`facts`]: those, from /proc
+//! - [`stop`]: all threads of a process; [`remote`]: a system call made by one of them
+//! - [`command`]: the job `cwkill reclaim`
+//! - [`arch`]: registers (pure); [`seccomp`]: what a filter lets through (pure)
+
+pub mod arch;
+pub mod command;
+pub mod evidence;
+mod facts;
+mod remote;
+mod seccomp;
+mod stop;
+
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
+use std::io;
+use std::thread;
+use std::time::Duration;
+
+use nix::errno::Errno;
+
+use crate::finder::owners::{Proc, Process};
+use crate::finder::sock_diag::Cookie;
+use crate::privileges::Need;
+use crate::sys::{self, TargetFd};
+
+use evidence::{Doubt, Facts, ThreadCall, doubt};
+use facts::{Identity, Inside, Special};
+use remote::{CallError, NoWorker, Worker};
+use stop::{StopError, Stopped};
+
+/// Stops of one owner at most: another is only needed when a signal has come between.
+const MOST_STOPS: u32 = 5;
+
+/// A descriptor to close in its owner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// Index of the owner in the list that goes with it.
+    pub owner: usize,
+    /// The number there.
+    pub fd: TargetFd,
+    /// The inode of the socket.
+    pub inode: u32,
+    /// Its cookie.
+    pub cookie: Cookie,
+    /// How long it has been quiet, if that is known.
+    pub age: Option<Duration>,
+}
+
+/// What the operator allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rules {
+    /// How long a socket must have been quiet.
+    pub age: Duration,
+    /// Take a descriptor whatever the evidence says, as long as it is the one.
+    pub force: bool,
+    /// How long an owner may be stopped.
+    pub stop_limit: Duration,
+}
+
+/// What became of a descriptor.
+#[derive(Debug)]
+pub enum Fate {
+    /// It was closed, and its number was seen to be free.
+    Freed,
+    /// It was no longer the socket's before we came to it, or its owner was gone.
+    Gone,
+    /// It was left alone.
+    Skipped(Reason),
+    /// It was tried.
+    Failed(Reason),
+}
+
+/// Why a descriptor is still there.
+#[derive(Debug)]
+pub enum Reason {
+    /// The evidence does not allow it.
+    Doubt(Doubt),
+    /// The owner is traced by this process.
+    Traced(i32, Option<String>),
+    /// The owner's seccomp filter does not let close(2) through.
+    FilterForbids,
+    /// The owner has a seccomp filter, and it cannot be read.
+    FilterUnread(io::Error),
+    /// The owner shares its table of descriptors with this process, which would not be stopped.
+    SharedTable(i32),
+    /// The owner is a 32-bit program, or of another kind than cwkill.
+    Foreign,
+    /// The /proc that names the owners is of another pid namespace than ours.
+    ForeignProc,
+    /// A thread of the owner did not stop, or not in time.
+    Limit(i32, Duration),
+    /// No thread of the owner made a system call within the limit.
+    NoCall,
+    /// Signals to the owner came between, several times.
+    Signals,
+    /// We may not look into the owner, or not stop it.
+    Denied(io::Error),
+    /// The operator stopped the run before its turn.
+    Interrupted,
+    /// close(2) in the owner has not come back; the thread could not be set back.
+    Hangs,
+    /// It was closed, and the number is still taken.
+    StillTaken,
+    /// A bug of ours; the owner was let go.
+    Bug,
+    /// Anything else: the step and its errno.
+    Os(&'static str, io::Error),
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Reason::Doubt(doubt) => doubt.fmt(f),
+            Reason::Traced(pid, None) => write!(f, "its process is traced by process {pid}"),
+            Reason::Traced(pid, Some(comm)) => {
+                let comm = crate::report::escape::escape(comm);
+                write!(f, "its process is traced by {comm}/{pid}")
+            }
+            Reason::FilterForbids => {
+                f.write_str("a seccomp filter of its process does not let close() through")
+            }
+            Reason::FilterUnread(error) => write!(
+                f,
+                "its process has a seccomp filter that cannot be read: {error}: needs CAP_SYS_ADMIN, and \
+                 no filter of our own"
+            ),
+            Reason::SharedTable(pid) => write!(
+                f,
+                "its process shares the table of descriptors with process {pid}"
+            ),
+            Reason::Foreign => f.write_str("its process is a 32-bit program"),
+            Reason::ForeignProc => crate::injector::ActError::ForeignProc.fmt(f),
+            Reason::Limit(tid, limit) => write!(
+                f,
+                "thread {tid} did not stop within {} (--stop-limit); nothing was done",
+                humantime::format_duration(*limit)
+            ),
+            Reason::NoCall => f.write_str(
+                "no thread of its process made a system call within --stop-limit; nothing was done",
+            ),
+            Reason::Signals => f.write_str("its process was busy with signals; nothing was done"),
+            Reason::Denied(error) => write!(f, "{error}: needs {}", Need::Ptrace),
+            Reason::Interrupted => f.write_str("interrupted"),
+            Reason::Hangs => f.write_str(
+                "close() in its process has not come back; one of its threads was let go as it was",
+            ),
+            Reason::StillTaken => f.write_str("closed, and the number is still taken"),
+            Reason::Bug => f.write_str("a bug of cwkill, list again to see the state"),
+            Reason::Os(step, error) => write!(f, "{step}: {error}"),
+        }
+    }
+}
+
+impl Reason {
+    /// The privilege that is missing.
+    pub fn need(&self) -> Option<Need> {
+        matches!(self, Reason::Denied(_)).then_some(Need::Ptrace)
+    }
+}
+
+/// What was done to one owner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Visit {
+    /// Index of the owner.
+    pub owner: usize,
+    /// How many of its descriptors were closed.
+    pub freed: usize,
+    /// For how long it was stopped, the longest time if it was several times.
+    pub stopped: Duration,
+}
+
+/// What [`reclaim`] did.
+#[derive(Debug, Default)]
+pub struct Reclaimed {
+    /// What became of each descriptor, in the order they were given.
+    pub fates: Vec<Fate>,
+    /// The owners that were stopped.
+    pub visits: Vec<Visit>,
+}
+
+/// Says of each descriptor what speaks against taking it, and stops nobody. The socket may still be alive.
+pub fn judge(
+    owners: &[Process],
+    wanted: &[Wanted],
+    rules: &Rules,
+    proc: &Proc,
+) -> Vec<Option<Reason>> {
+    let mut doubts: Vec<Option<Reason>> = wanted.iter().map(|_| None).collect();
+    if !proc.is_of_our_pid_namespace() {
+        doubts.fill_with(|| Some(Reason::ForeignProc));
+        return doubts;
+    }
+    for (owner, members) in by_owner(wanted) {
+        match prepare(proc, owners, owner, &members, wanted, rules) {
+            Ok(prepared) => {
+                for (at, reason) in prepared.doubts {
+                    doubts[at] = Some(reason);
+                }
+            }
+            Err(Refusal::Gone) => {}
+            Err(Refusal::Because(reason)) => {
+                let text = |_: &usize| reason.same();
+                for (at, reason) in members.iter().zip(members.iter().map(text)) {
+                    doubts[*at] = Some(reason);
+                }
+            }
+        }
+    }
+    doubts
+}
+
+/// Closes the descriptors `wanted` in their `owners`, one owner after the other, as far as the evidence
+/// allows. `interrupted` says whether the operator wants to stop.
+pub fn reclaim(
+    owners: &[Process],
+    wanted: &[Wanted],
+    rules: &Rules,
+    proc: &Proc,
+    interrupted: &(dyn Fn() -> bool + Sync),
+) -> Reclaimed {
+    let mut fates: Vec<Fate> = wanted
+        .iter()
+        .map(|_| Fate::Skipped(Reason::Interrupted))
+        .collect();
+    let mut visits = Vec::new();
+    if !proc.is_of_our_pid_namespace() {
+        fates.fill_with(|| Fate::Skipped(Reason::ForeignProc));
+        return Reclaimed { fates, visits };
+    }
+    for (owner, members) in by_owner(wanted) {
+        if interrupted() {
+            break;
+        }
+        let mut visit = Visit {
+            owner,
+            freed: 0,
+            stopped: Duration::ZERO,
+        };
+        let mut left = members;
+        for stop in 1..=MOST_STOPS {
+            let round = match prepare(proc, owners, owner, &left, wanted, rules) {
+                Err(refusal) => Round::all(&left, &refusal),
+                Ok(prepared) => visit_once(&prepared, wanted, rules, proc, interrupted),
+            };
+            visit.stopped = visit.stopped.max(round.stopped);
+            visit.freed += round
+                .fates
+                .iter()
+                .filter(|(_, fate)| matches!(fate, Fate::Freed))
+                .count();
+            for (at, fate) in round.fates {
+                fates[at] = fate;
+            }
+            left = round.left;
+            if left.is_empty() || interrupted() {
+                break;
+            }
+            if stop == MOST_STOPS {
+                for &at in &left {
+                    fates[at] = Fate::Failed(Reason::Signals);
+                }
+            }
+        }
+        if !visit.stopped.is_zero() {
+            visits.push(visit);
+        }
+    }
+    Reclaimed { fates, visits }
+}
+
+fn by_owner(wanted: &[Wanted]) -> BTreeMap<usize, Vec<usize>> {
+    let mut by_owner: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+    for (at, wanted) in wanted.iter().enumerate() {
+        by_owner.entry(wanted.owner).or_default().push(at);
+    }
+    by_owner
+}
+
+/// Why nothing is done to an owner.
+enum Refusal {
+    Gone,
+    Because(Reason),
+}
+
+impl From<Errno> for Refusal {
+    fn from(errno: Errno) -> Self {
+        match errno {
+            Errno::ESRCH | Errno::ENOENT => Refusal::Gone,
+            Errno::EPERM | Errno::EACCES => Refusal::Because(Reason::Denied(errno.into())),
+            errno => Refusal::Because(Reason::Os("looking into the process", errno.into())),
+        }
+    }
+}
+
+impl From<io::Error> for Refusal {
+    fn from(error: io::Error) -> Self {
+        Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)).into()
+    }
+}
+
+impl Reason {
+    /// The same again, for another descriptor of the same owner.
+    fn same(&self) -> Self {
+        let copy = crate::injector::same_errno;
+        match self {
+            Reason::Doubt(doubt) => Reason::Doubt(doubt.clone()),
+            Reason::Traced(pid, comm) => Reason::Traced(*pid, comm.clone()),
+            Reason::FilterForbids => Reason::FilterForbids,
+            Reason::FilterUnread(error) => Reason::FilterUnread(copy(error)),
+            Reason::SharedTable(pid) => Reason::SharedTable(*pid),
+            Reason::Foreign => Reason::Foreign,
+            Reason::ForeignProc => Reason::ForeignProc,
+            Reason::Limit(tid, limit) => Reason::Limit(*tid, *limit),
+            Reason::NoCall => Reason::NoCall,
+            Reason::Signals => Reason::Signals,
+            Reason::Denied(error) => Reason::Denied(copy(error)),
+            Reason::Interrupted => Reason::Interrupted,
+            Reason::Hangs => Reason::Hangs,
+            Reason::StillTaken => Reason::StillTaken,
+            Reason::Bug => Reason::Bug,
+            Reason::Os(step, error) => Reason::Os(step, copy(error)),
+        }
+    }
+}
+
+/// What one stop brought.
+#[derive(Default)]
+struct Round {
+    fates: Vec<(usize, Fate)>,
+    /// To be tried again.
+    left: Vec<usize>,
+    stopped: Duration,
+}
+
+impl Round {
+    fn all(members: &[usize], refusal: &Refusal) -> Self {
+        let fate = || match refusal {
+            Refusal::Gone => Fate::Gone,
+            Refusal::Because(reason) if reason.is_refusal() => Fate::Skipped(reason.same()),
+            Refusal::Because(reason) => Fate::Failed(reason.same()),
+        };
+        Round {
+            fates: members.iter().map(|at| (*at, fate())).collect(),
+            ..Round::default()
+        }
+    }
+}
+
+impl Reason {
+    /// Whether we would not, in contrast to could not.
+    fn is_refusal(&self) -> bool {
+        matches!(
+            self,
+            Reason::Doubt(_)
+                | Reason::Traced(..)
+                | Reason::FilterForbids
+                | Reason::FilterUnread(_)
+                | Reason::SharedTable(_)
+                | Reason::Foreign
+                | Reason::ForeignProc
+                | Reason::Interrupted
+        )
+    }
+}
+
+/// An owner as it was seen before it is stopped.
+struct Prepared<'p> {
+    inside: Inside<'p>,
+    numbers: HashSet<i32>,
+    specials: Vec<Special>,
+    /// What may be taken as far as can be seen without stopping it.
+    candidates: Vec<usize>,
+    /// What may not.
+    doubts: Vec<(usize, Reason)>,
+}
+
+fn prepare<'p>(
+    proc: &'p Proc,
+    owners: &[Process],
+    owner: usize,
+    members: &[usize],
+    wanted: &[Wanted],
+    rules: &Rules,
+) -> Result<Prepared<'p>, Refusal> {
+    let process = &owners[owner];
+    let inside = Inside::open(proc, process)?;
+    if let Some(tracer) = inside.tracer() {
+        let comm = facts::comm(proc, tracer);
+        return Err(Refusal::Because(Reason::Traced(tracer, comm)));
+    }
+    if let Some(other) = shared_with(owners, owner, members, wanted) {
+        return Err(Refusal::Because(Reason::SharedTable(other)));
+    }
+    let numbers = inside.numbers()?;
+    let specials = inside.specials(&numbers)?;
+    let (epolls, rings) = inside.tables(&specials)?;
+    let facts = Facts {
+        calls: inside.calls()?,
+        epolls,
+        rings,
+    };
+    let memory = |address, len| remote::read_memory(process.pid, address, len);
+    let (mut candidates, mut doubts) = (Vec::new(), Vec::new());
+    for &at in members {
+        match why_not(&facts, &wanted[at], rules, &memory) {
+            Some(doubt) => doubts.push((at, Reason::Doubt(doubt))),
+            None => candidates.push(at),
+        }
+    }
+    Ok(Prepared {
+        inside,
+        numbers: numbers.into_iter().collect(),
+        specials,
+        candidates,
+        doubts,
+    })
+}
+
+fn why_not(
+    facts: &Facts,
+    wanted: &Wanted,
+    rules: &Rules,
+    memory: evidence::Memory<'_>,
+) -> Option<Doubt> {
+    if rules.force {
+        return None;
+    }
+    doubt(
+        facts,
+        wanted.fd.0,
+        wanted.inode,
+        wanted.age,
+        rules.age,
+        memory,
+    )
+}
+
+/// Another owner of one of the sockets, under the same number, that has the same table of descriptors
+/// without being the same process (clone with CLONE_FILES and without CLONE_THREAD).
+fn shared_with(
+    owners: &[Process],
+    owner: usize,
+    members: &[usize],
+    wanted: &[Wanted],
+) -> Option<i32> {
+    let pid = owners[owner].pid;
+    let same: HashSet<(TargetFd, u32)> = members
+        .iter()
+        .map(|&at| (wanted[at].fd, wanted[at].inode))
+        .collect();
+    let others: HashSet<usize> = wanted
+        .iter()
+        .filter(|w| w.owner != owner && same.contains(&(w.fd, w.inode)))
+        .map(|w| w.owner)
+        .collect();
+    let others = others.into_iter().map(|other| owners[other].pid);
+    // A kernel without kcmp(2) cannot say.
+    others
+        .into_iter()
+        .find(|other| sys::share_descriptors(pid, *other).unwrap_or(false))
+}
+
+/// Stops the owner once, on a thread of its own: with it ends whatever it traces.
+fn visit_once(
+    prepared: &Prepared<'_>,
+    wanted: &[Wanted],
+    rules: &Rules,
+    proc: &Proc,
+    interrupted: &(dyn Fn() -> bool + Sync),
+) -> Round {
+    let mut round = Round::default();
+    if !prepared.candidates.is_empty() {
+        round = thread::scope(|scope| {
+            let act = scope.spawn(|| act(prepared, wanted, rules, proc, interrupted));
+            act.join().unwrap_or_else(|_| {
+                Round::all(&prepared.candidates, &Refusal::Because(Reason::Bug))
+            })
+        });
+    }
+    let doubts = prepared.doubts.iter();
+    round
+        .fates
+        .extend(doubts.map(|(at, reason)| (*at, Fate::Skipped(reason.same()))));
+    round
+}
+
+/// Stops the owner, asks for the evidence again, closes, lets it go.
+fn act(
+    prepared: &Prepared<'_>,
+    wanted: &[Wanted],
+    rules: &Rules,
+    proc: &Proc,
+    interrupted: &(dyn Fn() -> bool + Sync),
+) -> Round {
+    let candidates = &prepared.candidates;
+    // A sleep of microseconds is to be one.
+    let _ = nix::sys::prctl::set_timerslack(1);
+    let began = std::time::Instant::now();
+    let refused = |refusal: &Refusal| Round {
+        stopped: began.elapsed(),
+        ..Round::all(candidates, refusal)
+    };
+    let because = |error: StopError| stop_refusal(error, rules.stop_limit);
+    let stopped = match Stopped::stop(proc, prepared.inside.pid, rules.stop_limit) {
+        Ok(stopped) => stopped,
+        Err(error) => return refused(&because(error)),
+    };
+    let mut worker = match Worker::borrow(stopped, &prepared.inside) {
+        Ok(worker) => worker,
+        Err(NoWorker::Stop(error)) => return refused(&because(error)),
+        Err(why) => {
+            return refused(&Refusal::Because(match why {
+                NoWorker::Foreign => Reason::Foreign,
+                NoWorker::Forbidden => Reason::FilterForbids,
+                NoWorker::FilterUnread(error) => Reason::FilterUnread(error),
+                NoWorker::NoCall | NoWorker::Stop(_) => Reason::NoCall,
+            }));
+        }
+    };
+    let mut round = Round::default();
+    match still_allowed(prepared, &worker, wanted, rules) {
+        Err(refusal) => round = Round::all(candidates, &refusal),
+        Ok((allowed, fates)) => {
+            round.fates = fates;
+            if !allowed.is_empty() {
+                close_all(
+                    prepared,
+                    &mut worker,
+                    wanted,
+                    &allowed,
+                    &mut round,
+                    interrupted,
+                    rules,
+                );
+            }
+        }
+    }
+    let since = worker.stopped().since();
+    drop(worker);
+    round.stopped = since.elapsed();
+    round
+}
+
+fn stop_refusal(error: StopError, limit: Duration) -> Refusal {
+    match error {
+        StopError::Gone => Refusal::Gone,
+        StopError::Denied(error) => Refusal::Because(Reason::Denied(error)),
+        StopError::Limit(tid) => Refusal::Because(Reason::Limit(tid, limit)),
+        StopError::Os(step, error) => Refusal::Because(Reason::Os(step, error)),
+    }
+}
+
+/// The evidence once more, now that nothing moves: what may be closed, and what became of the rest.
+#[expect(
+    clippy::type_complexity,
+    reason = "two lists, named by their one caller"
+)]
+fn still_allowed(
+    prepared: &Prepared<'_>,
+    worker: &Worker,
+    wanted: &[Wanted],
+    rules: &Rules,
+) -> Result<(Vec<usize>, Vec<(usize, Fate)>), Refusal> {
+    let Prepared { inside, .. } = prepared;
+    // Of a big table only what is new is looked at, and what was an epoll set or an io_uring before.
+    let numbers = inside.numbers()?;
+    let new: Vec<i32> = numbers
+        .into_iter()
+        .filter(|number| !prepared.numbers.contains(number))
+        .collect();
+    let mut specials = inside.specials(&new)?;
+    specials.extend(&prepared.specials);
+    let (epolls, rings) = inside.tables(&specials)?;
+    let facts = Facts {
+        calls: calls(worker.stopped()),
+        epolls,
+        rings,
+    };
+    let memory = |address, len| remote::read_memory(inside.pid, address, len);
+    let (mut allowed, mut fates) = (Vec::new(), Vec::new());
+    for &at in &prepared.candidates {
+        let wanted = &wanted[at];
+        let fate = match inside.identity(wanted.fd, wanted.inode, wanted.cookie) {
+            Identity::Other => Fate::Gone,
+            Identity::Unknown(errno) => Fate::Failed(Reason::Denied(errno.into())),
+            Identity::Same => match why_not(&facts, wanted, rules, &memory) {
+                Some(doubt) => Fate::Skipped(Reason::Doubt(doubt)),
+                None => {
+                    allowed.push(at);
+                    continue;
+                }
+            },
+        };
+        fates.push((at, fate));
+    }
+    Ok((allowed, fates))
+}
+
+/// The calls of stopped threads, by their registers.
+fn calls(stopped: &Stopped) -> Vec<ThreadCall> {
+    let call = |(at, thread): (usize, &stop::Thread)| {
+        let registers = stopped.registers(at)?;
+        let is_instruction = |address| remote::is_instruction(thread.tid, address);
+        let call = registers.call(&is_instruction)?;
+        Some(ThreadCall {
+            tid: thread.tid,
+            call,
+        })
+    };
+    stopped
+        .threads()
+        .iter()
+        .enumerate()
+        .filter_map(call)
+        .collect()
+}
+
+/// Closes what is allowed, numbers that follow each other with one call.
+fn close_all(
+    prepared: &Prepared<'_>,
+    worker: &mut Worker,
+    wanted: &[Wanted],
+    allowed: &[usize],
+    round: &mut Round,
+    interrupted: &(dyn Fn() -> bool + Sync),
+    rules: &Rules,
+) {
+    let mut ranges = true;
+    let mut left: std::collections::VecDeque<Vec<usize>> = runs(wanted, allowed).into();
+    while let Some(mut run) = left.pop_front() {
+        let rest = |run: Vec<usize>, left: std::collections::VecDeque<Vec<usize>>| -> Vec<usize> {
+            run.into_iter().chain(left.into_iter().flatten()).collect()
+        };
+        if interrupted() {
+            let rest = rest(run, left);
+            round.fates.extend(
+                rest.iter()
+                    .map(|at| (*at, Fate::Skipped(Reason::Interrupted))),
+            );
+            return;
+        }
+        if worker.stopped().elapsed() >= rules.stop_limit {
+            let tid = worker.tid();
+            let refusal = Refusal::Because(Reason::Limit(tid, rules.stop_limit));
+            round
+                .fates
+                .extend(Round::all(&rest(run, left), &refusal).fates);
+            return;
+        }
+        let number = |at: usize| u64::try_from(wanted[at].fd.0).unwrap_or(u64::MAX);
+        let (first, last) = (number(run[0]), number(run[run.len() - 1]));
+        let range = [first, last, 0];
+        if run.len() > 1 && !(ranges && worker.may_call(libc::SYS_close_range, &range)) {
+            left.push_front(run.split_off(1));
+        }
+        let (call, arguments) = match run.len() {
+            1 => (libc::SYS_close, &range[..1]),
+            _ => (libc::SYS_close_range, &range[..]),
+        };
+        if !worker.may_call(call, arguments) {
+            let refusal = Refusal::Because(Reason::FilterForbids);
+            round
+                .fates
+                .extend(Round::all(&rest(run, left), &refusal).fates);
+            return;
+        }
+        match worker.call(call, arguments) {
+            // Older than 5.9, or a filter that answers instead of the kernel.
+            Ok(result) if result < 0 && run.len() > 1 => {
+                ranges = false;
+                left.push_front(run);
+            }
+            Ok(result) => {
+                let fate = |at: usize| match i32::try_from(-result) {
+                    _ if prepared.inside.is_free(wanted[at].fd) => Fate::Freed,
+                    Ok(errno) if errno > 0 => {
+                        Fate::Failed(Reason::Os("close", io::Error::from_raw_os_error(errno)))
+                    }
+                    _ => Fate::Failed(Reason::StillTaken),
+                };
+                round.fates.extend(run.into_iter().map(|at| (at, fate(at))));
+            }
+            Err(CallError::Signal) => {
+                round.left = rest(run, left);
+                return;
+            }
+            Err(error) => {
+                let refusal = match error {
+                    CallError::Gone => Refusal::Gone,
+                    CallError::Stop(error) => stop_refusal(error, rules.stop_limit),
+                    CallError::Signal | CallError::Hangs => Refusal::Because(Reason::Hangs),
+                };
+                round
+                    .fates
+                    .extend(Round::all(&rest(run, left), &refusal).fates);
+                return;
+            }
+        }
+    }
+}
+
+/// Descriptors whose numbers follow each other.
+fn runs(wanted: &[Wanted], allowed: &[usize]) -> Vec<Vec<usize>> {
+    let mut sorted = allowed.to_vec();
+    sorted.sort_by_key(|&at| wanted[at].fd);
+    let follow = |a: &usize, b: &usize| wanted[*a].fd.0 + 1 == wanted[*b].fd.0;
+    sorted.chunk_by(follow).map(<[usize]>::to_vec).collect()
+}
