@@ -9,14 +9,15 @@ use serde::Serialize;
 use serde::ser::{SerializeSeq, Serializer};
 use serde_json::ser::Formatter;
 
-use super::Tally;
 use super::escape::is_unsafe;
+use super::{Tally, reclaim};
 use crate::finder::cgroup::Container;
 use crate::finder::owners::Holding;
 use crate::finder::{Found, Held, Socket};
 use crate::injector::ladder::Verdict;
 use crate::pipeline::{Deed, Run};
 use crate::plan::Plan;
+use crate::reclaim::{Fate, Reason};
 
 pub(super) const SCHEMA_VERSION: u32 = 1;
 
@@ -35,6 +36,10 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
         unreachable_namespaces: run.found.unreachable_namespaces,
         untold_namespaces: run.found.untold_namespaces,
         undecided: run.found.undecided,
+        reclaim: run.reclaimed.as_ref().map(|reclaimed| JsonReclaim {
+            owners: reclaim::json_owners(&run.found.processes, &reclaimed.visits),
+            summary: reclaim::Tally::of_run(reclaimed),
+        }),
         summary: Tally::of(run),
     };
     document.serialize(&mut serializer(out))?;
@@ -108,7 +113,15 @@ struct Document<'a> {
     unreachable_namespaces: usize,
     untold_namespaces: usize,
     undecided: usize,
+    /// The owners that `--reclaim` stopped; `None` without it.
+    reclaim: Option<JsonReclaim<'a>>,
     summary: Tally,
+}
+
+#[derive(Serialize)]
+struct JsonReclaim<'a> {
+    owners: Vec<reclaim::Owner<'a>>,
+    summary: reclaim::Tally,
 }
 
 #[derive(Serialize)]
@@ -148,6 +161,8 @@ struct JsonSocket<'a> {
     listener: Option<JsonListener<'a>>,
     plan: Vec<&'static str>,
     left_out: Vec<LeftOut>,
+    /// Of a dry run with `--reclaim`: what would become of each descriptor.
+    reclaim_plan: Option<Vec<JsonDescriptor>>,
     result: Option<JsonResult>,
 }
 
@@ -203,6 +218,16 @@ struct JsonResult {
     attempts: Vec<JsonAttempt>,
     /// `None`: not known, or not asked because the socket is not closed.
     descriptor_open: Option<bool>,
+    /// With `--reclaim`, of a closed socket: what became of each descriptor.
+    descriptors: Option<Vec<JsonDescriptor>>,
+}
+
+#[derive(Serialize)]
+struct JsonDescriptor {
+    pid: i32,
+    fd: i32,
+    outcome: &'static str,
+    reason: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -216,12 +241,13 @@ fn sockets(run: &Run) -> impl Iterator<Item = JsonSocket<'_>> {
     let sockets = run.found.sockets.iter().zip(&run.plans).enumerate();
     sockets.map(|(at, (socket, plan))| {
         let deed = run.deeds.as_ref().map(|deeds| &deeds[at]);
-        json_socket(run, socket, plan, deed)
+        json_socket(run, at, socket, plan, deed)
     })
 }
 
 fn json_socket<'a>(
     run: &'a Run,
+    at: usize,
     socket: &'a Socket,
     plan: &'a Plan,
     deed: Option<&'a Deed>,
@@ -264,8 +290,41 @@ fn json_socket<'a>(
                 reason: why.to_string(),
             })
             .collect(),
-        result: deed.map(json_result),
+        reclaim_plan: match deed {
+            None => run.reclaimed.as_ref().map(|reclaimed| {
+                let doubt = |doubt: &Option<Reason>| match doubt {
+                    None => Some(("would-free", None)),
+                    Some(reason) => Some(("skipped", Some(reason.to_string()))),
+                };
+                descriptors(run, socket, reclaimed.doubts[at].iter().map(doubt))
+            }),
+            Some(_) => None,
+        },
+        result: deed.map(|deed| JsonResult {
+            descriptors: run.reclaimed.as_ref().map(|reclaimed| {
+                let fate = |fate: &Option<Fate>| fate.as_ref().map(reclaim::outcome);
+                descriptors(run, socket, reclaimed.fates[at].iter().map(fate))
+            }),
+            ..json_result(deed)
+        }),
     }
+}
+
+/// The descriptors of a socket, with what is said of them.
+fn descriptors(
+    run: &Run,
+    socket: &Socket,
+    said: impl Iterator<Item = Option<(&'static str, Option<String>)>>,
+) -> Vec<JsonDescriptor> {
+    let one = |(held, said): (&Held, Option<(&'static str, Option<String>)>)| {
+        said.map(|(outcome, reason)| JsonDescriptor {
+            pid: run.found.processes[held.process].pid,
+            fd: held.fd.0,
+            outcome,
+            reason,
+        })
+    };
+    socket.owners.iter().zip(said).filter_map(one).collect()
 }
 
 pub(super) fn endpoint(address: std::net::SocketAddr) -> Endpoint {
@@ -326,5 +385,6 @@ fn json_result(deed: &Deed) -> JsonResult {
         reason,
         attempts: deed.outcome.attempts.iter().map(attempt).collect(),
         descriptor_open: deed.descriptors.as_deref().and_then(any_open),
+        descriptors: None,
     }
 }

@@ -14,6 +14,7 @@ use super::json::{Endpoint, JsonContainer, SCHEMA_VERSION, container, endpoint, 
 use super::text::{age, belongs, belongs_to};
 use crate::config::Action;
 use crate::finder::owners::Process;
+use crate::pipeline::Reclaimed;
 use crate::reclaim::command::{Config, Run};
 use crate::reclaim::{Fate, Reason, Visit};
 
@@ -50,7 +51,13 @@ impl Tally {
         tally
     }
 
-    /// Those that are still taken, as words.
+    /// Counts what `--reclaim` did.
+    pub fn of_run(reclaimed: &Reclaimed) -> Self {
+        let fates = || reclaimed.fates.iter().flatten().flatten();
+        Self::of(fates().count(), fates())
+    }
+
+    /// Those that were not freed, as words.
     pub fn left(&self) -> String {
         let mut text = String::new();
         for (count, name) in [
@@ -91,6 +98,39 @@ pub fn outcome(fate: &Fate) -> (&'static str, Option<String>) {
         Fate::Skipped(reason) => ("skipped", Some(reason.to_string())),
         Fate::Failed(reason) => ("failed", Some(reason.to_string())),
     }
+}
+
+/// What the table of the main job adds about a socket's descriptors.
+pub fn beside(reclaimed: &Reclaimed, at: usize) -> String {
+    let mut freed = 0;
+    let mut left = Vec::new();
+    for fate in reclaimed.fates[at].iter().flatten() {
+        match fate {
+            Fate::Freed => freed += 1,
+            Fate::Gone => {}
+            Fate::Skipped(reason) | Fate::Failed(reason) => left.push(reason.to_string()),
+        }
+    }
+    left.extend(reclaimed.doubts[at].iter().flatten().map(Reason::to_string));
+    left.dedup();
+    let mut text = match freed {
+        0 => String::new(),
+        1 => ", descriptor freed".to_owned(),
+        _ => format!(", {freed} descriptors freed"),
+    };
+    if !left.is_empty() {
+        let _ = write!(text, "; descriptor kept: {}", left.join("; "));
+    }
+    text
+}
+
+/// The line that `--reclaim` adds to the summary, and those about the owners.
+pub fn lines(owners: &[Process], reclaimed: &Reclaimed) -> Vec<String> {
+    let tally = Tally::of_run(reclaimed);
+    let counted = super::notes::counted(tally.found, "descriptor");
+    let mut lines = vec![format!("{counted}: {} freed{}", tally.freed, tally.left())];
+    lines.extend(visits(owners, &reclaimed.visits));
+    lines
 }
 
 /// One line for each owner that was stopped.

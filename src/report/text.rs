@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use comfy_table::{Cell, CellAlignment, Color, ContentArrangement, Table, presets};
 
-use super::Tally;
 use super::escape::escape;
+use super::{Tally, reclaim};
 use crate::config::{Action, Config};
 use crate::diagnosis::Cause;
 use crate::finder::cgroup::{Cgroup, unescape};
@@ -35,7 +35,13 @@ pub fn write(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io
         layout.write_block(run, block, header, color, &mut widths, out)?;
         header = false;
     }
-    writeln!(out, "{}", summary(run, config))
+    writeln!(out, "{}", summary(run, config))?;
+    if let (Some(reclaimed), Action::Act) = (&run.reclaimed, config.action) {
+        for line in reclaim::lines(&run.found.processes, reclaimed) {
+            writeln!(out, "{line}")?;
+        }
+    }
+    Ok(())
 }
 
 /// Which columns there are.
@@ -142,9 +148,17 @@ impl Layout {
             Cell::new(socket.send_q),
             Cell::new(socket.cause),
         ]);
+        let reclaimed = run.reclaimed.as_ref();
+        let beside = reclaimed.map_or_else(String::new, |it| reclaim::beside(it, row));
         match &run.deeds {
-            Some(deeds) => cells.push(result_cell(&deeds[row].outcome, self.verbose)),
-            None if self.last.is_some() => cells.push(Cell::new(plan_text(&run.plans[row]))),
+            Some(deeds) => cells.push(result_cell(&deeds[row].outcome, self.verbose, &beside)),
+            None if self.last.is_some() => {
+                let then = match &run.reclaimed {
+                    Some(_) if !socket.owners.is_empty() && beside.is_empty() => ", then reclaim",
+                    _ => &beside,
+                };
+                cells.push(Cell::new(format!("{}{then}", plan_text(&run.plans[row]))));
+            }
             None => {}
         }
         cells
@@ -270,7 +284,7 @@ fn left_out_text(left_out: &[(crate::injector::MethodName, LeftOut)]) -> String 
     join(parts, "; ")
 }
 
-fn result_cell(outcome: &Outcome, verbose: bool) -> Cell {
+fn result_cell(outcome: &Outcome, verbose: bool, beside: &str) -> Cell {
     let attempts = || {
         let failed = outcome.attempts.iter().filter_map(|attempt| {
             let error = attempt.error.as_ref()?;
@@ -291,6 +305,7 @@ fn result_cell(outcome: &Outcome, verbose: bool) -> Cell {
     if verbose && !matches!(outcome.verdict, Verdict::Failed) && !attempts().is_empty() {
         let _ = write!(text, " ({})", attempts());
     }
+    text.push_str(beside);
     Cell::new(text).fg(color)
 }
 
