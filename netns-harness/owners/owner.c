@@ -10,7 +10,9 @@
  *   churn  THREADS threads that open, check and close descriptors all the time, some of them dead sockets
  *   epoll  leaked sockets are in an epoll set
  *   kill, errno, log   a seccomp filter that kills on close(2), refuses it, lets it through
- *   spins  a single thread that computes and makes no system call
+ *   splice a thread waits in splice(2) to each leaked socket
+ *   traced another process traces it
+ *   vfork  a thread waits for the child of its vfork(2), which nothing interrupts
  *
  * Lines on stdin are orders, each answered by one line:
  *   leak N    make N dead sockets; their descriptors
@@ -41,6 +43,7 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/ptrace.h>
 #include <sys/select.h>
 #include <sys/sem.h>
 #include <sys/socket.h>
@@ -441,6 +444,42 @@ static void filter_close(unsigned verdict)
         die("seccomp");
 }
 
+/* Others */
+
+static void *splices(void *fd)
+{
+    splice(empty_pipe[0], NULL, (int)(intptr_t)fd, NULL, 1, 0);
+    return NULL;
+}
+
+static void *vforks(void *unused)
+{
+    pid_t child = vfork();
+    if (!child) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+        syscall(SYS_pause);
+    }
+    return unused;
+}
+
+static void be_traced(void)
+{
+    int done[2];
+    char ok = 0;
+    if (pipe(done))
+        die("pipe");
+    if (!fork()) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+        prctl(PR_SET_NAME, "its-tracer", 0, 0, 0);
+        ok = !ptrace(PTRACE_SEIZE, getppid(), NULL, NULL);
+        if (write(done[1], &ok, 1) == 1)
+            for (;;)
+                pause();
+    }
+    if (read(done[0], &ok, 1) != 1 || !ok)
+        die("ptrace");
+}
+
 int main(int argc, char **argv)
 {
     const char *mode = argc > 1 ? argv[1] : "idle";
@@ -453,6 +492,12 @@ int main(int argc, char **argv)
         works();
     else if (!strcmp(mode, "epoll"))
         epoll_set = epoll_create1(EPOLL_CLOEXEC);
+    else if (!strcmp(mode, "traced"))
+        be_traced();
+    else if (!strcmp(mode, "vfork"))
+        start(vforks, NULL);
+    else if (!strcmp(mode, "splice") && pipe(empty_pipe))
+        die("pipe");
     for (int at = 0; at < threads; at++) {
         if (!strcmp(mode, "churn"))
             start(churns, NULL);
@@ -482,6 +527,8 @@ int main(int argc, char **argv)
                     if (epoll_ctl(epoll_set, EPOLL_CTL_ADD, dead, &hup))
                         die("epoll_ctl");
                 }
+                if (!strcmp(mode, "splice"))
+                    start(splices, (void *)(intptr_t)dead);
                 printf("%d ", dead);
             }
             putchar('\n');

@@ -35,8 +35,12 @@ use facts::{Identity, Inside, Special};
 use remote::{CallError, NoWorker, Worker};
 use stop::{StopError, Stopped};
 
-/// Stops of one owner at most: another is only needed when a signal has come between.
+/// Stops of one owner at most: another is only needed when a signal has come between, or no thread
+/// serves well.
 const MOST_STOPS: u32 = 5;
+/// How many of them look for a thread that serves well, and the time between them.
+const CHOOSY_STOPS: u32 = 3;
+const BETWEEN_STOPS: Duration = Duration::from_millis(2);
 
 /// A descriptor to close in its owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,6 +100,8 @@ pub enum Reason {
     ForeignProc,
     /// A thread of the owner did not stop, or not in time.
     Limit(i32, Duration),
+    /// The time was over before its turn.
+    TimeOver(Duration),
     /// No thread of the owner made a system call within the limit.
     NoCall,
     /// Signals to the owner came between, several times.
@@ -140,6 +146,11 @@ impl fmt::Display for Reason {
             Reason::Limit(tid, limit) => write!(
                 f,
                 "thread {tid} did not stop within {} (--stop-limit); nothing was done",
+                humantime::format_duration(*limit)
+            ),
+            Reason::TimeOver(limit) => write!(
+                f,
+                "its process had been stopped for {} before its turn (--stop-limit)",
                 humantime::format_duration(*limit)
             ),
             Reason::NoCall => f.write_str(
@@ -247,7 +258,10 @@ pub fn reclaim(
         for stop in 1..=MOST_STOPS {
             let round = match prepare(proc, owners, owner, &left, wanted, rules) {
                 Err(refusal) => Round::all(&left, &refusal),
-                Ok(prepared) => visit_once(&prepared, wanted, rules, proc, interrupted),
+                Ok(prepared) => {
+                    let choosy = stop <= CHOOSY_STOPS;
+                    visit_once(&prepared, wanted, rules, proc, interrupted, choosy)
+                }
             };
             visit.stopped = visit.stopped.max(round.stopped);
             visit.freed += round
@@ -259,6 +273,9 @@ pub fn reclaim(
                 fates[at] = fate;
             }
             left = round.left;
+            if !left.is_empty() {
+                thread::sleep(BETWEEN_STOPS);
+            }
             if left.is_empty() || interrupted() {
                 break;
             }
@@ -318,6 +335,7 @@ impl Reason {
             Reason::Foreign => Reason::Foreign,
             Reason::ForeignProc => Reason::ForeignProc,
             Reason::Limit(tid, limit) => Reason::Limit(*tid, *limit),
+            Reason::TimeOver(limit) => Reason::TimeOver(*limit),
             Reason::NoCall => Reason::NoCall,
             Reason::Signals => Reason::Signals,
             Reason::Denied(error) => Reason::Denied(copy(error)),
@@ -474,11 +492,12 @@ fn visit_once(
     rules: &Rules,
     proc: &Proc,
     interrupted: &(dyn Fn() -> bool + Sync),
+    choosy: bool,
 ) -> Round {
     let mut round = Round::default();
     if !prepared.candidates.is_empty() {
         round = thread::scope(|scope| {
-            let act = scope.spawn(|| act(prepared, wanted, rules, proc, interrupted));
+            let act = scope.spawn(|| act(prepared, wanted, rules, proc, interrupted, choosy));
             act.join().unwrap_or_else(|_| {
                 Round::all(&prepared.candidates, &Refusal::Because(Reason::Bug))
             })
@@ -498,6 +517,7 @@ fn act(
     rules: &Rules,
     proc: &Proc,
     interrupted: &(dyn Fn() -> bool + Sync),
+    choosy: bool,
 ) -> Round {
     let candidates = &prepared.candidates;
     // A sleep of microseconds is to be one.
@@ -512,15 +532,22 @@ fn act(
         Ok(stopped) => stopped,
         Err(error) => return refused(&because(error)),
     };
-    let mut worker = match Worker::borrow(stopped, &prepared.inside) {
+    let mut worker = match Worker::borrow(stopped, &prepared.inside, choosy) {
         Ok(worker) => worker,
+        Err(NoWorker::NoneServesWell) => {
+            return Round {
+                left: candidates.clone(),
+                stopped: began.elapsed(),
+                ..Round::default()
+            };
+        }
         Err(NoWorker::Stop(error)) => return refused(&because(error)),
         Err(why) => {
             return refused(&Refusal::Because(match why {
                 NoWorker::Foreign => Reason::Foreign,
                 NoWorker::Forbidden => Reason::FilterForbids,
                 NoWorker::FilterUnread(error) => Reason::FilterUnread(error),
-                NoWorker::NoCall | NoWorker::Stop(_) => Reason::NoCall,
+                NoWorker::NoCall | NoWorker::NoneServesWell | NoWorker::Stop(_) => Reason::NoCall,
             }));
         }
     };
@@ -647,8 +674,7 @@ fn close_all(
             return;
         }
         if worker.stopped().elapsed() >= rules.stop_limit {
-            let tid = worker.tid();
-            let refusal = Refusal::Because(Reason::Limit(tid, rules.stop_limit));
+            let refusal = Refusal::Because(Reason::TimeOver(rules.stop_limit));
             round
                 .fates
                 .extend(Round::all(&rest(run, left), &refusal).fates);

@@ -55,6 +55,8 @@ pub struct Worker {
 pub enum NoWorker {
     /// None made a system call within the limit, or all had a signal to take. Both may pass.
     NoCall,
+    /// None serves well now. That may pass, too.
+    NoneServesWell,
     /// The program is of another width than we.
     Foreign,
     /// Seccomp lets no thread close anything.
@@ -85,11 +87,16 @@ const LAST_WAIT: std::time::Duration = std::time::Duration::from_secs(30);
 const NO_CALL: (i64, &[u64]) = (libc::SYS_close, &[u64::MAX]);
 
 impl Worker {
-    /// Brings a thread of `stopped` to the beginning of a system call of its own.
+    /// Brings a thread of `stopped` to the beginning of a system call of its own; with `choosy` only one to
+    /// which little can happen should we be killed.
     ///
     /// # Errors
     /// There is none that can be used. All threads are going again.
-    pub fn borrow(mut stopped: Stopped, inside: &Inside<'_>) -> Result<Self, NoWorker> {
+    pub fn borrow(
+        mut stopped: Stopped,
+        inside: &Inside<'_>,
+        choosy: bool,
+    ) -> Result<Self, NoWorker> {
         let mut candidates = Vec::new();
         let mut why = NoWorker::NoCall;
         for (at, thread) in stopped.threads().iter().enumerate() {
@@ -103,6 +110,13 @@ impl Worker {
             }
         }
         candidates.sort_by_key(|(rank, at, _)| (*rank, *at));
+        if choosy
+            && candidates
+                .first()
+                .is_none_or(|(rank, ..)| *rank > SERVES_WELL)
+        {
+            return Err(NoWorker::NoneServesWell);
+        }
         // Each thread that runs gets a share of the time to come to a call.
         let mut left = u32::try_from(candidates.len()).unwrap_or(u32::MAX).min(3);
         for (_, at, registers) in candidates {
@@ -175,11 +189,6 @@ impl Worker {
     /// The stopped process.
     pub fn stopped(&self) -> &Stopped {
         &self.stopped
-    }
-
-    /// The thread.
-    pub fn tid(&self) -> i32 {
-        self.tid
     }
 
     /// Whether the seccomp filters of the thread let a call through.
@@ -324,6 +333,9 @@ fn set(tid: i32, registers: &Registers) -> Result<(), StopError> {
         _ => StopError::Os("PTRACE_SETREGSET", error),
     })
 }
+
+/// The highest rank of a thread to which nothing much can happen.
+const SERVES_WELL: u8 = 1;
 
 /// How well a thread serves: least first. If we are killed while a call of ours stands in the place of the
 /// thread's own, its own seems to have given 0. For some calls that is a wake-up without cause, which

@@ -47,16 +47,17 @@ impl fmt::Display for Runtime {
 }
 
 impl Runtime {
-    /// What it takes to build and run it.
+    /// What it takes to build and run it, and is not there.
     #[must_use]
-    pub fn tools(self) -> &'static [&'static str] {
-        match self {
+    pub fn missing_tool(self) -> Option<&'static str> {
+        let tools: &[&str] = match self {
             Self::C | Self::CStatic => &["cc"],
             Self::Go => &["go"],
             Self::Java => &["java", "javac"],
             Self::Node => &["node"],
             Self::Python => &["python3"],
-        }
+        };
+        tools.iter().copied().find(|tool| !on_path(tool))
     }
 
     /// Whether its connections are in an epoll set, where `--reclaim` leaves them.
@@ -177,8 +178,8 @@ impl Runtimes {
 /// # Errors
 /// It is not installed, was not cured or was harmed, or bytes were wrong.
 pub fn cure(runtime: Runtime, runs: u32, clients: usize, cwkill: &Path) -> Result<Tally> {
-    for tool in runtime.tools() {
-        ensure!(on_path(tool), "{tool} is not installed");
+    if let Some(tool) = runtime.missing_tool() {
+        bail!("{tool} is not installed");
     }
     let workshop = Workshop::new()?;
     let command = runtime.build(&workshop)?;
@@ -295,7 +296,15 @@ impl Server {
     /// How many descriptors were freed, and for how long it was stopped.
     fn reclaim(&self, host: &Host, runtime: Runtime, cwkill: &Path) -> Result<(u64, u64)> {
         let mut command = host.command(cwkill).args(["--port", &PORT.to_string()]);
-        command = command.args(["--reclaim", "--reclaim-age", "0s", "--json"]);
+        // The limit is not what is tried here, and the machine may be busy.
+        command = command.args([
+            "--reclaim",
+            "--reclaim-age",
+            "0s",
+            "--stop-limit",
+            "5s",
+            "--json",
+        ]);
         if runtime.needs_force() {
             command = command.arg("--reclaim-force");
         }
