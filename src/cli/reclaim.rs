@@ -12,9 +12,10 @@ Without a selector it lists descriptors of TCP sockets whose connection is over;
 inside their processes, unless --dry-run.
 
 Reclaiming changes the process, not the kernel. The program does not know that its descriptor is gone:
-if it closes or uses the number later (a forgotten object that is closed after all, a finalizer of
-Go or Java), and the kernel has given the number to a new file, it hits that one. A program that will
-still touch its leaked connections must be mended or restarted instead.
+if it closes or uses the number later, and the kernel has given it to a new connection, it hits that
+one. Go and Java do this by themselves, when they collect a connection object that nothing refers to.
+So servers in Go, Java and Node are only touched with --reclaim-force; let them collect their garbage
+first (jcmd PID GC.run). See cwkill-reclaim(8).
 
 Examples:
   cwkill reclaim                           list dead descriptors, and whether they may be taken
@@ -32,7 +33,7 @@ pub struct Reclaiming {
     #[arg(long, value_name = "DURATION", value_parser = values::duration)]
     pub reclaim_age: Option<Duration>,
 
-    /// Take them whatever speaks against it: an epoll set, a system call, the age
+    /// Take them whatever speaks against it: an epoll set (Go, Node), finalizers (Java), a system call, the age
     #[arg(long)]
     pub reclaim_force: bool,
 

@@ -22,6 +22,8 @@ pub enum Doubt {
     /// Requests are in flight in the io_uring behind this descriptor, and which descriptors they are on
     /// cannot be seen.
     RingInFlight(i32),
+    /// This thread of the owner closes objects that nothing refers to any more, by their numbers.
+    Finalizer(String),
     /// It has not been stuck for long enough: how long it was.
     TooYoung(Duration),
     /// The kernel does not say for how long it has been stuck.
@@ -42,6 +44,12 @@ impl fmt::Display for Doubt {
             Doubt::RingInFlight(ring) => write!(
                 f,
                 "the io_uring of descriptor {ring} has requests in flight, which may be on it"
+            ),
+            Doubt::Finalizer(name) => write!(
+                f,
+                "its thread {} closes forgotten objects by their numbers, whatever has those by then; have it \
+                 collect them first (Java: jcmd PID GC.run), then --reclaim-force",
+                crate::report::escape::escape(name)
             ),
             Doubt::TooYoung(age) => write!(
                 f,
@@ -102,6 +110,15 @@ pub struct Facts {
     pub epolls: Vec<Epoll>,
     /// Its io_urings.
     pub rings: Vec<Ring>,
+    /// A thread of it that runs finalizers.
+    pub finalizer: Option<String>,
+}
+
+/// Whether a thread of this name belongs to a runtime whose collector closes descriptors: HotSpot, OpenJ9, Mono,
+/// .NET. The kernel keeps 15 bytes. Go has no such thread, but an epoll set.
+pub fn runs_finalizers(name: &str) -> bool {
+    const NAMES: [&str; 3] = ["VM Thread", "Common-Cleaner", "Reference Handl"];
+    NAMES.contains(&name) || name.contains("Finalizer") || name.starts_with(".NET ")
 }
 
 /// Reads memory of the owner: address and length.
@@ -142,6 +159,9 @@ pub fn doubt(
         if ring.in_flight {
             return Some(Doubt::RingInFlight(ring.fd));
         }
+    }
+    if let Some(name) = &facts.finalizer {
+        return Some(Doubt::Finalizer(name.clone()));
     }
     match age {
         _ if wanted_age.is_zero() => None,
@@ -452,6 +472,29 @@ mod tests {
             Some(Doubt::RingInFlight(5))
         );
         assert_eq!(judge(&ring(vec![41], false), Some(hour)), None);
+
+        let java = Facts {
+            finalizer: Some("Common-Cleaner".into()),
+            ..Facts::default()
+        };
+        let doubt = Doubt::Finalizer("Common-Cleaner".into());
+        assert_eq!(judge(&java, Some(hour)), Some(doubt));
+    }
+
+    #[test]
+    fn runtimes_with_finalizers_are_known_by_their_threads() {
+        for name in [
+            "VM Thread",
+            "Common-Cleaner",
+            "Finalizer",
+            "Finalizer threa",
+            ".NET Finalizer",
+        ] {
+            assert!(runs_finalizers(name), "{name}");
+        }
+        for name in ["java", "nginx", "python3", "node", "MainThread", ""] {
+            assert!(!runs_finalizers(name), "{name}");
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use nix::errno::Errno;
 
 use super::arch::Call;
-use super::evidence::{Epoll, EpollEntry, Ring, ThreadCall};
+use super::evidence::{self, Epoll, EpollEntry, Ring, ThreadCall};
 use crate::finder::dead::{self, Verdict};
 use crate::finder::owners::{self, Proc, Process};
 use crate::finder::sock_diag::Cookie;
@@ -128,6 +128,16 @@ impl<'p> Inside<'p> {
             }
         }
         Ok(calls)
+    }
+
+    /// The name of a thread of the owner that runs finalizers.
+    pub fn finalizer(&self) -> Option<String> {
+        let tasks = fs::read_dir(self.proc.path(&format!("{}/task", self.pid))).ok()?;
+        let name = |task: io::Result<fs::DirEntry>| {
+            let tid = task.ok()?.file_name().to_str()?.parse().ok()?;
+            comm(self.proc, tid).filter(|name| evidence::runs_finalizers(name))
+        };
+        tasks.into_iter().find_map(name)
     }
 
     /// Who traces a thread of the owner.

@@ -423,6 +423,7 @@ fn prepare<'p>(
         calls: inside.calls()?,
         epolls,
         rings,
+        finalizer: inside.finalizer(),
     };
     let memory = |address, len| remote::read_memory(process.pid, address, len);
     let (mut candidates, mut doubts) = (Vec::new(), Vec::new());
@@ -609,6 +610,8 @@ fn still_allowed(
         calls: calls(worker.stopped()),
         epolls,
         rings,
+        // Asked before; what a process is does not change.
+        finalizer: None,
     };
     let memory = |address, len| remote::read_memory(inside.pid, address, len);
     let (mut allowed, mut fates) = (Vec::new(), Vec::new());

@@ -202,7 +202,7 @@ impl Worker {
     /// It was not made, or did not come to its end. No more can be made then.
     pub fn call(&mut self, number: i64, arguments: &[u64]) -> Result<i64, CallError> {
         if self.standing == At::SetBack {
-            self.to_beginning()?;
+            self.begin_own()?;
         }
         if self.standing != At::Beginning {
             return Err(CallError::Signal);
@@ -211,7 +211,7 @@ impl Worker {
     }
 
     /// From the end of a call of ours to the beginning of the thread's own.
-    fn to_beginning(&mut self) -> Result<(), CallError> {
+    fn begin_own(&mut self) -> Result<(), CallError> {
         set(self.tid, &self.entered.again(self.number)).map_err(CallError::Stop)?;
         for _ in 0..3 {
             self.stopped.resume(self.at).map_err(CallError::Stop)?;

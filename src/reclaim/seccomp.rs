@@ -25,7 +25,7 @@ impl Data {
             0 => Some(self.number.cast_unsigned()),
             4 => Some(self.arch),
             8 | 12 => Some(half(self.instruction_pointer, offset - 8)),
-            16..=60 if offset % 4 == 0 => {
+            16..=60 if offset.is_multiple_of(4) => {
                 let at = usize::try_from((offset - 16) / 8).ok()?;
                 Some(half(self.arguments[at], (offset - 16) % 8))
             }
@@ -189,8 +189,11 @@ mod tests {
             op(0x06, 0, 0, KILL),
             op(0x06, 0, 0, ALLOW),
         ];
-        assert!(all_allow(&[filter.clone()], &data(CLOSE, 999)));
-        assert!(!all_allow(&[filter.clone()], &data(CLOSE, 1000)));
+        assert!(all_allow(std::slice::from_ref(&filter), &data(CLOSE, 999)));
+        assert!(!all_allow(
+            std::slice::from_ref(&filter),
+            &data(CLOSE, 1000)
+        ));
         assert!(!all_allow(&[filter], &data(CLOSE, 1 << 32)));
         let address = vec![
             op(0x20, 0, 0, 12),

@@ -154,6 +154,7 @@ impl Layout {
             Some(deeds) => cells.push(result_cell(&deeds[row].outcome, self.verbose, &beside)),
             None if self.last.is_some() => {
                 let then = match &run.reclaimed {
+                    Some(_) if run.plans[row].methods.is_empty() => "",
                     Some(_) if !socket.owners.is_empty() && beside.is_empty() => ", then reclaim",
                     _ => &beside,
                 };

@@ -43,6 +43,14 @@ const BAD: &[(&str, &str, &str)] = &[
     ("--all -4 -6", "--ipv6", "--help"),
     ("--all --json --jsonl", "--jsonl", "--help"),
     ("--color blue", "blue", "never"),
+    ("--reclaim", "--reclaim", "--port 8080"),
+    ("--all --reclaim-age 5s", "--reclaim-age", "cwkill reclaim"),
+    ("--all --reclaim --stop-limit 0s", "0s", "100ms"),
+    ("reclaim --pid java", "java", "4711"),
+    ("reclaim --reclaim-force", "--reclaim-force", "--pid 4711"),
+    ("reclaim --reclaim-age soon", "soon", "90s"),
+    ("reclaim --port 8080", "--port", "--help"),
+    ("reclaim 4711", "4711", "--help"),
 ];
 
 fn bad_values() -> Result<()> {

@@ -56,6 +56,7 @@ pub const CASES: &[Case] = &[
 
 /// Those of runtimes that are not everywhere.
 pub const RUNTIMES: &[(Runtime, Case)] = &[
+    (Runtime::Java, Once("java_is_left_to_its_collector", java)),
     (
         Runtime::Go,
         Once("go_at_emfile_accepts_again", || emfile(Runtime::Go)),
@@ -77,6 +78,16 @@ fn emfile(runtime: Runtime) -> Result<()> {
     let tally = runtimes::cure(runtime, RUNS, 3, CWKILL.as_ref())?;
     same(&tally.cured, &RUNS)?;
     ensure!(tally.bytes > 10_000, "{tally:?}");
+    Ok(())
+}
+
+/// Its finalizers close numbers, so nothing is taken without --reclaim-force.
+fn java() -> Result<()> {
+    let refused = runtimes::cure_plainly(Runtime::Java, CWKILL.as_ref())?;
+    ensure!(refused.len() > 10, "{refused:?}");
+    for reason in refused {
+        ensure!(reason.contains("jcmd PID GC.run"), "{reason}");
+    }
     Ok(())
 }
 
@@ -611,13 +622,13 @@ fn killed() -> Result<()> {
     let (mut begun, mut whole) = (0, 0);
     for mode in ["works", "idle"] {
         let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 4)?;
-        for number in 0..60u64 {
+        for number in 0..30u64 {
             let fds = owner.scatter(60)?;
             kill_after(
                 &lab,
                 &owner,
                 Signal::SIGKILL,
-                Duration::from_micros(number * 120),
+                Duration::from_micros(number * 240),
             )?;
             let open = owner.descriptors()?;
             let left = fds.iter().filter(|fd| open.contains(fd)).count();
