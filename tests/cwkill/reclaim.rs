@@ -436,9 +436,7 @@ fn limit() -> Result<()> {
         ensure!(gap <= took, "{gap:?} of {took:?}");
     }
     // Nothing is left of us.
-    let status = std::fs::read_to_string(format!("/proc/{}/status", owner.pid()))?;
-    ensure!(status.contains("TracerPid:\t0"), "{status}");
-    Ok(())
+    lab.wait_for(PATIENCE, || Ok(!is_traced(owner.pid())))
 }
 
 fn pid_namespace() -> Result<()> {
@@ -504,18 +502,22 @@ const RULES: Rules = Rules {
     stop_limit: Duration::from_secs(1),
 };
 
+fn is_traced(pid: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"));
+    status.is_ok_and(|status| !status.contains("TracerPid:\t0\n"))
+}
+
 /// A bug of ours after so many descriptors, while the owner stands still.
 fn panics() -> Result<()> {
     for mode in ["works", "waits"] {
         let lab = Lab::new()?;
         let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 1)?;
-        for after in 1..20 {
+        for after in 0..10 {
             owner.scatter(10)?;
             let (owners, wanted) = wanted(&owner)?;
             let asked = AtomicU32::new(0);
             let bug = || {
-                // Once before the owner is stopped, then before each descriptor.
-                if asked.fetch_add(1, Ordering::Relaxed) >= after {
+                if is_traced(owner.pid()) && asked.fetch_add(1, Ordering::Relaxed) >= after {
                     // Without the message of a panic.
                     std::panic::resume_unwind(Box::new("a bug made for the test"));
                 }
@@ -527,8 +529,7 @@ fn panics() -> Result<()> {
                 .iter()
                 .filter(|fate| matches!(fate, Fate::Failed(_)));
             ensure!(failed.count() > 0, "{done:?}");
-            let status = std::fs::read_to_string(format!("/proc/{}/status", owner.pid()))?;
-            ensure!(status.contains("TracerPid:\t0"), "{status}");
+            ensure!(!is_traced(owner.pid()), "{mode}, after {after}");
             owner
                 .report()
                 .with_context(|| format!("{mode}, after {after}"))?;
@@ -545,7 +546,8 @@ fn interrupted() -> Result<()> {
     owner.scatter(10)?;
     let (owners, wanted) = wanted(&owner)?;
     let asked = AtomicU32::new(0);
-    let stop = || asked.fetch_add(1, Ordering::Relaxed) >= 4;
+    // Asked before each descriptor, and at other times.
+    let stop = || is_traced(owner.pid()) && asked.fetch_add(1, Ordering::Relaxed) >= 3;
     let done = cwkill::reclaim::reclaim(&owners, &wanted, &RULES, &Proc::default(), &stop);
     let freed = done
         .fates
@@ -584,11 +586,8 @@ fn kill_after(lab: &Lab, owner: &Owner, signal: Signal, delay: Duration) -> Resu
         .command(CWKILL)
         .args(line.split_whitespace())
         .spawn()?;
-    let status = format!("/proc/{}/status", owner.pid());
     let until = Instant::now() + PATIENCE;
-    while std::fs::read_to_string(&status)?.contains("TracerPid:\t0\n")
-        && child.try_wait()?.is_none()
-    {
+    while !is_traced(owner.pid()) && child.try_wait()?.is_none() {
         ensure!(Instant::now() < until, "it does not come to stop the owner");
     }
     let until = Instant::now() + delay;
