@@ -233,6 +233,15 @@ impl Worker {
                 }
                 Err(error) => {
                     self.standing = At::Over;
+                    if matches!(error, StopError::Limit(_)) {
+                        // On its way to the instruction: it gets there, and is set back from there. The others
+                        // need not wait for it.
+                        self.stopped.let_go_others(self.at);
+                        let place = self.stopped.wait(self.at, Instant::now() + LAST_WAIT);
+                        if matches!(place, Ok(Place::AtCall)) {
+                            self.standing = At::Beginning;
+                        }
+                    }
                     return Err(CallError::Stop(error));
                 }
             }

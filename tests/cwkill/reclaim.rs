@@ -515,9 +515,9 @@ fn panics() -> Result<()> {
         for after in 0..10 {
             owner.scatter(10)?;
             let (owners, wanted) = wanted(&owner)?;
-            let asked = AtomicU32::new(0);
+            let (pid, asked) = (owner.pid(), AtomicU32::new(0));
             let bug = || {
-                if is_traced(owner.pid()) && asked.fetch_add(1, Ordering::Relaxed) >= after {
+                if is_traced(pid) && asked.fetch_add(1, Ordering::Relaxed) >= after {
                     // Without the message of a panic.
                     std::panic::resume_unwind(Box::new("a bug made for the test"));
                 }
@@ -545,9 +545,9 @@ fn interrupted() -> Result<()> {
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "works", 1)?;
     owner.scatter(10)?;
     let (owners, wanted) = wanted(&owner)?;
-    let asked = AtomicU32::new(0);
+    let (pid, asked) = (owner.pid(), AtomicU32::new(0));
     // Asked before each descriptor, and at other times.
-    let stop = || is_traced(owner.pid()) && asked.fetch_add(1, Ordering::Relaxed) >= 3;
+    let stop = || is_traced(pid) && asked.fetch_add(1, Ordering::Relaxed) >= 3;
     let done = cwkill::reclaim::reclaim(&owners, &wanted, &RULES, &Proc::default(), &stop);
     let freed = done
         .fates
