@@ -8,22 +8,23 @@ use super::{Output, values};
 use crate::selectors::UnitName;
 
 const AFTER_HELP: &str = "\
-Without a selector it lists descriptors of TCP sockets whose connection is over; with one it closes them
-inside their processes, unless --dry-run.
+Without a selector it lists descriptors of TCP sockets whose connection is
+over. With one it closes them inside their processes, unless --dry-run.
 
-Reclaiming changes the process, not the kernel. The program does not know that its descriptor is gone:
-if it closes or uses the number later, and the kernel has given it to a new connection, it hits that
-one. Go and Java do this by themselves, when they collect a connection object that nothing refers to.
-So servers in Go, Java and Node are only touched with --reclaim-force; let them collect their garbage
-first (jcmd PID GC.run). See cwkill-reclaim(8).
+Reclaiming changes the process, not the kernel. The program does not know that
+its descriptor is gone: if it closes or uses the number later, and the kernel
+has given it to a new connection, it hits that one. Go and Java do this by
+themselves, when they collect a connection object that nothing refers to.
+So servers in Go, Java and Node are only touched with --reclaim-force; let them
+collect their garbage first (jcmd PID GC.run). See cwkill-reclaim(8).
 
 Examples:
   cwkill reclaim                           list dead descriptors, and whether they may be taken
   cwkill reclaim --pid 4711 --dry-run      the same of one process
   cwkill reclaim --pid 4711                close them there
 
-Exit status: 0 all of them are closed (or something was listed), 1 there are none, 2 wrong usage,
-3 could not do the job at all, 4 some are left.";
+Exit status: 0 all of them are closed (or something was listed), 1 there are
+none, 2 wrong usage, 3 could not do the job at all, 4 some are left.";
 
 /// What may be done to the owner of a descriptor.
 #[derive(Debug, clap::Args)]

@@ -1,13 +1,13 @@
 //! The step after a socket is closed: closing its descriptors inside the processes that leak them.
 //!
 //! [`reclaim`] takes descriptors of dead sockets, asks for the [`evidence`] that nobody needs them, and for
-//! each owner stops all threads ([`stop`]), asks again, has one of its threads close them ([`remote`]), and
+//! each owner stops all threads (`stop`), asks again, has one of its threads close them (`remote`), and
 //! lets it go. Whatever happens to us, the owner goes on; docs/decisions/reclaim.md follows that through.
 //!
-//! - [`evidence`]: whether a descriptor may be taken, from facts (pure); [`facts`]: those, from /proc
-//! - [`stop`]: all threads of a process; [`remote`]: a system call made by one of them
+//! - [`evidence`]: whether a descriptor may be taken, from facts (pure); `facts`: those, from /proc
+//! - `stop`: all threads of a process; `remote`: a system call made by one of them
 //! - [`command`]: the job `cwkill reclaim`
-//! - [`arch`]: registers (pure); [`seccomp`]: what a filter lets through (pure)
+//! - [`arch`]: registers (pure); `seccomp`: what a filter lets through (pure)
 
 pub mod arch;
 pub mod command;

@@ -594,15 +594,20 @@ fn kill_after(lab: &Lab, owner: &Owner, signal: Signal, delay: Duration) -> Resu
     while Instant::now() < until {
         std::hint::spin_loop();
     }
-    // It may have ended by itself.
-    let _ = std::process::Command::new("kill")
-        .args([
-            "-s",
-            signal.as_str().trim_start_matches("SIG"),
-            &child.id().to_string(),
-        ])
-        .stderr(std::process::Stdio::null())
-        .status()?;
+    let send = |signal: Signal| {
+        let name = signal.as_str().trim_start_matches("SIG");
+        // It may have ended by itself.
+        let _ = std::process::Command::new("kill")
+            .args(["-s", name, &child.id().to_string()])
+            .stderr(std::process::Stdio::null())
+            .status();
+    };
+    send(signal);
+    if signal == Signal::SIGTSTP {
+        // Before and after the act it stops like any program, but never while the owner stands still.
+        lab.wait_for(PATIENCE, || Ok(!is_traced(owner.pid())))?;
+        send(Signal::SIGCONT);
+    }
     let until = Instant::now() + PATIENCE;
     while child.try_wait()?.is_none() {
         if Instant::now() > until {

@@ -45,6 +45,14 @@ impl Workshop {
         self.0.join(name)
     }
 
+    /// Compiles the program of [`Owner`].
+    pub(crate) fn owner(&self, flags: &[&str]) -> Result<PathBuf> {
+        let compiler = ["cc", "-O2", "-pthread", "-o", "owner", "owner.c"];
+        let text = include_str!("../../owners/owner.c");
+        self.build("owner.c", text, &[&compiler, flags].concat())?;
+        Ok(self.path("owner"))
+    }
+
     /// Writes a source file and compiles it.
     pub(crate) fn build(&self, source: &str, text: &str, compiler: &[&str]) -> Result<()> {
         fs::write(self.path(source), text)?;
@@ -154,11 +162,7 @@ impl Owner {
         };
         let compile = || -> Result<File> {
             let workshop = Workshop::new()?;
-            let mut compiler = vec!["cc", "-O2", "-pthread", "-o", "owner", "owner.c"];
-            compiler.extend(flags);
-            let text = include_str!("../../owners/owner.c");
-            workshop.build("owner.c", text, &compiler)?;
-            Ok(File::open(workshop.path("owner"))?)
+            Ok(File::open(workshop.owner(flags)?)?)
         };
         match kept.get_or_init(|| compile().map_err(|error| format!("{error:#}"))) {
             Ok(file) => Ok(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into()),

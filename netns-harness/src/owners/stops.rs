@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use super::{Build, Owner};
+use super::{Owner, Workshop};
 use crate::bench::on_path;
 use crate::lab::Lab;
 
@@ -18,7 +18,10 @@ const THREADS: usize = 50;
 /// Measures and prints.
 pub(crate) fn run(cwkill: &Path, runs: u32) -> Result<()> {
     let lab = Lab::new()?;
-    let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", THREADS)?;
+    // A file with a name: gdb wants its symbols.
+    let workshop = Workshop::new()?;
+    let program = workshop.owner(&[])?;
+    let mut owner = Owner::start_by(lab.app_host(), &[], &program, "idle", THREADS)?;
     println!(
         "{DESCRIPTORS} descriptors of a process with {THREADS} threads, longest gap of its heartbeat in ms"
     );
@@ -40,7 +43,16 @@ pub(crate) fn run(cwkill: &Path, runs: u32) -> Result<()> {
             }
             owner.longest_gap()?;
             let command = lab.app_host().command(cwkill);
-            let command = command.args(["reclaim", "--pid", &pid, "--reclaim-age", "0s", "-q"]);
+            let command = command.args([
+                "reclaim",
+                "--pid",
+                &pid,
+                "--reclaim-age",
+                "0s",
+                "--stop-limit",
+                "5s",
+                "-q",
+            ]);
             let output = command.output()?;
             gaps.push(owner.longest_gap()?);
             ensure!(
@@ -51,17 +63,23 @@ pub(crate) fn run(cwkill: &Path, runs: u32) -> Result<()> {
         }
         // It is slow, and always the same.
         if on_path("gdb") && run < runs.div_ceil(3) {
-            let fds = owner.leak(DESCRIPTORS)?;
+            let leaked = owner.leak(DESCRIPTORS)?;
             owner.longest_gap()?;
             let mut command = lab
                 .app_host()
                 .command("gdb")
                 .args(["-p", &pid, "-batch", "-nx"]);
-            for fd in fds {
+            for fd in &leaked {
                 command = command.args(["-ex", &format!("call (int)close({fd})")]);
             }
-            command.output()?;
+            let output = command.output()?;
             by_gdb.push(owner.longest_gap()?);
+            let left = owner
+                .descriptors()?
+                .into_iter()
+                .filter(|fd| leaked.contains(fd))
+                .count();
+            ensure!(left == 0, "gdb left {left} descriptors ({})", output.status);
         }
     }
     for (name, gaps) in [
