@@ -409,11 +409,12 @@ static void *churns(void *unused)
         pthread_mutex_lock(&numbers);
         if (mine[at].fd >= 0) {
             int same = !fstat(mine[at].fd, &stat) && stat.st_ino == mine[at].inode;
+            int closed = same && !close(mine[at].fd);
             if (!same && !mine[at].dead)
                 fail("descriptor %d is not what it was", mine[at].fd);
-            else if (same && close(mine[at].fd) && !mine[at].dead)
+            else if (!closed && !mine[at].dead)
                 fail("descriptor %d was closed by somebody", mine[at].fd);
-            atomic_fetch_add(same ? &count : &taken, 1);
+            atomic_fetch_add(closed ? &count : &taken, 1);
         }
         mine[at].fd = open_something(&random, &mine[at].dead);
         if (mine[at].fd < 0)

@@ -1,5 +1,6 @@
 //! Whether a descriptor may be taken from its process, decided from facts. Pure.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::time::Duration;
 
@@ -63,13 +64,17 @@ impl fmt::Display for Doubt {
     }
 }
 
-/// A system call that a thread is in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ThreadCall {
+/// The descriptors that a thread's system call may be on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Uses {
     /// The thread.
     pub tid: i32,
-    /// Its call.
-    pub call: Call,
+    /// The number of its call.
+    pub number: i64,
+    /// The descriptors.
+    pub fds: HashSet<i32>,
+    /// It may be on any.
+    pub any: bool,
 }
 
 /// An epoll set of the owner.
@@ -77,17 +82,10 @@ pub struct ThreadCall {
 pub struct Epoll {
     /// Its descriptor.
     pub fd: i32,
-    /// What is in it.
-    pub entries: Vec<EpollEntry>,
-}
-
-/// A member of an epoll set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct EpollEntry {
-    /// The descriptor as it was when it was added.
-    pub fd: i32,
-    /// The inode of its file; kernels before 5.2 do not say.
-    pub inode: Option<u64>,
+    /// The inodes of the files in it. What was added by a number that is closed by now is in it all the same.
+    pub inodes: HashSet<u64>,
+    /// The numbers by which files were added, where the kernel does not say the inode (before 5.2).
+    pub fds: HashSet<i32>,
 }
 
 /// An io_uring of the owner.
@@ -96,7 +94,7 @@ pub struct Ring {
     /// Its descriptor.
     pub fd: i32,
     /// The inodes of the sockets that are registered with it.
-    pub sockets: Vec<u64>,
+    pub sockets: HashSet<u64>,
     /// Requests wait in it.
     pub in_flight: bool,
 }
@@ -104,8 +102,8 @@ pub struct Ring {
 /// What is known of a process.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
-    /// The calls its threads are in.
-    pub calls: Vec<ThreadCall>,
+    /// What the calls are on that its threads are in.
+    pub uses: Vec<Uses>,
     /// Its epoll sets.
     pub epolls: Vec<Epoll>,
     /// Its io_urings.
@@ -131,29 +129,23 @@ pub fn doubt(
     inode: u32,
     age: Option<Duration>,
     wanted_age: Duration,
-    memory: Memory<'_>,
 ) -> Option<Doubt> {
-    for ThreadCall { tid, call } in &facts.calls {
-        if may_be_on(call, fd, memory) {
+    let inode = u64::from(inode);
+    for uses in &facts.uses {
+        if uses.any || uses.fds.contains(&fd) {
             return Some(Doubt::InCall {
-                tid: *tid,
-                number: call.number,
+                tid: uses.tid,
+                number: uses.number,
             });
         }
     }
     for epoll in &facts.epolls {
-        // An entry goes with the last reference to its file. What was added by another number that is
-        // closed by now is in the set all the same.
-        let this = |entry: &EpollEntry| match entry.inode {
-            Some(of_entry) => of_entry == u64::from(inode),
-            None => entry.fd == fd,
-        };
-        if epoll.entries.iter().any(this) {
+        if epoll.inodes.contains(&inode) || epoll.fds.contains(&fd) {
             return Some(Doubt::InEpoll(epoll.fd));
         }
     }
     for ring in &facts.rings {
-        if ring.sockets.contains(&u64::from(inode)) {
+        if ring.sockets.contains(&inode) {
             return Some(Doubt::InRing(ring.fd));
         }
         if ring.in_flight {
@@ -256,63 +248,67 @@ fn descriptors(number: i64) -> Descriptors {
     }
 }
 
-/// More than this no process has open (fs.nr_open).
-const MOST_DESCRIPTORS: u64 = 1 << 30;
-/// What is read of a list in the owner at most; a longer one counts as having everything.
+/// The longest list in the owner that is read; a call with a longer one may be on any descriptor.
 const LONGEST_LIST: u64 = 1 << 20;
-/// struct pollfd: the descriptor, then two times 16 bits.
-const POLLFD: u64 = 8;
 
-/// Whether a call may be on descriptor `fd`. Where it cannot be told, it may.
-fn may_be_on(call: &Call, fd: i32, memory: Memory<'_>) -> bool {
+/// What the call of thread `tid` may be on. Where it cannot be told, on any.
+pub fn uses(tid: i32, call: &Call, memory: Memory<'_>) -> Uses {
     let arguments = &call.arguments;
-    let polls = |address: u64, count: u64| {
-        if address == 0 || count == 0 {
-            return false;
-        }
-        let bytes = count
-            .checked_mul(POLLFD)
-            .filter(|bytes| *bytes <= LONGEST_LIST);
-        let list = bytes.and_then(|bytes| memory(address, usize::try_from(bytes).ok()?));
-        list.is_none_or(|list| {
-            list.chunks_exact(8)
-                .any(|entry| entry[..4] == fd.to_ne_bytes())
-        })
-    };
-    match descriptors(call.number) {
-        Descriptors::At(places) => places.iter().any(|&at| is(arguments[at], fd)),
-        Descriptors::Poll => polls(arguments[0], arguments[1]),
-        // The second argument of the others is an address or a command.
+    let fds = match descriptors(call.number) {
+        Descriptors::At(places) => Some(places.iter().map(|&at| fd(arguments[at])).collect()),
+        Descriptors::Poll => polled(arguments[0], arguments[1], memory),
+        // The second argument of the others is an address or a command, mostly longer than any list; and
+        // what cannot be read was no list.
         Descriptors::Continued => {
-            let [address, count, ..] = *arguments;
-            address != 0 && count != 0 && count < MOST_DESCRIPTORS && {
-                let bytes = usize::try_from(count.min(LONGEST_LIST / POLLFD) * POLLFD);
-                let list = bytes.ok().and_then(|bytes| memory(address, bytes));
-                list.is_some_and(|list| {
-                    list.chunks_exact(8)
-                        .any(|entry| entry[..4] == fd.to_ne_bytes())
-                })
-            }
+            Some(polled(arguments[0], arguments[1], memory).unwrap_or_default())
         }
-        Descriptors::Select => {
-            let Ok(bit) = u64::try_from(fd) else {
-                return false;
-            };
-            if bit >= arguments[0] {
-                return false;
-            }
-            arguments[1..4].iter().any(|&set| {
-                set != 0
-                    && memory(set.wrapping_add(bit / 8), 1)
-                        .is_none_or(|byte| byte[0] >> (bit % 8) & 1 == 1)
-            })
-        }
+        Descriptors::Select => selected(arguments, memory),
+    };
+    Uses {
+        tid,
+        number: call.number,
+        any: fds.is_none(),
+        fds: fds.unwrap_or_default(),
     }
 }
 
-/// Whether an argument, of which a call takes the lower half as a descriptor, is `fd`.
-fn is(argument: u64, fd: i32) -> bool {
-    argument & 0xffff_ffff == u64::from(fd.cast_unsigned())
+/// An argument that is a descriptor: a call takes the lower half.
+fn fd(argument: u64) -> i32 {
+    let [a, b, c, d, ..] = argument.to_le_bytes();
+    i32::from_le_bytes([a, b, c, d])
+}
+
+/// The descriptors in an array of `struct pollfd`: each is the first 4 of 8 bytes.
+fn polled(address: u64, count: u64, memory: Memory<'_>) -> Option<HashSet<i32>> {
+    if address == 0 || count == 0 {
+        return Some(HashSet::new());
+    }
+    let bytes = count
+        .checked_mul(8)
+        .filter(|bytes| *bytes <= LONGEST_LIST)?;
+    let list = memory(address, usize::try_from(bytes).ok()?)?;
+    let first = |entry: &[u8]| i32::from_ne_bytes([entry[0], entry[1], entry[2], entry[3]]);
+    Some(list.chunks_exact(8).map(first).collect())
+}
+
+/// The descriptors in the three sets of select(2), as long as the first argument says.
+fn selected(arguments: &[u64; 6], memory: Memory<'_>) -> Option<HashSet<i32>> {
+    let count = u64::try_from(fd(arguments[0])).ok()?;
+    let bytes = usize::try_from(count.div_ceil(8)).ok()?;
+    let mut fds = HashSet::new();
+    for &set in arguments[1..4].iter().filter(|set| **set != 0) {
+        let bits = memory(set, bytes)?;
+        let is_set = |bit: &u64| {
+            let byte = usize::try_from(bit / 8).ok().and_then(|at| bits.get(at));
+            byte.is_some_and(|byte| byte >> (bit % 8) & 1 == 1)
+        };
+        fds.extend(
+            (0..count)
+                .filter(is_set)
+                .filter_map(|bit| i32::try_from(bit).ok()),
+        );
+    }
+    Some(fds)
 }
 
 /// How much harm it does if a call that a thread waits in seems to give 0: 0 none, since it may do so at any
@@ -349,13 +345,17 @@ mod tests {
         }
     }
 
+    fn on(uses: &Uses, fd: i32) -> bool {
+        uses.any || uses.fds.contains(&fd)
+    }
+
     fn nothing(_: u64, _: usize) -> Option<Vec<u8>> {
         None
     }
 
     #[test]
     fn a_call_on_the_descriptor_is_seen() {
-        let on = |number, arguments: &[u64]| may_be_on(&call(number, arguments), 7, &nothing);
+        let on = |number, arguments: &[u64]| on(&uses(1, &call(number, arguments), &nothing), 7);
         assert!(on(libc::SYS_recvfrom, &[7]));
         assert!(!on(libc::SYS_recvfrom, &[8, 7]));
         // The kernel takes the lower half.
@@ -386,7 +386,8 @@ mod tests {
             let from = usize::try_from(address.checked_sub(0x1000)?).ok()?;
             pollfds.get(from..from + len).map(<[u8]>::to_vec)
         };
-        let on = |number, fd, arguments: &[u64]| may_be_on(&call(number, arguments), fd, &memory);
+        let on =
+            |number, fd, arguments: &[u64]| on(&uses(1, &call(number, arguments), &memory), fd);
         for number in [libc::SYS_ppoll, libc::SYS_restart_syscall] {
             assert!(on(number, 7, &[0x1000, 2]), "{number}");
             assert!(!on(number, 7, &[0x1000, 1]), "{number}");
@@ -404,36 +405,36 @@ mod tests {
 
         let sets = |address: u64, len: usize| match (address, len) {
             (0x2000, 1) => Some(vec![0b1000_0000]),
-            (0x2001, 1) => Some(vec![0]),
+            (0x2000, 2) => Some(vec![0b1000_0000, 0]),
             _ => None,
         };
-        let on = |fd, arguments: &[u64]| may_be_on(&call(libc::SYS_pselect6, arguments), fd, &sets);
+        let on = |fd, arguments: &[u64]| {
+            super::tests::on(&uses(1, &call(libc::SYS_pselect6, arguments), &sets), fd)
+        };
         assert!(on(7, &[8, 0x2000, 0, 0]));
         assert!(on(7, &[8, 0, 0, 0x2000]));
         assert!(!on(7, &[7, 0x2000, 0, 0]));
         assert!(!on(6, &[8, 0x2000, 0, 0]));
         assert!(!on(8, &[9, 0x2000, 0, 0]));
         assert!(on(8, &[9, 0x3000, 0, 0]), "cannot be read");
+        assert!(!on(7, &[0, 0, 0, 0]));
     }
 
     #[test]
     fn each_doubt_is_enough() {
         let hour = Duration::from_secs(3600);
         let minute = Duration::from_secs(60);
-        let judge = |facts: &Facts, age| doubt(facts, 7, 42, age, minute, &nothing);
+        let judge = |facts: &Facts, age| doubt(facts, 7, 42, age, minute);
         let none = Facts::default();
         assert_eq!(judge(&none, Some(hour)), None);
         assert_eq!(judge(&none, Some(minute)), None);
         let second = Duration::from_secs(1);
         assert_eq!(judge(&none, Some(second)), Some(Doubt::TooYoung(second)));
         assert_eq!(judge(&none, None), Some(Doubt::NoAge));
-        assert_eq!(doubt(&none, 7, 42, None, Duration::ZERO, &nothing), None);
+        assert_eq!(doubt(&none, 7, 42, None, Duration::ZERO), None);
 
         let in_call = Facts {
-            calls: vec![ThreadCall {
-                tid: 3,
-                call: call(libc::SYS_recvfrom, &[7]),
-            }],
+            uses: vec![uses(3, &call(libc::SYS_recvfrom, &[7]), &nothing)],
             ..Facts::default()
         };
         let number = libc::SYS_recvfrom;
@@ -442,23 +443,23 @@ mod tests {
             Some(Doubt::InCall { tid: 3, number })
         );
 
-        let epoll = |fd, inode| Facts {
+        let epoll = |inodes: &[u64], fds: &[i32]| Facts {
             epolls: vec![Epoll {
                 fd: 4,
-                entries: vec![EpollEntry { fd, inode }],
+                inodes: inodes.iter().copied().collect(),
+                fds: fds.iter().copied().collect(),
             }],
             ..Facts::default()
         };
         let doubt = Some(Doubt::InEpoll(4));
-        assert_eq!(judge(&epoll(7, Some(42)), Some(hour)), doubt);
-        assert_eq!(judge(&epoll(9, Some(42)), Some(hour)), doubt, "added as 9");
-        assert_eq!(judge(&epoll(7, None), Some(hour)), doubt);
-        assert_eq!(judge(&epoll(7, Some(41)), Some(hour)), None, "another file");
+        assert_eq!(judge(&epoll(&[42], &[]), Some(hour)), doubt);
+        assert_eq!(judge(&epoll(&[], &[7]), Some(hour)), doubt);
+        assert_eq!(judge(&epoll(&[41], &[9]), Some(hour)), None, "other files");
 
-        let ring = |sockets, in_flight| Facts {
+        let ring = |sockets: Vec<u64>, in_flight| Facts {
             rings: vec![Ring {
                 fd: 5,
-                sockets,
+                sockets: sockets.into_iter().collect(),
                 in_flight,
             }],
             ..Facts::default()

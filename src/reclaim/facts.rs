@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use nix::errno::Errno;
 
 use super::arch::Call;
-use super::evidence::{self, Epoll, EpollEntry, Ring, ThreadCall};
+use super::evidence::{self, Epoll, Ring};
 use crate::finder::dead::{self, Verdict};
 use crate::finder::owners::{self, Proc, Process};
 use crate::finder::sock_diag::Cookie;
@@ -103,18 +103,16 @@ impl<'p> Inside<'p> {
                 Err(error) => return Err(error),
             };
             match special {
-                Special::Epoll(_) => epolls.push(Epoll {
-                    fd,
-                    entries: parse_epoll(&text),
-                }),
+                Special::Epoll(_) => epolls.push(parse_epoll(fd, &text)),
                 Special::Ring(_) => rings.push(parse_ring(fd, &text)),
             }
         }
         Ok((epolls, rings))
     }
 
-    /// The system calls that threads of the owner sleep in. A thread that runs is in none for long.
-    pub fn calls(&self) -> io::Result<Vec<ThreadCall>> {
+    /// The threads of the owner that sleep in a system call, and their calls. A thread that runs is in none
+    /// for long.
+    pub fn calls(&self) -> io::Result<Vec<(i32, Call)>> {
         let mut calls = Vec::new();
         for entry in fs::read_dir(self.proc.path(&format!("{}/task", self.pid)))? {
             let entry = entry?;
@@ -122,7 +120,7 @@ impl<'p> Inside<'p> {
                 continue;
             };
             match fs::read_to_string(entry.path().join("syscall")) {
-                Ok(text) => calls.extend(parse_call(&text).map(|call| ThreadCall { tid, call })),
+                Ok(text) => calls.extend(parse_call(&text).map(|call| (tid, call))),
                 Err(error) if owners::is_end(&error) => {}
                 Err(error) => return Err(error),
             }
@@ -184,23 +182,21 @@ fn field(status: &str, name: &str) -> Option<i32> {
 
 /// The members of an epoll set: lines `tfd: 7 events: 19 data: 7 pos:0 ino:2a sdev:9`, of which older
 /// kernels end with the data. Source: fs/eventpoll.c, ep_show_fdinfo.
-fn parse_epoll(fdinfo: &str) -> Vec<EpollEntry> {
-    let entry = |line: &str| {
-        let fd = line
-            .strip_prefix("tfd:")?
-            .split_whitespace()
-            .next()?
-            .parse()
-            .ok()?;
-        let inode = line
-            .split_whitespace()
-            .find_map(|word| word.strip_prefix("ino:"));
-        Some(EpollEntry {
-            fd,
-            inode: inode.and_then(|hex| u64::from_str_radix(hex, 16).ok()),
-        })
+fn parse_epoll(fd: i32, fdinfo: &str) -> Epoll {
+    let mut epoll = Epoll {
+        fd,
+        ..Epoll::default()
     };
-    fdinfo.lines().filter_map(entry).collect()
+    for line in fdinfo.lines().filter_map(|line| line.strip_prefix("tfd:")) {
+        let mut words = line.split_whitespace();
+        let number: Option<i32> = words.next().and_then(|number| number.parse().ok());
+        let inode = words.find_map(|word| u64::from_str_radix(word.strip_prefix("ino:")?, 16).ok());
+        match inode {
+            Some(inode) => drop(epoll.inodes.insert(inode)),
+            None => epoll.fds.extend(number),
+        }
+    }
+    epoll
 }
 
 /// The registered sockets of an io_uring, lines `    0: socket:[42]` below `UserFiles:`, and whether
@@ -252,8 +248,12 @@ mod tests {
         let text = "pos:\t0\nflags:\t02\nmnt_id:\t15\nino:\t1057\n\
             tfd:        7 events:       19 data:                7  pos:0 ino:2a sdev:9\n\
             tfd:       11 events: 80000019 data: 7f00\n";
-        let entry = |fd, inode| EpollEntry { fd, inode };
-        assert_eq!(parse_epoll(text), [entry(7, Some(42)), entry(11, None)]);
+        let wanted = Epoll {
+            fd: 4,
+            inodes: [42].into(),
+            fds: [11].into(),
+        };
+        assert_eq!(parse_epoll(4, text), wanted);
     }
 
     #[test]
@@ -262,7 +262,7 @@ mod tests {
             UserFiles:\t3\n    0: socket:[42]\n    1: /dev/null\n    2: <none>\n\
             UserBufs:\t0\nPollList:\n  op=6, task_works=0\nCqOverflowList:\n";
         let ring = parse_ring(5, text);
-        assert_eq!(ring.sockets, [42]);
+        assert_eq!(ring.sockets, [42].into());
         assert!(ring.in_flight);
         let idle = parse_ring(
             5,

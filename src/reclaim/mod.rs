@@ -17,7 +17,7 @@ mod remote;
 mod seccomp;
 mod stop;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt;
 use std::io;
 use std::thread;
@@ -30,7 +30,7 @@ use crate::finder::sock_diag::Cookie;
 use crate::privileges::Need;
 use crate::sys::{self, TargetFd};
 
-use evidence::{Doubt, Facts, ThreadCall, doubt};
+use evidence::{Doubt, Facts, Uses, doubt, uses};
 use facts::{Identity, Inside, Special};
 use remote::{CallError, NoWorker, Worker};
 use stop::{StopError, Stopped};
@@ -41,6 +41,8 @@ const MOST_STOPS: u32 = 5;
 /// How many of them look for a thread that serves well, and the time between them.
 const CHOOSY_STOPS: u32 = 3;
 const BETWEEN_STOPS: Duration = Duration::from_millis(2);
+/// Descriptors of one stop: the last look at each takes some microseconds.
+const MOST_AT_ONCE: usize = 1000;
 
 /// A descriptor to close in its owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -208,8 +210,9 @@ pub fn judge(
         doubts.fill_with(|| Some(Reason::ForeignProc));
         return doubts;
     }
+    let holders = holders(wanted);
     for (owner, members) in by_owner(wanted) {
-        match prepare(proc, owners, owner, &members, wanted, rules) {
+        match prepare(proc, owners, owner, &members, wanted, &holders, rules) {
             Ok(prepared) => {
                 for (at, reason) in prepared.doubts {
                     doubts[at] = Some(reason);
@@ -241,6 +244,7 @@ pub fn reclaim(
         .map(|_| Fate::Skipped(Reason::Interrupted))
         .collect();
     let mut visits = Vec::new();
+    let holders = holders(wanted);
     if !proc.is_of_our_pid_namespace() {
         fates.fill_with(|| Fate::Skipped(Reason::ForeignProc));
         return Reclaimed { fates, visits };
@@ -254,34 +258,34 @@ pub fn reclaim(
             freed: 0,
             stopped: Duration::ZERO,
         };
-        let mut left = members;
-        for stop in 1..=MOST_STOPS {
-            let round = match prepare(proc, owners, owner, &left, wanted, rules) {
-                Err(refusal) => Round::all(&left, &refusal),
-                Ok(prepared) => {
-                    let choosy = stop <= CHOOSY_STOPS;
-                    visit_once(&prepared, wanted, rules, proc, interrupted, choosy)
-                }
-            };
-            visit.stopped = visit.stopped.max(round.stopped);
-            visit.freed += round
-                .fates
-                .iter()
-                .filter(|(_, fate)| matches!(fate, Fate::Freed))
-                .count();
-            for (at, fate) in round.fates {
-                fates[at] = fate;
-            }
-            left = round.left;
-            if !left.is_empty() {
-                thread::sleep(BETWEEN_STOPS);
-            }
-            if left.is_empty() || interrupted() {
+        for some in members.chunks(MOST_AT_ONCE) {
+            if interrupted() {
                 break;
             }
-            if stop == MOST_STOPS {
-                for &at in &left {
-                    fates[at] = Fate::Failed(Reason::Signals);
+            let mut left = some.to_vec();
+            for stop in 1..=MOST_STOPS {
+                let round = match prepare(proc, owners, owner, &left, wanted, &holders, rules) {
+                    Err(refusal) => Round::all(&left, &refusal),
+                    Ok(prepared) => {
+                        let choosy = stop <= CHOOSY_STOPS;
+                        visit_once(&prepared, wanted, rules, proc, interrupted, choosy)
+                    }
+                };
+                visit.stopped = visit.stopped.max(round.stopped);
+                let freed = |(_, fate): &&(usize, Fate)| matches!(fate, Fate::Freed);
+                visit.freed += round.fates.iter().filter(freed).count();
+                for (at, fate) in round.fates {
+                    fates[at] = fate;
+                }
+                left = round.left;
+                if left.is_empty() || interrupted() {
+                    break;
+                }
+                match stop < MOST_STOPS {
+                    true => thread::sleep(BETWEEN_STOPS),
+                    false => left
+                        .iter()
+                        .for_each(|&at| fates[at] = Fate::Failed(Reason::Signals)),
                 }
             }
         }
@@ -405,6 +409,7 @@ fn prepare<'p>(
     owner: usize,
     members: &[usize],
     wanted: &[Wanted],
+    holders: &Holders,
     rules: &Rules,
 ) -> Result<Prepared<'p>, Refusal> {
     let process = &owners[owner];
@@ -413,22 +418,25 @@ fn prepare<'p>(
         let comm = facts::comm(proc, tracer);
         return Err(Refusal::Because(Reason::Traced(tracer, comm)));
     }
-    if let Some(other) = shared_with(owners, owner, members, wanted) {
+    if let Some(other) = shared_with(owners, owner, members, wanted, holders) {
         return Err(Refusal::Because(Reason::SharedTable(other)));
     }
     let numbers = inside.numbers()?;
     let specials = inside.specials(&numbers)?;
-    let (epolls, rings) = inside.tables(&specials)?;
-    let facts = Facts {
-        calls: inside.calls()?,
-        epolls,
-        rings,
-        finalizer: inside.finalizer(),
-    };
-    let memory = |address, len| remote::read_memory(process.pid, address, len);
+    let mut facts = Facts::default();
+    if !rules.force {
+        let memory = |address, len| remote::read_memory(process.pid, address, len);
+        let calls = inside.calls()?;
+        facts.uses = calls
+            .iter()
+            .map(|(tid, call)| uses(*tid, call, &memory))
+            .collect();
+        (facts.epolls, facts.rings) = inside.tables(&specials)?;
+        facts.finalizer = inside.finalizer();
+    }
     let (mut candidates, mut doubts) = (Vec::new(), Vec::new());
     for &at in members {
-        match why_not(&facts, &wanted[at], rules, &memory) {
+        match why_not(&facts, &wanted[at], rules) {
             Some(doubt) => doubts.push((at, Reason::Doubt(doubt))),
             None => candidates.push(at),
         }
@@ -442,23 +450,23 @@ fn prepare<'p>(
     })
 }
 
-fn why_not(
-    facts: &Facts,
-    wanted: &Wanted,
-    rules: &Rules,
-    memory: evidence::Memory<'_>,
-) -> Option<Doubt> {
-    if rules.force {
-        return None;
+fn why_not(facts: &Facts, wanted: &Wanted, rules: &Rules) -> Option<Doubt> {
+    match rules.force {
+        true => None,
+        false => doubt(facts, wanted.fd.0, wanted.inode, wanted.age, rules.age),
     }
-    doubt(
-        facts,
-        wanted.fd.0,
-        wanted.inode,
-        wanted.age,
-        rules.age,
-        memory,
-    )
+}
+
+/// Who holds a socket under which number.
+type Holders = HashMap<(TargetFd, u32), Vec<usize>>;
+
+fn holders(wanted: &[Wanted]) -> Holders {
+    let mut holders = Holders::new();
+    for wanted in wanted {
+        let key = (wanted.fd, wanted.inode);
+        holders.entry(key).or_default().push(wanted.owner);
+    }
+    holders
 }
 
 /// Another owner of one of the sockets, under the same number, that has the same table of descriptors
@@ -468,22 +476,21 @@ fn shared_with(
     owner: usize,
     members: &[usize],
     wanted: &[Wanted],
+    holders: &Holders,
 ) -> Option<i32> {
-    let pid = owners[owner].pid;
-    let same: HashSet<(TargetFd, u32)> = members
+    let others: BTreeSet<usize> = members
         .iter()
-        .map(|&at| (wanted[at].fd, wanted[at].inode))
+        .filter_map(|&at| holders.get(&(wanted[at].fd, wanted[at].inode)))
+        .flatten()
+        .copied()
+        .filter(|other| *other != owner)
         .collect();
-    let others: HashSet<usize> = wanted
-        .iter()
-        .filter(|w| w.owner != owner && same.contains(&(w.fd, w.inode)))
-        .map(|w| w.owner)
-        .collect();
-    let others = others.into_iter().map(|other| owners[other].pid);
     // A kernel without kcmp(2) cannot say.
+    let shares = |other: &i32| sys::share_descriptors(owners[owner].pid, *other).unwrap_or(false);
     others
         .into_iter()
-        .find(|other| sys::share_descriptors(pid, *other).unwrap_or(false))
+        .map(|other| owners[other].pid)
+        .find(shares)
 }
 
 /// Stops the owner once, on a thread of its own: with it ends whatever it traces.
@@ -597,30 +604,24 @@ fn still_allowed(
     rules: &Rules,
 ) -> Result<(Vec<usize>, Vec<(usize, Fate)>), Refusal> {
     let Prepared { inside, .. } = prepared;
-    // Of a big table only what is new is looked at, and what was an epoll set or an io_uring before.
-    let numbers = inside.numbers()?;
-    let new: Vec<i32> = numbers
-        .into_iter()
-        .filter(|number| !prepared.numbers.contains(number))
-        .collect();
-    let mut specials = inside.specials(&new)?;
-    specials.extend(&prepared.specials);
-    let (epolls, rings) = inside.tables(&specials)?;
-    let facts = Facts {
-        calls: calls(worker.stopped()),
-        epolls,
-        rings,
-        // Asked before; what a process is does not change.
-        finalizer: None,
-    };
-    let memory = |address, len| remote::read_memory(inside.pid, address, len);
+    // Whether it has finalizers does not change.
+    let mut facts = Facts::default();
+    if !rules.force {
+        // Of a big table only what is new is looked at, and what was an epoll set or an io_uring before.
+        let mut new = inside.numbers()?;
+        new.retain(|number| !prepared.numbers.contains(number));
+        let mut specials = inside.specials(&new)?;
+        specials.extend(&prepared.specials);
+        (facts.epolls, facts.rings) = inside.tables(&specials)?;
+        facts.uses = uses_of(worker.stopped());
+    }
     let (mut allowed, mut fates) = (Vec::new(), Vec::new());
     for &at in &prepared.candidates {
         let wanted = &wanted[at];
         let fate = match inside.identity(wanted.fd, wanted.inode, wanted.cookie) {
             Identity::Other => Fate::Gone,
             Identity::Unknown(errno) => Fate::Failed(Reason::Denied(errno.into())),
-            Identity::Same => match why_not(&facts, wanted, rules, &memory) {
+            Identity::Same => match why_not(&facts, wanted, rules) {
                 Some(doubt) => Fate::Skipped(Reason::Doubt(doubt)),
                 None => {
                     allowed.push(at);
@@ -633,22 +634,20 @@ fn still_allowed(
     Ok((allowed, fates))
 }
 
-/// The calls of stopped threads, by their registers.
-fn calls(stopped: &Stopped) -> Vec<ThreadCall> {
-    let call = |(at, thread): (usize, &stop::Thread)| {
+/// What the calls of stopped threads are on, by their registers.
+fn uses_of(stopped: &Stopped) -> Vec<Uses> {
+    let uses = |(at, thread): (usize, &stop::Thread)| {
         let registers = stopped.registers(at)?;
         let is_instruction = |address| remote::is_instruction(thread.tid, address);
         let call = registers.call(&is_instruction)?;
-        Some(ThreadCall {
-            tid: thread.tid,
-            call,
-        })
+        let memory = |address, len| remote::read_memory(thread.tid, address, len);
+        Some(uses(thread.tid, &call, &memory))
     };
     stopped
         .threads()
         .iter()
         .enumerate()
-        .filter_map(call)
+        .filter_map(uses)
         .collect()
 }
 
@@ -708,6 +707,8 @@ fn close_all(
             }
             Ok(result) => {
                 let fate = |at: usize| match i32::try_from(-result) {
+                    // Somebody shares the table after all.
+                    Ok(libc::EBADF) => Fate::Gone,
                     _ if prepared.inside.is_free(wanted[at].fd) => Fate::Freed,
                     Ok(errno) if errno > 0 => {
                         Fate::Failed(Reason::Os("close", io::Error::from_raw_os_error(errno)))

@@ -16,7 +16,7 @@ use super::evidence;
 use super::facts::Inside;
 use super::seccomp;
 use super::stop::{Place, StopError, Stopped, read_registers};
-use crate::sys;
+use crate::sys::{self, Waiting};
 
 /// Where the thread stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,7 +103,13 @@ impl Worker {
             if matches!(thread.place, Place::Ended) {
                 continue;
             }
-            let registers = stopped.registers(at).ok_or(NoWorker::Foreign)?;
+            let Some(registers) = stopped.registers(at) else {
+                match sys::peek_stop(thread.tid) {
+                    // It is being killed.
+                    Ok(Waiting::End) | Err(_) => continue,
+                    Ok(_) => return Err(NoWorker::Foreign),
+                }
+            };
             if thread.place == Place::Stopped {
                 let rank = rank(thread.tid, &registers);
                 candidates.push((rank, at, registers));

@@ -97,6 +97,9 @@ impl Stopped {
             if new.is_empty() {
                 break;
             }
+            if Instant::now() >= stopped.deadline {
+                return Err(StopError::Limit(new[0]));
+            }
             for tid in new {
                 stopped.seize(proc, tid)?;
             }
