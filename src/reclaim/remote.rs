@@ -81,7 +81,13 @@ pub enum CallError {
 }
 
 /// How long a call of ours that does not return is waited for: the thread cannot be set back before.
-const LAST_WAIT: std::time::Duration = std::time::Duration::from_secs(30);
+const LAST_WAIT: std::time::Duration = std::time::Duration::from_secs(10);
+
+/// And how often it is looked at then.
+const BETWEEN_LOOKS: std::time::Duration = std::time::Duration::from_millis(1);
+
+/// Whether a call has done its work.
+type Done<'d> = &'d dyn Fn() -> bool;
 
 /// A call that does nothing (EBADF), and that is let through wherever close(2) is.
 const NO_CALL: (i64, &[u64]) = (libc::SYS_close, &[u64::MAX]);
@@ -202,18 +208,24 @@ impl Worker {
         may_call(&self.filters, &self.entered, number, arguments)
     }
 
-    /// Makes a system call in the owner; what it gave.
+    /// Makes a system call in the owner; what it gave. `done` says whether it has done its work, even if it
+    /// has not come back.
     ///
     /// # Errors
     /// It was not made, or did not come to its end. No more can be made then.
-    pub fn call(&mut self, number: i64, arguments: &[u64]) -> Result<i64, CallError> {
+    pub fn call(
+        &mut self,
+        number: i64,
+        arguments: &[u64],
+        done: Done<'_>,
+    ) -> Result<i64, CallError> {
         if self.standing == At::SetBack {
             self.begin_own()?;
         }
         if self.standing != At::Beginning {
             return Err(CallError::Signal);
         }
-        self.exchange(number, arguments)
+        self.exchange(number, arguments, done)
     }
 
     /// From the end of a call of ours to the beginning of the thread's own.
@@ -257,7 +269,12 @@ impl Worker {
     }
 
     /// At the beginning of the thread's call, makes ours instead, and sets the thread back.
-    fn exchange(&mut self, number: i64, arguments: &[u64]) -> Result<i64, CallError> {
+    fn exchange(
+        &mut self,
+        number: i64,
+        arguments: &[u64],
+        done: Done<'_>,
+    ) -> Result<i64, CallError> {
         let ours = self.entered.instead(number, arguments);
         // From here to the end of this function the thread, should we be killed, goes on as if its own call
         // had given what ours gives.
@@ -268,17 +285,21 @@ impl Worker {
             .map_err(|error| CallError::Stop(StopError::Os("PTRACE_SETREGSET", error)))?;
         self.stopped.resume(self.at).map_err(CallError::Stop)?;
         self.standing = At::Calling;
-        self.finish()
+        self.finish(done)
     }
 
     /// Waits for the end of our call, and sets the thread back.
-    fn finish(&mut self) -> Result<i64, CallError> {
+    fn finish(&mut self, done: Done<'_>) -> Result<i64, CallError> {
         let mut place = self.stopped.wait(self.at, self.stopped.deadline());
         let hung = matches!(place, Err(StopError::Limit(_)));
-        if hung {
-            // The others need not wait for it.
-            self.stopped.let_go_others(self.at);
-            place = self.stopped.wait(self.at, Instant::now() + LAST_WAIT);
+        let last = Instant::now() + LAST_WAIT;
+        // While the call may still be to come, because the machine is busy, the others must not go on: they
+        // could close the number and open another file there.
+        while matches!(place, Err(StopError::Limit(_))) && Instant::now() < last {
+            if done() {
+                self.stopped.let_go_others(self.at);
+            }
+            place = self.stopped.wait(self.at, Instant::now() + BETWEEN_LOOKS);
         }
         self.standing = At::Over;
         match place {
@@ -300,8 +321,10 @@ impl Drop for Worker {
         let _ = match self.standing {
             // Let go here it would make its call with a wake-up of ours still pending, which some calls
             // answer with EINTR. So it makes one that does nothing, and its own when it has been set back.
-            At::Beginning | At::Exchanged => self.exchange(NO_CALL.0, NO_CALL.1).map(drop),
-            At::Calling => self.finish().map(drop),
+            At::Beginning | At::Exchanged => {
+                self.exchange(NO_CALL.0, NO_CALL.1, &|| true).map(drop)
+            }
+            At::Calling => self.finish(&|| false).map(drop),
             At::SetBack | At::Over => Ok(()),
         };
     }
