@@ -11,6 +11,7 @@ use crate::expression::{self, Expression, Services, States};
 use crate::finder::netns::Which;
 use crate::injector::MethodName;
 use crate::plan::Policy;
+use crate::reclaim;
 use crate::selectors::{IpVersion, Selectors};
 use crate::tcp::{StateSet, TcpState};
 
@@ -57,6 +58,8 @@ pub struct Config {
     pub watch_refill: Option<Duration>,
     /// Where acts are recorded.
     pub log: audit::Wanted,
+    /// Whether, and how, the descriptors of closed sockets are closed in their owners.
+    pub reclaim: Option<reclaim::Rules>,
     /// The form of the results.
     pub format: Format,
     /// Leave out the header of the table.
@@ -120,6 +123,11 @@ impl Config {
                      --container, --cgroup); say which sockets are meant by --port or an expression",
                 ));
             }
+            if acting.reclaim {
+                return Err(usage(
+                    "--reclaim closes descriptors in the owners: leave --no-owners away",
+                ));
+            }
             if methods.iter().all(|method| method.needs_descriptor()) {
                 return Err(usage(
                     "--method shutdown works through the descriptor of an owner: leave --no-owners away, or \
@@ -143,6 +151,15 @@ impl Config {
                 target: acting.log,
                 file: acting.log_file,
                 verbose: output.verbose,
+            },
+            reclaim: match (acting.reclaim, acting.reclaiming.given()) {
+                (true, _) => Some(reclaim::Rules::from_args(&acting.reclaiming)),
+                (false, None) => None,
+                (false, Some(option)) => {
+                    return Err(usage(&format!(
+                        "{option} says how to reclaim: give --reclaim as well, or use `cwkill reclaim`"
+                    )));
+                }
             },
             format: output.format(),
             no_header: output.no_header,
@@ -239,6 +256,7 @@ impl Acting {
             ("--watch-refill", self.watch_refill.is_some()),
             ("--log", self.log.is_some()),
             ("--log-file", self.log_file.is_some()),
+            ("--reclaim", self.reclaim),
         ]
         .into_iter()
         .find_map(|(option, given)| given.then_some(option))
@@ -246,7 +264,7 @@ impl Acting {
 }
 
 impl Output {
-    fn format(&self) -> Format {
+    pub(crate) fn format(&self) -> Format {
         match (self.json, self.jsonl, self.quiet) {
             (true, _, _) => Format::Json,
             (_, true, _) => Format::JsonLines,

@@ -10,6 +10,7 @@
 //! - [`plan`]: what to try on each socket, or why it is left alone (pure)
 //! - [`privileges`]: what this process may do, and giving up what it need not; [`kernel`]: the version it runs on
 //! - [`injector`]: the methods, and the ladder that runs a plan and verifies it
+//! - [`reclaim`]: closing the descriptors of dead sockets inside their owners
 //! - [`pipeline`]: all of the above as two calls
 //! - [`audit`]: the log of what was done
 //! - [`refill`]: whether new stuck sockets come after a kill
@@ -33,6 +34,7 @@ pub mod kernel;
 pub mod pipeline;
 pub mod plan;
 pub mod privileges;
+pub mod reclaim;
 pub mod refill;
 pub mod report;
 pub mod selectors;

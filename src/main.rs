@@ -23,8 +23,9 @@ use cwkill::injector::MethodName;
 use cwkill::injector::ladder::Surroundings;
 use cwkill::pipeline::{self, Run};
 use cwkill::privileges::{HOW_TO_GRANT, Need, Privileges, least};
+use cwkill::reclaim::command;
 use cwkill::refill;
-use cwkill::report::{ExitStatus, exit_status, json, notes, text};
+use cwkill::report::{self, ExitStatus, exit_status, json, notes, text};
 use cwkill::threads;
 
 fn main() -> ExitCode {
@@ -40,6 +41,10 @@ fn main() -> ExitCode {
         Some(Command::Diagnose(args)) => diagnose(args).map(ExitCode::from),
         Some(Command::Check(args)) => return check(args),
         Some(Command::Doctor(args)) => doctor(&args),
+        Some(Command::Reclaim(args)) => {
+            let config = command::Config::from_args(args).unwrap_or_else(|error| error.exit());
+            reclaim(&config).map(ExitCode::from)
+        }
     };
     ended.unwrap_or_else(|error| {
         say(format_args!("{error:#}"));
@@ -151,6 +156,43 @@ fn columns() -> Option<usize> {
         .or_else(|| comfy_table::Table::new().width().map(usize::from))
 }
 
+fn reclaim(config: &command::Config) -> anyhow::Result<ExitStatus> {
+    let quiet = config.format == Format::Quiet;
+    let mut needed = least::to_find(&Which::All);
+    needed.extend(least::to_reclaim());
+    give_up_all_but(&needed);
+    let terminal = Terminal::new(config.action == Action::Act, quiet)?;
+    let run = command::run(config, &Proc::default(), &terminal)?;
+    drop(terminal);
+    let written = write_out(config.color, |color, out| match config.format {
+        Format::Table => report::reclaim::write(&run, config, color, out),
+        Format::Json => report::reclaim::write_document(&run, out),
+        Format::JsonLines => report::reclaim::write_lines(&run, out),
+        Format::Quiet => Ok(()),
+    });
+    if !quiet {
+        for note in report::reclaim::notes(&run) {
+            say(format_args!("note: {note}"));
+        }
+        if report::reclaim::lacks_rights(&run) {
+            say(format_args!("hint: {}", Need::Ptrace.purpose()));
+            say(format_args!("hint: {HOW_TO_GRANT}"));
+        }
+    }
+    match written {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+        Err(error) if run.fates.is_some() => {
+            let summary = report::reclaim::summary(&run, config);
+            say(format_args!(
+                "the work is done ({summary}), but its report cannot be written: {error}"
+            ));
+            return Ok(ExitStatus::Impossible);
+        }
+        other => other.context("cannot write the listing")?,
+    }
+    Ok(report::reclaim::exit_status(&run))
+}
+
 fn run(config: &Config) -> anyhow::Result<ExitStatus> {
     if config.format != Format::Quiet {
         for note in &config.notes {
@@ -168,8 +210,12 @@ fn run(config: &Config) -> anyhow::Result<ExitStatus> {
     if config.action == Action::Act {
         needed.extend(least::to_act(&config.policy.methods));
     }
+    if config.action == Action::Act && config.reclaim.is_some() {
+        needed.extend(least::to_reclaim());
+    }
     give_up_all_but(&needed);
-    let mut terminal = Terminal::new(config)?;
+    let quiet = config.format == Format::Quiet;
+    let mut terminal = Terminal::new(config.action == Action::Act, quiet)?;
     let proc = Proc::default();
     let mut run = pipeline::plan(config, &proc, &privileges)?;
     // A run that has nothing to do leaves no record.
@@ -271,19 +317,26 @@ fn say(message: std::fmt::Arguments<'_>) {
 }
 
 fn report(run: &Run, config: &Config) -> io::Result<()> {
+    write_out(config.color, |color, out| match config.format {
+        Format::Table => text::write(run, config, color, out),
+        Format::Json => json::write_document(run, out),
+        Format::JsonLines => json::write_lines(run, out),
+        Format::Quiet => Ok(()),
+    })
+}
+
+fn write_out(
+    color: ColorChoice,
+    write: impl FnOnce(bool, &mut dyn Write) -> io::Result<()>,
+) -> io::Result<()> {
     let stdout = io::stdout();
-    let color = match config.color {
+    let color = match color {
         ColorChoice::Always => true,
         ColorChoice::Never => false,
         ColorChoice::Auto => anstream::AutoStream::choice(&stdout) != anstream::ColorChoice::Never,
     };
     let mut out = BufWriter::with_capacity(64 * 1024, stdout.lock());
-    match config.format {
-        Format::Table => text::write(run, config, color, &mut out)?,
-        Format::Json => json::write_document(run, &mut out)?,
-        Format::JsonLines => json::write_lines(run, &mut out)?,
-        Format::Quiet => {}
-    }
+    write(color, &mut out)?;
     out.flush()
 }
 
@@ -321,10 +374,10 @@ struct Terminal {
 const PATIENCE: Duration = Duration::from_secs(1);
 
 impl Terminal {
-    fn new(config: &Config) -> anyhow::Result<Self> {
+    fn new(acts: bool, quiet: bool) -> anyhow::Result<Self> {
         let interrupted = Arc::new(AtomicBool::new(false));
         let idle = Arc::new(AtomicBool::new(true));
-        if config.action == Action::Act {
+        if acts {
             // Before and after the act a signal ends the program as usual. What is begun is brought to its end and reported, whatever is pressed: a method may have
             // changed options of an owner's socket that it still has to put back. All waits are bounded.
             let signals = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
@@ -333,11 +386,16 @@ impl Terminal {
                     .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&interrupted)))
                     .context("cannot handle Ctrl-C")?;
             }
+            // Ctrl-Z while a process is stopped for us would keep it stopped.
+            let never = Arc::new(AtomicBool::new(false));
+            signal_hook::flag::register_conditional_default(libc::SIGTSTP, Arc::clone(&idle))
+                .and_then(|_| signal_hook::flag::register(libc::SIGTSTP, never))
+                .context("cannot handle Ctrl-Z")?;
         }
         let progress = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
         progress.set_message("looking for sockets");
         let (running, ended) = mpsc::channel::<()>();
-        if config.format != Format::Quiet && io::stderr().is_terminal() {
+        if !quiet && io::stderr().is_terminal() {
             let progress = progress.clone();
             // Without a thread there is no progress to be seen.
             let _ = std::thread::Builder::new().spawn(move || {

@@ -18,6 +18,7 @@ use crate::injector;
 use crate::injector::ladder::{self, Outcome, Rules, Surroundings, Verdict};
 use crate::plan::{self, Plan};
 use crate::privileges::Privileges;
+use crate::reclaim::{self, Fate, Reason, Visit, Wanted};
 use crate::refill::Refill;
 use crate::selectors::Selectors;
 use crate::threads;
@@ -40,6 +41,19 @@ pub struct Run {
     pub deeds: Option<Vec<Deed>>,
     /// What came after; `None` if it was not watched.
     pub refill: Option<Refill>,
+    /// What became of their descriptors, or would; `None` without `--reclaim`.
+    pub reclaimed: Option<Reclaimed>,
+}
+
+/// What `--reclaim` did. The lists are as long as `found.sockets`, those in them as the owners of each.
+#[derive(Debug)]
+pub struct Reclaimed {
+    /// What became of each descriptor; `None` if its socket is not closed, so that it was not asked about.
+    pub fates: Vec<Vec<Option<Fate>>>,
+    /// When nothing was to be done: what speaks against taking each.
+    pub doubts: Vec<Vec<Option<Reason>>>,
+    /// The processes that were stopped; their owners are indices of `found.processes`.
+    pub visits: Vec<Visit>,
 }
 
 /// What became of one socket.
@@ -65,6 +79,7 @@ pub fn plan(config: &Config, proc: &Proc, privileges: &Privileges) -> anyhow::Re
         found,
         plans,
         deeds: None,
+        reclaimed: None,
         refill: None,
     })
 }
@@ -81,6 +96,9 @@ pub fn carry_out(
         surroundings.begin();
         let outcomes = act(run, config, proc, privileges, surroundings);
         run.deeds = Some(account(&run.found, outcomes, proc));
+    }
+    if let Some(rules) = &config.reclaim {
+        run.reclaimed = Some(reclaim(run, rules, proc, surroundings));
     }
 }
 
@@ -115,6 +133,61 @@ pub fn find(
     let unopened = unopened.map(|error| format!("opening it: {error}"));
     found.namespace_failure = found.namespace_failure.or(unopened);
     Ok(found)
+}
+
+/// Closes the descriptors of what was closed, or says what would speak against it.
+fn reclaim(
+    run: &mut Run,
+    rules: &reclaim::Rules,
+    proc: &Proc,
+    surroundings: &dyn Surroundings,
+) -> Reclaimed {
+    let found = &run.found;
+    let mut places = Vec::new();
+    let mut wanted = Vec::new();
+    for (at, socket) in found.sockets.iter().enumerate() {
+        let closed = |deed: &Deed| matches!(deed.outcome.verdict, Verdict::Closed(_));
+        let over = run.deeds.as_ref().is_none_or(|deeds| closed(&deeds[at]));
+        let Some(inode) = socket.inode.filter(|_| over) else {
+            continue;
+        };
+        for (owner, held) in socket.owners.iter().enumerate() {
+            places.push((at, owner));
+            wanted.push(Wanted {
+                owner: held.process,
+                fd: held.fd,
+                inode,
+                cookie: socket.cookie(),
+                age: socket.age,
+            });
+        }
+    }
+    fn empty<T>(found: &Found) -> Vec<Vec<Option<T>>> {
+        let none = |socket: &finder::Socket| socket.owners.iter().map(|_| None).collect();
+        found.sockets.iter().map(none).collect()
+    }
+    let mut reclaimed = Reclaimed {
+        fates: empty(found),
+        doubts: empty(found),
+        visits: Vec::new(),
+    };
+    let Some(deeds) = &mut run.deeds else {
+        let doubts = reclaim::judge(&found.processes, &wanted, rules, proc);
+        for ((at, owner), doubt) in places.into_iter().zip(doubts) {
+            reclaimed.doubts[at][owner] = doubt;
+        }
+        return reclaimed;
+    };
+    let interrupted = || surroundings.interrupted();
+    let done = reclaim::reclaim(&found.processes, &wanted, rules, proc, &interrupted);
+    reclaimed.visits = done.visits;
+    for ((at, owner), fate) in places.into_iter().zip(done.fates) {
+        if let (Fate::Freed | Fate::Gone, Some(descriptors)) = (&fate, &mut deeds[at].descriptors) {
+            descriptors[owner] = Holding::Closed;
+        }
+        reclaimed.fates[at][owner] = Some(fate);
+    }
+    reclaimed
 }
 
 /// What a crew brings back.

@@ -13,6 +13,7 @@ use nix::sys::resource::{UsageWho, getrusage};
 
 use crate::agent::Agent;
 use crate::lab::{Family, Lab, Leak, Listen, Options};
+use crate::owners::stops;
 use crate::{TcpState, privilege, scenario};
 
 /// Sockets of one application; RLIMIT_NOFILE is 20,000 on many hosts.
@@ -45,6 +46,9 @@ pub struct Bench {
     /// Only commands that kill
     #[arg(long)]
     kill_only: bool,
+    /// Instead: for how long a process is stopped by `cwkill reclaim`, and by gdb
+    #[arg(long, conflicts_with_all = ["list_only", "kill_only", "sockets", "scenario"])]
+    reclaim: bool,
 }
 
 /// One command line and what it took.
@@ -92,6 +96,9 @@ impl Bench {
             on_path(&cwkill),
             "no program {cwkill}: build it (cargo build --release --workspace) or name it with --cwkill"
         );
+        if self.reclaim {
+            return stops::run(Path::new(&cwkill), self.runs);
+        }
         ensure!(
             self.sockets > 0,
             "--sockets 0 measures nothing; for example --sockets 1000"
@@ -300,7 +307,7 @@ pub(crate) fn beside_us(program: &Path) -> Result<PathBuf> {
     })
 }
 
-fn on_path(program: &str) -> bool {
+pub(crate) fn on_path(program: &str) -> bool {
     if program.contains('/') {
         return Path::new(program).exists();
     }

@@ -9,6 +9,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 
 use crate::lab::Family;
+use crate::owners::runtimes;
 use crate::run::{self, HARNESS_FAILED, RunRequest};
 use crate::{bench, chaos, privilege, scenario, verify};
 
@@ -57,6 +58,10 @@ enum Action {
     ///
     /// Exits with 1 if an innocent connection, a listener or the server was lost, or nothing was acted on.
     Chaos(chaos::Chaos),
+    /// Leak servers in C, Go, Java, JavaScript and Python to EMFILE, and cure them with `cwkill --reclaim`
+    ///
+    /// Fails if a server does not accept again, is gone, or a byte of its other connections is wrong.
+    Cure(runtimes::Runtimes),
     /// Build scenarios and compare them with what `ss` shows
     Verify {
         /// Which ones; all that are listed, if none is named
@@ -137,6 +142,7 @@ fn act(action: Action) -> Result<i32> {
             )
         }
         Action::Bench(bench) => bench.run().map(|()| 0),
+        Action::Cure(cure) => cure.run().map(|()| 0),
         Action::Chaos(chaos) => chaos.run(),
         Action::Verify {
             scenarios,

@@ -28,6 +28,7 @@
 //! - `rtnetlink`: links and addresses
 //! - `kernel`, `ss`, `verify`: what the kernel shows, what `ss` shows, and whether a scenario keeps its word
 //! - `bench`: `cwkill` beside its peers
+//! - [`owners`]: real programs that leak, and what reclaiming does to them
 //! - [`chaos`]: innocent connections under fire
 //! - `run`, `cli`: the program `netns-harness`
 
@@ -38,6 +39,7 @@ pub mod cli;
 mod host;
 mod kernel;
 mod lab;
+pub mod owners;
 mod privilege;
 mod role;
 mod rtnetlink;

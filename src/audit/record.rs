@@ -253,6 +253,7 @@ mod tests {
                 descriptors: None,
             }]),
             refill: None,
+            reclaimed: None,
         }
     }
 

@@ -3,6 +3,7 @@
 mod check;
 mod diagnose;
 mod doctor;
+mod reclaim;
 mod selection;
 mod values;
 
@@ -14,6 +15,7 @@ use clap::{ArgAction, ColorChoice, Parser, Subcommand};
 pub use check::CheckArgs;
 pub use diagnose::DiagnoseArgs;
 pub use doctor::DoctorArgs;
+pub use reclaim::{OwnerSelection, ReclaimArgs, Reclaiming};
 pub use selection::Selection;
 
 use crate::audit;
@@ -62,6 +64,8 @@ pub enum Command {
     /// Tell what works here, and what to change
     #[command(after_help = DOCTOR_HELP)]
     Doctor(DoctorArgs),
+    /// Close descriptors of dead sockets inside the processes that leak them
+    Reclaim(ReclaimArgs),
 }
 
 /// The arguments of `cwkill` without a command.
@@ -122,6 +126,14 @@ pub struct Acting {
     /// Append a JSON line for every act to this file
     #[arg(long, value_name = "PATH")]
     pub log_file: Option<PathBuf>,
+
+    /// Then close the descriptors of the closed sockets inside their processes; see `cwkill reclaim --help`
+    #[arg(long)]
+    pub reclaim: bool,
+
+    /// What may be done to the owners.
+    #[command(flatten)]
+    pub reclaiming: Reclaiming,
 }
 
 /// The form of the results.

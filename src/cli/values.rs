@@ -172,6 +172,13 @@ pub(super) fn threshold(text: &str) -> Result<u64, String> {
     }
 }
 
+pub(super) fn stop_limit(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        Duration::ZERO => Err("nothing can be done in no time; give 100ms or 1s".into()),
+        limit => Ok(limit),
+    }
+}
+
 pub(super) fn method(text: &str) -> Result<MethodChoice, String> {
     match text {
         "auto" => Ok(MethodChoice::Auto),

@@ -263,7 +263,7 @@ fn is_tcp(proc: &Proc, pid: i32, fd: TargetFd) -> io::Result<bool> {
 }
 
 /// A pidfd of exactly `process`.
-fn open_pidfd(proc: &Proc, process: &Process) -> Result<OwnedFd, Errno> {
+pub(crate) fn open_pidfd(proc: &Proc, process: &Process) -> Result<OwnedFd, Errno> {
     let pidfd = sys::pidfd_open(process.pid).map_err(errno)?;
     // Read after the pidfd was opened: it still has its number, so the pidfd is of it.
     match proc.start_time(process.pid) == Some(process.start_time) {
@@ -274,7 +274,7 @@ fn open_pidfd(proc: &Proc, process: &Process) -> Result<OwnedFd, Errno> {
 
 /// Looks at a descriptor through a duplicate of it, which is closed again at once. `None`: it is no longer
 /// this socket, or the socket is alive.
-fn examine(pidfd: BorrowedFd<'_>, fd: TargetFd, inode: u32) -> Option<Verdict> {
+pub(crate) fn examine(pidfd: BorrowedFd<'_>, fd: TargetFd, inode: u32) -> Option<Verdict> {
     let socket = match sys::pidfd_getfd(pidfd, fd) {
         Ok(socket) => socket,
         Err(error) => match errno(error) {
@@ -325,7 +325,7 @@ fn parse_info(info: &[u8]) -> Option<(TcpState, bool, Duration)> {
     ))
 }
 
-fn errno(error: io::Error) -> Errno {
+pub(crate) fn errno(error: io::Error) -> Errno {
     error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
 }
 

@@ -36,6 +36,12 @@ pub fn to_act(methods: &[MethodName]) -> CapsHashSet {
     methods.iter().flat_map(needs).copied().collect()
 }
 
+/// What it takes to close descriptors inside their owners, beyond [`to_find`]: to read a seccomp filter
+/// (kernel/seccomp.c, seccomp_get_filter).
+pub fn to_reclaim() -> CapsHashSet {
+    CapsHashSet::from([Capability::CAP_SYS_ADMIN])
+}
+
 /// Gives up what is not in `needed`, and the right to get it back. Call it before the first thread.
 ///
 /// Without CAP_SYS_PTRACE the capabilities in use stay: a process lets in only who has all that it has

@@ -42,7 +42,7 @@ impl Need {
                  segments"
             }
             Need::Ptrace => {
-                "seeing the owners of other users' sockets, and shutdown through them, need \
+                "seeing the owners of other users' sockets, shutdown through them and --reclaim need \
                  CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH (within one user only that the owner has no \
                  more capabilities than cwkill, and that kernel.yama.ptrace_scope allows it)"
             }

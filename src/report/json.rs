@@ -10,15 +10,16 @@ use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::ser::Formatter;
 
-use super::Tally;
 use super::escape::is_unsafe;
+use super::{Tally, reclaim};
 use crate::finder::owners::{Holding, Process};
-use crate::finder::{Found, Held};
+use crate::finder::{Found, Held, Socket};
 use crate::injector::ladder::Verdict;
 use crate::pipeline::{Deed, Run};
+use crate::reclaim::{Fate, Reason};
 use crate::refill::Refill;
 
-const SCHEMA_VERSION: u32 = 1;
+pub(super) const SCHEMA_VERSION: u32 = 1;
 
 /// Sockets that are written together; those of a long list are written side by side.
 const BLOCK: usize = 512;
@@ -42,6 +43,10 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
         unreachable_namespaces: run.found.unreachable_namespaces,
         untold_namespaces: run.found.untold_namespaces,
         undecided: run.found.undecided,
+        reclaim: run.reclaimed.as_ref().map(|reclaimed| JsonReclaim {
+            owners: reclaim::json_owners(&run.found.processes, &reclaimed.visits),
+            summary: reclaim::Tally::of_run(reclaimed),
+        }),
         summary: Tally::of(run),
         refill: run.refill.as_ref().map(json_refill),
     };
@@ -179,6 +184,8 @@ struct Tail<'a> {
     unreachable_namespaces: usize,
     untold_namespaces: usize,
     undecided: usize,
+    /// The owners that `--reclaim` stopped; `None` without it.
+    reclaim: Option<JsonReclaim<'a>>,
     summary: Tally,
     refill: Option<JsonRefill<'a>>,
 }
@@ -196,6 +203,12 @@ struct Newcomers<'a> {
     pid: Option<i32>,
     comm: Option<&'a str>,
     new: usize,
+}
+
+#[derive(Serialize)]
+struct JsonReclaim<'a> {
+    owners: Vec<reclaim::Owner<'a>>,
+    summary: reclaim::Tally,
 }
 
 #[derive(Serialize)]
@@ -225,6 +238,8 @@ pub struct JsonSocket<'a> {
     listener: Option<JsonListener<'a>>,
     plan: Vec<&'static str>,
     left_out: Vec<LeftOut>,
+    /// Of a dry run with `--reclaim`: what would become of each descriptor.
+    reclaim_plan: Option<Vec<JsonDescriptor>>,
     pub(crate) result: Option<JsonResult>,
 }
 
@@ -286,6 +301,16 @@ pub(crate) struct JsonResult {
     attempts: Vec<JsonAttempt>,
     /// `None`: not known, or not asked because the socket is not closed.
     descriptor_open: Option<bool>,
+    /// With `--reclaim`, of a closed socket: what became of each descriptor.
+    descriptors: Option<Vec<JsonDescriptor>>,
+}
+
+#[derive(Serialize)]
+struct JsonDescriptor {
+    pid: i32,
+    fd: i32,
+    outcome: &'static str,
+    reason: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -303,10 +328,6 @@ pub(crate) fn sockets(run: &Run) -> impl Iterator<Item = JsonSocket<'_>> {
 fn json_socket(run: &Run, at: usize) -> JsonSocket<'_> {
     let (socket, plan) = (&run.found.sockets[at], &run.plans[at]);
     let deed = run.deeds.as_ref().map(|deeds| &deeds[at]);
-    let endpoint = |address: SocketAddr| Endpoint {
-        address: address.ip(),
-        port: address.port(),
-    };
     JsonSocket {
         netns: JsonNetns {
             inode: run.namespaces[socket.netns].inode(),
@@ -345,7 +366,47 @@ fn json_socket(run: &Run, at: usize) -> JsonSocket<'_> {
                 reason: why.to_string(),
             })
             .collect(),
-        result: deed.map(json_result),
+        reclaim_plan: match deed {
+            None => run.reclaimed.as_ref().map(|reclaimed| {
+                let doubt = |doubt: &Option<Reason>| match doubt {
+                    None => Some(("would-free", None)),
+                    Some(reason) => Some(("skipped", Some(reason.to_string()))),
+                };
+                descriptors(run, socket, reclaimed.doubts[at].iter().map(doubt))
+            }),
+            Some(_) => None,
+        },
+        result: deed.map(|deed| JsonResult {
+            descriptors: run.reclaimed.as_ref().map(|reclaimed| {
+                let fate = |fate: &Option<Fate>| fate.as_ref().map(reclaim::outcome);
+                descriptors(run, socket, reclaimed.fates[at].iter().map(fate))
+            }),
+            ..json_result(deed)
+        }),
+    }
+}
+
+/// The descriptors of a socket, with what is said of them.
+fn descriptors(
+    run: &Run,
+    socket: &Socket,
+    said: impl Iterator<Item = Option<(&'static str, Option<String>)>>,
+) -> Vec<JsonDescriptor> {
+    let one = |(held, said): (&Held, Option<(&'static str, Option<String>)>)| {
+        said.map(|(outcome, reason)| JsonDescriptor {
+            pid: run.found.processes[held.process].pid,
+            fd: held.fd.0,
+            outcome,
+            reason,
+        })
+    };
+    socket.owners.iter().zip(said).filter_map(one).collect()
+}
+
+pub(super) fn endpoint(address: SocketAddr) -> Endpoint {
+    Endpoint {
+        address: address.ip(),
+        port: address.port(),
     }
 }
 
@@ -419,5 +480,6 @@ fn json_result(deed: &Deed) -> JsonResult {
         reason,
         attempts: deed.outcome.attempts.iter().map(attempt).collect(),
         descriptor_open: deed.descriptors.as_deref().and_then(any_open),
+        descriptors: None,
     }
 }

@@ -6,12 +6,14 @@
 pub mod escape;
 pub mod json;
 pub mod notes;
+pub mod reclaim;
 pub mod text;
 
 use std::process::ExitCode;
 
 use crate::injector::ladder::Verdict;
 use crate::pipeline::Run;
+use crate::reclaim::Fate;
 
 /// How many sockets had which outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -96,8 +98,17 @@ pub fn exit_status(run: &Run) -> ExitStatus {
     match status {
         ExitStatus::NothingMatched if unseen || found.undecided > 0 => ExitStatus::NotAllClosed,
         ExitStatus::Done if found.undecided > 0 && run.deeds.is_some() => ExitStatus::NotAllClosed,
+        ExitStatus::Done if !all_reclaimed(run) => ExitStatus::NotAllClosed,
         status => status,
     }
+}
+
+/// Whether every descriptor that was to be closed is.
+fn all_reclaimed(run: &Run) -> bool {
+    let left = |fate: &Fate| matches!(fate, Fate::Skipped(_) | Fate::Failed(_));
+    !run.reclaimed
+        .iter()
+        .any(|reclaimed| reclaimed.fates.iter().flatten().flatten().any(left))
 }
 
 /// The exit status of the program.
@@ -108,7 +119,7 @@ pub fn exit_status(run: &Run) -> ExitStatus {
 /// | 1 | nothing matched |
 /// | 2 | wrong usage |
 /// | 3 | the job could not be done at all |
-/// | 4 | something matched, and not all of it is closed |
+/// | 4 | something matched, and not all of it is closed, or not all descriptors with `--reclaim` |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExitStatus {
     /// 0

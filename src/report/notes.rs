@@ -13,6 +13,7 @@ use crate::injector::ladder::Verdict;
 use crate::pipeline::{Deed, Run};
 use crate::plan::LeftOut;
 use crate::privileges::Need;
+use crate::reclaim::{Fate, Reason};
 
 /// The notes, one a line.
 pub fn notes(run: &Run) -> Vec<String> {
@@ -98,10 +99,14 @@ fn descriptors(run: &Run, deeds: &[Deed]) -> Vec<String> {
         let process = &run.found.processes[process];
         format!(
             "{}/{} still has {} of closed sockets open: closing a socket does not free the \
-             descriptor, only the process can",
+             descriptor{}",
             escape(&process.comm),
             process.pid,
             counted(count, "descriptor"),
+            match run.reclaimed {
+                None => ", only the process can, or --reclaim",
+                Some(_) => "",
+            },
         )
     };
     let mut notes: Vec<String> = open.into_iter().map(note).collect();
@@ -220,6 +225,15 @@ pub fn missing_privileges(run: &Run) -> BTreeSet<Need> {
                 needs.insert(need);
             }
         }
+    }
+    if let Some(reclaimed) = &run.reclaimed {
+        let fates = reclaimed.fates.iter().flatten().flatten();
+        let reasons = fates.filter_map(|fate| match fate {
+            Fate::Skipped(reason) | Fate::Failed(reason) => Some(reason),
+            Fate::Freed | Fate::Gone => None,
+        });
+        let doubts = reclaimed.doubts.iter().flatten().flatten();
+        needs.extend(reasons.chain(doubts).filter_map(Reason::need));
     }
     needs
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use comfy_table::{Cell, CellAlignment, Color, ContentArrangement, Table, presets};
 
 use super::escape::escape;
-use super::{Tally, sockets};
+use super::{Tally, reclaim, sockets};
 use crate::config::{Action, Config};
 use crate::diagnosis::Cause;
 use crate::finder::cgroup::{Cgroup, unescape};
@@ -35,7 +35,13 @@ pub fn write(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io
         layout.write_block(run, block, header, color, &mut widths, out)?;
         header = false;
     }
-    writeln!(out, "{}", summary(run, config))
+    writeln!(out, "{}", summary(run, config))?;
+    if let (Some(reclaimed), Action::Act) = (&run.reclaimed, config.action) {
+        for line in reclaim::lines(&run.found.processes, reclaimed) {
+            writeln!(out, "{line}")?;
+        }
+    }
+    Ok(())
 }
 
 /// Which columns there are.
@@ -50,7 +56,6 @@ struct Layout {
 impl Layout {
     fn new(run: &Run, config: &Config) -> Self {
         let states: BTreeSet<&str> = run.found.sockets.iter().map(|s| s.state.name()).collect();
-        let belongs = |cgroup: &Cgroup| cgroup.unit.is_some() || cgroup.container.is_some();
         Layout {
             netns: run.namespaces.len() > 1,
             whose: run.found.processes.iter().any(|p| belongs(&p.cgroup)),
@@ -143,9 +148,18 @@ impl Layout {
             Cell::new(socket.send_q),
             Cell::new(socket.cause),
         ]);
+        let reclaimed = run.reclaimed.as_ref();
+        let beside = reclaimed.map_or_else(String::new, |it| reclaim::beside(it, row));
         match &run.deeds {
-            Some(deeds) => cells.push(result_cell(&deeds[row].outcome, self.verbose)),
-            None if self.last.is_some() => cells.push(Cell::new(plan_text(&run.plans[row]))),
+            Some(deeds) => cells.push(result_cell(&deeds[row].outcome, self.verbose, &beside)),
+            None if self.last.is_some() => {
+                let then = match &run.reclaimed {
+                    Some(_) if run.plans[row].methods.is_empty() => "",
+                    Some(_) if !socket.owners.is_empty() && beside.is_empty() => ", then reclaim",
+                    _ => &beside,
+                };
+                cells.push(Cell::new(format!("{}{then}", plan_text(&run.plans[row]))));
+            }
             None => {}
         }
         cells
@@ -221,14 +235,7 @@ pub(crate) fn whose(found: &Found, socket: &Socket, all: bool) -> String {
     };
     let mut names: Vec<String> = Vec::new();
     for held in shown {
-        let cgroup = &found.processes[held.process].cgroup;
-        let mut name = place(cgroup).unwrap_or_else(|| "-".to_owned());
-        if let Some(pod) = cgroup.container.as_ref().and_then(|c| c.pod_uid.as_ref())
-            && all
-        {
-            let _ = write!(name, " pod {pod}");
-        }
-        let name = escape(&name);
+        let name = belongs_to(&found.processes[held.process].cgroup, all);
         if !names.contains(&name) {
             names.push(name);
         }
@@ -237,6 +244,22 @@ pub(crate) fn whose(found: &Found, socket: &Socket, all: bool) -> String {
         true => "-".to_owned(),
         false => names.join(","),
     }
+}
+
+/// Whether a process has a unit or a container.
+pub(super) fn belongs(cgroup: &Cgroup) -> bool {
+    cgroup.unit.is_some() || cgroup.container.is_some()
+}
+
+/// The container or the unit of a process.
+pub(super) fn belongs_to(cgroup: &Cgroup, all: bool) -> String {
+    let mut name = place(cgroup).unwrap_or_else(|| "-".to_owned());
+    if let Some(pod) = cgroup.container.as_ref().and_then(|c| c.pod_uid.as_ref())
+        && all
+    {
+        let _ = write!(name, " pod {pod}");
+    }
+    escape(&name)
 }
 
 /// A duration in its two largest units.
@@ -270,9 +293,9 @@ fn left_out_text(left_out: &[(crate::injector::MethodName, LeftOut)]) -> String 
     join(parts, "; ")
 }
 
-fn result_cell(outcome: &Outcome, verbose: bool) -> Cell {
+fn result_cell(outcome: &Outcome, verbose: bool, beside: &str) -> Cell {
     let (text, color) = result(outcome, verbose);
-    Cell::new(text).fg(color)
+    Cell::new(text + beside).fg(color)
 }
 
 /// The outcome in words, and its colour.

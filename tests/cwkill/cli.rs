@@ -55,6 +55,14 @@ const BAD: &[(&str, &str, &str)] = &[
     ("diagnose --method destroy", "--method", "--help"),
     ("diagnose --jsonl", "--jsonl", "--help"),
     ("diagnose sport = :8O80", "column 9", ":8080"),
+    ("--reclaim", "--reclaim", "--port 8080"),
+    ("--all --reclaim-age 5s", "--reclaim-age", "cwkill reclaim"),
+    ("--all --reclaim --stop-limit 0s", "0s", "100ms"),
+    ("reclaim --pid java", "java", "4711"),
+    ("reclaim --reclaim-force", "--reclaim-force", "--pid 4711"),
+    ("reclaim --reclaim-age soon", "soon", "90s"),
+    ("reclaim --port 8080", "--port", "--help"),
+    ("reclaim 4711", "4711", "--help"),
 ];
 
 fn bad_values() -> Result<()> {

@@ -14,7 +14,7 @@ use super::is_denied;
 use crate::sys::{self, TargetFd};
 
 /// Descriptors in one unit of parallel work.
-pub(in crate::finder) const CHUNK: usize = 512;
+pub(crate) const CHUNK: usize = 512;
 /// Descriptors from which a table is worth a look without a listing.
 const LARGE: i32 = 4096;
 
@@ -89,7 +89,7 @@ fn list_from(dir: BorrowedFd<'_>, first: i32) -> io::Result<Vec<i32>> {
 }
 
 /// The numbers in a `/proc/PID/fd` directory.
-pub(in crate::finder) fn list_fds(dir: BorrowedFd<'_>) -> io::Result<Vec<i32>> {
+pub(crate) fn list_fds(dir: BorrowedFd<'_>) -> io::Result<Vec<i32>> {
     let mut fds = Vec::new();
     let mut buffer = vec![0; 32 * 1024];
     loop {
@@ -142,7 +142,7 @@ fn read_sockets(dir: BorrowedFd<'_>, fds: impl Iterator<Item = i32>) -> io::Resu
 }
 
 /// The inode of the socket that descriptor `fd` in `dir` refers to; `None` if it is no socket.
-pub(in crate::finder) fn read_socket_link(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<u32>> {
+pub(crate) fn read_socket_link(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<u32>> {
     // Longer targets are paths, of which the first bytes already say that they are no socket.
     let mut target = [0; 32];
     let mut name = [0; 12];
@@ -151,7 +151,7 @@ pub(in crate::finder) fn read_socket_link(dir: BorrowedFd<'_>, fd: i32) -> io::R
 }
 
 /// Writes a descriptor number as a C string.
-fn decimal(number: i32, buffer: &mut [u8; 12]) -> &CStr {
+pub(crate) fn decimal(number: i32, buffer: &mut [u8; 12]) -> &CStr {
     use io::Write;
     let mut rest = &mut buffer[..];
     write!(rest, "{number}\0").expect("11 characters and a NUL fit");

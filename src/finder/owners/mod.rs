@@ -25,7 +25,7 @@ use procfs::process::Stat;
 use rayon::prelude::*;
 
 use descriptors::read_table;
-pub(super) use descriptors::{CHUNK, list_fds, read_socket_link};
+pub(crate) use descriptors::{CHUNK, decimal, list_fds, read_socket_link};
 
 use crate::finder::Held;
 use crate::finder::cgroup::Cgroup;
@@ -431,7 +431,7 @@ fn unreadable_holding(error: &io::Error) -> Holding {
 }
 
 /// The process or the descriptor is gone.
-pub(super) fn is_end(error: &io::Error) -> bool {
+pub(crate) fn is_end(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
 }
 

@@ -1,0 +1,278 @@
+//! Processes that leak descriptors and are real programs: in C, Go, Java, JavaScript and Python, compiled when they are
+//! needed, and what `cwkill --reclaim` does to them.
+//!
+//! - [`Owner`]: a program that leaks dead sockets on order and watches itself for damage
+//! - [`runtimes`]: servers that are leaked to EMFILE and cured, over and over, under load
+//! - `stops`: for how long an owner stands still
+
+pub mod runtimes;
+pub(crate) mod stops;
+
+use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::fd::AsRawFd as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::host::Host;
+
+/// How long a program may take to answer.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A directory that goes when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Workshop(PathBuf);
+
+impl Workshop {
+    pub(crate) fn new() -> Result<Self> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("netns-harness-{}-{number}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        fs::create_dir(&path).with_context(|| format!("create {}", path.display()))?;
+        Ok(Self(path))
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// Compiles the program of [`Owner`].
+    pub(crate) fn owner(&self, flags: &[&str]) -> Result<PathBuf> {
+        let compiler = ["cc", "-O2", "-pthread", "-o", "owner", "owner.c"];
+        let text = include_str!("../../owners/owner.c");
+        self.build("owner.c", text, &[&compiler, flags].concat())?;
+        Ok(self.path("owner"))
+    }
+
+    /// Writes a source file and compiles it.
+    pub(crate) fn build(&self, source: &str, text: &str, compiler: &[&str]) -> Result<()> {
+        fs::write(self.path(source), text)?;
+        let (program, arguments) = compiler.split_first().context("no compiler")?;
+        let output = Command::new(program)
+            .args(arguments)
+            .current_dir(&self.0)
+            .env("GOCACHE", self.path("cache"))
+            .output()
+            .with_context(|| format!("run {program}"))?;
+        ensure!(
+            output.status.success(),
+            "{program} {source}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(())
+    }
+}
+
+impl Drop for Workshop {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// How the program of [`Owner`] is linked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Build {
+    /// As the compiler does it.
+    Plain,
+    /// Without a dynamic linker, without symbols, at a fixed address.
+    StaticStripped,
+}
+
+/// A program that leaks dead sockets on order. Killed when dropped.
+#[derive(Debug)]
+pub struct Owner {
+    child: Child,
+    stdin: ChildStdin,
+    answers: Receiver<String>,
+}
+
+impl Owner {
+    /// Starts one in a mode of `owners/owner.c`, with so many threads.
+    ///
+    /// # Errors
+    /// There is no C compiler, or it does not start.
+    pub fn start(host: &Host, build: Build, mode: &str, threads: usize) -> Result<Self> {
+        let program = Self::program(build)?;
+        Self::start_by(host, &[], &program, mode, threads)
+    }
+
+    /// The same through a command that runs what follows it.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_by(
+        host: &Host,
+        by: &[&str],
+        program: &Path,
+        mode: &str,
+        threads: usize,
+    ) -> Result<Self> {
+        let program = program.display().to_string();
+        let threads = threads.to_string();
+        let words: Vec<&str> = by
+            .iter()
+            .copied()
+            .chain([&*program, mode, &threads])
+            .collect();
+        let mut child = host
+            .command(words[0])
+            .args(&words[1..])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let stdin = child.stdin.take().context("no stdin")?;
+        let stdout = BufReader::new(child.stdout.take().context("no stdout")?);
+        let (lines, answers) = channel();
+        std::thread::spawn(move || {
+            for line in stdout.lines().map_while(Result::ok) {
+                if lines.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        let owner = Self {
+            child,
+            stdin,
+            answers,
+        };
+        let ready = owner.answer()?;
+        ensure!(ready == "ready", "{mode}: {ready}");
+        Ok(owner)
+    }
+
+    /// The program, compiled once; nothing of it is left in the file system.
+    ///
+    /// # Errors
+    /// There is no C compiler.
+    pub fn program(build: Build) -> Result<PathBuf> {
+        static PLAIN: OnceLock<Result<File, String>> = OnceLock::new();
+        static STATIC: OnceLock<Result<File, String>> = OnceLock::new();
+        let (kept, flags): (_, &[&str]) = match build {
+            Build::Plain => (&PLAIN, &[]),
+            Build::StaticStripped => (&STATIC, &["-static", "-s", "-no-pie"]),
+        };
+        let compile = || -> Result<File> {
+            let workshop = Workshop::new()?;
+            Ok(File::open(workshop.owner(flags)?)?)
+        };
+        match kept.get_or_init(|| compile().map_err(|error| format!("{error:#}"))) {
+            Ok(file) => Ok(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into()),
+            Err(error) => bail!("{error}"),
+        }
+    }
+
+    /// Its number.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Gives an order; the answer.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn order(&mut self, order: &str) -> Result<String> {
+        writeln!(self.stdin, "{order}").with_context(|| format!("order `{order}`"))?;
+        self.answer().with_context(|| format!("order `{order}`"))
+    }
+
+    fn answer(&self) -> Result<String> {
+        self.answers
+            .recv_timeout(PATIENCE)
+            .context("it does not answer")
+    }
+
+    /// Makes it leak dead sockets; their descriptors.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn leak(&mut self, count: usize) -> Result<Vec<i32>> {
+        numbers(&self.order(&format!("leak {count}"))?)
+    }
+
+    /// The same with a living descriptor after each.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn scatter(&mut self, count: usize) -> Result<Vec<i32>> {
+        numbers(&self.order(&format!("scatter {count}"))?)
+    }
+
+    /// The longest time between two beats of its heart since the last call.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn longest_gap(&mut self) -> Result<Duration> {
+        Ok(Duration::from_micros(self.order("gap")?.parse()?))
+    }
+
+    /// How many of its checks were passed.
+    ///
+    /// # Errors
+    /// One was not; the message says which.
+    pub fn report(&mut self) -> Result<u64> {
+        let report = self.order("report")?;
+        match report.strip_prefix("ok ") {
+            Some(count) => Ok(count.parse()?),
+            None => bail!("{report}"),
+        }
+    }
+
+    /// Does it run?
+    #[must_use]
+    pub fn is_alive(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        Ok(kill(Pid::from_raw(self.child.id().cast_signed()), signal)?)
+    }
+
+    /// The descriptors it has open.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn descriptors(&self) -> Result<Vec<i32>> {
+        descriptors(self.pid())
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn numbers(line: &str) -> Result<Vec<i32>> {
+    let number = |word: &str| word.parse().with_context(|| format!("`{line}`"));
+    line.split_whitespace().map(number).collect()
+}
+
+/// The descriptors that a process has open.
+pub(crate) fn descriptors(pid: u32) -> Result<Vec<i32>> {
+    let mut numbers = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        numbers.extend(
+            entry?
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse::<i32>().ok()),
+        );
+    }
+    numbers.sort_unstable();
+    Ok(numbers)
+}

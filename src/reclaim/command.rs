@@ -1,0 +1,270 @@
+//! The job `cwkill reclaim`: descriptors whose socket is already dead.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::ColorChoice;
+
+use super::{Fate, Reason, Rules, Visit, Wanted, judge, reclaim};
+use crate::cli::{OwnerSelection, ReclaimArgs, Reclaiming};
+use crate::config::{Action, Format, usage};
+use crate::finder::dead::{self, DeadSocket, Verdict};
+use crate::finder::netns::Which;
+use crate::finder::owners::{Proc, Process};
+use crate::injector::ladder::Surroundings;
+use crate::selectors::Selectors;
+
+const DEFAULT_AGE: Duration = Duration::from_secs(60);
+const DEFAULT_STOP_LIMIT: Duration = Duration::from_millis(100);
+
+/// A dead socket must still be dead, and in the same place, so much later: for how long it has been dead
+/// the kernel does not say, and a program that reacts closes it within that time.
+const SECOND_LOOK: Duration = Duration::from_secs(1);
+
+impl Rules {
+    /// What the options say, with defaults filled in.
+    pub fn from_args(args: &Reclaiming) -> Self {
+        Rules {
+            age: args.reclaim_age.unwrap_or(DEFAULT_AGE),
+            force: args.reclaim_force,
+            stop_limit: args.stop_limit.unwrap_or(DEFAULT_STOP_LIMIT),
+        }
+    }
+}
+
+impl Reclaiming {
+    /// An option that only makes sense when descriptors are to be taken.
+    pub fn given(&self) -> Option<&'static str> {
+        [
+            ("--reclaim-age", self.reclaim_age.is_some()),
+            ("--reclaim-force", self.reclaim_force),
+            ("--stop-limit", self.stop_limit.is_some()),
+        ]
+        .into_iter()
+        .find_map(|(option, given)| given.then_some(option))
+    }
+}
+
+/// Everything the job needs to know.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Whose descriptors.
+    pub selectors: Selectors,
+    /// How far to go.
+    pub action: Action,
+    /// What may be done.
+    pub rules: Rules,
+    /// The form of the results.
+    pub format: Format,
+    /// Leave out the header of the table.
+    pub no_header: bool,
+    /// Show how each descriptor is known to be dead.
+    pub verbose: bool,
+    /// Colour the table.
+    pub color: ColorChoice,
+}
+
+impl Config {
+    /// Checks that the arguments make sense together.
+    ///
+    /// # Errors
+    /// They do not; the error says which and shows good ones.
+    pub fn from_args(args: ReclaimArgs) -> Result<Self, clap::Error> {
+        let ReclaimArgs {
+            owners:
+                OwnerSelection {
+                    pid,
+                    process,
+                    unit,
+                    container,
+                    cgroup,
+                    all,
+                },
+            dry_run,
+            reclaiming,
+            output,
+        } = args;
+        let selectors = Selectors {
+            pids: pid.into_iter().collect(),
+            processes: process,
+            units: unit,
+            containers: container,
+            cgroups: cgroup,
+            ..Selectors::default()
+        };
+        let selects = all || selectors.selects_owners();
+        if !selects && !dry_run && reclaiming.reclaim_force {
+            return Err(usage(
+                "--reclaim-force needs a selector that says whose descriptors to take: \
+                 for example --pid 4711, or --all for every process",
+            ));
+        }
+        Ok(Config {
+            selectors,
+            action: match (selects, dry_run) {
+                (_, true) => Action::DryRun,
+                (true, false) => Action::Act,
+                (false, false) => Action::List,
+            },
+            rules: Rules::from_args(&reclaiming),
+            format: output.format(),
+            no_header: output.no_header,
+            verbose: output.verbose,
+            color: output.color,
+        })
+    }
+}
+
+/// A descriptor of a dead socket.
+#[derive(Clone, Copy, Debug)]
+pub struct DeadDescriptor {
+    /// Where it is.
+    pub wanted: Wanted,
+    /// What it is.
+    pub socket: DeadSocket,
+}
+
+/// What was found and done: all that a report needs.
+#[derive(Debug)]
+pub struct Run {
+    /// The processes that were looked into.
+    pub owners: Vec<Process>,
+    /// Their descriptors of dead sockets.
+    pub descriptors: Vec<DeadDescriptor>,
+    /// What speaks against taking each; known when nothing was to be done.
+    pub doubts: Vec<Option<Reason>>,
+    /// What became of each; `None` when nothing was to be done.
+    pub fates: Option<Vec<Fate>>,
+    /// The owners that were stopped.
+    pub visits: Vec<Visit>,
+    /// Descriptors of TCP sockets in no table that may not be looked at: they may be dead.
+    pub unknown: usize,
+    /// Processes asked for that may not be looked into.
+    pub unreadable: usize,
+}
+
+/// Finds, judges, and as far as `config` wants it, closes.
+///
+/// # Errors
+/// Nothing can be found at all.
+pub fn run(config: &Config, proc: &Proc, surroundings: &dyn Surroundings) -> anyhow::Result<Run> {
+    let here = Which::Ours
+        .open(proc)
+        .context("cannot tell the network namespace")?;
+    let in_tables = dead::inodes_in_tables(&here.open)?;
+    let wanted = |process: &Process| config.selectors.match_owner(process);
+    let scan = dead::find(proc, &wanted, &in_tables).context("cannot list processes")?;
+    let everyone = !config.selectors.selects_owners();
+    let unreadable = match everyone || config.selectors.could_match(&scan.unreadable) {
+        true => scan.unreadable.len(),
+        false => 0,
+    };
+    let (mut owners, mut descriptors, mut unknown) = (Vec::new(), Vec::new(), 0);
+    for table in scan.tables {
+        let owner = owners.len();
+        let dead = table
+            .suspects
+            .iter()
+            .filter_map(|suspect| match suspect.verdict {
+                Verdict::Dead(socket) => Some(DeadDescriptor {
+                    wanted: Wanted {
+                        owner,
+                        fd: suspect.fd,
+                        inode: suspect.inode,
+                        cookie: socket.cookie,
+                        age: Some(socket.quiet),
+                    },
+                    socket,
+                }),
+                Verdict::NeverConnected | Verdict::Unknown(_) => None,
+            });
+        descriptors.extend(dead);
+        let hidden = |verdict: Verdict| matches!(verdict, Verdict::Unknown(_));
+        unknown += table.suspects.iter().filter(|s| hidden(s.verdict)).count();
+        owners.push(table.process);
+    }
+    let wanted: Vec<Wanted> = descriptors.iter().map(|dead| dead.wanted).collect();
+    let mut run = Run {
+        owners,
+        descriptors,
+        doubts: Vec::new(),
+        fates: None,
+        visits: Vec::new(),
+        unknown,
+        unreadable,
+    };
+    if config.action == Action::Act {
+        surroundings.begin();
+        if !wanted.is_empty() && !config.rules.age.is_zero() {
+            wait(surroundings, SECOND_LOOK.min(config.rules.age));
+        }
+        let interrupted = || surroundings.interrupted();
+        let done = reclaim(&run.owners, &wanted, &config.rules, proc, &interrupted);
+        run.fates = Some(done.fates);
+        run.visits = done.visits;
+    } else {
+        run.doubts = judge(&run.owners, &wanted, &config.rules, proc);
+    }
+    Ok(run)
+}
+
+/// Waits, and no longer than until Ctrl-C.
+fn wait(surroundings: &dyn Surroundings, duration: Duration) {
+    let until = surroundings.now() + duration;
+    while !surroundings.interrupted() {
+        match until.checked_duration_since(surroundings.now()) {
+            None | Some(Duration::ZERO) => return,
+            Some(left) => surroundings.pause(left.min(Duration::from_millis(50))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Cli, Command};
+    use clap::Parser;
+
+    fn config(line: &str) -> Result<Config, clap::Error> {
+        let words = ["cwkill", "reclaim"]
+            .into_iter()
+            .chain(line.split_whitespace());
+        match Cli::try_parse_from(words)?.command {
+            Some(Command::Reclaim(args)) => Config::from_args(args),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn only_a_selector_makes_it_act() {
+        for line in ["", "--json", "--reclaim-age 0s", "--stop-limit 1s", "-v"] {
+            assert_eq!(config(line).unwrap().action, Action::List, "{line}");
+        }
+        for line in [
+            "--pid 7",
+            "--process x",
+            "--unit x",
+            "--container x",
+            "--cgroup /x",
+            "--all",
+        ] {
+            assert_eq!(config(line).unwrap().action, Action::Act, "{line}");
+            let dry = format!("{line} -n");
+            assert_eq!(config(&dry).unwrap().action, Action::DryRun, "{dry}");
+        }
+        assert_eq!(config("--reclaim-force -n").unwrap().action, Action::DryRun);
+        let error = config("--reclaim-force").unwrap_err();
+        assert!(error.to_string().contains("--pid 4711"), "{error}");
+    }
+
+    #[test]
+    fn the_defaults_are_careful() {
+        let rules = config("--all").unwrap().rules;
+        let wanted = Rules {
+            age: Duration::from_secs(60),
+            force: false,
+            stop_limit: Duration::from_millis(100),
+        };
+        assert_eq!(rules, wanted);
+    }
+}

@@ -1,0 +1,510 @@
+//! Whether a descriptor may be taken from its process, decided from facts. Pure.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::time::Duration;
+
+use super::arch::Call;
+
+/// What speaks against taking a descriptor. `--reclaim-force` overrides it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Doubt {
+    /// This thread is inside a system call on it: the number of the call.
+    InCall {
+        /// The thread.
+        tid: i32,
+        /// The call.
+        number: i64,
+    },
+    /// It is in the epoll set behind this descriptor of the owner.
+    InEpoll(i32),
+    /// It is registered with the io_uring behind this descriptor of the owner.
+    InRing(i32),
+    /// Requests are in flight in the io_uring behind this descriptor, and which descriptors they are on
+    /// cannot be seen.
+    RingInFlight(i32),
+    /// This thread of the owner closes objects that nothing refers to any more, by their numbers.
+    Finalizer(String),
+    /// It has not been stuck for long enough: how long it was.
+    TooYoung(Duration),
+    /// The kernel does not say for how long it has been stuck.
+    NoAge,
+}
+
+impl fmt::Display for Doubt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Doubt::InCall { tid, number } => {
+                write!(
+                    f,
+                    "thread {tid} is inside a system call on it (number {number})"
+                )
+            }
+            Doubt::InEpoll(epoll) => write!(f, "in the epoll set of descriptor {epoll}"),
+            Doubt::InRing(ring) => write!(f, "registered with the io_uring of descriptor {ring}"),
+            Doubt::RingInFlight(ring) => write!(
+                f,
+                "the io_uring of descriptor {ring} has requests in flight, which may be on it"
+            ),
+            Doubt::Finalizer(name) => write!(
+                f,
+                "its thread {} closes forgotten objects by their numbers, whatever has those by then; have it \
+                 collect them first (Java: jcmd PID GC.run), then --reclaim-force",
+                crate::report::escape::escape(name)
+            ),
+            Doubt::TooYoung(age) => write!(
+                f,
+                "quiet for only {} (--reclaim-age)",
+                humantime::format_duration(Duration::from_millis(
+                    u64::try_from(age.as_millis()).unwrap_or(u64::MAX)
+                ))
+            ),
+            Doubt::NoAge => f.write_str("the kernel does not say for how long it has been quiet"),
+        }
+    }
+}
+
+/// The descriptors that a thread's system call may be on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Uses {
+    /// The thread.
+    pub tid: i32,
+    /// The number of its call.
+    pub number: i64,
+    /// The descriptors.
+    pub fds: HashSet<i32>,
+    /// It may be on any.
+    pub any: bool,
+}
+
+/// An epoll set of the owner.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Epoll {
+    /// Its descriptor.
+    pub fd: i32,
+    /// The inodes of the files in it. What was added by a number that is closed by now is in it all the same.
+    pub inodes: HashSet<u64>,
+    /// The numbers by which files were added, where the kernel does not say the inode (before 5.2).
+    pub fds: HashSet<i32>,
+}
+
+/// An io_uring of the owner.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ring {
+    /// Its descriptor.
+    pub fd: i32,
+    /// The inodes of the sockets that are registered with it.
+    pub sockets: HashSet<u64>,
+    /// Requests wait in it.
+    pub in_flight: bool,
+}
+
+/// What is known of a process.
+#[derive(Clone, Debug, Default)]
+pub struct Facts {
+    /// What the calls are on that its threads are in.
+    pub uses: Vec<Uses>,
+    /// Its epoll sets.
+    pub epolls: Vec<Epoll>,
+    /// Its io_urings.
+    pub rings: Vec<Ring>,
+    /// A thread of it that runs finalizers.
+    pub finalizer: Option<String>,
+}
+
+/// Whether a thread of this name belongs to a runtime whose collector closes descriptors: HotSpot, OpenJ9, Mono,
+/// .NET. The kernel keeps 15 bytes. Go has no such thread, but an epoll set.
+pub fn runs_finalizers(name: &str) -> bool {
+    const NAMES: [&str; 3] = ["VM Thread", "Common-Cleaner", "Reference Handl"];
+    NAMES.contains(&name) || name.contains("Finalizer") || name.starts_with(".NET ")
+}
+
+/// Reads memory of the owner: address and length.
+pub type Memory<'a> = &'a dyn Fn(u64, usize) -> Option<Vec<u8>>;
+
+/// What speaks against taking descriptor `fd`, a socket with `inode` that has been quiet for `age`.
+pub fn doubt(
+    facts: &Facts,
+    fd: i32,
+    inode: u32,
+    age: Option<Duration>,
+    wanted_age: Duration,
+) -> Option<Doubt> {
+    let inode = u64::from(inode);
+    for uses in &facts.uses {
+        if uses.any || uses.fds.contains(&fd) {
+            return Some(Doubt::InCall {
+                tid: uses.tid,
+                number: uses.number,
+            });
+        }
+    }
+    for epoll in &facts.epolls {
+        if epoll.inodes.contains(&inode) || epoll.fds.contains(&fd) {
+            return Some(Doubt::InEpoll(epoll.fd));
+        }
+    }
+    for ring in &facts.rings {
+        if ring.sockets.contains(&inode) {
+            return Some(Doubt::InRing(ring.fd));
+        }
+        if ring.in_flight {
+            return Some(Doubt::RingInFlight(ring.fd));
+        }
+    }
+    if let Some(name) = &facts.finalizer {
+        return Some(Doubt::Finalizer(name.clone()));
+    }
+    match age {
+        _ if wanted_age.is_zero() => None,
+        None => Some(Doubt::NoAge),
+        Some(age) if age < wanted_age => Some(Doubt::TooYoung(age)),
+        Some(_) => None,
+    }
+}
+
+/// Which arguments of a system call are descriptors.
+enum Descriptors {
+    /// Those at these places.
+    At(&'static [usize]),
+    /// An array of `struct pollfd`: its address and its length are the first two.
+    Poll,
+    /// Three sets of bits behind the second to fourth, as long as the first says.
+    Select,
+    /// A call that goes on where it was interrupted; of `poll` or of one without descriptors.
+    Continued,
+}
+
+/// Source: the manual pages, section 2. A call that is not here may have one in any of the first three.
+fn descriptors(number: i64) -> Descriptors {
+    match number {
+        libc::SYS_futex
+        | libc::SYS_futex_waitv
+        | libc::SYS_nanosleep
+        | libc::SYS_clock_nanosleep
+        | libc::SYS_wait4
+        | libc::SYS_waitid
+        | libc::SYS_rt_sigtimedwait
+        | libc::SYS_rt_sigsuspend
+        | libc::SYS_rt_sigreturn
+        | libc::SYS_sched_yield
+        | libc::SYS_gettid
+        | libc::SYS_getpid
+        | libc::SYS_tgkill
+        | libc::SYS_madvise
+        | libc::SYS_munmap
+        | libc::SYS_mprotect
+        | libc::SYS_brk
+        | libc::SYS_msgrcv
+        | libc::SYS_msgsnd
+        | libc::SYS_semop
+        | libc::SYS_semtimedop
+        | libc::SYS_io_getevents => Descriptors::At(&[]),
+        libc::SYS_read
+        | libc::SYS_write
+        | libc::SYS_readv
+        | libc::SYS_writev
+        | libc::SYS_pread64
+        | libc::SYS_pwrite64
+        | libc::SYS_recvfrom
+        | libc::SYS_recvmsg
+        | libc::SYS_recvmmsg
+        | libc::SYS_sendto
+        | libc::SYS_sendmsg
+        | libc::SYS_sendmmsg
+        | libc::SYS_accept
+        | libc::SYS_accept4
+        | libc::SYS_connect
+        | libc::SYS_shutdown
+        | libc::SYS_close
+        | libc::SYS_getsockopt
+        | libc::SYS_setsockopt
+        | libc::SYS_fcntl
+        | libc::SYS_ioctl
+        | libc::SYS_epoll_pwait
+        | libc::SYS_epoll_pwait2
+        | libc::SYS_io_uring_enter
+        | libc::SYS_flock
+        | libc::SYS_fsync
+        | libc::SYS_fdatasync => Descriptors::At(&[0]),
+        libc::SYS_sendfile | libc::SYS_dup3 | libc::SYS_tee => Descriptors::At(&[0, 1]),
+        libc::SYS_splice | libc::SYS_copy_file_range | libc::SYS_epoll_ctl => {
+            Descriptors::At(&[0, 2])
+        }
+        libc::SYS_ppoll => Descriptors::Poll,
+        libc::SYS_pselect6 => Descriptors::Select,
+        libc::SYS_restart_syscall => Descriptors::Continued,
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_pause | libc::SYS_arch_prctl => Descriptors::At(&[]),
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_epoll_wait => Descriptors::At(&[0]),
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_dup2 => Descriptors::At(&[0, 1]),
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_poll => Descriptors::Poll,
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_select => Descriptors::Select,
+        _ => Descriptors::At(&[0, 1, 2]),
+    }
+}
+
+/// The longest list in the owner that is read; a call with a longer one may be on any descriptor.
+const LONGEST_LIST: u64 = 1 << 20;
+
+/// What the call of thread `tid` may be on. Where it cannot be told, on any.
+pub fn uses(tid: i32, call: &Call, memory: Memory<'_>) -> Uses {
+    let arguments = &call.arguments;
+    let fds = match descriptors(call.number) {
+        Descriptors::At(places) => Some(places.iter().map(|&at| fd(arguments[at])).collect()),
+        Descriptors::Poll => polled(arguments[0], arguments[1], memory),
+        // The second argument of the others is an address or a command, mostly longer than any list; and
+        // what cannot be read was no list.
+        Descriptors::Continued => {
+            Some(polled(arguments[0], arguments[1], memory).unwrap_or_default())
+        }
+        Descriptors::Select => selected(arguments, memory),
+    };
+    Uses {
+        tid,
+        number: call.number,
+        any: fds.is_none(),
+        fds: fds.unwrap_or_default(),
+    }
+}
+
+/// An argument that is a descriptor: a call takes the lower half.
+fn fd(argument: u64) -> i32 {
+    let [a, b, c, d, ..] = argument.to_le_bytes();
+    i32::from_le_bytes([a, b, c, d])
+}
+
+/// The descriptors in an array of `struct pollfd`: each is the first 4 of 8 bytes.
+fn polled(address: u64, count: u64, memory: Memory<'_>) -> Option<HashSet<i32>> {
+    if address == 0 || count == 0 {
+        return Some(HashSet::new());
+    }
+    let bytes = count
+        .checked_mul(8)
+        .filter(|bytes| *bytes <= LONGEST_LIST)?;
+    let list = memory(address, usize::try_from(bytes).ok()?)?;
+    let first = |entry: &[u8]| i32::from_ne_bytes([entry[0], entry[1], entry[2], entry[3]]);
+    Some(list.chunks_exact(8).map(first).collect())
+}
+
+/// The descriptors in the three sets of select(2), as long as the first argument says.
+fn selected(arguments: &[u64; 6], memory: Memory<'_>) -> Option<HashSet<i32>> {
+    let count = u64::try_from(fd(arguments[0])).ok()?;
+    let bytes = usize::try_from(count.div_ceil(8)).ok()?;
+    let mut fds = HashSet::new();
+    for &set in arguments[1..4].iter().filter(|set| **set != 0) {
+        let bits = memory(set, bytes)?;
+        let is_set = |bit: &u64| {
+            let byte = usize::try_from(bit / 8).ok().and_then(|at| bits.get(at));
+            byte.is_some_and(|byte| byte >> (bit % 8) & 1 == 1)
+        };
+        fds.extend(
+            (0..count)
+                .filter(is_set)
+                .filter_map(|bit| i32::try_from(bit).ok()),
+        );
+    }
+    Some(fds)
+}
+
+/// How much harm it does if a call that a thread waits in seems to give 0: 0 none, since it may do so at any
+/// time (a wake-up, a time that has passed); 1 little, since nothing has happened; 2 it may be taken for a
+/// result.
+pub fn harm_of_zero(call: &Call) -> u8 {
+    /// include/uapi/linux/futex.h: without the flags.
+    const FUTEX_COMMAND: u64 = 0x7f;
+    const FUTEX_WAIT: u64 = 0;
+    const FUTEX_WAIT_BITSET: u64 = 9;
+    match call.number {
+        libc::SYS_futex => match call.arguments[1] & FUTEX_COMMAND {
+            FUTEX_WAIT | FUTEX_WAIT_BITSET => 0,
+            _ => 2,
+        },
+        libc::SYS_nanosleep | libc::SYS_clock_nanosleep | libc::SYS_restart_syscall => 0,
+        libc::SYS_epoll_pwait | libc::SYS_epoll_pwait2 | libc::SYS_ppoll | libc::SYS_pselect6 => 1,
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_epoll_wait | libc::SYS_poll | libc::SYS_select => 1,
+        _ => 2,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn call(number: i64, arguments: &[u64]) -> Call {
+        let mut all = [u64::MAX; 6];
+        all[..arguments.len()].copy_from_slice(arguments);
+        Call {
+            number,
+            arguments: all,
+        }
+    }
+
+    fn on(uses: &Uses, fd: i32) -> bool {
+        uses.any || uses.fds.contains(&fd)
+    }
+
+    fn nothing(_: u64, _: usize) -> Option<Vec<u8>> {
+        None
+    }
+
+    #[test]
+    fn a_call_on_the_descriptor_is_seen() {
+        let on = |number, arguments: &[u64]| on(&uses(1, &call(number, arguments), &nothing), 7);
+        assert!(on(libc::SYS_recvfrom, &[7]));
+        assert!(!on(libc::SYS_recvfrom, &[8, 7]));
+        // The kernel takes the lower half.
+        assert!(on(libc::SYS_read, &[0xffff_0000_0000_0007]));
+        assert!(on(libc::SYS_sendfile, &[3, 7]));
+        assert!(on(libc::SYS_splice, &[3, 0, 7]));
+        assert!(on(libc::SYS_epoll_ctl, &[3, 1, 7]));
+        // The number of events is no descriptor.
+        assert!(!on(libc::SYS_epoll_pwait, &[3, 0x1000, 7]));
+        assert!(on(libc::SYS_epoll_pwait, &[7, 0x1000, 7]));
+        assert!(!on(libc::SYS_futex, &[7, 7, 7]));
+        // A call that nobody has heard of.
+        for at in 0..3 {
+            let mut arguments = [0; 3];
+            arguments[at] = 7;
+            assert!(on(9999, &arguments));
+        }
+        assert!(!on(9999, &[0, 0, 0, 7]));
+    }
+
+    #[test]
+    fn lists_of_descriptors_are_read_from_memory() {
+        let pollfds: Vec<u8> = [5i32, 7]
+            .iter()
+            .flat_map(|fd| [fd.to_ne_bytes(), [1, 0, 0, 0]].concat())
+            .collect();
+        let memory = |address: u64, len: usize| {
+            let from = usize::try_from(address.checked_sub(0x1000)?).ok()?;
+            pollfds.get(from..from + len).map(<[u8]>::to_vec)
+        };
+        let on =
+            |number, fd, arguments: &[u64]| on(&uses(1, &call(number, arguments), &memory), fd);
+        for number in [libc::SYS_ppoll, libc::SYS_restart_syscall] {
+            assert!(on(number, 7, &[0x1000, 2]), "{number}");
+            assert!(!on(number, 7, &[0x1000, 1]), "{number}");
+            assert!(!on(number, 9, &[0x1000, 2]), "{number}");
+        }
+        // What cannot be read may have it; of a call that may not even be a poll, that would be all of them.
+        assert!(on(libc::SYS_ppoll, 9, &[0x1000, 3]));
+        assert!(on(libc::SYS_ppoll, 9, &[0x1000, u64::MAX]));
+        assert!(!on(libc::SYS_ppoll, 9, &[0, 0]));
+        assert!(!on(
+            libc::SYS_restart_syscall,
+            9,
+            &[0x1000, 0x7fff_1234_5678]
+        ));
+
+        let sets = |address: u64, len: usize| match (address, len) {
+            (0x2000, 1) => Some(vec![0b1000_0000]),
+            (0x2000, 2) => Some(vec![0b1000_0000, 0]),
+            _ => None,
+        };
+        let on = |fd, arguments: &[u64]| {
+            super::tests::on(&uses(1, &call(libc::SYS_pselect6, arguments), &sets), fd)
+        };
+        assert!(on(7, &[8, 0x2000, 0, 0]));
+        assert!(on(7, &[8, 0, 0, 0x2000]));
+        assert!(!on(7, &[7, 0x2000, 0, 0]));
+        assert!(!on(6, &[8, 0x2000, 0, 0]));
+        assert!(!on(8, &[9, 0x2000, 0, 0]));
+        assert!(on(8, &[9, 0x3000, 0, 0]), "cannot be read");
+        assert!(!on(7, &[0, 0, 0, 0]));
+    }
+
+    #[test]
+    fn each_doubt_is_enough() {
+        let hour = Duration::from_secs(3600);
+        let minute = Duration::from_secs(60);
+        let judge = |facts: &Facts, age| doubt(facts, 7, 42, age, minute);
+        let none = Facts::default();
+        assert_eq!(judge(&none, Some(hour)), None);
+        assert_eq!(judge(&none, Some(minute)), None);
+        let second = Duration::from_secs(1);
+        assert_eq!(judge(&none, Some(second)), Some(Doubt::TooYoung(second)));
+        assert_eq!(judge(&none, None), Some(Doubt::NoAge));
+        assert_eq!(doubt(&none, 7, 42, None, Duration::ZERO), None);
+
+        let in_call = Facts {
+            uses: vec![uses(3, &call(libc::SYS_recvfrom, &[7]), &nothing)],
+            ..Facts::default()
+        };
+        let number = libc::SYS_recvfrom;
+        assert_eq!(
+            judge(&in_call, Some(hour)),
+            Some(Doubt::InCall { tid: 3, number })
+        );
+
+        let epoll = |inodes: &[u64], fds: &[i32]| Facts {
+            epolls: vec![Epoll {
+                fd: 4,
+                inodes: inodes.iter().copied().collect(),
+                fds: fds.iter().copied().collect(),
+            }],
+            ..Facts::default()
+        };
+        let doubt = Some(Doubt::InEpoll(4));
+        assert_eq!(judge(&epoll(&[42], &[]), Some(hour)), doubt);
+        assert_eq!(judge(&epoll(&[], &[7]), Some(hour)), doubt);
+        assert_eq!(judge(&epoll(&[41], &[9]), Some(hour)), None, "other files");
+
+        let ring = |sockets: Vec<u64>, in_flight| Facts {
+            rings: vec![Ring {
+                fd: 5,
+                sockets: sockets.into_iter().collect(),
+                in_flight,
+            }],
+            ..Facts::default()
+        };
+        assert_eq!(
+            judge(&ring(vec![42], false), Some(hour)),
+            Some(Doubt::InRing(5))
+        );
+        assert_eq!(
+            judge(&ring(vec![], true), Some(hour)),
+            Some(Doubt::RingInFlight(5))
+        );
+        assert_eq!(judge(&ring(vec![41], false), Some(hour)), None);
+
+        let java = Facts {
+            finalizer: Some("Common-Cleaner".into()),
+            ..Facts::default()
+        };
+        let doubt = Doubt::Finalizer("Common-Cleaner".into());
+        assert_eq!(judge(&java, Some(hour)), Some(doubt));
+    }
+
+    #[test]
+    fn runtimes_with_finalizers_are_known_by_their_threads() {
+        for name in [
+            "VM Thread",
+            "Common-Cleaner",
+            "Finalizer",
+            "Finalizer threa",
+            ".NET Finalizer",
+        ] {
+            assert!(runs_finalizers(name), "{name}");
+        }
+        for name in ["java", "nginx", "python3", "node", "MainThread", ""] {
+            assert!(!runs_finalizers(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_thread_that_expects_wake_ups_serves_best() {
+        assert_eq!(harm_of_zero(&call(libc::SYS_futex, &[0x1000, 0x80])), 0);
+        assert_eq!(harm_of_zero(&call(libc::SYS_futex, &[0x1000, 0x189])), 0);
+        // FUTEX_LOCK_PI: 0 means that it has the lock.
+        assert_eq!(harm_of_zero(&call(libc::SYS_futex, &[0x1000, 0x86])), 2);
+        assert_eq!(harm_of_zero(&call(libc::SYS_epoll_pwait, &[3])), 1);
+        assert_eq!(harm_of_zero(&call(libc::SYS_accept4, &[3])), 2);
+    }
+}

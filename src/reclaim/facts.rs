@@ -1,0 +1,300 @@
+//! The facts about an owner that the evidence is judged by, from /proc.
+//!
+//! Of `/proc/PID` only `fd`, `fdinfo`, `status` and `task` are read, none of which waits for the owner's memory.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+
+use super::arch::Call;
+use super::evidence::{self, Epoll, Ring};
+use crate::finder::dead::{self, Verdict};
+use crate::finder::owners::{self, Proc, Process};
+use crate::finder::sock_diag::Cookie;
+use crate::sys::{self, TargetFd};
+
+/// An owner that can be looked into.
+#[derive(Debug)]
+pub struct Inside<'p> {
+    proc: &'p Proc,
+    /// Its number.
+    pub pid: i32,
+    pidfd: OwnedFd,
+    fds: File,
+}
+
+/// A descriptor of a kind of file that the evidence asks about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Special {
+    /// An epoll set.
+    Epoll(i32),
+    /// An io_uring.
+    Ring(i32),
+}
+
+/// What a number in the owner's table is now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Identity {
+    /// The dead socket that was found.
+    Same,
+    /// Something else, or nothing.
+    Other,
+    /// It may not be looked at.
+    Unknown(Errno),
+}
+
+impl<'p> Inside<'p> {
+    /// The process that was seen, or ESRCH.
+    pub fn open(proc: &'p Proc, process: &Process) -> Result<Self, Errno> {
+        Ok(Inside {
+            pidfd: dead::open_pidfd(proc, process)?,
+            fds: File::open(proc.path(&format!("{}/fd", process.pid))).map_err(dead::errno)?,
+            proc,
+            pid: process.pid,
+        })
+    }
+
+    /// Whether descriptor `fd` is the dead TCP socket with this inode and cookie.
+    pub fn identity(&self, fd: TargetFd, inode: u32, cookie: Cookie) -> Identity {
+        match dead::examine(self.pidfd.as_fd(), fd, inode) {
+            Some(Verdict::Dead(socket)) if socket.cookie == cookie => Identity::Same,
+            Some(Verdict::Unknown(errno)) => Identity::Unknown(errno),
+            _ => Identity::Other,
+        }
+    }
+
+    /// Whether the number is free in the owner's table.
+    pub fn is_free(&self, fd: TargetFd) -> bool {
+        let link = owners::read_socket_link(self.fds.as_fd(), fd.0);
+        link.is_err_and(|error| owners::is_end(&error))
+    }
+
+    /// The numbers in use.
+    pub fn numbers(&self) -> io::Result<Vec<i32>> {
+        // A directory is read on from where it was left.
+        let again = File::open(self.proc.path(&format!("{}/fd", self.pid)))?;
+        owners::list_fds(again.as_fd())
+    }
+
+    /// Of `numbers`, the epoll sets and io_urings.
+    pub fn specials(&self, numbers: &[i32]) -> io::Result<Vec<Special>> {
+        let mut specials = Vec::new();
+        for &fd in numbers {
+            match kind(self.fds.as_fd(), fd) {
+                Ok(special) => specials.extend(special),
+                Err(error) if owners::is_end(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(specials)
+    }
+
+    /// What is in the epoll sets and io_urings.
+    pub fn tables(&self, specials: &[Special]) -> io::Result<(Vec<Epoll>, Vec<Ring>)> {
+        let (mut epolls, mut rings) = (Vec::new(), Vec::new());
+        for special in specials {
+            let (Special::Epoll(fd) | Special::Ring(fd)) = *special;
+            let path = self.proc.path(&format!("{}/fdinfo/{fd}", self.pid));
+            let text = match fs::read_to_string(path) {
+                Ok(text) => text,
+                Err(error) if owners::is_end(&error) => continue,
+                Err(error) => return Err(error),
+            };
+            match special {
+                Special::Epoll(_) => epolls.push(parse_epoll(fd, &text)),
+                Special::Ring(_) => rings.push(parse_ring(fd, &text)),
+            }
+        }
+        Ok((epolls, rings))
+    }
+
+    /// The threads of the owner that sleep in a system call, and their calls. A thread that runs is in none
+    /// for long.
+    pub fn calls(&self) -> io::Result<Vec<(i32, Call)>> {
+        let mut calls = Vec::new();
+        for entry in fs::read_dir(self.proc.path(&format!("{}/task", self.pid)))? {
+            let entry = entry?;
+            let Some(tid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
+                continue;
+            };
+            match fs::read_to_string(entry.path().join("syscall")) {
+                Ok(text) => calls.extend(parse_call(&text).map(|call| (tid, call))),
+                Err(error) if owners::is_end(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(calls)
+    }
+
+    /// The name of a thread of the owner that runs finalizers.
+    pub fn finalizer(&self) -> Option<String> {
+        let tasks = fs::read_dir(self.proc.path(&format!("{}/task", self.pid))).ok()?;
+        let name = |task: io::Result<fs::DirEntry>| {
+            let tid = task.ok()?.file_name().to_str()?.parse().ok()?;
+            comm(self.proc, tid).filter(|name| evidence::runs_finalizers(name))
+        };
+        tasks.into_iter().find_map(name)
+    }
+
+    /// Who traces a thread of the owner.
+    pub fn tracer(&self) -> Option<i32> {
+        let tasks = fs::read_dir(self.proc.path(&format!("{}/task", self.pid))).ok()?;
+        let tracer = |task: io::Result<fs::DirEntry>| {
+            let status = fs::read_to_string(task.ok()?.path().join("status")).ok()?;
+            field(&status, "TracerPid:").filter(|tracer| *tracer != 0)
+        };
+        tasks.into_iter().find_map(tracer)
+    }
+
+    /// The mode of seccomp of a thread: 0 none, 1 strict, 2 filters.
+    pub fn seccomp(&self, tid: i32) -> io::Result<i32> {
+        let path = format!("{}/task/{tid}/status", self.pid);
+        let status = fs::read_to_string(self.proc.path(&path))?;
+        // A kernel without it does not say.
+        Ok(field(&status, "Seccomp:").unwrap_or(0))
+    }
+}
+
+/// The name of a process or thread that can be read.
+pub fn comm(proc: &Proc, pid: i32) -> Option<String> {
+    let comm = fs::read(proc.path(&format!("{pid}/comm"))).ok()?;
+    Some(String::from_utf8_lossy(&comm).trim_end().to_owned())
+}
+
+fn kind(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<Special>> {
+    let mut target = [0; 32];
+    let mut name = [0; 12];
+    let target = sys::readlinkat(dir, owners::decimal(fd, &mut name), &mut target)?;
+    Ok(match target {
+        b"anon_inode:[eventpoll]" => Some(Special::Epoll(fd)),
+        b"anon_inode:[io_uring]" => Some(Special::Ring(fd)),
+        _ => None,
+    })
+}
+
+/// The value of a line `NAME value` of a status file.
+fn field(status: &str, name: &str) -> Option<i32> {
+    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+    line.trim().parse().ok()
+}
+
+/// The members of an epoll set: lines `tfd: 7 events: 19 data: 7 pos:0 ino:2a sdev:9`, of which older
+/// kernels end with the data. Source: fs/eventpoll.c, ep_show_fdinfo.
+fn parse_epoll(fd: i32, fdinfo: &str) -> Epoll {
+    let mut epoll = Epoll {
+        fd,
+        ..Epoll::default()
+    };
+    for line in fdinfo.lines().filter_map(|line| line.strip_prefix("tfd:")) {
+        let mut words = line.split_whitespace();
+        let number: Option<i32> = words.next().and_then(|number| number.parse().ok());
+        let inode = words.find_map(|word| u64::from_str_radix(word.strip_prefix("ino:")?, 16).ok());
+        match inode {
+            Some(inode) => drop(epoll.inodes.insert(inode)),
+            None => epoll.fds.extend(number),
+        }
+    }
+    epoll
+}
+
+/// The registered sockets of an io_uring, lines `    0: socket:[42]` below `UserFiles:`, and whether
+/// there is anything below `PollList:`. Source: io_uring/fdinfo.c, __io_uring_show_fdinfo.
+fn parse_ring(fd: i32, fdinfo: &str) -> Ring {
+    let mut ring = Ring {
+        fd,
+        ..Ring::default()
+    };
+    let mut section = "";
+    for line in fdinfo.lines() {
+        if !line.starts_with(' ') {
+            section = line.split(':').next().unwrap_or_default();
+            continue;
+        }
+        match section {
+            "UserFiles" => {
+                let link = line.split_once(": ").map(|(_, link)| link.trim());
+                let inode: Option<u64> = link
+                    .and_then(|link| link.strip_prefix("socket:[")?.strip_suffix(']'))
+                    .and_then(|digits| digits.parse().ok());
+                ring.sockets.extend(inode);
+            }
+            "PollList" => ring.in_flight = true,
+            _ => {}
+        }
+    }
+    ring
+}
+
+/// A line of /proc/PID/task/TID/syscall: `running`, `-1 SP PC`, or the number, six arguments, SP and PC.
+/// Source: fs/proc/base.c, proc_pid_syscall.
+fn parse_call(line: &str) -> Option<Call> {
+    let mut words = line.split_whitespace();
+    let number: i64 = words.next()?.parse().ok().filter(|number| *number >= 0)?;
+    let mut arguments = [0; 6];
+    for argument in &mut arguments {
+        *argument = u64::from_str_radix(words.next()?.strip_prefix("0x")?, 16).ok()?;
+    }
+    Some(Call { number, arguments })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn epoll_sets_of_old_and_new_kernels() {
+        let text = "pos:\t0\nflags:\t02\nmnt_id:\t15\nino:\t1057\n\
+            tfd:        7 events:       19 data:                7  pos:0 ino:2a sdev:9\n\
+            tfd:       11 events: 80000019 data: 7f00\n";
+        let wanted = Epoll {
+            fd: 4,
+            inodes: [42].into(),
+            fds: [11].into(),
+        };
+        assert_eq!(parse_epoll(4, text), wanted);
+    }
+
+    #[test]
+    fn io_urings() {
+        let text = "pos:\t0\nSqMask:\t0x7\nSQEs:\t0\nCQEs:\t0\nSqThread:\t-1\n\
+            UserFiles:\t3\n    0: socket:[42]\n    1: /dev/null\n    2: <none>\n\
+            UserBufs:\t0\nPollList:\n  op=6, task_works=0\nCqOverflowList:\n";
+        let ring = parse_ring(5, text);
+        assert_eq!(ring.sockets, [42].into());
+        assert!(ring.in_flight);
+        let idle = parse_ring(
+            5,
+            "UserFiles:\t0\nUserBufs:\t0\nPollList:\nCqOverflowList:\n  user_data=1\n",
+        );
+        assert_eq!(
+            idle,
+            Ring {
+                fd: 5,
+                ..Ring::default()
+            }
+        );
+    }
+
+    #[test]
+    fn calls_of_threads() {
+        let line = "232 0x4 0x7ffd1000 0x80 0xffffffffffffffff 0x0 0x8 0x7ffd0f00 0x7f0012345678\n";
+        let call = parse_call(line).unwrap();
+        assert_eq!(
+            (call.number, call.arguments[..3].to_vec()),
+            (232, vec![4, 0x7ffd_1000, 0x80])
+        );
+        for none in ["running\n", "-1 0x7ffd0f00 0x7f0012345678\n", "", "232 0x4"] {
+            assert_eq!(parse_call(none), None, "{none}");
+        }
+    }
+
+    #[test]
+    fn fields_of_a_status() {
+        let status = "Name:\tx\nTracerPid:\t31\nSeccomp:\t2\nSeccomp_filters:\t1\n";
+        assert_eq!(field(status, "TracerPid:"), Some(31));
+        assert_eq!(field(status, "Seccomp:"), Some(2));
+        assert_eq!(field(status, "Speculation:"), None);
+    }
+}

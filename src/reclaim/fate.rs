@@ -1,0 +1,155 @@
+//! What became of a descriptor, and why.
+
+use std::fmt;
+use std::io;
+use std::time::Duration;
+
+use super::evidence::Doubt;
+use crate::privileges::Need;
+
+/// What became of a descriptor.
+#[derive(Debug)]
+pub enum Fate {
+    /// It was closed, and its number was seen to be free.
+    Freed,
+    /// It was no longer the socket's before we came to it, or its owner was gone.
+    Gone,
+    /// It was left alone.
+    Skipped(Reason),
+    /// It was tried.
+    Failed(Reason),
+}
+
+/// Why a descriptor is still there.
+#[derive(Debug)]
+pub enum Reason {
+    /// The evidence does not allow it.
+    Doubt(Doubt),
+    /// The owner is traced by this process.
+    Traced(i32, Option<String>),
+    /// The owner's seccomp filter does not let close(2) through.
+    FilterForbids,
+    /// The owner has a seccomp filter, and it cannot be read.
+    FilterUnread(io::Error),
+    /// The owner shares its table of descriptors with this process, which would not be stopped.
+    SharedTable(i32),
+    /// The owner is a 32-bit program, or of another kind than cwkill.
+    Foreign,
+    /// The /proc that names the owners is of another pid namespace than ours.
+    ForeignProc,
+    /// A thread of the owner did not stop, or not in time.
+    Limit(i32, Duration),
+    /// The time was over before its turn.
+    TimeOver(Duration),
+    /// No thread of the owner made a system call within the limit.
+    NoCall,
+    /// Signals to the owner came between, several times.
+    Signals,
+    /// We may not look into the owner, or not stop it.
+    Denied(io::Error),
+    /// The operator stopped the run before its turn.
+    Interrupted,
+    /// close(2) in the owner has not come back; the thread could not be set back.
+    Hangs,
+    /// It was closed, and the number is still taken.
+    StillTaken,
+    /// A bug of ours; the owner was let go.
+    Bug,
+    /// Anything else: the step and its errno.
+    Os(&'static str, io::Error),
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Reason::Doubt(doubt) => doubt.fmt(f),
+            Reason::Traced(pid, None) => write!(f, "its process is traced by process {pid}"),
+            Reason::Traced(pid, Some(comm)) => {
+                let comm = crate::report::escape::escape(comm);
+                write!(f, "its process is traced by {comm}/{pid}")
+            }
+            Reason::FilterForbids => {
+                f.write_str("a seccomp filter of its process does not let close() through")
+            }
+            Reason::FilterUnread(error) => write!(
+                f,
+                "its process has a seccomp filter that cannot be read: {error}: needs CAP_SYS_ADMIN, and \
+                 no filter of our own"
+            ),
+            Reason::SharedTable(pid) => write!(
+                f,
+                "its process shares the table of descriptors with process {pid}"
+            ),
+            Reason::Foreign => f.write_str("its process is a 32-bit program"),
+            Reason::ForeignProc => crate::injector::ActError::ForeignProc.fmt(f),
+            Reason::Limit(tid, limit) => write!(
+                f,
+                "thread {tid} did not stop within {} (--stop-limit); nothing was done",
+                humantime::format_duration(*limit)
+            ),
+            Reason::TimeOver(limit) => write!(
+                f,
+                "its process had been stopped for {} before its turn (--stop-limit)",
+                humantime::format_duration(*limit)
+            ),
+            Reason::NoCall => f.write_str(
+                "no thread of its process made a system call within --stop-limit; nothing was done",
+            ),
+            Reason::Signals => f.write_str("its process was busy with signals; nothing was done"),
+            Reason::Denied(error) => write!(f, "{error}: needs {}", Need::Ptrace),
+            Reason::Interrupted => f.write_str("interrupted"),
+            Reason::Hangs => f.write_str(
+                "close() in its process has not come back; one of its threads was let go as it was",
+            ),
+            Reason::StillTaken => f.write_str("closed, and the number is still taken"),
+            Reason::Bug => f.write_str("a bug of cwkill, list again to see the state"),
+            Reason::Os(step, error) => write!(f, "{step}: {error}"),
+        }
+    }
+}
+
+impl Reason {
+    /// The privilege that is missing.
+    pub fn need(&self) -> Option<Need> {
+        matches!(self, Reason::Denied(_)).then_some(Need::Ptrace)
+    }
+
+    /// The same again, for another descriptor of the same owner.
+    pub(super) fn same(&self) -> Self {
+        let copy = crate::injector::same_errno;
+        match self {
+            Reason::Doubt(doubt) => Reason::Doubt(doubt.clone()),
+            Reason::Traced(pid, comm) => Reason::Traced(*pid, comm.clone()),
+            Reason::FilterForbids => Reason::FilterForbids,
+            Reason::FilterUnread(error) => Reason::FilterUnread(copy(error)),
+            Reason::SharedTable(pid) => Reason::SharedTable(*pid),
+            Reason::Foreign => Reason::Foreign,
+            Reason::ForeignProc => Reason::ForeignProc,
+            Reason::Limit(tid, limit) => Reason::Limit(*tid, *limit),
+            Reason::TimeOver(limit) => Reason::TimeOver(*limit),
+            Reason::NoCall => Reason::NoCall,
+            Reason::Signals => Reason::Signals,
+            Reason::Denied(error) => Reason::Denied(copy(error)),
+            Reason::Interrupted => Reason::Interrupted,
+            Reason::Hangs => Reason::Hangs,
+            Reason::StillTaken => Reason::StillTaken,
+            Reason::Bug => Reason::Bug,
+            Reason::Os(step, error) => Reason::Os(step, copy(error)),
+        }
+    }
+
+    /// Whether we would not, in contrast to could not.
+    pub(super) fn is_refusal(&self) -> bool {
+        matches!(
+            self,
+            Reason::Doubt(_)
+                | Reason::Traced(..)
+                | Reason::FilterForbids
+                | Reason::FilterUnread(_)
+                | Reason::SharedTable(_)
+                | Reason::Foreign
+                | Reason::ForeignProc
+                | Reason::Interrupted
+        )
+    }
+}

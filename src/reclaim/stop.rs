@@ -1,0 +1,302 @@
+//! Stopping every thread of a process, and letting all of them go again.
+//!
+//! Threads are seized (PTRACE_SEIZE), which changes nothing for them, and interrupted, which no signal handler
+//! sees. A thread may stop for a signal that was on its way: it is held with it, and goes on with it. A
+//! process that was stopped (SIGSTOP) is stopped again when it is let go: the kernel sees to it
+//! (kernel/ptrace.c, __ptrace_unlink).
+//!
+//! All of it is done by one thread of ours that ends right after ([`super::act`]). With it end all its
+//! traces, whatever state they are in: that is what releases a thread that never came to its stop.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::time::{Duration, Instant};
+
+use super::arch::Registers;
+use crate::finder::owners::Proc;
+use crate::sys::{self, Waiting};
+
+/// include/uapi/linux/ptrace.h: the stop of a thread that was interrupted.
+const EVENT_STOP: i32 = 128;
+/// The stop at a system call, with PTRACE_O_TRACESYSGOOD.
+const CALL_STOP: i32 = libc::SIGTRAP | 0x80;
+
+/// Time between two looks at a thread that is expected to stop.
+const LOOK_AGAIN: Duration = Duration::from_micros(20);
+/// How often a thread is looked at before we sleep between two looks.
+const LOOKS: u32 = 50;
+
+/// Where a thread of the owner is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Told to stop, and not there yet.
+    Moving,
+    /// Stopped, with nothing to pass on.
+    Stopped,
+    /// Stopped at the beginning or the end of a system call.
+    AtCall,
+    /// Stopped for this signal, which it gets when it goes on.
+    Signal(i32),
+    /// Gone.
+    Ended,
+}
+
+/// A thread of the owner.
+#[derive(Debug)]
+pub struct Thread {
+    /// Its number.
+    pub tid: i32,
+    /// Where it is.
+    pub place: Place,
+}
+
+/// Why a process could not be stopped.
+#[derive(Debug)]
+pub enum StopError {
+    /// It is gone.
+    Gone,
+    /// We may not.
+    Denied(io::Error),
+    /// This thread did not stop in time.
+    Limit(i32),
+    /// Anything else: the step and its errno.
+    Os(&'static str, io::Error),
+}
+
+/// The stopped threads of one process, let go when this is dropped.
+#[derive(Debug)]
+pub struct Stopped {
+    pid: i32,
+    threads: Vec<Thread>,
+    since: Instant,
+    deadline: Instant,
+}
+
+impl Stopped {
+    /// Stops every thread of process `pid`, also those that are made meanwhile.
+    ///
+    /// # Errors
+    /// Not all of them have stopped by the end of `limit`, or one may not be stopped. All are going again
+    /// then.
+    pub fn stop(proc: &Proc, pid: i32, limit: Duration) -> Result<Self, StopError> {
+        let since = Instant::now();
+        let mut stopped = Stopped {
+            pid,
+            threads: Vec::new(),
+            since,
+            deadline: since + limit,
+        };
+        let mut known = HashSet::new();
+        loop {
+            let tids = tids(proc, pid).map_err(|error| match error.raw_os_error() {
+                Some(libc::ENOENT | libc::ESRCH) => StopError::Gone,
+                _ => StopError::Os("listing its threads", error),
+            })?;
+            let new: Vec<i32> = tids.into_iter().filter(|tid| known.insert(*tid)).collect();
+            if new.is_empty() {
+                break;
+            }
+            if Instant::now() >= stopped.deadline {
+                return Err(StopError::Limit(new[0]));
+            }
+            for tid in new {
+                stopped.seize(proc, tid)?;
+            }
+            // A thread that has not stopped may make another.
+            for at in 0..stopped.threads.len() {
+                if stopped.threads[at].place == Place::Moving {
+                    stopped.wait(at, stopped.deadline)?;
+                }
+            }
+        }
+        match stopped.threads.iter().any(|t| t.place != Place::Ended) {
+            true => Ok(stopped),
+            false => Err(StopError::Gone),
+        }
+    }
+
+    fn seize(&mut self, proc: &Proc, tid: i32) -> Result<(), StopError> {
+        let seized = sys::ptrace_seize(tid).and_then(|()| {
+            // From here on it must be let go.
+            self.threads.push(Thread {
+                tid,
+                place: Place::Moving,
+            });
+            sys::ptrace_interrupt(tid)
+        });
+        match seized {
+            Ok(()) => Ok(()),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::ESRCH) => Ok(()),
+                // A thread that has ended and is still listed, for one the first of a process whose others
+                // go on, is refused like one that we have no right to.
+                Some(libc::EPERM) if has_ended(proc, self.pid, tid) => Ok(()),
+                Some(libc::EPERM) => Err(StopError::Denied(error)),
+                _ => Err(StopError::Os("PTRACE_SEIZE", error)),
+            },
+        }
+    }
+
+    /// Waits until the thread at `at` has stopped.
+    pub fn wait(&mut self, at: usize, deadline: Instant) -> Result<Place, StopError> {
+        let tid = self.threads[at].tid;
+        let mut looks = 0;
+        loop {
+            let waiting = sys::peek_stop(tid).or_else(|error| match error.raw_os_error() {
+                Some(libc::ECHILD) => Ok(Waiting::End),
+                _ => Err(StopError::Os("waitid", error)),
+            })?;
+            let place = match waiting {
+                Waiting::Nothing => Place::Moving,
+                Waiting::End => Place::Ended,
+                Waiting::Stop(CALL_STOP) => {
+                    // Should we die, what is left of this stop would be sent as a signal.
+                    let _ = sys::take_stop(tid);
+                    Place::AtCall
+                }
+                Waiting::Stop(code) if code >> 8 == EVENT_STOP => Place::Stopped,
+                Waiting::Stop(code) => Place::Signal(code & 0x7f),
+            };
+            self.threads[at].place = place;
+            if place == Place::Stopped {
+                undo_interruption(tid);
+            }
+            if place != Place::Moving {
+                return Ok(place);
+            }
+            if Instant::now() >= deadline {
+                return Err(StopError::Limit(tid));
+            }
+            looks += 1;
+            match looks < LOOKS {
+                true => std::thread::yield_now(),
+                false => std::thread::sleep(LOOK_AGAIN),
+            }
+        }
+    }
+
+    /// Lets a stopped thread run to the next beginning or end of a system call.
+    pub fn resume(&mut self, at: usize) -> Result<(), StopError> {
+        let thread = &mut self.threads[at];
+        sys::ptrace_syscall(thread.tid, thread.place.signal()).map_err(|error| {
+            match error.raw_os_error() {
+                Some(libc::ESRCH) => StopError::Gone,
+                _ => StopError::Os("PTRACE_SYSCALL", error),
+            }
+        })?;
+        thread.place = Place::Moving;
+        Ok(())
+    }
+
+    /// The threads.
+    pub fn threads(&self) -> &[Thread] {
+        &self.threads
+    }
+
+    /// When this must be over.
+    pub fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    /// When the first of its threads was told to stop.
+    pub fn since(&self) -> Instant {
+        self.since
+    }
+
+    /// How long it has been stopped.
+    pub fn elapsed(&self) -> Duration {
+        self.since.elapsed()
+    }
+
+    /// The registers of a stopped thread; `None` if it is gone or of another width than we.
+    pub fn registers(&self, at: usize) -> Option<Registers> {
+        read_registers(self.threads[at].tid)
+    }
+
+    /// Lets all threads go but the one at `keep`.
+    pub fn let_go_others(&mut self, keep: usize) {
+        for at in (0..self.threads.len()).filter(|at| *at != keep) {
+            self.let_go(at);
+        }
+    }
+
+    fn let_go(&mut self, at: usize) {
+        let thread = &mut self.threads[at];
+        if thread.place == Place::Moving {
+            // It may have stopped since. If not, the end of our own thread lets it go.
+            match sys::peek_stop(thread.tid) {
+                Ok(Waiting::Stop(code)) if code >> 8 == 0 && code != CALL_STOP => {
+                    thread.place = Place::Signal(code);
+                }
+                Ok(Waiting::Stop(_)) => {
+                    thread.place = Place::Stopped;
+                    undo_interruption(thread.tid);
+                }
+                _ => {}
+            }
+        }
+        if !matches!(thread.place, Place::Moving | Place::Ended) {
+            // It can only be gone.
+            let _ = sys::ptrace_detach(thread.tid, thread.place.signal());
+        }
+        thread.place = Place::Ended;
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        for at in 0..self.threads.len() {
+            self.let_go(at);
+        }
+    }
+}
+
+impl Place {
+    /// What the thread must be given when it goes on.
+    fn signal(self) -> i32 {
+        match self {
+            Place::Signal(signal) => signal,
+            _ => 0,
+        }
+    }
+}
+
+/// Some calls end with EINTR because we stopped their thread. It makes them again.
+fn undo_interruption(tid: i32) {
+    if let Some(repeated) = read_registers(tid).and_then(|registers| registers.repeated()) {
+        // It can only be gone.
+        let _ = sys::ptrace_set_registers(tid, &repeated.0);
+    }
+}
+
+/// The registers of a stopped thread; `None` if it is gone or of another width than we.
+pub fn read_registers(tid: i32) -> Option<Registers> {
+    let mut words = [0; Registers::WORDS];
+    let read = sys::ptrace_registers(tid, &mut words).ok()?;
+    let registers = Registers(words);
+    (read == size_of_val(&words) && registers.is_native()).then_some(registers)
+}
+
+fn tids(proc: &Proc, pid: i32) -> io::Result<Vec<i32>> {
+    let mut tids = Vec::new();
+    for entry in fs::read_dir(proc.path(&format!("{pid}/task")))? {
+        tids.extend(
+            entry?
+                .file_name()
+                .to_str()
+                .and_then(|n| n.parse::<i32>().ok()),
+        );
+    }
+    Ok(tids)
+}
+
+/// Whether a thread is only listed any more, or not even that.
+fn has_ended(proc: &Proc, pid: i32, tid: i32) -> bool {
+    let stat = fs::read_to_string(proc.path(&format!("{pid}/task/{tid}/stat")));
+    // The state is what follows the name, which may have anything in it.
+    stat.map_or(true, |stat| {
+        stat.rsplit_once(") ")
+            .is_some_and(|(_, rest)| rest.starts_with(['Z', 'X']))
+    })
+}
