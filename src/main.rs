@@ -30,9 +30,6 @@ use cwkill::threads;
 
 fn main() -> ExitCode {
     let cli = Cli::try_parse().unwrap_or_else(|error| refuse(&error));
-    if let Err(error) = threads::prepare() {
-        say(format_args!("note: {error}"));
-    }
     let ended = match cli.command {
         None => {
             let config = Config::from_args(cli.args).unwrap_or_else(|error| error.exit());
@@ -308,6 +305,10 @@ fn give_up_all_but(needed: &CapsHashSet) {
         say(format_args!(
             "note: more privileges are held than needed: {error:#}"
         ));
+    }
+    // A thread keeps what it is started with, so none comes before.
+    if let Err(error) = threads::prepare() {
+        say(format_args!("note: {error}"));
     }
 }
 
