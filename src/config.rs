@@ -5,6 +5,7 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{ColorChoice, CommandFactory};
 
+use crate::audit;
 use crate::cli::{Acting, Args, Cli, MethodChoice, Output, Selection};
 use crate::expression::{self, Expression, Services, States};
 use crate::finder::netns::Which;
@@ -47,10 +48,16 @@ pub struct Config {
     pub netns: Which,
     /// What to do with it.
     pub action: Action,
+    /// Whether to look for who holds the sockets.
+    pub owners: bool,
     /// What may be done.
     pub policy: Policy,
     /// How long a socket gets to close before the next method.
     pub grace: Duration,
+    /// How long to watch for new stuck sockets after the act.
+    pub watch_refill: Option<Duration>,
+    /// Where acts are recorded.
+    pub log: audit::Wanted,
     /// Whether, and how, the descriptors of closed sockets are closed in their owners.
     pub reclaim: Option<reclaim::Rules>,
     /// The form of the results.
@@ -108,11 +115,27 @@ impl Config {
                  have been idle, for example --min-age 1h",
             ));
         }
+        let methods = methods(&acting.method)?;
+        if acting.no_owners {
+            if selectors.selects_owners() {
+                return Err(usage(
+                    "--no-owners cannot go with a selector that asks for owners (--pid, --process, --unit, \
+                     --container, --cgroup); say which sockets are meant by --port or an expression",
+                ));
+            }
+            if methods.iter().all(|method| method.needs_descriptor()) {
+                return Err(usage(
+                    "--method shutdown works through the descriptor of an owner: leave --no-owners away, or \
+                     give --method destroy",
+                ));
+            }
+        }
         Ok(Config {
             netns,
             action,
+            owners: !acting.no_owners,
             policy: Policy {
-                methods: methods(&acting.method)?,
+                methods,
                 discard_unsent: acting.discard_unsent,
                 max_kills: acting.max_kills,
                 idle_only: !min_age.is_zero(),
@@ -126,6 +149,12 @@ impl Config {
                         "{option} says how to reclaim: give --reclaim as well, or use `cwkill reclaim`"
                     )));
                 }
+            },
+            watch_refill: acting.watch_refill,
+            log: audit::Wanted {
+                target: acting.log,
+                file: acting.log_file,
+                verbose: output.verbose,
             },
             format: output.format(),
             no_header: output.no_header,
@@ -219,6 +248,9 @@ impl Acting {
             ("--grace", self.grace.is_some()),
             ("--discard-unsent", self.discard_unsent),
             ("--max-kills", self.max_kills.is_some()),
+            ("--watch-refill", self.watch_refill.is_some()),
+            ("--log", self.log.is_some()),
+            ("--log-file", self.log_file.is_some()),
             ("--reclaim", self.reclaim),
         ]
         .into_iter()
@@ -370,6 +402,7 @@ mod tests {
             "--grace 2s",
             "--discard-unsent",
             "--max-kills 3",
+            "--watch-refill 5s",
         ] {
             let error = config(line).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{line}");
@@ -400,6 +433,15 @@ mod tests {
         let notes = |line| config(line).unwrap().notes;
         assert!(notes("sport 80 or sport 443 or dst 10/8").is_empty());
         assert_eq!(notes("sport 80 or sport 443 and dst 10/8").len(), 1);
+    }
+
+    #[test]
+    fn what_needs_owners_does_not_go_without_them() {
+        let error = |line| config(line).unwrap_err().to_string();
+        assert!(error("--no-owners --pid 7").contains("--port"));
+        assert!(error("--no-owners --all --method shutdown").contains("--method destroy"));
+        assert!(!config("--no-owners --all").unwrap().owners);
+        assert!(config("--all").unwrap().owners);
     }
 
     #[test]

@@ -8,17 +8,25 @@
 //! - [`finder`]: which sockets match, and whose they are
 //! - [`diagnosis`]: why a socket is stuck, and for how long (pure)
 //! - [`plan`]: what to try on each socket, or why it is left alone (pure)
-//! - [`privileges`]: what this process may do; [`kernel`]: the version it runs on
+//! - [`privileges`]: what this process may do, and giving up what it need not; [`kernel`]: the version it runs on
 //! - [`injector`]: the methods, and the ladder that runs a plan and verifies it
 //! - [`reclaim`]: closing the descriptors of dead sockets inside their owners
-//! - [`pipeline`]: all of the above as one call
+//! - [`pipeline`]: all of the above as two calls
+//! - [`audit`]: the log of what was done
+//! - [`refill`]: whether new stuck sockets come after a kill
+//! - [`diagnose`]: who leaks, why, and what to look at next; [`check`]: thresholds for monitoring
 //! - [`report`]: table, JSON and exit status, from a finished run
+//! - [`doctor`]: what works here
 //! - [`tcp`]: states and address pairs
-//! - `sys`: every `unsafe`
+//! - [`threads`]: several of them, or none; `sys`: every `unsafe`
 
+pub mod audit;
+pub mod check;
 pub mod cli;
 pub mod config;
+pub mod diagnose;
 pub mod diagnosis;
+pub mod doctor;
 pub mod expression;
 pub mod finder;
 pub mod injector;
@@ -27,7 +35,9 @@ pub mod pipeline;
 pub mod plan;
 pub mod privileges;
 pub mod reclaim;
+pub mod refill;
 pub mod report;
 pub mod selectors;
 mod sys;
 pub mod tcp;
+pub mod threads;

@@ -10,38 +10,158 @@ use anyhow::Context;
 use clap::{ColorChoice, Parser};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use cwkill::cli::{Cli, Command};
-use cwkill::config::{Action, Config, Format};
+use caps::CapsHashSet;
+use cwkill::audit::Audit;
+use cwkill::check::{self, Check, Status};
+use cwkill::cli::{CheckArgs, Cli, Command, DiagnoseArgs, DoctorArgs};
+use cwkill::config::{Action, Config, Format, Scope};
+use cwkill::diagnose;
+use cwkill::doctor;
+use cwkill::finder::netns::Which;
 use cwkill::finder::owners::Proc;
 use cwkill::injector::MethodName;
 use cwkill::injector::ladder::Surroundings;
 use cwkill::pipeline::{self, Run};
-use cwkill::privileges::{HOW_TO_GRANT, Need};
+use cwkill::privileges::{HOW_TO_GRANT, Need, Privileges, least};
 use cwkill::reclaim::command;
+use cwkill::refill;
 use cwkill::report::{self, ExitStatus, exit_status, json, notes, text};
+use cwkill::threads;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::try_parse().unwrap_or_else(|error| refuse(&error));
+    if let Err(error) = threads::prepare() {
+        say(format_args!("note: {error}"));
+    }
     let ended = match cli.command {
         None => {
             let config = Config::from_args(cli.args).unwrap_or_else(|error| error.exit());
-            run(&config)
+            run(&config).map(ExitCode::from)
         }
+        Some(Command::Diagnose(args)) => diagnose(args).map(ExitCode::from),
+        Some(Command::Check(args)) => return check(args),
+        Some(Command::Doctor(args)) => doctor(&args),
         Some(Command::Reclaim(args)) => {
             let config = command::Config::from_args(args).unwrap_or_else(|error| error.exit());
-            reclaim(&config)
+            reclaim(&config).map(ExitCode::from)
         }
     };
-    match ended {
-        Ok(status) => status.into(),
-        Err(error) => {
-            say(format_args!("{error:#}"));
-            ExitStatus::Impossible.into()
+    ended.unwrap_or_else(|error| {
+        say(format_args!("{error:#}"));
+        ExitStatus::Impossible.into()
+    })
+}
+
+fn doctor(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
+    let mut needed = least::to_find(&Which::All);
+    needed.extend(least::to_act(&MethodName::ALL));
+    give_up_all_but(&needed);
+    let examination = doctor::examine(&Proc::default())?;
+    let mut out = BufWriter::new(io::stdout().lock());
+    let written = match args.json {
+        true => doctor::report::write_json(&examination, &mut out),
+        false => doctor::report::write_text(&examination, &mut out),
+    };
+    match written.and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write the findings")
         }
+        _ => Ok(doctor::report::status(&examination).into()),
     }
 }
 
+/// Ends with a wrong command line, in the way of the command that was meant.
+fn refuse(error: &clap::Error) -> ! {
+    if error.use_stderr()
+        && std::env::args_os()
+            .nth(1)
+            .is_some_and(|first| first == "check")
+    {
+        unknown_by_usage(error);
+    }
+    error.exit()
+}
+
+/// A monitoring system reads one line of stdout, and takes status 2 for CRITICAL.
+fn unknown_by_usage(error: &clap::Error) -> ! {
+    let text = error.to_string();
+    let what = text.split("\n\n").next().unwrap_or_default();
+    let what = what.strip_prefix("error: ").unwrap_or(what);
+    let _ = error.print();
+    let _ = writeln!(io::stdout(), "{}", check::unknown(what).line);
+    std::process::exit(Status::Unknown as i32)
+}
+
+fn check(args: CheckArgs) -> ExitCode {
+    let verdict = match Check::from_args(args) {
+        Ok(check) => {
+            for note in &check.scope.notes {
+                say(format_args!("note: {note}"));
+            }
+            give_up_all_but(&least::to_find(&check.scope.netns));
+            check::run(&check, &Proc::default())
+                .unwrap_or_else(|error| check::unknown(&format!("{error:#}")))
+        }
+        Err(error) => unknown_by_usage(&error),
+    };
+    match writeln!(io::stdout(), "{}", verdict.line) {
+        Ok(()) => verdict.status.into(),
+        // Nobody can have read how it stands.
+        Err(_) => Status::Unknown.into(),
+    }
+}
+
+fn diagnose(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
+    let DiagnoseArgs {
+        selection,
+        sample,
+        json,
+    } = args;
+    let scope = Scope::from_args(selection).unwrap_or_else(|error| error.exit());
+    for note in &scope.notes {
+        say(format_args!("note: {note}"));
+    }
+    give_up_all_but(&least::to_find(&scope.netns));
+    let sample = sample.unwrap_or(diagnose::SAMPLE);
+    if io::stderr().is_terminal() {
+        let time = refill::seconds(sample);
+        say(format_args!("looking twice, {time} apart"));
+    }
+    let diagnosis = diagnose::run(&scope, sample, &Proc::default())?;
+    let mut out = BufWriter::new(io::stdout().lock());
+    let written = match json {
+        true => diagnose::json::write(&diagnosis, &mut out),
+        false => diagnose::text::write(&diagnosis, columns(), &mut out),
+    };
+    let written = written.and_then(|()| out.flush());
+    for note in diagnosis.notes() {
+        say(format_args!("note: {note}"));
+    }
+    if diagnosis.is_partly_blind() {
+        say(format_args!("hint: {}", Need::Ptrace.purpose()));
+        say(format_args!("hint: {HOW_TO_GRANT}"));
+    }
+    match written {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+        other => other.context("cannot write the diagnosis")?,
+    }
+    Ok(diagnosis.exit_status())
+}
+
+/// The columns of the screen: COLUMNS in the environment, or those of the terminal.
+fn columns() -> Option<usize> {
+    let told = std::env::var("COLUMNS").ok();
+    let told = told.and_then(|columns| columns.parse().ok());
+    told.filter(|columns| *columns > 0)
+        .or_else(|| comfy_table::Table::new().width().map(usize::from))
+}
+
 fn reclaim(config: &command::Config) -> anyhow::Result<ExitStatus> {
+    let mut needed = least::to_find(&Which::Ours);
+    if config.action == Action::Act {
+        needed.extend(least::TO_RECLAIM);
+    }
+    give_up_all_but(&needed);
     let quiet = config.format == Format::Quiet;
     let terminal = Terminal::new(config.action == Action::Act, quiet)?;
     let run = command::run(config, &Proc::default(), &terminal)?;
@@ -81,12 +201,63 @@ fn run(config: &Config) -> anyhow::Result<ExitStatus> {
             say(format_args!("note: {note}"));
         }
     }
+    // What may be planned is told by what was granted, also where nothing of it is used.
+    let privileges = Privileges::of_this_thread()?;
+    // Where only root may write: before anything is given up.
+    let audit = match config.action {
+        Action::Act => Audit::open(&config.log).context("nothing was done")?,
+        Action::List | Action::DryRun => None,
+    };
+    let mut needed = least::to_find(&config.netns);
+    if config.action == Action::Act {
+        needed.extend(least::to_act(&config.policy.methods));
+        needed.extend(
+            config
+                .reclaim
+                .and(Some(least::TO_RECLAIM))
+                .into_iter()
+                .flatten(),
+        );
+    }
+    give_up_all_but(&needed);
     let quiet = config.format == Format::Quiet;
-    let terminal = Terminal::new(config.action == Action::Act, quiet)?;
-    let run = pipeline::run(config, &Proc::default(), &terminal)?;
-    drop(terminal);
+    let mut terminal = Terminal::new(config.action == Action::Act, quiet)?;
+    let proc = Proc::default();
+    let mut run = pipeline::plan(config, &proc, &privileges)?;
+    // A run that has nothing to do leaves no record.
+    let audit = audit.filter(|_| !run.plans.is_empty());
+    if let Some(audit) = &audit {
+        audit.begin(&run).context("nothing was done")?;
+    }
+    pipeline::carry_out(&mut run, config, &proc, &privileges, &terminal);
+    // Ctrl-C does not come between the work and its record.
+    let unrecorded = audit.and_then(|audit| audit.finish(&run));
+    terminal.rest();
+    // A document has room for what comes later; a person reads the results meanwhile.
+    let early = config.format == Format::Json;
+    let mut line = None;
+    if early {
+        line = watch(&mut run, config, &mut terminal);
+    }
     let written = report(&run, config);
     messages(&run, config);
+    if !early && written.is_ok() {
+        line = watch(&mut run, config, &mut terminal);
+    }
+    drop(terminal);
+    let written = match (line, config.format) {
+        (Some(line), Format::Table) => written.and_then(|()| writeln!(io::stdout(), "{line}")),
+        (Some(line), _) => {
+            say(format_args!("note: {line}"));
+            written
+        }
+        (None, _) => written,
+    };
+    if let Some(why) = unrecorded {
+        let summary = text::summary(&run, config);
+        say(format_args!("the work is done ({summary}), but {why}"));
+        return Ok(ExitStatus::Impossible);
+    }
     match written {
         // The reader has seen enough; what was done is done, and the status still says how it went.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
@@ -99,7 +270,51 @@ fn run(config: &Config) -> anyhow::Result<ExitStatus> {
         }
         other => other.context("cannot write the listing")?,
     }
-    Ok(exit_status(&run))
+    let status = exit_status(&run);
+    // The program ends here; a large result takes a while to give back piece by piece.
+    std::mem::forget(run);
+    Ok(status)
+}
+
+/// Watches for new stuck sockets, if that is asked for and something was done, and says what came.
+fn watch(run: &mut Run, config: &Config, terminal: &mut Terminal) -> Option<String> {
+    let duration = config.watch_refill?;
+    if run.deeds.is_none() || terminal.interrupted() {
+        return None;
+    }
+    if io::stderr().is_terminal() {
+        let time = refill::seconds(duration);
+        say(format_args!(
+            "watching for new stuck sockets for {time}; Ctrl-C ends it"
+        ));
+    }
+    // Ctrl-C ends the watch, and what was seen is told.
+    terminal.begin();
+    let refill = refill::watch(run, config, duration, &Proc::default(), terminal);
+    terminal.rest();
+    match refill {
+        Ok(refill) => {
+            let line = refill.line(config);
+            run.refill = Some(refill);
+            Some(line)
+        }
+        Err(error) => {
+            let error = anyhow::Error::from(error);
+            say(format_args!(
+                "note: whether new ones came could not be seen: {error:#}"
+            ));
+            None
+        }
+    }
+}
+
+/// Keeps only the capabilities that are `needed`. More rights than that are no reason to leave the host without help.
+fn give_up_all_but(needed: &CapsHashSet) {
+    if let Err(error) = least::give_up_all_but(needed) {
+        say(format_args!(
+            "note: more privileges are held than needed: {error:#}"
+        ));
+    }
 }
 
 /// Writes a line to stderr; where that is closed or full there is nobody to tell.
@@ -157,8 +372,8 @@ struct Terminal {
     /// Nothing is being done to any socket.
     idle: Arc<AtomicBool>,
     progress: ProgressBar,
-    /// Closed when the run is over.
-    _running: mpsc::Sender<()>,
+    /// Closed when there is no more progress to show.
+    running: Option<mpsc::Sender<()>>,
 }
 
 /// How long a run may take before it shows progress.
@@ -188,7 +403,8 @@ impl Terminal {
         let (running, ended) = mpsc::channel::<()>();
         if !quiet && io::stderr().is_terminal() {
             let progress = progress.clone();
-            std::thread::spawn(move || {
+            // Without a thread there is no progress to be seen.
+            let _ = std::thread::Builder::new().spawn(move || {
                 if ended.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
                     progress.set_draw_target(ProgressDrawTarget::stderr());
                     progress.enable_steady_tick(Duration::from_millis(100));
@@ -202,8 +418,15 @@ impl Terminal {
                 ProgressStyle::with_template("{spinner} {msg} ({pos} sockets acted on)")
                     .expect("the template is fixed and valid"),
             ),
-            _running: running,
+            running: Some(running),
         })
+    }
+
+    /// Nothing is being done any more, until the next [`Surroundings::begin`].
+    fn rest(&mut self) {
+        self.idle.store(true, Ordering::Relaxed);
+        self.running = None;
+        self.progress.finish_and_clear();
     }
 }
 
@@ -215,8 +438,7 @@ fn is_ignored(signal: libc::c_int) -> bool {
 
 impl Drop for Terminal {
     fn drop(&mut self) {
-        self.idle.store(true, Ordering::Relaxed);
-        self.progress.finish_and_clear();
+        self.rest();
     }
 }
 

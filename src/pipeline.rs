@@ -1,5 +1,5 @@
-//! The pipeline: find, diagnose, plan, inject, verify, as one call without a terminal, a clock or a
-//! global in it.
+//! The pipeline: find, diagnose and plan as one call, inject and verify as another, without a terminal, a clock or a
+//! global in them.
 
 use std::collections::HashMap;
 use std::io;
@@ -10,15 +10,18 @@ use anyhow::Context;
 use crate::config::{Action, Config};
 use crate::diagnosis::Cause;
 use crate::finder::listeners::Listeners;
-use crate::finder::netns::{Netns, Which};
+use crate::finder::netns::{Namespaces, Netns, Which};
 use crate::finder::owners::{Holding, Proc};
 use crate::finder::sock_diag::SockDiag;
-use crate::finder::{self, Found};
+use crate::finder::{self, FindError, Found};
 use crate::injector;
 use crate::injector::ladder::{self, Outcome, Rules, Surroundings, Verdict};
 use crate::plan::{self, Plan};
 use crate::privileges::Privileges;
 use crate::reclaim::{self, Fate, Reason, Visit, Wanted};
+use crate::refill::Refill;
+use crate::selectors::Selectors;
+use crate::threads;
 
 /// Sockets of one namespace that are worth a second crew.
 const CREW: usize = 2048;
@@ -38,6 +41,8 @@ pub struct Run {
     pub deeds: Option<Vec<Deed>>,
     /// What became of their descriptors, or would; `None` without `--reclaim`.
     pub reclaimed: Option<Reclaimed>,
+    /// What came after; `None` if it was not watched.
+    pub refill: Option<Refill>,
 }
 
 /// What `--reclaim` did. The lists are as long as `found.sockets`, those in them as the owners of each.
@@ -61,43 +66,73 @@ pub struct Deed {
     pub descriptors: Option<Vec<Holding>>,
 }
 
-/// Runs the pipeline as far as `config` wants it.
+/// Finds the sockets and plans what to do with each, as far as `privileges` allow; does nothing to any.
 ///
 /// # Errors
-/// Nothing can be found at all; what happens to a single socket is in its outcome.
-pub fn run(config: &Config, proc: &Proc, surroundings: &dyn Surroundings) -> anyhow::Result<Run> {
-    let namespaces = config
-        .netns
-        .open(proc)
-        .with_context(|| match &config.netns {
-            Which::One(text) => format!("cannot open the network namespace {text}"),
-            Which::Ours | Which::All => "cannot tell the network namespaces".into(),
-        })?;
-    let mut found = finder::find(&namespaces.open, proc, &config.selectors)?;
-    found.unreachable_namespaces += namespaces.unreachable;
-    found.untold_namespaces = namespaces.untold;
-    let unopened = namespaces
-        .failure
-        .map(|error| format!("opening it: {error}"));
-    found.namespace_failure = found.namespace_failure.or(unopened);
-    let privileges = Privileges::of_this_thread()?;
-    let plans = plan::build(&found, &config.policy, &privileges);
-    let mut run = Run {
+/// Nothing can be found at all.
+pub fn plan(config: &Config, proc: &Proc, privileges: &Privileges) -> anyhow::Result<Run> {
+    let namespaces = open(&config.netns, proc)?;
+    let found = find(&namespaces, proc, &config.selectors, config.owners)?;
+    let plans = plan::build(&found, &config.policy, privileges);
+    Ok(Run {
         namespaces: namespaces.open,
         found,
         plans,
         deeds: None,
         reclaimed: None,
-    };
+        refill: None,
+    })
+}
+
+/// Does what `run` plans, if `config` wants it done. What happens to a single socket is in its outcome.
+pub fn carry_out(
+    run: &mut Run,
+    config: &Config,
+    proc: &Proc,
+    privileges: &Privileges,
+    surroundings: &dyn Surroundings,
+) {
     if config.action == Action::Act {
         surroundings.begin();
-        let outcomes = act(&mut run, config, proc, &privileges, surroundings);
+        let outcomes = act(run, config, proc, privileges, surroundings);
         run.deeds = Some(account(&run.found, outcomes, proc));
     }
     if let Some(rules) = &config.reclaim {
-        run.reclaimed = Some(reclaim(&mut run, rules, proc, surroundings));
+        run.reclaimed = Some(reclaim(run, rules, proc, surroundings));
     }
-    Ok(run)
+}
+
+/// Opens the namespaces that are meant.
+///
+/// # Errors
+/// As [`Which::open`].
+pub fn open(which: &Which, proc: &Proc) -> anyhow::Result<Namespaces> {
+    which.open(proc).with_context(|| match which {
+        Which::One(text) => format!("cannot open the network namespace {text}"),
+        Which::Ours | Which::All => "cannot tell the network namespaces".into(),
+    })
+}
+
+/// Finds what matches in them, with or without looking for `owners`, and says what could not be seen.
+///
+/// # Errors
+/// As [`finder::find`].
+pub fn find(
+    namespaces: &Namespaces,
+    proc: &Proc,
+    selectors: &Selectors,
+    owners: bool,
+) -> Result<Found, FindError> {
+    let mut found = match owners {
+        true => finder::find(&namespaces.open, proc, selectors)?,
+        false => finder::find_sockets(&namespaces.open, selectors)?,
+    };
+    found.unreachable_namespaces += namespaces.unreachable;
+    found.untold_namespaces = namespaces.untold;
+    let unopened = namespaces.failure.as_ref();
+    let unopened = unopened.map(|error| format!("opening it: {error}"));
+    found.namespace_failure = found.namespace_failure.or(unopened);
+    Ok(found)
 }
 
 /// Closes the descriptors of what was closed, or says what would speak against it.
@@ -201,27 +236,13 @@ fn act(
             .and_then(|report| report)
             .unwrap_or_else(|error| unknown(&run.plans, members, "preparing", error.raw_os_error()))
     };
-    let mut reports = Vec::with_capacity(crews.len());
-    for some in crews.chunks(CREWS_AT_ONCE) {
-        thread::scope(|scope| {
-            let workers: Vec<_> = some
-                .iter()
-                .map(|crew| (crew, scope.spawn(|| work(crew))))
-                .collect();
-            // What the other crews did is reported even if one has run into a bug of ours.
-            reports.extend(workers.into_iter().map(|(crew, worker)| {
-                let report = worker.join();
-                report.unwrap_or_else(|_| {
-                    unknown(
-                        &run.plans,
-                        crew,
-                        "a bug of cwkill, list again to see the state",
-                        None,
-                    )
-                })
-            }));
-        });
-    }
+    let reports = threads::side_by_side(&crews, CREWS_AT_ONCE, |crew| work(crew));
+    // What the other crews did is reported even if one has run into a bug of ours.
+    let bug = "a bug of cwkill, list again to see the state";
+    let report = |(crew, report): (&Vec<usize>, thread::Result<Report>)| {
+        report.unwrap_or_else(|_| unknown(&run.plans, crew, bug, None))
+    };
+    let reports: Vec<Report> = crews.iter().zip(reports).map(report).collect();
 
     let mut outcomes: Vec<Option<Outcome>> = run.plans.iter().map(|_| None).collect();
     for (crew, report) in crews.iter().zip(reports) {

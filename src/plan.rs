@@ -40,6 +40,8 @@ pub enum LeftOut {
     NotAccepted,
     /// No process that can be seen holds a descriptor of it.
     NoOwner,
+    /// Nobody has looked for one.
+    OwnersNotSought,
     /// It would lose so many bytes that are queued to the peer.
     Unsent(u32),
     /// This process lacks a privilege.
@@ -53,6 +55,7 @@ impl fmt::Display for LeftOut {
         match self {
             LeftOut::NotAccepted => f.write_str("never accepted: no descriptor exists"),
             LeftOut::NoOwner => f.write_str("no known owner"),
+            LeftOut::OwnersNotSought => f.write_str("owners were not looked for (--no-owners)"),
             LeftOut::Unsent(bytes) => write!(
                 f,
                 "would lose {bytes} unsent bytes (--discard-unsent allows it)"
@@ -67,7 +70,7 @@ impl fmt::Display for LeftOut {
 pub fn build(found: &Found, policy: &Policy, privileges: &Privileges) -> Vec<Plan> {
     let mut allowed = policy.max_kills.unwrap_or(usize::MAX);
     let plan = |socket| {
-        let mut plan = plan_one(socket, policy, privileges);
+        let mut plan = plan_one(socket, found.owners_sought, policy, privileges);
         if !plan.methods.is_empty() {
             match allowed.checked_sub(1) {
                 Some(rest) => allowed = rest,
@@ -83,7 +86,12 @@ pub fn build(found: &Found, policy: &Policy, privileges: &Privileges) -> Vec<Pla
     found.sockets.iter().map(plan).collect()
 }
 
-fn plan_one(socket: &Socket, policy: &Policy, privileges: &Privileges) -> Plan {
+fn plan_one(
+    socket: &Socket,
+    owners_sought: bool,
+    policy: &Policy,
+    privileges: &Privileges,
+) -> Plan {
     let mut plan = Plan {
         methods: Vec::new(),
         left_out: Vec::new(),
@@ -92,6 +100,9 @@ fn plan_one(socket: &Socket, policy: &Policy, privileges: &Privileges) -> Plan {
     for &method in &policy.methods {
         match obstacle(method, socket, policy, privileges) {
             None => plan.methods.push(method),
+            Some(LeftOut::NoOwner) if !owners_sought => {
+                plan.left_out.push((method, LeftOut::OwnersNotSought));
+            }
             Some(why) => plan.left_out.push((method, why)),
         }
     }
@@ -214,6 +225,7 @@ mod tests {
 
     fn plan(socket: Socket, policy: &Policy, privileges: &Privileges) -> Plan {
         let found = Found {
+            owners_sought: true,
             sockets: vec![socket],
             ..Found::default()
         };
@@ -300,6 +312,7 @@ mod tests {
         only_destroy.methods = vec![MethodName::Destroy];
         only_destroy.max_kills = Some(1);
         let found = Found {
+            owners_sought: true,
             sockets: vec![owned(9), owned(0), owned(0)],
             ..Found::default()
         };

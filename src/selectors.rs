@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
@@ -181,6 +181,23 @@ impl Selectors {
             && self.still_matches(socket)
     }
 
+    /// Whether a dead socket, of which only the local address is known, can be meant. One that selects by
+    /// what is no longer known, such as another state, means none.
+    pub fn could_match_dead(&self, local: SocketAddr) -> bool {
+        self.states == TcpState::CloseWait.into()
+            && self.peer_ports.is_empty()
+            && self.peer.is_empty()
+            && self.users.is_empty()
+            && self.causes.is_empty()
+            && self.min_age.is_zero()
+            && self.expression == Expression::TRUE
+            && in_ranges(&self.ports, local.port())
+            && in_networks(&self.local, local.ip())
+            && self
+                .ip_version
+                .is_none_or(|wanted| (wanted == IpVersion::V4) == local.is_ipv4())
+    }
+
     /// Of [`Selectors::match_socket`], what can change while a socket stays in its state.
     pub fn still_matches(&self, socket: &Socket) -> bool {
         (self.min_age.is_zero() || socket.age.is_some_and(|age| age >= self.min_age))
@@ -284,6 +301,23 @@ mod tests {
             |s| s.causes = [Cause::Unread, Cause::Drained].into()
         ));
         assert!(!matches(|s| s.causes = [Cause::Drained].into()));
+    }
+
+    #[test]
+    fn of_a_dead_socket_only_the_local_address_is_judged() {
+        let could = |change: fn(&mut Selectors)| {
+            let mut selectors = Selectors::default();
+            change(&mut selectors);
+            selectors.could_match_dead("10.0.0.1:8080".parse().unwrap())
+        };
+        assert!(could(|_| {}));
+        assert!(could(|s| s.ports = vec![8000..=9000]));
+        assert!(!could(|s| s.ports = vec![80..=80]));
+        assert!(!could(|s| s.local = vec!["10.1.0.0/16".parse().unwrap()]));
+        assert!(!could(|s| s.ip_version = Some(IpVersion::V6)));
+        assert!(!could(|s| s.peer_ports = vec![1..=u16::MAX]));
+        assert!(!could(|s| s.states = TcpState::Established.into()));
+        assert!(!could(|s| s.expression = Expression::TRUE.negated()));
     }
 
     #[test]

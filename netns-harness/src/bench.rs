@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::resource::{UsageWho, getrusage};
 
+use crate::agent::Agent;
 use crate::lab::{Family, Lab, Leak, Listen, Options};
 use crate::owners::stops;
 use crate::{TcpState, privilege, scenario};
@@ -36,6 +37,9 @@ pub struct Bench {
     /// How the two sides address each other
     #[arg(long, value_enum, default_value = "v4")]
     family: Family,
+    /// Descriptors beside them that are no sockets
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    idle_descriptors: usize,
     /// Only commands that list
     #[arg(long, conflicts_with = "kill_only")]
     list_only: bool,
@@ -115,6 +119,16 @@ impl Bench {
             Subject::new(
                 KILL,
                 None,
+                &format!("{cwkill} --all --method destroy --no-owners --quiet"),
+            ),
+            Subject::new(
+                "the same, with JSON",
+                Some(KILL),
+                &format!("{cwkill} --all --method destroy --no-owners --json"),
+            ),
+            Subject::new(
+                "the same, and owners",
+                Some(KILL),
                 &format!("{cwkill} --all --method destroy --json"),
             ),
             Subject::new(
@@ -153,6 +167,7 @@ impl Bench {
         if !listers.is_empty() {
             let lab = Lab::new()?;
             let _leaks = self.leak(&lab)?;
+            let _idle = self.idle(&lab)?;
             for _ in 0..self.runs {
                 for subject in &mut listers {
                     measure(&lab, subject)?;
@@ -163,6 +178,7 @@ impl Bench {
             for subject in &mut killers {
                 let lab = Lab::new()?;
                 let leaks = self.leak(&lab)?;
+                let _idle = self.idle(&lab)?;
                 measure(&lab, subject)?;
                 let stuck = |socket: &&crate::KernelSocket| socket.state == TcpState::CloseWait;
                 let left = lab.app_host().sockets()?.iter().filter(stuck).count();
@@ -174,17 +190,34 @@ impl Bench {
                 drop(leaks);
             }
         }
-        let what = format!(
+        let mut what = format!(
             "{} sockets, {} {}",
             self.sockets,
             self.scenario,
             self.family.name()
         );
+        if self.idle_descriptors > 0 {
+            what += &format!(", {} other descriptors", self.idle_descriptors);
+        }
         print(&what, &[listers, killers]);
         for (program, ()) in missing {
             println!("{program} is not installed, so not measured");
         }
         Ok(())
+    }
+
+    /// Opens the descriptors that are no sockets, in as many processes as it takes.
+    fn idle(&self, lab: &Lab) -> Result<Vec<Agent>> {
+        let mut agents = Vec::new();
+        let mut left = self.idle_descriptors;
+        while left > 0 {
+            let count = left.min(PER_PROCESS);
+            let agent = lab.app_host().agent("idle")?;
+            agent.open_files(count)?;
+            agents.push(agent);
+            left -= count;
+        }
+        Ok(agents)
     }
 
     /// Makes the sockets, in as many processes as it takes.

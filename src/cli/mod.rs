@@ -1,16 +1,24 @@
 //! What the operator typed. Each value is parsed here; what the whole means is in [`crate::config`].
 
+mod check;
+mod diagnose;
+mod doctor;
 mod reclaim;
 mod selection;
 mod values;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, ColorChoice, Parser, Subcommand};
 
+pub use check::CheckArgs;
+pub use diagnose::DiagnoseArgs;
+pub use doctor::DoctorArgs;
 pub use reclaim::{OwnerSelection, ReclaimArgs, Reclaiming};
 pub use selection::Selection;
 
+use crate::audit;
 use crate::injector::MethodName;
 
 const AFTER_HELP: &str = "\
@@ -28,6 +36,11 @@ Examples:
 Exit status: 0 all matched sockets are closed (or something was listed), 1 nothing matched,
 2 wrong usage, 3 could not do the job at all, 4 some matched sockets are not closed.";
 
+const DOCTOR_HELP: &str = "\
+Tries every method on connections of its own over loopback, and touches nothing else.
+
+Exit status: 0 auto works fully, 1 in part (or it could not be tried), 2 wrong usage, 3 not at all.";
+
 /// Close TCP sockets stuck in CLOSE-WAIT without killing the process that leaks them.
 #[derive(Debug, Parser)]
 #[command(name = "cwkill", version, after_help = AFTER_HELP, max_term_width = 100)]
@@ -44,6 +57,13 @@ pub struct Cli {
 /// The jobs with a name.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Say who leaks, why, how fast, and what to look at next; never acts
+    Diagnose(DiagnoseArgs),
+    /// Compare the number of stuck sockets with thresholds, as a monitoring plugin; never acts
+    Check(CheckArgs),
+    /// Tell what works here, and what to change
+    #[command(after_help = DOCTOR_HELP)]
+    Doctor(DoctorArgs),
     /// Close descriptors of dead sockets inside the processes that leak them
     Reclaim(ReclaimArgs),
 }
@@ -78,6 +98,10 @@ pub struct Acting {
     #[arg(long, value_name = "DURATION", value_parser = values::duration)]
     pub grace: Option<Duration>,
 
+    /// Do not look for who holds the sockets: much faster for many, and without `shutdown`
+    #[arg(long)]
+    pub no_owners: bool,
+
     /// Allow the loss of bytes still queued to a peer
     #[arg(long)]
     pub discard_unsent: bool,
@@ -86,8 +110,24 @@ pub struct Acting {
     #[arg(long, value_name = "N", value_parser = values::kills)]
     pub max_kills: Option<usize>,
 
+    /// After the act, watch so long for new stuck sockets, and say how fast they come
+    #[arg(
+        long,
+        value_name = "DURATION",
+        value_parser = values::positive_duration,
+        conflicts_with_all = ["dry_run", "quiet"]
+    )]
+    pub watch_refill: Option<Duration>,
+
+    /// Record every act there: journald, stderr or none [default: journald when run by systemd, else stderr with -v]
+    #[arg(long, value_name = "WHERE", value_parser = values::log_target)]
+    pub log: Option<audit::Target>,
+
+    /// Append a JSON line for every act to this file
+    #[arg(long, value_name = "PATH")]
+    pub log_file: Option<PathBuf>,
     /// Then close the descriptors of the closed sockets inside their processes; see `cwkill reclaim --help`
-    #[arg(long)]
+    #[arg(long, conflicts_with = "no_owners")]
     pub reclaim: bool,
 
     /// What may be done to the owners.

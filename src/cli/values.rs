@@ -9,6 +9,7 @@ use ipnet::{IpNet, Ipv4Net};
 use nix::unistd::{Uid, User};
 
 use super::MethodChoice;
+use crate::audit::Target;
 use crate::diagnosis::Cause;
 use crate::selectors::UnitName;
 use crate::tcp::TcpState;
@@ -46,6 +47,15 @@ pub(super) fn network(text: &str) -> Result<IpNet, String> {
         return Ok(Ipv4Net::new_assert(v4, length).into());
     }
     Ok(network)
+}
+
+pub(super) fn log_target(text: &str) -> Result<Target, String> {
+    match text {
+        "journald" => Ok(Target::Journald),
+        "stderr" => Ok(Target::Stderr),
+        "none" => Ok(Target::None),
+        _ => Err("give journald, stderr or none; for a file use --log-file PATH".into()),
+    }
 }
 
 pub(super) fn pid(text: &str) -> Result<i32, String> {
@@ -149,6 +159,23 @@ pub(super) fn stop_limit(text: &str) -> Result<Duration, String> {
     match duration(text)? {
         Duration::ZERO => Err("nothing can be done in no time; give 100ms or 1s".into()),
         limit => Ok(limit),
+    }
+}
+
+/// A time in which something is to happen.
+pub(super) fn positive_duration(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        Duration::ZERO => Err("nothing can be seen in no time; give 500ms, 10s or 1m".into()),
+        duration => Ok(duration),
+    }
+}
+
+/// A threshold of a monitoring plugin, which is reached at so many or more.
+pub(super) fn threshold(text: &str) -> Result<u64, String> {
+    match text.parse() {
+        Ok(0) => Err("0 is always reached; give 1 or more".into()),
+        Ok(number) => Ok(number),
+        Err(_) => Err("give a whole number, 100".into()),
     }
 }
 

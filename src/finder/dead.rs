@@ -11,8 +11,9 @@
 //! 2. the state is read from TCP_INFO through a duplicate (pidfd_getfd(2)), which needs the right to
 //!    attach to the process. Without it the descriptor is [`Verdict::Unknown`], never dead.
 //!
-//! A socket that was a connection has received segments; one that was never connected, or whose
-//! connect(2) was reported as failed, has not: tcp_disconnect resets the counts (net/ipv4/tcp.c).
+//! A socket that was a connection has a receive space, set when it is established (net/ipv4/tcp_input.c,
+//! tcp_init_transfer), which one has not whose connect(2) was refused; and it has received segments, a count
+//! that tcp_disconnect (net/ipv4/tcp.c) resets when a program takes its socket back to connect it anew.
 //! [measured on Linux 6.18]
 
 use std::collections::HashSet;
@@ -38,9 +39,10 @@ use super::sock_diag::{Cookie, DumpRequest, Family, SockDiag};
 use crate::sys::{self, TargetFd};
 use crate::tcp::{StateSet, TcpState};
 
-/// `struct tcp_info` (linux/tcp.h): the state is the first byte, the count of received segments is there
-/// since Linux 4.2.
+/// `struct tcp_info` (linux/tcp.h): the state is the first byte, the receive space the 23rd u32 behind eight
+/// bytes, the count of received segments is there since Linux 4.2.
 const TCPI_STATE: usize = 0;
+const TCPI_RCV_SPACE: usize = 8 + 22 * 4;
 const TCPI_SEGS_IN: usize = 140;
 
 /// The descriptor table of one process.
@@ -70,8 +72,8 @@ pub struct Suspect {
 pub enum Verdict {
     /// The connection is over, state CLOSE: nothing can come of this descriptor any more.
     Dead(DeadSocket),
-    /// State CLOSE, and never a connection: fresh, bound, or after a failed connect(2). Its process may
-    /// still connect it.
+    /// State CLOSE, and no connection since it was made or taken back: fresh, bound, or after a failed
+    /// connect(2). Its process may still connect it.
     NeverConnected,
     /// It may not be duplicated, for this reason; the socket may be any of the above, or alive in
     /// a network namespace that was not looked into.
@@ -290,12 +292,12 @@ fn read_verdict(socket: BorrowedFd<'_>) -> io::Result<Option<Verdict>> {
     // Longer than any tcp_info so far; a longer one is cut by the kernel.
     let mut info = [0; 512];
     let info = sys::socket_option_bytes(socket, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info)?;
-    let Some((state, segments, quiet)) = parse_info(info) else {
+    let Some((state, was_connected, quiet)) = parse_info(info) else {
         return Err(Errno::ENODATA.into());
     };
-    Ok(match (state, segments) {
-        (TcpState::Close, 0) => Some(Verdict::NeverConnected),
-        (TcpState::Close, _) => {
+    Ok(match (state, was_connected) {
+        (TcpState::Close, false) => Some(Verdict::NeverConnected),
+        (TcpState::Close, true) => {
             let local = SockRef::from(&socket).local_addr().ok();
             let canonical =
                 |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
@@ -309,15 +311,16 @@ fn read_verdict(socket: BorrowedFd<'_>) -> io::Result<Option<Verdict>> {
     })
 }
 
-/// The state, the segments received and the time since the last of them in a `struct tcp_info`.
-fn parse_info(info: &[u8]) -> Option<(TcpState, u32, Duration)> {
+/// What a `struct tcp_info` says: the state, whether the socket is or was a connection, and the time since the
+/// last acceptable segment.
+fn parse_info(info: &[u8]) -> Option<(TcpState, bool, Duration)> {
     let number = |at: usize| -> Option<u32> {
         let bytes = info.get(at..at + 4)?;
         Some(u32::from_ne_bytes(bytes.try_into().ok()?))
     };
     Some((
         TcpState::from_kernel(*info.get(TCPI_STATE)?),
-        number(TCPI_SEGS_IN)?,
+        number(TCPI_SEGS_IN)? > 0 && number(TCPI_RCV_SPACE)? > 0,
         Duration::from_millis(number(TCPI_LAST_ACK_RECV)?.into()),
     ))
 }
@@ -388,6 +391,10 @@ mod tests {
             let refused = Socket::new(Domain::for_address(local), Type::STREAM, None).unwrap();
             let nobody = SocketAddr::new(local.ip(), 1);
             refused.connect(&nobody.into()).unwrap_err();
+            // The kernel has the refusal ready, and nobody has asked for it.
+            let waiting = Socket::new(Domain::for_address(local), Type::STREAM, None).unwrap();
+            waiting.set_nonblocking(true).unwrap();
+            waiting.connect(&nobody.into()).unwrap_err();
             let udp = UdpSocket::bind(address).unwrap();
             let (unix, _other) = UnixStream::pair().unwrap();
 
@@ -397,14 +404,16 @@ mod tests {
                 fresh.as_fd(),
                 bound.as_fd(),
                 refused.as_fd(),
+                waiting.as_fd(),
                 udp.as_fd(),
                 unix.as_fd(),
                 dead.as_fd(),
                 finished.as_fd(),
             ]);
             let never = Some(Verdict::NeverConnected);
-            assert_eq!(said[..7], [None, None, never, never, never, None, None]);
-            for verdict in &said[7..] {
+            assert_eq!(said[..3], [None, None, never]);
+            assert_eq!(said[3..8], [never, never, never, None, None]);
+            for verdict in &said[8..] {
                 let Some(Verdict::Dead(socket)) = verdict else {
                     panic!("{address}: {verdict:?}");
                 };
@@ -412,7 +421,7 @@ mod tests {
                 assert!(socket.quiet < Duration::from_secs(60), "{socket:?}");
             }
             let cookie = sys::socket_cookie(dead.as_fd()).unwrap();
-            assert!(matches!(said[7], Some(Verdict::Dead(d)) if d.cookie == Cookie(cookie)));
+            assert!(matches!(said[8], Some(Verdict::Dead(d)) if d.cookie == Cookie(cookie)));
         }
     }
 
@@ -434,7 +443,9 @@ mod tests {
         info[0] = 7;
         info[TCPI_LAST_ACK_RECV..][..4].copy_from_slice(&1500_u32.to_ne_bytes());
         info[TCPI_SEGS_IN..].copy_from_slice(&3_u32.to_ne_bytes());
-        let wanted = (TcpState::Close, 3, Duration::from_millis(1500));
-        assert_eq!(parse_info(&info), Some(wanted));
+        let quiet = Duration::from_millis(1500);
+        assert_eq!(parse_info(&info), Some((TcpState::Close, false, quiet)));
+        info[TCPI_RCV_SPACE] = 1;
+        assert_eq!(parse_info(&info), Some((TcpState::Close, true, quiet)));
     }
 }

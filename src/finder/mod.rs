@@ -1,9 +1,8 @@
 //! The finder: which sockets are stuck, and whose they are.
 //!
-//! [`find`] asks the kernel for the sockets ([`sock_diag`]) and /proc for the processes that hold
-//! their descriptors ([`owners`]); a connection that was never accepted gets the listener that would
-//! accept it ([`listeners`]). What a selector can judge by the socket alone is judged before
-//! anything is looked up for it.
+//! [`find`] asks the kernel for the sockets ([`sock_diag`]) and, beside that, /proc for the processes that
+//! hold descriptors ([`owners`]); a connection that was never accepted gets the listener that would
+//! accept it ([`listeners`]).
 
 pub mod cgroup;
 pub mod dead;
@@ -13,18 +12,25 @@ pub mod netns;
 pub mod owners;
 pub mod sock_diag;
 mod view;
+pub mod vitals;
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::io;
+use std::panic::resume_unwind;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{Builder, ScopedJoinHandle};
 use std::time::Duration;
+
+use rayon::slice::ParallelSliceMut;
 
 use crate::diagnosis::{self, Cause};
 use crate::selectors::Selectors;
 use crate::tcp::{TcpState, Tuple};
+use crate::threads;
 
 use listeners::{Listener, Listeners};
 use netns::Netns;
-use owners::{Proc, Process, Unreadable};
+use owners::{OwnerScan, Proc, Process, Trust, Unreadable};
 use sock_diag::{Cookie, DiagId, DumpError, SocketMessage};
 use view::View;
 
@@ -83,6 +89,8 @@ pub struct Found {
     pub processes: Vec<Process>,
     /// The listeners of never accepted sockets.
     pub listeners: Vec<Listener>,
+    /// Whether the owners were looked for.
+    pub owners_sought: bool,
     /// Processes whose descriptors could not be read: they may own sockets without a known owner.
     pub unreadable_processes: usize,
     /// Sockets that are not in `sockets` only because their owner could not be read, and might match.
@@ -99,17 +107,109 @@ pub struct Found {
 
 /// Finds the sockets that `selectors` match in each of `namespaces`.
 ///
+/// /proc is read while the kernel lists the sockets, since each takes about as long as the other.
+///
 /// # Errors
 /// When the kernel gives no list of sockets or /proc none of processes; a process that vanishes or
 /// may not be read is no error, nor is a namespace among several that cannot be entered.
 pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<Found, FindError> {
+    let needless = AtomicBool::new(false);
+    let (seen, scan) = std::thread::scope(|scope| {
+        // Where no thread can be started, one comes after the other.
+        let scan = threads::are_there()
+            .then(|| Builder::new().spawn_scoped(scope, || proc.scan(&needless)));
+        let seen = see(namespaces, selectors, false);
+        let wanted = seen.as_ref().is_ok_and(|seen| !seen.wanted.is_empty());
+        needless.store(!wanted, Ordering::Relaxed);
+        let scan = match scan {
+            Some(Ok(scan)) => joined(scan),
+            Some(Err(_)) | None => proc.scan(&needless),
+        };
+        (seen, scan)
+    });
+    let Seen {
+        mut found,
+        listeners,
+        wanted,
+    } = seen?;
+    let mut owners = match wanted.is_empty() {
+        true => OwnerScan::default(),
+        false => {
+            let trust = match selectors.selects_owners() {
+                true => Trust::Nothing,
+                false => Trust::TheScan,
+            };
+            proc.owners(scan?, &wanted, trust)?
+        }
+    };
+    owners.sort_by_inode();
+    // The scan may have passed a process before it got the descriptor of a socket that was listed later.
+    if wanted.iter().any(|&inode| owners.of(inode).is_empty()) {
+        owners = proc.find_owners(wanted.into_iter())?;
+        owners.sort_by_inode();
+    }
+    found.listeners = listeners
+        .into_iter()
+        .flat_map(|listeners| listeners.into_used(|inode| owners.holding(inode)))
+        .collect();
+    for socket in &mut found.sockets {
+        match (socket.listener, socket.inode) {
+            // It will get the user of whoever accepts it; kernels differ in what they say until then.
+            (Some(listener), _) => socket.uid = found.listeners[listener].uid,
+            (None, Some(inode)) => socket.owners = owners.holding(inode),
+            (None, None) => {}
+        }
+    }
+    found.owners_sought = true;
+    found.hidden_processes = owners.hidden;
+    found.processes = owners.processes;
+    found.unreadable_processes = owners.unreadable.len();
+    found.retain_selected(selectors, &owners.unreadable);
+    found.sort();
+    Ok(found)
+}
+
+/// Finds the sockets alone: nobody's owners are looked for, so `selectors` must not ask for any.
+///
+/// # Errors
+/// As [`find`], but for /proc.
+pub fn find_sockets(namespaces: &[Netns], selectors: &Selectors) -> Result<Found, FindError> {
+    let Seen {
+        mut found,
+        listeners,
+        ..
+    } = see(namespaces, selectors, true)?;
+    found.listeners = listeners
+        .into_iter()
+        .flat_map(|listeners| listeners.into_used(|_| Vec::new()))
+        .collect();
+    for socket in &mut found.sockets {
+        if let Some(listener) = socket.listener {
+            socket.uid = found.listeners[listener].uid;
+        }
+    }
+    found.retain_selected(selectors, &[]);
+    found.sort();
+    Ok(found)
+}
+
+/// What the kernel says in all namespaces.
+struct Seen {
+    found: Found,
+    listeners: Vec<Listeners>,
+    /// The inodes of which the owners are asked for.
+    wanted: HashSet<u32>,
+}
+
+/// Asks the kernel of every namespace. `alone`: nothing else keeps the processors busy.
+fn see(namespaces: &[Netns], selectors: &Selectors, alone: bool) -> Result<Seen, FindError> {
     let mut found = Found::default();
     let (mut listeners, mut used) = (Vec::new(), 0);
     let mut first_failure = None;
     // A name that means something in none of the namespaces is a mistake: `not dev` would match all.
     let (mut resolved, mut unresolved) = (false, None);
-    for (netns, view) in views(namespaces, selectors).into_iter().enumerate() {
-        let view = match view {
+    for (netns, view) in views(namespaces, selectors, alone).into_iter().enumerate() {
+        let mut view = match view {
             Ok(view) => view,
             // Nothing could be seen anywhere.
             Err(error) if found.unreachable_namespaces + 1 == namespaces.len() => {
@@ -128,79 +228,59 @@ pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<
             }
         }
         // Listeners of all namespaces share one list.
-        found
-            .sockets
-            .extend(view.sockets.into_iter().map(|socket| Socket {
-                netns,
-                listener: socket.listener.map(|at| used + at),
-                ..socket
-            }));
+        for socket in &mut view.sockets {
+            socket.netns = netns;
+            socket.listener = socket.listener.map(|at| used + at);
+        }
+        match found.sockets.is_empty() {
+            true => found.sockets = view.sockets,
+            false => found.sockets.append(&mut view.sockets),
+        }
         used += view.listeners.used();
         listeners.push(view.listeners);
     }
-
     if let (false, Some(error)) = (resolved, unresolved) {
         return Err(error);
     }
-
-    let wanted = found.sockets.iter().filter_map(|socket| socket.inode);
-    let scan = proc.find_owners(wanted.chain(listeners.iter().flat_map(Listeners::used_inodes)))?;
-    let mut by_inode: HashMap<u32, Vec<Held>> = HashMap::with_capacity(scan.held.len());
-    for (inode, held) in scan.held {
-        by_inode.entry(inode).or_default().push(held);
-    }
-    let owners = |inode| by_inode.get(&inode).cloned().unwrap_or_default();
-    found.listeners = listeners
-        .into_iter()
-        .flat_map(|listeners| listeners.into_used(owners))
-        .collect();
-    for socket in &mut found.sockets {
-        match (socket.listener, socket.inode) {
-            // It will get the user of whoever accepts it; kernels differ in what they say until then.
-            (Some(listener), _) => socket.uid = found.listeners[listener].uid,
-            (None, Some(inode)) => socket.owners = by_inode.remove(&inode).unwrap_or_default(),
-            (None, None) => {}
-        }
-    }
     found.namespace_failure =
         first_failure.map(|error| format!("{:#}", anyhow::Error::from(error)));
-    found.hidden_processes = scan.hidden;
-    found.processes = scan.processes;
-    found.unreadable_processes = scan.unreadable.len();
-    found.retain_selected(selectors, &scan.unreadable);
-    let oldest_first =
-        |socket: &Socket| (std::cmp::Reverse(socket.age), socket.netns, socket.tuple);
-    found.sockets.sort_by_key(oldest_first);
-    Ok(found)
+    let inodes = found.sockets.iter().filter_map(|socket| socket.inode);
+    let wanted = inodes
+        .chain(listeners.iter().flat_map(Listeners::used_inodes))
+        .collect();
+    Ok(Seen {
+        found,
+        listeners,
+        wanted,
+    })
+}
+
+/// What a thread brings back; its panic goes on here.
+fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| resume_unwind(panic))
 }
 
 /// Looks into every namespace, some at a time.
-fn views(namespaces: &[Netns], selectors: &Selectors) -> Vec<Result<View, FindError>> {
-    let look = |netns: &Netns| match netns.within(|| view::look(selectors, namespaces.len() > 1)) {
-        Ok(view) => view,
-        Err(error) => Err(FindError::Enter(error)),
+fn views(namespaces: &[Netns], selectors: &Selectors, alone: bool) -> Vec<Result<View, FindError>> {
+    let several = namespaces.len() > 1;
+    let look = |netns: &Netns| {
+        let look = || view::look(selectors, several, alone && !several);
+        netns
+            .within(look)
+            .unwrap_or_else(|error| Err(FindError::Enter(error)))
     };
-    if let [only] = namespaces {
-        return vec![look(only)];
-    }
-    let mut views = Vec::with_capacity(namespaces.len());
-    for some in namespaces.chunks(NAMESPACES_AT_ONCE) {
-        std::thread::scope(|scope| {
-            let looks: Vec<_> = some
-                .iter()
-                .map(|netns| scope.spawn(|| look(netns)))
-                .collect();
-            let view = |look: std::thread::ScopedJoinHandle<'_, _>| {
-                look.join()
-                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            };
-            views.extend(looks.into_iter().map(view));
-        });
-    }
-    views
+    let views = threads::side_by_side(namespaces, NAMESPACES_AT_ONCE, look);
+    let view = |view: std::thread::Result<_>| view.unwrap_or_else(|panic| resume_unwind(panic));
+    views.into_iter().map(view).collect()
 }
 
 impl Found {
+    fn sort(&mut self) {
+        let oldest_first =
+            |socket: &Socket| (std::cmp::Reverse(socket.age), socket.netns, socket.tuple);
+        self.sockets.par_sort_by_key(oldest_first);
+    }
+
     /// Keeps the sockets whose owners, or whose listener's, are selected, and puts those first.
     fn retain_selected(&mut self, selectors: &Selectors, unreadable: &[Unreadable]) {
         self.sockets
@@ -251,6 +331,15 @@ impl Socket {
     /// The kernel's identity of the socket.
     pub fn cookie(&self) -> Cookie {
         self.id.cookie()
+    }
+
+    /// The process to blame, by its index in [`Found::processes`]: its first owner, or its listener's.
+    pub fn culprit(&self, found: &Found) -> Option<usize> {
+        let held = match self.listener {
+            Some(listener) => &found.listeners[listener].owners,
+            None => &self.owners,
+        };
+        held.first().map(|held| held.process)
     }
 
     /// Whether the connection runs over IPv4, on a socket of either family.

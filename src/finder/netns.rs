@@ -92,17 +92,17 @@ impl Netns {
     /// Runs `work` in the namespace, on a thread of its own that ends with it.
     ///
     /// # Errors
-    /// EPERM: needs CAP_SYS_ADMIN, here and over the namespace. Source: net/core/net_namespace.c,
+    /// EAGAIN: no thread can be started. EPERM: needs CAP_SYS_ADMIN, here and over the namespace. Source: net/core/net_namespace.c,
     /// netns_install.
     pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
         let Some(file) = &self.file else {
             return Ok(work());
         };
         std::thread::scope(|scope| {
-            let worker = scope.spawn(|| {
+            let worker = std::thread::Builder::new().spawn_scoped(scope, || {
                 setns(file, CloneFlags::CLONE_NEWNET)?;
                 Ok(work())
-            });
+            })?;
             worker
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))

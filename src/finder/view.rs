@@ -1,5 +1,7 @@
 //! What the kernel says of the sockets in one network namespace.
 
+use std::thread;
+
 use super::filter;
 use super::listeners::Listeners;
 use super::sock_diag::{DumpError, DumpRequest, Family, SockDiag};
@@ -15,8 +17,12 @@ pub(super) struct View {
     pub unresolved: Option<FindError>,
 }
 
-/// Looks at the namespace of the calling thread.
-pub(super) fn look(selectors: &Selectors, one_of_several: bool) -> Result<View, FindError> {
+/// Looks at the namespace of the calling thread. `alone`: nothing else keeps the processors busy.
+pub(super) fn look(
+    selectors: &Selectors,
+    one_of_several: bool,
+    alone: bool,
+) -> Result<View, FindError> {
     let mut diag = SockDiag::open().map_err(FindError::Open)?;
     let resolve = |one_of_several| {
         let here = filter::ThisNamespace { one_of_several };
@@ -27,7 +33,10 @@ pub(super) fn look(selectors: &Selectors, one_of_several: bool) -> Result<View, 
         Err(error) if one_of_several => (resolve(true)?, Some(error)),
         Err(error) => return Err(error),
     };
-    let mut sockets = dump(&mut diag, &selectors)?;
+    let mut sockets = match alone && selectors.peer_ports.is_empty() {
+        true => dump_in_halves(&mut diag, &selectors)?,
+        false => dump(&mut diag, &selectors)?,
+    };
     let mut listeners = Listeners::default();
     if sockets.iter().any(|socket| socket.cause.is_with_listener()) {
         listeners = Listeners::read(&mut diag)?;
@@ -41,6 +50,33 @@ pub(super) fn look(selectors: &Selectors, one_of_several: bool) -> Result<View, 
         sockets,
         listeners,
         unresolved,
+    })
+}
+
+/// Two dumps side by side, each of the sockets with one half of the peer ports, which no connection changes.
+fn dump_in_halves(diag: &mut SockDiag, selectors: &Selectors) -> Result<Vec<Socket>, FindError> {
+    /// The middle of the ports that Linux gives to clients (net.ipv4.ip_local_port_range).
+    const MIDDLE: u16 = 46_884;
+    let half = |ports| Selectors {
+        peer_ports: vec![ports],
+        ..selectors.clone()
+    };
+    // Half a dump is only half the work if the kernel leaves out the other half.
+    let lower = half(0..=MIDDLE - 1);
+    if filter::bytecode(&lower.as_expression(), lower.states()).is_empty() {
+        return Ok(dump(diag, selectors)?);
+    }
+    thread::scope(|scope| {
+        let upper = thread::Builder::new().spawn_scoped(scope, || {
+            let mut diag = SockDiag::open().map_err(FindError::Open)?;
+            Ok::<_, FindError>(dump(&mut diag, &half(MIDDLE..=u16::MAX))?)
+        });
+        let Ok(upper) = upper else {
+            return Ok(dump(diag, selectors)?);
+        };
+        let mut sockets = dump(diag, &lower)?;
+        sockets.append(&mut super::joined(upper)?);
+        Ok(sockets)
     })
 }
 
@@ -72,7 +108,11 @@ fn dump(diag: &mut SockDiag, selectors: &Selectors) -> Result<Vec<Socket>, DumpE
             }
             other => other,
         };
-        sockets.extend(dumped?);
+        let mut dumped = dumped?;
+        match sockets.is_empty() {
+            true => sockets = dumped,
+            false => sockets.append(&mut dumped),
+        }
     }
     Ok(sockets)
 }

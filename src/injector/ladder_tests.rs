@@ -1,10 +1,9 @@
 //! The ladder against a kernel of our own, in which everything that can change meanwhile does.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 
 use super::*;
-use crate::finder::sock_diag::Cookie;
 use crate::finder::sock_diag::testdata::stuck;
 
 /// A table of sockets; methods and the ladder share it.
@@ -26,6 +25,12 @@ impl Observe for Kernel {
         let table = self.0.lock().unwrap();
         let look = |id: &DiagId| table.get(&id.cookie()).cloned().ok_or(LookupError::Gone);
         Ok(ids.iter().map(look).collect())
+    }
+
+    fn list(&mut self, states: StateSet) -> io::Result<HashSet<Cookie>> {
+        let table = self.0.lock().unwrap();
+        let listed = table.iter().filter(|(_, m)| states.contains(m.state));
+        Ok(listed.map(|(cookie, _)| *cookie).collect())
     }
 }
 
@@ -378,6 +383,10 @@ impl Observe for Mute {
             false => Err(io::Error::from_raw_os_error(libc::ENOBUFS)),
         }
     }
+
+    fn list(&mut self, _: StateSet) -> io::Result<HashSet<Cookie>> {
+        Err(io::Error::from_raw_os_error(libc::ENOBUFS))
+    }
 }
 
 #[test]
@@ -603,4 +612,31 @@ fn a_connection_that_ended_in_time_wait_is_left_there() {
     });
     assert!(matches!(world.verdict(), Verdict::Closed(Shutdown)));
     assert_eq!(*world.touched.lock().unwrap(), [1], "not destroyed as well");
+}
+
+#[test]
+fn of_many_destroyed_sockets_none_is_closed_that_is_still_listed() {
+    let many = u64::try_from(MANY).unwrap();
+    let mut world = World::new(many).method(Destroy, |kernel, cookie| match cookie {
+        7 => Ok(()),
+        8 => {
+            kernel.remove(cookie);
+            let lost = io::Error::from_raw_os_error(libc::ENOBUFS);
+            Err(ActError::Unanswered(lost))
+        }
+        9 => to_last_ack(kernel, cookie),
+        _ => close(kernel, cookie),
+    });
+    for plan in &mut world.plans {
+        plan.methods = vec![Destroy];
+    }
+    let outcomes = world.climb();
+    for (cookie, outcome) in (1..).zip(outcomes) {
+        let right = match (cookie, outcome.verdict) {
+            (7, verdict) => matches!(verdict, Verdict::Failed),
+            (9, verdict) => matches!(verdict, Verdict::Closing(Destroy, TcpState::LastAck)),
+            (_, verdict) => matches!(verdict, Verdict::Closed(Destroy)),
+        };
+        assert!(right, "{cookie}");
+    }
 }

@@ -42,6 +42,14 @@ const NAMES: [(MethodName, &str); 4] = [
 ];
 
 impl MethodName {
+    /// Every method.
+    pub const ALL: [MethodName; 4] = [
+        MethodName::Probe,
+        MethodName::Shutdown,
+        MethodName::Destroy,
+        MethodName::Rst,
+    ];
+
     /// What `auto` stands for.
     pub const AUTO: [MethodName; 3] = [MethodName::Shutdown, MethodName::Destroy, MethodName::Rst];
 

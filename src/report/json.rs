@@ -3,34 +3,41 @@
 //! Written as it is walked, without a tree in memory.
 
 use std::io::{self, Write};
+use std::net::SocketAddr;
 
 use nix::errno::Errno;
+use rayon::prelude::*;
 use serde::Serialize;
-use serde::ser::{SerializeSeq, Serializer};
 use serde_json::ser::Formatter;
 
 use super::escape::is_unsafe;
 use super::{Tally, reclaim};
-use crate::finder::cgroup::Container;
-use crate::finder::owners::Holding;
+use crate::finder::owners::{Holding, Process};
 use crate::finder::{Found, Held, Socket};
 use crate::injector::ladder::Verdict;
 use crate::pipeline::{Deed, Run};
-use crate::plan::Plan;
 use crate::reclaim::{Fate, Reason};
+use crate::refill::Refill;
 
 pub(super) const SCHEMA_VERSION: u32 = 1;
+
+/// Sockets that are written together; those of a long list are written side by side.
+const BLOCK: usize = 512;
+/// Blocks in memory at a time.
+const BLOCKS: usize = 16;
 
 /// Writes one document with every socket and the summary.
 ///
 /// # Errors
 /// Those of `out`.
 pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
-    let document = Document {
+    let head = Head {
         schema_version: SCHEMA_VERSION,
         cwkill_version: env!("CARGO_PKG_VERSION"),
         dry_run: run.deeds.is_none(),
-        sockets: Sockets(run),
+    };
+    let tail = Tail {
+        owners_sought: run.found.owners_sought,
         unreadable_processes: run.found.unreadable_processes,
         hidden_processes: run.found.hidden_processes,
         unreachable_namespaces: run.found.unreachable_namespaces,
@@ -41,8 +48,20 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
             summary: reclaim::Tally::of_run(reclaimed),
         }),
         summary: Tally::of(run),
+        refill: run.refill.as_ref().map(json_refill),
     };
-    document.serialize(&mut serializer(out))?;
+    // One object in three parts, of which the sockets are too many for one string.
+    let (head, tail) = (to_bytes(&head)?, to_bytes(&tail)?);
+    out.write_all(head.strip_suffix(b"}").unwrap_or(&head))?;
+    out.write_all(b",\"sockets\":[")?;
+    write_sockets(run, out, |at, socket, bytes| {
+        if at > 0 {
+            bytes.push(b',');
+        }
+        put(&socket, bytes)
+    })?;
+    out.write_all(b"],")?;
+    out.write_all(tail.strip_prefix(b"{").unwrap_or(&tail))?;
     out.write_all(b"\n")
 }
 
@@ -51,18 +70,64 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
 /// # Errors
 /// Those of `out`.
 pub fn write_lines(run: &Run, out: &mut dyn Write) -> io::Result<()> {
-    for socket in sockets(run) {
+    write_sockets(run, out, |_, socket, bytes| {
         let line = Line {
             schema_version: SCHEMA_VERSION,
+            owners_sought: run.found.owners_sought,
             socket,
         };
-        line.serialize(&mut serializer(out))?;
-        out.write_all(b"\n")?;
+        put(&line, bytes)?;
+        bytes.push(b'\n');
+        Ok(())
+    })
+}
+
+/// Writes what `put` makes of every socket, in order.
+fn write_sockets(
+    run: &Run,
+    out: &mut dyn Write,
+    put: impl Fn(usize, JsonSocket<'_>, &mut Vec<u8>) -> io::Result<()> + Sync,
+) -> io::Result<()> {
+    let block = |from: usize| {
+        let to = run.found.sockets.len().min(from + BLOCK);
+        let mut bytes = Vec::with_capacity((to - from) * 512);
+        for at in from..to {
+            put(at, json_socket(run, at), &mut bytes)?;
+        }
+        Ok(bytes)
+    };
+    let starts: Vec<usize> = (0..run.found.sockets.len()).step_by(BLOCK).collect();
+    for some in starts.chunks(BLOCKS) {
+        let blocks: Vec<io::Result<Vec<u8>>> = match some {
+            [only] => vec![block(*only)],
+            _ => some.par_iter().map(|from| block(*from)).collect(),
+        };
+        for block in blocks {
+            out.write_all(&block?)?;
+        }
     }
     Ok(())
 }
 
-pub(super) fn serializer(
+fn to_bytes(value: &impl Serialize) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    put(value, &mut bytes)?;
+    Ok(bytes)
+}
+
+fn put(value: &impl Serialize, bytes: &mut Vec<u8>) -> io::Result<()> {
+    Ok(value.serialize(&mut serializer(bytes))?)
+}
+
+/// One object, without the end of a line.
+pub(crate) fn line(value: &impl Serialize) -> String {
+    let mut bytes = Vec::with_capacity(1024);
+    let written = value.serialize(&mut serializer(&mut bytes));
+    written.expect("memory takes everything, and every key is a text");
+    String::from_utf8(bytes).expect("JSON is UTF-8")
+}
+
+pub(crate) fn serializer(
     out: &mut dyn Write,
 ) -> serde_json::Serializer<&mut dyn Write, TerminalSafe> {
     serde_json::Serializer::with_formatter(out, TerminalSafe)
@@ -70,7 +135,7 @@ pub(super) fn serializer(
 
 /// Compact JSON in which no name of another process can move the cursor of a terminal: what JSON
 /// itself does not escape (DEL, the C1 controls, marks that reorder text) is escaped too.
-pub(super) struct TerminalSafe;
+pub(crate) struct TerminalSafe;
 
 impl Formatter for TerminalSafe {
     fn write_string_fragment<W: Write + ?Sized>(
@@ -102,12 +167,18 @@ fn any_open(descriptors: &[Holding]) -> Option<bool> {
     (!descriptors.contains(&Holding::Unknown)).then_some(false)
 }
 
+/// What comes before the sockets.
 #[derive(Serialize)]
-struct Document<'a> {
+struct Head {
     schema_version: u32,
     cwkill_version: &'static str,
     dry_run: bool,
-    sockets: Sockets<'a>,
+}
+
+/// What comes after them.
+#[derive(Serialize)]
+struct Tail<'a> {
+    owners_sought: bool,
     unreadable_processes: usize,
     hidden_processes: bool,
     unreachable_namespaces: usize,
@@ -116,6 +187,22 @@ struct Document<'a> {
     /// The owners that `--reclaim` stopped; `None` without it.
     reclaim: Option<JsonReclaim<'a>>,
     summary: Tally,
+    refill: Option<JsonRefill<'a>>,
+}
+
+#[derive(Serialize)]
+struct JsonRefill<'a> {
+    seconds: f64,
+    new: usize,
+    per_minute: f64,
+    by: Vec<Newcomers<'a>>,
+}
+
+#[derive(Serialize)]
+struct Newcomers<'a> {
+    pid: Option<i32>,
+    comm: Option<&'a str>,
+    new: usize,
 }
 
 #[derive(Serialize)]
@@ -127,30 +214,20 @@ struct JsonReclaim<'a> {
 #[derive(Serialize)]
 struct Line<'a> {
     schema_version: u32,
+    owners_sought: bool,
     #[serde(flatten)]
     socket: JsonSocket<'a>,
 }
 
-struct Sockets<'a>(&'a Run);
-
-impl Serialize for Sockets<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut list = serializer.serialize_seq(Some(self.0.found.sockets.len()))?;
-        for socket in sockets(self.0) {
-            list.serialize_element(&socket)?;
-        }
-        list.end()
-    }
-}
-
+/// A socket, as it was found and as it ended.
 #[derive(Serialize)]
-struct JsonSocket<'a> {
+pub struct JsonSocket<'a> {
     netns: JsonNetns<'a>,
     family: &'static str,
     state: &'static str,
-    local: Endpoint,
-    peer: Endpoint,
-    cookie: String,
+    pub(crate) local: Endpoint,
+    pub(crate) peer: Endpoint,
+    pub(crate) cookie: String,
     inode: Option<u32>,
     uid: u32,
     recv_q: u32,
@@ -163,7 +240,7 @@ struct JsonSocket<'a> {
     left_out: Vec<LeftOut>,
     /// Of a dry run with `--reclaim`: what would become of each descriptor.
     reclaim_plan: Option<Vec<JsonDescriptor>>,
-    result: Option<JsonResult>,
+    pub(crate) result: Option<JsonResult>,
 }
 
 #[derive(Serialize)]
@@ -173,9 +250,15 @@ struct JsonNetns<'a> {
 }
 
 #[derive(Serialize)]
-pub(super) struct Endpoint {
+pub(crate) struct Endpoint {
     address: std::net::IpAddr,
     port: u16,
+}
+
+impl std::fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        SocketAddr::new(self.address, self.port).fmt(f)
+    }
 }
 
 #[derive(Serialize)]
@@ -188,7 +271,7 @@ struct Owner<'a> {
 }
 
 #[derive(Serialize)]
-pub(super) struct JsonContainer<'a> {
+pub(crate) struct JsonContainer<'a> {
     runtime: &'static str,
     id: Option<&'a str>,
     name: Option<&'a str>,
@@ -211,9 +294,9 @@ struct LeftOut {
 }
 
 #[derive(Serialize)]
-struct JsonResult {
-    outcome: &'static str,
-    method: Option<&'static str>,
+pub(crate) struct JsonResult {
+    pub(crate) outcome: &'static str,
+    pub(crate) method: Option<&'static str>,
     reason: Option<String>,
     attempts: Vec<JsonAttempt>,
     /// `None`: not known, or not asked because the socket is not closed.
@@ -237,21 +320,14 @@ struct JsonAttempt {
     errno: Option<String>,
 }
 
-fn sockets(run: &Run) -> impl Iterator<Item = JsonSocket<'_>> {
-    let sockets = run.found.sockets.iter().zip(&run.plans).enumerate();
-    sockets.map(|(at, (socket, plan))| {
-        let deed = run.deeds.as_ref().map(|deeds| &deeds[at]);
-        json_socket(run, at, socket, plan, deed)
-    })
+/// Every socket of a run, in order.
+pub(crate) fn sockets(run: &Run) -> impl Iterator<Item = JsonSocket<'_>> {
+    (0..run.found.sockets.len()).map(|at| json_socket(run, at))
 }
 
-fn json_socket<'a>(
-    run: &'a Run,
-    at: usize,
-    socket: &'a Socket,
-    plan: &'a Plan,
-    deed: Option<&'a Deed>,
-) -> JsonSocket<'a> {
+fn json_socket(run: &Run, at: usize) -> JsonSocket<'_> {
+    let (socket, plan) = (&run.found.sockets[at], &run.plans[at]);
+    let deed = run.deeds.as_ref().map(|deeds| &deeds[at]);
     JsonSocket {
         netns: JsonNetns {
             inode: run.namespaces[socket.netns].inode(),
@@ -334,12 +410,20 @@ pub(super) fn endpoint(address: std::net::SocketAddr) -> Endpoint {
     }
 }
 
-pub(super) fn container(container: &Container) -> JsonContainer<'_> {
-    JsonContainer {
-        runtime: container.runtime.name(),
-        id: container.id.as_deref(),
-        name: container.name.as_deref(),
-        pod_uid: container.pod_uid.as_deref(),
+fn json_refill(refill: &Refill) -> JsonRefill<'_> {
+    JsonRefill {
+        seconds: refill.watched.as_secs_f64(),
+        new: refill.new,
+        per_minute: refill.per_minute(),
+        by: refill
+            .by
+            .iter()
+            .map(|(culprit, new)| Newcomers {
+                pid: culprit.as_ref().map(|culprit| culprit.pid),
+                comm: culprit.as_ref().map(|culprit| culprit.comm.as_str()),
+                new: *new,
+            })
+            .collect(),
     }
 }
 
@@ -354,10 +438,21 @@ fn owners<'a>(found: &'a Found, held: &[Held]) -> Vec<Owner<'a>> {
                 comm: &process.comm,
                 fds: of_one.iter().map(|held| held.fd.0).collect(),
                 unit: process.cgroup.unit.as_deref(),
-                container: process.cgroup.container.as_ref().map(container),
+                container: container(process),
             }
         })
         .collect()
+}
+
+/// The container of a process, if it is in one.
+pub(crate) fn container(process: &Process) -> Option<JsonContainer<'_>> {
+    let container = process.cgroup.container.as_ref()?;
+    Some(JsonContainer {
+        runtime: container.runtime.name(),
+        id: container.id.as_deref(),
+        name: container.name.as_deref(),
+        pod_uid: container.pod_uid.as_deref(),
+    })
 }
 
 fn json_result(deed: &Deed) -> JsonResult {

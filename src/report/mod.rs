@@ -51,6 +51,22 @@ impl Tally {
         tally
     }
 
+    /// One line for people.
+    pub fn sentence(&self) -> String {
+        let mut line = format!("{} matched: {} closed", sockets(self.matched), self.closed);
+        for (count, name) in [
+            (self.closing, "closing"),
+            (self.gone, "gone"),
+            (self.skipped, "skipped"),
+            (self.failed, "failed"),
+        ] {
+            if count > 0 {
+                line += &format!(", {count} {name}");
+            }
+        }
+        line
+    }
+
     /// The status to exit with.
     pub fn exit_status(&self) -> ExitStatus {
         if self.matched == 0 {
@@ -60,6 +76,14 @@ impl Tally {
         } else {
             ExitStatus::Done
         }
+    }
+}
+
+/// A number of sockets in words.
+fn sockets(count: usize) -> String {
+    match count {
+        1 => "1 socket".to_owned(),
+        _ => format!("{count} sockets"),
     }
 }
 

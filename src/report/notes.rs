@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::escape::escape;
 use super::text::names;
 use crate::diagnosis::Cause;
+use crate::finder::Found;
 use crate::finder::owners::Holding;
 use crate::injector::ActError;
 use crate::injector::ladder::Verdict;
@@ -24,9 +25,14 @@ pub fn notes(run: &Run) -> Vec<String> {
             notes
         }
     };
-    notes.extend(unknown_owners(run));
-    notes.extend(undecided(run));
-    let found = &run.found;
+    notes.extend(unseen(&run.found));
+    notes
+}
+
+/// What could not be seen, one a line.
+pub fn unseen(found: &Found) -> Vec<String> {
+    let mut notes: Vec<String> = unknown_owners(found).into_iter().collect();
+    notes.extend(undecided(found));
     if found.unreachable_namespaces > 0 {
         let why = found
             .namespace_failure
@@ -69,6 +75,15 @@ fn not_accepting(run: &Run) -> Vec<String> {
 fn descriptors(run: &Run, deeds: &[Deed]) -> Vec<String> {
     let mut open: BTreeMap<usize, usize> = BTreeMap::new();
     let mut unknown = 0;
+    if !run.found.owners_sought {
+        let mut pairs = run.found.sockets.iter().zip(deeds);
+        let left = pairs.any(|(socket, deed)| {
+            socket.inode.is_some() && matches!(deed.outcome.verdict, Verdict::Closed(_))
+        });
+        let note = "owners were not looked for: a descriptor of a closed socket stays open until its process \
+                    closes it";
+        return left.then(|| note.to_owned()).into_iter().collect();
+    }
     for (socket, deed) in run.found.sockets.iter().zip(deeds) {
         let closed = matches!(deed.outcome.verdict, Verdict::Closed(_));
         unknown += usize::from(closed && deed.descriptors.is_none());
@@ -135,15 +150,17 @@ fn backlogs(run: &Run, deeds: &[Deed]) -> Vec<String> {
 }
 
 /// Sockets whose owner could not be told.
-fn unknown_owners(run: &Run) -> Option<String> {
-    let unknown = run
-        .found
+fn unknown_owners(found: &Found) -> Option<String> {
+    if !found.owners_sought {
+        return None;
+    }
+    let unknown = found
         .sockets
         .iter()
         .filter(|socket| socket.inode.is_some() && socket.owners.is_empty());
     let unknown = unknown.count();
-    let unreadable = run.found.unreadable_processes;
-    let why = if run.found.hidden_processes {
+    let unreadable = found.unreadable_processes;
+    let why = if found.hidden_processes {
         "/proc does not show the processes of others (hidepid)".to_owned()
     } else if unreadable > 0 {
         format!(
@@ -163,11 +180,11 @@ fn unknown_owners(run: &Run) -> Option<String> {
 }
 
 /// Sockets that may have matched.
-fn undecided(run: &Run) -> Option<String> {
-    (run.found.undecided > 0).then(|| {
+fn undecided(found: &Found) -> Option<String> {
+    (found.undecided > 0).then(|| {
         format!(
             "{} more may belong to the processes asked for, which could not be looked into; left alone",
-            counted(run.found.undecided, "socket")
+            counted(found.undecided, "socket")
         )
     })
 }
@@ -222,7 +239,7 @@ pub fn missing_privileges(run: &Run) -> BTreeSet<Need> {
 }
 
 /// A number with its noun.
-pub(super) fn counted(count: usize, noun: &str) -> String {
+pub fn counted(count: usize, noun: &str) -> String {
     let ending = match (count, noun.ends_with('s')) {
         (1, _) => "",
         (_, true) => "es",

@@ -368,7 +368,7 @@ fn descriptors(run: &Run) -> impl Iterator<Item = Descriptor<'_>> {
             pid: owner.pid,
             comm: &owner.comm,
             unit: owner.cgroup.unit.as_deref(),
-            container: owner.cgroup.container.as_ref().map(container),
+            container: container(owner),
             fd: dead.wanted.fd.0,
             inode: dead.wanted.inode,
             cookie: dead.wanted.cookie.to_string(),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use comfy_table::{Cell, CellAlignment, Color, ContentArrangement, Table, presets};
 
 use super::escape::escape;
-use super::{Tally, reclaim};
+use super::{Tally, reclaim, sockets};
 use crate::config::{Action, Config};
 use crate::diagnosis::Cause;
 use crate::finder::cgroup::{Cgroup, unescape};
@@ -183,6 +183,7 @@ fn owner_cells(found: &Found, socket: &Socket, verbose: bool) -> (String, String
 pub(super) fn names(found: &Found, held: &[Held], all: bool) -> (String, String) {
     let mut processes: Vec<&[Held]> = held.chunk_by(|a, b| a.process == b.process).collect();
     let (count, of_first) = match processes.first() {
+        None if !found.owners_sought => return ("-".into(), "-".into()),
         None => return ("unknown".into(), "-".into()),
         Some(first) => (processes.len(), first.len()),
     };
@@ -212,8 +213,17 @@ fn join(parts: impl Iterator<Item = String>, separator: &str) -> String {
     parts.collect::<Vec<_>>().join(separator)
 }
 
+/// The container or the unit of a process.
+pub(crate) fn place(cgroup: &Cgroup) -> Option<String> {
+    match (&cgroup.container, &cgroup.unit) {
+        (Some(container), _) => Some(container.to_string()),
+        (None, Some(unit)) => Some(unescape(unit.strip_suffix(".service").unwrap_or(unit))),
+        (None, None) => None,
+    }
+}
+
 /// The container or the unit of the first owner, or of all of them.
-fn whose(found: &Found, socket: &Socket, all: bool) -> String {
+pub(crate) fn whose(found: &Found, socket: &Socket, all: bool) -> String {
     let held = match socket.listener {
         Some(listener) => &found.listeners[listener].owners,
         None => &socket.owners,
@@ -241,21 +251,19 @@ pub(super) fn belongs(cgroup: &Cgroup) -> bool {
     cgroup.unit.is_some() || cgroup.container.is_some()
 }
 
-/// The container or the unit of a process.
+/// The same for a table: made safe, and a dash where there is none; with `all` the pod as well.
 pub(super) fn belongs_to(cgroup: &Cgroup, all: bool) -> String {
-    let name = match (&cgroup.container, &cgroup.unit) {
-        (Some(container), _) => match &container.pod_uid {
-            Some(pod) if all => format!("{container} pod {pod}"),
-            _ => container.to_string(),
-        },
-        (None, Some(unit)) => unescape(unit.strip_suffix(".service").unwrap_or(unit)),
-        (None, None) => "-".to_owned(),
-    };
+    let mut name = place(cgroup).unwrap_or_else(|| "-".to_owned());
+    if let Some(pod) = cgroup.container.as_ref().and_then(|c| c.pod_uid.as_ref())
+        && all
+    {
+        let _ = write!(name, " pod {pod}");
+    }
     escape(&name)
 }
 
 /// A duration in its two largest units.
-pub(super) fn age(age: Duration) -> String {
+pub fn age(age: Duration) -> String {
     let seconds = age.as_secs();
     let (days, hours, minutes) = (seconds / 86_400, seconds / 3_600 % 24, seconds / 60 % 60);
     match (days, hours, minutes) {
@@ -286,6 +294,12 @@ fn left_out_text(left_out: &[(crate::injector::MethodName, LeftOut)]) -> String 
 }
 
 fn result_cell(outcome: &Outcome, verbose: bool, beside: &str) -> Cell {
+    let (text, color) = result(outcome, verbose);
+    Cell::new(text + beside).fg(color)
+}
+
+/// The outcome in words, and its colour.
+pub(crate) fn result(outcome: &Outcome, verbose: bool) -> (String, Color) {
     let attempts = || {
         let failed = outcome.attempts.iter().filter_map(|attempt| {
             let error = attempt.error.as_ref()?;
@@ -306,17 +320,12 @@ fn result_cell(outcome: &Outcome, verbose: bool, beside: &str) -> Cell {
     if verbose && !matches!(outcome.verdict, Verdict::Failed) && !attempts().is_empty() {
         let _ = write!(text, " ({})", attempts());
     }
-    text.push_str(beside);
-    Cell::new(text).fg(color)
+    (text, color)
 }
 
 /// One line that says how it went.
 pub fn summary(run: &Run, config: &Config) -> String {
     let tally = Tally::of(run);
-    let sockets = |count| match count {
-        1 => "1 socket".to_owned(),
-        _ => format!("{count} sockets"),
-    };
     if run.deeds.is_none() {
         let close_wait = |socket: &Socket| socket.state == TcpState::CloseWait;
         let mut line = match run.found.sockets.iter().all(close_wait) {
@@ -336,22 +345,7 @@ pub fn summary(run: &Run, config: &Config) -> String {
         }
         return line;
     }
-    let mut line = format!(
-        "{} matched: {} closed",
-        sockets(tally.matched),
-        tally.closed
-    );
-    for (count, name) in [
-        (tally.closing, "closing"),
-        (tally.gone, "gone"),
-        (tally.skipped, "skipped"),
-        (tally.failed, "failed"),
-    ] {
-        if count > 0 {
-            let _ = write!(line, ", {count} {name}");
-        }
-    }
-    line
+    tally.sentence()
 }
 
 #[cfg(test)]

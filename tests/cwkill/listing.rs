@@ -1,11 +1,12 @@
 //! What a listing shows, beside what `ss` shows of the same sockets.
 
 use anyhow::{Context, Result, ensure};
-use netns_harness::{AgentOptions, Family, Lab, SsRow};
+use netns_harness::{AgentOptions, Dial, Family, How, Lab, SsRow, TcpState};
+use nix::sys::resource::{Resource, getrlimit};
 use serde_json::Value;
 
 use crate::Case::{self, EachFamily, Once};
-use crate::support::{at, connections, count, cwkill, lab, same};
+use crate::support::{PATIENCE, at, connections, count, cwkill, in_state, lab, same};
 
 pub const CASES: &[Case] = &[
     EachFamily("agrees_with_ss", agrees_with_ss),
@@ -19,6 +20,11 @@ pub const CASES: &[Case] = &[
     ),
     EachFamily("innocents_are_not_listed", innocents_are_not_listed),
     Once("thousands_of_sockets", thousands_of_sockets),
+    Once(
+        "a_socket_among_as_many_descriptors_as_a_process_may_have",
+        among_many_descriptors,
+    ),
+    Once("without_owners_it_says_that_nobody_looked", without_owners),
     Once("json_lines_are_one_a_socket", json_lines_are_one_a_socket),
     Once("an_evil_name_does_not_reach_the_terminal", evil_name),
     Once("quiet_prints_nothing", quiet_prints_nothing),
@@ -202,4 +208,51 @@ fn nothing_matched() -> Result<()> {
         cwkill(&lab, arguments)?.exits(1)?;
     }
     Ok(())
+}
+
+/// The descriptors of one process: as many as it may have, or this many.
+const MANY_DESCRIPTORS: u64 = 1_000_000;
+
+/// The stuck socket has a number near the end of a table that is full, and then one after a wide gap.
+fn among_many_descriptors() -> Result<()> {
+    let limit = getrlimit(Resource::RLIMIT_NOFILE)?.1.min(MANY_DESCRIPTORS);
+    let filling = usize::try_from(limit)? - 100;
+    let lab = Lab::new()?;
+    let app = lab.app_host().agent("hoarder")?;
+    app.open_files(filling)?;
+    let address = "127.0.0.1:7000".parse()?;
+    let listener = app.listen(address, false, 16)?;
+    let peer = lab.app_host().agent("peer")?;
+    let ends = peer.connect(address, 1, Dial::default(), PATIENCE)?;
+    let accepted = app.accept(listener, 1, PATIENCE)?;
+    peer.shutdown(&[ends[0].fd], How::Write)?;
+    lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::CloseWait)? == 1))?;
+    let found = || -> Result<(String, String)> {
+        let sockets = cwkill(&lab, "--all -n --json")?.exits(0)?.sockets()?;
+        same(&sockets.len(), &1)?;
+        Ok((
+            at(&sockets[0], "/owners/0/pid"),
+            at(&sockets[0], "/owners/0/fds/0"),
+        ))
+    };
+    let wanted = (app.pid().to_string(), accepted[0].fd.0.to_string());
+    ensure!(usize::try_from(accepted[0].fd.0)? > filling, "{wanted:?}");
+    same(&found()?, &wanted)?;
+    app.close_files()?;
+    same(&found()?, &wanted)
+}
+
+fn without_owners() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 3)?;
+    let dry = cwkill(&lab, "--all --no-owners -n --json")?.exits(0)?;
+    same(&dry.json()?["owners_sought"], &Value::Bool(false))?;
+    for socket in dry.sockets()? {
+        same(&socket["owners"], &Value::Array(Vec::new()))?;
+        same(&at(&socket, "/left_out/0/method"), &"shutdown".to_owned())?;
+        same(&at(&socket, "/plan/0"), &"destroy".to_owned())?;
+    }
+    let table = cwkill(&lab, "--all --no-owners")?.exits(0)?;
+    ensure!(!table.stdout.contains("unknown"), "{table:#?}");
+    table.complains("owners were not looked for")?;
+    same(&in_state(&lab, TcpState::CloseWait)?, &0)
 }

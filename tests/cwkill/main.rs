@@ -1,15 +1,21 @@
 //! Drives the built `cwkill` in the harness and looks at the kernel from outside, with `ss`.
 
+mod audit;
 mod chaos;
+mod check;
 mod cli;
 mod closing;
+mod diagnose;
+mod doctor;
 mod expressions;
 mod facts;
+mod least_privilege;
 mod listing;
 mod namespaces;
 mod probing;
 mod races;
 mod reclaim;
+mod refill;
 mod resetting;
 mod selecting;
 mod states;
@@ -33,6 +39,11 @@ fn main() -> std::process::ExitCode {
     if std::env::var_os(AS_HARNESS).is_some() {
         return netns_harness::cli::main();
     }
+    if let Ok(what) = std::env::var(doctor::WITHOUT) {
+        let error = doctor::run_without(&what).expect_err("it has become another program");
+        eprintln!("{error:#}");
+        return std::process::ExitCode::FAILURE;
+    }
     if let Err(error) = netns_harness::init() {
         eprintln!("{error:#}");
         return std::process::ExitCode::FAILURE;
@@ -51,13 +62,23 @@ fn main() -> std::process::ExitCode {
         ("namespaces", namespaces::CASES),
         ("facts", facts::CASES),
         ("chaos", chaos::CASES),
+        ("diagnose", diagnose::CASES),
+        ("check", check::CASES),
+        ("refill", refill::CASES),
+        ("least_privilege", least_privilege::CASES),
+        ("audit", audit::CASES),
+        ("doctor", doctor::CASES),
     ];
     let mut groups = groups.to_vec();
     if whose::possible() {
         groups.push(("whose", whose::CASES));
+        groups.push(("users", least_privilege::USERS_CASES));
+        groups.push(("users", doctor::USERS_CASES));
     } else {
         // The gate runs as root and fails if it sees this in its first run.
-        eprintln!("LEFT OUT: whose: only root of the machine can make cgroups and mount /proc");
+        eprintln!(
+            "LEFT OUT: whose, users: only root of the machine can make cgroups, mount /proc and be others"
+        );
     }
     let mut trials = Vec::new();
     for (runtime, case) in reclaim::RUNTIMES {

@@ -1,6 +1,7 @@
 //! Network namespaces other than our own.
 
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use netns_harness::{Family, Lab, TcpState};
@@ -19,6 +20,11 @@ pub const CASES: &[Case] = &[
     ),
     Once("one_that_cannot_be_opened_is_named", unknown),
     Once("those_that_cannot_be_entered_are_counted", unreachable),
+    Once("one_that_disappears_meanwhile_is_no_error", disappearing),
+    Once(
+        "a_process_that_moves_to_another_still_owns_its_sockets",
+        moving,
+    ),
 ];
 
 /// Runs the program in our own namespace, in which nothing is stuck.
@@ -81,6 +87,86 @@ fn sweep(family: Family) -> Result<()> {
 
 fn port_number(text: &str) -> Result<u16> {
     Ok(text.parse()?)
+}
+
+/// Runs of the program while the world changes.
+const RUNS: usize = 25;
+
+/// Namespaces are made and removed while the program looks into all of them.
+fn disappearing() -> Result<()> {
+    let (steady, _leak) = lab("unread", Family::V4, 2)?;
+    let over = AtomicBool::new(false);
+    let churned = AtomicUsize::new(0);
+    let look = || -> Result<()> {
+        while churned.load(Ordering::Relaxed) == 0 {
+            std::thread::yield_now();
+        }
+        for _ in 0..RUNS {
+            let (code, json, stderr) = outside(&["--all-netns", "-n", "--json"])?;
+            ensure!(code == Some(0), "{code:?} {stderr}");
+            same(&of(&steady, &sockets(&json)?)?.len(), &2)?;
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let churn = scope.spawn(|| -> Result<()> {
+            while !over.load(Ordering::Relaxed) {
+                drop(Lab::new()?);
+                churned.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(())
+        });
+        let looked = look();
+        over.store(true, Ordering::Relaxed);
+        churn.join().expect("no panic").and(looked)
+    })?;
+    ensure!(churned.into_inner() > 1, "nothing came and went");
+    Ok(())
+}
+
+/// The owner of the sockets goes from one namespace to another and back while the program looks, and the
+/// sockets stay.
+fn moving() -> Result<()> {
+    let (lab, leak) = lab("drained", Family::V4, 3)?;
+    // A process that stays: a namespace in which there is none cannot be found.
+    let _resident = lab.app_host().agent("resident")?;
+    let elsewhere = Lab::new()?;
+    let owner = leak.app().pid().to_string();
+    let over = AtomicBool::new(false);
+    let look = || -> Result<()> {
+        for _ in 0..RUNS {
+            let (code, json, stderr) = outside(&["--all-netns", "-p", &owner, "-n", "--json"])?;
+            ensure!(code == Some(0), "{code:?} {stderr}");
+            same(&of(&lab, &sockets(&json)?)?.len(), &3)?;
+        }
+        Ok(())
+    };
+    let moves = std::thread::scope(|scope| {
+        let walk = scope.spawn(|| -> Result<usize> {
+            let mut moves = 0;
+            while !over.load(Ordering::Relaxed) {
+                leak.app().enter(elsewhere.app_host())?;
+                leak.app().enter(lab.app_host())?;
+                moves += 2;
+            }
+            Ok(moves)
+        });
+        let looked = look();
+        over.store(true, Ordering::Relaxed);
+        let moves = walk.join().expect("no panic")?;
+        looked.map(|()| moves)
+    })?;
+    ensure!(moves > RUNS, "it moved {moves} times only");
+
+    leak.app().enter(elsewhere.app_host())?;
+    // The process names the namespace it is in now.
+    let (code, _, stderr) = outside(&["-N", &owner, "-n", "--json"])?;
+    ensure!(code == Some(1), "{code:?} {stderr}");
+    let arguments = ["--all-netns", "-p", &owner, "--json"];
+    let (code, json, stderr) = outside(&arguments)?;
+    ensure!(code == Some(0), "{code:?} {stderr}");
+    all_have(&sockets(&json)?, "closed", "shutdown")?;
+    same(&in_state(&lab, TcpState::CloseWait)?, &0)
 }
 
 fn one() -> Result<()> {

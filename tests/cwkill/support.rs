@@ -21,6 +21,15 @@ pub struct Ran {
 }
 
 impl Ran {
+    /// Of a command that has ended.
+    pub fn of(output: std::process::Output) -> Result<Self> {
+        Ok(Ran {
+            code: output.status.code(),
+            stdout: String::from_utf8(output.stdout).context("stdout is no UTF-8")?,
+            stderr: String::from_utf8(output.stderr).context("stderr is no UTF-8")?,
+        })
+    }
+
     /// Its exit status was `code`.
     pub fn exits(self, code: i32) -> Result<Self> {
         ensure!(
@@ -56,11 +65,15 @@ pub fn cwkill(lab: &Lab, arguments: &str) -> Result<Ran> {
 
 /// Runs a command.
 pub fn ran(command: netns_harness::HostCommand<'_>) -> Result<Ran> {
-    let output = command.output()?;
-    Ok(Ran {
-        code: output.status.code(),
-        stdout: String::from_utf8(output.stdout).context("stdout is no UTF-8")?,
-        stderr: String::from_utf8(output.stderr).context("stderr is no UTF-8")?,
+    Ran::of(command.output()?)
+}
+
+/// Waits until the first thread of process `pid` is in a pause, or the process has ended.
+pub fn until_it_sleeps(lab: &Lab, pid: u32) -> Result<()> {
+    lab.wait_for(PATIENCE, || {
+        let wchan = std::fs::read_to_string(format!("/proc/{pid}/wchan"))?;
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        Ok(wchan.contains("nanosleep") || stat.contains(") Z "))
     })
 }
 

@@ -330,6 +330,31 @@ impl Agent {
         self.call("close", &Request::Close { fds: fds.to_vec() })
     }
 
+    /// Opens `count` descriptors that are no sockets and keeps them.
+    ///
+    /// # Errors
+    /// EMFILE: it may not have so many.
+    pub fn open_files(&self, count: usize) -> Result<()> {
+        self.call("open files", &Request::OpenFiles { count })
+    }
+
+    /// Closes those again.
+    ///
+    /// # Errors
+    /// The agent is gone.
+    pub fn close_files(&self) -> Result<()> {
+        self.call("close files", &Request::CloseFiles)
+    }
+
+    /// Moves to the network namespace of `host`. Its sockets stay in the one they were made in.
+    ///
+    /// # Errors
+    /// EPERM: the agent was started without CAP_SYS_ADMIN.
+    pub fn enter(&self, host: &Host) -> Result<()> {
+        let netns = host.netns_path();
+        self.call("enter a network namespace", &Request::Enter { netns })
+    }
+
     /// Sets a socket option on each of them.
     ///
     /// # Errors

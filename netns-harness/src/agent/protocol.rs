@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -226,6 +227,16 @@ pub(crate) enum Request {
     /// Start threads that do nothing.
     Threads {
         count: usize,
+    },
+    /// Open descriptors that are no sockets.
+    OpenFiles {
+        count: usize,
+    },
+    /// Close those again.
+    CloseFiles,
+    /// Enter the network namespace at this path; the sockets stay where they are.
+    Enter {
+        netns: PathBuf,
     },
     /// Start sending the pattern on each of them, a few bytes every `interval_ms`.
     Talk {

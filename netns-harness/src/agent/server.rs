@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
+use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, IoSlice, Read as _, Write as _};
 use std::mem::take;
 use std::net::SocketAddr;
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, setns};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::prctl;
 use nix::sys::socket::sockopt::TcpRepair;
@@ -84,6 +86,7 @@ struct Server {
     comm: String,
     sockets: BTreeMap<Fd, Arc<Socket>>,
     children: Vec<Child>,
+    files: Vec<File>,
     /// Unix sockets whose buffers hold descriptors.
     in_flight: Vec<(OwnedFd, OwnedFd)>,
     talk: Option<Talk>,
@@ -149,6 +152,20 @@ impl Server {
             }
             Request::Close { fds } => {
                 fds.iter().try_for_each(|&fd| self.take(fd).map(drop))?;
+                json(())
+            }
+            Request::OpenFiles { count } => {
+                for _ in 0..count {
+                    self.files.push(File::open("/dev/null")?);
+                }
+                json(())
+            }
+            Request::CloseFiles => {
+                self.files.clear();
+                json(())
+            }
+            Request::Enter { netns } => {
+                setns(File::open(netns)?, CloneFlags::CLONE_NEWNET)?;
                 json(())
             }
             Request::SetOption { fds, option } => {

@@ -10,12 +10,17 @@ use std::os::fd::{AsFd, BorrowedFd};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG};
 
 use super::codec::{self, Detail, DiagId, DumpRequest, Frame, Malformed, SocketMessage};
+use crate::sys;
 
-/// The kernel fills dump datagrams up to 32 KiB (net/netlink/af_netlink.c, netlink_dump).
-const RECEIVE_BUFFER: usize = 64 * 1024;
+/// Enough for the answers to a datagram of requests; the kernel fills those of a dump up to 32 KiB
+/// (net/netlink/af_netlink.c, netlink_dump).
+const RECEIVE_BUFFER: usize = BATCH * ANSWER;
 /// A dump that the kernel flags as interrupted, or that overruns the receive queue, is repeated this
 /// often at most.
 const DUMP_ATTEMPTS: u32 = 10;
+/// Room for one answer. With `struct tcp_info` and all attributes it takes some 600 bytes, each new kernel
+/// adds a few.
+const ANSWER: usize = 2048;
 /// Requests in one datagram. Every answer waits in the receive queue until the whole datagram is
 /// processed; 64 with TCP_INFO fit the default queue (net.core.rmem_default).
 const BATCH: usize = 64;
@@ -136,7 +141,7 @@ impl SockDiag {
         self.socket.send(&request.encode(sequence), 0)?;
         let mut assembly = Assembly::new(sequence);
         loop {
-            match receive(&self.socket, &mut self.buffer, 0) {
+            match receive(&self.socket, &mut self.buffer) {
                 Ok(datagram) => match assembly.feed(datagram, keep)? {
                     Verdict::More => {}
                     Verdict::Complete => return Ok(Some(assembly.kept)),
@@ -241,22 +246,30 @@ impl SockDiag {
     /// Empties the receive queue. The kernel answers inside send(), so what is not there now was lost
     /// to a full queue.
     fn take_answers(&mut self, first: u32, answers: &mut [Option<Frame>]) -> io::Result<()> {
-        loop {
-            let datagram = match receive(&self.socket, &mut self.buffer, libc::MSG_DONTWAIT) {
+        // The fewer, the longer each may be.
+        let room = self.buffer.len() / answers.len().max(1);
+        while answers.iter().any(Option::is_none) {
+            let lengths = match sys::recvmmsg(self.socket.as_fd(), &mut self.buffer, room) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => continue,
                 other => other?,
             };
-            for framed in codec::frames(datagram) {
-                let framed = framed.map_err(|Malformed(what)| io::Error::other(what))?;
-                let slot = usize::try_from(framed.sequence.wrapping_sub(first))
-                    .ok()
-                    .and_then(|index| answers.get_mut(index));
-                if let Some(slot) = slot.filter(|slot| slot.is_none()) {
-                    *slot = Some(framed.frame);
+            for (slot, length) in self.buffer.chunks(room).zip(lengths) {
+                // One that does not fit is lost.
+                let datagram = slot.get(..length).unwrap_or_default();
+                for framed in codec::frames(datagram) {
+                    let framed = framed.map_err(|Malformed(what)| io::Error::other(what))?;
+                    let place = usize::try_from(framed.sequence.wrapping_sub(first))
+                        .ok()
+                        .and_then(|index| answers.get_mut(index));
+                    if let Some(place) = place.filter(|place| place.is_none()) {
+                        *place = Some(framed.frame);
+                    }
                 }
             }
         }
+        Ok(())
     }
 
     fn next_sequence(&mut self) -> u32 {
@@ -291,10 +304,10 @@ fn repeat<T>(
 }
 
 /// Takes the next datagram; a signal does not end the wait.
-fn receive<'b>(socket: &Socket, buffer: &'b mut [u8], flags: libc::c_int) -> io::Result<&'b [u8]> {
+fn receive<'b>(socket: &Socket, buffer: &'b mut [u8]) -> io::Result<&'b [u8]> {
     let length = loop {
         // The socket is connected to port 0, so only the kernel can have sent what arrives here.
-        match socket.recv(&mut &mut buffer[..], flags | libc::MSG_TRUNC) {
+        match socket.recv(&mut &mut buffer[..], libc::MSG_TRUNC) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             other => break other?,
         }

@@ -81,6 +81,14 @@ impl RawSockets {
     }
 }
 
+/// Whether such a socket can be had.
+///
+/// # Errors
+/// EPERM: needs CAP_NET_RAW over the network namespace. EAFNOSUPPORT: no IPv6 in this kernel.
+pub fn try_open(ipv6: bool) -> io::Result<()> {
+    open(ipv6, 0).map(drop)
+}
+
 fn open(ipv6: bool, interface: u32) -> io::Result<Socket> {
     let domain = if ipv6 { Domain::IPV6 } else { Domain::IPV4 };
     let protocol = Protocol::from(libc::IPPROTO_RAW);

@@ -1,5 +1,7 @@
 //! What this process may do, and what to tell the operator about what it may not.
 
+pub mod least;
+
 use std::fmt;
 
 use anyhow::Context;
@@ -50,8 +52,8 @@ impl Need {
 
 /// How to grant whatever is missing. All of it: with a part, the methods that are left may be harsher.
 pub const HOW_TO_GRANT: &str = "run cwkill with sudo, or grant its binary what it needs once: \
-    `setcap cap_dac_read_search,cap_net_admin,cap_net_raw,cap_sys_ptrace+ep`, once only those may run \
-    it who may close anybody's connections";
+    `setcap cap_dac_read_search,cap_net_admin,cap_net_raw,cap_sys_ptrace+ep \
+    $(command -v cwkill)`, once only those may run it who may close anybody's connections";
 
 /// What this process may do on the kernel it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

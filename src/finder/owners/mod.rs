@@ -8,12 +8,15 @@
 //! Races: what vanishes (ENOENT, ESRCH) is passed over, what may not be read (EACCES, EPERM) is
 //! counted, anything else is an error.
 
+pub(crate) mod descriptors;
+
 use std::collections::HashSet;
 use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
@@ -21,12 +24,12 @@ use procfs::FromRead;
 use procfs::process::Stat;
 use rayon::prelude::*;
 
+use descriptors::read_table;
+pub(super) use descriptors::{CHUNK, list_fds, read_socket_link};
+
 use crate::finder::Held;
 use crate::finder::cgroup::Cgroup;
-use crate::sys::{self, TargetFd};
-
-/// Descriptors in one unit of parallel work.
-pub(super) const CHUNK: usize = 512;
+use crate::sys::TargetFd;
 
 /// A mounted proc file system. Its root is a parameter so that tests can build one of their own.
 #[derive(Clone, Debug)]
@@ -69,13 +72,23 @@ pub struct Unreadable {
     pub comm: Option<String>,
 }
 
+/// The sockets that each process holds, whatever sockets they are.
+#[derive(Default)]
+pub struct Scan {
+    looks: Vec<Look>,
+    hidden: bool,
+}
+
 /// One process's share of a scan.
 #[derive(Default)]
 struct Look {
-    /// It holds these.
-    owner: Option<(Process, Vec<(u32, TargetFd)>)>,
+    /// It holds these sockets, by inode.
+    holds: Option<(i32, Vec<(u32, TargetFd)>)>,
     unreadable: Option<Unreadable>,
 }
+
+/// A process with the wanted sockets that it holds.
+type Owner = (Process, Vec<(u32, TargetFd)>);
 
 /// Whether a descriptor still refers to a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +99,25 @@ pub enum Holding {
     Closed,
     /// It may not be looked at.
     Unknown,
+}
+
+impl OwnerScan {
+    /// Orders `held` for [`OwnerScan::of`].
+    pub fn sort_by_inode(&mut self) {
+        self.held.par_sort_by_key(|(inode, _)| *inode);
+    }
+
+    /// Who holds the socket with this inode, once sorted.
+    pub fn of(&self, inode: u32) -> &[(u32, Held)] {
+        let from = self.held.partition_point(|(of, _)| *of < inode);
+        let held = &self.held[from..];
+        &held[..held.iter().take_while(|(of, _)| *of == inode).count()]
+    }
+
+    /// The same without the inode.
+    pub fn holding(&self, inode: u32) -> Vec<Held> {
+        self.of(inode).iter().map(|(_, held)| *held).collect()
+    }
 }
 
 impl Default for Proc {
@@ -105,31 +137,81 @@ impl Proc {
     /// Finds every process that holds a socket whose inode is in `wanted`.
     ///
     /// # Errors
-    /// The root cannot be listed, or a process's files fail in a way that is neither its end nor a
-    /// missing right.
+    /// As [`Proc::scan`].
     pub fn find_owners(&self, wanted: impl Iterator<Item = u32>) -> io::Result<OwnerScan> {
         let wanted: HashSet<u32> = wanted.collect();
-        let mut scan = OwnerScan::default();
         if wanted.is_empty() {
-            return Ok(scan);
+            return Ok(OwnerScan::default());
         }
+        let scan = self.scan(&AtomicBool::new(false))?;
+        self.owners(scan, &wanted, Trust::TheScan)
+    }
+
+    /// Reads the descriptors of all processes, until it is done or `needless` is set: what it has by then
+    /// is of no use.
+    ///
+    /// # Errors
+    /// The root cannot be listed, or a process's files fail in a way that is neither its end nor a
+    /// missing right.
+    pub fn scan(&self, needless: &AtomicBool) -> io::Result<Scan> {
         let pids = self.pids()?;
-        // The first process of a pid namespace lives as long as the namespace.
-        scan.hidden = pids.first() != Some(&1);
-        let looks: Vec<Look> = pids
+        Ok(Scan {
+            // The first process of a pid namespace lives as long as the namespace.
+            hidden: pids.first() != Some(&1),
+            looks: pids
+                .into_par_iter()
+                .map(|pid| match needless.load(Ordering::Relaxed) {
+                    true => Ok(Look::default()),
+                    false => self.look(pid, needless),
+                })
+                .collect::<io::Result<_>>()?,
+        })
+    }
+
+    /// Of what `scan` saw, the processes that hold a socket whose inode is in `wanted`.
+    ///
+    /// # Errors
+    /// As [`Proc::scan`].
+    pub fn owners(&self, scan: Scan, wanted: &HashSet<u32>, trust: Trust) -> io::Result<OwnerScan> {
+        let identify = |look: Look| -> io::Result<(Option<Owner>, Option<Unreadable>)> {
+            let Some((pid, mut held)) = look.holds else {
+                return Ok((None, look.unreadable));
+            };
+            held.retain(|(inode, _)| wanted.contains(inode));
+            if held.is_empty() {
+                return Ok((None, look.unreadable));
+            }
+            match self.identify(pid, held, wanted, trust) {
+                Ok((owner, denied)) => {
+                    let unreadable = denied.then(|| self.unreadable(pid)).flatten();
+                    Ok((owner, look.unreadable.or(unreadable)))
+                }
+                Err(error) if is_end(&error) => Ok((None, look.unreadable)),
+                Err(error) if is_denied(&error) => Ok((None, self.unreadable(pid))),
+                Err(error) => Err(error),
+            }
+        };
+        let looks: Vec<_> = scan
+            .looks
             .into_par_iter()
-            .map(|pid| self.look(pid, &wanted))
+            .map(identify)
             .collect::<io::Result<_>>()?;
-        for look in looks {
-            scan.unreadable.extend(look.unreadable);
-            if let Some((process, fds)) = look.owner {
-                let index = scan.processes.len();
-                scan.processes.push(process);
-                let held = |(inode, fd)| (inode, Held { process: index, fd });
-                scan.held.extend(fds.into_iter().map(held));
+        let mut found = OwnerScan {
+            hidden: scan.hidden,
+            ..OwnerScan::default()
+        };
+        for (owner, unreadable) in looks {
+            found.unreadable.extend(unreadable);
+            if let Some((process, held)) = owner {
+                let index = found.processes.len();
+                found.processes.push(process);
+                let held = held
+                    .into_iter()
+                    .map(|(inode, fd)| (inode, Held { process: index, fd }));
+                found.held.extend(held);
             }
         }
-        Ok(scan)
+        Ok(found)
     }
 
     /// When process `pid` started, in clock ticks since boot; `None` when there is none.
@@ -195,11 +277,20 @@ impl Proc {
         Ok(pids)
     }
 
-    fn look(&self, pid: i32, wanted: &HashSet<u32>) -> io::Result<Look> {
-        match self.look_inside(pid, wanted) {
+    /// The processes that can hold descriptors, with their names where those can be read.
+    pub(crate) fn with_descriptors(&self) -> io::Result<Vec<(i32, Option<String>)>> {
+        let holds = |pid| {
+            let stat = self.stat(pid);
+            (!has_no_descriptors(&stat)).then(|| (pid, stat.ok().map(|stat| stat.comm)))
+        };
+        Ok(self.pids()?.into_iter().filter_map(holds).collect())
+    }
+
+    fn look(&self, pid: i32, needless: &AtomicBool) -> io::Result<Look> {
+        match self.look_inside(pid, needless) {
             Err(error) if is_end(&error) => Ok(Look::default()),
             Err(error) if is_denied(&error) => Ok(Look {
-                owner: None,
+                holds: None,
                 unreadable: self.unreadable(pid),
             }),
             other => other,
@@ -217,27 +308,58 @@ impl Proc {
         Stat::from_file(self.root.join(pid.to_string()).join("stat"))
     }
 
-    fn look_inside(&self, pid: i32, wanted: &HashSet<u32>) -> io::Result<Look> {
-        // This descriptor stays with the process it was opened for: if the number is given to
+    fn look_inside(&self, pid: i32, needless: &AtomicBool) -> io::Result<Look> {
+        // These descriptors stay with the process they were opened for: if the number is given to
         // another, everything below answers ESRCH.
         let process = File::open(self.root.join(pid.to_string()))?;
         let dir = open_in(process.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
-        let names = list_fds(dir.as_fd())?;
-        let chunks: Vec<Chunk> = names
-            .par_chunks(CHUNK)
-            .map(|names| read_sockets(dir.as_fd(), names, wanted))
-            .collect::<io::Result<_>>()?;
-        let mut look = Look::default();
-        if chunks.iter().any(|chunk| chunk.denied) {
-            look.unreadable = self.unreadable(pid);
-        }
-        let fds: Vec<(u32, TargetFd)> = chunks.into_iter().flat_map(|chunk| chunk.found).collect();
-        if fds.is_empty() {
-            return Ok(look);
-        }
-        look.owner = Some((identity(process.as_fd(), pid)?, fds));
-        Ok(look)
+        let table = read_table(dir.as_fd(), needless)?;
+        Ok(Look {
+            holds: (!table.sockets.is_empty()).then_some((pid, table.sockets)),
+            unreadable: table.denied.then(|| self.unreadable(pid)).flatten(),
+        })
     }
+
+    /// The process that was seen to hold `held`, and what it holds now as far as the scan is not trusted; and
+    /// whether a part of that may no longer be read.
+    fn identify(
+        &self,
+        pid: i32,
+        mut held: Vec<(u32, TargetFd)>,
+        wanted: &HashSet<u32>,
+        trust: Trust,
+    ) -> io::Result<(Option<Owner>, bool)> {
+        let process = File::open(self.root.join(pid.to_string()))?;
+        let dir = open_in(process.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
+        let still = |&(inode, fd): &(u32, TargetFd)| {
+            holding(read_socket_link(dir.as_fd(), fd.0), inode) == Holding::Open
+        };
+        let checked = match trust {
+            // The first tells whether the number of the process has been given to another.
+            Trust::TheScan => &held[..1],
+            Trust::Nothing => &held[..],
+        };
+        let mut denied = false;
+        if !checked.par_iter().with_min_len(CHUNK).all(still) {
+            let table = read_table(dir.as_fd(), &AtomicBool::new(false))?;
+            denied = table.denied;
+            held = table.sockets;
+            held.retain(|(inode, _)| wanted.contains(inode));
+            if held.is_empty() {
+                return Ok((None, denied));
+            }
+        }
+        Ok((Some((identity(process.as_fd(), pid)?, held)), denied))
+    }
+}
+
+/// How far a scan from before the end of the dump is trusted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trust {
+    /// What a process held then it holds.
+    TheScan,
+    /// Every descriptor is looked at again: the owners decide what is acted on.
+    Nothing,
 }
 
 /// The process behind `process`, the directory of number `pid`.
@@ -292,68 +414,6 @@ fn stat_error(error: procfs::ProcError) -> io::Error {
     }
 }
 
-/// The numbers in a `/proc/PID/fd` directory.
-pub(crate) fn list_fds(dir: BorrowedFd<'_>) -> io::Result<Vec<i32>> {
-    let mut fds = Vec::new();
-    let mut buffer = vec![0; 32 * 1024];
-    loop {
-        let entries = sys::getdents64(dir, &mut buffer)?;
-        if entries.is_empty() {
-            return Ok(fds);
-        }
-        fds.extend(dirent_numbers(entries));
-    }
-}
-
-/// The names in a sequence of `struct linux_dirent64` that are numbers.
-///
-/// Source: include/linux/dirent.h: inode 8 bytes, offset 8, record length 2, type 1, then the name
-/// with its NUL.
-fn dirent_numbers(mut entries: &[u8]) -> impl Iterator<Item = i32> + '_ {
-    std::iter::from_fn(move || {
-        loop {
-            let length = entries.get(16..18)?;
-            let length = usize::from(u16::from_ne_bytes([length[0], length[1]]));
-            let (entry, rest) = entries.split_at_checked(length)?;
-            entries = rest;
-            let name = CStr::from_bytes_until_nul(entry.get(19..)?).ok()?;
-            if let Some(number) = name.to_str().ok().and_then(|name| name.parse().ok()) {
-                return Some(number);
-            }
-        }
-    })
-}
-
-/// What a part of a descriptor table has.
-struct Chunk {
-    found: Vec<(u32, TargetFd)>,
-    /// The rest of it may not be read.
-    denied: bool,
-}
-
-/// Of the descriptors `fds` in `dir`, those that are a wanted socket.
-fn read_sockets(dir: BorrowedFd<'_>, fds: &[i32], wanted: &HashSet<u32>) -> io::Result<Chunk> {
-    let mut chunk = Chunk {
-        found: Vec::new(),
-        denied: false,
-    };
-    for &fd in fds {
-        let inode = match read_socket_link(dir, fd) {
-            // Closed since the directory was read.
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => None,
-            // The right to look is one for all descriptors of a process.
-            Err(error) if is_denied(&error) => {
-                chunk.denied = true;
-                return Ok(chunk);
-            }
-            other => other?,
-        };
-        let inode = inode.filter(|inode| wanted.contains(inode));
-        chunk.found.extend(inode.map(|inode| (inode, TargetFd(fd))));
-    }
-    Ok(chunk)
-}
-
 /// Whether a descriptor that was a socket with `inode` still is, by what its link says now.
 fn holding(link: io::Result<Option<u32>>, inode: u32) -> Holding {
     match link {
@@ -378,29 +438,6 @@ pub(crate) fn is_end(error: &io::Error) -> bool {
 /// We may not look.
 pub(super) fn is_denied(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM))
-}
-
-/// The inode of the socket that descriptor `fd` in `dir` refers to; `None` if it is no socket.
-pub(crate) fn read_socket_link(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<u32>> {
-    // Longer targets are paths, of which the first bytes already say that they are no socket.
-    let mut target = [0; 32];
-    let mut name = [0; 12];
-    let target = sys::readlinkat(dir, decimal(fd, &mut name), &mut target)?;
-    Ok(parse_socket_link(target))
-}
-
-/// Writes a descriptor number as a C string.
-pub(crate) fn decimal(number: i32, buffer: &mut [u8; 12]) -> &CStr {
-    use io::Write;
-    let mut rest = &mut buffer[..];
-    write!(rest, "{number}\0").expect("11 characters and a NUL fit");
-    CStr::from_bytes_until_nul(buffer).expect("just terminated")
-}
-
-/// The inode in `socket:[4711]`.
-fn parse_socket_link(target: &[u8]) -> Option<u32> {
-    let digits = target.strip_prefix(b"socket:[")?.strip_suffix(b"]")?;
-    std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
 #[cfg(test)]
@@ -544,19 +581,5 @@ mod tests {
         let closed = |(_, holding): &(char, Holding)| *holding == Holding::Closed;
         let later = here.still_held(&later, &asked);
         assert!(later.iter().all(closed), "another process of that number");
-    }
-
-    #[test]
-    fn socket_links() {
-        assert_eq!(parse_socket_link(b"socket:[4711]"), Some(4711));
-        for other in [
-            &b"socket:[]"[..],
-            b"socket:[-1]",
-            b"pipe:[1]",
-            b"socket:[1",
-            b"",
-        ] {
-            assert_eq!(parse_socket_link(other), None);
-        }
     }
 }

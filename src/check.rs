@@ -1,0 +1,405 @@
+//! `cwkill check`: the number of stuck sockets against thresholds, in the form that monitoring systems
+//! read: one line, performance data behind a bar, and an exit status. [`by_count`] and [`by_limit`] judge,
+//! and are pure.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use crate::cli::CheckArgs;
+use crate::config::{Scope, invalid, usage};
+use crate::diagnosis::Cause;
+use crate::finder::Found;
+use crate::finder::owners::Proc;
+use crate::pipeline;
+use crate::report::escape::escape;
+use crate::report::text::age;
+
+/// How it stands; the number is the exit status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// Below both thresholds.
+    Ok = 0,
+    /// The first is reached.
+    Warning = 1,
+    /// The second is reached.
+    Critical = 2,
+    /// It cannot be told.
+    Unknown = 3,
+}
+
+impl Status {
+    fn name(self) -> &'static str {
+        match self {
+            Status::Ok => "OK",
+            Status::Warning => "WARNING",
+            Status::Critical => "CRITICAL",
+            Status::Unknown => "UNKNOWN",
+        }
+    }
+}
+
+impl From<Status> for std::process::ExitCode {
+    fn from(status: Status) -> Self {
+        std::process::ExitCode::from(status as u8)
+    }
+}
+
+/// When to warn: at so many or more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Thresholds {
+    /// WARNING.
+    pub warning: u64,
+    /// CRITICAL, not below it.
+    pub critical: u64,
+}
+
+impl Thresholds {
+    /// What it means that `part` of `whole` percent is there.
+    fn judge(self, part: u64, whole: u64) -> Status {
+        let reached =
+            |threshold: u64| u128::from(part) * 100 >= u128::from(threshold) * u128::from(whole);
+        match (reached(self.critical), reached(self.warning)) {
+            (true, _) => Status::Critical,
+            (_, true) => Status::Warning,
+            _ => Status::Ok,
+        }
+    }
+}
+
+/// What is to be checked.
+#[derive(Clone, Debug)]
+pub struct Check {
+    /// Which sockets.
+    pub scope: Scope,
+    /// When to warn.
+    pub thresholds: Thresholds,
+    /// Whether the thresholds are percent of the owner's limit.
+    pub percent_of_limit: bool,
+}
+
+impl Check {
+    /// Checks that the arguments make sense together.
+    ///
+    /// # Errors
+    /// They do not; the error says which and shows good ones.
+    pub fn from_args(args: CheckArgs) -> Result<Self, clap::Error> {
+        let CheckArgs {
+            selection,
+            warning,
+            critical,
+            percent_of_limit,
+        } = args;
+        if critical < warning {
+            return Err(usage(&format!(
+                "-c {critical} is below -w {warning}, so that nothing would ever be WARNING: \
+                 give -w {critical} -c {warning}"
+            )));
+        }
+        if percent_of_limit && critical > 100 {
+            return Err(invalid(&format!(
+                "-c {critical} percent of a limit is never reached: give -w 50 -c 80"
+            )));
+        }
+        Ok(Check {
+            scope: Scope::from_args(selection)?,
+            thresholds: Thresholds { warning, critical },
+            percent_of_limit,
+        })
+    }
+}
+
+/// Looks, and judges.
+///
+/// # Errors
+/// As those of a listing.
+pub fn run(check: &Check, proc: &Proc) -> anyhow::Result<Verdict> {
+    let namespaces = pipeline::open(&check.scope.netns, proc)?;
+    let found = pipeline::find(&namespaces, proc, &check.scope.selectors, true)?;
+    Ok(match check.percent_of_limit {
+        false => by_count(&found, check.thresholds),
+        true => {
+            let limits = found.processes.iter();
+            let limits: Vec<_> = limits.map(|process| proc.vitals(process).limit).collect();
+            by_limit(&found, check.thresholds, &limits)
+        }
+    })
+}
+
+/// The result.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// How it stands.
+    pub status: Status,
+    /// The one line, without its end.
+    pub line: String,
+}
+
+/// Why it cannot be told how it stands.
+pub fn unknown(why: &str) -> Verdict {
+    Verdict {
+        status: Status::Unknown,
+        line: line(Status::Unknown, why, ""),
+    }
+}
+
+/// Judges the number of sockets.
+pub fn by_count(found: &Found, thresholds: Thresholds) -> Verdict {
+    let stuck = found.sockets.len() as u64;
+    let mut status = thresholds.judge(stuck, 100);
+    let mut text = counted(found);
+    // Those that may belong to the processes asked for are at most so many more.
+    let most = stuck + found.undecided as u64;
+    if status == Status::Ok
+        && (unseen_namespaces(found) > 0 || thresholds.judge(most, 100) != Status::Ok)
+    {
+        status = Status::Unknown;
+    }
+    text.push_str(&unseen(found));
+    let Thresholds { warning, critical } = thresholds;
+    let first = format!("stuck={stuck};{warning};{critical};0;");
+    Verdict {
+        status,
+        line: line(status, &text, &format!("{first} {}", causes(found))),
+    }
+}
+
+/// Judges the descriptors that the sockets take, in percent of the limit of the owner that is nearest to it.
+/// `limits` has the soft RLIMIT_NOFILE of each process of `found`, `None` where it cannot be read.
+pub fn by_limit(found: &Found, thresholds: Thresholds, limits: &[Option<u64>]) -> Verdict {
+    let mut held = vec![0_u64; found.processes.len()];
+    for socket in &found.sockets {
+        for owner in &socket.owners {
+            held[owner.process] += 1;
+        }
+    }
+    let mut text = counted(found);
+    let shares = held.iter().zip(limits).enumerate();
+    let known = shares.filter_map(|(at, (held, limit))| Some((at, *held, (*limit)?.max(1))));
+    // By cross-multiplication, so that no rounding decides.
+    let nearest = known.filter(|(_, held, _)| *held > 0).max_by(|a, b| {
+        (u128::from(a.1) * u128::from(b.2)).cmp(&(u128::from(b.1) * u128::from(a.2)))
+    });
+    let (mut status, percent) = match nearest {
+        None => (Status::Ok, 0.0),
+        Some((at, held, limit)) => {
+            let process = &found.processes[at];
+            let name = escape(&process.comm);
+            let _ = write!(text, ", {name}/{} holds {held} of {limit}", process.pid);
+            (thresholds.judge(held, limit), percent(held, limit))
+        }
+    };
+    let unlimited = held.iter().zip(limits);
+    let unlimited = unlimited.filter(|(held, limit)| **held > 0 && limit.is_none());
+    // Sockets in flight have no owner either; with processes that hide theirs it cannot be told apart.
+    let hidden = found.unreadable_processes > 0 || found.hidden_processes;
+    let ownerless = found
+        .sockets
+        .iter()
+        .filter(|s| s.inode.is_some() && s.owners.is_empty());
+    let ownerless = if hidden { ownerless.count() } else { 0 };
+    if ownerless > 0 {
+        let _ = write!(text, ", the owners of {ownerless} could not be seen");
+    }
+    let untold = unlimited.count() + ownerless + found.undecided + unseen_namespaces(found);
+    if status == Status::Ok && untold > 0 {
+        status = Status::Unknown;
+    }
+    text.push_str(&unseen(found));
+    let Thresholds { warning, critical } = thresholds;
+    let perf = format!(
+        "percent={percent:.1}%;{warning};{critical};0; stuck={};;;0; {}",
+        found.sockets.len(),
+        causes(found)
+    );
+    Verdict {
+        status,
+        line: line(status, &text, &perf),
+    }
+}
+
+/// Rounded down to a tenth, so that a threshold that is not reached does not look reached.
+fn percent(part: u64, whole: u64) -> f64 {
+    let tenths = u128::from(part) * 1000 / u128::from(whole);
+    f64::from(u32::try_from(tenths).unwrap_or(u32::MAX)) / 10.0
+}
+
+fn line(status: Status, text: &str, performance: &str) -> String {
+    // The first bar begins the performance data, and a second line would be long output.
+    let text: String = text
+        .chars()
+        .map(|c| if c == '|' { '/' } else { c })
+        .collect();
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    match performance {
+        "" => format!("CWKILL {}: {text}", status.name()),
+        _ => format!("CWKILL {}: {text} | {performance}", status.name()),
+    }
+}
+
+/// How many are stuck, most of them whose, and the oldest.
+fn counted(found: &Found) -> String {
+    let mut text = match found.sockets.len() {
+        1 => "1 socket stuck".to_owned(),
+        stuck => format!("{stuck} sockets stuck"),
+    };
+    let mut by: BTreeMap<usize, usize> = BTreeMap::new();
+    for process in found.sockets.iter().filter_map(|s| s.culprit(found)) {
+        *by.entry(process).or_default() += 1;
+    }
+    if let Some((at, count)) = by.into_iter().max_by_key(|(_, count)| *count) {
+        let process = &found.processes[at];
+        let _ = write!(
+            text,
+            ", {count} of {}/{}",
+            escape(&process.comm),
+            process.pid
+        );
+    }
+    if let Some(oldest) = found.sockets.iter().filter_map(|socket| socket.age).max() {
+        let _ = write!(text, ", oldest {}", age(oldest));
+    }
+    text
+}
+
+fn unseen_namespaces(found: &Found) -> usize {
+    found.unreachable_namespaces + found.untold_namespaces
+}
+
+/// What could not be seen, for the operator to mend.
+fn unseen(found: &Found) -> String {
+    let mut text = String::new();
+    if found.undecided > 0 {
+        let _ = write!(
+            text,
+            ", {} more may match (owners unreadable)",
+            found.undecided
+        );
+    }
+    if unseen_namespaces(found) > 0 {
+        text.push_str(", not every network namespace could be seen");
+    }
+    text
+}
+
+/// The causes as performance data, each always there, so that a graph has no gaps.
+fn causes(found: &Found) -> String {
+    let all = [
+        Cause::NotAccepted,
+        Cause::Unread,
+        Cause::Drained,
+        Cause::Sending,
+    ];
+    let one = |cause: Cause| {
+        let count = found.sockets.iter().filter(|s| s.cause == cause).count();
+        format!("{}={count};;;0;", cause.name().replace('-', "_"))
+    };
+    all.map(one).join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::finder::owners::Process;
+    use crate::finder::sock_diag::testdata::stuck;
+    use crate::finder::{Held, Socket, TargetFd};
+
+    const AT: Thresholds = Thresholds {
+        warning: 10,
+        critical: 20,
+    };
+
+    /// `counts[i]` sockets of process `100 + i`.
+    fn found(counts: &[usize]) -> Found {
+        let mut found = Found::default();
+        for (process, count) in counts.iter().enumerate() {
+            let pid = 100 + i32::try_from(process).unwrap();
+            found.processes.push(Process {
+                pid,
+                start_time: 1,
+                comm: "a|b\nc".into(),
+                cgroup: Default::default(),
+            });
+            let owned = || {
+                let mut socket = Socket::from_message(&stuck("10.0.0.1:80", "10.0.0.2:5", 1));
+                let fd = TargetFd(3);
+                socket.owners.push(Held { process, fd });
+                socket
+            };
+            found.sockets.extend((0..*count).map(|_| owned()));
+        }
+        found
+    }
+
+    #[test]
+    fn a_threshold_is_reached_at_so_many() {
+        let status = |count| by_count(&found(&[count]), AT).status;
+        let reached = [0, 9, 10, 19, 20, 21].map(status);
+        use Status::{Critical, Ok, Warning};
+        assert_eq!(reached, [Ok, Ok, Warning, Warning, Critical, Critical]);
+    }
+
+    #[test]
+    fn the_line_is_one_with_one_bar_whatever_a_process_calls_itself() {
+        let line = by_count(&found(&[3, 12]), AT).line;
+        let (text, performance) = line.split_once(" | ").unwrap();
+        let wanted = "CWKILL WARNING: 15 sockets stuck, 12 of a/b\\nc/101, oldest 1h00m";
+        assert_eq!(text, wanted);
+        assert!(!performance.contains('|') && !line.contains('\n'), "{line}");
+        let values: Vec<&str> = performance.split(' ').collect();
+        assert_eq!(values[..2], ["stuck=15;10;20;0;", "not_accepted=0;;;0;"]);
+        assert!(values.contains(&"unread=15;;;0;"), "{values:?}");
+    }
+
+    #[test]
+    fn what_could_not_be_seen_is_never_ok() {
+        let status = |change: fn(&mut Found), count| {
+            let mut found = found(&[count]);
+            change(&mut found);
+            by_count(&found, AT).status
+        };
+        use Status::{Critical, Ok, Unknown, Warning};
+        assert_eq!(status(|f| f.unreachable_namespaces = 1, 1), Unknown);
+        assert_eq!(status(|f| f.untold_namespaces = 1, 1), Unknown);
+        assert_eq!(status(|f| f.undecided = 9, 1), Unknown);
+        // So few cannot reach the threshold.
+        assert_eq!(status(|f| f.undecided = 8, 1), Ok);
+        // What was seen is enough.
+        assert_eq!(status(|f| f.unreachable_namespaces = 1, 10), Warning);
+        assert_eq!(status(|f| f.undecided = 99, 20), Critical);
+    }
+
+    #[test]
+    fn the_owner_nearest_to_its_limit_counts() {
+        let limits = [Some(1000), Some(50)];
+        let verdict = by_limit(&found(&[90, 7]), AT, &limits);
+        assert_eq!(verdict.status, Status::Warning, "14 percent of 50");
+        assert!(
+            verdict.line.contains("c/101 holds 7 of 50 |"),
+            "{verdict:?}"
+        );
+        assert!(
+            verdict.line.contains("percent=14.0%;10;20;0;"),
+            "{verdict:?}"
+        );
+        let exact = |count| by_limit(&found(&[count]), AT, &[Some(1000)]).status;
+        assert_eq!([exact(99), exact(100)], [Status::Ok, Status::Warning]);
+    }
+
+    #[test]
+    fn an_unknown_limit_or_owner_is_unknown() {
+        let status = |found: &Found, limits: &[_]| by_limit(found, AT, limits).status;
+        assert_eq!(status(&found(&[1]), &[None]), Status::Unknown);
+        let mut ownerless = found(&[1]);
+        ownerless.sockets[0].owners.clear();
+        assert_eq!(status(&ownerless, &[Some(100)]), Status::Ok, "in flight");
+        ownerless.unreadable_processes = 1;
+        assert_eq!(status(&ownerless, &[Some(100)]), Status::Unknown);
+        assert_eq!(status(&Found::default(), &[]), Status::Ok);
+    }
+
+    #[test]
+    fn an_error_is_one_line_too() {
+        let line = unknown("a|b\n  c").line;
+        assert_eq!(line, "CWKILL UNKNOWN: a/b c");
+    }
+}

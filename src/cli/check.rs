@@ -1,0 +1,35 @@
+//! The arguments of `cwkill check`.
+
+use super::{Selection, values};
+
+/// The arguments.
+#[derive(Debug, clap::Args)]
+pub struct CheckArgs {
+    /// Which sockets.
+    #[command(flatten)]
+    pub selection: Selection,
+
+    /// WARNING at N sockets or more
+    #[arg(
+        short,
+        long,
+        value_name = "N",
+        value_parser = values::threshold,
+        help_heading = "Thresholds"
+    )]
+    pub warning: u64,
+
+    /// CRITICAL at N sockets or more
+    #[arg(
+        short,
+        long,
+        value_name = "N",
+        value_parser = values::threshold,
+        help_heading = "Thresholds"
+    )]
+    pub critical: u64,
+
+    /// Let N be percent of the limit of open files (RLIMIT_NOFILE) of the owner that is nearest to it
+    #[arg(long, help_heading = "Thresholds")]
+    pub percent_of_limit: bool,
+}

@@ -1,0 +1,26 @@
+//! The arguments of `cwkill diagnose`.
+
+use std::time::Duration;
+
+use super::{Selection, values};
+
+/// The arguments.
+#[derive(Debug, clap::Args)]
+pub struct DiagnoseArgs {
+    /// Which sockets.
+    #[command(flatten)]
+    pub selection: Selection,
+
+    /// Time between the two looks that tell the growth [default: 5s]
+    #[arg(
+        long,
+        value_name = "DURATION",
+        value_parser = values::positive_duration,
+        help_heading = "Output"
+    )]
+    pub sample: Option<Duration>,
+
+    /// Print one JSON document
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+}

@@ -1,0 +1,9 @@
+//! The arguments of `cwkill doctor`.
+
+/// How to tell.
+#[derive(Debug, clap::Args)]
+pub struct DoctorArgs {
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+}

@@ -1,0 +1,318 @@
+//! Sockets counted together: by cause and age, what came and what went, where and from whom. Pure.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::hash::Hash;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use crate::diagnosis::Cause;
+use crate::finder::sock_diag::Cookie;
+use crate::finder::{Found, Socket};
+use crate::tcp::TcpState;
+
+/// The upper ends of the classes of age, and what each is called; the last has no end.
+pub const AGES: [(Duration, &str); 5] = [
+    (Duration::from_secs(60), "under 1m"),
+    (Duration::from_secs(600), "1m to 10m"),
+    (Duration::from_secs(3600), "10m to 1h"),
+    (Duration::from_secs(86_400), "1h to 1d"),
+    (Duration::MAX, "over 1d"),
+];
+
+/// Sockets of one process, of one listener, or all of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Group {
+    /// How many there are now.
+    pub stuck: usize,
+    /// How many of each cause.
+    pub causes: BTreeMap<Cause, OfCause>,
+    /// How many in each class of [`AGES`]; one of unknown age is in none.
+    pub ages: [usize; AGES.len()],
+    /// The lower bound of the age of the oldest.
+    pub oldest: Option<Duration>,
+    /// There now, and not at the first look.
+    pub new: usize,
+    /// There at the first look, and not now.
+    pub gone: usize,
+    /// Local ports, most sockets first.
+    pub ports: Vec<(u16, usize)>,
+    /// Peers, most sockets first.
+    pub peers: Vec<(IpAddr, usize)>,
+}
+
+/// The sockets of one cause.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OfCause {
+    /// How many.
+    pub count: usize,
+    /// How many of them were there at the first look and have heard nothing of their peer since. The others have
+    /// just come, or are in use in one direction.
+    pub idle: usize,
+    /// Whether all are in CLOSE-WAIT: what a cause means is known there.
+    pub close_wait: bool,
+    /// The service they belong to.
+    pub service: Service,
+}
+
+/// The code that sockets belong to, told by their ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Service {
+    /// Most were accepted at this port.
+    Handles(u16),
+    /// Most were opened to this port of peers.
+    CallsOut(u16),
+}
+
+impl Group {
+    /// Counts the sockets of the second look, and compares with those of the first by their cookies.
+    pub fn new<'a>(
+        first: impl Iterator<Item = &'a Socket>,
+        second: impl Iterator<Item = &'a Socket>,
+        around: &Around,
+    ) -> Group {
+        let first: HashSet<Cookie> = first.map(Socket::cookie).collect();
+        let second: Vec<&Socket> = second.collect();
+        let now: HashSet<Cookie> = second.iter().map(|socket| socket.cookie()).collect();
+        let mut by_cause: BTreeMap<Cause, Vec<&Socket>> = BTreeMap::new();
+        let mut group = Group {
+            stuck: second.len(),
+            oldest: second.iter().filter_map(|socket| socket.age).max(),
+            new: now.difference(&first).count(),
+            gone: first.difference(&now).count(),
+            ports: most(second.iter().map(|socket| socket.tuple.local.port())),
+            peers: most(second.iter().map(|socket| socket.tuple.peer.ip())),
+            ..Group::default()
+        };
+        for socket in second {
+            by_cause.entry(socket.cause).or_default().push(socket);
+            if let Some(age) = socket.age {
+                let class = AGES.iter().position(|(end, _)| age < *end);
+                group.ages[class.unwrap_or(AGES.len() - 1)] += 1;
+            }
+        }
+        // Half of the time, so that the clocks of the looks need not agree.
+        let idle = |socket: &&&Socket| {
+            first.contains(&socket.cookie())
+                && socket.age.is_none_or(|age| age >= around.elapsed / 2)
+        };
+        let of_cause = |sockets: Vec<&Socket>| OfCause {
+            count: sockets.len(),
+            idle: sockets.iter().filter(idle).count(),
+            close_wait: sockets.iter().all(|s| s.state == TcpState::CloseWait),
+            service: Service::of(&sockets, &around.listening),
+        };
+        group.causes = by_cause
+            .into_iter()
+            .map(|(cause, sockets)| (cause, of_cause(sockets)))
+            .collect();
+        group
+    }
+
+    /// How many more, or fewer, there are a minute at the pace of `elapsed`.
+    pub fn growth(&self, elapsed: Duration) -> f64 {
+        crate::refill::per_minute(self.new, elapsed) - crate::refill::per_minute(self.gone, elapsed)
+    }
+}
+
+/// What there is beside the sockets of a group.
+#[derive(Clone, Debug, Default)]
+pub struct Around {
+    /// The local ports at which somebody listens, with the network namespace.
+    pub listening: HashSet<(usize, u16)>,
+    /// The time between the looks.
+    pub elapsed: Duration,
+}
+
+impl Service {
+    /// Connections to a port at which somebody listens were accepted there. If the listener is gone: a server has
+    /// one port and many peers, a client a port for each connection and the peer's in common; where that
+    /// tells nothing, the lower port is the server's.
+    fn of(sockets: &[&Socket], listening: &HashSet<(usize, u16)>) -> Service {
+        let local = most(sockets.iter().map(|socket| socket.tuple.local.port()));
+        let peer = most(sockets.iter().map(|socket| socket.tuple.peer.port()));
+        let port = |ports: &[(u16, usize)]| ports.first().map_or(0, |(port, _)| *port);
+        let accepted = sockets.iter().any(|socket| {
+            let at = (socket.netns, socket.tuple.local.port());
+            socket.cause.is_with_listener() || (listening.contains(&at) && at.1 == port(&local))
+        });
+        let key = |ports: &[(u16, usize)]| (ports.len(), port(ports));
+        match accepted || key(&local) <= key(&peer) {
+            true => Service::Handles(port(&local)),
+            false => Service::CallsOut(port(&peer)),
+        }
+    }
+}
+
+/// Each value with its count, the most frequent first.
+fn most<T: Copy + Eq + Hash + Ord>(values: impl Iterator<Item = T>) -> Vec<(T, usize)> {
+    let mut counts: HashMap<T, usize> = HashMap::new();
+    for value in values {
+        *counts.entry(value).or_default() += 1;
+    }
+    let mut counts: Vec<(T, usize)> = counts.into_iter().collect();
+    counts.sort_by_key(|(value, count)| (std::cmp::Reverse(*count), *value));
+    counts
+}
+
+/// What a process has of one look.
+#[derive(Debug, Default)]
+pub struct Share<'a> {
+    /// Sockets of which it holds a descriptor.
+    pub held: Vec<&'a Socket>,
+    /// How many of them others hold too.
+    pub shared: usize,
+    /// How many wait at its listeners.
+    pub waiting: usize,
+}
+
+/// The sockets of each process, by its number and start. One that several share counts for each.
+pub fn by_process(found: &Found) -> HashMap<(i32, u64), Share<'_>> {
+    let mut shares: HashMap<(i32, u64), Share<'_>> = HashMap::new();
+    let id = |process: usize| {
+        let process = &found.processes[process];
+        (process.pid, process.start_time)
+    };
+    for socket in &found.sockets {
+        let held = match socket.listener {
+            Some(listener) => &found.listeners[listener].owners,
+            None => &socket.owners,
+        };
+        let processes: HashSet<usize> = held.iter().map(|held| held.process).collect();
+        for process in &processes {
+            let share = shares.entry(id(*process)).or_default();
+            match socket.listener {
+                Some(_) => share.waiting += 1,
+                None => {
+                    share.held.push(socket);
+                    share.shared += usize::from(processes.len() > 1);
+                }
+            }
+        }
+    }
+    shares
+}
+
+/// The connections that wait at each listener, by the inodes of its sockets.
+pub fn by_listener(found: &Found) -> HashMap<&[u32], Vec<&Socket>> {
+    let mut waiting: HashMap<&[u32], Vec<&Socket>> = HashMap::new();
+    for socket in &found.sockets {
+        if let Some(at) = socket.listener {
+            let inodes = &found.listeners[at].inodes[..];
+            waiting.entry(inodes).or_default().push(socket);
+        }
+    }
+    waiting
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::finder::owners::Process;
+    use crate::finder::sock_diag::testdata::stuck;
+    use crate::finder::{Held, TargetFd};
+
+    fn socket(local: &str, peer: &str, cookie: u64) -> Socket {
+        Socket::from_message(&stuck(local, peer, cookie))
+    }
+
+    #[test]
+    fn growth_is_by_identity_and_not_by_count() {
+        let sockets: Vec<Socket> = (0..6)
+            .map(|cookie| socket("10.0.0.1:80", "10.0.0.2:5", cookie))
+            .collect();
+        let around = Around::default();
+        let group = Group::new(sockets[..3].iter(), sockets[2..].iter(), &around);
+        assert_eq!((group.stuck, group.new, group.gone), (4, 3, 2));
+        assert!((group.growth(Duration::from_secs(5)) - 12.0).abs() < 1e-9);
+        assert_eq!(group.growth(Duration::ZERO), 0.0);
+    }
+
+    #[test]
+    fn only_what_stays_and_hears_nothing_is_idle() {
+        let aged = |cookie, age| Socket {
+            age,
+            ..socket("10.0.0.1:80", "10.0.0.2:5", cookie)
+        };
+        let seconds = |seconds| Some(Duration::from_secs(seconds));
+        let second = [
+            aged(1, seconds(60)),
+            aged(2, None),
+            aged(3, seconds(1)),
+            aged(4, seconds(60)),
+        ];
+        let around = Around {
+            elapsed: Duration::from_secs(10),
+            ..Around::default()
+        };
+        let group = Group::new(second[..3].iter(), second.iter(), &around);
+        let of = &group.causes[&Cause::Unread];
+        assert_eq!((of.count, of.idle), (4, 2));
+    }
+
+    #[test]
+    fn ages_fall_into_classes() {
+        let ages = [None, Some(0), Some(59), Some(60), Some(3600), Some(86_400)];
+        let sockets = ages.map(|age| Socket {
+            age: age.map(Duration::from_secs),
+            ..socket("10.0.0.1:80", "10.0.0.2:5", 1)
+        });
+        let group = Group::new([].iter(), sockets.iter(), &Around::default());
+        assert_eq!(group.ages, [2, 1, 0, 1, 1]);
+        assert_eq!(group.oldest, Some(Duration::from_secs(86_400)));
+    }
+
+    fn service(pairs: &[(&str, &str)], listening: &[u16]) -> Service {
+        let sockets: Vec<Socket> = pairs.iter().map(|(l, p)| socket(l, p, 1)).collect();
+        let around = Around {
+            listening: listening.iter().map(|port| (0, *port)).collect(),
+            elapsed: Duration::ZERO,
+        };
+        let group = Group::new([].iter(), sockets.iter(), &around);
+        group.causes[&Cause::Unread].service
+    }
+
+    #[test]
+    fn the_service_is_where_somebody_listens_or_else_the_common_port() {
+        use Service::{CallsOut, Handles};
+        let (server, a, b) = ("10.0.0.1:8080", "10.0.0.2:40000", "10.0.0.3:50000");
+        assert_eq!(service(&[(server, a), (server, b)], &[]), Handles(8080));
+        assert_eq!(service(&[(a, server), (b, server)], &[]), CallsOut(8080));
+        assert_eq!(service(&[(server, a)], &[]), Handles(8080));
+        assert_eq!(service(&[(a, server)], &[]), CallsOut(8080));
+        let low = "10.0.0.2:1730";
+        assert_eq!(service(&[(server, low)], &[8080]), Handles(8080));
+        assert_eq!(service(&[(server, low)], &[9090]), CallsOut(1730));
+    }
+
+    #[test]
+    fn the_most_frequent_come_first() {
+        let counted = most([8443, 8080, 8443, 80].into_iter());
+        assert_eq!(counted, [(8443, 2), (80, 1), (8080, 1)]);
+    }
+
+    #[test]
+    fn a_shared_socket_counts_for_each_process_and_once_for_two_descriptors() {
+        let process = |pid| Process {
+            pid,
+            start_time: 9,
+            comm: "p".into(),
+            cgroup: Default::default(),
+        };
+        let held = |process, fd| Held {
+            process,
+            fd: TargetFd(fd),
+        };
+        let mut shared = socket("10.0.0.1:80", "10.0.0.2:5", 1);
+        shared.owners = vec![held(0, 3), held(0, 4), held(1, 3)];
+        let mut own = socket("10.0.0.1:80", "10.0.0.2:6", 2);
+        own.owners = vec![held(0, 5)];
+        let found = Found {
+            sockets: vec![shared, own],
+            processes: vec![process(7), process(8)],
+            ..Found::default()
+        };
+        let shares = by_process(&found);
+        let counts = |pid| (shares[&(pid, 9)].held.len(), shares[&(pid, 9)].shared);
+        assert_eq!((counts(7), counts(8)), ((2, 1), (1, 1)));
+    }
+}

@@ -1,0 +1,238 @@
+//! The diagnosis for programs: `schema_version` 1 of its own. Fields are added, never renamed.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::net::IpAddr;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::group::{AGES, Group};
+use super::runtime::{self, Runtime};
+use super::{Diagnosis, Patient, Waiting, verdict};
+use crate::report::json::{JsonContainer, container, serializer};
+
+const SCHEMA_VERSION: u32 = 1;
+/// Ports and peers that are listed.
+const LISTED: usize = 20;
+
+/// Writes one document.
+///
+/// # Errors
+/// Those of `out`.
+pub fn write(diagnosis: &Diagnosis, out: &mut dyn Write) -> io::Result<()> {
+    let elapsed = diagnosis.elapsed;
+    let found = &diagnosis.found;
+    let document = Document {
+        schema_version: SCHEMA_VERSION,
+        cwkill_version: env!("CARGO_PKG_VERSION"),
+        sample_seconds: elapsed.as_secs_f64(),
+        total: group(&diagnosis.total, elapsed),
+        processes: diagnosis
+            .processes
+            .iter()
+            .map(|p| process(p, elapsed))
+            .collect(),
+        listeners: diagnosis
+            .listeners
+            .iter()
+            .map(|l| listener(diagnosis, l))
+            .collect(),
+        unknown_owner: diagnosis.ownerless.as_ref().map(|g| group(g, elapsed)),
+        unreadable_processes: diagnosis.unreadable.max(found.unreadable_processes),
+        hidden_processes: found.hidden_processes,
+        unreachable_namespaces: found.unreachable_namespaces,
+        untold_namespaces: found.untold_namespaces,
+        undecided: found.undecided,
+    };
+    document.serialize(&mut serializer(out))?;
+    out.write_all(b"\n")
+}
+
+#[derive(Serialize)]
+struct Document<'a> {
+    schema_version: u32,
+    cwkill_version: &'static str,
+    sample_seconds: f64,
+    total: JsonGroup,
+    processes: Vec<JsonProcess<'a>>,
+    listeners: Vec<JsonListener>,
+    unknown_owner: Option<JsonGroup>,
+    unreadable_processes: usize,
+    hidden_processes: bool,
+    unreachable_namespaces: usize,
+    untold_namespaces: usize,
+    undecided: usize,
+}
+
+#[derive(Serialize)]
+struct JsonGroup {
+    stuck: usize,
+    causes: BTreeMap<&'static str, JsonCause>,
+    oldest_ms: Option<u64>,
+    ages: Vec<JsonAge>,
+    growth: Growth,
+    ports: Vec<JsonPort>,
+    peers: Vec<JsonPeer>,
+}
+
+#[derive(Serialize)]
+struct JsonCause {
+    count: usize,
+    idle: usize,
+    verdict: String,
+}
+
+#[derive(Serialize)]
+struct JsonAge {
+    /// `None`: no end.
+    under_seconds: Option<u64>,
+    count: usize,
+}
+
+#[derive(Serialize)]
+struct Growth {
+    new: usize,
+    gone: usize,
+    per_minute: f64,
+}
+
+#[derive(Serialize)]
+struct JsonPort {
+    port: u16,
+    count: usize,
+}
+
+#[derive(Serialize)]
+struct JsonPeer {
+    address: IpAddr,
+    count: usize,
+}
+
+#[derive(Serialize)]
+struct JsonProcess<'a> {
+    pid: i32,
+    comm: &'a str,
+    unit: Option<&'a str>,
+    container: Option<JsonContainer<'a>>,
+    executable: Option<&'a str>,
+    runtime: Option<&'static str>,
+    state: Option<char>,
+    condition: Option<&'static str>,
+    #[serde(flatten)]
+    held: JsonGroup,
+    shared: usize,
+    waiting: usize,
+    descriptors: Descriptors,
+    next: Option<JsonNext>,
+}
+
+#[derive(Serialize)]
+struct Descriptors {
+    used: Option<usize>,
+    limit: Option<u64>,
+    dead: Option<usize>,
+    never_connected: Option<usize>,
+    unknown: Option<usize>,
+}
+
+#[derive(Serialize)]
+struct JsonNext {
+    command: String,
+    remark: &'static str,
+}
+
+#[derive(Serialize)]
+struct JsonListener {
+    address: IpAddr,
+    port: u16,
+    backlog: u32,
+    waiting: u32,
+    owners: Vec<i32>,
+    #[serde(flatten)]
+    group: JsonGroup,
+}
+
+fn group(group: &Group, elapsed: Duration) -> JsonGroup {
+    let cause = |(cause, of): (&crate::diagnosis::Cause, &super::group::OfCause)| {
+        let verdict = verdict::of_cause(*cause, of);
+        let (count, idle) = (of.count, of.idle);
+        let cause_of = JsonCause {
+            count,
+            idle,
+            verdict,
+        };
+        (cause.name(), cause_of)
+    };
+    let age = |((end, _), count): (&(Duration, &str), usize)| JsonAge {
+        under_seconds: (*end != Duration::MAX).then_some(end.as_secs()),
+        count,
+    };
+    let ports = group.ports.iter().take(LISTED);
+    let peers = group.peers.iter().take(LISTED);
+    JsonGroup {
+        stuck: group.stuck,
+        causes: group.causes.iter().map(cause).collect(),
+        oldest_ms: group
+            .oldest
+            .map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
+        ages: AGES.iter().zip(group.ages).map(age).collect(),
+        growth: Growth {
+            new: group.new,
+            gone: group.gone,
+            per_minute: group.growth(elapsed),
+        },
+        ports: ports
+            .map(|&(port, count)| JsonPort { port, count })
+            .collect(),
+        peers: peers
+            .map(|&(address, count)| JsonPeer { address, count })
+            .collect(),
+    }
+}
+
+fn process(patient: &Patient, elapsed: Duration) -> JsonProcess<'_> {
+    let process = &patient.process;
+    let executable = patient.vitals.executable.as_deref();
+    let runtime = Runtime::of(executable, &process.comm);
+    let counts = patient.table.as_ref().map(|_| patient.suspects());
+    JsonProcess {
+        pid: process.pid,
+        comm: &process.comm,
+        unit: process.cgroup.unit.as_deref(),
+        container: container(process),
+        executable,
+        runtime: runtime.map(Runtime::name),
+        state: patient.vitals.state,
+        condition: patient.condition.name(),
+        held: group(&patient.held, elapsed),
+        shared: patient.shared,
+        waiting: patient.waiting,
+        descriptors: Descriptors {
+            used: patient.table.as_ref().map(|table| table.used),
+            limit: patient.vitals.limit,
+            dead: counts.map(|counts| counts[0]),
+            never_connected: counts.map(|counts| counts[1]),
+            unknown: counts.map(|counts| counts[2]),
+        },
+        next: runtime::next(process.pid, runtime, patient.condition).map(|next| JsonNext {
+            command: next.command,
+            remark: next.remark,
+        }),
+    }
+}
+
+fn listener(diagnosis: &Diagnosis, waiting: &Waiting) -> JsonListener {
+    let listener = &diagnosis.found.listeners[waiting.listener];
+    let pid = |held: &crate::finder::Held| diagnosis.found.processes[held.process].pid;
+    let mut owners: Vec<i32> = listener.owners.iter().map(pid).collect();
+    owners.dedup();
+    JsonListener {
+        address: listener.local.ip(),
+        port: listener.local.port(),
+        backlog: listener.backlog,
+        waiting: listener.waiting,
+        owners,
+        group: group(&waiting.group, diagnosis.elapsed),
+    }
+}

@@ -1,0 +1,338 @@
+//! `cwkill diagnose`: who leaks, why, how fast, and what to look at next. Never acts.
+//!
+//! Two looks at what matches, with a pause between them, give the growth; descriptor tables and the
+//! state of each process are read once more beside them. [`group`] counts, [`verdict`] says what it
+//! means, [`runtime`] what to run next: all pure. [`text`] and [`json`] write a finished [`Diagnosis`].
+
+pub mod bars;
+pub mod group;
+pub mod json;
+pub mod runtime;
+pub mod text;
+pub mod verdict;
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::MetadataExt;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+
+use crate::config::Scope;
+use crate::finder::dead::{self, DeadScan, Table, Verdict};
+use crate::finder::listeners::Listener;
+use crate::finder::netns::Netns;
+use crate::finder::owners::{Proc, Process};
+use crate::finder::sock_diag::{DumpError, DumpRequest, Family, SockDiag};
+use crate::finder::vitals::Vitals;
+use crate::finder::{Found, Socket};
+use crate::pipeline;
+use crate::report::{ExitStatus, notes};
+use crate::selectors::Selectors;
+use crate::tcp::TcpState;
+use group::{Around, Group};
+use verdict::Condition;
+
+/// The time between two looks, if nothing else is asked for.
+pub const SAMPLE: Duration = Duration::from_secs(5);
+
+/// What was found out.
+#[derive(Debug)]
+pub struct Diagnosis {
+    /// The second look.
+    pub found: Found,
+    /// The time between the looks.
+    pub elapsed: Duration,
+    /// All sockets together.
+    pub total: Group,
+    /// The processes that hold some of them, or a listener with some of them, or dead descriptors; worst
+    /// first.
+    pub processes: Vec<Patient>,
+    /// The listeners that leave connections waiting, worst first.
+    pub listeners: Vec<Waiting>,
+    /// Sockets without a known owner.
+    pub ownerless: Option<Group>,
+    /// Processes that were asked for and whose descriptors may not be read.
+    pub unreadable: usize,
+    /// Why descriptor tables could not be compared with the socket tables of some namespace.
+    pub tables_failure: Option<String>,
+}
+
+impl Diagnosis {
+    /// What could not be seen, one a line.
+    pub fn notes(&self) -> Vec<String> {
+        let mut notes = notes::unseen(&self.found);
+        if self.unreadable > 0 {
+            notes.push(format!(
+                "the descriptors of {} may not be read: dead ones among them are not counted",
+                notes::counted(self.unreadable, "process")
+            ));
+        }
+        if let Some(failure) = &self.tables_failure {
+            notes.push(format!(
+                "the sockets of a network namespace could not be listed ({failure}): its descriptors \
+                 may be counted as unknown"
+            ));
+        }
+        notes
+    }
+
+    /// Whether something stuck could not be told for lack of a privilege.
+    pub fn is_partly_blind(&self) -> bool {
+        let found = &self.found;
+        let hidden = found.unreadable_processes > 0 || found.hidden_processes;
+        let unknown = |patient: &Patient| patient.suspects()[2] > 0;
+        found.undecided > 0
+            || (hidden && self.ownerless.is_some())
+            || self.processes.iter().any(unknown)
+    }
+
+    /// 0 if there is anything to report, 1 if there is nothing, 4 if there is nothing that could be seen.
+    pub fn exit_status(&self) -> ExitStatus {
+        let found = &self.found;
+        let unseen = found.unreachable_namespaces + found.untold_namespaces + found.undecided;
+        match (self.total.stuck, self.processes.len()) {
+            (0, 0) if unseen > 0 => ExitStatus::NotAllClosed,
+            (0, 0) => ExitStatus::NothingMatched,
+            _ => ExitStatus::Done,
+        }
+    }
+}
+
+/// A process and how it fares.
+#[derive(Debug)]
+pub struct Patient {
+    /// Which.
+    pub process: Process,
+    /// The sockets of which it holds a descriptor; those of its listeners are not among them.
+    pub held: Group,
+    /// How many of them others hold too.
+    pub shared: usize,
+    /// Connections that it leaves waiting at its listeners.
+    pub waiting: usize,
+    /// Its state, its limits.
+    pub vitals: Vitals,
+    /// What its state at both looks says.
+    pub condition: Condition,
+    /// Its descriptor table; `None` if it may not be read.
+    pub table: Option<Table>,
+}
+
+impl Patient {
+    /// How many of its descriptors are of which kind: dead, never connected, not to be told.
+    pub fn suspects(&self) -> [usize; 3] {
+        let mut counts = [0; 3];
+        for suspect in self.table.iter().flat_map(|table| &table.suspects) {
+            let kind = match suspect.verdict {
+                Verdict::Dead(_) => 0,
+                Verdict::NeverConnected => 1,
+                Verdict::Unknown(_) => 2,
+            };
+            counts[kind] += 1;
+        }
+        counts
+    }
+
+    /// All that it keeps open, or waiting, for nothing.
+    pub fn burden(&self) -> usize {
+        self.held.stuck + self.waiting + self.suspects()[0]
+    }
+}
+
+/// A listener and the connections in its queue.
+#[derive(Debug)]
+pub struct Waiting {
+    /// Its index in [`Found::listeners`].
+    pub listener: usize,
+    /// Its connections that match.
+    pub group: Group,
+}
+
+/// Looks twice.
+///
+/// # Errors
+/// As those of a listing.
+pub fn run(scope: &Scope, sample: Duration, proc: &Proc) -> anyhow::Result<Diagnosis> {
+    let namespaces = pipeline::open(&scope.netns, proc)?;
+    let selectors = &scope.selectors;
+    // The kernel is asked at the beginning of each look; owners are looked up after that.
+    let begin = Instant::now();
+    let first = pipeline::find(&namespaces, proc, selectors, true)?;
+    let states: HashMap<Id, Option<char>> = first
+        .processes
+        .iter()
+        .map(|process| (id(process), proc.vitals(process).state))
+        .collect();
+    thread::sleep(sample);
+    let elapsed = begin.elapsed();
+    let found = pipeline::find(&namespaces, proc, selectors, true)?;
+    let (tables, tables_failure) = tables(&namespaces.open, &found, selectors, proc)?;
+    let unreadable = tables.unreadable.len();
+    let around = Around {
+        listening: listening(&namespaces.open),
+        elapsed,
+    };
+    let looks = (&first, &found);
+    let processes = patients(looks, &around, tables, selectors, |process| {
+        let vitals = proc.vitals(process);
+        let condition = Condition::of(states.get(&id(process)).copied().flatten(), vitals.state);
+        (vitals, condition)
+    });
+    let ownerless = Group::new(ownerless(&first), ownerless(&found), &around);
+    let total = Group::new(first.sockets.iter(), found.sockets.iter(), &around);
+    let listeners = waiting(looks, &around);
+    Ok(Diagnosis {
+        ownerless: (ownerless.stuck > 0).then_some(ownerless),
+        found,
+        elapsed,
+        total,
+        processes,
+        listeners,
+        unreadable,
+        tables_failure,
+    })
+}
+
+/// The identity of a process.
+type Id = (i32, u64);
+
+fn id(process: &Process) -> Id {
+    (process.pid, process.start_time)
+}
+
+/// The descriptor tables of the owners, and of every other process that is asked for and is in one of the
+/// namespaces: it may have nothing but dead descriptors.
+fn tables(
+    namespaces: &[Netns],
+    found: &Found,
+    selectors: &Selectors,
+    proc: &Proc,
+) -> anyhow::Result<(DeadScan, Option<String>)> {
+    let (mut in_tables, mut failure) = (HashSet::new(), None);
+    for netns in namespaces {
+        match dead::inodes_in_tables(std::slice::from_ref(netns)) {
+            Ok(inodes) => in_tables.extend(inodes),
+            Err(error) => failure = Some(format!("{:#}", anyhow::Error::from(error))),
+        }
+    }
+    let owners: HashSet<Id> = found.processes.iter().map(id).collect();
+    let inodes: HashSet<u64> = namespaces.iter().map(Netns::inode).collect();
+    // The sockets of a process elsewhere are in tables that were not read.
+    let is_here = |process: &Process| {
+        match fs::metadata(proc.path(&format!("{}/ns/net", process.pid))) {
+            Ok(namespace) => inodes.contains(&namespace.ino()),
+            // Neither may its descriptors be read then, which is counted.
+            Err(error) => error.kind() == io::ErrorKind::PermissionDenied,
+        }
+    };
+    let wanted = |process: &Process| {
+        owners.contains(&id(process)) || (selectors.match_owner(process) && is_here(process))
+    };
+    let scan = dead::find(proc, &wanted, &in_tables).context("cannot read descriptor tables")?;
+    Ok((scan, failure))
+}
+
+fn ownerless(found: &Found) -> impl Iterator<Item = &Socket> {
+    let sockets = found.sockets.iter();
+    sockets.filter(|socket| socket.culprit(found).is_none())
+}
+
+/// The listeners with connections that match, worst first.
+fn waiting((first, second): (&Found, &Found), around: &Around) -> Vec<Waiting> {
+    let (before, now) = (group::by_listener(first), group::by_listener(second));
+    let waiting = |(listener, of): (usize, &Listener)| {
+        let now = now.get(&of.inodes[..])?.iter().copied();
+        let before = before.get(&of.inodes[..]).into_iter().flatten().copied();
+        Some(Waiting {
+            listener,
+            group: Group::new(before, now, around),
+        })
+    };
+    let listeners = second.listeners.iter().enumerate();
+    let mut listeners: Vec<Waiting> = listeners.filter_map(waiting).collect();
+    listeners.sort_by_key(|waiting| std::cmp::Reverse(waiting.group.stuck));
+    listeners
+}
+
+/// The ports at which somebody listens. A namespace that does not tell only costs a better verdict.
+fn listening(namespaces: &[Netns]) -> HashSet<(usize, u16)> {
+    let ports = |netns: &Netns| netns.within(listening_ports).ok()?.ok();
+    let ports = namespaces.iter().map(ports).enumerate();
+    ports
+        .flat_map(|(at, ports)| ports.into_iter().flatten().map(move |port| (at, port)))
+        .collect()
+}
+
+fn listening_ports() -> Result<Vec<u16>, DumpError> {
+    let mut diag = SockDiag::open()?;
+    let mut ports = Vec::new();
+    for family in Family::ALL {
+        let request = DumpRequest {
+            family,
+            states: TcpState::Listen.into(),
+            info: false,
+            bytecode: &[],
+        };
+        ports.extend(diag.dump(&request, |message| Some(message.id.tuple().local.port()))?);
+    }
+    Ok(ports)
+}
+
+/// The processes to report, worst first.
+fn patients(
+    (first, second): (&Found, &Found),
+    around: &Around,
+    scan: DeadScan,
+    selectors: &Selectors,
+    fares: impl Fn(&Process) -> (Vitals, Condition),
+) -> Vec<Patient> {
+    let mut tables: HashMap<Id, Table> = scan
+        .tables
+        .into_iter()
+        .map(|table| (id(&table.process), table))
+        .collect();
+    let means = |table: &Table| {
+        table.suspects.iter().any(|suspect| match suspect.verdict {
+            Verdict::Dead(socket) => socket
+                .local
+                .is_some_and(|local: SocketAddr| selectors.could_match_dead(local)),
+            Verdict::NeverConnected | Verdict::Unknown(_) => false,
+        })
+    };
+    let owners: HashSet<Id> = second.processes.iter().map(id).collect();
+    let mut others: Vec<Process> = tables
+        .values()
+        .filter(|table| !owners.contains(&id(&table.process)) && means(table))
+        .map(|table| table.process.clone())
+        .collect();
+    others.sort_by_key(|process| process.pid);
+    let mut by_process = (group::by_process(first), group::by_process(second));
+    let patient = |process: &Process| {
+        let key = id(process);
+        let before = by_process.0.remove(&key).unwrap_or_default();
+        let now = by_process.1.remove(&key).unwrap_or_default();
+        let (vitals, condition) = fares(process);
+        Patient {
+            process: process.clone(),
+            shared: now.shared,
+            waiting: now.waiting,
+            held: Group::new(before.held.into_iter(), now.held.into_iter(), around),
+            vitals,
+            condition,
+            table: tables.remove(&key),
+        }
+    };
+    let mut patients: Vec<Patient> = second
+        .processes
+        .iter()
+        .chain(&others)
+        .map(patient)
+        .collect();
+    // An owner by a listener in another place than the sockets asked for has nothing to do with them.
+    patients.retain(|patient| patient.burden() > 0);
+    patients.sort_by_key(|patient| std::cmp::Reverse(patient.burden()));
+    patients
+}

@@ -1,0 +1,222 @@
+//! The diagnosis for people: a summary, charts where there is room, and a block for each process and
+//! listener.
+
+use std::fmt::Write as _;
+use std::io::{self, Write};
+use std::time::Duration;
+
+use super::group::{AGES, Group};
+use super::runtime::{self, Runtime};
+use super::{Diagnosis, Patient, Waiting, bars, verdict};
+use crate::finder::owners::Process;
+use crate::refill::seconds;
+use crate::report::escape::escape;
+use crate::report::notes::counted;
+use crate::report::text::{age, place};
+
+/// Processes, and listeners, that are shown: one screen.
+const SHOWN: usize = 10;
+/// Ports and peers that are named.
+const NAMED: usize = 3;
+
+/// Writes it. `columns`: the width of the terminal, `None` if there is none.
+///
+/// # Errors
+/// Those of `out`.
+pub fn write(diagnosis: &Diagnosis, columns: Option<usize>, out: &mut dyn Write) -> io::Result<()> {
+    let total = &diagnosis.total;
+    writeln!(out, "{}", summary(diagnosis))?;
+    if let Some(columns) = columns.filter(|_| total.stuck > 0) {
+        let causes: Vec<(&str, usize)> = total
+            .causes
+            .iter()
+            .map(|(cause, of)| (cause.name(), of.count))
+            .collect();
+        let ages: Vec<(&str, usize)> = AGES
+            .iter()
+            .zip(total.ages)
+            .map(|((_, name), count)| (*name, count))
+            .collect();
+        for rows in [causes, ages] {
+            if let Some(chart) = bars::chart(&rows, columns) {
+                writeln!(out, "\n{}", chart.join("\n"))?;
+            }
+        }
+    }
+    for patient in diagnosis.processes.iter().take(SHOWN) {
+        writeln!(out, "\n{}", of_process(patient, diagnosis.elapsed))?;
+    }
+    let rest = diagnosis.processes.iter().skip(SHOWN);
+    if rest.len() > 0 {
+        let count = counted(rest.len(), "process");
+        let stuck: usize = rest.map(|patient| patient.held.stuck).sum();
+        let stuck = counted(stuck, "stuck socket");
+        writeln!(out, "\nand {count} more with {stuck}: --json has all")?;
+    }
+    for waiting in diagnosis.listeners.iter().take(SHOWN) {
+        writeln!(out, "\n{}", of_listener(diagnosis, waiting))?;
+    }
+    let rest = diagnosis.listeners.len().saturating_sub(SHOWN);
+    if rest > 0 {
+        let count = counted(rest, "listener");
+        writeln!(out, "\nand {count} more: --json has all")?;
+    }
+    if let Some(group) = &diagnosis.ownerless {
+        let mut block = format!("unknown owner: {}", stuck(group, diagnosis.elapsed));
+        push_causes(&mut block, group);
+        push_places(&mut block, group);
+        writeln!(out, "\n{block}")?;
+    }
+    Ok(())
+}
+
+fn summary(diagnosis: &Diagnosis) -> String {
+    let total = &diagnosis.total;
+    let mut line = format!("{} stuck", counted(total.stuck, "socket"));
+    for (index, (cause, of)) in total.causes.iter().enumerate() {
+        let separator = if index == 0 { ": " } else { ", " };
+        let _ = write!(line, "{separator}{} {cause}", of.count);
+    }
+    let _ = write!(line, "; {}", growth(total, diagnosis.elapsed));
+    let dead: usize = diagnosis.processes.iter().map(|p| p.suspects()[0]).sum();
+    if dead > 0 {
+        let _ = write!(line, "; {}", counted(dead, "dead descriptor"));
+    }
+    line
+}
+
+/// How many come and go.
+fn growth(group: &Group, elapsed: Duration) -> String {
+    let time = seconds(elapsed);
+    match (group.new, group.gone) {
+        (0, 0) => format!("none new in {time}"),
+        (new, gone) => {
+            let rate = group.growth(elapsed);
+            format!("{rate:+.0} a minute ({new} new, {gone} gone in {time})")
+        }
+    }
+}
+
+fn stuck(group: &Group, elapsed: Duration) -> String {
+    if group.stuck + group.gone == 0 {
+        return "no stuck sockets".into();
+    }
+    let mut text = format!("{} stuck", group.stuck);
+    if let Some(oldest) = group.oldest {
+        let _ = write!(text, ", oldest {}", age(oldest));
+    }
+    let _ = write!(text, ", {}", growth(group, elapsed));
+    text
+}
+
+fn name(process: &Process) -> String {
+    format!("{}/{}", escape(&process.comm), process.pid)
+}
+
+fn of_process(patient: &Patient, elapsed: Duration) -> String {
+    let Patient { process, held, .. } = patient;
+    let mut block = name(process);
+    if let Some(place) = place(&process.cgroup) {
+        let _ = write!(block, " ({})", escape(&place));
+    }
+    let _ = write!(block, ": {}", stuck(held, elapsed));
+    if patient.shared > 0 {
+        let _ = write!(
+            block,
+            ", {} of them shared with other processes",
+            patient.shared
+        );
+    }
+    if let Some(verdict) = patient.condition.verdict() {
+        let _ = write!(block, "\n  {verdict}");
+    }
+    push_causes(&mut block, held);
+    if patient.waiting > 0 {
+        let waiting = counted(patient.waiting, "stuck connection");
+        let _ = write!(block, "\n  {waiting} wait at its listener, see below");
+    }
+    let [dead, _, unknown] = patient.suspects();
+    if dead > 0 {
+        let _ = write!(block, "\n  {dead} dead: {}", verdict::DEAD);
+    }
+    if unknown > 0 {
+        let them = counted(unknown, "descriptor");
+        let _ = write!(
+            block,
+            "\n  {them} of TCP sockets in no table may be dead: their state may not be read"
+        );
+    }
+    push_places(&mut block, held);
+    let used = patient.table.as_ref().map(|table| table.used);
+    match (used, patient.vitals.limit) {
+        (Some(used), Some(limit)) => {
+            let percent = (used as u128 * 100) / u128::from(limit.max(1));
+            let _ = write!(block, "\n  descriptors: {used} of {limit} ({percent}%)");
+        }
+        (Some(used), None) => {
+            let _ = write!(block, "\n  descriptors: {used}, limit unknown");
+        }
+        (None, _) => block.push_str("\n  descriptors: may not be read"),
+    }
+    let runtime = Runtime::of(patient.vitals.executable.as_deref(), &process.comm);
+    if let Some(next) = runtime::next(process.pid, runtime, patient.condition) {
+        let _ = write!(block, "\n  next: {}  ({})", next.command, next.remark);
+    }
+    block
+}
+
+fn of_listener(diagnosis: &Diagnosis, waiting: &Waiting) -> String {
+    let listener = &diagnosis.found.listeners[waiting.listener];
+    let mut owners: Vec<usize> = listener.owners.iter().map(|held| held.process).collect();
+    owners.dedup();
+    let owner = match owners.first() {
+        Some(first) => name(&diagnosis.found.processes[*first]),
+        None => "an unknown process".into(),
+    };
+    let mut block = format!("listener {} of {owner}", listener.local);
+    if owners.len() > 1 {
+        let _ = write!(block, " and {} more", owners.len() - 1);
+    }
+    let _ = write!(
+        block,
+        ": {}, backlog {} of {}",
+        stuck(&waiting.group, diagnosis.elapsed),
+        listener.waiting,
+        listener.backlog
+    );
+    // The kernel takes one more than the limit (include/net/sock.h, sk_acceptq_is_full).
+    if listener.backlog > 0 && listener.waiting > listener.backlog {
+        block.push_str(" (full: new connections are dropped)");
+    }
+    push_causes(&mut block, &waiting.group);
+    push_places(&mut block, &waiting.group);
+    block
+}
+
+fn push_causes(block: &mut String, group: &Group) {
+    for (cause, sockets) in &group.causes {
+        let verdict = verdict::of_cause(*cause, sockets);
+        let _ = write!(block, "\n  {} {cause}: {verdict}", sockets.count);
+    }
+}
+
+/// The main ports and peers.
+fn push_places(block: &mut String, group: &Group) {
+    if group.stuck == 0 {
+        return;
+    }
+    let ports = named(&group.ports, |port| format!(":{port}"));
+    let peers = named(&group.peers, ToString::to_string);
+    let _ = write!(block, "\n  ports {ports}; peers {peers}");
+}
+
+fn named<T>(counts: &[(T, usize)], text: impl Fn(&T) -> String) -> String {
+    let first = counts.iter().take(NAMED);
+    let mut names: Vec<String> = first
+        .map(|(value, count)| format!("{} ({count})", text(value)))
+        .collect();
+    if counts.len() > NAMED {
+        names.push(format!("{} more", counts.len() - NAMED));
+    }
+    names.join(", ")
+}

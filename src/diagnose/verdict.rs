@@ -1,0 +1,176 @@
+//! What a cause means, and what the state of a process adds to it, in plain words. Pure.
+
+use std::fmt::Write as _;
+
+use super::group::{OfCause, Service};
+use crate::diagnosis::Cause;
+
+/// What the state of a process at two looks says of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Condition {
+    /// Nothing.
+    Usual,
+    /// Stopped by a signal (T).
+    Stopped,
+    /// Held by a debugger (t).
+    Traced,
+    /// In uninterruptible sleep at both looks (D); once is usual while it waits for a disk.
+    Uninterruptible,
+    /// It has ended, and its parent has not taken note (Z).
+    Zombie,
+    /// It is no longer there.
+    Gone,
+}
+
+impl Condition {
+    /// From the states at the first look, if it was seen then, and at the second.
+    pub fn of(first: Option<char>, second: Option<char>) -> Condition {
+        match (first, second) {
+            (_, None) => Condition::Gone,
+            (_, Some('T')) => Condition::Stopped,
+            (_, Some('t')) => Condition::Traced,
+            (_, Some('Z' | 'X')) => Condition::Zombie,
+            (Some('D'), Some('D')) => Condition::Uninterruptible,
+            _ => Condition::Usual,
+        }
+    }
+
+    /// The name in JSON.
+    pub fn name(self) -> Option<&'static str> {
+        match self {
+            Condition::Usual => None,
+            Condition::Stopped => Some("stopped"),
+            Condition::Traced => Some("traced"),
+            Condition::Uninterruptible => Some("uninterruptible"),
+            Condition::Zombie => Some("zombie"),
+            Condition::Gone => Some("gone"),
+        }
+    }
+
+    /// What it means for the sockets, if anything.
+    pub fn verdict(self) -> Option<&'static str> {
+        match self {
+            Condition::Usual => None,
+            Condition::Stopped => {
+                Some("stopped by a signal: it closes and accepts nothing until it is continued")
+            }
+            Condition::Traced => {
+                Some("held by a debugger: it closes and accepts nothing until that lets it go")
+            }
+            Condition::Uninterruptible => Some(
+                "its main thread is in uninterruptible sleep: it waits for a device or a file system, \
+                 and no signal reaches it",
+            ),
+            Condition::Zombie => Some("ended, and not yet reaped by its parent"),
+            Condition::Gone => Some("ended while it was looked at"),
+        }
+    }
+}
+
+/// What a cause says of the program.
+pub fn of_cause(cause: Cause, sockets: &OfCause) -> String {
+    if !sockets.close_wait && cause != Cause::Handshake && cause != Cause::Orphan {
+        return "not in CLOSE-WAIT: what it means is the application's business".into();
+    }
+    // Bytes on their way, and what is no connection of the application, are another matter.
+    let judged = matches!(cause, Cause::Drained | Cause::Unread | Cause::NotAccepted);
+    if judged && sockets.idle == 0 {
+        return "just come, or still in use: no leak as far as these two looks go".into();
+    }
+    let mut text = meaning(cause, sockets.service);
+    if judged && sockets.idle < sockets.count {
+        let _ = write!(
+            text,
+            " ({} of {} idle at both looks)",
+            sockets.idle, sockets.count
+        );
+    }
+    text
+}
+
+fn meaning(cause: Cause, service: Service) -> String {
+    match cause {
+        Cause::Drained => {
+            let code = match service {
+                Service::Handles(port) => format!("that handles :{port}"),
+                Service::CallsOut(port) => format!("that calls :{port}"),
+            };
+            format!("reads to the end and never closes: a leak in the code {code}")
+        }
+        Cause::Unread => "not reading: idle pool or blocked worker".into(),
+        Cause::NotAccepted => {
+            "not accepting: closing sockets will not help, the accept loop is stuck".into()
+        }
+        Cause::Sending => {
+            "bytes queued to peers that do not take them: look at the peers before closing".into()
+        }
+        Cause::Handshake => "peers that do not finish the handshake: slow, spoofed or gone".into(),
+        Cause::Orphan => "closed by its process: the kernel is still at it".into(),
+        Cause::Listening => "a listener: nothing is wrong with it".into(),
+    }
+}
+
+/// What dead descriptors mean.
+pub const DEAD: &str = "descriptors of connections that are over, in no table of ss: only the process \
+    can close them";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_busy_disk_once_is_no_hang() {
+        let of = |first, second| Condition::of(Some(first), Some(second));
+        assert_eq!(of('D', 'D'), Condition::Uninterruptible);
+        for usual in [of('D', 'S'), of('S', 'D'), of('R', 'S')] {
+            assert_eq!(usual, Condition::Usual);
+        }
+        assert_eq!(Condition::of(None, Some('D')), Condition::Usual);
+        assert_eq!(of('S', 'T'), Condition::Stopped);
+        assert_eq!(of('T', 'S'), Condition::Usual);
+        assert_eq!(Condition::of(Some('S'), None), Condition::Gone);
+    }
+
+    #[test]
+    fn verdicts_name_the_code_and_hold_for_close_wait_only() {
+        let sockets = |service| OfCause {
+            count: 3,
+            idle: 3,
+            close_wait: true,
+            service,
+        };
+        let text = of_cause(Cause::Drained, &sockets(Service::Handles(8080)));
+        assert!(
+            text.ends_with("a leak in the code that handles :8080"),
+            "{text}"
+        );
+        let text = of_cause(Cause::Drained, &sockets(Service::CallsOut(5432)));
+        assert!(text.ends_with("that calls :5432"), "{text}");
+        let open = OfCause {
+            close_wait: false,
+            ..sockets(Service::Handles(8080))
+        };
+        assert!(!of_cause(Cause::Drained, &open).contains("leak"));
+    }
+
+    #[test]
+    fn what_has_just_come_or_moves_is_no_leak() {
+        let text = |cause, idle| {
+            let sockets = OfCause {
+                count: 3,
+                idle,
+                close_wait: true,
+                service: Service::Handles(80),
+            };
+            of_cause(cause, &sockets)
+        };
+        for cause in [Cause::Drained, Cause::Unread, Cause::NotAccepted] {
+            assert!(text(cause, 0).starts_with("just come"), "{cause}");
+            assert!(
+                text(cause, 2).ends_with("(2 of 3 idle at both looks)"),
+                "{cause}"
+            );
+        }
+        assert_eq!(text(Cause::Sending, 0), text(Cause::Sending, 3));
+    }
+}

@@ -1,0 +1,616 @@
+//! What follows from the facts and the trials: for each method whether it works, on which sockets, and what to change. Pure.
+
+use caps::Capability;
+
+use super::facts::{Count, Facts, Missed};
+use super::trials::{Trials, Tried};
+use crate::injector::{ActError, MethodName};
+use crate::privileges::{HOW_TO_GRANT, Need};
+use crate::report::escape::escape;
+
+/// Whether something works.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Works {
+    /// On every socket.
+    Yes,
+    /// On some.
+    Partly,
+    /// On none.
+    No,
+    /// It could not be tried.
+    Untried,
+}
+
+impl Works {
+    /// As in the table and in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Works::Yes => "yes",
+            Works::Partly => "partly",
+            Works::No => "no",
+            Works::Untried => "untried",
+        }
+    }
+
+    /// Of two kinds of sockets together.
+    fn and(self, other: Works) -> Works {
+        match (self, other) {
+            (a, b) if a == b => a,
+            (Works::No, Works::Untried) | (Works::Untried, Works::No) => Works::Untried,
+            _ => Works::Partly,
+        }
+    }
+
+    /// Of two ways to the same sockets.
+    fn or(self, other: Works) -> Works {
+        match (self, other) {
+            (Works::Yes, _) | (_, Works::Yes) => Works::Yes,
+            (a, b) => a.and(b),
+        }
+    }
+
+    fn of(tried: &Tried) -> Works {
+        match tried {
+            Tried::Works => Works::Yes,
+            Tried::Failed(_) => Works::No,
+            Tried::Untried(_) => Works::Untried,
+        }
+    }
+}
+
+/// What a method can do here.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Row {
+    /// Its name.
+    pub name: &'static str,
+    /// It is part of `auto`.
+    pub auto: bool,
+    /// On sockets of all kinds together.
+    pub works: Works,
+    /// On sockets that a process of our user holds.
+    pub own: Works,
+    /// On sockets that a process of another user holds.
+    pub others: Works,
+    /// On sockets without a known owner; `None`: it is not for those.
+    pub ownerless: Option<Works>,
+    /// Why not, one a line.
+    pub why: Vec<String>,
+    /// What to change, one a line.
+    pub change: Vec<String>,
+}
+
+/// All conclusions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Advice {
+    /// A row a method.
+    pub rows: Vec<Row>,
+    /// Whether `auto` works.
+    pub auto: Works,
+}
+
+impl Advice {
+    /// Draws the conclusions.
+    pub fn new(facts: &Facts, trials: &Trials) -> Self {
+        if trials.blind.is_some() {
+            return Advice {
+                rows: Vec::new(),
+                auto: Works::No,
+            };
+        }
+        let shutdown = shutdown(facts, trials);
+        // It reaches into owners with the same right (kernel/ptrace.c, __ptrace_may_access), and nowhere else.
+        let reclaim = Row {
+            name: "reclaim",
+            auto: false,
+            ..shutdown.clone()
+        };
+        let rows = vec![
+            shutdown,
+            destroy(facts, trials),
+            rst(facts, trials),
+            probe(facts, trials),
+            reclaim,
+        ];
+        let auto = rows.iter().filter(|row| row.auto).map(|row| row.works);
+        let auto = auto.reduce(Works::and).unwrap_or(Works::No);
+        Advice { rows, auto }
+    }
+}
+
+fn shutdown(facts: &Facts, trials: &Trials) -> Row {
+    let tried = trials.of(MethodName::Shutdown, false, true);
+    let mut row = Builder::of(MethodName::Shutdown, facts);
+    row.failure(tried);
+    let (own, others) = row.through_owners(Works::of(tried));
+    row.build(own, others, None)
+}
+
+fn destroy(facts: &Facts, trials: &Trials) -> Row {
+    let tried = trials.of(MethodName::Destroy, false, true);
+    let mut row = Builder::of(MethodName::Destroy, facts);
+    row.failure(tried);
+    let works = Works::of(tried);
+    row.build(works, works, Some(works))
+}
+
+fn rst(facts: &Facts, trials: &Trials) -> Row {
+    let mut row = Builder::of(MethodName::Rst, facts);
+    let drawn = |ipv6| trials.of(MethodName::Rst, ipv6, false);
+    row.failure(drawn(false));
+    let mut ownerless = Works::of(drawn(false));
+    if facts.ipv6 {
+        row.failure(drawn(true));
+        ownerless = ownerless.and(Works::of(drawn(true)));
+    }
+    // Where no ACK can be drawn, repair mode may still give the numbers.
+    let repaired = trials.of(MethodName::Rst, false, true);
+    let (own, others) = match (ownerless, repaired) {
+        (Works::Yes, _) => (Works::Yes, Works::Yes),
+        (_, Tried::Works) => {
+            let (own, others) = row.through_owners(Works::Yes);
+            // The rest goes the other way.
+            (own.or(ownerless), others.or(ownerless))
+        }
+        _ => (ownerless, ownerless),
+    };
+    row.build(own, others, Some(ownerless))
+}
+
+fn probe(facts: &Facts, trials: &Trials) -> Row {
+    let mut row = Builder::of(MethodName::Probe, facts);
+    let (owned, ownerless) = (
+        trials.of(MethodName::Probe, false, true),
+        trials.of(MethodName::Probe, false, false),
+    );
+    row.failure(owned);
+    row.failure(ownerless);
+    let (owned, ownerless) = (Works::of(owned), Works::of(ownerless));
+    let (mut own, mut others) = row.through_owners(owned);
+    // An owner that cannot be seen is none: its socket is asked by segments.
+    let by_segments = |count: Count, by_rule: Works| {
+        let kinds = [
+            (count.reached, owned),
+            (count.seen - count.reached, Works::No),
+            (count.total - count.seen, ownerless),
+        ];
+        let works = kinds.into_iter().filter(|(processes, _)| *processes > 0);
+        works
+            .map(|(_, works)| works)
+            .reduce(Works::and)
+            .unwrap_or(by_rule)
+    };
+    if let Ok(reach) = &facts.reach {
+        own = by_segments(reach.same_user, own);
+        others = by_segments(reach.others, others);
+    }
+    if facts.hides_others() {
+        others = ownerless;
+    }
+    row.build(own, others, Some(ownerless))
+}
+
+/// How many processes are named.
+const NAMES: usize = 3;
+
+fn name(process: &Missed) -> String {
+    let comm = process.comm.as_deref().unwrap_or("?");
+    format!("{}/{}", escape(comm), process.pid)
+}
+
+/// Gathers the reasons of one row, each once.
+struct Builder<'a> {
+    name: &'static str,
+    auto: bool,
+    facts: &'a Facts,
+    why: Vec<String>,
+    change: Vec<String>,
+}
+
+impl<'a> Builder<'a> {
+    fn of(method: MethodName, facts: &'a Facts) -> Self {
+        Self::new(method.name(), MethodName::AUTO.contains(&method), facts)
+    }
+
+    /// For what is no method of the ladder, too.
+    fn new(name: &'static str, auto: bool, facts: &'a Facts) -> Self {
+        Builder {
+            name,
+            auto,
+            facts,
+            why: Vec::new(),
+            change: Vec::new(),
+        }
+    }
+
+    fn build(self, own: Works, others: Works, ownerless: Option<Works>) -> Row {
+        Row {
+            name: self.name,
+            auto: self.auto,
+            works: ownerless.into_iter().fold(own.and(others), Works::and),
+            own,
+            others,
+            ownerless,
+            why: self.why,
+            change: self.change,
+        }
+    }
+
+    fn say(&mut self, why: String, change: impl Into<String>) {
+        let change = change.into();
+        if !self.why.contains(&why) {
+            self.why.push(why);
+        }
+        if !self.change.contains(&change) {
+            self.change.push(change);
+        }
+    }
+
+    /// Why a trial did not succeed, if so.
+    fn failure(&mut self, tried: &Tried) {
+        match tried {
+            Tried::Works => {}
+            Tried::Untried(why) => {
+                let change = match why.as_str() {
+                    "loopback is down" => "ip link set lo up",
+                    _ => {
+                        "run doctor again; what keeps a connection over loopback from coming about (nftables?)"
+                    }
+                };
+                self.say(why.clone(), change);
+            }
+            Tried::Failed(error) => {
+                let change = self.cure(error);
+                self.say(error.to_string(), change);
+            }
+        }
+    }
+
+    fn cure(&self, error: &ActError) -> String {
+        match error {
+            ActError::Denied(Need::NetAdmin, _) => self.grant(Capability::CAP_NET_ADMIN),
+            ActError::Denied(Need::NetRaw, _) => self.grant(Capability::CAP_NET_RAW),
+            // It was our own process.
+            ActError::Denied(Need::Ptrace, _) => {
+                "a filter of system calls forbids it: allow pidfd_open and pidfd_getfd in the seccomp profile of the \
+                 container or unit"
+                    .into()
+            }
+            ActError::NotSupported(..) if self.name == MethodName::Destroy.name() => {
+                "a kernel with CONFIG_INET_DIAG_DESTROY=y; rst does the same without it".into()
+            }
+            ActError::NotSupported(..) => {
+                "Linux 5.6 or later, and a seccomp profile that allows pidfd_open and pidfd_getfd".into()
+            }
+            ActError::ForeignProc => {
+                "mount -t proc proc /proc in this pid namespace, or run cwkill outside".into()
+            }
+            ActError::NoAck(_) | ActError::RstIgnored => {
+                "let everything pass on lo: nft insert rule inet TABLE CHAIN iifname lo accept".into()
+            }
+            _ => "see the message; `cwkill --all -n -v` shows what is left to the other methods".into(),
+        }
+    }
+
+    /// How to come by a capability.
+    fn grant(&self, capability: Capability) -> String {
+        let short = capability.to_string();
+        let short = short.trim_start_matches("CAP_");
+        if self.facts.has(capability) {
+            "the network namespace is not of this user namespace, so the capability does not count there: run cwkill in the \
+             user namespace that made the network namespace (nsenter --preserve-credentials -U -n -t PID), or as root outside"
+                .into()
+        } else if self.facts.uid == 0 {
+            format!(
+                "this root lacks CAP_{short}: --cap-add {short} for a container, CapabilityBoundingSet= and \
+                 AmbientCapabilities= for a unit"
+            )
+        } else {
+            HOW_TO_GRANT.into()
+        }
+    }
+
+    /// What a method that works through owners can do for ours and for others, and what stands in its way.
+    fn through_owners(&mut self, works: Works) -> (Works, Works) {
+        if works != Works::Yes {
+            return (works, works);
+        }
+        let reach = match &self.facts.reach {
+            Ok(reach) => reach,
+            Err(error) => {
+                self.say(
+                    error.clone(),
+                    "mount -t proc proc /proc in this pid namespace, or run cwkill outside",
+                );
+                return (Works::No, Works::No);
+            }
+        };
+        let ptrace = self.facts.has(Capability::CAP_SYS_PTRACE);
+        let search = self.facts.has(Capability::CAP_DAC_READ_SEARCH);
+        let judge = |count: Count, if_none| match (count.reached, count.total) {
+            (_, 0) => if_none,
+            (reached, total) if reached == total => Works::Yes,
+            (0, _) => Works::No,
+            _ => Works::Partly,
+        };
+        // Without a process to ask, what the rules say (kernel/ptrace.c, __ptrace_may_access; security/yama).
+        let scope = self.facts.ptrace_scope.unwrap_or(0);
+        let by_rule = |own: bool| match (scope, ptrace) {
+            (3.., _) => Works::No,
+            (_, true) => Works::Yes,
+            (0, false) if own => Works::Yes,
+            _ => Works::No,
+        };
+        let own = judge(reach.same_user, by_rule(true));
+        let mut others = judge(
+            reach.others,
+            match self.facts.first_user_namespace {
+                true => by_rule(false),
+                // The capability counts for some and not for others, and there are only ours to tell by.
+                false => own,
+            },
+        );
+        if self.facts.hides_others() {
+            let value = self.facts.hidepid.as_deref().unwrap_or_default();
+            self.say(
+                format!("/proc hides the processes of others (hidepid={value})"),
+                "run as root, or: mount -o remount,hidepid=0 /proc",
+            );
+            others = Works::No;
+        }
+        for (count, same_user, whose) in [
+            (reach.same_user, true, "this user"),
+            (reach.others, false, "other users"),
+        ] {
+            let missed = reach
+                .missed
+                .iter()
+                .filter(|missed| missed.same_user == same_user);
+            let missed: Vec<String> = missed.map(name).collect();
+            if missed.is_empty() {
+                continue;
+            }
+            let why = format!(
+                "{} of {} processes of {whose} cannot be reached into ({}{})",
+                missed.len(),
+                count.total,
+                missed[..missed.len().min(NAMES)].join(", "),
+                if missed.len() > NAMES { ", ..." } else { "" },
+            );
+            let change = if scope >= 3 {
+                "kernel.yama.ptrace_scope is 3: nothing lifts that but a reboot with another value in /etc/sysctl.d".into()
+            } else if !ptrace && scope > 0 && same_user {
+                format!("sysctl kernel.yama.ptrace_scope=0 (it is {scope}), or run as root")
+            } else if !ptrace {
+                self.grant(Capability::CAP_SYS_PTRACE)
+            } else if !search && count.seen < count.total {
+                self.grant(Capability::CAP_DAC_READ_SEARCH)
+            } else if !self.facts.first_user_namespace {
+                "they are outside this user namespace: run cwkill outside it".into()
+            } else {
+                "a security module (SELinux, AppArmor, smack) may forbid it: see `dmesg` and `ausearch -m avc`".to_owned()
+            };
+            self.say(why, change);
+        }
+        (own, others)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::facts::{Namespaces, Reach};
+    use crate::doctor::trials::Subject;
+    use std::io;
+
+    fn facts(capabilities: &[Capability], same_user: Count, others: Count) -> Facts {
+        Facts {
+            kernel: "6.18.0".into(),
+            uid: 0,
+            capabilities: capabilities.iter().copied().collect(),
+            first_user_namespace: true,
+            user_namespaces_forbidden: None,
+            ptrace_scope: None,
+            hidepid: None,
+            namespaces: Ok(Namespaces::default()),
+            reach: Ok(Reach {
+                same_user,
+                others,
+                missed: [(same_user, true), (others, false)]
+                    .into_iter()
+                    .flat_map(|(count, same_user)| {
+                        (count.reached..count.total).map(move |_| same_user)
+                    })
+                    .map(|same_user| Missed {
+                        pid: 7,
+                        comm: Some("a\u{1b}".into()),
+                        same_user,
+                        seen: false,
+                    })
+                    .collect(),
+            }),
+            pidfd_getfd: Ok(()),
+            repair: Ok(()),
+            raw_v4: Ok(()),
+            raw_v6: Ok(()),
+            capture: Ok(()),
+            ipv6: true,
+        }
+    }
+
+    fn count(total: usize, reached: usize) -> Count {
+        Count {
+            total,
+            seen: reached,
+            reached,
+        }
+    }
+
+    /// All trials succeed but those that `fails` has an error for.
+    fn trials(fails: impl Fn(Subject) -> Option<Tried>) -> Trials {
+        use MethodName::{Destroy, Probe, Rst, Shutdown};
+        let subjects = [
+            (Shutdown, false, true),
+            (Destroy, false, true),
+            (Rst, false, true),
+            (Rst, false, false),
+            (Rst, true, false),
+            (Probe, false, true),
+            (Probe, false, false),
+        ];
+        let subject = |(method, ipv6, owned)| Subject {
+            method,
+            ipv6,
+            owned,
+        };
+        Trials {
+            blind: None,
+            tried: subjects
+                .map(subject)
+                .map(|subject| (subject, fails(subject).unwrap_or(Tried::Works)))
+                .into(),
+        }
+    }
+
+    fn denied(need: Need) -> Tried {
+        Tried::Failed(ActError::Denied(
+            need,
+            io::Error::from_raw_os_error(libc::EPERM),
+        ))
+    }
+
+    fn row(advice: &Advice, name: &str) -> Row {
+        advice
+            .rows
+            .iter()
+            .find(|row| row.name == name)
+            .unwrap()
+            .clone()
+    }
+
+    const ALL: [Capability; 4] = [
+        Capability::CAP_SYS_PTRACE,
+        Capability::CAP_DAC_READ_SEARCH,
+        Capability::CAP_NET_ADMIN,
+        Capability::CAP_NET_RAW,
+    ];
+
+    #[test]
+    fn where_all_trials_succeed_and_all_owners_are_in_reach_auto_works() {
+        let advice = Advice::new(&facts(&ALL, count(5, 5), count(9, 9)), &trials(|_| None));
+        assert_eq!(advice.auto, Works::Yes);
+        assert!(
+            advice
+                .rows
+                .iter()
+                .all(|row| row.works == Works::Yes && row.change.is_empty())
+        );
+    }
+
+    #[test]
+    fn a_user_closes_what_is_his() {
+        let facts = Facts {
+            uid: 1000,
+            ..facts(&[], count(5, 5), count(9, 0))
+        };
+        let advice = Advice::new(
+            &facts,
+            &trials(|subject| match subject.method {
+                MethodName::Destroy => Some(denied(Need::NetAdmin)),
+                MethodName::Rst => Some(denied(Need::NetRaw)),
+                MethodName::Probe if !subject.owned => Some(denied(Need::NetRaw)),
+                _ => None,
+            }),
+        );
+        assert_eq!(advice.auto, Works::Partly);
+        let shutdown = row(&advice, "shutdown");
+        assert_eq!((shutdown.own, shutdown.others), (Works::Yes, Works::No));
+        assert_eq!(row(&advice, "destroy").works, Works::No);
+        assert!(row(&advice, "destroy").change[0].contains("setcap"));
+        assert_eq!(row(&advice, "probe").own, Works::Yes);
+        assert_eq!(row(&advice, "probe").others, Works::No);
+    }
+
+    #[test]
+    fn a_probe_goes_by_segments_where_the_owner_is_not_seen() {
+        let seen = |seen, reached| Count {
+            total: 4,
+            seen,
+            reached,
+        };
+        for (count, works) in [
+            (seen(0, 0), Works::Yes),
+            (seen(4, 0), Works::No),
+            (seen(1, 0), Works::Partly),
+            (seen(2, 2), Works::Yes),
+        ] {
+            let facts = facts(&[Capability::CAP_NET_RAW], count, count);
+            let probe = row(&Advice::new(&facts, &trials(|_| None)), "probe");
+            assert_eq!(probe.own, works, "{count:?}");
+        }
+    }
+
+    #[test]
+    fn a_capability_that_is_there_and_does_not_count_is_told_apart() {
+        let refused = |subject: Subject| {
+            (subject.method == MethodName::Destroy).then(|| denied(Need::NetAdmin))
+        };
+        let reach = count(1, 1);
+        let advice = Advice::new(&facts(&ALL, reach, reach), &trials(refused));
+        assert!(row(&advice, "destroy").change[0].contains("user namespace"));
+        let advice = Advice::new(&facts(&[], reach, reach), &trials(refused));
+        assert!(row(&advice, "destroy").change[0].contains("--cap-add NET_ADMIN"));
+    }
+
+    #[test]
+    fn yama_is_named() {
+        for (scope, text) in [(1, "ptrace_scope=0"), (3, "reboot")] {
+            let facts = Facts {
+                ptrace_scope: Some(scope),
+                uid: 1000,
+                ..facts(&[], count(3, 0), count(9, 0))
+            };
+            let shutdown = row(&Advice::new(&facts, &trials(|_| None)), "shutdown");
+            assert_eq!(shutdown.works, Works::No);
+            assert!(shutdown.why[0].contains("a\\u{1b}/7, a"), "{shutdown:?}");
+            assert!(
+                shutdown.change.iter().any(|line| line.contains(text)),
+                "{shutdown:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn repair_mode_stands_in_for_a_drawn_ack() {
+        let advice = Advice::new(
+            &facts(&ALL, count(5, 5), count(9, 9)),
+            &trials(|subject| {
+                let drawn = subject.method == MethodName::Rst && !subject.owned;
+                drawn.then_some(Tried::Failed(ActError::NoAck(None)))
+            }),
+        );
+        let rst = row(&advice, "rst");
+        assert_eq!((rst.works, rst.ownerless), (Works::Partly, Some(Works::No)));
+        assert!(rst.change[0].contains("lo"));
+    }
+
+    #[test]
+    fn what_could_not_be_tried_is_no_answer() {
+        let untried = |_| Some(Tried::Untried("loopback is down".into()));
+        let advice = Advice::new(&facts(&ALL, count(1, 1), count(1, 1)), &trials(untried));
+        assert_eq!(advice.auto, Works::Untried);
+        assert_eq!(row(&advice, "destroy").change, ["ip link set lo up"]);
+    }
+
+    #[test]
+    fn without_a_list_of_sockets_nothing_works() {
+        let blind = Trials {
+            blind: Some("no sock_diag".into()),
+            tried: Vec::new(),
+        };
+        assert_eq!(
+            Advice::new(&facts(&ALL, count(1, 1), count(1, 1)), &blind).auto,
+            Works::No
+        );
+    }
+}

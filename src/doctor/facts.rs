@@ -1,0 +1,331 @@
+//! What can be read and counted without doing anything to anyone.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::net::{Ipv6Addr, TcpListener};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+
+use anyhow::Context;
+use caps::{CapSet, Capability, CapsHashSet};
+use nix::sys::utsname::uname;
+use nix::unistd::geteuid;
+use socket2::{Domain, Socket, Type};
+
+use crate::finder::netns::Which;
+use crate::finder::owners::Proc;
+use crate::injector::rst::capture::Capture;
+use crate::injector::rst::raw;
+use crate::injector::rst::repair::RepairMode;
+use crate::sys::{self, TargetFd};
+
+/// The capabilities that some job needs, in the order they are shown.
+pub const CAPABILITIES: [Capability; 5] = [
+    Capability::CAP_NET_ADMIN,
+    Capability::CAP_NET_RAW,
+    Capability::CAP_SYS_PTRACE,
+    Capability::CAP_DAC_READ_SEARCH,
+    Capability::CAP_SYS_ADMIN,
+];
+
+/// What was read and counted.
+#[derive(Debug)]
+pub struct Facts {
+    /// The release of the kernel.
+    pub kernel: String,
+    /// The effective user.
+    pub uid: u32,
+    /// Those of [`CAPABILITIES`] that are effective.
+    pub capabilities: CapsHashSet,
+    /// We are in the first user namespace, where capabilities hold for everything.
+    pub first_user_namespace: bool,
+    /// What keeps users from making user namespaces of their own.
+    pub user_namespaces_forbidden: Option<&'static str>,
+    /// kernel.yama.ptrace_scope; `None` without that security module.
+    pub ptrace_scope: Option<u8>,
+    /// The hidepid option of /proc, unless it is off.
+    pub hidepid: Option<String>,
+    /// The network namespaces.
+    pub namespaces: Result<Namespaces, String>,
+    /// Into which processes we can see and reach.
+    pub reach: Result<Reach, String>,
+    /// pidfd_getfd(2) on ourselves, which nothing but the kernel's age or a filter of system calls refuses.
+    pub pidfd_getfd: io::Result<()>,
+    /// TCP_REPAIR on a socket of our own.
+    pub repair: io::Result<()>,
+    /// A raw socket, IPv4.
+    pub raw_v4: io::Result<()>,
+    /// A raw socket, IPv6.
+    pub raw_v6: io::Result<()>,
+    /// The packet socket that sees the ACK an `rst` without an owner goes by.
+    pub capture: io::Result<()>,
+    /// There is an IPv6 loopback address.
+    pub ipv6: bool,
+}
+
+/// Network namespaces, ours among them.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Namespaces {
+    /// Found.
+    pub found: usize,
+    /// Of those, how many can be worked in.
+    pub enterable: usize,
+    /// Processes whose namespace cannot be told.
+    pub untold: usize,
+}
+
+/// Other processes, without those that have no descriptors.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Reach {
+    /// Of our effective user.
+    pub same_user: Count,
+    /// Of other users.
+    pub others: Count,
+    /// Those that are not reached, or not seen.
+    pub missed: Vec<Missed>,
+}
+
+/// A process through which nothing can be closed.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Missed {
+    /// Its number.
+    pub pid: i32,
+    /// Its name, where that can be read; chosen by the process.
+    pub comm: Option<String>,
+    /// It is of our effective user.
+    pub same_user: bool,
+    /// Its descriptors can be seen.
+    pub seen: bool,
+}
+
+/// How many processes there are, and what we can do with them.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Count {
+    /// That /proc shows.
+    pub total: usize,
+    /// Whose descriptors can be seen: they are known as owners.
+    pub seen: usize,
+    /// Of those, whose descriptors could be duplicated.
+    pub reached: usize,
+}
+
+impl Facts {
+    /// Reads and counts.
+    ///
+    /// # Errors
+    /// The capabilities of this process cannot be read.
+    pub fn gather(proc: &Proc) -> anyhow::Result<Self> {
+        let effective = caps::read(None, CapSet::Effective)
+            .context("cannot read the capabilities of this process")?;
+        let mountinfo = fs::read_to_string(proc.path("self/mountinfo")).unwrap_or_default();
+        Ok(Facts {
+            kernel: uname().map_or_else(
+                |_| "unknown".into(),
+                |name| name.release().to_string_lossy().into_owned(),
+            ),
+            uid: geteuid().as_raw(),
+            capabilities: CAPABILITIES
+                .into_iter()
+                .filter(|c| effective.contains(c))
+                .collect(),
+            first_user_namespace: fs::read_to_string("/proc/self/uid_map")
+                .is_ok_and(|map| maps_everybody(&map)),
+            user_namespaces_forbidden: user_namespaces_forbidden(),
+            ptrace_scope: read_number("/proc/sys/kernel/yama/ptrace_scope")
+                .and_then(|scope| u8::try_from(scope).ok()),
+            hidepid: hidepid(&mountinfo),
+            namespaces: namespaces(proc).map_err(|error| error.to_string()),
+            reach: reach(proc).map_err(|error| error.to_string()),
+            pidfd_getfd: duplicate_own(),
+            repair: repair(),
+            raw_v4: raw::try_open(false),
+            raw_v6: raw::try_open(true),
+            capture: Capture::open().and_then(|capture| capture.watch(&[])),
+            ipv6: TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok(),
+        })
+    }
+
+    /// Whether /proc shows us fewer processes than there are.
+    pub fn hides_others(&self) -> bool {
+        self.hidepid.is_some() && !self.has(Capability::CAP_SYS_PTRACE)
+    }
+
+    /// Whether a capability is effective.
+    pub fn has(&self, capability: Capability) -> bool {
+        self.capabilities.contains(&capability)
+    }
+}
+
+/// The first user namespace maps every user to itself (kernel/user.c, init_user_ns).
+fn maps_everybody(uid_map: &str) -> bool {
+    uid_map.split_whitespace().eq(["0", "0", "4294967295"])
+}
+
+fn read_number(path: &str) -> Option<u64> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+fn user_namespaces_forbidden() -> Option<&'static str> {
+    [
+        (
+            "/proc/sys/user/max_user_namespaces",
+            0,
+            "user.max_user_namespaces=0",
+        ),
+        (
+            "/proc/sys/kernel/unprivileged_userns_clone",
+            0,
+            "kernel.unprivileged_userns_clone=0",
+        ),
+        (
+            "/proc/sys/kernel/apparmor_restrict_unprivileged_userns",
+            1,
+            "kernel.apparmor_restrict_unprivileged_userns=1",
+        ),
+    ]
+    .into_iter()
+    .find_map(|(path, forbids, setting)| (read_number(path)? == forbids).then_some(setting))
+}
+
+/// The hidepid option of what is mounted on /proc, from the text of /proc/PID/mountinfo; the last mount counts.
+///
+/// Source: fs/proc/root.c, proc_show_options; before Linux 5.8 the values were numbers only.
+fn hidepid(mountinfo: &str) -> Option<String> {
+    let option = |line: &str| {
+        let (mount, filesystem) = line.split_once(" - ")?;
+        if mount.split(' ').nth(4)? != "/proc" {
+            return None;
+        }
+        let mut fields = filesystem.split(' ');
+        let options = (fields.next()? == "proc").then(|| fields.nth(1))??;
+        let value = options
+            .split(',')
+            .find_map(|option| option.strip_prefix("hidepid="));
+        Some(
+            value
+                .filter(|value| !matches!(*value, "0" | "off"))
+                .map(str::to_owned),
+        )
+    };
+    mountinfo.lines().filter_map(option).next_back()?
+}
+
+fn namespaces(proc: &Proc) -> io::Result<Namespaces> {
+    let all = Which::All.open(proc)?;
+    let enterable = all.open.iter().filter(|netns| netns.within(|| ()).is_ok());
+    Ok(Namespaces {
+        enterable: enterable.count(),
+        found: all.open.len() + all.unreachable,
+        untold: all.untold,
+    })
+}
+
+fn reach(proc: &Proc) -> io::Result<Reach> {
+    /// No socket has it: the kernel gives inode numbers of sockets from 1 on, and would take hundreds of years.
+    const NO_INODE: u32 = u32::MAX;
+    /// No process has it: it is beyond the highest fs.nr_open.
+    const NO_DESCRIPTOR: TargetFd = TargetFd(i32::MAX);
+    if !proc.is_of_our_pid_namespace() {
+        return Err(io::Error::other(
+            "/proc shows another pid namespace than cwkill runs in",
+        ));
+    }
+    let unreadable: HashSet<i32> = proc
+        .find_owners(std::iter::once(NO_INODE))?
+        .unreadable
+        .into_iter()
+        .map(|process| process.pid)
+        .collect();
+    let mut reach = Reach::default();
+    let ours = std::process::id().cast_signed();
+    let uid = geteuid().as_raw();
+    for (pid, comm) in proc.with_descriptors()? {
+        let Ok(metadata) = fs::metadata(proc.path(&pid.to_string())) else {
+            continue;
+        };
+        // The kernel looks at our rights before it looks for the descriptor (kernel/pid.c, __pidfd_fget), so one that does not
+        // exist tells them without touching anything.
+        let answer =
+            sys::pidfd_open(pid).and_then(|pidfd| sys::pidfd_getfd(pidfd.as_fd(), NO_DESCRIPTOR));
+        let errno = answer.err().and_then(|error| error.raw_os_error());
+        if pid == ours || errno == Some(libc::ESRCH) {
+            continue;
+        }
+        let same_user = metadata.uid() == uid;
+        let count = match same_user {
+            true => &mut reach.same_user,
+            false => &mut reach.others,
+        };
+        let (seen, reached) = (!unreadable.contains(&pid), errno == Some(libc::EBADF));
+        count.total += 1;
+        count.seen += usize::from(seen);
+        count.reached += usize::from(seen && reached);
+        if !(seen && reached) {
+            reach.missed.push(Missed {
+                pid,
+                comm,
+                same_user,
+                seen,
+            });
+        }
+    }
+    Ok(reach)
+}
+
+fn socket() -> io::Result<OwnedFd> {
+    Ok(Socket::new(Domain::IPV4, Type::STREAM, None)?.into())
+}
+
+fn duplicate_own() -> io::Result<()> {
+    let socket = socket()?;
+    let ours = sys::pidfd_open(std::process::id().cast_signed())?;
+    sys::pidfd_getfd(ours.as_fd(), TargetFd(socket.as_raw_fd())).map(drop)
+}
+
+fn repair() -> io::Result<()> {
+    RepairMode::enter(socket()?.as_fd()).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hidepid_is_read_from_the_last_mount_of_proc() {
+        let line = |point: &str, kind: &str, options: &str| {
+            format!("25 22 0:23 / {point} rw,nosuid shared:5 - {kind} {kind} {options}\n")
+        };
+        let of = |text: &str| hidepid(text);
+        assert_eq!(of(&line("/proc", "proc", "rw")), None);
+        assert_eq!(of(&line("/proc", "proc", "rw,hidepid=0")), None);
+        assert_eq!(of(&line("/proc", "proc", "rw,hidepid=off")), None);
+        let two = line("/proc", "proc", "rw,gid=9,hidepid=2");
+        assert_eq!(of(&two), Some("2".into()));
+        assert_eq!(
+            of(&(two.clone() + &line("/mnt/proc", "proc", "rw"))),
+            Some("2".into())
+        );
+        assert_eq!(
+            of(&(two.clone() + &line("/proc", "proc", "rw"))),
+            None,
+            "over-mounted"
+        );
+        let named = line("/proc", "proc", "rw,hidepid=invisible");
+        assert_eq!(of(&named), Some("invisible".into()));
+        assert_eq!(of(&(two + "cut short")), Some("2".into()));
+    }
+
+    #[test]
+    fn only_the_first_user_namespace_maps_everybody() {
+        assert!(maps_everybody("         0          0 4294967295\n"));
+        assert!(!maps_everybody("         0       1000          1\n"));
+        assert!(!maps_everybody("0 100000 65536\n"));
+        assert!(!maps_everybody(""));
+    }
+
+    #[test]
+    fn our_own_descriptors_can_be_duplicated() {
+        duplicate_own().unwrap();
+    }
+}

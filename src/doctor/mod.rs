@@ -1,0 +1,41 @@
+//! What works here: every method is tried, through the ladder that runs it in earnest, on connections of cwkill's own over
+//! loopback; what a trial cannot show is read or counted.
+//!
+//! [`facts`] reads and counts, [`trials`] tries, [`advice`] draws the conclusions (pure), [`report`] writes them.
+//! A method has a row once [`advice`] has a function for it; nothing else knows which there are.
+
+pub mod advice;
+pub mod facts;
+pub mod report;
+pub mod trials;
+
+use crate::finder::owners::Proc;
+use advice::Advice;
+use facts::Facts;
+use trials::Trials;
+
+/// All that was found out.
+#[derive(Debug)]
+pub struct Examination {
+    /// What was read and counted.
+    pub facts: Facts,
+    /// What was tried.
+    pub trials: Trials,
+    /// What follows.
+    pub advice: Advice,
+}
+
+/// Looks at everything. Takes a second: a probe waits that long for a quiet socket.
+///
+/// # Errors
+/// The capabilities of this process cannot be read.
+pub fn examine(proc: &Proc) -> anyhow::Result<Examination> {
+    let facts = Facts::gather(proc)?;
+    let trials = Trials::run(proc);
+    let advice = Advice::new(&facts, &trials);
+    Ok(Examination {
+        facts,
+        trials,
+        advice,
+    })
+}

@@ -1,0 +1,231 @@
+//! The report of an examination: lines for people, and one JSON document.
+
+use std::io::{self, Write};
+
+use serde::Serialize;
+
+use super::Examination;
+use super::advice::{Row, Works};
+use super::facts::{CAPABILITIES, Count, Facts, Missed};
+
+const SCHEMA_VERSION: u32 = 1;
+
+/// The status to exit with: 0 if `auto` works fully, 1 if partly or if that could not be tried, 3 if not at all.
+pub fn status(examination: &Examination) -> u8 {
+    match examination.advice.auto {
+        Works::Yes => 0,
+        Works::Partly | Works::Untried => 1,
+        Works::No => 3,
+    }
+}
+
+/// One thing that was looked at.
+#[derive(Serialize)]
+struct Check {
+    name: &'static str,
+    /// `None`: it is neither good nor bad.
+    ok: Option<bool>,
+    detail: String,
+}
+
+/// Writes lines for people.
+///
+/// # Errors
+/// Those of `out`.
+pub fn write_text(examination: &Examination, out: &mut dyn Write) -> io::Result<()> {
+    for Check { name, ok, detail } in checks(examination) {
+        let mark = match ok {
+            Some(true) => "ok",
+            Some(false) => "no",
+            None => "-",
+        };
+        writeln!(out, "{name:<21} {mark:<3} {detail}")?;
+    }
+    let advice = &examination.advice;
+    if !advice.rows.is_empty() {
+        writeln!(
+            out,
+            "\n{:<10} {:<8} {:<14} {:<14} {:<14}",
+            "METHOD", "WORKS", "THIS USER'S", "OTHERS'", "WITHOUT OWNER"
+        )?;
+    }
+    for row in &advice.rows {
+        let ownerless = row.ownerless.map_or("-", Works::name);
+        writeln!(
+            out,
+            "{:<10} {:<8} {:<14} {:<14} {ownerless}",
+            row.name,
+            row.works.name(),
+            row.own.name(),
+            row.others.name(),
+        )?;
+        for why in &row.why {
+            writeln!(out, "    why: {why}")?;
+        }
+    }
+    let mut changes: Vec<(&str, Vec<&str>)> = Vec::new();
+    for row in &advice.rows {
+        for change in &row.change {
+            match changes.iter_mut().find(|(known, _)| known == change) {
+                Some((_, methods)) => methods.push(row.name),
+                None => changes.push((change, vec![row.name])),
+            }
+        }
+    }
+    for (change, methods) in changes {
+        writeln!(
+            out,
+            "\nto change, for {}:\n    {change}",
+            methods.join(", ")
+        )?;
+    }
+    let verdict = match advice.auto {
+        Works::Yes => "auto works fully here",
+        Works::Partly => "auto works in part here",
+        Works::Untried => "whether auto works here could not be tried",
+        Works::No => "auto does not work here",
+    };
+    writeln!(out, "\n{verdict}")
+}
+
+/// Writes one JSON document.
+///
+/// # Errors
+/// Those of `out`.
+pub fn write_json(examination: &Examination, out: &mut dyn Write) -> io::Result<()> {
+    #[derive(Serialize)]
+    struct Document<'a> {
+        schema_version: u32,
+        cwkill_version: &'static str,
+        auto: Works,
+        methods: &'a [Row],
+        unreachable: &'a [Missed],
+        checks: Vec<Check>,
+    }
+    let document = Document {
+        schema_version: SCHEMA_VERSION,
+        cwkill_version: env!("CARGO_PKG_VERSION"),
+        auto: examination.advice.auto,
+        methods: &examination.advice.rows,
+        unreachable: match &examination.facts.reach {
+            Ok(reach) => &reach.missed,
+            Err(_) => &[],
+        },
+        checks: checks(examination),
+    };
+    writeln!(out, "{}", crate::report::json::line(&document))
+}
+
+fn checks(examination: &Examination) -> Vec<Check> {
+    let Facts {
+        kernel,
+        uid,
+        capabilities,
+        first_user_namespace,
+        user_namespaces_forbidden,
+        ptrace_scope,
+        hidepid,
+        namespaces,
+        reach,
+        pidfd_getfd,
+        repair,
+        raw_v4,
+        raw_v6,
+        capture,
+        ipv6: _,
+    } = &examination.facts;
+    let check = |name, ok, detail: String| Check { name, ok, detail };
+    let tried = |name, result: &io::Result<()>| match result {
+        Ok(()) => check(name, Some(true), String::new()),
+        Err(error) => check(name, Some(false), error.to_string()),
+    };
+    let has = |capability| capabilities.contains(&capability);
+    let (held, missing): (Vec<_>, Vec<_>) = CAPABILITIES
+        .into_iter()
+        .partition(|&capability| has(capability));
+    let list = |set: Vec<caps::Capability>| -> String {
+        let names: Vec<String> = set.iter().map(ToString::to_string).collect();
+        if names.is_empty() {
+            "none".into()
+        } else {
+            names.join(" ")
+        }
+    };
+    let processes = |name, count: Count| {
+        check(
+            name,
+            Some(count.reached == count.total),
+            format!(
+                "{} of {} can be reached into; {} can be seen as owners",
+                count.reached, count.total, count.seen
+            ),
+        )
+    };
+    let mut checks = vec![
+        check("kernel", None, format!("Linux {kernel}")),
+        check("user", None, format!("uid {uid}")),
+        check(
+            "capabilities",
+            Some(missing.is_empty()),
+            match missing.is_empty() {
+                true => list(held),
+                false => format!("{}; missing: {}", list(held), list(missing)),
+            },
+        ),
+        match &examination.trials.blind {
+            None => check("list of sockets", Some(true), String::new()),
+            Some(why) => check("list of sockets", Some(false), why.clone()),
+        },
+        tried("pidfd_getfd", pidfd_getfd),
+        tried("TCP_REPAIR", repair),
+        tried("raw socket IPv4", raw_v4),
+        tried("raw socket IPv6", raw_v6),
+        tried("packet socket", capture),
+        match ptrace_scope {
+            None => check("ptrace_scope", Some(true), "no yama".into()),
+            Some(scope) => check("ptrace_scope", Some(*scope == 0), scope.to_string()),
+        },
+        match hidepid {
+            None => check("hidepid", Some(true), "off".into()),
+            Some(value) => check(
+                "hidepid",
+                Some(!examination.facts.hides_others()),
+                value.clone(),
+            ),
+        },
+        check(
+            "user namespace",
+            None,
+            format!(
+                "{}; users {}",
+                match first_user_namespace {
+                    true => "the first",
+                    false => "not the first: capabilities count only in namespaces made in it",
+                },
+                match user_namespaces_forbidden {
+                    None => "may make their own".to_owned(),
+                    Some(setting) => format!("may not make their own ({setting})"),
+                }
+            ),
+        ),
+        match namespaces {
+            Ok(found) => check(
+                "network namespaces",
+                Some(found.enterable == found.found && found.untold == 0),
+                format!(
+                    "{} of {} can be entered; of {} processes it cannot be told",
+                    found.enterable, found.found, found.untold
+                ),
+            ),
+            Err(error) => check("network namespaces", Some(false), error.clone()),
+        },
+    ];
+    match reach {
+        Ok(reach) => checks.extend([
+            processes("this user's processes", reach.same_user),
+            processes("others' processes", reach.others),
+        ]),
+        Err(error) => checks.push(check("processes", Some(false), error.clone())),
+    }
+    checks
+}

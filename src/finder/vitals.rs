@@ -1,0 +1,76 @@
+//! How a process fares: its state, its limit of open files, its executable. From /proc.
+//!
+//! Nothing here waits for the process or takes a lock that a hung one can hold: of `exe` only the link is read.
+
+use std::fs;
+
+use procfs::FromRead;
+use procfs::process::{LimitValue, Limits, Stat};
+
+use super::owners::{Proc, Process};
+
+/// What /proc says of a process beside its descriptors.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Vitals {
+    /// The state of its first thread as proc_pid_stat(5) writes it; `None` if the process is gone.
+    pub state: Option<char>,
+    /// RLIMIT_NOFILE, the soft limit: the first descriptor number it does not get.
+    pub limit: Option<u64>,
+    /// The name of its executable, without the directory; `None` if it may not be read.
+    pub executable: Option<String>,
+}
+
+impl Proc {
+    /// Reads what there is to know of `process`; nothing if it is gone.
+    pub fn vitals(&self, process: &Process) -> Vitals {
+        let directory = self.path(&process.pid.to_string());
+        let limit = Limits::from_file(directory.join("limits")).ok();
+        let executable = fs::read_link(directory.join("exe")).ok();
+        // Read last: it is the same process, so all of it is about that one.
+        match Stat::from_file(directory.join("stat")) {
+            Ok(stat) if stat.starttime == process.start_time => Vitals {
+                state: Some(stat.state),
+                limit: limit.map(|limits| match limits.max_open_files.soft_limit {
+                    LimitValue::Value(files) => files,
+                    LimitValue::Unlimited => u64::MAX,
+                }),
+                executable: executable.and_then(|path| {
+                    let name = path.file_name()?.to_string_lossy().into_owned();
+                    // An executable that was replaced on disk (fs/d_path.c).
+                    let name = name.strip_suffix(" (deleted)").unwrap_or(&name);
+                    Some(name.to_owned())
+                }),
+            },
+            _ => Vitals::default(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn our_own() {
+        let proc = Proc::default();
+        let pid = i32::try_from(std::process::id()).unwrap();
+        let mut process = Process {
+            pid,
+            start_time: proc.start_time(pid).unwrap(),
+            comm: String::new(),
+            cgroup: Default::default(),
+        };
+        let vitals = proc.vitals(&process);
+        let (soft, _) =
+            nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap();
+        assert_eq!(vitals.limit, Some(soft));
+        let exe = std::env::current_exe().unwrap();
+        assert_eq!(
+            vitals.executable.as_deref(),
+            exe.file_name().unwrap().to_str()
+        );
+        assert!(vitals.state.is_some());
+        process.start_time += 1;
+        assert_eq!(proc.vitals(&process), Vitals::default(), "another process");
+    }
+}

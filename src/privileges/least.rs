@@ -1,0 +1,104 @@
+//! Least privilege: which capabilities a job needs, and giving up all others.
+//!
+//! What is given up is given up for every thread that is started later, so it is done before the first. cwkill starts no other
+//! program; no_new_privs and an empty bounding set see to it that one it might be tricked into starting has no more rights.
+
+use anyhow::Context;
+use caps::{CapSet, Capability, CapsHashSet};
+use nix::sys::prctl;
+
+use crate::finder::netns::Which;
+use crate::injector::MethodName;
+
+/// What it takes to list sockets with their owners in `netns`.
+pub fn to_find(netns: &Which) -> CapsHashSet {
+    // Reading /proc/PID/fd of another user needs both: the directory is its owner's (fs/proc/fd.c, proc_fd_permission), and so are
+    // the links in it (fs/proc/base.c, proc_fd_access_allowed).
+    let mut needed =
+        CapsHashSet::from([Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH]);
+    if *netns != Which::Ours {
+        // net/core/net_namespace.c, netns_install.
+        needed.insert(Capability::CAP_SYS_ADMIN);
+    }
+    needed
+}
+
+/// What `methods` need beyond [`to_find`].
+pub fn to_act(methods: &[MethodName]) -> CapsHashSet {
+    let needs = |method: &MethodName| match method {
+        // The right to reach into an owner is the one to see it.
+        MethodName::Shutdown => [].as_slice(),
+        MethodName::Probe => &[Capability::CAP_NET_RAW],
+        MethodName::Destroy => &[Capability::CAP_NET_ADMIN],
+        // CAP_NET_ADMIN for repair mode.
+        MethodName::Rst => &[Capability::CAP_NET_RAW, Capability::CAP_NET_ADMIN],
+    };
+    methods.iter().flat_map(needs).copied().collect()
+}
+
+/// What `--reclaim` needs beyond [`to_find`]: the seccomp filter of an owner is read with CAP_SYS_ADMIN (kernel/seccomp.c,
+/// get_nth_filter).
+pub const TO_RECLAIM: [Capability; 1] = [Capability::CAP_SYS_ADMIN];
+
+/// Gives up what is not in `needed`, and the right to get it back. Call it before the first thread.
+///
+/// Without CAP_SYS_PTRACE the capabilities in use stay: a process lets in only who has all that it has
+/// itself (security/commoncap.c, cap_ptrace_access_check), so that root of a container could no longer look into its neighbours.
+///
+/// # Errors
+/// A filter of system calls (seccomp) refuses it. What was not reached is still held.
+pub fn give_up_all_but(needed: &CapsHashSet) -> anyhow::Result<()> {
+    prctl::set_no_new_privs().context("cannot set no_new_privs")?;
+    let read = |set| caps::read(None, set).with_context(|| format!("cannot read the {set:?} set"));
+    let permitted = read(CapSet::Permitted)?;
+    // First of all, while CAP_SETPCAP is there; without it the set stays, and no_new_privs makes it harmless.
+    let bounding = match read(CapSet::Effective)?.contains(&Capability::CAP_SETPCAP) {
+        true => caps::clear(None, CapSet::Bounding),
+        false => Ok(()),
+    };
+    let drop_to = |set, keep: &CapsHashSet| {
+        caps::set(None, set, keep).with_context(|| format!("cannot reduce the {set:?} set"))
+    };
+    // A kernel before 4.3 has no ambient set, and nothing in it.
+    if caps::runtime::ambient_set_supported().is_ok() {
+        caps::clear(None, CapSet::Ambient).context("cannot clear the ambient set")?;
+    }
+    if permitted.contains(&Capability::CAP_SYS_PTRACE) {
+        let keep = |held: &CapsHashSet| held.intersection(needed).copied().collect();
+        drop_to(CapSet::Effective, &keep(&read(CapSet::Effective)?))?;
+        drop_to(CapSet::Permitted, &keep(&permitted))?;
+    }
+    drop_to(CapSet::Inheritable, &CapsHashSet::new())?;
+    bounding.context("cannot clear the bounding set")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_listing_needs_to_see_and_nothing_else() {
+        let here = to_find(&Which::Ours);
+        assert_eq!(here.len(), 2);
+        assert!(here.contains(&Capability::CAP_SYS_PTRACE));
+        for elsewhere in [Which::All, Which::One("blue".into())] {
+            let added: Vec<_> = to_find(&elsewhere).difference(&here).copied().collect();
+            assert_eq!(added, [Capability::CAP_SYS_ADMIN]);
+        }
+    }
+
+    #[test]
+    fn methods_add_what_they_need() {
+        let needs = |methods: &[MethodName]| to_act(methods);
+        assert!(needs(&[MethodName::Shutdown]).is_empty());
+        assert_eq!(
+            needs(&[MethodName::Destroy]),
+            CapsHashSet::from([Capability::CAP_NET_ADMIN])
+        );
+        assert_eq!(
+            needs(&[MethodName::Probe]),
+            CapsHashSet::from([Capability::CAP_NET_RAW])
+        );
+        assert_eq!(needs(&MethodName::AUTO).len(), 2);
+    }
+}

@@ -1,0 +1,66 @@
+//! Work on several threads, on hosts where none may be left to start.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::thread::{self, Builder};
+
+/// Makes the pool of rayon. Where no thread can be started (RLIMIT_NPROC, pids.max of the cgroup) the calling
+/// thread does the pool's work, and [`are_there`] says so.
+///
+/// # Errors
+/// There is a pool already.
+pub fn prepare() -> Result<(), rayon::ThreadPoolBuildError> {
+    rayon::ThreadPoolBuilder::new().build_global().or_else(|_| {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(1)
+            .use_current_thread()
+            .build_global()
+    })
+}
+
+/// Whether the pool has threads of its own, so that others may give it work and wait.
+pub(crate) fn are_there() -> bool {
+    rayon::current_num_threads() > 1
+}
+
+/// Does `work` on each of `items`, `at_once` of them at the same time as far as threads can be started; one result
+/// each, in order, the panic if it ended in one.
+pub(crate) fn side_by_side<I: Sync, T: Send>(
+    items: &[I],
+    at_once: usize,
+    work: impl Fn(&I) -> T + Sync,
+) -> Vec<thread::Result<T>> {
+    let here = |item| catch_unwind(AssertUnwindSafe(|| work(item)));
+    if let [only] = items {
+        return vec![here(only)];
+    }
+    let mut results = Vec::with_capacity(items.len());
+    for some in items.chunks(at_once) {
+        thread::scope(|scope| {
+            let started: Vec<_> = some
+                .iter()
+                .map(|item| (item, Builder::new().spawn_scoped(scope, || work(item))))
+                .collect();
+            let result = |(item, thread): (_, std::io::Result<thread::ScopedJoinHandle<'_, T>>)| {
+                thread.map_or_else(|_| here(item), thread::ScopedJoinHandle::join)
+            };
+            results.extend(started.into_iter().map(result));
+        });
+    }
+    results
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_are_in_order_and_a_panic_stays_with_its_item() {
+        let results = side_by_side(&[1, 2, 3, 4, 5], 2, |item| match item {
+            3 => panic!("on purpose"),
+            item => item * 10,
+        });
+        let values: Vec<Option<i32>> = results.into_iter().map(Result::ok).collect();
+        assert_eq!(values, [Some(10), Some(20), None, Some(40), Some(50)]);
+        assert!(side_by_side(&[0], 1, |_| panic!("on purpose"))[0].is_err());
+    }
+}

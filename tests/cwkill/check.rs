@@ -1,0 +1,133 @@
+//! `cwkill check`: thresholds, as a monitoring system reads them.
+
+use anyhow::{Context, Result, ensure};
+use netns_harness::{Family, TcpState};
+
+use crate::Case::{self, EachFamily, Once};
+use crate::support::{CWKILL, Ran, alone, count, cwkill, in_state, lab, ran, same};
+
+pub const CASES: &[Case] = &[
+    EachFamily("reaching_a_threshold_means_so_many_or_more", thresholds),
+    Once("percent_are_of_the_owners_limit", percent),
+    Once("every_failure_is_unknown", failures),
+    Once("what_cannot_be_seen_is_not_ok", unseen),
+    Once("it_never_acts", never_acts),
+];
+
+/// The parts of the one line: what stands before the bar, and the value of a label behind it.
+fn line(ran: &Ran) -> Result<(String, Vec<(String, String)>)> {
+    let text = ran.stdout.strip_suffix('\n').context("no line")?;
+    ensure!(!text.contains('\n'), "more than a line: {ran:#?}");
+    let (text, performance) = text.split_once(" | ").context("no performance data")?;
+    let pair = |word: &str| -> Result<(String, String)> {
+        let (label, value) = word.split_once('=').context("no label=value")?;
+        same(&value.matches(';').count(), &4)?;
+        Ok((label.to_owned(), value.to_owned()))
+    };
+    let pairs = performance.split(' ').map(pair).collect::<Result<_>>()?;
+    Ok((text.to_owned(), pairs))
+}
+
+fn thresholds(family: Family) -> Result<()> {
+    let (lab, leak) = lab("unread", family, 5)?;
+    let _innocents = lab.start("established", family, count(3))?;
+    for (options, code, word) in [
+        ("-w 6 -c 7", 0, "OK"),
+        ("-w 5 -c 6", 1, "WARNING"),
+        ("-w 5 -c 5", 2, "CRITICAL"),
+        ("--warning 1 --critical 2", 2, "CRITICAL"),
+        ("-w 1 -c 2 --port 9", 0, "OK"),
+        ("-w 1 -c 9 --port 8080 --cause unread", 1, "WARNING"),
+        ("-w 1 -c 9 sport = :8080", 1, "WARNING"),
+    ] {
+        let ran = cwkill(&lab, &format!("check {options}"))?.exits(code)?;
+        let (text, values) = line(&ran)?;
+        ensure!(text.starts_with(&format!("CWKILL {word}: ")), "{text}");
+        ensure!(ran.stderr.is_empty(), "{ran:#?}");
+        let stuck = if options.contains("--port 9") { 0 } else { 5 };
+        let (label, value) = &values[0];
+        same(&label.as_str(), &"stuck")?;
+        ensure!(value.starts_with(&format!("{stuck};")), "{value}");
+        if stuck > 0 {
+            let whose = format!("5 of leaky-app/{}", leak.app().pid());
+            ensure!(text.contains(&whose), "{text}");
+        }
+    }
+    let (_, values) = line(&cwkill(&lab, "check -w 6 -c 7")?)?;
+    let wanted = [
+        ("stuck", "5;6;7;0;"),
+        ("not_accepted", "0;;;0;"),
+        ("unread", "5;;;0;"),
+        ("drained", "0;;;0;"),
+        ("sending", "0;;;0;"),
+    ];
+    let wanted: Vec<_> = wanted.map(|(l, v)| (l.to_owned(), v.to_owned())).into();
+    same(&values, &wanted)
+}
+
+fn percent() -> Result<()> {
+    let (lab, leak) = lab("drained", Family::V4, 10)?;
+    let _roomy = lab.start("drained", Family::V4, alone(8081, 30))?;
+    let pid = leak.app().pid();
+    let line = format!("--pid {pid} --nofile=50:");
+    ran(lab.app_host().command("prlimit").args(line.split(' ')))?.exits(0)?;
+    for (options, code) in [("-w 21 -c 90", 0), ("-w 20 -c 90", 1), ("-w 10 -c 20", 2)] {
+        let ran = cwkill(&lab, &format!("check --percent-of-limit {options}"))?.exits(code)?;
+        let whose = format!("leaky-app/{pid} holds 10 of 50 | percent=20.0%;");
+        ensure!(ran.stdout.contains(&whose), "{ran:#?}");
+    }
+    Ok(())
+}
+
+fn failures() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 1)?;
+    for (options, named) in [
+        ("", "--warning"),
+        ("-w 1", "--critical"),
+        ("-w 0 -c 1", "1 or more"),
+        ("-w many -c 1", "many"),
+        ("-w 5 -c 4", "-w 4 -c 5"),
+        ("-w 50 -c 101 --percent-of-limit", "-w 50 -c 80"),
+        ("-w 1 -c 2 --port 80x", "80x"),
+        ("-w 1 -c 2 --method destroy", "--method"),
+        ("-w 1 -c 2 sport = :8O80", "column 9"),
+        ("-w 1 -c 2 -N no-such-namespace", "no-such-namespace"),
+        ("-w 1 -c 2 state close-wait --state close-wait", "--state"),
+    ] {
+        let ran = cwkill(&lab, &format!("check {options}"))?.exits(3)?;
+        let text = ran.stdout.strip_suffix('\n').context("no line")?;
+        let good = text.starts_with("CWKILL UNKNOWN: ") && text.contains(named);
+        ensure!(good && !text.contains('\n'), "{options}: {ran:#?}");
+    }
+    // Nobody could read it.
+    let script = format!("{CWKILL} check -w 5 -c 6 >/dev/full");
+    ran(lab.app_host().command("sh").args(["-c", &script]))?.exits(3)?;
+    Ok(())
+}
+
+fn unseen() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 3)?;
+    let bare = |options: &str| {
+        let command = lab.app_host().command(CWKILL).capabilities(&[]);
+        ran(command.args(["check"]).args(options.split(' ')))
+    };
+    // The owners do not matter to the number.
+    bare("-w 4 -c 5")?.exits(0)?;
+    bare("-w 3 -c 5")?.exits(1)?;
+    // They do here: three sockets may be theirs.
+    let ran = bare("-w 3 -c 5 --process leaky-app")?.exits(3)?;
+    ensure!(ran.stdout.contains("3 more may match"), "{ran:#?}");
+    bare("-w 4 -c 5 --process leaky-app")?.exits(0)?;
+    let ran = bare("-w 50 -c 80 --percent-of-limit")?.exits(3)?;
+    let told = ran.stdout.contains("the owners of 3 could not be seen");
+    ensure!(told, "{ran:#?}");
+    Ok(())
+}
+
+fn never_acts() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 3)?;
+    let before = lab.app_host().ss(&[])?;
+    cwkill(&lab, "check -w 1 -c 1 --all --port 8080")?.exits(2)?;
+    same(&lab.app_host().ss(&[])?, &before)?;
+    same(&in_state(&lab, TcpState::CloseWait)?, &3)
+}

@@ -1,0 +1,360 @@
+//! `cwkill diagnose`: who leaks and why, compared with what the kernel shows.
+
+use std::process::Stdio;
+
+use anyhow::{Context, Result, ensure};
+use netns_harness::{Family, How, Lab, SocketOption, TcpState};
+use serde_json::{Value, json};
+
+use crate::Case::{self, EachFamily, Once};
+use crate::support::{
+    CWKILL, PATIENCE, Ran, alone, at, connections, count, cwkill, in_state, lab, ran, same,
+    until_it_sleeps,
+};
+
+pub const CASES: &[Case] = &[
+    EachFamily("each_culprit_has_its_verdict", every_cause),
+    EachFamily("dead_descriptors_are_counted", dead),
+    EachFamily("a_conversation_in_one_direction_is_no_leak", half_closed),
+    Once("unix_sockets_are_not_dead", unix),
+    Once("dead_where_it_may_not_be_read_is_unknown", foreign_proc),
+    Once("growth_is_told_by_identity", growth),
+    Once("shared_sockets_count_for_each_owner", shared),
+    Once(
+        "without_privileges_it_says_what_it_cannot_see",
+        unprivileged,
+    ),
+    Once("bars_need_a_known_width", bars),
+    Once("a_closed_pipe_is_no_error", head),
+];
+
+const QUICK: &str = "--sample 50ms --json";
+
+/// The block of one process, or of one listener by its port.
+fn block<'a>(document: &'a Value, list: &str, key: &str, value: u64) -> Result<&'a Value> {
+    let blocks = document[list].as_array().context("no list")?;
+    let found = blocks.iter().find(|block| block[key] == json!(value));
+    found.with_context(|| format!("nothing of {value} in {document:#}"))
+}
+
+fn process(document: &Value, pid: u32) -> Result<&Value> {
+    block(document, "processes", "pid", pid.into())
+}
+
+/// `COUNT of CAUSE, with a verdict that has this text` is all that is said of causes.
+fn only_cause(group: &Value, cause: &str, sockets: u64, verdict: &str) -> Result<()> {
+    let causes = group["causes"].as_object().context("no causes")?;
+    same(&causes.keys().cloned().collect(), &vec![cause.to_owned()])?;
+    same(&causes[cause]["count"], &json!(sockets))?;
+    let text = at(&causes[cause], "/verdict");
+    ensure!(text.contains(verdict), "{text}");
+    Ok(())
+}
+
+fn every_cause(family: Family) -> Result<()> {
+    let lab = Lab::new()?;
+    let drained = lab.start("drained", family, alone(8001, 5))?;
+    let unread = lab.start("unread", family, alone(8002, 4))?;
+    let sending = lab.start("sending", family, alone(8003, 3))?;
+    let never = lab.start("not-accepted", family, alone(8004, 2))?;
+    let stopped = lab.start("stopped", family, alone(8005, 1))?;
+    let innocents = lab.start("established", family, alone(8006, 6))?;
+    let before = lab.app_host().ss(&[])?;
+
+    let document = cwkill(&lab, &format!("diagnose {QUICK}"))?
+        .exits(0)?
+        .json()?;
+    same(&document["schema_version"], &json!(1))?;
+    same(&document["total"]["stuck"], &json!(15))?;
+    let cases = [
+        (
+            &drained,
+            "drained",
+            5,
+            "a leak in the code that handles :8001",
+        ),
+        (&unread, "unread", 4, "not reading"),
+        (&sending, "sending", 3, "look at the peers"),
+        (&stopped, "drained", 1, "that handles :8005"),
+    ];
+    for (leak, cause, sockets, verdict) in cases {
+        let pid = leak.app().pid();
+        let process = process(&document, pid)?;
+        only_cause(process, cause, sockets, verdict)?;
+        let peer = leak.pair().peer_address.to_string();
+        same(
+            &process["peers"],
+            &json!([{"address": peer, "count": sockets}]),
+        )?;
+        let port = leak.pair().app_address.port();
+        same(
+            &process["ports"],
+            &json!([{"port": port, "count": sockets}]),
+        )?;
+        let open = std::fs::read_dir(format!("/proc/{pid}/fd"))?.count();
+        same(&process["descriptors"]["used"], &json!(open))?;
+        same(&process["descriptors"]["dead"], &json!(0))?;
+        let limits = std::fs::read_to_string(format!("/proc/{pid}/limits"))?;
+        let files = limits
+            .lines()
+            .find(|line| line.starts_with("Max open files"));
+        let soft = files.and_then(|line| line.split_whitespace().nth(3));
+        same(
+            &at(process, "/descriptors/limit"),
+            &soft.context("no limit")?.to_owned(),
+        )?;
+        let command = at(process, "/next/command");
+        match leak.scenario().name {
+            "stopped" => same(&command, &format!("kill -CONT {pid}"))?,
+            _ => ensure!(command.starts_with(&format!("gdb -p {pid} ")), "{command}"),
+        }
+    }
+    let frozen = process(&document, stopped.app().pid())?;
+    same(&frozen["condition"], &json!("stopped"))?;
+    same(&frozen["state"], &json!("T"))?;
+
+    let listener = block(&document, "listeners", "port", 8004)?;
+    only_cause(listener, "not-accepted", 2, "the accept loop is stuck")?;
+    same(&listener["owners"], &json!([never.app().pid()]))?;
+    let rows = lab.app_host().ss(&["sport", "=", ":8004"])?;
+    let row = rows.iter().find(|row| row.state == TcpState::Listen);
+    let row = row.context("the listener is gone")?;
+    same(&listener["waiting"], &json!(row.recv_q))?;
+    same(&listener["backlog"], &json!(row.send_q))?;
+    let waits = process(&document, never.app().pid())?;
+    same(
+        &(&waits["stuck"], &waits["waiting"]),
+        &(&json!(0), &json!(2)),
+    )?;
+    ensure!(process(&document, innocents.app().pid()).is_err());
+
+    let text = cwkill(&lab, "diagnose --sample 50ms")?.exits(0)?.stdout;
+    for wanted in [
+        "15 sockets stuck: 2 not-accepted, 3 sending, 4 unread, 6 drained; none new".to_owned(),
+        format!("leaky-app/{}: 5 stuck", drained.app().pid()),
+        "5 drained: reads to the end and never closes: a leak in the code that handles :8001"
+            .into(),
+        "4 unread: not reading: idle pool or blocked worker".into(),
+        "3 sending: ".into(),
+        "2 not-accepted: not accepting: closing sockets will not help".into(),
+        "stopped by a signal".into(),
+        format!("of leaky-app/{}: 2 stuck", never.app().pid()),
+    ] {
+        ensure!(text.contains(&wanted), "wanted {wanted:?} in\n{text}");
+    }
+    // It has touched nothing. What is queued may have moved on.
+    let key = |rows: &[netns_harness::SsRow]| -> Vec<_> {
+        rows.iter().map(|row| (row.cookie, row.state)).collect()
+    };
+    same(&key(&lab.app_host().ss(&[])?), &key(&before))
+}
+
+/// The numbers of descriptors: dead, never connected, unknown.
+fn suspects(document: &Value, pid: u32) -> Result<[Value; 3]> {
+    let descriptors = &process(document, pid)?["descriptors"];
+    let one = |kind: &str| descriptors[kind].clone();
+    Ok(["dead", "never_connected", "unknown"].map(one))
+}
+
+fn dead(family: Family) -> Result<()> {
+    let (lab, leak) = lab("established", family, 3)?;
+    let open = lab.start("established", family, count(2))?;
+    // The peer's reset, nothing of ours, ends them.
+    leak.peer()
+        .set_option(&leak.peer_fds(), SocketOption::Linger(Some(0)))?;
+    leak.peer().close(&leak.peer_fds())?;
+    lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::Established)? == 2))?;
+    let pid = leak.app().pid();
+    for fd in leak.app_fds() {
+        let link = std::fs::read_link(format!("/proc/{pid}/fd/{fd}"))?;
+        ensure!(link.to_string_lossy().starts_with("socket:["), "{link:?}");
+    }
+    let wanted = [json!(3), json!(0), json!(0)];
+    for selectors in [
+        String::new(),
+        "--port 8080".into(),
+        format!("--pid {pid}"),
+        "--process leaky*".into(),
+    ] {
+        let ran = cwkill(&lab, &format!("diagnose {selectors} {QUICK}"))?.exits(0)?;
+        let document = ran.json()?;
+        same(&document["total"]["stuck"], &json!(0))?;
+        same(&suspects(&document, pid)?, &wanted)?;
+    }
+    // Nothing of what these select by is known of a dead socket.
+    for selectors in [
+        "--port 8081",
+        "--cause unread",
+        "--min-age 1s",
+        "--peer-port 1",
+    ] {
+        cwkill(&lab, &format!("diagnose {selectors} {QUICK}"))?.exits(1)?;
+    }
+    let text = cwkill(&lab, "diagnose --sample 50ms")?.exits(0)?.stdout;
+    ensure!(text.contains("3 dead descriptors"), "{text}");
+    ensure!(text.contains("only the process can close them"), "{text}");
+    // A duplicate was taken of dead ones only, and given back.
+    crate::support::carries_data(&open)?;
+    leak.app().close(&leak.app_fds())?;
+    cwkill(&lab, &format!("diagnose {QUICK}"))?.exits(1)?;
+    Ok(())
+}
+
+fn half_closed(family: Family) -> Result<()> {
+    let (lab, leak) = lab("half-closed", family, 2)?;
+    let leaks = lab.start("drained", family, alone(8001, 2))?;
+    let line = "diagnose --sample 4s --json";
+    let document = cwkill(&lab, line)?.exits(0)?.json()?;
+    let talks = process(&document, leak.app().pid())?;
+    let causes = talks["causes"].as_object().context("no causes")?;
+    let verdicts: Vec<String> = causes.values().map(|of| at(of, "/verdict")).collect();
+    let leak_told = verdicts.iter().any(|text| text.contains("never closes"));
+    ensure!(!causes.is_empty() && !leak_told, "{verdicts:?}");
+    only_cause(
+        process(&document, leaks.app().pid())?,
+        "drained",
+        2,
+        "never closes",
+    )
+}
+
+fn unix() -> Result<()> {
+    let (lab, leak) = lab("unread", Family::V4, 2)?;
+    // Leaves two UNIX sockets and no TCP socket in the application's table.
+    leak.app().put_in_flight(&leak.app_fds())?;
+    let document = cwkill(&lab, &format!("diagnose {QUICK}"))?
+        .exits(0)?
+        .json()?;
+    same(&document["unknown_owner"]["stuck"], &json!(2))?;
+    let none: &Vec<Value> = &vec![];
+    same(&document["processes"].as_array(), &Some(none))
+}
+
+/// Process numbers of /proc mean nothing here, so that no descriptor can be duplicated.
+fn foreign_proc() -> Result<()> {
+    let (lab, leak) = lab("drained", Family::V4, 3)?;
+    let _more = lab.start("unread", Family::V4, count(1))?;
+    cwkill(&lab, "--cause drained --method destroy")?.exits(0)?;
+    let line = format!("--pid --fork --kill-child {CWKILL} diagnose {QUICK}");
+    let ran = ran(lab
+        .app_host()
+        .command("unshare")
+        .args(line.split_whitespace()))?
+    .exits(0)?;
+    let wanted = [json!(0), json!(0), json!(3)];
+    same(&suspects(&ran.json()?, leak.app().pid())?, &wanted)
+}
+
+fn growth() -> Result<()> {
+    let (lab, leak) = lab("unread", Family::V4, 3)?;
+    let later = lab.start("established", Family::V4, count(2))?;
+    let command = lab.app_host().command(CWKILL);
+    let command = command.args(["diagnose", "--sample", "8s", "--json"]);
+    let child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    until_it_sleeps(&lab, child.id())?;
+    // One goes and two come: one more.
+    leak.app().close(&leak.app_fds()[..1])?;
+    later.peer().shutdown(&later.peer_fds(), How::Write)?;
+    lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::CloseWait)? == 4))?;
+    let document = Ran::of(child.wait_with_output()?)?.exits(0)?.json()?;
+    for group in [&document["total"], process(&document, leak.app().pid())?] {
+        let growth = &group["growth"];
+        same(&(&growth["new"], &growth["gone"]), &(&json!(2), &json!(1)))?;
+        let seconds = document["sample_seconds"].as_f64().context("no time")?;
+        ensure!(seconds >= 8.0, "{seconds}");
+        let rate = growth["per_minute"].as_f64().context("no rate")?;
+        ensure!(
+            (rate - 60.0 / seconds).abs() < 0.01,
+            "{rate} in {seconds} s"
+        );
+    }
+    Ok(())
+}
+
+fn shared() -> Result<()> {
+    let (lab, leak) = lab("forked", Family::V4, 2)?;
+    let document = cwkill(&lab, &format!("diagnose {QUICK}"))?
+        .exits(0)?
+        .json()?;
+    same(&document["total"]["stuck"], &json!(2))?;
+    let processes = document["processes"].as_array().context("no processes")?;
+    same(&processes.len(), &3)?;
+    for process in processes {
+        same(
+            &(&process["stuck"], &process["shared"]),
+            &(&json!(2), &json!(2)),
+        )?;
+    }
+    process(&document, leak.app().pid())?;
+    // Dead descriptors are counted in each of them too.
+    cwkill(&lab, "--all --method destroy")?.exits(0)?;
+    let document = cwkill(&lab, &format!("diagnose {QUICK}"))?
+        .exits(0)?
+        .json()?;
+    let processes = document["processes"].as_array().context("no processes")?;
+    let dead: Vec<String> = processes
+        .iter()
+        .map(|p| at(p, "/descriptors/dead"))
+        .collect();
+    same(&dead, &vec!["2".to_owned(); 3])
+}
+
+fn unprivileged() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 2)?;
+    let command = lab.app_host().command(CWKILL).capabilities(&[]);
+    let ran = ran(command.args(["diagnose", "--sample", "50ms"]))?
+        .exits(0)?
+        .complains("2 sockets without a known owner")?
+        .complains("may not be read: dead ones among them are not counted")?
+        .complains("setcap")?;
+    ensure!(ran.stdout.contains("unknown owner: 2 stuck"), "{ran:#?}");
+    let command = lab.app_host().command(CWKILL).capabilities(&[]);
+    let line = format!("diagnose --process leaky-app {QUICK}");
+    let ran = crate::support::ran(command.args(line.split(' ')))?.exits(4)?;
+    same(&ran.json()?["undecided"], &json!(2))
+}
+
+fn bars() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 4)?;
+    let _more = lab.start("drained", Family::V4, count(2))?;
+    for (columns, wanted) in [(None, false), (Some("20"), false), (Some("100"), true)] {
+        let command = lab.app_host().command(CWKILL);
+        let command = command.args(["diagnose", "--sample", "50ms"]);
+        let command = command.env("COLUMNS", columns.unwrap_or_default());
+        let text = ran(command)?.exits(0)?.stdout;
+        let bars = |name: &str| -> Vec<usize> {
+            let rows = text
+                .lines()
+                .filter(|line| line.trim_start().starts_with(name));
+            let rows = rows.filter(|line| line.contains('#'));
+            rows.map(|line| line.matches('#').count()).collect()
+        };
+        let drawn = match wanted {
+            true => (vec![40], vec![20], vec![40]),
+            false => (vec![], vec![], vec![]),
+        };
+        let is = (bars("unread"), bars("drained"), bars("under 1m"));
+        same(&is, &drawn).with_context(|| format!("{columns:?}: {text}"))?;
+    }
+    Ok(())
+}
+
+fn head() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 2)?;
+    for output in ["", "--json"] {
+        let (reader, writer) = std::io::pipe()?;
+        drop(reader);
+        let line = format!("diagnose --sample 50ms {output}");
+        let command = lab.app_host().command(CWKILL).args(line.split_whitespace());
+        let child = command.stdout(writer).stderr(Stdio::null()).spawn();
+        let status = child?.wait()?;
+        ensure!(status.code() == Some(0), "{line}: {status}");
+    }
+    let empty = Lab::new()?;
+    let ran = cwkill(&empty, "diagnose --sample 50ms")?.exits(1)?;
+    ensure!(ran.stdout.starts_with("0 sockets stuck"), "{ran:#?}");
+    same(&connections(&lab)?.len(), &2)
+}

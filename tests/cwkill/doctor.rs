@@ -1,0 +1,497 @@
+//! `cwkill doctor`: what it says of a method is what the method then does.
+
+use std::collections::BTreeMap;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use netns_harness::{
+    Agent, AgentOptions, Capability, Dial, Family, HostCommand, How, Lab, TcpState,
+};
+use seccompiler::{
+    SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+};
+use serde_json::Value;
+
+use crate::Case::{self, Once};
+use crate::support::{CWKILL, PATIENCE, Ran, alone, at, ran, same};
+
+use Capability::{
+    CAP_DAC_READ_SEARCH as SEARCH, CAP_NET_ADMIN as ADMIN, CAP_NET_RAW as RAW,
+    CAP_SYS_PTRACE as PTRACE,
+};
+
+pub const CASES: &[Case] = &[
+    Once("it_agrees_with_the_methods_as_it_is", as_it_is),
+    Once(
+        "it_agrees_with_the_methods_whatever_capability_is_missing",
+        capabilities,
+    ),
+    Once(
+        "it_agrees_with_the_methods_under_a_filter_of_system_calls",
+        filtered,
+    ),
+    Once(
+        "it_agrees_with_the_methods_in_a_user_namespace",
+        user_namespace,
+    ),
+    Once("without_a_list_of_sockets_nothing_works", blind),
+    Once("a_loopback_that_is_down_is_named", loopback_down),
+    Once(
+        "a_privilege_that_is_missing_is_named",
+        names_what_is_missing,
+    ),
+    Once("it_touches_nothing_else", touches_nothing),
+    Once("nobody_need_read_it_to_the_end", closed_output),
+];
+
+/// Those that need a second user, or a /proc of their own.
+pub const USERS_CASES: &[Case] = &[
+    Once("it_agrees_with_the_methods_as_a_user", as_a_user),
+    Once(
+        "it_agrees_with_the_methods_on_the_sockets_of_others",
+        on_others,
+    ),
+    Once("a_proc_that_hides_is_named", hidepid),
+];
+
+const METHODS: [&str; 4] = ["shutdown", "destroy", "rst", "probe"];
+const NOBODY: u32 = 65534;
+
+/// Set in the environment, it makes this program run its arguments without some system calls.
+pub const WITHOUT: &str = "CWKILL_TESTS_WITHOUT";
+
+/// Runs the arguments under the filter that `what` names.
+pub fn run_without(what: &str) -> Result<()> {
+    const AF_PACKET: u64 = libc::AF_PACKET as u64;
+    const AF_NETLINK: u64 = libc::AF_NETLINK as u64;
+    const CAPBSET_DROP: u64 = libc::PR_CAPBSET_DROP as u64;
+    let (call, errno, rules) = match what {
+        // As an old kernel, and as a container's filter.
+        "pidfd_getfd: ENOSYS" => (libc::SYS_pidfd_getfd, libc::ENOSYS, vec![]),
+        "pidfd_getfd: EPERM" => (libc::SYS_pidfd_getfd, libc::EPERM, vec![]),
+        "packet sockets" => {
+            let family =
+                SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, AF_PACKET)?;
+            (
+                libc::SYS_socket,
+                libc::EAFNOSUPPORT,
+                vec![SeccompRule::new(vec![family])?],
+            )
+        }
+        "netlink" => {
+            let family =
+                SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, AF_NETLINK)?;
+            (
+                libc::SYS_socket,
+                libc::EPROTONOSUPPORT,
+                vec![SeccompRule::new(vec![family])?],
+            )
+        }
+        "PR_CAPBSET_DROP" => {
+            let drop =
+                SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, CAPBSET_DROP)?;
+            (
+                libc::SYS_prctl,
+                libc::EPERM,
+                vec![SeccompRule::new(vec![drop])?],
+            )
+        }
+        other => bail!("no such filter: {other}"),
+    };
+    let filter = SeccompFilter::new(
+        BTreeMap::from([(call, rules)]),
+        SeccompAction::Allow,
+        SeccompAction::Errno(errno.unsigned_abs()),
+        std::env::consts::ARCH.try_into()?,
+    )?;
+    let program: seccompiler::BpfProgram = filter.try_into()?;
+    seccompiler::apply_filter(&program)?;
+    let mut arguments = std::env::args_os().skip(1);
+    let error = Command::new(arguments.next().context("no command")?)
+        .args(arguments)
+        .exec();
+    Err(error.into())
+}
+
+/// The program, to be run under a filter; its arguments follow.
+pub fn without<'a>(lab: &'a Lab, what: &str) -> Result<HostCommand<'a>> {
+    let ourselves = std::env::current_exe()?;
+    Ok(lab
+        .app_host()
+        .command(ourselves)
+        .env(WITHOUT, what)
+        .arg(CWKILL))
+}
+
+/// Whom the sockets belong to that a method is tried on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Whose {
+    /// A process of this user.
+    App(Option<u32>),
+    /// None: never accepted.
+    Nobody,
+}
+
+/// A way to run the program on a host.
+type Setting<'a> = &'a dyn Fn(&Lab, &[&str]) -> Result<Ran>;
+
+fn plain(command: HostCommand<'_>, arguments: &[&str]) -> Result<Ran> {
+    ran(command.args(arguments))
+}
+
+/// What doctor says, after a look at its exit status.
+fn doctor(lab: &Lab, setting: Setting<'_>) -> Result<Value> {
+    let ran = setting(lab, &["doctor", "--json"])?;
+    let findings = ran.json()?;
+    let auto = at(&findings, "/auto");
+    let status = match auto.as_str() {
+        "yes" => 0,
+        "partly" | "untried" => 1,
+        "no" => 3,
+        _ => bail!("{findings:#}"),
+    };
+    ran.exits(status)?;
+    Ok(findings)
+}
+
+/// One stuck connection on a port of its own, its peer alive; the process that owns it, if any does.
+struct Victim {
+    method: &'static str,
+    kind: &'static str,
+    port: u16,
+    owner: Option<u32>,
+}
+
+/// A process of each of `whose`, with a stuck connection for each method.
+fn victims(
+    lab: &Lab,
+    family: Family,
+    whose: &[(Whose, &'static str)],
+) -> Result<(Vec<Agent>, Vec<Victim>)> {
+    let ip: std::net::IpAddr = match family {
+        Family::V4 => "127.0.0.1".parse()?,
+        Family::V6 => "::1".parse()?,
+        Family::Mapped => "::ffff:127.0.0.1".parse()?,
+    };
+    let peer = lab.app_host().agent("peer")?;
+    let (mut agents, mut victims) = (Vec::new(), Vec::new());
+    for (whose, kind) in whose {
+        let app = lab.app_host().agent_as(&AgentOptions {
+            comm: "victim".into(),
+            uid: match whose {
+                Whose::App(uid) => *uid,
+                Whose::Nobody => None,
+            },
+            capabilities: None,
+        })?;
+        for method in METHODS {
+            let port = 7001 + u16::try_from(victims.len())?;
+            let listener = app.listen((ip, port).into(), false, 16)?;
+            let address = (ip.to_canonical(), port).into();
+            let ends = peer.connect(address, 1, Dial::default(), PATIENCE)?;
+            if *whose != Whose::Nobody {
+                app.accept(listener, 1, PATIENCE)?;
+            }
+            peer.shutdown(&[ends[0].fd], How::Write)?;
+            lab.wait_for(PATIENCE, || is_stuck(lab, port))?;
+            victims.push(Victim {
+                method,
+                kind,
+                port,
+                owner: (*whose != Whose::Nobody).then(|| app.pid()),
+            });
+        }
+        agents.push(app);
+    }
+    agents.push(peer);
+    Ok((agents, victims))
+}
+
+fn is_stuck(lab: &Lab, port: u16) -> Result<bool> {
+    let sockets = lab.app_host().sockets()?;
+    Ok(sockets
+        .iter()
+        .any(|socket| socket.local.port() == port && socket.state == TcpState::CloseWait))
+}
+
+/// Runs doctor in `setting`, then every method on a socket of each of `whose`, and compares.
+/// Returns what doctor says of each.
+fn agree(family: Family, whose: &[(Whose, &'static str)], setting: Setting<'_>) -> Result<Value> {
+    let lab = Lab::new()?;
+    let (_agents, victims) = victims(&lab, family, whose)?;
+    let findings = doctor(&lab, setting)?;
+    let row = |method: &str| -> Result<Value> {
+        let rows = findings["methods"].as_array().context("no methods")?;
+        let row = rows.iter().find(|row| row["name"] == method);
+        Ok(row.with_context(|| format!("no row for {method}"))?.clone())
+    };
+    let missed = findings["unreachable"].as_array().context("no list")?;
+    for victim in &victims {
+        let Victim { method, kind, .. } = victim;
+        if *method == "shutdown" && victim.owner.is_none() {
+            ensure!(row(method)?["ownerless"].is_null());
+            continue;
+        }
+        let missed = victim
+            .owner
+            .map(|pid| missed.iter().find(|process| process["pid"] == pid));
+        let said = match at(&row(method)?, &format!("/{kind}")).as_str() {
+            "yes" => true,
+            "no" => false,
+            // It works through those that are in reach, and else as without an owner.
+            "partly" => match (*method, missed) {
+                (_, Some(None)) => true,
+                ("shutdown", _) => false,
+                ("probe", Some(Some(owner))) if owner["seen"] == true => false,
+                _ => at(&row(method)?, "/ownerless") == "yes",
+            },
+            other => bail!("{method} {kind}: {other}: {findings:#}"),
+        };
+        let port = victim.port.to_string();
+        let act = setting(
+            &lab,
+            &[
+                "--port", &port, "--method", method, "--grace", "5s", "--json",
+            ],
+        )?;
+        let result = act.sockets()?[0]["result"].clone();
+        let did = match *method {
+            // The peer is alive, and that is what there is to find out.
+            "probe" => result["reason"] == "peer is alive",
+            _ => result["outcome"] == "closed",
+        };
+        ensure!(
+            did == said,
+            "{method} {kind}: doctor says {said}, it is {did}: {result:#}\n{findings:#}"
+        );
+        same(&is_stuck(&lab, victim.port)?, &(*method == "probe" || !did))?;
+    }
+    Ok(findings)
+}
+
+/// Sockets of our own user, and those nobody has.
+const OURS: &[(Whose, &str)] = &[(Whose::App(None), "own"), (Whose::Nobody, "ownerless")];
+
+fn works(findings: &Value, method: &str, kind: &str) -> String {
+    let rows = findings["methods"].as_array();
+    let row = rows.and_then(|rows| rows.iter().find(|row| row["name"] == method));
+    row.map_or_else(|| "no row".into(), |row| at(row, &format!("/{kind}")))
+}
+
+fn as_it_is() -> Result<()> {
+    for family in Family::ALL {
+        let findings = agree(family, OURS, &|lab, arguments| {
+            plain(lab.app_host().command(CWKILL), arguments)
+        })?;
+        for method in ["destroy", "rst"] {
+            same(&works(&findings, method, "works"), &"yes".into())?;
+        }
+        same(&works(&findings, "probe", "ownerless"), &"yes".into())?;
+    }
+    Ok(())
+}
+
+fn capabilities() -> Result<()> {
+    // Each set, and of destroy, rst and probe what they do to a socket without an owner.
+    for (set, wanted) in [
+        (&[][..], ["no", "no", "no"]),
+        (&[PTRACE, SEARCH], ["no", "no", "no"]),
+        (&[ADMIN], ["yes", "no", "no"]),
+        (&[RAW], ["no", "yes", "yes"]),
+    ] {
+        let findings = agree(Family::V4, OURS, &|lab, arguments| {
+            plain(lab.app_host().command(CWKILL).capabilities(set), arguments)
+        })
+        .with_context(|| format!("{set:?}"))?;
+        for (method, wanted) in ["destroy", "rst", "probe"].into_iter().zip(wanted) {
+            same(&works(&findings, method, "ownerless"), &wanted.to_owned())
+                .with_context(|| format!("{set:?} {method}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn filtered() -> Result<()> {
+    for (filter, text) in [
+        ("pidfd_getfd: ENOSYS", "Linux 5.6"),
+        ("pidfd_getfd: EPERM", "seccomp"),
+        ("packet sockets", ""),
+    ] {
+        let findings = agree(Family::V4, OURS, &|lab, arguments| {
+            plain(without(lab, filter)?, arguments)
+        })
+        .with_context(|| filter.to_owned())?;
+        match filter {
+            "packet sockets" => {
+                same(&works(&findings, "rst", "ownerless"), &"no".into())?;
+                ensure!(works(&findings, "rst", "own") != "no", "{findings:#}");
+            }
+            _ => {
+                same(&works(&findings, "shutdown", "works"), &"no".into())?;
+                let change = works(&findings, "shutdown", "change");
+                ensure!(change.contains(text), "{change}");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn blind() -> Result<()> {
+    let lab = Lab::new()?;
+    let without = |arguments: &[&str]| plain(without(&lab, "netlink")?, arguments);
+    let ran = without(&["doctor", "--json"])?.exits(3)?;
+    same(&at(&ran.json()?, "/auto"), &"no".into())?;
+    let text = without(&["doctor"])?.exits(3)?.stdout;
+    ensure!(
+        text.contains("sock_diag") && text.contains("auto does not work here"),
+        "{text}"
+    );
+    without(&["--all"])?.exits(3)?;
+    Ok(())
+}
+
+/// All capabilities, in a user namespace that owns nothing: not the network, and no process.
+fn user_namespace() -> Result<()> {
+    let findings = agree(Family::V4, OURS, &|lab, arguments| {
+        plain(
+            lab.app_host().command("unshare").args(["-Ur", CWKILL]),
+            arguments,
+        )
+    })?;
+    same(&at(&findings, "/auto"), &"no".into())?;
+    let change = works(&findings, "destroy", "change");
+    ensure!(change.contains("not of this user namespace"), "{change}");
+    // And one that owns its network.
+    let lab = Lab::new()?;
+    let owner = |lab: &Lab, arguments: &[&str]| {
+        let script = format!("ip link set lo up && exec {CWKILL} {}", arguments.join(" "));
+        plain(
+            lab.app_host().command("unshare"),
+            &["-Urn", "sh", "-ec", &script],
+        )
+    };
+    let findings = doctor(&lab, &owner)?;
+    same(&works(&findings, "destroy", "works"), &"yes".into())?;
+    same(&works(&findings, "rst", "works"), &"yes".into())
+}
+
+fn loopback_down() -> Result<()> {
+    let lab = Lab::new()?;
+    let fresh = |lab: &Lab, arguments: &[&str]| {
+        plain(
+            lab.app_host().command("unshare").args(["-n", CWKILL]),
+            arguments,
+        )
+    };
+    let findings = doctor(&lab, &fresh)?;
+    same(&at(&findings, "/auto"), &"untried".into())?;
+    let text = fresh(&lab, &["doctor"])?.exits(1)?.stdout;
+    ensure!(
+        text.contains("loopback is down") && text.contains("ip link set lo up"),
+        "{text}"
+    );
+    Ok(())
+}
+
+fn names_what_is_missing() -> Result<()> {
+    let lab = Lab::new()?;
+    let text = plain(
+        lab.app_host().command(CWKILL).capabilities(&[]),
+        &["doctor"],
+    )?;
+    // 1 if there happens to be a process in reach.
+    ensure!(matches!(text.code, Some(1 | 3)), "{text:?}");
+    for wanted in [
+        "missing: CAP_NET_ADMIN CAP_NET_RAW",
+        "needs CAP_NET_RAW",
+        "--cap-add NET_ADMIN",
+    ] {
+        ensure!(
+            text.stdout.contains(wanted),
+            "no {wanted:?} in\n{}",
+            text.stdout
+        );
+    }
+    Ok(())
+}
+
+fn touches_nothing() -> Result<()> {
+    let lab = Lab::new()?;
+    let leak = lab.start("unread", Family::V4, alone(8080, 5))?;
+    let open = lab.start("established", Family::V4, alone(8081, 5))?;
+    let listed = || -> Result<Vec<_>> {
+        let mut rows = lab.app_host().ss(&[])?;
+        rows.retain(|row| row.state != TcpState::TimeWait);
+        rows.sort_by_key(|row| row.cookie);
+        Ok(rows
+            .into_iter()
+            .map(|row| (row.cookie, row.state))
+            .collect())
+    };
+    let before = listed()?;
+    plain(lab.app_host().command(CWKILL), &["doctor"])?;
+    same(&listed()?, &before)?;
+    crate::support::carries_data(&open)?;
+    drop(leak);
+    Ok(())
+}
+
+fn closed_output() -> Result<()> {
+    let lab = Lab::new()?;
+    let script = format!("{CWKILL} doctor | head -1; {CWKILL} doctor >/dev/full");
+    let ran = ran(lab.app_host().command("sh").args(["-c", &script]))?.exits(3)?;
+    same(&ran.stdout.lines().count(), &1)?;
+    same(&ran.stderr.lines().count(), &1)?;
+    ran.complains("cannot write the findings")?;
+    Ok(())
+}
+
+fn as_a_user() -> Result<()> {
+    let whose = [
+        (Whose::App(Some(NOBODY)), "own"),
+        (Whose::App(None), "others"),
+        (Whose::Nobody, "ownerless"),
+    ];
+    for set in [&[][..], &[PTRACE], &[PTRACE, SEARCH], &[RAW]] {
+        let findings = agree(Family::V4, &whose, &|lab, arguments| {
+            plain(
+                lab.app_host().command(CWKILL).uid(NOBODY).capabilities(set),
+                arguments,
+            )
+        })
+        .with_context(|| format!("{set:?}"))?;
+        if set.is_empty() {
+            same(&works(&findings, "shutdown", "others"), &"no".into())?;
+            ensure!(works(&findings, "shutdown", "own") != "no");
+            same(&at(&findings, "/auto"), &"partly".into())?;
+        }
+    }
+    Ok(())
+}
+
+fn on_others() -> Result<()> {
+    let whose = [(Whose::App(Some(NOBODY)), "others")];
+    let findings = agree(Family::V4, &whose, &|lab, arguments| {
+        plain(lab.app_host().command(CWKILL), arguments)
+    })?;
+    same(&works(&findings, "shutdown", "others"), &"yes".into())
+}
+
+fn hidepid() -> Result<()> {
+    let whose = [(Whose::App(None), "others"), (Whose::Nobody, "ownerless")];
+    let findings = agree(Family::V4, &whose, &|lab, arguments| {
+        let script = format!(
+            "mount -t proc -o hidepid=2 proc /proc && exec setpriv --reuid {NOBODY} --regid {NOBODY} --clear-groups \
+             {CWKILL} {}",
+            arguments.join(" ")
+        );
+        plain(
+            lab.app_host().command("unshare"),
+            &["-m", "sh", "-ec", &script],
+        )
+    })?;
+    let change = works(&findings, "shutdown", "change");
+    ensure!(change.contains("hidepid=0"), "{change}");
+    Ok(())
+}

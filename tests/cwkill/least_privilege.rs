@@ -1,0 +1,241 @@
+//! What each job needs, and that nothing more is held while it runs.
+
+use std::collections::BTreeMap;
+use std::process::{Child, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use netns_harness::{AgentOptions, Capability, Family, Lab, TcpState};
+
+use crate::Case::{self, Once};
+use crate::support::{CWKILL, PATIENCE, Ran, at, count, in_state, lab, leaker, ran};
+
+use Capability::{
+    CAP_DAC_READ_SEARCH as SEARCH, CAP_NET_ADMIN as ADMIN, CAP_NET_BIND_SERVICE as BIND,
+    CAP_NET_RAW as RAW, CAP_SETPCAP as SETPCAP, CAP_SYS_ADMIN as SYS_ADMIN,
+    CAP_SYS_PTRACE as PTRACE,
+};
+
+pub const CASES: &[Case] = &[
+    Once(
+        "each_job_runs_with_its_set_and_not_with_one_less",
+        exact_sets,
+    ),
+    Once("another_namespace_needs_its_own", other_namespace),
+    Once("a_run_holds_what_it_needs_and_nothing_more", held),
+    Once(
+        "a_listing_holds_what_it_needs_and_nothing_more",
+        held_by_a_listing,
+    ),
+    Once(
+        "a_neighbour_with_the_same_capabilities_lets_it_in",
+        neighbour,
+    ),
+    Once("what_cannot_be_given_up_is_told_and_the_work_done", refused),
+];
+
+/// Those that need a second user.
+pub const USERS_CASES: &[Case] = &[Once("another_users_descriptors_need_both", other_user)];
+
+/// A user without any right here.
+const NOBODY: u32 = 65534;
+
+/// Runs the program with these capabilities and no others.
+fn with(lab: &Lab, uid: Option<u32>, capabilities: &[Capability], arguments: &str) -> Result<Ran> {
+    let command = lab.app_host().command(CWKILL).capabilities(capabilities);
+    let command = match uid {
+        Some(uid) => command.uid(uid),
+        None => command,
+    };
+    ran(command.args(arguments.split_whitespace()))
+}
+
+/// A job, the scenario it is for, and the capabilities it takes.
+const JOBS: &[(&str, &str, &[Capability])] = &[
+    ("shutdown", "unread", &[PTRACE]),
+    ("destroy", "not-accepted", &[ADMIN]),
+    ("rst", "not-accepted", &[RAW]),
+    ("probe", "peer-vanished", &[PTRACE]),
+];
+
+fn exact_sets() -> Result<()> {
+    for (method, scenario, set) in JOBS {
+        let (lab, _leak) = lab(scenario, Family::V4, 1)?;
+        let arguments = format!("--all --json --method {method}");
+        for missing in *set {
+            let less: Vec<_> = set.iter().copied().filter(|c| c != missing).collect();
+            let ran = with(&lab, None, &less, &arguments)?
+                .exits(4)
+                .with_context(|| format!("{method} without {missing}"))?;
+            ran.complains(&missing.to_string())?;
+            ensure!(in_state(&lab, TcpState::CloseWait)? == 1);
+        }
+        let sockets = with(&lab, None, set, &arguments)?
+            .exits(0)
+            .with_context(|| format!("{method} with {set:?}"))?
+            .sockets()?;
+        ensure!(at(&sockets[0], "/result/method") == *method);
+        ensure!(in_state(&lab, TcpState::CloseWait)? == 0);
+    }
+    // The dry run of one who holds everything shows what he could do, although it holds none of it itself.
+    let (lab, _leak) = lab("unread", Family::V4, 1)?;
+    let all = [PTRACE, SEARCH, ADMIN, RAW];
+    let sockets = with(&lab, None, &all, "-n --all --json")?.sockets()?;
+    ensure!(at(&sockets[0], "/plan") == r#"["shutdown","destroy","rst"]"#);
+    Ok(())
+}
+
+fn other_user() -> Result<()> {
+    let (lab, leak) = lab("unread", Family::V4, 1)?;
+    let pid = leak.app().pid().to_string();
+    let both = [PTRACE, SEARCH];
+    let owner = |set: &[Capability], arguments: &str| -> Result<String> {
+        let sockets = with(&lab, Some(NOBODY), set, arguments)?.sockets()?;
+        Ok(at(&sockets[0], "/owners/0/pid"))
+    };
+    for less in [&[][..], &[PTRACE], &[SEARCH]] {
+        ensure!(owner(less, "--json")? == "(nothing there)", "{less:?}");
+        with(&lab, Some(NOBODY), less, "--all --method shutdown")?.exits(4)?;
+    }
+    ensure!(owner(&both, "--json")? == pid);
+    with(&lab, Some(NOBODY), &both, "--all --method shutdown")?.exits(0)?;
+    Ok(())
+}
+
+fn other_namespace() -> Result<()> {
+    let (lab, leak) = lab("unread", Family::V4, 2)?;
+    let elsewhere = Lab::new()?;
+    for place in [
+        "-N".to_owned() + &leak.app().pid().to_string(),
+        "--all-netns".into(),
+    ] {
+        let arguments = format!("{place} --json --port 8080 -n");
+        with(&elsewhere, None, &[PTRACE, SEARCH], &arguments)?.complains("CAP_SYS_ADMIN")?;
+        let sockets = with(&elsewhere, None, &[PTRACE, SEARCH, SYS_ADMIN], &arguments)?
+            .exits(0)?
+            .sockets()?;
+        ensure!(!sockets.is_empty());
+    }
+    drop(lab);
+    Ok(())
+}
+
+/// What the kernel says of a thread's privileges.
+fn status(text: &str) -> BTreeMap<String, u64> {
+    let field = |line: &str| {
+        let (name, value) = line.split_once(':')?;
+        let radix = if name == "NoNewPrivs" { 10 } else { 16 };
+        let wanted = name.starts_with("Cap") || name == "NoNewPrivs";
+        let value = wanted.then(|| u64::from_str_radix(value.trim(), radix).ok())??;
+        Some((name.to_owned(), value))
+    };
+    text.lines().filter_map(field).collect()
+}
+
+/// Every thread of `child` holds exactly `set`.
+fn holds(child: &Child, set: &[Capability]) -> Result<()> {
+    let mask: u64 = set.iter().map(|capability| capability.bitmask()).sum();
+    let mut threads = 0;
+    for thread in std::fs::read_dir(format!("/proc/{}/task", child.id()))? {
+        let status = status(&std::fs::read_to_string(thread?.path().join("status"))?);
+        let wanted = [
+            ("CapAmb", 0),
+            ("CapBnd", 0),
+            ("CapEff", mask),
+            ("CapInh", 0),
+            ("CapPrm", mask),
+            ("NoNewPrivs", 1),
+        ];
+        let wanted: BTreeMap<String, u64> = wanted
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect();
+        ensure!(
+            status == wanted,
+            "\n    is: {status:x?}\nwanted: {wanted:x?}"
+        );
+        threads += 1;
+    }
+    ensure!(threads > 0);
+    Ok(())
+}
+
+/// Runs wait in their grace for a peer that does not answer.
+fn held() -> Result<()> {
+    for (method, set) in [
+        ("shutdown", &[PTRACE, SEARCH][..]),
+        ("shutdown,destroy", &[PTRACE, SEARCH, ADMIN]),
+        ("shutdown,probe", &[PTRACE, SEARCH, RAW]),
+        ("auto", &[PTRACE, SEARCH, ADMIN, RAW]),
+    ] {
+        let (lab, _leak) = lab("silent-peer", Family::V4, 1)?;
+        let mut child = lab
+            .app_host()
+            .command(CWKILL)
+            // In all five sets, and more than any job needs.
+            .capabilities(&[PTRACE, SEARCH, ADMIN, RAW, SYS_ADMIN, BIND, SETPCAP])
+            .args(["--all", "--grace", "60s", "--method", method])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::LastAck)? == 1))?;
+        let held = holds(&child, set).with_context(|| method.to_owned());
+        child.kill()?;
+        child.wait()?;
+        held?;
+    }
+    Ok(())
+}
+
+/// A listing waits for somebody to read it.
+fn held_by_a_listing() -> Result<()> {
+    let lab = Lab::new()?;
+    let leak = lab.start("unread", Family::V4, count(400))?;
+    let pid = leak.app().pid().to_string();
+    for (place, set) in [
+        (&["--json"][..], &[PTRACE, SEARCH][..]),
+        (&["--json", "--all", "-n"], &[PTRACE, SEARCH]),
+        (&["--json", "-N", &pid], &[PTRACE, SEARCH, SYS_ADMIN]),
+    ] {
+        let (mut reader, writer) = std::io::pipe()?;
+        let mut child = lab
+            .app_host()
+            .command(CWKILL)
+            .args(place)
+            .stdout(writer)
+            .stderr(Stdio::null())
+            .spawn()?;
+        // Once it has begun to write it cannot end: its document is longer than a pipe.
+        std::io::Read::read_exact(&mut reader, &mut [0])?;
+        let held = holds(&child, set).with_context(|| format!("{place:?}"));
+        drop(reader);
+        child.wait()?;
+        held?;
+    }
+    Ok(())
+}
+
+/// As in a container: root with a few capabilities, CAP_SYS_PTRACE not among them.
+fn neighbour() -> Result<()> {
+    let lab = Lab::new()?;
+    let (_app, _peer) = leaker(
+        &lab,
+        &AgentOptions {
+            comm: "neighbour".into(),
+            uid: None,
+            capabilities: Some(vec![BIND]),
+        },
+    )?;
+    with(&lab, None, &[], "--all --method shutdown")?.exits(4)?;
+    with(&lab, None, &[BIND], "--all --method shutdown")?.exits(0)?;
+    Ok(())
+}
+
+/// As under a filter of system calls that knows better.
+fn refused() -> Result<()> {
+    let (lab, _leak) = lab("silent-peer", Family::V4, 1)?;
+    let command = crate::doctor::without(&lab, "PR_CAPBSET_DROP")?;
+    let ran = ran(command.args(["--all", "--method", "destroy"]))?.exits(0)?;
+    ran.complains("more privileges are held than needed: cannot clear the bounding set")?;
+    ensure!(in_state(&lab, TcpState::CloseWait)? == 0);
+    Ok(())
+}

@@ -1,0 +1,142 @@
+//! `--watch-refill`: whether new stuck sockets come after an act.
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use netns_harness::{Family, How, Lab, Leak, TcpState};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+use crate::Case::{self, EachFamily, Once};
+use crate::support::{CWKILL, PATIENCE, Ran, count, cwkill, in_state, lab, same, until_it_sleeps};
+
+pub const CASES: &[Case] = &[
+    EachFamily("new_ones_are_counted_and_named", new_ones),
+    Once("none_new_is_said", none_new),
+    Once("ctrl_c_ends_the_watch_and_not_the_report", ctrl_c),
+    Once("the_minimum_age_is_not_for_new_ones", min_age),
+    Once("a_document_has_what_came", document),
+];
+
+/// A run whose report is written, and that watches.
+struct Watching {
+    child: Child,
+    rest: BufReader<std::process::ChildStdout>,
+}
+
+impl Watching {
+    fn start(lab: &Lab, line: &str) -> Result<Self> {
+        let command = lab.app_host().command(CWKILL).args(line.split(' '));
+        let mut child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let mut rest = BufReader::new(child.stdout.take().context("no stdout")?);
+        let mut summary = String::new();
+        while !summary.contains("matched:") {
+            summary.clear();
+            ensure!(rest.read_line(&mut summary)? > 0, "no summary");
+        }
+        // After the report it sleeps in the watch only, and then the first look is over.
+        until_it_sleeps(lab, child.id())?;
+        Ok(Watching { child, rest })
+    }
+
+    /// What it says at last, and its exit status.
+    fn end(mut self) -> Result<(String, Option<i32>)> {
+        interrupt(&self.child)?;
+        let mut text = String::new();
+        self.rest.read_to_string(&mut text)?;
+        Ok((text, self.child.wait()?.code()))
+    }
+}
+
+fn interrupt(child: &Child) -> Result<()> {
+    Ok(kill(Pid::from_raw(child.id().try_into()?), Signal::SIGINT)?)
+}
+
+/// Leaves all connections of `leak` in CLOSE-WAIT, `stuck` with those that are there already, and waits until
+/// none can be taken for one that is being closed.
+fn get_stuck(lab: &Lab, leak: &Leak, stuck: usize) -> Result<()> {
+    leak.peer().shutdown(&leak.peer_fds(), How::Write)?;
+    lab.wait_for(PATIENCE, || {
+        let sockets = cwkill(lab, "--json")?.sockets()?;
+        let old = |socket: &&Value| socket["age_ms"].as_u64() > Some(100);
+        Ok(sockets.iter().filter(old).count() == stuck)
+    })
+}
+
+fn new_ones(family: Family) -> Result<()> {
+    let (lab, leak) = lab("unread", family, 4)?;
+    let later = lab.start("established", family, count(3))?;
+    let watching = Watching::start(&lab, "--port 8080 --watch-refill 5m")?;
+    get_stuck(&lab, &later, 3)?;
+    let (text, code) = watching.end()?;
+    ensure!(text.starts_with("3 new in "), "{text}");
+    let whose = format!(" from leaky-app/{}, ", leak.app().pid());
+    ensure!(text.contains(&whose), "{text}");
+    ensure!(text.ends_with("a minute: the leak continues\n"), "{text}");
+    // They are not what was to be closed.
+    same(&code, &Some(0))?;
+    same(&in_state(&lab, TcpState::CloseWait)?, &3)
+}
+
+fn none_new() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 4)?;
+    // Those that are left alone are not new.
+    let ran = cwkill(&lab, "--all --max-kills 2 --watch-refill 300ms")?.exits(4)?;
+    ensure!(ran.stdout.contains("\nnone new in "), "{ran:#?}");
+    // Nothing to act on, nothing to watch after, but it is asked for.
+    let ran = cwkill(&lab, "--port 9 --watch-refill 300ms")?.exits(1)?;
+    ensure!(ran.stdout.contains("none new in"), "{ran:#?}");
+    Ok(())
+}
+
+fn ctrl_c() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 2)?;
+    let watching = Watching::start(&lab, "--all --watch-refill 5m")?;
+    let (text, code) = watching.end()?;
+    ensure!(text.starts_with("none new in "), "{text}");
+    same(&code, &Some(0))
+}
+
+fn min_age() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 2)?;
+    let later = lab.start("established", Family::V4, count(2))?;
+    let young = lab.start("unread", Family::V4, count(1))?;
+    let line = "--port 8080 --min-age 1h --watch-refill 5m";
+    let watching = Watching::start(&lab, line)?;
+    get_stuck(&lab, &later, 5)?;
+    let (text, code) = watching.end()?;
+    // Those that were too young to be closed are not new.
+    ensure!(text.starts_with("2 new in "), "{text}");
+    ensure!(young.app().is_alive());
+    same(&code, &Some(1))
+}
+
+fn document() -> Result<()> {
+    let (lab, leak) = lab("unread", Family::V4, 2)?;
+    let later = lab.start("established", Family::V4, count(3))?;
+    let command = lab.app_host().command(CWKILL);
+    let command = command.args(["--all", "--method=destroy", "--json", "--watch-refill=5m"]);
+    let child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()?;
+    // `destroy` closes without a pause, so that it sleeps in the watch only.
+    lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::CloseWait)? == 0))?;
+    until_it_sleeps(&lab, child.id())?;
+    get_stuck(&lab, &later, 3)?;
+    interrupt(&child)?;
+    let refill = &Ran::of(child.wait_with_output()?)?.exits(0)?.json()?["refill"];
+    same(&refill["new"], &json!(3))?;
+    let by = json!([{"pid": leak.app().pid(), "comm": "leaky-app", "new": 3}]);
+    same(&refill["by"], &by)?;
+    let rate = refill["per_minute"].as_f64().context("no rate")?;
+    let seconds = refill["seconds"].as_f64().context("no time")?;
+    ensure!((rate * seconds - 180.0).abs() < 0.1, "{refill}");
+    let ran = cwkill(&lab, "--all --json")?.exits(0)?;
+    same(&ran.json()?["refill"], &json!(null))
+}
