@@ -123,6 +123,11 @@ impl Config {
                      --container, --cgroup); say which sockets are meant by --port or an expression",
                 ));
             }
+            if acting.reclaim {
+                return Err(usage(
+                    "--reclaim closes descriptors in the owners: leave --no-owners away",
+                ));
+            }
             if methods.iter().all(|method| method.needs_descriptor()) {
                 return Err(usage(
                     "--method shutdown works through the descriptor of an owner: leave --no-owners away, or \
@@ -141,6 +146,12 @@ impl Config {
                 idle_only: !min_age.is_zero(),
             },
             grace: acting.grace.unwrap_or(DEFAULT_GRACE),
+            watch_refill: acting.watch_refill,
+            log: audit::Wanted {
+                target: acting.log,
+                file: acting.log_file,
+                verbose: output.verbose,
+            },
             reclaim: match (acting.reclaim, acting.reclaiming.given()) {
                 (true, _) => Some(reclaim::Rules::from_args(&acting.reclaiming)),
                 (false, None) => None,
@@ -149,12 +160,6 @@ impl Config {
                         "{option} says how to reclaim: give --reclaim as well, or use `cwkill reclaim`"
                     )));
                 }
-            },
-            watch_refill: acting.watch_refill,
-            log: audit::Wanted {
-                target: acting.log,
-                file: acting.log_file,
-                verbose: output.verbose,
             },
             format: output.format(),
             no_header: output.no_header,

@@ -86,7 +86,8 @@ pub fn cause(message: &SocketMessage) -> Cause {
     }
 }
 
-/// A lower bound on the time a socket has been stuck; `None` when the kernel gives no TCP_INFO.
+/// A lower bound on the time a socket has been stuck; `None` when the kernel gives no TCP_INFO, or the socket has never
+/// heard of a peer: then the kernel counts from its own start.
 ///
 /// In CLOSE-WAIT it is the time since the last acceptable segment: every segment that can follow the
 /// FIN only makes it smaller. In a state in which data can still flow it is the time since anything
@@ -94,6 +95,7 @@ pub fn cause(message: &SocketMessage) -> Cause {
 pub fn age(message: &SocketMessage) -> Option<Duration> {
     let quiet = message.quiet?;
     Some(match message.state {
+        TcpState::Listen | TcpState::SynSent => return None,
         TcpState::CloseWait => quiet.last_ack_recv,
         _ => quiet
             .last_ack_recv

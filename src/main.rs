@@ -157,12 +157,10 @@ fn columns() -> Option<usize> {
 }
 
 fn reclaim(config: &command::Config) -> anyhow::Result<ExitStatus> {
-    let mut needed = least::to_find(&Which::Ours);
-    if config.action == Action::Act {
-        needed.extend(least::TO_RECLAIM);
-    }
-    give_up_all_but(&needed);
     let quiet = config.format == Format::Quiet;
+    let mut needed = least::to_find(&Which::All);
+    needed.extend(least::to_reclaim());
+    give_up_all_but(&needed);
     let terminal = Terminal::new(config.action == Action::Act, quiet)?;
     let run = command::run(config, &Proc::default(), &terminal)?;
     drop(terminal);
@@ -211,13 +209,9 @@ fn run(config: &Config) -> anyhow::Result<ExitStatus> {
     let mut needed = least::to_find(&config.netns);
     if config.action == Action::Act {
         needed.extend(least::to_act(&config.policy.methods));
-        needed.extend(
-            config
-                .reclaim
-                .and(Some(least::TO_RECLAIM))
-                .into_iter()
-                .flatten(),
-        );
+    }
+    if config.action == Action::Act && config.reclaim.is_some() {
+        needed.extend(least::to_reclaim());
     }
     give_up_all_but(&needed);
     let quiet = config.format == Format::Quiet;

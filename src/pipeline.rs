@@ -39,10 +39,10 @@ pub struct Run {
     pub plans: Vec<Plan>,
     /// What became of each; `None` when nothing was to be done.
     pub deeds: Option<Vec<Deed>>,
-    /// What became of their descriptors, or would; `None` without `--reclaim`.
-    pub reclaimed: Option<Reclaimed>,
     /// What came after; `None` if it was not watched.
     pub refill: Option<Refill>,
+    /// What became of their descriptors, or would; `None` without `--reclaim`.
+    pub reclaimed: Option<Reclaimed>,
 }
 
 /// What `--reclaim` did. The lists are as long as `found.sockets`, those in them as the owners of each.

@@ -1,6 +1,7 @@
 //! Work on several threads, on hosts where none may be left to start.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Mutex;
 use std::thread::{self, Builder};
 
 /// Makes the pool of rayon. Where no thread can be started (RLIMIT_NPROC, pids.max of the cgroup) the calling
@@ -9,11 +10,26 @@ use std::thread::{self, Builder};
 /// # Errors
 /// There is a pool already.
 pub fn prepare() -> Result<(), rayon::ThreadPoolBuildError> {
-    rayon::ThreadPoolBuilder::new().build_global().or_else(|_| {
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(1)
-            .use_current_thread()
-            .build_global()
+    // The pool cannot be tried twice.
+    let wanted = thread::available_parallelism().map_or(1, usize::from);
+    let pool = rayon::ThreadPoolBuilder::new();
+    match can_start(wanted) {
+        true => pool.num_threads(wanted).build_global(),
+        false => pool.num_threads(1).use_current_thread().build_global(),
+    }
+}
+
+/// Whether so many threads can be at the same time.
+fn can_start(threads: usize) -> bool {
+    let gate = Mutex::new(());
+    thread::scope(|scope| {
+        let closed = gate.lock();
+        let started = (0..threads)
+            .map(|_| Builder::new().spawn_scoped(scope, || drop(gate.lock())))
+            .take_while(Result::is_ok)
+            .count();
+        drop(closed);
+        started == threads
     })
 }
 

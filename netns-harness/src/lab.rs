@@ -139,6 +139,14 @@ impl Pair {
     pub fn set_link(&self, up: bool) -> Result<()> {
         self.peer_host.set_link(PEER_LINK, up)
     }
+
+    /// The peer's address as the application's sockets know it.
+    pub(crate) fn peer_address_of_app(&self) -> IpAddr {
+        match (self.family, self.peer_address) {
+            (Family::Mapped, IpAddr::V4(ip)) => ip.to_ipv6_mapped().into(),
+            (_, ip) => ip,
+        }
+    }
 }
 
 /// Hosts, applications and peers, all gone when it is dropped or when this process ends, in whatever way.

@@ -252,8 +252,8 @@ mod tests {
                 },
                 descriptors: None,
             }]),
-            reclaimed: None,
             refill: None,
+            reclaimed: None,
         }
     }
 

@@ -126,8 +126,9 @@ pub struct Acting {
     /// Append a JSON line for every act to this file
     #[arg(long, value_name = "PATH")]
     pub log_file: Option<PathBuf>,
+
     /// Then close the descriptors of the closed sockets inside their processes; see `cwkill reclaim --help`
-    #[arg(long, conflicts_with = "no_owners")]
+    #[arg(long)]
     pub reclaim: bool,
 
     /// What may be done to the owners.

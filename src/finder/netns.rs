@@ -10,15 +10,12 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::sched::{CloneFlags, setns};
-use nix::sys::statfs::{FsType, fstatfs};
+use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 
 use crate::finder::owners::Proc;
 
 /// Where ip-netns(8) and docker keep names of namespaces.
 const NAME_DIRECTORIES: [&str; 2] = ["/run/netns", "/run/docker/netns"];
-
-/// include/uapi/linux/magic.h
-const NSFS_MAGIC: FsType = FsType(libc::NSFS_MAGIC);
 
 /// A network namespace that is kept alive.
 #[derive(Debug)]

@@ -36,9 +36,11 @@ pub fn to_act(methods: &[MethodName]) -> CapsHashSet {
     methods.iter().flat_map(needs).copied().collect()
 }
 
-/// What `--reclaim` needs beyond [`to_find`]: the seccomp filter of an owner is read with CAP_SYS_ADMIN (kernel/seccomp.c,
-/// get_nth_filter).
-pub const TO_RECLAIM: [Capability; 1] = [Capability::CAP_SYS_ADMIN];
+/// What it takes to close descriptors inside their owners, beyond [`to_find`]: to read a seccomp filter
+/// (kernel/seccomp.c, seccomp_get_filter).
+pub fn to_reclaim() -> CapsHashSet {
+    CapsHashSet::from([Capability::CAP_SYS_ADMIN])
+}
 
 /// Gives up what is not in `needed`, and the right to get it back. Call it before the first thread.
 ///

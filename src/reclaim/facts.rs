@@ -11,7 +11,6 @@ use nix::errno::Errno;
 use super::arch::Call;
 use super::evidence::{self, Epoll, Ring};
 use crate::finder::dead::{self, Verdict};
-use crate::finder::owners::descriptors::{decimal, list_fds, read_socket_link};
 use crate::finder::owners::{self, Proc, Process};
 use crate::finder::sock_diag::Cookie;
 use crate::sys::{self, TargetFd};
@@ -68,7 +67,7 @@ impl<'p> Inside<'p> {
 
     /// Whether the number is free in the owner's table.
     pub fn is_free(&self, fd: TargetFd) -> bool {
-        let link = read_socket_link(self.fds.as_fd(), fd.0);
+        let link = owners::read_socket_link(self.fds.as_fd(), fd.0);
         link.is_err_and(|error| owners::is_end(&error))
     }
 
@@ -76,7 +75,7 @@ impl<'p> Inside<'p> {
     pub fn numbers(&self) -> io::Result<Vec<i32>> {
         // A directory is read on from where it was left.
         let again = File::open(self.proc.path(&format!("{}/fd", self.pid)))?;
-        list_fds(again.as_fd())
+        owners::list_fds(again.as_fd())
     }
 
     /// Of `numbers`, the epoll sets and io_urings.
@@ -167,7 +166,7 @@ pub fn comm(proc: &Proc, pid: i32) -> Option<String> {
 fn kind(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<Special>> {
     let mut target = [0; 32];
     let mut name = [0; 12];
-    let target = sys::readlinkat(dir, decimal(fd, &mut name), &mut target)?;
+    let target = sys::readlinkat(dir, owners::decimal(fd, &mut name), &mut target)?;
     Ok(match target {
         b"anon_inode:[eventpoll]" => Some(Special::Epoll(fd)),
         b"anon_inode:[io_uring]" => Some(Special::Ring(fd)),

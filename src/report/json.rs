@@ -403,7 +403,7 @@ fn descriptors(
     socket.owners.iter().zip(said).filter_map(one).collect()
 }
 
-pub(super) fn endpoint(address: std::net::SocketAddr) -> Endpoint {
+pub(super) fn endpoint(address: SocketAddr) -> Endpoint {
     Endpoint {
         address: address.ip(),
         port: address.port(),

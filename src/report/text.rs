@@ -251,7 +251,7 @@ pub(super) fn belongs(cgroup: &Cgroup) -> bool {
     cgroup.unit.is_some() || cgroup.container.is_some()
 }
 
-/// The same for a table: made safe, and a dash where there is none; with `all` the pod as well.
+/// The container or the unit of a process.
 pub(super) fn belongs_to(cgroup: &Cgroup, all: bool) -> String {
     let mut name = place(cgroup).unwrap_or_else(|| "-".to_owned());
     if let Some(pod) = cgroup.container.as_ref().and_then(|c| c.pod_uid.as_ref())

@@ -80,12 +80,12 @@ fn bad_values() -> Result<()> {
     same(&lab.app_host().ss(&[])?, &before)
 }
 
-fn document(name: &str) -> Result<String> {
+pub fn document(name: &str) -> Result<String> {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
     std::fs::read_to_string(&path).with_context(|| path.display().to_string())
 }
 
-fn options(command: &clap::Command) -> Vec<String> {
+pub fn options(command: &clap::Command) -> Vec<String> {
     let mut options = Vec::new();
     for argument in command.get_arguments() {
         options.extend(argument.get_short().map(|short| format!("-{short}")));

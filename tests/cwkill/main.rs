@@ -5,6 +5,7 @@ mod chaos;
 mod check;
 mod cli;
 mod closing;
+mod completions;
 mod diagnose;
 mod doctor;
 mod expressions;
@@ -17,6 +18,7 @@ mod races;
 mod reclaim;
 mod refill;
 mod resetting;
+mod runbooks;
 mod selecting;
 mod states;
 mod support;
@@ -50,6 +52,7 @@ fn main() -> std::process::ExitCode {
     }
     let groups = [
         ("cli", cli::CASES),
+        ("completions", completions::CASES),
         ("listing", listing::CASES),
         ("selecting", selecting::CASES),
         ("expressions", expressions::CASES),
@@ -62,6 +65,7 @@ fn main() -> std::process::ExitCode {
         ("namespaces", namespaces::CASES),
         ("facts", facts::CASES),
         ("chaos", chaos::CASES),
+        ("runbooks", runbooks::CASES),
         ("diagnose", diagnose::CASES),
         ("check", check::CASES),
         ("refill", refill::CASES),

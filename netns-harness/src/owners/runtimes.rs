@@ -294,11 +294,7 @@ impl Server {
         }
         ensure!(!echoes(Duration::from_millis(50)), "it still serves");
         for peer in &leaked {
-            match peer.shutdown(Shutdown::Write) {
-                // Node.js keeps a descriptor back to accept and drop what comes at its limit.
-                Err(error) if error.kind() == ErrorKind::NotConnected => {}
-                other => other?,
-            }
+            peer.shutdown(Shutdown::Write)?;
         }
         let count = leaked.len();
         wait(PATIENCE, || Ok(in_state(TcpState::CloseWait)? + 2 >= count))

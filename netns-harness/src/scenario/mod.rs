@@ -23,6 +23,7 @@ mod sending;
 mod silent_peer;
 mod stopped;
 mod syn_recv;
+mod syn_sent;
 mod threads;
 mod time_wait;
 mod unread;
@@ -60,6 +61,7 @@ pub const ALL: &[&Scenario] = &[
     &fin_wait_2::SCENARIO,
     &last_ack::SCENARIO,
     &closing::SCENARIO,
+    &syn_sent::SCENARIO,
     &syn_recv::SCENARIO,
     &time_wait::SCENARIO,
     &established::SCENARIO,

@@ -14,7 +14,7 @@ use super::is_denied;
 use crate::sys::{self, TargetFd};
 
 /// Descriptors in one unit of parallel work.
-pub(in crate::finder) const CHUNK: usize = 512;
+pub(crate) const CHUNK: usize = 512;
 /// Descriptors from which a table is worth a look without a listing.
 const LARGE: i32 = 4096;
 

@@ -8,7 +8,7 @@
 //! Races: what vanishes (ENOENT, ESRCH) is passed over, what may not be read (EACCES, EPERM) is
 //! counted, anything else is an error.
 
-pub(crate) mod descriptors;
+mod descriptors;
 
 use std::collections::HashSet;
 use std::ffi::CStr;
@@ -25,7 +25,7 @@ use procfs::process::Stat;
 use rayon::prelude::*;
 
 use descriptors::read_table;
-pub(super) use descriptors::{CHUNK, list_fds, read_socket_link};
+pub(crate) use descriptors::{CHUNK, decimal, list_fds, read_socket_link};
 
 use crate::finder::Held;
 use crate::finder::cgroup::Cgroup;

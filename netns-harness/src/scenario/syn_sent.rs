@@ -1,0 +1,46 @@
+//! `syn-sent`: the application has knocked and hears no answer.
+
+use std::net::SocketAddr;
+
+use anyhow::Result;
+
+use super::{Expect, LEAKY_APP, STEP, Scenario, Sharing, Stage};
+use crate::Conn;
+use crate::agent::Dial;
+use crate::kernel::TcpState;
+
+pub(super) const SCENARIO: Scenario = Scenario {
+    name: "syn-sent",
+    summary: "SYN-SENT: an innocent: the application waits for the answer of a peer that gives none",
+    hidden: false,
+    app: LEAKY_APP,
+    sharing: Sharing::Freely,
+    expect: Expect {
+        state: TcpState::SynSent,
+        // Our SYN.
+        send_q: 1..=1,
+        ..Expect::CLOSE_WAIT
+    },
+    deadline: None,
+    build,
+};
+
+/// Where nobody listens; the refusal is not heard either.
+const DISCARD: u16 = 9;
+
+fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
+    let dial = Dial {
+        deaf: true,
+        ..Dial::default()
+    };
+    let to = SocketAddr::new(stage.pair.peer_address_of_app(), DISCARD);
+    let ends = stage.app().connect(to, stage.count, dial, STEP)?;
+    let conns = ends.iter().map(|end| Conn {
+        local: end.local,
+        peer: end.peer,
+        app_fd: Some(end.fd),
+        peer_fd: None,
+        sent: 0,
+    });
+    Ok(conns.collect())
+}

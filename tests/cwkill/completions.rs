@@ -1,0 +1,123 @@
+//! The completions know every command and option, in each shell.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use clap::CommandFactory;
+use clap_complete::Shell;
+
+use crate::Case::{self, Once};
+use crate::cli::options;
+
+pub const CASES: &[Case] = &[
+    Once("bash_completes_every_option_and_command", bash),
+    Once(
+        "zsh_and_fish_are_told_every_option_and_command",
+        zsh_and_fish,
+    ),
+];
+
+/// As examples/completions.rs writes it.
+fn completion(shell: Shell) -> Result<String> {
+    let mut text = Vec::new();
+    clap_complete::generate(shell, &mut built(), "cwkill", &mut text);
+    Ok(String::from_utf8(text)?)
+}
+
+fn built() -> clap::Command {
+    let mut command = cwkill::cli::Cli::command();
+    command.build();
+    command
+}
+
+/// The words before the cursor and what must be offered behind them, for each command.
+fn wanted() -> Vec<(String, Vec<String>)> {
+    let root = built();
+    let own = ("cwkill".to_owned(), options(&root));
+    let named = root.get_subcommands().map(|command| {
+        let line = format!("cwkill {}", command.get_name());
+        (line, options(command))
+    });
+    std::iter::once(own).chain(named).collect()
+}
+
+fn bash() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("cwkill.bash");
+    std::fs::write(&file, completion(Shell::Bash)?)?;
+    // What a Tab behind `line` offers, asked for as bash itself asks.
+    let offered = |line: &str| -> Result<Vec<String>> {
+        let script = format!(
+            "source {} && COMP_WORDS=({line}) && COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)) && \
+             _cwkill cwkill \"${{COMP_WORDS[COMP_CWORD]}}\" \"${{COMP_WORDS[COMP_CWORD-1]}}\"; \
+             printf '%s\\n' \"${{COMPREPLY[@]}}\"",
+            file.display()
+        );
+        let output = Command::new("bash").args(["-c", &script]).output();
+        let output = output.context("run bash")?;
+        ensure!(output.stderr.is_empty(), "{line}: {output:?}");
+        let stdout = String::from_utf8(output.stdout)?;
+        Ok(stdout.lines().map(str::to_owned).collect())
+    };
+    for (line, options) in wanted() {
+        let offered = offered(&format!("{line} -"))?;
+        for option in options {
+            ensure!(offered.contains(&option), "{line} {option}: {offered:?}");
+        }
+    }
+    ensure!(offered("cwkill --po")? == ["--port"]);
+    let first = offered("cwkill ''")?;
+    for command in built().get_subcommands() {
+        let name = command.get_name().to_owned();
+        ensure!(first.contains(&name), "{name}: {first:?}");
+    }
+    Ok(())
+}
+
+fn zsh_and_fish() -> Result<()> {
+    let root = built();
+    let (zsh, fish) = (completion(Shell::Zsh)?, completion(Shell::Fish)?);
+    for (line, options) in wanted() {
+        let name = line.split(' ').nth(1);
+        // The part for one command: zsh has a function or a branch for it, fish a condition in each line.
+        let zsh = match name {
+            None => zsh.split("case $state in").next().unwrap_or_default(),
+            Some(name) => {
+                let start = format!("({name})\n");
+                let (_, part) = zsh.split_once(&start).context(start)?;
+                part.split("\n;;").next().unwrap_or_default()
+            }
+        };
+        let fish: Vec<&str> = match name {
+            None => fish
+                .lines()
+                .filter(|l| !l.contains("using_subcommand"))
+                .collect(),
+            Some(name) => {
+                let condition = format!("subcommand {name}\"");
+                fish.lines().filter(|l| l.contains(&condition)).collect()
+            }
+        };
+        for option in options {
+            let quoted = ["[", "=", "+"].map(|end| format!("{option}{end}"));
+            ensure!(
+                quoted.iter().any(|text| zsh.contains(text)),
+                "zsh: {line} {option}"
+            );
+            let spelled = match option.strip_prefix("--") {
+                Some(long) => format!(" -l {long} "),
+                None => format!(" -s {} ", &option[1..]),
+            };
+            ensure!(
+                fish.iter().any(|l| format!("{l} ").contains(&spelled)),
+                "fish: {line} {option}"
+            );
+        }
+    }
+    for command in root.get_subcommands() {
+        let name = command.get_name();
+        ensure!(zsh.contains(&format!("'{name}:")), "zsh: {name}");
+        ensure!(fish.contains(&format!(" -a \"{name}\"")), "fish: {name}");
+    }
+    Ok(())
+}

@@ -1,0 +1,401 @@
+//! Runs the commands of the runbooks and of docs/tcp-states.md in the harness, and compares what they print.
+//!
+//! What is run is a fenced block with lines that start with `$ `; what follows such a line is what it prints. In front of
+//! the block stands one of
+//!
+//! ```text
+//! <!-- scenario: unread:3,established:2 -->     a new lab, as for `netns-harness run`; also: age=1s, family=v6
+//! <!-- scenario: unread:3 outside -->            the same, with the commands on another host
+//! <!-- scenario: none -->                       a host without sockets
+//! <!-- not run: why -->
+//! ```
+//!
+//! or nothing: then it goes on in the lab of the block before. The application's pid is [`WRITTEN_PID`] in the documents;
+//! commands take it from the shell variable `pid`, which is set by `$ pid=18754`.
+//!
+//! With CWKILL_RENEW_RUNBOOKS=1 in the environment, outputs that differ are written into the documents instead.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+use anyhow::{Context, Result, bail, ensure};
+use netns_harness::{Family, Lab, Leak, TcpState};
+use regex::Regex;
+
+use crate::AS_HARNESS;
+use crate::Case::{self, Once};
+use crate::support::{CWKILL, PATIENCE, count, cwkill, in_state, ran};
+
+pub const CASES: &[Case] = &[
+    Once("every_command_prints_what_is_written", documents),
+    Once("all_six_are_there", six),
+    Once("a_wrong_output_is_noticed", wrong_output),
+    Once("only_what_varies_is_forgiven", forgiven),
+];
+
+const RUNBOOKS: [&str; 6] = [
+    "close-wait-without-a-pid.md",
+    "from-a-timer.md",
+    "inside-a-container-or-pod.md",
+    "one-connection-blocks-a-drain.md",
+    "thousands-of-close-wait.md",
+    "too-many-open-files.md",
+];
+
+/// What stands for the pid of the application in the documents, so that they do not change with every renewal.
+const WRITTEN_PID: &str = "18754";
+
+fn docs() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("docs")
+}
+
+fn six() -> Result<()> {
+    for name in RUNBOOKS {
+        let text = std::fs::read_to_string(docs().join("runbooks").join(name)).context(name)?;
+        for part in ["## How to undo or limit harm", "## When not to use cwkill"] {
+            ensure!(text.contains(part), "{name} has no part \"{part}\"");
+        }
+        ensure!(Document::parse(&text)?.runs() > 0, "{name} runs nothing");
+    }
+    Ok(())
+}
+
+fn documents() -> Result<()> {
+    let renew = std::env::var_os("CWKILL_RENEW_RUNBOOKS").is_some();
+    let mut paths = vec![docs().join("tcp-states.md")];
+    paths.extend(RUNBOOKS.map(|name| docs().join("runbooks").join(name)));
+    let mut wrong = String::new();
+    for path in paths {
+        let name = path.display().to_string();
+        let text = std::fs::read_to_string(&path).context(name.clone())?;
+        let (differences, renewed) = Document::parse(&text)
+            .and_then(|document| document.run())
+            .context(name.clone())?;
+        if renew && renewed != text {
+            std::fs::write(&path, renewed)?;
+        }
+        for difference in differences {
+            wrong += &format!("{name}: {difference}\n");
+        }
+    }
+    ensure!(renew || wrong.is_empty(), "\n{wrong}");
+    Ok(())
+}
+
+/// A document as lines, of which some are commands and what they print.
+struct Document {
+    parts: Vec<Part>,
+}
+
+enum Part {
+    /// A line that is no part of a block that is run.
+    Line(String),
+    /// From here on commands are run in a lab of their own.
+    NewLab(Scenarios),
+    Command {
+        line: String,
+        output: Vec<String>,
+    },
+}
+
+/// What `<!-- scenario: … -->` says.
+#[derive(Clone, Default)]
+struct Scenarios {
+    wanted: Vec<(String, usize)>,
+    family: Option<Family>,
+    /// How old the sockets must be before the first command.
+    age: Option<String>,
+    /// The commands run on another host.
+    outside: bool,
+}
+
+impl Scenarios {
+    fn parse(text: &str) -> Result<Self> {
+        let mut scenarios = Scenarios::default();
+        for word in text.split_whitespace() {
+            match word.split_once('=') {
+                Some(("age", age)) => scenarios.age = Some(age.to_owned()),
+                Some(("family", name)) => {
+                    let family = Family::ALL.into_iter().find(|f| f.name() == name);
+                    scenarios.family = Some(family.with_context(|| format!("no family {name}"))?);
+                }
+                Some(_) => bail!("`{word}` is neither age=1s nor family=v6"),
+                None if word == "none" => {}
+                None if word == "outside" => scenarios.outside = true,
+                None => {
+                    for one in word.split(',') {
+                        let (name, count) = one.split_once(':').unwrap_or((one, "1"));
+                        let count = count.parse().with_context(|| one.to_owned())?;
+                        scenarios.wanted.push((name.to_owned(), count));
+                    }
+                }
+            }
+        }
+        Ok(scenarios)
+    }
+
+    fn start(&self) -> Result<(Lab, Vec<Leak>)> {
+        let lab = Lab::new()?;
+        let family = self.family.unwrap_or(Family::V4);
+        let started = self.wanted.iter();
+        let started = started.map(|(name, number)| lab.start(name, family, count(*number)));
+        let leaks: Vec<Leak> = started.collect::<Result<_>>()?;
+        if let Some(age) = &self.age {
+            let line = format!("--min-age {age} --dry-run --jsonl");
+            let all = in_state(&lab, TcpState::CloseWait)?;
+            lab.wait_for(PATIENCE, || {
+                Ok(cwkill(&lab, &line)?.stdout.lines().count() == all)
+            })?;
+        }
+        Ok((lab, leaks))
+    }
+}
+
+/// The text between the marks, if the line is that comment.
+fn comment<'a>(line: &'a str, name: &str) -> Option<&'a str> {
+    let inner = line.trim().strip_prefix("<!--")?.strip_suffix("-->")?;
+    inner.trim().strip_prefix(name)?.strip_prefix(':')
+}
+
+impl Document {
+    fn parse(text: &str) -> Result<Self> {
+        let mut parts = Vec::new();
+        let mut lines = text.lines().peekable();
+        let (mut lab, mut not_run) = (false, false);
+        while let Some(line) = lines.next() {
+            parts.push(Part::Line(line.to_owned()));
+            if let Some(scenarios) = comment(line, "scenario") {
+                parts.push(Part::NewLab(
+                    Scenarios::parse(scenarios).context(line.to_owned())?,
+                ));
+                lab = true;
+            }
+            not_run |= comment(line, "not run").is_some();
+            if !line.starts_with("```") {
+                continue;
+            }
+            let run = lines.peek().is_some_and(|next| next.starts_with("$ ")) && !not_run;
+            ensure!(lab || !run, "nothing says where to run {:?}", lines.peek());
+            not_run = false;
+            for line in lines.by_ref() {
+                if line == "```" {
+                    parts.push(Part::Line(line.to_owned()));
+                    break;
+                }
+                match (line.strip_prefix("$ "), parts.last_mut()) {
+                    (Some(command), _) if run => parts.push(Part::Command {
+                        line: command.to_owned(),
+                        output: Vec::new(),
+                    }),
+                    (None, Some(Part::Command { output, .. })) => output.push(line.to_owned()),
+                    _ => parts.push(Part::Line(line.to_owned())),
+                }
+            }
+        }
+        Ok(Document { parts })
+    }
+
+    fn runs(&self) -> usize {
+        let commands = self.parts.iter();
+        commands
+            .filter(|part| matches!(part, Part::Command { .. }))
+            .count()
+    }
+
+    /// Runs all commands: what differs, and the document with the outputs as they are.
+    fn run(&self) -> Result<(Vec<String>, String)> {
+        let programs = programs()?;
+        let (mut differences, mut renewed) = (Vec::new(), String::new());
+        let mut place: Option<Session> = None;
+        for part in &self.parts {
+            match part {
+                Part::Line(line) => renewed += &format!("{line}\n"),
+                Part::NewLab(scenarios) => {
+                    // The one before is gone before this one comes.
+                    drop(place.take());
+                    place = Some(Session::new(scenarios)?);
+                }
+                Part::Command { line, output } => {
+                    let place = place.as_mut().context("no lab")?;
+                    let printed = place.run(programs.path(), line)?;
+                    let same = normal(&printed) == normal(output);
+                    if !same {
+                        differences.push(format!(
+                            "$ {line}\n--- is\n{}\n--- written\n{}\n",
+                            printed.join("\n"),
+                            output.join("\n")
+                        ));
+                    }
+                    renewed += &format!("$ {line}\n");
+                    for line in if same { output } else { &printed } {
+                        renewed += &format!("{line}\n");
+                    }
+                }
+            }
+        }
+        Ok((differences, renewed))
+    }
+}
+
+/// A lab, and what a shell in it would remember from one command to the next.
+struct Session {
+    lab: Lab,
+    outside: Option<Lab>,
+    leaks: Vec<Leak>,
+    status: i32,
+    /// Once the document has set it.
+    pid: Option<String>,
+}
+
+impl Session {
+    fn new(scenarios: &Scenarios) -> Result<Self> {
+        let (lab, leaks) = scenarios.start()?;
+        Ok(Session {
+            lab,
+            outside: scenarios.outside.then(Lab::new).transpose()?,
+            leaks,
+            status: 0,
+            pid: None,
+        })
+    }
+
+    /// Runs a command; what it printed.
+    fn run(&mut self, programs: &Path, line: &str) -> Result<Vec<String>> {
+        let pid = self.leaks.first().map(|leak| leak.app().pid().to_string());
+        if let Some(written) = line.strip_prefix("pid=") {
+            ensure!(written == WRITTEN_PID, "write pid={WRITTEN_PID}");
+            self.pid = Some(pid.context("no application has a pid")?);
+            return Ok(Vec::new());
+        }
+        let path = std::env::var("PATH").context("PATH")?;
+        let script = format!(
+            "exec 2>&1; cd {}; (exit {}); {line}",
+            programs.display(),
+            self.status
+        );
+        let host = self.outside.as_ref().unwrap_or(&self.lab).app_host();
+        let mut command = host.command("sh").args(["-c", &script]);
+        if let Some(pid) = &self.pid {
+            command = command.env("pid", pid);
+        }
+        let ran = ran(command.env("PATH", format!("{}:{path}", programs.display())))?;
+        self.status = ran.code.with_context(|| format!("killed: {ran:?}"))?;
+        let lines = ran.stdout.lines().map(|line| match &pid {
+            Some(pid) => {
+                ["/", "-p "]
+                    .into_iter()
+                    .fold(line.trim_end().to_owned(), |line, before| {
+                        line.replace(&format!("{before}{pid}"), &format!("{before}{WRITTEN_PID}"))
+                    })
+            }
+            None => line.trim_end().to_owned(),
+        });
+        Ok(lines.collect())
+    }
+}
+
+/// A directory with `cwkill` and `netns-harness`, the latter this program in another role.
+fn programs() -> Result<tempfile::TempDir> {
+    let directory = tempfile::tempdir()?;
+    std::os::unix::fs::symlink(CWKILL, directory.path().join("cwkill"))?;
+    let harness = directory.path().join("netns-harness");
+    let ours = std::env::current_exe()?;
+    let script = format!("#!/bin/sh\n{AS_HARNESS}=1 exec {} \"$@\"\n", ours.display());
+    std::fs::write(&harness, script)?;
+    std::fs::set_permissions(&harness, std::fs::Permissions::from_mode(0o755))?;
+    Ok(directory)
+}
+
+/// What varies from run to run, and what stands for it.
+static VARIES: LazyLock<Vec<(Regex, &str)>> = LazyLock::new(|| {
+    [
+        // The program's name, then its pid; in /proc and as `users:((…,pid=1,fd=4))` too.
+        (r"\b([a-z][a-z-]*)/[0-9]+\b", "$1/PID"),
+        (r"\bpid=[0-9]+", "pid=PID"),
+        (r"(-p|--pid) [0-9]+", "$1 PID"),
+        // RLIMIT_NOFILE is that of the machine.
+        (r"\bof [0-9]+ \([0-9]+%\)", "of LIMIT"),
+        (r#"("(?:pid|inode|age_ms|uid)": ?)[0-9]+"#, "${1}N"),
+        (r#"("cookie": ?")[0-9a-f]{16}"#, "${1}COOKIE"),
+        // Who connects has any port, the application has 8080.
+        (r"(10\.78\.[0-9]+\.1:)8080\b", "${1}APPLICATION"),
+        (r"(10\.78\.[0-9]+\.[12]:)[0-9]+", "${1}PORT"),
+        (r#"("peer":\{"address":"[^"]*","port":)[0-9]+"#, "${1}PORT"),
+        (r"\b([0-9]+(\.[0-9]+)?(ms|[smhd]))+\b", "AGE"),
+        (r"\bin [0-9]+ s\b", "in AGE"),
+        // What is queued to a peer with a tiny window.
+        (r"\b[0-9]{6,}\b", "BYTES"),
+        (r"\s+", " "),
+        (r"^ | $", ""),
+    ]
+    .map(|(pattern, text)| (Regex::new(pattern).expect("fixed and valid"), text))
+    .into()
+});
+
+/// What other processes of this machine make of it.
+static OF_THE_MACHINE: LazyLock<Regex> = LazyLock::new(|| {
+    Regex::new("could not be looked into|may not be read|^cwkill: hint: ").expect("fixed and valid")
+});
+
+/// Lines without what varies; their order varies as well, with the ages of sockets.
+fn normal(lines: &[String]) -> Vec<String> {
+    let lines = lines.iter().filter(|line| !OF_THE_MACHINE.is_match(line));
+    let mut lines: Vec<String> = lines
+        .map(|line| {
+            VARIES.iter().fold(line.clone(), |line, (pattern, text)| {
+                pattern.replace_all(&line, *text).into_owned()
+            })
+        })
+        .filter(|line| !line.is_empty())
+        .collect();
+    lines.sort();
+    lines
+}
+
+fn wrong_output() -> Result<()> {
+    let right = "<!-- scenario: unread:2,established -->\n```console\n$ cwkill | tail -n 1\n\
+        2 sockets stuck: 2 unread\n$ cwkill --port 9 -q\n$ echo $?\n1\n```\n";
+    let (differences, renewed) = Document::parse(right)?.run()?;
+    ensure!(
+        differences.is_empty() && renewed == right,
+        "{differences:?}"
+    );
+    for (from, to) in [
+        ("2 unread", "3 unread"),
+        ("\n1\n", "\n0\n"),
+        ("-q\n", "-q\nsomething\n"),
+    ] {
+        let (differences, renewed) = Document::parse(&right.replace(from, to))?.run()?;
+        ensure!(
+            differences.len() == 1 && renewed == right,
+            "{to}: {differences:?}"
+        );
+    }
+    ensure!(Document::parse("```\n$ cwkill\n```\n").is_err());
+    Ok(())
+}
+
+fn forgiven() -> Result<()> {
+    let same = |one: &str, other: &str| normal(&[one.to_owned()]) == normal(&[other.to_owned()]);
+    let row = "leaky-app/17    4  10.78.1.1:8080  10.78.1.2:5506   528ms       8       0  unread";
+    for other in [
+        "leaky-app/29406  4  10.78.1.1:8080  10.78.1.2:50290  2m3s  8  0  unread",
+        "leaky-app/1  4  10.78.1.1:8080  10.78.1.2:1  1s  8  0  unread",
+    ] {
+        ensure!(same(row, other), "{other}");
+    }
+    for (from, to) in [
+        ("unread", "drained"),
+        (" 8 ", " 9 "),
+        ("app/", "ape/"),
+        (".1:8080", ".1:80"),
+    ] {
+        ensure!(!same(row, &row.replacen(from, to, 1)), "{to}");
+    }
+    ensure!(!same(
+        "3 sockets matched: 3 closed",
+        "3 sockets matched: 2 closed"
+    ));
+    Ok(())
+}
