@@ -128,7 +128,7 @@ pub struct Acting {
     pub log_file: Option<PathBuf>,
 
     /// Then close the descriptors of the closed sockets inside their processes; see `cwkill reclaim --help`
-    #[arg(long)]
+    #[arg(long, conflicts_with = "no_owners")]
     pub reclaim: bool,
 
     /// What may be done to the owners.

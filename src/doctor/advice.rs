@@ -98,11 +98,19 @@ impl Advice {
                 auto: Works::No,
             };
         }
+        let shutdown = shutdown(facts, trials);
+        // It reaches into owners with the same right (kernel/ptrace.c, __ptrace_may_access), and nowhere else.
+        let reclaim = Row {
+            name: "reclaim",
+            auto: false,
+            ..shutdown.clone()
+        };
         let rows = vec![
-            shutdown(facts, trials),
+            shutdown,
             destroy(facts, trials),
             rst(facts, trials),
             probe(facts, trials),
+            reclaim,
         ];
         let auto = rows.iter().filter(|row| row.auto).map(|row| row.works);
         let auto = auto.reduce(Works::and).unwrap_or(Works::No);

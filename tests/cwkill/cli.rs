@@ -58,6 +58,7 @@ const BAD: &[(&str, &str, &str)] = &[
     ("--reclaim", "--reclaim", "--port 8080"),
     ("--all --reclaim-age 5s", "--reclaim-age", "cwkill reclaim"),
     ("--all --reclaim --stop-limit 0s", "0s", "100ms"),
+    ("--all --reclaim --no-owners", "--no-owners", "--help"),
     ("reclaim --pid java", "java", "4711"),
     ("reclaim --reclaim-force", "--reclaim-force", "--pid 4711"),
     ("reclaim --reclaim-age soon", "soon", "90s"),

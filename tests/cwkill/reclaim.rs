@@ -594,11 +594,12 @@ fn kill_after(lab: &Lab, owner: &Owner, signal: Signal, delay: Duration) -> Resu
     while Instant::now() < until {
         std::hint::spin_loop();
     }
+    let pid = child.id().to_string();
     let send = |signal: Signal| {
         let name = signal.as_str().trim_start_matches("SIG");
         // It may have ended by itself.
         let _ = std::process::Command::new("kill")
-            .args(["-s", name, &child.id().to_string()])
+            .args(["-s", name, &pid])
             .stderr(std::process::Stdio::null())
             .status();
     };
@@ -606,13 +607,16 @@ fn kill_after(lab: &Lab, owner: &Owner, signal: Signal, delay: Duration) -> Resu
     if signal == Signal::SIGTSTP {
         // Before and after the act it stops like any program, but never while the owner stands still.
         lab.wait_for(PATIENCE, || Ok(!is_traced(owner.pid())))?;
-        send(Signal::SIGCONT);
     }
     let until = Instant::now() + PATIENCE;
     while child.try_wait()?.is_none() {
         if Instant::now() > until {
             let _ = child.kill();
             bail!("{signal} does not end it");
+        }
+        if signal == Signal::SIGTSTP {
+            // It may only be about to stop.
+            send(Signal::SIGCONT);
         }
         std::thread::sleep(Duration::from_millis(1));
     }

@@ -294,7 +294,11 @@ impl Server {
         }
         ensure!(!echoes(Duration::from_millis(50)), "it still serves");
         for peer in &leaked {
-            peer.shutdown(Shutdown::Write)?;
+            match peer.shutdown(Shutdown::Write) {
+                // Node.js keeps a descriptor back to accept and drop what comes at its limit.
+                Err(error) if error.kind() == ErrorKind::NotConnected => {}
+                other => other?,
+            }
         }
         let count = leaked.len();
         wait(PATIENCE, || Ok(in_state(TcpState::CloseWait)? + 2 >= count))
