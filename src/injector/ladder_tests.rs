@@ -614,29 +614,91 @@ fn a_connection_that_ended_in_time_wait_is_left_there() {
     assert_eq!(*world.touched.lock().unwrap(), [1], "not destroyed as well");
 }
 
-#[test]
-fn of_many_destroyed_sockets_none_is_closed_that_is_still_listed() {
-    let many = u64::try_from(MANY).unwrap();
-    let mut world = World::new(many).method(Destroy, |kernel, cookie| match cookie {
-        7 => Ok(()),
-        8 => {
-            kernel.remove(cookie);
-            let lost = io::Error::from_raw_os_error(libc::ENOBUFS);
-            Err(ActError::Unanswered(lost))
+/// A kernel whose lists lack some sockets, and that counts what it is asked one by one.
+struct Listing {
+    kernel: Kernel,
+    lacks: HashSet<Cookie>,
+    fails: bool,
+    asked: HashMap<Cookie, usize>,
+}
+
+impl Observe for Listing {
+    fn observe(&mut self, ids: &[DiagId], detail: Detail) -> io::Result<Looks> {
+        for id in ids {
+            *self.asked.entry(id.cookie()).or_default() += 1;
         }
-        9 => to_last_ack(kernel, cookie),
+        self.kernel.observe(ids, detail)
+    }
+
+    fn list(&mut self, states: StateSet) -> io::Result<HashSet<Cookie>> {
+        if self.fails {
+            return Err(io::Error::from_raw_os_error(libc::ENOBUFS));
+        }
+        let listed = self.kernel.list(states)?;
+        Ok(listed.difference(&self.lacks).copied().collect())
+    }
+}
+
+/// Destroys many sockets, of which 7 stays although it is acknowledged, 8 stays and has no acknowledgement, 9
+/// closes without one, and 10 goes to LAST-ACK.
+fn destroy_many(fails: bool) -> (Vec<Outcome>, HashMap<Cookie, usize>) {
+    let many = u64::try_from(MANY).unwrap();
+    let unanswered = || {
+        let lost = io::Error::from_raw_os_error(libc::ENOBUFS);
+        Err(ActError::Unanswered(lost))
+    };
+    let mut world = World::new(many).method(Destroy, move |kernel, cookie| match cookie {
+        7 => Ok(()),
+        8 => unanswered(),
+        9 => {
+            kernel.remove(cookie);
+            unanswered()
+        }
+        10 => to_last_ack(kernel, cookie),
         _ => close(kernel, cookie),
     });
     for plan in &mut world.plans {
         plan.methods = vec![Destroy];
     }
-    let outcomes = world.climb();
-    for (cookie, outcome) in (1..).zip(outcomes) {
-        let right = match (cookie, outcome.verdict) {
-            (7, verdict) => matches!(verdict, Verdict::Failed),
-            (9, verdict) => matches!(verdict, Verdict::Closing(Destroy, TcpState::LastAck)),
-            (_, verdict) => matches!(verdict, Verdict::Closed(Destroy)),
-        };
-        assert!(right, "{cookie}");
+    let rules = Rules {
+        grace: Duration::ZERO,
+        discard_unsent: false,
+        selectors: &world.selectors,
+        kernel: KernelVersion::ABORTS_ORPHANS,
+    };
+    let mut kernel = Listing {
+        kernel: world.kernel.clone(),
+        lacks: HashSet::from([Cookie(8)]),
+        fails,
+        asked: HashMap::new(),
+    };
+    let members: Vec<usize> = (0..world.found.sockets.len()).collect();
+    let outcomes = climb(
+        &world.found,
+        &world.plans,
+        &members,
+        &mut world.methods,
+        &mut kernel,
+        rules,
+        &world.clock,
+    );
+    (outcomes, kernel.asked)
+}
+
+#[test]
+fn a_list_confirms_many_destroyed_sockets_and_nothing_else() {
+    for fails in [false, true] {
+        let (outcomes, asked) = destroy_many(fails);
+        for (cookie, outcome) in (1..).zip(outcomes) {
+            let right = match (cookie, outcome.verdict) {
+                (7 | 8, verdict) => matches!(verdict, Verdict::Failed),
+                (10, verdict) => matches!(verdict, Verdict::Closing(Destroy, TcpState::LastAck)),
+                (_, verdict) => matches!(verdict, Verdict::Closed(Destroy)),
+            };
+            assert!(right, "{cookie}");
+            // Once before the act; after it only what the list does not confirm.
+            let confirmed = !fails && !(7..=10).contains(&cookie);
+            assert_eq!(asked[&Cookie(cookie)] == 1, confirmed, "{cookie}");
+        }
     }
 }

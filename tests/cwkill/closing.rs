@@ -6,8 +6,8 @@ use netns_harness::{Family, Lab, TcpState};
 use crate::AS_HARNESS;
 use crate::Case::{self, EachFamily, Once};
 use crate::support::{
-    CWKILL, all_have, at, carries_data, connections, count, cwkill, in_state, lab, leaker, ran,
-    same,
+    CWKILL, all_have, alone, at, carries_data, connections, count, cwkill, in_state, lab, leaker,
+    ran, same,
 };
 
 pub const CASES: &[Case] = &[
@@ -38,6 +38,10 @@ pub const CASES: &[Case] = &[
         no_reader,
     ),
     Once("the_command_of_the_issue", harness_command),
+    Once(
+        "thousands_are_found_in_halves_and_confirmed_by_a_list",
+        thousands_without_owners,
+    ),
 ];
 
 fn forty(family: Family) -> Result<()> {
@@ -382,4 +386,21 @@ fn harness_command() -> Result<()> {
     let summary = "40 sockets matched: 40 closed";
     ensure!(ran.stdout.contains(summary), "{ran:#?}");
     Ok(())
+}
+
+/// As many as two crews take, each more than it asks for one by one.
+fn thousands_without_owners() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V4, 4500)?;
+    let innocents = lab.start("established", Family::V4, alone(9090, 3))?;
+    let cookies = |arguments: &str| -> Result<std::collections::BTreeSet<String>> {
+        let sockets = cwkill(&lab, arguments)?.exits(0)?.sockets()?;
+        Ok(sockets.iter().map(|socket| at(socket, "/cookie")).collect())
+    };
+    let found = cookies("--all -n --json --no-owners")?;
+    same(&found.len(), &4500)?;
+    same(&found, &cookies("--all -n --json")?)?;
+    let ran = cwkill(&lab, "--all --no-owners --method destroy --json")?.exits(0)?;
+    all_have(&ran.sockets()?, "closed", "destroy")?;
+    same(&in_state(&lab, TcpState::CloseWait)?, &0)?;
+    carries_data(&innocents)
 }

@@ -97,8 +97,8 @@ fn disappearing() -> Result<()> {
     let (steady, _leak) = lab("unread", Family::V4, 2)?;
     let over = AtomicBool::new(false);
     let churned = AtomicUsize::new(0);
-    let look = || -> Result<()> {
-        while churned.load(Ordering::Relaxed) == 0 {
+    let look = |failed: &dyn Fn() -> bool| -> Result<()> {
+        while churned.load(Ordering::Relaxed) == 0 && !failed() {
             std::thread::yield_now();
         }
         for _ in 0..RUNS {
@@ -116,7 +116,7 @@ fn disappearing() -> Result<()> {
             }
             Ok(())
         });
-        let looked = look();
+        let looked = look(&|| churn.is_finished());
         over.store(true, Ordering::Relaxed);
         churn.join().expect("no panic").and(looked)
     })?;

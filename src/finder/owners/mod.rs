@@ -538,6 +538,39 @@ mod tests {
     }
 
     #[test]
+    fn what_moves_after_the_scan_is_not_its_old_owners() {
+        let proc = TestProc::new();
+        proc.process(7, "old", &[(5, "socket:[42]"), (6, "socket:[43]")]);
+        proc.process(8, "new", &[(3, "socket:[1]")]);
+        let here = Proc::at(proc.dir.path());
+        let wanted = HashSet::from([42, 43]);
+        let scan = || here.scan(&AtomicBool::new(false)).unwrap();
+        let (first, second, third) = (scan(), scan(), scan());
+        let moved = proc.dir.path().join("8/fd/4");
+        fs::rename(proc.dir.path().join("7/fd/6"), moved).unwrap();
+        let holders = |mut owners: OwnerScan| {
+            owners.sort_by_inode();
+            [42, 43].map(|inode| owners.of(inode).len())
+        };
+        let owners = |scan, trust| here.owners(scan, &wanted, trust).unwrap();
+        assert_eq!(holders(owners(first, Trust::Nothing)), [1, 0]);
+        assert_eq!(
+            holders(owners(second, Trust::TheScan)),
+            [1, 1],
+            "not looked at"
+        );
+        // The first descriptor is another's: the number of the process may have been given away.
+        fs::rename(
+            proc.dir.path().join("7/fd/5"),
+            proc.dir.path().join("7/fd/9"),
+        )
+        .unwrap();
+        assert_eq!(holders(owners(third, Trust::TheScan)), [1, 0]);
+        let now = here.find_owners([42, 43].into_iter()).unwrap();
+        assert_eq!(holders(now), [1, 1]);
+    }
+
+    #[test]
     fn a_process_that_vanishes_is_passed_over() {
         let proc = TestProc::new();
         proc.process(7, "here", &[(3, "socket:[42]")]);
