@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::group::{AGES, Group};
-use super::runtime::{self, Runtime};
+use super::runtime::Runtime;
 use super::{Diagnosis, Patient, Waiting, verdict};
 use crate::report::json::{JsonContainer, container, serializer};
 
@@ -124,7 +124,7 @@ struct JsonProcess<'a> {
     shared: usize,
     waiting: usize,
     descriptors: Descriptors,
-    next: Option<JsonNext>,
+    next: Option<JsonNext<'a>>,
 }
 
 #[derive(Serialize)]
@@ -137,9 +137,9 @@ struct Descriptors {
 }
 
 #[derive(Serialize)]
-struct JsonNext {
-    command: String,
-    remark: &'static str,
+struct JsonNext<'a> {
+    command: &'a str,
+    remark: &'a str,
 }
 
 #[derive(Serialize)]
@@ -194,7 +194,6 @@ fn group(group: &Group, elapsed: Duration) -> JsonGroup {
 fn process(patient: &Patient, elapsed: Duration) -> JsonProcess<'_> {
     let process = &patient.process;
     let executable = patient.vitals.executable.as_deref();
-    let runtime = Runtime::of(executable, &process.comm);
     let counts = patient.table.as_ref().map(|_| patient.suspects());
     JsonProcess {
         pid: process.pid,
@@ -202,7 +201,7 @@ fn process(patient: &Patient, elapsed: Duration) -> JsonProcess<'_> {
         unit: process.cgroup.unit.as_deref(),
         container: container(process),
         executable,
-        runtime: runtime.map(Runtime::name),
+        runtime: patient.runtime.map(Runtime::name),
         state: patient.vitals.state,
         condition: patient.condition.name(),
         held: group(&patient.held, elapsed),
@@ -215,9 +214,9 @@ fn process(patient: &Patient, elapsed: Duration) -> JsonProcess<'_> {
             never_connected: counts.map(|counts| counts[1]),
             unknown: counts.map(|counts| counts[2]),
         },
-        next: runtime::next(process.pid, runtime, patient.condition).map(|next| JsonNext {
-            command: next.command,
-            remark: next.remark,
+        next: patient.next.as_ref().map(|next| JsonNext {
+            command: &next.command,
+            remark: &next.remark,
         }),
     }
 }

@@ -34,6 +34,7 @@ use crate::report::{ExitStatus, notes};
 use crate::selectors::Selectors;
 use crate::tcp::TcpState;
 use group::{Around, Group};
+use runtime::{Next, Runtime, Subject};
 use verdict::Condition;
 
 /// The time between two looks, if nothing else is asked for.
@@ -119,6 +120,10 @@ pub struct Patient {
     pub condition: Condition,
     /// Its descriptor table; `None` if it may not be read.
     pub table: Option<Table>,
+    /// What it runs on, if that can be told.
+    pub runtime: Option<Runtime>,
+    /// What to run next.
+    pub next: Option<Next>,
 }
 
 impl Patient {
@@ -315,7 +320,15 @@ fn patients(
         let before = by_process.0.remove(&key).unwrap_or_default();
         let now = by_process.1.remove(&key).unwrap_or_default();
         let (vitals, condition) = fares(process);
+        let runtime = Runtime::of(vitals.executable.as_deref(), &process.comm);
         Patient {
+            runtime,
+            next: runtime::next(Subject {
+                pid: process.pid,
+                runtime,
+                condition,
+                caught: vitals.caught,
+            }),
             process: process.clone(),
             shared: now.shared,
             waiting: now.waiting,

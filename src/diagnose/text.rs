@@ -6,7 +6,6 @@ use std::io::{self, Write};
 use std::time::Duration;
 
 use super::group::{AGES, Group};
-use super::runtime::{self, Runtime};
 use super::{Diagnosis, Patient, Waiting, bars, verdict};
 use crate::finder::owners::Process;
 use crate::refill::seconds;
@@ -158,8 +157,7 @@ fn of_process(patient: &Patient, elapsed: Duration) -> String {
         }
         (None, _) => block.push_str("\n  descriptors: may not be read"),
     }
-    let runtime = Runtime::of(patient.vitals.executable.as_deref(), &process.comm);
-    if let Some(next) = runtime::next(process.pid, runtime, patient.condition) {
+    if let Some(next) = &patient.next {
         let _ = write!(block, "\n  next: {}  ({})", next.command, next.remark);
     }
     block

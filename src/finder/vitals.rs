@@ -5,7 +5,7 @@
 use std::fs;
 
 use procfs::FromRead;
-use procfs::process::{LimitValue, Limits, Stat};
+use procfs::process::{LimitValue, Limits, Stat, Status};
 
 use super::owners::{Proc, Process};
 
@@ -18,6 +18,9 @@ pub struct Vitals {
     pub limit: Option<u64>,
     /// The name of its executable, without the directory; `None` if it may not be read.
     pub executable: Option<String>,
+    /// The signals for which it has a handler, signal N as bit N - 1 (SigCgt in proc_pid_status(5)); `None` if
+    /// that cannot be read.
+    pub caught: Option<u64>,
 }
 
 impl Proc {
@@ -25,11 +28,13 @@ impl Proc {
     pub fn vitals(&self, process: &Process) -> Vitals {
         let directory = self.path(&process.pid.to_string());
         let limit = Limits::from_file(directory.join("limits")).ok();
+        let status = Status::from_file(directory.join("status")).ok();
         let executable = fs::read_link(directory.join("exe")).ok();
         // Read last: it is the same process, so all of it is about that one.
         match Stat::from_file(directory.join("stat")) {
             Ok(stat) if stat.starttime == process.start_time => Vitals {
                 state: Some(stat.state),
+                caught: status.map(|status| status.sigcgt),
                 limit: limit.map(|limits| match limits.max_open_files.soft_limit {
                     LimitValue::Value(files) => files,
                     LimitValue::Unlimited => u64::MAX,
@@ -70,6 +75,10 @@ mod tests {
             exe.file_name().unwrap().to_str()
         );
         assert!(vitals.state.is_some());
+        // Rust's own handler of stack overflows; SIGKILL cannot be caught.
+        let caught = vitals.caught.unwrap();
+        let catches = |signal: i32| caught >> (signal - 1) & 1 == 1;
+        assert!(catches(libc::SIGSEGV) && !catches(libc::SIGKILL));
         process.start_time += 1;
         assert_eq!(proc.vitals(&process), Vitals::default(), "another process");
     }
