@@ -60,6 +60,8 @@ pub struct Diagnosis {
     pub unreadable: usize,
     /// Why descriptor tables could not be compared with the socket tables of some namespace.
     pub tables_failure: Option<String>,
+    /// Whether a process number of /proc means the same process to a command.
+    pub same_pids: bool,
 }
 
 impl Diagnosis {
@@ -77,6 +79,12 @@ impl Diagnosis {
                 "the sockets of a network namespace could not be listed ({failure}): its descriptors \
                  may be counted as unknown"
             ));
+        }
+        if !self.same_pids && !self.processes.is_empty() {
+            notes.push(
+                "/proc is of another pid namespace, where a number means another process: no commands are shown"
+                    .to_owned(),
+            );
         }
         notes
     }
@@ -181,7 +189,7 @@ pub fn run(scope: &Scope, sample: Duration, proc: &Proc) -> anyhow::Result<Diagn
         elapsed,
     };
     let looks = (&first, &found);
-    let processes = patients(looks, &around, tables, selectors, |process| {
+    let mut processes = patients(looks, &around, tables, selectors, |process| {
         let vitals = proc.vitals(process);
         let condition = Condition::of(states.get(&id(process)).copied().flatten(), vitals.state);
         (vitals, condition)
@@ -189,7 +197,12 @@ pub fn run(scope: &Scope, sample: Duration, proc: &Proc) -> anyhow::Result<Diagn
     let ownerless = Group::new(ownerless(&first), ownerless(&found), &around);
     let total = Group::new(first.sockets.iter(), found.sockets.iter(), &around);
     let listeners = waiting(looks, &around);
+    let same_pids = proc.is_of_our_pid_namespace();
+    if !same_pids {
+        processes.iter_mut().for_each(|patient| patient.next = None);
+    }
     Ok(Diagnosis {
+        same_pids,
         ownerless: (ownerless.stuck > 0).then_some(ownerless),
         found,
         elapsed,

@@ -242,7 +242,13 @@ fn foreign_proc() -> Result<()> {
         .args(line.split_whitespace()))?
     .exits(0)?;
     let wanted = [json!(0), json!(0), json!(3)];
-    same(&suspects(&ran.json()?, leak.app().pid())?, &wanted)
+    let document = ran.json()?;
+    same(&suspects(&document, leak.app().pid())?, &wanted)?;
+    // A number means another process to whoever would run a command.
+    for process in document["processes"].as_array().context("no processes")? {
+        same(&process["next"], &json!(null))?;
+    }
+    Ok(())
 }
 
 fn growth() -> Result<()> {
