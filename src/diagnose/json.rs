@@ -119,6 +119,7 @@ struct JsonProcess<'a> {
     runtime: Option<&'static str>,
     state: Option<char>,
     condition: Option<&'static str>,
+    uninterruptible_threads: &'a [i32],
     #[serde(flatten)]
     held: JsonGroup,
     shared: usize,
@@ -204,6 +205,7 @@ fn process(patient: &Patient, elapsed: Duration) -> JsonProcess<'_> {
         runtime: patient.runtime.map(Runtime::name),
         state: patient.vitals.state,
         condition: patient.condition.name(),
+        uninterruptible_threads: &patient.asleep,
         held: group(&patient.held, elapsed),
         shared: patient.shared,
         waiting: patient.waiting,

@@ -40,6 +40,9 @@ use verdict::Condition;
 /// The time between two looks, if nothing else is asked for.
 pub const SAMPLE: Duration = Duration::from_secs(5);
 
+/// Processes, and listeners, that are shown and looked at closely: one screen.
+pub const SHOWN: usize = 10;
+
 /// What was found out.
 #[derive(Debug)]
 pub struct Diagnosis {
@@ -126,6 +129,8 @@ pub struct Patient {
     pub vitals: Vitals,
     /// What its state at both looks says.
     pub condition: Condition,
+    /// Threads in uninterruptible sleep at both looks, beside the first; of the first [`SHOWN`] processes only.
+    pub asleep: Vec<i32>,
     /// Its descriptor table; `None` if it may not be read.
     pub table: Option<Table>,
     /// What it runs on, if that can be told.
@@ -179,6 +184,9 @@ pub fn run(scope: &Scope, sample: Duration, proc: &Proc) -> anyhow::Result<Diagn
         .iter()
         .map(|process| (id(process), proc.vitals(process).state))
         .collect();
+    let asleep: HashMap<Id, Vec<i32>> = worst(&first)
+        .map(|process| (id(process), proc.uninterruptible(process)))
+        .collect();
     thread::sleep(sample);
     let elapsed = begin.elapsed();
     let found = pipeline::find(&namespaces, proc, selectors, true)?;
@@ -198,8 +206,24 @@ pub fn run(scope: &Scope, sample: Duration, proc: &Proc) -> anyhow::Result<Diagn
     let total = Group::new(first.sockets.iter(), found.sockets.iter(), &around);
     let listeners = waiting(looks, &around);
     let same_pids = proc.is_of_our_pid_namespace();
-    if !same_pids {
-        processes.iter_mut().for_each(|patient| patient.next = None);
+    for patient in processes.iter_mut().take(SHOWN) {
+        let before = asleep.get(&id(&patient.process)).into_iter().flatten();
+        let before: HashSet<&i32> = before.collect();
+        if !before.is_empty() {
+            let mut both = proc.uninterruptible(&patient.process);
+            both.retain(|thread| before.contains(thread) && *thread != patient.process.pid);
+            patient.condition = patient.condition.with_threads(&both);
+            patient.asleep = both;
+        }
+    }
+    // A number of another pid namespace means another process to whoever runs the command.
+    for patient in processes.iter_mut().filter(|_| same_pids) {
+        patient.next = runtime::next(Subject {
+            pid: patient.process.pid,
+            runtime: patient.runtime,
+            condition: patient.condition,
+            caught: patient.vitals.caught,
+        });
     }
     Ok(Diagnosis {
         same_pids,
@@ -251,6 +275,18 @@ fn tables(
     };
     let scan = dead::find(proc, &wanted, &in_tables).context("cannot read descriptor tables")?;
     Ok((scan, failure))
+}
+
+/// The processes with the most sockets, held or waiting.
+fn worst(found: &Found) -> impl Iterator<Item = &Process> {
+    let shares = group::by_process(found);
+    let of = |process: &Process| {
+        let share = shares.get(&id(process));
+        share.map_or(0, |share| share.held.len() + share.waiting)
+    };
+    let mut worst: Vec<(usize, &Process)> = found.processes.iter().map(|p| (of(p), p)).collect();
+    worst.sort_by_key(|(sockets, _)| std::cmp::Reverse(*sockets));
+    worst.into_iter().take(SHOWN).map(|(_, process)| process)
 }
 
 fn ownerless(found: &Found) -> impl Iterator<Item = &Socket> {
@@ -336,12 +372,8 @@ fn patients(
         let runtime = Runtime::of(vitals.executable.as_deref(), &process.comm);
         Patient {
             runtime,
-            next: runtime::next(Subject {
-                pid: process.pid,
-                runtime,
-                condition,
-                caught: vitals.caught,
-            }),
+            next: None,
+            asleep: Vec::new(),
             process: process.clone(),
             shared: now.shared,
             waiting: now.waiting,

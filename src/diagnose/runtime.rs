@@ -156,6 +156,10 @@ pub fn next(subject: Subject) -> Option<Next> {
         ),
         // A debugger would wait with it.
         Condition::Uninterruptible => (format!("cat /proc/{pid}/wchan"), ASLEEP.to_owned()),
+        Condition::ThreadUninterruptible(thread) => (
+            format!("cat /proc/{pid}/task/{thread}/wchan"),
+            ASLEEP.to_owned(),
+        ),
         Condition::Usual => inside(subject),
     };
     Some(Next { command, remark })
@@ -274,6 +278,8 @@ mod tests {
         );
         let waits = command(Some(Runtime::Python), Condition::Uninterruptible);
         assert!(waits.starts_with("cat"), "{waits}: a debugger would hang");
+        let waits = command(None, Condition::ThreadUninterruptible(43));
+        assert_eq!(waits, "cat /proc/42/task/43/wchan");
         assert_eq!(next(subject(None, Condition::Gone)), None);
     }
 

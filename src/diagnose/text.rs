@@ -6,15 +6,13 @@ use std::io::{self, Write};
 use std::time::Duration;
 
 use super::group::{AGES, Group};
-use super::{Diagnosis, Patient, Waiting, bars, verdict};
+use super::{Diagnosis, Patient, SHOWN, Waiting, bars, verdict};
 use crate::finder::owners::Process;
 use crate::refill::seconds;
 use crate::report::escape::escape;
 use crate::report::notes::counted;
 use crate::report::text::{age, place};
 
-/// Processes, and listeners, that are shown: one screen.
-const SHOWN: usize = 10;
 /// Ports and peers that are named.
 const NAMED: usize = 3;
 
@@ -128,6 +126,13 @@ fn of_process(patient: &Patient, elapsed: Duration) -> String {
     }
     if let Some(verdict) = patient.condition.verdict() {
         let _ = write!(block, "\n  {verdict}");
+        for (index, thread) in patient.asleep.iter().take(NAMED).enumerate() {
+            let separator = if index == 0 { ": thread " } else { ", " };
+            let _ = write!(block, "{separator}{thread}");
+        }
+        if patient.asleep.len() > NAMED {
+            let _ = write!(block, " and {} more", patient.asleep.len() - NAMED);
+        }
     }
     push_causes(&mut block, held);
     if patient.waiting > 0 {

@@ -16,6 +16,8 @@ pub enum Condition {
     Traced,
     /// In uninterruptible sleep at both looks (D); once is usual while it waits for a disk.
     Uninterruptible,
+    /// This one of its other threads is.
+    ThreadUninterruptible(i32),
     /// It has ended, and its parent has not taken note (Z).
     Zombie,
     /// It is no longer there.
@@ -35,6 +37,14 @@ impl Condition {
         }
     }
 
+    /// With the other threads that were in uninterruptible sleep at both looks.
+    pub fn with_threads(self, asleep: &[i32]) -> Condition {
+        match (self, asleep.first()) {
+            (Condition::Usual, Some(thread)) => Condition::ThreadUninterruptible(*thread),
+            _ => self,
+        }
+    }
+
     /// The name in JSON.
     pub fn name(self) -> Option<&'static str> {
         match self {
@@ -42,6 +52,7 @@ impl Condition {
             Condition::Stopped => Some("stopped"),
             Condition::Traced => Some("traced"),
             Condition::Uninterruptible => Some("uninterruptible"),
+            Condition::ThreadUninterruptible(_) => Some("thread-uninterruptible"),
             Condition::Zombie => Some("zombie"),
             Condition::Gone => Some("gone"),
         }
@@ -60,6 +71,10 @@ impl Condition {
             Condition::Uninterruptible => Some(
                 "its main thread is in uninterruptible sleep: it waits for a device or a file system, \
                  and no signal reaches it",
+            ),
+            Condition::ThreadUninterruptible(_) => Some(
+                "not all of its threads run: some are in uninterruptible sleep, wait for a device or a file \
+                 system, and no signal reaches them",
             ),
             Condition::Zombie => Some("ended, and not yet reaped by its parent"),
             Condition::Gone => Some("ended while it was looked at"),
@@ -129,6 +144,10 @@ mod tests {
         assert_eq!(of('S', 'T'), Condition::Stopped);
         assert_eq!(of('T', 'S'), Condition::Usual);
         assert_eq!(Condition::of(Some('S'), None), Condition::Gone);
+        let thread = Condition::Usual.with_threads(&[8, 9]);
+        assert_eq!(thread, Condition::ThreadUninterruptible(8));
+        assert_eq!(Condition::Usual.with_threads(&[]), Condition::Usual);
+        assert_eq!(Condition::Stopped.with_threads(&[8]), Condition::Stopped);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! How a process fares: its state, its limit of open files, its executable. From /proc.
 //!
-//! Nothing here waits for the process or takes a lock that a hung one can hold: of `exe` only the link is read.
+//! Nothing here waits for the process or takes a lock that a hung one can hold: of `exe` only the link is read, of
+//! a thread only `stat`, never `stack` or `maps`.
 
 use std::fs;
 
@@ -8,6 +9,9 @@ use procfs::FromRead;
 use procfs::process::{LimitValue, Limits, Stat, Status};
 
 use super::owners::{Proc, Process};
+
+/// Threads of a process that are looked at.
+const THREADS: usize = 512;
 
 /// What /proc says of a process beside its descriptors.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -49,11 +53,46 @@ impl Proc {
             _ => Vitals::default(),
         }
     }
+
+    /// The threads of `process` in uninterruptible sleep (D), among its first 512; none if it is gone.
+    pub fn uninterruptible(&self, process: &Process) -> Vec<i32> {
+        let directory = self.path(&process.pid.to_string());
+        let Ok(threads) = fs::read_dir(directory.join("task")) else {
+            return Vec::new();
+        };
+        let sleeping = |entry: fs::DirEntry| {
+            let thread = entry.file_name().to_str()?.parse().ok()?;
+            let stat = fs::read(entry.path().join("stat")).ok()?;
+            (thread_state(&stat)? == b'D').then_some(thread)
+        };
+        let threads = threads.take(THREADS).filter_map(Result::ok);
+        let asleep = threads.filter_map(sleeping).collect();
+        // Read last, as above.
+        match self.start_time(process.pid) == Some(process.start_time) {
+            true => asleep,
+            false => Vec::new(),
+        }
+    }
+}
+
+/// The state in a `stat` file: it stands behind the name, which may have anything in it.
+fn thread_state(stat: &[u8]) -> Option<u8> {
+    let end = stat.iter().rposition(|byte| *byte == b')')?;
+    stat.get(end + 2).copied()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_state_stands_behind_whatever_name() {
+        assert_eq!(thread_state(b"7 (a) S (b)) D 1 7"), Some(b'D'));
+        assert_eq!(thread_state(b"7 (\xff) R 1 7"), Some(b'R'));
+        for broken in [&b"7 (a)"[..], b"7 (a) ", b""] {
+            assert_eq!(thread_state(broken), None);
+        }
+    }
 
     #[test]
     fn our_own() {

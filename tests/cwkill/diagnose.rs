@@ -24,6 +24,7 @@ pub const CASES: &[Case] = &[
         "without_privileges_it_says_what_it_cannot_see",
         unprivileged,
     ),
+    Once("a_runtime_and_a_sleeping_thread_are_told", runtime),
     Once("bars_need_a_known_width", bars),
     Once("a_closed_pipe_is_no_error", head),
 ];
@@ -321,6 +322,82 @@ fn unprivileged() -> Result<()> {
     let line = format!("diagnose --process leaky-app {QUICK}");
     let ran = crate::support::ran(command.args(line.split(' ')))?.exits(4)?;
     same(&ran.json()?["undecided"], &json!(2))
+}
+
+/// Leaves a socket in CLOSE-WAIT; if asked to, a thread of it then waits for a child as vfork(2) does, in
+/// uninterruptible sleep. The child ends with the thread.
+const LEAKY_PYTHON: &str = "
+import ctypes, os, platform, signal, socket, sys, threading
+server = socket.create_server(('127.0.0.1', 7001))
+peer = socket.create_connection(('127.0.0.1', 7001))
+accepted, _ = server.accept()
+peer.shutdown(socket.SHUT_WR)
+assert accepted.recv(1) == b''
+def sleep():
+    libc = ctypes.CDLL(None)
+    clone = {'x86_64': 56, 'aarch64': 220}[platform.machine()]
+    us = threading.get_native_id()
+    if libc.syscall(clone, 0x4000 | signal.SIGCHLD, 0, 0, 0, 0) == 0:
+        libc.prctl(1, signal.SIGKILL)
+        print(us, flush=True)
+        libc.pause()
+        os._exit(0)
+if sys.argv[1] == 'sleep':
+    threading.Thread(target=sleep).start()
+else:
+    print(threading.get_native_id(), flush=True)
+sys.stdin.read()
+";
+
+fn runtime() -> Result<()> {
+    for how in ["run", "sleep"] {
+        let lab = Lab::new()?;
+        let command = lab.app_host().command("python3");
+        let command = command.args(["-c", LEAKY_PYTHON, how]);
+        // It is the process that exec made, whatever started it.
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let looked = at_python(&lab, &mut child, how == "sleep");
+        child.kill()?;
+        child.wait()?;
+        looked?;
+    }
+    Ok(())
+}
+
+fn at_python(lab: &Lab, child: &mut std::process::Child, sleeps: bool) -> Result<()> {
+    let mut line = String::new();
+    let stdout = child.stdout.take().context("no stdout")?;
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut line)?;
+    let thread: u32 = line.trim().parse().with_context(|| format!("{line:?}"))?;
+    let pid = child.id();
+    let state = format!("/proc/{pid}/task/{thread}/stat");
+    if sleeps {
+        let asleep = || Ok(std::fs::read_to_string(&state)?.contains(") D "));
+        lab.wait_for(PATIENCE, asleep)?;
+    }
+    let document = cwkill(lab, &format!("diagnose --pid {pid} {QUICK}"))?
+        .exits(0)?
+        .json()?;
+    let python = process(&document, pid)?;
+    same(&python["runtime"], &json!("python"))?;
+    let (condition, threads, command) = match sleeps {
+        false => (json!(null), json!([]), format!("py-spy dump --pid {pid}")),
+        true => (
+            json!("thread-uninterruptible"),
+            json!([thread]),
+            format!("cat /proc/{pid}/task/{thread}/wchan"),
+        ),
+    };
+    same(&python["condition"], &condition)?;
+    same(&python["uninterruptible_threads"], &threads)?;
+    same(&at(python, "/next/command"), &command)?;
+    let line = format!("diagnose --pid {pid} --sample 50ms");
+    let text = cwkill(lab, &line)?.exits(0)?.stdout;
+    ensure!(text.contains(&format!("next: {command}  (")), "{text}");
+    Ok(())
 }
 
 fn bars() -> Result<()> {
