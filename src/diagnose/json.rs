@@ -74,6 +74,7 @@ struct JsonGroup {
     growth: Growth,
     ports: Vec<JsonPort>,
     peers: Vec<JsonPeer>,
+    peer_ports: Vec<JsonPort>,
 }
 
 #[derive(Serialize)]
@@ -169,7 +170,11 @@ fn group(group: &Group, elapsed: Duration) -> JsonGroup {
         under_seconds: (*end != Duration::MAX).then_some(end.as_secs()),
         count,
     };
-    let ports = group.ports.iter().take(LISTED);
+    let ports = |ports: &[(u16, usize)]| {
+        let listed = ports.iter().take(LISTED);
+        let port = |&(port, count): &(u16, usize)| JsonPort { port, count };
+        listed.map(port).collect()
+    };
     let peers = group.peers.iter().take(LISTED);
     JsonGroup {
         stuck: group.stuck,
@@ -183,9 +188,8 @@ fn group(group: &Group, elapsed: Duration) -> JsonGroup {
             gone: group.gone,
             per_minute: group.growth(elapsed),
         },
-        ports: ports
-            .map(|&(port, count)| JsonPort { port, count })
-            .collect(),
+        ports: ports(&group.ports),
+        peer_ports: ports(&group.peer_ports),
         peers: peers
             .map(|&(address, count)| JsonPeer { address, count })
             .collect(),

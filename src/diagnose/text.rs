@@ -208,9 +208,14 @@ fn push_places(block: &mut String, group: &Group) {
     if group.stuck == 0 {
         return;
     }
-    let ports = named(&group.ports, |port| format!(":{port}"));
+    let port = |port: &u16| format!(":{port}");
+    let ports = named(&group.ports, port);
     let peers = named(&group.peers, ToString::to_string);
     let _ = write!(block, "\n  ports {ports}; peers {peers}");
+    // Clients of a server have a port each, which tells nothing.
+    if group.peer_ports[0].1 > 1 || group.stuck == 1 {
+        let _ = write!(block, "; their ports {}", named(&group.peer_ports, port));
+    }
 }
 
 fn named<T>(counts: &[(T, usize)], text: impl Fn(&T) -> String) -> String {

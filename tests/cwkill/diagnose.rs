@@ -3,7 +3,7 @@
 use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
-use netns_harness::{Family, How, Lab, SocketOption, TcpState};
+use netns_harness::{Dial, Family, How, Lab, Recv, SocketOption, TcpState};
 use serde_json::{Value, json};
 
 use crate::Case::{self, EachFamily, Once};
@@ -16,6 +16,10 @@ pub const CASES: &[Case] = &[
     EachFamily("each_culprit_has_its_verdict", every_cause),
     EachFamily("dead_descriptors_are_counted", dead),
     EachFamily("a_conversation_in_one_direction_is_no_leak", half_closed),
+    Once(
+        "the_code_that_calls_out_is_told_from_the_server",
+        both_sides,
+    ),
     Once("unix_sockets_are_not_dead", unix),
     Once("dead_where_it_may_not_be_read_is_unknown", foreign_proc),
     Once("growth_is_told_by_identity", growth),
@@ -148,6 +152,38 @@ fn every_cause(family: Family) -> Result<()> {
         rows.iter().map(|row| (row.cookie, row.state)).collect()
     };
     same(&key(&lab.app_host().ss(&[])?), &key(&before))
+}
+
+/// A server that leaks what it has opened itself, and one of the connections that it accepted.
+fn both_sides() -> Result<()> {
+    let lab = Lab::new()?;
+    let app = lab.app_host().agent("server")?;
+    let other = lab.app_host().agent("database")?;
+    let (own, database) = ("127.0.0.1:7000".parse()?, "127.0.0.1:5432".parse()?);
+    let listeners = (
+        app.listen(own, false, 16)?,
+        other.listen(database, false, 16)?,
+    );
+    let clients = other.connect(own, 1, Dial::default(), PATIENCE)?;
+    let mut leaked = app.accept(listeners.0, 1, PATIENCE)?;
+    leaked.extend(app.connect(database, 3, Dial::default(), PATIENCE)?);
+    let mut closing = other.accept(listeners.1, 3, PATIENCE)?;
+    closing.extend(clients);
+    let closing: Vec<_> = closing.iter().map(|end| end.fd).collect();
+    other.shutdown(&closing, How::Write)?;
+    for end in &leaked {
+        same(&app.recv(end.fd, 1, PATIENCE)?, &Recv::Eof)?;
+    }
+    let document = cwkill(&lab, &format!("diagnose {QUICK}"))?
+        .exits(0)?
+        .json()?;
+    let server = process(&document, app.pid())?;
+    let verdict = "in the code that calls :5432 (3) and that handles :7000 (1)";
+    only_cause(server, "drained", 4, verdict)?;
+    same(&server["peer_ports"][0], &json!({"port": 5432, "count": 3}))?;
+    let text = cwkill(&lab, "diagnose --sample 50ms")?.exits(0)?.stdout;
+    ensure!(text.contains("; their ports :5432 (3), "), "{text}");
+    Ok(())
 }
 
 /// The numbers of descriptors: dead, never connected, unknown.
