@@ -1,7 +1,7 @@
 //! Sockets counted together: by cause and age, what came and what went, where and from whom. Pure.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::hash::Hash;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher, Hash};
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -189,6 +189,17 @@ pub struct Share<'a> {
     pub shared: usize,
     /// How many wait at its listeners.
     pub waiting: usize,
+    /// The listeners with those, by index.
+    pub listeners: BTreeSet<usize>,
+}
+
+impl Share<'_> {
+    /// The same for the same sockets, and else another.
+    pub fn signature(&self) -> u64 {
+        let mut cookies: Vec<Cookie> = self.held.iter().map(|s| s.cookie()).collect();
+        cookies.sort_unstable_by_key(|cookie| cookie.0);
+        BuildHasherDefault::<DefaultHasher>::default().hash_one((cookies, &self.listeners))
+    }
 }
 
 /// The sockets of each process, by its number and start. One that several share counts for each.
@@ -207,7 +218,10 @@ pub fn by_process(found: &Found) -> HashMap<(i32, u64), Share<'_>> {
         for process in &processes {
             let share = shares.entry(id(*process)).or_default();
             match socket.listener {
-                Some(_) => share.waiting += 1,
+                Some(listener) => {
+                    share.waiting += 1;
+                    share.listeners.insert(listener);
+                }
                 None => {
                     share.held.push(socket);
                     share.shared += usize::from(processes.len() > 1);

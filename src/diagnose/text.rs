@@ -1,6 +1,7 @@
 //! The diagnosis for people: a summary, charts where there is room, and a block for each process and
 //! listener.
 
+use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::time::Duration;
@@ -40,13 +41,15 @@ pub fn write(diagnosis: &Diagnosis, columns: Option<usize>, out: &mut dyn Write)
             }
         }
     }
-    for patient in diagnosis.processes.iter().take(SHOWN) {
-        writeln!(out, "\n{}", of_process(patient, diagnosis.elapsed))?;
+    let processes = folded(&diagnosis.processes);
+    for (patient, like) in processes.iter().take(SHOWN) {
+        writeln!(out, "\n{}", of_process(patient, *like, diagnosis.elapsed))?;
     }
-    let rest = diagnosis.processes.iter().skip(SHOWN);
+    let rest = processes.iter().skip(SHOWN);
     if rest.len() > 0 {
-        let count = counted(rest.len(), "process");
-        let stuck: usize = rest.map(|patient| patient.held.stuck).sum();
+        let count: usize = rest.clone().map(|(_, like)| 1 + like).sum();
+        let count = counted(count, "process");
+        let stuck: usize = rest.map(|(patient, _)| patient.held.stuck).sum();
         let stuck = counted(stuck, "stuck socket");
         writeln!(out, "\nand {count} more with {stuck}: --json has all")?;
     }
@@ -65,6 +68,22 @@ pub fn write(diagnosis: &Diagnosis, columns: Option<usize>, out: &mut dyn Write)
         writeln!(out, "\n{block}")?;
     }
     Ok(())
+}
+
+/// Processes, with how many others there are like each.
+fn folded(patients: &[Patient]) -> Vec<(&Patient, usize)> {
+    let mut folded: Vec<(&Patient, usize)> = Vec::new();
+    let mut places: HashMap<u64, usize> = HashMap::new();
+    for patient in patients {
+        match places.get(&patient.sockets) {
+            Some(at) if folded[*at].0.is_like(patient) => folded[*at].1 += 1,
+            _ => {
+                places.insert(patient.sockets, folded.len());
+                folded.push((patient, 0));
+            }
+        }
+    }
+    folded
 }
 
 fn summary(diagnosis: &Diagnosis) -> String {
@@ -110,9 +129,12 @@ fn name(process: &Process) -> String {
     format!("{}/{}", escape(&process.comm), process.pid)
 }
 
-fn of_process(patient: &Patient, elapsed: Duration) -> String {
+fn of_process(patient: &Patient, like: usize, elapsed: Duration) -> String {
     let Patient { process, held, .. } = patient;
     let mut block = name(process);
+    if like > 0 {
+        let _ = write!(block, " (+{like} like it)");
+    }
     if let Some(place) = place(&process.cgroup) {
         let _ = write!(block, " ({})", escape(&place));
     }
@@ -139,9 +161,15 @@ fn of_process(patient: &Patient, elapsed: Duration) -> String {
         let waiting = counted(patient.waiting, "stuck connection");
         let _ = write!(block, "\n  {waiting} wait at its listener, see below");
     }
-    let [dead, _, unknown] = patient.suspects();
+    let [dead, never, unknown] = patient.suspects();
     if dead > 0 {
         let _ = write!(block, "\n  {dead} dead: {}", verdict::DEAD);
+    }
+    if never > 0 {
+        let _ = write!(
+            block,
+            "\n  {never} never connected: fresh, or connect(2) failed; many are a leak of their own"
+        );
     }
     if unknown > 0 {
         let them = counted(unknown, "descriptor");

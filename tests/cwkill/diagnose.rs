@@ -20,6 +20,11 @@ pub const CASES: &[Case] = &[
         "the_code_that_calls_out_is_told_from_the_server",
         both_sides,
     ),
+    Once(
+        "a_busy_listener_does_not_hide_the_leaker",
+        listener_and_leaker,
+    ),
+    Once("many_sockets_never_connected_are_told", never_connected),
     Once("unix_sockets_are_not_dead", unix),
     Once("dead_where_it_may_not_be_read_is_unknown", foreign_proc),
     Once("growth_is_told_by_identity", growth),
@@ -256,34 +261,102 @@ fn half_closed(family: Family) -> Result<()> {
 }
 
 fn unix() -> Result<()> {
-    let (lab, leak) = lab("unread", Family::V4, 2)?;
-    // Leaves two UNIX sockets and no TCP socket in the application's table.
-    leak.app().put_in_flight(&leak.app_fds())?;
+    let (lab, leak) = lab("unread", Family::V4, 3)?;
+    // Leaves two UNIX sockets in the application's table, and one TCP socket that has it shown.
+    leak.app().put_in_flight(&leak.app_fds()[..2])?;
     let document = cwkill(&lab, &format!("diagnose {QUICK}"))?
         .exits(0)?
         .json()?;
     same(&document["unknown_owner"]["stuck"], &json!(2))?;
-    let none: &Vec<Value> = &vec![];
-    same(&document["processes"].as_array(), &Some(none))
+    let pid = leak.app().pid();
+    same(&process(&document, pid)?["stuck"], &json!(1))?;
+    same(&suspects(&document, pid)?, &[json!(0), json!(0), json!(0)])
 }
 
 /// Process numbers of /proc mean nothing here, so that no descriptor can be duplicated.
 fn foreign_proc() -> Result<()> {
     let (lab, leak) = lab("drained", Family::V4, 3)?;
+    cwkill(&lab, "--all --method destroy")?.exits(0)?;
+    let look = || {
+        let line = format!("--pid --fork --kill-child {CWKILL} diagnose {QUICK}");
+        let command = lab.app_host().command("unshare");
+        ran(command.args(line.split_whitespace()))
+    };
+    // Nothing else there: they may be dead, and that is not the same as nothing.
+    let document = look()?
+        .exits(4)?
+        .complains("3 descriptors of TCP sockets in no table may be dead")?
+        .json()?;
+    same(&document["unknown_descriptors"], &json!(3))?;
     let _more = lab.start("unread", Family::V4, count(1))?;
-    cwkill(&lab, "--cause drained --method destroy")?.exits(0)?;
-    let line = format!("--pid --fork --kill-child {CWKILL} diagnose {QUICK}");
-    let ran = ran(lab
-        .app_host()
-        .command("unshare")
-        .args(line.split_whitespace()))?
-    .exits(0)?;
+    let document = look()?.exits(0)?.json()?;
     let wanted = [json!(0), json!(0), json!(3)];
-    let document = ran.json()?;
     same(&suspects(&document, leak.app().pid())?, &wanted)?;
     // A number means another process to whoever would run a command.
     for process in document["processes"].as_array().context("no processes")? {
         same(&process["next"], &json!(null))?;
+    }
+    Ok(())
+}
+
+/// Workers that wait at one listener do not hide the one that leaks, and are shown once.
+fn listener_and_leaker() -> Result<()> {
+    let lab = Lab::new()?;
+    let busy = lab.start("not-accepted", Family::V4, alone(8001, 6))?;
+    let leaker = lab.start("drained", Family::V4, alone(8002, 2))?;
+    let forked = lab.start("forked", Family::V4, alone(8003, 1))?;
+    let document = cwkill(&lab, &format!("diagnose {QUICK}"))?
+        .exits(0)?
+        .json()?;
+    let processes = document["processes"].as_array().context("no processes")?;
+    let at = |pid: u32| processes.iter().position(|p| p["pid"] == json!(pid));
+    same(&at(leaker.app().pid()), &Some(0))?;
+    same(&at(busy.app().pid()), &Some(processes.len() - 1))?;
+    let text = cwkill(&lab, "diagnose --sample 50ms")?.exits(0)?.stdout;
+    ensure!(text.contains(" (+2 like it)"), "{text}");
+    let blocks = |pid: u32| text.matches(&format!("\nleaky-app/{pid}")).count();
+    same(&blocks(leaker.app().pid()), &1)?;
+    let shared = processes.iter().filter(|p| p["shared"] == json!(1));
+    let pids: Vec<u64> = shared.filter_map(|p| p["pid"].as_u64()).collect();
+    same(&pids.len(), &3)?;
+    ensure!(pids.contains(&forked.app().pid().into()));
+    let shown = pids
+        .iter()
+        .filter(|pid| text.contains(&format!("/{pid} (+2")));
+    same(&shown.count(), &1)
+}
+
+/// A program that makes sockets and never gets to connect them.
+fn never_connected() -> Result<()> {
+    const SCRIPT: &str = "
+import socket, sys
+sockets = [socket.socket() for _ in range(int(sys.argv[1]))]
+print(len(sockets), flush=True)
+sys.stdin.read()
+";
+    let lab = Lab::new()?;
+    for (sockets, code) in [("99", 1), ("100", 0)] {
+        let command = lab.app_host().command("python3");
+        let command = command.args(["-c", SCRIPT, sockets]);
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let look = |child: &mut std::process::Child| -> Result<()> {
+            let mut line = String::new();
+            let stdout = child.stdout.take().context("no stdout")?;
+            std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut line)?;
+            same(&line.trim(), &sockets)?;
+            let ran = cwkill(&lab, "diagnose --sample 50ms")?.exits(code)?;
+            let told = format!("\n  {sockets} never connected: ");
+            same(&ran.stdout.contains(&told), &(code == 0))?;
+            cwkill(&lab, "diagnose --sample 50ms --port 80")?.exits(1)?;
+            Ok(())
+        };
+        let looked = look(&mut child);
+        child.kill()?;
+        child.wait()?;
+        looked?;
     }
     Ok(())
 }
