@@ -286,7 +286,7 @@ fn id(process: &Process) -> Id {
 
 /// The descriptor tables of the owners, and of every other process that is asked for and is in one of the
 /// namespaces: it may have nothing but dead descriptors.
-fn tables(
+pub(crate) fn tables(
     namespaces: &[Netns],
     found: &Found,
     selectors: &Selectors,
