@@ -151,7 +151,7 @@ impl Service {
             socket.cause.is_with_listener() || listening.contains(&at)
         };
         let (accepted, others): (Vec<&Socket>, Vec<&Socket>) =
-            sockets.iter().partition(|socket| is_accepted(&socket));
+            sockets.iter().partition(|socket| is_accepted(socket));
         let local = most(others.iter().map(|socket| socket.tuple.local.port()));
         let peer = most(others.iter().map(|socket| socket.tuple.peer.port()));
         let key = |ports: &[(u16, usize)]| (ports.len(), ports.first().map(|(port, _)| *port));

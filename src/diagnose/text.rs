@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::group::{AGES, Group};
 use super::{Diagnosis, Patient, SHOWN, Waiting, bars, verdict};
 use crate::finder::owners::Process;
-use crate::refill::seconds;
+use crate::refill::{pace, seconds};
 use crate::report::escape::escape;
 use crate::report::notes::counted;
 use crate::report::text::{age, place};
@@ -108,7 +108,9 @@ fn growth(group: &Group, elapsed: Duration) -> String {
         (0, 0) => format!("none new in {time}"),
         (new, gone) => {
             let rate = group.growth(elapsed);
-            format!("{rate:+.0} a minute ({new} new, {gone} gone in {time})")
+            let text = pace(rate);
+            let sign = if rate > 0.0 && text != "0" { "+" } else { "" };
+            format!("{sign}{text} a minute ({new} new, {gone} gone in {time})")
         }
     }
 }
