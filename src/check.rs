@@ -2,17 +2,20 @@
 //! read: one line, performance data behind a bar, and an exit status. [`by_count`] and [`by_limit`] judge,
 //! and are pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 
 use crate::cli::CheckArgs;
 use crate::config::{Scope, invalid, usage};
+use crate::diagnose;
 use crate::diagnosis::Cause;
 use crate::finder::Found;
-use crate::finder::owners::Proc;
+use crate::finder::dead::{DeadScan, DeadSocket, Verdict as Suspicion};
+use crate::finder::owners::{Proc, Process};
 use crate::pipeline;
 use crate::report::escape::escape;
 use crate::report::text::age;
+use crate::selectors::Selectors;
 
 /// How it stands; the number is the exit status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,15 +117,85 @@ impl Check {
 /// As those of a listing.
 pub fn run(check: &Check, proc: &Proc) -> anyhow::Result<Verdict> {
     let namespaces = pipeline::open(&check.scope.netns, proc)?;
-    let found = pipeline::find(&namespaces, proc, &check.scope.selectors, true)?;
-    Ok(match check.percent_of_limit {
-        false => by_count(&found, check.thresholds),
-        true => {
-            let limits = found.processes.iter();
-            let limits: Vec<_> = limits.map(|process| proc.vitals(process).limit).collect();
-            by_limit(&found, check.thresholds, &limits)
+    let selectors = &check.scope.selectors;
+    let found = pipeline::find(&namespaces, proc, selectors, true)?;
+    if !check.percent_of_limit {
+        return Ok(by_count(&found, check.thresholds));
+    }
+    let (scan, failures) = diagnose::tables(&namespaces.open, &found, selectors, proc);
+    let mut unseen = failures;
+    // That those of somebody may not be read is as usual for who is not root.
+    if selectors.selects_owners() && (scan.hidden || !scan.unreadable.is_empty()) {
+        unseen.push("the dead descriptors of processes asked for may not be read".to_owned());
+    }
+    let owners = owners(&found, scan, selectors, &|process| {
+        proc.vitals(process).limit
+    });
+    Ok(by_limit(&found, check.thresholds, &owners, &unseen))
+}
+
+/// A process, and the descriptors of it that count against its limit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// Which.
+    pub process: Process,
+    /// Descriptors of sockets that match.
+    pub held: u64,
+    /// Descriptors of dead sockets, which stay when such a socket is closed from outside.
+    pub dead: u64,
+    /// Descriptors that may be of dead sockets.
+    pub unknown: u64,
+    /// Its soft RLIMIT_NOFILE, `None` where it cannot be read.
+    pub limit: Option<u64>,
+}
+
+/// Who holds sockets that match or dead ones that can be meant.
+fn owners(
+    found: &Found,
+    scan: DeadScan,
+    selectors: &Selectors,
+    limit: &dyn Fn(&Process) -> Option<u64>,
+) -> Vec<Owner> {
+    let new = |process: &Process| Owner {
+        process: process.clone(),
+        held: 0,
+        dead: 0,
+        unknown: 0,
+        limit: None,
+    };
+    let mut owners: Vec<Owner> = found.processes.iter().map(new).collect();
+    let held = found.sockets.iter().flat_map(|socket| &socket.owners);
+    held.for_each(|held| owners[held.process].held += 1);
+    let id = |process: &Process| (process.pid, process.start_time);
+    let places = owners.iter().enumerate();
+    let places: HashMap<_, usize> = places.map(|(at, o)| (id(&o.process), at)).collect();
+    for table in scan.tables {
+        // A listener's owner may have been asked for by nothing but what waits there.
+        if !selectors.match_owner(&table.process) {
+            continue;
         }
-    })
+        let at = places.get(&id(&table.process)).copied();
+        let at = at.unwrap_or_else(|| {
+            owners.push(new(&table.process));
+            owners.len() - 1
+        });
+        for suspect in table.suspects {
+            match suspect.verdict {
+                Suspicion::Dead(DeadSocket {
+                    local: Some(local), ..
+                }) if selectors.could_match_dead(local) => owners[at].dead += 1,
+                Suspicion::Unknown(_) if selectors.could_match_some_dead() => {
+                    owners[at].unknown += 1;
+                }
+                _ => {}
+            }
+        }
+    }
+    owners.retain(|owner| owner.held + owner.dead + owner.unknown > 0);
+    for owner in &mut owners {
+        owner.limit = limit(&owner.process);
+    }
+    owners
 }
 
 /// The result.
@@ -163,33 +236,42 @@ pub fn by_count(found: &Found, thresholds: Thresholds) -> Verdict {
     }
 }
 
-/// Judges the descriptors that the sockets take, in percent of the limit of the owner that is nearest to it.
-/// `limits` has the soft RLIMIT_NOFILE of each process of `found`, `None` where it cannot be read.
-pub fn by_limit(found: &Found, thresholds: Thresholds, limits: &[Option<u64>]) -> Verdict {
-    let mut held = vec![0_u64; found.processes.len()];
-    for socket in &found.sockets {
-        for owner in &socket.owners {
-            held[owner.process] += 1;
-        }
-    }
+/// Judges the descriptors that the sockets take, and dead ones, in percent of the limit of the owner that is nearest
+/// to it. `unseen`: what could not be seen of descriptors.
+pub fn by_limit(
+    found: &Found,
+    thresholds: Thresholds,
+    owners: &[Owner],
+    unseen_descriptors: &[String],
+) -> Verdict {
     let mut text = counted(found);
-    let shares = held.iter().zip(limits).enumerate();
-    let known = shares.filter_map(|(at, (held, limit))| Some((at, *held, (*limit)?.max(1))));
-    // By cross-multiplication, so that no rounding decides.
-    let nearest = known.filter(|(_, held, _)| *held > 0).max_by(|a, b| {
-        (u128::from(a.1) * u128::from(b.2)).cmp(&(u128::from(b.1) * u128::from(a.2)))
+    let known = owners.iter().filter_map(|owner| {
+        let open = owner.held + owner.dead;
+        Some((owner, open, owner.limit?.max(1)))
     });
+    // By cross-multiplication, so that no rounding decides.
+    let nearest = known
+        .clone()
+        .filter(|(_, open, _)| *open > 0)
+        .max_by(|a, b| {
+            (u128::from(a.1) * u128::from(b.2)).cmp(&(u128::from(b.1) * u128::from(a.2)))
+        });
     let (mut status, percent) = match nearest {
         None => (Status::Ok, 0.0),
-        Some((at, held, limit)) => {
-            let process = &found.processes[at];
-            let name = escape(&process.comm);
-            let _ = write!(text, ", {name}/{} holds {held} of {limit}", process.pid);
-            (thresholds.judge(held, limit), percent(held, limit))
+        Some((owner, open, limit)) => {
+            let name = escape(&owner.process.comm);
+            let _ = write!(
+                text,
+                ", {name}/{} holds {open} of {limit}",
+                owner.process.pid
+            );
+            if owner.dead > 0 {
+                let _ = write!(text, " ({} of them dead)", owner.dead);
+            }
+            (thresholds.judge(open, limit), percent(open, limit))
         }
     };
-    let unlimited = held.iter().zip(limits);
-    let unlimited = unlimited.filter(|(held, limit)| **held > 0 && limit.is_none());
+    let mut untold: Vec<String> = unseen_descriptors.to_vec();
     // Sockets in flight have no owner either; with processes that hide theirs it cannot be told apart.
     let hidden = found.unreadable_processes > 0 || found.hidden_processes;
     let ownerless = found
@@ -198,16 +280,37 @@ pub fn by_limit(found: &Found, thresholds: Thresholds, limits: &[Option<u64>]) -
         .filter(|s| s.inode.is_some() && s.owners.is_empty());
     let ownerless = if hidden { ownerless.count() } else { 0 };
     if ownerless > 0 {
-        let _ = write!(text, ", the owners of {ownerless} could not be seen");
+        untold.push(format!("the owners of {ownerless} could not be seen"));
     }
-    let untold = unlimited.count() + ownerless + found.undecided + unseen_namespaces(found);
-    if status == Status::Ok && untold > 0 {
+    let name = |owner: &Owner| format!("{}/{}", escape(&owner.process.comm), owner.process.pid);
+    if let Some(owner) = owners.iter().find(|owner| owner.limit.is_none()) {
+        untold.push(format!("the limit of {} could not be read", name(owner)));
+    }
+    // Those that may be dead matter only if they would reach a threshold.
+    let most = known
+        .clone()
+        .map(|(owner, open, limit)| (owner, open + owner.unknown, limit));
+    let mut most = most.filter(|(_, most, limit)| thresholds.judge(*most, *limit) != Status::Ok);
+    if let Some((owner, ..)) = most.find(|(owner, ..)| owner.unknown > 0) {
+        untold.push(format!(
+            "{} descriptors of {} may be dead ones (not readable)",
+            owner.unknown,
+            name(owner)
+        ));
+    }
+    if status == Status::Ok
+        && (!untold.is_empty() || found.undecided + unseen_namespaces(found) > 0)
+    {
         status = Status::Unknown;
+    }
+    for why in &untold {
+        let _ = write!(text, ", {why}");
     }
     text.push_str(&unseen(found));
     let Thresholds { warning, critical } = thresholds;
+    let dead: u64 = owners.iter().map(|owner| owner.dead).sum();
     let perf = format!(
-        "percent={percent:.1}%;{warning};{critical};0; stuck={};;;0; {}",
+        "percent={percent:.1}%;{warning};{critical};0; dead={dead};;;0; stuck={};;;0; {}",
         found.sockets.len(),
         causes(found)
     );
@@ -299,7 +402,6 @@ fn causes(found: &Found) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::finder::owners::Process;
     use crate::finder::sock_diag::testdata::stuck;
     use crate::finder::{Held, Socket, TargetFd};
 
@@ -368,27 +470,61 @@ mod tests {
         assert_eq!(status(|f| f.undecided = 99, 20), Critical);
     }
 
+    /// Judged by the limits of the owners, without dead descriptors.
+    fn limited(found: &Found, limits: &[Option<u64>]) -> Verdict {
+        let limit = |process: &Process| limits[usize::try_from(process.pid - 100).unwrap()];
+        let owners = owners(found, DeadScan::default(), &Selectors::default(), &limit);
+        by_limit(found, AT, &owners, &[])
+    }
+
     #[test]
     fn the_owner_nearest_to_its_limit_counts() {
-        let limits = [Some(1000), Some(50)];
-        let verdict = by_limit(&found(&[90, 7]), AT, &limits);
+        let verdict = limited(&found(&[90, 7]), &[Some(1000), Some(50)]);
         assert_eq!(verdict.status, Status::Warning, "14 percent of 50");
         assert!(
             verdict.line.contains("c/101 holds 7 of 50 |"),
             "{verdict:?}"
         );
         assert!(
-            verdict.line.contains("percent=14.0%;10;20;0;"),
+            verdict
+                .line
+                .contains("percent=14.0%;10;20;0; dead=0;;;0; stuck=97;"),
             "{verdict:?}"
         );
-        let exact = |count| by_limit(&found(&[count]), AT, &[Some(1000)]).status;
+        let exact = |count| limited(&found(&[count]), &[Some(1000)]).status;
         assert_eq!([exact(99), exact(100)], [Status::Ok, Status::Warning]);
     }
 
     #[test]
+    fn dead_descriptors_take_their_part_of_the_limit() {
+        let owner = |held, dead, unknown| Owner {
+            process: found(&[0]).processes[0].clone(),
+            held,
+            dead,
+            unknown,
+            limit: Some(100),
+        };
+        let judged = |owner| by_limit(&Found::default(), AT, &[owner], &[]);
+        let dead = judged(owner(1, 19, 0));
+        assert_eq!(dead.status, Status::Critical, "{dead:?}");
+        assert!(
+            dead.line.contains("holds 20 of 100 (19 of them dead)"),
+            "{dead:?}"
+        );
+        assert!(dead.line.contains(" dead=19;;;0; "), "{dead:?}");
+        assert_eq!(judged(owner(1, 0, 8)).status, Status::Ok);
+        let unknown = judged(owner(1, 0, 9));
+        assert_eq!(unknown.status, Status::Unknown);
+        assert!(unknown.line.contains("9 descriptors of"), "{unknown:?}");
+    }
+
+    #[test]
     fn an_unknown_limit_or_owner_is_unknown() {
-        let status = |found: &Found, limits: &[_]| by_limit(found, AT, limits).status;
-        assert_eq!(status(&found(&[1]), &[None]), Status::Unknown);
+        let status = |found: &Found, limits: &[_]| limited(found, limits).status;
+        let verdict = limited(&found(&[1]), &[None]);
+        assert_eq!(verdict.status, Status::Unknown);
+        let why = "the limit of a/b\\nc/100 could not be read";
+        assert!(verdict.line.contains(why), "{verdict:?}");
         let mut ownerless = found(&[1]);
         ownerless.sockets[0].owners.clear();
         assert_eq!(status(&ownerless, &[Some(100)]), Status::Ok, "in flight");

@@ -29,6 +29,10 @@ pub struct Refill {
     pub new: usize,
     /// Whose they are, most first. `None`: no process is known.
     pub by: Vec<(Option<Culprit>, usize)>,
+    /// At most so many more may match, but their owners could not be read at the last look.
+    pub undecided: usize,
+    /// Whether not every network namespace could be seen at the last look.
+    pub partial: bool,
 }
 
 /// A process that new stuck sockets belong to; those never accepted belong to their listener's.
@@ -93,6 +97,8 @@ fn count(found: &Found, known: &HashSet<Cookie>, watched: Duration) -> Refill {
         watched,
         new: by.iter().map(|(_, new)| new).sum(),
         by,
+        undecided: found.undecided,
+        partial: found.unreachable_namespaces + found.untold_namespaces > 0,
     }
 }
 
@@ -106,7 +112,7 @@ impl Refill {
     pub fn line(&self, config: &Config) -> String {
         let time = seconds(self.watched);
         if self.new == 0 {
-            return format!("none new in {time}");
+            return format!("none new in {time}{}", self.unseen());
         }
         let mut line = format!("{} new in {time}", self.new);
         let by = match config.owners {
@@ -127,12 +133,24 @@ impl Refill {
         if by.len() > NAMED {
             let _ = write!(line, " and {} more", by.len() - NAMED);
         }
-        let _ = write!(line, ", {:.0} a minute", self.per_minute());
+        let _ = write!(line, ", {} a minute", pace(self.per_minute()));
         // In other states new ones may be as they should be.
         if config.selectors.states == TcpState::CloseWait.into() {
             line.push_str(": the leak continues");
         }
-        line
+        line + &self.unseen()
+    }
+
+    /// What could not be seen.
+    fn unseen(&self) -> String {
+        let mut text = String::new();
+        if self.undecided > 0 {
+            let _ = write!(text, "; {} more may be (owners unreadable)", self.undecided);
+        }
+        if self.partial {
+            text.push_str("; not every network namespace could be seen");
+        }
+        text
     }
 }
 
@@ -141,6 +159,18 @@ pub fn per_minute(count: usize, time: Duration) -> f64 {
     match time.is_zero() {
         true => 0.0,
         false => f64::from(u32::try_from(count).unwrap_or(u32::MAX)) * 60.0 / time.as_secs_f64(),
+    }
+}
+
+/// So many a minute, in words that do not make a slow leak none: one decimal below ten.
+pub fn pace(per_minute: f64) -> String {
+    let text = match per_minute.abs() < 10.0 {
+        true => format!("{per_minute:.1}"),
+        false => format!("{per_minute:.0}"),
+    };
+    match text.as_str() {
+        "0.0" | "-0.0" => "0".into(),
+        _ => text,
     }
 }
 
@@ -201,6 +231,33 @@ mod tests {
             format!("{text}: the leak continues")
         );
         assert_eq!(line(&refill, "--state last-ack"), text);
+    }
+
+    #[test]
+    fn what_could_not_be_seen_is_said() {
+        let mut now = found(1..3);
+        now.undecided = 4;
+        now.unreachable_namespaces = 1;
+        let told = "; 4 more may be (owners unreadable); not every network namespace could be seen";
+        for known in [HashSet::new(), cookies(&now)] {
+            let refill = count(&now, &known, Duration::from_secs(10));
+            let line = line(&refill, "--all");
+            assert!(line.ends_with(told), "{line}");
+        }
+    }
+
+    #[test]
+    fn a_slow_leak_is_not_rounded_to_none() {
+        for (per_minute, wanted) in [
+            (30.0, "30"),
+            (12.6, "13"),
+            (0.4, "0.4"),
+            (-0.3, "-0.3"),
+            (-0.01, "0"),
+            (0.0, "0"),
+        ] {
+            assert_eq!(pace(per_minute), wanted);
+        }
     }
 
     #[test]

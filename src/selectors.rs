@@ -184,6 +184,16 @@ impl Selectors {
     /// Whether a dead socket, of which only the local address is known, can be meant. One that selects by
     /// what is no longer known, such as another state, means none.
     pub fn could_match_dead(&self, local: SocketAddr) -> bool {
+        self.could_match_some_dead()
+            && in_ranges(&self.ports, local.port())
+            && in_networks(&self.local, local.ip())
+            && self
+                .ip_version
+                .is_none_or(|wanted| (wanted == IpVersion::V4) == local.is_ipv4())
+    }
+
+    /// Whether a dead socket of whatever local address can be meant.
+    pub fn could_match_some_dead(&self) -> bool {
         self.states == TcpState::CloseWait.into()
             && self.peer_ports.is_empty()
             && self.peer.is_empty()
@@ -191,11 +201,14 @@ impl Selectors {
             && self.causes.is_empty()
             && self.min_age.is_zero()
             && self.expression == Expression::TRUE
-            && in_ranges(&self.ports, local.port())
-            && in_networks(&self.local, local.ip())
-            && self
-                .ip_version
-                .is_none_or(|wanted| (wanted == IpVersion::V4) == local.is_ipv4())
+    }
+
+    /// Whether a socket that has no local address can be meant.
+    pub fn could_match_unbound(&self) -> bool {
+        self.could_match_some_dead()
+            && self.ports.is_empty()
+            && self.local.is_empty()
+            && self.ip_version.is_none()
     }
 
     /// Of [`Selectors::match_socket`], what can change while a socket stays in its state.
@@ -311,6 +324,10 @@ mod tests {
             selectors.could_match_dead("10.0.0.1:8080".parse().unwrap())
         };
         assert!(could(|_| {}));
+        let mut selectors = Selectors::default();
+        assert!(selectors.could_match_unbound());
+        selectors.ports = vec![80..=80];
+        assert!(!selectors.could_match_unbound() && selectors.could_match_some_dead());
         assert!(could(|s| s.ports = vec![8000..=9000]));
         assert!(!could(|s| s.ports = vec![80..=80]));
         assert!(!could(|s| s.local = vec!["10.1.0.0/16".parse().unwrap()]));

@@ -1,7 +1,7 @@
 //! Sockets counted together: by cause and age, what came and what went, where and from whom. Pure.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::hash::Hash;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher, Hash};
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -38,6 +38,8 @@ pub struct Group {
     pub ports: Vec<(u16, usize)>,
     /// Peers, most sockets first.
     pub peers: Vec<(IpAddr, usize)>,
+    /// Ports of peers, most sockets first.
+    pub peer_ports: Vec<(u16, usize)>,
 }
 
 /// The sockets of one cause.
@@ -45,21 +47,24 @@ pub struct Group {
 pub struct OfCause {
     /// How many.
     pub count: usize,
-    /// How many of them were there at the first look and have heard nothing of their peer since. The others have
+    /// How many of them are in CLOSE-WAIT: what a cause means is known there. The rest is about those, or about all
+    /// if there are none.
+    pub close_wait: usize,
+    /// How many were there at the first look, with the same cause.
+    pub lasting: usize,
+    /// How many were there at the first look and have heard nothing of their peer since. The others have
     /// just come, or are in use in one direction.
     pub idle: usize,
-    /// Whether all are in CLOSE-WAIT: what a cause means is known there.
-    pub close_wait: bool,
-    /// The service they belong to.
-    pub service: Service,
+    /// The services they belong to, most sockets first.
+    pub services: Vec<(Service, usize)>,
 }
 
 /// The code that sockets belong to, told by their ports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Service {
-    /// Most were accepted at this port.
+    /// They were accepted at this port.
     Handles(u16),
-    /// Most were opened to this port of peers.
+    /// They were opened to this port of peers.
     CallsOut(u16),
 }
 
@@ -70,17 +75,18 @@ impl Group {
         second: impl Iterator<Item = &'a Socket>,
         around: &Around,
     ) -> Group {
-        let first: HashSet<Cookie> = first.map(Socket::cookie).collect();
+        let first: HashMap<Cookie, Cause> = first.map(|s| (s.cookie(), s.cause)).collect();
         let second: Vec<&Socket> = second.collect();
         let now: HashSet<Cookie> = second.iter().map(|socket| socket.cookie()).collect();
         let mut by_cause: BTreeMap<Cause, Vec<&Socket>> = BTreeMap::new();
         let mut group = Group {
             stuck: second.len(),
             oldest: second.iter().filter_map(|socket| socket.age).max(),
-            new: now.difference(&first).count(),
-            gone: first.difference(&now).count(),
+            new: now.iter().filter(|c| !first.contains_key(c)).count(),
+            gone: first.keys().filter(|c| !now.contains(c)).count(),
             ports: most(second.iter().map(|socket| socket.tuple.local.port())),
             peers: most(second.iter().map(|socket| socket.tuple.peer.ip())),
+            peer_ports: most(second.iter().map(|socket| socket.tuple.peer.port())),
             ..Group::default()
         };
         for socket in second {
@@ -92,14 +98,26 @@ impl Group {
         }
         // Half of the time, so that the clocks of the looks need not agree.
         let idle = |socket: &&&Socket| {
-            first.contains(&socket.cookie())
+            first.contains_key(&socket.cookie())
                 && socket.age.is_none_or(|age| age >= around.elapsed / 2)
         };
-        let of_cause = |sockets: Vec<&Socket>| OfCause {
-            count: sockets.len(),
-            idle: sockets.iter().filter(idle).count(),
-            close_wait: sockets.iter().all(|s| s.state == TcpState::CloseWait),
-            service: Service::of(&sockets, &around.listening),
+        let lasting = |socket: &&&Socket| first.get(&socket.cookie()) == Some(&socket.cause);
+        let of_cause = |all: Vec<&Socket>| {
+            let count = all.len();
+            let in_close_wait = |socket: &&Socket| socket.state == TcpState::CloseWait;
+            let close_wait: Vec<&Socket> = all.iter().copied().filter(in_close_wait).collect();
+            let judged = if close_wait.is_empty() {
+                &all
+            } else {
+                &close_wait
+            };
+            OfCause {
+                count,
+                close_wait: close_wait.len(),
+                lasting: judged.iter().filter(lasting).count(),
+                idle: judged.iter().filter(idle).count(),
+                services: Service::of(judged, &around.listening),
+            }
         };
         group.causes = by_cause
             .into_iter()
@@ -124,22 +142,30 @@ pub struct Around {
 }
 
 impl Service {
-    /// Connections to a port at which somebody listens were accepted there. If the listener is gone: a server has
-    /// one port and many peers, a client a port for each connection and the peer's in common; where that
-    /// tells nothing, the lower port is the server's.
-    fn of(sockets: &[&Socket], listening: &HashSet<(usize, u16)>) -> Service {
-        let local = most(sockets.iter().map(|socket| socket.tuple.local.port()));
-        let peer = most(sockets.iter().map(|socket| socket.tuple.peer.port()));
-        let port = |ports: &[(u16, usize)]| ports.first().map_or(0, |(port, _)| *port);
-        let accepted = sockets.iter().any(|socket| {
+    /// Connections to a port at which somebody listens were accepted there. Of the others either the listener is gone
+    /// or they were opened here: a server has one port and many peers, a client a port for each connection
+    /// and the peer's in common; where that tells nothing, the lower port is the server's.
+    fn of(sockets: &[&Socket], listening: &HashSet<(usize, u16)>) -> Vec<(Service, usize)> {
+        let is_accepted = |socket: &&&Socket| {
             let at = (socket.netns, socket.tuple.local.port());
-            socket.cause.is_with_listener() || (listening.contains(&at) && at.1 == port(&local))
+            socket.cause.is_with_listener() || listening.contains(&at)
+        };
+        let (accepted, others): (Vec<&Socket>, Vec<&Socket>) =
+            sockets.iter().partition(|socket| is_accepted(socket));
+        let local = most(others.iter().map(|socket| socket.tuple.local.port()));
+        let peer = most(others.iter().map(|socket| socket.tuple.peer.port()));
+        let key = |ports: &[(u16, usize)]| (ports.len(), ports.first().map(|(port, _)| *port));
+        let is_server = key(&local) <= key(&peer);
+        let others = others.into_iter().map(|socket| match is_server {
+            true => Service::Handles(socket.tuple.local.port()),
+            false => Service::CallsOut(socket.tuple.peer.port()),
         });
-        let key = |ports: &[(u16, usize)]| (ports.len(), port(ports));
-        match accepted || key(&local) <= key(&peer) {
-            true => Service::Handles(port(&local)),
-            false => Service::CallsOut(port(&peer)),
-        }
+        let accepted = accepted.into_iter();
+        most(
+            accepted
+                .map(|socket| Service::Handles(socket.tuple.local.port()))
+                .chain(others),
+        )
     }
 }
 
@@ -163,6 +189,17 @@ pub struct Share<'a> {
     pub shared: usize,
     /// How many wait at its listeners.
     pub waiting: usize,
+    /// The listeners with those, by index.
+    pub listeners: BTreeSet<usize>,
+}
+
+impl Share<'_> {
+    /// The same for the same sockets, and else another.
+    pub fn signature(&self) -> u64 {
+        let mut cookies: Vec<Cookie> = self.held.iter().map(|s| s.cookie()).collect();
+        cookies.sort_unstable_by_key(|cookie| cookie.0);
+        BuildHasherDefault::<DefaultHasher>::default().hash_one((cookies, &self.listeners))
+    }
 }
 
 /// The sockets of each process, by its number and start. One that several share counts for each.
@@ -181,7 +218,10 @@ pub fn by_process(found: &Found) -> HashMap<(i32, u64), Share<'_>> {
         for process in &processes {
             let share = shares.entry(id(*process)).or_default();
             match socket.listener {
-                Some(_) => share.waiting += 1,
+                Some(listener) => {
+                    share.waiting += 1;
+                    share.listeners.insert(listener);
+                }
                 None => {
                     share.held.push(socket);
                     share.shared += usize::from(processes.len() > 1);
@@ -261,27 +301,60 @@ mod tests {
         assert_eq!(group.oldest, Some(Duration::from_secs(86_400)));
     }
 
-    fn service(pairs: &[(&str, &str)], listening: &[u16]) -> Service {
+    fn services(pairs: &[(&str, &str)], listening: &[u16]) -> Vec<(Service, usize)> {
         let sockets: Vec<Socket> = pairs.iter().map(|(l, p)| socket(l, p, 1)).collect();
         let around = Around {
             listening: listening.iter().map(|port| (0, *port)).collect(),
             elapsed: Duration::ZERO,
         };
         let group = Group::new([].iter(), sockets.iter(), &around);
-        group.causes[&Cause::Unread].service
+        group.causes[&Cause::Unread].services.clone()
     }
 
     #[test]
     fn the_service_is_where_somebody_listens_or_else_the_common_port() {
         use Service::{CallsOut, Handles};
         let (server, a, b) = ("10.0.0.1:8080", "10.0.0.2:40000", "10.0.0.3:50000");
-        assert_eq!(service(&[(server, a), (server, b)], &[]), Handles(8080));
-        assert_eq!(service(&[(a, server), (b, server)], &[]), CallsOut(8080));
-        assert_eq!(service(&[(server, a)], &[]), Handles(8080));
-        assert_eq!(service(&[(a, server)], &[]), CallsOut(8080));
+        let of = |pairs: &[(&str, &str)], listening: &[u16]| services(pairs, listening);
+        assert_eq!(of(&[(server, a), (server, b)], &[]), [(Handles(8080), 2)]);
+        assert_eq!(of(&[(a, server), (b, server)], &[]), [(CallsOut(8080), 2)]);
+        assert_eq!(of(&[(server, a)], &[]), [(Handles(8080), 1)]);
+        assert_eq!(of(&[(a, server)], &[]), [(CallsOut(8080), 1)]);
         let low = "10.0.0.2:1730";
-        assert_eq!(service(&[(server, low)], &[8080]), Handles(8080));
-        assert_eq!(service(&[(server, low)], &[9090]), CallsOut(1730));
+        assert_eq!(of(&[(server, low)], &[8080]), [(Handles(8080), 1)]);
+        assert_eq!(of(&[(server, low)], &[9090]), [(CallsOut(1730), 1)]);
+    }
+
+    #[test]
+    fn one_accepted_socket_does_not_blame_the_server_for_the_clients() {
+        use Service::{CallsOut, Handles};
+        let database = "10.0.0.9:5432";
+        let pairs = [
+            ("10.0.0.1:8080", "10.0.0.2:40000"),
+            ("10.0.0.1:41000", database),
+            ("10.0.0.1:41001", database),
+            ("10.0.0.1:41002", database),
+        ];
+        let services = services(&pairs, &[8080]);
+        assert_eq!(services, [(CallsOut(5432), 3), (Handles(8080), 1)]);
+    }
+
+    #[test]
+    fn only_what_is_in_close_wait_is_judged() {
+        let mut sockets: Vec<Socket> = (0..4)
+            .map(|cookie| socket("10.0.0.1:80", "10.0.0.2:40000", cookie))
+            .collect();
+        sockets[0].state = TcpState::LastAck;
+        sockets[1].cause = Cause::Sending;
+        let group = Group::new(sockets[..3].iter(), sockets.iter(), &Around::default());
+        let of = &group.causes[&Cause::Unread];
+        assert_eq!((of.count, of.close_wait, of.lasting, of.idle), (3, 2, 1, 1));
+        assert_eq!(of.services, [(Service::Handles(80), 2)]);
+        // It was unread before: nothing is known of how long it has been sending.
+        let mut before = sockets[1].clone();
+        before.cause = Cause::Unread;
+        let group = Group::new([before].iter(), sockets[1..2].iter(), &Around::default());
+        assert_eq!(group.causes[&Cause::Sending].lasting, 0);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::group::{AGES, Group};
-use super::runtime::{self, Runtime};
+use super::runtime::Runtime;
 use super::{Diagnosis, Patient, Waiting, verdict};
 use crate::report::json::{JsonContainer, container, serializer};
 
@@ -40,7 +40,8 @@ pub fn write(diagnosis: &Diagnosis, out: &mut dyn Write) -> io::Result<()> {
             .collect(),
         unknown_owner: diagnosis.ownerless.as_ref().map(|g| group(g, elapsed)),
         unreadable_processes: diagnosis.unreadable.max(found.unreadable_processes),
-        hidden_processes: found.hidden_processes,
+        hidden_processes: found.hidden_processes || diagnosis.hidden,
+        unknown_descriptors: diagnosis.unknown,
         unreachable_namespaces: found.unreachable_namespaces,
         untold_namespaces: found.untold_namespaces,
         undecided: found.undecided,
@@ -60,6 +61,7 @@ struct Document<'a> {
     unknown_owner: Option<JsonGroup>,
     unreadable_processes: usize,
     hidden_processes: bool,
+    unknown_descriptors: usize,
     unreachable_namespaces: usize,
     untold_namespaces: usize,
     undecided: usize,
@@ -74,6 +76,7 @@ struct JsonGroup {
     growth: Growth,
     ports: Vec<JsonPort>,
     peers: Vec<JsonPeer>,
+    peer_ports: Vec<JsonPort>,
 }
 
 #[derive(Serialize)]
@@ -119,12 +122,13 @@ struct JsonProcess<'a> {
     runtime: Option<&'static str>,
     state: Option<char>,
     condition: Option<&'static str>,
+    uninterruptible_threads: &'a [i32],
     #[serde(flatten)]
     held: JsonGroup,
     shared: usize,
     waiting: usize,
     descriptors: Descriptors,
-    next: Option<JsonNext>,
+    next: Option<JsonNext<'a>>,
 }
 
 #[derive(Serialize)]
@@ -137,9 +141,9 @@ struct Descriptors {
 }
 
 #[derive(Serialize)]
-struct JsonNext {
-    command: String,
-    remark: &'static str,
+struct JsonNext<'a> {
+    command: &'a str,
+    remark: &'a str,
 }
 
 #[derive(Serialize)]
@@ -168,7 +172,11 @@ fn group(group: &Group, elapsed: Duration) -> JsonGroup {
         under_seconds: (*end != Duration::MAX).then_some(end.as_secs()),
         count,
     };
-    let ports = group.ports.iter().take(LISTED);
+    let ports = |ports: &[(u16, usize)]| {
+        let listed = ports.iter().take(LISTED);
+        let port = |&(port, count): &(u16, usize)| JsonPort { port, count };
+        listed.map(port).collect()
+    };
     let peers = group.peers.iter().take(LISTED);
     JsonGroup {
         stuck: group.stuck,
@@ -182,9 +190,8 @@ fn group(group: &Group, elapsed: Duration) -> JsonGroup {
             gone: group.gone,
             per_minute: group.growth(elapsed),
         },
-        ports: ports
-            .map(|&(port, count)| JsonPort { port, count })
-            .collect(),
+        ports: ports(&group.ports),
+        peer_ports: ports(&group.peer_ports),
         peers: peers
             .map(|&(address, count)| JsonPeer { address, count })
             .collect(),
@@ -194,7 +201,6 @@ fn group(group: &Group, elapsed: Duration) -> JsonGroup {
 fn process(patient: &Patient, elapsed: Duration) -> JsonProcess<'_> {
     let process = &patient.process;
     let executable = patient.vitals.executable.as_deref();
-    let runtime = Runtime::of(executable, &process.comm);
     let counts = patient.table.as_ref().map(|_| patient.suspects());
     JsonProcess {
         pid: process.pid,
@@ -202,9 +208,10 @@ fn process(patient: &Patient, elapsed: Duration) -> JsonProcess<'_> {
         unit: process.cgroup.unit.as_deref(),
         container: container(process),
         executable,
-        runtime: runtime.map(Runtime::name),
+        runtime: patient.runtime.map(Runtime::name),
         state: patient.vitals.state,
         condition: patient.condition.name(),
+        uninterruptible_threads: &patient.asleep,
         held: group(&patient.held, elapsed),
         shared: patient.shared,
         waiting: patient.waiting,
@@ -215,9 +222,9 @@ fn process(patient: &Patient, elapsed: Duration) -> JsonProcess<'_> {
             never_connected: counts.map(|counts| counts[1]),
             unknown: counts.map(|counts| counts[2]),
         },
-        next: runtime::next(process.pid, runtime, patient.condition).map(|next| JsonNext {
-            command: next.command,
-            remark: next.remark,
+        next: patient.next.as_ref().map(|next| JsonNext {
+            command: &next.command,
+            remark: &next.remark,
         }),
     }
 }

@@ -19,8 +19,6 @@ use std::os::unix::fs::MetadataExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
-
 use crate::config::Scope;
 use crate::finder::dead::{self, DeadScan, Table, Verdict};
 use crate::finder::listeners::Listener;
@@ -34,10 +32,17 @@ use crate::report::{ExitStatus, notes};
 use crate::selectors::Selectors;
 use crate::tcp::TcpState;
 use group::{Around, Group};
+use runtime::{Next, Runtime, Subject};
 use verdict::Condition;
 
 /// The time between two looks, if nothing else is asked for.
 pub const SAMPLE: Duration = Duration::from_secs(5);
+
+/// Processes, and listeners, that are shown and looked at closely: one screen.
+pub const SHOWN: usize = 10;
+
+/// So many descriptors that were never connected are worth a word of their own process.
+const MANY: usize = 100;
 
 /// What was found out.
 #[derive(Debug)]
@@ -57,8 +62,16 @@ pub struct Diagnosis {
     pub ownerless: Option<Group>,
     /// Processes that were asked for and whose descriptors may not be read.
     pub unreadable: usize,
-    /// Why descriptor tables could not be compared with the socket tables of some namespace.
-    pub tables_failure: Option<String>,
+    /// Descriptors that may be dead, of processes with nothing else to report.
+    pub unknown: usize,
+    /// /proc does not show the processes of others (hidepid).
+    pub hidden: bool,
+    /// Whether certain processes were asked for.
+    pub selects_owners: bool,
+    /// Why descriptors are missing, or may be counted as unknown.
+    pub failures: Vec<String>,
+    /// Whether a process number of /proc means the same process to a command.
+    pub same_pids: bool,
 }
 
 impl Diagnosis {
@@ -71,11 +84,24 @@ impl Diagnosis {
                 notes::counted(self.unreadable, "process")
             ));
         }
-        if let Some(failure) = &self.tables_failure {
+        if self.unknown > 0 {
             notes.push(format!(
-                "the sockets of a network namespace could not be listed ({failure}): its descriptors \
-                 may be counted as unknown"
+                "{} of TCP sockets in no table may be dead: their state may not be read",
+                notes::counted(self.unknown, "descriptor")
             ));
+        }
+        if self.hidden && self.ownerless.is_none() {
+            notes.push(
+                "/proc does not show the processes of others (hidepid): their descriptors are not counted"
+                    .to_owned(),
+            );
+        }
+        notes.extend(self.failures.iter().cloned());
+        if !self.same_pids && !self.processes.is_empty() {
+            notes.push(
+                "/proc is of another pid namespace, where a number means another process: no commands are shown"
+                    .to_owned(),
+            );
         }
         notes
     }
@@ -88,6 +114,15 @@ impl Diagnosis {
         found.undecided > 0
             || (hidden && self.ownerless.is_some())
             || self.processes.iter().any(unknown)
+            || self.are_descriptors_unseen()
+    }
+
+    /// Whether there may be dead descriptors of what was asked for, of which nothing is shown. That those of somebody
+    /// may not be read is as usual for who is not root, so that it counts for processes asked for only.
+    fn are_descriptors_unseen(&self) -> bool {
+        self.unknown > 0
+            || (self.selects_owners
+                && (self.unreadable > 0 || self.hidden || !self.failures.is_empty()))
     }
 
     /// 0 if there is anything to report, 1 if there is nothing, 4 if there is nothing that could be seen.
@@ -95,7 +130,7 @@ impl Diagnosis {
         let found = &self.found;
         let unseen = found.unreachable_namespaces + found.untold_namespaces + found.undecided;
         match (self.total.stuck, self.processes.len()) {
-            (0, 0) if unseen > 0 => ExitStatus::NotAllClosed,
+            (0, 0) if unseen > 0 || self.are_descriptors_unseen() => ExitStatus::NotAllClosed,
             (0, 0) => ExitStatus::NothingMatched,
             _ => ExitStatus::Done,
         }
@@ -117,8 +152,16 @@ pub struct Patient {
     pub vitals: Vitals,
     /// What its state at both looks says.
     pub condition: Condition,
+    /// What it holds and what waits at its listeners, as one number that tells it from other sets.
+    pub sockets: u64,
+    /// Threads in uninterruptible sleep at both looks, beside the first; of the first [`SHOWN`] processes only.
+    pub asleep: Vec<i32>,
     /// Its descriptor table; `None` if it may not be read.
     pub table: Option<Table>,
+    /// What it runs on, if that can be told.
+    pub runtime: Option<Runtime>,
+    /// What to run next.
+    pub next: Option<Next>,
 }
 
 impl Patient {
@@ -136,9 +179,20 @@ impl Patient {
         counts
     }
 
-    /// All that it keeps open, or waiting, for nothing.
+    /// All that it keeps open for nothing. What waits at its listeners is told of them.
     pub fn burden(&self) -> usize {
-        self.held.stuck + self.waiting + self.suspects()[0]
+        let [dead, never, _] = self.suspects();
+        self.held.stuck + dead + if never < MANY { 0 } else { never }
+    }
+
+    /// Whether there is nothing to say of `other` that is not said of this one: workers that share their sockets.
+    pub fn is_like(&self, other: &Patient) -> bool {
+        self.process.comm == other.process.comm
+            && self.sockets == other.sockets
+            && self.held.stuck + self.waiting > 0
+            && self.shared == self.held.stuck
+            && self.condition == other.condition
+            && self.suspects() == other.suspects()
     }
 }
 
@@ -166,17 +220,20 @@ pub fn run(scope: &Scope, sample: Duration, proc: &Proc) -> anyhow::Result<Diagn
         .iter()
         .map(|process| (id(process), proc.vitals(process).state))
         .collect();
+    let asleep: HashMap<Id, Vec<i32>> = worst(&first)
+        .map(|process| (id(process), proc.uninterruptible(process)))
+        .collect();
     thread::sleep(sample);
     let elapsed = begin.elapsed();
     let found = pipeline::find(&namespaces, proc, selectors, true)?;
-    let (tables, tables_failure) = tables(&namespaces.open, &found, selectors, proc)?;
-    let unreadable = tables.unreadable.len();
+    let (tables, failures) = tables(&namespaces.open, &found, selectors, proc);
+    let (unreadable, hidden) = (tables.unreadable.len(), tables.hidden);
     let around = Around {
         listening: listening(&namespaces.open),
         elapsed,
     };
     let looks = (&first, &found);
-    let processes = patients(looks, &around, tables, selectors, |process| {
+    let (mut processes, unknown) = patients(looks, &around, tables, selectors, |process| {
         let vitals = proc.vitals(process);
         let condition = Condition::of(states.get(&id(process)).copied().flatten(), vitals.state);
         (vitals, condition)
@@ -184,7 +241,28 @@ pub fn run(scope: &Scope, sample: Duration, proc: &Proc) -> anyhow::Result<Diagn
     let ownerless = Group::new(ownerless(&first), ownerless(&found), &around);
     let total = Group::new(first.sockets.iter(), found.sockets.iter(), &around);
     let listeners = waiting(looks, &around);
+    let same_pids = proc.is_of_our_pid_namespace();
+    for patient in processes.iter_mut().take(SHOWN) {
+        let before = asleep.get(&id(&patient.process)).into_iter().flatten();
+        let before: HashSet<&i32> = before.collect();
+        if !before.is_empty() {
+            let mut both = proc.uninterruptible(&patient.process);
+            both.retain(|thread| before.contains(thread) && *thread != patient.process.pid);
+            patient.condition = patient.condition.with_threads(&both);
+            patient.asleep = both;
+        }
+    }
+    // A number of another pid namespace means another process to whoever runs the command.
+    for patient in processes.iter_mut().filter(|_| same_pids) {
+        patient.next = runtime::next(Subject {
+            pid: patient.process.pid,
+            runtime: patient.runtime,
+            condition: patient.condition,
+            caught: patient.vitals.caught,
+        });
+    }
     Ok(Diagnosis {
+        same_pids,
         ownerless: (ownerless.stuck > 0).then_some(ownerless),
         found,
         elapsed,
@@ -192,7 +270,10 @@ pub fn run(scope: &Scope, sample: Duration, proc: &Proc) -> anyhow::Result<Diagn
         processes,
         listeners,
         unreadable,
-        tables_failure,
+        unknown,
+        hidden,
+        selects_owners: selectors.selects_owners(),
+        failures,
     })
 }
 
@@ -205,17 +286,21 @@ fn id(process: &Process) -> Id {
 
 /// The descriptor tables of the owners, and of every other process that is asked for and is in one of the
 /// namespaces: it may have nothing but dead descriptors.
-fn tables(
+pub(crate) fn tables(
     namespaces: &[Netns],
     found: &Found,
     selectors: &Selectors,
     proc: &Proc,
-) -> anyhow::Result<(DeadScan, Option<String>)> {
-    let (mut in_tables, mut failure) = (HashSet::new(), None);
+) -> (DeadScan, Vec<String>) {
+    let (mut in_tables, mut failures) = (HashSet::new(), Vec::new());
     for netns in namespaces {
         match dead::inodes_in_tables(std::slice::from_ref(netns)) {
             Ok(inodes) => in_tables.extend(inodes),
-            Err(error) => failure = Some(format!("{:#}", anyhow::Error::from(error))),
+            Err(error) => failures.push(format!(
+                "the sockets of a network namespace could not be listed ({:#}): its descriptors may be \
+                 counted as unknown",
+                anyhow::Error::from(error)
+            )),
         }
     }
     let owners: HashSet<Id> = found.processes.iter().map(id).collect();
@@ -231,8 +316,30 @@ fn tables(
     let wanted = |process: &Process| {
         owners.contains(&id(process)) || (selectors.match_owner(process) && is_here(process))
     };
-    let scan = dead::find(proc, &wanted, &in_tables).context("cannot read descriptor tables")?;
-    Ok((scan, failure))
+    // What is known of sockets stands without it.
+    let scan = dead::find(proc, &wanted, &in_tables).unwrap_or_else(|error| {
+        failures.push(format!("descriptor tables could not be read: {error}"));
+        DeadScan::default()
+    });
+    if let Some((pid, error)) = scan.failed.first() {
+        failures.push(format!(
+            "the descriptors of {} could not be read (the first is {pid}: {error})",
+            notes::counted(scan.failed.len(), "process")
+        ));
+    }
+    (scan, failures)
+}
+
+/// The processes with the most sockets, held or waiting.
+fn worst(found: &Found) -> impl Iterator<Item = &Process> {
+    let shares = group::by_process(found);
+    let of = |process: &Process| {
+        let share = shares.get(&id(process));
+        share.map_or(0, |share| share.held.len() + share.waiting)
+    };
+    let mut worst: Vec<(usize, &Process)> = found.processes.iter().map(|p| (of(p), p)).collect();
+    worst.sort_by_key(|(sockets, _)| std::cmp::Reverse(*sockets));
+    worst.into_iter().take(SHOWN).map(|(_, process)| process)
 }
 
 fn ownerless(found: &Found) -> impl Iterator<Item = &Socket> {
@@ -281,25 +388,30 @@ fn listening_ports() -> Result<Vec<u16>, DumpError> {
     Ok(ports)
 }
 
-/// The processes to report, worst first.
+/// The processes to report, worst first, and how many descriptors of others may be dead.
 fn patients(
     (first, second): (&Found, &Found),
     around: &Around,
     scan: DeadScan,
     selectors: &Selectors,
     fares: impl Fn(&Process) -> (Vitals, Condition),
-) -> Vec<Patient> {
+) -> (Vec<Patient>, usize) {
     let mut tables: HashMap<Id, Table> = scan
         .tables
         .into_iter()
         .map(|table| (id(&table.process), table))
         .collect();
     let means = |table: &Table| {
+        let mut never = 0;
         table.suspects.iter().any(|suspect| match suspect.verdict {
             Verdict::Dead(socket) => socket
                 .local
                 .is_some_and(|local: SocketAddr| selectors.could_match_dead(local)),
-            Verdict::NeverConnected | Verdict::Unknown(_) => false,
+            Verdict::NeverConnected => {
+                never += 1;
+                never >= MANY && selectors.could_match_unbound()
+            }
+            Verdict::Unknown(_) => false,
         })
     };
     let owners: HashSet<Id> = second.processes.iter().map(id).collect();
@@ -315,7 +427,12 @@ fn patients(
         let before = by_process.0.remove(&key).unwrap_or_default();
         let now = by_process.1.remove(&key).unwrap_or_default();
         let (vitals, condition) = fares(process);
+        let runtime = Runtime::of(vitals.executable.as_deref(), &process.comm);
         Patient {
+            runtime,
+            next: None,
+            sockets: now.signature(),
+            asleep: Vec::new(),
             process: process.clone(),
             shared: now.shared,
             waiting: now.waiting,
@@ -332,7 +449,13 @@ fn patients(
         .map(patient)
         .collect();
     // An owner by a listener in another place than the sockets asked for has nothing to do with them.
-    patients.retain(|patient| patient.burden() > 0);
-    patients.sort_by_key(|patient| std::cmp::Reverse(patient.burden()));
-    patients
+    patients.retain(|patient| patient.burden() + patient.waiting > 0);
+    patients.sort_by_key(|patient| std::cmp::Reverse((patient.burden(), patient.waiting)));
+    let suspects = tables.values().flat_map(|table| &table.suspects);
+    let unknown = suspects.filter(|suspect| matches!(suspect.verdict, Verdict::Unknown(_)));
+    let unknown = match selectors.could_match_some_dead() {
+        true => unknown.count(),
+        false => 0,
+    };
+    (patients, unknown)
 }

@@ -21,7 +21,8 @@ pub enum Runtime {
 }
 
 /// Names of executables, or of processes, and what they run on. Go leaves no trace in a name, so its
-/// well-known programs are listed; others get what every program gets.
+/// well-known programs are listed; others get what every program gets, with a word on Go. Its mark is inside
+/// the executable, which is not read: a dead file system would hold us there.
 const NAMES: &[(&str, Runtime)] = &[
     ("java", Runtime::Jvm),
     ("jsvc", Runtime::Jvm),
@@ -70,11 +71,15 @@ const STEMS: &[(&str, Runtime)] = &[
 ];
 
 impl Runtime {
-    /// Told from the name of the executable, or, without one that says anything, of the process.
+    /// Told from the name of the executable. A process chooses its own name, so that this counts only where
+    /// the executable may not be read, or for what runs scripts and does nothing to the wrong process.
     pub fn of(executable: Option<&str>, comm: &str) -> Option<Runtime> {
-        executable
-            .and_then(Self::of_name)
-            .or_else(|| Self::of_name(comm))
+        let Some(executable) = executable else {
+            return Self::of_name(comm);
+        };
+        Self::of_name(executable).or_else(|| {
+            Self::of_name(comm).filter(|runtime| matches!(runtime, Runtime::Python | Runtime::Ruby))
+        })
     }
 
     fn of_name(name: &str) -> Option<Runtime> {
@@ -107,55 +112,120 @@ pub struct Next {
     /// The command.
     pub command: String,
     /// What it does to the process, or else what to try.
-    pub remark: &'static str,
+    pub remark: String,
 }
 
-/// What to run next on process `pid`; `None` if it is gone.
-pub fn next(pid: i32, runtime: Option<Runtime>, condition: Condition) -> Option<Next> {
-    let (command, remark) = match (condition, runtime) {
-        (Condition::Gone, _) => return None,
-        (Condition::Zombie, _) => (format!("ps -o ppid= -p {pid}"), "its parent has to reap it"),
-        (Condition::Stopped, _) => (
-            format!("kill -CONT {pid}"),
-            "once it is known who stopped it, and why",
+/// The process that a command is for.
+#[derive(Clone, Copy, Debug)]
+pub struct Subject {
+    /// Its number.
+    pub pid: i32,
+    /// What it runs on, if that could be told.
+    pub runtime: Option<Runtime>,
+    /// What its state says.
+    pub condition: Condition,
+    /// The signals for which it has a handler, as [`Vitals::caught`]. One that it has none for ends it.
+    ///
+    /// [`Vitals::caught`]: crate::finder::vitals::Vitals::caught
+    pub caught: Option<u64>,
+}
+
+impl Subject {
+    fn catches(&self, signal: i32) -> bool {
+        self.caught
+            .is_some_and(|caught| caught >> (signal - 1) & 1 == 1)
+    }
+}
+
+/// What to run next; `None` if the process is gone.
+pub fn next(subject: Subject) -> Option<Next> {
+    let pid = subject.pid;
+    let (command, remark) = match subject.condition {
+        Condition::Gone => return None,
+        Condition::Zombie => (
+            format!("ps -o ppid= -p {pid}"),
+            "its parent has to reap it".to_owned(),
         ),
-        (Condition::Traced, _) => (
+        Condition::Stopped => (
+            format!("kill -CONT {pid}"),
+            "once it is known who stopped it, and why".to_owned(),
+        ),
+        Condition::Traced => (
             format!("grep TracerPid /proc/{pid}/status"),
-            "the number of the debugger",
+            "the number of the debugger".to_owned(),
         ),
         // A debugger would wait with it.
-        (Condition::Uninterruptible, _) => (
-            format!("cat /proc/{pid}/wchan"),
-            "and the kernel log: what does it wait for? No debugger helps",
+        Condition::Uninterruptible => (format!("cat /proc/{pid}/wchan"), ASLEEP.to_owned()),
+        Condition::ThreadUninterruptible(thread) => (
+            format!("cat /proc/{pid}/task/{thread}/wchan"),
+            ASLEEP.to_owned(),
         ),
-        (Condition::Usual, Some(Runtime::Jvm)) => {
-            (format!("jcmd {pid} Thread.print"), "as its user; or jstack")
-        }
-        // SIGQUIT prints the goroutines too, and then ends the program.
-        (Condition::Usual, Some(Runtime::Go)) => (
-            format!("dlv attach {pid}"),
-            "then `goroutines -t`, it is stopped meanwhile; or /debug/pprof/goroutine?debug=2 where it \
-             serves that; never SIGQUIT, which ends it",
-        ),
-        (Condition::Usual, Some(Runtime::Python)) => {
-            (format!("py-spy dump --pid {pid}"), "add --native for C")
-        }
-        (Condition::Usual, Some(Runtime::Node)) => (
-            format!("node inspect -p {pid}"),
-            "opens its debugger on 127.0.0.1:9229 and leaves it open",
-        ),
-        (Condition::Usual, Some(Runtime::Ruby)) => {
-            (format!("rbspy dump --pid {pid}"), "as its user or root")
-        }
-        (Condition::Usual, Some(Runtime::DotNet)) => {
-            (format!("dotnet-stack report -p {pid}"), "as its user")
-        }
-        (Condition::Usual, None) => (
-            format!("gdb -p {pid} -batch -ex 'thread apply all bt'"),
-            "stops it for a moment",
-        ),
+        Condition::Usual => inside(subject),
     };
     Some(Next { command, remark })
+}
+
+const ASLEEP: &str = "and the kernel log: what does it wait for? No debugger helps";
+
+/// What shows where a process hangs that runs as usual.
+fn inside(subject: Subject) -> (String, String) {
+    let pid = subject.pid;
+    // jcmd and jstack begin with SIGQUIT (jdk.attach), node with SIGUSR1 (process._debugProcess).
+    let ends_it = |signal: &str, what: &str| {
+        let (command, remark) = debugger(pid);
+        (
+            command,
+            format!("{remark}; no {what}: {signal} is not caught, and would end it"),
+        )
+    };
+    let (command, remark) = match subject.runtime {
+        Some(Runtime::Jvm) if !subject.catches(libc::SIGQUIT) => {
+            return ends_it("SIGQUIT", "jcmd or jstack");
+        }
+        Some(Runtime::Node) if !subject.catches(libc::SIGUSR1) => {
+            return ends_it("SIGUSR1", "node inspect");
+        }
+        None => return debugger(pid),
+        Some(Runtime::Jvm) => (
+            format!("jcmd {pid} Thread.print"),
+            "as its user; or jstack".to_owned(),
+        ),
+        // SIGQUIT prints the goroutines too, and then ends the program.
+        Some(Runtime::Go) => (
+            "curl 'http://127.0.0.1:PORT/debug/pprof/goroutine?debug=2'".to_owned(),
+            format!(
+                "where it serves that; else `dlv attach {pid}`, then `goroutines -t`: it is stopped \
+                 meanwhile, and at `exit` answer n to \"kill the process?\": Enter kills it; never SIGQUIT, \
+                 which ends it"
+            ),
+        ),
+        Some(Runtime::Python) => (
+            format!("py-spy dump --pid {pid}"),
+            "pauses it meanwhile; --native adds C".to_owned(),
+        ),
+        Some(Runtime::Node) => (
+            format!("node inspect -p {pid}"),
+            "opens its debugger on 127.0.0.1:9229 and leaves it open".to_owned(),
+        ),
+        Some(Runtime::Ruby) => (
+            format!("rbspy dump --pid {pid}"),
+            "as its user or root; pauses it meanwhile".to_owned(),
+        ),
+        Some(Runtime::DotNet) => (
+            format!("dotnet-stack report -p {pid}"),
+            "as its user".to_owned(),
+        ),
+    };
+    (command, remark)
+}
+
+fn debugger(pid: i32) -> (String, String) {
+    (
+        format!("gdb -p {pid} -batch -ex 'thread apply all bt'"),
+        "it stays stopped while symbols load, which can take long; if it is Go, rather \
+         /debug/pprof/goroutine?debug=2 where it serves that"
+            .to_owned(),
+    )
 }
 
 #[cfg(test)]
@@ -172,6 +242,11 @@ mod tests {
             (Some("node_exporter"), "node_exporter", Some(Runtime::Go)),
             (Some("pythonista"), "x", None),
             (Some("nginx"), "nginx", None),
+            // Its name is its own choice, and the command would end it.
+            (Some("nginx"), "java", None),
+            (Some("bash"), "node", None),
+            (Some("bash"), "etcd", None),
+            (None, "java", Some(Runtime::Jvm)),
             (None, "leaky-app", None),
         ];
         for (executable, comm, wanted) in cases {
@@ -183,9 +258,18 @@ mod tests {
         }
     }
 
+    fn subject(runtime: Option<Runtime>, condition: Condition) -> Subject {
+        Subject {
+            pid: 42,
+            runtime,
+            condition,
+            caught: Some(1 << (libc::SIGQUIT - 1) | 1 << (libc::SIGUSR1 - 1)),
+        }
+    }
+
     #[test]
     fn the_command_fits_the_process() {
-        let command = |runtime, condition| next(42, runtime, condition).unwrap().command;
+        let command = |runtime, condition| next(subject(runtime, condition)).unwrap().command;
         assert!(command(Some(Runtime::Jvm), Condition::Usual).starts_with("jcmd 42"));
         assert!(command(None, Condition::Usual).starts_with("gdb -p 42"));
         assert_eq!(
@@ -194,6 +278,29 @@ mod tests {
         );
         let waits = command(Some(Runtime::Python), Condition::Uninterruptible);
         assert!(waits.starts_with("cat"), "{waits}: a debugger would hang");
-        assert_eq!(next(42, None, Condition::Gone), None);
+        let waits = command(None, Condition::ThreadUninterruptible(43));
+        assert_eq!(waits, "cat /proc/42/task/43/wchan");
+        assert_eq!(next(subject(None, Condition::Gone)), None);
+    }
+
+    #[test]
+    fn no_command_sends_a_signal_that_ends_the_process() {
+        for (runtime, signal) in [
+            (Runtime::Jvm, libc::SIGQUIT),
+            (Runtime::Node, libc::SIGUSR1),
+        ] {
+            for caught in [None, Some(0), Some(!(1 << (signal - 1)))] {
+                let subject = Subject {
+                    caught,
+                    ..subject(Some(runtime), Condition::Usual)
+                };
+                let next = next(subject).unwrap();
+                assert!(next.command.starts_with("gdb"), "{next:?}");
+                assert!(next.remark.contains("would end it"), "{next:?}");
+            }
+        }
+        let go = next(subject(Some(Runtime::Go), Condition::Usual)).unwrap();
+        assert!(!go.command.contains("dlv"), "{go:?}");
+        assert!(go.remark.contains("answer n"), "{go:?}");
     }
 }

@@ -1,21 +1,19 @@
 //! The diagnosis for people: a summary, charts where there is room, and a block for each process and
 //! listener.
 
+use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::time::Duration;
 
 use super::group::{AGES, Group};
-use super::runtime::{self, Runtime};
-use super::{Diagnosis, Patient, Waiting, bars, verdict};
+use super::{Diagnosis, Patient, SHOWN, Waiting, bars, verdict};
 use crate::finder::owners::Process;
-use crate::refill::seconds;
+use crate::refill::{pace, seconds};
 use crate::report::escape::escape;
 use crate::report::notes::counted;
 use crate::report::text::{age, place};
 
-/// Processes, and listeners, that are shown: one screen.
-const SHOWN: usize = 10;
 /// Ports and peers that are named.
 const NAMED: usize = 3;
 
@@ -43,13 +41,15 @@ pub fn write(diagnosis: &Diagnosis, columns: Option<usize>, out: &mut dyn Write)
             }
         }
     }
-    for patient in diagnosis.processes.iter().take(SHOWN) {
-        writeln!(out, "\n{}", of_process(patient, diagnosis.elapsed))?;
+    let processes = folded(&diagnosis.processes);
+    for (patient, like) in processes.iter().take(SHOWN) {
+        writeln!(out, "\n{}", of_process(patient, *like, diagnosis.elapsed))?;
     }
-    let rest = diagnosis.processes.iter().skip(SHOWN);
+    let rest = processes.iter().skip(SHOWN);
     if rest.len() > 0 {
-        let count = counted(rest.len(), "process");
-        let stuck: usize = rest.map(|patient| patient.held.stuck).sum();
+        let count: usize = rest.clone().map(|(_, like)| 1 + like).sum();
+        let count = counted(count, "process");
+        let stuck: usize = rest.map(|(patient, _)| patient.held.stuck).sum();
         let stuck = counted(stuck, "stuck socket");
         writeln!(out, "\nand {count} more with {stuck}: --json has all")?;
     }
@@ -68,6 +68,22 @@ pub fn write(diagnosis: &Diagnosis, columns: Option<usize>, out: &mut dyn Write)
         writeln!(out, "\n{block}")?;
     }
     Ok(())
+}
+
+/// Processes, with how many others there are like each.
+fn folded(patients: &[Patient]) -> Vec<(&Patient, usize)> {
+    let mut folded: Vec<(&Patient, usize)> = Vec::new();
+    let mut places: HashMap<u64, usize> = HashMap::new();
+    for patient in patients {
+        match places.get(&patient.sockets) {
+            Some(at) if folded[*at].0.is_like(patient) => folded[*at].1 += 1,
+            _ => {
+                places.insert(patient.sockets, folded.len());
+                folded.push((patient, 0));
+            }
+        }
+    }
+    folded
 }
 
 fn summary(diagnosis: &Diagnosis) -> String {
@@ -92,7 +108,9 @@ fn growth(group: &Group, elapsed: Duration) -> String {
         (0, 0) => format!("none new in {time}"),
         (new, gone) => {
             let rate = group.growth(elapsed);
-            format!("{rate:+.0} a minute ({new} new, {gone} gone in {time})")
+            let text = pace(rate);
+            let sign = if rate > 0.0 && text != "0" { "+" } else { "" };
+            format!("{sign}{text} a minute ({new} new, {gone} gone in {time})")
         }
     }
 }
@@ -113,9 +131,12 @@ fn name(process: &Process) -> String {
     format!("{}/{}", escape(&process.comm), process.pid)
 }
 
-fn of_process(patient: &Patient, elapsed: Duration) -> String {
+fn of_process(patient: &Patient, like: usize, elapsed: Duration) -> String {
     let Patient { process, held, .. } = patient;
     let mut block = name(process);
+    if like > 0 {
+        let _ = write!(block, " (+{like} like it)");
+    }
     if let Some(place) = place(&process.cgroup) {
         let _ = write!(block, " ({})", escape(&place));
     }
@@ -129,15 +150,28 @@ fn of_process(patient: &Patient, elapsed: Duration) -> String {
     }
     if let Some(verdict) = patient.condition.verdict() {
         let _ = write!(block, "\n  {verdict}");
+        for (index, thread) in patient.asleep.iter().take(NAMED).enumerate() {
+            let separator = if index == 0 { ": thread " } else { ", " };
+            let _ = write!(block, "{separator}{thread}");
+        }
+        if patient.asleep.len() > NAMED {
+            let _ = write!(block, " and {} more", patient.asleep.len() - NAMED);
+        }
     }
     push_causes(&mut block, held);
     if patient.waiting > 0 {
         let waiting = counted(patient.waiting, "stuck connection");
         let _ = write!(block, "\n  {waiting} wait at its listener, see below");
     }
-    let [dead, _, unknown] = patient.suspects();
+    let [dead, never, unknown] = patient.suspects();
     if dead > 0 {
         let _ = write!(block, "\n  {dead} dead: {}", verdict::DEAD);
+    }
+    if never > 0 {
+        let _ = write!(
+            block,
+            "\n  {never} never connected: fresh, or connect(2) failed; many are a leak of their own"
+        );
     }
     if unknown > 0 {
         let them = counted(unknown, "descriptor");
@@ -158,8 +192,7 @@ fn of_process(patient: &Patient, elapsed: Duration) -> String {
         }
         (None, _) => block.push_str("\n  descriptors: may not be read"),
     }
-    let runtime = Runtime::of(patient.vitals.executable.as_deref(), &process.comm);
-    if let Some(next) = runtime::next(process.pid, runtime, patient.condition) {
+    if let Some(next) = &patient.next {
         let _ = write!(block, "\n  next: {}  ({})", next.command, next.remark);
     }
     block
@@ -205,9 +238,14 @@ fn push_places(block: &mut String, group: &Group) {
     if group.stuck == 0 {
         return;
     }
-    let ports = named(&group.ports, |port| format!(":{port}"));
+    let port = |port: &u16| format!(":{port}");
+    let ports = named(&group.ports, port);
     let peers = named(&group.peers, ToString::to_string);
     let _ = write!(block, "\n  ports {ports}; peers {peers}");
+    // Clients of a server have a port each, which tells nothing.
+    if group.peer_ports[0].1 > 1 || group.stuck == 1 {
+        let _ = write!(block, "; their ports {}", named(&group.peer_ports, port));
+    }
 }
 
 fn named<T>(counts: &[(T, usize)], text: impl Fn(&T) -> String) -> String {

@@ -16,6 +16,8 @@ pub enum Condition {
     Traced,
     /// In uninterruptible sleep at both looks (D); once is usual while it waits for a disk.
     Uninterruptible,
+    /// This one of its other threads is.
+    ThreadUninterruptible(i32),
     /// It has ended, and its parent has not taken note (Z).
     Zombie,
     /// It is no longer there.
@@ -35,6 +37,14 @@ impl Condition {
         }
     }
 
+    /// With the other threads that were in uninterruptible sleep at both looks.
+    pub fn with_threads(self, asleep: &[i32]) -> Condition {
+        match (self, asleep.first()) {
+            (Condition::Usual, Some(thread)) => Condition::ThreadUninterruptible(*thread),
+            _ => self,
+        }
+    }
+
     /// The name in JSON.
     pub fn name(self) -> Option<&'static str> {
         match self {
@@ -42,6 +52,7 @@ impl Condition {
             Condition::Stopped => Some("stopped"),
             Condition::Traced => Some("traced"),
             Condition::Uninterruptible => Some("uninterruptible"),
+            Condition::ThreadUninterruptible(_) => Some("thread-uninterruptible"),
             Condition::Zombie => Some("zombie"),
             Condition::Gone => Some("gone"),
         }
@@ -61,53 +72,92 @@ impl Condition {
                 "its main thread is in uninterruptible sleep: it waits for a device or a file system, \
                  and no signal reaches it",
             ),
+            Condition::ThreadUninterruptible(_) => Some(
+                "not all of its threads run: some are in uninterruptible sleep, wait for a device or a file \
+                 system, and no signal reaches them",
+            ),
             Condition::Zombie => Some("ended, and not yet reaped by its parent"),
             Condition::Gone => Some("ended while it was looked at"),
         }
     }
 }
 
+/// Services that are named.
+const NAMED: usize = 2;
+
 /// What a cause says of the program.
 pub fn of_cause(cause: Cause, sockets: &OfCause) -> String {
-    if !sockets.close_wait && cause != Cause::Handshake && cause != Cause::Orphan {
+    // What is no connection of the application is another matter.
+    if matches!(cause, Cause::Handshake | Cause::Orphan | Cause::Listening) {
+        return meaning(cause, &[]);
+    }
+    if sockets.close_wait == 0 {
         return "not in CLOSE-WAIT: what it means is the application's business".into();
     }
-    // Bytes on their way, and what is no connection of the application, are another matter.
-    let judged = matches!(cause, Cause::Drained | Cause::Unread | Cause::NotAccepted);
-    if judged && sockets.idle == 0 {
-        return "just come, or still in use: no leak as far as these two looks go".into();
-    }
-    let mut text = meaning(cause, sockets.service);
-    if judged && sockets.idle < sockets.count {
+    // A peer that takes nothing is asked again and again, and answers: only that it lasts can be told.
+    let (seen, how) = match cause {
+        Cause::Sending => (sockets.lasting, "queued"),
+        _ => (sockets.idle, "idle"),
+    };
+    let mut text = match (seen, cause) {
+        (0, Cause::Sending) => "just come: bytes on their way, as far as these two looks go".into(),
+        (0, _) => "just come, or still in use: no leak as far as these two looks go".into(),
+        _ => meaning(cause, &sockets.services),
+    };
+    if seen > 0 && seen < sockets.close_wait {
         let _ = write!(
             text,
-            " ({} of {} idle at both looks)",
-            sockets.idle, sockets.count
+            " ({seen} of {} {how} at both looks)",
+            sockets.close_wait
+        );
+    }
+    if sockets.close_wait < sockets.count {
+        let others = sockets.count - sockets.close_wait;
+        let _ = write!(
+            text,
+            " ({others} of them not in CLOSE-WAIT, and not judged)"
         );
     }
     text
 }
 
-fn meaning(cause: Cause, service: Service) -> String {
+fn meaning(cause: Cause, services: &[(Service, usize)]) -> String {
     match cause {
-        Cause::Drained => {
-            let code = match service {
-                Service::Handles(port) => format!("that handles :{port}"),
-                Service::CallsOut(port) => format!("that calls :{port}"),
-            };
-            format!("reads to the end and never closes: a leak in the code {code}")
-        }
+        Cause::Drained => format!(
+            "reads to the end and never closes: a leak in the code {}",
+            code(services)
+        ),
         Cause::Unread => "not reading: idle pool or blocked worker".into(),
         Cause::NotAccepted => {
             "not accepting: closing sockets will not help, the accept loop is stuck".into()
         }
         Cause::Sending => {
-            "bytes queued to peers that do not take them: look at the peers before closing".into()
+            "bytes queued to peers that take them slowly or not at all: look at the peers before closing"
+                .into()
         }
         Cause::Handshake => "peers that do not finish the handshake: slow, spoofed or gone".into(),
         Cause::Orphan => "closed by its process: the kernel is still at it".into(),
         Cause::Listening => "a listener: nothing is wrong with it".into(),
     }
+}
+
+/// The code to look at, with numbers if there are several.
+fn code(services: &[(Service, usize)]) -> String {
+    let named = services.iter().take(NAMED).map(|(service, count)| {
+        let code = match service {
+            Service::Handles(port) => format!("that handles :{port}"),
+            Service::CallsOut(port) => format!("that calls :{port}"),
+        };
+        match services.len() {
+            1 => code,
+            _ => format!("{code} ({count})"),
+        }
+    });
+    let mut text = named.collect::<Vec<_>>().join(" and ");
+    if services.len() > NAMED {
+        let _ = write!(text, " and {} more", services.len() - NAMED);
+    }
+    text
 }
 
 /// What dead descriptors mean.
@@ -129,38 +179,56 @@ mod tests {
         assert_eq!(of('S', 'T'), Condition::Stopped);
         assert_eq!(of('T', 'S'), Condition::Usual);
         assert_eq!(Condition::of(Some('S'), None), Condition::Gone);
+        let thread = Condition::Usual.with_threads(&[8, 9]);
+        assert_eq!(thread, Condition::ThreadUninterruptible(8));
+        assert_eq!(Condition::Usual.with_threads(&[]), Condition::Usual);
+        assert_eq!(Condition::Stopped.with_threads(&[8]), Condition::Stopped);
+    }
+
+    fn sockets(services: &[(Service, usize)]) -> OfCause {
+        OfCause {
+            count: 3,
+            close_wait: 3,
+            lasting: 3,
+            idle: 3,
+            services: services.to_vec(),
+        }
     }
 
     #[test]
     fn verdicts_name_the_code_and_hold_for_close_wait_only() {
-        let sockets = |service| OfCause {
-            count: 3,
-            idle: 3,
-            close_wait: true,
-            service,
-        };
-        let text = of_cause(Cause::Drained, &sockets(Service::Handles(8080)));
+        use Service::{CallsOut, Handles};
+        let text = |services: &[_]| of_cause(Cause::Drained, &sockets(services));
+        let one = text(&[(Handles(8080), 3)]);
         assert!(
-            text.ends_with("a leak in the code that handles :8080"),
-            "{text}"
+            one.ends_with("a leak in the code that handles :8080"),
+            "{one}"
         );
-        let text = of_cause(Cause::Drained, &sockets(Service::CallsOut(5432)));
-        assert!(text.ends_with("that calls :5432"), "{text}");
-        let open = OfCause {
-            close_wait: false,
-            ..sockets(Service::Handles(8080))
+        let one = text(&[(CallsOut(5432), 3)]);
+        assert!(one.ends_with("that calls :5432"), "{one}");
+        let several = text(&[(CallsOut(5432), 2), (Handles(80), 1), (Handles(81), 1)]);
+        let wanted = "that calls :5432 (2) and that handles :80 (1) and 1 more";
+        assert!(several.ends_with(wanted), "{several}");
+        let mut open = OfCause {
+            close_wait: 0,
+            ..sockets(&[(Handles(8080), 3)])
         };
         assert!(!of_cause(Cause::Drained, &open).contains("leak"));
+        // One of another state does not hide those that leak.
+        (open.close_wait, open.idle) = (2, 2);
+        let some = of_cause(Cause::Drained, &open);
+        assert!(
+            some.contains("never closes") && some.contains("(1 of them not in"),
+            "{some}"
+        );
     }
 
     #[test]
     fn what_has_just_come_or_moves_is_no_leak() {
-        let text = |cause, idle| {
+        let text = |cause, seen| {
             let sockets = OfCause {
-                count: 3,
-                idle,
-                close_wait: true,
-                service: Service::Handles(80),
+                idle: seen,
+                ..sockets(&[(Service::Handles(80), 3)])
             };
             of_cause(cause, &sockets)
         };
@@ -171,6 +239,16 @@ mod tests {
                 "{cause}"
             );
         }
+        // Probes are answered, so that it is never idle.
         assert_eq!(text(Cause::Sending, 0), text(Cause::Sending, 3));
+        let sending = |lasting| {
+            let sockets = OfCause {
+                lasting,
+                ..sockets(&[])
+            };
+            of_cause(Cause::Sending, &sockets)
+        };
+        assert!(sending(0).starts_with("just come"));
+        assert!(sending(3).contains("look at the peers"));
     }
 }

@@ -99,6 +99,10 @@ pub struct DeadScan {
     pub tables: Vec<Table>,
     /// Processes that may not be looked into.
     pub unreadable: Vec<Unreadable>,
+    /// Processes whose files failed in a way that is neither their end nor a missing right.
+    pub failed: Vec<(i32, io::Error)>,
+    /// Processes of others are not shown at all: /proc is mounted with hidepid.
+    pub hidden: bool,
 }
 
 /// The inodes of all sockets in the TCP tables of `namespaces`.
@@ -140,32 +144,27 @@ fn dump_inodes() -> Result<Vec<u32>, FindError> {
 /// told from a dead one by its state.
 ///
 /// # Errors
-/// The processes cannot be listed, or their files fail in a way that is neither their end nor a
-/// missing right.
+/// The processes cannot be listed.
 pub fn find(
     proc: &Proc,
     wanted: &(dyn Fn(&Process) -> bool + Sync),
     in_tables: &HashSet<u32>,
 ) -> io::Result<DeadScan> {
     let same_pids = proc.is_of_our_pid_namespace();
-    let look = |pid: i32| -> io::Result<Option<Result<Table, Unreadable>>> {
-        match look_inside(proc, pid, same_pids, wanted, in_tables) {
-            Ok(table) => Ok(table.map(Ok)),
-            Err(error) if owners::is_end(&error) => Ok(None),
-            Err(error) if owners::is_denied(&error) => Ok(proc.unreadable(pid).map(Err)),
-            Err(error) => Err(error),
-        }
+    let pids = proc.pids()?;
+    let mut scan = DeadScan {
+        // The first process of a pid namespace lives as long as the namespace.
+        hidden: pids.first() != Some(&1),
+        ..DeadScan::default()
     };
-    let looks: Vec<_> = proc
-        .pids()?
-        .into_par_iter()
-        .map(look)
-        .collect::<io::Result<_>>()?;
-    let mut scan = DeadScan::default();
-    for look in looks.into_iter().flatten() {
+    let look = |pid: i32| (pid, look_inside(proc, pid, same_pids, wanted, in_tables));
+    let looks: Vec<_> = pids.into_par_iter().map(look).collect();
+    for (pid, look) in looks {
         match look {
-            Ok(table) => scan.tables.push(table),
-            Err(unreadable) => scan.unreadable.push(unreadable),
+            Ok(table) => scan.tables.extend(table),
+            Err(error) if owners::is_end(&error) => {}
+            Err(error) if owners::is_denied(&error) => scan.unreadable.extend(proc.unreadable(pid)),
+            Err(error) => scan.failed.push((pid, error)),
         }
     }
     Ok(scan)

@@ -196,6 +196,8 @@ struct JsonRefill<'a> {
     new: usize,
     per_minute: f64,
     by: Vec<Newcomers<'a>>,
+    undecided: usize,
+    partial: bool,
 }
 
 #[derive(Serialize)]
@@ -415,6 +417,8 @@ fn json_refill(refill: &Refill) -> JsonRefill<'_> {
         seconds: refill.watched.as_secs_f64(),
         new: refill.new,
         per_minute: refill.per_minute(),
+        undecided: refill.undecided,
+        partial: refill.partial,
         by: refill
             .by
             .iter()

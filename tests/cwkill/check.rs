@@ -76,6 +76,20 @@ fn percent() -> Result<()> {
         let whose = format!("leaky-app/{pid} holds 10 of 50 | percent=20.0%;");
         ensure!(ran.stdout.contains(&whose), "{ran:#?}");
     }
+    // A closed socket leaves its descriptor, and that its limit no nearer to be free.
+    cwkill(&lab, &format!("--pid {pid} --method destroy"))?.exits(0)?;
+    for (selectors, code) in [
+        (String::new(), 1),
+        (format!("--pid {pid}"), 1),
+        ("--port 8080".to_owned(), 1),
+        ("--port 8081".to_owned(), 0),
+        ("--min-age 1s --port 8080".to_owned(), 0),
+    ] {
+        let line = format!("check --percent-of-limit -w 20 -c 90 {selectors}");
+        let ran = cwkill(&lab, &line)?.exits(code)?;
+        let whose = format!("leaky-app/{pid} holds 10 of 50 (10 of them dead) | percent=20.0%;");
+        same(&ran.stdout.contains(&whose), &(code == 1))?;
+    }
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
-use netns_harness::{Family, How, Lab, SocketOption, TcpState};
+use netns_harness::{Dial, Family, How, Lab, Recv, SocketOption, TcpState};
 use serde_json::{Value, json};
 
 use crate::Case::{self, EachFamily, Once};
@@ -16,6 +16,15 @@ pub const CASES: &[Case] = &[
     EachFamily("each_culprit_has_its_verdict", every_cause),
     EachFamily("dead_descriptors_are_counted", dead),
     EachFamily("a_conversation_in_one_direction_is_no_leak", half_closed),
+    Once(
+        "the_code_that_calls_out_is_told_from_the_server",
+        both_sides,
+    ),
+    Once(
+        "a_busy_listener_does_not_hide_the_leaker",
+        listener_and_leaker,
+    ),
+    Once("many_sockets_never_connected_are_told", never_connected),
     Once("unix_sockets_are_not_dead", unix),
     Once("dead_where_it_may_not_be_read_is_unknown", foreign_proc),
     Once("growth_is_told_by_identity", growth),
@@ -24,6 +33,7 @@ pub const CASES: &[Case] = &[
         "without_privileges_it_says_what_it_cannot_see",
         unprivileged,
     ),
+    Once("a_runtime_and_a_sleeping_thread_are_told", runtime),
     Once("bars_need_a_known_width", bars),
     Once("a_closed_pipe_is_no_error", head),
 ];
@@ -149,6 +159,38 @@ fn every_cause(family: Family) -> Result<()> {
     same(&key(&lab.app_host().ss(&[])?), &key(&before))
 }
 
+/// A server that leaks what it has opened itself, and one of the connections that it accepted.
+fn both_sides() -> Result<()> {
+    let lab = Lab::new()?;
+    let app = lab.app_host().agent("server")?;
+    let other = lab.app_host().agent("database")?;
+    let (own, database) = ("127.0.0.1:7000".parse()?, "127.0.0.1:5432".parse()?);
+    let listeners = (
+        app.listen(own, false, 16)?,
+        other.listen(database, false, 16)?,
+    );
+    let clients = other.connect(own, 1, Dial::default(), PATIENCE)?;
+    let mut leaked = app.accept(listeners.0, 1, PATIENCE)?;
+    leaked.extend(app.connect(database, 3, Dial::default(), PATIENCE)?);
+    let mut closing = other.accept(listeners.1, 3, PATIENCE)?;
+    closing.extend(clients);
+    let closing: Vec<_> = closing.iter().map(|end| end.fd).collect();
+    other.shutdown(&closing, How::Write)?;
+    for end in &leaked {
+        same(&app.recv(end.fd, 1, PATIENCE)?, &Recv::Eof)?;
+    }
+    let document = cwkill(&lab, &format!("diagnose {QUICK}"))?
+        .exits(0)?
+        .json()?;
+    let server = process(&document, app.pid())?;
+    let verdict = "in the code that calls :5432 (3) and that handles :7000 (1)";
+    only_cause(server, "drained", 4, verdict)?;
+    same(&server["peer_ports"][0], &json!({"port": 5432, "count": 3}))?;
+    let text = cwkill(&lab, "diagnose --sample 50ms")?.exits(0)?.stdout;
+    ensure!(text.contains("; their ports :5432 (3), "), "{text}");
+    Ok(())
+}
+
 /// The numbers of descriptors: dead, never connected, unknown.
 fn suspects(document: &Value, pid: u32) -> Result<[Value; 3]> {
     let descriptors = &process(document, pid)?["descriptors"];
@@ -219,30 +261,104 @@ fn half_closed(family: Family) -> Result<()> {
 }
 
 fn unix() -> Result<()> {
-    let (lab, leak) = lab("unread", Family::V4, 2)?;
-    // Leaves two UNIX sockets and no TCP socket in the application's table.
-    leak.app().put_in_flight(&leak.app_fds())?;
+    let (lab, leak) = lab("unread", Family::V4, 3)?;
+    // Leaves two UNIX sockets in the application's table, and one TCP socket that has it shown.
+    leak.app().put_in_flight(&leak.app_fds()[..2])?;
     let document = cwkill(&lab, &format!("diagnose {QUICK}"))?
         .exits(0)?
         .json()?;
     same(&document["unknown_owner"]["stuck"], &json!(2))?;
-    let none: &Vec<Value> = &vec![];
-    same(&document["processes"].as_array(), &Some(none))
+    let pid = leak.app().pid();
+    same(&process(&document, pid)?["stuck"], &json!(1))?;
+    same(&suspects(&document, pid)?, &[json!(0), json!(0), json!(0)])
 }
 
 /// Process numbers of /proc mean nothing here, so that no descriptor can be duplicated.
 fn foreign_proc() -> Result<()> {
     let (lab, leak) = lab("drained", Family::V4, 3)?;
+    cwkill(&lab, "--all --method destroy")?.exits(0)?;
+    let look = || {
+        let line = format!("--pid --fork --kill-child {CWKILL} diagnose {QUICK}");
+        let command = lab.app_host().command("unshare");
+        ran(command.args(line.split_whitespace()))
+    };
+    // Nothing else there: they may be dead, and that is not the same as nothing.
+    let document = look()?
+        .exits(4)?
+        .complains("3 descriptors of TCP sockets in no table may be dead")?
+        .json()?;
+    same(&document["unknown_descriptors"], &json!(3))?;
     let _more = lab.start("unread", Family::V4, count(1))?;
-    cwkill(&lab, "--cause drained --method destroy")?.exits(0)?;
-    let line = format!("--pid --fork --kill-child {CWKILL} diagnose {QUICK}");
-    let ran = ran(lab
-        .app_host()
-        .command("unshare")
-        .args(line.split_whitespace()))?
-    .exits(0)?;
+    let document = look()?.exits(0)?.json()?;
     let wanted = [json!(0), json!(0), json!(3)];
-    same(&suspects(&ran.json()?, leak.app().pid())?, &wanted)
+    same(&suspects(&document, leak.app().pid())?, &wanted)?;
+    // A number means another process to whoever would run a command.
+    for process in document["processes"].as_array().context("no processes")? {
+        same(&process["next"], &json!(null))?;
+    }
+    Ok(())
+}
+
+/// Workers that wait at one listener do not hide the one that leaks, and are shown once.
+fn listener_and_leaker() -> Result<()> {
+    let lab = Lab::new()?;
+    let busy = lab.start("not-accepted", Family::V4, alone(8001, 6))?;
+    let leaker = lab.start("drained", Family::V4, alone(8002, 2))?;
+    let forked = lab.start("forked", Family::V4, alone(8003, 1))?;
+    let document = cwkill(&lab, &format!("diagnose {QUICK}"))?
+        .exits(0)?
+        .json()?;
+    let processes = document["processes"].as_array().context("no processes")?;
+    let at = |pid: u32| processes.iter().position(|p| p["pid"] == json!(pid));
+    same(&at(leaker.app().pid()), &Some(0))?;
+    same(&at(busy.app().pid()), &Some(processes.len() - 1))?;
+    let text = cwkill(&lab, "diagnose --sample 50ms")?.exits(0)?.stdout;
+    ensure!(text.contains(" (+2 like it)"), "{text}");
+    let blocks = |pid: u32| text.matches(&format!("\nleaky-app/{pid}")).count();
+    same(&blocks(leaker.app().pid()), &1)?;
+    let shared = processes.iter().filter(|p| p["shared"] == json!(1));
+    let pids: Vec<u64> = shared.filter_map(|p| p["pid"].as_u64()).collect();
+    same(&pids.len(), &3)?;
+    ensure!(pids.contains(&forked.app().pid().into()));
+    let shown = pids
+        .iter()
+        .filter(|pid| text.contains(&format!("/{pid} (+2")));
+    same(&shown.count(), &1)
+}
+
+/// A program that makes sockets and never gets to connect them.
+fn never_connected() -> Result<()> {
+    const SCRIPT: &str = "
+import socket, sys
+sockets = [socket.socket() for _ in range(int(sys.argv[1]))]
+print(len(sockets), flush=True)
+sys.stdin.read()
+";
+    let lab = Lab::new()?;
+    for (sockets, code) in [("99", 1), ("100", 0)] {
+        let command = lab.app_host().command("python3");
+        let command = command.args(["-c", SCRIPT, sockets]);
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let look = |child: &mut std::process::Child| -> Result<()> {
+            let mut line = String::new();
+            let stdout = child.stdout.take().context("no stdout")?;
+            std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut line)?;
+            same(&line.trim(), &sockets)?;
+            let ran = cwkill(&lab, "diagnose --sample 50ms")?.exits(code)?;
+            let told = format!("\n  {sockets} never connected: ");
+            same(&ran.stdout.contains(&told), &(code == 0))?;
+            cwkill(&lab, "diagnose --sample 50ms --port 80")?.exits(1)?;
+            Ok(())
+        };
+        let looked = look(&mut child);
+        child.kill()?;
+        child.wait()?;
+        looked?;
+    }
+    Ok(())
 }
 
 fn growth() -> Result<()> {
@@ -315,6 +431,82 @@ fn unprivileged() -> Result<()> {
     let line = format!("diagnose --process leaky-app {QUICK}");
     let ran = crate::support::ran(command.args(line.split(' ')))?.exits(4)?;
     same(&ran.json()?["undecided"], &json!(2))
+}
+
+/// Leaves a socket in CLOSE-WAIT; if asked to, a thread of it then waits for a child as vfork(2) does, in
+/// uninterruptible sleep. The child ends with the thread.
+const LEAKY_PYTHON: &str = "
+import ctypes, os, platform, signal, socket, sys, threading
+server = socket.create_server(('127.0.0.1', 7001))
+peer = socket.create_connection(('127.0.0.1', 7001))
+accepted, _ = server.accept()
+peer.shutdown(socket.SHUT_WR)
+assert accepted.recv(1) == b''
+def sleep():
+    libc = ctypes.CDLL(None)
+    clone = {'x86_64': 56, 'aarch64': 220}[platform.machine()]
+    us = threading.get_native_id()
+    if libc.syscall(clone, 0x4000 | signal.SIGCHLD, 0, 0, 0, 0) == 0:
+        libc.prctl(1, signal.SIGKILL)
+        print(us, flush=True)
+        libc.pause()
+        os._exit(0)
+if sys.argv[1] == 'sleep':
+    threading.Thread(target=sleep).start()
+else:
+    print(threading.get_native_id(), flush=True)
+sys.stdin.read()
+";
+
+fn runtime() -> Result<()> {
+    for how in ["run", "sleep"] {
+        let lab = Lab::new()?;
+        let command = lab.app_host().command("python3");
+        let command = command.args(["-c", LEAKY_PYTHON, how]);
+        // It is the process that exec made, whatever started it.
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let looked = at_python(&lab, &mut child, how == "sleep");
+        child.kill()?;
+        child.wait()?;
+        looked?;
+    }
+    Ok(())
+}
+
+fn at_python(lab: &Lab, child: &mut std::process::Child, sleeps: bool) -> Result<()> {
+    let mut line = String::new();
+    let stdout = child.stdout.take().context("no stdout")?;
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut line)?;
+    let thread: u32 = line.trim().parse().with_context(|| format!("{line:?}"))?;
+    let pid = child.id();
+    let state = format!("/proc/{pid}/task/{thread}/stat");
+    if sleeps {
+        let asleep = || Ok(std::fs::read_to_string(&state)?.contains(") D "));
+        lab.wait_for(PATIENCE, asleep)?;
+    }
+    let document = cwkill(lab, &format!("diagnose --pid {pid} {QUICK}"))?
+        .exits(0)?
+        .json()?;
+    let python = process(&document, pid)?;
+    same(&python["runtime"], &json!("python"))?;
+    let (condition, threads, command) = match sleeps {
+        false => (json!(null), json!([]), format!("py-spy dump --pid {pid}")),
+        true => (
+            json!("thread-uninterruptible"),
+            json!([thread]),
+            format!("cat /proc/{pid}/task/{thread}/wchan"),
+        ),
+    };
+    same(&python["condition"], &condition)?;
+    same(&python["uninterruptible_threads"], &threads)?;
+    same(&at(python, "/next/command"), &command)?;
+    let line = format!("diagnose --pid {pid} --sample 50ms");
+    let text = cwkill(lab, &line)?.exits(0)?.stdout;
+    ensure!(text.contains(&format!("next: {command}  (")), "{text}");
+    Ok(())
 }
 
 fn bars() -> Result<()> {
