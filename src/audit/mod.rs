@@ -3,13 +3,12 @@
 //! The log is opened, and the record that says what is about to be done is written, before anything is done; if either fails,
 //! nothing is. [`record`] builds the records; the events go through `tracing` to the sinks.
 
+mod file;
 pub mod record;
 mod sinks;
 
-use std::fs::File;
-use std::io::{self, Seek, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use nix::sys::stat::fstat;
@@ -87,7 +86,7 @@ impl Audit {
             Target::None => {}
         }
         if let Some(path) = &wanted.file {
-            let file = open_file(path)
+            let file = file::open(path)
                 .with_context(|| format!("cannot write the log {}", path.display()))?;
             let name = path.display().to_string();
             sinks.push(Box::new(Lines::json(file, name, losses.clone())));
@@ -167,35 +166,10 @@ fn is_journal(stream: impl std::os::fd::AsFd) -> bool {
     named == format!("{}:{}", stat.st_dev, stat.st_ino)
 }
 
-/// Opens a file for appending, new for its owner only.
-fn open_file(path: &Path) -> io::Result<File> {
-    let mut file = File::options()
-        .read(true)
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        // Should it be a FIFO or a device, opening it must not wait.
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::other("it is no regular file"));
-    }
-    // A disk that was full may have left half a line; the next record must not be a part of it.
-    let end = file.seek(io::SeekFrom::End(0))?;
-    let mut last = [b'\n'];
-    if end > 0 {
-        file.read_exact_at(&mut last, end - 1)?;
-    }
-    if last != [b'\n'] {
-        file.write_all(b"\n")?;
-    }
-    Ok(file)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
+    use std::path::Path;
 
     #[test]
     fn only_regular_files_are_written() {
@@ -215,20 +189,6 @@ mod tests {
             };
             let error = format!("{:#}", Audit::open(&wanted).err().unwrap());
             assert!(error.contains(&path.display().to_string()), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_new_file_is_its_owners_and_an_old_one_goes_on() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("log");
-        open_file(&path).unwrap();
-        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o600);
-        for (before, after) in [("", ""), ("{}\n", "{}\n"), ("{\"ha", "{\"ha\n")] {
-            std::fs::write(&path, before).unwrap();
-            open_file(&path).unwrap();
-            assert_eq!(std::fs::read_to_string(&path).unwrap(), after);
         }
     }
 
