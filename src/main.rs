@@ -53,7 +53,7 @@ fn main() -> ExitCode {
 }
 
 fn doctor(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
-    let mut needed = least::to_find(&Which::All);
+    let mut needed = least::to_find(&Which::All, true);
     needed.extend(least::to_act(&MethodName::ALL));
     give_up_all_but(&needed);
     let examination = doctor::examine(&Proc::default())?;
@@ -98,7 +98,7 @@ fn check(args: CheckArgs) -> ExitCode {
             for note in &check.scope.notes {
                 say(format_args!("note: {note}"));
             }
-            give_up_all_but(&least::to_find(&check.scope.netns));
+            give_up_all_but(&least::to_find(&check.scope.netns, true));
             check::run(&check, &Proc::default())
                 .unwrap_or_else(|error| check::unknown(&format!("{error:#}")))
         }
@@ -121,7 +121,7 @@ fn diagnose(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
     for note in &scope.notes {
         say(format_args!("note: {note}"));
     }
-    give_up_all_but(&least::to_find(&scope.netns));
+    give_up_all_but(&least::to_find(&scope.netns, true));
     let sample = sample.unwrap_or(diagnose::SAMPLE);
     if io::stderr().is_terminal() {
         let time = refill::seconds(sample);
@@ -159,7 +159,7 @@ fn columns() -> Option<usize> {
 fn reclaim(config: &command::Config) -> anyhow::Result<ExitStatus> {
     let quiet = config.format == Format::Quiet;
     let audit = open_log(config.action, &config.log)?;
-    let mut needed = least::to_find(&Which::All);
+    let mut needed = least::to_find(&Which::All, true);
     needed.extend(least::to_reclaim());
     give_up_all_but(&needed);
     let mut terminal = Terminal::new(config.action == Action::Act, quiet)?;
@@ -237,7 +237,7 @@ fn run(config: &Config) -> anyhow::Result<ExitStatus> {
     // What may be planned is told by what was granted, also where nothing of it is used.
     let privileges = Privileges::of_this_thread()?;
     let audit = open_log(config.action, &config.log)?;
-    let mut needed = least::to_find(&config.netns);
+    let mut needed = least::to_find(&config.netns, config.owners);
     if config.action == Action::Act {
         needed.extend(least::to_act(&config.policy.methods));
     }
