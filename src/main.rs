@@ -30,9 +30,6 @@ use cwkill::threads;
 
 fn main() -> ExitCode {
     let cli = Cli::try_parse().unwrap_or_else(|error| refuse(&error));
-    if let Err(error) = threads::prepare() {
-        say(format_args!("note: {error}"));
-    }
     let ended = match cli.command {
         None => {
             let config = Config::from_args(cli.args).unwrap_or_else(|error| error.exit());
@@ -321,12 +318,16 @@ fn watch(run: &mut Run, config: &Config, terminal: &mut Terminal) -> Option<Stri
     }
 }
 
-/// Keeps only the capabilities that are `needed`. More rights than that are no reason to leave the host without help.
+/// Keeps only the capabilities that are `needed`, and then starts the threads that share the work: a thread keeps what it is started
+/// with. More rights than that are no reason to leave the host without help.
 fn give_up_all_but(needed: &CapsHashSet) {
     if let Err(error) = least::give_up_all_but(needed) {
         say(format_args!(
             "note: more privileges are held than needed: {error:#}"
         ));
+    }
+    if let Err(error) = threads::prepare() {
+        say(format_args!("note: {error}"));
     }
 }
 
