@@ -147,11 +147,7 @@ impl Config {
             },
             grace: acting.grace.unwrap_or(DEFAULT_GRACE),
             watch_refill: acting.watch_refill,
-            log: audit::Wanted {
-                target: acting.log,
-                file: acting.log_file,
-                verbose: output.verbose,
-            },
+            log: acting.logging.wanted(output.verbose),
             reclaim: match (acting.reclaim, acting.reclaiming.given()) {
                 (true, _) => Some(reclaim::Rules::from_args(&acting.reclaiming)),
                 (false, None) => None,
@@ -254,12 +250,11 @@ impl Acting {
             ("--discard-unsent", self.discard_unsent),
             ("--max-kills", self.max_kills.is_some()),
             ("--watch-refill", self.watch_refill.is_some()),
-            ("--log", self.log.is_some()),
-            ("--log-file", self.log_file.is_some()),
             ("--reclaim", self.reclaim),
         ]
         .into_iter()
         .find_map(|(option, given)| given.then_some(option))
+        .or_else(|| self.logging.given())
     }
 }
 

@@ -11,7 +11,7 @@ use clap::{ColorChoice, Parser};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use caps::CapsHashSet;
-use cwkill::audit::Audit;
+use cwkill::audit::{self, Audit};
 use cwkill::check::{self, Check, Status};
 use cwkill::cli::{CheckArgs, Cli, Command, DiagnoseArgs, DoctorArgs};
 use cwkill::config::{Action, Config, Format, Scope};
@@ -50,7 +50,7 @@ fn main() -> ExitCode {
 }
 
 fn doctor(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
-    let mut needed = least::to_find(&Which::All);
+    let mut needed = least::to_find(&Which::All, true);
     needed.extend(least::to_act(&MethodName::ALL));
     give_up_all_but(&needed);
     let examination = doctor::examine(&Proc::default())?;
@@ -95,7 +95,7 @@ fn check(args: CheckArgs) -> ExitCode {
             for note in &check.scope.notes {
                 say(format_args!("note: {note}"));
             }
-            give_up_all_but(&least::to_find(&check.scope.netns));
+            give_up_all_but(&least::to_find(&check.scope.netns, true));
             check::run(&check, &Proc::default())
                 .unwrap_or_else(|error| check::unknown(&format!("{error:#}")))
         }
@@ -118,7 +118,7 @@ fn diagnose(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
     for note in &scope.notes {
         say(format_args!("note: {note}"));
     }
-    give_up_all_but(&least::to_find(&scope.netns));
+    give_up_all_but(&least::to_find(&scope.netns, true));
     let sample = sample.unwrap_or(diagnose::SAMPLE);
     if io::stderr().is_terminal() {
         let time = refill::seconds(sample);
@@ -155,11 +155,22 @@ fn columns() -> Option<usize> {
 
 fn reclaim(config: &command::Config) -> anyhow::Result<ExitStatus> {
     let quiet = config.format == Format::Quiet;
-    let mut needed = least::to_find(&Which::All);
+    let audit = open_log(config.action, &config.log)?;
+    let mut needed = least::to_find(&Which::All, true);
     needed.extend(least::to_reclaim());
     give_up_all_but(&needed);
-    let terminal = Terminal::new(config.action == Action::Act, quiet)?;
-    let run = command::run(config, &Proc::default(), &terminal)?;
+    let mut terminal = Terminal::new(config.action == Action::Act, quiet)?;
+    let proc = Proc::default();
+    let mut run = command::find(config, &proc)?;
+    let mut audit = audit.filter(|_| !run.descriptors.is_empty());
+    if let Some(audit) = &mut audit {
+        let begun = terminal.aside(|| audit.begin_reclaim(&run));
+        begun.context("nothing was done")?;
+    }
+    command::carry_out(&mut run, config, &proc, &terminal);
+    terminal.rest();
+    let summary = || report::reclaim::summary(&run, config);
+    let unrecorded = audit.and_then(|audit| audit.finish_reclaim(&run, summary()));
     drop(terminal);
     let written = write_out(config.color, |color, out| match config.format {
         Format::Table => report::reclaim::write(&run, config, color, out),
@@ -176,18 +187,42 @@ fn reclaim(config: &command::Config) -> anyhow::Result<ExitStatus> {
             say(format_args!("hint: {HOW_TO_GRANT}"));
         }
     }
-    match written {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
-        Err(error) if run.fates.is_some() => {
-            let summary = report::reclaim::summary(&run, config);
-            say(format_args!(
-                "the work is done ({summary}), but its report cannot be written: {error}"
-            ));
-            return Ok(ExitStatus::Impossible);
-        }
-        other => other.context("cannot write the listing")?,
+    let summary = run.fates.is_some().then(summary);
+    match is_told(written, unrecorded, summary.as_deref())? {
+        true => Ok(report::reclaim::exit_status(&run)),
+        false => Ok(ExitStatus::Impossible),
     }
-    Ok(report::reclaim::exit_status(&run))
+}
+
+/// Opens the log of a job that is to act. Called before anything is given up, for where only root may write.
+fn open_log(action: Action, wanted: &audit::Wanted) -> anyhow::Result<Option<Audit>> {
+    match action {
+        Action::Act => Audit::open(wanted).context("nothing was done"),
+        Action::List | Action::DryRun => Ok(None),
+    }
+}
+
+/// Whether the operator and the log have been told all; if not, stderr has been told so. `summary` is that of what was done.
+///
+/// # Errors
+/// A listing could not be written.
+fn is_told(
+    written: io::Result<()>,
+    unrecorded: Option<String>,
+    summary: Option<&str>,
+) -> anyhow::Result<bool> {
+    let unwritten = match written {
+        // The reader has seen enough; what was done is done, and the status still says how it went.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => None,
+        Err(error) if summary.is_some() => Some(format!("its report cannot be written: {error}")),
+        other => other.context("cannot write the listing").map(|()| None)?,
+    };
+    let missing: Vec<String> = unrecorded.into_iter().chain(unwritten).collect();
+    for why in &missing {
+        let summary = summary.unwrap_or_default();
+        say(format_args!("the work is done ({summary}), but {why}"));
+    }
+    Ok(missing.is_empty())
 }
 
 fn run(config: &Config) -> anyhow::Result<ExitStatus> {
@@ -198,12 +233,8 @@ fn run(config: &Config) -> anyhow::Result<ExitStatus> {
     }
     // What may be planned is told by what was granted, also where nothing of it is used.
     let privileges = Privileges::of_this_thread()?;
-    // Where only root may write: before anything is given up.
-    let audit = match config.action {
-        Action::Act => Audit::open(&config.log).context("nothing was done")?,
-        Action::List | Action::DryRun => None,
-    };
-    let mut needed = least::to_find(&config.netns);
+    let audit = open_log(config.action, &config.log)?;
+    let mut needed = least::to_find(&config.netns, config.owners);
     if config.action == Action::Act {
         needed.extend(least::to_act(&config.policy.methods));
     }
@@ -216,14 +247,15 @@ fn run(config: &Config) -> anyhow::Result<ExitStatus> {
     let proc = Proc::default();
     let mut run = pipeline::plan(config, &proc, &privileges)?;
     // A run that has nothing to do leaves no record.
-    let audit = audit.filter(|_| !run.plans.is_empty());
-    if let Some(audit) = &audit {
-        audit.begin(&run).context("nothing was done")?;
+    let mut audit = audit.filter(|_| !run.plans.is_empty());
+    if let Some(audit) = &mut audit {
+        let begun = terminal.aside(|| audit.begin(&run));
+        begun.context("nothing was done")?;
     }
     pipeline::carry_out(&mut run, config, &proc, &privileges, &terminal);
-    // Ctrl-C does not come between the work and its record.
-    let unrecorded = audit.and_then(|audit| audit.finish(&run));
+    // From here a signal ends the program again: a log on a disk or behind a pipe that hangs must not hold the operator.
     terminal.rest();
+    let unrecorded = audit.and_then(|audit| audit.finish(&run, text::summary(&run, config)));
     // A document has room for what comes later; a person reads the results meanwhile.
     let early = config.format == Format::Json;
     let mut line = None;
@@ -244,22 +276,9 @@ fn run(config: &Config) -> anyhow::Result<ExitStatus> {
         }
         (None, _) => written,
     };
-    if let Some(why) = unrecorded {
-        let summary = text::summary(&run, config);
-        say(format_args!("the work is done ({summary}), but {why}"));
+    let summary = run.deeds.is_some().then(|| text::summary(&run, config));
+    if !is_told(written, unrecorded, summary.as_deref())? {
         return Ok(ExitStatus::Impossible);
-    }
-    match written {
-        // The reader has seen enough; what was done is done, and the status still says how it went.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
-        Err(error) if run.deeds.is_some() => {
-            say(format_args!(
-                "the work is done ({}), but its report cannot be written: {error}",
-                text::summary(&run, config)
-            ));
-            return Ok(ExitStatus::Impossible);
-        }
-        other => other.context("cannot write the listing")?,
     }
     let status = exit_status(&run);
     // The program ends here; a large result takes a while to give back piece by piece.
@@ -299,7 +318,8 @@ fn watch(run: &mut Run, config: &Config, terminal: &mut Terminal) -> Option<Stri
     }
 }
 
-/// Keeps only the capabilities that are `needed`. More rights than that are no reason to leave the host without help.
+/// Keeps only the capabilities that are `needed`, and then starts the threads that share the work: a thread keeps what it is started
+/// with. More rights than that are no reason to leave the host without help.
 fn give_up_all_but(needed: &CapsHashSet) {
     if let Err(error) = least::give_up_all_but(needed) {
         say(format_args!(
@@ -415,6 +435,11 @@ impl Terminal {
             ),
             running: Some(running),
         })
+    }
+
+    /// Runs what may write lines to standard error, without what shows the progress.
+    fn aside<T>(&self, work: impl FnOnce() -> T) -> T {
+        self.progress.suspend(work)
     }
 
     /// Nothing is being done any more, until the next [`Surroundings::begin`].

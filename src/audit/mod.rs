@@ -1,25 +1,29 @@
-//! The audit log: one structured record for every socket that was acted on, and one before and after them all.
+//! The audit log: one structured record for every socket or descriptor that is to be acted on, one for what became of it, and one before
+//! and after them all.
 //!
-//! The log is opened, and the record that says what is about to be done is written, before anything is done; if either fails,
-//! nothing is. [`record`] builds the records; the events go through `tracing` to the sinks.
+//! The log is opened, and the records that say what is about to be done are written, before anything is done; if either fails,
+//! nothing is. [`record`] builds the records.
 
+mod file;
+mod journal;
 pub mod record;
 mod sinks;
 
-use std::fs::File;
-use std::io::{self, Seek, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, bail};
 use nix::sys::stat::fstat;
-use tracing::{Dispatch, Level};
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::{Layer, Registry};
 
-use crate::pipeline::Run;
+use crate::pipeline;
+use crate::reclaim::command;
+use journal::Journal;
 use record::{Caller, Entry};
-use sinks::{Lines, Losses};
+use sinks::{Losses, PATIENCE, Rendered, Sink, To};
 
 /// Where the log goes beside a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,9 +50,8 @@ pub struct Wanted {
 /// An open log.
 pub struct Audit {
     caller: Caller,
-    dispatch: Dispatch,
+    sinks: Vec<Sink>,
     losses: Losses,
-    journald: bool,
 }
 
 impl Audit {
@@ -57,105 +60,155 @@ impl Audit {
     /// # Errors
     /// One of them cannot be written; the error says which.
     pub fn open(wanted: &Wanted) -> anyhow::Result<Option<Audit>> {
-        let losses = Losses::default();
-        let mut sinks: Vec<Box<dyn Layer<Registry> + Send + Sync>> = Vec::new();
+        let mut sinks = Vec::new();
+        let by_systemd = || is_journal(io::stderr()) || is_journal(io::stdout());
         let (target, asked_for) = match wanted.target {
             Some(target) => (target, true),
-            None if is_journal(io::stderr()) => (Target::Journald, false),
+            None if by_systemd() => (Target::Journald, false),
             None if wanted.verbose => (Target::Stderr, false),
             None => (Target::None, false),
         };
-        let mut journald = false;
         match target {
-            Target::Journald => match tracing_journald::Layer::new() {
-                Ok(layer) => {
-                    journald = true;
-                    sinks.push(Box::new(
-                        layer
-                            .with_syslog_identifier("cwkill".into())
-                            .with_field_prefix(Some("CWKILL".into())),
-                    ));
-                }
+            Target::Journald => match Journal::open(PATIENCE) {
+                Ok(journal) => sinks.push(To::Journal(journal)),
                 Err(error) if asked_for => {
                     return Err(error)
                         .context("cannot write to the journal (is journald running?)");
                 }
                 // In a sandbox without /run the journal still has our standard error.
-                Err(_) => sinks.push(Box::new(Lines::stderr())),
+                Err(_) => sinks.push(To::Stderr { counts: true }),
             },
-            Target::Stderr => sinks.push(Box::new(Lines::stderr())),
+            Target::Stderr => sinks.push(To::Stderr { counts: asked_for }),
             Target::None => {}
         }
         if let Some(path) = &wanted.file {
-            let file = open_file(path)
+            let file = file::open(path)
                 .with_context(|| format!("cannot write the log {}", path.display()))?;
-            let name = path.display().to_string();
-            sinks.push(Box::new(Lines::json(file, name, losses.clone())));
+            sinks.push(To::File(file, path.display().to_string()));
         }
         if sinks.is_empty() {
             return Ok(None);
         }
         Ok(Some(Audit {
             caller: Caller::this_process(),
-            dispatch: Dispatch::new(Registry::default().with(sinks)),
-            losses,
-            journald,
+            sinks: sinks.into_iter().map(Sink::new).collect(),
+            losses: Losses::default(),
         }))
     }
 
-    /// Says what is about to be done.
+    /// Says what is about to be done, and to which sockets.
     ///
     /// # Errors
     /// It could not be written: nothing must be done.
-    pub fn begin(&self, run: &Run) -> anyhow::Result<()> {
-        self.put(&Entry::begin(run));
-        match self.losses() {
+    pub fn begin(&mut self, run: &pipeline::Run) -> anyhow::Result<()> {
+        self.put(&Entry::begin(run, self.caller.sentence()));
+        self.intend(record::intents(run))
+    }
+
+    /// Says which descriptors are about to be closed.
+    ///
+    /// # Errors
+    /// As [`Audit::begin`].
+    pub fn begin_reclaim(&mut self, run: &command::Run) -> anyhow::Result<()> {
+        self.put(&Entry::begin_reclaim(run, self.caller.sentence()));
+        self.intend(record::reclaim_intents(run))
+    }
+
+    fn intend<'a>(&mut self, intents: impl Iterator<Item = Entry<'a>>) -> anyhow::Result<()> {
+        for entry in intents {
+            if let Some(why) = self.losses.sentence() {
+                bail!("{why}");
+            }
+            self.put(&entry);
+        }
+        match self.losses.sentence() {
             Some(why) => bail!("{why}"),
             None => Ok(()),
         }
     }
 
     /// Says what was done to each socket, and that this was all. What could not be written is the answer, as a sentence.
-    pub fn finish(&self, run: &Run) -> Option<String> {
-        for entry in record::outcomes(run) {
+    ///
+    /// Should it take long, standard error has the `summary` of what was done meanwhile.
+    pub fn finish(self, run: &pipeline::Run, summary: String) -> Option<String> {
+        let entries = record::outcomes(run).chain([Entry::end(run)]);
+        self.tell(entries, run.plans.len() + 1, summary)
+    }
+
+    /// Says what became of each descriptor, and that this was all; as [`Audit::finish`].
+    pub fn finish_reclaim(self, run: &command::Run, summary: String) -> Option<String> {
+        let entries = record::reclaim_outcomes(run).chain([Entry::end_reclaim(run)]);
+        self.tell(entries, run.descriptors.len() + 1, summary)
+    }
+
+    fn tell<'a>(
+        mut self,
+        entries: impl Iterator<Item = Entry<'a>>,
+        count: usize,
+        summary: String,
+    ) -> Option<String> {
+        let left = Arc::new(AtomicUsize::new(count));
+        let done = watch(summary, Arc::clone(&left));
+        for entry in entries {
             self.put(&entry);
+            left.fetch_sub(1, Ordering::Relaxed);
         }
-        self.put(&Entry::end(run));
-        self.losses()
-    }
-
-    fn put(&self, entry: &Entry<'_>) {
-        let line = self.caller.line(entry, std::time::SystemTime::now());
-        let (event, outcome, method) = (entry.event(), entry.outcome(), entry.method());
-        let (local, peer, cookie) = (entry.local(), entry.peer(), entry.cookie());
-        let message = entry.message();
-        // The level of an event is fixed where it stands.
-        macro_rules! emit {
-            ($level:expr) => {
-                tracing::event!(
-                    target: "cwkill::audit", $level,
-                    event, outcome, method, local, peer, cookie, record = line, message
-                )
-            };
-        }
-        tracing::dispatcher::with_default(&self.dispatch, || match entry.is_failure() {
-            true => emit!(Level::WARN),
-            false => emit!(Level::INFO),
-        });
-    }
-
-    /// What could not be written so far. The layer for the journal keeps its errors to itself, so whether there still is one is
-    /// asked anew.
-    fn losses(&self) -> Option<String> {
-        if self.journald
-            && let Err(error) = tracing_journald::Layer::new()
-        {
-            return Some(format!(
-                "the journal does not take records any more: {error}"
-            ));
-        }
+        drop(done);
         self.losses.sentence()
     }
+
+    fn put(&mut self, entry: &Entry<'_>) {
+        let json = self.caller.line(entry, SystemTime::now());
+        let message = entry.message();
+        let (local, peer) = (entry.local(), entry.peer());
+        let mut fields = vec![
+            ("MESSAGE", message.as_str()),
+            // syslog(3): warning, notice.
+            ("PRIORITY", if entry.is_failure() { "4" } else { "5" }),
+            ("SYSLOG_IDENTIFIER", "cwkill"),
+            ("CWKILL_EVENT", entry.event()),
+        ];
+        let known = [
+            ("CWKILL_OUTCOME", entry.outcome()),
+            ("CWKILL_METHOD", entry.method()),
+            ("CWKILL_LOCAL", local.as_deref()),
+            ("CWKILL_PEER", peer.as_deref()),
+            ("CWKILL_COOKIE", entry.cookie()),
+        ];
+        let known = known
+            .into_iter()
+            .filter_map(|(name, value)| Some((name, value?)));
+        fields.extend(known);
+        fields.push(("CWKILL_RECORD", &json));
+        let rendered = Rendered {
+            json: &json,
+            message: &message,
+            fields: &fields,
+            intent: entry.is_intent(),
+        };
+        for sink in &mut self.sinks {
+            sink.put(&rendered, &mut self.losses);
+        }
+    }
+}
+
+/// Tells the operator, should the records not be written soon, what was done and that nothing but them is left to do. Ends when
+/// what it returns is dropped.
+fn watch(summary: String, left: Arc<AtomicUsize>) -> mpsc::Sender<()> {
+    const SOON: Duration = Duration::from_secs(2);
+    let (done, ended) = mpsc::channel::<()>();
+    // Without a thread it is not told.
+    let _ = std::thread::Builder::new().spawn(move || {
+        if ended.recv_timeout(SOON) == Err(mpsc::RecvTimeoutError::Timeout) {
+            let left = left.load(Ordering::Relaxed);
+            let _ = writeln!(
+                io::stderr(),
+                "cwkill: the work is done ({summary}); {left} records of the audit log are still to be written, Ctrl-C ends \
+                 cwkill without them"
+            );
+        }
+    });
+    done
 }
 
 /// Whether `stream` is the journal's, as systemd.exec(5) says to find out: $JOURNAL_STREAM names the device and the inode. The
@@ -167,35 +220,10 @@ fn is_journal(stream: impl std::os::fd::AsFd) -> bool {
     named == format!("{}:{}", stat.st_dev, stat.st_ino)
 }
 
-/// Opens a file for appending, new for its owner only.
-fn open_file(path: &Path) -> io::Result<File> {
-    let mut file = File::options()
-        .read(true)
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        // Should it be a FIFO or a device, opening it must not wait.
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::other("it is no regular file"));
-    }
-    // A disk that was full may have left half a line; the next record must not be a part of it.
-    let end = file.seek(io::SeekFrom::End(0))?;
-    let mut last = [b'\n'];
-    if end > 0 {
-        file.read_exact_at(&mut last, end - 1)?;
-    }
-    if last != [b'\n'] {
-        file.write_all(b"\n")?;
-    }
-    Ok(file)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
+    use std::path::Path;
 
     #[test]
     fn only_regular_files_are_written() {
@@ -215,20 +243,6 @@ mod tests {
             };
             let error = format!("{:#}", Audit::open(&wanted).err().unwrap());
             assert!(error.contains(&path.display().to_string()), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_new_file_is_its_owners_and_an_old_one_goes_on() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("log");
-        open_file(&path).unwrap();
-        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o600);
-        for (before, after) in [("", ""), ("{}\n", "{}\n"), ("{\"ha", "{\"ha\n")] {
-            std::fs::write(&path, before).unwrap();
-            open_file(&path).unwrap();
-            assert_eq!(std::fs::read_to_string(&path).unwrap(), after);
         }
     }
 

@@ -4,11 +4,14 @@ use std::time::SystemTime;
 
 use serde::Serialize;
 
+use crate::finder::{Found, Socket};
 use crate::injector::MethodName;
 use crate::injector::ladder::Verdict;
 use crate::pipeline::{Deed, Run};
+use crate::reclaim::{Fate, command};
+use crate::report::escape::escape;
 use crate::report::json::{self, JsonSocket};
-use crate::report::{Tally, text};
+use crate::report::{Tally, reclaim, text};
 
 /// Who runs it; the same in every record of a run.
 #[derive(Clone, Debug, Serialize)]
@@ -22,7 +25,8 @@ pub struct Caller {
     sudo_user: Option<String>,
     /// The user who logged in, whoever he has become since (/proc/PID/loginuid of the audit system); `None` if nobody did.
     login_uid: Option<u32>,
-    /// What was typed after the name of the program.
+    /// What was typed after the name of the program; in the first record of a run.
+    #[serde(skip)]
     arguments: Vec<String>,
 }
 
@@ -50,6 +54,8 @@ impl Caller {
             time: String,
             #[serde(flatten)]
             caller: &'a Caller,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            arguments: Option<&'a [String]>,
             #[serde(flatten)]
             entry: &'a Entry<'a>,
         }
@@ -57,8 +63,24 @@ impl Caller {
             event: entry.event(),
             time: humantime::format_rfc3339_micros(time).to_string(),
             caller: self,
+            arguments: (entry.event() == "begin").then_some(&self.arguments[..]),
             entry,
         })
+    }
+
+    /// For people.
+    pub fn sentence(&self) -> String {
+        let mut known = Vec::new();
+        if let Some(name) = &self.sudo_user {
+            known.push(format!("sudo by {}", escape(name)));
+        }
+        if let Some(uid) = self.login_uid {
+            known.push(format!("login uid {uid}"));
+        }
+        match known.is_empty() {
+            true => format!("uid {}", self.uid),
+            false => format!("uid {} ({})", self.uid, known.join(", ")),
+        }
     }
 }
 
@@ -74,6 +96,27 @@ pub enum Entry<'a> {
         to_act_on: usize,
         /// The methods, in the order they are tried.
         methods: Vec<&'static str>,
+        /// Who does it.
+        #[serde(skip)]
+        who: String,
+    },
+    /// Descriptors of dead sockets are about to be closed.
+    BeginReclaim {
+        /// How many were found.
+        descriptors: usize,
+        /// In how many processes.
+        processes: usize,
+        /// Who does it.
+        #[serde(skip)]
+        who: String,
+    },
+    /// A socket that is about to be acted on.
+    Intent {
+        /// The socket with its plan, as in the report for programs.
+        socket: Box<JsonSocket<'a>>,
+        /// Who holds it, or should have accepted it, and where.
+        #[serde(skip)]
+        whose: String,
     },
     /// What became of a socket.
     Outcome {
@@ -82,15 +125,44 @@ pub enum Entry<'a> {
         /// The same, as the ladder has it.
         #[serde(skip)]
         deed: &'a Deed,
-        /// Who holds it, or should have accepted it.
+        /// Who holds it, or should have accepted it, and where.
         #[serde(skip)]
         whose: String,
+    },
+    /// A descriptor that is about to be closed.
+    ReclaimIntent {
+        /// The descriptor, as in the report for programs.
+        descriptor: Box<reclaim::Descriptor<'a>>,
+    },
+    /// What became of a descriptor.
+    ReclaimOutcome {
+        /// The descriptor with its outcome, as in the report for programs.
+        descriptor: Box<reclaim::Descriptor<'a>>,
+        /// The same.
+        #[serde(skip)]
+        fate: &'a Fate,
     },
     /// All has been done.
     End {
         /// How many sockets had which outcome.
         summary: Tally,
     },
+    /// All has been done.
+    EndReclaim {
+        /// How many descriptors had which outcome.
+        summary: reclaim::Tally,
+    },
+}
+
+/// A record for every socket that `run` is about to act on.
+pub fn intents(run: &Run) -> impl Iterator<Item = Entry<'_>> {
+    let sockets = json::sockets(run).zip(&run.found.sockets).zip(&run.plans);
+    sockets
+        .filter(|(_, plan)| !plan.methods.is_empty())
+        .map(|((json, socket), _)| Entry::Intent {
+            socket: Box::new(json),
+            whose: whose(run, socket),
+        })
 }
 
 /// A record for every socket of a run that is over.
@@ -101,13 +173,68 @@ pub fn outcomes(run: &Run) -> impl Iterator<Item = Entry<'_>> {
         .map(|((json, socket), deed)| Entry::Outcome {
             socket: Box::new(json),
             deed,
-            whose: text::whose(&run.found, socket, true),
+            whose: whose(run, socket),
         })
 }
 
+/// A record for every descriptor that `run` is about to close.
+pub fn reclaim_intents(run: &command::Run) -> impl Iterator<Item = Entry<'_>> {
+    reclaim::descriptors(run).map(|descriptor| Entry::ReclaimIntent {
+        descriptor: Box::new(descriptor),
+    })
+}
+
+/// A record for every descriptor of a run that is over.
+pub fn reclaim_outcomes(run: &command::Run) -> impl Iterator<Item = Entry<'_>> {
+    let fates = run.fates.iter().flatten();
+    reclaim::descriptors(run)
+        .zip(fates)
+        .map(|(descriptor, fate)| Entry::ReclaimOutcome {
+            descriptor: Box::new(descriptor),
+            fate,
+        })
+}
+
+/// The owners of a socket, or those of the listener that has it, and its network namespace.
+fn whose(run: &Run, socket: &Socket) -> String {
+    let netns = escape(&run.namespaces[socket.netns].label());
+    let names = owners(&run.found, socket);
+    let place = match text::whose(&run.found, socket, true).as_str() {
+        "-" => String::new(),
+        place => format!(" ({place})"),
+    };
+    match names.as_slice() {
+        [] => format!("of no known owner, netns {netns}"),
+        names => format!("of {}{place}, netns {netns}", names.join(", ")),
+    }
+}
+
+/// How many owners a sentence names.
+const NAMES: usize = 3;
+
+fn owners(found: &Found, socket: &Socket) -> Vec<String> {
+    let held = match socket.listener {
+        Some(listener) => &found.listeners[listener].owners,
+        None => &socket.owners,
+    };
+    let mut processes: Vec<usize> = held.iter().map(|held| held.process).collect();
+    processes.dedup();
+    let mut names: Vec<String> = processes[..processes.len().min(NAMES)]
+        .iter()
+        .map(|&process| {
+            let process = &found.processes[process];
+            format!("{}/{}", escape(&process.comm), process.pid)
+        })
+        .collect();
+    if processes.len() > NAMES {
+        names.push(format!("{} more", processes.len() - NAMES));
+    }
+    names
+}
+
 impl Entry<'_> {
-    /// What `run` is about to do.
-    pub fn begin(run: &Run) -> Self {
+    /// What `run` is about to do for `who`.
+    pub fn begin(run: &Run, who: String) -> Self {
         let mut methods: Vec<MethodName> = Vec::new();
         for method in run.plans.iter().flat_map(|plan| &plan.methods) {
             if !methods.contains(method) {
@@ -122,6 +249,19 @@ impl Entry<'_> {
                 .filter(|plan| !plan.methods.is_empty())
                 .count(),
             methods: methods.into_iter().map(MethodName::name).collect(),
+            who,
+        }
+    }
+
+    /// What `run` is about to do for `who`.
+    pub fn begin_reclaim(run: &command::Run, who: String) -> Self {
+        let mut processes: Vec<usize> = run.descriptors.iter().map(|d| d.wanted.owner).collect();
+        processes.sort_unstable();
+        processes.dedup();
+        Entry::BeginReclaim {
+            descriptors: run.descriptors.len(),
+            processes: processes.len(),
+            who,
         }
     }
 
@@ -132,13 +272,26 @@ impl Entry<'_> {
         }
     }
 
+    /// What `run` has done.
+    pub fn end_reclaim(run: &command::Run) -> Self {
+        Entry::EndReclaim {
+            summary: reclaim::Tally::of(run.descriptors.len(), run.fates.iter().flatten()),
+        }
+    }
+
     /// The kind of record.
     pub fn event(&self) -> &'static str {
         match self {
-            Entry::Begin { .. } => "begin",
-            Entry::Outcome { .. } => "outcome",
-            Entry::End { .. } => "end",
+            Entry::Begin { .. } | Entry::BeginReclaim { .. } => "begin",
+            Entry::Intent { .. } | Entry::ReclaimIntent { .. } => "intent",
+            Entry::Outcome { .. } | Entry::ReclaimOutcome { .. } => "outcome",
+            Entry::End { .. } | Entry::EndReclaim { .. } => "end",
         }
+    }
+
+    /// Whether it is about what is to be done to one socket or descriptor.
+    pub fn is_intent(&self) -> bool {
+        self.event() == "intent"
     }
 
     /// For people.
@@ -146,29 +299,72 @@ impl Entry<'_> {
         match self {
             Entry::Begin {
                 matched,
+                to_act_on: 0,
+                who,
+                ..
+            } => format!("{who}: nothing can be done to the {matched} sockets that matched"),
+            Entry::Begin {
+                matched,
                 to_act_on,
                 methods,
+                who,
             } => format!(
-                "about to act on {to_act_on} of {matched} sockets by {}",
+                "{who}: about to act on {to_act_on} of {matched} sockets by {}",
                 methods.join(", ")
+            ),
+            Entry::BeginReclaim {
+                descriptors,
+                processes,
+                who,
+            } => format!(
+                "{who}: about to close {descriptors} descriptors of dead sockets in {processes} processes"
+            ),
+            Entry::Intent { socket, whose } => format!(
+                "{} {} {whose}: to be closed by {}",
+                socket.local,
+                socket.peer,
+                socket.plan.join(", then ")
             ),
             Entry::Outcome {
                 socket,
                 deed,
                 whose,
             } => format!(
-                "{} {} of {whose}: {}",
+                "{} {} {whose}: {}",
                 socket.local,
                 socket.peer,
                 text::result(&deed.outcome, true).0
             ),
+            Entry::ReclaimIntent { descriptor } => {
+                format!("{}: to be closed", descriptor.sentence())
+            }
+            Entry::ReclaimOutcome { descriptor, fate } => {
+                let result = match fate {
+                    Fate::Freed => "freed".to_owned(),
+                    Fate::Gone => "gone before the act".to_owned(),
+                    Fate::Skipped(reason) => format!("skipped: {reason}"),
+                    Fate::Failed(reason) => format!("failed: {reason}"),
+                };
+                format!("{}: {result}", descriptor.sentence())
+            }
             Entry::End { summary } => summary.sentence(),
+            Entry::EndReclaim { summary } => {
+                format!(
+                    "{} descriptors: {} freed{}",
+                    summary.found,
+                    summary.freed,
+                    summary.left()
+                )
+            }
         }
     }
 
     /// The outcome, and by which method.
     pub fn outcome(&self) -> Option<&'static str> {
-        Some(self.socket()?.result.as_ref()?.outcome)
+        match self {
+            Entry::ReclaimOutcome { fate, .. } => Some(reclaim::outcome(fate).0),
+            _ => Some(self.socket()?.result.as_ref()?.outcome),
+        }
     }
 
     /// The method that closed it.
@@ -188,18 +384,27 @@ impl Entry<'_> {
 
     /// The kernel's identity of the socket.
     pub fn cookie(&self) -> Option<&str> {
-        Some(&self.socket()?.cookie)
+        match self {
+            Entry::ReclaimIntent { descriptor } | Entry::ReclaimOutcome { descriptor, .. } => {
+                Some(&descriptor.cookie)
+            }
+            _ => Some(&self.socket()?.cookie),
+        }
     }
 
     /// Whether something did not work.
     pub fn is_failure(&self) -> bool {
-        matches!(self, Entry::Outcome { deed, .. } if matches!(deed.outcome.verdict, Verdict::Failed))
+        match self {
+            Entry::Outcome { deed, .. } => matches!(deed.outcome.verdict, Verdict::Failed),
+            Entry::ReclaimOutcome { fate, .. } => matches!(fate, Fate::Failed(_)),
+            _ => false,
+        }
     }
 
     fn socket(&self) -> Option<&JsonSocket<'_>> {
         match self {
-            Entry::Outcome { socket, .. } => Some(socket),
-            Entry::Begin { .. } | Entry::End { .. } => None,
+            Entry::Intent { socket, .. } | Entry::Outcome { socket, .. } => Some(socket),
+            _ => None,
         }
     }
 }
@@ -265,17 +470,37 @@ mod tests {
     #[test]
     fn every_record_says_who_and_when() {
         let run = run();
-        for entry in [Entry::begin(&run), Entry::end(&run)] {
+        for entry in [Entry::begin(&run, String::new()), Entry::end(&run)] {
             let record = line(&entry);
             assert_eq!(record["event"], entry.event());
             assert_eq!(record["time"], "1970-01-01T00:00:01.500000Z");
             assert_eq!(record["sudo_user"], "al\"ice\n");
             assert_eq!(record["login_uid"], Value::Null);
-            assert_eq!(record["arguments"][0], "--all");
+            assert_eq!(record.get("arguments").is_some(), entry.event() == "begin");
         }
-        let begin = line(&Entry::begin(&run));
+        let begin = line(&Entry::begin(&run, String::new()));
+        assert_eq!(begin["arguments"][0], "--all");
         assert_eq!(begin["to_act_on"], 1);
         assert_eq!(begin["methods"], serde_json::json!(["destroy", "rst"]));
+    }
+
+    #[test]
+    fn a_sentence_says_who_does_what_to_whom() {
+        let mut run = run();
+        let who = caller().sentence();
+        assert_eq!(who, r#"uid 0 (sudo by al"ice\n)"#);
+        let begin = |run: &Run| Entry::begin(run, who.clone()).message();
+        assert!(begin(&run).contains(": about to act on 1 of 1 sockets by destroy, rst"));
+        let intent = intents(&run).next().unwrap();
+        assert!(intent.message().contains("of no known owner, netns "));
+        assert!(
+            intent
+                .message()
+                .ends_with("to be closed by destroy, then rst")
+        );
+        run.plans[0].methods.clear();
+        assert!(begin(&run).ends_with(": nothing can be done to the 1 sockets that matched"));
+        assert!(intents(&run).next().is_none());
     }
 
     #[test]

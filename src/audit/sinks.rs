@@ -1,30 +1,45 @@
-//! Where records go: layers of `tracing` that write one line an event. The journal has a layer of its own crate.
+//! Where records go, one line or one datagram each.
 
-use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
 
-use tracing::field::{Field, Visit};
-use tracing::{Event, Subscriber};
-use tracing_subscriber::Layer;
-use tracing_subscriber::layer::Context;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::journal::Journal;
+
+/// How long a place may take none of a record before it is given up: whoever does not read must not keep the report from the
+/// operator.
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A record, ready to be written.
+pub(super) struct Rendered<'a> {
+    /// The whole of it, a JSON object.
+    pub json: &'a str,
+    /// The sentence for people.
+    pub message: &'a str,
+    /// What the journal can be searched by.
+    pub fields: &'a [(&'a str, &'a str)],
+    /// It is about what is only intended.
+    pub intent: bool,
+}
 
 /// What could not be written: how many records, and why the first of them.
-#[derive(Clone, Default)]
-pub struct Losses(Arc<Mutex<Option<(usize, String)>>>);
+#[derive(Default)]
+pub(super) struct Losses(Option<(usize, String)>);
 
 impl Losses {
-    fn note(&self, name: &str, error: &io::Error) {
-        let mut lost = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        lost.get_or_insert_with(|| (0, format!("{name}: {error}")))
+    fn note(&mut self, name: &str, error: &io::Error) {
+        self.0
+            .get_or_insert_with(|| (0, format!("{name}: {error}")))
             .0 += 1;
     }
 
     /// For the operator.
     pub fn sentence(&self) -> Option<String> {
-        let lost = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (count, why) = lost.as_ref()?;
+        let (count, why) = self.0.as_ref()?;
         let records = if *count == 1 { "record" } else { "records" };
         Some(format!(
             "{count} {records} of the audit log could not be written to {why}"
@@ -32,80 +47,163 @@ impl Losses {
     }
 }
 
-/// Writes one of the fields of every event, a line each, in one system call.
-pub struct Lines {
-    field: &'static str,
-    before: &'static str,
+/// One place.
+pub(super) struct Sink {
     to: To,
+    /// A part of a line has been written.
+    torn: bool,
+    /// It did not take anything for too long.
+    given_up: bool,
 }
 
-enum To {
-    File {
-        file: File,
-        name: String,
-        losses: Losses,
+pub(super) enum To {
+    Journal(Journal),
+    /// The whole record, a line each.
+    File(File, String),
+    /// The sentence, a line each.
+    Stderr {
+        /// Somebody counts on it.
+        counts: bool,
     },
-    Stderr,
 }
 
-impl Lines {
-    /// The whole record, to a file.
-    pub fn json(file: File, name: String, losses: Losses) -> Self {
-        Lines {
-            field: "record",
-            before: "",
-            to: To::File { file, name, losses },
+impl Sink {
+    pub fn new(to: To) -> Self {
+        Sink {
+            to,
+            torn: false,
+            given_up: false,
         }
     }
 
-    /// The sentence for people, to standard error.
-    pub fn stderr() -> Self {
-        Lines {
-            field: "message",
-            before: "cwkill: audit: ",
-            to: To::Stderr,
+    /// Writes a record, or notes that it is lost.
+    pub fn put(&mut self, record: &Rendered<'_>, losses: &mut Losses) {
+        if matches!(self.to, To::Stderr { counts: false }) && record.intent {
+            // Who watches sees the outcome at once.
+            return;
         }
-    }
-}
-
-impl<S: Subscriber> Layer<S> for Lines {
-    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-        let mut wanted = Wanted {
-            name: self.field,
-            line: self.before.to_owned(),
+        let result = match self.given_up {
+            true => Err(Errno::ETIMEDOUT.into()),
+            false => self.write(record),
         };
-        event.record(&mut wanted);
-        let mut line = wanted.line;
-        line.push('\n');
+        let Err(error) = result else {
+            return;
+        };
+        self.given_up = self.given_up || is_timeout(&error);
         match &self.to {
-            // O_APPEND: lines of several runs do not mix.
-            To::File { file, name, losses } => {
-                let mut file = file;
-                if let Err(error) = file.write_all(line.as_bytes()) {
-                    losses.note(name, &error);
-                }
-            }
+            To::Journal(_) => losses.note("the journal", &error),
+            To::File(_, name) => losses.note(name, &error),
+            To::Stderr { counts: true } => losses.note("standard error", &error),
             // There is nobody to tell.
-            To::Stderr => {
-                let _ = io::stderr().write_all(line.as_bytes());
+            To::Stderr { counts: false } => {}
+        }
+    }
+
+    fn write(&mut self, record: &Rendered<'_>) -> io::Result<()> {
+        match &self.to {
+            To::Journal(journal) => journal.send(record.fields),
+            To::File(file, _) => {
+                let mut file = file;
+                line(&mut self.torn, record.json, |bytes| file.write(bytes))
+            }
+            To::Stderr { .. } => {
+                let line_of = format!("cwkill: audit: {}", record.message);
+                let stderr = io::stderr();
+                line(&mut self.torn, &line_of, |bytes| {
+                    write_in_time(stderr.as_fd(), bytes, PATIENCE)
+                })
             }
         }
     }
 }
 
-/// The value of one field.
-struct Wanted {
-    name: &'static str,
-    line: String,
+fn is_timeout(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock
+    )
 }
 
-impl Visit for Wanted {
-    fn record_str(&mut self, field: &Field, value: &str) {
-        if field.name() == self.name {
-            self.line.push_str(value);
+/// Writes `text` as one line, in one call where the place takes it. After a line that broke off (`torn`) it begins with the end of
+/// that one, so that it is no part of it.
+fn line(
+    torn: &mut bool,
+    text: &str,
+    mut write: impl FnMut(&[u8]) -> io::Result<usize>,
+) -> io::Result<()> {
+    let line = format!("{}{text}\n", if *torn { "\n" } else { "" });
+    let mut rest = line.as_bytes();
+    while !rest.is_empty() {
+        match write(rest) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => {
+                rest = &rest[written..];
+                *torn = !rest.is_empty();
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
         }
     }
+    Ok(())
+}
 
-    // All of ours are texts.
-    fn record_debug(&mut self, _: &Field, _: &dyn fmt::Debug) {}
+/// Writes some of `bytes`, once there is room for them.
+///
+/// # Errors
+/// ETIMEDOUT: there was none in time. Those of write(2).
+fn write_in_time(to: BorrowedFd<'_>, bytes: &[u8], patience: Duration) -> io::Result<usize> {
+    let until = Instant::now() + patience;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let mut polled = [PollFd::new(to, PollFlags::POLLOUT)];
+        match poll(
+            &mut polled,
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX),
+        ) {
+            Ok(0) => return Err(Errno::ETIMEDOUT.into()),
+            Ok(_) => break,
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    // A pipe that can be written has room for so many bytes, so this does not wait (pipe(7)).
+    let bytes = &bytes[..bytes.len().min(libc::PIPE_BUF)];
+    Ok(nix::unistd::write(to, bytes)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_after_a_broken_one_stands_alone() {
+        let (mut torn, mut disk, mut room) = (false, Vec::new(), 8);
+        for (text, more, works) in [("{1234}", 0, true), ("{5}", 0, false), ("{6}", 9, true)] {
+            room += more;
+            let result = line(&mut torn, text, |bytes| {
+                let taken = bytes.len().min(room);
+                room -= taken;
+                disk.extend_from_slice(&bytes[..taken]);
+                match taken {
+                    0 => Err(Errno::ENOSPC.into()),
+                    _ => Ok(taken),
+                }
+            });
+            assert_eq!(result.is_ok(), works, "{text}");
+        }
+        assert_eq!(String::from_utf8(disk).unwrap(), "{1234}\n{\n{6}\n");
+    }
+
+    #[test]
+    fn a_pipe_nobody_reads_does_not_hold_us() {
+        let (reader, writer) = io::pipe().unwrap();
+        let text = "x".repeat(10_000);
+        let failed = (0..100).find_map(|_| {
+            let write =
+                |bytes: &[u8]| write_in_time(writer.as_fd(), bytes, Duration::from_millis(20));
+            line(&mut false, &text, write).err()
+        });
+        assert!(is_timeout(&failed.unwrap()));
+        drop(reader);
+    }
 }

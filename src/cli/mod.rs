@@ -119,13 +119,9 @@ pub struct Acting {
     )]
     pub watch_refill: Option<Duration>,
 
-    /// Record every act there: journald, stderr or none [default: journald when run by systemd, else stderr with -v]
-    #[arg(long, value_name = "WHERE", value_parser = values::log_target)]
-    pub log: Option<audit::Target>,
-
-    /// Append a JSON line for every act to this file
-    #[arg(long, value_name = "PATH")]
-    pub log_file: Option<PathBuf>,
+    /// Where it is recorded.
+    #[command(flatten)]
+    pub logging: Logging,
 
     /// Then close the descriptors of the closed sockets inside their processes; see `cwkill reclaim --help`
     #[arg(long, conflicts_with = "no_owners")]
@@ -134,6 +130,38 @@ pub struct Acting {
     /// What may be done to the owners.
     #[command(flatten)]
     pub reclaiming: Reclaiming,
+}
+
+/// Where acts are recorded.
+#[derive(Debug, clap::Args)]
+pub struct Logging {
+    /// Record every act there: journald, stderr or none [default: journald when run by systemd, else stderr with -v]
+    #[arg(long, value_name = "WHERE", value_parser = values::log_target)]
+    pub log: Option<audit::Target>,
+
+    /// Append a JSON line for every act to this file
+    #[arg(long, value_name = "PATH")]
+    pub log_file: Option<PathBuf>,
+}
+
+impl Logging {
+    /// An option that only makes sense when something is to be done.
+    pub(crate) fn given(&self) -> Option<&'static str> {
+        match (self.log, &self.log_file) {
+            (Some(_), _) => Some("--log"),
+            (None, Some(_)) => Some("--log-file"),
+            (None, None) => None,
+        }
+    }
+
+    /// What the log is to be.
+    pub(crate) fn wanted(self, verbose: bool) -> audit::Wanted {
+        audit::Wanted {
+            target: self.log,
+            file: self.log_file,
+            verbose,
+        }
+    }
 }
 
 /// The form of the results.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use globset::GlobMatcher;
 
-use super::{Output, values};
+use super::{Logging, Output, values};
 use crate::selectors::UnitName;
 
 const AFTER_HELP: &str = "\
@@ -63,6 +63,10 @@ pub struct ReclaimArgs {
     /// What may be done.
     #[command(flatten)]
     pub reclaiming: Reclaiming,
+
+    /// Where it is recorded.
+    #[command(flatten, next_help_heading = "Reclaiming")]
+    pub logging: Logging,
 
     /// How to tell.
     #[command(flatten)]

@@ -10,12 +10,14 @@ use nix::sys::prctl;
 use crate::finder::netns::Which;
 use crate::injector::MethodName;
 
-/// What it takes to list sockets with their owners in `netns`.
-pub fn to_find(netns: &Which) -> CapsHashSet {
+/// What it takes to list sockets in `netns`, with their `owners` or without.
+pub fn to_find(netns: &Which, owners: bool) -> CapsHashSet {
     // Reading /proc/PID/fd of another user needs both: the directory is its owner's (fs/proc/fd.c, proc_fd_permission), and so are
     // the links in it (fs/proc/base.c, proc_fd_access_allowed).
-    let mut needed =
-        CapsHashSet::from([Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH]);
+    let see = [Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH];
+    // The namespaces of the others are found in /proc/PID/ns, behind the same door (fs/proc/namespaces.c, proc_ns_readlink).
+    let sees = owners || *netns != Which::Ours;
+    let mut needed: CapsHashSet = see.into_iter().filter(|_| sees).collect();
     if *netns != Which::Ours {
         // net/core/net_namespace.c, netns_install.
         needed.insert(Capability::CAP_SYS_ADMIN);
@@ -48,30 +50,39 @@ pub fn to_reclaim() -> CapsHashSet {
 /// itself (security/commoncap.c, cap_ptrace_access_check), so that root of a container could no longer look into its neighbours.
 ///
 /// # Errors
-/// A filter of system calls (seccomp) refuses it. What was not reached is still held.
+/// A filter of system calls (seccomp) refuses a part of it. The rest is given up all the same; the first refusal is told.
 pub fn give_up_all_but(needed: &CapsHashSet) -> anyhow::Result<()> {
-    prctl::set_no_new_privs().context("cannot set no_new_privs")?;
-    let read = |set| caps::read(None, set).with_context(|| format!("cannot read the {set:?} set"));
-    let permitted = read(CapSet::Permitted)?;
-    // First of all, while CAP_SETPCAP is there; without it the set stays, and no_new_privs makes it harmless.
-    let bounding = match read(CapSet::Effective)?.contains(&Capability::CAP_SETPCAP) {
-        true => caps::clear(None, CapSet::Bounding),
-        false => Ok(()),
+    let mut first = Ok(());
+    let mut note = |result: anyhow::Result<()>| {
+        if first.is_ok() {
+            first = result;
+        }
     };
+    note(prctl::set_no_new_privs().context("cannot set no_new_privs"));
+    let read = |set| caps::read(None, set).with_context(|| format!("cannot read the {set:?} set"));
     let drop_to = |set, keep: &CapsHashSet| {
         caps::set(None, set, keep).with_context(|| format!("cannot reduce the {set:?} set"))
     };
+    // First of all, while CAP_SETPCAP is there; without it the set stays, and no_new_privs makes it harmless.
+    if read(CapSet::Effective).is_ok_and(|set| set.contains(&Capability::CAP_SETPCAP)) {
+        note(caps::clear(None, CapSet::Bounding).context("cannot clear the bounding set"));
+    }
     // A kernel before 4.3 has no ambient set, and nothing in it.
     if caps::runtime::ambient_set_supported().is_ok() {
-        caps::clear(None, CapSet::Ambient).context("cannot clear the ambient set")?;
+        note(caps::clear(None, CapSet::Ambient).context("cannot clear the ambient set"));
     }
-    if permitted.contains(&Capability::CAP_SYS_PTRACE) {
-        let keep = |held: &CapsHashSet| held.intersection(needed).copied().collect();
-        drop_to(CapSet::Effective, &keep(&read(CapSet::Effective)?))?;
-        drop_to(CapSet::Permitted, &keep(&permitted))?;
+    match read(CapSet::Permitted) {
+        Ok(permitted) if permitted.contains(&Capability::CAP_SYS_PTRACE) => {
+            let keep = |held: &CapsHashSet| held.intersection(needed).copied().collect();
+            let effective = read(CapSet::Effective);
+            note(effective.and_then(|held| drop_to(CapSet::Effective, &keep(&held))));
+            note(drop_to(CapSet::Permitted, &keep(&permitted)));
+        }
+        Ok(_) => {}
+        Err(error) => note(Err(error)),
     }
-    drop_to(CapSet::Inheritable, &CapsHashSet::new())?;
-    bounding.context("cannot clear the bounding set")
+    note(drop_to(CapSet::Inheritable, &CapsHashSet::new()));
+    first
 }
 
 #[cfg(test)]
@@ -80,11 +91,15 @@ mod tests {
 
     #[test]
     fn a_listing_needs_to_see_and_nothing_else() {
-        let here = to_find(&Which::Ours);
+        let here = to_find(&Which::Ours, true);
         assert_eq!(here.len(), 2);
+        assert!(to_find(&Which::Ours, false).is_empty());
         assert!(here.contains(&Capability::CAP_SYS_PTRACE));
         for elsewhere in [Which::All, Which::One("blue".into())] {
-            let added: Vec<_> = to_find(&elsewhere).difference(&here).copied().collect();
+            let added: Vec<_> = to_find(&elsewhere, true)
+                .difference(&here)
+                .copied()
+                .collect();
             assert_eq!(added, [Capability::CAP_SYS_ADMIN]);
         }
     }

@@ -6,6 +6,7 @@ use anyhow::Context;
 use clap::ColorChoice;
 
 use super::{Fate, Reason, Rules, Visit, Wanted, judge, reclaim};
+use crate::audit;
 use crate::cli::{OwnerSelection, ReclaimArgs, Reclaiming};
 use crate::config::{Action, Format, usage};
 use crate::finder::dead::{self, DeadSocket, Verdict};
@@ -62,6 +63,8 @@ pub struct Config {
     pub verbose: bool,
     /// Colour the table.
     pub color: ColorChoice,
+    /// Where acts are recorded.
+    pub log: audit::Wanted,
 }
 
 impl Config {
@@ -82,6 +85,7 @@ impl Config {
                 },
             dry_run,
             reclaiming,
+            logging,
             output,
         } = args;
         let selectors = Selectors {
@@ -99,7 +103,18 @@ impl Config {
                  for example --pid 4711, or --all for every process",
             ));
         }
+        if let Some(option) = logging.given()
+            && !selects
+            && !dry_run
+        {
+            return Err(usage(&format!(
+                "{option} needs a selector that says whose descriptors to take: \
+                 for example --pid 4711, or --all for every process",
+            )));
+        }
+        let log = logging.wanted(output.verbose);
         Ok(Config {
+            log,
             selectors,
             action: match (selects, dry_run) {
                 (_, true) => Action::DryRun,
@@ -143,11 +158,11 @@ pub struct Run {
     pub unreadable: usize,
 }
 
-/// Finds, judges, and as far as `config` wants it, closes.
+/// Finds the descriptors; does nothing to any.
 ///
 /// # Errors
 /// Nothing can be found at all.
-pub fn run(config: &Config, proc: &Proc, surroundings: &dyn Surroundings) -> anyhow::Result<Run> {
+pub fn find(config: &Config, proc: &Proc) -> anyhow::Result<Run> {
     let here = Which::Ours
         .open(proc)
         .context("cannot tell the network namespace")?;
@@ -183,8 +198,7 @@ pub fn run(config: &Config, proc: &Proc, surroundings: &dyn Surroundings) -> any
         unknown += table.suspects.iter().filter(|s| hidden(s.verdict)).count();
         owners.push(table.process);
     }
-    let wanted: Vec<Wanted> = descriptors.iter().map(|dead| dead.wanted).collect();
-    let mut run = Run {
+    Ok(Run {
         owners,
         descriptors,
         doubts: Vec::new(),
@@ -192,7 +206,13 @@ pub fn run(config: &Config, proc: &Proc, surroundings: &dyn Surroundings) -> any
         visits: Vec::new(),
         unknown,
         unreadable,
-    };
+    })
+}
+
+/// Closes the descriptors of `run` as far as `config` wants it, or says what would speak against it. What happens to a single one is in
+/// its fate.
+pub fn carry_out(run: &mut Run, config: &Config, proc: &Proc, surroundings: &dyn Surroundings) {
+    let wanted: Vec<Wanted> = run.descriptors.iter().map(|dead| dead.wanted).collect();
     if config.action == Action::Act {
         surroundings.begin();
         if !wanted.is_empty() && !config.rules.age.is_zero() {
@@ -205,7 +225,6 @@ pub fn run(config: &Config, proc: &Proc, surroundings: &dyn Surroundings) -> any
     } else {
         run.doubts = judge(&run.owners, &wanted, &config.rules, proc);
     }
-    Ok(run)
 }
 
 /// Waits, and no longer than until Ctrl-C.

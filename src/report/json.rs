@@ -238,7 +238,7 @@ pub struct JsonSocket<'a> {
     cause: &'static str,
     owners: Vec<Owner<'a>>,
     listener: Option<JsonListener<'a>>,
-    plan: Vec<&'static str>,
+    pub(crate) plan: Vec<&'static str>,
     left_out: Vec<LeftOut>,
     /// Of a dry run with `--reclaim`: what would become of each descriptor.
     reclaim_plan: Option<Vec<JsonDescriptor>>,

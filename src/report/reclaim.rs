@@ -309,22 +309,40 @@ struct Line<'a> {
     descriptor: Descriptor<'a>,
 }
 
+/// A descriptor, as it was found and as it ended.
 #[derive(Serialize)]
-struct Descriptor<'a> {
+pub struct Descriptor<'a> {
     pid: i32,
     comm: &'a str,
     unit: Option<&'a str>,
     container: Option<JsonContainer<'a>>,
     fd: i32,
     inode: u32,
-    cookie: String,
+    pub(crate) cookie: String,
     local: Option<Endpoint>,
     quiet_ms: u64,
     dead_by: &'static str,
-    /// `None`: it was acted upon, and `outcome` says it.
+    /// `None`: it is acted upon, and `outcome` says how that ends.
     safe: Option<bool>,
     outcome: Option<&'static str>,
     reason: Option<String>,
+}
+
+impl Descriptor<'_> {
+    /// Which one it is, for people.
+    pub(crate) fn sentence(&self) -> String {
+        let local = self
+            .local
+            .as_ref()
+            .map_or_else(String::new, |local| format!(", {local}"));
+        format!(
+            "descriptor {} of {}/{} (socket {}{local})",
+            self.fd,
+            escape(self.comm),
+            self.pid,
+            self.inode
+        )
+    }
 }
 
 /// An owner that was stopped.
@@ -351,7 +369,8 @@ fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-fn descriptors(run: &Run) -> impl Iterator<Item = Descriptor<'_>> {
+/// Every descriptor of a run, in order.
+pub(crate) fn descriptors(run: &Run) -> impl Iterator<Item = Descriptor<'_>> {
     run.descriptors.iter().enumerate().map(|(at, dead)| {
         let owner = &run.owners[dead.wanted.owner];
         let (safe, outcome, reason) = match &run.fates {
@@ -360,8 +379,14 @@ fn descriptors(run: &Run) -> impl Iterator<Item = Descriptor<'_>> {
                 (None, Some(outcome), reason)
             }
             None => {
-                let doubt = run.doubts[at].as_ref();
-                (Some(doubt.is_none()), None, doubt.map(Reason::to_string))
+                // Before the act nobody has judged.
+                let doubt = run.doubts.get(at);
+                let safe = doubt.map(Option::is_none);
+                (
+                    safe,
+                    None,
+                    doubt.and_then(|doubt| Some(doubt.as_ref()?.to_string())),
+                )
             }
         };
         Descriptor {

@@ -15,6 +15,14 @@ pub const CASES: &[Case] = &[
     Once("a_hostile_name_stays_in_its_field", hostile),
     Once("what_cannot_be_written_stops_the_act", refused),
     Once("a_disk_that_fills_is_told", full_disk),
+    Once("a_place_others_have_prepared_is_refused", prepared),
+    Once("what_asked_for_standard_error_counts_on_it", full_stderr),
+    Once(
+        "a_journal_that_hangs_does_not_hold_the_report",
+        hung_journal,
+    ),
+    Once("a_killed_run_has_said_what_it_would_touch", killed),
+    Once("a_reclaimed_descriptor_is_recorded", reclaimed),
     Once("journald_gets_the_fields", journald),
     Once("verbose_tells_on_standard_error", stderr),
     Once("a_listing_and_a_dry_run_leave_no_record", silent),
@@ -49,14 +57,13 @@ fn file() -> Result<()> {
     let records = records(&std::fs::read_to_string(&path)?)?;
     let events: Vec<String> = records.iter().map(|record| at(record, "/event")).collect();
     let wanted = [
-        "begin", "outcome", "outcome", "outcome", "outcome", "outcome", "end",
+        "begin", "intent", "intent", "intent", "outcome", "outcome", "outcome", "outcome",
+        "outcome", "end", "begin", "intent", "outcome", "outcome", "end",
     ];
-    let wanted: Vec<_> = wanted
-        .into_iter()
-        .chain(["begin", "outcome", "outcome", "end"])
-        .collect();
     ensure!(events == wanted, "{events:?}");
     for record in &records {
+        let begins = at(record, "/event") == "begin";
+        same(&record.get("arguments").is_some(), &begins)?;
         same(&at(record, "/uid"), &"0".into())?;
         same(&at(record, "/sudo_user"), &"alice".into())?;
         let login = std::fs::read_to_string("/proc/self/loginuid").unwrap_or_default();
@@ -75,7 +82,7 @@ fn file() -> Result<()> {
     same(&at(&records[0], "/to_act_on"), &"3".into())?;
     same(&at(&records[0], "/methods"), &r#"["shutdown"]"#.into())?;
     same(&at(&records[0], "/arguments/1"), &"--method".into())?;
-    let closed: Vec<&Value> = records[1..6]
+    let closed: Vec<&Value> = records[4..9]
         .iter()
         .filter(|record| at(record, "/socket/result/outcome") == "closed")
         .collect();
@@ -85,6 +92,13 @@ fn file() -> Result<()> {
         &leak.app().pid().to_string(),
     )?;
     same(&at(closed[0], "/socket/cause"), &"unread".into())?;
+    let cookies = |records: &[&Value]| -> Vec<String> {
+        let cookies = records.iter().map(|record| at(record, "/socket/cookie"));
+        cookies.collect()
+    };
+    let intended: Vec<&Value> = records[1..4].iter().collect();
+    same(&cookies(&intended), &cookies(&closed))?;
+    same(&at(intended[0], "/socket/plan"), &r#"["shutdown"]"#.into())?;
     let locals: Vec<String> = leak
         .conns()
         .iter()
@@ -96,8 +110,8 @@ fn file() -> Result<()> {
             "{record:#}"
         );
     }
-    same(&at(&records[6], "/summary/skipped"), &"2".into())?;
-    same(&at(&records[10], "/summary/closed"), &"1".into())
+    same(&at(&records[9], "/summary/skipped"), &"2".into())?;
+    same(&at(&records[14], "/summary/closed"), &"1".into())
 }
 
 fn hostile() -> Result<()> {
@@ -116,7 +130,7 @@ fn hostile() -> Result<()> {
     let text = std::fs::read_to_string(&path)?;
     ensure!(!text.contains('\u{1b}') && !ran.stderr.contains('\u{1b}'));
     let records = records(&text)?;
-    same(&records.len(), &3)?;
+    same(&records.len(), &4)?;
     let comm = std::fs::read_to_string(format!("/proc/{}/comm", app.pid()))?;
     let wanted = comm.strip_suffix('\n').unwrap_or(&comm).to_owned();
     same(&at(&records[1], "/socket/owners/0/comm"), &wanted)
@@ -160,7 +174,7 @@ fn without_run(lab: &Lab, before: &str, command: &str) -> Result<Ran> {
 fn full_disk() -> Result<()> {
     let on_a_small_disk = |lab: &Lab, prepare: &str| {
         let script = format!(
-            "mount -t tmpfs -o size=4k none /run; {prepare}; \
+            "mount -t tmpfs -o size=48k,mode=755 none /run; {prepare}; \
              code=0; {CWKILL} --all --quiet --log-file /run/log || code=$?; cat /run/log; exit $code"
         );
         ran(lab
@@ -170,7 +184,7 @@ fn full_disk() -> Result<()> {
     };
     let (lab, _leak) = lab("unread", Family::V4, 40)?;
     // Already full: not even the first record fits.
-    on_a_small_disk(&lab, "head -c 4096 /dev/zero > /run/log")?
+    on_a_small_disk(&lab, "head -c 49152 /dev/zero > /run/log")?
         .exits(3)?
         .complains("nothing was done")?
         .complains("No space left")?;
@@ -182,7 +196,7 @@ fn full_disk() -> Result<()> {
         .complains("records of the audit log could not be written to /run/log: No space left")?;
     same(&in_state(&lab, TcpState::CloseWait)?, &0)?;
     let lines: Vec<&str> = ran.stdout.lines().collect();
-    ensure!(lines.len() > 1 && lines.len() < 40, "{ran:?}");
+    ensure!(lines.len() > 41 && lines.len() < 81, "{ran:?}");
     let whole = records(&lines[..lines.len() - 1].join("\n"))?;
     same(&at(&whole[0], "/to_act_on"), &"40".into())
 }
@@ -214,7 +228,7 @@ fn journald() -> Result<()> {
     )?
     .exits(4)?;
     let told = entries();
-    same(&told.len(), &4)?;
+    same(&told.len(), &5)?;
     let fields = [
         "CWKILL_EVENT",
         "CWKILL_OUTCOME",
@@ -224,7 +238,7 @@ fn journald() -> Result<()> {
     ];
     let outcome = told
         .iter()
-        .find(|entry| entry.contains("closed by shutdown"));
+        .find(|entry| entry.contains(": closed by shutdown"));
     let outcome = outcome.with_context(|| format!("{told:#?}"))?;
     for field in fields {
         ensure!(
@@ -253,11 +267,24 @@ fn journald() -> Result<()> {
 }
 
 fn stderr() -> Result<()> {
-    let (lab, _leak) = lab("unread", Family::V4, 1)?;
-    cwkill(&lab, "--all --max-kills 1 -v")?
+    let (lab, leak) = lab("unread", Family::V4, 1)?;
+    let owner = leak.app().pid();
+    let comm = std::fs::read_to_string(format!("/proc/{owner}/comm"))?;
+    let command = lab.app_host().command(CWKILL).env("SUDO_USER", "alice");
+    let told = ran(command.args(["--all", "--max-kills", "1", "-v"]))?
         .exits(0)?
-        .complains("cwkill: audit: about to act on 1 of 1 sockets by shutdown, destroy, rst")?
-        .complains("closed by shutdown")?;
+        .complains("cwkill: audit: uid 0 (sudo by alice")?
+        .complains("): about to act on 1 of 1 sockets by shutdown, destroy, rst")?;
+    let line = told
+        .stderr
+        .lines()
+        .find(|line| line.ends_with(": closed by shutdown"));
+    let line = line.with_context(|| told.stderr.clone())?;
+    ensure!(
+        line.contains(&format!(" of {}/{owner}", comm.trim_end())),
+        "{line}"
+    );
+    ensure!(line.contains(", netns "), "{line}");
     let again = lab.start("unread", Family::V4, count(1))?;
     let quiet = cwkill(&lab, "--all --log none -v")?.exits(0)?;
     ensure!(!quiet.stderr.contains("audit"), "{quiet:?}");
@@ -275,4 +302,154 @@ fn silent() -> Result<()> {
     let listing = cwkill(&lab, "-v")?.exits(0)?;
     ensure!(!listing.stderr.contains("audit"), "{listing:?}");
     Ok(())
+}
+
+/// As the user whose processes leak could prepare a directory.
+fn prepared() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 2)?;
+    let dir = tempfile::tempdir()?;
+    let refuse = |name: &str, why: &str| -> Result<()> {
+        let path = dir.path().join(name);
+        cwkill(&lab, &format!("--all --log-file {}", path.display()))?
+            .exits(3)?
+            .complains("nothing was done")?
+            .complains(name)?
+            .complains(why)?;
+        Ok(())
+    };
+    let profile = dir.path().join("profile");
+    std::os::unix::fs::symlink(&profile, dir.path().join("dangling"))?;
+    refuse("dangling", "symbolic link")?;
+    ensure!(!profile.exists());
+    std::fs::write(&profile, "true\n")?;
+    refuse("dangling", "symbolic link")?;
+    std::fs::hard_link(&profile, dir.path().join("second"))?;
+    refuse("second", "hard links")?;
+    same(&std::fs::read_to_string(&profile)?, &"true\n".into())?;
+    let open = dir.path().join("open");
+    std::fs::write(&open, "")?;
+    std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o666))?;
+    refuse("open", "others can write it")?;
+    let shared = dir.path().join("shared");
+    std::fs::create_dir(&shared)?;
+    std::fs::set_permissions(&shared, std::fs::Permissions::from_mode(0o1777))?;
+    refuse("shared/log", "everybody can write its directory")?;
+    ensure!(!shared.join("log").exists());
+    same(&in_state(&lab, TcpState::CloseWait)?, &2)
+}
+
+fn full_stderr() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 1)?;
+    let run = |arguments: &str| -> Result<Option<i32>> {
+        let full = std::fs::File::options().write(true).open("/dev/full")?;
+        let command = lab.app_host().command(CWKILL);
+        let mut child = command
+            .args(arguments.split(' '))
+            .stdout(std::process::Stdio::null())
+            .stderr(full)
+            .spawn()?;
+        Ok(child.wait()?.code())
+    };
+    same(&run("--all --log stderr")?, &Some(3))?;
+    same(&in_state(&lab, TcpState::CloseWait)?, &1)?;
+    // Nobody asked for a log.
+    same(&run("--all -v")?, &Some(0))?;
+    same(&in_state(&lab, TcpState::CloseWait)?, &0)
+}
+
+/// Its queue fills, and nobody reads it.
+fn hung_journal() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 60)?;
+    let dir = tempfile::tempdir()?;
+    let journal = UnixDatagram::bind(dir.path().join("socket"))?;
+    let put = format!(
+        "mkdir -p /run/systemd/journal; mount --bind {} /run/systemd/journal",
+        dir.path().display()
+    );
+    let command = format!("{CWKILL} --all --log journald");
+    // The first records stay in the queue, so not even those of what is intended fit.
+    without_run(&lab, &put, &command)?
+        .exits(3)?
+        .complains("nothing was done")?
+        .complains("could not be written to the journal")?;
+    same(&in_state(&lab, TcpState::CloseWait)?, &60)?;
+    drop(journal);
+    Ok(())
+}
+
+/// SIGKILL in the grace of a socket whose peer does not answer.
+fn killed() -> Result<()> {
+    let (lab, leak) = lab("silent-peer", Family::V4, 1)?;
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("log");
+    let log = path.display().to_string();
+    let command = lab.app_host().command(CWKILL);
+    let mut child = command
+        .args([
+            "--all",
+            "--method",
+            "shutdown",
+            "--grace",
+            "60s",
+            "--log-file",
+            &log,
+        ])
+        .stdout(std::process::Stdio::null())
+        .spawn()?;
+    let acted = lab.wait_for(crate::support::PATIENCE, || {
+        Ok(in_state(&lab, TcpState::LastAck)? == 1)
+    });
+    child.kill()?;
+    child.wait()?;
+    acted?;
+    let records = records(&std::fs::read_to_string(&path)?)?;
+    let events: Vec<String> = records.iter().map(|record| at(record, "/event")).collect();
+    ensure!(events == ["begin", "intent"], "{events:?}");
+    let pid = leak.app().pid().to_string();
+    same(&at(&records[1], "/socket/owners/0/pid"), &pid)
+}
+
+/// A descriptor of a socket that the main job has closed.
+fn reclaimed() -> Result<()> {
+    let (lab, leak) = lab("unread", Family::V4, 1)?;
+    let owner = leak.app().pid();
+    let fd = leak.conns()[0].app_fd.context("no descriptor")?;
+    cwkill(&lab, "--all --method destroy")?.exits(0)?;
+    let inode = std::fs::read_link(format!("/proc/{owner}/fd/{fd}"))?;
+    let inode = inode
+        .to_string_lossy()
+        .trim_matches(|c: char| !c.is_ascii_digit())
+        .to_owned();
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("log");
+    let line = format!("reclaim --pid {owner} --reclaim-age 0s --reclaim-force --stop-limit 5s");
+    let log = format!("--log stderr --log-file {}", path.display());
+    cwkill(&lab, &format!("{line} -n {log}"))?.exits(0)?;
+    ensure!(!path.exists());
+    // Where it cannot be recorded it is not done.
+    cwkill(&lab, &format!("{line} --log-file /dev/null"))?
+        .exits(3)?
+        .complains("nothing was done")?;
+    std::fs::read_link(format!("/proc/{owner}/fd/{fd}"))?;
+    let comm = std::fs::read_to_string(format!("/proc/{owner}/comm"))?;
+    let comm = comm.trim_end();
+    cwkill(&lab, &format!("{line} {log}"))?
+        .exits(0)?
+        .complains("about to close 1 descriptors of dead sockets in 1 processes")?
+        .complains(&format!("of {comm}/{owner} (socket {inode}"))?
+        .complains(": freed")?;
+    let records = records(&std::fs::read_to_string(&path)?)?;
+    let events: Vec<String> = records.iter().map(|record| at(record, "/event")).collect();
+    ensure!(
+        events == ["begin", "intent", "outcome", "end"],
+        "{events:?}"
+    );
+    for record in &records[1..3] {
+        same(&at(record, "/descriptor/pid"), &owner.to_string())?;
+        same(&at(record, "/descriptor/comm"), &comm.to_owned())?;
+        same(&at(record, "/descriptor/fd"), &fd.to_string())?;
+        same(&at(record, "/descriptor/inode"), &inode)?;
+    }
+    same(&at(&records[2], "/descriptor/outcome"), &"freed".into())?;
+    same(&at(&records[3], "/summary/freed"), &"1".into())
 }

@@ -27,6 +27,11 @@ pub const CASES: &[Case] = &[
         held_by_a_listing,
     ),
     Once(
+        "commands_hold_what_they_need_and_nothing_more",
+        held_by_commands,
+    ),
+    Once("reclaim_runs_with_its_set_and_not_with_less", reclaim),
+    Once(
         "a_neighbour_with_the_same_capabilities_lets_it_in",
         neighbour,
     ),
@@ -34,7 +39,10 @@ pub const CASES: &[Case] = &[
 ];
 
 /// Those that need a second user.
-pub const USERS_CASES: &[Case] = &[Once("another_users_descriptors_need_both", other_user)];
+pub const USERS_CASES: &[Case] = &[
+    Once("another_users_descriptors_need_both", other_user),
+    Once("the_log_is_opened_with_the_callers_rights", callers_log),
+];
 
 /// A user without any right here.
 const NOBODY: u32 = 65534;
@@ -97,7 +105,49 @@ fn other_user() -> Result<()> {
         with(&lab, Some(NOBODY), less, "--all --method shutdown")?.exits(4)?;
     }
     ensure!(owner(&both, "--json")? == pid);
+    let named = |set: &[Capability]| -> Result<bool> {
+        let ran = with(&lab, Some(NOBODY), set, "diagnose --sample 10ms --json")?;
+        Ok(ran.stdout.contains(&format!("\"pid\":{pid}")))
+    };
+    for less in [&[][..], &[PTRACE], &[SEARCH]] {
+        ensure!(!named(less)?, "{less:?}");
+    }
+    ensure!(named(&both)?);
+    // Without an owner there is nothing of another user's to reach.
+    let destroy = "--all --no-owners --method destroy --max-kills 1";
+    with(&lab, Some(NOBODY), &both, destroy)?.exits(4)?;
+    with(&lab, Some(NOBODY), &[ADMIN], destroy)?.exits(0)?;
+    ensure!(in_state(&lab, TcpState::CloseWait)? == 0);
+    lab.start("unread", Family::V4, count(1))?;
     with(&lab, Some(NOBODY), &both, "--all --method shutdown")?.exits(0)?;
+    Ok(())
+}
+
+/// As with file capabilities: what lets it look everywhere must not be lent to who runs it.
+fn callers_log() -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let (lab, _leak) = lab("unread", Family::V4, 1)?;
+    let dir = tempfile::tempdir()?;
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755))?;
+    let secret = dir.path().join("secret");
+    std::fs::create_dir(&secret)?;
+    let file = secret.join("log");
+    std::fs::write(&file, "")?;
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o666))?;
+    std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o700))?;
+    let arguments = format!("--all --method destroy --log-file {}", file.display());
+    let ran = with(&lab, Some(NOBODY), &[PTRACE, SEARCH, ADMIN], &arguments)?.exits(3)?;
+    ran.complains("nothing was done")?
+        .complains("Permission denied")?;
+    ensure!(in_state(&lab, TcpState::CloseWait)? == 1);
+    // And they are given back for the work.
+    let own = dir.path().join("own");
+    std::fs::create_dir(&own)?;
+    std::os::unix::fs::chown(&own, Some(NOBODY), None)?;
+    let log = own.join("log");
+    let arguments = format!("--all --method shutdown --log-file {}", log.display());
+    with(&lab, Some(NOBODY), &[PTRACE, SEARCH], &arguments)?.exits(0)?;
+    ensure!(std::fs::read_to_string(&log)?.lines().count() == 4);
     Ok(())
 }
 
@@ -211,6 +261,64 @@ fn held_by_a_listing() -> Result<()> {
         child.wait()?;
         held?;
     }
+    Ok(())
+}
+
+/// Commands that wait for somebody to read them: the pipe is full before they begin.
+fn held_by_commands() -> Result<()> {
+    let lab = Lab::new()?;
+    lab.start("unread", Family::V4, count(2))?;
+    for (line, set) in [
+        ("diagnose --sample 10ms", &[PTRACE, SEARCH][..]),
+        (
+            "diagnose --sample 10ms --all-netns",
+            &[PTRACE, SEARCH, SYS_ADMIN],
+        ),
+        ("check -w 1 -c 9", &[PTRACE, SEARCH]),
+        ("doctor", &[PTRACE, SEARCH, ADMIN, RAW, SYS_ADMIN]),
+        ("reclaim", &[PTRACE, SEARCH, SYS_ADMIN]),
+        ("--no-owners", &[]),
+        ("--no-owners --all --method destroy --max-kills 1", &[ADMIN]),
+        (
+            "--all --method destroy --watch-refill 10ms",
+            &[PTRACE, SEARCH, ADMIN],
+        ),
+    ] {
+        let (mut reader, mut writer) = std::io::pipe()?;
+        // The capacity of a pipe, pipe(7).
+        std::io::Write::write_all(&mut writer, &[b'\n'; 65_536])?;
+        let mut child = lab
+            .app_host()
+            .command(CWKILL)
+            .capabilities(&[PTRACE, SEARCH, ADMIN, RAW, SYS_ADMIN, BIND, SETPCAP])
+            .args(line.split(' '))
+            .stdout(writer)
+            .stderr(Stdio::null())
+            .spawn()?;
+        let waits = lab.wait_for(PATIENCE, || {
+            let wchan = std::fs::read_to_string(format!("/proc/{}/wchan", child.id()))?;
+            Ok(wchan.contains("pipe_write") || wchan.contains("pipe_wait"))
+        });
+        let held = holds(&child, set).with_context(|| line.to_owned());
+        let read = std::io::Read::read_to_end(&mut reader, &mut Vec::new());
+        child.wait()?;
+        waits.with_context(|| line.to_owned())?;
+        held?;
+        read?;
+    }
+    Ok(())
+}
+
+fn reclaim() -> Result<()> {
+    let (lab, leak) = lab("unread", Family::V4, 1)?;
+    let pid = leak.app().pid();
+    with(&lab, None, &[ADMIN], "--all --method destroy")?.exits(0)?;
+    let line = format!("reclaim --pid {pid} --reclaim-age 0s --reclaim-force --stop-limit 5s");
+    with(&lab, None, &[], &line)?
+        .exits(4)?
+        .complains("CAP_SYS_PTRACE")?;
+    with(&lab, None, &[SYS_ADMIN], &line)?.exits(4)?;
+    with(&lab, None, &[PTRACE], &line)?.exits(0)?;
     Ok(())
 }
 
