@@ -128,7 +128,7 @@ fn diagnose(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
     let mut out = BufWriter::new(io::stdout().lock());
     let written = match json {
         true => diagnose::json::write(&diagnosis, &mut out),
-        false => diagnose::text::write(&diagnosis, columns(), &mut out),
+        false => diagnose::text::write(&diagnosis, columns(), rows(), &mut out),
     };
     let written = written.and_then(|()| out.flush());
     for note in diagnosis.notes() {
@@ -151,6 +151,12 @@ fn columns() -> Option<usize> {
     let told = told.and_then(|columns| columns.parse().ok());
     told.filter(|columns| *columns > 0)
         .or_else(|| comfy_table::Table::new().width().map(usize::from))
+}
+
+/// The rows of the terminal, if stdout is one.
+fn rows() -> Option<usize> {
+    let (_, height) = terminal_size::terminal_size_of(io::stdout())?;
+    Some(height.0.into()).filter(|rows| *rows > 0)
 }
 
 fn reclaim(config: &command::Config) -> anyhow::Result<ExitStatus> {

@@ -17,35 +17,52 @@ use crate::report::text::{age, place};
 /// Ports and peers that are named.
 const NAMED: usize = 3;
 
-/// Writes it. `columns`: the width of the terminal, `None` if there is none.
+/// Writes it. `columns` and `rows`: the size of the terminal, `None` where there is none.
 ///
 /// # Errors
 /// Those of `out`.
-pub fn write(diagnosis: &Diagnosis, columns: Option<usize>, out: &mut dyn Write) -> io::Result<()> {
-    let total = &diagnosis.total;
-    writeln!(out, "{}", summary(diagnosis))?;
-    if let Some(columns) = columns.filter(|_| total.stuck > 0) {
-        let causes: Vec<(&str, usize)> = total
-            .causes
-            .iter()
-            .map(|(cause, of)| (cause.name(), of.count))
-            .collect();
-        let ages: Vec<(&str, usize)> = AGES
-            .iter()
-            .zip(total.ages)
-            .map(|((_, name), count)| (*name, count))
-            .collect();
-        for rows in [causes, ages] {
-            if let Some(chart) = bars::chart(&rows, columns) {
-                writeln!(out, "\n{}", chart.join("\n"))?;
-            }
-        }
+pub fn write(
+    diagnosis: &Diagnosis,
+    columns: Option<usize>,
+    rows: Option<usize>,
+    out: &mut dyn Write,
+) -> io::Result<()> {
+    let mut head = summary(diagnosis);
+    for chart in columns
+        .into_iter()
+        .flat_map(|columns| charts(&diagnosis.total, columns))
+    {
+        let _ = write!(head, "\n\n{chart}");
     }
     let processes = folded(&diagnosis.processes);
-    for (patient, like) in processes.iter().take(SHOWN) {
-        writeln!(out, "\n{}", of_process(patient, *like, diagnosis.elapsed))?;
+    let process =
+        |(patient, like): &(&Patient, usize)| of_process(patient, *like, diagnosis.elapsed);
+    let processes_shown: Vec<String> = processes.iter().take(SHOWN).map(process).collect();
+    let listeners = &diagnosis.listeners;
+    let listener = |waiting: &Waiting| of_listener(diagnosis, waiting);
+    let listeners_shown: Vec<String> = listeners.iter().take(SHOWN).map(listener).collect();
+    let tail = diagnosis.ownerless.as_ref().map(|group| {
+        let mut block = format!("unknown owner: {}", stuck(group, diagnosis.elapsed));
+        push_causes(&mut block, group);
+        push_places(&mut block, group);
+        block
+    });
+    // The prompt takes a row too, and each of the two lines of what is left out takes two.
+    let taken = height(&head) + tail.as_deref().map_or(0, height) + 5;
+    let room = rows.map(|rows| rows.saturating_sub(taken));
+    let of_listeners = listeners_shown.first().map_or(0, |block| height(block));
+    let (processes_fit, used) = fitting(
+        &processes_shown,
+        room.map(|room| room.saturating_sub(of_listeners)),
+    );
+    let room = room.map(|room| room.saturating_sub(used));
+    let (listeners_fit, _) = fitting(&listeners_shown, room);
+
+    writeln!(out, "{head}")?;
+    for block in &processes_shown[..processes_fit] {
+        writeln!(out, "\n{block}")?;
     }
-    let rest = processes.iter().skip(SHOWN);
+    let rest = processes.iter().skip(processes_fit);
     if rest.len() > 0 {
         let count: usize = rest.clone().map(|(_, like)| 1 + like).sum();
         let count = counted(count, "process");
@@ -53,21 +70,51 @@ pub fn write(diagnosis: &Diagnosis, columns: Option<usize>, out: &mut dyn Write)
         let stuck = counted(stuck, "stuck socket");
         writeln!(out, "\nand {count} more with {stuck}: --json has all")?;
     }
-    for waiting in diagnosis.listeners.iter().take(SHOWN) {
-        writeln!(out, "\n{}", of_listener(diagnosis, waiting))?;
+    for block in &listeners_shown[..listeners_fit] {
+        writeln!(out, "\n{block}")?;
     }
-    let rest = diagnosis.listeners.len().saturating_sub(SHOWN);
+    let rest = listeners.len() - listeners_fit;
     if rest > 0 {
         let count = counted(rest, "listener");
         writeln!(out, "\nand {count} more: --json has all")?;
     }
-    if let Some(group) = &diagnosis.ownerless {
-        let mut block = format!("unknown owner: {}", stuck(group, diagnosis.elapsed));
-        push_causes(&mut block, group);
-        push_places(&mut block, group);
-        writeln!(out, "\n{block}")?;
+    match tail {
+        Some(block) => writeln!(out, "\n{block}"),
+        None => Ok(()),
     }
-    Ok(())
+}
+
+/// Bars of the causes and the ages, as far as there is room.
+fn charts(total: &Group, columns: usize) -> Vec<String> {
+    if total.stuck == 0 {
+        return Vec::new();
+    }
+    let causes = total.causes.iter();
+    let causes: Vec<(&str, usize)> = causes.map(|(cause, of)| (cause.name(), of.count)).collect();
+    let ages = AGES.iter().zip(total.ages);
+    let ages: Vec<(&str, usize)> = ages.map(|((_, name), count)| (*name, count)).collect();
+    let charts = [causes, ages].into_iter();
+    charts
+        .filter_map(|rows| Some(bars::chart(&rows, columns)?.join("\n")))
+        .collect()
+}
+
+/// The rows of a block with the empty one before it; a long line may take more.
+fn height(block: &str) -> usize {
+    block.lines().count() + 1
+}
+
+/// How many of `blocks` fit into `room`, one at least, and the rows they take.
+fn fitting(blocks: &[String], room: Option<usize>) -> (usize, usize) {
+    let mut used = 0;
+    for (index, block) in blocks.iter().enumerate() {
+        let with = used + height(block);
+        if index > 0 && room.is_some_and(|room| with > room) {
+            return (index, used);
+        }
+        used = with;
+    }
+    (blocks.len(), used)
 }
 
 /// Processes, with how many others there are like each.
@@ -257,4 +304,24 @@ fn named<T>(counts: &[(T, usize)], text: impl Fn(&T) -> String) -> String {
         names.push(format!("{} more", counts.len() - NAMED));
     }
     names.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_many_blocks_as_fit_are_shown_and_one_always() {
+        let blocks = ["a\nb", "c", "d\ne\nf"].map(String::from);
+        for (room, wanted) in [
+            (None, (3, 9)),
+            (Some(9), (3, 9)),
+            (Some(8), (2, 5)),
+            (Some(4), (1, 3)),
+            (Some(0), (1, 3)),
+        ] {
+            assert_eq!(fitting(&blocks, room), wanted, "{room:?}");
+        }
+        assert_eq!(fitting(&[], Some(0)), (0, 0));
+    }
 }

@@ -235,7 +235,7 @@ fn dead(family: Family) -> Result<()> {
     let text = cwkill(&lab, "diagnose --sample 50ms")?.exits(0)?.stdout;
     ensure!(text.contains("3 dead descriptors"), "{text}");
     ensure!(text.contains("only the process can close them"), "{text}");
-    // A duplicate was taken of dead ones only, and given back.
+    // What is alive has not been touched.
     crate::support::carries_data(&open)?;
     leak.app().close(&leak.app_fds())?;
     cwkill(&lab, &format!("diagnose {QUICK}"))?.exits(1)?;
@@ -329,7 +329,8 @@ fn listener_and_leaker() -> Result<()> {
 /// A program that makes sockets and never gets to connect them.
 fn never_connected() -> Result<()> {
     const SCRIPT: &str = "
-import socket, sys
+import signal, socket, sys
+signal.alarm(60)
 sockets = [socket.socket() for _ in range(int(sys.argv[1]))]
 print(len(sockets), flush=True)
 sys.stdin.read()
@@ -437,13 +438,15 @@ fn unprivileged() -> Result<()> {
 /// uninterruptible sleep. The child ends with the thread.
 const LEAKY_PYTHON: &str = "
 import ctypes, os, platform, signal, socket, sys, threading
+signal.alarm(60)
 server = socket.create_server(('127.0.0.1', 7001))
 peer = socket.create_connection(('127.0.0.1', 7001))
 accepted, _ = server.accept()
 peer.shutdown(socket.SHUT_WR)
 assert accepted.recv(1) == b''
 def sleep():
-    libc = ctypes.CDLL(None)
+    # Keeps the interpreter's lock, which the child would else wait for if another thread had it.
+    libc = ctypes.PyDLL(None)
     clone = {'x86_64': 56, 'aarch64': 220}[platform.machine()]
     us = threading.get_native_id()
     if libc.syscall(clone, 0x4000 | signal.SIGCHLD, 0, 0, 0, 0) == 0:
