@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::thread::{self, Builder};
 
 /// Makes the pool of rayon. Where no thread can be started (RLIMIT_NPROC, pids.max of the cgroup) the calling
-/// thread does the pool's work, and [`are_there`] says so.
+/// thread does the pool's work, and `are_there` says so.
 ///
 /// # Errors
 /// There is a pool already.
