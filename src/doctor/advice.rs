@@ -92,26 +92,16 @@ pub struct Advice {
 impl Advice {
     /// Draws the conclusions.
     pub fn new(facts: &Facts, trials: &Trials) -> Self {
-        if trials.blind.is_some() {
-            return Advice {
-                rows: Vec::new(),
-                auto: Works::No,
-            };
-        }
-        let shutdown = shutdown(facts, trials);
-        // It reaches into owners with the same right (kernel/ptrace.c, __ptrace_may_access), and nowhere else.
-        let reclaim = Row {
-            name: "reclaim",
-            auto: false,
-            ..shutdown.clone()
+        let rows = match &trials.blind {
+            Some(why) => blind(facts, why),
+            None => vec![
+                shutdown(facts, trials),
+                destroy(facts, trials),
+                rst(facts, trials),
+                probe(facts, trials),
+                reclaim(facts),
+            ],
         };
-        let rows = vec![
-            shutdown,
-            destroy(facts, trials),
-            rst(facts, trials),
-            probe(facts, trials),
-            reclaim,
-        ];
         let auto = rows.iter().filter(|row| row.auto).map(|row| row.works);
         let auto = auto.reduce(Works::and).unwrap_or(Works::No);
         Advice { rows, auto }
@@ -190,6 +180,62 @@ fn probe(facts: &Facts, trials: &Trials) -> Row {
     row.build(own, others, Some(ownerless))
 }
 
+/// The command that is no method, and frees descriptors inside their owners.
+const RECLAIM: &str = "reclaim";
+
+/// It traces the owner, for which the kernel asks the same as for a duplicate of its descriptor (kernel/ptrace.c,
+/// __ptrace_may_access with PTRACE_MODE_ATTACH).
+fn reclaim(facts: &Facts) -> Row {
+    let mut row = Builder::new(RECLAIM, false, facts);
+    let (mut own, mut others) = row.through_owners(Works::Yes);
+    // kernel/seccomp.c, seccomp_get_filter
+    if (facts.filtered || !facts.has(Capability::CAP_SYS_ADMIN))
+        && let Ok(reach) = &facts.reach
+    {
+        let filtered = reach.same_user.filtered + reach.others.filtered;
+        if filtered > 0 {
+            let change = match facts.filtered {
+                true => "run cwkill where no filter of system calls is on it".to_owned(),
+                // Not a thing to grant a binary for good.
+                false if facts.uid != 0 => "run cwkill with sudo".to_owned(),
+                false => row.grant(Capability::CAP_SYS_ADMIN),
+            };
+            row.say(
+                format!("{filtered} processes have a seccomp filter that cannot be read: they are left alone"),
+                change,
+            );
+        }
+        for (works, count) in [(&mut own, reach.same_user), (&mut others, reach.others)] {
+            if count.filtered > 0 {
+                *works = match count.filtered == count.reached {
+                    true => Works::No,
+                    false => Works::Partly,
+                };
+            }
+        }
+    }
+    row.build(own, others, None)
+}
+
+/// Nothing works where no socket can be listed, for this reason.
+fn blind(facts: &Facts, why: &str) -> Vec<Row> {
+    let cure = "let cwkill open netlink sockets (AF_NETLINK) and read /proc: RestrictAddressFamilies= and SystemCallFilter= of a \
+                unit, the seccomp profile of a container, mount -t proc proc /proc; in the kernel modprobe tcp_diag";
+    let row = |mut row: Builder<'_>, ownerless| {
+        row.say(why.to_owned(), cure);
+        row.build(Works::No, Works::No, ownerless)
+    };
+    let methods = [
+        (MethodName::Shutdown, None),
+        (MethodName::Destroy, Some(Works::No)),
+        (MethodName::Rst, Some(Works::No)),
+        (MethodName::Probe, Some(Works::No)),
+    ];
+    let methods = methods.map(|(method, ownerless)| row(Builder::of(method, facts), ownerless));
+    let reclaim = row(Builder::new(RECLAIM, false, facts), None);
+    methods.into_iter().chain([reclaim]).collect()
+}
+
 /// How many processes are named.
 const NAMES: usize = 3;
 
@@ -224,15 +270,21 @@ impl<'a> Builder<'a> {
     }
 
     fn build(self, own: Works, others: Works, ownerless: Option<Works>) -> Row {
+        let works = ownerless.into_iter().fold(own.and(others), Works::and);
+        // One of two ways may be barred, and the other lead to everything.
+        let (why, change) = match works {
+            Works::Yes => (Vec::new(), Vec::new()),
+            _ => (self.why, self.change),
+        };
         Row {
             name: self.name,
             auto: self.auto,
-            works: ownerless.into_iter().fold(own.and(others), Works::and),
+            works,
             own,
             others,
             ownerless,
-            why: self.why,
-            change: self.change,
+            why,
+            change,
         }
     }
 
@@ -345,9 +397,9 @@ impl<'a> Builder<'a> {
         let mut others = judge(
             reach.others,
             match self.facts.first_user_namespace {
-                true => by_rule(false),
+                Some(true) | None => by_rule(false),
                 // The capability counts for some and not for others, and there are only ours to tell by.
-                false => own,
+                Some(false) => own,
             },
         );
         if self.facts.hides_others() {
@@ -385,7 +437,7 @@ impl<'a> Builder<'a> {
                 self.grant(Capability::CAP_SYS_PTRACE)
             } else if !search && count.seen < count.total {
                 self.grant(Capability::CAP_DAC_READ_SEARCH)
-            } else if !self.facts.first_user_namespace {
+            } else if self.facts.first_user_namespace == Some(false) {
                 "they are outside this user namespace: run cwkill outside it".into()
             } else {
                 "a security module (SELinux, AppArmor, smack) may forbid it: see `dmesg` and `ausearch -m avc`".to_owned()
@@ -408,7 +460,8 @@ mod tests {
             kernel: "6.18.0".into(),
             uid: 0,
             capabilities: capabilities.iter().copied().collect(),
-            first_user_namespace: true,
+            first_user_namespace: Some(true),
+            filtered: false,
             user_namespaces_forbidden: None,
             ptrace_scope: None,
             hidepid: None,
@@ -443,6 +496,7 @@ mod tests {
             total,
             seen: reached,
             reached,
+            filtered: 0,
         }
     }
 
@@ -537,6 +591,7 @@ mod tests {
             total: 4,
             seen,
             reached,
+            filtered: 0,
         };
         for (count, works) in [
             (seen(0, 0), Works::Yes),
@@ -608,9 +663,32 @@ mod tests {
             blind: Some("no sock_diag".into()),
             tried: Vec::new(),
         };
-        assert_eq!(
-            Advice::new(&facts(&ALL, count(1, 1), count(1, 1)), &blind).auto,
-            Works::No
-        );
+        let advice = Advice::new(&facts(&ALL, count(1, 1), count(1, 1)), &blind);
+        assert_eq!(advice.auto, Works::No);
+        assert_eq!(advice.rows.len(), 5);
+        for row in &advice.rows {
+            assert_eq!(
+                (row.works, row.why[0].as_str()),
+                (Works::No, "no sock_diag")
+            );
+            assert_eq!(row.change.len(), 1);
+        }
+    }
+
+    #[test]
+    fn reclaim_leaves_the_filtered_alone_where_filters_cannot_be_read() {
+        let some = Count {
+            filtered: 2,
+            ..count(5, 5)
+        };
+        let mut facts = facts(&ALL, some, count(9, 9));
+        let of = |facts: &Facts| row(&Advice::new(facts, &trials(|_| None)), "reclaim");
+        let before = of(&facts);
+        assert_eq!((before.own, before.others), (Works::Partly, Works::Yes));
+        assert!(before.change[0].contains("SYS_ADMIN"));
+        facts.capabilities.insert(Capability::CAP_SYS_ADMIN);
+        assert_eq!(of(&facts).works, Works::Yes);
+        facts.filtered = true;
+        assert_eq!(of(&facts).works, Works::Partly);
     }
 }

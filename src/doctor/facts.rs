@@ -38,8 +38,10 @@ pub struct Facts {
     pub uid: u32,
     /// Those of [`CAPABILITIES`] that are effective.
     pub capabilities: CapsHashSet,
-    /// We are in the first user namespace, where capabilities hold for everything.
-    pub first_user_namespace: bool,
+    /// We are in the first user namespace, where capabilities hold for everything; `None` without a /proc that tells.
+    pub first_user_namespace: Option<bool>,
+    /// A filter of system calls is on us: we may not read those of others.
+    pub filtered: bool,
     /// What keeps users from making user namespaces of their own.
     pub user_namespaces_forbidden: Option<&'static str>,
     /// kernel.yama.ptrace_scope; `None` without that security module.
@@ -108,6 +110,8 @@ pub struct Count {
     pub seen: usize,
     /// Of those, whose descriptors could be duplicated.
     pub reached: usize,
+    /// Of those, how many have a filter of system calls (seccomp).
+    pub filtered: usize,
 }
 
 impl Facts {
@@ -118,6 +122,12 @@ impl Facts {
     pub fn gather(proc: &Proc) -> anyhow::Result<Self> {
         let effective = caps::read(None, CapSet::Effective)
             .context("cannot read the capabilities of this process")?;
+        // Yama refuses all but our descendants, and writes each refusal to the log of the kernel (security/yama/yama_lsm.c,
+        // report_access).
+        let ptrace_scope = read_number("/proc/sys/kernel/yama/ptrace_scope")
+            .and_then(|scope| u8::try_from(scope).ok());
+        let scope = ptrace_scope.unwrap_or(0);
+        let asks = scope == 0 || (scope < 3 && effective.contains(&Capability::CAP_SYS_PTRACE));
         let mountinfo = fs::read_to_string(proc.path("self/mountinfo")).unwrap_or_default();
         Ok(Facts {
             kernel: uname().map_or_else(
@@ -129,14 +139,16 @@ impl Facts {
                 .into_iter()
                 .filter(|c| effective.contains(c))
                 .collect(),
-            first_user_namespace: fs::read_to_string("/proc/self/uid_map")
-                .is_ok_and(|map| maps_everybody(&map)),
+            first_user_namespace: fs::metadata(proc.path("self/ns/user"))
+                .ok()
+                .map(|namespace| namespace.ino() == FIRST_USER_NAMESPACE),
+            filtered: fs::read_to_string(proc.path("self/status"))
+                .is_ok_and(|status| has_filter(&status)),
             user_namespaces_forbidden: user_namespaces_forbidden(),
-            ptrace_scope: read_number("/proc/sys/kernel/yama/ptrace_scope")
-                .and_then(|scope| u8::try_from(scope).ok()),
+            ptrace_scope,
             hidepid: hidepid(&mountinfo),
             namespaces: namespaces(proc).map_err(|error| error.to_string()),
-            reach: reach(proc).map_err(|error| error.to_string()),
+            reach: reach(proc, asks).map_err(|error| error.to_string()),
             pidfd_getfd: duplicate_own(),
             repair: repair(),
             raw_v4: raw::try_open(false),
@@ -157,9 +169,16 @@ impl Facts {
     }
 }
 
-/// The first user namespace maps every user to itself (kernel/user.c, init_user_ns).
-fn maps_everybody(uid_map: &str) -> bool {
-    uid_map.split_whitespace().eq(["0", "0", "4294967295"])
+/// Its inode, the same on every host (include/linux/proc_ns.h, PROC_USER_INIT_INO). Its map of users is no mark: another one can map
+/// everybody, too.
+const FIRST_USER_NAMESPACE: u64 = 0xEFFF_FFFD;
+
+/// Whether the process of this /proc/PID/status has a filter of system calls (fs/proc/array.c, task_seccomp).
+fn has_filter(status: &str) -> bool {
+    let mode = status
+        .lines()
+        .find_map(|line| line.strip_prefix("Seccomp:"));
+    mode.is_some_and(|mode| mode.trim() == "2")
 }
 
 fn read_number(path: &str) -> Option<u64> {
@@ -221,7 +240,8 @@ fn namespaces(proc: &Proc) -> io::Result<Namespaces> {
     })
 }
 
-fn reach(proc: &Proc) -> io::Result<Reach> {
+/// Counts. Where none of them is `asked`, they are out of reach.
+fn reach(proc: &Proc, asked: bool) -> io::Result<Reach> {
     /// No socket has it: the kernel gives inode numbers of sockets from 1 on, and would take hundreds of years.
     const NO_INODE: u32 = u32::MAX;
     /// No process has it: it is beyond the highest fs.nr_open.
@@ -246,8 +266,10 @@ fn reach(proc: &Proc) -> io::Result<Reach> {
         };
         // The kernel looks at our rights before it looks for the descriptor (kernel/pid.c, __pidfd_fget), so one that does not
         // exist tells them without touching anything.
-        let answer =
-            sys::pidfd_open(pid).and_then(|pidfd| sys::pidfd_getfd(pidfd.as_fd(), NO_DESCRIPTOR));
+        let answer = sys::pidfd_open(pid).and_then(|pidfd| match asked {
+            true => sys::pidfd_getfd(pidfd.as_fd(), NO_DESCRIPTOR),
+            false => Err(io::Error::from_raw_os_error(libc::EPERM)),
+        });
         let errno = answer.err().and_then(|error| error.raw_os_error());
         if pid == ours || errno == Some(libc::ESRCH) {
             continue;
@@ -261,6 +283,11 @@ fn reach(proc: &Proc) -> io::Result<Reach> {
         count.total += 1;
         count.seen += usize::from(seen);
         count.reached += usize::from(seen && reached);
+        let filtered = seen
+            && reached
+            && fs::read_to_string(proc.path(&format!("{pid}/status")))
+                .is_ok_and(|status| has_filter(&status));
+        count.filtered += usize::from(filtered);
         if !(seen && reached) {
             reach.missed.push(Missed {
                 pid,
@@ -317,11 +344,10 @@ mod tests {
     }
 
     #[test]
-    fn only_the_first_user_namespace_maps_everybody() {
-        assert!(maps_everybody("         0          0 4294967295\n"));
-        assert!(!maps_everybody("         0       1000          1\n"));
-        assert!(!maps_everybody("0 100000 65536\n"));
-        assert!(!maps_everybody(""));
+    fn a_filter_is_read_from_the_status() {
+        assert!(has_filter("Name:\tx\nSeccomp:\t2\nSeccomp_filters:\t1\n"));
+        assert!(!has_filter("Name:\tSeccomp: 2\nSeccomp:\t0\n"));
+        assert!(!has_filter(""));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 
+use caps::Capability;
 use serde::Serialize;
 
 use super::Examination;
@@ -122,6 +123,7 @@ fn checks(examination: &Examination) -> Vec<Check> {
         uid,
         capabilities,
         first_user_namespace,
+        filtered: _,
         user_namespaces_forbidden,
         ptrace_scope,
         hidepid,
@@ -166,7 +168,12 @@ fn checks(examination: &Examination) -> Vec<Check> {
         check("user", None, format!("uid {uid}")),
         check(
             "capabilities",
-            Some(missing.is_empty()),
+            // CAP_SYS_ADMIN is for other namespaces and for reclaim, not for what auto does here.
+            Some(
+                missing
+                    .iter()
+                    .all(|&lacks| lacks == Capability::CAP_SYS_ADMIN),
+            ),
             match missing.is_empty() {
                 true => list(held),
                 false => format!("{}; missing: {}", list(held), list(missing)),
@@ -183,7 +190,11 @@ fn checks(examination: &Examination) -> Vec<Check> {
         tried("packet socket", capture),
         match ptrace_scope {
             None => check("ptrace_scope", Some(true), "no yama".into()),
-            Some(scope) => check("ptrace_scope", Some(*scope == 0), scope.to_string()),
+            Some(scope) => check(
+                "ptrace_scope",
+                Some(*scope == 0 || (*scope < 3 && has(Capability::CAP_SYS_PTRACE))),
+                scope.to_string(),
+            ),
         },
         match hidepid {
             None => check("hidepid", Some(true), "off".into()),
@@ -199,8 +210,11 @@ fn checks(examination: &Examination) -> Vec<Check> {
             format!(
                 "{}; users {}",
                 match first_user_namespace {
-                    true => "the first",
-                    false => "not the first: capabilities count only in namespaces made in it",
+                    None => "not told by /proc",
+                    Some(true) => "the first",
+                    Some(false) => {
+                        "not the first: capabilities count only in namespaces made in it"
+                    }
                 },
                 match user_namespaces_forbidden {
                     None => "may make their own".to_owned(),

@@ -114,7 +114,8 @@ impl Trials {
 /// A connection over loopback of which one end is in CLOSE-WAIT, with nothing read and nothing to send.
 struct Stuck {
     local: SocketAddr,
-    /// Open as long as this lives.
+    peer: SocketAddr,
+    /// Open as long as this lives. The peer's end is closed first, by RST, so that no TIME-WAIT is left of it.
     _ends: (TcpStream, TcpStream),
 }
 
@@ -142,10 +143,12 @@ impl Stuck {
             }
         };
         peer.shutdown(std::net::Shutdown::Write)?;
+        socket2::SockRef::from(&peer).set_linger(Some(Duration::ZERO))?;
         Ok(Stuck {
             // With a port of its own, so that the selector names no other socket.
             local: app.local_addr()?,
-            _ends: (app, peer),
+            peer: app.peer_addr()?,
+            _ends: (peer, app),
         })
     }
 }
@@ -175,7 +178,9 @@ fn find(proc: &Proc, ports: &[u16]) -> Result<Found, String> {
 }
 
 fn attempt(subject: Subject, stuck: &Stuck, found: &Found, proc: &Proc) -> Tried {
-    let mine = |socket: &&finder::Socket| socket.tuple.local == stuck.local;
+    // Somebody may have connected to our port before the listener was gone.
+    let ends = (stuck.local, stuck.peer);
+    let mine = |socket: &&finder::Socket| (socket.tuple.local, socket.tuple.peer) == ends;
     let Some(socket) = found.sockets.iter().find(mine) else {
         return Tried::Untried("a connection of our own did not come to CLOSE-WAIT".into());
     };
