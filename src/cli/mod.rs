@@ -98,7 +98,7 @@ pub struct Acting {
     #[arg(long, value_name = "DURATION", value_parser = values::duration)]
     pub grace: Option<Duration>,
 
-    /// Do not look for who holds the sockets: much faster for many, and without `shutdown`
+    /// Do not look for who holds the sockets: faster for many, and without `shutdown`
     #[arg(long)]
     pub no_owners: bool,
 
