@@ -113,6 +113,12 @@ fn other_user() -> Result<()> {
         ensure!(!named(less)?, "{less:?}");
     }
     ensure!(named(&both)?);
+    // Who cannot see the owner cannot tell.
+    let check = format!("check --pid {pid} -w 1 -c 5");
+    for less in [&[][..], &[PTRACE], &[SEARCH]] {
+        with(&lab, Some(NOBODY), less, &check)?.exits(3)?;
+    }
+    with(&lab, Some(NOBODY), &both, &check)?.exits(1)?;
     // Without an owner there is nothing of another user's to reach.
     let destroy = "--all --no-owners --method destroy --max-kills 1";
     with(&lab, Some(NOBODY), &both, destroy)?.exits(4)?;
