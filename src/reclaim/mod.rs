@@ -408,6 +408,8 @@ fn act(
                 NoWorker::Foreign => Reason::Foreign,
                 NoWorker::Forbidden => Reason::FilterForbids,
                 NoWorker::FilterUnread(error) => Reason::FilterUnread(error),
+                NoWorker::OtherTable => Reason::OtherTable,
+                NoWorker::TableUnread(error) => Reason::TableUnread(error),
                 NoWorker::NoCall | NoWorker::NoneServesWell | NoWorker::Stop(_) => Reason::NoCall,
             }));
         }
