@@ -33,6 +33,8 @@ pub enum Reason {
     FilterUnread(io::Error),
     /// The owner shares its table of descriptors with this process, which would not be stopped.
     SharedTable(i32),
+    /// Whether the owner shares its table of descriptors with this process cannot be seen.
+    SharedUnknown(i32, io::Error),
     /// The owner has no thread that can be used and has its table of descriptors.
     OtherTable,
     /// The kernel does not say which table of descriptors a thread of the owner has.
@@ -84,6 +86,12 @@ impl fmt::Display for Reason {
                 f,
                 "its process shares the table of descriptors with process {pid}"
             ),
+            Reason::SharedUnknown(pid, error) => write!(
+                f,
+                "whether its process shares the table of descriptors with process {pid} cannot be seen: {error}: \
+                 needs {}",
+                Need::Ptrace
+            ),
             Reason::OtherTable => f.write_str(
                 "no thread of its process that could close it shares the table of descriptors with its first \
                  thread",
@@ -123,7 +131,7 @@ impl fmt::Display for Reason {
 impl Reason {
     /// The privilege that is missing.
     pub fn need(&self) -> Option<Need> {
-        matches!(self, Reason::Denied(_)).then_some(Need::Ptrace)
+        matches!(self, Reason::Denied(_) | Reason::SharedUnknown(..)).then_some(Need::Ptrace)
     }
 
     /// The same again, for another descriptor of the same owner.
@@ -135,6 +143,7 @@ impl Reason {
             Reason::FilterForbids => Reason::FilterForbids,
             Reason::FilterUnread(error) => Reason::FilterUnread(copy(error)),
             Reason::SharedTable(pid) => Reason::SharedTable(*pid),
+            Reason::SharedUnknown(pid, error) => Reason::SharedUnknown(*pid, copy(error)),
             Reason::OtherTable => Reason::OtherTable,
             Reason::TableUnread(error) => Reason::TableUnread(copy(error)),
             Reason::Foreign => Reason::Foreign,
@@ -161,6 +170,7 @@ impl Reason {
                 | Reason::FilterForbids
                 | Reason::FilterUnread(_)
                 | Reason::SharedTable(_)
+                | Reason::SharedUnknown(..)
                 | Reason::OtherTable
                 | Reason::TableUnread(_)
                 | Reason::Foreign

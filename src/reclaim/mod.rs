@@ -19,7 +19,7 @@ mod remote;
 mod seccomp;
 mod stop;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::thread;
 use std::time::Duration;
@@ -103,9 +103,8 @@ pub fn judge(
         doubts.fill_with(|| Some(Reason::ForeignProc));
         return doubts;
     }
-    let holders = holders(wanted);
     for (owner, members) in by_owner(wanted) {
-        match prepare(proc, owners, owner, &members, wanted, &holders, rules) {
+        match prepare(proc, owners, owner, &members, wanted, rules) {
             Ok(prepared) => {
                 for (at, reason) in prepared.doubts {
                     doubts[at] = Some(reason);
@@ -136,7 +135,6 @@ pub fn reclaim(
         .map(|_| Fate::Skipped(Reason::Interrupted))
         .collect();
     let mut visits = Vec::new();
-    let holders = holders(wanted);
     if !proc.is_of_our_pid_namespace() {
         fates.fill_with(|| Fate::Skipped(Reason::ForeignProc));
         return Reclaimed { fates, visits };
@@ -156,7 +154,7 @@ pub fn reclaim(
             }
             let mut left = some.to_vec();
             for stop in 1..=MOST_STOPS {
-                let round = match prepare(proc, owners, owner, &left, wanted, &holders, rules) {
+                let round = match prepare(proc, owners, owner, &left, wanted, rules) {
                     Err(refusal) => Round::all(&left, &refusal),
                     Ok(prepared) => {
                         let choosy = stop <= CHOOSY_STOPS;
@@ -244,6 +242,8 @@ impl Round {
 /// An owner as it was seen before it is stopped.
 struct Prepared<'p> {
     inside: Inside<'p>,
+    /// The processes that there were.
+    processes: HashSet<i32>,
     numbers: HashSet<i32>,
     specials: Vec<Special>,
     /// What may be taken as far as can be seen without stopping it.
@@ -258,7 +258,6 @@ fn prepare<'p>(
     owner: usize,
     members: &[usize],
     wanted: &[Wanted],
-    holders: &Holders,
     rules: &Rules,
 ) -> Result<Prepared<'p>, Refusal> {
     let process = &owners[owner];
@@ -267,9 +266,8 @@ fn prepare<'p>(
         let comm = facts::comm(proc, tracer);
         return Err(Refusal::Because(Reason::Traced(tracer, comm)));
     }
-    if let Some(other) = shared_with(owners, owner, members, wanted, holders) {
-        return Err(Refusal::Because(Reason::SharedTable(other)));
-    }
+    let processes = facts::pids(proc)?;
+    not_shared(&inside, &processes)?;
     let numbers = inside.numbers()?;
     let specials = inside.specials(&numbers)?;
     let mut facts = Facts::default();
@@ -292,6 +290,7 @@ fn prepare<'p>(
     }
     Ok(Prepared {
         inside,
+        processes,
         numbers: numbers.into_iter().collect(),
         specials,
         candidates,
@@ -299,47 +298,33 @@ fn prepare<'p>(
     })
 }
 
+/// Refuses if one of `processes` has the owner's table of descriptors without being the same process (clone
+/// with CLONE_FILES and without CLONE_THREAD), or may have: it would not be stopped.
+fn not_shared<'a>(
+    inside: &Inside<'_>,
+    processes: impl IntoIterator<Item = &'a i32>,
+) -> Result<(), Refusal> {
+    for &other in processes.into_iter().filter(|pid| **pid != inside.pid) {
+        let reason = match sys::share_descriptors(inside.pid, other) {
+            Ok(false) => continue,
+            Ok(true) => Reason::SharedTable(other),
+            Err(error) => match error.raw_os_error() {
+                // That one is gone, or the owner, which will be seen.
+                Some(libc::ESRCH) => continue,
+                Some(libc::EPERM) if !inside.could_share(other) => continue,
+                _ => Reason::SharedUnknown(other, error),
+            },
+        };
+        return Err(Refusal::Because(reason));
+    }
+    Ok(())
+}
+
 fn why_not(facts: &Facts, wanted: &Wanted, rules: &Rules) -> Option<Doubt> {
     match rules.force {
         true => None,
         false => doubt(facts, wanted.fd.0, wanted.inode, wanted.age, rules.age),
     }
-}
-
-/// Who holds a socket under which number.
-type Holders = HashMap<(TargetFd, u32), Vec<usize>>;
-
-fn holders(wanted: &[Wanted]) -> Holders {
-    let mut holders = Holders::new();
-    for wanted in wanted {
-        let key = (wanted.fd, wanted.inode);
-        holders.entry(key).or_default().push(wanted.owner);
-    }
-    holders
-}
-
-/// Another owner of one of the sockets, under the same number, that has the same table of descriptors
-/// without being the same process (clone with CLONE_FILES and without CLONE_THREAD).
-fn shared_with(
-    owners: &[Process],
-    owner: usize,
-    members: &[usize],
-    wanted: &[Wanted],
-    holders: &Holders,
-) -> Option<i32> {
-    let others: BTreeSet<usize> = members
-        .iter()
-        .filter_map(|&at| holders.get(&(wanted[at].fd, wanted[at].inode)))
-        .flatten()
-        .copied()
-        .filter(|other| *other != owner)
-        .collect();
-    // A kernel without kcmp(2) cannot say.
-    let shares = |other: &i32| sys::share_descriptors(owners[owner].pid, *other).unwrap_or(false);
-    others
-        .into_iter()
-        .map(|other| owners[other].pid)
-        .find(shares)
 }
 
 /// Stops the owner once, on a thread of its own: with it ends whatever it traces.
@@ -459,6 +444,9 @@ fn still_allowed(
     rules: &Rules,
 ) -> Result<(Vec<usize>, Vec<(usize, Fate)>), Refusal> {
     let Prepared { inside, .. } = prepared;
+    // Only its own threads could make another process with its table, and they are stopped now.
+    let processes = facts::pids(inside.proc())?;
+    not_shared(inside, processes.difference(&prepared.processes))?;
     // Whether it has finalizers does not change.
     let mut facts = Facts::default();
     if !rules.force {
