@@ -148,10 +148,19 @@ impl<'p> Inside<'p> {
 
     /// The name of a thread of the owner that runs finalizers.
     pub fn finalizer(&self) -> Option<String> {
+        self.named(&evidence::runs_finalizers)
+    }
+
+    /// The name of a thread of the owner that works for an io_uring.
+    pub fn ring_worker(&self) -> Option<String> {
+        self.named(&evidence::works_for_a_ring)
+    }
+
+    fn named(&self, wanted: &dyn Fn(&str) -> bool) -> Option<String> {
         let tasks = fs::read_dir(self.proc.path(&format!("{}/task", self.pid))).ok()?;
         let name = |task: io::Result<fs::DirEntry>| {
             let tid = task.ok()?.file_name().to_str()?.parse().ok()?;
-            comm(self.proc, tid).filter(|name| evidence::runs_finalizers(name))
+            comm(self.proc, tid).filter(|name| wanted(name))
         };
         tasks.into_iter().find_map(name)
     }

@@ -279,6 +279,7 @@ fn prepare<'p>(
             .map(|(tid, call)| uses(*tid, call, &memory))
             .collect();
         (facts.epolls, facts.rings) = inside.tables(&specials)?;
+        facts.ring_worker = inside.ring_worker();
         facts.finalizer = inside.finalizer();
     }
     let (mut candidates, mut doubts) = (Vec::new(), Vec::new());
