@@ -340,10 +340,17 @@ fn visit_once(
     let mut round = Round::default();
     if !prepared.candidates.is_empty() {
         round = thread::scope(|scope| {
-            let act = scope.spawn(|| act(prepared, wanted, rules, proc, interrupted, choosy));
-            act.join().unwrap_or_else(|_| {
-                Round::all(&prepared.candidates, &Refusal::Because(Reason::Bug))
-            })
+            let act = || act(prepared, wanted, rules, proc, interrupted, choosy);
+            match thread::Builder::new().spawn_scoped(scope, act) {
+                Ok(act) => act.join().unwrap_or_else(|_| {
+                    Round::all(&prepared.candidates, &Refusal::Because(Reason::Bug))
+                }),
+                // At a limit of tasks, for one.
+                Err(error) => {
+                    let reason = Reason::Os("starting a thread", error);
+                    Round::all(&prepared.candidates, &Refusal::Because(reason))
+                }
+            }
         });
     }
     let doubts = prepared.doubts.iter();
