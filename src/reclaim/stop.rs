@@ -22,6 +22,9 @@ const EVENT_STOP: i32 = 128;
 /// The stop at a system call, with PTRACE_O_TRACESYSGOOD.
 const CALL_STOP: i32 = libc::SIGTRAP | 0x80;
 
+/// Listings without a new thread, one after the other, before all are taken to be known.
+const EMPTY_LISTINGS: u32 = 2;
+
 /// Time between two looks at a thread that is expected to stop.
 const LOOK_AGAIN: Duration = Duration::from_micros(20);
 /// How often a thread is looked at before we sleep between two looks.
@@ -88,6 +91,7 @@ impl Stopped {
             deadline: since + limit,
         };
         let mut known = HashSet::new();
+        let mut empty = 0;
         loop {
             let tids = tids(proc, pid).map_err(|error| match error.raw_os_error() {
                 Some(libc::ENOENT | libc::ESRCH) => StopError::Gone,
@@ -95,8 +99,15 @@ impl Stopped {
             })?;
             let new: Vec<i32> = tids.into_iter().filter(|tid| known.insert(*tid)).collect();
             if new.is_empty() {
-                break;
+                // A listing begins anew behind a thread that ends under it, and can miss one.
+                // Source: fs/proc/base.c, first_tid.
+                empty += 1;
+                if empty == EMPTY_LISTINGS {
+                    break;
+                }
+                continue;
             }
+            empty = 0;
             if Instant::now() >= stopped.deadline {
                 return Err(StopError::Limit(new[0]));
             }
