@@ -323,7 +323,8 @@ fn polled(address: u64, count: u64, memory: Memory<'_>) -> Option<HashSet<i32>> 
 /// The descriptors in the three sets of select(2), as long as the first argument says.
 fn selected(arguments: &[u64; 6], memory: Memory<'_>) -> Option<HashSet<i32>> {
     let count = u64::try_from(fd(arguments[0])).ok()?;
-    let bytes = usize::try_from(count.div_ceil(8)).ok()?;
+    let bytes = Some(count.div_ceil(8)).filter(|bytes| *bytes <= LONGEST_LIST)?;
+    let bytes = usize::try_from(bytes).ok()?;
     let mut fds = HashSet::new();
     for &set in arguments[1..4].iter().filter(|set| **set != 0) {
         let bits = memory(set, bytes)?;
@@ -447,6 +448,7 @@ mod tests {
         assert!(!on(8, &[9, 0x2000, 0, 0]));
         assert!(on(8, &[9, 0x3000, 0, 0]), "cannot be read");
         assert!(!on(7, &[0, 0, 0, 0]));
+        assert!(on(9, &[0x7fff_ffff, 0, 0, 0]), "too long to be read");
     }
 
     #[test]
