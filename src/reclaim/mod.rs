@@ -21,6 +21,7 @@ mod stop;
 
 use std::collections::{BTreeMap, HashSet};
 use std::io;
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
@@ -34,7 +35,7 @@ use evidence::{Doubt, Facts, Uses, doubt, uses};
 use facts::{Identity, Inside, Special};
 pub use fate::{Fate, Reason};
 use remote::{CallError, NoWorker, Worker};
-use stop::{StopError, Stopped};
+use stop::{Seized, StopError, Stopped};
 
 /// Stops of one owner at most: another is only needed when a signal has come between, or no thread
 /// serves well.
@@ -42,6 +43,8 @@ const MOST_STOPS: u32 = 5;
 /// How many of them look for a thread that serves well, and the time between them.
 const CHOOSY_STOPS: u32 = 3;
 const BETWEEN_STOPS: Duration = Duration::from_millis(2);
+/// Time between two looks for threads of the owner that have ended while it is worked on.
+const TAKE_ENDS: Duration = Duration::from_millis(5);
 /// Descriptors of one stop: the last look at each takes some microseconds.
 const MOST_AT_ONCE: usize = 1000;
 
@@ -339,12 +342,24 @@ fn visit_once(
 ) -> Round {
     let mut round = Round::default();
     if !prepared.candidates.is_empty() {
+        let seized = Seized::default();
         round = thread::scope(|scope| {
-            let act = || act(prepared, wanted, rules, proc, interrupted, choosy);
+            let (ended, end) = mpsc::channel::<()>();
+            let seized = &seized;
+            let act = move || {
+                // Dropped at the end, also if that is a panic.
+                let _ended = ended;
+                act(prepared, wanted, rules, proc, interrupted, choosy, seized)
+            };
             match thread::Builder::new().spawn_scoped(scope, act) {
-                Ok(act) => act.join().unwrap_or_else(|_| {
-                    Round::all(&prepared.candidates, &Refusal::Because(Reason::Bug))
-                }),
+                Ok(act) => {
+                    while end.recv_timeout(TAKE_ENDS) == Err(mpsc::RecvTimeoutError::Timeout) {
+                        seized.take_ended();
+                    }
+                    act.join().unwrap_or_else(|_| {
+                        Round::all(&prepared.candidates, &Refusal::Because(Reason::Bug))
+                    })
+                }
                 // At a limit of tasks, for one.
                 Err(error) => {
                     let reason = Reason::Os("starting a thread", error);
@@ -368,6 +383,7 @@ fn act(
     proc: &Proc,
     interrupted: &(dyn Fn() -> bool + Sync),
     choosy: bool,
+    seized: &Seized,
 ) -> Round {
     let candidates = &prepared.candidates;
     // A sleep of microseconds is to be one.
@@ -378,7 +394,7 @@ fn act(
         ..Round::all(candidates, refusal)
     };
     let because = |error: StopError| stop_refusal(error, rules.stop_limit);
-    let stopped = match Stopped::stop(proc, prepared.inside.pid, rules.stop_limit) {
+    let stopped = match Stopped::stop(proc, prepared.inside.pid, rules.stop_limit, seized) {
         Ok(stopped) => stopped,
         // Nobody was stopped.
         Err(error @ (StopError::Gone | StopError::Denied(_))) => {

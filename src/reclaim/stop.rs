@@ -11,6 +11,7 @@
 use std::collections::HashSet;
 use std::fs;
 use std::io;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::arch::Registers;
@@ -67,6 +68,29 @@ pub enum StopError {
     Os(&'static str, io::Error),
 }
 
+/// The threads that have been seized, for another thread of ours to see.
+///
+/// A thread of the owner that execs ends the others and waits until their tracer has taken notice. Meanwhile it holds
+/// the lock that PTRACE_SEIZE of the next one waits for (cred_guard_mutex): without another thread that
+/// takes notice, neither would go on.
+#[derive(Debug, Default)]
+pub struct Seized(Mutex<Vec<i32>>);
+
+impl Seized {
+    fn add(&self, tid: i32) {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(tid);
+    }
+
+    /// Takes notice of those that have ended.
+    pub fn take_ended(&self) {
+        let mut tids = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        tids.retain(|tid| matches!(sys::take_end(*tid), Ok(Waiting::Nothing)));
+    }
+}
+
 /// The stopped threads of one process, let go when this is dropped.
 #[derive(Debug)]
 pub struct Stopped {
@@ -82,7 +106,12 @@ impl Stopped {
     /// # Errors
     /// Not all of them have stopped by the end of `limit`, or one may not be stopped. All are going again
     /// then.
-    pub fn stop(proc: &Proc, pid: i32, limit: Duration) -> Result<Self, StopError> {
+    pub fn stop(
+        proc: &Proc,
+        pid: i32,
+        limit: Duration,
+        seized: &Seized,
+    ) -> Result<Self, StopError> {
         let since = Instant::now();
         let mut stopped = Stopped {
             pid,
@@ -112,7 +141,7 @@ impl Stopped {
                 return Err(StopError::Limit(new[0]));
             }
             for tid in new {
-                stopped.seize(proc, tid)?;
+                stopped.seize(proc, tid, seized)?;
             }
             // A thread that has not stopped may make another.
             for at in 0..stopped.threads.len() {
@@ -127,8 +156,12 @@ impl Stopped {
         }
     }
 
-    fn seize(&mut self, proc: &Proc, tid: i32) -> Result<(), StopError> {
+    fn seize(&mut self, proc: &Proc, tid: i32, list: &Seized) -> Result<(), StopError> {
         let seized = sys::ptrace_seize(tid).and_then(|()| {
+            // The end of the first thread is that of the process, which is its parent's to see.
+            if tid != self.pid {
+                list.add(tid);
+            }
             // From here on it must be let go.
             self.threads.push(Thread {
                 tid,
