@@ -478,21 +478,8 @@ pub fn take_stop(tid: i32) -> io::Result<Waiting> {
     wait_for_stop(tid, 0)
 }
 
-/// Takes the end of a thread that any thread of ours traces. Whoever execs in the owner waits for that of all
-/// the others (fs/exec.c, de_thread).
-///
-/// # Errors
-/// ECHILD: it is traced by none of our threads any more.
-pub fn take_end(tid: i32) -> io::Result<Waiting> {
-    wait_for(tid, libc::WEXITED)
-}
-
 fn wait_for_stop(tid: i32, how: libc::c_int) -> io::Result<Waiting> {
-    wait_for(tid, libc::WSTOPPED | libc::WEXITED | how)
-}
-
-fn wait_for(tid: i32, what: libc::c_int) -> io::Result<Waiting> {
-    let options = what | libc::WNOHANG | libc::__WALL;
+    let options = libc::WSTOPPED | libc::WEXITED | libc::WNOHANG | libc::__WALL | how;
     let tid = libc::id_t::try_from(tid).map_err(|_| io::Error::from_raw_os_error(libc::ESRCH))?;
     // SAFETY: siginfo_t is plain data for which all zeroes is a value.
     let mut info: libc::siginfo_t = unsafe { mem::zeroed() };

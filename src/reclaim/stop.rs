@@ -87,7 +87,16 @@ impl Seized {
     /// Takes notice of those that have ended.
     pub fn take_ended(&self) {
         let mut tids = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        tids.retain(|tid| matches!(sys::take_end(*tid), Ok(Waiting::Nothing)));
+        tids.retain(|tid| match sys::peek_stop(*tid) {
+            Ok(Waiting::End) => {
+                // Only now: a stop would be taken, too, whatever waitid is asked for.
+                // Source: kernel/exit.c, wait_task_stopped.
+                let _ = sys::take_stop(*tid);
+                false
+            }
+            Ok(_) => true,
+            Err(_) => false,
+        });
     }
 }
 
