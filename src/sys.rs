@@ -378,12 +378,8 @@ pub fn ptrace_registers(tid: i32, registers: &mut [u64]) -> io::Result<usize> {
 /// # Errors
 /// ESRCH: it is gone or not stopped.
 pub fn ptrace_set_registers(tid: i32, registers: &[u64]) -> io::Result<()> {
-    set_register_set(
-        tid,
-        NT_PRSTATUS,
-        registers.as_ptr().cast(),
-        mem::size_of_val(registers),
-    )
+    let bytes: Vec<u8> = registers.iter().flat_map(|r| r.to_ne_bytes()).collect();
+    set_register_set(tid, NT_PRSTATUS, &bytes)
 }
 
 /// Sets the number of the system call that a thread has stopped at the beginning of.
@@ -393,22 +389,15 @@ pub fn ptrace_set_registers(tid: i32, registers: &[u64]) -> io::Result<()> {
 #[cfg(target_arch = "aarch64")]
 pub fn ptrace_set_call_number(tid: i32, number: i32) -> io::Result<()> {
     const NT_ARM_SYSTEM_CALL: libc::c_int = 0x404;
-    set_register_set(
-        tid,
-        NT_ARM_SYSTEM_CALL,
-        (&raw const number).cast(),
-        mem::size_of::<i32>(),
-    )
+    set_register_set(tid, NT_ARM_SYSTEM_CALL, &number.to_ne_bytes())
 }
 
-/// The caller's pointer and length must describe live memory.
-fn set_register_set(tid: i32, set: libc::c_int, base: *const u8, len: usize) -> io::Result<()> {
+fn set_register_set(tid: i32, set: libc::c_int, bytes: &[u8]) -> io::Result<()> {
     let vector = libc::iovec {
-        iov_base: base.cast_mut().cast(),
-        iov_len: len,
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
     };
-    // SAFETY: `vector` describes memory that both callers hold a reference to, and the kernel only
-    // reads it.
+    // SAFETY: `vector` describes `bytes`, which are live for the whole call; the kernel only reads them.
     let ret = unsafe {
         libc::syscall(
             libc::SYS_ptrace,
@@ -451,20 +440,11 @@ pub fn ptrace_syscall_info(tid: i32, info: &mut [u8]) -> io::Result<usize> {
 /// ENOENT: there are no more. EACCES: needs CAP_SYS_ADMIN, and no filter of our own. EINVAL: the thread
 /// has none. EMEDIUMTYPE: it is no classic filter. Source: kernel/seccomp.c, seccomp_get_filter.
 pub fn ptrace_seccomp_filter(tid: i32, index: usize) -> io::Result<Vec<u64>> {
-    // SAFETY: without a pointer in `data` the kernel only counts.
-    let ret = unsafe {
-        libc::syscall(
-            libc::SYS_ptrace,
-            PTRACE_SECCOMP_GET_FILTER,
-            tid,
-            index,
-            0usize,
-        )
-    };
-    let count = usize::try_from(ret).map_err(|_| io::Error::last_os_error())?;
-    let mut program = vec![0u64; count];
-    // SAFETY: the thread is stopped, so the filter is the one just counted, and `program` has room for
-    // its `count` instructions of 8 bytes.
+    /// include/uapi/linux/bpf_common.h: no filter is longer.
+    const BPF_MAXINSNS: usize = 4096;
+    let mut program = vec![0u64; BPF_MAXINSNS];
+    // SAFETY: the kernel writes one filter, of at most BPF_MAXINSNS instructions of 8 bytes
+    // (kernel/seccomp.c, seccomp_prepare_filter), which `program` has room for.
     let ret = unsafe {
         libc::syscall(
             libc::SYS_ptrace,
@@ -474,7 +454,9 @@ pub fn ptrace_seccomp_filter(tid: i32, index: usize) -> io::Result<Vec<u64>> {
             program.as_mut_ptr(),
         )
     };
-    nothing(ret.min(0)).map(|()| program)
+    let count = usize::try_from(ret).map_err(|_| io::Error::last_os_error())?;
+    program.truncate(count);
+    Ok(program)
 }
 
 /// What waits for us at a traced thread, left where it is.

@@ -23,6 +23,11 @@ pub enum Doubt {
     /// Requests are in flight in the io_uring behind this descriptor, and which descriptors they are on
     /// cannot be seen.
     RingInFlight(i32),
+    /// The owner has an io_uring behind this descriptor, and which descriptors its requests are on cannot be
+    /// seen.
+    Ring(i32),
+    /// This thread of the owner, of the kernel's making, works for an io_uring.
+    RingWorker(String),
     /// This thread of the owner closes objects that nothing refers to any more, by their numbers.
     Finalizer(String),
     /// It has not been stuck for long enough: how long it was.
@@ -45,6 +50,15 @@ impl fmt::Display for Doubt {
             Doubt::RingInFlight(ring) => write!(
                 f,
                 "the io_uring of descriptor {ring} has requests in flight, which may be on it"
+            ),
+            Doubt::Ring(ring) => write!(
+                f,
+                "the io_uring of descriptor {ring} may have requests on it, which cannot be seen"
+            ),
+            Doubt::RingWorker(name) => write!(
+                f,
+                "its thread {} works for an io_uring, which may have requests on it",
+                crate::report::escape::escape(name)
             ),
             Doubt::Finalizer(name) => write!(
                 f,
@@ -108,6 +122,8 @@ pub struct Facts {
     pub epolls: Vec<Epoll>,
     /// Its io_urings.
     pub rings: Vec<Ring>,
+    /// A thread of it that works for an io_uring, which need not be behind a descriptor of it any more.
+    pub ring_worker: Option<String>,
     /// A thread of it that runs finalizers.
     pub finalizer: Option<String>,
 }
@@ -117,6 +133,12 @@ pub struct Facts {
 pub fn runs_finalizers(name: &str) -> bool {
     const NAMES: [&str; 3] = ["VM Thread", "Common-Cleaner", "Reference Handl"];
     NAMES.contains(&name) || name.contains("Finalizer") || name.starts_with(".NET ")
+}
+
+/// Whether a thread of this name is one that the kernel makes for io_uring: `iou-wrk-TID`, `iou-sqp-TID`.
+/// Source: io_uring/io-wq.c, io_wq_worker; io_uring/sqpoll.c, io_sq_thread.
+pub fn works_for_a_ring(name: &str) -> bool {
+    name.starts_with("iou-")
 }
 
 /// Reads memory of the owner: address and length.
@@ -148,9 +170,16 @@ pub fn doubt(
         if ring.sockets.contains(&inode) {
             return Some(Doubt::InRing(ring.fd));
         }
-        if ring.in_flight {
-            return Some(Doubt::RingInFlight(ring.fd));
-        }
+    }
+    if let Some(ring) = facts.rings.iter().find(|ring| ring.in_flight) {
+        return Some(Doubt::RingInFlight(ring.fd));
+    }
+    // Of what is in flight only polls are listed: no timeouts, no links, nothing that a worker has.
+    if let Some(ring) = facts.rings.first() {
+        return Some(Doubt::Ring(ring.fd));
+    }
+    if let Some(name) = &facts.ring_worker {
+        return Some(Doubt::RingWorker(name.clone()));
     }
     if let Some(name) = &facts.finalizer {
         return Some(Doubt::Finalizer(name.clone()));
@@ -294,7 +323,8 @@ fn polled(address: u64, count: u64, memory: Memory<'_>) -> Option<HashSet<i32>> 
 /// The descriptors in the three sets of select(2), as long as the first argument says.
 fn selected(arguments: &[u64; 6], memory: Memory<'_>) -> Option<HashSet<i32>> {
     let count = u64::try_from(fd(arguments[0])).ok()?;
-    let bytes = usize::try_from(count.div_ceil(8)).ok()?;
+    let bytes = Some(count.div_ceil(8)).filter(|bytes| *bytes <= LONGEST_LIST)?;
+    let bytes = usize::try_from(bytes).ok()?;
     let mut fds = HashSet::new();
     for &set in arguments[1..4].iter().filter(|set| **set != 0) {
         let bits = memory(set, bytes)?;
@@ -418,6 +448,7 @@ mod tests {
         assert!(!on(8, &[9, 0x2000, 0, 0]));
         assert!(on(8, &[9, 0x3000, 0, 0]), "cannot be read");
         assert!(!on(7, &[0, 0, 0, 0]));
+        assert!(on(9, &[0x7fff_ffff, 0, 0, 0]), "too long to be read");
     }
 
     #[test]
@@ -472,7 +503,16 @@ mod tests {
             judge(&ring(vec![], true), Some(hour)),
             Some(Doubt::RingInFlight(5))
         );
-        assert_eq!(judge(&ring(vec![41], false), Some(hour)), None);
+        assert_eq!(
+            judge(&ring(vec![41], false), Some(hour)),
+            Some(Doubt::Ring(5))
+        );
+        let worker = Facts {
+            ring_worker: Some("iou-wrk-9".into()),
+            ..Facts::default()
+        };
+        let doubt_of_worker = Doubt::RingWorker("iou-wrk-9".into());
+        assert_eq!(judge(&worker, Some(hour)), Some(doubt_of_worker));
 
         let java = Facts {
             finalizer: Some("Common-Cleaner".into()),
@@ -493,6 +533,8 @@ mod tests {
         ] {
             assert!(runs_finalizers(name), "{name}");
         }
+        assert!(works_for_a_ring("iou-wrk-4711") && works_for_a_ring("iou-sqp-4711"));
+        assert!(!works_for_a_ring("worker"));
         for name in ["java", "nginx", "python3", "node", "MainThread", ""] {
             assert!(!runs_finalizers(name), "{name}");
         }

@@ -2,6 +2,7 @@
 //!
 //! Of `/proc/PID` only `fd`, `fdinfo`, `status` and `task` are read, none of which waits for the owner's memory.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -54,6 +55,23 @@ impl<'p> Inside<'p> {
             proc,
             pid: process.pid,
         })
+    }
+
+    /// The /proc it was found in.
+    pub fn proc(&self) -> &'p Proc {
+        self.proc
+    }
+
+    /// Whether process `other`, which may not be compared with the owner, could have its table of
+    /// descriptors: both belong to one user and have a table of one size, and the other is no thread of the
+    /// kernel. What cannot be read could.
+    pub fn could_share(&self, other: i32) -> bool {
+        let status = |pid: i32| fs::read_to_string(self.proc.path(&format!("{pid}/status")));
+        match (status(self.pid), status(other)) {
+            (Ok(owner), Ok(other)) => could_share(&owner, &other),
+            (_, Err(error)) => !owners::is_end(&error),
+            (Err(_), _) => true,
+        }
     }
 
     /// Whether descriptor `fd` is the dead TCP socket with this inode and cookie.
@@ -130,10 +148,19 @@ impl<'p> Inside<'p> {
 
     /// The name of a thread of the owner that runs finalizers.
     pub fn finalizer(&self) -> Option<String> {
+        self.named(&evidence::runs_finalizers)
+    }
+
+    /// The name of a thread of the owner that works for an io_uring.
+    pub fn ring_worker(&self) -> Option<String> {
+        self.named(&evidence::works_for_a_ring)
+    }
+
+    fn named(&self, wanted: &dyn Fn(&str) -> bool) -> Option<String> {
         let tasks = fs::read_dir(self.proc.path(&format!("{}/task", self.pid))).ok()?;
         let name = |task: io::Result<fs::DirEntry>| {
             let tid = task.ok()?.file_name().to_str()?.parse().ok()?;
-            comm(self.proc, tid).filter(|name| evidence::runs_finalizers(name))
+            comm(self.proc, tid).filter(|name| wanted(name))
         };
         tasks.into_iter().find_map(name)
     }
@@ -155,6 +182,29 @@ impl<'p> Inside<'p> {
         // A kernel without it does not say.
         Ok(field(&status, "Seccomp:").unwrap_or(0))
     }
+}
+
+/// The numbers of all processes.
+pub fn pids(proc: &Proc) -> io::Result<HashSet<i32>> {
+    let mut pids = HashSet::new();
+    for entry in fs::read_dir(proc.path(""))? {
+        let pid: Option<i32> = entry?.file_name().to_str().and_then(|n| n.parse().ok());
+        pids.extend(pid);
+    }
+    Ok(pids)
+}
+
+/// Whether two processes with these status files could have one table of descriptors.
+fn could_share(owner: &str, other: &str) -> bool {
+    let same = |name: &str| {
+        let value = |status: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+            Some(line.split_whitespace().next()?.to_owned())
+        };
+        value(owner) == value(other)
+    };
+    // Only what has memory has a line about its size. Source: fs/proc/array.c, proc_pid_status.
+    same("Uid:") && same("FDSize:") && other.contains("\nVmSize:")
 }
 
 /// The name of a process or thread that can be read.
@@ -288,6 +338,17 @@ mod tests {
         for none in ["running\n", "-1 0x7ffd0f00 0x7f0012345678\n", "", "232 0x4"] {
             assert_eq!(parse_call(none), None, "{none}");
         }
+    }
+
+    #[test]
+    fn who_could_share_a_table() {
+        let status =
+            |uid, size, memory| format!("Name:\tx\nUid:\t{uid}\t{uid}\nFDSize:\t{size}\n{memory}");
+        let owner = status(7, 64, "VmSize:\t9 kB\n");
+        assert!(could_share(&owner, &owner));
+        assert!(!could_share(&owner, &status(8, 64, "VmSize:\t9 kB\n")));
+        assert!(!could_share(&owner, &status(7, 128, "VmSize:\t9 kB\n")));
+        assert!(!could_share(&owner, &status(7, 64, "Threads:\t1\n")));
     }
 
     #[test]

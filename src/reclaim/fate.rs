@@ -33,6 +33,12 @@ pub enum Reason {
     FilterUnread(io::Error),
     /// The owner shares its table of descriptors with this process, which would not be stopped.
     SharedTable(i32),
+    /// Whether the owner shares its table of descriptors with this process cannot be seen.
+    SharedUnknown(i32, io::Error),
+    /// The owner has no thread that can be used and has its table of descriptors.
+    OtherTable,
+    /// The kernel does not say which table of descriptors a thread of the owner has.
+    TableUnread(io::Error),
     /// The owner is a 32-bit program, or of another kind than cwkill.
     Foreign,
     /// The /proc that names the owners is of another pid namespace than ours.
@@ -80,6 +86,20 @@ impl fmt::Display for Reason {
                 f,
                 "its process shares the table of descriptors with process {pid}"
             ),
+            Reason::SharedUnknown(pid, error) => write!(
+                f,
+                "whether its process shares the table of descriptors with process {pid} cannot be seen: {error}: \
+                 needs {}",
+                Need::Ptrace
+            ),
+            Reason::OtherTable => f.write_str(
+                "no thread of its process that could close it shares the table of descriptors with its first \
+                 thread",
+            ),
+            Reason::TableUnread(error) => write!(
+                f,
+                "which table of descriptors the threads of its process have cannot be seen: kcmp: {error}"
+            ),
             Reason::Foreign => f.write_str("its process is a 32-bit program"),
             Reason::ForeignProc => crate::injector::ActError::ForeignProc.fmt(f),
             Reason::Limit(tid, limit) => write!(
@@ -111,7 +131,7 @@ impl fmt::Display for Reason {
 impl Reason {
     /// The privilege that is missing.
     pub fn need(&self) -> Option<Need> {
-        matches!(self, Reason::Denied(_)).then_some(Need::Ptrace)
+        matches!(self, Reason::Denied(_) | Reason::SharedUnknown(..)).then_some(Need::Ptrace)
     }
 
     /// The same again, for another descriptor of the same owner.
@@ -123,6 +143,9 @@ impl Reason {
             Reason::FilterForbids => Reason::FilterForbids,
             Reason::FilterUnread(error) => Reason::FilterUnread(copy(error)),
             Reason::SharedTable(pid) => Reason::SharedTable(*pid),
+            Reason::SharedUnknown(pid, error) => Reason::SharedUnknown(*pid, copy(error)),
+            Reason::OtherTable => Reason::OtherTable,
+            Reason::TableUnread(error) => Reason::TableUnread(copy(error)),
             Reason::Foreign => Reason::Foreign,
             Reason::ForeignProc => Reason::ForeignProc,
             Reason::Limit(tid, limit) => Reason::Limit(*tid, *limit),
@@ -147,6 +170,9 @@ impl Reason {
                 | Reason::FilterForbids
                 | Reason::FilterUnread(_)
                 | Reason::SharedTable(_)
+                | Reason::SharedUnknown(..)
+                | Reason::OtherTable
+                | Reason::TableUnread(_)
                 | Reason::Foreign
                 | Reason::ForeignProc
                 | Reason::Interrupted

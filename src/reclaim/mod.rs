@@ -19,8 +19,9 @@ mod remote;
 mod seccomp;
 mod stop;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::io;
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
@@ -34,7 +35,7 @@ use evidence::{Doubt, Facts, Uses, doubt, uses};
 use facts::{Identity, Inside, Special};
 pub use fate::{Fate, Reason};
 use remote::{CallError, NoWorker, Worker};
-use stop::{StopError, Stopped};
+use stop::{Seized, StopError, Stopped};
 
 /// Stops of one owner at most: another is only needed when a signal has come between, or no thread
 /// serves well.
@@ -42,6 +43,8 @@ const MOST_STOPS: u32 = 5;
 /// How many of them look for a thread that serves well, and the time between them.
 const CHOOSY_STOPS: u32 = 3;
 const BETWEEN_STOPS: Duration = Duration::from_millis(2);
+/// Time between two looks for threads of the owner that have ended while it is worked on.
+const TAKE_ENDS: Duration = Duration::from_millis(5);
 /// Descriptors of one stop: the last look at each takes some microseconds.
 const MOST_AT_ONCE: usize = 1000;
 
@@ -103,9 +106,8 @@ pub fn judge(
         doubts.fill_with(|| Some(Reason::ForeignProc));
         return doubts;
     }
-    let holders = holders(wanted);
     for (owner, members) in by_owner(wanted) {
-        match prepare(proc, owners, owner, &members, wanted, &holders, rules) {
+        match prepare(proc, owners, owner, &members, wanted, rules) {
             Ok(prepared) => {
                 for (at, reason) in prepared.doubts {
                     doubts[at] = Some(reason);
@@ -136,7 +138,6 @@ pub fn reclaim(
         .map(|_| Fate::Skipped(Reason::Interrupted))
         .collect();
     let mut visits = Vec::new();
-    let holders = holders(wanted);
     if !proc.is_of_our_pid_namespace() {
         fates.fill_with(|| Fate::Skipped(Reason::ForeignProc));
         return Reclaimed { fates, visits };
@@ -156,7 +157,7 @@ pub fn reclaim(
             }
             let mut left = some.to_vec();
             for stop in 1..=MOST_STOPS {
-                let round = match prepare(proc, owners, owner, &left, wanted, &holders, rules) {
+                let round = match prepare(proc, owners, owner, &left, wanted, rules) {
                     Err(refusal) => Round::all(&left, &refusal),
                     Ok(prepared) => {
                         let choosy = stop <= CHOOSY_STOPS;
@@ -244,6 +245,8 @@ impl Round {
 /// An owner as it was seen before it is stopped.
 struct Prepared<'p> {
     inside: Inside<'p>,
+    /// The processes that there were.
+    processes: HashSet<i32>,
     numbers: HashSet<i32>,
     specials: Vec<Special>,
     /// What may be taken as far as can be seen without stopping it.
@@ -258,7 +261,6 @@ fn prepare<'p>(
     owner: usize,
     members: &[usize],
     wanted: &[Wanted],
-    holders: &Holders,
     rules: &Rules,
 ) -> Result<Prepared<'p>, Refusal> {
     let process = &owners[owner];
@@ -267,9 +269,8 @@ fn prepare<'p>(
         let comm = facts::comm(proc, tracer);
         return Err(Refusal::Because(Reason::Traced(tracer, comm)));
     }
-    if let Some(other) = shared_with(owners, owner, members, wanted, holders) {
-        return Err(Refusal::Because(Reason::SharedTable(other)));
-    }
+    let processes = facts::pids(proc)?;
+    not_shared(&inside, &processes)?;
     let numbers = inside.numbers()?;
     let specials = inside.specials(&numbers)?;
     let mut facts = Facts::default();
@@ -281,6 +282,7 @@ fn prepare<'p>(
             .map(|(tid, call)| uses(*tid, call, &memory))
             .collect();
         (facts.epolls, facts.rings) = inside.tables(&specials)?;
+        facts.ring_worker = inside.ring_worker();
         facts.finalizer = inside.finalizer();
     }
     let (mut candidates, mut doubts) = (Vec::new(), Vec::new());
@@ -292,6 +294,7 @@ fn prepare<'p>(
     }
     Ok(Prepared {
         inside,
+        processes,
         numbers: numbers.into_iter().collect(),
         specials,
         candidates,
@@ -299,47 +302,33 @@ fn prepare<'p>(
     })
 }
 
+/// Refuses if one of `processes` has the owner's table of descriptors without being the same process (clone
+/// with CLONE_FILES and without CLONE_THREAD), or may have: it would not be stopped.
+fn not_shared<'a>(
+    inside: &Inside<'_>,
+    processes: impl IntoIterator<Item = &'a i32>,
+) -> Result<(), Refusal> {
+    for &other in processes.into_iter().filter(|pid| **pid != inside.pid) {
+        let reason = match sys::share_descriptors(inside.pid, other) {
+            Ok(false) => continue,
+            Ok(true) => Reason::SharedTable(other),
+            Err(error) => match error.raw_os_error() {
+                // That one is gone, or the owner, which will be seen.
+                Some(libc::ESRCH) => continue,
+                Some(libc::EPERM) if !inside.could_share(other) => continue,
+                _ => Reason::SharedUnknown(other, error),
+            },
+        };
+        return Err(Refusal::Because(reason));
+    }
+    Ok(())
+}
+
 fn why_not(facts: &Facts, wanted: &Wanted, rules: &Rules) -> Option<Doubt> {
     match rules.force {
         true => None,
         false => doubt(facts, wanted.fd.0, wanted.inode, wanted.age, rules.age),
     }
-}
-
-/// Who holds a socket under which number.
-type Holders = HashMap<(TargetFd, u32), Vec<usize>>;
-
-fn holders(wanted: &[Wanted]) -> Holders {
-    let mut holders = Holders::new();
-    for wanted in wanted {
-        let key = (wanted.fd, wanted.inode);
-        holders.entry(key).or_default().push(wanted.owner);
-    }
-    holders
-}
-
-/// Another owner of one of the sockets, under the same number, that has the same table of descriptors
-/// without being the same process (clone with CLONE_FILES and without CLONE_THREAD).
-fn shared_with(
-    owners: &[Process],
-    owner: usize,
-    members: &[usize],
-    wanted: &[Wanted],
-    holders: &Holders,
-) -> Option<i32> {
-    let others: BTreeSet<usize> = members
-        .iter()
-        .filter_map(|&at| holders.get(&(wanted[at].fd, wanted[at].inode)))
-        .flatten()
-        .copied()
-        .filter(|other| *other != owner)
-        .collect();
-    // A kernel without kcmp(2) cannot say.
-    let shares = |other: &i32| sys::share_descriptors(owners[owner].pid, *other).unwrap_or(false);
-    others
-        .into_iter()
-        .map(|other| owners[other].pid)
-        .find(shares)
 }
 
 /// Stops the owner once, on a thread of its own: with it ends whatever it traces.
@@ -353,11 +342,30 @@ fn visit_once(
 ) -> Round {
     let mut round = Round::default();
     if !prepared.candidates.is_empty() {
+        let seized = Seized::default();
         round = thread::scope(|scope| {
-            let act = scope.spawn(|| act(prepared, wanted, rules, proc, interrupted, choosy));
-            act.join().unwrap_or_else(|_| {
-                Round::all(&prepared.candidates, &Refusal::Because(Reason::Bug))
-            })
+            let (ended, end) = mpsc::channel::<()>();
+            let seized = &seized;
+            let act = move || {
+                // Dropped at the end, also if that is a panic.
+                let _ended = ended;
+                act(prepared, wanted, rules, proc, interrupted, choosy, seized)
+            };
+            match thread::Builder::new().spawn_scoped(scope, act) {
+                Ok(act) => {
+                    while end.recv_timeout(TAKE_ENDS) == Err(mpsc::RecvTimeoutError::Timeout) {
+                        seized.take_ended();
+                    }
+                    act.join().unwrap_or_else(|_| {
+                        Round::all(&prepared.candidates, &Refusal::Because(Reason::Bug))
+                    })
+                }
+                // At a limit of tasks, for one.
+                Err(error) => {
+                    let reason = Reason::Os("starting a thread", error);
+                    Round::all(&prepared.candidates, &Refusal::Because(reason))
+                }
+            }
         });
     }
     let doubts = prepared.doubts.iter();
@@ -375,6 +383,7 @@ fn act(
     proc: &Proc,
     interrupted: &(dyn Fn() -> bool + Sync),
     choosy: bool,
+    seized: &Seized,
 ) -> Round {
     let candidates = &prepared.candidates;
     // A sleep of microseconds is to be one.
@@ -385,7 +394,7 @@ fn act(
         ..Round::all(candidates, refusal)
     };
     let because = |error: StopError| stop_refusal(error, rules.stop_limit);
-    let stopped = match Stopped::stop(proc, prepared.inside.pid, rules.stop_limit) {
+    let stopped = match Stopped::stop(proc, prepared.inside.pid, rules.stop_limit, seized) {
         Ok(stopped) => stopped,
         // Nobody was stopped.
         Err(error @ (StopError::Gone | StopError::Denied(_))) => {
@@ -408,6 +417,8 @@ fn act(
                 NoWorker::Foreign => Reason::Foreign,
                 NoWorker::Forbidden => Reason::FilterForbids,
                 NoWorker::FilterUnread(error) => Reason::FilterUnread(error),
+                NoWorker::OtherTable => Reason::OtherTable,
+                NoWorker::TableUnread(error) => Reason::TableUnread(error),
                 NoWorker::NoCall | NoWorker::NoneServesWell | NoWorker::Stop(_) => Reason::NoCall,
             }));
         }
@@ -457,6 +468,9 @@ fn still_allowed(
     rules: &Rules,
 ) -> Result<(Vec<usize>, Vec<(usize, Fate)>), Refusal> {
     let Prepared { inside, .. } = prepared;
+    // Only its own threads could make another process with its table, and they are stopped now.
+    let processes = facts::pids(inside.proc())?;
+    not_shared(inside, processes.difference(&prepared.processes))?;
     // Whether it has finalizers does not change.
     let mut facts = Facts::default();
     if !rules.force {

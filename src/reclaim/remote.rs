@@ -63,6 +63,10 @@ pub enum NoWorker {
     Forbidden,
     /// Nor may its filter be read.
     FilterUnread(io::Error),
+    /// No thread of those has the table of descriptors that was looked at (unshare(2), CLONE_FILES).
+    OtherTable,
+    /// Nor does the kernel say which table one has.
+    TableUnread(io::Error),
     /// Something failed.
     Stop(StopError),
 }
@@ -105,6 +109,7 @@ impl Worker {
     ) -> Result<Self, NoWorker> {
         let mut candidates = Vec::new();
         let mut why = NoWorker::NoCall;
+        let mut unread = None;
         for (at, thread) in stopped.threads().iter().enumerate() {
             if matches!(thread.place, Place::Ended) {
                 continue;
@@ -117,10 +122,32 @@ impl Worker {
                 }
             };
             if thread.place == Place::Stopped {
+                // The descriptors were looked at in the table of the first thread; any thread can have got
+                // one of its own, where the same number is another file.
+                match sys::share_descriptors(inside.pid, thread.tid) {
+                    Ok(true) => {}
+                    Ok(false) => {
+                        why = NoWorker::OtherTable;
+                        continue;
+                    }
+                    Err(error) => {
+                        unread.get_or_insert(error);
+                        continue;
+                    }
+                }
                 let rank = rank(thread.tid, &registers);
                 candidates.push((rank, at, registers));
             }
         }
+        if candidates.is_empty() {
+            if let Some(error) = unread {
+                return Err(NoWorker::TableUnread(error));
+            }
+            if matches!(why, NoWorker::OtherTable) {
+                return Err(why);
+            }
+        }
+        why = NoWorker::NoCall;
         candidates.sort_by_key(|(rank, at, _)| (*rank, *at));
         if choosy
             && candidates

@@ -11,6 +11,7 @@
 use std::collections::HashSet;
 use std::fs;
 use std::io;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::arch::Registers;
@@ -21,6 +22,9 @@ use crate::sys::{self, Waiting};
 const EVENT_STOP: i32 = 128;
 /// The stop at a system call, with PTRACE_O_TRACESYSGOOD.
 const CALL_STOP: i32 = libc::SIGTRAP | 0x80;
+
+/// Listings without a new thread, one after the other, before all are taken to be known.
+const EMPTY_LISTINGS: u32 = 2;
 
 /// Time between two looks at a thread that is expected to stop.
 const LOOK_AGAIN: Duration = Duration::from_micros(20);
@@ -64,6 +68,38 @@ pub enum StopError {
     Os(&'static str, io::Error),
 }
 
+/// The threads that have been seized, for another thread of ours to see.
+///
+/// A thread of the owner that execs ends the others and waits until their tracer has taken notice. Meanwhile it holds
+/// the lock that PTRACE_SEIZE of the next one waits for (cred_guard_mutex): without another thread that
+/// takes notice, neither would go on.
+#[derive(Debug, Default)]
+pub struct Seized(Mutex<Vec<i32>>);
+
+impl Seized {
+    fn add(&self, tid: i32) {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(tid);
+    }
+
+    /// Takes notice of those that have ended.
+    pub fn take_ended(&self) {
+        let mut tids = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        tids.retain(|tid| match sys::peek_stop(*tid) {
+            Ok(Waiting::End) => {
+                // Only now: a stop would be taken, too, whatever waitid is asked for.
+                // Source: kernel/exit.c, wait_task_stopped.
+                let _ = sys::take_stop(*tid);
+                false
+            }
+            Ok(_) => true,
+            Err(_) => false,
+        });
+    }
+}
+
 /// The stopped threads of one process, let go when this is dropped.
 #[derive(Debug)]
 pub struct Stopped {
@@ -79,7 +115,12 @@ impl Stopped {
     /// # Errors
     /// Not all of them have stopped by the end of `limit`, or one may not be stopped. All are going again
     /// then.
-    pub fn stop(proc: &Proc, pid: i32, limit: Duration) -> Result<Self, StopError> {
+    pub fn stop(
+        proc: &Proc,
+        pid: i32,
+        limit: Duration,
+        seized: &Seized,
+    ) -> Result<Self, StopError> {
         let since = Instant::now();
         let mut stopped = Stopped {
             pid,
@@ -88,6 +129,7 @@ impl Stopped {
             deadline: since + limit,
         };
         let mut known = HashSet::new();
+        let mut empty = 0;
         loop {
             let tids = tids(proc, pid).map_err(|error| match error.raw_os_error() {
                 Some(libc::ENOENT | libc::ESRCH) => StopError::Gone,
@@ -95,13 +137,20 @@ impl Stopped {
             })?;
             let new: Vec<i32> = tids.into_iter().filter(|tid| known.insert(*tid)).collect();
             if new.is_empty() {
-                break;
+                // A listing begins anew behind a thread that ends under it, and can miss one.
+                // Source: fs/proc/base.c, first_tid.
+                empty += 1;
+                if empty == EMPTY_LISTINGS {
+                    break;
+                }
+                continue;
             }
+            empty = 0;
             if Instant::now() >= stopped.deadline {
                 return Err(StopError::Limit(new[0]));
             }
             for tid in new {
-                stopped.seize(proc, tid)?;
+                stopped.seize(proc, tid, seized)?;
             }
             // A thread that has not stopped may make another.
             for at in 0..stopped.threads.len() {
@@ -116,8 +165,12 @@ impl Stopped {
         }
     }
 
-    fn seize(&mut self, proc: &Proc, tid: i32) -> Result<(), StopError> {
+    fn seize(&mut self, proc: &Proc, tid: i32, list: &Seized) -> Result<(), StopError> {
         let seized = sys::ptrace_seize(tid).and_then(|()| {
+            // The end of the first thread is that of the process, which is its parent's to see.
+            if tid != self.pid {
+                list.add(tid);
+            }
             // From here on it must be let go.
             self.threads.push(Thread {
                 tid,

@@ -82,8 +82,8 @@ pub fn exit_status(run: &Run) -> ExitStatus {
         None => ExitStatus::Done,
         Some(fates) => {
             let tally = Tally::of(fates.len(), fates.iter());
-            match tally.skipped + tally.failed + run.unknown {
-                0 => ExitStatus::Done,
+            match tally.skipped + tally.failed {
+                0 if !unseen => ExitStatus::Done,
                 _ => ExitStatus::NotAllClosed,
             }
         }

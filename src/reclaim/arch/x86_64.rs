@@ -104,10 +104,13 @@ impl Registers {
     }
 }
 
+/// arch/x86/entry/syscalls/syscall_64.tbl; libc does not have it.
+const IO_PGETEVENTS: i64 = 333;
+
 /// Calls that end with EINTR when their thread is stopped and goes on, whatever stopped it. They have
 /// done nothing then, and can be made again. Source: signal(7), "Interruption of system calls and
 /// library functions by stop signals"; fs/eventpoll.c, ep_poll; net/core/sock.c, sock_intr_errno.
-const ENDED_BY_A_STOP: [i64; 14] = [
+const ENDED_BY_A_STOP: [i64; 21] = [
     libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_pwait2,
@@ -115,14 +118,21 @@ const ENDED_BY_A_STOP: [i64; 14] = [
     libc::SYS_semtimedop,
     libc::SYS_rt_sigtimedwait,
     libc::SYS_io_getevents,
+    IO_PGETEVENTS,
     libc::SYS_io_uring_enter,
     // With SO_RCVTIMEO or SO_SNDTIMEO, or of inotify.
     libc::SYS_read,
+    libc::SYS_readv,
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
+    libc::SYS_recvmmsg,
     libc::SYS_accept,
     libc::SYS_accept4,
     libc::SYS_sendto,
+    libc::SYS_sendmsg,
+    libc::SYS_sendmmsg,
+    libc::SYS_write,
+    libc::SYS_writev,
 ];
 
 #[cfg(test)]
