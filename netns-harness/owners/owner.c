@@ -12,6 +12,8 @@
  *   kill, errno, log   a seccomp filter that kills on close(2), refuses it, lets it through
  *   splice a thread waits in splice(2) to each leaked socket
  *   traced another process traces it
+ *   shares another process has its table of descriptors
+ *   unshared   THREADS threads that wait, each with a table of descriptors of its own
  *   vfork  a thread waits for the child of its vfork(2), which nothing interrupts
  *
  * Lines on stdin are orders, each answered by one line:
@@ -32,6 +34,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -463,6 +466,23 @@ static void *vforks(void *unused)
     return unused;
 }
 
+static void *unshared(void *ready)
+{
+    if (unshare(CLONE_FILES))
+        die("unshare");
+    sem_post(ready);
+    return idle(NULL);
+}
+
+static void share_table(void)
+{
+    if (!syscall(SYS_clone, CLONE_FILES | SIGCHLD, NULL, NULL, NULL, NULL)) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+        for (;;)
+            pause();
+    }
+}
+
 static void be_traced(void)
 {
     int done[2];
@@ -495,6 +515,8 @@ int main(int argc, char **argv)
         epoll_set = epoll_create1(EPOLL_CLOEXEC);
     else if (!strcmp(mode, "traced"))
         be_traced();
+    else if (!strcmp(mode, "shares"))
+        share_table();
     else if (!strcmp(mode, "vfork"))
         start(vforks, NULL);
     else if (!strcmp(mode, "splice") && pipe(empty_pipe))
@@ -504,6 +526,12 @@ int main(int argc, char **argv)
             start(churns, NULL);
         else if (!strcmp(mode, "idle"))
             start(idle, NULL);
+        else if (!strcmp(mode, "unshared")) {
+            static sem_t ready;
+            sem_init(&ready, 0, 0);
+            start(unshared, &ready);
+            sem_wait(&ready);
+        }
     }
     start(heartbeat, NULL);
     if (!strcmp(mode, "kill"))

@@ -165,6 +165,12 @@ impl<'p> Inside<'p> {
         tasks.into_iter().find_map(name)
     }
 
+    /// Whether the first thread has ended and others have not: the table of the process is then not to be seen.
+    pub fn leader_has_ended(&self) -> io::Result<bool> {
+        let status = fs::read_to_string(self.proc.path(&format!("{}/status", self.pid)))?;
+        Ok(leader_has_ended(&status))
+    }
+
     /// Who traces a thread of the owner.
     pub fn tracer(&self) -> Option<i32> {
         let tasks = fs::read_dir(self.proc.path(&format!("{}/task", self.pid))).ok()?;
@@ -192,6 +198,12 @@ pub fn pids(proc: &Proc) -> io::Result<HashSet<i32>> {
         pids.extend(pid);
     }
     Ok(pids)
+}
+
+fn leader_has_ended(status: &str) -> bool {
+    let state = status.lines().find_map(|line| line.strip_prefix("State:"));
+    let ended = state.is_some_and(|state| state.trim_start().starts_with('Z'));
+    ended && field(status, "Threads:").is_some_and(|threads| threads > 1)
 }
 
 /// Whether two processes with these status files could have one table of descriptors.
@@ -349,6 +361,14 @@ mod tests {
         assert!(!could_share(&owner, &status(8, 64, "VmSize:\t9 kB\n")));
         assert!(!could_share(&owner, &status(7, 128, "VmSize:\t9 kB\n")));
         assert!(!could_share(&owner, &status(7, 64, "Threads:\t1\n")));
+    }
+
+    #[test]
+    fn a_first_thread_that_has_ended_is_seen() {
+        let status = |state, threads| format!("Name:\tx\nState:\t{state}\nThreads:\t{threads}\n");
+        assert!(leader_has_ended(&status("Z (zombie)", 2)));
+        assert!(!leader_has_ended(&status("Z (zombie)", 1)), "all of it has");
+        assert!(!leader_has_ended(&status("S (sleeping)", 2)));
     }
 
     #[test]

@@ -35,6 +35,8 @@ pub enum Reason {
     SharedTable(i32),
     /// Whether the owner shares its table of descriptors with this process cannot be seen.
     SharedUnknown(i32, io::Error),
+    /// The first thread of the owner has ended, and others have not.
+    LeaderEnded,
     /// The owner has no thread that can be used and has its table of descriptors.
     OtherTable,
     /// The kernel does not say which table of descriptors a thread of the owner has.
@@ -92,6 +94,9 @@ impl fmt::Display for Reason {
                  needs {}",
                 Need::Ptrace
             ),
+            Reason::LeaderEnded => f.write_str(
+                "the first thread of its process has ended, so its descriptors cannot be seen",
+            ),
             Reason::OtherTable => f.write_str(
                 "no thread of its process that could close it shares the table of descriptors with its first \
                  thread",
@@ -144,6 +149,7 @@ impl Reason {
             Reason::FilterUnread(error) => Reason::FilterUnread(copy(error)),
             Reason::SharedTable(pid) => Reason::SharedTable(*pid),
             Reason::SharedUnknown(pid, error) => Reason::SharedUnknown(*pid, copy(error)),
+            Reason::LeaderEnded => Reason::LeaderEnded,
             Reason::OtherTable => Reason::OtherTable,
             Reason::TableUnread(error) => Reason::TableUnread(copy(error)),
             Reason::Foreign => Reason::Foreign,
@@ -171,6 +177,7 @@ impl Reason {
                 | Reason::FilterUnread(_)
                 | Reason::SharedTable(_)
                 | Reason::SharedUnknown(..)
+                | Reason::LeaderEnded
                 | Reason::OtherTable
                 | Reason::TableUnread(_)
                 | Reason::Foreign

@@ -265,6 +265,9 @@ fn prepare<'p>(
 ) -> Result<Prepared<'p>, Refusal> {
     let process = &owners[owner];
     let inside = Inside::open(proc, process)?;
+    if inside.leader_has_ended()? {
+        return Err(Refusal::Because(Reason::LeaderEnded));
+    }
     if let Some(tracer) = inside.tracer() {
         let comm = facts::comm(proc, tracer);
         return Err(Refusal::Because(Reason::Traced(tracer, comm)));
@@ -484,6 +487,10 @@ fn still_allowed(
     }
     let (mut allowed, mut fates) = (Vec::new(), Vec::new());
     for &at in &prepared.candidates {
+        if worker.stopped().elapsed() >= rules.stop_limit {
+            fates.push((at, Fate::Failed(Reason::TimeOver(rules.stop_limit))));
+            continue;
+        }
         let wanted = &wanted[at];
         let fate = match inside.identity(wanted.fd, wanted.inode, wanted.cookie) {
             Identity::Other => Fate::Gone,
@@ -590,14 +597,25 @@ fn close_all(
                 return;
             }
             Err(error) => {
-                let refusal = match error {
-                    CallError::Gone => Refusal::Gone,
-                    CallError::Stop(error) => stop_refusal(error, rules.stop_limit),
-                    CallError::Signal | CallError::Hangs => Refusal::Because(Reason::Hangs),
+                let time_over = || Refusal::Because(Reason::TimeOver(rules.stop_limit));
+                let given = matches!(error, CallError::Hangs);
+                let (tried, others) = match error {
+                    CallError::Gone => (Refusal::Gone, Refusal::Gone),
+                    CallError::Stop(StopError::Gone) => (Refusal::Gone, Refusal::Gone),
+                    CallError::Stop(error) => (stop_refusal(error, rules.stop_limit), time_over()),
+                    CallError::Signal | CallError::Hangs => {
+                        (Refusal::Because(Reason::Hangs), time_over())
+                    }
                 };
-                round
-                    .fates
-                    .extend(Round::all(&rest(run, left), &refusal).fates);
+                // Of what was tried the kernel may have closed some, or all.
+                for (at, fate) in Round::all(&run, &tried).fates {
+                    let freed = given && prepared.inside.is_free(wanted[at].fd);
+                    round
+                        .fates
+                        .push((at, if freed { Fate::Freed } else { fate }));
+                }
+                let left: Vec<usize> = left.into_iter().flatten().collect();
+                round.fates.extend(Round::all(&left, &others).fates);
                 return;
             }
         }

@@ -37,6 +37,8 @@ pub const CASES: &[Case] = &[
     Once("listing_and_dry_run_stop_nobody", nothing_changes),
     Once("what_is_in_an_epoll_set_is_left", epoll),
     Once("what_a_system_call_is_on_is_left", in_a_call),
+    Once("a_table_that_another_process_has_is_left", shares),
+    Once("a_thread_with_another_table_never_closes", unshared),
     Once("what_is_young_is_left", young),
     Once("a_socket_never_connected_is_no_dead_one", living),
     Once("a_filter_that_forbids_close_is_seen_beforehand", seccomp),
@@ -341,6 +343,33 @@ fn in_a_call() -> Result<()> {
         "skipped",
         "is inside a system call on it",
     )
+}
+
+fn shares() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "shares", 1)?;
+    let fds = owner.leak(2)?;
+    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+    let why = "shares the table of descriptors with process";
+    left(&ran, &mut owner, &fds, "skipped", why)?;
+    let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(4)?;
+    left(&ran, &mut owner, &fds, "skipped", why)
+}
+
+/// The threads wait for a lock, so one of them would be the first choice.
+fn unshared() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "unshared", 4)?;
+    let fds = owner.leak(3)?;
+    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0)?;
+    same(&number(&ran.json()?, "/summary/freed")?, &3)?;
+    let open = owner.descriptors()?;
+    ensure!(
+        fds.iter().all(|fd| !open.contains(fd)),
+        "{fds:?} of {open:?}"
+    );
+    owner.report()?;
+    Ok(())
 }
 
 fn young() -> Result<()> {
