@@ -243,9 +243,9 @@ fn run(config: &Config) -> anyhow::Result<ExitStatus> {
     let mut needed = least::to_find(&config.netns, config.owners);
     if config.action == Action::Act {
         needed.extend(least::to_act(&config.policy.methods));
-    }
-    if config.action == Action::Act && config.reclaim.is_some() {
-        needed.extend(least::to_reclaim());
+        if config.reclaim.is_some() {
+            needed.extend(least::to_reclaim());
+        }
     }
     give_up_all_but(&needed);
     let quiet = config.format == Format::Quiet;

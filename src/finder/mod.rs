@@ -148,18 +148,7 @@ pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<
         owners = proc.find_owners(wanted.into_iter())?;
         owners.sort_by_inode();
     }
-    found.listeners = listeners
-        .into_iter()
-        .flat_map(|listeners| listeners.into_used(|inode| owners.holding(inode)))
-        .collect();
-    for socket in &mut found.sockets {
-        match (socket.listener, socket.inode) {
-            // It will get the user of whoever accepts it; kernels differ in what they say until then.
-            (Some(listener), _) => socket.uid = found.listeners[listener].uid,
-            (None, Some(inode)) => socket.owners = owners.holding(inode),
-            (None, None) => {}
-        }
-    }
+    found.attach(listeners, &owners);
     found.owners_sought = true;
     found.hidden_processes = owners.hidden;
     found.processes = owners.processes;
@@ -179,15 +168,7 @@ pub fn find_sockets(namespaces: &[Netns], selectors: &Selectors) -> Result<Found
         listeners,
         ..
     } = see(namespaces, selectors, true)?;
-    found.listeners = listeners
-        .into_iter()
-        .flat_map(|listeners| listeners.into_used(|_| Vec::new()))
-        .collect();
-    for socket in &mut found.sockets {
-        if let Some(listener) = socket.listener {
-            socket.uid = found.listeners[listener].uid;
-        }
-    }
+    found.attach(listeners, &OwnerScan::default());
     found.retain_selected(selectors, &[]);
     found.sort();
     Ok(found)
@@ -275,6 +256,22 @@ fn views(namespaces: &[Netns], selectors: &Selectors, alone: bool) -> Vec<Result
 }
 
 impl Found {
+    /// Gives every socket its owners, and one that was never accepted its listener's user.
+    fn attach(&mut self, listeners: Vec<Listeners>, owners: &OwnerScan) {
+        self.listeners = listeners
+            .into_iter()
+            .flat_map(|listeners| listeners.into_used(|inode| owners.holding(inode)))
+            .collect();
+        for socket in &mut self.sockets {
+            match (socket.listener, socket.inode) {
+                // It will get the user of whoever accepts it; kernels differ in what they say until then.
+                (Some(listener), _) => socket.uid = self.listeners[listener].uid,
+                (None, Some(inode)) => socket.owners = owners.holding(inode),
+                (None, None) => {}
+            }
+        }
+    }
+
     fn sort(&mut self) {
         let oldest_first =
             |socket: &Socket| (std::cmp::Reverse(socket.age), socket.netns, socket.tuple);
