@@ -202,7 +202,10 @@ fn play(specification: &OsStr, arguments: Vec<OsString>) -> Result<i32> {
     let role: Role = serde_json::from_slice(specification.as_bytes()).context("read the role")?;
     role.enter()?;
     match role.become_ {
-        Become::Agent { comm } => agent::server::serve(&comm).map(|()| 0),
+        Become::Agent { comm } => {
+            close_inherited().context("close what was inherited")?;
+            agent::server::serve(&comm).map(|()| 0)
+        }
         Become::Holder { comm } => agent::server::hold(&comm).map(|()| 0),
         Become::Keeper { request } => Ok(run::keep(&request, &arguments)),
         Become::Chaos { part } => chaos::play(&part).map(|()| 0),
@@ -214,6 +217,19 @@ fn play(specification: &OsStr, arguments: Vec<OsString>) -> Result<i32> {
             Ok(if is_found(program) { 126 } else { 127 })
         }
     }
+}
+
+/// Closes all descriptors but the three of stdio: those that a shell or a build tool left open are no part of a lab, and
+/// would be counted as the application's.
+fn close_inherited() -> Result<()> {
+    // Numbers alone: an entry keeps the directory open, whose own descriptor is among them.
+    let numbers = std::fs::read_dir("/proc/self/fd")?
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().parse()?))
+        .collect::<Result<Vec<i32>>>()?;
+    for number in numbers.into_iter().filter(|number| *number > 2) {
+        let _ = nix::unistd::close(number);
+    }
+    Ok(())
 }
 
 /// Lets this process have as many descriptors as it may.

@@ -1,5 +1,6 @@
 //! Agents and commands: honest answers, other identities.
 
+use std::os::fd::AsRawFd as _;
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
@@ -14,6 +15,7 @@ use crate::support::{DEADLINE, has_other_users};
 pub fn tests() -> Vec<Trial> {
     crate::tests!("agents":
         errno_is_the_kernels,
+        nothing_is_inherited,
         reads_data_then_the_end,
         fills_the_send_buffer,
         talks_until_hushed,
@@ -52,6 +54,18 @@ fn errno_is_the_kernels() -> Result<()> {
         errno(&error).is_none() && format!("{error:#}").contains("99"),
         "{error:#}"
     );
+    Ok(())
+}
+
+fn nothing_is_inherited() -> Result<()> {
+    // As a shell leaves it open for what it starts.
+    let (pipe, _other_end) = nix::unistd::pipe()?;
+    let inherited = std::fs::read_link(format!("/proc/self/fd/{}", pipe.as_raw_fd()))?;
+    let agent = Host::new()?.agent("app")?;
+    ensure!(agent.share(&[], 0)?.is_empty());
+    for entry in std::fs::read_dir(format!("/proc/{}/fd", agent.pid()))? {
+        ensure!(std::fs::read_link(entry?.path())? != inherited);
+    }
     Ok(())
 }
 
