@@ -9,8 +9,9 @@ use crate::audit;
 use crate::cli::{Acting, Args, Cli, MethodChoice, Output, Selection};
 use crate::expression::{self, Expression, Services, States};
 use crate::finder::netns::Which;
-use crate::injector::MethodName;
+use crate::injector::{MethodName, ladder};
 use crate::plan::Policy;
+use crate::privileges::Privileges;
 use crate::reclaim;
 use crate::selectors::{IpVersion, Selectors};
 use crate::tcp::{StateSet, TcpState};
@@ -75,6 +76,16 @@ pub struct Config {
 const DEFAULT_GRACE: Duration = Duration::from_secs(1);
 
 impl Config {
+    /// What the ladder must keep to.
+    pub fn rules(&self, privileges: &Privileges) -> ladder::Rules<'_> {
+        ladder::Rules {
+            grace: self.grace,
+            discard_unsent: self.policy.discard_unsent,
+            selectors: &self.selectors,
+            kernel: privileges.kernel,
+        }
+    }
+
     /// Checks that the arguments make sense together.
     ///
     /// # Errors

@@ -38,6 +38,7 @@ pub mod reclaim;
 pub mod refill;
 pub mod report;
 pub mod selectors;
+pub mod sweep;
 mod sys;
 pub mod tcp;
 pub mod threads;

@@ -251,7 +251,11 @@ fn run(config: &Config) -> anyhow::Result<ExitStatus> {
     let quiet = config.format == Format::Quiet;
     let mut terminal = Terminal::new(config.action == Action::Act, quiet)?;
     let proc = Proc::default();
-    let mut run = pipeline::plan(config, &proc, &privileges)?;
+    let mut run = match &audit {
+        None => pipeline::sweep_and_plan(config, &proc, &privileges, &terminal)?,
+        // What is to be done is recorded first.
+        Some(_) => pipeline::plan(config, &proc, &privileges)?,
+    };
     // A run that has nothing to do leaves no record.
     let mut audit = audit.filter(|_| !run.plans.is_empty());
     if let Some(audit) = &mut audit {
