@@ -38,7 +38,7 @@ pub struct Reclaiming {
     pub reclaim_force: bool,
 
     /// How long a process may be stopped for it [default: 100ms]
-    #[arg(long, value_name = "DURATION", value_parser = values::stop_limit)]
+    #[arg(long, value_name = "DURATION", value_parser = values::positive_duration)]
     pub stop_limit: Option<Duration>,
 }
 
