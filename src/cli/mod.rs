@@ -3,6 +3,7 @@
 mod check;
 mod diagnose;
 mod doctor;
+mod misplaced;
 mod reclaim;
 mod selection;
 mod values;
@@ -15,6 +16,7 @@ use clap::{ArgAction, ColorChoice, Parser, Subcommand};
 pub use check::CheckArgs;
 pub use diagnose::DiagnoseArgs;
 pub use doctor::DoctorArgs;
+pub use misplaced::Misplaced;
 pub use reclaim::{ReclaimArgs, Reclaiming};
 pub use selection::{OwnerSelection, Selection};
 

@@ -9,6 +9,7 @@ mod diagnose;
 mod doctor;
 mod reclaim;
 
+use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
 use std::io;
 use std::process::ExitCode;
@@ -17,7 +18,7 @@ use anyhow::Context;
 use caps::CapsHashSet;
 
 use crate::audit::{self, Audit};
-use crate::cli::{Cli, Command};
+use crate::cli::{Cli, Command, Misplaced};
 use crate::config::Action;
 use crate::privileges::{HOW_TO_GRANT, Need, least};
 use crate::report::ExitStatus;
@@ -41,11 +42,14 @@ pub fn run(cli: Cli) -> ExitCode {
 
 /// Ends with a wrong command line, in the way of the command that was meant.
 pub fn refuse(error: &clap::Error) -> ! {
-    if error.use_stderr()
-        && std::env::args_os()
-            .nth(1)
-            .is_some_and(|first| first == "check")
-    {
+    if !error.use_stderr() {
+        error.exit();
+    }
+    let words: Vec<OsString> = std::env::args_os().collect();
+    let misplaced = Misplaced::find(&words);
+    let meant = misplaced.as_ref().map(|it| OsStr::new(&it.command));
+    let error = misplaced.as_ref().map_or(error, |it| &it.error);
+    if meant.or(words.get(1).map(AsRef::as_ref)) == Some(OsStr::new("check")) {
         check::unknown_by_usage(error);
     }
     error.exit()
