@@ -213,11 +213,11 @@ impl Scope {
                     (_, true) => Some(IpVersion::V6),
                     _ => None,
                 },
-                pids: selection.pid.into_iter().collect(),
-                processes: selection.process,
-                units: selection.unit,
-                containers: selection.container,
-                cgroups: selection.cgroup,
+                pids: selection.owners.pid.into_iter().collect(),
+                processes: selection.owners.process,
+                units: selection.owners.unit,
+                containers: selection.owners.container,
+                cgroups: selection.owners.cgroup,
                 users: selection.user.into_iter().collect(),
                 states,
                 min_age: selection.min_age.unwrap_or_default(),
@@ -232,7 +232,7 @@ impl Scope {
 impl Selection {
     /// Whether anything says which sockets are meant.
     fn selects(&self) -> bool {
-        self.all
+        self.owners.all
             || self.ipv4
             || self.ipv6
             || self.min_age.is_some()
@@ -241,11 +241,11 @@ impl Selection {
                 && self.peer_port.is_empty()
                 && self.local.is_empty()
                 && self.peer.is_empty()
-                && self.pid.is_empty()
-                && self.process.is_empty()
-                && self.unit.is_empty()
-                && self.container.is_empty()
-                && self.cgroup.is_empty()
+                && self.owners.pid.is_empty()
+                && self.owners.process.is_empty()
+                && self.owners.unit.is_empty()
+                && self.owners.container.is_empty()
+                && self.owners.cgroup.is_empty()
                 && self.user.is_empty()
                 && self.state.is_empty()
                 && self.cause.is_empty())
