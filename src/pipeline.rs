@@ -120,10 +120,10 @@ pub fn plan(config: &Config, proc: &Proc, privileges: &Privileges) -> anyhow::Re
     Ok(Run::new(namespaces, found, config, privileges))
 }
 
-/// As [`plan`], but where `config` [fits](sweep::fits) most of what matches is destroyed before it returns.
+/// As [`plan()`], but where `config` [fits](sweep::fits) most of what matches is destroyed before it returns.
 ///
 /// # Errors
-/// As [`plan`], if nothing was done.
+/// As [`plan()`], if nothing was done.
 pub fn sweep_and_plan(
     config: &Config,
     proc: &Proc,
