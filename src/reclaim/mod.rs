@@ -330,4 +330,3 @@ fn why_not(facts: &Facts, wanted: &Wanted, rules: &Rules) -> Option<Doubt> {
         false => doubt(facts, wanted.fd.0, wanted.inode, wanted.age, rules.age),
     }
 }
-

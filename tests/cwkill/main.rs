@@ -60,7 +60,6 @@ fn main() -> std::process::ExitCode {
         ("resetting", resetting::CASES),
         ("probing", probing::CASES),
         ("races", races::CASES),
-        ("reclaim", reclaim::CASES),
         ("states", states::CASES),
         ("namespaces", namespaces::CASES),
         ("facts", facts::CASES),
@@ -74,6 +73,7 @@ fn main() -> std::process::ExitCode {
         ("doctor", doctor::CASES),
     ];
     let mut groups = groups.to_vec();
+    groups.extend(reclaim::CASES.iter().map(|cases| ("reclaim", *cases)));
     if whose::possible() {
         groups.push(("whose", whose::CASES));
         groups.push(("users", least_privilege::USERS_CASES));
