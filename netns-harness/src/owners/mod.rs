@@ -47,10 +47,30 @@ impl Workshop {
 
     /// Compiles the program of [`Owner`].
     pub(crate) fn owner(&self, flags: &[&str]) -> Result<PathBuf> {
-        let compiler = ["cc", "-O2", "-pthread", "-o", "owner", "owner.c"];
+        let parts = [
+            ("owner.h", include_str!("../../owners/owner.h")),
+            ("ring.c", include_str!("../../owners/ring.c")),
+            ("waits.c", include_str!("../../owners/waits.c")),
+            ("works.c", include_str!("../../owners/works.c")),
+        ];
+        for (name, text) in parts {
+            fs::write(self.path(name), text)?;
+        }
+        let compiler = "cc -O2 -pthread -o owner owner.c ring.c waits.c works.c";
+        let compiler: Vec<&str> = compiler.split(' ').collect();
         let text = include_str!("../../owners/owner.c");
         self.build("owner.c", text, &[&compiler, flags].concat())?;
         Ok(self.path("owner"))
+    }
+
+    /// Compiles a 32-bit program that knows some of its orders.
+    fn narrow(&self) -> Result<PathBuf> {
+        let compiler = "cc -m32 -O2 -ffreestanding -fno-pic -fno-pie -fno-stack-protector -mno-sse -nostdlib \
+                        -static -no-pie -o narrow narrow.c";
+        let compiler: Vec<&str> = compiler.split_whitespace().collect();
+        let text = include_str!("../../owners/narrow.c");
+        self.build("narrow.c", text, &compiler)?;
+        Ok(self.path("narrow"))
     }
 
     /// Writes a source file and compiles it.
@@ -85,6 +105,8 @@ pub enum Build {
     Plain,
     /// Without a dynamic linker, without symbols, at a fixed address.
     StaticStripped,
+    /// For the 32-bit predecessor of the processor (`owners/narrow.c`), which x86-64 has.
+    Narrow,
 }
 
 /// A program that leaks dead sockets on order. Killed when dropped.
@@ -96,7 +118,7 @@ pub struct Owner {
 }
 
 impl Owner {
-    /// Starts one in a mode of `owners/owner.c`, with so many threads.
+    /// Starts one in a mode of `owners/*.c`, with so many threads.
     ///
     /// # Errors
     /// There is no C compiler, or it does not start.
@@ -156,13 +178,19 @@ impl Owner {
     pub fn program(build: Build) -> Result<PathBuf> {
         static PLAIN: OnceLock<Result<File, String>> = OnceLock::new();
         static STATIC: OnceLock<Result<File, String>> = OnceLock::new();
-        let (kept, flags): (_, &[&str]) = match build {
-            Build::Plain => (&PLAIN, &[]),
-            Build::StaticStripped => (&STATIC, &["-static", "-s", "-no-pie"]),
+        static NARROW: OnceLock<Result<File, String>> = OnceLock::new();
+        let kept = match build {
+            Build::Plain => &PLAIN,
+            Build::StaticStripped => &STATIC,
+            Build::Narrow => &NARROW,
         };
         let compile = || -> Result<File> {
             let workshop = Workshop::new()?;
-            Ok(File::open(workshop.owner(flags)?)?)
+            Ok(File::open(match build {
+                Build::Plain => workshop.owner(&[])?,
+                Build::StaticStripped => workshop.owner(&["-static", "-s", "-no-pie"])?,
+                Build::Narrow => workshop.narrow()?,
+            })?)
         };
         match kept.get_or_init(|| compile().map_err(|error| format!("{error:#}"))) {
             Ok(file) => Ok(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into()),

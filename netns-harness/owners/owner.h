@@ -1,0 +1,37 @@
+/* What the parts of the owner share. owner.c says what it is. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+extern atomic_long count; /* of checks that were passed */
+
+/* owner.c */
+void fail(const char *format, ...);
+void die(const char *step);
+int64_t now_ns(void);
+pthread_t start(void *(*run)(void *), void *argument);
+int dead_socket(void);
+
+/* waits.c */
+void waits(int forgiving);
+long forgiven(void);
+int waits_on(const char *mode);
+int wait_on(const char *mode, int fd);
+
+/* works.c */
+void works(void);
+void *churns(void *unused);
+long taken(void);
+
+/* ring.c */
+int has_ring(const char *mode);
+void be_in_ring(const char *mode);
+void put_into_ring(const char *mode, int fd);
