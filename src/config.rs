@@ -9,8 +9,9 @@ use crate::audit;
 use crate::cli::{Acting, Args, Cli, MethodChoice, Output, Selection};
 use crate::expression::{self, Expression, Services, States};
 use crate::finder::netns::Which;
-use crate::injector::MethodName;
+use crate::injector::{MethodName, ladder};
 use crate::plan::Policy;
+use crate::privileges::Privileges;
 use crate::reclaim;
 use crate::selectors::{IpVersion, Selectors};
 use crate::tcp::{StateSet, TcpState};
@@ -75,6 +76,16 @@ pub struct Config {
 const DEFAULT_GRACE: Duration = Duration::from_secs(1);
 
 impl Config {
+    /// What the ladder must keep to.
+    pub fn rules(&self, privileges: &Privileges) -> ladder::Rules<'_> {
+        ladder::Rules {
+            grace: self.grace,
+            discard_unsent: self.policy.discard_unsent,
+            selectors: &self.selectors,
+            kernel: privileges.kernel,
+        }
+    }
+
     /// Checks that the arguments make sense together.
     ///
     /// # Errors
@@ -202,11 +213,11 @@ impl Scope {
                     (_, true) => Some(IpVersion::V6),
                     _ => None,
                 },
-                pids: selection.pid.into_iter().collect(),
-                processes: selection.process,
-                units: selection.unit,
-                containers: selection.container,
-                cgroups: selection.cgroup,
+                pids: selection.owners.pid.into_iter().collect(),
+                processes: selection.owners.process,
+                units: selection.owners.unit,
+                containers: selection.owners.container,
+                cgroups: selection.owners.cgroup,
                 users: selection.user.into_iter().collect(),
                 states,
                 min_age: selection.min_age.unwrap_or_default(),
@@ -221,7 +232,7 @@ impl Scope {
 impl Selection {
     /// Whether anything says which sockets are meant.
     fn selects(&self) -> bool {
-        self.all
+        self.owners.all
             || self.ipv4
             || self.ipv6
             || self.min_age.is_some()
@@ -230,11 +241,11 @@ impl Selection {
                 && self.peer_port.is_empty()
                 && self.local.is_empty()
                 && self.peer.is_empty()
-                && self.pid.is_empty()
-                && self.process.is_empty()
-                && self.unit.is_empty()
-                && self.container.is_empty()
-                && self.cgroup.is_empty()
+                && self.owners.pid.is_empty()
+                && self.owners.process.is_empty()
+                && self.owners.unit.is_empty()
+                && self.owners.container.is_empty()
+                && self.owners.cgroup.is_empty()
                 && self.user.is_empty()
                 && self.state.is_empty()
                 && self.cause.is_empty())

@@ -2,6 +2,7 @@
 //!
 //! Data flows one way: **select → find → diagnose → plan → inject → verify → report**.
 //!
+//! - [`jobs`]: what each command does, from its arguments to its exit status; `terminal`: what is written, progress and Ctrl-C
 //! - [`cli`]: what the operator typed; [`config`]: what it means
 //! - [`selectors`]: which sockets are meant (pure)
 //! - [`expression`]: selectors in the filter syntax of ss(8) (pure)
@@ -30,6 +31,7 @@ pub mod doctor;
 pub mod expression;
 pub mod finder;
 pub mod injector;
+pub mod jobs;
 pub mod kernel;
 pub mod pipeline;
 pub mod plan;
@@ -38,6 +40,8 @@ pub mod reclaim;
 pub mod refill;
 pub mod report;
 pub mod selectors;
+pub mod sweep;
 mod sys;
 pub mod tcp;
+mod terminal;
 pub mod threads;

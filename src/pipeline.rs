@@ -1,26 +1,30 @@
 //! The pipeline: find, diagnose and plan as one call, inject and verify as another, without a terminal, a clock or a
 //! global in them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
+use std::iter::zip;
+use std::mem;
 use std::thread;
 
 use anyhow::Context;
+use rayon::slice::ParallelSliceMut;
 
-use crate::config::{Action, Config};
+use crate::config::{Action, Config, Format};
 use crate::diagnosis::Cause;
 use crate::finder::listeners::Listeners;
 use crate::finder::netns::{Namespaces, Netns, Which};
 use crate::finder::owners::{Holding, Proc};
-use crate::finder::sock_diag::SockDiag;
-use crate::finder::{self, FindError, Found};
+use crate::finder::sock_diag::{Cookie, SockDiag};
+use crate::finder::{self, FindError, Found, Socket};
 use crate::injector;
-use crate::injector::ladder::{self, Outcome, Rules, Surroundings, Verdict};
+use crate::injector::ladder::{self, Outcome, Surroundings, Verdict};
 use crate::plan::{self, Plan};
 use crate::privileges::Privileges;
 use crate::reclaim::{self, Fate, Reason, Visit, Wanted};
 use crate::refill::Refill;
 use crate::selectors::Selectors;
+use crate::sweep::{self, Swept};
 use crate::threads;
 
 /// Sockets of one namespace that are worth a second crew.
@@ -37,12 +41,57 @@ pub struct Run {
     pub found: Found,
     /// What was planned for each socket of `found`.
     pub plans: Vec<Plan>,
+    /// What was destroyed before; none once the work is done, for then it is in the other lists.
+    pub swept: Swept,
     /// What became of each; `None` when nothing was to be done.
     pub deeds: Option<Vec<Deed>>,
     /// What came after; `None` if it was not watched.
     pub refill: Option<Refill>,
     /// What became of their descriptors, or would; `None` without `--reclaim`.
     pub reclaimed: Option<Reclaimed>,
+}
+
+impl Run {
+    fn new(namespaces: Namespaces, found: Found, config: &Config, privileges: &Privileges) -> Self {
+        Run {
+            plans: plan::build(&found, &config.policy, privileges),
+            namespaces: namespaces.open,
+            found,
+            swept: Swept::default(),
+            deeds: None,
+            reclaimed: None,
+            refill: None,
+        }
+    }
+
+    /// Adds what was swept to what was found, planned and done `later`; all outcomes, in order if somebody will read them.
+    fn take_in_swept(&mut self, later: Vec<Outcome>, read: bool) -> Vec<Outcome> {
+        let Swept {
+            sockets,
+            plans,
+            outcomes,
+        } = mem::take(&mut self.swept);
+        if sockets.is_empty() {
+            return later;
+        }
+        if self.found.sockets.is_empty() && !read {
+            (self.found.sockets, self.plans) = (sockets, plans);
+            return outcomes;
+        }
+        // One that withstood the sweep was tried again.
+        let again: HashSet<Cookie> = self.found.sockets.iter().map(Socket::cookie).collect();
+        let mut rows: Vec<(Socket, (Plan, Outcome))> = zip(sockets, zip(plans, outcomes))
+            .filter(|(socket, _)| !again.contains(&socket.cookie()))
+            .collect();
+        let found = mem::take(&mut self.found.sockets);
+        rows.extend(zip(found, zip(mem::take(&mut self.plans), later)));
+        rows.par_sort_by_key(|(socket, _)| socket.oldest_first());
+        let rest: Vec<(Plan, Outcome)>;
+        (self.found.sockets, rest) = rows.into_iter().unzip();
+        let outcomes;
+        (self.plans, outcomes) = rest.into_iter().unzip();
+        outcomes
+    }
 }
 
 /// What `--reclaim` did. The lists are as long as `found.sockets`, those in them as the owners of each.
@@ -73,15 +122,35 @@ pub struct Deed {
 pub fn plan(config: &Config, proc: &Proc, privileges: &Privileges) -> anyhow::Result<Run> {
     let namespaces = open(&config.netns, proc)?;
     let found = find(&namespaces, proc, &config.selectors, config.owners)?;
-    let plans = plan::build(&found, &config.policy, privileges);
-    Ok(Run {
-        namespaces: namespaces.open,
-        found,
-        plans,
-        deeds: None,
-        reclaimed: None,
-        refill: None,
-    })
+    Ok(Run::new(namespaces, found, config, privileges))
+}
+
+/// As [`plan`], but where `config` [fits](sweep::fits) most of what matches is destroyed before it returns.
+///
+/// # Errors
+/// As [`plan`], if nothing was done.
+pub fn sweep_and_plan(
+    config: &Config,
+    proc: &Proc,
+    privileges: &Privileges,
+    surroundings: &dyn Surroundings,
+) -> anyhow::Result<Run> {
+    if !sweep::fits(config) {
+        return plan(config, proc, privileges);
+    }
+    let namespaces = open(&config.netns, proc)?;
+    let swept = sweep::sweep(config, &namespaces.open, privileges, surroundings);
+    let found = match find(&namespaces, proc, &config.selectors, config.owners) {
+        Err(error) if !swept.sockets.is_empty() => Found {
+            unreachable_namespaces: namespaces.open.len(),
+            namespace_failure: Some(format!("{:#}", anyhow::Error::from(error))),
+            ..Found::default()
+        },
+        found => found?,
+    };
+    let mut run = Run::new(namespaces, found, config, privileges);
+    run.swept = swept;
+    Ok(run)
 }
 
 /// Does what `run` plans, if `config` wants it done. What happens to a single socket is in its outcome.
@@ -95,6 +164,7 @@ pub fn carry_out(
     if config.action == Action::Act {
         surroundings.begin();
         let outcomes = act(run, config, proc, privileges, surroundings);
+        let outcomes = run.take_in_swept(outcomes, config.format != Format::Quiet);
         run.deeds = Some(account(&run.found, outcomes, proc));
     }
     if let Some(rules) = &config.reclaim {
@@ -205,12 +275,7 @@ fn act(
     privileges: &Privileges,
     surroundings: &dyn Surroundings,
 ) -> Vec<Outcome> {
-    let rules = Rules {
-        grace: config.grace,
-        discard_unsent: config.policy.discard_unsent,
-        selectors: &config.selectors,
-        kernel: privileges.kernel,
-    };
+    let rules = config.rules(privileges);
     let crews = crews(&run.found);
     let work = |members: &[usize]| {
         let netns = &run.namespaces[run.found.sockets[members[0]].netns];

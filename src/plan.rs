@@ -70,7 +70,7 @@ impl fmt::Display for LeftOut {
 pub fn build(found: &Found, policy: &Policy, privileges: &Privileges) -> Vec<Plan> {
     let mut allowed = policy.max_kills.unwrap_or(usize::MAX);
     let plan = |socket| {
-        let mut plan = plan_one(socket, found.owners_sought, policy, privileges);
+        let mut plan = one(socket, found.owners_sought, policy, privileges);
         if !plan.methods.is_empty() {
             match allowed.checked_sub(1) {
                 Some(rest) => allowed = rest,
@@ -86,12 +86,8 @@ pub fn build(found: &Found, policy: &Policy, privileges: &Privileges) -> Vec<Pla
     found.sockets.iter().map(plan).collect()
 }
 
-fn plan_one(
-    socket: &Socket,
-    owners_sought: bool,
-    policy: &Policy,
-    privileges: &Privileges,
-) -> Plan {
+/// Plans for one socket, whatever is planned for others.
+pub fn one(socket: &Socket, owners_sought: bool, policy: &Policy, privileges: &Privileges) -> Plan {
     let mut plan = Plan {
         methods: Vec::new(),
         left_out: Vec::new(),

@@ -419,6 +419,7 @@ mod tests {
     use crate::injector::ActError;
     use crate::injector::ladder::{Attempt, Outcome};
     use crate::plan::Plan;
+    use crate::sweep::Swept;
     use serde_json::Value;
     use std::time::Duration;
 
@@ -447,6 +448,7 @@ mod tests {
                 left_out: Vec::new(),
                 over_limit: false,
             }],
+            swept: Swept::default(),
             deeds: Some(vec![Deed {
                 outcome: Outcome {
                     verdict: Verdict::Failed,

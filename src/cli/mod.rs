@@ -3,6 +3,7 @@
 mod check;
 mod diagnose;
 mod doctor;
+mod misplaced;
 mod reclaim;
 mod selection;
 mod values;
@@ -15,8 +16,9 @@ use clap::{ArgAction, ColorChoice, Parser, Subcommand};
 pub use check::CheckArgs;
 pub use diagnose::DiagnoseArgs;
 pub use doctor::DoctorArgs;
-pub use reclaim::{OwnerSelection, ReclaimArgs, Reclaiming};
-pub use selection::Selection;
+pub use misplaced::Misplaced;
+pub use reclaim::{ReclaimArgs, Reclaiming};
+pub use selection::{OwnerSelection, Selection};
 
 use crate::audit;
 use crate::injector::MethodName;
@@ -210,5 +212,16 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_is_reclaimed_are_descriptors() {
+        let command = Cli::command();
+        let reclaim = command.find_subcommand("reclaim").unwrap();
+        for argument in reclaim.get_arguments() {
+            let help = argument.get_help().unwrap().to_string();
+            assert!(!help.starts_with("Sockets of"), "{argument}: {help}");
+            assert_ne!(help, "Everything that is stuck", "{argument}");
+        }
     }
 }

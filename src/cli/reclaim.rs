@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use globset::GlobMatcher;
+use clap::Arg;
 
-use super::{Logging, Output, values};
-use crate::selectors::UnitName;
+use super::{Logging, Output, OwnerSelection, values};
 
 const AFTER_HELP: &str = "\
 Without a selector it lists descriptors of TCP sockets whose connection is
@@ -39,13 +38,13 @@ pub struct Reclaiming {
     pub reclaim_force: bool,
 
     /// How long a process may be stopped for it [default: 100ms]
-    #[arg(long, value_name = "DURATION", value_parser = values::stop_limit)]
+    #[arg(long, value_name = "DURATION", value_parser = values::positive_duration)]
     pub stop_limit: Option<Duration>,
 }
 
 /// The arguments of `cwkill reclaim`.
 #[derive(Debug, clap::Args)]
-#[command(after_help = AFTER_HELP)]
+#[command(after_help = AFTER_HELP, mut_args(of_descriptors))]
 pub struct ReclaimArgs {
     /// Whose descriptors.
     #[command(flatten)]
@@ -73,31 +72,18 @@ pub struct ReclaimArgs {
     pub output: Output,
 }
 
-/// The selectors that a dead socket can be told by: it has no addresses any more, only owners.
-#[derive(Debug, clap::Args)]
-#[command(next_help_heading = "Selectors")]
-pub struct OwnerSelection {
-    /// Descriptors of this process
-    #[arg(short, long, value_name = "PID", value_delimiter = ',', value_parser = values::pid)]
-    pub pid: Vec<i32>,
-
-    /// Descriptors of processes with this name: java or 'php-fpm*'
-    #[arg(long, value_name = "GLOB", value_parser = values::glob)]
-    pub process: Vec<GlobMatcher>,
-
-    /// Descriptors of processes of this systemd unit: nginx, nginx.service or 'php*'
-    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = values::unit)]
-    pub unit: Vec<UnitName>,
-
-    /// Descriptors of processes of this container: its id, 8 digits of it or more, or its name
-    #[arg(long, value_name = "ID|NAME", value_delimiter = ',', value_parser = values::container)]
-    pub container: Vec<String>,
-
-    /// Descriptors of processes in this cgroup or below
-    #[arg(long, value_name = "PATH", value_parser = values::cgroup)]
-    pub cgroup: Vec<String>,
-
-    /// Every process
-    #[arg(long)]
-    pub all: bool,
+/// What is selected are descriptors: their sockets are over.
+fn of_descriptors(argument: Arg) -> Arg {
+    let help = match argument.get_id().as_str() {
+        "pid" => "Descriptors of this process",
+        "process" => "Descriptors of processes with this name: java or 'php-fpm*'",
+        "unit" => "Descriptors of processes of this systemd unit: nginx, nginx.service or 'php*'",
+        "container" => {
+            "Descriptors of processes of this container: its id, 8 digits of it or more, or its name"
+        }
+        "cgroup" => "Descriptors of processes in this cgroup or below",
+        "all" => "Every process",
+        _ => return argument,
+    };
+    argument.help(help)
 }

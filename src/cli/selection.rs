@@ -11,7 +11,7 @@ use crate::diagnosis::Cause;
 use crate::selectors::UnitName;
 use crate::tcp::TcpState;
 
-/// The selectors, the same in every command.
+/// The selectors, the same in every command that looks for stuck sockets.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Selectors")]
 pub struct Selection {
@@ -31,25 +31,9 @@ pub struct Selection {
     #[arg(long, value_name = "ADDR[/LEN]", value_delimiter = ',', value_parser = values::network)]
     pub peer: Vec<IpNet>,
 
-    /// Sockets of this process (of its listener, if never accepted)
-    #[arg(short, long, value_name = "PID", value_delimiter = ',', value_parser = values::pid)]
-    pub pid: Vec<i32>,
-
-    /// Sockets of processes with this name: java or 'php-fpm*'
-    #[arg(long, value_name = "GLOB", value_parser = values::glob)]
-    pub process: Vec<GlobMatcher>,
-
-    /// Sockets of this systemd unit: nginx, nginx.service or 'php*'
-    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = values::unit)]
-    pub unit: Vec<UnitName>,
-
-    /// Sockets of this container: its id, 8 digits of it or more, or its name where the cgroup has one
-    #[arg(long, value_name = "ID|NAME", value_delimiter = ',', value_parser = values::container)]
-    pub container: Vec<String>,
-
-    /// Sockets of processes in this cgroup or below
-    #[arg(long, value_name = "PATH", value_parser = values::cgroup)]
-    pub cgroup: Vec<String>,
+    /// Whose.
+    #[command(flatten)]
+    pub owners: OwnerSelection,
 
     /// Sockets of this user
     #[arg(long, value_name = "NAME|UID", value_delimiter = ',', value_parser = values::user)]
@@ -88,11 +72,40 @@ pub struct Selection {
     #[arg(long)]
     pub all_netns: bool,
 
-    /// Everything that is stuck
-    #[arg(long)]
-    pub all: bool,
-
     /// Sockets that match this filter of ss(8): 'sport = :8080 and dst 10.0.0.0/8'
     #[arg(value_name = "EXPRESSION")]
     pub expression: Vec<String>,
 }
+
+/// The selectors that tell a dead socket too, which has no addresses any more, only owners. `cwkill reclaim` has them
+/// with other texts.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Selectors")]
+pub struct OwnerSelection {
+    /// Sockets of this process (of its listener, if never accepted)
+    #[arg(short, long, value_name = "PID", value_delimiter = ',', value_parser = values::pid)]
+    pub pid: Vec<i32>,
+
+    /// Sockets of processes with this name: java or 'php-fpm*'
+    #[arg(long, value_name = "GLOB", value_parser = values::glob)]
+    pub process: Vec<GlobMatcher>,
+
+    /// Sockets of this systemd unit: nginx, nginx.service or 'php*'
+    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = values::unit)]
+    pub unit: Vec<UnitName>,
+
+    /// Sockets of this container: its id, 8 digits of it or more, or its name where the cgroup has one
+    #[arg(long, value_name = "ID|NAME", value_delimiter = ',', value_parser = values::container)]
+    pub container: Vec<String>,
+
+    /// Sockets of processes in this cgroup or below
+    #[arg(long, value_name = "PATH", value_parser = values::cgroup)]
+    pub cgroup: Vec<String>,
+
+    /// Everything that is stuck
+    #[arg(long, display_order = LAST)]
+    pub all: bool,
+}
+
+/// Behind all selectors, wherever these are told.
+const LAST: usize = 999;

@@ -158,7 +158,7 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
 /// A time in which something is to happen.
 pub(super) fn positive_duration(text: &str) -> Result<Duration, String> {
     match duration(text)? {
-        Duration::ZERO => Err("nothing can be seen in no time; give 500ms, 10s or 1m".into()),
+        Duration::ZERO => Err("nothing happens in no time; give 100ms, 500ms, 10s or 1m".into()),
         duration => Ok(duration),
     }
 }
@@ -169,13 +169,6 @@ pub(super) fn threshold(text: &str) -> Result<u64, String> {
         Ok(0) => Err("0 is always reached; give 1 or more".into()),
         Ok(number) => Ok(number),
         Err(_) => Err("give a whole number, 100".into()),
-    }
-}
-
-pub(super) fn stop_limit(text: &str) -> Result<Duration, String> {
-    match duration(text)? {
-        Duration::ZERO => Err("nothing can be done in no time; give 100ms or 1s".into()),
-        limit => Ok(limit),
     }
 }
 

@@ -21,16 +21,14 @@ use std::time::{Duration, Instant};
 
 use crate::config::Scope;
 use crate::finder::dead::{self, DeadScan, Table, Verdict};
-use crate::finder::listeners::Listener;
+use crate::finder::listeners::{self, Listener};
 use crate::finder::netns::Netns;
 use crate::finder::owners::{Proc, Process};
-use crate::finder::sock_diag::{DumpError, DumpRequest, Family, SockDiag};
 use crate::finder::vitals::Vitals;
 use crate::finder::{Found, Socket};
 use crate::pipeline;
 use crate::report::{ExitStatus, notes};
 use crate::selectors::Selectors;
-use crate::tcp::TcpState;
 use group::{Around, Group};
 use runtime::{Next, Runtime, Subject};
 use verdict::Condition;
@@ -366,26 +364,11 @@ fn waiting((first, second): (&Found, &Found), around: &Around) -> Vec<Waiting> {
 
 /// The ports at which somebody listens. A namespace that does not tell only costs a better verdict.
 fn listening(namespaces: &[Netns]) -> HashSet<(usize, u16)> {
-    let ports = |netns: &Netns| netns.within(listening_ports).ok()?.ok();
+    let ports = |netns: &Netns| netns.within(listeners::ports).ok()?.ok();
     let ports = namespaces.iter().map(ports).enumerate();
     ports
         .flat_map(|(at, ports)| ports.into_iter().flatten().map(move |port| (at, port)))
         .collect()
-}
-
-fn listening_ports() -> Result<Vec<u16>, DumpError> {
-    let mut diag = SockDiag::open()?;
-    let mut ports = Vec::new();
-    for family in Family::ALL {
-        let request = DumpRequest {
-            family,
-            states: TcpState::Listen.into(),
-            info: false,
-            bytecode: &[],
-        };
-        ports.extend(diag.dump(&request, |message| Some(message.id.tuple().local.port()))?);
-    }
-    Ok(ports)
 }
 
 /// The processes to report, worst first, and how many descriptors of others may be dead.

@@ -1,12 +1,14 @@
 //! What works here: every method is tried, through the ladder that runs it in earnest, on connections of cwkill's own over
 //! loopback; what a trial cannot show is read or counted.
 //!
-//! [`facts`] reads and counts, [`trials`] tries, [`advice`] draws the conclusions (pure), [`report`] writes them.
+//! [`facts`] reads and counts, [`trials`] tries, [`advice`] draws the conclusions, a [`row`] a method (both pure), [`report`]
+//! writes them.
 //! A method has a row once [`advice`] has a function for it; nothing else knows which there are.
 
 pub mod advice;
 pub mod facts;
 pub mod report;
+pub mod row;
 pub mod trials;
 
 use crate::finder::owners::Proc;

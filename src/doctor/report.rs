@@ -6,8 +6,8 @@ use caps::Capability;
 use serde::Serialize;
 
 use super::Examination;
-use super::advice::{Row, Works};
 use super::facts::{CAPABILITIES, Count, Facts, Missed};
+use super::row::{Row, Works};
 
 const SCHEMA_VERSION: u32 = 1;
 

@@ -52,20 +52,40 @@ struct Group {
     sockets: Vec<(u32, u32)>,
 }
 
+/// Lists the listening sockets of the namespace that `diag` is in, and keeps what `keep` makes of each.
+fn dump<T>(
+    diag: &mut SockDiag,
+    keep: impl Fn(SocketMessage) -> Option<T>,
+) -> Result<Vec<T>, DumpError> {
+    let mut kept = Vec::new();
+    for family in Family::ALL {
+        let request = DumpRequest {
+            family,
+            states: TcpState::Listen.into(),
+            info: false,
+            bytecode: &[],
+        };
+        kept.extend(diag.dump(&request, &keep)?);
+    }
+    Ok(kept)
+}
+
+/// The ports at which somebody listens in the network namespace of this thread; one may come more than once.
+///
+/// # Errors
+/// As those of [`SockDiag::open`] and [`SockDiag::dump`].
+pub fn ports() -> Result<Vec<u16>, DumpError> {
+    dump(&mut SockDiag::open()?, |message| {
+        Some(message.id.tuple().local.port())
+    })
+}
+
 impl Listeners {
     /// Dumps the listeners of the namespace.
     pub fn read(diag: &mut SockDiag) -> Result<Self, DumpError> {
         let mut listeners = Listeners::default();
-        for family in Family::ALL {
-            let request = DumpRequest {
-                family,
-                states: TcpState::Listen.into(),
-                info: false,
-                bytecode: &[],
-            };
-            for message in diag.dump(&request, Some)? {
-                listeners.add(&message);
-            }
+        for message in dump(diag, Some)? {
+            listeners.add(&message);
         }
         Ok(listeners)
     }

@@ -11,7 +11,7 @@ pub mod listeners;
 pub mod netns;
 pub mod owners;
 pub mod sock_diag;
-mod view;
+pub(crate) mod view;
 pub mod vitals;
 
 use std::collections::HashSet;
@@ -273,9 +273,7 @@ impl Found {
     }
 
     fn sort(&mut self) {
-        let oldest_first =
-            |socket: &Socket| (std::cmp::Reverse(socket.age), socket.netns, socket.tuple);
-        self.sockets.par_sort_by_key(oldest_first);
+        self.sockets.par_sort_by_key(Socket::oldest_first);
     }
 
     /// Keeps the sockets whose owners, or whose listener's, are selected, and puts those first.
@@ -323,6 +321,11 @@ impl Socket {
             owners: Vec::new(),
             listener: None,
         }
+    }
+
+    /// What sockets are sorted by.
+    pub fn oldest_first(&self) -> impl Ord + use<> {
+        (std::cmp::Reverse(self.age), self.netns, self.tuple)
     }
 
     /// The kernel's identity of the socket.

@@ -33,7 +33,7 @@ pub(super) fn look(
         Err(error) if one_of_several => (resolve(true)?, Some(error)),
         Err(error) => return Err(error),
     };
-    let mut sockets = match alone && selectors.peer_ports.is_empty() {
+    let mut sockets = match alone {
         true => dump_in_halves(&mut diag, &selectors)?,
         false => dump(&mut diag, &selectors)?,
     };
@@ -53,23 +53,33 @@ pub(super) fn look(
     })
 }
 
-/// Two dumps side by side, each of the sockets with one half of the peer ports, which no connection changes.
-fn dump_in_halves(diag: &mut SockDiag, selectors: &Selectors) -> Result<Vec<Socket>, FindError> {
+/// `selectors` in two halves by the peer ports, which no connection changes, so that two dumps side by side can
+/// share the work; `None` if that would not be half the work for each.
+pub(crate) fn halves(selectors: &Selectors) -> Option<[Selectors; 2]> {
     /// The middle of the ports that Linux gives to clients (net.ipv4.ip_local_port_range).
     const MIDDLE: u16 = 46_884;
+    if !selectors.peer_ports.is_empty() {
+        return None;
+    }
     let half = |ports| Selectors {
         peer_ports: vec![ports],
         ..selectors.clone()
     };
+    let halves = [half(0..=MIDDLE - 1), half(MIDDLE..=u16::MAX)];
     // Half a dump is only half the work if the kernel leaves out the other half.
-    let lower = half(0..=MIDDLE - 1);
-    if filter::bytecode(&lower.as_expression(), lower.states()).is_empty() {
+    let [lower, _] = &halves;
+    let bytecode = filter::bytecode(&lower.as_expression(), lower.states());
+    (!bytecode.is_empty()).then_some(halves)
+}
+
+fn dump_in_halves(diag: &mut SockDiag, selectors: &Selectors) -> Result<Vec<Socket>, FindError> {
+    let Some([lower, upper]) = halves(selectors) else {
         return Ok(dump(diag, selectors)?);
-    }
+    };
     thread::scope(|scope| {
         let upper = thread::Builder::new().spawn_scoped(scope, || {
             let mut diag = SockDiag::open().map_err(FindError::Open)?;
-            Ok::<_, FindError>(dump(&mut diag, &half(MIDDLE..=u16::MAX))?)
+            Ok::<_, FindError>(dump(&mut diag, &upper)?)
         });
         let Ok(upper) = upper else {
             return Ok(dump(diag, selectors)?);
@@ -80,20 +90,28 @@ fn dump_in_halves(diag: &mut SockDiag, selectors: &Selectors) -> Result<Vec<Sock
     })
 }
 
+/// What to ask the kernel for, so that all that `selectors` match is in the answers.
+pub(crate) fn requests<'b>(
+    selectors: &Selectors,
+    bytecode: &'b [u8],
+) -> impl Iterator<Item = DumpRequest<'b>> {
+    let states = selectors.states();
+    // An IPv4 connection can be on an AF_INET6 socket, never the other way round.
+    let without_v4 = selectors.wants_only_ipv6();
+    let families = Family::ALL.into_iter();
+    let families = families.filter(move |family| !(without_v4 && *family == Family::V4));
+    families.map(move |family| DumpRequest {
+        family,
+        states,
+        info: true,
+        bytecode,
+    })
+}
+
 fn dump(diag: &mut SockDiag, selectors: &Selectors) -> Result<Vec<Socket>, DumpError> {
     let bytecode = filter::bytecode(&selectors.as_expression(), selectors.states());
     let mut sockets = Vec::new();
-    for family in Family::ALL {
-        // An IPv4 connection can be on an AF_INET6 socket, never the other way round.
-        if family == Family::V4 && selectors.wants_only_ipv6() {
-            continue;
-        }
-        let mut request = DumpRequest {
-            family,
-            states: selectors.states(),
-            info: true,
-            bytecode: &bytecode,
-        };
+    for mut request in requests(selectors, &bytecode) {
         let mut keep = |message| {
             let socket = Socket::from_message(&message);
             selectors.match_socket(&socket).then_some(socket)

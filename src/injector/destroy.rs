@@ -29,14 +29,9 @@ impl Destroy {
             unsupported: false,
         })
     }
-}
 
-impl Method for Destroy {
-    fn name(&self) -> MethodName {
-        MethodName::Destroy
-    }
-
-    fn act(&mut self, targets: &[Target], _: &mut dyn Scene) -> Vec<Result<(), ActError>> {
+    /// Has each of `targets` aborted; one result each, in order.
+    pub fn order(&mut self, targets: &[Target]) -> Vec<Result<(), ActError>> {
         if self.unsupported {
             return targets.iter().map(|_| Err(unsupported())).collect();
         }
@@ -67,6 +62,16 @@ impl Method for Destroy {
             })
         })
         .collect()
+    }
+}
+
+impl Method for Destroy {
+    fn name(&self) -> MethodName {
+        MethodName::Destroy
+    }
+
+    fn act(&mut self, targets: &[Target], _: &mut dyn Scene) -> Vec<Result<(), ActError>> {
+        self.order(targets)
     }
 }
 

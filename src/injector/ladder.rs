@@ -227,6 +227,41 @@ pub fn climb(
     ladder.climbers.into_iter().map(Climber::outcome).collect()
 }
 
+/// Verifies sockets on which SOCK_DESTROY was used with these results; one outcome each, in order.
+///
+/// `kernel` must be of the network namespace these sockets are in.
+pub fn verify_destroyed(
+    found: &Found,
+    plans: &[Plan],
+    results: Vec<Result<(), ActError>>,
+    kernel: &mut dyn Observe,
+    rules: Rules<'_>,
+    surroundings: &dyn Surroundings,
+) -> Vec<Outcome> {
+    let members: Vec<usize> = (0..found.sockets.len()).collect();
+    let mut ordered = Vec::with_capacity(members.len());
+    let mut climbers = Vec::with_capacity(members.len());
+    for (at, (plan, result)) in plans.iter().zip(results).enumerate() {
+        if let Ok(()) | Err(ActError::Unanswered(_)) = result {
+            ordered.push(at);
+        }
+        let mut climber = Climber::new(plan);
+        climber.attempt(MethodName::Destroy, result.err());
+        climbers.push(climber);
+    }
+    let mut ladder = Ladder {
+        found,
+        members: &members,
+        climbers,
+        kernel,
+        rules,
+        surroundings,
+    };
+    ladder.wait_for(MethodName::Destroy, ordered);
+    ladder.last_look(plans);
+    ladder.climbers.into_iter().map(Climber::outcome).collect()
+}
+
 /// A socket on its way up.
 struct Climber {
     attempts: Vec<Attempt>,
@@ -344,10 +379,16 @@ impl Ladder<'_> {
             }
             self.surroundings.acted(name, chunk.len());
         }
-        if name == MethodName::Destroy && ordered.len() >= MANY {
-            ordered = self.not_destroyed(ordered);
-        }
-        self.wait(ordered);
+        self.wait_for(name, ordered);
+    }
+
+    /// Waits until what `method` has acted on is closed, at most for the grace.
+    fn wait_for(&mut self, method: MethodName, ordered: Vec<usize>) {
+        let pending = match method {
+            MethodName::Destroy if ordered.len() >= MANY => self.not_destroyed(ordered),
+            _ => ordered,
+        };
+        self.wait(pending);
     }
 
     /// Looks at the sockets right before the act and returns those to act on. `provoked`: the method has

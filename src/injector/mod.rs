@@ -111,6 +111,15 @@ pub struct Descriptor {
 }
 
 impl Target {
+    /// The socket alone, for methods that need no descriptor.
+    pub fn without_owner(socket: &crate::finder::Socket) -> Self {
+        Target {
+            id: socket.id,
+            state: socket.state,
+            descriptors: Vec::new(),
+        }
+    }
+
     /// The socket at `index` of `found`.
     pub fn new(found: &Found, index: usize) -> Self {
         let socket = &found.sockets[index];

@@ -63,12 +63,21 @@ impl<'p> Inside<'p> {
     }
 
     /// Whether process `other`, which may not be compared with the owner, could have its table of
-    /// descriptors: both belong to one user and have a table of one size, and the other is no thread of the
-    /// kernel. What cannot be read could.
+    /// descriptors: both belong to one user, have a table of one size and were started with the same words. An
+    /// exec gives a process a table of its own (execve(2)), so those that share one are of one program. What
+    /// cannot be read could.
     pub fn could_share(&self, other: i32) -> bool {
-        let status = |pid: i32| fs::read_to_string(self.proc.path(&format!("{pid}/status")));
-        match (status(self.pid), status(other)) {
-            (Ok(owner), Ok(other)) => could_share(&owner, &other),
+        let of = |pid: i32| -> io::Result<(String, Vec<u8>)> {
+            let file = |name| self.proc.path(&format!("{pid}/{name}"));
+            Ok((
+                fs::read_to_string(file("status"))?,
+                fs::read(file("cmdline"))?,
+            ))
+        };
+        match (of(self.pid), of(other)) {
+            (Ok((owner, words)), Ok((other, others))) => {
+                words == others && could_share(&owner, &other)
+            }
             (_, Err(error)) => !owners::is_end(&error),
             (Err(_), _) => true,
         }

@@ -5,13 +5,13 @@ use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::time::Duration;
 
-use comfy_table::{Cell, CellAlignment, Color, ContentArrangement, Table, presets};
+use comfy_table::{Cell, CellAlignment, Color};
 use serde::Serialize;
 
 use super::ExitStatus;
 use super::escape::escape;
 use super::json::{Endpoint, JsonContainer, SCHEMA_VERSION, container, endpoint, serializer};
-use super::text::{age, belongs, belongs_to};
+use super::text::{age, belongs, belongs_to, plain_table};
 use crate::config::Action;
 use crate::finder::owners::Process;
 use crate::pipeline::Reclaimed;
@@ -164,13 +164,7 @@ pub fn write(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io
 }
 
 fn write_table(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io::Result<()> {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    table.set_content_arrangement(ContentArrangement::Disabled);
-    table.force_no_tty();
-    if color {
-        table.enforce_styling();
-    }
+    let mut table = plain_table(color);
     let whose = run
         .descriptors
         .iter()

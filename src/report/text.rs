@@ -91,13 +91,7 @@ impl Layout {
         widths: &mut Vec<u16>,
         out: &mut dyn Write,
     ) -> io::Result<()> {
-        let mut table = Table::new();
-        table.load_style(presets::NOTHING);
-        table.set_content_arrangement(ContentArrangement::Disabled);
-        table.force_no_tty();
-        if color {
-            table.enforce_styling();
-        }
+        let mut table = plain_table(color);
         if header {
             table.set_header(self.names());
         }
@@ -164,6 +158,18 @@ impl Layout {
         }
         cells
     }
+}
+
+/// A table without lines, each column as wide as it needs.
+pub(super) fn plain_table(color: bool) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.set_content_arrangement(ContentArrangement::Disabled);
+    table.force_no_tty();
+    if color {
+        table.enforce_styling();
+    }
+    table
 }
 
 /// Who holds the socket, and as which descriptor.

@@ -95,6 +95,13 @@ fn percent() -> Result<()> {
 
 fn failures() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 1)?;
+    let is_unknown = |words: &str, named: &str| -> Result<()> {
+        let ran = cwkill(&lab, words)?.exits(3)?;
+        let text = ran.stdout.strip_suffix('\n').context("no line")?;
+        let good = text.starts_with("CWKILL UNKNOWN: ") && text.contains(named);
+        ensure!(good && !text.contains('\n'), "{words}: {ran:#?}");
+        Ok(())
+    };
     for (options, named) in [
         ("", "--warning"),
         ("-w 1", "--critical"),
@@ -108,11 +115,14 @@ fn failures() -> Result<()> {
         ("-w 1 -c 2 -N no-such-namespace", "no-such-namespace"),
         ("-w 1 -c 2 state close-wait --state close-wait", "--state"),
     ] {
-        let ran = cwkill(&lab, &format!("check {options}"))?.exits(3)?;
-        let text = ran.stdout.strip_suffix('\n').context("no line")?;
-        let good = text.starts_with("CWKILL UNKNOWN: ") && text.contains(named);
-        ensure!(good && !text.contains('\n'), "{options}: {ran:#?}");
+        is_unknown(&format!("check {options}"), named)?;
     }
+    // A command comes first.
+    is_unknown("--port 1 check", "`cwkill check --port 1`")?;
+    is_unknown(
+        "--port 1 check -w 1 -c 2",
+        "`cwkill check --port 1 -w 1 -c 2`",
+    )?;
     // Nobody could read it.
     let script = format!("{CWKILL} check -w 5 -c 6 >/dev/full");
     ran(lab.app_host().command("sh").args(["-c", &script]))?.exits(3)?;

@@ -64,6 +64,22 @@ const BAD: &[(&str, &str, &str)] = &[
     ("reclaim --reclaim-age soon", "soon", "90s"),
     ("reclaim --port 8080", "--port", "--help"),
     ("reclaim 4711", "4711", "--help"),
+    (
+        "--port 1 diagnose",
+        "`diagnose` is a command",
+        "`cwkill diagnose --port 1`",
+    ),
+    (
+        "-N 1 diagnose --sample 1s",
+        "`diagnose` is a command",
+        "`cwkill diagnose -N 1 --sample 1s`",
+    ),
+    (
+        "--port 1 reclaim",
+        "`reclaim` is a command",
+        "`cwkill reclaim --help`",
+    ),
+    ("dst diagnose", "`diagnose` is no address", "10.0.0.0/8"),
 ];
 
 fn bad_values() -> Result<()> {

@@ -67,37 +67,21 @@ pub fn run_without(what: &str) -> Result<()> {
     const AF_PACKET: u64 = libc::AF_PACKET as u64;
     const AF_NETLINK: u64 = libc::AF_NETLINK as u64;
     const CAPBSET_DROP: u64 = libc::PR_CAPBSET_DROP as u64;
+    let first_is = |value| -> Result<Vec<SeccompRule>> {
+        let first = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)?;
+        Ok(vec![SeccompRule::new(vec![first])?])
+    };
     let (call, errno, rules) = match what {
         // As an old kernel, and as a container's filter.
         "pidfd_getfd: ENOSYS" => (libc::SYS_pidfd_getfd, libc::ENOSYS, vec![]),
         "pidfd_getfd: EPERM" => (libc::SYS_pidfd_getfd, libc::EPERM, vec![]),
-        "packet sockets" => {
-            let family =
-                SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, AF_PACKET)?;
-            (
-                libc::SYS_socket,
-                libc::EAFNOSUPPORT,
-                vec![SeccompRule::new(vec![family])?],
-            )
-        }
-        "netlink" => {
-            let family =
-                SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, AF_NETLINK)?;
-            (
-                libc::SYS_socket,
-                libc::EPROTONOSUPPORT,
-                vec![SeccompRule::new(vec![family])?],
-            )
-        }
-        "PR_CAPBSET_DROP" => {
-            let drop =
-                SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, CAPBSET_DROP)?;
-            (
-                libc::SYS_prctl,
-                libc::EPERM,
-                vec![SeccompRule::new(vec![drop])?],
-            )
-        }
+        "packet sockets" => (libc::SYS_socket, libc::EAFNOSUPPORT, first_is(AF_PACKET)?),
+        "netlink" => (
+            libc::SYS_socket,
+            libc::EPROTONOSUPPORT,
+            first_is(AF_NETLINK)?,
+        ),
+        "PR_CAPBSET_DROP" => (libc::SYS_prctl, libc::EPERM, first_is(CAPBSET_DROP)?),
         other => bail!("no such filter: {other}"),
     };
     let filter = SeccompFilter::new(

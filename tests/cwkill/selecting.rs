@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use netns_harness::{Family, Lab};
 
 use crate::Case::{self, Once};
-use crate::support::{alone, cwkill, lab, same};
+use crate::support::{alone, cwkill, lab, selects};
 
 pub const CASES: &[Case] = &[
     Once("each_selector_matches_what_it_names", each_selector),
@@ -59,12 +59,7 @@ fn each_selector() -> Result<()> {
         (format!("--port 8003 -6 --process {glob} --cause unread"), 4),
     ];
     for (selector, expected) in cases {
-        let status = if expected == 0 { 1 } else { 0 };
-        let sockets = cwkill(&lab, &format!("-n --json {selector}"))?
-            .exits(status)
-            .and_then(|ran| ran.sockets())
-            .with_context(|| selector.clone())?;
-        same(&sockets.len(), &expected).with_context(|| selector.clone())?;
+        selects(&lab, &selector, expected)?;
     }
     Ok(())
 }

@@ -185,3 +185,13 @@ pub fn same<T: PartialEq + std::fmt::Debug>(is: &T, wanted: &T) -> Result<()> {
     ensure!(is == wanted, "\n    is: {is:?}\nwanted: {wanted:?}");
     Ok(())
 }
+
+/// A dry run with `selector` shows so many sockets.
+pub fn selects(lab: &Lab, selector: &str, expected: usize) -> Result<()> {
+    let status = if expected == 0 { 1 } else { 0 };
+    let sockets = cwkill(lab, &format!("-n --json {selector}"))?
+        .exits(status)
+        .and_then(|ran| ran.sockets())
+        .with_context(|| selector.to_owned())?;
+    same(&sockets.len(), &expected).with_context(|| selector.to_owned())
+}

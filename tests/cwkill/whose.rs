@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use netns_harness::{Dial, Family, How, Lab, TcpState};
 
 use crate::Case::{self, Once};
-use crate::support::{CWKILL, PATIENCE, Ran, alone, at, count, cwkill, ran, same};
+use crate::support::{CWKILL, PATIENCE, Ran, alone, at, count, cwkill, ran, same, selects};
 
 pub const CASES: &[Case] = &[
     Once("units_containers_and_cgroups_select", select),
@@ -155,12 +155,7 @@ fn select() -> Result<()> {
         ("--all".into(), 15),
     ];
     for (selector, expected) in cases {
-        let status = if expected == 0 { 1 } else { 0 };
-        let sockets = cwkill(&lab, &format!("-n --json {selector}"))?
-            .exits(status)
-            .and_then(|ran| ran.sockets())
-            .with_context(|| selector.clone())?;
-        same(&sockets.len(), &expected).with_context(|| selector.clone())?;
+        selects(&lab, &selector, expected)?;
     }
 
     let told = |port, pointer| -> Result<String> {

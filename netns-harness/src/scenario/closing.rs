@@ -2,24 +2,22 @@
 
 use anyhow::Result;
 
-use super::{Expect, LEAKY_APP, Scenario, Sharing, Stage, app_fds, peer_fds};
+use super::{Expect, Scenario, Stage, app_fds, peer_fds};
 use crate::Conn;
 use crate::agent::How;
 use crate::kernel::TcpState;
 
 pub(super) const SCENARIO: Scenario = Scenario {
-    name: "closing",
-    summary: "CLOSING: both sides finished at once, and the peer is silent; the descriptor is still held",
-    hidden: false,
-    app: LEAKY_APP,
-    sharing: Sharing::Freely,
     expect: Expect {
         state: TcpState::Closing,
         send_q: 1..=1,
         ..Expect::CLOSE_WAIT
     },
-    deadline: None,
-    build,
+    ..Scenario::new(
+        "closing",
+        "CLOSING: both sides finished at once, and the peer is silent; the descriptor is still held",
+        build,
+    )
 };
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {

@@ -2,25 +2,23 @@
 
 use anyhow::Result;
 
-use super::{Expect, LEAKY_APP, Scenario, Sharing, Stage, app_fds};
+use super::{Expect, Scenario, Stage, app_fds};
 use crate::Conn;
 use crate::agent::How;
 use crate::kernel::TcpState;
 
 pub(super) const SCENARIO: Scenario = Scenario {
-    name: "fin-wait-1",
-    summary: "FIN-WAIT-1: the application has shut down, the peer is silent, the descriptor is still held",
-    hidden: false,
-    app: LEAKY_APP,
-    sharing: Sharing::Freely,
     expect: Expect {
         state: TcpState::FinWait1,
         // The FIN.
         send_q: 1..=1,
         ..Expect::CLOSE_WAIT
     },
-    deadline: None,
-    build,
+    ..Scenario::new(
+        "fin-wait-1",
+        "FIN-WAIT-1: the application has shut down, the peer is silent, the descriptor is still held",
+        build,
+    )
 };
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {

@@ -2,16 +2,11 @@
 
 use anyhow::Result;
 
-use super::{Expect, LEAKY_APP, Scenario, Sharing, Stage};
+use super::{Expect, Scenario, Stage};
 use crate::Conn;
 use crate::kernel::TcpState;
 
 pub(super) const SCENARIO: Scenario = Scenario {
-    name: "fin-wait-1-orphan",
-    summary: "FIN-WAIT-1: the application has closed, the peer is silent; no process has it",
-    hidden: false,
-    app: LEAKY_APP,
-    sharing: Sharing::Freely,
     expect: Expect {
         state: TcpState::FinWait1,
         send_q: 1..=1,
@@ -19,8 +14,11 @@ pub(super) const SCENARIO: Scenario = Scenario {
         owners: 0,
         ..Expect::CLOSE_WAIT
     },
-    deadline: None,
-    build,
+    ..Scenario::new(
+        "fin-wait-1-orphan",
+        "FIN-WAIT-1: the application has closed, the peer is silent; no process has it",
+        build,
+    )
 };
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {

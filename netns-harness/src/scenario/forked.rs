@@ -1,19 +1,17 @@
 //! `forked`: one socket, three owners, as after a fork: closing it in one process does nothing.
 
-use super::{Expect, LEAKY_APP, Scenario, Sharing, Stage, app_fds};
+use super::{Expect, Scenario, Stage, app_fds};
 
 pub(super) const SCENARIO: Scenario = Scenario {
-    name: "forked",
-    summary: "CLOSE-WAIT: one socket shared by three processes, read to the end by one",
-    hidden: false,
-    app: LEAKY_APP,
-    sharing: Sharing::Freely,
     expect: Expect {
         owners: 3,
         ..Expect::CLOSE_WAIT
     },
-    deadline: None,
-    build,
+    ..Scenario::new(
+        "forked",
+        "CLOSE-WAIT: one socket shared by three processes, read to the end by one",
+        build,
+    )
 };
 
 fn build(stage: &Stage<'_>) -> anyhow::Result<Vec<crate::Conn>> {

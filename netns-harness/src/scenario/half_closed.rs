@@ -4,21 +4,19 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use super::{Expect, LEAKY_APP, Scenario, Sharing, Stage, app_fds};
+use super::{Expect, Scenario, Stage, app_fds};
 use crate::Conn;
 
 pub(super) const SCENARIO: Scenario = Scenario {
-    name: "half-closed",
-    summary: "CLOSE-WAIT: an innocent: the peer has finished, and the application still sends to it",
-    hidden: false,
-    app: LEAKY_APP,
-    sharing: Sharing::Freely,
     expect: Expect {
         send_q: 0..=4096,
         ..Expect::CLOSE_WAIT
     },
-    deadline: None,
-    build,
+    ..Scenario::new(
+        "half-closed",
+        "CLOSE-WAIT: an innocent: the peer has finished, and the application still sends to it",
+        build,
+    )
 };
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {

@@ -2,17 +2,12 @@
 
 use anyhow::Result;
 
-use super::{Expect, LEAKY_APP, Scenario, Sharing, Stage, peer_fds};
+use super::{Expect, Scenario, Stage, peer_fds};
 use crate::Conn;
 use crate::agent::SocketOption;
 use crate::kernel::TcpState;
 
 pub(super) const SCENARIO: Scenario = Scenario {
-    name: "last-ack",
-    summary: "LAST-ACK: closed by the application after the peer, which is silent; no process has it",
-    hidden: false,
-    app: LEAKY_APP,
-    sharing: Sharing::Freely,
     expect: Expect {
         state: TcpState::LastAck,
         send_q: 1..=1,
@@ -20,8 +15,11 @@ pub(super) const SCENARIO: Scenario = Scenario {
         owners: 0,
         ..Expect::CLOSE_WAIT
     },
-    deadline: None,
-    build,
+    ..Scenario::new(
+        "last-ack",
+        "LAST-ACK: closed by the application after the peer, which is silent; no process has it",
+        build,
+    )
 };
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {

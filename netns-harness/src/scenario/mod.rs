@@ -94,6 +94,26 @@ pub struct Scenario {
     pub(crate) build: fn(&Stage<'_>) -> Result<Vec<Conn>>,
 }
 
+impl Scenario {
+    /// The usual: the usual application leaves connections in CLOSE-WAIT; others may share it.
+    const fn new(
+        name: &'static str,
+        summary: &'static str,
+        build: fn(&Stage<'_>) -> Result<Vec<Conn>>,
+    ) -> Self {
+        Scenario {
+            name,
+            summary,
+            hidden: false,
+            app: LEAKY_APP,
+            sharing: Sharing::Freely,
+            expect: Expect::CLOSE_WAIT,
+            deadline: None,
+            build,
+        }
+    }
+}
+
 /// What the application of a scenario is like.
 #[derive(Debug)]
 pub(crate) struct App {

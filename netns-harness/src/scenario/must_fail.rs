@@ -2,18 +2,18 @@
 
 use std::time::Duration;
 
-use super::{Expect, LEAKY_APP, Scenario, Sharing};
+use super::{Expect, Scenario};
 
 pub(super) const SCENARIO: Scenario = Scenario {
-    name: "must-fail",
-    summary: "claims unread bytes where there are none: proves that a wrong state is noticed",
     hidden: true,
-    app: LEAKY_APP,
-    sharing: Sharing::Freely,
     expect: Expect {
         recv_q: 2..=2,
         ..Expect::CLOSE_WAIT
     },
     deadline: Some(Duration::from_millis(300)),
-    build: |stage| stage.leaked(),
+    ..Scenario::new(
+        "must-fail",
+        "claims unread bytes where there are none: proves that a wrong state is noticed",
+        |stage| stage.leaked(),
+    )
 };

@@ -1,16 +1,12 @@
 //! `not-accepted`: the peer has come, spoken and gone, and the application never accepted it. No descriptor exists.
 
-use super::{Expect, LEAKY_APP, STEP, Scenario, Sharing, Stage, peer_fds};
+use super::{Expect, STEP, Scenario, Sharing, Stage, peer_fds};
 use crate::Conn;
 use crate::agent::{Dial, Endpoint};
 
 const HELLO: &[u8] = b"anybody?";
 
 pub(super) const SCENARIO: Scenario = Scenario {
-    name: "not-accepted",
-    summary: "CLOSE-WAIT: still in the listener's accept queue, so no process has a descriptor of it",
-    hidden: false,
-    app: LEAKY_APP,
     sharing: Sharing::Last,
     expect: Expect {
         recv_q: 9..=9,
@@ -18,8 +14,11 @@ pub(super) const SCENARIO: Scenario = Scenario {
         owners: 0,
         ..Expect::CLOSE_WAIT
     },
-    deadline: None,
-    build,
+    ..Scenario::new(
+        "not-accepted",
+        "CLOSE-WAIT: still in the listener's accept queue, so no process has a descriptor of it",
+        build,
+    )
 };
 
 fn build(stage: &Stage<'_>) -> anyhow::Result<Vec<Conn>> {

@@ -1,6 +1,6 @@
 //! `other-user`: the application is another user's. Needs root: a user namespace has one user only.
 
-use super::{App, Expect, Scenario, Sharing};
+use super::{App, Scenario, Sharing};
 
 /// The one user that every machine has beside root.
 const APP: App = App {
@@ -9,12 +9,11 @@ const APP: App = App {
 };
 
 pub(super) const SCENARIO: Scenario = Scenario {
-    name: "other-user",
-    summary: "CLOSE-WAIT: the application runs as user 65534 (needs root)",
-    hidden: false,
     app: APP,
     sharing: Sharing::Never,
-    expect: Expect::CLOSE_WAIT,
-    deadline: None,
-    build: |stage| stage.leaked(),
+    ..Scenario::new(
+        "other-user",
+        "CLOSE-WAIT: the application runs as user 65534 (needs root)",
+        |stage| stage.leaked(),
+    )
 };

@@ -2,19 +2,14 @@
 
 use anyhow::Result;
 
-use super::{Expect, LEAKY_APP, Scenario, Sharing, Stage, peer_fds};
+use super::{Scenario, Stage, peer_fds};
 use crate::Conn;
 
-pub(super) const SCENARIO: Scenario = Scenario {
-    name: "peer-vanished",
-    summary: "CLOSE-WAIT: then the peer's host forgot the connection; it answers RST to whatever comes",
-    hidden: false,
-    app: LEAKY_APP,
-    sharing: Sharing::Freely,
-    expect: Expect::CLOSE_WAIT,
-    deadline: None,
+pub(super) const SCENARIO: Scenario = Scenario::new(
+    "peer-vanished",
+    "CLOSE-WAIT: then the peer's host forgot the connection; it answers RST to whatever comes",
     build,
-};
+);
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
     let mut conns = stage.leaked()?;

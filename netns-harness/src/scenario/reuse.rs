@@ -4,23 +4,18 @@ use std::net::SocketAddr;
 
 use anyhow::{Result, ensure};
 
-use super::{Expect, LEAKY_APP, STEP, Scenario, Sharing, Stage, app_fds, peer_fds};
+use super::{STEP, Scenario, Stage, app_fds, peer_fds};
 use crate::Conn;
 use crate::agent::{Dial, End, SocketOption};
 
 /// The first client's port; the others follow.
 const FIRST_PORT: u16 = 40_000;
 
-pub(super) const SCENARIO: Scenario = Scenario {
-    name: "reuse",
-    summary: "CLOSE-WAIT: second connections of clients with fixed ports, on the same 4-tuples as their first",
-    hidden: false,
-    app: LEAKY_APP,
-    sharing: Sharing::Freely,
-    expect: Expect::CLOSE_WAIT,
-    deadline: None,
+pub(super) const SCENARIO: Scenario = Scenario::new(
+    "reuse",
+    "CLOSE-WAIT: second connections of clients with fixed ports, on the same 4-tuples as their first",
     build,
-};
+);
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
     let from = SocketAddr::new(stage.pair.peer_address, FIRST_PORT);

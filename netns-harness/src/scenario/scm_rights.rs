@@ -2,21 +2,19 @@
 
 use anyhow::Result;
 
-use super::{Expect, LEAKY_APP, Scenario, Sharing, Stage, app_fds};
+use super::{Expect, Scenario, Stage, app_fds};
 use crate::Conn;
 
 pub(super) const SCENARIO: Scenario = Scenario {
-    name: "scm-rights",
-    summary: "CLOSE-WAIT: its descriptor is in flight over a Unix socket, so no process has it",
-    hidden: false,
-    app: LEAKY_APP,
-    sharing: Sharing::Freely,
     expect: Expect {
         owners: 0,
         ..Expect::CLOSE_WAIT
     },
-    deadline: None,
-    build,
+    ..Scenario::new(
+        "scm-rights",
+        "CLOSE-WAIT: its descriptor is in flight over a Unix socket, so no process has it",
+        build,
+    )
 };
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {

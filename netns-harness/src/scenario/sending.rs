@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::{Expect, LEAKY_APP, Scenario, Sharing, Stage, app_fds};
+use super::{Expect, Scenario, Stage, app_fds};
 use crate::Conn;
 use crate::agent::Dial;
 
@@ -16,17 +16,15 @@ const MIN_QUEUED: u32 = 32 << 10;
 const TOTAL: u64 = 64 << 20;
 
 pub(super) const SCENARIO: Scenario = Scenario {
-    name: "sending",
-    summary: "CLOSE-WAIT: the peer has finished and a tiny window, with up to 2 MiB queued to it",
-    hidden: false,
-    app: LEAKY_APP,
-    sharing: Sharing::Freely,
     expect: Expect {
         send_q: MIN_QUEUED..=u32::MAX,
         ..Expect::CLOSE_WAIT
     },
-    deadline: None,
-    build,
+    ..Scenario::new(
+        "sending",
+        "CLOSE-WAIT: the peer has finished and a tiny window, with up to 2 MiB queued to it",
+        build,
+    )
 };
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {

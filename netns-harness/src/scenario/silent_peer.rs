@@ -2,20 +2,15 @@
 
 use anyhow::Result;
 
-use super::{Expect, LEAKY_APP, Scenario, Sharing, Stage, peer_fds};
+use super::{Scenario, Stage, peer_fds};
 use crate::Conn;
 use crate::agent::SocketOption;
 
-pub(super) const SCENARIO: Scenario = Scenario {
-    name: "silent-peer",
-    summary: "CLOSE-WAIT: then the peer stopped hearing anything, as behind a firewall that drops",
-    hidden: false,
-    app: LEAKY_APP,
-    sharing: Sharing::Freely,
-    expect: Expect::CLOSE_WAIT,
-    deadline: None,
+pub(super) const SCENARIO: Scenario = Scenario::new(
+    "silent-peer",
+    "CLOSE-WAIT: then the peer stopped hearing anything, as behind a firewall that drops",
     build,
-};
+);
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
     let conns = stage.leaked()?;

@@ -2,18 +2,16 @@
 
 use anyhow::Result;
 
-use super::{Expect, LEAKY_APP, Scenario, Sharing, Stage};
+use super::{Scenario, Sharing, Stage};
 use crate::Conn;
 
 pub(super) const SCENARIO: Scenario = Scenario {
-    name: "stopped",
-    summary: "CLOSE-WAIT: the application is stopped by SIGSTOP",
-    hidden: false,
-    app: LEAKY_APP,
     sharing: Sharing::Never,
-    expect: Expect::CLOSE_WAIT,
-    deadline: None,
-    build,
+    ..Scenario::new(
+        "stopped",
+        "CLOSE-WAIT: the application is stopped by SIGSTOP",
+        build,
+    )
 };
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {

@@ -2,25 +2,23 @@
 
 use anyhow::Result;
 
-use super::{Expect, LEAKY_APP, STEP, Scenario, Sharing, Stage};
+use super::{Expect, STEP, Scenario, Stage};
 use crate::Conn;
 use crate::agent::{Dial, Endpoint};
 use crate::kernel::TcpState;
 
 pub(super) const SCENARIO: Scenario = Scenario {
-    name: "syn-recv",
-    summary: "SYN-RECV: the peer never completes the handshake; no process has it",
-    hidden: false,
-    app: LEAKY_APP,
-    sharing: Sharing::Freely,
     expect: Expect {
         state: TcpState::SynRecv,
         inode: false,
         owners: 0,
         ..Expect::CLOSE_WAIT
     },
-    deadline: None,
-    build,
+    ..Scenario::new(
+        "syn-recv",
+        "SYN-RECV: the peer never completes the handshake; no process has it",
+        build,
+    )
 };
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {

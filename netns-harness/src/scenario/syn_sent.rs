@@ -4,25 +4,23 @@ use std::net::SocketAddr;
 
 use anyhow::Result;
 
-use super::{Expect, LEAKY_APP, STEP, Scenario, Sharing, Stage};
+use super::{Expect, STEP, Scenario, Stage};
 use crate::Conn;
 use crate::agent::Dial;
 use crate::kernel::TcpState;
 
 pub(super) const SCENARIO: Scenario = Scenario {
-    name: "syn-sent",
-    summary: "SYN-SENT: an innocent: the application waits for the answer of a peer that gives none",
-    hidden: false,
-    app: LEAKY_APP,
-    sharing: Sharing::Freely,
     expect: Expect {
         state: TcpState::SynSent,
         // Our SYN.
         send_q: 1..=1,
         ..Expect::CLOSE_WAIT
     },
-    deadline: None,
-    build,
+    ..Scenario::new(
+        "syn-sent",
+        "SYN-SENT: an innocent: the application waits for the answer of a peer that gives none",
+        build,
+    )
 };
 
 /// Where nobody listens; the refusal is not heard either.

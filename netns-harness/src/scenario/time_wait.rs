@@ -2,24 +2,22 @@
 
 use anyhow::Result;
 
-use super::{Expect, LEAKY_APP, Scenario, Sharing, Stage, peer_fds};
+use super::{Expect, Scenario, Stage, peer_fds};
 use crate::Conn;
 use crate::kernel::TcpState;
 
 pub(super) const SCENARIO: Scenario = Scenario {
-    name: "time-wait",
-    summary: "TIME-WAIT: the application closed first; no process has it, and the kernel drops it after 60 s",
-    hidden: false,
-    app: LEAKY_APP,
-    sharing: Sharing::Freely,
     expect: Expect {
         state: TcpState::TimeWait,
         inode: false,
         owners: 0,
         ..Expect::CLOSE_WAIT
     },
-    deadline: None,
-    build,
+    ..Scenario::new(
+        "time-wait",
+        "TIME-WAIT: the application closed first; no process has it, and the kernel drops it after 60 s",
+        build,
+    )
 };
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {

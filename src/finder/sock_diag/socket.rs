@@ -5,6 +5,8 @@
 
 use std::fmt;
 use std::io;
+use std::mem;
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG};
@@ -21,6 +23,8 @@ const DUMP_ATTEMPTS: u32 = 10;
 /// Room for one answer. With `struct tcp_info` and all attributes it takes some 600 bytes, each new kernel
 /// adds a few.
 const ANSWER: usize = 2048;
+/// Room for a datagram of a list that is acted on as it comes: the fewer sockets are in it, the fresher is what it says.
+const STREAM_BUFFER: usize = 16 * 1024;
 /// Requests in one datagram. Every answer waits in the receive queue until the whole datagram is
 /// processed; 64 with TCP_INFO fit the default queue (net.core.rmem_default).
 const BATCH: usize = 64;
@@ -128,25 +132,54 @@ impl SockDiag {
         request: &DumpRequest,
         mut keep: impl FnMut(SocketMessage) -> Option<T>,
     ) -> Result<Vec<T>, DumpError> {
-        repeat(|| self.dump_once(request, &mut keep))
+        let all = |_: &mut Vec<T>| ControlFlow::Continue(());
+        repeat(|| self.dump_once(request, RECEIVE_BUFFER, &mut keep, all))
     }
 
-    /// One dump; `None` if it has to be asked for again.
+    /// Lists sockets once, a datagram of them at a time. `keep` says what to keep of each, and `part` is at work on that while the
+    /// next datagram waits.
+    ///
+    /// This does not tell all there is: the kernel goes on in a hash bucket after as many sockets as it has listed of it, so what
+    /// `part` closes hides others (net/ipv4/inet_diag.c, inet_diag_dump_icsk).
+    ///
+    /// # Errors
+    /// As [`SockDiag::dump`], but changed tables are none.
+    pub fn stream<T>(
+        &mut self,
+        request: &DumpRequest,
+        mut keep: impl FnMut(SocketMessage) -> Option<T>,
+        mut part: impl FnMut(Vec<T>) -> ControlFlow<()>,
+    ) -> Result<(), DumpError> {
+        let part = |kept: &mut Vec<T>| part(mem::take(kept));
+        self.dump_once(request, STREAM_BUFFER, &mut keep, part)
+            .map(drop)
+    }
+
+    /// One dump, in datagrams of at most `room` bytes; `None` if it has to be asked for again. `after` each datagram may
+    /// take what was kept so far, and break off.
     fn dump_once<T>(
         &mut self,
         request: &DumpRequest,
+        room: usize,
         keep: &mut impl FnMut(SocketMessage) -> Option<T>,
+        mut after: impl FnMut(&mut Vec<T>) -> ControlFlow<()>,
     ) -> Result<Option<Vec<T>>, DumpError> {
         let sequence = self.next_sequence();
         self.socket.send(&request.encode(sequence), 0)?;
         let mut assembly = Assembly::new(sequence);
         loop {
-            match receive(&self.socket, &mut self.buffer) {
-                Ok(datagram) => match assembly.feed(datagram, keep)? {
-                    Verdict::More => {}
-                    Verdict::Complete => return Ok(Some(assembly.kept)),
-                    Verdict::Again => return Ok(None),
-                },
+            match receive(&self.socket, &mut self.buffer[..room]) {
+                Ok(datagram) => {
+                    let verdict = assembly.feed(datagram, keep)?;
+                    if after(&mut assembly.kept).is_break() {
+                        return Ok(None);
+                    }
+                    match verdict {
+                        Verdict::More => {}
+                        Verdict::Complete => return Ok(Some(assembly.kept)),
+                        Verdict::Again => return Ok(None),
+                    }
+                }
                 // The queue overran. The kernel goes on, so the rest is read before asking again.
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
                     assembly.interrupted = true;
