@@ -228,6 +228,7 @@ fn descriptors(number: i64) -> Descriptors {
         | libc::SYS_msgsnd
         | libc::SYS_semop
         | libc::SYS_semtimedop
+        | libc::SYS_io_uring_setup
         | libc::SYS_io_getevents => Descriptors::At(&[]),
         libc::SYS_read
         | libc::SYS_write
@@ -253,6 +254,7 @@ fn descriptors(number: i64) -> Descriptors {
         | libc::SYS_epoll_pwait
         | libc::SYS_epoll_pwait2
         | libc::SYS_io_uring_enter
+        | libc::SYS_io_uring_register
         | libc::SYS_flock
         | libc::SYS_fsync
         | libc::SYS_fdatasync => Descriptors::At(&[0]),
@@ -277,6 +279,12 @@ fn descriptors(number: i64) -> Descriptors {
     }
 }
 
+/// arch/x86/include/uapi/asm/unistd.h, __X32_SYSCALL_BIT: with it a number means the call of another kind of program.
+#[cfg(target_arch = "x86_64")]
+const OTHER_KIND: i64 = 0x4000_0000;
+#[cfg(not(target_arch = "x86_64"))]
+const OTHER_KIND: i64 = 0;
+
 /// The longest list in the owner that is read; a call with a longer one may be on any descriptor.
 const LONGEST_LIST: u64 = 1 << 20;
 
@@ -284,6 +292,7 @@ const LONGEST_LIST: u64 = 1 << 20;
 pub fn uses(tid: i32, call: &Call, memory: Memory<'_>) -> Uses {
     let arguments = &call.arguments;
     let fds = match descriptors(call.number) {
+        _ if call.number & OTHER_KIND != 0 => None,
         Descriptors::At(places) => Some(places.iter().map(|&at| fd(arguments[at])).collect()),
         Descriptors::Poll => polled(arguments[0], arguments[1], memory),
         // The second argument of the others is an address or a command, mostly longer than any list; and
@@ -404,6 +413,8 @@ mod tests {
             assert!(on(9999, &arguments));
         }
         assert!(!on(9999, &[0, 0, 0, 7]));
+        #[cfg(target_arch = "x86_64")]
+        assert!(on(OTHER_KIND | libc::SYS_poll, &[0x1000, 1]));
     }
 
     #[test]
