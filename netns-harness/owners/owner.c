@@ -479,6 +479,9 @@ int main(int argc, char **argv)
         mode = argv[1];
     setvbuf(stdout, NULL, _IOLBF, 0);
     listen_somewhere();
+    /* A larger table than others have: cwkill lets nobody be who could share it and may not be looked into, for one the
+     * first process of a virtual machine that protects it. */
+    fcntl(listener, F_DUPFD_CLOEXEC, 3000);
     if (!strcmp(mode, "waits") || !strcmp(mode, "forgiving"))
         waits(!strcmp(mode, "forgiving"));
     else if (!strcmp(mode, "works"))

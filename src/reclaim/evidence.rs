@@ -358,12 +358,20 @@ pub fn harm_of_zero(call: &Call) -> u8 {
     const FUTEX_COMMAND: u64 = 0x7f;
     const FUTEX_WAIT: u64 = 0;
     const FUTEX_WAIT_BITSET: u64 = 9;
+    /// No process has more (fs.nr_open, kernel/sysctl.c, sysctl_nr_open_max), and no address is lower.
+    const MOST_DESCRIPTORS: u64 = 1 << 31;
     match call.number {
         libc::SYS_futex => match call.arguments[1] & FUTEX_COMMAND {
             FUTEX_WAIT | FUTEX_WAIT_BITSET => 0,
             _ => 2,
         },
-        libc::SYS_nanosleep | libc::SYS_clock_nanosleep | libc::SYS_restart_syscall => 0,
+        libc::SYS_nanosleep | libc::SYS_clock_nanosleep => 0,
+        // Of a sleep, a wait for a lock with a limit, or poll(2), by the arguments of the call that it goes on with: the second
+        // of a sleep is an address or nothing, that of poll the number of its descriptors.
+        libc::SYS_restart_syscall => match call.arguments[1] {
+            0 | MOST_DESCRIPTORS.. => 0,
+            _ => 1,
+        },
         libc::SYS_epoll_pwait | libc::SYS_epoll_pwait2 | libc::SYS_ppoll | libc::SYS_pselect6 => 1,
         #[cfg(target_arch = "x86_64")]
         libc::SYS_epoll_wait | libc::SYS_poll | libc::SYS_select => 1,
@@ -558,6 +566,15 @@ mod tests {
         // FUTEX_LOCK_PI: 0 means that it has the lock.
         assert_eq!(harm_of_zero(&call(libc::SYS_futex, &[0x1000, 0x86])), 2);
         assert_eq!(harm_of_zero(&call(libc::SYS_epoll_pwait, &[3])), 1);
+        let restarted = |second| {
+            harm_of_zero(&call(
+                libc::SYS_restart_syscall,
+                &[0x7f12_3456_7000, second],
+            ))
+        };
+        assert_eq!(restarted(0x7f12_3456_7010), 0, "nanosleep with a rest");
+        assert_eq!(restarted(0), 0, "nanosleep without");
+        assert_eq!(restarted(2), 1, "poll of two");
         assert_eq!(harm_of_zero(&call(libc::SYS_accept4, &[3])), 2);
     }
 }
