@@ -18,6 +18,8 @@
  * Lines on stdin are orders, each answered by one line:
  *   leak N    make N dead sockets; their descriptors
  *   scatter N the same, with a living descriptor between each two of them, which must stay what it is
+ *   wait      have a thread wait on a number, as MODE says; the number, which is a pipe's
+ *   onto N    leak a dead socket under the number N
  *   fresh     make sockets that look dead or are about to live, which must stay what they are: never connected, bound,
  *             refused, refused and asked, taken back, taken back and refused, connecting, listening
  *   use N     connect number N, a socket without a connection; 0 or the errno
@@ -400,7 +402,7 @@ static const char *mode = "idle";
 static void leak(int number, int scattered)
 {
     for (int at = 0; at < number; at++) {
-        int dead = dead_socket();
+        int dead = waits_on(mode) && !scattered ? leak_waited_on(mode) : dead_socket();
         if (scattered)
             keep(memfd_create("alive", on_exec ? MFD_CLOEXEC : 0));
         if (epoll_set >= 0) {
@@ -412,8 +414,6 @@ static void leak(int number, int scattered)
             start(splices, (void *)(intptr_t)dead);
         if (has_ring(mode))
             put_into_ring(mode, dead);
-        if (waits_on(mode) && !scattered)
-            dead = wait_on(mode, dead);
         printf("%d ", dead);
     }
     putchar('\n');
@@ -430,6 +430,10 @@ static void carry_out(const char *line)
         printf("%d\n", close(number));
     else if (sscanf(line, "use %d", &number) == 1)
         printf("%d\n", use(number));
+    else if (!strncmp(line, "wait", 4))
+        printf("%d\n", wait_on(mode, -1));
+    else if (sscanf(line, "onto %d", &number) == 1)
+        printf("%d\n", leak_onto(number));
     else if (!strncmp(line, "connect", 7))
         printf("%d\n", finish_connecting());
     else if (!strncmp(line, "fresh", 5))
@@ -475,6 +479,9 @@ int main(int argc, char **argv)
         mode = argv[1];
     setvbuf(stdout, NULL, _IOLBF, 0);
     listen_somewhere();
+    /* A larger table than others have: cwkill lets nobody be who could share it and may not be looked into, for one the
+     * first process of a virtual machine that protects it. */
+    fcntl(listener, F_DUPFD_CLOEXEC, 3000);
     if (!strcmp(mode, "waits") || !strcmp(mode, "forgiving"))
         waits(!strcmp(mode, "forgiving"));
     else if (!strcmp(mode, "works"))

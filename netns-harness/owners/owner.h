@@ -25,6 +25,8 @@ void waits(int forgiving);
 long forgiven(void);
 int waits_on(const char *mode);
 int wait_on(const char *mode, int fd);
+int leak_onto(int fd);
+int leak_waited_on(const char *mode);
 
 /* works.c */
 void works(void);

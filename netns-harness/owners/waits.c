@@ -284,20 +284,35 @@ static void until_it_waits(const struct wait *wait)
     die(wait->mode);
 }
 
-/* Has a thread wait on the number of `fd`; that number, which may have become another. */
+static int polls(const char *mode)
+{
+    return waits_on(mode) && !strstr(mode, "select");
+}
+
+/* Has a thread wait on the number `fd`, or, if that is -1, on a new one that is a pipe; the number. */
 int wait_on(const char *mode, int fd)
 {
     struct wait *wait = calloc(1, sizeof *wait);
-    int polls = !strstr(mode, "select");
-    wait->mode = mode;
-    wait->fd = fd;
     if (!empty_pipe[1] && pipe2(empty_pipe, O_CLOEXEC))
         die("pipe2");
-    if (polls)
-        wait->fd = fcntl(empty_pipe[0], F_DUPFD_CLOEXEC, 0);
+    wait->mode = mode;
+    wait->fd = fd < 0 ? fcntl(empty_pipe[0], F_DUPFD_CLOEXEC, 0) : fd;
     start(waits_on_it, wait);
     until_it_waits(wait);
-    if (polls && (dup3(fd, wait->fd, O_CLOEXEC) < 0 || close(fd)))
-        die("dup3");
     return wait->fd;
+}
+
+/* Leaks a dead socket under the number `fd`. */
+int leak_onto(int fd)
+{
+    int dead = dead_socket();
+    if (dup3(dead, fd, O_CLOEXEC) < 0 || close(dead))
+        die("dup3");
+    return fd;
+}
+
+/* Leaks a dead socket on whose number a thread waits. */
+int leak_waited_on(const char *mode)
+{
+    return polls(mode) ? leak_onto(wait_on(mode, -1)) : wait_on(mode, dead_socket());
 }

@@ -80,8 +80,16 @@ fn act(
         ..Round::all(candidates, refusal)
     };
     let because = |error: StopError| stop_refusal(error, rules.stop_limit);
+    // Its threads are gone and it is not: one of them has executed a program.
+    let again = |error: &StopError| matches!(error, StopError::Gone) && prepared.inside.is_there();
+    let tried_again = || Round {
+        left: candidates.clone(),
+        stopped: began.elapsed(),
+        ..Round::default()
+    };
     let stopped = match Stopped::stop(proc, prepared.inside.pid, rules.stop_limit, seized) {
         Ok(stopped) => stopped,
+        Err(error) if again(&error) => return tried_again(),
         // Nobody was stopped.
         Err(error @ (StopError::Gone | StopError::Denied(_))) => {
             return Round::all(candidates, &because(error));
@@ -90,17 +98,12 @@ fn act(
     };
     let mut worker = match Worker::borrow(stopped, &prepared.inside, choosy) {
         Ok(worker) => worker,
-        Err(NoWorker::NoneServesWell) => {
-            return Round {
-                left: candidates.clone(),
-                stopped: began.elapsed(),
-                ..Round::default()
-            };
-        }
+        Err(NoWorker::NoneServesWell) => return tried_again(),
         Err(NoWorker::Stop(error)) => return refused(&because(error)),
         Err(why) => {
             return refused(&Refusal::Because(match why {
                 NoWorker::Foreign => Reason::Foreign,
+                NoWorker::ForeignCall(tid) => Reason::ForeignCall(tid),
                 NoWorker::Forbidden => Reason::FilterForbids,
                 NoWorker::FilterUnread(error) => Reason::FilterUnread(error),
                 NoWorker::OtherTable => Reason::OtherTable,
@@ -154,6 +157,10 @@ fn still_allowed(
     rules: &Rules,
 ) -> Result<(Vec<usize>, Vec<(usize, Fate)>), Refusal> {
     let Prepared { inside, .. } = prepared;
+    // Its table would seem to be empty.
+    if inside.leader_has_ended()? {
+        return Err(Refusal::Because(Reason::LeaderEnded));
+    }
     // Only its own threads could make another process with its table, and they are stopped now.
     let processes = facts::pids(inside.proc())?;
     not_shared(inside, processes.difference(&prepared.processes))?;

@@ -1,5 +1,6 @@
 //! The job `cwkill reclaim`: descriptors whose socket is already dead.
 
+use std::io;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -156,6 +157,19 @@ pub struct Run {
     pub unknown: usize,
     /// Processes asked for that may not be looked into.
     pub unreadable: usize,
+    /// Those whose first thread has ended, so that their descriptors cannot be seen.
+    pub headless: Vec<Process>,
+    /// Those whose files could not be read, and why.
+    pub failed: Vec<(i32, io::Error)>,
+    /// There may be processes that were asked for and are not shown at all: /proc is mounted with hidepid.
+    pub hidden: bool,
+}
+
+impl Run {
+    /// Not everything that was asked for could be looked at.
+    pub fn has_blind_spots(&self) -> bool {
+        self.unknown + self.unreadable + self.headless.len() + self.failed.len() > 0 || self.hidden
+    }
 }
 
 /// Finds the descriptors; does nothing to any.
@@ -174,6 +188,15 @@ pub fn find(config: &Config, proc: &Proc) -> anyhow::Result<Run> {
         true => scan.unreadable.len(),
         false => 0,
     };
+    // One that was asked for by its number and was looked into cannot be hidden.
+    let looked_into = |pid: &i32| {
+        let tables = scan.tables.iter().map(|table| &table.process);
+        tables
+            .chain(&scan.headless)
+            .any(|process| process.pid == *pid)
+    };
+    let pids = &config.selectors.pids;
+    let hidden = scan.hidden && (pids.is_empty() || !pids.iter().all(looked_into));
     let (mut owners, mut descriptors, mut unknown) = (Vec::new(), Vec::new(), 0);
     for table in scan.tables {
         let owner = owners.len();
@@ -206,6 +229,9 @@ pub fn find(config: &Config, proc: &Proc) -> anyhow::Result<Run> {
         visits: Vec::new(),
         unknown,
         unreadable,
+        headless: scan.headless,
+        failed: scan.failed,
+        hidden,
     })
 }
 

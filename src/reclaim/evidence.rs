@@ -228,6 +228,7 @@ fn descriptors(number: i64) -> Descriptors {
         | libc::SYS_msgsnd
         | libc::SYS_semop
         | libc::SYS_semtimedop
+        | libc::SYS_io_uring_setup
         | libc::SYS_io_getevents => Descriptors::At(&[]),
         libc::SYS_read
         | libc::SYS_write
@@ -253,6 +254,7 @@ fn descriptors(number: i64) -> Descriptors {
         | libc::SYS_epoll_pwait
         | libc::SYS_epoll_pwait2
         | libc::SYS_io_uring_enter
+        | libc::SYS_io_uring_register
         | libc::SYS_flock
         | libc::SYS_fsync
         | libc::SYS_fdatasync => Descriptors::At(&[0]),
@@ -277,6 +279,12 @@ fn descriptors(number: i64) -> Descriptors {
     }
 }
 
+/// arch/x86/include/uapi/asm/unistd.h, __X32_SYSCALL_BIT: with it a number means the call of another kind of program.
+#[cfg(target_arch = "x86_64")]
+const OTHER_KIND: i64 = 0x4000_0000;
+#[cfg(not(target_arch = "x86_64"))]
+const OTHER_KIND: i64 = 0;
+
 /// The longest list in the owner that is read; a call with a longer one may be on any descriptor.
 const LONGEST_LIST: u64 = 1 << 20;
 
@@ -284,6 +292,7 @@ const LONGEST_LIST: u64 = 1 << 20;
 pub fn uses(tid: i32, call: &Call, memory: Memory<'_>) -> Uses {
     let arguments = &call.arguments;
     let fds = match descriptors(call.number) {
+        _ if call.number & OTHER_KIND != 0 => None,
         Descriptors::At(places) => Some(places.iter().map(|&at| fd(arguments[at])).collect()),
         Descriptors::Poll => polled(arguments[0], arguments[1], memory),
         // The second argument of the others is an address or a command, mostly longer than any list; and
@@ -349,12 +358,20 @@ pub fn harm_of_zero(call: &Call) -> u8 {
     const FUTEX_COMMAND: u64 = 0x7f;
     const FUTEX_WAIT: u64 = 0;
     const FUTEX_WAIT_BITSET: u64 = 9;
+    /// No process has more (fs.nr_open, kernel/sysctl.c, sysctl_nr_open_max), and no address is lower.
+    const MOST_DESCRIPTORS: u64 = 1 << 31;
     match call.number {
         libc::SYS_futex => match call.arguments[1] & FUTEX_COMMAND {
             FUTEX_WAIT | FUTEX_WAIT_BITSET => 0,
             _ => 2,
         },
-        libc::SYS_nanosleep | libc::SYS_clock_nanosleep | libc::SYS_restart_syscall => 0,
+        libc::SYS_nanosleep | libc::SYS_clock_nanosleep => 0,
+        // Of a sleep, a wait for a lock with a limit, or poll(2), by the arguments of the call that it goes on with: the second
+        // of a sleep is an address or nothing, that of poll the number of its descriptors.
+        libc::SYS_restart_syscall => match call.arguments[1] {
+            0 | MOST_DESCRIPTORS.. => 0,
+            _ => 1,
+        },
         libc::SYS_epoll_pwait | libc::SYS_epoll_pwait2 | libc::SYS_ppoll | libc::SYS_pselect6 => 1,
         #[cfg(target_arch = "x86_64")]
         libc::SYS_epoll_wait | libc::SYS_poll | libc::SYS_select => 1,
@@ -404,6 +421,8 @@ mod tests {
             assert!(on(9999, &arguments));
         }
         assert!(!on(9999, &[0, 0, 0, 7]));
+        #[cfg(target_arch = "x86_64")]
+        assert!(on(OTHER_KIND | libc::SYS_poll, &[0x1000, 1]));
     }
 
     #[test]
@@ -547,6 +566,15 @@ mod tests {
         // FUTEX_LOCK_PI: 0 means that it has the lock.
         assert_eq!(harm_of_zero(&call(libc::SYS_futex, &[0x1000, 0x86])), 2);
         assert_eq!(harm_of_zero(&call(libc::SYS_epoll_pwait, &[3])), 1);
+        let restarted = |second| {
+            harm_of_zero(&call(
+                libc::SYS_restart_syscall,
+                &[0x7f12_3456_7000, second],
+            ))
+        };
+        assert_eq!(restarted(0x7f12_3456_7010), 0, "nanosleep with a rest");
+        assert_eq!(restarted(0), 0, "nanosleep without");
+        assert_eq!(restarted(2), 1, "poll of two");
         assert_eq!(harm_of_zero(&call(libc::SYS_accept4, &[3])), 2);
     }
 }

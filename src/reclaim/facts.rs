@@ -1,6 +1,6 @@
 //! The facts about an owner that the evidence is judged by, from /proc.
 //!
-//! Of `/proc/PID` only `fd`, `fdinfo`, `status` and `task` are read, none of which waits for the owner's memory.
+//! Of `/proc/PID` only `auxv`, `fd`, `fdinfo`, `status` and `task` are read, none of which waits for the owner's memory.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -22,6 +22,7 @@ pub struct Inside<'p> {
     proc: &'p Proc,
     /// Its number.
     pub pid: i32,
+    start_time: u64,
     pidfd: OwnedFd,
     fds: File,
 }
@@ -54,6 +55,7 @@ impl<'p> Inside<'p> {
             fds: File::open(proc.path(&format!("{}/fd", process.pid))).map_err(dead::errno)?,
             proc,
             pid: process.pid,
+            start_time: process.start_time,
         })
     }
 
@@ -174,10 +176,22 @@ impl<'p> Inside<'p> {
         tasks.into_iter().find_map(name)
     }
 
+    /// Whether the process is there, whatever it executes.
+    pub fn is_there(&self) -> bool {
+        is_there(self.proc, self.pid, self.start_time)
+    }
+
     /// Whether the first thread has ended and others have not: the table of the process is then not to be seen.
     pub fn leader_has_ended(&self) -> io::Result<bool> {
         let status = fs::read_to_string(self.proc.path(&format!("{}/status", self.pid)))?;
         Ok(leader_has_ended(&status))
+    }
+
+    /// Whether the program has 32 bits.
+    pub fn is_narrow(&self) -> io::Result<bool> {
+        Ok(is_narrow(&fs::read(
+            self.proc.path(&format!("{}/auxv", self.pid)),
+        )?))
     }
 
     /// Who traces a thread of the owner.
@@ -199,6 +213,17 @@ impl<'p> Inside<'p> {
     }
 }
 
+/// Whether a process is there that has or may have descriptors.
+pub fn is_there(proc: &Proc, pid: i32, start_time: u64) -> bool {
+    let status = fs::read_to_string(proc.path(&format!("{pid}/status")));
+    let ended = |status: String| {
+        let state = status.lines().find_map(|line| line.strip_prefix("State:"));
+        let dead = state.is_some_and(|state| state.trim_start().starts_with(['Z', 'X']));
+        dead && !leader_has_ended(&status)
+    };
+    proc.start_time(pid) == Some(start_time) && status.is_ok_and(|status| !ended(status))
+}
+
 /// The numbers of all processes.
 pub fn pids(proc: &Proc) -> io::Result<HashSet<i32>> {
     let mut pids = HashSet::new();
@@ -213,6 +238,15 @@ fn leader_has_ended(status: &str) -> bool {
     let state = status.lines().find_map(|line| line.strip_prefix("State:"));
     let ended = state.is_some_and(|state| state.trim_start().starts_with('Z'));
     ended && field(status, "Threads:").is_some_and(|threads| threads > 1)
+}
+
+/// Whether an auxiliary vector is that of a 32-bit program: pairs of words as wide as the program's, an identifier, which is
+/// small, and a value, of which the first is an address or a set of bits. Source: fs/binfmt_elf.c, create_elf_tables;
+/// arch/x86/include/asm/elf.h, ARCH_DLINFO.
+fn is_narrow(auxv: &[u8]) -> bool {
+    let identifier = |pair: &[u8]| pair.first_chunk().map(|word| u64::from_ne_bytes(*word));
+    let mut identifiers = auxv.chunks(16).filter_map(identifier);
+    identifiers.any(|identifier| identifier > u32::MAX.into())
 }
 
 /// Whether two processes with these status files could have one table of descriptors.
@@ -378,6 +412,38 @@ mod tests {
         assert!(leader_has_ended(&status("Z (zombie)", 2)));
         assert!(!leader_has_ended(&status("Z (zombie)", 1)), "all of it has");
         assert!(!leader_has_ended(&status("S (sleeping)", 2)));
+    }
+
+    #[test]
+    fn programs_of_32_bits_are_known_by_their_vector() {
+        let wide = |words: &[u64]| {
+            words
+                .iter()
+                .flat_map(|w| w.to_ne_bytes())
+                .collect::<Vec<_>>()
+        };
+        let narrow = |words: &[u32]| {
+            words
+                .iter()
+                .flat_map(|w| w.to_ne_bytes())
+                .collect::<Vec<_>>()
+        };
+        // AT_SYSINFO_EHDR, AT_HWCAP, AT_PAGESZ, AT_NULL.
+        let vector = [33, 0x7ffd_f7fc_1000, 16, 0xbfeb_fbff, 6, 4096, 0, 0];
+        assert!(!is_narrow(&wide(&vector)));
+        assert!(is_narrow(&narrow(&[
+            32,
+            0xf7f9_0550,
+            33,
+            0xf7f9_0000,
+            6,
+            4096,
+            0,
+            0
+        ])));
+        // Without vDSO.
+        assert!(is_narrow(&narrow(&[16, 0xbfeb_fbff, 6, 4096, 0, 0])));
+        assert!(!is_narrow(&[]));
     }
 
     #[test]

@@ -43,6 +43,8 @@ pub enum Reason {
     TableUnread(io::Error),
     /// The owner is a 32-bit program, or of another kind than cwkill.
     Foreign,
+    /// This thread of the owner was stopped in a system call of 32-bit programs, which does not say on what it is.
+    ForeignCall(i32),
     /// The /proc that names the owners is of another pid namespace than ours.
     ForeignProc,
     /// A thread of the owner did not stop, or not in time.
@@ -51,8 +53,8 @@ pub enum Reason {
     TimeOver(Duration),
     /// No thread of the owner made a system call within the limit.
     NoCall,
-    /// Signals to the owner came between, several times.
-    Signals,
+    /// Signals to the owner, or its execution of a program, came between, several times.
+    Unsteady,
     /// We may not look into the owner, or not stop it.
     Denied(io::Error),
     /// The operator stopped the run before its turn.
@@ -106,6 +108,9 @@ impl fmt::Display for Reason {
                 "which table of descriptors the threads of its process have cannot be seen: kcmp: {error}"
             ),
             Reason::Foreign => f.write_str("its process is a 32-bit program"),
+            Reason::ForeignCall(tid) => {
+                write!(f, "thread {tid} of its process makes 32-bit system calls")
+            }
             Reason::ForeignProc => crate::injector::ActError::ForeignProc.fmt(f),
             Reason::Limit(tid, limit) => write!(
                 f,
@@ -120,7 +125,9 @@ impl fmt::Display for Reason {
             Reason::NoCall => f.write_str(
                 "no thread of its process made a system call within --stop-limit; nothing was done",
             ),
-            Reason::Signals => f.write_str("its process was busy with signals; nothing was done"),
+            Reason::Unsteady => f.write_str(
+                "its process was busy with signals, or with executing a program; nothing was done",
+            ),
             Reason::Denied(error) => write!(f, "{error}: needs {}", Need::Ptrace),
             Reason::Interrupted => f.write_str("interrupted"),
             Reason::Hangs => f.write_str(
@@ -153,11 +160,12 @@ impl Reason {
             Reason::OtherTable => Reason::OtherTable,
             Reason::TableUnread(error) => Reason::TableUnread(copy(error)),
             Reason::Foreign => Reason::Foreign,
+            Reason::ForeignCall(tid) => Reason::ForeignCall(*tid),
             Reason::ForeignProc => Reason::ForeignProc,
             Reason::Limit(tid, limit) => Reason::Limit(*tid, *limit),
             Reason::TimeOver(limit) => Reason::TimeOver(*limit),
             Reason::NoCall => Reason::NoCall,
-            Reason::Signals => Reason::Signals,
+            Reason::Unsteady => Reason::Unsteady,
             Reason::Denied(error) => Reason::Denied(copy(error)),
             Reason::Interrupted => Reason::Interrupted,
             Reason::Hangs => Reason::Hangs,
@@ -181,6 +189,7 @@ impl Reason {
                 | Reason::OtherTable
                 | Reason::TableUnread(_)
                 | Reason::Foreign
+                | Reason::ForeignCall(_)
                 | Reason::ForeignProc
                 | Reason::Interrupted
         )

@@ -42,6 +42,8 @@ const MOST_STOPS: u32 = 5;
 /// How many of them look for a thread that serves well, and the time between them.
 const CHOOSY_STOPS: u32 = 3;
 const BETWEEN_STOPS: Duration = Duration::from_millis(2);
+/// Looks into an owner that is there and does not show what every process has.
+const LOOKS: u32 = 5;
 /// Descriptors of one stop: the last look at each takes some microseconds.
 const MOST_AT_ONCE: usize = 1000;
 
@@ -175,7 +177,7 @@ pub fn reclaim(
                     true => thread::sleep(BETWEEN_STOPS),
                     false => left
                         .iter()
-                        .for_each(|&at| fates[at] = Fate::Failed(Reason::Signals)),
+                        .for_each(|&at| fates[at] = Fate::Failed(Reason::Unsteady)),
                 }
             }
         }
@@ -252,7 +254,39 @@ struct Prepared<'p> {
     doubts: Vec<(usize, Reason)>,
 }
 
+/// Looks into an owner. What another thread's exec takes away for a moment (the table and the memory of the first
+/// thread) is looked for again.
 fn prepare<'p>(
+    proc: &'p Proc,
+    owners: &[Process],
+    owner: usize,
+    members: &[usize],
+    wanted: &[Wanted],
+    rules: &Rules,
+) -> Result<Prepared<'p>, Refusal> {
+    let Process {
+        pid, start_time, ..
+    } = owners[owner];
+    for _ in 1..LOOKS {
+        match prepare_once(proc, owners, owner, members, wanted, rules) {
+            Err(Refusal::Gone) if !facts::is_there(proc, pid, start_time) => {
+                return Err(Refusal::Gone);
+            }
+            Err(Refusal::Gone | Refusal::Because(Reason::LeaderEnded)) => {
+                thread::sleep(BETWEEN_STOPS);
+            }
+            other => return other,
+        }
+    }
+    match prepare_once(proc, owners, owner, members, wanted, rules) {
+        Err(Refusal::Gone) if facts::is_there(proc, pid, start_time) => {
+            Err(Refusal::Because(Reason::Unsteady))
+        }
+        other => other,
+    }
+}
+
+fn prepare_once<'p>(
     proc: &'p Proc,
     owners: &[Process],
     owner: usize,
@@ -264,6 +298,9 @@ fn prepare<'p>(
     let inside = Inside::open(proc, process)?;
     if inside.leader_has_ended()? {
         return Err(Refusal::Because(Reason::LeaderEnded));
+    }
+    if inside.is_narrow()? {
+        return Err(Refusal::Because(Reason::Foreign));
     }
     if let Some(tracer) = inside.tracer() {
         let comm = facts::comm(proc, tracer);

@@ -68,6 +68,16 @@ pub enum StopError {
     Os(&'static str, io::Error),
 }
 
+/// What became of the first thread while others were stopped.
+enum Leader {
+    /// It is stopped, or has ended.
+    Held,
+    /// It had not stopped, and has now.
+    JustStopped,
+    /// Its number is that of a thread that we have not seized.
+    Replaced,
+}
+
 /// The threads that have been seized, for another thread of ours to see.
 ///
 /// A thread of the owner that execs ends the others and waits until their tracer has taken notice. Meanwhile it holds
@@ -140,9 +150,18 @@ impl Stopped {
                 // A listing begins anew behind a thread that ends under it, and can miss one.
                 // Source: fs/proc/base.c, first_tid.
                 empty += 1;
-                if empty == EMPTY_LISTINGS {
-                    break;
+                if empty < EMPTY_LISTINGS {
+                    continue;
                 }
+                match stopped.leader(proc)? {
+                    Leader::Held => break,
+                    Leader::JustStopped => {}
+                    Leader::Replaced => drop(known.remove(&pid)),
+                }
+                if Instant::now() >= stopped.deadline {
+                    return Err(StopError::Limit(pid));
+                }
+                empty = 0;
                 continue;
             }
             empty = 0;
@@ -165,8 +184,52 @@ impl Stopped {
         }
     }
 
+    /// Whether the first thread is still the one that we hold. A thread that execs takes its number, whether we have
+    /// seized that thread or not, and all others end (fs/exec.c, de_thread).
+    fn leader(&mut self, proc: &Proc) -> Result<Leader, StopError> {
+        let at = self.threads.iter().position(|t| t.tid == self.pid);
+        let place = at.map(|at| self.threads[at].place);
+        match sys::peek_stop(self.pid) {
+            Ok(Waiting::Stop(_)) if place.is_some_and(|place| place != Place::Ended) => {
+                Ok(Leader::Held)
+            }
+            Ok(waiting @ (Waiting::Stop(_) | Waiting::Nothing)) => {
+                // It was seized under another number, and perhaps not told to stop.
+                if matches!(waiting, Waiting::Nothing) {
+                    // It can only be gone, which is seen next.
+                    let _ = sys::ptrace_interrupt(self.pid);
+                }
+                let at = at.unwrap_or_else(|| {
+                    self.threads.push(Thread {
+                        tid: self.pid,
+                        place: Place::Moving,
+                    });
+                    self.threads.len() - 1
+                });
+                self.wait(at, self.deadline)?;
+                Ok(Leader::JustStopped)
+            }
+            Ok(Waiting::End) | Err(_) => {
+                if let Some(at) = at {
+                    self.threads[at].place = Place::Ended;
+                }
+                Ok(match has_ended(proc, self.pid, self.pid) {
+                    true => Leader::Held,
+                    false => Leader::Replaced,
+                })
+            }
+        }
+    }
+
     fn seize(&mut self, proc: &Proc, tid: i32, list: &Seized) -> Result<(), StopError> {
-        let seized = sys::ptrace_seize(tid).and_then(|()| {
+        let is_ours = |error: io::Error| match error.raw_os_error() {
+            // A thread that we have seized under another number may have it by now.
+            Some(libc::EPERM) if !matches!(sys::peek_stop(tid), Ok(Waiting::End) | Err(_)) => {
+                Ok(())
+            }
+            _ => Err(error),
+        };
+        let seized = sys::ptrace_seize(tid).or_else(is_ours).and_then(|()| {
             // The end of the first thread is that of the process, which is its parent's to see.
             if tid != self.pid {
                 list.add(tid);

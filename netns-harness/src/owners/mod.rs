@@ -219,12 +219,20 @@ impl Owner {
             .context("it does not answer")
     }
 
+    /// Gives an order that is answered by descriptors; those.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn numbers(&mut self, order: &str) -> Result<Vec<i32>> {
+        numbers(&self.order(order)?)
+    }
+
     /// Makes it leak dead sockets; their descriptors.
     ///
     /// # Errors
     /// It does not answer.
     pub fn leak(&mut self, count: usize) -> Result<Vec<i32>> {
-        numbers(&self.order(&format!("leak {count}"))?)
+        self.numbers(&format!("leak {count}"))
     }
 
     /// The same with a living descriptor after each.
@@ -232,7 +240,7 @@ impl Owner {
     /// # Errors
     /// It does not answer.
     pub fn scatter(&mut self, count: usize) -> Result<Vec<i32>> {
-        numbers(&self.order(&format!("scatter {count}"))?)
+        self.numbers(&format!("scatter {count}"))
     }
 
     /// The longest time between two beats of its heart since the last call.

@@ -1,13 +1,12 @@
 //! The act: what is closed, and that everything else in the owner goes on.
 
 use std::collections::HashSet;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use netns_harness::owners::{Build, Owner};
 use netns_harness::{Lab, Options, Signal};
 
-use super::{descriptors, fds_of, is_traced, left, number, reclaim, states};
+use super::{descriptors, fds_of, number, reclaim, states};
 use crate::Case::{self, Once};
 use crate::support::{PATIENCE, at, count, cwkill, same};
 
@@ -23,7 +22,6 @@ pub const CASES: &[Case] = &[
     Once("a_stopped_process_stays_stopped", stopped),
     Once("listing_and_dry_run_stop_nobody", nothing_changes),
     Once("a_thread_with_another_table_never_closes", unshared),
-    Once("a_thread_that_does_not_stop_ends_it", limit),
     Once("other_pid_namespaces_too", pid_namespace),
     Once("no_living_descriptor_of_a_busy_table_is_closed", churn),
     Once("a_wrong_reclaimer_would_be_found_out", wrong_reclaimer),
@@ -198,33 +196,6 @@ fn unshared() -> Result<()> {
     );
     owner.report()?;
     Ok(())
-}
-
-/// A thread that waits for its vfork() stops for nobody.
-fn limit() -> Result<()> {
-    let lab = Lab::new()?;
-    let mut owner = Owner::start(lab.app_host(), Build::Plain, "vfork", 1)?;
-    let fds = owner.leak(1)?;
-    lab.wait_for(PATIENCE, || Ok(states(owner.pid())?.contains(&'D')))?;
-    for _ in 0..3 {
-        owner.longest_gap()?;
-        let began = Instant::now();
-        let line = format!(
-            "reclaim --pid {} --reclaim-age 0s --stop-limit 50ms --json",
-            owner.pid()
-        );
-        let ran = cwkill(&lab, &line)?.exits(4)?;
-        let took = began.elapsed();
-        left(&ran, &mut owner, &fds, "failed", "did not stop within 50ms")?;
-        let gap = owner.longest_gap()?;
-        ensure!(
-            gap >= Duration::from_millis(40),
-            "it was not stopped: {gap:?}"
-        );
-        ensure!(gap <= took, "{gap:?} of {took:?}");
-    }
-    // Nothing is left of us.
-    lab.wait_for(PATIENCE, || Ok(!is_traced(owner.pid())))
 }
 
 fn pid_namespace() -> Result<()> {

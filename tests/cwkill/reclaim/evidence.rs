@@ -1,25 +1,25 @@
 //! What is left alone, and why.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use netns_harness::Lab;
 use netns_harness::owners::{Build, Owner};
 
-use super::{descriptors, fds_of, left, number, reclaim};
+use super::{
+    descriptors, fds_of, is_root_of_the_machine, left, links_of, number, outcomes, reclaim,
+};
 use crate::Case::{self, Once};
-use crate::support::{CWKILL, PATIENCE, at, cwkill, ran, same};
+use crate::support::{CWKILL, PATIENCE, Ran, at, cwkill, ran, same};
 
 pub const CASES: &[Case] = &[
     Once("what_is_in_an_epoll_set_is_left", epoll),
     Once("what_a_system_call_is_on_is_left", in_a_call),
+    Once("what_poll_and_select_wait_on_is_left", waited_on),
     Once("what_is_young_is_left", young),
     Once("a_socket_never_connected_is_no_dead_one", living),
+    Once("what_may_still_be_connected_is_no_dead_one", fresh),
     Once("a_table_that_another_process_has_is_left", shares),
     Once("a_filter_that_forbids_close_is_seen_beforehand", seccomp),
     Once("a_traced_process_is_left_to_its_tracer", traced),
-    Once(
-        "without_rights_nothing_happens_and_it_says_so",
-        unprivileged,
-    ),
 ];
 
 fn epoll() -> Result<()> {
@@ -62,6 +62,69 @@ fn in_a_call() -> Result<()> {
     )
 }
 
+/// And what they do not wait on is taken.
+fn waited_on() -> Result<()> {
+    for mode in ["poll", "ppoll", "select", "pselect"] {
+        let lab = Lab::new()?;
+        let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 1)?;
+        let only = |ran: &Ran, waited_on: &[i32], others: &[i32]| -> Result<()> {
+            let said = outcomes(ran)?;
+            same(&said.len(), &(waited_on.len() + others.len()))?;
+            for (fd, (outcome, why)) in said {
+                let is_waited_on = waited_on.contains(&fd);
+                let wanted = if is_waited_on { "skipped" } else { "freed" };
+                ensure!(outcome == wanted, "{mode}, {fd}: {outcome}, {why}");
+                let named = why.contains("is inside a system call on it");
+                same(&named, &is_waited_on).with_context(|| format!("{mode}, {fd}: {why}"))?;
+            }
+            Ok(())
+        };
+        // Before the owner is stopped for the first time.
+        let waited_on = owner.leak(2)?;
+        let before = owner.descriptors()?;
+        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+        only(&ran, &waited_on, &[])?;
+        same(&owner.descriptors()?, &before)?;
+        owner.report().context(mode)?;
+
+        // It is stopped for the others. A poll(2) begins anew after that and sees what it waits on, so that is dead only
+        // then; it is in restart_syscall(2) by then.
+        let polls = mode.ends_with("poll");
+        let (mut owner, waited_on) = match polls {
+            true => {
+                let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 1)?;
+                let pipe = owner.numbers("wait")?;
+                let others = owner.scatter(3)?;
+                let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0)?;
+                only(&ran, &[], &others)?;
+                owner.numbers(&format!("onto {}", pipe[0]))?;
+                (owner, pipe)
+            }
+            false => (owner, waited_on),
+        };
+        if mode == "poll" {
+            let restarted = |task: std::fs::DirEntry| {
+                let call = std::fs::read_to_string(task.path().join("syscall"));
+                let number = format!("{} ", libc::SYS_restart_syscall);
+                call.is_ok_and(|call| call.starts_with(&number))
+            };
+            lab.wait_for(PATIENCE, || {
+                let tasks = std::fs::read_dir(format!("/proc/{}/task", owner.pid()))?;
+                Ok(tasks.flatten().any(restarted))
+            })?;
+        }
+        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+        only(&ran, &waited_on, &[])?;
+        if !polls {
+            let others = owner.scatter(3)?;
+            let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+            only(&ran, &waited_on, &others)?;
+        }
+        owner.report().context(mode)?;
+    }
+    Ok(())
+}
+
 fn shares() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "shares", 1)?;
@@ -102,6 +165,53 @@ fn living() -> Result<()> {
     Ok(())
 }
 
+/// Beside dead ones, those of a program that is about to connect, or connects, or listens. In a pid namespace, so that
+/// `--all` is of it alone.
+fn fresh() -> Result<()> {
+    let lab = Lab::new()?;
+    let script =
+        "exec 9<$1; shift; exec unshare --pid --fork --mount-proc --kill-child /proc/self/fd/9 $@";
+    let by = ["sh", "-c", script, "sh"];
+    let program = Owner::program(Build::Plain)?;
+    let mut owner = Owner::start_by(lab.app_host(), &by, &program, "idle", 1)?;
+    let children = format!("/proc/{0}/task/{0}/children", owner.pid());
+    let inner: u32 = std::fs::read_to_string(children)?.trim().parse()?;
+    let fresh = owner.numbers("fresh")?;
+    let [.., connecting, listening] = fresh[..] else {
+        bail!("{fresh:?}");
+    };
+    for more in ["", "--reclaim-force"] {
+        let dead = owner.leak(3)?;
+        let before = links_of(inner)?;
+        let line = format!(
+            "--target {inner} --pid --mount {CWKILL} reclaim --all --reclaim-age 0s --json {more}"
+        );
+        let command = lab
+            .app_host()
+            .command("nsenter")
+            .args(line.split_whitespace());
+        let ran = ran(command)?.exits(0)?;
+        let said: Vec<i32> = outcomes(&ran)?.into_keys().collect();
+        same(&said, &dead)?;
+        same(&number(&ran.json()?, "/summary/freed")?, &3)?;
+        let mut after = before;
+        after.retain(|fd, _| !dead.contains(fd));
+        same(&links_of(inner)?, &after)?;
+        owner.report()?;
+    }
+    // They are still good for what they were made for.
+    for fd in fresh
+        .iter()
+        .filter(|fd| ![connecting, listening].contains(fd))
+    {
+        same(&owner.order(&format!("use {fd}"))?, &"0".to_owned())
+            .with_context(|| format!("{fd} of {fresh:?}"))?;
+    }
+    same(&owner.order("connect")?, &"0".to_owned())?;
+    owner.report()?;
+    Ok(())
+}
+
 fn seccomp() -> Result<()> {
     let lab = Lab::new()?;
     for (mode, outcome) in [("kill", None), ("errno", None), ("log", Some(2))] {
@@ -126,11 +236,6 @@ fn seccomp() -> Result<()> {
     Ok(())
 }
 
-/// Not that of a user namespace: PTRACE_SECCOMP_GET_FILTER asks for CAP_SYS_ADMIN of the machine.
-fn is_root_of_the_machine() -> bool {
-    std::fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| map.contains("4294967295"))
-}
-
 fn traced() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "traced", 1)?;
@@ -140,18 +245,4 @@ fn traced() -> Result<()> {
         left(&ran, &mut owner, &fds, "skipped", "traced by its-tracer/")?;
     }
     Ok(())
-}
-
-fn unprivileged() -> Result<()> {
-    let lab = Lab::new()?;
-    let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
-    owner.leak(2)?;
-    let before = owner.descriptors()?;
-    let line = format!("reclaim --pid {} --reclaim-age 0s", owner.pid());
-    let command = lab.app_host().command(CWKILL).args(line.split_whitespace());
-    let ran = ran(command.capabilities(&[]))?.exits(4)?;
-    // Of a process with the same uid the table can be seen and nothing be touched.
-    ran.complains("could not be looked")?
-        .complains("CAP_SYS_PTRACE")?;
-    same(&owner.descriptors()?, &before)
 }

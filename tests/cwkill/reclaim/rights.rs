@@ -1,0 +1,125 @@
+//! What is missing: rights, and threads of our own.
+
+use anyhow::{Context, Result, ensure};
+use netns_harness::owners::{Build, Owner};
+use netns_harness::{Capability, Lab};
+
+use super::{fds_of, number};
+use crate::Case::{self, Once};
+use crate::support::{CWKILL, cwkill, ran, same};
+
+pub const CASES: &[Case] = &[Once(
+    "without_rights_nothing_happens_and_it_says_so",
+    unprivileged,
+)];
+
+/// Those that need a second user, or a /proc that is mounted anew.
+pub const USERS_CASES: &[Case] = &[
+    Once("reclaim_of_another_users_process_says_so", other_user),
+    Once("reclaim_of_a_hidden_process_says_so", hidden),
+    Once("reclaim_without_threads_does_nothing_or_all", no_threads),
+];
+
+/// A user without any right here.
+const NOBODY: u32 = 65534;
+
+fn unprivileged() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
+    owner.leak(2)?;
+    let before = owner.descriptors()?;
+    let line = format!("reclaim --pid {} --reclaim-age 0s", owner.pid());
+    let command = lab.app_host().command(CWKILL).args(line.split_whitespace());
+    let ran = ran(command.capabilities(&[]))?.exits(4)?;
+    // Of a process with the same uid the table can be seen and nothing be touched.
+    ran.complains("could not be looked")?
+        .complains("CAP_SYS_PTRACE")?;
+    same(&owner.descriptors()?, &before)
+}
+
+fn other_user() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
+    owner.leak(2)?;
+    let before = owner.descriptors()?;
+    for more in ["", "-n", "--reclaim-force", "--jsonl"] {
+        let line = format!("reclaim --pid {} --reclaim-age 0s {more}", owner.pid());
+        let command = lab.app_host().command(CWKILL).uid(NOBODY);
+        let ran = ran(command.args(line.split_whitespace()))?.exits(4)?;
+        ran.complains("1 process could not be looked into")?
+            .complains("CAP_SYS_PTRACE")?;
+        same(&owner.descriptors()?, &before)?;
+    }
+    let line = format!("reclaim --pid {} --json", owner.pid());
+    let command = lab.app_host().command(CWKILL).uid(NOBODY);
+    let ran = ran(command.args(line.split_whitespace()))?.exits(4)?;
+    same(&number(&ran.json()?, "/unreadable_processes")?, &1)
+}
+
+/// As /proc is mounted on many hosts: it is not even in the list.
+fn hidden() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
+    owner.leak(2)?;
+    let script = "mount -t proc -o hidepid=2 none /proc && exec setpriv --reuid 65534 --regid 65534 --clear-groups \
+                  --inh-caps=-all --bounding-set=-all \"$@\"";
+    for more in ["", "-n"] {
+        let line = format!("reclaim --pid {} {more}", owner.pid());
+        let command = lab.app_host().command("unshare");
+        let command = command.args(["-m", "sh", "-ec", script, "sh", CWKILL]);
+        let ran = ran(command.args(line.split_whitespace()))?.exits(4)?;
+        ran.complains("hidepid")?;
+    }
+    owner.report()?;
+    Ok(())
+}
+
+/// A user of our own, at every limit of tasks from too few to enough: all of it is done, or nothing and it says so.
+fn no_threads() -> Result<()> {
+    const ALONE: u32 = 64123;
+    let rights = [Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH];
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
+    let (mut done, mut refused) = (0, 0);
+    for limit in 1..=8 {
+        let fds = owner.leak(2)?;
+        let line = format!(
+            "--nproc={limit} {CWKILL} reclaim --pid {} --reclaim-age 0s --json",
+            owner.pid()
+        );
+        let command = lab
+            .app_host()
+            .command("prlimit")
+            .uid(ALONE)
+            .capabilities(&rights);
+        let ran = ran(command.args(line.split_whitespace()))?;
+        let open = fds_of(owner.pid())?;
+        let left = fds.iter().filter(|fd| open.contains(fd)).count();
+        ensure!(!ran.stderr.contains("panicked"), "{limit}: {ran:#?}");
+        match left {
+            0 => {
+                ran.exits(0)?;
+                done += 1;
+            }
+            _ => {
+                same(&left, &2)?;
+                let ran = ran.exits(4)?;
+                ensure!(
+                    ran.stdout.contains("starting a thread"),
+                    "{limit}: {ran:#?}"
+                );
+                refused += 1;
+                cwkill(
+                    &lab,
+                    &format!("reclaim --pid {} --reclaim-age 0s -q", owner.pid()),
+                )?
+                .exits(0)?;
+            }
+        }
+        owner
+            .report()
+            .with_context(|| format!("at most {limit} tasks"))?;
+    }
+    ensure!(done > 0 && refused > 0, "{done} done, {refused} refused");
+    Ok(())
+}
