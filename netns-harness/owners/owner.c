@@ -3,7 +3,7 @@
  *
  *   owner MODE [THREADS]
  *
- * Modes, all of them with a heartbeat of 1 ms; more are in waits.c, works.c and ring.c:
+ * Modes, all of them with a heartbeat of 1 ms; more are in waits.c, works.c, reacts.c and ring.c:
  *   idle   THREADS threads that wait
  *   epoll  leaked sockets are in an epoll set
  *   kill, errno, log   a seccomp filter that kills on close(2), refuses it, lets it through
@@ -20,6 +20,7 @@
  *   scatter N the same, with a living descriptor between each two of them, which must stay what it is
  *   wait      have a thread wait on a number, as MODE says; the number, which is a pipe's
  *   onto N    leak a dead socket under the number N
+ *   stuck N   make N sockets in CLOSE-WAIT; their descriptors
  *   fresh     make sockets that look dead or are about to live, which must stay what they are: never connected, bound,
  *             refused, refused and asked, taken back, taken back and refused, connecting, listening
  *   use N     connect number N, a socket without a connection; 0 or the errno
@@ -419,6 +420,25 @@ static void leak(int number, int scattered)
     putchar('\n');
 }
 
+/* Sockets whose peer has finished and is gone. */
+static void stuck(int number)
+{
+    for (int at = 0; at < number; at++) {
+        struct pollfd finished = {.events = POLLRDHUP};
+        int peer = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        if (peer < 0 || connect(peer, (void *)&address, sizeof address))
+            die("connect");
+        finished.fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+        close(peer);
+        if (poll(&finished, 1, 20000) != 1)
+            die("no end");
+        if (reacts(mode))
+            react(mode, finished.fd);
+        printf("%d ", finished.fd);
+    }
+    putchar('\n');
+}
+
 static void carry_out(const char *line)
 {
     int number = 0;
@@ -426,6 +446,8 @@ static void carry_out(const char *line)
         leak(number, 1);
     else if (sscanf(line, "leak %d", &number) == 1)
         leak(number, 0);
+    else if (sscanf(line, "stuck %d", &number) == 1)
+        stuck(number);
     else if (sscanf(line, "close %d", &number) == 1)
         printf("%d\n", close(number));
     else if (sscanf(line, "use %d", &number) == 1)

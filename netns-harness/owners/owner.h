@@ -33,6 +33,10 @@ void works(void);
 void *churns(void *unused);
 long taken(void);
 
+/* reacts.c */
+int reacts(const char *mode);
+void react(const char *mode, int fd);
+
 /* ring.c */
 int has_ring(const char *mode);
 void be_in_ring(const char *mode);

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::ColorChoice;
 
-use super::{Fate, Reason, Rules, Visit, Wanted, judge, reclaim};
+use super::{Fate, Reason, Rules, Visit, Wanted, judge, let_owners_react, reclaim};
 use crate::audit;
 use crate::cli::{OwnerSelection, ReclaimArgs, Reclaiming};
 use crate::config::{Action, Format, usage};
@@ -18,10 +18,6 @@ use crate::selectors::Selectors;
 
 const DEFAULT_AGE: Duration = Duration::from_secs(60);
 const DEFAULT_STOP_LIMIT: Duration = Duration::from_millis(100);
-
-/// A dead socket must still be dead, and in the same place, so much later: for how long it has been dead
-/// the kernel does not say, and a program that reacts closes it within that time.
-const SECOND_LOOK: Duration = Duration::from_secs(1);
 
 impl Rules {
     /// What the options say, with defaults filled in.
@@ -241,8 +237,8 @@ pub fn carry_out(run: &mut Run, config: &Config, proc: &Proc, surroundings: &dyn
     let wanted: Vec<Wanted> = run.descriptors.iter().map(|dead| dead.wanted).collect();
     if config.action == Action::Act {
         surroundings.begin();
-        if !wanted.is_empty() && !config.rules.age.is_zero() {
-            wait(surroundings, SECOND_LOOK.min(config.rules.age));
+        if !wanted.is_empty() {
+            let_owners_react(&config.rules, surroundings);
         }
         let interrupted = || surroundings.interrupted();
         let done = reclaim(&run.owners, &wanted, &config.rules, proc, &interrupted);
@@ -250,17 +246,6 @@ pub fn carry_out(run: &mut Run, config: &Config, proc: &Proc, surroundings: &dyn
         run.visits = done.visits;
     } else {
         run.doubts = judge(&run.owners, &wanted, &config.rules, proc);
-    }
-}
-
-/// Waits, and no longer than until Ctrl-C.
-fn wait(surroundings: &dyn Surroundings, duration: Duration) {
-    let until = surroundings.now() + duration;
-    while !surroundings.interrupted() {
-        match until.checked_duration_since(surroundings.now()) {
-            None | Some(Duration::ZERO) => return,
-            Some(left) => surroundings.pause(left.min(Duration::from_millis(50))),
-        }
     }
 }
 

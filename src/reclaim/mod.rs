@@ -29,10 +29,11 @@ use nix::errno::Errno;
 
 use crate::finder::owners::{Proc, Process};
 use crate::finder::sock_diag::Cookie;
+use crate::injector::ladder::Surroundings;
 use crate::sys::{self, TargetFd};
 
 use act::visit_once;
-use evidence::{Doubt, Facts, doubt, uses};
+use evidence::{Doubt, Facts, Uses, doubt, uses};
 use facts::{Inside, Special};
 pub use fate::{Fate, Reason};
 
@@ -44,6 +45,9 @@ const CHOOSY_STOPS: u32 = 3;
 const BETWEEN_STOPS: Duration = Duration::from_millis(2);
 /// Looks into an owner that is there and does not show what every process has.
 const LOOKS: u32 = 5;
+/// Between the end of a socket, or the first look at a dead one, and the act: for how long it has been dead the kernel does not
+/// say, and a program that reacts to the end of its connection closes it within that time.
+const SECOND_LOOK: Duration = Duration::from_secs(1);
 /// Descriptors of one stop: the last look at each takes some microseconds.
 const MOST_AT_ONCE: usize = 1000;
 
@@ -121,6 +125,54 @@ pub fn judge(
         }
     }
     doubts
+}
+
+/// Of each descriptor of a socket that is about to be closed, what becomes of it if a system call is on it. The close will end
+/// that call, so it cannot be asked about afterwards, and its thread is then on its way to deal with it.
+pub fn in_calls(
+    owners: &[Process],
+    wanted: &[Wanted],
+    rules: &Rules,
+    proc: &Proc,
+) -> Vec<Option<Fate>> {
+    let mut fates: Vec<Option<Fate>> = wanted.iter().map(|_| None).collect();
+    if rules.force || !proc.is_of_our_pid_namespace() {
+        return fates;
+    }
+    for (owner, members) in by_owner(wanted) {
+        let look = || Ok(waiting(&Inside::open(proc, &owners[owner])?)?);
+        let facts = match steadily(proc, &owners[owner], look) {
+            Ok(uses) => Facts {
+                uses,
+                ..Facts::default()
+            },
+            Err(Refusal::Gone) => continue,
+            Err(refusal) => {
+                for (at, fate) in Round::all(&members, &refusal).fates {
+                    fates[at] = Some(fate);
+                }
+                continue;
+            }
+        };
+        for at in members {
+            let Wanted { fd, inode, .. } = wanted[at];
+            let doubt = doubt(&facts, fd.0, inode, None, Duration::ZERO);
+            fates[at] = doubt.map(|doubt| Fate::Skipped(Reason::Doubt(doubt)));
+        }
+    }
+    fates
+}
+
+/// Lets the owners react to the end of their connections: a program that does closes the descriptor within milliseconds, and
+/// what it has not closed after this time it has forgotten. Not longer than until Ctrl-C.
+pub fn let_owners_react(rules: &Rules, surroundings: &dyn Surroundings) {
+    let until = surroundings.now() + SECOND_LOOK.min(rules.age);
+    while !surroundings.interrupted() {
+        match until.checked_duration_since(surroundings.now()) {
+            None | Some(Duration::ZERO) => return,
+            Some(left) => surroundings.pause(left.min(Duration::from_millis(50))),
+        }
+    }
 }
 
 /// Closes the descriptors `wanted` in their `owners`, one owner after the other, as far as the evidence
@@ -256,6 +308,27 @@ struct Prepared<'p> {
 
 /// Looks into an owner. What another thread's exec takes away for a moment (the table and the memory of the first
 /// thread) is looked for again.
+fn steadily<T>(
+    proc: &Proc,
+    process: &Process,
+    look: impl Fn() -> Result<T, Refusal>,
+) -> Result<T, Refusal> {
+    let is_there = || facts::is_there(proc, process.pid, process.start_time);
+    for _ in 1..LOOKS {
+        match look() {
+            Err(Refusal::Gone) if !is_there() => return Err(Refusal::Gone),
+            Err(Refusal::Gone | Refusal::Because(Reason::LeaderEnded)) => {
+                thread::sleep(BETWEEN_STOPS);
+            }
+            other => return other,
+        }
+    }
+    match look() {
+        Err(Refusal::Gone) if is_there() => Err(Refusal::Because(Reason::Unsteady)),
+        other => other,
+    }
+}
+
 fn prepare<'p>(
     proc: &'p Proc,
     owners: &[Process],
@@ -264,37 +337,19 @@ fn prepare<'p>(
     wanted: &[Wanted],
     rules: &Rules,
 ) -> Result<Prepared<'p>, Refusal> {
-    let Process {
-        pid, start_time, ..
-    } = owners[owner];
-    for _ in 1..LOOKS {
-        match prepare_once(proc, owners, owner, members, wanted, rules) {
-            Err(Refusal::Gone) if !facts::is_there(proc, pid, start_time) => {
-                return Err(Refusal::Gone);
-            }
-            Err(Refusal::Gone | Refusal::Because(Reason::LeaderEnded)) => {
-                thread::sleep(BETWEEN_STOPS);
-            }
-            other => return other,
-        }
-    }
-    match prepare_once(proc, owners, owner, members, wanted, rules) {
-        Err(Refusal::Gone) if facts::is_there(proc, pid, start_time) => {
-            Err(Refusal::Because(Reason::Unsteady))
-        }
-        other => other,
-    }
+    let process = &owners[owner];
+    steadily(proc, process, || {
+        prepare_once(proc, process, members, wanted, rules)
+    })
 }
 
 fn prepare_once<'p>(
     proc: &'p Proc,
-    owners: &[Process],
-    owner: usize,
+    process: &Process,
     members: &[usize],
     wanted: &[Wanted],
     rules: &Rules,
 ) -> Result<Prepared<'p>, Refusal> {
-    let process = &owners[owner];
     let inside = Inside::open(proc, process)?;
     if inside.leader_has_ended()? {
         return Err(Refusal::Because(Reason::LeaderEnded));
@@ -312,12 +367,7 @@ fn prepare_once<'p>(
     let specials = inside.specials(&numbers)?;
     let mut facts = Facts::default();
     if !rules.force {
-        let memory = |address, len| remote::read_memory(process.pid, address, len);
-        let calls = inside.calls()?;
-        facts.uses = calls
-            .iter()
-            .map(|(tid, call)| uses(*tid, call, &memory))
-            .collect();
+        facts.uses = waiting(&inside)?;
         (facts.epolls, facts.rings) = inside.tables(&specials)?;
         facts.ring_worker = inside.ring_worker();
         facts.finalizer = inside.finalizer();
@@ -337,6 +387,14 @@ fn prepare_once<'p>(
         candidates,
         doubts,
     })
+}
+
+/// What the system calls are on in which the owner's threads wait, as far as that is seen without stopping it.
+fn waiting(inside: &Inside<'_>) -> io::Result<Vec<Uses>> {
+    let memory = |address, len| remote::read_memory(inside.pid, address, len);
+    let calls = inside.calls()?;
+    let uses = calls.iter().map(|(tid, call)| uses(*tid, call, &memory));
+    Ok(uses.collect())
 }
 
 /// Refuses if one of `processes` has the owner's table of descriptors without being the same process (clone

@@ -49,6 +49,7 @@ impl Workshop {
     pub(crate) fn owner(&self, flags: &[&str]) -> Result<PathBuf> {
         let parts = [
             ("owner.h", include_str!("../../owners/owner.h")),
+            ("reacts.c", include_str!("../../owners/reacts.c")),
             ("ring.c", include_str!("../../owners/ring.c")),
             ("waits.c", include_str!("../../owners/waits.c")),
             ("works.c", include_str!("../../owners/works.c")),
@@ -56,7 +57,7 @@ impl Workshop {
         for (name, text) in parts {
             fs::write(self.path(name), text)?;
         }
-        let compiler = "cc -O2 -pthread -o owner owner.c ring.c waits.c works.c";
+        let compiler = "cc -O2 -pthread -o owner owner.c reacts.c ring.c waits.c works.c";
         let compiler: Vec<&str> = compiler.split(' ').collect();
         let text = include_str!("../../owners/owner.c");
         self.build("owner.c", text, &[&compiler, flags].concat())?;
@@ -235,7 +236,15 @@ impl Owner {
         self.numbers(&format!("leak {count}"))
     }
 
-    /// The same with a living descriptor after each.
+    /// Makes it leak sockets in CLOSE-WAIT; their descriptors.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn stuck(&mut self, count: usize) -> Result<Vec<i32>> {
+        numbers(&self.order(&format!("stuck {count}"))?)
+    }
+
+    /// The dead ones with a living descriptor after each.
     ///
     /// # Errors
     /// It does not answer.

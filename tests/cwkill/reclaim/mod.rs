@@ -7,6 +7,7 @@ mod act;
 mod evidence;
 mod kill;
 mod programs;
+mod reactions;
 mod rights;
 mod runtimes;
 mod stop;
@@ -31,6 +32,7 @@ pub const CASES: &[&[Case]] = &[
     evidence::CASES,
     kill::CASES,
     programs::CASES,
+    reactions::CASES,
     rights::CASES,
     runtimes::CASES,
     stop::CASES,
