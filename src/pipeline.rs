@@ -230,6 +230,8 @@ fn wanted(found: &Found, meant: &dyn Fn(usize) -> bool) -> (Vec<(usize, usize)>,
                 inode,
                 cookie: socket.cookie(),
                 age: socket.age,
+                unread: 0,
+                agreed: socket.recv_q,
             });
         }
     }

@@ -21,6 +21,8 @@
  *   wait      have a thread wait on a number, as MODE says; the number, which is a pipe's
  *   onto N    leak a dead socket under the number N
  *   stuck N   make N sockets in CLOSE-WAIT; their descriptors
+ *   answered N   make N dead sockets with 30000 bytes that were not read; their descriptors
+ *   read N    read number N to its end; how many bytes there were
  *   fresh     make sockets that look dead or are about to live, which must stay what they are: never connected, bound,
  *             refused, refused and asked, taken back, taken back and refused, connecting, listening
  *   use N     connect number N, a socket without a connection; 0 or the errno
@@ -420,6 +422,30 @@ static void leak(int number, int scattered)
     putchar('\n');
 }
 
+/* A socket that has finished, and then has been answered. */
+static int answered_socket(void)
+{
+    static const char answer[30000];
+    struct pollfd over = {.events = POLLRDHUP};
+    int peer = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (peer < 0 || connect(peer, (void *)&address, sizeof address))
+        die("connect");
+    over.fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+    if (shutdown(over.fd, SHUT_WR) || write(peer, answer, sizeof answer) != sizeof answer || close(peer)
+        || poll(&over, 1, 20000) != 1)
+        die("answer");
+    return over.fd;
+}
+
+static long read_all(int fd)
+{
+    char buffer[4096];
+    long all = 0, got;
+    while ((got = read(fd, buffer, sizeof buffer)) > 0)
+        all += got;
+    return got < 0 ? -errno : all;
+}
+
 /* Sockets whose peer has finished and is gone. */
 static void stuck(int number)
 {
@@ -448,6 +474,12 @@ static void carry_out(const char *line)
         leak(number, 0);
     else if (sscanf(line, "stuck %d", &number) == 1)
         stuck(number);
+    else if (sscanf(line, "answered %d", &number) == 1) {
+        while (number-- > 0)
+            printf("%d ", answered_socket());
+        putchar('\n');
+    } else if (sscanf(line, "read %d", &number) == 1)
+        printf("%ld\n", read_all(number));
     else if (sscanf(line, "close %d", &number) == 1)
         printf("%d\n", close(number));
     else if (sscanf(line, "use %d", &number) == 1)

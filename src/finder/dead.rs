@@ -74,7 +74,7 @@ pub struct Suspect {
 /// What a descriptor of a socket in no table is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// The connection is over, state CLOSE: nothing can come of this descriptor any more.
+    /// The connection is over, state CLOSE: nothing can come of this descriptor any more but bytes that are in it already.
     Dead(DeadSocket),
     /// State CLOSE, and no connection since it was made or taken back: fresh, bound, or after a failed
     /// connect(2). Its process may still connect it.
@@ -94,6 +94,9 @@ pub struct DeadSocket {
     /// Time since the last acceptable segment of the peer. The connection ended later than that: an
     /// upper bound on the time the socket has been dead.
     pub quiet: Duration,
+    /// Bytes that its program has not read, and still can: the kernel keeps them until the last descriptor is closed
+    /// (net/ipv4/tcp.c, tcp_done; net/ipv4/af_inet.c, inet_sock_destruct).
+    pub unread: u32,
 }
 
 /// What [`find`] found.
@@ -349,6 +352,7 @@ fn read_verdict(socket: BorrowedFd<'_>) -> io::Result<Option<Verdict>> {
                 cookie: Cookie(sys::socket_cookie(socket)?),
                 local: local.and_then(|address| address.as_socket()).map(canonical),
                 quiet,
+                unread: sys::unread_bytes(socket)?,
             }))
         }
         _ => None,

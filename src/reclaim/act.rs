@@ -185,7 +185,7 @@ fn still_allowed(
         let fate = match inside.identity(wanted.fd, wanted.inode, wanted.cookie) {
             Identity::Other => Fate::Gone,
             Identity::Unknown(errno) => Fate::Failed(Reason::Denied(errno.into())),
-            Identity::Same => match why_not(&facts, wanted, rules) {
+            Identity::Same { unread } => match why_not(&facts, wanted, unread, rules) {
                 Some(doubt) => Fate::Skipped(Reason::Doubt(doubt)),
                 None => {
                     allowed.push(at);

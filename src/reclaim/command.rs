@@ -207,6 +207,8 @@ pub fn find(config: &Config, proc: &Proc) -> anyhow::Result<Run> {
                         inode: suspect.inode,
                         cookie: socket.cookie,
                         age: Some(socket.quiet),
+                        unread: socket.unread,
+                        agreed: 0,
                     },
                     socket,
                 }),

@@ -30,6 +30,8 @@ pub enum Doubt {
     RingWorker(String),
     /// This thread of the owner closes objects that nothing refers to any more, by their numbers.
     Finalizer(String),
+    /// It has so many bytes that its program has not read and still can.
+    Unread(u32),
     /// It has not been stuck for long enough: how long it was.
     TooYoung(Duration),
     /// The kernel does not say for how long it has been stuck.
@@ -65,6 +67,14 @@ impl fmt::Display for Doubt {
                 "its thread {} closes forgotten objects by their numbers, whatever has those by then; have it \
                  collect them first (Java: jcmd PID GC.run), then --reclaim-force",
                 crate::report::escape::escape(name)
+            ),
+            Doubt::Unread(bytes) => write!(
+                f,
+                "its process can still read {}, which --reclaim-force loses",
+                crate::report::notes::counted(
+                    usize::try_from(*bytes).unwrap_or(usize::MAX),
+                    "byte"
+                )
             ),
             Doubt::TooYoung(age) => write!(
                 f,

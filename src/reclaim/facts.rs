@@ -39,8 +39,11 @@ pub enum Special {
 /// What a number in the owner's table is now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Identity {
-    /// The dead socket that was found.
-    Same,
+    /// The dead socket that was found, and how many bytes its program has not read.
+    Same {
+        /// The bytes.
+        unread: u32,
+    },
     /// Something else, or nothing.
     Other,
     /// It may not be looked at.
@@ -88,7 +91,9 @@ impl<'p> Inside<'p> {
     /// Whether descriptor `fd` is the dead TCP socket with this inode and cookie.
     pub fn identity(&self, fd: TargetFd, inode: u32, cookie: Cookie) -> Identity {
         match dead::examine(self.pidfd.as_fd(), fd, inode) {
-            Some(Verdict::Dead(socket)) if socket.cookie == cookie => Identity::Same,
+            Some(Verdict::Dead(socket)) if socket.cookie == cookie => Identity::Same {
+                unread: socket.unread,
+            },
             Some(Verdict::Unknown(errno)) => Identity::Unknown(errno),
             _ => Identity::Other,
         }

@@ -64,6 +64,10 @@ pub struct Wanted {
     pub cookie: Cookie,
     /// How long it has been quiet, if that is known.
     pub age: Option<Duration>,
+    /// Bytes in it that its program has not read; 0 while it is not dead, since more may come.
+    pub unread: u32,
+    /// As many of them may be lost: the operator has seen them, and had the socket closed.
+    pub agreed: u32,
 }
 
 /// What the operator allows.
@@ -374,7 +378,7 @@ fn prepare_once<'p>(
     }
     let (mut candidates, mut doubts) = (Vec::new(), Vec::new());
     for &at in members {
-        match why_not(&facts, &wanted[at], rules) {
+        match why_not(&facts, &wanted[at], wanted[at].unread, rules) {
             Some(doubt) => doubts.push((at, Reason::Doubt(doubt))),
             None => candidates.push(at),
         }
@@ -419,9 +423,11 @@ fn not_shared<'a>(
     Ok(())
 }
 
-fn why_not(facts: &Facts, wanted: &Wanted, rules: &Rules) -> Option<Doubt> {
+/// What speaks against taking a descriptor with so many `unread` bytes.
+fn why_not(facts: &Facts, wanted: &Wanted, unread: u32, rules: &Rules) -> Option<Doubt> {
     match rules.force {
         true => None,
+        false if unread > wanted.agreed => Some(Doubt::Unread(unread)),
         false => doubt(facts, wanted.fd.0, wanted.inode, wanted.age, rules.age),
     }
 }

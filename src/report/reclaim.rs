@@ -336,6 +336,7 @@ pub struct Descriptor<'a> {
     pub(crate) cookie: String,
     local: Option<Endpoint>,
     quiet_ms: u64,
+    unread: u32,
     dead_by: &'static str,
     /// `None`: it is acted upon, and `outcome` says how that ends.
     safe: Option<bool>,
@@ -414,6 +415,7 @@ pub(crate) fn descriptors(run: &Run) -> impl Iterator<Item = Descriptor<'_>> {
             cookie: dead.wanted.cookie.to_string(),
             local: dead.socket.local.map(endpoint),
             quiet_ms: u64::try_from(dead.socket.quiet.as_millis()).unwrap_or(u64::MAX),
+            unread: dead.socket.unread,
             dead_by: "state-close",
             safe,
             outcome,

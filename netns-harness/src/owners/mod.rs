@@ -236,6 +236,14 @@ impl Owner {
         self.numbers(&format!("leak {count}"))
     }
 
+    /// Makes it leak dead sockets with 30000 bytes that it has not read; their descriptors.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn answered(&mut self, count: usize) -> Result<Vec<i32>> {
+        numbers(&self.order(&format!("answered {count}"))?)
+    }
+
     /// Makes it leak sockets in CLOSE-WAIT; their descriptors.
     ///
     /// # Errors

@@ -42,6 +42,8 @@ fn wanted(owner: &Owner) -> Result<(Vec<Process>, Vec<Wanted>)> {
                 inode: suspect.inode,
                 cookie: socket.cookie,
                 age: Some(socket.quiet),
+                unread: socket.unread,
+                agreed: 0,
             }),
             _ => None,
         });

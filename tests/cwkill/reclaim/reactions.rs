@@ -1,14 +1,16 @@
 //! Owners that deal with the end of a connection themselves, some time after it: nothing is taken from under them.
 
 use anyhow::{Result, ensure};
-use netns_harness::Lab;
 use netns_harness::owners::{Build, Owner};
+use netns_harness::{Family, Lab};
 
+use super::{descriptors, left, number, reclaim};
 use crate::Case::{self, Once};
-use crate::support::{PATIENCE, at, cwkill, same};
+use crate::support::{PATIENCE, at, cwkill, lab, same};
 
 pub const CASES: &[Case] = &[
     Once("what_a_thread_waited_on_before_the_end_is_left", in_poll),
+    Once("what_can_still_be_read_is_left", unread),
     Once("a_program_gets_time_to_react", looks_now_and_then),
 ];
 
@@ -53,4 +55,38 @@ fn looks_now_and_then() -> Result<()> {
         same(&outcome, &"gone".to_owned())?;
     }
     same(&owner.report()?, &3)
+}
+
+fn unread() -> Result<()> {
+    const BYTES: &str = "30000";
+    let own = Lab::new()?;
+    let mut owner = Owner::start(own.app_host(), Build::Plain, "idle", 1)?;
+    let fds = owner.answered(2)?;
+    let pid = owner.pid();
+    for one in descriptors(&reclaim(&own, pid, "-n --json")?.exits(0)?)? {
+        same(&at(&one, "/safe"), &"false".to_owned())?;
+        same(&at(&one, "/unread"), &BYTES.to_owned())?;
+    }
+    let ran = reclaim(&own, pid, "--json")?.exits(4)?;
+    left(
+        &ran,
+        &mut owner,
+        &fds,
+        "skipped",
+        "can still read 30000 bytes",
+    )?;
+    same(
+        &owner.order(&format!("read {}", fds[0]))?,
+        &BYTES.to_owned(),
+    )?;
+    // What has been read is taken, and the other only by force.
+    let ran = reclaim(&own, pid, "--json")?.exits(4)?;
+    same(&number(&ran.json()?, "/summary/freed")?, &1)?;
+    let ran = reclaim(&own, pid, "--json --reclaim-force")?.exits(0)?;
+    same(&number(&ran.json()?, "/summary/freed")?, &1)?;
+
+    // What the operator has seen in RECV-Q and closed may go.
+    let (lab, _leak) = lab("unread", Family::V4, 3)?;
+    let ran = cwkill(&lab, "--port 8080 --reclaim --reclaim-age 0s --json")?.exits(0)?;
+    same(&number(&ran.json()?, "/reclaim/summary/freed")?, &3)
 }
