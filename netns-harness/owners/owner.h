@@ -37,6 +37,11 @@ long taken(void);
 int reacts(const char *mode);
 void react(const char *mode, int fd);
 
+/* transfers.c */
+int has_transfer(const char *mode);
+void transfer(const char *mode);
+long finish_transfer(void);
+
 /* ring.c */
 int has_ring(const char *mode);
 void be_in_ring(const char *mode);

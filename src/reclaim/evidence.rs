@@ -30,6 +30,13 @@ pub enum Doubt {
     RingWorker(String),
     /// This thread of the owner closes objects that nothing refers to any more, by their numbers.
     Finalizer(String),
+    /// This thread of the owner is in the middle of a system call that a stop would end short: its number.
+    Transfer {
+        /// The thread.
+        tid: i32,
+        /// The call.
+        number: i64,
+    },
     /// It has so many bytes that its program has not read and still can.
     Unread(u32),
     /// It has not been stuck for long enough: how long it was.
@@ -67,6 +74,11 @@ impl fmt::Display for Doubt {
                 "its thread {} closes forgotten objects by their numbers, whatever has those by then; have it \
                  collect them first (Java: jcmd PID GC.run), then --reclaim-force",
                 crate::report::escape::escape(name)
+            ),
+            Doubt::Transfer { tid, number } => write!(
+                f,
+                "thread {tid} of its process waits to send or receive more (system call number {number}), and would be told of a \
+                 part when it is stopped; try later, or --reclaim-force if its program goes on with the rest"
             ),
             Doubt::Unread(bytes) => write!(
                 f,
@@ -136,6 +148,8 @@ pub struct Facts {
     pub ring_worker: Option<String>,
     /// A thread of it that runs finalizers.
     pub finalizer: Option<String>,
+    /// A thread of it that waits in the middle of a transfer, and the number of its call.
+    pub transfer: Option<(i32, i64)>,
 }
 
 /// Whether a thread of this name belongs to a runtime whose collector closes descriptors: HotSpot, OpenJ9, Mono,
@@ -194,11 +208,42 @@ pub fn doubt(
     if let Some(name) = &facts.finalizer {
         return Some(Doubt::Finalizer(name.clone()));
     }
+    if let Some((tid, number)) = facts.transfer {
+        return Some(Doubt::Transfer { tid, number });
+    }
     match age {
         _ if wanted_age.is_zero() => None,
         None => Some(Doubt::NoAge),
         Some(age) if age < wanted_age => Some(Doubt::TooYoung(age)),
         Some(_) => None,
+    }
+}
+
+/// Whether a thread that sleeps in this call may have done a part of it, and be told of that part as if it were all when it is
+/// stopped: the kernel makes a call again only if it has done nothing. Few programs expect it of a blocking descriptor.
+/// Source: signal(7), send(2), recv(2); net/core/stream.c, sk_stream_wait_memory; fs/pipe.c, pipe_write.
+pub fn can_end_short(call: &Call) -> bool {
+    /// include/linux/socket.h: recvmmsg(2) waits for no more than the first.
+    const MSG_WAITFORONE: u64 = 0x10000;
+    let Call { number, arguments } = call;
+    let waits_for_all = |flags: u64| flags & u64::from(libc::MSG_WAITALL.cast_unsigned()) != 0;
+    // One byte is all or nothing.
+    match *number {
+        libc::SYS_write | libc::SYS_pwrite64 | libc::SYS_sendto | libc::SYS_tee => arguments[2] > 1,
+        libc::SYS_sendfile => arguments[3] > 1,
+        libc::SYS_splice => arguments[4] > 1,
+        libc::SYS_writev
+        | libc::SYS_pwritev
+        | libc::SYS_pwritev2
+        | libc::SYS_sendmsg
+        | libc::SYS_sendmmsg
+        | libc::SYS_vmsplice => true,
+        libc::SYS_recvfrom => arguments[2] > 1 && waits_for_all(arguments[3]),
+        libc::SYS_recvmsg => waits_for_all(arguments[2]),
+        libc::SYS_recvmmsg => {
+            waits_for_all(arguments[3]) || arguments[2] > 1 && arguments[3] & MSG_WAITFORONE == 0
+        }
+        _ => false,
     }
 }
 
@@ -543,12 +588,42 @@ mod tests {
         let doubt_of_worker = Doubt::RingWorker("iou-wrk-9".into());
         assert_eq!(judge(&worker, Some(hour)), Some(doubt_of_worker));
 
+        let sends = Facts {
+            transfer: Some((3, libc::SYS_sendto)),
+            ..Facts::default()
+        };
+        let number = libc::SYS_sendto;
+        assert_eq!(
+            judge(&sends, Some(hour)),
+            Some(Doubt::Transfer { tid: 3, number })
+        );
+
         let java = Facts {
             finalizer: Some("Common-Cleaner".into()),
             ..Facts::default()
         };
         let doubt = Doubt::Finalizer("Common-Cleaner".into());
         assert_eq!(judge(&java, Some(hour)), Some(doubt));
+    }
+
+    #[test]
+    fn what_a_stop_would_end_short() {
+        let all = u64::from(libc::MSG_WAITALL.cast_unsigned());
+        let short = |number, arguments: &[u64]| can_end_short(&call(number, arguments));
+        assert!(short(libc::SYS_write, &[3, 0x1000, 200_000]));
+        assert!(!short(libc::SYS_write, &[3, 0x1000, 1]));
+        assert!(short(libc::SYS_sendto, &[3, 0x1000, 2, 0]));
+        assert!(short(libc::SYS_sendmsg, &[3, 0x1000, 0]));
+        assert!(short(libc::SYS_sendfile, &[3, 4, 0, 4096]));
+        assert!(short(libc::SYS_splice, &[3, 0, 4, 0, 4096]));
+        assert!(!short(libc::SYS_splice, &[3, 0, 4, 0, 1]));
+        assert!(short(libc::SYS_recvfrom, &[3, 0x1000, 1000, all]));
+        assert!(!short(libc::SYS_recvfrom, &[3, 0x1000, 1000, 0]));
+        assert!(short(libc::SYS_recvmsg, &[3, 0x1000, all]));
+        assert!(short(libc::SYS_recvmmsg, &[3, 0x1000, 8, 0]));
+        assert!(!short(libc::SYS_recvmmsg, &[3, 0x1000, 8, 0x10000]));
+        assert!(!short(libc::SYS_read, &[3, 0x1000, 1000]));
+        assert!(!short(libc::SYS_epoll_pwait, &[3]));
     }
 
     #[test]

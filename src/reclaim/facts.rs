@@ -162,6 +162,21 @@ impl<'p> Inside<'p> {
         Ok(calls)
     }
 
+    /// Of threads that sleep in these `calls`, the first that waits in the middle of a transfer, and the number of its call. Nothing
+    /// stops one in a sleep that ends for no signal, as most for a disk are, before it is done.
+    pub fn transfer(&self, calls: &[(i32, Call)]) -> Option<(i32, i64)> {
+        let can_be_stopped = |tid: i32| {
+            let stat = self.proc.path(&format!("{}/task/{tid}/stat", self.pid));
+            let stat = fs::read_to_string(stat).unwrap_or_default();
+            // The state is what follows the name, which may have anything in it.
+            stat.rsplit_once(") ")
+                .is_some_and(|(_, rest)| rest.starts_with('S'))
+        };
+        let mut calls = calls.iter();
+        let found = calls.find(|(tid, call)| evidence::can_end_short(call) && can_be_stopped(*tid));
+        found.map(|(tid, call)| (*tid, call.number))
+    }
+
     /// The name of a thread of the owner that runs finalizers.
     pub fn finalizer(&self) -> Option<String> {
         self.named(&evidence::runs_finalizers)

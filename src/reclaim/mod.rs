@@ -33,6 +33,7 @@ use crate::injector::ladder::Surroundings;
 use crate::sys::{self, TargetFd};
 
 use act::visit_once;
+use arch::Call;
 use evidence::{Doubt, Facts, Uses, doubt, uses};
 use facts::{Inside, Special};
 pub use fate::{Fate, Reason};
@@ -144,7 +145,10 @@ pub fn in_calls(
         return fates;
     }
     for (owner, members) in by_owner(wanted) {
-        let look = || Ok(waiting(&Inside::open(proc, &owners[owner])?)?);
+        let look = || {
+            let inside = Inside::open(proc, &owners[owner])?;
+            Ok(uses_of(&inside, &inside.calls()?))
+        };
         let facts = match steadily(proc, &owners[owner], look) {
             Ok(uses) => Facts {
                 uses,
@@ -215,7 +219,7 @@ pub fn reclaim(
                 let round = match prepare(proc, owners, owner, &left, wanted, rules) {
                     Err(refusal) => Round::all(&left, &refusal),
                     Ok(prepared) => {
-                        let choosy = stop <= CHOOSY_STOPS;
+                        let choosy = stop <= CHOOSY_STOPS && !prepared.transfers;
                         visit_once(&prepared, wanted, rules, proc, interrupted, choosy)
                     }
                 };
@@ -304,6 +308,8 @@ struct Prepared<'p> {
     processes: HashSet<i32>,
     numbers: HashSet<i32>,
     specials: Vec<Special>,
+    /// Each stop would end a transfer of it short.
+    transfers: bool,
     /// What may be taken as far as can be seen without stopping it.
     candidates: Vec<usize>,
     /// What may not.
@@ -371,10 +377,14 @@ fn prepare_once<'p>(
     let specials = inside.specials(&numbers)?;
     let mut facts = Facts::default();
     if !rules.force {
-        facts.uses = waiting(&inside)?;
+        let calls = inside.calls()?;
+        facts.uses = uses_of(&inside, &calls);
+        facts.transfer = inside.transfer(&calls);
         (facts.epolls, facts.rings) = inside.tables(&specials)?;
         facts.ring_worker = inside.ring_worker();
         facts.finalizer = inside.finalizer();
+    } else if let Ok(calls) = inside.calls() {
+        facts.transfer = inside.transfer(&calls);
     }
     let (mut candidates, mut doubts) = (Vec::new(), Vec::new());
     for &at in members {
@@ -388,17 +398,17 @@ fn prepare_once<'p>(
         processes,
         numbers: numbers.into_iter().collect(),
         specials,
+        transfers: facts.transfer.is_some(),
         candidates,
         doubts,
     })
 }
 
-/// What the system calls are on in which the owner's threads wait, as far as that is seen without stopping it.
-fn waiting(inside: &Inside<'_>) -> io::Result<Vec<Uses>> {
+/// What the `calls` are on in which the owner's threads wait, as far as that is seen without stopping it.
+fn uses_of(inside: &Inside<'_>, calls: &[(i32, Call)]) -> Vec<Uses> {
     let memory = |address, len| remote::read_memory(inside.pid, address, len);
-    let calls = inside.calls()?;
     let uses = calls.iter().map(|(tid, call)| uses(*tid, call, &memory));
-    Ok(uses.collect())
+    uses.collect()
 }
 
 /// Refuses if one of `processes` has the owner's table of descriptors without being the same process (clone

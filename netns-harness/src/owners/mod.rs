@@ -51,13 +51,15 @@ impl Workshop {
             ("owner.h", include_str!("../../owners/owner.h")),
             ("reacts.c", include_str!("../../owners/reacts.c")),
             ("ring.c", include_str!("../../owners/ring.c")),
+            ("transfers.c", include_str!("../../owners/transfers.c")),
             ("waits.c", include_str!("../../owners/waits.c")),
             ("works.c", include_str!("../../owners/works.c")),
         ];
         for (name, text) in parts {
             fs::write(self.path(name), text)?;
         }
-        let compiler = "cc -O2 -pthread -o owner owner.c reacts.c ring.c waits.c works.c";
+        let compiler =
+            "cc -O2 -pthread -o owner owner.c reacts.c ring.c transfers.c waits.c works.c";
         let compiler: Vec<&str> = compiler.split(' ').collect();
         let text = include_str!("../../owners/owner.c");
         self.build("owner.c", text, &[&compiler, flags].concat())?;

@@ -14,6 +14,7 @@ pub const CASES: &[Case] = &[
     Once("what_is_in_an_epoll_set_is_left", epoll),
     Once("what_a_system_call_is_on_is_left", in_a_call),
     Once("what_poll_and_select_wait_on_is_left", waited_on),
+    Once("nothing_is_done_in_the_middle_of_a_transfer", transfers),
     Once("what_is_young_is_left", young),
     Once("a_socket_never_connected_is_no_dead_one", living),
     Once("what_may_still_be_connected_is_no_dead_one", fresh),
@@ -121,6 +122,43 @@ fn waited_on() -> Result<()> {
             only(&ran, &waited_on, &others)?;
         }
         owner.report().context(mode)?;
+    }
+    Ok(())
+}
+
+fn transfers() -> Result<()> {
+    for (mode, number_of_call) in [
+        ("transfer-send", libc::SYS_sendto),
+        ("transfer-recv", libc::SYS_recvfrom),
+        ("transfer-pipe", libc::SYS_write),
+    ] {
+        let lab = Lab::new()?;
+        let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 1)?;
+        let fds = owner.leak(2)?;
+        lab.wait_for(PATIENCE, || {
+            let waits = |path: std::path::PathBuf| {
+                let stat = std::fs::read_to_string(path.join("stat")).unwrap_or_default();
+                std::fs::read_to_string(path.join("syscall"))
+                    .is_ok_and(|call| call.starts_with(&format!("{number_of_call} ")))
+                    && stat.contains(") S ")
+            };
+            let tasks = std::fs::read_dir(format!("/proc/{}/task", owner.pid()))?;
+            Ok(tasks.flatten().any(|task| waits(task.path())))
+        })?;
+        let why = "waits to send or receive more";
+        let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?)?;
+        ensure!(at(&dry[0], "/reason").contains(why), "{mode}: {dry:?}");
+        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+        left(&ran, &mut owner, &fds, "skipped", why).context(mode)?;
+        owner.order("finish")?;
+        lab.wait_for(PATIENCE, || Ok(owner.report()? == 1))?;
+        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0)?;
+        same(&number(&ran.json()?, "/summary/freed")?, &2)?;
+
+        let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 1)?;
+        owner.leak(2)?;
+        let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(0)?;
+        same(&number(&ran.json()?, "/summary/freed")?, &2)?;
     }
     Ok(())
 }
