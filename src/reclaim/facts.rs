@@ -435,6 +435,32 @@ mod tests {
     }
 
     #[test]
+    fn a_process_is_there_until_it_has_ended() {
+        let proc = Proc::default();
+        let own = i32::try_from(std::process::id()).unwrap();
+        let start_time = proc.start_time(own).unwrap();
+        assert!(is_there(&proc, own, start_time));
+        assert!(!is_there(&proc, own, start_time + 1), "another by now");
+        let mut child = std::process::Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let start_time = proc.start_time(pid).unwrap();
+        assert!(is_there(&proc, pid, start_time));
+        drop(child.stdin.take());
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while is_there(&proc, pid, start_time) {
+            assert!(std::time::Instant::now() < until);
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        // Ended, and still listed.
+        assert_eq!(proc.start_time(pid), Some(start_time));
+        child.wait().unwrap();
+        assert!(!is_there(&proc, pid, start_time));
+    }
+
+    #[test]
     fn programs_of_32_bits_are_known_by_their_vector() {
         let wide = |words: &[u64]| {
             words

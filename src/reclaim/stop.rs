@@ -34,6 +34,8 @@ const LOOKS: u32 = 50;
 /// Where a thread of the owner is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
+    /// Not told to stop.
+    Seized,
     /// Told to stop, and not there yet.
     Moving,
     /// Stopped, with nothing to pass on.
@@ -168,9 +170,11 @@ impl Stopped {
             if Instant::now() >= stopped.deadline {
                 return Err(StopError::Limit(new[0]));
             }
+            // None is told to stop before all have been seized: that can wait for an exec by one of them.
             for tid in new {
                 stopped.seize(proc, tid, seized)?;
             }
+            stopped.interrupt();
             // A thread that has not stopped may make another.
             for at in 0..stopped.threads.len() {
                 if stopped.threads[at].place == Place::Moving {
@@ -210,8 +214,9 @@ impl Stopped {
                 Ok(Leader::JustStopped)
             }
             Ok(Waiting::End) | Err(_) => {
+                // Its number may come to stand for another thread.
                 if let Some(at) = at {
-                    self.threads[at].place = Place::Ended;
+                    self.threads.remove(at);
                 }
                 Ok(match has_ended(proc, self.pid, self.pid) {
                     true => Leader::Held,
@@ -229,7 +234,7 @@ impl Stopped {
             }
             _ => Err(error),
         };
-        let seized = sys::ptrace_seize(tid).or_else(is_ours).and_then(|()| {
+        let seized = sys::ptrace_seize(tid).or_else(is_ours).map(|()| {
             // The end of the first thread is that of the process, which is its parent's to see.
             if tid != self.pid {
                 list.add(tid);
@@ -237,9 +242,8 @@ impl Stopped {
             // From here on it must be let go.
             self.threads.push(Thread {
                 tid,
-                place: Place::Moving,
+                place: Place::Seized,
             });
-            sys::ptrace_interrupt(tid)
         });
         match seized {
             Ok(()) => Ok(()),
@@ -251,6 +255,22 @@ impl Stopped {
                 Some(libc::EPERM) => Err(StopError::Denied(error)),
                 _ => Err(StopError::Os("PTRACE_SEIZE", error)),
             },
+        }
+    }
+
+    /// Tells those to stop that have not been told. The owner begins to stand still with the first.
+    fn interrupt(&mut self) {
+        if self.threads.iter().all(|t| t.place == Place::Seized) {
+            let limit = self.deadline - self.since;
+            self.since = Instant::now();
+            self.deadline = self.since + limit;
+        }
+        for thread in &mut self.threads {
+            if thread.place == Place::Seized {
+                // It can only be gone, which is seen when it is waited for.
+                let _ = sys::ptrace_interrupt(thread.tid);
+                thread.place = Place::Moving;
+            }
         }
     }
 
@@ -339,7 +359,7 @@ impl Stopped {
 
     fn let_go(&mut self, at: usize) {
         let thread = &mut self.threads[at];
-        if thread.place == Place::Moving {
+        if matches!(thread.place, Place::Seized | Place::Moving) {
             // It may have stopped since. If not, the end of our own thread lets it go.
             match sys::peek_stop(thread.tid) {
                 Ok(Waiting::Stop(code)) if code >> 8 == 0 && code != CALL_STOP => {
@@ -352,7 +372,7 @@ impl Stopped {
                 _ => {}
             }
         }
-        if !matches!(thread.place, Place::Moving | Place::Ended) {
+        if !matches!(thread.place, Place::Seized | Place::Moving | Place::Ended) {
             // It can only be gone.
             let _ = sys::ptrace_detach(thread.tid, thread.place.signal());
         }
@@ -415,4 +435,159 @@ fn has_ended(proc: &Proc, pid: i32, tid: i32) -> bool {
         stat.rsplit_once(") ")
             .is_some_and(|(_, rest)| rest.starts_with(['Z', 'X']))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::signal::{Signal, kill};
+    use nix::unistd::Pid;
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::process::CommandExt;
+    use std::process::{Child, Command, Stdio};
+    use std::thread;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+    /// Set in the environment, this test is the process that is stopped.
+    const STOPPED: &str = "CWKILL_TESTS_STOPPED";
+    const NAME: &str = "reclaim::stop::tests::a_thread_that_execs_is_held_under_its_new_number";
+
+    /// No child of ours, like what is to be stopped: waitid(2) answers for a child that is not traced. Killed when
+    /// dropped.
+    struct Process {
+        parent: Child,
+        pid: i32,
+    }
+
+    impl Process {
+        /// One that has a thread which executes another program when it is told to; its first thread waits.
+        fn start() -> Self {
+            let script = "exec 3<&0; \"$@\" <&3 >/dev/null & echo $!; wait";
+            let mut parent = Command::new("sh")
+                .args(["-c", script, "sh"])
+                .arg(std::env::current_exe().unwrap())
+                .args(["--exact", NAME, "--test-threads=2"])
+                .env(STOPPED, "yes")
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut line = String::new();
+            let mut lines = BufReader::new(parent.stdout.take().unwrap());
+            lines.read_line(&mut line).unwrap();
+            let pid = line.trim().parse().unwrap();
+            Process { parent, pid }
+        }
+
+        fn comms(&self) -> Vec<String> {
+            let tids = tids(&Proc::default(), self.pid).unwrap_or_default();
+            let comm = |tid| fs::read_to_string(format!("/proc/{tid}/comm")).ok();
+            let comms = tids.into_iter().filter_map(comm);
+            comms.map(|comm| comm.trim_end().to_owned()).collect()
+        }
+
+        fn wait_for(&self, what: impl Fn(&[String]) -> bool) {
+            let until = Instant::now() + PATIENCE;
+            while !what(&self.comms()) {
+                assert!(Instant::now() < until, "{:?}", self.comms());
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+
+        /// Waits for the thread that will execute; its number.
+        fn executor(&self) -> i32 {
+            self.wait_for(|comms| comms.iter().any(|comm| comm == "executes"));
+            let tids = tids(&Proc::default(), self.pid).unwrap();
+            let is_it = |tid: &i32| {
+                fs::read_to_string(format!("/proc/{tid}/comm")).unwrap() == "executes\n"
+            };
+            tids.into_iter().find(is_it).unwrap()
+        }
+
+        fn execute(&mut self) {
+            let stdin = self.parent.stdin.as_mut().unwrap();
+            stdin.write_all(b"\n").unwrap();
+        }
+    }
+
+    impl Drop for Process {
+        fn drop(&mut self) {
+            let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
+            let _ = self.parent.wait();
+        }
+    }
+
+    fn be_stopped() {
+        let execute = || {
+            let _ = io::stdin().read_line(&mut String::new());
+            Command::new("sleep").arg("1000").exec()
+        };
+        let thread = thread::Builder::new().name("executes".into());
+        let error = thread.spawn(execute).unwrap().join().unwrap();
+        panic!("{error}");
+    }
+
+    #[test]
+    fn a_thread_that_execs_is_held_under_its_new_number() {
+        if std::env::var_os(STOPPED).is_some() {
+            return be_stopped();
+        }
+        let proc = Proc::default();
+        for executor_is_seized in [false, true] {
+            let mut process = Process::start();
+            let (pid, executor) = (process.pid, process.executor());
+            let since = Instant::now();
+            let mut stopped = Stopped {
+                pid,
+                threads: Vec::new(),
+                since,
+                deadline: since + PATIENCE,
+            };
+            let seized = Seized::default();
+            stopped.seize(&proc, pid, &seized).unwrap();
+            stopped.interrupt();
+            assert_eq!(stopped.wait(0, stopped.deadline).unwrap(), Place::Stopped);
+            assert!(matches!(stopped.leader(&proc), Ok(Leader::Held)));
+            if executor_is_seized {
+                stopped.seize(&proc, executor, &seized).unwrap();
+            }
+
+            process.execute();
+            process.wait_for(|comms| comms == ["sleep"]);
+            if executor_is_seized {
+                assert!(matches!(stopped.leader(&proc), Ok(Leader::JustStopped)));
+            } else {
+                assert!(matches!(stopped.leader(&proc), Ok(Leader::Replaced)));
+                assert!(stopped.threads().is_empty());
+                stopped.seize(&proc, pid, &seized).unwrap();
+                // What is ours already is not refused.
+                stopped.threads.clear();
+                stopped.seize(&proc, pid, &seized).unwrap();
+                stopped.interrupt();
+                let place = stopped.wait(0, stopped.deadline).unwrap();
+                assert_eq!(place, Place::Stopped);
+            }
+            assert!(matches!(stopped.leader(&proc), Ok(Leader::Held)));
+            let state = || fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+            assert!(state().contains(" t "), "{}", state());
+            drop(stopped);
+            let until = Instant::now() + PATIENCE;
+            while !state().contains(" S ") {
+                assert!(Instant::now() < until, "{}", state());
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+
+    #[test]
+    fn all_threads_are_stopped() {
+        let proc = Proc::default();
+        let process = Process::start();
+        process.executor();
+        let stopped = Stopped::stop(&proc, process.pid, PATIENCE, &Seized::default()).unwrap();
+        let listed = tids(&proc, process.pid).unwrap();
+        assert_eq!(stopped.threads().len(), listed.len());
+        assert!(stopped.threads().iter().all(|t| t.place == Place::Stopped));
+        assert!(stopped.elapsed() < PATIENCE);
+    }
 }

@@ -122,7 +122,7 @@ fn stop_limit() -> Result<()> {
         if freed > 0 && over > 0 {
             runs.push((limit, gap, told));
             // It went on within some multiple of the limit, and said so.
-            if gap < 4 * limit && told < 3 * limit && told >= limit {
+            if gap < 2 * limit && told < limit + limit / 2 && told >= limit {
                 return Ok(());
             }
         }
