@@ -212,7 +212,10 @@ impl Owner {
     /// # Errors
     /// It does not answer.
     pub fn order(&mut self, order: &str) -> Result<String> {
-        writeln!(self.stdin, "{order}").with_context(|| format!("order `{order}`"))?;
+        // With one write(2): not every owner waits for the end of the line.
+        let line = format!("{order}\n");
+        let written = self.stdin.write_all(line.as_bytes());
+        written.with_context(|| format!("order `{order}`"))?;
         self.answer().with_context(|| format!("order `{order}`"))
     }
 
