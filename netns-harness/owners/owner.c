@@ -3,7 +3,8 @@
  *
  *   owner MODE [THREADS]
  *
- * Modes, all of them with a heartbeat of 1 ms; more are in waits.c, works.c, reacts.c, transfers.c and ring.c:
+ * Modes, all of them with a heartbeat of 1 ms; more are in waits.c, works.c, reacts.c, transfers.c,
+ * hangs.c and ring.c:
  *   idle   THREADS threads that wait
  *   epoll  leaked sockets are in an epoll set
  *   kill, errno, log   a seccomp filter that kills on close(2), refuses it, lets it through
@@ -29,6 +30,7 @@
  *   connect   let the connecting one of `fresh` come to its end; 0 or the errno
  *   close N   close number N, whatever it is
  *   finish    let a transfer come to its end
+ *   hang WHEN have a thread execute what hangs; how many did
  *   gap       the longest time between two heartbeats in microseconds, which starts anew
  *   report    `ok COUNT`, or what was wrong
  *   taken     how many dead sockets of a churn were taken from it
@@ -495,6 +497,8 @@ static void carry_out(const char *line)
         fresh();
     else if (!strncmp(line, "finish", 6))
         printf("%ld\n", finish_transfer());
+    else if (!strncmp(line, "hang ", 5))
+        printf("%d\n", hang(line + 5));
     else if (!strncmp(line, "gap", 3))
         printf("%ld\n", atomic_exchange(&longest_gap, 0) / 1000);
     else if (!strncmp(line, "taken", 5))
@@ -553,14 +557,17 @@ int main(int argc, char **argv)
         start(vforks, NULL);
     else if (!strcmp(mode, "splice") && pipe(silent_pipe))
         die("pipe");
-    else if (has_transfer(mode))
+    else if (!strcmp(mode, "hangs")) {
+        on_exec = 0;
+        be_hanging();
+    } else if (has_transfer(mode))
         transfer(mode);
     else if (has_ring(mode))
         be_in_ring(mode);
     for (int at = 0; at < atoi(threads); at++) {
         if (!strcmp(mode, "churn"))
             start(churns, NULL);
-        else if (!strcmp(mode, "idle") || !strcmp(mode, "execs"))
+        else if (!strcmp(mode, "idle") || !strcmp(mode, "execs") || !strcmp(mode, "hangs"))
             start(idle, NULL);
         else if (!strcmp(mode, "unshared")) {
             static sem_t ready;

@@ -42,6 +42,10 @@ int has_transfer(const char *mode);
 void transfer(const char *mode);
 long finish_transfer(void);
 
+/* hangs.c */
+void be_hanging(void);
+int hang(const char *when);
+
 /* ring.c */
 int has_ring(const char *mode);
 void be_in_ring(const char *mode);

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::mpsc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::evidence::{Facts, Uses, uses};
 use super::facts::{self, Identity};
@@ -74,34 +74,30 @@ fn act(
     let candidates = &prepared.candidates;
     // A sleep of microseconds is to be one.
     let _ = nix::sys::prctl::set_timerslack(1);
-    let began = Instant::now();
-    let refused = |refusal: &Refusal| Round {
-        stopped: began.elapsed(),
+    let refused = |refusal: &Refusal, stopped| Round {
+        stopped,
         ..Round::all(candidates, refusal)
     };
     let because = |error: StopError| stop_refusal(error, rules.stop_limit);
     // Its threads are gone and it is not: one of them has executed a program.
     let again = |error: &StopError| matches!(error, StopError::Gone) && prepared.inside.is_there();
-    let tried_again = || Round {
+    let tried_again = |stopped| Round {
         left: candidates.clone(),
-        stopped: began.elapsed(),
+        stopped,
         ..Round::default()
     };
     let stopped = match Stopped::stop(proc, prepared.inside.pid, rules.stop_limit, seized) {
         Ok(stopped) => stopped,
-        Err(error) if again(&error) => return tried_again(),
-        // Nobody was stopped.
-        Err(error @ (StopError::Gone | StopError::Denied(_))) => {
-            return Round::all(candidates, &because(error));
-        }
-        Err(error) => return refused(&because(error)),
+        Err((error, stopped)) if again(&error) => return tried_again(stopped),
+        Err((error, stopped)) => return refused(&because(error), stopped),
     };
+    let since = stopped.since();
     let mut worker = match Worker::borrow(stopped, &prepared.inside, choosy) {
         Ok(worker) => worker,
-        Err(NoWorker::NoneServesWell) => return tried_again(),
-        Err(NoWorker::Stop(error)) => return refused(&because(error)),
+        Err(NoWorker::NoneServesWell) => return tried_again(since.elapsed()),
+        Err(NoWorker::Stop(error)) => return refused(&because(error), since.elapsed()),
         Err(why) => {
-            return refused(&Refusal::Because(match why {
+            let reason = match why {
                 NoWorker::Foreign => Reason::Foreign,
                 NoWorker::ForeignCall(tid) => Reason::ForeignCall(tid),
                 NoWorker::Forbidden => Reason::FilterForbids,
@@ -109,7 +105,8 @@ fn act(
                 NoWorker::OtherTable => Reason::OtherTable,
                 NoWorker::TableUnread(error) => Reason::TableUnread(error),
                 NoWorker::NoCall | NoWorker::NoneServesWell | NoWorker::Stop(_) => Reason::NoCall,
-            }));
+            };
+            return refused(&Refusal::Because(reason), since.elapsed());
         }
     };
     let mut round = Round::default();
@@ -130,7 +127,6 @@ fn act(
             }
         }
     }
-    let since = worker.stopped().since();
     drop(worker);
     round.stopped = since.elapsed();
     round

@@ -37,6 +37,8 @@ pub enum Reason {
     SharedUnknown(i32, io::Error),
     /// The first thread of the owner has ended, and others have not.
     LeaderEnded,
+    /// This thread of the owner is executing a program: a stop would wait for it.
+    Executing(i32),
     /// The owner has no thread that can be used and has its table of descriptors.
     OtherTable,
     /// The kernel does not say which table of descriptors a thread of the owner has.
@@ -99,6 +101,11 @@ impl fmt::Display for Reason {
             Reason::LeaderEnded => f.write_str(
                 "the first thread of its process has ended, so its descriptors cannot be seen",
             ),
+            Reason::Executing(tid) => write!(
+                f,
+                "thread {tid} of its process is executing a program, which takes long, and a stop would wait for it; try \
+                 later, or wait with --reclaim-force"
+            ),
             Reason::OtherTable => f.write_str(
                 "no thread of its process that could close it shares the table of descriptors with its first \
                  thread",
@@ -157,6 +164,7 @@ impl Reason {
             Reason::SharedTable(pid) => Reason::SharedTable(*pid),
             Reason::SharedUnknown(pid, error) => Reason::SharedUnknown(*pid, copy(error)),
             Reason::LeaderEnded => Reason::LeaderEnded,
+            Reason::Executing(tid) => Reason::Executing(*tid),
             Reason::OtherTable => Reason::OtherTable,
             Reason::TableUnread(error) => Reason::TableUnread(copy(error)),
             Reason::Foreign => Reason::Foreign,
@@ -186,6 +194,7 @@ impl Reason {
                 | Reason::SharedTable(_)
                 | Reason::SharedUnknown(..)
                 | Reason::LeaderEnded
+                | Reason::Executing(_)
                 | Reason::OtherTable
                 | Reason::TableUnread(_)
                 | Reason::Foreign

@@ -327,7 +327,7 @@ fn steadily<T>(
     for _ in 1..LOOKS {
         match look() {
             Err(Refusal::Gone) if !is_there() => return Err(Refusal::Gone),
-            Err(Refusal::Gone | Refusal::Because(Reason::LeaderEnded)) => {
+            Err(Refusal::Gone | Refusal::Because(Reason::LeaderEnded | Reason::Executing(_))) => {
                 thread::sleep(BETWEEN_STOPS);
             }
             other => return other,
@@ -378,6 +378,9 @@ fn prepare_once<'p>(
     let mut facts = Facts::default();
     if !rules.force {
         let calls = inside.calls()?;
+        if let Some(tid) = executing(&calls) {
+            return Err(Refusal::Because(Reason::Executing(tid)));
+        }
         facts.uses = uses_of(&inside, &calls);
         facts.transfer = inside.transfer(&calls);
         (facts.epolls, facts.rings) = inside.tables(&specials)?;
@@ -409,6 +412,14 @@ fn uses_of(inside: &Inside<'_>, calls: &[(i32, Call)]) -> Vec<Uses> {
     let memory = |address, len| remote::read_memory(inside.pid, address, len);
     let uses = calls.iter().map(|(tid, call)| uses(*tid, call, &memory));
     uses.collect()
+}
+
+/// A thread that sleeps while it executes a program. It may have the lock that PTRACE_SEIZE waits for, which Ctrl-C does not end
+/// (kernel/ptrace.c, ptrace_attach: cred_guard_mutex).
+fn executing(calls: &[(i32, Call)]) -> Option<i32> {
+    let executes = |call: &Call| matches!(call.number, libc::SYS_execve | libc::SYS_execveat);
+    let found = calls.iter().find(|(_, call)| executes(call));
+    found.map(|(tid, _)| *tid)
 }
 
 /// Refuses if one of `processes` has the owner's table of descriptors without being the same process (clone

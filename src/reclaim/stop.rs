@@ -119,6 +119,8 @@ pub struct Stopped {
     threads: Vec<Thread>,
     since: Instant,
     deadline: Instant,
+    /// Some have been told to stop.
+    begun: bool,
 }
 
 impl Stopped {
@@ -126,20 +128,34 @@ impl Stopped {
     ///
     /// # Errors
     /// Not all of them have stopped by the end of `limit`, or one may not be stopped. All are going again
-    /// then.
+    /// then; with it, for how long they were not.
     pub fn stop(
         proc: &Proc,
         pid: i32,
         limit: Duration,
         seized: &Seized,
-    ) -> Result<Self, StopError> {
+    ) -> Result<Self, (StopError, Duration)> {
         let since = Instant::now();
         let mut stopped = Stopped {
             pid,
             threads: Vec::new(),
             since,
             deadline: since + limit,
+            begun: false,
         };
+        let Err(error) = stopped.stop_all(proc, seized) else {
+            return Ok(stopped);
+        };
+        let (since, begun) = (stopped.since, stopped.begun);
+        drop(stopped);
+        Err(match begun {
+            true => (error, since.elapsed()),
+            false => (error, Duration::ZERO),
+        })
+    }
+
+    fn stop_all(&mut self, proc: &Proc, seized: &Seized) -> Result<(), StopError> {
+        let pid = self.pid;
         let mut known = HashSet::new();
         let mut empty = 0;
         loop {
@@ -155,35 +171,35 @@ impl Stopped {
                 if empty < EMPTY_LISTINGS {
                     continue;
                 }
-                match stopped.leader(proc)? {
+                match self.leader(proc)? {
                     Leader::Held => break,
                     Leader::JustStopped => {}
                     Leader::Replaced => drop(known.remove(&pid)),
                 }
-                if Instant::now() >= stopped.deadline {
+                if Instant::now() >= self.deadline {
                     return Err(StopError::Limit(pid));
                 }
                 empty = 0;
                 continue;
             }
             empty = 0;
-            if Instant::now() >= stopped.deadline {
+            if Instant::now() >= self.deadline {
                 return Err(StopError::Limit(new[0]));
             }
             // None is told to stop before all have been seized: that can wait for an exec by one of them.
             for tid in new {
-                stopped.seize(proc, tid, seized)?;
+                self.seize(proc, tid, seized)?;
             }
-            stopped.interrupt();
+            self.interrupt();
             // A thread that has not stopped may make another.
-            for at in 0..stopped.threads.len() {
-                if stopped.threads[at].place == Place::Moving {
-                    stopped.wait(at, stopped.deadline)?;
+            for at in 0..self.threads.len() {
+                if self.threads[at].place == Place::Moving {
+                    self.wait(at, self.deadline)?;
                 }
             }
         }
-        match stopped.threads.iter().any(|t| t.place != Place::Ended) {
-            true => Ok(stopped),
+        match self.threads.iter().any(|t| t.place != Place::Ended) {
+            true => Ok(()),
             false => Err(StopError::Gone),
         }
     }
@@ -227,14 +243,16 @@ impl Stopped {
     }
 
     fn seize(&mut self, proc: &Proc, tid: i32, list: &Seized) -> Result<(), StopError> {
-        let is_ours = |error: io::Error| match error.raw_os_error() {
+        let once_more = |error: io::Error| match error.raw_os_error() {
             // A thread that we have seized under another number may have it by now.
             Some(libc::EPERM) if !matches!(sys::peek_stop(tid), Ok(Waiting::End) | Err(_)) => {
                 Ok(())
             }
+            // Refused may be a thread whose number another got while we waited for its exec (fs/exec.c, de_thread).
+            Some(libc::EPERM) => sys::ptrace_seize(tid),
             _ => Err(error),
         };
-        let seized = sys::ptrace_seize(tid).or_else(is_ours).map(|()| {
+        let seized = sys::ptrace_seize(tid).or_else(once_more).map(|()| {
             // The end of the first thread is that of the process, which is its parent's to see.
             if tid != self.pid {
                 list.add(tid);
@@ -260,7 +278,8 @@ impl Stopped {
 
     /// Tells those to stop that have not been told. The owner begins to stand still with the first.
     fn interrupt(&mut self) {
-        if self.threads.iter().all(|t| t.place == Place::Seized) {
+        if !self.begun {
+            self.begun = true;
             let limit = self.deadline - self.since;
             self.since = Instant::now();
             self.deadline = self.since + limit;
@@ -542,6 +561,7 @@ mod tests {
                 threads: Vec::new(),
                 since,
                 deadline: since + PATIENCE,
+                begun: false,
             };
             let seized = Seized::default();
             stopped.seize(&proc, pid, &seized).unwrap();

@@ -49,6 +49,7 @@ impl Workshop {
     pub(crate) fn owner(&self, flags: &[&str]) -> Result<PathBuf> {
         let parts = [
             ("owner.h", include_str!("../../owners/owner.h")),
+            ("hangs.c", include_str!("../../owners/hangs.c")),
             ("reacts.c", include_str!("../../owners/reacts.c")),
             ("ring.c", include_str!("../../owners/ring.c")),
             ("transfers.c", include_str!("../../owners/transfers.c")),
@@ -59,7 +60,7 @@ impl Workshop {
             fs::write(self.path(name), text)?;
         }
         let compiler =
-            "cc -O2 -pthread -o owner owner.c reacts.c ring.c transfers.c waits.c works.c";
+            "cc -O2 -pthread -o owner owner.c hangs.c reacts.c ring.c transfers.c waits.c works.c";
         let compiler: Vec<&str> = compiler.split(' ').collect();
         let text = include_str!("../../owners/owner.c");
         self.build("owner.c", text, &[&compiler, flags].concat())?;

@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use netns_harness::Lab;
 use netns_harness::owners::{Build, Owner};
 
+use super::stop;
 use super::{descriptors, left, links_of, number, outcomes, reclaim, states, told_the_truth};
 use crate::Case::{self, Once};
 use crate::support::{PATIENCE, at, same};
@@ -21,6 +22,21 @@ pub const SOMEWHERE: &[(Thing, Case)] = &[
     ),
     (Thing::Bits32, Once("a_32_bit_program_is_left", narrow)),
     (Thing::Bits32, Once("a_32_bit_call_is_left", narrow_call)),
+    (
+        Thing::Fanotify,
+        Once("while_an_exec_hangs_nobody_stands_still", stop::hanging),
+    ),
+    (
+        Thing::Fanotify,
+        Once("an_owner_whose_exec_hangs_is_left", stop::hung),
+    ),
+    (
+        Thing::Fanotify,
+        Once(
+            "an_exec_that_was_waited_for_is_no_missing_right",
+            stop::executed,
+        ),
+    ),
 ];
 
 /// What a kernel need not have.
@@ -28,6 +44,8 @@ pub const SOMEWHERE: &[(Thing, Case)] = &[
 pub enum Thing {
     IoUring,
     Bits32,
+    /// Permission events, which only root of the machine gets.
+    Fanotify,
 }
 
 impl Thing {
@@ -35,6 +53,7 @@ impl Thing {
         match self {
             Thing::IoUring => has_io_uring(),
             Thing::Bits32 => runs_32_bits(),
+            Thing::Fanotify => super::is_root_of_the_machine(),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! How the owner is stopped, and for how long.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use netns_harness::Lab;
@@ -8,7 +8,7 @@ use netns_harness::owners::{Build, Owner};
 
 use super::{is_traced, left, links_of, number, outcomes, reclaim, states, told_the_truth};
 use crate::Case::{self, Once};
-use crate::support::{CWKILL, PATIENCE, Ran, cwkill};
+use crate::support::{CWKILL, PATIENCE, Ran, cwkill, same};
 
 pub const CASES: &[Case] = &[
     Once("a_thread_that_does_not_stop_ends_it", limit),
@@ -68,6 +68,61 @@ fn execs() -> Result<()> {
     }
     let execs = owner.report()? - began;
     ensure!(freed >= 100 && execs >= 60, "{freed} freed, {execs} times");
+    Ok(())
+}
+
+/// How long an exec of such an owner hangs.
+const HANGS: Duration = Duration::from_secs(3);
+
+/// PTRACE_SEIZE waits for an exec by any thread, which begins when the first of them is seized.
+pub fn hanging() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "hangs", 1000)?;
+    for _ in 0..20 {
+        let hung: u32 = owner.order("hang late")?.parse()?;
+        owner.leak(2)?;
+        let began = Instant::now();
+        let (ran, gap, told) = measured(&lab, &mut owner, Duration::from_secs(2))?;
+        let took = began.elapsed();
+        ran.exits(0)?;
+        ensure!(gap < HANGS / 2, "{gap:?}");
+        ensure!(told < HANGS / 2, "it says {told:?}");
+        lab.wait_for(PATIENCE, || Ok(owner.report()? > hung.into()))?;
+        if took > HANGS - Duration::from_millis(500) {
+            return Ok(());
+        }
+        // All were seized before that thread got to it.
+    }
+    bail!("no exec came between")
+}
+
+pub fn hung() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "hangs", 4)?;
+    let fds = owner.leak(2)?;
+    owner.order("hang now")?;
+    let began = Instant::now();
+    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+    let took = began.elapsed();
+    left(&ran, &mut owner, &fds, "skipped", "is executing a program")?;
+    ensure!(took < HANGS / 2, "{took:?}");
+    // It was denied, so the owner goes on as before.
+    lab.wait_for(PATIENCE, || Ok(owner.report()? == 1))?;
+    reclaim(&lab, owner.pid(), "-q")?.exits(0)?;
+    Ok(())
+}
+
+/// The thread that was to be seized is gone by then, and another has its number.
+pub fn executed() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "hangs", 4)?;
+    owner.leak(2)?;
+    owner.order("hang through")?;
+    let began = Instant::now();
+    let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(0)?;
+    ensure!(began.elapsed() > HANGS / 2, "it did not wait");
+    same(&number(&ran.json()?, "/summary/freed")?, &2)?;
+    owner.report()?;
     Ok(())
 }
 
