@@ -532,6 +532,8 @@ mod tests {
     impl Drop for Process {
         fn drop(&mut self) {
             let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
+            // While we trace it, its end is not shown to its parent.
+            let _ = self.parent.kill();
             let _ = self.parent.wait();
         }
     }
