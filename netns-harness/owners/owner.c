@@ -31,6 +31,7 @@
  *   close N   close number N, whatever it is
  *   finish    let a transfer come to its end
  *   hang WHEN have a thread execute what hangs; how many did
+ *   seal      let nobody of its user look into it any more
  *   gap       the longest time between two heartbeats in microseconds, which starts anew
  *   report    `ok COUNT`, or what was wrong
  *   taken     how many dead sockets of a churn were taken from it
@@ -499,6 +500,8 @@ static void carry_out(const char *line)
         printf("%ld\n", finish_transfer());
     else if (!strncmp(line, "hang ", 5))
         printf("%d\n", hang(line + 5));
+    else if (!strncmp(line, "seal", 4))
+        printf("%d\n", prctl(PR_SET_DUMPABLE, 0, 0, 0, 0));
     else if (!strncmp(line, "gap", 3))
         printf("%ld\n", atomic_exchange(&longest_gap, 0) / 1000);
     else if (!strncmp(line, "taken", 5))

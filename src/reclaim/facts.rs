@@ -1,6 +1,7 @@
 //! The facts about an owner that the evidence is judged by, from /proc.
 //!
-//! Of `/proc/PID` only `auxv`, `fd`, `fdinfo`, `status` and `task` are read, none of which waits for the owner's memory.
+//! Of `/proc/PID` only `auxv`, `fd`, `fdinfo`, `status` and `task` are read, none of which waits for the owner's memory;
+//! `cmdline`, which may, only of those that could share a table and may not be compared.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -68,24 +69,45 @@ impl<'p> Inside<'p> {
     }
 
     /// Whether process `other`, which may not be compared with the owner, could have its table of
-    /// descriptors: both belong to one user, have a table of one size and were started with the same words. An
-    /// exec gives a process a table of its own (execve(2)), so those that share one are of one program. What
-    /// cannot be read could.
+    /// descriptors: both have a table of one size with as many open descriptors, and were started with the same words. An
+    /// exec gives a process a table of its own (execve(2)), so those that share one are of one program; not of one user,
+    /// which setuid(2) changes. What cannot be read could.
     pub fn could_share(&self, other: i32) -> bool {
-        let of = |pid: i32| -> io::Result<(String, Vec<u8>)> {
-            let file = |name| self.proc.path(&format!("{pid}/{name}"));
-            Ok((
-                fs::read_to_string(file("status"))?,
-                fs::read(file("cmdline"))?,
-            ))
+        let of_both = |name: &str| -> io::Result<(Vec<u8>, Vec<u8>)> {
+            let file = |pid: i32| fs::read(self.proc.path(&format!("{pid}/{name}")));
+            Ok((file(self.pid)?, file(other)?))
         };
-        match (of(self.pid), of(other)) {
-            (Ok((owner, words)), Ok((other, others))) => {
-                words == others && could_share(&owner, &other)
+        let could = || -> io::Result<bool> {
+            let (owner, others) = of_both("status")?;
+            let text = |status| String::from_utf8_lossy(status).into_owned();
+            if !could_share(&text(&owner), &text(&others)) || self.has_other_count(other)? {
+                return Ok(false);
             }
-            (_, Err(error)) => !owners::is_end(&error),
-            (Err(_), _) => true,
+            // Last and of few, since it is read from the memory of the process, which may not answer.
+            let (owner, others) = of_both("cmdline")?;
+            Ok(owner == others)
+        };
+        match could() {
+            Ok(could) => could,
+            Err(error) => !owners::is_end(&error),
         }
+    }
+
+    /// Whether the process has another number of open descriptors than the owner, twice while the owner's does not change.
+    /// Linux tells it since 6.2, whoever asks (fs/proc/fd.c, proc_fd_getattr).
+    fn has_other_count(&self, other: i32) -> io::Result<bool> {
+        let count = |pid: i32| {
+            let fds = fs::metadata(self.proc.path(&format!("{pid}/fd")));
+            fds.map(|fds| fds.len())
+        };
+        for _ in 0..2 {
+            let (before, others, after) = (count(self.pid)?, count(other)?, count(self.pid)?);
+            // The owner has some, so 0 is from a kernel that does not tell.
+            if before == 0 || before != after || others == before {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Whether descriptor `fd` is the dead TCP socket with this inode and cookie.
@@ -279,7 +301,7 @@ fn could_share(owner: &str, other: &str) -> bool {
         value(owner) == value(other)
     };
     // Only what has memory has a line about its size. Source: fs/proc/array.c, proc_pid_status.
-    same("Uid:") && same("FDSize:") && other.contains("\nVmSize:")
+    same("FDSize:") && other.contains("\nVmSize:")
 }
 
 /// The name of a process or thread that can be read.
@@ -421,7 +443,8 @@ mod tests {
             |uid, size, memory| format!("Name:\tx\nUid:\t{uid}\t{uid}\nFDSize:\t{size}\n{memory}");
         let owner = status(7, 64, "VmSize:\t9 kB\n");
         assert!(could_share(&owner, &owner));
-        assert!(!could_share(&owner, &status(8, 64, "VmSize:\t9 kB\n")));
+        // It may have changed its user since.
+        assert!(could_share(&owner, &status(8, 64, "VmSize:\t9 kB\n")));
         assert!(!could_share(&owner, &status(7, 128, "VmSize:\t9 kB\n")));
         assert!(!could_share(&owner, &status(7, 64, "Threads:\t1\n")));
     }

@@ -35,6 +35,10 @@ pub enum Reason {
     SharedTable(i32),
     /// Whether the owner shares its table of descriptors with this process cannot be seen.
     SharedUnknown(i32, io::Error),
+    /// The same, although we have the right that is asked for.
+    SharedClosed(i32, io::Error),
+    /// The kernel does not tell who shares a table.
+    NoKcmp,
     /// The first thread of the owner has ended, and others have not.
     LeaderEnded,
     /// This thread of the owner is executing a program: a stop would wait for it.
@@ -98,6 +102,15 @@ impl fmt::Display for Reason {
                  needs {}",
                 Need::Ptrace
             ),
+            Reason::SharedClosed(pid, error) => write!(
+                f,
+                "whether its process shares the table of descriptors with process {pid} cannot be seen: kcmp: {error}, by a \
+                 security module or from another user namespace"
+            ),
+            Reason::NoKcmp => f.write_str(
+                "whether its process shares the table of descriptors with another cannot be seen: this kernel has no kcmp(2) \
+                 (CONFIG_KCMP)",
+            ),
             Reason::LeaderEnded => f.write_str(
                 "the first thread of its process has ended, so its descriptors cannot be seen",
             ),
@@ -148,6 +161,16 @@ impl fmt::Display for Reason {
 }
 
 impl Reason {
+    /// Why it is not known whether process `other` shares the table of the owner, by what kcmp(2) answered; `may` says whether we
+    /// have CAP_SYS_PTRACE.
+    pub(super) fn not_compared(other: i32, error: io::Error, may: bool) -> Self {
+        match error.raw_os_error() {
+            Some(libc::ENOSYS) => Reason::NoKcmp,
+            Some(libc::EPERM) if !may => Reason::SharedUnknown(other, error),
+            _ => Reason::SharedClosed(other, error),
+        }
+    }
+
     /// The privilege that is missing.
     pub fn need(&self) -> Option<Need> {
         matches!(self, Reason::Denied(_) | Reason::SharedUnknown(..)).then_some(Need::Ptrace)
@@ -163,6 +186,8 @@ impl Reason {
             Reason::FilterUnread(error) => Reason::FilterUnread(copy(error)),
             Reason::SharedTable(pid) => Reason::SharedTable(*pid),
             Reason::SharedUnknown(pid, error) => Reason::SharedUnknown(*pid, copy(error)),
+            Reason::SharedClosed(pid, error) => Reason::SharedClosed(*pid, copy(error)),
+            Reason::NoKcmp => Reason::NoKcmp,
             Reason::LeaderEnded => Reason::LeaderEnded,
             Reason::Executing(tid) => Reason::Executing(*tid),
             Reason::OtherTable => Reason::OtherTable,
@@ -193,6 +218,8 @@ impl Reason {
                 | Reason::FilterUnread(_)
                 | Reason::SharedTable(_)
                 | Reason::SharedUnknown(..)
+                | Reason::SharedClosed(..)
+                | Reason::NoKcmp
                 | Reason::LeaderEnded
                 | Reason::Executing(_)
                 | Reason::OtherTable
@@ -202,5 +229,33 @@ impl Reason {
                 | Reason::ForeignProc
                 | Reason::Interrupted
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_right_is_only_missed_where_it_would_help() {
+        let reason = |errno, may| {
+            let reason = Reason::not_compared(7, io::Error::from_raw_os_error(errno), may);
+            (reason.need(), reason.to_string())
+        };
+        let (need, text) = reason(libc::EPERM, false);
+        assert_eq!(need, Some(Need::Ptrace));
+        assert!(
+            text.contains("needs the owner's uid or CAP_SYS_PTRACE"),
+            "{text}"
+        );
+        for (errno, may, why) in [
+            (libc::EPERM, true, "security module"),
+            (libc::ENOSYS, false, "CONFIG_KCMP"),
+            (libc::ENOSYS, true, "CONFIG_KCMP"),
+        ] {
+            let (need, text) = reason(errno, may);
+            assert_eq!(need, None);
+            assert!(text.contains(why) && !text.contains("needs"), "{text}");
+        }
     }
 }

@@ -25,6 +25,7 @@ use std::io;
 use std::thread;
 use std::time::Duration;
 
+use caps::{CapSet, Capability};
 use nix::errno::Errno;
 
 use crate::finder::owners::{Proc, Process};
@@ -436,7 +437,11 @@ fn not_shared<'a>(
                 // That one is gone, or the owner, which will be seen.
                 Some(libc::ESRCH) => continue,
                 Some(libc::EPERM) if !inside.could_share(other) => continue,
-                _ => Reason::SharedUnknown(other, error),
+                _ => {
+                    let right = Capability::CAP_SYS_PTRACE;
+                    let may = caps::has_cap(None, CapSet::Effective, right).unwrap_or(false);
+                    Reason::not_compared(other, error, may)
+                }
             },
         };
         return Err(Refusal::Because(reason));

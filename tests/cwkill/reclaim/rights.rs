@@ -17,6 +17,7 @@ pub const CASES: &[Case] = &[Once(
 pub const USERS_CASES: &[Case] = &[
     Once("reclaim_of_another_users_process_says_so", other_user),
     Once("reclaim_of_a_hidden_process_says_so", hidden),
+    Once("reclaim_needs_no_right_within_one_user", one_user),
     Once("reclaim_without_threads_does_nothing_or_all", no_threads),
 ];
 
@@ -70,6 +71,64 @@ fn hidden() -> Result<()> {
         let ran = ran(command.args(line.split_whitespace()))?.exits(4)?;
         ran.complains("hidepid")?;
     }
+    owner.report()?;
+    Ok(())
+}
+
+/// An owner without any right, of a user that has another process which may not be looked into, as on every host.
+fn one_user() -> Result<()> {
+    const ALONE: u32 = 64123;
+    let lab = Lab::new()?;
+    // The program is reached by a descriptor: processes of root are out of its reach.
+    let script = "exec 9<$1; shift; exec setpriv --reuid 64123 --regid 64123 --clear-groups --inh-caps=-all \
+                  --bounding-set=-all /proc/self/fd/9 $@";
+    let program = Owner::program(Build::Plain)?;
+    let start = || {
+        Owner::start_by(
+            lab.app_host(),
+            &["sh", "-c", script, "sh"],
+            &program,
+            "idle",
+            1,
+        )
+    };
+    let (mut owner, mut sealed) = (start()?, start()?);
+    let fds = owner.leak(2)?;
+    same(&sealed.order("seal")?, &"0".to_owned())?;
+    let of = |pid: u32, name: &str| -> Result<String> {
+        Ok(std::fs::read_to_string(format!("/proc/{pid}/{name}"))?)
+    };
+    let size = |pid| -> Result<Option<String>> {
+        let status = of(pid, "status")?;
+        Ok(status
+            .lines()
+            .find(|line| line.starts_with("FDSize"))
+            .map(str::to_owned))
+    };
+    // It is told from one that shares the table by nothing but the number of its descriptors.
+    same(&size(owner.pid())?, &size(sealed.pid())?)?;
+    same(&of(owner.pid(), "cmdline")?, &of(sealed.pid(), "cmdline")?)?;
+    let pid = owner.pid();
+    let reclaim = |more: &str| {
+        let line = format!("reclaim --pid {pid} --reclaim-age 0s {more}");
+        let command = lab.app_host().command(CWKILL).uid(ALONE);
+        ran(command.args(line.split_whitespace()))
+    };
+    let ran = reclaim("--json")?.exits(0)?;
+    same(&number(&ran.json()?, "/summary/freed")?, &2)?;
+    let open = owner.descriptors()?;
+    ensure!(!fds.iter().any(|fd| open.contains(fd)), "{open:?}");
+    owner.report()?;
+
+    // With as many it could be one, and cwkill says what it lacks.
+    owner.leak(1)?;
+    sealed.leak(1)?;
+    let ran = reclaim("")?.exits(4)?;
+    ensure!(
+        ran.stdout.contains("shares the table of descriptors"),
+        "{ran:#?}"
+    );
+    ran.complains("CAP_SYS_PTRACE")?;
     owner.report()?;
     Ok(())
 }
