@@ -490,7 +490,7 @@ mod tests {
         let mut info = [0; TCPI_DELIVERED + 4];
         info[0] = 7;
         info[TCPI_LAST_ACK_RECV..][..4].copy_from_slice(&1500_u32.to_ne_bytes());
-        info[TCPI_SEGS_IN..].copy_from_slice(&3_u32.to_ne_bytes());
+        info[TCPI_SEGS_IN..][..4].copy_from_slice(&3_u32.to_ne_bytes());
         let quiet = Duration::from_millis(1500);
         assert_eq!(parse_info(&info), Some((TcpState::Close, false, quiet)));
         info[TCPI_RCV_SPACE] = 1;
