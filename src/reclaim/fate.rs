@@ -25,6 +25,8 @@ pub enum Fate {
 pub enum Reason {
     /// The evidence does not allow it.
     Doubt(Doubt),
+    /// The owner is this process, which was started with the descriptor open.
+    Ourselves,
     /// The owner is traced by this process.
     Traced(i32, Option<String>),
     /// The owner's seccomp filter does not let close(2) through.
@@ -79,6 +81,9 @@ impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Reason::Doubt(doubt) => doubt.fmt(f),
+            Reason::Ourselves => {
+                f.write_str("cwkill itself was started with it open, and closes it by ending")
+            }
             Reason::Traced(pid, None) => write!(f, "its process is traced by process {pid}"),
             Reason::Traced(pid, Some(comm)) => {
                 let comm = crate::report::escape::escape(comm);
@@ -181,6 +186,7 @@ impl Reason {
         let copy = crate::injector::same_errno;
         match self {
             Reason::Doubt(doubt) => Reason::Doubt(doubt.clone()),
+            Reason::Ourselves => Reason::Ourselves,
             Reason::Traced(pid, comm) => Reason::Traced(*pid, comm.clone()),
             Reason::FilterForbids => Reason::FilterForbids,
             Reason::FilterUnread(error) => Reason::FilterUnread(copy(error)),
@@ -213,6 +219,7 @@ impl Reason {
         matches!(
             self,
             Reason::Doubt(_)
+                | Reason::Ourselves
                 | Reason::Traced(..)
                 | Reason::FilterForbids
                 | Reason::FilterUnread(_)

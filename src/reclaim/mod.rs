@@ -361,6 +361,9 @@ fn prepare_once<'p>(
     wanted: &[Wanted],
     rules: &Rules,
 ) -> Result<Prepared<'p>, Refusal> {
+    if u32::try_from(process.pid) == Ok(std::process::id()) {
+        return Err(Refusal::Because(Reason::Ourselves));
+    }
     let inside = Inside::open(proc, process)?;
     if inside.leader_has_ended()? {
         return Err(Refusal::Because(Reason::LeaderEnded));

@@ -4,14 +4,17 @@ use anyhow::{Context, Result, ensure};
 use netns_harness::owners::{Build, Owner};
 use netns_harness::{Capability, Lab};
 
-use super::{fds_of, number};
+use super::{descriptors, fds_of, number};
 use crate::Case::{self, Once};
-use crate::support::{CWKILL, cwkill, ran, same};
+use crate::support::{CWKILL, at, cwkill, ran, same};
 
-pub const CASES: &[Case] = &[Once(
-    "without_rights_nothing_happens_and_it_says_so",
-    unprivileged,
-)];
+pub const CASES: &[Case] = &[
+    Once(
+        "without_rights_nothing_happens_and_it_says_so",
+        unprivileged,
+    ),
+    Once("what_cwkill_was_started_with_is_left", ourselves),
+];
 
 /// Those that need a second user, or a /proc that is mounted anew.
 pub const USERS_CASES: &[Case] = &[
@@ -36,6 +39,30 @@ fn unprivileged() -> Result<()> {
     ran.complains("could not be looked")?
         .complains("CAP_SYS_PTRACE")?;
     same(&owner.descriptors()?, &before)
+}
+
+/// A script that leaks, and starts cwkill with what it leaks.
+fn ourselves() -> Result<()> {
+    const SCRIPT: &str = "import os, socket, struct, sys\n\
+        listener = socket.create_server(('127.0.0.1', 0))\n\
+        peer = socket.create_connection(listener.getsockname())\n\
+        leaked, _ = listener.accept()\n\
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))\n\
+        peer.close()\n\
+        leaked.set_inheritable(True)\n\
+        os.execv(sys.argv[1], [*sys.argv[1:], '--pid', str(os.getpid())])\n";
+    let lab = Lab::new()?;
+    for force in ["", "--reclaim-force"] {
+        let line = format!("{CWKILL} reclaim --json --reclaim-age 0s {force}");
+        let command = lab.app_host().command("python3").args(["-c", SCRIPT]);
+        let ran = ran(command.args(line.split_whitespace()))?.exits(4)?;
+        let said = descriptors(&ran)?;
+        same(&said.len(), &1)?;
+        same(&at(&said[0], "/outcome"), &"skipped".to_owned())?;
+        let why = at(&said[0], "/reason");
+        ensure!(why.contains("cwkill itself was started with it"), "{why}");
+    }
+    Ok(())
 }
 
 fn other_user() -> Result<()> {
