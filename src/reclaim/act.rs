@@ -169,7 +169,7 @@ fn still_allowed(
         let mut specials = inside.specials(&new)?;
         specials.extend(&prepared.specials);
         (facts.epolls, facts.rings) = inside.tables(&specials)?;
-        facts.uses = uses_of(worker.stopped());
+        facts.uses = uses_of(worker.stopped(), inside.room());
     }
     let (mut allowed, mut fates) = (Vec::new(), Vec::new());
     for &at in &prepared.candidates {
@@ -195,13 +195,13 @@ fn still_allowed(
 }
 
 /// What the calls of stopped threads are on, by their registers.
-fn uses_of(stopped: &Stopped) -> Vec<Uses> {
+fn uses_of(stopped: &Stopped, room: u32) -> Vec<Uses> {
     let uses = |(at, thread): (usize, &stop::Thread)| {
         let registers = stopped.registers(at)?;
         let is_instruction = |address| remote::is_instruction(thread.tid, address);
         let call = registers.call(&is_instruction)?;
         let memory = |address, len| remote::read_memory(thread.tid, address, len);
-        Some(uses(thread.tid, &call, &memory))
+        Some(uses(thread.tid, &call, &memory, room))
     };
     stopped
         .threads()

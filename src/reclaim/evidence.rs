@@ -16,6 +16,13 @@ pub enum Doubt {
         /// The call.
         number: i64,
     },
+    /// This thread is inside a system call that may be on it: on what cannot be told.
+    InSomeCall {
+        /// The thread.
+        tid: i32,
+        /// The call.
+        number: i64,
+    },
     /// It is in the epoll set behind this descriptor of the owner.
     InEpoll(i32),
     /// It is registered with the io_uring behind this descriptor of the owner.
@@ -54,6 +61,11 @@ impl fmt::Display for Doubt {
                     "thread {tid} is inside a system call on it (number {number})"
                 )
             }
+            Doubt::InSomeCall { tid, number } => write!(
+                f,
+                "thread {tid} is inside a system call that may be on it (number {number}): the list of its descriptors \
+                 could not be read"
+            ),
             Doubt::InEpoll(epoll) => write!(f, "in the epoll set of descriptor {epoll}"),
             Doubt::InRing(ring) => write!(f, "registered with the io_uring of descriptor {ring}"),
             Doubt::RingInFlight(ring) => write!(
@@ -178,11 +190,12 @@ pub fn doubt(
 ) -> Option<Doubt> {
     let inode = u64::from(inode);
     for uses in &facts.uses {
-        if uses.any || uses.fds.contains(&fd) {
-            return Some(Doubt::InCall {
-                tid: uses.tid,
-                number: uses.number,
-            });
+        let Uses { tid, number, .. } = *uses;
+        if uses.any {
+            return Some(Doubt::InSomeCall { tid, number });
+        }
+        if uses.fds.contains(&fd) {
+            return Some(Doubt::InCall { tid, number });
         }
     }
     for epoll in &facts.epolls {
@@ -343,19 +356,26 @@ const OTHER_KIND: i64 = 0;
 /// The longest list in the owner that is read; a call with a longer one may be on any descriptor.
 const LONGEST_LIST: u64 = 1 << 20;
 
-/// What the call of thread `tid` may be on. Where it cannot be told, on any.
-pub fn uses(tid: i32, call: &Call, memory: Memory<'_>) -> Uses {
+/// What the call of thread `tid` may be on. Where it cannot be told, on any. The table of the owner has room for
+/// descriptors below `room`.
+pub fn uses(tid: i32, call: &Call, memory: Memory<'_>, room: u32) -> Uses {
     let arguments = &call.arguments;
     let fds = match descriptors(call.number) {
         _ if call.number & OTHER_KIND != 0 => None,
         Descriptors::At(places) => Some(places.iter().map(|&at| fd(arguments[at])).collect()),
-        Descriptors::Poll => polled(arguments[0], arguments[1], memory),
-        // The second argument of the others is an address or a command, mostly longer than any list; and
-        // what cannot be read was no list.
+        Descriptors::Poll => polled(arguments[0], arguments[1], memory)
+            .map(|list| list.into_iter().map(|entry| entry.fd).collect()),
+        // Of a wait for a lock with a limit the arguments are an address and an operation, which as a length is that of a list of
+        // 137 or 393; and what cannot be read was no list.
         Descriptors::Continued => {
-            Some(polled(arguments[0], arguments[1], memory).unwrap_or_default())
+            let list = polled(arguments[0], arguments[1], memory).unwrap_or_default();
+            let is_list = list.iter().all(|entry| entry.could_be_polled(room));
+            Some(match is_list {
+                true => list.into_iter().map(|entry| entry.fd).collect(),
+                false => HashSet::new(),
+            })
         }
-        Descriptors::Select => selected(arguments, memory),
+        Descriptors::Select => selected(arguments, memory, room),
     };
     Uses {
         tid,
@@ -371,22 +391,43 @@ fn fd(argument: u64) -> i32 {
     i32::from_le_bytes([a, b, c, d])
 }
 
-/// The descriptors in an array of `struct pollfd`: each is the first 4 of 8 bytes.
-fn polled(address: u64, count: u64, memory: Memory<'_>) -> Option<HashSet<i32>> {
+/// `struct pollfd` (poll(2)), without what the kernel answers.
+struct PollFd {
+    fd: i32,
+    events: u16,
+}
+
+impl PollFd {
+    /// Whether poll(2) can be waiting with such an entry in its list. A number that is not open ends it at once, a negative one is
+    /// skipped; programs write -1, or the complement of the number. Source: fs/select.c, do_pollfd.
+    fn could_be_polled(&self, room: u32) -> bool {
+        /// include/uapi/asm-generic/poll.h has a meaning for all bits but this.
+        const NO_EVENT: u16 = 0x0800;
+        let number = if self.fd < 0 { !self.fd } else { self.fd };
+        u32::try_from(number).is_ok_and(|number| number < room) && self.events & NO_EVENT == 0
+    }
+}
+
+/// An array of `struct pollfd`.
+fn polled(address: u64, count: u64, memory: Memory<'_>) -> Option<Vec<PollFd>> {
     if address == 0 || count == 0 {
-        return Some(HashSet::new());
+        return Some(Vec::new());
     }
     let bytes = count
         .checked_mul(8)
         .filter(|bytes| *bytes <= LONGEST_LIST)?;
     let list = memory(address, usize::try_from(bytes).ok()?)?;
-    let first = |entry: &[u8]| i32::from_ne_bytes([entry[0], entry[1], entry[2], entry[3]]);
-    Some(list.chunks_exact(8).map(first).collect())
+    let entry = |entry: &[u8]| PollFd {
+        fd: i32::from_ne_bytes([entry[0], entry[1], entry[2], entry[3]]),
+        events: u16::from_ne_bytes([entry[4], entry[5]]),
+    };
+    Some(list.chunks_exact(8).map(entry).collect())
 }
 
-/// The descriptors in the three sets of select(2), as long as the first argument says.
-fn selected(arguments: &[u64; 6], memory: Memory<'_>) -> Option<HashSet<i32>> {
-    let count = u64::try_from(fd(arguments[0])).ok()?;
+/// The descriptors in the three sets of select(2), as long as the first argument says, and no longer than the table
+/// (fs/select.c, core_sys_select): programs write the highest number there is.
+fn selected(arguments: &[u64; 6], memory: Memory<'_>, room: u32) -> Option<HashSet<i32>> {
+    let count = u64::try_from(fd(arguments[0])).ok()?.min(room.into());
     let bytes = Some(count.div_ceil(8)).filter(|bytes| *bytes <= LONGEST_LIST)?;
     let bytes = usize::try_from(bytes).ok()?;
     let mut fds = HashSet::new();
@@ -447,6 +488,9 @@ mod tests {
         }
     }
 
+    /// In the table of the owner.
+    const ROOM: u32 = 64;
+
     fn on(uses: &Uses, fd: i32) -> bool {
         uses.any || uses.fds.contains(&fd)
     }
@@ -457,7 +501,8 @@ mod tests {
 
     #[test]
     fn a_call_on_the_descriptor_is_seen() {
-        let on = |number, arguments: &[u64]| on(&uses(1, &call(number, arguments), &nothing), 7);
+        let on =
+            |number, arguments: &[u64]| on(&uses(1, &call(number, arguments), &nothing, ROOM), 7);
         assert!(on(libc::SYS_recvfrom, &[7]));
         assert!(!on(libc::SYS_recvfrom, &[8, 7]));
         // The kernel takes the lower half.
@@ -490,8 +535,9 @@ mod tests {
             let from = usize::try_from(address.checked_sub(0x1000)?).ok()?;
             pollfds.get(from..from + len).map(<[u8]>::to_vec)
         };
-        let on =
-            |number, fd, arguments: &[u64]| on(&uses(1, &call(number, arguments), &memory), fd);
+        let on = |number, fd, arguments: &[u64]| {
+            on(&uses(1, &call(number, arguments), &memory, ROOM), fd)
+        };
         for number in [libc::SYS_ppoll, libc::SYS_restart_syscall] {
             assert!(on(number, 7, &[0x1000, 2]), "{number}");
             assert!(!on(number, 7, &[0x1000, 1]), "{number}");
@@ -512,9 +558,13 @@ mod tests {
             (0x2000, 2) => Some(vec![0b1000_0000, 0]),
             _ => None,
         };
-        let on = |fd, arguments: &[u64]| {
-            super::tests::on(&uses(1, &call(libc::SYS_pselect6, arguments), &sets), fd)
+        let on_with = |room, fd, arguments: &[u64]| {
+            super::tests::on(
+                &uses(1, &call(libc::SYS_pselect6, arguments), &sets, room),
+                fd,
+            )
         };
+        let on = |fd, arguments: &[u64]| on_with(u32::MAX, fd, arguments);
         assert!(on(7, &[8, 0x2000, 0, 0]));
         assert!(on(7, &[8, 0, 0, 0x2000]));
         assert!(!on(7, &[7, 0x2000, 0, 0]));
@@ -523,6 +573,38 @@ mod tests {
         assert!(on(8, &[9, 0x3000, 0, 0]), "cannot be read");
         assert!(!on(7, &[0, 0, 0, 0]));
         assert!(on(9, &[0x7fff_ffff, 0, 0, 0]), "too long to be read");
+        // With a table of 8 or 16 only as much is looked at.
+        assert!(on_with(8, 7, &[0x7fff_ffff, 0x2000, 0, 0]));
+        assert!(!on_with(16, 9, &[0x7fff_ffff, 0x2000, 0, 0]));
+    }
+
+    #[test]
+    fn a_wait_for_a_lock_is_no_list() {
+        const FUTEX_WAIT_BITSET_PRIVATE: u64 = 137;
+        let on = |entries: &[(i32, u16)], count| {
+            let list: Vec<u8> = entries
+                .iter()
+                .flat_map(|(fd, events)| {
+                    [&fd.to_ne_bytes()[..], &events.to_ne_bytes(), &[0; 2]].concat()
+                })
+                .collect();
+            let memory = |_, len: usize| list.get(..len).map(<[u8]>::to_vec);
+            let call = call(libc::SYS_restart_syscall, &[0x1000, count]);
+            super::tests::on(&uses(1, &call, &memory, ROOM), 7)
+        };
+        assert!(on(&[(7, 0)], 1));
+        // What programs write for no descriptor.
+        assert!(on(&[(-1, 0), (!7, 1), (7, 0x2001)], 3));
+        // Memory behind a futex that has a 7 in the right place.
+        let mut memory = vec![(0, 0); 200];
+        memory[3].0 = 7;
+        assert!(on(&memory, FUTEX_WAIT_BITSET_PRIVATE), "cannot be told");
+        memory[100] = (0x7f12, 0x3456);
+        assert!(!on(&memory, FUTEX_WAIT_BITSET_PRIVATE), "an address");
+        memory[100] = (i32::MIN, 0);
+        assert!(!on(&memory, FUTEX_WAIT_BITSET_PRIVATE), "no number");
+        memory[100] = (1, 0x0800);
+        assert!(!on(&memory, FUTEX_WAIT_BITSET_PRIVATE), "no event");
     }
 
     #[test]
@@ -539,9 +621,23 @@ mod tests {
         assert_eq!(doubt(&none, 7, 42, None, Duration::ZERO), None);
 
         let in_call = Facts {
-            uses: vec![uses(3, &call(libc::SYS_recvfrom, &[7]), &nothing)],
+            uses: vec![uses(3, &call(libc::SYS_recvfrom, &[7]), &nothing, ROOM)],
             ..Facts::default()
         };
+        let unread = Facts {
+            uses: vec![uses(
+                3,
+                &call(libc::SYS_ppoll, &[0x1000, 2]),
+                &nothing,
+                ROOM,
+            )],
+            ..Facts::default()
+        };
+        let number = libc::SYS_ppoll;
+        assert_eq!(
+            judge(&unread, Some(hour)),
+            Some(Doubt::InSomeCall { tid: 3, number })
+        );
         let number = libc::SYS_recvfrom;
         assert_eq!(
             judge(&in_call, Some(hour)),

@@ -127,6 +127,14 @@ impl<'p> Inside<'p> {
         link.is_err_and(|error| owners::is_end(&error))
     }
 
+    /// For descriptors below which number its table has room; it only grows. Where that cannot be read, for all.
+    pub fn room(&self) -> u32 {
+        let status = fs::read_to_string(self.proc.path(&format!("{}/status", self.pid)));
+        let size = status.ok().and_then(|status| field(&status, "FDSize:"));
+        size.and_then(|size| u32::try_from(size).ok().filter(|size| *size > 0))
+            .unwrap_or(u32::MAX)
+    }
+
     /// The numbers in use.
     pub fn numbers(&self) -> io::Result<Vec<i32>> {
         // A directory is read on from where it was left.

@@ -414,7 +414,10 @@ fn prepare_once<'p>(
 /// What the `calls` are on in which the owner's threads wait, as far as that is seen without stopping it.
 fn uses_of(inside: &Inside<'_>, calls: &[(i32, Call)]) -> Vec<Uses> {
     let memory = |address, len| remote::read_memory(inside.pid, address, len);
-    let uses = calls.iter().map(|(tid, call)| uses(*tid, call, &memory));
+    let room = inside.room();
+    let uses = calls
+        .iter()
+        .map(|(tid, call)| uses(*tid, call, &memory, room));
     uses.collect()
 }
 
