@@ -219,10 +219,11 @@ impl Worker {
                 Ok(Place::Stopped) => {}
                 Ok(_) => return Ok(None),
                 Err(StopError::Limit(_)) => {
-                    // It computes. Stopped again, it may be let go like any other.
+                    // It computes. Stopped again, it may be let go like any other; unless it has come to a call at last, at the
+                    // beginning of which it must not be (docs/decisions/reclaim.md).
                     sys::ptrace_interrupt(tid).map_err(|e| StopError::Os("PTRACE_INTERRUPT", e))?;
-                    stopped.wait(at, stopped.deadline())?;
-                    return Ok(None);
+                    let place = stopped.wait(at, stopped.deadline())?;
+                    return Ok(beginning(tid).filter(|_| place == Place::AtCall));
                 }
                 Err(error) => return Err(error),
             }
