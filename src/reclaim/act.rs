@@ -169,6 +169,9 @@ fn still_allowed(
         let mut specials = inside.specials(&new)?;
         specials.extend(&prepared.specials);
         (facts.epolls, facts.rings) = inside.tables(&specials)?;
+        let threads = worker.stopped().threads().iter().map(|thread| thread.tid);
+        let new = threads.filter(|tid| !prepared.threads.contains(tid));
+        facts.ring_worker = inside.ring_worker_among(new);
         facts.uses = uses_of(worker.stopped(), inside.room());
     }
     let (mut allowed, mut fates) = (Vec::new(), Vec::new());

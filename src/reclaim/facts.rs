@@ -7,6 +7,7 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 use nix::errno::Errno;
 
@@ -217,6 +218,17 @@ impl<'p> Inside<'p> {
         self.named(&evidence::works_for_a_ring)
     }
 
+    /// Of these threads of the owner, one that works for an io_uring. The kernel gives them their names before they are listed.
+    pub fn ring_worker_among(&self, tids: impl IntoIterator<Item = i32>) -> Option<String> {
+        let mut comms = tids.into_iter().filter_map(|tid| comm(self.proc, tid));
+        comms.find(|name| evidence::works_for_a_ring(name))
+    }
+
+    /// Its threads.
+    pub fn threads(&self) -> io::Result<HashSet<i32>> {
+        numbers_in(&self.proc.path(&format!("{}/task", self.pid)))
+    }
+
     fn named(&self, wanted: &dyn Fn(&str) -> bool) -> Option<String> {
         let tasks = fs::read_dir(self.proc.path(&format!("{}/task", self.pid))).ok()?;
         let name = |task: io::Result<fs::DirEntry>| {
@@ -276,12 +288,17 @@ pub fn is_there(proc: &Proc, pid: i32, start_time: u64) -> bool {
 
 /// The numbers of all processes.
 pub fn pids(proc: &Proc) -> io::Result<HashSet<i32>> {
-    let mut pids = HashSet::new();
-    for entry in fs::read_dir(proc.path(""))? {
-        let pid: Option<i32> = entry?.file_name().to_str().and_then(|n| n.parse().ok());
-        pids.extend(pid);
+    numbers_in(&proc.path(""))
+}
+
+/// The entries of a directory of /proc that are numbers.
+fn numbers_in(path: &Path) -> io::Result<HashSet<i32>> {
+    let mut numbers = HashSet::new();
+    for entry in fs::read_dir(path)? {
+        let number: Option<i32> = entry?.file_name().to_str().and_then(|n| n.parse().ok());
+        numbers.extend(number);
     }
-    Ok(pids)
+    Ok(numbers)
 }
 
 fn leader_has_ended(status: &str) -> bool {

@@ -307,6 +307,8 @@ struct Prepared<'p> {
     inside: Inside<'p>,
     /// The processes that there were.
     processes: HashSet<i32>,
+    /// And the threads of the owner.
+    threads: HashSet<i32>,
     numbers: HashSet<i32>,
     specials: Vec<Special>,
     /// Each stop would end a transfer of it short.
@@ -379,6 +381,7 @@ fn prepare_once<'p>(
     not_shared(&inside, &processes)?;
     let numbers = inside.numbers()?;
     let specials = inside.specials(&numbers)?;
+    let threads = inside.threads()?;
     let mut facts = Facts::default();
     if !rules.force {
         let calls = inside.calls()?;
@@ -403,6 +406,7 @@ fn prepare_once<'p>(
     Ok(Prepared {
         inside,
         processes,
+        threads,
         numbers: numbers.into_iter().collect(),
         specials,
         transfers: facts.transfer.is_some(),
