@@ -159,7 +159,13 @@ fn still_allowed(
     }
     // Only its own threads could make another process with its table, and they are stopped now.
     let processes = facts::pids(inside.proc())?;
-    not_shared(inside, processes.difference(&prepared.processes))?;
+    let over = || worker.stopped().elapsed() >= rules.stop_limit;
+    not_shared(
+        inside,
+        processes.difference(&prepared.processes),
+        &over,
+        rules,
+    )?;
     // Whether it has finalizers does not change.
     let mut facts = Facts::default();
     if !rules.force {
@@ -176,7 +182,7 @@ fn still_allowed(
     }
     let (mut allowed, mut fates) = (Vec::new(), Vec::new());
     for &at in &prepared.candidates {
-        if worker.stopped().elapsed() >= rules.stop_limit {
+        if over() {
             fates.push((at, Fate::Failed(Reason::TimeOver(rules.stop_limit))));
             continue;
         }

@@ -378,7 +378,7 @@ fn prepare_once<'p>(
         return Err(Refusal::Because(Reason::Traced(tracer, comm)));
     }
     let processes = facts::pids(proc)?;
-    not_shared(&inside, &processes)?;
+    not_shared(&inside, &processes, &|| false, rules)?;
     let numbers = inside.numbers()?;
     let specials = inside.specials(&numbers)?;
     let threads = inside.threads()?;
@@ -434,12 +434,18 @@ fn executing(calls: &[(i32, Call)]) -> Option<i32> {
 }
 
 /// Refuses if one of `processes` has the owner's table of descriptors without being the same process (clone
-/// with CLONE_FILES and without CLONE_THREAD), or may have: it would not be stopped.
+/// with CLONE_FILES and without CLONE_THREAD), or may have: it would not be stopped. `over` says whether there is no more time: an
+/// answer can wait for an exec of the other (kernel/kcmp.c, exec_update_lock).
 fn not_shared<'a>(
     inside: &Inside<'_>,
     processes: impl IntoIterator<Item = &'a i32>,
+    over: &dyn Fn() -> bool,
+    rules: &Rules,
 ) -> Result<(), Refusal> {
     for &other in processes.into_iter().filter(|pid| **pid != inside.pid) {
+        if over() {
+            return Err(Refusal::Because(Reason::TimeOver(rules.stop_limit)));
+        }
         let reason = match sys::share_descriptors(inside.pid, other) {
             Ok(false) => continue,
             Ok(true) => Reason::SharedTable(other),
