@@ -172,6 +172,14 @@ impl Worker {
             let tid = stopped.threads()[at].tid;
             // Before the thread is moved, since it is set back by a call as well.
             let filters = match filters(inside, tid) {
+                // Where its next call will be is not known.
+                Ok(filters)
+                    if !registers.restarts(&|address| is_instruction(tid, address))
+                        && seccomp::any_asks_for_the_place(&filters) =>
+                {
+                    why = NoWorker::Forbidden;
+                    continue;
+                }
                 Ok(filters) if may_call(&filters, &registers, NO_CALL.0, NO_CALL.1) => filters,
                 Ok(_) => {
                     why = NoWorker::Forbidden;
