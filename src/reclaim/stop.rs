@@ -253,7 +253,8 @@ impl Stopped {
             _ => Err(error),
         };
         let seized = sys::ptrace_seize(tid).or_else(once_more).map(|()| {
-            // The end of the first thread is that of the process, which is its parent's to see.
+            // An exec does not wait for anybody to take notice of the end of the first thread: it does so itself (fs/exec.c,
+            // de_thread).
             if tid != self.pid {
                 list.add(tid);
             }
