@@ -67,29 +67,24 @@ impl Run {
     /// Adds what was swept to what was found, planned and done `later`; all outcomes, in order if somebody will read them.
     fn take_in_swept(&mut self, later: Vec<Outcome>, read: bool) -> Vec<Outcome> {
         let Swept {
-            sockets,
-            plans,
-            outcomes,
+            mut sockets,
+            mut plans,
+            mut outcomes,
         } = mem::take(&mut self.swept);
         if sockets.is_empty() {
             return later;
         }
-        if self.found.sockets.is_empty() && !read {
-            (self.found.sockets, self.plans) = (sockets, plans);
-            return outcomes;
+        sockets.append(&mut self.found.sockets);
+        plans.append(&mut self.plans);
+        outcomes.extend(later);
+        if read {
+            let mut rows: Vec<_> = zip(sockets, zip(plans, outcomes)).collect();
+            rows.par_sort_by_key(|(socket, _)| socket.oldest_first());
+            let rest: Vec<_>;
+            (sockets, rest) = rows.into_iter().unzip();
+            (plans, outcomes) = rest.into_iter().unzip();
         }
-        // One that withstood the sweep was tried again.
-        let again: HashSet<Cookie> = self.found.sockets.iter().map(Socket::cookie).collect();
-        let mut rows: Vec<(Socket, (Plan, Outcome))> = zip(sockets, zip(plans, outcomes))
-            .filter(|(socket, _)| !again.contains(&socket.cookie()))
-            .collect();
-        let found = mem::take(&mut self.found.sockets);
-        rows.extend(zip(found, zip(mem::take(&mut self.plans), later)));
-        rows.par_sort_by_key(|(socket, _)| socket.oldest_first());
-        let rest: Vec<(Plan, Outcome)>;
-        (self.found.sockets, rest) = rows.into_iter().unzip();
-        let outcomes;
-        (self.plans, outcomes) = rest.into_iter().unzip();
+        (self.found.sockets, self.plans) = (sockets, plans);
         outcomes
     }
 }
@@ -125,10 +120,10 @@ pub fn plan(config: &Config, proc: &Proc, privileges: &Privileges) -> anyhow::Re
     Ok(Run::new(namespaces, found, config, privileges))
 }
 
-/// As [`plan`], but where `config` [fits](sweep::fits) most of what matches is destroyed before it returns.
+/// As [`plan()`], but where `config` [fits](sweep::fits) most of what matches is destroyed before it returns.
 ///
 /// # Errors
-/// As [`plan`], if nothing was done.
+/// As [`plan()`], if nothing was done.
 pub fn sweep_and_plan(
     config: &Config,
     proc: &Proc,
@@ -139,7 +134,7 @@ pub fn sweep_and_plan(
         return plan(config, proc, privileges);
     }
     let namespaces = open(&config.netns, proc)?;
-    let swept = sweep::sweep(config, &namespaces.open, privileges, surroundings);
+    let mut swept = sweep::sweep(config, &namespaces.open, privileges, surroundings);
     let found = match find(&namespaces, proc, &config.selectors, config.owners) {
         Err(error) if !swept.sockets.is_empty() => Found {
             unreachable_namespaces: namespaces.open.len(),
@@ -148,6 +143,9 @@ pub fn sweep_and_plan(
         },
         found => found?,
     };
+    // One that withstood the sweep is tried again.
+    let again: HashSet<Cookie> = found.sockets.iter().map(Socket::cookie).collect();
+    swept.retain(|socket| !again.contains(&socket.cookie()));
     let mut run = Run::new(namespaces, found, config, privileges);
     run.swept = swept;
     Ok(run)

@@ -14,7 +14,7 @@ use crate::finder::netns::Netns;
 use crate::finder::sock_diag::{DumpError, SockDiag};
 use crate::finder::{Found, Socket, filter, view};
 use crate::injector::destroy::Destroy;
-use crate::injector::ladder::{self, Outcome, Surroundings};
+use crate::injector::ladder::{self, Outcome, Surroundings, Verdict};
 use crate::injector::{ActError, MethodName, Target};
 use crate::plan::{self, Plan, Policy};
 use crate::privileges::Privileges;
@@ -34,6 +34,23 @@ pub struct Swept {
     pub plans: Vec<Plan>,
     /// What became of each.
     pub outcomes: Vec<Outcome>,
+}
+
+impl Swept {
+    /// Keeps the sockets that `keep` keeps, if one of them is still there.
+    pub fn retain(&mut self, keep: impl Fn(&Socket) -> bool) {
+        let withstood = |outcome: &Outcome| matches!(outcome.verdict, Verdict::Failed);
+        if !self.outcomes.iter().any(withstood) {
+            return;
+        }
+        let kept: Vec<bool> = self.sockets.iter().map(keep).collect();
+        let mut each = kept.iter();
+        self.sockets.retain(|_| each.next() == Some(&true));
+        let mut each = kept.iter();
+        self.plans.retain(|_| each.next() == Some(&true));
+        let mut each = kept.iter();
+        self.outcomes.retain(|_| each.next() == Some(&true));
+    }
 }
 
 /// Whether `config` leaves nothing to decide for which more than one socket has to be known.
@@ -97,6 +114,7 @@ struct Broom<'a> {
 #[derive(Default)]
 struct Ordered {
     sockets: Vec<Socket>,
+    plans: Vec<Plan>,
     results: Vec<Result<(), ActError>>,
 }
 
@@ -109,10 +127,11 @@ impl Broom<'_> {
         let Ok(selectors) = self.config.selectors.resolved(&here) else {
             return Swept::default();
         };
-        let parts = match view::halves(&selectors).filter(|_| !self.several) {
-            Some(halves) => halves.to_vec(),
-            None => vec![selectors],
+        let parts = match self.several {
+            false => view::halves(&selectors),
+            true => None,
         };
+        let parts = parts.map_or_else(|| vec![selectors], |halves| halves.to_vec());
         // Not in the threads: what is done is told, also if one of them ends in a bug of ours.
         let ordered = Mutex::new(Ordered::default());
         threads::side_by_side(&parts, parts.len(), |part| self.part(part, &ordered));
@@ -129,20 +148,23 @@ impl Broom<'_> {
             let keep = |message| {
                 let mut socket = Socket::from_message(&message);
                 socket.netns = self.netns;
-                self.is_for_us(&socket, selectors).then_some(socket)
+                let plan = self.plan(&socket, selectors)?;
+                Some((socket, plan))
             };
-            let act = |sockets: Vec<Socket>| {
+            let act = |part: Vec<(Socket, Plan)>| {
                 if self.surroundings.interrupted() {
                     return ControlFlow::Break(());
                 }
-                let targets: Vec<Target> = sockets.iter().map(Target::without_owner).collect();
+                let target = |(socket, _): &(Socket, Plan)| Target::without_owner(socket);
+                let targets: Vec<Target> = part.iter().map(target).collect();
                 let results = destroy.order(&targets);
                 self.surroundings.acted(MethodName::Destroy, results.len());
                 let mut ordered = ordered.lock().unwrap_or_else(PoisonError::into_inner);
-                for (socket, result) in sockets.into_iter().zip(results) {
+                for ((socket, plan), result) in part.into_iter().zip(results) {
                     // The ladder will get the same answer to the others, and tell it.
                     if let Ok(()) | Err(ActError::Gone | ActError::Unanswered(_)) = result {
                         ordered.sockets.push(socket);
+                        ordered.plans.push(plan);
                         ordered.results.push(result);
                     }
                 }
@@ -153,23 +175,20 @@ impl Broom<'_> {
         Ok(())
     }
 
-    /// Whether the kernel's word on it is enough: it is stuck, selected, was accepted, and nothing stands against
+    /// The plan for it, if the kernel's word on it is enough: it is stuck, selected, was accepted, and nothing stands against
     /// destroying it.
-    fn is_for_us(&self, socket: &Socket, selectors: &Selectors) -> bool {
-        socket.state == TcpState::CloseWait
+    fn plan(&self, socket: &Socket, selectors: &Selectors) -> Option<Plan> {
+        let is_for_us = socket.state == TcpState::CloseWait
             && !socket.cause.is_with_listener()
             && selectors.match_socket(socket)
-            && selectors.match_user(socket.uid)
-            && !self.plan(socket).methods.is_empty()
-    }
-
-    fn plan(&self, socket: &Socket) -> Plan {
-        plan::one(socket, false, &self.config.policy, self.privileges)
+            && selectors.match_user(socket.uid);
+        let plan = || plan::one(socket, false, &self.config.policy, self.privileges);
+        is_for_us.then(plan).filter(|plan| !plan.methods.is_empty())
     }
 
     /// Verifies what was done.
     fn confirmed(&self, ordered: Ordered) -> Swept {
-        let plans: Vec<Plan> = ordered.sockets.iter().map(|s| self.plan(s)).collect();
+        let plans = ordered.plans;
         let found = Found {
             sockets: ordered.sockets,
             ..Found::default()
@@ -191,6 +210,35 @@ impl Broom<'_> {
             sockets: found.sockets,
             plans,
             outcomes,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::cli::Cli;
+
+    #[test]
+    fn it_is_for_those_who_ask_for_nothing_else() {
+        let fits = |line: &str| {
+            let words = ["cwkill"].into_iter().chain(line.split(' '));
+            fits(&Config::from_args(Cli::parse_from(words).args).unwrap())
+        };
+        assert!(fits("--all --no-owners --method destroy"));
+        assert!(fits(
+            "--port 80 --no-owners --method destroy --min-age 5m --json"
+        ));
+        for line in [
+            "--all --method destroy",
+            "--all --no-owners",
+            "--all --no-owners --method destroy,rst",
+            "--all --no-owners --method destroy --max-kills 5",
+            "--all --no-owners --method destroy --dry-run",
+        ] {
+            assert!(!fits(line), "{line}");
         }
     }
 }

@@ -40,7 +40,7 @@ pub const CASES: &[Case] = &[
     Once("the_command_of_the_issue", harness_command),
     Once(
         "thousands_are_found_in_halves_and_confirmed_by_a_list",
-        thousands_without_owners,
+        thousands,
     ),
 ];
 
@@ -389,7 +389,7 @@ fn harness_command() -> Result<()> {
 }
 
 /// As many as two crews take, each more than it asks for one by one.
-fn thousands_without_owners() -> Result<()> {
+fn thousands() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 4500)?;
     let innocents = lab.start("established", Family::V4, alone(9090, 3))?;
     let cookies = |arguments: &str| -> Result<std::collections::BTreeSet<String>> {
@@ -399,7 +399,7 @@ fn thousands_without_owners() -> Result<()> {
     let found = cookies("--all -n --json --no-owners")?;
     same(&found.len(), &4500)?;
     same(&found, &cookies("--all -n --json")?)?;
-    let ran = cwkill(&lab, "--all --no-owners --method destroy --json")?.exits(0)?;
+    let ran = cwkill(&lab, "--all --method destroy --json")?.exits(0)?;
     all_have(&ran.sockets()?, "closed", "destroy")?;
     same(&in_state(&lab, TcpState::CloseWait)?, &0)?;
     carries_data(&innocents)

@@ -22,6 +22,7 @@ mod runbooks;
 mod selecting;
 mod states;
 mod support;
+mod sweeping;
 mod whose;
 
 use libtest_mimic::{Arguments, Trial};
@@ -57,6 +58,7 @@ fn main() -> std::process::ExitCode {
         ("selecting", selecting::CASES),
         ("expressions", expressions::CASES),
         ("closing", closing::CASES),
+        ("sweeping", sweeping::CASES),
         ("resetting", resetting::CASES),
         ("probing", probing::CASES),
         ("races", races::CASES),

@@ -62,9 +62,12 @@ fn sweep(family: Family) -> Result<()> {
     let _two = second.start("drained", family, on(port, 4))?;
     let _elsewhere = other.start("drained", family, on(port + 10, 2))?;
 
-    for method in ["shutdown", "rst"] {
+    for (method, owners) in [("shutdown", true), ("rst", true), ("destroy", false)] {
         let port = port.to_string();
-        let arguments = ["--all-netns", "--port", &port, "--method", method, "--json"];
+        let mut arguments = vec!["--all-netns", "--port", &port, "--method", method, "--json"];
+        if !owners {
+            arguments.push("--no-owners");
+        }
         let (code, json, stderr) = outside(&arguments)?;
         // Other tests' namespaces may come and go; ours are all done.
         ensure!(code == Some(0), "{code:?} {stderr}");
@@ -77,7 +80,7 @@ fn sweep(family: Family) -> Result<()> {
         same(&in_state(&second, TcpState::CloseWait)?, &0)?;
         same(&in_state(&other, TcpState::CloseWait)?, &2)?;
         carries_data(&innocents)?;
-        if method == "shutdown" {
+        if method != "destroy" {
             first.start("unread", family, on(port_number(&port)?, 3))?;
             second.start("drained", family, on(port_number(&port)?, 4))?;
         }

@@ -140,7 +140,7 @@ impl SockDiag {
     /// next datagram waits.
     ///
     /// This does not tell all there is: the kernel goes on in a hash bucket after as many sockets as it has listed of it, so what
-    /// `part` closes hides others (net/ipv4/inet_diag.c, inet_diag_dump_icsk).
+    /// `part` closes hides others (net/ipv4/tcp_diag.c, tcp_diag_dump). After a break the socket stays busy with the rest.
     ///
     /// # Errors
     /// As [`SockDiag::dump`], but changed tables are none.

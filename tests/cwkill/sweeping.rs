@@ -1,0 +1,248 @@
+//! `--no-owners --method destroy`: sockets are destroyed while the list is still coming, and nothing else is different.
+
+use std::collections::BTreeMap;
+use std::process::Stdio;
+
+use anyhow::{Context, Result, ensure};
+use netns_harness::{Family, Lab, TcpState};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::Case::{self, EachFamily, Once};
+use crate::support::{
+    CWKILL, PATIENCE, Ran, all_have, alone, at, carries_data, connections, count, cwkill, in_state,
+    lab, ran, same,
+};
+
+pub const CASES: &[Case] = &[
+    EachFamily("ends_as_if_all_had_been_found_first", as_always),
+    EachFamily("thousands_go_and_innocents_live", thousands),
+    EachFamily("only_what_is_selected", selected),
+    Once("what_is_young_is_left", young),
+    Once("without_privileges_nothing_happens", unprivileged),
+    Once("a_limit_takes_the_oldest_first", limited),
+    Once("what_is_logged_is_planned_first", logged),
+    Once("an_interruption_is_told_as_it_is", interrupted),
+];
+
+const SWEEP: &str = "--no-owners --method destroy --json";
+/// Every socket may be closed, but a limit wants the oldest first, so that all are found before anything is done.
+const NO_SWEEP: &str = "--no-owners --method destroy --json --max-kills 100000";
+
+/// What a run says of each kind of socket, without numbers of bytes, and how many there were of it.
+fn told(ran: &Ran) -> Result<BTreeMap<String, usize>> {
+    let mut kinds = BTreeMap::new();
+    for socket in ran.sockets()? {
+        let parts = ["/state", "/cause", "/plan", "/left_out", "/result"];
+        let kind: Vec<String> = parts.iter().map(|part| at(&socket, part)).collect();
+        let kind = kind.join(" ").replace(|c: char| c.is_ascii_digit(), "");
+        *kinds.entry(kind).or_default() += 1;
+    }
+    Ok(kinds)
+}
+
+fn as_always(family: Family) -> Result<()> {
+    let run = |arguments: &str, code| -> Result<_> {
+        let lab = Lab::new()?;
+        let _leaks = [
+            lab.start("unread", family, count(90))?,
+            lab.start("drained", family, count(90))?,
+            lab.start("forked", family, alone(9001, 2))?,
+            lab.start("sending", family, alone(9002, 2))?,
+            lab.start("not-accepted", family, alone(9003, 3))?,
+        ];
+        let innocents = lab.start("established", family, alone(9004, 3))?;
+        let ran = cwkill(&lab, &format!("--all {arguments}"))?.exits(code)?;
+        carries_data(&innocents)?;
+        let left: BTreeMap<String, usize> =
+            connections(&lab)?
+                .iter()
+                .fold(BTreeMap::new(), |mut left, row| {
+                    *left.entry(format!("{:?}", row.state)).or_default() += 1;
+                    left
+                });
+        let summary = at(&ran.json()?, "/summary");
+        Ok((told(&ran)?, summary, ran.stderr, left))
+    };
+    // Those with unsent bytes stay.
+    let swept = run(SWEEP, 4)?;
+    same(&swept, &run(NO_SWEEP, 4)?)?;
+    same(&swept.0.values().sum::<usize>(), &187)?;
+    let discarding = format!("{SWEEP} --discard-unsent");
+    let all = run(&discarding, 0)?;
+    same(&all, &run(&format!("{NO_SWEEP} --discard-unsent"), 0)?)?;
+    same(&all.3, &BTreeMap::from([("Established".to_owned(), 3)]))
+}
+
+fn thousands(family: Family) -> Result<()> {
+    let (lab, leak) = lab("drained", family, 4500)?;
+    let innocents = lab.start("established", family, alone(9090, 3))?;
+    let sockets = cwkill(&lab, &format!("--all {SWEEP}"))?
+        .exits(0)?
+        .sockets()?;
+    same(&sockets.len(), &4500)?;
+    all_have(&sockets, "closed", "destroy")?;
+    let ages: Vec<Option<u64>> = sockets.iter().map(|s| s["age_ms"].as_u64()).collect();
+    ensure!(
+        ages.is_sorted_by(|one, next| one >= next),
+        "not the oldest first: {ages:?}"
+    );
+    same(&in_state(&lab, TcpState::CloseWait)?, &0)?;
+    ensure!(leak.app().is_alive());
+    carries_data(&innocents)
+}
+
+fn selected(family: Family) -> Result<()> {
+    let (lab, _leak) = lab("unread", family, 40)?;
+    let _other = lab.start("drained", family, alone(9090, 40))?;
+    let peer_port = |row: &netns_harness::SsRow| row.peer.port();
+    let rows = connections(&lab)?;
+    let stuck = || {
+        rows.iter()
+            .filter(|row| row.state == TcpState::CloseWait && row.local.port() == 8080)
+    };
+    let some: Vec<String> = stuck()
+        .take(7)
+        .map(|row| peer_port(row).to_string())
+        .collect();
+    let some = some.join(",");
+    for (selectors, closed, left) in [
+        (format!("--peer-port {some}"), 7, 73),
+        ("--cause unread".to_owned(), 33, 40),
+        ("--port 9091".to_owned(), 0, 40),
+        ("sport = 9090".to_owned(), 40, 0),
+    ] {
+        // The expression comes last.
+        let (options, expression) = match selectors.starts_with("--") {
+            true => (selectors.as_str(), ""),
+            false => ("", selectors.as_str()),
+        };
+        let code = i32::from(closed == 0);
+        let ran = cwkill(&lab, &format!("{options} {SWEEP} {expression}"))?.exits(code)?;
+        same(&ran.sockets()?.len(), &closed)?;
+        all_have(&ran.sockets()?, "closed", "destroy")?;
+        same(&in_state(&lab, TcpState::CloseWait)?, &left)?;
+    }
+    Ok(())
+}
+
+fn young() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 3)?;
+    cwkill(&lab, &format!("--min-age 1h {SWEEP}"))?.exits(1)?;
+    same(&in_state(&lab, TcpState::CloseWait)?, &3)
+}
+
+fn unprivileged() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 3)?;
+    let command = lab.app_host().command(CWKILL).capabilities(&[]);
+    let ran = ran(command.args(format!("--all {SWEEP}").split_whitespace()))?
+        .exits(4)?
+        .complains("destroy needs CAP_NET_ADMIN")?;
+    same(&ran.sockets()?.len(), &3)?;
+    all_have(&ran.sockets()?, "skipped", "null")?;
+    same(&in_state(&lab, TcpState::CloseWait)?, &3)
+}
+
+fn limited() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 2)?;
+    let mut old: Vec<String> = cwkill(&lab, "--json")?
+        .sockets()?
+        .iter()
+        .map(|socket| at(socket, "/cookie"))
+        .collect();
+    lab.wait_for(PATIENCE, || {
+        let aged = cwkill(&lab, "--dry-run --min-age 200ms --jsonl")?;
+        Ok(aged.stdout.lines().count() == 2)
+    })?;
+    let _younger = lab.start("drained", Family::V4, alone(9090, 100))?;
+    let sockets = cwkill(&lab, &format!("--all {SWEEP} --max-kills 2"))?
+        .exits(4)?
+        .sockets()?;
+    let closed = sockets
+        .iter()
+        .filter(|socket| at(socket, "/result/outcome") == "closed");
+    let mut closed: Vec<String> = closed.map(|socket| at(socket, "/cookie")).collect();
+    closed.sort();
+    old.sort();
+    same(&closed, &old)
+}
+
+fn logged() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 3)?;
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("log");
+    let arguments = format!("--all {SWEEP} --log-file {}", path.display());
+    cwkill(&lab, &arguments)?.exits(0)?;
+    let records: Vec<Value> = std::fs::read_to_string(&path)?
+        .lines()
+        .map(serde_json::from_str)
+        .collect::<Result<_, _>>()?;
+    let events: Vec<String> = records.iter().map(|record| at(record, "/event")).collect();
+    let wanted = [
+        "begin", "intent", "intent", "intent", "outcome", "outcome", "outcome", "end",
+    ];
+    same(&events, &wanted.map(str::to_owned).to_vec())
+}
+
+/// Sockets that are there when it is interrupted, so many that it is in the middle of them.
+const MANY: usize = 15_000;
+/// It may be over before the signal comes.
+const TRIES: usize = 10;
+
+fn interrupted() -> Result<()> {
+    let in_the_middle = (0..TRIES).try_fold(false, |done, _| match done {
+        true => Ok(true),
+        false => interrupted_once(),
+    })?;
+    ensure!(
+        in_the_middle,
+        "it was never in the middle in {TRIES} attempts"
+    );
+    Ok(())
+}
+
+/// Interrupts it when the first sockets are gone; whether others were left.
+fn interrupted_once() -> Result<bool> {
+    let (lab, _leak) = lab("drained", Family::V4, MANY)?;
+    let mut child = lab
+        .app_host()
+        .command(CWKILL)
+        .args(format!("--all {SWEEP}").split_whitespace())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let pid = Pid::from_raw(child.id().try_into()?);
+    lab.app_host().within(|| {
+        let before = in_use()?;
+        while in_use()? > before.saturating_sub(64) && child.try_wait()?.is_none() {}
+        Ok(kill(pid, Signal::SIGINT)?)
+    })?;
+    let ran = Ran::of(child.wait_with_output()?)?;
+    let sockets = ran.sockets()?;
+    same(&sockets.len(), &MANY)?;
+    let outcome = |wanted: &str| {
+        let all = sockets.iter();
+        all.filter(|socket| at(socket, "/result/outcome") == wanted)
+            .count()
+    };
+    let (closed, skipped) = (outcome("closed"), outcome("skipped"));
+    same(&(closed + skipped), &MANY)?;
+    same(&in_state(&lab, TcpState::CloseWait)?, &skipped)?;
+    for socket in sockets.iter() {
+        if at(socket, "/result/outcome") == "skipped" {
+            same(&at(socket, "/result/reason"), &"interrupted".to_owned())?;
+        }
+    }
+    Ok(skipped > 0)
+}
+
+/// The TCP sockets of this network namespace that are in use.
+fn in_use() -> Result<usize> {
+    let text = std::fs::read_to_string("/proc/thread-self/net/sockstat")?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("TCP: inuse "));
+    let number = line.and_then(|line| line.split(' ').next());
+    Ok(number.context("no line about TCP")?.parse()?)
+}
