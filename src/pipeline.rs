@@ -209,10 +209,6 @@ pub fn find(
 }
 
 /// The descriptors of those of the sockets that are `meant`, and where each is: its socket, and its owner among those of the socket.
-#[expect(
-    clippy::type_complexity,
-    reason = "two lists, named by their two callers"
-)]
 fn wanted(found: &Found, meant: &dyn Fn(usize) -> bool) -> (Vec<(usize, usize)>, Vec<Wanted>) {
     let mut places = Vec::new();
     let mut wanted = Vec::new();
