@@ -22,8 +22,17 @@ fn in_poll() -> Result<()> {
     lab.wait_for(PATIENCE, || {
         let waits = |path: std::path::PathBuf| {
             let call = std::fs::read_to_string(path.join("syscall")).unwrap_or_default();
-            // One descriptor, and no limit of time.
-            call.contains(" 0x1 0xffffffff")
+            let number: i64 = call
+                .split(' ')
+                .next()
+                .unwrap_or_default()
+                .parse()
+                .unwrap_or(-1);
+            #[cfg(target_arch = "x86_64")]
+            if number == libc::SYS_poll {
+                return true;
+            }
+            number == libc::SYS_ppoll
         };
         let tasks = std::fs::read_dir(format!("/proc/{}/task", owner.pid()))?;
         // The one that takes orders waits like that, too.
