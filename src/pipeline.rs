@@ -179,14 +179,19 @@ pub fn carry_out(
     privileges: &Privileges,
     surroundings: &dyn Surroundings,
 ) {
+    let mut before = Vec::new();
     if config.action == Action::Act {
         surroundings.begin();
+        if let Some(rules) = &config.reclaim {
+            let (_, wanted) = wanted(&run.found, &|_| true);
+            before = reclaim::in_calls(&run.found.processes, &wanted, rules, proc);
+        }
         let outcomes = act(run, config, proc, privileges, surroundings);
         let outcomes = run.take_in_swept(outcomes, config.format != Format::Quiet);
         run.deeds = Some(account(&run.found, outcomes, proc));
     }
     if let Some(rules) = &config.reclaim {
-        run.reclaimed = Some(reclaim(run, rules, proc, surroundings));
+        run.reclaimed = Some(reclaim(run, before, rules, proc, surroundings));
     }
 }
 
@@ -228,20 +233,12 @@ fn with_unseen(mut found: Found, namespaces: &Namespaces) -> Found {
     found
 }
 
-/// Closes the descriptors of what was closed, or says what would speak against it.
-fn reclaim(
-    run: &mut Run,
-    rules: &reclaim::Rules,
-    proc: &Proc,
-    surroundings: &dyn Surroundings,
-) -> Reclaimed {
-    let found = &run.found;
+/// The descriptors of those of the sockets that are `meant`, and where each is: its socket, and its owner among those of the socket.
+fn wanted(found: &Found, meant: &dyn Fn(usize) -> bool) -> (Vec<(usize, usize)>, Vec<Wanted>) {
     let mut places = Vec::new();
     let mut wanted = Vec::new();
     for (at, socket) in found.sockets.iter().enumerate() {
-        let closed = |deed: &Deed| matches!(deed.outcome.verdict, Verdict::Closed(_));
-        let over = run.deeds.as_ref().is_none_or(|deeds| closed(&deeds[at]));
-        let Some(inode) = socket.inode.filter(|_| over) else {
+        let Some(inode) = socket.inode.filter(|_| meant(at)) else {
             continue;
         };
         for (owner, held) in socket.owners.iter().enumerate() {
@@ -252,9 +249,24 @@ fn reclaim(
                 inode,
                 cookie: socket.cookie(),
                 age: socket.age,
+                unread: 0,
+                agreed: socket.recv_q,
             });
         }
     }
+    (places, wanted)
+}
+
+/// Closes the descriptors of what was closed, or says what would speak against it. `before` is what became of some, each in its
+/// place among those of all sockets, before those were closed.
+fn reclaim(
+    run: &mut Run,
+    before: Vec<Option<Fate>>,
+    rules: &reclaim::Rules,
+    proc: &Proc,
+    surroundings: &dyn Surroundings,
+) -> Reclaimed {
+    let found = &run.found;
     fn empty<T>(found: &Found) -> Vec<Vec<Option<T>>> {
         let none = |socket: &finder::Socket| socket.owners.iter().map(|_| None).collect();
         found.sockets.iter().map(none).collect()
@@ -265,12 +277,36 @@ fn reclaim(
         visits: Vec::new(),
     };
     let Some(deeds) = &mut run.deeds else {
+        let (places, wanted) = wanted(found, &|_| true);
         let doubts = reclaim::judge(&found.processes, &wanted, rules, proc);
         for ((at, owner), doubt) in places.into_iter().zip(doubts) {
             reclaimed.doubts[at][owner] = doubt;
         }
         return reclaimed;
     };
+    let closed = |at: usize| matches!(deeds[at].outcome.verdict, Verdict::Closed(_));
+    let (places, all) = wanted(found, &|_| true);
+    let mut ended = vec![Vec::new(); found.processes.len()];
+    for (((at, owner), wanted), fate) in zip(zip(places, all), before) {
+        if let Some(fate) = fate.filter(|_| closed(at)) {
+            ended[wanted.owner].push((wanted.fd, wanted.inode, (at, owner)));
+            reclaimed.fates[at][owner] = Some(fate);
+        }
+    }
+    let (places, wanted) = wanted(found, &closed);
+    if !wanted.is_empty() {
+        reclaim::let_owners_react(rules, surroundings);
+    }
+    let open = |(at, owner): (usize, usize)| reclaimed.fates[at][owner].is_none();
+    let (places, wanted): (Vec<_>, Vec<_>) = zip(places, wanted)
+        .filter(|(place, _)| open(*place))
+        .unzip();
+    for ((at, owner), holding) in proc.still_held(&found.processes, &ended) {
+        if let (Holding::Closed, Some(descriptors)) = (holding, &mut deeds[at].descriptors) {
+            descriptors[owner] = holding;
+            reclaimed.fates[at][owner] = Some(Fate::Gone);
+        }
+    }
     let interrupted = || surroundings.interrupted();
     let done = reclaim::reclaim(&found.processes, &wanted, rules, proc, &interrupted);
     reclaimed.visits = done.visits;

@@ -159,6 +159,20 @@ pub fn unsent_bytes(socket: BorrowedFd<'_>) -> io::Result<u32> {
     }
 }
 
+/// Bytes that were received and not yet read; also of a TCP socket in CLOSE, where they can still be read.
+///
+/// # Errors
+/// EINVAL: the socket listens. Source: net/ipv4/tcp.c, tcp_ioctl, SIOCINQ; include/net/tcp.h, tcp_inq.
+pub fn unread_bytes(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int, and the pointer is to a live and writable one.
+    let ret = unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
+    match ret {
+        0 => Ok(u32::try_from(bytes).unwrap_or(0)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// linux/sockios.h; the libc crate has it for some targets only.
 const SIOCOUTQNSD: libc::Ioctl = 0x894b;
 

@@ -3,11 +3,9 @@
  *
  *   owner MODE [THREADS]
  *
- * Modes, all of them with a heartbeat of 1 ms:
+ * Modes, all of them with a heartbeat of 1 ms; more are in waits.c, works.c, reacts.c, transfers.c,
+ * hangs.c and ring.c:
  *   idle   THREADS threads that wait
- *   waits  a thread in each kind of system call that waits, each sure of how it may end
- *   works  threads that compute, make system calls and exchange data without a pause, and check every result
- *   churn  THREADS threads that open, check and close descriptors all the time, some of them dead sockets
  *   epoll  leaked sockets are in an epoll set
  *   kill, errno, log   a seccomp filter that kills on close(2), refuses it, lets it through
  *   splice a thread waits in splice(2) to each leaked socket
@@ -15,53 +13,54 @@
  *   shares another process has its table of descriptors
  *   unshared   THREADS threads that wait, each with a table of descriptors of its own
  *   vfork  a thread waits for the child of its vfork(2), which nothing interrupts
+ *   leaderless the first thread has ended
+ *   execs  THREADS threads that wait, and one that executes the program anew every few milliseconds
  *
  * Lines on stdin are orders, each answered by one line:
  *   leak N    make N dead sockets; their descriptors
- *   scatter N the same, with a living descriptor between each two of them
+ *   scatter N the same, with a living descriptor between each two of them, which must stay what it is
+ *   wait      have a thread wait on a number, as MODE says; the number, which is a pipe's
+ *   onto N    leak a dead socket under the number N
+ *   stuck N   make N sockets in CLOSE-WAIT; their descriptors
+ *   answered N   make N dead sockets with 30000 bytes that were not read; their descriptors
+ *   read N    read number N to its end; how many bytes there were
+ *   fresh     make sockets that look dead or are about to live, which must stay what they are: never connected, bound,
+ *             refused, refused and asked, taken back, taken back and refused, connecting, listening
+ *   use N     connect number N, a socket without a connection; 0 or the errno
+ *   connect   let the connecting one of `fresh` come to its end; 0 or the errno
  *   close N   close number N, whatever it is
+ *   finish    let a transfer come to its end
+ *   hang WHEN have a thread execute what hangs; how many did
+ *   seal      let nobody of its user look into it any more
  *   gap       the longest time between two heartbeats in microseconds, which starts anew
  *   report    `ok COUNT`, or what was wrong
  *   taken     how many dead sockets of a churn were taken from it
+ *   forgiven  how many calls ended before their time and might
  */
-#define _GNU_SOURCE
+#include "owner.h"
 #include <arpa/inet.h>
-#include <errno.h>
 #include <fcntl.h>
 #include <linux/filter.h>
-#include <linux/futex.h>
 #include <linux/seccomp.h>
 #include <poll.h>
-#include <pthread.h>
 #include <sched.h>
 #include <semaphore.h>
 #include <signal.h>
 #include <stdarg.h>
-#include <stdatomic.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/epoll.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
-#include <sys/select.h>
-#include <sys/sem.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <sys/wait.h>
-#include <time.h>
-#include <unistd.h>
 
-static atomic_long count;   /* of checks that were passed */
+atomic_long count;
 static atomic_int wrong;
 static char what[512];
 static pthread_mutex_t what_lock = PTHREAD_MUTEX_INITIALIZER;
 
-static void fail(const char *format, ...)
+void fail(const char *format, ...)
 {
     pthread_mutex_lock(&what_lock);
     if (!atomic_exchange(&wrong, 1)) {
@@ -73,20 +72,20 @@ static void fail(const char *format, ...)
     pthread_mutex_unlock(&what_lock);
 }
 
-static void die(const char *step)
+void die(const char *step)
 {
     perror(step);
     exit(1);
 }
 
-static int64_t now_ns(void)
+int64_t now_ns(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
 
-static pthread_t start(void *(*run)(void *), void *argument)
+pthread_t start(void *(*run)(void *), void *argument)
 {
     pthread_t thread;
     pthread_attr_t attributes;
@@ -112,8 +111,11 @@ static void listen_somewhere(void)
         die("listen");
 }
 
+/* Descriptors are closed when the program is executed anew, except where it is to be told from others by that. */
+static int on_exec = SOCK_CLOEXEC;
+
 /* A socket whose peer has reset the connection. */
-static int dead_socket(void)
+int dead_socket(void)
 {
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     struct linger at_once = {1, 0};
@@ -121,7 +123,7 @@ static int dead_socket(void)
     int peer = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (peer < 0 || connect(peer, (void *)&address, sizeof address))
         die("connect");
-    int dead = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+    int dead = accept4(listener, NULL, NULL, on_exec);
     if (dead < 0)
         die("accept");
     setsockopt(peer, SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
@@ -133,6 +135,124 @@ static int dead_socket(void)
     pthread_mutex_unlock(&lock);
     /* The reset has been handled when close returns, since both ends are on this host. */
     return dead;
+}
+
+/* Descriptors that must stay what they are */
+
+static struct kept { int fd; unsigned long inode; } *kept;
+static int kept_count;
+
+static unsigned long inode_of(int fd)
+{
+    struct stat stat;
+    return fstat(fd, &stat) ? 0 : stat.st_ino;
+}
+
+static int keep_as(int fd, unsigned long inode)
+{
+    kept = realloc(kept, (kept_count + 1) * sizeof *kept);
+    if (fd < 0 || !kept)
+        die("a descriptor to keep");
+    kept[kept_count++] = (struct kept){fd, inode};
+    return fd;
+}
+
+static int keep(int fd)
+{
+    return keep_as(fd, inode_of(fd));
+}
+
+static void check_kept(void)
+{
+    for (int at = 0; at < kept_count; at++)
+        if (inode_of(kept[at].fd) != kept[at].inode)
+            fail("descriptor %d is not what it was", kept[at].fd);
+}
+
+/* Sockets that must not be taken for dead ones */
+
+static int full = -1, connecting = -1;
+
+static int new_socket(int flags)
+{
+    return keep(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | flags, 0));
+}
+
+static int connect_to(int fd, in_port_t port)
+{
+    struct sockaddr_in peer = {.sin_family = AF_INET, .sin_addr = address.sin_addr, .sin_port = port};
+    return connect(fd, (void *)&peer, sizeof peer) ? errno : 0;
+}
+
+/* A connection that is taken back, so that its socket can be connected anew. */
+static int taken_back(int flags)
+{
+    struct sockaddr nothing = {.sa_family = AF_UNSPEC};
+    int fd = new_socket(0);
+    if (connect_to(fd, address.sin_port))
+        die("connect");
+    int accepted = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+    if (accepted < 0 || connect(fd, &nothing, sizeof nothing) || fcntl(fd, F_SETFL, flags))
+        die("take back");
+    close(accepted);
+    return fd;
+}
+
+static void fresh(void)
+{
+    enum { NOBODY = 1 };
+    struct sockaddr_in any = {.sin_family = AF_INET, .sin_addr = address.sin_addr};
+    socklen_t length = sizeof any;
+    int error = 0;
+    socklen_t error_length = sizeof error;
+    int never = new_socket(0), bound = new_socket(0), listening = new_socket(0);
+    int refused = new_socket(SOCK_NONBLOCK), asked = new_socket(SOCK_NONBLOCK);
+    int back = taken_back(0), back_refused = taken_back(O_NONBLOCK);
+    int filler = new_socket(0);
+    full = new_socket(0);
+    connecting = new_socket(SOCK_NONBLOCK);
+    if (bind(bound, (void *)&any, sizeof any) || bind(listening, (void *)&any, sizeof any) || listen(listening, 8))
+        die("listen");
+    if (connect_to(refused, htons(NOBODY)) != EINPROGRESS || connect_to(asked, htons(NOBODY)) != EINPROGRESS
+        || connect_to(back_refused, htons(NOBODY)) != EINPROGRESS
+        || getsockopt(asked, SOL_SOCKET, SO_ERROR, &error, &error_length) || error != ECONNREFUSED)
+        die("a refused connection");
+    /* With one connection its queue is full, and the kernel drops what else comes. */
+    if (bind(full, (void *)&any, sizeof any) || listen(full, 0) || getsockname(full, (void *)&any, &length)
+        || connect_to(filler, any.sin_port) || connect_to(connecting, any.sin_port) != EINPROGRESS)
+        die("a connection that waits");
+    printf("%d %d %d %d %d %d %d %d\n", never, bound, refused, asked, back, back_refused, connecting, listening);
+}
+
+static int use(int fd)
+{
+    int error = 0;
+    if (fcntl(fd, F_SETFL, 0))
+        return errno;
+    /* The first time it may be told of a refusal before. */
+    for (int time = 0; time < 3; time++) {
+        error = connect_to(fd, address.sin_port);
+        if (!error) {
+            int accepted = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+            char byte = 'x';
+            if (write(fd, &byte, 1) != 1 || read(accepted, &byte, 1) != 1)
+                error = errno;
+            close(accepted);
+            break;
+        }
+    }
+    return error;
+}
+
+static int finish_connecting(void)
+{
+    struct pollfd writable = {connecting, POLLOUT, 0};
+    int error = 0;
+    socklen_t length = sizeof error;
+    keep(accept4(full, NULL, NULL, SOCK_CLOEXEC));
+    if (poll(&writable, 1, 20000) != 1)
+        return ETIMEDOUT;
+    return getsockopt(connecting, SOL_SOCKET, SO_ERROR, &error, &length) ? errno : error;
 }
 
 /* The heartbeat */
@@ -166,270 +286,6 @@ static void *idle(void *unused)
     return unused;
 }
 
-/* waits: every call is made once and must still be waiting, or must end when it is due */
-
-#define WAITER(name, call)                                                                         \
-    static void *name(void *unused)                                                                \
-    {                                                                                              \
-        long result = (call);                                                                      \
-        fail("%s ended with %ld, errno %d", #name, result, errno);                                 \
-        return unused;                                                                             \
-    }
-
-static int empty_pipe[2], empty_epoll, quiet_socket[2], timed_socket[2], semaphores;
-static uint32_t futex_word;
-static struct timespec hour = {3600, 0};
-static struct timeval hour_tv = {3600, 0};
-
-static long wait_select(void)
-{
-    fd_set set;
-    FD_ZERO(&set);
-    FD_SET(empty_pipe[0], &set);
-    return select(empty_pipe[0] + 1, &set, NULL, NULL, &hour_tv);
-}
-
-static long wait_poll(int timeout)
-{
-    struct pollfd pollfd = {empty_pipe[0], POLLIN, 0};
-    return poll(&pollfd, 1, timeout);
-}
-
-static long wait_signal(void)
-{
-    sigset_t set;
-    sigemptyset(&set);
-    sigaddset(&set, SIGUSR2);
-    return sigtimedwait(&set, NULL, &hour);
-}
-
-static long wait_semaphore(void)
-{
-    struct sembuf down = {0, -1, 0};
-    return semop(semaphores, &down, 1);
-}
-
-static struct epoll_event event;
-static char byte;
-WAITER(in_read, read(empty_pipe[0], &byte, 1))
-WAITER(in_recv, recv(quiet_socket[0], &byte, 1, 0))
-WAITER(in_recv_with_timeout, recv(timed_socket[0], &byte, 1, 0))
-WAITER(in_epoll_wait, epoll_wait(empty_epoll, &event, 1, -1))
-WAITER(in_epoll_wait_hour, epoll_wait(empty_epoll, &event, 1, 3600 * 1000))
-WAITER(in_poll, wait_poll(-1))
-WAITER(in_poll_hour, wait_poll(3600 * 1000))
-WAITER(in_select, wait_select())
-WAITER(in_pause, pause())
-WAITER(in_nanosleep, nanosleep(&hour, NULL))
-WAITER(in_sigtimedwait, wait_signal())
-WAITER(in_semop, wait_semaphore())
-WAITER(in_futex, syscall(SYS_futex, &futex_word, FUTEX_WAIT, 0, NULL, NULL, 0))
-WAITER(in_futex_hour, syscall(SYS_futex, &futex_word, FUTEX_WAIT, 0, &hour, NULL, 0))
-
-/* Must end on time, each time, however often it is stopped. */
-static void *on_time(void *unused)
-{
-    for (;;) {
-        int64_t began = now_ns();
-        struct timespec time = {0, 300000000};
-        if (nanosleep(&time, NULL))
-            fail("nanosleep: errno %d", errno);
-        int64_t took = now_ns() - began;
-        if (took < 300000000)
-            fail("slept only %ld us", (long)(took / 1000));
-        atomic_fetch_add(&count, 1);
-    }
-    return unused;
-}
-
-static atomic_long signals_sent, signals_taken;
-
-static void on_signal(int signal)
-{
-    (void)signal;
-    atomic_fetch_add(&signals_taken, 1);
-}
-
-/* Its peer sends it a signal a millisecond; none may be lost, and each ends the call (no SA_RESTART). */
-static void *takes_signals(void *unused)
-{
-    sigset_t set;
-    sigemptyset(&set);
-    sigaddset(&set, SIGUSR1);
-    pthread_sigmask(SIG_UNBLOCK, &set, NULL);
-    for (;;) {
-        errno = 0;
-        if (pause() != -1 || errno != EINTR)
-            fail("pause ended with errno %d", errno);
-    }
-    return unused;
-}
-
-static void *sends_signals(void *thread)
-{
-    for (;;) {
-        struct timespec ms = {0, 1000000};
-        long before = atomic_load(&signals_sent);
-        atomic_fetch_add(&signals_sent, 1);
-        pthread_kill(*(pthread_t *)thread, SIGUSR1);
-        int64_t until = now_ns() + 5000000000LL;
-        while (atomic_load(&signals_taken) <= before) {
-            if (now_ns() > until) {
-                fail("a signal was lost: %ld sent, %ld taken", before + 1, atomic_load(&signals_taken));
-                return NULL;
-            }
-            sched_yield();
-        }
-        atomic_fetch_add(&count, 1);
-        nanosleep(&ms, NULL);
-    }
-}
-
-static void waits(void)
-{
-    static pthread_t taker;
-    struct sigaction action = {.sa_handler = on_signal};
-    sigset_t blocked;
-    struct timeval long_time = {3600, 0};
-    sigaction(SIGUSR1, &action, NULL);
-    sigemptyset(&blocked);
-    sigaddset(&blocked, SIGUSR1);
-    sigaddset(&blocked, SIGUSR2);
-    pthread_sigmask(SIG_BLOCK, &blocked, NULL);
-    if (pipe(empty_pipe) || socketpair(AF_UNIX, SOCK_STREAM, 0, quiet_socket)
-        || socketpair(AF_UNIX, SOCK_STREAM, 0, timed_socket))
-        die("pipe");
-    setsockopt(timed_socket[0], SOL_SOCKET, SO_RCVTIMEO, &long_time, sizeof long_time);
-    empty_epoll = epoll_create1(0);
-    semaphores = semget(IPC_PRIVATE, 1, 0600);
-    void *(*all[])(void *) = {in_read, in_recv, in_recv_with_timeout, in_epoll_wait,
-        in_epoll_wait_hour, in_poll, in_poll_hour, in_select, in_pause, in_nanosleep,
-        in_sigtimedwait, in_semop, in_futex, in_futex_hour, on_time};
-    for (size_t at = 0; at < sizeof all / sizeof *all; at++)
-        start(all[at], NULL);
-    taker = start(takes_signals, NULL);
-    start(sends_signals, &taker);
-}
-
-/* works */
-
-static void *computes(void *unused)
-{
-    for (;;) {
-        /* Through integer and floating-point registers, without a system call. */
-        uint64_t a = 1, b = 2, c = 3, d = 4, e = 5, f = 6;
-        double x = 1.5, y = 2.5, z = 0;
-        for (int round = 0; round < 2000000; round++) {
-            a = a * 6364136223846793005u + b;
-            b ^= a >> 7;
-            c += b * 3;
-            d = (d << 5 | d >> 59) ^ c;
-            e -= d;
-            f = f * 31 + e;
-            z += x * y;
-            x = -x;
-            __asm__ volatile("" : "+r"(a), "+r"(b), "+r"(c), "+r"(d), "+r"(e), "+r"(f), "+x"(x), "+x"(y), "+x"(z));
-        }
-        static _Atomic uint64_t first;
-        uint64_t sum = a ^ b ^ c ^ d ^ e ^ f ^ (uint64_t)(z * 1024), none = 0;
-        if (!atomic_compare_exchange_strong(&first, &none, sum) && atomic_load(&first) != sum)
-            fail("a sum came out wrong");
-        atomic_fetch_add(&count, 1);
-    }
-    return unused;
-}
-
-static void *calls(void *unused)
-{
-    pid_t self = getpid();
-    for (;;) {
-        if (syscall(SYS_getpid) != self || syscall(SYS_close, -1) != -1 || errno != EBADF)
-            fail("a system call gave a wrong result");
-        struct timespec now = {0, 1};
-        if (clock_nanosleep(CLOCK_MONOTONIC, 0, &now, NULL))
-            fail("clock_nanosleep failed");
-        atomic_fetch_add(&count, 1);
-    }
-    return unused;
-}
-
-static void *sends(void *socket)
-{
-    for (uint64_t number = 0;; number++)
-        if (write(*(int *)socket, &number, sizeof number) != sizeof number)
-            fail("write: errno %d", errno);
-    return NULL;
-}
-
-static void *receives(void *socket)
-{
-    uint64_t got;
-    for (uint64_t number = 0;; number++) {
-        if (recv(*(int *)socket, &got, sizeof got, MSG_WAITALL) != sizeof got || got != number)
-            fail("received %lu for %lu, errno %d", (unsigned long)got, (unsigned long)number, errno);
-        atomic_fetch_add(&count, 1);
-    }
-    return NULL;
-}
-
-static void works(void)
-{
-    static int ends[2];
-    if (socketpair(AF_UNIX, SOCK_STREAM, 0, ends))
-        die("socketpair");
-    start(computes, NULL);
-    start(computes, NULL);
-    start(calls, NULL);
-    start(sends, &ends[0]);
-    start(receives, &ends[1]);
-}
-
-/* churn */
-
-/* Numbers are given out and back under this lock, so that a thread may look at one and close it in one step. */
-static pthread_mutex_t numbers = PTHREAD_MUTEX_INITIALIZER;
-static atomic_long taken;
-
-static int open_something(unsigned *random, int *dead)
-{
-    *dead = rand_r(random) % 8 == 0;
-    if (*dead)
-        return dead_socket();
-    return rand_r(random) % 2 ? socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)
-                              : memfd_create("churn", MFD_CLOEXEC);
-}
-
-static void *churns(void *unused)
-{
-    enum { OPEN = 16 };
-    struct { int fd, dead; ino_t inode; } mine[OPEN];
-    unsigned random = (unsigned)(uintptr_t)&mine ^ (unsigned)now_ns();
-    for (int at = 0; at < OPEN; at++)
-        mine[at].fd = -1;
-    for (;;) {
-        int at = rand_r(&random) % OPEN;
-        struct stat stat;
-        pthread_mutex_lock(&numbers);
-        if (mine[at].fd >= 0) {
-            int same = !fstat(mine[at].fd, &stat) && stat.st_ino == mine[at].inode;
-            int closed = same && !close(mine[at].fd);
-            if (!same && !mine[at].dead)
-                fail("descriptor %d is not what it was", mine[at].fd);
-            else if (!closed && !mine[at].dead)
-                fail("descriptor %d was closed by somebody", mine[at].fd);
-            atomic_fetch_add(closed ? &count : &taken, 1);
-        }
-        mine[at].fd = open_something(&random, &mine[at].dead);
-        if (mine[at].fd < 0)
-            fail("open: errno %d", errno);
-        else if (fstat(mine[at].fd, &stat) && !mine[at].dead)
-            fail("a new descriptor is none: errno %d", errno);
-        mine[at].inode = stat.st_ino;
-        pthread_mutex_unlock(&numbers);
-    }
-    return unused;
-}
-
 /* seccomp */
 
 static void filter_close(unsigned verdict)
@@ -450,9 +306,11 @@ static void filter_close(unsigned verdict)
 
 /* Others */
 
+static int silent_pipe[2];
+
 static void *splices(void *fd)
 {
-    splice(empty_pipe[0], NULL, (int)(intptr_t)fd, NULL, 1, 0);
+    splice(silent_pipe[0], NULL, (int)(intptr_t)fd, NULL, 1, 0);
     return NULL;
 }
 
@@ -501,14 +359,195 @@ static void be_traced(void)
         die("ptrace");
 }
 
+/* execs */
+
+/* Held while an order is carried out, which is not to be lost. */
+static pthread_mutex_t orders = PTHREAD_MUTEX_INITIALIZER;
+static const char *const COUNT = "OWNER_COUNT", *const KEPT = "OWNER_KEPT";
+
+static void *execs(void *threads)
+{
+    char number[32];
+    usleep(3000);
+    pthread_mutex_lock(&orders);
+    if (atomic_load(&wrong))
+        goto stays;
+    check_kept();
+    if (atomic_load(&wrong))
+        goto stays;
+    snprintf(number, sizeof number, "%ld", atomic_load(&count) + 1);
+    setenv(COUNT, number, 1);
+    char *list = calloc(kept_count + 1, 48), *end = list;
+    for (int at = 0; at < kept_count; at++)
+        end += sprintf(end, "%d:%lu ", kept[at].fd, kept[at].inode);
+    setenv(KEPT, list, 1);
+    execl("/proc/self/exe", "owner", "execs", threads, NULL);
+    fail("exec: errno %d", errno);
+stays:
+    pthread_mutex_unlock(&orders);
+    return NULL;
+}
+
+/* Whether this program was executed by itself. */
+static int again(void)
+{
+    const char *number = getenv(COUNT), *list = getenv(KEPT);
+    int fd, length;
+    unsigned long inode;
+    if (!number)
+        return 0;
+    atomic_store(&count, atol(number));
+    for (; list && sscanf(list, "%d:%lu %n", &fd, &inode, &length) == 2; list += length)
+        keep_as(fd, inode);
+    return 1;
+}
+
+/* Orders */
+
+static const char *mode = "idle";
+
+static void leak(int number, int scattered)
+{
+    for (int at = 0; at < number; at++) {
+        int dead = waits_on(mode) && !scattered ? leak_waited_on(mode) : dead_socket();
+        if (scattered)
+            keep(memfd_create("alive", on_exec ? MFD_CLOEXEC : 0));
+        if (epoll_set >= 0) {
+            struct epoll_event hup = {.events = EPOLLET, .data.fd = dead};
+            if (epoll_ctl(epoll_set, EPOLL_CTL_ADD, dead, &hup))
+                die("epoll_ctl");
+        }
+        if (!strcmp(mode, "splice"))
+            start(splices, (void *)(intptr_t)dead);
+        if (has_ring(mode))
+            put_into_ring(mode, dead);
+        printf("%d ", dead);
+    }
+    putchar('\n');
+}
+
+/* A socket that has finished, and then has been answered. */
+static int answered_socket(void)
+{
+    static const char answer[30000];
+    struct pollfd over = {.events = POLLRDHUP};
+    int peer = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (peer < 0 || connect(peer, (void *)&address, sizeof address))
+        die("connect");
+    over.fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+    if (shutdown(over.fd, SHUT_WR) || write(peer, answer, sizeof answer) != sizeof answer || close(peer)
+        || poll(&over, 1, 20000) != 1)
+        die("answer");
+    return over.fd;
+}
+
+static long read_all(int fd)
+{
+    char buffer[4096];
+    long all = 0, got;
+    while ((got = read(fd, buffer, sizeof buffer)) > 0)
+        all += got;
+    return got < 0 ? -errno : all;
+}
+
+/* Sockets whose peer has finished and is gone. */
+static void stuck(int number)
+{
+    for (int at = 0; at < number; at++) {
+        struct pollfd finished = {.events = POLLRDHUP};
+        int peer = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        if (peer < 0 || connect(peer, (void *)&address, sizeof address))
+            die("connect");
+        finished.fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+        close(peer);
+        if (poll(&finished, 1, 20000) != 1)
+            die("no end");
+        if (reacts(mode))
+            react(mode, finished.fd);
+        printf("%d ", finished.fd);
+    }
+    putchar('\n');
+}
+
+static void carry_out(const char *line)
+{
+    int number = 0;
+    if (sscanf(line, "scatter %d", &number) == 1)
+        leak(number, 1);
+    else if (sscanf(line, "leak %d", &number) == 1)
+        leak(number, 0);
+    else if (sscanf(line, "stuck %d", &number) == 1)
+        stuck(number);
+    else if (sscanf(line, "answered %d", &number) == 1) {
+        while (number-- > 0)
+            printf("%d ", answered_socket());
+        putchar('\n');
+    } else if (sscanf(line, "read %d", &number) == 1)
+        printf("%ld\n", read_all(number));
+    else if (sscanf(line, "close %d", &number) == 1)
+        printf("%d\n", close(number));
+    else if (sscanf(line, "use %d", &number) == 1)
+        printf("%d\n", use(number));
+    else if (!strncmp(line, "wait", 4))
+        printf("%d\n", wait_on(mode, -1));
+    else if (sscanf(line, "onto %d", &number) == 1)
+        printf("%d\n", leak_onto(number));
+    else if (!strncmp(line, "connect", 7))
+        printf("%d\n", finish_connecting());
+    else if (!strncmp(line, "fresh", 5))
+        fresh();
+    else if (!strncmp(line, "finish", 6))
+        printf("%ld\n", finish_transfer());
+    else if (!strncmp(line, "hang ", 5))
+        printf("%d\n", hang(line + 5));
+    else if (!strncmp(line, "seal", 4))
+        printf("%d\n", prctl(PR_SET_DUMPABLE, 0, 0, 0, 0));
+    else if (!strncmp(line, "gap", 3))
+        printf("%ld\n", atomic_exchange(&longest_gap, 0) / 1000);
+    else if (!strncmp(line, "taken", 5))
+        printf("%ld\n", taken());
+    else if (!strncmp(line, "forgiven", 8))
+        printf("%ld\n", forgiven());
+    else if (!strncmp(line, "report", 6)) {
+        check_kept();
+        pthread_mutex_lock(&what_lock);
+        if (atomic_load(&wrong))
+            printf("%s\n", what);
+        else
+            printf("ok %ld\n", atomic_load(&count));
+        pthread_mutex_unlock(&what_lock);
+    } else
+        puts("no such order");
+}
+
+static void *take_orders(void *unused)
+{
+    struct pollfd input = {STDIN_FILENO, POLLIN, 0};
+    char line[128];
+    for (;;) {
+        /* Not read before it can be carried out. */
+        poll(&input, 1, -1);
+        pthread_mutex_lock(&orders);
+        if (!fgets(line, sizeof line, stdin))
+            exit(0);
+        carry_out(line);
+        pthread_mutex_unlock(&orders);
+    }
+    return unused;
+}
+
 int main(int argc, char **argv)
 {
-    const char *mode = argc > 1 ? argv[1] : "idle";
-    int threads = argc > 2 ? atoi(argv[2]) : 1;
+    char *threads = argc > 2 ? argv[2] : "1";
+    if (argc > 1)
+        mode = argv[1];
     setvbuf(stdout, NULL, _IOLBF, 0);
     listen_somewhere();
-    if (!strcmp(mode, "waits"))
-        waits();
+    /* A larger table than others have: cwkill lets nobody be who could share it and may not be looked into, for one the
+     * first process of a virtual machine that protects it. */
+    fcntl(listener, F_DUPFD_CLOEXEC, 3000);
+    if (!strcmp(mode, "waits") || !strcmp(mode, "forgiving"))
+        waits(!strcmp(mode, "forgiving"));
     else if (!strcmp(mode, "works"))
         works();
     else if (!strcmp(mode, "epoll"))
@@ -519,12 +558,19 @@ int main(int argc, char **argv)
         share_table();
     else if (!strcmp(mode, "vfork"))
         start(vforks, NULL);
-    else if (!strcmp(mode, "splice") && pipe(empty_pipe))
+    else if (!strcmp(mode, "splice") && pipe(silent_pipe))
         die("pipe");
-    for (int at = 0; at < threads; at++) {
+    else if (!strcmp(mode, "hangs")) {
+        on_exec = 0;
+        be_hanging();
+    } else if (has_transfer(mode))
+        transfer(mode);
+    else if (has_ring(mode))
+        be_in_ring(mode);
+    for (int at = 0; at < atoi(threads); at++) {
         if (!strcmp(mode, "churn"))
             start(churns, NULL);
-        else if (!strcmp(mode, "idle"))
+        else if (!strcmp(mode, "idle") || !strcmp(mode, "execs") || !strcmp(mode, "hangs"))
             start(idle, NULL);
         else if (!strcmp(mode, "unshared")) {
             static sem_t ready;
@@ -540,42 +586,14 @@ int main(int argc, char **argv)
         filter_close(SECCOMP_RET_ERRNO | EPERM);
     else if (!strcmp(mode, "log"))
         filter_close(SECCOMP_RET_LOG);
-
-    char line[128];
-    puts("ready");
-    while (fgets(line, sizeof line, stdin)) {
-        int number = 0;
-        int scattered = sscanf(line, "scatter %d", &number) == 1;
-        if (scattered || sscanf(line, "leak %d", &number) == 1) {
-            for (int at = 0; at < number; at++) {
-                int dead = dead_socket();
-                if (scattered && eventfd(0, EFD_CLOEXEC) < 0)
-                    die("eventfd");
-                if (epoll_set >= 0) {
-                    struct epoll_event hup = {.events = EPOLLET, .data.fd = dead};
-                    if (epoll_ctl(epoll_set, EPOLL_CTL_ADD, dead, &hup))
-                        die("epoll_ctl");
-                }
-                if (!strcmp(mode, "splice"))
-                    start(splices, (void *)(intptr_t)dead);
-                printf("%d ", dead);
-            }
-            putchar('\n');
-        } else if (sscanf(line, "close %d", &number) == 1) {
-            printf("%d\n", close(number));
-        } else if (!strncmp(line, "gap", 3)) {
-            printf("%ld\n", atomic_exchange(&longest_gap, 0) / 1000);
-        } else if (!strncmp(line, "taken", 5)) {
-            printf("%ld\n", atomic_load(&taken));
-        } else if (!strncmp(line, "report", 6)) {
-            pthread_mutex_lock(&what_lock);
-            if (atomic_load(&wrong))
-                printf("%s\n", what);
-            else
-                printf("ok %ld\n", atomic_load(&count));
-            pthread_mutex_unlock(&what_lock);
-        } else
-            puts("no such order");
+    if (!again())
+        puts("ready");
+    if (!strcmp(mode, "execs")) {
+        on_exec = 0;
+        start(execs, threads);
+    } else if (!strcmp(mode, "leaderless")) {
+        start(take_orders, NULL);
+        pthread_exit(NULL);
     }
-    return 0;
+    take_orders(NULL);
 }

@@ -142,6 +142,13 @@ fn reclaim(facts: &Facts) -> Row {
             }
         }
     }
+    if !facts.kcmp {
+        row.say(
+            "this kernel has no kcmp(2): whether a process shares its table of descriptors cannot be seen".to_owned(),
+            "a kernel with CONFIG_KCMP (a seccomp profile that answers ENOSYS to kcmp looks the same)",
+        );
+        (own, others) = (Works::No, Works::No);
+    }
     row.build(own, others, None)
 }
 
@@ -201,6 +208,7 @@ mod tests {
                     .collect(),
             }),
             pidfd_getfd: Ok(()),
+            kcmp: true,
             repair: Ok(()),
             raw_v4: Ok(()),
             raw_v6: Ok(()),
@@ -408,5 +416,14 @@ mod tests {
         assert_eq!(of(&facts).works, Works::Yes);
         facts.filtered = true;
         assert_eq!(of(&facts).works, Works::Partly);
+        facts.kcmp = false;
+        let without = of(&facts);
+        assert_eq!(without.works, Works::No);
+        assert!(
+            without
+                .change
+                .iter()
+                .any(|change| change.contains("CONFIG_KCMP"))
+        );
     }
 }

@@ -10,7 +10,7 @@ use std::os::unix::fs::MetadataExt;
 use anyhow::Context;
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::sys::utsname::uname;
-use nix::unistd::geteuid;
+use nix::unistd::{geteuid, getpid};
 use socket2::{Domain, Socket, Type};
 
 use crate::finder::netns::Which;
@@ -54,6 +54,8 @@ pub struct Facts {
     pub reach: Result<Reach, String>,
     /// pidfd_getfd(2) on ourselves, which nothing but the kernel's age or a filter of system calls refuses.
     pub pidfd_getfd: io::Result<()>,
+    /// The kernel has kcmp(2), which tells who shares a table of descriptors.
+    pub kcmp: bool,
     /// TCP_REPAIR on a socket of our own.
     pub repair: io::Result<()>,
     /// A raw socket, IPv4.
@@ -150,6 +152,7 @@ impl Facts {
             namespaces: namespaces(proc).map_err(|error| error.to_string()),
             reach: reach(proc, asks).map_err(|error| error.to_string()),
             pidfd_getfd: duplicate_own(),
+            kcmp: has_kcmp(),
             repair: repair(),
             raw_v4: raw::try_open(false),
             raw_v6: raw::try_open(true),
@@ -167,6 +170,13 @@ impl Facts {
     pub fn has(&self, capability: Capability) -> bool {
         self.capabilities.contains(&capability)
     }
+}
+
+/// Whether there is kcmp(2): it compares a process with itself for everybody.
+fn has_kcmp() -> bool {
+    let own = getpid().as_raw();
+    let compared = sys::share_descriptors(own, own);
+    compared.map_or_else(|error| error.raw_os_error() != Some(libc::ENOSYS), |_| true)
 }
 
 /// Its inode, the same on every host (include/linux/proc_ns.h, PROC_USER_INIT_INO). Its map of users is no mark: another one can map

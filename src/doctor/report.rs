@@ -130,6 +130,7 @@ fn checks(examination: &Examination) -> Vec<Check> {
         namespaces,
         reach,
         pidfd_getfd,
+        kcmp: _,
         repair,
         raw_v4,
         raw_v6,

@@ -11,10 +11,11 @@
 //! 2. the state is read from TCP_INFO through a duplicate (pidfd_getfd(2)), which needs the right to
 //!    attach to the process. Without it the descriptor is [`Verdict::Unknown`], never dead.
 //!
-//! A socket that was a connection has a receive space, set when it is established (net/ipv4/tcp_input.c,
-//! tcp_init_transfer), which one has not whose connect(2) was refused; and it has received segments, a count
-//! that tcp_disconnect (net/ipv4/tcp.c) resets when a program takes its socket back to connect it anew.
-//! [measured on Linux 6.18]
+//! A socket that was a connection has had a segment of its own acknowledged, its SYN or its SYN-ACK: `tcpi_delivered`
+//! (net/ipv4/tcp_input.c, tcp_rcv_state_process and tcp_clean_rtx_queue). A refused one has not, and tcp_disconnect
+//! (net/ipv4/tcp.c, since Linux 5.6) resets it when a program takes its socket back to connect it anew. The receive space is
+//! not reset, and a refusal is a received segment, so these alone would call a socket dead that was taken back and
+//! refused and is about to be connected again. They are asked for as well. [measured on Linux 6.18]
 
 use std::collections::HashSet;
 use std::ffi::CString;
@@ -23,6 +24,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::thread;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -44,6 +46,8 @@ use crate::tcp::{StateSet, TcpState};
 const TCPI_STATE: usize = 0;
 const TCPI_RCV_SPACE: usize = 8 + 22 * 4;
 const TCPI_SEGS_IN: usize = 140;
+/// The count of acknowledged segments is there since Linux 4.18.
+const TCPI_DELIVERED: usize = 192;
 
 /// The descriptor table of one process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,7 +74,7 @@ pub struct Suspect {
 /// What a descriptor of a socket in no table is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// The connection is over, state CLOSE: nothing can come of this descriptor any more.
+    /// The connection is over, state CLOSE: nothing can come of this descriptor any more but bytes that are in it already.
     Dead(DeadSocket),
     /// State CLOSE, and no connection since it was made or taken back: fresh, bound, or after a failed
     /// connect(2). Its process may still connect it.
@@ -90,6 +94,9 @@ pub struct DeadSocket {
     /// Time since the last acceptable segment of the peer. The connection ended later than that: an
     /// upper bound on the time the socket has been dead.
     pub quiet: Duration,
+    /// Bytes that its program has not read, and still can: the kernel keeps them until the last descriptor is closed
+    /// (net/ipv4/tcp.c, tcp_done; net/ipv4/af_inet.c, inet_sock_destruct).
+    pub unread: u32,
 }
 
 /// What [`find`] found.
@@ -99,6 +106,8 @@ pub struct DeadScan {
     pub tables: Vec<Table>,
     /// Processes that may not be looked into.
     pub unreadable: Vec<Unreadable>,
+    /// Processes whose first thread has ended and others have not: their tables cannot be seen by their number.
+    pub headless: Vec<Process>,
     /// Processes whose files failed in a way that is neither their end nor a missing right.
     pub failed: Vec<(i32, io::Error)>,
     /// Processes of others are not shown at all: /proc is mounted with hidepid.
@@ -161,7 +170,9 @@ pub fn find(
     let looks: Vec<_> = pids.into_par_iter().map(look).collect();
     for (pid, look) in looks {
         match look {
-            Ok(table) => scan.tables.extend(table),
+            Ok(Look::Table(table)) => scan.tables.push(table),
+            Ok(Look::Headless(process)) => scan.headless.push(process),
+            Ok(Look::Nothing) => {}
             Err(error) if owners::is_end(&error) => {}
             Err(error) if owners::is_denied(&error) => scan.unreadable.extend(proc.unreadable(pid)),
             Err(error) => scan.failed.push((pid, error)),
@@ -170,59 +181,96 @@ pub fn find(
     Ok(scan)
 }
 
+/// What there is to say of one process.
+enum Look {
+    /// It is not wanted, or gone.
+    Nothing,
+    Table(Table),
+    Headless(Process),
+}
+
+/// Looks at a process that has another program or no first thread after the look, and the time between them: in an exec by
+/// another thread the first one ends, and the other takes its place (fs/exec.c, de_thread); between these the table
+/// seems to be empty.
+const LOOKS: u32 = 20;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(1);
+
 fn look_inside(
     proc: &Proc,
     pid: i32,
     same_pids: bool,
     wanted: &(dyn Fn(&Process) -> bool + Sync),
     in_tables: &HashSet<u32>,
-) -> io::Result<Option<Table>> {
+) -> io::Result<Look> {
     // Stays with the process it was opened for, as in owners.
     let dir = File::open(proc.path(&pid.to_string()))?;
     let process = owners::identity(dir.as_fd(), pid)?;
     if !wanted(&process) {
-        return Ok(None);
+        return Ok(Look::Nothing);
     }
-    let fds = owners::open_in(dir.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
+    for _ in 0..LOOKS {
+        let before = owners::image(dir.as_fd())?;
+        if before.is_none() {
+            thread::sleep(BETWEEN_LOOKS);
+            continue;
+        }
+        let (suspects, used) = look_at_table(proc, dir.as_fd(), &process, same_pids, in_tables)?;
+        if owners::image(dir.as_fd())? != before {
+            continue;
+        }
+        // The attribute was read by the number of the process.
+        if !suspects.is_empty() && proc.start_time(pid) != Some(process.start_time) {
+            return Ok(Look::Nothing);
+        }
+        return Ok(Look::Table(Table {
+            process,
+            used,
+            suspects,
+        }));
+    }
+    Ok(Look::Headless(process))
+}
+
+/// The suspects in the table of a process, and how many descriptors it has.
+fn look_at_table(
+    proc: &Proc,
+    dir: BorrowedFd<'_>,
+    process: &Process,
+    same_pids: bool,
+    in_tables: &HashSet<u32>,
+) -> io::Result<(Vec<Suspect>, usize)> {
+    let fds = owners::open_in(dir, c"fd", OFlag::O_DIRECTORY)?;
     let numbers = owners::list_fds(fds.as_fd())?;
     let missing: Vec<(TargetFd, u32)> = numbers
         .par_chunks(owners::CHUNK)
         .map(|numbers| in_no_table(fds.as_fd(), numbers, in_tables))
         .collect::<io::Result<Vec<_>>>()?
         .concat();
-    let mut suspects = Vec::new();
-    if !missing.is_empty() {
-        let pidfd = match same_pids {
-            true => open_pidfd(proc, &process),
-            false => Err(Errno::ESRCH),
-        };
-        let suspect = |&(fd, inode): &(TargetFd, u32)| {
-            if !is_tcp(proc, pid, fd)? {
-                return Ok(None);
-            }
-            let verdict = match &pidfd {
-                Ok(pidfd) => examine(pidfd.as_fd(), fd, inode),
-                Err(errno) => Some(Verdict::Unknown(*errno)),
-            };
-            Ok(verdict.map(|verdict| Suspect { fd, inode, verdict }))
-        };
-        let found: Vec<Option<Suspect>> = missing
-            .par_iter()
-            .with_min_len(owners::CHUNK)
-            .map(suspect)
-            .collect::<io::Result<_>>()?;
-        suspects = found.into_iter().flatten().collect();
-        suspects.sort_unstable_by_key(|suspect| suspect.fd);
-        // The attribute was read by the number of the process.
-        if proc.start_time(pid) != Some(process.start_time) {
+    if missing.is_empty() {
+        return Ok((Vec::new(), numbers.len()));
+    }
+    let pidfd = match same_pids {
+        true => open_pidfd(proc, process),
+        false => Err(Errno::ESRCH),
+    };
+    let suspect = |&(fd, inode): &(TargetFd, u32)| {
+        if !is_tcp(proc, process.pid, fd)? {
             return Ok(None);
         }
-    }
-    Ok(Some(Table {
-        process,
-        used: numbers.len(),
-        suspects,
-    }))
+        let verdict = match &pidfd {
+            Ok(pidfd) => examine(pidfd.as_fd(), fd, inode),
+            Err(errno) => Some(Verdict::Unknown(*errno)),
+        };
+        Ok(verdict.map(|verdict| Suspect { fd, inode, verdict }))
+    };
+    let found: Vec<Option<Suspect>> = missing
+        .par_iter()
+        .with_min_len(owners::CHUNK)
+        .map(suspect)
+        .collect::<io::Result<_>>()?;
+    let mut suspects: Vec<Suspect> = found.into_iter().flatten().collect();
+    suspects.sort_unstable_by_key(|suspect| suspect.fd);
+    Ok((suspects, numbers.len()))
 }
 
 /// Of the descriptors `numbers` in `fds`, the sockets whose inode is in no table.
@@ -304,6 +352,7 @@ fn read_verdict(socket: BorrowedFd<'_>) -> io::Result<Option<Verdict>> {
                 cookie: Cookie(sys::socket_cookie(socket)?),
                 local: local.and_then(|address| address.as_socket()).map(canonical),
                 quiet,
+                unread: sys::unread_bytes(socket)?,
             }))
         }
         _ => None,
@@ -319,7 +368,7 @@ fn parse_info(info: &[u8]) -> Option<(TcpState, bool, Duration)> {
     };
     Some((
         TcpState::from_kernel(*info.get(TCPI_STATE)?),
-        number(TCPI_SEGS_IN)? > 0 && number(TCPI_RCV_SPACE)? > 0,
+        number(TCPI_SEGS_IN)? > 0 && number(TCPI_RCV_SPACE)? > 0 && number(TCPI_DELIVERED)? > 0,
         Duration::from_millis(number(TCPI_LAST_ACK_RECV)?.into()),
     ))
 }
@@ -437,14 +486,17 @@ mod tests {
 
     #[test]
     fn a_short_tcp_info_says_nothing() {
-        assert_eq!(parse_info(&[7; TCPI_SEGS_IN + 3]), None);
-        let mut info = [0; TCPI_SEGS_IN + 4];
+        assert_eq!(parse_info(&[7; TCPI_DELIVERED + 3]), None);
+        let mut info = [0; TCPI_DELIVERED + 4];
         info[0] = 7;
         info[TCPI_LAST_ACK_RECV..][..4].copy_from_slice(&1500_u32.to_ne_bytes());
-        info[TCPI_SEGS_IN..].copy_from_slice(&3_u32.to_ne_bytes());
+        info[TCPI_SEGS_IN..][..4].copy_from_slice(&3_u32.to_ne_bytes());
         let quiet = Duration::from_millis(1500);
         assert_eq!(parse_info(&info), Some((TcpState::Close, false, quiet)));
         info[TCPI_RCV_SPACE] = 1;
+        // Taken back after it was a connection, and refused.
+        assert_eq!(parse_info(&info), Some((TcpState::Close, false, quiet)));
+        info[TCPI_DELIVERED] = 1;
         assert_eq!(parse_info(&info), Some((TcpState::Close, true, quiet)));
     }
 }

@@ -1,11 +1,12 @@
 //! The job `cwkill reclaim`: descriptors whose socket is already dead.
 
+use std::io;
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::ColorChoice;
 
-use super::{Fate, Reason, Rules, Visit, Wanted, judge, reclaim};
+use super::{Fate, Reason, Rules, Visit, Wanted, judge, let_owners_react, reclaim};
 use crate::audit;
 use crate::cli::{OwnerSelection, ReclaimArgs, Reclaiming};
 use crate::config::{Action, Format, usage};
@@ -17,10 +18,6 @@ use crate::selectors::Selectors;
 
 const DEFAULT_AGE: Duration = Duration::from_secs(60);
 const DEFAULT_STOP_LIMIT: Duration = Duration::from_millis(100);
-
-/// A dead socket must still be dead, and in the same place, so much later: for how long it has been dead
-/// the kernel does not say, and a program that reacts closes it within that time.
-const SECOND_LOOK: Duration = Duration::from_secs(1);
 
 impl Rules {
     /// What the options say, with defaults filled in.
@@ -156,6 +153,19 @@ pub struct Run {
     pub unknown: usize,
     /// Processes asked for that may not be looked into.
     pub unreadable: usize,
+    /// Those whose first thread has ended, so that their descriptors cannot be seen.
+    pub headless: Vec<Process>,
+    /// Those whose files could not be read, and why.
+    pub failed: Vec<(i32, io::Error)>,
+    /// There may be processes that were asked for and are not shown at all: /proc is mounted with hidepid.
+    pub hidden: bool,
+}
+
+impl Run {
+    /// Not everything that was asked for could be looked at.
+    pub fn has_blind_spots(&self) -> bool {
+        self.unknown + self.unreadable + self.headless.len() + self.failed.len() > 0 || self.hidden
+    }
 }
 
 /// Finds the descriptors; does nothing to any.
@@ -174,6 +184,15 @@ pub fn find(config: &Config, proc: &Proc) -> anyhow::Result<Run> {
         true => scan.unreadable.len(),
         false => 0,
     };
+    // One that was asked for by its number and was looked into cannot be hidden.
+    let looked_into = |pid: &i32| {
+        let tables = scan.tables.iter().map(|table| &table.process);
+        tables
+            .chain(&scan.headless)
+            .any(|process| process.pid == *pid)
+    };
+    let pids = &config.selectors.pids;
+    let hidden = scan.hidden && (pids.is_empty() || !pids.iter().all(looked_into));
     let (mut owners, mut descriptors, mut unknown) = (Vec::new(), Vec::new(), 0);
     for table in scan.tables {
         let owner = owners.len();
@@ -188,6 +207,8 @@ pub fn find(config: &Config, proc: &Proc) -> anyhow::Result<Run> {
                         inode: suspect.inode,
                         cookie: socket.cookie,
                         age: Some(socket.quiet),
+                        unread: socket.unread,
+                        agreed: 0,
                     },
                     socket,
                 }),
@@ -206,6 +227,9 @@ pub fn find(config: &Config, proc: &Proc) -> anyhow::Result<Run> {
         visits: Vec::new(),
         unknown,
         unreadable,
+        headless: scan.headless,
+        failed: scan.failed,
+        hidden,
     })
 }
 
@@ -215,8 +239,8 @@ pub fn carry_out(run: &mut Run, config: &Config, proc: &Proc, surroundings: &dyn
     let wanted: Vec<Wanted> = run.descriptors.iter().map(|dead| dead.wanted).collect();
     if config.action == Action::Act {
         surroundings.begin();
-        if !wanted.is_empty() && !config.rules.age.is_zero() {
-            wait(surroundings, SECOND_LOOK.min(config.rules.age));
+        if !wanted.is_empty() {
+            let_owners_react(&config.rules, surroundings);
         }
         let interrupted = || surroundings.interrupted();
         let done = reclaim(&run.owners, &wanted, &config.rules, proc, &interrupted);
@@ -224,17 +248,6 @@ pub fn carry_out(run: &mut Run, config: &Config, proc: &Proc, surroundings: &dyn
         run.visits = done.visits;
     } else {
         run.doubts = judge(&run.owners, &wanted, &config.rules, proc);
-    }
-}
-
-/// Waits, and no longer than until Ctrl-C.
-fn wait(surroundings: &dyn Surroundings, duration: Duration) {
-    let until = surroundings.now() + duration;
-    while !surroundings.interrupted() {
-        match until.checked_duration_since(surroundings.now()) {
-            None | Some(Duration::ZERO) => return,
-            Some(left) => surroundings.pause(left.min(Duration::from_millis(50))),
-        }
     }
 }
 

@@ -16,6 +16,13 @@ pub enum Doubt {
         /// The call.
         number: i64,
     },
+    /// This thread is inside a system call that may be on it: on what cannot be told.
+    InSomeCall {
+        /// The thread.
+        tid: i32,
+        /// The call.
+        number: i64,
+    },
     /// It is in the epoll set behind this descriptor of the owner.
     InEpoll(i32),
     /// It is registered with the io_uring behind this descriptor of the owner.
@@ -30,6 +37,15 @@ pub enum Doubt {
     RingWorker(String),
     /// This thread of the owner closes objects that nothing refers to any more, by their numbers.
     Finalizer(String),
+    /// This thread of the owner is in the middle of a system call that a stop would end short: its number.
+    Transfer {
+        /// The thread.
+        tid: i32,
+        /// The call.
+        number: i64,
+    },
+    /// It has so many bytes that its program has not read and still can.
+    Unread(u32),
     /// It has not been stuck for long enough: how long it was.
     TooYoung(Duration),
     /// The kernel does not say for how long it has been stuck.
@@ -45,6 +61,11 @@ impl fmt::Display for Doubt {
                     "thread {tid} is inside a system call on it (number {number})"
                 )
             }
+            Doubt::InSomeCall { tid, number } => write!(
+                f,
+                "thread {tid} is inside a system call that may be on it (number {number}): the list of its descriptors \
+                 could not be read"
+            ),
             Doubt::InEpoll(epoll) => write!(f, "in the epoll set of descriptor {epoll}"),
             Doubt::InRing(ring) => write!(f, "registered with the io_uring of descriptor {ring}"),
             Doubt::RingInFlight(ring) => write!(
@@ -65,6 +86,19 @@ impl fmt::Display for Doubt {
                 "its thread {} closes forgotten objects by their numbers, whatever has those by then; have it \
                  collect them first (Java: jcmd PID GC.run), then --reclaim-force",
                 crate::report::escape::escape(name)
+            ),
+            Doubt::Transfer { tid, number } => write!(
+                f,
+                "thread {tid} of its process waits to send or receive more (system call number {number}), and would be told of a \
+                 part when it is stopped; try later, or --reclaim-force if its program goes on with the rest"
+            ),
+            Doubt::Unread(bytes) => write!(
+                f,
+                "its process can still read {}, which --reclaim-force loses",
+                crate::report::notes::counted(
+                    usize::try_from(*bytes).unwrap_or(usize::MAX),
+                    "byte"
+                )
             ),
             Doubt::TooYoung(age) => write!(
                 f,
@@ -126,6 +160,8 @@ pub struct Facts {
     pub ring_worker: Option<String>,
     /// A thread of it that runs finalizers.
     pub finalizer: Option<String>,
+    /// A thread of it that waits in the middle of a transfer, and the number of its call.
+    pub transfer: Option<(i32, i64)>,
 }
 
 /// Whether a thread of this name belongs to a runtime whose collector closes descriptors: HotSpot, OpenJ9, Mono,
@@ -154,11 +190,12 @@ pub fn doubt(
 ) -> Option<Doubt> {
     let inode = u64::from(inode);
     for uses in &facts.uses {
-        if uses.any || uses.fds.contains(&fd) {
-            return Some(Doubt::InCall {
-                tid: uses.tid,
-                number: uses.number,
-            });
+        let Uses { tid, number, .. } = *uses;
+        if uses.any {
+            return Some(Doubt::InSomeCall { tid, number });
+        }
+        if uses.fds.contains(&fd) {
+            return Some(Doubt::InCall { tid, number });
         }
     }
     for epoll in &facts.epolls {
@@ -184,11 +221,42 @@ pub fn doubt(
     if let Some(name) = &facts.finalizer {
         return Some(Doubt::Finalizer(name.clone()));
     }
+    if let Some((tid, number)) = facts.transfer {
+        return Some(Doubt::Transfer { tid, number });
+    }
     match age {
         _ if wanted_age.is_zero() => None,
         None => Some(Doubt::NoAge),
         Some(age) if age < wanted_age => Some(Doubt::TooYoung(age)),
         Some(_) => None,
+    }
+}
+
+/// Whether a thread that sleeps in this call may have done a part of it, and be told of that part as if it were all when it is
+/// stopped: the kernel makes a call again only if it has done nothing. Few programs expect it of a blocking descriptor.
+/// Source: signal(7), send(2), recv(2); net/core/stream.c, sk_stream_wait_memory; fs/pipe.c, pipe_write.
+pub fn can_end_short(call: &Call) -> bool {
+    /// include/linux/socket.h: recvmmsg(2) waits for no more than the first.
+    const MSG_WAITFORONE: u64 = 0x10000;
+    let Call { number, arguments } = call;
+    let waits_for_all = |flags: u64| flags & u64::from(libc::MSG_WAITALL.cast_unsigned()) != 0;
+    // One byte is all or nothing.
+    match *number {
+        libc::SYS_write | libc::SYS_pwrite64 | libc::SYS_sendto | libc::SYS_tee => arguments[2] > 1,
+        libc::SYS_sendfile => arguments[3] > 1,
+        libc::SYS_splice => arguments[4] > 1,
+        libc::SYS_writev
+        | libc::SYS_pwritev
+        | libc::SYS_pwritev2
+        | libc::SYS_sendmsg
+        | libc::SYS_sendmmsg
+        | libc::SYS_vmsplice => true,
+        libc::SYS_recvfrom => arguments[2] > 1 && waits_for_all(arguments[3]),
+        libc::SYS_recvmsg => waits_for_all(arguments[2]),
+        libc::SYS_recvmmsg => {
+            waits_for_all(arguments[3]) || arguments[2] > 1 && arguments[3] & MSG_WAITFORONE == 0
+        }
+        _ => false,
     }
 }
 
@@ -228,6 +296,7 @@ fn descriptors(number: i64) -> Descriptors {
         | libc::SYS_msgsnd
         | libc::SYS_semop
         | libc::SYS_semtimedop
+        | libc::SYS_io_uring_setup
         | libc::SYS_io_getevents => Descriptors::At(&[]),
         libc::SYS_read
         | libc::SYS_write
@@ -253,6 +322,7 @@ fn descriptors(number: i64) -> Descriptors {
         | libc::SYS_epoll_pwait
         | libc::SYS_epoll_pwait2
         | libc::SYS_io_uring_enter
+        | libc::SYS_io_uring_register
         | libc::SYS_flock
         | libc::SYS_fsync
         | libc::SYS_fdatasync => Descriptors::At(&[0]),
@@ -277,21 +347,35 @@ fn descriptors(number: i64) -> Descriptors {
     }
 }
 
+/// arch/x86/include/uapi/asm/unistd.h, __X32_SYSCALL_BIT: with it a number means the call of another kind of program.
+#[cfg(target_arch = "x86_64")]
+const OTHER_KIND: i64 = 0x4000_0000;
+#[cfg(not(target_arch = "x86_64"))]
+const OTHER_KIND: i64 = 0;
+
 /// The longest list in the owner that is read; a call with a longer one may be on any descriptor.
 const LONGEST_LIST: u64 = 1 << 20;
 
-/// What the call of thread `tid` may be on. Where it cannot be told, on any.
-pub fn uses(tid: i32, call: &Call, memory: Memory<'_>) -> Uses {
+/// What the call of thread `tid` may be on. Where it cannot be told, on any. The table of the owner has room for
+/// descriptors below `room`.
+pub fn uses(tid: i32, call: &Call, memory: Memory<'_>, room: u32) -> Uses {
     let arguments = &call.arguments;
     let fds = match descriptors(call.number) {
+        _ if call.number & OTHER_KIND != 0 => None,
         Descriptors::At(places) => Some(places.iter().map(|&at| fd(arguments[at])).collect()),
-        Descriptors::Poll => polled(arguments[0], arguments[1], memory),
-        // The second argument of the others is an address or a command, mostly longer than any list; and
-        // what cannot be read was no list.
+        Descriptors::Poll => polled(arguments[0], arguments[1], memory)
+            .map(|list| list.into_iter().map(|entry| entry.fd).collect()),
+        // Of a wait for a lock with a limit the arguments are an address and an operation, which as a length is that of a list of
+        // 137 or 393; and what cannot be read was no list.
         Descriptors::Continued => {
-            Some(polled(arguments[0], arguments[1], memory).unwrap_or_default())
+            let list = polled(arguments[0], arguments[1], memory).unwrap_or_default();
+            let is_list = list.iter().all(|entry| entry.could_be_polled(room));
+            Some(match is_list {
+                true => list.into_iter().map(|entry| entry.fd).collect(),
+                false => HashSet::new(),
+            })
         }
-        Descriptors::Select => selected(arguments, memory),
+        Descriptors::Select => selected(arguments, memory, room),
     };
     Uses {
         tid,
@@ -307,22 +391,43 @@ fn fd(argument: u64) -> i32 {
     i32::from_le_bytes([a, b, c, d])
 }
 
-/// The descriptors in an array of `struct pollfd`: each is the first 4 of 8 bytes.
-fn polled(address: u64, count: u64, memory: Memory<'_>) -> Option<HashSet<i32>> {
+/// `struct pollfd` (poll(2)), without what the kernel answers.
+struct PollFd {
+    fd: i32,
+    events: u16,
+}
+
+impl PollFd {
+    /// Whether poll(2) can be waiting with such an entry in its list. A number that is not open ends it at once, a negative one is
+    /// skipped; programs write -1, or the complement of the number. Source: fs/select.c, do_pollfd.
+    fn could_be_polled(&self, room: u32) -> bool {
+        /// include/uapi/asm-generic/poll.h has a meaning for all bits but this.
+        const NO_EVENT: u16 = 0x0800;
+        let number = if self.fd < 0 { !self.fd } else { self.fd };
+        u32::try_from(number).is_ok_and(|number| number < room) && self.events & NO_EVENT == 0
+    }
+}
+
+/// An array of `struct pollfd`.
+fn polled(address: u64, count: u64, memory: Memory<'_>) -> Option<Vec<PollFd>> {
     if address == 0 || count == 0 {
-        return Some(HashSet::new());
+        return Some(Vec::new());
     }
     let bytes = count
         .checked_mul(8)
         .filter(|bytes| *bytes <= LONGEST_LIST)?;
     let list = memory(address, usize::try_from(bytes).ok()?)?;
-    let first = |entry: &[u8]| i32::from_ne_bytes([entry[0], entry[1], entry[2], entry[3]]);
-    Some(list.chunks_exact(8).map(first).collect())
+    let entry = |entry: &[u8]| PollFd {
+        fd: i32::from_ne_bytes([entry[0], entry[1], entry[2], entry[3]]),
+        events: u16::from_ne_bytes([entry[4], entry[5]]),
+    };
+    Some(list.chunks_exact(8).map(entry).collect())
 }
 
-/// The descriptors in the three sets of select(2), as long as the first argument says.
-fn selected(arguments: &[u64; 6], memory: Memory<'_>) -> Option<HashSet<i32>> {
-    let count = u64::try_from(fd(arguments[0])).ok()?;
+/// The descriptors in the three sets of select(2), as long as the first argument says, and no longer than the table
+/// (fs/select.c, core_sys_select): programs write the highest number there is.
+fn selected(arguments: &[u64; 6], memory: Memory<'_>, room: u32) -> Option<HashSet<i32>> {
+    let count = u64::try_from(fd(arguments[0])).ok()?.min(room.into());
     let bytes = Some(count.div_ceil(8)).filter(|bytes| *bytes <= LONGEST_LIST)?;
     let bytes = usize::try_from(bytes).ok()?;
     let mut fds = HashSet::new();
@@ -349,12 +454,20 @@ pub fn harm_of_zero(call: &Call) -> u8 {
     const FUTEX_COMMAND: u64 = 0x7f;
     const FUTEX_WAIT: u64 = 0;
     const FUTEX_WAIT_BITSET: u64 = 9;
+    /// No process has more (fs.nr_open, kernel/sysctl.c, sysctl_nr_open_max), and no address is lower.
+    const MOST_DESCRIPTORS: u64 = 1 << 31;
     match call.number {
         libc::SYS_futex => match call.arguments[1] & FUTEX_COMMAND {
             FUTEX_WAIT | FUTEX_WAIT_BITSET => 0,
             _ => 2,
         },
-        libc::SYS_nanosleep | libc::SYS_clock_nanosleep | libc::SYS_restart_syscall => 0,
+        libc::SYS_nanosleep | libc::SYS_clock_nanosleep => 0,
+        // Of a sleep, a wait for a lock with a limit, or poll(2), by the arguments of the call that it goes on with: the second
+        // of a sleep is an address or nothing, that of poll the number of its descriptors.
+        libc::SYS_restart_syscall => match call.arguments[1] {
+            0 | MOST_DESCRIPTORS.. => 0,
+            _ => 1,
+        },
         libc::SYS_epoll_pwait | libc::SYS_epoll_pwait2 | libc::SYS_ppoll | libc::SYS_pselect6 => 1,
         #[cfg(target_arch = "x86_64")]
         libc::SYS_epoll_wait | libc::SYS_poll | libc::SYS_select => 1,
@@ -375,6 +488,9 @@ mod tests {
         }
     }
 
+    /// In the table of the owner.
+    const ROOM: u32 = 64;
+
     fn on(uses: &Uses, fd: i32) -> bool {
         uses.any || uses.fds.contains(&fd)
     }
@@ -385,7 +501,8 @@ mod tests {
 
     #[test]
     fn a_call_on_the_descriptor_is_seen() {
-        let on = |number, arguments: &[u64]| on(&uses(1, &call(number, arguments), &nothing), 7);
+        let on =
+            |number, arguments: &[u64]| on(&uses(1, &call(number, arguments), &nothing, ROOM), 7);
         assert!(on(libc::SYS_recvfrom, &[7]));
         assert!(!on(libc::SYS_recvfrom, &[8, 7]));
         // The kernel takes the lower half.
@@ -404,6 +521,8 @@ mod tests {
             assert!(on(9999, &arguments));
         }
         assert!(!on(9999, &[0, 0, 0, 7]));
+        #[cfg(target_arch = "x86_64")]
+        assert!(on(OTHER_KIND | libc::SYS_poll, &[0x1000, 1]));
     }
 
     #[test]
@@ -416,8 +535,9 @@ mod tests {
             let from = usize::try_from(address.checked_sub(0x1000)?).ok()?;
             pollfds.get(from..from + len).map(<[u8]>::to_vec)
         };
-        let on =
-            |number, fd, arguments: &[u64]| on(&uses(1, &call(number, arguments), &memory), fd);
+        let on = |number, fd, arguments: &[u64]| {
+            on(&uses(1, &call(number, arguments), &memory, ROOM), fd)
+        };
         for number in [libc::SYS_ppoll, libc::SYS_restart_syscall] {
             assert!(on(number, 7, &[0x1000, 2]), "{number}");
             assert!(!on(number, 7, &[0x1000, 1]), "{number}");
@@ -438,9 +558,13 @@ mod tests {
             (0x2000, 2) => Some(vec![0b1000_0000, 0]),
             _ => None,
         };
-        let on = |fd, arguments: &[u64]| {
-            super::tests::on(&uses(1, &call(libc::SYS_pselect6, arguments), &sets), fd)
+        let on_with = |room, fd, arguments: &[u64]| {
+            super::tests::on(
+                &uses(1, &call(libc::SYS_pselect6, arguments), &sets, room),
+                fd,
+            )
         };
+        let on = |fd, arguments: &[u64]| on_with(u32::MAX, fd, arguments);
         assert!(on(7, &[8, 0x2000, 0, 0]));
         assert!(on(7, &[8, 0, 0, 0x2000]));
         assert!(!on(7, &[7, 0x2000, 0, 0]));
@@ -449,6 +573,38 @@ mod tests {
         assert!(on(8, &[9, 0x3000, 0, 0]), "cannot be read");
         assert!(!on(7, &[0, 0, 0, 0]));
         assert!(on(9, &[0x7fff_ffff, 0, 0, 0]), "too long to be read");
+        // With a table of 8 or 16 only as much is looked at.
+        assert!(on_with(8, 7, &[0x7fff_ffff, 0x2000, 0, 0]));
+        assert!(!on_with(16, 9, &[0x7fff_ffff, 0x2000, 0, 0]));
+    }
+
+    #[test]
+    fn a_wait_for_a_lock_is_no_list() {
+        const FUTEX_WAIT_BITSET_PRIVATE: u64 = 137;
+        let on = |entries: &[(i32, u16)], count| {
+            let list: Vec<u8> = entries
+                .iter()
+                .flat_map(|(fd, events)| {
+                    [&fd.to_ne_bytes()[..], &events.to_ne_bytes(), &[0; 2]].concat()
+                })
+                .collect();
+            let memory = |_, len: usize| list.get(..len).map(<[u8]>::to_vec);
+            let call = call(libc::SYS_restart_syscall, &[0x1000, count]);
+            super::tests::on(&uses(1, &call, &memory, ROOM), 7)
+        };
+        assert!(on(&[(7, 0)], 1));
+        // What programs write for no descriptor.
+        assert!(on(&[(-1, 0), (!7, 1), (7, 0x2001)], 3));
+        // Memory behind a futex that has a 7 in the right place.
+        let mut memory = vec![(0, 0); 200];
+        memory[3].0 = 7;
+        assert!(on(&memory, FUTEX_WAIT_BITSET_PRIVATE), "cannot be told");
+        memory[100] = (0x7f12, 0x3456);
+        assert!(!on(&memory, FUTEX_WAIT_BITSET_PRIVATE), "an address");
+        memory[100] = (i32::MIN, 0);
+        assert!(!on(&memory, FUTEX_WAIT_BITSET_PRIVATE), "no number");
+        memory[100] = (1, 0x0800);
+        assert!(!on(&memory, FUTEX_WAIT_BITSET_PRIVATE), "no event");
     }
 
     #[test]
@@ -465,9 +621,23 @@ mod tests {
         assert_eq!(doubt(&none, 7, 42, None, Duration::ZERO), None);
 
         let in_call = Facts {
-            uses: vec![uses(3, &call(libc::SYS_recvfrom, &[7]), &nothing)],
+            uses: vec![uses(3, &call(libc::SYS_recvfrom, &[7]), &nothing, ROOM)],
             ..Facts::default()
         };
+        let unread = Facts {
+            uses: vec![uses(
+                3,
+                &call(libc::SYS_ppoll, &[0x1000, 2]),
+                &nothing,
+                ROOM,
+            )],
+            ..Facts::default()
+        };
+        let number = libc::SYS_ppoll;
+        assert_eq!(
+            judge(&unread, Some(hour)),
+            Some(Doubt::InSomeCall { tid: 3, number })
+        );
         let number = libc::SYS_recvfrom;
         assert_eq!(
             judge(&in_call, Some(hour)),
@@ -514,12 +684,42 @@ mod tests {
         let doubt_of_worker = Doubt::RingWorker("iou-wrk-9".into());
         assert_eq!(judge(&worker, Some(hour)), Some(doubt_of_worker));
 
+        let sends = Facts {
+            transfer: Some((3, libc::SYS_sendto)),
+            ..Facts::default()
+        };
+        let number = libc::SYS_sendto;
+        assert_eq!(
+            judge(&sends, Some(hour)),
+            Some(Doubt::Transfer { tid: 3, number })
+        );
+
         let java = Facts {
             finalizer: Some("Common-Cleaner".into()),
             ..Facts::default()
         };
         let doubt = Doubt::Finalizer("Common-Cleaner".into());
         assert_eq!(judge(&java, Some(hour)), Some(doubt));
+    }
+
+    #[test]
+    fn what_a_stop_would_end_short() {
+        let all = u64::from(libc::MSG_WAITALL.cast_unsigned());
+        let short = |number, arguments: &[u64]| can_end_short(&call(number, arguments));
+        assert!(short(libc::SYS_write, &[3, 0x1000, 200_000]));
+        assert!(!short(libc::SYS_write, &[3, 0x1000, 1]));
+        assert!(short(libc::SYS_sendto, &[3, 0x1000, 2, 0]));
+        assert!(short(libc::SYS_sendmsg, &[3, 0x1000, 0]));
+        assert!(short(libc::SYS_sendfile, &[3, 4, 0, 4096]));
+        assert!(short(libc::SYS_splice, &[3, 0, 4, 0, 4096]));
+        assert!(!short(libc::SYS_splice, &[3, 0, 4, 0, 1]));
+        assert!(short(libc::SYS_recvfrom, &[3, 0x1000, 1000, all]));
+        assert!(!short(libc::SYS_recvfrom, &[3, 0x1000, 1000, 0]));
+        assert!(short(libc::SYS_recvmsg, &[3, 0x1000, all]));
+        assert!(short(libc::SYS_recvmmsg, &[3, 0x1000, 8, 0]));
+        assert!(!short(libc::SYS_recvmmsg, &[3, 0x1000, 8, 0x10000]));
+        assert!(!short(libc::SYS_read, &[3, 0x1000, 1000]));
+        assert!(!short(libc::SYS_epoll_pwait, &[3]));
     }
 
     #[test]
@@ -547,6 +747,15 @@ mod tests {
         // FUTEX_LOCK_PI: 0 means that it has the lock.
         assert_eq!(harm_of_zero(&call(libc::SYS_futex, &[0x1000, 0x86])), 2);
         assert_eq!(harm_of_zero(&call(libc::SYS_epoll_pwait, &[3])), 1);
+        let restarted = |second| {
+            harm_of_zero(&call(
+                libc::SYS_restart_syscall,
+                &[0x7f12_3456_7000, second],
+            ))
+        };
+        assert_eq!(restarted(0x7f12_3456_7010), 0, "nanosleep with a rest");
+        assert_eq!(restarted(0), 0, "nanosleep without");
+        assert_eq!(restarted(2), 1, "poll of two");
         assert_eq!(harm_of_zero(&call(libc::SYS_accept4, &[3])), 2);
     }
 }

@@ -1,11 +1,13 @@
 //! The facts about an owner that the evidence is judged by, from /proc.
 //!
-//! Of `/proc/PID` only `fd`, `fdinfo`, `status` and `task` are read, none of which waits for the owner's memory.
+//! Of `/proc/PID` only `auxv`, `fd`, `fdinfo`, `status` and `task` are read, none of which waits for the owner's memory;
+//! `cmdline`, which may, only of those that could share a table and may not be compared.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 use nix::errno::Errno;
 
@@ -22,6 +24,7 @@ pub struct Inside<'p> {
     proc: &'p Proc,
     /// Its number.
     pub pid: i32,
+    start_time: u64,
     pidfd: OwnedFd,
     fds: File,
 }
@@ -38,8 +41,11 @@ pub enum Special {
 /// What a number in the owner's table is now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Identity {
-    /// The dead socket that was found.
-    Same,
+    /// The dead socket that was found, and how many bytes its program has not read.
+    Same {
+        /// The bytes.
+        unread: u32,
+    },
     /// Something else, or nothing.
     Other,
     /// It may not be looked at.
@@ -54,6 +60,7 @@ impl<'p> Inside<'p> {
             fds: File::open(proc.path(&format!("{}/fd", process.pid))).map_err(dead::errno)?,
             proc,
             pid: process.pid,
+            start_time: process.start_time,
         })
     }
 
@@ -63,30 +70,53 @@ impl<'p> Inside<'p> {
     }
 
     /// Whether process `other`, which may not be compared with the owner, could have its table of
-    /// descriptors: both belong to one user, have a table of one size and were started with the same words. An
-    /// exec gives a process a table of its own (execve(2)), so those that share one are of one program. What
-    /// cannot be read could.
+    /// descriptors: both have a table of one size with as many open descriptors, and were started with the same words. An
+    /// exec gives a process a table of its own (execve(2)), so those that share one are of one program; not of one user,
+    /// which setuid(2) changes. What cannot be read could.
     pub fn could_share(&self, other: i32) -> bool {
-        let of = |pid: i32| -> io::Result<(String, Vec<u8>)> {
-            let file = |name| self.proc.path(&format!("{pid}/{name}"));
-            Ok((
-                fs::read_to_string(file("status"))?,
-                fs::read(file("cmdline"))?,
-            ))
+        let of_both = |name: &str| -> io::Result<(Vec<u8>, Vec<u8>)> {
+            let file = |pid: i32| fs::read(self.proc.path(&format!("{pid}/{name}")));
+            Ok((file(self.pid)?, file(other)?))
         };
-        match (of(self.pid), of(other)) {
-            (Ok((owner, words)), Ok((other, others))) => {
-                words == others && could_share(&owner, &other)
+        let could = || -> io::Result<bool> {
+            let (owner, others) = of_both("status")?;
+            let text = |status| String::from_utf8_lossy(status).into_owned();
+            if !could_share(&text(&owner), &text(&others)) || self.has_other_count(other)? {
+                return Ok(false);
             }
-            (_, Err(error)) => !owners::is_end(&error),
-            (Err(_), _) => true,
+            // Last and of few, since it is read from the memory of the process, which may not answer.
+            let (owner, others) = of_both("cmdline")?;
+            Ok(owner == others)
+        };
+        match could() {
+            Ok(could) => could,
+            Err(error) => !owners::is_end(&error),
         }
+    }
+
+    /// Whether the process has another number of open descriptors than the owner, twice while the owner's does not change.
+    /// Linux tells it since 6.2, whoever asks (fs/proc/fd.c, proc_fd_getattr).
+    fn has_other_count(&self, other: i32) -> io::Result<bool> {
+        let count = |pid: i32| {
+            let fds = fs::metadata(self.proc.path(&format!("{pid}/fd")));
+            fds.map(|fds| fds.len())
+        };
+        for _ in 0..2 {
+            let (before, others, after) = (count(self.pid)?, count(other)?, count(self.pid)?);
+            // The owner has some, so 0 is from a kernel that does not tell.
+            if before == 0 || before != after || others == before {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Whether descriptor `fd` is the dead TCP socket with this inode and cookie.
     pub fn identity(&self, fd: TargetFd, inode: u32, cookie: Cookie) -> Identity {
         match dead::examine(self.pidfd.as_fd(), fd, inode) {
-            Some(Verdict::Dead(socket)) if socket.cookie == cookie => Identity::Same,
+            Some(Verdict::Dead(socket)) if socket.cookie == cookie => Identity::Same {
+                unread: socket.unread,
+            },
             Some(Verdict::Unknown(errno)) => Identity::Unknown(errno),
             _ => Identity::Other,
         }
@@ -96,6 +126,14 @@ impl<'p> Inside<'p> {
     pub fn is_free(&self, fd: TargetFd) -> bool {
         let link = owners::read_socket_link(self.fds.as_fd(), fd.0);
         link.is_err_and(|error| owners::is_end(&error))
+    }
+
+    /// For descriptors below which number its table has room; it only grows. Where that cannot be read, for all.
+    pub fn room(&self) -> u32 {
+        let status = fs::read_to_string(self.proc.path(&format!("{}/status", self.pid)));
+        let size = status.ok().and_then(|status| field(&status, "FDSize:"));
+        size.and_then(|size| u32::try_from(size).ok().filter(|size| *size > 0))
+            .unwrap_or(u32::MAX)
     }
 
     /// The numbers in use.
@@ -155,6 +193,21 @@ impl<'p> Inside<'p> {
         Ok(calls)
     }
 
+    /// Of threads that sleep in these `calls`, the first that waits in the middle of a transfer, and the number of its call. Nothing
+    /// stops one in a sleep that ends for no signal, as most for a disk are, before it is done.
+    pub fn transfer(&self, calls: &[(i32, Call)]) -> Option<(i32, i64)> {
+        let can_be_stopped = |tid: i32| {
+            let stat = self.proc.path(&format!("{}/task/{tid}/stat", self.pid));
+            let stat = fs::read_to_string(stat).unwrap_or_default();
+            // The state is what follows the name, which may have anything in it.
+            stat.rsplit_once(") ")
+                .is_some_and(|(_, rest)| rest.starts_with('S'))
+        };
+        let mut calls = calls.iter();
+        let found = calls.find(|(tid, call)| evidence::can_end_short(call) && can_be_stopped(*tid));
+        found.map(|(tid, call)| (*tid, call.number))
+    }
+
     /// The name of a thread of the owner that runs finalizers.
     pub fn finalizer(&self) -> Option<String> {
         self.named(&evidence::runs_finalizers)
@@ -163,6 +216,17 @@ impl<'p> Inside<'p> {
     /// The name of a thread of the owner that works for an io_uring.
     pub fn ring_worker(&self) -> Option<String> {
         self.named(&evidence::works_for_a_ring)
+    }
+
+    /// Of these threads of the owner, one that works for an io_uring. The kernel gives them their names before they are listed.
+    pub fn ring_worker_among(&self, tids: impl IntoIterator<Item = i32>) -> Option<String> {
+        let mut comms = tids.into_iter().filter_map(|tid| comm(self.proc, tid));
+        comms.find(|name| evidence::works_for_a_ring(name))
+    }
+
+    /// Its threads.
+    pub fn threads(&self) -> io::Result<HashSet<i32>> {
+        numbers_in(&self.proc.path(&format!("{}/task", self.pid)))
     }
 
     fn named(&self, wanted: &dyn Fn(&str) -> bool) -> Option<String> {
@@ -174,10 +238,22 @@ impl<'p> Inside<'p> {
         tasks.into_iter().find_map(name)
     }
 
+    /// Whether the process is there, whatever it executes.
+    pub fn is_there(&self) -> bool {
+        is_there(self.proc, self.pid, self.start_time)
+    }
+
     /// Whether the first thread has ended and others have not: the table of the process is then not to be seen.
     pub fn leader_has_ended(&self) -> io::Result<bool> {
         let status = fs::read_to_string(self.proc.path(&format!("{}/status", self.pid)))?;
         Ok(leader_has_ended(&status))
+    }
+
+    /// Whether the program has 32 bits.
+    pub fn is_narrow(&self) -> io::Result<bool> {
+        Ok(is_narrow(&fs::read(
+            self.proc.path(&format!("{}/auxv", self.pid)),
+        )?))
     }
 
     /// Who traces a thread of the owner.
@@ -199,20 +275,45 @@ impl<'p> Inside<'p> {
     }
 }
 
+/// Whether a process is there that has or may have descriptors.
+pub fn is_there(proc: &Proc, pid: i32, start_time: u64) -> bool {
+    let status = fs::read_to_string(proc.path(&format!("{pid}/status")));
+    let ended = |status: String| {
+        let state = status.lines().find_map(|line| line.strip_prefix("State:"));
+        let dead = state.is_some_and(|state| state.trim_start().starts_with(['Z', 'X']));
+        dead && !leader_has_ended(&status)
+    };
+    proc.start_time(pid) == Some(start_time) && status.is_ok_and(|status| !ended(status))
+}
+
 /// The numbers of all processes.
 pub fn pids(proc: &Proc) -> io::Result<HashSet<i32>> {
-    let mut pids = HashSet::new();
-    for entry in fs::read_dir(proc.path(""))? {
-        let pid: Option<i32> = entry?.file_name().to_str().and_then(|n| n.parse().ok());
-        pids.extend(pid);
+    numbers_in(&proc.path(""))
+}
+
+/// The entries of a directory of /proc that are numbers.
+fn numbers_in(path: &Path) -> io::Result<HashSet<i32>> {
+    let mut numbers = HashSet::new();
+    for entry in fs::read_dir(path)? {
+        let number: Option<i32> = entry?.file_name().to_str().and_then(|n| n.parse().ok());
+        numbers.extend(number);
     }
-    Ok(pids)
+    Ok(numbers)
 }
 
 fn leader_has_ended(status: &str) -> bool {
     let state = status.lines().find_map(|line| line.strip_prefix("State:"));
     let ended = state.is_some_and(|state| state.trim_start().starts_with('Z'));
     ended && field(status, "Threads:").is_some_and(|threads| threads > 1)
+}
+
+/// Whether an auxiliary vector is that of a 32-bit program: pairs of words as wide as the program's, an identifier, which is
+/// small, and a value, of which the first is an address or a set of bits. Source: fs/binfmt_elf.c, create_elf_tables;
+/// arch/x86/include/asm/elf.h, ARCH_DLINFO.
+fn is_narrow(auxv: &[u8]) -> bool {
+    let identifier = |pair: &[u8]| pair.first_chunk().map(|word| u64::from_ne_bytes(*word));
+    let mut identifiers = auxv.chunks(16).filter_map(identifier);
+    identifiers.any(|identifier| identifier > u32::MAX.into())
 }
 
 /// Whether two processes with these status files could have one table of descriptors.
@@ -225,7 +326,7 @@ fn could_share(owner: &str, other: &str) -> bool {
         value(owner) == value(other)
     };
     // Only what has memory has a line about its size. Source: fs/proc/array.c, proc_pid_status.
-    same("Uid:") && same("FDSize:") && other.contains("\nVmSize:")
+    same("FDSize:") && other.contains("\nVmSize:")
 }
 
 /// The name of a process or thread that can be read.
@@ -367,7 +468,8 @@ mod tests {
             |uid, size, memory| format!("Name:\tx\nUid:\t{uid}\t{uid}\nFDSize:\t{size}\n{memory}");
         let owner = status(7, 64, "VmSize:\t9 kB\n");
         assert!(could_share(&owner, &owner));
-        assert!(!could_share(&owner, &status(8, 64, "VmSize:\t9 kB\n")));
+        // It may have changed its user since.
+        assert!(could_share(&owner, &status(8, 64, "VmSize:\t9 kB\n")));
         assert!(!could_share(&owner, &status(7, 128, "VmSize:\t9 kB\n")));
         assert!(!could_share(&owner, &status(7, 64, "Threads:\t1\n")));
     }
@@ -378,6 +480,64 @@ mod tests {
         assert!(leader_has_ended(&status("Z (zombie)", 2)));
         assert!(!leader_has_ended(&status("Z (zombie)", 1)), "all of it has");
         assert!(!leader_has_ended(&status("S (sleeping)", 2)));
+    }
+
+    #[test]
+    fn a_process_is_there_until_it_has_ended() {
+        let proc = Proc::default();
+        let own = i32::try_from(std::process::id()).unwrap();
+        let start_time = proc.start_time(own).unwrap();
+        assert!(is_there(&proc, own, start_time));
+        assert!(!is_there(&proc, own, start_time + 1), "another by now");
+        let mut child = std::process::Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let start_time = proc.start_time(pid).unwrap();
+        assert!(is_there(&proc, pid, start_time));
+        drop(child.stdin.take());
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while is_there(&proc, pid, start_time) {
+            assert!(std::time::Instant::now() < until);
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        // Ended, and still listed.
+        assert_eq!(proc.start_time(pid), Some(start_time));
+        child.wait().unwrap();
+        assert!(!is_there(&proc, pid, start_time));
+    }
+
+    #[test]
+    fn programs_of_32_bits_are_known_by_their_vector() {
+        let wide = |words: &[u64]| {
+            words
+                .iter()
+                .flat_map(|w| w.to_ne_bytes())
+                .collect::<Vec<_>>()
+        };
+        let narrow = |words: &[u32]| {
+            words
+                .iter()
+                .flat_map(|w| w.to_ne_bytes())
+                .collect::<Vec<_>>()
+        };
+        // AT_SYSINFO_EHDR, AT_HWCAP, AT_PAGESZ, AT_NULL.
+        let vector = [33, 0x7ffd_f7fc_1000, 16, 0xbfeb_fbff, 6, 4096, 0, 0];
+        assert!(!is_narrow(&wide(&vector)));
+        assert!(is_narrow(&narrow(&[
+            32,
+            0xf7f9_0550,
+            33,
+            0xf7f9_0000,
+            6,
+            4096,
+            0,
+            0
+        ])));
+        // Without vDSO.
+        assert!(is_narrow(&narrow(&[16, 0xbfeb_fbff, 6, 4096, 0, 0])));
+        assert!(!is_narrow(&[]));
     }
 
     #[test]

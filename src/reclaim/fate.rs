@@ -25,6 +25,8 @@ pub enum Fate {
 pub enum Reason {
     /// The evidence does not allow it.
     Doubt(Doubt),
+    /// The owner is this process, which was started with the descriptor open.
+    Ourselves,
     /// The owner is traced by this process.
     Traced(i32, Option<String>),
     /// The owner's seccomp filter does not let close(2) through.
@@ -35,14 +37,22 @@ pub enum Reason {
     SharedTable(i32),
     /// Whether the owner shares its table of descriptors with this process cannot be seen.
     SharedUnknown(i32, io::Error),
+    /// The same, although we have the right that is asked for.
+    SharedClosed(i32, io::Error),
+    /// The kernel does not tell who shares a table.
+    NoKcmp,
     /// The first thread of the owner has ended, and others have not.
     LeaderEnded,
+    /// This thread of the owner is executing a program: a stop would wait for it.
+    Executing(i32),
     /// The owner has no thread that can be used and has its table of descriptors.
     OtherTable,
     /// The kernel does not say which table of descriptors a thread of the owner has.
     TableUnread(io::Error),
     /// The owner is a 32-bit program, or of another kind than cwkill.
     Foreign,
+    /// This thread of the owner was stopped in a system call of 32-bit programs, which does not say on what it is.
+    ForeignCall(i32),
     /// The /proc that names the owners is of another pid namespace than ours.
     ForeignProc,
     /// A thread of the owner did not stop, or not in time.
@@ -51,8 +61,8 @@ pub enum Reason {
     TimeOver(Duration),
     /// No thread of the owner made a system call within the limit.
     NoCall,
-    /// Signals to the owner came between, several times.
-    Signals,
+    /// Signals to the owner, or its execution of a program, came between, several times.
+    Unsteady,
     /// We may not look into the owner, or not stop it.
     Denied(io::Error),
     /// The operator stopped the run before its turn.
@@ -71,6 +81,9 @@ impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Reason::Doubt(doubt) => doubt.fmt(f),
+            Reason::Ourselves => {
+                f.write_str("cwkill itself was started with it open, and closes it by ending")
+            }
             Reason::Traced(pid, None) => write!(f, "its process is traced by process {pid}"),
             Reason::Traced(pid, Some(comm)) => {
                 let comm = crate::report::escape::escape(comm);
@@ -94,8 +107,22 @@ impl fmt::Display for Reason {
                  needs {}",
                 Need::Ptrace
             ),
+            Reason::SharedClosed(pid, error) => write!(
+                f,
+                "whether its process shares the table of descriptors with process {pid} cannot be seen: kcmp: {error}, by a \
+                 security module or from another user namespace"
+            ),
+            Reason::NoKcmp => f.write_str(
+                "whether its process shares the table of descriptors with another cannot be seen: this kernel has no kcmp(2) \
+                 (CONFIG_KCMP)",
+            ),
             Reason::LeaderEnded => f.write_str(
                 "the first thread of its process has ended, so its descriptors cannot be seen",
+            ),
+            Reason::Executing(tid) => write!(
+                f,
+                "thread {tid} of its process is executing a program, which takes long, and a stop would wait for it; try \
+                 later, or wait with --reclaim-force"
             ),
             Reason::OtherTable => f.write_str(
                 "no thread of its process that could close it shares the table of descriptors with its first \
@@ -106,6 +133,9 @@ impl fmt::Display for Reason {
                 "which table of descriptors the threads of its process have cannot be seen: kcmp: {error}"
             ),
             Reason::Foreign => f.write_str("its process is a 32-bit program"),
+            Reason::ForeignCall(tid) => {
+                write!(f, "thread {tid} of its process makes 32-bit system calls")
+            }
             Reason::ForeignProc => crate::injector::ActError::ForeignProc.fmt(f),
             Reason::Limit(tid, limit) => write!(
                 f,
@@ -120,7 +150,9 @@ impl fmt::Display for Reason {
             Reason::NoCall => f.write_str(
                 "no thread of its process made a system call within --stop-limit; nothing was done",
             ),
-            Reason::Signals => f.write_str("its process was busy with signals; nothing was done"),
+            Reason::Unsteady => f.write_str(
+                "its process was busy with signals, or with executing a program; nothing was done",
+            ),
             Reason::Denied(error) => write!(f, "{error}: needs {}", Need::Ptrace),
             Reason::Interrupted => f.write_str("interrupted"),
             Reason::Hangs => f.write_str(
@@ -134,6 +166,16 @@ impl fmt::Display for Reason {
 }
 
 impl Reason {
+    /// Why it is not known whether process `other` shares the table of the owner, by what kcmp(2) answered; `may` says whether we
+    /// have CAP_SYS_PTRACE.
+    pub(super) fn not_compared(other: i32, error: io::Error, may: bool) -> Self {
+        match error.raw_os_error() {
+            Some(libc::ENOSYS) => Reason::NoKcmp,
+            Some(libc::EPERM) if !may => Reason::SharedUnknown(other, error),
+            _ => Reason::SharedClosed(other, error),
+        }
+    }
+
     /// The privilege that is missing.
     pub fn need(&self) -> Option<Need> {
         matches!(self, Reason::Denied(_) | Reason::SharedUnknown(..)).then_some(Need::Ptrace)
@@ -144,20 +186,25 @@ impl Reason {
         let copy = crate::injector::same_errno;
         match self {
             Reason::Doubt(doubt) => Reason::Doubt(doubt.clone()),
+            Reason::Ourselves => Reason::Ourselves,
             Reason::Traced(pid, comm) => Reason::Traced(*pid, comm.clone()),
             Reason::FilterForbids => Reason::FilterForbids,
             Reason::FilterUnread(error) => Reason::FilterUnread(copy(error)),
             Reason::SharedTable(pid) => Reason::SharedTable(*pid),
             Reason::SharedUnknown(pid, error) => Reason::SharedUnknown(*pid, copy(error)),
+            Reason::SharedClosed(pid, error) => Reason::SharedClosed(*pid, copy(error)),
+            Reason::NoKcmp => Reason::NoKcmp,
             Reason::LeaderEnded => Reason::LeaderEnded,
+            Reason::Executing(tid) => Reason::Executing(*tid),
             Reason::OtherTable => Reason::OtherTable,
             Reason::TableUnread(error) => Reason::TableUnread(copy(error)),
             Reason::Foreign => Reason::Foreign,
+            Reason::ForeignCall(tid) => Reason::ForeignCall(*tid),
             Reason::ForeignProc => Reason::ForeignProc,
             Reason::Limit(tid, limit) => Reason::Limit(*tid, *limit),
             Reason::TimeOver(limit) => Reason::TimeOver(*limit),
             Reason::NoCall => Reason::NoCall,
-            Reason::Signals => Reason::Signals,
+            Reason::Unsteady => Reason::Unsteady,
             Reason::Denied(error) => Reason::Denied(copy(error)),
             Reason::Interrupted => Reason::Interrupted,
             Reason::Hangs => Reason::Hangs,
@@ -172,17 +219,50 @@ impl Reason {
         matches!(
             self,
             Reason::Doubt(_)
+                | Reason::Ourselves
                 | Reason::Traced(..)
                 | Reason::FilterForbids
                 | Reason::FilterUnread(_)
                 | Reason::SharedTable(_)
                 | Reason::SharedUnknown(..)
+                | Reason::SharedClosed(..)
+                | Reason::NoKcmp
                 | Reason::LeaderEnded
+                | Reason::Executing(_)
                 | Reason::OtherTable
                 | Reason::TableUnread(_)
                 | Reason::Foreign
+                | Reason::ForeignCall(_)
                 | Reason::ForeignProc
                 | Reason::Interrupted
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_right_is_only_missed_where_it_would_help() {
+        let reason = |errno, may| {
+            let reason = Reason::not_compared(7, io::Error::from_raw_os_error(errno), may);
+            (reason.need(), reason.to_string())
+        };
+        let (need, text) = reason(libc::EPERM, false);
+        assert_eq!(need, Some(Need::Ptrace));
+        assert!(
+            text.contains("needs the owner's uid or CAP_SYS_PTRACE"),
+            "{text}"
+        );
+        for (errno, may, why) in [
+            (libc::EPERM, true, "security module"),
+            (libc::ENOSYS, false, "CONFIG_KCMP"),
+            (libc::ENOSYS, true, "CONFIG_KCMP"),
+        ] {
+            let (need, text) = reason(errno, may);
+            assert_eq!(need, None);
+            assert!(text.contains(why) && !text.contains("needs"), "{text}");
+        }
     }
 }

@@ -5,11 +5,12 @@
 //! lets it go. Whatever happens to us, the owner goes on; docs/decisions/reclaim.md follows that through.
 //!
 //! - [`evidence`]: whether a descriptor may be taken, from facts (pure); `facts`: those, from /proc
-//! - `stop`: all threads of a process; `remote`: a system call made by one of them
+//! - `act`: what is done to one owner; `stop`: all threads of a process; `remote`: a system call made by one of them
 //! - `fate`: what became of a descriptor, and why
 //! - [`command`]: the job `cwkill reclaim`
 //! - [`arch`]: registers (pure); `seccomp`: what a filter lets through (pure)
 
+mod act;
 pub mod arch;
 pub mod command;
 pub mod evidence;
@@ -21,21 +22,22 @@ mod stop;
 
 use std::collections::{BTreeMap, HashSet};
 use std::io;
-use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use caps::{CapSet, Capability};
 use nix::errno::Errno;
 
 use crate::finder::owners::{Proc, Process};
 use crate::finder::sock_diag::Cookie;
+use crate::injector::ladder::Surroundings;
 use crate::sys::{self, TargetFd};
 
+use act::visit_once;
+use arch::Call;
 use evidence::{Doubt, Facts, Uses, doubt, uses};
-use facts::{Identity, Inside, Special};
+use facts::{Inside, Special};
 pub use fate::{Fate, Reason};
-use remote::{CallError, NoWorker, Worker};
-use stop::{Seized, StopError, Stopped};
 
 /// Stops of one owner at most: another is only needed when a signal has come between, or no thread
 /// serves well.
@@ -43,8 +45,11 @@ const MOST_STOPS: u32 = 5;
 /// How many of them look for a thread that serves well, and the time between them.
 const CHOOSY_STOPS: u32 = 3;
 const BETWEEN_STOPS: Duration = Duration::from_millis(2);
-/// Time between two looks for threads of the owner that have ended while it is worked on.
-const TAKE_ENDS: Duration = Duration::from_millis(5);
+/// Looks into an owner that is there and does not show what every process has.
+const LOOKS: u32 = 5;
+/// Between the end of a socket, or the first look at a dead one, and the act: for how long it has been dead the kernel does not
+/// say, and a program that reacts to the end of its connection closes it within that time.
+const SECOND_LOOK: Duration = Duration::from_secs(1);
 /// Descriptors of one stop: the last look at each takes some microseconds.
 const MOST_AT_ONCE: usize = 1000;
 
@@ -61,6 +66,10 @@ pub struct Wanted {
     pub cookie: Cookie,
     /// How long it has been quiet, if that is known.
     pub age: Option<Duration>,
+    /// Bytes in it that its program has not read; 0 while it is not dead, since more may come.
+    pub unread: u32,
+    /// As many of them may be lost: the operator has seen them, and had the socket closed.
+    pub agreed: u32,
 }
 
 /// What the operator allows.
@@ -124,6 +133,57 @@ pub fn judge(
     doubts
 }
 
+/// Of each descriptor of a socket that is about to be closed, what becomes of it if a system call is on it. The close will end
+/// that call, so it cannot be asked about afterwards, and its thread is then on its way to deal with it.
+pub fn in_calls(
+    owners: &[Process],
+    wanted: &[Wanted],
+    rules: &Rules,
+    proc: &Proc,
+) -> Vec<Option<Fate>> {
+    let mut fates: Vec<Option<Fate>> = wanted.iter().map(|_| None).collect();
+    if rules.force || !proc.is_of_our_pid_namespace() {
+        return fates;
+    }
+    for (owner, members) in by_owner(wanted) {
+        let look = || {
+            let inside = Inside::open(proc, &owners[owner])?;
+            Ok(uses_of(&inside, &inside.calls()?))
+        };
+        let facts = match steadily(proc, &owners[owner], look) {
+            Ok(uses) => Facts {
+                uses,
+                ..Facts::default()
+            },
+            Err(Refusal::Gone) => continue,
+            Err(refusal) => {
+                for (at, fate) in Round::all(&members, &refusal).fates {
+                    fates[at] = Some(fate);
+                }
+                continue;
+            }
+        };
+        for at in members {
+            let Wanted { fd, inode, .. } = wanted[at];
+            let doubt = doubt(&facts, fd.0, inode, None, Duration::ZERO);
+            fates[at] = doubt.map(|doubt| Fate::Skipped(Reason::Doubt(doubt)));
+        }
+    }
+    fates
+}
+
+/// Lets the owners react to the end of their connections: a program that does closes the descriptor within milliseconds, and
+/// what it has not closed after this time it has forgotten. Not longer than until Ctrl-C.
+pub fn let_owners_react(rules: &Rules, surroundings: &dyn Surroundings) {
+    let until = surroundings.now() + SECOND_LOOK.min(rules.age);
+    while !surroundings.interrupted() {
+        match until.checked_duration_since(surroundings.now()) {
+            None | Some(Duration::ZERO) => return,
+            Some(left) => surroundings.pause(left.min(Duration::from_millis(50))),
+        }
+    }
+}
+
 /// Closes the descriptors `wanted` in their `owners`, one owner after the other, as far as the evidence
 /// allows. `interrupted` says whether the operator wants to stop.
 pub fn reclaim(
@@ -160,7 +220,7 @@ pub fn reclaim(
                 let round = match prepare(proc, owners, owner, &left, wanted, rules) {
                     Err(refusal) => Round::all(&left, &refusal),
                     Ok(prepared) => {
-                        let choosy = stop <= CHOOSY_STOPS;
+                        let choosy = stop <= CHOOSY_STOPS && !prepared.transfers;
                         visit_once(&prepared, wanted, rules, proc, interrupted, choosy)
                     }
                 };
@@ -178,7 +238,7 @@ pub fn reclaim(
                     true => thread::sleep(BETWEEN_STOPS),
                     false => left
                         .iter()
-                        .for_each(|&at| fates[at] = Fate::Failed(Reason::Signals)),
+                        .for_each(|&at| fates[at] = Fate::Failed(Reason::Unsteady)),
                 }
             }
         }
@@ -247,12 +307,39 @@ struct Prepared<'p> {
     inside: Inside<'p>,
     /// The processes that there were.
     processes: HashSet<i32>,
+    /// And the threads of the owner.
+    threads: HashSet<i32>,
     numbers: HashSet<i32>,
     specials: Vec<Special>,
+    /// Each stop would end a transfer of it short.
+    transfers: bool,
     /// What may be taken as far as can be seen without stopping it.
     candidates: Vec<usize>,
     /// What may not.
     doubts: Vec<(usize, Reason)>,
+}
+
+/// Looks into an owner. What another thread's exec takes away for a moment (the table and the memory of the first
+/// thread) is looked for again.
+fn steadily<T>(
+    proc: &Proc,
+    process: &Process,
+    look: impl Fn() -> Result<T, Refusal>,
+) -> Result<T, Refusal> {
+    let is_there = || facts::is_there(proc, process.pid, process.start_time);
+    for _ in 1..LOOKS {
+        match look() {
+            Err(Refusal::Gone) if !is_there() => return Err(Refusal::Gone),
+            Err(Refusal::Gone | Refusal::Because(Reason::LeaderEnded | Reason::Executing(_))) => {
+                thread::sleep(BETWEEN_STOPS);
+            }
+            other => return other,
+        }
+    }
+    match look() {
+        Err(Refusal::Gone) if is_there() => Err(Refusal::Because(Reason::Unsteady)),
+        other => other,
+    }
 }
 
 fn prepare<'p>(
@@ -264,33 +351,54 @@ fn prepare<'p>(
     rules: &Rules,
 ) -> Result<Prepared<'p>, Refusal> {
     let process = &owners[owner];
+    steadily(proc, process, || {
+        prepare_once(proc, process, members, wanted, rules)
+    })
+}
+
+fn prepare_once<'p>(
+    proc: &'p Proc,
+    process: &Process,
+    members: &[usize],
+    wanted: &[Wanted],
+    rules: &Rules,
+) -> Result<Prepared<'p>, Refusal> {
+    if u32::try_from(process.pid) == Ok(std::process::id()) {
+        return Err(Refusal::Because(Reason::Ourselves));
+    }
     let inside = Inside::open(proc, process)?;
     if inside.leader_has_ended()? {
         return Err(Refusal::Because(Reason::LeaderEnded));
+    }
+    if inside.is_narrow()? {
+        return Err(Refusal::Because(Reason::Foreign));
     }
     if let Some(tracer) = inside.tracer() {
         let comm = facts::comm(proc, tracer);
         return Err(Refusal::Because(Reason::Traced(tracer, comm)));
     }
     let processes = facts::pids(proc)?;
-    not_shared(&inside, &processes)?;
+    not_shared(&inside, &processes, &|| false, rules)?;
     let numbers = inside.numbers()?;
     let specials = inside.specials(&numbers)?;
+    let threads = inside.threads()?;
     let mut facts = Facts::default();
     if !rules.force {
-        let memory = |address, len| remote::read_memory(process.pid, address, len);
         let calls = inside.calls()?;
-        facts.uses = calls
-            .iter()
-            .map(|(tid, call)| uses(*tid, call, &memory))
-            .collect();
+        if let Some(tid) = executing(&calls) {
+            return Err(Refusal::Because(Reason::Executing(tid)));
+        }
+        facts.uses = uses_of(&inside, &calls);
+        facts.transfer = inside.transfer(&calls);
         (facts.epolls, facts.rings) = inside.tables(&specials)?;
         facts.ring_worker = inside.ring_worker();
         facts.finalizer = inside.finalizer();
+    } else if let Ok(calls) = inside.calls() {
+        facts.transfer = inside.transfer(&calls);
     }
     let (mut candidates, mut doubts) = (Vec::new(), Vec::new());
     for &at in members {
-        match why_not(&facts, &wanted[at], rules) {
+        match why_not(&facts, &wanted[at], wanted[at].unread, rules) {
             Some(doubt) => doubts.push((at, Reason::Doubt(doubt))),
             None => candidates.push(at),
         }
@@ -298,20 +406,46 @@ fn prepare<'p>(
     Ok(Prepared {
         inside,
         processes,
+        threads,
         numbers: numbers.into_iter().collect(),
         specials,
+        transfers: facts.transfer.is_some(),
         candidates,
         doubts,
     })
 }
 
+/// What the `calls` are on in which the owner's threads wait, as far as that is seen without stopping it.
+fn uses_of(inside: &Inside<'_>, calls: &[(i32, Call)]) -> Vec<Uses> {
+    let memory = |address, len| remote::read_memory(inside.pid, address, len);
+    let room = inside.room();
+    let uses = calls
+        .iter()
+        .map(|(tid, call)| uses(*tid, call, &memory, room));
+    uses.collect()
+}
+
+/// A thread that sleeps while it executes a program. It may have the lock that PTRACE_SEIZE waits for, which Ctrl-C does not end
+/// (kernel/ptrace.c, ptrace_attach: cred_guard_mutex).
+fn executing(calls: &[(i32, Call)]) -> Option<i32> {
+    let executes = |call: &Call| matches!(call.number, libc::SYS_execve | libc::SYS_execveat);
+    let found = calls.iter().find(|(_, call)| executes(call));
+    found.map(|(tid, _)| *tid)
+}
+
 /// Refuses if one of `processes` has the owner's table of descriptors without being the same process (clone
-/// with CLONE_FILES and without CLONE_THREAD), or may have: it would not be stopped.
+/// with CLONE_FILES and without CLONE_THREAD), or may have: it would not be stopped. `over` says whether there is no more time: an
+/// answer can wait for an exec of the other (kernel/kcmp.c, exec_update_lock).
 fn not_shared<'a>(
     inside: &Inside<'_>,
     processes: impl IntoIterator<Item = &'a i32>,
+    over: &dyn Fn() -> bool,
+    rules: &Rules,
 ) -> Result<(), Refusal> {
     for &other in processes.into_iter().filter(|pid| **pid != inside.pid) {
+        if over() {
+            return Err(Refusal::Because(Reason::TimeOver(rules.stop_limit)));
+        }
         let reason = match sys::share_descriptors(inside.pid, other) {
             Ok(false) => continue,
             Ok(true) => Reason::SharedTable(other),
@@ -319,7 +453,11 @@ fn not_shared<'a>(
                 // That one is gone, or the owner, which will be seen.
                 Some(libc::ESRCH) => continue,
                 Some(libc::EPERM) if !inside.could_share(other) => continue,
-                _ => Reason::SharedUnknown(other, error),
+                _ => {
+                    let right = Capability::CAP_SYS_PTRACE;
+                    let may = caps::has_cap(None, CapSet::Effective, right).unwrap_or(false);
+                    Reason::not_compared(other, error, may)
+                }
             },
         };
         return Err(Refusal::Because(reason));
@@ -327,305 +465,11 @@ fn not_shared<'a>(
     Ok(())
 }
 
-fn why_not(facts: &Facts, wanted: &Wanted, rules: &Rules) -> Option<Doubt> {
+/// What speaks against taking a descriptor with so many `unread` bytes.
+fn why_not(facts: &Facts, wanted: &Wanted, unread: u32, rules: &Rules) -> Option<Doubt> {
     match rules.force {
         true => None,
+        false if unread > wanted.agreed => Some(Doubt::Unread(unread)),
         false => doubt(facts, wanted.fd.0, wanted.inode, wanted.age, rules.age),
     }
-}
-
-/// Stops the owner once, on a thread of its own: with it ends whatever it traces.
-fn visit_once(
-    prepared: &Prepared<'_>,
-    wanted: &[Wanted],
-    rules: &Rules,
-    proc: &Proc,
-    interrupted: &(dyn Fn() -> bool + Sync),
-    choosy: bool,
-) -> Round {
-    let mut round = Round::default();
-    if !prepared.candidates.is_empty() {
-        let seized = Seized::default();
-        round = thread::scope(|scope| {
-            let (ended, end) = mpsc::channel::<()>();
-            let seized = &seized;
-            let act = move || {
-                // Dropped at the end, also if that is a panic.
-                let _ended = ended;
-                act(prepared, wanted, rules, proc, interrupted, choosy, seized)
-            };
-            match thread::Builder::new().spawn_scoped(scope, act) {
-                Ok(act) => {
-                    while end.recv_timeout(TAKE_ENDS) == Err(mpsc::RecvTimeoutError::Timeout) {
-                        seized.take_ended();
-                    }
-                    act.join().unwrap_or_else(|_| {
-                        Round::all(&prepared.candidates, &Refusal::Because(Reason::Bug))
-                    })
-                }
-                // At a limit of tasks, for one.
-                Err(error) => {
-                    let reason = Reason::Os("starting a thread", error);
-                    Round::all(&prepared.candidates, &Refusal::Because(reason))
-                }
-            }
-        });
-    }
-    let doubts = prepared.doubts.iter();
-    round
-        .fates
-        .extend(doubts.map(|(at, reason)| (*at, Fate::Skipped(reason.same()))));
-    round
-}
-
-/// Stops the owner, asks for the evidence again, closes, lets it go.
-fn act(
-    prepared: &Prepared<'_>,
-    wanted: &[Wanted],
-    rules: &Rules,
-    proc: &Proc,
-    interrupted: &(dyn Fn() -> bool + Sync),
-    choosy: bool,
-    seized: &Seized,
-) -> Round {
-    let candidates = &prepared.candidates;
-    // A sleep of microseconds is to be one.
-    let _ = nix::sys::prctl::set_timerslack(1);
-    let began = std::time::Instant::now();
-    let refused = |refusal: &Refusal| Round {
-        stopped: began.elapsed(),
-        ..Round::all(candidates, refusal)
-    };
-    let because = |error: StopError| stop_refusal(error, rules.stop_limit);
-    let stopped = match Stopped::stop(proc, prepared.inside.pid, rules.stop_limit, seized) {
-        Ok(stopped) => stopped,
-        // Nobody was stopped.
-        Err(error @ (StopError::Gone | StopError::Denied(_))) => {
-            return Round::all(candidates, &because(error));
-        }
-        Err(error) => return refused(&because(error)),
-    };
-    let mut worker = match Worker::borrow(stopped, &prepared.inside, choosy) {
-        Ok(worker) => worker,
-        Err(NoWorker::NoneServesWell) => {
-            return Round {
-                left: candidates.clone(),
-                stopped: began.elapsed(),
-                ..Round::default()
-            };
-        }
-        Err(NoWorker::Stop(error)) => return refused(&because(error)),
-        Err(why) => {
-            return refused(&Refusal::Because(match why {
-                NoWorker::Foreign => Reason::Foreign,
-                NoWorker::Forbidden => Reason::FilterForbids,
-                NoWorker::FilterUnread(error) => Reason::FilterUnread(error),
-                NoWorker::OtherTable => Reason::OtherTable,
-                NoWorker::TableUnread(error) => Reason::TableUnread(error),
-                NoWorker::NoCall | NoWorker::NoneServesWell | NoWorker::Stop(_) => Reason::NoCall,
-            }));
-        }
-    };
-    let mut round = Round::default();
-    match still_allowed(prepared, &worker, wanted, rules) {
-        Err(refusal) => round = Round::all(candidates, &refusal),
-        Ok((allowed, fates)) => {
-            round.fates = fates;
-            if !allowed.is_empty() {
-                close_all(
-                    prepared,
-                    &mut worker,
-                    wanted,
-                    &allowed,
-                    &mut round,
-                    interrupted,
-                    rules,
-                );
-            }
-        }
-    }
-    let since = worker.stopped().since();
-    drop(worker);
-    round.stopped = since.elapsed();
-    round
-}
-
-fn stop_refusal(error: StopError, limit: Duration) -> Refusal {
-    match error {
-        StopError::Gone => Refusal::Gone,
-        StopError::Denied(error) => Refusal::Because(Reason::Denied(error)),
-        StopError::Limit(tid) => Refusal::Because(Reason::Limit(tid, limit)),
-        StopError::Os(step, error) => Refusal::Because(Reason::Os(step, error)),
-    }
-}
-
-/// The evidence once more, now that nothing moves: what may be closed, and what became of the rest.
-#[expect(
-    clippy::type_complexity,
-    reason = "two lists, named by their one caller"
-)]
-fn still_allowed(
-    prepared: &Prepared<'_>,
-    worker: &Worker,
-    wanted: &[Wanted],
-    rules: &Rules,
-) -> Result<(Vec<usize>, Vec<(usize, Fate)>), Refusal> {
-    let Prepared { inside, .. } = prepared;
-    // Only its own threads could make another process with its table, and they are stopped now.
-    let processes = facts::pids(inside.proc())?;
-    not_shared(inside, processes.difference(&prepared.processes))?;
-    // Whether it has finalizers does not change.
-    let mut facts = Facts::default();
-    if !rules.force {
-        // Of a big table only what is new is looked at, and what was an epoll set or an io_uring before.
-        let mut new = inside.numbers()?;
-        new.retain(|number| !prepared.numbers.contains(number));
-        let mut specials = inside.specials(&new)?;
-        specials.extend(&prepared.specials);
-        (facts.epolls, facts.rings) = inside.tables(&specials)?;
-        facts.uses = uses_of(worker.stopped());
-    }
-    let (mut allowed, mut fates) = (Vec::new(), Vec::new());
-    for &at in &prepared.candidates {
-        if worker.stopped().elapsed() >= rules.stop_limit {
-            fates.push((at, Fate::Failed(Reason::TimeOver(rules.stop_limit))));
-            continue;
-        }
-        let wanted = &wanted[at];
-        let fate = match inside.identity(wanted.fd, wanted.inode, wanted.cookie) {
-            Identity::Other => Fate::Gone,
-            Identity::Unknown(errno) => Fate::Failed(Reason::Denied(errno.into())),
-            Identity::Same => match why_not(&facts, wanted, rules) {
-                Some(doubt) => Fate::Skipped(Reason::Doubt(doubt)),
-                None => {
-                    allowed.push(at);
-                    continue;
-                }
-            },
-        };
-        fates.push((at, fate));
-    }
-    Ok((allowed, fates))
-}
-
-/// What the calls of stopped threads are on, by their registers.
-fn uses_of(stopped: &Stopped) -> Vec<Uses> {
-    let uses = |(at, thread): (usize, &stop::Thread)| {
-        let registers = stopped.registers(at)?;
-        let is_instruction = |address| remote::is_instruction(thread.tid, address);
-        let call = registers.call(&is_instruction)?;
-        let memory = |address, len| remote::read_memory(thread.tid, address, len);
-        Some(uses(thread.tid, &call, &memory))
-    };
-    stopped
-        .threads()
-        .iter()
-        .enumerate()
-        .filter_map(uses)
-        .collect()
-}
-
-/// Closes what is allowed, numbers that follow each other with one call.
-fn close_all(
-    prepared: &Prepared<'_>,
-    worker: &mut Worker,
-    wanted: &[Wanted],
-    allowed: &[usize],
-    round: &mut Round,
-    interrupted: &(dyn Fn() -> bool + Sync),
-    rules: &Rules,
-) {
-    let mut ranges = true;
-    let mut left: std::collections::VecDeque<Vec<usize>> = runs(wanted, allowed).into();
-    while let Some(mut run) = left.pop_front() {
-        let rest = |run: Vec<usize>, left: std::collections::VecDeque<Vec<usize>>| -> Vec<usize> {
-            run.into_iter().chain(left.into_iter().flatten()).collect()
-        };
-        if interrupted() {
-            let rest = rest(run, left);
-            round.fates.extend(
-                rest.iter()
-                    .map(|at| (*at, Fate::Skipped(Reason::Interrupted))),
-            );
-            return;
-        }
-        if worker.stopped().elapsed() >= rules.stop_limit {
-            let refusal = Refusal::Because(Reason::TimeOver(rules.stop_limit));
-            round
-                .fates
-                .extend(Round::all(&rest(run, left), &refusal).fates);
-            return;
-        }
-        let number = |at: usize| u64::try_from(wanted[at].fd.0).unwrap_or(u64::MAX);
-        let (first, last) = (number(run[0]), number(run[run.len() - 1]));
-        let range = [first, last, 0];
-        if run.len() > 1 && !(ranges && worker.may_call(libc::SYS_close_range, &range)) {
-            left.push_front(run.split_off(1));
-        }
-        let (call, arguments) = match run.len() {
-            1 => (libc::SYS_close, &range[..1]),
-            _ => (libc::SYS_close_range, &range[..]),
-        };
-        if !worker.may_call(call, arguments) {
-            let refusal = Refusal::Because(Reason::FilterForbids);
-            round
-                .fates
-                .extend(Round::all(&rest(run, left), &refusal).fates);
-            return;
-        }
-        let done = || run.iter().all(|&at| prepared.inside.is_free(wanted[at].fd));
-        match worker.call(call, arguments, &done) {
-            // Older than 5.9, or a filter that answers instead of the kernel.
-            Ok(result) if result < 0 && run.len() > 1 => {
-                ranges = false;
-                left.push_front(run);
-            }
-            Ok(result) => {
-                let fate = |at: usize| match i32::try_from(-result) {
-                    // Somebody shares the table after all.
-                    Ok(libc::EBADF) => Fate::Gone,
-                    _ if prepared.inside.is_free(wanted[at].fd) => Fate::Freed,
-                    Ok(errno) if errno > 0 => {
-                        Fate::Failed(Reason::Os("close", io::Error::from_raw_os_error(errno)))
-                    }
-                    _ => Fate::Failed(Reason::StillTaken),
-                };
-                round.fates.extend(run.into_iter().map(|at| (at, fate(at))));
-            }
-            Err(CallError::Signal) => {
-                round.left = rest(run, left);
-                return;
-            }
-            Err(error) => {
-                let time_over = || Refusal::Because(Reason::TimeOver(rules.stop_limit));
-                let given = matches!(error, CallError::Hangs);
-                let (tried, others) = match error {
-                    CallError::Gone => (Refusal::Gone, Refusal::Gone),
-                    CallError::Stop(StopError::Gone) => (Refusal::Gone, Refusal::Gone),
-                    CallError::Stop(error) => (stop_refusal(error, rules.stop_limit), time_over()),
-                    CallError::Signal | CallError::Hangs => {
-                        (Refusal::Because(Reason::Hangs), time_over())
-                    }
-                };
-                // Of what was tried the kernel may have closed some, or all.
-                for (at, fate) in Round::all(&run, &tried).fates {
-                    let freed = given && prepared.inside.is_free(wanted[at].fd);
-                    round
-                        .fates
-                        .push((at, if freed { Fate::Freed } else { fate }));
-                }
-                let left: Vec<usize> = left.into_iter().flatten().collect();
-                round.fates.extend(Round::all(&left, &others).fates);
-                return;
-            }
-        }
-    }
-}
-
-/// Descriptors whose numbers follow each other.
-fn runs(wanted: &[Wanted], allowed: &[usize]) -> Vec<Vec<usize>> {
-    let mut sorted = allowed.to_vec();
-    sorted.sort_by_key(|&at| wanted[at].fd);
-    let follow = |a: &usize, b: &usize| wanted[*a].fd.0 + 1 == wanted[*b].fd.0;
-    sorted.chunk_by(follow).map(<[usize]>::to_vec).collect()
 }

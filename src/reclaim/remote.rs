@@ -59,6 +59,8 @@ pub enum NoWorker {
     NoneServesWell,
     /// The program is of another width than we.
     Foreign,
+    /// This thread makes system calls of another width, whose numbers mean something else.
+    ForeignCall(i32),
     /// Seccomp lets no thread close anything.
     Forbidden,
     /// Nor may its filter be read.
@@ -121,6 +123,9 @@ impl Worker {
                     Ok(_) => return Err(NoWorker::Foreign),
                 }
             };
+            if entry(thread.tid).is_some_and(|entry| entry.arch != Registers::AUDIT_ARCH) {
+                return Err(NoWorker::ForeignCall(thread.tid));
+            }
             if thread.place == Place::Stopped {
                 // The descriptors were looked at in the table of the first thread; any thread can have got
                 // one of its own, where the same number is another file.
@@ -167,6 +172,14 @@ impl Worker {
             let tid = stopped.threads()[at].tid;
             // Before the thread is moved, since it is set back by a call as well.
             let filters = match filters(inside, tid) {
+                // Where its next call will be is not known.
+                Ok(filters)
+                    if !registers.restarts(&|address| is_instruction(tid, address))
+                        && seccomp::any_asks_for_the_place(&filters) =>
+                {
+                    why = NoWorker::Forbidden;
+                    continue;
+                }
                 Ok(filters) if may_call(&filters, &registers, NO_CALL.0, NO_CALL.1) => filters,
                 Ok(_) => {
                     why = NoWorker::Forbidden;
@@ -214,10 +227,11 @@ impl Worker {
                 Ok(Place::Stopped) => {}
                 Ok(_) => return Ok(None),
                 Err(StopError::Limit(_)) => {
-                    // It computes. Stopped again, it may be let go like any other.
+                    // It computes. Stopped again, it may be let go like any other; unless it has come to a call at last, at the
+                    // beginning of which it must not be (docs/decisions/reclaim.md).
                     sys::ptrace_interrupt(tid).map_err(|e| StopError::Os("PTRACE_INTERRUPT", e))?;
-                    stopped.wait(at, stopped.deadline())?;
-                    return Ok(None);
+                    let place = stopped.wait(at, stopped.deadline())?;
+                    return Ok(beginning(tid).filter(|_| place == Place::AtCall));
                 }
                 Err(error) => return Err(error),
             }
@@ -413,19 +427,35 @@ fn rank(tid: i32, registers: &Registers) -> u8 {
     }
 }
 
-/// The registers and the number of the call at whose beginning a thread has stopped, if it got there by
-/// the instruction we know.
-fn beginning(tid: i32) -> Option<(Registers, i64)> {
+/// Where a stopped thread stands towards the kernel.
+struct Entry {
+    /// At the beginning of a call.
+    begins: bool,
+    /// The kind of its call (include/uapi/linux/audit.h): a 64-bit program can make those of a 32-bit one.
+    arch: u32,
+    /// The number of the call it begins.
+    number: i64,
+}
+
+fn entry(tid: i32) -> Option<Entry> {
     // struct ptrace_syscall_info: the kind of the stop, 3 bytes of padding, the architecture, the
-    // instruction pointer and the stack pointer, then the number.
+    // instruction pointer and the stack pointer, then the number, if it is at the beginning or the end of a call.
     const ENTRY: u8 = 1;
     let mut info = [0; 88];
     let read = sys::ptrace_syscall_info(tid, &mut info).ok()?;
-    let arch = u32::from_ne_bytes(info[4..8].try_into().expect("4 bytes"));
-    let number = i64::from_ne_bytes(info[24..32].try_into().expect("8 bytes"));
-    if read < 32 || info[0] != ENTRY || arch != Registers::AUDIT_ARCH {
-        return None;
-    }
+    let begins = info[0] == ENTRY && read >= 32;
+    Some(Entry {
+        begins,
+        arch: u32::from_ne_bytes(info[4..8].try_into().expect("4 bytes")),
+        number: i64::from_ne_bytes(info[24..32].try_into().expect("8 bytes")),
+    })
+}
+
+/// The registers and the number of the call at whose beginning a thread has stopped, if it got there by
+/// the instruction we know.
+fn beginning(tid: i32) -> Option<(Registers, i64)> {
+    let Entry { number, .. } =
+        entry(tid).filter(|entry| entry.begins && entry.arch == Registers::AUDIT_ARCH)?;
     let registers = read_registers(tid)?;
     let length = u64::try_from(Registers::INSTRUCTION.len()).expect("it is short");
     let at = registers.pc().wrapping_sub(length);

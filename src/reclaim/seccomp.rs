@@ -34,6 +34,17 @@ impl Data {
     }
 }
 
+/// Whether the verdict of one of `programs` may depend on where in its code the thread makes the call.
+pub fn any_asks_for_the_place(programs: &[Vec<u64>]) -> bool {
+    /// BPF_LD | BPF_W | BPF_ABS
+    const LOAD: u16 = 0x20;
+    let asks = |word: &u64| {
+        let Instruction { code, k, .. } = Instruction::from(*word);
+        code == LOAD && matches!(k, 8 | 12)
+    };
+    programs.iter().flatten().any(asks)
+}
+
 /// Whether every one of `programs` lets the call through as if it were not there: SECCOMP_RET_ALLOW or
 /// SECCOMP_RET_LOG. One that cannot be followed does not.
 pub fn all_allow(programs: &[Vec<u64>], data: &Data) -> bool {
@@ -253,6 +264,17 @@ mod tests {
             vec![op(0x05, 0, 0, 9), op(0x06, 0, 0, ALLOW)],
         ] {
             assert_eq!(verdict(&bad), None);
+        }
+    }
+
+    #[test]
+    fn filters_of_places_are_known() {
+        let number = vec![op(0x20, 0, 0, 0), op(0x06, 0, 0, ALLOW)];
+        let arguments = vec![op(0x20, 0, 0, 16), op(0x00, 0, 0, 8), op(0x06, 0, 0, ALLOW)];
+        assert!(!any_asks_for_the_place(&[number.clone(), arguments]));
+        for half in [8, 12] {
+            let place = vec![op(0x20, 0, 0, half), op(0x06, 0, 0, ALLOW)];
+            assert!(any_asks_for_the_place(&[number.clone(), place]));
         }
     }
 }

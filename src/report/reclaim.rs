@@ -75,7 +75,7 @@ impl Tally {
 
 /// The status to exit with.
 pub fn exit_status(run: &Run) -> ExitStatus {
-    let unseen = run.unknown + run.unreadable > 0;
+    let unseen = run.has_blind_spots();
     match &run.fates {
         _ if run.descriptors.is_empty() && unseen => ExitStatus::NotAllClosed,
         _ if run.descriptors.is_empty() => ExitStatus::NothingMatched,
@@ -266,6 +266,25 @@ pub fn notes(run: &Run) -> Vec<String> {
             counted(run.unreadable, "process")
         ));
     }
+    for process in &run.headless {
+        notes.push(format!(
+            "{}/{} could not be looked into: its first thread has ended, so its descriptors cannot be seen",
+            escape(&process.comm),
+            process.pid
+        ));
+    }
+    if let Some((pid, error)) = run.failed.first() {
+        notes.push(format!(
+            "{} could not be looked into (the first is {pid}: {error})",
+            counted(run.failed.len(), "more process")
+        ));
+    }
+    if run.hidden {
+        notes.push(
+            "processes of other users are not shown here (/proc is mounted with hidepid)"
+                .to_owned(),
+        );
+    }
     notes
 }
 
@@ -276,6 +295,7 @@ pub fn lacks_rights(run: &Run) -> bool {
         Fate::Freed | Fate::Gone => false,
     };
     run.unknown + run.unreadable > 0
+        || run.hidden
         || run
             .doubts
             .iter()
@@ -293,6 +313,7 @@ struct Document<'a> {
     owners: Vec<Owner<'a>>,
     unknown: usize,
     unreadable_processes: usize,
+    hidden_processes: bool,
     summary: Tally,
 }
 
@@ -315,6 +336,7 @@ pub struct Descriptor<'a> {
     pub(crate) cookie: String,
     local: Option<Endpoint>,
     quiet_ms: u64,
+    unread: u32,
     dead_by: &'static str,
     /// `None`: it is acted upon, and `outcome` says how that ends.
     safe: Option<bool>,
@@ -393,6 +415,7 @@ pub(crate) fn descriptors(run: &Run) -> impl Iterator<Item = Descriptor<'_>> {
             cookie: dead.wanted.cookie.to_string(),
             local: dead.socket.local.map(endpoint),
             quiet_ms: u64::try_from(dead.socket.quiet.as_millis()).unwrap_or(u64::MAX),
+            unread: dead.socket.unread,
             dead_by: "state-close",
             safe,
             outcome,
@@ -413,7 +436,8 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
         descriptors: descriptors(run).collect(),
         owners: json_owners(&run.owners, &run.visits),
         unknown: run.unknown,
-        unreadable_processes: run.unreadable,
+        unreadable_processes: run.unreadable + run.headless.len() + run.failed.len(),
+        hidden_processes: run.hidden,
         summary: Tally::of(run.descriptors.len(), run.fates.iter().flatten()),
     };
     document.serialize(&mut serializer(out))?;

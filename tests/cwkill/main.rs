@@ -62,7 +62,6 @@ fn main() -> std::process::ExitCode {
         ("resetting", resetting::CASES),
         ("probing", probing::CASES),
         ("races", races::CASES),
-        ("reclaim", reclaim::CASES),
         ("states", states::CASES),
         ("namespaces", namespaces::CASES),
         ("facts", facts::CASES),
@@ -76,10 +75,12 @@ fn main() -> std::process::ExitCode {
         ("doctor", doctor::CASES),
     ];
     let mut groups = groups.to_vec();
+    groups.extend(reclaim::CASES.iter().map(|cases| ("reclaim", *cases)));
     if whose::possible() {
         groups.push(("whose", whose::CASES));
         groups.push(("users", least_privilege::USERS_CASES));
         groups.push(("users", doctor::USERS_CASES));
+        groups.push(("users", reclaim::USERS_CASES));
     } else {
         // The gate runs as root and fails if it sees this in its first run.
         eprintln!(
@@ -92,6 +93,14 @@ fn main() -> std::process::ExitCode {
             None => groups.push(("reclaim", std::slice::from_ref(case))),
             // The gate installs them, and fails if it sees this.
             Some(tool) => eprintln!("LEFT OUT: reclaim, {runtime}: {tool} is not installed"),
+        }
+    }
+    for (thing, case) in reclaim::SOMEWHERE {
+        match thing.is_there() {
+            true => groups.push(("reclaim", std::slice::from_ref(case))),
+            false => eprintln!(
+                "LEFT OUT: reclaim, {thing:?}: this kernel does not have it, or not for us"
+            ),
         }
     }
     for (group, cases) in groups {

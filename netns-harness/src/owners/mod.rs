@@ -47,10 +47,34 @@ impl Workshop {
 
     /// Compiles the program of [`Owner`].
     pub(crate) fn owner(&self, flags: &[&str]) -> Result<PathBuf> {
-        let compiler = ["cc", "-O2", "-pthread", "-o", "owner", "owner.c"];
+        let parts = [
+            ("owner.h", include_str!("../../owners/owner.h")),
+            ("hangs.c", include_str!("../../owners/hangs.c")),
+            ("reacts.c", include_str!("../../owners/reacts.c")),
+            ("ring.c", include_str!("../../owners/ring.c")),
+            ("transfers.c", include_str!("../../owners/transfers.c")),
+            ("waits.c", include_str!("../../owners/waits.c")),
+            ("works.c", include_str!("../../owners/works.c")),
+        ];
+        for (name, text) in parts {
+            fs::write(self.path(name), text)?;
+        }
+        let compiler =
+            "cc -O2 -pthread -o owner owner.c hangs.c reacts.c ring.c transfers.c waits.c works.c";
+        let compiler: Vec<&str> = compiler.split(' ').collect();
         let text = include_str!("../../owners/owner.c");
         self.build("owner.c", text, &[&compiler, flags].concat())?;
         Ok(self.path("owner"))
+    }
+
+    /// Compiles a 32-bit program that knows some of its orders.
+    fn narrow(&self) -> Result<PathBuf> {
+        let compiler = "cc -m32 -O2 -ffreestanding -fno-pic -fno-pie -fno-stack-protector -mno-sse -nostdlib \
+                        -static -no-pie -o narrow narrow.c";
+        let compiler: Vec<&str> = compiler.split_whitespace().collect();
+        let text = include_str!("../../owners/narrow.c");
+        self.build("narrow.c", text, &compiler)?;
+        Ok(self.path("narrow"))
     }
 
     /// Writes a source file and compiles it.
@@ -85,6 +109,8 @@ pub enum Build {
     Plain,
     /// Without a dynamic linker, without symbols, at a fixed address.
     StaticStripped,
+    /// For the 32-bit predecessor of the processor (`owners/narrow.c`), which x86-64 has.
+    Narrow,
 }
 
 /// A program that leaks dead sockets on order. Killed when dropped.
@@ -96,7 +122,7 @@ pub struct Owner {
 }
 
 impl Owner {
-    /// Starts one in a mode of `owners/owner.c`, with so many threads.
+    /// Starts one in a mode of `owners/*.c`, with so many threads.
     ///
     /// # Errors
     /// There is no C compiler, or it does not start.
@@ -156,13 +182,19 @@ impl Owner {
     pub fn program(build: Build) -> Result<PathBuf> {
         static PLAIN: OnceLock<Result<File, String>> = OnceLock::new();
         static STATIC: OnceLock<Result<File, String>> = OnceLock::new();
-        let (kept, flags): (_, &[&str]) = match build {
-            Build::Plain => (&PLAIN, &[]),
-            Build::StaticStripped => (&STATIC, &["-static", "-s", "-no-pie"]),
+        static NARROW: OnceLock<Result<File, String>> = OnceLock::new();
+        let kept = match build {
+            Build::Plain => &PLAIN,
+            Build::StaticStripped => &STATIC,
+            Build::Narrow => &NARROW,
         };
         let compile = || -> Result<File> {
             let workshop = Workshop::new()?;
-            Ok(File::open(workshop.owner(flags)?)?)
+            Ok(File::open(match build {
+                Build::Plain => workshop.owner(&[])?,
+                Build::StaticStripped => workshop.owner(&["-static", "-s", "-no-pie"])?,
+                Build::Narrow => workshop.narrow()?,
+            })?)
         };
         match kept.get_or_init(|| compile().map_err(|error| format!("{error:#}"))) {
             Ok(file) => Ok(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into()),
@@ -181,7 +213,10 @@ impl Owner {
     /// # Errors
     /// It does not answer.
     pub fn order(&mut self, order: &str) -> Result<String> {
-        writeln!(self.stdin, "{order}").with_context(|| format!("order `{order}`"))?;
+        // With one write(2): not every owner waits for the end of the line.
+        let line = format!("{order}\n");
+        let written = self.stdin.write_all(line.as_bytes());
+        written.with_context(|| format!("order `{order}`"))?;
         self.answer().with_context(|| format!("order `{order}`"))
     }
 
@@ -191,20 +226,44 @@ impl Owner {
             .context("it does not answer")
     }
 
+    /// Gives an order that is answered by descriptors; those.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn numbers(&mut self, order: &str) -> Result<Vec<i32>> {
+        numbers(&self.order(order)?)
+    }
+
     /// Makes it leak dead sockets; their descriptors.
     ///
     /// # Errors
     /// It does not answer.
     pub fn leak(&mut self, count: usize) -> Result<Vec<i32>> {
-        numbers(&self.order(&format!("leak {count}"))?)
+        self.numbers(&format!("leak {count}"))
     }
 
-    /// The same with a living descriptor after each.
+    /// Makes it leak dead sockets with 30000 bytes that it has not read; their descriptors.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn answered(&mut self, count: usize) -> Result<Vec<i32>> {
+        numbers(&self.order(&format!("answered {count}"))?)
+    }
+
+    /// Makes it leak sockets in CLOSE-WAIT; their descriptors.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn stuck(&mut self, count: usize) -> Result<Vec<i32>> {
+        numbers(&self.order(&format!("stuck {count}"))?)
+    }
+
+    /// The dead ones with a living descriptor after each.
     ///
     /// # Errors
     /// It does not answer.
     pub fn scatter(&mut self, count: usize) -> Result<Vec<i32>> {
-        numbers(&self.order(&format!("scatter {count}"))?)
+        self.numbers(&format!("scatter {count}"))
     }
 
     /// The longest time between two beats of its heart since the last call.

@@ -380,9 +380,21 @@ fn has_no_descriptors(stat: &procfs::ProcResult<Stat>) -> bool {
     // include/linux/sched.h, PF_KTHREAD.
     const KERNEL_THREAD: u32 = 0x0020_0000;
     match stat {
-        Ok(stat) => matches!(stat.state, 'Z' | 'X') || stat.flags & KERNEL_THREAD != 0,
+        Ok(stat) if stat.state == 'Z' => stat.num_threads <= 1,
+        Ok(stat) => stat.state == 'X' || stat.flags & KERNEL_THREAD != 0,
         Err(error) => matches!(error, procfs::ProcError::NotFound(_)),
     }
+}
+
+/// What a process executes, or `None` if its first thread has ended and others have not. Its descriptors are not to be
+/// seen by its number then: the kernel looks at the first thread's table (fs/proc/fd.c), which it has given up.
+///
+/// It is told by the place of its stack, which is another after each exec (kernel.randomize_va_space).
+pub(super) fn image(process: BorrowedFd<'_>) -> io::Result<Option<u64>> {
+    let stat = File::from(open_in(process, c"stat", OFlag::empty())?);
+    let stat = Stat::from_read(stat).map_err(stat_error)?;
+    let lost_its_leader = stat.state == 'Z' && stat.num_threads > 1;
+    Ok((!lost_its_leader).then_some(stat.startstack))
 }
 
 pub(super) fn open_in(dir: BorrowedFd<'_>, name: &CStr, flags: OFlag) -> io::Result<OwnedFd> {

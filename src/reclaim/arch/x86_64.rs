@@ -110,7 +110,7 @@ const IO_PGETEVENTS: i64 = 333;
 /// Calls that end with EINTR when their thread is stopped and goes on, whatever stopped it. They have
 /// done nothing then, and can be made again. Source: signal(7), "Interruption of system calls and
 /// library functions by stop signals"; fs/eventpoll.c, ep_poll; net/core/sock.c, sock_intr_errno.
-const ENDED_BY_A_STOP: [i64; 21] = [
+const ENDED_BY_A_STOP: [i64; 23] = [
     libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_pwait2,
@@ -133,6 +133,8 @@ const ENDED_BY_A_STOP: [i64; 21] = [
     libc::SYS_sendmmsg,
     libc::SYS_write,
     libc::SYS_writev,
+    libc::SYS_sendfile,
+    libc::SYS_splice,
 ];
 
 #[cfg(test)]
@@ -190,9 +192,11 @@ mod tests {
     #[test]
     fn only_what_the_stop_ended_is_repeated() {
         let eintr = -i64::from(libc::EINTR);
-        let repeated = thread(libc::SYS_epoll_wait, eintr).repeated().unwrap();
-        assert!(repeated.restarts(&|_| false));
-        assert_eq!(repeated.result(), RESTART_UNLESS_HANDLED);
+        for call in [libc::SYS_epoll_wait, libc::SYS_sendfile, libc::SYS_splice] {
+            let repeated = thread(call, eintr).repeated().unwrap();
+            assert!(repeated.restarts(&|_| false));
+            assert_eq!(repeated.result(), RESTART_UNLESS_HANDLED);
+        }
         for other in [
             thread(libc::SYS_epoll_wait, 3),
             thread(libc::SYS_epoll_wait, -514),

@@ -1,0 +1,141 @@
+/*
+ * The modes in which threads are never still.
+ *
+ *   works  threads that compute, make system calls and exchange data without a pause, and check every result
+ *   churn  THREADS threads that open, check and close descriptors all the time, some of them dead sockets
+ */
+#include "owner.h"
+#include <semaphore.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+
+static void *computes(void *unused)
+{
+    for (;;) {
+        /* Through integer and floating-point registers, without a system call. */
+        uint64_t a = 1, b = 2, c = 3, d = 4, e = 5, f = 6;
+        double x = 1.5, y = 2.5, z = 0;
+        for (int round = 0; round < 2000000; round++) {
+            a = a * 6364136223846793005u + b;
+            b ^= a >> 7;
+            c += b * 3;
+            d = (d << 5 | d >> 59) ^ c;
+            e -= d;
+            f = f * 31 + e;
+            z += x * y;
+            x = -x;
+            __asm__ volatile("" : "+r"(a), "+r"(b), "+r"(c), "+r"(d), "+r"(e), "+r"(f), "+x"(x), "+x"(y), "+x"(z));
+        }
+        static _Atomic uint64_t first;
+        uint64_t sum = a ^ b ^ c ^ d ^ e ^ f ^ (uint64_t)(z * 1024), none = 0;
+        if (!atomic_compare_exchange_strong(&first, &none, sum) && atomic_load(&first) != sum)
+            fail("a sum came out wrong");
+        atomic_fetch_add(&count, 1);
+    }
+    return unused;
+}
+
+static void *calls(void *unused)
+{
+    pid_t self = getpid();
+    for (;;) {
+        if (syscall(SYS_getpid) != self || syscall(SYS_close, -1) != -1 || errno != EBADF)
+            fail("a system call gave a wrong result");
+        struct timespec now = {0, 1};
+        if (clock_nanosleep(CLOCK_MONOTONIC, 0, &now, NULL))
+            fail("clock_nanosleep failed");
+        atomic_fetch_add(&count, 1);
+    }
+    return unused;
+}
+
+/* As many numbers may be under way. The sender never waits in write(2): of a call that does, a stop can leave a part. */
+static sem_t room;
+
+static void *sends(void *socket)
+{
+    for (uint64_t number = 0;; number++) {
+        while (sem_wait(&room))
+            fail("sem_wait: errno %d", errno);
+        if (write(*(int *)socket, &number, sizeof number) != sizeof number)
+            fail("write: errno %d", errno);
+    }
+    return NULL;
+}
+
+static void *receives(void *socket)
+{
+    uint64_t got;
+    for (uint64_t number = 0;; number++) {
+        if (recv(*(int *)socket, &got, sizeof got, 0) != sizeof got || got != number)
+            fail("received %lu for %lu, errno %d", (unsigned long)got, (unsigned long)number, errno);
+        sem_post(&room);
+        atomic_fetch_add(&count, 1);
+    }
+    return NULL;
+}
+
+void works(void)
+{
+    static int ends[2];
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, ends))
+        die("socketpair");
+    sem_init(&room, 0, 16);
+    start(computes, NULL);
+    start(computes, NULL);
+    start(calls, NULL);
+    start(sends, &ends[0]);
+    start(receives, &ends[1]);
+}
+
+/* churn */
+
+/* Numbers are given out and back under this lock, so that a thread may look at one and close it in one step. */
+static pthread_mutex_t numbers = PTHREAD_MUTEX_INITIALIZER;
+static atomic_long were_taken;
+
+long taken(void)
+{
+    return atomic_load(&were_taken);
+}
+
+static int open_something(unsigned *random, int *dead)
+{
+    *dead = rand_r(random) % 8 == 0;
+    if (*dead)
+        return dead_socket();
+    return rand_r(random) % 2 ? socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)
+                              : memfd_create("churn", MFD_CLOEXEC);
+}
+
+void *churns(void *unused)
+{
+    enum { OPEN = 16 };
+    struct { int fd, dead; ino_t inode; } mine[OPEN];
+    unsigned random = (unsigned)(uintptr_t)&mine ^ (unsigned)now_ns();
+    for (int at = 0; at < OPEN; at++)
+        mine[at].fd = -1;
+    for (;;) {
+        int at = rand_r(&random) % OPEN;
+        struct stat stat;
+        pthread_mutex_lock(&numbers);
+        if (mine[at].fd >= 0) {
+            int same = !fstat(mine[at].fd, &stat) && stat.st_ino == mine[at].inode;
+            int closed = same && !close(mine[at].fd);
+            if (!same && !mine[at].dead)
+                fail("descriptor %d is not what it was", mine[at].fd);
+            else if (!closed && !mine[at].dead)
+                fail("descriptor %d was closed by somebody", mine[at].fd);
+            atomic_fetch_add(closed ? &count : &were_taken, 1);
+        }
+        mine[at].fd = open_something(&random, &mine[at].dead);
+        if (mine[at].fd < 0)
+            fail("open: errno %d", errno);
+        else if (fstat(mine[at].fd, &stat) && !mine[at].dead)
+            fail("a new descriptor is none: errno %d", errno);
+        mine[at].inode = stat.st_ino;
+        pthread_mutex_unlock(&numbers);
+    }
+    return unused;
+}

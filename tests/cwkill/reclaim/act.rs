@@ -1,0 +1,253 @@
+//! The act: what is closed, and that everything else in the owner goes on.
+
+use std::collections::HashSet;
+
+use anyhow::{Context, Result, bail, ensure};
+use netns_harness::owners::{Build, Owner};
+use netns_harness::{Lab, Options, Signal};
+
+use super::{descriptors, fds_of, number, reclaim, states};
+use crate::Case::{self, Once};
+use crate::support::{PATIENCE, at, count, cwkill, same};
+
+pub const CASES: &[Case] = &[
+    Once(
+        "the_descriptors_of_what_was_closed_are_freed",
+        with_the_main_job,
+    ),
+    Once("every_owner_of_a_shared_socket_is_cured", forked),
+    Once("everything_a_thread_waits_in_goes_on", waits),
+    Once("everything_a_thread_does_goes_on", works),
+    Once("static_stripped_programs_too", static_stripped),
+    Once("a_stopped_process_stays_stopped", stopped),
+    Once("listing_and_dry_run_stop_nobody", nothing_changes),
+    Once("a_thread_with_another_table_never_closes", unshared),
+    Once("other_pid_namespaces_too", pid_namespace),
+    Once("no_living_descriptor_of_a_busy_table_is_closed", churn),
+    Once("a_wrong_reclaimer_would_be_found_out", wrong_reclaimer),
+];
+
+fn with_the_main_job() -> Result<()> {
+    let lab = Lab::new()?;
+    let leak = lab.start("drained", netns_harness::Family::V4, count(40))?;
+    let _innocents = lab.start("established", netns_harness::Family::V4, count(5))?;
+    let before = fds_of(leak.app().pid())?;
+    let ran = cwkill(&lab, "--port 8080 --reclaim --reclaim-age 0s --json")?.exits(0)?;
+    let said = ran.json()?;
+    same(&number(&said, "/reclaim/summary/freed")?, &40)?;
+    same(&number(&said, "/reclaim/owners/0/freed")?, &40)?;
+    ensure!(
+        number(&said, "/reclaim/owners/0/stopped_us")? < 100_000,
+        "{said}"
+    );
+    for socket in ran.sockets()? {
+        same(&at(&socket, "/result/descriptor_open"), &"false".to_owned())?;
+        same(
+            &at(&socket, "/result/descriptors/0/outcome"),
+            &"freed".to_owned(),
+        )?;
+        same(
+            &at(&socket, "/result/descriptors/0/pid"),
+            &leak.app().pid().to_string(),
+        )?;
+    }
+    ensure!(!ran.stderr.contains("still has"), "{ran:#?}");
+    let gone: HashSet<i32> = leak.app_fds().iter().map(|fd| fd.0).collect();
+    let mut after = before;
+    after.retain(|fd| !gone.contains(fd));
+    same(&fds_of(leak.app().pid())?, &after)?;
+
+    // As people read it.
+    let more = lab.start(
+        "drained",
+        netns_harness::Family::V4,
+        Options {
+            own: true,
+            port: 9090,
+            ..count(2)
+        },
+    )?;
+    let ran = cwkill(&lab, "--port 9090 --reclaim")?.exits(4)?;
+    for text in [
+        "descriptor kept: quiet for only",
+        "2 descriptors: 0 freed, 2 skipped",
+    ] {
+        ensure!(ran.stdout.contains(text), "{text}: {ran:#?}");
+    }
+    let pid = more.app().pid();
+    let ran = reclaim(&lab, pid, "")?.exits(0)?;
+    for text in ["10.78.", "freed", "was stopped for"] {
+        ensure!(ran.stdout.contains(text), "{text}: {ran:#?}");
+    }
+    reclaim(&lab, pid, "")?.exits(1)?;
+    Ok(())
+}
+
+fn forked() -> Result<()> {
+    let lab = Lab::new()?;
+    let _leak = lab.start("forked", netns_harness::Family::V4, count(2))?;
+    let ran = cwkill(&lab, "--all --reclaim --reclaim-age 0s --json")?.exits(0)?;
+    let said = ran.json()?;
+    same(&number(&said, "/reclaim/summary/freed")?, &6)?;
+    same(
+        &said["reclaim"]["owners"].as_array().map(Vec::len),
+        &Some(3),
+    )
+}
+
+/// An owner in `mode` is reclaimed over and over, and finds nothing wrong with itself.
+fn over_and_over(build: Build, mode: &str, times: usize) -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), build, mode, 4)?;
+    let before = owner.descriptors()?;
+    for run in 0..times {
+        let fds = match run % 2 {
+            0 => owner.leak(5)?,
+            _ => owner.scatter(5)?,
+        };
+        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0)?;
+        same(&number(&ran.json()?, "/summary/freed")?, &5)?;
+        let open = owner.descriptors()?;
+        ensure!(
+            !fds.iter().any(|fd| open.contains(fd)),
+            "{fds:?} of {open:?}"
+        );
+    }
+    let checks = owner.report()?;
+    // And it still moves.
+    lab.wait_for(PATIENCE, || Ok(mode == "idle" || owner.report()? > checks))?;
+    let open = owner.descriptors()?;
+    ensure!(
+        before.iter().all(|fd| open.contains(fd)),
+        "{before:?} of {open:?}"
+    );
+    Ok(())
+}
+
+fn waits() -> Result<()> {
+    over_and_over(Build::Plain, "waits", 25)
+}
+
+fn works() -> Result<()> {
+    over_and_over(Build::Plain, "works", 25)
+}
+
+fn static_stripped() -> Result<()> {
+    over_and_over(Build::StaticStripped, "works", 10)?;
+    over_and_over(Build::StaticStripped, "idle", 10)
+}
+
+fn stopped() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "works", 1)?;
+    owner.leak(3)?;
+    owner.signal(Signal::SIGSTOP)?;
+    let is_stopped = || Ok(states(owner.pid())?.iter().all(|state| *state == 'T'));
+    lab.wait_for(PATIENCE, is_stopped)?;
+    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0)?;
+    same(&number(&ran.json()?, "/summary/freed")?, &3)?;
+    lab.wait_for(PATIENCE, is_stopped)?;
+    owner.signal(Signal::SIGCONT)?;
+    let checks = owner.report()?;
+    lab.wait_for(PATIENCE, || Ok(owner.report()? > checks))
+}
+
+fn nothing_changes() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 2)?;
+    let fds = owner.leak(3)?;
+    let before = owner.descriptors()?;
+    for more in [
+        "-n",
+        "--dry-run --json",
+        "--dryrun --reclaim-force",
+        "-n -v",
+        "-n --jsonl",
+    ] {
+        reclaim(&lab, owner.pid(), more)?.exits(0)?;
+        same(&owner.descriptors()?, &before)?;
+    }
+    cwkill(&lab, "reclaim --help")?.exits(0)?;
+    let ran = reclaim(&lab, owner.pid(), "-n --json")?;
+    let said = descriptors(&ran)?;
+    same(&said.len(), &3)?;
+    for (one, fd) in said.iter().zip(&fds) {
+        same(&at(one, "/fd"), &fd.to_string())?;
+        same(&at(one, "/pid"), &owner.pid().to_string())?;
+        same(&at(one, "/safe"), &"true".to_owned())?;
+        same(&at(one, "/dead_by"), &"state-close".to_owned())?;
+        same(&at(one, "/local/address"), &"127.0.0.1".to_owned())?;
+        ensure!(number(one, "/quiet_ms")? < 60_000, "{one}");
+    }
+    same(&number(&ran.json()?, "/summary/found")?, &3)
+}
+
+/// The threads wait for a lock, so one of them would be the first choice.
+fn unshared() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "unshared", 4)?;
+    let fds = owner.leak(3)?;
+    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0)?;
+    same(&number(&ran.json()?, "/summary/freed")?, &3)?;
+    let open = owner.descriptors()?;
+    ensure!(
+        fds.iter().all(|fd| !open.contains(fd)),
+        "{fds:?} of {open:?}"
+    );
+    owner.report()?;
+    Ok(())
+}
+
+fn pid_namespace() -> Result<()> {
+    let lab = Lab::new()?;
+    // The program is reached by a descriptor: processes of ours are out of reach for root of the new
+    // user namespace.
+    let script = "exec 9<$1; shift; exec unshare --user --map-root-user --pid --fork --mount --kill-child \
+                  /proc/self/fd/9 $@";
+    let by = ["sh", "-c", script, "sh"];
+    let program = Owner::program(Build::Plain)?;
+    let mut owner = Owner::start_by(lab.app_host(), &by, &program, "works", 1)?;
+    owner.leak(3)?;
+    let children = format!("/proc/{0}/task/{0}/children", owner.pid());
+    let inner: u32 = std::fs::read_to_string(children)?.trim().parse()?;
+    let ran = reclaim(&lab, inner, "--json")?.exits(0)?;
+    same(&number(&ran.json()?, "/summary/freed")?, &3)?;
+    owner.report()?;
+    Ok(())
+}
+
+const CHURNING: usize = 4;
+
+fn churn() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "churn", CHURNING)?;
+    let (mut freed, mut gone) = (0, 0);
+    for run in 0..60 {
+        let force = if run % 2 == 0 { "" } else { "--reclaim-force" };
+        let said = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.json()?;
+        freed += number(&said, "/summary/freed")?;
+        gone += number(&said, "/summary/gone")?;
+        owner.report().with_context(|| format!("run {run}"))?;
+    }
+    // There was something to get wrong.
+    ensure!(freed >= 20 && gone >= 20, "{freed} freed, {gone} gone");
+    lab.wait_for(PATIENCE, || {
+        Ok(owner.order("taken")?.parse::<u64>()? >= freed)
+    })
+}
+
+/// The same without the look at what a number is by then.
+fn wrong_reclaimer() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "churn", CHURNING)?;
+    for _ in 0..200 {
+        for one in descriptors(&reclaim(&lab, owner.pid(), "-n --json")?)? {
+            owner.order(&format!("close {}", at(&one, "/fd")))?;
+        }
+        if let Err(error) = owner.report() {
+            ensure!(error.to_string().contains("descriptor"), "{error:#}");
+            return Ok(());
+        }
+    }
+    bail!("the owner lost descriptors and did not notice")
+}

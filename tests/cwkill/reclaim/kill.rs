@@ -1,0 +1,241 @@
+//! The end of cwkill at any point: the owner goes on.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use netns_harness::owners::{Build, Owner};
+use netns_harness::{Lab, Signal};
+
+use cwkill::finder::dead::{self, Verdict};
+use cwkill::finder::owners::{Proc, Process};
+use cwkill::reclaim::{Fate, Rules, Wanted};
+
+use super::{is_traced, reclaim};
+use crate::Case::{self, Once};
+use crate::support::{CWKILL, PATIENCE, same};
+
+pub const CASES: &[Case] = &[
+    Once("a_panic_lets_the_owner_go", panics),
+    Once("an_interruption_lets_the_owner_go", interrupted),
+    Once("sigkill_leaves_the_owner_running", killed),
+    Once("sigkill_ends_no_call_that_it_must_not", killed_waiting),
+];
+
+/// What `cwkill reclaim` would be given of one process.
+fn wanted(owner: &Owner) -> Result<(Vec<Process>, Vec<Wanted>)> {
+    let pid = i32::try_from(owner.pid())?;
+    let scan = dead::find(
+        &Proc::default(),
+        &|process| process.pid == pid,
+        &HashSet::new(),
+    )?;
+    let table = scan.tables.into_iter().next().context("no such process")?;
+    let wanted = table
+        .suspects
+        .iter()
+        .filter_map(|suspect| match suspect.verdict {
+            Verdict::Dead(socket) => Some(Wanted {
+                owner: 0,
+                fd: suspect.fd,
+                inode: suspect.inode,
+                cookie: socket.cookie,
+                age: Some(socket.quiet),
+                unread: socket.unread,
+                agreed: 0,
+            }),
+            _ => None,
+        });
+    Ok((vec![table.process], wanted.collect()))
+}
+
+const RULES: Rules = Rules {
+    age: Duration::ZERO,
+    force: false,
+    stop_limit: Duration::from_secs(1),
+};
+
+/// A bug of ours after so many descriptors, while the owner stands still.
+fn panics() -> Result<()> {
+    for mode in ["works", "waits"] {
+        let lab = Lab::new()?;
+        let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 1)?;
+        for after in 0..10 {
+            owner.scatter(10)?;
+            let (owners, wanted) = wanted(&owner)?;
+            let (pid, asked) = (owner.pid(), AtomicU32::new(0));
+            let bug = || {
+                if is_traced(pid) && asked.fetch_add(1, Ordering::Relaxed) >= after {
+                    // Without the message of a panic.
+                    std::panic::resume_unwind(Box::new("a bug made for the test"));
+                }
+                false
+            };
+            let done = cwkill::reclaim::reclaim(&owners, &wanted, &RULES, &Proc::default(), &bug);
+            let failed = done
+                .fates
+                .iter()
+                .filter(|fate| matches!(fate, Fate::Failed(_)));
+            ensure!(failed.count() > 0, "{done:?}");
+            ensure!(!is_traced(owner.pid()), "{mode}, after {after}");
+            owner
+                .report()
+                .with_context(|| format!("{mode}, after {after}"))?;
+            let checks = owner.report()?;
+            lab.wait_for(PATIENCE, || Ok(owner.report()? > checks))?;
+        }
+    }
+    Ok(())
+}
+
+fn interrupted() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "works", 1)?;
+    owner.scatter(10)?;
+    let (owners, wanted) = wanted(&owner)?;
+    let (pid, asked) = (owner.pid(), AtomicU32::new(0));
+    // Asked before each descriptor, and at other times.
+    let stop = || is_traced(pid) && asked.fetch_add(1, Ordering::Relaxed) >= 3;
+    let done = cwkill::reclaim::reclaim(&owners, &wanted, &RULES, &Proc::default(), &stop);
+    let freed = done
+        .fates
+        .iter()
+        .filter(|fate| matches!(fate, Fate::Freed))
+        .count();
+    same(&freed, &3)?;
+    ensure!(
+        format!("{:?}", done.fates[9]).contains("Interrupted"),
+        "{done:?}"
+    );
+    let checks = owner.report()?;
+    lab.wait_for(PATIENCE, || Ok(owner.report()? > checks))?;
+
+    // The signals of an operator, at any time.
+    let signals = [
+        Signal::SIGINT,
+        Signal::SIGTERM,
+        Signal::SIGHUP,
+        Signal::SIGTSTP,
+    ];
+    for (number, signal) in (0..40).zip(signals.iter().cycle()) {
+        owner.scatter(20)?;
+        kill_after(&lab, &owner, *signal, Duration::from_micros(number * 50))?;
+        owner.report()?;
+    }
+    Ok(())
+}
+
+/// Starts `cwkill reclaim`, and sends it a signal so long after it has begun to stop the owner; waits for its
+/// end.
+fn kill_after(lab: &Lab, owner: &Owner, signal: Signal, delay: Duration) -> Result<()> {
+    let line = format!("reclaim --pid {} --reclaim-age 0s -q", owner.pid());
+    let mut child = lab
+        .app_host()
+        .command(CWKILL)
+        .args(line.split_whitespace())
+        .spawn()?;
+    let until = Instant::now() + PATIENCE;
+    while !is_traced(owner.pid()) && child.try_wait()?.is_none() {
+        ensure!(Instant::now() < until, "it does not come to stop the owner");
+    }
+    let until = Instant::now() + delay;
+    while Instant::now() < until {
+        std::hint::spin_loop();
+    }
+    let pid = child.id().to_string();
+    let send = |signal: Signal| {
+        let name = signal.as_str().trim_start_matches("SIG");
+        // It may have ended by itself.
+        let _ = std::process::Command::new("kill")
+            .args(["-s", name, &pid])
+            .stderr(std::process::Stdio::null())
+            .status();
+    };
+    send(signal);
+    if signal == Signal::SIGTSTP {
+        // Before and after the act it stops like any program, but never while the owner stands still.
+        lab.wait_for(PATIENCE, || Ok(!is_traced(owner.pid())))?;
+    }
+    let until = Instant::now() + PATIENCE;
+    while child.try_wait()?.is_none() {
+        if Instant::now() > until {
+            let _ = child.kill();
+            bail!("{signal} does not end it");
+        }
+        if signal == Signal::SIGTSTP {
+            // It may only be about to stop.
+            send(Signal::SIGCONT);
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+/// At many points of its work, most of them while the owner stands still. Its threads may see a wake-up
+/// without cause (docs/decisions/reclaim.md), as every program has to expect; so not the owner that waits.
+fn killed() -> Result<()> {
+    let lab = Lab::new()?;
+    let (mut begun, mut whole) = (0, 0);
+    for mode in ["works", "idle"] {
+        let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 4)?;
+        for number in 0..30u64 {
+            let fds = owner.scatter(60)?;
+            kill_after(
+                &lab,
+                &owner,
+                Signal::SIGKILL,
+                Duration::from_micros(number * 240),
+            )?;
+            let open = owner.descriptors()?;
+            let left = fds.iter().filter(|fd| open.contains(fd)).count();
+            begun += usize::from(left > 0 && left < fds.len());
+            whole += usize::from(left == 0);
+            ensure!(owner.is_alive(), "{mode}: the owner died");
+            owner.report().context(mode)?;
+            reclaim(&lab, owner.pid(), "-q")?;
+        }
+        let checks = owner.report()?;
+        lab.wait_for(PATIENCE, || Ok(mode == "idle" || owner.report()? > checks))?;
+    }
+    // Otherwise it was killed too early or too late each time.
+    ensure!(
+        begun >= 3,
+        "{begun} were killed between two descriptors, {whole} after the last"
+    );
+    Ok(())
+}
+
+/// What docs/decisions/reclaim.md says of calls that wait: at most one in a run seems to have given 0, and that is the wait
+/// for a lock or a sleep, as long as a thread is in one; some end with EINTR. The owner counts these and fails at any other.
+fn killed_waiting() -> Result<()> {
+    /// As many of its threads wait in calls that any stop may end with EINTR, when nobody makes up for it.
+    const ENDED_BY_A_STOP: u64 = 5;
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "forgiving", 4)?;
+    let forgiven = |owner: &mut Owner| -> Result<u64> { Ok(owner.order("forgiven")?.parse()?) };
+    let (mut begun, mut before) = (0, 0);
+    for number in 0..40u64 {
+        let fds = owner.scatter(60)?;
+        let delay = Duration::from_micros(number * 200);
+        kill_after(&lab, &owner, Signal::SIGKILL, delay)?;
+        lab.wait_for(PATIENCE, || Ok(!is_traced(owner.pid())))?;
+        let open = owner.descriptors()?;
+        let left = fds.iter().filter(|fd| open.contains(fd)).count();
+        begun += usize::from(left > 0 && left < fds.len());
+        let checks = owner.report().with_context(|| format!("kill {number}"))?;
+        // A run that is not killed ends nothing.
+        let ran = reclaim(&lab, owner.pid(), "--json")?;
+        ensure!(matches!(ran.code, Some(0 | 1)), "kill {number}: {ran:#?}");
+        lab.wait_for(PATIENCE, || Ok(owner.report()? > checks))?;
+        let now = forgiven(&mut owner)?;
+        ensure!(
+            now - before <= ENDED_BY_A_STOP + 1,
+            "kill {number}: {}",
+            now - before
+        );
+        before = now;
+    }
+    ensure!(begun >= 3, "{begun} were killed between two descriptors");
+    Ok(())
+}

@@ -1,0 +1,160 @@
+//! Closing descriptors inside their owners. The owners are real programs that look at themselves for damage.
+//!
+//! Each run names one process, or is confined to a pid namespace: the machine may have others with dead
+//! descriptors.
+
+mod act;
+mod evidence;
+mod kill;
+mod programs;
+mod reactions;
+mod rights;
+mod runtimes;
+mod stop;
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use netns_harness::Lab;
+use netns_harness::owners::Owner;
+use serde_json::Value;
+
+use crate::Case;
+use crate::support::{PATIENCE, Ran, at, cwkill, same};
+
+pub use programs::SOMEWHERE;
+pub use rights::USERS_CASES;
+pub use runtimes::RUNTIMES;
+
+pub const CASES: &[&[Case]] = &[
+    act::CASES,
+    evidence::CASES,
+    kill::CASES,
+    programs::CASES,
+    reactions::CASES,
+    rights::CASES,
+    runtimes::CASES,
+    stop::CASES,
+];
+
+/// Runs `cwkill reclaim` on one owner, whatever the age, and with time enough for a busy machine.
+fn reclaim(lab: &Lab, pid: u32, more: &str) -> Result<Ran> {
+    cwkill(
+        lab,
+        &format!("reclaim --pid {pid} --reclaim-age 0s --stop-limit 5s {more}"),
+    )
+}
+
+fn descriptors(ran: &Ran) -> Result<Vec<Value>> {
+    let list = ran.json()?["descriptors"].as_array().cloned();
+    list.context("no descriptors in the document")
+}
+
+fn number(value: &Value, pointer: &str) -> Result<u64> {
+    let number = value.pointer(pointer).and_then(Value::as_u64);
+    number.with_context(|| format!("no number at {pointer}: {value}"))
+}
+
+/// All of them were left, for a reason with this text; the owner was not harmed.
+fn left(ran: &Ran, owner: &mut Owner, fds: &[i32], outcome: &str, why: &str) -> Result<()> {
+    let said = descriptors(ran)?;
+    same(&said.len(), &fds.len())?;
+    for one in &said {
+        same(&at(one, "/outcome"), &outcome.to_owned())?;
+        ensure!(at(one, "/reason").contains(why), "{one}");
+    }
+    let open = owner.descriptors()?;
+    ensure!(
+        fds.iter().all(|fd| open.contains(fd)),
+        "{fds:?} of {open:?}"
+    );
+    owner.report()?;
+    Ok(())
+}
+
+fn fds_of(pid: u32) -> Result<Vec<i32>> {
+    let mut fds = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+        fds.push(entry?.file_name().to_string_lossy().parse()?);
+    }
+    fds.sort_unstable();
+    Ok(fds)
+}
+
+/// The states of its threads.
+fn states(pid: u32) -> Result<Vec<char>> {
+    let mut states = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let stat = std::fs::read_to_string(entry?.path().join("stat"))?;
+        let state = stat
+            .rsplit_once(") ")
+            .and_then(|(_, rest)| rest.chars().next());
+        states.push(state.context("no state")?);
+    }
+    Ok(states)
+}
+
+fn is_traced(pid: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"));
+    status.is_ok_and(|status| !status.contains("TracerPid:\t0\n"))
+}
+
+/// What was said of each descriptor: its outcome, and the reason or nothing.
+fn outcomes(ran: &Ran) -> Result<BTreeMap<i32, (String, String)>> {
+    let one = |value: &Value| -> Result<_> {
+        let fd = number(value, "/fd")?.try_into()?;
+        Ok((fd, (at(value, "/outcome"), at(value, "/reason"))))
+    };
+    descriptors(ran)?.iter().map(one).collect()
+}
+
+/// What the numbers of a process are, as the kernel shows it: in an exec by a thread it shows none for a moment.
+fn links_of(pid: u32) -> Result<BTreeMap<i32, String>> {
+    let once = || {
+        let mut links = BTreeMap::new();
+        for fd in fds_of(pid)? {
+            // Closed meanwhile: not there.
+            if let Ok(link) = std::fs::read_link(format!("/proc/{pid}/fd/{fd}")) {
+                links.insert(fd, link.to_string_lossy().into_owned());
+            }
+        }
+        anyhow::Ok(links)
+    };
+    let until = Instant::now() + PATIENCE;
+    loop {
+        let (first, second) = (once()?, once()?);
+        if first == second && first.contains_key(&0) {
+            return Ok(first);
+        }
+        ensure!(Instant::now() < until, "{first:?}, then {second:?}");
+    }
+}
+
+/// What was said of `fds` is what became of them, going by what the numbers were `before`.
+fn told_the_truth(
+    ran: &Ran,
+    owner: &Owner,
+    before: &BTreeMap<i32, String>,
+    fds: &[i32],
+) -> Result<()> {
+    let said = outcomes(ran)?;
+    let after = links_of(owner.pid())?;
+    for fd in fds {
+        let (outcome, reason) = said
+            .get(fd)
+            .with_context(|| format!("nothing on {fd}: {ran:#?}"))?;
+        let kept = before.get(fd) == after.get(fd);
+        let wanted = !matches!(outcome.as_str(), "freed" | "gone");
+        ensure!(
+            kept == wanted,
+            "{fd}: {outcome}, {reason}, but kept: {kept}"
+        );
+    }
+    Ok(())
+}
+
+/// Not that of a user namespace: PTRACE_SECCOMP_GET_FILTER asks for CAP_SYS_ADMIN of the machine.
+fn is_root_of_the_machine() -> bool {
+    std::fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| map.contains("4294967295"))
+}

@@ -1,0 +1,101 @@
+//! Owners that deal with the end of a connection themselves, some time after it: nothing is taken from under them.
+
+use anyhow::{Result, ensure};
+use netns_harness::owners::{Build, Owner};
+use netns_harness::{Family, Lab};
+
+use super::{descriptors, left, number, reclaim};
+use crate::Case::{self, Once};
+use crate::support::{PATIENCE, at, cwkill, lab, same};
+
+pub const CASES: &[Case] = &[
+    Once("what_a_thread_waited_on_before_the_end_is_left", in_poll),
+    Once("what_can_still_be_read_is_left", unread),
+    Once("a_program_gets_time_to_react", looks_now_and_then),
+];
+
+/// The end of the socket ends the call as well, so that afterwards nothing shows that the thread is about to close it.
+fn in_poll() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "reacts", 1)?;
+    owner.stuck(3)?;
+    lab.wait_for(PATIENCE, || {
+        let waits = |path: std::path::PathBuf| {
+            let call = std::fs::read_to_string(path.join("syscall")).unwrap_or_default();
+            let number: i64 = call
+                .split(' ')
+                .next()
+                .unwrap_or_default()
+                .parse()
+                .unwrap_or(-1);
+            #[cfg(target_arch = "x86_64")]
+            if number == libc::SYS_poll {
+                return true;
+            }
+            number == libc::SYS_ppoll
+        };
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", owner.pid()))?;
+        // The one that takes orders waits like that, too.
+        Ok(tasks.flatten().filter(|task| waits(task.path())).count() == 4)
+    })?;
+    let line = format!("--pid {} --reclaim --reclaim-age 0s --json", owner.pid());
+    let ran = cwkill(&lab, &line)?.exits(4)?;
+    for socket in ran.sockets()? {
+        same(&at(&socket, "/result/outcome"), &"closed".to_owned())?;
+        let why = at(&socket, "/result/descriptors/0/reason");
+        ensure!(why.contains("is inside a system call on it"), "{socket}");
+    }
+    lab.wait_for(PATIENCE, || Ok(owner.report()? == 3))
+}
+
+fn looks_now_and_then() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "glances", 1)?;
+    owner.stuck(3)?;
+    let pid = owner.pid();
+    lab.wait_for(PATIENCE, || {
+        let old = cwkill(&lab, &format!("-n --pid {pid} --min-age 700ms --json"))?;
+        Ok(old.sockets()?.len() == 3)
+    })?;
+    let line = format!("--pid {pid} --reclaim --reclaim-age 700ms --json");
+    let ran = cwkill(&lab, &line)?.exits(0)?;
+    for socket in ran.sockets()? {
+        let outcome = at(&socket, "/result/descriptors/0/outcome");
+        same(&outcome, &"gone".to_owned())?;
+    }
+    same(&owner.report()?, &3)
+}
+
+fn unread() -> Result<()> {
+    const BYTES: &str = "30000";
+    let own = Lab::new()?;
+    let mut owner = Owner::start(own.app_host(), Build::Plain, "idle", 1)?;
+    let fds = owner.answered(2)?;
+    let pid = owner.pid();
+    for one in descriptors(&reclaim(&own, pid, "-n --json")?.exits(0)?)? {
+        same(&at(&one, "/safe"), &"false".to_owned())?;
+        same(&at(&one, "/unread"), &BYTES.to_owned())?;
+    }
+    let ran = reclaim(&own, pid, "--json")?.exits(4)?;
+    left(
+        &ran,
+        &mut owner,
+        &fds,
+        "skipped",
+        "can still read 30000 bytes",
+    )?;
+    same(
+        &owner.order(&format!("read {}", fds[0]))?,
+        &BYTES.to_owned(),
+    )?;
+    // What has been read is taken, and the other only by force.
+    let ran = reclaim(&own, pid, "--json")?.exits(4)?;
+    same(&number(&ran.json()?, "/summary/freed")?, &1)?;
+    let ran = reclaim(&own, pid, "--json --reclaim-force")?.exits(0)?;
+    same(&number(&ran.json()?, "/summary/freed")?, &1)?;
+
+    // What the operator has seen in RECV-Q and closed may go.
+    let (lab, _leak) = lab("unread", Family::V4, 3)?;
+    let ran = cwkill(&lab, "--port 8080 --reclaim --reclaim-age 0s --json")?.exits(0)?;
+    same(&number(&ran.json()?, "/reclaim/summary/freed")?, &3)
+}

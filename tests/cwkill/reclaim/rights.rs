@@ -1,0 +1,211 @@
+//! What is missing: rights, and threads of our own.
+
+use anyhow::{Context, Result, ensure};
+use netns_harness::owners::{Build, Owner};
+use netns_harness::{Capability, Lab};
+
+use super::{descriptors, fds_of, number};
+use crate::Case::{self, Once};
+use crate::support::{CWKILL, at, cwkill, ran, same};
+
+pub const CASES: &[Case] = &[
+    Once(
+        "without_rights_nothing_happens_and_it_says_so",
+        unprivileged,
+    ),
+    Once("what_cwkill_was_started_with_is_left", ourselves),
+];
+
+/// Those that need a second user, or a /proc that is mounted anew.
+pub const USERS_CASES: &[Case] = &[
+    Once("reclaim_of_another_users_process_says_so", other_user),
+    Once("reclaim_of_a_hidden_process_says_so", hidden),
+    Once("reclaim_needs_no_right_within_one_user", one_user),
+    Once("reclaim_without_threads_does_nothing_or_all", no_threads),
+];
+
+/// A user without any right here.
+const NOBODY: u32 = 65534;
+
+fn unprivileged() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
+    owner.leak(2)?;
+    let before = owner.descriptors()?;
+    let line = format!("reclaim --pid {} --reclaim-age 0s", owner.pid());
+    let command = lab.app_host().command(CWKILL).args(line.split_whitespace());
+    let ran = ran(command.capabilities(&[]))?.exits(4)?;
+    // Of a process with the same uid the table can be seen and nothing be touched.
+    ran.complains("could not be looked")?
+        .complains("CAP_SYS_PTRACE")?;
+    same(&owner.descriptors()?, &before)
+}
+
+/// A script that leaks, and starts cwkill with what it leaks.
+fn ourselves() -> Result<()> {
+    const SCRIPT: &str = "import os, socket, struct, sys\n\
+        listener = socket.create_server(('127.0.0.1', 0))\n\
+        peer = socket.create_connection(listener.getsockname())\n\
+        leaked, _ = listener.accept()\n\
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))\n\
+        peer.close()\n\
+        leaked.set_inheritable(True)\n\
+        os.execv(sys.argv[1], [*sys.argv[1:], '--pid', str(os.getpid())])\n";
+    let lab = Lab::new()?;
+    for force in ["", "--reclaim-force"] {
+        let line = format!("{CWKILL} reclaim --json --reclaim-age 0s {force}");
+        let command = lab.app_host().command("python3").args(["-c", SCRIPT]);
+        let ran = ran(command.args(line.split_whitespace()))?.exits(4)?;
+        let said = descriptors(&ran)?;
+        same(&said.len(), &1)?;
+        same(&at(&said[0], "/outcome"), &"skipped".to_owned())?;
+        let why = at(&said[0], "/reason");
+        ensure!(why.contains("cwkill itself was started with it"), "{why}");
+    }
+    Ok(())
+}
+
+fn other_user() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
+    owner.leak(2)?;
+    let before = owner.descriptors()?;
+    for more in ["", "-n", "--reclaim-force", "--jsonl"] {
+        let line = format!("reclaim --pid {} --reclaim-age 0s {more}", owner.pid());
+        let command = lab.app_host().command(CWKILL).uid(NOBODY);
+        let ran = ran(command.args(line.split_whitespace()))?.exits(4)?;
+        ran.complains("1 process could not be looked into")?
+            .complains("CAP_SYS_PTRACE")?;
+        same(&owner.descriptors()?, &before)?;
+    }
+    let line = format!("reclaim --pid {} --json", owner.pid());
+    let command = lab.app_host().command(CWKILL).uid(NOBODY);
+    let ran = ran(command.args(line.split_whitespace()))?.exits(4)?;
+    same(&number(&ran.json()?, "/unreadable_processes")?, &1)
+}
+
+/// As /proc is mounted on many hosts: it is not even in the list.
+fn hidden() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
+    owner.leak(2)?;
+    let script = "mount -t proc -o hidepid=2 none /proc && exec setpriv --reuid 65534 --regid 65534 --clear-groups \
+                  --inh-caps=-all --bounding-set=-all \"$@\"";
+    for more in ["", "-n"] {
+        let line = format!("reclaim --pid {} {more}", owner.pid());
+        let command = lab.app_host().command("unshare");
+        let command = command.args(["-m", "sh", "-ec", script, "sh", CWKILL]);
+        let ran = ran(command.args(line.split_whitespace()))?.exits(4)?;
+        ran.complains("hidepid")?;
+    }
+    owner.report()?;
+    Ok(())
+}
+
+/// An owner without any right, of a user that has another process which may not be looked into, as on every host.
+fn one_user() -> Result<()> {
+    const ALONE: u32 = 64123;
+    let lab = Lab::new()?;
+    // The program is reached by a descriptor: processes of root are out of its reach.
+    let script = "exec 9<$1; shift; exec setpriv --reuid 64123 --regid 64123 --clear-groups --inh-caps=-all \
+                  --bounding-set=-all /proc/self/fd/9 $@";
+    let program = Owner::program(Build::Plain)?;
+    let start = || {
+        Owner::start_by(
+            lab.app_host(),
+            &["sh", "-c", script, "sh"],
+            &program,
+            "idle",
+            1,
+        )
+    };
+    let (mut owner, mut sealed) = (start()?, start()?);
+    let fds = owner.leak(2)?;
+    same(&sealed.order("seal")?, &"0".to_owned())?;
+    let of = |pid: u32, name: &str| -> Result<String> {
+        Ok(std::fs::read_to_string(format!("/proc/{pid}/{name}"))?)
+    };
+    let size = |pid| -> Result<Option<String>> {
+        let status = of(pid, "status")?;
+        Ok(status
+            .lines()
+            .find(|line| line.starts_with("FDSize"))
+            .map(str::to_owned))
+    };
+    // It is told from one that shares the table by nothing but the number of its descriptors.
+    same(&size(owner.pid())?, &size(sealed.pid())?)?;
+    same(&of(owner.pid(), "cmdline")?, &of(sealed.pid(), "cmdline")?)?;
+    let pid = owner.pid();
+    let reclaim = |more: &str| {
+        let line = format!("reclaim --pid {pid} --reclaim-age 0s {more}");
+        let command = lab.app_host().command(CWKILL).uid(ALONE);
+        ran(command.args(line.split_whitespace()))
+    };
+    let ran = reclaim("--json")?.exits(0)?;
+    same(&number(&ran.json()?, "/summary/freed")?, &2)?;
+    let open = owner.descriptors()?;
+    ensure!(!fds.iter().any(|fd| open.contains(fd)), "{open:?}");
+    owner.report()?;
+
+    // With as many it could be one, and cwkill says what it lacks.
+    owner.leak(1)?;
+    sealed.leak(1)?;
+    let ran = reclaim("")?.exits(4)?;
+    ensure!(
+        ran.stdout.contains("shares the table of descriptors"),
+        "{ran:#?}"
+    );
+    ran.complains("CAP_SYS_PTRACE")?;
+    owner.report()?;
+    Ok(())
+}
+
+/// A user of our own, at every limit of tasks from too few to enough: all of it is done, or nothing and it says so.
+fn no_threads() -> Result<()> {
+    const ALONE: u32 = 64123;
+    let rights = [Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH];
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
+    let (mut done, mut refused) = (0, 0);
+    for limit in 1..=8 {
+        let fds = owner.leak(2)?;
+        let line = format!(
+            "--nproc={limit} {CWKILL} reclaim --pid {} --reclaim-age 0s --json",
+            owner.pid()
+        );
+        let command = lab
+            .app_host()
+            .command("prlimit")
+            .uid(ALONE)
+            .capabilities(&rights);
+        let ran = ran(command.args(line.split_whitespace()))?;
+        let open = fds_of(owner.pid())?;
+        let left = fds.iter().filter(|fd| open.contains(fd)).count();
+        ensure!(!ran.stderr.contains("panicked"), "{limit}: {ran:#?}");
+        match left {
+            0 => {
+                ran.exits(0)?;
+                done += 1;
+            }
+            _ => {
+                same(&left, &2)?;
+                let ran = ran.exits(4)?;
+                ensure!(
+                    ran.stdout.contains("starting a thread"),
+                    "{limit}: {ran:#?}"
+                );
+                refused += 1;
+                cwkill(
+                    &lab,
+                    &format!("reclaim --pid {} --reclaim-age 0s -q", owner.pid()),
+                )?
+                .exits(0)?;
+            }
+        }
+        owner
+            .report()
+            .with_context(|| format!("at most {limit} tasks"))?;
+    }
+    ensure!(done > 0 && refused > 0, "{done} done, {refused} refused");
+    Ok(())
+}

@@ -1,0 +1,201 @@
+//! How the owner is stopped, and for how long.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use netns_harness::Lab;
+use netns_harness::owners::{Build, Owner};
+
+use super::{is_traced, left, links_of, number, outcomes, reclaim, states, told_the_truth};
+use crate::Case::{self, Once};
+use crate::support::{CWKILL, PATIENCE, Ran, cwkill, same};
+
+pub const CASES: &[Case] = &[
+    Once("a_thread_that_does_not_stop_ends_it", limit),
+    Once("a_program_that_execs_meanwhile_goes_on", execs),
+    Once("the_stop_ends_with_its_limit", stop_limit),
+];
+
+/// A thread that waits for its vfork() stops for nobody.
+fn limit() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "vfork", 1)?;
+    let fds = owner.leak(1)?;
+    lab.wait_for(PATIENCE, || Ok(states(owner.pid())?.contains(&'D')))?;
+    let mut gaps = Vec::new();
+    for _ in 0..3 {
+        let (ran, gap, _) = measured(&lab, &mut owner, Duration::from_millis(50))?;
+        left(
+            &ran.exits(4)?,
+            &mut owner,
+            &fds,
+            "failed",
+            "did not stop within 50ms",
+        )?;
+        gaps.push(gap);
+    }
+    // On a busy machine the time may be over before the first is stopped.
+    let was_stopped = |gap: &Duration| *gap >= Duration::from_millis(40);
+    ensure!(gaps.iter().any(was_stopped), "it was not stopped: {gaps:?}");
+    // Nothing is left of us.
+    lab.wait_for(PATIENCE, || Ok(!is_traced(owner.pid())))
+}
+
+/// A thread that execs ends all others, those that we have stopped included, and takes the number of the first.
+fn execs() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "execs", 8)?;
+    let began = owner.report()?;
+    let mut freed = 0;
+    for run in 0..60 {
+        let fds = owner.scatter(5)?;
+        let before = links_of(owner.pid())?;
+        ensure!(fds.iter().all(|fd| before.contains_key(fd)), "{before:?}");
+        let line = format!(
+            "reclaim --pid {} --reclaim-age 0s --stop-limit 5s --json",
+            owner.pid()
+        );
+        let command = lab.app_host().command(CWKILL).args(line.split_whitespace());
+        // Without an end, if both wait for each other.
+        let ran = Ran::of(command.output_within(PATIENCE)?)?;
+        ensure!(matches!(ran.code, Some(0 | 4)), "{ran:#?}");
+        told_the_truth(&ran, &owner, &before, &fds).with_context(|| format!("run {run}"))?;
+        freed += number(&ran.json()?, "/summary/freed")?;
+        ensure!(!is_traced(owner.pid()), "run {run}");
+        let checks = owner.report().with_context(|| format!("run {run}"))?;
+        // It is not held back, and is somewhere else each time.
+        lab.wait_for(PATIENCE, || Ok(owner.report()? > checks))?;
+    }
+    let execs = owner.report()? - began;
+    ensure!(freed >= 100 && execs >= 60, "{freed} freed, {execs} times");
+    Ok(())
+}
+
+/// How long an exec of such an owner hangs.
+const HANGS: Duration = Duration::from_secs(3);
+
+/// PTRACE_SEIZE waits for an exec by any thread, which begins when the first of them is seized.
+pub fn hanging() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "hangs", 1000)?;
+    for _ in 0..20 {
+        let hung: u64 = owner.order("hang late")?.parse()?;
+        owner.leak(2)?;
+        let began = Instant::now();
+        let (ran, gap, told) = measured(&lab, &mut owner, Duration::from_secs(1))?;
+        let waited = began.elapsed() > HANGS - Duration::from_millis(500);
+        lab.wait_for(PATIENCE, || Ok(owner.report()? > hung))?;
+        if waited {
+            ran.exits(0)?;
+            ensure!(gap < HANGS / 2, "{gap:?}");
+            ensure!(told < HANGS / 2, "it says {told:?}");
+            return Ok(());
+        }
+        // All were seized before that thread got to it, and it did not stop within the limit.
+        reclaim(&lab, owner.pid(), "-q")?;
+    }
+    bail!("no exec came between")
+}
+
+pub fn hung() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "hangs", 4)?;
+    let fds = owner.leak(2)?;
+    owner.order("hang now")?;
+    let began = Instant::now();
+    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+    let took = began.elapsed();
+    left(&ran, &mut owner, &fds, "skipped", "is executing a program")?;
+    ensure!(took < HANGS / 2, "{took:?}");
+    // It was denied, so the owner goes on as before.
+    lab.wait_for(PATIENCE, || Ok(owner.report()? == 1))?;
+    reclaim(&lab, owner.pid(), "-q")?.exits(0)?;
+    Ok(())
+}
+
+/// The thread that was to be seized is gone by then, and another has its number.
+pub fn executed() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "hangs", 4)?;
+    owner.leak(2)?;
+    owner.order("hang through")?;
+    let began = Instant::now();
+    let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(0)?;
+    ensure!(began.elapsed() > HANGS / 2, "it did not wait");
+    same(&number(&ran.json()?, "/summary/freed")?, &2)?;
+    owner.report()?;
+    Ok(())
+}
+
+/// From inside, by its heartbeat. The machine may be busy, so it is the best of some runs that counts for what must not
+/// be longer.
+fn stop_limit() -> Result<()> {
+    // All of the limit is used up by a thread that does not stop.
+    const WHOLE: Duration = Duration::from_millis(200);
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "vfork", 1)?;
+    let fds = owner.leak(1)?;
+    lab.wait_for(PATIENCE, || Ok(states(owner.pid())?.contains(&'D')))?;
+    let mut runs = Vec::new();
+    for _ in 0..6 {
+        let (ran, gap, told) = measured(&lab, &mut owner, WHOLE)?;
+        left(
+            &ran,
+            &mut owner,
+            &fds,
+            "failed",
+            "did not stop within 200ms",
+        )?;
+        ensure!(told >= WHOLE, "it says {told:?}");
+        runs.push((gap, told));
+    }
+    let some =
+        |good: &dyn Fn(Duration, Duration) -> bool| runs.iter().any(|run| good(run.0, run.1));
+    ensure!(some(&|gap, _| gap < 2 * WHOLE), "{runs:?}");
+    ensure!(some(&|_, told| told < 2 * WHOLE), "{runs:?}");
+    // What it says is what it was, neither more nor less.
+    ensure!(
+        some(&|gap, told| gap.abs_diff(told) < WHOLE / 2),
+        "{runs:?}"
+    );
+
+    // More descriptors than there is time for: the rest is left, and said to be. How long they take depends on the
+    // machine, so limits are tried until some are closed and some are not.
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 4)?;
+    let mut runs = Vec::new();
+    let limits = [4, 8, 12, 16, 24, 32, 48, 64, 96];
+    for limit in limits.repeat(4).into_iter().map(Duration::from_millis) {
+        let fds = owner.scatter(1000)?;
+        let before = links_of(owner.pid())?;
+        let (ran, gap, told) = measured(&lab, &mut owner, limit)?;
+        told_the_truth(&ran, &owner, &before, &fds)?;
+        owner.report()?;
+        let said = outcomes(&ran)?;
+        let over = |why: &str| why.contains("had been stopped for") && why.contains("--stop-limit");
+        let over = said.values().filter(|(_, why)| over(why)).count();
+        let freed = number(&ran.json()?, "/summary/freed")?;
+        reclaim(&lab, owner.pid(), "-q")?;
+        if freed > 0 && over > 0 {
+            runs.push((limit, gap, told));
+            // It went on within some multiple of the limit, and said so.
+            if gap < 2 * limit && told < limit + limit / 2 && told >= limit {
+                return Ok(());
+            }
+        }
+    }
+    bail!("{runs:?}")
+}
+
+/// A run with a limit; the longest gap of the owner's heartbeat in it, and for how long it says the owner was stopped.
+fn measured(lab: &Lab, owner: &mut Owner, limit: Duration) -> Result<(Ran, Duration, Duration)> {
+    let line = format!(
+        "reclaim --pid {} --reclaim-age 0s --stop-limit {}ms --json",
+        owner.pid(),
+        limit.as_millis()
+    );
+    owner.longest_gap()?;
+    let ran = cwkill(lab, &line)?;
+    let gap = owner.longest_gap()?;
+    let told = number(&ran.json()?, "/owners/0/stopped_us")?;
+    Ok((ran, gap, Duration::from_micros(told)))
+}
