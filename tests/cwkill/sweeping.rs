@@ -238,7 +238,7 @@ fn selected(family: Family) -> Result<()> {
         .collect();
     let some = some.join(",");
     for (selectors, closed, left) in [
-        (format!("--peer-port {some}"), 7, 1193),
+        (format!("--port 8080 --peer-port {some}"), 7, 1193),
         ("--cause unread".to_owned(), 593, 600),
         ("--port 9091".to_owned(), 0, 600),
         ("sport = 9090".to_owned(), 600, 0),
