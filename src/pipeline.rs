@@ -1,10 +1,11 @@
 //! The pipeline: find, diagnose and plan as one call, inject and verify as another, without a terminal, a clock or a
 //! global in them.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::io;
 use std::iter::zip;
 use std::mem;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::thread;
 
 use anyhow::Context;
@@ -15,8 +16,8 @@ use crate::diagnosis::Cause;
 use crate::finder::listeners::Listeners;
 use crate::finder::netns::{Namespaces, Netns, Which};
 use crate::finder::owners::{Holding, Proc};
-use crate::finder::sock_diag::{Cookie, SockDiag};
-use crate::finder::{self, FindError, Found, Socket};
+use crate::finder::sock_diag::SockDiag;
+use crate::finder::{self, FindError, Found};
 use crate::injector;
 use crate::injector::ladder::{self, Outcome, Surroundings, Verdict};
 use crate::plan::{self, Plan};
@@ -41,6 +42,8 @@ pub struct Run {
     pub found: Found,
     /// What was planned for each socket of `found`.
     pub plans: Vec<Plan>,
+    /// Why it is not known what matched besides those that were destroyed while they were listed.
+    pub unlisted: Option<String>,
     /// What was destroyed before; none once the work is done, for then it is in the other lists.
     pub swept: Swept,
     /// What became of each; `None` when nothing was to be done.
@@ -52,11 +55,12 @@ pub struct Run {
 }
 
 impl Run {
-    fn new(namespaces: Namespaces, found: Found, config: &Config, privileges: &Privileges) -> Self {
+    fn new(namespaces: Namespaces, found: Found, plans: Vec<Plan>) -> Self {
         Run {
-            plans: plan::build(&found, &config.policy, privileges),
             namespaces: namespaces.open,
             found,
+            plans,
+            unlisted: None,
             swept: Swept::default(),
             deeds: None,
             reclaimed: None,
@@ -117,7 +121,8 @@ pub struct Deed {
 pub fn plan(config: &Config, proc: &Proc, privileges: &Privileges) -> anyhow::Result<Run> {
     let namespaces = open(&config.netns, proc)?;
     let found = find(&namespaces, proc, &config.selectors, config.owners)?;
-    Ok(Run::new(namespaces, found, config, privileges))
+    let plans = plan::build(&found, &config.policy, privileges);
+    Ok(Run::new(namespaces, found, plans))
 }
 
 /// As [`plan()`], but where `config` [fits](sweep::fits) most of what matches is destroyed before it returns.
@@ -134,20 +139,35 @@ pub fn sweep_and_plan(
         return plan(config, proc, privileges);
     }
     let namespaces = open(&config.netns, proc)?;
-    let mut swept = sweep::sweep(config, &namespaces.open, privileges, surroundings);
-    let found = match find(&namespaces, proc, &config.selectors, config.owners) {
-        Err(error) if !swept.sockets.is_empty() => Found {
-            unreachable_namespaces: namespaces.open.len(),
-            namespace_failure: Some(format!("{:#}", anyhow::Error::from(error))),
-            ..Found::default()
-        },
-        found => found?,
+    let [netns] = &namespaces.open[..] else {
+        return plan(config, proc, privileges);
+    };
+    let mut swept = sweep::sweep(config, netns, privileges, surroundings);
+    // Few are left; if there were few to begin with, one look is enough for them as well.
+    let rest = || -> anyhow::Result<_> {
+        let found = finder::find_sockets(&namespaces.open, &config.selectors, false)?;
+        let found = with_unseen(found, &namespaces);
+        let plans = plan::build(&found, &config.policy, privileges);
+        Ok((found, plans))
+    };
+    let (found, plans, unlisted) = match catch_unwind(AssertUnwindSafe(rest)) {
+        Ok(Ok((found, plans))) => (found, plans, None),
+        Ok(Err(error)) if swept.sockets.is_empty() => return Err(error),
+        Err(panic) if swept.sockets.is_empty() => resume_unwind(panic),
+        // What was done has to be told.
+        failed => {
+            let why = failed.map_or_else(
+                |_| "a bug of cwkill".to_owned(),
+                |result| result.map_or_else(|error| format!("{error:#}"), |_| String::new()),
+            );
+            let found = with_unseen(Found::default(), &namespaces);
+            (found, Vec::new(), Some(why))
+        }
     };
     // One that withstood the sweep is tried again.
-    let again: HashSet<Cookie> = found.sockets.iter().map(Socket::cookie).collect();
-    swept.retain(|socket| !again.contains(&socket.cookie()));
-    let mut run = Run::new(namespaces, found, config, privileges);
-    run.swept = swept;
+    swept.leave_out(&found.sockets);
+    let mut run = Run::new(namespaces, found, plans);
+    (run.swept, run.unlisted) = (swept, unlisted);
     Ok(run)
 }
 
@@ -196,16 +216,21 @@ pub fn find(
     selectors: &Selectors,
     owners: bool,
 ) -> Result<Found, FindError> {
-    let mut found = match owners {
+    let found = match owners {
         true => finder::find(&namespaces.open, proc, selectors)?,
-        false => finder::find_sockets(&namespaces.open, selectors)?,
+        false => finder::find_sockets(&namespaces.open, selectors, true)?,
     };
+    Ok(with_unseen(found, namespaces))
+}
+
+/// Adds the namespaces that could not be opened.
+fn with_unseen(mut found: Found, namespaces: &Namespaces) -> Found {
     found.unreachable_namespaces += namespaces.unreachable;
     found.untold_namespaces = namespaces.untold;
     let unopened = namespaces.failure.as_ref();
     let unopened = unopened.map(|error| format!("opening it: {error}"));
     found.namespace_failure = found.namespace_failure.or(unopened);
-    Ok(found)
+    found
 }
 
 /// The descriptors of those of the sockets that are `meant`, and where each is: its socket, and its owner among those of the socket.

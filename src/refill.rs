@@ -61,7 +61,7 @@ pub fn watch(
     selectors.min_age = Duration::ZERO;
     let look = || match config.owners {
         true => finder::find(&run.namespaces, proc, &selectors),
-        false => finder::find_sockets(&run.namespaces, &selectors),
+        false => finder::find_sockets(&run.namespaces, &selectors, true),
     };
     let mut known = cookies(&look()?);
     known.extend(cookies(&run.found));

@@ -1,20 +1,25 @@
 //! The sweep: destroys sockets while the kernel is still listing them.
 //!
 //! Where nobody asks for owners, where only SOCK_DESTROY may be used and on all that match, a row of the kernel's list is
-//! all that is to be known of a socket, and the list is itself the look right before the act: the sockets of a datagram are
-//! destroyed before the next but one is put together. Any other look would only cost time (docs/decisions/sweep.md).
+//! all that is to be known of a socket, and if it is young enough it is the look right before the act as well. Among very many
+//! sockets any other look is what takes the time (docs/decisions/sweep.md).
 //!
 //! What does not fit is left to be found, planned for and acted on as always, after the sweep; so is what the sweep missed.
 
+use std::collections::HashSet;
+use std::io;
 use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::config::{Action, Config};
 use crate::finder::netns::Netns;
-use crate::finder::sock_diag::{DumpError, SockDiag};
-use crate::finder::{Found, Socket, filter, view};
+use crate::finder::sock_diag::{Cookie, DumpError, DumpRequest, SockDiag};
+use crate::finder::view::{self, Sample};
+use crate::finder::{Found, Socket, filter};
 use crate::injector::destroy::Destroy;
-use crate::injector::ladder::{self, Outcome, Surroundings, Verdict};
+use crate::injector::ladder::{self, Outcome, Surroundings};
 use crate::injector::{ActError, MethodName, Target};
 use crate::plan::{self, Plan, Policy};
 use crate::privileges::Privileges;
@@ -22,8 +27,11 @@ use crate::selectors::Selectors;
 use crate::tcp::TcpState;
 use crate::threads;
 
-/// Namespaces that are swept at the same time.
-const NAMESPACES_AT_ONCE: usize = 8;
+/// A socket is left for a second look if it has not been stuck for so long: it may only pass through its state.
+const SETTLED: Duration = Duration::from_secs(1);
+/// The oldest that a row of the list may be when it is acted on. It is less where the list has little else than what is
+/// looked for; where the kernel walks through many others, it is more.
+const FRESH: Duration = Duration::from_millis(2);
 
 /// What was swept: sockets that were destroyed, or had gone when they were to be.
 #[derive(Debug, Default)]
@@ -37,19 +45,21 @@ pub struct Swept {
 }
 
 impl Swept {
-    /// Keeps the sockets that `keep` keeps, if one of them is still there.
-    pub fn retain(&mut self, keep: impl Fn(&Socket) -> bool) {
-        let withstood = |outcome: &Outcome| matches!(outcome.verdict, Verdict::Failed);
-        if !self.outcomes.iter().any(withstood) {
+    /// Leaves out those of `others`.
+    pub fn leave_out(&mut self, others: &[Socket]) {
+        let others: HashSet<Cookie> = others.iter().map(Socket::cookie).collect();
+        if others.is_empty() {
             return;
         }
+        let keep = |socket: &Socket| !others.contains(&socket.cookie());
         let kept: Vec<bool> = self.sockets.iter().map(keep).collect();
-        let mut each = kept.iter();
-        self.sockets.retain(|_| each.next() == Some(&true));
-        let mut each = kept.iter();
-        self.plans.retain(|_| each.next() == Some(&true));
-        let mut each = kept.iter();
-        self.outcomes.retain(|_| each.next() == Some(&true));
+        fn retain<T>(items: &mut Vec<T>, kept: &[bool]) {
+            let mut kept = kept.iter();
+            items.retain(|_| kept.next() == Some(&true));
+        }
+        retain(&mut self.sockets, &kept);
+        retain(&mut self.plans, &kept);
+        retain(&mut self.outcomes, &kept);
     }
 }
 
@@ -60,157 +70,161 @@ pub fn fits(config: &Config) -> bool {
     } = &config.policy;
     config.action == Action::Act
         && !config.owners
+        && config.selectors.states().contains(TcpState::CloseWait)
         && methods[..] == [MethodName::Destroy]
         && max_kills.is_none()
         && config.reclaim.is_none()
 }
 
-/// Sweeps `namespaces`; `config` must be one that [`fits`].
+/// Sweeps a namespace if very many match in it; `config` must be one that [`fits`].
 ///
 /// What goes wrong with the whole is not told: what is looked at afterwards fails of the same, and says so.
 pub fn sweep(
     config: &Config,
-    namespaces: &[Netns],
+    netns: &Netns,
     privileges: &Privileges,
     surroundings: &dyn Surroundings,
 ) -> Swept {
-    let several = namespaces.len() > 1;
-    let indexed: Vec<(usize, &Netns)> = namespaces.iter().enumerate().collect();
-    surroundings.begin();
-    let one = |(at, netns): &(usize, &Netns)| {
-        let broom = Broom {
-            config,
-            privileges,
-            surroundings,
-            netns: *at,
-            several,
-        };
-        netns.within(|| broom.namespace()).unwrap_or_default()
+    let broom = Broom {
+        config,
+        privileges,
+        surroundings,
+        ordered: Mutex::default(),
     };
-    let mut all = Swept::default();
-    for mut swept in threads::side_by_side(&indexed, NAMESPACES_AT_ONCE, one)
-        .into_iter()
-        .flatten()
-    {
-        all.sockets.append(&mut swept.sockets);
-        all.plans.append(&mut swept.plans);
-        all.outcomes.append(&mut swept.outcomes);
+    // What is done is told, also if something ends in a bug of ours.
+    let work = || catch_unwind(AssertUnwindSafe(|| broom.work()));
+    let _ = netns.within(work);
+    let ordered = broom.ordered.into_inner();
+    let Ordered {
+        found,
+        plans,
+        results,
+    } = ordered.unwrap_or_else(PoisonError::into_inner);
+    if plans.is_empty() {
+        return Swept::default();
     }
-    all
+    let verify = || -> io::Result<Vec<Outcome>> {
+        let mut diag = SockDiag::open()?;
+        let rules = config.rules(privileges);
+        let verified =
+            ladder::verify_destroyed(&found, &plans, results, &mut diag, rules, surroundings);
+        Ok(verified)
+    };
+    let bug = "a bug of cwkill, list again to see the state";
+    let outcomes = match netns.within(|| catch_unwind(AssertUnwindSafe(verify))) {
+        Ok(Ok(Ok(outcomes))) => outcomes,
+        Ok(Ok(Err(error))) | Err(error) => unknown(&plans, "verifying", &error),
+        Ok(Err(_)) => unknown(&plans, bug, &io::ErrorKind::Other.into()),
+    };
+    Swept {
+        sockets: found.sockets,
+        plans,
+        outcomes,
+    }
 }
 
-/// What sweeps one namespace.
+fn unknown(plans: &[Plan], step: &'static str, error: &io::Error) -> Vec<Outcome> {
+    let errno = error.raw_os_error().unwrap_or(libc::EIO);
+    let outcome = |plan| Outcome::unknown(plan, step, errno);
+    plans.iter().map(outcome).collect()
+}
+
+/// What sweeps.
 struct Broom<'a> {
     config: &'a Config,
     privileges: &'a Privileges,
     surroundings: &'a dyn Surroundings,
-    /// Its index.
-    netns: usize,
-    /// Others are swept beside it.
-    several: bool,
+    ordered: Mutex<Ordered>,
 }
 
-/// Sockets whose order the kernel took, or that had gone; the results tell which.
+/// Sockets for which an order was given, and the answers.
 #[derive(Default)]
 struct Ordered {
-    sockets: Vec<Socket>,
+    found: Found,
     plans: Vec<Plan>,
     results: Vec<Result<(), ActError>>,
 }
 
 impl Broom<'_> {
     /// Sweeps the namespace of the calling thread.
-    fn namespace(&self) -> Swept {
+    fn work(&self) {
         let here = filter::ThisNamespace {
-            one_of_several: self.several,
+            one_of_several: false,
         };
         let Ok(selectors) = self.config.selectors.resolved(&here) else {
-            return Swept::default();
+            return;
         };
-        let parts = match self.several {
-            false => view::halves(&selectors),
-            true => None,
-        };
-        let parts = parts.map_or_else(|| vec![selectors], |halves| halves.to_vec());
-        // Not in the threads: what is done is told, also if one of them ends in a bug of ours.
-        let ordered = Mutex::new(Ordered::default());
-        threads::side_by_side(&parts, parts.len(), |part| self.part(part, &ordered));
-        let ordered = ordered.into_inner();
-        self.confirmed(ordered.unwrap_or_else(PoisonError::into_inner))
+        if let Sample::Halves(halves) = view::sample(&selectors) {
+            self.surroundings.begin();
+            threads::side_by_side(&halves[..], halves.len(), |half| self.half(half));
+        }
     }
 
     /// Destroys what matches, datagram by datagram.
-    fn part(&self, selectors: &Selectors, ordered: &Mutex<Ordered>) -> Result<(), DumpError> {
-        let mut diag = SockDiag::open()?;
+    fn half(&self, selectors: &Selectors) -> Result<(), DumpError> {
         let mut destroy = Destroy::open()?;
         let bytecode = filter::bytecode(&selectors.as_expression(), selectors.states());
         for request in view::requests(selectors, &bytecode) {
+            let request = DumpRequest {
+                states: TcpState::CloseWait.into(),
+                ..request
+            };
             let keep = |message| {
-                let mut socket = Socket::from_message(&message);
-                socket.netns = self.netns;
+                let socket = Socket::from_message(&message);
                 let plan = self.plan(&socket, selectors)?;
                 Some((socket, plan))
             };
-            let act = |part: Vec<(Socket, Plan)>| {
+            let act = |part: Vec<(Socket, Plan)>, since: Instant| {
                 if self.surroundings.interrupted() {
                     return ControlFlow::Break(());
                 }
-                let target = |(socket, _): &(Socket, Plan)| Target::without_owner(socket);
-                let targets: Vec<Target> = part.iter().map(target).collect();
-                let results = destroy.order(&targets);
-                self.surroundings.acted(MethodName::Destroy, results.len());
-                let mut ordered = ordered.lock().unwrap_or_else(PoisonError::into_inner);
-                for ((socket, plan), result) in part.into_iter().zip(results) {
-                    // The ladder will get the same answer to the others, and tell it.
-                    if let Ok(()) | Err(ActError::Gone | ActError::Unanswered(_)) = result {
-                        ordered.sockets.push(socket);
-                        ordered.plans.push(plan);
-                        ordered.results.push(result);
-                    }
+                match since.elapsed() < FRESH {
+                    true => self.act(&mut destroy, part),
+                    false => ControlFlow::Continue(()),
                 }
-                ControlFlow::Continue(())
             };
-            diag.stream(&request, keep, act)?;
+            if !SockDiag::open()?.stream(&request, keep, act)? {
+                break;
+            }
         }
         Ok(())
     }
 
-    /// The plan for it, if the kernel's word on it is enough: it is stuck, selected, was accepted, and nothing stands against
-    /// destroying it.
+    fn act(&self, destroy: &mut Destroy, part: Vec<(Socket, Plan)>) -> ControlFlow<()> {
+        let target = |(socket, _): &(Socket, Plan)| Target::without_owner(socket);
+        let targets: Vec<Target> = part.iter().map(target).collect();
+        let results = destroy.order(&targets);
+        let done = results.len();
+        let mut refused = false;
+        let mut ordered = self.ordered.lock().unwrap_or_else(PoisonError::into_inner);
+        for ((socket, plan), result) in part.into_iter().zip(results) {
+            // The ladder will get the same answer, and tell it.
+            if let Err(ActError::Denied(..) | ActError::NotSupported(..)) = result {
+                refused = true;
+                continue;
+            }
+            ordered.found.sockets.push(socket);
+            ordered.plans.push(plan);
+            ordered.results.push(result);
+        }
+        drop(ordered);
+        self.surroundings.acted(MethodName::Destroy, done);
+        match refused {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    }
+
+    /// The plan for it, if the kernel's word on it is enough: it is stuck and selected, does not just pass through its state,
+    /// was accepted, and nothing stands against destroying it.
     fn plan(&self, socket: &Socket, selectors: &Selectors) -> Option<Plan> {
         let is_for_us = socket.state == TcpState::CloseWait
+            && socket.age.is_some_and(|age| age >= SETTLED)
             && !socket.cause.is_with_listener()
             && selectors.match_socket(socket)
             && selectors.match_user(socket.uid);
         let plan = || plan::one(socket, false, &self.config.policy, self.privileges);
         is_for_us.then(plan).filter(|plan| !plan.methods.is_empty())
-    }
-
-    /// Verifies what was done.
-    fn confirmed(&self, ordered: Ordered) -> Swept {
-        let plans = ordered.plans;
-        let found = Found {
-            sockets: ordered.sockets,
-            ..Found::default()
-        };
-        let rules = self.config.rules(self.privileges);
-        let outcomes = match SockDiag::open() {
-            _ if plans.is_empty() => Vec::new(),
-            Ok(mut diag) => {
-                let acts = ordered.results;
-                ladder::verify_destroyed(&found, &plans, acts, &mut diag, rules, self.surroundings)
-            }
-            Err(error) => {
-                let errno = error.raw_os_error().unwrap_or(libc::EIO);
-                let unknown = |plan| Outcome::unknown(plan, "verifying", errno);
-                plans.iter().map(unknown).collect()
-            }
-        };
-        Swept {
-            sockets: found.sockets,
-            plans,
-            outcomes,
-        }
     }
 }
 
@@ -237,6 +251,7 @@ mod tests {
             "--all --no-owners --method destroy,rst",
             "--all --no-owners --method destroy --max-kills 5",
             "--all --no-owners --method destroy --dry-run",
+            "--all --no-owners --method destroy --state last-ack",
         ] {
             assert!(!fits(line), "{line}");
         }

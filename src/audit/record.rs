@@ -448,6 +448,7 @@ mod tests {
                 left_out: Vec::new(),
                 over_limit: false,
             }],
+            unlisted: None,
             swept: Swept::default(),
             deeds: Some(vec![Deed {
                 outcome: Outcome {

@@ -158,16 +158,21 @@ pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<
     Ok(found)
 }
 
-/// Finds the sockets alone: nobody's owners are looked for, so `selectors` must not ask for any.
+/// Finds the sockets alone: nobody's owners are looked for, so `selectors` must not ask for any. `many`: there may be so many
+/// that two should share the work.
 ///
 /// # Errors
 /// As [`find`], but for /proc.
-pub fn find_sockets(namespaces: &[Netns], selectors: &Selectors) -> Result<Found, FindError> {
+pub fn find_sockets(
+    namespaces: &[Netns],
+    selectors: &Selectors,
+    many: bool,
+) -> Result<Found, FindError> {
     let Seen {
         mut found,
         listeners,
         ..
-    } = see(namespaces, selectors, true)?;
+    } = see(namespaces, selectors, many)?;
     found.attach(listeners, &OwnerScan::default());
     found.retain_selected(selectors, &[]);
     found.sort();

@@ -34,9 +34,14 @@ pub(super) fn look(
         Err(error) if one_of_several => (resolve(true)?, Some(error)),
         Err(error) => return Err(error),
     };
-    let mut sockets = match alone {
-        true => dump_in_halves(&mut diag, &selectors)?,
-        false => dump(&mut diag, &selectors)?,
+    let sample = match alone {
+        true => sample(&selectors),
+        false => Sample::Untold,
+    };
+    let mut sockets = match sample {
+        Sample::All(sockets) => sockets,
+        Sample::Halves(halves) => dump_in_halves(&mut diag, &selectors, &halves)?,
+        Sample::Untold => dump(&mut diag, &selectors)?,
     };
     let mut listeners = Listeners::default();
     if sockets.iter().any(|socket| socket.cause.is_with_listener()) {
@@ -54,63 +59,86 @@ pub(super) fn look(
     })
 }
 
-/// `selectors` in two halves by the peer ports, which no connection changes, so that two dumps side by side can
-/// share the work; `None` where one is as good. What fails here fails in the dump as well, which says so.
-pub(crate) fn halves(selectors: &Selectors) -> Option<[Selectors; 2]> {
-    /// Sockets of which the middle is taken for that of all. The kernel lists them in the order of a hash, so any are a
-    /// fair sample; half a dump is 2 % off the half with a probability of 2 in 3.
+/// What the beginning of a dump tells.
+pub(crate) enum Sample {
+    /// These few are all that match.
+    All(Vec<Socket>),
+    /// Many match. Two dumps side by side can share the work: each of these selects one half, by the peer ports, which no
+    /// connection changes.
+    Halves(Box<[Selectors; 2]>),
+    /// Neither is told. What failed fails in a dump as well, which says so.
+    Untold,
+}
+
+/// Looks at the first sockets of a dump. The kernel lists them in the order of a hash, so any are a fair sample of all.
+pub(crate) fn sample(selectors: &Selectors) -> Sample {
+    /// With so many, half of them is 2 % off the half of all with a probability of 2 in 3.
     const SAMPLE: usize = 512;
-    if !selectors.peer_ports.is_empty() {
-        return None;
-    }
     let bytecode = filter::bytecode(&selectors.as_expression(), selectors.states());
-    let mut ports = Vec::with_capacity(SAMPLE);
+    let mut sockets = Vec::new();
     for request in requests(selectors, &bytecode) {
-        let request = DumpRequest {
-            info: false,
-            ..request
-        };
-        let port = |message: SocketMessage| Some(message.id.tuple().peer.port());
-        // A dump that is broken off leaves its socket busy.
-        let some = |mut more: Vec<u16>| {
-            ports.append(&mut more);
-            match ports.len() < SAMPLE {
+        let keep = |message| matching(&message, selectors);
+        let part = |mut more: Vec<Socket>, _| {
+            sockets.append(&mut more);
+            match sockets.len() < SAMPLE {
                 true => ControlFlow::Continue(()),
                 false => ControlFlow::Break(()),
             }
         };
-        SockDiag::open().ok()?.stream(&request, port, some).ok()?;
+        // A dump that is broken off leaves its socket busy.
+        let listed = SockDiag::open().map(|mut diag| diag.stream(&request, keep, part));
+        match listed {
+            _ if sockets.len() >= SAMPLE => return halves(selectors, &sockets),
+            Ok(Ok(true)) => {}
+            _ => return Sample::Untold,
+        }
     }
+    Sample::All(sockets)
+}
+
+/// The two halves, split where it splits `some`.
+fn halves(selectors: &Selectors, some: &[Socket]) -> Sample {
+    if !selectors.peer_ports.is_empty() {
+        return Sample::Untold;
+    }
+    let mut ports: Vec<u16> = some.iter().map(|s| s.tuple.peer.port()).collect();
     ports.sort_unstable();
-    let enough = ports.len() >= SAMPLE;
-    let middle = ports.get(ports.len() / 2).copied();
-    let middle = middle.filter(|middle| enough && *middle > 0)?;
+    let middle = ports[ports.len() / 2].max(1);
     let half = |ports| Selectors {
         peer_ports: vec![ports],
         ..selectors.clone()
     };
     let lower = half(0..=middle - 1);
     // Half a dump is only half the work if the kernel leaves out the other half.
-    let told = !filter::bytecode(&lower.as_expression(), lower.states()).is_empty();
-    told.then(|| [lower, half(middle..=u16::MAX)])
+    match filter::bytecode(&lower.as_expression(), lower.states()).is_empty() {
+        true => Sample::Untold,
+        false => Sample::Halves(Box::new([lower, half(middle..=u16::MAX)])),
+    }
 }
 
-fn dump_in_halves(diag: &mut SockDiag, selectors: &Selectors) -> Result<Vec<Socket>, FindError> {
-    let Some([lower, upper]) = halves(selectors) else {
-        return Ok(dump(diag, selectors)?);
-    };
+fn dump_in_halves(
+    diag: &mut SockDiag,
+    selectors: &Selectors,
+    [lower, upper]: &[Selectors; 2],
+) -> Result<Vec<Socket>, FindError> {
     thread::scope(|scope| {
         let upper = thread::Builder::new().spawn_scoped(scope, || {
             let mut diag = SockDiag::open().map_err(FindError::Open)?;
-            Ok::<_, FindError>(dump(&mut diag, &upper)?)
+            Ok::<_, FindError>(dump(&mut diag, upper)?)
         });
         let Ok(upper) = upper else {
             return Ok(dump(diag, selectors)?);
         };
-        let mut sockets = dump(diag, &lower)?;
+        let mut sockets = dump(diag, lower)?;
         sockets.append(&mut super::joined(upper)?);
         Ok(sockets)
     })
+}
+
+/// The socket, if it matches as far as the kernel's message tells.
+fn matching(message: &SocketMessage, selectors: &Selectors) -> Option<Socket> {
+    let socket = Socket::from_message(message);
+    selectors.match_socket(&socket).then_some(socket)
 }
 
 /// What to ask the kernel for, so that all that `selectors` match is in the answers.
@@ -135,10 +163,7 @@ fn dump(diag: &mut SockDiag, selectors: &Selectors) -> Result<Vec<Socket>, DumpE
     let bytecode = filter::bytecode(&selectors.as_expression(), selectors.states());
     let mut sockets = Vec::new();
     for mut request in requests(selectors, &bytecode) {
-        let mut keep = |message| {
-            let socket = Socket::from_message(&message);
-            selectors.match_socket(&socket).then_some(socket)
-        };
+        let mut keep = |message| matching(&message, selectors);
         let dumped = match diag.dump(&request, &mut keep) {
             // An old kernel does not know an operation; the predicate does.
             Err(DumpError::Io(error))

@@ -43,6 +43,7 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
         unreachable_namespaces: run.found.unreachable_namespaces,
         untold_namespaces: run.found.untold_namespaces,
         undecided: run.found.undecided,
+        unlisted: run.unlisted.as_deref(),
         reclaim: run.reclaimed.as_ref().map(|reclaimed| JsonReclaim {
             owners: reclaim::json_owners(&run.found.processes, &reclaimed.visits),
             summary: reclaim::Tally::of_run(reclaimed),
@@ -184,6 +185,8 @@ struct Tail<'a> {
     unreachable_namespaces: usize,
     untold_namespaces: usize,
     undecided: usize,
+    /// Why it is not known what else matches, where that is so.
+    unlisted: Option<&'a str>,
     /// The owners that `--reclaim` stopped; `None` without it.
     reclaim: Option<JsonReclaim<'a>>,
     summary: Tally,

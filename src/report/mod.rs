@@ -90,7 +90,7 @@ fn sockets(count: usize) -> String {
 /// The status to exit with after a run.
 ///
 /// Sockets that may have matched and were left alone because their owner could not be read keep an act
-/// from being complete. They, and namespaces that could not be seen, keep a result from being empty.
+/// from being complete, and so does a list that failed after some were destroyed. They, and namespaces that could not be seen, keep a result from being empty.
 pub fn exit_status(run: &Run) -> ExitStatus {
     let status = Tally::of(run).exit_status();
     let found = &run.found;
@@ -98,6 +98,7 @@ pub fn exit_status(run: &Run) -> ExitStatus {
     match status {
         ExitStatus::NothingMatched if unseen || found.undecided > 0 => ExitStatus::NotAllClosed,
         ExitStatus::Done if found.undecided > 0 && run.deeds.is_some() => ExitStatus::NotAllClosed,
+        ExitStatus::Done if run.unlisted.is_some() => ExitStatus::NotAllClosed,
         ExitStatus::Done if !all_reclaimed(run) => ExitStatus::NotAllClosed,
         status => status,
     }

@@ -26,6 +26,8 @@ pub fn notes(run: &Run) -> Vec<String> {
         }
     };
     notes.extend(unseen(&run.found));
+    let unlisted = |why| format!("what else matches could not be listed ({why})");
+    notes.extend(run.unlisted.as_ref().map(unlisted));
     notes
 }
 

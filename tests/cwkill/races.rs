@@ -43,7 +43,7 @@ pub const CASES: &[Case] = &[
     ),
 ];
 
-struct Now;
+pub struct Now;
 
 impl Surroundings for Now {
     fn now(&self) -> Instant {

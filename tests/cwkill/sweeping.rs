@@ -2,14 +2,26 @@
 
 use std::collections::BTreeMap;
 use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use clap::Parser as _;
+use cwkill::cli::Cli;
+use cwkill::config::Config;
+use cwkill::finder::owners::Proc;
+use cwkill::injector::MethodName;
+use cwkill::injector::ladder::Surroundings;
+use cwkill::pipeline::{self, Run};
+use cwkill::privileges::Privileges;
+use cwkill::report::{self, ExitStatus};
 use netns_harness::{Family, Lab, TcpState};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::Case::{self, EachFamily, Once};
+use crate::races::Now;
 use crate::support::{
     CWKILL, PATIENCE, Ran, all_have, alone, at, carries_data, connections, count, cwkill, in_state,
     lab, ran, same,
@@ -19,6 +31,13 @@ pub const CASES: &[Case] = &[
     EachFamily("ends_as_if_all_had_been_found_first", as_always),
     EachFamily("thousands_go_and_innocents_live", thousands),
     EachFamily("only_what_is_selected", selected),
+    Once("it_does_sweep_what_is_many_and_old", sweeps),
+    Once("few_and_young_ones_are_looked_at_twice", looked_at_twice),
+    Once("what_a_half_swept_run_says", half_swept),
+    Once(
+        "a_mistake_in_one_of_several_places_destroys_nothing",
+        mistaken,
+    ),
     Once("what_is_young_is_left", young),
     Once("without_privileges_nothing_happens", unprivileged),
     Once("a_limit_takes_the_oldest_first", limited),
@@ -29,6 +48,114 @@ pub const CASES: &[Case] = &[
 const SWEEP: &str = "--no-owners --method destroy --json";
 /// Every socket may be closed, but a limit wants the oldest first, so that all are found before anything is done.
 const NO_SWEEP: &str = "--no-owners --method destroy --json --max-kills 100000";
+
+/// Waits until all that is stuck has been so long enough to be swept.
+fn aged(lab: &Lab) -> Result<()> {
+    let stuck = in_state(lab, TcpState::CloseWait)?;
+    lab.wait_for(PATIENCE, || {
+        let aged = cwkill(lab, "--all --dry-run --min-age 1s --no-owners --jsonl")?;
+        Ok(aged.stdout.lines().count() == stuck)
+    })
+}
+
+/// The first half of a run on the leaking host.
+fn sweep(lab: &Lab, surroundings: &dyn Surroundings) -> Result<Run> {
+    lab.app_host().within(|| {
+        let words = ["cwkill", "--all"].into_iter().chain(SWEEP.split(' '));
+        let config = Config::from_args(Cli::try_parse_from(words)?.args)?;
+        let privileges = Privileges::of_this_thread()?;
+        pipeline::sweep_and_plan(&config, &Proc::default(), &privileges, surroundings)
+    })
+}
+
+/// An operator who has seen enough once something was done.
+#[derive(Default)]
+struct Impatient(AtomicBool);
+
+impl Surroundings for Impatient {
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+    fn pause(&self, duration: Duration) {
+        std::thread::sleep(duration);
+    }
+    fn interrupted(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+    fn acted(&self, _: MethodName, _: usize) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn sweeps() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V4, 2000)?;
+    aged(&lab)?;
+    let run = sweep(&lab, &Now)?;
+    // A busy machine may let rows get old.
+    ensure!(run.swept.sockets.len() > 100, "{}", run.swept.sockets.len());
+    same(&(run.swept.sockets.len() + run.found.sockets.len()), &2000)?;
+    same(
+        &in_state(&lab, TcpState::CloseWait)?,
+        &run.found.sockets.len(),
+    )
+}
+
+fn looked_at_twice() -> Result<()> {
+    let (few, _leak) = lab("drained", Family::V4, 400)?;
+    aged(&few)?;
+    let (young, _others) = lab("drained", Family::V4, 1000)?;
+    for (lab, sockets) in [(&young, 1000), (&few, 400)] {
+        let run = sweep(lab, &Now)?;
+        let oldest = run.found.sockets.iter().filter_map(|s| s.age).max();
+        let swept = run.swept.sockets.len();
+        // The first of them may have got old while the last were made.
+        let fair = oldest.is_some_and(|age| age < Duration::from_secs(1)) || sockets == 400;
+        ensure!(swept == 0 || !fair, "{swept} of {sockets}");
+        same(&(swept + run.found.sockets.len()), &sockets)?;
+    }
+    Ok(())
+}
+
+fn half_swept() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V4, 2000)?;
+    aged(&lab)?;
+    let mut run = sweep(&lab, &Impatient::default())?;
+    let swept = run.swept.sockets.len();
+    ensure!(swept > 0 && swept < 500, "{swept} of 2000");
+    same(&(swept + run.found.sockets.len()), &2000)?;
+    // As if the list of the others had failed.
+    run.unlisted = Some("no memory".into());
+    run.found.sockets.clear();
+    run.plans.clear();
+    lab.app_host().within(|| {
+        let words = ["cwkill", "--all"].into_iter().chain(SWEEP.split(' '));
+        let config = Config::from_args(Cli::try_parse_from(words)?.args)?;
+        let privileges = Privileges::of_this_thread()?;
+        pipeline::carry_out(&mut run, &config, &Proc::default(), &privileges, &Now);
+        Ok(())
+    })?;
+    same(&run.found.sockets.len(), &swept)?;
+    same(&report::exit_status(&run), &ExitStatus::NotAllClosed)?;
+    let notes = report::notes::notes(&run).join("\n");
+    ensure!(notes.contains("could not be listed (no memory)"), "{notes}");
+    run.unlisted = None;
+    same(&report::exit_status(&run), &ExitStatus::Done)
+}
+
+/// An interface that is nowhere is no reason to take all for what is not on it.
+fn mistaken() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V4, 600)?;
+    let before = in_state(&lab, TcpState::CloseWait)?;
+    aged(&lab)?;
+    for place in ["", "--all-netns"] {
+        let command = lab.app_host().command(CWKILL);
+        let line = format!("{place} --port 8080 {SWEEP}");
+        let command = command.args(line.split_whitespace());
+        ran(command.args(["not dev nosuch9"]))?.exits(3)?;
+        same(&in_state(&lab, TcpState::CloseWait)?, &before)?;
+    }
+    Ok(())
+}
 
 /// What a run says of each kind of socket, without numbers of bytes, and how many there were of it.
 fn told(ran: &Ran) -> Result<BTreeMap<String, usize>> {
@@ -46,13 +173,14 @@ fn as_always(family: Family) -> Result<()> {
     let run = |arguments: &str, code| -> Result<_> {
         let lab = Lab::new()?;
         let _leaks = [
-            lab.start("unread", family, count(90))?,
-            lab.start("drained", family, count(90))?,
+            lab.start("unread", family, count(400))?,
+            lab.start("drained", family, count(400))?,
             lab.start("forked", family, alone(9001, 2))?,
             lab.start("sending", family, alone(9002, 2))?,
             lab.start("not-accepted", family, alone(9003, 3))?,
         ];
         let innocents = lab.start("established", family, alone(9004, 3))?;
+        aged(&lab)?;
         let ran = cwkill(&lab, &format!("--all {arguments}"))?.exits(code)?;
         carries_data(&innocents)?;
         let left: BTreeMap<String, usize> =
@@ -68,7 +196,7 @@ fn as_always(family: Family) -> Result<()> {
     // Those with unsent bytes stay.
     let swept = run(SWEEP, 4)?;
     same(&swept, &run(NO_SWEEP, 4)?)?;
-    same(&swept.0.values().sum::<usize>(), &187)?;
+    same(&swept.0.values().sum::<usize>(), &807)?;
     let discarding = format!("{SWEEP} --discard-unsent");
     let all = run(&discarding, 0)?;
     same(&all, &run(&format!("{NO_SWEEP} --discard-unsent"), 0)?)?;
@@ -78,6 +206,7 @@ fn as_always(family: Family) -> Result<()> {
 fn thousands(family: Family) -> Result<()> {
     let (lab, leak) = lab("drained", family, 4500)?;
     let innocents = lab.start("established", family, alone(9090, 3))?;
+    aged(&lab)?;
     let sockets = cwkill(&lab, &format!("--all {SWEEP}"))?
         .exits(0)?
         .sockets()?;
@@ -94,8 +223,9 @@ fn thousands(family: Family) -> Result<()> {
 }
 
 fn selected(family: Family) -> Result<()> {
-    let (lab, _leak) = lab("unread", family, 40)?;
-    let _other = lab.start("drained", family, alone(9090, 40))?;
+    let (lab, _leak) = lab("unread", family, 600)?;
+    let _other = lab.start("drained", family, alone(9090, 600))?;
+    aged(&lab)?;
     let peer_port = |row: &netns_harness::SsRow| row.peer.port();
     let rows = connections(&lab)?;
     let stuck = || {
@@ -108,10 +238,10 @@ fn selected(family: Family) -> Result<()> {
         .collect();
     let some = some.join(",");
     for (selectors, closed, left) in [
-        (format!("--peer-port {some}"), 7, 73),
-        ("--cause unread".to_owned(), 33, 40),
-        ("--port 9091".to_owned(), 0, 40),
-        ("sport = 9090".to_owned(), 40, 0),
+        (format!("--peer-port {some}"), 7, 1193),
+        ("--cause unread".to_owned(), 593, 600),
+        ("--port 9091".to_owned(), 0, 600),
+        ("sport = 9090".to_owned(), 600, 0),
     ] {
         // The expression comes last.
         let (options, expression) = match selectors.starts_with("--") {
@@ -205,6 +335,7 @@ fn interrupted() -> Result<()> {
 /// Interrupts it when the first sockets are gone; whether others were left.
 fn interrupted_once() -> Result<bool> {
     let (lab, _leak) = lab("drained", Family::V4, MANY)?;
+    aged(&lab)?;
     let mut child = lab
         .app_host()
         .command(CWKILL)

@@ -32,7 +32,7 @@ pub struct Killer {
 }
 
 impl Killer {
-    /// `cwkill` with this method, on these ports; with "sweep", as it destroys without looking for owners.
+    /// `cwkill` with this method, on these ports.
     #[must_use]
     pub fn cwkill(
         program: &Path,
@@ -43,12 +43,7 @@ impl Killer {
         let mut command = vec![program.as_os_str().to_owned()];
         let [first, second] = ports;
         command.extend(["--port".into(), format!("{first},{second}").into()]);
-        let method_and_owners: &[&str] = match method {
-            "sweep" => &["destroy", "--no-owners"],
-            method => &[method],
-        };
-        command.extend(["--grace", GRACE, "--json", "--method"].map(OsString::from));
-        command.extend(method_and_owners.iter().map(OsString::from));
+        command.extend(["--method", method, "--grace", GRACE, "--json"].map(OsString::from));
         if let Some(age) = min_age {
             command.extend(["--min-age".into(), format!("{}ms", age.as_millis()).into()]);
         }

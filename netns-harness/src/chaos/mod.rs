@@ -197,7 +197,7 @@ pub(crate) struct Chaos {
     /// End as soon as every method has reached for N sockets; fail if there are fewer in the end
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     acts: Option<u64>,
-    /// Methods of cwkill, run in turn; sweep is destroy with --no-owners
+    /// Methods of cwkill, run in turn
     #[arg(long, value_name = "M,…", value_delimiter = ',', default_values = METHODS)]
     method: Vec<String>,
     /// Clients, each with a source port of its own
@@ -223,8 +223,8 @@ pub(crate) struct Chaos {
     instead: Option<String>,
 }
 
-/// The methods of `cwkill`, and "sweep": destroy without owners.
-pub const METHODS: [&str; 5] = ["shutdown", "destroy", "rst", "probe", "sweep"];
+/// The methods of `cwkill`.
+pub const METHODS: [&str; 4] = ["shutdown", "destroy", "rst", "probe"];
 
 impl Chaos {
     /// Runs, prints what came of it, and returns the exit status.

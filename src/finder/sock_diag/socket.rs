@@ -8,6 +8,7 @@ use std::io;
 use std::mem;
 use std::ops::ControlFlow;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Instant;
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG};
 
@@ -132,15 +133,16 @@ impl SockDiag {
         request: &DumpRequest,
         mut keep: impl FnMut(SocketMessage) -> Option<T>,
     ) -> Result<Vec<T>, DumpError> {
-        let all = |_: &mut Vec<T>| ControlFlow::Continue(());
+        let all = |_: &mut Vec<T>, _| ControlFlow::Continue(());
         repeat(|| self.dump_once(request, RECEIVE_BUFFER, &mut keep, all))
     }
 
-    /// Lists sockets once, a datagram of them at a time. `keep` says what to keep of each, and `part` is at work on that while the
-    /// next datagram waits.
+    /// Lists sockets once, a datagram of them at a time; whether the list is whole. `keep` says what to keep of each, and `part`
+    /// is at work on that, and is told since when it may be so, while the next datagram waits.
     ///
-    /// This does not tell all there is: the kernel goes on in a hash bucket after as many sockets as it has listed of it, so what
-    /// `part` closes hides others (net/ipv4/tcp_diag.c, tcp_diag_dump). After a break the socket stays busy with the rest.
+    /// Whole is what is listed if `part` closes nothing: the kernel goes on in a hash bucket after as many sockets as it has
+    /// listed of it, so what is closed hides others (net/ipv4/tcp_diag.c, tcp_diag_dump). After a break this socket stays busy with
+    /// the rest.
     ///
     /// # Errors
     /// As [`SockDiag::dump`], but changed tables are none.
@@ -148,30 +150,34 @@ impl SockDiag {
         &mut self,
         request: &DumpRequest,
         mut keep: impl FnMut(SocketMessage) -> Option<T>,
-        mut part: impl FnMut(Vec<T>) -> ControlFlow<()>,
-    ) -> Result<(), DumpError> {
-        let part = |kept: &mut Vec<T>| part(mem::take(kept));
-        self.dump_once(request, STREAM_BUFFER, &mut keep, part)
-            .map(drop)
+        mut part: impl FnMut(Vec<T>, Instant) -> ControlFlow<()>,
+    ) -> Result<bool, DumpError> {
+        let part = |kept: &mut Vec<T>, since| part(mem::take(kept), since);
+        let rest = self.dump_once(request, STREAM_BUFFER, &mut keep, part)?;
+        Ok(rest.is_some())
     }
 
     /// One dump, in datagrams of at most `room` bytes; `None` if it has to be asked for again. `after` each datagram may
-    /// take what was kept so far, and break off.
+    /// take what was kept so far, and break off; it gets the time before which the datagram was not begun.
     fn dump_once<T>(
         &mut self,
         request: &DumpRequest,
         room: usize,
         keep: &mut impl FnMut(SocketMessage) -> Option<T>,
-        mut after: impl FnMut(&mut Vec<T>) -> ControlFlow<()>,
+        mut after: impl FnMut(&mut Vec<T>, Instant) -> ControlFlow<()>,
     ) -> Result<Option<Vec<T>>, DumpError> {
         let sequence = self.next_sequence();
+        // The first datagram is put together in send(), each other in the recv() of the one before it
+        // (net/netlink/af_netlink.c, __netlink_dump_start and netlink_recvmsg).
+        let mut begun = Instant::now();
         self.socket.send(&request.encode(sequence), 0)?;
         let mut assembly = Assembly::new(sequence);
         loop {
+            let since = mem::replace(&mut begun, Instant::now());
             match receive(&self.socket, &mut self.buffer[..room]) {
                 Ok(datagram) => {
                     let verdict = assembly.feed(datagram, keep)?;
-                    if after(&mut assembly.kept).is_break() {
+                    if after(&mut assembly.kept, since).is_break() {
                         return Ok(None);
                     }
                     match verdict {
