@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -15,6 +16,10 @@ use crate::agent::Agent;
 use crate::lab::{Family, Lab, Leak, Listen, Options};
 use crate::owners::stops;
 use crate::{TcpState, privilege, scenario};
+
+/// How old a leak is when it is killed: one that is found on a host is older, and cwkill looks twice at what is younger than a
+/// second.
+const AGE: Duration = Duration::from_millis(1500);
 
 /// Sockets of one application; RLIMIT_NOFILE is 20,000 on many hosts.
 const PER_PROCESS: usize = 19_000;
@@ -179,6 +184,7 @@ impl Bench {
                 let lab = Lab::new()?;
                 let leaks = self.leak(&lab)?;
                 let _idle = self.idle(&lab)?;
+                thread::sleep(AGE);
                 measure(&lab, subject)?;
                 let stuck = |socket: &&crate::KernelSocket| socket.state == TcpState::CloseWait;
                 let left = lab.app_host().sockets()?.iter().filter(stuck).count();
