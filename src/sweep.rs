@@ -8,6 +8,8 @@
 
 use std::collections::HashSet;
 use std::io;
+use std::iter::zip;
+use std::mem;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, PoisonError};
@@ -19,7 +21,7 @@ use crate::finder::sock_diag::{Cookie, DumpError, DumpRequest, SockDiag};
 use crate::finder::view::{self, Sample};
 use crate::finder::{Found, Socket, filter};
 use crate::injector::destroy::Destroy;
-use crate::injector::ladder::{self, Outcome, Surroundings};
+use crate::injector::ladder::{self, Outcome, Surroundings, Verdict};
 use crate::injector::{ActError, MethodName, Target};
 use crate::plan::{self, Plan, Policy};
 use crate::privileges::Privileges;
@@ -45,14 +47,27 @@ pub struct Swept {
 }
 
 impl Swept {
-    /// Leaves out those of `others`.
-    pub fn leave_out(&mut self, others: &[Socket]) {
-        let others: HashSet<Cookie> = others.iter().map(Socket::cookie).collect();
-        if others.is_empty() {
+    fn append(&mut self, mut other: Swept) {
+        if self.sockets.is_empty() {
+            *self = other;
             return;
         }
-        let keep = |socket: &Socket| !others.contains(&socket.cookie());
-        let kept: Vec<bool> = self.sockets.iter().map(keep).collect();
+        self.sockets.append(&mut other.sockets);
+        self.plans.append(&mut other.plans);
+        self.outcomes.append(&mut other.outcomes);
+    }
+
+    /// Leaves out those of `others` that are still there.
+    pub fn leave_out(&mut self, others: &[Socket]) {
+        let others: HashSet<Cookie> = others.iter().map(Socket::cookie).collect();
+        let keep = |(socket, outcome): (&Socket, &Outcome)| {
+            matches!(outcome.verdict, Verdict::Closed(_) | Verdict::Gone)
+                || !others.contains(&socket.cookie())
+        };
+        let kept: Vec<bool> = zip(&self.sockets, &self.outcomes).map(keep).collect();
+        if kept.iter().all(|kept| *kept) {
+            return;
+        }
         fn retain<T>(items: &mut Vec<T>, kept: &[bool]) {
             let mut kept = kept.iter();
             items.retain(|_| kept.next() == Some(&true));
@@ -85,42 +100,36 @@ pub fn sweep(
     privileges: &Privileges,
     surroundings: &dyn Surroundings,
 ) -> Swept {
+    // What is done is told, also if something ends in a bug of ours.
+    let halves = [Mutex::default(), Mutex::default()];
     let broom = Broom {
         config,
         privileges,
         surroundings,
-        ordered: Mutex::default(),
     };
-    // What is done is told, also if something ends in a bug of ours.
-    let work = || catch_unwind(AssertUnwindSafe(|| broom.work()));
-    let _ = netns.within(work);
-    let ordered = broom.ordered.into_inner();
-    let Ordered {
-        found,
-        plans,
-        results,
-    } = ordered.unwrap_or_else(PoisonError::into_inner);
-    if plans.is_empty() {
-        return Swept::default();
-    }
-    let verify = || -> io::Result<Vec<Outcome>> {
-        let mut diag = SockDiag::open()?;
-        let rules = config.rules(privileges);
-        let verified =
-            ladder::verify_destroyed(&found, &plans, results, &mut diag, rules, surroundings);
-        Ok(verified)
-    };
+    let _ = netns.within(|| catch_unwind(AssertUnwindSafe(|| broom.work(&halves))));
+    let verify = |half: &Mutex<Ordered>| broom.verified(half);
+    let verified = || threads::side_by_side(&halves, halves.len(), verify);
+    let told = netns.within(verified);
     let bug = "a bug of cwkill, list again to see the state";
-    let outcomes = match netns.within(|| catch_unwind(AssertUnwindSafe(verify))) {
-        Ok(Ok(Ok(outcomes))) => outcomes,
-        Ok(Ok(Err(error))) | Err(error) => unknown(&plans, "verifying", &error),
-        Ok(Err(_)) => unknown(&plans, bug, &io::ErrorKind::Other.into()),
-    };
-    Swept {
-        sockets: found.sockets,
-        plans,
-        outcomes,
+    let mut swept = Swept::default();
+    let mut told = told.unwrap_or_default().into_iter();
+    for half in halves {
+        let ordered = half.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let outcomes = match told.next() {
+            Some(Ok(Ok(outcomes))) => outcomes,
+            Some(Ok(Err(error))) => unknown(&ordered.plans, "verifying", &error),
+            Some(Err(_)) => unknown(&ordered.plans, bug, &io::ErrorKind::Other.into()),
+            None => unknown(&ordered.plans, "verifying", &io::ErrorKind::Other.into()),
+        };
+        let half = Swept {
+            sockets: ordered.found.sockets,
+            plans: ordered.plans,
+            outcomes,
+        };
+        swept.append(half);
     }
+    swept
 }
 
 fn unknown(plans: &[Plan], step: &'static str, error: &io::Error) -> Vec<Outcome> {
@@ -134,7 +143,6 @@ struct Broom<'a> {
     config: &'a Config,
     privileges: &'a Privileges,
     surroundings: &'a dyn Surroundings,
-    ordered: Mutex<Ordered>,
 }
 
 /// Sockets for which an order was given, and the answers.
@@ -146,8 +154,8 @@ struct Ordered {
 }
 
 impl Broom<'_> {
-    /// Sweeps the namespace of the calling thread.
-    fn work(&self) {
+    /// Sweeps the namespace of the calling thread, each half for itself.
+    fn work(&self, ordered: &[Mutex<Ordered>; 2]) {
         let here = filter::ThisNamespace {
             one_of_several: false,
         };
@@ -156,12 +164,15 @@ impl Broom<'_> {
         };
         if let Sample::Halves(halves) = view::sample(&selectors) {
             self.surroundings.begin();
-            threads::side_by_side(&halves[..], halves.len(), |half| self.half(half));
+            let halves: Vec<_> = halves.iter().zip(ordered).collect();
+            threads::side_by_side(&halves, halves.len(), |(half, ordered)| {
+                self.half(half, ordered)
+            });
         }
     }
 
     /// Destroys what matches, datagram by datagram.
-    fn half(&self, selectors: &Selectors) -> Result<(), DumpError> {
+    fn half(&self, selectors: &Selectors, ordered: &Mutex<Ordered>) -> Result<(), DumpError> {
         let mut destroy = Destroy::open()?;
         let bytecode = filter::bytecode(&selectors.as_expression(), selectors.states());
         for request in view::requests(selectors, &bytecode) {
@@ -179,7 +190,7 @@ impl Broom<'_> {
                     return ControlFlow::Break(());
                 }
                 match since.elapsed() < FRESH {
-                    true => self.act(&mut destroy, part),
+                    true => self.act(&mut destroy, part, ordered),
                     false => ControlFlow::Continue(()),
                 }
             };
@@ -190,13 +201,18 @@ impl Broom<'_> {
         Ok(())
     }
 
-    fn act(&self, destroy: &mut Destroy, part: Vec<(Socket, Plan)>) -> ControlFlow<()> {
+    fn act(
+        &self,
+        destroy: &mut Destroy,
+        part: Vec<(Socket, Plan)>,
+        ordered: &Mutex<Ordered>,
+    ) -> ControlFlow<()> {
         let target = |(socket, _): &(Socket, Plan)| Target::without_owner(socket);
         let targets: Vec<Target> = part.iter().map(target).collect();
         let results = destroy.order(&targets);
         let done = results.len();
         let mut refused = false;
-        let mut ordered = self.ordered.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ordered = ordered.lock().unwrap_or_else(PoisonError::into_inner);
         for ((socket, plan), result) in part.into_iter().zip(results) {
             // The ladder will get the same answer, and tell it.
             if let Err(ActError::Denied(..) | ActError::NotSupported(..)) = result {
@@ -213,6 +229,27 @@ impl Broom<'_> {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),
         }
+    }
+
+    /// Verifies what was ordered, in the namespace of the calling thread.
+    fn verified(&self, ordered: &Mutex<Ordered>) -> io::Result<Vec<Outcome>> {
+        let mut ordered = ordered.lock().unwrap_or_else(PoisonError::into_inner);
+        if ordered.plans.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut diag = SockDiag::open()?;
+        let results = mem::take(&mut ordered.results);
+        let rules = self.config.rules(self.privileges);
+        let Ordered { found, plans, .. } = &*ordered;
+        let kernel = &mut diag;
+        Ok(ladder::verify_destroyed(
+            found,
+            plans,
+            results,
+            kernel,
+            rules,
+            self.surroundings,
+        ))
     }
 
     /// The plan for it, if the kernel's word on it is enough: it is stuck and selected, does not just pass through its state,

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::resource::{UsageWho, getrusage};
+use procfs::CurrentSI as _;
 
 use crate::agent::Agent;
 use crate::lab::{Family, Lab, Leak, Listen, Options};
@@ -20,6 +21,10 @@ use crate::{TcpState, privilege, scenario};
 /// How old a leak is when it is killed: one that is found on a host is older, and cwkill looks twice at what is younger than a
 /// second.
 const AGE: Duration = Duration::from_millis(1500);
+/// How long the machine may take to come to rest: the kernel goes on taking away the sockets of the lab before.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// What counts as rest: so little of the processors' time is used over so long.
+const REST: (f64, Duration) = (0.05, Duration::from_millis(250));
 
 /// Sockets of one application; RLIMIT_NOFILE is 20,000 on many hosts.
 const PER_PROCESS: usize = 19_000;
@@ -184,7 +189,8 @@ impl Bench {
                 let lab = Lab::new()?;
                 let leaks = self.leak(&lab)?;
                 let _idle = self.idle(&lab)?;
-                thread::sleep(AGE);
+                let began = Instant::now();
+                while began.elapsed() < AGE || (busy()? > REST.0 && began.elapsed() < PATIENCE) {}
                 measure(&lab, subject)?;
                 let stuck = |socket: &&crate::KernelSocket| socket.state == TcpState::CloseWait;
                 let left = lab.app_host().sockets()?.iter().filter(stuck).count();
@@ -244,6 +250,21 @@ impl Bench {
         }
         Ok(leaks)
     }
+}
+
+/// The share of the processors' time that is used, over a while.
+fn busy() -> Result<f64> {
+    let times = || -> Result<(u64, u64)> {
+        let all = procfs::KernelStats::current()?.total;
+        let used = all.user + all.nice + all.system;
+        let used = used + all.irq.unwrap_or(0) + all.softirq.unwrap_or(0);
+        Ok((used, used + all.idle + all.iowait.unwrap_or(0)))
+    };
+    let (used, all) = times()?;
+    thread::sleep(REST.1);
+    let (used_later, all_later) = times()?;
+    let ticks = |later: u64, before: u64| u32::try_from(later.saturating_sub(before));
+    Ok(f64::from(ticks(used_later, used)?) / f64::from(ticks(all_later, all)?.max(1)))
 }
 
 fn measure(lab: &Lab, subject: &mut Subject) -> Result<()> {
