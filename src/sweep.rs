@@ -209,7 +209,7 @@ impl Broom<'_> {
     ) -> ControlFlow<()> {
         let target = |(socket, _): &(Socket, Plan)| Target::without_owner(socket);
         let targets: Vec<Target> = part.iter().map(target).collect();
-        let results = destroy.order(&targets);
+        let results = destroy.order_together(&targets);
         let done = results.len();
         let mut refused = false;
         let mut ordered = ordered.lock().unwrap_or_else(PoisonError::into_inner);

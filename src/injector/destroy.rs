@@ -30,13 +30,21 @@ impl Destroy {
         })
     }
 
-    /// Has each of `targets` aborted; one result each, in order.
-    pub fn order(&mut self, targets: &[Target]) -> Vec<Result<(), ActError>> {
+    /// Has `targets` aborted with one answer for many ([`SockDiag::destroy_together`]); one result each, in order.
+    pub fn order_together(&mut self, targets: &[Target]) -> Vec<Result<(), ActError>> {
+        self.order(targets, SockDiag::destroy_together)
+    }
+
+    fn order(
+        &mut self,
+        targets: &[Target],
+        destroy: impl FnOnce(&mut SockDiag, &[DiagId]) -> io::Result<Vec<Result<(), DestroyError>>>,
+    ) -> Vec<Result<(), ActError>> {
         if self.unsupported {
             return targets.iter().map(|_| Err(unsupported())).collect();
         }
         let ids: Vec<DiagId> = targets.iter().map(|target| target.id).collect();
-        let results = match self.diag.destroy(&ids) {
+        let results = match destroy(&mut self.diag, &ids) {
             Ok(results) => results,
             // The netlink socket failed under the whole batch; a part of it may be done.
             Err(error) => {
@@ -71,7 +79,7 @@ impl Method for Destroy {
     }
 
     fn act(&mut self, targets: &[Target], _: &mut dyn Scene) -> Vec<Result<(), ActError>> {
-        self.order(targets)
+        self.order(targets, SockDiag::destroy)
     }
 }
 

@@ -41,6 +41,7 @@ pub const CASES: &[Case] = &[
         "answers_that_are_lost_are_not_taken_for_others",
         lost_answers,
     ),
+    Once("silence_is_taken_for_done_only_where_it_is", silence),
 ];
 
 pub struct Now;
@@ -333,4 +334,42 @@ fn lost_answers() -> Result<()> {
         Ok(())
     })?;
     same(&connections(&lab)?.len(), &0)
+}
+
+/// Orders with one answer for many: failures are told, and where they could not be told nothing is taken for done.
+fn silence() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V4, 200)?;
+    lab.app_host().within(|| {
+        let found = find(&Proc::default(), &Selectors::default())?;
+        let ids: Vec<DiagId> = found.sockets.iter().map(|socket| socket.id).collect();
+        let mut diag = SockDiag::open()?;
+        let (gone, there) = (&ids[..50], &ids[50..150]);
+        ensure!(diag.destroy_together(gone)?.iter().all(Result::is_ok));
+        same(&in_state(&lab, TcpState::CloseWait)?, &150)?;
+        // Every third has gone.
+        let mixed: Vec<DiagId> = (gone.iter())
+            .zip(there.chunks(2))
+            .flat_map(|(gone, two)| [*gone, two[0], two[1]])
+            .collect();
+        for (at, result) in diag.destroy_together(&mixed)?.iter().enumerate() {
+            match (at % 3, result) {
+                (0, Err(DestroyError::Gone)) | (1 | 2, Ok(())) => {}
+                other => anyhow::bail!("{at}: {other:?}"),
+            }
+        }
+        same(&in_state(&lab, TcpState::CloseWait)?, &50)?;
+        // The answers to those that have gone are too many for the queue.
+        let mut tiny = SockDiag::with_queue(1)?;
+        let (gone, there) = (&ids[..40], &ids[150..]);
+        let all: Vec<DiagId> = gone.iter().chain(&there[..20]).copied().collect();
+        let results = tiny.destroy_together(&all)?;
+        let lost =
+            |result: &Result<(), DestroyError>| matches!(result, Err(DestroyError::AnswerLost));
+        ensure!(
+            results.iter().any(lost),
+            "the queue was too large for this test"
+        );
+        ensure!(!results.iter().any(Result::is_ok), "{results:?}");
+        same(&in_state(&lab, TcpState::CloseWait)?, &30)
+    })
 }

@@ -272,6 +272,16 @@ pub fn put_lookup(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32, detail: Detai
 /// The cookie in `id` is what keeps this from hitting the listener once the connection is gone.
 pub fn put_destroy(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32) {
     let flags = NLM_F_REQUEST | netlink_packet_core::NLM_F_ACK;
+    put_destroy_with(bytes, id, sequence, flags);
+}
+
+/// The same, answered only if it fails: netlink tells of errors whatever the flags are (net/netlink/af_netlink.c,
+/// netlink_rcv_skb).
+pub fn put_quiet_destroy(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32) {
+    put_destroy_with(bytes, id, sequence, NLM_F_REQUEST);
+}
+
+fn put_destroy_with(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32, flags: u16) {
     put_header(bytes, REQUEST_LEN, SOCK_DESTROY, flags, sequence);
     put_request(bytes, id.family, StateSet::EMPTY, false, &id.raw);
 }

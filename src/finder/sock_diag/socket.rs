@@ -237,18 +237,39 @@ impl SockDiag {
         for (ids, answers) in ids.chunks(BATCH).zip(answers.chunks_mut(BATCH)) {
             self.ask(ids, answers, BATCH, codec::put_destroy)?;
         }
-        let read = |answer| match answer {
-            Some(Frame::Ack) => Ok(()),
-            Some(Frame::Error(libc::ENOENT | libc::ESTALE)) => Err(DestroyError::Gone),
-            Some(Frame::Error(libc::EOPNOTSUPP)) => Err(DestroyError::NotSupported),
-            Some(Frame::Error(libc::EPERM)) => Err(DestroyError::Denied),
-            Some(Frame::Error(errno)) => {
-                Err(DestroyError::Other(io::Error::from_raw_os_error(errno)))
+        Ok(answers.into_iter().map(destroyed).collect())
+    }
+
+    /// The same with one answer for as many as fit a datagram, and one for each that fails. The kernel works through a datagram
+    /// in order before it returns from send(), and a failure that does not fit the queue is an overrun that recv() tells of: then
+    /// nothing is taken for done that is not told.
+    ///
+    /// # Errors
+    /// As [`SockDiag::destroy`].
+    pub fn destroy_together(
+        &mut self,
+        ids: &[DiagId],
+    ) -> io::Result<Vec<Result<(), DestroyError>>> {
+        let mut results = Vec::with_capacity(ids.len());
+        let mut request = Vec::new();
+        for ids in ids.chunks(BATCH) {
+            let first = self.sequence.wrapping_add(1);
+            request.clear();
+            for (at, id) in ids.iter().enumerate() {
+                let put = match at + 1 == ids.len() {
+                    true => codec::put_destroy,
+                    false => codec::put_quiet_destroy,
+                };
+                put(&mut request, id, self.next_sequence());
             }
-            Some(_) => Err(DestroyError::Other(io::ErrorKind::InvalidData.into())),
-            None => Err(DestroyError::AnswerLost),
-        };
-        Ok(answers.into_iter().map(read).collect())
+            self.socket.send(&request, 0)?;
+            let mut answers: Vec<Option<Frame>> = ids.iter().map(|_| None).collect();
+            let lost = self.take_answers(first, &mut answers, Until::TheLast)?;
+            let all_told = !lost && answers.last().is_some_and(Option::is_some);
+            let silent = |answer: Option<Frame>| answer.or(all_told.then_some(Frame::Ack));
+            results.extend(answers.into_iter().map(|answer| destroyed(silent(answer))));
+        }
+        Ok(results)
     }
 
     /// Sends one request for each of `ids` that has no answer yet, `at_once` in a datagram, and pairs
@@ -273,7 +294,7 @@ impl SockDiag {
             }
             if !request.is_empty() {
                 self.socket.send(&request, 0)?;
-                self.take_answers(first, answers)?;
+                self.take_answers(first, answers, Until::All)?;
             }
         }
         Ok(match answers.iter().all(Option::is_some) {
@@ -282,20 +303,37 @@ impl SockDiag {
         })
     }
 
-    /// Empties the receive queue. The kernel answers inside send(), so what is not there now was lost
-    /// to a full queue.
-    fn take_answers(&mut self, first: u32, answers: &mut [Option<Frame>]) -> io::Result<()> {
+    /// Empties the receive queue; whether something did not fit it. The kernel answers inside send(), so what is not there now was
+    /// lost, or never sent.
+    fn take_answers(
+        &mut self,
+        first: u32,
+        answers: &mut [Option<Frame>],
+        until: Until,
+    ) -> io::Result<bool> {
         // The fewer, the longer each may be.
         let room = self.buffer.len() / answers.len().max(1);
-        while answers.iter().any(Option::is_none) {
+        let mut lost = false;
+        loop {
+            let open = match until {
+                Until::All => answers.iter().any(Option::is_none),
+                Until::TheLast => answers.last().is_some_and(Option::is_none),
+            };
+            if !open {
+                return Ok(lost);
+            }
             let lengths = match sys::recvmmsg(self.socket.as_fd(), &mut self.buffer, room) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(lost),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => continue,
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                    lost = true;
+                    continue;
+                }
                 other => other?,
             };
             for (slot, length) in self.buffer.chunks(room).zip(lengths) {
                 // One that does not fit is lost.
+                lost |= length > room;
                 let datagram = slot.get(..length).unwrap_or_default();
                 for framed in codec::frames(datagram) {
                     let framed = framed.map_err(|Malformed(what)| io::Error::other(what))?;
@@ -308,7 +346,6 @@ impl SockDiag {
                 }
             }
         }
-        Ok(())
     }
 
     fn next_sequence(&mut self) -> u32 {
@@ -321,6 +358,27 @@ impl AsFd for SockDiag {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// What an answer says of an order.
+fn destroyed(answer: Option<Frame>) -> Result<(), DestroyError> {
+    match answer {
+        Some(Frame::Ack) => Ok(()),
+        Some(Frame::Error(libc::ENOENT | libc::ESTALE)) => Err(DestroyError::Gone),
+        Some(Frame::Error(libc::EOPNOTSUPP)) => Err(DestroyError::NotSupported),
+        Some(Frame::Error(libc::EPERM)) => Err(DestroyError::Denied),
+        Some(Frame::Error(errno)) => Err(DestroyError::Other(io::Error::from_raw_os_error(errno))),
+        Some(_) => Err(DestroyError::Other(io::ErrorKind::InvalidData.into())),
+        None => Err(DestroyError::AnswerLost),
+    }
+}
+
+/// Which answers are waited for.
+#[derive(Clone, Copy)]
+enum Until {
+    All,
+    /// Those before it have come when it comes.
+    TheLast,
 }
 
 /// Whether every question of an exchange was answered.
