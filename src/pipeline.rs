@@ -8,7 +8,7 @@ use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::thread;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use rayon::slice::ParallelSliceMut;
 
 use crate::config::{Action, Config, Format};
@@ -119,7 +119,15 @@ pub struct Deed {
 /// # Errors
 /// Nothing can be found at all.
 pub fn plan(config: &Config, proc: &Proc, privileges: &Privileges) -> anyhow::Result<Run> {
-    let namespaces = open(&config.netns, proc)?;
+    plan_in(open(&config.netns, proc)?, config, proc, privileges)
+}
+
+fn plan_in(
+    namespaces: Namespaces,
+    config: &Config,
+    proc: &Proc,
+    privileges: &Privileges,
+) -> anyhow::Result<Run> {
     let found = find(&namespaces, proc, &config.selectors, config.owners)?;
     let plans = plan::build(&found, &config.policy, privileges);
     Ok(Run::new(namespaces, found, plans))
@@ -135,14 +143,11 @@ pub fn sweep_and_plan(
     privileges: &Privileges,
     surroundings: &dyn Surroundings,
 ) -> anyhow::Result<Run> {
-    if !sweep::fits(config) {
-        return plan(config, proc, privileges);
-    }
     let namespaces = open(&config.netns, proc)?;
-    let [netns] = &namespaces.open[..] else {
-        return plan(config, proc, privileges);
+    let mut swept = match &namespaces.open[..] {
+        [netns] if sweep::fits(config) => sweep::sweep(config, netns, privileges, surroundings),
+        _ => return plan_in(namespaces, config, proc, privileges),
     };
-    let mut swept = sweep::sweep(config, netns, privileges, surroundings);
     // Few are left; if there were few to begin with, one look is enough for them as well.
     let rest = || -> anyhow::Result<_> {
         let found = finder::find_sockets(&namespaces.open, &config.selectors, false)?;
@@ -150,18 +155,18 @@ pub fn sweep_and_plan(
         let plans = plan::build(&found, &config.policy, privileges);
         Ok((found, plans))
     };
-    let (found, plans, unlisted) = match catch_unwind(AssertUnwindSafe(rest)) {
-        Ok(Ok((found, plans))) => (found, plans, None),
-        Ok(Err(error)) if swept.sockets.is_empty() => return Err(error),
+    let rest = match catch_unwind(AssertUnwindSafe(rest)) {
         Err(panic) if swept.sockets.is_empty() => resume_unwind(panic),
+        Err(_) => Err(anyhow!("a bug of cwkill")),
+        Ok(rest) => rest,
+    };
+    let (found, plans, unlisted) = match rest {
+        Ok((found, plans)) => (found, plans, None),
+        Err(error) if swept.sockets.is_empty() => return Err(error),
         // What was done has to be told.
-        failed => {
-            let why = failed.map_or_else(
-                |_| "a bug of cwkill".to_owned(),
-                |result| result.map_or_else(|error| format!("{error:#}"), |_| String::new()),
-            );
+        Err(error) => {
             let found = with_unseen(Found::default(), &namespaces);
-            (found, Vec::new(), Some(why))
+            (found, Vec::new(), Some(format!("{error:#}")))
         }
     };
     // One that withstood the sweep is tried again.
@@ -362,9 +367,8 @@ fn act(
     };
     let reports = threads::side_by_side(&crews, CREWS_AT_ONCE, |crew| work(crew));
     // What the other crews did is reported even if one has run into a bug of ours.
-    let bug = "a bug of cwkill, list again to see the state";
     let report = |(crew, report): (&Vec<usize>, thread::Result<Report>)| {
-        report.unwrap_or_else(|_| unknown(&run.plans, crew, bug, None))
+        report.unwrap_or_else(|_| unknown(&run.plans, crew, Outcome::BUG, None))
     };
     let reports: Vec<Report> = crews.iter().zip(reports).map(report).collect();
 
@@ -407,7 +411,6 @@ fn crews(found: &Found) -> Vec<Vec<usize>> {
 
 /// What a crew that could not work, or not to its end, brings back.
 fn unknown(plans: &[Plan], members: &[usize], step: &'static str, errno: Option<i32>) -> Report {
-    let errno = errno.unwrap_or(libc::EIO);
     let outcome = |&at: &usize| Outcome::unknown(&plans[at], step, errno);
     Report {
         outcomes: members.iter().map(outcome).collect(),

@@ -111,16 +111,19 @@ pub fn sweep(
     let verify = |half: &Mutex<Ordered>| broom.verified(half);
     let verified = || threads::side_by_side(&halves, halves.len(), verify);
     let told = netns.within(verified);
-    let bug = "a bug of cwkill, list again to see the state";
     let mut swept = Swept::default();
     let mut told = told.unwrap_or_default().into_iter();
     for half in halves {
         let ordered = half.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let unknown = |step, errno| {
+            let outcome = |plan| Outcome::unknown(plan, step, errno);
+            ordered.plans.iter().map(outcome).collect()
+        };
         let outcomes = match told.next() {
             Some(Ok(Ok(outcomes))) => outcomes,
-            Some(Ok(Err(error))) => unknown(&ordered.plans, "verifying", &error),
-            Some(Err(_)) => unknown(&ordered.plans, bug, &io::ErrorKind::Other.into()),
-            None => unknown(&ordered.plans, "verifying", &io::ErrorKind::Other.into()),
+            Some(Ok(Err(error))) => unknown("verifying", error.raw_os_error()),
+            Some(Err(_)) => unknown(Outcome::BUG, None),
+            None => unknown("verifying", None),
         };
         let half = Swept {
             sockets: ordered.found.sockets,
@@ -130,12 +133,6 @@ pub fn sweep(
         swept.append(half);
     }
     swept
-}
-
-fn unknown(plans: &[Plan], step: &'static str, error: &io::Error) -> Vec<Outcome> {
-    let errno = error.raw_os_error().unwrap_or(libc::EIO);
-    let outcome = |plan| Outcome::unknown(plan, step, errno);
-    plans.iter().map(outcome).collect()
 }
 
 /// What sweeps.

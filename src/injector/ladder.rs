@@ -95,8 +95,12 @@ impl Skip {
 }
 
 impl Outcome {
-    /// Of a socket of which it is not known what was done to it, because `step` failed.
-    pub fn unknown(plan: &Plan, step: &'static str, errno: i32) -> Self {
+    /// The step that fails where something ends in a panic.
+    pub const BUG: &str = "a bug of cwkill, list again to see the state";
+
+    /// Of a socket of which it is not known what was done to it, because `step` failed, with EIO if there is no errno.
+    pub fn unknown(plan: &Plan, step: &'static str, errno: Option<i32>) -> Self {
+        let errno = errno.unwrap_or(libc::EIO);
         let error = || ActError::Os(step, io::Error::from_raw_os_error(errno));
         let attempts = plan.methods.iter().map(|&method| Attempt {
             method,
