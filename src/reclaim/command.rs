@@ -201,15 +201,7 @@ pub fn find(config: &Config, proc: &Proc) -> anyhow::Result<Run> {
             .iter()
             .filter_map(|suspect| match suspect.verdict {
                 Verdict::Dead(socket) => Some(DeadDescriptor {
-                    wanted: Wanted {
-                        owner,
-                        fd: suspect.fd,
-                        inode: suspect.inode,
-                        cookie: socket.cookie,
-                        age: Some(socket.quiet),
-                        unread: socket.unread,
-                        agreed: 0,
-                    },
+                    wanted: Wanted::dead(owner, suspect, &socket),
                     socket,
                 }),
                 Verdict::NeverConnected | Verdict::Unknown(_) => None,

@@ -28,6 +28,7 @@ use std::time::Duration;
 use caps::{CapSet, Capability};
 use nix::errno::Errno;
 
+use crate::finder::dead::{DeadSocket, Suspect};
 use crate::finder::owners::{Proc, Process};
 use crate::finder::sock_diag::Cookie;
 use crate::injector::ladder::Surroundings;
@@ -70,6 +71,21 @@ pub struct Wanted {
     pub unread: u32,
     /// As many of them may be lost: the operator has seen them, and had the socket closed.
     pub agreed: u32,
+}
+
+impl Wanted {
+    /// The descriptor of a socket that was `dead` when it was found, in the owner with this index.
+    pub fn dead(owner: usize, suspect: &Suspect, dead: &DeadSocket) -> Self {
+        Wanted {
+            owner,
+            fd: suspect.fd,
+            inode: suspect.inode,
+            cookie: dead.cookie,
+            age: Some(dead.quiet),
+            unread: dead.unread,
+            agreed: 0,
+        }
+    }
 }
 
 /// What the operator allows.

@@ -36,15 +36,7 @@ fn wanted(owner: &Owner) -> Result<(Vec<Process>, Vec<Wanted>)> {
         .suspects
         .iter()
         .filter_map(|suspect| match suspect.verdict {
-            Verdict::Dead(socket) => Some(Wanted {
-                owner: 0,
-                fd: suspect.fd,
-                inode: suspect.inode,
-                cookie: socket.cookie,
-                age: Some(socket.quiet),
-                unread: socket.unread,
-                agreed: 0,
-            }),
+            Verdict::Dead(socket) => Some(Wanted::dead(0, suspect, &socket)),
             _ => None,
         });
     Ok((vec![table.process], wanted.collect()))
