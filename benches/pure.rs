@@ -6,12 +6,12 @@ use std::hint::black_box;
 use std::os::unix::fs::symlink;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use cwkill::expression::{self, Facts, Services};
+use cwkill::filter::{self, Facts, Services};
 use cwkill::finder::Socket;
-use cwkill::finder::owners::Proc;
-use cwkill::finder::sock_diag::codec::{Frame, frames};
+use cwkill::proc::Proc;
+use cwkill::sock_diag::codec::{Frame, frames};
 
-const DUMP: &str = include_str!("../src/finder/sock_diag/testdata/dump-v6.hex");
+const DUMP: &str = include_str!("../src/sock_diag/testdata/dump-v6.hex");
 
 fn dump() -> Vec<u8> {
     let digits: String = DUMP.split_whitespace().collect();
@@ -68,11 +68,9 @@ fn expressions(c: &mut Criterion) {
     let text = "( sport = :8080 or sport = :8443 ) and dst 10.0.0.0/8 and not dst 10.1.0.0/16";
     let services = Services::from_text("");
     c.bench_function("expression: parse", |b| {
-        b.iter(|| expression::parse(black_box(text), &services).expect("valid"));
+        b.iter(|| filter::parse(black_box(text), &services).expect("valid"));
     });
-    let parsed = expression::parse(text, &services)
-        .expect("valid")
-        .expression;
+    let parsed = filter::parse(text, &services).expect("valid").expression;
     let datagram = dump();
     let facts: Vec<Facts> = sockets(&datagram).iter().map(Facts::from).collect();
     c.bench_function("expression: match four sockets", |b| {

@@ -8,14 +8,14 @@ use std::fmt::Write as _;
 use crate::cli::CheckArgs;
 use crate::config::{Scope, invalid, usage};
 use crate::diagnose;
-use crate::diagnosis::Cause;
+use crate::filter::selectors::Selectors;
 use crate::finder::Found;
 use crate::finder::dead::{DeadScan, DeadSocket, Verdict as Suspicion};
-use crate::finder::owners::{Proc, Process};
+use crate::model::cause::Cause;
 use crate::pipeline;
-use crate::report::escape::escape;
-use crate::report::text::age;
-use crate::selectors::Selectors;
+use crate::proc::{Proc, Process};
+use crate::text::age;
+use crate::text::escape;
 
 /// How it stands; the number is the exit status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -402,8 +402,8 @@ fn causes(found: &Found) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::finder::sock_diag::testdata::stuck;
     use crate::finder::{Held, Socket, TargetFd};
+    use crate::sock_diag::testdata::stuck;
 
     const AT: Thresholds = Thresholds {
         warning: 10,

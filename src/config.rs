@@ -7,13 +7,13 @@ use clap::{ColorChoice, CommandFactory};
 
 use crate::audit;
 use crate::cli::{Acting, Args, Cli, MethodChoice, Output, Selection};
-use crate::expression::{self, Expression, Services, States};
-use crate::finder::netns::Which;
-use crate::injector::{MethodName, ladder};
-use crate::plan::Policy;
+use crate::filter::selectors::{IpVersion, Selectors};
+use crate::filter::{self, Expression, Services, States};
+use crate::injector::plan::Policy;
+use crate::injector::{MethodName, engine};
 use crate::privileges::Privileges;
+use crate::proc::netns::Which;
 use crate::reclaim;
-use crate::selectors::{IpVersion, Selectors};
 use crate::tcp::{StateSet, TcpState};
 
 /// How far the pipeline runs.
@@ -77,8 +77,8 @@ const DEFAULT_GRACE: Duration = Duration::from_secs(1);
 
 impl Config {
     /// What the ladder must keep to.
-    pub fn rules(&self, privileges: &Privileges) -> ladder::Rules<'_> {
-        ladder::Rules {
+    pub fn rules(&self, privileges: &Privileges) -> engine::Rules<'_> {
+        engine::Rules {
             grace: self.grace,
             discard_unsent: self.policy.discard_unsent,
             selectors: &self.selectors,
@@ -294,7 +294,7 @@ fn expression(
         return Ok((Expression::TRUE, default()));
     }
     let text = args.expression.join(" ");
-    let parsed = expression::parse(&text, &Services::of_this_host())
+    let parsed = filter::parse(&text, &Services::of_this_host())
         .map_err(|error| invalid(&format!("the expression is wrong at {error}")))?;
     let states = match (parsed.expression.states(), named) {
         (States::Unmentioned, _) => default(),

@@ -1,13 +1,13 @@
-//! The `cwkill` program: parse, run, exit. What it runs is in [`cwkill::jobs`].
+//! The `cwkill` program: parse, run, exit. What it runs is in [`cwkill::commands`].
 
 use std::process::ExitCode;
 
 use clap::Parser;
 
 use cwkill::cli::Cli;
-use cwkill::jobs;
+use cwkill::commands;
 
 fn main() -> ExitCode {
-    let cli = Cli::try_parse().unwrap_or_else(|error| jobs::refuse(&error));
-    jobs::run(cli)
+    let cli = Cli::try_parse().unwrap_or_else(|error| commands::refuse(&error));
+    commands::run(cli)
 }

@@ -12,21 +12,21 @@ use anyhow::{Context, anyhow};
 use rayon::slice::ParallelSliceMut;
 
 use crate::config::{Action, Config, Format};
-use crate::diagnosis::Cause;
+use crate::filter::selectors::Selectors;
 use crate::finder::listeners::Listeners;
-use crate::finder::netns::{Namespaces, Netns, Which};
-use crate::finder::owners::{Holding, Proc};
-use crate::finder::sock_diag::SockDiag;
 use crate::finder::{self, FindError, Found};
 use crate::injector;
-use crate::injector::ladder::{self, Outcome, Surroundings, Verdict};
-use crate::plan::{self, Plan};
+use crate::injector::engine::{self, Outcome, Surroundings, Verdict};
+use crate::injector::plan::{self, Plan};
+use crate::model::cause::Cause;
+use crate::parallel;
 use crate::privileges::Privileges;
+use crate::proc::netns::{Namespaces, Netns, Which};
+use crate::proc::{Holding, Proc};
 use crate::reclaim::{self, Fate, Reason, Visit, Wanted};
-use crate::refill::Refill;
-use crate::selectors::Selectors;
+use crate::sock_diag::SockDiag;
 use crate::sweep::{self, Swept};
-use crate::threads;
+use crate::watch::Refill;
 
 /// Sockets of one namespace that are worth a second crew.
 const CREW: usize = 2048;
@@ -348,7 +348,7 @@ fn act(
             let mut diag = SockDiag::open()?;
             let mut methods = injector::methods(names, proc)?;
             let (found, plans) = (&run.found, &run.plans);
-            let outcomes = ladder::climb(
+            let outcomes = engine::climb(
                 found,
                 plans,
                 members,
@@ -365,7 +365,7 @@ fn act(
             .and_then(|report| report)
             .unwrap_or_else(|error| unknown(&run.plans, members, "preparing", error.raw_os_error()))
     };
-    let reports = threads::side_by_side(&crews, CREWS_AT_ONCE, |crew| work(crew));
+    let reports = parallel::side_by_side(&crews, CREWS_AT_ONCE, |crew| work(crew));
     // What the other crews did is reported even if one has run into a bug of ours.
     let report = |(crew, report): (&Vec<usize>, thread::Result<Report>)| {
         report.unwrap_or_else(|_| unknown(&run.plans, crew, Outcome::BUG, None))

@@ -16,18 +16,19 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::config::{Action, Config};
-use crate::finder::netns::Netns;
-use crate::finder::sock_diag::{Cookie, DumpError, DumpRequest, SockDiag};
-use crate::finder::view::{self, Sample};
-use crate::finder::{Found, Socket, filter};
+use crate::filter::selectors::Selectors;
+use crate::filter::{self, bytecode};
+use crate::finder::sockets::{self, Sample};
+use crate::finder::{Found, Socket};
 use crate::injector::destroy::Destroy;
-use crate::injector::ladder::{self, Outcome, Surroundings, Verdict};
+use crate::injector::engine::{self, Outcome, Surroundings, Verdict};
+use crate::injector::plan::{self, Plan, Policy};
 use crate::injector::{ActError, MethodName, Target};
-use crate::plan::{self, Plan, Policy};
+use crate::parallel;
 use crate::privileges::Privileges;
-use crate::selectors::Selectors;
+use crate::proc::netns::Netns;
+use crate::sock_diag::{Cookie, DumpError, DumpRequest, SockDiag};
 use crate::tcp::TcpState;
-use crate::threads;
 
 /// A socket is left for a second look if it has not been stuck for so long: it may only pass through its state.
 const SETTLED: Duration = Duration::from_secs(1);
@@ -109,7 +110,7 @@ pub fn sweep(
     };
     let _ = netns.within(|| catch_unwind(AssertUnwindSafe(|| broom.work(&halves))));
     let verify = |half: &Mutex<Ordered>| broom.verified(half);
-    let verified = || threads::side_by_side(&halves, halves.len(), verify);
+    let verified = || parallel::side_by_side(&halves, halves.len(), verify);
     let told = netns.within(verified);
     let mut swept = Swept::default();
     let mut told = told.unwrap_or_default().into_iter();
@@ -159,10 +160,10 @@ impl Broom<'_> {
         let Ok(selectors) = self.config.selectors.resolved(&here) else {
             return;
         };
-        if let Sample::Halves(halves) = view::sample(&selectors) {
+        if let Sample::Halves(halves) = sockets::sample(&selectors) {
             self.surroundings.begin();
             let halves: Vec<_> = halves.iter().zip(ordered).collect();
-            threads::side_by_side(&halves, halves.len(), |(half, ordered)| {
+            parallel::side_by_side(&halves, halves.len(), |(half, ordered)| {
                 self.half(half, ordered)
             });
         }
@@ -171,8 +172,8 @@ impl Broom<'_> {
     /// Destroys what matches, datagram by datagram.
     fn half(&self, selectors: &Selectors, ordered: &Mutex<Ordered>) -> Result<(), DumpError> {
         let mut destroy = Destroy::open()?;
-        let bytecode = filter::bytecode(&selectors.as_expression(), selectors.states());
-        for request in view::requests(selectors, &bytecode) {
+        let bytecode = bytecode::bytecode(&selectors.as_expression(), selectors.states());
+        for request in sockets::requests(selectors, &bytecode) {
             let request = DumpRequest {
                 states: TcpState::CloseWait.into(),
                 ..request
@@ -239,7 +240,7 @@ impl Broom<'_> {
         let rules = self.config.rules(self.privileges);
         let Ordered { found, plans, .. } = &*ordered;
         let kernel = &mut diag;
-        Ok(ladder::verify_destroyed(
+        Ok(engine::verify_destroyed(
             found,
             plans,
             results,

@@ -10,7 +10,7 @@ use clap::ColorChoice;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::injector::MethodName;
-use crate::injector::ladder::Surroundings;
+use crate::injector::engine::Surroundings;
 
 /// Writes a line to stderr; where that is closed or full there is nobody to tell.
 pub(crate) fn say(message: std::fmt::Arguments<'_>) {

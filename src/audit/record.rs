@@ -6,12 +6,12 @@ use serde::Serialize;
 
 use crate::finder::{Found, Socket};
 use crate::injector::MethodName;
-use crate::injector::ladder::Verdict;
+use crate::injector::engine::Verdict;
 use crate::pipeline::{Deed, Run};
 use crate::reclaim::{Fate, command};
-use crate::report::escape::escape;
 use crate::report::json::{self, JsonSocket};
 use crate::report::{Tally, reclaim, text};
+use crate::text::escape;
 
 /// Who runs it; the same in every record of a run.
 #[derive(Clone, Debug, Serialize)]
@@ -412,13 +412,13 @@ impl Entry<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::finder::netns::Which;
-    use crate::finder::owners::Proc;
-    use crate::finder::sock_diag::testdata::stuck;
     use crate::finder::{Found, Socket};
     use crate::injector::ActError;
-    use crate::injector::ladder::{Attempt, Outcome};
-    use crate::plan::Plan;
+    use crate::injector::engine::{Attempt, Outcome};
+    use crate::injector::plan::Plan;
+    use crate::proc::Proc;
+    use crate::proc::netns::Which;
+    use crate::sock_diag::testdata::stuck;
     use crate::sweep::Swept;
     use serde_json::Value;
     use std::time::Duration;

@@ -6,7 +6,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 
 use super::Cli;
-use crate::expression::{self, Services};
+use crate::filter::{self, Services};
 
 /// A command that does not come first.
 #[derive(Debug)]
@@ -56,7 +56,7 @@ fn begins_a_condition(words: &[OsString]) -> bool {
     let Some((last, before)) = args.selection.expression.split_last() else {
         return false;
     };
-    let is_whole = || expression::parse(&before.join(" "), &Services::of_this_host()).is_ok();
+    let is_whole = || filter::parse(&before.join(" "), &Services::of_this_host()).is_ok();
     words.last().is_some_and(|word| word == last.as_str()) && (before.is_empty() || is_whole())
 }
 

@@ -7,8 +7,8 @@ use globset::GlobMatcher;
 use ipnet::IpNet;
 
 use super::values;
-use crate::diagnosis::Cause;
-use crate::selectors::UnitName;
+use crate::filter::selectors::UnitName;
+use crate::model::cause::Cause;
 use crate::tcp::TcpState;
 
 /// The selectors, the same in every command that looks for stuck sockets.

@@ -10,8 +10,8 @@ use nix::unistd::{Uid, User};
 
 use super::MethodChoice;
 use crate::audit::Target;
-use crate::diagnosis::Cause;
-use crate::selectors::UnitName;
+use crate::filter::selectors::UnitName;
+use crate::model::cause::Cause;
 use crate::tcp::TcpState;
 
 pub(super) fn port_range(text: &str) -> Result<RangeInclusive<u16>, String> {

@@ -5,9 +5,9 @@ use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher, Hash};
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crate::diagnosis::Cause;
-use crate::finder::sock_diag::Cookie;
 use crate::finder::{Found, Socket};
+use crate::model::cause::Cause;
+use crate::sock_diag::Cookie;
 use crate::tcp::TcpState;
 
 /// The upper ends of the classes of age, and what each is called; the last has no end.
@@ -128,7 +128,7 @@ impl Group {
 
     /// How many more, or fewer, there are a minute at the pace of `elapsed`.
     pub fn growth(&self, elapsed: Duration) -> f64 {
-        crate::refill::per_minute(self.new, elapsed) - crate::refill::per_minute(self.gone, elapsed)
+        crate::text::per_minute(self.new, elapsed) - crate::text::per_minute(self.gone, elapsed)
     }
 }
 
@@ -247,9 +247,9 @@ pub fn by_listener(found: &Found) -> HashMap<&[u32], Vec<&Socket>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::finder::owners::Process;
-    use crate::finder::sock_diag::testdata::stuck;
     use crate::finder::{Held, TargetFd};
+    use crate::proc::Process;
+    use crate::sock_diag::testdata::stuck;
 
     fn socket(local: &str, peer: &str, cookie: u64) -> Socket {
         Socket::from_message(&stuck(local, peer, cookie))

@@ -158,7 +158,7 @@ struct JsonListener {
 }
 
 fn group(group: &Group, elapsed: Duration) -> JsonGroup {
-    let cause = |(cause, of): (&crate::diagnosis::Cause, &super::group::OfCause)| {
+    let cause = |(cause, of): (&crate::model::cause::Cause, &super::group::OfCause)| {
         let verdict = verdict::of_cause(*cause, of);
         let (count, idle) = (of.count, of.idle);
         let cause_of = JsonCause {

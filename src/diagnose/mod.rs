@@ -20,15 +20,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::config::Scope;
+use crate::filter::selectors::Selectors;
 use crate::finder::dead::{self, DeadScan, Table, Verdict};
 use crate::finder::listeners::{self, Listener};
-use crate::finder::netns::Netns;
-use crate::finder::owners::{Proc, Process};
-use crate::finder::vitals::Vitals;
 use crate::finder::{Found, Socket};
 use crate::pipeline;
+use crate::proc::netns::Netns;
+use crate::proc::status::Vitals;
+use crate::proc::{Proc, Process};
 use crate::report::{ExitStatus, notes};
-use crate::selectors::Selectors;
 use group::{Around, Group};
 use runtime::{Next, Runtime, Subject};
 use verdict::Condition;
@@ -79,13 +79,13 @@ impl Diagnosis {
         if self.unreadable > 0 {
             notes.push(format!(
                 "the descriptors of {} may not be read: dead ones among them are not counted",
-                notes::counted(self.unreadable, "process")
+                crate::text::counted(self.unreadable, "process")
             ));
         }
         if self.unknown > 0 {
             notes.push(format!(
                 "{} of TCP sockets in no table may be dead: their state may not be read",
-                notes::counted(self.unknown, "descriptor")
+                crate::text::counted(self.unknown, "descriptor")
             ));
         }
         if self.hidden && self.ownerless.is_none() {
@@ -322,7 +322,7 @@ pub(crate) fn tables(
     if let Some((pid, error)) = scan.failed.first() {
         failures.push(format!(
             "the descriptors of {} could not be read (the first is {pid}: {error})",
-            notes::counted(scan.failed.len(), "process")
+            crate::text::counted(scan.failed.len(), "process")
         ));
     }
     (scan, failures)

@@ -126,7 +126,7 @@ pub struct Subject {
     pub condition: Condition,
     /// The signals for which it has a handler, as [`Vitals::caught`]. One that it has none for ends it.
     ///
-    /// [`Vitals::caught`]: crate::finder::vitals::Vitals::caught
+    /// [`Vitals::caught`]: crate::proc::status::Vitals::caught
     pub caught: Option<u64>,
 }
 

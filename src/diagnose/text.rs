@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use super::group::{AGES, Group};
 use super::{Diagnosis, Patient, SHOWN, Waiting, bars, verdict};
-use crate::finder::owners::Process;
-use crate::refill::{pace, seconds};
-use crate::report::escape::escape;
-use crate::report::notes::counted;
-use crate::report::text::{age, place};
+use crate::proc::Process;
+use crate::report::text::place;
+use crate::text::age;
+use crate::text::counted;
+use crate::text::escape;
+use crate::text::{format_rate, seconds};
 
 /// Ports and peers that are named.
 const NAMED: usize = 3;
@@ -155,7 +156,7 @@ fn growth(group: &Group, elapsed: Duration) -> String {
         (0, 0) => format!("none new in {time}"),
         (new, gone) => {
             let rate = group.growth(elapsed);
-            let text = pace(rate);
+            let text = format_rate(rate);
             let sign = if rate > 0.0 && text != "0" { "+" } else { "" };
             format!("{sign}{text} a minute ({new} new, {gone} gone in {time})")
         }

@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn repair_mode_stands_in_for_a_drawn_ack() {
+    fn repair_mode_stands_in_for_a_elicited_ack() {
         let advice = Advice::new(
             &facts(&ALL, count(5, 5), count(9, 9)),
             &trials(|subject| {

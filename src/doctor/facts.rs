@@ -13,11 +13,11 @@ use nix::sys::utsname::uname;
 use nix::unistd::{geteuid, getpid};
 use socket2::{Domain, Socket, Type};
 
-use crate::finder::netns::Which;
-use crate::finder::owners::Proc;
-use crate::injector::rst::capture::Capture;
-use crate::injector::rst::raw;
 use crate::injector::rst::repair::RepairMode;
+use crate::packet::capture::Capture;
+use crate::packet::raw;
+use crate::proc::Proc;
+use crate::proc::netns::Which;
 use crate::sys::{self, TargetFd};
 
 /// The capabilities that some job needs, in the order they are shown.

@@ -11,7 +11,7 @@ pub mod report;
 pub mod row;
 pub mod trials;
 
-use crate::finder::owners::Proc;
+use crate::proc::Proc;
 use advice::Advice;
 use facts::Facts;
 use trials::Trials;

@@ -6,7 +6,7 @@ use super::facts::{Count, Facts, Missed};
 use super::trials::Tried;
 use crate::injector::{ActError, MethodName};
 use crate::privileges::{HOW_TO_GRANT, Need};
-use crate::report::escape::escape;
+use crate::text::escape;
 
 /// Whether something works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]

@@ -4,15 +4,15 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use crate::finder::netns::Which;
-use crate::finder::owners::Proc;
-use crate::finder::sock_diag::SockDiag;
+use crate::filter::selectors::Selectors;
 use crate::finder::{self, Found};
-use crate::injector::ladder::{self, Rules, Skip, Surroundings, Verdict};
+use crate::injector::engine::{self, Rules, Skip, Surroundings, Verdict};
+use crate::injector::plan::Plan;
 use crate::injector::{self, ActError, MethodName};
 use crate::kernel::KernelVersion;
-use crate::plan::Plan;
-use crate::selectors::Selectors;
+use crate::proc::Proc;
+use crate::proc::netns::Which;
+use crate::sock_diag::SockDiag;
 use crate::tcp::TcpState;
 
 /// How long a connection over loopback, or an answer on it, may take.
@@ -214,7 +214,7 @@ fn attempt(subject: Subject, stuck: &Stuck, found: &Found, proc: &Proc) -> Tried
         Ok(opened) => opened,
         Err(error) => return Tried::Failed(ActError::Os("sock_diag", error)),
     };
-    let mut outcomes = ladder::climb(
+    let mut outcomes = engine::climb(
         &found,
         &[plan],
         &[0],

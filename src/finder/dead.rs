@@ -34,11 +34,13 @@ use rayon::prelude::*;
 use socket2::SockRef;
 
 use super::FindError;
-use super::netns::Netns;
-use super::owners::{self, Proc, Process, Unreadable};
-use super::sock_diag::codec::TCPI_LAST_ACK_RECV;
-use super::sock_diag::{Cookie, DumpRequest, Family, SockDiag};
-use crate::sys::{self, TargetFd};
+use crate::proc::netns::Netns;
+use crate::proc::{
+    Proc, Process, TargetFd, Unreadable, fds, identity, image, is_denied, is_gone, open_in,
+};
+use crate::sock_diag::codec::TCPI_LAST_ACK_RECV;
+use crate::sock_diag::{Cookie, DumpRequest, Family, SockDiag};
+use crate::sys;
 use crate::tcp::{StateSet, TcpState};
 
 /// `struct tcp_info` (linux/tcp.h): the state is the first byte, the receive space the 23rd u32 behind eight
@@ -173,8 +175,8 @@ pub fn find(
             Ok(Look::Table(table)) => scan.tables.push(table),
             Ok(Look::Headless(process)) => scan.headless.push(process),
             Ok(Look::Nothing) => {}
-            Err(error) if owners::is_end(&error) => {}
-            Err(error) if owners::is_denied(&error) => scan.unreadable.extend(proc.unreadable(pid)),
+            Err(error) if is_gone(&error) => {}
+            Err(error) if is_denied(&error) => scan.unreadable.extend(proc.unreadable(pid)),
             Err(error) => scan.failed.push((pid, error)),
         }
     }
@@ -204,18 +206,18 @@ fn look_inside(
 ) -> io::Result<Look> {
     // Stays with the process it was opened for, as in owners.
     let dir = File::open(proc.path(&pid.to_string()))?;
-    let process = owners::identity(dir.as_fd(), pid)?;
+    let process = identity(dir.as_fd(), pid)?;
     if !wanted(&process) {
         return Ok(Look::Nothing);
     }
     for _ in 0..LOOKS {
-        let before = owners::image(dir.as_fd())?;
+        let before = image(dir.as_fd())?;
         if before.is_none() {
             thread::sleep(BETWEEN_LOOKS);
             continue;
         }
         let (suspects, used) = look_at_table(proc, dir.as_fd(), &process, same_pids, in_tables)?;
-        if owners::image(dir.as_fd())? != before {
+        if image(dir.as_fd())? != before {
             continue;
         }
         // The attribute was read by the number of the process.
@@ -239,10 +241,10 @@ fn look_at_table(
     same_pids: bool,
     in_tables: &HashSet<u32>,
 ) -> io::Result<(Vec<Suspect>, usize)> {
-    let fds = owners::open_in(dir, c"fd", OFlag::O_DIRECTORY)?;
-    let numbers = owners::list_fds(fds.as_fd())?;
+    let fds = open_in(dir, c"fd", OFlag::O_DIRECTORY)?;
+    let numbers = fds::list_fds(fds.as_fd())?;
     let missing: Vec<(TargetFd, u32)> = numbers
-        .par_chunks(owners::CHUNK)
+        .par_chunks(fds::CHUNK)
         .map(|numbers| in_no_table(fds.as_fd(), numbers, in_tables))
         .collect::<io::Result<Vec<_>>>()?
         .concat();
@@ -265,7 +267,7 @@ fn look_at_table(
     };
     let found: Vec<Option<Suspect>> = missing
         .par_iter()
-        .with_min_len(owners::CHUNK)
+        .with_min_len(fds::CHUNK)
         .map(suspect)
         .collect::<io::Result<_>>()?;
     let mut suspects: Vec<Suspect> = found.into_iter().flatten().collect();
@@ -281,7 +283,7 @@ fn in_no_table(
 ) -> io::Result<Vec<(TargetFd, u32)>> {
     let mut missing = Vec::new();
     for &number in numbers {
-        match owners::read_socket_link(fds, number) {
+        match fds::read_socket_link(fds, number) {
             Ok(Some(inode)) if !in_tables.contains(&inode) => {
                 missing.push((TargetFd(number), inode));
             }
@@ -380,7 +382,7 @@ pub(crate) fn errno(error: io::Error) -> Errno {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::finder::netns::Which;
+    use crate::proc::netns::Which;
     use socket2::{Domain, Socket, Type};
     use std::io::Read;
     use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 
 use crate::finder::Held;
-use crate::finder::sock_diag::{DiagId, DumpError, DumpRequest, Family, SockDiag, SocketMessage};
+use crate::sock_diag::{DiagId, DumpError, DumpRequest, Family, SockDiag, SocketMessage};
 use crate::tcp::TcpState;
 
 /// The listeners at one address: one, or a group made with SO_REUSEPORT.
@@ -204,8 +204,8 @@ impl Group {
 
 #[cfg(test)]
 mod tests {
-    use super::super::sock_diag::testdata::{listener, stuck};
     use super::*;
+    use crate::sock_diag::testdata::{listener, stuck};
     use crate::sys::TargetFd;
 
     fn listeners(all: &[SocketMessage]) -> Listeners {

@@ -4,15 +4,10 @@
 //! hold descriptors ([`owners`]); a connection that was never accepted gets the listener that would
 //! accept it ([`listeners`]).
 
-pub mod cgroup;
 pub mod dead;
-pub mod filter;
 pub mod listeners;
-pub mod netns;
 pub mod owners;
-pub mod sock_diag;
-pub(crate) mod view;
-pub mod vitals;
+pub(crate) mod sockets;
 
 use std::collections::HashSet;
 use std::io;
@@ -23,18 +18,18 @@ use std::time::Duration;
 
 use rayon::slice::ParallelSliceMut;
 
-use crate::diagnosis::{self, Cause};
-use crate::selectors::Selectors;
+use crate::filter::selectors::Selectors;
+use crate::model::cause::{self, Cause};
+use crate::parallel;
 use crate::tcp::{TcpState, Tuple};
-use crate::threads;
 
+pub use crate::proc::TargetFd;
+use crate::proc::netns::Netns;
+use crate::proc::{Proc, Process, Unreadable};
+use crate::sock_diag::{Cookie, DiagId, DumpError, SocketMessage};
 use listeners::{Listener, Listeners};
-use netns::Netns;
-use owners::{OwnerScan, Proc, Process, Trust, Unreadable};
-use sock_diag::{Cookie, DiagId, DumpError, SocketMessage};
-use view::View;
-
-pub use crate::sys::TargetFd;
+use owners::{OwnerScan, Trust};
+use sockets::View;
 
 /// How many namespaces are looked into at the same time.
 const NAMESPACES_AT_ONCE: usize = 8;
@@ -116,7 +111,7 @@ pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<
     let needless = AtomicBool::new(false);
     let (seen, scan) = std::thread::scope(|scope| {
         // Where no thread can be started, one comes after the other.
-        let scan = threads::are_there()
+        let scan = parallel::are_there()
             .then(|| Builder::new().spawn_scoped(scope, || proc.scan(&needless)));
         let seen = see(namespaces, selectors, false);
         let wanted = seen.as_ref().is_ok_and(|seen| !seen.wanted.is_empty());
@@ -250,12 +245,12 @@ fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
 fn views(namespaces: &[Netns], selectors: &Selectors, alone: bool) -> Vec<Result<View, FindError>> {
     let several = namespaces.len() > 1;
     let look = |netns: &Netns| {
-        let look = || view::look(selectors, several, alone && !several);
+        let look = || sockets::look(selectors, several, alone && !several);
         netns
             .within(look)
             .unwrap_or_else(|error| Err(FindError::Enter(error)))
     };
-    let views = threads::side_by_side(namespaces, NAMESPACES_AT_ONCE, look);
+    let views = parallel::side_by_side(namespaces, NAMESPACES_AT_ONCE, look);
     let view = |view: std::thread::Result<_>| view.unwrap_or_else(|panic| resume_unwind(panic));
     views.into_iter().map(view).collect()
 }
@@ -321,8 +316,8 @@ impl Socket {
             uid: message.uid,
             cgroup: message.cgroup,
             inode: (message.inode != 0).then_some(message.inode),
-            age: diagnosis::age(message),
-            cause: diagnosis::cause(message),
+            age: cause::age(message),
+            cause: cause::cause(message),
             owners: Vec::new(),
             listener: None,
         }

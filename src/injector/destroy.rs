@@ -7,8 +7,8 @@
 use std::io;
 
 use super::{ActError, Method, MethodName, Scene, Target, same_errno};
-use crate::finder::sock_diag::{DestroyError, DiagId, SockDiag};
 use crate::privileges::Need;
+use crate::sock_diag::{DestroyError, DiagId, SockDiag};
 use crate::tcp::TcpState;
 
 /// The method; it has a netlink socket of its own, so that nothing of a dump is in its way.

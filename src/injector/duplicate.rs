@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 
 use super::{ActError, Descriptor, Target};
-use crate::finder::owners::Proc;
 use crate::privileges::Need;
+use crate::proc::Proc;
 use crate::sys;
 
 /// How many processes are kept open at once; the limit of descriptors is 1024 on many hosts.

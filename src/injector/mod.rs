@@ -5,7 +5,8 @@
 
 pub mod destroy;
 mod duplicate;
-pub mod ladder;
+pub mod engine;
+pub mod plan;
 pub mod probe;
 pub mod rst;
 pub mod shutdown;
@@ -15,11 +16,11 @@ use std::io;
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::finder::sock_diag::{DiagId, LookupError, SocketMessage};
 use crate::finder::{Found, TargetFd};
 use crate::privileges::Need;
+use crate::sock_diag::{DiagId, LookupError, SocketMessage};
 use crate::tcp::TcpState;
-use ladder::Surroundings;
+use engine::Surroundings;
 
 /// The ways to close a socket, gentlest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -177,10 +178,7 @@ pub trait Scene {
 ///
 /// # Errors
 /// The netlink socket cannot be opened.
-pub fn methods(
-    names: &[MethodName],
-    proc: &crate::finder::owners::Proc,
-) -> io::Result<Vec<Box<dyn Method>>> {
+pub fn methods(names: &[MethodName], proc: &crate::proc::Proc) -> io::Result<Vec<Box<dyn Method>>> {
     let build = |name: &MethodName| -> io::Result<Box<dyn Method>> {
         Ok(match name {
             MethodName::Probe => Box::new(probe::Probe::new(proc.clone())),

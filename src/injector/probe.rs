@@ -14,11 +14,11 @@ use std::time::{Duration, Instant};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::duplicate::Duplicator;
-use super::rst::raw::Outgoing;
 use super::rst::{Numbers, Wire};
 use super::{ActError, Method, MethodName, Scene, Target};
-use crate::finder::owners::Proc;
-use crate::finder::sock_diag::{LookupError, SocketMessage};
+use crate::packet::raw::Outgoing;
+use crate::proc::Proc;
+use crate::sock_diag::{LookupError, SocketMessage};
 use crate::sys;
 use crate::tcp::{Segment, TcpFlags};
 

@@ -10,7 +10,7 @@ use nix::sys::socket::{Shutdown as How, shutdown};
 
 use super::duplicate::Duplicator;
 use super::{ActError, Method, MethodName, Scene, Target};
-use crate::finder::owners::Proc;
+use crate::proc::Proc;
 
 /// The method.
 pub struct Shutdown {

@@ -1,6 +1,6 @@
 //! What this process may do, and what to tell the operator about what it may not.
 
-pub mod least;
+pub mod drop;
 
 use std::fmt;
 

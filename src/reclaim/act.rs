@@ -12,7 +12,7 @@ use super::fate::{Fate, Reason};
 use super::remote::{self, CallError, NoWorker, Worker};
 use super::stop::{self, Seized, StopError, Stopped};
 use super::{Prepared, Refusal, Round, Rules, Wanted, not_shared, why_not};
-use crate::finder::owners::Proc;
+use crate::proc::Proc;
 
 /// Time between two looks for threads of the owner that have ended while it is worked on.
 const TAKE_ENDS: Duration = Duration::from_millis(5);

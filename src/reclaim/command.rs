@@ -10,11 +10,11 @@ use super::{Fate, Reason, Rules, Visit, Wanted, judge, let_owners_react, reclaim
 use crate::audit;
 use crate::cli::{OwnerSelection, ReclaimArgs, Reclaiming};
 use crate::config::{Action, Format, usage};
+use crate::filter::selectors::Selectors;
 use crate::finder::dead::{self, DeadSocket, Verdict};
-use crate::finder::netns::Which;
-use crate::finder::owners::{Proc, Process};
-use crate::injector::ladder::Surroundings;
-use crate::selectors::Selectors;
+use crate::injector::engine::Surroundings;
+use crate::proc::netns::Which;
+use crate::proc::{Proc, Process};
 
 const DEFAULT_AGE: Duration = Duration::from_secs(60);
 const DEFAULT_STOP_LIMIT: Duration = Duration::from_millis(100);

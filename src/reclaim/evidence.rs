@@ -79,13 +79,13 @@ impl fmt::Display for Doubt {
             Doubt::RingWorker(name) => write!(
                 f,
                 "its thread {} works for an io_uring, which may have requests on it",
-                crate::report::escape::escape(name)
+                crate::text::escape(name)
             ),
             Doubt::Finalizer(name) => write!(
                 f,
                 "its thread {} closes forgotten objects by their numbers, whatever has those by then; have it \
                  collect them first (Java: jcmd PID GC.run), then --reclaim-force",
-                crate::report::escape::escape(name)
+                crate::text::escape(name)
             ),
             Doubt::Transfer { tid, number } => write!(
                 f,
@@ -95,10 +95,7 @@ impl fmt::Display for Doubt {
             Doubt::Unread(bytes) => write!(
                 f,
                 "its process can still read {}, which --reclaim-force loses",
-                crate::report::notes::counted(
-                    usize::try_from(*bytes).unwrap_or(usize::MAX),
-                    "byte"
-                )
+                crate::text::counted(usize::try_from(*bytes).unwrap_or(usize::MAX), "byte")
             ),
             Doubt::TooYoung(age) => write!(
                 f,

@@ -14,8 +14,8 @@ use nix::errno::Errno;
 use super::arch::Call;
 use super::evidence::{self, Epoll, Ring};
 use crate::finder::dead::{self, Verdict};
-use crate::finder::owners::{self, Proc, Process};
-use crate::finder::sock_diag::Cookie;
+use crate::proc::{Proc, Process, fds, is_gone};
+use crate::sock_diag::Cookie;
 use crate::sys::{self, TargetFd};
 
 /// An owner that can be looked into.
@@ -90,7 +90,7 @@ impl<'p> Inside<'p> {
         };
         match could() {
             Ok(could) => could,
-            Err(error) => !owners::is_end(&error),
+            Err(error) => !is_gone(&error),
         }
     }
 
@@ -124,8 +124,8 @@ impl<'p> Inside<'p> {
 
     /// Whether the number is free in the owner's table.
     pub fn is_free(&self, fd: TargetFd) -> bool {
-        let link = owners::read_socket_link(self.fds.as_fd(), fd.0);
-        link.is_err_and(|error| owners::is_end(&error))
+        let link = fds::read_socket_link(self.fds.as_fd(), fd.0);
+        link.is_err_and(|error| is_gone(&error))
     }
 
     /// For descriptors below which number its table has room; it only grows. Where that cannot be read, for all.
@@ -140,7 +140,7 @@ impl<'p> Inside<'p> {
     pub fn numbers(&self) -> io::Result<Vec<i32>> {
         // A directory is read on from where it was left.
         let again = File::open(self.proc.path(&format!("{}/fd", self.pid)))?;
-        owners::list_fds(again.as_fd())
+        fds::list_fds(again.as_fd())
     }
 
     /// Of `numbers`, the epoll sets and io_urings.
@@ -149,7 +149,7 @@ impl<'p> Inside<'p> {
         for &fd in numbers {
             match kind(self.fds.as_fd(), fd) {
                 Ok(special) => specials.extend(special),
-                Err(error) if owners::is_end(&error) => {}
+                Err(error) if is_gone(&error) => {}
                 Err(error) => return Err(error),
             }
         }
@@ -164,7 +164,7 @@ impl<'p> Inside<'p> {
             let path = self.proc.path(&format!("{}/fdinfo/{fd}", self.pid));
             let text = match fs::read_to_string(path) {
                 Ok(text) => text,
-                Err(error) if owners::is_end(&error) => continue,
+                Err(error) if is_gone(&error) => continue,
                 Err(error) => return Err(error),
             };
             match special {
@@ -186,7 +186,7 @@ impl<'p> Inside<'p> {
             };
             match fs::read_to_string(entry.path().join("syscall")) {
                 Ok(text) => calls.extend(parse_call(&text).map(|call| (tid, call))),
-                Err(error) if owners::is_end(&error) => {}
+                Err(error) if is_gone(&error) => {}
                 Err(error) => return Err(error),
             }
         }
@@ -338,7 +338,7 @@ pub fn comm(proc: &Proc, pid: i32) -> Option<String> {
 fn kind(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<Special>> {
     let mut target = [0; 32];
     let mut name = [0; 12];
-    let target = sys::readlinkat(dir, owners::decimal(fd, &mut name), &mut target)?;
+    let target = sys::readlinkat(dir, fds::decimal(fd, &mut name), &mut target)?;
     Ok(match target {
         b"anon_inode:[eventpoll]" => Some(Special::Epoll(fd)),
         b"anon_inode:[io_uring]" => Some(Special::Ring(fd)),

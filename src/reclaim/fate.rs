@@ -86,7 +86,7 @@ impl fmt::Display for Reason {
             }
             Reason::Traced(pid, None) => write!(f, "its process is traced by process {pid}"),
             Reason::Traced(pid, Some(comm)) => {
-                let comm = crate::report::escape::escape(comm);
+                let comm = crate::text::escape(comm);
                 write!(f, "its process is traced by {comm}/{pid}")
             }
             Reason::FilterForbids => {

@@ -29,9 +29,9 @@ use caps::{CapSet, Capability};
 use nix::errno::Errno;
 
 use crate::finder::dead::{DeadSocket, Suspect};
-use crate::finder::owners::{Proc, Process};
-use crate::finder::sock_diag::Cookie;
-use crate::injector::ladder::Surroundings;
+use crate::injector::engine::Surroundings;
+use crate::proc::{Proc, Process};
+use crate::sock_diag::Cookie;
 use crate::sys::{self, TargetFd};
 
 use act::visit_once;

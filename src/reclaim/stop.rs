@@ -15,7 +15,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::arch::Registers;
-use crate::finder::owners::Proc;
+use crate::proc::Proc;
 use crate::sys::{self, Waiting};
 
 /// include/uapi/linux/ptrace.h: the stop of a thread that was interrupted.

@@ -10,14 +10,14 @@ use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::ser::Formatter;
 
-use super::escape::is_unsafe;
 use super::{Tally, reclaim};
-use crate::finder::owners::{Holding, Process};
 use crate::finder::{Found, Held, Socket};
-use crate::injector::ladder::Verdict;
+use crate::injector::engine::Verdict;
 use crate::pipeline::{Deed, Run};
+use crate::proc::{Holding, Process};
 use crate::reclaim::{Fate, Reason};
-use crate::refill::Refill;
+use crate::text::is_unsafe;
+use crate::watch::Refill;
 
 pub(super) const SCHEMA_VERSION: u32 = 1;
 
@@ -472,7 +472,7 @@ fn json_result(deed: &Deed) -> JsonResult {
         Verdict::Skipped(why) => ("skipped", None, Some(why.to_string())),
         Verdict::Failed => ("failed", None, None),
     };
-    let attempt = |attempt: &crate::injector::ladder::Attempt| JsonAttempt {
+    let attempt = |attempt: &crate::injector::engine::Attempt| JsonAttempt {
         method: attempt.method.name(),
         error: attempt.error.as_ref().map(ToString::to_string),
         errno: attempt

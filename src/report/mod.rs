@@ -3,7 +3,6 @@
 //!
 //! Reports read a finished [`Run`] and nothing else.
 
-pub mod escape;
 pub mod json;
 pub mod notes;
 pub mod reclaim;
@@ -11,9 +10,10 @@ pub mod text;
 
 use std::process::ExitCode;
 
-use crate::injector::ladder::Verdict;
+use crate::injector::engine::Verdict;
 use crate::pipeline::Run;
 use crate::reclaim::Fate;
+use crate::text::counted;
 
 /// How many sockets had which outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -53,7 +53,11 @@ impl Tally {
 
     /// One line for people.
     pub fn sentence(&self) -> String {
-        let mut line = format!("{} matched: {} closed", sockets(self.matched), self.closed);
+        let mut line = format!(
+            "{} matched: {} closed",
+            counted(self.matched, "socket"),
+            self.closed
+        );
         for (count, name) in [
             (self.closing, "closing"),
             (self.gone, "gone"),
@@ -76,14 +80,6 @@ impl Tally {
         } else {
             ExitStatus::Done
         }
-    }
-}
-
-/// A number of sockets in words.
-fn sockets(count: usize) -> String {
-    match count {
-        1 => "1 socket".to_owned(),
-        _ => format!("{count} sockets"),
     }
 }
 

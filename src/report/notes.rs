@@ -3,17 +3,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::escape::escape;
 use super::text::names;
-use crate::diagnosis::Cause;
 use crate::finder::Found;
-use crate::finder::owners::Holding;
 use crate::injector::ActError;
-use crate::injector::ladder::Verdict;
+use crate::injector::engine::Verdict;
+use crate::injector::plan::LeftOut;
+use crate::model::cause::Cause;
 use crate::pipeline::{Deed, Run};
-use crate::plan::LeftOut;
 use crate::privileges::Need;
+use crate::proc::Holding;
 use crate::reclaim::{Fate, Reason};
+use crate::text::{counted, escape};
 
 /// The notes, one a line.
 pub fn notes(run: &Run) -> Vec<String> {
@@ -238,26 +238,4 @@ pub fn missing_privileges(run: &Run) -> BTreeSet<Need> {
         needs.extend(reasons.chain(doubts).filter_map(Reason::need));
     }
     needs
-}
-
-/// A number with its noun.
-pub fn counted(count: usize, noun: &str) -> String {
-    let ending = match (count, noun.ends_with('s')) {
-        (1, _) => "",
-        (_, true) => "es",
-        (_, false) => "s",
-    };
-    format!("{count} {noun}{ending}")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::counted;
-
-    #[test]
-    fn nouns_follow_their_number() {
-        assert_eq!(counted(1, "process"), "1 process");
-        assert_eq!(counted(2, "process"), "2 processes");
-        assert_eq!(counted(0, "socket"), "0 sockets");
-    }
 }

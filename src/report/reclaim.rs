@@ -9,14 +9,15 @@ use comfy_table::{Cell, CellAlignment, Color};
 use serde::Serialize;
 
 use super::ExitStatus;
-use super::escape::escape;
 use super::json::{Endpoint, JsonContainer, SCHEMA_VERSION, container, endpoint, serializer};
-use super::text::{age, belongs, belongs_to, plain_table};
+use super::text::{belongs, belongs_to, plain_table};
 use crate::config::Action;
-use crate::finder::owners::Process;
 use crate::pipeline::Reclaimed;
+use crate::proc::Process;
 use crate::reclaim::command::{Config, Run};
 use crate::reclaim::{Fate, Reason, Visit};
+use crate::text::age;
+use crate::text::escape;
 
 /// How many descriptors had which fate.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -127,7 +128,7 @@ pub fn beside(reclaimed: &Reclaimed, at: usize) -> String {
 /// The line that `--reclaim` adds to the summary, and those about the owners.
 pub fn lines(owners: &[Process], reclaimed: &Reclaimed) -> Vec<String> {
     let tally = Tally::of_run(reclaimed);
-    let counted = super::notes::counted(tally.found, "descriptor");
+    let counted = crate::text::counted(tally.found, "descriptor");
     let mut lines = vec![format!("{counted}: {} freed{}", tally.freed, tally.left())];
     lines.extend(visits(owners, &reclaimed.visits));
     lines
@@ -142,7 +143,7 @@ pub fn visits(owners: &[Process], visits: &[Visit]) -> Vec<String> {
             escape(&owner.comm),
             owner.pid,
             visit.stopped.as_secs_f64() * 1000.0,
-            super::notes::counted(visit.freed, "descriptor"),
+            crate::text::counted(visit.freed, "descriptor"),
         )
     };
     visits.iter().map(line).collect()
@@ -233,7 +234,7 @@ fn fate_cell(fate: &Fate) -> Cell {
 /// One line that says how it went.
 pub fn summary(run: &Run, config: &Config) -> String {
     let found = run.descriptors.len();
-    let counted = super::notes::counted(found, "dead descriptor");
+    let counted = crate::text::counted(found, "dead descriptor");
     match &run.fates {
         Some(fates) => {
             let tally = Tally::of(found, fates.iter());
@@ -253,7 +254,7 @@ pub fn summary(run: &Run, config: &Config) -> String {
 /// What the operator should know beside the results.
 pub fn notes(run: &Run) -> Vec<String> {
     let mut notes = Vec::new();
-    let counted = super::notes::counted;
+    let counted = crate::text::counted;
     if run.unknown > 0 {
         notes.push(format!(
             "{} of TCP may be dead and could not be looked at",

@@ -3,20 +3,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::io::{self, Write};
-use std::time::Duration;
 
 use comfy_table::{Cell, CellAlignment, Color, ContentArrangement, Table, presets};
 
-use super::escape::escape;
-use super::{Tally, reclaim, sockets};
+use super::{Tally, reclaim};
 use crate::config::{Action, Config};
-use crate::diagnosis::Cause;
-use crate::finder::cgroup::{Cgroup, unescape};
 use crate::finder::{Found, Held, Socket};
-use crate::injector::ladder::{Outcome, Verdict};
+use crate::injector::engine::{Outcome, Verdict};
+use crate::injector::plan::{LeftOut, Plan};
+use crate::model::cause::Cause;
 use crate::pipeline::Run;
-use crate::plan::{LeftOut, Plan};
+use crate::proc::cgroup::{Cgroup, unescape};
 use crate::tcp::TcpState;
+use crate::text::{age, counted, escape};
 
 /// Rows that are laid out together: enough for stable columns, few enough that a listing of 100,000
 /// sockets starts at once and stays small in memory.
@@ -268,19 +267,6 @@ pub(super) fn belongs_to(cgroup: &Cgroup, all: bool) -> String {
     escape(&name)
 }
 
-/// A duration in its two largest units.
-pub fn age(age: Duration) -> String {
-    let seconds = age.as_secs();
-    let (days, hours, minutes) = (seconds / 86_400, seconds / 3_600 % 24, seconds / 60 % 60);
-    match (days, hours, minutes) {
-        (0, 0, 0) if seconds == 0 => format!("{}ms", age.as_millis()),
-        (0, 0, 0) => format!("{seconds}s"),
-        (0, 0, _) => format!("{minutes}m{:02}s", seconds % 60),
-        (0, _, _) => format!("{hours}h{minutes:02}m"),
-        _ => format!("{days}d{hours:02}h"),
-    }
-}
-
 fn plan_text(plan: &Plan) -> String {
     if plan.over_limit {
         return "skip: over --max-kills".into();
@@ -335,8 +321,8 @@ pub fn summary(run: &Run, config: &Config) -> String {
     if run.deeds.is_none() {
         let close_wait = |socket: &Socket| socket.state == TcpState::CloseWait;
         let mut line = match run.found.sockets.iter().all(close_wait) {
-            true => format!("{} stuck", sockets(tally.matched)),
-            false => format!("{} matched", sockets(tally.matched)),
+            true => format!("{} stuck", counted(tally.matched, "socket")),
+            false => format!("{} matched", counted(tally.matched, "socket")),
         };
         let mut causes: BTreeMap<Cause, usize> = BTreeMap::new();
         for socket in &run.found.sockets {
@@ -352,19 +338,4 @@ pub fn summary(run: &Run, config: &Config) -> String {
         return line;
     }
     tally.sentence()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ages_show_two_units() {
-        let text = |seconds| age(Duration::from_secs(seconds));
-        assert_eq!(age(Duration::from_millis(7)), "7ms");
-        assert_eq!(text(59), "59s");
-        assert_eq!(text(60), "1m00s");
-        assert_eq!(text(3_725), "1h02m");
-        assert_eq!(text(90_000), "1d01h");
-    }
 }

@@ -6,17 +6,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use netns_harness::{Dial, Family, Lab, Leak, Recv, TcpState};
 
-use cwkill::finder::netns::Which;
-use cwkill::finder::owners::Proc;
-use cwkill::finder::sock_diag::{
-    DestroyError, Detail, DiagId, LookupError, SockDiag, SocketMessage,
-};
+use cwkill::filter::selectors::Selectors;
 use cwkill::finder::{self, Found};
-use cwkill::injector::ladder::{self, Outcome, Rules, Surroundings, Verdict};
+use cwkill::injector::engine::{self, Outcome, Rules, Surroundings, Verdict};
+use cwkill::injector::plan::{self, Policy};
 use cwkill::injector::{self, ActError, MethodName, Scene, Target};
-use cwkill::plan::{self, Policy};
 use cwkill::privileges::Privileges;
-use cwkill::selectors::Selectors;
+use cwkill::proc::Proc;
+use cwkill::proc::netns::Which;
+use cwkill::sock_diag::{DestroyError, Detail, DiagId, LookupError, SockDiag, SocketMessage};
 
 use crate::Case::{self, EachFamily, Once};
 use crate::support::{PATIENCE, connections, in_state, lab, same};
@@ -86,7 +84,7 @@ fn act_after(
         };
         let all: Vec<usize> = (0..found.sockets.len()).collect();
         let mut diag = SockDiag::open()?;
-        let outcomes = ladder::climb(&found, &plans, &all, &mut methods, &mut diag, rules, &Now);
+        let outcomes = engine::climb(&found, &plans, &all, &mut methods, &mut diag, rules, &Now);
         Ok((found, outcomes))
     })
 }
@@ -296,7 +294,7 @@ fn accepted_meanwhile() -> Result<()> {
     })?;
     let left = outcomes
         .iter()
-        .filter(|o| matches!(o.verdict, Verdict::Skipped(ladder::Skip::Accepted)));
+        .filter(|o| matches!(o.verdict, Verdict::Skipped(engine::Skip::Accepted)));
     same(&left.count(), &1)?;
     same(&in_state(&lab, TcpState::CloseWait)?, &1)
 }

@@ -11,8 +11,8 @@ use netns_harness::{Capability, Family, Lab, Recv, TcpState};
 use nix::sys::socket::sockopt::{ReuseAddr, TcpRepair};
 use nix::sys::socket::{getsockopt, setsockopt};
 
-use cwkill::injector::rst::raw::{Outgoing, RawSockets};
 use cwkill::injector::rst::repair::{self, RepairMode};
+use cwkill::packet::raw::{Outgoing, RawSockets};
 use cwkill::tcp::{Segment, Seq, TcpFlags};
 
 use crate::Case::{self, EachFamily};

@@ -1,7 +1,7 @@
 //! `rst`: RSTs by raw socket, to the local stack as the peer and to the peer as ourselves.
 //!
 //! Works with no owner and no SOCK_DESTROY. The numbers come from [`repair`] where a descriptor can be
-//! had, else from [`drawn_ack`]. Between them and the RST the socket is looked at once more by its
+//! had, else from [`elicited_ack`]. Between them and the RST the socket is looked at once more by its
 //! cookie; should its addresses be taken by a new connection after even that, the RST misses: it is
 //! accepted at exactly rcv_nxt only (RFC 5961 §3.2), and a connection that is still being opened
 //! checks the acknowledgment number as well (net/ipv4/tcp_minisocks.c, tcp_check_req). A listener
@@ -10,9 +10,7 @@
 //! The local socket goes first. Only when it is gone is the peer told, so that a half-closed peer is
 //! released too; nobody is told of an RST that did not work.
 
-pub mod capture;
-pub mod drawn_ack;
-pub mod raw;
+pub mod elicited_ack;
 pub mod repair;
 
 use std::io;
@@ -21,14 +19,14 @@ use std::time::Duration;
 
 use super::duplicate::Duplicator;
 use super::{ActError, Method, MethodName, Scene, Target, same_errno};
-use crate::finder::owners::Proc;
-use crate::finder::sock_diag::LookupError;
 use crate::privileges::Need;
+use crate::proc::Proc;
+use crate::sock_diag::LookupError;
 use crate::tcp::{Segment, Seq, TcpFlags, Tuple};
 
-use capture::Capture;
-use drawn_ack::{Answer, Question};
-use raw::{Outgoing, RawSockets, SendError};
+use crate::packet::capture::{self, Capture};
+use crate::packet::raw::{Outgoing, RawSockets, SendError};
+use elicited_ack::{Answer, Question};
 
 /// Sockets between the last look and their RSTs.
 const SALVO: usize = 64;
@@ -258,7 +256,7 @@ impl Wire {
             .collect();
         let answers = self.open_capture().and_then(|()| {
             let capture = self.capture.as_ref().expect("it was just opened");
-            drawn_ack::draw(&questions, &mut self.raw, capture, scene)
+            elicited_ack::draw(&questions, &mut self.raw, capture, scene)
         });
         match answers {
             Ok(answers) => answers

@@ -9,7 +9,7 @@ use netns_harness::owners::{Build, Owner};
 use netns_harness::{Lab, Signal};
 
 use cwkill::finder::dead::{self, Verdict};
-use cwkill::finder::owners::{Proc, Process};
+use cwkill::proc::{Proc, Process};
 use cwkill::reclaim::{Fate, Rules, Wanted};
 
 use super::{is_traced, reclaim};

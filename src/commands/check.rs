@@ -1,0 +1,33 @@
+//! `cwkill check`: one line for a monitoring system.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use super::{give_up_all_but, refuse, say_notes};
+use crate::check::{self, Check, Status};
+use crate::cli::CheckArgs;
+use crate::privileges::drop;
+use crate::proc::Proc;
+
+pub(super) fn run(args: CheckArgs) -> ExitCode {
+    let check = Check::from_args(args).unwrap_or_else(|error| refuse(&error));
+    say_notes(&check.scope.notes);
+    give_up_all_but(&drop::to_find(&check.scope.netns, true));
+    let verdict = check::run(&check, &Proc::default())
+        .unwrap_or_else(|error| check::unknown(&format!("{error:#}")));
+    match writeln!(io::stdout(), "{}", verdict.line) {
+        Ok(()) => verdict.status.into(),
+        // Nobody can have read how it stands.
+        Err(_) => Status::Unknown.into(),
+    }
+}
+
+/// A monitoring system reads one line of stdout, and takes status 2 for CRITICAL.
+pub(super) fn unknown_by_usage(error: &clap::Error) -> ! {
+    let text = error.to_string();
+    let what = text.split("\n\n").next().unwrap_or_default();
+    let what = what.strip_prefix("error: ").unwrap_or(what);
+    let _ = error.print();
+    let _ = writeln!(io::stdout(), "{}", check::unknown(what).line);
+    std::process::exit(Status::Unknown as i32)
+}

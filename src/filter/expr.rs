@@ -1,0 +1,281 @@
+//! Expressions in the filter syntax of ss(8): `sport = :8080 and dst 10.0.0.0/8`.
+//!
+//! [`super::parse()`] turns text into one tree, [`Expression`]. [`super::matches`] applies the tree to a socket;
+//! [`super::bytecode`] translates it for the kernel. docs/decisions/expressions.md lists the differences from ss.
+//!
+//! Invariant: a parsed tree is at most [`MAX_DEPTH`] levels deep, so walking it by recursion is safe.
+
+use std::io;
+use std::ops::RangeInclusive;
+
+use ipnet::{IpNet, Ipv4Net};
+
+use crate::tcp::StateSet;
+
+/// How deep an expression may be nested, parentheses and changes between `and` and `or` counted.
+pub const MAX_DEPTH: usize = 200;
+
+/// A condition on a socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Expression {
+    /// Every one of these; of none, true.
+    All(Vec<Expression>),
+    /// One of these; of none, false.
+    Any(Vec<Expression>),
+    /// Not this.
+    Not(Box<Expression>),
+    /// The port at an end is in this range.
+    Port(End, RangeInclusive<u16>),
+    /// The address at an end is in this network.
+    ///
+    /// As the kernel compares it (net/ipv4/inet_diag.c, inet_diag_bc_run): an IPv4 network matches IPv4
+    /// and IPv4-mapped addresses, an IPv6 network matches every address of an AF_INET6 socket by its
+    /// bits, IPv4-mapped ones included, and no AF_INET socket.
+    Address(End, IpNet),
+    /// The state is one of these.
+    State(StateSet),
+    /// The socket is bound to this interface.
+    Interface(Interface),
+    /// The socket was made in this cgroup of cgroup v2, or accepted from a listener that was: exactly this
+    /// one, and wherever its owners are by now.
+    Cgroup(Cgroup2),
+    /// The local port was given by the kernel and not asked for in bind(2).
+    Autobound(Ephemeral),
+}
+
+/// An end of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The socket's own: `src`, `sport`.
+    Local,
+    /// The other: `dst`, `dport`.
+    Peer,
+}
+
+/// A network interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Interface {
+    /// As written; it means something in one network namespace only.
+    Named(String),
+    /// Its index there.
+    Index(u32),
+}
+
+/// A cgroup of cgroup v2.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cgroup2 {
+    /// As written: below the mount point, or the directory itself.
+    Path(String),
+    /// The inode of its directory.
+    Id(u64),
+}
+
+/// The ports that the kernel gives out by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ephemeral {
+    /// To be read in the network namespace (net.ipv4.ip_local_port_range).
+    Unread,
+    /// These.
+    Range(RangeInclusive<u16>),
+}
+
+/// What an expression needs to know of the network namespace, and of the host, it is applied in.
+pub trait Namespace {
+    /// The range of ports that the kernel gives out.
+    ///
+    /// # Errors
+    /// /proc/sys is not mounted.
+    fn ephemeral_ports(&self) -> io::Result<RangeInclusive<u16>>;
+
+    /// The index of the interface `name`.
+    fn interface(&self, name: &str) -> Option<u32>;
+
+    /// The id of the cgroup `path`.
+    fn cgroup(&self, path: &str) -> Option<u64>;
+}
+
+/// What an expression says of states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum States {
+    /// Nothing.
+    Unmentioned,
+    /// Only sockets in these can match.
+    Within(StateSet),
+    /// It names states, but a part that can match without them names none.
+    Partly,
+}
+
+impl Expression {
+    /// What matches every socket.
+    pub const TRUE: Expression = Expression::All(Vec::new());
+    /// What matches none.
+    pub const FALSE: Expression = Expression::Any(Vec::new());
+
+    /// The opposite.
+    #[must_use]
+    pub fn negated(self) -> Expression {
+        match self {
+            Expression::Not(inner) => *inner,
+            other => Expression::Not(Box::new(other)),
+        }
+    }
+
+    /// The address at `end` is one of IPv4, on a socket of either family.
+    pub fn over_ipv4(end: End) -> Expression {
+        Expression::Address(end, IpNet::V4(Ipv4Net::default()))
+    }
+
+    /// What it says of states.
+    pub fn states(&self) -> States {
+        match self.possible_states(false) {
+            _ if !self.mentions_states() => States::Unmentioned,
+            Some(states) => States::Within(states),
+            None => States::Partly,
+        }
+    }
+
+    fn mentions_states(&self) -> bool {
+        match self {
+            Expression::All(parts) | Expression::Any(parts) => {
+                parts.iter().any(Expression::mentions_states)
+            }
+            Expression::Not(inner) => inner.mentions_states(),
+            Expression::State(_) => true,
+            _ => false,
+        }
+    }
+
+    /// The states in which it, or its opposite, can be true; `None` when it leaves them open.
+    fn possible_states(&self, negated: bool) -> Option<StateSet> {
+        match (self, negated) {
+            (Expression::State(states), false) => Some(*states),
+            (Expression::State(states), true) => Some(StateSet::ALL.without(*states)),
+            (Expression::Not(inner), _) => inner.possible_states(!negated),
+            // One part that binds them is enough.
+            (Expression::All(parts), false) | (Expression::Any(parts), true) => parts
+                .iter()
+                .filter_map(|part| part.possible_states(negated))
+                .reduce(StateSet::intersection),
+            // Every part must bind them.
+            (Expression::Any(parts), false) | (Expression::All(parts), true) => parts
+                .iter()
+                .map(|part| part.possible_states(negated))
+                .try_fold(StateSet::EMPTY, |all, part| Some(all.union(part?))),
+            _ => None,
+        }
+    }
+
+    /// The same expression with what depends on the network namespace filled in.
+    ///
+    /// # Errors
+    /// There is no such interface or cgroup, or the namespace cannot be read.
+    pub fn resolved(&self, namespace: &dyn Namespace) -> io::Result<Expression> {
+        let each = |parts: &[Expression]| -> io::Result<Vec<Expression>> {
+            parts.iter().map(|part| part.resolved(namespace)).collect()
+        };
+        Ok(match self {
+            Expression::All(parts) => Expression::All(each(parts)?),
+            Expression::Any(parts) => Expression::Any(each(parts)?),
+            Expression::Not(inner) => Expression::Not(Box::new(inner.resolved(namespace)?)),
+            Expression::Interface(Interface::Named(name)) => {
+                let index = namespace.interface(name).or_else(|| name.parse().ok());
+                let index = index.ok_or_else(|| {
+                    io::Error::new(
+                        io::ErrorKind::NotFound,
+                        format!("no interface `{name}` in this network namespace"),
+                    )
+                })?;
+                Expression::Interface(Interface::Index(index))
+            }
+            Expression::Cgroup(Cgroup2::Path(path)) => {
+                let id = namespace.cgroup(path).ok_or_else(|| {
+                    io::Error::new(
+                        io::ErrorKind::NotFound,
+                        format!(
+                            "no cgroup {} in cgroup v2",
+                            super::syntax_error::quoted(path)
+                        ),
+                    )
+                })?;
+                Expression::Cgroup(Cgroup2::Id(id))
+            }
+            Expression::Autobound(Ephemeral::Unread) => {
+                Expression::Autobound(Ephemeral::Range(namespace.ephemeral_ports()?))
+            }
+            other => other.clone(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::filter::{Services, parse};
+    use crate::tcp::TcpState::{CloseWait, Established, LastAck};
+
+    fn tree(text: &str) -> Expression {
+        let services = Services::from_text("http 80/tcp www\n");
+        parse(text, &services).expect(text).expression
+    }
+
+    #[test]
+    fn states_that_can_match() {
+        let set =
+            |states: &[crate::tcp::TcpState]| States::Within(states.iter().copied().collect());
+        for (text, states) in [
+            ("sport = :80", States::Unmentioned),
+            ("state close-wait", set(&[CloseWait])),
+            ("state close-wait sport = :80", set(&[CloseWait])),
+            ("sport = :80 state close-wait", set(&[CloseWait])),
+            (
+                "state close-wait state last-ack sport = :80 or dport = :80",
+                set(&[CloseWait, LastAck]),
+            ),
+            (
+                "state close-wait or state established",
+                set(&[CloseWait, Established]),
+            ),
+            ("state close-wait or sport = :80", States::Partly),
+            ("not (state close-wait sport = :80)", States::Partly),
+            ("exclude all", set(&[])),
+            ("not (exclude close-wait)", set(&[CloseWait])),
+            ("state close-wait and not state close-wait", set(&[])),
+        ] {
+            assert_eq!(tree(text).states(), states, "{text}");
+        }
+    }
+
+    struct Lab;
+
+    impl Namespace for Lab {
+        fn ephemeral_ports(&self) -> io::Result<RangeInclusive<u16>> {
+            Ok(32_768..=60_999)
+        }
+
+        fn interface(&self, name: &str) -> Option<u32> {
+            (name == "veth0").then_some(7)
+        }
+
+        fn cgroup(&self, path: &str) -> Option<u64> {
+            (path == "/app.slice").then_some(99)
+        }
+    }
+
+    #[test]
+    fn names_are_resolved_where_they_are_applied() {
+        let resolved = |text| tree(text).resolved(&Lab);
+        let index = |index| Expression::Interface(Interface::Index(index));
+        assert_eq!(resolved("dev veth0").unwrap(), index(7));
+        assert_eq!(resolved("dev = 3").unwrap(), index(3));
+        assert_eq!(resolved("dev != 3").unwrap(), index(3).negated());
+        let error = resolved("sport 80 or not dev eth9").unwrap_err();
+        assert!(error.to_string().contains("eth9"), "{error}");
+        let cgroup = Expression::Cgroup(Cgroup2::Id(99));
+        assert_eq!(resolved("cgroup = /app.slice").unwrap(), cgroup);
+        assert_eq!(resolved("cgroup != /app.slice").unwrap(), cgroup.negated());
+        let error = resolved("cgroup /nowhere").unwrap_err();
+        assert!(error.to_string().contains("/nowhere"), "{error}");
+        let range = Expression::Autobound(Ephemeral::Range(32_768..=60_999));
+        assert_eq!(resolved("autobound").unwrap(), range);
+    }
+}

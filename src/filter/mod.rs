@@ -1,0 +1,22 @@
+//! Which sockets are meant: the selectors of the command line and expressions in the syntax of ss(8).
+//!
+//! - [`selectors`]: what the options say; [`expr`]: the tree of an expression
+//! - [`parse`](mod@parse): text to tree, with [`host`], [`services`] and [`syntax_error`]
+//! - [`matches`]: whether a tree matches a socket; [`bytecode`]: the same tree as a filter that the kernel runs
+
+pub mod bytecode;
+pub mod expr;
+mod host;
+pub mod matches;
+mod netns_info;
+mod parse;
+pub mod selectors;
+mod services;
+mod syntax_error;
+
+pub use expr::{Cgroup2, End, Ephemeral, Expression, Interface, MAX_DEPTH, Namespace, States};
+pub use matches::Facts;
+pub use netns_info::ThisNamespace;
+pub use parse::{Parsed, parse};
+pub use services::Services;
+pub use syntax_error::SyntaxError;

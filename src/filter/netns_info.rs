@@ -1,0 +1,79 @@
+//! What an expression needs to know of the network namespace it is used in: interfaces, cgroups, ephemeral ports.
+
+use std::fs;
+use std::io;
+use std::ops::RangeInclusive;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use nix::net::if_::if_nametoindex;
+
+use super::Namespace;
+
+/// The network namespace of the calling thread.
+pub struct ThisNamespace {
+    /// It is one of several: an interface that is not here may be in another, and here no socket is
+    /// bound to it.
+    pub one_of_several: bool,
+}
+
+/// The index of no interface: the kernel gives them out from 1 up (net/core/dev.c, dev_index_reserve).
+const NO_INTERFACE: u32 = u32::MAX;
+
+impl Namespace for ThisNamespace {
+    fn ephemeral_ports(&self) -> io::Result<RangeInclusive<u16>> {
+        // Also for IPv6.
+        let text = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")?;
+        let mut ports = text.split_whitespace().map(str::parse);
+        match (ports.next(), ports.next()) {
+            (Some(Ok(first)), Some(Ok(last))) => Ok(first..=last),
+            _ => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+
+    fn interface(&self, name: &str) -> Option<u32> {
+        let absent = self.one_of_several.then_some(NO_INTERFACE);
+        if_nametoindex(name).ok().or(absent)
+    }
+
+    fn cgroup(&self, path: &str) -> Option<u64> {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+        let root = Path::new(cgroup2_mount(&mounts)?);
+        let device = fs::metadata(root).ok()?.dev();
+        // As ss does it: a directory, or what is below the mount point.
+        let below = root.join(path.trim_start_matches('/'));
+        [Path::new(path), &below].into_iter().find_map(|path| {
+            let found = fs::metadata(path).ok()?;
+            (found.dev() == device && found.is_dir()).then(|| found.ino())
+        })
+    }
+}
+
+/// Where cgroup v2 is mounted, from the text of /proc/PID/mountinfo: the fifth field of the line whose
+/// file system, behind ` - `, is `cgroup2`.
+fn cgroup2_mount(mountinfo: &str) -> Option<&str> {
+    mountinfo.lines().find_map(|line| {
+        let (mount, system) = line.split_once(" - ")?;
+        let is_cgroup2 = system.split(' ').next() == Some("cgroup2");
+        is_cgroup2.then(|| mount.split(' ').nth(4)).flatten()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_cgroup2_is_mounted() {
+        let v2 = "23 1 0:22 / /proc rw - proc proc rw\n\
+              30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw\n";
+        assert_eq!(cgroup2_mount(v2), Some("/sys/fs/cgroup"));
+        let hybrid = "31 30 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
+                  32 30 0:28 / /sys/fs/cgroup/unified rw - cgroup2 none rw\n";
+        assert_eq!(cgroup2_mount(hybrid), Some("/sys/fs/cgroup/unified"));
+        assert_eq!(
+            cgroup2_mount("31 30 0:27 / /x rw - cgroup cgroup2 rw\nbad\n"),
+            None
+        );
+    }
+}

@@ -1,0 +1,595 @@
+//! The grammar.
+//!
+//! ```text
+//! expression := list
+//! list       := states [and] chain | chain
+//! chain      := term { [and | or] term }        from left to right, as ss does it
+//! term       := { not } ( "(" list ")" | states | condition )
+//! states     := ( state | exclude ) STATE { ( state | exclude ) STATE }
+//! condition  := ( sport | dport ) [comparison] [:]PORT
+//!             | ( src | dst ) [= | !=] HOST
+//!             | dev [= | !=] INTERFACE
+//!             | cgroup [= | !=] PATH
+//!             | autobound
+//! HOST       := ( ADDRESS[/LENGTH] | "[" ADDRESS[/LENGTH] "]" | * )[:PORT] | :PORT
+//! ```
+//!
+//! A list that begins with states holds all of it to them, as in `ss state close-wait EXPRESSION`.
+//! Source: iproute2, misc/ssfilter.y and parse_hostcond in misc/ss.c; what differs is in
+//! docs/decisions/expressions.md.
+
+use std::ops::Range;
+
+use winnow::combinator::{alt, preceded};
+use winnow::error::{ErrMode, ParserError};
+use winnow::prelude::*;
+use winnow::stream::{LocatingSlice, Location, Stateful, Stream};
+use winnow::token::take_while;
+
+use super::host;
+use super::syntax_error::quoted;
+use super::{Cgroup2, End, Ephemeral, Expression, Interface, MAX_DEPTH, Services, SyntaxError};
+use crate::tcp::{StateSet, TcpState};
+
+/// What a text means.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parsed {
+    /// The tree.
+    pub expression: Expression,
+    /// What the author may have meant otherwise, if anything.
+    pub doubt: Option<String>,
+}
+
+/// Understands `text`.
+///
+/// # Errors
+/// It is not in the grammar; the error says where and shows a good one.
+pub fn parse(text: &str, services: &Services) -> Result<Parsed, SyntaxError> {
+    let mut input = Input {
+        input: LocatingSlice::new(text),
+        state: State {
+            services,
+            depth: 0,
+            doubt: None,
+        },
+    };
+    match whole(&mut input) {
+        Ok(expression) => Ok(Parsed {
+            expression,
+            doubt: input.state.doubt.map(|at| {
+                let column = text[..at].chars().count() + 1;
+                format!(
+                    "the `and` at column {column} applies to all that is left of it, as in ss (whose \
+                     manual says otherwise): set parentheses to make it plain"
+                )
+            }),
+        }),
+        Err(error) => {
+            let fault = error.into_inner().unwrap_or_default();
+            Err(SyntaxError::new(text, fault.at, fault.what, fault.example))
+        }
+    }
+}
+
+pub(super) type Input<'i> = Stateful<LocatingSlice<&'i str>, State<'i>>;
+pub(super) type Outcome<T> = ModalResult<T, Fault>;
+
+/// What the parser carries along.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct State<'i> {
+    pub(super) services: &'i Services,
+    /// Open parentheses.
+    depth: usize,
+    /// Where an `and` follows an `or` without parentheses.
+    doubt: Option<usize>,
+}
+
+/// What is wrong, and where.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Fault {
+    at: Range<usize>,
+    what: String,
+    example: String,
+}
+
+impl ParserError<Input<'_>> for Fault {
+    type Inner = Self;
+
+    fn from_input(input: &Input<'_>) -> Self {
+        let at = input.current_token_start();
+        Fault {
+            at: at..at,
+            ..Fault::default()
+        }
+    }
+
+    fn into_inner(self) -> Result<Self, Self> {
+        Ok(self)
+    }
+}
+
+impl Fault {
+    pub(super) fn new(
+        at: Range<usize>,
+        what: impl Into<String>,
+        example: impl Into<String>,
+    ) -> ErrMode<Self> {
+        ErrMode::Cut(Fault {
+            at,
+            what: what.into(),
+            example: example.into(),
+        })
+    }
+}
+
+/// A tree with its depth.
+struct Grown {
+    tree: Expression,
+    depth: usize,
+}
+
+impl Grown {
+    fn leaf(tree: Expression) -> Self {
+        Grown { tree, depth: 1 }
+    }
+
+    /// Joins `next` on the right. Operators of one kind share a level.
+    fn join(self, or: bool, next: Grown) -> Self {
+        let same = match self.tree {
+            Expression::All(_) => !or,
+            Expression::Any(_) => or,
+            _ => false,
+        };
+        let depth = match same {
+            true => self.depth.max(next.depth + 1),
+            false => self.depth.max(next.depth) + 1,
+        };
+        let mut parts = match self.tree {
+            Expression::All(parts) if !or => parts,
+            Expression::Any(parts) if or => parts,
+            other => vec![other],
+        };
+        parts.push(next.tree);
+        let tree = match or {
+            true => Expression::Any(parts),
+            false => Expression::All(parts),
+        };
+        Grown { tree, depth }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Token<'i> {
+    Open,
+    Close,
+    And,
+    Or,
+    Not,
+    Compare(Comparison),
+    Word(&'i str),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Comparison {
+    Equal,
+    NotEqual,
+    Less,
+    LessOrEqual,
+    Greater,
+    GreaterOrEqual,
+}
+
+/// A token, its text, and where it stands.
+#[derive(Clone, Debug)]
+struct Lexeme<'i> {
+    token: Token<'i>,
+    text: &'i str,
+    at: Range<usize>,
+}
+
+fn lexeme<'i>(input: &mut Input<'i>) -> Outcome<Lexeme<'i>> {
+    use Comparison::*;
+    let comparison = alt((
+        alt(("==", "=")).value(Equal),
+        "!=".value(NotEqual),
+        "<=".value(LessOrEqual),
+        "<".value(Less),
+        ">=".value(GreaterOrEqual),
+        ">".value(Greater),
+    ));
+    let token = alt((
+        "(".value(Token::Open),
+        ")".value(Token::Close),
+        alt(("&&", "&")).value(Token::And),
+        alt(("||", "|")).value(Token::Or),
+        comparison.map(Token::Compare),
+        "!".value(Token::Not),
+        take_while(1.., |c: char| !c.is_whitespace() && !"()&|=!<>".contains(c)).map(word),
+    ));
+    let ((token, text), at) = token.with_taken().with_span().parse_next(input)?;
+    Ok(Lexeme { token, text, at })
+}
+
+/// Operators that are spelled out.
+fn word(text: &str) -> Token<'_> {
+    use Comparison::*;
+    match text {
+        "and" => Token::And,
+        "or" => Token::Or,
+        "not" => Token::Not,
+        "eq" => Token::Compare(Equal),
+        "ne" | "neq" => Token::Compare(NotEqual),
+        "lt" => Token::Compare(Less),
+        "le" | "leq" => Token::Compare(LessOrEqual),
+        "gt" => Token::Compare(Greater),
+        "ge" | "geq" => Token::Compare(GreaterOrEqual),
+        _ => Token::Word(text),
+    }
+}
+
+/// Takes the next token; `None` at the end.
+fn next<'i>(input: &mut Input<'i>) -> Option<Lexeme<'i>> {
+    preceded(take_while(0.., char::is_whitespace), lexeme)
+        .parse_next(input)
+        .ok()
+}
+
+/// Looks at the next token.
+fn look<'i>(input: &mut Input<'i>) -> Option<Lexeme<'i>> {
+    let before = input.checkpoint();
+    let found = next(input);
+    input.reset(&before);
+    found
+}
+
+/// Takes the next token if it is `wanted`.
+fn take(input: &mut Input<'_>, wanted: Token<'_>) -> bool {
+    let here = look(input).is_some_and(|lexeme| lexeme.token == wanted);
+    if here {
+        next(input);
+    }
+    here
+}
+
+/// Where the expression ends.
+fn end(input: &Input<'_>) -> Range<usize> {
+    let rest: &str = input.input.as_ref();
+    let at = input.current_token_start() + rest.len();
+    at..at
+}
+
+fn whole(input: &mut Input<'_>) -> Outcome<Expression> {
+    let grown = list(input)?;
+    match next(input) {
+        None => Ok(grown.tree),
+        // A list ends at nothing else.
+        Some(close) => Err(Fault::new(
+            close.at,
+            "this `)` closes nothing",
+            "( sport = :80 or sport = :443 ) and dst 10.0.0.0/8",
+        )),
+    }
+}
+
+fn list(input: &mut Input<'_>) -> Outcome<Grown> {
+    let before = input.checkpoint();
+    if look(input).is_some_and(|lexeme| is_states(&lexeme)) {
+        let states = states(input)?;
+        match look(input).map(|lexeme| lexeme.token) {
+            None | Some(Token::Close) => return Ok(states),
+            // An alternative like any other.
+            Some(Token::Or) => input.reset(&before),
+            _ => {
+                take(input, Token::And);
+                return Ok(states.join(false, chain(input)?));
+            }
+        }
+    }
+    chain(input)
+}
+
+fn chain(input: &mut Input<'_>) -> Outcome<Grown> {
+    let mut grown = term(input)?;
+    let mut or_before = false;
+    loop {
+        let Some(Lexeme { token, at, .. }) = look(input) else {
+            return Ok(grown);
+        };
+        let or = token == Token::Or;
+        match token {
+            Token::Close => return Ok(grown),
+            Token::And | Token::Or => drop(next(input)),
+            // Side by side means `and`.
+            _ => {}
+        }
+        or_before |= or;
+        if or_before && !or {
+            input.state.doubt.get_or_insert(at.start);
+        }
+        grown = grown.join(or, term(input)?);
+        if grown.depth > MAX_DEPTH {
+            return Err(too_deep(at));
+        }
+    }
+}
+
+fn too_deep(at: Range<usize>) -> ErrMode<Fault> {
+    Fault::new(
+        at,
+        format!("nested deeper than {MAX_DEPTH} levels"),
+        "( sport = :80 or sport = :443 ) and dst 10.0.0.0/8",
+    )
+}
+
+fn term(input: &mut Input<'_>) -> Outcome<Grown> {
+    let mut negated = false;
+    while take(input, Token::Not) {
+        negated = !negated;
+    }
+    let grown = positive(input)?;
+    Ok(match negated {
+        true => Grown {
+            tree: grown.tree.negated(),
+            depth: grown.depth + 1,
+        },
+        false => grown,
+    })
+}
+
+const CONDITIONS: &str = "sport = :8080 and dst 10.0.0.0/8";
+
+fn positive(input: &mut Input<'_>) -> Outcome<Grown> {
+    let Some(first) = look(input) else {
+        return Err(Fault::new(
+            end(input),
+            "a condition is missing at the end",
+            CONDITIONS,
+        ));
+    };
+    if is_states(&first) {
+        return states(input);
+    }
+    next(input);
+    let Token::Word(keyword) = first.token else {
+        if first.token == Token::Open {
+            return group(input, first.at);
+        }
+        let what = format!("a condition is missing before {}", quoted(first.text));
+        return Err(Fault::new(first.at, what, CONDITIONS));
+    };
+    let tree = match keyword {
+        "sport" => port(input, End::Local, keyword)?,
+        "dport" => port(input, End::Peer, keyword)?,
+        "src" => host::condition(input, End::Local, keyword)?,
+        "dst" => host::condition(input, End::Peer, keyword)?,
+        "dev" => interface(input)?,
+        "cgroup" => cgroup(input)?,
+        "autobound" => Expression::Autobound(Ephemeral::Unread),
+        _ => return Err(unknown(first.at, keyword)),
+    };
+    Ok(Grown::leaf(tree))
+}
+
+/// What is between the parenthesis at `open` and its counterpart.
+fn group(input: &mut Input<'_>, open: Range<usize>) -> Outcome<Grown> {
+    input.state.depth += 1;
+    if input.state.depth > MAX_DEPTH {
+        return Err(too_deep(open));
+    }
+    let grown = list(input)?;
+    if !take(input, Token::Close) {
+        return Err(Fault::new(
+            open,
+            "this `(` is never closed",
+            "( sport = :80 or sport = :443 ) and dst 10.0.0.0/8",
+        ));
+    }
+    input.state.depth -= 1;
+    Ok(grown)
+}
+
+/// A word that begins no condition, with what was probably meant.
+fn unknown(at: Range<usize>, word: &str) -> ErrMode<Fault> {
+    let what = format!("{} begins no condition", quoted(word));
+    let lower = word.to_ascii_lowercase();
+    let keywords = [
+        "sport", "dport", "src", "dst", "state", "exclude", "and", "or", "not",
+    ];
+    let example = match word {
+        "fwmark" => {
+            let what = "`fwmark` is not supported: cwkill does not see the marks of sockets";
+            return Fault::new(at, what, CONDITIONS);
+        }
+        _ if keywords.contains(&lower.as_str()) => format!("{lower}, in small letters"),
+        _ if word.parse::<TcpState>().is_ok() => format!("state {word}"),
+        _ if word.parse::<std::net::IpAddr>().is_ok() => format!("src {word} or dst {word}"),
+        _ if word.trim_start_matches(':').parse::<u16>().is_ok() => {
+            let port = word.trim_start_matches(':');
+            format!("sport = :{port} or dport = :{port}")
+        }
+        _ => CONDITIONS.to_owned(),
+    };
+    Fault::new(at, what, example)
+}
+
+/// Takes the value of a condition.
+pub(super) fn value<'i>(
+    input: &mut Input<'i>,
+    what: &str,
+    example: &str,
+) -> Outcome<(&'i str, Range<usize>)> {
+    match look(input) {
+        Some(Lexeme {
+            token: Token::Word(text),
+            at,
+            ..
+        }) => {
+            next(input);
+            Ok((text, at))
+        }
+        Some(other) => {
+            let what = format!("{what} is missing before {}", quoted(other.text));
+            Err(Fault::new(other.at, what, example))
+        }
+        None => {
+            let what = format!("{what} is missing at the end");
+            Err(Fault::new(end(input), what, example))
+        }
+    }
+}
+
+/// Takes a comparison; without one, `=` is meant.
+fn comparison(input: &mut Input<'_>) -> (Comparison, Range<usize>) {
+    match look(input) {
+        Some(Lexeme {
+            token: Token::Compare(comparison),
+            at,
+            ..
+        }) => {
+            next(input);
+            (comparison, at)
+        }
+        _ => (Comparison::Equal, end(input)),
+    }
+}
+
+/// Takes `=` or `!=`, for what has no order; true for `!=`.
+pub(super) fn unequal(input: &mut Input<'_>, keyword: &str, example: &str) -> Outcome<bool> {
+    match comparison(input) {
+        (Comparison::Equal, _) => Ok(false),
+        (Comparison::NotEqual, _) => Ok(true),
+        (_, at) => {
+            let what = format!("`{keyword}` has no order: only = and != compare it");
+            Err(Fault::new(at, what, example))
+        }
+    }
+}
+
+fn port(input: &mut Input<'_>, end: End, keyword: &str) -> Outcome<Expression> {
+    let example = format!("{keyword} = :8080 or {keyword} >= :1024");
+    let (comparison, _) = comparison(input);
+    let (text, at) = value(input, "a port", &example)?;
+    let number = text.strip_prefix(':').unwrap_or(text);
+    if number == "*" {
+        return match comparison {
+            Comparison::Equal => Ok(Expression::TRUE),
+            Comparison::NotEqual => Ok(Expression::FALSE),
+            _ => Err(Fault::new(at, "every port cannot be compared", example)),
+        };
+    }
+    let port = port_number(input.state.services, number, at, &example)?;
+    let range = |range| Expression::Port(end, range);
+    Ok(match comparison {
+        Comparison::Equal => range(port..=port),
+        Comparison::NotEqual => range(port..=port).negated(),
+        Comparison::LessOrEqual => range(0..=port),
+        Comparison::GreaterOrEqual => range(port..=u16::MAX),
+        Comparison::Less => port
+            .checked_sub(1)
+            .map_or(Expression::FALSE, |last| range(0..=last)),
+        Comparison::Greater => port
+            .checked_add(1)
+            .map_or(Expression::FALSE, |first| range(first..=u16::MAX)),
+    })
+}
+
+/// A port by number or by the name of its service.
+pub(super) fn port_number(
+    services: &Services,
+    text: &str,
+    at: Range<usize>,
+    example: &str,
+) -> Outcome<u16> {
+    let fault = |what: String| Err(Fault::new(at.clone(), what, example));
+    if text.is_empty() {
+        return fault("a port is missing behind the colon".into());
+    }
+    if text.bytes().all(|byte| byte.is_ascii_digit()) {
+        return match text.parse() {
+            // ss takes a leading zero for octal.
+            Ok(port) if port == 0 || !text.starts_with('0') => Ok(port),
+            Ok(_) => fault(format!("{} begins with a zero", quoted(text))),
+            Err(_) => fault(format!("{} is no port: they end at 65535", quoted(text))),
+        };
+    }
+    match services.port(text) {
+        Some(port) => Ok(port),
+        None => fault(format!(
+            "{} is neither a port nor a service in /etc/services",
+            quoted(text)
+        )),
+    }
+}
+
+fn interface(input: &mut Input<'_>) -> Outcome<Expression> {
+    let example = "dev = eth0";
+    let unequal = unequal(input, "dev", example)?;
+    let (name, at) = value(input, "an interface", example)?;
+    // IFNAMSIZ, less the NUL.
+    if name.len() > 15 {
+        let what = format!("{} is longer than the name of an interface", quoted(name));
+        return Err(Fault::new(at, what, example));
+    }
+    let tree = Expression::Interface(Interface::Named(name.to_owned()));
+    Ok(match unequal {
+        true => tree.negated(),
+        false => tree,
+    })
+}
+
+fn cgroup(input: &mut Input<'_>) -> Outcome<Expression> {
+    let example = "cgroup = /system.slice/nginx.service";
+    let unequal = unequal(input, "cgroup", example)?;
+    let (path, _) = value(input, "a cgroup", example)?;
+    let tree = Expression::Cgroup(Cgroup2::Path(path.to_owned()));
+    Ok(match unequal {
+        true => tree.negated(),
+        false => tree,
+    })
+}
+
+fn is_states(lexeme: &Lexeme<'_>) -> bool {
+    matches!(lexeme.token, Token::Word("state" | "exclude" | "excl"))
+}
+
+/// A run of `state` and `exclude`: each `state` adds to the set, each `exclude` takes from it; one
+/// that begins with `exclude` takes from all states.
+fn states(input: &mut Input<'_>) -> Outcome<Grown> {
+    let example = "state close-wait, or exclude listening";
+    let mut set: Option<StateSet> = None;
+    while let Some(keyword) = look(input).filter(is_states) {
+        next(input);
+        let (name, at) = value(input, "a state", example)?;
+        let named = state_names(name).ok_or_else(|| {
+            let what = format!("{} is no state", quoted(name));
+            let example = "state close-wait, or one of established, syn-sent, syn-recv, fin-wait-1, \
+                           fin-wait-2, time-wait, closed, last-ack, listening, closing, all, connected, \
+                           synchronized, bucket, big";
+            Fault::new(at, what, example)
+        })?;
+        set = Some(match keyword.text {
+            "state" => set.unwrap_or(StateSet::EMPTY).union(named),
+            _ => set.unwrap_or(StateSet::ALL).without(named),
+        });
+    }
+    Ok(Grown::leaf(Expression::State(set.unwrap_or_default())))
+}
+
+/// A state or a group of them, in any case.
+fn state_names(name: &str) -> Option<StateSet> {
+    use TcpState::{Close, Listen, SynRecv, SynSent, TimeWait};
+    let bucket = StateSet::from_iter([SynRecv, TimeWait]);
+    let unconnected = StateSet::from_iter([Close, Listen]);
+    Some(match name.to_ascii_lowercase().as_str() {
+        "all" => StateSet::ALL,
+        "connected" => StateSet::ALL.without(unconnected),
+        "synchronized" => StateSet::ALL.without(unconnected.union(SynSent.into())),
+        "bucket" => bucket,
+        "big" => StateSet::ALL.without(bucket),
+        name => name.parse::<TcpState>().ok()?.into(),
+    })
+}
+
+#[cfg(test)]
+#[path = "parse_tests.rs"]
+mod tests;

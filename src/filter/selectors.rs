@@ -1,0 +1,462 @@
+//! What the operator wants to match, as a pure predicate over sockets and owners.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use globset::{GlobBuilder, GlobMatcher};
+use ipnet::IpNet;
+
+use crate::filter::{End, Expression, Facts, Namespace};
+use crate::finder::Socket;
+use crate::model::cause::Cause;
+use crate::proc::cgroup::{Cgroup, unescape};
+use crate::proc::{Process, Unreadable};
+use crate::tcp::{StateSet, TcpState};
+
+/// A conjunction of selectors; of one selector, any value will do. An empty list selects nothing away.
+#[derive(Clone, Debug)]
+pub struct Selectors {
+    /// Local ports.
+    pub ports: Vec<RangeInclusive<u16>>,
+    /// Peer ports.
+    pub peer_ports: Vec<RangeInclusive<u16>>,
+    /// Local networks; IPv4-mapped addresses count as IPv4.
+    pub local: Vec<IpNet>,
+    /// Peer networks.
+    pub peer: Vec<IpNet>,
+    /// Only IPv4 or only IPv6 connections; an IPv4-mapped one is IPv4.
+    pub ip_version: Option<IpVersion>,
+    /// Owners by number.
+    pub pids: BTreeSet<i32>,
+    /// Owners by name (comm).
+    pub processes: Vec<GlobMatcher>,
+    /// Owners by systemd unit.
+    pub units: Vec<UnitName>,
+    /// Owners by the id, the first digits of it, or the name of their container.
+    pub containers: Vec<String>,
+    /// Owners in one of these cgroups or below.
+    pub cgroups: Vec<String>,
+    /// Users of the socket's inode.
+    pub users: BTreeSet<u32>,
+    /// States.
+    pub states: StateSet,
+    /// Sockets quiet for at least this long.
+    pub min_age: Duration,
+    /// Causes.
+    pub causes: BTreeSet<Cause>,
+    /// What the operator said in the syntax of ss(8).
+    pub expression: Expression,
+}
+
+/// The IP version a connection runs over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IpVersion {
+    /// IPv4, on sockets of either family.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+/// What `--unit` says: a name, with or without `.service`, or a pattern.
+#[derive(Clone, Debug)]
+pub struct UnitName {
+    text: String,
+    pattern: GlobMatcher,
+}
+
+impl UnitName {
+    /// # Errors
+    /// It is no pattern.
+    pub fn new(text: &str) -> Result<Self, globset::Error> {
+        // Units have escapes, `a\x2db.service`, which a pattern does not: there `\` is itself.
+        let pattern = GlobBuilder::new(text).backslash_escape(false).build()?;
+        Ok(UnitName {
+            text: text.to_owned(),
+            pattern: pattern.compile_matcher(),
+        })
+    }
+
+    /// Whether the unit `name` is meant, as systemctl writes it or with its escapes undone.
+    fn is(&self, name: &str) -> bool {
+        let one = |name: &str| {
+            let stem = name.strip_suffix(".service");
+            [Some(name), stem]
+                .into_iter()
+                .flatten()
+                .any(|name| name == self.text || self.pattern.is_match(name))
+        };
+        one(name) || one(&unescape(name))
+    }
+}
+
+impl Default for Selectors {
+    /// Everything in CLOSE-WAIT.
+    fn default() -> Self {
+        Selectors {
+            ports: Vec::new(),
+            peer_ports: Vec::new(),
+            local: Vec::new(),
+            peer: Vec::new(),
+            ip_version: None,
+            pids: BTreeSet::new(),
+            processes: Vec::new(),
+            units: Vec::new(),
+            containers: Vec::new(),
+            cgroups: Vec::new(),
+            users: BTreeSet::new(),
+            states: StateSet::from(TcpState::CloseWait),
+            min_age: Duration::ZERO,
+            causes: BTreeSet::new(),
+            expression: Expression::TRUE,
+        }
+    }
+}
+
+impl Selectors {
+    /// The states to ask the kernel for.
+    pub fn states(&self) -> StateSet {
+        self.states
+    }
+
+    /// Whether sockets that speak IPv4 need not be asked for.
+    pub fn wants_only_ipv6(&self) -> bool {
+        self.ip_version == Some(IpVersion::V6)
+    }
+
+    /// The same selectors with what depends on the network namespace filled in.
+    ///
+    /// # Errors
+    /// The expression names what the namespace does not have.
+    pub fn resolved(&self, namespace: &dyn Namespace) -> io::Result<Selectors> {
+        Ok(Selectors {
+            expression: self.expression.resolved(namespace)?,
+            ..self.clone()
+        })
+    }
+
+    /// What an expression can say of these selectors: more sockets match it than match them.
+    pub fn as_expression(&self) -> Expression {
+        let any = |parts: Vec<Expression>| match parts.is_empty() {
+            true => Expression::TRUE,
+            false => Expression::Any(parts),
+        };
+        let ports = |end, ranges: &[RangeInclusive<u16>]| {
+            any(ranges
+                .iter()
+                .map(|r| Expression::Port(end, r.clone()))
+                .collect())
+        };
+        let networks =
+            |end, networks: &[IpNet]| any(networks.iter().map(|n| canonical(end, *n)).collect());
+        Expression::All(vec![
+            ports(End::Local, &self.ports),
+            ports(End::Peer, &self.peer_ports),
+            networks(End::Local, &self.local),
+            networks(End::Peer, &self.peer),
+            match self.ip_version {
+                None => Expression::TRUE,
+                Some(IpVersion::V4) => Expression::over_ipv4(End::Local),
+                Some(IpVersion::V6) => Expression::over_ipv4(End::Local).negated(),
+            },
+            self.expression.clone(),
+        ])
+    }
+
+    /// Whether the socket, as the kernel describes it, matches. Owners are not looked at.
+    pub fn match_socket(&self, socket: &Socket) -> bool {
+        let version = match socket.is_ipv4() {
+            true => IpVersion::V4,
+            false => IpVersion::V6,
+        };
+        self.states.contains(socket.state)
+            && in_ranges(&self.ports, socket.tuple.local.port())
+            && in_ranges(&self.peer_ports, socket.tuple.peer.port())
+            && in_networks(&self.local, socket.tuple.local.ip())
+            && in_networks(&self.peer, socket.tuple.peer.ip())
+            && self.ip_version.is_none_or(|wanted| wanted == version)
+            && self.expression.matches(&Facts::from(socket))
+            && self.still_matches(socket)
+    }
+
+    /// Whether a dead socket, of which only the local address is known, can be meant. One that selects by
+    /// what is no longer known, such as another state, means none.
+    pub fn could_match_dead(&self, local: SocketAddr) -> bool {
+        self.could_match_some_dead()
+            && in_ranges(&self.ports, local.port())
+            && in_networks(&self.local, local.ip())
+            && self
+                .ip_version
+                .is_none_or(|wanted| (wanted == IpVersion::V4) == local.is_ipv4())
+    }
+
+    /// Whether a dead socket of whatever local address can be meant.
+    pub fn could_match_some_dead(&self) -> bool {
+        self.states == TcpState::CloseWait.into()
+            && self.peer_ports.is_empty()
+            && self.peer.is_empty()
+            && self.users.is_empty()
+            && self.causes.is_empty()
+            && self.min_age.is_zero()
+            && self.expression == Expression::TRUE
+    }
+
+    /// Whether a socket that has no local address can be meant.
+    pub fn could_match_unbound(&self) -> bool {
+        self.could_match_some_dead()
+            && self.ports.is_empty()
+            && self.local.is_empty()
+            && self.ip_version.is_none()
+    }
+
+    /// Of [`Selectors::match_socket`], what can change while a socket stays in its state.
+    pub fn still_matches(&self, socket: &Socket) -> bool {
+        (self.min_age.is_zero() || socket.age.is_some_and(|age| age >= self.min_age))
+            && (self.causes.is_empty() || self.causes.contains(&socket.cause))
+    }
+
+    /// Whether the user of a socket is one of those asked for.
+    pub fn match_user(&self, uid: u32) -> bool {
+        self.users.is_empty() || self.users.contains(&uid)
+    }
+
+    /// Whether `owner` is one of those asked for.
+    pub fn match_owner(&self, owner: &Process) -> bool {
+        self.match_process(owner.pid, Some(&owner.comm)) && self.match_cgroup(&owner.cgroup)
+    }
+
+    /// Whether one of the processes that could not be read may be an owner that is asked for.
+    pub fn could_match(&self, unreadable: &[Unreadable]) -> bool {
+        let could = |process: &Unreadable| self.match_process(process.pid, process.comm.as_deref());
+        self.selects_owners() && unreadable.iter().any(could)
+    }
+
+    /// Whether a process is asked for by its number and its name; an unknown name may be any.
+    fn match_process(&self, pid: i32, comm: Option<&str>) -> bool {
+        let named = |comm| self.processes.iter().any(|glob| glob.is_match(comm));
+        (self.pids.is_empty() || self.pids.contains(&pid))
+            && (self.processes.is_empty() || comm.is_none_or(named))
+    }
+
+    /// Whether owners decide what matches.
+    pub fn selects_owners(&self) -> bool {
+        !(self.pids.is_empty()
+            && self.processes.is_empty()
+            && self.units.is_empty()
+            && self.containers.is_empty()
+            && self.cgroups.is_empty())
+    }
+
+    fn match_cgroup(&self, cgroup: &Cgroup) -> bool {
+        let unit = || cgroup.unit.as_deref();
+        let container = || cgroup.container.as_ref();
+        (self.units.is_empty() || unit().is_some_and(|u| self.units.iter().any(|name| name.is(u))))
+            && (self.containers.is_empty()
+                || container()
+                    .is_some_and(|c| self.containers.iter().any(|name| c.is_called(name))))
+            && (self.cgroups.is_empty() || self.cgroups.iter().any(|path| cgroup.is_below(path)))
+    }
+}
+
+/// A network of selectors: unlike one of an expression, one of IPv6 has no IPv4-mapped addresses.
+fn canonical(end: End, network: IpNet) -> Expression {
+    let address = Expression::Address(end, network);
+    match network {
+        IpNet::V4(_) => address,
+        IpNet::V6(_) => Expression::All(vec![address, Expression::over_ipv4(end).negated()]),
+    }
+}
+
+fn in_ranges(ranges: &[RangeInclusive<u16>], port: u16) -> bool {
+    ranges.is_empty() || ranges.iter().any(|range| range.contains(&port))
+}
+
+fn in_networks(networks: &[IpNet], address: IpAddr) -> bool {
+    networks.is_empty() || networks.iter().any(|network| network.contains(&address))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sock_diag::testdata::stuck;
+    use crate::sock_diag::{Cookie, DiagId, Family, SocketMessage};
+    use globset::Glob;
+
+    fn socket() -> Socket {
+        Socket::from_message(&message())
+    }
+
+    fn message() -> SocketMessage {
+        stuck("10.0.0.1:8080", "10.0.0.2:50000", 1)
+    }
+
+    fn matches(change: impl FnOnce(&mut Selectors)) -> bool {
+        let mut selectors = Selectors::default();
+        change(&mut selectors);
+        selectors.match_socket(&socket())
+    }
+
+    #[test]
+    fn different_selectors_are_anded_values_of_one_ored() {
+        assert!(matches(|_| {}));
+        assert!(matches(|s| s.ports = vec![80..=80, 8000..=9000]));
+        assert!(!matches(|s| s.ports = vec![80..=80]));
+        assert!(!matches(|s| {
+            s.ports = vec![8080..=8080];
+            s.peer_ports = vec![1..=2];
+        }));
+        assert!(matches(|s| s.local = vec!["10.0.0.0/8".parse().unwrap()]));
+        assert!(!matches(|s| s.peer = vec!["10.0.0.1/32".parse().unwrap()]));
+        assert!(!matches(|s| s.states = TcpState::LastAck.into()));
+        assert!(matches(
+            |s| s.causes = [Cause::Unread, Cause::Drained].into()
+        ));
+        assert!(!matches(|s| s.causes = [Cause::Drained].into()));
+    }
+
+    #[test]
+    fn of_a_dead_socket_only_the_local_address_is_judged() {
+        let could = |change: fn(&mut Selectors)| {
+            let mut selectors = Selectors::default();
+            change(&mut selectors);
+            selectors.could_match_dead("10.0.0.1:8080".parse().unwrap())
+        };
+        assert!(could(|_| {}));
+        let mut selectors = Selectors::default();
+        assert!(selectors.could_match_unbound());
+        selectors.ports = vec![80..=80];
+        assert!(!selectors.could_match_unbound() && selectors.could_match_some_dead());
+        assert!(could(|s| s.ports = vec![8000..=9000]));
+        assert!(!could(|s| s.ports = vec![80..=80]));
+        assert!(!could(|s| s.local = vec!["10.1.0.0/16".parse().unwrap()]));
+        assert!(!could(|s| s.ip_version = Some(IpVersion::V6)));
+        assert!(!could(|s| s.peer_ports = vec![1..=u16::MAX]));
+        assert!(!could(|s| s.states = TcpState::Established.into()));
+        assert!(!could(|s| s.expression = Expression::TRUE.negated()));
+    }
+
+    #[test]
+    fn a_mapped_socket_is_ipv4() {
+        let mut message = message();
+        let tuple = message.id.tuple();
+        message.id = DiagId::example(Family::V6, tuple, Cookie(1));
+        let mapped = Socket::from_message(&message);
+        let mut selectors = Selectors {
+            ip_version: Some(IpVersion::V4),
+            local: vec!["10.0.0.1/32".parse().unwrap()],
+            ..Selectors::default()
+        };
+        assert!(selectors.match_socket(&mapped));
+        selectors.ip_version = Some(IpVersion::V6);
+        assert!(!selectors.match_socket(&mapped));
+    }
+
+    #[test]
+    fn an_unknown_age_is_never_old_enough() {
+        assert!(matches(|s| s.min_age = Duration::from_secs(3600)));
+        assert!(!matches(|s| s.min_age = Duration::from_secs(3601)));
+        let mut ageless = socket();
+        ageless.age = None;
+        let mut selectors = Selectors::default();
+        assert!(selectors.match_socket(&ageless));
+        selectors.min_age = Duration::from_millis(1);
+        assert!(!selectors.match_socket(&ageless));
+    }
+
+    #[test]
+    fn one_owner_must_match_pid_and_name_together() {
+        let process = |pid, comm: &str| Process {
+            pid,
+            start_time: 0,
+            comm: comm.into(),
+            cgroup: Cgroup::default(),
+        };
+        let owners = [process(1, "java"), process(2, "nginx")];
+        let any = |selectors: &Selectors| owners.iter().any(|owner| selectors.match_owner(owner));
+        let mut selectors = Selectors {
+            processes: vec![Glob::new("ja*").unwrap().compile_matcher()],
+            ..Selectors::default()
+        };
+        assert!(any(&selectors));
+        selectors.pids = [2].into();
+        assert!(!any(&selectors));
+        selectors.pids = [1].into();
+        assert!(any(&selectors));
+        assert!(selectors.selects_owners());
+        assert!(!Selectors::default().selects_owners());
+    }
+
+    #[test]
+    fn a_process_that_cannot_be_read_may_be_the_one() {
+        let hidden = |pid, comm: Option<&str>| Unreadable {
+            pid,
+            comm: comm.map(str::to_owned),
+        };
+        let java = Selectors {
+            processes: vec![Glob::new("java").unwrap().compile_matcher()],
+            ..Selectors::default()
+        };
+        assert!(java.could_match(&[hidden(1, Some("java"))]));
+        assert!(!java.could_match(&[hidden(1, Some("nginx"))]));
+        assert!(java.could_match(&[hidden(1, None)]));
+        let pid = Selectors {
+            pids: [7].into(),
+            ..Selectors::default()
+        };
+        assert!(pid.could_match(&[hidden(7, Some("x"))]));
+        assert!(!pid.could_match(&[hidden(8, None)]));
+        assert!(!Selectors::default().could_match(&[hidden(7, None)]));
+    }
+
+    #[test]
+    fn units_containers_and_cgroups_are_those_of_one_owner() {
+        let process = |pid, cgroup: &str| Process {
+            pid,
+            start_time: 0,
+            comm: "java".into(),
+            cgroup: Cgroup::parse(cgroup),
+        };
+        let id = "3f4a9b2c1d0e5f6a7b8c9d0e1f2a3b4c5d6e7f8091a2b3c4d5e6f708192a3b4c";
+        let owners = [
+            process(1, "0::/system.slice/tomcat@a\\x2db.service/main\n"),
+            process(2, &format!("0::/docker/{id}\n")),
+            process(3, "0::/user.slice/session-3.scope\n"),
+            process(4, ""),
+        ];
+        let who = |change: &dyn Fn(&mut Selectors)| -> Vec<i32> {
+            let mut selectors = Selectors::default();
+            change(&mut selectors);
+            let matching = |owner: &&Process| selectors.match_owner(owner);
+            owners.iter().filter(matching).map(|p| p.pid).collect()
+        };
+        let unit = |name: &str| who(&|s| s.units = vec![UnitName::new(name).unwrap()]);
+        for name in [
+            "tomcat@a\\x2db.service",
+            "tomcat@a\\x2db",
+            "tomcat@a-b",
+            "tomcat@a-b.service",
+            "tomcat@*",
+            "tom*.service",
+        ] {
+            assert_eq!(unit(name), [1], "{name}");
+        }
+        let nobody: [i32; 0] = [];
+        assert_eq!(unit("tomcat"), nobody);
+        assert_eq!(unit("session-3.scope"), [3]);
+        assert_eq!(unit("session-3"), nobody, "only .service may be left out");
+        assert_eq!(unit("*"), [1, 3]);
+        assert_eq!(who(&|s| s.containers = vec![id[..12].into()]), [2]);
+        assert_eq!(who(&|s| s.containers = vec!["web".into()]), nobody);
+        assert_eq!(who(&|s| s.cgroups = vec!["/system.slice".into()]), [1]);
+        assert_eq!(who(&|s| s.cgroups = vec!["/".into()]), [1, 2, 3, 4]);
+        assert_eq!(
+            who(&|s| {
+                s.cgroups = vec!["/user.slice".into(), "/docker".into()];
+                s.pids = [3].into();
+            }),
+            [3]
+        );
+    }
+}

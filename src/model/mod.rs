@@ -1,0 +1,3 @@
+//! The things that cwkill talks about: data only.
+
+pub mod cause;

@@ -1,0 +1,298 @@
+//! The descriptor table of a process, as `/proc/PID/fd` shows it.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::sys::stat::fstat;
+use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
+use nix::unistd::{Whence, lseek64};
+use rayon::prelude::*;
+
+use super::{Proc, Process, is_denied, is_gone};
+use crate::sys::{self, TargetFd};
+
+/// Descriptors in one unit of parallel work.
+pub(crate) const CHUNK: usize = 512;
+/// Descriptors from which a table is worth a look without a listing.
+const LARGE: i32 = 4096;
+
+/// What a descriptor table has, or a part of it.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Table {
+    /// The sockets, by inode.
+    pub sockets: Vec<(u32, TargetFd)>,
+    /// Some may not be read.
+    pub denied: bool,
+}
+
+impl Table {
+    fn add(&mut self, part: Table) {
+        self.sockets.extend(part.sockets);
+        self.denied |= part.denied;
+    }
+}
+
+/// Reads the table in `dir`, until `needless` is set.
+///
+/// Of a large table as many numbers from 0 up as there are descriptors are tried, and only those beyond are
+/// listed: descriptors have the lowest free number, so that few are, and listing all costs a fifth more.
+pub(crate) fn read_table(dir: BorrowedFd<'_>, needless: &AtomicBool) -> io::Result<Table> {
+    let tried = count(dir)?.unwrap_or(0);
+    let mut parts = read_numbers(dir, tried, needless)?;
+    let beyond = match tried {
+        0 => list_fds(dir)?,
+        _ => list_from(dir, tried)?,
+    };
+    let listed = beyond
+        .par_chunks(CHUNK)
+        .filter(|_| !needless.load(Ordering::Relaxed))
+        .map(|fds| read_sockets(dir, fds.iter().copied()));
+    parts.extend(listed.collect::<io::Result<Vec<Table>>>()?);
+    Ok(gather(parts))
+}
+
+fn gather(parts: Vec<Table>) -> Table {
+    let mut table = Table::default();
+    for part in parts {
+        table.add(part);
+    }
+    table
+}
+
+/// How many descriptors are open, if they are many and the kernel says so (Linux 6.2: fs/proc/fd.c,
+/// proc_fd_getattr).
+fn count(dir: BorrowedFd<'_>) -> io::Result<Option<i32>> {
+    let size = i32::try_from(fstat(dir)?.st_size).unwrap_or(0);
+    // Other file systems mean something else by the size of a directory.
+    Ok((size >= LARGE && fstatfs(dir)?.filesystem_type() == PROC_SUPER_MAGIC).then_some(size))
+}
+
+/// Reads the descriptors from 0 to `end`, as far as there are any.
+fn read_numbers(dir: BorrowedFd<'_>, end: i32, needless: &AtomicBool) -> io::Result<Vec<Table>> {
+    let length = i32::try_from(CHUNK).expect("a small constant");
+    let starts: Vec<i32> = (0..end).step_by(CHUNK).collect();
+    starts
+        .into_par_iter()
+        .filter(|_| !needless.load(Ordering::Relaxed))
+        .map(|start| read_sockets(dir, start..end.min(start + length)))
+        .collect()
+}
+
+/// The numbers from `first` on in a `/proc/PID/fd` directory.
+///
+/// The position in the directory is the number and two, for `.` and `..` (fs/proc/fd.c, proc_readfd_common).
+fn list_from(dir: BorrowedFd<'_>, first: i32) -> io::Result<Vec<i32>> {
+    lseek64(dir, i64::from(first) + 2, Whence::SeekSet)?;
+    list_fds(dir)
+}
+
+/// The numbers in a `/proc/PID/fd` directory.
+pub(crate) fn list_fds(dir: BorrowedFd<'_>) -> io::Result<Vec<i32>> {
+    let mut fds = Vec::new();
+    let mut buffer = vec![0; 32 * 1024];
+    loop {
+        let entries = sys::getdents64(dir, &mut buffer)?;
+        if entries.is_empty() {
+            return Ok(fds);
+        }
+        fds.extend(dirent_numbers(entries));
+    }
+}
+
+/// The names in a sequence of `struct linux_dirent64` that are numbers.
+///
+/// Source: include/linux/dirent.h: inode 8 bytes, offset 8, record length 2, type 1, then the name
+/// with its NUL.
+fn dirent_numbers(mut entries: &[u8]) -> impl Iterator<Item = i32> + '_ {
+    std::iter::from_fn(move || {
+        loop {
+            let length = entries.get(16..18)?;
+            let length = usize::from(u16::from_ne_bytes([length[0], length[1]]));
+            let (entry, rest) = entries.split_at_checked(length)?;
+            entries = rest;
+            let name = CStr::from_bytes_until_nul(entry.get(19..)?).ok()?;
+            if let Some(number) = name.to_str().ok().and_then(|name| name.parse().ok()) {
+                return Some(number);
+            }
+        }
+    })
+}
+
+/// Reads the descriptors `fds` in `dir`.
+fn read_sockets(dir: BorrowedFd<'_>, fds: impl Iterator<Item = i32>) -> io::Result<Table> {
+    let mut table = Table::default();
+    for fd in fds {
+        let inode = match read_socket_link(dir, fd) {
+            // There is none, or it was closed since the directory was read.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => continue,
+            // The right to look is one for all descriptors of a process.
+            Err(error) if is_denied(&error) => {
+                table.denied = true;
+                return Ok(table);
+            }
+            other => other?,
+        };
+        table
+            .sockets
+            .extend(inode.map(|inode| (inode, TargetFd(fd))));
+    }
+    Ok(table)
+}
+
+/// The inode of the socket that descriptor `fd` in `dir` refers to; `None` if it is no socket.
+pub(crate) fn read_socket_link(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<u32>> {
+    // Longer targets are paths, of which the first bytes already say that they are no socket.
+    let mut target = [0; 32];
+    let mut name = [0; 12];
+    let target = sys::readlinkat(dir, decimal(fd, &mut name), &mut target)?;
+    Ok(parse_socket_link(target))
+}
+
+/// Writes a descriptor number as a C string.
+pub(crate) fn decimal(number: i32, buffer: &mut [u8; 12]) -> &CStr {
+    use io::Write;
+    let mut rest = &mut buffer[..];
+    write!(rest, "{number}\0").expect("11 characters and a NUL fit");
+    CStr::from_bytes_until_nul(buffer).expect("just terminated")
+}
+
+/// The inode in `socket:[4711]`.
+fn parse_socket_link(target: &[u8]) -> Option<u32> {
+    let digits = target.strip_prefix(b"socket:[")?.strip_suffix(b"]")?;
+    std::str::from_utf8(digits).ok()?.parse().ok()
+}
+
+/// Whether a descriptor still refers to a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holding {
+    /// It does.
+    Open,
+    /// It has been closed, or refers to something else, or its process is gone.
+    Closed,
+    /// It may not be looked at.
+    Unknown,
+}
+
+impl Proc {
+    /// Of descriptors seen earlier, which refer to the same socket right now.
+    ///
+    /// `asked` has, for each of `processes`, descriptors with the inode seen there and a mark that goes
+    /// with the answer.
+    pub fn still_held<M: Copy + Send + Sync>(
+        &self,
+        processes: &[Process],
+        asked: &[Vec<(TargetFd, u32, M)>],
+    ) -> Vec<(M, Holding)> {
+        let look = |(process, asked): (&Process, &Vec<(TargetFd, u32, M)>)| {
+            let dir = match asked.is_empty() {
+                true => return Vec::new(),
+                false => File::open(self.path(&format!("{}/fd", process.pid))),
+            };
+            let same_process = self.start_time(process.pid) == Some(process.start_time);
+            let holding = |&(fd, inode, mark): &(TargetFd, u32, M)| {
+                let holding = match &dir {
+                    Ok(dir) if same_process => holding(read_socket_link(dir.as_fd(), fd.0), inode),
+                    Ok(_) => Holding::Closed,
+                    Err(error) => unreadable_holding(error),
+                };
+                (mark, holding)
+            };
+            asked.par_iter().with_min_len(CHUNK).map(holding).collect()
+        };
+        processes
+            .par_iter()
+            .zip(asked)
+            .flat_map_iter(look)
+            .collect()
+    }
+}
+
+/// Whether a descriptor that was a socket with `inode` still is, by what its link says now.
+pub(crate) fn holding(link: io::Result<Option<u32>>, inode: u32) -> Holding {
+    match link {
+        Ok(now) if now == Some(inode) => Holding::Open,
+        Ok(_) => Holding::Closed,
+        Err(error) => unreadable_holding(&error),
+    }
+}
+
+fn unreadable_holding(error: &io::Error) -> Holding {
+    match is_gone(error) {
+        true => Holding::Closed,
+        false => Holding::Unknown,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::fcntl::{FcntlArg, fcntl};
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    use std::os::fd::OwnedFd;
+
+    /// Many descriptors of ours with gaps, and the numbers of some sockets among them, which stay open.
+    fn hoard() -> (Vec<OwnedFd>, Vec<i32>) {
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        let limit = hard.min(20_000);
+        setrlimit(Resource::RLIMIT_NOFILE, soft.max(limit), hard).unwrap();
+        let null = File::open("/dev/null").unwrap();
+        let mut held: Vec<OwnedFd> = (0..2 * LARGE)
+            .map(|_| null.try_clone().unwrap().into())
+            .collect();
+        let mut at = 0;
+        held.retain(|_| {
+            at += 1;
+            at % 7 != 0
+        });
+        let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let highest = i32::try_from(limit).unwrap() - 10;
+        let copies = [0, LARGE, 2 * LARGE, highest]
+            .map(|least| fcntl(&socket, FcntlArg::F_DUPFD_CLOEXEC(least)).unwrap());
+        (held, copies.to_vec())
+    }
+
+    #[test]
+    fn a_large_table_is_read_whole() {
+        let (_held, numbers) = hoard();
+        let dir = File::open("/proc/self/fd").unwrap();
+        let tried = count(dir.as_fd()).unwrap().expect("Linux 6.2");
+        assert!(tried >= LARGE);
+        let go_on = AtomicBool::new(false);
+        // Other tests open and close sockets meanwhile.
+        let ours = |table: Table| -> Vec<(u32, TargetFd)> {
+            let mut sockets = table.sockets;
+            sockets.retain(|(_, fd)| numbers.contains(&fd.0));
+            sockets.sort_unstable();
+            sockets
+        };
+        let listed = list_fds(dir.as_fd()).unwrap().into_iter();
+        let listed = ours(read_sockets(dir.as_fd(), listed).unwrap());
+        assert_eq!(listed.len(), 4);
+        assert_eq!(ours(read_table(dir.as_fd(), &go_on).unwrap()), listed);
+        // Whatever the count says, what lies beyond is listed.
+        for tried in [1, LARGE, tried] {
+            let mut parts = read_numbers(dir.as_fd(), tried, &go_on).unwrap();
+            let beyond = list_from(dir.as_fd(), tried).unwrap();
+            assert!(beyond.iter().all(|fd| *fd >= tried), "{tried}");
+            parts.push(read_sockets(dir.as_fd(), beyond.into_iter()).unwrap());
+            assert_eq!(ours(gather(parts)), listed, "{tried}");
+        }
+    }
+
+    #[test]
+    fn socket_links() {
+        assert_eq!(parse_socket_link(b"socket:[4711]"), Some(4711));
+        for other in [
+            &b"socket:[]"[..],
+            b"socket:[-1]",
+            b"pipe:[1]",
+            b"socket:[1",
+            b"",
+        ] {
+            assert_eq!(parse_socket_link(other), None);
+        }
+    }
+}

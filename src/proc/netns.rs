@@ -1,0 +1,313 @@
+//! Network namespaces: which there are, what they are called, and how to work in one.
+//!
+//! A namespace is known by the device and inode of its file in nsfs, never by a name or a process:
+//! both can be given to another. An open file keeps it alive.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::sched::{CloneFlags, setns};
+use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
+
+use crate::proc::Proc;
+
+/// Where ip-netns(8) and docker keep names of namespaces.
+const NAME_DIRECTORIES: [&str; 2] = ["/run/netns", "/run/docker/netns"];
+
+/// A network namespace that is kept alive.
+#[derive(Debug)]
+pub struct Netns {
+    /// Its device and inode in nsfs.
+    id: (u64, u64),
+    /// Its name for ip-netns(8) or docker, if it has one.
+    pub name: Option<String>,
+    /// `None` for the one we are in, which needs no entering.
+    file: Option<File>,
+}
+
+/// Which namespaces are meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// The one we are in.
+    Ours,
+    /// A name, a path, or the number of a process in it.
+    One(String),
+    /// Every one that can be found.
+    All,
+}
+
+/// The namespaces that were found.
+#[derive(Debug, Default)]
+pub struct Namespaces {
+    /// Those that can be worked in, ours first.
+    pub open: Vec<Netns>,
+    /// How many others there are that cannot be opened.
+    pub unreachable: usize,
+    /// Why the first of them cannot.
+    pub failure: Option<io::Error>,
+    /// Processes whose namespace could not be told.
+    pub untold: usize,
+}
+
+impl Which {
+    /// Opens the namespaces that are meant.
+    ///
+    /// # Errors
+    /// /proc is not mounted, or the one that was named cannot be opened.
+    pub fn open(&self, proc: &Proc) -> io::Result<Namespaces> {
+        match self {
+            Which::Ours => Ok(Namespaces {
+                open: vec![Netns::ours(&names())?],
+                ..Namespaces::default()
+            }),
+            Which::One(text) => Ok(Namespaces {
+                open: vec![Netns::named(text, proc)?],
+                ..Namespaces::default()
+            }),
+            Which::All => all(proc),
+        }
+    }
+}
+
+impl Netns {
+    /// The inode of the namespace, as `ls -L -i /proc/PID/ns/net` shows it.
+    pub fn inode(&self) -> u64 {
+        self.id.1
+    }
+
+    /// Its name, or its inode if it has none.
+    pub fn label(&self) -> String {
+        match &self.name {
+            Some(name) => name.clone(),
+            None => self.inode().to_string(),
+        }
+    }
+
+    /// Runs `work` in the namespace, on a thread of its own that ends with it.
+    ///
+    /// # Errors
+    /// EAGAIN: no thread can be started. EPERM: needs CAP_SYS_ADMIN, here and over the namespace. Source: net/core/net_namespace.c,
+    /// netns_install.
+    pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+        let Some(file) = &self.file else {
+            return Ok(work());
+        };
+        std::thread::scope(|scope| {
+            let worker = std::thread::Builder::new().spawn_scoped(scope, || {
+                setns(file, CloneFlags::CLONE_NEWNET)?;
+                Ok(work())
+            })?;
+            worker
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    fn ours(names: &HashMap<(u64, u64), String>) -> io::Result<Self> {
+        let id = id(&fs::metadata("/proc/thread-self/ns/net")?);
+        Ok(Netns {
+            id,
+            name: names.get(&id).cloned(),
+            file: None,
+        })
+    }
+
+    /// The namespace that `text` names: a path, else a name, else a process.
+    fn named(text: &str, proc: &Proc) -> io::Result<Self> {
+        let named = NAME_DIRECTORIES.map(|directory| Path::new(directory).join(text));
+        let path = if text.contains('/') {
+            PathBuf::from(text)
+        } else if let Some(path) = named.into_iter().find(|path| path.exists()) {
+            path
+        } else if let Ok(pid) = text.parse::<u32>() {
+            proc.path(&format!("{pid}/ns/net"))
+        } else {
+            return Err(io::Error::new(
+                io::ErrorKind::NotFound,
+                "no such name in /run/netns; `ip netns` lists them, a path or a process number is good too",
+            ));
+        };
+        let netns = Self::at(&path)?;
+        let names = names();
+        let ours = Self::ours(&names)?;
+        if netns.id == ours.id {
+            return Ok(ours);
+        }
+        let name = names.get(&netns.id).cloned();
+        Ok(Netns { name, ..netns })
+    }
+
+    fn at(path: &Path) -> io::Result<Self> {
+        // Should it be a FIFO, opening it would wait for a writer.
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)?;
+        if fstatfs(&file)?.filesystem_type() != NSFS_MAGIC {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "it is no namespace; give a name of ip-netns, a process number, or /proc/PID/ns/net",
+            ));
+        }
+        Ok(Netns {
+            id: id(&file.metadata()?),
+            name: None,
+            file: Some(file),
+        })
+    }
+}
+
+fn id(metadata: &fs::Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
+}
+
+/// The names of namespaces.
+fn names() -> HashMap<(u64, u64), String> {
+    let mut names = HashMap::new();
+    for entry in named_files() {
+        if let Ok(metadata) = fs::metadata(&entry)
+            && let Some(name) = entry.file_name()
+        {
+            let name = name.to_string_lossy().into_owned();
+            names.entry(id(&metadata)).or_insert(name);
+        }
+    }
+    names
+}
+
+/// The files of named namespaces.
+fn named_files() -> Vec<PathBuf> {
+    let mut files: Vec<PathBuf> = NAME_DIRECTORIES
+        .iter()
+        .filter_map(|directory| fs::read_dir(directory).ok())
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .collect();
+    files.sort();
+    files
+}
+
+/// Every namespace that a process is in, that has a name, or that is mounted somewhere; each once.
+fn all(proc: &Proc) -> io::Result<Namespaces> {
+    let names = names();
+    let ours = Netns::ours(&names)?;
+    let mut seen = HashSet::from([ours.id]);
+    let mut found = Namespaces {
+        open: vec![ours],
+        ..Namespaces::default()
+    };
+    let processes = proc.pids()?;
+    let processes = processes
+        .into_iter()
+        .map(|pid| proc.path(&format!("{pid}/ns/net")));
+    let mounted = mounted(&fs::read_to_string(proc.path("self/mountinfo"))?);
+    for path in processes.chain(named_files()).chain(mounted) {
+        let known = match fs::metadata(&path) {
+            Ok(metadata) => seen.contains(&id(&metadata)),
+            Err(error) if is_gone(&error) => true,
+            Err(_) => {
+                found.untold += 1;
+                true
+            }
+        };
+        if known {
+            continue;
+        }
+        match Netns::at(&path) {
+            // By the file that was opened: the process may have made way for another since.
+            Ok(netns) if seen.insert(netns.id) => {
+                let name = names.get(&netns.id).cloned();
+                found.open.push(Netns { name, ..netns });
+            }
+            Ok(_) => {}
+            // Another process of the same namespace may still be there.
+            Err(error) if is_gone(&error) => {}
+            Err(error) => {
+                found.unreachable += 1;
+                found.failure.get_or_insert(error);
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// The process is gone, or is a kernel thread or a zombie; a name that is no longer there.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
+}
+
+/// The mount points of network namespaces in the text of /proc/PID/mountinfo.
+fn mounted(mountinfo: &str) -> Vec<PathBuf> {
+    let point = |line: &str| {
+        let (mount, kind) = line.split_once(" - ")?;
+        let mut fields = mount.split(' ').skip(3);
+        let (root, point) = (fields.next()?, fields.next()?);
+        (kind.starts_with("nsfs ") && root.starts_with("net:[")).then(|| unescape(point))
+    };
+    mountinfo.lines().filter_map(point).collect()
+}
+
+/// Undoes the octal escapes of space, tab, newline and backslash (fs/proc_namespace.c, mangle).
+fn unescape(text: &str) -> PathBuf {
+    let escapes = [
+        ("\\040", " "),
+        ("\\011", "\t"),
+        ("\\012", "\n"),
+        ("\\134", "\\"),
+    ];
+    let plain = escapes
+        .iter()
+        .fold(text.to_owned(), |text, (escape, plain)| {
+            text.replace(escape, plain)
+        });
+    PathBuf::from(plain)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mounted_namespaces_are_found_in_mountinfo() {
+        let text = "\
+            22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/root rw\n\
+            90 22 0:4 net:[4026532177] /run/netns/blue rw shared:9 - nsfs nsfs rw\n\
+            91 22 0:4 mnt:[4026532178] /run/mnt rw shared:9 - nsfs nsfs rw\n\
+            92 22 0:4 net:[4026532179] /var/a\\040b rw - nsfs nsfs rw\n\
+            93 22 0:9 net:[1] /tmp/fake rw - tmpfs tmpfs rw\n\
+            cut short\n";
+        let wanted = [PathBuf::from("/run/netns/blue"), PathBuf::from("/var/a b")];
+        assert_eq!(mounted(text), wanted);
+    }
+
+    #[test]
+    fn ours_is_known_by_the_inode_of_nsfs() {
+        let ours = Which::Ours.open(&Proc::default()).unwrap();
+        let link = fs::read_link("/proc/thread-self/ns/net").unwrap();
+        let text = format!("net:[{}]", ours.open[0].inode());
+        assert_eq!(link.to_string_lossy(), text);
+        assert!(ours.open[0].within(|| true).unwrap(), "needs no privilege");
+    }
+
+    #[test]
+    fn our_own_by_any_name_is_ours() {
+        let pid = std::process::id().to_string();
+        for text in [pid.as_str(), "/proc/self/ns/net"] {
+            let found = Which::One(text.into()).open(&Proc::default()).unwrap();
+            assert!(found.open[0].file.is_none(), "{text}");
+        }
+        let unknown = Which::One("no-such-name".into()).open(&Proc::default());
+        assert!(unknown.unwrap_err().to_string().contains("/run/netns"));
+    }
+
+    #[test]
+    fn every_namespace_is_found_once() {
+        let found = all(&Proc::default()).unwrap();
+        let ids: std::collections::HashSet<_> = found.open.iter().map(|n| n.id).collect();
+        assert_eq!(ids.len(), found.open.len());
+    }
+}

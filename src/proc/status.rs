@@ -1,0 +1,124 @@
+//! How a process fares: its state, its limit of open files, its executable. From /proc.
+//!
+//! Nothing here waits for the process or takes a lock that a hung one can hold: of `exe` only the link is read, of
+//! a thread only `stat`, never `stack` or `maps`.
+
+use std::fs;
+
+use procfs::FromRead;
+use procfs::process::{LimitValue, Limits, Stat, Status};
+
+use super::{Proc, Process};
+
+/// Threads of a process that are looked at.
+const THREADS: usize = 512;
+
+/// What /proc says of a process beside its descriptors.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Vitals {
+    /// The state of its first thread as proc_pid_stat(5) writes it; `None` if the process is gone.
+    pub state: Option<char>,
+    /// RLIMIT_NOFILE, the soft limit: the first descriptor number it does not get.
+    pub limit: Option<u64>,
+    /// The name of its executable, without the directory; `None` if it may not be read.
+    pub executable: Option<String>,
+    /// The signals for which it has a handler, signal N as bit N - 1 (SigCgt in proc_pid_status(5)); `None` if
+    /// that cannot be read.
+    pub caught: Option<u64>,
+}
+
+impl Proc {
+    /// Reads what there is to know of `process`; nothing if it is gone.
+    pub fn vitals(&self, process: &Process) -> Vitals {
+        let directory = self.path(&process.pid.to_string());
+        let limit = Limits::from_file(directory.join("limits")).ok();
+        let status = Status::from_file(directory.join("status")).ok();
+        let executable = fs::read_link(directory.join("exe")).ok();
+        // Read last: it is the same process, so all of it is about that one.
+        match Stat::from_file(directory.join("stat")) {
+            Ok(stat) if stat.starttime == process.start_time => Vitals {
+                state: Some(stat.state),
+                caught: status.map(|status| status.sigcgt),
+                limit: limit.map(|limits| match limits.max_open_files.soft_limit {
+                    LimitValue::Value(files) => files,
+                    LimitValue::Unlimited => u64::MAX,
+                }),
+                executable: executable.and_then(|path| {
+                    let name = path.file_name()?.to_string_lossy().into_owned();
+                    // An executable that was replaced on disk (fs/d_path.c).
+                    let name = name.strip_suffix(" (deleted)").unwrap_or(&name);
+                    Some(name.to_owned())
+                }),
+            },
+            _ => Vitals::default(),
+        }
+    }
+
+    /// The threads of `process` in uninterruptible sleep (D), among its first 512; none if it is gone.
+    pub fn uninterruptible(&self, process: &Process) -> Vec<i32> {
+        let directory = self.path(&process.pid.to_string());
+        let Ok(threads) = fs::read_dir(directory.join("task")) else {
+            return Vec::new();
+        };
+        let sleeping = |entry: fs::DirEntry| {
+            let thread = entry.file_name().to_str()?.parse().ok()?;
+            let stat = fs::read(entry.path().join("stat")).ok()?;
+            (thread_state(&stat)? == b'D').then_some(thread)
+        };
+        let threads = threads.take(THREADS).filter_map(Result::ok);
+        let asleep = threads.filter_map(sleeping).collect();
+        // Read last, as above.
+        match self.start_time(process.pid) == Some(process.start_time) {
+            true => asleep,
+            false => Vec::new(),
+        }
+    }
+}
+
+/// The state in a `stat` file: it stands behind the name, which may have anything in it.
+fn thread_state(stat: &[u8]) -> Option<u8> {
+    let end = stat.iter().rposition(|byte| *byte == b')')?;
+    stat.get(end + 2).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_state_stands_behind_whatever_name() {
+        assert_eq!(thread_state(b"7 (a) S (b)) D 1 7"), Some(b'D'));
+        assert_eq!(thread_state(b"7 (\xff) R 1 7"), Some(b'R'));
+        for broken in [&b"7 (a)"[..], b"7 (a) ", b""] {
+            assert_eq!(thread_state(broken), None);
+        }
+    }
+
+    #[test]
+    fn our_own() {
+        let proc = Proc::default();
+        let pid = i32::try_from(std::process::id()).unwrap();
+        let mut process = Process {
+            pid,
+            start_time: proc.start_time(pid).unwrap(),
+            comm: String::new(),
+            cgroup: Default::default(),
+        };
+        let vitals = proc.vitals(&process);
+        let (soft, _) =
+            nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap();
+        assert_eq!(vitals.limit, Some(soft));
+        let exe = std::env::current_exe().unwrap();
+        assert_eq!(
+            vitals.executable.as_deref(),
+            exe.file_name().unwrap().to_str()
+        );
+        assert!(vitals.state.is_some());
+        // Rust's own handler of stack overflows; SIGKILL cannot be caught.
+        let caught = vitals.caught.unwrap();
+        let catches = |signal: i32| caught >> (signal - 1) & 1 == 1;
+        assert!(catches(libc::SIGSEGV) && !catches(libc::SIGKILL));
+        process.start_time += 1;
+        assert_eq!(proc.vitals(&process), Vitals::default(), "another process");
+    }
+}
