@@ -8,7 +8,7 @@ use std::os::unix::fs::symlink;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use cwkill::filter::{self, Facts, Services};
 use cwkill::finder::Socket;
-use cwkill::proc::Proc;
+use cwkill::proc::ProcFs;
 use cwkill::sock_diag::codec::{Frame, frames};
 
 const DUMP: &str = include_str!("../src/sock_diag/testdata/dump-v6.hex");
@@ -51,7 +51,7 @@ fn owners(c: &mut Criterion) {
     for fd in 0..DESCRIPTORS {
         symlink(format!("socket:[{}]", fd + 1000), fds.join(fd.to_string())).expect("a descriptor");
     }
-    let proc = Proc::at(root.path());
+    let proc = ProcFs::at(root.path());
     let mut group = c.benchmark_group("owners");
     group.throughput(Throughput::Elements(DESCRIPTORS.into()));
     group.sample_size(20);

@@ -13,7 +13,7 @@ use crate::finder::Found;
 use crate::finder::dead::{DeadScan, DeadSocket, Verdict as Suspicion};
 use crate::model::cause::Cause;
 use crate::pipeline;
-use crate::proc::{Proc, Process};
+use crate::proc::{ProcFs, Process};
 use crate::text::age;
 use crate::text::escape;
 
@@ -115,7 +115,7 @@ impl Check {
 ///
 /// # Errors
 /// As those of a listing.
-pub fn run(check: &Check, proc: &Proc) -> anyhow::Result<Verdict> {
+pub fn run(check: &Check, proc: &ProcFs) -> anyhow::Result<Verdict> {
     let namespaces = pipeline::open(&check.scope.netns, proc)?;
     let selectors = &check.scope.selectors;
     let found = pipeline::find(&namespaces, proc, selectors, true)?;
@@ -129,7 +129,7 @@ pub fn run(check: &Check, proc: &Proc) -> anyhow::Result<Verdict> {
         unseen.push("the dead descriptors of processes asked for may not be read".to_owned());
     }
     let owners = owners(&found, scan, selectors, &|process| {
-        proc.vitals(process).limit
+        proc.status(process).limit
     });
     Ok(by_limit(&found, check.thresholds, &owners, &unseen))
 }
@@ -402,7 +402,7 @@ fn causes(found: &Found) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::finder::{Held, Socket, TargetFd};
+    use crate::finder::{Held, RemoteFd, Socket};
     use crate::sock_diag::testdata::stuck;
 
     const AT: Thresholds = Thresholds {
@@ -423,7 +423,7 @@ mod tests {
             });
             let owned = || {
                 let mut socket = Socket::from_message(&stuck("10.0.0.1:80", "10.0.0.2:5", 1));
-                let fd = TargetFd(3);
+                let fd = RemoteFd(3);
                 socket.owners.push(Held { process, fd });
                 socket
             };

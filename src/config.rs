@@ -12,7 +12,7 @@ use crate::filter::{self, Expression, Services, States};
 use crate::injector::plan::Policy;
 use crate::injector::{MethodName, engine};
 use crate::privileges::Privileges;
-use crate::proc::netns::Which;
+use crate::proc::netns::NetnsScope;
 use crate::reclaim;
 use crate::tcp::{StateSet, TcpState};
 
@@ -46,7 +46,7 @@ pub struct Config {
     /// What to match.
     pub selectors: Selectors,
     /// Where to look.
-    pub netns: Which,
+    pub netns: NetnsScope,
     /// What to do with it.
     pub action: Action,
     /// Whether to look for who holds the sockets.
@@ -184,7 +184,7 @@ pub struct Scope {
     /// What to match.
     pub selectors: Selectors,
     /// Where to look.
-    pub netns: Which,
+    pub netns: NetnsScope,
     /// What the operator should know before anything is done, one a line.
     pub notes: Vec<String>,
 }
@@ -199,9 +199,9 @@ impl Scope {
         let (expression, states) = expression(&selection, &mut notes)?;
         Ok(Scope {
             netns: match (selection.netns, selection.all_netns) {
-                (Some(name), _) => Which::One(name),
-                (None, true) => Which::All,
-                (None, false) => Which::Ours,
+                (Some(name), _) => NetnsScope::Named(name),
+                (None, true) => NetnsScope::All,
+                (None, false) => NetnsScope::Current,
             },
             selectors: Selectors {
                 ports: selection.port,

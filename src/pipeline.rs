@@ -16,17 +16,17 @@ use crate::filter::selectors::Selectors;
 use crate::finder::listeners::Listeners;
 use crate::finder::{self, FindError, Found};
 use crate::injector;
-use crate::injector::engine::{self, Outcome, Surroundings, Verdict};
+use crate::injector::engine::{self, Control, Outcome, Verdict};
 use crate::injector::plan::{self, Plan};
 use crate::model::cause::Cause;
 use crate::parallel;
 use crate::privileges::Privileges;
-use crate::proc::netns::{Namespaces, Netns, Which};
-use crate::proc::{Holding, Proc};
+use crate::proc::netns::{Namespaces, Netns, NetnsScope};
+use crate::proc::{FdState, ProcFs};
 use crate::reclaim::{self, Fate, Reason, Visit, Wanted};
 use crate::sock_diag::SockDiag;
 use crate::sweep::{self, Swept};
-use crate::watch::Refill;
+use crate::watch::NewSockets;
 
 /// Sockets of one namespace that are worth a second crew.
 const CREW: usize = 2048;
@@ -49,7 +49,7 @@ pub struct Run {
     /// What became of each; `None` when nothing was to be done.
     pub deeds: Option<Vec<Deed>>,
     /// What came after; `None` if it was not watched.
-    pub refill: Option<Refill>,
+    pub refill: Option<NewSockets>,
     /// What became of their descriptors, or would; `None` without `--reclaim`.
     pub reclaimed: Option<Reclaimed>,
 }
@@ -111,21 +111,21 @@ pub struct Deed {
     pub outcome: Outcome,
     /// Of a socket that is closed or about to be: whether each of [`finder::Socket::owners`] still has
     /// its descriptor. Only closing it frees it. `None` where the owners are not known.
-    pub descriptors: Option<Vec<Holding>>,
+    pub descriptors: Option<Vec<FdState>>,
 }
 
 /// Finds the sockets and plans what to do with each, as far as `privileges` allow; does nothing to any.
 ///
 /// # Errors
 /// Nothing can be found at all.
-pub fn plan(config: &Config, proc: &Proc, privileges: &Privileges) -> anyhow::Result<Run> {
+pub fn plan(config: &Config, proc: &ProcFs, privileges: &Privileges) -> anyhow::Result<Run> {
     plan_in(open(&config.netns, proc)?, config, proc, privileges)
 }
 
 fn plan_in(
     namespaces: Namespaces,
     config: &Config,
-    proc: &Proc,
+    proc: &ProcFs,
     privileges: &Privileges,
 ) -> anyhow::Result<Run> {
     let found = find(&namespaces, proc, &config.selectors, config.owners)?;
@@ -139,13 +139,13 @@ fn plan_in(
 /// As [`plan()`], if nothing was done.
 pub fn sweep_and_plan(
     config: &Config,
-    proc: &Proc,
+    proc: &ProcFs,
     privileges: &Privileges,
-    surroundings: &dyn Surroundings,
+    control: &dyn Control,
 ) -> anyhow::Result<Run> {
     let namespaces = open(&config.netns, proc)?;
     let mut swept = match &namespaces.open[..] {
-        [netns] if sweep::fits(config) => sweep::sweep(config, netns, privileges, surroundings),
+        [netns] if sweep::fits(config) => sweep::sweep(config, netns, privileges, control),
         _ => return plan_in(namespaces, config, proc, privileges),
     };
     // Few are left; if there were few to begin with, one look is enough for them as well.
@@ -180,34 +180,34 @@ pub fn sweep_and_plan(
 pub fn carry_out(
     run: &mut Run,
     config: &Config,
-    proc: &Proc,
+    proc: &ProcFs,
     privileges: &Privileges,
-    surroundings: &dyn Surroundings,
+    control: &dyn Control,
 ) {
     let mut before = Vec::new();
     if config.action == Action::Act {
-        surroundings.begin();
+        control.begin();
         if let Some(rules) = &config.reclaim {
             let (_, wanted) = wanted(&run.found, &|_| true);
             before = reclaim::in_calls(&run.found.processes, &wanted, rules, proc);
         }
-        let outcomes = act(run, config, proc, privileges, surroundings);
+        let outcomes = act(run, config, proc, privileges, control);
         let outcomes = run.take_in_swept(outcomes, config.format != Format::Quiet);
         run.deeds = Some(account(&run.found, outcomes, proc));
     }
     if let Some(rules) = &config.reclaim {
-        run.reclaimed = Some(reclaim(run, before, rules, proc, surroundings));
+        run.reclaimed = Some(reclaim(run, before, rules, proc, control));
     }
 }
 
 /// Opens the namespaces that are meant.
 ///
 /// # Errors
-/// As [`Which::open`].
-pub fn open(which: &Which, proc: &Proc) -> anyhow::Result<Namespaces> {
+/// As [`NetnsScope::open`].
+pub fn open(which: &NetnsScope, proc: &ProcFs) -> anyhow::Result<Namespaces> {
     which.open(proc).with_context(|| match which {
-        Which::One(text) => format!("cannot open the network namespace {text}"),
-        Which::Ours | Which::All => "cannot tell the network namespaces".into(),
+        NetnsScope::Named(text) => format!("cannot open the network namespace {text}"),
+        NetnsScope::Current | NetnsScope::All => "cannot tell the network namespaces".into(),
     })
 }
 
@@ -217,7 +217,7 @@ pub fn open(which: &Which, proc: &Proc) -> anyhow::Result<Namespaces> {
 /// As [`finder::find`].
 pub fn find(
     namespaces: &Namespaces,
-    proc: &Proc,
+    proc: &ProcFs,
     selectors: &Selectors,
     owners: bool,
 ) -> Result<Found, FindError> {
@@ -268,8 +268,8 @@ fn reclaim(
     run: &mut Run,
     before: Vec<Option<Fate>>,
     rules: &reclaim::Rules,
-    proc: &Proc,
-    surroundings: &dyn Surroundings,
+    proc: &ProcFs,
+    control: &dyn Control,
 ) -> Reclaimed {
     let found = &run.found;
     fn empty<T>(found: &Found) -> Vec<Vec<Option<T>>> {
@@ -300,24 +300,24 @@ fn reclaim(
     }
     let (places, wanted) = wanted(found, &closed);
     if !wanted.is_empty() {
-        reclaim::let_owners_react(rules, surroundings);
+        reclaim::let_owners_react(rules, control);
     }
     let open = |(at, owner): (usize, usize)| reclaimed.fates[at][owner].is_none();
     let (places, wanted): (Vec<_>, Vec<_>) = zip(places, wanted)
         .filter(|(place, _)| open(*place))
         .unzip();
-    for ((at, owner), holding) in proc.still_held(&found.processes, &ended) {
-        if let (Holding::Closed, Some(descriptors)) = (holding, &mut deeds[at].descriptors) {
+    for ((at, owner), holding) in proc.recheck_fds(&found.processes, &ended) {
+        if let (FdState::Closed, Some(descriptors)) = (holding, &mut deeds[at].descriptors) {
             descriptors[owner] = holding;
             reclaimed.fates[at][owner] = Some(Fate::Gone);
         }
     }
-    let interrupted = || surroundings.interrupted();
+    let interrupted = || control.interrupted();
     let done = reclaim::reclaim(&found.processes, &wanted, rules, proc, &interrupted);
     reclaimed.visits = done.visits;
     for ((at, owner), fate) in places.into_iter().zip(done.fates) {
         if let (Fate::Freed | Fate::Gone, Some(descriptors)) = (&fate, &mut deeds[at].descriptors) {
-            descriptors[owner] = Holding::Closed;
+            descriptors[owner] = FdState::Closed;
         }
         reclaimed.fates[at][owner] = Some(fate);
     }
@@ -335,9 +335,9 @@ struct Report {
 fn act(
     run: &mut Run,
     config: &Config,
-    proc: &Proc,
+    proc: &ProcFs,
     privileges: &Privileges,
-    surroundings: &dyn Surroundings,
+    control: &dyn Control,
 ) -> Vec<Outcome> {
     let rules = config.rules(privileges);
     let crews = crews(&run.found);
@@ -355,7 +355,7 @@ fn act(
                 &mut methods,
                 &mut diag,
                 rules,
-                surroundings,
+                control,
             );
             let waiting = waiting(found, members, &outcomes, &mut diag);
             Ok(Report { outcomes, waiting })
@@ -436,7 +436,7 @@ fn waiting(
 }
 
 /// Adds to every outcome which descriptors of the dead socket are still open.
-fn account(found: &Found, outcomes: Vec<Outcome>, proc: &Proc) -> Vec<Deed> {
+fn account(found: &Found, outcomes: Vec<Outcome>, proc: &ProcFs) -> Vec<Deed> {
     let mut asked = vec![Vec::new(); found.processes.len()];
     let mut deeds = Vec::with_capacity(outcomes.len());
     for (at, outcome) in outcomes.into_iter().enumerate() {
@@ -449,7 +449,7 @@ fn account(found: &Found, outcomes: Vec<Outcome>, proc: &Proc) -> Vec<Deed> {
                 for (owner, held) in socket.owners.iter().enumerate() {
                     asked[held.process].push((held.fd, inode, (at, owner)));
                 }
-                Some(vec![Holding::Unknown; socket.owners.len()])
+                Some(vec![FdState::Unknown; socket.owners.len()])
             }
             _ => None,
         };
@@ -458,7 +458,7 @@ fn account(found: &Found, outcomes: Vec<Outcome>, proc: &Proc) -> Vec<Deed> {
             descriptors,
         });
     }
-    for ((at, owner), holding) in proc.still_held(&found.processes, &asked) {
+    for ((at, owner), holding) in proc.recheck_fds(&found.processes, &asked) {
         if let Some(descriptors) = &mut deeds[at].descriptors {
             descriptors[owner] = holding;
         }

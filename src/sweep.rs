@@ -21,7 +21,7 @@ use crate::filter::{self, bytecode};
 use crate::finder::sockets::{self, Sample};
 use crate::finder::{Found, Socket};
 use crate::injector::destroy::Destroy;
-use crate::injector::engine::{self, Outcome, Surroundings, Verdict};
+use crate::injector::engine::{self, Control, Outcome, Verdict};
 use crate::injector::plan::{self, Plan, Policy};
 use crate::injector::{ActError, MethodName, Target};
 use crate::parallel;
@@ -99,14 +99,14 @@ pub fn sweep(
     config: &Config,
     netns: &Netns,
     privileges: &Privileges,
-    surroundings: &dyn Surroundings,
+    control: &dyn Control,
 ) -> Swept {
     // What is done is told, also if something ends in a bug of ours.
     let halves = [Mutex::default(), Mutex::default()];
     let broom = Broom {
         config,
         privileges,
-        surroundings,
+        control,
     };
     let _ = netns.within(|| catch_unwind(AssertUnwindSafe(|| broom.work(&halves))));
     let verify = |half: &Mutex<Ordered>| broom.verified(half);
@@ -140,7 +140,7 @@ pub fn sweep(
 struct Broom<'a> {
     config: &'a Config,
     privileges: &'a Privileges,
-    surroundings: &'a dyn Surroundings,
+    control: &'a dyn Control,
 }
 
 /// Sockets for which an order was given, and the answers.
@@ -161,7 +161,7 @@ impl Broom<'_> {
             return;
         };
         if let Sample::Halves(halves) = sockets::sample(&selectors) {
-            self.surroundings.begin();
+            self.control.begin();
             let halves: Vec<_> = halves.iter().zip(ordered).collect();
             parallel::side_by_side(&halves, halves.len(), |(half, ordered)| {
                 self.half(half, ordered)
@@ -184,7 +184,7 @@ impl Broom<'_> {
                 Some((socket, plan))
             };
             let act = |part: Vec<(Socket, Plan)>, since: Instant| {
-                if self.surroundings.interrupted() {
+                if self.control.interrupted() {
                     return ControlFlow::Break(());
                 }
                 match since.elapsed() < FRESH {
@@ -222,7 +222,7 @@ impl Broom<'_> {
             ordered.results.push(result);
         }
         drop(ordered);
-        self.surroundings.acted(MethodName::Destroy, done);
+        self.control.progress(MethodName::Destroy, done);
         match refused {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),
@@ -246,7 +246,7 @@ impl Broom<'_> {
             results,
             kernel,
             rules,
-            self.surroundings,
+            self.control,
         ))
     }
 

@@ -10,7 +10,7 @@ use clap::ColorChoice;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::injector::MethodName;
-use crate::injector::engine::Surroundings;
+use crate::injector::engine::Control;
 
 /// Writes a line to stderr; where that is closed or full there is nobody to tell.
 pub(crate) fn say(message: std::fmt::Arguments<'_>) {
@@ -118,7 +118,7 @@ impl Terminal {
         self.progress.suspend(work)
     }
 
-    /// Nothing is being done any more, until the next [`Surroundings::begin`].
+    /// Nothing is being done any more, until the next [`Control::begin`].
     pub(crate) fn rest(&mut self) {
         self.idle.store(true, Ordering::Relaxed);
         self.running = None;
@@ -138,7 +138,7 @@ impl Drop for Terminal {
     }
 }
 
-impl Surroundings for Terminal {
+impl Control for Terminal {
     fn now(&self) -> Instant {
         Instant::now()
     }
@@ -147,7 +147,7 @@ impl Surroundings for Terminal {
         self.idle.store(false, Ordering::Relaxed);
     }
 
-    fn pause(&self, duration: Duration) {
+    fn sleep(&self, duration: Duration) {
         self.progress.set_message("waiting for sockets to close");
         std::thread::sleep(duration);
     }
@@ -156,7 +156,7 @@ impl Surroundings for Terminal {
         self.interrupted.load(Ordering::Relaxed)
     }
 
-    fn acted(&self, method: MethodName, sockets: usize) {
+    fn progress(&self, method: MethodName, sockets: usize) {
         self.progress.set_message(method.name());
         self.progress
             .inc(u64::try_from(sockets).unwrap_or(u64::MAX));

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use crate::config::Config;
 use crate::finder::{self, FindError, Found};
-use crate::injector::engine::Surroundings;
+use crate::injector::engine::Control;
 use crate::pipeline::Run;
-use crate::proc::Proc;
+use crate::proc::ProcFs;
 use crate::sock_diag::Cookie;
 use crate::tcp::TcpState;
 use crate::text::{escape, format_rate, per_minute, seconds};
@@ -22,7 +22,7 @@ const NAMED: usize = 3;
 
 /// What came.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refill {
+pub struct NewSockets {
     /// How long it was watched: less than asked for after Ctrl-C.
     pub watched: Duration,
     /// Sockets that became stuck meanwhile and still are.
@@ -54,9 +54,9 @@ pub fn watch(
     run: &Run,
     config: &Config,
     duration: Duration,
-    proc: &Proc,
-    surroundings: &dyn Surroundings,
-) -> Result<Refill, FindError> {
+    proc: &ProcFs,
+    control: &dyn Control,
+) -> Result<NewSockets, FindError> {
     let mut selectors = config.selectors.clone();
     selectors.min_age = Duration::ZERO;
     let look = || match config.owners {
@@ -65,10 +65,10 @@ pub fn watch(
     };
     let mut known = cookies(&look()?);
     known.extend(cookies(&run.found));
-    let begin = surroundings.now();
-    let watched = || surroundings.now().saturating_duration_since(begin);
-    while watched() < duration && !surroundings.interrupted() {
-        surroundings.pause(duration.saturating_sub(watched()).min(BLINK));
+    let begin = control.now();
+    let watched = || control.now().saturating_duration_since(begin);
+    while watched() < duration && !control.interrupted() {
+        control.sleep(duration.saturating_sub(watched()).min(BLINK));
     }
     let watched = watched();
     Ok(count(&look()?, &known, watched))
@@ -79,7 +79,7 @@ fn cookies(found: &Found) -> HashSet<Cookie> {
 }
 
 /// Counts the sockets of `found` that are not `known` and are not just passing through their state.
-fn count(found: &Found, known: &HashSet<Cookie>, watched: Duration) -> Refill {
+fn count(found: &Found, known: &HashSet<Cookie>, watched: Duration) -> NewSockets {
     let mut by: BTreeMap<Option<Culprit>, usize> = BTreeMap::new();
     for socket in &found.sockets {
         let stays = socket.age.is_none_or(|age| age >= PASSING);
@@ -93,7 +93,7 @@ fn count(found: &Found, known: &HashSet<Cookie>, watched: Duration) -> Refill {
     }
     let mut by: Vec<_> = by.into_iter().collect();
     by.sort_by_key(|(_, new)| std::cmp::Reverse(*new));
-    Refill {
+    NewSockets {
         watched,
         new: by.iter().map(|(_, new)| new).sum(),
         by,
@@ -102,7 +102,7 @@ fn count(found: &Found, known: &HashSet<Cookie>, watched: Duration) -> Refill {
     }
 }
 
-impl Refill {
+impl NewSockets {
     /// New sockets a minute, at the pace of the watch.
     pub fn per_minute(&self) -> f64 {
         per_minute(self.new, self.watched)
@@ -158,7 +158,7 @@ impl Refill {
 mod tests {
     use super::*;
     use crate::cli::Cli;
-    use crate::finder::{Held, Socket, TargetFd};
+    use crate::finder::{Held, RemoteFd, Socket};
     use crate::proc::Process;
     use crate::sock_diag::testdata::stuck;
     use clap::Parser;
@@ -172,7 +172,7 @@ mod tests {
         };
         let socket = |cookie| {
             let mut socket = Socket::from_message(&stuck("10.0.0.1:80", "10.0.0.2:5", cookie));
-            let (process, fd) = (usize::from(cookie % 4 == 0), TargetFd(3));
+            let (process, fd) = (usize::from(cookie % 4 == 0), RemoteFd(3));
             socket.owners = vec![Held { process, fd }];
             socket
         };
@@ -183,7 +183,7 @@ mod tests {
         }
     }
 
-    fn line(refill: &Refill, arguments: &str) -> String {
+    fn line(refill: &NewSockets, arguments: &str) -> String {
         let words = ["cwkill"].into_iter().chain(arguments.split_whitespace());
         let config = Config::from_args(Cli::try_parse_from(words).unwrap().args).unwrap();
         refill.line(&config)

@@ -416,8 +416,8 @@ mod tests {
     use crate::injector::ActError;
     use crate::injector::engine::{Attempt, Outcome};
     use crate::injector::plan::Plan;
-    use crate::proc::Proc;
-    use crate::proc::netns::Which;
+    use crate::proc::ProcFs;
+    use crate::proc::netns::NetnsScope;
     use crate::sock_diag::testdata::stuck;
     use crate::sweep::Swept;
     use serde_json::Value;
@@ -438,14 +438,14 @@ mod tests {
     fn run() -> Run {
         let denied = std::io::Error::from_raw_os_error(libc::EPERM);
         Run {
-            namespaces: Which::Ours.open(&Proc::default()).unwrap().open,
+            namespaces: NetnsScope::Current.open(&ProcFs::default()).unwrap().open,
             found: Found {
                 sockets: vec![Socket::from_message(&stuck("[::1]:80", "[::2]:5", 9))],
                 ..Found::default()
             },
             plans: vec![Plan {
                 methods: vec![MethodName::Destroy, MethodName::Rst],
-                left_out: Vec::new(),
+                excluded: Vec::new(),
                 over_limit: false,
             }],
             unlisted: None,

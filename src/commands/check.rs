@@ -3,17 +3,17 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use super::{give_up_all_but, refuse, say_notes};
+use super::{drop_all_but, refuse, say_notes};
 use crate::check::{self, Check, Status};
 use crate::cli::CheckArgs;
 use crate::privileges::drop;
-use crate::proc::Proc;
+use crate::proc::ProcFs;
 
 pub(super) fn run(args: CheckArgs) -> ExitCode {
     let check = Check::from_args(args).unwrap_or_else(|error| refuse(&error));
     say_notes(&check.scope.notes);
-    give_up_all_but(&drop::to_find(&check.scope.netns, true));
-    let verdict = check::run(&check, &Proc::default())
+    drop_all_but(&drop::to_find(&check.scope.netns, true));
+    let verdict = check::run(&check, &ProcFs::default())
         .unwrap_or_else(|error| check::unknown(&format!("{error:#}")));
     match writeln!(io::stdout(), "{}", verdict.line) {
         Ok(()) => verdict.status.into(),

@@ -4,13 +4,13 @@ use std::io::{self, IsTerminal, Write};
 
 use anyhow::Context;
 
-use super::{give_up_all_but, is_told, open_log, refuse, say_hints, say_notes};
+use super::{drop_all_but, is_told, open_log, refuse, say_hints, say_notes};
 use crate::cli::Args;
 use crate::config::{Action, Config, Format};
-use crate::injector::engine::Surroundings;
+use crate::injector::engine::Control;
 use crate::pipeline::{self, Run};
-use crate::privileges::{Need, Privileges, drop};
-use crate::proc::Proc;
+use crate::privileges::{Privilege, Privileges, drop};
+use crate::proc::ProcFs;
 use crate::report::{ExitStatus, exit_status, json, notes, text};
 use crate::terminal::{Terminal, is_coloured, say, write_out};
 use crate::watch;
@@ -30,10 +30,10 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
             needed.extend(drop::to_reclaim());
         }
     }
-    give_up_all_but(&needed);
+    drop_all_but(&needed);
     let quiet = config.format == Format::Quiet;
     let mut terminal = Terminal::new(config.action == Action::Act, quiet)?;
-    let proc = Proc::default();
+    let proc = ProcFs::default();
     let mut run = match &audit {
         None => pipeline::sweep_and_plan(config, &proc, &privileges, &terminal)?,
         // What is to be done is recorded first.
@@ -93,7 +93,7 @@ fn watch(run: &mut Run, config: &Config, terminal: &mut Terminal) -> Option<Stri
     }
     // Ctrl-C ends the watch, and what was seen is told.
     terminal.begin();
-    let refill = watch::watch(run, config, duration, &Proc::default(), terminal);
+    let refill = watch::watch(run, config, duration, &ProcFs::default(), terminal);
     terminal.rest();
     match refill {
         Ok(refill) => {
@@ -127,7 +127,7 @@ fn messages(run: &Run, config: &Config) {
         return;
     }
     say_notes(notes::notes(run));
-    let matters = |need: &Need| config.action != Action::List || *need == Need::Ptrace;
+    let matters = |need: &Privilege| config.action != Action::List || *need == Privilege::Ptrace;
     let missing = notes::missing_privileges(run).into_iter();
     say_hints(&missing.filter(matters).collect::<Vec<_>>());
 }

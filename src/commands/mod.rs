@@ -21,7 +21,7 @@ use crate::audit::{self, Audit};
 use crate::cli::{Cli, Command, Misplaced};
 use crate::config::Action;
 use crate::parallel;
-use crate::privileges::{HOW_TO_GRANT, Need, drop};
+use crate::privileges::{HOW_TO_GRANT, Privilege, drop};
 use crate::report::ExitStatus;
 use crate::terminal::{say, unless_closed};
 
@@ -63,7 +63,7 @@ fn say_notes(notes: impl IntoIterator<Item = impl Display>) {
 }
 
 /// How more would have been seen or done.
-fn say_hints(missing: &[Need]) {
+fn say_hints(missing: &[Privilege]) {
     for need in missing {
         say(format_args!("hint: {}", need.purpose()));
     }
@@ -74,8 +74,8 @@ fn say_hints(missing: &[Need]) {
 
 /// Keeps only the capabilities that are `needed`, and then starts the threads that share the work: a thread keeps what it is started
 /// with. More rights than that are no reason to leave the host without help.
-fn give_up_all_but(needed: &CapsHashSet) {
-    if let Err(error) = drop::give_up_all_but(needed) {
+fn drop_all_but(needed: &CapsHashSet) {
+    if let Err(error) = drop::drop_all_but(needed) {
         say(format_args!(
             "note: more privileges are held than needed: {error:#}"
         ));

@@ -2,12 +2,12 @@
 
 use anyhow::Context;
 
-use super::{give_up_all_but, is_told, open_log, refuse, say_hints, say_notes};
+use super::{drop_all_but, is_told, open_log, refuse, say_hints, say_notes};
 use crate::cli::ReclaimArgs;
 use crate::config::{Action, Format};
-use crate::privileges::{Need, drop};
-use crate::proc::Proc;
-use crate::proc::netns::Which;
+use crate::privileges::{Privilege, drop};
+use crate::proc::ProcFs;
+use crate::proc::netns::NetnsScope;
 use crate::reclaim::command::{self, Config};
 use crate::report::{ExitStatus, reclaim as report};
 use crate::terminal::{Terminal, is_coloured, write_out};
@@ -16,11 +16,11 @@ pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
     let config = &Config::from_args(args).unwrap_or_else(|error| refuse(&error));
     let quiet = config.format == Format::Quiet;
     let audit = open_log(config.action, &config.log)?;
-    let mut needed = drop::to_find(&Which::All, true);
+    let mut needed = drop::to_find(&NetnsScope::All, true);
     needed.extend(drop::to_reclaim());
-    give_up_all_but(&needed);
+    drop_all_but(&needed);
     let mut terminal = Terminal::new(config.action == Action::Act, quiet)?;
-    let proc = Proc::default();
+    let proc = ProcFs::default();
     let mut run = command::find(config, &proc)?;
     let mut audit = audit.filter(|_| !run.descriptors.is_empty());
     if let Some(audit) = &mut audit {
@@ -42,7 +42,7 @@ pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
     if !quiet {
         say_notes(report::notes(&run));
         if report::lacks_rights(&run) {
-            say_hints(&[Need::Ptrace]);
+            say_hints(&[Privilege::Ptrace]);
         }
     }
     let summary = run.fates.is_some().then(summary);

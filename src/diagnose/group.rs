@@ -247,7 +247,7 @@ pub fn by_listener(found: &Found) -> HashMap<&[u32], Vec<&Socket>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::finder::{Held, TargetFd};
+    use crate::finder::{Held, RemoteFd};
     use crate::proc::Process;
     use crate::sock_diag::testdata::stuck;
 
@@ -373,7 +373,7 @@ mod tests {
         };
         let held = |process, fd| Held {
             process,
-            fd: TargetFd(fd),
+            fd: RemoteFd(fd),
         };
         let mut shared = socket("10.0.0.1:80", "10.0.0.2:5", 1);
         shared.owners = vec![held(0, 3), held(0, 4), held(1, 3)];

@@ -200,7 +200,7 @@ fn group(group: &Group, elapsed: Duration) -> JsonGroup {
 
 fn process(patient: &Patient, elapsed: Duration) -> JsonProcess<'_> {
     let process = &patient.process;
-    let executable = patient.vitals.executable.as_deref();
+    let executable = patient.status.executable.as_deref();
     let counts = patient.table.as_ref().map(|_| patient.suspects());
     JsonProcess {
         pid: process.pid,
@@ -209,7 +209,7 @@ fn process(patient: &Patient, elapsed: Duration) -> JsonProcess<'_> {
         container: container(process),
         executable,
         runtime: patient.runtime.map(Runtime::name),
-        state: patient.vitals.state,
+        state: patient.status.state,
         condition: patient.condition.name(),
         uninterruptible_threads: &patient.asleep,
         held: group(&patient.held, elapsed),
@@ -217,7 +217,7 @@ fn process(patient: &Patient, elapsed: Duration) -> JsonProcess<'_> {
         waiting: patient.waiting,
         descriptors: Descriptors {
             used: patient.table.as_ref().map(|table| table.used),
-            limit: patient.vitals.limit,
+            limit: patient.status.limit,
             dead: counts.map(|counts| counts[0]),
             never_connected: counts.map(|counts| counts[1]),
             unknown: counts.map(|counts| counts[2]),

@@ -26,8 +26,8 @@ use crate::finder::listeners::{self, Listener};
 use crate::finder::{Found, Socket};
 use crate::pipeline;
 use crate::proc::netns::Netns;
-use crate::proc::status::Vitals;
-use crate::proc::{Proc, Process};
+use crate::proc::status::ProcessStatus;
+use crate::proc::{ProcFs, Process};
 use crate::report::{ExitStatus, notes};
 use group::{Around, Group};
 use runtime::{Next, Runtime, Subject};
@@ -147,7 +147,7 @@ pub struct Patient {
     /// Connections that it leaves waiting at its listeners.
     pub waiting: usize,
     /// Its state, its limits.
-    pub vitals: Vitals,
+    pub status: ProcessStatus,
     /// What its state at both looks says.
     pub condition: Condition,
     /// What it holds and what waits at its listeners, as one number that tells it from other sets.
@@ -207,7 +207,7 @@ pub struct Waiting {
 ///
 /// # Errors
 /// As those of a listing.
-pub fn run(scope: &Scope, sample: Duration, proc: &Proc) -> anyhow::Result<Diagnosis> {
+pub fn run(scope: &Scope, sample: Duration, proc: &ProcFs) -> anyhow::Result<Diagnosis> {
     let namespaces = pipeline::open(&scope.netns, proc)?;
     let selectors = &scope.selectors;
     // The kernel is asked at the beginning of each look; owners are looked up after that.
@@ -216,7 +216,7 @@ pub fn run(scope: &Scope, sample: Duration, proc: &Proc) -> anyhow::Result<Diagn
     let states: HashMap<Id, Option<char>> = first
         .processes
         .iter()
-        .map(|process| (id(process), proc.vitals(process).state))
+        .map(|process| (id(process), proc.status(process).state))
         .collect();
     let asleep: HashMap<Id, Vec<i32>> = worst(&first)
         .map(|process| (id(process), proc.uninterruptible(process)))
@@ -232,9 +232,9 @@ pub fn run(scope: &Scope, sample: Duration, proc: &Proc) -> anyhow::Result<Diagn
     };
     let looks = (&first, &found);
     let (mut processes, unknown) = patients(looks, &around, tables, selectors, |process| {
-        let vitals = proc.vitals(process);
-        let condition = Condition::of(states.get(&id(process)).copied().flatten(), vitals.state);
-        (vitals, condition)
+        let status = proc.status(process);
+        let condition = Condition::of(states.get(&id(process)).copied().flatten(), status.state);
+        (status, condition)
     });
     let ownerless = Group::new(ownerless(&first), ownerless(&found), &around);
     let total = Group::new(first.sockets.iter(), found.sockets.iter(), &around);
@@ -256,7 +256,7 @@ pub fn run(scope: &Scope, sample: Duration, proc: &Proc) -> anyhow::Result<Diagn
             pid: patient.process.pid,
             runtime: patient.runtime,
             condition: patient.condition,
-            caught: patient.vitals.caught,
+            caught: patient.status.caught,
         });
     }
     Ok(Diagnosis {
@@ -288,7 +288,7 @@ pub(crate) fn tables(
     namespaces: &[Netns],
     found: &Found,
     selectors: &Selectors,
-    proc: &Proc,
+    proc: &ProcFs,
 ) -> (DeadScan, Vec<String>) {
     let (mut in_tables, mut failures) = (HashSet::new(), Vec::new());
     for netns in namespaces {
@@ -377,7 +377,7 @@ fn patients(
     around: &Around,
     scan: DeadScan,
     selectors: &Selectors,
-    fares: impl Fn(&Process) -> (Vitals, Condition),
+    fares: impl Fn(&Process) -> (ProcessStatus, Condition),
 ) -> (Vec<Patient>, usize) {
     let mut tables: HashMap<Id, Table> = scan
         .tables
@@ -409,8 +409,8 @@ fn patients(
         let key = id(process);
         let before = by_process.0.remove(&key).unwrap_or_default();
         let now = by_process.1.remove(&key).unwrap_or_default();
-        let (vitals, condition) = fares(process);
-        let runtime = Runtime::of(vitals.executable.as_deref(), &process.comm);
+        let (status, condition) = fares(process);
+        let runtime = Runtime::of(status.executable.as_deref(), &process.comm);
         Patient {
             runtime,
             next: None,
@@ -420,7 +420,7 @@ fn patients(
             shared: now.shared,
             waiting: now.waiting,
             held: Group::new(before.held.into_iter(), now.held.into_iter(), around),
-            vitals,
+            status,
             condition,
             table: tables.remove(&key),
         }

@@ -124,9 +124,9 @@ pub struct Subject {
     pub runtime: Option<Runtime>,
     /// What its state says.
     pub condition: Condition,
-    /// The signals for which it has a handler, as [`Vitals::caught`]. One that it has none for ends it.
+    /// The signals for which it has a handler, as [`ProcessStatus::caught`]. One that it has none for ends it.
     ///
-    /// [`Vitals::caught`]: crate::proc::status::Vitals::caught
+    /// [`ProcessStatus::caught`]: crate::proc::status::ProcessStatus::caught
     pub caught: Option<u64>,
 }
 

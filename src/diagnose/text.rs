@@ -230,7 +230,7 @@ fn of_process(patient: &Patient, like: usize, elapsed: Duration) -> String {
     }
     push_places(&mut block, held);
     let used = patient.table.as_ref().map(|table| table.used);
-    match (used, patient.vitals.limit) {
+    match (used, patient.status.limit) {
         (Some(used), Some(limit)) => {
             let percent = (used as u128 * 100) / u128::from(limit.max(1));
             let _ = write!(block, "\n  descriptors: {used} of {limit} ({percent}%)");

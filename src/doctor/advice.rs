@@ -177,7 +177,7 @@ mod tests {
     use crate::doctor::facts::{Missed, Namespaces, Reach};
     use crate::doctor::trials::Subject;
     use crate::injector::ActError;
-    use crate::privileges::Need;
+    use crate::privileges::Privilege;
     use std::io;
 
     fn facts(capabilities: &[Capability], same_user: Count, others: Count) -> Facts {
@@ -252,7 +252,7 @@ mod tests {
         }
     }
 
-    fn denied(need: Need) -> Tried {
+    fn denied(need: Privilege) -> Tried {
         Tried::Failed(ActError::Denied(
             need,
             io::Error::from_raw_os_error(libc::EPERM),
@@ -296,9 +296,9 @@ mod tests {
         let advice = Advice::new(
             &facts,
             &trials(|subject| match subject.method {
-                MethodName::Destroy => Some(denied(Need::NetAdmin)),
-                MethodName::Rst => Some(denied(Need::NetRaw)),
-                MethodName::Probe if !subject.owned => Some(denied(Need::NetRaw)),
+                MethodName::Destroy => Some(denied(Privilege::NetAdmin)),
+                MethodName::Rst => Some(denied(Privilege::NetRaw)),
+                MethodName::Probe if !subject.owned => Some(denied(Privilege::NetRaw)),
                 _ => None,
             }),
         );
@@ -334,7 +334,7 @@ mod tests {
     #[test]
     fn a_capability_that_is_there_and_does_not_count_is_told_apart() {
         let refused = |subject: Subject| {
-            (subject.method == MethodName::Destroy).then(|| denied(Need::NetAdmin))
+            (subject.method == MethodName::Destroy).then(|| denied(Privilege::NetAdmin))
         };
         let reach = count(1, 1);
         let advice = Advice::new(&facts(&ALL, reach, reach), &trials(refused));

@@ -16,9 +16,9 @@ use socket2::{Domain, Socket, Type};
 use crate::injector::rst::repair::RepairMode;
 use crate::packet::capture::Capture;
 use crate::packet::raw;
-use crate::proc::Proc;
-use crate::proc::netns::Which;
-use crate::sys::{self, TargetFd};
+use crate::proc::ProcFs;
+use crate::proc::netns::NetnsScope;
+use crate::sys::{self, RemoteFd};
 
 /// The capabilities that some job needs, in the order they are shown.
 pub const CAPABILITIES: [Capability; 5] = [
@@ -121,7 +121,7 @@ impl Facts {
     ///
     /// # Errors
     /// The capabilities of this process cannot be read.
-    pub fn gather(proc: &Proc) -> anyhow::Result<Self> {
+    pub fn gather(proc: &ProcFs) -> anyhow::Result<Self> {
         let effective = caps::read(None, CapSet::Effective)
             .context("cannot read the capabilities of this process")?;
         // Yama refuses all but our descendants, and writes each refusal to the log of the kernel (security/yama/yama_lsm.c,
@@ -240,8 +240,8 @@ fn hidepid(mountinfo: &str) -> Option<String> {
     mountinfo.lines().filter_map(option).next_back()?
 }
 
-fn namespaces(proc: &Proc) -> io::Result<Namespaces> {
-    let all = Which::All.open(proc)?;
+fn namespaces(proc: &ProcFs) -> io::Result<Namespaces> {
+    let all = NetnsScope::All.open(proc)?;
     let enterable = all.open.iter().filter(|netns| netns.within(|| ()).is_ok());
     Ok(Namespaces {
         enterable: enterable.count(),
@@ -251,11 +251,11 @@ fn namespaces(proc: &Proc) -> io::Result<Namespaces> {
 }
 
 /// Counts. Where none of them is `asked`, they are out of reach.
-fn reach(proc: &Proc, asked: bool) -> io::Result<Reach> {
+fn reach(proc: &ProcFs, asked: bool) -> io::Result<Reach> {
     /// No socket has it: the kernel gives inode numbers of sockets from 1 on, and would take hundreds of years.
     const NO_INODE: u32 = u32::MAX;
     /// No process has it: it is beyond the highest fs.nr_open.
-    const NO_DESCRIPTOR: TargetFd = TargetFd(i32::MAX);
+    const NO_DESCRIPTOR: RemoteFd = RemoteFd(i32::MAX);
     if !proc.is_of_our_pid_namespace() {
         return Err(io::Error::other(
             "/proc shows another pid namespace than cwkill runs in",
@@ -317,7 +317,7 @@ fn socket() -> io::Result<OwnedFd> {
 fn duplicate_own() -> io::Result<()> {
     let socket = socket()?;
     let ours = sys::pidfd_open(std::process::id().cast_signed())?;
-    sys::pidfd_getfd(ours.as_fd(), TargetFd(socket.as_raw_fd())).map(drop)
+    sys::pidfd_getfd(ours.as_fd(), RemoteFd(socket.as_raw_fd())).map(drop)
 }
 
 fn repair() -> io::Result<()> {

@@ -11,7 +11,7 @@ pub mod report;
 pub mod row;
 pub mod trials;
 
-use crate::proc::Proc;
+use crate::proc::ProcFs;
 use advice::Advice;
 use facts::Facts;
 use trials::Trials;
@@ -31,7 +31,7 @@ pub struct Examination {
 ///
 /// # Errors
 /// The capabilities of this process cannot be read.
-pub fn examine(proc: &Proc) -> anyhow::Result<Examination> {
+pub fn examine(proc: &ProcFs) -> anyhow::Result<Examination> {
     let facts = Facts::gather(proc)?;
     let trials = Trials::run(proc);
     let advice = Advice::new(&facts, &trials);

@@ -5,7 +5,7 @@ use caps::Capability;
 use super::facts::{Count, Facts, Missed};
 use super::trials::Tried;
 use crate::injector::{ActError, MethodName};
-use crate::privileges::{HOW_TO_GRANT, Need};
+use crate::privileges::{HOW_TO_GRANT, Privilege};
 use crate::text::escape;
 
 /// Whether something works.
@@ -164,10 +164,10 @@ impl<'a> Builder<'a> {
 
     fn cure(&self, error: &ActError) -> String {
         match error {
-            ActError::Denied(Need::NetAdmin, _) => self.grant(Capability::CAP_NET_ADMIN),
-            ActError::Denied(Need::NetRaw, _) => self.grant(Capability::CAP_NET_RAW),
+            ActError::Denied(Privilege::NetAdmin, _) => self.grant(Capability::CAP_NET_ADMIN),
+            ActError::Denied(Privilege::NetRaw, _) => self.grant(Capability::CAP_NET_RAW),
             // It was our own process.
-            ActError::Denied(Need::Ptrace, _) => {
+            ActError::Denied(Privilege::Ptrace, _) => {
                 "a filter of system calls forbids it: allow pidfd_open and pidfd_getfd in the seccomp profile of the \
                  container or unit"
                     .into()

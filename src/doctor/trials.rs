@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 
 use crate::filter::selectors::Selectors;
 use crate::finder::{self, Found};
-use crate::injector::engine::{self, Rules, Skip, Surroundings, Verdict};
+use crate::injector::engine::{self, Control, Rules, Skip, Verdict};
 use crate::injector::plan::Plan;
 use crate::injector::{self, ActError, MethodName};
 use crate::kernel::KernelVersion;
-use crate::proc::Proc;
-use crate::proc::netns::Which;
+use crate::proc::ProcFs;
+use crate::proc::netns::NetnsScope;
 use crate::sock_diag::SockDiag;
 use crate::tcp::TcpState;
 
@@ -71,7 +71,7 @@ pub struct Trials {
 
 impl Trials {
     /// Tries everything.
-    pub fn run(proc: &Proc) -> Self {
+    pub fn run(proc: &ProcFs) -> Self {
         let stuck: Vec<io::Result<Stuck>> = SUBJECTS
             .iter()
             .map(|subject| Stuck::new(subject.ipv6))
@@ -154,8 +154,10 @@ impl Stuck {
 }
 
 /// Our connections as the finder shows them, once all are in CLOSE-WAIT.
-fn find(proc: &Proc, ports: &[u16]) -> Result<Found, String> {
-    let namespaces = Which::Ours.open(proc).map_err(|error| error.to_string())?;
+fn find(proc: &ProcFs, ports: &[u16]) -> Result<Found, String> {
+    let namespaces = NetnsScope::Current
+        .open(proc)
+        .map_err(|error| error.to_string())?;
     let selectors = Selectors {
         // Without a port it would be every socket.
         ports: ports
@@ -177,7 +179,7 @@ fn find(proc: &Proc, ports: &[u16]) -> Result<Found, String> {
     }
 }
 
-fn attempt(subject: Subject, stuck: &Stuck, found: &Found, proc: &Proc) -> Tried {
+fn attempt(subject: Subject, stuck: &Stuck, found: &Found, proc: &ProcFs) -> Tried {
     // Somebody may have connected to our port before the listener was gone.
     let ends = (stuck.local, stuck.peer);
     let mine = |socket: &&finder::Socket| (socket.tuple.local, socket.tuple.peer) == ends;
@@ -199,7 +201,7 @@ fn attempt(subject: Subject, stuck: &Stuck, found: &Found, proc: &Proc) -> Tried
     };
     let plan = Plan {
         methods: vec![subject.method],
-        left_out: Vec::new(),
+        excluded: Vec::new(),
         over_limit: false,
     };
     let rules = Rules {
@@ -250,12 +252,12 @@ fn no_connection(error: &io::Error, ipv6: bool) -> String {
 /// The real time, and nobody to interrupt it: a signal ends the program, and our connections with it.
 struct Clock;
 
-impl Surroundings for Clock {
+impl Control for Clock {
     fn now(&self) -> Instant {
         Instant::now()
     }
 
-    fn pause(&self, duration: Duration) {
+    fn sleep(&self, duration: Duration) {
         std::thread::sleep(duration);
     }
 
@@ -263,5 +265,5 @@ impl Surroundings for Clock {
         false
     }
 
-    fn acted(&self, _: MethodName, _: usize) {}
+    fn progress(&self, _: MethodName, _: usize) {}
 }

@@ -36,7 +36,7 @@ use socket2::SockRef;
 use super::FindError;
 use crate::proc::netns::Netns;
 use crate::proc::{
-    Proc, Process, TargetFd, Unreadable, fds, identity, image, is_denied, is_gone, open_in,
+    ProcFs, Process, RemoteFd, Unreadable, fds, identity, image, is_denied, is_gone, open_in,
 };
 use crate::sock_diag::codec::TCPI_LAST_ACK_RECV;
 use crate::sock_diag::{Cookie, DumpRequest, Family, SockDiag};
@@ -66,7 +66,7 @@ pub struct Table {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Suspect {
     /// Its number in its process.
-    pub fd: TargetFd,
+    pub fd: RemoteFd,
     /// The socket's inode.
     pub inode: u32,
     /// What it is.
@@ -109,7 +109,7 @@ pub struct DeadScan {
     /// Processes that may not be looked into.
     pub unreadable: Vec<Unreadable>,
     /// Processes whose first thread has ended and others have not: their tables cannot be seen by their number.
-    pub headless: Vec<Process>,
+    pub leader_exited: Vec<Process>,
     /// Processes whose files failed in a way that is neither their end nor a missing right.
     pub failed: Vec<(i32, io::Error)>,
     /// Processes of others are not shown at all: /proc is mounted with hidepid.
@@ -157,7 +157,7 @@ fn dump_inodes() -> Result<Vec<u32>, FindError> {
 /// # Errors
 /// The processes cannot be listed.
 pub fn find(
-    proc: &Proc,
+    proc: &ProcFs,
     wanted: &(dyn Fn(&Process) -> bool + Sync),
     in_tables: &HashSet<u32>,
 ) -> io::Result<DeadScan> {
@@ -173,7 +173,7 @@ pub fn find(
     for (pid, look) in looks {
         match look {
             Ok(Look::Table(table)) => scan.tables.push(table),
-            Ok(Look::Headless(process)) => scan.headless.push(process),
+            Ok(Look::LeaderExited(process)) => scan.leader_exited.push(process),
             Ok(Look::Nothing) => {}
             Err(error) if is_gone(&error) => {}
             Err(error) if is_denied(&error) => scan.unreadable.extend(proc.unreadable(pid)),
@@ -188,7 +188,7 @@ enum Look {
     /// It is not wanted, or gone.
     Nothing,
     Table(Table),
-    Headless(Process),
+    LeaderExited(Process),
 }
 
 /// Looks at a process that has another program or no first thread after the look, and the time between them: in an exec by
@@ -198,7 +198,7 @@ const LOOKS: u32 = 20;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(1);
 
 fn look_inside(
-    proc: &Proc,
+    proc: &ProcFs,
     pid: i32,
     same_pids: bool,
     wanted: &(dyn Fn(&Process) -> bool + Sync),
@@ -230,12 +230,12 @@ fn look_inside(
             suspects,
         }));
     }
-    Ok(Look::Headless(process))
+    Ok(Look::LeaderExited(process))
 }
 
 /// The suspects in the table of a process, and how many descriptors it has.
 fn look_at_table(
-    proc: &Proc,
+    proc: &ProcFs,
     dir: BorrowedFd<'_>,
     process: &Process,
     same_pids: bool,
@@ -243,7 +243,7 @@ fn look_at_table(
 ) -> io::Result<(Vec<Suspect>, usize)> {
     let fds = open_in(dir, c"fd", OFlag::O_DIRECTORY)?;
     let numbers = fds::list_fds(fds.as_fd())?;
-    let missing: Vec<(TargetFd, u32)> = numbers
+    let missing: Vec<(RemoteFd, u32)> = numbers
         .par_chunks(fds::CHUNK)
         .map(|numbers| in_no_table(fds.as_fd(), numbers, in_tables))
         .collect::<io::Result<Vec<_>>>()?
@@ -255,7 +255,7 @@ fn look_at_table(
         true => open_pidfd(proc, process),
         false => Err(Errno::ESRCH),
     };
-    let suspect = |&(fd, inode): &(TargetFd, u32)| {
+    let suspect = |&(fd, inode): &(RemoteFd, u32)| {
         if !is_tcp(proc, process.pid, fd)? {
             return Ok(None);
         }
@@ -280,12 +280,12 @@ fn in_no_table(
     fds: BorrowedFd<'_>,
     numbers: &[i32],
     in_tables: &HashSet<u32>,
-) -> io::Result<Vec<(TargetFd, u32)>> {
+) -> io::Result<Vec<(RemoteFd, u32)>> {
     let mut missing = Vec::new();
     for &number in numbers {
         match fds::read_socket_link(fds, number) {
             Ok(Some(inode)) if !in_tables.contains(&inode) => {
-                missing.push((TargetFd(number), inode));
+                missing.push((RemoteFd(number), inode));
             }
             Ok(_) => {}
             // Closed since the directory was read.
@@ -297,7 +297,7 @@ fn in_no_table(
 }
 
 /// Whether the kernel calls the descriptor's protocol TCP.
-fn is_tcp(proc: &Proc, pid: i32, fd: TargetFd) -> io::Result<bool> {
+fn is_tcp(proc: &ProcFs, pid: i32, fd: RemoteFd) -> io::Result<bool> {
     let path = proc.path(&format!("{pid}/fd/{}", fd.0));
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut name = [0; 32];
@@ -312,7 +312,7 @@ fn is_tcp(proc: &Proc, pid: i32, fd: TargetFd) -> io::Result<bool> {
 }
 
 /// A pidfd of exactly `process`.
-pub(crate) fn open_pidfd(proc: &Proc, process: &Process) -> Result<OwnedFd, Errno> {
+pub(crate) fn open_pidfd(proc: &ProcFs, process: &Process) -> Result<OwnedFd, Errno> {
     let pidfd = sys::pidfd_open(process.pid).map_err(errno)?;
     // Read after the pidfd was opened: it still has its number, so the pidfd is of it.
     match proc.start_time(process.pid) == Some(process.start_time) {
@@ -323,7 +323,7 @@ pub(crate) fn open_pidfd(proc: &Proc, process: &Process) -> Result<OwnedFd, Errn
 
 /// Looks at a descriptor through a duplicate of it, which is closed again at once. `None`: it is no longer
 /// this socket, or the socket is alive.
-pub(crate) fn examine(pidfd: BorrowedFd<'_>, fd: TargetFd, inode: u32) -> Option<Verdict> {
+pub(crate) fn examine(pidfd: BorrowedFd<'_>, fd: RemoteFd, inode: u32) -> Option<Verdict> {
     let socket = match sys::pidfd_getfd(pidfd, fd) {
         Ok(socket) => socket,
         Err(error) => match errno(error) {
@@ -382,7 +382,7 @@ pub(crate) fn errno(error: io::Error) -> Errno {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proc::netns::Which;
+    use crate::proc::netns::NetnsScope;
     use socket2::{Domain, Socket, Type};
     use std::io::Read;
     use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
@@ -391,8 +391,8 @@ mod tests {
 
     /// What is said of descriptors of this process.
     fn verdicts(fds: &[BorrowedFd<'_>]) -> Vec<Option<Verdict>> {
-        let proc = Proc::default();
-        let ours = Which::Ours.open(&proc).unwrap().open;
+        let proc = ProcFs::default();
+        let ours = NetnsScope::Current.open(&proc).unwrap().open;
         let in_tables = inodes_in_tables(&ours).unwrap();
         let own = i32::try_from(std::process::id()).unwrap();
         let mut scan = find(&proc, &|process| process.pid == own, &in_tables).unwrap();
@@ -479,7 +479,7 @@ mod tests {
     fn a_live_socket_in_no_known_table_is_not_dead() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let inode = u32::try_from(fstat(&listener).unwrap().st_ino).unwrap();
-        let proc = Proc::default();
+        let proc = ProcFs::default();
         let own = i32::try_from(std::process::id()).unwrap();
         let scan = find(&proc, &|process| process.pid == own, &HashSet::new()).unwrap();
         let mut suspects = scan.tables.iter().flat_map(|table| &table.suspects);

@@ -206,7 +206,7 @@ impl Group {
 mod tests {
     use super::*;
     use crate::sock_diag::testdata::{listener, stuck};
-    use crate::sys::TargetFd;
+    use crate::sys::RemoteFd;
 
     fn listeners(all: &[SocketMessage]) -> Listeners {
         let mut listeners = Listeners::default();
@@ -266,7 +266,7 @@ mod tests {
             let process = usize::try_from(inode).unwrap();
             vec![Held {
                 process,
-                fd: TargetFd(3),
+                fd: RemoteFd(3),
             }]
         };
         let used = group.into_used(held);

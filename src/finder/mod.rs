@@ -23,9 +23,9 @@ use crate::model::cause::{self, Cause};
 use crate::parallel;
 use crate::tcp::{TcpState, Tuple};
 
-pub use crate::proc::TargetFd;
+pub use crate::proc::RemoteFd;
 use crate::proc::netns::Netns;
-use crate::proc::{Proc, Process, Unreadable};
+use crate::proc::{ProcFs, Process, Unreadable};
 use crate::sock_diag::{Cookie, DiagId, DumpError, SocketMessage};
 use listeners::{Listener, Listeners};
 use owners::{OwnerScan, Trust};
@@ -72,7 +72,7 @@ pub struct Held {
     /// Index in [`Found::processes`].
     pub process: usize,
     /// The number of the descriptor there.
-    pub fd: TargetFd,
+    pub fd: RemoteFd,
 }
 
 /// What [`find`] found.
@@ -107,7 +107,11 @@ pub struct Found {
 /// # Errors
 /// When the kernel gives no list of sockets or /proc none of processes; a process that vanishes or
 /// may not be read is no error, nor is a namespace among several that cannot be entered.
-pub fn find(namespaces: &[Netns], proc: &Proc, selectors: &Selectors) -> Result<Found, FindError> {
+pub fn find(
+    namespaces: &[Netns],
+    proc: &ProcFs,
+    selectors: &Selectors,
+) -> Result<Found, FindError> {
     let needless = AtomicBool::new(false);
     let (seen, scan) = std::thread::scope(|scope| {
         // Where no thread can be started, one comes after the other.
@@ -360,7 +364,7 @@ pub enum FindError {
     /// The kernel's socket tables.
     Dump(DumpError),
     /// The list of processes.
-    Proc(io::Error),
+    Processes(io::Error),
 }
 
 impl std::fmt::Display for FindError {
@@ -375,7 +379,7 @@ impl std::fmt::Display for FindError {
             }
             FindError::Expression(_) => f.write_str("cannot apply the expression"),
             FindError::Dump(_) => f.write_str("cannot list sockets"),
-            FindError::Proc(_) => f.write_str("cannot list processes"),
+            FindError::Processes(_) => f.write_str("cannot list processes"),
         }
     }
 }
@@ -387,7 +391,7 @@ impl std::error::Error for FindError {
             FindError::Enter(error)
             | FindError::Open(error)
             | FindError::Expression(error)
-            | FindError::Proc(error) => Some(error),
+            | FindError::Processes(error) => Some(error),
         }
     }
 }
@@ -400,6 +404,6 @@ impl From<DumpError> for FindError {
 
 impl From<io::Error> for FindError {
     fn from(error: io::Error) -> Self {
-        FindError::Proc(error)
+        FindError::Processes(error)
     }
 }

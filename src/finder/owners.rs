@@ -20,7 +20,7 @@ use rayon::prelude::*;
 use crate::finder::Held;
 use crate::proc::fds::{CHUNK, holding, read_socket_link, read_table};
 use crate::proc::{
-    Holding, Proc, Process, TargetFd, Unreadable, identity, is_denied, is_gone, open_in,
+    FdState, ProcFs, Process, RemoteFd, Unreadable, identity, is_denied, is_gone, open_in,
 };
 
 /// What a scan of all processes gave.
@@ -47,12 +47,12 @@ pub struct Scan {
 #[derive(Default)]
 struct Look {
     /// It holds these sockets, by inode.
-    holds: Option<(i32, Vec<(u32, TargetFd)>)>,
+    holds: Option<(i32, Vec<(u32, RemoteFd)>)>,
     unreadable: Option<Unreadable>,
 }
 
 /// A process with the wanted sockets that it holds.
-type Owner = (Process, Vec<(u32, TargetFd)>);
+type Owner = (Process, Vec<(u32, RemoteFd)>);
 
 impl OwnerScan {
     /// Orders `held` for [`OwnerScan::of`].
@@ -73,11 +73,11 @@ impl OwnerScan {
     }
 }
 
-impl Proc {
+impl ProcFs {
     /// Finds every process that holds a socket whose inode is in `wanted`.
     ///
     /// # Errors
-    /// As [`Proc::scan`].
+    /// As [`ProcFs::scan`].
     pub fn find_owners(&self, wanted: impl Iterator<Item = u32>) -> io::Result<OwnerScan> {
         let wanted: HashSet<u32> = wanted.collect();
         if wanted.is_empty() {
@@ -111,7 +111,7 @@ impl Proc {
     /// Of what `scan` saw, the processes that hold a socket whose inode is in `wanted`.
     ///
     /// # Errors
-    /// As [`Proc::scan`].
+    /// As [`ProcFs::scan`].
     pub fn owners(&self, scan: Scan, wanted: &HashSet<u32>, trust: Trust) -> io::Result<OwnerScan> {
         let identify = |look: Look| -> io::Result<(Option<Owner>, Option<Unreadable>)> {
             let Some((pid, mut held)) = look.holds else {
@@ -182,14 +182,14 @@ impl Proc {
     fn identify(
         &self,
         pid: i32,
-        mut held: Vec<(u32, TargetFd)>,
+        mut held: Vec<(u32, RemoteFd)>,
         wanted: &HashSet<u32>,
         trust: Trust,
     ) -> io::Result<(Option<Owner>, bool)> {
         let process = File::open(self.path(&pid.to_string()))?;
         let dir = open_in(process.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
-        let still = |&(inode, fd): &(u32, TargetFd)| {
-            holding(read_socket_link(dir.as_fd(), fd.0), inode) == Holding::Open
+        let still = |&(inode, fd): &(u32, RemoteFd)| {
+            holding(read_socket_link(dir.as_fd(), fd.0), inode) == FdState::Open
         };
         let checked = match trust {
             // The first tells whether the number of the process has been given to another.
@@ -249,7 +249,7 @@ mod tests {
         }
 
         fn find(&self, wanted: &[u32]) -> OwnerScan {
-            let proc = Proc::at(self.dir.path());
+            let proc = ProcFs::at(self.dir.path());
             proc.find_owners(wanted.iter().copied()).unwrap()
         }
     }
@@ -299,9 +299,9 @@ mod tests {
         proc.process(7, "a) R (b", &[(3, "socket:[42]")]);
         let scan = proc.find(&[42]);
         assert_eq!(scan.processes[0].comm, "a) R (b");
-        let start = Proc::at(proc.dir.path()).start_time(7);
+        let start = ProcFs::at(proc.dir.path()).start_time(7);
         assert_eq!(start, Some(scan.processes[0].start_time));
-        assert_eq!(Proc::at(proc.dir.path()).start_time(8), None);
+        assert_eq!(ProcFs::at(proc.dir.path()).start_time(8), None);
     }
 
     #[test]
@@ -322,7 +322,7 @@ mod tests {
         let proc = TestProc::new();
         proc.process(7, "old", &[(5, "socket:[42]"), (6, "socket:[43]")]);
         proc.process(8, "new", &[(3, "socket:[1]")]);
-        let here = Proc::at(proc.dir.path());
+        let here = ProcFs::at(proc.dir.path());
         let wanted = HashSet::from([42, 43]);
         let scan = || here.scan(&AtomicBool::new(false)).unwrap();
         let (first, second, third) = (scan(), scan(), scan());
@@ -363,10 +363,10 @@ mod tests {
 
     #[test]
     fn nothing_wanted_reads_nothing() {
-        let scan = Proc::at("/nonexistent").find_owners(std::iter::empty());
+        let scan = ProcFs::at("/nonexistent").find_owners(std::iter::empty());
         assert!(scan.unwrap().processes.is_empty());
         assert!(
-            Proc::at("/nonexistent")
+            ProcFs::at("/nonexistent")
                 .find_owners([1].into_iter())
                 .is_err()
         );
@@ -378,21 +378,21 @@ mod tests {
         proc.process(7, "p", &[(3, "socket:[42]"), (4, "socket:[99]")]);
         let scan = proc.find(&[42]);
         let asked = vec![vec![
-            (TargetFd(3), 42, 'a'),
-            (TargetFd(4), 42, 'b'),
-            (TargetFd(5), 42, 'c'),
+            (RemoteFd(3), 42, 'a'),
+            (RemoteFd(4), 42, 'b'),
+            (RemoteFd(5), 42, 'c'),
         ]];
-        let here = Proc::at(proc.dir.path());
+        let here = ProcFs::at(proc.dir.path());
         let wanted = [
-            ('a', Holding::Open),
-            ('b', Holding::Closed),
-            ('c', Holding::Closed),
+            ('a', FdState::Open),
+            ('b', FdState::Closed),
+            ('c', FdState::Closed),
         ];
-        assert_eq!(here.still_held(&scan.processes, &asked), wanted);
+        assert_eq!(here.recheck_fds(&scan.processes, &asked), wanted);
         let mut later = scan.processes;
         later[0].start_time += 1;
-        let closed = |(_, holding): &(char, Holding)| *holding == Holding::Closed;
-        let later = here.still_held(&later, &asked);
+        let closed = |(_, holding): &(char, FdState)| *holding == FdState::Closed;
+        let later = here.recheck_fds(&later, &asked);
         assert!(later.iter().all(closed), "another process of that number");
     }
 }

@@ -7,7 +7,7 @@
 use std::io;
 
 use super::{ActError, Method, MethodName, Scene, Target, same_errno};
-use crate::privileges::Need;
+use crate::privileges::Privilege;
 use crate::sock_diag::{DestroyError, DiagId, SockDiag};
 use crate::tcp::TcpState;
 
@@ -101,7 +101,7 @@ impl From<DestroyError> for ActError {
         let errno = io::Error::from_raw_os_error;
         match error {
             DestroyError::Gone => ActError::Gone,
-            DestroyError::Denied => ActError::Denied(Need::NetAdmin, errno(libc::EPERM)),
+            DestroyError::Denied => ActError::Denied(Privilege::NetAdmin, errno(libc::EPERM)),
             DestroyError::NotSupported => unsupported(),
             DestroyError::AnswerLost => ActError::Unanswered(errno(libc::ENOBUFS)),
             DestroyError::Other(error) => ActError::Os("SOCK_DESTROY", error),

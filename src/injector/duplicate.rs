@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 
 use super::{ActError, Descriptor, Target};
-use crate::privileges::Need;
-use crate::proc::Proc;
+use crate::privileges::Privilege;
+use crate::proc::ProcFs;
 use crate::sys;
 
 /// How many processes are kept open at once; the limit of descriptors is 1024 on many hosts.
@@ -16,7 +16,7 @@ const MOST_PIDFDS: usize = 128;
 
 /// Makes duplicates; keeps pidfds of the processes it has reached into.
 pub struct Duplicator {
-    proc: Proc,
+    proc: ProcFs,
     /// Whether process numbers of `proc` mean the same to system calls.
     same_pids: bool,
     pidfds: HashMap<(i32, u64), OwnedFd>,
@@ -24,7 +24,7 @@ pub struct Duplicator {
 
 impl Duplicator {
     /// With the proc file system that tells one process from the next of its number.
-    pub fn new(proc: Proc) -> Self {
+    pub fn new(proc: ProcFs) -> Self {
         Duplicator {
             same_pids: proc.is_of_our_pid_namespace(),
             proc,
@@ -61,7 +61,7 @@ impl Duplicator {
         let pidfd = self.pidfd(descriptor)?;
         sys::pidfd_getfd(pidfd.as_fd(), descriptor.fd).map_err(|error| match error.raw_os_error() {
             Some(libc::EBADF | libc::ESRCH) => ActError::DescriptorsGone,
-            Some(libc::EPERM) => ActError::Denied(Need::Ptrace, error),
+            Some(libc::EPERM) => ActError::Denied(Privilege::Ptrace, error),
             Some(libc::ENOSYS) => {
                 ActError::NotSupported("pidfd_getfd needs Linux 5.6 or later", error)
             }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use super::{ActError, Method, MethodName, Scene, Target, same_errno};
 use crate::filter::selectors::Selectors;
 use crate::finder::{Found, Socket};
-use crate::injector::plan::{LeftOut, Plan};
+use crate::injector::plan::{Exclusion, Plan};
 use crate::kernel::KernelVersion;
 use crate::model::cause;
 use crate::sock_diag::{
@@ -66,7 +66,7 @@ pub enum Verdict {
 #[derive(Debug, PartialEq, Eq)]
 pub enum Skip {
     /// No method can work, each for its reason.
-    NoMethod(Vec<(MethodName, LeftOut)>),
+    NoMethod(Vec<(MethodName, Exclusion)>),
     /// --max-kills was reached by older sockets.
     OverLimit,
     /// Bytes were written after the plan was made, and an abort would lose them.
@@ -87,7 +87,7 @@ impl Skip {
         if plan.over_limit {
             Some(Skip::OverLimit)
         } else if plan.methods.is_empty() {
-            Some(Skip::NoMethod(plan.left_out.clone()))
+            Some(Skip::NoMethod(plan.excluded.clone()))
         } else {
             None
         }
@@ -116,8 +116,8 @@ impl Outcome {
 impl fmt::Display for Skip {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Skip::NoMethod(left_out) => {
-                for (index, (method, why)) in left_out.iter().enumerate() {
+            Skip::NoMethod(excluded) => {
+                for (index, (method, why)) in excluded.iter().enumerate() {
                     let separator = if index == 0 { "" } else { "; " };
                     write!(f, "{separator}{method}: {why}")?;
                 }
@@ -177,18 +177,18 @@ impl Observe for SockDiag {
     }
 }
 
-/// What the ladder takes from its surroundings; several ladders may stand in the same.
-pub trait Surroundings: Sync {
+/// What the ladder takes from its control; several ladders may stand in the same.
+pub trait Control: Sync {
     /// A clock that never goes back.
     fn now(&self) -> Instant;
     /// From now on sockets are acted on, and there may be something to put back.
     fn begin(&self) {}
     /// Waits.
-    fn pause(&self, duration: Duration);
+    fn sleep(&self, duration: Duration);
     /// Whether the operator wants to stop. What is begun is still verified.
     fn interrupted(&self) -> bool;
     /// So many sockets more have been dealt with by `method`.
-    fn acted(&self, method: MethodName, sockets: usize);
+    fn progress(&self, method: MethodName, sockets: usize);
 }
 
 /// What the ladder must keep to.
@@ -214,7 +214,7 @@ pub fn climb(
     methods: &mut [Box<dyn Method>],
     kernel: &mut dyn Observe,
     rules: Rules<'_>,
-    surroundings: &dyn Surroundings,
+    control: &dyn Control,
 ) -> Vec<Outcome> {
     let mut ladder = Ladder {
         found,
@@ -222,7 +222,7 @@ pub fn climb(
         climbers: members.iter().map(|&at| Climber::new(&plans[at])).collect(),
         kernel,
         rules,
-        surroundings,
+        control,
     };
     for method in methods {
         ladder.rung(plans, method.as_mut());
@@ -240,7 +240,7 @@ pub fn verify_destroyed(
     results: Vec<Result<(), ActError>>,
     kernel: &mut dyn Observe,
     rules: Rules<'_>,
-    surroundings: &dyn Surroundings,
+    control: &dyn Control,
 ) -> Vec<Outcome> {
     let members: Vec<usize> = (0..found.sockets.len()).collect();
     let mut ordered = Vec::with_capacity(members.len());
@@ -259,7 +259,7 @@ pub fn verify_destroyed(
         climbers,
         kernel,
         rules,
-        surroundings,
+        control,
     };
     ladder.wait_for(MethodName::Destroy, ordered);
     ladder.last_look(plans);
@@ -338,7 +338,7 @@ struct Ladder<'a> {
     climbers: Vec<Climber>,
     kernel: &'a mut dyn Observe,
     rules: Rules<'a>,
-    surroundings: &'a dyn Surroundings,
+    control: &'a dyn Control,
 }
 
 impl Ladder<'_> {
@@ -352,7 +352,7 @@ impl Ladder<'_> {
             .collect();
         let mut ordered = Vec::with_capacity(mine.len());
         for chunk in mine.chunks(method.batch()) {
-            if self.surroundings.interrupted() {
+            if self.control.interrupted() {
                 break;
             }
             let chunk: Vec<usize> = self.recheck(chunk, name, false);
@@ -381,7 +381,7 @@ impl Ladder<'_> {
                 }
                 self.climbers[at].attempt(name, result.err());
             }
-            self.surroundings.acted(name, chunk.len());
+            self.control.progress(name, chunk.len());
         }
         self.wait_for(name, ordered);
     }
@@ -461,7 +461,7 @@ impl Ladder<'_> {
 
     /// Waits until the sockets in `pending` are closed, at most for the grace.
     fn wait(&mut self, mut pending: Vec<usize>) {
-        let began = self.surroundings.now();
+        let began = self.control.now();
         let mut pause = FIRST_PAUSE;
         loop {
             let looks = self.look(&pending, Detail::Basic);
@@ -479,11 +479,11 @@ impl Ladder<'_> {
             let rest = self
                 .rules
                 .grace
-                .saturating_sub(self.surroundings.now().duration_since(began));
-            if pending.is_empty() || rest.is_zero() || self.surroundings.interrupted() {
+                .saturating_sub(self.control.now().duration_since(began));
+            if pending.is_empty() || rest.is_zero() || self.control.interrupted() {
                 return;
             }
-            self.surroundings.pause(pause.min(rest));
+            self.control.sleep(pause.min(rest));
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
@@ -546,8 +546,8 @@ impl Scene for OnRung<'_, '_> {
         self.ladder.rules.grace
     }
 
-    fn surroundings(&self) -> &dyn Surroundings {
-        self.ladder.surroundings
+    fn control(&self) -> &dyn Control {
+        self.ladder.control
     }
 
     fn still_fit(&mut self, targets: &[usize], provoked: bool) -> Vec<bool> {

@@ -74,18 +74,18 @@ impl Clock {
     }
 }
 
-impl Surroundings for Clock {
+impl Control for Clock {
     fn now(&self) -> Instant {
         self.start + self.waited()
     }
-    fn pause(&self, duration: Duration) {
+    fn sleep(&self, duration: Duration) {
         *self.waited.lock().unwrap() += duration;
         (self.meanwhile)();
     }
     fn interrupted(&self) -> bool {
         self.interrupted
     }
-    fn acted(&self, _: MethodName, _: usize) {}
+    fn progress(&self, _: MethodName, _: usize) {}
 }
 
 struct World {
@@ -111,7 +111,7 @@ impl World {
         }
         let plan = Plan {
             methods: vec![Shutdown, Destroy],
-            left_out: Vec::new(),
+            excluded: Vec::new(),
             over_limit: false,
         };
         World {
@@ -184,7 +184,10 @@ fn to_last_ack(kernel: &Kernel, cookie: u64) -> Result<(), ActError> {
 
 fn denied(_: &Kernel, _: u64) -> Result<(), ActError> {
     let error = io::Error::from_raw_os_error(libc::EPERM);
-    Err(ActError::Denied(crate::privileges::Need::Ptrace, error))
+    Err(ActError::Denied(
+        crate::privileges::Privilege::Ptrace,
+        error,
+    ))
 }
 
 use MethodName::{Destroy, Shutdown};

@@ -16,11 +16,11 @@ use std::io;
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::finder::{Found, TargetFd};
-use crate::privileges::Need;
+use crate::finder::{Found, RemoteFd};
+use crate::privileges::Privilege;
 use crate::sock_diag::{DiagId, LookupError, SocketMessage};
 use crate::tcp::TcpState;
-use engine::Surroundings;
+use engine::Control;
 
 /// The ways to close a socket, gentlest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -108,7 +108,7 @@ pub struct Descriptor {
     /// When that process started; another process with its number started later.
     pub start_time: u64,
     /// The number in its table.
-    pub fd: TargetFd,
+    pub fd: RemoteFd,
 }
 
 impl Target {
@@ -163,7 +163,7 @@ pub trait Scene {
     fn grace(&self) -> Duration;
 
     /// The clock, the pauses and the operator's Ctrl-C.
-    fn surroundings(&self) -> &dyn Surroundings;
+    fn control(&self) -> &dyn Control;
 
     /// Looks at these targets again and says of each whether it is still what was planned. What became
     /// of those that are not is noted, whatever the method reports of them. `provoked` says that the
@@ -178,7 +178,10 @@ pub trait Scene {
 ///
 /// # Errors
 /// The netlink socket cannot be opened.
-pub fn methods(names: &[MethodName], proc: &crate::proc::Proc) -> io::Result<Vec<Box<dyn Method>>> {
+pub fn methods(
+    names: &[MethodName],
+    proc: &crate::proc::ProcFs,
+) -> io::Result<Vec<Box<dyn Method>>> {
     let build = |name: &MethodName| -> io::Result<Box<dyn Method>> {
         Ok(match name {
             MethodName::Probe => Box::new(probe::Probe::new(proc.clone())),
@@ -208,7 +211,7 @@ pub enum ActError {
     /// The /proc that names the owners is of another pid namespace than ours.
     ForeignProc,
     /// A privilege is missing; the kernel's answer is kept.
-    Denied(Need, io::Error),
+    Denied(Privilege, io::Error),
     /// The kernel cannot do it at all.
     NotSupported(&'static str, io::Error),
     /// An orphan, which this kernel can keep for ever once it is aborted.

@@ -6,7 +6,7 @@ use crate::finder::{Found, Socket};
 use crate::injector::{MethodName, ORPHANS};
 use crate::kernel::KernelVersion;
 use crate::model::cause;
-use crate::privileges::{Need, Privileges};
+use crate::privileges::{Privilege, Privileges};
 use crate::tcp::TcpState;
 
 /// What the operator allows to be done.
@@ -28,14 +28,14 @@ pub struct Plan {
     /// The methods to try, one after the other until the socket is closed. Empty: it is left alone.
     pub methods: Vec<MethodName>,
     /// Methods that were wanted and cannot be used on this socket.
-    pub left_out: Vec<(MethodName, LeftOut)>,
+    pub excluded: Vec<(MethodName, Exclusion)>,
     /// Set when the socket is left alone whatever the methods could do.
     pub over_limit: bool,
 }
 
 /// Why a method is not tried on a socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum LeftOut {
+pub enum Exclusion {
     /// It was never accepted, so there is no descriptor to act through.
     NotAccepted,
     /// No process that can be seen holds a descriptor of it.
@@ -45,23 +45,23 @@ pub enum LeftOut {
     /// It would lose so many bytes that are queued to the peer.
     Unsent(u32),
     /// This process lacks a privilege.
-    Needs(Need),
+    Needs(Privilege),
     /// The socket's state does not allow it, for this reason.
     State(TcpState, &'static str),
 }
 
-impl fmt::Display for LeftOut {
+impl fmt::Display for Exclusion {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            LeftOut::NotAccepted => f.write_str("never accepted: no descriptor exists"),
-            LeftOut::NoOwner => f.write_str("no known owner"),
-            LeftOut::OwnersNotSought => f.write_str("owners were not looked for (--no-owners)"),
-            LeftOut::Unsent(bytes) => write!(
+            Exclusion::NotAccepted => f.write_str("never accepted: no descriptor exists"),
+            Exclusion::NoOwner => f.write_str("no known owner"),
+            Exclusion::OwnersNotSought => f.write_str("owners were not looked for (--no-owners)"),
+            Exclusion::Unsent(bytes) => write!(
                 f,
                 "would lose {bytes} unsent bytes (--discard-unsent allows it)"
             ),
-            LeftOut::Needs(need) => write!(f, "needs {need}"),
-            LeftOut::State(state, why) => write!(f, "{state}: {why}"),
+            Exclusion::Needs(need) => write!(f, "needs {need}"),
+            Exclusion::State(state, why) => write!(f, "{state}: {why}"),
         }
     }
 }
@@ -90,16 +90,16 @@ pub fn build(found: &Found, policy: &Policy, privileges: &Privileges) -> Vec<Pla
 pub fn one(socket: &Socket, owners_sought: bool, policy: &Policy, privileges: &Privileges) -> Plan {
     let mut plan = Plan {
         methods: Vec::new(),
-        left_out: Vec::new(),
+        excluded: Vec::new(),
         over_limit: false,
     };
     for &method in &policy.methods {
         match obstacle(method, socket, policy, privileges) {
             None => plan.methods.push(method),
-            Some(LeftOut::NoOwner) if !owners_sought => {
-                plan.left_out.push((method, LeftOut::OwnersNotSought));
+            Some(Exclusion::NoOwner) if !owners_sought => {
+                plan.excluded.push((method, Exclusion::OwnersNotSought));
             }
-            Some(why) => plan.left_out.push((method, why)),
+            Some(why) => plan.excluded.push((method, why)),
         }
     }
     plan
@@ -111,22 +111,22 @@ fn obstacle(
     socket: &Socket,
     policy: &Policy,
     privileges: &Privileges,
-) -> Option<LeftOut> {
+) -> Option<Exclusion> {
     if let Some(why) = forbidden_by_state(method, socket, policy, privileges) {
-        return Some(LeftOut::State(socket.state, why));
+        return Some(Exclusion::State(socket.state, why));
     }
     if method.needs_descriptor() && socket.owners.is_empty() {
         return Some(match socket.cause.is_with_listener() {
-            true => LeftOut::NotAccepted,
-            false => LeftOut::NoOwner,
+            true => Exclusion::NotAccepted,
+            false => Exclusion::NoOwner,
         });
     }
     let unsent = cause::unsent(socket.state, socket.send_q);
     if method.discards_unsent() && unsent > 0 && !policy.discard_unsent {
-        return Some(LeftOut::Unsent(unsent));
+        return Some(Exclusion::Unsent(unsent));
     }
     let owned = !socket.owners.is_empty();
-    privileges.missing_for(method, owned).map(LeftOut::Needs)
+    privileges.missing_for(method, owned).map(Exclusion::Needs)
 }
 
 /// What the socket's state has against `method`, if anything.
@@ -179,7 +179,7 @@ fn forbidden_by_state(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::finder::{Held, TargetFd};
+    use crate::finder::{Held, RemoteFd};
     use crate::sock_diag::testdata::stuck;
 
     const ROOT: Privileges = Privileges {
@@ -208,7 +208,7 @@ mod tests {
         let mut socket = Socket::from_message(&message);
         socket.owners.push(Held {
             process: 0,
-            fd: TargetFd(3),
+            fd: RemoteFd(3),
         });
         socket
     }
@@ -238,10 +238,10 @@ mod tests {
         let protected = plan(owned(9), &policy(), &ROOT);
         assert_eq!(protected.methods, [MethodName::Shutdown]);
         assert_eq!(
-            protected.left_out,
+            protected.excluded,
             [
-                (MethodName::Destroy, LeftOut::Unsent(9)),
-                (MethodName::Rst, LeftOut::Unsent(9))
+                (MethodName::Destroy, Exclusion::Unsent(9)),
+                (MethodName::Rst, Exclusion::Unsent(9))
             ]
         );
         let allowed = Policy {
@@ -256,13 +256,16 @@ mod tests {
         let socket = plan(never_accepted(), &policy(), &ROOT);
         assert_eq!(socket.methods, [MethodName::Destroy, MethodName::Rst]);
         assert_eq!(
-            socket.left_out,
-            [(MethodName::Shutdown, LeftOut::NotAccepted)]
+            socket.excluded,
+            [(MethodName::Shutdown, Exclusion::NotAccepted)]
         );
         let mut orphaned = owned(0);
         orphaned.owners.clear();
         let unknown = plan(orphaned, &policy(), &ROOT);
-        assert_eq!(unknown.left_out, [(MethodName::Shutdown, LeftOut::NoOwner)]);
+        assert_eq!(
+            unknown.excluded,
+            [(MethodName::Shutdown, Exclusion::NoOwner)]
+        );
     }
 
     #[test]
@@ -271,8 +274,8 @@ mod tests {
         assert!(socket.methods.is_empty());
         assert!(
             socket
-                .left_out
-                .contains(&(MethodName::Destroy, LeftOut::Needs(Need::NetAdmin)))
+                .excluded
+                .contains(&(MethodName::Destroy, Exclusion::Needs(Privilege::NetAdmin)))
         );
         assert_eq!(
             plan(owned(0), &policy(), &USER).methods,
@@ -286,15 +289,15 @@ mod tests {
             methods: vec![MethodName::Probe, MethodName::Rst],
             ..policy()
         };
-        let raw = |method| (method, LeftOut::Needs(Need::NetRaw));
+        let raw = |method| (method, Exclusion::Needs(Privilege::NetRaw));
         let socket = plan(never_accepted(), &wanted, &USER);
         assert_eq!(
-            socket.left_out,
+            socket.excluded,
             [raw(MethodName::Probe), raw(MethodName::Rst)]
         );
         let socket = plan(owned(0), &wanted, &USER);
         assert_eq!(socket.methods, [MethodName::Probe]);
-        assert_eq!(socket.left_out, [raw(MethodName::Rst)]);
+        assert_eq!(socket.excluded, [raw(MethodName::Rst)]);
         let only_raw = Privileges {
             net_raw: true,
             ..USER
@@ -359,7 +362,7 @@ mod tests {
         let orphan = || in_state(TcpState::FinWait1, true);
         let refused = plan(orphan(), &policy(), &old);
         assert!(refused.methods.is_empty());
-        assert!(refused.left_out[0].1.to_string().contains("FIN-WAIT-1"));
+        assert!(refused.excluded[0].1.to_string().contains("FIN-WAIT-1"));
         assert!(!plan(orphan(), &policy(), &ROOT).methods.is_empty());
         let held = plan(in_state(TcpState::FinWait1, false), &policy(), &old);
         assert!(!held.methods.is_empty());

@@ -17,7 +17,7 @@ use super::duplicate::Duplicator;
 use super::rst::{Numbers, Wire};
 use super::{ActError, Method, MethodName, Scene, Target};
 use crate::packet::raw::Outgoing;
-use crate::proc::Proc;
+use crate::proc::ProcFs;
 use crate::sock_diag::{LookupError, SocketMessage};
 use crate::sys;
 use crate::tcp::{Segment, TcpFlags};
@@ -61,7 +61,7 @@ struct Asked {
 
 impl Probe {
     /// The method, with the proc file system that tells one process from the next of its number.
-    pub fn new(proc: Proc) -> Self {
+    pub fn new(proc: ProcFs) -> Self {
         Probe {
             duplicator: Duplicator::new(proc),
             wire: Wire::default(),
@@ -128,11 +128,11 @@ impl Method for Probe {
                     continue;
                 }
             };
-            if scene.surroundings().interrupted() {
+            if scene.control().interrupted() {
                 results[target] = Err(ActError::Interrupted);
                 continue;
             }
-            let since = scene.surroundings().now();
+            let since = scene.control().now();
             if targets[target].descriptors.is_empty() {
                 unowned.push((target, before, since));
                 continue;
@@ -159,7 +159,7 @@ impl Method for Probe {
             .collect();
         let unsent: Vec<u32> = unowned.iter().map(|(_, before, _)| before.send_q).collect();
         let sent = self.ask_by_segments(&questions, &unsent, scene);
-        let until = scene.surroundings().now() + scene.grace();
+        let until = scene.control().now() + scene.grace();
         for ((target, before, since), sent) in unowned.into_iter().zip(sent) {
             match sent {
                 Ok(()) => asked.push(Asked {
@@ -188,8 +188,8 @@ fn await_answers(
     loop {
         let targets: Vec<usize> = asked.iter().map(|asked| asked.target).collect();
         let looks = scene.look(&targets);
-        let now = scene.surroundings().now();
-        let interrupted = scene.surroundings().interrupted();
+        let now = scene.control().now();
+        let interrupted = scene.control().interrupted();
         let mut looks = looks.into_iter();
         asked.retain(|asked| {
             results[asked.target] = match looks.next().expect("one look a target") {
@@ -204,7 +204,7 @@ fn await_answers(
         if asked.is_empty() {
             return;
         }
-        scene.surroundings().pause(pause);
+        scene.control().sleep(pause);
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }

@@ -10,7 +10,7 @@ use nix::sys::socket::{Shutdown as How, shutdown};
 
 use super::duplicate::Duplicator;
 use super::{ActError, Method, MethodName, Scene, Target};
-use crate::proc::Proc;
+use crate::proc::ProcFs;
 
 /// The method.
 pub struct Shutdown {
@@ -19,7 +19,7 @@ pub struct Shutdown {
 
 impl Shutdown {
     /// The method, with the proc file system that tells one process from the next of its number.
-    pub fn new(proc: Proc) -> Self {
+    pub fn new(proc: ProcFs) -> Self {
         Shutdown {
             duplicator: Duplicator::new(proc),
         }

@@ -8,17 +8,17 @@ use caps::{CapSet, Capability, CapsHashSet};
 use nix::sys::prctl;
 
 use crate::injector::MethodName;
-use crate::proc::netns::Which;
+use crate::proc::netns::NetnsScope;
 
 /// What it takes to list sockets in `netns`, with their `owners` or without.
-pub fn to_find(netns: &Which, owners: bool) -> CapsHashSet {
+pub fn to_find(netns: &NetnsScope, owners: bool) -> CapsHashSet {
     // Reading /proc/PID/fd of another user needs both: the directory is its owner's (fs/proc/fd.c, proc_fd_permission), and so are
     // the links in it (fs/proc/base.c, proc_fd_access_allowed).
     let see = [Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH];
     // The namespaces of the others are found in /proc/PID/ns, behind the same door (fs/proc/namespaces.c, proc_ns_readlink).
-    let sees = owners || *netns != Which::Ours;
+    let sees = owners || *netns != NetnsScope::Current;
     let mut needed: CapsHashSet = see.into_iter().filter(|_| sees).collect();
-    if *netns != Which::Ours {
+    if *netns != NetnsScope::Current {
         // net/core/net_namespace.c, netns_install.
         needed.insert(Capability::CAP_SYS_ADMIN);
     }
@@ -51,7 +51,7 @@ pub fn to_reclaim() -> CapsHashSet {
 ///
 /// # Errors
 /// A filter of system calls (seccomp) refuses a part of it. The rest is given up all the same; the first refusal is told.
-pub fn give_up_all_but(needed: &CapsHashSet) -> anyhow::Result<()> {
+pub fn drop_all_but(needed: &CapsHashSet) -> anyhow::Result<()> {
     let mut first = Ok(());
     let mut note = |result: anyhow::Result<()>| {
         if first.is_ok() {
@@ -91,11 +91,11 @@ mod tests {
 
     #[test]
     fn a_listing_needs_to_see_and_nothing_else() {
-        let here = to_find(&Which::Ours, true);
+        let here = to_find(&NetnsScope::Current, true);
         assert_eq!(here.len(), 2);
-        assert!(to_find(&Which::Ours, false).is_empty());
+        assert!(to_find(&NetnsScope::Current, false).is_empty());
         assert!(here.contains(&Capability::CAP_SYS_PTRACE));
-        for elsewhere in [Which::All, Which::One("blue".into())] {
+        for elsewhere in [NetnsScope::All, NetnsScope::Named("blue".into())] {
             let added: Vec<_> = to_find(&elsewhere, true)
                 .difference(&here)
                 .copied()

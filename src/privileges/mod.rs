@@ -12,7 +12,7 @@ use crate::kernel::KernelVersion;
 
 /// A privilege that a method needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Need {
+pub enum Privilege {
     /// CAP_NET_ADMIN over the network namespace: SOCK_DESTROY (net/core/sock_diag.c, sock_diag_rcv_msg).
     NetAdmin,
     /// CAP_NET_RAW over the network namespace: raw and packet sockets (net/ipv4/af_inet.c, inet_create;
@@ -22,26 +22,26 @@ pub enum Need {
     Ptrace,
 }
 
-impl fmt::Display for Need {
+impl fmt::Display for Privilege {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Need::NetAdmin => "CAP_NET_ADMIN",
-            Need::NetRaw => "CAP_NET_RAW",
-            Need::Ptrace => "the owner's uid or CAP_SYS_PTRACE",
+            Privilege::NetAdmin => "CAP_NET_ADMIN",
+            Privilege::NetRaw => "CAP_NET_RAW",
+            Privilege::Ptrace => "the owner's uid or CAP_SYS_PTRACE",
         })
     }
 }
 
-impl Need {
+impl Privilege {
     /// What it is for, as one sentence for the operator.
     pub fn purpose(self) -> &'static str {
         match self {
-            Need::NetAdmin => "destroy needs CAP_NET_ADMIN to have the kernel abort a socket",
-            Need::NetRaw => {
+            Privilege::NetAdmin => "destroy needs CAP_NET_ADMIN to have the kernel abort a socket",
+            Privilege::NetRaw => {
                 "rst, and probe of a socket without an owner, need CAP_NET_RAW to send and see single \
                  segments"
             }
-            Need::Ptrace => {
+            Privilege::Ptrace => {
                 "seeing the owners of other users' sockets, shutdown through them and --reclaim need \
                  CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH (within one user only that the owner has no \
                  more capabilities than cwkill, and that kernel.yama.ptrace_scope allows it)"
@@ -88,12 +88,12 @@ impl Privileges {
 
     /// What `method` needs, for a socket with or without an owner, and this process certainly lacks. Rights over an owner cannot be told
     /// beforehand: they depend on it and on security modules.
-    pub fn missing_for(&self, method: MethodName, owned: bool) -> Option<Need> {
+    pub fn missing_for(&self, method: MethodName, owned: bool) -> Option<Privilege> {
         match method {
             MethodName::Shutdown => None,
             MethodName::Probe if owned => None,
-            MethodName::Probe | MethodName::Rst => (!self.net_raw).then_some(Need::NetRaw),
-            MethodName::Destroy => (!self.net_admin).then_some(Need::NetAdmin),
+            MethodName::Probe | MethodName::Rst => (!self.net_raw).then_some(Privilege::NetRaw),
+            MethodName::Destroy => (!self.net_admin).then_some(Privilege::NetAdmin),
         }
     }
 }

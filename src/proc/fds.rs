@@ -11,8 +11,8 @@ use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek64};
 use rayon::prelude::*;
 
-use super::{Proc, Process, is_denied, is_gone};
-use crate::sys::{self, TargetFd};
+use super::{ProcFs, Process, is_denied, is_gone};
+use crate::sys::{self, RemoteFd};
 
 /// Descriptors in one unit of parallel work.
 pub(crate) const CHUNK: usize = 512;
@@ -23,7 +23,7 @@ const LARGE: i32 = 4096;
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Table {
     /// The sockets, by inode.
-    pub sockets: Vec<(u32, TargetFd)>,
+    pub sockets: Vec<(u32, RemoteFd)>,
     /// Some may not be read.
     pub denied: bool,
 }
@@ -137,7 +137,7 @@ fn read_sockets(dir: BorrowedFd<'_>, fds: impl Iterator<Item = i32>) -> io::Resu
         };
         table
             .sockets
-            .extend(inode.map(|inode| (inode, TargetFd(fd))));
+            .extend(inode.map(|inode| (inode, RemoteFd(fd))));
     }
     Ok(table)
 }
@@ -167,7 +167,7 @@ fn parse_socket_link(target: &[u8]) -> Option<u32> {
 
 /// Whether a descriptor still refers to a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Holding {
+pub enum FdState {
     /// It does.
     Open,
     /// It has been closed, or refers to something else, or its process is gone.
@@ -176,26 +176,26 @@ pub enum Holding {
     Unknown,
 }
 
-impl Proc {
+impl ProcFs {
     /// Of descriptors seen earlier, which refer to the same socket right now.
     ///
     /// `asked` has, for each of `processes`, descriptors with the inode seen there and a mark that goes
     /// with the answer.
-    pub fn still_held<M: Copy + Send + Sync>(
+    pub fn recheck_fds<M: Copy + Send + Sync>(
         &self,
         processes: &[Process],
-        asked: &[Vec<(TargetFd, u32, M)>],
-    ) -> Vec<(M, Holding)> {
-        let look = |(process, asked): (&Process, &Vec<(TargetFd, u32, M)>)| {
+        asked: &[Vec<(RemoteFd, u32, M)>],
+    ) -> Vec<(M, FdState)> {
+        let look = |(process, asked): (&Process, &Vec<(RemoteFd, u32, M)>)| {
             let dir = match asked.is_empty() {
                 true => return Vec::new(),
                 false => File::open(self.path(&format!("{}/fd", process.pid))),
             };
             let same_process = self.start_time(process.pid) == Some(process.start_time);
-            let holding = |&(fd, inode, mark): &(TargetFd, u32, M)| {
+            let holding = |&(fd, inode, mark): &(RemoteFd, u32, M)| {
                 let holding = match &dir {
                     Ok(dir) if same_process => holding(read_socket_link(dir.as_fd(), fd.0), inode),
-                    Ok(_) => Holding::Closed,
+                    Ok(_) => FdState::Closed,
                     Err(error) => unreadable_holding(error),
                 };
                 (mark, holding)
@@ -211,18 +211,18 @@ impl Proc {
 }
 
 /// Whether a descriptor that was a socket with `inode` still is, by what its link says now.
-pub(crate) fn holding(link: io::Result<Option<u32>>, inode: u32) -> Holding {
+pub(crate) fn holding(link: io::Result<Option<u32>>, inode: u32) -> FdState {
     match link {
-        Ok(now) if now == Some(inode) => Holding::Open,
-        Ok(_) => Holding::Closed,
+        Ok(now) if now == Some(inode) => FdState::Open,
+        Ok(_) => FdState::Closed,
         Err(error) => unreadable_holding(&error),
     }
 }
 
-fn unreadable_holding(error: &io::Error) -> Holding {
+fn unreadable_holding(error: &io::Error) -> FdState {
     match is_gone(error) {
-        true => Holding::Closed,
-        false => Holding::Unknown,
+        true => FdState::Closed,
+        false => FdState::Unknown,
     }
 }
 
@@ -262,7 +262,7 @@ mod tests {
         assert!(tried >= LARGE);
         let go_on = AtomicBool::new(false);
         // Other tests open and close sockets meanwhile.
-        let ours = |table: Table| -> Vec<(u32, TargetFd)> {
+        let ours = |table: Table| -> Vec<(u32, RemoteFd)> {
             let mut sockets = table.sockets;
             sockets.retain(|(_, fd)| numbers.contains(&fd.0));
             sockets.sort_unstable();

@@ -24,12 +24,12 @@ use procfs::process::Stat;
 
 use cgroup::Cgroup;
 
-pub use crate::sys::TargetFd;
-pub use fds::Holding;
+pub use crate::sys::RemoteFd;
+pub use fds::FdState;
 
 /// A mounted proc file system. Its root is a parameter so that tests can build one of their own.
 #[derive(Clone, Debug)]
-pub struct Proc {
+pub struct ProcFs {
     root: PathBuf,
 }
 
@@ -55,16 +55,16 @@ pub struct Unreadable {
     pub comm: Option<String>,
 }
 
-impl Default for Proc {
+impl Default for ProcFs {
     fn default() -> Self {
-        Proc::at("/proc")
+        ProcFs::at("/proc")
     }
 }
 
-impl Proc {
+impl ProcFs {
     /// The proc file system mounted at `root`.
     pub fn at(root: impl AsRef<Path>) -> Self {
-        Proc {
+        ProcFs {
             root: root.as_ref().to_owned(),
         }
     }

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 
-use crate::proc::Proc;
+use crate::proc::ProcFs;
 
 /// Where ip-netns(8) and docker keep names of namespaces.
 const NAME_DIRECTORIES: [&str; 2] = ["/run/netns", "/run/docker/netns"];
@@ -28,13 +28,13 @@ pub struct Netns {
     file: Option<File>,
 }
 
-/// Which namespaces are meant.
+/// Which network namespaces to use.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Which {
+pub enum NetnsScope {
     /// The one we are in.
-    Ours,
+    Current,
     /// A name, a path, or the number of a process in it.
-    One(String),
+    Named(String),
     /// Every one that can be found.
     All,
 }
@@ -52,22 +52,22 @@ pub struct Namespaces {
     pub untold: usize,
 }
 
-impl Which {
+impl NetnsScope {
     /// Opens the namespaces that are meant.
     ///
     /// # Errors
     /// /proc is not mounted, or the one that was named cannot be opened.
-    pub fn open(&self, proc: &Proc) -> io::Result<Namespaces> {
+    pub fn open(&self, proc: &ProcFs) -> io::Result<Namespaces> {
         match self {
-            Which::Ours => Ok(Namespaces {
+            NetnsScope::Current => Ok(Namespaces {
                 open: vec![Netns::ours(&names())?],
                 ..Namespaces::default()
             }),
-            Which::One(text) => Ok(Namespaces {
+            NetnsScope::Named(text) => Ok(Namespaces {
                 open: vec![Netns::named(text, proc)?],
                 ..Namespaces::default()
             }),
-            Which::All => all(proc),
+            NetnsScope::All => all(proc),
         }
     }
 }
@@ -116,7 +116,7 @@ impl Netns {
     }
 
     /// The namespace that `text` names: a path, else a name, else a process.
-    fn named(text: &str, proc: &Proc) -> io::Result<Self> {
+    fn named(text: &str, proc: &ProcFs) -> io::Result<Self> {
         let named = NAME_DIRECTORIES.map(|directory| Path::new(directory).join(text));
         let path = if text.contains('/') {
             PathBuf::from(text)
@@ -192,7 +192,7 @@ fn named_files() -> Vec<PathBuf> {
 }
 
 /// Every namespace that a process is in, that has a name, or that is mounted somewhere; each once.
-fn all(proc: &Proc) -> io::Result<Namespaces> {
+fn all(proc: &ProcFs) -> io::Result<Namespaces> {
     let names = names();
     let ours = Netns::ours(&names)?;
     let mut seen = HashSet::from([ours.id]);
@@ -286,7 +286,7 @@ mod tests {
 
     #[test]
     fn ours_is_known_by_the_inode_of_nsfs() {
-        let ours = Which::Ours.open(&Proc::default()).unwrap();
+        let ours = NetnsScope::Current.open(&ProcFs::default()).unwrap();
         let link = fs::read_link("/proc/thread-self/ns/net").unwrap();
         let text = format!("net:[{}]", ours.open[0].inode());
         assert_eq!(link.to_string_lossy(), text);
@@ -297,16 +297,18 @@ mod tests {
     fn our_own_by_any_name_is_ours() {
         let pid = std::process::id().to_string();
         for text in [pid.as_str(), "/proc/self/ns/net"] {
-            let found = Which::One(text.into()).open(&Proc::default()).unwrap();
+            let found = NetnsScope::Named(text.into())
+                .open(&ProcFs::default())
+                .unwrap();
             assert!(found.open[0].file.is_none(), "{text}");
         }
-        let unknown = Which::One("no-such-name".into()).open(&Proc::default());
+        let unknown = NetnsScope::Named("no-such-name".into()).open(&ProcFs::default());
         assert!(unknown.unwrap_err().to_string().contains("/run/netns"));
     }
 
     #[test]
     fn every_namespace_is_found_once() {
-        let found = all(&Proc::default()).unwrap();
+        let found = all(&ProcFs::default()).unwrap();
         let ids: std::collections::HashSet<_> = found.open.iter().map(|n| n.id).collect();
         assert_eq!(ids.len(), found.open.len());
     }

@@ -8,14 +8,14 @@ use std::fs;
 use procfs::FromRead;
 use procfs::process::{LimitValue, Limits, Stat, Status};
 
-use super::{Proc, Process};
+use super::{ProcFs, Process};
 
 /// Threads of a process that are looked at.
 const THREADS: usize = 512;
 
 /// What /proc says of a process beside its descriptors.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Vitals {
+pub struct ProcessStatus {
     /// The state of its first thread as proc_pid_stat(5) writes it; `None` if the process is gone.
     pub state: Option<char>,
     /// RLIMIT_NOFILE, the soft limit: the first descriptor number it does not get.
@@ -27,16 +27,16 @@ pub struct Vitals {
     pub caught: Option<u64>,
 }
 
-impl Proc {
+impl ProcFs {
     /// Reads what there is to know of `process`; nothing if it is gone.
-    pub fn vitals(&self, process: &Process) -> Vitals {
+    pub fn status(&self, process: &Process) -> ProcessStatus {
         let directory = self.path(&process.pid.to_string());
         let limit = Limits::from_file(directory.join("limits")).ok();
         let status = Status::from_file(directory.join("status")).ok();
         let executable = fs::read_link(directory.join("exe")).ok();
         // Read last: it is the same process, so all of it is about that one.
         match Stat::from_file(directory.join("stat")) {
-            Ok(stat) if stat.starttime == process.start_time => Vitals {
+            Ok(stat) if stat.starttime == process.start_time => ProcessStatus {
                 state: Some(stat.state),
                 caught: status.map(|status| status.sigcgt),
                 limit: limit.map(|limits| match limits.max_open_files.soft_limit {
@@ -50,7 +50,7 @@ impl Proc {
                     Some(name.to_owned())
                 }),
             },
-            _ => Vitals::default(),
+            _ => ProcessStatus::default(),
         }
     }
 
@@ -96,7 +96,7 @@ mod tests {
 
     #[test]
     fn our_own() {
-        let proc = Proc::default();
+        let proc = ProcFs::default();
         let pid = i32::try_from(std::process::id()).unwrap();
         let mut process = Process {
             pid,
@@ -104,21 +104,25 @@ mod tests {
             comm: String::new(),
             cgroup: Default::default(),
         };
-        let vitals = proc.vitals(&process);
+        let status = proc.status(&process);
         let (soft, _) =
             nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap();
-        assert_eq!(vitals.limit, Some(soft));
+        assert_eq!(status.limit, Some(soft));
         let exe = std::env::current_exe().unwrap();
         assert_eq!(
-            vitals.executable.as_deref(),
+            status.executable.as_deref(),
             exe.file_name().unwrap().to_str()
         );
-        assert!(vitals.state.is_some());
+        assert!(status.state.is_some());
         // Rust's own handler of stack overflows; SIGKILL cannot be caught.
-        let caught = vitals.caught.unwrap();
+        let caught = status.caught.unwrap();
         let catches = |signal: i32| caught >> (signal - 1) & 1 == 1;
         assert!(catches(libc::SIGSEGV) && !catches(libc::SIGKILL));
         process.start_time += 1;
-        assert_eq!(proc.vitals(&process), Vitals::default(), "another process");
+        assert_eq!(
+            proc.status(&process),
+            ProcessStatus::default(),
+            "another process"
+        );
     }
 }

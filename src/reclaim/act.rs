@@ -12,7 +12,7 @@ use super::fate::{Fate, Reason};
 use super::remote::{self, CallError, NoWorker, Worker};
 use super::stop::{self, Seized, StopError, Stopped};
 use super::{Prepared, Refusal, Round, Rules, Wanted, not_shared, why_not};
-use crate::proc::Proc;
+use crate::proc::ProcFs;
 
 /// Time between two looks for threads of the owner that have ended while it is worked on.
 const TAKE_ENDS: Duration = Duration::from_millis(5);
@@ -22,7 +22,7 @@ pub fn visit_once(
     prepared: &Prepared<'_>,
     wanted: &[Wanted],
     rules: &Rules,
-    proc: &Proc,
+    proc: &ProcFs,
     interrupted: &(dyn Fn() -> bool + Sync),
     choosy: bool,
 ) -> Round {
@@ -66,7 +66,7 @@ fn act(
     prepared: &Prepared<'_>,
     wanted: &[Wanted],
     rules: &Rules,
-    proc: &Proc,
+    proc: &ProcFs,
     interrupted: &(dyn Fn() -> bool + Sync),
     choosy: bool,
     seized: &Seized,

@@ -12,9 +12,9 @@ use crate::cli::{OwnerSelection, ReclaimArgs, Reclaiming};
 use crate::config::{Action, Format, usage};
 use crate::filter::selectors::Selectors;
 use crate::finder::dead::{self, DeadSocket, Verdict};
-use crate::injector::engine::Surroundings;
-use crate::proc::netns::Which;
-use crate::proc::{Proc, Process};
+use crate::injector::engine::Control;
+use crate::proc::netns::NetnsScope;
+use crate::proc::{ProcFs, Process};
 
 const DEFAULT_AGE: Duration = Duration::from_secs(60);
 const DEFAULT_STOP_LIMIT: Duration = Duration::from_millis(100);
@@ -154,7 +154,7 @@ pub struct Run {
     /// Processes asked for that may not be looked into.
     pub unreadable: usize,
     /// Those whose first thread has ended, so that their descriptors cannot be seen.
-    pub headless: Vec<Process>,
+    pub leader_exited: Vec<Process>,
     /// Those whose files could not be read, and why.
     pub failed: Vec<(i32, io::Error)>,
     /// There may be processes that were asked for and are not shown at all: /proc is mounted with hidepid.
@@ -164,7 +164,8 @@ pub struct Run {
 impl Run {
     /// Not everything that was asked for could be looked at.
     pub fn has_blind_spots(&self) -> bool {
-        self.unknown + self.unreadable + self.headless.len() + self.failed.len() > 0 || self.hidden
+        self.unknown + self.unreadable + self.leader_exited.len() + self.failed.len() > 0
+            || self.hidden
     }
 }
 
@@ -172,8 +173,8 @@ impl Run {
 ///
 /// # Errors
 /// Nothing can be found at all.
-pub fn find(config: &Config, proc: &Proc) -> anyhow::Result<Run> {
-    let here = Which::Ours
+pub fn find(config: &Config, proc: &ProcFs) -> anyhow::Result<Run> {
+    let here = NetnsScope::Current
         .open(proc)
         .context("cannot tell the network namespace")?;
     let in_tables = dead::inodes_in_tables(&here.open)?;
@@ -188,7 +189,7 @@ pub fn find(config: &Config, proc: &Proc) -> anyhow::Result<Run> {
     let looked_into = |pid: &i32| {
         let tables = scan.tables.iter().map(|table| &table.process);
         tables
-            .chain(&scan.headless)
+            .chain(&scan.leader_exited)
             .any(|process| process.pid == *pid)
     };
     let pids = &config.selectors.pids;
@@ -219,7 +220,7 @@ pub fn find(config: &Config, proc: &Proc) -> anyhow::Result<Run> {
         visits: Vec::new(),
         unknown,
         unreadable,
-        headless: scan.headless,
+        leader_exited: scan.leader_exited,
         failed: scan.failed,
         hidden,
     })
@@ -227,14 +228,14 @@ pub fn find(config: &Config, proc: &Proc) -> anyhow::Result<Run> {
 
 /// Closes the descriptors of `run` as far as `config` wants it, or says what would speak against it. What happens to a single one is in
 /// its fate.
-pub fn carry_out(run: &mut Run, config: &Config, proc: &Proc, surroundings: &dyn Surroundings) {
+pub fn carry_out(run: &mut Run, config: &Config, proc: &ProcFs, control: &dyn Control) {
     let wanted: Vec<Wanted> = run.descriptors.iter().map(|dead| dead.wanted).collect();
     if config.action == Action::Act {
-        surroundings.begin();
+        control.begin();
         if !wanted.is_empty() {
-            let_owners_react(&config.rules, surroundings);
+            let_owners_react(&config.rules, control);
         }
-        let interrupted = || surroundings.interrupted();
+        let interrupted = || control.interrupted();
         let done = reclaim(&run.owners, &wanted, &config.rules, proc, &interrupted);
         run.fates = Some(done.fates);
         run.visits = done.visits;

@@ -14,14 +14,14 @@ use nix::errno::Errno;
 use super::arch::Call;
 use super::evidence::{self, Epoll, Ring};
 use crate::finder::dead::{self, Verdict};
-use crate::proc::{Proc, Process, fds, is_gone};
+use crate::proc::{ProcFs, Process, fds, is_gone};
 use crate::sock_diag::Cookie;
-use crate::sys::{self, TargetFd};
+use crate::sys::{self, RemoteFd};
 
 /// An owner that can be looked into.
 #[derive(Debug)]
 pub struct Inside<'p> {
-    proc: &'p Proc,
+    proc: &'p ProcFs,
     /// Its number.
     pub pid: i32,
     start_time: u64,
@@ -54,7 +54,7 @@ pub enum Identity {
 
 impl<'p> Inside<'p> {
     /// The process that was seen, or ESRCH.
-    pub fn open(proc: &'p Proc, process: &Process) -> Result<Self, Errno> {
+    pub fn open(proc: &'p ProcFs, process: &Process) -> Result<Self, Errno> {
         Ok(Inside {
             pidfd: dead::open_pidfd(proc, process)?,
             fds: File::open(proc.path(&format!("{}/fd", process.pid))).map_err(dead::errno)?,
@@ -65,7 +65,7 @@ impl<'p> Inside<'p> {
     }
 
     /// The /proc it was found in.
-    pub fn proc(&self) -> &'p Proc {
+    pub fn proc(&self) -> &'p ProcFs {
         self.proc
     }
 
@@ -112,7 +112,7 @@ impl<'p> Inside<'p> {
     }
 
     /// Whether descriptor `fd` is the dead TCP socket with this inode and cookie.
-    pub fn identity(&self, fd: TargetFd, inode: u32, cookie: Cookie) -> Identity {
+    pub fn identity(&self, fd: RemoteFd, inode: u32, cookie: Cookie) -> Identity {
         match dead::examine(self.pidfd.as_fd(), fd, inode) {
             Some(Verdict::Dead(socket)) if socket.cookie == cookie => Identity::Same {
                 unread: socket.unread,
@@ -123,7 +123,7 @@ impl<'p> Inside<'p> {
     }
 
     /// Whether the number is free in the owner's table.
-    pub fn is_free(&self, fd: TargetFd) -> bool {
+    pub fn is_free(&self, fd: RemoteFd) -> bool {
         let link = fds::read_socket_link(self.fds.as_fd(), fd.0);
         link.is_err_and(|error| is_gone(&error))
     }
@@ -276,7 +276,7 @@ impl<'p> Inside<'p> {
 }
 
 /// Whether a process is there that has or may have descriptors.
-pub fn is_there(proc: &Proc, pid: i32, start_time: u64) -> bool {
+pub fn is_there(proc: &ProcFs, pid: i32, start_time: u64) -> bool {
     let status = fs::read_to_string(proc.path(&format!("{pid}/status")));
     let ended = |status: String| {
         let state = status.lines().find_map(|line| line.strip_prefix("State:"));
@@ -287,7 +287,7 @@ pub fn is_there(proc: &Proc, pid: i32, start_time: u64) -> bool {
 }
 
 /// The numbers of all processes.
-pub fn pids(proc: &Proc) -> io::Result<HashSet<i32>> {
+pub fn pids(proc: &ProcFs) -> io::Result<HashSet<i32>> {
     numbers_in(&proc.path(""))
 }
 
@@ -330,7 +330,7 @@ fn could_share(owner: &str, other: &str) -> bool {
 }
 
 /// The name of a process or thread that can be read.
-pub fn comm(proc: &Proc, pid: i32) -> Option<String> {
+pub fn comm(proc: &ProcFs, pid: i32) -> Option<String> {
     let comm = fs::read(proc.path(&format!("{pid}/comm"))).ok()?;
     Some(String::from_utf8_lossy(&comm).trim_end().to_owned())
 }
@@ -484,7 +484,7 @@ mod tests {
 
     #[test]
     fn a_process_is_there_until_it_has_ended() {
-        let proc = Proc::default();
+        let proc = ProcFs::default();
         let own = i32::try_from(std::process::id()).unwrap();
         let start_time = proc.start_time(own).unwrap();
         assert!(is_there(&proc, own, start_time));

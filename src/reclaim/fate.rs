@@ -5,7 +5,7 @@ use std::io;
 use std::time::Duration;
 
 use super::evidence::Doubt;
-use crate::privileges::Need;
+use crate::privileges::Privilege;
 
 /// What became of a descriptor.
 #[derive(Debug)]
@@ -105,7 +105,7 @@ impl fmt::Display for Reason {
                 f,
                 "whether its process shares the table of descriptors with process {pid} cannot be seen: {error}: \
                  needs {}",
-                Need::Ptrace
+                Privilege::Ptrace
             ),
             Reason::SharedClosed(pid, error) => write!(
                 f,
@@ -153,7 +153,7 @@ impl fmt::Display for Reason {
             Reason::Unsteady => f.write_str(
                 "its process was busy with signals, or with executing a program; nothing was done",
             ),
-            Reason::Denied(error) => write!(f, "{error}: needs {}", Need::Ptrace),
+            Reason::Denied(error) => write!(f, "{error}: needs {}", Privilege::Ptrace),
             Reason::Interrupted => f.write_str("interrupted"),
             Reason::Hangs => f.write_str(
                 "close() in its process has not come back; one of its threads was let go as it was",
@@ -177,8 +177,8 @@ impl Reason {
     }
 
     /// The privilege that is missing.
-    pub fn need(&self) -> Option<Need> {
-        matches!(self, Reason::Denied(_) | Reason::SharedUnknown(..)).then_some(Need::Ptrace)
+    pub fn need(&self) -> Option<Privilege> {
+        matches!(self, Reason::Denied(_) | Reason::SharedUnknown(..)).then_some(Privilege::Ptrace)
     }
 
     /// The same again, for another descriptor of the same owner.
@@ -250,7 +250,7 @@ mod tests {
             (reason.need(), reason.to_string())
         };
         let (need, text) = reason(libc::EPERM, false);
-        assert_eq!(need, Some(Need::Ptrace));
+        assert_eq!(need, Some(Privilege::Ptrace));
         assert!(
             text.contains("needs the owner's uid or CAP_SYS_PTRACE"),
             "{text}"

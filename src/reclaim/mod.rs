@@ -29,10 +29,10 @@ use caps::{CapSet, Capability};
 use nix::errno::Errno;
 
 use crate::finder::dead::{DeadSocket, Suspect};
-use crate::injector::engine::Surroundings;
-use crate::proc::{Proc, Process};
+use crate::injector::engine::Control;
+use crate::proc::{ProcFs, Process};
 use crate::sock_diag::Cookie;
-use crate::sys::{self, TargetFd};
+use crate::sys::{self, RemoteFd};
 
 use act::visit_once;
 use arch::Call;
@@ -60,7 +60,7 @@ pub struct Wanted {
     /// Index of the owner in the list that goes with it.
     pub owner: usize,
     /// The number there.
-    pub fd: TargetFd,
+    pub fd: RemoteFd,
     /// The inode of the socket.
     pub inode: u32,
     /// Its cookie.
@@ -124,7 +124,7 @@ pub fn judge(
     owners: &[Process],
     wanted: &[Wanted],
     rules: &Rules,
-    proc: &Proc,
+    proc: &ProcFs,
 ) -> Vec<Option<Reason>> {
     let mut doubts: Vec<Option<Reason>> = wanted.iter().map(|_| None).collect();
     if !proc.is_of_our_pid_namespace() {
@@ -155,7 +155,7 @@ pub fn in_calls(
     owners: &[Process],
     wanted: &[Wanted],
     rules: &Rules,
-    proc: &Proc,
+    proc: &ProcFs,
 ) -> Vec<Option<Fate>> {
     let mut fates: Vec<Option<Fate>> = wanted.iter().map(|_| None).collect();
     if rules.force || !proc.is_of_our_pid_namespace() {
@@ -190,12 +190,12 @@ pub fn in_calls(
 
 /// Lets the owners react to the end of their connections: a program that does closes the descriptor within milliseconds, and
 /// what it has not closed after this time it has forgotten. Not longer than until Ctrl-C.
-pub fn let_owners_react(rules: &Rules, surroundings: &dyn Surroundings) {
-    let until = surroundings.now() + SECOND_LOOK.min(rules.age);
-    while !surroundings.interrupted() {
-        match until.checked_duration_since(surroundings.now()) {
+pub fn let_owners_react(rules: &Rules, control: &dyn Control) {
+    let until = control.now() + SECOND_LOOK.min(rules.age);
+    while !control.interrupted() {
+        match until.checked_duration_since(control.now()) {
             None | Some(Duration::ZERO) => return,
-            Some(left) => surroundings.pause(left.min(Duration::from_millis(50))),
+            Some(left) => control.sleep(left.min(Duration::from_millis(50))),
         }
     }
 }
@@ -206,7 +206,7 @@ pub fn reclaim(
     owners: &[Process],
     wanted: &[Wanted],
     rules: &Rules,
-    proc: &Proc,
+    proc: &ProcFs,
     interrupted: &(dyn Fn() -> bool + Sync),
 ) -> Reclaimed {
     let mut fates: Vec<Fate> = wanted
@@ -338,7 +338,7 @@ struct Prepared<'p> {
 /// Looks into an owner. What another thread's exec takes away for a moment (the table and the memory of the first
 /// thread) is looked for again.
 fn steadily<T>(
-    proc: &Proc,
+    proc: &ProcFs,
     process: &Process,
     look: impl Fn() -> Result<T, Refusal>,
 ) -> Result<T, Refusal> {
@@ -359,7 +359,7 @@ fn steadily<T>(
 }
 
 fn prepare<'p>(
-    proc: &'p Proc,
+    proc: &'p ProcFs,
     owners: &[Process],
     owner: usize,
     members: &[usize],
@@ -373,7 +373,7 @@ fn prepare<'p>(
 }
 
 fn prepare_once<'p>(
-    proc: &'p Proc,
+    proc: &'p ProcFs,
     process: &Process,
     members: &[usize],
     wanted: &[Wanted],

@@ -15,7 +15,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::arch::Registers;
-use crate::proc::Proc;
+use crate::proc::ProcFs;
 use crate::sys::{self, Waiting};
 
 /// include/uapi/linux/ptrace.h: the stop of a thread that was interrupted.
@@ -130,7 +130,7 @@ impl Stopped {
     /// Not all of them have stopped by the end of `limit`, or one may not be stopped. All are going again
     /// then; with it, for how long they were not.
     pub fn stop(
-        proc: &Proc,
+        proc: &ProcFs,
         pid: i32,
         limit: Duration,
         seized: &Seized,
@@ -154,7 +154,7 @@ impl Stopped {
         })
     }
 
-    fn stop_all(&mut self, proc: &Proc, seized: &Seized) -> Result<(), StopError> {
+    fn stop_all(&mut self, proc: &ProcFs, seized: &Seized) -> Result<(), StopError> {
         let pid = self.pid;
         let mut known = HashSet::new();
         let mut empty = 0;
@@ -206,7 +206,7 @@ impl Stopped {
 
     /// Whether the first thread is still the one that we hold. A thread that execs takes its number, whether we have
     /// seized that thread or not, and all others end (fs/exec.c, de_thread).
-    fn leader(&mut self, proc: &Proc) -> Result<Leader, StopError> {
+    fn leader(&mut self, proc: &ProcFs) -> Result<Leader, StopError> {
         let at = self.threads.iter().position(|t| t.tid == self.pid);
         let place = at.map(|at| self.threads[at].place);
         match sys::peek_stop(self.pid) {
@@ -242,7 +242,7 @@ impl Stopped {
         }
     }
 
-    fn seize(&mut self, proc: &Proc, tid: i32, list: &Seized) -> Result<(), StopError> {
+    fn seize(&mut self, proc: &ProcFs, tid: i32, list: &Seized) -> Result<(), StopError> {
         let once_more = |error: io::Error| match error.raw_os_error() {
             // A thread that we have seized under another number may have it by now.
             Some(libc::EPERM) if !matches!(sys::peek_stop(tid), Ok(Waiting::End) | Err(_)) => {
@@ -434,7 +434,7 @@ pub fn read_registers(tid: i32) -> Option<Registers> {
     (read == size_of_val(&words) && registers.is_native()).then_some(registers)
 }
 
-fn tids(proc: &Proc, pid: i32) -> io::Result<Vec<i32>> {
+fn tids(proc: &ProcFs, pid: i32) -> io::Result<Vec<i32>> {
     let mut tids = Vec::new();
     for entry in fs::read_dir(proc.path(&format!("{pid}/task")))? {
         tids.extend(
@@ -448,7 +448,7 @@ fn tids(proc: &Proc, pid: i32) -> io::Result<Vec<i32>> {
 }
 
 /// Whether a thread is only listed any more, or not even that.
-fn has_ended(proc: &Proc, pid: i32, tid: i32) -> bool {
+fn has_ended(proc: &ProcFs, pid: i32, tid: i32) -> bool {
     let stat = fs::read_to_string(proc.path(&format!("{pid}/task/{tid}/stat")));
     // The state is what follows the name, which may have anything in it.
     stat.map_or(true, |stat| {
@@ -500,7 +500,7 @@ mod tests {
         }
 
         fn comms(&self) -> Vec<String> {
-            let tids = tids(&Proc::default(), self.pid).unwrap_or_default();
+            let tids = tids(&ProcFs::default(), self.pid).unwrap_or_default();
             let comm = |tid| fs::read_to_string(format!("/proc/{tid}/comm")).ok();
             let comms = tids.into_iter().filter_map(comm);
             comms.map(|comm| comm.trim_end().to_owned()).collect()
@@ -517,7 +517,7 @@ mod tests {
         /// Waits for the thread that will execute; its number.
         fn executor(&self) -> i32 {
             self.wait_for(|comms| comms.iter().any(|comm| comm == "executes"));
-            let tids = tids(&Proc::default(), self.pid).unwrap();
+            let tids = tids(&ProcFs::default(), self.pid).unwrap();
             let is_it = |tid: &i32| {
                 fs::read_to_string(format!("/proc/{tid}/comm")).unwrap() == "executes\n"
             };
@@ -554,7 +554,7 @@ mod tests {
         if std::env::var_os(STOPPED).is_some() {
             return be_stopped();
         }
-        let proc = Proc::default();
+        let proc = ProcFs::default();
         for executor_is_seized in [false, true] {
             let mut process = Process::start();
             let (pid, executor) = (process.pid, process.executor());
@@ -604,7 +604,7 @@ mod tests {
 
     #[test]
     fn all_threads_are_stopped() {
-        let proc = Proc::default();
+        let proc = ProcFs::default();
         let process = Process::start();
         process.executor();
         let stopped = Stopped::stop(&proc, process.pid, PATIENCE, &Seized::default()).unwrap();

@@ -14,10 +14,10 @@ use super::{Tally, reclaim};
 use crate::finder::{Found, Held, Socket};
 use crate::injector::engine::Verdict;
 use crate::pipeline::{Deed, Run};
-use crate::proc::{Holding, Process};
+use crate::proc::{FdState, Process};
 use crate::reclaim::{Fate, Reason};
 use crate::text::is_unsafe;
-use crate::watch::Refill;
+use crate::watch::NewSockets;
 
 pub(super) const SCHEMA_VERSION: u32 = 1;
 
@@ -161,11 +161,11 @@ impl Formatter for TerminalSafe {
 }
 
 /// Whether any of the descriptors is still open, as far as that is known.
-fn any_open(descriptors: &[Holding]) -> Option<bool> {
-    if descriptors.contains(&Holding::Open) {
+fn any_open(descriptors: &[FdState]) -> Option<bool> {
+    if descriptors.contains(&FdState::Open) {
         return Some(true);
     }
-    (!descriptors.contains(&Holding::Unknown)).then_some(false)
+    (!descriptors.contains(&FdState::Unknown)).then_some(false)
 }
 
 /// What comes before the sockets.
@@ -242,7 +242,7 @@ pub struct JsonSocket<'a> {
     owners: Vec<Owner<'a>>,
     listener: Option<JsonListener<'a>>,
     pub(crate) plan: Vec<&'static str>,
-    left_out: Vec<LeftOut>,
+    excluded: Vec<Exclusion>,
     /// Of a dry run with `--reclaim`: what would become of each descriptor.
     reclaim_plan: Option<Vec<JsonDescriptor>>,
     pub(crate) result: Option<JsonResult>,
@@ -293,7 +293,7 @@ struct JsonListener<'a> {
 }
 
 #[derive(Serialize)]
-struct LeftOut {
+struct Exclusion {
     method: &'static str,
     reason: String,
 }
@@ -363,10 +363,10 @@ fn json_socket(run: &Run, at: usize) -> JsonSocket<'_> {
             }
         }),
         plan: plan.methods.iter().map(|method| method.name()).collect(),
-        left_out: plan
-            .left_out
+        excluded: plan
+            .excluded
             .iter()
-            .map(|(method, why)| LeftOut {
+            .map(|(method, why)| Exclusion {
                 method: method.name(),
                 reason: why.to_string(),
             })
@@ -415,7 +415,7 @@ pub(super) fn endpoint(address: SocketAddr) -> Endpoint {
     }
 }
 
-fn json_refill(refill: &Refill) -> JsonRefill<'_> {
+fn json_refill(refill: &NewSockets) -> JsonRefill<'_> {
     JsonRefill {
         seconds: refill.watched.as_secs_f64(),
         new: refill.new,

@@ -7,11 +7,11 @@ use super::text::names;
 use crate::finder::Found;
 use crate::injector::ActError;
 use crate::injector::engine::Verdict;
-use crate::injector::plan::LeftOut;
+use crate::injector::plan::Exclusion;
 use crate::model::cause::Cause;
 use crate::pipeline::{Deed, Run};
-use crate::privileges::Need;
-use crate::proc::Holding;
+use crate::privileges::Privilege;
+use crate::proc::FdState;
 use crate::reclaim::{Fate, Reason};
 use crate::text::{counted, escape};
 
@@ -91,8 +91,8 @@ fn descriptors(run: &Run, deeds: &[Deed]) -> Vec<String> {
         unknown += usize::from(closed && deed.descriptors.is_none());
         for (held, holding) in socket.owners.iter().zip(deed.descriptors.iter().flatten()) {
             match holding {
-                Holding::Open if closed => *open.entry(held.process).or_default() += 1,
-                Holding::Unknown if closed => unknown += 1,
+                FdState::Open if closed => *open.entry(held.process).or_default() += 1,
+                FdState::Unknown if closed => unknown += 1,
                 _ => {}
             }
         }
@@ -192,17 +192,17 @@ fn undecided(found: &Found) -> Option<String> {
 }
 
 /// The privileges whose lack kept a socket open or its owner unknown, or would.
-pub fn missing_privileges(run: &Run) -> BTreeSet<Need> {
+pub fn missing_privileges(run: &Run) -> BTreeSet<Privilege> {
     let mut needs = BTreeSet::new();
     let hidden = run.found.unreadable_processes > 0 || run.found.hidden_processes;
     if run.found.undecided > 0 {
-        needs.insert(Need::Ptrace);
+        needs.insert(Privilege::Ptrace);
     }
     for (at, plan) in run.plans.iter().enumerate() {
         let socket = &run.found.sockets[at];
         // Also where a harsher method has done it: the operator may want the gentle one.
         if hidden && socket.inode.is_some() && socket.owners.is_empty() {
-            needs.insert(Need::Ptrace);
+            needs.insert(Privilege::Ptrace);
         }
         let done = match &run.deeds {
             None => !plan.methods.is_empty(),
@@ -214,8 +214,8 @@ pub fn missing_privileges(run: &Run) -> BTreeSet<Need> {
         if done || plan.over_limit {
             continue;
         }
-        needs.extend(plan.left_out.iter().filter_map(|(_, why)| match why {
-            LeftOut::Needs(need) => Some(*need),
+        needs.extend(plan.excluded.iter().filter_map(|(_, why)| match why {
+            Exclusion::Needs(need) => Some(*need),
             _ => None,
         }));
         for attempt in run

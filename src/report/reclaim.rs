@@ -267,7 +267,7 @@ pub fn notes(run: &Run) -> Vec<String> {
             counted(run.unreadable, "process")
         ));
     }
-    for process in &run.headless {
+    for process in &run.leader_exited {
         notes.push(format!(
             "{}/{} could not be looked into: its first thread has ended, so its descriptors cannot be seen",
             escape(&process.comm),
@@ -437,7 +437,7 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
         descriptors: descriptors(run).collect(),
         owners: json_owners(&run.owners, &run.visits),
         unknown: run.unknown,
-        unreadable_processes: run.unreadable + run.headless.len() + run.failed.len(),
+        unreadable_processes: run.unreadable + run.leader_exited.len() + run.failed.len(),
         hidden_processes: run.hidden,
         summary: Tally::of(run.descriptors.len(), run.fates.iter().flatten()),
     };

@@ -10,7 +10,7 @@ use super::{Tally, reclaim};
 use crate::config::{Action, Config};
 use crate::finder::{Found, Held, Socket};
 use crate::injector::engine::{Outcome, Verdict};
-use crate::injector::plan::{LeftOut, Plan};
+use crate::injector::plan::{Exclusion, Plan};
 use crate::model::cause::Cause;
 use crate::pipeline::Run;
 use crate::proc::cgroup::{Cgroup, unescape};
@@ -272,14 +272,14 @@ fn plan_text(plan: &Plan) -> String {
         return "skip: over --max-kills".into();
     }
     if plan.methods.is_empty() {
-        return format!("skip: {}", left_out_text(&plan.left_out));
+        return format!("skip: {}", left_out_text(&plan.excluded));
     }
     let methods: Vec<&str> = plan.methods.iter().map(|method| method.name()).collect();
     methods.join(", then ")
 }
 
-fn left_out_text(left_out: &[(crate::injector::MethodName, LeftOut)]) -> String {
-    let parts = left_out
+fn left_out_text(excluded: &[(crate::injector::MethodName, Exclusion)]) -> String {
+    let parts = excluded
         .iter()
         .map(|(method, why)| format!("{method}: {why}"));
     join(parts, "; ")

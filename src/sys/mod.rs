@@ -14,7 +14,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// The number of a descriptor in *another* process's table; useless as a descriptor of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct TargetFd(pub i32);
+pub struct RemoteFd(pub i32);
 
 /// Opens a descriptor that refers to process `pid` and to no later process of the same number.
 ///
@@ -32,7 +32,7 @@ pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
 /// EPERM: needs ptrace attach rights over the process (its uid, or CAP_SYS_PTRACE). EBADF: it has no
 /// such descriptor. ESRCH: it has exited. ENOSYS: kernel older than 5.6. Source: kernel/pid.c,
 /// pidfd_getfd(2).
-pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, target: TargetFd) -> io::Result<OwnedFd> {
+pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, target: RemoteFd) -> io::Result<OwnedFd> {
     // SAFETY: every argument is an integer; the kernel accesses no memory of ours in this call.
     let ret = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), target.0, 0u32) };
     owned_fd(ret)

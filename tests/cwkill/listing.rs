@@ -248,7 +248,7 @@ fn without_owners() -> Result<()> {
     same(&dry.json()?["owners_sought"], &Value::Bool(false))?;
     for socket in dry.sockets()? {
         same(&socket["owners"], &Value::Array(Vec::new()))?;
-        same(&at(&socket, "/left_out/0/method"), &"shutdown".to_owned())?;
+        same(&at(&socket, "/excluded/0/method"), &"shutdown".to_owned())?;
         same(&at(&socket, "/plan/0"), &"destroy".to_owned())?;
     }
     let table = cwkill(&lab, "--all --no-owners")?.exits(0)?;

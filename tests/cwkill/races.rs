@@ -8,12 +8,12 @@ use netns_harness::{Dial, Family, Lab, Leak, Recv, TcpState};
 
 use cwkill::filter::selectors::Selectors;
 use cwkill::finder::{self, Found};
-use cwkill::injector::engine::{self, Outcome, Rules, Surroundings, Verdict};
+use cwkill::injector::engine::{self, Control, Outcome, Rules, Verdict};
 use cwkill::injector::plan::{self, Policy};
 use cwkill::injector::{self, ActError, MethodName, Scene, Target};
 use cwkill::privileges::Privileges;
-use cwkill::proc::Proc;
-use cwkill::proc::netns::Which;
+use cwkill::proc::ProcFs;
+use cwkill::proc::netns::NetnsScope;
 use cwkill::sock_diag::{DestroyError, Detail, DiagId, LookupError, SockDiag, SocketMessage};
 
 use crate::Case::{self, EachFamily, Once};
@@ -44,17 +44,17 @@ pub const CASES: &[Case] = &[
 
 pub struct Now;
 
-impl Surroundings for Now {
+impl Control for Now {
     fn now(&self) -> Instant {
         Instant::now()
     }
-    fn pause(&self, duration: Duration) {
+    fn sleep(&self, duration: Duration) {
         std::thread::sleep(duration);
     }
     fn interrupted(&self) -> bool {
         false
     }
-    fn acted(&self, _: MethodName, _: usize) {}
+    fn progress(&self, _: MethodName, _: usize) {}
 }
 
 /// Finds everything stuck on the leaking host, then lets the world change, then acts.
@@ -64,7 +64,7 @@ fn act_after(
     change: impl FnOnce() -> Result<()> + Send,
 ) -> Result<(Found, Vec<Outcome>)> {
     lab.app_host().within(|| {
-        let proc = Proc::default();
+        let proc = ProcFs::default();
         let selectors = Selectors::default();
         let found = find(&proc, &selectors)?;
         let policy = Policy {
@@ -89,8 +89,8 @@ fn act_after(
     })
 }
 
-fn find(proc: &Proc, selectors: &Selectors) -> Result<Found> {
-    let here = Which::Ours.open(proc)?;
+fn find(proc: &ProcFs, selectors: &Selectors) -> Result<Found> {
+    let here = NetnsScope::Current.open(proc)?;
     Ok(finder::find(&here.open, proc, selectors)?)
 }
 
@@ -101,7 +101,7 @@ fn bare_act_after(
     change: impl FnOnce() -> Result<()> + Send,
 ) -> Result<Result<(), ActError>> {
     lab.app_host().within(|| {
-        let proc = Proc::default();
+        let proc = ProcFs::default();
         let found = find(&proc, &Selectors::default())?;
         ensure!(found.sockets.len() == 1, "{found:#?}");
         change()?;
@@ -119,7 +119,7 @@ impl Scene for OnlyCookies {
     fn grace(&self) -> Duration {
         Duration::from_millis(700)
     }
-    fn surroundings(&self) -> &dyn Surroundings {
+    fn control(&self) -> &dyn Control {
         &Now
     }
     fn still_fit(&mut self, targets: &[usize], _: bool) -> Vec<bool> {
@@ -315,7 +315,7 @@ fn one_of_three_lets_go() -> Result<()> {
 fn lost_answers() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 200)?;
     lab.app_host().within(|| {
-        let found = find(&Proc::default(), &Selectors::default())?;
+        let found = find(&ProcFs::default(), &Selectors::default())?;
         let ids: Vec<DiagId> = found.sockets.iter().map(|socket| socket.id).collect();
         let mut tiny = SockDiag::with_queue(1)?;
         let seen = tiny.lookup(&ids, Detail::Quiet)?;
@@ -338,7 +338,7 @@ fn lost_answers() -> Result<()> {
 fn silence() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 200)?;
     lab.app_host().within(|| {
-        let found = find(&Proc::default(), &Selectors::default())?;
+        let found = find(&ProcFs::default(), &Selectors::default())?;
         let ids: Vec<DiagId> = found.sockets.iter().map(|socket| socket.id).collect();
         let mut diag = SockDiag::open()?;
         let (gone, there) = (&ids[..50], &ids[50..150]);

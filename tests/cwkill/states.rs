@@ -35,7 +35,7 @@ fn every_state(family: Family) -> Result<()> {
             same(&at(socket, "/state"), &(*state).to_owned())?;
             same(&at(socket, "/cause"), &(*cause).to_owned())?;
             same(&at(socket, "/plan/0"), &"destroy".to_owned())?;
-            let reason = at(socket, "/left_out/0/reason");
+            let reason = at(socket, "/excluded/0/reason");
             let said = reason.contains("shut down already") || reason.contains("never accepted");
             ensure!(said, "{scenario}: {socket:#}");
         }

@@ -10,10 +10,10 @@ use clap::Parser as _;
 use cwkill::cli::Cli;
 use cwkill::config::Config;
 use cwkill::injector::MethodName;
-use cwkill::injector::engine::Surroundings;
+use cwkill::injector::engine::Control;
 use cwkill::pipeline::{self, Run};
 use cwkill::privileges::Privileges;
-use cwkill::proc::Proc;
+use cwkill::proc::ProcFs;
 use cwkill::report::{self, ExitStatus};
 use netns_harness::{Family, Lab, TcpState};
 use nix::sys::signal::{Signal, kill};
@@ -59,12 +59,12 @@ fn aged(lab: &Lab) -> Result<()> {
 }
 
 /// The first half of a run on the leaking host.
-fn sweep(lab: &Lab, surroundings: &dyn Surroundings) -> Result<Run> {
+fn sweep(lab: &Lab, control: &dyn Control) -> Result<Run> {
     lab.app_host().within(|| {
         let words = ["cwkill", "--all"].into_iter().chain(SWEEP.split(' '));
         let config = Config::from_args(Cli::try_parse_from(words)?.args)?;
         let privileges = Privileges::of_this_thread()?;
-        pipeline::sweep_and_plan(&config, &Proc::default(), &privileges, surroundings)
+        pipeline::sweep_and_plan(&config, &ProcFs::default(), &privileges, control)
     })
 }
 
@@ -72,17 +72,17 @@ fn sweep(lab: &Lab, surroundings: &dyn Surroundings) -> Result<Run> {
 #[derive(Default)]
 struct Impatient(AtomicBool);
 
-impl Surroundings for Impatient {
+impl Control for Impatient {
     fn now(&self) -> Instant {
         Instant::now()
     }
-    fn pause(&self, duration: Duration) {
+    fn sleep(&self, duration: Duration) {
         std::thread::sleep(duration);
     }
     fn interrupted(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
-    fn acted(&self, _: MethodName, _: usize) {
+    fn progress(&self, _: MethodName, _: usize) {
         self.0.store(true, Ordering::Relaxed);
     }
 }
@@ -131,7 +131,7 @@ fn half_swept() -> Result<()> {
         let words = ["cwkill", "--all"].into_iter().chain(SWEEP.split(' '));
         let config = Config::from_args(Cli::try_parse_from(words)?.args)?;
         let privileges = Privileges::of_this_thread()?;
-        pipeline::carry_out(&mut run, &config, &Proc::default(), &privileges, &Now);
+        pipeline::carry_out(&mut run, &config, &ProcFs::default(), &privileges, &Now);
         Ok(())
     })?;
     same(&run.found.sockets.len(), &swept)?;
@@ -161,7 +161,7 @@ fn mistaken() -> Result<()> {
 fn told(ran: &Ran) -> Result<BTreeMap<String, usize>> {
     let mut kinds = BTreeMap::new();
     for socket in ran.sockets()? {
-        let parts = ["/state", "/cause", "/plan", "/left_out", "/result"];
+        let parts = ["/state", "/cause", "/plan", "/excluded", "/result"];
         let kind: Vec<String> = parts.iter().map(|part| at(&socket, part)).collect();
         let kind = kind.join(" ").replace(|c: char| c.is_ascii_digit(), "");
         *kinds.entry(kind).or_default() += 1;

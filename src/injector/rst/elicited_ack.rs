@@ -69,8 +69,8 @@ pub fn draw(
     let tuples: Vec<Tuple> = questions.iter().map(|question| question.tuple).collect();
     capture.watch(&tuples)?;
     let mut answers = Answers::new(&tuples);
-    let surroundings = scene.surroundings();
-    let began = surroundings.now();
+    let control = scene.control();
+    let began = control.now();
     let over = began + scene.grace();
     let retry = retry_after();
     // Random, so that nobody can prepare for them; the acknowledgment number comes back as the
@@ -89,18 +89,18 @@ pub fn draw(
             }
             capture.drain(|segment| answers.see(&segment))?;
         }
-        let round_over = over.min(surroundings.now() + retry);
+        let round_over = over.min(control.now() + retry);
         let mut pause = FIRST_PAUSE;
         while answers.waits() {
-            let now = surroundings.now();
-            if now >= round_over || surroundings.interrupted() {
+            let now = control.now();
+            if now >= round_over || control.interrupted() {
                 break;
             }
-            surroundings.pause(pause.min(round_over - now));
+            control.sleep(pause.min(round_over - now));
             pause = (pause * 2).min(LONGEST_PAUSE);
             capture.drain(|segment| answers.see(&segment))?;
         }
-        if !answers.waits() || surroundings.now() >= over || surroundings.interrupted() {
+        if !answers.waits() || control.now() >= over || control.interrupted() {
             return Ok(answers.given);
         }
         // By chance the number was in the window; this one is not then.

@@ -19,8 +19,8 @@ use std::time::Duration;
 
 use super::duplicate::Duplicator;
 use super::{ActError, Method, MethodName, Scene, Target, same_errno};
-use crate::privileges::Need;
-use crate::proc::Proc;
+use crate::privileges::Privilege;
+use crate::proc::ProcFs;
 use crate::sock_diag::LookupError;
 use crate::tcp::{Segment, Seq, TcpFlags, Tuple};
 
@@ -67,7 +67,7 @@ struct Aimed {
 
 impl Rst {
     /// The method, with the proc file system that tells one process from the next of its number.
-    pub fn new(proc: Proc) -> Self {
+    pub fn new(proc: ProcFs) -> Self {
         Rst {
             may_repair: true,
             duplicator: Duplicator::new(proc),
@@ -85,7 +85,7 @@ impl Rst {
         let mut aimed = Vec::with_capacity(targets.len());
         let mut unowned = Vec::new();
         for (at, target) in targets.iter().enumerate() {
-            if scene.surroundings().interrupted() {
+            if scene.control().interrupted() {
                 results[at] = Err(ActError::Interrupted);
                 continue;
             }
@@ -111,7 +111,7 @@ impl Rst {
                     numbers,
                     provoked: true,
                 }),
-                Ok(None) if scene.surroundings().interrupted() => {
+                Ok(None) if scene.control().interrupted() => {
                     results[at] = Err(ActError::Interrupted);
                 }
                 Ok(None) => results[at] = Err(ActError::NoAck(repair)),
@@ -128,7 +128,7 @@ impl Rst {
         }
         let socket = self.duplicator.socket(target);
         let numbers = socket.and_then(|socket| repair::numbers(socket.as_fd()));
-        if matches!(numbers, Err(ActError::Denied(Need::NetAdmin, _))) {
+        if matches!(numbers, Err(ActError::Denied(Privilege::NetAdmin, _))) {
             self.may_repair = false;
         }
         Some(numbers)
@@ -187,7 +187,7 @@ impl Method for Rst {
         let aimed = self.aim(targets, scene, &mut results);
         let mut pending = Vec::with_capacity(aimed.len());
         for salvo in aimed.chunks(SALVO) {
-            if scene.surroundings().interrupted() {
+            if scene.control().interrupted() {
                 for aimed in salvo {
                     results[aimed.target] = Err(ActError::Interrupted);
                 }
@@ -290,7 +290,7 @@ impl Wire {
 /// Waits until the sockets in `pending` are gone, at most for the grace; takes those that are out of
 /// it and returns them. The local stack handles a packet on `lo` before send returns, unless it is busy.
 fn wait_until_gone(pending: &mut Vec<usize>, scene: &mut dyn Scene) -> Vec<usize> {
-    let over = scene.surroundings().now() + scene.grace();
+    let over = scene.control().now() + scene.grace();
     let mut gone = Vec::with_capacity(pending.len());
     let mut pause = FIRST_PAUSE;
     loop {
@@ -303,11 +303,11 @@ fn wait_until_gone(pending: &mut Vec<usize>, scene: &mut dyn Scene) -> Vec<usize
             }
         }
         *pending = left;
-        let now = scene.surroundings().now();
-        if pending.is_empty() || now >= over || scene.surroundings().interrupted() {
+        let now = scene.control().now();
+        if pending.is_empty() || now >= over || scene.control().interrupted() {
             return gone;
         }
-        scene.surroundings().pause(pause.min(over - now));
+        scene.control().sleep(pause.min(over - now));
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
@@ -324,7 +324,7 @@ fn send_error(error: SendError) -> ActError {
 
 fn open_error(what: &'static str, error: io::Error) -> ActError {
     match error.raw_os_error() {
-        Some(libc::EPERM) => ActError::Denied(Need::NetRaw, error),
+        Some(libc::EPERM) => ActError::Denied(Privilege::NetRaw, error),
         _ => ActError::Os(what, error),
     }
 }

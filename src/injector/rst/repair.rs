@@ -10,7 +10,7 @@ use std::os::fd::BorrowedFd;
 
 use super::Numbers;
 use crate::injector::ActError;
-use crate::privileges::Need;
+use crate::privileges::Privilege;
 use crate::sys;
 use crate::tcp::Seq;
 
@@ -30,7 +30,7 @@ const TCP_SEND_QUEUE: i32 = 2;
 /// process has it in repair mode, to checkpoint it.
 pub fn numbers(socket: BorrowedFd<'_>) -> Result<Numbers, ActError> {
     let mode = RepairMode::enter(socket).map_err(|error| match error.raw_os_error() {
-        Some(libc::EPERM) => ActError::Denied(Need::NetAdmin, error),
+        Some(libc::EPERM) => ActError::Denied(Privilege::NetAdmin, error),
         _ => ActError::Os("TCP_REPAIR", error),
     })?;
     mode.numbers()

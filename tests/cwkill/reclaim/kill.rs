@@ -9,7 +9,7 @@ use netns_harness::owners::{Build, Owner};
 use netns_harness::{Lab, Signal};
 
 use cwkill::finder::dead::{self, Verdict};
-use cwkill::proc::{Proc, Process};
+use cwkill::proc::{ProcFs, Process};
 use cwkill::reclaim::{Fate, Rules, Wanted};
 
 use super::{is_traced, reclaim};
@@ -27,7 +27,7 @@ pub const CASES: &[Case] = &[
 fn wanted(owner: &Owner) -> Result<(Vec<Process>, Vec<Wanted>)> {
     let pid = i32::try_from(owner.pid())?;
     let scan = dead::find(
-        &Proc::default(),
+        &ProcFs::default(),
         &|process| process.pid == pid,
         &HashSet::new(),
     )?;
@@ -64,7 +64,7 @@ fn panics() -> Result<()> {
                 }
                 false
             };
-            let done = cwkill::reclaim::reclaim(&owners, &wanted, &RULES, &Proc::default(), &bug);
+            let done = cwkill::reclaim::reclaim(&owners, &wanted, &RULES, &ProcFs::default(), &bug);
             let failed = done
                 .fates
                 .iter()
@@ -89,7 +89,7 @@ fn interrupted() -> Result<()> {
     let (pid, asked) = (owner.pid(), AtomicU32::new(0));
     // Asked before each descriptor, and at other times.
     let stop = || is_traced(pid) && asked.fetch_add(1, Ordering::Relaxed) >= 3;
-    let done = cwkill::reclaim::reclaim(&owners, &wanted, &RULES, &Proc::default(), &stop);
+    let done = cwkill::reclaim::reclaim(&owners, &wanted, &RULES, &ProcFs::default(), &stop);
     let freed = done
         .fates
         .iter()
