@@ -6,7 +6,7 @@ use std::hint::black_box;
 use std::os::unix::fs::symlink;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use cwkill::filter::{self, Facts, Services};
+use cwkill::filter::{self, Services, SocketFacts};
 use cwkill::finder::Socket;
 use cwkill::proc::ProcFs;
 use cwkill::sock_diag::codec::{Frame, frames};
@@ -72,7 +72,7 @@ fn expressions(c: &mut Criterion) {
     });
     let parsed = filter::parse(text, &services).expect("valid").expression;
     let datagram = dump();
-    let facts: Vec<Facts> = sockets(&datagram).iter().map(Facts::from).collect();
+    let facts: Vec<SocketFacts> = sockets(&datagram).iter().map(SocketFacts::from).collect();
     c.bench_function("expression: match four sockets", |b| {
         b.iter(|| {
             facts

@@ -2,20 +2,18 @@
 //! read: one line, performance data behind a bar, and an exit status. [`by_count`] and [`by_limit`] judge,
 //! and are pure.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::sync::Arc;
 
-use crate::cli::CheckArgs;
-use crate::config::{Scope, invalid, usage};
 use crate::diagnose;
+use crate::filter::Scope;
 use crate::filter::selectors::Selectors;
-use crate::finder::Found;
+use crate::finder;
 use crate::finder::dead::{DeadScan, DeadSocket, Verdict as Suspicion};
-use crate::model::cause::Cause;
-use crate::pipeline;
-use crate::proc::{ProcFs, Process};
+use crate::model::{Cause, Scan};
+use crate::proc::{ProcFs, Process, ProcessId};
 use crate::text::age;
-use crate::text::escape;
 
 /// How it stands; the number is the exit status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,65 +78,34 @@ pub struct Check {
     pub percent_of_limit: bool,
 }
 
-impl Check {
-    /// Checks that the arguments make sense together.
-    ///
-    /// # Errors
-    /// They do not; the error says which and shows good ones.
-    pub fn from_args(args: CheckArgs) -> Result<Self, clap::Error> {
-        let CheckArgs {
-            selection,
-            warning,
-            critical,
-            percent_of_limit,
-        } = args;
-        if critical < warning {
-            return Err(usage(&format!(
-                "-c {critical} is below -w {warning}, so that nothing would ever be WARNING: \
-                 give -w {critical} -c {warning}"
-            )));
-        }
-        if percent_of_limit && critical > 100 {
-            return Err(invalid(&format!(
-                "-c {critical} percent of a limit is never reached: give -w 50 -c 80"
-            )));
-        }
-        Ok(Check {
-            scope: Scope::from_args(selection)?,
-            thresholds: Thresholds { warning, critical },
-            percent_of_limit,
-        })
-    }
-}
-
 /// Looks, and judges.
 ///
 /// # Errors
 /// As those of a listing.
 pub fn run(check: &Check, proc: &ProcFs) -> anyhow::Result<Verdict> {
-    let namespaces = pipeline::open(&check.scope.netns, proc)?;
+    let namespaces = finder::open(&check.scope.netns, proc)?;
     let selectors = &check.scope.selectors;
-    let found = pipeline::find(&namespaces, proc, selectors, true)?;
+    let scan = finder::find(&namespaces, proc, selectors)?;
     if !check.percent_of_limit {
-        return Ok(by_count(&found, check.thresholds));
+        return Ok(by_count(&scan, check.thresholds));
     }
-    let (scan, failures) = diagnose::tables(&namespaces.open, &found, selectors, proc);
+    let (dead, failures) = diagnose::tables(&scan, selectors, proc);
     let mut unseen = failures;
-    // That those of somebody may not be read is as usual for who is not root.
-    if selectors.selects_owners() && (scan.hidden || !scan.unreadable.is_empty()) {
+    // Without root some processes are always unreadable, so this matters only if particular processes were selected.
+    if selectors.selects_owners() && (dead.hidden || !dead.unreadable.is_empty()) {
         unseen.push("the dead descriptors of processes asked for may not be read".to_owned());
     }
-    let owners = owners(&found, scan, selectors, &|process| {
+    let usages = usages(&scan, dead, selectors, &|process| {
         proc.status(process).limit
     });
-    Ok(by_limit(&found, check.thresholds, &owners, &unseen))
+    Ok(by_limit(&scan, check.thresholds, &usages, &unseen))
 }
 
 /// A process, and the descriptors of it that count against its limit.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Owner {
-    /// Which.
-    pub process: Process,
+pub struct DescriptorUsage {
+    /// The process.
+    pub process: Arc<Process>,
     /// Descriptors of sockets that match.
     pub held: u64,
     /// Descriptors of dead sockets, which stay when such a socket is closed from outside.
@@ -149,53 +116,50 @@ pub struct Owner {
     pub limit: Option<u64>,
 }
 
-/// Who holds sockets that match or dead ones that can be meant.
-fn owners(
-    found: &Found,
-    scan: DeadScan,
+/// The processes that hold sockets that match, or dead ones that may be meant.
+fn usages(
+    scan: &Scan,
+    dead: DeadScan,
     selectors: &Selectors,
     limit: &dyn Fn(&Process) -> Option<u64>,
-) -> Vec<Owner> {
-    let new = |process: &Process| Owner {
-        process: process.clone(),
+) -> Vec<DescriptorUsage> {
+    let new = |process: Arc<Process>| DescriptorUsage {
+        process,
         held: 0,
         dead: 0,
         unknown: 0,
         limit: None,
     };
-    let mut owners: Vec<Owner> = found.processes.iter().map(new).collect();
-    let held = found.sockets.iter().flat_map(|socket| &socket.owners);
-    held.for_each(|held| owners[held.process].held += 1);
-    let id = |process: &Process| (process.pid, process.start_time);
-    let places = owners.iter().enumerate();
-    let places: HashMap<_, usize> = places.map(|(at, o)| (id(&o.process), at)).collect();
-    for table in scan.tables {
-        // A listener's owner may have been asked for by nothing but what waits there.
+    let mut usages: BTreeMap<ProcessId, DescriptorUsage> = BTreeMap::new();
+    for owner in scan.targets.iter().flat_map(|target| &target.owners) {
+        let usage = usages.entry(owner.process.id);
+        usage
+            .or_insert_with(|| new(Arc::clone(&owner.process)))
+            .held += 1;
+    }
+    for table in dead.tables {
+        // A listener's owner may have been scanned for nothing but the connections that wait there.
         if !selectors.match_owner(&table.process) {
             continue;
         }
-        let at = places.get(&id(&table.process)).copied();
-        let at = at.unwrap_or_else(|| {
-            owners.push(new(&table.process));
-            owners.len() - 1
-        });
+        let usage = usages.entry(table.process.id);
+        let usage = usage.or_insert_with(|| new(Arc::new(table.process)));
         for suspect in table.suspects {
             match suspect.verdict {
                 Suspicion::Dead(DeadSocket {
                     local: Some(local), ..
-                }) if selectors.could_match_dead(local) => owners[at].dead += 1,
-                Suspicion::Unknown(_) if selectors.could_match_some_dead() => {
-                    owners[at].unknown += 1;
-                }
+                }) if selectors.could_match_dead(local) => usage.dead += 1,
+                Suspicion::Unknown(_) if selectors.could_match_some_dead() => usage.unknown += 1,
                 _ => {}
             }
         }
     }
-    owners.retain(|owner| owner.held + owner.dead + owner.unknown > 0);
-    for owner in &mut owners {
-        owner.limit = limit(&owner.process);
+    let mut usages: Vec<DescriptorUsage> = usages.into_values().collect();
+    usages.retain(|usage| usage.held + usage.dead + usage.unknown > 0);
+    for usage in &mut usages {
+        usage.limit = limit(&usage.process);
     }
-    owners
+    usages
 }
 
 /// The result.
@@ -216,36 +180,36 @@ pub fn unknown(why: &str) -> Verdict {
 }
 
 /// Judges the number of sockets.
-pub fn by_count(found: &Found, thresholds: Thresholds) -> Verdict {
-    let stuck = found.sockets.len() as u64;
+pub fn by_count(scan: &Scan, thresholds: Thresholds) -> Verdict {
+    let stuck = scan.targets.len() as u64;
     let mut status = thresholds.judge(stuck, 100);
-    let mut text = counted(found);
+    let mut text = counted(scan);
     // Those that may belong to the processes asked for are at most so many more.
-    let most = stuck + found.undecided as u64;
+    let most = stuck + scan.coverage.undecided as u64;
     if status == Status::Ok
-        && (unseen_namespaces(found) > 0 || thresholds.judge(most, 100) != Status::Ok)
+        && (scan.coverage.unseen_namespaces() > 0 || thresholds.judge(most, 100) != Status::Ok)
     {
         status = Status::Unknown;
     }
-    text.push_str(&unseen(found));
+    text.push_str(&unseen(scan));
     let Thresholds { warning, critical } = thresholds;
     let first = format!("stuck={stuck};{warning};{critical};0;");
     Verdict {
         status,
-        line: line(status, &text, &format!("{first} {}", causes(found))),
+        line: line(status, &text, &format!("{first} {}", causes(scan))),
     }
 }
 
 /// Judges the descriptors that the sockets take, and dead ones, in percent of the limit of the owner that is nearest
 /// to it. `unseen`: what could not be seen of descriptors.
 pub fn by_limit(
-    found: &Found,
+    scan: &Scan,
     thresholds: Thresholds,
-    owners: &[Owner],
+    usages: &[DescriptorUsage],
     unseen_descriptors: &[String],
 ) -> Verdict {
-    let mut text = counted(found);
-    let known = owners.iter().filter_map(|owner| {
+    let mut text = counted(scan);
+    let known = usages.iter().filter_map(|owner| {
         let open = owner.held + owner.dead;
         Some((owner, open, owner.limit?.max(1)))
     });
@@ -259,32 +223,24 @@ pub fn by_limit(
     let (mut status, percent) = match nearest {
         None => (Status::Ok, 0.0),
         Some((owner, open, limit)) => {
-            let name = escape(&owner.process.comm);
-            let _ = write!(
-                text,
-                ", {name}/{} holds {open} of {limit}",
-                owner.process.pid
-            );
+            let _ = write!(text, ", {} holds {open} of {limit}", owner.process);
             if owner.dead > 0 {
                 let _ = write!(text, " ({} of them dead)", owner.dead);
             }
             (thresholds.judge(open, limit), percent(open, limit))
         }
     };
-    let mut untold: Vec<String> = unseen_descriptors.to_vec();
+    let mut unknown: Vec<String> = unseen_descriptors.to_vec();
     // Sockets in flight have no owner either; with processes that hide theirs it cannot be told apart.
-    let hidden = found.unreadable_processes > 0 || found.hidden_processes;
-    let ownerless = found
-        .sockets
-        .iter()
-        .filter(|s| s.inode.is_some() && s.owners.is_empty());
-    let ownerless = if hidden { ownerless.count() } else { 0 };
+    let ownerless = match scan.coverage.has_hidden_owners() {
+        true => scan.without_known_owner(),
+        false => 0,
+    };
     if ownerless > 0 {
-        untold.push(format!("the owners of {ownerless} could not be seen"));
+        unknown.push(format!("the owners of {ownerless} could not be seen"));
     }
-    let name = |owner: &Owner| format!("{}/{}", escape(&owner.process.comm), owner.process.pid);
-    if let Some(owner) = owners.iter().find(|owner| owner.limit.is_none()) {
-        untold.push(format!("the limit of {} could not be read", name(owner)));
+    if let Some(owner) = usages.iter().find(|owner| owner.limit.is_none()) {
+        unknown.push(format!("the limit of {} could not be read", owner.process));
     }
     // Those that may be dead matter only if they would reach a threshold.
     let most = known
@@ -292,27 +248,26 @@ pub fn by_limit(
         .map(|(owner, open, limit)| (owner, open + owner.unknown, limit));
     let mut most = most.filter(|(_, most, limit)| thresholds.judge(*most, *limit) != Status::Ok);
     if let Some((owner, ..)) = most.find(|(owner, ..)| owner.unknown > 0) {
-        untold.push(format!(
+        unknown.push(format!(
             "{} descriptors of {} may be dead ones (not readable)",
-            owner.unknown,
-            name(owner)
+            owner.unknown, owner.process
         ));
     }
     if status == Status::Ok
-        && (!untold.is_empty() || found.undecided + unseen_namespaces(found) > 0)
+        && (!unknown.is_empty() || scan.coverage.undecided + scan.coverage.unseen_namespaces() > 0)
     {
         status = Status::Unknown;
     }
-    for why in &untold {
+    for why in &unknown {
         let _ = write!(text, ", {why}");
     }
-    text.push_str(&unseen(found));
+    text.push_str(&unseen(scan));
     let Thresholds { warning, critical } = thresholds;
-    let dead: u64 = owners.iter().map(|owner| owner.dead).sum();
+    let dead: u64 = usages.iter().map(|owner| owner.dead).sum();
     let perf = format!(
         "percent={percent:.1}%;{warning};{critical};0; dead={dead};;;0; stuck={};;;0; {}",
-        found.sockets.len(),
-        causes(found)
+        scan.targets.len(),
+        causes(scan)
     );
     Verdict {
         status,
@@ -339,53 +294,48 @@ fn line(status: Status, text: &str, performance: &str) -> String {
     }
 }
 
-/// How many are stuck, most of them whose, and the oldest.
-fn counted(found: &Found) -> String {
-    let mut text = match found.sockets.len() {
+/// How many are stuck, the process that most of them belong to, and the oldest.
+fn counted(scan: &Scan) -> String {
+    let mut text = match scan.targets.len() {
         1 => "1 socket stuck".to_owned(),
         stuck => format!("{stuck} sockets stuck"),
     };
-    let mut by: BTreeMap<usize, usize> = BTreeMap::new();
-    for process in found.sockets.iter().filter_map(|s| s.culprit(found)) {
-        *by.entry(process).or_default() += 1;
+    let mut by: BTreeMap<ProcessId, (&Process, usize)> = BTreeMap::new();
+    for process in scan
+        .targets
+        .iter()
+        .filter_map(|target| scan.culprit(target))
+    {
+        by.entry(process.id).or_insert((process, 0)).1 += 1;
     }
-    if let Some((at, count)) = by.into_iter().max_by_key(|(_, count)| *count) {
-        let process = &found.processes[at];
-        let _ = write!(
-            text,
-            ", {count} of {}/{}",
-            escape(&process.comm),
-            process.pid
-        );
+    if let Some((process, count)) = by.into_values().max_by_key(|(_, count)| *count) {
+        let _ = write!(text, ", {count} of {process}");
     }
-    if let Some(oldest) = found.sockets.iter().filter_map(|socket| socket.age).max() {
+    let ages = scan.targets.iter().filter_map(|target| target.socket.age);
+    if let Some(oldest) = ages.max() {
         let _ = write!(text, ", oldest {}", age(oldest));
     }
     text
 }
 
-fn unseen_namespaces(found: &Found) -> usize {
-    found.unreachable_namespaces + found.untold_namespaces
-}
-
 /// What could not be seen, for the operator to mend.
-fn unseen(found: &Found) -> String {
+fn unseen(scan: &Scan) -> String {
     let mut text = String::new();
-    if found.undecided > 0 {
+    if scan.coverage.undecided > 0 {
         let _ = write!(
             text,
             ", {} more may match (owners unreadable)",
-            found.undecided
+            scan.coverage.undecided
         );
     }
-    if unseen_namespaces(found) > 0 {
+    if scan.coverage.unseen_namespaces() > 0 {
         text.push_str(", not every network namespace could be seen");
     }
     text
 }
 
 /// The causes as performance data, each always there, so that a graph has no gaps.
-fn causes(found: &Found) -> String {
+fn causes(scan: &Scan) -> String {
     let all = [
         Cause::NotAccepted,
         Cause::Unread,
@@ -393,7 +343,8 @@ fn causes(found: &Found) -> String {
         Cause::Sending,
     ];
     let one = |cause: Cause| {
-        let count = found.sockets.iter().filter(|s| s.cause == cause).count();
+        let sockets = scan.targets.iter().map(|target| &target.socket);
+        let count = sockets.filter(|socket| socket.cause == cause).count();
         format!("{}={count};;;0;", cause.name().replace('-', "_"))
     };
     all.map(one).join(" ")
@@ -402,7 +353,9 @@ fn causes(found: &Found) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::finder::{Held, RemoteFd, Socket};
+    use crate::model::{Coverage, Owner, Socket, Target};
+    use crate::proc::RemoteFd;
+    use crate::proc::testdata::process;
     use crate::sock_diag::testdata::stuck;
 
     const AT: Thresholds = Thresholds {
@@ -411,30 +364,27 @@ mod tests {
     };
 
     /// `counts[i]` sockets of process `100 + i`.
-    fn found(counts: &[usize]) -> Found {
-        let mut found = Found::default();
-        for (process, count) in counts.iter().enumerate() {
-            let pid = 100 + i32::try_from(process).unwrap();
-            found.processes.push(Process {
-                pid,
-                start_time: 1,
-                comm: "a|b\nc".into(),
-                cgroup: Default::default(),
-            });
+    fn scan(counts: &[usize]) -> Scan {
+        let mut scan = Scan {
+            owners_known: true,
+            ..Scan::default()
+        };
+        for (count, pid) in counts.iter().zip(100..) {
+            let process = process(pid, "a|b\nc");
             let owned = || {
-                let mut socket = Socket::from_message(&stuck("10.0.0.1:80", "10.0.0.2:5", 1));
-                let fd = RemoteFd(3);
-                socket.owners.push(Held { process, fd });
-                socket
+                let message = stuck("10.0.0.1:80", "10.0.0.2:5", 1);
+                let mut target = Target::new(Socket::from_message(&message));
+                target.owners = vec![Owner::new(Arc::clone(&process), RemoteFd(3))];
+                target
             };
-            found.sockets.extend((0..*count).map(|_| owned()));
+            scan.targets.extend((0..*count).map(|_| owned()));
         }
-        found
+        scan
     }
 
     #[test]
     fn a_threshold_is_reached_at_so_many() {
-        let status = |count| by_count(&found(&[count]), AT).status;
+        let status = |count| by_count(&scan(&[count]), AT).status;
         let reached = [0, 9, 10, 19, 20, 21].map(status);
         use Status::{Critical, Ok, Warning};
         assert_eq!(reached, [Ok, Ok, Warning, Warning, Critical, Critical]);
@@ -442,7 +392,7 @@ mod tests {
 
     #[test]
     fn the_line_is_one_with_one_bar_whatever_a_process_calls_itself() {
-        let line = by_count(&found(&[3, 12]), AT).line;
+        let line = by_count(&scan(&[3, 12]), AT).line;
         let (text, performance) = line.split_once(" | ").unwrap();
         let wanted = "CWKILL WARNING: 15 sockets stuck, 12 of a/b\\nc/101, oldest 1h00m";
         assert_eq!(text, wanted);
@@ -454,14 +404,14 @@ mod tests {
 
     #[test]
     fn what_could_not_be_seen_is_never_ok() {
-        let status = |change: fn(&mut Found), count| {
-            let mut found = found(&[count]);
-            change(&mut found);
-            by_count(&found, AT).status
+        let status = |change: fn(&mut Coverage), count| {
+            let mut scan = scan(&[count]);
+            change(&mut scan.coverage);
+            by_count(&scan, AT).status
         };
         use Status::{Critical, Ok, Unknown, Warning};
         assert_eq!(status(|f| f.unreachable_namespaces = 1, 1), Unknown);
-        assert_eq!(status(|f| f.untold_namespaces = 1, 1), Unknown);
+        assert_eq!(status(|f| f.unknown_namespaces = 1, 1), Unknown);
         assert_eq!(status(|f| f.undecided = 9, 1), Unknown);
         // So few cannot reach the threshold.
         assert_eq!(status(|f| f.undecided = 8, 1), Ok);
@@ -471,15 +421,15 @@ mod tests {
     }
 
     /// Judged by the limits of the owners, without dead descriptors.
-    fn limited(found: &Found, limits: &[Option<u64>]) -> Verdict {
-        let limit = |process: &Process| limits[usize::try_from(process.pid - 100).unwrap()];
-        let owners = owners(found, DeadScan::default(), &Selectors::default(), &limit);
-        by_limit(found, AT, &owners, &[])
+    fn limited(scan: &Scan, limits: &[Option<u64>]) -> Verdict {
+        let limit = |process: &Process| limits[usize::try_from(process.id.pid - 100).unwrap()];
+        let usages = usages(scan, DeadScan::default(), &Selectors::default(), &limit);
+        by_limit(scan, AT, &usages, &[])
     }
 
     #[test]
     fn the_owner_nearest_to_its_limit_counts() {
-        let verdict = limited(&found(&[90, 7]), &[Some(1000), Some(50)]);
+        let verdict = limited(&scan(&[90, 7]), &[Some(1000), Some(50)]);
         assert_eq!(verdict.status, Status::Warning, "14 percent of 50");
         assert!(
             verdict.line.contains("c/101 holds 7 of 50 |"),
@@ -491,20 +441,20 @@ mod tests {
                 .contains("percent=14.0%;10;20;0; dead=0;;;0; stuck=97;"),
             "{verdict:?}"
         );
-        let exact = |count| limited(&found(&[count]), &[Some(1000)]).status;
+        let exact = |count| limited(&scan(&[count]), &[Some(1000)]).status;
         assert_eq!([exact(99), exact(100)], [Status::Ok, Status::Warning]);
     }
 
     #[test]
     fn dead_descriptors_take_their_part_of_the_limit() {
-        let owner = |held, dead, unknown| Owner {
-            process: found(&[0]).processes[0].clone(),
+        let owner = |held, dead, unknown| DescriptorUsage {
+            process: process(100, "p"),
             held,
             dead,
             unknown,
             limit: Some(100),
         };
-        let judged = |owner| by_limit(&Found::default(), AT, &[owner], &[]);
+        let judged = |owner| by_limit(&Scan::default(), AT, &[owner], &[]);
         let dead = judged(owner(1, 19, 0));
         assert_eq!(dead.status, Status::Critical, "{dead:?}");
         assert!(
@@ -520,17 +470,17 @@ mod tests {
 
     #[test]
     fn an_unknown_limit_or_owner_is_unknown() {
-        let status = |found: &Found, limits: &[_]| limited(found, limits).status;
-        let verdict = limited(&found(&[1]), &[None]);
+        let status = |scan: &Scan, limits: &[_]| limited(scan, limits).status;
+        let verdict = limited(&scan(&[1]), &[None]);
         assert_eq!(verdict.status, Status::Unknown);
         let why = "the limit of a/b\\nc/100 could not be read";
         assert!(verdict.line.contains(why), "{verdict:?}");
-        let mut ownerless = found(&[1]);
-        ownerless.sockets[0].owners.clear();
+        let mut ownerless = scan(&[1]);
+        ownerless.targets[0].owners.clear();
         assert_eq!(status(&ownerless, &[Some(100)]), Status::Ok, "in flight");
-        ownerless.unreadable_processes = 1;
+        ownerless.coverage.unreadable_processes = 1;
         assert_eq!(status(&ownerless, &[Some(100)]), Status::Unknown);
-        assert_eq!(status(&Found::default(), &[]), Status::Ok);
+        assert_eq!(status(&Scan::default(), &[]), Status::Ok);
     }
 
     #[test]

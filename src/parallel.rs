@@ -1,7 +1,7 @@
 //! Work on several threads, on hosts where none may be left to start.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 use std::thread::{self, Builder};
 
 /// Makes the pool of rayon. Where no thread can be started (RLIMIT_NPROC, pids.max of the cgroup) the calling
@@ -38,15 +38,24 @@ pub(crate) fn are_there() -> bool {
     rayon::current_num_threads() > 1
 }
 
-/// Does `work` on each of `items`, `at_once` of them at the same time as far as threads can be started; one result
-/// each, in order, the panic if it ended in one.
-pub(crate) fn side_by_side<I: Sync, T: Send>(
-    items: &[I],
+/// Does `work` on each of `items`, `at_once` of them at the same time as far as threads can be started; one result each, in
+/// order, the panic if it ended in one.
+pub(crate) fn side_by_side<I: Send, T: Send>(
+    items: Vec<I>,
     at_once: usize,
-    work: impl Fn(&I) -> T + Sync,
+    work: impl Fn(I) -> T + Sync,
 ) -> Vec<thread::Result<T>> {
+    // An item is taken by the thread that works on it, or stays here where none can be started.
+    let work = |item: &Mutex<Option<I>>| {
+        let item = item.lock().unwrap_or_else(PoisonError::into_inner).take();
+        work(item.expect("each item is taken once"))
+    };
     let here = |item| catch_unwind(AssertUnwindSafe(|| work(item)));
-    if let [only] = items {
+    let items: Vec<_> = items
+        .into_iter()
+        .map(|item| Mutex::new(Some(item)))
+        .collect();
+    if let [only] = &items[..] {
         return vec![here(only)];
     }
     let mut results = Vec::with_capacity(items.len());
@@ -71,12 +80,12 @@ mod tests {
 
     #[test]
     fn results_are_in_order_and_a_panic_stays_with_its_item() {
-        let results = side_by_side(&[1, 2, 3, 4, 5], 2, |item| match item {
+        let results = side_by_side(vec![1, 2, 3, 4, 5], 2, |item| match item {
             3 => panic!("on purpose"),
             item => item * 10,
         });
         let values: Vec<Option<i32>> = results.into_iter().map(Result::ok).collect();
         assert_eq!(values, [Some(10), Some(20), None, Some(40), Some(50)]);
-        assert!(side_by_side(&[0], 1, |_| panic!("on purpose"))[0].is_err());
+        assert!(side_by_side(vec![0], 1, |_| panic!("on purpose"))[0].is_err());
     }
 }

@@ -9,8 +9,8 @@ use anyhow::Context;
 use clap::ColorChoice;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::injector::MethodName;
-use crate::injector::engine::Control;
+use crate::control::Control;
+use crate::model::Method;
 
 /// Writes a line to stderr; where that is closed or full there is nobody to tell.
 pub(crate) fn say(message: std::fmt::Arguments<'_>) {
@@ -156,7 +156,7 @@ impl Control for Terminal {
         self.interrupted.load(Ordering::Relaxed)
     }
 
-    fn progress(&self, method: MethodName, sockets: usize) {
+    fn progress(&self, method: Method, sockets: usize) {
         self.progress.set_message(method.name());
         self.progress
             .inc(u64::try_from(sockets).unwrap_or(u64::MAX));

@@ -1,129 +1,134 @@
-//! Whether new stuck sockets come after a kill, and from whom.
+//! Watches after a kill whether new stuck sockets come, and of which process.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt::Write as _;
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::config::Config;
-use crate::finder::{self, FindError, Found};
-use crate::injector::engine::Control;
-use crate::pipeline::Run;
-use crate::proc::ProcFs;
+use crate::control::Control;
+use crate::filter::selectors::Selectors;
+use crate::finder::{self, FindError};
+use crate::model::{Coverage, Scan};
+use crate::proc::netns::Namespaces;
+use crate::proc::{ProcFs, Process, ProcessId};
 use crate::sock_diag::Cookie;
 use crate::tcp::TcpState;
-use crate::text::{escape, format_rate, per_minute, seconds};
+use crate::text::{format_rate, per_minute, seconds};
 
 /// A server that closes properly passes through CLOSE-WAIT too, in less than this.
 const PASSING: Duration = Duration::from_millis(100);
 /// How soon Ctrl-C ends the watch.
-const BLINK: Duration = Duration::from_millis(50);
-/// Culprits named in the line for people.
+const INTERRUPT_INTERVAL: Duration = Duration::from_millis(50);
+/// Processes named in the line for people.
 const NAMED: usize = 3;
 
-/// What came.
+/// The sockets that became stuck during a watch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewSockets {
-    /// How long it was watched: less than asked for after Ctrl-C.
+    /// How long the watch took: less than asked for after Ctrl-C.
     pub watched: Duration,
     /// Sockets that became stuck meanwhile and still are.
     pub new: usize,
-    /// Whose they are, most first. `None`: no process is known.
-    pub by: Vec<(Option<Culprit>, usize)>,
-    /// At most so many more may match, but their owners could not be read at the last look.
-    pub undecided: usize,
-    /// Whether not every network namespace could be seen at the last look.
-    pub partial: bool,
+    /// The processes they belong to, most first; those never accepted belong to their listener's. `None`: no process is known.
+    pub by: Vec<(Option<Arc<Process>>, usize)>,
+    /// Whether the owners were searched for.
+    pub owners_known: bool,
+    /// What could not be seen at the last scan.
+    pub coverage: Coverage,
 }
 
-/// A process that new stuck sockets belong to; those never accepted belong to their listener's.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Culprit {
-    /// Its number.
-    pub pid: i32,
-    /// Its name.
-    pub comm: String,
+/// What to watch.
+#[derive(Clone, Copy, Debug)]
+pub struct Watched<'a> {
+    /// The network namespaces.
+    pub namespaces: &'a Namespaces,
+    /// The selectors of the run.
+    pub selectors: &'a Selectors,
+    /// Whether to search for owners.
+    pub owners: bool,
 }
 
-/// Looks at what matches now and again after `duration`, and counts what is there only then.
+/// Scans now and again after `duration`, and counts the sockets that are new since then and not in `known`.
 ///
-/// The selectors are those of the run but for the minimum age: what is new is young.
+/// The minimum age of the selectors does not count: what is new is young.
 ///
 /// # Errors
 /// As [`finder::find`].
 pub fn watch(
-    run: &Run,
-    config: &Config,
+    watched: Watched<'_>,
+    mut known: HashSet<Cookie>,
     duration: Duration,
     proc: &ProcFs,
     control: &dyn Control,
 ) -> Result<NewSockets, FindError> {
-    let mut selectors = config.selectors.clone();
-    selectors.min_age = Duration::ZERO;
-    let look = || match config.owners {
-        true => finder::find(&run.namespaces, proc, &selectors),
-        false => finder::find_sockets(&run.namespaces, &selectors, true),
+    let selectors = Selectors {
+        min_age: Duration::ZERO,
+        ..watched.selectors.clone()
     };
-    let mut known = cookies(&look()?);
-    known.extend(cookies(&run.found));
+    let scan = || match watched.owners {
+        true => finder::find(watched.namespaces, proc, &selectors),
+        false => finder::find_sockets(watched.namespaces, &selectors, true),
+    };
+    known.extend(cookies(&scan()?));
     let begin = control.now();
-    let watched = || control.now().saturating_duration_since(begin);
-    while watched() < duration && !control.interrupted() {
-        control.sleep(duration.saturating_sub(watched()).min(BLINK));
+    let elapsed = || control.now().saturating_duration_since(begin);
+    while elapsed() < duration && !control.interrupted() {
+        control.sleep(duration.saturating_sub(elapsed()).min(INTERRUPT_INTERVAL));
     }
-    let watched = watched();
-    Ok(count(&look()?, &known, watched))
+    let elapsed = elapsed();
+    Ok(count(scan()?, &known, elapsed))
 }
 
-fn cookies(found: &Found) -> HashSet<Cookie> {
-    found.sockets.iter().map(|socket| socket.cookie()).collect()
+/// The cookies of all targets.
+pub fn cookies(scan: &Scan) -> HashSet<Cookie> {
+    let targets = scan.targets.iter();
+    targets.map(|target| target.socket.cookie()).collect()
 }
 
-/// Counts the sockets of `found` that are not `known` and are not just passing through their state.
-fn count(found: &Found, known: &HashSet<Cookie>, watched: Duration) -> NewSockets {
-    let mut by: BTreeMap<Option<Culprit>, usize> = BTreeMap::new();
-    for socket in &found.sockets {
-        let stays = socket.age.is_none_or(|age| age >= PASSING);
-        if stays && !known.contains(&socket.cookie()) {
-            let culprit = socket.culprit(found).map(|at| Culprit {
-                pid: found.processes[at].pid,
-                comm: found.processes[at].comm.clone(),
-            });
-            *by.entry(culprit).or_default() += 1;
+/// Counts the sockets of `scan` that are not `known` and are not just passing through their state.
+fn count(scan: Scan, known: &HashSet<Cookie>, watched: Duration) -> NewSockets {
+    let mut by: BTreeMap<Option<ProcessId>, (Option<Arc<Process>>, usize)> = BTreeMap::new();
+    for target in &scan.targets {
+        let stays = target.socket.age.is_none_or(|age| age >= PASSING);
+        if stays && !known.contains(&target.socket.cookie()) {
+            let culprit = scan.culprit(target);
+            let entry = by.entry(culprit.map(|process| process.id)).or_default();
+            entry.0 = culprit.cloned();
+            entry.1 += 1;
         }
     }
-    let mut by: Vec<_> = by.into_iter().collect();
+    let mut by: Vec<_> = by.into_values().collect();
     by.sort_by_key(|(_, new)| std::cmp::Reverse(*new));
     NewSockets {
         watched,
         new: by.iter().map(|(_, new)| new).sum(),
         by,
-        undecided: found.undecided,
-        partial: found.unreachable_namespaces + found.untold_namespaces > 0,
+        owners_known: scan.owners_known,
+        coverage: scan.coverage,
     }
 }
 
 impl NewSockets {
-    /// New sockets a minute, at the pace of the watch.
+    /// New sockets per minute, at the rate of the watch.
     pub fn per_minute(&self) -> f64 {
         per_minute(self.new, self.watched)
     }
 
-    /// One line for people.
-    pub fn line(&self, config: &Config) -> String {
+    /// One line for people; `selectors` are those of the run.
+    pub fn line(&self, selectors: &Selectors) -> String {
         let time = seconds(self.watched);
         if self.new == 0 {
             return format!("none new in {time}{}", self.unseen());
         }
         let mut line = format!("{} new in {time}", self.new);
-        let by = match config.owners {
+        let by = match self.owners_known {
             true => &self.by[..],
-            // Nobody has looked.
             false => &[],
         };
-        for (index, (culprit, new)) in by.iter().take(NAMED).enumerate() {
+        for (index, (process, new)) in by.iter().take(NAMED).enumerate() {
             let separator = if index == 0 { " from " } else { ", " };
-            let _ = match culprit {
-                Some(Culprit { pid, comm }) => write!(line, "{separator}{}/{pid}", escape(comm)),
+            let _ = match process {
+                Some(process) => write!(line, "{separator}{process}"),
                 None => write!(line, "{separator}an unknown owner"),
             };
             if by.len() > 1 {
@@ -135,19 +140,19 @@ impl NewSockets {
         }
         let _ = write!(line, ", {} a minute", format_rate(self.per_minute()));
         // In other states new ones may be as they should be.
-        if config.selectors.states == TcpState::CloseWait.into() {
+        if selectors.states == TcpState::CloseWait.into() {
             line.push_str(": the leak continues");
         }
         line + &self.unseen()
     }
 
-    /// What could not be seen.
     fn unseen(&self) -> String {
         let mut text = String::new();
-        if self.undecided > 0 {
-            let _ = write!(text, "; {} more may be (owners unreadable)", self.undecided);
+        let undecided = self.coverage.undecided;
+        if undecided > 0 {
+            let _ = write!(text, "; {undecided} more may be (owners unreadable)");
         }
-        if self.partial {
+        if self.coverage.unseen_namespaces() > 0 {
             text.push_str("; not every network namespace could be seen");
         }
         text
@@ -157,71 +162,65 @@ impl NewSockets {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::Cli;
-    use crate::finder::{Held, RemoteFd, Socket};
-    use crate::proc::Process;
+    use crate::model::{Owner, Socket, Target};
+    use crate::proc::RemoteFd;
+    use crate::proc::testdata::process;
     use crate::sock_diag::testdata::stuck;
-    use clap::Parser;
 
-    fn found(cookies: std::ops::Range<u64>) -> Found {
-        let process = |pid| Process {
-            pid,
-            start_time: 1,
-            comm: "java\x1b".into(),
-            cgroup: Default::default(),
+    fn scan(cookies: std::ops::Range<u64>) -> Scan {
+        let processes = [process(4421, "java\x1b"), process(77, "java\x1b")];
+        let target = |cookie| {
+            let message = stuck("10.0.0.1:80", "10.0.0.2:5", cookie);
+            let mut target = Target::new(Socket::from_message(&message));
+            let process = &processes[usize::from(cookie % 4 == 0)];
+            target.owners = vec![Owner::new(Arc::clone(process), RemoteFd(3))];
+            target
         };
-        let socket = |cookie| {
-            let mut socket = Socket::from_message(&stuck("10.0.0.1:80", "10.0.0.2:5", cookie));
-            let (process, fd) = (usize::from(cookie % 4 == 0), RemoteFd(3));
-            socket.owners = vec![Held { process, fd }];
-            socket
-        };
-        Found {
-            sockets: cookies.map(socket).collect(),
-            processes: vec![process(4421), process(77)],
-            ..Found::default()
+        Scan {
+            targets: cookies.map(target).collect(),
+            owners_known: true,
+            ..Scan::default()
         }
     }
 
-    fn line(refill: &NewSockets, arguments: &str) -> String {
-        let words = ["cwkill"].into_iter().chain(arguments.split_whitespace());
-        let config = Config::from_args(Cli::try_parse_from(words).unwrap().args).unwrap();
-        refill.line(&config)
+    fn all() -> Selectors {
+        Selectors::default()
     }
 
     #[test]
-    fn only_what_is_new_and_stays_is_counted() {
-        let mut now = found(1..9);
-        now.sockets[7].age = Some(Duration::from_millis(1));
+    fn only_sockets_that_are_new_and_stay_are_counted() {
+        let mut now = scan(1..9);
+        now.targets[7].socket.age = Some(Duration::from_millis(1));
         let known = [Cookie(1), Cookie(2), Cookie(99)].into();
-        let refill = count(&now, &known, Duration::from_secs(10));
-        assert_eq!(refill.new, 5, "3, 4, 5, 6, 7; 8 is passing");
-        assert!((refill.per_minute() - 30.0).abs() < 1e-9);
+        let new = count(now, &known, Duration::from_secs(10));
+        assert_eq!(new.new, 5, "3, 4, 5, 6, 7; 8 is passing");
+        assert!((new.per_minute() - 30.0).abs() < 1e-9);
         let text = "5 new in 10 s from java\\u{1b}/4421 (4), java\\u{1b}/77 (1), 30 a minute";
-        assert_eq!(
-            line(&refill, "--all"),
-            format!("{text}: the leak continues")
-        );
-        assert_eq!(line(&refill, "--state last-ack"), text);
+        assert_eq!(new.line(&all()), format!("{text}: the leak continues"));
+        let last_ack = Selectors {
+            states: TcpState::LastAck.into(),
+            ..all()
+        };
+        assert_eq!(new.line(&last_ack), text);
     }
 
     #[test]
-    fn what_could_not_be_seen_is_said() {
-        let mut now = found(1..3);
-        now.undecided = 4;
-        now.unreachable_namespaces = 1;
-        let told = "; 4 more may be (owners unreadable); not every network namespace could be seen";
-        for known in [HashSet::new(), cookies(&now)] {
-            let refill = count(&now, &known, Duration::from_secs(10));
-            let line = line(&refill, "--all");
-            assert!(line.ends_with(told), "{line}");
+    fn what_could_not_be_seen_is_reported() {
+        let ending =
+            "; 4 more may be (owners unreadable); not every network namespace could be seen";
+        for known in [HashSet::new(), cookies(&scan(1..3))] {
+            let mut now = scan(1..3);
+            now.coverage.undecided = 4;
+            now.coverage.unreachable_namespaces = 1;
+            let line = count(now, &known, Duration::from_secs(10)).line(&all());
+            assert!(line.ends_with(ending), "{line}");
         }
     }
 
     #[test]
-    fn nothing_new_is_said_too() {
-        let refill = count(&found(1..3), &cookies(&found(1..3)), Duration::ZERO);
-        assert_eq!(refill.per_minute(), 0.0);
-        assert_eq!(line(&refill, "--all"), "none new in 0 ms");
+    fn nothing_new_is_reported_too() {
+        let new = count(scan(1..3), &cookies(&scan(1..3)), Duration::ZERO);
+        assert_eq!(new.per_minute(), 0.0);
+        assert_eq!(new.line(&all()), "none new in 0 ms");
     }
 }

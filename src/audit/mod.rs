@@ -10,7 +10,6 @@ pub mod record;
 mod sinks;
 
 use std::io::{self, Write};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
@@ -19,33 +18,12 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, bail};
 use nix::sys::stat::fstat;
 
-use crate::pipeline;
-use crate::reclaim::command;
+use crate::config::{LogOptions, LogTarget};
+use crate::report::Run;
+use crate::report::reclaim::ReclaimRun;
 use journal::Journal;
 use record::{Caller, Entry};
 use sinks::{Losses, PATIENCE, Rendered, Sink, To};
-
-/// Where the log goes beside a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Target {
-    /// The journal.
-    Journald,
-    /// A line a record on standard error.
-    Stderr,
-    /// Nowhere.
-    None,
-}
-
-/// What the operator asked for.
-#[derive(Clone, Debug, Default)]
-pub struct Wanted {
-    /// Where to, or as it fits: the journal when run by systemd, else standard error if `verbose`.
-    pub target: Option<Target>,
-    /// A file to append to.
-    pub file: Option<PathBuf>,
-    /// To tell what is done.
-    pub verbose: bool,
-}
 
 /// An open log.
 pub struct Audit {
@@ -55,21 +33,21 @@ pub struct Audit {
 }
 
 impl Audit {
-    /// Opens what is `wanted`; `None` where that is nothing.
+    /// Opens the log; `None` if nothing is to be logged.
     ///
     /// # Errors
     /// One of them cannot be written; the error says which.
-    pub fn open(wanted: &Wanted) -> anyhow::Result<Option<Audit>> {
+    pub fn open(options: &LogOptions) -> anyhow::Result<Option<Audit>> {
         let mut sinks = Vec::new();
         let by_systemd = || is_journal(io::stderr()) || is_journal(io::stdout());
-        let (target, asked_for) = match wanted.target {
+        let (target, asked_for) = match options.target {
             Some(target) => (target, true),
-            None if by_systemd() => (Target::Journald, false),
-            None if wanted.verbose => (Target::Stderr, false),
-            None => (Target::None, false),
+            None if by_systemd() => (LogTarget::Journald, false),
+            None if options.verbose => (LogTarget::Stderr, false),
+            None => (LogTarget::None, false),
         };
         match target {
-            Target::Journald => match Journal::open(PATIENCE) {
+            LogTarget::Journald => match Journal::open(PATIENCE) {
                 Ok(journal) => sinks.push(To::Journal(journal)),
                 Err(error) if asked_for => {
                     return Err(error)
@@ -78,10 +56,10 @@ impl Audit {
                 // In a sandbox without /run the journal still has our standard error.
                 Err(_) => sinks.push(To::Stderr { counts: true }),
             },
-            Target::Stderr => sinks.push(To::Stderr { counts: asked_for }),
-            Target::None => {}
+            LogTarget::Stderr => sinks.push(To::Stderr { counts: asked_for }),
+            LogTarget::None => {}
         }
-        if let Some(path) = &wanted.file {
+        if let Some(path) = &options.file {
             let file = file::open(path)
                 .with_context(|| format!("cannot write the log {}", path.display()))?;
             sinks.push(To::File(file, path.display().to_string()));
@@ -100,7 +78,7 @@ impl Audit {
     ///
     /// # Errors
     /// It could not be written: nothing must be done.
-    pub fn begin(&mut self, run: &pipeline::Run) -> anyhow::Result<()> {
+    pub fn begin(&mut self, run: &Run) -> anyhow::Result<()> {
         self.put(&Entry::begin(run, self.caller.sentence()));
         self.intend(record::intents(run))
     }
@@ -109,7 +87,7 @@ impl Audit {
     ///
     /// # Errors
     /// As [`Audit::begin`].
-    pub fn begin_reclaim(&mut self, run: &command::Run) -> anyhow::Result<()> {
+    pub fn begin_reclaim(&mut self, run: &ReclaimRun) -> anyhow::Result<()> {
         self.put(&Entry::begin_reclaim(run, self.caller.sentence()));
         self.intend(record::reclaim_intents(run))
     }
@@ -130,13 +108,13 @@ impl Audit {
     /// Says what was done to each socket, and that this was all. What could not be written is the answer, as a sentence.
     ///
     /// Should it take long, standard error has the `summary` of what was done meanwhile.
-    pub fn finish(self, run: &pipeline::Run, summary: String) -> Option<String> {
+    pub fn finish(self, run: &Run, summary: String) -> Option<String> {
         let entries = record::outcomes(run).chain([Entry::end(run)]);
-        self.tell(entries, run.plans.len() + 1, summary)
+        self.tell(entries, run.scan.targets.len() + 1, summary)
     }
 
     /// Says what became of each descriptor, and that this was all; as [`Audit::finish`].
-    pub fn finish_reclaim(self, run: &command::Run, summary: String) -> Option<String> {
+    pub fn finish_reclaim(self, run: &ReclaimRun, summary: String) -> Option<String> {
         let entries = record::reclaim_outcomes(run).chain([Entry::end_reclaim(run)]);
         self.tell(entries, run.descriptors.len() + 1, summary)
     }
@@ -236,22 +214,22 @@ mod tests {
             Path::new("/dev/null"),
             Path::new("/nowhere/log"),
         ] {
-            let wanted = Wanted {
-                target: Some(Target::None),
+            let options = LogOptions {
+                target: Some(LogTarget::None),
                 file: Some(path.into()),
                 verbose: false,
             };
-            let error = format!("{:#}", Audit::open(&wanted).err().unwrap());
+            let error = format!("{:#}", Audit::open(&options).err().unwrap());
             assert!(error.contains(&path.display().to_string()), "{error}");
         }
     }
 
     #[test]
     fn nothing_wanted_is_no_log() {
-        let wanted = Wanted {
-            target: Some(Target::None),
-            ..Wanted::default()
+        let options = LogOptions {
+            target: Some(LogTarget::None),
+            ..LogOptions::default()
         };
-        assert!(Audit::open(&wanted).unwrap().is_none());
+        assert!(Audit::open(&options).unwrap().is_none());
     }
 }

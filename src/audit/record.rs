@@ -1,16 +1,15 @@
 //! What a record says. Pure, but for [`Caller::this_process`].
 
+use std::collections::BTreeSet;
 use std::time::SystemTime;
 
 use serde::Serialize;
 
-use crate::finder::{Found, Socket};
-use crate::injector::MethodName;
-use crate::injector::engine::Verdict;
-use crate::pipeline::{Deed, Run};
-use crate::reclaim::{Fate, command};
+use crate::model::{Method, Outcome, Owner, ReclaimOutcome, Scan, Target};
+use crate::proc::{Process, ProcessId};
 use crate::report::json::{self, JsonSocket};
-use crate::report::{Tally, reclaim, text};
+use crate::report::reclaim::{self, ReclaimRun};
+use crate::report::{Run, Tally, text};
 use crate::text::escape;
 
 /// Who runs it; the same in every record of a run.
@@ -122,9 +121,9 @@ pub enum Entry<'a> {
     Outcome {
         /// The socket with its result, as in the report for programs.
         socket: Box<JsonSocket<'a>>,
-        /// The same, as the ladder has it.
+        /// The same.
         #[serde(skip)]
-        deed: &'a Deed,
+        target: &'a Target,
         /// Who holds it, or should have accepted it, and where.
         #[serde(skip)]
         whose: String,
@@ -140,7 +139,7 @@ pub enum Entry<'a> {
         descriptor: Box<reclaim::Descriptor<'a>>,
         /// The same.
         #[serde(skip)]
-        fate: &'a Fate,
+        outcome: Option<&'a ReclaimOutcome>,
     },
     /// All has been done.
     End {
@@ -156,50 +155,44 @@ pub enum Entry<'a> {
 
 /// A record for every socket that `run` is about to act on.
 pub fn intents(run: &Run) -> impl Iterator<Item = Entry<'_>> {
-    let sockets = json::sockets(run).zip(&run.found.sockets).zip(&run.plans);
-    sockets
-        .filter(|(_, plan)| !plan.methods.is_empty())
-        .map(|((json, socket), _)| Entry::Intent {
-            socket: Box::new(json),
-            whose: whose(run, socket),
+    let targets = run.scan.targets.iter();
+    targets
+        .filter(|target| target.plan.skip.is_none())
+        .map(|target| Entry::Intent {
+            socket: Box::new(json::json_socket(run, target)),
+            whose: whose(&run.scan, target),
         })
 }
 
 /// A record for every socket of a run that is over.
 pub fn outcomes(run: &Run) -> impl Iterator<Item = Entry<'_>> {
-    let sockets = json::sockets(run).zip(&run.found.sockets);
-    sockets
-        .zip(run.deeds.iter().flatten())
-        .map(|((json, socket), deed)| Entry::Outcome {
-            socket: Box::new(json),
-            deed,
-            whose: whose(run, socket),
-        })
+    run.scan.targets.iter().map(|target| Entry::Outcome {
+        socket: Box::new(json::json_socket(run, target)),
+        target,
+        whose: whose(&run.scan, target),
+    })
 }
 
 /// A record for every descriptor that `run` is about to close.
-pub fn reclaim_intents(run: &command::Run) -> impl Iterator<Item = Entry<'_>> {
-    reclaim::descriptors(run).map(|descriptor| Entry::ReclaimIntent {
-        descriptor: Box::new(descriptor),
+pub fn reclaim_intents(run: &ReclaimRun) -> impl Iterator<Item = Entry<'_>> {
+    run.descriptors.iter().map(|dead| Entry::ReclaimIntent {
+        descriptor: Box::new(reclaim::json_descriptor(run, dead)),
     })
 }
 
 /// A record for every descriptor of a run that is over.
-pub fn reclaim_outcomes(run: &command::Run) -> impl Iterator<Item = Entry<'_>> {
-    let fates = run.fates.iter().flatten();
-    reclaim::descriptors(run)
-        .zip(fates)
-        .map(|(descriptor, fate)| Entry::ReclaimOutcome {
-            descriptor: Box::new(descriptor),
-            fate,
-        })
+pub fn reclaim_outcomes(run: &ReclaimRun) -> impl Iterator<Item = Entry<'_>> {
+    run.descriptors.iter().map(|dead| Entry::ReclaimOutcome {
+        descriptor: Box::new(reclaim::json_descriptor(run, dead)),
+        outcome: dead.owner.reclaim.as_ref(),
+    })
 }
 
 /// The owners of a socket, or those of the listener that has it, and its network namespace.
-fn whose(run: &Run, socket: &Socket) -> String {
-    let netns = escape(&run.namespaces[socket.netns].label());
-    let names = owners(&run.found, socket);
-    let place = match text::whose(&run.found, socket, true).as_str() {
+fn whose(scan: &Scan, target: &Target) -> String {
+    let netns = escape(&scan.netns(target).label());
+    let names = owners(scan.responsible(target));
+    let place = match text::units(scan, target, true).as_str() {
         "-" => String::new(),
         place => format!(" ({place})"),
     };
@@ -212,20 +205,11 @@ fn whose(run: &Run, socket: &Socket) -> String {
 /// How many owners a sentence names.
 const NAMES: usize = 3;
 
-fn owners(found: &Found, socket: &Socket) -> Vec<String> {
-    let held = match socket.listener {
-        Some(listener) => &found.listeners[listener].owners,
-        None => &socket.owners,
-    };
-    let mut processes: Vec<usize> = held.iter().map(|held| held.process).collect();
-    processes.dedup();
-    let mut names: Vec<String> = processes[..processes.len().min(NAMES)]
-        .iter()
-        .map(|&process| {
-            let process = &found.processes[process];
-            format!("{}/{}", escape(&process.comm), process.pid)
-        })
-        .collect();
+fn owners(owners: &[Owner]) -> Vec<String> {
+    let mut processes: Vec<&Process> = owners.iter().map(|owner| &*owner.process).collect();
+    processes.dedup_by_key(|process| process.id);
+    let named = processes.iter().take(NAMES);
+    let mut names: Vec<String> = named.map(ToString::to_string).collect();
     if processes.len() > NAMES {
         names.push(format!("{} more", processes.len() - NAMES));
     }
@@ -233,31 +217,28 @@ fn owners(found: &Found, socket: &Socket) -> Vec<String> {
 }
 
 impl Entry<'_> {
-    /// What `run` is about to do for `who`.
+    /// The record of what `run` is about to do for `who`.
     pub fn begin(run: &Run, who: String) -> Self {
-        let mut methods: Vec<MethodName> = Vec::new();
-        for method in run.plans.iter().flat_map(|plan| &plan.methods) {
+        let targets = &run.scan.targets;
+        let mut methods: Vec<Method> = Vec::new();
+        for method in targets.iter().flat_map(|target| &target.plan.methods) {
             if !methods.contains(method) {
                 methods.push(*method);
             }
         }
+        let to_act_on = targets.iter().filter(|target| target.plan.skip.is_none());
         Entry::Begin {
-            matched: run.plans.len(),
-            to_act_on: run
-                .plans
-                .iter()
-                .filter(|plan| !plan.methods.is_empty())
-                .count(),
-            methods: methods.into_iter().map(MethodName::name).collect(),
+            matched: targets.len(),
+            to_act_on: to_act_on.count(),
+            methods: methods.into_iter().map(Method::name).collect(),
             who,
         }
     }
 
-    /// What `run` is about to do for `who`.
-    pub fn begin_reclaim(run: &command::Run, who: String) -> Self {
-        let mut processes: Vec<usize> = run.descriptors.iter().map(|d| d.wanted.owner).collect();
-        processes.sort_unstable();
-        processes.dedup();
+    /// The record of what `run` is about to do for `who`.
+    pub fn begin_reclaim(run: &ReclaimRun, who: String) -> Self {
+        let owners = run.descriptors.iter().map(|dead| dead.owner.process.id);
+        let processes: BTreeSet<ProcessId> = owners.collect();
         Entry::BeginReclaim {
             descriptors: run.descriptors.len(),
             processes: processes.len(),
@@ -265,17 +246,17 @@ impl Entry<'_> {
         }
     }
 
-    /// What `run` has done.
+    /// The record of what `run` has done.
     pub fn end(run: &Run) -> Self {
         Entry::End {
             summary: Tally::of(run),
         }
     }
 
-    /// What `run` has done.
-    pub fn end_reclaim(run: &command::Run) -> Self {
+    /// The record of what `run` has done.
+    pub fn end_reclaim(run: &ReclaimRun) -> Self {
         Entry::EndReclaim {
-            summary: reclaim::Tally::of(run.descriptors.len(), run.fates.iter().flatten()),
+            summary: reclaim::Tally::of_descriptors(run),
         }
     }
 
@@ -327,24 +308,22 @@ impl Entry<'_> {
             ),
             Entry::Outcome {
                 socket,
-                deed,
+                target,
                 whose,
             } => format!(
                 "{} {} {whose}: {}",
                 socket.local,
                 socket.peer,
-                text::result(&deed.outcome, true).0
+                text::result(target, true).map_or_else(String::new, |(text, _)| text)
             ),
             Entry::ReclaimIntent { descriptor } => {
                 format!("{}: to be closed", descriptor.sentence())
             }
-            Entry::ReclaimOutcome { descriptor, fate } => {
-                let result = match fate {
-                    Fate::Freed => "freed".to_owned(),
-                    Fate::Gone => "gone before the act".to_owned(),
-                    Fate::Skipped(reason) => format!("skipped: {reason}"),
-                    Fate::Failed(reason) => format!("failed: {reason}"),
-                };
+            Entry::ReclaimOutcome {
+                descriptor,
+                outcome,
+            } => {
+                let (result, _) = reclaim::result(*outcome);
                 format!("{}: {result}", descriptor.sentence())
             }
             Entry::End { summary } => summary.sentence(),
@@ -362,7 +341,7 @@ impl Entry<'_> {
     /// The outcome, and by which method.
     pub fn outcome(&self) -> Option<&'static str> {
         match self {
-            Entry::ReclaimOutcome { fate, .. } => Some(reclaim::outcome(fate).0),
+            Entry::ReclaimOutcome { outcome, .. } => Some(outcome.as_ref()?.name()),
             _ => Some(self.socket()?.result.as_ref()?.outcome),
         }
     }
@@ -395,8 +374,10 @@ impl Entry<'_> {
     /// Whether something did not work.
     pub fn is_failure(&self) -> bool {
         match self {
-            Entry::Outcome { deed, .. } => matches!(deed.outcome.verdict, Verdict::Failed),
-            Entry::ReclaimOutcome { fate, .. } => matches!(fate, Fate::Failed(_)),
+            Entry::Outcome { target, .. } => target.outcome == Some(Outcome::Failed),
+            Entry::ReclaimOutcome { outcome, .. } => {
+                matches!(outcome, Some(ReclaimOutcome::Failed(_)))
+            }
             _ => false,
         }
     }
@@ -412,14 +393,11 @@ impl Entry<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::finder::{Found, Socket};
-    use crate::injector::ActError;
-    use crate::injector::engine::{Attempt, Outcome};
-    use crate::injector::plan::Plan;
+    use crate::model::{MethodError, SkipReason, Socket};
     use crate::proc::ProcFs;
     use crate::proc::netns::NetnsScope;
     use crate::sock_diag::testdata::stuck;
-    use crate::sweep::Swept;
+    use nix::errno::Errno;
     use serde_json::Value;
     use std::time::Duration;
 
@@ -434,35 +412,21 @@ mod tests {
         }
     }
 
-    /// A run over one socket on which both methods were tried.
+    /// A run over one socket on which both methods were to be tried.
     fn run() -> Run {
-        let denied = std::io::Error::from_raw_os_error(libc::EPERM);
-        Run {
+        let message = stuck("[::1]:80", "[::2]:5", 9);
+        let mut target = Target::new(Socket::from_message(&message));
+        target.plan.methods = vec![Method::Destroy, Method::Rst];
+        let denied = MethodError::SystemCall("SOCK_DESTROY", Errno::EPERM);
+        target.record(Method::Destroy, Err(denied));
+        target.outcome = Some(Outcome::Failed);
+        let mut run = Run::new(Scan {
             namespaces: NetnsScope::Current.open(&ProcFs::default()).unwrap().open,
-            found: Found {
-                sockets: vec![Socket::from_message(&stuck("[::1]:80", "[::2]:5", 9))],
-                ..Found::default()
-            },
-            plans: vec![Plan {
-                methods: vec![MethodName::Destroy, MethodName::Rst],
-                excluded: Vec::new(),
-                over_limit: false,
-            }],
-            unlisted: None,
-            swept: Swept::default(),
-            deeds: Some(vec![Deed {
-                outcome: Outcome {
-                    verdict: Verdict::Failed,
-                    attempts: vec![Attempt {
-                        method: MethodName::Destroy,
-                        error: Some(ActError::Os("SOCK_DESTROY", denied)),
-                    }],
-                },
-                descriptors: None,
-            }]),
-            refill: None,
-            reclaimed: None,
-        }
+            targets: vec![target],
+            ..Scan::default()
+        });
+        run.acted = true;
+        run
     }
 
     fn line(entry: &Entry<'_>) -> Value {
@@ -501,7 +465,9 @@ mod tests {
                 .message()
                 .ends_with("to be closed by destroy, then rst")
         );
-        run.plans[0].methods.clear();
+        let plan = &mut run.scan.targets[0].plan;
+        plan.methods.clear();
+        plan.skip = Some(SkipReason::NoMethod);
         assert!(begin(&run).ends_with(": nothing can be done to the 1 sockets that matched"));
         assert!(intents(&run).next().is_none());
     }

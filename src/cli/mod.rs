@@ -20,8 +20,7 @@ pub use misplaced::Misplaced;
 pub use reclaim::{ReclaimArgs, Reclaiming};
 pub use selection::{OwnerSelection, Selection};
 
-use crate::audit;
-use crate::injector::MethodName;
+use crate::model::Method;
 
 const AFTER_HELP: &str = "\
 Without a selector cwkill lists what is stuck and never acts. With one it acts, unless --dry-run.
@@ -139,7 +138,7 @@ pub struct Acting {
 pub struct Logging {
     /// Record every act there: journald, stderr or none [default: journald when run by systemd, else stderr with -v]
     #[arg(long, value_name = "WHERE", value_parser = values::log_target)]
-    pub log: Option<audit::Target>,
+    pub log: Option<LogTarget>,
 
     /// Append a JSON line for every act to this file
     #[arg(long, value_name = "PATH")]
@@ -153,15 +152,6 @@ impl Logging {
             (Some(_), _) => Some("--log"),
             (None, Some(_)) => Some("--log-file"),
             (None, None) => None,
-        }
-    }
-
-    /// What the log is to be.
-    pub(crate) fn wanted(self, verbose: bool) -> audit::Wanted {
-        audit::Wanted {
-            target: self.log,
-            file: self.log_file,
-            verbose,
         }
     }
 }
@@ -195,13 +185,24 @@ pub struct Output {
     pub color: ColorChoice,
 }
 
+/// A log beside a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogTarget {
+    /// The journal.
+    Journald,
+    /// A line for each record on standard error.
+    Stderr,
+    /// No log.
+    None,
+}
+
 /// A value of `--method`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MethodChoice {
     /// The default order.
     Auto,
     /// This one.
-    Only(MethodName),
+    Only(Method),
 }
 
 #[cfg(test)]

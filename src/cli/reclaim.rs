@@ -87,3 +87,16 @@ fn of_descriptors(argument: Arg) -> Arg {
     };
     argument.help(help)
 }
+
+impl Reclaiming {
+    /// An option that only makes sense when descriptors are to be taken.
+    pub fn given(&self) -> Option<&'static str> {
+        [
+            ("--reclaim-age", self.reclaim_age.is_some()),
+            ("--reclaim-force", self.reclaim_force),
+            ("--stop-limit", self.stop_limit.is_some()),
+        ]
+        .into_iter()
+        .find_map(|(option, given)| given.then_some(option))
+    }
+}

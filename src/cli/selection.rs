@@ -1,4 +1,4 @@
-//! Which sockets are meant, and where to look for them.
+//! NetnsScope sockets are meant, and where to look for them.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use ipnet::IpNet;
 
 use super::values;
 use crate::filter::selectors::UnitName;
-use crate::model::cause::Cause;
+use crate::model::Cause;
 use crate::tcp::TcpState;
 
 /// The selectors, the same in every command that looks for stuck sockets.

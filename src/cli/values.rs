@@ -8,10 +8,9 @@ use globset::{Glob, GlobMatcher};
 use ipnet::{IpNet, Ipv4Net};
 use nix::unistd::{Uid, User};
 
-use super::MethodChoice;
-use crate::audit::Target;
+use super::{LogTarget, MethodChoice};
 use crate::filter::selectors::UnitName;
-use crate::model::cause::Cause;
+use crate::model::Cause;
 use crate::tcp::TcpState;
 
 pub(super) fn port_range(text: &str) -> Result<RangeInclusive<u16>, String> {
@@ -49,11 +48,11 @@ pub(super) fn network(text: &str) -> Result<IpNet, String> {
     Ok(network)
 }
 
-pub(super) fn log_target(text: &str) -> Result<Target, String> {
+pub(super) fn log_target(text: &str) -> Result<LogTarget, String> {
     match text {
-        "journald" => Ok(Target::Journald),
-        "stderr" => Ok(Target::Stderr),
-        "none" => Ok(Target::None),
+        "journald" => Ok(LogTarget::Journald),
+        "stderr" => Ok(LogTarget::Stderr),
+        "none" => Ok(LogTarget::None),
         _ => Err("give journald, stderr or none; for a file use --log-file PATH".into()),
     }
 }
@@ -148,7 +147,7 @@ pub(super) fn state(text: &str) -> Result<TcpState, String> {
 
 pub(super) fn cause(text: &str) -> Result<Cause, String> {
     text.parse()
-        .map_err(|()| "give some of not-accepted,unread,drained,sending,handshake,orphan".into())
+        .map_err(|_| "give some of not-accepted,unread,drained,sending,handshake,orphan".into())
 }
 
 pub(super) fn duration(text: &str) -> Result<Duration, String> {
@@ -178,7 +177,7 @@ pub(super) fn method(text: &str) -> Result<MethodChoice, String> {
         _ => text
             .parse()
             .map(MethodChoice::Only)
-            .map_err(|()| "give auto, or some of probe,shutdown,destroy,rst".into()),
+            .map_err(|_| "give auto, or some of probe,shutdown,destroy,rst".into()),
     }
 }
 

@@ -1,67 +1,68 @@
 //! `cwkill` without a command: lists what is stuck, or closes it.
 
 use std::io::{self, IsTerminal, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 
-use super::{drop_all_but, is_told, open_log, refuse, say_hints, say_notes};
+use super::{drop_all_but, open_log, refuse, say_hints, say_notes, sweep, was_reported};
 use crate::cli::Args;
 use crate::config::{Action, Config, Format};
-use crate::injector::engine::Control;
-use crate::pipeline::{self, Run};
-use crate::privileges::{Privilege, Privileges, drop};
-use crate::proc::ProcFs;
-use crate::report::{ExitStatus, exit_status, json, notes, text};
+use crate::control::Control;
+use crate::finder::{self, FindError, owners};
+use crate::injector::{plan, workers};
+use crate::model::{Outcome, Privilege, ReclaimOutcome, Scan, Target};
+use crate::privileges::{Privileges, drop};
+use crate::proc::netns::Namespaces;
+use crate::proc::{FdState, ProcFs};
+use crate::reclaim::{self, ReclaimRules, ReclaimTarget};
+use crate::report::{ExitStatus, Run, exit_status, json, notes, text};
 use crate::terminal::{Terminal, is_coloured, say, write_out};
-use crate::watch;
+use crate::text::seconds;
+use crate::watch::{self, Watched};
 
+/// The whole run, from its arguments to its exit status.
 pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     let config = &Config::from_args(args).unwrap_or_else(|error| refuse(&error));
-    if config.format != Format::Quiet {
+    let acts = config.action == Action::Act;
+    let quiet = config.format == Format::Quiet;
+    if !quiet {
         say_notes(&config.notes);
     }
-    // What may be planned is told by what was granted, also where nothing of it is used.
+    // Read before anything is given up: the plan says what was granted, also where nothing of it is used.
     let privileges = Privileges::of_this_thread()?;
-    let audit = open_log(config.action, &config.log)?;
-    let mut needed = drop::to_find(&config.netns, config.owners);
-    if config.action == Action::Act {
-        needed.extend(drop::to_act(&config.policy.methods));
-        if config.reclaim.is_some() {
-            needed.extend(drop::to_reclaim());
-        }
-    }
-    drop_all_but(&needed);
-    let quiet = config.format == Format::Quiet;
-    let mut terminal = Terminal::new(config.action == Action::Act, quiet)?;
+    let log = open_log(config.action, &config.log)?;
+    drop_all_but(&needed_capabilities(config));
+    let mut terminal = Terminal::new(acts, quiet)?;
     let proc = ProcFs::default();
-    let mut run = match &audit {
-        None => pipeline::sweep_and_plan(config, &proc, &privileges, &terminal)?,
-        // What is to be done is recorded first.
-        Some(_) => pipeline::plan(config, &proc, &privileges)?,
+
+    let namespaces = finder::open(&config.netns, &proc)?;
+    // What is logged must be known before anything is done.
+    let swept = match log {
+        None => sweep(config, &namespaces, &privileges, &terminal),
+        Some(_) => Vec::new(),
     };
+    let mut run = Run::new(find(config, &namespaces, swept, &proc)?);
+    plan::build(&mut run.scan, &config.policy, &privileges);
     // A run that has nothing to do leaves no record.
-    let mut audit = audit.filter(|_| !run.plans.is_empty());
-    if let Some(audit) = &mut audit {
-        let begun = terminal.aside(|| audit.begin(&run));
-        begun.context("nothing was done")?;
+    let mut log = log.filter(|_| !run.scan.targets.is_empty());
+    if let Some(log) = &mut log {
+        let intents = terminal.aside(|| log.begin(&run));
+        intents.context("nothing was done")?;
     }
-    pipeline::carry_out(&mut run, config, &proc, &privileges, &terminal);
+    if acts {
+        close(&mut run, config, &privileges, &proc, &terminal);
+    }
+    if let Some(rules) = &config.reclaim {
+        reclaim(&mut run, rules, &proc, &terminal);
+    }
     // From here a signal ends the program again: a log on a disk or behind a pipe that hangs must not hold the operator.
     terminal.rest();
-    let unrecorded = audit.and_then(|audit| audit.finish(&run, text::summary(&run, config)));
-    // A document has room for what comes later; a person reads the results meanwhile.
-    let early = config.format == Format::Json;
-    let mut line = None;
-    if early {
-        line = watch(&mut run, config, &mut terminal);
-    }
-    let written = report(&run, config);
-    messages(&run, config);
-    if !early && written.is_ok() {
-        line = watch(&mut run, config, &mut terminal);
-    }
-    drop(terminal);
-    let written = match (line, config.format) {
+    let unrecorded = log.and_then(|log| log.finish(&run, text::summary(&run, config)));
+
+    let (written, new_sockets) = report(&mut run, config, &namespaces, &mut terminal);
+    std::mem::drop(terminal);
+    let written = match (new_sockets, config.format) {
         (Some(line), Format::Table) => written.and_then(|()| writeln!(io::stdout(), "{line}")),
         (Some(line), _) => {
             say(format_args!("note: {line}"));
@@ -69,36 +70,216 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
         }
         (None, _) => written,
     };
-    let summary = run.deeds.is_some().then(|| text::summary(&run, config));
-    if !is_told(written, unrecorded, summary.as_deref())? {
+    let summary = run.acted.then(|| text::summary(&run, config));
+    if !was_reported(written, unrecorded, summary.as_deref())? {
         return Ok(ExitStatus::Impossible);
     }
     let status = exit_status(&run);
-    // The program ends here; a large result takes a while to give back piece by piece.
+    // The program ends here; a large result takes a while to free piece by piece.
     std::mem::forget(run);
     Ok(status)
 }
 
-/// Watches for new stuck sockets, if that is asked for and something was done, and says what came.
-fn watch(run: &mut Run, config: &Config, terminal: &mut Terminal) -> Option<String> {
+fn needed_capabilities(config: &Config) -> caps::CapsHashSet {
+    let mut needed = drop::to_find(&config.netns, config.owners);
+    if config.action == Action::Act {
+        needed.extend(drop::to_act(&config.policy.methods));
+        if config.reclaim.is_some() {
+            needed.extend(drop::to_reclaim());
+        }
+    }
+    needed
+}
+
+/// Destroys sockets while the kernel lists them, where `config` leaves nothing to decide; see [`mod@sweep`].
+pub fn sweep(
+    config: &Config,
+    namespaces: &Namespaces,
+    privileges: &Privileges,
+    control: &dyn Control,
+) -> Vec<Target> {
+    match &namespaces.open[..] {
+        [netns] if sweep::fits(config) => sweep::sweep(config, netns, privileges, control),
+        _ => Vec::new(),
+    }
+}
+
+/// Finds the sockets, and adds those that were `swept` before.
+///
+/// # Errors
+/// Nothing can be found at all, and nothing was swept. What was swept must be reported.
+pub fn find(
+    config: &Config,
+    namespaces: &Namespaces,
+    mut swept: Vec<Target>,
+    proc: &ProcFs,
+) -> anyhow::Result<Scan> {
+    let find = || -> Result<Scan, FindError> {
+        match config.owners {
+            true => finder::find(namespaces, proc, &config.selectors),
+            // After a sweep few are left.
+            false => finder::find_sockets(namespaces, &config.selectors, swept.is_empty()),
+        }
+    };
+    let found = match catch_unwind(AssertUnwindSafe(find)) {
+        Err(panic) if swept.is_empty() => resume_unwind(panic),
+        Err(_) => Err(anyhow!("a bug of cwkill")),
+        Ok(found) => found.map_err(anyhow::Error::from),
+    };
+    let mut scan = match found {
+        Err(error) if swept.is_empty() => return Err(error),
+        Err(error) => {
+            let mut scan = finder::empty_scan(namespaces);
+            scan.coverage.unlisted = Some(format!("{error:#}"));
+            scan
+        }
+        Ok(scan) => scan,
+    };
+    if !swept.is_empty() {
+        sweep::drop_listed(&mut swept, &scan.targets);
+        scan.targets.append(&mut swept);
+        // Nobody reads the order of a quiet run.
+        if config.format != Format::Quiet {
+            finder::sort(&mut scan.targets);
+        }
+    }
+    Ok(scan)
+}
+
+/// Closes the sockets as planned, and checks which of their descriptors are still open. What happens to each is in its target.
+pub fn close(
+    run: &mut Run,
+    config: &Config,
+    privileges: &Privileges,
+    proc: &ProcFs,
+    control: &dyn Control,
+) {
+    control.begin();
+    if let Some(rules) = &config.reclaim {
+        reclaim::in_calls(&mut reclaim_targets(&mut run.scan), rules, proc);
+    }
+    let rules = config.rules(privileges);
+    workers::close(&mut run.scan, &config.policy.methods, rules, proc, control);
+    run.acted = true;
+    owners::recheck(proc, &mut run.scan.targets);
+}
+
+/// Closes the descriptors of closed sockets in their owners; in a dry run decides which of them could be closed.
+fn reclaim(run: &mut Run, rules: &ReclaimRules, proc: &ProcFs, control: &dyn Control) {
+    run.reclaimed = true;
+    if !run.acted {
+        reclaim::judge(&mut reclaim_targets(&mut run.scan), rules, proc);
+        return;
+    }
+    let mut any = false;
+    for target in &mut run.scan.targets {
+        match target.is_closed() {
+            true => any |= target.socket.inode.is_some() && !target.owners.is_empty(),
+            false => target
+                .owners
+                .iter_mut()
+                .for_each(|owner| owner.reclaim = None),
+        }
+    }
+    if any {
+        reclaim::let_owners_react(rules, control);
+        owners::recheck(proc, &mut run.scan.targets);
+    }
+    let mut targets = reclaim_targets(&mut run.scan);
+    for target in &mut targets {
+        // A system call was on it, and its thread has closed it since.
+        if target.owner.reclaim.is_some() && target.owner.after == Some(FdState::Closed) {
+            target.owner.reclaim = Some(ReclaimOutcome::Gone);
+        }
+    }
+    run.stops = reclaim::reclaim(&mut targets, rules, proc, control);
+    for target in targets {
+        if let Some(ReclaimOutcome::Freed | ReclaimOutcome::Gone) = target.owner.reclaim {
+            target.owner.after = Some(FdState::Closed);
+        }
+    }
+}
+
+/// The descriptors of every socket that was or is to be closed.
+fn reclaim_targets(scan: &mut Scan) -> Vec<ReclaimTarget<'_>> {
+    let mut targets = Vec::new();
+    for target in &mut scan.targets {
+        let socket = &target.socket;
+        let is_meant =
+            target.outcome.is_none() || matches!(target.outcome, Some(Outcome::Closed(_)));
+        let Some(inode) = socket.inode.filter(|_| is_meant) else {
+            continue;
+        };
+        targets.extend(target.owners.iter_mut().map(|owner| ReclaimTarget {
+            owner,
+            inode,
+            cookie: socket.cookie(),
+            age: socket.age,
+            unread: 0,
+            may_lose: socket.recv_q,
+        }));
+    }
+    targets
+}
+
+/// Writes the results and the notes, and watches for new stuck sockets if asked to. Returns the line about those.
+fn report(
+    run: &mut Run,
+    config: &Config,
+    namespaces: &Namespaces,
+    terminal: &mut Terminal,
+) -> (io::Result<()>, Option<String>) {
+    // A document has room for what comes later; a person reads the results meanwhile.
+    let watch_first = config.format == Format::Json;
+    let mut line = None;
+    if watch_first {
+        line = watch(run, config, namespaces, terminal);
+    }
+    let color = is_coloured(config.color);
+    let written = write_out(|out| match config.format {
+        Format::Table => text::write(run, config, color, out),
+        Format::Json => json::write_document(run, out),
+        Format::JsonLines => json::write_lines(run, out),
+        Format::Quiet => Ok(()),
+    });
+    messages(run, config);
+    if !watch_first && written.is_ok() {
+        line = watch(run, config, namespaces, terminal);
+    }
+    (written, line)
+}
+
+/// Watches for new stuck sockets, if that is asked for and something was done, and returns the line about them.
+fn watch(
+    run: &mut Run,
+    config: &Config,
+    namespaces: &Namespaces,
+    terminal: &mut Terminal,
+) -> Option<String> {
     let duration = config.watch_refill?;
-    if run.deeds.is_none() || terminal.interrupted() {
+    if !run.acted || terminal.interrupted() {
         return None;
     }
     if io::stderr().is_terminal() {
-        let time = crate::text::seconds(duration);
+        let time = seconds(duration);
         say(format_args!(
             "watching for new stuck sockets for {time}; Ctrl-C ends it"
         ));
     }
-    // Ctrl-C ends the watch, and what was seen is told.
+    // Ctrl-C ends the watch, and what was seen is reported.
     terminal.begin();
-    let refill = watch::watch(run, config, duration, &ProcFs::default(), terminal);
+    let watched = Watched {
+        namespaces,
+        selectors: &config.selectors,
+        owners: config.owners,
+    };
+    let known = watch::cookies(&run.scan);
+    let new = watch::watch(watched, known, duration, &ProcFs::default(), terminal);
     terminal.rest();
-    match refill {
-        Ok(refill) => {
-            let line = refill.line(config);
-            run.refill = Some(refill);
+    match new {
+        Ok(new) => {
+            let line = new.line(&config.selectors);
+            run.new_sockets = Some(new);
             Some(line)
         }
         Err(error) => {
@@ -111,23 +292,14 @@ fn watch(run: &mut Run, config: &Config, terminal: &mut Terminal) -> Option<Stri
     }
 }
 
-fn report(run: &Run, config: &Config) -> io::Result<()> {
-    let color = is_coloured(config.color);
-    write_out(|out| match config.format {
-        Format::Table => text::write(run, config, color, out),
-        Format::Json => json::write_document(run, out),
-        Format::JsonLines => json::write_lines(run, out),
-        Format::Quiet => Ok(()),
-    })
-}
-
-/// What the operator should know beside the results, on stderr.
+/// The notes and hints for the operator, on stderr.
 fn messages(run: &Run, config: &Config) {
     if config.format == Format::Quiet {
         return;
     }
     say_notes(notes::notes(run));
-    let matters = |need: &Privilege| config.action != Action::List || *need == Privilege::Ptrace;
+    let matters =
+        |privilege: &Privilege| config.action != Action::List || *privilege == Privilege::Ptrace;
     let missing = notes::missing_privileges(run).into_iter();
     say_hints(&missing.filter(matters).collect::<Vec<_>>());
 }

@@ -6,12 +6,14 @@ use anyhow::Context;
 
 use super::{drop_all_but, refuse, say_hints, say_notes};
 use crate::cli::DiagnoseArgs;
-use crate::config::Scope;
 use crate::diagnose;
-use crate::privileges::{Privilege, drop};
+use crate::filter::Scope;
+use crate::model::Privilege;
+use crate::privileges::drop;
 use crate::proc::ProcFs;
-use crate::report::ExitStatus;
+use crate::report::{ExitStatus, diagnose as report};
 use crate::terminal::{columns, rows, say, unless_closed, write_out};
+use crate::text::seconds;
 
 pub(super) fn run(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
     let DiagnoseArgs {
@@ -24,18 +26,18 @@ pub(super) fn run(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
     drop_all_but(&drop::to_find(&scope.netns, true));
     let sample = sample.unwrap_or(diagnose::SAMPLE);
     if io::stderr().is_terminal() {
-        let time = crate::text::seconds(sample);
+        let time = seconds(sample);
         say(format_args!("looking twice, {time} apart"));
     }
     let diagnosis = diagnose::run(&scope, sample, &ProcFs::default())?;
     let written = write_out(|out| match json {
-        true => diagnose::json::write(&diagnosis, out),
-        false => diagnose::text::write(&diagnosis, columns(), rows(), out),
+        true => report::json::write(&diagnosis, out),
+        false => report::text::write(&diagnosis, columns(), rows(), out),
     });
     say_notes(diagnosis.notes());
     if diagnosis.is_partly_blind() {
         say_hints(&[Privilege::Ptrace]);
     }
     unless_closed(written).context("cannot write the diagnosis")?;
-    Ok(diagnosis.exit_status())
+    Ok(report::exit_status(&diagnosis))
 }

@@ -4,10 +4,11 @@
 //! on stdout, anything else on stderr. The job without a name, to list and close, is in `close`.
 
 mod check;
-mod close;
+pub mod close;
 mod diagnose;
 mod doctor;
 mod reclaim;
+pub mod sweep;
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
@@ -17,11 +18,12 @@ use std::process::ExitCode;
 use anyhow::Context;
 use caps::CapsHashSet;
 
-use crate::audit::{self, Audit};
+use crate::audit::Audit;
 use crate::cli::{Cli, Command, Misplaced};
-use crate::config::Action;
+use crate::config::{Action, LogOptions};
+use crate::model::Privilege;
 use crate::parallel;
-use crate::privileges::{HOW_TO_GRANT, Privilege, drop};
+use crate::privileges::{HOW_TO_GRANT, drop, purpose};
 use crate::report::ExitStatus;
 use crate::terminal::{say, unless_closed};
 
@@ -65,7 +67,7 @@ fn say_notes(notes: impl IntoIterator<Item = impl Display>) {
 /// How more would have been seen or done.
 fn say_hints(missing: &[Privilege]) {
     for need in missing {
-        say(format_args!("hint: {}", need.purpose()));
+        say(format_args!("hint: {}", purpose(*need)));
     }
     if !missing.is_empty() {
         say(format_args!("hint: {HOW_TO_GRANT}"));
@@ -87,9 +89,9 @@ fn drop_all_but(needed: &CapsHashSet) {
 }
 
 /// Opens the log of a job that is to act. Called before anything is given up, for where only root may write.
-fn open_log(action: Action, wanted: &audit::Wanted) -> anyhow::Result<Option<Audit>> {
+fn open_log(action: Action, options: &LogOptions) -> anyhow::Result<Option<Audit>> {
     match action {
-        Action::Act => Audit::open(wanted).context("nothing was done"),
+        Action::Act => Audit::open(options).context("nothing was done"),
         Action::List | Action::DryRun => Ok(None),
     }
 }
@@ -98,7 +100,7 @@ fn open_log(action: Action, wanted: &audit::Wanted) -> anyhow::Result<Option<Aud
 ///
 /// # Errors
 /// A listing could not be written.
-fn is_told(
+fn was_reported(
     written: io::Result<()>,
     unrecorded: Option<String>,
     summary: Option<&str>,

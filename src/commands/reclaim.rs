@@ -1,37 +1,47 @@
-//! `cwkill reclaim`: descriptors of dead sockets.
+//! `cwkill reclaim`: closes descriptors of sockets that are dead already.
+
+use std::sync::Arc;
 
 use anyhow::Context;
 
-use super::{drop_all_but, is_told, open_log, refuse, say_hints, say_notes};
+use super::{drop_all_but, open_log, refuse, say_hints, say_notes, was_reported};
 use crate::cli::ReclaimArgs;
-use crate::config::{Action, Format};
-use crate::privileges::{Privilege, drop};
-use crate::proc::ProcFs;
+use crate::config::{Action, Format, ReclaimConfig};
+use crate::control::Control;
+use crate::finder::dead::{self, Verdict};
+use crate::model::{Owner, Privilege};
+use crate::privileges::drop;
 use crate::proc::netns::NetnsScope;
-use crate::reclaim::command::{self, Config};
-use crate::report::{ExitStatus, reclaim as report};
+use crate::proc::{ProcFs, Process};
+use crate::reclaim::{self, ReclaimTarget};
+use crate::report::ExitStatus;
+use crate::report::reclaim::{self as report, DeadDescriptor, ReclaimRun};
 use crate::terminal::{Terminal, is_coloured, write_out};
 
 pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
-    let config = &Config::from_args(args).unwrap_or_else(|error| refuse(&error));
+    let config = &ReclaimConfig::from_args(args).unwrap_or_else(|error| refuse(&error));
     let quiet = config.format == Format::Quiet;
-    let audit = open_log(config.action, &config.log)?;
+    let acts = config.action == Action::Act;
+    let log = open_log(config.action, &config.log)?;
     let mut needed = drop::to_find(&NetnsScope::All, true);
     needed.extend(drop::to_reclaim());
     drop_all_but(&needed);
-    let mut terminal = Terminal::new(config.action == Action::Act, quiet)?;
+    let mut terminal = Terminal::new(acts, quiet)?;
     let proc = ProcFs::default();
-    let mut run = command::find(config, &proc)?;
-    let mut audit = audit.filter(|_| !run.descriptors.is_empty());
-    if let Some(audit) = &mut audit {
-        let begun = terminal.aside(|| audit.begin_reclaim(&run));
+    let mut run = find(config, &proc)?;
+    let mut log = log.filter(|_| !run.descriptors.is_empty());
+    if let Some(log) = &mut log {
+        let begun = terminal.aside(|| log.begin_reclaim(&run));
         begun.context("nothing was done")?;
     }
-    command::carry_out(&mut run, config, &proc, &terminal);
+    match acts {
+        true => close(&mut run, config, &proc, &terminal),
+        false => reclaim::judge(&mut targets(&mut run), &config.rules, &proc),
+    }
     terminal.rest();
     let summary = || report::summary(&run, config);
-    let unrecorded = audit.and_then(|audit| audit.finish_reclaim(&run, summary()));
-    drop(terminal);
+    let unrecorded = log.and_then(|log| log.finish_reclaim(&run, summary()));
+    std::mem::drop(terminal);
     let color = is_coloured(config.color);
     let written = write_out(|out| match config.format {
         Format::Table => report::write(&run, config, color, out),
@@ -41,13 +51,75 @@ pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
     });
     if !quiet {
         say_notes(report::notes(&run));
-        if report::lacks_rights(&run) {
+        if report::lacks_privileges(&run) {
             say_hints(&[Privilege::Ptrace]);
         }
     }
-    let summary = run.fates.is_some().then(summary);
-    match is_told(written, unrecorded, summary.as_deref())? {
+    let summary = run.acted.then(summary);
+    match was_reported(written, unrecorded, summary.as_deref())? {
         true => Ok(report::exit_status(&run)),
         false => Ok(ExitStatus::Impossible),
     }
+}
+
+/// Finds the dead descriptors of the selected processes.
+fn find(config: &ReclaimConfig, proc: &ProcFs) -> anyhow::Result<ReclaimRun> {
+    let here = NetnsScope::Current
+        .open(proc)
+        .context("cannot tell the network namespace")?;
+    let in_tables = dead::inodes_in_tables(&here.open)?;
+    let selected = |process: &Process| config.selectors.match_owner(process);
+    let scan = dead::find(proc, &selected, &in_tables).context("cannot list processes")?;
+    let everyone = !config.selectors.selects_owners();
+    let unreadable = match everyone || config.selectors.could_match(&scan.unreadable) {
+        true => scan.unreadable.len(),
+        false => 0,
+    };
+    // A process that was selected by its number and was read cannot be hidden.
+    let was_read = |pid: &i32| {
+        let tables = scan.tables.iter().map(|table| &table.process);
+        tables
+            .chain(&scan.leader_exited)
+            .any(|process| process.id.pid == *pid)
+    };
+    let pids = &config.selectors.pids;
+    let mut run = ReclaimRun {
+        unreadable,
+        hidden: scan.hidden && (pids.is_empty() || !pids.iter().all(was_read)),
+        leader_exited: scan.leader_exited,
+        failed: scan.failed,
+        ..ReclaimRun::default()
+    };
+    for table in scan.tables {
+        let process = Arc::new(table.process);
+        for suspect in table.suspects {
+            match suspect.verdict {
+                Verdict::Dead(socket) => run.descriptors.push(DeadDescriptor {
+                    owner: Owner::new(Arc::clone(&process), suspect.fd),
+                    inode: suspect.inode,
+                    socket,
+                }),
+                Verdict::Unknown(_) => run.unknown += 1,
+                Verdict::NeverConnected => {}
+            }
+        }
+    }
+    Ok(run)
+}
+
+/// Closes the descriptors in their owners.
+fn close(run: &mut ReclaimRun, config: &ReclaimConfig, proc: &ProcFs, control: &dyn Control) {
+    control.begin();
+    if !run.descriptors.is_empty() {
+        reclaim::let_owners_react(&config.rules, control);
+    }
+    run.stops = reclaim::reclaim(&mut targets(run), &config.rules, proc, control);
+    run.acted = true;
+}
+
+fn targets(run: &mut ReclaimRun) -> Vec<ReclaimTarget<'_>> {
+    let descriptors = run.descriptors.iter_mut();
+    descriptors
+        .map(|dead| ReclaimTarget::dead(&mut dead.owner, dead.inode, &dead.socket))
+        .collect()
 }

@@ -5,8 +5,8 @@ use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher, Hash};
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crate::finder::{Found, Socket};
-use crate::model::cause::Cause;
+use crate::model::{Cause, Scan, Socket};
+use crate::proc::ProcessId;
 use crate::sock_diag::Cookie;
 use crate::tcp::TcpState;
 
@@ -180,12 +180,12 @@ fn most<T: Copy + Eq + Hash + Ord>(values: impl Iterator<Item = T>) -> Vec<(T, u
     counts
 }
 
-/// What a process has of one look.
+/// The sockets of one process in one scan.
 #[derive(Debug, Default)]
-pub struct Share<'a> {
+pub struct ProcessSockets<'a> {
     /// Sockets of which it holds a descriptor.
     pub held: Vec<&'a Socket>,
-    /// How many of them others hold too.
+    /// How many of them other processes hold too.
     pub shared: usize,
     /// How many wait at its listeners.
     pub waiting: usize,
@@ -193,8 +193,8 @@ pub struct Share<'a> {
     pub listeners: BTreeSet<usize>,
 }
 
-impl Share<'_> {
-    /// The same for the same sockets, and else another.
+impl ProcessSockets<'_> {
+    /// A number that is the same for the same sockets, and another for others.
     pub fn signature(&self) -> u64 {
         let mut cookies: Vec<Cookie> = self.held.iter().map(|s| s.cookie()).collect();
         cookies.sort_unstable_by_key(|cookie| cookie.0);
@@ -202,43 +202,36 @@ impl Share<'_> {
     }
 }
 
-/// The sockets of each process, by its number and start. One that several share counts for each.
-pub fn by_process(found: &Found) -> HashMap<(i32, u64), Share<'_>> {
-    let mut shares: HashMap<(i32, u64), Share<'_>> = HashMap::new();
-    let id = |process: usize| {
-        let process = &found.processes[process];
-        (process.pid, process.start_time)
-    };
-    for socket in &found.sockets {
-        let held = match socket.listener {
-            Some(listener) => &found.listeners[listener].owners,
-            None => &socket.owners,
-        };
-        let processes: HashSet<usize> = held.iter().map(|held| held.process).collect();
-        for process in &processes {
-            let share = shares.entry(id(*process)).or_default();
-            match socket.listener {
+/// The sockets of each process. A socket that several share counts for each.
+pub fn by_process(scan: &Scan) -> HashMap<ProcessId, ProcessSockets<'_>> {
+    let mut by_process: HashMap<ProcessId, ProcessSockets<'_>> = HashMap::new();
+    for target in &scan.targets {
+        let responsible = scan.responsible(target).iter();
+        let processes: BTreeSet<ProcessId> = responsible.map(|owner| owner.process.id).collect();
+        for id in &processes {
+            let sockets = by_process.entry(*id).or_default();
+            match target.listener {
                 Some(listener) => {
-                    share.waiting += 1;
-                    share.listeners.insert(listener);
+                    sockets.waiting += 1;
+                    sockets.listeners.insert(listener);
                 }
                 None => {
-                    share.held.push(socket);
-                    share.shared += usize::from(processes.len() > 1);
+                    sockets.held.push(&target.socket);
+                    sockets.shared += usize::from(processes.len() > 1);
                 }
             }
         }
     }
-    shares
+    by_process
 }
 
 /// The connections that wait at each listener, by the inodes of its sockets.
-pub fn by_listener(found: &Found) -> HashMap<&[u32], Vec<&Socket>> {
+pub fn by_listener(scan: &Scan) -> HashMap<&[u32], Vec<&Socket>> {
     let mut waiting: HashMap<&[u32], Vec<&Socket>> = HashMap::new();
-    for socket in &found.sockets {
-        if let Some(at) = socket.listener {
-            let inodes = &found.listeners[at].inodes[..];
-            waiting.entry(inodes).or_default().push(socket);
+    for target in &scan.targets {
+        if let Some(listener) = scan.listener(target) {
+            let sockets = waiting.entry(&listener.inodes[..]).or_default();
+            sockets.push(&target.socket);
         }
     }
     waiting
@@ -247,8 +240,11 @@ pub fn by_listener(found: &Found) -> HashMap<&[u32], Vec<&Socket>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::finder::{Held, RemoteFd};
-    use crate::proc::Process;
+    use std::sync::Arc;
+
+    use crate::model::{Owner, Target};
+    use crate::proc::RemoteFd;
+    use crate::proc::testdata::process;
     use crate::sock_diag::testdata::stuck;
 
     fn socket(local: &str, peer: &str, cookie: u64) -> Socket {
@@ -365,27 +361,21 @@ mod tests {
 
     #[test]
     fn a_shared_socket_counts_for_each_process_and_once_for_two_descriptors() {
-        let process = |pid| Process {
-            pid,
-            start_time: 9,
-            comm: "p".into(),
-            cgroup: Default::default(),
+        let processes = [process(7, "p"), process(8, "p")];
+        let owner = |process: usize, fd| Owner::new(Arc::clone(&processes[process]), RemoteFd(fd));
+        let mut shared = Target::new(socket("10.0.0.1:80", "10.0.0.2:5", 1));
+        shared.owners = vec![owner(0, 3), owner(0, 4), owner(1, 3)];
+        let mut own = Target::new(socket("10.0.0.1:80", "10.0.0.2:6", 2));
+        own.owners = vec![owner(0, 5)];
+        let scan = Scan {
+            targets: vec![shared, own],
+            ..Scan::default()
         };
-        let held = |process, fd| Held {
-            process,
-            fd: RemoteFd(fd),
+        let by_process = by_process(&scan);
+        let counts = |process: usize| {
+            let sockets = &by_process[&processes[process].id];
+            (sockets.held.len(), sockets.shared)
         };
-        let mut shared = socket("10.0.0.1:80", "10.0.0.2:5", 1);
-        shared.owners = vec![held(0, 3), held(0, 4), held(1, 3)];
-        let mut own = socket("10.0.0.1:80", "10.0.0.2:6", 2);
-        own.owners = vec![held(0, 5)];
-        let found = Found {
-            sockets: vec![shared, own],
-            processes: vec![process(7), process(8)],
-            ..Found::default()
-        };
-        let shares = by_process(&found);
-        let counts = |pid| (shares[&(pid, 9)].held.len(), shares[&(pid, 9)].shared);
-        assert_eq!((counts(7), counts(8)), ((2, 1), (1, 1)));
+        assert_eq!((counts(0), counts(1)), ((2, 1), (1, 1)));
     }
 }

@@ -2,35 +2,32 @@
 //!
 //! Two looks at what matches, with a pause between them, give the growth; descriptor tables and the
 //! state of each process are read once more beside them. [`group`] counts, [`verdict`] says what it
-//! means, [`runtime`] what to run next: all pure. [`text`] and [`json`] write a finished [`Diagnosis`].
+//! means, [`suggest`] what to run next: all pure.
 
-pub mod bars;
 pub mod group;
-pub mod json;
-pub mod runtime;
-pub mod text;
+pub mod suggest;
 pub mod verdict;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::config::Scope;
+use crate::filter::Scope;
 use crate::filter::selectors::Selectors;
 use crate::finder::dead::{self, DeadScan, Table, Verdict};
-use crate::finder::listeners::{self, Listener};
-use crate::finder::{Found, Socket};
-use crate::pipeline;
+use crate::finder::{self, listeners};
+use crate::model::{Listener, Scan, Socket};
 use crate::proc::netns::Netns;
 use crate::proc::status::ProcessStatus;
-use crate::proc::{ProcFs, Process};
-use crate::report::{ExitStatus, notes};
+use crate::proc::{ProcFs, Process, ProcessId};
+use crate::text::counted;
 use group::{Around, Group};
-use runtime::{Next, Runtime, Subject};
+use suggest::{Next, Runtime, Subject};
 use verdict::Condition;
 
 /// The time between two looks, if nothing else is asked for.
@@ -45,15 +42,15 @@ const MANY: usize = 100;
 /// What was found out.
 #[derive(Debug)]
 pub struct Diagnosis {
-    /// The second look.
-    pub found: Found,
+    /// The second scan.
+    pub scan: Scan,
     /// The time between the looks.
     pub elapsed: Duration,
     /// All sockets together.
     pub total: Group,
     /// The processes that hold some of them, or a listener with some of them, or dead descriptors; worst
     /// first.
-    pub processes: Vec<Patient>,
+    pub processes: Vec<ProcessDiagnosis>,
     /// The listeners that leave connections waiting, worst first.
     pub listeners: Vec<Waiting>,
     /// Sockets without a known owner.
@@ -75,17 +72,18 @@ pub struct Diagnosis {
 impl Diagnosis {
     /// What could not be seen, one a line.
     pub fn notes(&self) -> Vec<String> {
-        let mut notes = notes::unseen(&self.found);
+        let scan = &self.scan;
+        let mut notes = scan.coverage.notes(scan.without_known_owner());
         if self.unreadable > 0 {
             notes.push(format!(
                 "the descriptors of {} may not be read: dead ones among them are not counted",
-                crate::text::counted(self.unreadable, "process")
+                counted(self.unreadable, "process")
             ));
         }
         if self.unknown > 0 {
             notes.push(format!(
                 "{} of TCP sockets in no table may be dead: their state may not be read",
-                crate::text::counted(self.unknown, "descriptor")
+                counted(self.unknown, "descriptor")
             ));
         }
         if self.hidden && self.ownerless.is_none() {
@@ -106,40 +104,28 @@ impl Diagnosis {
 
     /// Whether something stuck could not be told for lack of a privilege.
     pub fn is_partly_blind(&self) -> bool {
-        let found = &self.found;
-        let hidden = found.unreadable_processes > 0 || found.hidden_processes;
-        let unknown = |patient: &Patient| patient.suspects()[2] > 0;
-        found.undecided > 0
-            || (hidden && self.ownerless.is_some())
+        let coverage = &self.scan.coverage;
+        let unknown = |process: &ProcessDiagnosis| process.suspects()[2] > 0;
+        coverage.undecided > 0
+            || (coverage.has_hidden_owners() && self.ownerless.is_some())
             || self.processes.iter().any(unknown)
             || self.are_descriptors_unseen()
     }
 
     /// Whether there may be dead descriptors of what was asked for, of which nothing is shown. That those of somebody
     /// may not be read is as usual for who is not root, so that it counts for processes asked for only.
-    fn are_descriptors_unseen(&self) -> bool {
+    pub fn are_descriptors_unseen(&self) -> bool {
         self.unknown > 0
             || (self.selects_owners
                 && (self.unreadable > 0 || self.hidden || !self.failures.is_empty()))
-    }
-
-    /// 0 if there is anything to report, 1 if there is nothing, 4 if there is nothing that could be seen.
-    pub fn exit_status(&self) -> ExitStatus {
-        let found = &self.found;
-        let unseen = found.unreachable_namespaces + found.untold_namespaces + found.undecided;
-        match (self.total.stuck, self.processes.len()) {
-            (0, 0) if unseen > 0 || self.are_descriptors_unseen() => ExitStatus::NotAllClosed,
-            (0, 0) => ExitStatus::NothingMatched,
-            _ => ExitStatus::Done,
-        }
     }
 }
 
 /// A process and how it fares.
 #[derive(Debug)]
-pub struct Patient {
+pub struct ProcessDiagnosis {
     /// Which.
-    pub process: Process,
+    pub process: Arc<Process>,
     /// The sockets of which it holds a descriptor; those of its listeners are not among them.
     pub held: Group,
     /// How many of them others hold too.
@@ -162,7 +148,7 @@ pub struct Patient {
     pub next: Option<Next>,
 }
 
-impl Patient {
+impl ProcessDiagnosis {
     /// How many of its descriptors are of which kind: dead, never connected, not to be told.
     pub fn suspects(&self) -> [usize; 3] {
         let mut counts = [0; 3];
@@ -178,13 +164,13 @@ impl Patient {
     }
 
     /// All that it keeps open for nothing. What waits at its listeners is told of them.
-    pub fn burden(&self) -> usize {
+    pub fn leaked(&self) -> usize {
         let [dead, never, _] = self.suspects();
         self.held.stuck + dead + if never < MANY { 0 } else { never }
     }
 
     /// Whether there is nothing to say of `other` that is not said of this one: workers that share their sockets.
-    pub fn is_like(&self, other: &Patient) -> bool {
+    pub fn is_like(&self, other: &ProcessDiagnosis) -> bool {
         self.process.comm == other.process.comm
             && self.sockets == other.sockets
             && self.held.stuck + self.waiting > 0
@@ -197,72 +183,74 @@ impl Patient {
 /// A listener and the connections in its queue.
 #[derive(Debug)]
 pub struct Waiting {
-    /// Its index in [`Found::listeners`].
+    /// Its index in [`Scan::listeners`].
     pub listener: usize,
     /// Its connections that match.
     pub group: Group,
 }
 
-/// Looks twice.
+/// Scans twice.
 ///
 /// # Errors
 /// As those of a listing.
 pub fn run(scope: &Scope, sample: Duration, proc: &ProcFs) -> anyhow::Result<Diagnosis> {
-    let namespaces = pipeline::open(&scope.netns, proc)?;
+    let namespaces = finder::open(&scope.netns, proc)?;
     let selectors = &scope.selectors;
-    // The kernel is asked at the beginning of each look; owners are looked up after that.
+    // The kernel is asked at the beginning of each scan; owners are looked up after that.
     let begin = Instant::now();
-    let first = pipeline::find(&namespaces, proc, selectors, true)?;
-    let states: HashMap<Id, Option<char>> = first
-        .processes
-        .iter()
-        .map(|process| (id(process), proc.status(process).state))
+    let first = finder::find(&namespaces, proc, selectors)?;
+    let states: HashMap<ProcessId, Option<char>> = first
+        .processes()
+        .into_iter()
+        .map(|(id, process)| (id, proc.status(process).state))
         .collect();
-    let asleep: HashMap<Id, Vec<i32>> = worst(&first)
-        .map(|process| (id(process), proc.uninterruptible(process)))
+    let asleep: HashMap<ProcessId, Vec<i32>> = worst(&first)
+        .map(|process| (process.id, proc.uninterruptible(process)))
         .collect();
     thread::sleep(sample);
     let elapsed = begin.elapsed();
-    let found = pipeline::find(&namespaces, proc, selectors, true)?;
-    let (tables, failures) = tables(&namespaces.open, &found, selectors, proc);
+    let scan = finder::find(&namespaces, proc, selectors)?;
+    let (tables, failures) = tables(&scan, selectors, proc);
     let (unreadable, hidden) = (tables.unreadable.len(), tables.hidden);
     let around = Around {
-        listening: listening(&namespaces.open),
+        listening: listening(&scan.namespaces),
         elapsed,
     };
-    let looks = (&first, &found);
-    let (mut processes, unknown) = patients(looks, &around, tables, selectors, |process| {
-        let status = proc.status(process);
-        let condition = Condition::of(states.get(&id(process)).copied().flatten(), status.state);
-        (status, condition)
-    });
-    let ownerless = Group::new(ownerless(&first), ownerless(&found), &around);
-    let total = Group::new(first.sockets.iter(), found.sockets.iter(), &around);
-    let listeners = waiting(looks, &around);
+    let scans = (&first, &scan);
+    let (mut processes, unknown) =
+        diagnose_processes(scans, &around, tables, selectors, |process| {
+            let status = proc.status(process);
+            let before = states.get(&process.id).copied().flatten();
+            let condition = Condition::of(before, status.state);
+            (status, condition)
+        });
+    let ownerless = Group::new(ownerless(&first), ownerless(&scan), &around);
+    let total = Group::new(sockets(&first), sockets(&scan), &around);
+    let listeners = waiting(scans, &around);
     let same_pids = proc.is_of_our_pid_namespace();
-    for patient in processes.iter_mut().take(SHOWN) {
-        let before = asleep.get(&id(&patient.process)).into_iter().flatten();
-        let before: HashSet<&i32> = before.collect();
+    for diagnosis in processes.iter_mut().take(SHOWN) {
+        let process = &diagnosis.process;
+        let before: HashSet<&i32> = asleep.get(&process.id).into_iter().flatten().collect();
         if !before.is_empty() {
-            let mut both = proc.uninterruptible(&patient.process);
-            both.retain(|thread| before.contains(thread) && *thread != patient.process.pid);
-            patient.condition = patient.condition.with_threads(&both);
-            patient.asleep = both;
+            let mut both = proc.uninterruptible(process);
+            both.retain(|thread| before.contains(thread) && *thread != process.id.pid);
+            diagnosis.condition = diagnosis.condition.with_threads(&both);
+            diagnosis.asleep = both;
         }
     }
     // A number of another pid namespace means another process to whoever runs the command.
-    for patient in processes.iter_mut().filter(|_| same_pids) {
-        patient.next = runtime::next(Subject {
-            pid: patient.process.pid,
-            runtime: patient.runtime,
-            condition: patient.condition,
-            caught: patient.status.caught,
+    for diagnosis in processes.iter_mut().filter(|_| same_pids) {
+        diagnosis.next = suggest::next(Subject {
+            pid: diagnosis.process.id.pid,
+            runtime: diagnosis.runtime,
+            condition: diagnosis.condition,
+            caught: diagnosis.status.caught,
         });
     }
     Ok(Diagnosis {
         same_pids,
         ownerless: (ownerless.stuck > 0).then_some(ownerless),
-        found,
+        scan,
         elapsed,
         total,
         processes,
@@ -275,23 +263,11 @@ pub fn run(scope: &Scope, sample: Duration, proc: &ProcFs) -> anyhow::Result<Dia
     })
 }
 
-/// The identity of a process.
-type Id = (i32, u64);
-
-fn id(process: &Process) -> Id {
-    (process.pid, process.start_time)
-}
-
-/// The descriptor tables of the owners, and of every other process that is asked for and is in one of the
-/// namespaces: it may have nothing but dead descriptors.
-pub(crate) fn tables(
-    namespaces: &[Netns],
-    found: &Found,
-    selectors: &Selectors,
-    proc: &ProcFs,
-) -> (DeadScan, Vec<String>) {
+/// The descriptor tables of the owners, and of every other process that is selected and is in one of the namespaces: it may have
+/// nothing but dead descriptors.
+pub(crate) fn tables(scan: &Scan, selectors: &Selectors, proc: &ProcFs) -> (DeadScan, Vec<String>) {
     let (mut in_tables, mut failures) = (HashSet::new(), Vec::new());
-    for netns in namespaces {
+    for netns in &scan.namespaces {
         match dead::inodes_in_tables(std::slice::from_ref(netns)) {
             Ok(inodes) => in_tables.extend(inodes),
             Err(error) => failures.push(format!(
@@ -301,52 +277,59 @@ pub(crate) fn tables(
             )),
         }
     }
-    let owners: HashSet<Id> = found.processes.iter().map(id).collect();
-    let inodes: HashSet<u64> = namespaces.iter().map(Netns::inode).collect();
+    let owners: HashSet<ProcessId> = scan.processes().into_keys().collect();
+    let inodes: HashSet<u64> = scan.namespaces.iter().map(|netns| netns.inode()).collect();
     // The sockets of a process elsewhere are in tables that were not read.
     let is_here = |process: &Process| {
-        match fs::metadata(proc.path(&format!("{}/ns/net", process.pid))) {
+        match fs::metadata(proc.path(&format!("{}/ns/net", process.id.pid))) {
             Ok(namespace) => inodes.contains(&namespace.ino()),
             // Neither may its descriptors be read then, which is counted.
             Err(error) => error.kind() == io::ErrorKind::PermissionDenied,
         }
     };
     let wanted = |process: &Process| {
-        owners.contains(&id(process)) || (selectors.match_owner(process) && is_here(process))
+        owners.contains(&process.id) || (selectors.match_owner(process) && is_here(process))
     };
     // What is known of sockets stands without it.
-    let scan = dead::find(proc, &wanted, &in_tables).unwrap_or_else(|error| {
+    let dead = dead::find(proc, &wanted, &in_tables).unwrap_or_else(|error| {
         failures.push(format!("descriptor tables could not be read: {error}"));
         DeadScan::default()
     });
-    if let Some((pid, error)) = scan.failed.first() {
+    if let Some((pid, error)) = dead.failed.first() {
         failures.push(format!(
             "the descriptors of {} could not be read (the first is {pid}: {error})",
-            crate::text::counted(scan.failed.len(), "process")
+            counted(dead.failed.len(), "process")
         ));
     }
-    (scan, failures)
+    (dead, failures)
 }
 
 /// The processes with the most sockets, held or waiting.
-fn worst(found: &Found) -> impl Iterator<Item = &Process> {
-    let shares = group::by_process(found);
-    let of = |process: &Process| {
-        let share = shares.get(&id(process));
-        share.map_or(0, |share| share.held.len() + share.waiting)
+fn worst(scan: &Scan) -> impl Iterator<Item = &Process> {
+    let by_process = group::by_process(scan);
+    let count = |id: &ProcessId| {
+        let sockets = by_process.get(id);
+        sockets.map_or(0, |sockets| sockets.held.len() + sockets.waiting)
     };
-    let mut worst: Vec<(usize, &Process)> = found.processes.iter().map(|p| (of(p), p)).collect();
+    let processes = scan.processes().into_iter();
+    let mut worst: Vec<(usize, &Process)> = processes.map(|(id, p)| (count(&id), &**p)).collect();
     worst.sort_by_key(|(sockets, _)| std::cmp::Reverse(*sockets));
     worst.into_iter().take(SHOWN).map(|(_, process)| process)
 }
 
-fn ownerless(found: &Found) -> impl Iterator<Item = &Socket> {
-    let sockets = found.sockets.iter();
-    sockets.filter(|socket| socket.culprit(found).is_none())
+fn sockets(scan: &Scan) -> impl Iterator<Item = &Socket> {
+    scan.targets.iter().map(|target| &target.socket)
+}
+
+/// The sockets without a known owner.
+fn ownerless(scan: &Scan) -> impl Iterator<Item = &Socket> {
+    let targets = scan.targets.iter();
+    let ownerless = targets.filter(|target| scan.responsible(target).is_empty());
+    ownerless.map(|target| &target.socket)
 }
 
 /// The listeners with connections that match, worst first.
-fn waiting((first, second): (&Found, &Found), around: &Around) -> Vec<Waiting> {
+fn waiting((first, second): (&Scan, &Scan), around: &Around) -> Vec<Waiting> {
     let (before, now) = (group::by_listener(first), group::by_listener(second));
     let waiting = |(listener, of): (usize, &Listener)| {
         let now = now.get(&of.inodes[..])?.iter().copied();
@@ -362,27 +345,28 @@ fn waiting((first, second): (&Found, &Found), around: &Around) -> Vec<Waiting> {
     listeners
 }
 
-/// The ports at which somebody listens. A namespace that does not tell only costs a better verdict.
-fn listening(namespaces: &[Netns]) -> HashSet<(usize, u16)> {
-    let ports = |netns: &Netns| netns.within(listeners::ports).ok()?.ok();
+/// The ports at which somebody listens, each with the index of its network namespace. A namespace without an answer only costs a
+/// better verdict.
+fn listening(namespaces: &[Arc<Netns>]) -> HashSet<(usize, u16)> {
+    let ports = |netns: &Arc<Netns>| netns.within(listeners::ports).ok()?.ok();
     let ports = namespaces.iter().map(ports).enumerate();
     ports
-        .flat_map(|(at, ports)| ports.into_iter().flatten().map(move |port| (at, port)))
+        .flat_map(|(netns, ports)| ports.into_iter().flatten().map(move |port| (netns, port)))
         .collect()
 }
 
 /// The processes to report, worst first, and how many descriptors of others may be dead.
-fn patients(
-    (first, second): (&Found, &Found),
+fn diagnose_processes(
+    (first, second): (&Scan, &Scan),
     around: &Around,
     scan: DeadScan,
     selectors: &Selectors,
-    fares: impl Fn(&Process) -> (ProcessStatus, Condition),
-) -> (Vec<Patient>, usize) {
-    let mut tables: HashMap<Id, Table> = scan
+    status_of: impl Fn(&Process) -> (ProcessStatus, Condition),
+) -> (Vec<ProcessDiagnosis>, usize) {
+    let mut tables: HashMap<ProcessId, Table> = scan
         .tables
         .into_iter()
-        .map(|table| (id(&table.process), table))
+        .map(|table| (table.process.id, table))
         .collect();
     let means = |table: &Table| {
         let mut never = 0;
@@ -397,48 +381,45 @@ fn patients(
             Verdict::Unknown(_) => false,
         })
     };
-    let owners: HashSet<Id> = second.processes.iter().map(id).collect();
-    let mut others: Vec<Process> = tables
-        .values()
-        .filter(|table| !owners.contains(&id(&table.process)) && means(table))
-        .map(|table| table.process.clone())
+    let mut processes: BTreeMap<ProcessId, Arc<Process>> = second
+        .processes()
+        .into_iter()
+        .map(|(id, process)| (id, Arc::clone(process)))
         .collect();
-    others.sort_by_key(|process| process.pid);
-    let mut by_process = (group::by_process(first), group::by_process(second));
-    let patient = |process: &Process| {
-        let key = id(process);
-        let before = by_process.0.remove(&key).unwrap_or_default();
-        let now = by_process.1.remove(&key).unwrap_or_default();
-        let (status, condition) = fares(process);
-        let runtime = Runtime::of(status.executable.as_deref(), &process.comm);
-        Patient {
-            runtime,
+    for table in tables.values().filter(|table| means(table)) {
+        processes
+            .entry(table.process.id)
+            .or_insert_with(|| Arc::new(table.process.clone()));
+    }
+    let mut before = group::by_process(first);
+    let mut now = group::by_process(second);
+    let diagnose = |(id, process): (ProcessId, Arc<Process>)| {
+        let before = before.remove(&id).unwrap_or_default();
+        let now = now.remove(&id).unwrap_or_default();
+        let (status, condition) = status_of(&process);
+        ProcessDiagnosis {
+            runtime: Runtime::of(status.executable.as_deref(), &process.comm),
             next: None,
             sockets: now.signature(),
             asleep: Vec::new(),
-            process: process.clone(),
+            process,
             shared: now.shared,
             waiting: now.waiting,
             held: Group::new(before.held.into_iter(), now.held.into_iter(), around),
             status,
             condition,
-            table: tables.remove(&key),
+            table: tables.remove(&id),
         }
     };
-    let mut patients: Vec<Patient> = second
-        .processes
-        .iter()
-        .chain(&others)
-        .map(patient)
-        .collect();
-    // An owner by a listener in another place than the sockets asked for has nothing to do with them.
-    patients.retain(|patient| patient.burden() + patient.waiting > 0);
-    patients.sort_by_key(|patient| std::cmp::Reverse((patient.burden(), patient.waiting)));
+    let mut processes: Vec<ProcessDiagnosis> = processes.into_iter().map(diagnose).collect();
+    // An owner by a listener in another place than the selected sockets has nothing to do with them.
+    processes.retain(|process| process.leaked() + process.waiting > 0);
+    processes.sort_by_key(|process| std::cmp::Reverse((process.leaked(), process.waiting)));
     let suspects = tables.values().flat_map(|table| &table.suspects);
     let unknown = suspects.filter(|suspect| matches!(suspect.verdict, Verdict::Unknown(_)));
     let unknown = match selectors.could_match_some_dead() {
         true => unknown.count(),
         false => 0,
     };
-    (patients, unknown)
+    (processes, unknown)
 }

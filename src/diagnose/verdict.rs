@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::group::{OfCause, Service};
-use crate::model::cause::Cause;
+use crate::model::Cause;
 
 /// What the state of a process at two looks says of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,12 +1,12 @@
-//! What follows from the facts and the trials: for each method on which sockets it works. Why not, and what to
+//! What follows from the host and the trials: for each method on which sockets it works. Why not, and what to
 //! change, is gathered by the `Builder` of its row. Pure.
 
 use caps::Capability;
 
-use super::facts::{Count, Facts};
+use super::host::{Count, Host};
 use super::row::{Builder, Row, Works};
 use super::trials::{Trials, Tried};
-use crate::injector::MethodName;
+use crate::model::Method;
 
 /// All conclusions.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,15 +19,15 @@ pub struct Advice {
 
 impl Advice {
     /// Draws the conclusions.
-    pub fn new(facts: &Facts, trials: &Trials) -> Self {
+    pub fn new(host: &Host, trials: &Trials) -> Self {
         let rows = match &trials.blind {
-            Some(why) => blind(facts, why),
+            Some(why) => blind(host, why),
             None => vec![
-                shutdown(facts, trials),
-                destroy(facts, trials),
-                rst(facts, trials),
-                probe(facts, trials),
-                reclaim(facts),
+                shutdown(host, trials),
+                destroy(host, trials),
+                rst(host, trials),
+                probe(host, trials),
+                reclaim(host),
             ],
         };
         let auto = rows.iter().filter(|row| row.auto).map(|row| row.works);
@@ -36,33 +36,33 @@ impl Advice {
     }
 }
 
-fn shutdown(facts: &Facts, trials: &Trials) -> Row {
-    let tried = trials.of(MethodName::Shutdown, false, true);
-    let mut row = Builder::of(MethodName::Shutdown, facts);
+fn shutdown(host: &Host, trials: &Trials) -> Row {
+    let tried = trials.of(Method::Shutdown, false, true);
+    let mut row = Builder::of(Method::Shutdown, host);
     row.failure(tried);
     let (own, others) = row.through_owners(Works::of(tried));
     row.build(own, others, None)
 }
 
-fn destroy(facts: &Facts, trials: &Trials) -> Row {
-    let tried = trials.of(MethodName::Destroy, false, true);
-    let mut row = Builder::of(MethodName::Destroy, facts);
+fn destroy(host: &Host, trials: &Trials) -> Row {
+    let tried = trials.of(Method::Destroy, false, true);
+    let mut row = Builder::of(Method::Destroy, host);
     row.failure(tried);
     let works = Works::of(tried);
     row.build(works, works, Some(works))
 }
 
-fn rst(facts: &Facts, trials: &Trials) -> Row {
-    let mut row = Builder::of(MethodName::Rst, facts);
-    let drawn = |ipv6| trials.of(MethodName::Rst, ipv6, false);
+fn rst(host: &Host, trials: &Trials) -> Row {
+    let mut row = Builder::of(Method::Rst, host);
+    let drawn = |ipv6| trials.of(Method::Rst, ipv6, false);
     row.failure(drawn(false));
     let mut ownerless = Works::of(drawn(false));
-    if facts.ipv6 {
+    if host.ipv6 {
         row.failure(drawn(true));
         ownerless = ownerless.and(Works::of(drawn(true)));
     }
     // Where no ACK can be drawn, repair mode may still give the numbers.
-    let repaired = trials.of(MethodName::Rst, false, true);
+    let repaired = trials.of(Method::Rst, false, true);
     let (own, others) = match (ownerless, repaired) {
         (Works::Yes, _) => (Works::Yes, Works::Yes),
         (_, Tried::Works) => {
@@ -75,11 +75,11 @@ fn rst(facts: &Facts, trials: &Trials) -> Row {
     row.build(own, others, Some(ownerless))
 }
 
-fn probe(facts: &Facts, trials: &Trials) -> Row {
-    let mut row = Builder::of(MethodName::Probe, facts);
+fn probe(host: &Host, trials: &Trials) -> Row {
+    let mut row = Builder::of(Method::Probe, host);
     let (owned, ownerless) = (
-        trials.of(MethodName::Probe, false, true),
-        trials.of(MethodName::Probe, false, false),
+        trials.of(Method::Probe, false, true),
+        trials.of(Method::Probe, false, false),
     );
     row.failure(owned);
     row.failure(ownerless);
@@ -98,11 +98,11 @@ fn probe(facts: &Facts, trials: &Trials) -> Row {
             .reduce(Works::and)
             .unwrap_or(by_rule)
     };
-    if let Ok(reach) = &facts.reach {
+    if let Ok(reach) = &host.reach {
         own = by_segments(reach.same_user, own);
         others = by_segments(reach.others, others);
     }
-    if facts.hides_others() {
+    if host.hides_others() {
         others = ownerless;
     }
     row.build(own, others, Some(ownerless))
@@ -113,19 +113,19 @@ const RECLAIM: &str = "reclaim";
 
 /// It traces the owner, for which the kernel asks the same as for a duplicate of its descriptor (kernel/ptrace.c,
 /// __ptrace_may_access with PTRACE_MODE_ATTACH).
-fn reclaim(facts: &Facts) -> Row {
-    let mut row = Builder::new(RECLAIM, false, facts);
+fn reclaim(host: &Host) -> Row {
+    let mut row = Builder::new(RECLAIM, false, host);
     let (mut own, mut others) = row.through_owners(Works::Yes);
     // kernel/seccomp.c, seccomp_get_filter
-    if (facts.filtered || !facts.has(Capability::CAP_SYS_ADMIN))
-        && let Ok(reach) = &facts.reach
+    if (host.filtered || !host.has(Capability::CAP_SYS_ADMIN))
+        && let Ok(reach) = &host.reach
     {
         let filtered = reach.same_user.filtered + reach.others.filtered;
         if filtered > 0 {
-            let change = match facts.filtered {
+            let change = match host.filtered {
                 true => "run cwkill where no filter of system calls is on it".to_owned(),
                 // Not a thing to grant a binary for good.
-                false if facts.uid != 0 => "run cwkill with sudo".to_owned(),
+                false if host.uid != 0 => "run cwkill with sudo".to_owned(),
                 false => row.grant(Capability::CAP_SYS_ADMIN),
             };
             row.say(
@@ -142,7 +142,7 @@ fn reclaim(facts: &Facts) -> Row {
             }
         }
     }
-    if !facts.kcmp {
+    if !host.kcmp {
         row.say(
             "this kernel has no kcmp(2): whether a process shares its table of descriptors cannot be seen".to_owned(),
             "a kernel with CONFIG_KCMP (a seccomp profile that answers ENOSYS to kcmp looks the same)",
@@ -153,7 +153,7 @@ fn reclaim(facts: &Facts) -> Row {
 }
 
 /// Nothing works where no socket can be listed, for this reason.
-fn blind(facts: &Facts, why: &str) -> Vec<Row> {
+fn blind(host: &Host, why: &str) -> Vec<Row> {
     let cure = "let cwkill open netlink sockets (AF_NETLINK) and read /proc: RestrictAddressFamilies= and SystemCallFilter= of a \
                 unit, the seccomp profile of a container, mount -t proc proc /proc; in the kernel modprobe tcp_diag";
     let row = |mut row: Builder<'_>, ownerless| {
@@ -161,27 +161,27 @@ fn blind(facts: &Facts, why: &str) -> Vec<Row> {
         row.build(Works::No, Works::No, ownerless)
     };
     let methods = [
-        (MethodName::Shutdown, None),
-        (MethodName::Destroy, Some(Works::No)),
-        (MethodName::Rst, Some(Works::No)),
-        (MethodName::Probe, Some(Works::No)),
+        (Method::Shutdown, None),
+        (Method::Destroy, Some(Works::No)),
+        (Method::Rst, Some(Works::No)),
+        (Method::Probe, Some(Works::No)),
     ];
-    let methods = methods.map(|(method, ownerless)| row(Builder::of(method, facts), ownerless));
-    let reclaim = row(Builder::new(RECLAIM, false, facts), None);
+    let methods = methods.map(|(method, ownerless)| row(Builder::of(method, host), ownerless));
+    let reclaim = row(Builder::new(RECLAIM, false, host), None);
     methods.into_iter().chain([reclaim]).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::facts::{Missed, Namespaces, Reach};
+    use crate::doctor::host::{Missed, Namespaces, Reach};
     use crate::doctor::trials::Subject;
-    use crate::injector::ActError;
-    use crate::privileges::Privilege;
+    use crate::model::MethodError;
+    use crate::model::Privilege;
     use std::io;
 
-    fn facts(capabilities: &[Capability], same_user: Count, others: Count) -> Facts {
-        Facts {
+    fn host(capabilities: &[Capability], same_user: Count, others: Count) -> Host {
+        Host {
             kernel: "6.18.0".into(),
             uid: 0,
             capabilities: capabilities.iter().copied().collect(),
@@ -228,7 +228,7 @@ mod tests {
 
     /// All trials succeed but those that `fails` has an error for.
     fn trials(fails: impl Fn(Subject) -> Option<Tried>) -> Trials {
-        use MethodName::{Destroy, Probe, Rst, Shutdown};
+        use Method::{Destroy, Probe, Rst, Shutdown};
         let subjects = [
             (Shutdown, false, true),
             (Destroy, false, true),
@@ -253,7 +253,7 @@ mod tests {
     }
 
     fn denied(need: Privilege) -> Tried {
-        Tried::Failed(ActError::Denied(
+        Tried::Failed(MethodError::NotPermitted(
             need,
             io::Error::from_raw_os_error(libc::EPERM),
         ))
@@ -277,7 +277,7 @@ mod tests {
 
     #[test]
     fn where_all_trials_succeed_and_all_owners_are_in_reach_auto_works() {
-        let advice = Advice::new(&facts(&ALL, count(5, 5), count(9, 9)), &trials(|_| None));
+        let advice = Advice::new(&host(&ALL, count(5, 5), count(9, 9)), &trials(|_| None));
         assert_eq!(advice.auto, Works::Yes);
         assert!(
             advice
@@ -289,16 +289,16 @@ mod tests {
 
     #[test]
     fn a_user_closes_what_is_his() {
-        let facts = Facts {
+        let host = Host {
             uid: 1000,
-            ..facts(&[], count(5, 5), count(9, 0))
+            ..host(&[], count(5, 5), count(9, 0))
         };
         let advice = Advice::new(
-            &facts,
+            &host,
             &trials(|subject| match subject.method {
-                MethodName::Destroy => Some(denied(Privilege::NetAdmin)),
-                MethodName::Rst => Some(denied(Privilege::NetRaw)),
-                MethodName::Probe if !subject.owned => Some(denied(Privilege::NetRaw)),
+                Method::Destroy => Some(denied(Privilege::NetAdmin)),
+                Method::Rst => Some(denied(Privilege::NetRaw)),
+                Method::Probe if !subject.owned => Some(denied(Privilege::NetRaw)),
                 _ => None,
             }),
         );
@@ -325,8 +325,8 @@ mod tests {
             (seen(1, 0), Works::Partly),
             (seen(2, 2), Works::Yes),
         ] {
-            let facts = facts(&[Capability::CAP_NET_RAW], count, count);
-            let probe = row(&Advice::new(&facts, &trials(|_| None)), "probe");
+            let host = host(&[Capability::CAP_NET_RAW], count, count);
+            let probe = row(&Advice::new(&host, &trials(|_| None)), "probe");
             assert_eq!(probe.own, works, "{count:?}");
         }
     }
@@ -334,24 +334,24 @@ mod tests {
     #[test]
     fn a_capability_that_is_there_and_does_not_count_is_told_apart() {
         let refused = |subject: Subject| {
-            (subject.method == MethodName::Destroy).then(|| denied(Privilege::NetAdmin))
+            (subject.method == Method::Destroy).then(|| denied(Privilege::NetAdmin))
         };
         let reach = count(1, 1);
-        let advice = Advice::new(&facts(&ALL, reach, reach), &trials(refused));
+        let advice = Advice::new(&host(&ALL, reach, reach), &trials(refused));
         assert!(row(&advice, "destroy").change[0].contains("user namespace"));
-        let advice = Advice::new(&facts(&[], reach, reach), &trials(refused));
+        let advice = Advice::new(&host(&[], reach, reach), &trials(refused));
         assert!(row(&advice, "destroy").change[0].contains("--cap-add NET_ADMIN"));
     }
 
     #[test]
     fn yama_is_named() {
         for (scope, text) in [(1, "ptrace_scope=0"), (3, "reboot")] {
-            let facts = Facts {
+            let host = Host {
                 ptrace_scope: Some(scope),
                 uid: 1000,
-                ..facts(&[], count(3, 0), count(9, 0))
+                ..host(&[], count(3, 0), count(9, 0))
             };
-            let shutdown = row(&Advice::new(&facts, &trials(|_| None)), "shutdown");
+            let shutdown = row(&Advice::new(&host, &trials(|_| None)), "shutdown");
             assert_eq!(shutdown.works, Works::No);
             assert!(shutdown.why[0].contains("a\\u{1b}/7, a"), "{shutdown:?}");
             assert!(
@@ -364,10 +364,10 @@ mod tests {
     #[test]
     fn repair_mode_stands_in_for_a_elicited_ack() {
         let advice = Advice::new(
-            &facts(&ALL, count(5, 5), count(9, 9)),
+            &host(&ALL, count(5, 5), count(9, 9)),
             &trials(|subject| {
-                let drawn = subject.method == MethodName::Rst && !subject.owned;
-                drawn.then_some(Tried::Failed(ActError::NoAck(None)))
+                let drawn = subject.method == Method::Rst && !subject.owned;
+                drawn.then_some(Tried::Failed(MethodError::NoAck(None)))
             }),
         );
         let rst = row(&advice, "rst");
@@ -378,7 +378,7 @@ mod tests {
     #[test]
     fn what_could_not_be_tried_is_no_answer() {
         let untried = |_| Some(Tried::Untried("loopback is down".into()));
-        let advice = Advice::new(&facts(&ALL, count(1, 1), count(1, 1)), &trials(untried));
+        let advice = Advice::new(&host(&ALL, count(1, 1), count(1, 1)), &trials(untried));
         assert_eq!(advice.auto, Works::Untried);
         assert_eq!(row(&advice, "destroy").change, ["ip link set lo up"]);
     }
@@ -389,7 +389,7 @@ mod tests {
             blind: Some("no sock_diag".into()),
             tried: Vec::new(),
         };
-        let advice = Advice::new(&facts(&ALL, count(1, 1), count(1, 1)), &blind);
+        let advice = Advice::new(&host(&ALL, count(1, 1), count(1, 1)), &blind);
         assert_eq!(advice.auto, Works::No);
         assert_eq!(advice.rows.len(), 5);
         for row in &advice.rows {
@@ -407,17 +407,17 @@ mod tests {
             filtered: 2,
             ..count(5, 5)
         };
-        let mut facts = facts(&ALL, some, count(9, 9));
-        let of = |facts: &Facts| row(&Advice::new(facts, &trials(|_| None)), "reclaim");
-        let before = of(&facts);
+        let mut host = host(&ALL, some, count(9, 9));
+        let of = |host: &Host| row(&Advice::new(host, &trials(|_| None)), "reclaim");
+        let before = of(&host);
         assert_eq!((before.own, before.others), (Works::Partly, Works::Yes));
         assert!(before.change[0].contains("SYS_ADMIN"));
-        facts.capabilities.insert(Capability::CAP_SYS_ADMIN);
-        assert_eq!(of(&facts).works, Works::Yes);
-        facts.filtered = true;
-        assert_eq!(of(&facts).works, Works::Partly);
-        facts.kcmp = false;
-        let without = of(&facts);
+        host.capabilities.insert(Capability::CAP_SYS_ADMIN);
+        assert_eq!(of(&host).works, Works::Yes);
+        host.filtered = true;
+        assert_eq!(of(&host).works, Works::Partly);
+        host.kcmp = false;
+        let without = of(&host);
         assert_eq!(without.works, Works::No);
         assert!(
             without

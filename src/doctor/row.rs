@@ -2,10 +2,11 @@
 
 use caps::Capability;
 
-use super::facts::{Count, Facts, Missed};
+use super::host::{Count, Host, Missed};
 use super::trials::Tried;
-use crate::injector::{ActError, MethodName};
-use crate::privileges::{HOW_TO_GRANT, Privilege};
+use crate::model::Privilege;
+use crate::model::{Method, MethodError};
+use crate::privileges::HOW_TO_GRANT;
 use crate::text::escape;
 
 /// Whether something works.
@@ -92,22 +93,22 @@ fn name(process: &Missed) -> String {
 pub(super) struct Builder<'a> {
     name: &'static str,
     auto: bool,
-    facts: &'a Facts,
+    host: &'a Host,
     why: Vec<String>,
     change: Vec<String>,
 }
 
 impl<'a> Builder<'a> {
-    pub(super) fn of(method: MethodName, facts: &'a Facts) -> Self {
-        Self::new(method.name(), MethodName::AUTO.contains(&method), facts)
+    pub(super) fn of(method: Method, host: &'a Host) -> Self {
+        Self::new(method.name(), Method::AUTO.contains(&method), host)
     }
 
     /// For what is no method of the ladder, too.
-    pub(super) fn new(name: &'static str, auto: bool, facts: &'a Facts) -> Self {
+    pub(super) fn new(name: &'static str, auto: bool, host: &'a Host) -> Self {
         Builder {
             name,
             auto,
-            facts,
+            host,
             why: Vec::new(),
             change: Vec::new(),
         }
@@ -162,26 +163,26 @@ impl<'a> Builder<'a> {
         }
     }
 
-    fn cure(&self, error: &ActError) -> String {
+    fn cure(&self, error: &MethodError) -> String {
         match error {
-            ActError::Denied(Privilege::NetAdmin, _) => self.grant(Capability::CAP_NET_ADMIN),
-            ActError::Denied(Privilege::NetRaw, _) => self.grant(Capability::CAP_NET_RAW),
+            MethodError::NotPermitted(Privilege::NetAdmin, _) => self.grant(Capability::CAP_NET_ADMIN),
+            MethodError::NotPermitted(Privilege::NetRaw, _) => self.grant(Capability::CAP_NET_RAW),
             // It was our own process.
-            ActError::Denied(Privilege::Ptrace, _) => {
+            MethodError::NotPermitted(Privilege::Ptrace, _) => {
                 "a filter of system calls forbids it: allow pidfd_open and pidfd_getfd in the seccomp profile of the \
                  container or unit"
                     .into()
             }
-            ActError::NotSupported(..) if self.name == MethodName::Destroy.name() => {
+            MethodError::NotSupported(..) if self.name == Method::Destroy.name() => {
                 "a kernel with CONFIG_INET_DIAG_DESTROY=y; rst does the same without it".into()
             }
-            ActError::NotSupported(..) => {
+            MethodError::NotSupported(..) => {
                 "Linux 5.6 or later, and a seccomp profile that allows pidfd_open and pidfd_getfd".into()
             }
-            ActError::ForeignProc => {
+            MethodError::ForeignPidNamespace => {
                 "mount -t proc proc /proc in this pid namespace, or run cwkill outside".into()
             }
-            ActError::NoAck(_) | ActError::RstIgnored => {
+            MethodError::NoAck(_) | MethodError::RstIgnored => {
                 "let everything pass on lo: nft insert rule inet TABLE CHAIN iifname lo accept".into()
             }
             _ => "see the message; `cwkill --all -n -v` shows what is left to the other methods".into(),
@@ -192,11 +193,11 @@ impl<'a> Builder<'a> {
     pub(super) fn grant(&self, capability: Capability) -> String {
         let short = capability.to_string();
         let short = short.trim_start_matches("CAP_");
-        if self.facts.has(capability) {
+        if self.host.has(capability) {
             "the network namespace is not of this user namespace, so the capability does not count there: run cwkill in the \
              user namespace that made the network namespace (nsenter --preserve-credentials -U -n -t PID), or as root outside"
                 .into()
-        } else if self.facts.uid == 0 {
+        } else if self.host.uid == 0 {
             format!(
                 "this root lacks CAP_{short}: --cap-add {short} for a container, CapabilityBoundingSet= and \
                  AmbientCapabilities= for a unit"
@@ -211,7 +212,7 @@ impl<'a> Builder<'a> {
         if works != Works::Yes {
             return (works, works);
         }
-        let reach = match &self.facts.reach {
+        let reach = match &self.host.reach {
             Ok(reach) => reach,
             Err(error) => {
                 self.say(
@@ -221,8 +222,8 @@ impl<'a> Builder<'a> {
                 return (Works::No, Works::No);
             }
         };
-        let ptrace = self.facts.has(Capability::CAP_SYS_PTRACE);
-        let search = self.facts.has(Capability::CAP_DAC_READ_SEARCH);
+        let ptrace = self.host.has(Capability::CAP_SYS_PTRACE);
+        let search = self.host.has(Capability::CAP_DAC_READ_SEARCH);
         let judge = |count: Count, if_none| match (count.reached, count.total) {
             (_, 0) => if_none,
             (reached, total) if reached == total => Works::Yes,
@@ -230,7 +231,7 @@ impl<'a> Builder<'a> {
             _ => Works::Partly,
         };
         // Without a process to ask, what the rules say (kernel/ptrace.c, __ptrace_may_access; security/yama).
-        let scope = self.facts.ptrace_scope.unwrap_or(0);
+        let scope = self.host.ptrace_scope.unwrap_or(0);
         let by_rule = |own: bool| match (scope, ptrace) {
             (3.., _) => Works::No,
             (_, true) => Works::Yes,
@@ -240,14 +241,14 @@ impl<'a> Builder<'a> {
         let own = judge(reach.same_user, by_rule(true));
         let mut others = judge(
             reach.others,
-            match self.facts.first_user_namespace {
+            match self.host.first_user_namespace {
                 Some(true) | None => by_rule(false),
                 // The capability counts for some and not for others, and there are only ours to tell by.
                 Some(false) => own,
             },
         );
-        if self.facts.hides_others() {
-            let value = self.facts.hidepid.as_deref().unwrap_or_default();
+        if self.host.hides_others() {
+            let value = self.host.hidepid.as_deref().unwrap_or_default();
             self.say(
                 format!("/proc hides the processes of others (hidepid={value})"),
                 "run as root, or: mount -o remount,hidepid=0 /proc",
@@ -281,7 +282,7 @@ impl<'a> Builder<'a> {
                 self.grant(Capability::CAP_SYS_PTRACE)
             } else if !search && count.seen < count.total {
                 self.grant(Capability::CAP_DAC_READ_SEARCH)
-            } else if self.facts.first_user_namespace == Some(false) {
+            } else if self.host.first_user_namespace == Some(false) {
                 "they are outside this user namespace: run cwkill outside it".into()
             } else {
                 "a security module (SELinux, AppArmor, smack) may forbid it: see `dmesg` and `ausearch -m avc`".to_owned()

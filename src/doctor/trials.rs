@@ -4,15 +4,17 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
+use crate::control::Control;
 use crate::filter::selectors::Selectors;
-use crate::finder::{self, Found};
-use crate::injector::engine::{self, Control, Rules, Skip, Verdict};
-use crate::injector::plan::Plan;
-use crate::injector::{self, ActError, MethodName};
+use crate::finder;
+use crate::injector;
+use crate::injector::engine::{self, Rules};
 use crate::kernel::KernelVersion;
+use crate::model::{Method, MethodError, Outcome, Scan, SkipReason, Target};
 use crate::proc::ProcFs;
 use crate::proc::netns::NetnsScope;
 use crate::sock_diag::SockDiag;
+use crate::sys::errno_of;
 use crate::tcp::TcpState;
 
 /// How long a connection over loopback, or an answer on it, may take.
@@ -23,7 +25,7 @@ const PAUSE: Duration = Duration::from_millis(1);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Subject {
     /// The method.
-    pub method: MethodName,
+    pub method: Method,
     /// Over IPv6.
     pub ipv6: bool,
     /// Its owner may be used.
@@ -32,16 +34,16 @@ pub struct Subject {
 
 /// Everything that is tried. The probes are last: they wait until their sockets have been quiet for a second.
 const SUBJECTS: [Subject; 7] = [
-    subject(MethodName::Shutdown, false, true),
-    subject(MethodName::Destroy, false, true),
-    subject(MethodName::Rst, false, true),
-    subject(MethodName::Rst, false, false),
-    subject(MethodName::Rst, true, false),
-    subject(MethodName::Probe, false, false),
-    subject(MethodName::Probe, false, true),
+    subject(Method::Shutdown, false, true),
+    subject(Method::Destroy, false, true),
+    subject(Method::Rst, false, true),
+    subject(Method::Rst, false, false),
+    subject(Method::Rst, true, false),
+    subject(Method::Probe, false, false),
+    subject(Method::Probe, false, true),
 ];
 
-const fn subject(method: MethodName, ipv6: bool, owned: bool) -> Subject {
+const fn subject(method: Method, ipv6: bool, owned: bool) -> Subject {
     Subject {
         method,
         ipv6,
@@ -55,7 +57,7 @@ pub enum Tried {
     /// It did what it is for.
     Works,
     /// It did not.
-    Failed(ActError),
+    Failed(MethodError),
     /// It could not be tried.
     Untried(String),
 }
@@ -104,7 +106,7 @@ impl Trials {
     }
 
     /// How the trial of `method` ended.
-    pub fn of(&self, method: MethodName, ipv6: bool, owned: bool) -> &Tried {
+    pub fn of(&self, method: Method, ipv6: bool, owned: bool) -> &Tried {
         let wanted = subject(method, ipv6, owned);
         let trial = self.tried.iter().find(|(subject, _)| *subject == wanted);
         &trial.expect("every subject is tried").1
@@ -154,7 +156,7 @@ impl Stuck {
 }
 
 /// Our connections as the finder shows them, once all are in CLOSE-WAIT.
-fn find(proc: &ProcFs, ports: &[u16]) -> Result<Found, String> {
+fn find(proc: &ProcFs, ports: &[u16]) -> Result<Scan, String> {
     let namespaces = NetnsScope::Current
         .open(proc)
         .map_err(|error| error.to_string())?;
@@ -169,41 +171,31 @@ fn find(proc: &ProcFs, ports: &[u16]) -> Result<Found, String> {
     };
     let until = Instant::now() + PATIENCE;
     loop {
-        let found = finder::find(&namespaces.open, proc, &selectors)
+        let scan = finder::find(&namespaces, proc, &selectors)
             .map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
         // The FIN is there before shutdown() returns, unless the host is busy.
-        if found.sockets.len() >= ports.len() || Instant::now() > until {
-            return Ok(found);
+        if scan.targets.len() >= ports.len() || Instant::now() > until {
+            return Ok(scan);
         }
         std::thread::sleep(PAUSE);
     }
 }
 
-fn attempt(subject: Subject, stuck: &Stuck, found: &Found, proc: &ProcFs) -> Tried {
+fn attempt(subject: Subject, stuck: &Stuck, scan: &Scan, proc: &ProcFs) -> Tried {
     // Somebody may have connected to our port before the listener was gone.
     let ends = (stuck.local, stuck.peer);
-    let mine = |socket: &&finder::Socket| (socket.tuple.local, socket.tuple.peer) == ends;
-    let Some(socket) = found.sockets.iter().find(mine) else {
+    let is_ours = |target: &&Target| (target.socket.tuple.local, target.socket.tuple.peer) == ends;
+    let Some(found) = scan.targets.iter().find(is_ours) else {
         return Tried::Untried("a connection of our own did not come to CLOSE-WAIT".into());
     };
-    let mut socket = socket.clone();
+    let mut target = Target::new(found.socket.clone());
     if subject.owned {
-        if socket.owners.is_empty() {
+        if found.owners.is_empty() {
             return Tried::Untried("/proc does not show our own descriptors".into());
         }
-    } else {
-        socket.owners.clear();
+        target.owners = found.owners.clone();
     }
-    let found = Found {
-        sockets: vec![socket],
-        processes: found.processes.clone(),
-        ..Found::default()
-    };
-    let plan = Plan {
-        methods: vec![subject.method],
-        excluded: Vec::new(),
-        over_limit: false,
-    };
+    target.plan.methods = vec![subject.method];
     let rules = Rules {
         grace: PATIENCE,
         discard_unsent: false,
@@ -211,32 +203,27 @@ fn attempt(subject: Subject, stuck: &Stuck, found: &Found, proc: &ProcFs) -> Tri
         kernel: KernelVersion::running(),
     };
     let opened =
-        SockDiag::open().and_then(|diag| Ok((diag, injector::methods(&plan.methods, proc)?)));
-    let (mut diag, mut methods) = match opened {
+        SockDiag::open().and_then(|diag| Ok((diag, injector::executors(&[subject.method], proc)?)));
+    let (mut diag, mut executors) = match opened {
         Ok(opened) => opened,
-        Err(error) => return Tried::Failed(ActError::Os("sock_diag", error)),
+        Err(error) => {
+            return Tried::Failed(MethodError::SystemCall("sock_diag", errno_of(&error)));
+        }
     };
-    let mut outcomes = engine::climb(
-        &found,
-        &[plan],
-        &[0],
-        &mut methods,
-        &mut diag,
-        rules,
-        &Clock,
-    );
-    let outcome = outcomes.remove(0);
-    match outcome.verdict {
-        Verdict::Closed(_) | Verdict::Closing(_, TcpState::LastAck) => Tried::Works,
+    engine::run(&mut [&mut target], &mut executors, &mut diag, rules, &Clock);
+    match target.outcome {
+        Some(Outcome::Closed(_) | Outcome::Closing(_, TcpState::LastAck)) => Tried::Works,
         // Our peer is alive, and a probe is to find that out.
-        Verdict::Skipped(Skip::PeerAlive) if subject.method == MethodName::Probe => Tried::Works,
-        verdict => match outcome
+        Some(Outcome::Skipped(SkipReason::PeerAlive)) if subject.method == Method::Probe => {
+            Tried::Works
+        }
+        outcome => match target
             .attempts
             .into_iter()
             .find_map(|attempt| attempt.error)
         {
             Some(error) => Tried::Failed(error),
-            None => Tried::Untried(format!("{verdict:?}")),
+            None => Tried::Untried(format!("{outcome:?}")),
         },
     }
 }
@@ -265,5 +252,5 @@ impl Control for Clock {
         false
     }
 
-    fn progress(&self, _: MethodName, _: usize) {}
+    fn progress(&self, _: Method, _: usize) {}
 }

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::filter::selectors::{IpVersion, Selectors};
-use crate::filter::{Facts, Services, parse};
+use crate::filter::{Services, SocketFacts, parse};
 use crate::finder::Socket;
 use crate::sock_diag::testdata::stuck;
 use crate::sock_diag::{Cookie, DiagId};
@@ -27,8 +27,8 @@ struct Entry {
 
 const EPHEMERAL: RangeInclusive<u16> = 32_768..=60_999;
 
-impl From<&Facts> for Entry {
-    fn from(facts: &Facts) -> Self {
+impl From<&SocketFacts> for Entry {
+    fn from(facts: &SocketFacts) -> Self {
         let address = |address: IpAddr| match (facts.family, address) {
             (Family::V4, IpAddr::V4(v4)) => v4.octets().to_vec(),
             (Family::V6, IpAddr::V4(v4)) => v4.to_ipv6_mapped().octets().to_vec(),
@@ -269,7 +269,7 @@ fn expression(with_states: bool) -> impl Strategy<Value = Expression> {
     })
 }
 
-fn facts() -> impl Strategy<Value = Facts> {
+fn facts() -> impl Strategy<Value = SocketFacts> {
     let addresses = prop_oneof![
         (v4(), v4()).prop_map(|(a, b)| (Family::V4, a.into(), b.into())),
         (v4(), v4()).prop_map(|(a, b)| (Family::V6, a.into(), b.into())),
@@ -284,7 +284,7 @@ fn facts() -> impl Strategy<Value = Facts> {
             _,
             _,
             _,
-        )| Facts {
+        )| SocketFacts {
             family,
             tuple: Tuple {
                 local: SocketAddr::new(local, local_port),
@@ -376,7 +376,7 @@ proptest! {
         message.id = DiagId::example(facts.family, facts.tuple, Cookie(1));
         message.state = facts.state;
         let socket = Socket::from_message(&message);
-        let facts = Facts { interface: 0, cgroup: None, ..facts };
+        let facts = SocketFacts { interface: 0, cgroup: None, ..facts };
         prop_assert_eq!(
             selectors.as_expression().matches(&facts),
             selectors.match_socket(&socket)

@@ -6,13 +6,13 @@ use std::net::{IpAddr, Ipv6Addr};
 use ipnet::IpNet;
 
 use super::{Cgroup2, End, Ephemeral, Expression, Interface};
-use crate::finder::Socket;
+use crate::model::Socket;
 use crate::sock_diag::Family;
 use crate::tcp::{TcpState, Tuple};
 
 /// What an expression looks at.
 #[derive(Clone, Copy, Debug)]
-pub struct Facts {
+pub struct SocketFacts {
     /// The family the socket was made with.
     pub family: Family,
     /// Its endpoints, IPv4-mapped addresses written as IPv4.
@@ -25,21 +25,21 @@ pub struct Facts {
     pub cgroup: Option<u64>,
 }
 
-impl From<&Socket> for Facts {
+impl From<&Socket> for SocketFacts {
     fn from(socket: &Socket) -> Self {
-        Facts {
+        SocketFacts {
             family: socket.id.family(),
             tuple: socket.tuple,
             state: socket.state,
             interface: socket.id.interface(),
-            cgroup: socket.cgroup,
+            cgroup: socket.cgroup_id,
         }
     }
 }
 
 impl Expression {
     /// Whether it is true of a socket. What [`Expression::resolved`] has not filled in is false.
-    pub fn matches(&self, facts: &Facts) -> bool {
+    pub fn matches(&self, facts: &SocketFacts) -> bool {
         match self {
             Expression::All(parts) => parts.iter().all(|part| part.matches(facts)),
             Expression::Any(parts) => parts.iter().any(|part| part.matches(facts)),
@@ -59,7 +59,7 @@ impl Expression {
     }
 }
 
-impl Facts {
+impl SocketFacts {
     fn end(&self, end: End) -> std::net::SocketAddr {
         match end {
             End::Local => self.tuple.local,
@@ -89,7 +89,7 @@ mod tests {
     use crate::filter::{Services, parse};
 
     fn matches(text: &str, family: Family, local: &str, peer: &str) -> bool {
-        let facts = Facts {
+        let facts = SocketFacts {
             family,
             tuple: Tuple {
                 local: local.parse().unwrap(),

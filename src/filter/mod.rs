@@ -1,4 +1,4 @@
-//! Which sockets are meant: the selectors of the command line and expressions in the syntax of ss(8).
+//! NetnsScope sockets are meant: the selectors of the command line and expressions in the syntax of ss(8).
 //!
 //! - [`selectors`]: what the options say; [`expr`]: the tree of an expression
 //! - [`parse`](mod@parse): text to tree, with [`host`], [`services`] and [`syntax_error`]
@@ -15,8 +15,22 @@ mod services;
 mod syntax_error;
 
 pub use expr::{Cgroup2, End, Ephemeral, Expression, Interface, MAX_DEPTH, Namespace, States};
-pub use matches::Facts;
+pub use matches::SocketFacts;
 pub use netns_info::ThisNamespace;
 pub use parse::{Parsed, parse};
 pub use services::Services;
 pub use syntax_error::SyntaxError;
+
+use crate::proc::netns::NetnsScope;
+use selectors::Selectors;
+
+/// The sockets that a command is about: its selectors, and the network namespaces it looks into.
+#[derive(Clone, Debug)]
+pub struct Scope {
+    /// Which sockets match.
+    pub selectors: Selectors,
+    /// The network namespaces.
+    pub netns: NetnsScope,
+    /// Notes for the operator before anything is done, one a line.
+    pub notes: Vec<String>,
+}

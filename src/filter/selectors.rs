@@ -9,9 +9,8 @@ use std::time::Duration;
 use globset::{GlobBuilder, GlobMatcher};
 use ipnet::IpNet;
 
-use crate::filter::{End, Expression, Facts, Namespace};
-use crate::finder::Socket;
-use crate::model::cause::Cause;
+use crate::filter::{End, Expression, Namespace, SocketFacts};
+use crate::model::{Cause, Socket};
 use crate::proc::cgroup::{Cgroup, unescape};
 use crate::proc::{Process, Unreadable};
 use crate::tcp::{StateSet, TcpState};
@@ -177,7 +176,7 @@ impl Selectors {
             && in_networks(&self.local, socket.tuple.local.ip())
             && in_networks(&self.peer, socket.tuple.peer.ip())
             && self.ip_version.is_none_or(|wanted| wanted == version)
-            && self.expression.matches(&Facts::from(socket))
+            && self.expression.matches(&SocketFacts::from(socket))
             && self.still_matches(socket)
     }
 
@@ -224,7 +223,7 @@ impl Selectors {
 
     /// Whether `owner` is one of those asked for.
     pub fn match_owner(&self, owner: &Process) -> bool {
-        self.match_process(owner.pid, Some(&owner.comm)) && self.match_cgroup(&owner.cgroup)
+        self.match_process(owner.id.pid, Some(&owner.comm)) && self.match_cgroup(&owner.cgroup)
     }
 
     /// Whether one of the processes that could not be read may be an owner that is asked for.

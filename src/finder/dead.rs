@@ -24,6 +24,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -120,7 +121,7 @@ pub struct DeadScan {
 ///
 /// # Errors
 /// A namespace cannot be entered, or gives no list.
-pub fn inodes_in_tables(namespaces: &[Netns]) -> Result<HashSet<u32>, FindError> {
+pub fn inodes_in_tables(namespaces: &[Arc<Netns>]) -> Result<HashSet<u32>, FindError> {
     let mut inodes = HashSet::new();
     for netns in namespaces {
         let dumped = netns.within(dump_inodes).map_err(FindError::Enter)?;
@@ -221,7 +222,7 @@ fn look_inside(
             continue;
         }
         // The attribute was read by the number of the process.
-        if !suspects.is_empty() && proc.start_time(pid) != Some(process.start_time) {
+        if !suspects.is_empty() && !proc.is_alive(process.id) {
             return Ok(Look::Nothing);
         }
         return Ok(Look::Table(Table {
@@ -256,7 +257,7 @@ fn look_at_table(
         false => Err(Errno::ESRCH),
     };
     let suspect = |&(fd, inode): &(RemoteFd, u32)| {
-        if !is_tcp(proc, process.pid, fd)? {
+        if !is_tcp(proc, process.id.pid, fd)? {
             return Ok(None);
         }
         let verdict = match &pidfd {
@@ -313,9 +314,9 @@ fn is_tcp(proc: &ProcFs, pid: i32, fd: RemoteFd) -> io::Result<bool> {
 
 /// A pidfd of exactly `process`.
 pub(crate) fn open_pidfd(proc: &ProcFs, process: &Process) -> Result<OwnedFd, Errno> {
-    let pidfd = sys::pidfd_open(process.pid).map_err(errno)?;
+    let pidfd = sys::pidfd_open(process.id.pid).map_err(errno)?;
     // Read after the pidfd was opened: it still has its number, so the pidfd is of it.
-    match proc.start_time(process.pid) == Some(process.start_time) {
+    match proc.is_alive(process.id) {
         true => Ok(pidfd),
         false => Err(Errno::ESRCH),
     }
@@ -395,7 +396,7 @@ mod tests {
         let ours = NetnsScope::Current.open(&proc).unwrap().open;
         let in_tables = inodes_in_tables(&ours).unwrap();
         let own = i32::try_from(std::process::id()).unwrap();
-        let mut scan = find(&proc, &|process| process.pid == own, &in_tables).unwrap();
+        let mut scan = find(&proc, &|process| process.id.pid == own, &in_tables).unwrap();
         let table = scan.tables.remove(0);
         assert!(table.used >= fds.len());
         let verdict = |fd: &BorrowedFd<'_>| {
@@ -481,7 +482,7 @@ mod tests {
         let inode = u32::try_from(fstat(&listener).unwrap().st_ino).unwrap();
         let proc = ProcFs::default();
         let own = i32::try_from(std::process::id()).unwrap();
-        let scan = find(&proc, &|process| process.pid == own, &HashSet::new()).unwrap();
+        let scan = find(&proc, &|process| process.id.pid == own, &HashSet::new()).unwrap();
         let mut suspects = scan.tables.iter().flat_map(|table| &table.suspects);
         assert!(!suspects.any(|suspect| suspect.inode == inode));
     }

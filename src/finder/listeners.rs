@@ -1,4 +1,4 @@
-//! Which listener would accept a connection that nobody has accepted yet.
+//! NetnsScope listener would accept a connection that nobody has accepted yet.
 //!
 //! sock_diag does not say it, so the kernel's own choice is followed: an exact address before the
 //! wildcard, a socket of the connection's own family before a dual-stack one, the bound interface if
@@ -7,26 +7,9 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 
-use crate::finder::Held;
+use crate::model::{Listener, Owner};
 use crate::sock_diag::{DiagId, DumpError, DumpRequest, Family, SockDiag, SocketMessage};
 use crate::tcp::TcpState;
-
-/// The listeners at one address: one, or a group made with SO_REUSEPORT.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Listener {
-    /// Where it listens.
-    pub local: SocketAddr,
-    /// The inodes of its sockets.
-    pub inodes: Vec<u32>,
-    /// The user of its sockets.
-    pub uid: u32,
-    /// Connections waiting for accept(), over the whole group, when last looked at.
-    pub waiting: u32,
-    /// The limit of the backlog, over the whole group.
-    pub backlog: u32,
-    /// Its owners, one entry a descriptor.
-    pub owners: Vec<Held>,
-}
 
 /// The listeners of a network namespace, and which of them were asked for.
 #[derive(Debug, Default)]
@@ -148,19 +131,19 @@ impl Listeners {
         used.flat_map(|group| group.inodes())
     }
 
-    /// The listeners asked for, with their owners.
-    pub fn into_used(self, owners: impl Fn(u32) -> Vec<Held>) -> Vec<Listener> {
+    /// The listeners asked for, each with the owners that `owners` knows of its inodes.
+    pub fn into_used(self, owners: impl Fn(u32) -> Vec<Owner>) -> Vec<Listener> {
         let used = self.used.iter().map(|&at| &self.groups[at]);
         used.map(|group| {
-            let mut held: Vec<Held> = group.inodes().flat_map(&owners).collect();
-            held.sort_unstable();
+            let mut owners: Vec<Owner> = group.inodes().flat_map(&owners).collect();
+            owners.sort_unstable_by_key(|owner| (owner.process.id, owner.fd));
             Listener {
                 local: group.local,
                 inodes: group.inodes().collect(),
                 uid: group.uid,
                 waiting: group.waiting,
                 backlog: group.backlog,
-                owners: held,
+                owners,
             }
         })
         .collect()
@@ -205,8 +188,9 @@ impl Group {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::proc::RemoteFd;
+    use crate::proc::testdata::process;
     use crate::sock_diag::testdata::{listener, stuck};
-    use crate::sys::RemoteFd;
 
     fn listeners(all: &[SocketMessage]) -> Listeners {
         let mut listeners = Listeners::default();
@@ -262,14 +246,11 @@ mod tests {
         let local = connection.id.tuple().local;
         assert_eq!(group.accepting(&connection.id, local), Some(0));
         assert_eq!(group.accepting(&connection.id, local), Some(0));
-        let held = |inode: u32| {
-            let process = usize::try_from(inode).unwrap();
-            vec![Held {
-                process,
-                fd: RemoteFd(3),
-            }]
+        let owner = |inode: u32| {
+            let pid = i32::try_from(inode).unwrap();
+            vec![Owner::new(process(pid, "server"), RemoteFd(3))]
         };
-        let used = group.into_used(held);
+        let used = group.into_used(owner);
         assert_eq!(used.len(), 1);
         assert_eq!(used[0].owners.len(), 2);
         assert_eq!((used[0].waiting, used[0].backlog), (4, 256));

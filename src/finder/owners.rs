@@ -1,222 +1,252 @@
-//! Who holds a socket: socket inodes to processes and descriptors, from /proc.
+//! Who owns a socket: socket inodes to processes and descriptors, from /proc.
 //!
-//! A socket can have many owners (fork, SCM_RIGHTS), and nothing in the kernel says how many, so
-//! every process is looked at. Only `/proc/PID/fd` and, for an owner, `/proc/PID/stat` and
-//! `/proc/PID/cgroup` are read: never task, maps or exe, which can hang on a sick host. Processes are read in parallel, a big
-//! descriptor table in chunks.
-//!
-//! Races: what vanishes (ENOENT, ESRCH) is passed over, what may not be read (EACCES, EPERM) is
-//! counted, anything else is an error.
+//! A socket can have many owners (fork, SCM_RIGHTS), and the kernel does not say how many, so the descriptors of every process
+//! are read. Only `/proc/PID/fd` and, for an owner, `/proc/PID/stat` and `/proc/PID/cgroup` are read: never task, maps or exe,
+//! which can hang on a sick host. Processes are read in parallel, a big descriptor table in chunks.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::fcntl::OFlag;
 use rayon::prelude::*;
 
-use crate::finder::Held;
-use crate::proc::fds::{CHUNK, holding, read_socket_link, read_table};
+use crate::model::{Outcome, Owner, Target};
+use crate::proc::fds::{CHUNK, FdTable, fd_state, read_socket_link, read_table};
 use crate::proc::{
-    FdState, ProcFs, Process, RemoteFd, Unreadable, identity, is_denied, is_gone, open_in,
+    FdState, ProcFs, Process, ProcessId, RemoteFd, Unreadable, identity, is_denied, is_gone,
+    open_in,
 };
 
-/// What a scan of all processes gave.
+/// The owners of the wanted sockets.
 #[derive(Debug, Default)]
 pub struct OwnerScan {
     /// The processes that hold a wanted socket, by pid.
-    pub processes: Vec<Process>,
-    /// Socket inode and who holds it, by process and descriptor.
-    pub held: Vec<(u32, Held)>,
-    /// Processes that could not be looked at, or not at all of their descriptors.
+    processes: Vec<Arc<Process>>,
+    /// Their descriptors, by inode; those of one inode by process.
+    held: Vec<Held>,
+    /// Processes whose descriptors could not be read, or not all of them.
     pub unreadable: Vec<Unreadable>,
     /// Processes of others are not shown at all: /proc is mounted with hidepid.
     pub hidden: bool,
 }
 
-/// The sockets that each process holds, whatever sockets they are.
+/// A descriptor of the socket with this inode; 16 bytes, since a host has many.
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    inode: u32,
+    /// Index in [`OwnerScan::processes`].
+    process: usize,
+    fd: RemoteFd,
+}
+
+/// The sockets that each process holds, wanted or not.
 #[derive(Default)]
-pub struct Scan {
-    looks: Vec<Look>,
+pub struct DescriptorScan {
+    processes: Vec<ProcessScan>,
     hidden: bool,
 }
 
-/// One process's share of a scan.
+/// The sockets of one process.
 #[derive(Default)]
-struct Look {
-    /// It holds these sockets, by inode.
-    holds: Option<(i32, Vec<(u32, RemoteFd)>)>,
+struct ProcessScan {
+    /// Its pid, and its sockets by inode.
+    sockets: Option<(i32, Vec<(u32, RemoteFd)>)>,
     unreadable: Option<Unreadable>,
 }
 
-/// A process with the wanted sockets that it holds.
-type Owner = (Process, Vec<(u32, RemoteFd)>);
-
-impl OwnerScan {
-    /// Orders `held` for [`OwnerScan::of`].
-    pub fn sort_by_inode(&mut self) {
-        self.held.par_sort_by_key(|(inode, _)| *inode);
-    }
-
-    /// Who holds the socket with this inode, once sorted.
-    pub fn of(&self, inode: u32) -> &[(u32, Held)] {
-        let from = self.held.partition_point(|(of, _)| *of < inode);
-        let held = &self.held[from..];
-        &held[..held.iter().take_while(|(of, _)| *of == inode).count()]
-    }
-
-    /// The same without the inode.
-    pub fn holding(&self, inode: u32) -> Vec<Held> {
-        self.of(inode).iter().map(|(_, held)| *held).collect()
-    }
-}
-
-impl ProcFs {
-    /// Finds every process that holds a socket whose inode is in `wanted`.
-    ///
-    /// # Errors
-    /// As [`ProcFs::scan`].
-    pub fn find_owners(&self, wanted: impl Iterator<Item = u32>) -> io::Result<OwnerScan> {
-        let wanted: HashSet<u32> = wanted.collect();
-        if wanted.is_empty() {
-            return Ok(OwnerScan::default());
-        }
-        let scan = self.scan(&AtomicBool::new(false))?;
-        self.owners(scan, &wanted, Trust::TheScan)
-    }
-
-    /// Reads the descriptors of all processes, until it is done or `needless` is set: what it has by then
-    /// is of no use.
-    ///
-    /// # Errors
-    /// The root cannot be listed, or a process's files fail in a way that is neither its end nor a
-    /// missing right.
-    pub fn scan(&self, needless: &AtomicBool) -> io::Result<Scan> {
-        let pids = self.pids()?;
-        Ok(Scan {
-            // The first process of a pid namespace lives as long as the namespace.
-            hidden: pids.first() != Some(&1),
-            looks: pids
-                .into_par_iter()
-                .map(|pid| match needless.load(Ordering::Relaxed) {
-                    true => Ok(Look::default()),
-                    false => self.look(pid, needless),
-                })
-                .collect::<io::Result<_>>()?,
-        })
-    }
-
-    /// Of what `scan` saw, the processes that hold a socket whose inode is in `wanted`.
-    ///
-    /// # Errors
-    /// As [`ProcFs::scan`].
-    pub fn owners(&self, scan: Scan, wanted: &HashSet<u32>, trust: Trust) -> io::Result<OwnerScan> {
-        let identify = |look: Look| -> io::Result<(Option<Owner>, Option<Unreadable>)> {
-            let Some((pid, mut held)) = look.holds else {
-                return Ok((None, look.unreadable));
-            };
-            held.retain(|(inode, _)| wanted.contains(inode));
-            if held.is_empty() {
-                return Ok((None, look.unreadable));
-            }
-            match self.identify(pid, held, wanted, trust) {
-                Ok((owner, denied)) => {
-                    let unreadable = denied.then(|| self.unreadable(pid)).flatten();
-                    Ok((owner, look.unreadable.or(unreadable)))
-                }
-                Err(error) if is_gone(&error) => Ok((None, look.unreadable)),
-                Err(error) if is_denied(&error) => Ok((None, self.unreadable(pid))),
-                Err(error) => Err(error),
-            }
-        };
-        let looks: Vec<_> = scan
-            .looks
-            .into_par_iter()
-            .map(identify)
-            .collect::<io::Result<_>>()?;
-        let mut found = OwnerScan {
-            hidden: scan.hidden,
-            ..OwnerScan::default()
-        };
-        for (owner, unreadable) in looks {
-            found.unreadable.extend(unreadable);
-            if let Some((process, held)) = owner {
-                let index = found.processes.len();
-                found.processes.push(process);
-                let held = held
-                    .into_iter()
-                    .map(|(inode, fd)| (inode, Held { process: index, fd }));
-                found.held.extend(held);
-            }
-        }
-        Ok(found)
-    }
-
-    fn look(&self, pid: i32, needless: &AtomicBool) -> io::Result<Look> {
-        match self.look_inside(pid, needless) {
-            Err(error) if is_gone(&error) => Ok(Look::default()),
-            Err(error) if is_denied(&error) => Ok(Look {
-                holds: None,
-                unreadable: self.unreadable(pid),
-            }),
-            other => other,
-        }
-    }
-
-    fn look_inside(&self, pid: i32, needless: &AtomicBool) -> io::Result<Look> {
-        // These descriptors stay with the process they were opened for: if the number is given to
-        // another, everything below answers ESRCH.
-        let process = File::open(self.path(&pid.to_string()))?;
-        let dir = open_in(process.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
-        let table = read_table(dir.as_fd(), needless)?;
-        Ok(Look {
-            holds: (!table.sockets.is_empty()).then_some((pid, table.sockets)),
-            unreadable: table.denied.then(|| self.unreadable(pid)).flatten(),
-        })
-    }
-
-    /// The process that was seen to hold `held`, and what it holds now as far as the scan is not trusted; and
-    /// whether a part of that may no longer be read.
-    fn identify(
-        &self,
-        pid: i32,
-        mut held: Vec<(u32, RemoteFd)>,
-        wanted: &HashSet<u32>,
-        trust: Trust,
-    ) -> io::Result<(Option<Owner>, bool)> {
-        let process = File::open(self.path(&pid.to_string()))?;
-        let dir = open_in(process.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
-        let still = |&(inode, fd): &(u32, RemoteFd)| {
-            holding(read_socket_link(dir.as_fd(), fd.0), inode) == FdState::Open
-        };
-        let checked = match trust {
-            // The first tells whether the number of the process has been given to another.
-            Trust::TheScan => &held[..1],
-            Trust::Nothing => &held[..],
-        };
-        let mut denied = false;
-        if !checked.par_iter().with_min_len(CHUNK).all(still) {
-            let table = read_table(dir.as_fd(), &AtomicBool::new(false))?;
-            denied = table.denied;
-            held = table.sockets;
-            held.retain(|(inode, _)| wanted.contains(inode));
-            if held.is_empty() {
-                return Ok((None, denied));
-            }
-        }
-        Ok((Some((identity(process.as_fd(), pid)?, held)), denied))
-    }
-}
+/// A process with its descriptors of wanted sockets, by inode.
+type WantedSockets = (Process, Vec<(u32, RemoteFd)>);
 
 /// How far a scan from before the end of the dump is trusted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trust {
-    /// What a process held then it holds.
+    /// Every descriptor of the scan is taken to be there still.
     TheScan,
-    /// Every descriptor is looked at again: the owners decide what is acted on.
+    /// Every descriptor is read again: the owners decide which sockets are acted on.
     Nothing,
+}
+
+impl OwnerScan {
+    /// The owners of the socket with this inode.
+    pub fn of(&self, inode: u32) -> impl Iterator<Item = Owner> + '_ {
+        let first = self.held.partition_point(|held| held.inode < inode);
+        self.held[first..]
+            .iter()
+            .take_while(move |held| held.inode == inode)
+            .map(|held| Owner::new(Arc::clone(&self.processes[held.process]), held.fd))
+    }
+
+    /// Whether the socket with this inode has a known owner.
+    pub fn has(&self, inode: u32) -> bool {
+        let held = self.held.binary_search_by_key(&inode, |held| held.inode);
+        held.is_ok()
+    }
+}
+
+/// Reads the descriptors of all processes, until it is done or `needless` is set: then the result is of no use.
+///
+/// # Errors
+/// The root cannot be listed, or a process's files fail in a way that is neither its end nor a missing right.
+pub fn scan(proc: &ProcFs, needless: &AtomicBool) -> io::Result<DescriptorScan> {
+    let pids = proc.pids()?;
+    Ok(DescriptorScan {
+        // The first process of a pid namespace lives as long as the namespace.
+        hidden: pids.first() != Some(&1),
+        processes: pids
+            .into_par_iter()
+            .map(|pid| match needless.load(Ordering::Relaxed) {
+                true => Ok(ProcessScan::default()),
+                false => scan_process(proc, pid, needless),
+            })
+            .collect::<io::Result<_>>()?,
+    })
+}
+
+/// Finds every process that holds a socket whose inode is in `wanted`.
+///
+/// # Errors
+/// As [`scan`].
+pub fn find(proc: &ProcFs, wanted: &HashSet<u32>) -> io::Result<OwnerScan> {
+    if wanted.is_empty() {
+        return Ok(OwnerScan::default());
+    }
+    let scan = scan(proc, &AtomicBool::new(false))?;
+    select(proc, scan, wanted, Trust::TheScan)
+}
+
+/// Selects from `scan` the processes that hold a socket whose inode is in `wanted`.
+///
+/// # Errors
+/// As [`scan`].
+pub fn select(
+    proc: &ProcFs,
+    scan: DescriptorScan,
+    wanted: &HashSet<u32>,
+    trust: Trust,
+) -> io::Result<OwnerScan> {
+    let identify =
+        |process: ProcessScan| -> io::Result<(Option<WantedSockets>, Option<Unreadable>)> {
+            let Some((pid, mut sockets)) = process.sockets else {
+                return Ok((None, process.unreadable));
+            };
+            sockets.retain(|(inode, _)| wanted.contains(inode));
+            if sockets.is_empty() {
+                return Ok((None, process.unreadable));
+            }
+            match identify(proc, pid, sockets, wanted, trust) {
+                Ok((owner, denied)) => {
+                    let unreadable = denied.then(|| proc.unreadable(pid)).flatten();
+                    Ok((owner, process.unreadable.or(unreadable)))
+                }
+                Err(error) if is_gone(&error) => Ok((None, process.unreadable)),
+                Err(error) if is_denied(&error) => Ok((None, proc.unreadable(pid))),
+                Err(error) => Err(error),
+            }
+        };
+    let identified: Vec<_> = scan
+        .processes
+        .into_par_iter()
+        .map(identify)
+        .collect::<io::Result<_>>()?;
+    let mut owners = OwnerScan {
+        hidden: scan.hidden,
+        ..OwnerScan::default()
+    };
+    for (owner, unreadable) in identified {
+        owners.unreadable.extend(unreadable);
+        if let Some((process, sockets)) = owner {
+            let process_index = owners.processes.len();
+            owners.processes.push(Arc::new(process));
+            owners
+                .held
+                .extend(sockets.into_iter().map(|(inode, fd)| Held {
+                    inode,
+                    process: process_index,
+                    fd,
+                }));
+        }
+    }
+    owners.held.par_sort_by_key(|held| held.inode);
+    Ok(owners)
+}
+
+/// Checks which descriptors of closed or closing sockets are still open, and notes it in [`Owner::after`].
+pub fn recheck(proc: &ProcFs, targets: &mut [Target]) {
+    let mut by_process: BTreeMap<ProcessId, Vec<(&mut Owner, u32)>> = BTreeMap::new();
+    for target in targets {
+        let over = target.outcome.is_some_and(Outcome::is_closed_or_closing);
+        if let Some(inode) = target.socket.inode.filter(|_| over) {
+            for owner in &mut target.owners {
+                let owners = by_process.entry(owner.process.id).or_default();
+                owners.push((owner, inode));
+            }
+        }
+    }
+    by_process.into_par_iter().for_each(|(id, mut owners)| {
+        let table = FdTable::open(proc, id);
+        owners
+            .par_iter_mut()
+            .with_min_len(CHUNK)
+            .for_each(|(owner, inode)| owner.after = Some(table.state(owner.fd, *inode)));
+    });
+}
+
+fn scan_process(proc: &ProcFs, pid: i32, needless: &AtomicBool) -> io::Result<ProcessScan> {
+    let read = || -> io::Result<ProcessScan> {
+        // These descriptors stay with the process they were opened for: if the number is given to another process,
+        // everything below answers ESRCH.
+        let process = File::open(proc.path(&pid.to_string()))?;
+        let dir = open_in(process.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
+        let table = read_table(dir.as_fd(), needless)?;
+        Ok(ProcessScan {
+            sockets: (!table.sockets.is_empty()).then_some((pid, table.sockets)),
+            unreadable: table.denied.then(|| proc.unreadable(pid)).flatten(),
+        })
+    };
+    match read() {
+        Err(error) if is_gone(&error) => Ok(ProcessScan::default()),
+        Err(error) if is_denied(&error) => Ok(ProcessScan {
+            sockets: None,
+            unreadable: proc.unreadable(pid),
+        }),
+        other => other,
+    }
+}
+
+/// The process that held `sockets`, with those it holds now as far as the scan is not trusted; and whether a part of its table may
+/// no longer be read.
+fn identify(
+    proc: &ProcFs,
+    pid: i32,
+    mut sockets: Vec<(u32, RemoteFd)>,
+    wanted: &HashSet<u32>,
+    trust: Trust,
+) -> io::Result<(Option<WantedSockets>, bool)> {
+    let process = File::open(proc.path(&pid.to_string()))?;
+    let dir = open_in(process.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
+    let still_open = |&(inode, fd): &(u32, RemoteFd)| {
+        fd_state(read_socket_link(dir.as_fd(), fd.0), inode) == FdState::Open
+    };
+    let checked = match trust {
+        // The first shows whether the number of the process has been given to another.
+        Trust::TheScan => &sockets[..1],
+        Trust::Nothing => &sockets[..],
+    };
+    let mut denied = false;
+    if !checked.par_iter().with_min_len(CHUNK).all(still_open) {
+        let table = read_table(dir.as_fd(), &AtomicBool::new(false))?;
+        denied = table.denied;
+        sockets = table.sockets;
+        sockets.retain(|(inode, _)| wanted.contains(inode));
+        if sockets.is_empty() {
+            return Ok((None, denied));
+        }
+    }
+    Ok((Some((identity(process.as_fd(), pid)?, sockets)), denied))
 }
 
 #[cfg(test)]
@@ -249,8 +279,11 @@ mod tests {
         }
 
         fn find(&self, wanted: &[u32]) -> OwnerScan {
-            let proc = ProcFs::at(self.dir.path());
-            proc.find_owners(wanted.iter().copied()).unwrap()
+            find(&self.proc(), &wanted.iter().copied().collect()).unwrap()
+        }
+
+        fn proc(&self) -> ProcFs {
+            ProcFs::at(self.dir.path())
         }
     }
 
@@ -269,12 +302,11 @@ mod tests {
         let comms: Vec<&str> = scan.processes.iter().map(|p| p.comm.as_str()).collect();
         assert_eq!(comms, ["parent", "child"]);
         let mut held: Vec<_> = scan
-            .held
-            .iter()
-            .map(|(inode, held)| (*inode, held.process, held.fd.0))
+            .of(42)
+            .map(|owner| (owner.process.id.pid, owner.fd.0))
             .collect();
         held.sort_unstable();
-        assert_eq!(held, [(42, 0, 3), (42, 1, 3), (42, 1, 9)]);
+        assert_eq!(held, [(7, 3), (8, 3), (8, 9)]);
     }
 
     #[test]
@@ -300,7 +332,7 @@ mod tests {
         let scan = proc.find(&[42]);
         assert_eq!(scan.processes[0].comm, "a) R (b");
         let start = ProcFs::at(proc.dir.path()).start_time(7);
-        assert_eq!(start, Some(scan.processes[0].start_time));
+        assert_eq!(start, Some(scan.processes[0].id.start_time));
         assert_eq!(ProcFs::at(proc.dir.path()).start_time(8), None);
     }
 
@@ -324,15 +356,12 @@ mod tests {
         proc.process(8, "new", &[(3, "socket:[1]")]);
         let here = ProcFs::at(proc.dir.path());
         let wanted = HashSet::from([42, 43]);
-        let scan = || here.scan(&AtomicBool::new(false)).unwrap();
+        let scan = || scan(&here, &AtomicBool::new(false)).unwrap();
         let (first, second, third) = (scan(), scan(), scan());
         let moved = proc.dir.path().join("8/fd/4");
         fs::rename(proc.dir.path().join("7/fd/6"), moved).unwrap();
-        let holders = |mut owners: OwnerScan| {
-            owners.sort_by_inode();
-            [42, 43].map(|inode| owners.of(inode).len())
-        };
-        let owners = |scan, trust| here.owners(scan, &wanted, trust).unwrap();
+        let holders = |owners: OwnerScan| [42, 43].map(|inode| owners.of(inode).count());
+        let owners = |scan, trust| select(&here, scan, &wanted, trust).unwrap();
         assert_eq!(holders(owners(first, Trust::Nothing)), [1, 0]);
         assert_eq!(
             holders(owners(second, Trust::TheScan)),
@@ -346,8 +375,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!(holders(owners(third, Trust::TheScan)), [1, 0]);
-        let now = here.find_owners([42, 43].into_iter()).unwrap();
-        assert_eq!(holders(now), [1, 1]);
+        assert_eq!(holders(find(&here, &wanted).unwrap()), [1, 1]);
     }
 
     #[test]
@@ -363,36 +391,31 @@ mod tests {
 
     #[test]
     fn nothing_wanted_reads_nothing() {
-        let scan = ProcFs::at("/nonexistent").find_owners(std::iter::empty());
-        assert!(scan.unwrap().processes.is_empty());
+        let nowhere = ProcFs::at("/nonexistent");
         assert!(
-            ProcFs::at("/nonexistent")
-                .find_owners([1].into_iter())
-                .is_err()
+            find(&nowhere, &HashSet::new())
+                .unwrap()
+                .processes
+                .is_empty()
         );
+        assert!(find(&nowhere, &HashSet::from([1])).is_err());
     }
 
     #[test]
-    fn a_descriptor_used_again_is_not_still_held() {
+    fn a_descriptor_used_again_is_not_still_open() {
         let proc = TestProc::new();
         proc.process(7, "p", &[(3, "socket:[42]"), (4, "socket:[99]")]);
-        let scan = proc.find(&[42]);
-        let asked = vec![vec![
-            (RemoteFd(3), 42, 'a'),
-            (RemoteFd(4), 42, 'b'),
-            (RemoteFd(5), 42, 'c'),
-        ]];
-        let here = ProcFs::at(proc.dir.path());
-        let wanted = [
-            ('a', FdState::Open),
-            ('b', FdState::Closed),
-            ('c', FdState::Closed),
-        ];
-        assert_eq!(here.recheck_fds(&scan.processes, &asked), wanted);
-        let mut later = scan.processes;
-        later[0].start_time += 1;
-        let closed = |(_, holding): &(char, FdState)| *holding == FdState::Closed;
-        let later = here.recheck_fds(&later, &asked);
-        assert!(later.iter().all(closed), "another process of that number");
+        let process = &proc.find(&[42]).processes[0];
+        let states = |id| {
+            let table = FdTable::open(&proc.proc(), id);
+            [3, 4, 5].map(|fd| table.state(RemoteFd(fd), 42))
+        };
+        use FdState::{Closed, Open};
+        assert_eq!(states(process.id), [Open, Closed, Closed]);
+        let later = ProcessId {
+            start_time: process.id.start_time + 1,
+            ..process.id
+        };
+        assert_eq!(states(later), [Closed; 3], "another process of that number");
     }
 }

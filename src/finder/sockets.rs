@@ -1,29 +1,30 @@
-//! What the kernel says of the sockets in one network namespace.
+//! The sockets of one network namespace, as the kernel lists them.
 
 use std::ops::ControlFlow;
 use std::thread;
 
 use super::listeners::Listeners;
-use super::{FindError, Socket};
+use super::{FindError, join};
 use crate::filter::selectors::Selectors;
 use crate::filter::{self, bytecode};
+use crate::model::{Socket, Target};
 use crate::sock_diag::{DumpError, DumpRequest, Family, SockDiag, SocketMessage};
 
 /// The sockets of a namespace that match by what the kernel says of them.
-pub(super) struct View {
-    pub sockets: Vec<Socket>,
+pub(super) struct NetnsScan {
+    pub sockets: Vec<Target>,
     /// Those of the sockets that were never accepted.
     pub listeners: Listeners,
     /// What of the expression means nothing here; in another namespace it may.
     pub unresolved: Option<FindError>,
 }
 
-/// Looks at the namespace of the calling thread. `alone`: nothing else keeps the processors busy.
-pub(super) fn look(
+/// Scans the namespace of the calling thread. `alone`: no other thread keeps the processors busy.
+pub(super) fn scan(
     selectors: &Selectors,
     one_of_several: bool,
     alone: bool,
-) -> Result<View, FindError> {
+) -> Result<NetnsScan, FindError> {
     let mut diag = SockDiag::open().map_err(FindError::Open)?;
     let resolve = |one_of_several| {
         let here = filter::ThisNamespace { one_of_several };
@@ -36,23 +37,22 @@ pub(super) fn look(
     };
     let sample = match alone {
         true => sample(&selectors),
-        false => Sample::Untold,
+        false => Sample::Unknown,
     };
     let mut sockets = match sample {
         Sample::All(sockets) => sockets,
         Sample::Halves(halves) => dump_in_halves(&mut diag, &selectors, &halves)?,
-        Sample::Untold => dump(&mut diag, &selectors)?,
+        Sample::Unknown => dump(&mut diag, &selectors)?,
     };
     let mut listeners = Listeners::default();
-    if sockets.iter().any(|socket| socket.cause.is_with_listener()) {
+    let with_listener = |target: &Target| target.socket.cause.is_with_listener();
+    if sockets.iter().any(with_listener) {
         listeners = Listeners::read(&mut diag)?;
     }
-    for socket in &mut sockets {
-        if socket.cause.is_with_listener() {
-            socket.listener = listeners.accepting(&socket.id, socket.tuple.local);
-        }
+    for target in sockets.iter_mut().filter(|target| with_listener(target)) {
+        target.listener = listeners.accepting(&target.socket.id, target.socket.tuple.local);
     }
-    Ok(View {
+    Ok(NetnsScan {
         sockets,
         listeners,
         unresolved,
@@ -62,12 +62,12 @@ pub(super) fn look(
 /// What the beginning of a dump tells.
 pub(crate) enum Sample {
     /// These few are all that match.
-    All(Vec<Socket>),
+    All(Vec<Target>),
     /// Many match. Two dumps side by side can share the work: each of these selects one half, by the peer ports, which no
     /// connection changes.
     Halves(Box<[Selectors; 2]>),
     /// Neither is told. What failed fails in a dump as well, which says so.
-    Untold,
+    Unknown,
 }
 
 /// Looks at the first sockets of a dump. The kernel lists them in the order of a hash, so any are a fair sample of all.
@@ -78,7 +78,7 @@ pub(crate) fn sample(selectors: &Selectors) -> Sample {
     let mut sockets = Vec::new();
     for request in requests(selectors, &bytecode) {
         let keep = |message| matching(&message, selectors);
-        let part = |mut more: Vec<Socket>, _| {
+        let part = |mut more: Vec<Target>, _| {
             sockets.append(&mut more);
             match sockets.len() < SAMPLE {
                 true => ControlFlow::Continue(()),
@@ -90,18 +90,21 @@ pub(crate) fn sample(selectors: &Selectors) -> Sample {
         match listed {
             _ if sockets.len() >= SAMPLE => return halves(selectors, &sockets),
             Ok(Ok(true)) => {}
-            _ => return Sample::Untold,
+            _ => return Sample::Unknown,
         }
     }
     Sample::All(sockets)
 }
 
 /// The two halves, split where it splits `some`.
-fn halves(selectors: &Selectors, some: &[Socket]) -> Sample {
+fn halves(selectors: &Selectors, some: &[Target]) -> Sample {
     if !selectors.peer_ports.is_empty() {
-        return Sample::Untold;
+        return Sample::Unknown;
     }
-    let mut ports: Vec<u16> = some.iter().map(|s| s.tuple.peer.port()).collect();
+    let mut ports: Vec<u16> = some
+        .iter()
+        .map(|some| some.socket.tuple.peer.port())
+        .collect();
     ports.sort_unstable();
     let middle = ports[ports.len() / 2].max(1);
     let half = |ports| Selectors {
@@ -111,7 +114,7 @@ fn halves(selectors: &Selectors, some: &[Socket]) -> Sample {
     let lower = half(0..=middle - 1);
     // Half a dump is only half the work if the kernel leaves out the other half.
     match bytecode::bytecode(&lower.as_expression(), lower.states()).is_empty() {
-        true => Sample::Untold,
+        true => Sample::Unknown,
         false => Sample::Halves(Box::new([lower, half(middle..=u16::MAX)])),
     }
 }
@@ -120,7 +123,7 @@ fn dump_in_halves(
     diag: &mut SockDiag,
     selectors: &Selectors,
     [lower, upper]: &[Selectors; 2],
-) -> Result<Vec<Socket>, FindError> {
+) -> Result<Vec<Target>, FindError> {
     thread::scope(|scope| {
         let upper = thread::Builder::new().spawn_scoped(scope, || {
             let mut diag = SockDiag::open().map_err(FindError::Open)?;
@@ -130,15 +133,15 @@ fn dump_in_halves(
             return Ok(dump(diag, selectors)?);
         };
         let mut sockets = dump(diag, lower)?;
-        sockets.append(&mut super::joined(upper)?);
+        sockets.append(&mut join(upper)?);
         Ok(sockets)
     })
 }
 
-/// The socket, if it matches as far as the kernel's message tells.
-fn matching(message: &SocketMessage, selectors: &Selectors) -> Option<Socket> {
+/// The target, if its socket matches as far as the kernel's message tells.
+fn matching(message: &SocketMessage, selectors: &Selectors) -> Option<Target> {
     let socket = Socket::from_message(message);
-    selectors.match_socket(&socket).then_some(socket)
+    selectors.match_socket(&socket).then(|| Target::new(socket))
 }
 
 /// What to ask the kernel for, so that all that `selectors` match is in the answers.
@@ -159,7 +162,7 @@ pub(crate) fn requests<'b>(
     })
 }
 
-fn dump(diag: &mut SockDiag, selectors: &Selectors) -> Result<Vec<Socket>, DumpError> {
+fn dump(diag: &mut SockDiag, selectors: &Selectors) -> Result<Vec<Target>, DumpError> {
     let bytecode = bytecode::bytecode(&selectors.as_expression(), selectors.states());
     let mut sockets = Vec::new();
     for mut request in requests(selectors, &bytecode) {

@@ -1,15 +1,15 @@
 //! A descriptor of ours for a socket that another process owns.
 //!
-//! It is compared with the socket by SO_COOKIE, so a descriptor number that was closed and used again
-//! never hits a stranger.
+//! It is compared with the socket by SO_COOKIE, so a descriptor number that was closed and used again never hits another socket.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 
-use super::{ActError, Descriptor, Target};
-use crate::privileges::Privilege;
-use crate::proc::ProcFs;
-use crate::sys;
+use nix::errno::Errno;
+
+use crate::model::{MethodError, Owner, Privilege, Target};
+use crate::proc::{ProcFs, ProcessId};
+use crate::sys::{self, errno_of};
 
 /// How many processes are kept open at once; the limit of descriptors is 1024 on many hosts.
 const MOST_PIDFDS: usize = 128;
@@ -19,11 +19,11 @@ pub struct Duplicator {
     proc: ProcFs,
     /// Whether process numbers of `proc` mean the same to system calls.
     same_pids: bool,
-    pidfds: HashMap<(i32, u64), OwnedFd>,
+    pidfds: HashMap<ProcessId, OwnedFd>,
 }
 
 impl Duplicator {
-    /// With the proc file system that tells one process from the next of its number.
+    /// Recognises the owners by their start times in `proc`.
     pub fn new(proc: ProcFs) -> Self {
         Duplicator {
             same_pids: proc.is_of_our_pid_namespace(),
@@ -33,72 +33,72 @@ impl Duplicator {
     }
 
     /// A descriptor of exactly the socket of `target`, from the first owner that still has one.
-    pub fn socket(&mut self, target: &Target) -> Result<OwnedFd, ActError> {
-        let mut verdict = ActError::DescriptorsGone;
-        for descriptor in &target.descriptors {
-            let socket = match self.duplicate(descriptor) {
+    pub fn socket(&mut self, target: &Target) -> Result<OwnedFd, MethodError> {
+        let mut failure = MethodError::DescriptorsGone;
+        for owner in &target.owners {
+            let socket = match self.duplicate(owner) {
                 Ok(socket) => socket,
                 // This owner closed it or is gone; another may still have it.
-                Err(ActError::DescriptorsGone) => continue,
+                Err(MethodError::DescriptorsGone) => continue,
                 Err(error) => {
-                    verdict = error;
+                    failure = error;
                     continue;
                 }
             };
             match sys::socket_cookie(socket.as_fd()) {
-                Ok(cookie) if cookie == target.id.cookie().0 => return Ok(socket),
+                Ok(cookie) if cookie == target.socket.cookie().0 => return Ok(socket),
                 // The number now belongs to another socket, or to none.
                 Ok(_) => {}
                 Err(error) if error.raw_os_error() == Some(libc::ENOTSOCK) => {}
-                Err(error) => return Err(ActError::Os("getsockopt SO_COOKIE", error)),
+                Err(error) => {
+                    let errno = errno_of(&error);
+                    return Err(MethodError::SystemCall("getsockopt SO_COOKIE", errno));
+                }
             }
         }
-        Err(verdict)
+        Err(failure)
     }
 
     /// A descriptor of ours for what the owner's descriptor refers to now.
-    fn duplicate(&mut self, descriptor: &Descriptor) -> Result<OwnedFd, ActError> {
-        let pidfd = self.pidfd(descriptor)?;
-        sys::pidfd_getfd(pidfd.as_fd(), descriptor.fd).map_err(|error| match error.raw_os_error() {
-            Some(libc::EBADF | libc::ESRCH) => ActError::DescriptorsGone,
-            Some(libc::EPERM) => ActError::Denied(Privilege::Ptrace, error),
-            Some(libc::ENOSYS) => {
-                ActError::NotSupported("pidfd_getfd needs Linux 5.6 or later", error)
+    fn duplicate(&mut self, owner: &Owner) -> Result<OwnedFd, MethodError> {
+        let pidfd = self.pidfd(owner.process.id)?;
+        sys::pidfd_getfd(pidfd.as_fd(), owner.fd).map_err(|error| match errno_of(&error) {
+            Errno::EBADF | Errno::ESRCH => MethodError::DescriptorsGone,
+            Errno::EPERM => MethodError::NotPermitted(Privilege::Ptrace, Errno::EPERM),
+            Errno::ENOSYS => {
+                MethodError::NotSupported("pidfd_getfd needs Linux 5.6 or later", Errno::ENOSYS)
             }
-            _ => ActError::Os("pidfd_getfd", error),
+            errno => MethodError::SystemCall("pidfd_getfd", errno),
         })
     }
 
     /// A pidfd of exactly the process that was seen.
-    fn pidfd(&mut self, descriptor: &Descriptor) -> Result<&OwnedFd, ActError> {
+    fn pidfd(&mut self, id: ProcessId) -> Result<&OwnedFd, MethodError> {
         if !self.same_pids {
-            return Err(ActError::ForeignProc);
+            return Err(MethodError::ForeignPidNamespace);
         }
-        let key = (descriptor.pid, descriptor.start_time);
-        if !self.pidfds.contains_key(&key) {
-            let pidfd = self.open_pidfd(descriptor)?;
+        if !self.pidfds.contains_key(&id) {
+            let pidfd = self.open_pidfd(id)?;
             if self.pidfds.len() >= MOST_PIDFDS {
                 self.pidfds.clear();
             }
-            self.pidfds.insert(key, pidfd);
+            self.pidfds.insert(id, pidfd);
         }
-        Ok(&self.pidfds[&key])
+        Ok(&self.pidfds[&id])
     }
 
-    fn open_pidfd(&self, descriptor: &Descriptor) -> Result<OwnedFd, ActError> {
-        let pidfd =
-            sys::pidfd_open(descriptor.pid).map_err(|error| match error.raw_os_error() {
-                Some(libc::ESRCH) => ActError::DescriptorsGone,
-                Some(libc::ENOSYS) => {
-                    ActError::NotSupported("pidfd_open needs Linux 5.3 or later", error)
-                }
-                _ => ActError::Os("pidfd_open", error),
-            })?;
-        // Read after the pidfd was opened: the process that was seen still has its number, so the
-        // pidfd is of it.
-        if self.proc.start_time(descriptor.pid) != Some(descriptor.start_time) {
-            return Err(ActError::DescriptorsGone);
+    fn open_pidfd(&self, id: ProcessId) -> Result<OwnedFd, MethodError> {
+        let pidfd = sys::pidfd_open(id.pid).map_err(|error| match errno_of(&error) {
+            Errno::ESRCH => MethodError::DescriptorsGone,
+            Errno::ENOSYS => {
+                MethodError::NotSupported("pidfd_open needs Linux 5.3 or later", Errno::ENOSYS)
+            }
+            errno => MethodError::SystemCall("pidfd_open", errno),
+        })?;
+        // Read after the pidfd was opened: the process that was seen still has its number, so the pidfd is of it.
+        match self.proc.is_alive(id) {
+            true => Ok(pidfd),
+            false => Err(MethodError::DescriptorsGone),
         }
-        Ok(pidfd)
     }
 }

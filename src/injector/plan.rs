@@ -1,179 +1,86 @@
-//! What would be done to each socket, and why some are left alone. Pure.
+//! What is to be done to each socket, and why some are left alone. Pure.
 
-use std::fmt;
-
-use crate::finder::{Found, Socket};
-use crate::injector::{MethodName, ORPHANS};
-use crate::kernel::KernelVersion;
-use crate::model::cause;
-use crate::privileges::{Privilege, Privileges};
-use crate::tcp::TcpState;
+use crate::model::socket::unsent;
+use crate::model::{Exclusion, Method, Plan, Scan, SkipReason, Target};
+use crate::privileges::Privileges;
 
 /// What the operator allows to be done.
 #[derive(Clone, Debug)]
 pub struct Policy {
     /// The methods to try, in this order.
-    pub methods: Vec<MethodName>,
+    pub methods: Vec<Method>,
     /// Whether bytes still queued to the peer may be lost.
     pub discard_unsent: bool,
-    /// At most so many sockets are acted on, the oldest first.
+    /// The most sockets to act on, the oldest first.
     pub max_kills: Option<usize>,
     /// Whether a minimum age was asked for, without which an open connection is never closed.
     pub idle_only: bool,
 }
 
-/// What is planned for one socket.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Plan {
-    /// The methods to try, one after the other until the socket is closed. Empty: it is left alone.
-    pub methods: Vec<MethodName>,
-    /// Methods that were wanted and cannot be used on this socket.
-    pub excluded: Vec<(MethodName, Exclusion)>,
-    /// Set when the socket is left alone whatever the methods could do.
-    pub over_limit: bool,
-}
-
-/// Why a method is not tried on a socket.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Exclusion {
-    /// It was never accepted, so there is no descriptor to act through.
-    NotAccepted,
-    /// No process that can be seen holds a descriptor of it.
-    NoOwner,
-    /// Nobody has looked for one.
-    OwnersNotSought,
-    /// It would lose so many bytes that are queued to the peer.
-    Unsent(u32),
-    /// This process lacks a privilege.
-    Needs(Privilege),
-    /// The socket's state does not allow it, for this reason.
-    State(TcpState, &'static str),
-}
-
-impl fmt::Display for Exclusion {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Exclusion::NotAccepted => f.write_str("never accepted: no descriptor exists"),
-            Exclusion::NoOwner => f.write_str("no known owner"),
-            Exclusion::OwnersNotSought => f.write_str("owners were not looked for (--no-owners)"),
-            Exclusion::Unsent(bytes) => write!(
-                f,
-                "would lose {bytes} unsent bytes (--discard-unsent allows it)"
-            ),
-            Exclusion::Needs(need) => write!(f, "needs {need}"),
-            Exclusion::State(state, why) => write!(f, "{state}: {why}"),
+/// Plans for every target of `scan`.
+pub fn build(scan: &mut Scan, policy: &Policy, privileges: &Privileges) {
+    let mut allowed = policy.max_kills.unwrap_or(usize::MAX);
+    // The oldest come first.
+    for target in &mut scan.targets {
+        target.plan = plan_one(target, scan.owners_known, policy, privileges);
+        if target.plan.skip.is_none() {
+            match allowed.checked_sub(1) {
+                Some(rest) => allowed = rest,
+                None => {
+                    target.plan.methods.clear();
+                    target.plan.skip = Some(SkipReason::OverMaxKills);
+                }
+            }
         }
     }
 }
 
-/// Plans for every socket of `found`, in the same order.
-pub fn build(found: &Found, policy: &Policy, privileges: &Privileges) -> Vec<Plan> {
-    let mut allowed = policy.max_kills.unwrap_or(usize::MAX);
-    let plan = |socket| {
-        let mut plan = one(socket, found.owners_sought, policy, privileges);
-        if !plan.methods.is_empty() {
-            match allowed.checked_sub(1) {
-                Some(rest) => allowed = rest,
-                None => {
-                    plan.methods.clear();
-                    plan.over_limit = true;
-                }
-            }
-        }
-        plan
-    };
-    // The oldest come first in `found`.
-    found.sockets.iter().map(plan).collect()
-}
-
-/// Plans for one socket, whatever is planned for others.
-pub fn one(socket: &Socket, owners_sought: bool, policy: &Policy, privileges: &Privileges) -> Plan {
-    let mut plan = Plan {
-        methods: Vec::new(),
-        excluded: Vec::new(),
-        over_limit: false,
-    };
+/// Plans for one target, whatever is planned for others.
+pub fn plan_one(
+    target: &Target,
+    owners_known: bool,
+    policy: &Policy,
+    privileges: &Privileges,
+) -> Plan {
+    let mut plan = Plan::default();
     for &method in &policy.methods {
-        match obstacle(method, socket, policy, privileges) {
+        match exclusion(method, target, policy, privileges) {
             None => plan.methods.push(method),
-            Some(Exclusion::NoOwner) if !owners_sought => {
-                plan.excluded.push((method, Exclusion::OwnersNotSought));
+            Some(Exclusion::NoOwner) if !owners_known => {
+                plan.excluded.push((method, Exclusion::OwnersNotSearched));
             }
             Some(why) => plan.excluded.push((method, why)),
         }
     }
+    plan.skip = plan.methods.is_empty().then_some(SkipReason::NoMethod);
     plan
 }
 
-/// What stands against using `method` on `socket`, if anything does.
-fn obstacle(
-    method: MethodName,
-    socket: &Socket,
+/// Why `method` must not be used on `target`, if there is a reason.
+fn exclusion(
+    method: Method,
+    target: &Target,
     policy: &Policy,
     privileges: &Privileges,
 ) -> Option<Exclusion> {
-    if let Some(why) = forbidden_by_state(method, socket, policy, privileges) {
-        return Some(Exclusion::State(socket.state, why));
+    let socket = &target.socket;
+    if let Some(why) = method.forbidden_by_state(socket, policy.idle_only, privileges.kernel) {
+        return Some(Exclusion::WrongState(socket.state, why));
     }
-    if method.needs_descriptor() && socket.owners.is_empty() {
+    if method.needs_descriptor() && target.owners.is_empty() {
         return Some(match socket.cause.is_with_listener() {
             true => Exclusion::NotAccepted,
             false => Exclusion::NoOwner,
         });
     }
-    let unsent = cause::unsent(socket.state, socket.send_q);
+    let unsent = unsent(socket.state, socket.send_q);
     if method.discards_unsent() && unsent > 0 && !policy.discard_unsent {
-        return Some(Exclusion::Unsent(unsent));
+        return Some(Exclusion::UnsentData(unsent));
     }
-    let owned = !socket.owners.is_empty();
-    privileges.missing_for(method, owned).map(Exclusion::Needs)
-}
-
-/// What the socket's state has against `method`, if anything.
-fn forbidden_by_state(
-    method: MethodName,
-    socket: &Socket,
-    policy: &Policy,
-    privileges: &Privileges,
-) -> Option<&'static str> {
-    match socket.state {
-        TcpState::CloseWait => None,
-        TcpState::Established if policy.idle_only => None,
-        TcpState::Established => Some("an open connection is only closed with --min-age"),
-        // net/ipv4/af_inet.c, inet_shutdown and net/ipv4/tcp.c, tcp_shutdown: our FIN has been sent,
-        // and shutdown(2) sends no other.
-        TcpState::FinWait1
-        | TcpState::FinWait2
-        | TcpState::LastAck
-        | TcpState::Closing
-        | TcpState::TimeWait
-            if method == MethodName::Shutdown =>
-        {
-            Some("our side is shut down already")
-        }
-        // The kernel keeps no time of the last ACK for it.
-        TcpState::TimeWait if method == MethodName::Probe => Some("there is no one left to ask"),
-        // Its listener answers an ACK with RST (net/ipv4/tcp_minisocks.c, tcp_check_req).
-        TcpState::SynRecv if matches!(method, MethodName::Probe | MethodName::Rst) => {
-            Some("a half-open request does not tell its sequence numbers")
-        }
-        TcpState::FinWait1 | TcpState::LastAck | TcpState::Closing
-            if socket.inode.is_none()
-                && privileges.kernel < KernelVersion::ABORTS_ORPHANS
-                && (method == MethodName::Destroy || socket.state == TcpState::FinWait1) =>
-        {
-            Some(ORPHANS)
-        }
-        TcpState::FinWait1
-        | TcpState::FinWait2
-        | TcpState::LastAck
-        | TcpState::Closing
-        | TcpState::TimeWait
-        | TcpState::SynRecv => None,
-        TcpState::Listen => Some("closing a listener takes its service down; stop the service"),
-        TcpState::SynSent => Some("its application is still opening it"),
-        TcpState::Close | TcpState::Unknown(_) => Some("it is no connection"),
-    }
+    let missing = method.privilege(!target.owners.is_empty());
+    missing
+        .filter(|privilege| !privileges.has(*privilege))
+        .map(Exclusion::NotPermitted)
 }
 
 #[cfg(test)]

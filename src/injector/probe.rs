@@ -11,15 +11,19 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+use super::Executor;
 use super::duplicate::Duplicator;
-use super::rst::{Numbers, Wire};
-use super::{ActError, Method, MethodName, Scene, Target};
+use super::engine::Batch;
+use super::rst::{self, Numbers, Wire};
+use crate::control::Backoff;
+use crate::model::{Method, MethodError, Target};
 use crate::packet::raw::Outgoing;
 use crate::proc::ProcFs;
-use crate::sock_diag::{LookupError, SocketMessage};
-use crate::sys;
+use crate::sock_diag::{DiagId, LookupError, SocketMessage};
+use crate::sys::{self, errno_of};
 use crate::tcp::{Segment, TcpFlags};
 
 /// Sockets that wait for their peers together, if there are descriptors for as many duplicates.
@@ -40,104 +44,119 @@ const FIRST_PAUSE: Duration = Duration::from_millis(1);
 /// Short: an interrupted run puts the options back within it.
 const LONGEST_PAUSE: Duration = Duration::from_millis(10);
 
-/// The method.
+/// Asks peers whether they still know the connection.
 pub struct Probe {
     duplicator: Duplicator,
     wire: Wire,
-    batch: usize,
+    batch_size: usize,
 }
 
 /// A target that waits for its peer.
-struct Asked {
-    target: usize,
-    /// Keepalive on its descriptor, put back when this is dropped.
+struct Asked<'t> {
+    target: &'t mut Target,
+    /// Keepalive on its descriptor, restored when this is dropped.
     _keepalive: Option<Keepalive>,
-    /// What the kernel said of it before the question.
+    /// The socket before the question.
     before: SocketMessage,
     since: Instant,
     /// Until when the peer may answer.
     until: Instant,
 }
 
+impl AsMut<Target> for Asked<'_> {
+    fn as_mut(&mut self) -> &mut Target {
+        self.target
+    }
+}
+
 impl Probe {
-    /// The method, with the proc file system that tells one process from the next of its number.
+    /// Recognises the owners by their start times in `proc`.
     pub fn new(proc: ProcFs) -> Self {
         Probe {
             duplicator: Duplicator::new(proc),
             wire: Wire::default(),
-            batch: batch(),
+            batch_size: batch_size(),
         }
     }
 
     /// Switches keepalive on, on a descriptor of `target`.
-    fn ask_by_keepalive(&mut self, target: &Target) -> Result<Keepalive, ActError> {
+    fn ask_by_keepalive(&mut self, target: &Target) -> Result<Keepalive, MethodError> {
         let socket = self.duplicator.socket(target)?;
-        Keepalive::start(socket).map_err(keepalive_error)
+        Keepalive::start(socket).map_err(|error| keepalive_error(errno_of(&error)))
     }
 
-    /// Makes the local stack ask the peers of `targets`, and asks in its name.
-    fn ask_by_segments(
+    /// Makes the local stack ask the peers of `unowned`, and asks in its name. Returns those that wait for an answer.
+    fn ask_by_segments<'t>(
         &mut self,
-        targets: &[Target],
-        unsent: &[u32],
-        scene: &dyn Scene,
-    ) -> Vec<Result<(), ActError>> {
+        unowned: Vec<Asked<'t>>,
+        batch: &Batch<'_>,
+    ) -> Vec<Asked<'t>> {
+        let ids: Vec<DiagId> = unowned.iter().map(|asked| asked.target.socket.id).collect();
+        let answers = self.wire.elicit(&ids, batch);
+        let until = batch.control().now() + batch.grace();
         let mut probes = Vec::new();
-        let mut results = Vec::with_capacity(targets.len());
-        let answers = self.wire.draw(targets, scene);
-        for ((target, unsent), answer) in targets.iter().zip(unsent).zip(answers) {
-            results.push(match answer {
-                Ok(Some(numbers)) => {
-                    probes.push(keepalive_probe(target, numbers, *unsent));
-                    Ok(())
+        let mut waiting = Vec::with_capacity(unowned.len());
+        for asked in unowned {
+            let id = asked.target.socket.id;
+            let numbers = answers
+                .as_ref()
+                .map_err(MethodError::clone)
+                .and_then(|answers| rst::numbers(answers.of(&id.tuple())));
+            match numbers {
+                Ok(numbers) => {
+                    // Without numbers the ACK may have been sent and not seen; the peer's answer tells.
+                    let probe = |numbers| keepalive_probe(&id, numbers, asked.before.send_q);
+                    probes.extend(numbers.map(probe));
+                    waiting.push(Asked { until, ..asked });
                 }
-                // It may have been sent and not seen; the peer's answer tells.
-                Ok(None) => Ok(()),
-                Err(error) => Err(error),
-            });
+                Err(error) => asked.target.record(Method::Probe, Err(error)),
+            }
         }
-        self.wire.send(&probes);
-        results
+        self.wire.send(probes);
+        waiting
     }
 }
 
-impl Method for Probe {
-    fn name(&self) -> MethodName {
-        MethodName::Probe
+impl Executor for Probe {
+    fn method(&self) -> Method {
+        Method::Probe
     }
 
-    fn batch(&self) -> usize {
-        self.batch
+    fn batch_size(&self) -> usize {
+        self.batch_size
     }
 
-    fn act(&mut self, targets: &[Target], scene: &mut dyn Scene) -> Vec<Result<(), ActError>> {
-        let mut results: Vec<Result<(), ActError>> = targets.iter().map(|_| Ok(())).collect();
-        let all: Vec<usize> = (0..targets.len()).collect();
-        let looks = scene.look(&all);
+    fn act(&mut self, targets: Vec<&mut Target>, batch: &mut Batch<'_>) {
         let mut asked = Vec::with_capacity(targets.len());
         let mut unowned = Vec::new();
-        for (target, look) in looks.into_iter().enumerate() {
-            let before = match look {
+        for (target, before) in batch.lookup(targets) {
+            let before = match before {
                 Ok(before) => before,
                 Err(LookupError::Gone) => {
-                    results[target] = Err(ActError::Gone);
+                    target.record(Method::Probe, Err(MethodError::Gone));
                     continue;
                 }
-                Err(LookupError::Io(error)) => {
-                    results[target] = Err(ActError::Os("sock_diag lookup", error));
+                Err(LookupError::Errno(errno)) => {
+                    let error = MethodError::SystemCall("sock_diag lookup", errno);
+                    target.record(Method::Probe, Err(error));
                     continue;
                 }
             };
-            if scene.control().interrupted() {
-                results[target] = Err(ActError::Interrupted);
+            if batch.control().interrupted() {
                 continue;
             }
-            let since = scene.control().now();
-            if targets[target].descriptors.is_empty() {
-                unowned.push((target, before, since));
+            let since = batch.control().now();
+            if target.owners.is_empty() {
+                unowned.push(Asked {
+                    target,
+                    _keepalive: None,
+                    before,
+                    since,
+                    until: since,
+                });
                 continue;
             }
-            match self.ask_by_keepalive(&targets[target]) {
+            match self.ask_by_keepalive(target) {
                 Ok(keepalive) => {
                     let idle = before.quiet.map_or(Duration::ZERO, |quiet| {
                         quiet.last_ack_recv.min(quiet.last_data_recv)
@@ -147,65 +166,42 @@ impl Method for Probe {
                         _keepalive: Some(keepalive),
                         before,
                         since,
-                        until: since + KEEP_IDLE.saturating_sub(idle) + scene.grace(),
+                        until: since + KEEP_IDLE.saturating_sub(idle) + batch.grace(),
                     });
                 }
-                Err(error) => results[target] = Err(error),
+                Err(error) => target.record(Method::Probe, Err(error)),
             }
         }
-        let questions: Vec<Target> = unowned
-            .iter()
-            .map(|(target, ..)| targets[*target].clone())
-            .collect();
-        let unsent: Vec<u32> = unowned.iter().map(|(_, before, _)| before.send_q).collect();
-        let sent = self.ask_by_segments(&questions, &unsent, scene);
-        let until = scene.control().now() + scene.grace();
-        for ((target, before, since), sent) in unowned.into_iter().zip(sent) {
-            match sent {
-                Ok(()) => asked.push(Asked {
-                    target,
-                    _keepalive: None,
-                    before,
-                    since,
-                    until,
-                }),
-                Err(error) => results[target] = Err(error),
-            }
-        }
-        await_answers(asked, scene, &mut results);
-        results
+        asked.extend(self.ask_by_segments(unowned, batch));
+        await_answers(asked, batch);
     }
 }
 
-/// Watches the sockets in `asked` until each is gone, has heard from its peer, or has waited long
-/// enough.
-fn await_answers(
-    mut asked: Vec<Asked>,
-    scene: &mut dyn Scene,
-    results: &mut [Result<(), ActError>],
-) {
-    let mut pause = FIRST_PAUSE;
+/// Watches the sockets of `asked` until each is gone, has heard from its peer, or has waited long enough, and records its attempt.
+fn await_answers(mut asked: Vec<Asked<'_>>, batch: &mut Batch<'_>) {
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     loop {
-        let targets: Vec<usize> = asked.iter().map(|asked| asked.target).collect();
-        let looks = scene.look(&targets);
-        let now = scene.control().now();
-        let interrupted = scene.control().interrupted();
-        let mut looks = looks.into_iter();
-        asked.retain(|asked| {
-            results[asked.target] = match looks.next().expect("one look a target") {
+        let answers = batch.lookup(asked);
+        let now = batch.control().now();
+        let interrupted = batch.control().interrupted();
+        asked = Vec::new();
+        for (item, after) in answers {
+            let result = match after {
                 Err(LookupError::Gone) => Ok(()),
-                Ok(after) if has_answered(asked, &after, now) => Err(ActError::PeerAlive),
-                _ if interrupted => Err(ActError::Interrupted),
-                _ if now >= asked.until => Err(ActError::PeerSilent),
-                _ => return true,
+                Ok(after) if has_answered(&item, &after, now) => Err(MethodError::PeerAlive),
+                _ if interrupted => continue,
+                _ if now >= item.until => Err(MethodError::PeerSilent),
+                _ => {
+                    asked.push(item);
+                    continue;
+                }
             };
-            false
-        });
+            item.target.record(Method::Probe, result);
+        }
         if asked.is_empty() {
             return;
         }
-        scene.control().sleep(pause);
-        pause = (pause * 2).min(LONGEST_PAUSE);
+        backoff.sleep(batch.control(), now + LONGEST_PAUSE);
     }
 }
 
@@ -213,7 +209,7 @@ fn await_answers(
 ///
 /// Only one that passes tcp_ack sets the clock back (net/ipv4/tcp_input.c, `rcv_tstamp`): the segment
 /// that we spoof to draw an ACK does not.
-fn has_answered(asked: &Asked, after: &SocketMessage, now: Instant) -> bool {
+fn has_answered(asked: &Asked<'_>, after: &SocketMessage, now: Instant) -> bool {
     let (Some(before), Some(after)) = (asked.before.quiet, after.quiet) else {
         return false;
     };
@@ -224,8 +220,8 @@ fn has_answered(asked: &Asked, after: &SocketMessage, now: Instant) -> bool {
 
 /// A segment like the kernel's own keepalive probe: of a byte that the peer has acknowledged long
 /// ago, so that it must answer (RFC 9293 §3.8.4; net/ipv4/tcp_output.c, tcp_xmit_probe_skb).
-fn keepalive_probe(target: &Target, numbers: Numbers, send_q: u32) -> Outgoing {
-    let tuple = target.id.tuple();
+fn keepalive_probe(id: &DiagId, numbers: Numbers, send_q: u32) -> Outgoing {
+    let tuple = id.tuple();
     Outgoing {
         segment: Segment {
             from: tuple.local,
@@ -236,7 +232,7 @@ fn keepalive_probe(target: &Target, numbers: Numbers, send_q: u32) -> Outgoing {
             flags: TcpFlags::ACK,
             payload_len: 0,
         },
-        interface: target.id.interface(),
+        interface: id.interface(),
     }
 }
 
@@ -305,18 +301,18 @@ impl Drop for Keepalive {
     }
 }
 
-fn keepalive_error(error: std::io::Error) -> ActError {
-    match error.raw_os_error() {
-        Some(libc::ERANGE) => ActError::Os(
+fn keepalive_error(errno: Errno) -> MethodError {
+    match errno {
+        Errno::ERANGE => MethodError::SystemCall(
             "keepalive values of the socket (from net.ipv4.tcp_keepalive_*?) that could not be put back",
-            error,
+            errno,
         ),
-        _ => ActError::Os("keepalive", error),
+        _ => MethodError::SystemCall("keepalive", errno),
     }
 }
 
 /// How many duplicates may be open at once; takes what the hard limit allows.
-fn batch() -> usize {
+fn batch_size() -> usize {
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
         return 1;
     };

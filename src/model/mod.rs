@@ -1,3 +1,17 @@
-//! The things that cwkill talks about: data only.
+//! The things that cwkill talks about, as data: a [`Target`] for each matched socket, and the [`Scan`] that found them.
 
 pub mod cause;
+pub mod coverage;
+pub mod method;
+pub mod reclaim;
+pub mod scan;
+pub mod socket;
+pub mod target;
+
+pub use cause::Cause;
+pub use coverage::Coverage;
+pub use method::{Method, Privilege};
+pub use reclaim::{InUse, ReclaimOutcome, ReclaimReason};
+pub use scan::{Listener, Scan};
+pub use socket::Socket;
+pub use target::{Attempt, Exclusion, MethodError, Outcome, Owner, Plan, SkipReason, Target};

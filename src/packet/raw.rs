@@ -11,11 +11,11 @@ use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd};
 
+use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrStorage, sendmmsg};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::injector::same_errno;
-use crate::sys;
+use crate::sys::{self, errno_of};
 use crate::tcp::Segment;
 
 /// Packets in one system call.
@@ -33,47 +33,52 @@ pub struct Outgoing {
     pub interface: u32,
 }
 
-/// Why a packet is not on its way.
-#[derive(Debug)]
+/// Why a packet was not sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SendError {
     /// There is no raw socket. EPERM: needs CAP_NET_RAW over the network namespace.
-    Open(io::Error),
+    Open(Errno),
     /// The kernel refused the packet. EPERM: netfilter dropped it in its output hook.
-    Send(io::Error),
+    Send(Errno),
 }
+
+/// The family of a socket (IPv6 or not) and the interface it is bound to, 0 for none.
+type SocketKey = (bool, u32);
 
 /// Raw sockets of both families, opened at first use, one for each bound interface.
 #[derive(Default)]
-pub struct RawSockets(HashMap<(bool, u32), Socket>);
+pub struct RawSockets(HashMap<SocketKey, Socket>);
 
 impl RawSockets {
-    /// Sends each packet; one result each, in order. Nothing waits: what has no room is refused
-    /// (EAGAIN), as packets to a neighbour that does not answer ARP soon are.
-    pub fn send(&mut self, packets: &[Outgoing]) -> Vec<Result<(), SendError>> {
-        let mut results: Vec<Result<(), SendError>> = packets.iter().map(|_| Ok(())).collect();
-        let mut groups: HashMap<(bool, u32), Vec<usize>> = HashMap::new();
-        for (at, packet) in packets.iter().enumerate() {
+    /// Sends each packet and returns what it was for with the result. Nothing waits: a packet without room is refused (EAGAIN), as
+    /// are packets to a neighbour that does not answer ARP soon.
+    pub fn send<T>(&mut self, packets: Vec<(T, Outgoing)>) -> Vec<(T, Result<(), SendError>)> {
+        let mut results = Vec::with_capacity(packets.len());
+        let mut groups: HashMap<SocketKey, Vec<(T, Outgoing)>> = HashMap::new();
+        for (item, packet) in packets {
             let key = (packet.segment.to.is_ipv6(), packet.interface);
-            groups.entry(key).or_default().push(at);
+            groups.entry(key).or_default().push((item, packet));
         }
-        for (key, group) in groups {
+        for (key, mut group) in groups {
             match self.socket(key) {
                 Ok(socket) => {
-                    for group in group.chunks(BATCH) {
-                        send_batch(socket, packets, group, &mut results);
+                    while !group.is_empty() {
+                        let rest = group.split_off(group.len().min(BATCH));
+                        send_batch(socket, group, &mut results);
+                        group = rest;
                     }
                 }
                 Err(error) => {
-                    for at in group {
-                        results[at] = Err(SendError::Open(same_errno(&error)));
-                    }
+                    let failure = SendError::Open(errno_of(&error));
+                    let fail = |(item, _)| (item, Err(failure));
+                    results.extend(group.into_iter().map(fail));
                 }
             }
         }
         results
     }
 
-    fn socket(&mut self, key: (bool, u32)) -> io::Result<&Socket> {
+    fn socket(&mut self, key: SocketKey) -> io::Result<&Socket> {
         match self.0.entry(key) {
             Entry::Occupied(open) => Ok(open.into_mut()),
             Entry::Vacant(place) => Ok(place.insert(open(key.0, key.1)?)),
@@ -106,25 +111,25 @@ fn open(ipv6: bool, interface: u32) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Sends the packets at the places `group`, and notes the result of each.
-fn send_batch(
+/// Sends the packets of `batch`, and adds the result of each.
+fn send_batch<T>(
     socket: &Socket,
-    packets: &[Outgoing],
-    group: &[usize],
-    results: &mut [Result<(), SendError>],
+    batch: Vec<(T, Outgoing)>,
+    results: &mut Vec<(T, Result<(), SendError>)>,
 ) {
-    let bytes: Vec<Vec<u8>> = group
+    let bytes: Vec<Vec<u8>> = batch
         .iter()
-        .map(|&at| packets[at].segment.encode().unwrap_or_default())
+        .map(|(_, packet)| packet.segment.encode().unwrap_or_default())
         .collect();
     let slices: Vec<[IoSlice; 1]> = bytes.iter().map(|bytes| [IoSlice::new(bytes)]).collect();
-    let addresses: Vec<Option<SockaddrStorage>> = group
+    let addresses: Vec<Option<SockaddrStorage>> = batch
         .iter()
-        .map(|&at| Some(destination(&packets[at]).into()))
+        .map(|(_, packet)| Some(destination(packet).into()))
         .collect();
+    let mut unsent = batch.into_iter().map(|(item, _)| item);
     let mut sent = 0;
-    while sent < group.len() {
-        let mut headers = MultiHeaders::preallocate(group.len() - sent, None);
+    while sent < slices.len() {
+        let mut headers = MultiHeaders::preallocate(slices.len() - sent, None);
         let result = sendmmsg(
             socket.as_raw_fd(),
             &mut headers,
@@ -133,15 +138,14 @@ fn send_batch(
             [],
             MsgFlags::MSG_DONTWAIT,
         );
-        match result {
+        let (count, result) = match result {
             // It stopped in front of one that fails; the next call starts with that and says why.
-            Ok(done) => sent += done.count(),
-            Err(nix::errno::Errno::EINTR) => {}
-            Err(errno) => {
-                results[group[sent]] = Err(SendError::Send(errno.into()));
-                sent += 1;
-            }
-        }
+            Ok(done) => (done.count(), Ok(())),
+            Err(Errno::EINTR) => continue,
+            Err(errno) => (1, Err(SendError::Send(errno))),
+        };
+        results.extend(unsent.by_ref().take(count).map(|item| (item, result)));
+        sent += count;
     }
 }
 

@@ -7,7 +7,7 @@ use anyhow::Context;
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::sys::prctl;
 
-use crate::injector::MethodName;
+use crate::model::Method;
 use crate::proc::netns::NetnsScope;
 
 /// What it takes to list sockets in `netns`, with their `owners` or without.
@@ -26,14 +26,14 @@ pub fn to_find(netns: &NetnsScope, owners: bool) -> CapsHashSet {
 }
 
 /// What `methods` need beyond [`to_find`].
-pub fn to_act(methods: &[MethodName]) -> CapsHashSet {
-    let needs = |method: &MethodName| match method {
+pub fn to_act(methods: &[Method]) -> CapsHashSet {
+    let needs = |method: &Method| match method {
         // The right to reach into an owner is the one to see it.
-        MethodName::Shutdown => [].as_slice(),
-        MethodName::Probe => &[Capability::CAP_NET_RAW],
-        MethodName::Destroy => &[Capability::CAP_NET_ADMIN],
+        Method::Shutdown => [].as_slice(),
+        Method::Probe => &[Capability::CAP_NET_RAW],
+        Method::Destroy => &[Capability::CAP_NET_ADMIN],
         // CAP_NET_ADMIN for repair mode.
-        MethodName::Rst => &[Capability::CAP_NET_RAW, Capability::CAP_NET_ADMIN],
+        Method::Rst => &[Capability::CAP_NET_RAW, Capability::CAP_NET_ADMIN],
     };
     methods.iter().flat_map(needs).copied().collect()
 }
@@ -106,16 +106,16 @@ mod tests {
 
     #[test]
     fn methods_add_what_they_need() {
-        let needs = |methods: &[MethodName]| to_act(methods);
-        assert!(needs(&[MethodName::Shutdown]).is_empty());
+        let needs = |methods: &[Method]| to_act(methods);
+        assert!(needs(&[Method::Shutdown]).is_empty());
         assert_eq!(
-            needs(&[MethodName::Destroy]),
+            needs(&[Method::Destroy]),
             CapsHashSet::from([Capability::CAP_NET_ADMIN])
         );
         assert_eq!(
-            needs(&[MethodName::Probe]),
+            needs(&[Method::Probe]),
             CapsHashSet::from([Capability::CAP_NET_RAW])
         );
-        assert_eq!(needs(&MethodName::AUTO).len(), 2);
+        assert_eq!(needs(&Method::AUTO).len(), 2);
     }
 }

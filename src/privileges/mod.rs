@@ -2,50 +2,24 @@
 
 pub mod drop;
 
-use std::fmt;
-
 use anyhow::Context;
 use caps::{CapSet, Capability};
 
-use crate::injector::MethodName;
 use crate::kernel::KernelVersion;
+use crate::model::Privilege;
 
-/// A privilege that a method needs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Privilege {
-    /// CAP_NET_ADMIN over the network namespace: SOCK_DESTROY (net/core/sock_diag.c, sock_diag_rcv_msg).
-    NetAdmin,
-    /// CAP_NET_RAW over the network namespace: raw and packet sockets (net/ipv4/af_inet.c, inet_create;
-    /// net/packet/af_packet.c, packet_create).
-    NetRaw,
-    /// The right to attach to the owner: pidfd_getfd (kernel/pid.c, __pidfd_fget).
-    Ptrace,
-}
-
-impl fmt::Display for Privilege {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Privilege::NetAdmin => "CAP_NET_ADMIN",
-            Privilege::NetRaw => "CAP_NET_RAW",
-            Privilege::Ptrace => "the owner's uid or CAP_SYS_PTRACE",
-        })
-    }
-}
-
-impl Privilege {
-    /// What it is for, as one sentence for the operator.
-    pub fn purpose(self) -> &'static str {
-        match self {
-            Privilege::NetAdmin => "destroy needs CAP_NET_ADMIN to have the kernel abort a socket",
-            Privilege::NetRaw => {
-                "rst, and probe of a socket without an owner, need CAP_NET_RAW to send and see single \
+/// What a privilege is for, as one sentence for the operator.
+pub fn purpose(privilege: Privilege) -> &'static str {
+    match privilege {
+        Privilege::NetAdmin => "destroy needs CAP_NET_ADMIN to have the kernel abort a socket",
+        Privilege::NetRaw => {
+            "rst, and probe of a socket without an owner, need CAP_NET_RAW to send and see single \
                  segments"
-            }
-            Privilege::Ptrace => {
-                "seeing the owners of other users' sockets, shutdown through them and --reclaim need \
+        }
+        Privilege::Ptrace => {
+            "seeing the owners of other users' sockets, shutdown through them and --reclaim need \
                  CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH (within one user only that the owner has no \
                  more capabilities than cwkill, and that kernel.yama.ptrace_scope allows it)"
-            }
         }
     }
 }
@@ -86,14 +60,13 @@ impl Privileges {
         })
     }
 
-    /// What `method` needs, for a socket with or without an owner, and this process certainly lacks. Rights over an owner cannot be told
-    /// beforehand: they depend on it and on security modules.
-    pub fn missing_for(&self, method: MethodName, owned: bool) -> Option<Privilege> {
-        match method {
-            MethodName::Shutdown => None,
-            MethodName::Probe if owned => None,
-            MethodName::Probe | MethodName::Rst => (!self.net_raw).then_some(Privilege::NetRaw),
-            MethodName::Destroy => (!self.net_admin).then_some(Privilege::NetAdmin),
+    /// Whether this process may have `privilege`. The right to reach into an owner is unknown beforehand: it depends on the owner
+    /// and on security modules.
+    pub fn has(&self, privilege: Privilege) -> bool {
+        match privilege {
+            Privilege::NetAdmin => self.net_admin,
+            Privilege::NetRaw => self.net_raw,
+            Privilege::Ptrace => true,
         }
     }
 }

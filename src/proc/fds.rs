@@ -11,7 +11,7 @@ use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek64};
 use rayon::prelude::*;
 
-use super::{ProcFs, Process, is_denied, is_gone};
+use super::{ProcFs, ProcessId, is_denied, is_gone};
 use crate::sys::{self, RemoteFd};
 
 /// Descriptors in one unit of parallel work.
@@ -176,50 +176,42 @@ pub enum FdState {
     Unknown,
 }
 
-impl ProcFs {
-    /// Of descriptors seen earlier, which refer to the same socket right now.
-    ///
-    /// `asked` has, for each of `processes`, descriptors with the inode seen there and a mark that goes
-    /// with the answer.
-    pub fn recheck_fds<M: Copy + Send + Sync>(
-        &self,
-        processes: &[Process],
-        asked: &[Vec<(RemoteFd, u32, M)>],
-    ) -> Vec<(M, FdState)> {
-        let look = |(process, asked): (&Process, &Vec<(RemoteFd, u32, M)>)| {
-            let dir = match asked.is_empty() {
-                true => return Vec::new(),
-                false => File::open(self.path(&format!("{}/fd", process.pid))),
-            };
-            let same_process = self.start_time(process.pid) == Some(process.start_time);
-            let holding = |&(fd, inode, mark): &(RemoteFd, u32, M)| {
-                let holding = match &dir {
-                    Ok(dir) if same_process => holding(read_socket_link(dir.as_fd(), fd.0), inode),
-                    Ok(_) => FdState::Closed,
-                    Err(error) => unreadable_holding(error),
-                };
-                (mark, holding)
-            };
-            asked.par_iter().with_min_len(CHUNK).map(holding).collect()
+/// The descriptor table of one process, to check descriptors that were seen earlier.
+pub(crate) struct FdTable {
+    /// Its directory, or the state of every descriptor where there is none.
+    dir: Result<File, FdState>,
+}
+
+impl FdTable {
+    /// The table of process `id`, and of no other process with its number.
+    pub fn open(proc: &ProcFs, id: ProcessId) -> Self {
+        let dir = match File::open(proc.path(&format!("{}/fd", id.pid))) {
+            Ok(dir) if proc.is_alive(id) => Ok(dir),
+            Ok(_) => Err(FdState::Closed),
+            Err(error) => Err(unreadable_state(&error)),
         };
-        processes
-            .par_iter()
-            .zip(asked)
-            .flat_map_iter(look)
-            .collect()
+        FdTable { dir }
+    }
+
+    /// Whether `fd` refers to the socket with `inode`.
+    pub fn state(&self, fd: RemoteFd, inode: u32) -> FdState {
+        match &self.dir {
+            Ok(dir) => fd_state(read_socket_link(dir.as_fd(), fd.0), inode),
+            Err(state) => *state,
+        }
     }
 }
 
 /// Whether a descriptor that was a socket with `inode` still is, by what its link says now.
-pub(crate) fn holding(link: io::Result<Option<u32>>, inode: u32) -> FdState {
+pub(crate) fn fd_state(link: io::Result<Option<u32>>, inode: u32) -> FdState {
     match link {
         Ok(now) if now == Some(inode) => FdState::Open,
         Ok(_) => FdState::Closed,
-        Err(error) => unreadable_holding(&error),
+        Err(error) => unreadable_state(&error),
     }
 }
 
-fn unreadable_holding(error: &io::Error) -> FdState {
+fn unreadable_state(error: &io::Error) -> FdState {
     match is_gone(error) {
         true => FdState::Closed,
         false => FdState::Unknown,

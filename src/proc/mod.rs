@@ -10,8 +10,11 @@ pub mod cgroup;
 pub(crate) mod fds;
 pub mod netns;
 pub mod status;
+#[cfg(test)]
+pub(crate) mod testdata;
 
 use std::ffi::CStr;
+use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -22,6 +25,7 @@ use nix::sys::stat::Mode;
 use procfs::FromRead;
 use procfs::process::Stat;
 
+use crate::text::escape;
 use cgroup::Cgroup;
 
 pub use crate::sys::RemoteFd;
@@ -33,17 +37,32 @@ pub struct ProcFs {
     root: PathBuf,
 }
 
-/// A process that owns a socket.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Process {
+/// A process for as long as it lives: another process of its number has another start time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ProcessId {
     /// Its number, in the pid namespace of the proc file system.
     pub pid: i32,
-    /// When it started, in clock ticks since boot: with `pid`, its identity.
+    /// When it started, in clock ticks since boot.
     pub start_time: u64,
+}
+
+/// A process that holds a descriptor.
+///
+/// Shown as `comm/pid`, with the name escaped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Process {
+    /// Its identity.
+    pub id: ProcessId,
     /// Its name as the kernel keeps it. Chosen by the process: escape it before it is shown.
     pub comm: String,
     /// Where it belongs: its unit, its container.
     pub cgroup: Cgroup,
+}
+
+impl fmt::Display for Process {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", escape(&self.comm), self.id.pid)
+    }
 }
 
 /// A process that may hold wanted sockets without our seeing it.
@@ -67,6 +86,11 @@ impl ProcFs {
         ProcFs {
             root: root.as_ref().to_owned(),
         }
+    }
+
+    /// Whether the process is still there, and no other has its number.
+    pub fn is_alive(&self, id: ProcessId) -> bool {
+        self.start_time(id.pid) == Some(id.start_time)
     }
 
     /// When process `pid` started, in clock ticks since boot; `None` when there is none.
@@ -126,8 +150,10 @@ pub(crate) fn identity(process: BorrowedFd<'_>, pid: i32) -> io::Result<Process>
     let stat = File::from(open_in(process, c"stat", OFlag::empty())?);
     let stat = Stat::from_read(stat).map_err(stat_error)?;
     Ok(Process {
-        pid,
-        start_time: stat.starttime,
+        id: ProcessId {
+            pid,
+            start_time: stat.starttime,
+        },
         comm: stat.comm,
         cgroup: read_cgroup(process)?,
     })

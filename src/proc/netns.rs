@@ -8,6 +8,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
@@ -43,13 +44,13 @@ pub enum NetnsScope {
 #[derive(Debug, Default)]
 pub struct Namespaces {
     /// Those that can be worked in, ours first.
-    pub open: Vec<Netns>,
+    pub open: Vec<Arc<Netns>>,
     /// How many others there are that cannot be opened.
     pub unreachable: usize,
     /// Why the first of them cannot.
     pub failure: Option<io::Error>,
-    /// Processes whose namespace could not be told.
-    pub untold: usize,
+    /// Processes whose namespace is unknown.
+    pub unknown: usize,
 }
 
 impl NetnsScope {
@@ -60,11 +61,11 @@ impl NetnsScope {
     pub fn open(&self, proc: &ProcFs) -> io::Result<Namespaces> {
         match self {
             NetnsScope::Current => Ok(Namespaces {
-                open: vec![Netns::ours(&names())?],
+                open: vec![Arc::new(Netns::current(&names())?)],
                 ..Namespaces::default()
             }),
             NetnsScope::Named(text) => Ok(Namespaces {
-                open: vec![Netns::named(text, proc)?],
+                open: vec![Arc::new(Netns::named(text, proc)?)],
                 ..Namespaces::default()
             }),
             NetnsScope::All => all(proc),
@@ -106,7 +107,7 @@ impl Netns {
         })
     }
 
-    fn ours(names: &HashMap<(u64, u64), String>) -> io::Result<Self> {
+    fn current(names: &HashMap<(u64, u64), String>) -> io::Result<Self> {
         let id = id(&fs::metadata("/proc/thread-self/ns/net")?);
         Ok(Netns {
             id,
@@ -132,9 +133,9 @@ impl Netns {
         };
         let netns = Self::at(&path)?;
         let names = names();
-        let ours = Self::ours(&names)?;
-        if netns.id == ours.id {
-            return Ok(ours);
+        let current = Self::current(&names)?;
+        if netns.id == current.id {
+            return Ok(current);
         }
         let name = names.get(&netns.id).cloned();
         Ok(Netns { name, ..netns })
@@ -194,10 +195,10 @@ fn named_files() -> Vec<PathBuf> {
 /// Every namespace that a process is in, that has a name, or that is mounted somewhere; each once.
 fn all(proc: &ProcFs) -> io::Result<Namespaces> {
     let names = names();
-    let ours = Netns::ours(&names)?;
-    let mut seen = HashSet::from([ours.id]);
+    let current = Netns::current(&names)?;
+    let mut seen = HashSet::from([current.id]);
     let mut found = Namespaces {
-        open: vec![ours],
+        open: vec![Arc::new(current)],
         ..Namespaces::default()
     };
     let processes = proc.pids()?;
@@ -210,7 +211,7 @@ fn all(proc: &ProcFs) -> io::Result<Namespaces> {
             Ok(metadata) => seen.contains(&id(&metadata)),
             Err(error) if is_gone(&error) => true,
             Err(_) => {
-                found.untold += 1;
+                found.unknown += 1;
                 true
             }
         };
@@ -221,7 +222,7 @@ fn all(proc: &ProcFs) -> io::Result<Namespaces> {
             // By the file that was opened: the process may have made way for another since.
             Ok(netns) if seen.insert(netns.id) => {
                 let name = names.get(&netns.id).cloned();
-                found.open.push(Netns { name, ..netns });
+                found.open.push(Arc::new(Netns { name, ..netns }));
             }
             Ok(_) => {}
             // Another process of the same namespace may still be there.

@@ -30,13 +30,13 @@ pub struct ProcessStatus {
 impl ProcFs {
     /// Reads what there is to know of `process`; nothing if it is gone.
     pub fn status(&self, process: &Process) -> ProcessStatus {
-        let directory = self.path(&process.pid.to_string());
+        let directory = self.path(&process.id.pid.to_string());
         let limit = Limits::from_file(directory.join("limits")).ok();
         let status = Status::from_file(directory.join("status")).ok();
         let executable = fs::read_link(directory.join("exe")).ok();
         // Read last: it is the same process, so all of it is about that one.
         match Stat::from_file(directory.join("stat")) {
-            Ok(stat) if stat.starttime == process.start_time => ProcessStatus {
+            Ok(stat) if stat.starttime == process.id.start_time => ProcessStatus {
                 state: Some(stat.state),
                 caught: status.map(|status| status.sigcgt),
                 limit: limit.map(|limits| match limits.max_open_files.soft_limit {
@@ -56,7 +56,7 @@ impl ProcFs {
 
     /// The threads of `process` in uninterruptible sleep (D), among its first 512; none if it is gone.
     pub fn uninterruptible(&self, process: &Process) -> Vec<i32> {
-        let directory = self.path(&process.pid.to_string());
+        let directory = self.path(&process.id.pid.to_string());
         let Ok(threads) = fs::read_dir(directory.join("task")) else {
             return Vec::new();
         };
@@ -68,7 +68,7 @@ impl ProcFs {
         let threads = threads.take(THREADS).filter_map(Result::ok);
         let asleep = threads.filter_map(sleeping).collect();
         // Read last, as above.
-        match self.start_time(process.pid) == Some(process.start_time) {
+        match self.is_alive(process.id) {
             true => asleep,
             false => Vec::new(),
         }

@@ -5,17 +5,13 @@
 use std::io::{self, Write};
 use std::net::SocketAddr;
 
-use nix::errno::Errno;
 use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::ser::Formatter;
 
-use super::{Tally, reclaim};
-use crate::finder::{Found, Held, Socket};
-use crate::injector::engine::Verdict;
-use crate::pipeline::{Deed, Run};
-use crate::proc::{FdState, Process};
-use crate::reclaim::{Fate, Reason};
+use super::{Run, Tally, reclaim, text};
+use crate::model::{Exclusion, Method, MethodError, Outcome, Owner, Plan, SkipReason, Target};
+use crate::proc::Process;
 use crate::text::is_unsafe;
 use crate::watch::NewSockets;
 
@@ -34,33 +30,29 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
     let head = Head {
         schema_version: SCHEMA_VERSION,
         cwkill_version: env!("CARGO_PKG_VERSION"),
-        dry_run: run.deeds.is_none(),
+        dry_run: !run.acted,
     };
+    let coverage = &run.scan.coverage;
     let tail = Tail {
-        owners_sought: run.found.owners_sought,
-        unreadable_processes: run.found.unreadable_processes,
-        hidden_processes: run.found.hidden_processes,
-        unreachable_namespaces: run.found.unreachable_namespaces,
-        untold_namespaces: run.found.untold_namespaces,
-        undecided: run.found.undecided,
-        unlisted: run.unlisted.as_deref(),
-        reclaim: run.reclaimed.as_ref().map(|reclaimed| JsonReclaim {
-            owners: reclaim::json_owners(&run.found.processes, &reclaimed.visits),
-            summary: reclaim::Tally::of_run(reclaimed),
+        owners_known: run.scan.owners_known,
+        unreadable_processes: coverage.unreadable_processes,
+        hidden_processes: coverage.hidden_processes,
+        unreachable_namespaces: coverage.unreachable_namespaces,
+        unknown_namespaces: coverage.unknown_namespaces,
+        undecided: coverage.undecided,
+        unlisted: coverage.unlisted.as_deref(),
+        reclaim: run.reclaimed.then(|| JsonReclaim {
+            owners: reclaim::json_stops(&run.stops),
+            summary: reclaim::Tally::of_run(run),
         }),
         summary: Tally::of(run),
-        refill: run.refill.as_ref().map(json_refill),
+        new_sockets: run.new_sockets.as_ref().map(json_new_sockets),
     };
     // One object in three parts, of which the sockets are too many for one string.
     let (head, tail) = (to_bytes(&head)?, to_bytes(&tail)?);
     out.write_all(head.strip_suffix(b"}").unwrap_or(&head))?;
     out.write_all(b",\"sockets\":[")?;
-    write_sockets(run, out, |at, socket, bytes| {
-        if at > 0 {
-            bytes.push(b',');
-        }
-        put(&socket, bytes)
-    })?;
+    write_sockets(run, out, b",", |socket, bytes| put(&socket, bytes))?;
     out.write_all(b"],")?;
     out.write_all(tail.strip_prefix(b"{").unwrap_or(&tail))?;
     out.write_all(b"\n")
@@ -71,39 +63,48 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
 /// # Errors
 /// Those of `out`.
 pub fn write_lines(run: &Run, out: &mut dyn Write) -> io::Result<()> {
-    write_sockets(run, out, |_, socket, bytes| {
+    write_sockets(run, out, b"\n", |socket, bytes| {
         let line = Line {
             schema_version: SCHEMA_VERSION,
-            owners_sought: run.found.owners_sought,
+            owners_known: run.scan.owners_known,
             socket,
         };
-        put(&line, bytes)?;
-        bytes.push(b'\n');
-        Ok(())
-    })
+        put(&line, bytes)
+    })?;
+    match run.scan.targets.is_empty() {
+        true => Ok(()),
+        false => out.write_all(b"\n"),
+    }
 }
 
-/// Writes what `put` makes of every socket, in order.
+/// Writes what `put` makes of every socket, in order, with `separator` between them.
 fn write_sockets(
     run: &Run,
     out: &mut dyn Write,
-    put: impl Fn(usize, JsonSocket<'_>, &mut Vec<u8>) -> io::Result<()> + Sync,
+    separator: &[u8],
+    put: impl Fn(JsonSocket<'_>, &mut Vec<u8>) -> io::Result<()> + Sync,
 ) -> io::Result<()> {
-    let block = |from: usize| {
-        let to = run.found.sockets.len().min(from + BLOCK);
-        let mut bytes = Vec::with_capacity((to - from) * 512);
-        for at in from..to {
-            put(at, json_socket(run, at), &mut bytes)?;
+    let block = |targets: &[Target]| {
+        let mut bytes = Vec::with_capacity(targets.len() * 512);
+        for (index, target) in targets.iter().enumerate() {
+            if index > 0 {
+                bytes.extend_from_slice(separator);
+            }
+            put(json_socket(run, target), &mut bytes)?;
         }
         Ok(bytes)
     };
-    let starts: Vec<usize> = (0..run.found.sockets.len()).step_by(BLOCK).collect();
-    for some in starts.chunks(BLOCKS) {
-        let blocks: Vec<io::Result<Vec<u8>>> = match some {
-            [only] => vec![block(*only)],
-            _ => some.par_iter().map(|from| block(*from)).collect(),
+    let mut is_first = true;
+    for some in run.scan.targets.chunks(BLOCK * BLOCKS) {
+        let blocks: Vec<io::Result<Vec<u8>>> = match some.len() {
+            0..=BLOCK => vec![block(some)],
+            _ => some.par_chunks(BLOCK).map(block).collect(),
         };
         for block in blocks {
+            if !is_first {
+                out.write_all(separator)?;
+            }
+            is_first = false;
             out.write_all(&block?)?;
         }
     }
@@ -160,14 +161,6 @@ impl Formatter for TerminalSafe {
     }
 }
 
-/// Whether any of the descriptors is still open, as far as that is known.
-fn any_open(descriptors: &[FdState]) -> Option<bool> {
-    if descriptors.contains(&FdState::Open) {
-        return Some(true);
-    }
-    (!descriptors.contains(&FdState::Unknown)).then_some(false)
-}
-
 /// What comes before the sockets.
 #[derive(Serialize)]
 struct Head {
@@ -179,32 +172,33 @@ struct Head {
 /// What comes after them.
 #[derive(Serialize)]
 struct Tail<'a> {
-    owners_sought: bool,
+    owners_known: bool,
     unreadable_processes: usize,
     hidden_processes: bool,
     unreachable_namespaces: usize,
-    untold_namespaces: usize,
+    unknown_namespaces: usize,
     undecided: usize,
     /// Why it is not known what else matches, where that is so.
     unlisted: Option<&'a str>,
     /// The owners that `--reclaim` stopped; `None` without it.
     reclaim: Option<JsonReclaim<'a>>,
     summary: Tally,
-    refill: Option<JsonRefill<'a>>,
+    new_sockets: Option<JsonNewSockets<'a>>,
 }
 
 #[derive(Serialize)]
-struct JsonRefill<'a> {
+struct JsonNewSockets<'a> {
     seconds: f64,
     new: usize,
     per_minute: f64,
-    by: Vec<Newcomers<'a>>,
+    by: Vec<NewOf<'a>>,
     undecided: usize,
     partial: bool,
 }
 
+/// The new sockets of one process.
 #[derive(Serialize)]
-struct Newcomers<'a> {
+struct NewOf<'a> {
     pid: Option<i32>,
     comm: Option<&'a str>,
     new: usize,
@@ -212,14 +206,14 @@ struct Newcomers<'a> {
 
 #[derive(Serialize)]
 struct JsonReclaim<'a> {
-    owners: Vec<reclaim::Owner<'a>>,
+    owners: Vec<reclaim::JsonStop<'a>>,
     summary: reclaim::Tally,
 }
 
 #[derive(Serialize)]
 struct Line<'a> {
     schema_version: u32,
-    owners_sought: bool,
+    owners_known: bool,
     #[serde(flatten)]
     socket: JsonSocket<'a>,
 }
@@ -239,10 +233,12 @@ pub struct JsonSocket<'a> {
     send_q: u32,
     age_ms: Option<u64>,
     cause: &'static str,
-    owners: Vec<Owner<'a>>,
+    owners: Vec<JsonOwner<'a>>,
     listener: Option<JsonListener<'a>>,
     pub(crate) plan: Vec<&'static str>,
-    excluded: Vec<Exclusion>,
+    excluded: Vec<JsonExclusion>,
+    /// Why it is left alone whatever the methods could do.
+    skip: Option<JsonReason>,
     /// Of a dry run with `--reclaim`: what would become of each descriptor.
     reclaim_plan: Option<Vec<JsonDescriptor>>,
     pub(crate) result: Option<JsonResult>,
@@ -267,7 +263,7 @@ impl std::fmt::Display for Endpoint {
 }
 
 #[derive(Serialize)]
-struct Owner<'a> {
+struct JsonOwner<'a> {
     pid: i32,
     comm: &'a str,
     fds: Vec<i32>,
@@ -289,13 +285,21 @@ struct JsonListener<'a> {
     port: u16,
     waiting: u32,
     backlog: u32,
-    owners: Vec<Owner<'a>>,
+    owners: Vec<JsonOwner<'a>>,
 }
 
 #[derive(Serialize)]
-struct Exclusion {
+struct JsonExclusion {
     method: &'static str,
+    #[serde(flatten)]
+    reason: JsonReason,
+}
+
+/// A reason in words, which may change, and as a code, which is stable.
+#[derive(Serialize)]
+struct JsonReason {
     reason: String,
+    reason_code: &'static str,
 }
 
 #[derive(Serialize)]
@@ -303,6 +307,8 @@ pub(crate) struct JsonResult {
     pub(crate) outcome: &'static str,
     pub(crate) method: Option<&'static str>,
     reason: Option<String>,
+    /// Of a skipped or failed socket.
+    reason_code: Option<&'static str>,
     attempts: Vec<JsonAttempt>,
     /// `None`: not known, or not asked because the socket is not closed.
     descriptor_open: Option<bool>,
@@ -316,27 +322,24 @@ struct JsonDescriptor {
     fd: i32,
     outcome: &'static str,
     reason: Option<String>,
+    reason_code: Option<&'static str>,
 }
 
 #[derive(Serialize)]
 struct JsonAttempt {
     method: &'static str,
     error: Option<String>,
+    reason_code: Option<&'static str>,
     errno: Option<String>,
 }
 
-/// Every socket of a run, in order.
-pub(crate) fn sockets(run: &Run) -> impl Iterator<Item = JsonSocket<'_>> {
-    (0..run.found.sockets.len()).map(|at| json_socket(run, at))
-}
-
-fn json_socket(run: &Run, at: usize) -> JsonSocket<'_> {
-    let (socket, plan) = (&run.found.sockets[at], &run.plans[at]);
-    let deed = run.deeds.as_ref().map(|deeds| &deeds[at]);
+/// A socket, as programs read it.
+pub(crate) fn json_socket<'a>(run: &'a Run, target: &'a Target) -> JsonSocket<'a> {
+    let (socket, netns) = (&target.socket, run.scan.netns(target));
     JsonSocket {
         netns: JsonNetns {
-            inode: run.namespaces[socket.netns].inode(),
-            name: run.namespaces[socket.netns].name.as_deref(),
+            inode: netns.inode(),
+            name: netns.name.as_deref(),
         },
         family: if socket.is_ipv4() { "ipv4" } else { "ipv6" },
         state: socket.state.name(),
@@ -351,61 +354,55 @@ fn json_socket(run: &Run, at: usize) -> JsonSocket<'_> {
             .age
             .map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
         cause: socket.cause.name(),
-        owners: owners(&run.found, &socket.owners),
-        listener: socket.listener.map(|at| {
-            let listener = &run.found.listeners[at];
-            JsonListener {
-                address: listener.local.ip(),
-                port: listener.local.port(),
-                waiting: listener.waiting,
-                backlog: listener.backlog,
-                owners: owners(&run.found, &listener.owners),
-            }
+        owners: owners(&target.owners),
+        listener: run.scan.listener(target).map(|listener| JsonListener {
+            address: listener.local.ip(),
+            port: listener.local.port(),
+            waiting: listener.waiting,
+            backlog: listener.backlog,
+            owners: owners(&listener.owners),
         }),
-        plan: plan.methods.iter().map(|method| method.name()).collect(),
-        excluded: plan
-            .excluded
-            .iter()
-            .map(|(method, why)| Exclusion {
-                method: method.name(),
-                reason: why.to_string(),
-            })
-            .collect(),
-        reclaim_plan: match deed {
-            None => run.reclaimed.as_ref().map(|reclaimed| {
-                let doubt = |doubt: &Option<Reason>| match doubt {
-                    None => Some(("would-free", None)),
-                    Some(reason) => Some(("skipped", Some(reason.to_string()))),
-                };
-                descriptors(run, socket, reclaimed.doubts[at].iter().map(doubt))
-            }),
-            Some(_) => None,
-        },
-        result: deed.map(|deed| JsonResult {
-            descriptors: run.reclaimed.as_ref().map(|reclaimed| {
-                let fate = |fate: &Option<Fate>| fate.as_ref().map(reclaim::outcome);
-                descriptors(run, socket, reclaimed.fates[at].iter().map(fate))
-            }),
-            ..json_result(deed)
+        plan: target.plan.methods.iter().map(|m| m.name()).collect(),
+        excluded: target.plan.excluded.iter().map(exclusion).collect(),
+        skip: target.plan.skip.map(|reason| skip(&target.plan, reason)),
+        reclaim_plan: (run.reclaimed && !run.acted).then(|| descriptors(&target.owners)),
+        result: target.outcome.map(|outcome| JsonResult {
+            descriptors: run.reclaimed.then(|| descriptors(&target.owners)),
+            ..result(target, outcome)
         }),
     }
 }
 
-/// The descriptors of a socket, with what is said of them.
-fn descriptors(
-    run: &Run,
-    socket: &Socket,
-    said: impl Iterator<Item = Option<(&'static str, Option<String>)>>,
-) -> Vec<JsonDescriptor> {
-    let one = |(held, said): (&Held, Option<(&'static str, Option<String>)>)| {
-        said.map(|(outcome, reason)| JsonDescriptor {
-            pid: run.found.processes[held.process].pid,
-            fd: held.fd.0,
-            outcome,
-            reason,
+fn exclusion((method, why): &(Method, Exclusion)) -> JsonExclusion {
+    JsonExclusion {
+        method: method.name(),
+        reason: JsonReason {
+            reason: why.to_string(),
+            reason_code: why.code(),
+        },
+    }
+}
+
+fn skip(plan: &Plan, reason: SkipReason) -> JsonReason {
+    JsonReason {
+        reason: text::skip_reason(plan, reason),
+        reason_code: reason.code(),
+    }
+}
+
+/// The outcome of reclaiming each descriptor that was asked about.
+fn descriptors(owners: &[Owner]) -> Vec<JsonDescriptor> {
+    let descriptor = |owner: &Owner| {
+        let outcome = owner.reclaim.as_ref()?;
+        Some(JsonDescriptor {
+            pid: owner.process.id.pid,
+            fd: owner.fd.0,
+            outcome: outcome.name(),
+            reason: outcome.reason().map(ToString::to_string),
+            reason_code: outcome.reason().map(|reason| reason.code()),
         })
     };
-    socket.owners.iter().zip(said).filter_map(one).collect()
+    owners.iter().filter_map(descriptor).collect()
 }
 
 pub(super) fn endpoint(address: SocketAddr) -> Endpoint {
@@ -415,35 +412,34 @@ pub(super) fn endpoint(address: SocketAddr) -> Endpoint {
     }
 }
 
-fn json_refill(refill: &NewSockets) -> JsonRefill<'_> {
-    JsonRefill {
-        seconds: refill.watched.as_secs_f64(),
-        new: refill.new,
-        per_minute: refill.per_minute(),
-        undecided: refill.undecided,
-        partial: refill.partial,
-        by: refill
+fn json_new_sockets(new: &NewSockets) -> JsonNewSockets<'_> {
+    JsonNewSockets {
+        seconds: new.watched.as_secs_f64(),
+        new: new.new,
+        per_minute: new.per_minute(),
+        undecided: new.coverage.undecided,
+        partial: new.coverage.unseen_namespaces() > 0,
+        by: new
             .by
             .iter()
-            .map(|(culprit, new)| Newcomers {
-                pid: culprit.as_ref().map(|culprit| culprit.pid),
-                comm: culprit.as_ref().map(|culprit| culprit.comm.as_str()),
+            .map(|(process, new)| NewOf {
+                pid: process.as_ref().map(|process| process.id.pid),
+                comm: process.as_ref().map(|process| process.comm.as_str()),
                 new: *new,
             })
             .collect(),
     }
 }
 
-/// Gathers the descriptors of each process; `held` is ordered by process.
-fn owners<'a>(found: &'a Found, held: &[Held]) -> Vec<Owner<'a>> {
-    let same = |a: &Held, b: &Held| a.process == b.process;
-    held.chunk_by(same)
+/// The processes of `owners`, each with its descriptors.
+fn owners(owners: &[Owner]) -> Vec<JsonOwner<'_>> {
+    text::by_process(owners)
         .map(|of_one| {
-            let process = &found.processes[of_one[0].process];
-            Owner {
-                pid: process.pid,
+            let process = &of_one[0].process;
+            JsonOwner {
+                pid: process.id.pid,
                 comm: &process.comm,
-                fds: of_one.iter().map(|held| held.fd.0).collect(),
+                fds: of_one.iter().map(|owner| owner.fd.0).collect(),
                 unit: process.cgroup.unit.as_deref(),
                 container: container(process),
             }
@@ -462,31 +458,34 @@ pub(crate) fn container(process: &Process) -> Option<JsonContainer<'_>> {
     })
 }
 
-fn json_result(deed: &Deed) -> JsonResult {
-    let (outcome, method, reason) = match &deed.outcome.verdict {
-        Verdict::Closed(method) => ("closed", Some(method), None),
-        Verdict::Closing(method, state) => {
-            ("closing", Some(method), Some(format!("now in {state}")))
-        }
-        Verdict::Gone => ("gone", None, None),
-        Verdict::Skipped(why) => ("skipped", None, Some(why.to_string())),
-        Verdict::Failed => ("failed", None, None),
-    };
-    let attempt = |attempt: &crate::injector::engine::Attempt| JsonAttempt {
-        method: attempt.method.name(),
-        error: attempt.error.as_ref().map(ToString::to_string),
-        errno: attempt
-            .error
-            .as_ref()
-            .and_then(|error| error.errno())
-            .map(|errno| format!("{:?}", Errno::from_raw(errno))),
+fn result(target: &Target, outcome: Outcome) -> JsonResult {
+    let (method, reason) = match outcome {
+        Outcome::Closed(method) => (Some(method), None),
+        Outcome::Closing(method, state) => (Some(method), Some(format!("now in {state}"))),
+        Outcome::Skipped(why) => (None, Some(text::skip_reason(&target.plan, why))),
+        Outcome::Gone | Outcome::Failed => (None, None),
     };
     JsonResult {
-        outcome,
+        outcome: outcome.name(),
         method: method.map(|method| method.name()),
         reason,
-        attempts: deed.outcome.attempts.iter().map(attempt).collect(),
-        descriptor_open: deed.descriptors.as_deref().and_then(any_open),
+        reason_code: target.reason_code(),
+        attempts: target
+            .attempts
+            .iter()
+            .map(|attempt| {
+                let error = attempt.error.as_ref();
+                JsonAttempt {
+                    method: attempt.method.name(),
+                    error: error.map(ToString::to_string),
+                    reason_code: error.map(MethodError::code),
+                    errno: error
+                        .and_then(MethodError::errno)
+                        .map(|errno| format!("{errno:?}")),
+                }
+            })
+            .collect(),
+        descriptor_open: target.descriptor_open(),
         descriptors: None,
     }
 }

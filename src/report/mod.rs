@@ -3,6 +3,8 @@
 //!
 //! Reports read a finished [`Run`] and nothing else.
 
+pub mod diagnose;
+pub mod doctor;
 pub mod json;
 pub mod notes;
 pub mod reclaim;
@@ -10,10 +12,38 @@ pub mod text;
 
 use std::process::ExitCode;
 
-use crate::injector::engine::Verdict;
-use crate::pipeline::Run;
-use crate::reclaim::Fate;
+use crate::model::{Outcome, ReclaimOutcome, Scan};
+use crate::reclaim::StopStats;
 use crate::text::counted;
+use crate::watch::NewSockets;
+
+/// A run of `cwkill` without a command: all that a report needs.
+#[derive(Debug)]
+pub struct Run {
+    /// The sockets that matched, with what was planned and done.
+    pub scan: Scan,
+    /// Whether anything was to be done; then every target has an outcome.
+    pub acted: bool,
+    /// Whether the descriptors of closed sockets were to be closed in their owners too.
+    pub reclaimed: bool,
+    /// The owners that were stopped for that.
+    pub stops: Vec<StopStats>,
+    /// The sockets that became stuck afterwards; `None` if that was not watched.
+    pub new_sockets: Option<NewSockets>,
+}
+
+impl Run {
+    /// A run that has found its targets, and planned for them.
+    pub fn new(scan: Scan) -> Self {
+        Run {
+            scan,
+            acted: false,
+            reclaimed: false,
+            stops: Vec::new(),
+            new_sockets: None,
+        }
+    }
+}
 
 /// How many sockets had which outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -36,16 +66,16 @@ impl Tally {
     /// Counts the outcomes of a run.
     pub fn of(run: &Run) -> Self {
         let mut tally = Tally {
-            matched: run.found.sockets.len(),
+            matched: run.scan.targets.len(),
             ..Tally::default()
         };
-        for deed in run.deeds.iter().flatten() {
-            *match deed.outcome.verdict {
-                Verdict::Closed(_) => &mut tally.closed,
-                Verdict::Closing(..) => &mut tally.closing,
-                Verdict::Gone => &mut tally.gone,
-                Verdict::Skipped(_) => &mut tally.skipped,
-                Verdict::Failed => &mut tally.failed,
+        for outcome in run.scan.targets.iter().filter_map(|target| target.outcome) {
+            *match outcome {
+                Outcome::Closed(_) => &mut tally.closed,
+                Outcome::Closing(..) => &mut tally.closing,
+                Outcome::Gone => &mut tally.gone,
+                Outcome::Skipped(_) => &mut tally.skipped,
+                Outcome::Failed => &mut tally.failed,
             } += 1;
         }
         tally
@@ -85,27 +115,25 @@ impl Tally {
 
 /// The status to exit with after a run.
 ///
-/// Sockets that may have matched and were left alone because their owner could not be read keep an act
-/// from being complete, and so does a list that failed after some were destroyed. They, and namespaces that could not be seen, keep a result from being empty.
+/// Sockets that may match and were left alone because their owner could not be read keep an act from being complete, and so does a
+/// scan that failed after some were destroyed. They, and namespaces that could not be seen, keep a result from being empty.
 pub fn exit_status(run: &Run) -> ExitStatus {
-    let status = Tally::of(run).exit_status();
-    let found = &run.found;
-    let unseen = found.unreachable_namespaces + found.untold_namespaces > 0;
-    match status {
-        ExitStatus::NothingMatched if unseen || found.undecided > 0 => ExitStatus::NotAllClosed,
-        ExitStatus::Done if found.undecided > 0 && run.deeds.is_some() => ExitStatus::NotAllClosed,
-        ExitStatus::Done if run.unlisted.is_some() => ExitStatus::NotAllClosed,
-        ExitStatus::Done if !all_reclaimed(run) => ExitStatus::NotAllClosed,
+    let coverage = &run.scan.coverage;
+    match Tally::of(run).exit_status() {
+        ExitStatus::NothingMatched if coverage.may_have_missed() => ExitStatus::NotAllClosed,
+        ExitStatus::Done if coverage.undecided > 0 && run.acted => ExitStatus::NotAllClosed,
+        ExitStatus::Done if coverage.unlisted.is_some() => ExitStatus::NotAllClosed,
+        ExitStatus::Done if run.acted && !all_reclaimed(&run.scan) => ExitStatus::NotAllClosed,
         status => status,
     }
 }
 
 /// Whether every descriptor that was to be closed is.
-fn all_reclaimed(run: &Run) -> bool {
-    let left = |fate: &Fate| matches!(fate, Fate::Skipped(_) | Fate::Failed(_));
-    !run.reclaimed
-        .iter()
-        .any(|reclaimed| reclaimed.fates.iter().flatten().flatten().any(left))
+fn all_reclaimed(scan: &Scan) -> bool {
+    let owners = scan.targets.iter().flat_map(|target| &target.owners);
+    !owners
+        .filter_map(|owner| owner.reclaim.as_ref())
+        .any(|it| matches!(it, ReclaimOutcome::Skipped(_) | ReclaimOutcome::Failed(_)))
 }
 
 /// The exit status of the program.

@@ -1,70 +1,36 @@
-//! What the operator should know beside the results: what closing a socket does not do, what could not
-//! be seen, and which privileges were missing.
+//! What the operator should know beside the results: what closing a socket does not do, what could not be seen, and which
+//! privileges were missing.
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::Run;
 use super::text::names;
-use crate::finder::Found;
-use crate::injector::ActError;
-use crate::injector::engine::Verdict;
-use crate::injector::plan::Exclusion;
-use crate::model::cause::Cause;
-use crate::pipeline::{Deed, Run};
-use crate::privileges::Privilege;
-use crate::proc::FdState;
-use crate::reclaim::{Fate, Reason};
-use crate::text::{counted, escape};
+use crate::model::{Cause, Exclusion, MethodError, Outcome, Privilege, Scan, SkipReason, Target};
+use crate::proc::{FdState, Process, ProcessId};
+use crate::text::counted;
 
 /// The notes, one a line.
 pub fn notes(run: &Run) -> Vec<String> {
-    let mut notes = match &run.deeds {
-        None => not_accepting(run),
-        Some(deeds) => {
-            let mut notes = descriptors(run, deeds);
-            notes.extend(backlogs(run, deeds));
-            notes
-        }
+    let scan = &run.scan;
+    let mut notes = match run.acted {
+        false => not_accepting(scan),
+        true => descriptors(run),
     };
-    notes.extend(unseen(&run.found));
-    let unlisted = |why| format!("what else matches could not be listed ({why})");
-    notes.extend(run.unlisted.as_ref().map(unlisted));
+    if run.acted {
+        notes.extend(backlogs(scan));
+    }
+    notes.extend(scan.coverage.notes(scan.without_known_owner()));
     notes
 }
 
-/// What could not be seen, one a line.
-pub fn unseen(found: &Found) -> Vec<String> {
-    let mut notes: Vec<String> = unknown_owners(found).into_iter().collect();
-    notes.extend(undecided(found));
-    if found.unreachable_namespaces > 0 {
-        let why = found
-            .namespace_failure
-            .as_deref()
-            .unwrap_or("needs CAP_SYS_ADMIN");
-        notes.push(format!(
-            "{} could not be looked into ({why})",
-            counted(found.unreachable_namespaces, "network namespace")
-        ));
-    }
-    if found.untold_namespaces > 0 {
-        notes.push(format!(
-            "the network namespaces of {} could not be told (needs CAP_SYS_PTRACE)",
-            counted(found.untold_namespaces, "process")
-        ));
-    }
-    notes
-}
-
-/// Which listeners leave connections waiting.
-fn not_accepting(run: &Run) -> Vec<String> {
-    let waiting = run
-        .found
-        .sockets
-        .iter()
-        .filter(|socket| socket.cause == Cause::NotAccepted);
-    let listeners: BTreeSet<usize> = waiting.filter_map(|socket| socket.listener).collect();
-    let note = |at: usize| {
-        let listener = &run.found.listeners[at];
-        let (owner, _) = names(&run.found, &listener.owners, false);
+/// The listeners that leave connections waiting.
+fn not_accepting(scan: &Scan) -> Vec<String> {
+    let waiting = |target: &&Target| target.socket.cause == Cause::NotAccepted;
+    let waiting = scan.targets.iter().filter(waiting);
+    let listeners: BTreeSet<usize> = waiting.filter_map(|target| target.listener).collect();
+    let note = |index: usize| {
+        let listener = &scan.listeners[index];
+        let (owner, _) = names(scan, &listener.owners, false);
         format!(
             "{owner} does not accept what comes to {}: backlog {}/{}",
             listener.local, listener.waiting, listener.backlog
@@ -74,44 +40,41 @@ fn not_accepting(run: &Run) -> Vec<String> {
 }
 
 /// Descriptors of dead sockets, by process.
-fn descriptors(run: &Run, deeds: &[Deed]) -> Vec<String> {
-    let mut open: BTreeMap<usize, usize> = BTreeMap::new();
-    let mut unknown = 0;
-    if !run.found.owners_sought {
-        let mut pairs = run.found.sockets.iter().zip(deeds);
-        let left = pairs.any(|(socket, deed)| {
-            socket.inode.is_some() && matches!(deed.outcome.verdict, Verdict::Closed(_))
-        });
+fn descriptors(run: &Run) -> Vec<String> {
+    let closed = || run.scan.targets.iter().filter(|target| target.is_closed());
+    if !run.scan.owners_known {
+        let left = closed().any(|target| target.socket.inode.is_some());
         let note = "owners were not looked for: a descriptor of a closed socket stays open until its process \
                     closes it";
         return left.then(|| note.to_owned()).into_iter().collect();
     }
-    for (socket, deed) in run.found.sockets.iter().zip(deeds) {
-        let closed = matches!(deed.outcome.verdict, Verdict::Closed(_));
-        unknown += usize::from(closed && deed.descriptors.is_none());
-        for (held, holding) in socket.owners.iter().zip(deed.descriptors.iter().flatten()) {
-            match holding {
-                FdState::Open if closed => *open.entry(held.process).or_default() += 1,
-                FdState::Unknown if closed => unknown += 1,
-                _ => {}
+    let mut open: BTreeMap<ProcessId, (&Process, usize)> = BTreeMap::new();
+    let mut unknown = 0;
+    for target in closed() {
+        unknown += usize::from(target.is_without_known_owner());
+        for owner in &target.owners {
+            match owner.after {
+                Some(FdState::Open) => {
+                    let process = &owner.process;
+                    open.entry(process.id).or_insert((process, 0)).1 += 1;
+                }
+                Some(FdState::Unknown) => unknown += 1,
+                Some(FdState::Closed) | None => {}
             }
         }
     }
-    let note = |(process, count): (usize, usize)| {
-        let process = &run.found.processes[process];
+    let advice = match run.reclaimed {
+        false => ", only the process can, or --reclaim",
+        true => "",
+    };
+    let note = |(process, count): (&Process, usize)| {
         format!(
-            "{}/{} still has {} of closed sockets open: closing a socket does not free the \
-             descriptor{}",
-            escape(&process.comm),
-            process.pid,
+            "{process} still has {} of closed sockets open: closing a socket does not free the \
+             descriptor{advice}",
             counted(count, "descriptor"),
-            match run.reclaimed {
-                None => ", only the process can, or --reclaim",
-                Some(_) => "",
-            },
         )
     };
-    let mut notes: Vec<String> = open.into_iter().map(note).collect();
+    let mut notes: Vec<String> = open.into_values().map(note).collect();
     if unknown > 0 {
         notes.push(format!(
             "whether the descriptors of {} are still open could not be seen",
@@ -122,18 +85,16 @@ fn descriptors(run: &Run, deeds: &[Deed]) -> Vec<String> {
 }
 
 /// Backlogs in which connections were closed that nobody had accepted.
-fn backlogs(run: &Run, deeds: &[Deed]) -> Vec<String> {
+fn backlogs(scan: &Scan) -> Vec<String> {
     let mut closed: BTreeMap<usize, usize> = BTreeMap::new();
-    for (socket, deed) in run.found.sockets.iter().zip(deeds) {
-        if let (Verdict::Closed(_), Cause::NotAccepted, Some(listener)) =
-            (&deed.outcome.verdict, socket.cause, socket.listener)
-        {
+    for target in &scan.targets {
+        if let (true, Some(listener)) = (target.was_closed_in_backlog(), target.listener) {
             *closed.entry(listener).or_default() += 1;
         }
     }
-    let note = |(at, count): (usize, usize)| {
-        let listener = &run.found.listeners[at];
-        let (owner, _) = names(&run.found, &listener.owners, false);
+    let note = |(index, count): (usize, usize)| {
+        let listener = &scan.listeners[index];
+        let (owner, _) = names(scan, &listener.owners, false);
         // Those it has accepted meanwhile take no slot any more.
         let taken = count.min(usize::try_from(listener.waiting).unwrap_or(usize::MAX));
         (taken > 0).then(|| {
@@ -151,91 +112,45 @@ fn backlogs(run: &Run, deeds: &[Deed]) -> Vec<String> {
     closed.into_iter().filter_map(note).collect()
 }
 
-/// Sockets whose owner could not be told.
-fn unknown_owners(found: &Found) -> Option<String> {
-    if !found.owners_sought {
-        return None;
-    }
-    let unknown = found
-        .sockets
-        .iter()
-        .filter(|socket| socket.inode.is_some() && socket.owners.is_empty());
-    let unknown = unknown.count();
-    let unreadable = found.unreadable_processes;
-    let why = if found.hidden_processes {
-        "/proc does not show the processes of others (hidepid)".to_owned()
-    } else if unreadable > 0 {
-        format!(
-            "{} could not be looked into",
-            counted(unreadable, "process")
-        )
-    } else {
-        "in flight over a Unix socket, held by the kernel, or owned in another pid namespace"
-            .to_owned()
-    };
-    (unknown > 0).then(|| {
-        format!(
-            "{} without a known owner: {why}",
-            counted(unknown, "socket")
-        )
-    })
-}
-
-/// Sockets that may have matched.
-fn undecided(found: &Found) -> Option<String> {
-    (found.undecided > 0).then(|| {
-        format!(
-            "{} more may belong to the processes asked for, which could not be looked into; left alone",
-            counted(found.undecided, "socket")
-        )
-    })
-}
-
 /// The privileges whose lack kept a socket open or its owner unknown, or would.
 pub fn missing_privileges(run: &Run) -> BTreeSet<Privilege> {
-    let mut needs = BTreeSet::new();
-    let hidden = run.found.unreadable_processes > 0 || run.found.hidden_processes;
-    if run.found.undecided > 0 {
-        needs.insert(Privilege::Ptrace);
+    let mut missing = BTreeSet::new();
+    let coverage = &run.scan.coverage;
+    if coverage.undecided > 0 {
+        missing.insert(Privilege::Ptrace);
     }
-    for (at, plan) in run.plans.iter().enumerate() {
-        let socket = &run.found.sockets[at];
+    for target in &run.scan.targets {
         // Also where a harsher method has done it: the operator may want the gentle one.
-        if hidden && socket.inode.is_some() && socket.owners.is_empty() {
-            needs.insert(Privilege::Ptrace);
+        if coverage.has_hidden_owners() && target.is_without_known_owner() {
+            missing.insert(Privilege::Ptrace);
         }
-        let done = match &run.deeds {
-            None => !plan.methods.is_empty(),
-            Some(deeds) => matches!(
-                deeds[at].outcome.verdict,
-                Verdict::Closed(_) | Verdict::Gone
-            ),
+        let outcomes = target
+            .owners
+            .iter()
+            .filter_map(|owner| owner.reclaim.as_ref());
+        missing.extend(outcomes.filter_map(|outcome| outcome.reason()?.privilege()));
+        let done = match target.outcome {
+            None => !target.plan.methods.is_empty(),
+            Some(outcome) => matches!(outcome, Outcome::Closed(_) | Outcome::Gone),
         };
-        if done || plan.over_limit {
+        if done || target.plan.skip == Some(SkipReason::OverMaxKills) {
             continue;
         }
-        needs.extend(plan.excluded.iter().filter_map(|(_, why)| match why {
-            Exclusion::Needs(need) => Some(*need),
-            _ => None,
-        }));
-        for attempt in run
-            .deeds
-            .iter()
-            .flat_map(|deeds| &deeds[at].outcome.attempts)
-        {
-            if let Some(ActError::Denied(need, _)) = attempt.error {
-                needs.insert(need);
+        missing.extend(
+            target
+                .plan
+                .excluded
+                .iter()
+                .filter_map(|(_, why)| match why {
+                    Exclusion::NotPermitted(privilege) => Some(*privilege),
+                    _ => None,
+                }),
+        );
+        for attempt in &target.attempts {
+            if let Some(MethodError::NotPermitted(privilege, _)) = attempt.error {
+                missing.insert(privilege);
             }
         }
     }
-    if let Some(reclaimed) = &run.reclaimed {
-        let fates = reclaimed.fates.iter().flatten().flatten();
-        let reasons = fates.filter_map(|fate| match fate {
-            Fate::Skipped(reason) | Fate::Failed(reason) => Some(reason),
-            Fate::Freed | Fate::Gone => None,
-        });
-        let doubts = reclaimed.doubts.iter().flatten().flatten();
-        needs.extend(reasons.chain(doubts).filter_map(Reason::need));
-    }
-    needs
+    missing
 }

@@ -1,5 +1,4 @@
-//! The report of `cwkill reclaim`, for people and for programs, and what `--reclaim` adds to that of
-//! the main job.
+//! The report of `cwkill reclaim`, for people and for programs, and the part that `--reclaim` adds to the report of a run.
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
@@ -8,18 +7,62 @@ use std::time::Duration;
 use comfy_table::{Cell, CellAlignment, Color};
 use serde::Serialize;
 
-use super::ExitStatus;
 use super::json::{Endpoint, JsonContainer, SCHEMA_VERSION, container, endpoint, serializer};
 use super::text::{belongs, belongs_to, plain_table};
-use crate::config::Action;
-use crate::pipeline::Reclaimed;
+use super::{ExitStatus, Run};
+use crate::config::{Action, ReclaimConfig};
+use crate::finder::dead::DeadSocket;
+use crate::model::{Owner, ReclaimOutcome, ReclaimReason, Target};
 use crate::proc::Process;
-use crate::reclaim::command::{Config, Run};
-use crate::reclaim::{Fate, Reason, Visit};
-use crate::text::age;
-use crate::text::escape;
+use crate::reclaim::StopStats;
+use crate::text::{age, counted, escape};
 
-/// How many descriptors had which fate.
+/// A descriptor of a dead socket.
+#[derive(Clone, Debug)]
+pub struct DeadDescriptor {
+    /// The process, the number of the descriptor, and what became of it.
+    pub owner: Owner,
+    /// The inode of the socket.
+    pub inode: u32,
+    /// The socket.
+    pub socket: DeadSocket,
+}
+
+/// A run of `cwkill reclaim`: all that a report needs.
+#[derive(Debug, Default)]
+pub struct ReclaimRun {
+    /// The descriptors of dead sockets.
+    pub descriptors: Vec<DeadDescriptor>,
+    /// Whether descriptors were to be closed; otherwise each outcome says only what would be done.
+    pub acted: bool,
+    /// The owners that were stopped.
+    pub stops: Vec<StopStats>,
+    /// Descriptors of TCP sockets in no table that may not be examined: they may be dead.
+    pub unknown: usize,
+    /// Selected processes that may not be read.
+    pub unreadable: usize,
+    /// Processes whose first thread has exited, so that their descriptors cannot be seen.
+    pub leader_exited: Vec<Process>,
+    /// Processes whose files could not be read, and why.
+    pub failed: Vec<(i32, io::Error)>,
+    /// Selected processes may not be shown at all: /proc is mounted with hidepid.
+    pub hidden: bool,
+}
+
+impl ReclaimRun {
+    /// Whether some of what was selected could not be seen.
+    pub fn has_blind_spots(&self) -> bool {
+        let unread = self.unreadable + self.leader_exited.len() + self.failed.len();
+        self.unknown + unread > 0 || self.hidden
+    }
+
+    fn outcomes(&self) -> impl Iterator<Item = &ReclaimOutcome> {
+        let descriptors = self.descriptors.iter();
+        descriptors.filter_map(|dead| dead.owner.reclaim.as_ref())
+    }
+}
+
+/// How many descriptors had which outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Tally {
     /// Descriptors of dead sockets.
@@ -35,27 +78,36 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// Counts.
-    pub fn of<'f>(found: usize, fates: impl Iterator<Item = &'f Fate>) -> Self {
+    fn of<'o>(found: usize, outcomes: impl Iterator<Item = &'o ReclaimOutcome>) -> Self {
         let mut tally = Tally {
             found,
             ..Tally::default()
         };
-        for fate in fates {
-            *match fate {
-                Fate::Freed => &mut tally.freed,
-                Fate::Gone => &mut tally.gone,
-                Fate::Skipped(_) => &mut tally.skipped,
-                Fate::Failed(_) => &mut tally.failed,
+        for outcome in outcomes {
+            *match outcome {
+                ReclaimOutcome::Allowed => continue,
+                ReclaimOutcome::Freed => &mut tally.freed,
+                ReclaimOutcome::Gone => &mut tally.gone,
+                ReclaimOutcome::Skipped(_) => &mut tally.skipped,
+                ReclaimOutcome::Failed(_) => &mut tally.failed,
             } += 1;
         }
         tally
     }
 
-    /// Counts what `--reclaim` did.
-    pub fn of_run(reclaimed: &Reclaimed) -> Self {
-        let fates = || reclaimed.fates.iter().flatten().flatten();
-        Self::of(fates().count(), fates())
+    /// Counts the outcomes of `--reclaim`.
+    pub fn of_run(run: &Run) -> Self {
+        let owners = || run.scan.targets.iter().flat_map(|target| &target.owners);
+        let outcomes = || owners().filter_map(|owner| owner.reclaim.as_ref());
+        match run.acted {
+            true => Self::of(outcomes().count(), outcomes()),
+            false => Self::default(),
+        }
+    }
+
+    /// Counts the outcomes of `cwkill reclaim`.
+    pub fn of_descriptors(run: &ReclaimRun) -> Self {
+        Self::of(run.descriptors.len(), run.outcomes().filter(|_| run.acted))
     }
 
     /// Those that were not freed, as words.
@@ -75,14 +127,14 @@ impl Tally {
 }
 
 /// The status to exit with.
-pub fn exit_status(run: &Run) -> ExitStatus {
+pub fn exit_status(run: &ReclaimRun) -> ExitStatus {
     let unseen = run.has_blind_spots();
-    match &run.fates {
-        _ if run.descriptors.is_empty() && unseen => ExitStatus::NotAllClosed,
-        _ if run.descriptors.is_empty() => ExitStatus::NothingMatched,
-        None => ExitStatus::Done,
-        Some(fates) => {
-            let tally = Tally::of(fates.len(), fates.iter());
+    match run.descriptors.is_empty() {
+        true if unseen => ExitStatus::NotAllClosed,
+        true => ExitStatus::NothingMatched,
+        false if !run.acted => ExitStatus::Done,
+        false => {
+            let tally = Tally::of_descriptors(run);
             match tally.skipped + tally.failed {
                 0 if !unseen => ExitStatus::Done,
                 _ => ExitStatus::NotAllClosed,
@@ -91,87 +143,82 @@ pub fn exit_status(run: &Run) -> ExitStatus {
     }
 }
 
-/// The outcome and its reason, as JSON has them.
-pub fn outcome(fate: &Fate) -> (&'static str, Option<String>) {
-    match fate {
-        Fate::Freed => ("freed", None),
-        Fate::Gone => ("gone", None),
-        Fate::Skipped(reason) => ("skipped", Some(reason.to_string())),
-        Fate::Failed(reason) => ("failed", Some(reason.to_string())),
-    }
-}
-
-/// What the table of the main job adds about a socket's descriptors.
-pub fn beside(reclaimed: &Reclaimed, at: usize) -> String {
-    let mut freed = 0;
-    let mut left = Vec::new();
-    for fate in reclaimed.fates[at].iter().flatten() {
-        match fate {
-            Fate::Freed => freed += 1,
-            Fate::Gone => {}
-            Fate::Skipped(reason) | Fate::Failed(reason) => left.push(reason.to_string()),
-        }
-    }
-    left.extend(reclaimed.doubts[at].iter().flatten().map(Reason::to_string));
-    left.dedup();
-    let mut text = match freed {
+/// What the table of a run adds about the descriptors of one socket.
+pub fn beside(target: &Target) -> String {
+    let outcomes = || {
+        target
+            .owners
+            .iter()
+            .filter_map(|owner| owner.reclaim.as_ref())
+    };
+    let freed = outcomes().filter(|outcome| **outcome == ReclaimOutcome::Freed);
+    let mut text = match freed.count() {
         0 => String::new(),
         1 => ", descriptor freed".to_owned(),
-        _ => format!(", {freed} descriptors freed"),
+        freed => format!(", {freed} descriptors freed"),
     };
-    if !left.is_empty() {
-        let _ = write!(text, "; descriptor kept: {}", left.join("; "));
+    let mut kept: Vec<String> = outcomes()
+        .filter_map(|outcome| outcome.reason().map(ToString::to_string))
+        .collect();
+    kept.dedup();
+    if !kept.is_empty() {
+        let _ = write!(text, "; descriptor kept: {}", kept.join("; "));
     }
     text
 }
 
 /// The line that `--reclaim` adds to the summary, and those about the owners.
-pub fn lines(owners: &[Process], reclaimed: &Reclaimed) -> Vec<String> {
-    let tally = Tally::of_run(reclaimed);
-    let counted = crate::text::counted(tally.found, "descriptor");
-    let mut lines = vec![format!("{counted}: {} freed{}", tally.freed, tally.left())];
-    lines.extend(visits(owners, &reclaimed.visits));
+pub fn lines(run: &Run) -> Vec<String> {
+    let tally = Tally::of_run(run);
+    let found = counted(tally.found, "descriptor");
+    let mut lines = vec![format!("{found}: {} freed{}", tally.freed, tally.left())];
+    lines.extend(stops(&run.stops));
     lines
 }
 
 /// One line for each owner that was stopped.
-pub fn visits(owners: &[Process], visits: &[Visit]) -> Vec<String> {
-    let line = |visit: &Visit| {
-        let owner = &owners[visit.owner];
+fn stops(stops: &[StopStats]) -> impl Iterator<Item = String> {
+    stops.iter().map(|stop| {
         format!(
-            "{}/{} was stopped for {:.1} ms: {} freed",
-            escape(&owner.comm),
-            owner.pid,
-            visit.stopped.as_secs_f64() * 1000.0,
-            crate::text::counted(visit.freed, "descriptor"),
+            "{} was stopped for {:.1} ms: {} freed",
+            stop.process,
+            stop.stopped.as_secs_f64() * 1000.0,
+            counted(stop.freed, "descriptor"),
         )
-    };
-    visits.iter().map(line).collect()
+    })
 }
 
 /// Writes the table and the summary.
 ///
 /// # Errors
 /// Those of `out`.
-pub fn write(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io::Result<()> {
+pub fn write(
+    run: &ReclaimRun,
+    config: &ReclaimConfig,
+    color: bool,
+    out: &mut dyn Write,
+) -> io::Result<()> {
     if !run.descriptors.is_empty() {
         write_table(run, config, color, out)?;
     }
     writeln!(out, "{}", summary(run, config))?;
-    for line in visits(&run.owners, &run.visits) {
+    for line in stops(&run.stops) {
         writeln!(out, "{line}")?;
     }
     Ok(())
 }
 
-fn write_table(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io::Result<()> {
+fn write_table(
+    run: &ReclaimRun,
+    config: &ReclaimConfig,
+    color: bool,
+    out: &mut dyn Write,
+) -> io::Result<()> {
     let mut table = plain_table(color);
-    let whose = run
-        .descriptors
-        .iter()
-        .any(|d| belongs(&run.owners[d.wanted.owner].cgroup));
+    let mut owners = run.descriptors.iter().map(|dead| &dead.owner);
+    let has_units = owners.any(|owner| belongs(&owner.process.cgroup));
     let mut header = vec!["PROCESS", "FD"];
-    header.extend(whose.then_some("UNIT"));
+    header.extend(has_units.then_some("UNIT"));
     header.extend(["LOCAL", "QUIET", "DEAD BY"]);
     header.push(match config.action {
         Action::Act => "RESULT",
@@ -180,36 +227,31 @@ fn write_table(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> 
     if !config.no_header {
         table.set_header(header);
     }
-    for (at, dead) in run.descriptors.iter().enumerate() {
-        let owner = &run.owners[dead.wanted.owner];
-        let mut cells = vec![
-            Cell::new(format!("{}/{}", escape(&owner.comm), owner.pid)),
-            Cell::new(dead.wanted.fd.0),
-        ];
-        if whose {
-            cells.push(Cell::new(belongs_to(&owner.cgroup, config.verbose)));
+    for dead in &run.descriptors {
+        let DeadDescriptor { owner, socket, .. } = dead;
+        let mut cells = vec![Cell::new(&owner.process), Cell::new(owner.fd.0)];
+        if has_units {
+            let unit = belongs_to(&owner.process.cgroup, config.verbose);
+            cells.push(Cell::new(unit));
         }
         cells.extend([
-            Cell::new(
-                dead.socket
-                    .local
-                    .map_or("-".into(), |local| local.to_string()),
-            ),
-            Cell::new(age(dead.socket.quiet)),
+            Cell::new(socket.local.map_or("-".into(), |local| local.to_string())),
+            Cell::new(age(socket.quiet)),
             Cell::new(DEAD_BY_TEXT),
         ]);
-        cells.push(match &run.fates {
-            None => match &run.doubts[at] {
-                None => Cell::new("yes").fg(Color::Green),
-                Some(reason) => Cell::new(format!("no: {reason}")).fg(Color::Yellow),
+        let (text, color) = match (run.acted, owner.reclaim.as_ref()) {
+            (true, outcome) => result(outcome),
+            (false, outcome) => match outcome.and_then(ReclaimOutcome::reason) {
+                None => ("yes".to_owned(), Color::Green),
+                Some(reason) => (format!("no: {reason}"), Color::Yellow),
             },
-            Some(fates) => fate_cell(&fates[at]),
-        });
+        };
+        cells.push(Cell::new(text).fg(color));
         table.add_row(cells);
     }
     for column in table.column_iter_mut() {
         column.set_padding((0, 2));
-        if column.index == 3 + usize::from(whose) {
+        if column.index == 3 + usize::from(has_units) {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
@@ -222,39 +264,35 @@ fn write_table(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> 
 /// How a descriptor is known to be dead.
 const DEAD_BY_TEXT: &str = "state close, in no TCP table";
 
-fn fate_cell(fate: &Fate) -> Cell {
-    match fate {
-        Fate::Freed => Cell::new("freed").fg(Color::Green),
-        Fate::Gone => Cell::new("gone before the act").fg(Color::Green),
-        Fate::Skipped(reason) => Cell::new(format!("skipped: {reason}")).fg(Color::Yellow),
-        Fate::Failed(reason) => Cell::new(format!("failed: {reason}")).fg(Color::Red),
+/// The outcome of an act in words, and its colour.
+pub(crate) fn result(outcome: Option<&ReclaimOutcome>) -> (String, Color) {
+    match outcome {
+        Some(ReclaimOutcome::Freed) => ("freed".into(), Color::Green),
+        Some(ReclaimOutcome::Gone) => ("gone before the act".into(), Color::Green),
+        Some(ReclaimOutcome::Skipped(reason)) => (format!("skipped: {reason}"), Color::Yellow),
+        Some(ReclaimOutcome::Failed(reason)) => (format!("failed: {reason}"), Color::Red),
+        Some(ReclaimOutcome::Allowed) | None => ("not done".into(), Color::Red),
     }
 }
 
 /// One line that says how it went.
-pub fn summary(run: &Run, config: &Config) -> String {
-    let found = run.descriptors.len();
-    let counted = crate::text::counted(found, "dead descriptor");
-    match &run.fates {
-        Some(fates) => {
-            let tally = Tally::of(found, fates.iter());
-            format!("{counted}: {} freed{}", tally.freed, tally.left())
-        }
-        None => {
-            let allowed = run.doubts.iter().filter(|doubt| doubt.is_none()).count();
-            let mut line = format!("{counted}, {allowed} may be taken");
-            if config.action == Action::DryRun {
-                line.push_str("; dry run, nothing was done");
-            }
-            line
-        }
+pub fn summary(run: &ReclaimRun, config: &ReclaimConfig) -> String {
+    let found = counted(run.descriptors.len(), "dead descriptor");
+    if run.acted {
+        let tally = Tally::of_descriptors(run);
+        return format!("{found}: {} freed{}", tally.freed, tally.left());
     }
+    let allowed = run.outcomes().filter(|it| **it == ReclaimOutcome::Allowed);
+    let mut line = format!("{found}, {} may be taken", allowed.count());
+    if config.action == Action::DryRun {
+        line.push_str("; dry run, nothing was done");
+    }
+    line
 }
 
 /// What the operator should know beside the results.
-pub fn notes(run: &Run) -> Vec<String> {
+pub fn notes(run: &ReclaimRun) -> Vec<String> {
     let mut notes = Vec::new();
-    let counted = crate::text::counted;
     if run.unknown > 0 {
         notes.push(format!(
             "{} of TCP may be dead and could not be looked at",
@@ -269,9 +307,7 @@ pub fn notes(run: &Run) -> Vec<String> {
     }
     for process in &run.leader_exited {
         notes.push(format!(
-            "{}/{} could not be looked into: its first thread has ended, so its descriptors cannot be seen",
-            escape(&process.comm),
-            process.pid
+            "{process} could not be looked into: its first thread has ended, so its descriptors cannot be seen"
         ));
     }
     if let Some((pid, error)) = run.failed.first() {
@@ -289,20 +325,10 @@ pub fn notes(run: &Run) -> Vec<String> {
     notes
 }
 
-/// Whether the lack of a right stood in the way.
-pub fn lacks_rights(run: &Run) -> bool {
-    let denied = |fate: &Fate| match fate {
-        Fate::Skipped(reason) | Fate::Failed(reason) => reason.need().is_some(),
-        Fate::Freed | Fate::Gone => false,
-    };
-    run.unknown + run.unreadable > 0
-        || run.hidden
-        || run
-            .doubts
-            .iter()
-            .flatten()
-            .any(|reason| reason.need().is_some())
-        || run.fates.iter().flatten().any(denied)
+/// Whether a missing privilege kept a descriptor from being seen or closed.
+pub fn lacks_privileges(run: &ReclaimRun) -> bool {
+    let privilege = |outcome: &ReclaimOutcome| outcome.reason()?.privilege();
+    run.unknown + run.unreadable > 0 || run.hidden || run.outcomes().find_map(privilege).is_some()
 }
 
 #[derive(Serialize)]
@@ -311,7 +337,7 @@ struct Document<'a> {
     cwkill_version: &'static str,
     dry_run: bool,
     descriptors: Vec<Descriptor<'a>>,
-    owners: Vec<Owner<'a>>,
+    owners: Vec<JsonStop<'a>>,
     unknown: usize,
     unreadable_processes: usize,
     hidden_processes: bool,
@@ -343,6 +369,7 @@ pub struct Descriptor<'a> {
     safe: Option<bool>,
     outcome: Option<&'static str>,
     reason: Option<String>,
+    reason_code: Option<&'static str>,
 }
 
 impl Descriptor<'_> {
@@ -364,7 +391,7 @@ impl Descriptor<'_> {
 
 /// An owner that was stopped.
 #[derive(Serialize)]
-pub struct Owner<'a> {
+pub struct JsonStop<'a> {
     pid: i32,
     comm: &'a str,
     freed: usize,
@@ -372,74 +399,64 @@ pub struct Owner<'a> {
 }
 
 /// The owners that were stopped, for JSON.
-pub fn json_owners<'a>(owners: &'a [Process], visits: &[Visit]) -> Vec<Owner<'a>> {
-    let owner = |visit: &Visit| Owner {
-        pid: owners[visit.owner].pid,
-        comm: &owners[visit.owner].comm,
-        freed: visit.freed,
-        stopped_us: micros(visit.stopped),
-    };
-    visits.iter().map(owner).collect()
+pub fn json_stops(stops: &[StopStats]) -> Vec<JsonStop<'_>> {
+    let stops = stops.iter().map(|stop| JsonStop {
+        pid: stop.process.id.pid,
+        comm: &stop.process.comm,
+        freed: stop.freed,
+        stopped_us: micros(stop.stopped),
+    });
+    stops.collect()
 }
 
 fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// Every descriptor of a run, in order.
-pub(crate) fn descriptors(run: &Run) -> impl Iterator<Item = Descriptor<'_>> {
-    run.descriptors.iter().enumerate().map(|(at, dead)| {
-        let owner = &run.owners[dead.wanted.owner];
-        let (safe, outcome, reason) = match &run.fates {
-            Some(fates) => {
-                let (outcome, reason) = outcome(&fates[at]);
-                (None, Some(outcome), reason)
-            }
-            None => {
-                // Before the act nobody has judged.
-                let doubt = run.doubts.get(at);
-                let safe = doubt.map(Option::is_none);
-                (
-                    safe,
-                    None,
-                    doubt.and_then(|doubt| Some(doubt.as_ref()?.to_string())),
-                )
-            }
-        };
-        Descriptor {
-            pid: owner.pid,
-            comm: &owner.comm,
-            unit: owner.cgroup.unit.as_deref(),
-            container: container(owner),
-            fd: dead.wanted.fd.0,
-            inode: dead.wanted.inode,
-            cookie: dead.wanted.cookie.to_string(),
-            local: dead.socket.local.map(endpoint),
-            quiet_ms: u64::try_from(dead.socket.quiet.as_millis()).unwrap_or(u64::MAX),
-            unread: dead.socket.unread,
-            dead_by: "state-close",
-            safe,
-            outcome,
-            reason,
-        }
-    })
+/// A descriptor, as programs read it.
+pub(crate) fn json_descriptor<'a>(run: &ReclaimRun, dead: &'a DeadDescriptor) -> Descriptor<'a> {
+    let DeadDescriptor { owner, socket, .. } = dead;
+    let (process, outcome) = (&owner.process, owner.reclaim.as_ref());
+    let reason = outcome.and_then(ReclaimOutcome::reason);
+    Descriptor {
+        pid: process.id.pid,
+        comm: &process.comm,
+        unit: process.cgroup.unit.as_deref(),
+        container: container(process),
+        fd: owner.fd.0,
+        inode: dead.inode,
+        cookie: socket.cookie.to_string(),
+        local: socket.local.map(endpoint),
+        quiet_ms: u64::try_from(socket.quiet.as_millis()).unwrap_or(u64::MAX),
+        unread: socket.unread,
+        dead_by: "state-close",
+        // Nothing is decided before the act.
+        safe: outcome.filter(|_| !run.acted).map(|_| reason.is_none()),
+        outcome: outcome.filter(|_| run.acted).map(ReclaimOutcome::name),
+        reason: reason.map(ToString::to_string),
+        reason_code: reason.map(ReclaimReason::code),
+    }
 }
 
 /// Writes one document.
 ///
 /// # Errors
 /// Those of `out`.
-pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
+pub fn write_document(run: &ReclaimRun, out: &mut dyn Write) -> io::Result<()> {
     let document = Document {
         schema_version: SCHEMA_VERSION,
         cwkill_version: env!("CARGO_PKG_VERSION"),
-        dry_run: run.fates.is_none(),
-        descriptors: descriptors(run).collect(),
-        owners: json_owners(&run.owners, &run.visits),
+        dry_run: !run.acted,
+        descriptors: run
+            .descriptors
+            .iter()
+            .map(|dead| json_descriptor(run, dead))
+            .collect(),
+        owners: json_stops(&run.stops),
         unknown: run.unknown,
         unreadable_processes: run.unreadable + run.leader_exited.len() + run.failed.len(),
         hidden_processes: run.hidden,
-        summary: Tally::of(run.descriptors.len(), run.fates.iter().flatten()),
+        summary: Tally::of_descriptors(run),
     };
     document.serialize(&mut serializer(out))?;
     out.write_all(b"\n")
@@ -449,11 +466,11 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
 ///
 /// # Errors
 /// Those of `out`.
-pub fn write_lines(run: &Run, out: &mut dyn Write) -> io::Result<()> {
-    for descriptor in descriptors(run) {
+pub fn write_lines(run: &ReclaimRun, out: &mut dyn Write) -> io::Result<()> {
+    for dead in &run.descriptors {
         let line = Line {
             schema_version: SCHEMA_VERSION,
-            descriptor,
+            descriptor: json_descriptor(run, dead),
         };
         line.serialize(&mut serializer(out))?;
         out.write_all(b"\n")?;

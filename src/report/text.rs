@@ -6,13 +6,9 @@ use std::io::{self, Write};
 
 use comfy_table::{Cell, CellAlignment, Color, ContentArrangement, Table, presets};
 
-use super::{Tally, reclaim};
+use super::{Run, Tally, reclaim};
 use crate::config::{Action, Config};
-use crate::finder::{Found, Held, Socket};
-use crate::injector::engine::{Outcome, Verdict};
-use crate::injector::plan::{Exclusion, Plan};
-use crate::model::cause::Cause;
-use crate::pipeline::Run;
+use crate::model::{Cause, Outcome, Owner, Plan, Scan, SkipReason, Target};
 use crate::proc::cgroup::{Cgroup, unescape};
 use crate::tcp::TcpState;
 use crate::text::{age, counted, escape};
@@ -27,16 +23,15 @@ const BLOCK: usize = 1000;
 /// Those of `out`.
 pub fn write(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io::Result<()> {
     let layout = Layout::new(run, config);
-    let rows: Vec<usize> = (0..run.found.sockets.len()).collect();
     let mut header = !config.no_header;
     let mut widths = Vec::new();
-    for block in rows.chunks(BLOCK) {
+    for block in run.scan.targets.chunks(BLOCK) {
         layout.write_block(run, block, header, color, &mut widths, out)?;
         header = false;
     }
     writeln!(out, "{}", summary(run, config))?;
-    if let (Some(reclaimed), Action::Act) = (&run.reclaimed, config.action) {
-        for line in reclaim::lines(&run.found.processes, reclaimed) {
+    if run.reclaimed && run.acted {
+        for line in reclaim::lines(run) {
             writeln!(out, "{line}")?;
         }
     }
@@ -54,10 +49,11 @@ struct Layout {
 
 impl Layout {
     fn new(run: &Run, config: &Config) -> Self {
-        let states: BTreeSet<&str> = run.found.sockets.iter().map(|s| s.state.name()).collect();
+        let scan = &run.scan;
+        let states: BTreeSet<&str> = scan.targets.iter().map(|t| t.socket.state.name()).collect();
         Layout {
-            netns: run.namespaces.len() > 1,
-            whose: run.found.processes.iter().any(|p| belongs(&p.cgroup)),
+            netns: scan.namespaces.len() > 1,
+            whose: scan.processes().values().any(|p| belongs(&p.cgroup)),
             state: states.len() > 1 || states.iter().any(|state| *state != "close-wait"),
             last: match config.action {
                 Action::List => None,
@@ -84,7 +80,7 @@ impl Layout {
     fn write_block(
         &self,
         run: &Run,
-        rows: &[usize],
+        rows: &[Target],
         header: bool,
         color: bool,
         widths: &mut Vec<u16>,
@@ -94,8 +90,8 @@ impl Layout {
         if header {
             table.set_header(self.names());
         }
-        for &row in rows {
-            table.add_row(self.cells(run, row));
+        for target in rows {
+            table.add_row(self.cells(run, target));
         }
         table.discover_columns();
         let needed = table.column_max_content_widths();
@@ -119,16 +115,16 @@ impl Layout {
         Ok(())
     }
 
-    fn cells(&self, run: &Run, row: usize) -> Vec<Cell> {
-        let socket = &run.found.sockets[row];
-        let (process, fd) = owner_cells(&run.found, socket, self.verbose);
+    fn cells(&self, run: &Run, target: &Target) -> Vec<Cell> {
+        let (scan, socket) = (&run.scan, &target.socket);
+        let (process, fd) = owner_cells(scan, target, self.verbose);
         let mut cells = Vec::with_capacity(12);
         if self.netns {
-            cells.push(Cell::new(escape(&run.namespaces[socket.netns].label())));
+            cells.push(Cell::new(escape(&scan.netns(target).label())));
         }
         cells.extend([Cell::new(process), Cell::new(fd)]);
         if self.whose {
-            cells.push(Cell::new(whose(&run.found, socket, self.verbose)));
+            cells.push(Cell::new(units(scan, target, self.verbose)));
         }
         if self.state {
             cells.push(Cell::new(socket.state));
@@ -141,19 +137,18 @@ impl Layout {
             Cell::new(socket.send_q),
             Cell::new(socket.cause),
         ]);
-        let reclaimed = run.reclaimed.as_ref();
-        let beside = reclaimed.map_or_else(String::new, |it| reclaim::beside(it, row));
-        match &run.deeds {
-            Some(deeds) => cells.push(result_cell(&deeds[row].outcome, self.verbose, &beside)),
-            None if self.last.is_some() => {
-                let then = match &run.reclaimed {
-                    Some(_) if run.plans[row].methods.is_empty() => "",
-                    Some(_) if !socket.owners.is_empty() && beside.is_empty() => ", then reclaim",
-                    _ => &beside,
-                };
-                cells.push(Cell::new(format!("{}{then}", plan_text(&run.plans[row]))));
-            }
-            None => {}
+        let beside = reclaim::beside(target);
+        if let Some((text, color)) = result(target, self.verbose) {
+            cells.push(Cell::new(text + &beside).fg(color));
+        } else if self.last.is_some() {
+            let then = match target.plan.skip {
+                Some(_) if run.reclaimed => "",
+                None if run.reclaimed && !target.owners.is_empty() && beside.is_empty() => {
+                    ", then reclaim"
+                }
+                _ => &beside,
+            };
+            cells.push(Cell::new(format!("{}{then}", plan_text(&target.plan))));
         }
         cells
     }
@@ -171,37 +166,33 @@ pub(super) fn plain_table(color: bool) -> Table {
     table
 }
 
-/// Who holds the socket, and as which descriptor.
-fn owner_cells(found: &Found, socket: &Socket, verbose: bool) -> (String, String) {
-    if socket.cause == Cause::Orphan {
+/// The owner of a socket, and its descriptor.
+fn owner_cells(scan: &Scan, target: &Target, verbose: bool) -> (String, String) {
+    if target.socket.cause == Cause::Orphan {
         return ("(orphan)".into(), "-".into());
     }
-    if let Some(listener) = socket.listener {
-        let owners = &found.listeners[listener].owners;
-        let (process, _) = names(found, owners, verbose);
+    if let Some(listener) = scan.listener(target) {
+        let (process, _) = names(scan, &listener.owners, verbose);
         return (format!("{process} (listener)"), "-".into());
     }
-    names(found, &socket.owners, verbose)
+    names(scan, &target.owners, verbose)
 }
 
-/// The first process of `held` with its first descriptor, or all of them.
-pub(super) fn names(found: &Found, held: &[Held], all: bool) -> (String, String) {
-    let mut processes: Vec<&[Held]> = held.chunk_by(|a, b| a.process == b.process).collect();
+/// The first process of `owners` with its first descriptor, or all of them.
+pub(super) fn names(scan: &Scan, owners: &[Owner], all: bool) -> (String, String) {
+    let mut processes: Vec<&[Owner]> = by_process(owners).collect();
     let (count, of_first) = match processes.first() {
-        None if !found.owners_sought => return ("-".into(), "-".into()),
+        None if !scan.owners_known => return ("-".into(), "-".into()),
         None => return ("unknown".into(), "-".into()),
         Some(first) => (processes.len(), first.len()),
     };
     if !all {
         processes.truncate(1);
     }
-    let name = |held: &&[Held]| {
-        let process = &found.processes[held[0].process];
-        format!("{}/{}", escape(&process.comm), process.pid)
-    };
-    let fds = |held: &&[Held]| match all {
-        true => join(held.iter().map(|held| held.fd.0.to_string()), ","),
-        false => held[0].fd.0.to_string(),
+    let name = |owners: &&[Owner]| owners[0].process.to_string();
+    let fds = |owners: &&[Owner]| match all {
+        true => join(owners.iter().map(|owner| owner.fd.0.to_string()), ","),
+        false => owners[0].fd.0.to_string(),
     };
     let mut names = join(processes.iter().map(name), ",");
     let mut fds = join(processes.iter().map(fds), " ");
@@ -212,6 +203,11 @@ pub(super) fn names(found: &Found, held: &[Held], all: bool) -> (String, String)
         let _ = write!(fds, " +{}", of_first - 1);
     }
     (names, fds)
+}
+
+/// The descriptors of each process; `owners` are ordered by process.
+pub(super) fn by_process(owners: &[Owner]) -> impl Iterator<Item = &[Owner]> {
+    owners.chunk_by(|a, b| a.process.id == b.process.id)
 }
 
 fn join(parts: impl Iterator<Item = String>, separator: &str) -> String {
@@ -228,19 +224,15 @@ pub(crate) fn place(cgroup: &Cgroup) -> Option<String> {
 }
 
 /// The container or the unit of the first owner, or of all of them.
-pub(crate) fn whose(found: &Found, socket: &Socket, all: bool) -> String {
-    let held = match socket.listener {
-        Some(listener) => &found.listeners[listener].owners,
-        None => &socket.owners,
-    };
-    let shown = if all {
-        &held[..]
-    } else {
-        &held[..held.len().min(1)]
+pub(crate) fn units(scan: &Scan, target: &Target, all: bool) -> String {
+    let owners = scan.responsible(target);
+    let shown = match all {
+        true => owners,
+        false => &owners[..owners.len().min(1)],
     };
     let mut names: Vec<String> = Vec::new();
-    for held in shown {
-        let name = belongs_to(&found.processes[held.process].cgroup, all);
+    for owner in shown {
+        let name = belongs_to(&owner.process.cgroup, all);
         if !names.contains(&name) {
             names.push(name);
         }
@@ -268,74 +260,79 @@ pub(super) fn belongs_to(cgroup: &Cgroup, all: bool) -> String {
 }
 
 fn plan_text(plan: &Plan) -> String {
-    if plan.over_limit {
-        return "skip: over --max-kills".into();
+    match plan.skip {
+        Some(reason) => format!("skip: {}", skip_reason(plan, reason)),
+        None => {
+            let methods: Vec<&str> = plan.methods.iter().map(|method| method.name()).collect();
+            methods.join(", then ")
+        }
     }
-    if plan.methods.is_empty() {
-        return format!("skip: {}", left_out_text(&plan.excluded));
+}
+
+/// Why a socket with this plan is left alone.
+pub(super) fn skip_reason(plan: &Plan, reason: SkipReason) -> String {
+    match reason {
+        SkipReason::NoMethod => {
+            let reasons = plan.excluded.iter();
+            join(
+                reasons.map(|(method, why)| format!("{method}: {why}")),
+                "; ",
+            )
+        }
+        reason => reason.to_string(),
     }
-    let methods: Vec<&str> = plan.methods.iter().map(|method| method.name()).collect();
-    methods.join(", then ")
 }
 
-fn left_out_text(excluded: &[(crate::injector::MethodName, Exclusion)]) -> String {
-    let parts = excluded
-        .iter()
-        .map(|(method, why)| format!("{method}: {why}"));
-    join(parts, "; ")
-}
-
-fn result_cell(outcome: &Outcome, verbose: bool, beside: &str) -> Cell {
-    let (text, color) = result(outcome, verbose);
-    Cell::new(text + beside).fg(color)
-}
-
-/// The outcome in words, and its colour.
-pub(crate) fn result(outcome: &Outcome, verbose: bool) -> (String, Color) {
+/// The outcome in words, and its colour; `None` in a listing or dry run.
+pub(crate) fn result(target: &Target, verbose: bool) -> Option<(String, Color)> {
     let attempts = || {
-        let failed = outcome.attempts.iter().filter_map(|attempt| {
+        let failed = target.attempts.iter().filter_map(|attempt| {
             let error = attempt.error.as_ref()?;
             Some(format!("{}: {error}", attempt.method))
         });
         join(failed, "; ")
     };
-    let (mut text, color) = match &outcome.verdict {
-        Verdict::Closed(method) => (format!("closed by {method}"), Color::Green),
-        Verdict::Closing(method, state) => (
+    let outcome = target.outcome?;
+    let (mut text, color) = match outcome {
+        Outcome::Closed(method) => (format!("closed by {method}"), Color::Green),
+        Outcome::Closing(method, state) => (
             format!("closing: {state} after {method}, the peer has not answered"),
             Color::Yellow,
         ),
-        Verdict::Gone => ("gone before the act".into(), Color::Green),
-        Verdict::Skipped(why) => (format!("skipped: {why}"), Color::Yellow),
-        Verdict::Failed => (format!("failed: {}", attempts()), Color::Red),
+        Outcome::Gone => ("gone before the act".into(), Color::Green),
+        Outcome::Skipped(why) => (
+            format!("skipped: {}", skip_reason(&target.plan, why)),
+            Color::Yellow,
+        ),
+        Outcome::Failed => (format!("failed: {}", attempts()), Color::Red),
     };
-    if verbose && !matches!(outcome.verdict, Verdict::Failed) && !attempts().is_empty() {
+    if verbose && outcome != Outcome::Failed && !attempts().is_empty() {
         let _ = write!(text, " ({})", attempts());
     }
-    (text, color)
+    Some((text, color))
 }
 
 /// One line that says how it went.
 pub fn summary(run: &Run, config: &Config) -> String {
     let tally = Tally::of(run);
-    if run.deeds.is_none() {
-        let close_wait = |socket: &Socket| socket.state == TcpState::CloseWait;
-        let mut line = match run.found.sockets.iter().all(close_wait) {
-            true => format!("{} stuck", counted(tally.matched, "socket")),
-            false => format!("{} matched", counted(tally.matched, "socket")),
-        };
-        let mut causes: BTreeMap<Cause, usize> = BTreeMap::new();
-        for socket in &run.found.sockets {
-            *causes.entry(socket.cause).or_default() += 1;
-        }
-        for (index, (cause, count)) in causes.into_iter().enumerate() {
-            let separator = if index == 0 { ": " } else { ", " };
-            let _ = write!(line, "{separator}{count} {cause}");
-        }
-        if config.action == Action::DryRun {
-            line.push_str("; dry run, nothing was done");
-        }
-        return line;
+    if run.acted {
+        return tally.sentence();
     }
-    tally.sentence()
+    let sockets = || run.scan.targets.iter().map(|target| &target.socket);
+    let mut line = match sockets().all(|socket| socket.state == TcpState::CloseWait) {
+        true => format!("{} stuck", counted(tally.matched, "socket")),
+        false => format!("{} matched", counted(tally.matched, "socket")),
+    };
+    let mut causes: BTreeMap<Cause, usize> = BTreeMap::new();
+    for socket in sockets() {
+        *causes.entry(socket.cause).or_default() += 1;
+    }
+    for (index, (cause, count)) in causes.into_iter().enumerate() {
+        let separator = if index == 0 { ": " } else { ", " };
+        let _ = write!(line, "{separator}{count} {cause}");
+    }
+    if config.action == Action::DryRun {
+        line.push_str("; dry run, nothing was done");
+    }
+    line
 }

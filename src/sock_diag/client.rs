@@ -3,7 +3,6 @@
 //! Several requests travel in one datagram and are answered one message each. A namespace is the
 //! one the socket was opened in.
 
-use std::fmt;
 use std::io;
 use std::mem;
 use std::ops::ControlFlow;
@@ -11,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG};
+use nix::errno::Errno;
 
 use super::codec::{self, Detail, DiagId, DumpRequest, Frame, Malformed, SocketMessage};
 use crate::sys;
@@ -32,31 +32,19 @@ const BATCH: usize = 64;
 /// Size of the receive queue that is asked for. The kernel gives what net.core.rmem_max allows.
 const RECEIVE_QUEUE: usize = 1024 * 1024;
 
-/// A dump that could not be had.
-#[derive(Debug)]
+/// Why a dump failed.
+#[derive(Debug, thiserror::Error)]
 pub enum DumpError {
     /// The tables changed under every attempt.
+    #[error("the socket tables changed under each of {DUMP_ATTEMPTS} dumps; try again")]
     Interrupted,
     /// The answer was not sock_diag.
+    #[error("sock_diag: {}", .0.0)]
     Malformed(Malformed),
     /// The kernel refused, or the socket failed.
+    #[error("sock_diag: {0}")]
     Io(io::Error),
 }
-
-impl fmt::Display for DumpError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            DumpError::Interrupted => write!(
-                f,
-                "the socket tables changed under each of {DUMP_ATTEMPTS} dumps; try again"
-            ),
-            DumpError::Malformed(Malformed(what)) => write!(f, "sock_diag: {what}"),
-            DumpError::Io(error) => write!(f, "sock_diag: {error}"),
-        }
-    }
-}
-
-impl std::error::Error for DumpError {}
 
 impl From<io::Error> for DumpError {
     fn from(error: io::Error) -> Self {
@@ -64,17 +52,17 @@ impl From<io::Error> for DumpError {
     }
 }
 
-/// Why a socket could not be looked at.
-#[derive(Debug)]
+/// Why a socket could not be looked up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LookupError {
     /// It is no longer in the kernel's tables (ENOENT), or its place is taken by another (ESTALE).
     Gone,
     /// Anything else.
-    Io(io::Error),
+    Errno(Errno),
 }
 
 /// Why a socket could not be aborted.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DestroyError {
     /// EOPNOTSUPP: the kernel was built without CONFIG_INET_DIAG_DESTROY, or cannot abort this state.
     NotSupported,
@@ -85,7 +73,7 @@ pub enum DestroyError {
     /// The kernel took the order, and its answer did not fit the receive queue.
     AnswerLost,
     /// Anything else.
-    Other(io::Error),
+    Errno(Errno),
 }
 
 /// A sock_diag socket in the network namespace of the thread that opened it.
@@ -218,9 +206,9 @@ impl SockDiag {
         let read = |answer| match answer {
             Some(Frame::Socket(message)) => Ok(message),
             Some(Frame::Error(libc::ENOENT | libc::ESTALE)) => Err(LookupError::Gone),
-            Some(Frame::Error(errno)) => Err(LookupError::Io(io::Error::from_raw_os_error(errno))),
-            Some(_) => Err(LookupError::Io(io::ErrorKind::InvalidData.into())),
-            None => Err(LookupError::Io(io::Error::from_raw_os_error(libc::ENOBUFS))),
+            Some(Frame::Error(errno)) => Err(LookupError::Errno(Errno::from_raw(errno))),
+            Some(_) => Err(LookupError::Errno(Errno::EBADMSG)),
+            None => Err(LookupError::Errno(Errno::ENOBUFS)),
         };
         Ok(answers.into_iter().map(read).collect())
     }
@@ -367,8 +355,8 @@ fn destroyed(answer: Option<Frame>) -> Result<(), DestroyError> {
         Some(Frame::Error(libc::ENOENT | libc::ESTALE)) => Err(DestroyError::Gone),
         Some(Frame::Error(libc::EOPNOTSUPP)) => Err(DestroyError::NotSupported),
         Some(Frame::Error(libc::EPERM)) => Err(DestroyError::Denied),
-        Some(Frame::Error(errno)) => Err(DestroyError::Other(io::Error::from_raw_os_error(errno))),
-        Some(_) => Err(DestroyError::Other(io::ErrorKind::InvalidData.into())),
+        Some(Frame::Error(errno)) => Err(DestroyError::Errno(Errno::from_raw(errno))),
+        Some(_) => Err(DestroyError::Errno(Errno::EBADMSG)),
         None => Err(DestroyError::AnswerLost),
     }
 }

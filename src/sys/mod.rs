@@ -12,6 +12,18 @@ use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use nix::errno::Errno;
+
+/// The errno of an error of a system call; EIO for an error without one.
+pub fn errno_of(error: &io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+}
+
+/// The text of an errno, as an error of a system call has it.
+pub fn os_error(errno: &Errno) -> io::Error {
+    (*errno).into()
+}
+
 /// The number of a descriptor in *another* process's table; useless as a descriptor of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RemoteFd(pub i32);

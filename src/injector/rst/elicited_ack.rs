@@ -22,9 +22,11 @@ use std::io;
 use std::time::Duration;
 
 use super::Numbers;
-use crate::injector::Scene;
+use crate::control::Backoff;
+use crate::injector::engine::Batch;
 use crate::packet::capture::Capture;
 use crate::packet::raw::{Outgoing, RawSockets, SendError};
+use crate::sock_diag::DiagId;
 use crate::tcp::{Segment, Seq, TcpFlags, Tuple};
 
 /// Segments between two looks at the capture: the answers, each up to 1.3 KiB of kernel memory, fit the
@@ -36,17 +38,8 @@ const SHORTEST_RETRY: Duration = Duration::from_millis(100);
 const FIRST_PAUSE: Duration = Duration::from_micros(500);
 const LONGEST_PAUSE: Duration = Duration::from_millis(10);
 
-/// A connection to be asked.
-#[derive(Clone, Copy, Debug)]
-pub struct Question {
-    /// Its endpoints.
-    pub tuple: Tuple,
-    /// The interface it is bound to.
-    pub interface: u32,
-}
-
 /// What came of a question.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
     /// The numbers.
     Numbers(Numbers),
@@ -56,22 +49,21 @@ pub enum Answer {
     NotSent(SendError),
 }
 
-/// Asks all `questions` and waits for the answers, at most for the grace of `scene`.
+/// Asks the sockets of all `ids` and waits for their answers, at most for the grace of `batch`.
 ///
 /// # Errors
 /// The capture fails.
-pub fn draw(
-    questions: &[Question],
+pub fn elicit(
+    ids: &[DiagId],
     raw: &mut RawSockets,
     capture: &Capture,
-    scene: &dyn Scene,
-) -> io::Result<Vec<Answer>> {
-    let tuples: Vec<Tuple> = questions.iter().map(|question| question.tuple).collect();
+    batch: &Batch<'_>,
+) -> io::Result<Answers> {
+    let tuples: Vec<Tuple> = ids.iter().map(DiagId::tuple).collect();
     capture.watch(&tuples)?;
-    let mut answers = Answers::new(&tuples);
-    let control = scene.control();
-    let began = control.now();
-    let over = began + scene.grace();
+    let mut answers = Answers::new(ids);
+    let control = batch.control();
+    let over = control.now() + batch.grace();
     let retry = retry_after();
     // Random, so that nobody can prepare for them; the acknowledgment number comes back as the
     // sequence number of a listener's RST.
@@ -80,46 +72,37 @@ pub fn draw(
     let ack = Seq(half(random.hash_one(1)));
     loop {
         for burst in answers.open().chunks(BURST) {
-            let packets: Vec<Outgoing> = burst
-                .iter()
-                .map(|&at| bare_ack(&questions[at], seq, ack))
-                .collect();
-            for (&at, result) in burst.iter().zip(raw.send(&packets)) {
-                answers.sent(at, result);
+            let ask = |&(tuple, interface)| (tuple, bare_ack(tuple, interface, seq, ack));
+            for (tuple, result) in raw.send(burst.iter().map(ask).collect()) {
+                answers.sent(tuple, result);
             }
             capture.drain(|segment| answers.see(&segment))?;
         }
         let round_over = over.min(control.now() + retry);
-        let mut pause = FIRST_PAUSE;
-        while answers.waits() {
-            let now = control.now();
-            if now >= round_over || control.interrupted() {
-                break;
-            }
-            control.sleep(pause.min(round_over - now));
-            pause = (pause * 2).min(LONGEST_PAUSE);
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        while answers.waits() && control.now() < round_over && !control.interrupted() {
+            backoff.sleep(control, round_over);
             capture.drain(|segment| answers.see(&segment))?;
         }
         if !answers.waits() || control.now() >= over || control.interrupted() {
-            return Ok(answers.given);
+            return Ok(answers);
         }
         // By chance the number was in the window; this one is not then.
         seq = seq.opposite();
     }
 }
 
-fn bare_ack(question: &Question, seq: Seq, ack: Seq) -> Outgoing {
-    let Tuple { local, peer } = question.tuple;
+fn bare_ack(tuple: Tuple, interface: u32, seq: Seq, ack: Seq) -> Outgoing {
     Outgoing {
         segment: Segment {
-            from: peer,
-            to: local,
+            from: tuple.peer,
+            to: tuple.local,
             seq,
             ack,
             flags: TcpFlags::ACK,
             payload_len: 0,
         },
-        interface: question.interface,
+        interface,
     }
 }
 
@@ -138,41 +121,60 @@ fn half(random: u64) -> u32 {
     random as u32
 }
 
-/// Pairs segments with questions by both addresses and ports in the direction from local to peer.
-/// Pure, so that foreign traffic can be played to it.
-struct Answers {
-    by_tuple: HashMap<Tuple, usize>,
-    given: Vec<Answer>,
+/// The answers so far, by both addresses and ports in the direction from local to peer. Pure, so that foreign traffic can be
+/// played to it.
+#[derive(Default)]
+pub struct Answers(HashMap<Tuple, Question>);
+
+struct Question {
+    /// The interface its socket is bound to.
+    interface: u32,
+    answer: Answer,
 }
 
 impl Answers {
-    fn new(tuples: &[Tuple]) -> Self {
-        let place = |(at, tuple): (usize, &Tuple)| (*tuple, at);
-        Answers {
-            by_tuple: tuples.iter().enumerate().map(place).collect(),
-            given: tuples.iter().map(|_| Answer::None).collect(),
-        }
+    fn new(ids: &[DiagId]) -> Self {
+        let question = |id: &DiagId| {
+            let question = Question {
+                interface: id.interface(),
+                answer: Answer::None,
+            };
+            (id.tuple(), question)
+        };
+        Answers(ids.iter().map(question).collect())
     }
 
-    /// The questions without an answer.
-    fn open(&self) -> Vec<usize> {
-        let open = |&at: &usize| !matches!(self.given[at], Answer::Numbers(_));
-        (0..self.given.len()).filter(open).collect()
+    /// The answer of the connection with these addresses.
+    pub fn of(&self, tuple: &Tuple) -> Answer {
+        let question = self.0.get(tuple);
+        question.map_or(Answer::None, |question| question.answer)
+    }
+
+    /// The questions without an answer, with the interface of each.
+    fn open(&self) -> Vec<(Tuple, u32)> {
+        let open =
+            |(_, question): &(&Tuple, &Question)| !matches!(question.answer, Answer::Numbers(_));
+        let open = self.0.iter().filter(open);
+        open.map(|(tuple, question)| (*tuple, question.interface))
+            .collect()
     }
 
     /// Whether an answer can still come.
     fn waits(&self) -> bool {
-        self.given
-            .iter()
-            .any(|answer| matches!(answer, Answer::None))
+        self.0
+            .values()
+            .any(|question| question.answer == Answer::None)
     }
 
-    fn sent(&mut self, at: usize, result: Result<(), SendError>) {
-        match (&self.given[at], result) {
-            (Answer::Numbers(_), _) => {}
-            (_, Ok(())) => self.given[at] = Answer::None,
-            (_, Err(error)) => self.given[at] = Answer::NotSent(error),
-        }
+    fn sent(&mut self, tuple: Tuple, result: Result<(), SendError>) {
+        let Some(question) = self.0.get_mut(&tuple) else {
+            return;
+        };
+        question.answer = match (question.answer, result) {
+            (numbers @ Answer::Numbers(_), _) => numbers,
+            (_, Ok(())) => Answer::None,
+            (_, Err(error)) => Answer::NotSent(error),
+        };
     }
 
     fn see(&mut self, segment: &Segment) {
@@ -184,14 +186,14 @@ impl Answers {
         if segment.flags & control != TcpFlags::ACK {
             return;
         }
-        let Some(&at) = self.by_tuple.get(&tuple) else {
+        let Some(question) = self.0.get_mut(&tuple) else {
             return;
         };
         let seen = Numbers {
             rcv_nxt: segment.ack,
             snd_nxt: segment.end_seq(),
         };
-        self.given[at] = Answer::Numbers(match self.given[at] {
+        question.answer = Answer::Numbers(match question.answer {
             // A keepalive or window probe of its own has an older number (tcp_xmit_probe_skb); the
             // latest is the true one.
             Answer::Numbers(known) => Numbers {
@@ -205,7 +207,18 @@ impl Answers {
 
 #[cfg(test)]
 mod tests {
+    use nix::errno::Errno;
+
     use super::*;
+    use crate::sock_diag::{Cookie, Family};
+
+    fn id(tuple: Tuple) -> DiagId {
+        let family = match tuple.local.is_ipv4() {
+            true => Family::V4,
+            false => Family::V6,
+        };
+        DiagId::example(family, tuple, Cookie(1))
+    }
 
     fn tuple(local: &str, peer: &str) -> Tuple {
         Tuple {
@@ -228,7 +241,7 @@ mod tests {
     #[test]
     fn only_the_tuple_in_its_direction_is_an_answer() {
         let mine = tuple("10.0.0.1:80", "10.0.0.2:5");
-        let mut answers = Answers::new(&[mine]);
+        let mut answers = Answers::new(&[id(mine)]);
         answers.see(&segment(mine.reversed(), 1, 2, TcpFlags::ACK));
         answers.see(&segment(
             tuple("10.0.0.1:80", "10.0.0.2:6"),
@@ -253,11 +266,11 @@ mod tests {
     #[test]
     fn the_latest_numbers_win() {
         let mine = tuple("[fe80::1]:80", "[fe80::2]:5");
-        let mut answers = Answers::new(&[mine]);
+        let mut answers = Answers::new(&[id(mine)]);
         answers.see(&segment(mine, u32::MAX, 9, TcpFlags::ACK));
         answers.see(&segment(mine, 0, 9, TcpFlags::ACK));
         answers.see(&segment(mine, u32::MAX, 9, TcpFlags::ACK));
-        let Answer::Numbers(numbers) = answers.given[0] else {
+        let Answer::Numbers(numbers) = answers.of(&mine) else {
             panic!("no answer");
         };
         assert_eq!((numbers.rcv_nxt, numbers.snd_nxt), (Seq(9), Seq(0)));
@@ -265,12 +278,12 @@ mod tests {
 
     #[test]
     fn a_question_that_was_not_sent_waits_for_nothing() {
-        let mut answers = Answers::new(&[tuple("10.0.0.1:80", "10.0.0.2:5")]);
-        let unreachable = io::Error::from_raw_os_error(libc::ENETUNREACH);
-        answers.sent(0, Err(SendError::Send(unreachable)));
+        let mine = tuple("10.0.0.1:80", "10.0.0.2:5");
+        let mut answers = Answers::new(&[id(mine)]);
+        answers.sent(mine, Err(SendError::Send(Errno::ENETUNREACH)));
         assert!(!answers.waits());
-        assert_eq!(answers.open(), [0]);
-        answers.sent(0, Ok(()));
+        assert_eq!(answers.open(), [(mine, 0)]);
+        answers.sent(mine, Ok(()));
         assert!(answers.waits());
     }
 }

@@ -1,7 +1,7 @@
 //! `rst`: RSTs by raw socket, to the local stack as the peer and to the peer as ourselves.
 //!
 //! Works with no owner and no SOCK_DESTROY. The numbers come from [`repair`] where a descriptor can be
-//! had, else from [`elicited_ack`]. Between them and the RST the socket is looked at once more by its
+//! had, else from [`elicited_ack`]. Between them and the RST the socket is looked up once more by its
 //! cookie; should its addresses be taken by a new connection after even that, the RST misses: it is
 //! accepted at exactly rcv_nxt only (RFC 5961 §3.2), and a connection that is still being opened
 //! checks the acknowledgment number as well (net/ipv4/tcp_minisocks.c, tcp_check_req). A listener
@@ -17,19 +17,24 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use super::duplicate::Duplicator;
-use super::{ActError, Method, MethodName, Scene, Target, same_errno};
-use crate::privileges::Privilege;
-use crate::proc::ProcFs;
-use crate::sock_diag::LookupError;
-use crate::tcp::{Segment, Seq, TcpFlags, Tuple};
+use nix::errno::Errno;
 
+use super::Executor;
+use super::duplicate::Duplicator;
+use super::engine::Batch;
+use crate::control::Backoff;
+use crate::model::{Method, MethodError, Privilege, Target};
 use crate::packet::capture::{self, Capture};
 use crate::packet::raw::{Outgoing, RawSockets, SendError};
-use elicited_ack::{Answer, Question};
+use crate::proc::ProcFs;
+use crate::sock_diag::{DiagId, LookupError};
+use crate::sys::errno_of;
+use crate::tcp::{Segment, Seq, TcpFlags, Tuple};
 
-/// Sockets between the last look and their RSTs.
-const SALVO: usize = 64;
+use elicited_ack::{Answer, Answers};
+
+/// Sockets between the last recheck and their RSTs.
+const RSTS_AT_ONCE: usize = 64;
 const FIRST_PAUSE: Duration = Duration::from_micros(500);
 const LONGEST_PAUSE: Duration = Duration::from_millis(20);
 
@@ -42,7 +47,7 @@ pub struct Numbers {
     pub snd_nxt: Seq,
 }
 
-/// The method.
+/// Resets connections by spoofed segments.
 pub struct Rst {
     /// Repair mode has not been refused yet; it needs CAP_NET_ADMIN.
     may_repair: bool,
@@ -50,23 +55,29 @@ pub struct Rst {
     wire: Wire,
 }
 
-/// What sends and sees single segments; opened at first use, kept for all batches.
+/// Sends and captures single segments; opened at first use, kept for all batches.
 #[derive(Default)]
 pub(super) struct Wire {
     raw: RawSockets,
     capture: Option<Capture>,
 }
 
-/// A target on its way.
-struct Aimed {
-    target: usize,
+/// A target whose sequence numbers are known.
+struct Resolved<'t> {
+    target: &'t mut Target,
     numbers: Numbers,
     /// A segment was sent to find the numbers, which may have made the peer answer RST.
-    provoked: bool,
+    after_segment: bool,
+}
+
+impl AsMut<Target> for Resolved<'_> {
+    fn as_mut(&mut self) -> &mut Target {
+        self.target
+    }
 }
 
 impl Rst {
-    /// The method, with the proc file system that tells one process from the next of its number.
+    /// Recognises the owners by their start times in `proc`.
     pub fn new(proc: ProcFs) -> Self {
         Rst {
             may_repair: true,
@@ -75,151 +86,147 @@ impl Rst {
         }
     }
 
-    /// The numbers of each target, or why there are none.
-    fn aim(
+    /// Finds the sequence numbers of each target; a target without them gets an attempt that says why.
+    fn resolve<'t>(
         &mut self,
-        targets: &[Target],
-        scene: &dyn Scene,
-        results: &mut [Result<(), ActError>],
-    ) -> Vec<Aimed> {
-        let mut aimed = Vec::with_capacity(targets.len());
-        let mut unowned = Vec::new();
-        for (at, target) in targets.iter().enumerate() {
-            if scene.control().interrupted() {
-                results[at] = Err(ActError::Interrupted);
+        targets: Vec<&'t mut Target>,
+        batch: &Batch<'_>,
+    ) -> Vec<Resolved<'t>> {
+        let mut resolved = Vec::with_capacity(targets.len());
+        let mut unresolved = Vec::new();
+        for target in targets {
+            if batch.control().interrupted() {
                 continue;
             }
             match self.repair(target) {
-                Some(Ok(numbers)) => aimed.push(Aimed {
-                    target: at,
+                Some(Ok(numbers)) => resolved.push(Resolved {
+                    target,
                     numbers,
-                    provoked: false,
+                    after_segment: false,
                 }),
                 // Being checkpointed: it may be alive elsewhere in a moment.
-                Some(Err(error)) if error.errno() == Some(libc::EBUSY) => {
-                    results[at] = Err(error);
+                Some(Err(error)) if error.errno() == Some(Errno::EBUSY) => {
+                    target.record(Method::Rst, Err(error));
                 }
-                Some(Err(error)) => unowned.push((at, Some(Box::new(error)))),
-                None => unowned.push((at, None)),
+                Some(Err(error)) => unresolved.push((target, Some(Box::new(error)))),
+                None => unresolved.push((target, None)),
             }
         }
-        let questions: Vec<Target> = unowned.iter().map(|&(at, _)| targets[at].clone()).collect();
-        for ((at, repair), answer) in unowned.into_iter().zip(self.wire.draw(&questions, scene)) {
-            match answer {
-                Ok(Some(numbers)) => aimed.push(Aimed {
-                    target: at,
+        let ids: Vec<DiagId> = unresolved
+            .iter()
+            .map(|(target, _)| target.socket.id)
+            .collect();
+        let answers = self.wire.elicit(&ids, batch);
+        for (target, repair_error) in unresolved {
+            let numbers = answers
+                .as_ref()
+                .map_err(MethodError::clone)
+                .and_then(|answers| numbers(answers.of(&target.socket.id.tuple())));
+            match numbers {
+                Ok(Some(numbers)) => resolved.push(Resolved {
+                    target,
                     numbers,
-                    provoked: true,
+                    after_segment: true,
                 }),
-                Ok(None) if scene.control().interrupted() => {
-                    results[at] = Err(ActError::Interrupted);
-                }
-                Ok(None) => results[at] = Err(ActError::NoAck(repair)),
-                Err(error) => results[at] = Err(error),
+                Ok(None) if batch.control().interrupted() => {}
+                Ok(None) => target.record(Method::Rst, Err(MethodError::NoAck(repair_error))),
+                Err(error) => target.record(Method::Rst, Err(error)),
             }
         }
-        aimed
+        resolved
     }
 
     /// The numbers by repair mode; `None` where there is no descriptor or no right to.
-    fn repair(&mut self, target: &Target) -> Option<Result<Numbers, ActError>> {
-        if !self.may_repair || target.descriptors.is_empty() {
+    fn repair(&mut self, target: &Target) -> Option<Result<Numbers, MethodError>> {
+        if !self.may_repair || target.owners.is_empty() {
             return None;
         }
         let socket = self.duplicator.socket(target);
         let numbers = socket.and_then(|socket| repair::numbers(socket.as_fd()));
-        if matches!(numbers, Err(ActError::Denied(Privilege::NetAdmin, _))) {
+        if matches!(
+            numbers,
+            Err(MethodError::NotPermitted(Privilege::NetAdmin, _))
+        ) {
             self.may_repair = false;
         }
         Some(numbers)
     }
 
-    /// Sends the RSTs of one salvo, each after a last look, and returns what is left to look at.
-    fn fire(
+    /// Sends each target its RST after a last recheck, and returns those that were sent one.
+    fn send_resets<'t>(
         &mut self,
-        salvo: &[Aimed],
-        targets: &[Target],
-        scene: &mut dyn Scene,
-        results: &mut [Result<(), ActError>],
-    ) -> Vec<usize> {
-        let mut fit = vec![false; salvo.len()];
-        for provoked in [false, true] {
-            let places: Vec<usize> = (0..salvo.len())
-                .filter(|&place| salvo[place].provoked == provoked)
-                .collect();
-            let asked: Vec<usize> = places.iter().map(|&place| salvo[place].target).collect();
-            for (place, still) in places.into_iter().zip(scene.still_fit(&asked, provoked)) {
-                fit[place] = still;
+        resolved: Vec<Resolved<'t>>,
+        batch: &mut Batch<'_>,
+    ) -> Vec<Resolved<'t>> {
+        let (asked, unasked) = resolved.into_iter().partition(|item| item.after_segment);
+        let mut eligible = batch.recheck(unasked, false);
+        eligible.extend(batch.recheck(asked, true));
+        let packets = eligible
+            .into_iter()
+            .map(|item| {
+                let reset = item.reset_to_local();
+                (item, reset)
+            })
+            .collect();
+        let mut sent = Vec::new();
+        for (item, result) in self.wire.raw.send(packets) {
+            match result {
+                Ok(()) => sent.push(item),
+                Err(error) => item.target.record(Method::Rst, Err(send_error(error))),
             }
         }
-        let fit: Vec<&Aimed> = salvo
-            .iter()
-            .zip(fit)
-            .filter_map(|(aimed, fit)| fit.then_some(aimed))
-            .collect();
-        let as_peer: Vec<Outgoing> = fit
-            .iter()
-            .map(|aimed| aimed.reset(&targets[aimed.target]).0)
-            .collect();
-        let mut fired = Vec::with_capacity(fit.len());
-        for (aimed, sent) in fit.iter().zip(self.wire.raw.send(&as_peer)) {
-            match sent {
-                Ok(()) => fired.push(aimed.target),
-                Err(error) => results[aimed.target] = Err(send_error(error)),
-            }
-        }
-        fired
+        sent
     }
 }
 
-impl Method for Rst {
-    fn name(&self) -> MethodName {
-        MethodName::Rst
+impl Executor for Rst {
+    fn method(&self) -> Method {
+        Method::Rst
     }
 
     /// As many as one filter can watch: the answers of all are waited for together.
-    fn batch(&self) -> usize {
+    fn batch_size(&self) -> usize {
         capture::MAX_PORTS
     }
 
-    fn act(&mut self, targets: &[Target], scene: &mut dyn Scene) -> Vec<Result<(), ActError>> {
-        let mut results: Vec<Result<(), ActError>> = targets.iter().map(|_| Ok(())).collect();
-        let aimed = self.aim(targets, scene, &mut results);
-        let mut pending = Vec::with_capacity(aimed.len());
-        for salvo in aimed.chunks(SALVO) {
-            if scene.control().interrupted() {
-                for aimed in salvo {
-                    results[aimed.target] = Err(ActError::Interrupted);
-                }
-                continue;
-            }
-            pending.extend(self.fire(salvo, targets, scene, &mut results));
+    fn act(&mut self, targets: Vec<&mut Target>, batch: &mut Batch<'_>) {
+        let mut resolved = self.resolve(targets, batch);
+        let mut pending = Vec::with_capacity(resolved.len());
+        while !resolved.is_empty() && !batch.control().interrupted() {
+            let rest = resolved.split_off(resolved.len().min(RSTS_AT_ONCE));
+            pending.extend(self.send_resets(resolved, batch));
+            resolved = rest;
         }
-        let mut reset = vec![None; targets.len()];
-        for aimed in &aimed {
-            reset[aimed.target] = Some(aimed.reset(&targets[aimed.target]).1);
-        }
-        let gone = wait_until_gone(&mut pending, scene);
-        for &at in &pending {
-            results[at] = Err(ActError::RstIgnored);
-        }
-        // That the peer cannot be told changes nothing here: whatever it sends from now on is
-        // answered with RST.
-        let to_peers: Vec<Outgoing> = gone.iter().filter_map(|&at| reset[at]).collect();
-        let _ = self.wire.raw.send(&to_peers);
-        results
+        let gone = wait_until_gone(pending, batch);
+        // That the peer cannot be reached changes nothing here: whatever it sends from now on is answered with RST.
+        let to_peers = gone.into_iter().map(|item| ((), item.reset_to_peer()));
+        self.wire.raw.send(to_peers.collect());
     }
 }
 
-impl Aimed {
-    /// The RST to the local stack as the peer, and the one to the peer as ourselves.
-    ///
-    /// Both carry an ACK, as tcp_send_active_reset does: the kernel does not look at it in a
-    /// connection, and a connection on its way up refuses a wrong one.
-    fn reset(&self, target: &Target) -> (Outgoing, Outgoing) {
-        let Numbers { rcv_nxt, snd_nxt } = self.numbers;
-        let Tuple { local, peer } = target.id.tuple();
-        let reset = |from, to, seq, ack| Outgoing {
+impl Resolved<'_> {
+    /// The RST to the local stack as the peer.
+    fn reset_to_local(&self) -> Outgoing {
+        let Tuple { local, peer } = self.target.socket.id.tuple();
+        self.reset(peer, local, self.numbers.rcv_nxt, self.numbers.snd_nxt)
+    }
+
+    /// The RST to the peer as ourselves.
+    fn reset_to_peer(&self) -> Outgoing {
+        let Tuple { local, peer } = self.target.socket.id.tuple();
+        self.reset(local, peer, self.numbers.snd_nxt, self.numbers.rcv_nxt)
+    }
+
+    /// With an ACK, as tcp_send_active_reset does: the kernel does not look at it in a connection, and a connection on its way up
+    /// refuses a wrong one.
+    fn reset(
+        &self,
+        from: std::net::SocketAddr,
+        to: std::net::SocketAddr,
+        seq: Seq,
+        ack: Seq,
+    ) -> Outgoing {
+        Outgoing {
             segment: Segment {
                 from,
                 to,
@@ -228,103 +235,90 @@ impl Aimed {
                 flags: TcpFlags::RST | TcpFlags::ACK,
                 payload_len: 0,
             },
-            interface: target.id.interface(),
-        };
-        (
-            reset(peer, local, rcv_nxt, snd_nxt),
-            reset(local, peer, snd_nxt, rcv_nxt),
-        )
+            interface: self.target.socket.id.interface(),
+        }
     }
 }
 
 impl Wire {
-    /// Draws an ACK from each of `targets`; its numbers, or `None` where nothing was seen.
-    pub(super) fn draw(
+    /// Makes each of the sockets `ids` send an ACK, and captures them.
+    pub(super) fn elicit(
         &mut self,
-        targets: &[Target],
-        scene: &dyn Scene,
-    ) -> Vec<Result<Option<Numbers>, ActError>> {
-        if targets.is_empty() {
-            return Vec::new();
+        ids: &[DiagId],
+        batch: &Batch<'_>,
+    ) -> Result<Answers, MethodError> {
+        let failure = |error: io::Error| open_error("packet socket", errno_of(&error));
+        if self.capture.is_none() && !ids.is_empty() {
+            self.capture = Some(Capture::open().map_err(failure)?);
         }
-        let questions: Vec<Question> = targets
-            .iter()
-            .map(|target| Question {
-                tuple: target.id.tuple(),
-                interface: target.id.interface(),
-            })
-            .collect();
-        let answers = self.open_capture().and_then(|()| {
-            let capture = self.capture.as_ref().expect("it was just opened");
-            elicited_ack::draw(&questions, &mut self.raw, capture, scene)
-        });
-        match answers {
-            Ok(answers) => answers
-                .into_iter()
-                .map(|answer| match answer {
-                    Answer::Numbers(numbers) => Ok(Some(numbers)),
-                    Answer::None => Ok(None),
-                    Answer::NotSent(error) => Err(send_error(error)),
-                })
-                .collect(),
-            Err(error) => {
-                let failure = || open_error("packet socket", same_errno(&error));
-                targets.iter().map(|_| Err(failure())).collect()
+        match &self.capture {
+            None => Ok(Answers::default()),
+            Some(capture) => {
+                elicited_ack::elicit(ids, &mut self.raw, capture, batch).map_err(failure)
             }
         }
     }
 
     /// Sends segments; what cannot be sent is left out.
-    pub(super) fn send(&mut self, packets: &[Outgoing]) {
-        let _ = self.raw.send(packets);
-    }
-
-    fn open_capture(&mut self) -> io::Result<()> {
-        if self.capture.is_none() {
-            self.capture = Some(Capture::open()?);
-        }
-        Ok(())
+    pub(super) fn send(&mut self, packets: Vec<Outgoing>) {
+        let packets = packets.into_iter().map(|packet| ((), packet));
+        self.raw.send(packets.collect());
     }
 }
 
-/// Waits until the sockets in `pending` are gone, at most for the grace; takes those that are out of
-/// it and returns them. The local stack handles a packet on `lo` before send returns, unless it is busy.
-fn wait_until_gone(pending: &mut Vec<usize>, scene: &mut dyn Scene) -> Vec<usize> {
-    let over = scene.control().now() + scene.grace();
+/// The numbers of an answer; `None` where nothing was seen.
+pub(super) fn numbers(answer: Answer) -> Result<Option<Numbers>, MethodError> {
+    match answer {
+        Answer::Numbers(numbers) => Ok(Some(numbers)),
+        Answer::None => Ok(None),
+        Answer::NotSent(error) => Err(send_error(error)),
+    }
+}
+
+/// Waits until the sockets of `pending` are gone, at most for the grace, records the attempt of each, and returns those that are
+/// gone. The local stack handles a packet on `lo` before send returns, unless it is busy.
+fn wait_until_gone<'t>(mut pending: Vec<Resolved<'t>>, batch: &mut Batch<'_>) -> Vec<Resolved<'t>> {
+    let until = batch.control().now() + batch.grace();
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     let mut gone = Vec::with_capacity(pending.len());
-    let mut pause = FIRST_PAUSE;
     loop {
-        let looks = scene.look(pending);
         let mut left = Vec::new();
-        for (&at, look) in pending.iter().zip(looks) {
-            match look {
-                Err(LookupError::Gone) => gone.push(at),
-                Ok(_) | Err(LookupError::Io(_)) => left.push(at),
+        for (item, now) in batch.lookup(pending) {
+            match now {
+                Err(LookupError::Gone) => {
+                    item.target.record(Method::Rst, Ok(()));
+                    gone.push(item);
+                }
+                Ok(_) | Err(LookupError::Errno(_)) => left.push(item),
             }
         }
-        *pending = left;
-        let now = scene.control().now();
-        if pending.is_empty() || now >= over || scene.control().interrupted() {
-            return gone;
+        pending = left;
+        let over = batch.control().now() >= until;
+        if pending.is_empty() || over || batch.control().interrupted() {
+            break;
         }
-        scene.control().sleep(pause.min(over - now));
-        pause = (pause * 2).min(LONGEST_PAUSE);
+        backoff.sleep(batch.control(), until);
     }
+    for item in pending {
+        item.target
+            .record(Method::Rst, Err(MethodError::RstIgnored));
+    }
+    gone
 }
 
-fn send_error(error: SendError) -> ActError {
+fn send_error(error: SendError) -> MethodError {
     match error {
-        SendError::Open(error) => open_error("raw socket", error),
-        SendError::Send(error) if error.raw_os_error() == Some(libc::EPERM) => {
-            ActError::Os("raw socket: dropped in nftables' output hook", error)
+        SendError::Open(errno) => open_error("raw socket", errno),
+        SendError::Send(Errno::EPERM) => {
+            MethodError::SystemCall("raw socket: dropped in nftables' output hook", Errno::EPERM)
         }
-        SendError::Send(error) => ActError::Os("raw socket", error),
+        SendError::Send(errno) => MethodError::SystemCall("raw socket", errno),
     }
 }
 
-fn open_error(what: &'static str, error: io::Error) -> ActError {
-    match error.raw_os_error() {
-        Some(libc::EPERM) => ActError::Denied(Privilege::NetRaw, error),
-        _ => ActError::Os(what, error),
+fn open_error(what: &'static str, errno: Errno) -> MethodError {
+    match errno {
+        Errno::EPERM => MethodError::NotPermitted(Privilege::NetRaw, errno),
+        _ => MethodError::SystemCall(what, errno),
     }
 }

@@ -8,10 +8,11 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
+use nix::errno::Errno;
+
 use super::Numbers;
-use crate::injector::ActError;
-use crate::privileges::Privilege;
-use crate::sys;
+use crate::model::{MethodError, Privilege};
+use crate::sys::{self, errno_of};
 use crate::tcp::Seq;
 
 /// linux/tcp.h; not in the libc crate.
@@ -26,15 +27,15 @@ const TCP_SEND_QUEUE: i32 = 2;
 /// Reads the numbers of the connection of `socket`.
 ///
 /// # Errors
-/// [`ActError::Denied`]: needs CAP_NET_ADMIN over the socket's network namespace. EBUSY: another
+/// [`MethodError::NotPermitted`]: needs CAP_NET_ADMIN over the socket's network namespace. EBUSY: another
 /// process has it in repair mode, to checkpoint it.
-pub fn numbers(socket: BorrowedFd<'_>) -> Result<Numbers, ActError> {
-    let mode = RepairMode::enter(socket).map_err(|error| match error.raw_os_error() {
-        Some(libc::EPERM) => ActError::Denied(Privilege::NetAdmin, error),
-        _ => ActError::Os("TCP_REPAIR", error),
+pub fn numbers(socket: BorrowedFd<'_>) -> Result<Numbers, MethodError> {
+    let mode = RepairMode::enter(socket).map_err(|error| match errno_of(&error) {
+        Errno::EPERM => MethodError::NotPermitted(Privilege::NetAdmin, Errno::EPERM),
+        errno => MethodError::SystemCall("TCP_REPAIR", errno),
     })?;
     mode.numbers()
-        .map_err(|error| ActError::Os("TCP_QUEUE_SEQ", error))
+        .map_err(|error| MethodError::SystemCall("TCP_QUEUE_SEQ", errno_of(&error)))
 }
 
 /// A socket in repair mode; dropping it leaves the mode and restores SO_REUSEADDR, which the mode

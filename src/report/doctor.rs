@@ -5,9 +5,9 @@ use std::io::{self, Write};
 use caps::Capability;
 use serde::Serialize;
 
-use super::Examination;
-use super::facts::{CAPABILITIES, Count, Facts, Missed};
-use super::row::{Row, Works};
+use crate::doctor::Examination;
+use crate::doctor::host::{CAPABILITIES, Count, Host, Missed};
+use crate::doctor::row::{Row, Works};
 
 const SCHEMA_VERSION: u32 = 1;
 
@@ -108,7 +108,7 @@ pub fn write_json(examination: &Examination, out: &mut dyn Write) -> io::Result<
         cwkill_version: env!("CARGO_PKG_VERSION"),
         auto: examination.advice.auto,
         methods: &examination.advice.rows,
-        unreachable: match &examination.facts.reach {
+        unreachable: match &examination.host.reach {
             Ok(reach) => &reach.missed,
             Err(_) => &[],
         },
@@ -118,7 +118,7 @@ pub fn write_json(examination: &Examination, out: &mut dyn Write) -> io::Result<
 }
 
 fn checks(examination: &Examination) -> Vec<Check> {
-    let Facts {
+    let Host {
         kernel,
         uid,
         capabilities,
@@ -136,7 +136,7 @@ fn checks(examination: &Examination) -> Vec<Check> {
         raw_v6,
         capture,
         ipv6: _,
-    } = &examination.facts;
+    } = &examination.host;
     let check = |name, ok, detail: String| Check { name, ok, detail };
     let tried = |name, result: &io::Result<()>| match result {
         Ok(()) => check(name, Some(true), String::new()),
@@ -201,7 +201,7 @@ fn checks(examination: &Examination) -> Vec<Check> {
             None => check("hidepid", Some(true), "off".into()),
             Some(value) => check(
                 "hidepid",
-                Some(!examination.facts.hides_others()),
+                Some(!examination.host.hides_others()),
                 value.clone(),
             ),
         },
@@ -226,10 +226,10 @@ fn checks(examination: &Examination) -> Vec<Check> {
         match namespaces {
             Ok(found) => check(
                 "network namespaces",
-                Some(found.enterable == found.found && found.untold == 0),
+                Some(found.enterable == found.found && found.unknown == 0),
                 format!(
                     "{} of {} can be entered; of {} processes it cannot be told",
-                    found.enterable, found.found, found.untold
+                    found.enterable, found.found, found.unknown
                 ),
             ),
             Err(error) => check("network namespaces", Some(false), error.clone()),

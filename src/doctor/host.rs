@@ -13,6 +13,7 @@ use nix::sys::utsname::uname;
 use nix::unistd::{geteuid, getpid};
 use socket2::{Domain, Socket, Type};
 
+use crate::finder::owners;
 use crate::injector::rst::repair::RepairMode;
 use crate::packet::capture::Capture;
 use crate::packet::raw;
@@ -31,7 +32,7 @@ pub const CAPABILITIES: [Capability; 5] = [
 
 /// What was read and counted.
 #[derive(Debug)]
-pub struct Facts {
+pub struct Host {
     /// The release of the kernel.
     pub kernel: String,
     /// The effective user.
@@ -76,7 +77,7 @@ pub struct Namespaces {
     /// Of those, how many can be worked in.
     pub enterable: usize,
     /// Processes whose namespace cannot be told.
-    pub untold: usize,
+    pub unknown: usize,
 }
 
 /// Other processes, without those that have no descriptors.
@@ -116,7 +117,7 @@ pub struct Count {
     pub filtered: usize,
 }
 
-impl Facts {
+impl Host {
     /// Reads and counts.
     ///
     /// # Errors
@@ -131,7 +132,7 @@ impl Facts {
         let scope = ptrace_scope.unwrap_or(0);
         let asks = scope == 0 || (scope < 3 && effective.contains(&Capability::CAP_SYS_PTRACE));
         let mountinfo = fs::read_to_string(proc.path("self/mountinfo")).unwrap_or_default();
-        Ok(Facts {
+        Ok(Host {
             kernel: uname().map_or_else(
                 |_| "unknown".into(),
                 |name| name.release().to_string_lossy().into_owned(),
@@ -246,7 +247,7 @@ fn namespaces(proc: &ProcFs) -> io::Result<Namespaces> {
     Ok(Namespaces {
         enterable: enterable.count(),
         found: all.open.len() + all.unreachable,
-        untold: all.untold,
+        unknown: all.unknown,
     })
 }
 
@@ -261,8 +262,7 @@ fn reach(proc: &ProcFs, asked: bool) -> io::Result<Reach> {
             "/proc shows another pid namespace than cwkill runs in",
         ));
     }
-    let unreadable: HashSet<i32> = proc
-        .find_owners(std::iter::once(NO_INODE))?
+    let unreadable: HashSet<i32> = owners::find(proc, &HashSet::from([NO_INODE]))?
         .unreadable
         .into_iter()
         .map(|process| process.pid)

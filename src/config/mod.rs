@@ -1,22 +1,52 @@
 //! What the operator meant: validated, with defaults filled in.
 
+mod check;
+mod reclaim;
+mod scope;
+
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{ColorChoice, CommandFactory};
 
-use crate::audit;
-use crate::cli::{Acting, Args, Cli, MethodChoice, Output, Selection};
-use crate::filter::selectors::{IpVersion, Selectors};
-use crate::filter::{self, Expression, Services, States};
+use crate::cli::{Acting, Args, Cli, Logging, MethodChoice, Output};
+use crate::filter::Scope;
+use crate::filter::selectors::Selectors;
+use crate::injector::engine;
 use crate::injector::plan::Policy;
-use crate::injector::{MethodName, engine};
+use crate::model::Method;
 use crate::privileges::Privileges;
 use crate::proc::netns::NetnsScope;
-use crate::reclaim;
-use crate::tcp::{StateSet, TcpState};
+use crate::reclaim::ReclaimRules;
+use crate::tcp::TcpState;
+use reclaim::reclaim_rules;
 
-/// How far the pipeline runs.
+pub use crate::cli::LogTarget;
+pub use reclaim::ReclaimConfig;
+
+/// Where acts are recorded.
+#[derive(Clone, Debug, Default)]
+pub struct LogOptions {
+    /// The log that was asked for; by default the journal when run by systemd, else standard error if `verbose`.
+    pub target: Option<LogTarget>,
+    /// A file to append to.
+    pub file: Option<PathBuf>,
+    /// Whether the operator wants to see what is done.
+    pub verbose: bool,
+}
+
+impl LogOptions {
+    fn from_args(args: Logging, verbose: bool) -> Self {
+        LogOptions {
+            target: args.log,
+            file: args.log_file,
+            verbose,
+        }
+    }
+}
+
+/// How far a run goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Show what is stuck.
@@ -58,9 +88,9 @@ pub struct Config {
     /// How long to watch for new stuck sockets after the act.
     pub watch_refill: Option<Duration>,
     /// Where acts are recorded.
-    pub log: audit::Wanted,
+    pub log: LogOptions,
     /// Whether, and how, the descriptors of closed sockets are closed in their owners.
-    pub reclaim: Option<reclaim::Rules>,
+    pub reclaim: Option<ReclaimRules>,
     /// The form of the results.
     pub format: Format,
     /// Leave out the header of the table.
@@ -158,9 +188,9 @@ impl Config {
             },
             grace: acting.grace.unwrap_or(DEFAULT_GRACE),
             watch_refill: acting.watch_refill,
-            log: acting.logging.wanted(output.verbose),
+            log: LogOptions::from_args(acting.logging, output.verbose),
             reclaim: match (acting.reclaim, acting.reclaiming.given()) {
-                (true, _) => Some(reclaim::Rules::from_args(&acting.reclaiming)),
+                (true, _) => Some(reclaim_rules(&acting.reclaiming)),
                 (false, None) => None,
                 (false, Some(option)) => {
                     return Err(usage(&format!(
@@ -175,80 +205,6 @@ impl Config {
             selectors,
             notes,
         })
-    }
-}
-
-/// Which sockets are meant, and where to look: what the selectors of any command say.
-#[derive(Clone, Debug)]
-pub struct Scope {
-    /// What to match.
-    pub selectors: Selectors,
-    /// Where to look.
-    pub netns: NetnsScope,
-    /// What the operator should know before anything is done, one a line.
-    pub notes: Vec<String>,
-}
-
-impl Scope {
-    /// Checks that the selectors make sense together.
-    ///
-    /// # Errors
-    /// They do not; the error says which and shows good ones.
-    pub fn from_args(selection: Selection) -> Result<Self, clap::Error> {
-        let mut notes = Vec::new();
-        let (expression, states) = expression(&selection, &mut notes)?;
-        Ok(Scope {
-            netns: match (selection.netns, selection.all_netns) {
-                (Some(name), _) => NetnsScope::Named(name),
-                (None, true) => NetnsScope::All,
-                (None, false) => NetnsScope::Current,
-            },
-            selectors: Selectors {
-                ports: selection.port,
-                peer_ports: selection.peer_port,
-                local: selection.local,
-                peer: selection.peer,
-                ip_version: match (selection.ipv4, selection.ipv6) {
-                    (true, _) => Some(IpVersion::V4),
-                    (_, true) => Some(IpVersion::V6),
-                    _ => None,
-                },
-                pids: selection.owners.pid.into_iter().collect(),
-                processes: selection.owners.process,
-                units: selection.owners.unit,
-                containers: selection.owners.container,
-                cgroups: selection.owners.cgroup,
-                users: selection.user.into_iter().collect(),
-                states,
-                min_age: selection.min_age.unwrap_or_default(),
-                causes: selection.cause.into_iter().collect(),
-                expression,
-            },
-            notes,
-        })
-    }
-}
-
-impl Selection {
-    /// Whether anything says which sockets are meant.
-    fn selects(&self) -> bool {
-        self.owners.all
-            || self.ipv4
-            || self.ipv6
-            || self.min_age.is_some()
-            || !(self.expression.is_empty()
-                && self.port.is_empty()
-                && self.peer_port.is_empty()
-                && self.local.is_empty()
-                && self.peer.is_empty()
-                && self.owners.pid.is_empty()
-                && self.owners.process.is_empty()
-                && self.owners.unit.is_empty()
-                && self.owners.container.is_empty()
-                && self.owners.cgroup.is_empty()
-                && self.user.is_empty()
-                && self.state.is_empty()
-                && self.cause.is_empty())
     }
 }
 
@@ -280,49 +236,12 @@ impl Output {
     }
 }
 
-/// The expression, and the states to look for: those it names, or `--state`, or CLOSE-WAIT.
-fn expression(
-    args: &Selection,
-    notes: &mut Vec<String>,
-) -> Result<(Expression, StateSet), clap::Error> {
-    let named = match args.state.as_slice() {
-        [] => None,
-        states => Some(states.iter().copied().collect()),
-    };
-    let default = || named.unwrap_or(StateSet::from(TcpState::CloseWait));
-    if args.expression.is_empty() {
-        return Ok((Expression::TRUE, default()));
-    }
-    let text = args.expression.join(" ");
-    let parsed = filter::parse(&text, &Services::of_this_host())
-        .map_err(|error| invalid(&format!("the expression is wrong at {error}")))?;
-    let states = match (parsed.expression.states(), named) {
-        (States::Unmentioned, _) => default(),
-        (_, Some(_)) => {
-            return Err(usage(
-                "--state and `state` in the expression both say which states are meant: \
-                 give one of them",
-            ));
-        }
-        (States::Within(states), None) => states,
-        (States::Partly, None) => {
-            return Err(invalid(
-                "a part of the expression names states and an alternative to it names none, which \
-                 would mean every state: give each its state, or put it first for all, for example \
-                 'state close-wait sport = :80 or sport = :443'",
-            ));
-        }
-    };
-    notes.extend(parsed.doubt);
-    Ok((parsed.expression, states))
-}
-
 /// Resolves `--method` into an order without repetition.
-fn methods(choices: &[MethodChoice]) -> Result<Vec<MethodName>, clap::Error> {
+fn methods(choices: &[MethodChoice]) -> Result<Vec<Method>, clap::Error> {
     let mut methods = Vec::new();
     for choice in choices {
         match choice {
-            MethodChoice::Auto if choices.len() == 1 => return Ok(MethodName::AUTO.to_vec()),
+            MethodChoice::Auto if choices.len() == 1 => return Ok(Method::AUTO.to_vec()),
             MethodChoice::Auto => {
                 return Err(usage(
                     "--method auto stands alone; give --method auto or --method shutdown,destroy,rst",
@@ -333,7 +252,7 @@ fn methods(choices: &[MethodChoice]) -> Result<Vec<MethodName>, clap::Error> {
         }
     }
     match methods.is_empty() {
-        true => Ok(MethodName::AUTO.to_vec()),
+        true => Ok(Method::AUTO.to_vec()),
         false => Ok(methods),
     }
 }
@@ -457,10 +376,10 @@ mod tests {
 
     #[test]
     fn methods_keep_their_order() {
-        use MethodName::{Destroy, Shutdown};
+        use Method::{Destroy, Shutdown};
         let methods = |line| config(line).map(|c| c.policy.methods);
-        assert_eq!(methods("--all").unwrap(), MethodName::AUTO);
-        assert_eq!(methods("--all --method auto").unwrap(), MethodName::AUTO);
+        assert_eq!(methods("--all").unwrap(), Method::AUTO);
+        assert_eq!(methods("--all --method auto").unwrap(), Method::AUTO);
         let swapped = "--all --method destroy,shutdown,destroy";
         assert_eq!(methods(swapped).unwrap(), [Destroy, Shutdown]);
         assert!(methods("--all --method auto,destroy").is_err());

@@ -6,14 +6,11 @@ use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::time::Duration;
 
-use super::group::{AGES, Group};
-use super::{Diagnosis, Patient, SHOWN, Waiting, bars, verdict};
-use crate::proc::Process;
+use super::bars;
+use crate::diagnose::group::{AGES, Group};
+use crate::diagnose::{Diagnosis, ProcessDiagnosis, SHOWN, Waiting, verdict};
 use crate::report::text::place;
-use crate::text::age;
-use crate::text::counted;
-use crate::text::escape;
-use crate::text::{format_rate, seconds};
+use crate::text::{age, counted, escape, format_rate, seconds};
 
 /// Ports and peers that are named.
 const NAMED: usize = 3;
@@ -36,8 +33,9 @@ pub fn write(
         let _ = write!(head, "\n\n{chart}");
     }
     let processes = folded(&diagnosis.processes);
-    let process =
-        |(patient, like): &(&Patient, usize)| of_process(patient, *like, diagnosis.elapsed);
+    let process = |(process, like): &(&ProcessDiagnosis, usize)| {
+        of_process(process, *like, diagnosis.elapsed)
+    };
     let processes_shown: Vec<String> = processes.iter().take(SHOWN).map(process).collect();
     let listeners = &diagnosis.listeners;
     let listener = |waiting: &Waiting| of_listener(diagnosis, waiting);
@@ -67,7 +65,7 @@ pub fn write(
     if rest.len() > 0 {
         let count: usize = rest.clone().map(|(_, like)| 1 + like).sum();
         let count = counted(count, "process");
-        let stuck: usize = rest.map(|(patient, _)| patient.held.stuck).sum();
+        let stuck: usize = rest.map(|(process, _)| process.held.stuck).sum();
         let stuck = counted(stuck, "stuck socket");
         writeln!(out, "\nand {count} more with {stuck}: --json has all")?;
     }
@@ -119,15 +117,15 @@ fn fitting(blocks: &[String], room: Option<usize>) -> (usize, usize) {
 }
 
 /// Processes, with how many others there are like each.
-fn folded(patients: &[Patient]) -> Vec<(&Patient, usize)> {
-    let mut folded: Vec<(&Patient, usize)> = Vec::new();
+fn folded(processes: &[ProcessDiagnosis]) -> Vec<(&ProcessDiagnosis, usize)> {
+    let mut folded: Vec<(&ProcessDiagnosis, usize)> = Vec::new();
     let mut places: HashMap<u64, usize> = HashMap::new();
-    for patient in patients {
-        match places.get(&patient.sockets) {
-            Some(at) if folded[*at].0.is_like(patient) => folded[*at].1 += 1,
+    for process in processes {
+        match places.get(&process.sockets) {
+            Some(at) if folded[*at].0.is_like(process) => folded[*at].1 += 1,
             _ => {
-                places.insert(patient.sockets, folded.len());
-                folded.push((patient, 0));
+                places.insert(process.sockets, folded.len());
+                folded.push((process, 0));
             }
         }
     }
@@ -175,13 +173,9 @@ fn stuck(group: &Group, elapsed: Duration) -> String {
     text
 }
 
-fn name(process: &Process) -> String {
-    format!("{}/{}", escape(&process.comm), process.pid)
-}
-
-fn of_process(patient: &Patient, like: usize, elapsed: Duration) -> String {
-    let Patient { process, held, .. } = patient;
-    let mut block = name(process);
+fn of_process(of: &ProcessDiagnosis, like: usize, elapsed: Duration) -> String {
+    let ProcessDiagnosis { process, held, .. } = of;
+    let mut block = process.to_string();
     if like > 0 {
         let _ = write!(block, " (+{like} like it)");
     }
@@ -189,29 +183,25 @@ fn of_process(patient: &Patient, like: usize, elapsed: Duration) -> String {
         let _ = write!(block, " ({})", escape(&place));
     }
     let _ = write!(block, ": {}", stuck(held, elapsed));
-    if patient.shared > 0 {
-        let _ = write!(
-            block,
-            ", {} of them shared with other processes",
-            patient.shared
-        );
+    if of.shared > 0 {
+        let _ = write!(block, ", {} of them shared with other processes", of.shared);
     }
-    if let Some(verdict) = patient.condition.verdict() {
+    if let Some(verdict) = of.condition.verdict() {
         let _ = write!(block, "\n  {verdict}");
-        for (index, thread) in patient.asleep.iter().take(NAMED).enumerate() {
+        for (index, thread) in of.asleep.iter().take(NAMED).enumerate() {
             let separator = if index == 0 { ": thread " } else { ", " };
             let _ = write!(block, "{separator}{thread}");
         }
-        if patient.asleep.len() > NAMED {
-            let _ = write!(block, " and {} more", patient.asleep.len() - NAMED);
+        if of.asleep.len() > NAMED {
+            let _ = write!(block, " and {} more", of.asleep.len() - NAMED);
         }
     }
     push_causes(&mut block, held);
-    if patient.waiting > 0 {
-        let waiting = counted(patient.waiting, "stuck connection");
+    if of.waiting > 0 {
+        let waiting = counted(of.waiting, "stuck connection");
         let _ = write!(block, "\n  {waiting} wait at its listener, see below");
     }
-    let [dead, never, unknown] = patient.suspects();
+    let [dead, never, unknown] = of.suspects();
     if dead > 0 {
         let _ = write!(block, "\n  {dead} dead: {}", verdict::DEAD);
     }
@@ -229,8 +219,8 @@ fn of_process(patient: &Patient, like: usize, elapsed: Duration) -> String {
         );
     }
     push_places(&mut block, held);
-    let used = patient.table.as_ref().map(|table| table.used);
-    match (used, patient.status.limit) {
+    let used = of.table.as_ref().map(|table| table.used);
+    match (used, of.status.limit) {
         (Some(used), Some(limit)) => {
             let percent = (used as u128 * 100) / u128::from(limit.max(1));
             let _ = write!(block, "\n  descriptors: {used} of {limit} ({percent}%)");
@@ -240,18 +230,17 @@ fn of_process(patient: &Patient, like: usize, elapsed: Duration) -> String {
         }
         (None, _) => block.push_str("\n  descriptors: may not be read"),
     }
-    if let Some(next) = &patient.next {
+    if let Some(next) = &of.next {
         let _ = write!(block, "\n  next: {}  ({})", next.command, next.remark);
     }
     block
 }
 
 fn of_listener(diagnosis: &Diagnosis, waiting: &Waiting) -> String {
-    let listener = &diagnosis.found.listeners[waiting.listener];
-    let mut owners: Vec<usize> = listener.owners.iter().map(|held| held.process).collect();
-    owners.dedup();
+    let listener = &diagnosis.scan.listeners[waiting.listener];
+    let owners: Vec<_> = crate::report::text::by_process(&listener.owners).collect();
     let owner = match owners.first() {
-        Some(first) => name(&diagnosis.found.processes[*first]),
+        Some(first) => first[0].process.to_string(),
         None => "an unknown process".into(),
     };
     let mut block = format!("listener {} of {owner}", listener.local);

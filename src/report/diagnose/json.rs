@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::group::{AGES, Group};
-use super::runtime::Runtime;
-use super::{Diagnosis, Patient, Waiting, verdict};
+use crate::diagnose::group::{AGES, Group, OfCause};
+use crate::diagnose::suggest::Runtime;
+use crate::diagnose::{Diagnosis, ProcessDiagnosis, Waiting, verdict};
+use crate::model::Cause;
 use crate::report::json::{JsonContainer, container, serializer};
 
 const SCHEMA_VERSION: u32 = 1;
@@ -22,7 +23,7 @@ const LISTED: usize = 20;
 /// Those of `out`.
 pub fn write(diagnosis: &Diagnosis, out: &mut dyn Write) -> io::Result<()> {
     let elapsed = diagnosis.elapsed;
-    let found = &diagnosis.found;
+    let coverage = &diagnosis.scan.coverage;
     let document = Document {
         schema_version: SCHEMA_VERSION,
         cwkill_version: env!("CARGO_PKG_VERSION"),
@@ -39,12 +40,12 @@ pub fn write(diagnosis: &Diagnosis, out: &mut dyn Write) -> io::Result<()> {
             .map(|l| listener(diagnosis, l))
             .collect(),
         unknown_owner: diagnosis.ownerless.as_ref().map(|g| group(g, elapsed)),
-        unreadable_processes: diagnosis.unreadable.max(found.unreadable_processes),
-        hidden_processes: found.hidden_processes || diagnosis.hidden,
+        unreadable_processes: diagnosis.unreadable.max(coverage.unreadable_processes),
+        hidden_processes: coverage.hidden_processes || diagnosis.hidden,
         unknown_descriptors: diagnosis.unknown,
-        unreachable_namespaces: found.unreachable_namespaces,
-        untold_namespaces: found.untold_namespaces,
-        undecided: found.undecided,
+        unreachable_namespaces: coverage.unreachable_namespaces,
+        unknown_namespaces: coverage.unknown_namespaces,
+        undecided: coverage.undecided,
     };
     document.serialize(&mut serializer(out))?;
     out.write_all(b"\n")
@@ -63,7 +64,7 @@ struct Document<'a> {
     hidden_processes: bool,
     unknown_descriptors: usize,
     unreachable_namespaces: usize,
-    untold_namespaces: usize,
+    unknown_namespaces: usize,
     undecided: usize,
 }
 
@@ -158,7 +159,7 @@ struct JsonListener {
 }
 
 fn group(group: &Group, elapsed: Duration) -> JsonGroup {
-    let cause = |(cause, of): (&crate::model::cause::Cause, &super::group::OfCause)| {
+    let cause = |(cause, of): (&Cause, &OfCause)| {
         let verdict = verdict::of_cause(*cause, of);
         let (count, idle) = (of.count, of.idle);
         let cause_of = JsonCause {
@@ -198,31 +199,31 @@ fn group(group: &Group, elapsed: Duration) -> JsonGroup {
     }
 }
 
-fn process(patient: &Patient, elapsed: Duration) -> JsonProcess<'_> {
-    let process = &patient.process;
-    let executable = patient.status.executable.as_deref();
-    let counts = patient.table.as_ref().map(|_| patient.suspects());
+fn process(diagnosis: &ProcessDiagnosis, elapsed: Duration) -> JsonProcess<'_> {
+    let process = &diagnosis.process;
+    let executable = diagnosis.status.executable.as_deref();
+    let counts = diagnosis.table.as_ref().map(|_| diagnosis.suspects());
     JsonProcess {
-        pid: process.pid,
+        pid: process.id.pid,
         comm: &process.comm,
         unit: process.cgroup.unit.as_deref(),
         container: container(process),
         executable,
-        runtime: patient.runtime.map(Runtime::name),
-        state: patient.status.state,
-        condition: patient.condition.name(),
-        uninterruptible_threads: &patient.asleep,
-        held: group(&patient.held, elapsed),
-        shared: patient.shared,
-        waiting: patient.waiting,
+        runtime: diagnosis.runtime.map(Runtime::name),
+        state: diagnosis.status.state,
+        condition: diagnosis.condition.name(),
+        uninterruptible_threads: &diagnosis.asleep,
+        held: group(&diagnosis.held, elapsed),
+        shared: diagnosis.shared,
+        waiting: diagnosis.waiting,
         descriptors: Descriptors {
-            used: patient.table.as_ref().map(|table| table.used),
-            limit: patient.status.limit,
+            used: diagnosis.table.as_ref().map(|table| table.used),
+            limit: diagnosis.status.limit,
             dead: counts.map(|counts| counts[0]),
             never_connected: counts.map(|counts| counts[1]),
             unknown: counts.map(|counts| counts[2]),
         },
-        next: patient.next.as_ref().map(|next| JsonNext {
+        next: diagnosis.next.as_ref().map(|next| JsonNext {
             command: &next.command,
             remark: &next.remark,
         }),
@@ -230,9 +231,9 @@ fn process(patient: &Patient, elapsed: Duration) -> JsonProcess<'_> {
 }
 
 fn listener(diagnosis: &Diagnosis, waiting: &Waiting) -> JsonListener {
-    let listener = &diagnosis.found.listeners[waiting.listener];
-    let pid = |held: &crate::finder::Held| diagnosis.found.processes[held.process].pid;
-    let mut owners: Vec<i32> = listener.owners.iter().map(pid).collect();
+    let listener = &diagnosis.scan.listeners[waiting.listener];
+    let owners = listener.owners.iter();
+    let mut owners: Vec<i32> = owners.map(|owner| owner.process.id.pid).collect();
     owners.dedup();
     JsonListener {
         address: listener.local.ip(),

@@ -1,0 +1,37 @@
+//! The options of `cwkill check`.
+
+use super::{invalid, usage};
+use crate::check::{Check, Thresholds};
+use crate::cli::CheckArgs;
+use crate::filter::Scope;
+
+impl Check {
+    /// Checks that the arguments make sense together.
+    ///
+    /// # Errors
+    /// They do not; the error says which and shows good ones.
+    pub fn from_args(args: CheckArgs) -> Result<Self, clap::Error> {
+        let CheckArgs {
+            selection,
+            warning,
+            critical,
+            percent_of_limit,
+        } = args;
+        if critical < warning {
+            return Err(usage(&format!(
+                "-c {critical} is below -w {warning}, so that nothing would ever be WARNING: \
+                 give -w {critical} -c {warning}"
+            )));
+        }
+        if percent_of_limit && critical > 100 {
+            return Err(invalid(&format!(
+                "-c {critical} percent of a limit is never reached: give -w 50 -c 80"
+            )));
+        }
+        Ok(Check {
+            scope: Scope::from_args(selection)?,
+            thresholds: Thresholds { warning, critical },
+            percent_of_limit,
+        })
+    }
+}

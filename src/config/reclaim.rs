@@ -1,0 +1,139 @@
+//! The options of `cwkill reclaim`, and of `--reclaim`.
+
+use std::time::Duration;
+
+use clap::ColorChoice;
+
+use super::{Action, Format, LogOptions, usage};
+use crate::cli::{ReclaimArgs, Reclaiming};
+use crate::filter::selectors::Selectors;
+use crate::reclaim::ReclaimRules;
+
+const DEFAULT_AGE: Duration = Duration::from_secs(60);
+const DEFAULT_STOP_LIMIT: Duration = Duration::from_millis(100);
+
+/// The rules that the options give, with defaults filled in.
+pub(super) fn reclaim_rules(args: &Reclaiming) -> ReclaimRules {
+    ReclaimRules {
+        min_age: args.reclaim_age.unwrap_or(DEFAULT_AGE),
+        force: args.reclaim_force,
+        stop_limit: args.stop_limit.unwrap_or(DEFAULT_STOP_LIMIT),
+    }
+}
+
+/// The options of `cwkill reclaim`.
+#[derive(Clone, Debug)]
+pub struct ReclaimConfig {
+    /// Whose descriptors.
+    pub selectors: Selectors,
+    /// How far to go.
+    pub action: Action,
+    /// What may be done.
+    pub rules: ReclaimRules,
+    /// The form of the results.
+    pub format: Format,
+    /// Leave out the header of the table.
+    pub no_header: bool,
+    /// Show the pod of each owner too.
+    pub verbose: bool,
+    /// Colour the table.
+    pub color: ColorChoice,
+    /// Where acts are recorded.
+    pub log: LogOptions,
+}
+
+impl ReclaimConfig {
+    /// Checks that the arguments make sense together.
+    ///
+    /// # Errors
+    /// They do not; the error says which and shows good ones.
+    pub fn from_args(args: ReclaimArgs) -> Result<Self, clap::Error> {
+        let ReclaimArgs {
+            owners,
+            dry_run,
+            reclaiming,
+            logging,
+            output,
+        } = args;
+        let all = owners.all;
+        let selectors = Selectors::of_owners(owners);
+        let selects = all || selectors.selects_owners();
+        let needs_selector = match reclaiming.reclaim_force {
+            true => Some("--reclaim-force"),
+            false => logging.given(),
+        };
+        if let Some(option) = needs_selector
+            && !selects
+            && !dry_run
+        {
+            return Err(usage(&format!(
+                "{option} needs a selector that says whose descriptors to take: \
+                 for example --pid 4711, or --all for every process",
+            )));
+        }
+        Ok(ReclaimConfig {
+            log: LogOptions::from_args(logging, output.verbose),
+            selectors,
+            action: match (selects, dry_run) {
+                (_, true) => Action::DryRun,
+                (true, false) => Action::Act,
+                (false, false) => Action::List,
+            },
+            rules: reclaim_rules(&reclaiming),
+            format: output.format(),
+            no_header: output.no_header,
+            verbose: output.verbose,
+            color: output.color,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Cli, Command};
+    use clap::Parser;
+
+    fn config(line: &str) -> Result<ReclaimConfig, clap::Error> {
+        let words = ["cwkill", "reclaim"]
+            .into_iter()
+            .chain(line.split_whitespace());
+        match Cli::try_parse_from(words)?.command {
+            Some(Command::Reclaim(args)) => ReclaimConfig::from_args(args),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn only_a_selector_makes_it_act() {
+        for line in ["", "--json", "--reclaim-age 0s", "--stop-limit 1s", "-v"] {
+            assert_eq!(config(line).unwrap().action, Action::List, "{line}");
+        }
+        for line in [
+            "--pid 7",
+            "--process x",
+            "--unit x",
+            "--container x",
+            "--cgroup /x",
+            "--all",
+        ] {
+            assert_eq!(config(line).unwrap().action, Action::Act, "{line}");
+            let dry = format!("{line} -n");
+            assert_eq!(config(&dry).unwrap().action, Action::DryRun, "{dry}");
+        }
+        assert_eq!(config("--reclaim-force -n").unwrap().action, Action::DryRun);
+        let error = config("--reclaim-force").unwrap_err();
+        assert!(error.to_string().contains("--pid 4711"), "{error}");
+    }
+
+    #[test]
+    fn the_defaults_are_careful() {
+        let rules = config("--all").unwrap().rules;
+        let expected = ReclaimRules {
+            min_age: Duration::from_secs(60),
+            force: false,
+            stop_limit: Duration::from_millis(100),
+        };
+        assert_eq!(rules, expected);
+    }
+}

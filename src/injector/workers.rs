@@ -1,0 +1,97 @@
+//! Closes the targets of a scan: the namespaces, and the parts of a large one, side by side.
+
+use std::collections::HashMap;
+use std::io;
+use std::thread;
+
+use super::engine::{self, Rules};
+use crate::control::Control;
+use crate::finder::listeners::Listeners;
+use crate::model::{Method, MethodError, Scan, Target};
+use crate::parallel;
+use crate::proc::ProcFs;
+use crate::proc::netns::Netns;
+use crate::sock_diag::SockDiag;
+use crate::sys::errno_of;
+
+/// Sockets of one namespace that are worth a second worker.
+const SOCKETS_PER_WORKER: usize = 2048;
+/// Workers at the same time: enough to wait for many namespaces together.
+const WORKERS_AT_ONCE: usize = 16;
+
+/// Runs the plan of every target and gives each its outcome.
+pub fn close(
+    scan: &mut Scan,
+    methods: &[Method],
+    rules: Rules<'_>,
+    proc: &ProcFs,
+    control: &dyn Control,
+) {
+    let namespaces = &scan.namespaces;
+    let work = |(netns, mut targets): (usize, Vec<&mut Target>)| {
+        let netns: &Netns = &namespaces[netns];
+        let mut close = || -> io::Result<HashMap<u32, u32>> {
+            let mut diag = SockDiag::open()?;
+            let mut executors = super::executors(methods, proc)?;
+            engine::run(&mut targets, &mut executors, &mut diag, rules, control);
+            Ok(waiting_by_inode(&targets, &mut diag))
+        };
+        let closed = netns.within(&mut close).and_then(|closed| closed);
+        closed.unwrap_or_else(|error| {
+            for target in targets {
+                target.fail_unfinished(MethodError::SystemCall("preparing", errno_of(&error)));
+            }
+            HashMap::new()
+        })
+    };
+    let shares = shares(&mut scan.targets);
+    let waiting: Vec<HashMap<u32, u32>> = parallel::side_by_side(shares, WORKERS_AT_ONCE, work)
+        .into_iter()
+        // What the other workers did is reported even if one has run into a bug of ours.
+        .filter_map(thread::Result::ok)
+        .collect();
+    for target in &mut scan.targets {
+        target.fail_unfinished(MethodError::Bug);
+    }
+    for waiting in waiting {
+        for listener in &mut scan.listeners {
+            let counts = || {
+                listener
+                    .inodes
+                    .iter()
+                    .filter_map(|inode| waiting.get(inode))
+            };
+            if counts().next().is_some() {
+                listener.waiting = counts().sum();
+            }
+        }
+    }
+}
+
+/// The targets that one worker takes: those of one namespace, and of a large one an equal share for each processor.
+fn shares(targets: &mut [Target]) -> Vec<(usize, Vec<&mut Target>)> {
+    let mut by_netns: HashMap<usize, Vec<&mut Target>> = HashMap::new();
+    for target in targets {
+        let netns = target.socket.netns;
+        by_netns.entry(netns).or_default().push(target);
+    }
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let mut shares = Vec::new();
+    for (netns, mut targets) in by_netns {
+        let size = targets.len().div_ceil(processors).max(SOCKETS_PER_WORKER);
+        while !targets.is_empty() {
+            let rest = targets.split_off(targets.len().min(size));
+            shares.push((netns, targets));
+            targets = rest;
+        }
+    }
+    shares
+}
+
+/// How many connections wait for accept() at each listening socket, by inode, if any of `targets` was closed in a backlog.
+fn waiting_by_inode(targets: &[&mut Target], diag: &mut SockDiag) -> HashMap<u32, u32> {
+    match targets.iter().any(|target| target.was_closed_in_backlog()) {
+        true => Listeners::read(diag).map_or_else(|_| HashMap::new(), |l| l.waiting_by_inode()),
+        false => HashMap::new(),
+    }
+}

@@ -1,0 +1,153 @@
+//! The methods that close a socket, and what each needs: one table for the plan, the privileges and the report.
+
+use std::fmt;
+
+use strum::{Display, EnumString, IntoStaticStr};
+
+use crate::kernel::KernelVersion;
+use crate::model::Socket;
+use crate::tcp::TcpState;
+
+/// A way to close a socket, gentlest first.
+///
+/// Its name in `--method`, in JSON and in the table is the variant in lower case.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Display, EnumString, IntoStaticStr,
+)]
+#[strum(serialize_all = "lowercase")]
+pub enum Method {
+    /// A question to the peer; a peer that is gone answers RST, and the kernel closes the socket.
+    Probe,
+    /// shutdown(2) on a duplicate of an owner's descriptor.
+    Shutdown,
+    /// SOCK_DESTROY over sock_diag.
+    Destroy,
+    /// RSTs by raw socket, at the exact sequence numbers.
+    Rst,
+}
+
+/// Shown where an orphan is not aborted; see [`KernelVersion::ABORTS_ORPHANS`].
+pub(crate) const ORPHANS: &str = "kernels before 6.11 can keep an aborted orphan for ever";
+
+impl Method {
+    /// Every method.
+    pub const ALL: [Method; 4] = [
+        Method::Probe,
+        Method::Shutdown,
+        Method::Destroy,
+        Method::Rst,
+    ];
+
+    /// The methods that `auto` stands for, in order.
+    pub const AUTO: [Method; 3] = [Method::Shutdown, Method::Destroy, Method::Rst];
+
+    /// The name in `--method`, in JSON and in the table.
+    pub fn name(self) -> &'static str {
+        self.into()
+    }
+
+    /// Whether it works through a descriptor of an owner.
+    pub fn needs_descriptor(self) -> bool {
+        self == Method::Shutdown
+    }
+
+    /// Whether bytes queued to the peer are lost.
+    pub fn discards_unsent(self) -> bool {
+        matches!(self, Method::Destroy | Method::Rst)
+    }
+
+    /// The capability it certainly needs, for a socket with or without an owner. The right to reach into an owner is not one:
+    /// it depends on the owner and on security modules.
+    pub fn privilege(self, owned: bool) -> Option<Privilege> {
+        match self {
+            Method::Shutdown => None,
+            Method::Probe => (!owned).then_some(Privilege::NetRaw),
+            Method::Rst => Some(Privilege::NetRaw),
+            Method::Destroy => Some(Privilege::NetAdmin),
+        }
+    }
+
+    /// Why it cannot be used on `socket` in its state, on this kernel. `idle_only`: a minimum age was asked for, without which
+    /// an open connection is never closed.
+    pub fn forbidden_by_state(
+        self,
+        socket: &Socket,
+        idle_only: bool,
+        kernel: KernelVersion,
+    ) -> Option<&'static str> {
+        match socket.state {
+            TcpState::CloseWait => None,
+            TcpState::Established if idle_only => None,
+            TcpState::Established => Some("an open connection is only closed with --min-age"),
+            // net/ipv4/af_inet.c, inet_shutdown and net/ipv4/tcp.c, tcp_shutdown: our FIN has been sent, and shutdown(2)
+            // sends no other.
+            TcpState::FinWait1
+            | TcpState::FinWait2
+            | TcpState::LastAck
+            | TcpState::Closing
+            | TcpState::TimeWait
+                if self == Method::Shutdown =>
+            {
+                Some("our side is shut down already")
+            }
+            // The kernel does not keep the time of the last ACK for it.
+            TcpState::TimeWait if self == Method::Probe => Some("there is no one left to ask"),
+            // Its listener answers an ACK with RST (net/ipv4/tcp_minisocks.c, tcp_check_req).
+            TcpState::SynRecv if matches!(self, Method::Probe | Method::Rst) => {
+                Some("a half-open request does not tell its sequence numbers")
+            }
+            TcpState::FinWait1 | TcpState::LastAck | TcpState::Closing
+                if socket.inode.is_none()
+                    && kernel < KernelVersion::ABORTS_ORPHANS
+                    && (self == Method::Destroy || socket.state == TcpState::FinWait1) =>
+            {
+                Some(ORPHANS)
+            }
+            TcpState::FinWait1
+            | TcpState::FinWait2
+            | TcpState::LastAck
+            | TcpState::Closing
+            | TcpState::TimeWait
+            | TcpState::SynRecv => None,
+            TcpState::Listen => Some("closing a listener takes its service down; stop the service"),
+            TcpState::SynSent => Some("its application is still opening it"),
+            TcpState::Close | TcpState::Unknown(_) => Some("it is no connection"),
+        }
+    }
+}
+
+/// A privilege that a method needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Privilege {
+    /// CAP_NET_ADMIN over the network namespace: SOCK_DESTROY (net/core/sock_diag.c, sock_diag_rcv_msg).
+    NetAdmin,
+    /// CAP_NET_RAW over the network namespace: raw and packet sockets (net/ipv4/af_inet.c, inet_create;
+    /// net/packet/af_packet.c, packet_create).
+    NetRaw,
+    /// The right to attach to the owner: pidfd_getfd (kernel/pid.c, __pidfd_fget).
+    Ptrace,
+}
+
+impl fmt::Display for Privilege {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Privilege::NetAdmin => "CAP_NET_ADMIN",
+            Privilege::NetRaw => "CAP_NET_RAW",
+            Privilege::Ptrace => "the owner's uid or CAP_SYS_PTRACE",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip() {
+        for method in Method::ALL {
+            assert_eq!(method.name().parse(), Ok(method));
+            assert_eq!(method.to_string(), method.name());
+        }
+        assert!("RST".parse::<Method>().is_err());
+    }
+}

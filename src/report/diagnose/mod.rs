@@ -1,0 +1,18 @@
+//! The report of `cwkill diagnose`: [`text`] for people, with charts from [`bars`], [`json`] for programs, and the exit status.
+
+pub mod bars;
+pub mod json;
+pub mod text;
+
+use super::ExitStatus;
+use crate::diagnose::Diagnosis;
+
+/// 0 if there is anything to report, 1 if there is nothing, 4 if there is nothing that could be seen.
+pub fn exit_status(diagnosis: &Diagnosis) -> ExitStatus {
+    let missed = diagnosis.scan.coverage.may_have_missed();
+    match (diagnosis.total.stuck, diagnosis.processes.len()) {
+        (0, 0) if missed || diagnosis.are_descriptors_unseen() => ExitStatus::NotAllClosed,
+        (0, 0) => ExitStatus::NothingMatched,
+        _ => ExitStatus::Done,
+    }
+}
