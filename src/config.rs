@@ -60,7 +60,7 @@ pub struct Config {
     /// Where acts are recorded.
     pub log: audit::Wanted,
     /// Whether, and how, the descriptors of closed sockets are closed in their owners.
-    pub reclaim: Option<reclaim::Rules>,
+    pub reclaim: Option<reclaim::ReclaimRules>,
     /// The form of the results.
     pub format: Format,
     /// Leave out the header of the table.
@@ -160,7 +160,7 @@ impl Config {
             watch_refill: acting.watch_refill,
             log: acting.logging.wanted(output.verbose),
             reclaim: match (acting.reclaim, acting.reclaiming.given()) {
-                (true, _) => Some(reclaim::Rules::from_args(&acting.reclaiming)),
+                (true, _) => Some(reclaim::ReclaimRules::from_args(&acting.reclaiming)),
                 (false, None) => None,
                 (false, Some(option)) => {
                     return Err(usage(&format!(

@@ -6,6 +6,7 @@ use std::io;
 use std::iter::zip;
 use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, anyhow};
@@ -22,7 +23,7 @@ use crate::injector;
 use crate::injector::ladder::{self, Outcome, Surroundings, Verdict};
 use crate::plan::{self, Plan};
 use crate::privileges::Privileges;
-use crate::reclaim::{self, Fate, Reason, Visit, Wanted};
+use crate::reclaim::{self, Reason, ReclaimOutcome, ReclaimTarget, StopStats};
 use crate::refill::Refill;
 use crate::selectors::Selectors;
 use crate::sweep::{self, Swept};
@@ -96,12 +97,12 @@ impl Run {
 /// What `--reclaim` did. The lists are as long as `found.sockets`, those in them as the owners of each.
 #[derive(Debug)]
 pub struct Reclaimed {
-    /// What became of each descriptor; `None` if its socket is not closed, so that it was not asked about.
-    pub fates: Vec<Vec<Option<Fate>>>,
-    /// When nothing was to be done: what speaks against taking each.
-    pub doubts: Vec<Vec<Option<Reason>>>,
-    /// The processes that were stopped; their owners are indices of `found.processes`.
-    pub visits: Vec<Visit>,
+    /// The outcome for each descriptor; `None` if its socket is not closed.
+    pub outcomes: Vec<Vec<Option<ReclaimOutcome>>>,
+    /// In a dry run: why each would be left alone.
+    pub reasons: Vec<Vec<Option<Reason>>>,
+    /// The processes that were stopped.
+    pub stops: Vec<StopStats>,
 }
 
 /// What became of one socket.
@@ -184,19 +185,19 @@ pub fn carry_out(
     privileges: &Privileges,
     surroundings: &dyn Surroundings,
 ) {
-    let mut before = Vec::new();
+    let mut in_calls = Vec::new();
     if config.action == Action::Act {
         surroundings.begin();
         if let Some(rules) = &config.reclaim {
-            let (_, wanted) = wanted(&run.found, &|_| true);
-            before = reclaim::in_calls(&run.found.processes, &wanted, rules, proc);
+            in_calls = targets(&run.found);
+            reclaim::in_calls(&mut in_calls, rules, proc);
         }
         let outcomes = act(run, config, proc, privileges, surroundings);
         let outcomes = run.take_in_swept(outcomes, config.format != Format::Quiet);
         run.deeds = Some(account(&run.found, outcomes, proc));
     }
     if let Some(rules) = &config.reclaim {
-        run.reclaimed = Some(reclaim(run, before, rules, proc, surroundings));
+        run.reclaimed = Some(reclaim(run, in_calls, rules, proc, surroundings));
     }
 }
 
@@ -238,36 +239,46 @@ fn with_unseen(mut found: Found, namespaces: &Namespaces) -> Found {
     found
 }
 
-/// The descriptors of those of the sockets that are `meant`, and where each is: its socket, and its owner among those of the socket.
-fn wanted(found: &Found, meant: &dyn Fn(usize) -> bool) -> (Vec<(usize, usize)>, Vec<Wanted>) {
-    let mut places = Vec::new();
-    let mut wanted = Vec::new();
-    for (at, socket) in found.sockets.iter().enumerate() {
-        let Some(inode) = socket.inode.filter(|_| meant(at)) else {
+/// The descriptors of the sockets, in the order of the sockets and of their owners.
+fn targets(found: &Found) -> Vec<ReclaimTarget> {
+    let processes: Vec<_> = found.processes.iter().cloned().map(Arc::new).collect();
+    let mut targets = Vec::new();
+    for socket in &found.sockets {
+        let Some(inode) = socket.inode else {
             continue;
         };
-        for (owner, held) in socket.owners.iter().enumerate() {
-            places.push((at, owner));
-            wanted.push(Wanted {
-                owner: held.process,
-                fd: held.fd,
-                inode,
-                cookie: socket.cookie(),
-                age: socket.age,
-                unread: 0,
-                agreed: socket.recv_q,
-            });
-        }
+        targets.extend(socket.owners.iter().map(|held| ReclaimTarget {
+            process: Arc::clone(&processes[held.process]),
+            fd: held.fd,
+            inode,
+            cookie: socket.cookie(),
+            local: Some(socket.tuple.local),
+            age: socket.age,
+            unread: 0,
+            may_lose: socket.recv_q,
+            outcome: None,
+        }));
     }
-    (places, wanted)
+    targets
 }
 
-/// Closes the descriptors of what was closed, or says what would speak against it. `before` is what became of some, each in its
-/// place among those of all sockets, before those were closed.
+/// The places of [`targets`]: the index of the socket, and of the owner among its owners.
+fn places(found: &Found) -> Vec<(usize, usize)> {
+    let mut places = Vec::new();
+    for (at, socket) in found.sockets.iter().enumerate() {
+        if socket.inode.is_some() {
+            places.extend((0..socket.owners.len()).map(|owner| (at, owner)));
+        }
+    }
+    places
+}
+
+/// Closes the descriptors of the sockets that were closed, or decides which of them could be closed. `targets` has outcomes from before
+/// the sockets were closed.
 fn reclaim(
     run: &mut Run,
-    before: Vec<Option<Fate>>,
-    rules: &reclaim::Rules,
+    in_calls: Vec<ReclaimTarget>,
+    rules: &reclaim::ReclaimRules,
     proc: &Proc,
     surroundings: &dyn Surroundings,
 ) -> Reclaimed {
@@ -277,49 +288,50 @@ fn reclaim(
         found.sockets.iter().map(none).collect()
     }
     let mut reclaimed = Reclaimed {
-        fates: empty(found),
-        doubts: empty(found),
-        visits: Vec::new(),
+        outcomes: empty(found),
+        reasons: empty(found),
+        stops: Vec::new(),
     };
     let Some(deeds) = &mut run.deeds else {
-        let (places, wanted) = wanted(found, &|_| true);
-        let doubts = reclaim::judge(&found.processes, &wanted, rules, proc);
-        for ((at, owner), doubt) in places.into_iter().zip(doubts) {
-            reclaimed.doubts[at][owner] = doubt;
+        let mut targets = targets(found);
+        reclaim::judge(&mut targets, rules, proc);
+        for ((at, owner), target) in zip(places(found), targets) {
+            if let Some(ReclaimOutcome::Skipped(reason)) = target.outcome {
+                reclaimed.reasons[at][owner] = Some(reason);
+            }
         }
         return reclaimed;
     };
     let closed = |at: usize| matches!(deeds[at].outcome.verdict, Verdict::Closed(_));
-    let (places, all) = wanted(found, &|_| true);
-    let mut ended = vec![Vec::new(); found.processes.len()];
-    for (((at, owner), wanted), fate) in zip(zip(places, all), before) {
-        if let Some(fate) = fate.filter(|_| closed(at)) {
-            ended[wanted.owner].push((wanted.fd, wanted.inode, (at, owner)));
-            reclaimed.fates[at][owner] = Some(fate);
-        }
-    }
-    let (places, wanted) = wanted(found, &closed);
-    if !wanted.is_empty() {
+    let (places, mut targets): (Vec<_>, Vec<_>) = zip(places(found), in_calls)
+        .filter(|((at, _), _)| closed(*at))
+        .unzip();
+    if !targets.is_empty() {
         reclaim::let_owners_react(rules, surroundings);
     }
-    let open = |(at, owner): (usize, usize)| reclaimed.fates[at][owner].is_none();
-    let (places, wanted): (Vec<_>, Vec<_>) = zip(places, wanted)
-        .filter(|(place, _)| open(*place))
-        .unzip();
-    for ((at, owner), holding) in proc.still_held(&found.processes, &ended) {
-        if let (Holding::Closed, Some(descriptors)) = (holding, &mut deeds[at].descriptors) {
-            descriptors[owner] = holding;
-            reclaimed.fates[at][owner] = Some(Fate::Gone);
+    let mut ended = vec![Vec::new(); found.processes.len()];
+    for (index, (&(at, owner), target)) in zip(&places, &targets).enumerate() {
+        if target.outcome.is_some() {
+            let held = found.sockets[at].owners[owner];
+            ended[held.process].push((target.fd, target.inode, index));
+        }
+    }
+    for (index, holding) in proc.still_held(&found.processes, &ended) {
+        if holding == Holding::Closed {
+            targets[index].outcome = Some(ReclaimOutcome::Gone);
         }
     }
     let interrupted = || surroundings.interrupted();
-    let done = reclaim::reclaim(&found.processes, &wanted, rules, proc, &interrupted);
-    reclaimed.visits = done.visits;
-    for ((at, owner), fate) in places.into_iter().zip(done.fates) {
-        if let (Fate::Freed | Fate::Gone, Some(descriptors)) = (&fate, &mut deeds[at].descriptors) {
+    reclaimed.stops = reclaim::reclaim(&mut targets, rules, proc, &interrupted);
+    for ((at, owner), target) in zip(places, targets) {
+        let is_closed = matches!(
+            target.outcome,
+            Some(ReclaimOutcome::Freed | ReclaimOutcome::Gone)
+        );
+        if let (true, Some(descriptors)) = (is_closed, &mut deeds[at].descriptors) {
             descriptors[owner] = Holding::Closed;
         }
-        reclaimed.fates[at][owner] = Some(fate);
+        reclaimed.outcomes[at][owner] = target.outcome;
     }
     reclaimed
 }

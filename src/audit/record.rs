@@ -8,7 +8,7 @@ use crate::finder::{Found, Socket};
 use crate::injector::MethodName;
 use crate::injector::ladder::Verdict;
 use crate::pipeline::{Deed, Run};
-use crate::reclaim::{Fate, command};
+use crate::reclaim::{ReclaimOutcome, command};
 use crate::report::escape::escape;
 use crate::report::json::{self, JsonSocket};
 use crate::report::{Tally, reclaim, text};
@@ -140,7 +140,7 @@ pub enum Entry<'a> {
         descriptor: Box<reclaim::Descriptor<'a>>,
         /// The same.
         #[serde(skip)]
-        fate: &'a Fate,
+        outcome: &'a ReclaimOutcome,
     },
     /// All has been done.
     End {
@@ -186,12 +186,14 @@ pub fn reclaim_intents(run: &command::Run) -> impl Iterator<Item = Entry<'_>> {
 
 /// A record for every descriptor of a run that is over.
 pub fn reclaim_outcomes(run: &command::Run) -> impl Iterator<Item = Entry<'_>> {
-    let fates = run.fates.iter().flatten();
+    let outcomes = run.descriptors.iter().map(|target| &target.outcome);
     reclaim::descriptors(run)
-        .zip(fates)
-        .map(|(descriptor, fate)| Entry::ReclaimOutcome {
-            descriptor: Box::new(descriptor),
-            fate,
+        .zip(outcomes)
+        .filter_map(|(descriptor, outcome)| {
+            Some(Entry::ReclaimOutcome {
+                descriptor: Box::new(descriptor),
+                outcome: outcome.as_ref()?,
+            })
         })
 }
 
@@ -255,7 +257,7 @@ impl Entry<'_> {
 
     /// What `run` is about to do for `who`.
     pub fn begin_reclaim(run: &command::Run, who: String) -> Self {
-        let mut processes: Vec<usize> = run.descriptors.iter().map(|d| d.wanted.owner).collect();
+        let mut processes: Vec<i32> = run.descriptors.iter().map(|d| d.process.pid).collect();
         processes.sort_unstable();
         processes.dedup();
         Entry::BeginReclaim {
@@ -275,7 +277,7 @@ impl Entry<'_> {
     /// What `run` has done.
     pub fn end_reclaim(run: &command::Run) -> Self {
         Entry::EndReclaim {
-            summary: reclaim::Tally::of(run.descriptors.len(), run.fates.iter().flatten()),
+            summary: reclaim::Tally::of_command(run),
         }
     }
 
@@ -338,12 +340,16 @@ impl Entry<'_> {
             Entry::ReclaimIntent { descriptor } => {
                 format!("{}: to be closed", descriptor.sentence())
             }
-            Entry::ReclaimOutcome { descriptor, fate } => {
-                let result = match fate {
-                    Fate::Freed => "freed".to_owned(),
-                    Fate::Gone => "gone before the act".to_owned(),
-                    Fate::Skipped(reason) => format!("skipped: {reason}"),
-                    Fate::Failed(reason) => format!("failed: {reason}"),
+            Entry::ReclaimOutcome {
+                descriptor,
+                outcome,
+            } => {
+                let result = match outcome {
+                    ReclaimOutcome::Allowed => "allowed".to_owned(),
+                    ReclaimOutcome::Freed => "freed".to_owned(),
+                    ReclaimOutcome::Gone => "gone before the act".to_owned(),
+                    ReclaimOutcome::Skipped(reason) => format!("skipped: {reason}"),
+                    ReclaimOutcome::Failed(reason) => format!("failed: {reason}"),
                 };
                 format!("{}: {result}", descriptor.sentence())
             }
@@ -362,7 +368,7 @@ impl Entry<'_> {
     /// The outcome, and by which method.
     pub fn outcome(&self) -> Option<&'static str> {
         match self {
-            Entry::ReclaimOutcome { fate, .. } => Some(reclaim::outcome(fate).0),
+            Entry::ReclaimOutcome { outcome, .. } => Some(reclaim::outcome(outcome).0),
             _ => Some(self.socket()?.result.as_ref()?.outcome),
         }
     }
@@ -396,7 +402,9 @@ impl Entry<'_> {
     pub fn is_failure(&self) -> bool {
         match self {
             Entry::Outcome { deed, .. } => matches!(deed.outcome.verdict, Verdict::Failed),
-            Entry::ReclaimOutcome { fate, .. } => matches!(fate, Fate::Failed(_)),
+            Entry::ReclaimOutcome { outcome, .. } => {
+                matches!(outcome, ReclaimOutcome::Failed(_))
+            }
             _ => false,
         }
     }

@@ -45,7 +45,7 @@ pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
             say_hints(&[Need::Ptrace]);
         }
     }
-    let summary = run.fates.is_some().then(summary);
+    let summary = run.acted.then(summary);
     match is_told(written, unrecorded, summary.as_deref())? {
         true => Ok(report::exit_status(&run)),
         false => Ok(ExitStatus::Impossible),

@@ -1,16 +1,17 @@
-//! The job `cwkill reclaim`: descriptors whose socket is already dead.
+//! The command `cwkill reclaim`: descriptors whose socket is already dead.
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::ColorChoice;
 
-use super::{Fate, Reason, Rules, Visit, Wanted, judge, let_owners_react, reclaim};
+use super::{ReclaimRules, ReclaimTarget, StopStats, judge, let_owners_react, reclaim};
 use crate::audit;
 use crate::cli::{OwnerSelection, ReclaimArgs, Reclaiming};
 use crate::config::{Action, Format, usage};
-use crate::finder::dead::{self, DeadSocket, Verdict};
+use crate::finder::dead::{self, Verdict};
 use crate::finder::netns::Which;
 use crate::finder::owners::{Proc, Process};
 use crate::injector::ladder::Surroundings;
@@ -19,11 +20,11 @@ use crate::selectors::Selectors;
 const DEFAULT_AGE: Duration = Duration::from_secs(60);
 const DEFAULT_STOP_LIMIT: Duration = Duration::from_millis(100);
 
-impl Rules {
+impl ReclaimRules {
     /// What the options say, with defaults filled in.
     pub fn from_args(args: &Reclaiming) -> Self {
-        Rules {
-            age: args.reclaim_age.unwrap_or(DEFAULT_AGE),
+        ReclaimRules {
+            min_age: args.reclaim_age.unwrap_or(DEFAULT_AGE),
             force: args.reclaim_force,
             stop_limit: args.stop_limit.unwrap_or(DEFAULT_STOP_LIMIT),
         }
@@ -51,7 +52,7 @@ pub struct Config {
     /// How far to go.
     pub action: Action,
     /// What may be done.
-    pub rules: Rules,
+    pub rules: ReclaimRules,
     /// The form of the results.
     pub format: Format,
     /// Leave out the header of the table.
@@ -118,7 +119,7 @@ impl Config {
                 (true, false) => Action::Act,
                 (false, false) => Action::List,
             },
-            rules: Rules::from_args(&reclaiming),
+            rules: ReclaimRules::from_args(&reclaiming),
             format: output.format(),
             no_header: output.no_header,
             verbose: output.verbose,
@@ -127,28 +128,15 @@ impl Config {
     }
 }
 
-/// A descriptor of a dead socket.
-#[derive(Clone, Copy, Debug)]
-pub struct DeadDescriptor {
-    /// Where it is.
-    pub wanted: Wanted,
-    /// What it is.
-    pub socket: DeadSocket,
-}
-
 /// What was found and done: all that a report needs.
 #[derive(Debug)]
 pub struct Run {
-    /// The processes that were looked into.
-    pub owners: Vec<Process>,
-    /// Their descriptors of dead sockets.
-    pub descriptors: Vec<DeadDescriptor>,
-    /// What speaks against taking each; known when nothing was to be done.
-    pub doubts: Vec<Option<Reason>>,
-    /// What became of each; `None` when nothing was to be done.
-    pub fates: Option<Vec<Fate>>,
+    /// The descriptors of dead sockets.
+    pub descriptors: Vec<ReclaimTarget>,
+    /// Descriptors were to be closed, and each has its outcome; otherwise each outcome says only what would be done.
+    pub acted: bool,
     /// The owners that were stopped.
-    pub visits: Vec<Visit>,
+    pub stops: Vec<StopStats>,
     /// Descriptors of TCP sockets in no table that may not be looked at: they may be dead.
     pub unknown: usize,
     /// Processes asked for that may not be looked into.
@@ -193,30 +181,26 @@ pub fn find(config: &Config, proc: &Proc) -> anyhow::Result<Run> {
     };
     let pids = &config.selectors.pids;
     let hidden = scan.hidden && (pids.is_empty() || !pids.iter().all(looked_into));
-    let (mut owners, mut descriptors, mut unknown) = (Vec::new(), Vec::new(), 0);
+    let (mut descriptors, mut unknown) = (Vec::new(), 0);
     for table in scan.tables {
-        let owner = owners.len();
+        let process = Arc::new(table.process);
         let dead = table
             .suspects
             .iter()
             .filter_map(|suspect| match suspect.verdict {
-                Verdict::Dead(socket) => Some(DeadDescriptor {
-                    wanted: Wanted::dead(owner, suspect, &socket),
-                    socket,
-                }),
+                Verdict::Dead(socket) => {
+                    Some(ReclaimTarget::dead(Arc::clone(&process), suspect, &socket))
+                }
                 Verdict::NeverConnected | Verdict::Unknown(_) => None,
             });
         descriptors.extend(dead);
         let hidden = |verdict: Verdict| matches!(verdict, Verdict::Unknown(_));
         unknown += table.suspects.iter().filter(|s| hidden(s.verdict)).count();
-        owners.push(table.process);
     }
     Ok(Run {
-        owners,
         descriptors,
-        doubts: Vec::new(),
-        fates: None,
-        visits: Vec::new(),
+        acted: false,
+        stops: Vec::new(),
         unknown,
         unreadable,
         headless: scan.headless,
@@ -225,21 +209,19 @@ pub fn find(config: &Config, proc: &Proc) -> anyhow::Result<Run> {
     })
 }
 
-/// Closes the descriptors of `run` as far as `config` wants it, or says what would speak against it. What happens to a single one is in
-/// its fate.
+/// Closes the descriptors of `run` if `config` says so, or decides which of them could be closed. Each gets its outcome.
 pub fn carry_out(run: &mut Run, config: &Config, proc: &Proc, surroundings: &dyn Surroundings) {
-    let wanted: Vec<Wanted> = run.descriptors.iter().map(|dead| dead.wanted).collect();
+    let targets = &mut run.descriptors;
     if config.action == Action::Act {
         surroundings.begin();
-        if !wanted.is_empty() {
+        if !targets.is_empty() {
             let_owners_react(&config.rules, surroundings);
         }
         let interrupted = || surroundings.interrupted();
-        let done = reclaim(&run.owners, &wanted, &config.rules, proc, &interrupted);
-        run.fates = Some(done.fates);
-        run.visits = done.visits;
+        run.stops = reclaim(targets, &config.rules, proc, &interrupted);
+        run.acted = true;
     } else {
-        run.doubts = judge(&run.owners, &wanted, &config.rules, proc);
+        judge(targets, &config.rules, proc);
     }
 }
 
@@ -284,8 +266,8 @@ mod tests {
     #[test]
     fn the_defaults_are_careful() {
         let rules = config("--all").unwrap().rules;
-        let wanted = Rules {
-            age: Duration::from_secs(60),
+        let wanted = ReclaimRules {
+            min_age: Duration::from_secs(60),
             force: false,
             stop_limit: Duration::from_millis(100),
         };

@@ -1,197 +1,174 @@
-//! The step after a socket is closed: closing its descriptors inside the processes that leak them.
+//! Closing dead descriptors inside the processes that leak them, after their sockets have been closed.
 //!
-//! [`reclaim`] takes descriptors of dead sockets, asks for the [`evidence`] that nobody needs them, and for
-//! each owner stops all threads (`stop`), asks again, has one of its threads close them (`remote`), and
-//! lets it go. Whatever happens to us, the owner goes on; docs/decisions/reclaim.md follows that through.
+//! [`reclaim`] takes descriptors of dead sockets. It inspects each owner for evidence that the owner still uses them, stops
+//! all its threads, checks the evidence again, makes one of the threads close the descriptors, and releases the owner. The
+//! owner goes on even if cwkill dies meanwhile; docs/decisions/reclaim.md follows that through.
 //!
-//! - [`evidence`]: whether a descriptor may be taken, from facts (pure); `facts`: those, from /proc
-//! - `act`: what is done to one owner; `stop`: all threads of a process; `remote`: a system call made by one of them
-//! - `fate`: what became of a descriptor, and why
-//! - [`command`]: the job `cwkill reclaim`
-//! - [`arch`]: registers (pure); `seccomp`: what a filter lets through (pure)
+//! - `outcome`: the outcome for a descriptor, and the reasons (pure)
+//! - `inspect`: the owner as /proc shows it; `in_use`: the decision from that evidence (pure)
+//! - `syscalls`: which descriptors a system call is on (pure); `seccomp`: whether a filter permits a call (pure)
+//! - `process`: the work on one owner; `ptrace`: stopping it, and system calls in one of its threads
+//! - [`command`]: the command `cwkill reclaim`
 
-mod act;
-pub mod arch;
 pub mod command;
-pub mod evidence;
-mod facts;
-mod fate;
-mod remote;
+mod in_use;
+mod inspect;
+mod outcome;
+mod process;
+mod ptrace;
 mod seccomp;
-mod stop;
+mod syscalls;
 
-use std::collections::{BTreeMap, HashSet};
-use std::io;
-use std::thread;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
-
-use caps::{CapSet, Capability};
-use nix::errno::Errno;
 
 use crate::finder::dead::{DeadSocket, Suspect};
 use crate::finder::owners::{Proc, Process};
 use crate::finder::sock_diag::Cookie;
 use crate::injector::ladder::Surroundings;
-use crate::sys::{self, TargetFd};
+use crate::sys::TargetFd;
 
-use act::visit_once;
-use arch::Call;
-use evidence::{Doubt, Facts, Uses, doubt, uses};
-use facts::{Inside, Special};
-pub use fate::{Fate, Reason};
+use in_use::{Evidence, too_young};
+use inspect::Inspection;
+use outcome::OwnerError;
 
-/// Stops of one owner at most: another is only needed when a signal has come between, or no thread
-/// serves well.
-const MOST_STOPS: u32 = 5;
-/// How many of them look for a thread that serves well, and the time between them.
-const CHOOSY_STOPS: u32 = 3;
-const BETWEEN_STOPS: Duration = Duration::from_millis(2);
-/// Looks into an owner that is there and does not show what every process has.
-const LOOKS: u32 = 5;
-/// Between the end of a socket, or the first look at a dead one, and the act: for how long it has been dead the kernel does not
-/// say, and a program that reacts to the end of its connection closes it within that time.
-const SECOND_LOOK: Duration = Duration::from_secs(1);
-/// Descriptors of one stop: the last look at each takes some microseconds.
-const MOST_AT_ONCE: usize = 1000;
+pub use in_use::InUse;
+pub use outcome::{Reason, ReclaimOutcome};
+
+/// Time until an owner that was busy is inspected or stopped again.
+const RETRY_INTERVAL: Duration = Duration::from_millis(2);
+/// Time between the end of a socket, or its discovery if it was dead, and the first stop. The kernel does not report how
+/// long a socket has been dead, and a program that reacts to the end of its connection closes the descriptor within this
+/// time.
+const REACTION_TIME: Duration = Duration::from_secs(1);
+/// Descriptors closed in one stop at most: the last check of each takes some microseconds.
+const MAX_PER_STOP: usize = 1000;
 
 /// A descriptor to close in its owner.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Wanted {
-    /// Index of the owner in the list that goes with it.
-    pub owner: usize,
-    /// The number there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReclaimTarget {
+    /// The owner.
+    pub process: Arc<Process>,
+    /// The number of the descriptor in the owner.
     pub fd: TargetFd,
     /// The inode of the socket.
     pub inode: u32,
-    /// Its cookie.
+    /// The cookie of the socket.
     pub cookie: Cookie,
-    /// How long it has been quiet, if that is known.
+    /// The local address of the socket, if that is known.
+    pub local: Option<SocketAddr>,
+    /// How long the socket has been quiet, if that is known.
     pub age: Option<Duration>,
-    /// Bytes in it that its program has not read; 0 while it is not dead, since more may come.
+    /// Bytes in the socket that its program has not read; 0 while the socket is alive, since more may come.
     pub unread: u32,
-    /// As many of them may be lost: the operator has seen them, and had the socket closed.
-    pub agreed: u32,
+    /// Unread bytes that may be lost: the operator has seen them, and had the socket closed.
+    pub may_lose: u32,
+    /// `None` until it is decided.
+    pub outcome: Option<ReclaimOutcome>,
 }
 
-impl Wanted {
-    /// The descriptor of a socket that was `dead` when it was found, in the owner with this index.
-    pub fn dead(owner: usize, suspect: &Suspect, dead: &DeadSocket) -> Self {
-        Wanted {
-            owner,
+impl ReclaimTarget {
+    /// The descriptor of a socket of `process` that was `dead` when cwkill found it.
+    pub fn dead(process: Arc<Process>, suspect: &Suspect, dead: &DeadSocket) -> Self {
+        ReclaimTarget {
+            process,
             fd: suspect.fd,
             inode: suspect.inode,
             cookie: dead.cookie,
+            local: dead.local,
             age: Some(dead.quiet),
             unread: dead.unread,
-            agreed: 0,
+            may_lose: 0,
+            outcome: None,
+        }
+    }
+
+    /// The reason to leave it alone, given this evidence and this number of unread bytes.
+    fn in_use(&self, evidence: &Evidence, unread: u32, rules: &ReclaimRules) -> Option<InUse> {
+        match rules.force {
+            true => None,
+            false if unread > self.may_lose => Some(InUse::Unread(unread)),
+            false => evidence
+                .against(self.fd.0, self.inode)
+                .or_else(|| too_young(self.age, rules.min_age)),
         }
     }
 }
 
-/// What the operator allows.
+/// What the operator permits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rules {
-    /// How long a socket must have been quiet.
-    pub age: Duration,
-    /// Take a descriptor whatever the evidence says, as long as it is the one.
+pub struct ReclaimRules {
+    /// Minimum time for which a socket must have been quiet.
+    pub min_age: Duration,
+    /// Close descriptors even if there is evidence that they are in use.
     pub force: bool,
-    /// How long an owner may be stopped.
+    /// Maximum time for which an owner may be stopped.
     pub stop_limit: Duration,
 }
 
-/// What was done to one owner.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Visit {
-    /// Index of the owner.
-    pub owner: usize,
-    /// How many of its descriptors were closed.
+/// How long one owner was stopped, and for how many descriptors.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StopStats {
+    /// The owner.
+    pub process: Arc<Process>,
+    /// The number of descriptors that cwkill closed in it.
     pub freed: usize,
-    /// For how long it was stopped, the longest time if it was several times.
+    /// The duration of the stop, or of the longest one if there were several.
     pub stopped: Duration,
 }
 
-/// What [`reclaim`] did.
-#[derive(Debug, Default)]
-pub struct Reclaimed {
-    /// What became of each descriptor, in the order they were given.
-    pub fates: Vec<Fate>,
-    /// The owners that were stopped.
-    pub visits: Vec<Visit>,
-}
-
-/// Says of each descriptor what speaks against taking it, and stops nobody. The socket may still be alive.
-pub fn judge(
-    owners: &[Process],
-    wanted: &[Wanted],
-    rules: &Rules,
-    proc: &Proc,
-) -> Vec<Option<Reason>> {
-    let mut doubts: Vec<Option<Reason>> = wanted.iter().map(|_| None).collect();
-    if !proc.is_of_our_pid_namespace() {
-        doubts.fill_with(|| Some(Reason::ForeignProc));
-        return doubts;
-    }
-    for (owner, members) in by_owner(wanted) {
-        match prepare(proc, owners, owner, &members, wanted, rules) {
-            Ok(prepared) => {
-                for (at, reason) in prepared.doubts {
-                    doubts[at] = Some(reason);
-                }
-            }
-            Err(Refusal::Gone) => {}
-            Err(Refusal::Because(reason)) => {
-                for at in members {
-                    doubts[at] = Some(reason.same());
-                }
-            }
+/// Decides for each pending target whether [`reclaim`] would close it, without stopping an owner. The socket may still be
+/// alive. Writes [`ReclaimOutcome::Allowed`] or [`ReclaimOutcome::Skipped`].
+pub fn judge(targets: &mut [ReclaimTarget], rules: &ReclaimRules, proc: &Proc) {
+    let skipped = |reason: Reason| Some(ReclaimOutcome::Skipped(reason));
+    let is_our_proc = proc.is_of_our_pid_namespace();
+    for owned in by_process(targets) {
+        let inspection = match is_our_proc {
+            true => Inspection::of(proc, &owned[0].process, rules),
+            false => Err(Reason::OtherPidNamespace.into()),
+        };
+        for target in owned {
+            target.outcome = match &inspection {
+                Ok(inspection) => match inspection.in_use(target, rules) {
+                    None => Some(ReclaimOutcome::Allowed),
+                    Some(in_use) => skipped(Reason::InUse(in_use)),
+                },
+                Err(OwnerError::Exited | OwnerError::TryAgain) => Some(ReclaimOutcome::Allowed),
+                Err(OwnerError::Reason(reason)) => skipped(reason.clone()),
+            };
         }
     }
-    doubts
 }
 
-/// Of each descriptor of a socket that is about to be closed, what becomes of it if a system call is on it. The close will end
-/// that call, so it cannot be asked about afterwards, and its thread is then on its way to deal with it.
-pub fn in_calls(
-    owners: &[Process],
-    wanted: &[Wanted],
-    rules: &Rules,
-    proc: &Proc,
-) -> Vec<Option<Fate>> {
-    let mut fates: Vec<Option<Fate>> = wanted.iter().map(|_| None).collect();
+/// Decides for each pending target whose socket is about to be closed whether a system call is on it: then it will be
+/// skipped. Closing the socket ends that call, so this cannot be checked afterwards, and the thread is then on its way to close the
+/// descriptor. The other targets stay pending.
+pub fn in_calls(targets: &mut [ReclaimTarget], rules: &ReclaimRules, proc: &Proc) {
     if rules.force || !proc.is_of_our_pid_namespace() {
-        return fates;
+        return;
     }
-    for (owner, members) in by_owner(wanted) {
-        let look = || {
-            let inside = Inside::open(proc, &owners[owner])?;
-            Ok(uses_of(&inside, &inside.calls()?))
-        };
-        let facts = match steadily(proc, &owners[owner], look) {
-            Ok(uses) => Facts {
-                uses,
-                ..Facts::default()
-            },
-            Err(Refusal::Gone) => continue,
-            Err(refusal) => {
-                for (at, fate) in Round::all(&members, &refusal).fates {
-                    fates[at] = Some(fate);
+    for mut owned in by_process(targets) {
+        match Inspection::syscalls_only(proc, &owned[0].process) {
+            Ok(evidence) => {
+                for target in owned {
+                    let in_use = evidence.against(target.fd.0, target.inode);
+                    target.outcome =
+                        in_use.map(|in_use| ReclaimOutcome::Skipped(Reason::InUse(in_use)));
                 }
-                continue;
             }
-        };
-        for at in members {
-            let Wanted { fd, inode, .. } = wanted[at];
-            let doubt = doubt(&facts, fd.0, inode, None, Duration::ZERO);
-            fates[at] = doubt.map(|doubt| Fate::Skipped(Reason::Doubt(doubt)));
+            // Checked again after the sockets have been closed.
+            Err(OwnerError::Exited) => {}
+            Err(error) => settle(&mut owned, &error),
         }
     }
-    fates
 }
 
-/// Lets the owners react to the end of their connections: a program that does closes the descriptor within milliseconds, and
-/// what it has not closed after this time it has forgotten. Not longer than until Ctrl-C.
-pub fn let_owners_react(rules: &Rules, surroundings: &dyn Surroundings) {
-    let until = surroundings.now() + SECOND_LOOK.min(rules.age);
+/// Gives the owners time to react to the end of their connections. A program that reacts closes the descriptor within
+/// milliseconds; a descriptor that it has not closed after this time is leaked. Ctrl-C ends the wait.
+pub fn let_owners_react(rules: &ReclaimRules, surroundings: &dyn Surroundings) {
+    let until = surroundings.now() + REACTION_TIME.min(rules.min_age);
     while !surroundings.interrupted() {
         match until.checked_duration_since(surroundings.now()) {
             None | Some(Duration::ZERO) => return,
@@ -200,292 +177,72 @@ pub fn let_owners_react(rules: &Rules, surroundings: &dyn Surroundings) {
     }
 }
 
-/// Closes the descriptors `wanted` in their `owners`, one owner after the other, as far as the evidence
-/// allows. `interrupted` says whether the operator wants to stop.
+/// Closes the pending targets in their owners, one owner after the other, as far as the evidence allows, and writes the
+/// outcome of each. `interrupted` says whether the operator wants to stop. Returns the owners that were stopped.
 pub fn reclaim(
-    owners: &[Process],
-    wanted: &[Wanted],
-    rules: &Rules,
+    targets: &mut [ReclaimTarget],
+    rules: &ReclaimRules,
     proc: &Proc,
     interrupted: &(dyn Fn() -> bool + Sync),
-) -> Reclaimed {
-    let mut fates: Vec<Fate> = wanted
-        .iter()
-        .map(|_| Fate::Skipped(Reason::Interrupted))
-        .collect();
-    let mut visits = Vec::new();
-    if !proc.is_of_our_pid_namespace() {
-        fates.fill_with(|| Fate::Skipped(Reason::ForeignProc));
-        return Reclaimed { fates, visits };
-    }
-    for (owner, members) in by_owner(wanted) {
-        if interrupted() {
-            break;
+) -> Vec<StopStats> {
+    let mut stops = Vec::new();
+    let is_our_proc = proc.is_of_our_pid_namespace();
+    let mut was_interrupted = false;
+    for mut owned in by_process(targets) {
+        if !is_our_proc {
+            settle(&mut owned, &Reason::OtherPidNamespace.into());
+            continue;
         }
-        let mut visit = Visit {
-            owner,
-            freed: 0,
-            stopped: Duration::ZERO,
-        };
-        for some in members.chunks(MOST_AT_ONCE) {
-            if interrupted() {
-                break;
+        let process = Arc::clone(&owned[0].process);
+        let mut stopped = Duration::ZERO;
+        for batch in owned.chunks_mut(MAX_PER_STOP) {
+            was_interrupted = was_interrupted || interrupted();
+            if !was_interrupted {
+                let longest = process::close_in(&process, batch, rules, proc, interrupted);
+                stopped = stopped.max(longest);
             }
-            let mut left = some.to_vec();
-            for stop in 1..=MOST_STOPS {
-                let round = match prepare(proc, owners, owner, &left, wanted, rules) {
-                    Err(refusal) => Round::all(&left, &refusal),
-                    Ok(prepared) => {
-                        let choosy = stop <= CHOOSY_STOPS && !prepared.transfers;
-                        visit_once(&prepared, wanted, rules, proc, interrupted, choosy)
-                    }
-                };
-                visit.stopped = visit.stopped.max(round.stopped);
-                let freed = |(_, fate): &&(usize, Fate)| matches!(fate, Fate::Freed);
-                visit.freed += round.fates.iter().filter(freed).count();
-                for (at, fate) in round.fates {
-                    fates[at] = fate;
-                }
-                left = round.left;
-                if left.is_empty() || interrupted() {
-                    break;
-                }
-                match stop < MOST_STOPS {
-                    true => thread::sleep(BETWEEN_STOPS),
-                    false => left
-                        .iter()
-                        .for_each(|&at| fates[at] = Fate::Failed(Reason::Unsteady)),
-                }
-            }
+            settle(batch, &Reason::Interrupted.into());
         }
-        if !visit.stopped.is_zero() {
-            visits.push(visit);
+        if !stopped.is_zero() {
+            let freed = owned
+                .iter()
+                .filter(|target| target.outcome == Some(ReclaimOutcome::Freed));
+            stops.push(StopStats {
+                process,
+                freed: freed.count(),
+                stopped,
+            });
         }
     }
-    Reclaimed { fates, visits }
+    stops
 }
 
-fn by_owner(wanted: &[Wanted]) -> BTreeMap<usize, Vec<usize>> {
-    let mut by_owner: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
-    for (at, wanted) in wanted.iter().enumerate() {
-        by_owner.entry(wanted.owner).or_default().push(at);
+/// The pending targets, grouped by owner, in the order of pids.
+fn by_process(targets: &mut [ReclaimTarget]) -> Vec<Vec<&mut ReclaimTarget>> {
+    let mut groups: BTreeMap<(i32, u64), Vec<&mut ReclaimTarget>> = BTreeMap::new();
+    for target in targets.iter_mut().filter(|t| t.outcome.is_none()) {
+        let id = (target.process.pid, target.process.start_time);
+        groups.entry(id).or_default().push(target);
     }
-    by_owner
+    groups.into_values().collect()
 }
 
-/// Why nothing is done to an owner.
-enum Refusal {
-    Gone,
-    Because(Reason),
+/// The targets without an outcome.
+fn pending<'t>(
+    targets: &'t mut [&mut ReclaimTarget],
+) -> impl Iterator<Item = &'t mut ReclaimTarget> {
+    let targets = targets.iter_mut().map(|target| &mut **target);
+    targets.filter(|target| target.outcome.is_none())
 }
 
-impl From<Errno> for Refusal {
-    fn from(errno: Errno) -> Self {
-        match errno {
-            Errno::ESRCH | Errno::ENOENT => Refusal::Gone,
-            Errno::EPERM | Errno::EACCES => Refusal::Because(Reason::Denied(errno.into())),
-            errno => Refusal::Because(Reason::Os("looking into the process", errno.into())),
-        }
-    }
-}
-
-impl From<io::Error> for Refusal {
-    fn from(error: io::Error) -> Self {
-        Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)).into()
-    }
-}
-
-/// What one stop brought.
-#[derive(Default)]
-struct Round {
-    fates: Vec<(usize, Fate)>,
-    /// To be tried again.
-    left: Vec<usize>,
-    stopped: Duration,
-}
-
-impl Round {
-    fn all(members: &[usize], refusal: &Refusal) -> Self {
-        let fate = || match refusal {
-            Refusal::Gone => Fate::Gone,
-            Refusal::Because(reason) if reason.is_refusal() => Fate::Skipped(reason.same()),
-            Refusal::Because(reason) => Fate::Failed(reason.same()),
-        };
-        Round {
-            fates: members.iter().map(|at| (*at, fate())).collect(),
-            ..Round::default()
-        }
-    }
-}
-
-/// An owner as it was seen before it is stopped.
-struct Prepared<'p> {
-    inside: Inside<'p>,
-    /// The processes that there were.
-    processes: HashSet<i32>,
-    /// And the threads of the owner.
-    threads: HashSet<i32>,
-    numbers: HashSet<i32>,
-    specials: Vec<Special>,
-    /// Each stop would end a transfer of it short.
-    transfers: bool,
-    /// What may be taken as far as can be seen without stopping it.
-    candidates: Vec<usize>,
-    /// What may not.
-    doubts: Vec<(usize, Reason)>,
-}
-
-/// Looks into an owner. What another thread's exec takes away for a moment (the table and the memory of the first
-/// thread) is looked for again.
-fn steadily<T>(
-    proc: &Proc,
-    process: &Process,
-    look: impl Fn() -> Result<T, Refusal>,
-) -> Result<T, Refusal> {
-    let is_there = || facts::is_there(proc, process.pid, process.start_time);
-    for _ in 1..LOOKS {
-        match look() {
-            Err(Refusal::Gone) if !is_there() => return Err(Refusal::Gone),
-            Err(Refusal::Gone | Refusal::Because(Reason::LeaderEnded | Reason::Executing(_))) => {
-                thread::sleep(BETWEEN_STOPS);
-            }
-            other => return other,
-        }
-    }
-    match look() {
-        Err(Refusal::Gone) if is_there() => Err(Refusal::Because(Reason::Unsteady)),
-        other => other,
-    }
-}
-
-fn prepare<'p>(
-    proc: &'p Proc,
-    owners: &[Process],
-    owner: usize,
-    members: &[usize],
-    wanted: &[Wanted],
-    rules: &Rules,
-) -> Result<Prepared<'p>, Refusal> {
-    let process = &owners[owner];
-    steadily(proc, process, || {
-        prepare_once(proc, process, members, wanted, rules)
-    })
-}
-
-fn prepare_once<'p>(
-    proc: &'p Proc,
-    process: &Process,
-    members: &[usize],
-    wanted: &[Wanted],
-    rules: &Rules,
-) -> Result<Prepared<'p>, Refusal> {
-    if u32::try_from(process.pid) == Ok(std::process::id()) {
-        return Err(Refusal::Because(Reason::Ourselves));
-    }
-    let inside = Inside::open(proc, process)?;
-    if inside.leader_has_ended()? {
-        return Err(Refusal::Because(Reason::LeaderEnded));
-    }
-    if inside.is_narrow()? {
-        return Err(Refusal::Because(Reason::Foreign));
-    }
-    if let Some(tracer) = inside.tracer() {
-        let comm = facts::comm(proc, tracer);
-        return Err(Refusal::Because(Reason::Traced(tracer, comm)));
-    }
-    let processes = facts::pids(proc)?;
-    not_shared(&inside, &processes, &|| false, rules)?;
-    let numbers = inside.numbers()?;
-    let specials = inside.specials(&numbers)?;
-    let threads = inside.threads()?;
-    let mut facts = Facts::default();
-    if !rules.force {
-        let calls = inside.calls()?;
-        if let Some(tid) = executing(&calls) {
-            return Err(Refusal::Because(Reason::Executing(tid)));
-        }
-        facts.uses = uses_of(&inside, &calls);
-        facts.transfer = inside.transfer(&calls);
-        (facts.epolls, facts.rings) = inside.tables(&specials)?;
-        facts.ring_worker = inside.ring_worker();
-        facts.finalizer = inside.finalizer();
-    } else if let Ok(calls) = inside.calls() {
-        facts.transfer = inside.transfer(&calls);
-    }
-    let (mut candidates, mut doubts) = (Vec::new(), Vec::new());
-    for &at in members {
-        match why_not(&facts, &wanted[at], wanted[at].unread, rules) {
-            Some(doubt) => doubts.push((at, Reason::Doubt(doubt))),
-            None => candidates.push(at),
-        }
-    }
-    Ok(Prepared {
-        inside,
-        processes,
-        threads,
-        numbers: numbers.into_iter().collect(),
-        specials,
-        transfers: facts.transfer.is_some(),
-        candidates,
-        doubts,
-    })
-}
-
-/// What the `calls` are on in which the owner's threads wait, as far as that is seen without stopping it.
-fn uses_of(inside: &Inside<'_>, calls: &[(i32, Call)]) -> Vec<Uses> {
-    let memory = |address, len| remote::read_memory(inside.pid, address, len);
-    let room = inside.room();
-    let uses = calls
-        .iter()
-        .map(|(tid, call)| uses(*tid, call, &memory, room));
-    uses.collect()
-}
-
-/// A thread that sleeps while it executes a program. It may have the lock that PTRACE_SEIZE waits for, which Ctrl-C does not end
-/// (kernel/ptrace.c, ptrace_attach: cred_guard_mutex).
-fn executing(calls: &[(i32, Call)]) -> Option<i32> {
-    let executes = |call: &Call| matches!(call.number, libc::SYS_execve | libc::SYS_execveat);
-    let found = calls.iter().find(|(_, call)| executes(call));
-    found.map(|(tid, _)| *tid)
-}
-
-/// Refuses if one of `processes` has the owner's table of descriptors without being the same process (clone
-/// with CLONE_FILES and without CLONE_THREAD), or may have: it would not be stopped. `over` says whether there is no more time: an
-/// answer can wait for an exec of the other (kernel/kcmp.c, exec_update_lock).
-fn not_shared<'a>(
-    inside: &Inside<'_>,
-    processes: impl IntoIterator<Item = &'a i32>,
-    over: &dyn Fn() -> bool,
-    rules: &Rules,
-) -> Result<(), Refusal> {
-    for &other in processes.into_iter().filter(|pid| **pid != inside.pid) {
-        if over() {
-            return Err(Refusal::Because(Reason::TimeOver(rules.stop_limit)));
-        }
-        let reason = match sys::share_descriptors(inside.pid, other) {
-            Ok(false) => continue,
-            Ok(true) => Reason::SharedTable(other),
-            Err(error) => match error.raw_os_error() {
-                // That one is gone, or the owner, which will be seen.
-                Some(libc::ESRCH) => continue,
-                Some(libc::EPERM) if !inside.could_share(other) => continue,
-                _ => {
-                    let right = Capability::CAP_SYS_PTRACE;
-                    let may = caps::has_cap(None, CapSet::Effective, right).unwrap_or(false);
-                    Reason::not_compared(other, error, may)
-                }
-            },
-        };
-        return Err(Refusal::Because(reason));
-    }
-    Ok(())
-}
-
-/// What speaks against taking a descriptor with so many `unread` bytes.
-fn why_not(facts: &Facts, wanted: &Wanted, unread: u32, rules: &Rules) -> Option<Doubt> {
-    match rules.force {
-        true => None,
-        false if unread > wanted.agreed => Some(Doubt::Unread(unread)),
-        false => doubt(facts, wanted.fd.0, wanted.inode, wanted.age, rules.age),
+/// Gives every pending target the outcome that an error of its owner means.
+fn settle(targets: &mut [&mut ReclaimTarget], error: &OwnerError) {
+    let outcome = match error {
+        OwnerError::TryAgain => return,
+        OwnerError::Exited => ReclaimOutcome::Gone,
+        OwnerError::Reason(reason) => reason.clone().into_outcome(),
+    };
+    for target in pending(targets) {
+        target.outcome = Some(outcome.clone());
     }
 }

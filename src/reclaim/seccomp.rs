@@ -1,76 +1,75 @@
-//! What a seccomp filter says of a system call: classic BPF over `struct seccomp_data`. Pure.
+//! Whether a seccomp filter permits a system call: classic BPF over `struct seccomp_data`. Pure.
 //!
 //! Source: kernel/seccomp.c, seccomp_check_filter, for the instructions a filter may have; net/core/filter.c,
 //! bpf_convert_filter, for what they mean.
 
-/// What a filter looks at.
+/// The input of a filter: `struct seccomp_data`.
 #[derive(Clone, Copy, Debug)]
-pub struct Data {
+pub struct SeccompData {
     /// The number of the call.
     pub number: i32,
     /// AUDIT_ARCH of the caller.
     pub arch: u32,
-    /// The address behind the instruction.
+    /// The address after the instruction.
     pub instruction_pointer: u64,
-    /// The arguments.
     pub arguments: [u64; 6],
 }
 
-impl Data {
+impl SeccompData {
     /// The word at a byte offset of `struct seccomp_data`.
     fn word(&self, offset: u32) -> Option<u32> {
         let low = |value: u64| u32::try_from(value & 0xffff_ffff).expect("masked");
-        let half = |value: u64, at: u32| low(value >> (at * 8));
+        let half = |value: u64, byte: u32| low(value >> (byte * 8));
         match offset {
             0 => Some(self.number.cast_unsigned()),
             4 => Some(self.arch),
             8 | 12 => Some(half(self.instruction_pointer, offset - 8)),
             16..=60 if offset.is_multiple_of(4) => {
-                let at = usize::try_from((offset - 16) / 8).ok()?;
-                Some(half(self.arguments[at], (offset - 16) % 8))
+                let argument = usize::try_from((offset - 16) / 8).ok()?;
+                Some(half(self.arguments[argument], (offset - 16) % 8))
             }
             _ => None,
         }
     }
 }
 
-/// Whether the verdict of one of `programs` may depend on where in its code the thread makes the call.
-pub fn any_asks_for_the_place(programs: &[Vec<u64>]) -> bool {
+/// Whether the verdict of one of `programs` may depend on the address at which the thread makes the call.
+pub fn any_reads_instruction_pointer(programs: &[Vec<u64>]) -> bool {
     /// BPF_LD | BPF_W | BPF_ABS
     const LOAD: u16 = 0x20;
-    let asks = |word: &u64| {
+    let reads = |word: &u64| {
         let Instruction { code, k, .. } = Instruction::from(*word);
         code == LOAD && matches!(k, 8 | 12)
     };
-    programs.iter().flatten().any(asks)
+    programs.iter().flatten().any(reads)
 }
 
-/// Whether every one of `programs` lets the call through as if it were not there: SECCOMP_RET_ALLOW or
-/// SECCOMP_RET_LOG. One that cannot be followed does not.
-pub fn all_allow(programs: &[Vec<u64>], data: &Data) -> bool {
+/// Whether every one of `programs` permits the call without further effect: SECCOMP_RET_ALLOW or SECCOMP_RET_LOG. An
+/// invalid program does not.
+pub fn all_permit(programs: &[Vec<u64>], data: &SeccompData) -> bool {
     programs
         .iter()
-        .all(|program| run(program, data).is_some_and(allows))
+        .all(|program| run(program, data).is_some_and(permits))
 }
 
 /// include/uapi/linux/seccomp.h
-fn allows(verdict: u32) -> bool {
+fn permits(verdict: u32) -> bool {
     const ACTION: u32 = 0xffff_0000;
     const ALLOW: u32 = 0x7fff_0000;
     const LOG: u32 = 0x7ffc_0000;
     matches!(verdict & ACTION, ALLOW | LOG)
 }
 
-/// The verdict of a program; `None` for one that the kernel would not have taken.
-fn run(program: &[u64], data: &Data) -> Option<u32> {
+/// The verdict of a program; `None` if the kernel would not have accepted the program.
+fn run(program: &[u64], data: &SeccompData) -> Option<u32> {
     const LENGTH: u32 = 64;
     let (mut a, mut x) = (0u32, 0u32);
     let mut memory = [0u32; 16];
-    let mut at = 0usize;
+    let mut next = 0usize;
     // Jumps only go forward, so it ends.
     loop {
-        let Instruction { code, jt, jf, k } = Instruction::from(*program.get(at)?);
-        at += 1;
+        let Instruction { code, jt, jf, k } = Instruction::from(*program.get(next)?);
+        next += 1;
         // The classes of instructions and their modes: include/uapi/linux/bpf_common.h.
         let operand = if code & 0x08 == 0 { k } else { x };
         let slot = usize::try_from(k).ok()?;
@@ -98,11 +97,11 @@ fn run(program: &[u64], data: &Data) -> Option<u32> {
             0x74 | 0x7c => a = a.wrapping_shr(operand),
             0xa4 | 0xac => a ^= operand,
             0x84 => a = a.wrapping_neg(),
-            0x05 => at = at.checked_add(slot)?,
-            0x15 | 0x1d => at += if a == operand { jt } else { jf },
-            0x25 | 0x2d => at += if a > operand { jt } else { jf },
-            0x35 | 0x3d => at += if a >= operand { jt } else { jf },
-            0x45 | 0x4d => at += if a & operand != 0 { jt } else { jf },
+            0x05 => next = next.checked_add(slot)?,
+            0x15 | 0x1d => next += if a == operand { jt } else { jf },
+            0x25 | 0x2d => next += if a > operand { jt } else { jf },
+            0x35 | 0x3d => next += if a >= operand { jt } else { jf },
+            0x45 | 0x4d => next += if a & operand != 0 { jt } else { jf },
             0x06 => return Some(k),
             0x16 => return Some(a),
             0x07 => x = a,
@@ -149,8 +148,8 @@ mod tests {
     const ARCH: u32 = 0xc000_003e;
     const CLOSE: i32 = 3;
 
-    fn data(number: i32, first: u64) -> Data {
-        Data {
+    fn data(number: i32, first: u64) -> SeccompData {
+        SeccompData {
             number,
             arch: ARCH,
             instruction_pointer: 0x7f12_3456_789a,
@@ -158,7 +157,7 @@ mod tests {
         }
     }
 
-    /// As systemd and the container runtimes write them: the architecture, then a list of numbers.
+    /// A filter as systemd and the container runtimes write it: the architecture, then a list of numbers.
     fn all_but(number: i32, verdict: u32) -> Vec<u64> {
         vec![
             op(0x20, 0, 0, 4),
@@ -172,25 +171,25 @@ mod tests {
     }
 
     #[test]
-    fn a_filter_that_does_not_let_close_through_is_seen() {
+    fn a_filter_that_forbids_close_is_detected() {
         for verdict in [KILL, 0, ERRNO, TRACE, 0x7fc0_0000, 0x0003_0000] {
             let filter = vec![all_but(CLOSE, verdict)];
-            assert!(!all_allow(&filter, &data(CLOSE, 7)), "{verdict:#x}");
-            assert!(all_allow(&filter, &data(CLOSE + 1, 7)));
+            assert!(!all_permit(&filter, &data(CLOSE, 7)), "{verdict:#x}");
+            assert!(all_permit(&filter, &data(CLOSE + 1, 7)));
         }
-        assert!(all_allow(&[all_but(CLOSE, LOG)], &data(CLOSE, 7)));
-        assert!(all_allow(&[], &data(CLOSE, 7)));
-        // One of several is enough.
+        assert!(all_permit(&[all_but(CLOSE, LOG)], &data(CLOSE, 7)));
+        assert!(all_permit(&[], &data(CLOSE, 7)));
+        // One of several filters is enough to forbid it.
         let filters = [all_but(99, KILL), all_but(CLOSE, KILL)];
-        assert!(!all_allow(&filters, &data(CLOSE, 7)));
+        assert!(!all_permit(&filters, &data(CLOSE, 7)));
         let mut other = data(CLOSE, 7);
         other.arch = 0x4000_0003;
-        assert!(!all_allow(&[all_but(99, KILL)], &other));
+        assert!(!all_permit(&[all_but(99, KILL)], &other));
     }
 
     #[test]
-    fn arguments_and_the_address_are_looked_at() {
-        // Close nothing from 1000 on.
+    fn arguments_and_the_address_are_checked() {
+        // Permit close only below 1000.
         let filter = vec![
             op(0x20, 0, 0, 16),
             op(0x35, 0, 1, 1000),
@@ -200,23 +199,23 @@ mod tests {
             op(0x06, 0, 0, KILL),
             op(0x06, 0, 0, ALLOW),
         ];
-        assert!(all_allow(std::slice::from_ref(&filter), &data(CLOSE, 999)));
-        assert!(!all_allow(
+        assert!(all_permit(std::slice::from_ref(&filter), &data(CLOSE, 999)));
+        assert!(!all_permit(
             std::slice::from_ref(&filter),
             &data(CLOSE, 1000)
         ));
-        assert!(!all_allow(&[filter], &data(CLOSE, 1 << 32)));
+        assert!(!all_permit(&[filter], &data(CLOSE, 1 << 32)));
         let address = vec![
             op(0x20, 0, 0, 12),
             op(0x15, 0, 1, 0x7f12),
             op(0x06, 0, 0, ALLOW),
             op(0x06, 0, 0, KILL),
         ];
-        assert!(all_allow(&[address], &data(CLOSE, 0)));
+        assert!(all_permit(&[address], &data(CLOSE, 0)));
     }
 
     #[test]
-    fn every_instruction_means_what_it_says() {
+    fn every_instruction_is_interpreted_as_the_kernel_does() {
         let verdict = |program: &[u64]| run(program, &data(CLOSE, 7));
         let with =
             |code: u16, k: u32| verdict(&[op(0, 0, 0, 12), op(code, 0, 0, k), op(0x16, 0, 0, 0)]);
@@ -231,8 +230,8 @@ mod tests {
         assert_eq!(with(0x74, 1), Some(6));
         assert_eq!(with(0xa4, 15), Some(3));
         assert_eq!(with(0x84, 0), Some(12u32.wrapping_neg()));
-        // x, memory, and back.
-        let round = [
+        // Through x and memory, and back.
+        let program = [
             op(0x01, 0, 0, 40),
             op(0x03, 0, 0, 5),
             op(0x60, 0, 0, 5),
@@ -242,8 +241,8 @@ mod tests {
             op(0x87, 0, 0, 0),
             op(0x16, 0, 0, 0),
         ];
-        assert_eq!(verdict(&round), Some(80));
-        // Jumps, and none that is taken.
+        assert_eq!(verdict(&program), Some(80));
+        // Jumps, taken and not taken.
         let jumps = [
             op(0x05, 0, 0, 1),
             op(0x06, 0, 0, 1),
@@ -254,7 +253,7 @@ mod tests {
             op(0x06, 0, 0, 3),
         ];
         assert_eq!(verdict(&jumps), Some(3));
-        // None that the kernel would have taken.
+        // Programs that the kernel would not have accepted.
         for bad in [
             vec![],
             vec![op(0x20, 0, 0, 64), op(0x06, 0, 0, ALLOW)],
@@ -268,13 +267,13 @@ mod tests {
     }
 
     #[test]
-    fn filters_of_places_are_known() {
+    fn filters_that_read_the_address_are_detected() {
         let number = vec![op(0x20, 0, 0, 0), op(0x06, 0, 0, ALLOW)];
         let arguments = vec![op(0x20, 0, 0, 16), op(0x00, 0, 0, 8), op(0x06, 0, 0, ALLOW)];
-        assert!(!any_asks_for_the_place(&[number.clone(), arguments]));
+        assert!(!any_reads_instruction_pointer(&[number.clone(), arguments]));
         for half in [8, 12] {
             let place = vec![op(0x20, 0, 0, half), op(0x06, 0, 0, ALLOW)];
-            assert!(any_asks_for_the_place(&[number.clone(), place]));
+            assert!(any_reads_instruction_pointer(&[number.clone(), place]));
         }
     }
 }

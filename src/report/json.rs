@@ -16,7 +16,7 @@ use crate::finder::owners::{Holding, Process};
 use crate::finder::{Found, Held, Socket};
 use crate::injector::ladder::Verdict;
 use crate::pipeline::{Deed, Run};
-use crate::reclaim::{Fate, Reason};
+use crate::reclaim::{Reason, ReclaimOutcome};
 use crate::refill::Refill;
 
 pub(super) const SCHEMA_VERSION: u32 = 1;
@@ -45,7 +45,7 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
         undecided: run.found.undecided,
         unlisted: run.unlisted.as_deref(),
         reclaim: run.reclaimed.as_ref().map(|reclaimed| JsonReclaim {
-            owners: reclaim::json_owners(&run.found.processes, &reclaimed.visits),
+            owners: reclaim::json_owners(&reclaimed.stops),
             summary: reclaim::Tally::of_run(reclaimed),
         }),
         summary: Tally::of(run),
@@ -373,18 +373,19 @@ fn json_socket(run: &Run, at: usize) -> JsonSocket<'_> {
             .collect(),
         reclaim_plan: match deed {
             None => run.reclaimed.as_ref().map(|reclaimed| {
-                let doubt = |doubt: &Option<Reason>| match doubt {
+                let planned = |reason: &Option<Reason>| match reason {
                     None => Some(("would-free", None)),
                     Some(reason) => Some(("skipped", Some(reason.to_string()))),
                 };
-                descriptors(run, socket, reclaimed.doubts[at].iter().map(doubt))
+                descriptors(run, socket, reclaimed.reasons[at].iter().map(planned))
             }),
             Some(_) => None,
         },
         result: deed.map(|deed| JsonResult {
             descriptors: run.reclaimed.as_ref().map(|reclaimed| {
-                let fate = |fate: &Option<Fate>| fate.as_ref().map(reclaim::outcome);
-                descriptors(run, socket, reclaimed.fates[at].iter().map(fate))
+                let outcome =
+                    |outcome: &Option<ReclaimOutcome>| outcome.as_ref().map(reclaim::outcome);
+                descriptors(run, socket, reclaimed.outcomes[at].iter().map(outcome))
             }),
             ..json_result(deed)
         }),

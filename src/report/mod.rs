@@ -13,7 +13,7 @@ use std::process::ExitCode;
 
 use crate::injector::ladder::Verdict;
 use crate::pipeline::Run;
-use crate::reclaim::Fate;
+use crate::reclaim::ReclaimOutcome;
 
 /// How many sockets had which outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -106,10 +106,15 @@ pub fn exit_status(run: &Run) -> ExitStatus {
 
 /// Whether every descriptor that was to be closed is.
 fn all_reclaimed(run: &Run) -> bool {
-    let left = |fate: &Fate| matches!(fate, Fate::Skipped(_) | Fate::Failed(_));
+    let left = |outcome: &ReclaimOutcome| {
+        matches!(
+            outcome,
+            ReclaimOutcome::Skipped(_) | ReclaimOutcome::Failed(_)
+        )
+    };
     !run.reclaimed
         .iter()
-        .any(|reclaimed| reclaimed.fates.iter().flatten().flatten().any(left))
+        .any(|reclaimed| reclaimed.outcomes.iter().flatten().flatten().any(left))
 }
 
 /// The exit status of the program.

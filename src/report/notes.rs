@@ -13,7 +13,7 @@ use crate::injector::ladder::Verdict;
 use crate::pipeline::{Deed, Run};
 use crate::plan::LeftOut;
 use crate::privileges::Need;
-use crate::reclaim::{Fate, Reason};
+use crate::reclaim::{Reason, ReclaimOutcome};
 
 /// The notes, one a line.
 pub fn notes(run: &Run) -> Vec<String> {
@@ -229,13 +229,10 @@ pub fn missing_privileges(run: &Run) -> BTreeSet<Need> {
         }
     }
     if let Some(reclaimed) = &run.reclaimed {
-        let fates = reclaimed.fates.iter().flatten().flatten();
-        let reasons = fates.filter_map(|fate| match fate {
-            Fate::Skipped(reason) | Fate::Failed(reason) => Some(reason),
-            Fate::Freed | Fate::Gone => None,
-        });
-        let doubts = reclaimed.doubts.iter().flatten().flatten();
-        needs.extend(reasons.chain(doubts).filter_map(Reason::need));
+        let outcomes = reclaimed.outcomes.iter().flatten().flatten();
+        let done = outcomes.filter_map(ReclaimOutcome::reason);
+        let planned = reclaimed.reasons.iter().flatten().flatten();
+        needs.extend(done.chain(planned).filter_map(Reason::need));
     }
     needs
 }

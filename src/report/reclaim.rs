@@ -13,12 +13,11 @@ use super::escape::escape;
 use super::json::{Endpoint, JsonContainer, SCHEMA_VERSION, container, endpoint, serializer};
 use super::text::{age, belongs, belongs_to, plain_table};
 use crate::config::Action;
-use crate::finder::owners::Process;
 use crate::pipeline::Reclaimed;
 use crate::reclaim::command::{Config, Run};
-use crate::reclaim::{Fate, Reason, Visit};
+use crate::reclaim::{Reason, ReclaimOutcome, StopStats};
 
-/// How many descriptors had which fate.
+/// The number of descriptors per outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Tally {
     /// Descriptors of dead sockets.
@@ -35,17 +34,18 @@ pub struct Tally {
 
 impl Tally {
     /// Counts.
-    pub fn of<'f>(found: usize, fates: impl Iterator<Item = &'f Fate>) -> Self {
+    pub fn of<'o>(found: usize, outcomes: impl Iterator<Item = &'o ReclaimOutcome>) -> Self {
         let mut tally = Tally {
             found,
             ..Tally::default()
         };
-        for fate in fates {
-            *match fate {
-                Fate::Freed => &mut tally.freed,
-                Fate::Gone => &mut tally.gone,
-                Fate::Skipped(_) => &mut tally.skipped,
-                Fate::Failed(_) => &mut tally.failed,
+        for outcome in outcomes {
+            *match outcome {
+                ReclaimOutcome::Allowed => continue,
+                ReclaimOutcome::Freed => &mut tally.freed,
+                ReclaimOutcome::Gone => &mut tally.gone,
+                ReclaimOutcome::Skipped(_) => &mut tally.skipped,
+                ReclaimOutcome::Failed(_) => &mut tally.failed,
             } += 1;
         }
         tally
@@ -53,8 +53,14 @@ impl Tally {
 
     /// Counts what `--reclaim` did.
     pub fn of_run(reclaimed: &Reclaimed) -> Self {
-        let fates = || reclaimed.fates.iter().flatten().flatten();
-        Self::of(fates().count(), fates())
+        let outcomes = || reclaimed.outcomes.iter().flatten().flatten();
+        Self::of(outcomes().count(), outcomes())
+    }
+
+    /// Counts what `cwkill reclaim` did.
+    pub fn of_command(run: &Run) -> Self {
+        let outcomes = run.descriptors.iter().filter_map(|d| d.outcome.as_ref());
+        Self::of(run.descriptors.len(), outcomes.filter(|_| run.acted))
     }
 
     /// Those that were not freed, as words.
@@ -76,12 +82,12 @@ impl Tally {
 /// The status to exit with.
 pub fn exit_status(run: &Run) -> ExitStatus {
     let unseen = run.has_blind_spots();
-    match &run.fates {
+    match run.acted {
         _ if run.descriptors.is_empty() && unseen => ExitStatus::NotAllClosed,
         _ if run.descriptors.is_empty() => ExitStatus::NothingMatched,
-        None => ExitStatus::Done,
-        Some(fates) => {
-            let tally = Tally::of(fates.len(), fates.iter());
+        false => ExitStatus::Done,
+        true => {
+            let tally = Tally::of_command(run);
             match tally.skipped + tally.failed {
                 0 if !unseen => ExitStatus::Done,
                 _ => ExitStatus::NotAllClosed,
@@ -91,27 +97,31 @@ pub fn exit_status(run: &Run) -> ExitStatus {
 }
 
 /// The outcome and its reason, as JSON has them.
-pub fn outcome(fate: &Fate) -> (&'static str, Option<String>) {
-    match fate {
-        Fate::Freed => ("freed", None),
-        Fate::Gone => ("gone", None),
-        Fate::Skipped(reason) => ("skipped", Some(reason.to_string())),
-        Fate::Failed(reason) => ("failed", Some(reason.to_string())),
-    }
+pub fn outcome(outcome: &ReclaimOutcome) -> (&'static str, Option<String>) {
+    let name = match outcome {
+        ReclaimOutcome::Allowed => "would-free",
+        ReclaimOutcome::Freed => "freed",
+        ReclaimOutcome::Gone => "gone",
+        ReclaimOutcome::Skipped(_) => "skipped",
+        ReclaimOutcome::Failed(_) => "failed",
+    };
+    (name, outcome.reason().map(Reason::to_string))
 }
 
 /// What the table of the main job adds about a socket's descriptors.
 pub fn beside(reclaimed: &Reclaimed, at: usize) -> String {
     let mut freed = 0;
     let mut left = Vec::new();
-    for fate in reclaimed.fates[at].iter().flatten() {
-        match fate {
-            Fate::Freed => freed += 1,
-            Fate::Gone => {}
-            Fate::Skipped(reason) | Fate::Failed(reason) => left.push(reason.to_string()),
-        }
+    for outcome in reclaimed.outcomes[at].iter().flatten() {
+        freed += usize::from(*outcome == ReclaimOutcome::Freed);
+        left.extend(outcome.reason().map(Reason::to_string));
     }
-    left.extend(reclaimed.doubts[at].iter().flatten().map(Reason::to_string));
+    left.extend(
+        reclaimed.reasons[at]
+            .iter()
+            .flatten()
+            .map(Reason::to_string),
+    );
     left.dedup();
     let mut text = match freed {
         0 => String::new(),
@@ -125,27 +135,26 @@ pub fn beside(reclaimed: &Reclaimed, at: usize) -> String {
 }
 
 /// The line that `--reclaim` adds to the summary, and those about the owners.
-pub fn lines(owners: &[Process], reclaimed: &Reclaimed) -> Vec<String> {
+pub fn lines(reclaimed: &Reclaimed) -> Vec<String> {
     let tally = Tally::of_run(reclaimed);
     let counted = super::notes::counted(tally.found, "descriptor");
     let mut lines = vec![format!("{counted}: {} freed{}", tally.freed, tally.left())];
-    lines.extend(visits(owners, &reclaimed.visits));
+    lines.extend(stops(&reclaimed.stops));
     lines
 }
 
 /// One line for each owner that was stopped.
-pub fn visits(owners: &[Process], visits: &[Visit]) -> Vec<String> {
-    let line = |visit: &Visit| {
-        let owner = &owners[visit.owner];
+pub fn stops(stops: &[StopStats]) -> Vec<String> {
+    let line = |stop: &StopStats| {
         format!(
             "{}/{} was stopped for {:.1} ms: {} freed",
-            escape(&owner.comm),
-            owner.pid,
-            visit.stopped.as_secs_f64() * 1000.0,
-            super::notes::counted(visit.freed, "descriptor"),
+            escape(&stop.process.comm),
+            stop.process.pid,
+            stop.stopped.as_secs_f64() * 1000.0,
+            super::notes::counted(stop.freed, "descriptor"),
         )
     };
-    visits.iter().map(line).collect()
+    stops.iter().map(line).collect()
 }
 
 /// Writes the table and the summary.
@@ -157,7 +166,7 @@ pub fn write(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io
         write_table(run, config, color, out)?;
     }
     writeln!(out, "{}", summary(run, config))?;
-    for line in visits(&run.owners, &run.visits) {
+    for line in stops(&run.stops) {
         writeln!(out, "{line}")?;
     }
     Ok(())
@@ -165,10 +174,7 @@ pub fn write(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io
 
 fn write_table(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io::Result<()> {
     let mut table = plain_table(color);
-    let whose = run
-        .descriptors
-        .iter()
-        .any(|d| belongs(&run.owners[d.wanted.owner].cgroup));
+    let whose = run.descriptors.iter().any(|d| belongs(&d.process.cgroup));
     let mut header = vec!["PROCESS", "FD"];
     header.extend(whose.then_some("UNIT"));
     header.extend(["LOCAL", "QUIET", "DEAD BY"]);
@@ -179,31 +185,27 @@ fn write_table(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> 
     if !config.no_header {
         table.set_header(header);
     }
-    for (at, dead) in run.descriptors.iter().enumerate() {
-        let owner = &run.owners[dead.wanted.owner];
+    for target in &run.descriptors {
+        let owner = &target.process;
         let mut cells = vec![
             Cell::new(format!("{}/{}", escape(&owner.comm), owner.pid)),
-            Cell::new(dead.wanted.fd.0),
+            Cell::new(target.fd.0),
         ];
         if whose {
             cells.push(Cell::new(belongs_to(&owner.cgroup, config.verbose)));
         }
         cells.extend([
-            Cell::new(
-                dead.socket
-                    .local
-                    .map_or("-".into(), |local| local.to_string()),
-            ),
-            Cell::new(age(dead.socket.quiet)),
+            Cell::new(target.local.map_or("-".into(), |local| local.to_string())),
+            Cell::new(age(target.age.unwrap_or_default())),
             Cell::new(DEAD_BY_TEXT),
         ]);
-        cells.push(match &run.fates {
-            None => match &run.doubts[at] {
+        cells.extend(target.outcome.as_ref().map(|outcome| match run.acted {
+            true => outcome_cell(outcome),
+            false => match outcome.reason() {
                 None => Cell::new("yes").fg(Color::Green),
                 Some(reason) => Cell::new(format!("no: {reason}")).fg(Color::Yellow),
             },
-            Some(fates) => fate_cell(&fates[at]),
-        });
+        }));
         table.add_row(cells);
     }
     for column in table.column_iter_mut() {
@@ -221,12 +223,15 @@ fn write_table(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> 
 /// How a descriptor is known to be dead.
 const DEAD_BY_TEXT: &str = "state close, in no TCP table";
 
-fn fate_cell(fate: &Fate) -> Cell {
-    match fate {
-        Fate::Freed => Cell::new("freed").fg(Color::Green),
-        Fate::Gone => Cell::new("gone before the act").fg(Color::Green),
-        Fate::Skipped(reason) => Cell::new(format!("skipped: {reason}")).fg(Color::Yellow),
-        Fate::Failed(reason) => Cell::new(format!("failed: {reason}")).fg(Color::Red),
+fn outcome_cell(outcome: &ReclaimOutcome) -> Cell {
+    match outcome {
+        ReclaimOutcome::Allowed => Cell::new("allowed"),
+        ReclaimOutcome::Freed => Cell::new("freed").fg(Color::Green),
+        ReclaimOutcome::Gone => Cell::new("gone before the act").fg(Color::Green),
+        ReclaimOutcome::Skipped(reason) => {
+            Cell::new(format!("skipped: {reason}")).fg(Color::Yellow)
+        }
+        ReclaimOutcome::Failed(reason) => Cell::new(format!("failed: {reason}")).fg(Color::Red),
     }
 }
 
@@ -234,13 +239,15 @@ fn fate_cell(fate: &Fate) -> Cell {
 pub fn summary(run: &Run, config: &Config) -> String {
     let found = run.descriptors.len();
     let counted = super::notes::counted(found, "dead descriptor");
-    match &run.fates {
-        Some(fates) => {
-            let tally = Tally::of(found, fates.iter());
+    match run.acted {
+        true => {
+            let tally = Tally::of_command(run);
             format!("{counted}: {} freed{}", tally.freed, tally.left())
         }
-        None => {
-            let allowed = run.doubts.iter().filter(|doubt| doubt.is_none()).count();
+        false => {
+            let allowed = Some(ReclaimOutcome::Allowed);
+            let allowed = run.descriptors.iter().filter(|d| d.outcome == allowed);
+            let allowed = allowed.count();
             let mut line = format!("{counted}, {allowed} may be taken");
             if config.action == Action::DryRun {
                 line.push_str("; dry run, nothing was done");
@@ -290,18 +297,10 @@ pub fn notes(run: &Run) -> Vec<String> {
 
 /// Whether the lack of a right stood in the way.
 pub fn lacks_rights(run: &Run) -> bool {
-    let denied = |fate: &Fate| match fate {
-        Fate::Skipped(reason) | Fate::Failed(reason) => reason.need().is_some(),
-        Fate::Freed | Fate::Gone => false,
-    };
+    let mut outcomes = run.descriptors.iter().filter_map(|d| d.outcome.as_ref());
     run.unknown + run.unreadable > 0
         || run.hidden
-        || run
-            .doubts
-            .iter()
-            .flatten()
-            .any(|reason| reason.need().is_some())
-        || run.fates.iter().flatten().any(denied)
+        || outcomes.any(|outcome| outcome.reason().and_then(Reason::need).is_some())
 }
 
 #[derive(Serialize)]
@@ -371,14 +370,15 @@ pub struct Owner<'a> {
 }
 
 /// The owners that were stopped, for JSON.
-pub fn json_owners<'a>(owners: &'a [Process], visits: &[Visit]) -> Vec<Owner<'a>> {
-    let owner = |visit: &Visit| Owner {
-        pid: owners[visit.owner].pid,
-        comm: &owners[visit.owner].comm,
-        freed: visit.freed,
-        stopped_us: micros(visit.stopped),
-    };
-    visits.iter().map(owner).collect()
+pub fn json_owners(stops: &[StopStats]) -> Vec<Owner<'_>> {
+    let stops = stops.iter();
+    let owners = stops.map(|stop| Owner {
+        pid: stop.process.pid,
+        comm: &stop.process.comm,
+        freed: stop.freed,
+        stopped_us: micros(stop.stopped),
+    });
+    owners.collect()
 }
 
 fn micros(duration: Duration) -> u64 {
@@ -387,22 +387,17 @@ fn micros(duration: Duration) -> u64 {
 
 /// Every descriptor of a run, in order.
 pub(crate) fn descriptors(run: &Run) -> impl Iterator<Item = Descriptor<'_>> {
-    run.descriptors.iter().enumerate().map(|(at, dead)| {
-        let owner = &run.owners[dead.wanted.owner];
-        let (safe, outcome, reason) = match &run.fates {
-            Some(fates) => {
-                let (outcome, reason) = outcome(&fates[at]);
-                (None, Some(outcome), reason)
-            }
-            None => {
-                // Before the act nobody has judged.
-                let doubt = run.doubts.get(at);
-                let safe = doubt.map(Option::is_none);
-                (
-                    safe,
-                    None,
-                    doubt.and_then(|doubt| Some(doubt.as_ref()?.to_string())),
-                )
+    run.descriptors.iter().map(|target| {
+        let owner = &target.process;
+        let (safe, outcome, reason) = match &target.outcome {
+            // Nothing is decided before the act.
+            None => (None, None, None),
+            Some(result) => {
+                let (outcome, reason) = outcome(result);
+                match run.acted {
+                    true => (None, Some(outcome), reason),
+                    false => (Some(reason.is_none()), None, reason),
+                }
             }
         };
         Descriptor {
@@ -410,12 +405,12 @@ pub(crate) fn descriptors(run: &Run) -> impl Iterator<Item = Descriptor<'_>> {
             comm: &owner.comm,
             unit: owner.cgroup.unit.as_deref(),
             container: container(owner),
-            fd: dead.wanted.fd.0,
-            inode: dead.wanted.inode,
-            cookie: dead.wanted.cookie.to_string(),
-            local: dead.socket.local.map(endpoint),
-            quiet_ms: u64::try_from(dead.socket.quiet.as_millis()).unwrap_or(u64::MAX),
-            unread: dead.socket.unread,
+            fd: target.fd.0,
+            inode: target.inode,
+            cookie: target.cookie.to_string(),
+            local: target.local.map(endpoint),
+            quiet_ms: u64::try_from(target.age.unwrap_or_default().as_millis()).unwrap_or(u64::MAX),
+            unread: target.unread,
             dead_by: "state-close",
             safe,
             outcome,
@@ -432,13 +427,13 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
     let document = Document {
         schema_version: SCHEMA_VERSION,
         cwkill_version: env!("CARGO_PKG_VERSION"),
-        dry_run: run.fates.is_none(),
+        dry_run: !run.acted,
         descriptors: descriptors(run).collect(),
-        owners: json_owners(&run.owners, &run.visits),
+        owners: json_owners(&run.stops),
         unknown: run.unknown,
         unreadable_processes: run.unreadable + run.headless.len() + run.failed.len(),
         hidden_processes: run.hidden,
-        summary: Tally::of(run.descriptors.len(), run.fates.iter().flatten()),
+        summary: Tally::of_command(run),
     };
     document.serialize(&mut serializer(out))?;
     out.write_all(b"\n")

@@ -37,7 +37,7 @@ pub fn write(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io
     }
     writeln!(out, "{}", summary(run, config))?;
     if let (Some(reclaimed), Action::Act) = (&run.reclaimed, config.action) {
-        for line in reclaim::lines(&run.found.processes, reclaimed) {
+        for line in reclaim::lines(reclaimed) {
             writeln!(out, "{line}")?;
         }
     }

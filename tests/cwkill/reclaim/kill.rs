@@ -1,6 +1,7 @@
 //! The end of cwkill at any point: the owner goes on.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -9,8 +10,8 @@ use netns_harness::owners::{Build, Owner};
 use netns_harness::{Lab, Signal};
 
 use cwkill::finder::dead::{self, Verdict};
-use cwkill::finder::owners::{Proc, Process};
-use cwkill::reclaim::{Fate, Rules, Wanted};
+use cwkill::finder::owners::Proc;
+use cwkill::reclaim::{Reason, ReclaimOutcome, ReclaimRules, ReclaimTarget};
 
 use super::{is_traced, reclaim};
 use crate::Case::{self, Once};
@@ -23,8 +24,8 @@ pub const CASES: &[Case] = &[
     Once("sigkill_ends_no_call_that_it_must_not", killed_waiting),
 ];
 
-/// What `cwkill reclaim` would be given of one process.
-fn wanted(owner: &Owner) -> Result<(Vec<Process>, Vec<Wanted>)> {
+/// The targets that `cwkill reclaim` finds in one process.
+fn targets(owner: &Owner) -> Result<Vec<ReclaimTarget>> {
     let pid = i32::try_from(owner.pid())?;
     let scan = dead::find(
         &Proc::default(),
@@ -32,18 +33,21 @@ fn wanted(owner: &Owner) -> Result<(Vec<Process>, Vec<Wanted>)> {
         &HashSet::new(),
     )?;
     let table = scan.tables.into_iter().next().context("no such process")?;
-    let wanted = table
+    let process = Arc::new(table.process);
+    let targets = table
         .suspects
         .iter()
         .filter_map(|suspect| match suspect.verdict {
-            Verdict::Dead(socket) => Some(Wanted::dead(0, suspect, &socket)),
+            Verdict::Dead(socket) => {
+                Some(ReclaimTarget::dead(Arc::clone(&process), suspect, &socket))
+            }
             _ => None,
         });
-    Ok((vec![table.process], wanted.collect()))
+    Ok(targets.collect())
 }
 
-const RULES: Rules = Rules {
-    age: Duration::ZERO,
+const RULES: ReclaimRules = ReclaimRules {
+    min_age: Duration::ZERO,
     force: false,
     stop_limit: Duration::from_secs(1),
 };
@@ -55,7 +59,7 @@ fn panics() -> Result<()> {
         let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 1)?;
         for after in 0..10 {
             owner.scatter(10)?;
-            let (owners, wanted) = wanted(&owner)?;
+            let mut targets = targets(&owner)?;
             let (pid, asked) = (owner.pid(), AtomicU32::new(0));
             let bug = || {
                 if is_traced(pid) && asked.fetch_add(1, Ordering::Relaxed) >= after {
@@ -64,12 +68,11 @@ fn panics() -> Result<()> {
                 }
                 false
             };
-            let done = cwkill::reclaim::reclaim(&owners, &wanted, &RULES, &Proc::default(), &bug);
-            let failed = done
-                .fates
+            cwkill::reclaim::reclaim(&mut targets, &RULES, &Proc::default(), &bug);
+            let failed = targets
                 .iter()
-                .filter(|fate| matches!(fate, Fate::Failed(_)));
-            ensure!(failed.count() > 0, "{done:?}");
+                .filter(|target| matches!(target.outcome, Some(ReclaimOutcome::Failed(_))));
+            ensure!(failed.count() > 0, "{targets:?}");
             ensure!(!is_traced(owner.pid()), "{mode}, after {after}");
             owner
                 .report()
@@ -85,20 +88,19 @@ fn interrupted() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "works", 1)?;
     owner.scatter(10)?;
-    let (owners, wanted) = wanted(&owner)?;
+    let mut targets = targets(&owner)?;
     let (pid, asked) = (owner.pid(), AtomicU32::new(0));
     // Asked before each descriptor, and at other times.
     let stop = || is_traced(pid) && asked.fetch_add(1, Ordering::Relaxed) >= 3;
-    let done = cwkill::reclaim::reclaim(&owners, &wanted, &RULES, &Proc::default(), &stop);
-    let freed = done
-        .fates
+    cwkill::reclaim::reclaim(&mut targets, &RULES, &Proc::default(), &stop);
+    let freed = targets
         .iter()
-        .filter(|fate| matches!(fate, Fate::Freed))
+        .filter(|target| target.outcome == Some(ReclaimOutcome::Freed))
         .count();
     same(&freed, &3)?;
     ensure!(
-        format!("{:?}", done.fates[9]).contains("Interrupted"),
-        "{done:?}"
+        targets[9].outcome == Some(ReclaimOutcome::Skipped(Reason::Interrupted)),
+        "{targets:?}"
     );
     let checks = owner.report()?;
     lab.wait_for(PATIENCE, || Ok(owner.report()? > checks))?;

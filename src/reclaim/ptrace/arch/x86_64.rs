@@ -1,7 +1,7 @@
 //! x86-64. Source: arch/x86/include/asm/user_64.h (struct user_regs_struct), arch/x86/kernel/signal.c
 //! (arch_do_signal_or_restart).
 
-use super::{Call, RESTARTS};
+use crate::reclaim::syscalls::Syscall;
 
 /// The general registers, in the order of `struct user_regs_struct`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,18 +18,19 @@ const ORIG_RAX: usize = 15;
 const RIP: usize = 16;
 const CS: usize = 17;
 
+/// Results by which the kernel marks a call that it will restart. Source: include/linux/errno.h.
+const RESTARTS: [i64; 4] = [-512, -513, -514, -516];
 /// -ERESTARTNOHAND
 const RESTART_UNLESS_HANDLED: i64 = -514;
 
 impl Registers {
-    /// How many words there are.
     pub const WORDS: usize = 27;
-    /// What the program enters the kernel with: `syscall`.
+    /// The instruction with which the program enters the kernel: `syscall`.
     pub const INSTRUCTION: &'static [u8] = &[0x0f, 0x05];
     /// include/uapi/linux/audit.h, AUDIT_ARCH_X86_64.
     pub const AUDIT_ARCH: u32 = 0xc000_003e;
 
-    /// Whether the thread runs 64-bit code: the numbers of calls are then those we know.
+    /// Whether the thread runs 64-bit code, and so uses the 64-bit numbers of system calls.
     pub fn is_native(&self) -> bool {
         // arch/x86/include/asm/segment.h, __USER_CS.
         self.0[CS] == 0x33
@@ -40,31 +41,29 @@ impl Registers {
         self.0[RIP]
     }
 
-    /// The call that a stopped thread is in, or has just left and not looked at.
-    ///
-    /// `at` reads the code of the thread; here it is not needed.
-    pub fn call(&self, _at: &dyn Fn(u64) -> bool) -> Option<Call> {
+    /// The call that a stopped thread is in, or has just left without having seen its result.
+    pub fn syscall(&self, _is_instruction: &dyn Fn(u64) -> bool) -> Option<Syscall> {
         let number = self.0[ORIG_RAX].cast_signed();
-        (number >= 0).then(|| Call {
+        (number >= 0).then(|| Syscall {
             number,
-            arguments: [RDI, RSI, RDX, R10, R8, R9].map(|at| self.0[at]),
+            arguments: [RDI, RSI, RDX, R10, R8, R9].map(|register| self.0[register]),
         })
     }
 
-    /// Whether the kernel makes the thread's call again when the thread goes on.
-    pub fn restarts(&self, _at: &dyn Fn(u64) -> bool) -> bool {
+    /// Whether the kernel restarts the thread's call when the thread goes on.
+    pub fn restarts(&self, _is_instruction: &dyn Fn(u64) -> bool) -> bool {
         self.0[ORIG_RAX].cast_signed() >= 0 && RESTARTS.contains(&self.result())
     }
 
-    /// What the call gave.
+    /// The result of the call.
     pub fn result(&self) -> i64 {
         self.0[RAX].cast_signed()
     }
 
-    /// Where our stopping it has ended the call with EINTR: the same, to be made again unless a signal
-    /// with a handler is what ended it.
-    pub fn repeated(&self) -> Option<Self> {
-        let call = self.call(&|_| false)?;
+    /// For a call that ended with EINTR because cwkill stopped the thread: the registers with which the kernel restarts it,
+    /// unless a signal with a handler ended it.
+    pub fn restart_eintr(&self) -> Option<Self> {
+        let call = self.syscall(&|_| false)?;
         let ended = self.result() == -i64::from(libc::EINTR);
         (ended && ENDED_BY_A_STOP.contains(&call.number)).then(|| {
             let mut registers = *self;
@@ -73,33 +72,33 @@ impl Registers {
         })
     }
 
-    /// From the registers at the beginning of a call: those that make it call `number` instead, with up to
-    /// three arguments. The others stay as they are.
-    pub fn instead(&self, number: i64, arguments: &[u64]) -> Self {
+    /// From the registers at the entry of a call: those that replace it by call `number`, with up to three arguments. The
+    /// other arguments stay as they are.
+    pub fn with_syscall(&self, number: i64, arguments: &[u64]) -> Self {
         let mut registers = *self;
         registers.0[ORIG_RAX] = number.cast_unsigned();
-        for (at, argument) in [RDI, RSI, RDX].into_iter().zip(arguments) {
-            registers.0[at] = *argument;
+        for (register, argument) in [RDI, RSI, RDX].into_iter().zip(arguments) {
+            registers.0[register] = *argument;
         }
         registers
     }
 
-    /// From the registers at the beginning of call `number`: those of a thread that is about to make it.
-    pub fn again(&self, number: i64) -> Self {
+    /// From the registers at the entry of call `number`: those of a thread that is about to make it.
+    pub fn before_syscall(&self, number: i64) -> Self {
         let mut registers = *self;
         registers.0[RIP] = registers.0[RIP].wrapping_sub(Self::INSTRUCTION.len() as u64);
         registers.0[RAX] = number.cast_unsigned();
-        // In no call: nothing is to be restarted.
+        // Not in a call, so the kernel restarts nothing.
         registers.0[ORIG_RAX] = u64::MAX;
         registers
     }
 
-    /// What the thread is let go with: as it was when it was stopped, if it was in a call that the kernel
-    /// restarts (it then decides as if we had not been there), else about to make its call.
-    pub fn let_go(stopped: &Self, entered: &Self, number: i64) -> Self {
+    /// The registers with which the thread is released. If it was `stopped` in a call that the kernel restarts, they are as
+    /// they were, and the kernel decides as if cwkill had not been there. Otherwise the thread is about to make its call.
+    pub fn restored(stopped: &Self, entry: &Self, number: i64) -> Self {
         match stopped.restarts(&|_| false) {
             true => *stopped,
-            false => entered.again(number),
+            false => entry.before_syscall(number),
         }
     }
 }
@@ -107,8 +106,8 @@ impl Registers {
 /// arch/x86/entry/syscalls/syscall_64.tbl; libc does not have it.
 const IO_PGETEVENTS: i64 = 333;
 
-/// Calls that end with EINTR when their thread is stopped and goes on, whatever stopped it. They have
-/// done nothing then, and can be made again. Source: signal(7), "Interruption of system calls and
+/// Calls that end with EINTR when their thread is stopped and goes on, whatever stopped it. They have done nothing then, so
+/// the thread can make them again. Source: signal(7), "Interruption of system calls and
 /// library functions by stop signals"; fs/eventpoll.c, ep_poll; net/core/sock.c, sock_intr_errno.
 const ENDED_BY_A_STOP: [i64; 23] = [
     libc::SYS_epoll_wait,
@@ -120,7 +119,7 @@ const ENDED_BY_A_STOP: [i64; 23] = [
     libc::SYS_io_getevents,
     IO_PGETEVENTS,
     libc::SYS_io_uring_enter,
-    // With SO_RCVTIMEO or SO_SNDTIMEO, or of inotify.
+    // On a socket with SO_RCVTIMEO or SO_SNDTIMEO, or on inotify.
     libc::SYS_read,
     libc::SYS_readv,
     libc::SYS_recvfrom,
@@ -141,7 +140,7 @@ const ENDED_BY_A_STOP: [i64; 23] = [
 mod tests {
     use super::*;
 
-    /// A thread in the kernel for `number`, which gave `result`.
+    /// A thread in call `number`, which returned `result`.
     fn thread(number: i64, result: i64) -> Registers {
         let mut words = [7; Registers::WORDS];
         words[ORIG_RAX] = number.cast_unsigned();
@@ -153,63 +152,67 @@ mod tests {
     }
 
     #[test]
-    fn a_call_is_exchanged_and_made_again() {
-        let entered = thread(libc::SYS_futex, -38);
-        let ours = entered.instead(libc::SYS_close, &[9]);
-        let call = ours.call(&|_| false).unwrap();
+    fn a_call_is_replaced_and_then_made() {
+        let entry = thread(libc::SYS_futex, -38);
+        let ours = entry.with_syscall(libc::SYS_close, &[9]);
+        let call = ours.syscall(&|_| false).unwrap();
         assert_eq!(
             (call.number, call.arguments[..3].to_vec()),
             (libc::SYS_close, vec![9, 2, 3])
         );
-        assert_eq!(ours.pc(), entered.pc());
-        let again = entered.again(libc::SYS_futex);
-        assert_eq!(again.pc(), 0x40_1000);
-        assert_eq!(again.result(), libc::SYS_futex);
-        assert_eq!(again.call(&|_| false), None, "nothing is restarted twice");
-        // Everything else is as the thread has it.
-        for at in (0..Registers::WORDS).filter(|at| ![RAX, ORIG_RAX, RIP].contains(at)) {
-            assert_eq!(again.0[at], entered.0[at], "{at}");
+        assert_eq!(ours.pc(), entry.pc());
+        let before = entry.before_syscall(libc::SYS_futex);
+        assert_eq!(before.pc(), 0x40_1000);
+        assert_eq!(before.result(), libc::SYS_futex);
+        assert_eq!(
+            before.syscall(&|_| false),
+            None,
+            "nothing is restarted twice"
+        );
+        // All other registers keep their values.
+        for word in (0..Registers::WORDS).filter(|word| ![RAX, ORIG_RAX, RIP].contains(word)) {
+            assert_eq!(before.0[word], entry.0[word], "{word}");
         }
     }
 
     #[test]
     fn a_pending_restart_is_left_to_the_kernel() {
-        let entered = thread(libc::SYS_restart_syscall, -38);
+        let entry = thread(libc::SYS_restart_syscall, -38);
         for result in RESTARTS {
             let stopped = thread(libc::SYS_poll, result);
-            let gone = Registers::let_go(&stopped, &entered, libc::SYS_restart_syscall);
-            assert_eq!(gone, stopped);
+            let restored = Registers::restored(&stopped, &entry, libc::SYS_restart_syscall);
+            assert_eq!(restored, stopped);
         }
         let running = thread(-1, 5);
-        let entered = thread(libc::SYS_write, -38);
-        let gone = Registers::let_go(&running, &entered, libc::SYS_write);
-        assert_eq!(gone, entered.again(libc::SYS_write));
-        // The result of a call that is over is not taken for a restart.
+        let entry = thread(libc::SYS_write, -38);
+        let restored = Registers::restored(&running, &entry, libc::SYS_write);
+        assert_eq!(restored, entry.before_syscall(libc::SYS_write));
+        // The result of a finished call does not count as a restart.
         assert!(!thread(-1, -512).restarts(&|_| false));
         assert!(!thread(libc::SYS_read, 512).restarts(&|_| false));
     }
 
     #[test]
-    fn only_what_the_stop_ended_is_repeated() {
+    fn only_a_call_that_the_stop_ended_is_restarted() {
         let eintr = -i64::from(libc::EINTR);
         for call in [libc::SYS_epoll_wait, libc::SYS_sendfile, libc::SYS_splice] {
-            let repeated = thread(call, eintr).repeated().unwrap();
-            assert!(repeated.restarts(&|_| false));
-            assert_eq!(repeated.result(), RESTART_UNLESS_HANDLED);
+            let restarted = thread(call, eintr).restart_eintr().unwrap();
+            assert!(restarted.restarts(&|_| false));
+            assert_eq!(restarted.result(), RESTART_UNLESS_HANDLED);
         }
         for other in [
             thread(libc::SYS_epoll_wait, 3),
             thread(libc::SYS_epoll_wait, -514),
-            // May have been made already.
+            // It may have had its effect already.
             thread(libc::SYS_connect, eintr),
             thread(-1, eintr),
         ] {
-            assert_eq!(other.repeated(), None);
+            assert_eq!(other.restart_eintr(), None);
         }
     }
 
     #[test]
-    fn code_of_another_width_is_known() {
+    fn code_of_32_bits_is_detected() {
         assert!(thread(0, 0).is_native());
         let mut narrow = thread(0, 0);
         narrow.0[CS] = 0x23;

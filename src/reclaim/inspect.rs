@@ -1,0 +1,531 @@
+//! Inspecting an owner from outside: its descriptors, threads and system calls, and who shares its descriptor table.
+//!
+//! Of `/proc/PID` cwkill reads only `auxv`, `fd`, `fdinfo`, `status` and `task`, none of which waits for the owner's memory.
+//! `cmdline` may wait; cwkill reads it only for a process that could share the descriptor table and may not be compared.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::thread;
+
+use caps::{CapSet, Capability};
+use nix::errno::Errno;
+
+use super::in_use::{Epoll, Evidence, InUse, IoUring, runs_finalizers, works_for_io_uring};
+use super::outcome::{OwnerError, Reason, errno};
+use super::ptrace::{StoppedProcess, Thread, read_memory};
+use super::syscalls::{Syscall, SyscallUse};
+use super::{RETRY_INTERVAL, ReclaimRules, ReclaimTarget};
+use crate::finder::dead::{self, Verdict};
+use crate::finder::owners::{self, Proc, Process};
+use crate::sys::{self, TargetFd};
+
+/// Attempts to inspect an owner whose /proc entries are incomplete for a moment.
+const MAX_ATTEMPTS: u32 = 5;
+
+/// An owner as cwkill saw it before stopping it.
+pub struct Inspection<'p> {
+    pub process: InspectedProcess<'p>,
+    /// All processes that existed, by pid.
+    processes: HashSet<i32>,
+    /// The threads of the owner.
+    threads: HashSet<i32>,
+    /// The numbers of the owner's descriptors.
+    fds: HashSet<i32>,
+    special_fds: Vec<SpecialFd>,
+    evidence: Evidence,
+}
+
+impl<'p> Inspection<'p> {
+    /// Inspects the owner. `rules.force` leaves out the evidence of use.
+    pub fn of(proc: &'p Proc, process: &Process, rules: &ReclaimRules) -> Result<Self, OwnerError> {
+        retry_during_exec(proc, process, || Self::once(proc, process, rules))
+    }
+
+    /// The evidence from the system calls of the owner's threads, without the rest of an inspection.
+    pub fn syscalls_only(proc: &Proc, process: &Process) -> Result<Evidence, OwnerError> {
+        retry_during_exec(proc, process, || {
+            let process = InspectedProcess::open(proc, process)?;
+            Ok(Evidence {
+                syscalls: process.uses_by(&process.syscalls()?),
+                ..Evidence::default()
+            })
+        })
+    }
+
+    fn once(proc: &'p Proc, process: &Process, rules: &ReclaimRules) -> Result<Self, OwnerError> {
+        if u32::try_from(process.pid) == Ok(std::process::id()) {
+            return Err(Reason::OwnProcess.into());
+        }
+        let process = InspectedProcess::open(proc, process)?;
+        process.ensure_leader()?;
+        if process.is_32bit()? {
+            return Err(Reason::Is32bit.into());
+        }
+        if let Some(tracer) = process.tracer() {
+            return Err(Reason::Traced(tracer, comm(proc, tracer)).into());
+        }
+        let processes: HashSet<i32> = proc.pids()?.into_iter().collect();
+        process.ensure_not_shared(&processes, &|| false, rules)?;
+        let fds = process.fd_numbers()?;
+        let special_fds = process.special_fds(&fds)?;
+        let threads = process.threads()?;
+        let mut evidence = Evidence::default();
+        if !rules.force {
+            let calls = process.syscalls()?;
+            if let Some((tid, _)) = calls.iter().find(|(_, call)| call.is_exec()) {
+                return Err(Reason::InExec(*tid).into());
+            }
+            evidence.syscalls = process.uses_by(&calls);
+            evidence.transfer = process.transfer(&calls);
+            (evidence.epolls, evidence.io_urings) = process.epolls_and_io_urings(&special_fds)?;
+            evidence.io_uring_worker = process.io_uring_worker();
+            evidence.finalizer = process.finalizer();
+        } else if let Ok(calls) = process.syscalls() {
+            evidence.transfer = process.transfer(&calls);
+        }
+        Ok(Inspection {
+            process,
+            processes,
+            threads,
+            fds: fds.into_iter().collect(),
+            special_fds,
+            evidence,
+        })
+    }
+
+    /// The evidence that the owner uses `target`.
+    pub fn in_use(&self, target: &ReclaimTarget, rules: &ReclaimRules) -> Option<InUse> {
+        target.in_use(&self.evidence, target.unread, rules)
+    }
+
+    /// Whether a stop would end a transfer of the owner early.
+    pub fn has_transfer(&self) -> bool {
+        self.evidence.transfer.is_some()
+    }
+
+    /// Collects the evidence again, now that the owner stands still. Of what was inspected before, only what can have
+    /// changed is inspected again.
+    pub fn repeat(
+        &self,
+        stopped: &StoppedProcess,
+        rules: &ReclaimRules,
+    ) -> Result<Evidence, OwnerError> {
+        let process = &self.process;
+        // If the first thread has exited, the table appears to be empty.
+        process.ensure_leader()?;
+        // Only the owner's threads could create another process that shares its table, and they are stopped now.
+        let processes: HashSet<i32> = process.proc.pids()?.into_iter().collect();
+        let is_over = || stopped.elapsed() >= rules.stop_limit;
+        let new = processes.difference(&self.processes);
+        process.ensure_not_shared(new, &is_over, rules)?;
+        // The finalizers do not change. A transfer that began after the inspection has been ended by the stop already.
+        let mut evidence = Evidence::default();
+        if !rules.force {
+            let mut fds = process.fd_numbers()?;
+            fds.retain(|fd| !self.fds.contains(fd));
+            let mut special_fds = process.special_fds(&fds)?;
+            special_fds.extend(&self.special_fds);
+            (evidence.epolls, evidence.io_urings) = process.epolls_and_io_urings(&special_fds)?;
+            let tids = stopped.threads().iter().map(|thread| thread.tid);
+            let new = tids.filter(|tid| !self.threads.contains(tid));
+            evidence.io_uring_worker = process.io_uring_worker_among(new);
+            evidence.syscalls = uses_by_stopped(stopped.threads(), process.table_size());
+        }
+        Ok(evidence)
+    }
+}
+
+/// The descriptors that the system calls of stopped threads are on, from their registers.
+fn uses_by_stopped(threads: &[Thread], table_size: u32) -> Vec<SyscallUse> {
+    let one = |thread: &Thread| {
+        let memory = |address, length| read_memory(thread.tid, address, length);
+        let call = thread.syscall()?;
+        Some(SyscallUse::of(thread.tid, &call, &memory, table_size))
+    };
+    threads.iter().filter_map(one).collect()
+}
+
+/// Inspects an owner. An exec by another thread takes the table and the memory of the first thread away for a moment;
+/// then this inspects again.
+fn retry_during_exec<T>(
+    proc: &Proc,
+    process: &Process,
+    inspect: impl Fn() -> Result<T, OwnerError>,
+) -> Result<T, OwnerError> {
+    let is_running = || is_running(proc, process.pid, process.start_time);
+    for _ in 1..MAX_ATTEMPTS {
+        match inspect() {
+            Err(OwnerError::Exited) if !is_running() => return Err(OwnerError::Exited),
+            Err(
+                OwnerError::Exited | OwnerError::Reason(Reason::LeaderExited | Reason::InExec(_)),
+            ) => thread::sleep(RETRY_INTERVAL),
+            other => return other,
+        }
+    }
+    match inspect() {
+        Err(OwnerError::Exited) if is_running() => Err(Reason::OwnerBusy.into()),
+        other => other,
+    }
+}
+
+/// An owner that cwkill can inspect.
+#[derive(Debug)]
+pub struct InspectedProcess<'p> {
+    proc: &'p Proc,
+    pub pid: i32,
+    start_time: u64,
+    pidfd: OwnedFd,
+    /// Its directory `fd`.
+    fd_dir: File,
+}
+
+/// A descriptor that can lead to others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SpecialFd {
+    Epoll(i32),
+    IoUring(i32),
+}
+
+impl<'p> InspectedProcess<'p> {
+    /// Opens `process`; ESRCH if its pid belongs to another process by now.
+    fn open(proc: &'p Proc, process: &Process) -> Result<Self, Errno> {
+        let pidfd = dead::open_pidfd(proc, process)?;
+        let fd_dir = File::open(proc.path(&format!("{}/fd", process.pid)));
+        Ok(InspectedProcess {
+            pidfd,
+            fd_dir: fd_dir.map_err(|error| errno(&error))?,
+            proc,
+            pid: process.pid,
+            start_time: process.start_time,
+        })
+    }
+
+    /// The /proc in which it was found.
+    pub fn proc(&self) -> &'p Proc {
+        self.proc
+    }
+
+    fn read_text(&self, name: &str) -> io::Result<String> {
+        fs::read_to_string(self.proc.path(&format!("{}/{name}", self.pid)))
+    }
+
+    /// The unread bytes of the dead socket of `target`; `None` if its descriptor is something else by now.
+    pub fn unread(&self, target: &ReclaimTarget) -> Result<Option<u32>, Errno> {
+        match dead::examine(self.pidfd.as_fd(), target.fd, target.inode) {
+            Some(Verdict::Dead(socket)) if socket.cookie == target.cookie => {
+                Ok(Some(socket.unread))
+            }
+            Some(Verdict::Unknown(errno)) => Err(errno),
+            _ => Ok(None),
+        }
+    }
+
+    /// Whether the number is free in the owner's descriptor table.
+    pub fn is_free(&self, fd: TargetFd) -> bool {
+        let link = owners::read_socket_link(self.fd_dir.as_fd(), fd.0);
+        link.is_err_and(|error| owners::is_end(&error))
+    }
+
+    /// The number of slots in the owner's descriptor table, which only grows; the maximum if cwkill cannot read it.
+    fn table_size(&self) -> u32 {
+        let status = self.read_text("status");
+        let size = status.ok().and_then(|status| field(&status, "FDSize:"));
+        size.and_then(|size| u32::try_from(size).ok().filter(|size| *size > 0))
+            .unwrap_or(u32::MAX)
+    }
+
+    /// The numbers of the owner's descriptors.
+    fn fd_numbers(&self) -> io::Result<Vec<i32>> {
+        // Opened again: reading goes on where the last reader of an open directory stopped.
+        let dir = File::open(self.proc.path(&format!("{}/fd", self.pid)))?;
+        owners::list_fds(dir.as_fd())
+    }
+
+    /// The epoll sets and io_urings among the descriptors `fds`.
+    fn special_fds(&self, fds: &[i32]) -> io::Result<Vec<SpecialFd>> {
+        let mut special_fds = Vec::new();
+        for &fd in fds {
+            match special_fd(self.fd_dir.as_fd(), fd) {
+                Ok(special_fd) => special_fds.extend(special_fd),
+                Err(error) if owners::is_end(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(special_fds)
+    }
+
+    fn epolls_and_io_urings(
+        &self,
+        special_fds: &[SpecialFd],
+    ) -> io::Result<(Vec<Epoll>, Vec<IoUring>)> {
+        let (mut epolls, mut io_urings) = (Vec::new(), Vec::new());
+        for special_fd in special_fds {
+            let (SpecialFd::Epoll(fd) | SpecialFd::IoUring(fd)) = *special_fd;
+            let fdinfo = match self.read_text(&format!("fdinfo/{fd}")) {
+                Ok(fdinfo) => fdinfo,
+                Err(error) if owners::is_end(&error) => continue,
+                Err(error) => return Err(error),
+            };
+            match special_fd {
+                SpecialFd::Epoll(_) => epolls.push(Epoll::parse(fd, &fdinfo)),
+                SpecialFd::IoUring(_) => io_urings.push(IoUring::parse(fd, &fdinfo)),
+            }
+        }
+        Ok((epolls, io_urings))
+    }
+
+    /// The system calls in which threads of the owner sleep, with the thread of each. A thread that runs is in a call
+    /// only briefly.
+    fn syscalls(&self) -> io::Result<Vec<(i32, Syscall)>> {
+        let mut calls = Vec::new();
+        for entry in fs::read_dir(self.proc.path(&format!("{}/task", self.pid)))? {
+            let entry = entry?;
+            let Some(tid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
+                continue;
+            };
+            match fs::read_to_string(entry.path().join("syscall")) {
+                Ok(line) => calls.extend(Syscall::parse(&line).map(|call| (tid, call))),
+                Err(error) if owners::is_end(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(calls)
+    }
+
+    /// The descriptors that `calls` are on, as far as cwkill can see without stopping the owner.
+    fn uses_by(&self, calls: &[(i32, Syscall)]) -> Vec<SyscallUse> {
+        let memory = |address, length| read_memory(self.pid, address, length);
+        let table_size = self.table_size();
+        let one = |(tid, call): &(i32, Syscall)| SyscallUse::of(*tid, call, &memory, table_size);
+        calls.iter().map(one).collect()
+    }
+
+    /// The first thread that waits in the middle of a transfer, and the number of its call. A sleep that no signal ends, such as
+    /// most sleeps for a disk, does not count: a stop waits for its end.
+    fn transfer(&self, calls: &[(i32, Syscall)]) -> Option<(i32, i64)> {
+        let is_interruptible = |tid: i32| {
+            let stat = self.read_text(&format!("task/{tid}/stat"));
+            // The state follows the name, which may contain any character.
+            stat.unwrap_or_default()
+                .rsplit_once(") ")
+                .is_some_and(|(_, rest)| rest.starts_with('S'))
+        };
+        let mut calls = calls.iter();
+        let found = calls.find(|(tid, call)| call.can_end_short() && is_interruptible(*tid));
+        found.map(|(tid, call)| (*tid, call.number))
+    }
+
+    /// The name of a thread that runs finalizers.
+    fn finalizer(&self) -> Option<String> {
+        self.thread_name(&runs_finalizers)
+    }
+
+    /// The name of a thread that works for an io_uring.
+    fn io_uring_worker(&self) -> Option<String> {
+        self.thread_name(&works_for_io_uring)
+    }
+
+    /// The name of one of these threads that works for an io_uring. The kernel names them before it lists them.
+    fn io_uring_worker_among(&self, tids: impl IntoIterator<Item = i32>) -> Option<String> {
+        let mut names = tids.into_iter().filter_map(|tid| comm(self.proc, tid));
+        names.find(|name| works_for_io_uring(name))
+    }
+
+    /// The first name of a thread that `matches`.
+    fn thread_name(&self, matches: &dyn Fn(&str) -> bool) -> Option<String> {
+        let tasks = fs::read_dir(self.proc.path(&format!("{}/task", self.pid))).ok()?;
+        let name = |task: io::Result<fs::DirEntry>| {
+            let tid = task.ok()?.file_name().to_str()?.parse().ok()?;
+            comm(self.proc, tid).filter(|name| matches(name))
+        };
+        tasks.into_iter().find_map(name)
+    }
+
+    /// The threads of the owner.
+    fn threads(&self) -> io::Result<HashSet<i32>> {
+        let mut tids = HashSet::new();
+        for entry in fs::read_dir(self.proc.path(&format!("{}/task", self.pid)))? {
+            let tid: Option<i32> = entry?.file_name().to_str().and_then(|n| n.parse().ok());
+            tids.extend(tid);
+        }
+        Ok(tids)
+    }
+
+    /// Whether the owner still runs, whatever program it executes.
+    pub fn is_running(&self) -> bool {
+        is_running(self.proc, self.pid, self.start_time)
+    }
+
+    /// Fails if the first thread has exited and others have not: /proc then does not show the descriptor table.
+    fn ensure_leader(&self) -> Result<(), OwnerError> {
+        match leader_exited(&self.read_text("status")?) {
+            true => Err(Reason::LeaderExited.into()),
+            false => Ok(()),
+        }
+    }
+
+    fn is_32bit(&self) -> io::Result<bool> {
+        let auxv = fs::read(self.proc.path(&format!("{}/auxv", self.pid)))?;
+        Ok(is_32bit(&auxv))
+    }
+
+    /// The process that traces a thread of the owner.
+    fn tracer(&self) -> Option<i32> {
+        let tasks = fs::read_dir(self.proc.path(&format!("{}/task", self.pid))).ok()?;
+        let tracer = |task: io::Result<fs::DirEntry>| {
+            let status = fs::read_to_string(task.ok()?.path().join("status")).ok()?;
+            field(&status, "TracerPid:").filter(|tracer| *tracer != 0)
+        };
+        tasks.into_iter().find_map(tracer)
+    }
+
+    /// The seccomp mode of a thread: 0 none, 1 strict, 2 filters.
+    pub fn seccomp_mode(&self, tid: i32) -> io::Result<i32> {
+        let status = self.read_text(&format!("task/{tid}/status"))?;
+        // A kernel without seccomp has no such line.
+        Ok(field(&status, "Seccomp:").unwrap_or(0))
+    }
+
+    /// Fails if one of `processes` shares the owner's descriptor table, or may share it, and is not the owner itself
+    /// (clone(2) with CLONE_FILES and without CLONE_THREAD): cwkill would not stop that process. `is_over` says whether the stop
+    /// limit is reached, since an answer can wait for an exec of the other process (kernel/kcmp.c, exec_update_lock).
+    fn ensure_not_shared<'a>(
+        &self,
+        processes: impl IntoIterator<Item = &'a i32>,
+        is_over: &dyn Fn() -> bool,
+        rules: &ReclaimRules,
+    ) -> Result<(), OwnerError> {
+        for &other in processes.into_iter().filter(|pid| **pid != self.pid) {
+            if is_over() {
+                return Err(Reason::StopLimitReached(rules.stop_limit).into());
+            }
+            let reason = match sys::share_descriptors(self.pid, other) {
+                Ok(false) => continue,
+                Ok(true) => Reason::SharedTable(other),
+                Err(error) => match errno(&error) {
+                    // The other process has exited, or the owner has, which is detected later.
+                    Errno::ESRCH => continue,
+                    Errno::EPERM if !self.could_share(other) => continue,
+                    errno => {
+                        let ptrace = Capability::CAP_SYS_PTRACE;
+                        let has_ptrace =
+                            caps::has_cap(None, CapSet::Effective, ptrace).unwrap_or(false);
+                        Reason::not_compared(other, errno, has_ptrace)
+                    }
+                },
+            };
+            return Err(reason.into());
+        }
+        Ok(())
+    }
+
+    /// Whether process `other`, which kcmp(2) may not compare, could share the owner's descriptor table. Then both tables have
+    /// the same size and the same number of open descriptors, and both processes were started with the same command line: an
+    /// exec unshares the table (execve(2)), so processes that share one run the same program. Their users may differ, because
+    /// setuid(2) keeps the table. A file that cwkill cannot read counts as equal.
+    fn could_share(&self, other: i32) -> bool {
+        let of_both = |name: &str| -> io::Result<(Vec<u8>, Vec<u8>)> {
+            let file = |pid: i32| fs::read(self.proc.path(&format!("{pid}/{name}")));
+            Ok((file(self.pid)?, file(other)?))
+        };
+        let could = || -> io::Result<bool> {
+            let (owner, others) = of_both("status")?;
+            let text = |status| String::from_utf8_lossy(status).into_owned();
+            if !could_share(&text(&owner), &text(&others)) || self.has_other_fd_count(other)? {
+                return Ok(false);
+            }
+            // Last and for few processes: it is read from the memory of the process, which may block.
+            let (owner, others) = of_both("cmdline")?;
+            Ok(owner == others)
+        };
+        match could() {
+            Ok(could) => could,
+            Err(error) => !owners::is_end(&error),
+        }
+    }
+
+    /// Whether the other process has another number of open descriptors than the owner in two checks, while the owner's does not
+    /// change. Every process may read this number since Linux 6.2 (fs/proc/fd.c, proc_fd_getattr).
+    fn has_other_fd_count(&self, other: i32) -> io::Result<bool> {
+        let count = |pid: i32| {
+            let fds = fs::metadata(self.proc.path(&format!("{pid}/fd")));
+            fds.map(|fds| fds.len())
+        };
+        for _ in 0..2 {
+            let (before, others, after) = (count(self.pid)?, count(other)?, count(self.pid)?);
+            // The owner has descriptors, so 0 comes from an older kernel.
+            if before == 0 || before != after || others == before {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// Whether a process exists that has or may have descriptors.
+fn is_running(proc: &Proc, pid: i32, start_time: u64) -> bool {
+    let status = fs::read_to_string(proc.path(&format!("{pid}/status")));
+    let has_ended = |status: String| {
+        let state = status.lines().find_map(|line| line.strip_prefix("State:"));
+        let is_dead = state.is_some_and(|state| state.trim_start().starts_with(['Z', 'X']));
+        is_dead && !leader_exited(&status)
+    };
+    proc.start_time(pid) == Some(start_time) && status.is_ok_and(|status| !has_ended(status))
+}
+
+fn leader_exited(status: &str) -> bool {
+    let state = status.lines().find_map(|line| line.strip_prefix("State:"));
+    let is_zombie = state.is_some_and(|state| state.trim_start().starts_with('Z'));
+    is_zombie && field(status, "Threads:").is_some_and(|threads| threads > 1)
+}
+
+/// Whether an auxiliary vector is that of a 32-bit program. The vector is pairs of words as wide as the program's: an
+/// identifier, which is small, and a value, of which the first is an address or a set of bits. Source: fs/binfmt_elf.c,
+/// create_elf_tables; arch/x86/include/asm/elf.h, ARCH_DLINFO.
+fn is_32bit(auxv: &[u8]) -> bool {
+    let identifier = |pair: &[u8]| pair.first_chunk().map(|word| u64::from_ne_bytes(*word));
+    let mut identifiers = auxv.chunks(16).filter_map(identifier);
+    identifiers.any(|identifier| identifier > u32::MAX.into())
+}
+
+/// Whether two processes with these status files could share one descriptor table.
+fn could_share(owner: &str, other: &str) -> bool {
+    let same = |name: &str| {
+        let value = |status: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+            Some(line.split_whitespace().next()?.to_owned())
+        };
+        value(owner) == value(other)
+    };
+    // Only a process with memory has a line about its size. Source: fs/proc/array.c, proc_pid_status.
+    same("FDSize:") && other.contains("\nVmSize:")
+}
+
+/// The name of a process or thread; `None` if cwkill cannot read it.
+fn comm(proc: &Proc, pid: i32) -> Option<String> {
+    let comm = fs::read(proc.path(&format!("{pid}/comm"))).ok()?;
+    Some(String::from_utf8_lossy(&comm).trim_end().to_owned())
+}
+
+fn special_fd(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<SpecialFd>> {
+    let mut target = [0; 32];
+    let mut name = [0; 12];
+    let target = sys::readlinkat(dir, owners::decimal(fd, &mut name), &mut target)?;
+    Ok(match target {
+        b"anon_inode:[eventpoll]" => Some(SpecialFd::Epoll(fd)),
+        b"anon_inode:[io_uring]" => Some(SpecialFd::IoUring(fd)),
+        _ => None,
+    })
+}
+
+/// The value in a line `NAME value` of a status file.
+fn field(status: &str, name: &str) -> Option<i32> {
+    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+    line.trim().parse().ok()
+}
+
+#[cfg(test)]
+#[path = "inspect_tests.rs"]
+mod tests;

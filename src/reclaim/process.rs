@@ -1,0 +1,257 @@
+//! Closing descriptors in one owner: stop it, check the evidence again, close them, release it.
+
+use std::collections::VecDeque;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use nix::errno::Errno;
+
+use super::inspect::{InspectedProcess, Inspection};
+use super::outcome::{OwnerError, Reason, ReclaimOutcome, errno};
+use super::ptrace::{RemoteSyscall, SeizedThreads, StoppedProcess};
+use super::{RETRY_INTERVAL, ReclaimRules, ReclaimTarget, pending, settle};
+use crate::finder::owners::{Proc, Process};
+use crate::sys::TargetFd;
+
+/// Stops of one owner at most. Another stop is needed only if a signal interfered, or if no thread with a low risk was
+/// found.
+const MAX_STOPS: u32 = 5;
+/// The first of them look for a thread with a low risk.
+const LOW_RISK_STOPS: u32 = 3;
+
+/// Time between two searches for ended threads of the owner, while another thread of cwkill stops it.
+const REAP_INTERVAL: Duration = Duration::from_millis(5);
+
+/// Closes the pending `targets` in their owner, `process`, as far as the evidence allows. Returns the longest time for
+/// which it was stopped. Targets stay pending if `interrupted` says that the operator wants to stop.
+pub fn close_in(
+    process: &Process,
+    targets: &mut [&mut ReclaimTarget],
+    rules: &ReclaimRules,
+    proc: &Proc,
+    interrupted: &(dyn Fn() -> bool + Sync),
+) -> Duration {
+    let mut longest = Duration::ZERO;
+    for stop in 1..=MAX_STOPS {
+        match Inspection::of(proc, process, rules) {
+            Err(error) => settle(targets, &error),
+            Ok(inspection) => {
+                for target in pending(targets) {
+                    let in_use = inspection.in_use(target, rules);
+                    target.outcome =
+                        in_use.map(|in_use| ReclaimOutcome::Skipped(Reason::InUse(in_use)));
+                }
+                let low_risk_only = stop <= LOW_RISK_STOPS && !inspection.has_transfer();
+                let stopped = stop_once(&inspection, targets, rules, interrupted, low_risk_only);
+                longest = longest.max(stopped);
+            }
+        }
+        if pending(targets).next().is_none() || interrupted() {
+            break;
+        }
+        match stop < MAX_STOPS {
+            true => thread::sleep(RETRY_INTERVAL),
+            false => settle(targets, &Reason::OwnerBusy.into()),
+        }
+    }
+    longest
+}
+
+/// Stops the owner once, on a thread that ends afterwards: all its traces end with it. Returns the time for which the owner
+/// was stopped. Targets that another stop may close stay pending.
+fn stop_once(
+    inspection: &Inspection<'_>,
+    targets: &mut [&mut ReclaimTarget],
+    rules: &ReclaimRules,
+    interrupted: &(dyn Fn() -> bool + Sync),
+    low_risk_only: bool,
+) -> Duration {
+    if pending(targets).next().is_none() {
+        return Duration::ZERO;
+    }
+    let seized = SeizedThreads::default();
+    let (stopped, result) = thread::scope(|scope| {
+        let (ended, end) = mpsc::channel::<()>();
+        let (seized, targets) = (&seized, &mut *targets);
+        let work = move || {
+            // Dropped at the end, also by a panic.
+            let _ended = ended;
+            stop_and_close(
+                inspection,
+                targets,
+                rules,
+                interrupted,
+                low_risk_only,
+                seized,
+            )
+        };
+        match thread::Builder::new().spawn_scoped(scope, work) {
+            Ok(worker) => {
+                while end.recv_timeout(REAP_INTERVAL) == Err(mpsc::RecvTimeoutError::Timeout) {
+                    seized.reap_ended();
+                }
+                let bug = || (Duration::ZERO, Err(Reason::Bug.into()));
+                worker.join().unwrap_or_else(|_| bug())
+            }
+            // For example at the limit of tasks.
+            Err(error) => {
+                let reason = Reason::SystemError("starting a thread", errno(&error));
+                (Duration::ZERO, Err(reason.into()))
+            }
+        }
+    });
+    if let Err(error) = result {
+        settle(targets, &error);
+    }
+    stopped
+}
+
+/// Stops the owner, checks the evidence again, closes the pending targets, and releases the owner. Returns the time for
+/// which it was stopped, and the error that holds for all targets that are still pending.
+fn stop_and_close(
+    inspection: &Inspection<'_>,
+    targets: &mut [&mut ReclaimTarget],
+    rules: &ReclaimRules,
+    interrupted: &(dyn Fn() -> bool + Sync),
+    low_risk_only: bool,
+    seized: &SeizedThreads,
+) -> (Duration, Result<(), OwnerError>) {
+    let owner = &inspection.process;
+    // Otherwise the kernel may extend sleeps of microseconds.
+    let _ = nix::sys::prctl::set_timerslack(1);
+    let stopped = match StoppedProcess::stop(owner.proc(), owner.pid, rules.stop_limit, seized) {
+        Ok(stopped) => stopped,
+        // Its threads are gone and it still runs: one of them has executed a program.
+        Err((OwnerError::Exited, stopped)) if owner.is_running() => {
+            return (stopped, Err(OwnerError::TryAgain));
+        }
+        Err((error, stopped)) => return (stopped, Err(error)),
+    };
+    let since = stopped.since();
+    let close = |mut remote: RemoteSyscall| {
+        skip_in_use(inspection, &remote, targets, rules)?;
+        close_all(&mut remote, owner, targets, rules, interrupted)
+    };
+    // The owner runs again when `close` returns.
+    let result = RemoteSyscall::prepare(stopped, owner, low_risk_only).and_then(close);
+    (since.elapsed(), result)
+}
+
+/// Checks the evidence again, now that the owner stands still. The targets that may be closed stay pending.
+fn skip_in_use(
+    inspection: &Inspection<'_>,
+    remote: &RemoteSyscall,
+    targets: &mut [&mut ReclaimTarget],
+    rules: &ReclaimRules,
+) -> Result<(), OwnerError> {
+    let stopped = remote.stopped();
+    let evidence = inspection.repeat(stopped, rules)?;
+    for target in pending(targets) {
+        if stopped.elapsed() >= rules.stop_limit {
+            let reason = Reason::StopLimitReached(rules.stop_limit);
+            target.outcome = Some(reason.into_outcome());
+            continue;
+        }
+        target.outcome = match inspection.process.unread(target) {
+            Ok(None) => Some(ReclaimOutcome::Gone),
+            Err(errno) => Some(Reason::NotPermitted(errno).into_outcome()),
+            Ok(Some(unread)) => target
+                .in_use(&evidence, unread, rules)
+                .map(|in_use| ReclaimOutcome::Skipped(Reason::InUse(in_use))),
+        };
+    }
+    Ok(())
+}
+
+/// Closes the pending targets, adjacent numbers with one call.
+///
+/// # Errors
+/// It holds for all targets that are still pending.
+fn close_all(
+    remote: &mut RemoteSyscall,
+    owner: &InspectedProcess<'_>,
+    targets: &mut [&mut ReclaimTarget],
+    rules: &ReclaimRules,
+    interrupted: &(dyn Fn() -> bool + Sync),
+) -> Result<(), OwnerError> {
+    let stop_limit_reached = || Reason::StopLimitReached(rules.stop_limit).into();
+    let mut has_close_range = true;
+    let mut runs = adjacent_runs(pending(targets).collect());
+    while let Some(mut run) = runs.pop_front() {
+        if interrupted() {
+            return Err(Reason::Interrupted.into());
+        }
+        if remote.stopped().elapsed() >= rules.stop_limit {
+            return Err(stop_limit_reached());
+        }
+        let number = |target: &ReclaimTarget| u64::try_from(target.fd.0).unwrap_or(u64::MAX);
+        let range = [number(run[0]), number(run[run.len() - 1]), 0];
+        if run.len() > 1 && !(has_close_range && remote.permits(libc::SYS_close_range, &range)) {
+            runs.push_front(run.split_off(1));
+        }
+        let (call, arguments) = match run.len() {
+            1 => (libc::SYS_close, &range[..1]),
+            _ => (libc::SYS_close_range, &range[..]),
+        };
+        if !remote.permits(call, arguments) {
+            return Err(Reason::SeccompForbidsClose.into());
+        }
+        let is_done = || run.iter().all(|target| owner.is_free(target.fd));
+        match remote.call(call, arguments, &is_done) {
+            // The kernel is older than 5.9, or a seccomp filter answers in its place.
+            Ok(result) if result < 0 && run.len() > 1 => {
+                has_close_range = false;
+                runs.push_front(run);
+            }
+            Ok(result) => {
+                for target in run {
+                    target.outcome = Some(close_outcome(owner, target.fd, result));
+                }
+            }
+            Err(OwnerError::Reason(reason)) => {
+                for target in run {
+                    // A call that hangs may have closed some of them, or all.
+                    let is_freed = reason == Reason::CloseHangs && owner.is_free(target.fd);
+                    target.outcome = Some(match is_freed {
+                        true => ReclaimOutcome::Freed,
+                        false => reason.clone().into_outcome(),
+                    });
+                }
+                return Err(stop_limit_reached());
+            }
+            Err(error @ (OwnerError::Exited | OwnerError::TryAgain)) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// The outcome for descriptor `fd` after a call that returned `result`.
+fn close_outcome(owner: &InspectedProcess<'_>, fd: TargetFd, result: i64) -> ReclaimOutcome {
+    match i32::try_from(-result) {
+        // Another process shares the descriptor table after all.
+        Ok(libc::EBADF) => ReclaimOutcome::Gone,
+        _ if owner.is_free(fd) => ReclaimOutcome::Freed,
+        Ok(errno) if errno > 0 => {
+            Reason::SystemError("close", Errno::from_raw(errno)).into_outcome()
+        }
+        _ => Reason::StillOpen.into_outcome(),
+    }
+}
+
+/// Splits targets into runs of adjacent numbers.
+fn adjacent_runs(mut targets: Vec<&mut ReclaimTarget>) -> VecDeque<Vec<&mut ReclaimTarget>> {
+    targets.sort_by_key(|target| target.fd);
+    let mut runs: VecDeque<Vec<&mut ReclaimTarget>> = VecDeque::new();
+    for target in targets {
+        let run = runs.back_mut().filter(|run| {
+            let last = run.last().map(|last| last.fd.0);
+            last.is_some_and(|last| last + 1 == target.fd.0)
+        });
+        match run {
+            Some(run) => run.push(target),
+            None => runs.push_back(vec![target]),
+        }
+    }
+    runs
+}

@@ -1,0 +1,123 @@
+//! aarch64. Source: arch/arm64/include/uapi/asm/ptrace.h (struct user_pt_regs), arch/arm64/kernel/signal.c
+//! (do_signal), arch/arm64/kernel/syscall.c.
+//!
+//! Two things differ from x86-64. The number of a call is in a register set of its own
+//! ([`crate::sys::ptrace_set_call_number`]), so x8 keeps the program's value. And the kernel rewinds a call that it will
+//! restart before the tracer sees the thread: the thread is at the instruction, and the result of the call is lost.
+
+use crate::reclaim::syscalls::Syscall;
+
+/// The general registers, in the order of `struct user_pt_regs`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Registers(pub [u64; 34]);
+
+const X0: usize = 0;
+const X8: usize = 8;
+const PC: usize = 32;
+
+impl Registers {
+    pub const WORDS: usize = 34;
+    /// The instruction with which the program enters the kernel: `svc #0`.
+    pub const INSTRUCTION: &'static [u8] = &[0x01, 0x00, 0x00, 0xd4];
+    /// include/uapi/linux/audit.h, AUDIT_ARCH_AARCH64.
+    pub const AUDIT_ARCH: u32 = 0xc000_00b7;
+
+    /// Whether the thread runs 64-bit code. A 32-bit one has other registers, and fewer.
+    pub fn is_native(&self) -> bool {
+        true
+    }
+
+    /// The address behind the instruction, at a stop in a call.
+    pub fn pc(&self) -> u64 {
+        self.0[PC]
+    }
+
+    /// The call that a stopped thread is about to make, or to make again if it was stopped in the call.
+    ///
+    /// `is_instruction` says whether the thread's memory has the instruction at an address.
+    pub fn syscall(&self, is_instruction: &dyn Fn(u64) -> bool) -> Option<Syscall> {
+        is_instruction(self.0[PC]).then(|| Syscall {
+            number: self.0[X8].cast_signed(),
+            arguments: std::array::from_fn(|argument| self.0[X0 + argument]),
+        })
+    }
+
+    /// Whether the thread makes its call again when it goes on.
+    pub fn restarts(&self, is_instruction: &dyn Fn(u64) -> bool) -> bool {
+        is_instruction(self.0[PC])
+    }
+
+    /// The result of the call.
+    pub fn result(&self) -> i64 {
+        self.0[X0].cast_signed()
+    }
+
+    /// Always `None`: a call that ended with EINTR because cwkill stopped the thread looks like one that a signal ended.
+    pub fn restart_eintr(&self) -> Option<Self> {
+        None
+    }
+
+    /// From the registers at the entry of a call: those that replace its arguments. The number is set separately.
+    pub fn with_syscall(&self, _number: i64, arguments: &[u64]) -> Self {
+        let mut registers = *self;
+        registers.0[X0..X0 + arguments.len()].copy_from_slice(arguments);
+        registers
+    }
+
+    /// From the registers at the entry of call `number`: those of a thread that is about to make it.
+    pub fn before_syscall(&self, _number: i64) -> Self {
+        let mut registers = *self;
+        registers.0[PC] = registers.0[PC].wrapping_sub(Self::INSTRUCTION.len() as u64);
+        registers
+    }
+
+    /// The registers with which the thread is released: it is about to make its call. If that call continues another
+    /// (restart_syscall), x8 has its number since the thread left its first stop.
+    pub fn restored(_stopped: &Self, entry: &Self, number: i64) -> Self {
+        entry.before_syscall(number)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FUTEX: u64 = 98;
+    const CLOSE: i64 = 57;
+
+    fn thread(pc: u64) -> Registers {
+        let mut words = [7; Registers::WORDS];
+        words[..3].copy_from_slice(&[1, 2, 3]);
+        words[X8] = FUTEX;
+        words[PC] = pc;
+        Registers(words)
+    }
+
+    #[test]
+    fn a_call_is_replaced_and_then_made() {
+        let entry = thread(0x1004);
+        let ours = entry.with_syscall(CLOSE, &[9]);
+        assert_eq!(ours.0[..3], [9, 2, 3]);
+        assert_eq!(ours.0[X8], FUTEX, "the program's own");
+        assert_eq!(ours.pc(), entry.pc());
+        let before = entry.before_syscall(FUTEX.cast_signed());
+        assert_eq!(before.pc(), 0x1000);
+        for word in (0..Registers::WORDS).filter(|word| *word != PC) {
+            assert_eq!(before.0[word], entry.0[word], "{word}");
+        }
+        let restored = Registers::restored(&thread(0x1000), &entry, FUTEX.cast_signed());
+        assert_eq!(restored, before);
+    }
+
+    #[test]
+    fn a_thread_at_the_instruction_is_in_its_call() {
+        let is_instruction = |address| address == 0x1000;
+        let call = thread(0x1000).syscall(&is_instruction).unwrap();
+        assert_eq!(call.number, FUTEX.cast_signed());
+        assert_eq!(call.arguments[..3], [1, 2, 3]);
+        assert!(thread(0x1000).restarts(&is_instruction));
+        assert_eq!(thread(0x1004).syscall(&is_instruction), None);
+        assert!(!thread(0x1004).restarts(&is_instruction));
+        assert_eq!(thread(0x1000).restart_eintr(), None);
+    }
+}

@@ -1,0 +1,55 @@
+//! Stopping a process with ptrace(2), and making system calls in one of its threads.
+//!
+//! - [`stop`]: every thread of a process is stopped, and released when the [`StoppedProcess`] is dropped
+//! - [`remote`]: one stopped thread makes a system call of ours in place of its own
+//! - [`arch`]: the registers of a processor (pure)
+
+mod arch;
+mod remote;
+mod stop;
+
+use std::io::IoSliceMut;
+
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::Pid;
+
+use super::outcome::OwnerError;
+use crate::sys;
+use arch::Registers;
+
+pub use remote::RemoteSyscall;
+pub use stop::{SeizedThreads, StoppedProcess, Thread};
+
+/// The registers of a stopped thread; `None` if the thread is gone or runs 32-bit code.
+fn read_registers(tid: i32) -> Option<Registers> {
+    let mut words = [0; Registers::WORDS];
+    let read = sys::ptrace_registers(tid, &mut words).ok()?;
+    let registers = Registers(words);
+    (read == size_of_val(&words) && registers.is_native()).then_some(registers)
+}
+
+fn write_registers(tid: i32, registers: &Registers) -> Result<(), OwnerError> {
+    sys::ptrace_set_registers(tid, &registers.0)
+        .map_err(|error| OwnerError::of_step("PTRACE_SETREGSET", &error))
+}
+
+/// Whether the owner has the instruction that enters the kernel at `address`.
+fn is_syscall_instruction(tid: i32, address: u64) -> bool {
+    read_memory(tid, address, Registers::INSTRUCTION.len())
+        .is_some_and(|code| code == Registers::INSTRUCTION)
+}
+
+/// Reads `length` bytes of the memory of the process of `tid`.
+pub fn read_memory(tid: i32, address: u64, length: usize) -> Option<Vec<u8>> {
+    let mut bytes = vec![0; length];
+    let remote = RemoteIoVec {
+        base: usize::try_from(address).ok()?,
+        len: length,
+    };
+    let read = process_vm_readv(
+        Pid::from_raw(tid),
+        &mut [IoSliceMut::new(&mut bytes)],
+        &[remote],
+    );
+    (read == Ok(length)).then_some(bytes)
+}

@@ -1,0 +1,455 @@
+//! System calls that cwkill makes in a thread of the owner.
+//!
+//! cwkill brings the thread to the entry of a system call of its own: the call in which it was interrupted, which the kernel
+//! restarts, or the next one that it makes. There cwkill replaces the call with its own. At the exit of that call cwkill
+//! restores the thread, which then makes its own call. docs/decisions/reclaim.md says what the kernel does if cwkill dies at
+//! any of these points.
+
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::arch::Registers;
+use super::stop::{StoppedProcess, Thread, ThreadState};
+use super::{is_syscall_instruction, read_registers, write_registers};
+use crate::reclaim::inspect::InspectedProcess;
+use crate::reclaim::outcome::{OwnerError, Reason, errno};
+use crate::reclaim::seccomp::{self, SeccompData};
+use crate::reclaim::syscalls::ZeroRisk;
+use crate::sys::{self, Waiting};
+
+/// Time that cwkill waits for a call of its own that does not return: it cannot restore the thread before.
+const LAST_WAIT: Duration = Duration::from_secs(10);
+/// Time between two checks of that call.
+const CHECK_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Attempts to bring a thread to a system call: other stops can come first.
+const MAX_RESUMES: u32 = 3;
+
+/// A call that does nothing (EBADF). A seccomp filter that permits close(2) permits it.
+const NO_OP: (i64, &[u64]) = (libc::SYS_close, &[u64::MAX]);
+
+/// Whether a call has had its effect, even if it has not returned.
+type IsDone<'d> = &'d dyn Fn() -> bool;
+
+/// The position of the thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// At the entry of its own call.
+    AtOwnCall,
+    /// At the entry of cwkill's call, which has replaced its own.
+    Replaced,
+    /// In cwkill's call.
+    InRemoteCall,
+    /// At the exit of cwkill's call, restored.
+    Restored,
+    /// It can make no more calls for cwkill: a signal is pending for it, or it is gone.
+    Finished,
+}
+
+/// A stopped process, and one thread of it that makes system calls for cwkill.
+///
+/// When this is dropped, cwkill restores the thread and releases all threads.
+#[derive(Debug)]
+pub struct RemoteSyscall {
+    stopped: StoppedProcess,
+    /// The index of the thread in `stopped`.
+    thread: usize,
+    tid: i32,
+    /// Its registers at the entry of its own call.
+    entry: Registers,
+    /// The number of its own call.
+    own_number: i64,
+    /// The registers that it is released with.
+    restored: Registers,
+    /// The seccomp filters of the thread.
+    filters: Vec<Vec<u64>>,
+    phase: Phase,
+}
+
+impl RemoteSyscall {
+    /// Brings a thread of `stopped` to the entry of a system call of its own. `low_risk_only`: only a thread to which little
+    /// can happen if cwkill is killed.
+    ///
+    /// # Errors
+    /// No thread can be used. All threads have been released.
+    pub fn prepare(
+        mut stopped: StoppedProcess,
+        owner: &InspectedProcess<'_>,
+        low_risk_only: bool,
+    ) -> Result<Self, OwnerError> {
+        let candidates = candidates(&stopped, owner.pid)?;
+        let lowest = candidates.first().map(|candidate| candidate.risk);
+        if low_risk_only && lowest.is_none_or(|risk| risk > ZeroRisk::Low) {
+            return Err(OwnerError::TryAgain);
+        }
+        let mut reason = Reason::NoSyscall;
+        // A thread that runs gets a share of the time to make a call.
+        let mut shares = u32::try_from(candidates.len()).unwrap_or(u32::MAX).min(3);
+        for Candidate {
+            thread,
+            tid,
+            registers,
+            ..
+        } in candidates
+        {
+            let now = Instant::now();
+            let Some(time) = stopped.deadline().checked_duration_since(now) else {
+                break;
+            };
+            let until = now + time / shares.max(1);
+            // Before the thread is moved: restoring it takes a call as well.
+            let filters = match permitting_filters(owner, tid, &registers) {
+                Ok(filters) => filters,
+                Err(error) => {
+                    reason = error;
+                    continue;
+                }
+            };
+            shares = shares.saturating_sub(1);
+            if let Some((entry, own_number)) = enter_own_call(&mut stopped, thread, until)? {
+                return Ok(RemoteSyscall {
+                    stopped,
+                    thread,
+                    tid,
+                    restored: Registers::restored(&registers, &entry, own_number),
+                    entry,
+                    own_number,
+                    filters,
+                    phase: Phase::AtOwnCall,
+                });
+            }
+        }
+        Err(reason.into())
+    }
+
+    /// The stopped process.
+    pub fn stopped(&self) -> &StoppedProcess {
+        &self.stopped
+    }
+
+    /// Whether the seccomp filters of the thread permit a call.
+    pub fn permits(&self, number: i64, arguments: &[u64]) -> bool {
+        permits(&self.filters, &self.entry, number, arguments)
+    }
+
+    /// Makes a system call in the owner and returns its result. `is_done` says whether the call has had its effect.
+    ///
+    /// # Errors
+    /// The call was not made, or has not returned. No more calls can be made then. [`OwnerError::TryAgain`]: a signal is
+    /// pending for the thread, and nothing was done. [`Reason::CloseHangs`]: the call may still have its effect.
+    pub fn call(
+        &mut self,
+        number: i64,
+        arguments: &[u64],
+        is_done: IsDone<'_>,
+    ) -> Result<i64, OwnerError> {
+        if self.phase == Phase::Restored {
+            self.return_to_own_call()?;
+        }
+        if self.phase != Phase::AtOwnCall {
+            return Err(OwnerError::TryAgain);
+        }
+        self.replace_syscall(number, arguments, is_done)
+    }
+
+    fn thread(&mut self) -> &mut Thread {
+        self.stopped.thread_mut(self.thread)
+    }
+
+    /// Moves the thread from the exit of cwkill's call to the entry of its own.
+    fn return_to_own_call(&mut self) -> Result<(), OwnerError> {
+        write_registers(self.tid, &self.entry.before_syscall(self.own_number))?;
+        let deadline = self.stopped.deadline();
+        for _ in 0..MAX_RESUMES {
+            self.thread().resume()?;
+            match self.thread().wait(deadline) {
+                Ok(ThreadState::AtSyscall) => {
+                    self.phase = Phase::AtOwnCall;
+                    return Ok(());
+                }
+                Ok(ThreadState::Stopped) => {}
+                Ok(ThreadState::Ended) => {
+                    self.phase = Phase::Finished;
+                    return Err(OwnerError::Exited);
+                }
+                Ok(ThreadState::Running) => {
+                    self.phase = Phase::Finished;
+                    // It is on its way to the instruction. It gets there, and is restored from there; the others need not wait
+                    // for it.
+                    self.stopped.release_others(self.thread);
+                    let state = self.thread().wait(Instant::now() + LAST_WAIT);
+                    if matches!(state, Ok(ThreadState::AtSyscall)) {
+                        self.phase = Phase::AtOwnCall;
+                    }
+                    return Err(Reason::NotStopped(self.tid, self.stopped.limit()).into());
+                }
+                Ok(ThreadState::AtSignal(_) | ThreadState::Seized) => {
+                    // As if the signal had come before cwkill: the kernel now decides about the thread's call.
+                    self.phase = Phase::Finished;
+                    write_registers(self.tid, &self.restored)?;
+                    return Err(OwnerError::TryAgain);
+                }
+                Err(error) => {
+                    self.phase = Phase::Finished;
+                    return Err(error);
+                }
+            }
+        }
+        self.phase = Phase::Finished;
+        Err(OwnerError::TryAgain)
+    }
+
+    /// At the entry of the thread's own call, makes cwkill's call instead, and restores the thread.
+    fn replace_syscall(
+        &mut self,
+        number: i64,
+        arguments: &[u64],
+        is_done: IsDone<'_>,
+    ) -> Result<i64, OwnerError> {
+        let replacement = self.entry.with_syscall(number, arguments);
+        // From here to the end of this function, if cwkill is killed, the thread goes on as if its own call had returned the
+        // result of cwkill's call.
+        self.phase = Phase::Replaced;
+        write_registers(self.tid, &replacement)?;
+        #[cfg(target_arch = "aarch64")]
+        sys::ptrace_set_call_number(self.tid, i32::try_from(number).unwrap_or(-1))
+            .map_err(|error| Reason::SystemError("PTRACE_SETREGSET", errno(&error)))?;
+        self.thread().resume()?;
+        self.phase = Phase::InRemoteCall;
+        self.finish_call(is_done)
+    }
+
+    /// Waits for the exit of cwkill's call, and restores the thread.
+    fn finish_call(&mut self, is_done: IsDone<'_>) -> Result<i64, OwnerError> {
+        let deadline = self.stopped.deadline();
+        let mut state = self.thread().wait(deadline);
+        let is_late = matches!(state, Ok(ThreadState::Running));
+        let last = Instant::now() + LAST_WAIT;
+        // On a busy machine the call may not have begun yet. Until it has had its effect, the others must not go on: they could
+        // close the number and open another file under it.
+        while matches!(state, Ok(ThreadState::Running)) && Instant::now() < last {
+            if is_done() {
+                self.stopped.release_others(self.thread);
+            }
+            state = self.thread().wait(Instant::now() + CHECK_INTERVAL);
+        }
+        self.phase = Phase::Finished;
+        match state? {
+            ThreadState::AtSyscall => {}
+            ThreadState::Running => return Err(Reason::CloseHangs.into()),
+            _ => return Err(OwnerError::Exited),
+        }
+        let result = read_registers(self.tid).map(|registers| registers.result());
+        write_registers(self.tid, &self.restored)?;
+        if !is_late {
+            self.phase = Phase::Restored;
+        }
+        result.ok_or(OwnerError::Exited)
+    }
+}
+
+impl Drop for RemoteSyscall {
+    fn drop(&mut self) {
+        // Every error means that the thread is gone.
+        let _ = match self.phase {
+            // If the thread were released here, a wake-up by cwkill would still be pending while it makes its call, and some calls
+            // then return EINTR. So it makes a call that does nothing, and its own after it has been restored.
+            Phase::AtOwnCall | Phase::Replaced => {
+                self.replace_syscall(NO_OP.0, NO_OP.1, &|| true).map(drop)
+            }
+            Phase::InRemoteCall => self.finish_call(&|| false).map(drop),
+            Phase::Restored | Phase::Finished => Ok(()),
+        };
+    }
+}
+
+/// A stopped thread that may make calls for cwkill.
+struct Candidate {
+    /// The thread's index in the [`StoppedProcess`].
+    thread: usize,
+    tid: i32,
+    registers: Registers,
+    risk: ZeroRisk,
+}
+
+/// The threads that may make calls for cwkill, those with the lowest risk first.
+fn candidates(stopped: &StoppedProcess, pid: i32) -> Result<Vec<Candidate>, Reason> {
+    let mut candidates = Vec::new();
+    let mut separate_table = false;
+    let mut unknown_table = None;
+    for (index, thread) in stopped.threads().iter().enumerate() {
+        let tid = thread.tid;
+        if thread.state == ThreadState::Ended {
+            continue;
+        }
+        let Some(registers) = thread.registers() else {
+            match sys::peek_stop(tid) {
+                // It is being killed.
+                Ok(Waiting::End) | Err(_) => continue,
+                Ok(_) => return Err(Reason::Is32bit),
+            }
+        };
+        if SyscallInfo::of(tid).is_some_and(|info| info.arch != Registers::AUDIT_ARCH) {
+            return Err(Reason::Makes32bitSyscalls(tid));
+        }
+        if thread.state != ThreadState::Stopped {
+            continue;
+        }
+        // The descriptors were inspected in the table of the first thread. A thread can have a table of its own (unshare(2),
+        // CLONE_FILES), where the same number is another file.
+        match sys::share_descriptors(pid, tid) {
+            Ok(true) => candidates.push(Candidate {
+                thread: index,
+                tid,
+                risk: risk(thread, &registers),
+                registers,
+            }),
+            Ok(false) => separate_table = true,
+            Err(error) => {
+                unknown_table.get_or_insert(errno(&error));
+            }
+        }
+    }
+    if candidates.is_empty() {
+        if let Some(errno) = unknown_table {
+            return Err(Reason::TableUnknown(errno));
+        }
+        if separate_table {
+            return Err(Reason::SeparateTable);
+        }
+    }
+    candidates.sort_by_key(|candidate| (candidate.risk, candidate.thread));
+    Ok(candidates)
+}
+
+/// The risk to a thread if cwkill is killed while its call replaces the thread's own, which then appears to return 0.
+fn risk(thread: &Thread, registers: &Registers) -> ZeroRisk {
+    let is_instruction = |address| is_syscall_instruction(thread.tid, address);
+    match registers.syscall(&is_instruction) {
+        Some(call) if registers.restarts(&is_instruction) => call.risk_of_zero(),
+        _ => ZeroRisk::Unknown,
+    }
+}
+
+/// Lets a thread run to the entry of a call. Returns its registers there and the number of the call, or `None` if the
+/// thread cannot be used.
+fn enter_own_call(
+    stopped: &mut StoppedProcess,
+    thread: usize,
+    until: Instant,
+) -> Result<Option<(Registers, i64)>, OwnerError> {
+    let (deadline, limit) = (stopped.deadline(), stopped.limit());
+    let thread = stopped.thread_mut(thread);
+    // A stop that was already pending comes first, for example because of a SIGCONT.
+    for _ in 0..MAX_RESUMES {
+        thread.resume()?;
+        match thread.wait(until)? {
+            ThreadState::AtSyscall => return Ok(own_call_entry(thread.tid)),
+            ThreadState::Stopped => {}
+            ThreadState::Running => {
+                // It computes. Stopped again, it can be released like any other, unless it has come to a call at last: it must
+                // not be released at the entry of one (docs/decisions/reclaim.md).
+                sys::ptrace_interrupt(thread.tid)
+                    .map_err(|error| Reason::SystemError("PTRACE_INTERRUPT", errno(&error)))?;
+                return match thread.wait(deadline)? {
+                    ThreadState::AtSyscall => Ok(own_call_entry(thread.tid)),
+                    ThreadState::Running => Err(Reason::NotStopped(thread.tid, limit).into()),
+                    _ => Ok(None),
+                };
+            }
+            _ => return Ok(None),
+        }
+    }
+    Ok(None)
+}
+
+/// The seccomp filters of a stopped thread, which permit a call that does nothing.
+fn permitting_filters(
+    owner: &InspectedProcess<'_>,
+    tid: i32,
+    registers: &Registers,
+) -> Result<Vec<Vec<u64>>, Reason> {
+    let filters = read_filters(owner, tid)?;
+    // Unless its call is restarted, the address of its next call is unknown.
+    let unknown_address = !registers.restarts(&|address| is_syscall_instruction(tid, address));
+    let depends_on_address = unknown_address && seccomp::any_reads_instruction_pointer(&filters);
+    match !depends_on_address && permits(&filters, registers, NO_OP.0, NO_OP.1) {
+        true => Ok(filters),
+        false => Err(Reason::SeccompForbidsClose),
+    }
+}
+
+/// The seccomp filters of a stopped thread.
+fn read_filters(owner: &InspectedProcess<'_>, tid: i32) -> Result<Vec<Vec<u64>>, Reason> {
+    let mut filters = Vec::new();
+    let mode = owner.seccomp_mode(tid);
+    match mode.map_err(|error| Reason::SeccompUnreadable(errno(&error)))? {
+        0 => return Ok(filters),
+        // Strict mode permits only read, write and exit.
+        1 => return Err(Reason::SeccompForbidsClose),
+        _ => {}
+    }
+    loop {
+        match sys::ptrace_seccomp_filter(tid, filters.len()) {
+            Ok(filter) => filters.push(filter),
+            Err(error) => match errno(&error) {
+                Errno::ENOENT if !filters.is_empty() => return Ok(filters),
+                errno => return Err(Reason::SeccompUnreadable(errno)),
+            },
+        }
+    }
+}
+
+/// Whether `filters` permit a thread with these registers a call with `first` as its first arguments.
+fn permits(filters: &[Vec<u64>], registers: &Registers, number: i64, first: &[u64]) -> bool {
+    let mut arguments = registers
+        .syscall(&|_| true)
+        .map_or([0; 6], |call| call.arguments);
+    arguments[..first.len()].copy_from_slice(first);
+    let data = SeccompData {
+        number: i32::try_from(number).unwrap_or(-1),
+        arch: Registers::AUDIT_ARCH,
+        instruction_pointer: registers.pc(),
+        arguments,
+    };
+    seccomp::all_permit(filters, &data)
+}
+
+/// The position of a stopped thread relative to a system call.
+struct SyscallInfo {
+    /// It is at the entry of a call.
+    is_entry: bool,
+    /// The ABI of its call (include/uapi/linux/audit.h): a 64-bit program can make 32-bit calls.
+    arch: u32,
+    /// The number of the call at whose entry it is.
+    number: i64,
+}
+
+impl SyscallInfo {
+    fn of(tid: i32) -> Option<Self> {
+        // struct ptrace_syscall_info: the kind of the stop, 3 bytes of padding, the architecture, the instruction pointer and the
+        // stack pointer; then the number, if the thread is at the entry or the exit of a call.
+        const ENTRY: u8 = 1;
+        let mut info = [0; 88];
+        let read = sys::ptrace_syscall_info(tid, &mut info).ok()?;
+        Some(SyscallInfo {
+            is_entry: info[0] == ENTRY && read >= 32,
+            arch: u32::from_ne_bytes(info[4..8].try_into().expect("4 bytes")),
+            number: i64::from_ne_bytes(info[24..32].try_into().expect("8 bytes")),
+        })
+    }
+}
+
+/// The registers and the number of the call at whose entry a thread has stopped, if it got there by the instruction that
+/// cwkill knows.
+fn own_call_entry(tid: i32) -> Option<(Registers, i64)> {
+    let info = SyscallInfo::of(tid)?;
+    if !info.is_entry || info.arch != Registers::AUDIT_ARCH {
+        return None;
+    }
+    let registers = read_registers(tid)?;
+    let length = u64::try_from(Registers::INSTRUCTION.len()).expect("it is short");
+    let address = registers.pc().wrapping_sub(length);
+    is_syscall_instruction(tid, address).then_some((registers, info.number))
+}

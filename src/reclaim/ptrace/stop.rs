@@ -1,0 +1,475 @@
+//! Stopping every thread of a process, and releasing them.
+//!
+//! Threads are seized (PTRACE_SEIZE), which changes nothing for them, and then interrupted (PTRACE_INTERRUPT), which no
+//! signal handler sees. A thread may instead stop for a signal that was already pending: the signal is held, and delivered
+//! when the thread is released. A process that was stopped by SIGSTOP stops again after its release: the kernel restores
+//! that (kernel/ptrace.c, __ptrace_unlink).
+//!
+//! One thread of cwkill does all of it and ends right after ([`super::super::process`]). All its traces end with it: that
+//! releases a thread of the owner that never reached its stop.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::arch::Registers;
+use super::{is_syscall_instruction, read_registers};
+use crate::finder::owners::Proc;
+use crate::reclaim::outcome::{OwnerError, Reason, errno};
+use crate::reclaim::syscalls::Syscall;
+use crate::sys::{self, Waiting};
+
+/// include/uapi/linux/ptrace.h: the stop of an interrupted thread.
+const EVENT_STOP: i32 = 128;
+/// The stop at a system call, with PTRACE_O_TRACESYSGOOD.
+const SYSCALL_STOP: i32 = libc::SIGTRAP | 0x80;
+
+/// Successive listings without a new thread after which all threads count as known.
+const EMPTY_LISTINGS: u32 = 2;
+
+/// Time between two checks of a thread that is about to stop.
+const CHECK_INTERVAL: Duration = Duration::from_micros(20);
+/// Checks without a pause between them, before that.
+const BUSY_CHECKS: u32 = 50;
+
+/// The state of a thread of the owner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ThreadState {
+    /// Seized, not interrupted yet.
+    Seized,
+    /// Interrupted or resumed; it has not stopped yet.
+    Running,
+    /// Stopped, with no signal to deliver.
+    Stopped,
+    /// Stopped at the entry or the exit of a system call.
+    AtSyscall,
+    /// Stopped for this signal, which is delivered when the thread is resumed.
+    AtSignal(i32),
+    /// Gone or released.
+    Ended,
+}
+
+impl ThreadState {
+    /// The signal to deliver when the thread is resumed; 0 for none.
+    fn signal(self) -> i32 {
+        match self {
+            ThreadState::AtSignal(signal) => signal,
+            _ => 0,
+        }
+    }
+}
+
+/// A thread of the owner.
+#[derive(Debug)]
+pub struct Thread {
+    pub tid: i32,
+    pub state: ThreadState,
+}
+
+impl Thread {
+    /// Waits until the thread has stopped or ended. Its state is still [`ThreadState::Running`] if it has not by the
+    /// `deadline`.
+    pub fn wait(&mut self, deadline: Instant) -> Result<ThreadState, OwnerError> {
+        let mut checks = 0;
+        loop {
+            let waiting = sys::peek_stop(self.tid).or_else(|error| match errno(&error) {
+                Errno::ECHILD => Ok(Waiting::End),
+                errno => Err(Reason::SystemError("waitid", errno)),
+            })?;
+            self.state = match waiting {
+                Waiting::Nothing => ThreadState::Running,
+                Waiting::End => ThreadState::Ended,
+                Waiting::Stop(SYSCALL_STOP) => {
+                    // If cwkill dies, the kernel would send an unconsumed stop of this kind as a signal.
+                    let _ = sys::take_stop(self.tid);
+                    ThreadState::AtSyscall
+                }
+                Waiting::Stop(code) if code >> 8 == EVENT_STOP => ThreadState::Stopped,
+                Waiting::Stop(code) => ThreadState::AtSignal(code & 0x7f),
+            };
+            if self.state == ThreadState::Stopped {
+                restart_interrupted_syscall(self.tid);
+            }
+            if self.state != ThreadState::Running || Instant::now() >= deadline {
+                return Ok(self.state);
+            }
+            checks += 1;
+            match checks < BUSY_CHECKS {
+                true => std::thread::yield_now(),
+                false => std::thread::sleep(CHECK_INTERVAL),
+            }
+        }
+    }
+
+    /// Lets the stopped thread run to its next entry or exit of a system call.
+    pub fn resume(&mut self) -> Result<(), OwnerError> {
+        sys::ptrace_syscall(self.tid, self.state.signal())
+            .map_err(|error| OwnerError::of_step("PTRACE_SYSCALL", &error))?;
+        self.state = ThreadState::Running;
+        Ok(())
+    }
+
+    /// The registers of the stopped thread; `None` if it is gone or runs 32-bit code.
+    pub fn registers(&self) -> Option<Registers> {
+        read_registers(self.tid)
+    }
+
+    /// The system call that the stopped thread is in.
+    pub fn syscall(&self) -> Option<Syscall> {
+        let is_instruction = |address| is_syscall_instruction(self.tid, address);
+        self.registers()?.syscall(&is_instruction)
+    }
+
+    fn interrupt(&mut self) {
+        // This fails only if the thread is gone, which the wait for it detects.
+        let _ = sys::ptrace_interrupt(self.tid);
+        self.state = ThreadState::Running;
+    }
+
+    fn release(&mut self) {
+        if matches!(self.state, ThreadState::Seized | ThreadState::Running) {
+            // It may have stopped since. If it has not, the end of cwkill's own thread releases it.
+            match sys::peek_stop(self.tid) {
+                Ok(Waiting::Stop(code)) if code >> 8 == 0 && code != SYSCALL_STOP => {
+                    self.state = ThreadState::AtSignal(code);
+                }
+                Ok(Waiting::Stop(_)) => {
+                    self.state = ThreadState::Stopped;
+                    restart_interrupted_syscall(self.tid);
+                }
+                _ => {}
+            }
+        }
+        let is_stopped = !matches!(
+            self.state,
+            ThreadState::Seized | ThreadState::Running | ThreadState::Ended
+        );
+        if is_stopped {
+            // This fails only if the thread is gone.
+            let _ = sys::ptrace_detach(self.tid, self.state.signal());
+        }
+        self.state = ThreadState::Ended;
+    }
+}
+
+/// What happened to the first thread while the others were stopped.
+enum Leader {
+    /// It is stopped, or has ended.
+    Held,
+    /// It was running, and has stopped now.
+    JustStopped,
+    /// Its number belongs to a thread that cwkill has not seized.
+    Replaced,
+}
+
+/// The threads that have been seized, for another thread of cwkill.
+///
+/// A thread of the owner that execs ends the others and waits until their tracer has reaped them. Meanwhile it holds the
+/// lock that PTRACE_SEIZE of the next thread waits for (cred_guard_mutex). If nobody else reaps the ended threads, neither
+/// side goes on.
+#[derive(Debug, Default)]
+pub struct SeizedThreads(Mutex<Vec<i32>>);
+
+impl SeizedThreads {
+    fn add(&self, tid: i32) {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(tid);
+    }
+
+    /// Reaps the threads that have ended.
+    pub fn reap_ended(&self) {
+        let mut tids = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        tids.retain(|tid| match sys::peek_stop(*tid) {
+            Ok(Waiting::End) => {
+                // Not before: the call would consume a stop as well, whatever waitid is asked for.
+                // Source: kernel/exit.c, wait_task_stopped.
+                let _ = sys::take_stop(*tid);
+                false
+            }
+            Ok(_) => true,
+            Err(_) => false,
+        });
+    }
+}
+
+/// A process with all its threads stopped. They are released when this is dropped.
+#[derive(Debug)]
+pub struct StoppedProcess {
+    pid: i32,
+    threads: Vec<Thread>,
+    /// When the first thread was interrupted.
+    since: Instant,
+    limit: Duration,
+    deadline: Instant,
+    /// At least one thread has been interrupted.
+    interrupted: bool,
+}
+
+impl StoppedProcess {
+    fn new(pid: i32, limit: Duration) -> Self {
+        let since = Instant::now();
+        StoppedProcess {
+            pid,
+            threads: Vec::new(),
+            since,
+            limit,
+            deadline: since + limit,
+            interrupted: false,
+        }
+    }
+
+    /// Stops every thread of process `pid`, including those that are created meanwhile.
+    ///
+    /// # Errors
+    /// Not all threads have stopped within `limit`, or cwkill may not stop one. All threads have been released then; the
+    /// second value is the time for which they had been stopped.
+    pub fn stop(
+        proc: &Proc,
+        pid: i32,
+        limit: Duration,
+        seized: &SeizedThreads,
+    ) -> Result<Self, (OwnerError, Duration)> {
+        let mut stopped = Self::new(pid, limit);
+        let Err(error) = stopped.stop_all(proc, seized) else {
+            return Ok(stopped);
+        };
+        let (since, interrupted) = (stopped.since, stopped.interrupted);
+        drop(stopped);
+        Err(match interrupted {
+            true => (error, since.elapsed()),
+            false => (error, Duration::ZERO),
+        })
+    }
+
+    fn stop_all(&mut self, proc: &Proc, seized: &SeizedThreads) -> Result<(), OwnerError> {
+        let mut known = HashSet::new();
+        let mut empty_listings = 0;
+        loop {
+            let tids = tids(proc, self.pid).map_err(|error| match errno(&error) {
+                Errno::ENOENT => OwnerError::Exited,
+                _ => OwnerError::of_step("listing its threads", &error),
+            })?;
+            let new: Vec<i32> = tids.into_iter().filter(|tid| known.insert(*tid)).collect();
+            if new.is_empty() {
+                // If a thread ends during a listing, the kernel starts again behind it and can miss another.
+                // Source: fs/proc/base.c, first_tid.
+                empty_listings += 1;
+                if empty_listings < EMPTY_LISTINGS {
+                    continue;
+                }
+                match self.check_leader(proc)? {
+                    Leader::Held => break,
+                    Leader::JustStopped => {}
+                    Leader::Replaced => drop(known.remove(&self.pid)),
+                }
+                self.check_deadline(self.pid)?;
+                empty_listings = 0;
+                continue;
+            }
+            empty_listings = 0;
+            self.check_deadline(new[0])?;
+            // All are seized before the first is interrupted, since seizing can wait for an exec by one of them.
+            for tid in new {
+                self.seize(proc, tid, seized)?;
+            }
+            self.interrupt_seized();
+            // A thread that still runs may create another.
+            for thread in &mut self.threads {
+                if thread.state == ThreadState::Running {
+                    wait_for_stop(thread, self.deadline, self.limit)?;
+                }
+            }
+        }
+        match self.threads.iter().any(|t| t.state != ThreadState::Ended) {
+            true => Ok(()),
+            false => Err(OwnerError::Exited),
+        }
+    }
+
+    fn check_deadline(&self, tid: i32) -> Result<(), OwnerError> {
+        match Instant::now() >= self.deadline {
+            true => Err(Reason::NotStopped(tid, self.limit).into()),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether the first thread is still the one that cwkill has stopped. A thread that execs takes its number, whether
+    /// cwkill has seized that thread or not, and all others end (fs/exec.c, de_thread).
+    fn check_leader(&mut self, proc: &Proc) -> Result<Leader, OwnerError> {
+        let index = self.threads.iter().position(|t| t.tid == self.pid);
+        let state = index.map(|index| self.threads[index].state);
+        match sys::peek_stop(self.pid) {
+            Ok(Waiting::Stop(_)) if state.is_some_and(|state| state != ThreadState::Ended) => {
+                Ok(Leader::Held)
+            }
+            Ok(waiting @ (Waiting::Stop(_) | Waiting::Nothing)) => {
+                // cwkill seized it under another number, and may not have interrupted it.
+                if matches!(waiting, Waiting::Nothing) {
+                    // This fails only if the thread is gone, which the wait for it detects.
+                    let _ = sys::ptrace_interrupt(self.pid);
+                }
+                let index = index.unwrap_or_else(|| {
+                    self.threads.push(Thread {
+                        tid: self.pid,
+                        state: ThreadState::Running,
+                    });
+                    self.threads.len() - 1
+                });
+                wait_for_stop(&mut self.threads[index], self.deadline, self.limit)?;
+                Ok(Leader::JustStopped)
+            }
+            Ok(Waiting::End) | Err(_) => {
+                // Another thread may get its number.
+                if let Some(index) = index {
+                    self.threads.remove(index);
+                }
+                Ok(match has_ended(proc, self.pid, self.pid) {
+                    true => Leader::Held,
+                    false => Leader::Replaced,
+                })
+            }
+        }
+    }
+
+    fn seize(&mut self, proc: &Proc, tid: i32, list: &SeizedThreads) -> Result<(), OwnerError> {
+        let once_more = |error: io::Error| match error.raw_os_error() {
+            // A thread that cwkill has seized under another number may have this number by now.
+            Some(libc::EPERM) if !matches!(sys::peek_stop(tid), Ok(Waiting::End) | Err(_)) => {
+                Ok(())
+            }
+            // The kernel may refuse a thread whose number went to another while cwkill waited for its exec (fs/exec.c,
+            // de_thread).
+            Some(libc::EPERM) => sys::ptrace_seize(tid),
+            _ => Err(error),
+        };
+        let seized = sys::ptrace_seize(tid).or_else(once_more).map(|()| {
+            // Nobody has to reap the first thread: an exec does that itself (fs/exec.c, de_thread).
+            if tid != self.pid {
+                list.add(tid);
+            }
+            // From here on it must be released.
+            self.threads.push(Thread {
+                tid,
+                state: ThreadState::Seized,
+            });
+        });
+        seized.or_else(|error| match errno(&error) {
+            Errno::ESRCH => Ok(()),
+            // The kernel answers EPERM both for a missing privilege and for a thread that has ended and is still listed, for
+            // example the first thread of a process whose others run on.
+            Errno::EPERM if has_ended(proc, self.pid, tid) => Ok(()),
+            errno @ Errno::EPERM => Err(Reason::NotPermitted(errno).into()),
+            errno => Err(Reason::SystemError("PTRACE_SEIZE", errno).into()),
+        })
+    }
+
+    /// Interrupts the threads that have only been seized. The owner stands still from the first interruption on.
+    fn interrupt_seized(&mut self) {
+        if !self.interrupted {
+            self.interrupted = true;
+            self.since = Instant::now();
+            self.deadline = self.since + self.limit;
+        }
+        for thread in &mut self.threads {
+            if thread.state == ThreadState::Seized {
+                thread.interrupt();
+            }
+        }
+    }
+
+    pub fn threads(&self) -> &[Thread] {
+        &self.threads
+    }
+
+    pub fn thread_mut(&mut self, index: usize) -> &mut Thread {
+        &mut self.threads[index]
+    }
+
+    /// The time at which the stop limit is reached.
+    pub fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    /// The stop limit.
+    pub fn limit(&self) -> Duration {
+        self.limit
+    }
+
+    /// When the first thread was interrupted.
+    pub fn since(&self) -> Instant {
+        self.since
+    }
+
+    /// Time for which the process has been stopped.
+    pub fn elapsed(&self) -> Duration {
+        self.since.elapsed()
+    }
+
+    /// Releases all threads but the one with this index.
+    pub fn release_others(&mut self, kept: usize) {
+        for (index, thread) in self.threads.iter_mut().enumerate() {
+            if index != kept {
+                thread.release();
+            }
+        }
+    }
+}
+
+impl Drop for StoppedProcess {
+    fn drop(&mut self) {
+        self.threads.iter_mut().for_each(Thread::release);
+    }
+}
+
+/// Waits until the thread has stopped or ended, which must be before the deadline.
+fn wait_for_stop(
+    thread: &mut Thread,
+    deadline: Instant,
+    limit: Duration,
+) -> Result<(), OwnerError> {
+    match thread.wait(deadline)? {
+        ThreadState::Running => Err(Reason::NotStopped(thread.tid, limit).into()),
+        _ => Ok(()),
+    }
+}
+
+/// Makes the kernel restart a call that ended with EINTR only because cwkill stopped its thread.
+fn restart_interrupted_syscall(tid: i32) {
+    if let Some(restarted) = read_registers(tid).and_then(|registers| registers.restart_eintr()) {
+        // This fails only if the thread is gone.
+        let _ = sys::ptrace_set_registers(tid, &restarted.0);
+    }
+}
+
+fn tids(proc: &Proc, pid: i32) -> io::Result<Vec<i32>> {
+    let mut tids = Vec::new();
+    for entry in fs::read_dir(proc.path(&format!("{pid}/task")))? {
+        tids.extend(
+            entry?
+                .file_name()
+                .to_str()
+                .and_then(|n| n.parse::<i32>().ok()),
+        );
+    }
+    Ok(tids)
+}
+
+/// Whether a thread is a zombie, or no longer listed.
+fn has_ended(proc: &Proc, pid: i32, tid: i32) -> bool {
+    let stat = fs::read_to_string(proc.path(&format!("{pid}/task/{tid}/stat")));
+    // The state follows the name, which may contain any character.
+    stat.map_or(true, |stat| {
+        stat.rsplit_once(") ")
+            .is_some_and(|(_, rest)| rest.starts_with(['Z', 'X']))
+    })
+}
+
+#[cfg(test)]
+#[path = "stop_tests.rs"]
+mod tests;

@@ -1,0 +1,316 @@
+//! System calls of the owner's threads: which descriptors a call is on, and how a stop or a replaced call affects it. Pure.
+
+use std::collections::HashSet;
+
+/// A system call of a thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Syscall {
+    pub number: i64,
+    /// An argument that the call does not take is the leftover value of its register.
+    pub arguments: [u64; 6],
+}
+
+impl Syscall {
+    /// Parses /proc/PID/task/TID/syscall: `running`, or `-1 SP PC`, or the number, six arguments, SP and PC. `None`
+    /// if the thread is not in a system call. Source: fs/proc/base.c, proc_pid_syscall.
+    pub fn parse(line: &str) -> Option<Self> {
+        let mut words = line.split_whitespace();
+        let number: i64 = words.next()?.parse().ok().filter(|number| *number >= 0)?;
+        let mut arguments = [0; 6];
+        for argument in &mut arguments {
+            *argument = u64::from_str_radix(words.next()?.strip_prefix("0x")?, 16).ok()?;
+        }
+        Some(Syscall { number, arguments })
+    }
+
+    /// Whether the thread executes a program. It may hold the lock that PTRACE_SEIZE waits for, and Ctrl-C does not end that
+    /// wait (kernel/ptrace.c, ptrace_attach: cred_guard_mutex).
+    pub fn is_exec(&self) -> bool {
+        matches!(self.number, libc::SYS_execve | libc::SYS_execveat)
+    }
+
+    /// Whether a thread that sleeps in this call may have transferred a part already. A stop makes the call return that part: the
+    /// kernel restarts a call only if it has transferred nothing. Few programs expect a partial result from a blocking
+    /// descriptor. Source: signal(7), send(2), recv(2); net/core/stream.c, sk_stream_wait_memory; fs/pipe.c, pipe_write.
+    pub fn can_end_short(&self) -> bool {
+        /// include/linux/socket.h: recvmmsg(2) waits only for the first message.
+        const MSG_WAITFORONE: u64 = 0x10000;
+        let arguments = &self.arguments;
+        let waits_for_all = |flags: u64| flags & u64::from(libc::MSG_WAITALL.cast_unsigned()) != 0;
+        // One byte cannot be split.
+        match self.number {
+            libc::SYS_write | libc::SYS_pwrite64 | libc::SYS_sendto | libc::SYS_tee => {
+                arguments[2] > 1
+            }
+            libc::SYS_sendfile => arguments[3] > 1,
+            libc::SYS_splice => arguments[4] > 1,
+            libc::SYS_writev
+            | libc::SYS_pwritev
+            | libc::SYS_pwritev2
+            | libc::SYS_sendmsg
+            | libc::SYS_sendmmsg
+            | libc::SYS_vmsplice => true,
+            libc::SYS_recvfrom => arguments[2] > 1 && waits_for_all(arguments[3]),
+            libc::SYS_recvmsg => waits_for_all(arguments[2]),
+            libc::SYS_recvmmsg => {
+                waits_for_all(arguments[3])
+                    || arguments[2] > 1 && arguments[3] & MSG_WAITFORONE == 0
+            }
+            _ => false,
+        }
+    }
+
+    /// The risk if this call, in which a thread waits, appears to return 0.
+    pub fn risk_of_zero(&self) -> ZeroRisk {
+        /// include/uapi/linux/futex.h: the operation without its flags.
+        const FUTEX_COMMAND: u64 = 0x7f;
+        const FUTEX_WAIT: u64 = 0;
+        const FUTEX_WAIT_BITSET: u64 = 9;
+        /// No process has more descriptors (fs.nr_open, kernel/sysctl.c, sysctl_nr_open_max), and no address is lower.
+        const MAX_DESCRIPTORS: u64 = 1 << 31;
+        match self.number {
+            libc::SYS_futex => match self.arguments[1] & FUTEX_COMMAND {
+                FUTEX_WAIT | FUTEX_WAIT_BITSET => ZeroRisk::None,
+                _ => ZeroRisk::High,
+            },
+            libc::SYS_nanosleep | libc::SYS_clock_nanosleep => ZeroRisk::None,
+            // It continues a sleep, a futex wait with a timeout, or poll(2), and keeps the arguments of that call. The second
+            // argument of a sleep is an address or 0; that of poll is the number of descriptors.
+            libc::SYS_restart_syscall => match self.arguments[1] {
+                0 | MAX_DESCRIPTORS.. => ZeroRisk::None,
+                _ => ZeroRisk::Low,
+            },
+            libc::SYS_epoll_pwait
+            | libc::SYS_epoll_pwait2
+            | libc::SYS_ppoll
+            | libc::SYS_pselect6 => ZeroRisk::Low,
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_epoll_wait | libc::SYS_poll | libc::SYS_select => ZeroRisk::Low,
+            _ => ZeroRisk::High,
+        }
+    }
+}
+
+/// The risk if a thread's own call appears to return 0. That happens if cwkill is killed while its call replaces the
+/// thread's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ZeroRisk {
+    /// The call may return 0 at any time: a spurious wake-up, or a timeout.
+    None,
+    /// 0 means that no event has occurred.
+    Low,
+    /// The program may take 0 for a result.
+    High,
+    /// The thread is not waiting in a call, so its next call is unknown.
+    Unknown,
+}
+
+/// The descriptors that a thread's system call is on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SyscallUse {
+    pub tid: i32,
+    /// The number of the call.
+    pub number: i64,
+    /// The descriptors; `None` if the call may be on any.
+    pub fds: Option<HashSet<i32>>,
+}
+
+/// Reads memory of the owner, given an address and a length.
+pub type ReadMemory<'a> = &'a dyn Fn(u64, usize) -> Option<Vec<u8>>;
+
+impl SyscallUse {
+    /// The descriptors that `call` of thread `tid` may be on. The owner's descriptor table has `table_size` slots.
+    pub fn of(tid: i32, call: &Syscall, read_memory: ReadMemory<'_>, table_size: u32) -> Self {
+        let arguments = &call.arguments;
+        let fds = match descriptors(call.number) {
+            _ if call.number & OTHER_ABI != 0 => None,
+            Descriptors::At(positions) => {
+                Some(positions.iter().map(|&at| fd(arguments[at])).collect())
+            }
+            Descriptors::Poll => read_pollfds(arguments[0], arguments[1], read_memory)
+                .map(|list| list.into_iter().map(|entry| entry.fd).collect()),
+            // The arguments of a futex wait with a timeout are an address and an operation. Read as a length, the operation means
+            // 137 or 393 entries. If the memory cannot be read, there was no list.
+            Descriptors::Continued => {
+                let list =
+                    read_pollfds(arguments[0], arguments[1], read_memory).unwrap_or_default();
+                let is_list = list.iter().all(|entry| entry.could_be_polled(table_size));
+                Some(match is_list {
+                    true => list.into_iter().map(|entry| entry.fd).collect(),
+                    false => HashSet::new(),
+                })
+            }
+            Descriptors::Select => read_fd_sets(arguments, read_memory, table_size),
+        };
+        SyscallUse {
+            tid,
+            number: call.number,
+            fds,
+        }
+    }
+}
+
+/// Which arguments of a system call are descriptors.
+enum Descriptors {
+    /// The arguments at these positions.
+    At(&'static [usize]),
+    /// An array of `struct pollfd`: the first two arguments are its address and its length.
+    Poll,
+    /// Three bit sets, at the addresses in arguments 2 to 4; the first argument is their length in bits.
+    Select,
+    /// A restarted call: `poll`, or one without descriptors.
+    Continued,
+}
+
+/// Source: the manual pages, section 2. A call that is not listed may have a descriptor in any of its first three arguments.
+fn descriptors(number: i64) -> Descriptors {
+    match number {
+        libc::SYS_futex
+        | libc::SYS_futex_waitv
+        | libc::SYS_nanosleep
+        | libc::SYS_clock_nanosleep
+        | libc::SYS_wait4
+        | libc::SYS_waitid
+        | libc::SYS_rt_sigtimedwait
+        | libc::SYS_rt_sigsuspend
+        | libc::SYS_rt_sigreturn
+        | libc::SYS_sched_yield
+        | libc::SYS_gettid
+        | libc::SYS_getpid
+        | libc::SYS_tgkill
+        | libc::SYS_madvise
+        | libc::SYS_munmap
+        | libc::SYS_mprotect
+        | libc::SYS_brk
+        | libc::SYS_msgrcv
+        | libc::SYS_msgsnd
+        | libc::SYS_semop
+        | libc::SYS_semtimedop
+        | libc::SYS_io_uring_setup
+        | libc::SYS_io_getevents => Descriptors::At(&[]),
+        libc::SYS_read
+        | libc::SYS_write
+        | libc::SYS_readv
+        | libc::SYS_writev
+        | libc::SYS_pread64
+        | libc::SYS_pwrite64
+        | libc::SYS_recvfrom
+        | libc::SYS_recvmsg
+        | libc::SYS_recvmmsg
+        | libc::SYS_sendto
+        | libc::SYS_sendmsg
+        | libc::SYS_sendmmsg
+        | libc::SYS_accept
+        | libc::SYS_accept4
+        | libc::SYS_connect
+        | libc::SYS_shutdown
+        | libc::SYS_close
+        | libc::SYS_getsockopt
+        | libc::SYS_setsockopt
+        | libc::SYS_fcntl
+        | libc::SYS_ioctl
+        | libc::SYS_epoll_pwait
+        | libc::SYS_epoll_pwait2
+        | libc::SYS_io_uring_enter
+        | libc::SYS_io_uring_register
+        | libc::SYS_flock
+        | libc::SYS_fsync
+        | libc::SYS_fdatasync => Descriptors::At(&[0]),
+        libc::SYS_sendfile | libc::SYS_dup3 | libc::SYS_tee => Descriptors::At(&[0, 1]),
+        libc::SYS_splice | libc::SYS_copy_file_range | libc::SYS_epoll_ctl => {
+            Descriptors::At(&[0, 2])
+        }
+        libc::SYS_ppoll => Descriptors::Poll,
+        libc::SYS_pselect6 => Descriptors::Select,
+        libc::SYS_restart_syscall => Descriptors::Continued,
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_pause | libc::SYS_arch_prctl => Descriptors::At(&[]),
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_epoll_wait => Descriptors::At(&[0]),
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_dup2 => Descriptors::At(&[0, 1]),
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_poll => Descriptors::Poll,
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_select => Descriptors::Select,
+        _ => Descriptors::At(&[0, 1, 2]),
+    }
+}
+
+/// arch/x86/include/uapi/asm/unistd.h, __X32_SYSCALL_BIT: with this bit the number is one of the x32 ABI.
+#[cfg(target_arch = "x86_64")]
+const OTHER_ABI: i64 = 0x4000_0000;
+#[cfg(not(target_arch = "x86_64"))]
+const OTHER_ABI: i64 = 0;
+
+/// The longest list, in bytes, that cwkill reads from the owner. A call with a longer one may be on any descriptor.
+const MAX_LIST_BYTES: u64 = 1 << 20;
+
+/// An argument that is a descriptor. The kernel takes its lower half.
+fn fd(argument: u64) -> i32 {
+    let [a, b, c, d, ..] = argument.to_le_bytes();
+    i32::from_le_bytes([a, b, c, d])
+}
+
+/// `struct pollfd` (poll(2)), without the field that the kernel fills in.
+struct PollFd {
+    fd: i32,
+    events: u16,
+}
+
+impl PollFd {
+    /// Whether poll(2) can wait with this entry in its list. A number that is not open ends the call at once, and a negative
+    /// number is skipped; programs write -1, or the complement of the number. Source: fs/select.c, do_pollfd.
+    fn could_be_polled(&self, table_size: u32) -> bool {
+        /// include/uapi/asm-generic/poll.h gives every bit but this one a meaning.
+        const NO_EVENT: u16 = 0x0800;
+        let number = if self.fd < 0 { !self.fd } else { self.fd };
+        u32::try_from(number).is_ok_and(|number| number < table_size) && self.events & NO_EVENT == 0
+    }
+}
+
+/// Reads an array of `struct pollfd`.
+fn read_pollfds(address: u64, count: u64, read_memory: ReadMemory<'_>) -> Option<Vec<PollFd>> {
+    if address == 0 || count == 0 {
+        return Some(Vec::new());
+    }
+    let bytes = count
+        .checked_mul(8)
+        .filter(|bytes| *bytes <= MAX_LIST_BYTES)?;
+    let list = read_memory(address, usize::try_from(bytes).ok()?)?;
+    let entry = |entry: &[u8]| PollFd {
+        fd: i32::from_ne_bytes([entry[0], entry[1], entry[2], entry[3]]),
+        events: u16::from_ne_bytes([entry[4], entry[5]]),
+    };
+    Some(list.chunks_exact(8).map(entry).collect())
+}
+
+/// The descriptors in the three sets of select(2). Programs often pass the highest possible number as the length, so the
+/// kernel reads no further than the descriptor table reaches (fs/select.c, core_sys_select).
+fn read_fd_sets(
+    arguments: &[u64; 6],
+    read_memory: ReadMemory<'_>,
+    table_size: u32,
+) -> Option<HashSet<i32>> {
+    let count = u64::try_from(fd(arguments[0])).ok()?.min(table_size.into());
+    let bytes = Some(count.div_ceil(8)).filter(|bytes| *bytes <= MAX_LIST_BYTES)?;
+    let bytes = usize::try_from(bytes).ok()?;
+    let mut fds = HashSet::new();
+    for &set in arguments[1..4].iter().filter(|set| **set != 0) {
+        let bits = read_memory(set, bytes)?;
+        let is_set = |bit: &u64| {
+            let byte = usize::try_from(bit / 8).ok().and_then(|at| bits.get(at));
+            byte.is_some_and(|byte| byte >> (bit % 8) & 1 == 1)
+        };
+        fds.extend(
+            (0..count)
+                .filter(is_set)
+                .filter_map(|bit| i32::try_from(bit).ok()),
+        );
+    }
+    Some(fds)
+}
+
+#[cfg(test)]
+#[path = "syscalls_tests.rs"]
+mod tests;
