@@ -16,7 +16,7 @@ use super::in_use::{Epoll, Evidence, InUse, IoUring, runs_finalizers, works_for_
 use super::outcome::{OwnerError, Reason, errno};
 use super::ptrace::{StoppedProcess, Thread, read_memory};
 use super::syscalls::{Syscall, SyscallUse};
-use super::{RETRY_INTERVAL, ReclaimRules, ReclaimTarget};
+use super::{RETRY_INTERVAL, ReclaimRules, ReclaimTarget, read_text};
 use crate::finder::dead::{self, Verdict};
 use crate::finder::owners::{self, Proc, Process};
 use crate::sys::{self, TargetFd};
@@ -208,7 +208,7 @@ impl<'p> InspectedProcess<'p> {
     }
 
     fn read_text(&self, name: &str) -> io::Result<String> {
-        fs::read_to_string(self.proc.path(&format!("{}/{name}", self.pid)))
+        read_text(self.proc.path(&format!("{}/{name}", self.pid)))
     }
 
     /// The unread bytes of the dead socket of `target`; `None` if its descriptor is something else by now.
@@ -285,7 +285,7 @@ impl<'p> InspectedProcess<'p> {
             let Some(tid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
                 continue;
             };
-            match fs::read_to_string(entry.path().join("syscall")) {
+            match read_text(entry.path().join("syscall")) {
                 Ok(line) => calls.extend(Syscall::parse(&line).map(|call| (tid, call))),
                 Err(error) if owners::is_end(&error) => {}
                 Err(error) => return Err(error),
@@ -375,7 +375,7 @@ impl<'p> InspectedProcess<'p> {
     fn tracer(&self) -> Option<i32> {
         let tasks = fs::read_dir(self.proc.path(&format!("{}/task", self.pid))).ok()?;
         let tracer = |task: io::Result<fs::DirEntry>| {
-            let status = fs::read_to_string(task.ok()?.path().join("status")).ok()?;
+            let status = read_text(task.ok()?.path().join("status")).ok()?;
             field(&status, "TracerPid:").filter(|tracer| *tracer != 0)
         };
         tasks.into_iter().find_map(tracer)
@@ -466,7 +466,7 @@ impl<'p> InspectedProcess<'p> {
 
 /// Whether a process exists that has or may have descriptors.
 fn is_running(proc: &Proc, pid: i32, start_time: u64) -> bool {
-    let status = fs::read_to_string(proc.path(&format!("{pid}/status")));
+    let status = read_text(proc.path(&format!("{pid}/status")));
     let has_ended = |status: String| {
         let state = status.lines().find_map(|line| line.strip_prefix("State:"));
         let is_dead = state.is_some_and(|state| state.trim_start().starts_with(['Z', 'X']));
@@ -505,8 +505,8 @@ fn could_share(owner: &str, other: &str) -> bool {
 
 /// The name of a process or thread; `None` if cwkill cannot read it.
 fn comm(proc: &Proc, pid: i32) -> Option<String> {
-    let comm = fs::read(proc.path(&format!("{pid}/comm"))).ok()?;
-    Some(String::from_utf8_lossy(&comm).trim_end().to_owned())
+    let comm = read_text(proc.path(&format!("{pid}/comm"))).ok()?;
+    Some(comm.trim_end().to_owned())
 }
 
 fn special_fd(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<SpecialFd>> {

@@ -52,13 +52,13 @@ fn a_process_runs_until_it_has_ended() {
 
 #[test]
 fn programs_of_32_bits_are_known_by_their_auxiliary_vector() {
-    let wide = |words: &[u64]| {
+    let words64 = |words: &[u64]| {
         words
             .iter()
             .flat_map(|w| w.to_ne_bytes())
             .collect::<Vec<_>>()
     };
-    let narrow = |words: &[u32]| {
+    let words32 = |words: &[u32]| {
         words
             .iter()
             .flat_map(|w| w.to_ne_bytes())
@@ -66,8 +66,8 @@ fn programs_of_32_bits_are_known_by_their_auxiliary_vector() {
     };
     // AT_SYSINFO_EHDR, AT_HWCAP, AT_PAGESZ, AT_NULL.
     let vector = [33, 0x7ffd_f7fc_1000, 16, 0xbfeb_fbff, 6, 4096, 0, 0];
-    assert!(!is_32bit(&wide(&vector)));
-    assert!(is_32bit(&narrow(&[
+    assert!(!is_32bit(&words64(&vector)));
+    assert!(is_32bit(&words32(&[
         32,
         0xf7f9_0550,
         33,
@@ -78,7 +78,7 @@ fn programs_of_32_bits_are_known_by_their_auxiliary_vector() {
         0
     ])));
     // Without vDSO.
-    assert!(is_32bit(&narrow(&[16, 0xbfeb_fbff, 6, 4096, 0, 0])));
+    assert!(is_32bit(&words32(&[16, 0xbfeb_fbff, 6, 4096, 0, 0])));
     assert!(!is_32bit(&[]));
 }
 
@@ -88,4 +88,36 @@ fn fields_of_a_status_are_parsed() {
     assert_eq!(field(status, "TracerPid:"), Some(31));
     assert_eq!(field(status, "Seccomp:"), Some(2));
     assert_eq!(field(status, "Speculation:"), None);
+}
+
+/// The kernel cuts a name after 15 bytes, which can leave half a character.
+#[test]
+fn a_name_that_is_not_utf8_hides_nothing() {
+    let root = tempfile::tempdir().unwrap();
+    let task = root.path().join("7/task/8");
+    fs::create_dir_all(&task).unwrap();
+    let name = b"\xd0\xbf\xd0";
+    fs::write(task.join("stat"), [b"8 (", &name[..], b") S 1"].concat()).unwrap();
+    fs::write(task.join("comm"), [&name[..], b"\n"].concat()).unwrap();
+    let rest = b"\nState:\tS (sleeping)\nTracerPid:\t9\nFDSize:\t64\nThreads:\t1\nSeccomp:\t2\n";
+    let status = [b"Name:\t", &name[..], rest].concat();
+    fs::write(task.join("status"), &status).unwrap();
+    fs::write(root.path().join("7/status"), &status).unwrap();
+    let call = format!("{} 0x3 0x1000 0x80 0x0 0x0 0x0 0x0 0x0\n", libc::SYS_write);
+    fs::write(task.join("syscall"), call).unwrap();
+
+    let proc = Proc::at(root.path());
+    let process = InspectedProcess {
+        proc: &proc,
+        pid: 7,
+        start_time: 0,
+        pidfd: File::open("/dev/null").unwrap().into(),
+        fd_dir: File::open(root.path()).unwrap(),
+    };
+    assert_eq!(process.ensure_leader(), Ok(()));
+    assert_eq!(process.tracer(), Some(9));
+    assert_eq!(process.table_size(), 64);
+    assert_eq!(process.seccomp_mode(8).unwrap(), 2);
+    let calls = process.syscalls().unwrap();
+    assert_eq!(process.transfer(&calls), Some((8, libc::SYS_write)));
 }

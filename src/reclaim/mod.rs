@@ -20,7 +20,10 @@ mod seccomp;
 mod syscalls;
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::io;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -244,5 +247,142 @@ fn settle(targets: &mut [&mut ReclaimTarget], error: &OwnerError) {
     };
     for target in pending(targets) {
         target.outcome = Some(outcome.clone());
+    }
+}
+
+/// Reads a file of /proc. Names in it need not be valid UTF-8: the kernel cuts them after 15 bytes, also inside a
+/// character.
+fn read_text(path: impl AsRef<Path>) -> io::Result<String> {
+    Ok(String::from_utf8_lossy(&fs::read(path)?).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::finder::cgroup::Cgroup;
+    use nix::errno::Errno;
+
+    fn target(pid: i32, fd: i32) -> ReclaimTarget {
+        ReclaimTarget {
+            process: Arc::new(Process {
+                pid,
+                start_time: 1,
+                comm: "app".into(),
+                cgroup: Cgroup::default(),
+            }),
+            fd: TargetFd(fd),
+            inode: 42,
+            cookie: Cookie(5),
+            local: None,
+            age: Some(Duration::from_secs(60)),
+            unread: 0,
+            may_lose: 0,
+            outcome: None,
+        }
+    }
+
+    #[test]
+    fn targets_are_grouped_by_owner_and_those_with_an_outcome_left_out() {
+        let mut targets = [target(9, 3), target(7, 4), target(9, 5), target(8, 6)];
+        targets[3].outcome = Some(ReclaimOutcome::Gone);
+        let groups: Vec<Vec<i32>> = by_process(&mut targets)
+            .into_iter()
+            .map(|owned| owned.into_iter().map(|target| target.fd.0).collect())
+            .collect();
+        assert_eq!(groups, [vec![4], vec![3, 5]]);
+    }
+
+    #[test]
+    fn an_error_settles_only_pending_targets() {
+        let settled = |error: OwnerError| {
+            let (mut freed, mut open) = (target(7, 3), target(7, 4));
+            freed.outcome = Some(ReclaimOutcome::Freed);
+            settle(&mut [&mut freed, &mut open], &error);
+            assert_eq!(freed.outcome, Some(ReclaimOutcome::Freed));
+            open.outcome
+        };
+        assert_eq!(settled(OwnerError::TryAgain), None);
+        assert_eq!(settled(OwnerError::Exited), Some(ReclaimOutcome::Gone));
+        for (reason, outcome) in [
+            (
+                Reason::LeaderExited,
+                ReclaimOutcome::Skipped(Reason::LeaderExited),
+            ),
+            (Reason::Bug, ReclaimOutcome::Failed(Reason::Bug)),
+        ] {
+            assert_eq!(settled(reason.into()), Some(outcome));
+        }
+        let denied = Reason::NotPermitted(Errno::EPERM);
+        assert_eq!(
+            settled(Errno::EPERM.into()),
+            Some(ReclaimOutcome::Failed(denied))
+        );
+        assert_eq!(settled(Errno::ESRCH.into()), Some(ReclaimOutcome::Gone));
+    }
+
+    #[test]
+    fn unread_bytes_age_and_evidence_keep_a_descriptor() {
+        let rules = ReclaimRules {
+            min_age: Duration::from_secs(60),
+            force: false,
+            stop_limit: Duration::from_secs(1),
+        };
+        let none = Evidence::default();
+        let in_use = |target: &ReclaimTarget, unread| target.in_use(&none, unread, &rules);
+        let mut target = target(7, 3);
+        assert_eq!(in_use(&target, 0), None);
+        assert_eq!(in_use(&target, 5), Some(InUse::Unread(5)));
+        target.may_lose = 5;
+        assert_eq!(in_use(&target, 5), None);
+        assert_eq!(in_use(&target, 6), Some(InUse::Unread(6)));
+        target.age = None;
+        assert_eq!(in_use(&target, 0), Some(InUse::AgeUnknown));
+        let java = Evidence {
+            finalizer: Some("Finalizer".into()),
+            ..Evidence::default()
+        };
+        let finalizer = Some(InUse::Finalizer("Finalizer".into()));
+        assert_eq!(target.in_use(&java, 0, &rules), finalizer);
+        let force = ReclaimRules {
+            force: true,
+            ..rules
+        };
+        assert_eq!(target.in_use(&java, 6, &force), None);
+    }
+
+    #[test]
+    fn a_foreign_proc_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let proc = Proc::at(root.path());
+        let rules = ReclaimRules {
+            min_age: Duration::ZERO,
+            force: true,
+            stop_limit: Duration::from_secs(1),
+        };
+        let skipped = Some(ReclaimOutcome::Skipped(Reason::OtherPidNamespace));
+        let mut targets = [target(7, 3)];
+        in_calls(&mut targets, &rules, &proc);
+        assert_eq!(targets[0].outcome, None);
+        judge(&mut targets, &rules, &proc);
+        assert_eq!(targets[0].outcome, skipped);
+        targets[0].outcome = None;
+        let stops = reclaim(&mut targets, &rules, &proc, &|| false);
+        assert_eq!((&targets[0].outcome, stops.len()), (&skipped, 0));
+    }
+
+    #[test]
+    fn an_interrupted_run_says_so() {
+        let rules = ReclaimRules {
+            min_age: Duration::ZERO,
+            force: false,
+            stop_limit: Duration::from_secs(1),
+        };
+        let mut targets = [target(7, 3), target(8, 3)];
+        targets[1].outcome = Some(ReclaimOutcome::Gone);
+        let stops = reclaim(&mut targets, &rules, &Proc::default(), &|| true);
+        let interrupted = ReclaimOutcome::Skipped(Reason::Interrupted);
+        assert_eq!(targets[0].outcome, Some(interrupted));
+        assert_eq!(targets[1].outcome, Some(ReclaimOutcome::Gone));
+        assert!(stops.is_empty());
     }
 }

@@ -20,6 +20,7 @@ use super::arch::Registers;
 use super::{is_syscall_instruction, read_registers};
 use crate::finder::owners::Proc;
 use crate::reclaim::outcome::{OwnerError, Reason, errno};
+use crate::reclaim::read_text;
 use crate::reclaim::syscalls::Syscall;
 use crate::sys::{self, Waiting};
 
@@ -462,7 +463,7 @@ fn tids(proc: &Proc, pid: i32) -> io::Result<Vec<i32>> {
 
 /// Whether a thread is a zombie, or no longer listed.
 fn has_ended(proc: &Proc, pid: i32, tid: i32) -> bool {
-    let stat = fs::read_to_string(proc.path(&format!("{pid}/task/{tid}/stat")));
+    let stat = read_text(proc.path(&format!("{pid}/task/{tid}/stat")));
     // The state follows the name, which may contain any character.
     stat.map_or(true, |stat| {
         stat.rsplit_once(") ")

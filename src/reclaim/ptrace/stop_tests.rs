@@ -158,3 +158,20 @@ fn all_threads_are_stopped() {
     );
     assert!(stopped.elapsed() < PATIENCE);
 }
+
+#[test]
+fn a_thread_whose_name_is_not_utf8_has_not_ended() {
+    let root = tempfile::tempdir().unwrap();
+    let task = root.path().join("7/task/8");
+    fs::create_dir_all(&task).unwrap();
+    let proc = Proc::at(root.path());
+    for (stat, expected) in [
+        (&b"8 (\xd0) S 1"[..], false),
+        (&b"8 (\xd0) Z 1"[..], true),
+        (&b"8 () Z) S 1"[..], false),
+    ] {
+        fs::write(task.join("stat"), stat).unwrap();
+        assert_eq!(has_ended(&proc, 7, 8), expected, "{stat:?}");
+    }
+    assert!(has_ended(&proc, 7, 9), "not listed");
+}

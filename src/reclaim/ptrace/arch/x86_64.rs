@@ -214,8 +214,9 @@ mod tests {
     #[test]
     fn code_of_32_bits_is_detected() {
         assert!(thread(0, 0).is_native());
-        let mut narrow = thread(0, 0);
-        narrow.0[CS] = 0x23;
-        assert!(!narrow.is_native());
+        let mut compat = thread(0, 0);
+        // __USER32_CS
+        compat.0[CS] = 0x23;
+        assert!(!compat.is_native());
     }
 }
