@@ -21,7 +21,7 @@ const DEFAULT_AGE: Duration = Duration::from_secs(60);
 const DEFAULT_STOP_LIMIT: Duration = Duration::from_millis(100);
 
 impl ReclaimRules {
-    /// What the options say, with defaults filled in.
+    /// The rules given by the options, with defaults.
     pub fn from_args(args: &Reclaiming) -> Self {
         ReclaimRules {
             min_age: args.reclaim_age.unwrap_or(DEFAULT_AGE),
@@ -32,7 +32,7 @@ impl ReclaimRules {
 }
 
 impl Reclaiming {
-    /// An option that only makes sense when descriptors are to be taken.
+    /// The first given option that only makes sense if descriptors are to be closed.
     pub fn given(&self) -> Option<&'static str> {
         [
             ("--reclaim-age", self.reclaim_age.is_some()),
@@ -44,24 +44,24 @@ impl Reclaiming {
     }
 }
 
-/// Everything the job needs to know.
+/// The options of the command.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Whose descriptors.
+    /// The owners.
     pub selectors: Selectors,
-    /// How far to go.
+    /// Whether to list, to plan or to close.
     pub action: Action,
-    /// What may be done.
+    /// What the operator permits.
     pub rules: ReclaimRules,
-    /// The form of the results.
+    /// The format of the results.
     pub format: Format,
-    /// Leave out the header of the table.
+    /// Omit the header of the table.
     pub no_header: bool,
     /// Show how each descriptor is known to be dead.
     pub verbose: bool,
     /// Colour the table.
     pub color: ColorChoice,
-    /// Where acts are recorded.
+    /// Where actions are logged.
     pub log: audit::Wanted,
 }
 
@@ -69,7 +69,7 @@ impl Config {
     /// Checks that the arguments make sense together.
     ///
     /// # Errors
-    /// They do not; the error says which and shows good ones.
+    /// They do not; the error names them and shows a valid example.
     pub fn from_args(args: ReclaimArgs) -> Result<Self, clap::Error> {
         let ReclaimArgs {
             owners:
@@ -128,7 +128,7 @@ impl Config {
     }
 }
 
-/// What was found and done: all that a report needs.
+/// Everything that a report needs.
 #[derive(Debug)]
 pub struct Run {
     /// The descriptors of dead sockets.
@@ -137,26 +137,26 @@ pub struct Run {
     pub acted: bool,
     /// The owners that were stopped.
     pub stops: Vec<StopStats>,
-    /// Descriptors of TCP sockets in no table that may not be looked at: they may be dead.
+    /// Number of descriptors that may be dead: TCP sockets in no table of the kernel, which cwkill may not inspect.
     pub unknown: usize,
-    /// Processes asked for that may not be looked into.
+    /// Number of selected processes that cwkill may not inspect.
     pub unreadable: usize,
-    /// Those whose first thread has ended, so that their descriptors cannot be seen.
+    /// Processes whose first thread has exited: /proc does not show their descriptors.
     pub headless: Vec<Process>,
-    /// Those whose files could not be read, and why.
+    /// Processes whose files could not be read, with the error.
     pub failed: Vec<(i32, io::Error)>,
-    /// There may be processes that were asked for and are not shown at all: /proc is mounted with hidepid.
+    /// /proc is mounted with hidepid and may hide selected processes.
     pub hidden: bool,
 }
 
 impl Run {
-    /// Not everything that was asked for could be looked at.
+    /// Whether something that was selected could not be inspected.
     pub fn has_blind_spots(&self) -> bool {
         self.unknown + self.unreadable + self.headless.len() + self.failed.len() > 0 || self.hidden
     }
 }
 
-/// Finds the descriptors; does nothing to any.
+/// Finds the descriptors, and changes nothing.
 ///
 /// # Errors
 /// Nothing can be found at all.
@@ -172,7 +172,7 @@ pub fn find(config: &Config, proc: &Proc) -> anyhow::Result<Run> {
         true => scan.unreadable.len(),
         false => 0,
     };
-    // One that was asked for by its number and was looked into cannot be hidden.
+    // A process that was selected by its pid and was inspected is not hidden.
     let looked_into = |pid: &i32| {
         let tables = scan.tables.iter().map(|table| &table.process);
         tables

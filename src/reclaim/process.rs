@@ -17,7 +17,7 @@ use crate::sys::TargetFd;
 /// Stops of one owner at most. Another stop is needed only if a signal interfered, or if no thread with a low risk was
 /// found.
 const MAX_STOPS: u32 = 5;
-/// The first of them look for a thread with a low risk.
+/// In this many of them cwkill uses only a thread with a low risk.
 const LOW_RISK_STOPS: u32 = 3;
 
 /// Time between two searches for ended threads of the owner, while another thread of cwkill stops it.

@@ -124,9 +124,12 @@ impl SyscallUse {
         let arguments = &call.arguments;
         let fds = match descriptors(call.number) {
             _ if call.number & OTHER_ABI != 0 => None,
-            Descriptors::At(positions) => {
-                Some(positions.iter().map(|&at| fd(arguments[at])).collect())
-            }
+            Descriptors::At(positions) => Some(
+                positions
+                    .iter()
+                    .map(|&position| fd(arguments[position]))
+                    .collect(),
+            ),
             Descriptors::Poll => read_pollfds(arguments[0], arguments[1], read_memory)
                 .map(|list| list.into_iter().map(|entry| entry.fd).collect()),
             // The arguments of a futex wait with a timeout are an address and an operation. Read as a length, the operation means
@@ -299,7 +302,9 @@ fn read_fd_sets(
     for &set in arguments[1..4].iter().filter(|set| **set != 0) {
         let bits = read_memory(set, bytes)?;
         let is_set = |bit: &u64| {
-            let byte = usize::try_from(bit / 8).ok().and_then(|at| bits.get(at));
+            let byte = usize::try_from(bit / 8)
+                .ok()
+                .and_then(|index| bits.get(index));
             byte.is_some_and(|byte| byte >> (bit % 8) & 1 == 1)
         };
         fds.extend(

@@ -39,9 +39,9 @@ fn a_call_on_the_descriptor_is_seen() {
     assert!(on(libc::SYS_epoll_pwait, &[7, 0x1000, 7]));
     assert!(!on(libc::SYS_futex, &[7, 7, 7]));
     // An unknown call.
-    for at in 0..3 {
+    for position in 0..3 {
         let mut arguments = [0; 3];
-        arguments[at] = 7;
+        arguments[position] = 7;
         assert!(on(9999, &arguments));
     }
     assert!(!on(9999, &[0, 0, 0, 7]));
