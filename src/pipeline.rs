@@ -273,8 +273,8 @@ fn places(found: &Found) -> Vec<(usize, usize)> {
     places
 }
 
-/// Closes the descriptors of the sockets that were closed, or decides which of them could be closed. `targets` has outcomes from before
-/// the sockets were closed.
+/// Closes the descriptors of the sockets that were closed, or decides which of them could be closed. `in_calls` are the
+/// [`targets`], some with an outcome from before the sockets were closed.
 fn reclaim(
     run: &mut Run,
     in_calls: Vec<ReclaimTarget>,

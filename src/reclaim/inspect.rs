@@ -16,7 +16,7 @@ use super::in_use::{Epoll, Evidence, InUse, IoUring, runs_finalizers, works_for_
 use super::outcome::{OwnerError, Reason, errno};
 use super::ptrace::{StoppedProcess, Thread, read_memory};
 use super::syscalls::{Syscall, SyscallUse};
-use super::{RETRY_INTERVAL, ReclaimRules, ReclaimTarget, read_text};
+use super::{RETRY_INTERVAL, ReclaimRules, ReclaimTarget, read_text, status_field};
 use crate::finder::dead::{self, Verdict};
 use crate::finder::owners::{self, Proc, Process};
 use crate::sys::{self, TargetFd};
@@ -231,7 +231,9 @@ impl<'p> InspectedProcess<'p> {
     /// The number of slots in the owner's descriptor table, which only grows; the maximum if cwkill cannot read it.
     fn table_size(&self) -> u32 {
         let status = self.read_text("status");
-        let size = status.ok().and_then(|status| field(&status, "FDSize:"));
+        let size = status
+            .ok()
+            .and_then(|status| status_field(&status, "FDSize:"));
         size.and_then(|size| u32::try_from(size).ok().filter(|size| *size > 0))
             .unwrap_or(u32::MAX)
     }
@@ -376,16 +378,9 @@ impl<'p> InspectedProcess<'p> {
         let tasks = fs::read_dir(self.proc.path(&format!("{}/task", self.pid))).ok()?;
         let tracer = |task: io::Result<fs::DirEntry>| {
             let status = read_text(task.ok()?.path().join("status")).ok()?;
-            field(&status, "TracerPid:").filter(|tracer| *tracer != 0)
+            status_field(&status, "TracerPid:").filter(|tracer| *tracer != 0)
         };
         tasks.into_iter().find_map(tracer)
-    }
-
-    /// The seccomp mode of a thread: 0 none, 1 strict, 2 filters.
-    pub fn seccomp_mode(&self, tid: i32) -> io::Result<i32> {
-        let status = self.read_text(&format!("task/{tid}/status"))?;
-        // A kernel without seccomp has no such line.
-        Ok(field(&status, "Seccomp:").unwrap_or(0))
     }
 
     /// Fails if one of `processes` shares the owner's descriptor table, or may share it, and is not the owner itself
@@ -478,7 +473,7 @@ fn is_running(proc: &Proc, pid: i32, start_time: u64) -> bool {
 fn leader_exited(status: &str) -> bool {
     let state = status.lines().find_map(|line| line.strip_prefix("State:"));
     let is_zombie = state.is_some_and(|state| state.trim_start().starts_with('Z'));
-    is_zombie && field(status, "Threads:").is_some_and(|threads| threads > 1)
+    is_zombie && status_field(status, "Threads:").is_some_and(|threads| threads > 1)
 }
 
 /// Whether an auxiliary vector is that of a 32-bit program. The vector is pairs of words as wide as the program's: an
@@ -518,12 +513,6 @@ fn special_fd(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<SpecialFd>> {
         b"anon_inode:[io_uring]" => Some(SpecialFd::IoUring(fd)),
         _ => None,
     })
-}
-
-/// The value in a line `NAME value` of a status file.
-fn field(status: &str, name: &str) -> Option<i32> {
-    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
-    line.trim().parse().ok()
 }
 
 #[cfg(test)]

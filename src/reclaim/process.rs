@@ -134,7 +134,7 @@ fn stop_and_close(
         close_all(&mut remote, owner, targets, rules, interrupted)
     };
     // The owner runs again when `close` returns.
-    let result = RemoteSyscall::prepare(stopped, owner, low_risk_only).and_then(close);
+    let result = RemoteSyscall::prepare(stopped, owner.proc(), low_risk_only).and_then(close);
     (since.elapsed(), result)
 }
 
@@ -254,4 +254,22 @@ fn adjacent_runs(mut targets: Vec<&mut ReclaimTarget>) -> VecDeque<Vec<&mut Recl
         }
     }
     runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reclaim::tests::target;
+
+    #[test]
+    fn adjacent_numbers_make_a_run() {
+        let mut targets = [5, 3, 9, 4, 8, 20].map(|fd| target(7, fd));
+        let runs = adjacent_runs(targets.iter_mut().collect());
+        let runs: Vec<Vec<i32>> = runs
+            .into_iter()
+            .map(|run| run.into_iter().map(|target| target.fd.0).collect())
+            .collect();
+        assert_eq!(runs, [vec![3, 4, 5], vec![8, 9], vec![20]]);
+        assert!(adjacent_runs(Vec::new()).is_empty());
+    }
 }

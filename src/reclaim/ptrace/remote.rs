@@ -5,6 +5,7 @@
 //! restores the thread, which then makes its own call. docs/decisions/reclaim.md says what the kernel does if cwkill dies at
 //! any of these points.
 
+use std::io;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -12,10 +13,11 @@ use nix::errno::Errno;
 use super::arch::Registers;
 use super::stop::{StoppedProcess, Thread, ThreadState};
 use super::{is_syscall_instruction, read_registers, write_registers};
-use crate::reclaim::inspect::InspectedProcess;
+use crate::finder::owners::Proc;
 use crate::reclaim::outcome::{OwnerError, Reason, errno};
 use crate::reclaim::seccomp::{self, SeccompData};
 use crate::reclaim::syscalls::ZeroRisk;
+use crate::reclaim::{read_text, status_field};
 use crate::sys::{self, Waiting};
 
 /// Time that cwkill waits for a call of its own that does not return: it cannot restore the thread before.
@@ -75,10 +77,10 @@ impl RemoteSyscall {
     /// No thread can be used. All threads have been released.
     pub fn prepare(
         mut stopped: StoppedProcess,
-        owner: &InspectedProcess<'_>,
+        proc: &Proc,
         low_risk_only: bool,
     ) -> Result<Self, OwnerError> {
-        let candidates = candidates(&stopped, owner.pid)?;
+        let candidates = candidates(&stopped)?;
         let lowest = candidates.first().map(|candidate| candidate.risk);
         if low_risk_only && lowest.is_none_or(|risk| risk > ZeroRisk::Low) {
             return Err(OwnerError::TryAgain);
@@ -99,7 +101,7 @@ impl RemoteSyscall {
             };
             let until = now + time / shares.max(1);
             // Before the thread is moved: restoring it takes a call as well.
-            let filters = match permitting_filters(owner, tid, &registers) {
+            let filters = match permitting_filters(proc, stopped.pid(), tid, &registers) {
                 Ok(filters) => filters,
                 Err(error) => {
                     reason = error;
@@ -274,7 +276,7 @@ struct Candidate {
 }
 
 /// The threads that may make calls for cwkill, those with the lowest risk first.
-fn candidates(stopped: &StoppedProcess, pid: i32) -> Result<Vec<Candidate>, Reason> {
+fn candidates(stopped: &StoppedProcess) -> Result<Vec<Candidate>, Reason> {
     let mut candidates = Vec::new();
     let mut separate_table = false;
     let mut unknown_table = None;
@@ -298,7 +300,7 @@ fn candidates(stopped: &StoppedProcess, pid: i32) -> Result<Vec<Candidate>, Reas
         }
         // The descriptors were inspected in the table of the first thread. A thread can have a table of its own (unshare(2),
         // CLONE_FILES), where the same number is another file.
-        match sys::share_descriptors(pid, tid) {
+        match sys::share_descriptors(stopped.pid(), tid) {
             Ok(true) => candidates.push(Candidate {
                 thread: index,
                 tid,
@@ -366,11 +368,12 @@ fn enter_own_call(
 
 /// The seccomp filters of a stopped thread, which permit a call that does nothing.
 fn permitting_filters(
-    owner: &InspectedProcess<'_>,
+    proc: &Proc,
+    pid: i32,
     tid: i32,
     registers: &Registers,
 ) -> Result<Vec<Vec<u64>>, Reason> {
-    let filters = read_filters(owner, tid)?;
+    let filters = read_filters(proc, pid, tid)?;
     // Unless its call is restarted, the address of its next call is unknown.
     let unknown_address = !registers.restarts(&|address| is_syscall_instruction(tid, address));
     let depends_on_address = unknown_address && seccomp::any_reads_instruction_pointer(&filters);
@@ -381,9 +384,9 @@ fn permitting_filters(
 }
 
 /// The seccomp filters of a stopped thread.
-fn read_filters(owner: &InspectedProcess<'_>, tid: i32) -> Result<Vec<Vec<u64>>, Reason> {
+fn read_filters(proc: &Proc, pid: i32, tid: i32) -> Result<Vec<Vec<u64>>, Reason> {
     let mut filters = Vec::new();
-    let mode = owner.seccomp_mode(tid);
+    let mode = seccomp_mode(proc, pid, tid);
     match mode.map_err(|error| Reason::SeccompUnreadable(errno(&error)))? {
         0 => return Ok(filters),
         // Strict mode permits only read, write and exit.
@@ -399,6 +402,13 @@ fn read_filters(owner: &InspectedProcess<'_>, tid: i32) -> Result<Vec<Vec<u64>>,
             },
         }
     }
+}
+
+/// The seccomp mode of a thread: 0 none, 1 strict, 2 filters.
+fn seccomp_mode(proc: &Proc, pid: i32, tid: i32) -> io::Result<i32> {
+    let status = read_text(proc.path(&format!("{pid}/task/{tid}/status")))?;
+    // A kernel without seccomp has no such line.
+    Ok(status_field(&status, "Seccomp:").unwrap_or(0))
 }
 
 /// Whether `filters` permit a thread with these registers a call with `first` as its first arguments.

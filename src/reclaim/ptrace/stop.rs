@@ -384,6 +384,10 @@ impl StoppedProcess {
         }
     }
 
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
     pub fn threads(&self) -> &[Thread] {
         &self.threads
     }
