@@ -69,7 +69,7 @@ impl Run {
     }
 
     /// Adds what was swept to what was found, planned and done `later`; all outcomes, in order if somebody will read them.
-    fn take_in_swept(&mut self, later: Vec<Outcome>, read: bool) -> Vec<Outcome> {
+    pub(crate) fn take_in_swept(&mut self, later: Vec<Outcome>, read: bool) -> Vec<Outcome> {
         let Swept {
             mut sockets,
             mut plans,
