@@ -320,6 +320,9 @@ impl Golden {
     }
 }
 
+/// Lines of a file that are shown at most where they differ.
+const SHOWN: usize = 10;
+
 /// The lines that differ, long ones from shortly before the place where they do.
 fn difference(expected: &str, actual: &str) -> String {
     let (expected, actual): (Vec<_>, Vec<_>) =
@@ -335,11 +338,10 @@ fn difference(expected: &str, actual: &str) -> String {
         .count();
     let (old, new) = (&old[..old.len() - same_end], &new[..new.len() - same_end]);
     let mut out = String::new();
-    for at in 0..old.len().max(new.len()) {
+    let all = 0..old.len().max(new.len());
+    let different: Vec<usize> = all.filter(|&at| old.get(at) != new.get(at)).collect();
+    for &at in different.iter().take(SHOWN) {
         let (old, new) = (old.get(at), new.get(at));
-        if old == new {
-            continue;
-        }
         let (a, b) = (
             old.copied().unwrap_or_default(),
             new.copied().unwrap_or_default(),
@@ -358,6 +360,9 @@ fn difference(expected: &str, actual: &str) -> String {
             }
         }
     }
+    if different.len() > SHOWN {
+        let _ = writeln!(out, "  and {} more lines", different.len() - SHOWN);
+    }
     out
 }
 
@@ -373,4 +378,6 @@ fn a_difference_names_its_lines() {
     let text = difference("a\nb\nc\n", "a\nB\nc\n");
     assert_eq!(text, "  line 2, column 1\n  - b\n  + B\n");
     assert_eq!(difference("a\n", "a\nb\n"), "  line 2, column 1\n  + b\n");
+    let many = difference(&"a\n".repeat(SHOWN + 2), &"b\n".repeat(SHOWN + 2));
+    assert!(many.ends_with("  + b\n  and 2 more lines\n"), "{many}");
 }
