@@ -190,6 +190,9 @@ pub fn listings() -> Vec<Case> {
             .sockets(stray())
             .hidden_processes()
             .unreadable_processes(1),
+        case("listing-unreadable-orphan", "")
+            .sockets([numbered(0).inode(0).state("last-ack")])
+            .unreadable_processes(1),
         case("listing-unreadable-all-owned", "")
             .sockets(stray().into_iter().take(1))
             .unreadable_processes(3),
@@ -275,6 +278,14 @@ pub fn plans() -> Vec<Case> {
             .sockets([owned(0)])
             .colored(),
         case("dry-run-reclaim", "--all -n --reclaim").sockets(reclaims),
+        case("act-over-limit", "--all --max-kills 1").sockets([
+            owned(0).closed_by("shutdown").no_longer_open(),
+            owned(1)
+                .plan([])
+                .exclude("rst", "needs-net-raw")
+                .over_limit()
+                .skipped("over-limit"),
+        ]),
         needs("dry-run-needs-net-admin", "--all -n", "needs-net-admin"),
         needs("dry-run-needs-net-raw", "--all -n", "needs-net-raw"),
         needs("dry-run-needs-ptrace", "--all -n", "needs-ptrace"),
@@ -480,6 +491,8 @@ pub fn acts() -> Vec<Case> {
                 ],
             )
             .watched_without_seeing(0, true),
+        done("watched-three", "--all --watch-refill 10s")
+            .watched(10_000, [(Some(&JAVA), 2), (Some(&NODE), 1), (None, 1)]),
         done("watched-at-once", "--all --watch-refill 10s").watched(0, [(Some(&JAVA), 1)]),
         done(
             "watched-other-states",
