@@ -10,6 +10,9 @@ pub mod notes;
 pub mod reclaim;
 pub mod text;
 
+#[cfg(test)]
+mod golden_tests;
+
 use std::process::ExitCode;
 
 use crate::model::{Outcome, ReclaimOutcome, Scan};
