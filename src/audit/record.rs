@@ -46,6 +46,19 @@ impl Caller {
         }
     }
 
+    /// Somebody who came by sudo(8), for tests.
+    #[cfg(test)]
+    pub(crate) fn example() -> Self {
+        Caller {
+            cwkill_version: "0.1.0",
+            pid: 7,
+            uid: 0,
+            sudo_user: Some("al\"ice\n".into()),
+            login_uid: None,
+            arguments: vec!["--all".into()],
+        }
+    }
+
     /// `entry` as a JSON object, written at `time`.
     pub fn line(&self, entry: &Entry<'_>, time: SystemTime) -> String {
         #[derive(Serialize)]
@@ -402,17 +415,6 @@ mod tests {
     use serde_json::Value;
     use std::time::Duration;
 
-    fn caller() -> Caller {
-        Caller {
-            cwkill_version: "0.1.0",
-            pid: 7,
-            uid: 0,
-            sudo_user: Some("al\"ice\n".into()),
-            login_uid: None,
-            arguments: vec!["--all".into()],
-        }
-    }
-
     /// A run over one socket on which both methods were to be tried.
     fn run() -> Run {
         let message = stuck("[::1]:80", "[::2]:5", 9);
@@ -432,7 +434,7 @@ mod tests {
 
     fn line(entry: &Entry<'_>) -> Value {
         let time = SystemTime::UNIX_EPOCH + Duration::from_millis(1_500);
-        serde_json::from_str(&caller().line(entry, time)).unwrap()
+        serde_json::from_str(&Caller::example().line(entry, time)).unwrap()
     }
 
     #[test]
@@ -455,7 +457,7 @@ mod tests {
     #[test]
     fn a_sentence_says_who_does_what_to_whom() {
         let mut run = run();
-        let who = caller().sentence();
+        let who = Caller::example().sentence();
         assert_eq!(who, r#"uid 0 (sudo by al"ice\n)"#);
         let begin = |run: &Run| Entry::begin(run, who.clone()).message();
         assert!(begin(&run).contains(": about to act on 1 of 1 sockets by destroy, rst"));

@@ -108,6 +108,16 @@ impl Netns {
         })
     }
 
+    /// A namespace that cannot be entered, for tests without a kernel.
+    #[cfg(test)]
+    pub(crate) fn example(inode: u64, name: Option<&str>) -> Self {
+        Netns {
+            id: (4, inode),
+            name: name.map(str::to_owned),
+            file: None,
+        }
+    }
+
     fn current(names: &HashMap<(u64, u64), String>) -> io::Result<Self> {
         let id = id(&fs::metadata("/proc/thread-self/ns/net")?);
         Ok(Netns {

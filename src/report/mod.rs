@@ -13,6 +13,9 @@ pub mod serialize;
 pub mod table;
 pub mod text;
 
+#[cfg(test)]
+mod golden_tests;
+
 use std::process::ExitCode;
 
 use crate::model::{Outcome, ReclaimOutcome, Scan};
