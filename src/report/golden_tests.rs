@@ -114,7 +114,7 @@ fn dead_outputs(case: &DeadCase) -> Outputs {
         if (color && !case.colored) || config.format == Format::Quiet {
             continue;
         }
-        let table = written(|out| reclaim::write(&run, &config, color, out));
+        let table = written(|out| reclaim::text::write(&run, &config, color, out));
         section(
             &mut prose,
             format!("cwkill reclaim {}{how}", case.arguments).trim_end(),
@@ -145,9 +145,12 @@ fn dead_outputs(case: &DeadCase) -> Outputs {
     }
     outputs.push((
         "json",
-        unfolded(&written(|out| reclaim::write_document(&run, out))),
+        unfolded(&written(|out| reclaim::json::write_document(&run, out))),
     ));
-    outputs.push(("jsonl", written(|out| reclaim::write_lines(&run, out))));
+    outputs.push((
+        "jsonl",
+        written(|out| reclaim::json::write_lines(&run, out)),
+    ));
     outputs
 }
 
