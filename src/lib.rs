@@ -8,16 +8,16 @@
 //!
 //! | layer | modules |
 //! |---|---|
-//! | strings, system calls, kernel version, threads | [`text`], `sys` (every `unsafe`), [`kernel`], [`parallel`] |
+//! | strings, system calls, kernel version, threads | `text`, `sys` (every `unsafe`), [`kernel`], `parallel` |
 //! | TCP | [`tcp`]: states, address pairs, sequence numbers, segments |
 //! | Linux | [`proc`]: /proc; [`sock_diag`]: the kernel's socket tables; [`packet`]: raw and packet sockets |
 //! | data | [`model`]: the things below; [`control`]: clock, pauses and Ctrl-C of a run |
 //! | which sockets | [`filter`]: selectors, expressions of ss(8), the kernel's bytecode |
 //! | what there is | [`finder`]: sockets, owners, listeners, dead descriptors; [`privileges`]: rights, and giving them up |
 //! | acts | [`injector`]: the methods, the plan and the engine that runs it; [`reclaim`]: closing dead descriptors inside their process |
-//! | results | [`diagnose`]: who leaks and why; [`check`]: thresholds; [`watch`]: new stuck sockets; [`doctor`]: what works here |
+//! | results | `diagnose`: who leaks and why; `check`: thresholds; `watch`: new stuck sockets; `doctor`: what works here |
 //! | options | [`cli`]: the arguments; [`config`]: their meaning |
-//! | words | [`report`]: tables, JSON, notes, exit status; [`audit`]: the log |
+//! | words | [`report`]: tables, JSON, notes, exit status; `audit`: the log |
 //! | the program | `terminal`; [`commands`]: one file for each command |
 //!
 //! # Glossary
@@ -39,21 +39,21 @@
 //! - **stop**: all threads of a process stopped by ptrace(2). **remote syscall**: a system call of ours in place of a thread's own.
 //! - **privilege**: a right that a method needs: a capability, or the right to attach to the owner.
 
-pub mod audit;
-pub mod check;
+mod audit;
+mod check;
 pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod control;
-pub mod diagnose;
-pub mod doctor;
+mod diagnose;
+mod doctor;
 pub mod filter;
 pub mod finder;
 pub mod injector;
 pub mod kernel;
 pub mod model;
 pub mod packet;
-pub mod parallel;
+mod parallel;
 pub mod privileges;
 pub mod proc;
 pub mod reclaim;
@@ -62,5 +62,5 @@ pub mod sock_diag;
 mod sys;
 pub mod tcp;
 mod terminal;
-pub mod text;
-pub mod watch;
+mod text;
+mod watch;
