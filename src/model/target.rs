@@ -187,8 +187,8 @@ pub enum MethodError {
     /// The order was given, and whether it was carried out is not known.
     #[error("the kernel's answer was lost: {}", os_error(.0))]
     AnswerLost(Errno),
-    /// A step ended in a bug of cwkill.
-    #[error("a bug of cwkill, list again to see the state")]
+    /// A step ended in a bug of cwkill; EIO stands for the errno that there is not.
+    #[error("a bug of cwkill, list again to see the state: {}", os_error(&Errno::EIO))]
     Bug,
     /// Anything else: the system call and its errno.
     #[error("{}: {}", .0, os_error(.1))]
@@ -232,6 +232,7 @@ impl MethodError {
             | MethodError::AnswerLost(errno)
             | MethodError::SystemCall(_, errno) => Some(*errno),
             MethodError::NoAck(repair) => repair.as_ref()?.errno(),
+            MethodError::Bug => Some(Errno::EIO),
             MethodError::Gone
             | MethodError::DescriptorsGone
             | MethodError::ForeignPidNamespace
@@ -239,8 +240,7 @@ impl MethodError {
             | MethodError::UnsentData(_)
             | MethodError::RstIgnored
             | MethodError::PeerAlive
-            | MethodError::PeerSilent
-            | MethodError::Bug => None,
+            | MethodError::PeerSilent => None,
         }
     }
 }

@@ -1,0 +1,967 @@
+//! Runs for the golden tests, built by hand from neutral words. Only this file knows the types of a run.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Parser;
+use nix::errno::Errno;
+
+use crate::audit::record::{Caller, Entry, intents, outcomes, reclaim_intents, reclaim_outcomes};
+use crate::cli::{Cli, Command};
+use crate::commands::sweep;
+use crate::config::{Action, Config, ReclaimConfig};
+use crate::finder::dead::DeadSocket;
+use crate::model::{
+    Coverage, Exclusion, InUse, Listener, Method, MethodError, Outcome, Owner, Plan, Privilege,
+    ReclaimOutcome, ReclaimReason, Scan, SkipReason, Socket, Target,
+};
+use crate::proc::cgroup::Cgroup;
+use crate::proc::netns::Netns;
+use crate::proc::{FdState, Process, ProcessId, RemoteFd};
+use crate::reclaim::StopStats;
+use crate::report::Run;
+use crate::report::reclaim::{DeadDescriptor, ReclaimRun};
+use crate::sock_diag::testdata::stuck;
+use crate::sock_diag::{Cookie, DiagId, Family, SocketMessage};
+use crate::sys::errno_of;
+use crate::tcp::TcpState;
+use crate::watch::NewSockets;
+
+/// Why a method is not tried, by a word each.
+pub const EXCLUSIONS: [&str; 9] = [
+    "not-accepted",
+    "no-owner",
+    "owners-not-searched",
+    "unsent",
+    "needs-net-admin",
+    "needs-net-raw",
+    "needs-ptrace",
+    "open-connection",
+    "listener",
+];
+
+fn exclusion(word: &str) -> Exclusion {
+    match word {
+        "not-accepted" => Exclusion::NotAccepted,
+        "no-owner" => Exclusion::NoOwner,
+        "owners-not-searched" => Exclusion::OwnersNotSearched,
+        "unsent" => Exclusion::UnsentData(512),
+        "needs-net-admin" => Exclusion::NotPermitted(Privilege::NetAdmin),
+        "needs-net-raw" => Exclusion::NotPermitted(Privilege::NetRaw),
+        "needs-ptrace" => Exclusion::NotPermitted(Privilege::Ptrace),
+        "open-connection" => Exclusion::WrongState(TcpState::Established, "it is open"),
+        "listener" => Exclusion::WrongState(TcpState::Listen, "it listens"),
+        _ => panic!("exclusion {word}"),
+    }
+}
+
+/// Why a socket is skipped, by a word each; `no-method` gives the reasons of its plan.
+pub const SKIPS: [&str; 7] = [
+    "no-method",
+    "over-limit",
+    "unsent",
+    "no-longer-selected",
+    "accepted",
+    "peer-alive",
+    "interrupted",
+];
+
+fn skip(word: &str) -> SkipReason {
+    match word {
+        "no-method" => SkipReason::NoMethod,
+        "over-limit" => SkipReason::OverMaxKills,
+        "unsent" => SkipReason::UnsentData(77),
+        "no-longer-selected" => SkipReason::NoLongerSelected,
+        "accepted" => SkipReason::Accepted,
+        "peer-alive" => SkipReason::PeerAlive,
+        "interrupted" => SkipReason::Interrupted,
+        _ => panic!("skip {word}"),
+    }
+}
+
+/// Why an attempt did nothing, by a word each.
+pub const ATTEMPTS: [&str; 20] = [
+    "gone",
+    "descriptors-gone",
+    "foreign-proc",
+    "denied-net-admin",
+    "denied-net-raw",
+    "denied-ptrace",
+    "not-supported",
+    "orphan",
+    "unsent",
+    "no-ack",
+    "no-ack-no-repair",
+    "rst-ignored",
+    "peer-alive",
+    "peer-silent",
+    "no-ack-unsupported",
+    "unanswered",
+    "os",
+    "os-unknown-errno",
+    "os-no-errno",
+    "bug",
+];
+
+fn method_error(word: &str) -> MethodError {
+    let denied = |privilege| MethodError::NotPermitted(privilege, Errno::EPERM);
+    match word {
+        "gone" => MethodError::Gone,
+        "descriptors-gone" => MethodError::DescriptorsGone,
+        "foreign-proc" => MethodError::ForeignPidNamespace,
+        "denied-net-admin" => denied(Privilege::NetAdmin),
+        "denied-net-raw" => denied(Privilege::NetRaw),
+        "denied-ptrace" => denied(Privilege::Ptrace),
+        "not-supported" => MethodError::NotSupported("the kernel cannot do it", Errno::EOPNOTSUPP),
+        "orphan" => MethodError::OrphanOnOldKernel,
+        "unsent" => MethodError::UnsentData(99),
+        "no-ack" => MethodError::NoAck(None),
+        "no-ack-no-repair" => MethodError::NoAck(Some(Box::new(denied(Privilege::NetAdmin)))),
+        "no-ack-unsupported" => {
+            let repair = MethodError::NotSupported("TCP_REPAIR", Errno::ENOPROTOOPT);
+            MethodError::NoAck(Some(Box::new(repair)))
+        }
+        "rst-ignored" => MethodError::RstIgnored,
+        "peer-alive" => MethodError::PeerAlive,
+        "peer-silent" => MethodError::PeerSilent,
+        "unanswered" => MethodError::AnswerLost(Errno::ENOBUFS),
+        "os" => MethodError::SystemCall("pidfd_getfd", Errno::EMFILE),
+        "os-unknown-errno" => MethodError::SystemCall("preparing", Errno::from_raw(4095)),
+        "os-no-errno" => {
+            MethodError::SystemCall("reading", errno_of(&io::ErrorKind::InvalidData.into()))
+        }
+        "bug" => MethodError::Bug,
+        _ => panic!("attempt {word}"),
+    }
+}
+
+/// Why a descriptor is not closed in its process, by a word each.
+pub const KEPT: [&str; 42] = [
+    "in-call",
+    "in-some-call",
+    "in-epoll",
+    "in-ring",
+    "ring-in-flight",
+    "ring",
+    "ring-worker",
+    "finalizer",
+    "transfer",
+    "unread-1",
+    "unread",
+    "too-young",
+    "no-age",
+    "ourselves",
+    "traced-by-unknown",
+    "traced",
+    "filter-forbids",
+    "filter-unread",
+    "shared-table",
+    "shared-unknown",
+    "shared-closed",
+    "no-kcmp",
+    "leader-ended",
+    "executing",
+    "other-table",
+    "table-unread",
+    "foreign",
+    "foreign-call",
+    "foreign-proc",
+    "limit",
+    "time-over",
+    "no-call",
+    "unsteady",
+    "denied",
+    "interrupted",
+    "hangs",
+    "still-taken",
+    "bug",
+    "os",
+    "os-no-errno",
+    "hostile-ring-worker",
+    "hostile-tracer",
+];
+
+fn reason(word: &str) -> ReclaimReason {
+    let limit = Duration::from_millis(100);
+    let (tid, number) = (4431, 232);
+    let in_use = match word {
+        "in-call" => InUse::InSyscall { tid, number },
+        "in-some-call" => InUse::MaybeInSyscall { tid, number },
+        "in-epoll" => InUse::InEpoll(4),
+        "in-ring" => InUse::InIoUring(5),
+        "ring-in-flight" => InUse::IoUringInFlight(6),
+        "ring" => InUse::IoUringOpen(7),
+        "ring-worker" => InUse::IoUringWorker("iou-wrk-4421".into()),
+        "hostile-ring-worker" => InUse::IoUringWorker("iou\x1b[2J".into()),
+        "finalizer" => InUse::Finalizer("Finalizer".into()),
+        "transfer" => InUse::Transfer { tid, number },
+        "unread-1" => InUse::Unread(1),
+        "unread" => InUse::Unread(1460),
+        "too-young" => InUse::TooYoung(Duration::from_micros(12_345_678)),
+        "no-age" => InUse::AgeUnknown,
+        _ => {
+            return match word {
+                "ourselves" => ReclaimReason::OwnProcess,
+                "traced-by-unknown" => ReclaimReason::Traced(99, None),
+                "traced" => ReclaimReason::Traced(99, Some("gdb".into())),
+                "hostile-tracer" => ReclaimReason::Traced(99, Some("g\u{202e}db\n".into())),
+                "filter-forbids" => ReclaimReason::SeccompForbidsClose,
+                "filter-unread" => ReclaimReason::SeccompUnreadable(Errno::EACCES),
+                "shared-table" => ReclaimReason::SharedTable(98),
+                "shared-unknown" => ReclaimReason::KcmpNotPermitted(98, Errno::EPERM),
+                "shared-closed" => ReclaimReason::KcmpFailed(98, Errno::EPERM),
+                "no-kcmp" => ReclaimReason::NoKcmp,
+                "leader-ended" => ReclaimReason::LeaderExited,
+                "executing" => ReclaimReason::InExec(tid),
+                "other-table" => ReclaimReason::SeparateTable,
+                "table-unread" => ReclaimReason::TableUnknown(Errno::EPERM),
+                "foreign" => ReclaimReason::Is32bit,
+                "foreign-call" => ReclaimReason::Makes32bitSyscalls(tid),
+                "foreign-proc" => ReclaimReason::OtherPidNamespace,
+                "limit" => ReclaimReason::NotStopped(tid, limit),
+                "time-over" => ReclaimReason::StopLimitReached(limit),
+                "no-call" => ReclaimReason::NoSyscall,
+                "unsteady" => ReclaimReason::OwnerBusy,
+                "denied" => ReclaimReason::NotPermitted(Errno::EPERM),
+                "interrupted" => ReclaimReason::Interrupted,
+                "hangs" => ReclaimReason::CloseHangs,
+                "still-taken" => ReclaimReason::StillOpen,
+                "bug" => ReclaimReason::Bug,
+                "os" => ReclaimReason::SystemError("ptrace", Errno::ESRCH),
+                "os-no-errno" => ReclaimReason::SystemError(
+                    "reading",
+                    errno_of(&io::ErrorKind::UnexpectedEof.into()),
+                ),
+                _ => panic!("reason {word}"),
+            };
+        }
+    };
+    ReclaimReason::InUse(in_use)
+}
+
+/// `freed`, `gone`, `skipped WORD` or `failed WORD`.
+fn reclaim_outcome(words: &str) -> ReclaimOutcome {
+    match words.split_once(' ') {
+        None if words == "freed" => ReclaimOutcome::Freed,
+        None if words == "gone" => ReclaimOutcome::Gone,
+        Some(("skipped", word)) => ReclaimOutcome::Skipped(reason(word)),
+        Some(("failed", word)) => ReclaimOutcome::Failed(reason(word)),
+        _ => panic!("outcome {words}"),
+    }
+}
+
+/// Of a dry run: the word of a reason, or nothing.
+fn judgement(word: &str) -> ReclaimOutcome {
+    match word {
+        "" => ReclaimOutcome::Allowed,
+        word => ReclaimOutcome::Skipped(reason(word)),
+    }
+}
+
+fn method(name: &str) -> Method {
+    name.parse().expect("a method")
+}
+
+fn state(name: &str) -> TcpState {
+    match name.parse() {
+        Ok(state) => state,
+        Err(()) => TcpState::from_kernel(name.parse().expect("a state or its number")),
+    }
+}
+
+/// A process: its name, number and the text of its /proc/PID/cgroup.
+#[derive(Clone, Copy)]
+pub struct Who(pub &'static str, pub i32, pub &'static str);
+
+impl Who {
+    fn process(&self) -> Arc<Process> {
+        Arc::new(Process {
+            id: ProcessId {
+                pid: self.1,
+                start_time: 1000,
+            },
+            comm: self.0.into(),
+            cgroup: Cgroup::parse(self.2),
+        })
+    }
+
+    fn owner(&self, fd: i32) -> Owner {
+        Owner::new(self.process(), RemoteFd(fd))
+    }
+}
+
+/// A listener: where, connections waiting, limit of the backlog, owners by descriptor.
+pub struct Listening(
+    pub &'static str,
+    pub u32,
+    pub u32,
+    pub &'static [(&'static Who, i32)],
+);
+
+struct Holder {
+    who: &'static Who,
+    fd: i32,
+    after: FdState,
+    reclaim: Option<&'static str>,
+}
+
+enum Ended {
+    Closed(&'static str),
+    Closing(&'static str, &'static str),
+    Gone,
+    Skipped(&'static str),
+    Failed,
+}
+
+/// A matched socket, with what is planned for it and what became of it.
+pub struct Matched {
+    message: SocketMessage,
+    netns: usize,
+    owners: Vec<Holder>,
+    listener: Option<&'static Listening>,
+    methods: Vec<Method>,
+    excluded: Vec<(&'static str, &'static str)>,
+    over_limit: bool,
+    attempts: Vec<(&'static str, Option<&'static str>)>,
+    ended: Option<Ended>,
+    swept: bool,
+}
+
+/// In CLOSE-WAIT for an hour, its FIN unread.
+pub fn socket(local: &str, peer: &str, cookie: u64) -> Matched {
+    Matched {
+        message: stuck(local, peer, cookie),
+        netns: 0,
+        owners: Vec::new(),
+        listener: None,
+        methods: Vec::new(),
+        excluded: Vec::new(),
+        over_limit: false,
+        attempts: Vec::new(),
+        ended: None,
+        swept: false,
+    }
+}
+
+impl Matched {
+    /// On an IPv6 socket, by IPv4-mapped addresses.
+    pub fn mapped(mut self) -> Self {
+        let id = &self.message.id;
+        self.message.id = DiagId::example(Family::V6, id.tuple(), id.cookie());
+        self
+    }
+
+    /// By its name, or a number that has none.
+    pub fn state(mut self, name: &str) -> Self {
+        self.message.state = state(name);
+        self
+    }
+
+    pub fn queues(mut self, recv_q: u32, send_q: u32) -> Self {
+        (self.message.recv_q, self.message.send_q) = (recv_q, send_q);
+        self
+    }
+
+    pub fn age_ms(mut self, age: u64) -> Self {
+        if let Some(quiet) = &mut self.message.quiet {
+            let age = Duration::from_millis(age);
+            (quiet.last_ack_recv, quiet.last_data_recv) = (age, age);
+            quiet.last_data_sent = age;
+        }
+        self
+    }
+
+    pub fn ageless(mut self) -> Self {
+        self.message.quiet = None;
+        self
+    }
+
+    pub fn uid(mut self, uid: u32) -> Self {
+        self.message.uid = uid;
+        self
+    }
+
+    /// 0: no descriptor exists.
+    pub fn inode(mut self, inode: u32) -> Self {
+        self.message.inode = inode;
+        self
+    }
+
+    /// In which of the namespaces of the run.
+    pub fn netns(mut self, at: usize) -> Self {
+        self.netns = at;
+        self
+    }
+
+    pub fn owner(mut self, who: &'static Who, fd: i32) -> Self {
+        self.owners.push(Holder {
+            who,
+            fd,
+            after: FdState::Unknown,
+            reclaim: None,
+        });
+        self
+    }
+
+    /// Never accepted by this listener.
+    pub fn waits_at(mut self, listener: &'static Listening) -> Self {
+        self.listener = Some(listener);
+        self.inode(0)
+    }
+
+    pub fn plan<const N: usize>(mut self, methods: [&str; N]) -> Self {
+        self.methods = methods.map(method).to_vec();
+        self
+    }
+
+    pub fn exclude(mut self, method: &'static str, why: &'static str) -> Self {
+        self.excluded.push((method, why));
+        self
+    }
+
+    pub fn over_limit(mut self) -> Self {
+        self.over_limit = true;
+        self
+    }
+
+    /// The method did something; whether that was enough is the outcome.
+    pub fn tried(mut self, method: &'static str) -> Self {
+        self.attempts.push((method, None));
+        self
+    }
+
+    /// The method did nothing.
+    pub fn attempt(mut self, method: &'static str, why: &'static str) -> Self {
+        self.attempts.push((method, Some(why)));
+        self
+    }
+
+    fn ended(mut self, ended: Ended) -> Self {
+        self.ended = Some(ended);
+        self
+    }
+
+    pub fn closed_by(self, method: &'static str) -> Self {
+        self.tried(method).ended(Ended::Closed(method))
+    }
+
+    pub fn closing(self, method: &'static str, state: &'static str) -> Self {
+        self.tried(method).ended(Ended::Closing(method, state))
+    }
+
+    pub fn gone(self) -> Self {
+        self.ended(Ended::Gone)
+    }
+
+    pub fn skipped(self, why: &'static str) -> Self {
+        self.ended(Ended::Skipped(why))
+    }
+
+    pub fn failed(self) -> Self {
+        self.ended(Ended::Failed)
+    }
+
+    /// Closed while the sockets were listed.
+    pub fn swept(mut self) -> Self {
+        self.swept = true;
+        self
+    }
+
+    fn last_owner(mut self, change: impl FnOnce(&mut Holder)) -> Self {
+        change(self.owners.last_mut().expect("an owner comes first"));
+        self
+    }
+
+    /// The last owner still has its descriptor.
+    pub fn still_open(self) -> Self {
+        self.last_owner(|owner| owner.after = FdState::Open)
+    }
+
+    /// The last owner has closed its descriptor.
+    pub fn no_longer_open(self) -> Self {
+        self.last_owner(|owner| owner.after = FdState::Closed)
+    }
+
+    /// With `--reclaim`: the outcome for the descriptor of the last owner, in the words of [`reclaim_outcome`]; in a dry run the
+    /// word of a reason.
+    pub fn reclaim(self, words: &'static str) -> Self {
+        self.last_owner(|owner| owner.reclaim = Some(words))
+    }
+
+    fn planned(&self) -> Plan {
+        let excluded = |&(name, why): &(&str, &str)| (method(name), exclusion(why));
+        Plan {
+            methods: self.methods.clone(),
+            excluded: self.excluded.iter().map(excluded).collect(),
+            skip: match self.over_limit {
+                true => Some(SkipReason::OverMaxKills),
+                false => self.methods.is_empty().then_some(SkipReason::NoMethod),
+            },
+        }
+    }
+
+    /// As it was found; `searched`: owners were searched for.
+    fn found(&self, searched: bool) -> Target {
+        let mut target = Target::new(Socket::from_message(&self.message));
+        target.socket.netns = self.netns;
+        let owners = self.owners.iter().filter(|_| searched);
+        target.owners = owners.map(|owner| owner.who.owner(owner.fd)).collect();
+        target.plan = self.planned();
+        target
+    }
+
+    /// Tries the methods, decides the outcome, and checks the descriptors.
+    fn act(&self, target: &mut Target) {
+        for (name, why) in &self.attempts {
+            let error = why.map(method_error);
+            target.record(method(name), error.map_or(Ok(()), Err));
+        }
+        let ended = self.ended.as_ref().expect("an act has an outcome");
+        let outcome = match ended {
+            Ended::Closed(name) => Outcome::Closed(method(name)),
+            Ended::Closing(name, now) => Outcome::Closing(method(name), state(now)),
+            Ended::Gone => Outcome::Gone,
+            Ended::Skipped(why) => Outcome::Skipped(skip(why)),
+            Ended::Failed => Outcome::Failed,
+        };
+        match ended {
+            Ended::Closed(_) | Ended::Gone => target.note_vanished(),
+            _ => target.outcome = Some(outcome),
+        }
+        assert_eq!(target.outcome, Some(outcome), "the attempts of {target:?}");
+        if outcome.is_closed_or_closing() && target.socket.inode.is_some() {
+            for (owner, seen) in target.owners.iter_mut().zip(&self.owners) {
+                owner.after = Some(seen.after);
+            }
+        }
+    }
+
+    /// Decides for each descriptor what `--reclaim` does, or in a dry run would do.
+    fn reclaimed(&self, target: &mut Target) {
+        let is_open = target.outcome.is_none();
+        for (owner, wanted) in target.owners.iter_mut().zip(&self.owners) {
+            owner.reclaim = match is_open {
+                true => Some(judgement(wanted.reclaim.unwrap_or_default())),
+                false => wanted.reclaim.map(reclaim_outcome),
+            };
+        }
+    }
+}
+
+/// The descriptors that were seen of new stuck sockets.
+struct Watched {
+    time: Duration,
+    by: Vec<(Option<&'static Who>, usize)>,
+    undecided: usize,
+    partial: bool,
+}
+
+/// A run of `cwkill` without a command.
+pub struct Case {
+    pub name: &'static str,
+    pub arguments: &'static str,
+    pub colored: bool,
+    /// Shows only the first and the last rows.
+    pub long: bool,
+    namespaces: Vec<(u64, Option<&'static str>)>,
+    sockets: Vec<Matched>,
+    coverage: Coverage,
+    watched: Option<Watched>,
+    stopped: Vec<(&'static Who, u64, usize)>,
+}
+
+/// In one namespace, in which all can be seen.
+pub fn case(name: &'static str, arguments: &'static str) -> Case {
+    Case {
+        name,
+        arguments,
+        colored: false,
+        long: false,
+        namespaces: vec![(4_026_531_840, None)],
+        sockets: Vec::new(),
+        coverage: Coverage::default(),
+        watched: None,
+        stopped: Vec::new(),
+    }
+}
+
+impl Case {
+    pub fn sockets(mut self, sockets: impl IntoIterator<Item = Matched>) -> Self {
+        self.sockets.extend(sockets);
+        self
+    }
+
+    pub fn colored(mut self) -> Self {
+        self.colored = true;
+        self
+    }
+
+    pub fn long(mut self) -> Self {
+        self.long = true;
+        self
+    }
+
+    pub fn another_netns(mut self, inode: u64, name: Option<&'static str>) -> Self {
+        self.namespaces.push((inode, name));
+        self
+    }
+
+    pub fn unreadable_processes(mut self, count: usize) -> Self {
+        self.coverage.unreadable_processes = count;
+        self
+    }
+
+    pub fn hidden_processes(mut self) -> Self {
+        self.coverage.hidden_processes = true;
+        self
+    }
+
+    pub fn undecided(mut self, count: usize) -> Self {
+        self.coverage.undecided = count;
+        self
+    }
+
+    pub fn unreachable_namespaces(mut self, count: usize, why: Option<&str>) -> Self {
+        self.coverage.unreachable_namespaces = count;
+        self.coverage.namespace_failure = why.map(str::to_owned);
+        self
+    }
+
+    /// The namespaces of this many processes are unknown.
+    pub fn unknown_namespaces(mut self, count: usize) -> Self {
+        self.coverage.unknown_namespaces = count;
+        self
+    }
+
+    pub fn unlisted(mut self, why: &'static str) -> Self {
+        self.coverage.unlisted = Some(why.to_owned());
+        self
+    }
+
+    /// New stuck sockets that came within a time, by process.
+    pub fn watched<const N: usize>(
+        mut self,
+        milliseconds: u64,
+        by: [(Option<&'static Who>, usize); N],
+    ) -> Self {
+        self.watched = Some(Watched {
+            time: Duration::from_millis(milliseconds),
+            by: by.to_vec(),
+            undecided: 0,
+            partial: false,
+        });
+        self
+    }
+
+    /// New ones whose owners could not be read, and whether some namespaces could not be seen.
+    pub fn watched_without_seeing(mut self, undecided: usize, partial: bool) -> Self {
+        let watched = self.watched.as_mut().expect("it was watched");
+        (watched.undecided, watched.partial) = (undecided, partial);
+        self
+    }
+
+    /// A process that was stopped to close its descriptors: microseconds, descriptors closed.
+    pub fn stopped(mut self, who: &'static Who, micros: u64, freed: usize) -> Self {
+        self.stopped.push((who, micros, freed));
+        self
+    }
+
+    pub fn has_swept(&self) -> bool {
+        self.sockets.iter().any(|socket| socket.swept)
+    }
+
+    pub fn config(&self, verbose: bool) -> Config {
+        let words = ["cwkill"].into_iter();
+        let words = words.chain(self.arguments.split_whitespace());
+        let config = Cli::try_parse_from(words).and_then(|cli| Config::from_args(cli.args));
+        let config = config.unwrap_or_else(|error| panic!("{}: {error}", self.name));
+        Config { verbose, ..config }
+    }
+
+    /// The run: before the act if `config` wants one and nothing is `done`, else at its end.
+    pub fn run(&self, done: bool) -> Run {
+        let config = &self.config(false);
+        let mut scan = Scan {
+            namespaces: self
+                .namespaces
+                .iter()
+                .map(|(inode, name)| Arc::new(Netns::example(*inode, *name)))
+                .collect(),
+            coverage: self.coverage.clone(),
+            owners_known: config.owners,
+            ..Scan::default()
+        };
+        let acted = done && config.action == Action::Act;
+        let reclaimed = config.reclaim.is_some() && (acted || config.action != Action::Act);
+        let mut swept = Vec::new();
+        for matched in &self.sockets {
+            let mut target = matched.found(config.owners);
+            target.listener = matched.listener.map(|it| {
+                let accepting = it.3.iter().filter(|_| config.owners);
+                let accepting = accepting.map(|(who, fd)| who.owner(*fd)).collect();
+                place(&mut scan.listeners, it, accepting)
+            });
+            if acted || matched.swept {
+                matched.act(&mut target);
+            }
+            if reclaimed {
+                matched.reclaimed(&mut target);
+            }
+            match matched.swept {
+                true => swept.push(target),
+                false => scan.targets.push(target),
+            }
+        }
+        sweep::take_in(&mut scan, swept, config);
+        Run {
+            acted,
+            reclaimed,
+            stops: match reclaimed {
+                true => stops(&self.stopped),
+                false => Vec::new(),
+            },
+            new_sockets: self
+                .watched
+                .as_ref()
+                .filter(|_| done)
+                .map(|it| it.new_sockets(config.owners)),
+            ..Run::new(scan)
+        }
+    }
+}
+
+/// The index of a listener that is known, or is added.
+fn place(listeners: &mut Vec<Listener>, listening: &Listening, owners: Vec<Owner>) -> usize {
+    let local: SocketAddr = listening.0.parse().expect("an address");
+    let known = listeners.iter().position(|other| other.local == local);
+    known.unwrap_or_else(|| {
+        listeners.push(Listener {
+            local,
+            inodes: vec![5000],
+            uid: 0,
+            waiting: listening.1,
+            backlog: listening.2,
+            owners,
+        });
+        listeners.len() - 1
+    })
+}
+
+impl Watched {
+    fn new_sockets(&self, owners_known: bool) -> NewSockets {
+        let by = self.by.iter();
+        NewSockets {
+            watched: self.time,
+            new: self.by.iter().map(|(_, new)| new).sum(),
+            by: by.map(|(who, new)| (who.map(Who::process), *new)).collect(),
+            owners_known,
+            coverage: Coverage {
+                undecided: self.undecided,
+                unreachable_namespaces: usize::from(self.partial),
+                ..Coverage::default()
+            },
+        }
+    }
+}
+
+fn stops(stopped: &[(&'static Who, u64, usize)]) -> Vec<StopStats> {
+    let stop = |(who, micros, freed): &(&Who, u64, usize)| StopStats {
+        process: who.process(),
+        freed: *freed,
+        stopped: Duration::from_micros(*micros),
+    };
+    stopped.iter().map(stop).collect()
+}
+
+/// The audit records of `run`: before anything is done, or after all.
+pub fn records<'r>(run: &'r Run, who: &Caller, done: bool) -> Vec<Entry<'r>> {
+    match done {
+        false => {
+            let begin = Entry::begin(run, who.sentence());
+            [begin].into_iter().chain(intents(run)).collect()
+        }
+        true => outcomes(run).chain([Entry::end(run)]).collect(),
+    }
+}
+
+/// A descriptor of a dead socket.
+pub struct Dead {
+    who: &'static Who,
+    socket: DeadSocket,
+    fd: i32,
+    inode: u32,
+    /// Of a run that acts, what became of it; else the word of what speaks against it.
+    said: &'static str,
+}
+
+/// On 10.0.0.1:80 and quiet for two minutes.
+pub fn dead(who: &'static Who, fd: i32, inode: u32, cookie: u64) -> Dead {
+    let socket = DeadSocket {
+        cookie: Cookie(cookie),
+        local: Some(SocketAddr::from(([10, 0, 0, 1], 80))),
+        quiet: Duration::from_secs(120),
+        unread: 0,
+    };
+    Dead {
+        who,
+        socket,
+        fd,
+        inode,
+        said: "",
+    }
+}
+
+impl Dead {
+    pub fn local(mut self, local: Option<&str>) -> Self {
+        self.socket.local = local.map(|local| local.parse().expect("an address"));
+        self
+    }
+
+    pub fn quiet_ms(mut self, quiet: u64) -> Self {
+        self.socket.quiet = Duration::from_millis(quiet);
+        self
+    }
+
+    pub fn unread(mut self, bytes: u32) -> Self {
+        self.socket.unread = bytes;
+        self
+    }
+
+    pub fn said(mut self, words: &'static str) -> Self {
+        self.said = words;
+        self
+    }
+}
+
+/// A run of `cwkill reclaim`.
+pub struct DeadCase {
+    pub name: &'static str,
+    pub arguments: &'static str,
+    pub colored: bool,
+    descriptors: Vec<Dead>,
+    stopped: Vec<(&'static Who, u64, usize)>,
+    unknown: usize,
+    unreadable: usize,
+    leader_exited: Vec<&'static Who>,
+    failed: Vec<i32>,
+    hidden: bool,
+}
+
+/// A run of `cwkill reclaim` that could see all.
+pub fn dead_case(name: &'static str, arguments: &'static str) -> DeadCase {
+    DeadCase {
+        name,
+        arguments,
+        colored: false,
+        descriptors: Vec::new(),
+        stopped: Vec::new(),
+        unknown: 0,
+        unreadable: 0,
+        leader_exited: Vec::new(),
+        failed: Vec::new(),
+        hidden: false,
+    }
+}
+
+impl DeadCase {
+    pub fn descriptors(mut self, descriptors: impl IntoIterator<Item = Dead>) -> Self {
+        self.descriptors.extend(descriptors);
+        self
+    }
+
+    pub fn colored(mut self) -> Self {
+        self.colored = true;
+        self
+    }
+
+    pub fn stopped(mut self, who: &'static Who, micros: u64, freed: usize) -> Self {
+        self.stopped.push((who, micros, freed));
+        self
+    }
+
+    /// Descriptors that may be of dead sockets.
+    pub fn unknown(mut self, count: usize) -> Self {
+        self.unknown = count;
+        self
+    }
+
+    pub fn unreadable_processes(mut self, count: usize) -> Self {
+        self.unreadable = count;
+        self
+    }
+
+    /// The first thread of this process has ended.
+    pub fn leader_ended(mut self, who: &'static Who) -> Self {
+        self.leader_exited.push(who);
+        self
+    }
+
+    /// The files of this process could not be read.
+    pub fn failed_process(mut self, pid: i32) -> Self {
+        self.failed.push(pid);
+        self
+    }
+
+    pub fn hidden_processes(mut self) -> Self {
+        self.hidden = true;
+        self
+    }
+
+    pub fn config(&self, verbose: bool) -> ReclaimConfig {
+        let words = ["cwkill", "reclaim"].into_iter();
+        let words = words.chain(self.arguments.split_whitespace());
+        let config = Cli::try_parse_from(words).and_then(|cli| match cli.command {
+            Some(Command::Reclaim(args)) => ReclaimConfig::from_args(args),
+            other => panic!("{other:?}"),
+        });
+        let config = config.unwrap_or_else(|error| panic!("{}: {error}", self.name));
+        ReclaimConfig { verbose, ..config }
+    }
+
+    /// The run: before anything is judged or done, or at its end.
+    pub fn run(&self, done: bool) -> ReclaimRun {
+        let acted = done && self.config(false).action == Action::Act;
+        let descriptor = |dead: &Dead| {
+            let mut owner = dead.who.owner(dead.fd);
+            owner.reclaim = match acted {
+                true => Some(reclaim_outcome(dead.said)),
+                false => done.then(|| judgement(dead.said)),
+            };
+            DeadDescriptor {
+                owner,
+                inode: dead.inode,
+                socket: dead.socket,
+            }
+        };
+        let processes = self.leader_exited.iter();
+        let failure = |pid: &i32| (*pid, io::Error::from(Errno::EIO));
+        ReclaimRun {
+            descriptors: self.descriptors.iter().map(descriptor).collect(),
+            acted,
+            stops: stops(&self.stopped),
+            unknown: self.unknown,
+            unreadable: self.unreadable,
+            leader_exited: processes
+                .map(|who| Process::clone(&who.process()))
+                .collect(),
+            failed: self.failed.iter().map(failure).collect(),
+            hidden: self.hidden,
+        }
+    }
+}
+
+/// The audit records of `run`: before anything is done, or after all.
+pub fn dead_records<'r>(run: &'r ReclaimRun, who: &Caller, done: bool) -> Vec<Entry<'r>> {
+    match done {
+        false => {
+            let begin = Entry::begin_reclaim(run, who.sentence());
+            [begin].into_iter().chain(reclaim_intents(run)).collect()
+        }
+        true => {
+            let end = Entry::end_reclaim(run);
+            reclaim_outcomes(run).chain([end]).collect()
+        }
+    }
+}
