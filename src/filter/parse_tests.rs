@@ -242,7 +242,7 @@ fn errors_say_where_and_show_a_good_one() {
         ("sport = :", 9, "missing"),
         ("sport > *", 9, "every port"),
         ("sport = 80 80", 12, "sport = :80"),
-        ("dport = :80 ,", 13, "begins no condition"),
+        ("dport = :80 ,", 13, "does not begin a condition"),
         ("SPORT = :80", 1, "small letters"),
         ("close-wait", 1, "state close-wait"),
         (":80", 1, "dport = :80"),
@@ -278,7 +278,7 @@ fn errors_say_where_and_show_a_good_one() {
         ("fwmark = 1", 1, "not supported"),
         ("cgroup > /x", 8, "no order"),
         ("cgroup =", 9, "a cgroup"),
-        ("sport = :80 and ünd", 17, "begins no condition"),
+        ("sport = :80 and ünd", 17, "does not begin a condition"),
     ] {
         let error = error(text);
         assert_eq!(error.column(), column, "{text}: {error}");

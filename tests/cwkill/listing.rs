@@ -253,6 +253,6 @@ fn without_owners() -> Result<()> {
     }
     let table = cwkill(&lab, "--all --no-owners")?.exits(0)?;
     ensure!(!table.stdout.contains("unknown"), "{table:#?}");
-    table.complains("owners were not looked for")?;
+    table.complains("owners were not searched for")?;
     same(&in_state(&lab, TcpState::CloseWait)?, &0)
 }

@@ -262,7 +262,7 @@ fn seccomp() -> Result<()> {
             // Not even root of a user namespace may read a filter.
             _ => {
                 let why = match is_root_of_the_machine() {
-                    true => "seccomp filter of its process does not let close() through",
+                    true => "seccomp filter of its process forbids close()",
                     false => "seccomp filter that cannot be read",
                 };
                 left(&ran, &mut owner, &fds, "skipped", why).context(mode)?;
