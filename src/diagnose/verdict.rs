@@ -233,9 +233,9 @@ mod tests {
             of_cause(cause, &sockets)
         };
         for cause in [Cause::Drained, Cause::Unread, Cause::NotAccepted] {
-            assert!(text(cause, 0).starts_with("just come"), "{cause}");
+            assert!(text(cause, 0).starts_with("just arrived"), "{cause}");
             assert!(
-                text(cause, 2).ends_with("(2 of 3 idle at both looks)"),
+                text(cause, 2).ends_with("(2 of 3 idle in both scans)"),
                 "{cause}"
             );
         }
@@ -248,7 +248,7 @@ mod tests {
             };
             of_cause(Cause::Sending, &sockets)
         };
-        assert!(sending(0).starts_with("just come"));
-        assert!(sending(3).contains("look at the peers"));
+        assert!(sending(0).starts_with("just arrived"));
+        assert!(sending(3).contains("check the peers"));
     }
 }
