@@ -7,25 +7,22 @@ use anyhow::{Context, Result, ensure};
 use netns_harness::{AgentOptions, Family, Lab, TcpState};
 use serde_json::Value;
 
-use crate::Case::{self, Once};
 use crate::support::{CWKILL, Ran, at, count, cwkill, in_state, lab, leaker, ran, same};
+use crate::trial::{Test, once};
 
-pub const CASES: &[Case] = &[
-    Once("every_act_is_a_line_in_the_file", file),
-    Once("a_hostile_name_stays_in_its_field", hostile),
-    Once("what_cannot_be_written_stops_the_act", refused),
-    Once("a_disk_that_fills_is_told", full_disk),
-    Once("a_place_others_have_prepared_is_refused", prepared),
-    Once("what_asked_for_standard_error_counts_on_it", full_stderr),
-    Once(
-        "a_journal_that_hangs_does_not_hold_the_report",
-        hung_journal,
-    ),
-    Once("a_killed_run_has_said_what_it_would_touch", killed),
-    Once("a_reclaimed_descriptor_is_recorded", reclaimed),
-    Once("journald_gets_the_fields", journald),
-    Once("verbose_tells_on_standard_error", stderr),
-    Once("a_listing_and_a_dry_run_leave_no_record", silent),
+pub const TESTS: &[Test] = &[
+    once!(every_act_is_a_record_in_the_log_file),
+    once!(a_hostile_name_stays_in_its_field),
+    once!(nothing_is_done_if_the_log_cannot_be_written),
+    once!(a_full_disk_is_reported),
+    once!(a_log_path_prepared_by_others_is_refused),
+    once!(a_log_on_standard_error_must_be_writable),
+    once!(a_journal_that_hangs_is_an_error_and_not_a_hang),
+    once!(a_killed_run_has_logged_its_intents),
+    once!(a_reclaimed_descriptor_is_recorded),
+    once!(journald_gets_the_fields),
+    once!(verbose_logs_to_standard_error),
+    once!(a_listing_and_a_dry_run_leave_no_record),
 ];
 
 /// The records in a log.
@@ -34,7 +31,7 @@ fn records(text: &str) -> Result<Vec<Value>> {
     text.lines().map(parse).collect()
 }
 
-fn file() -> Result<()> {
+fn every_act_is_a_record_in_the_log_file() -> Result<()> {
     let lab = Lab::new()?;
     let leak = lab.start("unread", Family::V4, count(3))?;
     lab.start("not-accepted", Family::V4, count(2))?;
@@ -114,7 +111,7 @@ fn file() -> Result<()> {
     same(&at(&records[14], "/summary/closed"), &"1".into())
 }
 
-fn hostile() -> Result<()> {
+fn a_hostile_name_stays_in_its_field() -> Result<()> {
     let lab = Lab::new()?;
     let (app, _peer) = leaker(
         &lab,
@@ -136,7 +133,7 @@ fn hostile() -> Result<()> {
     same(&at(&records[1], "/socket/owners/0/comm"), &wanted)
 }
 
-fn refused() -> Result<()> {
+fn nothing_is_done_if_the_log_cannot_be_written() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
     let dir = tempfile::tempdir()?;
     let fifo = dir.path().join("fifo");
@@ -171,7 +168,7 @@ fn without_run(lab: &Lab, before: &str, command: &str) -> Result<Ran> {
 }
 
 /// A log on a disk of one page.
-fn full_disk() -> Result<()> {
+fn a_full_disk_is_reported() -> Result<()> {
     let on_a_small_disk = |lab: &Lab, prepare: &str| {
         let script = format!(
             "mount -t tmpfs -o size=48k,mode=755 none /run; {prepare}; \
@@ -201,7 +198,7 @@ fn full_disk() -> Result<()> {
     same(&at(&whole[0], "/to_act_on"), &"40".into())
 }
 
-fn journald() -> Result<()> {
+fn journald_gets_the_fields() -> Result<()> {
     let lab = Lab::new()?;
     lab.start("unread", Family::V4, count(2))?;
     let dir = tempfile::tempdir()?;
@@ -266,7 +263,7 @@ fn journald() -> Result<()> {
     Ok(())
 }
 
-fn stderr() -> Result<()> {
+fn verbose_logs_to_standard_error() -> Result<()> {
     let (lab, leak) = lab("unread", Family::V4, 1)?;
     let owner = leak.app().pid();
     let comm = std::fs::read_to_string(format!("/proc/{owner}/comm"))?;
@@ -292,7 +289,7 @@ fn stderr() -> Result<()> {
     Ok(())
 }
 
-fn silent() -> Result<()> {
+fn a_listing_and_a_dry_run_leave_no_record() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 1)?;
     let dir = tempfile::tempdir()?;
     let path = dir.path().join("log");
@@ -305,7 +302,7 @@ fn silent() -> Result<()> {
 }
 
 /// As the user whose processes leak could prepare a directory.
-fn prepared() -> Result<()> {
+fn a_log_path_prepared_by_others_is_refused() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
     let dir = tempfile::tempdir()?;
     let refuse = |name: &str, why: &str| -> Result<()> {
@@ -338,7 +335,7 @@ fn prepared() -> Result<()> {
     same(&in_state(&lab, TcpState::CloseWait)?, &2)
 }
 
-fn full_stderr() -> Result<()> {
+fn a_log_on_standard_error_must_be_writable() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 1)?;
     let run = |arguments: &str| -> Result<Option<i32>> {
         let full = std::fs::File::options().write(true).open("/dev/full")?;
@@ -358,7 +355,7 @@ fn full_stderr() -> Result<()> {
 }
 
 /// Its queue fills, and nobody reads it.
-fn hung_journal() -> Result<()> {
+fn a_journal_that_hangs_is_an_error_and_not_a_hang() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 60)?;
     let dir = tempfile::tempdir()?;
     let journal = UnixDatagram::bind(dir.path().join("socket"))?;
@@ -378,7 +375,7 @@ fn hung_journal() -> Result<()> {
 }
 
 /// SIGKILL in the grace of a socket whose peer does not answer.
-fn killed() -> Result<()> {
+fn a_killed_run_has_logged_its_intents() -> Result<()> {
     let (lab, leak) = lab("silent-peer", Family::V4, 1)?;
     let dir = tempfile::tempdir()?;
     let path = dir.path().join("log");
@@ -410,7 +407,7 @@ fn killed() -> Result<()> {
 }
 
 /// A descriptor of a socket that the main job has closed.
-fn reclaimed() -> Result<()> {
+fn a_reclaimed_descriptor_is_recorded() -> Result<()> {
     let (lab, leak) = lab("unread", Family::V4, 1)?;
     let owner = leak.app().pid();
     let fd = leak.conns()[0].app_fd.context("no descriptor")?;

@@ -9,16 +9,16 @@ use anyhow::{Result, ensure};
 use netns_harness::Family;
 use netns_harness::chaos::{self, Killer, METHODS, Options, Report};
 
-use crate::Case::{self, EachFamily, Once};
 use crate::support::{CWKILL, same};
+use crate::trial::{Test, each_family, once};
 
-pub const CASES: &[Case] = &[
-    EachFamily("no_innocent_is_lost", no_innocent_is_lost),
-    Once("half_closed_streams_live_under_the_minimum_age", young),
-    Once("a_killer_without_a_state_is_found_out", without_a_state),
-    Once("a_killer_by_stale_addresses_is_found_out", stale_addresses),
-    Once("a_killer_of_listeners_is_found_out", listeners),
-    Once("a_killer_of_nothing_is_found_out", nothing),
+pub const TESTS: &[Test] = &[
+    each_family!(no_bystander_is_lost),
+    once!(half_closed_streams_live_under_the_minimum_age),
+    once!(a_killer_that_ignores_the_state_is_detected),
+    once!(a_killer_by_stale_addresses_is_detected),
+    once!(a_killer_of_listeners_is_detected),
+    once!(a_killer_of_nothing_is_detected),
 ];
 
 /// Acts of each method in each family.
@@ -53,7 +53,7 @@ fn cleared(report: &Report) -> Result<()> {
     Ok(())
 }
 
-fn no_innocent_is_lost(family: Family) -> Result<()> {
+fn no_bystander_is_lost(family: Family) -> Result<()> {
     let options = Options {
         family,
         acts: Some(ACTS),
@@ -63,7 +63,7 @@ fn no_innocent_is_lost(family: Family) -> Result<()> {
     cleared(&chaos::run(&options, &killers)?)
 }
 
-fn young() -> Result<()> {
+fn half_closed_streams_live_under_the_minimum_age() -> Result<()> {
     let options = Options {
         min_age: Some(Duration::from_secs(1)),
         ..options(8)
@@ -84,14 +84,14 @@ fn found_out(seconds: u64, name: &str, script: &str) -> Result<Report> {
     Ok(report)
 }
 
-fn without_a_state() -> Result<()> {
+fn a_killer_that_ignores_the_state_is_detected() -> Result<()> {
     let report = found_out(2, "ss -K", "ss -K -tn sport = :8080")?;
     ensure!(!report.losses.is_empty(), "{report}");
     same(&report.listeners, &2)
 }
 
 /// Finds what is stuck as `cwkill` does, and then kills by addresses alone what has them by now.
-fn stale_addresses() -> Result<()> {
+fn a_killer_by_stale_addresses_is_detected() -> Result<()> {
     let script = "\
         filter=$(ss -Htn state close-wait sport = :8080 | head -n 30 |
             while read -r _ _ _ peer _; do printf ' or dst %s' \"$peer\"; done)
@@ -102,12 +102,12 @@ fn stale_addresses() -> Result<()> {
     same(&report.listeners, &2)
 }
 
-fn listeners() -> Result<()> {
+fn a_killer_of_listeners_is_detected() -> Result<()> {
     let report = found_out(2, "ss -Kl", "ss -K -tnl sport = :8080")?;
     same(&report.listeners, &1)
 }
 
-fn nothing() -> Result<()> {
+fn a_killer_of_nothing_is_detected() -> Result<()> {
     let elsewhere = Options {
         port: 9000,
         ..options(2)

@@ -3,15 +3,15 @@
 use anyhow::{Context, Result, ensure};
 use netns_harness::{Family, TcpState};
 
-use crate::Case::{self, EachFamily, Once};
 use crate::support::{CWKILL, Ran, alone, count, cwkill, in_state, lab, ran, same};
+use crate::trial::{Test, each_family, once};
 
-pub const CASES: &[Case] = &[
-    EachFamily("reaching_a_threshold_means_so_many_or_more", thresholds),
-    Once("percent_are_of_the_owners_limit", percent),
-    Once("every_failure_is_unknown", failures),
-    Once("what_cannot_be_seen_is_not_ok", unseen),
-    Once("it_never_acts", never_acts),
+pub const TESTS: &[Test] = &[
+    each_family!(a_threshold_is_reached_at_exactly_its_value),
+    once!(percent_is_of_the_limit_of_the_owner),
+    once!(every_failure_is_status_unknown),
+    once!(sockets_with_unknown_owners_are_not_ok),
+    once!(check_never_acts),
 ];
 
 /// The parts of the one line: what stands before the bar, and the value of a label behind it.
@@ -28,7 +28,7 @@ fn line(ran: &Ran) -> Result<(String, Vec<(String, String)>)> {
     Ok((text.to_owned(), pairs))
 }
 
-fn thresholds(family: Family) -> Result<()> {
+fn a_threshold_is_reached_at_exactly_its_value(family: Family) -> Result<()> {
     let (lab, leak) = lab("unread", family, 5)?;
     let _innocents = lab.start("established", family, count(3))?;
     for (options, code, word) in [
@@ -65,7 +65,7 @@ fn thresholds(family: Family) -> Result<()> {
     same(&values, &wanted)
 }
 
-fn percent() -> Result<()> {
+fn percent_is_of_the_limit_of_the_owner() -> Result<()> {
     let (lab, leak) = lab("drained", Family::V4, 10)?;
     let _roomy = lab.start("drained", Family::V4, alone(8081, 30))?;
     let pid = leak.app().pid();
@@ -93,7 +93,7 @@ fn percent() -> Result<()> {
     Ok(())
 }
 
-fn failures() -> Result<()> {
+fn every_failure_is_status_unknown() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 1)?;
     let is_unknown = |words: &str, named: &str| -> Result<()> {
         let ran = cwkill(&lab, words)?.exits(3)?;
@@ -129,7 +129,7 @@ fn failures() -> Result<()> {
     Ok(())
 }
 
-fn unseen() -> Result<()> {
+fn sockets_with_unknown_owners_are_not_ok() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 3)?;
     let bare = |options: &str| {
         let command = lab.app_host().command(CWKILL).capabilities(&[]);
@@ -148,7 +148,7 @@ fn unseen() -> Result<()> {
     Ok(())
 }
 
-fn never_acts() -> Result<()> {
+fn check_never_acts() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 3)?;
     let before = lab.app_host().ss(&[])?;
     cwkill(&lab, "check -w 1 -c 1 --all --port 8080")?.exits(2)?;

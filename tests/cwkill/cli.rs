@@ -4,15 +4,15 @@ use anyhow::{Context, Result, ensure};
 use clap::CommandFactory;
 use netns_harness::{Family, Lab};
 
-use crate::Case::{self, Once};
 use crate::support::{CWKILL, connections, cwkill, lab, ran, same};
+use crate::trial::{Test, once};
 
-pub const CASES: &[Case] = &[
-    Once("bad_values_are_named_and_nothing_is_done", bad_values),
-    Once("every_option_has_a_paragraph_in_the_man_page", man_page),
-    Once("a_mention_is_no_paragraph", man_page_tags),
-    Once("closed_output_is_no_error", closed_output),
-    Once("options_named_in_the_readme_exist", readme),
+pub const TESTS: &[Test] = &[
+    once!(bad_values_are_named_and_nothing_is_done),
+    once!(every_option_has_a_paragraph_in_the_man_page),
+    once!(a_mention_is_not_a_paragraph),
+    once!(closed_output_is_not_an_error),
+    once!(options_named_in_the_readme_exist),
 ];
 
 /// A bad command line, what the error must name, and what good value it must show.
@@ -82,7 +82,7 @@ const BAD: &[(&str, &str, &str)] = &[
     ("dst diagnose", "`diagnose` is no address", "10.0.0.0/8"),
 ];
 
-fn bad_values() -> Result<()> {
+fn bad_values_are_named_and_nothing_is_done() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 1)?;
     let before = lab.app_host().ss(&[])?;
     for (line, named, good) in BAD {
@@ -131,7 +131,7 @@ fn tags(page: &str) -> std::collections::HashSet<String> {
         .collect()
 }
 
-fn man_page() -> Result<()> {
+fn every_option_has_a_paragraph_in_the_man_page() -> Result<()> {
     let mut command = cwkill::cli::Cli::command();
     command.build();
     let main = tags(&document("man/cwkill.8")?);
@@ -161,7 +161,7 @@ fn man_page() -> Result<()> {
 }
 
 /// The test above can fail.
-fn man_page_tags() -> Result<()> {
+fn a_mention_is_not_a_paragraph() -> Result<()> {
     let page = ".TP\n.BI \\-\\-port \" LIST\"\nPorts; see\n.B \\-\\-all .\n.TP\n.BR \\-n \", \" \\-\\-dry\\-run\nx";
     let tags = tags(page);
     for option in ["--port", "-n", "--dry-run"] {
@@ -174,7 +174,7 @@ fn man_page_tags() -> Result<()> {
     Ok(())
 }
 
-fn readme() -> Result<()> {
+fn options_named_in_the_readme_exist() -> Result<()> {
     let text = document("README.md")?;
     let mut command = cwkill::cli::Cli::command();
     command.build();
@@ -200,7 +200,7 @@ fn readme() -> Result<()> {
 }
 
 /// Nobody reads what it prints: the work is done all the same, and the status says so.
-fn closed_output() -> Result<()> {
+fn closed_output_is_not_an_error() -> Result<()> {
     for output in ["", "--json", "--jsonl", "-v"] {
         let (lab, _leak) = lab("unread", Family::V4, 3)?;
         let (reader, writer) = std::io::pipe()?;

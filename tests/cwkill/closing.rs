@@ -4,47 +4,35 @@ use anyhow::{Context, Result, ensure};
 use netns_harness::{Family, Lab, TcpState};
 
 use crate::AS_HARNESS;
-use crate::Case::{self, EachFamily, Once};
 use crate::support::{
     CWKILL, all_have, alone, at, carries_data, connections, count, cwkill, in_state, lab, leaker,
     ran, same,
 };
+use crate::trial::{Test, each_family, once};
 
-pub const CASES: &[Case] = &[
-    EachFamily("forty_are_closed_and_innocents_live", forty),
-    EachFamily("destroy_closes_every_kind", destroy_closes_every_kind),
-    EachFamily("never_accepted_is_destroyed", never_accepted_is_destroyed),
-    EachFamily("a_shared_socket_needs_one_act", a_shared_socket),
-    EachFamily("listing_and_dry_run_change_nothing", nothing_changes),
-    EachFamily("a_silent_peer_is_left_to_the_next_method", silent_peer),
-    EachFamily("shutdown_loses_nothing_that_is_queued", sending),
-    EachFamily("every_kind_of_owner", every_kind_of_owner),
-    Once("the_oldest_come_first", the_oldest_come_first),
-    Once(
-        "without_privileges_nothing_happens_and_it_says_so",
-        unprivileged,
-    ),
-    Once("what_cannot_be_seen_is_not_taken_for_nothing", hidden_owner),
-    Once(
-        "an_unknown_owner_leaves_the_descriptor_unknown",
-        unknown_descriptor,
-    ),
-    Once("another_pid_namespace_is_named", foreign_proc),
-    Once("a_user_may_shut_down_his_own", own_user),
-    Once("the_owner_may_be_stopped", stopped_owner),
-    Once("a_reader_that_leaves_early_changes_nothing", head),
-    Once(
-        "a_reader_that_never_reads_does_not_make_it_immortal",
-        no_reader,
-    ),
-    Once("the_command_of_the_issue", harness_command),
-    Once(
-        "thousands_are_found_in_halves_and_confirmed_by_a_list",
-        thousands,
-    ),
+pub const TESTS: &[Test] = &[
+    each_family!(forty_are_closed_and_bystanders_live),
+    each_family!(destroy_closes_every_kind),
+    each_family!(sockets_never_accepted_are_destroyed),
+    each_family!(a_shared_socket_needs_one_act),
+    each_family!(listing_and_dry_run_change_nothing),
+    each_family!(a_silent_peer_is_left_to_the_next_method),
+    each_family!(shutdown_loses_no_queued_data),
+    each_family!(sockets_of_every_kind_of_owner_are_closed),
+    once!(the_oldest_sockets_come_first),
+    once!(without_privileges_nothing_is_done_and_the_reason_is_reported),
+    once!(a_hidden_owner_is_not_taken_for_no_match),
+    once!(an_unknown_owner_leaves_the_descriptor_unknown),
+    once!(a_proc_of_another_pid_namespace_is_reported),
+    once!(a_user_may_shut_down_own_sockets),
+    once!(sockets_of_a_stopped_owner_are_closed),
+    once!(a_reader_that_leaves_early_changes_nothing),
+    once!(a_signal_ends_a_run_whose_output_nobody_reads),
+    once!(the_harness_command_of_the_readme_closes_forty),
+    once!(thousands_are_destroyed_in_batches),
 ];
 
-fn forty(family: Family) -> Result<()> {
+fn forty_are_closed_and_bystanders_live(family: Family) -> Result<()> {
     let (lab, leak) = lab("unread", family, 40)?;
     let innocents = lab.start("established", family, count(5))?;
     let ran = cwkill(&lab, "--port 8080 --json")?.exits(0)?;
@@ -80,7 +68,7 @@ fn destroy_closes_every_kind(family: Family) -> Result<()> {
     carries_data(&innocents)
 }
 
-fn never_accepted_is_destroyed(family: Family) -> Result<()> {
+fn sockets_never_accepted_are_destroyed(family: Family) -> Result<()> {
     let (lab, leak) = lab("not-accepted", family, 3)?;
     let backlog = || -> Result<u32> {
         let rows = lab.app_host().ss(&["sport", "=", ":8080"])?;
@@ -100,7 +88,7 @@ fn never_accepted_is_destroyed(family: Family) -> Result<()> {
     same(&backlog()?, &3)
 }
 
-fn a_shared_socket(family: Family) -> Result<()> {
+fn a_shared_socket_needs_one_act(family: Family) -> Result<()> {
     let (lab, _leak) = lab("forked", family, 2)?;
     let ran = cwkill(&lab, "--all --json")?.exits(0)?;
     all_have(&ran.sockets()?, "closed", "shutdown")?;
@@ -110,7 +98,7 @@ fn a_shared_socket(family: Family) -> Result<()> {
     same(&notes, &3)
 }
 
-fn nothing_changes(family: Family) -> Result<()> {
+fn listing_and_dry_run_change_nothing(family: Family) -> Result<()> {
     let (lab, _unread) = lab("unread", family, 2)?;
     let _innocents = lab.start("established", family, count(2))?;
     let _never = lab.start("not-accepted", family, count(2))?;
@@ -140,7 +128,7 @@ fn nothing_changes(family: Family) -> Result<()> {
     Ok(())
 }
 
-fn silent_peer(family: Family) -> Result<()> {
+fn a_silent_peer_is_left_to_the_next_method(family: Family) -> Result<()> {
     let (lab, leak) = lab("drained", family, 2)?;
     leak.pair().set_link(false)?;
     let ran = cwkill(&lab, "--all --method shutdown --grace 100ms --json")?.exits(4)?;
@@ -168,7 +156,7 @@ fn silent_peer(family: Family) -> Result<()> {
 }
 
 /// Megabytes are queued to a peer that does not read.
-fn sending(family: Family) -> Result<()> {
+fn shutdown_loses_no_queued_data(family: Family) -> Result<()> {
     let (lab, leak) = lab("sending", family, 1)?;
     // The peer's kernel may still take a little of it, so the figure is not the same every time.
     let queued = || -> Result<u32> { Ok(connections(&lab)?[0].send_q) };
@@ -211,7 +199,7 @@ fn sending(family: Family) -> Result<()> {
     same(&connections(&lab)?.len(), &0)
 }
 
-fn every_kind_of_owner(family: Family) -> Result<()> {
+fn sockets_of_every_kind_of_owner_are_closed(family: Family) -> Result<()> {
     for (scenario, method) in [
         ("scm-rights", "destroy"),
         ("threads", "shutdown"),
@@ -228,7 +216,7 @@ fn every_kind_of_owner(family: Family) -> Result<()> {
     Ok(())
 }
 
-fn the_oldest_come_first() -> Result<()> {
+fn the_oldest_sockets_come_first() -> Result<()> {
     let (lab, old) = lab("drained", Family::V4, 2)?;
     let oldest = || -> Result<u64> {
         let sockets = cwkill(&lab, "--json")?.sockets()?;
@@ -256,7 +244,7 @@ fn the_oldest_come_first() -> Result<()> {
     Ok(())
 }
 
-fn unprivileged() -> Result<()> {
+fn without_privileges_nothing_is_done_and_the_reason_is_reported() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
     let _never = lab.start("not-accepted", Family::V4, count(2))?;
     let before = lab.app_host().ss(&[])?;
@@ -276,7 +264,7 @@ fn unprivileged() -> Result<()> {
 }
 
 /// Asked for by its owner, which may not be looked into: that is no empty result.
-fn hidden_owner() -> Result<()> {
+fn a_hidden_owner_is_not_taken_for_no_match() -> Result<()> {
     let (lab, leak) = lab("unread", Family::V4, 2)?;
     let before = lab.app_host().ss(&[])?;
     let (pid, comm) = (leak.app().pid(), leak.app().comm().to_owned());
@@ -296,7 +284,7 @@ fn hidden_owner() -> Result<()> {
     same(&lab.app_host().ss(&[])?, &before)
 }
 
-fn unknown_descriptor() -> Result<()> {
+fn an_unknown_owner_leaves_the_descriptor_unknown() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
     let command = lab.app_host().command(CWKILL);
     let command = command.capabilities(&[netns_harness::Capability::CAP_NET_ADMIN]);
@@ -316,7 +304,7 @@ fn unknown_descriptor() -> Result<()> {
 }
 
 /// Process numbers of /proc mean nothing here: no process is reached into by one.
-fn foreign_proc() -> Result<()> {
+fn a_proc_of_another_pid_namespace_is_reported() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 1)?;
     let line = format!("--pid --fork --kill-child {CWKILL} --all --method shutdown --json");
     let ran = ran(lab.app_host().command("unshare").args(line.split(' ')))?.exits(4)?;
@@ -325,7 +313,7 @@ fn foreign_proc() -> Result<()> {
     same(&in_state(&lab, TcpState::CloseWait)?, &1)
 }
 
-fn own_user() -> Result<()> {
+fn a_user_may_shut_down_own_sockets() -> Result<()> {
     let lab = Lab::new()?;
     let options = netns_harness::AgentOptions {
         comm: "no-privilege".into(),
@@ -338,7 +326,7 @@ fn own_user() -> Result<()> {
     all_have(&ran.sockets()?, "closed", "shutdown")
 }
 
-fn stopped_owner() -> Result<()> {
+fn sockets_of_a_stopped_owner_are_closed() -> Result<()> {
     let (lab, leak) = lab("unread", Family::V4, 2)?;
     leak.app().stop()?;
     let sockets = cwkill(&lab, "--all --json")?.exits(0)?.sockets()?;
@@ -347,7 +335,7 @@ fn stopped_owner() -> Result<()> {
 }
 
 /// More than a pipe holds, so that the program is still writing when its reader has gone.
-fn head() -> Result<()> {
+fn a_reader_that_leaves_early_changes_nothing() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 1500)?;
     let script = format!("{{ {CWKILL} --all -v; echo status=$? >&2; }} | head -1");
     let ran = ran(lab.app_host().command("sh").args(["-c", &script]))?.exits(0)?;
@@ -358,7 +346,7 @@ fn head() -> Result<()> {
 }
 
 /// The work is done and the report waits for somebody who does not read: a signal ends it as usual.
-fn no_reader() -> Result<()> {
+fn a_signal_ends_a_run_whose_output_nobody_reads() -> Result<()> {
     use std::os::unix::process::ExitStatusExt;
     let (lab, _leak) = lab("unread", Family::V4, 1500)?;
     let (reader, writer) = std::io::pipe()?;
@@ -378,7 +366,7 @@ fn no_reader() -> Result<()> {
 
 /// `netns-harness run unread --count 40 -- cwkill --port 8080`, as it stands in the README. This program
 /// plays the harness.
-fn harness_command() -> Result<()> {
+fn the_harness_command_of_the_readme_closes_forty() -> Result<()> {
     let lab = Lab::new()?;
     let line = format!("run unread --count 40 -- {CWKILL} --port 8080");
     let harness = lab.app_host().command(std::env::current_exe()?);
@@ -389,7 +377,7 @@ fn harness_command() -> Result<()> {
 }
 
 /// As many as two crews take, each more than it asks for one by one.
-fn thousands() -> Result<()> {
+fn thousands_are_destroyed_in_batches() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 4500)?;
     let innocents = lab.start("established", Family::V4, alone(9090, 3))?;
     let cookies = |arguments: &str| -> Result<std::collections::BTreeSet<String>> {

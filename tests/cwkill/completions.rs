@@ -6,15 +6,12 @@ use anyhow::{Context, Result, ensure};
 use clap::CommandFactory;
 use clap_complete::Shell;
 
-use crate::Case::{self, Once};
 use crate::cli::options;
+use crate::trial::{Test, once};
 
-pub const CASES: &[Case] = &[
-    Once("bash_completes_every_option_and_command", bash),
-    Once(
-        "zsh_and_fish_are_told_every_option_and_command",
-        zsh_and_fish,
-    ),
+pub const TESTS: &[Test] = &[
+    once!(bash_completes_every_option_and_command),
+    once!(zsh_and_fish_complete_every_option_and_command),
 ];
 
 /// As examples/completions.rs writes it.
@@ -41,7 +38,7 @@ fn wanted() -> Vec<(String, Vec<String>)> {
     std::iter::once(own).chain(named).collect()
 }
 
-fn bash() -> Result<()> {
+fn bash_completes_every_option_and_command() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let file = directory.path().join("cwkill.bash");
     std::fs::write(&file, completion(Shell::Bash)?)?;
@@ -74,7 +71,7 @@ fn bash() -> Result<()> {
     Ok(())
 }
 
-fn zsh_and_fish() -> Result<()> {
+fn zsh_and_fish_complete_every_option_and_command() -> Result<()> {
     let root = built();
     let (zsh, fish) = (completion(Shell::Zsh)?, completion(Shell::Fish)?);
     for (line, options) in wanted() {

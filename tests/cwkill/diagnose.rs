@@ -6,36 +6,27 @@ use anyhow::{Context, Result, ensure};
 use netns_harness::{Dial, Family, How, Lab, Recv, SocketOption, TcpState};
 use serde_json::{Value, json};
 
-use crate::Case::{self, EachFamily, Once};
 use crate::support::{
     CWKILL, PATIENCE, Ran, alone, at, connections, count, cwkill, in_state, lab, ran, same,
     until_it_sleeps,
 };
+use crate::trial::{Test, each_family, once};
 
-pub const CASES: &[Case] = &[
-    EachFamily("each_culprit_has_its_verdict", every_cause),
-    EachFamily("dead_descriptors_are_counted", dead),
-    EachFamily("a_conversation_in_one_direction_is_no_leak", half_closed),
-    Once(
-        "the_code_that_calls_out_is_told_from_the_server",
-        both_sides,
-    ),
-    Once(
-        "a_busy_listener_does_not_hide_the_leaker",
-        listener_and_leaker,
-    ),
-    Once("many_sockets_never_connected_are_told", never_connected),
-    Once("unix_sockets_are_not_dead", unix),
-    Once("dead_where_it_may_not_be_read_is_unknown", foreign_proc),
-    Once("growth_is_told_by_identity", growth),
-    Once("shared_sockets_count_for_each_owner", shared),
-    Once(
-        "without_privileges_it_says_what_it_cannot_see",
-        unprivileged,
-    ),
-    Once("a_runtime_and_a_sleeping_thread_are_told", runtime),
-    Once("bars_need_a_known_width", bars),
-    Once("a_closed_pipe_is_no_error", head),
+pub const TESTS: &[Test] = &[
+    each_family!(each_cause_has_its_verdict),
+    each_family!(dead_descriptors_are_counted),
+    each_family!(half_closed_streams_are_not_a_leak),
+    once!(outgoing_and_accepted_connections_have_their_own_verdicts),
+    once!(a_busy_listener_does_not_hide_the_leaker),
+    once!(many_sockets_never_connected_are_reported),
+    once!(unix_sockets_are_not_dead),
+    once!(unreadable_descriptors_are_unknown),
+    once!(growth_is_counted_by_cookie),
+    once!(shared_sockets_count_for_each_owner),
+    once!(without_privileges_missing_information_is_reported),
+    once!(a_runtime_and_a_sleeping_thread_are_named),
+    once!(bars_need_a_known_width),
+    once!(a_closed_pipe_is_not_an_error),
 ];
 
 const QUICK: &str = "--sample 50ms --json";
@@ -61,7 +52,7 @@ fn only_cause(group: &Value, cause: &str, sockets: u64, verdict: &str) -> Result
     Ok(())
 }
 
-fn every_cause(family: Family) -> Result<()> {
+fn each_cause_has_its_verdict(family: Family) -> Result<()> {
     let lab = Lab::new()?;
     let drained = lab.start("drained", family, alone(8001, 5))?;
     let unread = lab.start("unread", family, alone(8002, 4))?;
@@ -160,7 +151,7 @@ fn every_cause(family: Family) -> Result<()> {
 }
 
 /// A server that leaks what it has opened itself, and one of the connections that it accepted.
-fn both_sides() -> Result<()> {
+fn outgoing_and_accepted_connections_have_their_own_verdicts() -> Result<()> {
     let lab = Lab::new()?;
     let app = lab.app_host().agent("server")?;
     let other = lab.app_host().agent("database")?;
@@ -198,7 +189,7 @@ fn suspects(document: &Value, pid: u32) -> Result<[Value; 3]> {
     Ok(["dead", "never_connected", "unknown"].map(one))
 }
 
-fn dead(family: Family) -> Result<()> {
+fn dead_descriptors_are_counted(family: Family) -> Result<()> {
     let (lab, leak) = lab("established", family, 3)?;
     let open = lab.start("established", family, count(2))?;
     // The peer's reset, nothing of ours, ends them.
@@ -242,7 +233,7 @@ fn dead(family: Family) -> Result<()> {
     Ok(())
 }
 
-fn half_closed(family: Family) -> Result<()> {
+fn half_closed_streams_are_not_a_leak(family: Family) -> Result<()> {
     let (lab, leak) = lab("half-closed", family, 2)?;
     let leaks = lab.start("drained", family, alone(8001, 2))?;
     let line = "diagnose --sample 4s --json";
@@ -260,7 +251,7 @@ fn half_closed(family: Family) -> Result<()> {
     )
 }
 
-fn unix() -> Result<()> {
+fn unix_sockets_are_not_dead() -> Result<()> {
     let (lab, leak) = lab("unread", Family::V4, 3)?;
     // Leaves two UNIX sockets in the application's table, and one TCP socket that has it shown.
     leak.app().put_in_flight(&leak.app_fds()[..2])?;
@@ -274,7 +265,7 @@ fn unix() -> Result<()> {
 }
 
 /// Process numbers of /proc mean nothing here, so that no descriptor can be duplicated.
-fn foreign_proc() -> Result<()> {
+fn unreadable_descriptors_are_unknown() -> Result<()> {
     let (lab, leak) = lab("drained", Family::V4, 3)?;
     cwkill(&lab, "--all --method destroy")?.exits(0)?;
     let look = || {
@@ -300,7 +291,7 @@ fn foreign_proc() -> Result<()> {
 }
 
 /// Workers that wait at one listener do not hide the one that leaks, and are shown once.
-fn listener_and_leaker() -> Result<()> {
+fn a_busy_listener_does_not_hide_the_leaker() -> Result<()> {
     let lab = Lab::new()?;
     let busy = lab.start("not-accepted", Family::V4, alone(8001, 6))?;
     let leaker = lab.start("drained", Family::V4, alone(8002, 2))?;
@@ -327,7 +318,7 @@ fn listener_and_leaker() -> Result<()> {
 }
 
 /// A program that makes sockets and never gets to connect them.
-fn never_connected() -> Result<()> {
+fn many_sockets_never_connected_are_reported() -> Result<()> {
     const SCRIPT: &str = "
 import signal, socket, sys
 signal.alarm(60)
@@ -362,7 +353,7 @@ sys.stdin.read()
     Ok(())
 }
 
-fn growth() -> Result<()> {
+fn growth_is_counted_by_cookie() -> Result<()> {
     let (lab, leak) = lab("unread", Family::V4, 3)?;
     let later = lab.start("established", Family::V4, count(2))?;
     let command = lab.app_host().command(CWKILL);
@@ -391,7 +382,7 @@ fn growth() -> Result<()> {
     Ok(())
 }
 
-fn shared() -> Result<()> {
+fn shared_sockets_count_for_each_owner() -> Result<()> {
     let (lab, leak) = lab("forked", Family::V4, 2)?;
     let document = cwkill(&lab, &format!("diagnose {QUICK}"))?
         .exits(0)?
@@ -419,7 +410,7 @@ fn shared() -> Result<()> {
     same(&dead, &vec!["2".to_owned(); 3])
 }
 
-fn unprivileged() -> Result<()> {
+fn without_privileges_missing_information_is_reported() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
     let command = lab.app_host().command(CWKILL).capabilities(&[]);
     let ran = ran(command.args(["diagnose", "--sample", "50ms"]))?
@@ -461,7 +452,7 @@ else:
 sys.stdin.read()
 ";
 
-fn runtime() -> Result<()> {
+fn a_runtime_and_a_sleeping_thread_are_named() -> Result<()> {
     for how in ["run", "sleep"] {
         let lab = Lab::new()?;
         let command = lab.app_host().command("python3");
@@ -512,7 +503,7 @@ fn at_python(lab: &Lab, child: &mut std::process::Child, sleeps: bool) -> Result
     Ok(())
 }
 
-fn bars() -> Result<()> {
+fn bars_need_a_known_width() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 4)?;
     let _more = lab.start("drained", Family::V4, count(2))?;
     for (columns, wanted) in [(None, false), (Some("20"), false), (Some("100"), true)] {
@@ -537,7 +528,7 @@ fn bars() -> Result<()> {
     Ok(())
 }
 
-fn head() -> Result<()> {
+fn a_closed_pipe_is_not_an_error() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
     for output in ["", "--json"] {
         let (reader, writer) = std::io::pipe()?;

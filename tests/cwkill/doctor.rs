@@ -13,47 +13,28 @@ use seccompiler::{
 };
 use serde_json::Value;
 
-use crate::Case::{self, Once};
 use crate::support::{CWKILL, PATIENCE, Ran, alone, at, ran, same};
+use crate::trial::{Need, Test, once};
 
 use Capability::{
     CAP_DAC_READ_SEARCH as SEARCH, CAP_NET_ADMIN as ADMIN, CAP_NET_RAW as RAW,
     CAP_SYS_PTRACE as PTRACE,
 };
 
-pub const CASES: &[Case] = &[
-    Once("it_agrees_with_the_methods_as_it_is", as_it_is),
-    Once(
-        "it_agrees_with_the_methods_whatever_capability_is_missing",
-        capabilities,
-    ),
-    Once(
-        "it_agrees_with_the_methods_under_a_filter_of_system_calls",
-        filtered,
-    ),
-    Once(
-        "it_agrees_with_the_methods_in_a_user_namespace",
-        user_namespace,
-    ),
-    Once("without_a_list_of_sockets_nothing_works", blind),
-    Once("a_loopback_that_is_down_is_named", loopback_down),
-    Once(
-        "a_privilege_that_is_missing_is_named",
-        names_what_is_missing,
-    ),
-    Once("it_agrees_with_reclaim", reclaim),
-    Once("it_touches_nothing_else", touches_nothing),
-    Once("nobody_need_read_it_to_the_end", closed_output),
-];
-
-/// Those that need a second user, or a /proc of their own.
-pub const USERS_CASES: &[Case] = &[
-    Once("it_agrees_with_the_methods_as_a_user", as_a_user),
-    Once(
-        "it_agrees_with_the_methods_on_the_sockets_of_others",
-        on_others,
-    ),
-    Once("a_proc_that_hides_is_named", hidepid),
+pub const TESTS: &[Test] = &[
+    once!(doctor_agrees_with_the_methods),
+    once!(doctor_agrees_when_capabilities_are_missing),
+    once!(doctor_agrees_under_a_seccomp_filter),
+    once!(doctor_agrees_in_a_user_namespace),
+    once!(without_a_list_of_sockets_nothing_works),
+    once!(a_loopback_that_is_down_is_named),
+    once!(a_missing_privilege_is_named),
+    once!(doctor_agrees_with_reclaim),
+    once!(doctor_leaves_other_sockets_alone),
+    once!(a_reader_that_leaves_early_is_not_an_error),
+    once!(doctor_agrees_for_an_unprivileged_user).needs(Need::RootOfTheMachine),
+    once!(doctor_agrees_on_sockets_of_other_users).needs(Need::RootOfTheMachine),
+    once!(a_proc_that_hides_processes_is_named).needs(Need::RootOfTheMachine),
 ];
 
 const METHODS: [&str; 4] = ["shutdown", "destroy", "rst", "probe"];
@@ -264,7 +245,7 @@ fn works(findings: &Value, method: &str, kind: &str) -> String {
     row.map_or_else(|| "no row".into(), |row| at(row, &format!("/{kind}")))
 }
 
-fn as_it_is() -> Result<()> {
+fn doctor_agrees_with_the_methods() -> Result<()> {
     for family in Family::ALL {
         let findings = agree(family, OURS, &|lab, arguments| {
             plain(lab.app_host().command(CWKILL), arguments)
@@ -277,7 +258,7 @@ fn as_it_is() -> Result<()> {
     Ok(())
 }
 
-fn capabilities() -> Result<()> {
+fn doctor_agrees_when_capabilities_are_missing() -> Result<()> {
     // Each set, and of destroy, rst and probe what they do to a socket without an owner.
     for (set, wanted) in [
         (&[][..], ["no", "no", "no"]),
@@ -297,7 +278,7 @@ fn capabilities() -> Result<()> {
     Ok(())
 }
 
-fn filtered() -> Result<()> {
+fn doctor_agrees_under_a_seccomp_filter() -> Result<()> {
     for (filter, text) in [
         ("pidfd_getfd: ENOSYS", "Linux 5.6"),
         ("pidfd_getfd: EPERM", "seccomp"),
@@ -322,7 +303,7 @@ fn filtered() -> Result<()> {
     Ok(())
 }
 
-fn blind() -> Result<()> {
+fn without_a_list_of_sockets_nothing_works() -> Result<()> {
     let lab = Lab::new()?;
     let without = |arguments: &[&str]| plain(without(&lab, "netlink")?, arguments);
     let ran = without(&["doctor", "--json"])?.exits(3)?;
@@ -341,7 +322,7 @@ fn blind() -> Result<()> {
 }
 
 /// All capabilities, in a user namespace that owns nothing: not the network, and no process.
-fn user_namespace() -> Result<()> {
+fn doctor_agrees_in_a_user_namespace() -> Result<()> {
     let findings = agree(Family::V4, OURS, &|lab, arguments| {
         plain(
             lab.app_host().command("unshare").args(["-Ur", CWKILL]),
@@ -365,7 +346,7 @@ fn user_namespace() -> Result<()> {
     same(&works(&findings, "rst", "works"), &"yes".into())
 }
 
-fn loopback_down() -> Result<()> {
+fn a_loopback_that_is_down_is_named() -> Result<()> {
     let lab = Lab::new()?;
     let fresh = |lab: &Lab, arguments: &[&str]| {
         plain(
@@ -383,7 +364,7 @@ fn loopback_down() -> Result<()> {
     Ok(())
 }
 
-fn names_what_is_missing() -> Result<()> {
+fn a_missing_privilege_is_named() -> Result<()> {
     let lab = Lab::new()?;
     let text = plain(
         lab.app_host().command(CWKILL).capabilities(&[]),
@@ -406,7 +387,7 @@ fn names_what_is_missing() -> Result<()> {
 }
 
 /// An answer of yes or no is what the command then does with a descriptor of another process of root's.
-fn reclaim() -> Result<()> {
+fn doctor_agrees_with_reclaim() -> Result<()> {
     let mut answers = Vec::new();
     for set in [
         &[][..],
@@ -444,7 +425,7 @@ fn reclaim() -> Result<()> {
     Ok(())
 }
 
-fn touches_nothing() -> Result<()> {
+fn doctor_leaves_other_sockets_alone() -> Result<()> {
     let lab = Lab::new()?;
     let leak = lab.start("unread", Family::V4, alone(8080, 5))?;
     let open = lab.start("established", Family::V4, alone(8081, 5))?;
@@ -470,7 +451,7 @@ fn touches_nothing() -> Result<()> {
     Ok(())
 }
 
-fn closed_output() -> Result<()> {
+fn a_reader_that_leaves_early_is_not_an_error() -> Result<()> {
     let lab = Lab::new()?;
     let script = format!("{CWKILL} doctor | head -1; {CWKILL} doctor >/dev/full");
     let ran = ran(lab.app_host().command("sh").args(["-c", &script]))?.exits(3)?;
@@ -480,7 +461,7 @@ fn closed_output() -> Result<()> {
     Ok(())
 }
 
-fn as_a_user() -> Result<()> {
+fn doctor_agrees_for_an_unprivileged_user() -> Result<()> {
     let whose = [
         (Whose::App(Some(NOBODY)), "own"),
         (Whose::App(None), "others"),
@@ -503,7 +484,7 @@ fn as_a_user() -> Result<()> {
     Ok(())
 }
 
-fn on_others() -> Result<()> {
+fn doctor_agrees_on_sockets_of_other_users() -> Result<()> {
     let whose = [(Whose::App(Some(NOBODY)), "others")];
     let findings = agree(Family::V4, &whose, &|lab, arguments| {
         plain(lab.app_host().command(CWKILL), arguments)
@@ -511,7 +492,7 @@ fn on_others() -> Result<()> {
     same(&works(&findings, "shutdown", "others"), &"yes".into())
 }
 
-fn hidepid() -> Result<()> {
+fn a_proc_that_hides_processes_is_named() -> Result<()> {
     let whose = [(Whose::App(None), "others"), (Whose::Nobody, "ownerless")];
     let findings = agree(Family::V4, &whose, &|lab, arguments| {
         let script = format!(

@@ -6,13 +6,13 @@ use anyhow::{Context, Result, ensure};
 use netns_harness::{Dial, Family, How, Lab, Listen, Options, SocketOption, SsRow, TcpState};
 use serde_json::Value;
 
-use crate::Case::{self, Once};
 use crate::support::{CWKILL, PATIENCE, Ran, at, ran, same};
+use crate::trial::{Test, once};
 
-pub const CASES: &[Case] = &[
-    Once("the_same_sockets_as_ss", same_as_ss),
-    Once("an_expression_acts_on_what_it_matches", acts),
-    Once("errors_point_at_the_column", errors),
+pub const TESTS: &[Test] = &[
+    once!(expressions_match_the_same_sockets_as_ss),
+    once!(an_expression_acts_on_what_it_matches),
+    once!(errors_point_at_the_column),
 ];
 
 /// What ss and we read alike. Without `state` or `exclude` in front, `state all` is put there.
@@ -237,7 +237,7 @@ fn cookies_by_ss(lab: &Lab, words: &[&str]) -> Result<BTreeSet<String>> {
         .collect()
 }
 
-fn same_as_ss() -> Result<()> {
+fn expressions_match_the_same_sockets_as_ss() -> Result<()> {
     let lab = zoo()?;
     let everything = lab.app_host().ss(&["state", "all"])?.len();
     let (mut wrong, mut telling) = (Vec::new(), 0);
@@ -266,7 +266,7 @@ fn same_as_ss() -> Result<()> {
     Ok(())
 }
 
-fn acts() -> Result<()> {
+fn an_expression_acts_on_what_it_matches() -> Result<()> {
     let lab = zoo()?;
     let before = lab.app_host().ss(&[])?;
     let expression = "state close-wait sport = :80 and src 10.78.0.0/16";
@@ -286,7 +286,7 @@ fn acts() -> Result<()> {
     same(&lost, &closed)
 }
 
-fn errors() -> Result<()> {
+fn errors_point_at_the_column() -> Result<()> {
     let lab = Lab::new()?;
     for (expression, message) in [
         ("sport = :8O80 or dport = :80", "column 9"),

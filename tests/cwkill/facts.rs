@@ -4,23 +4,20 @@
 use anyhow::{Result, ensure};
 use netns_harness::{Family, Recv, TcpState};
 
-use crate::Case::{self, EachFamily};
 use crate::support::{PATIENCE, at, connections, count, cwkill, in_state, lab, same};
+use crate::trial::{Test, each_family};
 
-pub const CASES: &[Case] = &[
-    EachFamily("a_fin_counts_as_one_unread_byte", fin_counts),
-    EachFamily("shutdown_loses_no_unread_data", after_shutdown),
-    EachFamily("destroy_loses_no_unread_data", after_destroy),
-    EachFamily("rst_loses_no_unread_data", after_rst),
-    EachFamily("a_closed_socket_keeps_its_descriptor", descriptor_stays),
-    EachFamily("our_fin_counts_as_one_unsent_byte", our_fin_counts),
-    EachFamily(
-        "the_listener_survives_a_destroy_with_a_cookie",
-        listener_survives,
-    ),
+pub const TESTS: &[Test] = &[
+    each_family!(a_fin_counts_as_one_unread_byte),
+    each_family!(shutdown_loses_no_unread_data),
+    each_family!(destroy_loses_no_unread_data),
+    each_family!(rst_loses_no_unread_data),
+    each_family!(a_closed_socket_keeps_its_descriptor),
+    each_family!(our_fin_counts_as_one_unsent_byte),
+    each_family!(the_listener_survives_a_destroy_with_a_cookie),
 ];
 
-fn fin_counts(family: Family) -> Result<()> {
+fn a_fin_counts_as_one_unread_byte(family: Family) -> Result<()> {
     let (lab, leak) = lab("established", family, 1)?;
     leak.peer()
         .shutdown(&leak.peer_fds(), netns_harness::How::Write)?;
@@ -53,23 +50,23 @@ fn aftermath(family: Family, method: &str) -> Result<(Recv, Option<i32>)> {
     Ok((then, errno))
 }
 
-fn after_shutdown(family: Family) -> Result<()> {
+fn shutdown_loses_no_unread_data(family: Family) -> Result<()> {
     same(
         &aftermath(family, "shutdown")?,
         &(Recv::Eof, Some(libc::EPIPE)),
     )
 }
 
-fn after_destroy(family: Family) -> Result<()> {
+fn destroy_loses_no_unread_data(family: Family) -> Result<()> {
     let wanted = (Recv::Eof, Some(libc::ECONNABORTED));
     same(&aftermath(family, "destroy")?, &wanted)
 }
 
-fn after_rst(family: Family) -> Result<()> {
+fn rst_loses_no_unread_data(family: Family) -> Result<()> {
     same(&aftermath(family, "rst")?, &(Recv::Eof, Some(libc::EPIPE)))
 }
 
-fn descriptor_stays(family: Family) -> Result<()> {
+fn a_closed_socket_keeps_its_descriptor(family: Family) -> Result<()> {
     for method in ["shutdown", "destroy", "rst"] {
         let (lab, leak) = lab("drained", family, 1)?;
         let inode = connections(&lab)?[0].inode;
@@ -84,7 +81,7 @@ fn descriptor_stays(family: Family) -> Result<()> {
     Ok(())
 }
 
-fn our_fin_counts(family: Family) -> Result<()> {
+fn our_fin_counts_as_one_unsent_byte(family: Family) -> Result<()> {
     let (lab, leak) = lab("drained", family, 1)?;
     leak.pair().set_link(false)?;
     cwkill(&lab, "--all --method shutdown --grace 0s")?.exits(4)?;
@@ -92,7 +89,7 @@ fn our_fin_counts(family: Family) -> Result<()> {
     same(&(row.state, row.send_q), &(TcpState::LastAck, 1))
 }
 
-fn listener_survives(family: Family) -> Result<()> {
+fn the_listener_survives_a_destroy_with_a_cookie(family: Family) -> Result<()> {
     let (lab, leak) = lab("unread", family, 3)?;
     let sockets = cwkill(&lab, "--all --method destroy --json")?
         .exits(0)?

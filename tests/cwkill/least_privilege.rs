@@ -6,8 +6,8 @@ use std::process::{Child, Stdio};
 use anyhow::{Context, Result, ensure};
 use netns_harness::{AgentOptions, Capability, Family, Lab, TcpState};
 
-use crate::Case::{self, Once};
 use crate::support::{CWKILL, PATIENCE, Ran, at, count, in_state, lab, leaker, ran};
+use crate::trial::{Need, Test, once};
 
 use Capability::{
     CAP_DAC_READ_SEARCH as SEARCH, CAP_NET_ADMIN as ADMIN, CAP_NET_BIND_SERVICE as BIND,
@@ -15,33 +15,17 @@ use Capability::{
     CAP_SYS_PTRACE as PTRACE,
 };
 
-pub const CASES: &[Case] = &[
-    Once(
-        "each_job_runs_with_its_set_and_not_with_one_less",
-        exact_sets,
-    ),
-    Once("another_namespace_needs_its_own", other_namespace),
-    Once("a_run_holds_what_it_needs_and_nothing_more", held),
-    Once(
-        "a_listing_holds_what_it_needs_and_nothing_more",
-        held_by_a_listing,
-    ),
-    Once(
-        "commands_hold_what_they_need_and_nothing_more",
-        held_by_commands,
-    ),
-    Once("reclaim_runs_with_its_set_and_not_with_less", reclaim),
-    Once(
-        "a_neighbour_with_the_same_capabilities_lets_it_in",
-        neighbour,
-    ),
-    Once("what_cannot_be_given_up_is_told_and_the_work_done", refused),
-];
-
-/// Those that need a second user.
-pub const USERS_CASES: &[Case] = &[
-    Once("another_users_descriptors_need_both", other_user),
-    Once("the_log_is_opened_with_the_callers_rights", callers_log),
+pub const TESTS: &[Test] = &[
+    once!(each_method_runs_with_its_capabilities_and_not_with_fewer),
+    once!(another_namespace_needs_cap_sys_admin),
+    once!(a_run_holds_only_the_capabilities_it_needs),
+    once!(a_listing_holds_only_the_capabilities_it_needs),
+    once!(commands_hold_only_the_capabilities_they_need),
+    once!(reclaim_runs_with_its_capabilities_and_not_with_fewer),
+    once!(an_owner_with_the_same_capabilities_can_be_reached),
+    once!(capabilities_that_cannot_be_dropped_are_reported),
+    once!(descriptors_of_another_user_need_both_capabilities).needs(Need::RootOfTheMachine),
+    once!(the_log_is_opened_with_the_rights_of_the_caller).needs(Need::RootOfTheMachine),
 ];
 
 /// A user without any right here.
@@ -65,7 +49,7 @@ const JOBS: &[(&str, &str, &[Capability])] = &[
     ("probe", "peer-vanished", &[PTRACE]),
 ];
 
-fn exact_sets() -> Result<()> {
+fn each_method_runs_with_its_capabilities_and_not_with_fewer() -> Result<()> {
     for (method, scenario, set) in JOBS {
         let (lab, _leak) = lab(scenario, Family::V4, 1)?;
         let arguments = format!("--all --json --method {method}");
@@ -92,7 +76,7 @@ fn exact_sets() -> Result<()> {
     Ok(())
 }
 
-fn other_user() -> Result<()> {
+fn descriptors_of_another_user_need_both_capabilities() -> Result<()> {
     let (lab, leak) = lab("unread", Family::V4, 1)?;
     let pid = leak.app().pid().to_string();
     let both = [PTRACE, SEARCH];
@@ -130,7 +114,7 @@ fn other_user() -> Result<()> {
 }
 
 /// As with file capabilities: what lets it look everywhere must not be lent to who runs it.
-fn callers_log() -> Result<()> {
+fn the_log_is_opened_with_the_rights_of_the_caller() -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     let (lab, _leak) = lab("unread", Family::V4, 1)?;
     let dir = tempfile::tempdir()?;
@@ -157,7 +141,7 @@ fn callers_log() -> Result<()> {
     Ok(())
 }
 
-fn other_namespace() -> Result<()> {
+fn another_namespace_needs_cap_sys_admin() -> Result<()> {
     let (lab, leak) = lab("unread", Family::V4, 2)?;
     let elsewhere = Lab::new()?;
     for place in [
@@ -216,7 +200,7 @@ fn holds(child: &Child, set: &[Capability]) -> Result<()> {
 }
 
 /// Runs wait in their grace for a peer that does not answer.
-fn held() -> Result<()> {
+fn a_run_holds_only_the_capabilities_it_needs() -> Result<()> {
     for (method, set) in [
         ("shutdown", &[PTRACE, SEARCH][..]),
         ("shutdown,destroy", &[PTRACE, SEARCH, ADMIN]),
@@ -243,7 +227,7 @@ fn held() -> Result<()> {
 }
 
 /// A listing waits for somebody to read it.
-fn held_by_a_listing() -> Result<()> {
+fn a_listing_holds_only_the_capabilities_it_needs() -> Result<()> {
     let lab = Lab::new()?;
     let leak = lab.start("unread", Family::V4, count(400))?;
     let pid = leak.app().pid().to_string();
@@ -271,7 +255,7 @@ fn held_by_a_listing() -> Result<()> {
 }
 
 /// Commands that wait for somebody to read them: the pipe is full before they begin.
-fn held_by_commands() -> Result<()> {
+fn commands_hold_only_the_capabilities_they_need() -> Result<()> {
     let lab = Lab::new()?;
     lab.start("unread", Family::V4, count(2))?;
     for (line, set) in [
@@ -315,7 +299,7 @@ fn held_by_commands() -> Result<()> {
     Ok(())
 }
 
-fn reclaim() -> Result<()> {
+fn reclaim_runs_with_its_capabilities_and_not_with_fewer() -> Result<()> {
     let (lab, leak) = lab("unread", Family::V4, 1)?;
     let pid = leak.app().pid();
     with(&lab, None, &[ADMIN], "--all --method destroy")?.exits(0)?;
@@ -329,7 +313,7 @@ fn reclaim() -> Result<()> {
 }
 
 /// As in a container: root with a few capabilities, CAP_SYS_PTRACE not among them.
-fn neighbour() -> Result<()> {
+fn an_owner_with_the_same_capabilities_can_be_reached() -> Result<()> {
     let lab = Lab::new()?;
     let (_app, _peer) = leaker(
         &lab,
@@ -345,7 +329,7 @@ fn neighbour() -> Result<()> {
 }
 
 /// As under a filter of system calls that knows better.
-fn refused() -> Result<()> {
+fn capabilities_that_cannot_be_dropped_are_reported() -> Result<()> {
     let (lab, _leak) = lab("silent-peer", Family::V4, 1)?;
     let command = crate::doctor::without(&lab, "PR_CAPBSET_DROP")?;
     let ran = ran(command.args(["--all", "--method", "destroy"]))?.exits(0)?;

@@ -5,30 +5,21 @@ use netns_harness::{AgentOptions, Dial, Family, How, Lab, SsRow, TcpState};
 use nix::sys::resource::{Resource, getrlimit};
 use serde_json::Value;
 
-use crate::Case::{self, EachFamily, Once};
 use crate::support::{PATIENCE, at, connections, count, cwkill, in_state, lab, same};
+use crate::trial::{Test, each_family, once};
 
-pub const CASES: &[Case] = &[
-    EachFamily("agrees_with_ss", agrees_with_ss),
-    EachFamily(
-        "never_accepted_has_its_listener",
-        never_accepted_has_its_listener,
-    ),
-    EachFamily(
-        "all_owners_of_a_shared_socket",
-        all_owners_of_a_shared_socket,
-    ),
-    EachFamily("innocents_are_not_listed", innocents_are_not_listed),
-    Once("thousands_of_sockets", thousands_of_sockets),
-    Once(
-        "a_socket_among_as_many_descriptors_as_a_process_may_have",
-        among_many_descriptors,
-    ),
-    Once("without_owners_it_says_that_nobody_looked", without_owners),
-    Once("json_lines_are_one_a_socket", json_lines_are_one_a_socket),
-    Once("an_evil_name_does_not_reach_the_terminal", evil_name),
-    Once("quiet_prints_nothing", quiet_prints_nothing),
-    Once("nothing_matched_is_status_1", nothing_matched),
+pub const TESTS: &[Test] = &[
+    each_family!(the_listing_agrees_with_ss),
+    each_family!(a_socket_never_accepted_has_its_listener),
+    each_family!(all_owners_of_a_shared_socket_are_listed),
+    each_family!(bystanders_are_not_listed),
+    once!(thousands_of_sockets_are_listed),
+    once!(a_socket_in_a_full_descriptor_table_is_found),
+    once!(without_owners_the_listing_says_so),
+    once!(json_lines_have_one_line_per_socket),
+    once!(a_hostile_name_does_not_reach_the_terminal),
+    once!(quiet_prints_nothing),
+    once!(no_match_is_status_1),
 ];
 
 fn rows_by_cookie(rows: &[SsRow], socket: &Value) -> Result<SsRow> {
@@ -38,7 +29,7 @@ fn rows_by_cookie(rows: &[SsRow], socket: &Value) -> Result<SsRow> {
         .with_context(|| format!("ss shows no socket with the cookie of {socket:#}"))
 }
 
-fn agrees_with_ss(family: Family) -> Result<()> {
+fn the_listing_agrees_with_ss(family: Family) -> Result<()> {
     let (lab, _unread) = lab("unread", family, 3)?;
     let _drained = lab.start("drained", family, count(2))?;
     let before = connections(&lab)?;
@@ -80,7 +71,7 @@ fn agrees_with_ss(family: Family) -> Result<()> {
     same(&connections(&lab)?, &before)
 }
 
-fn never_accepted_has_its_listener(family: Family) -> Result<()> {
+fn a_socket_never_accepted_has_its_listener(family: Family) -> Result<()> {
     let (lab, leak) = lab("not-accepted", family, 3)?;
     let sockets = cwkill(&lab, "--json")?.exits(0)?.sockets()?;
     same(&sockets.len(), &3)?;
@@ -100,7 +91,7 @@ fn never_accepted_has_its_listener(family: Family) -> Result<()> {
     Ok(())
 }
 
-fn all_owners_of_a_shared_socket(family: Family) -> Result<()> {
+fn all_owners_of_a_shared_socket_are_listed(family: Family) -> Result<()> {
     let (lab, _leak) = lab("forked", family, 1)?;
     let row = connections(&lab)?.remove(0);
     same(&row.owners.len(), &3)?;
@@ -118,14 +109,14 @@ fn all_owners_of_a_shared_socket(family: Family) -> Result<()> {
     Ok(())
 }
 
-fn innocents_are_not_listed(family: Family) -> Result<()> {
+fn bystanders_are_not_listed(family: Family) -> Result<()> {
     let (lab, _innocents) = lab("established", family, 4)?;
     let ran = cwkill(&lab, "--json")?.exits(1)?;
     same(&ran.sockets()?.len(), &0)
 }
 
 /// More than fits one datagram of a dump, one chunk of a descriptor table, one block of the table.
-fn thousands_of_sockets() -> Result<()> {
+fn thousands_of_sockets_are_listed() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V6, 2500)?;
     let sockets = cwkill(&lab, "--json")?.exits(0)?.sockets()?;
     same(&sockets.len(), &2500)?;
@@ -146,7 +137,7 @@ fn thousands_of_sockets() -> Result<()> {
     Ok(())
 }
 
-fn json_lines_are_one_a_socket() -> Result<()> {
+fn json_lines_have_one_line_per_socket() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 3)?;
     let ran = cwkill(&lab, "--jsonl")?.exits(0)?;
     let lines: Vec<Value> = ran
@@ -162,7 +153,7 @@ fn json_lines_are_one_a_socket() -> Result<()> {
     Ok(())
 }
 
-fn evil_name() -> Result<()> {
+fn a_hostile_name_does_not_reach_the_terminal() -> Result<()> {
     let lab = Lab::new()?;
     // Escape, newline, DEL, a C1 control, a mark that reverses text: 14 bytes of the 15 there are.
     let evil = "\x1b[2J\n\x7f\u{9b}\u{202e}x";
@@ -202,7 +193,7 @@ fn quiet_prints_nothing() -> Result<()> {
     Ok(())
 }
 
-fn nothing_matched() -> Result<()> {
+fn no_match_is_status_1() -> Result<()> {
     let lab = Lab::new()?;
     for arguments in ["", "--all", "--all -n", "--json"] {
         cwkill(&lab, arguments)?.exits(1)?;
@@ -214,7 +205,7 @@ fn nothing_matched() -> Result<()> {
 const MANY_DESCRIPTORS: u64 = 1_000_000;
 
 /// The stuck socket has a number near the end of a table that is full, and then one after a wide gap.
-fn among_many_descriptors() -> Result<()> {
+fn a_socket_in_a_full_descriptor_table_is_found() -> Result<()> {
     let limit = getrlimit(Resource::RLIMIT_NOFILE)?.1.min(MANY_DESCRIPTORS);
     let filling = usize::try_from(limit)? - 100;
     let lab = Lab::new()?;
@@ -242,7 +233,7 @@ fn among_many_descriptors() -> Result<()> {
     same(&found()?, &wanted)
 }
 
-fn without_owners() -> Result<()> {
+fn without_owners_the_listing_says_so() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 3)?;
     let dry = cwkill(&lab, "--all --no-owners -n --json")?.exits(0)?;
     same(&dry.json()?["owners_sought"], &Value::Bool(false))?;

@@ -7,24 +7,18 @@ use anyhow::{Context, Result, ensure};
 use netns_harness::{Family, Lab, TcpState};
 use serde_json::Value;
 
-use crate::Case::{self, EachFamily, Once};
 use crate::support::{CWKILL, all_have, at, carries_data, count, cwkill, in_state, lab, same};
+use crate::trial::{Test, each_family, once};
 
-pub const CASES: &[Case] = &[
-    EachFamily("two_are_swept_from_outside_and_nothing_else", sweep),
-    Once("one_by_path_and_by_process", one),
-    Once("naming_a_place_does_not_act", only_a_place),
-    Once(
-        "an_interface_of_another_namespace_is_no_error",
-        interface_elsewhere,
-    ),
-    Once("one_that_cannot_be_opened_is_named", unknown),
-    Once("those_that_cannot_be_entered_are_counted", unreachable),
-    Once("one_that_disappears_meanwhile_is_no_error", disappearing),
-    Once(
-        "a_process_that_moves_to_another_still_owns_its_sockets",
-        moving,
-    ),
+pub const TESTS: &[Test] = &[
+    each_family!(two_namespaces_are_cleared_from_outside_and_no_other),
+    once!(a_namespace_is_named_by_path_or_process),
+    once!(naming_a_namespace_does_not_act),
+    once!(an_interface_of_another_namespace_is_not_an_error),
+    once!(a_namespace_that_cannot_be_opened_is_named),
+    once!(namespaces_that_cannot_be_entered_are_counted),
+    once!(a_namespace_that_disappears_is_not_an_error),
+    once!(a_process_that_moves_to_another_still_owns_its_sockets),
 ];
 
 /// Runs the program in our own namespace, in which nothing is stuck.
@@ -46,7 +40,7 @@ fn of(lab: &Lab, all: &[Value]) -> Result<Vec<Value>> {
     Ok(all.iter().filter(here).cloned().collect())
 }
 
-fn sweep(family: Family) -> Result<()> {
+fn two_namespaces_are_cleared_from_outside_and_no_other(family: Family) -> Result<()> {
     let port = match family {
         Family::V4 => 18_401,
         Family::V6 => 18_402,
@@ -96,7 +90,7 @@ fn port_number(text: &str) -> Result<u16> {
 const RUNS: usize = 25;
 
 /// Namespaces are made and removed while the program looks into all of them.
-fn disappearing() -> Result<()> {
+fn a_namespace_that_disappears_is_not_an_error() -> Result<()> {
     let (steady, _leak) = lab("unread", Family::V4, 2)?;
     let over = AtomicBool::new(false);
     let churned = AtomicUsize::new(0);
@@ -129,7 +123,7 @@ fn disappearing() -> Result<()> {
 
 /// The owner of the sockets goes from one namespace to another and back while the program looks, and the
 /// sockets stay.
-fn moving() -> Result<()> {
+fn a_process_that_moves_to_another_still_owns_its_sockets() -> Result<()> {
     let (lab, leak) = lab("drained", Family::V4, 3)?;
     // A process that stays: a namespace in which there is none cannot be found.
     let _resident = lab.app_host().agent("resident")?;
@@ -172,7 +166,7 @@ fn moving() -> Result<()> {
     same(&in_state(&lab, TcpState::CloseWait)?, &0)
 }
 
-fn one() -> Result<()> {
+fn a_namespace_is_named_by_path_or_process() -> Result<()> {
     let (lab, leak) = lab("unread", Family::V4, 2)?;
     let path = lab.app_host().netns_path();
     let pid = leak.app().pid().to_string();
@@ -190,7 +184,7 @@ fn one() -> Result<()> {
     same(&in_state(&lab, TcpState::CloseWait)?, &0)
 }
 
-fn only_a_place() -> Result<()> {
+fn naming_a_namespace_does_not_act() -> Result<()> {
     let (lab, leak) = lab("unread", Family::V4, 2)?;
     let pid = leak.app().pid().to_string();
     for arguments in [&["-N", pid.as_str()][..], &["--all-netns"]] {
@@ -213,7 +207,7 @@ fn only_a_place() -> Result<()> {
     Ok(())
 }
 
-fn unknown() -> Result<()> {
+fn a_namespace_that_cannot_be_opened_is_named() -> Result<()> {
     for place in [
         "no-such-namespace",
         "/nonexistent",
@@ -234,7 +228,7 @@ fn unknown() -> Result<()> {
     Ok(())
 }
 
-fn unreachable() -> Result<()> {
+fn namespaces_that_cannot_be_entered_are_counted() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
     let other = Lab::new()?;
     let _other = other.start("unread", Family::V4, count(1))?;
@@ -256,7 +250,7 @@ fn unreachable() -> Result<()> {
     Ok(())
 }
 
-fn interface_elsewhere() -> Result<()> {
+fn an_interface_of_another_namespace_is_not_an_error() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
     let name = "only-here";
     lab.app_host().within(|| {

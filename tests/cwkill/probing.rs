@@ -3,32 +3,23 @@
 use anyhow::{Context, Result, ensure};
 use netns_harness::{Family, Lab, Leak, Recv, Signal, SocketOption, TcpState};
 
-use crate::Case::{self, EachFamily, Once};
 use crate::support::{
     CWKILL, PATIENCE, all_have, at, connections, cwkill, in_state, lab, ran, same, settled,
 };
+use crate::trial::{Test, each_family, once};
 
-pub const CASES: &[Case] = &[
-    EachFamily("a_half_closed_peer_lives_and_gets_its_data", half_closed),
-    EachFamily("a_peer_that_has_forgotten_lets_the_kernel_close", forgotten),
-    EachFamily("a_silent_peer_is_not_taken_for_gone", silent),
-    EachFamily(
-        "a_silent_peer_is_left_to_the_next_method",
-        silent_then_destroy,
-    ),
-    EachFamily("an_alive_peer_ends_the_ladder", alive_then_destroy),
-    EachFamily("an_owner_without_privileges_is_enough", unprivileged),
-    Once("ctrl_c_puts_the_options_back", || {
-        interrupted(&[Signal::SIGINT])
-    }),
-    Once("pressing_it_again_changes_nothing", || {
-        interrupted(&[Signal::SIGINT, Signal::SIGINT, Signal::SIGTERM])
-    }),
-    Once("a_lost_terminal_is_no_different", || {
-        interrupted(&[Signal::SIGHUP])
-    }),
-    Once("nohup_is_respected", nohup),
-    Once("what_could_not_be_put_back_is_not_touched", large_sysctl),
+pub const TESTS: &[Test] = &[
+    each_family!(a_half_closed_peer_lives_and_gets_its_data),
+    each_family!(a_peer_that_has_forgotten_lets_the_kernel_close),
+    each_family!(a_silent_peer_is_not_taken_for_gone),
+    each_family!(a_silent_peer_is_left_to_the_next_method),
+    each_family!(a_live_peer_keeps_later_methods_away),
+    each_family!(an_owner_without_privileges_is_enough),
+    once!(ctrl_c_puts_the_options_back),
+    once!(pressing_ctrl_c_again_changes_nothing),
+    once!(a_lost_terminal_puts_the_options_back),
+    once!(nohup_is_respected),
+    once!(an_option_that_could_not_be_put_back_is_not_set),
 ];
 
 const PROBE: &str = "--port 8080 --method probe --json";
@@ -41,7 +32,7 @@ fn keepalive_timers(lab: &Lab) -> Result<usize> {
     Ok(shown.stdout.matches("keepalive").count())
 }
 
-fn half_closed(family: Family) -> Result<()> {
+fn a_half_closed_peer_lives_and_gets_its_data(family: Family) -> Result<()> {
     for kind in KINDS {
         let (lab, leak) = lab(kind, family, 3)?;
         let before = connections(&lab)?;
@@ -64,7 +55,7 @@ fn half_closed(family: Family) -> Result<()> {
     Ok(())
 }
 
-fn forgotten(family: Family) -> Result<()> {
+fn a_peer_that_has_forgotten_lets_the_kernel_close(family: Family) -> Result<()> {
     for kind in KINDS {
         let (lab, leak) = lab(kind, family, 3)?;
         leak.peer().forget(&leak.peer_fds())?;
@@ -85,7 +76,7 @@ fn deaf(kind: &str, family: Family) -> Result<(Lab, Leak)> {
     Ok((lab, leak))
 }
 
-fn silent(family: Family) -> Result<()> {
+fn a_silent_peer_is_not_taken_for_gone(family: Family) -> Result<()> {
     for kind in KINDS {
         let (lab, _leak) = deaf(kind, family)?;
         let sockets = cwkill(&lab, &format!("{PROBE} --grace 300ms"))?
@@ -100,14 +91,14 @@ fn silent(family: Family) -> Result<()> {
     Ok(())
 }
 
-fn silent_then_destroy(family: Family) -> Result<()> {
+fn a_silent_peer_is_left_to_the_next_method(family: Family) -> Result<()> {
     let (lab, _leak) = deaf("drained", family)?;
     let line = "--all --method probe,destroy --grace 100ms --json";
     let sockets = cwkill(&lab, line)?.exits(0)?.sockets()?;
     all_have(&sockets, "closed", "destroy")
 }
 
-fn alive_then_destroy(family: Family) -> Result<()> {
+fn a_live_peer_keeps_later_methods_away(family: Family) -> Result<()> {
     let (lab, _leak) = lab("drained", family, 3)?;
     let sockets = cwkill(&lab, "--all --method probe,destroy --json")?
         .exits(4)?
@@ -117,7 +108,7 @@ fn alive_then_destroy(family: Family) -> Result<()> {
 }
 
 /// An owner of the same user and as little privilege.
-fn unprivileged(family: Family) -> Result<()> {
+fn an_owner_without_privileges_is_enough(family: Family) -> Result<()> {
     let lab = Lab::new()?;
     let app = lab.app_host().agent_as(&netns_harness::AgentOptions {
         comm: "no-privilege".into(),
@@ -187,7 +178,7 @@ fn interrupted(signals: &[Signal]) -> Result<()> {
 }
 
 /// Started with SIGHUP ignored, it stays ignored.
-fn nohup() -> Result<()> {
+fn nohup_is_respected() -> Result<()> {
     let (lab, _leak) = deaf("drained", Family::V4)?;
     let script = format!("trap '' HUP; exec {CWKILL} --all --method probe --grace 2s --json");
     let sh = lab.app_host().command("sh").args(["-c", &script]);
@@ -203,7 +194,7 @@ fn nohup() -> Result<()> {
 }
 
 /// A keepalive time that follows a large sysctl can be read, but not set.
-fn large_sysctl() -> Result<()> {
+fn an_option_that_could_not_be_put_back_is_not_set() -> Result<()> {
     let (lab, leak) = lab("half-closed", Family::V4, 1)?;
     lab.app_host().within(|| {
         std::fs::write("/proc/sys/net/ipv4/tcp_keepalive_time", "86400")?;
@@ -218,4 +209,16 @@ fn large_sysctl() -> Result<()> {
     same(&keepalive_timers(&lab)?, &0)?;
     ensure!(leak.app().is_alive());
     Ok(())
+}
+
+fn ctrl_c_puts_the_options_back() -> Result<()> {
+    interrupted(&[Signal::SIGINT])
+}
+
+fn pressing_ctrl_c_again_changes_nothing() -> Result<()> {
+    interrupted(&[Signal::SIGINT, Signal::SIGINT, Signal::SIGTERM])
+}
+
+fn a_lost_terminal_puts_the_options_back() -> Result<()> {
+    interrupted(&[Signal::SIGHUP])
 }

@@ -18,30 +18,18 @@ use cwkill::plan::{self, Policy};
 use cwkill::privileges::Privileges;
 use cwkill::selectors::Selectors;
 
-use crate::Case::{self, EachFamily, Once};
 use crate::support::{PATIENCE, connections, in_state, lab, same};
+use crate::trial::{Test, each_family, once};
 
-pub const CASES: &[Case] = &[
-    EachFamily(
-        "a_descriptor_number_used_again_is_not_touched",
-        reused_number,
-    ),
-    EachFamily(
-        "a_tuple_taken_by_a_new_connection_is_not_touched",
-        reused_tuple,
-    ),
-    EachFamily("an_owner_that_dies_is_no_error_for_others", owner_dies),
-    Once("a_socket_that_closes_on_its_own_is_gone", closes_on_its_own),
-    Once("one_that_is_accepted_meanwhile_is_left", accepted_meanwhile),
-    Once(
-        "an_owner_of_several_that_lets_go_leaves_the_others",
-        one_of_three_lets_go,
-    ),
-    Once(
-        "answers_that_are_lost_are_not_taken_for_others",
-        lost_answers,
-    ),
-    Once("silence_is_taken_for_done_only_where_it_is", silence),
+pub const TESTS: &[Test] = &[
+    each_family!(a_reused_descriptor_number_is_not_touched),
+    each_family!(a_reused_tuple_is_not_touched),
+    each_family!(an_owner_that_dies_does_not_affect_others),
+    once!(a_socket_that_closes_on_its_own_is_gone),
+    once!(a_socket_accepted_meanwhile_is_skipped),
+    once!(the_act_goes_through_the_remaining_owners),
+    once!(lost_answers_are_not_taken_for_others),
+    once!(silence_means_done_only_if_no_answer_was_lost),
 ];
 
 pub struct Now;
@@ -154,7 +142,7 @@ fn lives(leak: &Leak, app: netns_harness::Fd, peer: netns_harness::Fd) -> Result
     same(&got, &Recv::Data(b"yes".to_vec()))
 }
 
-fn reused_number(family: Family) -> Result<()> {
+fn a_reused_descriptor_number_is_not_touched(family: Family) -> Result<()> {
     let (lab, leak) = lab("drained", family, 1)?;
     let mut innocent = None;
     let swap = || {
@@ -210,7 +198,7 @@ fn swap_connection(lab: &Lab, leak: &Leak) -> Result<(netns_harness::Fd, netns_h
     Ok((accepted[0].fd, ends[0].fd))
 }
 
-fn reused_tuple(family: Family) -> Result<()> {
+fn a_reused_tuple_is_not_touched(family: Family) -> Result<()> {
     for method in MethodName::AUTO {
         let (lab, leak) = lab("drained", family, 1)?;
         let mut innocent = None;
@@ -252,7 +240,7 @@ fn reused_tuple(family: Family) -> Result<()> {
     same(&in_state(&lab, TcpState::Listen)?, &1)
 }
 
-fn owner_dies(family: Family) -> Result<()> {
+fn an_owner_that_dies_does_not_affect_others(family: Family) -> Result<()> {
     let (lab, doomed) = lab("unread", family, 3)?;
     let other = netns_harness::Options {
         port: 9090,
@@ -276,7 +264,7 @@ fn owner_dies(family: Family) -> Result<()> {
     same(&in_state(&lab, TcpState::CloseWait)?, &0)
 }
 
-fn closes_on_its_own() -> Result<()> {
+fn a_socket_that_closes_on_its_own_is_gone() -> Result<()> {
     let (lab, leak) = lab("drained", Family::V4, 2)?;
     let first = leak.app_fds()[0];
     let (_, outcomes) = act_after(&lab, &MethodName::AUTO, || leak.app().close(&[first]))?;
@@ -288,7 +276,7 @@ fn closes_on_its_own() -> Result<()> {
     same(&outcomes.iter().filter(closed).count(), &1)
 }
 
-fn accepted_meanwhile() -> Result<()> {
+fn a_socket_accepted_meanwhile_is_skipped() -> Result<()> {
     let (lab, leak) = lab("not-accepted", Family::V4, 2)?;
     let (_, outcomes) = act_after(&lab, &MethodName::AUTO, || {
         leak.app().accept(leak.pair().listener, 1, PATIENCE)?;
@@ -302,7 +290,7 @@ fn accepted_meanwhile() -> Result<()> {
 }
 
 /// The act goes through an owner that is still there.
-fn one_of_three_lets_go() -> Result<()> {
+fn the_act_goes_through_the_remaining_owners() -> Result<()> {
     let (lab, leak) = lab("forked", Family::V4, 2)?;
     let (found, outcomes) = act_after(&lab, &[MethodName::Shutdown], || {
         leak.app().close(&leak.app_fds())
@@ -314,7 +302,7 @@ fn one_of_three_lets_go() -> Result<()> {
 
 /// With a receive queue for a few answers only: every socket that was aborted is known as ours, and
 /// every look gets its answer.
-fn lost_answers() -> Result<()> {
+fn lost_answers_are_not_taken_for_others() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 200)?;
     lab.app_host().within(|| {
         let found = find(&Proc::default(), &Selectors::default())?;
@@ -337,7 +325,7 @@ fn lost_answers() -> Result<()> {
 }
 
 /// Orders with one answer for many: failures are told, and where they could not be told nothing is taken for done.
-fn silence() -> Result<()> {
+fn silence_means_done_only_if_no_answer_was_lost() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 200)?;
     lab.app_host().within(|| {
         let found = find(&Proc::default(), &Selectors::default())?;

@@ -15,32 +15,29 @@ use cwkill::injector::rst::raw::{Outgoing, RawSockets};
 use cwkill::injector::rst::repair::{self, RepairMode};
 use cwkill::tcp::{Segment, Seq, TcpFlags};
 
-use crate::Case::{self, EachFamily};
 use crate::support::{
     CWKILL, PATIENCE, all_have, at, carries_data, connections, count, cwkill, in_state, lab, ran,
     same, settled,
 };
+use crate::trial::{Test, each_family};
 
-pub const CASES: &[Case] = &[
-    EachFamily("every_kind_is_closed_and_its_peer_released", every_kind),
-    EachFamily("more_than_one_batch", more_than_one_batch),
-    EachFamily("the_right_to_raw_sockets_is_enough", only_net_raw),
-    EachFamily("a_user_is_told_what_is_missing", unprivileged),
-    EachFamily("a_socket_is_asked_again_after_the_rate_limit", rate_limited),
-    EachFamily("the_step_that_failed_is_named", lo_down),
-    EachFamily("unsent_bytes_are_protected", unsent),
-    EachFamily("fact_a_listener_keeps_nothing_of_a_bare_ack", listener_fact),
-    EachFamily("fact_an_rst_beside_rcv_nxt_closes_nothing", near_miss_fact),
-    EachFamily("repair_mode_is_left_on_every_path", repair_mode),
-    EachFamily(
-        "an_owner_that_exits_in_repair_mode_still_says_goodbye",
-        owner_exits,
-    ),
+pub const TESTS: &[Test] = &[
+    each_family!(every_kind_is_closed_and_its_peer_released),
+    each_family!(sockets_of_more_than_one_batch_are_closed),
+    each_family!(cap_net_raw_is_enough),
+    each_family!(the_missing_capability_is_named),
+    each_family!(a_socket_is_asked_again_after_the_rate_limit),
+    each_family!(the_step_that_failed_is_named),
+    each_family!(unsent_bytes_are_protected),
+    each_family!(fact_a_listener_keeps_nothing_of_a_bare_ack),
+    each_family!(fact_an_rst_beside_rcv_nxt_closes_nothing),
+    each_family!(repair_mode_is_left_on_every_path),
+    each_family!(an_owner_that_exits_in_repair_mode_still_sends_its_fin),
 ];
 
 const RST: &str = "--port 8080 --method rst --json";
 
-fn every_kind(family: Family) -> Result<()> {
+fn every_kind_is_closed_and_its_peer_released(family: Family) -> Result<()> {
     for kind in ["unread", "drained", "forked", "not-accepted"] {
         let (lab, innocents) = lab("established", family, 3)?;
         let leak = lab.start(kind, family, count(5))?;
@@ -61,7 +58,7 @@ fn every_kind(family: Family) -> Result<()> {
     Ok(())
 }
 
-fn more_than_one_batch(family: Family) -> Result<()> {
+fn sockets_of_more_than_one_batch_are_closed(family: Family) -> Result<()> {
     for kind in ["drained", "not-accepted"] {
         let (lab, leak) = lab(kind, family, 1100)?;
         let sockets = cwkill(&lab, RST)?.exits(0)?.sockets()?;
@@ -73,7 +70,7 @@ fn more_than_one_batch(family: Family) -> Result<()> {
     Ok(())
 }
 
-fn only_net_raw(family: Family) -> Result<()> {
+fn cap_net_raw_is_enough(family: Family) -> Result<()> {
     let (lab, _leak) = lab("drained", family, 3)?;
     let command = lab.app_host().command(CWKILL);
     let command = command.capabilities(&[Capability::CAP_NET_RAW]);
@@ -81,7 +78,7 @@ fn only_net_raw(family: Family) -> Result<()> {
     all_have(&sockets, "closed", "rst")
 }
 
-fn unprivileged(family: Family) -> Result<()> {
+fn the_missing_capability_is_named(family: Family) -> Result<()> {
     let (lab, _leak) = lab("drained", family, 2)?;
     let before = lab.app_host().ss(&[])?;
     let command = lab.app_host().command(CWKILL).capabilities(&[]);
@@ -98,7 +95,7 @@ fn unprivileged(family: Family) -> Result<()> {
     same(&lab.app_host().ss(&[])?, &before)
 }
 
-fn rate_limited(family: Family) -> Result<()> {
+fn a_socket_is_asked_again_after_the_rate_limit(family: Family) -> Result<()> {
     let (lab, _leak) = lab("not-accepted", family, 3)?;
     // Draws an ACK from each; each is silent for net.ipv4.tcp_invalid_ratelimit then.
     cwkill(&lab, "--all --method probe")?.exits(4)?;
@@ -108,7 +105,7 @@ fn rate_limited(family: Family) -> Result<()> {
     all_have(&sockets, "closed", "rst")
 }
 
-fn lo_down(family: Family) -> Result<()> {
+fn the_step_that_failed_is_named(family: Family) -> Result<()> {
     for (kind, step) in [
         ("drained", "RST sent, but the socket is still there"),
         ("not-accepted", "no ACK could be drawn"),
@@ -127,7 +124,7 @@ fn lo_down(family: Family) -> Result<()> {
     Ok(())
 }
 
-fn unsent(family: Family) -> Result<()> {
+fn unsent_bytes_are_protected(family: Family) -> Result<()> {
     let (lab, leak) = lab("drained", family, 1)?;
     leak.pair().set_link(false)?;
     leak.app().send(&leak.app_fds(), b"not yet arrived")?;
@@ -151,7 +148,7 @@ fn to_listener(lab: &Lab, leak: &netns_harness::Leak, flags: u8) -> Result<()> {
 }
 
 /// Why rst draws its ACK with an ACK and not with a SYN.
-fn listener_fact(family: Family) -> Result<()> {
+fn fact_a_listener_keeps_nothing_of_a_bare_ack(family: Family) -> Result<()> {
     let (lab, leak) = lab("established", family, 1)?;
     for flags in [TcpFlags::ACK, TcpFlags::RST, TcpFlags::RST | TcpFlags::ACK] {
         to_listener(&lab, &leak, flags)?;
@@ -186,7 +183,7 @@ fn send(segment: Segment) -> Result<()> {
     Ok(())
 }
 
-fn near_miss_fact(family: Family) -> Result<()> {
+fn fact_an_rst_beside_rcv_nxt_closes_nothing(family: Family) -> Result<()> {
     Lab::new()?.app_host().within(|| {
         let (local, peer) = loopback(family)?;
         let numbers = repair::numbers(local.as_fd()).map_err(|error| anyhow!("{error}"))?;
@@ -225,7 +222,7 @@ fn options(socket: &TcpStream) -> Result<(bool, u32)> {
     ))
 }
 
-fn repair_mode(family: Family) -> Result<()> {
+fn repair_mode_is_left_on_every_path(family: Family) -> Result<()> {
     Lab::new()?.app_host().within(|| {
         let (local, peer) = loopback(family)?;
         for reuse in [false, true] {
@@ -258,7 +255,7 @@ fn repair_mode(family: Family) -> Result<()> {
 
 /// The owner lets go of the socket while our duplicate has it in repair mode, in which a close would be
 /// silent: its peer still gets the FIN, because the mode ends before the duplicate does.
-fn owner_exits(family: Family) -> Result<()> {
+fn an_owner_that_exits_in_repair_mode_still_sends_its_fin(family: Family) -> Result<()> {
     Lab::new()?.app_host().within(|| {
         let (local, mut peer) = loopback(family)?;
         peer.shutdown(Shutdown::Write)?;

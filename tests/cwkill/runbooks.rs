@@ -24,14 +24,14 @@ use netns_harness::{Family, Lab, Leak, TcpState};
 use regex::Regex;
 
 use crate::AS_HARNESS;
-use crate::Case::{self, Once};
 use crate::support::{CWKILL, PATIENCE, count, cwkill, in_state, ran};
+use crate::trial::{Test, once};
 
-pub const CASES: &[Case] = &[
-    Once("every_command_prints_what_is_written", documents),
-    Once("all_six_are_there", six),
-    Once("a_wrong_output_is_noticed", wrong_output),
-    Once("only_what_varies_is_forgiven", forgiven),
+pub const TESTS: &[Test] = &[
+    once!(documented_commands_print_the_documented_output),
+    once!(all_six_runbooks_exist),
+    once!(a_wrong_documented_output_is_detected),
+    once!(only_varying_values_are_ignored),
 ];
 
 const RUNBOOKS: [&str; 6] = [
@@ -50,7 +50,7 @@ fn docs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("docs")
 }
 
-fn six() -> Result<()> {
+fn all_six_runbooks_exist() -> Result<()> {
     for name in RUNBOOKS {
         let text = std::fs::read_to_string(docs().join("runbooks").join(name)).context(name)?;
         for part in ["## How to undo or limit harm", "## When not to use cwkill"] {
@@ -61,7 +61,7 @@ fn six() -> Result<()> {
     Ok(())
 }
 
-fn documents() -> Result<()> {
+fn documented_commands_print_the_documented_output() -> Result<()> {
     let renew = std::env::var_os("CWKILL_RENEW_RUNBOOKS").is_some();
     let mut paths = vec![docs().join("tcp-states.md")];
     paths.extend(RUNBOOKS.map(|name| docs().join("runbooks").join(name)));
@@ -353,7 +353,7 @@ fn normal(lines: &[String]) -> Vec<String> {
     lines
 }
 
-fn wrong_output() -> Result<()> {
+fn a_wrong_documented_output_is_detected() -> Result<()> {
     let right = "<!-- scenario: unread:2,established -->\n```console\n$ cwkill | tail -n 1\n\
         2 sockets stuck: 2 unread\n$ cwkill --port 9 -q\n$ echo $?\n1\n```\n";
     let (differences, renewed) = Document::parse(right)?.run()?;
@@ -376,7 +376,7 @@ fn wrong_output() -> Result<()> {
     Ok(())
 }
 
-fn forgiven() -> Result<()> {
+fn only_varying_values_are_ignored() -> Result<()> {
     let same = |one: &str, other: &str| normal(&[one.to_owned()]) == normal(&[other.to_owned()]);
     let row = "leaky-app/17    4  10.78.1.1:8080  10.78.1.2:5506   528ms       8       0  unread";
     for other in [

@@ -3,15 +3,15 @@
 use anyhow::{Context, Result};
 use netns_harness::{Family, Lab};
 
-use crate::Case::{self, Once};
 use crate::support::{alone, cwkill, lab, selects};
+use crate::trial::{Test, once};
 
-pub const CASES: &[Case] = &[
-    Once("each_selector_matches_what_it_names", each_selector),
-    Once("age_is_a_lower_bound", age),
+pub const TESTS: &[Test] = &[
+    once!(each_selector_matches_what_it_names),
+    once!(the_age_is_a_lower_bound),
 ];
 
-fn each_selector() -> Result<()> {
+fn each_selector_matches_what_it_names() -> Result<()> {
     let lab = Lab::new()?;
     let v4 = lab.start("unread", Family::V4, alone(8001, 1))?;
     let mapped = lab.start("drained", Family::Mapped, alone(8002, 2))?;
@@ -65,7 +65,7 @@ fn each_selector() -> Result<()> {
 }
 
 /// A socket is never selected before it has been stuck that long.
-fn age() -> Result<()> {
+fn the_age_is_a_lower_bound() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 1)?;
     let started = std::time::Instant::now();
     let age = || -> Result<u64> {

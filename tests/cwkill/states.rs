@@ -3,14 +3,14 @@
 use anyhow::{Result, ensure};
 use netns_harness::{Family, TcpState};
 
-use crate::Case::{self, EachFamily, Once};
 use crate::support::{all_have, at, carries_data, connections, cwkill, in_state, lab, same};
+use crate::trial::{Test, each_family, once};
 
-pub const CASES: &[Case] = &[
-    EachFamily("every_state_can_be_destroyed", every_state),
-    EachFamily("an_open_connection_needs_an_age", established),
-    EachFamily("a_listener_is_never_closed", listener),
-    Once("default_is_close_wait_alone", default_state),
+pub const TESTS: &[Test] = &[
+    each_family!(every_state_can_be_destroyed),
+    each_family!(an_open_connection_needs_a_minimum_age),
+    each_family!(a_listener_is_never_closed),
+    once!(the_default_is_close_wait_only),
 ];
 
 /// Scenario, the state it makes, and what `auto` plans for it.
@@ -24,7 +24,7 @@ const STATES: &[(&str, &str, &str)] = &[
     ("time-wait", "time-wait", "orphan"),
 ];
 
-fn every_state(family: Family) -> Result<()> {
+fn every_state_can_be_destroyed(family: Family) -> Result<()> {
     for (scenario, state, cause) in STATES {
         let (lab, _leak) = lab(scenario, family, 2)?;
         let planned = cwkill(&lab, &format!("--state {state} -n --json"))?
@@ -48,7 +48,7 @@ fn every_state(family: Family) -> Result<()> {
     Ok(())
 }
 
-fn established(family: Family) -> Result<()> {
+fn an_open_connection_needs_a_minimum_age(family: Family) -> Result<()> {
     let (lab, leak) = lab("established", family, 2)?;
     for arguments in [
         "--state established",
@@ -75,7 +75,7 @@ fn established(family: Family) -> Result<()> {
     same(&connections(&lab)?.len(), &0)
 }
 
-fn listener(family: Family) -> Result<()> {
+fn a_listener_is_never_closed(family: Family) -> Result<()> {
     let (lab, leak) = lab("established", family, 1)?;
     let line = "--state listen --discard-unsent --json";
     let sockets = cwkill(&lab, line)?.exits(4)?.sockets()?;
@@ -85,7 +85,7 @@ fn listener(family: Family) -> Result<()> {
     carries_data(&leak)
 }
 
-fn default_state() -> Result<()> {
+fn the_default_is_close_wait_only() -> Result<()> {
     for scenario in ["fin-wait-2", "time-wait", "syn-recv", "established"] {
         let (lab, _leak) = lab(scenario, Family::V4, 1)?;
         cwkill(&lab, "--all")?.exits(1)?;

@@ -20,29 +20,26 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use crate::Case::{self, EachFamily, Once};
 use crate::races::Now;
 use crate::support::{
     CWKILL, PATIENCE, Ran, all_have, alone, at, carries_data, connections, count, cwkill, in_state,
     lab, ran, same,
 };
+use crate::trial::{Test, each_family, once};
 
-pub const CASES: &[Case] = &[
-    EachFamily("ends_as_if_all_had_been_found_first", as_always),
-    EachFamily("thousands_go_and_innocents_live", thousands),
-    EachFamily("only_what_is_selected", selected),
-    Once("it_does_sweep_what_is_many_and_old", sweeps),
-    Once("few_and_young_ones_are_looked_at_twice", looked_at_twice),
-    Once("what_a_half_swept_run_says", half_swept),
-    Once(
-        "a_mistake_in_one_of_several_places_destroys_nothing",
-        mistaken,
-    ),
-    Once("what_is_young_is_left", young),
-    Once("without_privileges_nothing_happens", unprivileged),
-    Once("a_limit_takes_the_oldest_first", limited),
-    Once("what_is_logged_is_planned_first", logged),
-    Once("an_interruption_is_told_as_it_is", interrupted),
+pub const TESTS: &[Test] = &[
+    each_family!(a_sweep_ends_like_an_ordinary_run),
+    each_family!(thousands_are_destroyed_and_bystanders_live),
+    each_family!(only_selected_sockets_are_destroyed),
+    once!(many_old_sockets_are_swept),
+    once!(few_or_young_sockets_are_not_swept),
+    once!(a_half_swept_run_is_reported),
+    once!(an_unknown_interface_destroys_nothing),
+    once!(young_sockets_are_left),
+    once!(without_privileges_nothing_is_destroyed),
+    once!(a_limit_takes_the_oldest_first),
+    once!(a_logged_sweep_records_its_intents_first),
+    once!(an_interrupted_sweep_is_reported_per_socket),
 ];
 
 const SWEEP: &str = "--no-owners --method destroy --json";
@@ -87,7 +84,7 @@ impl Surroundings for Impatient {
     }
 }
 
-fn sweeps() -> Result<()> {
+fn many_old_sockets_are_swept() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 2000)?;
     aged(&lab)?;
     let run = sweep(&lab, &Now)?;
@@ -100,7 +97,7 @@ fn sweeps() -> Result<()> {
     )
 }
 
-fn looked_at_twice() -> Result<()> {
+fn few_or_young_sockets_are_not_swept() -> Result<()> {
     let (few, _leak) = lab("drained", Family::V4, 400)?;
     aged(&few)?;
     let (young, _others) = lab("drained", Family::V4, 1000)?;
@@ -116,7 +113,7 @@ fn looked_at_twice() -> Result<()> {
     Ok(())
 }
 
-fn half_swept() -> Result<()> {
+fn a_half_swept_run_is_reported() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 2000)?;
     aged(&lab)?;
     let mut run = sweep(&lab, &Impatient::default())?;
@@ -143,7 +140,7 @@ fn half_swept() -> Result<()> {
 }
 
 /// An interface that is nowhere is no reason to take all for what is not on it.
-fn mistaken() -> Result<()> {
+fn an_unknown_interface_destroys_nothing() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 600)?;
     let before = in_state(&lab, TcpState::CloseWait)?;
     aged(&lab)?;
@@ -169,7 +166,7 @@ fn told(ran: &Ran) -> Result<BTreeMap<String, usize>> {
     Ok(kinds)
 }
 
-fn as_always(family: Family) -> Result<()> {
+fn a_sweep_ends_like_an_ordinary_run(family: Family) -> Result<()> {
     let run = |arguments: &str, code| -> Result<_> {
         let lab = Lab::new()?;
         let _leaks = [
@@ -203,7 +200,7 @@ fn as_always(family: Family) -> Result<()> {
     same(&all.3, &BTreeMap::from([("Established".to_owned(), 3)]))
 }
 
-fn thousands(family: Family) -> Result<()> {
+fn thousands_are_destroyed_and_bystanders_live(family: Family) -> Result<()> {
     let (lab, leak) = lab("drained", family, 4500)?;
     let innocents = lab.start("established", family, alone(9090, 3))?;
     aged(&lab)?;
@@ -222,7 +219,7 @@ fn thousands(family: Family) -> Result<()> {
     carries_data(&innocents)
 }
 
-fn selected(family: Family) -> Result<()> {
+fn only_selected_sockets_are_destroyed(family: Family) -> Result<()> {
     let (lab, _leak) = lab("unread", family, 600)?;
     let _other = lab.start("drained", family, alone(9090, 600))?;
     aged(&lab)?;
@@ -257,13 +254,13 @@ fn selected(family: Family) -> Result<()> {
     Ok(())
 }
 
-fn young() -> Result<()> {
+fn young_sockets_are_left() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 3)?;
     cwkill(&lab, &format!("--min-age 1h {SWEEP}"))?.exits(1)?;
     same(&in_state(&lab, TcpState::CloseWait)?, &3)
 }
 
-fn unprivileged() -> Result<()> {
+fn without_privileges_nothing_is_destroyed() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 3)?;
     let command = lab.app_host().command(CWKILL).capabilities(&[]);
     let ran = ran(command.args(format!("--all {SWEEP}").split_whitespace()))?
@@ -274,7 +271,7 @@ fn unprivileged() -> Result<()> {
     same(&in_state(&lab, TcpState::CloseWait)?, &3)
 }
 
-fn limited() -> Result<()> {
+fn a_limit_takes_the_oldest_first() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
     let mut old: Vec<String> = cwkill(&lab, "--json")?
         .sockets()?
@@ -298,7 +295,7 @@ fn limited() -> Result<()> {
     same(&closed, &old)
 }
 
-fn logged() -> Result<()> {
+fn a_logged_sweep_records_its_intents_first() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 3)?;
     let directory = tempfile::tempdir()?;
     let path = directory.path().join("log");
@@ -320,7 +317,7 @@ const MANY: usize = 15_000;
 /// It may be over before the signal comes.
 const TRIES: usize = 10;
 
-fn interrupted() -> Result<()> {
+fn an_interrupted_sweep_is_reported_per_socket() -> Result<()> {
     let in_the_middle = (0..TRIES).try_fold(false, |done, _| match done {
         true => Ok(true),
         false => interrupted_once(),

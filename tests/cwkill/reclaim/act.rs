@@ -7,27 +7,24 @@ use netns_harness::owners::{Build, Owner};
 use netns_harness::{Lab, Options, Signal};
 
 use super::{descriptors, fds_of, number, reclaim, states};
-use crate::Case::{self, Once};
 use crate::support::{PATIENCE, at, count, cwkill, same};
+use crate::trial::{Test, once};
 
-pub const CASES: &[Case] = &[
-    Once(
-        "the_descriptors_of_what_was_closed_are_freed",
-        with_the_main_job,
-    ),
-    Once("every_owner_of_a_shared_socket_is_cured", forked),
-    Once("everything_a_thread_waits_in_goes_on", waits),
-    Once("everything_a_thread_does_goes_on", works),
-    Once("static_stripped_programs_too", static_stripped),
-    Once("a_stopped_process_stays_stopped", stopped),
-    Once("listing_and_dry_run_stop_nobody", nothing_changes),
-    Once("a_thread_with_another_table_never_closes", unshared),
-    Once("other_pid_namespaces_too", pid_namespace),
-    Once("no_living_descriptor_of_a_busy_table_is_closed", churn),
-    Once("a_wrong_reclaimer_would_be_found_out", wrong_reclaimer),
+pub const TESTS: &[Test] = &[
+    once!(descriptors_of_closed_sockets_are_freed),
+    once!(every_owner_of_a_shared_socket_is_reclaimed),
+    once!(calls_that_threads_wait_in_go_on),
+    once!(the_work_of_threads_goes_on),
+    once!(static_stripped_programs_are_reclaimed),
+    once!(a_stopped_process_stays_stopped),
+    once!(listing_and_dry_run_change_no_owner),
+    once!(a_thread_with_another_table_never_closes),
+    once!(owners_in_other_pid_namespaces_are_reclaimed),
+    once!(no_live_descriptor_of_a_busy_table_is_closed),
+    once!(a_wrong_reclaimer_is_detected),
 ];
 
-fn with_the_main_job() -> Result<()> {
+fn descriptors_of_closed_sockets_are_freed() -> Result<()> {
     let lab = Lab::new()?;
     let leak = lab.start("drained", netns_harness::Family::V4, count(40))?;
     let _innocents = lab.start("established", netns_harness::Family::V4, count(5))?;
@@ -83,7 +80,7 @@ fn with_the_main_job() -> Result<()> {
     Ok(())
 }
 
-fn forked() -> Result<()> {
+fn every_owner_of_a_shared_socket_is_reclaimed() -> Result<()> {
     let lab = Lab::new()?;
     let _leak = lab.start("forked", netns_harness::Family::V4, count(2))?;
     let ran = cwkill(&lab, "--all --reclaim --reclaim-age 0s --json")?.exits(0)?;
@@ -124,20 +121,20 @@ fn over_and_over(build: Build, mode: &str, times: usize) -> Result<()> {
     Ok(())
 }
 
-fn waits() -> Result<()> {
+fn calls_that_threads_wait_in_go_on() -> Result<()> {
     over_and_over(Build::Plain, "waits", 25)
 }
 
-fn works() -> Result<()> {
+fn the_work_of_threads_goes_on() -> Result<()> {
     over_and_over(Build::Plain, "works", 25)
 }
 
-fn static_stripped() -> Result<()> {
+fn static_stripped_programs_are_reclaimed() -> Result<()> {
     over_and_over(Build::StaticStripped, "works", 10)?;
     over_and_over(Build::StaticStripped, "idle", 10)
 }
 
-fn stopped() -> Result<()> {
+fn a_stopped_process_stays_stopped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "works", 1)?;
     owner.leak(3)?;
@@ -152,7 +149,7 @@ fn stopped() -> Result<()> {
     lab.wait_for(PATIENCE, || Ok(owner.report()? > checks))
 }
 
-fn nothing_changes() -> Result<()> {
+fn listing_and_dry_run_change_no_owner() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 2)?;
     let fds = owner.leak(3)?;
@@ -183,7 +180,7 @@ fn nothing_changes() -> Result<()> {
 }
 
 /// The threads wait for a lock, so one of them would be the first choice.
-fn unshared() -> Result<()> {
+fn a_thread_with_another_table_never_closes() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "unshared", 4)?;
     let fds = owner.leak(3)?;
@@ -198,7 +195,7 @@ fn unshared() -> Result<()> {
     Ok(())
 }
 
-fn pid_namespace() -> Result<()> {
+fn owners_in_other_pid_namespaces_are_reclaimed() -> Result<()> {
     let lab = Lab::new()?;
     // The program is reached by a descriptor: processes of ours are out of reach for root of the new
     // user namespace.
@@ -218,7 +215,7 @@ fn pid_namespace() -> Result<()> {
 
 const CHURNING: usize = 4;
 
-fn churn() -> Result<()> {
+fn no_live_descriptor_of_a_busy_table_is_closed() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "churn", CHURNING)?;
     let (mut freed, mut gone) = (0, 0);
@@ -237,7 +234,7 @@ fn churn() -> Result<()> {
 }
 
 /// The same without the look at what a number is by then.
-fn wrong_reclaimer() -> Result<()> {
+fn a_wrong_reclaimer_is_detected() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "churn", CHURNING)?;
     for _ in 0..200 {

@@ -7,23 +7,23 @@ use netns_harness::owners::{Build, Owner};
 use super::{
     descriptors, fds_of, is_root_of_the_machine, left, links_of, number, outcomes, reclaim,
 };
-use crate::Case::{self, Once};
 use crate::support::{CWKILL, PATIENCE, Ran, at, cwkill, ran, same};
+use crate::trial::{Test, once};
 
-pub const CASES: &[Case] = &[
-    Once("what_is_in_an_epoll_set_is_left", epoll),
-    Once("what_a_system_call_is_on_is_left", in_a_call),
-    Once("what_poll_and_select_wait_on_is_left", waited_on),
-    Once("nothing_is_done_in_the_middle_of_a_transfer", transfers),
-    Once("what_is_young_is_left", young),
-    Once("a_socket_never_connected_is_no_dead_one", living),
-    Once("what_may_still_be_connected_is_no_dead_one", fresh),
-    Once("a_table_that_another_process_has_is_left", shares),
-    Once("a_filter_that_forbids_close_is_seen_beforehand", seccomp),
-    Once("a_traced_process_is_left_to_its_tracer", traced),
+pub const TESTS: &[Test] = &[
+    once!(descriptors_in_an_epoll_set_are_skipped),
+    once!(descriptors_in_a_system_call_are_skipped),
+    once!(descriptors_in_poll_and_select_are_skipped),
+    once!(nothing_is_closed_in_the_middle_of_a_transfer),
+    once!(young_descriptors_are_skipped),
+    once!(a_socket_never_connected_is_not_dead),
+    once!(a_socket_that_may_still_connect_is_not_dead),
+    once!(a_table_shared_with_another_process_is_skipped),
+    once!(a_seccomp_filter_that_forbids_close_is_seen_beforehand),
+    once!(a_traced_process_is_left_to_its_tracer),
 ];
 
-fn epoll() -> Result<()> {
+fn descriptors_in_an_epoll_set_are_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "epoll", 1)?;
     let fds = owner.leak(3)?;
@@ -41,7 +41,7 @@ fn epoll() -> Result<()> {
     same(&number(&ran.json()?, "/summary/freed")?, &3)
 }
 
-fn in_a_call() -> Result<()> {
+fn descriptors_in_a_system_call_are_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "splice", 1)?;
     let fds = owner.leak(2)?;
@@ -64,7 +64,7 @@ fn in_a_call() -> Result<()> {
 }
 
 /// And what they do not wait on is taken.
-fn waited_on() -> Result<()> {
+fn descriptors_in_poll_and_select_are_skipped() -> Result<()> {
     for mode in ["poll", "ppoll", "select", "pselect"] {
         let lab = Lab::new()?;
         let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 1)?;
@@ -126,7 +126,7 @@ fn waited_on() -> Result<()> {
     Ok(())
 }
 
-fn transfers() -> Result<()> {
+fn nothing_is_closed_in_the_middle_of_a_transfer() -> Result<()> {
     for (mode, number_of_call) in [
         ("transfer-send", libc::SYS_sendto),
         ("transfer-recv", libc::SYS_recvfrom),
@@ -163,7 +163,7 @@ fn transfers() -> Result<()> {
     Ok(())
 }
 
-fn shares() -> Result<()> {
+fn a_table_shared_with_another_process_is_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "shares", 1)?;
     let fds = owner.leak(2)?;
@@ -174,7 +174,7 @@ fn shares() -> Result<()> {
     left(&ran, &mut owner, &fds, "skipped", why)
 }
 
-fn young() -> Result<()> {
+fn young_descriptors_are_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
     let fds = owner.leak(2)?;
@@ -186,7 +186,7 @@ fn young() -> Result<()> {
 }
 
 /// What looks dead to other tools: a socket that its program is about to connect.
-fn living() -> Result<()> {
+fn a_socket_never_connected_is_not_dead() -> Result<()> {
     let lab = Lab::new()?;
     let agent = lab.app_host().agent("fresh")?;
     let address = "127.0.0.1:7000".parse()?;
@@ -205,7 +205,7 @@ fn living() -> Result<()> {
 
 /// Beside dead ones, those of a program that is about to connect, or connects, or listens. In a pid namespace, so that
 /// `--all` is of it alone.
-fn fresh() -> Result<()> {
+fn a_socket_that_may_still_connect_is_not_dead() -> Result<()> {
     let lab = Lab::new()?;
     let script =
         "exec 9<$1; shift; exec unshare --pid --fork --mount-proc --kill-child /proc/self/fd/9 $@";
@@ -250,7 +250,7 @@ fn fresh() -> Result<()> {
     Ok(())
 }
 
-fn seccomp() -> Result<()> {
+fn a_seccomp_filter_that_forbids_close_is_seen_beforehand() -> Result<()> {
     let lab = Lab::new()?;
     for (mode, outcome) in [("kill", None), ("errno", None), ("log", Some(2))] {
         let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 1)?;
@@ -274,7 +274,7 @@ fn seccomp() -> Result<()> {
     Ok(())
 }
 
-fn traced() -> Result<()> {
+fn a_traced_process_is_left_to_its_tracer() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "traced", 1)?;
     let fds = owner.leak(1)?;

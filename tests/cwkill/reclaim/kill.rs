@@ -13,14 +13,14 @@ use cwkill::finder::owners::{Proc, Process};
 use cwkill::reclaim::{Fate, Rules, Wanted};
 
 use super::{is_traced, reclaim};
-use crate::Case::{self, Once};
 use crate::support::{CWKILL, PATIENCE, same};
+use crate::trial::{Test, once};
 
-pub const CASES: &[Case] = &[
-    Once("a_panic_lets_the_owner_go", panics),
-    Once("an_interruption_lets_the_owner_go", interrupted),
-    Once("sigkill_leaves_the_owner_running", killed),
-    Once("sigkill_ends_no_call_that_it_must_not", killed_waiting),
+pub const TESTS: &[Test] = &[
+    once!(a_panic_leaves_the_owner_running),
+    once!(an_interruption_leaves_the_owner_running),
+    once!(sigkill_leaves_the_owner_running),
+    once!(sigkill_ends_only_calls_that_may_end),
 ];
 
 /// What `cwkill reclaim` would be given of one process.
@@ -49,7 +49,7 @@ const RULES: Rules = Rules {
 };
 
 /// A bug of ours after so many descriptors, while the owner stands still.
-fn panics() -> Result<()> {
+fn a_panic_leaves_the_owner_running() -> Result<()> {
     for mode in ["works", "waits"] {
         let lab = Lab::new()?;
         let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 1)?;
@@ -81,7 +81,7 @@ fn panics() -> Result<()> {
     Ok(())
 }
 
-fn interrupted() -> Result<()> {
+fn an_interruption_leaves_the_owner_running() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "works", 1)?;
     owner.scatter(10)?;
@@ -166,7 +166,7 @@ fn kill_after(lab: &Lab, owner: &Owner, signal: Signal, delay: Duration) -> Resu
 
 /// At many points of its work, most of them while the owner stands still. Its threads may see a wake-up
 /// without cause (docs/decisions/reclaim.md), as every program has to expect; so not the owner that waits.
-fn killed() -> Result<()> {
+fn sigkill_leaves_the_owner_running() -> Result<()> {
     let lab = Lab::new()?;
     let (mut begun, mut whole) = (0, 0);
     for mode in ["works", "idle"] {
@@ -200,7 +200,7 @@ fn killed() -> Result<()> {
 
 /// What docs/decisions/reclaim.md says of calls that wait: at most one in a run seems to have given 0, and that is the wait
 /// for a lock or a sleep, as long as a thread is in one; some end with EINTR. The owner counts these and fails at any other.
-fn killed_waiting() -> Result<()> {
+fn sigkill_ends_only_calls_that_may_end() -> Result<()> {
     /// As many of its threads wait in calls that any stop may end with EINTR, when nobody makes up for it.
     const ENDED_BY_A_STOP: u64 = 5;
     let lab = Lab::new()?;

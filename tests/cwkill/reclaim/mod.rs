@@ -3,14 +3,14 @@
 //! Each run names one process, or is confined to a pid namespace: the machine may have others with dead
 //! descriptors.
 
-mod act;
-mod evidence;
-mod kill;
-mod programs;
-mod reactions;
-mod rights;
-mod runtimes;
-mod stop;
+pub mod act;
+pub mod evidence;
+pub mod kill;
+pub mod programs;
+pub mod reactions;
+pub mod rights;
+pub mod runtimes;
+pub mod stop;
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -20,23 +20,7 @@ use netns_harness::Lab;
 use netns_harness::owners::Owner;
 use serde_json::Value;
 
-use crate::Case;
 use crate::support::{PATIENCE, Ran, at, cwkill, same};
-
-pub use programs::SOMEWHERE;
-pub use rights::USERS_CASES;
-pub use runtimes::RUNTIMES;
-
-pub const CASES: &[&[Case]] = &[
-    act::CASES,
-    evidence::CASES,
-    kill::CASES,
-    programs::CASES,
-    reactions::CASES,
-    rights::CASES,
-    runtimes::CASES,
-    stop::CASES,
-];
 
 /// Runs `cwkill reclaim` on one owner, whatever the age, and with time enough for a busy machine.
 fn reclaim(lab: &Lab, pid: u32, more: &str) -> Result<Ran> {
@@ -155,6 +139,6 @@ fn told_the_truth(
 }
 
 /// Not that of a user namespace: PTRACE_SECCOMP_GET_FILTER asks for CAP_SYS_ADMIN of the machine.
-fn is_root_of_the_machine() -> bool {
+pub fn is_root_of_the_machine() -> bool {
     std::fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| map.contains("4294967295"))
 }

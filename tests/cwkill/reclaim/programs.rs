@@ -4,61 +4,18 @@ use anyhow::{Context, Result, ensure};
 use netns_harness::Lab;
 use netns_harness::owners::{Build, Owner};
 
-use super::stop;
 use super::{descriptors, left, links_of, number, outcomes, reclaim, states, told_the_truth};
-use crate::Case::{self, Once};
 use crate::support::{PATIENCE, at, same};
+use crate::trial::{Need, Test, once};
 
-pub const CASES: &[Case] = &[Once(
-    "a_process_without_its_first_thread_is_left",
-    leaderless,
-)];
-
-/// Tests of what a kernel need not have.
-pub const SOMEWHERE: &[(Thing, Case)] = &[
-    (
-        Thing::IoUring,
-        Once("what_an_io_uring_may_use_is_left", io_uring),
-    ),
-    (Thing::Bits32, Once("a_32_bit_program_is_left", narrow)),
-    (Thing::Bits32, Once("a_32_bit_call_is_left", narrow_call)),
-    (
-        Thing::Fanotify,
-        Once("while_an_exec_hangs_nobody_stands_still", stop::hanging),
-    ),
-    (
-        Thing::Fanotify,
-        Once("an_owner_whose_exec_hangs_is_left", stop::hung),
-    ),
-    (
-        Thing::Fanotify,
-        Once(
-            "an_exec_that_was_waited_for_is_no_missing_right",
-            stop::executed,
-        ),
-    ),
+pub const TESTS: &[Test] = &[
+    once!(a_process_without_its_first_thread_is_skipped),
+    once!(descriptors_that_an_io_uring_may_use_are_skipped).needs(Need::IoUring),
+    once!(a_32_bit_program_is_skipped).needs(Need::Bits32),
+    once!(a_32_bit_call_is_skipped).needs(Need::Bits32),
 ];
 
-/// What a kernel need not have.
-#[derive(Debug)]
-pub enum Thing {
-    IoUring,
-    Bits32,
-    /// Permission events, which only root of the machine gets.
-    Fanotify,
-}
-
-impl Thing {
-    pub fn is_there(&self) -> bool {
-        match self {
-            Thing::IoUring => has_io_uring(),
-            Thing::Bits32 => runs_32_bits(),
-            Thing::Fanotify => super::is_root_of_the_machine(),
-        }
-    }
-}
-
-fn has_io_uring() -> bool {
+pub fn has_io_uring() -> bool {
     // Older kernels cannot forbid it.
     let disabled = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled");
     disabled.is_ok_and(|disabled| match disabled.trim() {
@@ -68,11 +25,11 @@ fn has_io_uring() -> bool {
     })
 }
 
-fn runs_32_bits() -> bool {
+pub fn runs_32_bits() -> bool {
     cfg!(target_arch = "x86_64") && std::path::Path::new("/proc/sys/abi/vsyscall32").exists()
 }
 
-fn io_uring() -> Result<()> {
+fn descriptors_that_an_io_uring_may_use_are_skipped() -> Result<()> {
     for (mode, why) in [
         ("ring", "may have requests on it"),
         ("ring-holds", "registered with the io_uring of descriptor"),
@@ -99,7 +56,7 @@ fn io_uring() -> Result<()> {
 }
 
 /// The kernel shows no descriptors by the number of such a process.
-fn leaderless() -> Result<()> {
+fn a_process_without_its_first_thread_is_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "leaderless", 2)?;
     lab.wait_for(PATIENCE, || Ok(states(owner.pid())?.contains(&'Z')))?;
@@ -122,7 +79,7 @@ fn leaderless() -> Result<()> {
     Ok(())
 }
 
-fn narrow() -> Result<()> {
+fn a_32_bit_program_is_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Narrow, "idle", 1)?;
     let fds = owner.leak(3)?;
@@ -139,7 +96,7 @@ fn narrow() -> Result<()> {
 }
 
 /// A 64-bit program may make the calls of a 32-bit one; their numbers mean something else.
-fn narrow_call() -> Result<()> {
+fn a_32_bit_call_is_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "poll-int80", 1)?;
     // On a pipe: what it waits on is looked at again after each stop.

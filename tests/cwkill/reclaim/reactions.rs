@@ -5,17 +5,17 @@ use netns_harness::owners::{Build, Owner};
 use netns_harness::{Family, Lab};
 
 use super::{descriptors, left, number, reclaim};
-use crate::Case::{self, Once};
 use crate::support::{PATIENCE, at, cwkill, lab, same};
+use crate::trial::{Test, once};
 
-pub const CASES: &[Case] = &[
-    Once("what_a_thread_waited_on_before_the_end_is_left", in_poll),
-    Once("what_can_still_be_read_is_left", unread),
-    Once("a_program_gets_time_to_react", looks_now_and_then),
+pub const TESTS: &[Test] = &[
+    once!(descriptors_a_thread_waited_on_are_skipped),
+    once!(descriptors_with_unread_data_are_skipped),
+    once!(a_program_gets_time_to_react),
 ];
 
 /// The end of the socket ends the call as well, so that afterwards nothing shows that the thread is about to close it.
-fn in_poll() -> Result<()> {
+fn descriptors_a_thread_waited_on_are_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "reacts", 1)?;
     owner.stuck(3)?;
@@ -48,7 +48,7 @@ fn in_poll() -> Result<()> {
     lab.wait_for(PATIENCE, || Ok(owner.report()? == 3))
 }
 
-fn looks_now_and_then() -> Result<()> {
+fn a_program_gets_time_to_react() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "glances", 1)?;
     owner.stuck(3)?;
@@ -66,7 +66,7 @@ fn looks_now_and_then() -> Result<()> {
     same(&owner.report()?, &3)
 }
 
-fn unread() -> Result<()> {
+fn descriptors_with_unread_data_are_skipped() -> Result<()> {
     const BYTES: &str = "30000";
     let own = Lab::new()?;
     let mut owner = Owner::start(own.app_host(), Build::Plain, "idle", 1)?;

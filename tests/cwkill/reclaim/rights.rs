@@ -5,29 +5,22 @@ use netns_harness::owners::{Build, Owner};
 use netns_harness::{Capability, Lab};
 
 use super::{descriptors, fds_of, number};
-use crate::Case::{self, Once};
 use crate::support::{CWKILL, at, cwkill, ran, same};
+use crate::trial::{Need, Test, once};
 
-pub const CASES: &[Case] = &[
-    Once(
-        "without_rights_nothing_happens_and_it_says_so",
-        unprivileged,
-    ),
-    Once("what_cwkill_was_started_with_is_left", ourselves),
-];
-
-/// Those that need a second user, or a /proc that is mounted anew.
-pub const USERS_CASES: &[Case] = &[
-    Once("reclaim_of_another_users_process_says_so", other_user),
-    Once("reclaim_of_a_hidden_process_says_so", hidden),
-    Once("reclaim_needs_no_right_within_one_user", one_user),
-    Once("reclaim_without_threads_does_nothing_or_all", no_threads),
+pub const TESTS: &[Test] = &[
+    once!(without_rights_nothing_is_done_and_the_reason_is_reported),
+    once!(descriptors_inherited_by_cwkill_are_skipped),
+    once!(a_process_of_another_user_is_reported).needs(Need::RootOfTheMachine),
+    once!(a_hidden_process_is_reported).needs(Need::RootOfTheMachine),
+    once!(no_right_is_needed_within_one_user).needs(Need::RootOfTheMachine),
+    once!(without_threads_everything_or_nothing_is_done).needs(Need::RootOfTheMachine),
 ];
 
 /// A user without any right here.
 const NOBODY: u32 = 65534;
 
-fn unprivileged() -> Result<()> {
+fn without_rights_nothing_is_done_and_the_reason_is_reported() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
     owner.leak(2)?;
@@ -42,7 +35,7 @@ fn unprivileged() -> Result<()> {
 }
 
 /// A script that leaks, and starts cwkill with what it leaks.
-fn ourselves() -> Result<()> {
+fn descriptors_inherited_by_cwkill_are_skipped() -> Result<()> {
     const SCRIPT: &str = "import os, socket, struct, sys\n\
         listener = socket.create_server(('127.0.0.1', 0))\n\
         peer = socket.create_connection(listener.getsockname())\n\
@@ -65,7 +58,7 @@ fn ourselves() -> Result<()> {
     Ok(())
 }
 
-fn other_user() -> Result<()> {
+fn a_process_of_another_user_is_reported() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
     owner.leak(2)?;
@@ -85,7 +78,7 @@ fn other_user() -> Result<()> {
 }
 
 /// As /proc is mounted on many hosts: it is not even in the list.
-fn hidden() -> Result<()> {
+fn a_hidden_process_is_reported() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
     owner.leak(2)?;
@@ -103,7 +96,7 @@ fn hidden() -> Result<()> {
 }
 
 /// An owner without any right, of a user that has another process which may not be looked into, as on every host.
-fn one_user() -> Result<()> {
+fn no_right_is_needed_within_one_user() -> Result<()> {
     const ALONE: u32 = 64123;
     let lab = Lab::new()?;
     // The program is reached by a descriptor: processes of root are out of its reach.
@@ -161,7 +154,7 @@ fn one_user() -> Result<()> {
 }
 
 /// A user of our own, at every limit of tasks from too few to enough: all of it is done, or nothing and it says so.
-fn no_threads() -> Result<()> {
+fn without_threads_everything_or_nothing_is_done() -> Result<()> {
     const ALONE: u32 = 64123;
     let rights = [Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH];
     let lab = Lab::new()?;

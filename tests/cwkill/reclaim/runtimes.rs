@@ -3,32 +3,17 @@
 use anyhow::{Result, ensure};
 use netns_harness::owners::runtimes::{self, Runtime};
 
-use crate::Case::{self, Once};
 use crate::support::{CWKILL, same};
+use crate::trial::{Need, Test, once};
 
-pub const CASES: &[Case] = &[
-    Once("c_at_emfile_accepts_again", || emfile(Runtime::C)),
-    Once("static_c_at_emfile_accepts_again", || {
-        emfile(Runtime::CStatic)
-    }),
-    Once("python_at_emfile_accepts_again", || emfile(Runtime::Python)),
-];
-
-/// Those of runtimes that are not everywhere.
-pub const RUNTIMES: &[(Runtime, Case)] = &[
-    (Runtime::Java, Once("java_is_left_to_its_collector", java)),
-    (
-        Runtime::Go,
-        Once("go_at_emfile_accepts_again", || emfile(Runtime::Go)),
-    ),
-    (
-        Runtime::Java,
-        Once("java_at_emfile_accepts_again", || emfile(Runtime::Java)),
-    ),
-    (
-        Runtime::Node,
-        Once("node_at_emfile_accepts_again", || emfile(Runtime::Node)),
-    ),
+pub const TESTS: &[Test] = &[
+    once!(c_at_emfile_accepts_again),
+    once!(static_c_at_emfile_accepts_again),
+    once!(python_at_emfile_accepts_again),
+    once!(java_is_left_to_its_garbage_collector).needs(Need::Language(Runtime::Java)),
+    once!(go_at_emfile_accepts_again).needs(Need::Language(Runtime::Go)),
+    once!(java_at_emfile_accepts_again).needs(Need::Language(Runtime::Java)),
+    once!(node_at_emfile_accepts_again).needs(Need::Language(Runtime::Node)),
 ];
 
 /// `netns-harness cure` does more of them.
@@ -42,11 +27,35 @@ fn emfile(runtime: Runtime) -> Result<()> {
 }
 
 /// Its finalizers close numbers, so nothing is taken without --reclaim-force.
-fn java() -> Result<()> {
+fn java_is_left_to_its_garbage_collector() -> Result<()> {
     let refused = runtimes::cure_plainly(Runtime::Java, CWKILL.as_ref())?;
     ensure!(refused.len() > 10, "{refused:?}");
     for reason in refused {
         ensure!(reason.contains("jcmd PID GC.run"), "{reason}");
     }
     Ok(())
+}
+
+fn c_at_emfile_accepts_again() -> Result<()> {
+    emfile(Runtime::C)
+}
+
+fn static_c_at_emfile_accepts_again() -> Result<()> {
+    emfile(Runtime::CStatic)
+}
+
+fn python_at_emfile_accepts_again() -> Result<()> {
+    emfile(Runtime::Python)
+}
+
+fn go_at_emfile_accepts_again() -> Result<()> {
+    emfile(Runtime::Go)
+}
+
+fn java_at_emfile_accepts_again() -> Result<()> {
+    emfile(Runtime::Java)
+}
+
+fn node_at_emfile_accepts_again() -> Result<()> {
+    emfile(Runtime::Node)
 }

@@ -7,17 +7,20 @@ use netns_harness::Lab;
 use netns_harness::owners::{Build, Owner};
 
 use super::{is_traced, left, links_of, number, outcomes, reclaim, states, told_the_truth};
-use crate::Case::{self, Once};
 use crate::support::{CWKILL, PATIENCE, Ran, cwkill, same};
+use crate::trial::{Need, Test, once};
 
-pub const CASES: &[Case] = &[
-    Once("a_thread_that_does_not_stop_ends_it", limit),
-    Once("a_program_that_execs_meanwhile_goes_on", execs),
-    Once("the_stop_ends_with_its_limit", stop_limit),
+pub const TESTS: &[Test] = &[
+    once!(a_thread_that_does_not_stop_ends_the_attempt),
+    once!(a_program_that_execs_meanwhile_goes_on),
+    once!(the_stop_ends_with_its_limit),
+    once!(no_thread_is_stopped_while_an_exec_hangs).needs(Need::Fanotify),
+    once!(an_owner_whose_exec_hangs_is_skipped).needs(Need::Fanotify),
+    once!(an_exec_that_was_waited_for_is_not_a_missing_right).needs(Need::Fanotify),
 ];
 
 /// A thread that waits for its vfork() stops for nobody.
-fn limit() -> Result<()> {
+fn a_thread_that_does_not_stop_ends_the_attempt() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "vfork", 1)?;
     let fds = owner.leak(1)?;
@@ -42,7 +45,7 @@ fn limit() -> Result<()> {
 }
 
 /// A thread that execs ends all others, those that we have stopped included, and takes the number of the first.
-fn execs() -> Result<()> {
+fn a_program_that_execs_meanwhile_goes_on() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "execs", 8)?;
     let began = owner.report()?;
@@ -75,7 +78,7 @@ fn execs() -> Result<()> {
 const HANGS: Duration = Duration::from_secs(3);
 
 /// PTRACE_SEIZE waits for an exec by any thread, which begins when the first of them is seized.
-pub fn hanging() -> Result<()> {
+fn no_thread_is_stopped_while_an_exec_hangs() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "hangs", 1000)?;
     for _ in 0..20 {
@@ -97,7 +100,7 @@ pub fn hanging() -> Result<()> {
     bail!("no exec came between")
 }
 
-pub fn hung() -> Result<()> {
+fn an_owner_whose_exec_hangs_is_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "hangs", 4)?;
     let fds = owner.leak(2)?;
@@ -114,7 +117,7 @@ pub fn hung() -> Result<()> {
 }
 
 /// The thread that was to be seized is gone by then, and another has its number.
-pub fn executed() -> Result<()> {
+fn an_exec_that_was_waited_for_is_not_a_missing_right() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "hangs", 4)?;
     owner.leak(2)?;
@@ -129,7 +132,7 @@ pub fn executed() -> Result<()> {
 
 /// From inside, by its heartbeat. The machine may be busy, so it is the best of some runs that counts for what must not
 /// be longer.
-fn stop_limit() -> Result<()> {
+fn the_stop_ends_with_its_limit() -> Result<()> {
     // All of the limit is used up by a thread that does not stop.
     const WHOLE: Duration = Duration::from_millis(200);
     let lab = Lab::new()?;

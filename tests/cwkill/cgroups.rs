@@ -7,17 +7,17 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use netns_harness::{Dial, Family, How, Lab, TcpState};
 
-use crate::Case::{self, Once};
 use crate::support::{CWKILL, PATIENCE, Ran, alone, at, count, cwkill, ran, same, selects};
+use crate::trial::{Need, Test, once};
 
-pub const CASES: &[Case] = &[
-    Once("units_containers_and_cgroups_select", select),
-    Once("a_proc_that_hides_processes_is_named", hidepid),
-    Once("cgroup_in_an_expression_is_where_the_socket_was_made", made),
+pub const TESTS: &[Test] = &[
+    once!(units_containers_and_cgroups_select_sockets).needs(Need::RootOfTheMachine),
+    once!(a_proc_that_hides_processes_is_named).needs(Need::RootOfTheMachine),
+    once!(cgroup_in_an_expression_is_where_the_socket_was_made).needs(Need::RootOfTheMachine),
 ];
 
 /// Whether cgroups can be made: cgroup2 can be mounted, by root of the machine.
-pub fn possible() -> bool {
+pub fn can_be_made() -> bool {
     in_cgroup2("true").is_ok()
 }
 
@@ -75,7 +75,7 @@ fn with_cgroup2(lab: &Lab, command: &str) -> Result<Ran> {
 }
 
 /// The kernel's cgroup of a socket is that of its maker, for ever; `--cgroup` goes by the owners of now.
-fn made() -> Result<()> {
+fn cgroup_in_an_expression_is_where_the_socket_was_made() -> Result<()> {
     let lab = Lab::new()?;
     let cgroups = Cgroups::new("made");
     let leak = lab.start("unread", Family::V4, count(3))?;
@@ -114,7 +114,7 @@ fn made() -> Result<()> {
         .and_then(|sockets| same(&sockets.len(), &5))
 }
 
-fn select() -> Result<()> {
+fn units_containers_and_cgroups_select_sockets() -> Result<()> {
     let lab = Lab::new()?;
     let cgroups = Cgroups::new("select");
     let unit = lab.start("unread", Family::V4, alone(8001, 1))?;
@@ -190,7 +190,7 @@ fn select() -> Result<()> {
     Ok(())
 }
 
-fn hidepid() -> Result<()> {
+fn a_proc_that_hides_processes_is_named() -> Result<()> {
     let (lab, leak) = crate::support::lab("unread", Family::V4, 2)?;
     let pid = leak.app().pid();
     let run = |arguments: &str| {

@@ -9,15 +9,15 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::Case::{self, EachFamily, Once};
 use crate::support::{CWKILL, PATIENCE, Ran, count, cwkill, in_state, lab, same, until_it_sleeps};
+use crate::trial::{Test, each_family, once};
 
-pub const CASES: &[Case] = &[
-    EachFamily("new_ones_are_counted_and_named", new_ones),
-    Once("none_new_is_said", none_new),
-    Once("ctrl_c_ends_the_watch_and_not_the_report", ctrl_c),
-    Once("the_minimum_age_is_not_for_new_ones", min_age),
-    Once("a_document_has_what_came", document),
+pub const TESTS: &[Test] = &[
+    each_family!(new_sockets_are_counted_and_their_owner_named),
+    once!(no_new_sockets_are_reported_as_none),
+    once!(ctrl_c_ends_the_watch_and_not_the_report),
+    once!(the_minimum_age_does_not_apply_to_new_sockets),
+    once!(json_has_the_new_sockets),
 ];
 
 /// A run whose report is written, and that watches.
@@ -68,7 +68,7 @@ fn get_stuck(lab: &Lab, leak: &Leak, stuck: usize) -> Result<()> {
     })
 }
 
-fn new_ones(family: Family) -> Result<()> {
+fn new_sockets_are_counted_and_their_owner_named(family: Family) -> Result<()> {
     let (lab, leak) = lab("unread", family, 4)?;
     let later = lab.start("established", family, count(3))?;
     let watching = Watching::start(&lab, "--port 8080 --watch-refill 5m")?;
@@ -83,7 +83,7 @@ fn new_ones(family: Family) -> Result<()> {
     same(&in_state(&lab, TcpState::CloseWait)?, &3)
 }
 
-fn none_new() -> Result<()> {
+fn no_new_sockets_are_reported_as_none() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 4)?;
     // Those that are left alone are not new.
     let ran = cwkill(&lab, "--all --max-kills 2 --watch-refill 300ms")?.exits(4)?;
@@ -94,7 +94,7 @@ fn none_new() -> Result<()> {
     Ok(())
 }
 
-fn ctrl_c() -> Result<()> {
+fn ctrl_c_ends_the_watch_and_not_the_report() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
     let watching = Watching::start(&lab, "--all --watch-refill 5m")?;
     let (text, code) = watching.end()?;
@@ -102,7 +102,7 @@ fn ctrl_c() -> Result<()> {
     same(&code, &Some(0))
 }
 
-fn min_age() -> Result<()> {
+fn the_minimum_age_does_not_apply_to_new_sockets() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
     let later = lab.start("established", Family::V4, count(2))?;
     let young = lab.start("unread", Family::V4, count(1))?;
@@ -116,7 +116,7 @@ fn min_age() -> Result<()> {
     same(&code, &Some(1))
 }
 
-fn document() -> Result<()> {
+fn json_has_the_new_sockets() -> Result<()> {
     let (lab, leak) = lab("unread", Family::V4, 2)?;
     let later = lab.start("established", Family::V4, count(3))?;
     let command = lab.app_host().command(CWKILL);
