@@ -13,7 +13,7 @@ use crate::Case::{self, EachFamily, Once};
 use crate::support::{CWKILL, same};
 
 pub const CASES: &[Case] = &[
-    EachFamily("no_innocent_is_lost", no_innocent_is_lost),
+    EachFamily("no_bystander_is_lost", no_bystander_is_lost),
     Once("half_closed_streams_live_under_the_minimum_age", young),
     Once("a_killer_without_a_state_is_found_out", without_a_state),
     Once("a_killer_by_stale_addresses_is_found_out", stale_addresses),
@@ -53,7 +53,7 @@ fn cleared(report: &Report) -> Result<()> {
     Ok(())
 }
 
-fn no_innocent_is_lost(family: Family) -> Result<()> {
+fn no_bystander_is_lost(family: Family) -> Result<()> {
     let options = Options {
         family,
         acts: Some(ACTS),

@@ -46,7 +46,7 @@ pub const CASES: &[Case] = &[
 
 fn forty(family: Family) -> Result<()> {
     let (lab, leak) = lab("unread", family, 40)?;
-    let innocents = lab.start("established", family, count(5))?;
+    let bystanders = lab.start("established", family, count(5))?;
     let ran = cwkill(&lab, "--port 8080 --json")?.exits(0)?;
     let sockets = ran.sockets()?;
     same(&sockets.len(), &40)?;
@@ -61,7 +61,7 @@ fn forty(family: Family) -> Result<()> {
     same(&rows.len(), &5)?;
     ensure!(rows.iter().all(|row| row.state == TcpState::Established));
     ensure!(leak.app().is_alive());
-    carries_data(&innocents)?;
+    carries_data(&bystanders)?;
     cwkill(&lab, "--port 8080")?.exits(1)?;
     Ok(())
 }
@@ -69,7 +69,7 @@ fn forty(family: Family) -> Result<()> {
 fn destroy_closes_every_kind(family: Family) -> Result<()> {
     let (lab, unread) = lab("unread", family, 70)?;
     let _drained = lab.start("drained", family, count(70))?;
-    let innocents = lab.start("established", family, count(2))?;
+    let bystanders = lab.start("established", family, count(2))?;
     let sockets = cwkill(&lab, "--all --method destroy --json")?
         .exits(0)?
         .sockets()?;
@@ -77,7 +77,7 @@ fn destroy_closes_every_kind(family: Family) -> Result<()> {
     all_have(&sockets, "closed", "destroy")?;
     same(&connections(&lab)?.len(), &2)?;
     ensure!(unread.app().is_alive());
-    carries_data(&innocents)
+    carries_data(&bystanders)
 }
 
 fn never_accepted_is_destroyed(family: Family) -> Result<()> {
@@ -391,7 +391,7 @@ fn harness_command() -> Result<()> {
 /// As many as two crews take, each more than it asks for one by one.
 fn thousands() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 4500)?;
-    let innocents = lab.start("established", Family::V4, alone(9090, 3))?;
+    let bystanders = lab.start("established", Family::V4, alone(9090, 3))?;
     let cookies = |arguments: &str| -> Result<std::collections::BTreeSet<String>> {
         let sockets = cwkill(&lab, arguments)?.exits(0)?.sockets()?;
         Ok(sockets.iter().map(|socket| at(socket, "/cookie")).collect())
@@ -402,5 +402,5 @@ fn thousands() -> Result<()> {
     let ran = cwkill(&lab, "--all --method destroy --json")?.exits(0)?;
     all_have(&ran.sockets()?, "closed", "destroy")?;
     same(&in_state(&lab, TcpState::CloseWait)?, &0)?;
-    carries_data(&innocents)
+    carries_data(&bystanders)
 }

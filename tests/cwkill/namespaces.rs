@@ -58,7 +58,7 @@ fn sweep(family: Family) -> Result<()> {
     };
     let (first, second, other) = (Lab::new()?, Lab::new()?, Lab::new()?);
     let _one = first.start("unread", family, on(port, 3))?;
-    let innocents = first.start("established", family, on(port, 2))?;
+    let bystanders = first.start("established", family, on(port, 2))?;
     let _two = second.start("drained", family, on(port, 4))?;
     let _elsewhere = other.start("drained", family, on(port + 10, 2))?;
 
@@ -79,7 +79,7 @@ fn sweep(family: Family) -> Result<()> {
         same(&in_state(&first, TcpState::CloseWait)?, &0)?;
         same(&in_state(&second, TcpState::CloseWait)?, &0)?;
         same(&in_state(&other, TcpState::CloseWait)?, &2)?;
-        carries_data(&innocents)?;
+        carries_data(&bystanders)?;
         if method != "destroy" {
             first.start("unread", family, on(port_number(&port)?, 3))?;
             second.start("drained", family, on(port_number(&port)?, 4))?;

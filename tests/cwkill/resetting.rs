@@ -42,7 +42,7 @@ const RST: &str = "--port 8080 --method rst --json";
 
 fn every_kind(family: Family) -> Result<()> {
     for kind in ["unread", "drained", "forked", "not-accepted"] {
-        let (lab, innocents) = lab("established", family, 3)?;
+        let (lab, bystanders) = lab("established", family, 3)?;
         let leak = lab.start(kind, family, count(5))?;
         let sockets = cwkill(&lab, RST)?.exits(0)?.sockets()?;
         same(&sockets.len(), &5)?;
@@ -51,7 +51,7 @@ fn every_kind(family: Family) -> Result<()> {
         same(&rows.len(), &3)?;
         ensure!(rows.iter().all(|row| row.state == TcpState::Established));
         ensure!(leak.app().is_alive());
-        carries_data(&innocents).context(kind)?;
+        carries_data(&bystanders).context(kind)?;
         // The peer, half-closed until now, has been told.
         for fd in leak.peer_fds() {
             let got = leak.peer().recv(fd, 1, PATIENCE)?;

@@ -103,7 +103,7 @@ fn over_and_over(build: Build, mode: &str, times: usize) -> Result<()> {
     for run in 0..times {
         let fds = match run % 2 {
             0 => owner.leak(5)?,
-            _ => owner.scatter(5)?,
+            _ => owner.leak_scattered(5)?,
         };
         let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0)?;
         same(&number(&ran.json()?, "/summary/freed")?, &5)?;
@@ -206,7 +206,7 @@ fn pid_namespace() -> Result<()> {
                   /proc/self/fd/9 $@";
     let by = ["sh", "-c", script, "sh"];
     let program = Owner::program(Build::Plain)?;
-    let mut owner = Owner::start_by(lab.app_host(), &by, &program, "works", 1)?;
+    let mut owner = Owner::start_through(lab.app_host(), &by, &program, "works", 1)?;
     owner.leak(3)?;
     let children = format!("/proc/{0}/task/{0}/children", owner.pid());
     let inner: u32 = std::fs::read_to_string(children)?.trim().parse()?;

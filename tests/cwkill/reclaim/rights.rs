@@ -111,7 +111,7 @@ fn one_user() -> Result<()> {
                   --bounding-set=-all /proc/self/fd/9 $@";
     let program = Owner::program(Build::Plain)?;
     let start = || {
-        Owner::start_by(
+        Owner::start_through(
             lab.app_host(),
             &["sh", "-c", script, "sh"],
             &program,
