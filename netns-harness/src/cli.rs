@@ -54,14 +54,14 @@ enum Action {
     },
     /// Measure `cwkill` beside ss, lsof and netstat
     Bench(bench::Bench),
-    /// Run `cwkill` among innocent connections on reused addresses, and count what is lost
+    /// Run `cwkill` among bystander connections on reused addresses, and count what is lost
     ///
-    /// Exits with 1 if an innocent connection, a listener or the server was lost, or nothing was acted on.
+    /// Exits with 1 if a bystander connection, a listener or the server was lost, or nothing was acted on.
     Chaos(chaos::Chaos),
-    /// Leak servers in C, Go, Java, JavaScript and Python to EMFILE, and cure them with `cwkill --reclaim`
+    /// Leak servers in C, Go, Java, JavaScript and Python to EMFILE, and recover them with `cwkill --reclaim`
     ///
     /// Fails if a server does not accept again, is gone, or a byte of its other connections is wrong.
-    Cure(runtimes::Runtimes),
+    Recover(runtimes::Runtimes),
     /// Build scenarios and compare them with what `ss` shows
     Verify {
         /// Which ones; all that are listed, if none is named
@@ -142,7 +142,7 @@ fn act(action: Action) -> Result<i32> {
             )
         }
         Action::Bench(bench) => bench.run().map(|()| 0),
-        Action::Cure(cure) => cure.run().map(|()| 0),
+        Action::Recover(recover) => recover.run().map(|()| 0),
         Action::Chaos(chaos) => chaos.run(),
         Action::Verify {
             scenarios,

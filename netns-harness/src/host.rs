@@ -244,7 +244,7 @@ impl HostCommand<'_> {
     /// Keeps it in our process group, so that the terminal's Ctrl-C reaches it and it may read from the terminal.
     #[must_use]
     pub fn in_our_group(mut self) -> Self {
-        self.group = Group::Ours;
+        self.group = Group::Inherited;
         self
     }
 

@@ -29,7 +29,7 @@
 //! - `kernel`, `ss`, `verify`: what the kernel shows, what `ss` shows, and whether a scenario keeps its word
 //! - `bench`: `cwkill` beside its peers
 //! - [`owners`]: real programs that leak, and what reclaiming does to them
-//! - [`chaos`]: innocent connections under fire
+//! - [`chaos`]: bystander connections under fire
 //! - `run`, `cli`: the program `netns-harness`
 
 mod agent;

@@ -44,7 +44,7 @@ pub(crate) struct Role {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Group {
     /// That of the process that starts it.
-    Ours,
+    Inherited,
     /// One of its own.
     Own,
     /// This one, of the same session.
@@ -71,7 +71,7 @@ pub(crate) enum Become {
     /// The inner process of `netns-harness run`.
     Keeper { request: RunRequest },
     /// One of the two processes of `netns-harness chaos`.
-    Chaos { part: chaos::Part },
+    Chaos { role: chaos::WorkerRole },
 }
 
 impl Role {
@@ -107,7 +107,7 @@ impl Role {
             setns(netns, CloneFlags::CLONE_NEWNET).context("enter the network namespace")?;
         }
         let group = match self.group {
-            Group::Ours => None,
+            Group::Inherited => None,
             Group::Own => Some(0),
             Group::Of(group) => Some(group),
         };
@@ -191,14 +191,14 @@ pub fn run_role() {
         return;
     }
     let specification = arguments.next().unwrap_or_default();
-    let code = play(&specification, arguments.collect()).unwrap_or_else(|error| {
+    let code = run_specified(&specification, arguments.collect()).unwrap_or_else(|error| {
         eprintln!("netns-harness: {error:#}");
         1
     });
     std::process::exit(code);
 }
 
-fn play(specification: &OsStr, arguments: Vec<OsString>) -> Result<i32> {
+fn run_specified(specification: &OsStr, arguments: Vec<OsString>) -> Result<i32> {
     let role: Role = serde_json::from_slice(specification.as_bytes()).context("read the role")?;
     role.enter()?;
     match role.become_ {
@@ -208,7 +208,7 @@ fn play(specification: &OsStr, arguments: Vec<OsString>) -> Result<i32> {
         }
         Become::Holder { comm } => agent::server::hold(&comm).map(|()| 0),
         Become::Keeper { request } => Ok(run::keep(&request, &arguments)),
-        Become::Chaos { part } => chaos::play(&part).map(|()| 0),
+        Become::Chaos { role } => chaos::run_worker(&role).map(|()| 0),
         Become::Command => {
             let (program, rest) = arguments.split_first().context("no command to run")?;
             let error = Command::new(program).args(rest).exec();

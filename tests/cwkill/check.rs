@@ -30,7 +30,7 @@ fn line(ran: &Ran) -> Result<(String, Vec<(String, String)>)> {
 
 fn a_threshold_is_reached_at_exactly_its_value(family: Family) -> Result<()> {
     let (lab, leak) = lab("unread", family, 5)?;
-    let _innocents = lab.start("established", family, count(3))?;
+    let _bystanders = lab.start("established", family, count(3))?;
     for (options, code, word) in [
         ("-w 6 -c 7", 0, "OK"),
         ("-w 5 -c 6", 1, "WARNING"),

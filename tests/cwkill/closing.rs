@@ -34,7 +34,7 @@ pub const TESTS: &[Test] = &[
 
 fn forty_are_closed_and_bystanders_live(family: Family) -> Result<()> {
     let (lab, leak) = lab("unread", family, 40)?;
-    let innocents = lab.start("established", family, count(5))?;
+    let bystanders = lab.start("established", family, count(5))?;
     let ran = cwkill(&lab, "--port 8080 --json")?.exits(0)?;
     let sockets = ran.sockets()?;
     same(&sockets.len(), &40)?;
@@ -49,7 +49,7 @@ fn forty_are_closed_and_bystanders_live(family: Family) -> Result<()> {
     same(&rows.len(), &5)?;
     ensure!(rows.iter().all(|row| row.state == TcpState::Established));
     ensure!(leak.app().is_alive());
-    carries_data(&innocents)?;
+    carries_data(&bystanders)?;
     cwkill(&lab, "--port 8080")?.exits(1)?;
     Ok(())
 }
@@ -57,7 +57,7 @@ fn forty_are_closed_and_bystanders_live(family: Family) -> Result<()> {
 fn destroy_closes_every_kind(family: Family) -> Result<()> {
     let (lab, unread) = lab("unread", family, 70)?;
     let _drained = lab.start("drained", family, count(70))?;
-    let innocents = lab.start("established", family, count(2))?;
+    let bystanders = lab.start("established", family, count(2))?;
     let sockets = cwkill(&lab, "--all --method destroy --json")?
         .exits(0)?
         .sockets()?;
@@ -65,7 +65,7 @@ fn destroy_closes_every_kind(family: Family) -> Result<()> {
     all_have(&sockets, "closed", "destroy")?;
     same(&connections(&lab)?.len(), &2)?;
     ensure!(unread.app().is_alive());
-    carries_data(&innocents)
+    carries_data(&bystanders)
 }
 
 fn sockets_never_accepted_are_destroyed(family: Family) -> Result<()> {
@@ -100,7 +100,7 @@ fn a_shared_socket_needs_one_act(family: Family) -> Result<()> {
 
 fn listing_and_dry_run_change_nothing(family: Family) -> Result<()> {
     let (lab, _unread) = lab("unread", family, 2)?;
-    let _innocents = lab.start("established", family, count(2))?;
+    let _bystanders = lab.start("established", family, count(2))?;
     let _never = lab.start("not-accepted", family, count(2))?;
     let before = lab.app_host().ss(&[])?;
     for arguments in [
@@ -379,7 +379,7 @@ fn the_harness_command_of_the_readme_closes_forty() -> Result<()> {
 /// As many as two crews take, each more than it asks for one by one.
 fn thousands_are_destroyed_in_batches() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 4500)?;
-    let innocents = lab.start("established", Family::V4, alone(9090, 3))?;
+    let bystanders = lab.start("established", Family::V4, alone(9090, 3))?;
     let cookies = |arguments: &str| -> Result<std::collections::BTreeSet<String>> {
         let sockets = cwkill(&lab, arguments)?.exits(0)?.sockets()?;
         Ok(sockets.iter().map(|socket| at(socket, "/cookie")).collect())
@@ -390,5 +390,5 @@ fn thousands_are_destroyed_in_batches() -> Result<()> {
     let ran = cwkill(&lab, "--all --method destroy --json")?.exits(0)?;
     all_have(&ran.sockets()?, "closed", "destroy")?;
     same(&in_state(&lab, TcpState::CloseWait)?, &0)?;
-    carries_data(&innocents)
+    carries_data(&bystanders)
 }

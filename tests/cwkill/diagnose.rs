@@ -59,7 +59,7 @@ fn each_cause_has_its_verdict(family: Family) -> Result<()> {
     let sending = lab.start("sending", family, alone(8003, 3))?;
     let never = lab.start("not-accepted", family, alone(8004, 2))?;
     let stopped = lab.start("stopped", family, alone(8005, 1))?;
-    let innocents = lab.start("established", family, alone(8006, 6))?;
+    let bystanders = lab.start("established", family, alone(8006, 6))?;
     let before = lab.app_host().ss(&[])?;
 
     let document = cwkill(&lab, &format!("diagnose {QUICK}"))?
@@ -127,7 +127,7 @@ fn each_cause_has_its_verdict(family: Family) -> Result<()> {
         &(&waits["stuck"], &waits["waiting"]),
         &(&json!(0), &json!(2)),
     )?;
-    ensure!(process(&document, innocents.app().pid()).is_err());
+    ensure!(process(&document, bystanders.app().pid()).is_err());
 
     let text = cwkill(&lab, "diagnose --sample 50ms")?.exits(0)?.stdout;
     for wanted in [

@@ -164,15 +164,15 @@ fn every_state(lab: &Lab, family: Family) -> Result<()> {
     };
     peer.shutdown(&[stuck.1, last.1], How::Write)?;
     app.shutdown(&[half.0], How::Write)?;
-    app.set_option(&[deaf.0], SocketOption::Deaf(true))?;
+    app.set_option(&[deaf.0], SocketOption::DropIncoming(true))?;
     app.shutdown(&[deaf.0], How::Write)?;
     lab.wait_for(PATIENCE, || {
         Ok(state_of(last.2)? == Some(TcpState::CloseWait))
     })?;
-    app.set_option(&[last.0], SocketOption::Deaf(true))?;
+    app.set_option(&[last.0], SocketOption::DropIncoming(true))?;
     app.close(&[last.0])?;
     // A FIN that does not acknowledge ours, because it never arrived.
-    peer.set_option(&[closing.1], SocketOption::Deaf(true))?;
+    peer.set_option(&[closing.1], SocketOption::DropIncoming(true))?;
     app.shutdown(&[closing.0], How::Write)?;
     peer.shutdown(&[closing.1], How::Write)?;
     app.close(&[gone.0])?;
@@ -182,7 +182,7 @@ fn every_state(lab: &Lab, family: Family) -> Result<()> {
     peer.close(&[gone.1])?;
 
     let deaf = || Dial {
-        deaf: true,
+        drop_incoming: true,
         ..Dial::default()
     };
     let known = Dial {

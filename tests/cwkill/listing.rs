@@ -110,7 +110,7 @@ fn all_owners_of_a_shared_socket_are_listed(family: Family) -> Result<()> {
 }
 
 fn bystanders_are_not_listed(family: Family) -> Result<()> {
-    let (lab, _innocents) = lab("established", family, 4)?;
+    let (lab, _bystanders) = lab("established", family, 4)?;
     let ran = cwkill(&lab, "--json")?.exits(1)?;
     same(&ran.sockets()?.len(), &0)
 }

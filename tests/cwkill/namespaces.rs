@@ -52,7 +52,7 @@ fn two_namespaces_are_cleared_from_outside_and_no_other(family: Family) -> Resul
     };
     let (first, second, other) = (Lab::new()?, Lab::new()?, Lab::new()?);
     let _one = first.start("unread", family, on(port, 3))?;
-    let innocents = first.start("established", family, on(port, 2))?;
+    let bystanders = first.start("established", family, on(port, 2))?;
     let _two = second.start("drained", family, on(port, 4))?;
     let _elsewhere = other.start("drained", family, on(port + 10, 2))?;
 
@@ -73,7 +73,7 @@ fn two_namespaces_are_cleared_from_outside_and_no_other(family: Family) -> Resul
         same(&in_state(&first, TcpState::CloseWait)?, &0)?;
         same(&in_state(&second, TcpState::CloseWait)?, &0)?;
         same(&in_state(&other, TcpState::CloseWait)?, &2)?;
-        carries_data(&innocents)?;
+        carries_data(&bystanders)?;
         if method != "destroy" {
             first.start("unread", family, on(port_number(&port)?, 3))?;
             second.start("drained", family, on(port_number(&port)?, 4))?;

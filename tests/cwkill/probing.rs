@@ -72,7 +72,7 @@ fn deaf(kind: &str, family: Family) -> Result<(Lab, Leak)> {
     // A peer whose FIN is not acknowledged would send it again, and be alive.
     settled(&lab, &leak)?;
     leak.peer()
-        .set_option(&leak.peer_fds(), SocketOption::Deaf(true))?;
+        .set_option(&leak.peer_fds(), SocketOption::DropIncoming(true))?;
     Ok((lab, leak))
 }
 

@@ -121,7 +121,7 @@ impl Scene for OnlyCookies {
     }
 }
 
-/// The owner closes the stuck descriptor and gets its number again for a new, innocent connection.
+/// The owner closes the stuck descriptor and gets its number again for a new bystander connection.
 fn swap_descriptor(leak: &Leak) -> Result<(netns_harness::Fd, netns_harness::Fd)> {
     let old = leak.conns()[0];
     let fd = old.app_fd.context("no descriptor")?;
@@ -144,21 +144,21 @@ fn lives(leak: &Leak, app: netns_harness::Fd, peer: netns_harness::Fd) -> Result
 
 fn a_reused_descriptor_number_is_not_touched(family: Family) -> Result<()> {
     let (lab, leak) = lab("drained", family, 1)?;
-    let mut innocent = None;
+    let mut bystander = None;
     let swap = || {
-        innocent = Some(swap_descriptor(&leak)?);
+        bystander = Some(swap_descriptor(&leak)?);
         Ok(())
     };
     let (_, outcomes) = act_after(&lab, &MethodName::AUTO, swap)?;
     ensure!(matches!(outcomes[0].verdict, Verdict::Gone), "{outcomes:?}");
-    let (app, peer) = innocent.context("swapped")?;
+    let (app, peer) = bystander.context("swapped")?;
     lives(&leak, app, peer)?;
 
     // Without the ladder's look the method itself compares the cookie.
     let (lab, leak) = crate::support::lab("drained", family, 1)?;
-    let mut innocent = None;
+    let mut bystander = None;
     let swap = || {
-        innocent = Some(swap_descriptor(&leak)?);
+        bystander = Some(swap_descriptor(&leak)?);
         Ok(())
     };
     let result = bare_act_after(&lab, MethodName::Shutdown, swap)?;
@@ -166,7 +166,7 @@ fn a_reused_descriptor_number_is_not_touched(family: Family) -> Result<()> {
         matches!(result, Err(ActError::DescriptorsGone)),
         "{result:?}"
     );
-    let (app, peer) = innocent.context("swapped")?;
+    let (app, peer) = bystander.context("swapped")?;
     lives(&leak, app, peer)
 }
 
@@ -201,39 +201,39 @@ fn swap_connection(lab: &Lab, leak: &Leak) -> Result<(netns_harness::Fd, netns_h
 fn a_reused_tuple_is_not_touched(family: Family) -> Result<()> {
     for method in MethodName::AUTO {
         let (lab, leak) = lab("drained", family, 1)?;
-        let mut innocent = None;
+        let mut bystander = None;
         let swap = || {
-            innocent = Some(swap_connection(&lab, &leak)?);
+            bystander = Some(swap_connection(&lab, &leak)?);
             Ok(())
         };
         let (_, outcomes) = act_after(&lab, &[method], swap)?;
         ensure!(matches!(outcomes[0].verdict, Verdict::Gone), "{outcomes:?}");
-        let (app, peer) = innocent.context("swapped")?;
+        let (app, peer) = bystander.context("swapped")?;
         lives(&leak, app, peer)?;
     }
 
     let (lab, leak) = lab("drained", family, 1)?;
-    let mut innocent = None;
+    let mut bystander = None;
     let swap = || {
-        innocent = Some(swap_connection(&lab, &leak)?);
+        bystander = Some(swap_connection(&lab, &leak)?);
         Ok(())
     };
     let result = bare_act_after(&lab, MethodName::Destroy, swap)?;
     ensure!(matches!(result, Err(ActError::Gone)), "{result:?}");
-    let (app, peer) = innocent.context("swapped")?;
+    let (app, peer) = bystander.context("swapped")?;
     lives(&leak, app, peer)?;
     same(&in_state(&lab, TcpState::Listen)?, &1)?;
 
     // The ACK that rst draws now comes from the stranger; the look after it finds that out.
     for method in [MethodName::Rst, MethodName::Probe] {
         let (lab, leak) = crate::support::lab("drained", family, 1)?;
-        let mut innocent = None;
+        let mut bystander = None;
         let swap = || {
-            innocent = Some(swap_connection(&lab, &leak)?);
+            bystander = Some(swap_connection(&lab, &leak)?);
             Ok(())
         };
         let _ = bare_act_after(&lab, method, swap)?;
-        let (app, peer) = innocent.context("swapped")?;
+        let (app, peer) = bystander.context("swapped")?;
         lives(&leak, app, peer)?;
         same(&in_state(&lab, TcpState::Listen)?, &1)?;
     }

@@ -39,7 +39,7 @@ const RST: &str = "--port 8080 --method rst --json";
 
 fn every_kind_is_closed_and_its_peer_released(family: Family) -> Result<()> {
     for kind in ["unread", "drained", "forked", "not-accepted"] {
-        let (lab, innocents) = lab("established", family, 3)?;
+        let (lab, bystanders) = lab("established", family, 3)?;
         let leak = lab.start(kind, family, count(5))?;
         let sockets = cwkill(&lab, RST)?.exits(0)?.sockets()?;
         same(&sockets.len(), &5)?;
@@ -48,7 +48,7 @@ fn every_kind_is_closed_and_its_peer_released(family: Family) -> Result<()> {
         same(&rows.len(), &3)?;
         ensure!(rows.iter().all(|row| row.state == TcpState::Established));
         ensure!(leak.app().is_alive());
-        carries_data(&innocents).context(kind)?;
+        carries_data(&bystanders).context(kind)?;
         // The peer, half-closed until now, has been told.
         for fd in leak.peer_fds() {
             let got = leak.peer().recv(fd, 1, PATIENCE)?;

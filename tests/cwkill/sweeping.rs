@@ -176,10 +176,10 @@ fn a_sweep_ends_like_an_ordinary_run(family: Family) -> Result<()> {
             lab.start("sending", family, alone(9002, 2))?,
             lab.start("not-accepted", family, alone(9003, 3))?,
         ];
-        let innocents = lab.start("established", family, alone(9004, 3))?;
+        let bystanders = lab.start("established", family, alone(9004, 3))?;
         aged(&lab)?;
         let ran = cwkill(&lab, &format!("--all {arguments}"))?.exits(code)?;
-        carries_data(&innocents)?;
+        carries_data(&bystanders)?;
         let left: BTreeMap<String, usize> =
             connections(&lab)?
                 .iter()
@@ -202,7 +202,7 @@ fn a_sweep_ends_like_an_ordinary_run(family: Family) -> Result<()> {
 
 fn thousands_are_destroyed_and_bystanders_live(family: Family) -> Result<()> {
     let (lab, leak) = lab("drained", family, 4500)?;
-    let innocents = lab.start("established", family, alone(9090, 3))?;
+    let bystanders = lab.start("established", family, alone(9090, 3))?;
     aged(&lab)?;
     let sockets = cwkill(&lab, &format!("--all {SWEEP}"))?
         .exits(0)?
@@ -216,7 +216,7 @@ fn thousands_are_destroyed_and_bystanders_live(family: Family) -> Result<()> {
     );
     same(&in_state(&lab, TcpState::CloseWait)?, &0)?;
     ensure!(leak.app().is_alive());
-    carries_data(&innocents)
+    carries_data(&bystanders)
 }
 
 fn only_selected_sockets_are_destroyed(family: Family) -> Result<()> {

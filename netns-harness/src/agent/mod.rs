@@ -420,26 +420,26 @@ impl Agent {
         self.call("start threads", &Request::Threads { count })
     }
 
-    /// Starts sending [`pattern`] on each of them, a few bytes every `interval`, until [`Self::hush`].
+    /// Starts sending [`pattern`] on each of them, a few bytes every `interval`, until [`Self::stop_sending`].
     ///
     /// # Errors
     /// The agent has no such socket.
-    pub fn talk(&self, fds: &[Fd], interval: Duration) -> Result<()> {
+    pub fn start_sending(&self, fds: &[Fd], interval: Duration) -> Result<()> {
         self.call(
-            "talk",
-            &Request::Talk {
+            "start sending",
+            &Request::StartSending {
                 fds: fds.to_vec(),
                 interval_ms: millis(interval),
             },
         )
     }
 
-    /// Stops [`Self::talk`]. Returns the bytes sent on each.
+    /// Stops [`Self::start_sending`]. Returns the bytes sent on each.
     ///
     /// # Errors
     /// The agent's only.
-    pub fn hush(&self) -> Result<Vec<u64>> {
-        self.call("hush", &Request::Hush)
+    pub fn stop_sending(&self) -> Result<Vec<u64>> {
+        self.call("stop sending", &Request::StopSending)
     }
 }
 

@@ -52,7 +52,7 @@ pub struct Dial {
     /// SO_RCVBUF in bytes, set before the handshake so that the window never opens further.
     pub recv_buffer: Option<usize>,
     /// The socket never sees an incoming segment, not even the answer to its SYN. Implies `detached`.
-    pub deaf: bool,
+    pub drop_incoming: bool,
     /// Do not wait for the handshake.
     pub detached: bool,
 }
@@ -87,7 +87,7 @@ pub enum SocketOption {
     /// SO_LINGER in seconds; `None` turns it off.
     Linger(Option<u64>),
     /// Drop every incoming segment of this socket before TCP sees it (a socket filter); `false` hears again.
-    Deaf(bool),
+    DropIncoming(bool),
     /// TCP_REPAIR.
     Repair(bool),
 }
@@ -239,12 +239,12 @@ pub(crate) enum Request {
         netns: PathBuf,
     },
     /// Start sending the pattern on each of them, a few bytes every `interval_ms`.
-    Talk {
+    StartSending {
         fds: Vec<Fd>,
         interval_ms: u64,
     },
     /// Stop that. → bytes sent on each
-    Hush,
+    StopSending,
 }
 
 /// Why an agent could not do it.

@@ -39,8 +39,8 @@ use crate::role::{Become, Group, Identity, Role, raise_descriptor_limit};
 /// The most descriptors one SCM_RIGHTS message carries (SCM_MAX_FD in the kernel).
 const SCM_MAX_FD: usize = 253;
 
-/// What `Talk` sends at a time.
-const TALK_BYTES: usize = 16;
+/// What `StartSending` sends at a time.
+const SENT_AT_ONCE: usize = 16;
 
 /// Serves requests until stdin ends.
 pub(crate) fn serve(comm: &str) -> anyhow::Result<()> {
@@ -89,10 +89,10 @@ struct Server {
     files: Vec<File>,
     /// Unix sockets whose buffers hold descriptors.
     in_flight: Vec<(OwnedFd, OwnedFd)>,
-    talk: Option<Talk>,
+    sending: Option<Sending>,
 }
 
-struct Talk {
+struct Sending {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<Vec<u64>>,
 }
@@ -194,11 +194,11 @@ impl Server {
                 }
                 json(())
             }
-            Request::Talk { fds, interval_ms } => {
-                self.talk(&fds, Duration::from_millis(interval_ms))?;
+            Request::StartSending { fds, interval_ms } => {
+                self.start_sending(&fds, Duration::from_millis(interval_ms))?;
                 json(())
             }
-            Request::Hush => json(self.hush()?),
+            Request::StopSending => json(self.stop_sending()?),
         }
     }
 
@@ -254,10 +254,10 @@ impl Server {
                 if let Some(bytes) = dial.recv_buffer {
                     socket.set_recv_buffer_size(bytes)?;
                 }
-                if dial.deaf {
-                    set_option(&socket, SocketOption::Deaf(true))?;
+                if dial.drop_incoming {
+                    set_option(&socket, SocketOption::DropIncoming(true))?;
                 }
-                if dial.deaf || dial.detached {
+                if dial.drop_incoming || dial.detached {
                     socket.set_nonblocking(true)?;
                     match socket.connect(&to.into()) {
                         Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
@@ -352,9 +352,9 @@ impl Server {
         Ok(())
     }
 
-    fn talk(&mut self, fds: &[Fd], interval: Duration) -> io::Result<()> {
-        if self.talk.is_some() {
-            return Err(io::Error::other("the agent is talking already"));
+    fn start_sending(&mut self, fds: &[Fd], interval: Duration) -> io::Result<()> {
+        if self.sending.is_some() {
+            return Err(io::Error::other("the agent is sending already"));
         }
         let find = |fd: &Fd| self.sockets.get(fd).cloned().ok_or_else(|| no_such(*fd));
         let sockets = fds.iter().map(find).collect::<io::Result<Vec<_>>>()?;
@@ -365,32 +365,32 @@ impl Server {
             while !stopped.load(Ordering::Relaxed) {
                 for (socket, sent) in sockets.iter().zip(&mut sent) {
                     // A connection that dies says so by its total.
-                    *sent += fill(socket, *sent, TALK_BYTES as u64).unwrap_or(0);
+                    *sent += fill(socket, *sent, SENT_AT_ONCE as u64).unwrap_or(0);
                 }
                 thread::park_timeout(interval);
             }
             sent
         });
-        self.talk = Some(Talk { stop, thread });
+        self.sending = Some(Sending { stop, thread });
         Ok(())
     }
 
-    fn hush(&mut self) -> io::Result<Vec<u64>> {
-        let Some(Talk { stop, thread }) = self.talk.take() else {
+    fn stop_sending(&mut self) -> io::Result<Vec<u64>> {
+        let Some(Sending { stop, thread }) = self.sending.take() else {
             return Ok(Vec::new());
         };
         stop.store(true, Ordering::Relaxed);
         thread.thread().unpark();
         thread
             .join()
-            .map_err(|_| io::Error::other("the talking thread panicked"))
+            .map_err(|_| io::Error::other("the sending thread panicked"))
     }
 }
 
 fn start_holder(comm: &str) -> io::Result<Child> {
     let role = Role::here(
         Identity::default(),
-        Group::Ours,
+        Group::Inherited,
         Become::Holder {
             comm: comm.to_owned(),
         },
@@ -553,8 +553,8 @@ fn set_option(socket: &Socket, option: SocketOption) -> io::Result<()> {
         ),
         SocketOption::Linger(seconds) => socket.set_linger(seconds.map(Duration::from_secs)),
         // BPF_RET | BPF_K: accept 0 bytes of every packet.
-        SocketOption::Deaf(true) => socket.attach_filter(&[SockFilter::new(0x06, 0, 0, 0)]),
-        SocketOption::Deaf(false) => socket.detach_filter(),
+        SocketOption::DropIncoming(true) => socket.attach_filter(&[SockFilter::new(0x06, 0, 0, 0)]),
+        SocketOption::DropIncoming(false) => socket.detach_filter(),
         SocketOption::Repair(on) => Ok(setsockopt(socket, TcpRepair, &u32::from(on))?),
     }
 }

@@ -1,4 +1,4 @@
-//! The clients: each has one source port and lives one connection after the other on it, innocent or stuck by chance.
+//! The clients: each has one source port and lives one connection after the other on it, bystander or stuck by chance.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::random::Random;
-use super::wire::{Header, Line, PATIENCE, Side, Then, Trouble, errno_name};
-use super::{Event, STACK, Tell};
+use super::wire::{Header, Line, PATIENCE, Side, Then, WireError, errno_name};
+use super::{Event, EventSender, STACK};
 
 /// A handshake that took longer had a segment lost or refused: the first retransmission comes after one second.
 const SLOW: Duration = Duration::from_millis(500);
@@ -33,14 +33,14 @@ const QUIET_TIME: Duration = Duration::from_millis(1);
 const TUPLE_RETRY: Duration = Duration::from_micros(500);
 
 /// Of so many clients, one lives a single connection that lasts as long as the run.
-const BYSTANDERS: u32 = 10;
+const LONG_LIVED: u32 = 10;
 
 /// Of so many clients, one connects to the listener that lets connections wait.
 const LAZY: u32 = 4;
 
 /// What the clients are to do.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Plan {
+pub(crate) struct Config {
     /// The listener that accepts at once, and the one that does not.
     pub servers: [SocketAddr; 2],
     /// The source of the first client; the others have the ports after it.
@@ -53,20 +53,20 @@ pub(crate) struct Plan {
 
 /// What the clients have seen.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub(crate) struct Tally {
+pub(crate) struct ClientStats {
     /// Handshakes done.
     pub opened: u64,
     /// Of these, on a 4-tuple that had a connection before.
     pub reused: u64,
     /// From the end of a connection to the handshake of the next on its 4-tuple, microseconds.
     pub gaps_us: Vec<u32>,
-    /// Innocents that carried every byte to the end, among them bystanders and streams.
+    /// Bystanders that carried every byte to the end, long-lived ones and streams included.
     pub finished: u64,
-    /// Innocents that lasted as long as the run.
-    pub bystanders: u64,
-    /// Innocents that were half-closed all the time.
+    /// Bystanders that lasted as long as the run.
+    pub long_lived: u64,
+    /// Bystanders that were half-closed all the time.
     pub streams: u64,
-    /// Bytes verified by the clients in innocents that finished.
+    /// Bytes verified by the clients in bystanders that finished.
     pub bytes: u64,
     /// Stuck connections that ended with a FIN, with an RST, or not at all in time.
     pub stuck_fin: u64,
@@ -83,13 +83,13 @@ pub(crate) struct Tally {
     pub waited_for_tuple: u64,
 }
 
-impl Tally {
+impl ClientStats {
     fn add(&mut self, other: Self) {
         self.opened += other.opened;
         self.reused += other.reused;
         self.gaps_us.extend(other.gaps_us);
         self.finished += other.finished;
-        self.bystanders += other.bystanders;
+        self.long_lived += other.long_lived;
         self.streams += other.streams;
         self.bytes += other.bytes;
         self.stuck_fin += other.stuck_fin;
@@ -106,13 +106,13 @@ impl Tally {
 }
 
 /// Lives until stdin ends, and then to the end of every connection.
-pub(super) fn play(plan: &Plan) -> Result<()> {
+pub(super) fn run(config: &Config) -> Result<()> {
     let stop = AtomicBool::new(false);
-    let tell = Tell::default();
-    let tally = thread::scope(|scope| -> Result<Tally> {
-        let clients = (0..plan.clients)
+    let events = EventSender::default();
+    let stats = thread::scope(|scope| -> Result<ClientStats> {
+        let clients = (0..config.clients)
             .map(|number| {
-                let client = Client::new(plan, number, &stop, &tell)?;
+                let client = Client::new(config, number, &stop, &events)?;
                 thread::Builder::new()
                     .stack_size(STACK)
                     .spawn_scoped(scope, move || client.live())
@@ -120,22 +120,22 @@ pub(super) fn play(plan: &Plan) -> Result<()> {
             })
             .collect::<Result<Vec<_>>>()
             .inspect_err(|_| stop.store(true, Ordering::Relaxed))?;
-        tell.say(&Event::Ready);
+        events.send(&Event::Ready);
         // Whatever is said, only the end counts.
         let ended = io::copy(&mut io::stdin().lock(), &mut io::sink());
         stop.store(true, Ordering::Relaxed);
         ended.context("wait for the end")?;
-        let mut tally = Tally::default();
+        let mut stats = ClientStats::default();
         for client in clients {
-            tally.add(client.join().expect("a client does not panic")?);
+            stats.add(client.join().expect("a client does not panic")?);
         }
-        Ok(tally)
+        Ok(stats)
     })?;
-    tell.say(&Event::Done(tally));
+    events.send(&Event::Done(stats));
     Ok(())
 }
 
-/// How an innocent ends.
+/// How a bystander ends.
 #[derive(Debug, Clone, Copy)]
 enum End {
     ServerCloses,
@@ -145,36 +145,36 @@ enum End {
 }
 
 struct Client<'a> {
-    plan: &'a Plan,
+    config: &'a Config,
     number: u16,
     local: SocketAddr,
     server: SocketAddr,
     random: Random,
     stop: &'a AtomicBool,
-    tell: &'a Tell<Tally>,
-    tally: Tally,
+    events: &'a EventSender<ClientStats>,
+    stats: ClientStats,
     lives: u64,
     last_end: Option<Instant>,
 }
 
 impl<'a> Client<'a> {
     fn new(
-        plan: &'a Plan,
+        config: &'a Config,
         number: u16,
         stop: &'a AtomicBool,
-        tell: &'a Tell<Tally>,
+        events: &'a EventSender<ClientStats>,
     ) -> Result<Self> {
-        let port = plan.first.port().checked_add(number);
+        let port = config.first.port().checked_add(number);
         let lazy = usize::from(u32::from(number) % LAZY == 1);
         Ok(Self {
-            plan,
+            config,
             number,
-            local: SocketAddr::new(plan.first.ip(), port.context("no more source ports")?),
-            server: plan.servers[lazy],
-            random: Random::new(plan.seed, number.into()),
+            local: SocketAddr::new(config.first.ip(), port.context("no more source ports")?),
+            server: config.servers[lazy],
+            random: Random::new(config.seed, number.into()),
             stop,
-            tell,
-            tally: Tally::default(),
+            events,
+            stats: ClientStats::default(),
             lives: 0,
             last_end: None,
         })
@@ -184,7 +184,7 @@ impl<'a> Client<'a> {
         self.stop.load(Ordering::Relaxed)
     }
 
-    fn live(mut self) -> Result<Tally> {
+    fn live(mut self) -> Result<ClientStats> {
         while !self.stopped() {
             let line = match self.connect() {
                 Ok(line) => line,
@@ -192,26 +192,26 @@ impl<'a> Client<'a> {
                     let errno = error
                         .raw_os_error()
                         .map_or_else(|| error.to_string(), errno_name);
-                    *self.tally.refused.entry(errno).or_default() += 1;
+                    *self.stats.refused.entry(errno).or_default() += 1;
                     thread::sleep(self.random.pause(20));
                     continue;
                 }
             };
             self.lives += 1;
             let life = u64::from(self.number) << 40 | self.lives;
-            if u32::from(self.number) % BYSTANDERS == 0 {
-                self.innocent(line, life, None);
+            if u32::from(self.number) % LONG_LIVED == 0 {
+                self.bystander(line, life, None);
             } else if self.random.once_in(2) {
                 self.stuck(line, life)?;
-            } else if self.plan.min_age_ms.is_some() && self.random.once_in(3) {
+            } else if self.config.min_age_ms.is_some() && self.random.once_in(3) {
                 self.stream(line, life);
             } else {
                 let rounds = 1 + self.random.up_to(11);
-                self.innocent(line, life, Some(rounds));
+                self.bystander(line, life, Some(rounds));
             }
             self.last_end = Some(Instant::now());
         }
-        Ok(self.tally)
+        Ok(self.stats)
     }
 
     /// The next connection of this source port, as soon as the kernel gives the 4-tuple back.
@@ -241,14 +241,14 @@ impl<'a> Client<'a> {
                 Err(error) => return Err(error),
             }
             let took = began.elapsed();
-            self.tally.opened += 1;
-            self.tally.slow += u64::from(took > SLOW);
-            self.tally.longest_handshake_us = self.tally.longest_handshake_us.max(micros(took));
-            self.tally.waited_for_tuple += u64::from(waited);
+            self.stats.opened += 1;
+            self.stats.slow += u64::from(took > SLOW);
+            self.stats.longest_handshake_us = self.stats.longest_handshake_us.max(micros(took));
+            self.stats.waited_for_tuple += u64::from(waited);
             if let Some(last_end) = self.last_end {
-                self.tally.reused += 1;
+                self.stats.reused += 1;
                 let gap = micros(last_end.elapsed());
-                self.tally
+                self.stats
                     .gaps_us
                     .push(u32::try_from(gap).unwrap_or(u32::MAX));
             }
@@ -256,21 +256,21 @@ impl<'a> Client<'a> {
         }
     }
 
-    fn lost(&self, line: &Line, life: u64, kind: &str, round: u32, trouble: Trouble) {
-        let loss = line.loss(life, kind, round, trouble);
-        self.tell.say(&Event::Lost(loss));
+    fn lost(&self, line: &Line, life: u64, kind: &str, round: u32, error: WireError) {
+        let loss = line.loss(life, kind, round, error);
+        self.events.send(&Event::Lost(loss));
     }
 
     fn finished(&mut self, line: &Line) {
-        self.tally.finished += 1;
-        self.tally.bytes += line.sent + line.received;
+        self.stats.finished += 1;
+        self.stats.bytes += line.sent + line.received;
     }
 
     /// Requests and replies, and an end in order. Without a number of rounds, as many as fit into the run.
-    fn innocent(&mut self, mut line: Line, life: u64, rounds: Option<u32>) {
+    fn bystander(&mut self, mut line: Line, life: u64, rounds: Option<u32>) {
         let (kind, pause_ms) = match rounds {
-            Some(_) => ("innocent", 20),
-            None => ("bystander", 40),
+            Some(_) => ("bystander", 20),
+            None => ("long-lived", 40),
         };
         let end = match self.random.up_to(2) {
             0 => End::ServerCloses,
@@ -299,8 +299,8 @@ impl<'a> Client<'a> {
                     Then::ServerCloses => line.read_end(),
                     _ => Ok(()),
                 });
-            if let Err(trouble) = done {
-                self.lost(&line, life, kind, round, trouble);
+            if let Err(error) = done {
+                self.lost(&line, life, kind, round, error);
                 return;
             }
             if last {
@@ -310,7 +310,7 @@ impl<'a> Client<'a> {
             thread::sleep(self.random.pause(pause_ms));
         }
         self.finished(&line);
-        self.tally.bystanders += u64::from(rounds.is_none());
+        self.stats.long_lived += u64::from(rounds.is_none());
         if let End::ClientResets = end {
             reset(&line);
         }
@@ -328,7 +328,7 @@ impl<'a> Client<'a> {
 
     /// A request and a FIN; then the server's word for as long as its replies take. Under `--min-age` only.
     fn stream(&mut self, mut line: Line, life: u64) {
-        let min_age_ms = self.plan.min_age_ms.unwrap_or(0);
+        let min_age_ms = self.config.min_age_ms.unwrap_or(0);
         let header = Header {
             life,
             round: 0,
@@ -356,9 +356,9 @@ impl<'a> Client<'a> {
         match done {
             Ok(()) => {
                 self.finished(&line);
-                self.tally.streams += 1;
+                self.stats.streams += 1;
             }
-            Err(trouble) => self.lost(&line, life, "stream", got, trouble),
+            Err(error) => self.lost(&line, life, "stream", got, error),
         }
     }
 
@@ -371,7 +371,7 @@ impl<'a> Client<'a> {
             2 => self.random.up_to(500),
             _ => self.random.up_to(2000),
         };
-        let ms = ms + u32::from(self.plan.min_age_ms.unwrap_or(0));
+        let ms = ms + u32::from(self.config.min_age_ms.unwrap_or(0));
         let ms = u16::try_from(ms).unwrap_or(u16::MAX);
         let header = Header {
             life,
@@ -384,12 +384,12 @@ impl<'a> Client<'a> {
                 ms,
             },
         };
-        // Until its FIN it is as innocent as any.
+        // Until its FIN it is as bystander as any.
         let begun = line
             .send_request(&header)
             .and_then(|()| end_requests(&line));
-        if let Err(trouble) = begun {
-            self.lost(&line, life, "not yet stuck", 0, trouble);
+        if let Err(error) = begun {
+            self.lost(&line, life, "not yet stuck", 0, error);
             return Ok(());
         }
         let held = Duration::from_millis(ms.into());
@@ -397,7 +397,7 @@ impl<'a> Client<'a> {
             // In repair mode a close is silent. The peer that comes again at once finds its old connection.
             setsockopt(&line.stream, TcpRepair, &1).context("enter repair mode")?;
             drop(line);
-            self.tally.stuck_forgotten += 1;
+            self.stats.stuck_forgotten += 1;
             let comes_at_once = self.random.once_in(4);
             thread::sleep(if comes_at_once {
                 QUIET_TIME
@@ -408,10 +408,10 @@ impl<'a> Client<'a> {
         }
         line.stream.set_read_timeout(Some(held + STUCK_PATIENCE))?;
         match line.drain() {
-            Ok(()) => self.tally.stuck_fin += 1,
-            Err(trouble) if trouble.is_reset() => self.tally.stuck_reset += 1,
+            Ok(()) => self.stats.stuck_fin += 1,
+            Err(error) if error.is_reset() => self.stats.stuck_reset += 1,
             Err(_) => {
-                self.tally.stuck_silent += 1;
+                self.stats.stuck_silent += 1;
                 reset(&line);
             }
         }
@@ -419,10 +419,10 @@ impl<'a> Client<'a> {
     }
 }
 
-fn end_requests(line: &Line) -> Result<(), Trouble> {
+fn end_requests(line: &Line) -> Result<(), WireError> {
     line.stream
         .shutdown(Shutdown::Write)
-        .map_err(|error| Trouble::io("send FIN", &error))
+        .map_err(|error| WireError::io("send FIN", &error))
 }
 
 /// Makes the close that follows a reset.

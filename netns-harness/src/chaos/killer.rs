@@ -67,7 +67,7 @@ impl Killer {
 
 /// What a killer has done, in sockets.
 #[derive(Debug, Clone, Default)]
-pub struct Deeds {
+pub struct KillStats {
     /// The method.
     pub name: String,
     /// Whether it says what it does; all numbers of sockets are 0 if not.
@@ -94,12 +94,12 @@ pub struct Deeds {
     pub reasons: BTreeMap<String, u64>,
 }
 
-impl Deeds {
+impl KillStats {
     pub(super) const COLUMNS: &str =
         "method        runs  matched     acts   closed closing     gone  skipped  failed  longest";
 }
 
-impl fmt::Display for Deeds {
+impl fmt::Display for KillStats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:<10} {:>7}", self.name, self.runs)?;
         if !self.reports {
@@ -148,43 +148,43 @@ struct JsonAttempt {
 }
 
 /// Runs the killers in turn on `host` until `until`, or until each has reached for `acts` sockets.
-pub(super) fn rage(
+pub(super) fn run_all(
     host: &Host,
     killers: &[Killer],
     until: Instant,
     acts: Option<u64>,
-) -> Result<Vec<Deeds>> {
-    let mut deeds: Vec<Deeds> = killers
+) -> Result<Vec<KillStats>> {
+    let mut stats: Vec<KillStats> = killers
         .iter()
-        .map(|killer| Deeds {
+        .map(|killer| KillStats {
             name: killer.name.clone(),
             reports: killer.reports,
-            ..Deeds::default()
+            ..KillStats::default()
         })
         .collect();
     host.within(|| {
         // From a thread in the namespace: a process more for each run would halve their number.
         'time: loop {
             let mut idle = true;
-            for (killer, deeds) in killers.iter().zip(&mut deeds) {
+            for (killer, stats) in killers.iter().zip(&mut stats) {
                 if Instant::now() >= until {
                     break 'time;
                 }
-                if killer.reports && acts.is_some_and(|acts| deeds.acts >= acts) {
+                if killer.reports && acts.is_some_and(|acts| stats.acts >= acts) {
                     continue;
                 }
                 idle = false;
-                run(killer, deeds)?;
+                run(killer, stats)?;
             }
             if idle {
                 break;
             }
         }
-        Ok(deeds)
+        Ok(stats)
     })
 }
 
-fn run(killer: &Killer, deeds: &mut Deeds) -> Result<()> {
+fn run(killer: &Killer, stats: &mut KillStats) -> Result<()> {
     let (program, arguments) = killer.command.split_first().context("no command")?;
     let name = program.display().to_string();
     let began = Instant::now();
@@ -196,8 +196,8 @@ fn run(killer: &Killer, deeds: &mut Deeds) -> Result<()> {
         .spawn()
         .with_context(|| format!("start {name}"))?;
     let output = finish_within(child, &name, RUN_DEADLINE)?;
-    deeds.runs += 1;
-    deeds.longest = deeds.longest.max(began.elapsed());
+    stats.runs += 1;
+    stats.longest = stats.longest.max(began.elapsed());
     if !killer.reports {
         return Ok(());
     }
@@ -215,18 +215,18 @@ fn run(killer: &Killer, deeds: &mut Deeds) -> Result<()> {
         serde_json::from_slice(&output.stdout).with_context(|| format!("read what {name} says"))?;
     for socket in document.sockets {
         let result = socket.result.context("a socket without a result")?;
-        deeds.matched += 1;
-        deeds.acts += u64::from(!result.attempts.is_empty());
+        stats.matched += 1;
+        stats.acts += u64::from(!result.attempts.is_empty());
         match result.outcome.as_str() {
-            "closed" => deeds.closed += 1,
-            "closing" => deeds.closing += 1,
-            "gone" => deeds.gone += 1,
-            "skipped" => deeds.skipped += 1,
-            "failed" => deeds.failed += 1,
+            "closed" => stats.closed += 1,
+            "closing" => stats.closing += 1,
+            "gone" => stats.gone += 1,
+            "skipped" => stats.skipped += 1,
+            "failed" => stats.failed += 1,
             other => bail!("{name} knows an outcome that we do not: {other}"),
         }
         if matches!(result.outcome.as_str(), "skipped" | "failed") {
-            *deeds.reasons.entry(reason(&result)).or_default() += 1;
+            *stats.reasons.entry(reason(&result)).or_default() += 1;
         }
     }
     Ok(())

@@ -1,10 +1,10 @@
-//! Chaos: do innocents survive `cwkill`?
+//! Chaos: do bystanders survive `cwkill`?
 //!
 //! Clients with fixed source ports open connections to two listeners of one server, one after the other on the same
-//! 4-tuples. Some are *innocent*: they exchange bytes that both sides verify. Some get *stuck*: the client sends FIN and the
+//! 4-tuples. Some are *bystander*: they exchange bytes that both sides verify. Some get *stuck*: the client sends FIN and the
 //! server holds its descriptor for a while, then closes it, if nobody else has closed the connection. All the while a killer
 //! runs over and over. A connection may be closed from the moment its client has sent FIN; one that is hit before, or whose
-//! bytes do not arrive, is a lost innocent, and there must be none.
+//! bytes do not arrive, is a lost bystander, and there must be none.
 //!
 //! What a late or stray act may hit, and how it would show:
 //!
@@ -12,22 +12,22 @@
 //!   ECONNRESET or an early end, or waits in vain; or its handshake fails, or takes a second longer
 //! - a connection whose descriptor has the number the stuck one had: the same
 //! - a listener: the report looks for both, from outside
-//! - a connection that is idle or in the middle of its bytes while others are hit: bystanders live as long as the run
-//! - half-closed streams, which look stuck but are in use, under `--min-age`: as innocents
+//! - a connection that is idle or in the middle of its bytes while others are hit: long-lived ones last as long as the run
+//! - half-closed streams, which look stuck but are in use, under `--min-age`: as bystanders
 //!
 //! - `killer`: runs `cwkill`, or something worse, and adds up what it says
 //! - `server`, `client`: the two processes; `wire`: what they say to each other
-//! - `crew`: how they are started and heard; `report`: what it all amounts to
+//! - `workers`: how they are started and heard; `report`: what it all amounts to
 //!
 //! A detector that cannot fail proves nothing: [`Killer::other`] runs killers that are wrong on purpose.
 
 mod client;
-mod crew;
 mod killer;
 mod random;
 mod report;
 mod server;
 mod wire;
+mod workers;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -39,12 +39,14 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-pub use killer::{Deeds, Killer};
+pub use killer::{KillStats, Killer};
 pub use report::Report;
 pub use wire::Loss;
 
-pub(crate) use crew::play;
-use crew::{Event, Member, Tell};
+use client::ClientStats;
+use server::ServerStats;
+pub(crate) use workers::run_worker;
+use workers::{Event, EventSender, Worker};
 
 use crate::kernel::TcpState;
 use crate::lab::{Family, Lab};
@@ -69,9 +71,9 @@ const CLIENT_SYSCTLS: [(&str, &str); 2] = [
 
 /// What a process of a run does; a role.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) enum Part {
-    Server(server::Plan),
-    Clients(client::Plan),
+pub(crate) enum WorkerRole {
+    Server(server::Config),
+    Clients(client::Config),
 }
 
 /// What to do.
@@ -115,7 +117,7 @@ impl Options {
     }
 }
 
-/// Lets the killers run among innocents.
+/// Lets the killers run among bystanders.
 ///
 /// # Errors
 /// The run itself fails: processes that do not start or never end, a killer that does not do its job. What it finds out is
@@ -140,25 +142,29 @@ pub fn run(options: &Options, killers: &[Killer]) -> Result<Report> {
         .min_age
         .map(|age| u16::try_from(age.as_millis()).context("a minimum age of more than a minute"))
         .transpose()?;
-    let server_plan = server::Plan {
+    let server_config = server::Config {
         listen: ports.map(|port| SocketAddr::new(options.family.any(), port)),
         v6_only: options.family == Family::V6,
         seed: options.seed,
     };
-    let client_plan = client::Plan {
+    let client_config = client::Config {
         servers: ports.map(|port| SocketAddr::new(app, port)),
         first: SocketAddr::new(peer, FIRST_PORT),
         clients: options.connections,
         seed: options.seed,
         min_age_ms,
     };
-    let mut server = Member::start(lab.app_host(), "server", Part::Server(server_plan))?;
-    let mut clients = Member::start(&link.peer_host, "clients", Part::Clients(client_plan))?;
+    let mut server = Worker::start(lab.app_host(), "server", WorkerRole::Server(server_config))?;
+    let mut clients = Worker::start(
+        &link.peer_host,
+        "clients",
+        WorkerRole::Clients(client_config),
+    )?;
 
     let began = Instant::now();
-    let deeds = killer::rage(lab.app_host(), killers, began + options.time, options.acts)?;
+    let stats = killer::run_all(lab.app_host(), killers, began + options.time, options.acts)?;
     ensure!(clients.is_alive(), "the clients are gone");
-    let (lost_by_clients, seen): (_, client::Tally) = clients.finish(END_DEADLINE)?;
+    let (lost_by_clients, seen): (_, ClientStats) = clients.finish(END_DEADLINE)?;
     let took = began.elapsed();
 
     let listening = |socket: &crate::KernelSocket| {
@@ -167,7 +173,7 @@ pub fn run(options: &Options, killers: &[Killer]) -> Result<Report> {
     let sockets = lab.app_host().sockets()?;
     let listeners = sockets.iter().filter(|socket| listening(socket)).count();
     let server_alive = server.is_alive();
-    let (lost_by_server, served): (_, server::Tally) = match server_alive {
+    let (lost_by_server, served): (_, ServerStats) = match server_alive {
         true => server.finish(END_DEADLINE)?,
         false => Default::default(),
     };
@@ -179,7 +185,7 @@ pub fn run(options: &Options, killers: &[Killer]) -> Result<Report> {
     Ok(Report {
         options: options.clone(),
         took,
-        deeds,
+        stats,
         seen,
         served,
         losses: losses.into_values().collect(),

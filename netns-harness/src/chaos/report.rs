@@ -3,9 +3,11 @@
 use std::fmt;
 use std::time::Duration;
 
-use super::{Deeds, Loss, Options, client, server};
+use super::client::ClientStats;
+use super::server::ServerStats;
+use super::{KillStats, Loss, Options};
 
-/// How many lost innocents are printed one by one.
+/// How many lost bystanders are printed one by one.
 const LOSSES_SHOWN: usize = 50;
 
 /// The listeners of the server.
@@ -17,10 +19,10 @@ pub struct Report {
     pub(super) options: Options,
     pub(super) took: Duration,
     /// What the killers did, one each.
-    pub deeds: Vec<Deeds>,
-    pub(super) seen: client::Tally,
-    pub(super) served: server::Tally,
-    /// Innocents that did not carry their bytes to the end, one each.
+    pub stats: Vec<KillStats>,
+    pub(super) seen: ClientStats,
+    pub(super) served: ServerStats,
+    /// Bystanders that did not carry their bytes to the end, one each.
     pub losses: Vec<Loss>,
     /// Listeners that the kernel shows in the end; there were two.
     pub listeners: usize,
@@ -41,13 +43,13 @@ impl Report {
         self.seen.reused
     }
 
-    /// Innocents that carried every byte to the end.
+    /// Bystanders that carried every byte to the end.
     #[must_use]
     pub fn finished(&self) -> u64 {
         self.seen.finished
     }
 
-    /// Innocents that were half-closed all the time and carried every byte to the end.
+    /// Bystanders that were half-closed all the time and carried every byte to the end.
     #[must_use]
     pub fn streams(&self) -> u64 {
         self.seen.streams
@@ -76,7 +78,7 @@ impl Report {
     pub fn faults(&self) -> Vec<String> {
         let mut faults = Vec::new();
         if !self.losses.is_empty() {
-            faults.push(format!("{} innocents were lost", self.losses.len()));
+            faults.push(format!("{} bystanders were lost", self.losses.len()));
         }
         if self.listeners != LISTENERS {
             faults.push(format!(
@@ -88,11 +90,11 @@ impl Report {
             faults.push("the server's process is gone".to_owned());
         }
         let wanted = self.options.acts.unwrap_or(1);
-        for deeds in self.deeds.iter().filter(|deeds| deeds.reports) {
-            if deeds.acts < wanted {
+        for stats in self.stats.iter().filter(|stats| stats.reports) {
+            if stats.acts < wanted {
                 faults.push(format!(
                     "{} acted on {} sockets, fewer than {wanted}",
-                    deeds.name, deeds.acts
+                    stats.name, stats.acts
                 ));
             }
         }
@@ -106,7 +108,7 @@ impl Report {
             ));
         }
         if self.finished() == 0 {
-            faults.push("no innocent has finished".to_owned());
+            faults.push("no bystander has finished".to_owned());
         }
         faults
     }
@@ -123,9 +125,9 @@ impl fmt::Display for Report {
             self.options.connections,
             self.options.seed
         )?;
-        writeln!(f, "{}", Deeds::COLUMNS)?;
-        for deeds in &self.deeds {
-            writeln!(f, "{deeds}")?;
+        writeln!(f, "{}", KillStats::COLUMNS)?;
+        for stats in &self.stats {
+            writeln!(f, "{stats}")?;
         }
         let stuck = seen.stuck_fin + seen.stuck_reset + seen.stuck_silent + seen.stuck_forgotten;
         writeln!(
@@ -137,13 +139,13 @@ impl fmt::Display for Report {
         )?;
         writeln!(
             f,
-            "innocents finished   {} (every byte right: {} MiB; {} as long as the run, {} half-closed streams)",
+            "bystanders finished   {} (every byte right: {} MiB; {} as long as the run, {} half-closed streams)",
             seen.finished,
             seen.bytes >> 20,
-            seen.bystanders,
+            seen.long_lived,
             seen.streams
         )?;
-        writeln!(f, "innocents lost       {}", self.losses.len())?;
+        writeln!(f, "bystanders lost       {}", self.losses.len())?;
         writeln!(
             f,
             "stuck connections    {stuck} (the client saw FIN {}, RST {}, nothing {}; it forgot {})",

@@ -1,4 +1,4 @@
-//! The server: serves innocents, leaks the rest for a while, and goes on whatever happens to its connections.
+//! The server: serves bystanders, leaks the rest for a while, and goes on whatever happens to its connections.
 //!
 //! It has two listeners: one that accepts at once, and one whose connections wait a little, as under a busy worker,
 //! so that some are stuck before they are accepted.
@@ -17,8 +17,8 @@ use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::random::Random;
-use super::wire::{Header, Line, PATIENCE, Side, Then, Trouble};
-use super::{Event, STACK, Tell};
+use super::wire::{Header, Line, PATIENCE, Side, Then, WireError};
+use super::{Event, EventSender, STACK};
 use crate::lab::POLL_INTERVAL;
 
 const BACKLOG: i32 = 8192;
@@ -29,12 +29,12 @@ const LAZY_MS: u32 = 40;
 /// The longest between two replies of a stream, milliseconds.
 const STREAM_PAUSE_MS: u32 = 8;
 
-/// How long a FIN may be on its way, milliseconds: as long as an innocent's bytes.
+/// How long a FIN may be on its way, milliseconds: as long as a bystander's bytes.
 const FIN_PATIENCE_MS: u16 = 20_000;
 
 /// What the server is to be.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Plan {
+pub(crate) struct Config {
     /// The listener that accepts at once, and the one that does not.
     pub listen: [SocketAddr; 2],
     pub v6_only: bool,
@@ -43,38 +43,38 @@ pub(crate) struct Plan {
 
 /// What the server has done.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub(crate) struct Tally {
+pub(crate) struct ServerStats {
     /// Connections it accepted.
     pub accepted: u64,
     /// Accepted connections that were dead before their first byte could be read.
     pub dead_on_arrival: u64,
-    /// Innocents whose requests were all right and all answered.
+    /// Bystanders whose requests were all right and all answered.
     pub served: u64,
     /// Connections it leaked and then closed.
     pub leaked: u64,
 }
 
 struct Server {
-    tell: Tell<Tally>,
-    tally: Mutex<Tally>,
+    events: EventSender<ServerStats>,
+    stats: Mutex<ServerStats>,
     busy: AtomicUsize,
 }
 
 /// Serves until stdin ends and the last connection is done.
-pub(super) fn play(plan: &Plan) -> Result<()> {
-    let listeners = plan
+pub(super) fn run(config: &Config) -> Result<()> {
+    let listeners = config
         .listen
         .iter()
         .map(|&address| {
-            listen(address, plan.v6_only).with_context(|| format!("listen on {address}"))
+            listen(address, config.v6_only).with_context(|| format!("listen on {address}"))
         })
         .collect::<Result<Vec<_>>>()?;
     let server = Arc::new(Server {
-        tell: Tell::default(),
-        tally: Mutex::default(),
+        events: EventSender::default(),
+        stats: Mutex::default(),
         busy: AtomicUsize::new(0),
     });
-    server.tell.say(&Event::Ready);
+    server.events.send(&Event::Ready);
     thread::scope(|scope| {
         let lazy = [0, LAZY_MS];
         let threads: Vec<_> = (0..)
@@ -82,7 +82,7 @@ pub(super) fn play(plan: &Plan) -> Result<()> {
             .zip(lazy)
             .map(|((number, listener), lazy)| {
                 let server = Arc::clone(&server);
-                let random = Random::new(plan.seed, number);
+                let random = Random::new(config.seed, number);
                 scope.spawn(move || accept(listener, lazy, random, &server))
             })
             .collect();
@@ -97,8 +97,8 @@ pub(super) fn play(plan: &Plan) -> Result<()> {
         ensure!(Instant::now() < until, "connections that never end");
         thread::sleep(POLL_INTERVAL);
     }
-    let tally = server.tally().clone();
-    server.tell.say(&Event::Done(tally));
+    let stats = server.stats().clone();
+    server.events.send(&Event::Done(stats));
     Ok(())
 }
 
@@ -141,7 +141,7 @@ fn accept(listener: &Socket, lazy_ms: u32, mut random: Random, server: &Arc<Serv
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(()),
                 Err(error) => return Err(error).context("accept"),
             };
-            server.tally().accepted += 1;
+            server.stats().accepted += 1;
             let local = listener.local_addr()?.as_socket();
             let peer = peer.as_socket();
             let (local, peer) = local.zip(peer).context("not an internet address")?;
@@ -153,15 +153,15 @@ fn accept(listener: &Socket, lazy_ms: u32, mut random: Random, server: &Arc<Serv
                 .unwrap_or(local);
             match Line::new(socket.into(), Side::Server, local, peer) {
                 Ok(line) => server.serve(line, random.next())?,
-                Err(_) => server.tally().dead_on_arrival += 1,
+                Err(_) => server.stats().dead_on_arrival += 1,
             }
         }
     }
 }
 
 impl Server {
-    fn tally(&self) -> std::sync::MutexGuard<'_, Tally> {
-        self.tally.lock().unwrap_or_else(PoisonError::into_inner)
+    fn stats(&self) -> std::sync::MutexGuard<'_, ServerStats> {
+        self.stats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Serves a connection on a thread of its own.
@@ -182,15 +182,15 @@ impl Server {
 
     fn live(&self, line: &mut Line, mut random: Random) {
         let Ok(Some(mut header)) = line.read_header() else {
-            // Nobody knows whose it was; an innocent's client does, and says so.
-            self.tally().dead_on_arrival += 1;
+            // Nobody knows whose it was; a bystander's client does, and says so.
+            self.stats().dead_on_arrival += 1;
             return;
         };
         loop {
             let (kind, served) = match header.then {
                 Then::Leak { read, watch, ms } => {
                     leak(line, read, watch, ms);
-                    self.tally().leaked += 1;
+                    self.stats().leaked += 1;
                     return;
                 }
                 Then::Stream { replies } => ("stream", stream(line, &header, replies, &mut random)),
@@ -198,12 +198,12 @@ impl Server {
                     let served = line
                         .read_request(&header)
                         .and_then(|()| line.send_reply(&header, header.round));
-                    ("innocent", served)
+                    ("bystander", served)
                 }
             };
             let next = served.and_then(|()| match header.then {
                 Then::More => match line.read_header()? {
-                    None => Err(Trouble::new("no request where one was announced")),
+                    None => Err(WireError::new("no request where one was announced")),
                     next => Ok(next),
                 },
                 _ => Ok(None),
@@ -211,14 +211,14 @@ impl Server {
             match next {
                 Ok(Some(next)) => header = next,
                 Ok(None) => break,
-                Err(trouble) => {
-                    let loss = line.loss(header.life, kind, header.round, trouble);
-                    self.tell.say(&Event::Lost(loss));
+                Err(error) => {
+                    let loss = line.loss(header.life, kind, header.round, error);
+                    self.events.send(&Event::Lost(loss));
                     return;
                 }
             }
         }
-        self.tally().served += 1;
+        self.stats().served += 1;
         if header.then == Then::ClientCloses {
             // From its FIN on, the connection may be taken for stuck, and closed.
             let _ = line.drain();
@@ -226,7 +226,7 @@ impl Server {
     }
 }
 
-/// What a program that forgets to close does. Until the FIN has arrived its connection is innocent, and not to be closed.
+/// What a program that forgets to close does. Until the FIN has arrived its connection is bystander, and not to be closed.
 fn leak(line: &mut Line, read: bool, watch: bool, ms: u16) {
     // The crate has no name for it.
     wait_for(
@@ -257,7 +257,7 @@ fn stream(
     header: &Header,
     replies: u16,
     random: &mut Random,
-) -> Result<(), Trouble> {
+) -> Result<(), WireError> {
     line.read_request(header)?;
     line.read_end()?;
     for reply in 0..replies {

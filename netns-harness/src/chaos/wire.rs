@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::random::Random;
 use crate::kernel::canonical;
 
-/// How long an innocent may wait for a byte. Far above any retransmission, so that what is lost is lost.
+/// How long a bystander may wait for a byte. Far above any retransmission, so that what is lost is lost.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
 const MAGIC: u8 = 0xc4;
@@ -143,12 +143,12 @@ fn payload(life: u64, round: u32, side: Side, len: u32) -> Vec<u8> {
 
 /// What went wrong on a connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Trouble {
+pub(super) struct WireError {
     what: String,
     errno: Option<i32>,
 }
 
-impl Trouble {
+impl WireError {
     pub fn new(what: impl Into<String>) -> Self {
         Self {
             what: what.into(),
@@ -173,7 +173,7 @@ impl Trouble {
     }
 }
 
-impl fmt::Display for Trouble {
+impl fmt::Display for WireError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.what)?;
         match self.errno {
@@ -201,7 +201,7 @@ pub struct Loss {
     sent: u64,
     received: u64,
     age_ms: u128,
-    trouble: Trouble,
+    error: WireError,
 }
 
 impl fmt::Display for Loss {
@@ -218,7 +218,7 @@ impl fmt::Display for Loss {
             self.age_ms,
             self.sent,
             self.received,
-            self.trouble
+            self.error
         )
     }
 }
@@ -236,7 +236,7 @@ pub(super) struct Line {
 }
 
 impl Line {
-    /// `local` and `peer` are what the kernel calls the ends; of a connection that is already dead it may not tell.
+    /// `local` and `peer` are what the kernel calls the ends; of a connection that is already dead it may not events.
     ///
     /// # Errors
     /// The kernel's.
@@ -260,7 +260,7 @@ impl Line {
         })
     }
 
-    pub fn send_request(&mut self, header: &Header) -> Result<(), Trouble> {
+    pub fn send_request(&mut self, header: &Header) -> Result<(), WireError> {
         let mut bytes = header.encode().to_vec();
         bytes.extend(payload(
             header.life,
@@ -272,7 +272,7 @@ impl Line {
     }
 
     /// The next request's header; `None` if the connection ends in order instead.
-    pub fn read_header(&mut self) -> Result<Option<Header>, Trouble> {
+    pub fn read_header(&mut self) -> Result<Option<Header>, WireError> {
         let mut bytes = [0; HEADER_LEN];
         if self.read(&mut bytes[..1])? == 0 {
             return Ok(None);
@@ -280,39 +280,39 @@ impl Line {
         self.fill(&mut bytes[1..])?;
         match Header::decode(&bytes) {
             Some(header) => Ok(Some(header)),
-            None => Err(Trouble::new(format!("no header: {bytes:02x?}"))),
+            None => Err(WireError::new(format!("no header: {bytes:02x?}"))),
         }
     }
 
-    pub fn read_request(&mut self, header: &Header) -> Result<(), Trouble> {
+    pub fn read_request(&mut self, header: &Header) -> Result<(), WireError> {
         self.read_payload(header.life, header.round, Side::Client, header.request)
     }
 
     /// Sends the reply number `round`, which in a stream is not the request's number.
-    pub fn send_reply(&mut self, header: &Header, round: u32) -> Result<(), Trouble> {
+    pub fn send_reply(&mut self, header: &Header, round: u32) -> Result<(), WireError> {
         self.send(&payload(header.life, round, Side::Server, header.reply))
     }
 
-    pub fn read_reply(&mut self, header: &Header, round: u32) -> Result<(), Trouble> {
+    pub fn read_reply(&mut self, header: &Header, round: u32) -> Result<(), WireError> {
         self.read_payload(header.life, round, Side::Server, header.reply)
     }
 
     /// Reads an orderly end and nothing before it.
-    pub fn read_end(&mut self) -> Result<(), Trouble> {
+    pub fn read_end(&mut self) -> Result<(), WireError> {
         match self.read(&mut [0])? {
             0 => Ok(()),
-            _ => Err(Trouble::new("bytes after the end")),
+            _ => Err(WireError::new("bytes after the end")),
         }
     }
 
     /// Reads whatever comes, to the end.
-    pub fn drain(&mut self) -> Result<(), Trouble> {
+    pub fn drain(&mut self) -> Result<(), WireError> {
         let mut bytes = [0; 4096];
         while self.read(&mut bytes)? > 0 {}
         Ok(())
     }
 
-    pub fn loss(&self, life: u64, kind: &str, round: u32, trouble: Trouble) -> Loss {
+    pub fn loss(&self, life: u64, kind: &str, round: u32, error: WireError) -> Loss {
         let (side, server, client) = match self.side {
             Side::Client => ("client", self.peer, self.local),
             Side::Server => ("server", self.local, self.peer),
@@ -327,11 +327,11 @@ impl Line {
             sent: self.sent,
             received: self.received,
             age_ms: self.began.elapsed().as_millis(),
-            trouble,
+            error,
         }
     }
 
-    fn send(&mut self, mut bytes: &[u8]) -> Result<(), Trouble> {
+    fn send(&mut self, mut bytes: &[u8]) -> Result<(), WireError> {
         while !bytes.is_empty() {
             match self.stream.write(bytes) {
                 Ok(written) => {
@@ -339,13 +339,13 @@ impl Line {
                     self.sent += written as u64;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(Trouble::io("send", &error)),
+                Err(error) => return Err(WireError::io("send", &error)),
             }
         }
         Ok(())
     }
 
-    fn read(&mut self, bytes: &mut [u8]) -> Result<usize, Trouble> {
+    fn read(&mut self, bytes: &mut [u8]) -> Result<usize, WireError> {
         loop {
             match self.stream.read(bytes) {
                 Ok(read) => {
@@ -353,29 +353,35 @@ impl Line {
                     return Ok(read);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(Trouble::io("receive", &error)),
+                Err(error) => return Err(WireError::io("receive", &error)),
             }
         }
     }
 
-    fn fill(&mut self, bytes: &mut [u8]) -> Result<(), Trouble> {
+    fn fill(&mut self, bytes: &mut [u8]) -> Result<(), WireError> {
         let mut have = 0;
         while have < bytes.len() {
             match self.read(&mut bytes[have..])? {
-                0 => return Err(Trouble::new("the end came too early")),
+                0 => return Err(WireError::new("the end came too early")),
                 read => have += read,
             }
         }
         Ok(())
     }
 
-    fn read_payload(&mut self, life: u64, round: u32, side: Side, len: u32) -> Result<(), Trouble> {
+    fn read_payload(
+        &mut self,
+        life: u64,
+        round: u32,
+        side: Side,
+        len: u32,
+    ) -> Result<(), WireError> {
         let right = payload(life, round, side, len);
         let mut bytes = vec![0; right.len()];
         self.fill(&mut bytes)?;
         match right.iter().zip(&bytes).position(|(a, b)| a != b) {
             None => Ok(()),
-            Some(at) => Err(Trouble::new(format!("the byte {at} of {len} is wrong"))),
+            Some(at) => Err(WireError::new(format!("the byte {at} of {len} is wrong"))),
         }
     }
 }

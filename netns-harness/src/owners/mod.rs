@@ -2,7 +2,7 @@
 //! needed, and what `cwkill --reclaim` does to them.
 //!
 //! - [`Owner`]: a program that leaks dead sockets on order and watches itself for damage
-//! - [`runtimes`]: servers that are leaked to EMFILE and cured, over and over, under load
+//! - [`runtimes`]: servers that are leaked to EMFILE and recovered, over and over, under load
 //! - `stops`: for how long an owner stands still
 
 pub mod runtimes;
@@ -29,9 +29,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A directory that goes when this is dropped.
 #[derive(Debug)]
-pub(crate) struct Workshop(PathBuf);
+pub(crate) struct BuildDir(PathBuf);
 
-impl Workshop {
+impl BuildDir {
     pub(crate) fn new() -> Result<Self> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
@@ -46,7 +46,7 @@ impl Workshop {
     }
 
     /// Compiles the program of [`Owner`].
-    pub(crate) fn owner(&self, flags: &[&str]) -> Result<PathBuf> {
+    pub(crate) fn compile_owner(&self, flags: &[&str]) -> Result<PathBuf> {
         let parts = [
             ("owner.h", include_str!("../../owners/owner.h")),
             ("hangs.c", include_str!("../../owners/hangs.c")),
@@ -68,13 +68,13 @@ impl Workshop {
     }
 
     /// Compiles a 32-bit program that knows some of its orders.
-    fn narrow(&self) -> Result<PathBuf> {
+    fn compile_bits32(&self) -> Result<PathBuf> {
         let compiler = "cc -m32 -O2 -ffreestanding -fno-pic -fno-pie -fno-stack-protector -mno-sse -nostdlib \
-                        -static -no-pie -o narrow narrow.c";
+                        -static -no-pie -o bits32 bits32.c";
         let compiler: Vec<&str> = compiler.split_whitespace().collect();
-        let text = include_str!("../../owners/narrow.c");
-        self.build("narrow.c", text, &compiler)?;
-        Ok(self.path("narrow"))
+        let text = include_str!("../../owners/bits32.c");
+        self.build("bits32.c", text, &compiler)?;
+        Ok(self.path("bits32"))
     }
 
     /// Writes a source file and compiles it.
@@ -96,7 +96,7 @@ impl Workshop {
     }
 }
 
-impl Drop for Workshop {
+impl Drop for BuildDir {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
@@ -109,8 +109,8 @@ pub enum Build {
     Plain,
     /// Without a dynamic linker, without symbols, at a fixed address.
     StaticStripped,
-    /// For the 32-bit predecessor of the processor (`owners/narrow.c`), which x86-64 has.
-    Narrow,
+    /// For the 32-bit predecessor of the processor (`owners/bits32.c`), which x86-64 has.
+    Bits32,
 }
 
 /// A program that leaks dead sockets on order. Killed when dropped.
@@ -128,14 +128,14 @@ impl Owner {
     /// There is no C compiler, or it does not start.
     pub fn start(host: &Host, build: Build, mode: &str, threads: usize) -> Result<Self> {
         let program = Self::program(build)?;
-        Self::start_by(host, &[], &program, mode, threads)
+        Self::start_through(host, &[], &program, mode, threads)
     }
 
     /// The same through a command that runs what follows it.
     ///
     /// # Errors
     /// As [`Self::start`].
-    pub fn start_by(
+    pub fn start_through(
         host: &Host,
         by: &[&str],
         program: &Path,
@@ -182,18 +182,18 @@ impl Owner {
     pub fn program(build: Build) -> Result<PathBuf> {
         static PLAIN: OnceLock<Result<File, String>> = OnceLock::new();
         static STATIC: OnceLock<Result<File, String>> = OnceLock::new();
-        static NARROW: OnceLock<Result<File, String>> = OnceLock::new();
+        static BITS32: OnceLock<Result<File, String>> = OnceLock::new();
         let kept = match build {
             Build::Plain => &PLAIN,
             Build::StaticStripped => &STATIC,
-            Build::Narrow => &NARROW,
+            Build::Bits32 => &BITS32,
         };
         let compile = || -> Result<File> {
-            let workshop = Workshop::new()?;
+            let build_dir = BuildDir::new()?;
             Ok(File::open(match build {
-                Build::Plain => workshop.owner(&[])?,
-                Build::StaticStripped => workshop.owner(&["-static", "-s", "-no-pie"])?,
-                Build::Narrow => workshop.narrow()?,
+                Build::Plain => build_dir.compile_owner(&[])?,
+                Build::StaticStripped => build_dir.compile_owner(&["-static", "-s", "-no-pie"])?,
+                Build::Bits32 => build_dir.compile_bits32()?,
             })?)
         };
         match kept.get_or_init(|| compile().map_err(|error| format!("{error:#}"))) {
@@ -230,7 +230,7 @@ impl Owner {
     ///
     /// # Errors
     /// It does not answer.
-    pub fn numbers(&mut self, order: &str) -> Result<Vec<i32>> {
+    pub fn order_fds(&mut self, order: &str) -> Result<Vec<i32>> {
         numbers(&self.order(order)?)
     }
 
@@ -239,14 +239,14 @@ impl Owner {
     /// # Errors
     /// It does not answer.
     pub fn leak(&mut self, count: usize) -> Result<Vec<i32>> {
-        self.numbers(&format!("leak {count}"))
+        self.order_fds(&format!("leak {count}"))
     }
 
     /// Makes it leak dead sockets with 30000 bytes that it has not read; their descriptors.
     ///
     /// # Errors
     /// It does not answer.
-    pub fn answered(&mut self, count: usize) -> Result<Vec<i32>> {
+    pub fn leak_unread(&mut self, count: usize) -> Result<Vec<i32>> {
         numbers(&self.order(&format!("answered {count}"))?)
     }
 
@@ -254,7 +254,7 @@ impl Owner {
     ///
     /// # Errors
     /// It does not answer.
-    pub fn stuck(&mut self, count: usize) -> Result<Vec<i32>> {
+    pub fn leak_stuck(&mut self, count: usize) -> Result<Vec<i32>> {
         numbers(&self.order(&format!("stuck {count}"))?)
     }
 
@@ -262,8 +262,8 @@ impl Owner {
     ///
     /// # Errors
     /// It does not answer.
-    pub fn scatter(&mut self, count: usize) -> Result<Vec<i32>> {
-        self.numbers(&format!("scatter {count}"))
+    pub fn leak_scattered(&mut self, count: usize) -> Result<Vec<i32>> {
+        self.order_fds(&format!("scatter {count}"))
     }
 
     /// The longest time between two beats of its heart since the last call.

@@ -16,7 +16,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use clap::ValueEnum;
 use serde_json::Value;
 
-use super::{Workshop, descriptors};
+use super::{BuildDir, descriptors};
 use crate::bench::{beside_us, on_path};
 use crate::host::Host;
 use crate::kernel::TcpState;
@@ -67,11 +67,11 @@ impl Runtime {
     }
 
     /// Builds the server; the command that runs it.
-    fn build(self, workshop: &Workshop) -> Result<Vec<String>> {
-        let path = |name: &str| workshop.path(name).display().to_string();
+    fn build(self, build_dir: &BuildDir) -> Result<Vec<String>> {
+        let path = |name: &str| build_dir.path(name).display().to_string();
         let c = |flags: &[&str]| -> Result<Vec<String>> {
             let compiler = [&["cc", "-O2", "-pthread", "-o", "echo", "echo.c"], flags].concat();
-            workshop.build("echo.c", include_str!("../../owners/echo.c"), &compiler)?;
+            build_dir.build("echo.c", include_str!("../../owners/echo.c"), &compiler)?;
             Ok(vec![path("echo")])
         };
         match self {
@@ -79,12 +79,12 @@ impl Runtime {
             Self::CStatic => c(&["-static", "-s"]),
             Self::Go => {
                 let compiler = ["go", "build", "-o", "echo", "echo.go"];
-                workshop.build("echo.go", include_str!("../../owners/echo.go"), &compiler)?;
+                build_dir.build("echo.go", include_str!("../../owners/echo.go"), &compiler)?;
                 Ok(vec![path("echo")])
             }
             Self::Java => {
                 let text = include_str!("../../owners/Echo.java");
-                workshop.build("Echo.java", text, &["javac", "Echo.java"])?;
+                build_dir.build("Echo.java", text, &["javac", "Echo.java"])?;
                 let words = ["java", "-Xmx64m", "-XX:+UseSerialGC", "-cp"];
                 Ok(words
                     .map(str::to_owned)
@@ -94,12 +94,12 @@ impl Runtime {
             }
             Self::Node => {
                 let text = include_str!("../../owners/echo.js");
-                workshop.build("echo.js", text, &["true"])?;
+                build_dir.build("echo.js", text, &["true"])?;
                 Ok(vec!["node".into(), path("echo.js")])
             }
             Self::Python => {
                 let text = include_str!("../../owners/echo.py");
-                workshop.build("echo.py", text, &["true"])?;
+                build_dir.build("echo.py", text, &["true"])?;
                 Ok(vec!["python3".into(), path("echo.py")])
             }
         }
@@ -112,7 +112,7 @@ pub struct Runtimes {
     /// Which servers; all, if none is named
     #[arg(value_enum)]
     pub runtimes: Vec<Runtime>,
-    /// How often each is leaked to its limit and cured
+    /// How often each is leaked to its limit and recovered
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
     pub runs: u32,
     /// Connections with checked bytes beside the leaked ones
@@ -125,9 +125,9 @@ pub struct Runtimes {
 
 /// What came of the runs of one runtime.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Tally {
+pub struct RecoveryStats {
     /// Runs that ended with a server that accepts.
-    pub cured: u32,
+    pub recovered: u32,
     /// Descriptors that were freed.
     pub freed: u64,
     /// Bytes of other connections that went there and back, all of them right.
@@ -147,7 +147,7 @@ impl Runtimes {
     /// Runs and prints a line for each runtime.
     ///
     /// # Errors
-    /// A runtime is not installed, a server was not cured or was harmed, or bytes were wrong.
+    /// A runtime is not installed, a server was not recovered or was harmed, or bytes were wrong.
     pub fn run(&self) -> Result<()> {
         privilege::ensure_privileges()?;
         let cwkill = beside_us(&self.cwkill)?;
@@ -156,38 +156,43 @@ impl Runtimes {
             some => some,
         };
         for &runtime in runtimes {
-            let tally = cure(runtime, self.runs, self.clients, &cwkill)
+            let stats = recover(runtime, self.runs, self.clients, &cwkill)
                 .with_context(|| format!("runtime {runtime}"))?;
             println!(
-                "{runtime}: {} of {} runs cured, {} descriptors freed, {} bytes of {} other connections right, \
+                "{runtime}: {} of {} runs recovered, {} descriptors freed, {} bytes of {} other connections right, \
                  longest stop {:.1} ms",
-                tally.cured,
+                stats.recovered,
                 self.runs,
-                tally.freed,
-                tally.bytes,
+                stats.freed,
+                stats.bytes,
                 self.clients,
-                Duration::from_micros(tally.longest_stop_us).as_secs_f64() * 1000.0
+                Duration::from_micros(stats.longest_stop_us).as_secs_f64() * 1000.0
             );
         }
         Ok(())
     }
 }
 
-/// Leaks a server of `runtime` to its limit and cures it, `runs` times.
+/// Leaks a server of `runtime` to its limit and recovers it, `runs` times.
 ///
 /// # Errors
-/// It is not installed, was not cured or was harmed, or bytes were wrong.
-pub fn cure(runtime: Runtime, runs: u32, clients: usize, cwkill: &Path) -> Result<Tally> {
+/// It is not installed, was not recovered or was harmed, or bytes were wrong.
+pub fn recover(
+    runtime: Runtime,
+    runs: u32,
+    clients: usize,
+    cwkill: &Path,
+) -> Result<RecoveryStats> {
     if let Some(tool) = runtime.missing_tool() {
         bail!("{tool} is not installed");
     }
-    let workshop = Workshop::new()?;
-    let command = runtime.build(&workshop)?;
-    let mut tally = Tally::default();
-    while tally.cured < runs {
+    let build_dir = BuildDir::new()?;
+    let command = runtime.build(&build_dir)?;
+    let mut stats = RecoveryStats::default();
+    while stats.recovered < runs {
         let lab = Lab::new()?;
         let mut server = Server::start(lab.app_host(), &command)?;
-        let some = (runs - tally.cured).min(RUNS_OF_A_SERVER);
+        let some = (runs - stats.recovered).min(RUNS_OF_A_SERVER);
         let bytes = AtomicU64::new(0);
         let over = AtomicBool::new(false);
         lab.app_host().within(|| {
@@ -201,14 +206,14 @@ pub fn cure(runtime: Runtime, runs: u32, clients: usize, cwkill: &Path) -> Resul
                         })
                     })
                     .collect();
-                let cured = (|| -> Result<()> {
+                let recovered = (|| -> Result<()> {
                     for _ in 0..some {
                         server.leak_to_the_limit()?;
                         let done = server.reclaim(lab.app_host(), runtime, cwkill)?;
-                        tally.freed += done.0;
-                        tally.longest_stop_us = tally.longest_stop_us.max(done.1);
+                        stats.freed += done.0;
+                        stats.longest_stop_us = stats.longest_stop_us.max(done.1);
                         server.serves()?;
-                        tally.cured += 1;
+                        stats.recovered += 1;
                     }
                     Ok(())
                 })();
@@ -217,25 +222,25 @@ pub fn cure(runtime: Runtime, runs: u32, clients: usize, cwkill: &Path) -> Resul
                     talk.join()
                         .map_err(|_| anyhow::anyhow!("a client panicked"))??;
                 }
-                cured
+                recovered
             })
         })?;
         ensure!(
             matches!(server.child.try_wait(), Ok(None)),
             "the server is gone"
         );
-        tally.bytes += bytes.load(Ordering::Relaxed);
+        stats.bytes += bytes.load(Ordering::Relaxed);
     }
-    Ok(tally)
+    Ok(stats)
 }
 
 /// Leaks a server of `runtime` to its limit and runs `cwkill --reclaim` without force; why descriptors were left.
 ///
 /// # Errors
 /// It is not installed, or `cwkill` cannot be run.
-pub fn cure_plainly(runtime: Runtime, cwkill: &Path) -> Result<Vec<String>> {
-    let workshop = Workshop::new()?;
-    let command = runtime.build(&workshop)?;
+pub fn recover_unforced(runtime: Runtime, cwkill: &Path) -> Result<Vec<String>> {
+    let build_dir = BuildDir::new()?;
+    let command = runtime.build(&build_dir)?;
     let lab = Lab::new()?;
     let server = Server::start(lab.app_host(), &command)?;
     lab.app_host().within(|| server.leak_to_the_limit())?;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use super::{Owner, Workshop};
+use super::{BuildDir, Owner};
 use crate::bench::on_path;
 use crate::lab::Lab;
 
@@ -19,9 +19,9 @@ const THREADS: usize = 50;
 pub(crate) fn run(cwkill: &Path, runs: u32) -> Result<()> {
     let lab = Lab::new()?;
     // A file with a name: gdb wants its symbols.
-    let workshop = Workshop::new()?;
-    let program = workshop.owner(&[])?;
-    let mut owner = Owner::start_by(lab.app_host(), &[], &program, "idle", THREADS)?;
+    let build_dir = BuildDir::new()?;
+    let program = build_dir.compile_owner(&[])?;
+    let mut owner = Owner::start_through(lab.app_host(), &[], &program, "idle", THREADS)?;
     println!(
         "{DESCRIPTORS} descriptors of a process with {THREADS} threads, longest gap of its heartbeat in ms"
     );
@@ -37,7 +37,7 @@ pub(crate) fn run(cwkill: &Path, runs: u32) -> Result<()> {
         nothing.push(owner.longest_gap()?);
         for (gaps, apart) in [(&mut reclaimed, false), (&mut scattered, true)] {
             if apart {
-                owner.scatter(DESCRIPTORS)?;
+                owner.leak_scattered(DESCRIPTORS)?;
             } else {
                 owner.leak(DESCRIPTORS)?;
             }

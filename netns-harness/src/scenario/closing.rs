@@ -21,7 +21,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
 };
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
-    let conns = stage.with_deaf_peer()?;
+    let conns = stage.with_silent_peer()?;
     let fds = app_fds(&conns);
     stage.app().shutdown(&fds, How::Write)?;
     stage.peer().shutdown(&peer_fds(&conns), How::Write)?;

@@ -22,7 +22,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
 };
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
-    let conns = stage.with_deaf_peer()?;
+    let conns = stage.with_silent_peer()?;
     stage.app().shutdown(&app_fds(&conns), How::Write)?;
     Ok(conns)
 }

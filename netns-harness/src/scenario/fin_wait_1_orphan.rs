@@ -22,7 +22,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
 };
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
-    let mut conns = stage.with_deaf_peer()?;
+    let mut conns = stage.with_silent_peer()?;
     stage.close_in_app(&mut conns)?;
     Ok(conns)
 }

@@ -24,8 +24,8 @@ pub(super) const SCENARIO: Scenario = Scenario {
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
     let mut conns = stage.leaked()?;
-    let deaf = SocketOption::Deaf(true);
-    stage.peer().set_option(&peer_fds(&conns), deaf)?;
+    let drop_incoming = SocketOption::DropIncoming(true);
+    stage.peer().set_option(&peer_fds(&conns), drop_incoming)?;
     stage.close_in_app(&mut conns)?;
     Ok(conns)
 }

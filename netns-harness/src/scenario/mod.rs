@@ -249,7 +249,7 @@ impl Stage<'_> {
     }
 
     /// Lets the peer finish, and waits until our kernel has acknowledged it (it may delay that by 40 ms): nothing is under
-    /// way any more that would reach a peer made deaf or forgetful afterwards.
+    /// way any more that would reach a peer that drops segments or has forgotten the connection afterwards.
     pub(crate) fn finish_in_peer(&self, conns: &[Conn]) -> Result<()> {
         self.peer().shutdown(&peer_fds(conns), How::Write)?;
         let mut waiting: HashSet<_> = conns.iter().map(|conn| (conn.peer, conn.local)).collect();
@@ -282,10 +282,10 @@ impl Stage<'_> {
     }
 
     /// Connections whose peer no longer hears anything.
-    pub(crate) fn with_deaf_peer(&self) -> Result<Vec<Conn>> {
+    pub(crate) fn with_silent_peer(&self) -> Result<Vec<Conn>> {
         let conns = self.connected()?;
         self.peer()
-            .set_option(&peer_fds(&conns), SocketOption::Deaf(true))?;
+            .set_option(&peer_fds(&conns), SocketOption::DropIncoming(true))?;
         Ok(conns)
     }
 

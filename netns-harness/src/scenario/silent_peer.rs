@@ -14,7 +14,7 @@ pub(super) const SCENARIO: Scenario = Scenario::new(
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
     let conns = stage.leaked()?;
-    let deaf = SocketOption::Deaf(true);
-    stage.peer().set_option(&peer_fds(&conns), deaf)?;
+    let drop_incoming = SocketOption::DropIncoming(true);
+    stage.peer().set_option(&peer_fds(&conns), drop_incoming)?;
     Ok(conns)
 }

@@ -23,7 +23,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
     let dial = Dial {
-        deaf: true,
+        drop_incoming: true,
         ..Dial::default()
     };
     let ends = stage

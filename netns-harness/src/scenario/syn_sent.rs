@@ -18,7 +18,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     },
     ..Scenario::new(
         "syn-sent",
-        "SYN-SENT: an innocent: the application waits for the answer of a peer that gives none",
+        "SYN-SENT: a bystander: the application waits for the answer of a peer that gives none",
         build,
     )
 };
@@ -28,7 +28,7 @@ const DISCARD: u16 = 9;
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
     let dial = Dial {
-        deaf: true,
+        drop_incoming: true,
         ..Dial::default()
     };
     let to = SocketAddr::new(stage.pair.peer_address_of_app(), DISCARD);

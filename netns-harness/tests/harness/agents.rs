@@ -20,7 +20,7 @@ pub fn tests() -> Vec<Trial> {
         fills_the_send_buffer,
         talks_until_hushed,
         a_forgotten_connection_draws_a_reset,
-        a_deaf_socket_hears_nothing,
+        dropped_segments_are_not_received,
         epoll_sees_the_end,
         ends_when_dropped_with_its_children,
         a_dead_agent_is_noticed,
@@ -116,9 +116,10 @@ fn fills_the_send_buffer() -> Result<()> {
 fn talks_until_hushed() -> Result<()> {
     let lab = Lab::new()?;
     let (leak, app, peer) = one(&lab, "established")?;
-    leak.peer().talk(&[peer], Duration::from_millis(1))?;
+    leak.peer()
+        .start_sending(&[peer], Duration::from_millis(1))?;
     ensure!(leak.app().recv(app, 1, DEADLINE)? == Recv::Data(vec![pattern(0)]));
-    let said = leak.peer().hush()?[0];
+    let said = leak.peer().stop_sending()?[0];
     leak.peer().send(&[peer], b"over")?;
     leak.peer().shutdown(&[peer], How::Write)?;
     let mut heard: Vec<u8> = vec![pattern(0)];
@@ -140,13 +141,15 @@ fn a_forgotten_connection_draws_a_reset() -> Result<()> {
     Ok(())
 }
 
-fn a_deaf_socket_hears_nothing() -> Result<()> {
+fn dropped_segments_are_not_received() -> Result<()> {
     let lab = Lab::new()?;
     let (leak, app, peer) = one(&lab, "established")?;
-    leak.peer().set_option(&[peer], SocketOption::Deaf(true))?;
+    leak.peer()
+        .set_option(&[peer], SocketOption::DropIncoming(true))?;
     leak.app().send(&[app], b"hello")?;
     ensure!(leak.peer().recv(peer, 9, Duration::from_millis(50))? == Recv::Nothing);
-    leak.peer().set_option(&[peer], SocketOption::Deaf(false))?;
+    leak.peer()
+        .set_option(&[peer], SocketOption::DropIncoming(false))?;
     ensure!(leak.peer().recv(peer, 9, DEADLINE)? == Recv::Data(b"hello".to_vec()));
     Ok(())
 }

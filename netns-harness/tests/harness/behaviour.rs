@@ -75,7 +75,7 @@ fn a_half_closed_conversation_goes_on() -> Result<()> {
             Recv::Data(_)
         ));
     }
-    let said = leak.app().hush()?;
+    let said = leak.app().stop_sending()?;
     leak.app().shutdown(&leak.app_fds(), How::Write)?;
     let rest = leak.peer().drain(&[peer], DEADLINE)?[0];
     ensure!(

@@ -18,7 +18,7 @@ pub fn tests() -> Vec<Trial> {
         a_sealed_application_is_not_shared,
         applications_side_by_side_on_one_port,
         labs_side_by_side,
-        innocents_carry_data,
+        bystanders_carry_data,
         thousands,
     );
     for scenario in scenario::listed() {
@@ -156,7 +156,7 @@ fn labs_side_by_side() -> Result<()> {
     Ok(())
 }
 
-fn innocents_carry_data() -> Result<()> {
+fn bystanders_carry_data() -> Result<()> {
     let lab = Lab::new()?;
     let leak = lab.start("established", Family::V6, three())?;
     for conn in leak.conns() {

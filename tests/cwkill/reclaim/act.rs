@@ -27,7 +27,7 @@ pub const TESTS: &[Test] = &[
 fn descriptors_of_closed_sockets_are_freed() -> Result<()> {
     let lab = Lab::new()?;
     let leak = lab.start("drained", netns_harness::Family::V4, count(40))?;
-    let _innocents = lab.start("established", netns_harness::Family::V4, count(5))?;
+    let _bystanders = lab.start("established", netns_harness::Family::V4, count(5))?;
     let before = fds_of(leak.app().pid())?;
     let ran = cwkill(&lab, "--port 8080 --reclaim --reclaim-age 0s --json")?.exits(0)?;
     let said = ran.json()?;
@@ -100,7 +100,7 @@ fn over_and_over(build: Build, mode: &str, times: usize) -> Result<()> {
     for run in 0..times {
         let fds = match run % 2 {
             0 => owner.leak(5)?,
-            _ => owner.scatter(5)?,
+            _ => owner.leak_scattered(5)?,
         };
         let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0)?;
         same(&number(&ran.json()?, "/summary/freed")?, &5)?;
@@ -203,7 +203,7 @@ fn owners_in_other_pid_namespaces_are_reclaimed() -> Result<()> {
                   /proc/self/fd/9 $@";
     let by = ["sh", "-c", script, "sh"];
     let program = Owner::program(Build::Plain)?;
-    let mut owner = Owner::start_by(lab.app_host(), &by, &program, "works", 1)?;
+    let mut owner = Owner::start_through(lab.app_host(), &by, &program, "works", 1)?;
     owner.leak(3)?;
     let children = format!("/proc/{0}/task/{0}/children", owner.pid());
     let inner: u32 = std::fs::read_to_string(children)?.trim().parse()?;

@@ -94,11 +94,11 @@ fn descriptors_in_poll_and_select_are_skipped() -> Result<()> {
         let (mut owner, waited_on) = match polls {
             true => {
                 let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 1)?;
-                let pipe = owner.numbers("wait")?;
-                let others = owner.scatter(3)?;
+                let pipe = owner.order_fds("wait")?;
+                let others = owner.leak_scattered(3)?;
                 let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0)?;
                 only(&ran, &[], &others)?;
-                owner.numbers(&format!("onto {}", pipe[0]))?;
+                owner.order_fds(&format!("onto {}", pipe[0]))?;
                 (owner, pipe)
             }
             false => (owner, waited_on),
@@ -117,7 +117,7 @@ fn descriptors_in_poll_and_select_are_skipped() -> Result<()> {
         let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
         only(&ran, &waited_on, &[])?;
         if !polls {
-            let others = owner.scatter(3)?;
+            let others = owner.leak_scattered(3)?;
             let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
             only(&ran, &waited_on, &others)?;
         }
@@ -211,10 +211,10 @@ fn a_socket_that_may_still_connect_is_not_dead() -> Result<()> {
         "exec 9<$1; shift; exec unshare --pid --fork --mount-proc --kill-child /proc/self/fd/9 $@";
     let by = ["sh", "-c", script, "sh"];
     let program = Owner::program(Build::Plain)?;
-    let mut owner = Owner::start_by(lab.app_host(), &by, &program, "idle", 1)?;
+    let mut owner = Owner::start_through(lab.app_host(), &by, &program, "idle", 1)?;
     let children = format!("/proc/{0}/task/{0}/children", owner.pid());
     let inner: u32 = std::fs::read_to_string(children)?.trim().parse()?;
-    let fresh = owner.numbers("fresh")?;
+    let fresh = owner.order_fds("fresh")?;
     let [.., connecting, listening] = fresh[..] else {
         bail!("{fresh:?}");
     };

@@ -54,7 +54,7 @@ fn a_panic_leaves_the_owner_running() -> Result<()> {
         let lab = Lab::new()?;
         let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 1)?;
         for after in 0..10 {
-            owner.scatter(10)?;
+            owner.leak_scattered(10)?;
             let (owners, wanted) = wanted(&owner)?;
             let (pid, asked) = (owner.pid(), AtomicU32::new(0));
             let bug = || {
@@ -84,7 +84,7 @@ fn a_panic_leaves_the_owner_running() -> Result<()> {
 fn an_interruption_leaves_the_owner_running() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "works", 1)?;
-    owner.scatter(10)?;
+    owner.leak_scattered(10)?;
     let (owners, wanted) = wanted(&owner)?;
     let (pid, asked) = (owner.pid(), AtomicU32::new(0));
     // Asked before each descriptor, and at other times.
@@ -111,7 +111,7 @@ fn an_interruption_leaves_the_owner_running() -> Result<()> {
         Signal::SIGTSTP,
     ];
     for (number, signal) in (0..40).zip(signals.iter().cycle()) {
-        owner.scatter(20)?;
+        owner.leak_scattered(20)?;
         kill_after(&lab, &owner, *signal, Duration::from_micros(number * 50))?;
         owner.report()?;
     }
@@ -172,7 +172,7 @@ fn sigkill_leaves_the_owner_running() -> Result<()> {
     for mode in ["works", "idle"] {
         let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 4)?;
         for number in 0..30u64 {
-            let fds = owner.scatter(60)?;
+            let fds = owner.leak_scattered(60)?;
             kill_after(
                 &lab,
                 &owner,
@@ -208,7 +208,7 @@ fn sigkill_ends_only_calls_that_may_end() -> Result<()> {
     let forgiven = |owner: &mut Owner| -> Result<u64> { Ok(owner.order("forgiven")?.parse()?) };
     let (mut begun, mut before) = (0, 0);
     for number in 0..40u64 {
-        let fds = owner.scatter(60)?;
+        let fds = owner.leak_scattered(60)?;
         let delay = Duration::from_micros(number * 200);
         kill_after(&lab, &owner, Signal::SIGKILL, delay)?;
         lab.wait_for(PATIENCE, || Ok(!is_traced(owner.pid())))?;

@@ -81,7 +81,7 @@ fn a_process_without_its_first_thread_is_skipped() -> Result<()> {
 
 fn a_32_bit_program_is_skipped() -> Result<()> {
     let lab = Lab::new()?;
-    let mut owner = Owner::start(lab.app_host(), Build::Narrow, "idle", 1)?;
+    let mut owner = Owner::start(lab.app_host(), Build::Bits32, "idle", 1)?;
     let fds = owner.leak(3)?;
     let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?)?;
     same(&at(&dry[0], "/safe"), &"false".to_owned())?;
@@ -101,7 +101,7 @@ fn a_32_bit_call_is_skipped() -> Result<()> {
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "poll-int80", 1)?;
     // On a pipe: what it waits on is looked at again after each stop.
     owner.order("wait")?;
-    let fds = owner.scatter(2)?;
+    let fds = owner.leak_scattered(2)?;
     let before = links_of(owner.pid())?;
     for force in ["", "--reclaim-force"] {
         let ran = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.exits(4)?;

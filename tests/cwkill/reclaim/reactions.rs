@@ -18,7 +18,7 @@ pub const TESTS: &[Test] = &[
 fn descriptors_a_thread_waited_on_are_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "reacts", 1)?;
-    owner.stuck(3)?;
+    owner.leak_stuck(3)?;
     lab.wait_for(PATIENCE, || {
         let waits = |path: std::path::PathBuf| {
             let call = std::fs::read_to_string(path.join("syscall")).unwrap_or_default();
@@ -51,7 +51,7 @@ fn descriptors_a_thread_waited_on_are_skipped() -> Result<()> {
 fn a_program_gets_time_to_react() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "glances", 1)?;
-    owner.stuck(3)?;
+    owner.leak_stuck(3)?;
     let pid = owner.pid();
     lab.wait_for(PATIENCE, || {
         let old = cwkill(&lab, &format!("-n --pid {pid} --min-age 700ms --json"))?;
@@ -70,7 +70,7 @@ fn descriptors_with_unread_data_are_skipped() -> Result<()> {
     const BYTES: &str = "30000";
     let own = Lab::new()?;
     let mut owner = Owner::start(own.app_host(), Build::Plain, "idle", 1)?;
-    let fds = owner.answered(2)?;
+    let fds = owner.leak_unread(2)?;
     let pid = owner.pid();
     for one in descriptors(&reclaim(&own, pid, "-n --json")?.exits(0)?)? {
         same(&at(&one, "/safe"), &"false".to_owned())?;

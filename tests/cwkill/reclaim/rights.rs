@@ -104,7 +104,7 @@ fn no_right_is_needed_within_one_user() -> Result<()> {
                   --bounding-set=-all /proc/self/fd/9 $@";
     let program = Owner::program(Build::Plain)?;
     let start = || {
-        Owner::start_by(
+        Owner::start_through(
             lab.app_host(),
             &["sh", "-c", script, "sh"],
             &program,

@@ -16,19 +16,19 @@ pub const TESTS: &[Test] = &[
     once!(node_at_emfile_accepts_again).needs(Need::Language(Runtime::Node)),
 ];
 
-/// `netns-harness cure` does more of them.
+/// `netns-harness recover` does more of them.
 const RUNS: u32 = 3;
 
 fn emfile(runtime: Runtime) -> Result<()> {
-    let tally = runtimes::cure(runtime, RUNS, 3, CWKILL.as_ref())?;
-    same(&tally.cured, &RUNS)?;
-    ensure!(tally.bytes > 10_000, "{tally:?}");
+    let stats = runtimes::recover(runtime, RUNS, 3, CWKILL.as_ref())?;
+    same(&stats.recovered, &RUNS)?;
+    ensure!(stats.bytes > 10_000, "{stats:?}");
     Ok(())
 }
 
 /// Its finalizers close numbers, so nothing is taken without --reclaim-force.
 fn java_is_left_to_its_garbage_collector() -> Result<()> {
-    let refused = runtimes::cure_plainly(Runtime::Java, CWKILL.as_ref())?;
+    let refused = runtimes::recover_unforced(Runtime::Java, CWKILL.as_ref())?;
     ensure!(refused.len() > 10, "{refused:?}");
     for reason in refused {
         ensure!(reason.contains("jcmd PID GC.run"), "{reason}");

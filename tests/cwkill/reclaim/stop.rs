@@ -51,7 +51,7 @@ fn a_program_that_execs_meanwhile_goes_on() -> Result<()> {
     let began = owner.report()?;
     let mut freed = 0;
     for run in 0..60 {
-        let fds = owner.scatter(5)?;
+        let fds = owner.leak_scattered(5)?;
         let before = links_of(owner.pid())?;
         ensure!(fds.iter().all(|fd| before.contains_key(fd)), "{before:?}");
         let line = format!(
@@ -168,7 +168,7 @@ fn the_stop_ends_with_its_limit() -> Result<()> {
     let mut runs = Vec::new();
     let limits = [4, 8, 12, 16, 24, 32, 48, 64, 96];
     for limit in limits.repeat(4).into_iter().map(Duration::from_millis) {
-        let fds = owner.scatter(1000)?;
+        let fds = owner.leak_scattered(1000)?;
         let before = links_of(owner.pid())?;
         let (ran, gap, told) = measured(&lab, &mut owner, limit)?;
         told_the_truth(&ran, &owner, &before, &fds)?;

@@ -53,7 +53,7 @@ static void say(const char *text, int length)
         leave(3);
 }
 
-__attribute__((used)) static void narrow(void)
+__attribute__((used)) static void program(void)
 {
     static int length = sizeof address;
     static char line[128], answer[4096];
@@ -81,4 +81,4 @@ __attribute__((used)) static void narrow(void)
     leave(0);
 }
 
-__asm__(".globl _start\n_start:\n\tcall narrow\n");
+__asm__(".globl _start\n_start:\n\tcall program\n");

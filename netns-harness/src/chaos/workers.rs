@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::wire::Loss;
-use super::{Part, client, server};
+use super::{WorkerRole, client, server};
 use crate::host::Host;
 use crate::role::{Become, Group, Identity, raise_descriptor_limit};
 use crate::spawner;
@@ -25,19 +25,19 @@ const START_DEADLINE: Duration = Duration::from_secs(30);
 pub(super) enum Event<T> {
     /// It is in place.
     Ready,
-    /// An innocent was lost.
+    /// A bystander was lost.
     Lost(Loss),
     /// All is over; its figures.
     Done(T),
 }
 
 /// Says events, from any thread of the process.
-pub(super) struct Tell<T> {
+pub(super) struct EventSender<T> {
     out: Mutex<io::Stdout>,
     figures: std::marker::PhantomData<fn(T)>,
 }
 
-impl<T> Default for Tell<T> {
+impl<T> Default for EventSender<T> {
     fn default() -> Self {
         Self {
             out: Mutex::new(io::stdout()),
@@ -46,8 +46,8 @@ impl<T> Default for Tell<T> {
     }
 }
 
-impl<T: Serialize> Tell<T> {
-    pub fn say(&self, event: &Event<T>) {
+impl<T: Serialize> EventSender<T> {
+    pub fn send(&self, event: &Event<T>) {
         let mut line = serde_json::to_vec(event).expect("events are plain data");
         line.push(b'\n');
         let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
@@ -57,16 +57,16 @@ impl<T: Serialize> Tell<T> {
 }
 
 /// What a process of a run does.
-pub(crate) fn play(part: &Part) -> Result<()> {
+pub(crate) fn run_worker(role: &WorkerRole) -> Result<()> {
     raise_descriptor_limit()?;
-    match part {
-        Part::Server(plan) => server::play(plan),
-        Part::Clients(plan) => client::play(plan),
+    match role {
+        WorkerRole::Server(config) => server::run(config),
+        WorkerRole::Clients(config) => client::run(config),
     }
 }
 
 /// A process of a run. Killed when dropped.
-pub(super) struct Member<T> {
+pub(super) struct Worker<T> {
     name: &'static str,
     child: Child,
     /// Its end is what the process takes for the end of the run.
@@ -76,11 +76,11 @@ pub(super) struct Member<T> {
     losses: Vec<Loss>,
 }
 
-impl<T: DeserializeOwned + Send + 'static> Member<T> {
+impl<T: DeserializeOwned + Send + 'static> Worker<T> {
     /// Starts it and waits until it is in place.
-    pub fn start(host: &Host, name: &'static str, part: Part) -> Result<Self> {
+    pub fn start(host: &Host, name: &'static str, role: WorkerRole) -> Result<Self> {
         let mut command = host
-            .role(Identity::default(), Group::Own, Become::Chaos { part })
+            .role(Identity::default(), Group::Own, Become::Chaos { role })
             .command()?;
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = spawner::spawn(command).with_context(|| format!("start the {name}"))?;
@@ -88,15 +88,15 @@ impl<T: DeserializeOwned + Send + 'static> Member<T> {
         let stdout = BufReader::new(child.stdout.take().context("no stdout")?);
         let (sender, events) = channel();
         thread::spawn(move || forward(stdout, &sender));
-        let mut member = Self {
+        let mut worker = Self {
             name,
             child,
             stdin,
             events,
             losses: Vec::new(),
         };
-        match member.next(Instant::now() + START_DEADLINE)? {
-            Event::Ready => Ok(member),
+        match worker.next(Instant::now() + START_DEADLINE)? {
+            Event::Ready => Ok(worker),
             _ => bail!("the {name} is out of order"),
         }
     }
@@ -133,7 +133,7 @@ impl<T: DeserializeOwned + Send + 'static> Member<T> {
     }
 }
 
-impl<T> Drop for Member<T> {
+impl<T> Drop for Worker<T> {
     fn drop(&mut self) {
         // It may have ended by itself, which is all that is wanted.
         let _ = self.child.kill();
