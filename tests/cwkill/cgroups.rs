@@ -4,10 +4,10 @@
 
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use netns_harness::{Dial, Family, How, Lab, TcpState};
 
-use crate::support::{CWKILL, PATIENCE, Ran, alone, at, count, cwkill, ran, same, selects};
+use crate::support::{CWKILL, PATIENCE, Ran, alone, at, count, cwkill, ran, selects};
 use crate::trial::{Need, Test, once};
 
 pub const TESTS: &[Test] = &[
@@ -31,7 +31,7 @@ fn in_cgroup2(script: &str) -> Result<()> {
         .output()
         .context("run unshare")?;
     let stderr = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{script}: {stderr}");
+    assert!(output.status.success(), "{script}: {stderr}");
     Ok(())
 }
 
@@ -101,17 +101,17 @@ fn cgroup_in_an_expression_is_where_the_socket_was_made() -> Result<()> {
         (format!("cgroup = {}/app.slice", cgroups.root), 0),
     ] {
         let ours = with_cgroup2(&lab, &format!("{CWKILL} -n --json '{expression}'"))?;
-        same(&ours.sockets()?.len(), &expected).with_context(|| expression.clone())?;
+        assert_eq!(ours.sockets().len(), expected, "{expression}");
         let by_ss = with_cgroup2(&lab, &format!("ss -Htn state close-wait {expression}"))?;
-        let rows = by_ss.exits(0)?.stdout.lines().count();
-        same(&rows, &expected).with_context(|| format!("ss {expression}"))?;
+        let rows = by_ss.exits(0).stdout.lines().count();
+        assert_eq!(rows, expected, "ss {expression}");
     }
     with_cgroup2(&lab, &format!("{CWKILL} -n 'cgroup = /nowhere'"))?
-        .exits(3)?
-        .complains("/nowhere")?;
-    cwkill(&lab, &format!("-n --json --cgroup /{}", cgroups.root))?
-        .sockets()
-        .and_then(|sockets| same(&sockets.len(), &5))
+        .exits(3)
+        .complains("/nowhere");
+    let selected = cwkill(&lab, &format!("-n --json --cgroup /{}", cgroups.root))?.sockets();
+    assert_eq!(selected.len(), 5);
+    Ok(())
 }
 
 fn units_containers_and_cgroups_select_sockets() -> Result<()> {
@@ -159,34 +159,23 @@ fn units_containers_and_cgroups_select_sockets() -> Result<()> {
     }
 
     let told = |port, pointer| -> Result<String> {
-        let sockets = cwkill(&lab, &format!("-n --json --port {port}"))?.sockets()?;
+        let sockets = cwkill(&lab, &format!("-n --json --port {port}"))?.sockets();
         Ok(at(&sockets[0], pointer))
     };
-    same(
-        &told(8001, "/owners/0/unit")?,
-        &"leaky@a\\x2db.service".into(),
-    )?;
-    same(&told(8001, "/owners/0/container")?, &"null".into())?;
-    same(
-        &told(8002, "/owners/0/container/runtime")?,
-        &"docker".into(),
-    )?;
-    same(&told(8002, "/owners/0/container/id")?, &ID.into())?;
-    same(
-        &told(8003, "/listener/owners/0/container/name")?,
-        &"web".into(),
-    )?;
+    assert_eq!(told(8001, "/owners/0/unit")?, "leaky@a\\x2db.service");
+    assert_eq!(told(8001, "/owners/0/container")?, "null");
+    assert_eq!(told(8002, "/owners/0/container/runtime")?, "docker");
+    assert_eq!(told(8002, "/owners/0/container/id")?, ID);
+    assert_eq!(told(8003, "/listener/owners/0/container/name")?, "web");
 
-    let table = cwkill(&lab, "")?.exits(0)?.stdout;
+    let table = cwkill(&lab, "")?.exits(0).stdout;
     for text in ["UNIT", " leaky@a-b ", " docker 3f4a9b2c1d0e ", " lxc web "] {
-        ensure!(table.contains(text), "no {text:?} in\n{table}");
+        assert!(table.contains(text), "no {text:?} in\n{table}");
     }
 
-    cwkill(&lab, "--container web --method destroy")?.exits(0)?;
-    cwkill(&lab, "--all -n --json")?
-        .sockets()
-        .and_then(|sockets| same(&sockets.len(), &11))?;
-    ensure!(plain.app().is_alive());
+    cwkill(&lab, "--container web --method destroy")?.exits(0);
+    assert_eq!(cwkill(&lab, "--all -n --json")?.sockets().len(), 11);
+    assert!(plain.app().is_alive());
     Ok(())
 }
 
@@ -204,14 +193,14 @@ fn a_proc_that_hides_processes_is_named() -> Result<()> {
             .args(["-m", "sh", "-ec", &script]))
     };
     // Listed, with what keeps the owner unknown.
-    let listing = run("--json")?.exits(0)?.complains("hidepid")?;
-    same(&at(&listing.json()?, "/hidden_processes"), &"true".into())?;
+    let listing = run("--json")?.exits(0).complains("hidepid");
+    assert_eq!(at(&listing.json(), "/hidden_processes"), "true");
     // Asked for by owner, that is no empty result.
     for selector in [format!("--pid {pid}"), "--process leaky-app".into()] {
         run(&format!("{selector} -n"))?
-            .exits(4)?
-            .complains("2 sockets more may belong")?
-            .complains("CAP_SYS_PTRACE")?;
+            .exits(4)
+            .complains("2 sockets more may belong")
+            .complains("CAP_SYS_PTRACE");
     }
     Ok(())
 }

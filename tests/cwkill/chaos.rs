@@ -5,11 +5,11 @@
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use netns_harness::Family;
 use netns_harness::chaos::{self, Killer, METHODS, Options, Report};
 
-use crate::support::{CWKILL, same};
+use crate::support::CWKILL;
 use crate::trial::{Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
@@ -39,18 +39,18 @@ fn cwkill(method: &str, options: &Options) -> Killer {
     Killer::cwkill(Path::new(CWKILL), method, options.ports(), options.min_age)
 }
 
-fn faultless(report: &Report) -> Result<()> {
+#[track_caller]
+fn faultless(report: &Report) {
     let faults = report.faults();
-    ensure!(faults.is_empty(), "{faults:?}: {report}");
-    Ok(())
+    assert!(faults.is_empty(), "{faults:?}: {report}");
 }
 
-fn cleared(report: &Report) -> Result<()> {
-    faultless(report)?;
+#[track_caller]
+fn cleared(report: &Report) {
+    faultless(report);
     // The point of it: what is hit too late is another connection on the same addresses.
-    ensure!(report.reused() > 500, "{report}");
-    ensure!(report.median_gap() < Duration::from_millis(10), "{report}");
-    Ok(())
+    assert!(report.reused() > 500, "{report}");
+    assert!(report.median_gap() < Duration::from_millis(10), "{report}");
 }
 
 fn no_bystander_is_lost(family: Family) -> Result<()> {
@@ -60,7 +60,8 @@ fn no_bystander_is_lost(family: Family) -> Result<()> {
         ..options(SECONDS)
     };
     let killers = METHODS.map(|method| cwkill(method, &options));
-    cleared(&chaos::run(&options, &killers)?)
+    cleared(&chaos::run(&options, &killers)?);
+    Ok(())
 }
 
 fn half_closed_streams_live_under_the_minimum_age() -> Result<()> {
@@ -70,8 +71,8 @@ fn half_closed_streams_live_under_the_minimum_age() -> Result<()> {
     };
     let killers = METHODS.map(|method| cwkill(method, &options));
     let report = chaos::run(&options, &killers)?;
-    faultless(&report)?;
-    ensure!(report.streams() > 20, "{report}");
+    faultless(&report);
+    assert!(report.streams() > 20, "{report}");
     Ok(())
 }
 
@@ -79,15 +80,16 @@ fn half_closed_streams_live_under_the_minimum_age() -> Result<()> {
 fn found_out(seconds: u64, name: &str, script: &str) -> Result<Report> {
     let killer = Killer::other(name, ["sh", "-c", script]);
     let report = chaos::run(&options(seconds), &[killer])?;
-    ensure!(!report.faults().is_empty(), "not found out: {report}");
-    ensure!(report.server_alive, "{report}");
+    assert!(!report.faults().is_empty(), "not found out: {report}");
+    assert!(report.server_alive, "{report}");
     Ok(report)
 }
 
 fn a_killer_that_ignores_the_state_is_detected() -> Result<()> {
     let report = found_out(2, "ss -K", "ss -K -tn sport = :8080")?;
-    ensure!(!report.losses.is_empty(), "{report}");
-    same(&report.listeners, &2)
+    assert!(!report.losses.is_empty(), "{report}");
+    assert_eq!(report.listeners, 2);
+    Ok(())
 }
 
 /// Finds what is stuck as `cwkill` does, and then kills by addresses alone what has them by now.
@@ -98,13 +100,15 @@ fn a_killer_by_stale_addresses_is_detected() -> Result<()> {
         sleep 0.02
         ss -K -tn sport = :8080 and \"( ${filter# or } )\"";
     let report = found_out(5, "stale", script)?;
-    ensure!(!report.losses.is_empty(), "{report}");
-    same(&report.listeners, &2)
+    assert!(!report.losses.is_empty(), "{report}");
+    assert_eq!(report.listeners, 2);
+    Ok(())
 }
 
 fn a_killer_of_listeners_is_detected() -> Result<()> {
     let report = found_out(2, "ss -Kl", "ss -K -tnl sport = :8080")?;
-    same(&report.listeners, &1)
+    assert_eq!(report.listeners, 1);
+    Ok(())
 }
 
 fn a_killer_of_nothing_is_detected() -> Result<()> {
@@ -113,9 +117,10 @@ fn a_killer_of_nothing_is_detected() -> Result<()> {
         ..options(2)
     };
     let report = chaos::run(&options(2), &[cwkill("destroy", &elsewhere)])?;
-    same(&report.losses.len(), &0)?;
-    same(
-        &report.faults(),
-        &vec!["destroy acted on 0 sockets, fewer than 1".to_owned()],
-    )
+    assert_eq!(report.losses.len(), 0);
+    assert_eq!(
+        report.faults(),
+        vec!["destroy acted on 0 sockets, fewer than 1".to_owned()]
+    );
+    Ok(())
 }

@@ -1,10 +1,10 @@
 //! The command line as a person meets it: bad input, help, and the documents that describe it.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::CommandFactory;
 use netns_harness::{Family, Lab};
 
-use crate::support::{CWKILL, connections, cwkill, lab, ran, same};
+use crate::support::{CWKILL, connections, cwkill, lab, ran};
 use crate::trial::{Test, once};
 
 pub const TESTS: &[Test] = &[
@@ -86,15 +86,16 @@ fn bad_values_are_named_and_nothing_is_done() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 1)?;
     let before = lab.app_host().ss(&[])?;
     for (line, named, good) in BAD {
-        let ran = cwkill(&lab, line)?.exits(2)?;
-        ensure!(ran.stdout.is_empty(), "{line}: {ran:#?}");
+        let ran = cwkill(&lab, line)?.exits(2);
+        assert!(ran.stdout.is_empty(), "{line}: {ran:?}");
         let has = |text: &str| ran.stderr.contains(text);
-        ensure!(
+        assert!(
             has(named) && has(good),
-            "{line}: wanted {named} and {good}: {ran:#?}"
+            "{line}: wanted {named} and {good}: {ran:?}"
         );
     }
-    same(&lab.app_host().ss(&[])?, &before)
+    assert_eq!(lab.app_host().ss(&[])?, before);
+    Ok(())
 }
 
 pub fn document(name: &str) -> Result<String> {
@@ -136,12 +137,12 @@ fn every_option_has_a_paragraph_in_the_man_page() -> Result<()> {
     command.build();
     let main = tags(&document("man/cwkill.8")?);
     let known = options(&command);
-    ensure!(
+    assert!(
         known.len() > 20,
         "the walk over the options found {known:?}"
     );
     for option in &known {
-        ensure!(
+        assert!(
             main.contains(option),
             "{option} has no paragraph in man/cwkill.8"
         );
@@ -151,7 +152,7 @@ fn every_option_has_a_paragraph_in_the_man_page() -> Result<()> {
         let name = format!("man/cwkill-{}.8", command.get_name());
         let own = tags(&document(&name)?);
         for option in options(command) {
-            ensure!(
+            assert!(
                 own.contains(&option) || known.contains(&option),
                 "{option} has no paragraph in {name}"
             );
@@ -165,9 +166,9 @@ fn a_mention_is_not_a_paragraph() -> Result<()> {
     let page = ".TP\n.BI \\-\\-port \" LIST\"\nPorts; see\n.B \\-\\-all .\n.TP\n.BR \\-n \", \" \\-\\-dry\\-run\nx";
     let tags = tags(page);
     for option in ["--port", "-n", "--dry-run"] {
-        ensure!(tags.contains(option), "{option}: {tags:?}");
+        assert!(tags.contains(option), "{option}: {tags:?}");
     }
-    ensure!(
+    assert!(
         !tags.contains("--all"),
         "a mention is no paragraph: {tags:?}"
     );
@@ -190,7 +191,7 @@ fn options_named_in_the_readme_exist() -> Result<()> {
             .filter(|word| word.starts_with("--"))
         {
             let option = word.split('=').next().unwrap_or_default().to_owned();
-            ensure!(
+            assert!(
                 known.contains(&option),
                 "README names {option}, which is no option"
             );
@@ -212,8 +213,8 @@ fn closed_output_is_not_an_error() -> Result<()> {
             .stderr(std::process::Stdio::null())
             .spawn()?
             .wait()?;
-        ensure!(status.code() == Some(0), "{line}: {status}");
-        same(&connections(&lab)?.len(), &0)?;
+        assert_eq!(status.code(), Some(0), "{line}");
+        assert_eq!(connections(&lab)?.len(), 0);
     }
     // Neither is there anyone to tell of an error, nor room for a listing.
     let empty = Lab::new()?;
@@ -223,12 +224,13 @@ fn closed_output_is_not_an_error() -> Result<()> {
         (">/dev/full 2>/dev/full", 3),
     ] {
         let script = format!("{CWKILL} {script}");
-        ran(empty.app_host().command("sh").args(["-c", &script]))?.exits(code)?;
+        ran(empty.app_host().command("sh").args(["-c", &script]))?.exits(code);
     }
     let (lab, _leak) = lab("unread", Family::V4, 3)?;
     let script = format!("{CWKILL} --all >/dev/full");
-    let ran = ran(lab.app_host().command("sh").args(["-c", &script]))?.exits(3)?;
-    ran.complains("the work is done (3 sockets matched: 3 closed)")?
-        .complains("descriptors of closed")?;
-    same(&connections(&lab)?.len(), &0)
+    let ran = ran(lab.app_host().command("sh").args(["-c", &script]))?.exits(3);
+    ran.complains("the work is done (3 sockets matched: 3 closed)")
+        .complains("descriptors of closed");
+    assert_eq!(connections(&lab)?.len(), 0);
+    Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::CommandFactory;
 use clap_complete::Shell;
 
@@ -52,21 +52,21 @@ fn bash_completes_every_option_and_command() -> Result<()> {
         );
         let output = Command::new("bash").args(["-c", &script]).output();
         let output = output.context("run bash")?;
-        ensure!(output.stderr.is_empty(), "{line}: {output:?}");
+        assert!(output.stderr.is_empty(), "{line}: {output:?}");
         let stdout = String::from_utf8(output.stdout)?;
         Ok(stdout.lines().map(str::to_owned).collect())
     };
     for (line, options) in wanted() {
         let offered = offered(&format!("{line} -"))?;
         for option in options {
-            ensure!(offered.contains(&option), "{line} {option}: {offered:?}");
+            assert!(offered.contains(&option), "{line} {option}: {offered:?}");
         }
     }
-    ensure!(offered("cwkill --po")? == ["--port"]);
+    assert_eq!(offered("cwkill --po")?, ["--port"]);
     let first = offered("cwkill ''")?;
     for command in built().get_subcommands() {
         let name = command.get_name().to_owned();
-        ensure!(first.contains(&name), "{name}: {first:?}");
+        assert!(first.contains(&name), "{name}: {first:?}");
     }
     Ok(())
 }
@@ -97,7 +97,7 @@ fn zsh_and_fish_complete_every_option_and_command() -> Result<()> {
         };
         for option in options {
             let quoted = ["[", "=", "+"].map(|end| format!("{option}{end}"));
-            ensure!(
+            assert!(
                 quoted.iter().any(|text| zsh.contains(text)),
                 "zsh: {line} {option}"
             );
@@ -105,7 +105,7 @@ fn zsh_and_fish_complete_every_option_and_command() -> Result<()> {
                 Some(long) => format!(" -l {long} "),
                 None => format!(" -s {} ", &option[1..]),
             };
-            ensure!(
+            assert!(
                 fish.iter().any(|l| format!("{l} ").contains(&spelled)),
                 "fish: {line} {option}"
             );
@@ -113,8 +113,8 @@ fn zsh_and_fish_complete_every_option_and_command() -> Result<()> {
     }
     for command in root.get_subcommands() {
         let name = command.get_name();
-        ensure!(zsh.contains(&format!("'{name}:")), "zsh: {name}");
-        ensure!(fish.contains(&format!(" -a \"{name}\"")), "fish: {name}");
+        assert!(zsh.contains(&format!("'{name}:")), "zsh: {name}");
+        assert!(fish.contains(&format!(" -a \"{name}\"")), "fish: {name}");
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use netns_harness::{
     Agent, AgentOptions, Capability, Dial, Family, HostCommand, How, Lab, TcpState,
 };
@@ -13,7 +13,7 @@ use seccompiler::{
 };
 use serde_json::Value;
 
-use crate::support::{CWKILL, PATIENCE, Ran, alone, at, ran, same};
+use crate::support::{CWKILL, PATIENCE, Ran, alone, at, ran};
 use crate::trial::{Need, Test, once};
 
 use Capability::{
@@ -109,7 +109,7 @@ fn plain(command: HostCommand<'_>, arguments: &[&str]) -> Result<Ran> {
 /// What doctor says, after a look at its exit status.
 fn doctor(lab: &Lab, setting: Setting<'_>) -> Result<Value> {
     let ran = setting(lab, &["doctor", "--json"])?;
-    let findings = ran.json()?;
+    let findings = ran.json();
     let auto = at(&findings, "/auto");
     let status = match auto.as_str() {
         "yes" => 0,
@@ -117,7 +117,7 @@ fn doctor(lab: &Lab, setting: Setting<'_>) -> Result<Value> {
         "no" => 3,
         _ => bail!("{findings:#}"),
     };
-    ran.exits(status)?;
+    ran.exits(status);
     Ok(findings)
 }
 
@@ -196,7 +196,7 @@ fn agree(family: Family, whose: &[(Whose, &'static str)], setting: Setting<'_>) 
     for victim in &victims {
         let Victim { method, kind, .. } = victim;
         if *method == "shutdown" && victim.owner.is_none() {
-            ensure!(row(method)?["ownerless"].is_null());
+            assert!(row(method)?["ownerless"].is_null());
             continue;
         }
         let missed = victim
@@ -221,17 +221,17 @@ fn agree(family: Family, whose: &[(Whose, &'static str)], setting: Setting<'_>) 
                 "--port", &port, "--method", method, "--grace", "5s", "--json",
             ],
         )?;
-        let result = act.sockets()?[0]["result"].clone();
+        let result = act.sockets()[0]["result"].clone();
         let did = match *method {
             // The peer is alive, and that is what there is to find out.
             "probe" => result["reason"] == "peer is alive",
             _ => result["outcome"] == "closed",
         };
-        ensure!(
-            did == said,
+        assert_eq!(
+            did, said,
             "{method} {kind}: doctor says {said}, it is {did}: {result:#}\n{findings:#}"
         );
-        same(&is_stuck(&lab, victim.port)?, &(*method == "probe" || !did))?;
+        assert_eq!(is_stuck(&lab, victim.port)?, *method == "probe" || !did);
     }
     Ok(findings)
 }
@@ -251,9 +251,9 @@ fn doctor_agrees_with_the_methods() -> Result<()> {
             plain(lab.app_host().command(CWKILL), arguments)
         })?;
         for method in ["destroy", "rst"] {
-            same(&works(&findings, method, "works"), &"yes".into())?;
+            assert_eq!(works(&findings, method, "works"), "yes");
         }
-        same(&works(&findings, "probe", "ownerless"), &"yes".into())?;
+        assert_eq!(works(&findings, "probe", "ownerless"), "yes");
     }
     Ok(())
 }
@@ -271,8 +271,11 @@ fn doctor_agrees_when_capabilities_are_missing() -> Result<()> {
         })
         .with_context(|| format!("{set:?}"))?;
         for (method, wanted) in ["destroy", "rst", "probe"].into_iter().zip(wanted) {
-            same(&works(&findings, method, "ownerless"), &wanted.to_owned())
-                .with_context(|| format!("{set:?} {method}"))?;
+            assert_eq!(
+                works(&findings, method, "ownerless"),
+                wanted,
+                "{set:?} {method}"
+            );
         }
     }
     Ok(())
@@ -290,13 +293,13 @@ fn doctor_agrees_under_a_seccomp_filter() -> Result<()> {
         .with_context(|| filter.to_owned())?;
         match filter {
             "packet sockets" => {
-                same(&works(&findings, "rst", "ownerless"), &"no".into())?;
-                ensure!(works(&findings, "rst", "own") != "no", "{findings:#}");
+                assert_eq!(works(&findings, "rst", "ownerless"), "no");
+                assert!(works(&findings, "rst", "own") != "no", "{findings:#}");
             }
             _ => {
-                same(&works(&findings, "shutdown", "works"), &"no".into())?;
+                assert_eq!(works(&findings, "shutdown", "works"), "no");
                 let change = works(&findings, "shutdown", "change");
-                ensure!(change.contains(text), "{change}");
+                assert!(change.contains(text), "{change}");
             }
         }
     }
@@ -306,18 +309,18 @@ fn doctor_agrees_under_a_seccomp_filter() -> Result<()> {
 fn without_a_list_of_sockets_nothing_works() -> Result<()> {
     let lab = Lab::new()?;
     let without = |arguments: &[&str]| plain(without(&lab, "netlink")?, arguments);
-    let ran = without(&["doctor", "--json"])?.exits(3)?;
-    same(&at(&ran.json()?, "/auto"), &"no".into())?;
-    same(
-        &ran.json()?["methods"].as_array().map(Vec::len),
-        &Some(METHODS.len() + 1),
-    )?;
-    let text = without(&["doctor"])?.exits(3)?.stdout;
-    ensure!(
+    let ran = without(&["doctor", "--json"])?.exits(3);
+    assert_eq!(at(&ran.json(), "/auto"), "no");
+    assert_eq!(
+        ran.json()["methods"].as_array().map(Vec::len),
+        Some(METHODS.len() + 1)
+    );
+    let text = without(&["doctor"])?.exits(3).stdout;
+    assert!(
         text.contains("sock_diag") && text.contains("auto does not work here"),
         "{text}"
     );
-    without(&["--all"])?.exits(3)?;
+    without(&["--all"])?.exits(3);
     Ok(())
 }
 
@@ -329,9 +332,9 @@ fn doctor_agrees_in_a_user_namespace() -> Result<()> {
             arguments,
         )
     })?;
-    same(&at(&findings, "/auto"), &"no".into())?;
+    assert_eq!(at(&findings, "/auto"), "no");
     let change = works(&findings, "destroy", "change");
-    ensure!(change.contains("not of this user namespace"), "{change}");
+    assert!(change.contains("not of this user namespace"), "{change}");
     // And one that owns its network.
     let lab = Lab::new()?;
     let owner = |lab: &Lab, arguments: &[&str]| {
@@ -342,8 +345,9 @@ fn doctor_agrees_in_a_user_namespace() -> Result<()> {
         )
     };
     let findings = doctor(&lab, &owner)?;
-    same(&works(&findings, "destroy", "works"), &"yes".into())?;
-    same(&works(&findings, "rst", "works"), &"yes".into())
+    assert_eq!(works(&findings, "destroy", "works"), "yes");
+    assert_eq!(works(&findings, "rst", "works"), "yes");
+    Ok(())
 }
 
 fn a_loopback_that_is_down_is_named() -> Result<()> {
@@ -355,9 +359,9 @@ fn a_loopback_that_is_down_is_named() -> Result<()> {
         )
     };
     let findings = doctor(&lab, &fresh)?;
-    same(&at(&findings, "/auto"), &"untried".into())?;
-    let text = fresh(&lab, &["doctor"])?.exits(1)?.stdout;
-    ensure!(
+    assert_eq!(at(&findings, "/auto"), "untried");
+    let text = fresh(&lab, &["doctor"])?.exits(1).stdout;
+    assert!(
         text.contains("loopback is down") && text.contains("ip link set lo up"),
         "{text}"
     );
@@ -371,13 +375,13 @@ fn a_missing_privilege_is_named() -> Result<()> {
         &["doctor"],
     )?;
     // 1 if there happens to be a process in reach.
-    ensure!(matches!(text.code, Some(1 | 3)), "{text:?}");
+    assert!(matches!(text.code, Some(1 | 3)), "{text:?}");
     for wanted in [
         "missing: CAP_NET_ADMIN CAP_NET_RAW",
         "needs CAP_NET_RAW",
         "--cap-add NET_ADMIN",
     ] {
-        ensure!(
+        assert!(
             text.stdout.contains(wanted),
             "no {wanted:?} in\n{}",
             text.stdout
@@ -396,10 +400,10 @@ fn doctor_agrees_with_reclaim() -> Result<()> {
     ] {
         let (lab, leak) = crate::support::lab("unread", Family::V4, 1)?;
         let pid = leak.app().pid();
-        crate::support::cwkill(&lab, "--all --method destroy")?.exits(0)?;
+        crate::support::cwkill(&lab, "--all --method destroy")?.exits(0);
         let with =
             |arguments: &[&str]| plain(lab.app_host().command(CWKILL).capabilities(set), arguments);
-        let answer = works(&with(&["doctor", "--json"])?.json()?, "reclaim", "own");
+        let answer = works(&with(&["doctor", "--json"])?.json(), "reclaim", "own");
         let pid = pid.to_string();
         let line = [
             "reclaim",
@@ -412,16 +416,16 @@ fn doctor_agrees_with_reclaim() -> Result<()> {
         let line: Vec<&str> = line.into_iter().chain(["--stop-limit", "5s"]).collect();
         let code = with(&line)?.code;
         match answer.as_str() {
-            "yes" => same(&code, &Some(0))?,
-            "no" => same(&code, &Some(4))?,
+            "yes" => assert_eq!(code, Some(0)),
+            "no" => assert_eq!(code, Some(4)),
             // It depends on the other processes of this host.
             _ => {}
         }
         answers.push((answer, code));
     }
     let codes: Vec<_> = answers.iter().map(|(_, code)| *code).collect();
-    ensure!(codes == [Some(4), Some(0), Some(0)], "{answers:?}");
-    ensure!(answers[0].0 != "yes" && answers[2].0 != "no", "{answers:?}");
+    assert_eq!(codes, [Some(4), Some(0), Some(0)], "{answers:?}");
+    assert!(answers[0].0 != "yes" && answers[2].0 != "no", "{answers:?}");
     Ok(())
 }
 
@@ -443,9 +447,9 @@ fn doctor_leaves_other_sockets_alone() -> Result<()> {
     // The peer of shutdown's own connection, which was closed as it should be.
     let old = |(_, state): &(_, TcpState)| *state == TcpState::TimeWait;
     let left = after.iter().filter(|row| old(row)).count();
-    ensure!(left <= 1, "{after:?}");
+    assert!(left <= 1, "{after:?}");
     after.retain(|row| !old(row));
-    same(&after, &before)?;
+    assert_eq!(after, before);
     crate::support::carries_data(&open)?;
     drop(leak);
     Ok(())
@@ -454,10 +458,10 @@ fn doctor_leaves_other_sockets_alone() -> Result<()> {
 fn a_reader_that_leaves_early_is_not_an_error() -> Result<()> {
     let lab = Lab::new()?;
     let script = format!("{CWKILL} doctor | head -1; {CWKILL} doctor >/dev/full");
-    let ran = ran(lab.app_host().command("sh").args(["-c", &script]))?.exits(3)?;
-    same(&ran.stdout.lines().count(), &1)?;
-    same(&ran.stderr.lines().count(), &1)?;
-    ran.complains("cannot write the findings")?;
+    let ran = ran(lab.app_host().command("sh").args(["-c", &script]))?.exits(3);
+    assert_eq!(ran.stdout.lines().count(), 1);
+    assert_eq!(ran.stderr.lines().count(), 1);
+    ran.complains("cannot write the findings");
     Ok(())
 }
 
@@ -476,9 +480,9 @@ fn doctor_agrees_for_an_unprivileged_user() -> Result<()> {
         })
         .with_context(|| format!("{set:?}"))?;
         if set.is_empty() {
-            same(&works(&findings, "shutdown", "others"), &"no".into())?;
-            ensure!(works(&findings, "shutdown", "own") != "no");
-            same(&at(&findings, "/auto"), &"partly".into())?;
+            assert_eq!(works(&findings, "shutdown", "others"), "no");
+            assert!(works(&findings, "shutdown", "own") != "no");
+            assert_eq!(at(&findings, "/auto"), "partly");
         }
     }
     Ok(())
@@ -489,7 +493,8 @@ fn doctor_agrees_on_sockets_of_other_users() -> Result<()> {
     let findings = agree(Family::V4, &whose, &|lab, arguments| {
         plain(lab.app_host().command(CWKILL), arguments)
     })?;
-    same(&works(&findings, "shutdown", "others"), &"yes".into())
+    assert_eq!(works(&findings, "shutdown", "others"), "yes");
+    Ok(())
 }
 
 fn a_proc_that_hides_processes_is_named() -> Result<()> {
@@ -506,6 +511,6 @@ fn a_proc_that_hides_processes_is_named() -> Result<()> {
         )
     })?;
     let change = works(&findings, "shutdown", "change");
-    ensure!(change.contains("hidepid=0"), "{change}");
+    assert!(change.contains("hidepid=0"), "{change}");
     Ok(())
 }

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use netns_harness::{Dial, Family, How, Lab, Listen, Options, SocketOption, SsRow, TcpState};
 use serde_json::Value;
 
-use crate::support::{CWKILL, PATIENCE, Ran, at, ran, same};
+use crate::support::{CWKILL, PATIENCE, Ran, at, ran};
 use crate::trial::{Test, once};
 
 pub const TESTS: &[Test] = &[
@@ -224,7 +224,7 @@ fn run(lab: &Lab, arguments: &[&str]) -> Result<Ran> {
 /// The cookies of what ss lists. Not [`netns_harness::Host::ss`]: of one state only, ss leaves out the
 /// column that says which.
 fn cookies_by_ss(lab: &Lab, words: &[&str]) -> Result<BTreeSet<String>> {
-    let ran = ran(lab.app_host().command("ss").arg("-HOntea").args(words))?.exits(0)?;
+    let ran = ran(lab.app_host().command("ss").arg("-HOntea").args(words))?.exits(0);
     ran.stdout
         .lines()
         .map(|line| {
@@ -251,18 +251,18 @@ fn expressions_match_the_same_sockets_as_ss() -> Result<()> {
         let by_ss = cookies_by_ss(&lab, &words).with_context(|| text.clone())?;
         let status = if by_ss.is_empty() { 1 } else { 0 };
         // As one argument, and as many.
-        let quoted = run(&lab, &["--json", "-n", &text])?.exits(status)?;
-        let loose = run(&lab, &[&["--json", "-n"], &words[..]].concat())?.exits(status)?;
+        let quoted = run(&lab, &["--json", "-n", &text])?.exits(status);
+        let loose = run(&lab, &[&["--json", "-n"], &words[..]].concat())?.exits(status);
         for ran in [quoted, loose] {
-            let ours: BTreeSet<String> = ran.sockets()?.iter().map(|s| at(s, "/cookie")).collect();
+            let ours: BTreeSet<String> = ran.sockets().iter().map(|s| at(s, "/cookie")).collect();
             if ours != by_ss {
                 wrong.push(format!("{text}: ss {by_ss:?}, cwkill {ours:?}"));
             }
         }
         telling += usize::from(!by_ss.is_empty() && by_ss.len() < everything);
     }
-    ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
-    ensure!(telling >= 60, "only {telling} expressions part the sockets");
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(telling >= 60, "only {telling} expressions part the sockets");
     Ok(())
 }
 
@@ -270,9 +270,9 @@ fn an_expression_acts_on_what_it_matches() -> Result<()> {
     let lab = zoo()?;
     let before = lab.app_host().ss(&[])?;
     let expression = "state close-wait sport = :80 and src 10.78.0.0/16";
-    let ran = run(&lab, &["--json", expression])?.exits(0)?;
-    let sockets = ran.sockets()?;
-    same(&sockets.len(), &1)?;
+    let ran = run(&lab, &["--json", expression])?.exits(0);
+    let sockets = ran.sockets();
+    assert_eq!(sockets.len(), 1);
     let closed: BTreeSet<u64> = sockets
         .iter()
         .map(|socket: &Value| u64::from_str_radix(&at(socket, "/cookie"), 16))
@@ -283,7 +283,8 @@ fn an_expression_acts_on_what_it_matches() -> Result<()> {
         .map(|row| row.cookie)
         .filter(|cookie| !after.contains(cookie))
         .collect();
-    same(&lost, &closed)
+    assert_eq!(lost, closed);
+    Ok(())
 }
 
 fn errors_point_at_the_column() -> Result<()> {
@@ -295,19 +296,19 @@ fn errors_point_at_the_column() -> Result<()> {
         ("", "column 1"),
     ] {
         run(&lab, &[expression])?
-            .exits(2)?
-            .complains(message)?
-            .complains("for example: ")?;
+            .exits(2)
+            .complains(message)
+            .complains("for example: ");
     }
     run(&lab, &["-n", "--state", "close-wait", "state close-wait"])?
-        .exits(2)?
-        .complains("--state and `state`")?;
+        .exits(2)
+        .complains("--state and `state`");
     run(&lab, &["-n", "dev nowhere0"])?
-        .exits(3)?
-        .complains("nowhere0")?;
+        .exits(3)
+        .complains("nowhere0");
     let deep = format!("{}sport 80{}", "(".repeat(10_000), ")".repeat(10_000));
-    run(&lab, &["-n", &deep])?.exits(2)?.complains("deeper")?;
+    run(&lab, &["-n", &deep])?.exits(2).complains("deeper");
     let long = ["sport 80"; 5_400].join(" or ");
-    run(&lab, &["-n", &long])?.exits(1)?;
+    run(&lab, &["-n", &long])?.exits(1);
     Ok(())
 }

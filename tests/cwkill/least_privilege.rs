@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::process::{Child, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use netns_harness::{AgentOptions, Capability, Family, Lab, TcpState};
 
 use crate::support::{CWKILL, PATIENCE, Ran, at, count, in_state, lab, leaker, ran};
@@ -55,24 +55,20 @@ fn each_method_runs_with_its_capabilities_and_not_with_fewer() -> Result<()> {
         let arguments = format!("--all --json --method {method}");
         for missing in *set {
             let less: Vec<_> = set.iter().copied().filter(|c| c != missing).collect();
-            let ran = with(&lab, None, &less, &arguments)?
+            with(&lab, None, &less, &arguments)?
                 .exits(4)
-                .with_context(|| format!("{method} without {missing}"))?;
-            ran.complains(&missing.to_string())?;
-            ensure!(in_state(&lab, TcpState::CloseWait)? == 1);
+                .complains(&missing.to_string());
+            assert!(in_state(&lab, TcpState::CloseWait)? == 1);
         }
-        let sockets = with(&lab, None, set, &arguments)?
-            .exits(0)
-            .with_context(|| format!("{method} with {set:?}"))?
-            .sockets()?;
-        ensure!(at(&sockets[0], "/result/method") == *method);
-        ensure!(in_state(&lab, TcpState::CloseWait)? == 0);
+        let sockets = with(&lab, None, set, &arguments)?.exits(0).sockets();
+        assert_eq!(at(&sockets[0], "/result/method"), *method);
+        assert!(in_state(&lab, TcpState::CloseWait)? == 0);
     }
     // The dry run of one who holds everything shows what he could do, although it holds none of it itself.
     let (lab, _leak) = lab("unread", Family::V4, 1)?;
     let all = [PTRACE, SEARCH, ADMIN, RAW];
-    let sockets = with(&lab, None, &all, "-n --all --json")?.sockets()?;
-    ensure!(at(&sockets[0], "/plan") == r#"["shutdown","destroy","rst"]"#);
+    let sockets = with(&lab, None, &all, "-n --all --json")?.sockets();
+    assert!(at(&sockets[0], "/plan") == r#"["shutdown","destroy","rst"]"#);
     Ok(())
 }
 
@@ -81,35 +77,35 @@ fn descriptors_of_another_user_need_both_capabilities() -> Result<()> {
     let pid = leak.app().pid().to_string();
     let both = [PTRACE, SEARCH];
     let owner = |set: &[Capability], arguments: &str| -> Result<String> {
-        let sockets = with(&lab, Some(NOBODY), set, arguments)?.sockets()?;
+        let sockets = with(&lab, Some(NOBODY), set, arguments)?.sockets();
         Ok(at(&sockets[0], "/owners/0/pid"))
     };
     for less in [&[][..], &[PTRACE], &[SEARCH]] {
-        ensure!(owner(less, "--json")? == "(nothing there)", "{less:?}");
-        with(&lab, Some(NOBODY), less, "--all --method shutdown")?.exits(4)?;
+        assert!(owner(less, "--json")? == "(nothing there)", "{less:?}");
+        with(&lab, Some(NOBODY), less, "--all --method shutdown")?.exits(4);
     }
-    ensure!(owner(&both, "--json")? == pid);
+    assert!(owner(&both, "--json")? == pid);
     let named = |set: &[Capability]| -> Result<bool> {
         let ran = with(&lab, Some(NOBODY), set, "diagnose --sample 10ms --json")?;
         Ok(ran.stdout.contains(&format!("\"pid\":{pid}")))
     };
     for less in [&[][..], &[PTRACE], &[SEARCH]] {
-        ensure!(!named(less)?, "{less:?}");
+        assert!(!named(less)?, "{less:?}");
     }
-    ensure!(named(&both)?);
+    assert!(named(&both)?);
     // Who cannot see the owner cannot tell.
     let check = format!("check --pid {pid} -w 1 -c 5");
     for less in [&[][..], &[PTRACE], &[SEARCH]] {
-        with(&lab, Some(NOBODY), less, &check)?.exits(3)?;
+        with(&lab, Some(NOBODY), less, &check)?.exits(3);
     }
-    with(&lab, Some(NOBODY), &both, &check)?.exits(1)?;
+    with(&lab, Some(NOBODY), &both, &check)?.exits(1);
     // Without an owner there is nothing of another user's to reach.
     let destroy = "--all --no-owners --method destroy --max-kills 1";
-    with(&lab, Some(NOBODY), &both, destroy)?.exits(4)?;
-    with(&lab, Some(NOBODY), &[ADMIN], destroy)?.exits(0)?;
-    ensure!(in_state(&lab, TcpState::CloseWait)? == 0);
+    with(&lab, Some(NOBODY), &both, destroy)?.exits(4);
+    with(&lab, Some(NOBODY), &[ADMIN], destroy)?.exits(0);
+    assert!(in_state(&lab, TcpState::CloseWait)? == 0);
     lab.start("unread", Family::V4, count(1))?;
-    with(&lab, Some(NOBODY), &both, "--all --method shutdown")?.exits(0)?;
+    with(&lab, Some(NOBODY), &both, "--all --method shutdown")?.exits(0);
     Ok(())
 }
 
@@ -126,18 +122,18 @@ fn the_log_is_opened_with_the_rights_of_the_caller() -> Result<()> {
     std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o666))?;
     std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o700))?;
     let arguments = format!("--all --method destroy --log-file {}", file.display());
-    let ran = with(&lab, Some(NOBODY), &[PTRACE, SEARCH, ADMIN], &arguments)?.exits(3)?;
-    ran.complains("nothing was done")?
-        .complains("Permission denied")?;
-    ensure!(in_state(&lab, TcpState::CloseWait)? == 1);
+    let ran = with(&lab, Some(NOBODY), &[PTRACE, SEARCH, ADMIN], &arguments)?.exits(3);
+    ran.complains("nothing was done")
+        .complains("Permission denied");
+    assert!(in_state(&lab, TcpState::CloseWait)? == 1);
     // And they are given back for the work.
     let own = dir.path().join("own");
     std::fs::create_dir(&own)?;
     std::os::unix::fs::chown(&own, Some(NOBODY), None)?;
     let log = own.join("log");
     let arguments = format!("--all --method shutdown --log-file {}", log.display());
-    with(&lab, Some(NOBODY), &[PTRACE, SEARCH], &arguments)?.exits(0)?;
-    ensure!(std::fs::read_to_string(&log)?.lines().count() == 4);
+    with(&lab, Some(NOBODY), &[PTRACE, SEARCH], &arguments)?.exits(0);
+    assert_eq!(std::fs::read_to_string(&log)?.lines().count(), 4);
     Ok(())
 }
 
@@ -149,11 +145,11 @@ fn another_namespace_needs_cap_sys_admin() -> Result<()> {
         "--all-netns".into(),
     ] {
         let arguments = format!("{place} --json --port 8080 -n");
-        with(&elsewhere, None, &[PTRACE, SEARCH], &arguments)?.complains("CAP_SYS_ADMIN")?;
+        with(&elsewhere, None, &[PTRACE, SEARCH], &arguments)?.complains("CAP_SYS_ADMIN");
         let sockets = with(&elsewhere, None, &[PTRACE, SEARCH, SYS_ADMIN], &arguments)?
-            .exits(0)?
-            .sockets()?;
-        ensure!(!sockets.is_empty());
+            .exits(0)
+            .sockets();
+        assert!(!sockets.is_empty());
     }
     drop(lab);
     Ok(())
@@ -189,13 +185,13 @@ fn holds(child: &Child, set: &[Capability]) -> Result<()> {
             .into_iter()
             .map(|(name, value)| (name.to_owned(), value))
             .collect();
-        ensure!(
+        assert!(
             status == wanted,
             "\n    is: {status:x?}\nwanted: {wanted:x?}"
         );
         threads += 1;
     }
-    ensure!(threads > 0);
+    assert!(threads > 0);
     Ok(())
 }
 
@@ -302,13 +298,13 @@ fn commands_hold_only_the_capabilities_they_need() -> Result<()> {
 fn reclaim_runs_with_its_capabilities_and_not_with_fewer() -> Result<()> {
     let (lab, leak) = lab("unread", Family::V4, 1)?;
     let pid = leak.app().pid();
-    with(&lab, None, &[ADMIN], "--all --method destroy")?.exits(0)?;
+    with(&lab, None, &[ADMIN], "--all --method destroy")?.exits(0);
     let line = format!("reclaim --pid {pid} --reclaim-age 0s --reclaim-force --stop-limit 5s");
     with(&lab, None, &[], &line)?
-        .exits(4)?
-        .complains("CAP_SYS_PTRACE")?;
-    with(&lab, None, &[SYS_ADMIN], &line)?.exits(4)?;
-    with(&lab, None, &[PTRACE], &line)?.exits(0)?;
+        .exits(4)
+        .complains("CAP_SYS_PTRACE");
+    with(&lab, None, &[SYS_ADMIN], &line)?.exits(4);
+    with(&lab, None, &[PTRACE], &line)?.exits(0);
     Ok(())
 }
 
@@ -323,8 +319,8 @@ fn an_owner_with_the_same_capabilities_can_be_reached() -> Result<()> {
             capabilities: Some(vec![BIND]),
         },
     )?;
-    with(&lab, None, &[], "--all --method shutdown")?.exits(4)?;
-    with(&lab, None, &[BIND], "--all --method shutdown")?.exits(0)?;
+    with(&lab, None, &[], "--all --method shutdown")?.exits(4);
+    with(&lab, None, &[BIND], "--all --method shutdown")?.exits(0);
     Ok(())
 }
 
@@ -332,8 +328,8 @@ fn an_owner_with_the_same_capabilities_can_be_reached() -> Result<()> {
 fn capabilities_that_cannot_be_dropped_are_reported() -> Result<()> {
     let (lab, _leak) = lab("silent-peer", Family::V4, 1)?;
     let command = crate::doctor::without(&lab, "PR_CAPBSET_DROP")?;
-    let ran = ran(command.args(["--all", "--method", "destroy"]))?.exits(0)?;
-    ran.complains("more privileges are held than needed: cannot clear the bounding set")?;
-    ensure!(in_state(&lab, TcpState::CloseWait)? == 0);
+    let ran = ran(command.args(["--all", "--method", "destroy"]))?.exits(0);
+    ran.complains("more privileges are held than needed: cannot clear the bounding set");
+    assert!(in_state(&lab, TcpState::CloseWait)? == 0);
     Ok(())
 }

@@ -3,11 +3,11 @@
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use netns_harness::{Family, Lab, TcpState};
 use serde_json::Value;
 
-use crate::support::{CWKILL, all_have, at, carries_data, count, cwkill, in_state, lab, same};
+use crate::support::{CWKILL, Ran, all_have, at, carries_data, count, cwkill, in_state, lab};
 use crate::trial::{Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
@@ -22,15 +22,9 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// Runs the program in our own namespace, in which nothing is stuck.
-fn outside(arguments: &[&str]) -> Result<(Option<i32>, Value, String)> {
+fn outside(arguments: &[&str]) -> Result<Ran> {
     let output = Command::new(CWKILL).args(arguments).output()?;
-    let json = serde_json::from_slice(&output.stdout).unwrap_or(Value::Null);
-    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-    Ok((output.status.code(), json, stderr))
-}
-
-fn sockets(json: &Value) -> Result<Vec<Value>> {
-    json["sockets"].as_array().cloned().context("no sockets")
+    Ran::of(&arguments.join(" "), output)
 }
 
 /// Those of `all` in the namespace of `lab`; other tests have namespaces too.
@@ -62,17 +56,15 @@ fn two_namespaces_are_cleared_from_outside_and_no_other(family: Family) -> Resul
         if !owners {
             arguments.push("--no-owners");
         }
-        let (code, json, stderr) = outside(&arguments)?;
-        // Other tests' namespaces may come and go; ours are all done.
-        ensure!(code == Some(0), "{code:?} {stderr}");
-        let all = sockets(&json)?;
+        // Namespaces of other tests may come and go; the sockets in ours are all closed.
+        let all = outside(&arguments)?.exits(0).sockets();
         let (in_first, in_second) = (of(&first, &all)?, of(&second, &all)?);
-        same(&(in_first.len(), in_second.len()), &(3, 4))?;
-        same(&all.len(), &7)?;
-        all_have(&all, "closed", method)?;
-        same(&in_state(&first, TcpState::CloseWait)?, &0)?;
-        same(&in_state(&second, TcpState::CloseWait)?, &0)?;
-        same(&in_state(&other, TcpState::CloseWait)?, &2)?;
+        assert_eq!((in_first.len(), in_second.len()), (3, 4));
+        assert_eq!(all.len(), 7);
+        all_have(&all, "closed", method);
+        assert_eq!(in_state(&first, TcpState::CloseWait)?, 0);
+        assert_eq!(in_state(&second, TcpState::CloseWait)?, 0);
+        assert_eq!(in_state(&other, TcpState::CloseWait)?, 2);
         carries_data(&bystanders)?;
         if method != "destroy" {
             first.start("unread", family, on(port_number(&port)?, 3))?;
@@ -89,36 +81,57 @@ fn port_number(text: &str) -> Result<u16> {
 /// Runs of the program while the world changes.
 const RUNS: usize = 25;
 
-/// Namespaces are made and removed while the program looks into all of them.
-fn a_namespace_that_disappears_is_not_an_error() -> Result<()> {
-    let (steady, _leak) = lab("unread", Family::V4, 2)?;
+/// Sets it when dropped, also by a panic, so that the thread that waits for it ends.
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Runs `look` at least [`RUNS`] times while another thread makes one `change` after the other, and until there were more
+/// changes than that.
+fn while_the_world_changes(
+    change: impl Fn() -> Result<()> + Sync,
+    look: impl Fn() -> Result<()>,
+) -> Result<()> {
     let over = AtomicBool::new(false);
-    let churned = AtomicUsize::new(0);
-    let look = |failed: &dyn Fn() -> bool| -> Result<()> {
-        while churned.load(Ordering::Relaxed) == 0 && !failed() {
-            std::thread::yield_now();
-        }
-        for _ in 0..RUNS {
-            let (code, json, stderr) = outside(&["--all-netns", "-n", "--json"])?;
-            ensure!(code == Some(0), "{code:?} {stderr}");
-            same(&of(&steady, &sockets(&json)?)?.len(), &2)?;
-        }
-        Ok(())
-    };
+    let changes = AtomicUsize::new(0);
     std::thread::scope(|scope| {
-        let churn = scope.spawn(|| -> Result<()> {
+        let changing = scope.spawn(|| -> Result<()> {
             while !over.load(Ordering::Relaxed) {
-                drop(Lab::new()?);
-                churned.fetch_add(1, Ordering::Relaxed);
+                change()?;
+                changes.fetch_add(1, Ordering::Relaxed);
             }
             Ok(())
         });
-        let looked = look(&|| churn.is_finished());
-        over.store(true, Ordering::Relaxed);
-        churn.join().expect("no panic").and(looked)
-    })?;
-    ensure!(churned.into_inner() > 1, "nothing came and went");
-    Ok(())
+        {
+            let _over = SetOnDrop(&over);
+            let mut looks = 0;
+            while looks < RUNS || changes.load(Ordering::Relaxed) <= RUNS {
+                look()?;
+                looks += 1;
+                if changing.is_finished() {
+                    break;
+                }
+            }
+        }
+        changing.join().expect("no panic")
+    })
+}
+
+/// Namespaces are made and removed while the program looks into all of them.
+fn a_namespace_that_disappears_is_not_an_error() -> Result<()> {
+    let (steady, _leak) = lab("unread", Family::V4, 2)?;
+    let come_and_go = || Lab::new().map(drop);
+    while_the_world_changes(come_and_go, || {
+        let sockets = outside(&["--all-netns", "-n", "--json"])?
+            .exits(0)
+            .sockets();
+        assert_eq!(of(&steady, &sockets)?.len(), 2);
+        Ok(())
+    })
 }
 
 /// The owner of the sockets goes from one namespace to another and back while the program looks, and the
@@ -129,41 +142,25 @@ fn a_process_that_moves_to_another_still_owns_its_sockets() -> Result<()> {
     let _resident = lab.app_host().agent("resident")?;
     let elsewhere = Lab::new()?;
     let owner = leak.app().pid().to_string();
-    let over = AtomicBool::new(false);
-    let look = || -> Result<()> {
-        for _ in 0..RUNS {
-            let (code, json, stderr) = outside(&["--all-netns", "-p", &owner, "-n", "--json"])?;
-            ensure!(code == Some(0), "{code:?} {stderr}");
-            same(&of(&lab, &sockets(&json)?)?.len(), &3)?;
-        }
-        Ok(())
+    let go_and_return = || {
+        leak.app().enter(elsewhere.app_host())?;
+        leak.app().enter(lab.app_host())
     };
-    let moves = std::thread::scope(|scope| {
-        let walk = scope.spawn(|| -> Result<usize> {
-            let mut moves = 0;
-            while !over.load(Ordering::Relaxed) {
-                leak.app().enter(elsewhere.app_host())?;
-                leak.app().enter(lab.app_host())?;
-                moves += 2;
-            }
-            Ok(moves)
-        });
-        let looked = look();
-        over.store(true, Ordering::Relaxed);
-        let moves = walk.join().expect("no panic")?;
-        looked.map(|()| moves)
+    while_the_world_changes(go_and_return, || {
+        let sockets = outside(&["--all-netns", "-p", &owner, "-n", "--json"])?
+            .exits(0)
+            .sockets();
+        assert_eq!(of(&lab, &sockets)?.len(), 3);
+        Ok(())
     })?;
-    ensure!(moves > RUNS, "it moved {moves} times only");
 
     leak.app().enter(elsewhere.app_host())?;
     // The process names the namespace it is in now.
-    let (code, _, stderr) = outside(&["-N", &owner, "-n", "--json"])?;
-    ensure!(code == Some(1), "{code:?} {stderr}");
-    let arguments = ["--all-netns", "-p", &owner, "--json"];
-    let (code, json, stderr) = outside(&arguments)?;
-    ensure!(code == Some(0), "{code:?} {stderr}");
-    all_have(&sockets(&json)?, "closed", "shutdown")?;
-    same(&in_state(&lab, TcpState::CloseWait)?, &0)
+    outside(&["-N", &owner, "-n", "--json"])?.exits(1);
+    let ran = outside(&["--all-netns", "-p", &owner, "--json"])?.exits(0);
+    all_have(&ran.sockets(), "closed", "shutdown");
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
+    Ok(())
 }
 
 fn a_namespace_is_named_by_path_or_process() -> Result<()> {
@@ -171,17 +168,16 @@ fn a_namespace_is_named_by_path_or_process() -> Result<()> {
     let path = lab.app_host().netns_path();
     let pid = leak.app().pid().to_string();
     for place in [path.to_str().context("a path")?, &pid] {
-        let (code, json, stderr) = outside(&["-N", place, "--all", "-n", "--json"])?;
-        ensure!(code == Some(0), "{place}: {code:?} {stderr}");
-        let found = sockets(&json)?;
-        same(&of(&lab, &found)?.len(), &2)?;
-        same(&found.len(), &2)?;
-        same(&at(&found[0], "/owners/0/pid"), &pid)?;
+        let ran = outside(&["-N", place, "--all", "-n", "--json"])?;
+        let found = ran.exits(0).sockets();
+        assert_eq!(of(&lab, &found)?.len(), 2);
+        assert_eq!(found.len(), 2);
+        assert_eq!(at(&found[0], "/owners/0/pid"), pid);
     }
-    let (code, json, _) = outside(&["-N", &pid, "--port", "8080", "--json"])?;
-    same(&code, &Some(0))?;
-    all_have(&sockets(&json)?, "closed", "shutdown")?;
-    same(&in_state(&lab, TcpState::CloseWait)?, &0)
+    let ran = outside(&["-N", &pid, "--port", "8080", "--json"])?.exits(0);
+    all_have(&ran.sockets(), "closed", "shutdown");
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
+    Ok(())
 }
 
 fn naming_a_namespace_does_not_act() -> Result<()> {
@@ -189,21 +185,14 @@ fn naming_a_namespace_does_not_act() -> Result<()> {
     let pid = leak.app().pid().to_string();
     for arguments in [&["-N", pid.as_str()][..], &["--all-netns"]] {
         outside(arguments)?;
-        same(&in_state(&lab, TcpState::CloseWait)?, &2)?;
+        assert_eq!(in_state(&lab, TcpState::CloseWait)?, 2);
     }
     // With more than one, the table says where.
-    let output = Command::new(CWKILL).args(["--all-netns"]).output()?;
-    let table = String::from_utf8_lossy(&output.stdout).into_owned();
-    ensure!(table.starts_with("NETNS"), "{table}");
+    let table = outside(&["--all-netns"])?.stdout;
+    assert!(table.starts_with("NETNS"), "{table}");
     let inode = lab.app_host().netns_inode()?.to_string();
-    ensure!(
-        table
-            .lines()
-            .filter(|line| line.starts_with(&inode))
-            .count()
-            == 2,
-        "{table}"
-    );
+    let ours = table.lines().filter(|line| line.starts_with(&inode));
+    assert_eq!(ours.count(), 2, "{table}");
     Ok(())
 }
 
@@ -214,17 +203,11 @@ fn a_namespace_that_cannot_be_opened_is_named() -> Result<()> {
         "999999999",
         "/etc/passwd",
     ] {
-        let (code, _, stderr) = outside(&["-N", place, "--all"])?;
-        ensure!(
-            code == Some(3) && stderr.contains(place),
-            "{code:?} {stderr}"
-        );
+        outside(&["-N", place, "--all"])?.exits(3).complains(place);
     }
-    let (code, _, stderr) = outside(&["-N", "blue", "--all-netns"])?;
-    ensure!(
-        code == Some(2) && stderr.contains("--all-netns"),
-        "{code:?} {stderr}"
-    );
+    outside(&["-N", "blue", "--all-netns"])?
+        .exits(2)
+        .complains("--all-netns");
     Ok(())
 }
 
@@ -234,19 +217,20 @@ fn namespaces_that_cannot_be_entered_are_counted() -> Result<()> {
     let _other = other.start("unread", Family::V4, count(1))?;
     // Without the right to enter any other, our own is still listed.
     let command = lab.app_host().command(CWKILL).capabilities(&[]);
-    let ran = crate::support::ran(command.args(["--all-netns", "--json"]))?.exits(0)?;
-    same(&ran.sockets()?.len(), &2)?;
-    let count = |field: &str| Ok::<_, anyhow::Error>(ran.json()?[field].as_u64().unwrap_or(0));
-    ensure!(
-        count("unreachable_namespaces")? + count("untold_namespaces")? > 0,
-        "{ran:#?}"
+    let ran = crate::support::ran(command.args(["--all-netns", "--json"]))?.exits(0);
+    assert_eq!(ran.sockets().len(), 2);
+    let document = ran.json();
+    let count = |field: &str| document[field].as_u64().unwrap_or(0);
+    assert!(
+        count("unreachable_namespaces") + count("untold_namespaces") > 0,
+        "{ran:?}"
     );
-    ensure!(ran.stderr.contains("needs CAP_SYS_"), "{ran:#?}");
+    assert!(ran.stderr.contains("needs CAP_SYS_"), "{ran:?}");
     // And nothing found is no proof that there is nothing.
     let command = lab.app_host().command(CWKILL).capabilities(&[]);
     let line = ["--all-netns", "--port", "1", "-n"];
-    crate::support::ran(command.args(line))?.exits(4)?;
-    cwkill(&lab, "--all -n")?.exits(0)?;
+    crate::support::ran(command.args(line))?.exits(4);
+    cwkill(&lab, "--all -n")?.exits(0);
     Ok(())
 }
 
@@ -255,24 +239,21 @@ fn an_interface_of_another_namespace_is_not_an_error() -> Result<()> {
     let name = "only-here";
     lab.app_host().within(|| {
         let add = ["link", "add", name, "type", "veth"];
-        ensure!(Command::new("ip").args(add).status()?.success());
+        assert!(Command::new("ip").args(add).status()?.success());
         Ok(())
     })?;
     let text = &format!("dev {name} or sport = :8080");
-    let (code, json, stderr) = outside(&["--all-netns", "-n", "--json", text])?;
-    ensure!(code == Some(0), "{code:?} {stderr}");
-    same(&of(&lab, &sockets(&json)?)?.len(), &2)?;
+    let ran = outside(&["--all-netns", "-n", "--json", text])?.exits(0);
+    assert_eq!(of(&lab, &ran.sockets())?.len(), 2);
     // What means nothing in any of them is an error: without it, `not dev` would match everything.
     for (text, named) in [
         ("cgroup /no/such", "/no/such"),
         ("dev no-such-if", "no-such-if"),
         ("not dev no-such-if", "no-such-if"),
     ] {
-        let (code, _, stderr) = outside(&["--all-netns", "-n", text])?;
-        ensure!(
-            code == Some(3) && stderr.contains(named),
-            "{text}: {code:?} {stderr}"
-        );
+        outside(&["--all-netns", "-n", text])?
+            .exits(3)
+            .complains(named);
     }
     Ok(())
 }

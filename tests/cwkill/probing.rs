@@ -1,10 +1,10 @@
 //! `probe`: only what its peer has forgotten is closed, and nothing of it stays behind.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use netns_harness::{Family, Lab, Leak, Recv, Signal, SocketOption, TcpState};
 
 use crate::support::{
-    CWKILL, PATIENCE, all_have, at, connections, cwkill, in_state, lab, ran, same, settled,
+    CWKILL, PATIENCE, all_have, at, connections, cwkill, in_state, lab, ran, settled,
 };
 use crate::trial::{Test, each_family, once};
 
@@ -28,7 +28,7 @@ const KINDS: [&str; 2] = ["drained", "not-accepted"];
 
 /// The keepalive timers that `ss` shows on the leaking host.
 fn keepalive_timers(lab: &Lab) -> Result<usize> {
-    let shown = ran(lab.app_host().command("ss").args(["-Htno"]))?.exits(0)?;
+    let shown = ran(lab.app_host().command("ss").args(["-Htno"]))?.exits(0);
     Ok(shown.stdout.matches("keepalive").count())
 }
 
@@ -36,20 +36,20 @@ fn a_half_closed_peer_lives_and_gets_its_data(family: Family) -> Result<()> {
     for kind in KINDS {
         let (lab, leak) = lab(kind, family, 3)?;
         let before = connections(&lab)?;
-        let sockets = cwkill(&lab, PROBE)?.exits(4)?.sockets()?;
-        same(&sockets.len(), &3)?;
-        all_have(&sockets, "skipped", "null").context(kind)?;
+        let sockets = cwkill(&lab, PROBE)?.exits(4).sockets();
+        assert_eq!(sockets.len(), 3);
+        all_have(&sockets, "skipped", "null");
         for socket in &sockets {
-            same(&at(socket, "/result/reason"), &"peer is alive".into())?;
+            assert_eq!(at(socket, "/result/reason"), "peer is alive");
         }
-        same(&connections(&lab)?, &before)?;
-        same(&keepalive_timers(&lab)?, &0)?;
+        assert_eq!(connections(&lab)?, before);
+        assert_eq!(keepalive_timers(&lab)?, 0);
         for conn in leak.conns() {
             let Some(app) = conn.app_fd else { continue };
             leak.app().send(&[app], b"late")?;
             let peer = conn.peer_fd.context("no descriptor in the peer")?;
             let got = leak.peer().recv(peer, 10, PATIENCE)?;
-            same(&got, &Recv::Data(b"late".to_vec()))?;
+            assert_eq!(got, Recv::Data(b"late".to_vec()));
         }
     }
     Ok(())
@@ -59,10 +59,10 @@ fn a_peer_that_has_forgotten_lets_the_kernel_close(family: Family) -> Result<()>
     for kind in KINDS {
         let (lab, leak) = lab(kind, family, 3)?;
         leak.peer().forget(&leak.peer_fds())?;
-        let sockets = cwkill(&lab, PROBE)?.exits(0)?.sockets()?;
-        all_have(&sockets, "closed", "probe").context(kind)?;
-        same(&connections(&lab)?.len(), &0)?;
-        ensure!(leak.app().is_alive());
+        let sockets = cwkill(&lab, PROBE)?.exits(0).sockets();
+        all_have(&sockets, "closed", "probe");
+        assert_eq!(connections(&lab)?.len(), 0);
+        assert!(leak.app().is_alive());
     }
     Ok(())
 }
@@ -80,13 +80,13 @@ fn a_silent_peer_is_not_taken_for_gone(family: Family) -> Result<()> {
     for kind in KINDS {
         let (lab, _leak) = deaf(kind, family)?;
         let sockets = cwkill(&lab, &format!("{PROBE} --grace 300ms"))?
-            .exits(4)?
-            .sockets()?;
-        all_have(&sockets, "failed", "null").context(kind)?;
+            .exits(4)
+            .sockets();
+        all_have(&sockets, "failed", "null");
         let error = at(&sockets[0], "/result/attempts/0/error");
-        ensure!(error.contains("no answer from the peer"), "{error}");
-        same(&connections(&lab)?.len(), &3)?;
-        same(&keepalive_timers(&lab)?, &0)?;
+        assert!(error.contains("no answer from the peer"), "{error}");
+        assert_eq!(connections(&lab)?.len(), 3);
+        assert_eq!(keepalive_timers(&lab)?, 0);
     }
     Ok(())
 }
@@ -94,17 +94,19 @@ fn a_silent_peer_is_not_taken_for_gone(family: Family) -> Result<()> {
 fn a_silent_peer_is_left_to_the_next_method(family: Family) -> Result<()> {
     let (lab, _leak) = deaf("drained", family)?;
     let line = "--all --method probe,destroy --grace 100ms --json";
-    let sockets = cwkill(&lab, line)?.exits(0)?.sockets()?;
-    all_have(&sockets, "closed", "destroy")
+    let sockets = cwkill(&lab, line)?.exits(0).sockets();
+    all_have(&sockets, "closed", "destroy");
+    Ok(())
 }
 
 fn a_live_peer_keeps_later_methods_away(family: Family) -> Result<()> {
     let (lab, _leak) = lab("drained", family, 3)?;
     let sockets = cwkill(&lab, "--all --method probe,destroy --json")?
-        .exits(4)?
-        .sockets()?;
-    all_have(&sockets, "skipped", "null")?;
-    same(&connections(&lab)?.len(), &3)
+        .exits(4)
+        .sockets();
+    all_have(&sockets, "skipped", "null");
+    assert_eq!(connections(&lab)?.len(), 3);
+    Ok(())
 }
 
 /// An owner of the same user and as little privilege.
@@ -129,12 +131,10 @@ fn an_owner_without_privileges_is_enough(family: Family) -> Result<()> {
     lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::CloseWait)? == 1))?;
     let command = lab.app_host().command(CWKILL).capabilities(&[]);
     let line = "--port 7000 --method probe --json";
-    let sockets = ran(command.args(line.split(' ')))?.exits(4)?.sockets()?;
-    all_have(&sockets, "skipped", "null")?;
-    same(
-        &at(&sockets[0], "/result/reason"),
-        &"peer is alive".to_owned(),
-    )
+    let sockets = ran(command.args(line.split(' ')))?.exits(4).sockets();
+    all_have(&sockets, "skipped", "null");
+    assert_eq!(at(&sockets[0], "/result/reason"), "peer is alive");
+    Ok(())
 }
 
 fn interrupted(signals: &[Signal]) -> Result<()> {
@@ -148,7 +148,7 @@ fn interrupted(signals: &[Signal]) -> Result<()> {
         },
     )?;
     let before = ran(lab.app_host().command("ss").args(["-Htn"]))?.stdout;
-    same(&keepalive_timers(&lab)?, &1)?;
+    assert_eq!(keepalive_timers(&lab)?, 1);
     let line = "--port 8080 --method probe --grace 60s --json";
     let child = lab
         .app_host()
@@ -162,18 +162,15 @@ fn interrupted(signals: &[Signal]) -> Result<()> {
         nix::sys::signal::kill(pid, *signal)?;
     }
     let output = child.wait_with_output()?;
-    same(&output.status.code(), &Some(4))?;
+    assert_eq!(output.status.code(), Some(4));
     let document: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-    same(&at(&document, "/summary/skipped"), &"3".to_owned())?;
-    same(
-        &at(&document, "/sockets/0/result/reason"),
-        &"interrupted".to_owned(),
-    )?;
-    same(&keepalive_timers(&lab)?, &1)?;
-    same(
-        &ran(lab.app_host().command("ss").args(["-Htn"]))?.stdout,
-        &before,
-    )?;
+    assert_eq!(at(&document, "/summary/skipped"), "3");
+    assert_eq!(at(&document, "/sockets/0/result/reason"), "interrupted");
+    assert_eq!(keepalive_timers(&lab)?, 1);
+    assert_eq!(
+        ran(lab.app_host().command("ss").args(["-Htn"]))?.stdout,
+        before
+    );
     Ok(())
 }
 
@@ -189,8 +186,9 @@ fn nohup_is_respected() -> Result<()> {
     let output = child.wait_with_output()?;
     let document: serde_json::Value = serde_json::from_slice(&output.stdout)?;
     let error = at(&document, "/sockets/0/result/attempts/0/error");
-    ensure!(error.contains("no answer from the peer"), "{error}");
-    same(&keepalive_timers(&lab)?, &0)
+    assert!(error.contains("no answer from the peer"), "{error}");
+    assert_eq!(keepalive_timers(&lab)?, 0);
+    Ok(())
 }
 
 /// A keepalive time that follows a large sysctl can be read, but not set.
@@ -201,13 +199,13 @@ fn an_option_that_could_not_be_put_back_is_not_set() -> Result<()> {
         Ok(())
     })?;
     let sockets = cwkill(&lab, "--all --method probe --json")?
-        .exits(4)?
-        .sockets()?;
-    all_have(&sockets, "failed", "null")?;
+        .exits(4)
+        .sockets();
+    all_have(&sockets, "failed", "null");
     let error = at(&sockets[0], "/result/attempts/0/error");
-    ensure!(error.contains("could not be put back"), "{error}");
-    same(&keepalive_timers(&lab)?, &0)?;
-    ensure!(leak.app().is_alive());
+    assert!(error.contains("could not be put back"), "{error}");
+    assert_eq!(keepalive_timers(&lab)?, 0);
+    assert!(leak.app().is_alive());
     Ok(())
 }
 

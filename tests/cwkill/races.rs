@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use netns_harness::{Dial, Family, Lab, Leak, Recv, TcpState};
 
 use cwkill::finder::netns::Which;
@@ -18,7 +18,7 @@ use cwkill::plan::{self, Policy};
 use cwkill::privileges::Privileges;
 use cwkill::selectors::Selectors;
 
-use crate::support::{PATIENCE, connections, in_state, lab, same};
+use crate::support::{PATIENCE, connections, in_state, lab};
 use crate::trial::{Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
@@ -93,7 +93,7 @@ fn bare_act_after(
     lab.app_host().within(|| {
         let proc = Proc::default();
         let found = find(&proc, &Selectors::default())?;
-        ensure!(found.sockets.len() == 1, "{found:#?}");
+        assert_eq!(found.sockets.len(), 1, "{found:#?}");
         change()?;
         let mut methods = injector::methods(&[method], &proc)?;
         let mut scene = OnlyCookies(SockDiag::open()?, found.sockets[0].id);
@@ -129,17 +129,18 @@ fn swap_descriptor(leak: &Leak) -> Result<(netns_harness::Fd, netns_harness::Fd)
     let peer = leak.peer();
     let ends = peer.connect(leak.pair().app_address, 1, Dial::default(), PATIENCE)?;
     let accepted = leak.app().accept(leak.pair().listener, 1, PATIENCE)?;
-    ensure!(accepted[0].fd == fd, "the number is used again");
+    assert_eq!(accepted[0].fd, fd, "the number is used again");
     Ok((fd, ends[0].fd))
 }
 
 fn lives(leak: &Leak, app: netns_harness::Fd, peer: netns_harness::Fd) -> Result<()> {
     leak.peer().send(&[peer], b"still here?")?;
     let got = leak.app().recv(app, 100, PATIENCE)?;
-    same(&got, &Recv::Data(b"still here?".to_vec()))?;
+    assert_eq!(got, Recv::Data(b"still here?".to_vec()));
     leak.app().send(&[app], b"yes")?;
     let got = leak.peer().recv(peer, 100, PATIENCE)?;
-    same(&got, &Recv::Data(b"yes".to_vec()))
+    assert_eq!(got, Recv::Data(b"yes".to_vec()));
+    Ok(())
 }
 
 fn a_reused_descriptor_number_is_not_touched(family: Family) -> Result<()> {
@@ -150,7 +151,7 @@ fn a_reused_descriptor_number_is_not_touched(family: Family) -> Result<()> {
         Ok(())
     };
     let (_, outcomes) = act_after(&lab, &MethodName::AUTO, swap)?;
-    ensure!(matches!(outcomes[0].verdict, Verdict::Gone), "{outcomes:?}");
+    assert!(matches!(outcomes[0].verdict, Verdict::Gone), "{outcomes:?}");
     let (app, peer) = bystander.context("swapped")?;
     lives(&leak, app, peer)?;
 
@@ -162,7 +163,7 @@ fn a_reused_descriptor_number_is_not_touched(family: Family) -> Result<()> {
         Ok(())
     };
     let result = bare_act_after(&lab, MethodName::Shutdown, swap)?;
-    ensure!(
+    assert!(
         matches!(result, Err(ActError::DescriptorsGone)),
         "{result:?}"
     );
@@ -191,10 +192,10 @@ fn swap_connection(lab: &Lab, leak: &Leak) -> Result<(netns_harness::Fd, netns_h
         .connect(leak.pair().app_address, 1, dial, PATIENCE)?;
     let accepted = leak.app().accept(leak.pair().listener, 1, PATIENCE)?;
     let now = connections(lab)?;
-    same(
-        &(now[0].local, now[0].peer),
-        &(before[0].local, before[0].peer),
-    )?;
+    assert_eq!(
+        (now[0].local, now[0].peer),
+        (before[0].local, before[0].peer)
+    );
     Ok((accepted[0].fd, ends[0].fd))
 }
 
@@ -207,7 +208,7 @@ fn a_reused_tuple_is_not_touched(family: Family) -> Result<()> {
             Ok(())
         };
         let (_, outcomes) = act_after(&lab, &[method], swap)?;
-        ensure!(matches!(outcomes[0].verdict, Verdict::Gone), "{outcomes:?}");
+        assert!(matches!(outcomes[0].verdict, Verdict::Gone), "{outcomes:?}");
         let (app, peer) = bystander.context("swapped")?;
         lives(&leak, app, peer)?;
     }
@@ -219,10 +220,10 @@ fn a_reused_tuple_is_not_touched(family: Family) -> Result<()> {
         Ok(())
     };
     let result = bare_act_after(&lab, MethodName::Destroy, swap)?;
-    ensure!(matches!(result, Err(ActError::Gone)), "{result:?}");
+    assert!(matches!(result, Err(ActError::Gone)), "{result:?}");
     let (app, peer) = bystander.context("swapped")?;
     lives(&leak, app, peer)?;
-    same(&in_state(&lab, TcpState::Listen)?, &1)?;
+    assert_eq!(in_state(&lab, TcpState::Listen)?, 1);
 
     // The ACK that rst draws now comes from the stranger; the look after it finds that out.
     for method in [MethodName::Rst, MethodName::Probe] {
@@ -235,9 +236,10 @@ fn a_reused_tuple_is_not_touched(family: Family) -> Result<()> {
         let _ = bare_act_after(&lab, method, swap)?;
         let (app, peer) = bystander.context("swapped")?;
         lives(&leak, app, peer)?;
-        same(&in_state(&lab, TcpState::Listen)?, &1)?;
+        assert_eq!(in_state(&lab, TcpState::Listen)?, 1);
     }
-    same(&in_state(&lab, TcpState::Listen)?, &1)
+    assert_eq!(in_state(&lab, TcpState::Listen)?, 1);
+    Ok(())
 }
 
 fn an_owner_that_dies_does_not_affect_others(family: Family) -> Result<()> {
@@ -259,9 +261,10 @@ fn an_owner_that_dies_does_not_affect_others(family: Family) -> Result<()> {
             9090 => matches!(outcome.verdict, Verdict::Closed(MethodName::Shutdown)),
             _ => matches!(outcome.verdict, Verdict::Gone),
         };
-        ensure!(as_wanted, "{outcome:?}");
+        assert!(as_wanted, "{outcome:?}");
     }
-    same(&in_state(&lab, TcpState::CloseWait)?, &0)
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
+    Ok(())
 }
 
 fn a_socket_that_closes_on_its_own_is_gone() -> Result<()> {
@@ -271,9 +274,10 @@ fn a_socket_that_closes_on_its_own_is_gone() -> Result<()> {
     let gone = outcomes
         .iter()
         .filter(|o| matches!(o.verdict, Verdict::Gone));
-    same(&gone.count(), &1)?;
+    assert_eq!(gone.count(), 1);
     let closed = |o: &&Outcome| matches!(o.verdict, Verdict::Closed(MethodName::Shutdown));
-    same(&outcomes.iter().filter(closed).count(), &1)
+    assert_eq!(outcomes.iter().filter(closed).count(), 1);
+    Ok(())
 }
 
 fn a_socket_accepted_meanwhile_is_skipped() -> Result<()> {
@@ -285,8 +289,9 @@ fn a_socket_accepted_meanwhile_is_skipped() -> Result<()> {
     let left = outcomes
         .iter()
         .filter(|o| matches!(o.verdict, Verdict::Skipped(ladder::Skip::Accepted)));
-    same(&left.count(), &1)?;
-    same(&in_state(&lab, TcpState::CloseWait)?, &1)
+    assert_eq!(left.count(), 1);
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 1);
+    Ok(())
 }
 
 /// The act goes through an owner that is still there.
@@ -295,9 +300,10 @@ fn the_act_goes_through_the_remaining_owners() -> Result<()> {
     let (found, outcomes) = act_after(&lab, &[MethodName::Shutdown], || {
         leak.app().close(&leak.app_fds())
     })?;
-    ensure!(found.sockets.iter().all(|socket| socket.owners.len() == 3));
+    assert!(found.sockets.iter().all(|socket| socket.owners.len() == 3));
     let closed = |o: &&Outcome| matches!(o.verdict, Verdict::Closed(MethodName::Shutdown));
-    same(&outcomes.iter().filter(closed).count(), &2)
+    assert_eq!(outcomes.iter().filter(closed).count(), 2);
+    Ok(())
 }
 
 /// With a receive queue for a few answers only: every socket that was aborted is known as ours, and
@@ -309,7 +315,7 @@ fn lost_answers_are_not_taken_for_others() -> Result<()> {
         let ids: Vec<DiagId> = found.sockets.iter().map(|socket| socket.id).collect();
         let mut tiny = SockDiag::with_queue(1)?;
         let seen = tiny.lookup(&ids, Detail::Quiet)?;
-        same(&seen.iter().filter(|look| look.is_ok()).count(), &200)?;
+        assert_eq!(seen.iter().filter(|look| look.is_ok()).count(), 200);
         let mut lost = 0;
         for result in tiny.destroy(&ids)? {
             match result {
@@ -318,10 +324,11 @@ fn lost_answers_are_not_taken_for_others() -> Result<()> {
                 Err(other) => anyhow::bail!("{other:?}"),
             }
         }
-        ensure!(lost > 0, "the queue was too large for this test");
+        assert!(lost > 0, "the queue was too large for this test");
         Ok(())
     })?;
-    same(&connections(&lab)?.len(), &0)
+    assert_eq!(connections(&lab)?.len(), 0);
+    Ok(())
 }
 
 /// Orders with one answer for many: failures are told, and where they could not be told nothing is taken for done.
@@ -332,8 +339,8 @@ fn silence_means_done_only_if_no_answer_was_lost() -> Result<()> {
         let ids: Vec<DiagId> = found.sockets.iter().map(|socket| socket.id).collect();
         let mut diag = SockDiag::open()?;
         let (gone, there) = (&ids[..50], &ids[50..150]);
-        ensure!(diag.destroy_together(gone)?.iter().all(Result::is_ok));
-        same(&in_state(&lab, TcpState::CloseWait)?, &150)?;
+        assert!(diag.destroy_together(gone)?.iter().all(Result::is_ok));
+        assert_eq!(in_state(&lab, TcpState::CloseWait)?, 150);
         // Every third has gone.
         let mixed: Vec<DiagId> = (gone.iter())
             .zip(there.chunks(2))
@@ -345,7 +352,7 @@ fn silence_means_done_only_if_no_answer_was_lost() -> Result<()> {
                 other => anyhow::bail!("{at}: {other:?}"),
             }
         }
-        same(&in_state(&lab, TcpState::CloseWait)?, &50)?;
+        assert_eq!(in_state(&lab, TcpState::CloseWait)?, 50);
         // The answers to those that have gone are too many for the queue.
         let mut tiny = SockDiag::with_queue(1)?;
         let (gone, there) = (&ids[..40], &ids[150..]);
@@ -353,11 +360,12 @@ fn silence_means_done_only_if_no_answer_was_lost() -> Result<()> {
         let results = tiny.destroy_together(&all)?;
         let lost =
             |result: &Result<(), DestroyError>| matches!(result, Err(DestroyError::AnswerLost));
-        ensure!(
+        assert!(
             results.iter().any(lost),
             "the queue was too large for this test"
         );
-        ensure!(!results.iter().any(Result::is_ok), "{results:?}");
-        same(&in_state(&lab, TcpState::CloseWait)?, &30)
+        assert!(!results.iter().any(Result::is_ok), "{results:?}");
+        assert_eq!(in_state(&lab, TcpState::CloseWait)?, 30);
+        Ok(())
     })
 }

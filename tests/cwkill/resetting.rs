@@ -5,7 +5,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow};
 use netns_harness::{Capability, Family, Lab, Recv, TcpState};
 
 use nix::sys::socket::sockopt::{ReuseAddr, TcpRepair};
@@ -17,7 +17,7 @@ use cwkill::tcp::{Segment, Seq, TcpFlags};
 
 use crate::support::{
     CWKILL, PATIENCE, all_have, at, carries_data, connections, count, cwkill, in_state, lab, ran,
-    same, settled,
+    settled,
 };
 use crate::trial::{Test, each_family};
 
@@ -41,18 +41,18 @@ fn every_kind_is_closed_and_its_peer_released(family: Family) -> Result<()> {
     for kind in ["unread", "drained", "forked", "not-accepted"] {
         let (lab, bystanders) = lab("established", family, 3)?;
         let leak = lab.start(kind, family, count(5))?;
-        let sockets = cwkill(&lab, RST)?.exits(0)?.sockets()?;
-        same(&sockets.len(), &5)?;
-        all_have(&sockets, "closed", "rst")?;
+        let sockets = cwkill(&lab, RST)?.exits(0).sockets();
+        assert_eq!(sockets.len(), 5);
+        all_have(&sockets, "closed", "rst");
         let rows = connections(&lab)?;
-        same(&rows.len(), &3)?;
-        ensure!(rows.iter().all(|row| row.state == TcpState::Established));
-        ensure!(leak.app().is_alive());
+        assert_eq!(rows.len(), 3);
+        assert!(rows.iter().all(|row| row.state == TcpState::Established));
+        assert!(leak.app().is_alive());
         carries_data(&bystanders).context(kind)?;
         // The peer, half-closed until now, has been told.
         for fd in leak.peer_fds() {
             let got = leak.peer().recv(fd, 1, PATIENCE)?;
-            same(&got, &Recv::Failed(libc::ECONNRESET)).context(kind)?;
+            assert_eq!(got, Recv::Failed(libc::ECONNRESET), "{kind}");
         }
     }
     Ok(())
@@ -61,11 +61,11 @@ fn every_kind_is_closed_and_its_peer_released(family: Family) -> Result<()> {
 fn sockets_of_more_than_one_batch_are_closed(family: Family) -> Result<()> {
     for kind in ["drained", "not-accepted"] {
         let (lab, leak) = lab(kind, family, 1100)?;
-        let sockets = cwkill(&lab, RST)?.exits(0)?.sockets()?;
-        same(&sockets.len(), &1100)?;
-        all_have(&sockets, "closed", "rst")?;
-        same(&connections(&lab)?.len(), &0)?;
-        ensure!(leak.app().is_alive());
+        let sockets = cwkill(&lab, RST)?.exits(0).sockets();
+        assert_eq!(sockets.len(), 1100);
+        all_have(&sockets, "closed", "rst");
+        assert_eq!(connections(&lab)?.len(), 0);
+        assert!(leak.app().is_alive());
     }
     Ok(())
 }
@@ -74,8 +74,9 @@ fn cap_net_raw_is_enough(family: Family) -> Result<()> {
     let (lab, _leak) = lab("drained", family, 3)?;
     let command = lab.app_host().command(CWKILL);
     let command = command.capabilities(&[Capability::CAP_NET_RAW]);
-    let sockets = ran(command.args(RST.split(' ')))?.exits(0)?.sockets()?;
-    all_have(&sockets, "closed", "rst")
+    let sockets = ran(command.args(RST.split(' ')))?.exits(0).sockets();
+    all_have(&sockets, "closed", "rst");
+    Ok(())
 }
 
 fn the_missing_capability_is_named(family: Family) -> Result<()> {
@@ -83,26 +84,25 @@ fn the_missing_capability_is_named(family: Family) -> Result<()> {
     let before = lab.app_host().ss(&[])?;
     let command = lab.app_host().command(CWKILL).capabilities(&[]);
     let ran = ran(command.args(RST.split(' ')))?
-        .exits(4)?
-        .complains("CAP_NET_RAW")?
-        .complains("setcap")?;
-    let sockets = ran.sockets()?;
-    all_have(&sockets, "skipped", "null")?;
-    same(
-        &at(&sockets[0], "/result/reason"),
-        &"rst: needs CAP_NET_RAW".into(),
-    )?;
-    same(&lab.app_host().ss(&[])?, &before)
+        .exits(4)
+        .complains("CAP_NET_RAW")
+        .complains("setcap");
+    let sockets = ran.sockets();
+    all_have(&sockets, "skipped", "null");
+    assert_eq!(at(&sockets[0], "/result/reason"), "rst: needs CAP_NET_RAW");
+    assert_eq!(lab.app_host().ss(&[])?, before);
+    Ok(())
 }
 
 fn a_socket_is_asked_again_after_the_rate_limit(family: Family) -> Result<()> {
     let (lab, _leak) = lab("not-accepted", family, 3)?;
     // Draws an ACK from each; each is silent for net.ipv4.tcp_invalid_ratelimit then.
-    cwkill(&lab, "--all --method probe")?.exits(4)?;
-    let impatient = cwkill(&lab, &format!("{RST} --grace 100ms"))?.exits(4)?;
-    all_have(&impatient.sockets()?, "failed", "null")?;
-    let sockets = cwkill(&lab, RST)?.exits(0)?.sockets()?;
-    all_have(&sockets, "closed", "rst")
+    cwkill(&lab, "--all --method probe")?.exits(4);
+    let impatient = cwkill(&lab, &format!("{RST} --grace 100ms"))?.exits(4);
+    all_have(&impatient.sockets(), "failed", "null");
+    let sockets = cwkill(&lab, RST)?.exits(0).sockets();
+    all_have(&sockets, "closed", "rst");
+    Ok(())
 }
 
 fn the_step_that_failed_is_named(family: Family) -> Result<()> {
@@ -114,12 +114,12 @@ fn the_step_that_failed_is_named(family: Family) -> Result<()> {
         settled(&lab, &leak)?;
         lab.app_host().set_link("lo", false)?;
         let sockets = cwkill(&lab, &format!("{RST} --grace 200ms"))?
-            .exits(4)?
-            .sockets()?;
-        all_have(&sockets, "failed", "null")?;
+            .exits(4)
+            .sockets();
+        all_have(&sockets, "failed", "null");
         let error = at(&sockets[0], "/result/attempts/0/error");
-        ensure!(error.contains(step), "{error}");
-        same(&in_state(&lab, TcpState::CloseWait)?, &2)?;
+        assert!(error.contains(step), "{error}");
+        assert_eq!(in_state(&lab, TcpState::CloseWait)?, 2);
     }
     Ok(())
 }
@@ -128,10 +128,11 @@ fn unsent_bytes_are_protected(family: Family) -> Result<()> {
     let (lab, leak) = lab("drained", family, 1)?;
     leak.pair().set_link(false)?;
     leak.app().send(&leak.app_fds(), b"not yet arrived")?;
-    cwkill(&lab, "--all --method destroy,rst")?.exits(4)?;
-    same(&connections(&lab)?[0].send_q, &15)?;
-    let sockets = cwkill(&lab, "--all --method rst --discard-unsent --json")?.sockets()?;
-    all_have(&sockets, "closed", "rst")
+    cwkill(&lab, "--all --method destroy,rst")?.exits(4);
+    assert_eq!(connections(&lab)?[0].send_q, 15);
+    let sockets = cwkill(&lab, "--all --method rst --discard-unsent --json")?.sockets();
+    all_have(&sockets, "closed", "rst");
+    Ok(())
 }
 
 /// Sends one segment to the application's listener as a peer that is not connected.
@@ -152,12 +153,13 @@ fn fact_a_listener_keeps_nothing_of_a_bare_ack(family: Family) -> Result<()> {
     let (lab, leak) = lab("established", family, 1)?;
     for flags in [TcpFlags::ACK, TcpFlags::RST, TcpFlags::RST | TcpFlags::ACK] {
         to_listener(&lab, &leak, flags)?;
-        same(&connections(&lab)?.len(), &1)?;
+        assert_eq!(connections(&lab)?.len(), 1);
     }
     // Nobody answers the SYN-ACK.
     leak.pair().set_link(false)?;
     to_listener(&lab, &leak, TcpFlags::SYN)?;
-    same(&in_state(&lab, TcpState::SynRecv)?, &1)
+    assert_eq!(in_state(&lab, TcpState::SynRecv)?, 1);
+    Ok(())
 }
 
 /// A stuck connection of this process to itself on the leaking host: the end in CLOSE-WAIT and its peer.
@@ -179,7 +181,7 @@ fn send(segment: Segment) -> Result<()> {
         interface: 0,
     };
     let sent = RawSockets::default().send(&[outgoing]).remove(0);
-    ensure!(sent.is_ok(), "{sent:?}");
+    assert!(sent.is_ok(), "{sent:?}");
     Ok(())
 }
 
@@ -210,7 +212,8 @@ fn fact_an_rst_beside_rcv_nxt_closes_nothing(family: Family) -> Result<()> {
         (&peer).read_exact(&mut [0])?;
         reset(numbers.rcv_nxt)?;
         let error = (&local).write_all(b"x").unwrap_err().raw_os_error();
-        same(&error, &Some(libc::EPIPE))
+        assert_eq!(error, Some(libc::EPIPE));
+        Ok(())
     })
 }
 
@@ -228,7 +231,7 @@ fn repair_mode_is_left_on_every_path(family: Family) -> Result<()> {
         for reuse in [false, true] {
             setsockopt(&local, ReuseAddr, &reuse)?;
             let before = repair::numbers(local.as_fd()).map_err(|error| anyhow!("{error}"))?;
-            same(&options(&local)?, &(reuse, 0))?;
+            assert_eq!(options(&local)?, (reuse, 0));
             let panicked = catch_unwind(AssertUnwindSafe(|| {
                 let _mode = RepairMode::enter(local.as_fd()).unwrap();
                 // The fact that the guard is there for.
@@ -238,18 +241,19 @@ fn repair_mode_is_left_on_every_path(family: Family) -> Result<()> {
                 resume_unwind(Box::new("in repair mode"));
             }));
             let message = panicked.unwrap_err();
-            same(&message.downcast_ref::<&str>(), &Some(&"in repair mode"))?;
-            same(&options(&local)?, &(reuse, 0))?;
+            assert_eq!(message.downcast_ref::<&str>(), Some(&"in repair mode"));
+            assert_eq!(options(&local)?, (reuse, 0));
             (&local).write_all(b"1234567")?;
             (&peer).read_exact(&mut [0; 7])?;
             let after = repair::numbers(local.as_fd()).map_err(|error| anyhow!("{error}"))?;
-            same(&after.rcv_nxt, &before.rcv_nxt)?;
-            same(&after.snd_nxt, &before.snd_nxt.plus(7))?;
+            assert_eq!(after.rcv_nxt, before.rcv_nxt);
+            assert_eq!(after.snd_nxt, before.snd_nxt.plus(7));
         }
         // The fact: without the guard the mode leaves SO_REUSEADDR off.
         setsockopt(&local, TcpRepair, &1)?;
         setsockopt(&local, TcpRepair, &u32::MAX)?;
-        same(&options(&local)?, &(false, 0))
+        assert_eq!(options(&local)?, (false, 0));
+        Ok(())
     })
 }
 
@@ -265,6 +269,7 @@ fn an_owner_that_exits_in_repair_mode_still_sends_its_fin(family: Family) -> Res
         drop(mode);
         drop(duplicate);
         peer.set_read_timeout(Some(PATIENCE))?;
-        same(&peer.read(&mut [0; 1])?, &0)
+        assert_eq!(peer.read(&mut [0; 1])?, 0);
+        Ok(())
     })
 }

@@ -54,9 +54,9 @@ fn all_six_runbooks_exist() -> Result<()> {
     for name in RUNBOOKS {
         let text = std::fs::read_to_string(docs().join("runbooks").join(name)).context(name)?;
         for part in ["## How to undo or limit harm", "## When not to use cwkill"] {
-            ensure!(text.contains(part), "{name} has no part \"{part}\"");
+            assert!(text.contains(part), "{name} has no part \"{part}\"");
         }
-        ensure!(Document::parse(&text)?.runs() > 0, "{name} runs nothing");
+        assert!(Document::parse(&text)?.runs() > 0, "{name} runs nothing");
     }
     Ok(())
 }
@@ -79,7 +79,7 @@ fn documented_commands_print_the_documented_output() -> Result<()> {
             wrong += &format!("{name}: {difference}\n");
         }
     }
-    ensure!(renew || wrong.is_empty(), "\n{wrong}");
+    assert!(renew || wrong.is_empty(), "\n{wrong}");
     Ok(())
 }
 
@@ -357,7 +357,7 @@ fn a_wrong_documented_output_is_detected() -> Result<()> {
     let right = "<!-- scenario: unread:2,established -->\n```console\n$ cwkill | tail -n 1\n\
         2 sockets stuck: 2 unread\n$ cwkill --port 9 -q\n$ echo $?\n1\n```\n";
     let (differences, renewed) = Document::parse(right)?.run()?;
-    ensure!(
+    assert!(
         differences.is_empty() && renewed == right,
         "{differences:?}"
     );
@@ -367,12 +367,12 @@ fn a_wrong_documented_output_is_detected() -> Result<()> {
         ("-q\n", "-q\nsomething\n"),
     ] {
         let (differences, renewed) = Document::parse(&right.replace(from, to))?.run()?;
-        ensure!(
+        assert!(
             differences.len() == 1 && renewed == right,
             "{to}: {differences:?}"
         );
     }
-    ensure!(Document::parse("```\n$ cwkill\n```\n").is_err());
+    assert!(Document::parse("```\n$ cwkill\n```\n").is_err());
     Ok(())
 }
 
@@ -383,7 +383,7 @@ fn only_varying_values_are_ignored() -> Result<()> {
         "leaky-app/29406  4  10.78.1.1:8080  10.78.1.2:50290  2m3s  8  0  unread",
         "leaky-app/1  4  10.78.1.1:8080  10.78.1.2:1  1s  8  0  unread",
     ] {
-        ensure!(same(row, other), "{other}");
+        assert!(same(row, other), "{other}");
     }
     for (from, to) in [
         ("unread", "drained"),
@@ -391,9 +391,9 @@ fn only_varying_values_are_ignored() -> Result<()> {
         ("app/", "ape/"),
         (".1:8080", ".1:80"),
     ] {
-        ensure!(!same(row, &row.replacen(from, to, 1)), "{to}");
+        assert!(!same(row, &row.replacen(from, to, 1)), "{to}");
     }
-    ensure!(!same(
+    assert!(!same(
         "3 sockets matched: 3 closed",
         "3 sockets matched: 2 closed"
     ));

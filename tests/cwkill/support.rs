@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use netns_harness::{Agent, AgentOptions, Dial, Family, How, Lab, Leak, Options, SsRow, TcpState};
 use serde_json::Value;
 
@@ -13,47 +13,70 @@ pub const CWKILL: &str = env!("CARGO_BIN_EXE_cwkill");
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// How a run of the program ended.
-#[derive(Debug)]
 pub struct Ran {
+    command: String,
     pub code: Option<i32>,
     pub stdout: String,
     pub stderr: String,
 }
 
+/// For the message of a failed assertion.
+impl std::fmt::Debug for Ran {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Ran {
+            command,
+            code,
+            stdout,
+            stderr,
+        } = self;
+        write!(
+            f,
+            "{command}\nexit status {code:?}\nstdout:\n{stdout}\nstderr:\n{stderr}"
+        )
+    }
+}
+
 impl Ran {
-    /// Of a command that has ended.
-    pub fn of(output: std::process::Output) -> Result<Self> {
+    /// Of `command`, which has ended.
+    pub fn of(command: &str, output: std::process::Output) -> Result<Self> {
         Ok(Ran {
+            command: command.to_owned(),
             code: output.status.code(),
-            stdout: String::from_utf8(output.stdout).context("stdout is no UTF-8")?,
-            stderr: String::from_utf8(output.stderr).context("stderr is no UTF-8")?,
+            stdout: String::from_utf8(output.stdout).context("stdout is not UTF-8")?,
+            stderr: String::from_utf8(output.stderr).context("stderr is not UTF-8")?,
         })
     }
 
     /// Its exit status was `code`.
-    pub fn exits(self, code: i32) -> Result<Self> {
-        ensure!(
-            self.code == Some(code),
-            "wanted exit status {code}: {self:#?}"
-        );
-        Ok(self)
+    #[track_caller]
+    pub fn exits(self, code: i32) -> Self {
+        assert_eq!(self.code, Some(code), "exit status of {self:?}");
+        self
     }
 
     /// Its one JSON document.
-    pub fn json(&self) -> Result<Value> {
-        serde_json::from_str(&self.stdout).with_context(|| format!("no JSON: {self:#?}"))
+    #[track_caller]
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {self:?}"))
     }
 
     /// The sockets of its JSON document.
-    pub fn sockets(&self) -> Result<Vec<Value>> {
-        let sockets = self.json()?["sockets"].as_array().cloned();
-        sockets.context("no sockets in the document")
+    #[track_caller]
+    pub fn sockets(&self) -> Vec<Value> {
+        match &self.json()["sockets"] {
+            Value::Array(sockets) => sockets.clone(),
+            _ => panic!("no sockets in the document: {self:?}"),
+        }
     }
 
     /// Its stderr has this text.
-    pub fn complains(self, text: &str) -> Result<Self> {
-        ensure!(self.stderr.contains(text), "wanted {text:?}: {self:#?}");
-        Ok(self)
+    #[track_caller]
+    pub fn complains(self, text: &str) -> Self {
+        assert!(
+            self.stderr.contains(text),
+            "no {text:?} on standard error of {self:?}"
+        );
+        self
     }
 }
 
@@ -65,7 +88,7 @@ pub fn cwkill(lab: &Lab, arguments: &str) -> Result<Ran> {
 
 /// Runs a command.
 pub fn ran(command: netns_harness::HostCommand<'_>) -> Result<Ran> {
-    Ran::of(command.output()?)
+    Ran::of(&format!("{command:?}"), command.output()?)
 }
 
 /// Waits until the first thread of process `pid` is in a pause, or the process has ended.
@@ -142,22 +165,17 @@ pub fn settled(lab: &Lab, leak: &Leak) -> Result<()> {
 }
 
 /// Every connection of `leak` still carries bytes from the peer to the application and back.
+#[track_caller]
 pub fn carries_data(leak: &Leak) -> Result<()> {
     for conn in leak.conns() {
         let app = conn.app_fd.context("no descriptor in the application")?;
         let peer = conn.peer_fd.context("no descriptor in the peer")?;
         leak.peer().send(&[peer], b"ping")?;
         let got = leak.app().recv(app, 100, PATIENCE)?;
-        ensure!(
-            got == netns_harness::Recv::Data(b"ping".to_vec()),
-            "{got:?}"
-        );
+        assert_eq!(got, netns_harness::Recv::Data(b"ping".to_vec()));
         leak.app().send(&[app], b"pong")?;
         let got = leak.peer().recv(peer, 100, PATIENCE)?;
-        ensure!(
-            got == netns_harness::Recv::Data(b"pong".to_vec()),
-            "{got:?}"
-        );
+        assert_eq!(got, netns_harness::Recv::Data(b"pong".to_vec()));
     }
     Ok(())
 }
@@ -172,26 +190,19 @@ pub fn at(value: &Value, pointer: &str) -> String {
 }
 
 /// Every socket of a run has this outcome by this method.
-pub fn all_have(sockets: &[Value], outcome: &str, method: &str) -> Result<()> {
+#[track_caller]
+pub fn all_have(sockets: &[Value], outcome: &str, method: &str) {
     for socket in sockets {
         let is = (at(socket, "/result/outcome"), at(socket, "/result/method"));
-        ensure!(is == (outcome.into(), method.into()), "{socket:#}");
+        assert_eq!(is, (outcome.into(), method.into()), "{socket:#}");
     }
-    Ok(())
 }
 
-/// Fails unless both are equal, showing both.
-pub fn same<T: PartialEq + std::fmt::Debug>(is: &T, wanted: &T) -> Result<()> {
-    ensure!(is == wanted, "\n    is: {is:?}\nwanted: {wanted:?}");
-    Ok(())
-}
-
-/// A dry run with `selector` shows so many sockets.
+/// A dry run with `selector` shows this many sockets.
+#[track_caller]
 pub fn selects(lab: &Lab, selector: &str, expected: usize) -> Result<()> {
     let status = if expected == 0 { 1 } else { 0 };
-    let sockets = cwkill(lab, &format!("-n --json {selector}"))?
-        .exits(status)
-        .and_then(|ran| ran.sockets())
-        .with_context(|| selector.to_owned())?;
-    same(&sockets.len(), &expected).with_context(|| selector.to_owned())
+    let ran = cwkill(lab, &format!("-n --json {selector}"))?.exits(status);
+    assert_eq!(ran.sockets().len(), expected, "{selector}");
+    Ok(())
 }

@@ -5,7 +5,7 @@ use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::Parser as _;
 use cwkill::cli::Cli;
 use cwkill::config::Config;
@@ -23,7 +23,7 @@ use serde_json::Value;
 use crate::races::Now;
 use crate::support::{
     CWKILL, PATIENCE, Ran, all_have, alone, at, carries_data, connections, count, cwkill, in_state,
-    lab, ran, same,
+    lab, ran,
 };
 use crate::trial::{Test, each_family, once};
 
@@ -89,12 +89,13 @@ fn many_old_sockets_are_swept() -> Result<()> {
     aged(&lab)?;
     let run = sweep(&lab, &Now)?;
     // A busy machine may let rows get old.
-    ensure!(run.swept.sockets.len() > 100, "{}", run.swept.sockets.len());
-    same(&(run.swept.sockets.len() + run.found.sockets.len()), &2000)?;
-    same(
-        &in_state(&lab, TcpState::CloseWait)?,
-        &run.found.sockets.len(),
-    )
+    assert!(run.swept.sockets.len() > 100, "{}", run.swept.sockets.len());
+    assert_eq!((run.swept.sockets.len() + run.found.sockets.len()), 2000);
+    assert_eq!(
+        in_state(&lab, TcpState::CloseWait)?,
+        run.found.sockets.len()
+    );
+    Ok(())
 }
 
 fn few_or_young_sockets_are_not_swept() -> Result<()> {
@@ -107,8 +108,8 @@ fn few_or_young_sockets_are_not_swept() -> Result<()> {
         let swept = run.swept.sockets.len();
         // The first of them may have got old while the last were made.
         let fair = oldest.is_some_and(|age| age < Duration::from_secs(1)) || sockets == 400;
-        ensure!(swept == 0 || !fair, "{swept} of {sockets}");
-        same(&(swept + run.found.sockets.len()), &sockets)?;
+        assert!(swept == 0 || !fair, "{swept} of {sockets}");
+        assert_eq!(swept + run.found.sockets.len(), sockets);
     }
     Ok(())
 }
@@ -118,8 +119,8 @@ fn a_half_swept_run_is_reported() -> Result<()> {
     aged(&lab)?;
     let mut run = sweep(&lab, &Impatient::default())?;
     let swept = run.swept.sockets.len();
-    ensure!(swept > 0 && swept < 500, "{swept} of 2000");
-    same(&(swept + run.found.sockets.len()), &2000)?;
+    assert!(swept > 0 && swept < 500, "{swept} of 2000");
+    assert_eq!(swept + run.found.sockets.len(), 2000);
     // As if the list of the others had failed.
     run.unlisted = Some("no memory".into());
     run.found.sockets.clear();
@@ -131,12 +132,13 @@ fn a_half_swept_run_is_reported() -> Result<()> {
         pipeline::carry_out(&mut run, &config, &Proc::default(), &privileges, &Now);
         Ok(())
     })?;
-    same(&run.found.sockets.len(), &swept)?;
-    same(&report::exit_status(&run), &ExitStatus::NotAllClosed)?;
+    assert_eq!(run.found.sockets.len(), swept);
+    assert_eq!(report::exit_status(&run), ExitStatus::NotAllClosed);
     let notes = report::notes::notes(&run).join("\n");
-    ensure!(notes.contains("could not be listed (no memory)"), "{notes}");
+    assert!(notes.contains("could not be listed (no memory)"), "{notes}");
     run.unlisted = None;
-    same(&report::exit_status(&run), &ExitStatus::Done)
+    assert_eq!(report::exit_status(&run), ExitStatus::Done);
+    Ok(())
 }
 
 /// An interface that is nowhere is no reason to take all for what is not on it.
@@ -148,8 +150,8 @@ fn an_unknown_interface_destroys_nothing() -> Result<()> {
         let command = lab.app_host().command(CWKILL);
         let line = format!("{place} --port 8080 {SWEEP}");
         let command = command.args(line.split_whitespace());
-        ran(command.args(["not dev nosuch9"]))?.exits(3)?;
-        same(&in_state(&lab, TcpState::CloseWait)?, &before)?;
+        ran(command.args(["not dev nosuch9"]))?.exits(3);
+        assert_eq!(in_state(&lab, TcpState::CloseWait)?, before);
     }
     Ok(())
 }
@@ -157,7 +159,7 @@ fn an_unknown_interface_destroys_nothing() -> Result<()> {
 /// What a run says of each kind of socket, without numbers of bytes, and how many there were of it.
 fn told(ran: &Ran) -> Result<BTreeMap<String, usize>> {
     let mut kinds = BTreeMap::new();
-    for socket in ran.sockets()? {
+    for socket in ran.sockets() {
         let parts = ["/state", "/cause", "/plan", "/left_out", "/result"];
         let kind: Vec<String> = parts.iter().map(|part| at(&socket, part)).collect();
         let kind = kind.join(" ").replace(|c: char| c.is_ascii_digit(), "");
@@ -178,7 +180,7 @@ fn a_sweep_ends_like_an_ordinary_run(family: Family) -> Result<()> {
         ];
         let bystanders = lab.start("established", family, alone(9004, 3))?;
         aged(&lab)?;
-        let ran = cwkill(&lab, &format!("--all {arguments}"))?.exits(code)?;
+        let ran = cwkill(&lab, &format!("--all {arguments}"))?.exits(code);
         carries_data(&bystanders)?;
         let left: BTreeMap<String, usize> =
             connections(&lab)?
@@ -187,35 +189,34 @@ fn a_sweep_ends_like_an_ordinary_run(family: Family) -> Result<()> {
                     *left.entry(format!("{:?}", row.state)).or_default() += 1;
                     left
                 });
-        let summary = at(&ran.json()?, "/summary");
+        let summary = at(&ran.json(), "/summary");
         Ok((told(&ran)?, summary, ran.stderr, left))
     };
     // Those with unsent bytes stay.
     let swept = run(SWEEP, 4)?;
-    same(&swept, &run(NO_SWEEP, 4)?)?;
-    same(&swept.0.values().sum::<usize>(), &807)?;
+    assert_eq!(swept, run(NO_SWEEP, 4)?);
+    assert_eq!(swept.0.values().sum::<usize>(), 807);
     let discarding = format!("{SWEEP} --discard-unsent");
     let all = run(&discarding, 0)?;
-    same(&all, &run(&format!("{NO_SWEEP} --discard-unsent"), 0)?)?;
-    same(&all.3, &BTreeMap::from([("Established".to_owned(), 3)]))
+    assert_eq!(all, run(&format!("{NO_SWEEP} --discard-unsent"), 0)?);
+    assert_eq!(all.3, BTreeMap::from([("Established".to_owned(), 3)]));
+    Ok(())
 }
 
 fn thousands_are_destroyed_and_bystanders_live(family: Family) -> Result<()> {
     let (lab, leak) = lab("drained", family, 4500)?;
     let bystanders = lab.start("established", family, alone(9090, 3))?;
     aged(&lab)?;
-    let sockets = cwkill(&lab, &format!("--all {SWEEP}"))?
-        .exits(0)?
-        .sockets()?;
-    same(&sockets.len(), &4500)?;
-    all_have(&sockets, "closed", "destroy")?;
+    let sockets = cwkill(&lab, &format!("--all {SWEEP}"))?.exits(0).sockets();
+    assert_eq!(sockets.len(), 4500);
+    all_have(&sockets, "closed", "destroy");
     let ages: Vec<Option<u64>> = sockets.iter().map(|s| s["age_ms"].as_u64()).collect();
-    ensure!(
+    assert!(
         ages.is_sorted_by(|one, next| one >= next),
         "not the oldest first: {ages:?}"
     );
-    same(&in_state(&lab, TcpState::CloseWait)?, &0)?;
-    ensure!(leak.app().is_alive());
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
+    assert!(leak.app().is_alive());
     carries_data(&bystanders)
 }
 
@@ -246,35 +247,37 @@ fn only_selected_sockets_are_destroyed(family: Family) -> Result<()> {
             false => ("", selectors.as_str()),
         };
         let code = i32::from(closed == 0);
-        let ran = cwkill(&lab, &format!("{options} {SWEEP} {expression}"))?.exits(code)?;
-        same(&ran.sockets()?.len(), &closed)?;
-        all_have(&ran.sockets()?, "closed", "destroy")?;
-        same(&in_state(&lab, TcpState::CloseWait)?, &left)?;
+        let ran = cwkill(&lab, &format!("{options} {SWEEP} {expression}"))?.exits(code);
+        assert_eq!(ran.sockets().len(), closed);
+        all_have(&ran.sockets(), "closed", "destroy");
+        assert_eq!(in_state(&lab, TcpState::CloseWait)?, left);
     }
     Ok(())
 }
 
 fn young_sockets_are_left() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 3)?;
-    cwkill(&lab, &format!("--min-age 1h {SWEEP}"))?.exits(1)?;
-    same(&in_state(&lab, TcpState::CloseWait)?, &3)
+    cwkill(&lab, &format!("--min-age 1h {SWEEP}"))?.exits(1);
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 3);
+    Ok(())
 }
 
 fn without_privileges_nothing_is_destroyed() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 3)?;
     let command = lab.app_host().command(CWKILL).capabilities(&[]);
     let ran = ran(command.args(format!("--all {SWEEP}").split_whitespace()))?
-        .exits(4)?
-        .complains("destroy needs CAP_NET_ADMIN")?;
-    same(&ran.sockets()?.len(), &3)?;
-    all_have(&ran.sockets()?, "skipped", "null")?;
-    same(&in_state(&lab, TcpState::CloseWait)?, &3)
+        .exits(4)
+        .complains("destroy needs CAP_NET_ADMIN");
+    assert_eq!(ran.sockets().len(), 3);
+    all_have(&ran.sockets(), "skipped", "null");
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 3);
+    Ok(())
 }
 
 fn a_limit_takes_the_oldest_first() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
     let mut old: Vec<String> = cwkill(&lab, "--json")?
-        .sockets()?
+        .sockets()
         .iter()
         .map(|socket| at(socket, "/cookie"))
         .collect();
@@ -284,15 +287,16 @@ fn a_limit_takes_the_oldest_first() -> Result<()> {
     })?;
     let _younger = lab.start("drained", Family::V4, alone(9090, 100))?;
     let sockets = cwkill(&lab, &format!("--all {SWEEP} --max-kills 2"))?
-        .exits(4)?
-        .sockets()?;
+        .exits(4)
+        .sockets();
     let closed = sockets
         .iter()
         .filter(|socket| at(socket, "/result/outcome") == "closed");
     let mut closed: Vec<String> = closed.map(|socket| at(socket, "/cookie")).collect();
     closed.sort();
     old.sort();
-    same(&closed, &old)
+    assert_eq!(closed, old);
+    Ok(())
 }
 
 fn a_logged_sweep_records_its_intents_first() -> Result<()> {
@@ -300,7 +304,7 @@ fn a_logged_sweep_records_its_intents_first() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let path = directory.path().join("log");
     let arguments = format!("--all {SWEEP} --log-file {}", path.display());
-    cwkill(&lab, &arguments)?.exits(0)?;
+    cwkill(&lab, &arguments)?.exits(0);
     let records: Vec<Value> = std::fs::read_to_string(&path)?
         .lines()
         .map(serde_json::from_str)
@@ -309,7 +313,8 @@ fn a_logged_sweep_records_its_intents_first() -> Result<()> {
     let wanted = [
         "begin", "intent", "intent", "intent", "outcome", "outcome", "outcome", "end",
     ];
-    same(&events, &wanted.map(str::to_owned).to_vec())
+    assert_eq!(events, wanted.map(str::to_owned).to_vec());
+    Ok(())
 }
 
 /// Sockets that are there when it is interrupted, so many that it is in the middle of them.
@@ -322,7 +327,7 @@ fn an_interrupted_sweep_is_reported_per_socket() -> Result<()> {
         true => Ok(true),
         false => interrupted_once(),
     })?;
-    ensure!(
+    assert!(
         in_the_middle,
         "it was never in the middle in {TRIES} attempts"
     );
@@ -346,20 +351,20 @@ fn interrupted_once() -> Result<bool> {
         while in_use()? > before.saturating_sub(64) && child.try_wait()?.is_none() {}
         Ok(kill(pid, Signal::SIGINT)?)
     })?;
-    let ran = Ran::of(child.wait_with_output()?)?;
-    let sockets = ran.sockets()?;
-    same(&sockets.len(), &MANY)?;
+    let ran = Ran::of("cwkill", child.wait_with_output()?)?;
+    let sockets = ran.sockets();
+    assert_eq!(sockets.len(), MANY);
     let outcome = |wanted: &str| {
         let all = sockets.iter();
         all.filter(|socket| at(socket, "/result/outcome") == wanted)
             .count()
     };
     let (closed, skipped) = (outcome("closed"), outcome("skipped"));
-    same(&(closed + skipped), &MANY)?;
-    same(&in_state(&lab, TcpState::CloseWait)?, &skipped)?;
+    assert_eq!(closed + skipped, MANY);
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, skipped);
     for socket in sockets.iter() {
         if at(socket, "/result/outcome") == "skipped" {
-            same(&at(socket, "/result/reason"), &"interrupted".to_owned())?;
+            assert_eq!(at(socket, "/result/reason"), "interrupted");
         }
     }
     Ok(skipped > 0)

@@ -3,13 +3,13 @@
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use netns_harness::{Family, How, Lab, Leak, TcpState};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::support::{CWKILL, PATIENCE, Ran, count, cwkill, in_state, lab, same, until_it_sleeps};
+use crate::support::{CWKILL, PATIENCE, Ran, count, cwkill, in_state, lab, until_it_sleeps};
 use crate::trial::{Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
@@ -37,7 +37,7 @@ impl Watching {
         let mut summary = String::new();
         while !summary.contains("matched:") {
             summary.clear();
-            ensure!(rest.read_line(&mut summary)? > 0, "no summary");
+            assert!(rest.read_line(&mut summary)? > 0, "no summary");
         }
         // After the report it sleeps in the watch only, and then the first look is over.
         until_it_sleeps(lab, child.id())?;
@@ -62,7 +62,7 @@ fn interrupt(child: &Child) -> Result<()> {
 fn get_stuck(lab: &Lab, leak: &Leak, stuck: usize) -> Result<()> {
     leak.peer().shutdown(&leak.peer_fds(), How::Write)?;
     lab.wait_for(PATIENCE, || {
-        let sockets = cwkill(lab, "--json")?.sockets()?;
+        let sockets = cwkill(lab, "--json")?.sockets();
         let old = |socket: &&Value| socket["age_ms"].as_u64() > Some(100);
         Ok(sockets.iter().filter(old).count() == stuck)
     })
@@ -74,23 +74,24 @@ fn new_sockets_are_counted_and_their_owner_named(family: Family) -> Result<()> {
     let watching = Watching::start(&lab, "--port 8080 --watch-refill 5m")?;
     get_stuck(&lab, &later, 3)?;
     let (text, code) = watching.end()?;
-    ensure!(text.starts_with("3 new in "), "{text}");
+    assert!(text.starts_with("3 new in "), "{text}");
     let whose = format!(" from leaky-app/{}, ", leak.app().pid());
-    ensure!(text.contains(&whose), "{text}");
-    ensure!(text.ends_with("a minute: the leak continues\n"), "{text}");
+    assert!(text.contains(&whose), "{text}");
+    assert!(text.ends_with("a minute: the leak continues\n"), "{text}");
     // They are not what was to be closed.
-    same(&code, &Some(0))?;
-    same(&in_state(&lab, TcpState::CloseWait)?, &3)
+    assert_eq!(code, Some(0));
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 3);
+    Ok(())
 }
 
 fn no_new_sockets_are_reported_as_none() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 4)?;
     // Those that are left alone are not new.
-    let ran = cwkill(&lab, "--all --max-kills 2 --watch-refill 300ms")?.exits(4)?;
-    ensure!(ran.stdout.contains("\nnone new in "), "{ran:#?}");
+    let ran = cwkill(&lab, "--all --max-kills 2 --watch-refill 300ms")?.exits(4);
+    assert!(ran.stdout.contains("\nnone new in "), "{ran:?}");
     // Nothing to act on, nothing to watch after, but it is asked for.
-    let ran = cwkill(&lab, "--port 9 --watch-refill 300ms")?.exits(1)?;
-    ensure!(ran.stdout.contains("none new in"), "{ran:#?}");
+    let ran = cwkill(&lab, "--port 9 --watch-refill 300ms")?.exits(1);
+    assert!(ran.stdout.contains("none new in"), "{ran:?}");
     Ok(())
 }
 
@@ -98,8 +99,9 @@ fn ctrl_c_ends_the_watch_and_not_the_report() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
     let watching = Watching::start(&lab, "--all --watch-refill 5m")?;
     let (text, code) = watching.end()?;
-    ensure!(text.starts_with("none new in "), "{text}");
-    same(&code, &Some(0))
+    assert!(text.starts_with("none new in "), "{text}");
+    assert_eq!(code, Some(0));
+    Ok(())
 }
 
 fn the_minimum_age_does_not_apply_to_new_sockets() -> Result<()> {
@@ -111,9 +113,10 @@ fn the_minimum_age_does_not_apply_to_new_sockets() -> Result<()> {
     get_stuck(&lab, &later, 5)?;
     let (text, code) = watching.end()?;
     // Those that were too young to be closed are not new.
-    ensure!(text.starts_with("2 new in "), "{text}");
-    ensure!(young.app().is_alive());
-    same(&code, &Some(1))
+    assert!(text.starts_with("2 new in "), "{text}");
+    assert!(young.app().is_alive());
+    assert_eq!(code, Some(1));
+    Ok(())
 }
 
 fn json_has_the_new_sockets() -> Result<()> {
@@ -130,13 +133,16 @@ fn json_has_the_new_sockets() -> Result<()> {
     until_it_sleeps(&lab, child.id())?;
     get_stuck(&lab, &later, 3)?;
     interrupt(&child)?;
-    let refill = &Ran::of(child.wait_with_output()?)?.exits(0)?.json()?["refill"];
-    same(&refill["new"], &json!(3))?;
+    let refill = &Ran::of("cwkill", child.wait_with_output()?)?
+        .exits(0)
+        .json()["refill"];
+    assert_eq!(refill["new"], json!(3));
     let by = json!([{"pid": leak.app().pid(), "comm": "leaky-app", "new": 3}]);
-    same(&refill["by"], &by)?;
+    assert_eq!(refill["by"], by);
     let rate = refill["per_minute"].as_f64().context("no rate")?;
     let seconds = refill["seconds"].as_f64().context("no time")?;
-    ensure!((rate * seconds - 180.0).abs() < 0.1, "{refill}");
-    let ran = cwkill(&lab, "--all --json")?.exits(0)?;
-    same(&ran.json()?["refill"], &json!(null))
+    assert!((rate * seconds - 180.0).abs() < 0.1, "{refill}");
+    let ran = cwkill(&lab, "--all --json")?.exits(0);
+    assert_eq!(ran.json()["refill"], json!(null));
+    Ok(())
 }

@@ -2,12 +2,12 @@
 
 use std::collections::HashSet;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use netns_harness::owners::{Build, Owner};
 use netns_harness::{Lab, Options, Signal};
 
 use super::{descriptors, fds_of, number, reclaim, states};
-use crate::support::{PATIENCE, at, count, cwkill, same};
+use crate::support::{PATIENCE, at, count, cwkill};
 use crate::trial::{Test, once};
 
 pub const TESTS: &[Test] = &[
@@ -29,30 +29,27 @@ fn descriptors_of_closed_sockets_are_freed() -> Result<()> {
     let leak = lab.start("drained", netns_harness::Family::V4, count(40))?;
     let _bystanders = lab.start("established", netns_harness::Family::V4, count(5))?;
     let before = fds_of(leak.app().pid())?;
-    let ran = cwkill(&lab, "--port 8080 --reclaim --reclaim-age 0s --json")?.exits(0)?;
-    let said = ran.json()?;
-    same(&number(&said, "/reclaim/summary/freed")?, &40)?;
-    same(&number(&said, "/reclaim/owners/0/freed")?, &40)?;
-    ensure!(
+    let ran = cwkill(&lab, "--port 8080 --reclaim --reclaim-age 0s --json")?.exits(0);
+    let said = ran.json();
+    assert_eq!(number(&said, "/reclaim/summary/freed")?, 40);
+    assert_eq!(number(&said, "/reclaim/owners/0/freed")?, 40);
+    assert!(
         number(&said, "/reclaim/owners/0/stopped_us")? < 100_000,
         "{said}"
     );
-    for socket in ran.sockets()? {
-        same(&at(&socket, "/result/descriptor_open"), &"false".to_owned())?;
-        same(
-            &at(&socket, "/result/descriptors/0/outcome"),
-            &"freed".to_owned(),
-        )?;
-        same(
-            &at(&socket, "/result/descriptors/0/pid"),
-            &leak.app().pid().to_string(),
-        )?;
+    for socket in ran.sockets() {
+        assert_eq!(at(&socket, "/result/descriptor_open"), "false");
+        assert_eq!(at(&socket, "/result/descriptors/0/outcome"), "freed");
+        assert_eq!(
+            at(&socket, "/result/descriptors/0/pid"),
+            leak.app().pid().to_string()
+        );
     }
-    ensure!(!ran.stderr.contains("still has"), "{ran:#?}");
+    assert!(!ran.stderr.contains("still has"), "{ran:?}");
     let gone: HashSet<i32> = leak.app_fds().iter().map(|fd| fd.0).collect();
     let mut after = before;
     after.retain(|fd| !gone.contains(fd));
-    same(&fds_of(leak.app().pid())?, &after)?;
+    assert_eq!(fds_of(leak.app().pid())?, after);
 
     // As people read it.
     let more = lab.start(
@@ -64,32 +61,30 @@ fn descriptors_of_closed_sockets_are_freed() -> Result<()> {
             ..count(2)
         },
     )?;
-    let ran = cwkill(&lab, "--port 9090 --reclaim")?.exits(4)?;
+    let ran = cwkill(&lab, "--port 9090 --reclaim")?.exits(4);
     for text in [
         "descriptor kept: quiet for only",
         "2 descriptors: 0 freed, 2 skipped",
     ] {
-        ensure!(ran.stdout.contains(text), "{text}: {ran:#?}");
+        assert!(ran.stdout.contains(text), "{text}: {ran:?}");
     }
     let pid = more.app().pid();
-    let ran = reclaim(&lab, pid, "")?.exits(0)?;
+    let ran = reclaim(&lab, pid, "")?.exits(0);
     for text in ["10.78.", "freed", "was stopped for"] {
-        ensure!(ran.stdout.contains(text), "{text}: {ran:#?}");
+        assert!(ran.stdout.contains(text), "{text}: {ran:?}");
     }
-    reclaim(&lab, pid, "")?.exits(1)?;
+    reclaim(&lab, pid, "")?.exits(1);
     Ok(())
 }
 
 fn every_owner_of_a_shared_socket_is_reclaimed() -> Result<()> {
     let lab = Lab::new()?;
     let _leak = lab.start("forked", netns_harness::Family::V4, count(2))?;
-    let ran = cwkill(&lab, "--all --reclaim --reclaim-age 0s --json")?.exits(0)?;
-    let said = ran.json()?;
-    same(&number(&said, "/reclaim/summary/freed")?, &6)?;
-    same(
-        &said["reclaim"]["owners"].as_array().map(Vec::len),
-        &Some(3),
-    )
+    let ran = cwkill(&lab, "--all --reclaim --reclaim-age 0s --json")?.exits(0);
+    let said = ran.json();
+    assert_eq!(number(&said, "/reclaim/summary/freed")?, 6);
+    assert_eq!(said["reclaim"]["owners"].as_array().map(Vec::len), Some(3));
+    Ok(())
 }
 
 /// An owner in `mode` is reclaimed over and over, and finds nothing wrong with itself.
@@ -102,10 +97,10 @@ fn over_and_over(build: Build, mode: &str, times: usize) -> Result<()> {
             0 => owner.leak(5)?,
             _ => owner.leak_scattered(5)?,
         };
-        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0)?;
-        same(&number(&ran.json()?, "/summary/freed")?, &5)?;
+        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0);
+        assert_eq!(number(&ran.json(), "/summary/freed")?, 5);
         let open = owner.descriptors()?;
-        ensure!(
+        assert!(
             !fds.iter().any(|fd| open.contains(fd)),
             "{fds:?} of {open:?}"
         );
@@ -114,7 +109,7 @@ fn over_and_over(build: Build, mode: &str, times: usize) -> Result<()> {
     // And it still moves.
     lab.wait_for(PATIENCE, || Ok(mode == "idle" || owner.report()? > checks))?;
     let open = owner.descriptors()?;
-    ensure!(
+    assert!(
         before.iter().all(|fd| open.contains(fd)),
         "{before:?} of {open:?}"
     );
@@ -141,8 +136,8 @@ fn a_stopped_process_stays_stopped() -> Result<()> {
     owner.signal(Signal::SIGSTOP)?;
     let is_stopped = || Ok(states(owner.pid())?.iter().all(|state| *state == 'T'));
     lab.wait_for(PATIENCE, is_stopped)?;
-    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0)?;
-    same(&number(&ran.json()?, "/summary/freed")?, &3)?;
+    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0);
+    assert_eq!(number(&ran.json(), "/summary/freed")?, 3);
     lab.wait_for(PATIENCE, is_stopped)?;
     owner.signal(Signal::SIGCONT)?;
     let checks = owner.report()?;
@@ -161,22 +156,23 @@ fn listing_and_dry_run_change_no_owner() -> Result<()> {
         "-n -v",
         "-n --jsonl",
     ] {
-        reclaim(&lab, owner.pid(), more)?.exits(0)?;
-        same(&owner.descriptors()?, &before)?;
+        reclaim(&lab, owner.pid(), more)?.exits(0);
+        assert_eq!(owner.descriptors()?, before);
     }
-    cwkill(&lab, "reclaim --help")?.exits(0)?;
+    cwkill(&lab, "reclaim --help")?.exits(0);
     let ran = reclaim(&lab, owner.pid(), "-n --json")?;
     let said = descriptors(&ran)?;
-    same(&said.len(), &3)?;
+    assert_eq!(said.len(), 3);
     for (one, fd) in said.iter().zip(&fds) {
-        same(&at(one, "/fd"), &fd.to_string())?;
-        same(&at(one, "/pid"), &owner.pid().to_string())?;
-        same(&at(one, "/safe"), &"true".to_owned())?;
-        same(&at(one, "/dead_by"), &"state-close".to_owned())?;
-        same(&at(one, "/local/address"), &"127.0.0.1".to_owned())?;
-        ensure!(number(one, "/quiet_ms")? < 60_000, "{one}");
+        assert_eq!(at(one, "/fd"), fd.to_string());
+        assert_eq!(at(one, "/pid"), owner.pid().to_string());
+        assert_eq!(at(one, "/safe"), "true");
+        assert_eq!(at(one, "/dead_by"), "state-close");
+        assert_eq!(at(one, "/local/address"), "127.0.0.1");
+        assert!(number(one, "/quiet_ms")? < 60_000, "{one}");
     }
-    same(&number(&ran.json()?, "/summary/found")?, &3)
+    assert_eq!(number(&ran.json(), "/summary/found")?, 3);
+    Ok(())
 }
 
 /// The threads wait for a lock, so one of them would be the first choice.
@@ -184,10 +180,10 @@ fn a_thread_with_another_table_never_closes() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "unshared", 4)?;
     let fds = owner.leak(3)?;
-    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0)?;
-    same(&number(&ran.json()?, "/summary/freed")?, &3)?;
+    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0);
+    assert_eq!(number(&ran.json(), "/summary/freed")?, 3);
     let open = owner.descriptors()?;
-    ensure!(
+    assert!(
         fds.iter().all(|fd| !open.contains(fd)),
         "{fds:?} of {open:?}"
     );
@@ -207,8 +203,8 @@ fn owners_in_other_pid_namespaces_are_reclaimed() -> Result<()> {
     owner.leak(3)?;
     let children = format!("/proc/{0}/task/{0}/children", owner.pid());
     let inner: u32 = std::fs::read_to_string(children)?.trim().parse()?;
-    let ran = reclaim(&lab, inner, "--json")?.exits(0)?;
-    same(&number(&ran.json()?, "/summary/freed")?, &3)?;
+    let ran = reclaim(&lab, inner, "--json")?.exits(0);
+    assert_eq!(number(&ran.json(), "/summary/freed")?, 3);
     owner.report()?;
     Ok(())
 }
@@ -221,13 +217,13 @@ fn no_live_descriptor_of_a_busy_table_is_closed() -> Result<()> {
     let (mut freed, mut gone) = (0, 0);
     for run in 0..60 {
         let force = if run % 2 == 0 { "" } else { "--reclaim-force" };
-        let said = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.json()?;
+        let said = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.json();
         freed += number(&said, "/summary/freed")?;
         gone += number(&said, "/summary/gone")?;
         owner.report().with_context(|| format!("run {run}"))?;
     }
     // There was something to get wrong.
-    ensure!(freed >= 20 && gone >= 20, "{freed} freed, {gone} gone");
+    assert!(freed >= 20 && gone >= 20, "{freed} freed, {gone} gone");
     lab.wait_for(PATIENCE, || {
         Ok(owner.order("taken")?.parse::<u64>()? >= freed)
     })
@@ -242,7 +238,7 @@ fn a_wrong_reclaimer_is_detected() -> Result<()> {
             owner.order(&format!("close {}", at(&one, "/fd")))?;
         }
         if let Err(error) = owner.report() {
-            ensure!(error.to_string().contains("descriptor"), "{error:#}");
+            assert!(error.to_string().contains("descriptor"), "{error:#}");
             return Ok(());
         }
     }

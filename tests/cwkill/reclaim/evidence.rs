@@ -1,13 +1,13 @@
 //! What is left alone, and why.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use netns_harness::Lab;
 use netns_harness::owners::{Build, Owner};
 
 use super::{
     descriptors, fds_of, is_root_of_the_machine, left, links_of, number, outcomes, reclaim,
 };
-use crate::support::{CWKILL, PATIENCE, Ran, at, cwkill, ran, same};
+use crate::support::{CWKILL, PATIENCE, Ran, at, cwkill, ran};
 use crate::trial::{Test, once};
 
 pub const TESTS: &[Test] = &[
@@ -27,7 +27,7 @@ fn descriptors_in_an_epoll_set_are_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "epoll", 1)?;
     let fds = owner.leak(3)?;
-    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
     left(
         &ran,
         &mut owner,
@@ -36,9 +36,10 @@ fn descriptors_in_an_epoll_set_are_skipped() -> Result<()> {
         "in the epoll set of descriptor",
     )?;
     let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?)?;
-    same(&at(&dry[0], "/safe"), &"false".to_owned())?;
-    let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(0)?;
-    same(&number(&ran.json()?, "/summary/freed")?, &3)
+    assert_eq!(at(&dry[0], "/safe"), "false");
+    let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(0);
+    assert_eq!(number(&ran.json(), "/summary/freed")?, 3);
+    Ok(())
 }
 
 fn descriptors_in_a_system_call_are_skipped() -> Result<()> {
@@ -53,7 +54,7 @@ fn descriptors_in_a_system_call_are_skipped() -> Result<()> {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", owner.pid()))?;
         Ok(tasks.flatten().filter(|task| splicing(task.path())).count() == 2)
     })?;
-    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
     left(
         &ran,
         &mut owner,
@@ -70,22 +71,22 @@ fn descriptors_in_poll_and_select_are_skipped() -> Result<()> {
         let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 1)?;
         let only = |ran: &Ran, waited_on: &[i32], others: &[i32]| -> Result<()> {
             let said = outcomes(ran)?;
-            same(&said.len(), &(waited_on.len() + others.len()))?;
+            assert_eq!(said.len(), (waited_on.len() + others.len()));
             for (fd, (outcome, why)) in said {
                 let is_waited_on = waited_on.contains(&fd);
                 let wanted = if is_waited_on { "skipped" } else { "freed" };
-                ensure!(outcome == wanted, "{mode}, {fd}: {outcome}, {why}");
+                assert_eq!(outcome, wanted, "{mode}, {fd}: {why}");
                 let named = why.contains("is inside a system call on it");
-                same(&named, &is_waited_on).with_context(|| format!("{mode}, {fd}: {why}"))?;
+                assert_eq!(named, is_waited_on, "{mode}, {fd}: {why}");
             }
             Ok(())
         };
         // Before the owner is stopped for the first time.
         let waited_on = owner.leak(2)?;
         let before = owner.descriptors()?;
-        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
         only(&ran, &waited_on, &[])?;
-        same(&owner.descriptors()?, &before)?;
+        assert_eq!(owner.descriptors()?, before);
         owner.report().context(mode)?;
 
         // It is stopped for the others. A poll(2) begins anew after that and sees what it waits on, so that is dead only
@@ -96,7 +97,7 @@ fn descriptors_in_poll_and_select_are_skipped() -> Result<()> {
                 let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 1)?;
                 let pipe = owner.order_fds("wait")?;
                 let others = owner.leak_scattered(3)?;
-                let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0)?;
+                let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0);
                 only(&ran, &[], &others)?;
                 owner.order_fds(&format!("onto {}", pipe[0]))?;
                 (owner, pipe)
@@ -114,11 +115,11 @@ fn descriptors_in_poll_and_select_are_skipped() -> Result<()> {
                 Ok(tasks.flatten().any(restarted))
             })?;
         }
-        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
         only(&ran, &waited_on, &[])?;
         if !polls {
             let others = owner.leak_scattered(3)?;
-            let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+            let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
             only(&ran, &waited_on, &others)?;
         }
         owner.report().context(mode)?;
@@ -147,18 +148,18 @@ fn nothing_is_closed_in_the_middle_of_a_transfer() -> Result<()> {
         })?;
         let why = "waits to send or receive more";
         let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?)?;
-        ensure!(at(&dry[0], "/reason").contains(why), "{mode}: {dry:?}");
-        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+        assert!(at(&dry[0], "/reason").contains(why), "{mode}: {dry:?}");
+        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
         left(&ran, &mut owner, &fds, "skipped", why).context(mode)?;
         owner.order("finish")?;
         lab.wait_for(PATIENCE, || Ok(owner.report()? == 1))?;
-        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0)?;
-        same(&number(&ran.json()?, "/summary/freed")?, &2)?;
+        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0);
+        assert_eq!(number(&ran.json(), "/summary/freed")?, 2);
 
         let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 1)?;
         owner.leak(2)?;
-        let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(0)?;
-        same(&number(&ran.json()?, "/summary/freed")?, &2)?;
+        let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(0);
+        assert_eq!(number(&ran.json(), "/summary/freed")?, 2);
     }
     Ok(())
 }
@@ -167,10 +168,10 @@ fn a_table_shared_with_another_process_is_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "shares", 1)?;
     let fds = owner.leak(2)?;
-    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
     let why = "shares the table of descriptors with process";
     left(&ran, &mut owner, &fds, "skipped", why)?;
-    let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(4)?;
+    let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(4);
     left(&ran, &mut owner, &fds, "skipped", why)
 }
 
@@ -179,10 +180,11 @@ fn young_descriptors_are_skipped() -> Result<()> {
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
     let fds = owner.leak(2)?;
     let line = format!("reclaim --pid {} --json", owner.pid());
-    let ran = cwkill(&lab, &line)?.exits(4)?;
+    let ran = cwkill(&lab, &line)?.exits(4);
     left(&ran, &mut owner, &fds, "skipped", "quiet for only")?;
-    let ran = cwkill(&lab, &format!("{line} --reclaim-force"))?.exits(0)?;
-    same(&number(&ran.json()?, "/summary/freed")?, &2)
+    let ran = cwkill(&lab, &format!("{line} --reclaim-force"))?.exits(0);
+    assert_eq!(number(&ran.json(), "/summary/freed")?, 2);
+    Ok(())
 }
 
 /// What looks dead to other tools: a socket that its program is about to connect.
@@ -196,8 +198,8 @@ fn a_socket_never_connected_is_not_dead() -> Result<()> {
     agent.accept(_listener, 1, PATIENCE)?;
     for pid in [agent.pid(), other.pid()] {
         let before = fds_of(pid)?;
-        reclaim(&lab, pid, "--reclaim-force")?.exits(1)?;
-        same(&fds_of(pid)?, &before)?;
+        reclaim(&lab, pid, "--reclaim-force")?.exits(1);
+        assert_eq!(fds_of(pid)?, before);
     }
     // Churn makes sockets that were never connected; see there.
     Ok(())
@@ -228,13 +230,13 @@ fn a_socket_that_may_still_connect_is_not_dead() -> Result<()> {
             .app_host()
             .command("nsenter")
             .args(line.split_whitespace());
-        let ran = ran(command)?.exits(0)?;
+        let ran = ran(command)?.exits(0);
         let said: Vec<i32> = outcomes(&ran)?.into_keys().collect();
-        same(&said, &dead)?;
-        same(&number(&ran.json()?, "/summary/freed")?, &3)?;
+        assert_eq!(said, dead);
+        assert_eq!(number(&ran.json(), "/summary/freed")?, 3);
         let mut after = before;
         after.retain(|fd, _| !dead.contains(fd));
-        same(&links_of(inner)?, &after)?;
+        assert_eq!(links_of(inner)?, after);
         owner.report()?;
     }
     // They are still good for what they were made for.
@@ -242,10 +244,9 @@ fn a_socket_that_may_still_connect_is_not_dead() -> Result<()> {
         .iter()
         .filter(|fd| ![connecting, listening].contains(fd))
     {
-        same(&owner.order(&format!("use {fd}"))?, &"0".to_owned())
-            .with_context(|| format!("{fd} of {fresh:?}"))?;
+        assert_eq!(owner.order(&format!("use {fd}"))?, "0", "{fd} of {fresh:?}");
     }
-    same(&owner.order("connect")?, &"0".to_owned())?;
+    assert_eq!(owner.order("connect")?, "0");
     owner.report()?;
     Ok(())
 }
@@ -256,9 +257,9 @@ fn a_seccomp_filter_that_forbids_close_is_seen_beforehand() -> Result<()> {
         let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 1)?;
         let fds = owner.leak(2)?;
         let ran = reclaim(&lab, owner.pid(), "--json")?;
-        let freed = number(&ran.json()?, "/summary/freed")?;
+        let freed = number(&ran.json(), "/summary/freed")?;
         match outcome {
-            Some(wanted) if is_root_of_the_machine() => same(&freed, &wanted)?,
+            Some(wanted) if is_root_of_the_machine() => assert_eq!(freed, wanted),
             // Not even root of a user namespace may read a filter.
             _ => {
                 let why = match is_root_of_the_machine() {
@@ -268,7 +269,7 @@ fn a_seccomp_filter_that_forbids_close_is_seen_beforehand() -> Result<()> {
                 left(&ran, &mut owner, &fds, "skipped", why).context(mode)?;
             }
         }
-        ensure!(owner.is_alive(), "{mode}");
+        assert!(owner.is_alive(), "{mode}");
         owner.report()?;
     }
     Ok(())
@@ -279,7 +280,7 @@ fn a_traced_process_is_left_to_its_tracer() -> Result<()> {
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "traced", 1)?;
     let fds = owner.leak(1)?;
     for force in ["", "--reclaim-force"] {
-        let ran = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.exits(4)?;
+        let ran = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.exits(4);
         left(&ran, &mut owner, &fds, "skipped", "traced by its-tracer/")?;
     }
     Ok(())

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use netns_harness::owners::{Build, Owner};
 use netns_harness::{Lab, Signal};
 
@@ -13,7 +13,7 @@ use cwkill::finder::owners::{Proc, Process};
 use cwkill::reclaim::{Fate, Rules, Wanted};
 
 use super::{is_traced, reclaim};
-use crate::support::{CWKILL, PATIENCE, same};
+use crate::support::{CWKILL, PATIENCE};
 use crate::trial::{Test, once};
 
 pub const TESTS: &[Test] = &[
@@ -69,8 +69,8 @@ fn a_panic_leaves_the_owner_running() -> Result<()> {
                 .fates
                 .iter()
                 .filter(|fate| matches!(fate, Fate::Failed(_)));
-            ensure!(failed.count() > 0, "{done:?}");
-            ensure!(!is_traced(owner.pid()), "{mode}, after {after}");
+            assert!(failed.count() > 0, "{done:?}");
+            assert!(!is_traced(owner.pid()), "{mode}, after {after}");
             owner
                 .report()
                 .with_context(|| format!("{mode}, after {after}"))?;
@@ -95,8 +95,8 @@ fn an_interruption_leaves_the_owner_running() -> Result<()> {
         .iter()
         .filter(|fate| matches!(fate, Fate::Freed))
         .count();
-    same(&freed, &3)?;
-    ensure!(
+    assert_eq!(freed, 3);
+    assert!(
         format!("{:?}", done.fates[9]).contains("Interrupted"),
         "{done:?}"
     );
@@ -129,7 +129,7 @@ fn kill_after(lab: &Lab, owner: &Owner, signal: Signal, delay: Duration) -> Resu
         .spawn()?;
     let until = Instant::now() + PATIENCE;
     while !is_traced(owner.pid()) && child.try_wait()?.is_none() {
-        ensure!(Instant::now() < until, "it does not come to stop the owner");
+        assert!(Instant::now() < until, "it does not come to stop the owner");
     }
     let until = Instant::now() + delay;
     while Instant::now() < until {
@@ -183,7 +183,7 @@ fn sigkill_leaves_the_owner_running() -> Result<()> {
             let left = fds.iter().filter(|fd| open.contains(fd)).count();
             begun += usize::from(left > 0 && left < fds.len());
             whole += usize::from(left == 0);
-            ensure!(owner.is_alive(), "{mode}: the owner died");
+            assert!(owner.is_alive(), "{mode}: the owner died");
             owner.report().context(mode)?;
             reclaim(&lab, owner.pid(), "-q")?;
         }
@@ -191,7 +191,7 @@ fn sigkill_leaves_the_owner_running() -> Result<()> {
         lab.wait_for(PATIENCE, || Ok(mode == "idle" || owner.report()? > checks))?;
     }
     // Otherwise it was killed too early or too late each time.
-    ensure!(
+    assert!(
         begun >= 3,
         "{begun} were killed between two descriptors, {whole} after the last"
     );
@@ -218,16 +218,16 @@ fn sigkill_ends_only_calls_that_may_end() -> Result<()> {
         let checks = owner.report().with_context(|| format!("kill {number}"))?;
         // A run that is not killed ends nothing.
         let ran = reclaim(&lab, owner.pid(), "--json")?;
-        ensure!(matches!(ran.code, Some(0 | 1)), "kill {number}: {ran:#?}");
+        assert!(matches!(ran.code, Some(0 | 1)), "kill {number}: {ran:?}");
         lab.wait_for(PATIENCE, || Ok(owner.report()? > checks))?;
         let now = forgiven(&mut owner)?;
-        ensure!(
+        assert!(
             now - before <= ENDED_BY_A_STOP + 1,
             "kill {number}: {}",
             now - before
         );
         before = now;
     }
-    ensure!(begun >= 3, "{begun} were killed between two descriptors");
+    assert!(begun >= 3, "{begun} were killed between two descriptors");
     Ok(())
 }

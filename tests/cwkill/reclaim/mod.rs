@@ -15,12 +15,12 @@ pub mod stop;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use netns_harness::Lab;
 use netns_harness::owners::Owner;
 use serde_json::Value;
 
-use crate::support::{PATIENCE, Ran, at, cwkill, same};
+use crate::support::{PATIENCE, Ran, at, cwkill};
 
 /// Runs `cwkill reclaim` on one owner, whatever the age, and with time enough for a busy machine.
 fn reclaim(lab: &Lab, pid: u32, more: &str) -> Result<Ran> {
@@ -31,7 +31,7 @@ fn reclaim(lab: &Lab, pid: u32, more: &str) -> Result<Ran> {
 }
 
 fn descriptors(ran: &Ran) -> Result<Vec<Value>> {
-    let list = ran.json()?["descriptors"].as_array().cloned();
+    let list = ran.json()["descriptors"].as_array().cloned();
     list.context("no descriptors in the document")
 }
 
@@ -43,13 +43,13 @@ fn number(value: &Value, pointer: &str) -> Result<u64> {
 /// All of them were left, for a reason with this text; the owner was not harmed.
 fn left(ran: &Ran, owner: &mut Owner, fds: &[i32], outcome: &str, why: &str) -> Result<()> {
     let said = descriptors(ran)?;
-    same(&said.len(), &fds.len())?;
+    assert_eq!(said.len(), fds.len());
     for one in &said {
-        same(&at(one, "/outcome"), &outcome.to_owned())?;
-        ensure!(at(one, "/reason").contains(why), "{one}");
+        assert_eq!(at(one, "/outcome"), outcome);
+        assert!(at(one, "/reason").contains(why), "{one}");
     }
     let open = owner.descriptors()?;
-    ensure!(
+    assert!(
         fds.iter().all(|fd| open.contains(fd)),
         "{fds:?} of {open:?}"
     );
@@ -111,7 +111,7 @@ fn links_of(pid: u32) -> Result<BTreeMap<i32, String>> {
         if first == second && first.contains_key(&0) {
             return Ok(first);
         }
-        ensure!(Instant::now() < until, "{first:?}, then {second:?}");
+        assert!(Instant::now() < until, "{first:?}, then {second:?}");
     }
 }
 
@@ -127,13 +127,10 @@ fn told_the_truth(
     for fd in fds {
         let (outcome, reason) = said
             .get(fd)
-            .with_context(|| format!("nothing on {fd}: {ran:#?}"))?;
+            .with_context(|| format!("nothing on {fd}: {ran:?}"))?;
         let kept = before.get(fd) == after.get(fd);
         let wanted = !matches!(outcome.as_str(), "freed" | "gone");
-        ensure!(
-            kept == wanted,
-            "{fd}: {outcome}, {reason}, but kept: {kept}"
-        );
+        assert_eq!(kept, wanted, "{fd}: {outcome}, {reason}, but kept: {kept}");
     }
     Ok(())
 }

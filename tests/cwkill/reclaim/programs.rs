@@ -1,11 +1,11 @@
 //! Programs of special kinds.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use netns_harness::Lab;
 use netns_harness::owners::{Build, Owner};
 
 use super::{descriptors, left, links_of, number, outcomes, reclaim, states, told_the_truth};
-use crate::support::{PATIENCE, at, same};
+use crate::support::{PATIENCE, at};
 use crate::trial::{Need, Test, once};
 
 pub const TESTS: &[Test] = &[
@@ -42,11 +42,11 @@ fn descriptors_that_an_io_uring_may_use_are_skipped() -> Result<()> {
         let fds = owner.leak(2)?;
         let try_it = |owner: &mut Owner| -> Result<()> {
             let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?)?;
-            same(&at(&dry[0], "/safe"), &"false".to_owned())?;
-            let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+            assert_eq!(at(&dry[0], "/safe"), "false");
+            let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
             left(&ran, owner, &fds, "skipped", why)?;
-            let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(0)?;
-            same(&number(&ran.json()?, "/summary/freed")?, &2)?;
+            let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(0);
+            assert_eq!(number(&ran.json(), "/summary/freed")?, 2);
             owner.report()?;
             Ok(())
         };
@@ -69,11 +69,11 @@ fn a_process_without_its_first_thread_is_skipped() -> Result<()> {
         Ok(most)
     };
     let before = table()?;
-    ensure!(before > 2, "{before}");
+    assert!(before > 2, "{before}");
     for more in ["", "-n", "--reclaim-force", "--json"] {
-        let ran = reclaim(&lab, owner.pid(), more)?.exits(4)?;
-        ran.complains("first thread has ended")?;
-        same(&table()?, &before)?;
+        let ran = reclaim(&lab, owner.pid(), more)?.exits(4);
+        ran.complains("first thread has ended");
+        assert_eq!(table()?, before);
     }
     owner.report()?;
     Ok(())
@@ -84,13 +84,13 @@ fn a_32_bit_program_is_skipped() -> Result<()> {
     let mut owner = Owner::start(lab.app_host(), Build::Bits32, "idle", 1)?;
     let fds = owner.leak(3)?;
     let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?)?;
-    same(&at(&dry[0], "/safe"), &"false".to_owned())?;
+    assert_eq!(at(&dry[0], "/safe"), "false");
     for force in ["", "--reclaim-force"] {
-        let ran = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.exits(4)?;
+        let ran = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.exits(4);
         left(&ran, &mut owner, &fds, "skipped", "32-bit program")?;
         // It was not even stopped.
-        let owners = ran.json()?["owners"].as_array().map(Vec::len);
-        same(&owners, &Some(0))?;
+        let owners = ran.json()["owners"].as_array().map(Vec::len);
+        assert_eq!(owners, Some(0));
     }
     Ok(())
 }
@@ -104,11 +104,11 @@ fn a_32_bit_call_is_skipped() -> Result<()> {
     let fds = owner.leak_scattered(2)?;
     let before = links_of(owner.pid())?;
     for force in ["", "--reclaim-force"] {
-        let ran = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.exits(4)?;
+        let ran = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.exits(4);
         told_the_truth(&ran, &owner, &before, &fds)?;
         for (outcome, why) in outcomes(&ran)?.values() {
-            same(outcome, &"skipped".to_owned())?;
-            ensure!(why.contains("makes 32-bit system calls"), "{why}");
+            assert_eq!(outcome, "skipped");
+            assert!(why.contains("makes 32-bit system calls"), "{why}");
         }
         owner.report()?;
     }

@@ -1,11 +1,11 @@
 //! Owners that deal with the end of a connection themselves, some time after it: nothing is taken from under them.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use netns_harness::owners::{Build, Owner};
 use netns_harness::{Family, Lab};
 
 use super::{descriptors, left, number, reclaim};
-use crate::support::{PATIENCE, at, cwkill, lab, same};
+use crate::support::{PATIENCE, at, cwkill, lab};
 use crate::trial::{Test, once};
 
 pub const TESTS: &[Test] = &[
@@ -39,11 +39,11 @@ fn descriptors_a_thread_waited_on_are_skipped() -> Result<()> {
         Ok(tasks.flatten().filter(|task| waits(task.path())).count() == 4)
     })?;
     let line = format!("--pid {} --reclaim --reclaim-age 0s --json", owner.pid());
-    let ran = cwkill(&lab, &line)?.exits(4)?;
-    for socket in ran.sockets()? {
-        same(&at(&socket, "/result/outcome"), &"closed".to_owned())?;
+    let ran = cwkill(&lab, &line)?.exits(4);
+    for socket in ran.sockets() {
+        assert_eq!(at(&socket, "/result/outcome"), "closed");
         let why = at(&socket, "/result/descriptors/0/reason");
-        ensure!(why.contains("is inside a system call on it"), "{socket}");
+        assert!(why.contains("is inside a system call on it"), "{socket}");
     }
     lab.wait_for(PATIENCE, || Ok(owner.report()? == 3))
 }
@@ -55,15 +55,16 @@ fn a_program_gets_time_to_react() -> Result<()> {
     let pid = owner.pid();
     lab.wait_for(PATIENCE, || {
         let old = cwkill(&lab, &format!("-n --pid {pid} --min-age 700ms --json"))?;
-        Ok(old.sockets()?.len() == 3)
+        Ok(old.sockets().len() == 3)
     })?;
     let line = format!("--pid {pid} --reclaim --reclaim-age 700ms --json");
-    let ran = cwkill(&lab, &line)?.exits(0)?;
-    for socket in ran.sockets()? {
+    let ran = cwkill(&lab, &line)?.exits(0);
+    for socket in ran.sockets() {
         let outcome = at(&socket, "/result/descriptors/0/outcome");
-        same(&outcome, &"gone".to_owned())?;
+        assert_eq!(outcome, "gone");
     }
-    same(&owner.report()?, &3)
+    assert_eq!(owner.report()?, 3);
+    Ok(())
 }
 
 fn descriptors_with_unread_data_are_skipped() -> Result<()> {
@@ -72,11 +73,11 @@ fn descriptors_with_unread_data_are_skipped() -> Result<()> {
     let mut owner = Owner::start(own.app_host(), Build::Plain, "idle", 1)?;
     let fds = owner.leak_unread(2)?;
     let pid = owner.pid();
-    for one in descriptors(&reclaim(&own, pid, "-n --json")?.exits(0)?)? {
-        same(&at(&one, "/safe"), &"false".to_owned())?;
-        same(&at(&one, "/unread"), &BYTES.to_owned())?;
+    for one in descriptors(&reclaim(&own, pid, "-n --json")?.exits(0))? {
+        assert_eq!(at(&one, "/safe"), "false");
+        assert_eq!(at(&one, "/unread"), BYTES);
     }
-    let ran = reclaim(&own, pid, "--json")?.exits(4)?;
+    let ran = reclaim(&own, pid, "--json")?.exits(4);
     left(
         &ran,
         &mut owner,
@@ -84,18 +85,16 @@ fn descriptors_with_unread_data_are_skipped() -> Result<()> {
         "skipped",
         "can still read 30000 bytes",
     )?;
-    same(
-        &owner.order(&format!("read {}", fds[0]))?,
-        &BYTES.to_owned(),
-    )?;
+    assert_eq!(owner.order(&format!("read {}", fds[0]))?, BYTES);
     // What has been read is taken, and the other only by force.
-    let ran = reclaim(&own, pid, "--json")?.exits(4)?;
-    same(&number(&ran.json()?, "/summary/freed")?, &1)?;
-    let ran = reclaim(&own, pid, "--json --reclaim-force")?.exits(0)?;
-    same(&number(&ran.json()?, "/summary/freed")?, &1)?;
+    let ran = reclaim(&own, pid, "--json")?.exits(4);
+    assert_eq!(number(&ran.json(), "/summary/freed")?, 1);
+    let ran = reclaim(&own, pid, "--json --reclaim-force")?.exits(0);
+    assert_eq!(number(&ran.json(), "/summary/freed")?, 1);
 
     // What the operator has seen in RECV-Q and closed may go.
     let (lab, _leak) = lab("unread", Family::V4, 3)?;
-    let ran = cwkill(&lab, "--port 8080 --reclaim --reclaim-age 0s --json")?.exits(0)?;
-    same(&number(&ran.json()?, "/reclaim/summary/freed")?, &3)
+    let ran = cwkill(&lab, "--port 8080 --reclaim --reclaim-age 0s --json")?.exits(0);
+    assert_eq!(number(&ran.json(), "/reclaim/summary/freed")?, 3);
+    Ok(())
 }

@@ -1,11 +1,11 @@
 //! What is missing: rights, and threads of our own.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use netns_harness::owners::{Build, Owner};
 use netns_harness::{Capability, Lab};
 
 use super::{descriptors, fds_of, number};
-use crate::support::{CWKILL, at, cwkill, ran, same};
+use crate::support::{CWKILL, at, cwkill, ran};
 use crate::trial::{Need, Test, once};
 
 pub const TESTS: &[Test] = &[
@@ -27,11 +27,12 @@ fn without_rights_nothing_is_done_and_the_reason_is_reported() -> Result<()> {
     let before = owner.descriptors()?;
     let line = format!("reclaim --pid {} --reclaim-age 0s", owner.pid());
     let command = lab.app_host().command(CWKILL).args(line.split_whitespace());
-    let ran = ran(command.capabilities(&[]))?.exits(4)?;
+    let ran = ran(command.capabilities(&[]))?.exits(4);
     // Of a process with the same uid the table can be seen and nothing be touched.
-    ran.complains("could not be looked")?
-        .complains("CAP_SYS_PTRACE")?;
-    same(&owner.descriptors()?, &before)
+    ran.complains("could not be looked")
+        .complains("CAP_SYS_PTRACE");
+    assert_eq!(owner.descriptors()?, before);
+    Ok(())
 }
 
 /// A script that leaks, and starts cwkill with what it leaks.
@@ -48,12 +49,12 @@ fn descriptors_inherited_by_cwkill_are_skipped() -> Result<()> {
     for force in ["", "--reclaim-force"] {
         let line = format!("{CWKILL} reclaim --json --reclaim-age 0s {force}");
         let command = lab.app_host().command("python3").args(["-c", SCRIPT]);
-        let ran = ran(command.args(line.split_whitespace()))?.exits(4)?;
+        let ran = ran(command.args(line.split_whitespace()))?.exits(4);
         let said = descriptors(&ran)?;
-        same(&said.len(), &1)?;
-        same(&at(&said[0], "/outcome"), &"skipped".to_owned())?;
+        assert_eq!(said.len(), 1);
+        assert_eq!(at(&said[0], "/outcome"), "skipped");
         let why = at(&said[0], "/reason");
-        ensure!(why.contains("cwkill itself was started with it"), "{why}");
+        assert!(why.contains("cwkill itself was started with it"), "{why}");
     }
     Ok(())
 }
@@ -66,15 +67,16 @@ fn a_process_of_another_user_is_reported() -> Result<()> {
     for more in ["", "-n", "--reclaim-force", "--jsonl"] {
         let line = format!("reclaim --pid {} --reclaim-age 0s {more}", owner.pid());
         let command = lab.app_host().command(CWKILL).uid(NOBODY);
-        let ran = ran(command.args(line.split_whitespace()))?.exits(4)?;
-        ran.complains("1 process could not be looked into")?
-            .complains("CAP_SYS_PTRACE")?;
-        same(&owner.descriptors()?, &before)?;
+        let ran = ran(command.args(line.split_whitespace()))?.exits(4);
+        ran.complains("1 process could not be looked into")
+            .complains("CAP_SYS_PTRACE");
+        assert_eq!(owner.descriptors()?, before);
     }
     let line = format!("reclaim --pid {} --json", owner.pid());
     let command = lab.app_host().command(CWKILL).uid(NOBODY);
-    let ran = ran(command.args(line.split_whitespace()))?.exits(4)?;
-    same(&number(&ran.json()?, "/unreadable_processes")?, &1)
+    let ran = ran(command.args(line.split_whitespace()))?.exits(4);
+    assert_eq!(number(&ran.json(), "/unreadable_processes")?, 1);
+    Ok(())
 }
 
 /// As /proc is mounted on many hosts: it is not even in the list.
@@ -88,8 +90,8 @@ fn a_hidden_process_is_reported() -> Result<()> {
         let line = format!("reclaim --pid {} {more}", owner.pid());
         let command = lab.app_host().command("unshare");
         let command = command.args(["-m", "sh", "-ec", script, "sh", CWKILL]);
-        let ran = ran(command.args(line.split_whitespace()))?.exits(4)?;
-        ran.complains("hidepid")?;
+        let ran = ran(command.args(line.split_whitespace()))?.exits(4);
+        ran.complains("hidepid");
     }
     owner.report()?;
     Ok(())
@@ -114,7 +116,7 @@ fn no_right_is_needed_within_one_user() -> Result<()> {
     };
     let (mut owner, mut sealed) = (start()?, start()?);
     let fds = owner.leak(2)?;
-    same(&sealed.order("seal")?, &"0".to_owned())?;
+    assert_eq!(sealed.order("seal")?, "0");
     let of = |pid: u32, name: &str| -> Result<String> {
         Ok(std::fs::read_to_string(format!("/proc/{pid}/{name}"))?)
     };
@@ -126,36 +128,36 @@ fn no_right_is_needed_within_one_user() -> Result<()> {
             .map(str::to_owned))
     };
     // It is told from one that shares the table by nothing but the number of its descriptors.
-    same(&size(owner.pid())?, &size(sealed.pid())?)?;
-    same(&of(owner.pid(), "cmdline")?, &of(sealed.pid(), "cmdline")?)?;
+    assert_eq!(size(owner.pid())?, size(sealed.pid())?);
+    assert_eq!(of(owner.pid(), "cmdline")?, of(sealed.pid(), "cmdline")?);
     let pid = owner.pid();
     let reclaim = |more: &str| {
         let line = format!("reclaim --pid {pid} --reclaim-age 0s {more}");
         let command = lab.app_host().command(CWKILL).uid(ALONE);
         ran(command.args(line.split_whitespace()))
     };
-    let ran = reclaim("--json")?.exits(0)?;
-    same(&number(&ran.json()?, "/summary/freed")?, &2)?;
+    let ran = reclaim("--json")?.exits(0);
+    assert_eq!(number(&ran.json(), "/summary/freed")?, 2);
     let open = owner.descriptors()?;
-    ensure!(!fds.iter().any(|fd| open.contains(fd)), "{open:?}");
+    assert!(!fds.iter().any(|fd| open.contains(fd)), "{open:?}");
     owner.report()?;
 
     // With as many it could be one, and cwkill says what it lacks.
     owner.leak(1)?;
     sealed.leak(1)?;
-    let ran = reclaim("")?.exits(4)?;
-    ensure!(
+    let ran = reclaim("")?.exits(4);
+    assert!(
         ran.stdout.contains("shares the table of descriptors"),
-        "{ran:#?}"
+        "{ran:?}"
     );
-    ran.complains("CAP_SYS_PTRACE")?;
+    ran.complains("CAP_SYS_PTRACE");
     owner.report()?;
     Ok(())
 }
 
-/// A user of our own, at every limit of tasks from too few to enough: all of it is done, or nothing and it says so.
+/// A user of this test alone, at every limit of tasks from too few to enough: all of it is done, or nothing and it says so.
 fn without_threads_everything_or_nothing_is_done() -> Result<()> {
-    const ALONE: u32 = 64123;
+    const ALONE: u32 = 64124;
     let rights = [Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH];
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
@@ -174,31 +176,28 @@ fn without_threads_everything_or_nothing_is_done() -> Result<()> {
         let ran = ran(command.args(line.split_whitespace()))?;
         let open = fds_of(owner.pid())?;
         let left = fds.iter().filter(|fd| open.contains(fd)).count();
-        ensure!(!ran.stderr.contains("panicked"), "{limit}: {ran:#?}");
+        assert!(!ran.stderr.contains("panicked"), "{limit}: {ran:?}");
         match left {
             0 => {
-                ran.exits(0)?;
+                ran.exits(0);
                 done += 1;
             }
             _ => {
-                same(&left, &2)?;
-                let ran = ran.exits(4)?;
-                ensure!(
-                    ran.stdout.contains("starting a thread"),
-                    "{limit}: {ran:#?}"
-                );
+                assert_eq!(left, 2);
+                let ran = ran.exits(4);
+                assert!(ran.stdout.contains("starting a thread"), "{limit}: {ran:?}");
                 refused += 1;
                 cwkill(
                     &lab,
                     &format!("reclaim --pid {} --reclaim-age 0s -q", owner.pid()),
                 )?
-                .exits(0)?;
+                .exits(0);
             }
         }
         owner
             .report()
             .with_context(|| format!("at most {limit} tasks"))?;
     }
-    ensure!(done > 0 && refused > 0, "{done} done, {refused} refused");
+    assert!(done > 0 && refused > 0, "{done} done, {refused} refused");
     Ok(())
 }

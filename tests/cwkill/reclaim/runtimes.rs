@@ -1,9 +1,9 @@
 //! Servers at EMFILE, in several languages.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use netns_harness::owners::runtimes::{self, Runtime};
 
-use crate::support::{CWKILL, same};
+use crate::support::CWKILL;
 use crate::trial::{Need, Test, once};
 
 pub const TESTS: &[Test] = &[
@@ -21,17 +21,17 @@ const RUNS: u32 = 3;
 
 fn emfile(runtime: Runtime) -> Result<()> {
     let stats = runtimes::recover(runtime, RUNS, 3, CWKILL.as_ref())?;
-    same(&stats.recovered, &RUNS)?;
-    ensure!(stats.bytes > 10_000, "{stats:?}");
+    assert_eq!(stats.recovered, RUNS);
+    assert!(stats.bytes > 10_000, "{stats:?}");
     Ok(())
 }
 
 /// Its finalizers close numbers, so nothing is taken without --reclaim-force.
 fn java_is_left_to_its_garbage_collector() -> Result<()> {
     let refused = runtimes::recover_unforced(Runtime::Java, CWKILL.as_ref())?;
-    ensure!(refused.len() > 10, "{refused:?}");
+    assert!(refused.len() > 10, "{refused:?}");
     for reason in refused {
-        ensure!(reason.contains("jcmd PID GC.run"), "{reason}");
+        assert!(reason.contains("jcmd PID GC.run"), "{reason}");
     }
     Ok(())
 }
