@@ -50,7 +50,7 @@ fn every_act_is_a_record_in_the_log_file() -> Result<()> {
     // Nothing to do, nothing to say.
     command(&["--port", "9"])?.exits(1);
 
-    assert_eq!((path.metadata()?.permissions().mode() & 0o777), 0o600);
+    assert_eq!(path.metadata()?.permissions().mode() & 0o777, 0o600);
     let records = records(&std::fs::read_to_string(&path)?)?;
     let events: Vec<String> = records.iter().map(|record| at(record, "/event")).collect();
     let wanted = [

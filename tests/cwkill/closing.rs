@@ -5,8 +5,8 @@ use netns_harness::{Family, Lab, TcpState};
 
 use crate::AS_HARNESS;
 use crate::support::{
-    CWKILL, all_have, alone, at, carries_data, connections, count, cwkill, in_state, lab, leaker,
-    ran,
+    CWKILL, all_have, alone, at, carries_data, connections, count, cwkill, first_error, in_state,
+    lab, leaker, ran, skip_reason,
 };
 use crate::trial::{Test, each_family, once};
 
@@ -166,7 +166,7 @@ fn shutdown_loses_no_queued_data(family: Family) -> Result<()> {
         let line = format!("--all --method {method} --json");
         let sockets = cwkill(&lab, &line)?.exits(4).sockets();
         all_have(&sockets, "skipped", "null");
-        let reason = at(&sockets[0], "/result/reason");
+        let reason = skip_reason(&sockets[0]);
         assert!(
             reason.contains("unsent bytes (--discard-unsent allows it)"),
             "{reason}"
@@ -231,7 +231,7 @@ fn the_oldest_sockets_come_first() -> Result<()> {
     assert_eq!(sockets.len(), 5);
     all_have(&sockets[..2], "closed", "shutdown");
     all_have(&sockets[2..], "skipped", "null");
-    assert_eq!(at(&sockets[2], "/result/reason"), "over --max-kills");
+    assert_eq!(skip_reason(&sockets[2]), "over --max-kills");
     let left: Vec<_> = connections(&lab)?.iter().map(|row| row.peer).collect();
     assert!(old.conns().iter().all(|conn| !left.contains(&conn.peer)));
     assert!(young.conns().iter().all(|conn| left.contains(&conn.peer)));
@@ -251,7 +251,7 @@ fn without_privileges_nothing_is_done_and_the_reason_is_reported() -> Result<()>
     assert_eq!(sockets.len(), 4);
     all_have(&sockets, "skipped", "null");
     for socket in &sockets {
-        let reason = at(socket, "/result/reason");
+        let reason = skip_reason(socket);
         assert!(reason.contains("destroy: needs CAP_NET_ADMIN"), "{reason}");
     }
     assert_eq!(lab.app_host().ss(&[])?, before);
@@ -302,7 +302,7 @@ fn a_proc_of_another_pid_namespace_is_reported() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 1)?;
     let line = format!("--pid --fork --kill-child {CWKILL} --all --method shutdown --json");
     let ran = ran(lab.app_host().command("unshare").args(line.split(' ')))?.exits(4);
-    let error = at(&ran.sockets()[0], "/result/attempts/0/error");
+    let error = first_error(&ran.sockets()[0]);
     assert!(error.contains("another pid namespace"), "{error}");
     assert_eq!(in_state(&lab, TcpState::CloseWait)?, 1);
     Ok(())

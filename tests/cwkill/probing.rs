@@ -4,7 +4,8 @@ use anyhow::{Context, Result};
 use netns_harness::{Family, Lab, Leak, Recv, Signal, SocketOption, TcpState};
 
 use crate::support::{
-    CWKILL, PATIENCE, all_have, at, connections, cwkill, in_state, lab, ran, settled,
+    CWKILL, PATIENCE, all_have, at, connections, cwkill, first_error, in_state, lab, ran, settled,
+    skip_reason,
 };
 use crate::trial::{Test, each_family, once};
 
@@ -40,7 +41,7 @@ fn a_half_closed_peer_lives_and_gets_its_data(family: Family) -> Result<()> {
         assert_eq!(sockets.len(), 3);
         all_have(&sockets, "skipped", "null");
         for socket in &sockets {
-            assert_eq!(at(socket, "/result/reason"), "peer is alive");
+            assert_eq!(skip_reason(socket), "peer is alive");
         }
         assert_eq!(connections(&lab)?, before);
         assert_eq!(keepalive_timers(&lab)?, 0);
@@ -83,7 +84,7 @@ fn a_silent_peer_is_not_taken_for_gone(family: Family) -> Result<()> {
             .exits(4)
             .sockets();
         all_have(&sockets, "failed", "null");
-        let error = at(&sockets[0], "/result/attempts/0/error");
+        let error = first_error(&sockets[0]);
         assert!(error.contains("no answer from the peer"), "{error}");
         assert_eq!(connections(&lab)?.len(), 3);
         assert_eq!(keepalive_timers(&lab)?, 0);
@@ -133,7 +134,7 @@ fn an_owner_without_privileges_is_enough(family: Family) -> Result<()> {
     let line = "--port 7000 --method probe --json";
     let sockets = ran(command.args(line.split(' ')))?.exits(4).sockets();
     all_have(&sockets, "skipped", "null");
-    assert_eq!(at(&sockets[0], "/result/reason"), "peer is alive");
+    assert_eq!(skip_reason(&sockets[0]), "peer is alive");
     Ok(())
 }
 
@@ -165,7 +166,7 @@ fn interrupted(signals: &[Signal]) -> Result<()> {
     assert_eq!(output.status.code(), Some(4));
     let document: serde_json::Value = serde_json::from_slice(&output.stdout)?;
     assert_eq!(at(&document, "/summary/skipped"), "3");
-    assert_eq!(at(&document, "/sockets/0/result/reason"), "interrupted");
+    assert_eq!(skip_reason(&document["sockets"][0]), "interrupted");
     assert_eq!(keepalive_timers(&lab)?, 1);
     assert_eq!(
         ran(lab.app_host().command("ss").args(["-Htn"]))?.stdout,
@@ -185,7 +186,7 @@ fn nohup_is_respected() -> Result<()> {
     nix::sys::signal::kill(pid, Signal::SIGHUP)?;
     let output = child.wait_with_output()?;
     let document: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-    let error = at(&document, "/sockets/0/result/attempts/0/error");
+    let error = first_error(&document["sockets"][0]);
     assert!(error.contains("no answer from the peer"), "{error}");
     assert_eq!(keepalive_timers(&lab)?, 0);
     Ok(())
@@ -202,7 +203,7 @@ fn an_option_that_could_not_be_put_back_is_not_set() -> Result<()> {
         .exits(4)
         .sockets();
     all_have(&sockets, "failed", "null");
-    let error = at(&sockets[0], "/result/attempts/0/error");
+    let error = first_error(&sockets[0]);
     assert!(error.contains("could not be put back"), "{error}");
     assert_eq!(keepalive_timers(&lab)?, 0);
     assert!(leak.app().is_alive());

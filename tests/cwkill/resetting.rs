@@ -16,8 +16,8 @@ use cwkill::injector::rst::repair::{self, RepairMode};
 use cwkill::tcp::{Segment, Seq, TcpFlags};
 
 use crate::support::{
-    CWKILL, PATIENCE, all_have, at, carries_data, connections, count, cwkill, in_state, lab, ran,
-    settled,
+    CWKILL, PATIENCE, all_have, carries_data, connections, count, cwkill, first_error, in_state,
+    lab, ran, settled, skip_reason,
 };
 use crate::trial::{Test, each_family};
 
@@ -89,7 +89,7 @@ fn the_missing_capability_is_named(family: Family) -> Result<()> {
         .complains("setcap");
     let sockets = ran.sockets();
     all_have(&sockets, "skipped", "null");
-    assert_eq!(at(&sockets[0], "/result/reason"), "rst: needs CAP_NET_RAW");
+    assert_eq!(skip_reason(&sockets[0]), "rst: needs CAP_NET_RAW");
     assert_eq!(lab.app_host().ss(&[])?, before);
     Ok(())
 }
@@ -117,7 +117,7 @@ fn the_step_that_failed_is_named(family: Family) -> Result<()> {
             .exits(4)
             .sockets();
         all_have(&sockets, "failed", "null");
-        let error = at(&sockets[0], "/result/attempts/0/error");
+        let error = first_error(&sockets[0]);
         assert!(error.contains(step), "{error}");
         assert_eq!(in_state(&lab, TcpState::CloseWait)?, 2);
     }

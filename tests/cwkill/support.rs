@@ -189,6 +189,21 @@ pub fn at(value: &Value, pointer: &str) -> String {
     }
 }
 
+/// Why a socket was skipped.
+pub fn skip_reason(socket: &Value) -> String {
+    at(socket, "/result/reason")
+}
+
+/// Why the first method that was tried on a socket has failed.
+pub fn first_error(socket: &Value) -> String {
+    at(socket, "/result/attempts/0/error")
+}
+
+/// Why the first method that is not planned for a socket is excluded.
+pub fn first_exclusion(socket: &Value) -> String {
+    at(socket, "/left_out/0/reason")
+}
+
 /// Every socket of a run has this outcome by this method.
 #[track_caller]
 pub fn all_have(sockets: &[Value], outcome: &str, method: &str) {

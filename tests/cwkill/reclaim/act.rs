@@ -31,10 +31,10 @@ fn descriptors_of_closed_sockets_are_freed() -> Result<()> {
     let before = fds_of(leak.app().pid())?;
     let ran = cwkill(&lab, "--port 8080 --reclaim --reclaim-age 0s --json")?.exits(0);
     let said = ran.json();
-    assert_eq!(number(&said, "/reclaim/summary/freed")?, 40);
-    assert_eq!(number(&said, "/reclaim/owners/0/freed")?, 40);
+    assert_eq!(number(&said, "/reclaim/summary/freed"), 40);
+    assert_eq!(number(&said, "/reclaim/owners/0/freed"), 40);
     assert!(
-        number(&said, "/reclaim/owners/0/stopped_us")? < 100_000,
+        number(&said, "/reclaim/owners/0/stopped_us") < 100_000,
         "{said}"
     );
     for socket in ran.sockets() {
@@ -82,7 +82,7 @@ fn every_owner_of_a_shared_socket_is_reclaimed() -> Result<()> {
     let _leak = lab.start("forked", netns_harness::Family::V4, count(2))?;
     let ran = cwkill(&lab, "--all --reclaim --reclaim-age 0s --json")?.exits(0);
     let said = ran.json();
-    assert_eq!(number(&said, "/reclaim/summary/freed")?, 6);
+    assert_eq!(number(&said, "/reclaim/summary/freed"), 6);
     assert_eq!(said["reclaim"]["owners"].as_array().map(Vec::len), Some(3));
     Ok(())
 }
@@ -98,7 +98,7 @@ fn over_and_over(build: Build, mode: &str, times: usize) -> Result<()> {
             _ => owner.leak_scattered(5)?,
         };
         let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0);
-        assert_eq!(number(&ran.json(), "/summary/freed")?, 5);
+        assert_eq!(number(&ran.json(), "/summary/freed"), 5);
         let open = owner.descriptors()?;
         assert!(
             !fds.iter().any(|fd| open.contains(fd)),
@@ -137,7 +137,7 @@ fn a_stopped_process_stays_stopped() -> Result<()> {
     let is_stopped = || Ok(states(owner.pid())?.iter().all(|state| *state == 'T'));
     lab.wait_for(PATIENCE, is_stopped)?;
     let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0);
-    assert_eq!(number(&ran.json(), "/summary/freed")?, 3);
+    assert_eq!(number(&ran.json(), "/summary/freed"), 3);
     lab.wait_for(PATIENCE, is_stopped)?;
     owner.signal(Signal::SIGCONT)?;
     let checks = owner.report()?;
@@ -161,7 +161,7 @@ fn listing_and_dry_run_change_no_owner() -> Result<()> {
     }
     cwkill(&lab, "reclaim --help")?.exits(0);
     let ran = reclaim(&lab, owner.pid(), "-n --json")?;
-    let said = descriptors(&ran)?;
+    let said = descriptors(&ran);
     assert_eq!(said.len(), 3);
     for (one, fd) in said.iter().zip(&fds) {
         assert_eq!(at(one, "/fd"), fd.to_string());
@@ -169,9 +169,9 @@ fn listing_and_dry_run_change_no_owner() -> Result<()> {
         assert_eq!(at(one, "/safe"), "true");
         assert_eq!(at(one, "/dead_by"), "state-close");
         assert_eq!(at(one, "/local/address"), "127.0.0.1");
-        assert!(number(one, "/quiet_ms")? < 60_000, "{one}");
+        assert!(number(one, "/quiet_ms") < 60_000, "{one}");
     }
-    assert_eq!(number(&ran.json(), "/summary/found")?, 3);
+    assert_eq!(number(&ran.json(), "/summary/found"), 3);
     Ok(())
 }
 
@@ -181,7 +181,7 @@ fn a_thread_with_another_table_never_closes() -> Result<()> {
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "unshared", 4)?;
     let fds = owner.leak(3)?;
     let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0);
-    assert_eq!(number(&ran.json(), "/summary/freed")?, 3);
+    assert_eq!(number(&ran.json(), "/summary/freed"), 3);
     let open = owner.descriptors()?;
     assert!(
         fds.iter().all(|fd| !open.contains(fd)),
@@ -204,7 +204,7 @@ fn owners_in_other_pid_namespaces_are_reclaimed() -> Result<()> {
     let children = format!("/proc/{0}/task/{0}/children", owner.pid());
     let inner: u32 = std::fs::read_to_string(children)?.trim().parse()?;
     let ran = reclaim(&lab, inner, "--json")?.exits(0);
-    assert_eq!(number(&ran.json(), "/summary/freed")?, 3);
+    assert_eq!(number(&ran.json(), "/summary/freed"), 3);
     owner.report()?;
     Ok(())
 }
@@ -218,8 +218,8 @@ fn no_live_descriptor_of_a_busy_table_is_closed() -> Result<()> {
     for run in 0..60 {
         let force = if run % 2 == 0 { "" } else { "--reclaim-force" };
         let said = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.json();
-        freed += number(&said, "/summary/freed")?;
-        gone += number(&said, "/summary/gone")?;
+        freed += number(&said, "/summary/freed");
+        gone += number(&said, "/summary/gone");
         owner.report().with_context(|| format!("run {run}"))?;
     }
     // There was something to get wrong.
@@ -234,7 +234,7 @@ fn a_wrong_reclaimer_is_detected() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "churn", CHURNING)?;
     for _ in 0..200 {
-        for one in descriptors(&reclaim(&lab, owner.pid(), "-n --json")?)? {
+        for one in descriptors(&reclaim(&lab, owner.pid(), "-n --json")?) {
             owner.order(&format!("close {}", at(&one, "/fd")))?;
         }
         if let Err(error) = owner.report() {

@@ -30,23 +30,33 @@ fn reclaim(lab: &Lab, pid: u32, more: &str) -> Result<Ran> {
     )
 }
 
-fn descriptors(ran: &Ran) -> Result<Vec<Value>> {
-    let list = ran.json()["descriptors"].as_array().cloned();
-    list.context("no descriptors in the document")
+#[track_caller]
+fn descriptors(ran: &Ran) -> Vec<Value> {
+    match &ran.json()["descriptors"] {
+        Value::Array(descriptors) => descriptors.clone(),
+        _ => panic!("no descriptors in the document: {ran:?}"),
+    }
 }
 
-fn number(value: &Value, pointer: &str) -> Result<u64> {
+#[track_caller]
+fn number(value: &Value, pointer: &str) -> u64 {
     let number = value.pointer(pointer).and_then(Value::as_u64);
-    number.with_context(|| format!("no number at {pointer}: {value}"))
+    number.unwrap_or_else(|| panic!("no number at {pointer}: {value}"))
+}
+
+/// Why a descriptor was skipped, or may not be closed.
+fn reason(descriptor: &Value) -> String {
+    at(descriptor, "/reason")
 }
 
 /// All of them were left, for a reason with this text; the owner was not harmed.
+#[track_caller]
 fn left(ran: &Ran, owner: &mut Owner, fds: &[i32], outcome: &str, why: &str) -> Result<()> {
-    let said = descriptors(ran)?;
-    assert_eq!(said.len(), fds.len());
-    for one in &said {
-        assert_eq!(at(one, "/outcome"), outcome);
-        assert!(at(one, "/reason").contains(why), "{one}");
+    let reported = descriptors(ran);
+    assert_eq!(reported.len(), fds.len(), "{ran:?}");
+    for one in &reported {
+        assert_eq!(at(one, "/outcome"), outcome, "{one}");
+        assert!(reason(one).contains(why), "no {why:?} in {one}");
     }
     let open = owner.descriptors()?;
     assert!(
@@ -84,13 +94,14 @@ fn is_traced(pid: u32) -> bool {
     status.is_ok_and(|status| !status.contains("TracerPid:\t0\n"))
 }
 
-/// What was said of each descriptor: its outcome, and the reason or nothing.
-fn outcomes(ran: &Ran) -> Result<BTreeMap<i32, (String, String)>> {
-    let one = |value: &Value| -> Result<_> {
-        let fd = number(value, "/fd")?.try_into()?;
-        Ok((fd, (at(value, "/outcome"), at(value, "/reason"))))
+/// What is reported of each descriptor: its outcome, and the reason or nothing.
+#[track_caller]
+fn outcomes(ran: &Ran) -> BTreeMap<i32, (String, String)> {
+    let one = |value: &Value| {
+        let fd = number(value, "/fd").try_into().expect("a descriptor");
+        (fd, (at(value, "/outcome"), reason(value)))
     };
-    descriptors(ran)?.iter().map(one).collect()
+    descriptors(ran).iter().map(one).collect()
 }
 
 /// What the numbers of a process are, as the kernel shows it: in an exec by a thread it shows none for a moment.
@@ -115,22 +126,23 @@ fn links_of(pid: u32) -> Result<BTreeMap<i32, String>> {
     }
 }
 
-/// What was said of `fds` is what became of them, going by what the numbers were `before`.
-fn told_the_truth(
+/// What is reported of `fds` is what happened to them, by what the numbers were `before`.
+#[track_caller]
+fn reports_the_truth(
     ran: &Ran,
     owner: &Owner,
     before: &BTreeMap<i32, String>,
     fds: &[i32],
 ) -> Result<()> {
-    let said = outcomes(ran)?;
+    let reported = outcomes(ran);
     let after = links_of(owner.pid())?;
     for fd in fds {
-        let (outcome, reason) = said
-            .get(fd)
-            .with_context(|| format!("nothing on {fd}: {ran:?}"))?;
+        let Some((outcome, reason)) = reported.get(fd) else {
+            panic!("nothing on {fd}: {ran:?}");
+        };
         let kept = before.get(fd) == after.get(fd);
         let wanted = !matches!(outcome.as_str(), "freed" | "gone");
-        assert_eq!(kept, wanted, "{fd}: {outcome}, {reason}, but kept: {kept}");
+        assert_eq!(kept, wanted, "kept {fd}: {outcome}, {reason}");
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use netns_harness::Lab;
 use netns_harness::owners::{Build, Owner};
 
-use super::{descriptors, left, links_of, number, outcomes, reclaim, states, told_the_truth};
+use super::{descriptors, left, links_of, number, outcomes, reclaim, reports_the_truth, states};
 use crate::support::{PATIENCE, at};
 use crate::trial::{Need, Test, once};
 
@@ -41,12 +41,12 @@ fn descriptors_that_an_io_uring_may_use_are_skipped() -> Result<()> {
         let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 2)?;
         let fds = owner.leak(2)?;
         let try_it = |owner: &mut Owner| -> Result<()> {
-            let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?)?;
+            let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?);
             assert_eq!(at(&dry[0], "/safe"), "false");
             let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
             left(&ran, owner, &fds, "skipped", why)?;
             let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(0);
-            assert_eq!(number(&ran.json(), "/summary/freed")?, 2);
+            assert_eq!(number(&ran.json(), "/summary/freed"), 2);
             owner.report()?;
             Ok(())
         };
@@ -83,7 +83,7 @@ fn a_32_bit_program_is_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Bits32, "idle", 1)?;
     let fds = owner.leak(3)?;
-    let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?)?;
+    let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?);
     assert_eq!(at(&dry[0], "/safe"), "false");
     for force in ["", "--reclaim-force"] {
         let ran = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.exits(4);
@@ -105,8 +105,8 @@ fn a_32_bit_call_is_skipped() -> Result<()> {
     let before = links_of(owner.pid())?;
     for force in ["", "--reclaim-force"] {
         let ran = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.exits(4);
-        told_the_truth(&ran, &owner, &before, &fds)?;
-        for (outcome, why) in outcomes(&ran)?.values() {
+        reports_the_truth(&ran, &owner, &before, &fds)?;
+        for (outcome, why) in outcomes(&ran).values() {
             assert_eq!(outcome, "skipped");
             assert!(why.contains("makes 32-bit system calls"), "{why}");
         }
