@@ -210,6 +210,7 @@ impl Lab {
         );
         let pair = self.pair_for(scenario, family, options)?;
         let stage = Stage {
+            app_host: &self.app_host,
             pair: &pair,
             count: options.count,
         };

@@ -24,7 +24,11 @@ pub const TESTS: &[Test] = &[
 /// Acts of each method in each family.
 const ACTS: u64 = 100;
 
-/// What a run may take. One that has its acts is over earlier, on an idle machine after a fifth of that.
+/// Acts of each method under a minimum age, and half-closed streams that finish meanwhile.
+const YOUNG_ACTS: u64 = 10;
+const STREAMS: u64 = 21;
+
+/// Longest duration of a run. It ends as soon as it has its acts, on an idle machine after a fifth of this.
 const SECONDS: u64 = 60;
 
 fn options(seconds: u64) -> Options {
@@ -49,8 +53,11 @@ fn faultless(report: &Report) {
 fn cleared(report: &Report) {
     faultless(report);
     // The point of it: what is hit too late is another connection on the same addresses.
-    assert!(report.reused() > 500, "{report}");
-    assert!(report.median_gap() < Duration::from_millis(10), "{report}");
+    // A count and not a median: on a busy machine most gaps are longer.
+    assert!(
+        report.reused_within(Duration::from_millis(10)) > 500,
+        "{report}"
+    );
 }
 
 fn no_bystander_is_lost(family: Family) -> Result<()> {
@@ -67,26 +74,32 @@ fn no_bystander_is_lost(family: Family) -> Result<()> {
 fn half_closed_streams_live_under_the_minimum_age() -> Result<()> {
     let options = Options {
         min_age: Some(Duration::from_secs(1)),
-        ..options(8)
+        acts: Some(YOUNG_ACTS),
+        streams: Some(STREAMS),
+        ..options(2 * SECONDS)
     };
     let killers = METHODS.map(|method| cwkill(method, &options));
     let report = chaos::run(&options, &killers)?;
     faultless(&report);
-    assert!(report.streams() > 20, "{report}");
+    assert!(report.streams() >= STREAMS, "{report}");
     Ok(())
 }
 
-/// Runs a wrong killer until it has done enough harm.
+/// Runs a wrong killer, at most until a bystander is lost.
 fn found_out(seconds: u64, name: &str, script: &str) -> Result<Report> {
     let killer = Killer::other(name, ["sh", "-c", script]);
-    let report = chaos::run(&options(seconds), &[killer])?;
+    let options = Options {
+        losses: Some(1),
+        ..options(seconds)
+    };
+    let report = chaos::run(&options, &[killer])?;
     assert!(!report.faults().is_empty(), "not found out: {report}");
     assert!(report.server_alive, "{report}");
     Ok(report)
 }
 
 fn a_killer_that_ignores_the_state_is_detected() -> Result<()> {
-    let report = found_out(2, "ss -K", "ss -K -tn sport = :8080")?;
+    let report = found_out(SECONDS, "ss -K", "ss -K -tn sport = :8080")?;
     assert!(!report.losses.is_empty(), "{report}");
     assert_eq!(report.listeners, 2);
     Ok(())
@@ -99,7 +112,7 @@ fn a_killer_by_stale_addresses_is_detected() -> Result<()> {
             while read -r _ _ _ peer _; do printf ' or dst %s' \"$peer\"; done)
         sleep 0.02
         ss -K -tn sport = :8080 and \"( ${filter# or } )\"";
-    let report = found_out(5, "stale", script)?;
+    let report = found_out(SECONDS, "stale", script)?;
     assert!(!report.losses.is_empty(), "{report}");
     assert_eq!(report.listeners, 2);
     Ok(())

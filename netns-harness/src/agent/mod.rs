@@ -378,6 +378,18 @@ impl Agent {
         self.close(fds)
     }
 
+    /// Replaces each connecting socket by a listener on its address and port that drops every segment. The kernel then
+    /// neither sends the SYN again nor answers a SYN-ACK with RST. Returns the listeners.
+    ///
+    /// # Errors
+    /// The kernel's errno of the first that failed.
+    pub fn replace_by_listener(&self, fds: &[Fd]) -> Result<Vec<Fd>> {
+        self.call(
+            "replace by a listener",
+            &Request::ReplaceByListener { fds: fds.to_vec() },
+        )
+    }
+
     /// Reads and clears SO_ERROR: an errno, or 0.
     ///
     /// # Errors

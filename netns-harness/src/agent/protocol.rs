@@ -211,6 +211,10 @@ pub(crate) enum Request {
         fds: Vec<Fd>,
         option: SocketOption,
     },
+    /// → `Vec<Fd>`
+    ReplaceByListener {
+        fds: Vec<Fd>,
+    },
     /// → errno of SO_ERROR, 0 if none
     TakeError {
         fd: Fd,

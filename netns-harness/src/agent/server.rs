@@ -172,6 +172,11 @@ impl Server {
                 self.each(&fds, |socket| set_option(socket, option))?;
                 json(())
             }
+            Request::ReplaceByListener { fds } => json(
+                fds.iter()
+                    .map(|&fd| self.replace_by_listener(fd))
+                    .collect::<io::Result<Vec<_>>>()?,
+            ),
             Request::TakeError { fd } => json(
                 self.socket(fd)?
                     .take_error()?
@@ -232,6 +237,21 @@ impl Server {
         socket.bind(&address.into())?;
         socket.listen(backlog)?;
         Ok(self.keep(socket))
+    }
+
+    fn replace_by_listener(&mut self, fd: Fd) -> io::Result<Fd> {
+        let socket = self.socket(fd)?;
+        let address = socket.local_addr()?;
+        // Two sockets can have the port while both allow it and one of them does not listen.
+        socket.set_reuse_address(true)?;
+        let listener = tcp_socket(address.as_socket().ok_or_else(not_ip)?)?;
+        listener.set_reuse_address(true)?;
+        set_option(&listener, SocketOption::DropIncoming(true))?;
+        listener.bind(&address)?;
+        listener.listen(1)?;
+        // Only now: from here on, segments for the port reach the listener.
+        drop(self.take(fd)?);
+        Ok(self.keep(listener))
     }
 
     fn connect(

@@ -1,4 +1,4 @@
-//! Who acts on the stuck connections: `cwkill`, method by method, as a user would start it.
+//! The killers: `cwkill`, one method per killer and started as a user would, or another command.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -12,14 +12,13 @@ use serde::Deserialize;
 
 use crate::host::{Host, finish_within};
 
-/// How long one run may take: what lies between a loaded machine and a hang.
+/// How long one run may take. On a loaded machine it takes seconds; longer than this is a hang.
 const RUN_DEADLINE: Duration = Duration::from_secs(60);
 
-/// How long `cwkill` gives a socket to close. Clients answer a FIN at once, so more would only make it wait for those whose
-/// peer never answers.
+/// The `--grace` of `cwkill`. Clients answer a FIN at once, so a longer one would only wait for peers that never answer.
 const GRACE: &str = "200ms";
 
-/// The statuses of `cwkill` that say it did its job: closed all, found nothing, closed some.
+/// The exit statuses of a `cwkill` that worked: closed all, found nothing, closed some.
 const DONE: [i32; 3] = [0, 1, 4];
 
 /// A command that is run over and over while the connections live.
@@ -27,12 +26,12 @@ const DONE: [i32; 3] = [0, 1, 4];
 pub struct Killer {
     name: String,
     command: Vec<OsString>,
-    /// It is `cwkill`, and says in JSON what it did.
+    /// It is `cwkill` and reports its results in JSON.
     reports: bool,
 }
 
 impl Killer {
-    /// `cwkill` with this method, on these ports.
+    /// `cwkill` with this method on these ports.
     #[must_use]
     pub fn cwkill(
         program: &Path,
@@ -54,7 +53,7 @@ impl Killer {
         }
     }
 
-    /// Any other command, to see whether what it does wrong is found out. Its exit status counts for nothing.
+    /// Any other command, to see whether the run detects the harm it does. Its exit status is ignored.
     #[must_use]
     pub fn other(name: &str, command: impl IntoIterator<Item = impl Into<OsString>>) -> Self {
         Self {
@@ -65,32 +64,32 @@ impl Killer {
     }
 }
 
-/// What a killer has done, in sockets.
+/// What one killer did, counted in sockets.
 #[derive(Debug, Clone, Default)]
 pub struct KillStats {
-    /// The method.
+    /// The method of `cwkill`, or the name of the command.
     pub name: String,
-    /// Whether it says what it does; all numbers of sockets are 0 if not.
+    /// Whether it reports its results. If not, all counts of sockets are 0.
     pub reports: bool,
-    /// How often it ran.
+    /// Runs of the command.
     pub runs: u64,
-    /// Sockets it found stuck.
+    /// Sockets that it matched.
     pub matched: u64,
-    /// Sockets it reached for: those with an attempt, whatever came of it.
+    /// Sockets that it attempted to close.
     pub acts: u64,
-    /// Closed by it.
+    /// Sockets that it closed.
     pub closed: u64,
-    /// On their way by it.
+    /// Sockets that are closing because of it.
     pub closing: u64,
-    /// Closed by others before it acted.
+    /// Sockets that were gone before it acted.
     pub gone: u64,
-    /// Left alone.
+    /// Sockets that it skipped.
     pub skipped: u64,
-    /// Still there.
+    /// Sockets that it failed to close.
     pub failed: u64,
-    /// The longest run.
+    /// Duration of the longest run.
     pub longest: Duration,
-    /// Why sockets were left alone or are still there, and how many; without numbers, so that like is counted with like.
+    /// Sockets per reason for skipping or failing. Digits are replaced by `N`, so that equal reasons count together.
     pub reasons: BTreeMap<String, u64>,
 }
 
@@ -103,7 +102,7 @@ impl fmt::Display for KillStats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:<10} {:>7}", self.name, self.runs)?;
         if !self.reports {
-            return write!(f, "  (does not say what it does)");
+            return write!(f, "  (reports no results)");
         }
         write!(
             f,
@@ -147,12 +146,14 @@ struct JsonAttempt {
     error: Option<String>,
 }
 
-/// Runs the killers in turn on `host` until `until`, or until each has reached for `acts` sockets.
+/// Runs the killers in turn on `host`, until `until` or until `is_done`. That is asked before each round; its argument says
+/// whether every killer has attempted to close `acts` sockets.
 pub(super) fn run_all(
     host: &Host,
     killers: &[Killer],
     until: Instant,
     acts: Option<u64>,
+    mut is_done: impl FnMut(bool) -> Result<bool> + Send,
 ) -> Result<Vec<KillStats>> {
     let mut stats: Vec<KillStats> = killers
         .iter()
@@ -163,21 +164,22 @@ pub(super) fn run_all(
         })
         .collect();
     host.within(|| {
-        // From a thread in the namespace: a process more for each run would halve their number.
+        // From a thread in the namespace: one more process per run would halve the number of runs.
         'time: loop {
-            let mut idle = true;
+            let reached =
+                |stats: &KillStats| stats.reports && acts.is_some_and(|acts| stats.acts >= acts);
+            let all_reached = stats.iter().all(reached);
+            if is_done(all_reached)? {
+                break;
+            }
             for (killer, stats) in killers.iter().zip(&mut stats) {
                 if Instant::now() >= until {
                     break 'time;
                 }
-                if killer.reports && acts.is_some_and(|acts| stats.acts >= acts) {
+                if reached(stats) && !all_reached {
                     continue;
                 }
-                idle = false;
                 run(killer, stats)?;
-            }
-            if idle {
-                break;
             }
         }
         Ok(stats)
@@ -211,8 +213,8 @@ fn run(killer: &Killer, stats: &mut KillStats) -> Result<()> {
         output.status,
         String::from_utf8_lossy(&output.stderr).trim()
     );
-    let document: Document =
-        serde_json::from_slice(&output.stdout).with_context(|| format!("read what {name} says"))?;
+    let document: Document = serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("read the JSON of {name}"))?;
     for socket in document.sockets {
         let result = socket.result.context("a socket without a result")?;
         stats.matched += 1;
@@ -223,7 +225,7 @@ fn run(killer: &Killer, stats: &mut KillStats) -> Result<()> {
             "gone" => stats.gone += 1,
             "skipped" => stats.skipped += 1,
             "failed" => stats.failed += 1,
-            other => bail!("{name} knows an outcome that we do not: {other}"),
+            other => bail!("unknown outcome of {name}: {other}"),
         }
         if matches!(result.outcome.as_str(), "skipped" | "failed") {
             *stats.reasons.entry(reason(&result)).or_default() += 1;
@@ -235,7 +237,7 @@ fn run(killer: &Killer, stats: &mut KillStats) -> Result<()> {
 fn reason(result: &JsonResult) -> String {
     let attempts = result.attempts.iter().map(|attempt| match &attempt.error {
         Some(error) => format!("{}: {error}", attempt.method),
-        None => format!("{}: done, and still there", attempt.method),
+        None => format!("{}: no error, but not closed", attempt.method),
     });
     let all: Vec<_> = result.reason.iter().cloned().chain(attempts).collect();
     let text = format!("{}: {}", result.outcome, all.join("; "));

@@ -30,6 +30,7 @@ mod unread;
 
 use std::collections::HashSet;
 use std::fmt;
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -37,6 +38,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 
 use crate::agent::{Agent, Dial, End, Fd, How, SocketOption};
+use crate::host::Host;
 use crate::kernel::{self, TcpState};
 use crate::lab::{Conn, POLL_INTERVAL, Pair, join_ends};
 
@@ -208,6 +210,7 @@ pub fn listed() -> impl Iterator<Item = &'static Scenario> {
 
 /// What a script works with.
 pub(crate) struct Stage<'a> {
+    pub app_host: &'a Host,
     pub pair: &'a Pair,
     pub count: usize,
 }
@@ -252,25 +255,15 @@ impl Stage<'_> {
     /// way any more that would reach a peer that drops segments or has forgotten the connection afterwards.
     pub(crate) fn finish_in_peer(&self, conns: &[Conn]) -> Result<()> {
         self.peer().shutdown(&peer_fds(conns), How::Write)?;
-        let mut waiting: HashSet<_> = conns.iter().map(|conn| (conn.peer, conn.local)).collect();
-        let until = Instant::now() + STEP;
-        self.pair.peer_host.within(|| {
-            while !waiting.is_empty() {
-                if Instant::now() > until {
-                    bail!(
-                        "the FINs of {} connections were not acknowledged in time",
-                        waiting.len()
-                    );
-                }
-                for socket in kernel::sockets()? {
-                    if socket.state == TcpState::FinWait2 {
-                        waiting.remove(&(socket.local, socket.peer));
-                    }
-                }
-                thread::sleep(POLL_INTERVAL);
-            }
-            Ok(())
-        })
+        let tuples = conns.iter().map(|conn| (conn.peer, conn.local));
+        wait_for_state(&self.pair.peer_host, TcpState::FinWait2, tuples.collect())
+            .context("the FINs of the peer were not acknowledged")
+    }
+
+    /// Waits until the application's kernel shows all these connections in `state`.
+    pub(crate) fn wait_in_app(&self, conns: &[Conn], state: TcpState) -> Result<()> {
+        let tuples = conns.iter().map(|conn| (conn.local, conn.peer));
+        wait_for_state(self.app_host, state, tuples.collect())
     }
 
     /// Connections that the application has read to the end and forgotten to close.
@@ -303,6 +296,34 @@ impl Stage<'_> {
         }
         Ok(())
     }
+}
+
+/// Waits until the kernel of `host` has shown every connection (local and peer address) in `state`.
+fn wait_for_state(
+    host: &Host,
+    state: TcpState,
+    mut waiting: HashSet<(SocketAddr, SocketAddr)>,
+) -> Result<()> {
+    let until = Instant::now() + STEP;
+    host.within(|| {
+        loop {
+            for socket in kernel::sockets()? {
+                if socket.state == state {
+                    waiting.remove(&(socket.local, socket.peer));
+                }
+            }
+            if waiting.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() > until {
+                bail!(
+                    "{} connections were not in {state} within {STEP:?}",
+                    waiting.len()
+                );
+            }
+            thread::sleep(POLL_INTERVAL);
+        }
+    })
 }
 
 pub(crate) fn app_fds(conns: &[Conn]) -> Vec<Fd> {

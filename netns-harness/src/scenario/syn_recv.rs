@@ -1,8 +1,8 @@
-//! `syn-recv`: the peer has knocked and does not answer the answer.
+//! `syn-recv`: the peer has sent a SYN and never answers the SYN-ACK.
 
 use anyhow::Result;
 
-use super::{Expect, STEP, Scenario, Stage};
+use super::{Expect, STEP, Scenario, Stage, peer_fds};
 use crate::Conn;
 use crate::agent::{Dial, Endpoint};
 use crate::kernel::TcpState;
@@ -29,5 +29,12 @@ fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
     let ends = stage
         .peer()
         .connect(stage.pair.app_address, stage.count, dial, STEP)?;
-    Ok(ends.iter().map(Endpoint::without_app).collect())
+    let mut conns: Vec<Conn> = ends.iter().map(Endpoint::without_app).collect();
+    stage.wait_in_app(&conns, TcpState::SynRecv)?;
+    // The peer's kernel would send the SYN again after a second, and a socket that was destroyed would be back.
+    let listeners = stage.peer().replace_by_listener(&peer_fds(&conns))?;
+    for (conn, listener) in conns.iter_mut().zip(listeners) {
+        conn.peer_fd = Some(listener);
+    }
+    Ok(conns)
 }

@@ -16,6 +16,7 @@ pub fn tests() -> Vec<Trial> {
         a_vanished_peer_resets,
         a_silent_peer_says_nothing_on_a_link_that_is_up,
         a_peer_that_is_gone_has_no_carrier,
+        a_peer_that_never_answers_does_not_send_its_syn_again,
         a_stopped_application_is_stopped,
         threads_are_threads,
         reused_ports_are_the_same,
@@ -149,6 +150,22 @@ fn a_peer_that_is_gone_has_no_carrier() -> Result<()> {
     check(&lab, &leak, Family::V6)?;
     leak.pair().set_link(true)?;
     wait_until("the carrier is back", || has_carrier(&lab))
+}
+
+fn a_peer_that_never_answers_does_not_send_its_syn_again() -> Result<()> {
+    for family in Family::ALL {
+        let lab = Lab::new()?;
+        let leak = start(&lab, "syn-recv", family)?;
+        // A socket in SYN-SENT would send another SYN after a second.
+        let sockets = leak.pair().peer_host.sockets()?;
+        let listening = |socket: &netns_harness::KernelSocket| socket.state == TcpState::Listen;
+        ensure!(
+            sockets.len() == 2 && sockets.iter().all(listening),
+            "{sockets:?}"
+        );
+        check(&lab, &leak, family)?;
+    }
+    Ok(())
 }
 
 fn status(pid: u32, field: &str) -> Result<String> {
