@@ -13,12 +13,12 @@ use crate::support::CWKILL;
 use crate::trial::{Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
-    each_family!(no_bystander_is_lost),
-    once!(half_closed_streams_live_under_the_minimum_age),
-    once!(a_killer_that_ignores_the_state_is_detected),
-    once!(a_killer_by_stale_addresses_is_detected),
-    once!(a_killer_of_listeners_is_detected),
-    once!(a_killer_of_nothing_is_detected),
+    each_family!(no_bystander_is_lost).slow(),
+    once!(half_closed_streams_live_under_the_minimum_age).slow(),
+    once!(a_killer_that_ignores_the_state_is_detected).slow(),
+    once!(a_killer_by_stale_addresses_is_detected).slow(),
+    once!(a_killer_of_listeners_is_detected).slow(),
+    once!(a_killer_of_nothing_is_detected).slow(),
 ];
 
 /// Acts of each method in each family.

@@ -4,8 +4,8 @@ use anyhow::{Context, Result};
 use netns_harness::{Family, Lab, Leak, Recv, Signal, SocketOption, TcpState};
 
 use crate::support::{
-    CWKILL, PATIENCE, all_have, at, connections, cwkill, first_error, in_state, lab, ran, settled,
-    skip_reason,
+    CWKILL, PATIENCE, Ran, all_have, at, connections, cwkill, first_error, in_state, lab, ran,
+    settled, skip_reason,
 };
 use crate::trial::{Test, each_family, once};
 
@@ -37,7 +37,9 @@ fn a_half_closed_peer_lives_and_gets_its_data(family: Family) -> Result<()> {
     for kind in KINDS {
         let (lab, leak) = lab(kind, family, 3)?;
         let before = connections(&lab)?;
-        let sockets = cwkill(&lab, PROBE)?.exits(4).sockets();
+        let sockets = cwkill(&lab, &format!("{PROBE} --grace 20s"))?
+            .exits(4)
+            .sockets();
         assert_eq!(sockets.len(), 3);
         all_have(&sockets, "skipped", "null");
         for socket in &sockets {
@@ -60,7 +62,9 @@ fn a_peer_that_has_forgotten_lets_the_kernel_close(family: Family) -> Result<()>
     for kind in KINDS {
         let (lab, leak) = lab(kind, family, 3)?;
         leak.peer().forget(&leak.peer_fds())?;
-        let sockets = cwkill(&lab, PROBE)?.exits(0).sockets();
+        let sockets = cwkill(&lab, &format!("{PROBE} --grace 20s"))?
+            .exits(0)
+            .sockets();
         all_have(&sockets, "closed", "probe");
         assert_eq!(connections(&lab)?.len(), 0);
         assert!(leak.app().is_alive());
@@ -162,9 +166,7 @@ fn interrupted(signals: &[Signal]) -> Result<()> {
     for signal in signals {
         nix::sys::signal::kill(pid, *signal)?;
     }
-    let output = child.wait_with_output()?;
-    assert_eq!(output.status.code(), Some(4));
-    let document: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let document = Ran::of(line, child.wait_with_output()?)?.exits(4).json();
     assert_eq!(at(&document, "/summary/skipped"), "3");
     assert_eq!(skip_reason(&document["sockets"][0]), "interrupted");
     assert_eq!(keepalive_timers(&lab)?, 1);
@@ -178,17 +180,19 @@ fn interrupted(signals: &[Signal]) -> Result<()> {
 /// Started with SIGHUP ignored, it stays ignored.
 fn nohup_is_respected() -> Result<()> {
     let (lab, _leak) = deaf("drained", Family::V4)?;
-    let script = format!("trap '' HUP; exec {CWKILL} --all --method probe --grace 2s --json");
+    let script = format!("trap '' HUP; exec {CWKILL} --all --method probe --grace 60s --json");
     let sh = lab.app_host().command("sh").args(["-c", &script]);
     let child = sh.stdout(std::process::Stdio::piped()).spawn()?;
     lab.wait_for(PATIENCE, || Ok(keepalive_timers(&lab)? == 3))?;
     let pid = nix::unistd::Pid::from_raw(child.id().try_into()?);
     nix::sys::signal::kill(pid, Signal::SIGHUP)?;
-    let output = child.wait_with_output()?;
-    let document: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-    let error = first_error(&document["sockets"][0]);
-    assert!(error.contains("no answer from the peer"), "{error}");
-    assert_eq!(keepalive_timers(&lab)?, 0);
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    nix::sys::signal::kill(pid, Signal::SIGINT)?;
+    let ran = Ran::of("cwkill", child.wait_with_output()?)?.exits(4);
+    assert_eq!(skip_reason(&ran.sockets()[0]), "interrupted");
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = u64::from_str_radix(ignored.context("no SigIgn")?.trim(), 16)?;
+    assert!(ignored & 1 << (libc::SIGHUP - 1) != 0, "{status}");
     Ok(())
 }
 

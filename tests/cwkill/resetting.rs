@@ -41,7 +41,9 @@ fn every_kind_is_closed_and_its_peer_released(family: Family) -> Result<()> {
     for kind in ["unread", "drained", "forked", "not-accepted"] {
         let (lab, bystanders) = lab("established", family, 3)?;
         let leak = lab.start(kind, family, count(5))?;
-        let sockets = cwkill(&lab, RST)?.exits(0).sockets();
+        let sockets = cwkill(&lab, &format!("{RST} --grace 20s"))?
+            .exits(0)
+            .sockets();
         assert_eq!(sockets.len(), 5);
         all_have(&sockets, "closed", "rst");
         let rows = connections(&lab)?;
@@ -61,7 +63,9 @@ fn every_kind_is_closed_and_its_peer_released(family: Family) -> Result<()> {
 fn sockets_of_more_than_one_batch_are_closed(family: Family) -> Result<()> {
     for kind in ["drained", "not-accepted"] {
         let (lab, leak) = lab(kind, family, 1100)?;
-        let sockets = cwkill(&lab, RST)?.exits(0).sockets();
+        let sockets = cwkill(&lab, &format!("{RST} --grace 20s"))?
+            .exits(0)
+            .sockets();
         assert_eq!(sockets.len(), 1100);
         all_have(&sockets, "closed", "rst");
         assert_eq!(connections(&lab)?.len(), 0);
@@ -96,11 +100,17 @@ fn the_missing_capability_is_named(family: Family) -> Result<()> {
 
 fn a_socket_is_asked_again_after_the_rate_limit(family: Family) -> Result<()> {
     let (lab, _leak) = lab("not-accepted", family, 3)?;
-    // Draws an ACK from each; each is silent for net.ipv4.tcp_invalid_ratelimit then.
-    cwkill(&lab, "--all --method probe")?.exits(4);
+    // Long enough for a busy machine to run cwkill twice.
+    lab.app_host().within(|| {
+        std::fs::write("/proc/sys/net/ipv4/tcp_invalid_ratelimit", "4000")?;
+        Ok(())
+    })?;
+    // Elicits an ACK from each, after which each is silent for the rate limit.
+    cwkill(&lab, "--all --method probe --grace 20s")?.exits(4);
     let impatient = cwkill(&lab, &format!("{RST} --grace 100ms"))?.exits(4);
     all_have(&impatient.sockets(), "failed", "null");
-    let sockets = cwkill(&lab, RST)?.exits(0).sockets();
+    let patient = cwkill(&lab, &format!("{RST} --grace 20s"))?;
+    let sockets = patient.exits(0).sockets();
     all_have(&sockets, "closed", "rst");
     Ok(())
 }

@@ -28,19 +28,26 @@ use crate::support::{CWKILL, PATIENCE, count, cwkill, in_state, ran};
 use crate::trial::{Test, once};
 
 pub const TESTS: &[Test] = &[
-    once!(documented_commands_print_the_documented_output),
-    once!(all_six_runbooks_exist),
+    once!(tcp_states_prints_what_is_documented),
+    once!(close_wait_without_a_pid_prints_what_is_documented),
+    once!(from_a_timer_prints_what_is_documented),
+    once!(inside_a_container_or_pod_prints_what_is_documented),
+    once!(one_connection_blocks_a_drain_prints_what_is_documented),
+    once!(thousands_of_close_wait_prints_what_is_documented),
+    once!(too_many_open_files_prints_what_is_documented),
+    once!(every_runbook_has_its_parts_and_runs_commands),
     once!(a_wrong_documented_output_is_detected),
     once!(only_varying_values_are_ignored),
 ];
 
+/// Each has a test above.
 const RUNBOOKS: [&str; 6] = [
-    "close-wait-without-a-pid.md",
-    "from-a-timer.md",
-    "inside-a-container-or-pod.md",
-    "one-connection-blocks-a-drain.md",
-    "thousands-of-close-wait.md",
-    "too-many-open-files.md",
+    "close-wait-without-a-pid",
+    "from-a-timer",
+    "inside-a-container-or-pod",
+    "one-connection-blocks-a-drain",
+    "thousands-of-close-wait",
+    "too-many-open-files",
 ];
 
 /// What stands for the pid of the application in the documents, so that they do not change with every renewal.
@@ -50,9 +57,16 @@ fn docs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("docs")
 }
 
-fn all_six_runbooks_exist() -> Result<()> {
+fn every_runbook_has_its_parts_and_runs_commands() -> Result<()> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(docs().join("runbooks"))? {
+        let name = entry?.file_name().into_string().expect("UTF-8");
+        names.push(name.trim_end_matches(".md").to_owned());
+    }
+    names.sort();
+    assert_eq!(names, RUNBOOKS);
     for name in RUNBOOKS {
-        let text = std::fs::read_to_string(docs().join("runbooks").join(name)).context(name)?;
+        let text = std::fs::read_to_string(docs().join(format!("runbooks/{name}.md")))?;
         for part in ["## How to undo or limit harm", "## When not to use cwkill"] {
             assert!(text.contains(part), "{name} has no part \"{part}\"");
         }
@@ -61,25 +75,47 @@ fn all_six_runbooks_exist() -> Result<()> {
     Ok(())
 }
 
-fn documented_commands_print_the_documented_output() -> Result<()> {
+fn tcp_states_prints_what_is_documented() -> Result<()> {
+    prints_what_is_documented("tcp-states.md")
+}
+
+fn close_wait_without_a_pid_prints_what_is_documented() -> Result<()> {
+    prints_what_is_documented("runbooks/close-wait-without-a-pid.md")
+}
+
+fn from_a_timer_prints_what_is_documented() -> Result<()> {
+    prints_what_is_documented("runbooks/from-a-timer.md")
+}
+
+fn inside_a_container_or_pod_prints_what_is_documented() -> Result<()> {
+    prints_what_is_documented("runbooks/inside-a-container-or-pod.md")
+}
+
+fn one_connection_blocks_a_drain_prints_what_is_documented() -> Result<()> {
+    prints_what_is_documented("runbooks/one-connection-blocks-a-drain.md")
+}
+
+fn thousands_of_close_wait_prints_what_is_documented() -> Result<()> {
+    prints_what_is_documented("runbooks/thousands-of-close-wait.md")
+}
+
+fn too_many_open_files_prints_what_is_documented() -> Result<()> {
+    prints_what_is_documented("runbooks/too-many-open-files.md")
+}
+
+fn prints_what_is_documented(name: &str) -> Result<()> {
     let renew = std::env::var_os("CWKILL_RENEW_RUNBOOKS").is_some();
-    let mut paths = vec![docs().join("tcp-states.md")];
-    paths.extend(RUNBOOKS.map(|name| docs().join("runbooks").join(name)));
-    let mut wrong = String::new();
-    for path in paths {
-        let name = path.display().to_string();
-        let text = std::fs::read_to_string(&path).context(name.clone())?;
-        let (differences, renewed) = Document::parse(&text)
-            .and_then(|document| document.run())
-            .context(name.clone())?;
-        if renew && renewed != text {
-            std::fs::write(&path, renewed)?;
-        }
-        for difference in differences {
-            wrong += &format!("{name}: {difference}\n");
-        }
+    let path = docs().join(name);
+    let text = std::fs::read_to_string(&path).context(name.to_owned())?;
+    let (differences, renewed) = Document::parse(&text)?.run()?;
+    if renew && renewed != text {
+        std::fs::write(&path, renewed)?;
     }
-    assert!(renew || wrong.is_empty(), "\n{wrong}");
+    assert!(
+        renew || differences.is_empty(),
+        "{name}: {}",
+        differences.join("\n")
+    );
     Ok(())
 }
 

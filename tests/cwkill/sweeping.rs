@@ -28,7 +28,7 @@ use crate::support::{
 use crate::trial::{Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
-    each_family!(a_sweep_ends_like_an_ordinary_run),
+    each_family!(a_sweep_ends_like_an_ordinary_run).slow(),
     each_family!(thousands_are_destroyed_and_bystanders_live),
     each_family!(only_selected_sockets_are_destroyed),
     once!(many_old_sockets_are_swept),
@@ -39,12 +39,15 @@ pub const TESTS: &[Test] = &[
     once!(without_privileges_nothing_is_destroyed),
     once!(a_limit_takes_the_oldest_first),
     once!(a_logged_sweep_records_its_intents_first),
-    once!(an_interrupted_sweep_is_reported_per_socket),
+    once!(an_interrupted_sweep_is_reported_per_socket).slow(),
 ];
 
 const SWEEP: &str = "--no-owners --method destroy --json";
 /// Every socket may be closed, but a limit wants the oldest first, so that all are found before anything is done.
 const NO_SWEEP: &str = "--no-owners --method destroy --json --max-kills 100000";
+
+/// Attempts at a moment that the machine may miss.
+const TRIES: usize = 50;
 
 /// Waits until all that is stuck has been so long enough to be swept.
 fn aged(lab: &Lab) -> Result<()> {
@@ -85,17 +88,19 @@ impl Surroundings for Impatient {
 }
 
 fn many_old_sockets_are_swept() -> Result<()> {
-    let (lab, _leak) = lab("drained", Family::V4, 2000)?;
-    aged(&lab)?;
-    let run = sweep(&lab, &Now)?;
-    // A busy machine may let rows get old.
-    assert!(run.swept.sockets.len() > 100, "{}", run.swept.sockets.len());
-    assert_eq!(run.swept.sockets.len() + run.found.sockets.len(), 2000);
-    assert_eq!(
-        in_state(&lab, TcpState::CloseWait)?,
-        run.found.sockets.len()
-    );
-    Ok(())
+    // A row that a busy machine leaves unread for too long is not swept.
+    for _ in 0..TRIES {
+        let (lab, _leak) = lab("drained", Family::V4, 2000)?;
+        aged(&lab)?;
+        let run = sweep(&lab, &Now)?;
+        let (swept, found) = (run.swept.sockets.len(), run.found.sockets.len());
+        assert_eq!(swept + found, 2000);
+        assert_eq!(in_state(&lab, TcpState::CloseWait)?, found);
+        if swept > 100 {
+            return Ok(());
+        }
+    }
+    panic!("in {TRIES} attempts nothing was swept");
 }
 
 fn few_or_young_sockets_are_not_swept() -> Result<()> {
@@ -115,11 +120,21 @@ fn few_or_young_sockets_are_not_swept() -> Result<()> {
 }
 
 fn a_half_swept_run_is_reported() -> Result<()> {
-    let (lab, _leak) = lab("drained", Family::V4, 2000)?;
-    aged(&lab)?;
-    let mut run = sweep(&lab, &Impatient::default())?;
+    for _ in 0..TRIES {
+        let (lab, _leak) = lab("drained", Family::V4, 2000)?;
+        aged(&lab)?;
+        let run = sweep(&lab, &Impatient::default())?;
+        // Nothing is swept if a busy machine leaves the rows unread for too long.
+        if !run.swept.sockets.is_empty() {
+            return half_swept(&lab, run);
+        }
+    }
+    panic!("in {TRIES} attempts nothing was swept");
+}
+
+fn half_swept(lab: &Lab, mut run: Run) -> Result<()> {
     let swept = run.swept.sockets.len();
-    assert!(swept > 0 && swept < 500, "{swept} of 2000");
+    assert!(swept < 500, "{swept} of 2000");
     assert_eq!(swept + run.found.sockets.len(), 2000);
     // As if the list of the others had failed.
     run.unlisted = Some("no memory".into());
@@ -319,9 +334,6 @@ fn a_logged_sweep_records_its_intents_first() -> Result<()> {
 
 /// Sockets that are there when it is interrupted, so many that it is in the middle of them.
 const MANY: usize = 15_000;
-/// It may be over before the signal comes.
-const TRIES: usize = 10;
-
 fn an_interrupted_sweep_is_reported_per_socket() -> Result<()> {
     let in_the_middle = (0..TRIES).try_fold(false, |done, _| match done {
         true => Ok(true),

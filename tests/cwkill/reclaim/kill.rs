@@ -18,9 +18,9 @@ use crate::trial::{Test, once};
 
 pub const TESTS: &[Test] = &[
     once!(a_panic_leaves_the_owner_running),
-    once!(an_interruption_leaves_the_owner_running),
-    once!(sigkill_leaves_the_owner_running),
-    once!(sigkill_ends_only_calls_that_may_end),
+    once!(an_interruption_leaves_the_owner_running).slow(),
+    once!(sigkill_leaves_the_owner_running).slow(),
+    once!(sigkill_ends_only_calls_that_may_end).slow(),
 ];
 
 /// What `cwkill reclaim` would be given of one process.
@@ -42,10 +42,13 @@ fn wanted(owner: &Owner) -> Result<(Vec<Process>, Vec<Wanted>)> {
     Ok((vec![table.process], wanted.collect()))
 }
 
+/// Attempts to kill it between two descriptors, on a machine that always misses the moment.
+const MOST_KILLS: u64 = 600;
+
 const RULES: Rules = Rules {
     age: Duration::ZERO,
     force: false,
-    stop_limit: Duration::from_secs(1),
+    stop_limit: Duration::from_secs(20),
 };
 
 /// A bug of ours after so many descriptors, while the owner stands still.
@@ -121,7 +124,10 @@ fn an_interruption_leaves_the_owner_running() -> Result<()> {
 /// Starts `cwkill reclaim`, and sends it a signal so long after it has begun to stop the owner; waits for its
 /// end.
 fn kill_after(lab: &Lab, owner: &Owner, signal: Signal, delay: Duration) -> Result<()> {
-    let line = format!("reclaim --pid {} --reclaim-age 0s -q", owner.pid());
+    let line = format!(
+        "reclaim --pid {} --reclaim-age 0s --stop-limit 5s -q",
+        owner.pid()
+    );
     let mut child = lab
         .app_host()
         .command(CWKILL)
@@ -171,14 +177,14 @@ fn sigkill_leaves_the_owner_running() -> Result<()> {
     let (mut begun, mut whole) = (0, 0);
     for mode in ["works", "idle"] {
         let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 4)?;
-        for number in 0..30u64 {
+        for kill in 0..MOST_KILLS {
+            // More only if all came too early or too late.
+            if kill >= 30 && (begun >= 3 || mode == "works") {
+                break;
+            }
             let fds = owner.leak_scattered(60)?;
-            kill_after(
-                &lab,
-                &owner,
-                Signal::SIGKILL,
-                Duration::from_micros(number * 240),
-            )?;
+            let delay = Duration::from_micros(kill % 30 * 240);
+            kill_after(&lab, &owner, Signal::SIGKILL, delay)?;
             let open = owner.descriptors()?;
             let left = fds.iter().filter(|fd| open.contains(fd)).count();
             begun += usize::from(left > 0 && left < fds.len());
@@ -190,7 +196,6 @@ fn sigkill_leaves_the_owner_running() -> Result<()> {
         let checks = owner.report()?;
         lab.wait_for(PATIENCE, || Ok(mode == "idle" || owner.report()? > checks))?;
     }
-    // Otherwise it was killed too early or too late each time.
     assert!(
         begun >= 3,
         "{begun} were killed between two descriptors, {whole} after the last"
@@ -207,9 +212,13 @@ fn sigkill_ends_only_calls_that_may_end() -> Result<()> {
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "forgiving", 4)?;
     let forgiven = |owner: &mut Owner| -> Result<u64> { Ok(owner.order("forgiven")?.parse()?) };
     let (mut begun, mut before) = (0, 0);
-    for number in 0..40u64 {
+    for number in 0..MOST_KILLS {
+        // More only if all came too early or too late.
+        if number >= 40 && begun >= 3 {
+            break;
+        }
         let fds = owner.leak_scattered(60)?;
-        let delay = Duration::from_micros(number * 200);
+        let delay = Duration::from_micros(number % 40 * 200);
         kill_after(&lab, &owner, Signal::SIGKILL, delay)?;
         lab.wait_for(PATIENCE, || Ok(!is_traced(owner.pid())))?;
         let open = owner.descriptors()?;

@@ -38,7 +38,10 @@ fn descriptors_a_thread_waited_on_are_skipped() -> Result<()> {
         // The one that takes orders waits like that, too.
         Ok(tasks.flatten().filter(|task| waits(task.path())).count() == 4)
     })?;
-    let line = format!("--pid {} --reclaim --reclaim-age 0s --json", owner.pid());
+    let line = format!(
+        "--pid {} --reclaim --reclaim-age 0s --stop-limit 5s --json",
+        owner.pid()
+    );
     let ran = cwkill(&lab, &line)?.exits(4);
     for socket in ran.sockets() {
         assert_eq!(at(&socket, "/result/outcome"), "closed");
@@ -54,10 +57,10 @@ fn a_program_gets_time_to_react() -> Result<()> {
     owner.leak_stuck(3)?;
     let pid = owner.pid();
     lab.wait_for(PATIENCE, || {
-        let old = cwkill(&lab, &format!("-n --pid {pid} --min-age 700ms --json"))?;
+        let old = cwkill(&lab, &format!("-n --pid {pid} --min-age 3s --json"))?;
         Ok(old.sockets().len() == 3)
     })?;
-    let line = format!("--pid {pid} --reclaim --reclaim-age 700ms --json");
+    let line = format!("--pid {pid} --reclaim --reclaim-age 3s --json");
     let ran = cwkill(&lab, &line)?.exits(0);
     for socket in ran.sockets() {
         let outcome = at(&socket, "/result/descriptors/0/outcome");
@@ -94,7 +97,11 @@ fn descriptors_with_unread_data_are_skipped() -> Result<()> {
 
     // What the operator has seen in RECV-Q and closed may go.
     let (lab, _leak) = lab("unread", Family::V4, 3)?;
-    let ran = cwkill(&lab, "--port 8080 --reclaim --reclaim-age 0s --json")?.exits(0);
+    let ran = cwkill(
+        &lab,
+        "--port 8080 --reclaim --reclaim-age 0s --stop-limit 5s --json",
+    )?
+    .exits(0);
     assert_eq!(number(&ran.json(), "/reclaim/summary/freed"), 3);
     Ok(())
 }

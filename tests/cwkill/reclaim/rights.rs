@@ -25,7 +25,10 @@ fn without_rights_nothing_is_done_and_the_reason_is_reported() -> Result<()> {
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
     owner.leak(2)?;
     let before = owner.descriptors()?;
-    let line = format!("reclaim --pid {} --reclaim-age 0s", owner.pid());
+    let line = format!(
+        "reclaim --pid {} --reclaim-age 0s --stop-limit 5s",
+        owner.pid()
+    );
     let command = lab.app_host().command(CWKILL).args(line.split_whitespace());
     let ran = ran(command.capabilities(&[]))?.exits(4);
     // Of a process with the same uid the table can be seen and nothing be touched.
@@ -47,7 +50,7 @@ fn descriptors_inherited_by_cwkill_are_skipped() -> Result<()> {
         os.execv(sys.argv[1], [*sys.argv[1:], '--pid', str(os.getpid())])\n";
     let lab = Lab::new()?;
     for force in ["", "--reclaim-force"] {
-        let line = format!("{CWKILL} reclaim --json --reclaim-age 0s {force}");
+        let line = format!("{CWKILL} reclaim --json --reclaim-age 0s --stop-limit 5s {force}");
         let command = lab.app_host().command("python3").args(["-c", SCRIPT]);
         let ran = ran(command.args(line.split_whitespace()))?.exits(4);
         let said = descriptors(&ran);
@@ -65,7 +68,10 @@ fn a_process_of_another_user_is_reported() -> Result<()> {
     owner.leak(2)?;
     let before = owner.descriptors()?;
     for more in ["", "-n", "--reclaim-force", "--jsonl"] {
-        let line = format!("reclaim --pid {} --reclaim-age 0s {more}", owner.pid());
+        let line = format!(
+            "reclaim --pid {} --reclaim-age 0s --stop-limit 5s {more}",
+            owner.pid()
+        );
         let command = lab.app_host().command(CWKILL).uid(NOBODY);
         let ran = ran(command.args(line.split_whitespace()))?.exits(4);
         ran.complains("1 process could not be looked into")
@@ -132,7 +138,7 @@ fn no_right_is_needed_within_one_user() -> Result<()> {
     assert_eq!(of(owner.pid(), "cmdline")?, of(sealed.pid(), "cmdline")?);
     let pid = owner.pid();
     let reclaim = |more: &str| {
-        let line = format!("reclaim --pid {pid} --reclaim-age 0s {more}");
+        let line = format!("reclaim --pid {pid} --reclaim-age 0s --stop-limit 5s {more}");
         let command = lab.app_host().command(CWKILL).uid(ALONE);
         ran(command.args(line.split_whitespace()))
     };
@@ -165,7 +171,7 @@ fn without_threads_everything_or_nothing_is_done() -> Result<()> {
     for limit in 1..=8 {
         let fds = owner.leak(2)?;
         let line = format!(
-            "--nproc={limit} {CWKILL} reclaim --pid {} --reclaim-age 0s --json",
+            "--nproc={limit} {CWKILL} reclaim --pid {} --reclaim-age 0s --stop-limit 5s --json",
             owner.pid()
         );
         let command = lab
@@ -189,7 +195,10 @@ fn without_threads_everything_or_nothing_is_done() -> Result<()> {
                 refused += 1;
                 cwkill(
                     &lab,
-                    &format!("reclaim --pid {} --reclaim-age 0s -q", owner.pid()),
+                    &format!(
+                        "reclaim --pid {} --reclaim-age 0s --stop-limit 5s -q",
+                        owner.pid()
+                    ),
                 )?
                 .exits(0);
             }

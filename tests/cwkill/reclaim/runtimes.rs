@@ -12,7 +12,9 @@ pub const TESTS: &[Test] = &[
     once!(python_at_emfile_accepts_again),
     once!(java_is_left_to_its_garbage_collector).needs(Need::Language(Runtime::Java)),
     once!(go_at_emfile_accepts_again).needs(Need::Language(Runtime::Go)),
-    once!(java_at_emfile_accepts_again).needs(Need::Language(Runtime::Java)),
+    once!(java_at_emfile_accepts_again)
+        .slow()
+        .needs(Need::Language(Runtime::Java)),
     once!(node_at_emfile_accepts_again).needs(Need::Language(Runtime::Node)),
 ];
 

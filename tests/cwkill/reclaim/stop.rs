@@ -25,21 +25,18 @@ fn a_thread_that_does_not_stop_ends_the_attempt() -> Result<()> {
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "vfork", 1)?;
     let fds = owner.leak(1)?;
     lab.wait_for(PATIENCE, || Ok(states(owner.pid())?.contains(&'D')))?;
-    let mut gaps = Vec::new();
-    for _ in 0..3 {
+    // On a busy machine the limit may be over before the first thread is stopped.
+    let mut was_stopped = false;
+    for _ in 0..100 {
         let (ran, gap, _) = measured(&lab, &mut owner, Duration::from_millis(50))?;
-        left(
-            &ran.exits(4),
-            &mut owner,
-            &fds,
-            "failed",
-            "did not stop within 50ms",
-        )?;
-        gaps.push(gap);
+        let why = "did not stop within 50ms";
+        left(&ran.exits(4), &mut owner, &fds, "failed", why)?;
+        was_stopped = gap >= Duration::from_millis(40);
+        if was_stopped {
+            break;
+        }
     }
-    // On a busy machine the time may be over before the first is stopped.
-    let was_stopped = |gap: &Duration| *gap >= Duration::from_millis(40);
-    assert!(gaps.iter().any(was_stopped), "it was not stopped: {gaps:?}");
+    assert!(was_stopped, "no thread was stopped");
     // Nothing is left of us.
     lab.wait_for(PATIENCE, || Ok(!is_traced(owner.pid())))
 }
@@ -50,7 +47,11 @@ fn a_program_that_execs_meanwhile_goes_on() -> Result<()> {
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "execs", 8)?;
     let began = owner.report()?;
     let mut freed = 0;
-    for run in 0..60 {
+    for run in 0.. {
+        if run >= 60 && freed >= 100 {
+            break;
+        }
+        assert!(run < 1000, "{freed} freed");
         let fds = owner.leak_scattered(5)?;
         let before = links_of(owner.pid())?;
         assert!(fds.iter().all(|fd| before.contains_key(fd)), "{before:?}");
@@ -70,50 +71,68 @@ fn a_program_that_execs_meanwhile_goes_on() -> Result<()> {
         lab.wait_for(PATIENCE, || Ok(owner.report()? > checks))?;
     }
     let execs = owner.report()? - began;
-    assert!(freed >= 100 && execs >= 60, "{freed} freed, {execs} times");
+    assert!(execs >= 60, "{execs}");
     Ok(())
 }
 
 /// How long an exec of such an owner hangs.
 const HANGS: Duration = Duration::from_secs(3);
 
+/// Attempts at a moment that a busy machine may miss.
+const TRIES: usize = 100;
+
 /// PTRACE_SEIZE waits for an exec by any thread, which begins when the first of them is seized.
 fn no_thread_is_stopped_while_an_exec_hangs() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "hangs", 1000)?;
-    for _ in 0..20 {
+    let mut waits = Vec::new();
+    for _ in 0..TRIES {
         let hung: u64 = owner.order("hang late")?.parse()?;
         owner.leak(2)?;
         let began = Instant::now();
-        let (ran, gap, told) = measured(&lab, &mut owner, Duration::from_secs(1))?;
+        let (ran, gap, reported) = measured(&lab, &mut owner, Duration::from_secs(1))?;
         let waited = began.elapsed() > HANGS - Duration::from_millis(500);
         lab.wait_for(PATIENCE, || Ok(owner.report()? > hung))?;
-        if waited {
-            ran.exits(0);
-            assert!(gap < HANGS / 2, "{gap:?}");
-            assert!(told < HANGS / 2, "it says {told:?}");
-            return Ok(());
+        // Otherwise all were seized before that thread got to it, and it did not stop within the limit.
+        if waited && ran.code == Some(0) {
+            // A busy machine may hold the owner up as well, but not each time.
+            if gap < HANGS / 2 && reported < HANGS / 2 {
+                return Ok(());
+            }
+            waits.push((gap, reported));
         }
-        // All were seized before that thread got to it, and it did not stop within the limit.
+        assert!(waits.len() < 5, "stopped all the time: {waits:?}");
         reclaim(&lab, owner.pid(), "-q")?;
     }
-    bail!("no exec came between")
+    panic!("no exec came between: {waits:?}")
 }
 
 fn an_owner_whose_exec_hangs_is_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "hangs", 4)?;
     let fds = owner.leak(2)?;
-    owner.order("hang now")?;
-    let began = Instant::now();
-    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
-    let took = began.elapsed();
-    left(&ran, &mut owner, &fds, "skipped", "is executing a program")?;
-    assert!(took < HANGS / 2, "{took:?}");
-    // It was denied, so the owner goes on as before.
-    lab.wait_for(PATIENCE, || Ok(owner.report()? == 1))?;
-    reclaim(&lab, owner.pid(), "-q")?.exits(0);
-    Ok(())
+    for denied in 1.. {
+        owner.order("hang now")?;
+        let began = Instant::now();
+        let ran = reclaim(&lab, owner.pid(), "--json")?;
+        let took = began.elapsed();
+        // It is denied in the end, so the owner goes on as before.
+        lab.wait_for(PATIENCE, || Ok(owner.report()? == denied))?;
+        if took < HANGS / 2 {
+            left(
+                &ran.exits(4),
+                &mut owner,
+                &fds,
+                "skipped",
+                "is executing a program",
+            )?;
+            reclaim(&lab, owner.pid(), "-q")?.exits(0);
+            return Ok(());
+        }
+        // Only a busy machine is slow more than once.
+        assert!(denied < 5, "{took:?}: {ran:?}");
+    }
+    unreachable!("the loop ends by itself")
 }
 
 /// The thread that was to be seized is gone by then, and another has its number.
@@ -121,8 +140,8 @@ fn an_exec_that_was_waited_for_is_not_a_missing_right() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "hangs", 4)?;
     owner.leak(2)?;
-    owner.order("hang through")?;
     let began = Instant::now();
+    owner.order("hang through")?;
     let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(0);
     assert!(began.elapsed() > HANGS / 2, "it did not wait");
     assert_eq!(number(&ran.json(), "/summary/freed"), 2);
@@ -130,8 +149,7 @@ fn an_exec_that_was_waited_for_is_not_a_missing_right() -> Result<()> {
     Ok(())
 }
 
-/// From inside, by its heartbeat. The machine may be busy, so it is the best of some runs that counts for what must not
-/// be longer.
+/// From inside, by its heartbeat. A busy machine may hold up the owner or cwkill, so a run that was too long is repeated.
 fn the_stop_ends_with_its_limit() -> Result<()> {
     // All of the limit is used up by a thread that does not stop.
     const WHOLE: Duration = Duration::from_millis(200);
@@ -140,34 +158,27 @@ fn the_stop_ends_with_its_limit() -> Result<()> {
     let fds = owner.leak(1)?;
     lab.wait_for(PATIENCE, || Ok(states(owner.pid())?.contains(&'D')))?;
     let mut runs = Vec::new();
-    for _ in 0..6 {
-        let (ran, gap, told) = measured(&lab, &mut owner, WHOLE)?;
-        left(
-            &ran,
-            &mut owner,
-            &fds,
-            "failed",
-            "did not stop within 200ms",
-        )?;
-        assert!(told >= WHOLE, "it says {told:?}");
-        runs.push((gap, told));
+    for _ in 0..TRIES {
+        let (ran, gap, reported) = measured(&lab, &mut owner, WHOLE)?;
+        let why = "did not stop within 200ms";
+        left(&ran, &mut owner, &fds, "failed", why)?;
+        assert!(reported >= WHOLE, "it reports {reported:?}");
+        // It is over soon after the limit, and the report is neither more nor less than what the owner has seen.
+        let is_right =
+            gap < 2 * WHOLE && reported < 2 * WHOLE && gap.abs_diff(reported) < WHOLE / 2;
+        runs.push((gap, reported));
+        if is_right {
+            break;
+        }
+        assert!(runs.len() < TRIES, "{runs:?}");
     }
-    let some =
-        |good: &dyn Fn(Duration, Duration) -> bool| runs.iter().any(|run| good(run.0, run.1));
-    assert!(some(&|gap, _| gap < 2 * WHOLE), "{runs:?}");
-    assert!(some(&|_, told| told < 2 * WHOLE), "{runs:?}");
-    // What it says is what it was, neither more nor less.
-    assert!(
-        some(&|gap, told| gap.abs_diff(told) < WHOLE / 2),
-        "{runs:?}"
-    );
 
     // More descriptors than there is time for: the rest is left, and said to be. How long they take depends on the
     // machine, so limits are tried until some are closed and some are not.
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 4)?;
     let mut runs = Vec::new();
     let limits = [4, 8, 12, 16, 24, 32, 48, 64, 96];
-    for limit in limits.repeat(4).into_iter().map(Duration::from_millis) {
+    for limit in limits.repeat(20).into_iter().map(Duration::from_millis) {
         let fds = owner.leak_scattered(1000)?;
         let before = links_of(owner.pid())?;
         let (ran, gap, told) = measured(&lab, &mut owner, limit)?;
