@@ -1,4 +1,4 @@
-//! `probe`: only what its peer has forgotten is closed, and nothing of it stays behind.
+//! `probe`: the kernel closes only connections that the peer has forgotten, and all options are restored.
 
 use anyhow::{Context, Result};
 use netns_harness::{Family, Lab, Leak, Recv, Signal, SocketOption, TcpState};
@@ -24,7 +24,7 @@ pub const TESTS: &[Test] = &[
 ];
 
 const PROBE: &str = "--port 8080 --method probe --json";
-/// With and without a descriptor.
+/// Scenarios with and without a descriptor.
 const KINDS: [&str; 2] = ["drained", "not-accepted"];
 
 /// The keepalive timers that `ss` shows on the leaking host.
@@ -72,9 +72,9 @@ fn a_peer_that_has_forgotten_lets_the_kernel_close(family: Family) -> Result<()>
     Ok(())
 }
 
-fn deaf(kind: &str, family: Family) -> Result<(Lab, Leak)> {
+fn silent_peer(kind: &str, family: Family) -> Result<(Lab, Leak)> {
     let (lab, leak) = lab(kind, family, 3)?;
-    // A peer whose FIN is not acknowledged would send it again, and be alive.
+    // A peer whose FIN is not acknowledged sends it again, and so shows that it is alive.
     settled(&lab, &leak)?;
     leak.peer()
         .set_option(&leak.peer_fds(), SocketOption::DropIncoming(true))?;
@@ -83,7 +83,7 @@ fn deaf(kind: &str, family: Family) -> Result<(Lab, Leak)> {
 
 fn a_silent_peer_is_not_taken_for_gone(family: Family) -> Result<()> {
     for kind in KINDS {
-        let (lab, _leak) = deaf(kind, family)?;
+        let (lab, _leak) = silent_peer(kind, family)?;
         let sockets = cwkill(&lab, &format!("{PROBE} --grace 300ms"))?
             .exits(4)
             .sockets();
@@ -97,7 +97,7 @@ fn a_silent_peer_is_not_taken_for_gone(family: Family) -> Result<()> {
 }
 
 fn a_silent_peer_is_left_to_the_next_method(family: Family) -> Result<()> {
-    let (lab, _leak) = deaf("drained", family)?;
+    let (lab, _leak) = silent_peer("drained", family)?;
     let line = "--all --method probe,destroy --grace 100ms --json";
     let sockets = cwkill(&lab, line)?.exits(0).sockets();
     all_have(&sockets, "closed", "destroy");
@@ -114,7 +114,7 @@ fn a_live_peer_keeps_later_methods_away(family: Family) -> Result<()> {
     Ok(())
 }
 
-/// An owner of the same user and as little privilege.
+/// The owner has the same user, and as few privileges.
 fn an_owner_without_privileges_is_enough(family: Family) -> Result<()> {
     let lab = Lab::new()?;
     let app = lab.app_host().agent_as(&netns_harness::AgentOptions {
@@ -143,7 +143,7 @@ fn an_owner_without_privileges_is_enough(family: Family) -> Result<()> {
 }
 
 fn interrupted(signals: &[Signal]) -> Result<()> {
-    let (lab, leak) = deaf("drained", Family::V4)?;
+    let (lab, leak) = silent_peer("drained", Family::V4)?;
     leak.app().set_option(
         &leak.app_fds()[..1],
         SocketOption::KeepAlive {
@@ -179,7 +179,7 @@ fn interrupted(signals: &[Signal]) -> Result<()> {
 
 /// Started with SIGHUP ignored, it stays ignored.
 fn nohup_is_respected() -> Result<()> {
-    let (lab, _leak) = deaf("drained", Family::V4)?;
+    let (lab, _leak) = silent_peer("drained", Family::V4)?;
     let script = format!("trap '' HUP; exec {CWKILL} --all --method probe --grace 60s --json");
     let sh = lab.app_host().command("sh").args(["-c", &script]);
     let child = sh.stdout(std::process::Stdio::piped()).spawn()?;
@@ -196,7 +196,7 @@ fn nohup_is_respected() -> Result<()> {
     Ok(())
 }
 
-/// A keepalive time that follows a large sysctl can be read, but not set.
+/// A large default of the keepalive time can be read from a socket, but not set on it.
 fn an_option_that_could_not_be_put_back_is_not_set() -> Result<()> {
     let (lab, leak) = lab("half-closed", Family::V4, 1)?;
     lab.app_host().within(|| {

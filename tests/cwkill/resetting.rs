@@ -1,4 +1,4 @@
-//! `rst`: exact RSTs, with and without an owner, and what they leave alone.
+//! `rst`: exact RSTs, with and without an owner, and sockets that they must not touch.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -51,7 +51,7 @@ fn every_kind_is_closed_and_its_peer_released(family: Family) -> Result<()> {
         assert!(rows.iter().all(|row| row.state == TcpState::Established));
         assert!(leak.app().is_alive());
         carries_data(&bystanders).context(kind)?;
-        // The peer, half-closed until now, has been told.
+        // The peer, half-closed until now, has received the RST.
         for fd in leak.peer_fds() {
             let got = leak.peer().recv(fd, 1, PATIENCE)?;
             assert_eq!(got, Recv::Failed(libc::ECONNRESET), "{kind}");
@@ -158,21 +158,21 @@ fn to_listener(lab: &Lab, leak: &netns_harness::Leak, flags: u8) -> Result<()> {
     lab.app_host().within(|| send(segment))
 }
 
-/// Why rst draws its ACK with an ACK and not with a SYN.
+/// Why rst elicits an ACK with a bare ACK and not with a SYN.
 fn fact_a_listener_keeps_nothing_of_a_bare_ack(family: Family) -> Result<()> {
     let (lab, leak) = lab("established", family, 1)?;
     for flags in [TcpFlags::ACK, TcpFlags::RST, TcpFlags::RST | TcpFlags::ACK] {
         to_listener(&lab, &leak, flags)?;
         assert_eq!(connections(&lab)?.len(), 1);
     }
-    // Nobody answers the SYN-ACK.
+    // The SYN-ACK gets no answer.
     leak.pair().set_link(false)?;
     to_listener(&lab, &leak, TcpFlags::SYN)?;
     assert_eq!(in_state(&lab, TcpState::SynRecv)?, 1);
     Ok(())
 }
 
-/// A stuck connection of this process to itself on the leaking host: the end in CLOSE-WAIT and its peer.
+/// A stuck connection of this process to itself: the end in CLOSE-WAIT and its peer.
 fn loopback(family: Family) -> Result<(TcpStream, TcpStream)> {
     let listener = TcpListener::bind(match family {
         Family::V4 => "127.0.0.1:0",
@@ -214,7 +214,7 @@ fn fact_an_rst_beside_rcv_nxt_closes_nothing(family: Family) -> Result<()> {
         for off in [1, 2, 1000] {
             reset(numbers.rcv_nxt.plus(off))?;
         }
-        // rcv_nxt - 1 is taken as well, after a FIN (tcp_reset_check).
+        // After a FIN, the kernel also accepts rcv_nxt - 1 (tcp_reset_check).
         for off in [2, 1000] {
             reset(numbers.rcv_nxt.minus(off))?;
         }
@@ -244,7 +244,7 @@ fn repair_mode_is_left_on_every_path(family: Family) -> Result<()> {
             assert_eq!(options(&local)?, (reuse, 0));
             let panicked = catch_unwind(AssertUnwindSafe(|| {
                 let _mode = RepairMode::enter(local.as_fd()).unwrap();
-                // The fact that the guard is there for.
+                // The guard exists because of this.
                 assert_eq!(options(&local).unwrap(), (true, 1));
                 let error = repair::numbers(local.as_fd()).unwrap_err();
                 assert_eq!(error.errno(), Some(libc::EBUSY), "somebody else's");
@@ -259,7 +259,7 @@ fn repair_mode_is_left_on_every_path(family: Family) -> Result<()> {
             assert_eq!(after.rcv_nxt, before.rcv_nxt);
             assert_eq!(after.snd_nxt, before.snd_nxt.plus(7));
         }
-        // The fact: without the guard the mode leaves SO_REUSEADDR off.
+        // Without the guard, leaving the mode turns SO_REUSEADDR off.
         setsockopt(&local, TcpRepair, &1)?;
         setsockopt(&local, TcpRepair, &u32::MAX)?;
         assert_eq!(options(&local)?, (false, 0));
@@ -267,8 +267,8 @@ fn repair_mode_is_left_on_every_path(family: Family) -> Result<()> {
     })
 }
 
-/// The owner lets go of the socket while our duplicate has it in repair mode, in which a close would be
-/// silent: its peer still gets the FIN, because the mode ends before the duplicate does.
+/// The owner closes the socket while our duplicate has it in repair mode, in which a close sends nothing. The peer still
+/// gets the FIN, because the mode ends before the duplicate is closed.
 fn an_owner_that_exits_in_repair_mode_still_sends_its_fin(family: Family) -> Result<()> {
     Lab::new()?.app_host().within(|| {
         let (local, mut peer) = loopback(family)?;

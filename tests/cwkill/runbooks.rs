@@ -1,7 +1,7 @@
 //! Runs the commands of the runbooks and of docs/tcp-states.md in the harness, and compares what they print.
 //!
-//! What is run is a fenced block with lines that start with `$ `; what follows such a line is what it prints. In front of
-//! the block stands one of
+//! A fenced block is run if its first line starts with `$ `. The lines after a command are its expected output. Before the
+//! block there is one of
 //!
 //! ```text
 //! <!-- scenario: unread:3,established:2 -->     a new lab, as for `netns-harness run`; also: age=1s, family=v6
@@ -10,10 +10,10 @@
 //! <!-- not run: why -->
 //! ```
 //!
-//! or nothing: then it goes on in the lab of the block before. The application's pid is [`WRITTEN_PID`] in the documents;
-//! commands take it from the shell variable `pid`, which is set by `$ pid=18754`.
+//! or nothing, to use the lab of the block before. The documents show [`WRITTEN_PID`] as the pid of the application.
+//! Commands read the pid from the shell variable `pid`, which `$ pid=18754` sets.
 //!
-//! With CWKILL_RENEW_RUNBOOKS=1 in the environment, outputs that differ are written into the documents instead.
+//! With CWKILL_RENEW_RUNBOOKS=1 in the environment, the tests write outputs that differ into the documents.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -50,7 +50,7 @@ const RUNBOOKS: [&str; 6] = [
     "too-many-open-files",
 ];
 
-/// What stands for the pid of the application in the documents, so that they do not change with every renewal.
+/// The pid of the application in the documents, so that they do not change with every renewal.
 const WRITTEN_PID: &str = "18754";
 
 fn docs() -> PathBuf {
@@ -119,15 +119,15 @@ fn prints_what_is_documented(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// A document as lines, of which some are commands and what they print.
+/// A document: text, labs, and commands with their outputs.
 struct Document {
     parts: Vec<Part>,
 }
 
 enum Part {
-    /// A line that is no part of a block that is run.
+    /// A line outside the blocks that are run.
     Line(String),
-    /// From here on commands are run in a lab of their own.
+    /// The commands after this run in a new lab.
     NewLab(Scenarios),
     Command {
         line: String,
@@ -135,7 +135,7 @@ enum Part {
     },
 }
 
-/// What `<!-- scenario: … -->` says.
+/// The content of `<!-- scenario: … -->`.
 #[derive(Clone, Default)]
 struct Scenarios {
     wanted: Vec<(String, usize)>,
@@ -188,7 +188,7 @@ impl Scenarios {
     }
 }
 
-/// The text between the marks, if the line is that comment.
+/// The content of the line if it is the comment with this name.
 fn comment<'a>(line: &'a str, name: &str) -> Option<&'a str> {
     let inner = line.trim().strip_prefix("<!--")?.strip_suffix("-->")?;
     inner.trim().strip_prefix(name)?.strip_prefix(':')
@@ -239,7 +239,7 @@ impl Document {
             .count()
     }
 
-    /// Runs all commands: what differs, and the document with the outputs as they are.
+    /// Runs all commands. Returns the differences, and the document with the actual outputs.
     fn run(&self) -> Result<(Vec<String>, String)> {
         let programs = programs()?;
         let (mut differences, mut renewed) = (Vec::new(), String::new());
@@ -248,7 +248,7 @@ impl Document {
             match part {
                 Part::Line(line) => renewed += &format!("{line}\n"),
                 Part::NewLab(scenarios) => {
-                    // The one before is gone before this one comes.
+                    // The lab before is removed first.
                     drop(place.take());
                     place = Some(Session::new(scenarios)?);
                 }
@@ -274,13 +274,13 @@ impl Document {
     }
 }
 
-/// A lab, and what a shell in it would remember from one command to the next.
+/// A lab, and the state that a shell in it keeps from one command to the next.
 struct Session {
     lab: Lab,
     outside: Option<Lab>,
     leaks: Vec<Leak>,
     status: i32,
-    /// Once the document has set it.
+    /// Set once the document has set it.
     pid: Option<String>,
 }
 
@@ -296,7 +296,7 @@ impl Session {
         })
     }
 
-    /// Runs a command; what it printed.
+    /// Runs a command and returns the lines that it printed.
     fn run(&mut self, programs: &Path, line: &str) -> Result<Vec<String>> {
         let pid = self.leaks.first().map(|leak| leak.app().pid().to_string());
         if let Some(written) = line.strip_prefix("pid=") {
@@ -331,7 +331,7 @@ impl Session {
     }
 }
 
-/// A directory with `cwkill` and `netns-harness`, the latter this program in another role.
+/// A directory with the programs `cwkill` and `netns-harness`. This program acts as the harness.
 fn programs() -> Result<tempfile::TempDir> {
     let directory = tempfile::tempdir()?;
     std::os::unix::fs::symlink(CWKILL, directory.path().join("cwkill"))?;
@@ -343,24 +343,24 @@ fn programs() -> Result<tempfile::TempDir> {
     Ok(directory)
 }
 
-/// What varies from run to run, and what stands for it.
+/// Patterns of texts that vary from run to run, and their replacements.
 static VARIES: LazyLock<Vec<(Regex, &str)>> = LazyLock::new(|| {
     [
         // The program's name, then its pid; in /proc and as `users:((…,pid=1,fd=4))` too.
         (r"\b([a-z][a-z-]*)/[0-9]+\b", "$1/PID"),
         (r"\bpid=[0-9]+", "pid=PID"),
         (r"(-p|--pid) [0-9]+", "$1 PID"),
-        // RLIMIT_NOFILE is that of the machine.
+        // RLIMIT_NOFILE depends on the machine.
         (r"\bof [0-9]+ \([0-9]+%\)", "of LIMIT"),
         (r#"("(?:pid|inode|age_ms|uid)": ?)[0-9]+"#, "${1}N"),
         (r#"("cookie": ?")[0-9a-f]{16}"#, "${1}COOKIE"),
-        // Who connects has any port, the application has 8080.
+        // The peer has any port, the application has 8080.
         (r"(10\.78\.[0-9]+\.1:)8080\b", "${1}APPLICATION"),
         (r"(10\.78\.[0-9]+\.[12]:)[0-9]+", "${1}PORT"),
         (r#"("peer":\{"address":"[^"]*","port":)[0-9]+"#, "${1}PORT"),
         (r"\b([0-9]+(\.[0-9]+)?(ms|[smhd]))+\b", "AGE"),
         (r"\bin [0-9]+ s\b", "in AGE"),
-        // What is queued to a peer with a tiny window.
+        // The number of bytes queued to a peer with a small window.
         (r"\b[0-9]{6,}\b", "BYTES"),
         (r"\s+", " "),
         (r"^ | $", ""),
@@ -369,12 +369,12 @@ static VARIES: LazyLock<Vec<(Regex, &str)>> = LazyLock::new(|| {
     .into()
 });
 
-/// What other processes of this machine make of it.
+/// Lines that depend on other processes of this machine.
 static OF_THE_MACHINE: LazyLock<Regex> = LazyLock::new(|| {
     Regex::new("could not be looked into|may not be read|^cwkill: hint: ").expect("fixed and valid")
 });
 
-/// Lines without what varies; their order varies as well, with the ages of sockets.
+/// The lines without the parts that vary. They are sorted, because their order depends on the ages of the sockets.
 fn normal(lines: &[String]) -> Vec<String> {
     let lines = lines.iter().filter(|line| !OF_THE_MACHINE.is_match(line));
     let mut lines: Vec<String> = lines

@@ -1,4 +1,4 @@
-//! Every selector, on real sockets that differ in what it selects.
+//! Every selector, on real sockets that differ in the selected property.
 
 use anyhow::{Context, Result};
 use netns_harness::{Family, Lab};
@@ -22,7 +22,7 @@ fn each_selector_matches_what_it_names() -> Result<()> {
     let v6_peer = v6.conns()[0].peer;
     let comm = v6.app().comm().to_owned();
     let glob = format!("{}*", &comm[..2]);
-    // What is selected, and how many sockets that is.
+    // A selector, and the number of sockets that it matches.
     let cases = [
         (String::new(), 15),
         ("--all".into(), 15),
@@ -64,7 +64,7 @@ fn each_selector_matches_what_it_names() -> Result<()> {
     Ok(())
 }
 
-/// A socket is never selected before it has been stuck that long.
+/// A socket is never selected before it has been stuck for the minimum age.
 fn the_age_is_a_lower_bound() -> Result<()> {
     let began = std::time::Instant::now();
     let (lab, _leak) = lab("drained", Family::V4, 1)?;

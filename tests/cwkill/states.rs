@@ -1,4 +1,4 @@
-//! States other than CLOSE-WAIT: what closes them, and what is refused.
+//! Sockets in states other than CLOSE-WAIT: which methods close them, and which requests are refused.
 
 use anyhow::Result;
 use netns_harness::{Family, TcpState};

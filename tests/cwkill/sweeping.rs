@@ -1,4 +1,5 @@
-//! `--no-owners --method destroy`: sockets are destroyed while the list is still coming, and nothing else is different.
+//! `--no-owners --method destroy`: cwkill destroys sockets while it still receives the list. Apart from that, the run is
+//! like any other.
 
 use std::collections::BTreeMap;
 use std::process::Stdio;
@@ -43,13 +44,13 @@ pub const TESTS: &[Test] = &[
 ];
 
 const SWEEP: &str = "--no-owners --method destroy --json";
-/// Every socket may be closed, but a limit wants the oldest first, so that all are found before anything is done.
+/// A limit closes the oldest first, so all sockets are found before the first is destroyed.
 const NO_SWEEP: &str = "--no-owners --method destroy --json --max-kills 100000";
 
-/// Attempts at a moment that the machine may miss.
+/// Most attempts to hit a moment that a busy machine may miss.
 const TRIES: usize = 50;
 
-/// Waits until all that is stuck has been so long enough to be swept.
+/// Waits until all stuck sockets are old enough to be swept.
 fn aged(lab: &Lab) -> Result<()> {
     let stuck = in_state(lab, TcpState::CloseWait)?;
     lab.wait_for(PATIENCE, || {
@@ -58,7 +59,7 @@ fn aged(lab: &Lab) -> Result<()> {
     })
 }
 
-/// The first half of a run on the leaking host.
+/// The first half of a run on the leaking host, up to the plan.
 fn sweep(lab: &Lab, surroundings: &dyn Surroundings) -> Result<Run> {
     lab.app_host().within(|| {
         let words = ["cwkill", "--all"].into_iter().chain(SWEEP.split(' '));
@@ -68,7 +69,7 @@ fn sweep(lab: &Lab, surroundings: &dyn Surroundings) -> Result<Run> {
     })
 }
 
-/// An operator who has seen enough once something was done.
+/// Cancels the run after the first act.
 #[derive(Default)]
 struct Impatient(AtomicBool);
 
@@ -88,7 +89,7 @@ impl Surroundings for Impatient {
 }
 
 fn many_old_sockets_are_swept() -> Result<()> {
-    // A row that a busy machine leaves unread for too long is not swept.
+    // Sockets whose rows a busy machine reads too late are not swept.
     for _ in 0..TRIES {
         let (lab, _leak) = lab("drained", Family::V4, 2000)?;
         aged(&lab)?;
@@ -111,7 +112,7 @@ fn few_or_young_sockets_are_not_swept() -> Result<()> {
         let run = sweep(lab, &Now)?;
         let oldest = run.found.sockets.iter().filter_map(|s| s.age).max();
         let swept = run.swept.sockets.len();
-        // The first of them may have got old while the last were made.
+        // The first sockets may already be old when the last are made.
         let fair = oldest.is_some_and(|age| age < Duration::from_secs(1)) || sockets == 400;
         assert!(swept == 0 || !fair, "{swept} of {sockets}");
         assert_eq!(swept + run.found.sockets.len(), sockets);
@@ -124,7 +125,7 @@ fn a_half_swept_run_is_reported() -> Result<()> {
         let (lab, _leak) = lab("drained", Family::V4, 2000)?;
         aged(&lab)?;
         let run = sweep(&lab, &Impatient::default())?;
-        // Nothing is swept if a busy machine leaves the rows unread for too long.
+        // Sockets whose rows a busy machine reads too late are not swept.
         if !run.swept.sockets.is_empty() {
             return half_swept(&lab, run);
         }
@@ -136,7 +137,7 @@ fn half_swept(lab: &Lab, mut run: Run) -> Result<()> {
     let swept = run.swept.sockets.len();
     assert!(swept < 500, "{swept} of 2000");
     assert_eq!(swept + run.found.sockets.len(), 2000);
-    // As if the list of the others had failed.
+    // As if the list of the other sockets had failed.
     run.unlisted = Some("no memory".into());
     run.found.sockets.clear();
     run.plans.clear();
@@ -156,7 +157,7 @@ fn half_swept(lab: &Lab, mut run: Run) -> Result<()> {
     Ok(())
 }
 
-/// An interface that is nowhere is no reason to take all for what is not on it.
+/// With an unknown interface, `not dev` must not match everything.
 fn an_unknown_interface_destroys_nothing() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 600)?;
     let before = in_state(&lab, TcpState::CloseWait)?;
@@ -171,16 +172,16 @@ fn an_unknown_interface_destroys_nothing() -> Result<()> {
     Ok(())
 }
 
-/// What a run says of each kind of socket, without numbers of bytes, and how many there were of it.
-fn told(ran: &Ran) -> Result<BTreeMap<String, usize>> {
-    let mut kinds = BTreeMap::new();
+/// The kinds of sockets that a run reports, without numbers of bytes, and their counts.
+fn kinds(ran: &Ran) -> Result<BTreeMap<String, usize>> {
+    let mut counts = BTreeMap::new();
     for socket in ran.sockets() {
         let parts = ["/state", "/cause", "/plan", "/left_out", "/result"];
         let kind: Vec<String> = parts.iter().map(|part| at(&socket, part)).collect();
         let kind = kind.join(" ").replace(|c: char| c.is_ascii_digit(), "");
-        *kinds.entry(kind).or_default() += 1;
+        *counts.entry(kind).or_default() += 1;
     }
-    Ok(kinds)
+    Ok(counts)
 }
 
 fn a_sweep_ends_like_an_ordinary_run(family: Family) -> Result<()> {
@@ -205,9 +206,9 @@ fn a_sweep_ends_like_an_ordinary_run(family: Family) -> Result<()> {
                     left
                 });
         let summary = at(&ran.json(), "/summary");
-        Ok((told(&ran)?, summary, ran.stderr, left))
+        Ok((kinds(&ran)?, summary, ran.stderr, left))
     };
-    // Those with unsent bytes stay.
+    // Sockets with unsent bytes stay.
     let swept = run(SWEEP, 4)?;
     assert_eq!(swept, run(NO_SWEEP, 4)?);
     assert_eq!(swept.0.values().sum::<usize>(), 807);
@@ -332,7 +333,7 @@ fn a_logged_sweep_records_its_intents_first() -> Result<()> {
     Ok(())
 }
 
-/// Sockets that are there when it is interrupted, so many that it is in the middle of them.
+/// Enough sockets for a signal to arrive before all are destroyed.
 const MANY: usize = 15_000;
 fn an_interrupted_sweep_is_reported_per_socket() -> Result<()> {
     let in_the_middle = (0..TRIES).try_fold(false, |done, _| match done {
@@ -346,7 +347,7 @@ fn an_interrupted_sweep_is_reported_per_socket() -> Result<()> {
     Ok(())
 }
 
-/// Interrupts it when the first sockets are gone; whether others were left.
+/// Interrupts cwkill when the first sockets are gone. Returns whether others were left.
 fn interrupted_once() -> Result<bool> {
     let (lab, _leak) = lab("drained", Family::V4, MANY)?;
     aged(&lab)?;
@@ -382,7 +383,7 @@ fn interrupted_once() -> Result<bool> {
     Ok(skipped > 0)
 }
 
-/// The TCP sockets of this network namespace that are in use.
+/// The number of TCP sockets in use in this network namespace.
 fn in_use() -> Result<usize> {
     let text = std::fs::read_to_string("/proc/thread-self/net/sockstat")?;
     let line = text

@@ -1,4 +1,4 @@
-//! The act: what is closed, and that everything else in the owner goes on.
+//! Dead descriptors are closed inside their owner, and everything else in the owner goes on.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -25,7 +25,7 @@ pub const TESTS: &[Test] = &[
     once!(a_wrong_reclaimer_is_detected),
 ];
 
-/// Whatever the age, and with time enough for a busy machine.
+/// At any age, and with a stop limit that suffices on a busy machine.
 const RECLAIM: &str = "--reclaim --reclaim-age 0s --stop-limit 5s";
 
 fn descriptors_of_closed_sockets_are_freed() -> Result<()> {
@@ -54,7 +54,7 @@ fn descriptors_of_closed_sockets_are_freed() -> Result<()> {
     after.retain(|fd| !gone.contains(fd));
     assert_eq!(fds_of(leak.app().pid())?, after);
 
-    // As people read it.
+    // The text for people.
     let more = lab.start(
         "drained",
         netns_harness::Family::V4,
@@ -90,7 +90,7 @@ fn every_owner_of_a_shared_socket_is_reclaimed() -> Result<()> {
     Ok(())
 }
 
-/// An owner in `mode` is reclaimed over and over, and finds nothing wrong with itself.
+/// Reclaims dead descriptors of an owner in `mode` many times. The owner checks itself for damage.
 fn over_and_over(build: Build, mode: &str, times: usize) -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), build, mode, 4)?;
@@ -109,7 +109,7 @@ fn over_and_over(build: Build, mode: &str, times: usize) -> Result<()> {
         );
     }
     let checks = owner.report()?;
-    // And it still moves.
+    // The owner still makes progress.
     lab.wait_for(PATIENCE, || Ok(mode == "idle" || owner.report()? > checks))?;
     let open = owner.descriptors()?;
     assert!(
@@ -180,7 +180,7 @@ fn listing_and_dry_run_change_no_owner() -> Result<()> {
     Ok(())
 }
 
-/// The threads wait for a lock, so one of them would be the first choice.
+/// The threads wait for a lock, so cwkill would prefer one of them.
 fn a_thread_with_another_table_never_closes() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "unshared", 4)?;
@@ -198,8 +198,7 @@ fn a_thread_with_another_table_never_closes() -> Result<()> {
 
 fn owners_in_other_pid_namespaces_are_reclaimed() -> Result<()> {
     let lab = Lab::new()?;
-    // The program is reached by a descriptor: processes of ours are out of reach for root of the new
-    // user namespace.
+    // The program is executed by its descriptor: root of the new user namespace cannot reach it by its path.
     let script = "exec 9<$1; shift; exec unshare --user --map-root-user --pid --fork --mount --kill-child \
                   /proc/self/fd/9 $@";
     let by = ["sh", "-c", script, "sh"];
@@ -220,7 +219,7 @@ fn no_live_descriptor_of_a_busy_table_is_closed() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "churn", CHURNING)?;
     let (mut freed, mut gone) = (0, 0);
-    // Until there was something to get wrong.
+    // At least until some descriptors were freed and some were gone before.
     for run in 0.. {
         if run >= 60 && freed >= 20 && gone >= 20 {
             break;
@@ -237,7 +236,7 @@ fn no_live_descriptor_of_a_busy_table_is_closed() -> Result<()> {
     })
 }
 
-/// The same without the look at what a number is by then.
+/// A reclaimer that does not check again what a number refers to.
 fn a_wrong_reclaimer_is_detected() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "churn", CHURNING)?;

@@ -1,4 +1,4 @@
-//! What is left alone, and why.
+//! Descriptors that are not closed, and the reasons.
 
 use anyhow::{Context, Result, bail};
 use netns_harness::Lab;
@@ -64,7 +64,7 @@ fn descriptors_in_a_system_call_are_skipped() -> Result<()> {
     )
 }
 
-/// And what they do not wait on is taken.
+/// Descriptors that the calls do not wait on are closed.
 fn descriptors_in_poll_and_select_are_skipped() -> Result<()> {
     for mode in ["poll", "ppoll", "select", "pselect"] {
         let lab = Lab::new()?;
@@ -81,7 +81,7 @@ fn descriptors_in_poll_and_select_are_skipped() -> Result<()> {
             }
             Ok(())
         };
-        // Before the owner is stopped for the first time.
+        // The owner has not been stopped yet.
         let waited_on = owner.leak(2)?;
         let before = owner.descriptors()?;
         let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
@@ -89,8 +89,8 @@ fn descriptors_in_poll_and_select_are_skipped() -> Result<()> {
         assert_eq!(owner.descriptors()?, before);
         owner.report().context(mode)?;
 
-        // It is stopped for the others. A poll(2) begins anew after that and sees what it waits on, so that is dead only
-        // then; it is in restart_syscall(2) by then.
+        // cwkill stops the owner for the other descriptors. The poll(2) then restarts, and would see a dead descriptor.
+        // So the descriptor dies after that, while the thread is in restart_syscall(2).
         let polls = mode.ends_with("poll");
         let (mut owner, waited_on) = match polls {
             true => {
@@ -187,7 +187,7 @@ fn young_descriptors_are_skipped() -> Result<()> {
     Ok(())
 }
 
-/// What looks dead to other tools: a socket that its program is about to connect.
+/// A socket that its program is about to connect looks dead to other tools.
 fn a_socket_never_connected_is_not_dead() -> Result<()> {
     let lab = Lab::new()?;
     let agent = lab.app_host().agent("fresh")?;
@@ -201,12 +201,12 @@ fn a_socket_never_connected_is_not_dead() -> Result<()> {
         reclaim(&lab, pid, "--reclaim-force")?.exits(1);
         assert_eq!(fds_of(pid)?, before);
     }
-    // Churn makes sockets that were never connected; see there.
+    // The owner in mode `churn` also makes sockets that were never connected.
     Ok(())
 }
 
-/// Beside dead ones, those of a program that is about to connect, or connects, or listens. In a pid namespace, so that
-/// `--all` is of it alone.
+/// The program has dead sockets, and others that it is about to connect, connects, or listens on. It runs in a pid
+/// namespace, so `--all` selects it alone.
 fn a_socket_that_may_still_connect_is_not_dead() -> Result<()> {
     let lab = Lab::new()?;
     let script =
@@ -239,7 +239,7 @@ fn a_socket_that_may_still_connect_is_not_dead() -> Result<()> {
         assert_eq!(links_of(inner)?, after);
         owner.report()?;
     }
-    // They are still good for what they were made for.
+    // They can still be connected.
     for fd in fresh
         .iter()
         .filter(|fd| ![connecting, listening].contains(fd))
@@ -260,7 +260,7 @@ fn a_seccomp_filter_that_forbids_close_is_seen_beforehand() -> Result<()> {
         let freed = number(&ran.json(), "/summary/freed");
         match outcome {
             Some(wanted) if is_root_of_the_machine() => assert_eq!(freed, wanted),
-            // Not even root of a user namespace may read a filter.
+            // Root of a user namespace may not read a filter.
             _ => {
                 let why = match is_root_of_the_machine() {
                     true => "seccomp filter of its process does not let close() through",

@@ -1,4 +1,4 @@
-//! The end of cwkill at any point: the owner goes on.
+//! If cwkill ends at any point, the owner goes on.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -23,7 +23,7 @@ pub const TESTS: &[Test] = &[
     once!(sigkill_ends_only_calls_that_may_end).slow(),
 ];
 
-/// What `cwkill reclaim` would be given of one process.
+/// The process and its dead descriptors, as `cwkill reclaim` finds them.
 fn wanted(owner: &Owner) -> Result<(Vec<Process>, Vec<Wanted>)> {
     let pid = i32::try_from(owner.pid())?;
     let scan = dead::find(
@@ -42,7 +42,7 @@ fn wanted(owner: &Owner) -> Result<(Vec<Process>, Vec<Wanted>)> {
     Ok((vec![table.process], wanted.collect()))
 }
 
-/// Attempts to kill it between two descriptors, on a machine that always misses the moment.
+/// Most attempts to kill cwkill between two descriptors, a moment that a busy machine may miss.
 const MOST_KILLS: u64 = 600;
 
 const RULES: Rules = Rules {
@@ -51,7 +51,7 @@ const RULES: Rules = Rules {
     stop_limit: Duration::from_secs(20),
 };
 
-/// A bug of ours after so many descriptors, while the owner stands still.
+/// cwkill panics after N descriptors, while the owner is stopped.
 fn a_panic_leaves_the_owner_running() -> Result<()> {
     for mode in ["works", "waits"] {
         let lab = Lab::new()?;
@@ -62,7 +62,7 @@ fn a_panic_leaves_the_owner_running() -> Result<()> {
             let (pid, asked) = (owner.pid(), AtomicU32::new(0));
             let bug = || {
                 if is_traced(pid) && asked.fetch_add(1, Ordering::Relaxed) >= after {
-                    // Without the message of a panic.
+                    // Does not print the message of a panic.
                     std::panic::resume_unwind(Box::new("a bug made for the test"));
                 }
                 false
@@ -90,7 +90,7 @@ fn an_interruption_leaves_the_owner_running() -> Result<()> {
     owner.leak_scattered(10)?;
     let (owners, wanted) = wanted(&owner)?;
     let (pid, asked) = (owner.pid(), AtomicU32::new(0));
-    // Asked before each descriptor, and at other times.
+    // cwkill asks before each descriptor, and at other times.
     let stop = || is_traced(pid) && asked.fetch_add(1, Ordering::Relaxed) >= 3;
     let done = cwkill::reclaim::reclaim(&owners, &wanted, &RULES, &Proc::default(), &stop);
     let freed = done
@@ -106,7 +106,7 @@ fn an_interruption_leaves_the_owner_running() -> Result<()> {
     let checks = owner.report()?;
     lab.wait_for(PATIENCE, || Ok(owner.report()? > checks))?;
 
-    // The signals of an operator, at any time.
+    // The signals that an operator may send, at various times.
     let signals = [
         Signal::SIGINT,
         Signal::SIGTERM,
@@ -121,8 +121,7 @@ fn an_interruption_leaves_the_owner_running() -> Result<()> {
     Ok(())
 }
 
-/// Starts `cwkill reclaim`, and sends it a signal so long after it has begun to stop the owner; waits for its
-/// end.
+/// Starts `cwkill reclaim`, sends it a signal `delay` after it has begun to stop the owner, and waits for its end.
 fn kill_after(lab: &Lab, owner: &Owner, signal: Signal, delay: Duration) -> Result<()> {
     let line = format!(
         "reclaim --pid {} --reclaim-age 0s --stop-limit 5s -q",
@@ -144,7 +143,7 @@ fn kill_after(lab: &Lab, owner: &Owner, signal: Signal, delay: Duration) -> Resu
     let pid = child.id().to_string();
     let send = |signal: Signal| {
         let name = signal.as_str().trim_start_matches("SIG");
-        // It may have ended by itself.
+        // cwkill may have ended by itself.
         let _ = std::process::Command::new("kill")
             .args(["-s", name, &pid])
             .stderr(std::process::Stdio::null())
@@ -152,7 +151,7 @@ fn kill_after(lab: &Lab, owner: &Owner, signal: Signal, delay: Duration) -> Resu
     };
     send(signal);
     if signal == Signal::SIGTSTP {
-        // Before and after the act it stops like any program, but never while the owner stands still.
+        // cwkill may stop before and after the act, but never while the owner is stopped.
         lab.wait_for(PATIENCE, || Ok(!is_traced(owner.pid())))?;
     }
     let until = Instant::now() + PATIENCE;
@@ -162,7 +161,7 @@ fn kill_after(lab: &Lab, owner: &Owner, signal: Signal, delay: Duration) -> Resu
             bail!("{signal} does not end it");
         }
         if signal == Signal::SIGTSTP {
-            // It may only be about to stop.
+            // It may not have stopped yet.
             send(Signal::SIGCONT);
         }
         std::thread::sleep(Duration::from_millis(1));
@@ -170,15 +169,15 @@ fn kill_after(lab: &Lab, owner: &Owner, signal: Signal, delay: Duration) -> Resu
     Ok(())
 }
 
-/// At many points of its work, most of them while the owner stands still. Its threads may see a wake-up
-/// without cause (docs/decisions/reclaim.md), as every program has to expect; so not the owner that waits.
+/// SIGKILL at many points, most of them while the owner is stopped. A call of its threads may then end early
+/// (docs/decisions/reclaim.md), which every program must expect. An owner in mode `waits` does not, so it is not used here.
 fn sigkill_leaves_the_owner_running() -> Result<()> {
     let lab = Lab::new()?;
     let (mut begun, mut whole) = (0, 0);
     for mode in ["works", "idle"] {
         let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 4)?;
         for kill in 0..MOST_KILLS {
-            // More only if all came too early or too late.
+            // Goes on only if too few kills came between two descriptors.
             if kill >= 30 && (begun >= 3 || mode == "works") {
                 break;
             }
@@ -203,17 +202,17 @@ fn sigkill_leaves_the_owner_running() -> Result<()> {
     Ok(())
 }
 
-/// What docs/decisions/reclaim.md says of calls that wait: at most one in a run seems to have given 0, and that is the wait
-/// for a lock or a sleep, as long as a thread is in one; some end with EINTR. The owner counts these and fails at any other.
+/// docs/decisions/reclaim.md: in a killed run, at most one waiting call appears to return 0, and only a wait for a lock or
+/// a sleep, if a thread is in one. Some calls end with EINTR. The owner counts these and fails at any other.
 fn sigkill_ends_only_calls_that_may_end() -> Result<()> {
-    /// As many of its threads wait in calls that any stop may end with EINTR, when nobody makes up for it.
+    /// The number of its threads that wait in calls which a stop may end with EINTR if they are not restored.
     const ENDED_BY_A_STOP: u64 = 5;
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "forgiving", 4)?;
     let forgiven = |owner: &mut Owner| -> Result<u64> { Ok(owner.order("forgiven")?.parse()?) };
     let (mut begun, mut before) = (0, 0);
     for number in 0..MOST_KILLS {
-        // More only if all came too early or too late.
+        // Goes on only if too few kills came between two descriptors.
         if number >= 40 && begun >= 3 {
             break;
         }
@@ -225,7 +224,7 @@ fn sigkill_ends_only_calls_that_may_end() -> Result<()> {
         let left = fds.iter().filter(|fd| open.contains(fd)).count();
         begun += usize::from(left > 0 && left < fds.len());
         let checks = owner.report().with_context(|| format!("kill {number}"))?;
-        // A run that is not killed ends nothing.
+        // A run that is not killed ends no call.
         let ran = reclaim(&lab, owner.pid(), "--json")?;
         assert!(matches!(ran.code, Some(0 | 1)), "kill {number}: {ran:?}");
         lab.wait_for(PATIENCE, || Ok(owner.report()? > checks))?;

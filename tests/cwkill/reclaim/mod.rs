@@ -1,7 +1,8 @@
-//! Closing descriptors inside their owners. The owners are real programs that look at themselves for damage.
+//! `cwkill reclaim` closes dead descriptors inside their owners. The owners are real programs that check themselves for
+//! damage.
 //!
-//! Each run names one process, or is confined to a pid namespace: the machine may have others with dead
-//! descriptors.
+//! Each run names one process or is confined to a pid namespace, because other processes of the machine may have
+//! dead descriptors, too.
 
 pub mod act;
 pub mod evidence;
@@ -22,7 +23,7 @@ use serde_json::Value;
 
 use crate::support::{PATIENCE, Ran, at, cwkill};
 
-/// Runs `cwkill reclaim` on one owner, whatever the age, and with time enough for a busy machine.
+/// Runs `cwkill reclaim` on one owner, at any age and with a stop limit that suffices on a busy machine.
 fn reclaim(lab: &Lab, pid: u32, more: &str) -> Result<Ran> {
     cwkill(
         lab,
@@ -49,7 +50,7 @@ fn reason(descriptor: &Value) -> String {
     at(descriptor, "/reason")
 }
 
-/// All of them were left, for a reason with this text; the owner was not harmed.
+/// Asserts that all of `fds` have this outcome for a reason with this text, and that the owner was not harmed.
 #[track_caller]
 fn left(ran: &Ran, owner: &mut Owner, fds: &[i32], outcome: &str, why: &str) -> Result<()> {
     let reported = descriptors(ran);
@@ -76,7 +77,7 @@ fn fds_of(pid: u32) -> Result<Vec<i32>> {
     Ok(fds)
 }
 
-/// The states of its threads.
+/// The states of the threads of a process.
 fn states(pid: u32) -> Result<Vec<char>> {
     let mut states = Vec::new();
     for entry in std::fs::read_dir(format!("/proc/{pid}/task"))? {
@@ -94,7 +95,7 @@ fn is_traced(pid: u32) -> bool {
     status.is_ok_and(|status| !status.contains("TracerPid:\t0\n"))
 }
 
-/// What is reported of each descriptor: its outcome, and the reason or nothing.
+/// The reported outcome and reason of each descriptor.
 #[track_caller]
 fn outcomes(ran: &Ran) -> BTreeMap<i32, (String, String)> {
     let one = |value: &Value| {
@@ -104,12 +105,12 @@ fn outcomes(ran: &Ran) -> BTreeMap<i32, (String, String)> {
     descriptors(ran).iter().map(one).collect()
 }
 
-/// What the numbers of a process are, as the kernel shows it: in an exec by a thread it shows none for a moment.
+/// The files behind the descriptors of a process. During an exec by a thread, the kernel shows none for a moment.
 fn links_of(pid: u32) -> Result<BTreeMap<i32, String>> {
     let once = || {
         let mut links = BTreeMap::new();
         for fd in fds_of(pid)? {
-            // Closed meanwhile: not there.
+            // It may have been closed meanwhile.
             if let Ok(link) = std::fs::read_link(format!("/proc/{pid}/fd/{fd}")) {
                 links.insert(fd, link.to_string_lossy().into_owned());
             }
@@ -126,7 +127,7 @@ fn links_of(pid: u32) -> Result<BTreeMap<i32, String>> {
     }
 }
 
-/// What is reported of `fds` is what happened to them, by what the numbers were `before`.
+/// Asserts that the reported outcomes of `fds` are true, compared with the files that they were `before`.
 #[track_caller]
 fn reports_the_truth(
     ran: &Ran,
@@ -147,7 +148,7 @@ fn reports_the_truth(
     Ok(())
 }
 
-/// Not that of a user namespace: PTRACE_SECCOMP_GET_FILTER asks for CAP_SYS_ADMIN of the machine.
+/// Not root of a user namespace: PTRACE_SECCOMP_GET_FILTER needs CAP_SYS_ADMIN in the first user namespace.
 pub fn is_root_of_the_machine() -> bool {
     std::fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| map.contains("4294967295"))
 }

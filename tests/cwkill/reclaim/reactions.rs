@@ -1,4 +1,4 @@
-//! Owners that deal with the end of a connection themselves, some time after it: nothing is taken from under them.
+//! Owners that handle the end of a connection themselves after some time: cwkill does not close their descriptors before.
 
 use anyhow::Result;
 use netns_harness::owners::{Build, Owner};
@@ -14,7 +14,7 @@ pub const TESTS: &[Test] = &[
     once!(a_program_gets_time_to_react),
 ];
 
-/// The end of the socket ends the call as well, so that afterwards nothing shows that the thread is about to close it.
+/// The end of the socket ends the call as well. After that, nothing shows that the thread is about to close the socket.
 fn descriptors_a_thread_waited_on_are_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "reacts", 1)?;
@@ -35,7 +35,7 @@ fn descriptors_a_thread_waited_on_are_skipped() -> Result<()> {
             number == libc::SYS_ppoll
         };
         let tasks = std::fs::read_dir(format!("/proc/{}/task", owner.pid()))?;
-        // The one that takes orders waits like that, too.
+        // The thread that takes orders waits in poll(2), too.
         Ok(tasks.flatten().filter(|task| waits(task.path())).count() == 4)
     })?;
     let line = format!(
@@ -89,13 +89,13 @@ fn descriptors_with_unread_data_are_skipped() -> Result<()> {
         "can still read 30000 bytes",
     )?;
     assert_eq!(owner.order(&format!("read {}", fds[0]))?, BYTES);
-    // What has been read is taken, and the other only by force.
+    // The socket that has been read is closed, the other only with --reclaim-force.
     let ran = reclaim(&own, pid, "--json")?.exits(4);
     assert_eq!(number(&ran.json(), "/summary/freed"), 1);
     let ran = reclaim(&own, pid, "--json --reclaim-force")?.exits(0);
     assert_eq!(number(&ran.json(), "/summary/freed"), 1);
 
-    // What the operator has seen in RECV-Q and closed may go.
+    // The operator has seen these bytes in RECV-Q and closed the socket, so the descriptor may be closed.
     let (lab, _leak) = lab("unread", Family::V4, 3)?;
     let ran = cwkill(
         &lab,

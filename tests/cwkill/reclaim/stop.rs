@@ -19,7 +19,7 @@ pub const TESTS: &[Test] = &[
     once!(an_exec_that_was_waited_for_is_not_a_missing_right).needs(Need::Fanotify),
 ];
 
-/// A thread that waits for its vfork() stops for nobody.
+/// A thread that waits in vfork(2) cannot be stopped.
 fn a_thread_that_does_not_stop_ends_the_attempt() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "vfork", 1)?;
@@ -37,11 +37,11 @@ fn a_thread_that_does_not_stop_ends_the_attempt() -> Result<()> {
         }
     }
     assert!(was_stopped, "no thread was stopped");
-    // Nothing is left of us.
+    // The owner is not traced any more.
     lab.wait_for(PATIENCE, || Ok(!is_traced(owner.pid())))
 }
 
-/// A thread that execs ends all others, those that we have stopped included, and takes the number of the first.
+/// A thread that execs ends all others, also those that cwkill has stopped, and takes the thread id of the first.
 fn a_program_that_execs_meanwhile_goes_on() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "execs", 8)?;
@@ -60,14 +60,14 @@ fn a_program_that_execs_meanwhile_goes_on() -> Result<()> {
             owner.pid()
         );
         let command = lab.app_host().command(CWKILL).args(line.split_whitespace());
-        // Without an end, if both wait for each other.
+        // It would not end if both waited for each other.
         let ran = Ran::of(&line, command.output_within(PATIENCE)?)?;
         assert!(matches!(ran.code, Some(0 | 4)), "{ran:?}");
         reports_the_truth(&ran, &owner, &before, &fds).with_context(|| format!("run {run}"))?;
         freed += number(&ran.json(), "/summary/freed");
         assert!(!is_traced(owner.pid()), "run {run}");
         let checks = owner.report().with_context(|| format!("run {run}"))?;
-        // It is not held back, and is somewhere else each time.
+        // The owner makes progress, so each run finds it at another point.
         lab.wait_for(PATIENCE, || Ok(owner.report()? > checks))?;
     }
     let execs = owner.report()? - began;
@@ -75,10 +75,10 @@ fn a_program_that_execs_meanwhile_goes_on() -> Result<()> {
     Ok(())
 }
 
-/// How long an exec of such an owner hangs.
+/// How long an exec of an owner in mode `hangs` takes.
 const HANGS: Duration = Duration::from_secs(3);
 
-/// Attempts at a moment that a busy machine may miss.
+/// Most attempts to hit a moment that a busy machine may miss.
 const TRIES: usize = 100;
 
 /// PTRACE_SEIZE waits for an exec by any thread, which begins when the first of them is seized.
@@ -93,9 +93,9 @@ fn no_thread_is_stopped_while_an_exec_hangs() -> Result<()> {
         let (ran, gap, reported) = measured(&lab, &mut owner, Duration::from_secs(1))?;
         let waited = began.elapsed() > HANGS - Duration::from_millis(500);
         lab.wait_for(PATIENCE, || Ok(owner.report()? > hung))?;
-        // Otherwise all were seized before that thread got to it, and it did not stop within the limit.
+        // Otherwise all threads were seized before the exec began, and that thread did not stop within the limit.
         if waited && ran.code == Some(0) {
-            // A busy machine may hold the owner up as well, but not each time.
+            // A busy machine may delay the owner as well, but not in each run.
             if gap < HANGS / 2 && reported < HANGS / 2 {
                 return Ok(());
             }
@@ -116,7 +116,7 @@ fn an_owner_whose_exec_hangs_is_skipped() -> Result<()> {
         let began = Instant::now();
         let ran = reclaim(&lab, owner.pid(), "--json")?;
         let took = began.elapsed();
-        // It is denied in the end, so the owner goes on as before.
+        // The exec is denied in the end, so the owner goes on as before.
         lab.wait_for(PATIENCE, || Ok(owner.report()? == denied))?;
         if took < HANGS / 2 {
             left(
@@ -129,13 +129,13 @@ fn an_owner_whose_exec_hangs_is_skipped() -> Result<()> {
             reclaim(&lab, owner.pid(), "-q")?.exits(0);
             return Ok(());
         }
-        // Only a busy machine is slow more than once.
+        // A busy machine is not this slow each time.
         assert!(denied < 5, "{took:?}: {ran:?}");
     }
     unreachable!("the loop ends by itself")
 }
 
-/// The thread that was to be seized is gone by then, and another has its number.
+/// The thread that cwkill wanted to seize is gone by then, and another has its thread id.
 fn an_exec_that_was_waited_for_is_not_a_missing_right() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "hangs", 4)?;
@@ -149,9 +149,10 @@ fn an_exec_that_was_waited_for_is_not_a_missing_right() -> Result<()> {
     Ok(())
 }
 
-/// From inside, by its heartbeat. A busy machine may hold up the owner or cwkill, so a run that was too long is repeated.
+/// Measured inside the owner, by its heartbeat. A busy machine may delay the owner or cwkill, so a run that took too long
+/// is repeated.
 fn the_stop_ends_with_its_limit() -> Result<()> {
-    // All of the limit is used up by a thread that does not stop.
+    // A thread that does not stop uses up the limit.
     const WHOLE: Duration = Duration::from_millis(200);
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "vfork", 1)?;
@@ -163,7 +164,7 @@ fn the_stop_ends_with_its_limit() -> Result<()> {
         let why = "did not stop within 200ms";
         left(&ran, &mut owner, &fds, "failed", why)?;
         assert!(reported >= WHOLE, "it reports {reported:?}");
-        // It is over soon after the limit, and the report is neither more nor less than what the owner has seen.
+        // The stop ends soon after the limit, and the reported duration is the one that the owner has measured.
         let is_right =
             gap < 2 * WHOLE && reported < 2 * WHOLE && gap.abs_diff(reported) < WHOLE / 2;
         runs.push((gap, reported));
@@ -173,15 +174,15 @@ fn the_stop_ends_with_its_limit() -> Result<()> {
         assert!(runs.len() < TRIES, "{runs:?}");
     }
 
-    // More descriptors than there is time for: the rest is left, and said to be. How long they take depends on the
-    // machine, so limits are tried until some are closed and some are not.
+    // More descriptors than the limit allows: the others are skipped and reported. Their time depends on the machine, so
+    // the test tries limits until some descriptors are closed and some are not.
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 4)?;
     let mut runs = Vec::new();
     let limits = [4, 8, 12, 16, 24, 32, 48, 64, 96];
     for limit in limits.repeat(20).into_iter().map(Duration::from_millis) {
         let fds = owner.leak_scattered(1000)?;
         let before = links_of(owner.pid())?;
-        let (ran, gap, told) = measured(&lab, &mut owner, limit)?;
+        let (ran, gap, reported) = measured(&lab, &mut owner, limit)?;
         reports_the_truth(&ran, &owner, &before, &fds)?;
         owner.report()?;
         let said = outcomes(&ran);
@@ -190,9 +191,9 @@ fn the_stop_ends_with_its_limit() -> Result<()> {
         let freed = number(&ran.json(), "/summary/freed");
         reclaim(&lab, owner.pid(), "-q")?;
         if freed > 0 && over > 0 {
-            runs.push((limit, gap, told));
-            // It went on within some multiple of the limit, and said so.
-            if gap < 2 * limit && told < limit + limit / 2 && told >= limit {
+            runs.push((limit, gap, reported));
+            // The owner went on within a multiple of the limit, and the report agrees.
+            if gap < 2 * limit && reported < limit + limit / 2 && reported >= limit {
                 return Ok(());
             }
         }
@@ -200,7 +201,7 @@ fn the_stop_ends_with_its_limit() -> Result<()> {
     bail!("{runs:?}")
 }
 
-/// A run with a limit; the longest gap of the owner's heartbeat in it, and for how long it says the owner was stopped.
+/// A run with a limit, the longest gap of the owner's heartbeat during it, and the reported duration of the stop.
 fn measured(lab: &Lab, owner: &mut Owner, limit: Duration) -> Result<(Ran, Duration, Duration)> {
     let line = format!(
         "reclaim --pid {} --reclaim-age 0s --stop-limit {}ms --json",
@@ -210,6 +211,6 @@ fn measured(lab: &Lab, owner: &mut Owner, limit: Duration) -> Result<(Ran, Durat
     owner.longest_gap()?;
     let ran = cwkill(lab, &line)?;
     let gap = owner.longest_gap()?;
-    let told = number(&ran.json(), "/owners/0/stopped_us");
-    Ok((ran, gap, Duration::from_micros(told)))
+    let reported = number(&ran.json(), "/owners/0/stopped_us");
+    Ok((ran, gap, Duration::from_micros(reported)))
 }
