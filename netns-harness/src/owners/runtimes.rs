@@ -17,7 +17,7 @@ use clap::ValueEnum;
 use serde_json::Value;
 
 use super::{BuildDir, descriptors};
-use crate::bench::{beside_us, on_path};
+use crate::bench::{beside_this_program, on_path};
 use crate::host::Host;
 use crate::kernel::TcpState;
 use crate::{lab::Lab, privilege};
@@ -150,7 +150,7 @@ impl Runtimes {
     /// A runtime is not installed, a server was not recovered or was harmed, or bytes were wrong.
     pub fn run(&self) -> Result<()> {
         privilege::ensure_privileges()?;
-        let cwkill = beside_us(&self.cwkill)?;
+        let cwkill = beside_this_program(&self.cwkill)?;
         let runtimes = match self.runtimes.as_slice() {
             [] => Runtime::value_variants(),
             some => some,
