@@ -451,10 +451,11 @@ impl Leak {
 }
 
 /// Matches the ends of connections in the application and in the peer.
-pub(crate) fn join_ends(ours: &[Endpoint], theirs: &[Endpoint]) -> Result<Vec<Conn>> {
+pub(crate) fn join_ends(app_ends: &[Endpoint], peer_ends: &[Endpoint]) -> Result<Vec<Conn>> {
     let by_local: std::collections::HashMap<_, _> =
-        theirs.iter().map(|end| (end.local, end)).collect();
-    ours.iter()
+        peer_ends.iter().map(|end| (end.local, end)).collect();
+    app_ends
+        .iter()
         .map(|end| {
             let other = by_local
                 .get(&end.peer)
