@@ -242,8 +242,8 @@ pub(crate) fn raise_descriptor_limit() -> nix::Result<()> {
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
 }
 
-/// Whether the program exists. The error of execvp(3) does not tell: it is EACCES for a missing program, too, if a directory
-/// of PATH cannot be searched.
+/// Whether the program exists. The errno of execvp(3) is not enough: it is EACCES, too, if the program is missing and a
+/// directory of PATH cannot be searched.
 fn is_found(program: &OsStr) -> bool {
     if program.as_bytes().contains(&b'/') {
         return Path::new(program).exists();

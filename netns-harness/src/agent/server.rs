@@ -348,7 +348,7 @@ impl Server {
     }
 
     fn put_in_flight(&mut self, fds: &[Fd]) -> io::Result<()> {
-        let (ours, theirs) = socketpair(
+        let (sender, receiver) = socketpair(
             AddressFamily::Unix,
             SockType::Stream,
             None,
@@ -361,13 +361,13 @@ impl Server {
         let numbers: Vec<_> = sockets.iter().map(|socket| socket.as_raw_fd()).collect();
         let rights = [ControlMessage::ScmRights(&numbers)];
         sendmsg::<()>(
-            ours.as_raw_fd(),
+            sender.as_raw_fd(),
             &[IoSlice::new(b"x")],
             &rights,
             MsgFlags::empty(),
             None,
         )?;
-        self.in_flight.push((ours, theirs));
+        self.in_flight.push((sender, receiver));
         Ok(())
     }
 

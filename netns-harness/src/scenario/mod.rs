@@ -89,7 +89,7 @@ pub struct Scenario {
     pub(crate) app: App,
     /// Whether it shares its application with other scenarios.
     pub(crate) sharing: Sharing,
-    /// What the application's kernel must show for every connection.
+    /// The state that the application's kernel must show for every connection.
     pub expect: Expect,
     /// How long to wait for the state. `None` leaves it to the caller.
     pub(crate) deadline: Option<Duration>,
@@ -138,7 +138,7 @@ pub(crate) enum Sharing {
     Never,
 }
 
-/// What the kernel must show for a connection.
+/// The state that the kernel must show for a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expect {
     /// The TCP state.
