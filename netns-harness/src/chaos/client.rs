@@ -52,7 +52,7 @@ pub(crate) struct Config {
     pub min_age_ms: Option<u16>,
 }
 
-/// What the clients counted.
+/// Counters of the clients.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct ClientStats {
     /// Completed handshakes.

@@ -64,7 +64,7 @@ impl Killer {
     }
 }
 
-/// What one killer did, counted in sockets.
+/// Results of one killer, counted in sockets.
 #[derive(Debug, Clone, Default)]
 pub struct KillStats {
     /// The method of `cwkill`, or the name of the command.
@@ -146,7 +146,7 @@ struct JsonAttempt {
     error: Option<String>,
 }
 
-/// Runs the killers in turn on `host`, until `until` or until `is_done`. That is asked before each round; its argument says
+/// Runs the killers in turn on `host`, at most until `until`. Before each round it calls `is_done`, with the information
 /// whether every killer has attempted to close `acts` sockets.
 pub(super) fn run_all(
     host: &Host,

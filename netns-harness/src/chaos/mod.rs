@@ -279,7 +279,7 @@ impl Chaos {
                 vec![Killer::other(name, &words)]
             }
             None => {
-                let program = bench::beside_us(&self.cwkill)?;
+                let program = bench::beside_this_program(&self.cwkill)?;
                 let cwkill =
                     |method| Killer::cwkill(&program, method, options.ports(), options.min_age);
                 self.method.iter().map(|method| cwkill(method)).collect()

@@ -41,7 +41,7 @@ pub(crate) struct Config {
     pub seed: u64,
 }
 
-/// What the server counted.
+/// Counters of the server.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct ServerStats {
     /// Accepted connections.

@@ -143,25 +143,25 @@ fn payload(id: u64, round: u32, side: Side, len: u32) -> Vec<u8> {
 /// Why a connection failed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct WireError {
-    what: String,
+    action: String,
     errno: Option<i32>,
 }
 
 impl WireError {
-    pub fn new(what: impl Into<String>) -> Self {
+    pub fn new(action: impl Into<String>) -> Self {
         Self {
-            what: what.into(),
+            action: action.into(),
             errno: None,
         }
     }
 
-    pub fn io(what: &str, error: &io::Error) -> Self {
+    pub fn io(action: &str, error: &io::Error) -> Self {
         // A read or write that ran into its timeout.
         if error.kind() == io::ErrorKind::WouldBlock {
-            return Self::new(format!("{what}: no progress for {BYTE_TIMEOUT:?}"));
+            return Self::new(format!("{action}: no progress for {BYTE_TIMEOUT:?}"));
         }
         Self {
-            what: what.to_owned(),
+            action: action.to_owned(),
             errno: error.raw_os_error(),
         }
     }
@@ -174,7 +174,7 @@ impl WireError {
 
 impl fmt::Display for WireError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.what)?;
+        f.write_str(&self.action)?;
         match self.errno {
             Some(errno) => write!(f, ": {}", errno_name(errno)),
             None => Ok(()),

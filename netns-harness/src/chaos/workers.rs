@@ -1,4 +1,4 @@
-//! The two worker processes of a run: how they are started and what they report.
+//! Starts the two worker processes of a run and reads their events.
 
 use std::io::{self, BufReader, Write as _};
 use std::process::{Child, ChildStdin, Stdio};
@@ -20,7 +20,7 @@ use crate::spawner;
 /// How long a worker may take to be ready.
 const START_DEADLINE: Duration = Duration::from_secs(30);
 
-/// What a worker reports on its stdout, one JSON object per line.
+/// An event that a worker reports on its stdout, as one JSON object per line.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Event<T> {
     /// The worker is ready.
@@ -33,7 +33,7 @@ pub(super) enum Event<T> {
     Done(T),
 }
 
-/// What a worker has reported so far.
+/// The number of events so far.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Progress {
     pub losses: usize,

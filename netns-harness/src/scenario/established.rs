@@ -1,4 +1,4 @@
-//! `established`: bystanders. They can carry data, and must still do so after anything that happens to the others.
+//! `established`: bystanders. They carry data, and must still do so after `cwkill` has closed other sockets.
 
 use super::{Expect, Scenario};
 use crate::kernel::TcpState;

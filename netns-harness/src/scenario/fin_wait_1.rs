@@ -1,4 +1,4 @@
-//! `fin-wait-1`: the application has finished, and the peer does not acknowledge it.
+//! `fin-wait-1`: the application has finished, and the peer does not acknowledge its FIN.
 
 use anyhow::Result;
 
@@ -16,7 +16,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     },
     ..Scenario::new(
         "fin-wait-1",
-        "FIN-WAIT-1: the application has shut down, the peer is silent, the descriptor is still held",
+        "FIN-WAIT-1: the application has shut down and holds the descriptor, the peer is silent",
         build,
     )
 };

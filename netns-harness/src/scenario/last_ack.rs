@@ -1,4 +1,4 @@
-//! `last-ack`: both have finished, and the peer does not acknowledge it.
+//! `last-ack`: both sides have finished, and the peer does not acknowledge the application's FIN.
 
 use anyhow::Result;
 
@@ -17,7 +17,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     },
     ..Scenario::new(
         "last-ack",
-        "LAST-ACK: closed by the application after the peer, which is silent; no process has it",
+        "LAST-ACK: the application closed after the peer, which is silent; no process has a descriptor",
         build,
     )
 };

@@ -1,4 +1,4 @@
-//! `silent-peer`: the peer's host is up and the link is, but no segment gets through to it: a firewall that drops.
+//! `silent-peer`: the peer's host and the link are up, but no segment reaches the peer, as behind a firewall that drops.
 
 use anyhow::Result;
 
@@ -8,7 +8,7 @@ use crate::agent::SocketOption;
 
 pub(super) const SCENARIO: Scenario = Scenario::new(
     "silent-peer",
-    "CLOSE-WAIT: then the peer stopped hearing anything, as behind a firewall that drops",
+    "CLOSE-WAIT: no segment reaches the peer any more, as behind a firewall that drops",
     build,
 );
 

@@ -16,7 +16,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     },
     ..Scenario::new(
         "syn-recv",
-        "SYN-RECV: the peer never completes the handshake; no process has it",
+        "SYN-RECV: the peer never completes the handshake; no process has a descriptor",
         build,
     )
 };
@@ -31,7 +31,7 @@ fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
         .connect(stage.pair.app_address, stage.count, dial, STEP)?;
     let mut conns: Vec<Conn> = ends.iter().map(Endpoint::without_app).collect();
     stage.wait_in_app(&conns, TcpState::SynRecv)?;
-    // The peer's kernel would send the SYN again after a second, and a socket that was destroyed would be back.
+    // Otherwise the peer's kernel sends the SYN again after a second, and a destroyed socket is back.
     let listeners = stage.peer().replace_by_listener(&peer_fds(&conns))?;
     for (conn, listener) in conns.iter_mut().zip(listeners) {
         conn.peer_fd = Some(listener);

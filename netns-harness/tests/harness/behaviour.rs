@@ -1,4 +1,4 @@
-//! What `ss` cannot tell of a scenario: how its peer and its application behave.
+//! The behaviour of the peer and the application of a scenario, which `ss` does not show.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::support::{DEADLINE, count_states, wait_until};
 
 pub fn tests() -> Vec<Trial> {
     crate::tests!("behaviour":
-        sending_loses_nothing_if_it_is_let,
+        sending_completes_if_nothing_closes_it,
         a_half_closed_conversation_goes_on,
         a_vanished_peer_resets,
         a_silent_peer_says_nothing_on_a_link_that_is_up,
@@ -42,7 +42,7 @@ fn first(leak: &Leak) -> Result<(Fd, Option<Fd>)> {
     ))
 }
 
-fn sending_loses_nothing_if_it_is_let() -> Result<()> {
+fn sending_completes_if_nothing_closes_it() -> Result<()> {
     let lab = Lab::new()?;
     let leak = start(&lab, "sending", Family::V6)?;
     leak.app().shutdown(&leak.app_fds(), How::Write)?;
@@ -76,12 +76,12 @@ fn a_half_closed_conversation_goes_on() -> Result<()> {
             Recv::Data(_)
         ));
     }
-    let said = leak.app().stop_sending()?;
+    let sent = leak.app().stop_sending()?;
     leak.app().shutdown(&leak.app_fds(), How::Write)?;
     let rest = leak.peer().drain(&[peer], DEADLINE)?[0];
     ensure!(
-        rest.bytes + 3 == said[0] && rest.end == End::Eof,
-        "{rest:?} of {said:?}"
+        rest.bytes + 3 == sent[0] && rest.end == End::Eof,
+        "{rest:?} of {sent:?}"
     );
     Ok(())
 }
@@ -113,7 +113,7 @@ fn a_vanished_peer_resets() -> Result<()> {
     Ok(())
 }
 
-/// Is the application's side of the link plugged in?
+/// Whether the application's end of the link has a carrier.
 fn has_carrier(lab: &Lab) -> Result<bool> {
     let flags = lab.app_host().within(|| {
         let mut interfaces = nix::ifaddrs::getifaddrs()?;
