@@ -1,41 +1,59 @@
 //! Closes TCP sockets stuck in CLOSE-WAIT without killing the process that leaks them.
 //!
-//! Data flows one way: **select → find → diagnose → plan → inject → verify → report**.
+//! Data flows one way, as fields of one record for each socket ([`model::Target`]): **find → plan → inject → verify → report**.
+//! The whole run reads top to bottom in [`commands::close`].
 //!
-//! - [`jobs`]: what each command does, from its arguments to its exit status; `terminal`: what is written, progress and Ctrl-C
-//! - [`cli`]: what the operator typed; [`config`]: what it means
-//! - [`selectors`]: which sockets are meant (pure)
-//! - [`expression`]: selectors in the filter syntax of ss(8) (pure)
-//! - [`finder`]: which sockets match, and whose they are
-//! - [`diagnosis`]: why a socket is stuck, and for how long (pure)
-//! - [`plan`]: what to try on each socket, or why it is left alone (pure)
-//! - [`privileges`]: what this process may do, and giving up what it need not; [`kernel`]: the version it runs on
-//! - [`injector`]: the methods, and the ladder that runs a plan and verifies it
-//! - [`reclaim`]: closing the descriptors of dead sockets inside their owners
-//! - [`pipeline`]: all of the above as two calls
-//! - [`audit`]: the log of what was done
-//! - [`refill`]: whether new stuck sockets come after a kill
-//! - [`diagnose`]: who leaks, why, and what to look at next; [`check`]: thresholds for monitoring
-//! - [`report`]: table, JSON and exit status, from a finished run
-//! - [`doctor`]: what works here
-//! - [`tcp`]: states and address pairs
-//! - [`threads`]: several of them, or none; `sys`: every `unsafe`
+//! # The layers
+//! A module uses only modules above it (`tests/layers.rs` fails otherwise):
+//!
+//! | layer | modules |
+//! |---|---|
+//! | strings, system calls, kernel version, threads | `text`, `sys` (every `unsafe`), [`kernel`], `parallel` |
+//! | TCP | [`tcp`]: states, address pairs, sequence numbers, segments |
+//! | Linux | [`proc`]: /proc; [`sock_diag`]: the kernel's socket tables; [`packet`]: raw and packet sockets |
+//! | data | [`model`]: the things below; [`control`]: clock, pauses and Ctrl-C of a run |
+//! | which sockets | [`filter`]: selectors, expressions of ss(8), the kernel's bytecode |
+//! | what there is | [`finder`]: sockets, owners, listeners, dead descriptors; [`privileges`]: rights, and giving them up |
+//! | acts | [`injector`]: the methods, the plan and the engine that runs it; [`reclaim`]: closing dead descriptors inside their process |
+//! | results | `diagnose`: who leaks and why; `check`: thresholds; `watch`: new stuck sockets; `doctor`: what works here |
+//! | options | [`cli`]: the arguments; [`config`]: their meaning |
+//! | words | [`report`]: tables, JSON, notes, exit status; `audit`: the log |
+//! | the program | `terminal`; [`commands`]: one file for each command |
+//!
+//! # Glossary
+//! - **stuck socket**: a socket in CLOSE-WAIT, or in the states that `--state` names.
+//! - **target**: a matched socket with its owners, its plan, the attempts and the outcome.
+//! - **owner**: a descriptor of a socket in a process. A socket has several after fork(2).
+//! - **listener**: the listening socket that would accept a connection, or a group of them with SO_REUSEPORT.
+//! - **orphan**: a socket without an owner for which the kernel still sends.
+//! - **dead descriptor**: an open descriptor of a socket in CLOSE that was connected.
+//! - **cause**: why a socket is stuck, from its queues and its inode.
+//! - **method**: a way to close a socket: probe, shutdown, destroy, rst.
+//! - **plan**: the methods to try on a target, in order. **exclusion**: why a method is not among them. **skip**: why a target is left alone.
+//! - **attempt**: one method tried on one target. **outcome**: what became of a target: closed, closing, gone, skipped, failed.
+//! - **grace**: how long a socket gets to close before the next method.
+//! - **recheck**: a lookup by cookie right before an act. **verify**: a lookup by cookie after it.
+//! - **coverage**: what could not be seen.
+//! - **scope**: selectors, and the network namespaces they are applied to.
+//! - **reclaim**: to close a dead descriptor inside its process. **in use**: there is evidence against that.
+//! - **stop**: all threads of a process stopped by ptrace(2). **remote syscall**: a system call of ours in place of a thread's own.
+//! - **privilege**: a right that a method needs: a capability, or the right to attach to the owner.
 
-pub mod audit;
-pub mod check;
+mod audit;
+mod check;
 pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod control;
-pub mod diagnose;
-pub mod doctor;
+mod diagnose;
+mod doctor;
 pub mod filter;
 pub mod finder;
 pub mod injector;
 pub mod kernel;
 pub mod model;
 pub mod packet;
-pub mod parallel;
+mod parallel;
 pub mod privileges;
 pub mod proc;
 pub mod reclaim;
@@ -44,5 +62,5 @@ pub mod sock_diag;
 mod sys;
 pub mod tcp;
 mod terminal;
-pub mod text;
-pub mod watch;
+mod text;
+mod watch;

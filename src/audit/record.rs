@@ -8,8 +8,9 @@ use serde::Serialize;
 use crate::model::{Method, Outcome, Owner, ReclaimOutcome, Scan, Target};
 use crate::proc::{Process, ProcessId};
 use crate::report::json::{self, JsonSocket};
-use crate::report::reclaim::{self, ReclaimRun};
-use crate::report::{Run, Tally, text};
+use crate::report::reclaim::ReclaimRun;
+use crate::report::reclaim::json::{JsonDescriptor, json_descriptor};
+use crate::report::{Run, Tally, descriptors, serialize, text};
 use crate::text::escape;
 
 /// Who runs it; the same in every record of a run.
@@ -45,6 +46,19 @@ impl Caller {
         }
     }
 
+    /// Somebody who came by sudo(8), for tests.
+    #[cfg(test)]
+    pub(crate) fn example() -> Self {
+        Caller {
+            cwkill_version: "0.1.0",
+            pid: 7,
+            uid: 0,
+            sudo_user: Some("al\"ice\n".into()),
+            login_uid: None,
+            arguments: vec!["--all".into()],
+        }
+    }
+
     /// `entry` as a JSON object, written at `time`.
     pub fn line(&self, entry: &Entry<'_>, time: SystemTime) -> String {
         #[derive(Serialize)]
@@ -58,7 +72,7 @@ impl Caller {
             #[serde(flatten)]
             entry: &'a Entry<'a>,
         }
-        json::line(&Record {
+        serialize::line(&Record {
             event: entry.event(),
             time: humantime::format_rfc3339_micros(time).to_string(),
             caller: self,
@@ -131,12 +145,12 @@ pub enum Entry<'a> {
     /// A descriptor that is about to be closed.
     ReclaimIntent {
         /// The descriptor, as in the report for programs.
-        descriptor: Box<reclaim::Descriptor<'a>>,
+        descriptor: Box<JsonDescriptor<'a>>,
     },
     /// What became of a descriptor.
     ReclaimOutcome {
         /// The descriptor with its outcome, as in the report for programs.
-        descriptor: Box<reclaim::Descriptor<'a>>,
+        descriptor: Box<JsonDescriptor<'a>>,
         /// The same.
         #[serde(skip)]
         outcome: Option<&'a ReclaimOutcome>,
@@ -149,7 +163,7 @@ pub enum Entry<'a> {
     /// All has been done.
     EndReclaim {
         /// How many descriptors had which outcome.
-        summary: reclaim::Tally,
+        summary: descriptors::Tally,
     },
 }
 
@@ -176,14 +190,14 @@ pub fn outcomes(run: &Run) -> impl Iterator<Item = Entry<'_>> {
 /// A record for every descriptor that `run` is about to close.
 pub fn reclaim_intents(run: &ReclaimRun) -> impl Iterator<Item = Entry<'_>> {
     run.descriptors.iter().map(|dead| Entry::ReclaimIntent {
-        descriptor: Box::new(reclaim::json_descriptor(run, dead)),
+        descriptor: Box::new(json_descriptor(run, dead)),
     })
 }
 
 /// A record for every descriptor of a run that is over.
 pub fn reclaim_outcomes(run: &ReclaimRun) -> impl Iterator<Item = Entry<'_>> {
     run.descriptors.iter().map(|dead| Entry::ReclaimOutcome {
-        descriptor: Box::new(reclaim::json_descriptor(run, dead)),
+        descriptor: Box::new(json_descriptor(run, dead)),
         outcome: dead.owner.reclaim.as_ref(),
     })
 }
@@ -256,7 +270,7 @@ impl Entry<'_> {
     /// The record of what `run` has done.
     pub fn end_reclaim(run: &ReclaimRun) -> Self {
         Entry::EndReclaim {
-            summary: reclaim::Tally::of_descriptors(run),
+            summary: run.tally(),
         }
     }
 
@@ -323,7 +337,7 @@ impl Entry<'_> {
                 descriptor,
                 outcome,
             } => {
-                let (result, _) = reclaim::result(*outcome);
+                let (result, _) = descriptors::result(*outcome);
                 format!("{}: {result}", descriptor.sentence())
             }
             Entry::End { summary } => summary.sentence(),
@@ -401,17 +415,6 @@ mod tests {
     use serde_json::Value;
     use std::time::Duration;
 
-    fn caller() -> Caller {
-        Caller {
-            cwkill_version: "0.1.0",
-            pid: 7,
-            uid: 0,
-            sudo_user: Some("al\"ice\n".into()),
-            login_uid: None,
-            arguments: vec!["--all".into()],
-        }
-    }
-
     /// A run over one socket on which both methods were to be tried.
     fn run() -> Run {
         let message = stuck("[::1]:80", "[::2]:5", 9);
@@ -431,7 +434,7 @@ mod tests {
 
     fn line(entry: &Entry<'_>) -> Value {
         let time = SystemTime::UNIX_EPOCH + Duration::from_millis(1_500);
-        serde_json::from_str(&caller().line(entry, time)).unwrap()
+        serde_json::from_str(&Caller::example().line(entry, time)).unwrap()
     }
 
     #[test]
@@ -454,7 +457,7 @@ mod tests {
     #[test]
     fn a_sentence_says_who_does_what_to_whom() {
         let mut run = run();
-        let who = caller().sentence();
+        let who = Caller::example().sentence();
         assert_eq!(who, r#"uid 0 (sudo by al"ice\n)"#);
         let begin = |run: &Run| Entry::begin(run, who.clone()).message();
         assert!(begin(&run).contains(": about to act on 1 of 1 sockets by destroy, rst"));

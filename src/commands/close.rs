@@ -111,7 +111,7 @@ pub fn sweep(
 pub fn find(
     config: &Config,
     namespaces: &Namespaces,
-    mut swept: Vec<Target>,
+    swept: Vec<Target>,
     proc: &ProcFs,
 ) -> anyhow::Result<Scan> {
     let find = || -> Result<Scan, FindError> {
@@ -135,14 +135,7 @@ pub fn find(
         }
         Ok(scan) => scan,
     };
-    if !swept.is_empty() {
-        sweep::drop_listed(&mut swept, &scan.targets);
-        scan.targets.append(&mut swept);
-        // Nobody reads the order of a quiet run.
-        if config.format != Format::Quiet {
-            finder::sort(&mut scan.targets);
-        }
-    }
+    sweep::take_in(&mut scan, swept, config);
     Ok(scan)
 }
 

@@ -44,9 +44,9 @@ pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
     std::mem::drop(terminal);
     let color = is_coloured(config.color);
     let written = write_out(|out| match config.format {
-        Format::Table => report::write(&run, config, color, out),
-        Format::Json => report::write_document(&run, out),
-        Format::JsonLines => report::write_lines(&run, out),
+        Format::Table => report::text::write(&run, config, color, out),
+        Format::Json => report::json::write_document(&run, out),
+        Format::JsonLines => report::json::write_lines(&run, out),
         Format::Quiet => Ok(()),
     });
     if !quiet {

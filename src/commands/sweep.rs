@@ -13,15 +13,16 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::config::{Action, Config};
+use crate::config::{Action, Config, Format};
 use crate::control::Control;
 use crate::filter::selectors::Selectors;
 use crate::filter::{self, bytecode};
+use crate::finder;
 use crate::finder::sockets::{self, Sample};
 use crate::injector::destroy::Destroy;
 use crate::injector::engine;
 use crate::injector::plan::{self, Policy};
-use crate::model::{Method, MethodError, Outcome, Socket, Target};
+use crate::model::{Method, MethodError, Outcome, Scan, Socket, Target};
 use crate::parallel;
 use crate::privileges::Privileges;
 use crate::proc::netns::Netns;
@@ -48,8 +49,21 @@ pub fn fits(config: &Config) -> bool {
         && config.reclaim.is_none()
 }
 
+/// Adds to `scan` the sockets that were `swept` before it.
+pub fn take_in(scan: &mut Scan, mut swept: Vec<Target>, config: &Config) {
+    if swept.is_empty() {
+        return;
+    }
+    drop_listed(&mut swept, &scan.targets);
+    scan.targets.append(&mut swept);
+    // Nobody reads the order of a quiet run.
+    if config.format != Format::Quiet {
+        finder::sort(&mut scan.targets);
+    }
+}
+
 /// Drops from `swept` the sockets that are still there: they are in `listed`, and are tried again.
-pub fn drop_listed(swept: &mut Vec<Target>, listed: &[Target]) {
+fn drop_listed(swept: &mut Vec<Target>, listed: &[Target]) {
     let listed: HashSet<Cookie> = listed.iter().map(|target| target.socket.cookie()).collect();
     swept.retain(|target| {
         matches!(target.outcome, Some(Outcome::Closed(_) | Outcome::Gone))

@@ -17,8 +17,8 @@ use crate::finder::owners;
 use crate::injector::rst::repair::RepairMode;
 use crate::packet::capture::Capture;
 use crate::packet::raw;
-use crate::proc::ProcFs;
 use crate::proc::netns::NetnsScope;
+use crate::proc::{ProcFs, mounts};
 use crate::sys::{self, RemoteFd};
 
 /// The capabilities that some job needs, in the order they are shown.
@@ -131,7 +131,6 @@ impl Host {
             .and_then(|scope| u8::try_from(scope).ok());
         let scope = ptrace_scope.unwrap_or(0);
         let asks = scope == 0 || (scope < 3 && effective.contains(&Capability::CAP_SYS_PTRACE));
-        let mountinfo = fs::read_to_string(proc.path("self/mountinfo")).unwrap_or_default();
         Ok(Host {
             kernel: uname().map_or_else(
                 |_| "unknown".into(),
@@ -149,7 +148,7 @@ impl Host {
                 .is_ok_and(|status| has_filter(&status)),
             user_namespaces_forbidden: user_namespaces_forbidden(),
             ptrace_scope,
-            hidepid: hidepid(&mountinfo),
+            hidepid: mounts::hidepid(&proc.mounts().unwrap_or_default()),
             namespaces: namespaces(proc).map_err(|error| error.to_string()),
             reach: reach(proc, asks).map_err(|error| error.to_string()),
             pidfd_getfd: duplicate_own(),
@@ -216,29 +215,6 @@ fn user_namespaces_forbidden() -> Option<&'static str> {
     ]
     .into_iter()
     .find_map(|(path, forbids, setting)| (read_number(path)? == forbids).then_some(setting))
-}
-
-/// The hidepid option of what is mounted on /proc, from the text of /proc/PID/mountinfo; the last mount counts.
-///
-/// Source: fs/proc/root.c, proc_show_options; before Linux 5.8 the values were numbers only.
-fn hidepid(mountinfo: &str) -> Option<String> {
-    let option = |line: &str| {
-        let (mount, filesystem) = line.split_once(" - ")?;
-        if mount.split(' ').nth(4)? != "/proc" {
-            return None;
-        }
-        let mut fields = filesystem.split(' ');
-        let options = (fields.next()? == "proc").then(|| fields.nth(1))??;
-        let value = options
-            .split(',')
-            .find_map(|option| option.strip_prefix("hidepid="));
-        Some(
-            value
-                .filter(|value| !matches!(*value, "0" | "off"))
-                .map(str::to_owned),
-        )
-    };
-    mountinfo.lines().filter_map(option).next_back()?
 }
 
 fn namespaces(proc: &ProcFs) -> io::Result<Namespaces> {
@@ -327,31 +303,6 @@ fn repair() -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn hidepid_is_read_from_the_last_mount_of_proc() {
-        let line = |point: &str, kind: &str, options: &str| {
-            format!("25 22 0:23 / {point} rw,nosuid shared:5 - {kind} {kind} {options}\n")
-        };
-        let of = |text: &str| hidepid(text);
-        assert_eq!(of(&line("/proc", "proc", "rw")), None);
-        assert_eq!(of(&line("/proc", "proc", "rw,hidepid=0")), None);
-        assert_eq!(of(&line("/proc", "proc", "rw,hidepid=off")), None);
-        let two = line("/proc", "proc", "rw,gid=9,hidepid=2");
-        assert_eq!(of(&two), Some("2".into()));
-        assert_eq!(
-            of(&(two.clone() + &line("/mnt/proc", "proc", "rw"))),
-            Some("2".into())
-        );
-        assert_eq!(
-            of(&(two.clone() + &line("/proc", "proc", "rw"))),
-            None,
-            "over-mounted"
-        );
-        let named = line("/proc", "proc", "rw,hidepid=invisible");
-        assert_eq!(of(&named), Some("invisible".into()));
-        assert_eq!(of(&(two + "cut short")), Some("2".into()));
-    }
 
     #[test]
     fn a_filter_is_read_from_the_status() {

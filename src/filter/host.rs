@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use super::parse::{Fault, Input, Outcome, port_number, unequal, value};
+use super::lexer::{Fault, Input, Outcome, port_number, unequal, value};
 use crate::filter::syntax_error::quoted;
 use crate::filter::{End, Expression};
 

@@ -1,12 +1,13 @@
 //! NetnsScope sockets are meant: the selectors of the command line and expressions in the syntax of ss(8).
 //!
 //! - [`selectors`]: what the options say; [`expr`]: the tree of an expression
-//! - [`parse`](mod@parse): text to tree, with [`host`], [`services`] and [`syntax_error`]
+//! - [`parse`](mod@parse): text to tree, with `lexer`, `host`, `services` and `syntax_error`
 //! - [`matches`]: whether a tree matches a socket; [`bytecode`]: the same tree as a filter that the kernel runs
 
 pub mod bytecode;
 pub mod expr;
 mod host;
+mod lexer;
 pub mod matches;
 mod netns_info;
 mod parse;

@@ -9,6 +9,7 @@ use std::path::Path;
 use nix::net::if_::if_nametoindex;
 
 use super::Namespace;
+use crate::proc::{ProcFs, mounts};
 
 /// The network namespace of the calling thread.
 pub struct ThisNamespace {
@@ -37,43 +38,13 @@ impl Namespace for ThisNamespace {
     }
 
     fn cgroup(&self, path: &str) -> Option<u64> {
-        let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
-        let root = Path::new(cgroup2_mount(&mounts)?);
-        let device = fs::metadata(root).ok()?.dev();
+        let root = mounts::cgroup2(&ProcFs::default().mounts().ok()?)?;
+        let device = fs::metadata(&root).ok()?.dev();
         // As ss does it: a directory, or what is below the mount point.
         let below = root.join(path.trim_start_matches('/'));
         [Path::new(path), &below].into_iter().find_map(|path| {
             let found = fs::metadata(path).ok()?;
             (found.dev() == device && found.is_dir()).then(|| found.ino())
         })
-    }
-}
-
-/// Where cgroup v2 is mounted, from the text of /proc/PID/mountinfo: the fifth field of the line whose
-/// file system, behind ` - `, is `cgroup2`.
-fn cgroup2_mount(mountinfo: &str) -> Option<&str> {
-    mountinfo.lines().find_map(|line| {
-        let (mount, system) = line.split_once(" - ")?;
-        let is_cgroup2 = system.split(' ').next() == Some("cgroup2");
-        is_cgroup2.then(|| mount.split(' ').nth(4)).flatten()
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn where_cgroup2_is_mounted() {
-        let v2 = "23 1 0:22 / /proc rw - proc proc rw\n\
-              30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw\n";
-        assert_eq!(cgroup2_mount(v2), Some("/sys/fs/cgroup"));
-        let hybrid = "31 30 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
-                  32 30 0:28 / /sys/fs/cgroup/unified rw - cgroup2 none rw\n";
-        assert_eq!(cgroup2_mount(hybrid), Some("/sys/fs/cgroup/unified"));
-        assert_eq!(
-            cgroup2_mount("31 30 0:27 / /x rw - cgroup cgroup2 rw\nbad\n"),
-            None
-        );
     }
 }

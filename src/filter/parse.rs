@@ -20,13 +20,14 @@
 
 use std::ops::Range;
 
-use winnow::combinator::{alt, preceded};
-use winnow::error::{ErrMode, ParserError};
-use winnow::prelude::*;
-use winnow::stream::{LocatingSlice, Location, Stateful, Stream};
-use winnow::token::take_while;
+use winnow::error::ErrMode;
+use winnow::stream::{LocatingSlice, Stream};
 
 use super::host;
+use super::lexer::{
+    Comparison, Fault, Input, Lexeme, Outcome, State, Token, comparison, end, next, peek,
+    port_number, take, unequal, value,
+};
 use super::syntax_error::quoted;
 use super::{Cgroup2, End, Ephemeral, Expression, Interface, MAX_DEPTH, Services, SyntaxError};
 use crate::tcp::{StateSet, TcpState};
@@ -71,57 +72,6 @@ pub fn parse(text: &str, services: &Services) -> Result<Parsed, SyntaxError> {
     }
 }
 
-pub(super) type Input<'i> = Stateful<LocatingSlice<&'i str>, State<'i>>;
-pub(super) type Outcome<T> = ModalResult<T, Fault>;
-
-/// What the parser carries along.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct State<'i> {
-    pub(super) services: &'i Services,
-    /// Open parentheses.
-    depth: usize,
-    /// Where an `and` follows an `or` without parentheses.
-    doubt: Option<usize>,
-}
-
-/// What is wrong, and where.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Fault {
-    at: Range<usize>,
-    what: String,
-    example: String,
-}
-
-impl ParserError<Input<'_>> for Fault {
-    type Inner = Self;
-
-    fn from_input(input: &Input<'_>) -> Self {
-        let at = input.current_token_start();
-        Fault {
-            at: at..at,
-            ..Fault::default()
-        }
-    }
-
-    fn into_inner(self) -> Result<Self, Self> {
-        Ok(self)
-    }
-}
-
-impl Fault {
-    pub(super) fn new(
-        at: Range<usize>,
-        what: impl Into<String>,
-        example: impl Into<String>,
-    ) -> ErrMode<Self> {
-        ErrMode::Cut(Fault {
-            at,
-            what: what.into(),
-            example: example.into(),
-        })
-    }
-}
-
 /// A tree with its depth.
 struct Grown {
     tree: Expression,
@@ -158,106 +108,6 @@ impl Grown {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Token<'i> {
-    Open,
-    Close,
-    And,
-    Or,
-    Not,
-    Compare(Comparison),
-    Word(&'i str),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Comparison {
-    Equal,
-    NotEqual,
-    Less,
-    LessOrEqual,
-    Greater,
-    GreaterOrEqual,
-}
-
-/// A token, its text, and where it stands.
-#[derive(Clone, Debug)]
-struct Lexeme<'i> {
-    token: Token<'i>,
-    text: &'i str,
-    at: Range<usize>,
-}
-
-fn lexeme<'i>(input: &mut Input<'i>) -> Outcome<Lexeme<'i>> {
-    use Comparison::*;
-    let comparison = alt((
-        alt(("==", "=")).value(Equal),
-        "!=".value(NotEqual),
-        "<=".value(LessOrEqual),
-        "<".value(Less),
-        ">=".value(GreaterOrEqual),
-        ">".value(Greater),
-    ));
-    let token = alt((
-        "(".value(Token::Open),
-        ")".value(Token::Close),
-        alt(("&&", "&")).value(Token::And),
-        alt(("||", "|")).value(Token::Or),
-        comparison.map(Token::Compare),
-        "!".value(Token::Not),
-        take_while(1.., |c: char| !c.is_whitespace() && !"()&|=!<>".contains(c)).map(word),
-    ));
-    let ((token, text), at) = token.with_taken().with_span().parse_next(input)?;
-    Ok(Lexeme { token, text, at })
-}
-
-/// Operators that are spelled out.
-fn word(text: &str) -> Token<'_> {
-    use Comparison::*;
-    match text {
-        "and" => Token::And,
-        "or" => Token::Or,
-        "not" => Token::Not,
-        "eq" => Token::Compare(Equal),
-        "ne" | "neq" => Token::Compare(NotEqual),
-        "lt" => Token::Compare(Less),
-        "le" | "leq" => Token::Compare(LessOrEqual),
-        "gt" => Token::Compare(Greater),
-        "ge" | "geq" => Token::Compare(GreaterOrEqual),
-        _ => Token::Word(text),
-    }
-}
-
-/// Takes the next token; `None` at the end.
-fn next<'i>(input: &mut Input<'i>) -> Option<Lexeme<'i>> {
-    preceded(take_while(0.., char::is_whitespace), lexeme)
-        .parse_next(input)
-        .ok()
-}
-
-/// Looks at the next token.
-fn look<'i>(input: &mut Input<'i>) -> Option<Lexeme<'i>> {
-    let before = input.checkpoint();
-    let found = next(input);
-    input.reset(&before);
-    found
-}
-
-/// Takes the next token if it is `wanted`.
-fn take(input: &mut Input<'_>, wanted: Token<'_>) -> bool {
-    let here = look(input).is_some_and(|lexeme| lexeme.token == wanted);
-    if here {
-        next(input);
-    }
-    here
-}
-
-/// Where the expression ends.
-fn end(input: &Input<'_>) -> Range<usize> {
-    let rest: &str = input.input.as_ref();
-    let at = input.current_token_start() + rest.len();
-    at..at
-}
-
 fn whole(input: &mut Input<'_>) -> Outcome<Expression> {
     let grown = list(input)?;
     match next(input) {
@@ -273,9 +123,9 @@ fn whole(input: &mut Input<'_>) -> Outcome<Expression> {
 
 fn list(input: &mut Input<'_>) -> Outcome<Grown> {
     let before = input.checkpoint();
-    if look(input).is_some_and(|lexeme| is_states(&lexeme)) {
+    if peek(input).is_some_and(|lexeme| is_states(&lexeme)) {
         let states = states(input)?;
-        match look(input).map(|lexeme| lexeme.token) {
+        match peek(input).map(|lexeme| lexeme.token) {
             None | Some(Token::Close) => return Ok(states),
             // An alternative like any other.
             Some(Token::Or) => input.reset(&before),
@@ -292,7 +142,7 @@ fn chain(input: &mut Input<'_>) -> Outcome<Grown> {
     let mut grown = term(input)?;
     let mut or_before = false;
     loop {
-        let Some(Lexeme { token, at, .. }) = look(input) else {
+        let Some(Lexeme { token, at, .. }) = peek(input) else {
             return Ok(grown);
         };
         let or = token == Token::Or;
@@ -339,7 +189,7 @@ fn term(input: &mut Input<'_>) -> Outcome<Grown> {
 const CONDITIONS: &str = "sport = :8080 and dst 10.0.0.0/8";
 
 fn positive(input: &mut Input<'_>) -> Outcome<Grown> {
-    let Some(first) = look(input) else {
+    let Some(first) = peek(input) else {
         return Err(Fault::new(
             end(input),
             "a condition is missing at the end",
@@ -412,59 +262,6 @@ fn unknown(at: Range<usize>, word: &str) -> ErrMode<Fault> {
     Fault::new(at, what, example)
 }
 
-/// Takes the value of a condition.
-pub(super) fn value<'i>(
-    input: &mut Input<'i>,
-    what: &str,
-    example: &str,
-) -> Outcome<(&'i str, Range<usize>)> {
-    match look(input) {
-        Some(Lexeme {
-            token: Token::Word(text),
-            at,
-            ..
-        }) => {
-            next(input);
-            Ok((text, at))
-        }
-        Some(other) => {
-            let what = format!("{what} is missing before {}", quoted(other.text));
-            Err(Fault::new(other.at, what, example))
-        }
-        None => {
-            let what = format!("{what} is missing at the end");
-            Err(Fault::new(end(input), what, example))
-        }
-    }
-}
-
-/// Takes a comparison; without one, `=` is meant.
-fn comparison(input: &mut Input<'_>) -> (Comparison, Range<usize>) {
-    match look(input) {
-        Some(Lexeme {
-            token: Token::Compare(comparison),
-            at,
-            ..
-        }) => {
-            next(input);
-            (comparison, at)
-        }
-        _ => (Comparison::Equal, end(input)),
-    }
-}
-
-/// Takes `=` or `!=`, for what has no order; true for `!=`.
-pub(super) fn unequal(input: &mut Input<'_>, keyword: &str, example: &str) -> Outcome<bool> {
-    match comparison(input) {
-        (Comparison::Equal, _) => Ok(false),
-        (Comparison::NotEqual, _) => Ok(true),
-        (_, at) => {
-            let what = format!("`{keyword}` has no order: only = and != compare it");
-            Err(Fault::new(at, what, example))
-        }
-    }
-}
-
 fn port(input: &mut Input<'_>, end: End, keyword: &str) -> Outcome<Expression> {
     let example = format!("{keyword} = :8080 or {keyword} >= :1024");
     let (comparison, _) = comparison(input);
@@ -491,34 +288,6 @@ fn port(input: &mut Input<'_>, end: End, keyword: &str) -> Outcome<Expression> {
             .checked_add(1)
             .map_or(Expression::FALSE, |first| range(first..=u16::MAX)),
     })
-}
-
-/// A port by number or by the name of its service.
-pub(super) fn port_number(
-    services: &Services,
-    text: &str,
-    at: Range<usize>,
-    example: &str,
-) -> Outcome<u16> {
-    let fault = |what: String| Err(Fault::new(at.clone(), what, example));
-    if text.is_empty() {
-        return fault("a port is missing behind the colon".into());
-    }
-    if text.bytes().all(|byte| byte.is_ascii_digit()) {
-        return match text.parse() {
-            // ss takes a leading zero for octal.
-            Ok(port) if port == 0 || !text.starts_with('0') => Ok(port),
-            Ok(_) => fault(format!("{} begins with a zero", quoted(text))),
-            Err(_) => fault(format!("{} is no port: they end at 65535", quoted(text))),
-        };
-    }
-    match services.port(text) {
-        Some(port) => Ok(port),
-        None => fault(format!(
-            "{} is neither a port nor a service in /etc/services",
-            quoted(text)
-        )),
-    }
 }
 
 fn interface(input: &mut Input<'_>) -> Outcome<Expression> {
@@ -557,7 +326,7 @@ fn is_states(lexeme: &Lexeme<'_>) -> bool {
 fn states(input: &mut Input<'_>) -> Outcome<Grown> {
     let example = "state close-wait, or exclude listening";
     let mut set: Option<StateSet> = None;
-    while let Some(keyword) = look(input).filter(is_states) {
+    while let Some(keyword) = peek(input).filter(is_states) {
         next(input);
         let (name, at) = value(input, "a state", example)?;
         let named = state_names(name).ok_or_else(|| {

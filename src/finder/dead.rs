@@ -18,12 +18,10 @@
 //! refused and is about to be connected again. They are asked for as well. [measured on Linux 6.18]
 
 use std::collections::HashSet;
-use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -32,6 +30,9 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::stat::fstat;
 use rayon::prelude::*;
+use rustix::fs::getxattr;
+use rustix::io::{Errno as Rustix, ioctl_fionread};
+use rustix::net::sockopt;
 use socket2::SockRef;
 
 use super::FindError;
@@ -300,15 +301,12 @@ fn in_no_table(
 /// Whether the kernel calls the descriptor's protocol TCP.
 fn is_tcp(proc: &ProcFs, pid: i32, fd: RemoteFd) -> io::Result<bool> {
     let path = proc.path(&format!("{pid}/fd/{}", fd.0));
-    let path = CString::new(path.as_os_str().as_bytes())?;
     let mut name = [0; 32];
-    match sys::getxattr(&path, c"system.sockprotoname", &mut name) {
-        Ok(name) => Ok(matches!(name, b"TCP\0" | b"TCPv6\0")),
-        Err(error) => match error.raw_os_error() {
-            // Closed meanwhile, or something else by now.
-            Some(libc::ENOENT | libc::EOPNOTSUPP | libc::ENODATA | libc::ERANGE) => Ok(false),
-            _ => Err(error),
-        },
+    match getxattr(&path, c"system.sockprotoname", &mut name[..]) {
+        Ok(length) => Ok(matches!(&name[..length], b"TCP\0" | b"TCPv6\0")),
+        // Closed meanwhile, or something else by now.
+        Err(Rustix::NOENT | Rustix::OPNOTSUPP | Rustix::NODATA | Rustix::RANGE) => Ok(false),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -352,10 +350,10 @@ fn read_verdict(socket: BorrowedFd<'_>) -> io::Result<Option<Verdict>> {
             let canonical =
                 |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
             Some(Verdict::Dead(DeadSocket {
-                cookie: Cookie(sys::socket_cookie(socket)?),
+                cookie: Cookie(sockopt::socket_cookie(socket)?),
                 local: local.and_then(|address| address.as_socket()).map(canonical),
                 quiet,
-                unread: sys::unread_bytes(socket)?,
+                unread: u32::try_from(ioctl_fionread(socket)?).unwrap_or(u32::MAX),
             }))
         }
         _ => None,
@@ -471,7 +469,7 @@ mod tests {
                 assert_eq!(socket.local, Some(local), "{address}");
                 assert!(socket.quiet < Duration::from_secs(60), "{socket:?}");
             }
-            let cookie = sys::socket_cookie(dead.as_fd()).unwrap();
+            let cookie = sockopt::socket_cookie(dead.as_fd()).unwrap();
             assert!(matches!(said[8], Some(Verdict::Dead(d)) if d.cookie == Cookie(cookie)));
         }
     }

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::errno::Errno;
+use rustix::net::sockopt;
 
 use crate::model::{MethodError, Owner, Privilege, Target};
 use crate::proc::{ProcFs, ProcessId};
@@ -45,13 +46,12 @@ impl Duplicator {
                     continue;
                 }
             };
-            match sys::socket_cookie(socket.as_fd()) {
+            match sockopt::socket_cookie(&socket) {
                 Ok(cookie) if cookie == target.socket.cookie().0 => return Ok(socket),
                 // The number now belongs to another socket, or to none.
-                Ok(_) => {}
-                Err(error) if error.raw_os_error() == Some(libc::ENOTSOCK) => {}
-                Err(error) => {
-                    let errno = errno_of(&error);
+                Ok(_) | Err(rustix::io::Errno::NOTSOCK) => {}
+                Err(errno) => {
+                    let errno = Errno::from_raw(errno.raw_os_error());
                     return Err(MethodError::SystemCall("getsockopt SO_COOKIE", errno));
                 }
             }

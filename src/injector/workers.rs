@@ -19,7 +19,7 @@ const SOCKETS_PER_WORKER: usize = 2048;
 /// Workers at the same time: enough to wait for many namespaces together.
 const WORKERS_AT_ONCE: usize = 16;
 
-/// Runs the plan of every target and gives each its outcome.
+/// Runs the plan of every target that has no outcome yet, and gives it one.
 pub fn close(
     scan: &mut Scan,
     methods: &[Method],
@@ -71,7 +71,8 @@ pub fn close(
 /// The targets that one worker takes: those of one namespace, and of a large one an equal share for each processor.
 fn shares(targets: &mut [Target]) -> Vec<(usize, Vec<&mut Target>)> {
     let mut by_netns: HashMap<usize, Vec<&mut Target>> = HashMap::new();
-    for target in targets {
+    // What was swept has its outcome already.
+    for target in targets.iter_mut().filter(|it| it.outcome.is_none()) {
         let netns = target.socket.netns;
         by_netns.entry(netns).or_default().push(target);
     }
@@ -93,5 +94,29 @@ fn waiting_by_inode(targets: &[&mut Target], diag: &mut SockDiag) -> HashMap<u32
     match targets.iter().any(|target| target.was_closed_in_backlog()) {
         true => Listeners::read(diag).map_or_else(|_| HashMap::new(), |l| l.waiting_by_inode()),
         false => HashMap::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Outcome, Socket};
+    use crate::sock_diag::testdata::stuck;
+
+    #[test]
+    fn what_has_an_outcome_is_not_tried_again() {
+        let target = |cookie| {
+            let message = stuck("10.0.0.1:80", "10.0.0.2:5", cookie);
+            Target::new(Socket::from_message(&message))
+        };
+        let mut targets = [1, 2, 3].map(target);
+        targets[1].outcome = Some(Outcome::Closed(Method::Destroy));
+        let shares = shares(&mut targets);
+        let shared: Vec<u64> = shares
+            .iter()
+            .flat_map(|(_, targets)| targets)
+            .map(|target| target.socket.cookie().0)
+            .collect();
+        assert_eq!(shared, [1, 3]);
     }
 }

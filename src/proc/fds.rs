@@ -1,8 +1,8 @@
 //! The descriptor table of a process, as `/proc/PID/fd` shows it.
 
-use std::ffi::CStr;
 use std::fs::File;
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -10,9 +10,11 @@ use nix::sys::stat::fstat;
 use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek64};
 use rayon::prelude::*;
+use rustix::fs::{RawDir, readlinkat_raw};
+use rustix::path::DecInt;
 
 use super::{ProcFs, ProcessId, is_denied, is_gone};
-use crate::sys::{self, RemoteFd};
+use crate::sys::RemoteFd;
 
 /// Descriptors in one unit of parallel work.
 pub(crate) const CHUNK: usize = 512;
@@ -92,33 +94,18 @@ fn list_from(dir: BorrowedFd<'_>, first: i32) -> io::Result<Vec<i32>> {
 /// The numbers in a `/proc/PID/fd` directory.
 pub(crate) fn list_fds(dir: BorrowedFd<'_>) -> io::Result<Vec<i32>> {
     let mut fds = Vec::new();
-    let mut buffer = vec![0; 32 * 1024];
-    loop {
-        let entries = sys::getdents64(dir, &mut buffer)?;
-        if entries.is_empty() {
-            return Ok(fds);
-        }
-        fds.extend(dirent_numbers(entries));
+    let mut buffer = vec![MaybeUninit::uninit(); 32 * 1024];
+    let mut entries = RawDir::new(dir, &mut buffer);
+    while let Some(entry) = entries.next() {
+        // `.` and `..` are not numbers.
+        let number: Option<i32> = entry?
+            .file_name()
+            .to_str()
+            .ok()
+            .and_then(|n| n.parse().ok());
+        fds.extend(number);
     }
-}
-
-/// The names in a sequence of `struct linux_dirent64` that are numbers.
-///
-/// Source: include/linux/dirent.h: inode 8 bytes, offset 8, record length 2, type 1, then the name
-/// with its NUL.
-fn dirent_numbers(mut entries: &[u8]) -> impl Iterator<Item = i32> + '_ {
-    std::iter::from_fn(move || {
-        loop {
-            let length = entries.get(16..18)?;
-            let length = usize::from(u16::from_ne_bytes([length[0], length[1]]));
-            let (entry, rest) = entries.split_at_checked(length)?;
-            entries = rest;
-            let name = CStr::from_bytes_until_nul(entry.get(19..)?).ok()?;
-            if let Some(number) = name.to_str().ok().and_then(|name| name.parse().ok()) {
-                return Some(number);
-            }
-        }
-    })
+    Ok(fds)
 }
 
 /// Reads the descriptors `fds` in `dir`.
@@ -146,17 +133,8 @@ fn read_sockets(dir: BorrowedFd<'_>, fds: impl Iterator<Item = i32>) -> io::Resu
 pub(crate) fn read_socket_link(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<u32>> {
     // Longer targets are paths, of which the first bytes already say that they are no socket.
     let mut target = [0; 32];
-    let mut name = [0; 12];
-    let target = sys::readlinkat(dir, decimal(fd, &mut name), &mut target)?;
-    Ok(parse_socket_link(target))
-}
-
-/// Writes a descriptor number as a C string.
-pub(crate) fn decimal(number: i32, buffer: &mut [u8; 12]) -> &CStr {
-    use io::Write;
-    let mut rest = &mut buffer[..];
-    write!(rest, "{number}\0").expect("11 characters and a NUL fit");
-    CStr::from_bytes_until_nul(buffer).expect("just terminated")
+    let length = readlinkat_raw(dir, DecInt::new(fd).as_c_str(), &mut target[..])?;
+    Ok(parse_socket_link(&target[..length]))
 }
 
 /// The inode in `socket:[4711]`.

@@ -1,13 +1,14 @@
 //! The proc file system: which processes there are, and what the kernel says of each.
 //!
-//! One reader for each file: [`fds`] the descriptor table, [`status`] limits, executable and threads, [`cgroup`] units and
-//! containers, [`netns`] network namespaces. Only what cannot hang on a sick host is read: never `maps`, and of `exe` only the link.
+//! One reader for each file: `fds` the descriptor table, [`status`] limits, executable and threads, [`cgroup`] units and
+//! containers, [`netns`] network namespaces, `mounts` what is mounted. Only what cannot hang on a sick host is read: never `maps`, and of `exe` only the link.
 //!
 //! Races: a file that vanishes (ENOENT, ESRCH) means that its process is gone ([`is_gone`]); EACCES and EPERM mean that we may not
 //! read it ([`is_denied`]); anything else is an error.
 
 pub mod cgroup;
 pub(crate) mod fds;
+pub(crate) mod mounts;
 pub mod netns;
 pub mod status;
 #[cfg(test)]

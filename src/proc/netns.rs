@@ -13,7 +13,8 @@ use std::sync::Arc;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 
-use crate::proc::ProcFs;
+use super::ProcFs;
+use super::mounts::network_namespaces;
 
 /// Where ip-netns(8) and docker keep names of namespaces.
 const NAME_DIRECTORIES: [&str; 2] = ["/run/netns", "/run/docker/netns"];
@@ -105,6 +106,16 @@ impl Netns {
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
+    }
+
+    /// A namespace that cannot be entered, for tests without a kernel.
+    #[cfg(test)]
+    pub(crate) fn example(inode: u64, name: Option<&str>) -> Self {
+        Netns {
+            id: (4, inode),
+            name: name.map(str::to_owned),
+            file: None,
+        }
     }
 
     fn current(names: &HashMap<(u64, u64), String>) -> io::Result<Self> {
@@ -205,7 +216,7 @@ fn all(proc: &ProcFs) -> io::Result<Namespaces> {
     let processes = processes
         .into_iter()
         .map(|pid| proc.path(&format!("{pid}/ns/net")));
-    let mounted = mounted(&fs::read_to_string(proc.path("self/mountinfo"))?);
+    let mounted: Vec<PathBuf> = network_namespaces(&proc.mounts()?).collect();
     for path in processes.chain(named_files()).chain(mounted) {
         let known = match fs::metadata(&path) {
             Ok(metadata) => seen.contains(&id(&metadata)),
@@ -241,49 +252,9 @@ fn is_gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
 }
 
-/// The mount points of network namespaces in the text of /proc/PID/mountinfo.
-fn mounted(mountinfo: &str) -> Vec<PathBuf> {
-    let point = |line: &str| {
-        let (mount, kind) = line.split_once(" - ")?;
-        let mut fields = mount.split(' ').skip(3);
-        let (root, point) = (fields.next()?, fields.next()?);
-        (kind.starts_with("nsfs ") && root.starts_with("net:[")).then(|| unescape(point))
-    };
-    mountinfo.lines().filter_map(point).collect()
-}
-
-/// Undoes the octal escapes of space, tab, newline and backslash (fs/proc_namespace.c, mangle).
-fn unescape(text: &str) -> PathBuf {
-    let escapes = [
-        ("\\040", " "),
-        ("\\011", "\t"),
-        ("\\012", "\n"),
-        ("\\134", "\\"),
-    ];
-    let plain = escapes
-        .iter()
-        .fold(text.to_owned(), |text, (escape, plain)| {
-            text.replace(escape, plain)
-        });
-    PathBuf::from(plain)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn mounted_namespaces_are_found_in_mountinfo() {
-        let text = "\
-            22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/root rw\n\
-            90 22 0:4 net:[4026532177] /run/netns/blue rw shared:9 - nsfs nsfs rw\n\
-            91 22 0:4 mnt:[4026532178] /run/mnt rw shared:9 - nsfs nsfs rw\n\
-            92 22 0:4 net:[4026532179] /var/a\\040b rw - nsfs nsfs rw\n\
-            93 22 0:9 net:[1] /tmp/fake rw - tmpfs tmpfs rw\n\
-            cut short\n";
-        let wanted = [PathBuf::from("/run/netns/blue"), PathBuf::from("/var/a b")];
-        assert_eq!(mounted(text), wanted);
-    }
 
     #[test]
     fn ours_is_known_by_the_inode_of_nsfs() {

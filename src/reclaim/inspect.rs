@@ -11,6 +11,8 @@ use std::thread;
 
 use caps::{CapSet, Capability};
 use nix::errno::Errno;
+use rustix::fs::readlinkat_raw;
+use rustix::path::DecInt;
 
 use super::error::OwnerError;
 use super::in_use::{Epoll, Evidence, IoUring, runs_finalizers, works_for_io_uring};
@@ -513,8 +515,8 @@ fn comm(proc: &ProcFs, pid: i32) -> Option<String> {
 
 fn special_fd(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<SpecialFd>> {
     let mut target = [0; 32];
-    let mut name = [0; 12];
-    let target = sys::readlinkat(dir, fds::decimal(fd, &mut name), &mut target)?;
+    let length = readlinkat_raw(dir, DecInt::new(fd).as_c_str(), &mut target[..])?;
+    let target = &target[..length];
     Ok(match target {
         b"anon_inode:[eventpoll]" => Some(SpecialFd::Epoll(fd)),
         b"anon_inode:[io_uring]" => Some(SpecialFd::IoUring(fd)),

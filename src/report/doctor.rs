@@ -114,7 +114,7 @@ pub fn write_json(examination: &Examination, out: &mut dyn Write) -> io::Result<
         },
         checks: checks(examination),
     };
-    writeln!(out, "{}", crate::report::json::line(&document))
+    writeln!(out, "{}", crate::report::serialize::line(&document))
 }
 
 fn checks(examination: &Examination) -> Vec<Check> {

@@ -3,19 +3,18 @@
 //! Written as it is walked, without a tree in memory.
 
 use std::io::{self, Write};
-use std::net::SocketAddr;
 
 use rayon::prelude::*;
 use serde::Serialize;
-use serde_json::ser::Formatter;
 
-use super::{Run, Tally, reclaim, text};
+use super::descriptors::{self, JsonStop, json_stops};
+use super::serialize::{
+    Endpoint, JsonContainer, SCHEMA_VERSION, container, endpoint, put, to_bytes,
+};
+use super::table::by_process;
+use super::{Run, Tally, text};
 use crate::model::{Exclusion, Method, MethodError, Outcome, Owner, Plan, SkipReason, Target};
-use crate::proc::Process;
-use crate::text::is_unsafe;
 use crate::watch::NewSockets;
-
-pub(super) const SCHEMA_VERSION: u32 = 1;
 
 /// Sockets that are written together; those of a long list are written side by side.
 const BLOCK: usize = 512;
@@ -42,8 +41,11 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
         undecided: coverage.undecided,
         unlisted: coverage.unlisted.as_deref(),
         reclaim: run.reclaimed.then(|| JsonReclaim {
-            owners: reclaim::json_stops(&run.stops),
-            summary: reclaim::Tally::of_run(run),
+            owners: json_stops(&run.stops),
+            summary: match run.acted {
+                true => descriptors::Tally::of_scan(&run.scan),
+                false => descriptors::Tally::default(),
+            },
         }),
         summary: Tally::of(run),
         new_sockets: run.new_sockets.as_ref().map(json_new_sockets),
@@ -111,56 +113,6 @@ fn write_sockets(
     Ok(())
 }
 
-fn to_bytes(value: &impl Serialize) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    put(value, &mut bytes)?;
-    Ok(bytes)
-}
-
-fn put(value: &impl Serialize, bytes: &mut Vec<u8>) -> io::Result<()> {
-    Ok(value.serialize(&mut serializer(bytes))?)
-}
-
-/// One object, without the end of a line.
-pub(crate) fn line(value: &impl Serialize) -> String {
-    let mut bytes = Vec::with_capacity(1024);
-    let written = value.serialize(&mut serializer(&mut bytes));
-    written.expect("memory takes everything, and every key is a text");
-    String::from_utf8(bytes).expect("JSON is UTF-8")
-}
-
-pub(crate) fn serializer(
-    out: &mut dyn Write,
-) -> serde_json::Serializer<&mut dyn Write, TerminalSafe> {
-    serde_json::Serializer::with_formatter(out, TerminalSafe)
-}
-
-/// Compact JSON in which no name of another process can move the cursor of a terminal: what JSON
-/// itself does not escape (DEL, the C1 controls, marks that reorder text) is escaped too.
-pub(crate) struct TerminalSafe;
-
-impl Formatter for TerminalSafe {
-    fn write_string_fragment<W: Write + ?Sized>(
-        &mut self,
-        writer: &mut W,
-        fragment: &str,
-    ) -> io::Result<()> {
-        // Field names and most values.
-        if fragment.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
-            return writer.write_all(fragment.as_bytes());
-        }
-        let mut plain = 0;
-        for (at, c) in fragment.char_indices().filter(|(_, c)| is_unsafe(*c)) {
-            writer.write_all(&fragment.as_bytes()[plain..at])?;
-            for unit in c.encode_utf16(&mut [0; 2]) {
-                write!(writer, "\\u{unit:04x}")?;
-            }
-            plain = at + c.len_utf8();
-        }
-        writer.write_all(&fragment.as_bytes()[plain..])
-    }
-}
-
 /// What comes before the sockets.
 #[derive(Serialize)]
 struct Head {
@@ -206,8 +158,8 @@ struct NewOf<'a> {
 
 #[derive(Serialize)]
 struct JsonReclaim<'a> {
-    owners: Vec<reclaim::JsonStop<'a>>,
-    summary: reclaim::Tally,
+    owners: Vec<JsonStop<'a>>,
+    summary: descriptors::Tally,
 }
 
 #[derive(Serialize)]
@@ -251,32 +203,12 @@ struct JsonNetns<'a> {
 }
 
 #[derive(Serialize)]
-pub(crate) struct Endpoint {
-    address: std::net::IpAddr,
-    port: u16,
-}
-
-impl std::fmt::Display for Endpoint {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        SocketAddr::new(self.address, self.port).fmt(f)
-    }
-}
-
-#[derive(Serialize)]
 struct JsonOwner<'a> {
     pid: i32,
     comm: &'a str,
     fds: Vec<i32>,
     unit: Option<&'a str>,
     container: Option<JsonContainer<'a>>,
-}
-
-#[derive(Serialize)]
-pub(crate) struct JsonContainer<'a> {
-    runtime: &'static str,
-    id: Option<&'a str>,
-    name: Option<&'a str>,
-    pod_uid: Option<&'a str>,
 }
 
 #[derive(Serialize)]
@@ -405,13 +337,6 @@ fn descriptors(owners: &[Owner]) -> Vec<JsonDescriptor> {
     owners.iter().filter_map(descriptor).collect()
 }
 
-pub(super) fn endpoint(address: SocketAddr) -> Endpoint {
-    Endpoint {
-        address: address.ip(),
-        port: address.port(),
-    }
-}
-
 fn json_new_sockets(new: &NewSockets) -> JsonNewSockets<'_> {
     JsonNewSockets {
         seconds: new.watched.as_secs_f64(),
@@ -433,7 +358,7 @@ fn json_new_sockets(new: &NewSockets) -> JsonNewSockets<'_> {
 
 /// The processes of `owners`, each with its descriptors.
 fn owners(owners: &[Owner]) -> Vec<JsonOwner<'_>> {
-    text::by_process(owners)
+    by_process(owners)
         .map(|of_one| {
             let process = &of_one[0].process;
             JsonOwner {
@@ -445,17 +370,6 @@ fn owners(owners: &[Owner]) -> Vec<JsonOwner<'_>> {
             }
         })
         .collect()
-}
-
-/// The container of a process, if it is in one.
-pub(crate) fn container(process: &Process) -> Option<JsonContainer<'_>> {
-    let container = process.cgroup.container.as_ref()?;
-    Some(JsonContainer {
-        runtime: container.runtime.name(),
-        id: container.id.as_deref(),
-        name: container.name.as_deref(),
-        pod_uid: container.pod_uid.as_deref(),
-    })
 }
 
 fn result(target: &Target, outcome: Outcome) -> JsonResult {

@@ -3,12 +3,18 @@
 //!
 //! Reports read a finished [`Run`] and nothing else.
 
+pub mod descriptors;
 pub mod diagnose;
 pub mod doctor;
 pub mod json;
 pub mod notes;
 pub mod reclaim;
+pub mod serialize;
+pub mod table;
 pub mod text;
+
+#[cfg(test)]
+mod golden_tests;
 
 use std::process::ExitCode;
 

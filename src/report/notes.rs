@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::Run;
-use super::text::names;
+use super::table::names;
 use crate::model::{Cause, Exclusion, MethodError, Outcome, Privilege, Scan, SkipReason, Target};
 use crate::proc::{FdState, Process, ProcessId};
 use crate::text::counted;

@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::io::{self, Write};
 
-use comfy_table::{Cell, CellAlignment, Color, ContentArrangement, Table, presets};
+use comfy_table::{Cell, CellAlignment, Color};
 
-use super::{Run, Tally, reclaim};
+use super::descriptors;
+use super::table::{belongs, belongs_to, join, names, plain_table};
+use super::{Run, Tally};
 use crate::config::{Action, Config};
-use crate::model::{Cause, Outcome, Owner, Plan, Scan, SkipReason, Target};
-use crate::proc::cgroup::{Cgroup, unescape};
+use crate::model::{Cause, Outcome, Plan, Scan, SkipReason, Target};
 use crate::tcp::TcpState;
 use crate::text::{age, counted, escape};
 
@@ -31,7 +32,7 @@ pub fn write(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io
     }
     writeln!(out, "{}", summary(run, config))?;
     if run.reclaimed && run.acted {
-        for line in reclaim::lines(run) {
+        for line in descriptors::lines(&run.scan, &run.stops) {
             writeln!(out, "{line}")?;
         }
     }
@@ -137,7 +138,7 @@ impl Layout {
             Cell::new(socket.send_q),
             Cell::new(socket.cause),
         ]);
-        let beside = reclaim::beside(target);
+        let beside = descriptors::beside(target);
         if let Some((text, color)) = result(target, self.verbose) {
             cells.push(Cell::new(text + &beside).fg(color));
         } else if self.last.is_some() {
@@ -154,18 +155,6 @@ impl Layout {
     }
 }
 
-/// A table without lines, each column as wide as it needs.
-pub(super) fn plain_table(color: bool) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    table.set_content_arrangement(ContentArrangement::Disabled);
-    table.force_no_tty();
-    if color {
-        table.enforce_styling();
-    }
-    table
-}
-
 /// The owner of a socket, and its descriptor.
 fn owner_cells(scan: &Scan, target: &Target, verbose: bool) -> (String, String) {
     if target.socket.cause == Cause::Orphan {
@@ -176,51 +165,6 @@ fn owner_cells(scan: &Scan, target: &Target, verbose: bool) -> (String, String) 
         return (format!("{process} (listener)"), "-".into());
     }
     names(scan, &target.owners, verbose)
-}
-
-/// The first process of `owners` with its first descriptor, or all of them.
-pub(super) fn names(scan: &Scan, owners: &[Owner], all: bool) -> (String, String) {
-    let mut processes: Vec<&[Owner]> = by_process(owners).collect();
-    let (count, of_first) = match processes.first() {
-        None if !scan.owners_known => return ("-".into(), "-".into()),
-        None => return ("unknown".into(), "-".into()),
-        Some(first) => (processes.len(), first.len()),
-    };
-    if !all {
-        processes.truncate(1);
-    }
-    let name = |owners: &&[Owner]| owners[0].process.to_string();
-    let fds = |owners: &&[Owner]| match all {
-        true => join(owners.iter().map(|owner| owner.fd.0.to_string()), ","),
-        false => owners[0].fd.0.to_string(),
-    };
-    let mut names = join(processes.iter().map(name), ",");
-    let mut fds = join(processes.iter().map(fds), " ");
-    if !all && count > 1 {
-        let _ = write!(names, " +{}", count - 1);
-    }
-    if !all && of_first > 1 {
-        let _ = write!(fds, " +{}", of_first - 1);
-    }
-    (names, fds)
-}
-
-/// The descriptors of each process; `owners` are ordered by process.
-pub(super) fn by_process(owners: &[Owner]) -> impl Iterator<Item = &[Owner]> {
-    owners.chunk_by(|a, b| a.process.id == b.process.id)
-}
-
-fn join(parts: impl Iterator<Item = String>, separator: &str) -> String {
-    parts.collect::<Vec<_>>().join(separator)
-}
-
-/// The container or the unit of a process.
-pub(crate) fn place(cgroup: &Cgroup) -> Option<String> {
-    match (&cgroup.container, &cgroup.unit) {
-        (Some(container), _) => Some(container.to_string()),
-        (None, Some(unit)) => Some(unescape(unit.strip_suffix(".service").unwrap_or(unit))),
-        (None, None) => None,
-    }
 }
 
 /// The container or the unit of the first owner, or of all of them.
@@ -241,22 +185,6 @@ pub(crate) fn units(scan: &Scan, target: &Target, all: bool) -> String {
         true => "-".to_owned(),
         false => names.join(","),
     }
-}
-
-/// Whether a process has a unit or a container.
-pub(super) fn belongs(cgroup: &Cgroup) -> bool {
-    cgroup.unit.is_some() || cgroup.container.is_some()
-}
-
-/// The container or the unit of a process.
-pub(super) fn belongs_to(cgroup: &Cgroup, all: bool) -> String {
-    let mut name = place(cgroup).unwrap_or_else(|| "-".to_owned());
-    if let Some(pod) = cgroup.container.as_ref().and_then(|c| c.pod_uid.as_ref())
-        && all
-    {
-        let _ = write!(name, " pod {pod}");
-    }
-    escape(&name)
 }
 
 fn plan_text(plan: &Plan) -> String {

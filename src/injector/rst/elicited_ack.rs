@@ -10,7 +10,7 @@
 //! minute, and in TIME-WAIT or FIN-WAIT-2 it can end the old connection. An ACK that is acceptable by
 //! chance (one window in 2^32) carries no byte and changes nothing, on a stranger's connection of the
 //! same addresses as well. It is not counted by net.ipv4.tcp_challenge_ack_limit either.
-//! Measured; docs/decisions/rst-draws-an-ack.md.
+//! Measured; docs/decisions/rst-elicits-an-ack.md.
 //!
 //! A socket answers once per net.ipv4.tcp_invalid_ratelimit, so those that have not answered are
 //! asked again after that time, all together, until the grace is over.

@@ -14,7 +14,7 @@ use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 
 use super::error::OwnerError;
-use crate::sys;
+use crate::sys::ptrace;
 use arch::Registers;
 
 pub use remote::RemoteSyscall;
@@ -23,13 +23,13 @@ pub use stop::{SeizedThreads, StoppedProcess, Thread};
 /// The registers of a stopped thread; `None` if the thread is gone or runs 32-bit code.
 fn read_registers(tid: i32) -> Option<Registers> {
     let mut words = [0; Registers::WORDS];
-    let read = sys::ptrace_registers(tid, &mut words).ok()?;
+    let read = ptrace::registers(tid, &mut words).ok()?;
     let registers = Registers(words);
     (read == size_of_val(&words) && registers.is_native()).then_some(registers)
 }
 
 fn write_registers(tid: i32, registers: &Registers) -> Result<(), OwnerError> {
-    sys::ptrace_set_registers(tid, &registers.0)
+    ptrace::set_registers(tid, &registers.0)
         .map_err(|error| OwnerError::of_step("PTRACE_SETREGSET", &error))
 }
 

@@ -19,8 +19,9 @@ use crate::reclaim::error::OwnerError;
 use crate::reclaim::seccomp::{self, SeccompData};
 use crate::reclaim::syscalls::ZeroRisk;
 use crate::reclaim::{read_text, status_field};
+use crate::sys;
 use crate::sys::errno_of;
-use crate::sys::{self, Waiting};
+use crate::sys::ptrace::{self, Waiting};
 
 /// Time that cwkill waits for a call of its own that does not return: it cannot restore the thread before.
 const LAST_WAIT: Duration = Duration::from_secs(10);
@@ -217,7 +218,7 @@ impl RemoteSyscall {
         self.phase = Phase::Replaced;
         write_registers(self.tid, &replacement)?;
         #[cfg(target_arch = "aarch64")]
-        sys::ptrace_set_call_number(self.tid, i32::try_from(number).unwrap_or(-1))
+        ptrace::set_call_number(self.tid, i32::try_from(number).unwrap_or(-1))
             .map_err(|error| ReclaimReason::SystemError("PTRACE_SETREGSET", errno_of(&error)))?;
         self.thread().resume()?;
         self.phase = Phase::InRemoteCall;
@@ -288,7 +289,7 @@ fn candidates(stopped: &StoppedProcess) -> Result<Vec<Candidate>, ReclaimReason>
             continue;
         }
         let Some(registers) = thread.registers() else {
-            match sys::peek_stop(tid) {
+            match ptrace::peek_stop(tid) {
                 // It is being killed.
                 Ok(Waiting::End) | Err(_) => continue,
                 Ok(_) => return Err(ReclaimReason::Is32bit),
@@ -354,7 +355,7 @@ fn enter_own_call(
             ThreadState::Running => {
                 // It computes. Stopped again, it can be released like any other, unless it has come to a call at last: it must
                 // not be released at the entry of one (docs/decisions/reclaim.md).
-                sys::ptrace_interrupt(thread.tid).map_err(|error| {
+                ptrace::interrupt(thread.tid).map_err(|error| {
                     ReclaimReason::SystemError("PTRACE_INTERRUPT", errno_of(&error))
                 })?;
                 return match thread.wait(deadline)? {
@@ -399,7 +400,7 @@ fn read_filters(proc: &ProcFs, pid: i32, tid: i32) -> Result<Vec<Vec<u64>>, Recl
         _ => {}
     }
     loop {
-        match sys::ptrace_seccomp_filter(tid, filters.len()) {
+        match ptrace::seccomp_filter(tid, filters.len()) {
             Ok(filter) => filters.push(filter),
             Err(error) => match errno_of(&error) {
                 Errno::ENOENT if !filters.is_empty() => return Ok(filters),
@@ -447,7 +448,7 @@ impl SyscallInfo {
         // stack pointer; then the number, if the thread is at the entry or the exit of a call.
         const ENTRY: u8 = 1;
         let mut info = [0; 88];
-        let read = sys::ptrace_syscall_info(tid, &mut info).ok()?;
+        let read = ptrace::syscall_info(tid, &mut info).ok()?;
         Some(SyscallInfo {
             is_entry: info[0] == ENTRY && read >= 32,
             arch: u32::from_ne_bytes(info[4..8].try_into().expect("4 bytes")),

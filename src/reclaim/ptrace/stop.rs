@@ -24,7 +24,7 @@ use crate::reclaim::error::OwnerError;
 use crate::reclaim::read_text;
 use crate::reclaim::syscalls::Syscall;
 use crate::sys::errno_of;
-use crate::sys::{self, Waiting};
+use crate::sys::ptrace::{self, Waiting};
 
 /// include/uapi/linux/ptrace.h: the stop of an interrupted thread.
 const EVENT_STOP: i32 = 128;
@@ -79,7 +79,7 @@ impl Thread {
     pub fn wait(&mut self, deadline: Instant) -> Result<ThreadState, OwnerError> {
         let mut checks = 0;
         loop {
-            let waiting = sys::peek_stop(self.tid).or_else(|error| match errno_of(&error) {
+            let waiting = ptrace::peek_stop(self.tid).or_else(|error| match errno_of(&error) {
                 Errno::ECHILD => Ok(Waiting::End),
                 errno => Err(ReclaimReason::SystemError("waitid", errno)),
             })?;
@@ -88,7 +88,7 @@ impl Thread {
                 Waiting::End => ThreadState::Ended,
                 Waiting::Stop(SYSCALL_STOP) => {
                     // If cwkill dies, the kernel would send an unconsumed stop of this kind as a signal.
-                    let _ = sys::take_stop(self.tid);
+                    let _ = ptrace::take_stop(self.tid);
                     ThreadState::AtSyscall
                 }
                 Waiting::Stop(code) if code >> 8 == EVENT_STOP => ThreadState::Stopped,
@@ -110,7 +110,7 @@ impl Thread {
 
     /// Lets the stopped thread run to its next entry or exit of a system call.
     pub fn resume(&mut self) -> Result<(), OwnerError> {
-        sys::ptrace_syscall(self.tid, self.state.signal())
+        ptrace::syscall(self.tid, self.state.signal())
             .map_err(|error| OwnerError::of_step("PTRACE_SYSCALL", &error))?;
         self.state = ThreadState::Running;
         Ok(())
@@ -129,14 +129,14 @@ impl Thread {
 
     fn interrupt(&mut self) {
         // This fails only if the thread is gone, which the wait for it detects.
-        let _ = sys::ptrace_interrupt(self.tid);
+        let _ = ptrace::interrupt(self.tid);
         self.state = ThreadState::Running;
     }
 
     fn release(&mut self) {
         if matches!(self.state, ThreadState::Seized | ThreadState::Running) {
             // It may have stopped since. If it has not, the end of cwkill's own thread releases it.
-            match sys::peek_stop(self.tid) {
+            match ptrace::peek_stop(self.tid) {
                 Ok(Waiting::Stop(code)) if code >> 8 == 0 && code != SYSCALL_STOP => {
                     self.state = ThreadState::AtSignal(code);
                 }
@@ -153,7 +153,7 @@ impl Thread {
         );
         if is_stopped {
             // This fails only if the thread is gone.
-            let _ = sys::ptrace_detach(self.tid, self.state.signal());
+            let _ = ptrace::detach(self.tid, self.state.signal());
         }
         self.state = ThreadState::Ended;
     }
@@ -188,11 +188,11 @@ impl SeizedThreads {
     /// Reaps the threads that have ended.
     pub fn reap_ended(&self) {
         let mut tids = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        tids.retain(|tid| match sys::peek_stop(*tid) {
+        tids.retain(|tid| match ptrace::peek_stop(*tid) {
             Ok(Waiting::End) => {
                 // Not before: the call would consume a stop as well, whatever waitid is asked for.
                 // Source: kernel/exit.c, wait_task_stopped.
-                let _ = sys::take_stop(*tid);
+                let _ = ptrace::take_stop(*tid);
                 false
             }
             Ok(_) => true,
@@ -307,7 +307,7 @@ impl StoppedProcess {
     fn check_leader(&mut self, proc: &ProcFs) -> Result<Leader, OwnerError> {
         let index = self.threads.iter().position(|t| t.tid == self.pid);
         let state = index.map(|index| self.threads[index].state);
-        match sys::peek_stop(self.pid) {
+        match ptrace::peek_stop(self.pid) {
             Ok(Waiting::Stop(_)) if state.is_some_and(|state| state != ThreadState::Ended) => {
                 Ok(Leader::Held)
             }
@@ -315,7 +315,7 @@ impl StoppedProcess {
                 // cwkill seized it under another number, and may not have interrupted it.
                 if matches!(waiting, Waiting::Nothing) {
                     // This fails only if the thread is gone, which the wait for it detects.
-                    let _ = sys::ptrace_interrupt(self.pid);
+                    let _ = ptrace::interrupt(self.pid);
                 }
                 let index = index.unwrap_or_else(|| {
                     self.threads.push(Thread {
@@ -343,15 +343,15 @@ impl StoppedProcess {
     fn seize(&mut self, proc: &ProcFs, tid: i32, list: &SeizedThreads) -> Result<(), OwnerError> {
         let once_more = |error: io::Error| match error.raw_os_error() {
             // A thread that cwkill has seized under another number may have this number by now.
-            Some(libc::EPERM) if !matches!(sys::peek_stop(tid), Ok(Waiting::End) | Err(_)) => {
+            Some(libc::EPERM) if !matches!(ptrace::peek_stop(tid), Ok(Waiting::End) | Err(_)) => {
                 Ok(())
             }
             // The kernel may refuse a thread whose number went to another while cwkill waited for its exec (fs/exec.c,
             // de_thread).
-            Some(libc::EPERM) => sys::ptrace_seize(tid),
+            Some(libc::EPERM) => ptrace::seize(tid),
             _ => Err(error),
         };
-        let seized = sys::ptrace_seize(tid).or_else(once_more).map(|()| {
+        let seized = ptrace::seize(tid).or_else(once_more).map(|()| {
             // Nobody has to reap the first thread: an exec does that itself (fs/exec.c, de_thread).
             if tid != self.pid {
                 list.add(tid);
@@ -450,7 +450,7 @@ fn wait_for_stop(
 fn restart_interrupted_syscall(tid: i32) {
     if let Some(restarted) = read_registers(tid).and_then(|registers| registers.restart_eintr()) {
         // This fails only if the thread is gone.
-        let _ = sys::ptrace_set_registers(tid, &restarted.0);
+        let _ = ptrace::set_registers(tid, &restarted.0);
     }
 }
 

@@ -11,7 +11,7 @@ use crate::diagnose::group::{AGES, Group, OfCause};
 use crate::diagnose::suggest::Runtime;
 use crate::diagnose::{Diagnosis, ProcessDiagnosis, Waiting, verdict};
 use crate::model::Cause;
-use crate::report::json::{JsonContainer, container, serializer};
+use crate::report::serialize::{JsonContainer, container, serializer};
 
 const SCHEMA_VERSION: u32 = 1;
 /// Ports and peers that are listed.

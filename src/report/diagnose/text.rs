@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::bars;
 use crate::diagnose::group::{AGES, Group};
 use crate::diagnose::{Diagnosis, ProcessDiagnosis, SHOWN, Waiting, verdict};
-use crate::report::text::place;
+use crate::report::table::{by_process, place};
 use crate::text::{age, counted, escape, format_rate, seconds};
 
 /// Ports and peers that are named.
@@ -238,7 +238,7 @@ fn of_process(of: &ProcessDiagnosis, like: usize, elapsed: Duration) -> String {
 
 fn of_listener(diagnosis: &Diagnosis, waiting: &Waiting) -> String {
     let listener = &diagnosis.scan.listeners[waiting.listener];
-    let owners: Vec<_> = crate::report::text::by_process(&listener.owners).collect();
+    let owners: Vec<_> = by_process(&listener.owners).collect();
     let owner = match owners.first() {
         Some(first) => first[0].process.to_string(),
         None => "an unknown process".into(),

@@ -2,7 +2,7 @@
 //! (do_signal), arch/arm64/kernel/syscall.c.
 //!
 //! Two things differ from x86-64. The number of a call is in a register set of its own
-//! ([`crate::sys::ptrace_set_call_number`]), so x8 keeps the program's value. And the kernel rewinds a call that it will
+//! ([`crate::ptrace::set_call_number`]), so x8 keeps the program's value. And the kernel rewinds a call that it will
 //! restart before the tracer sees the thread: the thread is at the instruction, and the result of the call is lost.
 
 use crate::reclaim::syscalls::Syscall;

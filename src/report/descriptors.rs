@@ -1,0 +1,148 @@
+//! What reports say of descriptors that were reclaimed: `cwkill reclaim` and `--reclaim` alike.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use comfy_table::Color;
+use serde::Serialize;
+
+use crate::model::{ReclaimOutcome, Scan, Target};
+use crate::reclaim::StopStats;
+use crate::text::counted;
+
+/// How many descriptors had which outcome.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Tally {
+    /// Descriptors of dead sockets.
+    pub found: usize,
+    /// Closed in their process.
+    pub freed: usize,
+    /// Closed by their process before we came to it.
+    pub gone: usize,
+    /// Left alone.
+    pub skipped: usize,
+    /// Tried, and still there.
+    pub failed: usize,
+}
+
+impl Tally {
+    /// Counts `outcomes`.
+    pub(super) fn of<'o>(found: usize, outcomes: impl Iterator<Item = &'o ReclaimOutcome>) -> Self {
+        let mut tally = Tally {
+            found,
+            ..Tally::default()
+        };
+        for outcome in outcomes {
+            *match outcome {
+                ReclaimOutcome::Allowed => continue,
+                ReclaimOutcome::Freed => &mut tally.freed,
+                ReclaimOutcome::Gone => &mut tally.gone,
+                ReclaimOutcome::Skipped(_) => &mut tally.skipped,
+                ReclaimOutcome::Failed(_) => &mut tally.failed,
+            } += 1;
+        }
+        tally
+    }
+
+    /// Counts the outcomes of `--reclaim`.
+    pub fn of_scan(scan: &Scan) -> Self {
+        let owners = || scan.targets.iter().flat_map(|target| &target.owners);
+        let outcomes = || owners().filter_map(|owner| owner.reclaim.as_ref());
+        Self::of(outcomes().count(), outcomes())
+    }
+
+    /// Those that were not freed, as words.
+    pub fn left(&self) -> String {
+        let mut text = String::new();
+        for (count, name) in [
+            (self.gone, "gone"),
+            (self.skipped, "skipped"),
+            (self.failed, "failed"),
+        ] {
+            if count > 0 {
+                let _ = write!(text, ", {count} {name}");
+            }
+        }
+        text
+    }
+}
+
+/// What the table of a run adds about the descriptors of one socket.
+pub fn beside(target: &Target) -> String {
+    let outcomes = || {
+        target
+            .owners
+            .iter()
+            .filter_map(|owner| owner.reclaim.as_ref())
+    };
+    let freed = outcomes().filter(|outcome| **outcome == ReclaimOutcome::Freed);
+    let mut text = match freed.count() {
+        0 => String::new(),
+        1 => ", descriptor freed".to_owned(),
+        freed => format!(", {freed} descriptors freed"),
+    };
+    let mut kept: Vec<String> = outcomes()
+        .filter_map(|outcome| outcome.reason().map(ToString::to_string))
+        .collect();
+    kept.dedup();
+    if !kept.is_empty() {
+        let _ = write!(text, "; descriptor kept: {}", kept.join("; "));
+    }
+    text
+}
+
+/// The line that `--reclaim` adds to the summary, and those about the owners.
+pub fn lines(scan: &Scan, stops: &[StopStats]) -> Vec<String> {
+    let tally = Tally::of_scan(scan);
+    let found = counted(tally.found, "descriptor");
+    let mut lines = vec![format!("{found}: {} freed{}", tally.freed, tally.left())];
+    lines.extend(stop_lines(stops));
+    lines
+}
+
+/// One line for each owner that was stopped.
+pub(super) fn stop_lines(stops: &[StopStats]) -> impl Iterator<Item = String> {
+    stops.iter().map(|stop| {
+        format!(
+            "{} was stopped for {:.1} ms: {} freed",
+            stop.process,
+            stop.stopped.as_secs_f64() * 1000.0,
+            counted(stop.freed, "descriptor"),
+        )
+    })
+}
+
+/// The outcome of an act in words, and its colour.
+pub(crate) fn result(outcome: Option<&ReclaimOutcome>) -> (String, Color) {
+    match outcome {
+        Some(ReclaimOutcome::Freed) => ("freed".into(), Color::Green),
+        Some(ReclaimOutcome::Gone) => ("gone before the act".into(), Color::Green),
+        Some(ReclaimOutcome::Skipped(reason)) => (format!("skipped: {reason}"), Color::Yellow),
+        Some(ReclaimOutcome::Failed(reason)) => (format!("failed: {reason}"), Color::Red),
+        Some(ReclaimOutcome::Allowed) | None => ("not done".into(), Color::Red),
+    }
+}
+
+/// An owner that was stopped.
+#[derive(Serialize)]
+pub struct JsonStop<'a> {
+    pid: i32,
+    comm: &'a str,
+    freed: usize,
+    stopped_us: u64,
+}
+
+/// The owners that were stopped, for JSON.
+pub fn json_stops(stops: &[StopStats]) -> Vec<JsonStop<'_>> {
+    let stops = stops.iter().map(|stop| JsonStop {
+        pid: stop.process.id.pid,
+        comm: &stop.process.comm,
+        freed: stop.freed,
+        stopped_us: micros(stop.stopped),
+    });
+    stops.collect()
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,88 @@
+//! The report of `cwkill reclaim` for people.
+
+use std::io::{self, Write};
+
+use comfy_table::{Cell, CellAlignment, Color};
+
+use super::{DeadDescriptor, ReclaimRun, summary};
+use crate::config::{Action, ReclaimConfig};
+use crate::model::ReclaimOutcome;
+use crate::report::descriptors::{result, stop_lines};
+use crate::report::table::{belongs, belongs_to, plain_table};
+use crate::text::age;
+
+/// Writes the table and the summary.
+///
+/// # Errors
+/// Those of `out`.
+pub fn write(
+    run: &ReclaimRun,
+    config: &ReclaimConfig,
+    color: bool,
+    out: &mut dyn Write,
+) -> io::Result<()> {
+    if !run.descriptors.is_empty() {
+        write_table(run, config, color, out)?;
+    }
+    writeln!(out, "{}", summary(run, config))?;
+    for line in stop_lines(&run.stops) {
+        writeln!(out, "{line}")?;
+    }
+    Ok(())
+}
+
+fn write_table(
+    run: &ReclaimRun,
+    config: &ReclaimConfig,
+    color: bool,
+    out: &mut dyn Write,
+) -> io::Result<()> {
+    let mut table = plain_table(color);
+    let mut owners = run.descriptors.iter().map(|dead| &dead.owner);
+    let has_units = owners.any(|owner| belongs(&owner.process.cgroup));
+    let mut header = vec!["PROCESS", "FD"];
+    header.extend(has_units.then_some("UNIT"));
+    header.extend(["LOCAL", "QUIET", "DEAD BY"]);
+    header.push(match config.action {
+        Action::Act => "RESULT",
+        Action::List | Action::DryRun => "MAY BE TAKEN",
+    });
+    if !config.no_header {
+        table.set_header(header);
+    }
+    for dead in &run.descriptors {
+        let DeadDescriptor { owner, socket, .. } = dead;
+        let mut cells = vec![Cell::new(&owner.process), Cell::new(owner.fd.0)];
+        if has_units {
+            let unit = belongs_to(&owner.process.cgroup, config.verbose);
+            cells.push(Cell::new(unit));
+        }
+        cells.extend([
+            Cell::new(socket.local.map_or("-".into(), |local| local.to_string())),
+            Cell::new(age(socket.quiet)),
+            Cell::new(DEAD_BY_TEXT),
+        ]);
+        let (text, color) = match (run.acted, owner.reclaim.as_ref()) {
+            (true, outcome) => result(outcome),
+            (false, outcome) => match outcome.and_then(ReclaimOutcome::reason) {
+                None => ("yes".to_owned(), Color::Green),
+                Some(reason) => (format!("no: {reason}"), Color::Yellow),
+            },
+        };
+        cells.push(Cell::new(text).fg(color));
+        table.add_row(cells);
+    }
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+        if column.index == 3 + usize::from(has_units) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    for line in table.lines() {
+        writeln!(out, "{}", line.trim_end())?;
+    }
+    Ok(())
+}
+
+/// How a descriptor is known to be dead.
+const DEAD_BY_TEXT: &str = "state close, in no TCP table";

@@ -1,0 +1,101 @@
+//! JSON as all reports write it: safe for a terminal, with the parts that several documents have.
+
+use std::io::{self, Write};
+use std::net::{IpAddr, SocketAddr};
+
+use serde::Serialize;
+use serde_json::ser::Formatter;
+
+use crate::proc::Process;
+use crate::text::is_unsafe;
+
+/// Fields are added, never renamed, within a version.
+pub(super) const SCHEMA_VERSION: u32 = 1;
+
+pub(super) fn to_bytes(value: &impl Serialize) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    put(value, &mut bytes)?;
+    Ok(bytes)
+}
+
+pub(super) fn put(value: &impl Serialize, bytes: &mut Vec<u8>) -> io::Result<()> {
+    Ok(value.serialize(&mut serializer(bytes))?)
+}
+
+/// One object, without the end of a line.
+pub(crate) fn line(value: &impl Serialize) -> String {
+    let mut bytes = Vec::with_capacity(1024);
+    let written = value.serialize(&mut serializer(&mut bytes));
+    written.expect("memory takes everything, and every key is a text");
+    String::from_utf8(bytes).expect("JSON is UTF-8")
+}
+
+pub(crate) fn serializer(
+    out: &mut dyn Write,
+) -> serde_json::Serializer<&mut dyn Write, TerminalSafe> {
+    serde_json::Serializer::with_formatter(out, TerminalSafe)
+}
+
+/// Compact JSON in which no name of another process can move the cursor of a terminal: what JSON
+/// itself does not escape (DEL, the C1 controls, marks that reorder text) is escaped too.
+pub(crate) struct TerminalSafe;
+
+impl Formatter for TerminalSafe {
+    fn write_string_fragment<W: Write + ?Sized>(
+        &mut self,
+        writer: &mut W,
+        fragment: &str,
+    ) -> io::Result<()> {
+        // Field names and most values.
+        if fragment.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+            return writer.write_all(fragment.as_bytes());
+        }
+        let mut plain = 0;
+        for (at, c) in fragment.char_indices().filter(|(_, c)| is_unsafe(*c)) {
+            writer.write_all(&fragment.as_bytes()[plain..at])?;
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                write!(writer, "\\u{unit:04x}")?;
+            }
+            plain = at + c.len_utf8();
+        }
+        writer.write_all(&fragment.as_bytes()[plain..])
+    }
+}
+
+#[derive(Serialize)]
+pub(crate) struct Endpoint {
+    address: IpAddr,
+    port: u16,
+}
+
+impl std::fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        SocketAddr::new(self.address, self.port).fmt(f)
+    }
+}
+
+pub(super) fn endpoint(address: SocketAddr) -> Endpoint {
+    Endpoint {
+        address: address.ip(),
+        port: address.port(),
+    }
+}
+
+#[derive(Serialize)]
+pub(crate) struct JsonContainer<'a> {
+    runtime: &'static str,
+    id: Option<&'a str>,
+    name: Option<&'a str>,
+    pod_uid: Option<&'a str>,
+}
+
+/// The container of a process, if it is in one.
+pub(crate) fn container(process: &Process) -> Option<JsonContainer<'_>> {
+    let container = process.cgroup.container.as_ref()?;
+    Some(JsonContainer {
+        runtime: container.runtime.name(),
+        id: container.id.as_deref(),
+        name: container.name.as_deref(),
+        pod_uid: container.pod_uid.as_deref(),
+    })
+}

@@ -1,0 +1,234 @@
+//! ptrace(2) and waitid(2), as far as no kept crate wraps them: PTRACE_SEIZE by thread, register sets, seccomp filters, and a look
+//! at a stop without taking it.
+
+use std::io;
+use std::mem;
+
+/// What waits for a tracer at a thread. See [`peek_stop`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Waiting {
+    /// It runs, or has not come to its stop yet.
+    Nothing,
+    /// It has stopped; the code of the stop: a signal number, with a ptrace event from bit 8 on.
+    Stop(i32),
+    /// It is gone.
+    End,
+}
+
+/// Becomes the tracer of thread `tid` without stopping it. System call stops will say that they are
+/// (PTRACE_O_TRACESYSGOOD); the thread outlives its tracer (no PTRACE_O_EXITKILL).
+///
+/// All that follows must come from the same thread of ours.
+///
+/// # Errors
+/// EPERM: no right to attach, or it is traced already. ESRCH: it is gone. Source: kernel/ptrace.c,
+/// ptrace_attach.
+pub fn seize(tid: i32) -> io::Result<()> {
+    let tracesysgood = libc::c_ulong::try_from(libc::PTRACE_O_TRACESYSGOOD).expect("1 fits");
+    // SAFETY: PTRACE_SEIZE takes options in `data` and no pointer; the kernel accesses no memory of ours.
+    let ret = unsafe { libc::syscall(libc::SYS_ptrace, PTRACE_SEIZE, tid, 0usize, tracesysgood) };
+    nothing(ret)
+}
+
+/// Asks a seized thread to stop.
+///
+/// # Errors
+/// ESRCH: it is gone.
+pub fn interrupt(tid: i32) -> io::Result<()> {
+    // SAFETY: PTRACE_INTERRUPT takes no pointer; the kernel accesses no memory of ours.
+    let ret = unsafe { libc::syscall(libc::SYS_ptrace, PTRACE_INTERRUPT, tid, 0usize, 0usize) };
+    nothing(ret)
+}
+
+/// Lets a stopped thread run to the beginning or the end of a system call, with `signal` delivered
+/// first if it stopped for one (0: none).
+///
+/// # Errors
+/// ESRCH: it is gone or not stopped.
+pub fn syscall(tid: i32, signal: i32) -> io::Result<()> {
+    let signal = libc::c_long::from(signal);
+    // SAFETY: PTRACE_SYSCALL takes a signal number in `data` and no pointer.
+    let ret = unsafe { libc::syscall(libc::SYS_ptrace, PTRACE_SYSCALL, tid, 0usize, signal) };
+    nothing(ret)
+}
+
+/// Lets a stopped thread go, with `signal` delivered if it stopped for one (0: none).
+///
+/// # Errors
+/// ESRCH: it is gone or not stopped.
+pub fn detach(tid: i32, signal: i32) -> io::Result<()> {
+    let signal = libc::c_long::from(signal);
+    // SAFETY: PTRACE_DETACH takes a signal number in `data` and no pointer.
+    let ret = unsafe { libc::syscall(libc::SYS_ptrace, PTRACE_DETACH, tid, 0usize, signal) };
+    nothing(ret)
+}
+
+/// Reads the general registers of a stopped thread (NT_PRSTATUS); how many bytes there are. A thread
+/// of another width than ours has fewer.
+///
+/// # Errors
+/// ESRCH: it is gone or not stopped.
+pub fn registers(tid: i32, registers: &mut [u64]) -> io::Result<usize> {
+    let mut vector = libc::iovec {
+        iov_base: registers.as_mut_ptr().cast(),
+        iov_len: mem::size_of_val(registers),
+    };
+    // SAFETY: `vector` describes `registers`, which is writable, and is itself live and writable: the
+    // kernel writes at most `iov_len` bytes there and the length back into it.
+    let ret = unsafe {
+        libc::syscall(
+            libc::SYS_ptrace,
+            PTRACE_GETREGSET,
+            tid,
+            NT_PRSTATUS,
+            &raw mut vector,
+        )
+    };
+    nothing(ret).map(|()| vector.iov_len)
+}
+
+/// Sets the general registers of a stopped thread.
+///
+/// # Errors
+/// ESRCH: it is gone or not stopped.
+pub fn set_registers(tid: i32, registers: &[u64]) -> io::Result<()> {
+    let bytes: Vec<u8> = registers.iter().flat_map(|r| r.to_ne_bytes()).collect();
+    set_register_set(tid, NT_PRSTATUS, &bytes)
+}
+
+/// Sets the number of the system call that a thread has stopped at the beginning of.
+///
+/// # Errors
+/// ESRCH: it is gone or not stopped. Source: arch/arm64/kernel/ptrace.c, system_call_set.
+#[cfg(target_arch = "aarch64")]
+pub fn set_call_number(tid: i32, number: i32) -> io::Result<()> {
+    const NT_ARM_SYSTEM_CALL: libc::c_int = 0x404;
+    set_register_set(tid, NT_ARM_SYSTEM_CALL, &number.to_ne_bytes())
+}
+
+fn set_register_set(tid: i32, set: libc::c_int, bytes: &[u8]) -> io::Result<()> {
+    let vector = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    // SAFETY: `vector` describes `bytes`, which are live for the whole call; the kernel only reads them.
+    let ret = unsafe {
+        libc::syscall(
+            libc::SYS_ptrace,
+            PTRACE_SETREGSET,
+            tid,
+            set,
+            &raw const vector,
+        )
+    };
+    nothing(ret)
+}
+
+/// Where a stopped thread stands towards a system call, as `struct ptrace_syscall_info`, written into
+/// `info`; how many bytes there are.
+///
+/// # Errors
+/// ESRCH: it is gone or not stopped. EIO: kernel older than 5.3. Source: kernel/ptrace.c,
+/// ptrace_get_syscall_info.
+pub fn syscall_info(tid: i32, info: &mut [u8]) -> io::Result<usize> {
+    // SAFETY: the length and the pointer describe `info`, which is writable for the whole call.
+    let ret = unsafe {
+        libc::syscall(
+            libc::SYS_ptrace,
+            PTRACE_GET_SYSCALL_INFO,
+            tid,
+            info.len(),
+            info.as_mut_ptr(),
+        )
+    };
+    match usize::try_from(ret) {
+        Ok(len) => Ok(len.min(info.len())),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
+}
+
+/// The `index`th seccomp filter of a stopped thread, the youngest first, each instruction as the 8 bytes
+/// of a `struct sock_filter`.
+///
+/// # Errors
+/// ENOENT: there are no more. EACCES: needs CAP_SYS_ADMIN, and no filter of our own. EINVAL: the thread
+/// has none. EMEDIUMTYPE: it is no classic filter. Source: kernel/seccomp.c, seccomp_get_filter.
+pub fn seccomp_filter(tid: i32, index: usize) -> io::Result<Vec<u64>> {
+    /// include/uapi/linux/bpf_common.h: no filter is longer.
+    const BPF_MAXINSNS: usize = 4096;
+    let mut program = vec![0u64; BPF_MAXINSNS];
+    // SAFETY: the kernel writes one filter, of at most BPF_MAXINSNS instructions of 8 bytes
+    // (kernel/seccomp.c, seccomp_prepare_filter), which `program` has room for.
+    let ret = unsafe {
+        libc::syscall(
+            libc::SYS_ptrace,
+            PTRACE_SECCOMP_GET_FILTER,
+            tid,
+            index,
+            program.as_mut_ptr(),
+        )
+    };
+    let count = usize::try_from(ret).map_err(|_| io::Error::last_os_error())?;
+    program.truncate(count);
+    Ok(program)
+}
+
+/// What waits for us at a traced thread, left where it is.
+///
+/// It is not consumed, because the kernel forgets the signal of a consumed stop when its tracer dies
+/// (kernel/exit.c, wait_task_stopped: `*p_code = 0`).
+///
+/// # Errors
+/// ECHILD: it is not traced by this thread.
+pub fn peek_stop(tid: i32) -> io::Result<Waiting> {
+    wait_for_stop(tid, libc::WNOWAIT)
+}
+
+/// Takes what waits for us at a traced thread. A stop at a system call has no signal to lose.
+///
+/// # Errors
+/// As [`peek_stop`].
+pub fn take_stop(tid: i32) -> io::Result<Waiting> {
+    wait_for_stop(tid, 0)
+}
+
+fn wait_for_stop(tid: i32, how: libc::c_int) -> io::Result<Waiting> {
+    let options = libc::WSTOPPED | libc::WEXITED | libc::WNOHANG | libc::__WALL | how;
+    let tid = libc::id_t::try_from(tid).map_err(|_| io::Error::from_raw_os_error(libc::ESRCH))?;
+    // SAFETY: siginfo_t is plain data for which all zeroes is a value.
+    let mut info: libc::siginfo_t = unsafe { mem::zeroed() };
+    // SAFETY: `info` is live and writable, and of the type that waitid writes.
+    let ret = unsafe { libc::waitid(libc::P_PID, tid, &raw mut info, options) };
+    if ret != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `info` is zeroed or written by waitid, which sets the fields of a child.
+    let (about, code) = unsafe { (info.si_pid(), info.si_code) };
+    if about == 0 {
+        return Ok(Waiting::Nothing);
+    }
+    if code != libc::CLD_TRAPPED && code != libc::CLD_STOPPED {
+        return Ok(Waiting::End);
+    }
+    // SAFETY: as above.
+    Ok(Waiting::Stop(unsafe { info.si_status() }))
+}
+
+// include/uapi/linux/ptrace.h and elf.h; the libc crate has them for some targets only.
+const PTRACE_SYSCALL: libc::c_int = 24;
+const PTRACE_DETACH: libc::c_int = 17;
+const PTRACE_GETREGSET: libc::c_int = 0x4204;
+const PTRACE_SETREGSET: libc::c_int = 0x4205;
+const PTRACE_SEIZE: libc::c_int = 0x4206;
+const PTRACE_INTERRUPT: libc::c_int = 0x4207;
+const PTRACE_SECCOMP_GET_FILTER: libc::c_int = 0x420c;
+const PTRACE_GET_SYSCALL_INFO: libc::c_int = 0x420e;
+const NT_PRSTATUS: libc::c_int = 1;
+
+/// Takes the result of a system call that only succeeds or fails.
+fn nothing(ret: libc::c_long) -> io::Result<()> {
+    match ret {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
