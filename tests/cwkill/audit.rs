@@ -1,4 +1,4 @@
-//! The audit log: every act is in it, and where it cannot be written nothing is done.
+//! The audit log: it records every act, and if it cannot be written, nothing is done.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixDatagram;
@@ -44,13 +44,13 @@ fn every_act_is_a_record_in_the_log_file() -> Result<()> {
             .arg(&path)
             .env("SUDO_USER", "alice"))
     };
-    // The first cannot close what was never accepted.
+    // The first run cannot close the sockets that were never accepted.
     command(&["--all", "--method", "shutdown"])?.exits(4);
     command(&["--port", "8080", "--max-kills", "1"])?.exits(4);
-    // Nothing to do, nothing to say.
+    // A run that matches nothing writes nothing.
     command(&["--port", "9"])?.exits(1);
 
-    assert_eq!((path.metadata()?.permissions().mode() & 0o777), 0o600);
+    assert_eq!(path.metadata()?.permissions().mode() & 0o777, 0o600);
     let records = records(&std::fs::read_to_string(&path)?)?;
     let events: Vec<String> = records.iter().map(|record| at(record, "/event")).collect();
     let wanted = [
@@ -153,7 +153,7 @@ fn nothing_is_done_if_the_log_cannot_be_written() -> Result<()> {
             .complains(&path)
             .complains(why);
     }
-    // No journal in there.
+    // There is no journal in this mount namespace.
     without_run(&lab, "", &format!("{CWKILL} --all --log journald"))?
         .exits(3)
         .complains("journal");
@@ -161,7 +161,7 @@ fn nothing_is_done_if_the_log_cannot_be_written() -> Result<()> {
     Ok(())
 }
 
-/// Runs a script of the leaking host with an empty /run, after `before`.
+/// Runs a command on the leaking host with an empty /run, after the script `before`.
 fn without_run(lab: &Lab, before: &str, command: &str) -> Result<Ran> {
     let script = format!("mount -t tmpfs none /run; {before}\n{command}");
     ran(lab
@@ -170,7 +170,7 @@ fn without_run(lab: &Lab, before: &str, command: &str) -> Result<Ran> {
         .args(["-m", "sh", "-ec", &script]))
 }
 
-/// A log on a disk of one page.
+/// A log on a file system of 48 KiB.
 fn a_full_disk_is_reported() -> Result<()> {
     let on_a_small_disk = |lab: &Lab, prepare: &str| {
         let script = format!(
@@ -183,13 +183,13 @@ fn a_full_disk_is_reported() -> Result<()> {
             .args(["-m", "sh", "-ec", &script]))
     };
     let (lab, _leak) = lab("unread", Family::V4, 40)?;
-    // Already full: not even the first record fits.
+    // It is already full: not even the first record fits.
     on_a_small_disk(&lab, "head -c 49152 /dev/zero > /run/log")?
         .exits(3)
         .complains("nothing was done")
         .complains("No space left");
     assert_eq!(in_state(&lab, TcpState::CloseWait)?, 40);
-    // It fills later: all is done, and told.
+    // It fills later: all the work is done, and the full disk is reported.
     let ran = on_a_small_disk(&lab, "true")?
         .exits(3)
         .complains("the work is done (40 sockets matched: 40 closed)")
@@ -218,7 +218,7 @@ fn journald_gets_the_fields() -> Result<()> {
         while let Ok(length) = journal.recv(&mut buffer) {
             entries.push(String::from_utf8_lossy(&buffer[..length]).into_owned());
         }
-        // Whether there is a journal is asked with an empty message.
+        // cwkill checks for the journal with an empty message.
         entries.retain(|entry| !entry.is_empty());
         entries
     };
@@ -228,8 +228,8 @@ fn journald_gets_the_fields() -> Result<()> {
         &format!("{CWKILL} --all --max-kills 1 --log journald"),
     )?
     .exits(4);
-    let told = entries();
-    assert_eq!(told.len(), 5);
+    let logged = entries();
+    assert_eq!(logged.len(), 5);
     let fields = [
         "CWKILL_EVENT",
         "CWKILL_OUTCOME",
@@ -237,10 +237,10 @@ fn journald_gets_the_fields() -> Result<()> {
         "CWKILL_RECORD",
         "MESSAGE",
     ];
-    let outcome = told
+    let outcome = logged
         .iter()
         .find(|entry| entry.contains(": closed by shutdown"));
-    let outcome = outcome.with_context(|| format!("{told:#?}"))?;
+    let outcome = outcome.with_context(|| format!("{logged:#?}"))?;
     for field in fields {
         assert!(
             outcome.contains(&format!("{field}\n")),
@@ -249,7 +249,7 @@ fn journald_gets_the_fields() -> Result<()> {
     }
     assert!(outcome.contains("SYSLOG_IDENTIFIER\n"), "{outcome}");
 
-    // A service of systemd, as its environment says; the same variable in another one says nothing.
+    // JOURNAL_STREAM names standard error of a systemd service. In another process it names another file and is ignored.
     let stderr = dir.path().join("stderr");
     let file = std::fs::File::create(&stderr)?;
     let metadata = file.metadata()?;
@@ -261,8 +261,8 @@ fn journald_gets_the_fields() -> Result<()> {
             stderr.display()
         );
         without_run(&lab, &put, &command)?.exits(0);
-        let told = entries();
-        assert!(told.is_empty() != is_it, "{told:#?}");
+        let logged = entries();
+        assert!(logged.is_empty() != is_it, "{logged:#?}");
     }
     Ok(())
 }
@@ -272,15 +272,15 @@ fn verbose_logs_to_standard_error() -> Result<()> {
     let owner = leak.app().pid();
     let comm = std::fs::read_to_string(format!("/proc/{owner}/comm"))?;
     let command = lab.app_host().command(CWKILL).env("SUDO_USER", "alice");
-    let told = ran(command.args(["--all", "--max-kills", "1", "-v"]))?
+    let logged = ran(command.args(["--all", "--max-kills", "1", "-v"]))?
         .exits(0)
         .complains("cwkill: audit: uid 0 (sudo by alice")
         .complains("): about to act on 1 of 1 sockets by shutdown, destroy, rst");
-    let line = told
+    let line = logged
         .stderr
         .lines()
         .find(|line| line.ends_with(": closed by shutdown"));
-    let line = line.with_context(|| told.stderr.clone())?;
+    let line = line.with_context(|| logged.stderr.clone())?;
     assert!(
         line.contains(&format!(" of {}/{owner}", comm.trim_end())),
         "{line}"
@@ -305,7 +305,7 @@ fn a_listing_and_a_dry_run_leave_no_record() -> Result<()> {
     Ok(())
 }
 
-/// As the user whose processes leak could prepare a directory.
+/// The user whose processes leak could prepare a directory like this.
 fn a_log_path_prepared_by_others_is_refused() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
     let dir = tempfile::tempdir()?;
@@ -354,13 +354,13 @@ fn a_log_on_standard_error_must_be_writable() -> Result<()> {
     };
     assert_eq!(run("--all --log stderr")?, Some(3));
     assert_eq!(in_state(&lab, TcpState::CloseWait)?, 1);
-    // Nobody asked for a log.
+    // No log was requested.
     assert_eq!(run("--all -v")?, Some(0));
     assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
     Ok(())
 }
 
-/// Its queue fills, and nobody reads it.
+/// The queue of the journal fills, because no process reads it.
 fn a_journal_that_hangs_is_an_error_and_not_a_hang() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 60)?;
     let dir = tempfile::tempdir()?;
@@ -370,7 +370,7 @@ fn a_journal_that_hangs_is_an_error_and_not_a_hang() -> Result<()> {
         dir.path().display()
     );
     let command = format!("{CWKILL} --all --log journald");
-    // The first records stay in the queue, so not even those of what is intended fit.
+    // The first records stay in the queue, so the intents do not fit.
     without_run(&lab, &put, &command)?
         .exits(3)
         .complains("nothing was done")
@@ -380,7 +380,7 @@ fn a_journal_that_hangs_is_an_error_and_not_a_hang() -> Result<()> {
     Ok(())
 }
 
-/// SIGKILL in the grace of a socket whose peer does not answer.
+/// SIGKILL arrives in the grace of a socket whose peer does not answer.
 fn a_killed_run_has_logged_its_intents() -> Result<()> {
     let (lab, leak) = lab("silent-peer", Family::V4, 1)?;
     let dir = tempfile::tempdir()?;
@@ -413,7 +413,7 @@ fn a_killed_run_has_logged_its_intents() -> Result<()> {
     Ok(())
 }
 
-/// A descriptor of a socket that the main job has closed.
+/// The descriptor of a socket that an earlier run has closed.
 fn a_reclaimed_descriptor_is_recorded() -> Result<()> {
     let (lab, leak) = lab("unread", Family::V4, 1)?;
     let owner = leak.app().pid();
@@ -430,7 +430,7 @@ fn a_reclaimed_descriptor_is_recorded() -> Result<()> {
     let log = format!("--log stderr --log-file {}", path.display());
     cwkill(&lab, &format!("{line} -n {log}"))?.exits(0);
     assert!(!path.exists());
-    // Where it cannot be recorded it is not done.
+    // If it cannot be recorded, it is not done.
     cwkill(&lab, &format!("{line} --log-file /dev/null"))?
         .exits(3)
         .complains("nothing was done");

@@ -1,6 +1,6 @@
-//! Units and containers, in cgroups made for the test.
+//! Units, containers and cgroups. Each test makes cgroups of its own.
 //!
-//! Needs root of the machine: nobody else may make cgroups, or mount a /proc that hides processes.
+//! Only root of the machine may make cgroups and mount a /proc that hides processes.
 
 use std::process::Command;
 
@@ -16,14 +16,14 @@ pub const TESTS: &[Test] = &[
     once!(cgroup_in_an_expression_is_where_the_socket_was_made).needs(Need::RootOfTheMachine),
 ];
 
-/// Whether cgroups can be made: cgroup2 can be mounted, by root of the machine.
+/// Whether this user can make cgroups: only root of the machine can mount cgroup2.
 pub fn can_be_made() -> bool {
     in_cgroup2("true").is_ok()
 }
 
 const ID: &str = "3f4a9b2c1d0e5f6a7b8c9d0e1f2a3b4c5d6e7f8091a2b3c4d5e6f708192a3b4c";
 
-/// Runs a script in the root of cgroup2, mounted where nobody else sees it.
+/// Runs a script in the root of cgroup2, in a mount namespace of its own.
 fn in_cgroup2(script: &str) -> Result<()> {
     let script = format!("mount -t cgroup2 none /mnt && cd /mnt && {script}");
     let output = Command::new("unshare")
@@ -35,7 +35,7 @@ fn in_cgroup2(script: &str) -> Result<()> {
     Ok(())
 }
 
-/// Cgroups of this test, gone with it.
+/// The cgroups of one test. They are removed when this is dropped.
 struct Cgroups {
     root: String,
 }
@@ -55,7 +55,7 @@ impl Cgroups {
 
 impl Drop for Cgroups {
     fn drop(&mut self) {
-        // The processes are in the root again before their cgroups go.
+        // The processes move back to the root, and then their cgroups are empty and can be removed.
         let _ = in_cgroup2(&format!(
             "for procs in $(find {0} -name cgroup.procs); do \
                  for pid in $(cat $procs); do echo $pid > cgroup.procs || true; done; \
@@ -65,7 +65,7 @@ impl Drop for Cgroups {
     }
 }
 
-/// Runs a command of the leaking host where cgroup2 is mounted.
+/// Runs a command on the leaking host with cgroup2 mounted.
 fn with_cgroup2(lab: &Lab, command: &str) -> Result<Ran> {
     let script = format!("mount -t cgroup2 none /mnt && exec {command}");
     ran(lab
@@ -74,14 +74,14 @@ fn with_cgroup2(lab: &Lab, command: &str) -> Result<Ran> {
         .args(["-m", "sh", "-ec", &script]))
 }
 
-/// The kernel's cgroup of a socket is that of its maker, for ever; `--cgroup` goes by the owners of now.
+/// For the kernel, a socket stays in the cgroup in which it was made. `--cgroup` compares the present owners.
 fn cgroup_in_an_expression_is_where_the_socket_was_made() -> Result<()> {
     let lab = Lab::new()?;
     let cgroups = Cgroups::new("made");
     let leak = lab.start("unread", Family::V4, count(3))?;
     let dir = format!("{}/app.slice/web.service", cgroups.root);
     cgroups.put(leak.app().pid(), "app.slice/web.service")?;
-    // These are made in the new cgroup.
+    // These sockets are made in the new cgroup.
     let address = (leak.pair().app_address.ip(), 8100).into();
     let listener = leak.app().listen(address, false, 8)?;
     let ends = leak.peer().connect(address, 2, Dial::default(), PATIENCE)?;
@@ -97,7 +97,7 @@ fn cgroup_in_an_expression_is_where_the_socket_was_made() -> Result<()> {
         (format!("cgroup {dir}"), 2),
         (format!("cgroup != {dir}"), 3),
         (format!("cgroup = {dir} or sport = :8080"), 5),
-        // Exactly this one, and not what is below it.
+        // Exactly this cgroup, without those below it.
         (format!("cgroup = {}/app.slice", cgroups.root), 0),
     ] {
         let ours = with_cgroup2(&lab, &format!("{CWKILL} -n --json '{expression}'"))?;
@@ -140,7 +140,7 @@ fn units_containers_and_cgroups_select_sockets() -> Result<()> {
         (format!("--container {ID}"), 2),
         (format!("--container {}", &ID[..12]), 2),
         (format!("--container {}", &ID[..7]), 0),
-        // Never accepted: the listener's owner is in the container.
+        // Never accepted: the owner of the listener is in the container.
         ("--container web".into(), 4),
         ("--container web,3f4a9b2c1d0e".into(), 6),
         (format!("--cgroup /{root}/system.slice"), 3),
@@ -158,15 +158,15 @@ fn units_containers_and_cgroups_select_sockets() -> Result<()> {
         selects(&lab, &selector, expected)?;
     }
 
-    let told = |port, pointer| -> Result<String> {
+    let field = |port, pointer| -> Result<String> {
         let sockets = cwkill(&lab, &format!("-n --json --port {port}"))?.sockets();
         Ok(at(&sockets[0], pointer))
     };
-    assert_eq!(told(8001, "/owners/0/unit")?, "leaky@a\\x2db.service");
-    assert_eq!(told(8001, "/owners/0/container")?, "null");
-    assert_eq!(told(8002, "/owners/0/container/runtime")?, "docker");
-    assert_eq!(told(8002, "/owners/0/container/id")?, ID);
-    assert_eq!(told(8003, "/listener/owners/0/container/name")?, "web");
+    assert_eq!(field(8001, "/owners/0/unit")?, "leaky@a\\x2db.service");
+    assert_eq!(field(8001, "/owners/0/container")?, "null");
+    assert_eq!(field(8002, "/owners/0/container/runtime")?, "docker");
+    assert_eq!(field(8002, "/owners/0/container/id")?, ID);
+    assert_eq!(field(8003, "/listener/owners/0/container/name")?, "web");
 
     let table = cwkill(&lab, "")?.exits(0).stdout;
     for text in ["UNIT", " leaky@a-b ", " docker 3f4a9b2c1d0e ", " lxc web "] {
@@ -192,10 +192,10 @@ fn a_proc_that_hides_processes_is_named() -> Result<()> {
             .command("unshare")
             .args(["-m", "sh", "-ec", &script]))
     };
-    // Listed, with what keeps the owner unknown.
+    // The listing names the reason why the owner is unknown.
     let listing = run("--json")?.exits(0).complains("hidepid");
     assert_eq!(at(&listing.json(), "/hidden_processes"), "true");
-    // Asked for by owner, that is no empty result.
+    // With a selector by owner, unknown owners are not the same as no match.
     for selector in [format!("--pid {pid}"), "--process leaky-app".into()] {
         run(&format!("{selector} -n"))?
             .exits(4)

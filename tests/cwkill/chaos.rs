@@ -1,6 +1,5 @@
-//! Connections open, get stuck, are closed and come again on the same 4-tuples while the program runs
-//! in a loop: whatever was not stuck carries its bytes to the end. And wrong killers, which show that
-//! the test can fail.
+//! Connections open, get stuck, are closed and open again on the same 4-tuples while cwkill runs in a loop. Connections
+//! that were not stuck must carry all their bytes. Killers that are wrong on purpose show that the test can fail.
 
 use std::path::Path;
 use std::time::Duration;
@@ -13,12 +12,12 @@ use crate::support::CWKILL;
 use crate::trial::{Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
-    each_family!(no_bystander_is_lost),
-    once!(half_closed_streams_live_under_the_minimum_age),
-    once!(a_killer_that_ignores_the_state_is_detected),
-    once!(a_killer_by_stale_addresses_is_detected),
-    once!(a_killer_of_listeners_is_detected),
-    once!(a_killer_of_nothing_is_detected),
+    each_family!(no_bystander_is_lost).slow(),
+    once!(half_closed_streams_live_under_the_minimum_age).slow(),
+    once!(a_killer_that_ignores_the_state_is_detected).slow(),
+    once!(a_killer_by_stale_addresses_is_detected).slow(),
+    once!(a_killer_of_listeners_is_detected).slow(),
+    once!(a_killer_of_nothing_is_detected).slow(),
 ];
 
 /// Acts of each method in each family.
@@ -52,7 +51,7 @@ fn faultless(report: &Report) {
 #[track_caller]
 fn cleared(report: &Report) {
     faultless(report);
-    // The point of it: what is hit too late is another connection on the same addresses.
+    // A killer that acts too late hits another connection on the same addresses.
     // A count and not a median: on a busy machine most gaps are longer.
     assert!(
         report.reused_within(Duration::from_millis(10)) > 500,
@@ -86,40 +85,40 @@ fn half_closed_streams_live_under_the_minimum_age() -> Result<()> {
 }
 
 /// Runs a wrong killer, at most until a bystander is lost.
-fn found_out(seconds: u64, name: &str, script: &str) -> Result<Report> {
+fn is_detected(seconds: u64, name: &str, script: &str) -> Result<Report> {
     let killer = Killer::other(name, ["sh", "-c", script]);
     let options = Options {
         losses: Some(1),
         ..options(seconds)
     };
     let report = chaos::run(&options, &[killer])?;
-    assert!(!report.faults().is_empty(), "not found out: {report}");
+    assert!(!report.faults().is_empty(), "not detected: {report}");
     assert!(report.server_alive, "{report}");
     Ok(report)
 }
 
 fn a_killer_that_ignores_the_state_is_detected() -> Result<()> {
-    let report = found_out(SECONDS, "ss -K", "ss -K -tn sport = :8080")?;
+    let report = is_detected(SECONDS, "ss -K", "ss -K -tn sport = :8080")?;
     assert!(!report.losses.is_empty(), "{report}");
     assert_eq!(report.listeners, 2);
     Ok(())
 }
 
-/// Finds what is stuck as `cwkill` does, and then kills by addresses alone what has them by now.
+/// Finds stuck sockets as `cwkill` does, and then kills whichever sockets have their addresses by then.
 fn a_killer_by_stale_addresses_is_detected() -> Result<()> {
     let script = "\
         filter=$(ss -Htn state close-wait sport = :8080 | head -n 30 |
             while read -r _ _ _ peer _; do printf ' or dst %s' \"$peer\"; done)
         sleep 0.02
         ss -K -tn sport = :8080 and \"( ${filter# or } )\"";
-    let report = found_out(SECONDS, "stale", script)?;
+    let report = is_detected(SECONDS, "stale", script)?;
     assert!(!report.losses.is_empty(), "{report}");
     assert_eq!(report.listeners, 2);
     Ok(())
 }
 
 fn a_killer_of_listeners_is_detected() -> Result<()> {
-    let report = found_out(2, "ss -Kl", "ss -K -tnl sport = :8080")?;
+    let report = is_detected(2, "ss -Kl", "ss -K -tnl sport = :8080")?;
     assert_eq!(report.listeners, 1);
     Ok(())
 }

@@ -14,7 +14,7 @@ pub const TESTS: &[Test] = &[
     once!(check_never_acts),
 ];
 
-/// The parts of the one line: what stands before the bar, and the value of a label behind it.
+/// The parts of the one line: the text before the bar, and the labels with their values behind it.
 fn line(ran: &Ran) -> Result<(String, Vec<(String, String)>)> {
     let text = ran.stdout.strip_suffix('\n').context("no line")?;
     assert!(!text.contains('\n'), "more than a line: {ran:?}");
@@ -77,7 +77,7 @@ fn percent_is_of_the_limit_of_the_owner() -> Result<()> {
         let whose = format!("leaky-app/{pid} holds 10 of 50 | percent=20.0%;");
         assert!(ran.stdout.contains(&whose), "{ran:?}");
     }
-    // A closed socket leaves its descriptor, and that its limit no nearer to be free.
+    // A closed socket leaves a dead descriptor, which still counts against the limit.
     cwkill(&lab, &format!("--pid {pid} --method destroy"))?.exits(0);
     for (selectors, code) in [
         (String::new(), 1),
@@ -118,13 +118,13 @@ fn every_failure_is_status_unknown() -> Result<()> {
     ] {
         is_unknown(&format!("check {options}"), named)?;
     }
-    // A command comes first.
+    // The command must come first.
     is_unknown("--port 1 check", "`cwkill check --port 1`")?;
     is_unknown(
         "--port 1 check -w 1 -c 2",
         "`cwkill check --port 1 -w 1 -c 2`",
     )?;
-    // Nobody could read it.
+    // The result cannot be written.
     let script = format!("{CWKILL} check -w 5 -c 6 >/dev/full");
     ran(lab.app_host().command("sh").args(["-c", &script]))?.exits(3);
     Ok(())
@@ -136,16 +136,16 @@ fn sockets_with_unknown_owners_are_not_ok() -> Result<()> {
         let command = lab.app_host().command(CWKILL).capabilities(&[]);
         ran(command.args(["check"]).args(options.split(' ')))
     };
-    // The owners do not matter to the number.
+    // The number of sockets does not depend on their owners.
     bare("-w 4 -c 5")?.exits(0);
     bare("-w 3 -c 5")?.exits(1);
-    // They do here: three sockets may be theirs.
+    // With a selector by owner it does: three sockets may match.
     let ran = bare("-w 3 -c 5 --process leaky-app")?.exits(3);
     assert!(ran.stdout.contains("3 more may match"), "{ran:?}");
     bare("-w 4 -c 5 --process leaky-app")?.exits(0);
     let ran = bare("-w 50 -c 80 --percent-of-limit")?.exits(3);
-    let told = ran.stdout.contains("the owners of 3 could not be seen");
-    assert!(told, "{ran:?}");
+    let shown = ran.stdout.contains("the owners of 3 could not be seen");
+    assert!(shown, "{ran:?}");
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! The command line as a person meets it: bad input, help, and the documents that describe it.
+//! The command line: bad input, help, and the documents that describe the options.
 
 use anyhow::{Context, Result};
 use clap::CommandFactory;
@@ -15,7 +15,7 @@ pub const TESTS: &[Test] = &[
     once!(options_named_in_the_readme_exist),
 ];
 
-/// A bad command line, what the error must name, and what good value it must show.
+/// A bad command line, the part of it that the error must name, and the good value that the error must suggest.
 const BAD: &[(&str, &str, &str)] = &[
     ("--port 80x", "80x", "8080"),
     ("--port 0", "`0`", "8080"),
@@ -113,7 +113,7 @@ pub fn options(command: &clap::Command) -> Vec<String> {
     options
 }
 
-/// The tags of the page: what stands out at the left, one paragraph of explanation each.
+/// The tags of the paragraphs of a man page.
 fn tags(page: &str) -> std::collections::HashSet<String> {
     let lines: Vec<&str> = page.lines().collect();
     let tag = |pair: &[&str]| (pair[0] == ".TP").then(|| pair[1].to_owned());
@@ -161,7 +161,7 @@ fn every_option_has_a_paragraph_in_the_man_page() -> Result<()> {
     Ok(())
 }
 
-/// The test above can fail.
+/// Shows that the test above can fail.
 fn a_mention_is_not_a_paragraph() -> Result<()> {
     let page = ".TP\n.BI \\-\\-port \" LIST\"\nPorts; see\n.B \\-\\-all .\n.TP\n.BR \\-n \", \" \\-\\-dry\\-run\nx";
     let tags = tags(page);
@@ -170,7 +170,7 @@ fn a_mention_is_not_a_paragraph() -> Result<()> {
     }
     assert!(
         !tags.contains("--all"),
-        "a mention is no paragraph: {tags:?}"
+        "a mention is not a paragraph: {tags:?}"
     );
     Ok(())
 }
@@ -193,14 +193,14 @@ fn options_named_in_the_readme_exist() -> Result<()> {
             let option = word.split('=').next().unwrap_or_default().to_owned();
             assert!(
                 known.contains(&option),
-                "README names {option}, which is no option"
+                "README names {option}, which is not an option"
             );
         }
     }
     Ok(())
 }
 
-/// Nobody reads what it prints: the work is done all the same, and the status says so.
+/// If the output cannot be written, the work is still done and the status says so.
 fn closed_output_is_not_an_error() -> Result<()> {
     for output in ["", "--json", "--jsonl", "-v"] {
         let (lab, _leak) = lab("unread", Family::V4, 3)?;
@@ -216,7 +216,7 @@ fn closed_output_is_not_an_error() -> Result<()> {
         assert_eq!(status.code(), Some(0), "{line}");
         assert_eq!(connections(&lab)?.len(), 0);
     }
-    // Neither is there anyone to tell of an error, nor room for a listing.
+    // Errors and listings cannot be written either.
     let empty = Lab::new()?;
     for (script, code) in [
         ("--port 80x >&- 2>&-", 2),

@@ -1,12 +1,12 @@
-//! Closing stuck sockets, and nothing else.
+//! Stuck sockets are closed, and no others.
 
 use anyhow::{Context, Result};
 use netns_harness::{Family, Lab, TcpState};
 
 use crate::AS_HARNESS;
 use crate::support::{
-    CWKILL, all_have, alone, at, carries_data, connections, count, cwkill, in_state, lab, leaker,
-    ran,
+    CWKILL, all_have, alone, at, carries_data, connections, count, cwkill, first_error, in_state,
+    lab, leaker, ran, skip_reason,
 };
 use crate::trial::{Test, each_family, once};
 
@@ -84,7 +84,7 @@ fn sockets_never_accepted_are_destroyed(family: Family) -> Result<()> {
     ran.complains("3 closed connections still take a slot in the backlog");
     assert_eq!(connections(&lab)?.len(), 0);
     assert!(leak.app().is_alive());
-    // The note is true: no slot was freed.
+    // The note is right: no slot was freed.
     assert_eq!(backlog()?, 3);
     Ok(())
 }
@@ -155,31 +155,31 @@ fn a_silent_peer_is_left_to_the_next_method(family: Family) -> Result<()> {
     Ok(())
 }
 
-/// Megabytes are queued to a peer that does not read.
+/// The owner has queued megabytes to a peer that does not read.
 fn shutdown_loses_no_queued_data(family: Family) -> Result<()> {
     let (lab, leak) = lab("sending", family, 1)?;
-    // The peer's kernel may still take a little of it, so the figure is not the same every time.
+    // The peer's kernel may still accept some of it, so the number varies.
     let queued = || -> Result<u32> { Ok(connections(&lab)?[0].send_q) };
     assert!(queued()? > 100_000, "{}", queued()?);
-    // An abort would lose them, so it is not done.
+    // These methods would lose the data, so they are excluded.
     for method in ["destroy", "rst", "destroy,rst"] {
         let line = format!("--all --method {method} --json");
         let sockets = cwkill(&lab, &line)?.exits(4).sockets();
         all_have(&sockets, "skipped", "null");
-        let reason = at(&sockets[0], "/result/reason");
+        let reason = skip_reason(&sockets[0]);
         assert!(
             reason.contains("unsent bytes (--discard-unsent allows it)"),
             "{reason}"
         );
     }
     assert!(queued()? > 100_000, "{}", queued()?);
-    // Nor after a shutdown that the peer cannot answer yet.
+    // They stay excluded after a shutdown that the peer cannot answer yet.
     let sockets = cwkill(&lab, "--all --grace 100ms --json")?
         .exits(4)
         .sockets();
     all_have(&sockets, "closing", "shutdown");
     assert_eq!(in_state(&lab, TcpState::LastAck)?, 1);
-    // The peer gets every byte and then the end.
+    // The peer gets every byte and then EOF.
     let conn = leak.conns()[0];
     let peer = conn.peer_fd.context("the peer's descriptor")?;
     let drained = leak.peer().drain(&[peer], crate::support::PATIENCE)?;
@@ -222,7 +222,7 @@ fn the_oldest_sockets_come_first() -> Result<()> {
             .filter_map(|socket| socket["age_ms"].as_u64());
         ages.min().context("no age")
     };
-    // The kernel's clock of these ages ticks in milliseconds.
+    // The kernel counts these ages in milliseconds.
     lab.wait_for(crate::support::PATIENCE, || Ok(oldest()? > 100))?;
     let young = lab.start("drained", Family::V4, count(3))?;
     let sockets = cwkill(&lab, "--all --max-kills 2 --json")?
@@ -231,7 +231,7 @@ fn the_oldest_sockets_come_first() -> Result<()> {
     assert_eq!(sockets.len(), 5);
     all_have(&sockets[..2], "closed", "shutdown");
     all_have(&sockets[2..], "skipped", "null");
-    assert_eq!(at(&sockets[2], "/result/reason"), "over --max-kills");
+    assert_eq!(skip_reason(&sockets[2]), "over --max-kills");
     let left: Vec<_> = connections(&lab)?.iter().map(|row| row.peer).collect();
     assert!(old.conns().iter().all(|conn| !left.contains(&conn.peer)));
     assert!(young.conns().iter().all(|conn| left.contains(&conn.peer)));
@@ -251,14 +251,14 @@ fn without_privileges_nothing_is_done_and_the_reason_is_reported() -> Result<()>
     assert_eq!(sockets.len(), 4);
     all_have(&sockets, "skipped", "null");
     for socket in &sockets {
-        let reason = at(socket, "/result/reason");
+        let reason = skip_reason(socket);
         assert!(reason.contains("destroy: needs CAP_NET_ADMIN"), "{reason}");
     }
     assert_eq!(lab.app_host().ss(&[])?, before);
     Ok(())
 }
 
-/// Asked for by its owner, which may not be looked into: that is no empty result.
+/// The selected owner cannot be inspected. That is not the same as no match.
 fn a_hidden_owner_is_not_taken_for_no_match() -> Result<()> {
     let (lab, leak) = lab("unread", Family::V4, 2)?;
     let before = lab.app_host().ss(&[])?;
@@ -273,7 +273,7 @@ fn a_hidden_owner_is_not_taken_for_no_match() -> Result<()> {
                 .complains("setcap cap_dac_read_search,");
         }
     }
-    // No process that is hidden has this name.
+    // Names can be read without privileges, and no process has this one.
     let command = lab.app_host().command(CWKILL).capabilities(&[]);
     ran(command.args(["--process", "nobody-has-this", "--json"]))?.exits(1);
     assert_eq!(lab.app_host().ss(&[])?, before);
@@ -297,12 +297,12 @@ fn an_unknown_owner_leaves_the_descriptor_unknown() -> Result<()> {
     Ok(())
 }
 
-/// Process numbers of /proc mean nothing here: no process is reached into by one.
+/// /proc shows the pids of another pid namespace, so cwkill must not use them.
 fn a_proc_of_another_pid_namespace_is_reported() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 1)?;
     let line = format!("--pid --fork --kill-child {CWKILL} --all --method shutdown --json");
     let ran = ran(lab.app_host().command("unshare").args(line.split(' ')))?.exits(4);
-    let error = at(&ran.sockets()[0], "/result/attempts/0/error");
+    let error = first_error(&ran.sockets()[0]);
     assert!(error.contains("another pid namespace"), "{error}");
     assert_eq!(in_state(&lab, TcpState::CloseWait)?, 1);
     Ok(())
@@ -331,7 +331,7 @@ fn sockets_of_a_stopped_owner_are_closed() -> Result<()> {
     Ok(())
 }
 
-/// More than a pipe holds, so that the program is still writing when its reader has gone.
+/// The output does not fit into a pipe, so cwkill is still writing when its reader has gone.
 fn a_reader_that_leaves_early_changes_nothing() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 1500)?;
     let script = format!("{{ {CWKILL} --all -v; echo status=$? >&2; }} | head -1");
@@ -343,7 +343,7 @@ fn a_reader_that_leaves_early_changes_nothing() -> Result<()> {
     Ok(())
 }
 
-/// The work is done and the report waits for somebody who does not read: a signal ends it as usual.
+/// The work is done, and cwkill waits for a reader of its report. A signal ends it as usual.
 fn a_signal_ends_a_run_whose_output_nobody_reads() -> Result<()> {
     use std::os::unix::process::ExitStatusExt;
     let (lab, _leak) = lab("unread", Family::V4, 1500)?;
@@ -363,8 +363,7 @@ fn a_signal_ends_a_run_whose_output_nobody_reads() -> Result<()> {
     Ok(())
 }
 
-/// `netns-harness run unread --count 40 -- cwkill --port 8080`, as it stands in the README. This program
-/// plays the harness.
+/// `netns-harness run unread --count 40 -- cwkill --port 8080`, as the README has it. This program acts as the harness.
 fn the_harness_command_of_the_readme_closes_forty() -> Result<()> {
     let lab = Lab::new()?;
     let line = format!("run unread --count 40 -- {CWKILL} --port 8080");
@@ -375,7 +374,7 @@ fn the_harness_command_of_the_readme_closes_forty() -> Result<()> {
     Ok(())
 }
 
-/// As many as two crews take, each more than it asks for one by one.
+/// Enough for two batches, each with more sockets than are looked up one by one.
 fn thousands_are_destroyed_in_batches() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 4500)?;
     let bystanders = lab.start("established", Family::V4, alone(9090, 3))?;

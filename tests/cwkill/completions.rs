@@ -1,4 +1,4 @@
-//! The completions know every command and option, in each shell.
+//! The shell completions know every command and option.
 
 use std::process::Command;
 
@@ -14,7 +14,7 @@ pub const TESTS: &[Test] = &[
     once!(zsh_and_fish_complete_every_option_and_command),
 ];
 
-/// As examples/completions.rs writes it.
+/// The completion script, as examples/completions.rs writes it.
 fn completion(shell: Shell) -> Result<String> {
     let mut text = Vec::new();
     clap_complete::generate(shell, &mut built(), "cwkill", &mut text);
@@ -27,7 +27,7 @@ fn built() -> clap::Command {
     command
 }
 
-/// The words before the cursor and what must be offered behind them, for each command.
+/// For each command: the words before the cursor, and the options that the shell must offer.
 fn wanted() -> Vec<(String, Vec<String>)> {
     let root = built();
     let own = ("cwkill".to_owned(), options(&root));
@@ -42,7 +42,7 @@ fn bash_completes_every_option_and_command() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let file = directory.path().join("cwkill.bash");
     std::fs::write(&file, completion(Shell::Bash)?)?;
-    // What a Tab behind `line` offers, asked for as bash itself asks.
+    // Calls the completion function as bash does when Tab is pressed behind `line`.
     let offered = |line: &str| -> Result<Vec<String>> {
         let script = format!(
             "source {} && COMP_WORDS=({line}) && COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)) && \
@@ -76,7 +76,7 @@ fn zsh_and_fish_complete_every_option_and_command() -> Result<()> {
     let (zsh, fish) = (completion(Shell::Zsh)?, completion(Shell::Fish)?);
     for (line, options) in wanted() {
         let name = line.split(' ').nth(1);
-        // The part for one command: zsh has a function or a branch for it, fish a condition in each line.
+        // The part for one command: zsh has a branch for it, fish a condition in each line.
         let zsh = match name {
             None => zsh.split("case $state in").next().unwrap_or_default(),
             Some(name) => {

@@ -1,9 +1,10 @@
-//! `cwkill diagnose`: who leaks and why, compared with what the kernel shows.
+//! `cwkill diagnose`: which process leaks and why, compared with the kernel's own information.
 
 use std::process::Stdio;
 
 use anyhow::{Context, Result};
 use netns_harness::{Dial, Family, How, Lab, Recv, SocketOption, TcpState};
+use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 
 use crate::support::{
@@ -42,7 +43,7 @@ fn process(document: &Value, pid: u32) -> Result<&Value> {
     block(document, "processes", "pid", pid.into())
 }
 
-/// `COUNT of CAUSE, with a verdict that has this text` is all that is said of causes.
+/// The group has this cause alone, with this count and a verdict that contains this text.
 #[track_caller]
 fn only_cause(group: &Value, cause: &str, sockets: u64, verdict: &str) {
     let causes = group["causes"].as_object().expect("causes");
@@ -135,7 +136,7 @@ fn each_cause_has_its_verdict(family: Family) -> Result<()> {
     ] {
         assert!(text.contains(&wanted), "wanted {wanted:?} in\n{text}");
     }
-    // It has touched nothing. What is queued may have moved on.
+    // It has changed no socket. Queues are not compared, because data may have moved on.
     let key = |rows: &[netns_harness::SsRow]| -> Vec<_> {
         rows.iter().map(|row| (row.cookie, row.state)).collect()
     };
@@ -143,7 +144,7 @@ fn each_cause_has_its_verdict(family: Family) -> Result<()> {
     Ok(())
 }
 
-/// A server that leaks what it has opened itself, and one of the connections that it accepted.
+/// A server that leaks three connections that it has opened and one that it has accepted.
 fn outgoing_and_accepted_connections_have_their_own_verdicts() -> Result<()> {
     let lab = Lab::new()?;
     let app = lab.app_host().agent("server")?;
@@ -173,7 +174,7 @@ fn outgoing_and_accepted_connections_have_their_own_verdicts() -> Result<()> {
     Ok(())
 }
 
-/// The numbers of descriptors: dead, never connected, unknown.
+/// Counts of descriptors: dead, never connected, unknown.
 fn suspects(document: &Value, pid: u32) -> Result<[Value; 3]> {
     let descriptors = &process(document, pid)?["descriptors"];
     let one = |kind: &str| descriptors[kind].clone();
@@ -183,7 +184,7 @@ fn suspects(document: &Value, pid: u32) -> Result<[Value; 3]> {
 fn dead_descriptors_are_counted(family: Family) -> Result<()> {
     let (lab, leak) = lab("established", family, 3)?;
     let open = lab.start("established", family, count(2))?;
-    // The peer's reset, nothing of ours, ends them.
+    // A reset by the peer ends them.
     leak.peer()
         .set_option(&leak.peer_fds(), SocketOption::Linger(Some(0)))?;
     leak.peer().close(&leak.peer_fds())?;
@@ -205,7 +206,7 @@ fn dead_descriptors_are_counted(family: Family) -> Result<()> {
         assert_eq!(document["total"]["stuck"], json!(0));
         assert_eq!(suspects(&document, pid)?, wanted);
     }
-    // Nothing of what these select by is known of a dead socket.
+    // These selectors need information that a dead socket no longer has.
     for selectors in [
         "--port 8081",
         "--cause unread",
@@ -217,7 +218,7 @@ fn dead_descriptors_are_counted(family: Family) -> Result<()> {
     let text = cwkill(&lab, "diagnose --sample 50ms")?.exits(0).stdout;
     assert!(text.contains("3 dead descriptors"), "{text}");
     assert!(text.contains("only the process can close them"), "{text}");
-    // What is alive has not been touched.
+    // The live connections were not touched.
     crate::support::carries_data(&open)?;
     leak.app().close(&leak.app_fds())?;
     cwkill(&lab, &format!("diagnose {QUICK}"))?.exits(1);
@@ -232,8 +233,8 @@ fn half_closed_streams_are_not_a_leak(family: Family) -> Result<()> {
     let talks = process(&document, leak.app().pid())?;
     let causes = talks["causes"].as_object().context("no causes")?;
     let verdicts: Vec<String> = causes.values().map(|of| at(of, "/verdict")).collect();
-    let leak_told = verdicts.iter().any(|text| text.contains("never closes"));
-    assert!(!causes.is_empty() && !leak_told, "{verdicts:?}");
+    let leak_reported = verdicts.iter().any(|text| text.contains("never closes"));
+    assert!(!causes.is_empty() && !leak_reported, "{verdicts:?}");
     only_cause(
         process(&document, leaks.app().pid())?,
         "drained",
@@ -245,7 +246,7 @@ fn half_closed_streams_are_not_a_leak(family: Family) -> Result<()> {
 
 fn unix_sockets_are_not_dead() -> Result<()> {
     let (lab, leak) = lab("unread", Family::V4, 3)?;
-    // Leaves two UNIX sockets in the application's table, and one TCP socket that has it shown.
+    // This leaves two UNIX sockets in the application's table, and one TCP socket, without which the process is not shown.
     leak.app().put_in_flight(&leak.app_fds()[..2])?;
     let document = cwkill(&lab, &format!("diagnose {QUICK}"))?.exits(0).json();
     assert_eq!(document["unknown_owner"]["stuck"], json!(2));
@@ -255,33 +256,33 @@ fn unix_sockets_are_not_dead() -> Result<()> {
     Ok(())
 }
 
-/// Process numbers of /proc mean nothing here, so that no descriptor can be duplicated.
+/// /proc shows the pids of another pid namespace, so no descriptor can be duplicated.
 fn unreadable_descriptors_are_unknown() -> Result<()> {
     let (lab, leak) = lab("drained", Family::V4, 3)?;
     cwkill(&lab, "--all --method destroy")?.exits(0);
-    let look = || {
+    let diagnose = || {
         let line = format!("--pid --fork --kill-child {CWKILL} diagnose {QUICK}");
         let command = lab.app_host().command("unshare");
         ran(command.args(line.split_whitespace()))
     };
-    // Nothing else there: they may be dead, and that is not the same as nothing.
-    let document = look()?
+    // There is nothing else to report: they may be dead, which is not the same as none.
+    let document = diagnose()?
         .exits(4)
         .complains("3 descriptors of TCP sockets in no table may be dead")
         .json();
     assert_eq!(document["unknown_descriptors"], json!(3));
     let _more = lab.start("unread", Family::V4, count(1))?;
-    let document = look()?.exits(0).json();
+    let document = diagnose()?.exits(0).json();
     let wanted = [json!(0), json!(0), json!(3)];
     assert_eq!(suspects(&document, leak.app().pid())?, wanted);
-    // A number means another process to whoever would run a command.
+    // No command is suggested, because there the pid names another process.
     for process in document["processes"].as_array().context("no processes")? {
         assert_eq!(process["next"], json!(null));
     }
     Ok(())
 }
 
-/// Workers that wait at one listener do not hide the one that leaks, and are shown once.
+/// Workers that wait at one listener do not hide the process that leaks, and are shown once.
 fn a_busy_listener_does_not_hide_the_leaker() -> Result<()> {
     let lab = Lab::new()?;
     let busy = lab.start("not-accepted", Family::V4, alone(8001, 6))?;
@@ -307,7 +308,7 @@ fn a_busy_listener_does_not_hide_the_leaker() -> Result<()> {
     Ok(())
 }
 
-/// A program that makes sockets and never gets to connect them.
+/// A program that makes sockets and never connects them.
 fn many_sockets_never_connected_are_reported() -> Result<()> {
     const SCRIPT: &str = "
 import signal, socket, sys
@@ -324,21 +325,21 @@ sys.stdin.read()
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;
-        let look = |child: &mut std::process::Child| -> Result<()> {
+        let diagnose = |child: &mut std::process::Child| -> Result<()> {
             let mut line = String::new();
             let stdout = child.stdout.take().context("no stdout")?;
             std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut line)?;
             assert_eq!(line.trim(), sockets);
             let ran = cwkill(&lab, "diagnose --sample 50ms")?.exits(code);
-            let told = format!("\n  {sockets} never connected: ");
-            assert_eq!(ran.stdout.contains(&told), code == 0);
+            let shown = format!("\n  {sockets} never connected: ");
+            assert_eq!(ran.stdout.contains(&shown), code == 0);
             cwkill(&lab, "diagnose --sample 50ms --port 80")?.exits(1);
             Ok(())
         };
-        let looked = look(&mut child);
+        let result = diagnose(&mut child);
         child.kill()?;
         child.wait()?;
-        looked?;
+        result?;
     }
     Ok(())
 }
@@ -347,16 +348,20 @@ fn growth_is_counted_by_cookie() -> Result<()> {
     let (lab, leak) = lab("unread", Family::V4, 3)?;
     let later = lab.start("established", Family::V4, count(2))?;
     let command = lab.app_host().command(CWKILL);
-    let command = command.args(["diagnose", "--sample", "8s", "--json"]);
+    let command = command.args(["diagnose", "--sample", "4s", "--json"]);
     let child = command
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()?;
     until_it_sleeps(&lab, child.id())?;
-    // One goes and two come: one more.
+    // While it is stopped, it cannot take the second sample.
+    let pid = nix::unistd::Pid::from_raw(child.id().try_into()?);
+    kill(pid, Signal::SIGSTOP)?;
+    // One socket goes and two come.
     leak.app().close(&leak.app_fds()[..1])?;
     later.peer().shutdown(&later.peer_fds(), How::Write)?;
     lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::CloseWait)? == 4))?;
+    kill(pid, Signal::SIGCONT)?;
     let document = Ran::of("cwkill", child.wait_with_output()?)?
         .exits(0)
         .json();
@@ -364,7 +369,7 @@ fn growth_is_counted_by_cookie() -> Result<()> {
         let growth = &group["growth"];
         assert_eq!((&growth["new"], &growth["gone"]), (&json!(2), &json!(1)));
         let seconds = document["sample_seconds"].as_f64().context("no time")?;
-        assert!(seconds >= 8.0, "{seconds}");
+        assert!(seconds >= 4.0, "{seconds}");
         let rate = growth["per_minute"].as_f64().context("no rate")?;
         assert!(
             (rate - 60.0 / seconds).abs() < 0.01,
@@ -387,7 +392,7 @@ fn shared_sockets_count_for_each_owner() -> Result<()> {
         );
     }
     process(&document, leak.app().pid())?;
-    // Dead descriptors are counted in each of them too.
+    // Dead descriptors count for each owner as well.
     cwkill(&lab, "--all --method destroy")?.exits(0);
     let document = cwkill(&lab, &format!("diagnose {QUICK}"))?.exits(0).json();
     let processes = document["processes"].as_array().context("no processes")?;
@@ -415,8 +420,8 @@ fn without_privileges_missing_information_is_reported() -> Result<()> {
     Ok(())
 }
 
-/// Leaves a socket in CLOSE-WAIT; if asked to, a thread of it then waits for a child as vfork(2) does, in
-/// uninterruptible sleep. The child ends with the thread.
+/// Leaves a socket in CLOSE-WAIT. With the argument `sleep`, a thread then waits for a child as vfork(2) does, in
+/// uninterruptible sleep; the child ends with the thread.
 const LEAKY_PYTHON: &str = "
 import ctypes, os, platform, signal, socket, sys, threading
 signal.alarm(60)
@@ -447,15 +452,15 @@ fn a_runtime_and_a_sleeping_thread_are_named() -> Result<()> {
         let lab = Lab::new()?;
         let command = lab.app_host().command("python3");
         let command = command.args(["-c", LEAKY_PYTHON, how]);
-        // It is the process that exec made, whatever started it.
+        // The runtime is recognised by the program that was executed, not by its parent.
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;
-        let looked = at_python(&lab, &mut child, how == "sleep");
+        let result = at_python(&lab, &mut child, how == "sleep");
         child.kill()?;
         child.wait()?;
-        looked?;
+        result?;
     }
     Ok(())
 }

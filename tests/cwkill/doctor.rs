@@ -1,4 +1,4 @@
-//! `cwkill doctor`: what it says of a method is what the method then does.
+//! `cwkill doctor`: each method then does what doctor has reported.
 
 use std::collections::BTreeMap;
 use std::os::unix::process::CommandExt;
@@ -40,10 +40,10 @@ pub const TESTS: &[Test] = &[
 const METHODS: [&str; 4] = ["shutdown", "destroy", "rst", "probe"];
 const NOBODY: u32 = 65534;
 
-/// Set in the environment, it makes this program run its arguments without some system calls.
+/// With this variable in its environment, this program runs its arguments under a seccomp filter.
 pub const WITHOUT: &str = "CWKILL_TESTS_WITHOUT";
 
-/// Runs the arguments under the filter that `what` names.
+/// Runs the arguments under the seccomp filter that `what` names.
 pub fn run_without(what: &str) -> Result<()> {
     const AF_PACKET: u64 = libc::AF_PACKET as u64;
     const AF_NETLINK: u64 = libc::AF_NETLINK as u64;
@@ -53,7 +53,7 @@ pub fn run_without(what: &str) -> Result<()> {
         Ok(vec![SeccompRule::new(vec![first])?])
     };
     let (call, errno, rules) = match what {
-        // As an old kernel, and as a container's filter.
+        // Like an old kernel, and like the filter of a container.
         "pidfd_getfd: ENOSYS" => (libc::SYS_pidfd_getfd, libc::ENOSYS, vec![]),
         "pidfd_getfd: EPERM" => (libc::SYS_pidfd_getfd, libc::EPERM, vec![]),
         "packet sockets" => (libc::SYS_socket, libc::EAFNOSUPPORT, first_is(AF_PACKET)?),
@@ -80,7 +80,7 @@ pub fn run_without(what: &str) -> Result<()> {
     Err(error.into())
 }
 
-/// The program, to be run under a filter; its arguments follow.
+/// The command that runs cwkill under a seccomp filter; the arguments for cwkill are still to be added.
 pub fn without<'a>(lab: &'a Lab, what: &str) -> Result<HostCommand<'a>> {
     let ourselves = std::env::current_exe()?;
     Ok(lab
@@ -90,23 +90,23 @@ pub fn without<'a>(lab: &'a Lab, what: &str) -> Result<HostCommand<'a>> {
         .arg(CWKILL))
 }
 
-/// Whom the sockets belong to that a method is tried on.
+/// The owner of the sockets that a method is tried on.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Whose {
     /// A process of this user.
     App(Option<u32>),
-    /// None: never accepted.
+    /// No owner: never accepted.
     Nobody,
 }
 
-/// A way to run the program on a host.
+/// A way to run cwkill on a host.
 type Setting<'a> = &'a dyn Fn(&Lab, &[&str]) -> Result<Ran>;
 
 fn plain(command: HostCommand<'_>, arguments: &[&str]) -> Result<Ran> {
     ran(command.args(arguments))
 }
 
-/// What doctor says, after a look at its exit status.
+/// The document of doctor. Its exit status must agree with it.
 fn doctor(lab: &Lab, setting: Setting<'_>) -> Result<Value> {
     let ran = setting(lab, &["doctor", "--json"])?;
     let findings = ran.json();
@@ -121,7 +121,7 @@ fn doctor(lab: &Lab, setting: Setting<'_>) -> Result<Value> {
     Ok(findings)
 }
 
-/// One stuck connection on a port of its own, its peer alive; the process that owns it, if any does.
+/// One stuck connection on a port of its own, with a live peer.
 struct Victim {
     method: &'static str,
     kind: &'static str,
@@ -129,7 +129,7 @@ struct Victim {
     owner: Option<u32>,
 }
 
-/// A process of each of `whose`, with a stuck connection for each method.
+/// Starts a process for each of `whose`, with a stuck connection for each method.
 fn victims(
     lab: &Lab,
     family: Family,
@@ -181,8 +181,8 @@ fn is_stuck(lab: &Lab, port: u16) -> Result<bool> {
         .any(|socket| socket.local.port() == port && socket.state == TcpState::CloseWait))
 }
 
-/// Runs doctor in `setting`, then every method on a socket of each of `whose`, and compares.
-/// Returns what doctor says of each.
+/// Returns the document of doctor.
+/// Returns the document of doctor.
 fn agree(family: Family, whose: &[(Whose, &'static str)], setting: Setting<'_>) -> Result<Value> {
     let lab = Lab::new()?;
     let (_agents, victims) = victims(&lab, family, whose)?;
@@ -205,7 +205,7 @@ fn agree(family: Family, whose: &[(Whose, &'static str)], setting: Setting<'_>) 
         let said = match at(&row(method)?, &format!("/{kind}")).as_str() {
             "yes" => true,
             "no" => false,
-            // It works through those that are in reach, and else as without an owner.
+            // The method works through owners that can be reached, and otherwise as without an owner.
             "partly" => match (*method, missed) {
                 (_, Some(None)) => true,
                 ("shutdown", _) => false,
@@ -223,7 +223,7 @@ fn agree(family: Family, whose: &[(Whose, &'static str)], setting: Setting<'_>) 
         )?;
         let result = act.sockets()[0]["result"].clone();
         let did = match *method {
-            // The peer is alive, and that is what there is to find out.
+            // The probe has worked if it reports that the peer is alive.
             "probe" => result["reason"] == "peer is alive",
             _ => result["outcome"] == "closed",
         };
@@ -236,7 +236,7 @@ fn agree(family: Family, whose: &[(Whose, &'static str)], setting: Setting<'_>) 
     Ok(findings)
 }
 
-/// Sockets of our own user, and those nobody has.
+/// Sockets of our own user, and sockets without an owner.
 const OURS: &[(Whose, &str)] = &[(Whose::App(None), "own"), (Whose::Nobody, "ownerless")];
 
 fn works(findings: &Value, method: &str, kind: &str) -> String {
@@ -259,7 +259,7 @@ fn doctor_agrees_with_the_methods() -> Result<()> {
 }
 
 fn doctor_agrees_when_capabilities_are_missing() -> Result<()> {
-    // Each set, and of destroy, rst and probe what they do to a socket without an owner.
+    // Each set of capabilities, and whether destroy, rst and probe work on a socket without an owner.
     for (set, wanted) in [
         (&[][..], ["no", "no", "no"]),
         (&[PTRACE, SEARCH], ["no", "no", "no"]),
@@ -324,7 +324,7 @@ fn without_a_list_of_sockets_nothing_works() -> Result<()> {
     Ok(())
 }
 
-/// All capabilities, in a user namespace that owns nothing: not the network, and no process.
+/// All capabilities, but in a user namespace that owns neither the network namespace nor any process.
 fn doctor_agrees_in_a_user_namespace() -> Result<()> {
     let findings = agree(Family::V4, OURS, &|lab, arguments| {
         plain(
@@ -335,7 +335,7 @@ fn doctor_agrees_in_a_user_namespace() -> Result<()> {
     assert_eq!(at(&findings, "/auto"), "no");
     let change = works(&findings, "destroy", "change");
     assert!(change.contains("not of this user namespace"), "{change}");
-    // And one that owns its network.
+    // A user namespace that owns its network namespace.
     let lab = Lab::new()?;
     let owner = |lab: &Lab, arguments: &[&str]| {
         let script = format!("ip link set lo up && exec {CWKILL} {}", arguments.join(" "));
@@ -374,7 +374,7 @@ fn a_missing_privilege_is_named() -> Result<()> {
         lab.app_host().command(CWKILL).capabilities(&[]),
         &["doctor"],
     )?;
-    // 1 if there happens to be a process in reach.
+    // The status is 1 if some process of the machine can be reached.
     assert!(matches!(text.code, Some(1 | 3)), "{text:?}");
     for wanted in [
         "missing: CAP_NET_ADMIN CAP_NET_RAW",
@@ -390,7 +390,7 @@ fn a_missing_privilege_is_named() -> Result<()> {
     Ok(())
 }
 
-/// An answer of yes or no is what the command then does with a descriptor of another process of root's.
+/// `yes` or `no` must agree with `cwkill reclaim` on a descriptor of another process of root.
 fn doctor_agrees_with_reclaim() -> Result<()> {
     let mut answers = Vec::new();
     for set in [
@@ -418,7 +418,7 @@ fn doctor_agrees_with_reclaim() -> Result<()> {
         match answer.as_str() {
             "yes" => assert_eq!(code, Some(0)),
             "no" => assert_eq!(code, Some(4)),
-            // It depends on the other processes of this host.
+            // `partly` depends on the other processes of this host.
             _ => {}
         }
         answers.push((answer, code));
@@ -444,7 +444,7 @@ fn doctor_leaves_other_sockets_alone() -> Result<()> {
     let before = listed()?;
     plain(lab.app_host().command(CWKILL), &["doctor"])?;
     let mut after = listed()?;
-    // The peer of shutdown's own connection, which was closed as it should be.
+    // doctor tries shutdown on a connection of its own, whose peer is then in TIME-WAIT.
     let old = |(_, state): &(_, TcpState)| *state == TcpState::TimeWait;
     let left = after.iter().filter(|row| old(row)).count();
     assert!(left <= 1, "{after:?}");

@@ -1,4 +1,4 @@
-//! Expressions against `ss` itself, in a lab with every state and three families.
+//! Expressions, compared with `ss` itself in a lab with every state in three address families.
 
 use std::collections::BTreeSet;
 
@@ -15,7 +15,7 @@ pub const TESTS: &[Test] = &[
     once!(errors_point_at_the_column),
 ];
 
-/// What ss and we read alike. Without `state` or `exclude` in front, `state all` is put there.
+/// Expressions that ss and cwkill read alike. `state all` is put before those that do not begin with `state` or `exclude`.
 const EXPRESSIONS: &[&str] = &[
     "",
     "sport = :80",
@@ -119,7 +119,7 @@ const EXPRESSIONS: &[&str] = &[
     "excl connected",
 ];
 
-/// The states that ss knows and the kernel lists.
+/// The states that ss names and the kernel lists.
 const STATES: [TcpState; 10] = [
     TcpState::Established,
     TcpState::SynSent,
@@ -159,19 +159,19 @@ fn every_state(lab: &Lab, family: Family) -> Result<()> {
         .map(|conn| Some((conn.app_fd?, conn.peer_fd?, (conn.local, conn.peer))))
         .collect::<Option<_>>()
         .context("every connection has two ends")?;
-    let [_, stuck, half, deaf, last, closing, gone] = fds[..] else {
+    let [_, stuck, half, lossy, last, closing, gone] = fds[..] else {
         anyhow::bail!("seven connections were asked for");
     };
     peer.shutdown(&[stuck.1, last.1], How::Write)?;
     app.shutdown(&[half.0], How::Write)?;
-    app.set_option(&[deaf.0], SocketOption::DropIncoming(true))?;
-    app.shutdown(&[deaf.0], How::Write)?;
+    app.set_option(&[lossy.0], SocketOption::DropIncoming(true))?;
+    app.shutdown(&[lossy.0], How::Write)?;
     lab.wait_for(PATIENCE, || {
         Ok(state_of(last.2)? == Some(TcpState::CloseWait))
     })?;
     app.set_option(&[last.0], SocketOption::DropIncoming(true))?;
     app.close(&[last.0])?;
-    // A FIN that does not acknowledge ours, because it never arrived.
+    // The peer's FIN does not acknowledge ours, which never arrived.
     peer.set_option(&[closing.1], SocketOption::DropIncoming(true))?;
     app.shutdown(&[closing.0], How::Write)?;
     peer.shutdown(&[closing.1], How::Write)?;
@@ -181,7 +181,7 @@ fn every_state(lab: &Lab, family: Family) -> Result<()> {
     })?;
     peer.close(&[gone.1])?;
 
-    let deaf = || Dial {
+    let unanswered = || Dial {
         drop_incoming: true,
         ..Dial::default()
     };
@@ -190,8 +190,8 @@ fn every_state(lab: &Lab, family: Family) -> Result<()> {
         ..Dial::default()
     };
     peer.connect(pair.app_address, 1, known, PATIENCE)?;
-    peer.connect(pair.app_address, 1, deaf(), PATIENCE)?;
-    app.connect((pair.peer_address, 9).into(), 1, deaf(), PATIENCE)?;
+    peer.connect(pair.app_address, 1, unanswered(), PATIENCE)?;
+    app.connect((pair.peer_address, 9).into(), 1, unanswered(), PATIENCE)?;
     Ok(())
 }
 
@@ -221,8 +221,8 @@ fn run(lab: &Lab, arguments: &[&str]) -> Result<Ran> {
     ran(lab.app_host().command(CWKILL).args(arguments))
 }
 
-/// The cookies of what ss lists. Not [`netns_harness::Host::ss`]: of one state only, ss leaves out the
-/// column that says which.
+/// The cookies of the sockets that ss lists. [`netns_harness::Host::ss`] cannot be used: ss omits the column of the
+/// state if only one state is selected.
 fn cookies_by_ss(lab: &Lab, words: &[&str]) -> Result<BTreeSet<String>> {
     let ran = ran(lab.app_host().command("ss").arg("-HOntea").args(words))?.exits(0);
     ran.stdout
@@ -250,7 +250,7 @@ fn expressions_match_the_same_sockets_as_ss() -> Result<()> {
         let words: Vec<&str> = text.split_whitespace().collect();
         let by_ss = cookies_by_ss(&lab, &words).with_context(|| text.clone())?;
         let status = if by_ss.is_empty() { 1 } else { 0 };
-        // As one argument, and as many.
+        // As one argument, and as several.
         let quoted = run(&lab, &["--json", "-n", &text])?.exits(status);
         let loose = run(&lab, &[&["--json", "-n"], &words[..]].concat())?.exits(status);
         for ran in [quoted, loose] {

@@ -1,5 +1,5 @@
-//! The kernel's behaviour that the program leans on. A failure here says that this kernel is
-//! different, not that the program is wrong.
+//! Behaviour of the kernel that cwkill relies on. A failure here means that this kernel behaves differently, not that
+//! cwkill is wrong.
 
 use anyhow::Result;
 use netns_harness::{Family, Recv, TcpState};
@@ -28,7 +28,7 @@ fn a_fin_counts_as_one_unread_byte(family: Family) -> Result<()> {
     Ok(())
 }
 
-/// What the application reads and gets on its next write, after a method has closed its socket.
+/// After a method has closed the socket: what the application's second read returns, and the errno of its next write.
 fn aftermath(family: Family, method: &str) -> Result<(Recv, Option<i32>)> {
     let (lab, leak) = lab("unread", family, 1)?;
     let fd = leak.app_fds()[0];

@@ -1,4 +1,4 @@
-//! What each job needs, and that nothing more is held while it runs.
+//! Each command needs certain capabilities, and holds no others while it runs.
 
 use std::collections::BTreeMap;
 use std::process::{Child, Stdio};
@@ -28,10 +28,10 @@ pub const TESTS: &[Test] = &[
     once!(the_log_is_opened_with_the_rights_of_the_caller).needs(Need::RootOfTheMachine),
 ];
 
-/// A user without any right here.
+/// A user without any privilege.
 const NOBODY: u32 = 65534;
 
-/// Runs the program with these capabilities and no others.
+/// Runs cwkill with these capabilities and no others.
 fn with(lab: &Lab, uid: Option<u32>, capabilities: &[Capability], arguments: &str) -> Result<Ran> {
     let command = lab.app_host().command(CWKILL).capabilities(capabilities);
     let command = match uid {
@@ -41,7 +41,7 @@ fn with(lab: &Lab, uid: Option<u32>, capabilities: &[Capability], arguments: &st
     ran(command.args(arguments.split_whitespace()))
 }
 
-/// A job, the scenario it is for, and the capabilities it takes.
+/// A method, a scenario for it, and the capabilities that it needs.
 const JOBS: &[(&str, &str, &[Capability])] = &[
     ("shutdown", "unread", &[PTRACE]),
     ("destroy", "not-accepted", &[ADMIN]),
@@ -64,7 +64,7 @@ fn each_method_runs_with_its_capabilities_and_not_with_fewer() -> Result<()> {
         assert_eq!(at(&sockets[0], "/result/method"), *method);
         assert!(in_state(&lab, TcpState::CloseWait)? == 0);
     }
-    // The dry run of one who holds everything shows what he could do, although it holds none of it itself.
+    // A dry run shows the plan for all capabilities of the caller, although it drops them itself.
     let (lab, _leak) = lab("unread", Family::V4, 1)?;
     let all = [PTRACE, SEARCH, ADMIN, RAW];
     let sockets = with(&lab, None, &all, "-n --all --json")?.sockets();
@@ -93,13 +93,13 @@ fn descriptors_of_another_user_need_both_capabilities() -> Result<()> {
         assert!(!named(less)?, "{less:?}");
     }
     assert!(named(&both)?);
-    // Who cannot see the owner cannot tell.
+    // Without the owner the result is unknown.
     let check = format!("check --pid {pid} -w 1 -c 5");
     for less in [&[][..], &[PTRACE], &[SEARCH]] {
         with(&lab, Some(NOBODY), less, &check)?.exits(3);
     }
     with(&lab, Some(NOBODY), &both, &check)?.exits(1);
-    // Without an owner there is nothing of another user's to reach.
+    // --no-owners needs no access to processes of another user.
     let destroy = "--all --no-owners --method destroy --max-kills 1";
     with(&lab, Some(NOBODY), &both, destroy)?.exits(4);
     with(&lab, Some(NOBODY), &[ADMIN], destroy)?.exits(0);
@@ -109,7 +109,7 @@ fn descriptors_of_another_user_need_both_capabilities() -> Result<()> {
     Ok(())
 }
 
-/// As with file capabilities: what lets it look everywhere must not be lent to who runs it.
+/// With file capabilities, cwkill has more rights than its caller. The caller must not gain them through the log.
 fn the_log_is_opened_with_the_rights_of_the_caller() -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     let (lab, _leak) = lab("unread", Family::V4, 1)?;
@@ -126,7 +126,7 @@ fn the_log_is_opened_with_the_rights_of_the_caller() -> Result<()> {
     ran.complains("nothing was done")
         .complains("Permission denied");
     assert!(in_state(&lab, TcpState::CloseWait)? == 1);
-    // And they are given back for the work.
+    // The capabilities are back for the work itself.
     let own = dir.path().join("own");
     std::fs::create_dir(&own)?;
     std::os::unix::fs::chown(&own, Some(NOBODY), None)?;
@@ -155,7 +155,7 @@ fn another_namespace_needs_cap_sys_admin() -> Result<()> {
     Ok(())
 }
 
-/// What the kernel says of a thread's privileges.
+/// The privileges of a thread, from its /proc status.
 fn status(text: &str) -> BTreeMap<String, u64> {
     let field = |line: &str| {
         let (name, value) = line.split_once(':')?;
@@ -195,7 +195,7 @@ fn holds(child: &Child, set: &[Capability]) -> Result<()> {
     Ok(())
 }
 
-/// Runs wait in their grace for a peer that does not answer.
+/// These runs wait in their grace for a peer that does not answer.
 fn a_run_holds_only_the_capabilities_it_needs() -> Result<()> {
     for (method, set) in [
         ("shutdown", &[PTRACE, SEARCH][..]),
@@ -207,7 +207,7 @@ fn a_run_holds_only_the_capabilities_it_needs() -> Result<()> {
         let mut child = lab
             .app_host()
             .command(CWKILL)
-            // In all five sets, and more than any job needs.
+            // In all five sets, and more than any method needs.
             .capabilities(&[PTRACE, SEARCH, ADMIN, RAW, SYS_ADMIN, BIND, SETPCAP])
             .args(["--all", "--grace", "60s", "--method", method])
             .stdout(Stdio::null())
@@ -222,7 +222,7 @@ fn a_run_holds_only_the_capabilities_it_needs() -> Result<()> {
     Ok(())
 }
 
-/// A listing waits for somebody to read it.
+/// The listing waits for a reader.
 fn a_listing_holds_only_the_capabilities_it_needs() -> Result<()> {
     let lab = Lab::new()?;
     let leak = lab.start("unread", Family::V4, count(400))?;
@@ -240,7 +240,7 @@ fn a_listing_holds_only_the_capabilities_it_needs() -> Result<()> {
             .stdout(writer)
             .stderr(Stdio::null())
             .spawn()?;
-        // Once it has begun to write it cannot end: its document is longer than a pipe.
+        // Once it has begun to write, it cannot end: its document does not fit into a pipe.
         std::io::Read::read_exact(&mut reader, &mut [0])?;
         let held = holds(&child, set).with_context(|| format!("{place:?}"));
         drop(reader);
@@ -250,7 +250,7 @@ fn a_listing_holds_only_the_capabilities_it_needs() -> Result<()> {
     Ok(())
 }
 
-/// Commands that wait for somebody to read them: the pipe is full before they begin.
+/// The commands wait for a reader, because the pipe is full before they begin.
 fn commands_hold_only_the_capabilities_they_need() -> Result<()> {
     let lab = Lab::new()?;
     lab.start("unread", Family::V4, count(2))?;
@@ -308,7 +308,7 @@ fn reclaim_runs_with_its_capabilities_and_not_with_fewer() -> Result<()> {
     Ok(())
 }
 
-/// As in a container: root with a few capabilities, CAP_SYS_PTRACE not among them.
+/// As in a container: root with few capabilities and without CAP_SYS_PTRACE.
 fn an_owner_with_the_same_capabilities_can_be_reached() -> Result<()> {
     let lab = Lab::new()?;
     let (_app, _peer) = leaker(
@@ -324,7 +324,7 @@ fn an_owner_with_the_same_capabilities_can_be_reached() -> Result<()> {
     Ok(())
 }
 
-/// As under a filter of system calls that knows better.
+/// A seccomp filter may forbid to drop capabilities.
 fn capabilities_that_cannot_be_dropped_are_reported() -> Result<()> {
     let (lab, _leak) = lab("silent-peer", Family::V4, 1)?;
     let command = crate::doctor::without(&lab, "PR_CAPBSET_DROP")?;

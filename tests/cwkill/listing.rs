@@ -1,4 +1,4 @@
-//! What a listing shows, beside what `ss` shows of the same sockets.
+//! The listing, compared with `ss`.
 
 use anyhow::{Context, Result};
 use netns_harness::{AgentOptions, Dial, Family, How, Lab, SsRow, TcpState};
@@ -85,7 +85,7 @@ fn a_socket_never_accepted_has_its_listener(family: Family) -> Result<()> {
         let pid = leak.app().pid().to_string();
         assert_eq!(at(socket, "/listener/owners/0/pid"), pid);
     }
-    // The listener's owner is the culprit, so it is selected by it.
+    // The owner of the listener is responsible, so it selects the socket.
     let pid = leak.app().pid();
     cwkill(&lab, &format!("--pid {pid} --dry-run"))?.exits(0);
     cwkill(&lab, "--pid 1 --dry-run")?.exits(1);
@@ -117,7 +117,7 @@ fn bystanders_are_not_listed(family: Family) -> Result<()> {
     Ok(())
 }
 
-/// More than fits one datagram of a dump, one chunk of a descriptor table, one block of the table.
+/// More sockets than fit into one datagram of a dump, one chunk of a descriptor table, or one block of the printed table.
 fn thousands_of_sockets_are_listed() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V6, 2500)?;
     let sockets = cwkill(&lab, "--json")?.exits(0).sockets();
@@ -158,7 +158,7 @@ fn json_lines_have_one_line_per_socket() -> Result<()> {
 
 fn a_hostile_name_does_not_reach_the_terminal() -> Result<()> {
     let lab = Lab::new()?;
-    // Escape, newline, DEL, a C1 control, a mark that reverses text: 14 bytes of the 15 there are.
+    // Escape, newline, DEL, a C1 control and a mark that reverses text: 14 of the 15 bytes that a name may have.
     let evil = "\x1b[2J\n\x7f\u{9b}\u{202e}x";
     let options = AgentOptions {
         comm: evil.to_owned(),
@@ -178,7 +178,7 @@ fn a_hostile_name_does_not_reach_the_terminal() -> Result<()> {
     Ok(())
 }
 
-/// Nothing in it moves a cursor or reorders text.
+/// The output has nothing that moves a cursor or reorders text.
 #[track_caller]
 fn harmless(ran: &crate::support::Ran) {
     for text in [&ran.stdout, &ran.stderr] {
@@ -204,10 +204,10 @@ fn no_match_is_status_1() -> Result<()> {
     Ok(())
 }
 
-/// The descriptors of one process: as many as it may have, or this many.
+/// Most descriptors that the test opens in one process.
 const MANY_DESCRIPTORS: u64 = 1_000_000;
 
-/// The stuck socket has a number near the end of a table that is full, and then one after a wide gap.
+/// The stuck socket has a number near the end of a full table, and later behind a wide gap.
 fn a_socket_in_a_full_descriptor_table_is_found() -> Result<()> {
     let limit = getrlimit(Resource::RLIMIT_NOFILE)?.1.min(MANY_DESCRIPTORS);
     let filling = usize::try_from(limit)? - 100;

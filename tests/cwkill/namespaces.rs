@@ -1,4 +1,4 @@
-//! Network namespaces other than our own.
+//! Sockets in other network namespaces.
 
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -21,13 +21,13 @@ pub const TESTS: &[Test] = &[
     once!(a_process_that_moves_to_another_still_owns_its_sockets),
 ];
 
-/// Runs the program in our own namespace, in which nothing is stuck.
+/// Runs cwkill in our own namespace, in which no socket is stuck.
 fn outside(arguments: &[&str]) -> Result<Ran> {
     let output = Command::new(CWKILL).args(arguments).output()?;
     Ran::of(&arguments.join(" "), output)
 }
 
-/// Those of `all` in the namespace of `lab`; other tests have namespaces too.
+/// The sockets in the namespace of `lab`. Other tests have namespaces too.
 fn of(lab: &Lab, all: &[Value]) -> Result<Vec<Value>> {
     let inode = lab.app_host().netns_inode()?;
     let here = |socket: &&Value| socket["netns"]["inode"].as_u64() == Some(inode);
@@ -78,7 +78,7 @@ fn port_number(text: &str) -> Result<u16> {
     Ok(text.parse()?)
 }
 
-/// Runs of the program while the world changes.
+/// Fewest runs of cwkill while the world changes.
 const RUNS: usize = 25;
 
 /// Sets it when dropped, also by a panic, so that the thread that waits for it ends.
@@ -90,11 +90,11 @@ impl Drop for SetOnDrop<'_> {
     }
 }
 
-/// Runs `look` at least [`RUNS`] times while another thread makes one `change` after the other, and until there were more
+/// Runs `scan` at least [`RUNS`] times while another thread makes one `change` after the other, and until there were more
 /// changes than that.
 fn while_the_world_changes(
     change: impl Fn() -> Result<()> + Sync,
-    look: impl Fn() -> Result<()>,
+    scan: impl Fn() -> Result<()>,
 ) -> Result<()> {
     let over = AtomicBool::new(false);
     let changes = AtomicUsize::new(0);
@@ -108,10 +108,10 @@ fn while_the_world_changes(
         });
         {
             let _over = SetOnDrop(&over);
-            let mut looks = 0;
-            while looks < RUNS || changes.load(Ordering::Relaxed) <= RUNS {
-                look()?;
-                looks += 1;
+            let mut scans = 0;
+            while scans < RUNS || changes.load(Ordering::Relaxed) <= RUNS {
+                scan()?;
+                scans += 1;
                 if changing.is_finished() {
                     break;
                 }
@@ -121,7 +121,7 @@ fn while_the_world_changes(
     })
 }
 
-/// Namespaces are made and removed while the program looks into all of them.
+/// Namespaces are made and removed while cwkill scans all of them.
 fn a_namespace_that_disappears_is_not_an_error() -> Result<()> {
     let (steady, _leak) = lab("unread", Family::V4, 2)?;
     let come_and_go = || Lab::new().map(drop);
@@ -134,11 +134,10 @@ fn a_namespace_that_disappears_is_not_an_error() -> Result<()> {
     })
 }
 
-/// The owner of the sockets goes from one namespace to another and back while the program looks, and the
-/// sockets stay.
+/// The owner goes from one namespace to another and back while cwkill scans them. The sockets stay where they are.
 fn a_process_that_moves_to_another_still_owns_its_sockets() -> Result<()> {
     let (lab, leak) = lab("drained", Family::V4, 3)?;
-    // A process that stays: a namespace in which there is none cannot be found.
+    // A process that stays: a namespace without processes cannot be found.
     let _resident = lab.app_host().agent("resident")?;
     let elsewhere = Lab::new()?;
     let owner = leak.app().pid().to_string();
@@ -155,7 +154,7 @@ fn a_process_that_moves_to_another_still_owns_its_sockets() -> Result<()> {
     })?;
 
     leak.app().enter(elsewhere.app_host())?;
-    // The process names the namespace it is in now.
+    // The pid names the namespace in which the process is now.
     outside(&["-N", &owner, "-n", "--json"])?.exits(1);
     let ran = outside(&["--all-netns", "-p", &owner, "--json"])?.exits(0);
     all_have(&ran.sockets(), "closed", "shutdown");
@@ -187,7 +186,7 @@ fn naming_a_namespace_does_not_act() -> Result<()> {
         outside(arguments)?;
         assert_eq!(in_state(&lab, TcpState::CloseWait)?, 2);
     }
-    // With more than one, the table says where.
+    // With several namespaces, the table has a column for them.
     let table = outside(&["--all-netns"])?.stdout;
     assert!(table.starts_with("NETNS"), "{table}");
     let inode = lab.app_host().netns_inode()?.to_string();
@@ -215,7 +214,7 @@ fn namespaces_that_cannot_be_entered_are_counted() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
     let other = Lab::new()?;
     let _other = other.start("unread", Family::V4, count(1))?;
-    // Without the right to enter any other, our own is still listed.
+    // Without the right to enter others, cwkill still lists its own namespace.
     let command = lab.app_host().command(CWKILL).capabilities(&[]);
     let ran = crate::support::ran(command.args(["--all-netns", "--json"]))?.exits(0);
     assert_eq!(ran.sockets().len(), 2);
@@ -226,7 +225,7 @@ fn namespaces_that_cannot_be_entered_are_counted() -> Result<()> {
         "{ran:?}"
     );
     assert!(ran.stderr.contains("needs CAP_SYS_"), "{ran:?}");
-    // And nothing found is no proof that there is nothing.
+    // No match is not the same as no stuck socket.
     let command = lab.app_host().command(CWKILL).capabilities(&[]);
     let line = ["--all-netns", "--port", "1", "-n"];
     crate::support::ran(command.args(line))?.exits(4);
@@ -245,7 +244,7 @@ fn an_interface_of_another_namespace_is_not_an_error() -> Result<()> {
     let text = &format!("dev {name} or sport = :8080");
     let ran = outside(&["--all-netns", "-n", "--json", text])?.exits(0);
     assert_eq!(of(&lab, &ran.sockets())?.len(), 2);
-    // What means nothing in any of them is an error: without it, `not dev` would match everything.
+    // A name that no namespace has is an error: otherwise `not dev` would match everything.
     for (text, named) in [
         ("cgroup /no/such", "/no/such"),
         ("dev no-such-if", "no-such-if"),

@@ -1,5 +1,5 @@
-//! What changes between the scan and the act. The stages are called one by one, on real sockets, so
-//! that the world can change between them.
+//! Changes between the scan and the act. The tests call the stages one by one on real sockets, and change the world
+//! between them.
 
 use std::time::{Duration, Instant};
 
@@ -47,7 +47,7 @@ impl Surroundings for Now {
     fn acted(&self, _: MethodName, _: usize) {}
 }
 
-/// Finds everything stuck on the leaking host, then lets the world change, then acts.
+/// Finds all stuck sockets of the leaking host, runs `change`, then acts.
 fn act_after(
     lab: &Lab,
     methods: &[MethodName],
@@ -84,7 +84,7 @@ fn find(proc: &Proc, selectors: &Selectors) -> Result<Found> {
     Ok(finder::find(&here.open, proc, selectors)?)
 }
 
-/// The method alone, without the ladder's look, on what was found before the world changed.
+/// Runs one method alone, without the recheck before it, on the sockets found before `change`.
 fn bare_act_after(
     lab: &Lab,
     method: MethodName,
@@ -102,7 +102,7 @@ fn bare_act_after(
     })
 }
 
-/// The looks that a method takes itself, without what the ladder knows.
+/// The lookups that a method makes itself, by cookie alone.
 struct OnlyCookies(SockDiag, DiagId);
 
 impl Scene for OnlyCookies {
@@ -155,7 +155,7 @@ fn a_reused_descriptor_number_is_not_touched(family: Family) -> Result<()> {
     let (app, peer) = bystander.context("swapped")?;
     lives(&leak, app, peer)?;
 
-    // Without the ladder's look the method itself compares the cookie.
+    // Without the recheck, the method itself compares the cookie.
     let (lab, leak) = crate::support::lab("drained", family, 1)?;
     let mut bystander = None;
     let swap = || {
@@ -175,7 +175,7 @@ fn a_reused_descriptor_number_is_not_touched(family: Family) -> Result<()> {
 fn swap_connection(lab: &Lab, leak: &Leak) -> Result<(netns_harness::Fd, netns_harness::Fd)> {
     let old = leak.conns()[0];
     let before = connections(lab)?;
-    // The application's reset leaves nothing behind on either side that could hold the pair.
+    // After the application's reset, neither side keeps the 4-tuple.
     leak.app().set_option(
         &leak.app_fds(),
         netns_harness::SocketOption::Linger(Some(0)),
@@ -225,7 +225,7 @@ fn a_reused_tuple_is_not_touched(family: Family) -> Result<()> {
     lives(&leak, app, peer)?;
     assert_eq!(in_state(&lab, TcpState::Listen)?, 1);
 
-    // The ACK that rst draws now comes from the stranger; the look after it finds that out.
+    // The elicited ACK now comes from the new connection. The lookup after it detects that.
     for method in [MethodName::Rst, MethodName::Probe] {
         let (lab, leak) = crate::support::lab("drained", family, 1)?;
         let mut bystander = None;
@@ -253,7 +253,7 @@ fn an_owner_that_dies_does_not_affect_others(family: Family) -> Result<()> {
     let _other = lab.start("unread", family, other)?;
     let (found, outcomes) = act_after(&lab, &MethodName::AUTO, || {
         doomed.app().kill()?;
-        // Unread data turns the kernel's close into a reset: the sockets go at once.
+        // With unread data, the kernel answers close(2) with a reset, and the sockets are gone at once.
         lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::CloseWait)? == 2))
     })?;
     for (socket, outcome) in found.sockets.iter().zip(&outcomes) {
@@ -294,7 +294,7 @@ fn a_socket_accepted_meanwhile_is_skipped() -> Result<()> {
     Ok(())
 }
 
-/// The act goes through an owner that is still there.
+/// cwkill acts through an owner that still has the socket.
 fn the_act_goes_through_the_remaining_owners() -> Result<()> {
     let (lab, leak) = lab("forked", Family::V4, 2)?;
     let (found, outcomes) = act_after(&lab, &[MethodName::Shutdown], || {
@@ -306,8 +306,8 @@ fn the_act_goes_through_the_remaining_owners() -> Result<()> {
     Ok(())
 }
 
-/// With a receive queue for a few answers only: every socket that was aborted is known as ours, and
-/// every look gets its answer.
+/// The receive queue has room for a few answers only. Every lookup still gets its answer, and a lost answer to a destroy
+/// request is reported as lost.
 fn lost_answers_are_not_taken_for_others() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 200)?;
     lab.app_host().within(|| {
@@ -331,7 +331,7 @@ fn lost_answers_are_not_taken_for_others() -> Result<()> {
     Ok(())
 }
 
-/// Orders with one answer for many: failures are told, and where they could not be told nothing is taken for done.
+/// Many destroy requests with one answer: failures are reported, and if answers were lost, no request counts as done.
 fn silence_means_done_only_if_no_answer_was_lost() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 200)?;
     lab.app_host().within(|| {
@@ -341,7 +341,7 @@ fn silence_means_done_only_if_no_answer_was_lost() -> Result<()> {
         let (gone, there) = (&ids[..50], &ids[50..150]);
         assert!(diag.destroy_together(gone)?.iter().all(Result::is_ok));
         assert_eq!(in_state(&lab, TcpState::CloseWait)?, 150);
-        // Every third has gone.
+        // Every third socket is gone.
         let mixed: Vec<DiagId> = (gone.iter())
             .zip(there.chunks(2))
             .flat_map(|(gone, two)| [*gone, two[0], two[1]])
@@ -353,7 +353,7 @@ fn silence_means_done_only_if_no_answer_was_lost() -> Result<()> {
             }
         }
         assert_eq!(in_state(&lab, TcpState::CloseWait)?, 50);
-        // The answers to those that have gone are too many for the queue.
+        // The queue has no room for the answers about the sockets that are gone.
         let mut tiny = SockDiag::with_queue(1)?;
         let (gone, there) = (&ids[..40], &ids[150..]);
         let all: Vec<DiagId> = gone.iter().chain(&there[..20]).copied().collect();

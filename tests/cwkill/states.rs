@@ -1,9 +1,11 @@
-//! States other than CLOSE-WAIT: what closes them, and what is refused.
+//! Sockets in states other than CLOSE-WAIT: which methods close them, and which requests are refused.
 
 use anyhow::Result;
 use netns_harness::{Family, TcpState};
 
-use crate::support::{all_have, at, carries_data, connections, cwkill, in_state, lab};
+use crate::support::{
+    all_have, at, carries_data, connections, cwkill, first_exclusion, in_state, lab, skip_reason,
+};
 use crate::trial::{Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
@@ -35,7 +37,7 @@ fn every_state_can_be_destroyed(family: Family) -> Result<()> {
             assert_eq!(at(socket, "/state"), *state);
             assert_eq!(at(socket, "/cause"), *cause);
             assert_eq!(at(socket, "/plan/0"), "destroy");
-            let reason = at(socket, "/left_out/0/reason");
+            let reason = first_exclusion(socket);
             let said = reason.contains("shut down already") || reason.contains("never accepted");
             assert!(said, "{scenario}: {socket:#}");
         }
@@ -79,7 +81,7 @@ fn a_listener_is_never_closed(family: Family) -> Result<()> {
     let line = "--state listen --discard-unsent --json";
     let sockets = cwkill(&lab, line)?.exits(4).sockets();
     all_have(&sockets, "skipped", "null");
-    assert!(at(&sockets[0], "/result/reason").contains("takes its service down"));
+    assert!(skip_reason(&sockets[0]).contains("takes its service down"));
     assert_eq!(in_state(&lab, TcpState::Listen)?, 1);
     carries_data(&leak)
 }

@@ -1,4 +1,5 @@
-//! `--no-owners --method destroy`: sockets are destroyed while the list is still coming, and nothing else is different.
+//! `--no-owners --method destroy`: cwkill destroys sockets while it still receives the list. Apart from that, the run is
+//! like any other.
 
 use std::collections::BTreeMap;
 use std::process::Stdio;
@@ -23,12 +24,12 @@ use serde_json::Value;
 use crate::races::Now;
 use crate::support::{
     CWKILL, PATIENCE, Ran, all_have, alone, at, carries_data, connections, count, cwkill, in_state,
-    lab, ran,
+    lab, ran, skip_reason,
 };
 use crate::trial::{Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
-    each_family!(a_sweep_ends_like_an_ordinary_run),
+    each_family!(a_sweep_ends_like_an_ordinary_run).slow(),
     each_family!(thousands_are_destroyed_and_bystanders_live),
     each_family!(only_selected_sockets_are_destroyed),
     once!(many_old_sockets_are_swept),
@@ -39,14 +40,17 @@ pub const TESTS: &[Test] = &[
     once!(without_privileges_nothing_is_destroyed),
     once!(a_limit_takes_the_oldest_first),
     once!(a_logged_sweep_records_its_intents_first),
-    once!(an_interrupted_sweep_is_reported_per_socket),
+    once!(an_interrupted_sweep_is_reported_per_socket).slow(),
 ];
 
 const SWEEP: &str = "--no-owners --method destroy --json";
-/// Every socket may be closed, but a limit wants the oldest first, so that all are found before anything is done.
+/// A limit closes the oldest first, so all sockets are found before the first is destroyed.
 const NO_SWEEP: &str = "--no-owners --method destroy --json --max-kills 100000";
 
-/// Waits until all that is stuck has been so long enough to be swept.
+/// Most attempts to hit a moment that a busy machine may miss.
+const TRIES: usize = 50;
+
+/// Waits until all stuck sockets are old enough to be swept.
 fn aged(lab: &Lab) -> Result<()> {
     let stuck = in_state(lab, TcpState::CloseWait)?;
     lab.wait_for(PATIENCE, || {
@@ -55,7 +59,7 @@ fn aged(lab: &Lab) -> Result<()> {
     })
 }
 
-/// The first half of a run on the leaking host.
+/// The first half of a run on the leaking host, up to the plan.
 fn sweep(lab: &Lab, surroundings: &dyn Surroundings) -> Result<Run> {
     lab.app_host().within(|| {
         let words = ["cwkill", "--all"].into_iter().chain(SWEEP.split(' '));
@@ -65,7 +69,7 @@ fn sweep(lab: &Lab, surroundings: &dyn Surroundings) -> Result<Run> {
     })
 }
 
-/// An operator who has seen enough once something was done.
+/// Cancels the run after the first act.
 #[derive(Default)]
 struct Impatient(AtomicBool);
 
@@ -85,17 +89,19 @@ impl Surroundings for Impatient {
 }
 
 fn many_old_sockets_are_swept() -> Result<()> {
-    let (lab, _leak) = lab("drained", Family::V4, 2000)?;
-    aged(&lab)?;
-    let run = sweep(&lab, &Now)?;
-    // A busy machine may let rows get old.
-    assert!(run.swept.sockets.len() > 100, "{}", run.swept.sockets.len());
-    assert_eq!((run.swept.sockets.len() + run.found.sockets.len()), 2000);
-    assert_eq!(
-        in_state(&lab, TcpState::CloseWait)?,
-        run.found.sockets.len()
-    );
-    Ok(())
+    // Sockets whose rows a busy machine reads too late are not swept.
+    for _ in 0..TRIES {
+        let (lab, _leak) = lab("drained", Family::V4, 2000)?;
+        aged(&lab)?;
+        let run = sweep(&lab, &Now)?;
+        let (swept, found) = (run.swept.sockets.len(), run.found.sockets.len());
+        assert_eq!(swept + found, 2000);
+        assert_eq!(in_state(&lab, TcpState::CloseWait)?, found);
+        if swept > 100 {
+            return Ok(());
+        }
+    }
+    panic!("in {TRIES} attempts nothing was swept");
 }
 
 fn few_or_young_sockets_are_not_swept() -> Result<()> {
@@ -106,7 +112,7 @@ fn few_or_young_sockets_are_not_swept() -> Result<()> {
         let run = sweep(lab, &Now)?;
         let oldest = run.found.sockets.iter().filter_map(|s| s.age).max();
         let swept = run.swept.sockets.len();
-        // The first of them may have got old while the last were made.
+        // The first sockets may already be old when the last are made.
         let fair = oldest.is_some_and(|age| age < Duration::from_secs(1)) || sockets == 400;
         assert!(swept == 0 || !fair, "{swept} of {sockets}");
         assert_eq!(swept + run.found.sockets.len(), sockets);
@@ -115,13 +121,23 @@ fn few_or_young_sockets_are_not_swept() -> Result<()> {
 }
 
 fn a_half_swept_run_is_reported() -> Result<()> {
-    let (lab, _leak) = lab("drained", Family::V4, 2000)?;
-    aged(&lab)?;
-    let mut run = sweep(&lab, &Impatient::default())?;
+    for _ in 0..TRIES {
+        let (lab, _leak) = lab("drained", Family::V4, 2000)?;
+        aged(&lab)?;
+        let run = sweep(&lab, &Impatient::default())?;
+        // Sockets whose rows a busy machine reads too late are not swept.
+        if !run.swept.sockets.is_empty() {
+            return half_swept(&lab, run);
+        }
+    }
+    panic!("in {TRIES} attempts nothing was swept");
+}
+
+fn half_swept(lab: &Lab, mut run: Run) -> Result<()> {
     let swept = run.swept.sockets.len();
-    assert!(swept > 0 && swept < 500, "{swept} of 2000");
+    assert!(swept < 500, "{swept} of 2000");
     assert_eq!(swept + run.found.sockets.len(), 2000);
-    // As if the list of the others had failed.
+    // As if the list of the other sockets had failed.
     run.unlisted = Some("no memory".into());
     run.found.sockets.clear();
     run.plans.clear();
@@ -141,7 +157,7 @@ fn a_half_swept_run_is_reported() -> Result<()> {
     Ok(())
 }
 
-/// An interface that is nowhere is no reason to take all for what is not on it.
+/// With an unknown interface, `not dev` must not match everything.
 fn an_unknown_interface_destroys_nothing() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 600)?;
     let before = in_state(&lab, TcpState::CloseWait)?;
@@ -156,16 +172,16 @@ fn an_unknown_interface_destroys_nothing() -> Result<()> {
     Ok(())
 }
 
-/// What a run says of each kind of socket, without numbers of bytes, and how many there were of it.
-fn told(ran: &Ran) -> Result<BTreeMap<String, usize>> {
-    let mut kinds = BTreeMap::new();
+/// The kinds of sockets that a run reports, without numbers of bytes, and their counts.
+fn kinds(ran: &Ran) -> Result<BTreeMap<String, usize>> {
+    let mut counts = BTreeMap::new();
     for socket in ran.sockets() {
         let parts = ["/state", "/cause", "/plan", "/left_out", "/result"];
         let kind: Vec<String> = parts.iter().map(|part| at(&socket, part)).collect();
         let kind = kind.join(" ").replace(|c: char| c.is_ascii_digit(), "");
-        *kinds.entry(kind).or_default() += 1;
+        *counts.entry(kind).or_default() += 1;
     }
-    Ok(kinds)
+    Ok(counts)
 }
 
 fn a_sweep_ends_like_an_ordinary_run(family: Family) -> Result<()> {
@@ -190,9 +206,9 @@ fn a_sweep_ends_like_an_ordinary_run(family: Family) -> Result<()> {
                     left
                 });
         let summary = at(&ran.json(), "/summary");
-        Ok((told(&ran)?, summary, ran.stderr, left))
+        Ok((kinds(&ran)?, summary, ran.stderr, left))
     };
-    // Those with unsent bytes stay.
+    // Sockets with unsent bytes stay.
     let swept = run(SWEEP, 4)?;
     assert_eq!(swept, run(NO_SWEEP, 4)?);
     assert_eq!(swept.0.values().sum::<usize>(), 807);
@@ -317,11 +333,8 @@ fn a_logged_sweep_records_its_intents_first() -> Result<()> {
     Ok(())
 }
 
-/// Sockets that are there when it is interrupted, so many that it is in the middle of them.
+/// Enough sockets for a signal to arrive before all are destroyed.
 const MANY: usize = 15_000;
-/// It may be over before the signal comes.
-const TRIES: usize = 10;
-
 fn an_interrupted_sweep_is_reported_per_socket() -> Result<()> {
     let in_the_middle = (0..TRIES).try_fold(false, |done, _| match done {
         true => Ok(true),
@@ -334,7 +347,7 @@ fn an_interrupted_sweep_is_reported_per_socket() -> Result<()> {
     Ok(())
 }
 
-/// Interrupts it when the first sockets are gone; whether others were left.
+/// Interrupts cwkill when the first sockets are gone. Returns whether others were left.
 fn interrupted_once() -> Result<bool> {
     let (lab, _leak) = lab("drained", Family::V4, MANY)?;
     aged(&lab)?;
@@ -364,13 +377,13 @@ fn interrupted_once() -> Result<bool> {
     assert_eq!(in_state(&lab, TcpState::CloseWait)?, skipped);
     for socket in sockets.iter() {
         if at(socket, "/result/outcome") == "skipped" {
-            assert_eq!(at(socket, "/result/reason"), "interrupted");
+            assert_eq!(skip_reason(socket), "interrupted");
         }
     }
     Ok(skipped > 0)
 }
 
-/// The TCP sockets of this network namespace that are in use.
+/// The number of TCP sockets in use in this network namespace.
 fn in_use() -> Result<usize> {
     let text = std::fs::read_to_string("/proc/thread-self/net/sockstat")?;
     let line = text

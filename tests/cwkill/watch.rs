@@ -1,4 +1,4 @@
-//! `--watch-refill`: whether new stuck sockets come after an act.
+//! `--watch-refill`: new stuck sockets after an act are reported.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Stdio};
@@ -20,7 +20,7 @@ pub const TESTS: &[Test] = &[
     once!(json_has_the_new_sockets),
 ];
 
-/// A run whose report is written, and that watches.
+/// A run that has written its report and watches.
 struct Watching {
     child: Child,
     rest: BufReader<std::process::ChildStdout>,
@@ -39,12 +39,12 @@ impl Watching {
             summary.clear();
             assert!(rest.read_line(&mut summary)? > 0, "no summary");
         }
-        // After the report it sleeps in the watch only, and then the first look is over.
+        // After the report, cwkill sleeps only in the watch, after its first scan.
         until_it_sleeps(lab, child.id())?;
         Ok(Watching { child, rest })
     }
 
-    /// What it says at last, and its exit status.
+    /// Interrupts it. Returns the last text and the exit status.
     fn end(mut self) -> Result<(String, Option<i32>)> {
         interrupt(&self.child)?;
         let mut text = String::new();
@@ -57,8 +57,8 @@ fn interrupt(child: &Child) -> Result<()> {
     Ok(kill(Pid::from_raw(child.id().try_into()?), Signal::SIGINT)?)
 }
 
-/// Leaves all connections of `leak` in CLOSE-WAIT, `stuck` with those that are there already, and waits until
-/// none can be taken for one that is being closed.
+/// Leaves all connections of `leak` in CLOSE-WAIT, and waits until `stuck` sockets are too old to be ones that are just
+/// being closed.
 fn get_stuck(lab: &Lab, leak: &Leak, stuck: usize) -> Result<()> {
     leak.peer().shutdown(&leak.peer_fds(), How::Write)?;
     lab.wait_for(PATIENCE, || {
@@ -78,7 +78,7 @@ fn new_sockets_are_counted_and_their_owner_named(family: Family) -> Result<()> {
     let whose = format!(" from leaky-app/{}, ", leak.app().pid());
     assert!(text.contains(&whose), "{text}");
     assert!(text.ends_with("a minute: the leak continues\n"), "{text}");
-    // They are not what was to be closed.
+    // The new sockets do not change the exit status.
     assert_eq!(code, Some(0));
     assert_eq!(in_state(&lab, TcpState::CloseWait)?, 3);
     Ok(())
@@ -86,10 +86,10 @@ fn new_sockets_are_counted_and_their_owner_named(family: Family) -> Result<()> {
 
 fn no_new_sockets_are_reported_as_none() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 4)?;
-    // Those that are left alone are not new.
+    // Sockets that were skipped are not new.
     let ran = cwkill(&lab, "--all --max-kills 2 --watch-refill 300ms")?.exits(4);
     assert!(ran.stdout.contains("\nnone new in "), "{ran:?}");
-    // Nothing to act on, nothing to watch after, but it is asked for.
+    // cwkill watches even if there was nothing to close.
     let ran = cwkill(&lab, "--port 9 --watch-refill 300ms")?.exits(1);
     assert!(ran.stdout.contains("none new in"), "{ran:?}");
     Ok(())
@@ -112,7 +112,7 @@ fn the_minimum_age_does_not_apply_to_new_sockets() -> Result<()> {
     let watching = Watching::start(&lab, line)?;
     get_stuck(&lab, &later, 5)?;
     let (text, code) = watching.end()?;
-    // Those that were too young to be closed are not new.
+    // Sockets that were too young to be closed are not new.
     assert!(text.starts_with("2 new in "), "{text}");
     assert!(young.app().is_alive());
     assert_eq!(code, Some(1));
@@ -128,7 +128,7 @@ fn json_has_the_new_sockets() -> Result<()> {
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()?;
-    // `destroy` closes without a pause, so that it sleeps in the watch only.
+    // `destroy` does not sleep, so cwkill sleeps only in the watch.
     lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::CloseWait)? == 0))?;
     until_it_sleeps(&lab, child.id())?;
     get_stuck(&lab, &later, 3)?;

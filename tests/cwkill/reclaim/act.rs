@@ -1,6 +1,7 @@
-//! The act: what is closed, and that everything else in the owner goes on.
+//! Dead descriptors are closed inside their owner, and everything else in the owner goes on.
 
 use std::collections::HashSet;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use netns_harness::owners::{Build, Owner};
@@ -24,19 +25,21 @@ pub const TESTS: &[Test] = &[
     once!(a_wrong_reclaimer_is_detected),
 ];
 
+/// At any age, and with a stop limit that suffices on a busy machine.
+const RECLAIM: &str = "--reclaim --reclaim-age 0s --stop-limit 5s";
+
 fn descriptors_of_closed_sockets_are_freed() -> Result<()> {
     let lab = Lab::new()?;
     let leak = lab.start("drained", netns_harness::Family::V4, count(40))?;
     let _bystanders = lab.start("established", netns_harness::Family::V4, count(5))?;
     let before = fds_of(leak.app().pid())?;
-    let ran = cwkill(&lab, "--port 8080 --reclaim --reclaim-age 0s --json")?.exits(0);
+    let began = Instant::now();
+    let ran = cwkill(&lab, &format!("--port 8080 {RECLAIM} --json"))?.exits(0);
     let said = ran.json();
-    assert_eq!(number(&said, "/reclaim/summary/freed")?, 40);
-    assert_eq!(number(&said, "/reclaim/owners/0/freed")?, 40);
-    assert!(
-        number(&said, "/reclaim/owners/0/stopped_us")? < 100_000,
-        "{said}"
-    );
+    assert_eq!(number(&said, "/reclaim/summary/freed"), 40);
+    assert_eq!(number(&said, "/reclaim/owners/0/freed"), 40);
+    let stopped = Duration::from_micros(number(&said, "/reclaim/owners/0/stopped_us"));
+    assert!(stopped <= began.elapsed(), "{said}");
     for socket in ran.sockets() {
         assert_eq!(at(&socket, "/result/descriptor_open"), "false");
         assert_eq!(at(&socket, "/result/descriptors/0/outcome"), "freed");
@@ -51,7 +54,7 @@ fn descriptors_of_closed_sockets_are_freed() -> Result<()> {
     after.retain(|fd| !gone.contains(fd));
     assert_eq!(fds_of(leak.app().pid())?, after);
 
-    // As people read it.
+    // The text for people.
     let more = lab.start(
         "drained",
         netns_harness::Family::V4,
@@ -80,14 +83,14 @@ fn descriptors_of_closed_sockets_are_freed() -> Result<()> {
 fn every_owner_of_a_shared_socket_is_reclaimed() -> Result<()> {
     let lab = Lab::new()?;
     let _leak = lab.start("forked", netns_harness::Family::V4, count(2))?;
-    let ran = cwkill(&lab, "--all --reclaim --reclaim-age 0s --json")?.exits(0);
+    let ran = cwkill(&lab, &format!("--all {RECLAIM} --json"))?.exits(0);
     let said = ran.json();
-    assert_eq!(number(&said, "/reclaim/summary/freed")?, 6);
+    assert_eq!(number(&said, "/reclaim/summary/freed"), 6);
     assert_eq!(said["reclaim"]["owners"].as_array().map(Vec::len), Some(3));
     Ok(())
 }
 
-/// An owner in `mode` is reclaimed over and over, and finds nothing wrong with itself.
+/// Reclaims dead descriptors of an owner in `mode` many times. The owner checks itself for damage.
 fn over_and_over(build: Build, mode: &str, times: usize) -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), build, mode, 4)?;
@@ -98,7 +101,7 @@ fn over_and_over(build: Build, mode: &str, times: usize) -> Result<()> {
             _ => owner.leak_scattered(5)?,
         };
         let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0);
-        assert_eq!(number(&ran.json(), "/summary/freed")?, 5);
+        assert_eq!(number(&ran.json(), "/summary/freed"), 5);
         let open = owner.descriptors()?;
         assert!(
             !fds.iter().any(|fd| open.contains(fd)),
@@ -106,7 +109,7 @@ fn over_and_over(build: Build, mode: &str, times: usize) -> Result<()> {
         );
     }
     let checks = owner.report()?;
-    // And it still moves.
+    // The owner still makes progress.
     lab.wait_for(PATIENCE, || Ok(mode == "idle" || owner.report()? > checks))?;
     let open = owner.descriptors()?;
     assert!(
@@ -137,7 +140,7 @@ fn a_stopped_process_stays_stopped() -> Result<()> {
     let is_stopped = || Ok(states(owner.pid())?.iter().all(|state| *state == 'T'));
     lab.wait_for(PATIENCE, is_stopped)?;
     let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0);
-    assert_eq!(number(&ran.json(), "/summary/freed")?, 3);
+    assert_eq!(number(&ran.json(), "/summary/freed"), 3);
     lab.wait_for(PATIENCE, is_stopped)?;
     owner.signal(Signal::SIGCONT)?;
     let checks = owner.report()?;
@@ -147,6 +150,7 @@ fn a_stopped_process_stays_stopped() -> Result<()> {
 fn listing_and_dry_run_change_no_owner() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 2)?;
+    let began = Instant::now();
     let fds = owner.leak(3)?;
     let before = owner.descriptors()?;
     for more in [
@@ -161,7 +165,7 @@ fn listing_and_dry_run_change_no_owner() -> Result<()> {
     }
     cwkill(&lab, "reclaim --help")?.exits(0);
     let ran = reclaim(&lab, owner.pid(), "-n --json")?;
-    let said = descriptors(&ran)?;
+    let said = descriptors(&ran);
     assert_eq!(said.len(), 3);
     for (one, fd) in said.iter().zip(&fds) {
         assert_eq!(at(one, "/fd"), fd.to_string());
@@ -169,19 +173,20 @@ fn listing_and_dry_run_change_no_owner() -> Result<()> {
         assert_eq!(at(one, "/safe"), "true");
         assert_eq!(at(one, "/dead_by"), "state-close");
         assert_eq!(at(one, "/local/address"), "127.0.0.1");
-        assert!(number(one, "/quiet_ms")? < 60_000, "{one}");
+        let quiet = Duration::from_millis(number(one, "/quiet_ms"));
+        assert!(quiet <= began.elapsed(), "{one}");
     }
-    assert_eq!(number(&ran.json(), "/summary/found")?, 3);
+    assert_eq!(number(&ran.json(), "/summary/found"), 3);
     Ok(())
 }
 
-/// The threads wait for a lock, so one of them would be the first choice.
+/// The threads wait for a lock, so cwkill would prefer one of them.
 fn a_thread_with_another_table_never_closes() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "unshared", 4)?;
     let fds = owner.leak(3)?;
     let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0);
-    assert_eq!(number(&ran.json(), "/summary/freed")?, 3);
+    assert_eq!(number(&ran.json(), "/summary/freed"), 3);
     let open = owner.descriptors()?;
     assert!(
         fds.iter().all(|fd| !open.contains(fd)),
@@ -193,8 +198,7 @@ fn a_thread_with_another_table_never_closes() -> Result<()> {
 
 fn owners_in_other_pid_namespaces_are_reclaimed() -> Result<()> {
     let lab = Lab::new()?;
-    // The program is reached by a descriptor: processes of ours are out of reach for root of the new
-    // user namespace.
+    // The program is executed by its descriptor: root of the new user namespace cannot reach it by its path.
     let script = "exec 9<$1; shift; exec unshare --user --map-root-user --pid --fork --mount --kill-child \
                   /proc/self/fd/9 $@";
     let by = ["sh", "-c", script, "sh"];
@@ -204,7 +208,7 @@ fn owners_in_other_pid_namespaces_are_reclaimed() -> Result<()> {
     let children = format!("/proc/{0}/task/{0}/children", owner.pid());
     let inner: u32 = std::fs::read_to_string(children)?.trim().parse()?;
     let ran = reclaim(&lab, inner, "--json")?.exits(0);
-    assert_eq!(number(&ran.json(), "/summary/freed")?, 3);
+    assert_eq!(number(&ran.json(), "/summary/freed"), 3);
     owner.report()?;
     Ok(())
 }
@@ -215,26 +219,29 @@ fn no_live_descriptor_of_a_busy_table_is_closed() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "churn", CHURNING)?;
     let (mut freed, mut gone) = (0, 0);
-    for run in 0..60 {
+    // At least until some descriptors were freed and some were gone before.
+    for run in 0.. {
+        if run >= 60 && freed >= 20 && gone >= 20 {
+            break;
+        }
+        assert!(run < 600, "{freed} freed, {gone} gone");
         let force = if run % 2 == 0 { "" } else { "--reclaim-force" };
         let said = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.json();
-        freed += number(&said, "/summary/freed")?;
-        gone += number(&said, "/summary/gone")?;
+        freed += number(&said, "/summary/freed");
+        gone += number(&said, "/summary/gone");
         owner.report().with_context(|| format!("run {run}"))?;
     }
-    // There was something to get wrong.
-    assert!(freed >= 20 && gone >= 20, "{freed} freed, {gone} gone");
     lab.wait_for(PATIENCE, || {
         Ok(owner.order("taken")?.parse::<u64>()? >= freed)
     })
 }
 
-/// The same without the look at what a number is by then.
+/// A reclaimer that does not check again what a number refers to.
 fn a_wrong_reclaimer_is_detected() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "churn", CHURNING)?;
-    for _ in 0..200 {
-        for one in descriptors(&reclaim(&lab, owner.pid(), "-n --json")?)? {
+    for _ in 0..1000 {
+        for one in descriptors(&reclaim(&lab, owner.pid(), "-n --json")?) {
             owner.order(&format!("close {}", at(&one, "/fd")))?;
         }
         if let Err(error) = owner.report() {

@@ -1,4 +1,4 @@
-//! The end of cwkill at any point: the owner goes on.
+//! If cwkill ends at any point, the owner goes on.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -18,12 +18,12 @@ use crate::trial::{Test, once};
 
 pub const TESTS: &[Test] = &[
     once!(a_panic_leaves_the_owner_running),
-    once!(an_interruption_leaves_the_owner_running),
-    once!(sigkill_leaves_the_owner_running),
-    once!(sigkill_ends_only_calls_that_may_end),
+    once!(an_interruption_leaves_the_owner_running).slow(),
+    once!(sigkill_leaves_the_owner_running).slow(),
+    once!(sigkill_ends_only_calls_that_may_end).slow(),
 ];
 
-/// What `cwkill reclaim` would be given of one process.
+/// The process and its dead descriptors, as `cwkill reclaim` finds them.
 fn wanted(owner: &Owner) -> Result<(Vec<Process>, Vec<Wanted>)> {
     let pid = i32::try_from(owner.pid())?;
     let scan = dead::find(
@@ -42,13 +42,16 @@ fn wanted(owner: &Owner) -> Result<(Vec<Process>, Vec<Wanted>)> {
     Ok((vec![table.process], wanted.collect()))
 }
 
+/// Most attempts to kill cwkill between two descriptors, a moment that a busy machine may miss.
+const MOST_KILLS: u64 = 600;
+
 const RULES: Rules = Rules {
     age: Duration::ZERO,
     force: false,
-    stop_limit: Duration::from_secs(1),
+    stop_limit: Duration::from_secs(20),
 };
 
-/// A bug of ours after so many descriptors, while the owner stands still.
+/// cwkill panics after N descriptors, while the owner is stopped.
 fn a_panic_leaves_the_owner_running() -> Result<()> {
     for mode in ["works", "waits"] {
         let lab = Lab::new()?;
@@ -59,7 +62,7 @@ fn a_panic_leaves_the_owner_running() -> Result<()> {
             let (pid, asked) = (owner.pid(), AtomicU32::new(0));
             let bug = || {
                 if is_traced(pid) && asked.fetch_add(1, Ordering::Relaxed) >= after {
-                    // Without the message of a panic.
+                    // Does not print the message of a panic.
                     std::panic::resume_unwind(Box::new("a bug made for the test"));
                 }
                 false
@@ -87,7 +90,7 @@ fn an_interruption_leaves_the_owner_running() -> Result<()> {
     owner.leak_scattered(10)?;
     let (owners, wanted) = wanted(&owner)?;
     let (pid, asked) = (owner.pid(), AtomicU32::new(0));
-    // Asked before each descriptor, and at other times.
+    // cwkill asks before each descriptor, and at other times.
     let stop = || is_traced(pid) && asked.fetch_add(1, Ordering::Relaxed) >= 3;
     let done = cwkill::reclaim::reclaim(&owners, &wanted, &RULES, &Proc::default(), &stop);
     let freed = done
@@ -103,7 +106,7 @@ fn an_interruption_leaves_the_owner_running() -> Result<()> {
     let checks = owner.report()?;
     lab.wait_for(PATIENCE, || Ok(owner.report()? > checks))?;
 
-    // The signals of an operator, at any time.
+    // The signals that an operator may send, at various times.
     let signals = [
         Signal::SIGINT,
         Signal::SIGTERM,
@@ -118,10 +121,12 @@ fn an_interruption_leaves_the_owner_running() -> Result<()> {
     Ok(())
 }
 
-/// Starts `cwkill reclaim`, and sends it a signal so long after it has begun to stop the owner; waits for its
-/// end.
+/// Starts `cwkill reclaim`, sends it a signal `delay` after it has begun to stop the owner, and waits for its end.
 fn kill_after(lab: &Lab, owner: &Owner, signal: Signal, delay: Duration) -> Result<()> {
-    let line = format!("reclaim --pid {} --reclaim-age 0s -q", owner.pid());
+    let line = format!(
+        "reclaim --pid {} --reclaim-age 0s --stop-limit 5s -q",
+        owner.pid()
+    );
     let mut child = lab
         .app_host()
         .command(CWKILL)
@@ -138,7 +143,7 @@ fn kill_after(lab: &Lab, owner: &Owner, signal: Signal, delay: Duration) -> Resu
     let pid = child.id().to_string();
     let send = |signal: Signal| {
         let name = signal.as_str().trim_start_matches("SIG");
-        // It may have ended by itself.
+        // cwkill may have ended by itself.
         let _ = std::process::Command::new("kill")
             .args(["-s", name, &pid])
             .stderr(std::process::Stdio::null())
@@ -146,7 +151,7 @@ fn kill_after(lab: &Lab, owner: &Owner, signal: Signal, delay: Duration) -> Resu
     };
     send(signal);
     if signal == Signal::SIGTSTP {
-        // Before and after the act it stops like any program, but never while the owner stands still.
+        // cwkill may stop before and after the act, but never while the owner is stopped.
         lab.wait_for(PATIENCE, || Ok(!is_traced(owner.pid())))?;
     }
     let until = Instant::now() + PATIENCE;
@@ -156,7 +161,7 @@ fn kill_after(lab: &Lab, owner: &Owner, signal: Signal, delay: Duration) -> Resu
             bail!("{signal} does not end it");
         }
         if signal == Signal::SIGTSTP {
-            // It may only be about to stop.
+            // It may not have stopped yet.
             send(Signal::SIGCONT);
         }
         std::thread::sleep(Duration::from_millis(1));
@@ -164,21 +169,21 @@ fn kill_after(lab: &Lab, owner: &Owner, signal: Signal, delay: Duration) -> Resu
     Ok(())
 }
 
-/// At many points of its work, most of them while the owner stands still. Its threads may see a wake-up
-/// without cause (docs/decisions/reclaim.md), as every program has to expect; so not the owner that waits.
+/// SIGKILL at many points, most of them while the owner is stopped. A call of its threads may then end early
+/// (docs/decisions/reclaim.md), which every program must expect. An owner in mode `waits` does not, so it is not used here.
 fn sigkill_leaves_the_owner_running() -> Result<()> {
     let lab = Lab::new()?;
     let (mut begun, mut whole) = (0, 0);
     for mode in ["works", "idle"] {
         let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 4)?;
-        for number in 0..30u64 {
+        for kill in 0..MOST_KILLS {
+            // Goes on only if too few kills came between two descriptors.
+            if kill >= 30 && (begun >= 3 || mode == "works") {
+                break;
+            }
             let fds = owner.leak_scattered(60)?;
-            kill_after(
-                &lab,
-                &owner,
-                Signal::SIGKILL,
-                Duration::from_micros(number * 240),
-            )?;
+            let delay = Duration::from_micros(kill % 30 * 240);
+            kill_after(&lab, &owner, Signal::SIGKILL, delay)?;
             let open = owner.descriptors()?;
             let left = fds.iter().filter(|fd| open.contains(fd)).count();
             begun += usize::from(left > 0 && left < fds.len());
@@ -190,7 +195,6 @@ fn sigkill_leaves_the_owner_running() -> Result<()> {
         let checks = owner.report()?;
         lab.wait_for(PATIENCE, || Ok(mode == "idle" || owner.report()? > checks))?;
     }
-    // Otherwise it was killed too early or too late each time.
     assert!(
         begun >= 3,
         "{begun} were killed between two descriptors, {whole} after the last"
@@ -198,25 +202,29 @@ fn sigkill_leaves_the_owner_running() -> Result<()> {
     Ok(())
 }
 
-/// What docs/decisions/reclaim.md says of calls that wait: at most one in a run seems to have given 0, and that is the wait
-/// for a lock or a sleep, as long as a thread is in one; some end with EINTR. The owner counts these and fails at any other.
+/// docs/decisions/reclaim.md: in a killed run, at most one waiting call appears to return 0, and only a wait for a lock or
+/// a sleep, if a thread is in one. Some calls end with EINTR. The owner counts these and fails at any other.
 fn sigkill_ends_only_calls_that_may_end() -> Result<()> {
-    /// As many of its threads wait in calls that any stop may end with EINTR, when nobody makes up for it.
+    /// The number of its threads that wait in calls which a stop may end with EINTR if they are not restored.
     const ENDED_BY_A_STOP: u64 = 5;
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "forgiving", 4)?;
     let forgiven = |owner: &mut Owner| -> Result<u64> { Ok(owner.order("forgiven")?.parse()?) };
     let (mut begun, mut before) = (0, 0);
-    for number in 0..40u64 {
+    for number in 0..MOST_KILLS {
+        // Goes on only if too few kills came between two descriptors.
+        if number >= 40 && begun >= 3 {
+            break;
+        }
         let fds = owner.leak_scattered(60)?;
-        let delay = Duration::from_micros(number * 200);
+        let delay = Duration::from_micros(number % 40 * 200);
         kill_after(&lab, &owner, Signal::SIGKILL, delay)?;
         lab.wait_for(PATIENCE, || Ok(!is_traced(owner.pid())))?;
         let open = owner.descriptors()?;
         let left = fds.iter().filter(|fd| open.contains(fd)).count();
         begun += usize::from(left > 0 && left < fds.len());
         let checks = owner.report().with_context(|| format!("kill {number}"))?;
-        // A run that is not killed ends nothing.
+        // A run that is not killed ends no call.
         let ran = reclaim(&lab, owner.pid(), "--json")?;
         assert!(matches!(ran.code, Some(0 | 1)), "kill {number}: {ran:?}");
         lab.wait_for(PATIENCE, || Ok(owner.report()? > checks))?;

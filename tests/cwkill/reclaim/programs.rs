@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use netns_harness::Lab;
 use netns_harness::owners::{Build, Owner};
 
-use super::{descriptors, left, links_of, number, outcomes, reclaim, states, told_the_truth};
+use super::{descriptors, left, links_of, number, outcomes, reclaim, reports_the_truth, states};
 use crate::support::{PATIENCE, at};
 use crate::trial::{Need, Test, once};
 
@@ -41,12 +41,12 @@ fn descriptors_that_an_io_uring_may_use_are_skipped() -> Result<()> {
         let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 2)?;
         let fds = owner.leak(2)?;
         let try_it = |owner: &mut Owner| -> Result<()> {
-            let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?)?;
+            let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?);
             assert_eq!(at(&dry[0], "/safe"), "false");
             let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
             left(&ran, owner, &fds, "skipped", why)?;
             let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(0);
-            assert_eq!(number(&ran.json(), "/summary/freed")?, 2);
+            assert_eq!(number(&ran.json(), "/summary/freed"), 2);
             owner.report()?;
             Ok(())
         };
@@ -55,7 +55,7 @@ fn descriptors_that_an_io_uring_may_use_are_skipped() -> Result<()> {
     Ok(())
 }
 
-/// The kernel shows no descriptors by the number of such a process.
+/// For such a process, the kernel shows no descriptors under /proc/PID/fd.
 fn a_process_without_its_first_thread_is_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "leaderless", 2)?;
@@ -83,30 +83,30 @@ fn a_32_bit_program_is_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Bits32, "idle", 1)?;
     let fds = owner.leak(3)?;
-    let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?)?;
+    let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?);
     assert_eq!(at(&dry[0], "/safe"), "false");
     for force in ["", "--reclaim-force"] {
         let ran = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.exits(4);
         left(&ran, &mut owner, &fds, "skipped", "32-bit program")?;
-        // It was not even stopped.
+        // The owner was not stopped.
         let owners = ran.json()["owners"].as_array().map(Vec::len);
         assert_eq!(owners, Some(0));
     }
     Ok(())
 }
 
-/// A 64-bit program may make the calls of a 32-bit one; their numbers mean something else.
+/// A 64-bit program may make 32-bit system calls, whose numbers mean other calls.
 fn a_32_bit_call_is_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "poll-int80", 1)?;
-    // On a pipe: what it waits on is looked at again after each stop.
+    // It waits on a pipe: after each stop, the call checks its descriptors again.
     owner.order("wait")?;
     let fds = owner.leak_scattered(2)?;
     let before = links_of(owner.pid())?;
     for force in ["", "--reclaim-force"] {
         let ran = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.exits(4);
-        told_the_truth(&ran, &owner, &before, &fds)?;
-        for (outcome, why) in outcomes(&ran)?.values() {
+        reports_the_truth(&ran, &owner, &before, &fds)?;
+        for (outcome, why) in outcomes(&ran).values() {
             assert_eq!(outcome, "skipped");
             assert!(why.contains("makes 32-bit system calls"), "{why}");
         }

@@ -1,10 +1,10 @@
-//! What is missing: rights, and threads of our own.
+//! cwkill without rights, and without threads.
 
 use anyhow::{Context, Result};
 use netns_harness::owners::{Build, Owner};
 use netns_harness::{Capability, Lab};
 
-use super::{descriptors, fds_of, number};
+use super::{descriptors, fds_of, number, reason};
 use crate::support::{CWKILL, at, cwkill, ran};
 use crate::trial::{Need, Test, once};
 
@@ -17,7 +17,7 @@ pub const TESTS: &[Test] = &[
     once!(without_threads_everything_or_nothing_is_done).needs(Need::RootOfTheMachine),
 ];
 
-/// A user without any right here.
+/// A user without any privilege.
 const NOBODY: u32 = 65534;
 
 fn without_rights_nothing_is_done_and_the_reason_is_reported() -> Result<()> {
@@ -25,17 +25,20 @@ fn without_rights_nothing_is_done_and_the_reason_is_reported() -> Result<()> {
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
     owner.leak(2)?;
     let before = owner.descriptors()?;
-    let line = format!("reclaim --pid {} --reclaim-age 0s", owner.pid());
+    let line = format!(
+        "reclaim --pid {} --reclaim-age 0s --stop-limit 5s",
+        owner.pid()
+    );
     let command = lab.app_host().command(CWKILL).args(line.split_whitespace());
     let ran = ran(command.capabilities(&[]))?.exits(4);
-    // Of a process with the same uid the table can be seen and nothing be touched.
+    // cwkill can list the descriptors of a process with the same uid, but not inspect them.
     ran.complains("could not be looked")
         .complains("CAP_SYS_PTRACE");
     assert_eq!(owner.descriptors()?, before);
     Ok(())
 }
 
-/// A script that leaks, and starts cwkill with what it leaks.
+/// A script that leaks a descriptor which cwkill inherits.
 fn descriptors_inherited_by_cwkill_are_skipped() -> Result<()> {
     const SCRIPT: &str = "import os, socket, struct, sys\n\
         listener = socket.create_server(('127.0.0.1', 0))\n\
@@ -47,13 +50,13 @@ fn descriptors_inherited_by_cwkill_are_skipped() -> Result<()> {
         os.execv(sys.argv[1], [*sys.argv[1:], '--pid', str(os.getpid())])\n";
     let lab = Lab::new()?;
     for force in ["", "--reclaim-force"] {
-        let line = format!("{CWKILL} reclaim --json --reclaim-age 0s {force}");
+        let line = format!("{CWKILL} reclaim --json --reclaim-age 0s --stop-limit 5s {force}");
         let command = lab.app_host().command("python3").args(["-c", SCRIPT]);
         let ran = ran(command.args(line.split_whitespace()))?.exits(4);
-        let said = descriptors(&ran)?;
+        let said = descriptors(&ran);
         assert_eq!(said.len(), 1);
         assert_eq!(at(&said[0], "/outcome"), "skipped");
-        let why = at(&said[0], "/reason");
+        let why = reason(&said[0]);
         assert!(why.contains("cwkill itself was started with it"), "{why}");
     }
     Ok(())
@@ -65,7 +68,10 @@ fn a_process_of_another_user_is_reported() -> Result<()> {
     owner.leak(2)?;
     let before = owner.descriptors()?;
     for more in ["", "-n", "--reclaim-force", "--jsonl"] {
-        let line = format!("reclaim --pid {} --reclaim-age 0s {more}", owner.pid());
+        let line = format!(
+            "reclaim --pid {} --reclaim-age 0s --stop-limit 5s {more}",
+            owner.pid()
+        );
         let command = lab.app_host().command(CWKILL).uid(NOBODY);
         let ran = ran(command.args(line.split_whitespace()))?.exits(4);
         ran.complains("1 process could not be looked into")
@@ -75,11 +81,11 @@ fn a_process_of_another_user_is_reported() -> Result<()> {
     let line = format!("reclaim --pid {} --json", owner.pid());
     let command = lab.app_host().command(CWKILL).uid(NOBODY);
     let ran = ran(command.args(line.split_whitespace()))?.exits(4);
-    assert_eq!(number(&ran.json(), "/unreadable_processes")?, 1);
+    assert_eq!(number(&ran.json(), "/unreadable_processes"), 1);
     Ok(())
 }
 
-/// As /proc is mounted on many hosts: it is not even in the list.
+/// With this mount option of /proc, which many hosts use, the process is not even listed.
 fn a_hidden_process_is_reported() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
@@ -97,11 +103,11 @@ fn a_hidden_process_is_reported() -> Result<()> {
     Ok(())
 }
 
-/// An owner without any right, of a user that has another process which may not be looked into, as on every host.
+/// The owner has no privileges, and its user has another process that cannot be inspected, as on every host.
 fn no_right_is_needed_within_one_user() -> Result<()> {
     const ALONE: u32 = 64123;
     let lab = Lab::new()?;
-    // The program is reached by a descriptor: processes of root are out of its reach.
+    // The program is executed by its descriptor, because it cannot reach a path of root.
     let script = "exec 9<$1; shift; exec setpriv --reuid 64123 --regid 64123 --clear-groups --inh-caps=-all \
                   --bounding-set=-all /proc/self/fd/9 $@";
     let program = Owner::program(Build::Plain)?;
@@ -127,22 +133,22 @@ fn no_right_is_needed_within_one_user() -> Result<()> {
             .find(|line| line.starts_with("FDSize"))
             .map(str::to_owned))
     };
-    // It is told from one that shares the table by nothing but the number of its descriptors.
+    // Only its number of descriptors shows that it does not share the table.
     assert_eq!(size(owner.pid())?, size(sealed.pid())?);
     assert_eq!(of(owner.pid(), "cmdline")?, of(sealed.pid(), "cmdline")?);
     let pid = owner.pid();
     let reclaim = |more: &str| {
-        let line = format!("reclaim --pid {pid} --reclaim-age 0s {more}");
+        let line = format!("reclaim --pid {pid} --reclaim-age 0s --stop-limit 5s {more}");
         let command = lab.app_host().command(CWKILL).uid(ALONE);
         ran(command.args(line.split_whitespace()))
     };
     let ran = reclaim("--json")?.exits(0);
-    assert_eq!(number(&ran.json(), "/summary/freed")?, 2);
+    assert_eq!(number(&ran.json(), "/summary/freed"), 2);
     let open = owner.descriptors()?;
     assert!(!fds.iter().any(|fd| open.contains(fd)), "{open:?}");
     owner.report()?;
 
-    // With as many it could be one, and cwkill says what it lacks.
+    // With the same number it might share the table, and cwkill reports the missing capability.
     owner.leak(1)?;
     sealed.leak(1)?;
     let ran = reclaim("")?.exits(4);
@@ -155,7 +161,7 @@ fn no_right_is_needed_within_one_user() -> Result<()> {
     Ok(())
 }
 
-/// A user of this test alone, at every limit of tasks from too few to enough: all of it is done, or nothing and it says so.
+/// Runs as a user of its own with limits from too few threads to enough: everything is done, or nothing, which is reported.
 fn without_threads_everything_or_nothing_is_done() -> Result<()> {
     const ALONE: u32 = 64124;
     let rights = [Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH];
@@ -165,7 +171,7 @@ fn without_threads_everything_or_nothing_is_done() -> Result<()> {
     for limit in 1..=8 {
         let fds = owner.leak(2)?;
         let line = format!(
-            "--nproc={limit} {CWKILL} reclaim --pid {} --reclaim-age 0s --json",
+            "--nproc={limit} {CWKILL} reclaim --pid {} --reclaim-age 0s --stop-limit 5s --json",
             owner.pid()
         );
         let command = lab
@@ -189,7 +195,10 @@ fn without_threads_everything_or_nothing_is_done() -> Result<()> {
                 refused += 1;
                 cwkill(
                     &lab,
-                    &format!("reclaim --pid {} --reclaim-age 0s -q", owner.pid()),
+                    &format!(
+                        "reclaim --pid {} --reclaim-age 0s --stop-limit 5s -q",
+                        owner.pid()
+                    ),
                 )?
                 .exits(0);
             }

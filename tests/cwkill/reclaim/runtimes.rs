@@ -12,11 +12,13 @@ pub const TESTS: &[Test] = &[
     once!(python_at_emfile_accepts_again),
     once!(java_is_left_to_its_garbage_collector).needs(Need::Language(Runtime::Java)),
     once!(go_at_emfile_accepts_again).needs(Need::Language(Runtime::Go)),
-    once!(java_at_emfile_accepts_again).needs(Need::Language(Runtime::Java)),
+    once!(java_at_emfile_accepts_again)
+        .slow()
+        .needs(Need::Language(Runtime::Java)),
     once!(node_at_emfile_accepts_again).needs(Need::Language(Runtime::Node)),
 ];
 
-/// `netns-harness recover` does more of them.
+/// `netns-harness recover` makes more runs.
 const RUNS: u32 = 3;
 
 fn emfile(runtime: Runtime) -> Result<()> {
@@ -26,7 +28,7 @@ fn emfile(runtime: Runtime) -> Result<()> {
     Ok(())
 }
 
-/// Its finalizers close numbers, so nothing is taken without --reclaim-force.
+/// Finalizers of Java close descriptors by number, so nothing is closed without --reclaim-force.
 fn java_is_left_to_its_garbage_collector() -> Result<()> {
     let refused = runtimes::recover_unforced(Runtime::Java, CWKILL.as_ref())?;
     assert!(refused.len() > 10, "{refused:?}");
