@@ -178,8 +178,8 @@ void waits(int forgiving)
     void *(*all[])(void *) = {in_read, in_recv, in_recv_with_timeout, in_epoll_wait,
         in_epoll_wait_hour, in_poll, in_poll_hour, in_select, in_pause, in_nanosleep,
         in_sigtimedwait, in_semop, in_futex, in_futex_hour, on_time};
-    for (size_t at = 0; at < sizeof all / sizeof *all; at++)
-        start(all[at], NULL);
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        start(all[i], NULL);
     taker = start(takes_signals, NULL);
     start(sends_signals, &taker);
 }
@@ -199,8 +199,8 @@ struct wait {
 int waits_on(const char *mode)
 {
     static const char *const modes[] = {"poll", "ppoll", "select", "pselect", "poll-int80"};
-    for (size_t at = 0; at < sizeof modes / sizeof *modes; at++)
-        if (!strcmp(mode, modes[at]))
+    for (size_t i = 0; i < sizeof modes / sizeof *modes; i++)
+        if (!strcmp(mode, modes[i]))
             return 1;
     return 0;
 }
