@@ -207,7 +207,10 @@ fn sockets_of_every_kind_of_owner_are_closed(family: Family) -> Result<()> {
     ] {
         let (lab, _leak) = lab(scenario, family, 2)?;
         let ran = cwkill(&lab, "--all --grace 300ms --json")?.exits(0);
-        all_have(&ran.sockets(), "closed", method);
+        for socket in ran.sockets() {
+            assert_eq!(at(&socket, "/result/outcome"), "closed", "{scenario}");
+            assert_eq!(at(&socket, "/result/method"), method, "{scenario}");
+        }
         assert_eq!(connections(&lab)?.len(), 0);
     }
     Ok(())

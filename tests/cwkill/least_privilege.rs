@@ -167,32 +167,34 @@ fn status(text: &str) -> BTreeMap<String, u64> {
     text.lines().filter_map(field).collect()
 }
 
-/// Every thread of `child` holds exactly `set`.
-fn holds(child: &Child, set: &[Capability]) -> Result<()> {
+/// The privileges of each thread of `child`.
+fn held_by(child: &Child) -> Result<Vec<BTreeMap<String, u64>>> {
+    let threads = std::fs::read_dir(format!("/proc/{}/task", child.id()))?;
+    threads
+        .map(|thread| {
+            let text = std::fs::read_to_string(thread?.path().join("status"))?;
+            Ok(status(&text))
+        })
+        .collect()
+}
+
+/// Asserts that every thread of `command` held exactly `set`.
+#[track_caller]
+fn held_exactly(command: &str, held: &[BTreeMap<String, u64>], set: &[Capability]) {
     let mask: u64 = set.iter().map(|capability| capability.bitmask()).sum();
-    let mut threads = 0;
-    for thread in std::fs::read_dir(format!("/proc/{}/task", child.id()))? {
-        let status = status(&std::fs::read_to_string(thread?.path().join("status"))?);
-        let wanted = [
-            ("CapAmb", 0),
-            ("CapBnd", 0),
-            ("CapEff", mask),
-            ("CapInh", 0),
-            ("CapPrm", mask),
-            ("NoNewPrivs", 1),
-        ];
-        let wanted: BTreeMap<String, u64> = wanted
-            .into_iter()
-            .map(|(name, value)| (name.to_owned(), value))
-            .collect();
-        assert!(
-            status == wanted,
-            "\n    is: {status:x?}\nwanted: {wanted:x?}"
-        );
-        threads += 1;
+    let wanted = [
+        ("CapAmb", 0),
+        ("CapBnd", 0),
+        ("CapEff", mask),
+        ("CapInh", 0),
+        ("CapPrm", mask),
+        ("NoNewPrivs", 1),
+    ];
+    let wanted = BTreeMap::from(wanted.map(|(name, value)| (name.to_owned(), value)));
+    assert!(!held.is_empty(), "{command}");
+    for thread in held {
+        assert!(*thread == wanted, "{command}: {thread:x?}, not {wanted:x?}");
     }
-    assert!(threads > 0);
-    Ok(())
 }
 
 /// These runs wait in their grace for a peer that does not answer.
@@ -214,10 +216,10 @@ fn a_run_holds_only_the_capabilities_it_needs() -> Result<()> {
             .stderr(Stdio::null())
             .spawn()?;
         lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::LastAck)? == 1))?;
-        let held = holds(&child, set).with_context(|| method.to_owned());
+        let held = held_by(&child);
         child.kill()?;
         child.wait()?;
-        held?;
+        held_exactly(method, &held?, set);
     }
     Ok(())
 }
@@ -242,10 +244,10 @@ fn a_listing_holds_only_the_capabilities_it_needs() -> Result<()> {
             .spawn()?;
         // Once it has begun to write, it cannot end: its document does not fit into a pipe.
         std::io::Read::read_exact(&mut reader, &mut [0])?;
-        let held = holds(&child, set).with_context(|| format!("{place:?}"));
+        let held = held_by(&child);
         drop(reader);
         child.wait()?;
-        held?;
+        held_exactly(&place.join(" "), &held?, set);
     }
     Ok(())
 }
@@ -285,12 +287,12 @@ fn commands_hold_only_the_capabilities_they_need() -> Result<()> {
             let wchan = std::fs::read_to_string(format!("/proc/{}/wchan", child.id()))?;
             Ok(wchan.contains("pipe_write") || wchan.contains("pipe_wait"))
         });
-        let held = holds(&child, set).with_context(|| line.to_owned());
+        let held = held_by(&child);
         let read = std::io::Read::read_to_end(&mut reader, &mut Vec::new());
         child.wait()?;
         waits.with_context(|| line.to_owned())?;
-        held?;
         read?;
+        held_exactly(line, &held?, set);
     }
     Ok(())
 }

@@ -133,6 +133,7 @@ fn swap_descriptor(leak: &Leak) -> Result<(netns_harness::Fd, netns_harness::Fd)
     Ok((fd, ends[0].fd))
 }
 
+#[track_caller]
 fn lives(leak: &Leak, app: netns_harness::Fd, peer: netns_harness::Fd) -> Result<()> {
     leak.peer().send(&[peer], b"still here?")?;
     let got = leak.app().recv(app, 100, PATIENCE)?;

@@ -10,7 +10,7 @@ use serde_json::Value;
 pub const CWKILL: &str = env!("CARGO_BIN_EXE_cwkill");
 
 /// Longest wait for a state.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The result of a command.
 pub struct Ran {

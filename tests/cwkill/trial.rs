@@ -1,4 +1,4 @@
-//! How a test is listed, left out or run. Each module lists its tests in `TESTS`; a function that is missing there is dead
+//! How tests are listed, left out and run. Each module lists its tests in `TESTS`. A function that is missing there is dead
 //! code, which the compiler reports.
 
 use std::any::Any;
@@ -29,7 +29,7 @@ enum Body {
     EachFamily(fn(Family) -> Result<()>),
 }
 
-/// What a machine may lack, so that a test cannot run there.
+/// Something that a test needs and that not every machine has.
 #[derive(Clone, Copy, Debug)]
 pub enum Need {
     /// Its user may make cgroups, mount /proc and become other users.
@@ -92,7 +92,8 @@ impl Test {
         }
     }
 
-    /// It takes longer than about ten seconds, so it is ignored unless `--include-ignored` or `--ignored` is given.
+    /// Puts it into the slow group, which runs only with `--ignored` or `--include-ignored`: chaos, repeated kills, and tests
+    /// that take about ten seconds or more.
     pub const fn slow(self) -> Self {
         Test { slow: true, ..self }
     }

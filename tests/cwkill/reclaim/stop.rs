@@ -63,7 +63,13 @@ fn a_program_that_execs_meanwhile_goes_on() -> Result<()> {
         // It would not end if both waited for each other.
         let ran = Ran::of(&line, command.output_within(PATIENCE)?)?;
         assert!(matches!(ran.code, Some(0 | 4)), "{ran:?}");
-        reports_the_truth(&ran, &owner, &before, &fds).with_context(|| format!("run {run}"))?;
+        // During an exec, cwkill may not be able to list the descriptors. It then must not touch them.
+        if number(&ran.json(), "/unreadable_processes") == 0 {
+            reports_the_truth(&ran, &owner, &before, &fds)?;
+        } else {
+            let after = links_of(owner.pid())?;
+            assert!(fds.iter().all(|fd| before[fd] == after[fd]), "{ran:?}");
+        }
         freed += number(&ran.json(), "/summary/freed");
         assert!(!is_traced(owner.pid()), "run {run}");
         let checks = owner.report().with_context(|| format!("run {run}"))?;
@@ -176,10 +182,10 @@ fn the_stop_ends_with_its_limit() -> Result<()> {
 
     // More descriptors than the limit allows: the others are skipped and reported. Their time depends on the machine, so
     // the test tries limits until some descriptors are closed and some are not.
-    let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 4)?;
     let mut runs = Vec::new();
-    let limits = [4, 8, 12, 16, 24, 32, 48, 64, 96];
+    let limits = [4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512];
     for limit in limits.repeat(20).into_iter().map(Duration::from_millis) {
+        let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 4)?;
         let fds = owner.leak_scattered(1000)?;
         let before = links_of(owner.pid())?;
         let (ran, gap, reported) = measured(&lab, &mut owner, limit)?;
@@ -189,7 +195,6 @@ fn the_stop_ends_with_its_limit() -> Result<()> {
         let over = |why: &str| why.contains("had been stopped for") && why.contains("--stop-limit");
         let over = said.values().filter(|(_, why)| over(why)).count();
         let freed = number(&ran.json(), "/summary/freed");
-        reclaim(&lab, owner.pid(), "-q")?;
         if freed > 0 && over > 0 {
             runs.push((limit, gap, reported));
             // The owner went on within a multiple of the limit, and the report agrees.
