@@ -34,9 +34,9 @@ static _Atomic unsigned *word(unsigned offset)
 /* Submits a request to the kernel without waiting for its completion. */
 static void submit(struct io_uring_sqe request)
 {
-    unsigned tail = atomic_load(word(params.sq_off.tail)), at = tail % ENTRIES;
-    requests[at] = request;
-    ((unsigned *)(rings + params.sq_off.array))[at] = at;
+    unsigned tail = atomic_load(word(params.sq_off.tail)), i = tail % ENTRIES;
+    requests[i] = request;
+    ((unsigned *)(rings + params.sq_off.array))[i] = i;
     atomic_store(word(params.sq_off.tail), tail + 1);
     if (!(params.flags & IORING_SETUP_SQPOLL) && syscall(SYS_io_uring_enter, ring, 1, 0, 0, NULL, 0) != 1)
         die("io_uring_enter");
@@ -45,7 +45,7 @@ static void submit(struct io_uring_sqe request)
 /* Waits until the name of a thread of this process has this prefix. */
 static void until_there_is(const char *name)
 {
-    for (int look = 0; look < 5000; look++) {
+    for (int attempt = 0; attempt < 5000; attempt++) {
         DIR *tasks = opendir("/proc/self/task");
         struct dirent *task;
         int found = 0;

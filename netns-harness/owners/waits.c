@@ -178,8 +178,8 @@ void waits(int forgiving)
     void *(*all[])(void *) = {in_read, in_recv, in_recv_with_timeout, in_epoll_wait,
         in_epoll_wait_hour, in_poll, in_poll_hour, in_select, in_pause, in_nanosleep,
         in_sigtimedwait, in_semop, in_futex, in_futex_hour, on_time};
-    for (size_t at = 0; at < sizeof all / sizeof *all; at++)
-        start(all[at], NULL);
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        start(all[i], NULL);
     taker = start(takes_signals, NULL);
     start(sends_signals, &taker);
 }
@@ -199,8 +199,8 @@ struct wait {
 int waits_on(const char *mode)
 {
     static const char *const modes[] = {"poll", "ppoll", "select", "pselect", "poll-int80"};
-    for (size_t at = 0; at < sizeof modes / sizeof *modes; at++)
-        if (!strcmp(mode, modes[at]))
+    for (size_t i = 0; i < sizeof modes / sizeof *modes; i++)
+        if (!strcmp(mode, modes[i]))
             return 1;
     return 0;
 }
@@ -251,10 +251,11 @@ static void *waits_on_it(void *argument)
     return NULL;
 }
 
-/* Waits until the thread sleeps in its system call, and not in one that starts it. */
+/* Waits until the thread sleeps in its system call, and not in one that starts it. After a stop, that may be
+ * restart_syscall(2). */
 static void until_it_waits(const struct wait *wait)
 {
-    for (int look = 0; look < 10000; look++) {
+    for (int attempt = 0; attempt < 40000; attempt++) {
         char path[64], text[64] = "";
         long number = -1;
         snprintf(path, sizeof path, "/proc/self/task/%d/syscall", (int)wait->tid);
@@ -276,7 +277,7 @@ static void until_it_waits(const struct wait *wait)
         if (!strcmp(wait->mode, "poll"))
             wanted = SYS_ppoll;
 #endif
-        if (number == wanted)
+        if (number == wanted || number == SYS_restart_syscall)
             return;
         usleep(500);
     }
@@ -289,6 +290,9 @@ static int polls(const char *mode)
     return waits_on(mode) && !strstr(mode, "select");
 }
 
+/* The newest thread that waits. */
+static struct wait *newest;
+
 /* Has a thread wait on the descriptor `fd`, or on a new pipe if it is -1. The descriptor. */
 int wait_on(const char *mode, int fd)
 {
@@ -299,6 +303,7 @@ int wait_on(const char *mode, int fd)
     wait->fd = fd < 0 ? fcntl(empty_pipe[0], F_DUPFD_CLOEXEC, 0) : fd;
     start(waits_on_it, wait);
     until_it_waits(wait);
+    newest = wait;
     return wait->fd;
 }
 
@@ -306,6 +311,9 @@ int wait_on(const char *mode, int fd)
 int leak_onto(int fd)
 {
     int dead = dead_socket();
+    /* After a stop, a call that has not restarted yet would see the dead socket. */
+    if (newest)
+        until_it_waits(newest);
     if (dup3(dead, fd, O_CLOEXEC) < 0 || close(dead))
         die("dup3");
     return fd;

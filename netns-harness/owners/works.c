@@ -114,27 +114,27 @@ void *churns(void *unused)
     enum { OPEN = 16 };
     struct { int fd, dead; ino_t inode; } mine[OPEN];
     unsigned random = (unsigned)(uintptr_t)&mine ^ (unsigned)now_ns();
-    for (int at = 0; at < OPEN; at++)
-        mine[at].fd = -1;
+    for (int i = 0; i < OPEN; i++)
+        mine[i].fd = -1;
     for (;;) {
-        int at = rand_r(&random) % OPEN;
+        int i = rand_r(&random) % OPEN;
         struct stat stat;
         pthread_mutex_lock(&numbers);
-        if (mine[at].fd >= 0) {
-            int same = !fstat(mine[at].fd, &stat) && stat.st_ino == mine[at].inode;
-            int closed = same && !close(mine[at].fd);
-            if (!same && !mine[at].dead)
-                fail("descriptor %d has changed", mine[at].fd);
-            else if (!closed && !mine[at].dead)
-                fail("descriptor %d was closed by somebody", mine[at].fd);
+        if (mine[i].fd >= 0) {
+            int same = !fstat(mine[i].fd, &stat) && stat.st_ino == mine[i].inode;
+            int closed = same && !close(mine[i].fd);
+            if (!same && !mine[i].dead)
+                fail("descriptor %d has changed", mine[i].fd);
+            else if (!closed && !mine[i].dead)
+                fail("descriptor %d was closed by another process", mine[i].fd);
             atomic_fetch_add(closed ? &count : &were_taken, 1);
         }
-        mine[at].fd = open_something(&random, &mine[at].dead);
-        if (mine[at].fd < 0)
+        mine[i].fd = open_something(&random, &mine[i].dead);
+        if (mine[i].fd < 0)
             fail("open: errno %d", errno);
-        else if (fstat(mine[at].fd, &stat) && !mine[at].dead)
+        else if (fstat(mine[i].fd, &stat) && !mine[i].dead)
             fail("a new descriptor is none: errno %d", errno);
-        mine[at].inode = stat.st_ino;
+        mine[i].inode = stat.st_ino;
         pthread_mutex_unlock(&numbers);
     }
     return unused;

@@ -16,6 +16,7 @@ use procfs::CurrentSI as _;
 use crate::agent::Agent;
 use crate::lab::{Family, Lab, Leak, Listen, Options};
 use crate::owners::stops;
+use crate::program::{beside_this_program, is_found};
 use crate::{TcpState, privilege, scenario};
 
 /// Age of the sockets when a command kills them. On a real host they are older, and cwkill checks sockets younger than a
@@ -104,7 +105,7 @@ impl Bench {
         let cwkill = beside_this_program(&self.cwkill)?;
         let cwkill = cwkill.display().to_string();
         ensure!(
-            on_path(&cwkill),
+            is_found(&cwkill),
             "no program {cwkill}: build it (cargo build --release --workspace) or name it with --cwkill"
         );
         if self.reclaim {
@@ -167,7 +168,7 @@ impl Bench {
         let mut missing = BTreeMap::new();
         for subjects in [&mut listers, &mut killers] {
             subjects.retain(|subject| {
-                let found = on_path(&subject.arguments[0]);
+                let found = is_found(&subject.arguments[0]);
                 if !found {
                     missing.insert(subject.arguments[0].clone(), ());
                 }
@@ -326,23 +327,4 @@ fn print(title: &str, groups: &[Vec<Subject>]) {
             );
         }
     }
-}
-
-/// Looks for a bare name in the directory of this program first.
-pub(crate) fn beside_this_program(program: &Path) -> Result<PathBuf> {
-    let this = std::env::current_exe().context("find the path of this program")?;
-    let beside = this.with_file_name(program);
-    Ok(if program.components().count() == 1 && beside.exists() {
-        beside
-    } else {
-        program.to_owned()
-    })
-}
-
-pub(crate) fn on_path(program: &str) -> bool {
-    if program.contains('/') {
-        return Path::new(program).exists();
-    }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|directory| directory.join(program).exists())
 }

@@ -92,7 +92,8 @@ impl Default for Options {
             port: 8080,
             listen: Listen::Any,
             own: false,
-            deadline: Duration::from_secs(20),
+            // Generous: the wait ends as soon as the state is reached.
+            deadline: Duration::from_secs(60),
         }
     }
 }

@@ -25,7 +25,7 @@
 //! - `agent`: the processes that own the sockets, and their handles
 //! - `role`, `spawner`: start the processes of the lab by re-executing the calling program
 //! - `privilege`: root, or root of a user namespace
-//! - `rtnetlink`: links and addresses
+//! - `rtnetlink`: links and addresses; `program`: finds programs
 //! - `kernel`, `ss`: the sockets as the kernel and as `ss` show them; `verify`: compares them with a scenario
 //! - `bench`: compares `cwkill` with similar tools
 //! - [`owners`]: real programs that leak, and the effect of reclaiming on them
@@ -41,6 +41,7 @@ mod kernel;
 mod lab;
 pub mod owners;
 mod privilege;
+mod program;
 mod role;
 mod rtnetlink;
 mod run;

@@ -10,7 +10,7 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
@@ -22,6 +22,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::{Gid, Pid, Uid};
 use serde::{Deserialize, Serialize};
 
+use crate::program::is_found;
 use crate::run::{self, RunRequest};
 use crate::{agent, chaos};
 
@@ -214,7 +215,8 @@ fn run_specified(specification: &OsStr, arguments: Vec<OsString>) -> Result<i32>
             let (program, rest) = arguments.split_first().context("no command to run")?;
             let error = Command::new(program).args(rest).exec();
             eprintln!("netns-harness: cannot run `{}`: {error}", program.display());
-            // The exit statuses of a shell.
+            // The exit statuses of a shell. The errno of execvp(3) is not enough: it is EACCES, too, if the program is
+            // missing and a directory of PATH cannot be searched.
             Ok(if is_found(program) { 126 } else { 127 })
         }
     }
@@ -240,14 +242,4 @@ fn close_inherited() -> Result<()> {
 pub(crate) fn raise_descriptor_limit() -> nix::Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
-}
-
-/// Whether the program exists. The errno of execvp(3) is not enough: it is EACCES, too, if the program is missing and a
-/// directory of PATH cannot be searched.
-fn is_found(program: &OsStr) -> bool {
-    if program.as_bytes().contains(&b'/') {
-        return Path::new(program).exists();
-    }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|directory| directory.join(program).exists())
 }

@@ -425,13 +425,15 @@ fn without_privileges_missing_information_is_reported() -> Result<()> {
 const LEAKY_PYTHON: &str = "
 import ctypes, os, platform, signal, socket, sys, threading
 signal.alarm(60)
+# No thread demands the interpreter's lock. The child below would wait for that thread for ever.
+sys.setswitchinterval(1000)
 server = socket.create_server(('127.0.0.1', 7001))
 peer = socket.create_connection(('127.0.0.1', 7001))
 accepted, _ = server.accept()
 peer.shutdown(socket.SHUT_WR)
 assert accepted.recv(1) == b''
 def sleep():
-    # Keeps the interpreter's lock, which the child would else wait for if another thread had it.
+    # Keeps the interpreter's lock, for which the child would wait for ever if another thread had it.
     libc = ctypes.PyDLL(None)
     clone = {'x86_64': 56, 'aarch64': 220}[platform.machine()]
     us = threading.get_native_id()

@@ -51,7 +51,7 @@ use workers::{Event, EventSender, Progress, Worker};
 
 use crate::kernel::TcpState;
 use crate::lab::{Family, Lab};
-use crate::{bench, privilege};
+use crate::{privilege, program};
 
 /// Stack size of a thread with one connection, in bytes.
 const STACK: usize = 128 << 10;
@@ -279,9 +279,10 @@ impl Chaos {
                 vec![Killer::other(name, &words)]
             }
             None => {
-                let program = bench::beside_this_program(&self.cwkill)?;
-                let cwkill =
-                    |method| Killer::cwkill(&program, method, options.ports(), options.min_age);
+                let cwkill_program = program::beside_this_program(&self.cwkill)?;
+                let cwkill = |method| {
+                    Killer::cwkill(&cwkill_program, method, options.ports(), options.min_age)
+                };
                 self.method.iter().map(|method| cwkill(method)).collect()
             }
         };

@@ -19,9 +19,6 @@ use crate::kernel::canonical;
 /// How long a bystander waits for a byte. Far above any retransmission: bytes that are not there by then are lost.
 pub(super) const BYTE_TIMEOUT: Duration = Duration::from_secs(20);
 
-const MAGIC: u8 = 0xc4;
-const HEADER_LEN: usize = 24;
-
 /// The largest payload that a header may announce, in bytes.
 const MAX_PAYLOAD: u32 = 1 << 20;
 
@@ -33,7 +30,7 @@ pub(super) enum Side {
 }
 
 /// How a connection goes on after a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Then {
     /// The server replies, and the client sends another request.
     More,
@@ -53,35 +50,8 @@ pub(super) enum Then {
     Stream { replies: u16 },
 }
 
-impl Then {
-    fn code(self) -> (u8, u16) {
-        match self {
-            Self::More => (0, 0),
-            Self::ServerCloses => (1, 0),
-            Self::ClientCloses => (2, 0),
-            Self::Stream { replies } => (3, replies),
-            Self::Leak { read, watch, ms } => (4 + u8::from(read) + 2 * u8::from(watch), ms),
-        }
-    }
-
-    fn from_code(code: u8, number: u16) -> Option<Self> {
-        Some(match code {
-            0 => Self::More,
-            1 => Self::ServerCloses,
-            2 => Self::ClientCloses,
-            3 => Self::Stream { replies: number },
-            4..=7 => Self::Leak {
-                read: code & 1 != 0,
-                watch: code & 2 != 0,
-                ms: number,
-            },
-            _ => return None,
-        })
-    }
-}
-
-/// The beginning of a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The beginning of a request. On the wire it is JSON after two bytes with its length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Header {
     /// The connection's number in the run.
     pub id: u64,
@@ -95,33 +65,15 @@ pub(super) struct Header {
 }
 
 impl Header {
-    fn encode(&self) -> [u8; HEADER_LEN] {
-        let (code, number) = self.then.code();
-        let mut bytes = [0; HEADER_LEN];
-        bytes[0] = MAGIC;
-        bytes[1] = code;
-        bytes[2..4].copy_from_slice(&number.to_le_bytes());
-        bytes[4..12].copy_from_slice(&self.id.to_le_bytes());
-        bytes[12..16].copy_from_slice(&self.round.to_le_bytes());
-        bytes[16..20].copy_from_slice(&self.request.to_le_bytes());
-        bytes[20..24].copy_from_slice(&self.reply.to_le_bytes());
-        bytes
+    fn encode(&self) -> Vec<u8> {
+        let json = serde_json::to_vec(self).expect("a header is plain data");
+        let len = u16::try_from(json.len()).expect("a header is short");
+        [&len.to_be_bytes()[..], &json].concat()
     }
 
-    fn decode(bytes: &[u8; HEADER_LEN]) -> Option<Self> {
-        let u32_at = |offset: usize| {
-            let bytes = bytes[offset..].first_chunk();
-            bytes.map(|&bytes| u32::from_le_bytes(bytes))
-        };
-        let header = Self {
-            id: u64::from(u32_at(4)?) | u64::from(u32_at(8)?) << 32,
-            round: u32_at(12)?,
-            request: u32_at(16)?,
-            reply: u32_at(20)?,
-            then: Then::from_code(bytes[1], u16::from_le_bytes([bytes[2], bytes[3]]))?,
-        };
-        let valid = bytes[0] == MAGIC && header.request.max(header.reply) <= MAX_PAYLOAD;
-        valid.then_some(header)
+    fn decode(json: &[u8]) -> Option<Self> {
+        let header: Self = serde_json::from_slice(json).ok()?;
+        (header.request.max(header.reply) <= MAX_PAYLOAD).then_some(header)
     }
 }
 
@@ -260,7 +212,7 @@ impl Connection {
     }
 
     pub fn send_request(&mut self, header: &Header) -> Result<(), WireError> {
-        let mut bytes = header.encode().to_vec();
+        let mut bytes = header.encode();
         bytes.extend(payload(
             header.id,
             header.round,
@@ -272,14 +224,16 @@ impl Connection {
 
     /// The header of the next request; `None` after an orderly end.
     pub fn read_header(&mut self) -> Result<Option<Header>, WireError> {
-        let mut bytes = [0; HEADER_LEN];
-        if self.read(&mut bytes[..1])? == 0 {
+        let mut len = [0; 2];
+        if self.read(&mut len[..1])? == 0 {
             return Ok(None);
         }
-        self.fill(&mut bytes[1..])?;
-        match Header::decode(&bytes) {
+        self.fill(&mut len[1..])?;
+        let mut json = vec![0; u16::from_be_bytes(len).into()];
+        self.fill(&mut json)?;
+        match Header::decode(&json) {
             Some(header) => Ok(Some(header)),
-            None => Err(WireError::new(format!("not a header: {bytes:02x?}"))),
+            None => Err(WireError::new(format!("not a header: {json:02x?}"))),
         }
     }
 
@@ -384,32 +338,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn headers_survive_the_wire() {
-        let leak = |read, watch| Then::Leak {
-            read,
-            watch,
-            ms: 513,
+    fn a_header_survives_the_wire_if_its_payloads_are_small() {
+        let mut header = Header {
+            id: u64::MAX,
+            round: 9,
+            request: MAX_PAYLOAD,
+            reply: 3,
+            then: Then::Leak {
+                read: true,
+                watch: false,
+                ms: 513,
+            },
         };
-        for then in [
-            Then::More,
-            Then::ServerCloses,
-            Then::ClientCloses,
-            Then::Stream { replies: 700 },
-            leak(false, false),
-            leak(true, false),
-            leak(false, true),
-            leak(true, true),
-        ] {
-            let header = Header {
-                id: 0x0102_0304_0506_0708,
-                round: 9,
-                request: 70_000,
-                reply: 3,
-                then,
-            };
-            assert_eq!(Header::decode(&header.encode()), Some(header));
-        }
-        assert_eq!(Header::decode(&[0; HEADER_LEN]), None);
+        let bytes = header.encode();
+        assert_eq!(
+            usize::from(u16::from_be_bytes([bytes[0], bytes[1]])),
+            bytes.len() - 2
+        );
+        assert_eq!(Header::decode(&bytes[2..]), Some(header));
+        header.reply = MAX_PAYLOAD + 1;
+        assert_eq!(Header::decode(&header.encode()[2..]), None);
+        assert_eq!(Header::decode(b"\0\0"), None);
     }
 
     #[test]

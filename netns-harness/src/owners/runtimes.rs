@@ -17,9 +17,9 @@ use clap::ValueEnum;
 use serde_json::Value;
 
 use super::{BuildDir, descriptors};
-use crate::bench::{beside_this_program, on_path};
 use crate::host::Host;
 use crate::kernel::TcpState;
+use crate::program::{beside_this_program, is_found};
 use crate::{lab::Lab, privilege};
 
 /// The language of a server.
@@ -57,7 +57,7 @@ impl Runtime {
             Self::Node => &["node"],
             Self::Python => &["python3"],
         };
-        tools.iter().copied().find(|tool| !on_path(tool))
+        tools.iter().copied().find(|tool| !is_found(tool))
     }
 
     /// Whether plain `--reclaim` skips its connections: they are in an epoll set, or a collector may close them.

@@ -7,8 +7,8 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 use super::{BuildDir, Owner};
-use crate::bench::on_path;
 use crate::lab::Lab;
+use crate::program::is_found;
 
 /// Descriptors to close per run.
 const DESCRIPTORS: usize = 100;
@@ -62,7 +62,7 @@ pub(crate) fn run(cwkill: &Path, runs: u32) -> Result<()> {
             );
         }
         // gdb is slow, and its times vary little, so a third of the runs is enough.
-        if on_path("gdb") && run < runs.div_ceil(3) {
+        if is_found("gdb") && run < runs.div_ceil(3) {
             let leaked = owner.leak(DESCRIPTORS)?;
             owner.longest_gap()?;
             let mut command = lab
@@ -90,7 +90,7 @@ pub(crate) fn run(cwkill: &Path, runs: u32) -> Result<()> {
     ] {
         print(name, gaps);
     }
-    if !on_path("gdb") {
+    if !is_found("gdb") {
         println!("gdb is not installed, so not measured");
     }
     owner.report()?;

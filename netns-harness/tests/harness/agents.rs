@@ -10,6 +10,9 @@ use netns_harness::{
     SocketOption, pattern,
 };
 
+use procfs::FromRead as _;
+use procfs::process::{Process, Status};
+
 use crate::support::{DEADLINE, has_other_users};
 
 pub fn tests() -> Vec<Trial> {
@@ -185,9 +188,8 @@ fn ends_when_dropped_with_its_children() -> Result<()> {
 
 /// Whether the process exists and is not a zombie.
 fn is_running(pid: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ")
-        .is_some_and(|(_, rest)| !rest.starts_with('Z'))
+    let stat = Process::new(pid.cast_signed()).and_then(|process| process.stat());
+    stat.is_ok_and(|stat| stat.state != 'Z')
 }
 
 fn a_dead_agent_is_noticed() -> Result<()> {
@@ -230,15 +232,21 @@ fn a_command_runs_on_the_host() -> Result<()> {
     Ok(())
 }
 
-/// The `Cap…` lines of a command's /proc/self/status as numbers.
-fn capabilities(output: &std::process::Output) -> Result<Vec<(String, u64)>> {
-    let text = String::from_utf8(output.stdout.clone())?;
-    let lines = text
-        .lines()
-        .filter_map(|line| line.strip_prefix("Cap")?.split_once(":\t"));
-    lines
-        .map(|(set, mask)| Ok((set.to_owned(), u64::from_str_radix(mask, 16)?)))
-        .collect()
+/// The five capability sets of a command that has printed its /proc/self/status.
+fn capabilities(output: &std::process::Output) -> Result<[u64; 5]> {
+    let status = Status::from_read(&*output.stdout)?;
+    let Status {
+        capinh,
+        capprm,
+        capeff,
+        capbnd: Some(capbnd),
+        capamb: Some(capamb),
+        ..
+    } = status
+    else {
+        bail!("an incomplete /proc/self/status: {status:?}")
+    };
+    Ok([capinh, capprm, capeff, capbnd, capamb])
 }
 
 fn a_command_keeps_only_the_capabilities_it_is_given() -> Result<()> {
@@ -252,10 +260,7 @@ fn a_command_keeps_only_the_capabilities_it_is_given() -> Result<()> {
         ),
     ] {
         let sets = capabilities(&status().capabilities(keep).output()?)?;
-        ensure!(
-            sets.len() == 5 && sets.iter().all(|&(_, have)| have == mask),
-            "{keep:?}: {sets:x?}"
-        );
+        ensure!(sets == [mask; 5], "{keep:?}: {sets:x?}");
     }
     Ok(())
 }
@@ -282,7 +287,7 @@ fn another_user_where_there_is_one() -> Result<()> {
         .capabilities(&raw)
         .output()?;
     let sets = capabilities(&status)?;
-    ensure!(sets.iter().all(|&(_, have)| have == 1 << 13), "{sets:x?}");
+    ensure!(sets == [1 << 13; 5], "{sets:x?}");
     // The agent's /proc entry belongs to the user, as that of any program that the user starts.
     let agent = host.agent_as(&AgentOptions {
         comm: "app".into(),

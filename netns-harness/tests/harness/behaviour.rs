@@ -168,19 +168,14 @@ fn a_peer_that_never_answers_does_not_send_its_syn_again() -> Result<()> {
     Ok(())
 }
 
-fn status(pid: u32, field: &str) -> Result<String> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let value = text
-        .lines()
-        .find_map(|line| line.strip_prefix(field))
-        .context("no such field")?;
-    Ok(value.trim_start_matches(':').trim().to_owned())
+fn status(pid: u32) -> Result<procfs::process::Status> {
+    Ok(procfs::process::Process::new(pid.cast_signed())?.status()?)
 }
 
 fn a_stopped_application_is_stopped() -> Result<()> {
     let lab = Lab::new()?;
     let leak = start(&lab, "stopped", Family::V4)?;
-    ensure!(status(leak.app().pid(), "State")?.starts_with('T') && leak.app().is_alive());
+    ensure!(status(leak.app().pid())?.state.starts_with('T') && leak.app().is_alive());
     leak.app().signal(netns_harness::Signal::SIGCONT)?;
     let (app, _) = first(&leak)?;
     ensure!(leak.app().recv(app, 1, DEADLINE)? == Recv::Eof);
@@ -190,7 +185,7 @@ fn a_stopped_application_is_stopped() -> Result<()> {
 fn threads_are_threads() -> Result<()> {
     let lab = Lab::new()?;
     let leak = start(&lab, "threads", Family::V4)?;
-    ensure!(status(leak.app().pid(), "Threads")? == "51");
+    ensure!(status(leak.app().pid())?.threads == 51);
     Ok(())
 }
 

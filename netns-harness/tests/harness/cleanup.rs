@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
+use procfs::process::Process;
 
 use crate::support::{harness, wait_for_line, wait_until};
 
@@ -154,8 +155,8 @@ fn namespace(pid: u32) -> Option<String> {
 }
 
 fn parent(pid: u32) -> Option<u32> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
+    let stat = Process::new(pid.cast_signed()).and_then(|process| process.stat());
+    stat.ok().map(|stat| stat.ppid.cast_unsigned())
 }
 
 fn after_the_command_ends() -> Result<()> {
