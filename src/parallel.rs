@@ -24,7 +24,9 @@ pub fn prepare() -> Result<(), rayon::ThreadPoolBuildError> {
         true => {
             let give = move |thread| {
                 let started = started.pop().expect("one for each thread of the pool");
-                started.send(thread).map_err(|_| io::ErrorKind::BrokenPipe.into())
+                started
+                    .send(thread)
+                    .map_err(|_| io::ErrorKind::BrokenPipe.into())
             };
             pool.num_threads(wanted).spawn_handler(give).build_global()
         }
