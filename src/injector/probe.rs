@@ -307,7 +307,7 @@ impl Drop for Keepalive {
 fn keepalive_error(errno: Errno) -> MethodError {
     match errno {
         Errno::ERANGE => MethodError::SystemCall(
-            "keepalive values of the socket (from net.ipv4.tcp_keepalive_*?) that could not be put back",
+            "keepalive values of the socket (from net.ipv4.tcp_keepalive_*?) that could not be restored",
             errno,
         ),
         _ => MethodError::SystemCall("keepalive", errno),

@@ -111,7 +111,7 @@ impl Method {
             | TcpState::SynRecv => None,
             TcpState::Listen => Some("closing a listener takes its service down; stop the service"),
             TcpState::SynSent => Some("its application is still opening it"),
-            TcpState::Close | TcpState::Unknown(_) => Some("it is no connection"),
+            TcpState::Close | TcpState::Unknown(_) => Some("it is not a connection"),
         }
     }
 }

@@ -96,7 +96,7 @@ pub enum SkipReason {
     #[error("would lose {0} unsent bytes (--discard-unsent allows it)")]
     UnsentData(u32),
     /// It no longer has the age or the cause that was asked for.
-    #[error("no longer has the age or cause asked for")]
+    #[error("no longer has the selected age or cause")]
     NoLongerSelected,
     /// The application accepted it after the plan was made.
     #[error("the application accepted it meanwhile")]
@@ -123,7 +123,7 @@ pub enum Exclusion {
     #[error("no known owner")]
     NoOwner,
     /// The owners were not searched for.
-    #[error("owners were not looked for (--no-owners)")]
+    #[error("owners were not searched for (--no-owners)")]
     OwnersNotSearched,
     /// It would lose this many bytes that are queued to the peer.
     #[error("would lose {0} unsent bytes (--discard-unsent allows it)")]
@@ -168,7 +168,7 @@ pub enum MethodError {
     UnsentData(u32),
     /// No ACK with the sequence numbers was seen within the grace; and why TCP_REPAIR did not give them.
     #[error(
-        "{}no ACK could be drawn from it within the grace (is something dropping packets on lo: nftables, conntrack's invalid \
+        "{}the socket sent no ACK within the grace (is something dropping packets on lo: nftables, conntrack's invalid \
          state? is there a route to the peer, does it answer ARP? TCP-MD5 or TCP-AO, NAT on this host?)",
         Prefix(.0.as_deref())
     )]
@@ -187,8 +187,8 @@ pub enum MethodError {
     /// The order was given, and whether it was carried out is not known.
     #[error("the kernel's answer was lost: {}", os_error(.0))]
     AnswerLost(Errno),
-    /// A step ended in a bug of cwkill; EIO stands for the errno that there is not.
-    #[error("a bug of cwkill, list again to see the state: {}", os_error(&Errno::EIO))]
+    /// A step ended in a bug in cwkill.
+    #[error("a bug in cwkill, list again to see the state")]
     Bug,
     /// Anything else: the system call and its errno.
     #[error("{}: {}", .0, os_error(.1))]
@@ -232,7 +232,6 @@ impl MethodError {
             | MethodError::AnswerLost(errno)
             | MethodError::SystemCall(_, errno) => Some(*errno),
             MethodError::NoAck(repair) => repair.as_ref()?.errno(),
-            MethodError::Bug => Some(Errno::EIO),
             MethodError::Gone
             | MethodError::DescriptorsGone
             | MethodError::ForeignPidNamespace
@@ -240,7 +239,8 @@ impl MethodError {
             | MethodError::UnsentData(_)
             | MethodError::RstIgnored
             | MethodError::PeerAlive
-            | MethodError::PeerSilent => None,
+            | MethodError::PeerSilent
+            | MethodError::Bug => None,
         }
     }
 }

@@ -254,7 +254,7 @@ fn the_errno_is_that_of_the_system_call() {
     assert!(
         no_ack
             .to_string()
-            .contains(": needs CAP_NET_ADMIN; no ACK could be drawn"),
+            .contains(": needs CAP_NET_ADMIN; the socket sent no ACK"),
         "{no_ack}"
     );
     assert_eq!(MethodError::NoAck(None).errno(), None);
