@@ -248,7 +248,7 @@ fn without_owners_the_listing_says_so() -> Result<()> {
     }
     let table = cwkill(&lab, "--all --no-owners")?.exits(0);
     assert!(!table.stdout.contains("unknown"), "{table:#?}");
-    table.complains("owners were not looked for");
+    table.complains("owners were not searched for");
     assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
     Ok(())
 }

@@ -170,8 +170,7 @@ fn listing_and_dry_run_change_no_owner() -> Result<()> {
     for (one, fd) in said.iter().zip(&fds) {
         assert_eq!(at(one, "/fd"), fd.to_string());
         assert_eq!(at(one, "/pid"), owner.pid().to_string());
-        assert_eq!(at(one, "/safe"), "true");
-        assert_eq!(at(one, "/dead_by"), "state-close");
+        assert_eq!(at(one, "/closable"), "true");
         assert_eq!(at(one, "/local/address"), "127.0.0.1");
         let quiet = Duration::from_millis(number(one, "/quiet_ms"));
         assert!(quiet <= began.elapsed(), "{one}");

@@ -36,7 +36,7 @@ fn descriptors_in_an_epoll_set_are_skipped() -> Result<()> {
         "in the epoll set of descriptor",
     )?;
     let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?);
-    assert_eq!(at(&dry[0], "/safe"), "false");
+    assert_eq!(at(&dry[0], "/closable"), "false");
     let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(0);
     assert_eq!(number(&ran.json(), "/summary/freed"), 3);
     Ok(())

@@ -42,7 +42,7 @@ fn descriptors_that_an_io_uring_may_use_are_skipped() -> Result<()> {
         let fds = owner.leak(2)?;
         let try_it = |owner: &mut Owner| -> Result<()> {
             let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?);
-            assert_eq!(at(&dry[0], "/safe"), "false");
+            assert_eq!(at(&dry[0], "/closable"), "false");
             let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
             left(&ran, owner, &fds, "skipped", why)?;
             let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(0);
@@ -84,7 +84,7 @@ fn a_32_bit_program_is_skipped() -> Result<()> {
     let mut owner = Owner::start(lab.app_host(), Build::Bits32, "idle", 1)?;
     let fds = owner.leak(3)?;
     let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?);
-    assert_eq!(at(&dry[0], "/safe"), "false");
+    assert_eq!(at(&dry[0], "/closable"), "false");
     for force in ["", "--reclaim-force"] {
         let ran = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.exits(4);
         left(&ran, &mut owner, &fds, "skipped", "32-bit program")?;

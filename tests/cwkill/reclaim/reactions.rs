@@ -77,7 +77,7 @@ fn descriptors_with_unread_data_are_skipped() -> Result<()> {
     let fds = owner.leak_unread(2)?;
     let pid = owner.pid();
     for one in descriptors(&reclaim(&own, pid, "-n --json")?.exits(0)) {
-        assert_eq!(at(&one, "/safe"), "false");
+        assert_eq!(at(&one, "/closable"), "false");
         assert_eq!(at(&one, "/unread"), BYTES);
     }
     let ran = reclaim(&own, pid, "--json")?.exits(4);
