@@ -179,7 +179,7 @@ impl<'a> Builder<'a> {
             MethodError::NotSupported(..) => {
                 "Linux 5.6 or later, and a seccomp profile that allows pidfd_open and pidfd_getfd".into()
             }
-            MethodError::ForeignPidNamespace => {
+            MethodError::OtherPidNamespace => {
                 "mount -t proc proc /proc in this pid namespace, or run cwkill outside".into()
             }
             MethodError::NoAck(_) | MethodError::RstIgnored => {

@@ -75,7 +75,7 @@ impl Duplicator {
     /// A pidfd of exactly the process that was seen.
     fn pidfd(&mut self, id: ProcessId) -> Result<&OwnedFd, MethodError> {
         if !self.same_pids {
-            return Err(MethodError::ForeignPidNamespace);
+            return Err(MethodError::OtherPidNamespace);
         }
         if !self.pidfds.contains_key(&id) {
             let pidfd = self.open_pidfd(id)?;

@@ -118,7 +118,7 @@ pub enum ReclaimReason {
     #[strum(serialize = "32-bit-syscall")]
     Makes32bitSyscalls(i32),
     /// /proc shows another pid namespace than the one cwkill runs in.
-    #[error("{}", MethodError::ForeignPidNamespace)]
+    #[error("{}", MethodError::OtherPidNamespace)]
     OtherPidNamespace,
     /// This thread of the owner did not stop within the limit.
     #[error("thread {0} did not stop within {limit} (--stop-limit); nothing was done", limit = format_duration(*.1))]
@@ -149,7 +149,7 @@ pub enum ReclaimReason {
     Bug,
     /// Another system call failed: its name or purpose, and its errno.
     #[error("{0}: {error}", error = os_error(.1))]
-    SystemError(&'static str, Errno),
+    SystemCall(&'static str, Errno),
 }
 
 impl ReclaimReason {
@@ -208,7 +208,7 @@ impl ReclaimReason {
             | ReclaimReason::CloseHangs
             | ReclaimReason::StillOpen
             | ReclaimReason::Bug
-            | ReclaimReason::SystemError(..) => ReclaimOutcome::Failed(self),
+            | ReclaimReason::SystemCall(..) => ReclaimOutcome::Failed(self),
         }
     }
 }
@@ -376,7 +376,7 @@ mod tests {
                 "close-hangs",
                 "still-open",
                 "bug",
-                "system-error",
+                "system-call",
             ]
         );
         assert_eq!(
@@ -403,10 +403,22 @@ mod tests {
 
     #[test]
     fn an_errno_is_printed_as_an_io_error() {
-        let reason = ReclaimReason::SystemError("close", Errno::EIO);
+        let reason = ReclaimReason::SystemCall("close", Errno::EIO);
         let text = io::Error::from_raw_os_error(libc::EIO);
         assert_eq!(reason.to_string(), format!("close: {text}"));
         let reason = ReclaimReason::Traced(7, Some("a\nb".into()));
         assert_eq!(reason.to_string(), "its process is traced by a\\nb/7");
+    }
+
+    #[test]
+    fn the_man_page_lists_every_code() {
+        let page = include_str!("../../man/cwkill-reclaim.8");
+        let reasons = ReclaimReason::VARIANTS.iter();
+        // The evidence has codes of its own.
+        let reasons = reasons.filter(|code| **code != "in-use");
+        for code in reasons.chain(InUse::VARIANTS) {
+            let line = format!("\n.B {}\n", code.replace('-', "\\-"));
+            assert!(page.contains(&line), "{code}");
+        }
     }
 }

@@ -153,7 +153,7 @@ pub enum MethodError {
     #[error(
         "/proc shows another pid namespace than cwkill runs in; mount one of its own, or run it outside"
     )]
-    ForeignPidNamespace,
+    OtherPidNamespace,
     /// A privilege is missing; the kernel's answer is kept.
     #[error("{}: needs {}", os_error(.1), .0)]
     NotPermitted(Privilege, Errno),
@@ -234,7 +234,7 @@ impl MethodError {
             MethodError::NoAck(repair) => repair.as_ref()?.errno(),
             MethodError::Gone
             | MethodError::DescriptorsGone
-            | MethodError::ForeignPidNamespace
+            | MethodError::OtherPidNamespace
             | MethodError::OrphanOnOldKernel
             | MethodError::UnsentData(_)
             | MethodError::RstIgnored

@@ -207,7 +207,7 @@ fn codes_are_stable() {
         [
             "gone",
             "descriptors-gone",
-            "foreign-pid-namespace",
+            "other-pid-namespace",
             "not-permitted",
             "not-supported",
             "orphan-on-old-kernel",
@@ -259,4 +259,23 @@ fn the_errno_is_that_of_the_system_call() {
     );
     assert_eq!(MethodError::NoAck(None).errno(), None);
     assert_eq!(MethodError::Bug.errno(), None);
+}
+
+#[test]
+fn the_man_page_lists_every_code() {
+    let page = include_str!("../../man/cwkill.8");
+    let page = page
+        .split(".SH \"REASON CODES\"")
+        .nth(1)
+        .expect("the section");
+    let lists = [
+        SkipReason::VARIANTS,
+        Exclusion::VARIANTS,
+        MethodError::VARIANTS,
+        &["still-there"],
+    ];
+    for code in lists.concat() {
+        let line = format!("\n.B {}\n", code.replace('-', "\\-"));
+        assert!(page.contains(&line), "{code}");
+    }
 }

@@ -23,7 +23,7 @@ impl OwnerError {
     pub(super) fn of_step(step: &'static str, error: &io::Error) -> Self {
         match errno_of(error) {
             Errno::ESRCH => OwnerError::Exited,
-            errno => ReclaimReason::SystemError(step, errno).into(),
+            errno => ReclaimReason::SystemCall(step, errno).into(),
         }
     }
 }
@@ -39,7 +39,7 @@ impl From<Errno> for OwnerError {
         match errno {
             Errno::ESRCH | Errno::ENOENT => OwnerError::Exited,
             Errno::EPERM | Errno::EACCES => ReclaimReason::NotPermitted(errno).into(),
-            errno => ReclaimReason::SystemError("reading the process", errno).into(),
+            errno => ReclaimReason::SystemCall("reading the process", errno).into(),
         }
     }
 }

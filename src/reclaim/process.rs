@@ -98,7 +98,7 @@ fn stop_once(
             }
             // For example at the limit of tasks.
             Err(error) => {
-                let reason = ReclaimReason::SystemError("starting a thread", errno_of(&error));
+                let reason = ReclaimReason::SystemCall("starting a thread", errno_of(&error));
                 (Duration::ZERO, Err(reason.into()))
             }
         }
@@ -236,7 +236,7 @@ fn close_outcome(owner: &InspectedProcess<'_>, fd: RemoteFd, result: i64) -> Rec
         Ok(libc::EBADF) => ReclaimOutcome::Gone,
         _ if owner.is_free(fd) => ReclaimOutcome::Freed,
         Ok(errno) if errno > 0 => {
-            ReclaimReason::SystemError("close", Errno::from_raw(errno)).into_outcome()
+            ReclaimReason::SystemCall("close", Errno::from_raw(errno)).into_outcome()
         }
         _ => ReclaimReason::StillOpen.into_outcome(),
     }

@@ -219,7 +219,7 @@ impl RemoteSyscall {
         write_registers(self.tid, &replacement)?;
         #[cfg(target_arch = "aarch64")]
         ptrace::set_call_number(self.tid, i32::try_from(number).unwrap_or(-1))
-            .map_err(|error| ReclaimReason::SystemError("PTRACE_SETREGSET", errno_of(&error)))?;
+            .map_err(|error| ReclaimReason::SystemCall("PTRACE_SETREGSET", errno_of(&error)))?;
         self.thread().resume()?;
         self.phase = Phase::InRemoteCall;
         self.finish_call(is_done)
@@ -356,7 +356,7 @@ fn enter_own_call(
                 // It computes. Stopped again, it can be released like any other, unless it has come to a call at last: it must
                 // not be released at the entry of one (docs/decisions/reclaim.md).
                 ptrace::interrupt(thread.tid).map_err(|error| {
-                    ReclaimReason::SystemError("PTRACE_INTERRUPT", errno_of(&error))
+                    ReclaimReason::SystemCall("PTRACE_INTERRUPT", errno_of(&error))
                 })?;
                 return match thread.wait(deadline)? {
                     ThreadState::AtSyscall => Ok(own_call_entry(thread.tid)),

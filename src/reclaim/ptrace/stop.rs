@@ -81,7 +81,7 @@ impl Thread {
         loop {
             let waiting = ptrace::peek_stop(self.tid).or_else(|error| match errno_of(&error) {
                 Errno::ECHILD => Ok(Waiting::End),
-                errno => Err(ReclaimReason::SystemError("waitid", errno)),
+                errno => Err(ReclaimReason::SystemCall("waitid", errno)),
             })?;
             self.state = match waiting {
                 Waiting::Nothing => ThreadState::Running,
@@ -368,7 +368,7 @@ impl StoppedProcess {
             // example the first thread of a process whose others run on.
             Errno::EPERM if has_ended(proc, self.pid, tid) => Ok(()),
             errno @ Errno::EPERM => Err(ReclaimReason::NotPermitted(errno).into()),
-            errno => Err(ReclaimReason::SystemError("PTRACE_SEIZE", errno).into()),
+            errno => Err(ReclaimReason::SystemCall("PTRACE_SEIZE", errno).into()),
         })
     }
 

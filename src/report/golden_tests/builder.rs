@@ -110,7 +110,7 @@ fn method_error(word: &str) -> MethodError {
     match word {
         "gone" => MethodError::Gone,
         "descriptors-gone" => MethodError::DescriptorsGone,
-        "foreign-proc" => MethodError::ForeignPidNamespace,
+        "foreign-proc" => MethodError::OtherPidNamespace,
         "denied-net-admin" => denied(Privilege::NetAdmin),
         "denied-net-raw" => denied(Privilege::NetRaw),
         "denied-ptrace" => denied(Privilege::Ptrace),
@@ -229,8 +229,8 @@ fn reason(word: &str) -> ReclaimReason {
                 "hangs" => ReclaimReason::CloseHangs,
                 "still-taken" => ReclaimReason::StillOpen,
                 "bug" => ReclaimReason::Bug,
-                "os" => ReclaimReason::SystemError("ptrace", Errno::ESRCH),
-                "os-no-errno" => ReclaimReason::SystemError(
+                "os" => ReclaimReason::SystemCall("ptrace", Errno::ESRCH),
+                "os-no-errno" => ReclaimReason::SystemCall(
                     "reading",
                     errno_of(&io::ErrorKind::UnexpectedEof.into()),
                 ),
