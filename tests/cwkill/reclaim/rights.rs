@@ -57,7 +57,7 @@ fn descriptors_inherited_by_cwkill_are_skipped() -> Result<()> {
         assert_eq!(said.len(), 1);
         assert_eq!(at(&said[0], "/outcome"), "skipped");
         let why = reason(&said[0]);
-        assert!(why.contains("cwkill itself was started with it"), "{why}");
+        assert!(why.contains("cwkill itself inherited it"), "{why}");
     }
     Ok(())
 }
