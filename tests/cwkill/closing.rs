@@ -290,7 +290,7 @@ fn an_unknown_owner_leaves_the_descriptor_unknown() -> Result<()> {
     let ran = ran(command.args(["--all", "--json"]))?
         .exits(0)
         .complains("2 sockets without a known owner")
-        .complains("could not be looked into")
+        .complains("could not be read")
         .complains("whether the descriptors of 2 closed sockets are still open could not be seen");
     let sockets = ran.sockets();
     all_have(&sockets, "closed", "destroy");
