@@ -290,7 +290,7 @@ fn lookup<T: AsMut<Target>>(
         Ok(answers) => items.into_iter().zip(answers).collect(),
         Err(error) => {
             let failure = LookupError::Errno(errno_of(&error));
-            let fail = |item| (item, Err(failure.clone()));
+            let fail = |item| (item, Err(failure));
             items.into_iter().map(fail).collect()
         }
     }
