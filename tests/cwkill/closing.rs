@@ -271,7 +271,7 @@ fn a_hidden_owner_is_not_taken_for_no_match() -> Result<()> {
             let command = lab.app_host().command(CWKILL).capabilities(&[]);
             ran(command.args([&selector, also]))?
                 .exits(4)
-                .complains("2 sockets more may belong to the processes asked for")
+                .complains("2 sockets more may belong to the selected processes")
                 .complains("CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")
                 .complains("setcap cap_dac_read_search,");
         }
