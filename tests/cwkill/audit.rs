@@ -143,8 +143,8 @@ fn nothing_is_done_if_the_log_cannot_be_written() -> Result<()> {
     assert!(made.success());
     for (path, why) in [
         (dir.path().display().to_string(), "directory"),
-        (fifo.display().to_string(), "no regular file"),
-        ("/dev/null".into(), "no regular file"),
+        (fifo.display().to_string(), "not a regular file"),
+        ("/dev/null".into(), "not a regular file"),
         ("/proc/nowhere/log".into(), "No such file"),
     ] {
         cwkill(&lab, &format!("--all --log-file {path}"))?
@@ -334,7 +334,7 @@ fn a_log_path_prepared_by_others_is_refused() -> Result<()> {
     let shared = dir.path().join("shared");
     std::fs::create_dir(&shared)?;
     std::fs::set_permissions(&shared, std::fs::Permissions::from_mode(0o1777))?;
-    refuse("shared/log", "everybody can write its directory")?;
+    refuse("shared/log", "everybody can write to its directory")?;
     assert!(!shared.join("log").exists());
     assert_eq!(in_state(&lab, TcpState::CloseWait)?, 2);
     Ok(())

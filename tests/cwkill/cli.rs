@@ -50,7 +50,7 @@ const BAD: &[(&str, &str, &str)] = &[
     ("--all --watch-refill soon", "soon", "90s"),
     ("--all -n --watch-refill 10s", "--watch-refill", "--help"),
     ("--all -q --watch-refill 10s", "--watch-refill", "--help"),
-    ("diagnose --sample 0s", "0s", "500ms"),
+    ("diagnose --sample 0s", "0s", "100ms"),
     ("diagnose --port 80x", "80x", "8080"),
     ("diagnose --method destroy", "--method", "--help"),
     ("diagnose --jsonl", "--jsonl", "--help"),
@@ -79,7 +79,7 @@ const BAD: &[(&str, &str, &str)] = &[
         "`reclaim` is a command",
         "`cwkill reclaim --help`",
     ),
-    ("dst diagnose", "`diagnose` is no address", "10.0.0.0/8"),
+    ("dst diagnose", "`diagnose` is not an address", "10.0.0.0/8"),
 ];
 
 fn bad_values_are_named_and_nothing_is_done() -> Result<()> {

@@ -271,7 +271,7 @@ fn a_hidden_owner_is_not_taken_for_no_match() -> Result<()> {
             let command = lab.app_host().command(CWKILL).capabilities(&[]);
             ran(command.args([&selector, also]))?
                 .exits(4)
-                .complains("2 sockets more may belong to the processes asked for")
+                .complains("2 sockets more may belong to the selected processes")
                 .complains("CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")
                 .complains("setcap cap_dac_read_search,");
         }
@@ -290,7 +290,7 @@ fn an_unknown_owner_leaves_the_descriptor_unknown() -> Result<()> {
     let ran = ran(command.args(["--all", "--json"]))?
         .exits(0)
         .complains("2 sockets without a known owner")
-        .complains("could not be looked into")
+        .complains("could not be read")
         .complains("whether the descriptors of 2 closed sockets are still open could not be seen");
     let sockets = ran.sockets();
     all_have(&sockets, "closed", "destroy");

@@ -74,7 +74,7 @@ fn each_cause_has_its_verdict(family: Family) -> Result<()> {
             "a leak in the code that handles :8001",
         ),
         (&unread, "unread", 4, "not reading"),
-        (&sending, "sending", 3, "look at the peers"),
+        (&sending, "sending", 3, "check the peers"),
         (&stopped, "drained", 1, "that handles :8005"),
     ];
     for (leak, cause, sockets, verdict) in cases {

@@ -210,7 +210,7 @@ fn an_option_that_could_not_be_put_back_is_not_set() -> Result<()> {
         .sockets();
     all_have(&sockets, "failed", "null");
     let error = first_error(&sockets[0]);
-    assert!(error.contains("could not be put back"), "{error}");
+    assert!(error.contains("could not be restored"), "{error}");
     assert_eq!(keepalive_timers(&lab)?, 0);
     assert!(leak.app().is_alive());
     Ok(())

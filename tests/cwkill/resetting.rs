@@ -119,7 +119,7 @@ fn a_socket_is_asked_again_after_the_rate_limit(family: Family) -> Result<()> {
 fn the_step_that_failed_is_named(family: Family) -> Result<()> {
     for (kind, step) in [
         ("drained", "RST sent, but the socket is still there"),
-        ("not-accepted", "no ACK could be drawn"),
+        ("not-accepted", "the socket sent no ACK"),
     ] {
         let (lab, leak) = lab(kind, family, 2)?;
         settled(&lab, &leak)?;

@@ -57,7 +57,7 @@ fn descriptors_inherited_by_cwkill_are_skipped() -> Result<()> {
         assert_eq!(said.len(), 1);
         assert_eq!(at(&said[0], "/outcome"), "skipped");
         let why = reason(&said[0]);
-        assert!(why.contains("cwkill itself was started with it"), "{why}");
+        assert!(why.contains("cwkill itself inherited it"), "{why}");
     }
     Ok(())
 }
@@ -74,7 +74,7 @@ fn a_process_of_another_user_is_reported() -> Result<()> {
         );
         let command = lab.app_host().command(CWKILL).uid(NOBODY);
         let ran = ran(command.args(line.split_whitespace()))?.exits(4);
-        ran.complains("1 process could not be looked into")
+        ran.complains("1 process could not be read")
             .complains("CAP_SYS_PTRACE");
         assert_eq!(owner.descriptors()?, before);
     }

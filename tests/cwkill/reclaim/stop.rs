@@ -125,13 +125,7 @@ fn an_owner_whose_exec_hangs_is_skipped() -> Result<()> {
         // The exec is denied in the end, so the owner goes on as before.
         lab.wait_for(PATIENCE, || Ok(owner.report()? == denied))?;
         if took < HANGS / 2 {
-            left(
-                &ran.exits(4),
-                &mut owner,
-                &fds,
-                "skipped",
-                "is executing a program",
-            )?;
+            left(&ran.exits(4), &mut owner, &fds, "skipped", "is in execve()")?;
             reclaim(&lab, owner.pid(), "-q")?.exits(0);
             return Ok(());
         }
