@@ -298,9 +298,7 @@ fn below_is_the_cgroup_and_all_in_it() {
 
 #[test]
 fn a_container_is_called_by_its_id_or_name() {
-    let docker = Cgroup::parse(&expand("0::/docker/{ID}"))
-        .container
-        .unwrap();
+    let docker = Cgroup::parse(&expand("0::/docker/{ID}")).container.unwrap();
     assert!(docker.is_called(ID));
     assert!(docker.is_called(&ID[..12]) && docker.is_called(&ID[..8]));
     assert!(!docker.is_called(&ID[..7]), "too short to mean one");
