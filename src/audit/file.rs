@@ -27,7 +27,7 @@ const OTHERS_WRITE: u32 = 0o002;
 /// latter.
 ///
 /// # Errors
-/// EINVAL and the reason in words: it is no regular file, or others can write it or have a hand in where it is. Those of open(2).
+/// EINVAL and the reason in words: it is not a regular file, or others can write it or have a hand in where it is. Those of open(2).
 pub(super) fn open(path: &Path) -> io::Result<File> {
     match getuid().is_root() {
         true => open_as_we_are(path),
@@ -63,12 +63,12 @@ fn open_as_we_are(path: &Path) -> io::Result<File> {
     let stat = fstat(&directory)?;
     if !is_trusted(stat.st_uid) {
         return Err(refused(
-            "its directory belongs to another user; take one like /var/log/cwkill",
+            "its directory belongs to another user; use a directory such as /var/log/cwkill",
         ));
     }
     if stat.st_mode & OTHERS_WRITE != 0 {
         return Err(refused(
-            "everybody can write its directory; take one like /var/log/cwkill",
+            "everybody can write to its directory; use a directory such as /var/log/cwkill",
         ));
     }
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
@@ -109,7 +109,7 @@ fn suits(stat: &FileStat) -> io::Result<()> {
         SFlag::S_IFREG => {}
         SFlag::S_IFLNK => return Err(refused("it is a symbolic link")),
         SFlag::S_IFDIR => return Err(refused("it is a directory")),
-        _ => return Err(refused("it is no regular file")),
+        _ => return Err(refused("it is not a regular file")),
     }
     if !is_trusted(stat.st_uid) {
         return Err(refused("it belongs to another user"));

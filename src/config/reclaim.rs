@@ -32,7 +32,7 @@ pub struct ReclaimConfig {
     pub rules: ReclaimRules,
     /// The form of the results.
     pub format: Format,
-    /// Leave out the header of the table.
+    /// Omit the header of the table.
     pub no_header: bool,
     /// Show the pod of each owner too.
     pub verbose: bool,
@@ -67,8 +67,7 @@ impl ReclaimConfig {
             && !dry_run
         {
             return Err(usage(&format!(
-                "{option} needs a selector that says whose descriptors to take: \
-                 for example --pid 4711, or --all for every process",
+                "{option} needs a selector of processes: for example --pid 4711, or --all for every process",
             )));
         }
         Ok(ReclaimConfig {
