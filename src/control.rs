@@ -1,35 +1,34 @@
-//! The clock, the pauses and Ctrl-C of a run, so that the steps of a run need no terminal and tests need no time.
+//! The clock, the pauses and Ctrl-C of a run. With this trait a run needs no terminal, and a test need not wait.
 
 use std::time::{Duration, Instant};
 
 use crate::model::Method;
 
-/// What a run takes from the world around it; several workers share one.
+/// The connection of a run to its surroundings. Several workers share one.
 pub trait Control: Sync {
-    /// A clock that never goes back.
+    /// The time of a clock that never goes back.
     fn now(&self) -> Instant;
 
-    /// Called before the first socket is acted on: from then on there may be something to restore.
+    /// Called before the first act on a socket. From then on there may be something to restore.
     fn begin(&self) {}
 
-    /// Waits.
     fn sleep(&self, duration: Duration);
 
-    /// Whether the operator wants to stop. Acts that were begun are still verified.
+    /// Whether the operator wants to stop. A started act is still verified.
     fn interrupted(&self) -> bool;
 
-    /// Reports that `method` has dealt with this many sockets more.
+    /// Reports that `method` is done with this many more sockets.
     fn progress(&self, method: Method, sockets: usize);
 }
 
-/// Growing pauses between two lookups: from the time of a loopback's answer to that of an ocean's.
+/// Growing pauses between lookups: the first suits an answer over loopback, the longest an answer from another continent.
 pub(crate) struct Backoff {
     next: Duration,
     longest: Duration,
 }
 
 impl Backoff {
-    /// Pauses from `first` on, each twice as long as the one before, up to `longest`.
+    /// The first pause is `first`; each further one is twice as long, up to `longest`.
     pub fn new(first: Duration, longest: Duration) -> Self {
         Backoff {
             next: first,
@@ -37,10 +36,10 @@ impl Backoff {
         }
     }
 
-    /// Waits for the next pause, at most until `until`.
-    pub fn sleep(&mut self, control: &dyn Control, until: Instant) {
-        let left = until.saturating_duration_since(control.now());
-        control.sleep(self.next.min(left));
+    /// Waits for the next pause, but not beyond `deadline`.
+    pub fn sleep(&mut self, control: &dyn Control, deadline: Instant) {
+        let remaining = deadline.saturating_duration_since(control.now());
+        control.sleep(self.next.min(remaining));
         self.next = (self.next * 2).min(self.longest);
     }
 }

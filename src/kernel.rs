@@ -1,20 +1,20 @@
-//! The version of the running kernel, for the few things that depend on it and cannot be probed.
+//! The version of the running kernel, for the few decisions that depend on it and cannot be probed.
 
 use nix::sys::utsname::uname;
 
-/// A kernel release, compared by its first two numbers.
+/// The first two numbers of a kernel release.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct KernelVersion(pub u32, pub u32);
 
 impl KernelVersion {
-    /// From this one on, aborting an orphan cannot leave it behind for ever.
+    /// From this version on, an aborted orphan always goes away.
     ///
-    /// Before commit bac76cf89816b ("tcp: fix forever orphan socket caused by tcp_abort"), tcp_abort
-    /// stopped the timer of an orphan in FIN-WAIT-1 without removing the socket. A distribution's older
-    /// kernel may have the fix; that cannot be told, so it counts as without.
+    /// Before commit bac76cf89816b ("tcp: fix forever orphan socket caused by tcp_abort"), tcp_abort stopped the timer of an orphan
+    /// in FIN-WAIT-1 without removing the socket. An older kernel of a distribution may have the fix. cwkill cannot see that, and
+    /// treats it as a kernel without the fix.
     pub const ABORTS_ORPHANS: KernelVersion = KernelVersion(6, 11);
 
-    /// The version of the running kernel; 0.0 when it cannot be read.
+    /// The version of the running kernel; 0.0 if it cannot be read.
     pub fn running() -> Self {
         uname()
             .ok()

@@ -1,4 +1,4 @@
-//! Work on several threads, on hosts where none may be left to start.
+//! Work on several threads, also on hosts where no further thread can be started.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -8,19 +8,19 @@ use std::thread::{self, Builder};
 
 use rayon::ThreadBuilder;
 
-/// Starts the threads of rayon's pool. Where not all can be started (RLIMIT_NPROC, pids.max of the cgroup), the calling thread does
-/// the work of the pool.
+/// Starts the threads of rayon's pool. If some cannot be started (RLIMIT_NPROC, pids.max of the cgroup), the calling thread does the
+/// work of the pool.
 ///
-/// The threads are started first and given to the pool then: a pool that fails to start a thread cannot be built again, and a thread
-/// that was only tried counts against the limit until the kernel has released it.
+/// This function starts the threads first and then gives them to the pool. A pool that fails to start a thread cannot be built
+/// again. A thread that is started only as a test counts against the limit until the kernel has released it.
 ///
 /// # Errors
 /// There is a pool already.
 pub fn prepare() -> Result<(), rayon::ThreadPoolBuildError> {
-    let wanted = thread::available_parallelism().map_or(1, usize::from);
-    let mut started = start(wanted);
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    let mut started = start(threads);
     let pool = rayon::ThreadPoolBuilder::new();
-    match started.len() == wanted {
+    match started.len() == threads {
         true => {
             let give = move |thread| {
                 let started = started.pop().expect("one for each thread of the pool");
@@ -28,13 +28,13 @@ pub fn prepare() -> Result<(), rayon::ThreadPoolBuildError> {
                     .send(thread)
                     .map_err(|_| io::ErrorKind::BrokenPipe.into())
             };
-            pool.num_threads(wanted).spawn_handler(give).build_global()
+            pool.num_threads(threads).spawn_handler(give).build_global()
         }
         false => pool.num_threads(1).use_current_thread().build_global(),
     }
 }
 
-/// Starts up to `threads` threads, each of which waits for the work of a pool, or ends when its sender is dropped.
+/// Starts up to `threads` threads. Each waits for the work of a pool, and ends if its sender is dropped.
 fn start(threads: usize) -> Vec<Sender<ThreadBuilder>> {
     let start = |_| -> io::Result<Sender<ThreadBuilder>> {
         let (sender, receiver) = mpsc::channel::<ThreadBuilder>();
@@ -44,19 +44,19 @@ fn start(threads: usize) -> Vec<Sender<ThreadBuilder>> {
     (0..threads).map(start).map_while(Result::ok).collect()
 }
 
-/// Whether the pool has threads of its own, so that others may give it work and wait.
+/// Whether the pool has threads of its own, so that another thread may give it work and wait.
 pub(crate) fn are_there() -> bool {
     rayon::current_num_threads() > 1
 }
 
-/// Does `work` on each of `items`, `at_once` of them at the same time as far as threads can be started; one result each, in
-/// order, the panic if it ended in one.
+/// Does `work` on each of `items`, on up to `at_once` threads. The calling thread does the work of a thread that cannot be started.
+/// Returns one result per item, in order; `Err` holds the panic of an item.
 pub(crate) fn side_by_side<I: Send, T: Send>(
     items: Vec<I>,
     at_once: usize,
     work: impl Fn(I) -> T + Sync,
 ) -> Vec<thread::Result<T>> {
-    // An item is taken by the thread that works on it, or stays here where none can be started.
+    // The thread that works on an item takes it. If no thread can be started, the item is still here.
     let work = |item: &Mutex<Option<I>>| {
         let item = item.lock().unwrap_or_else(PoisonError::into_inner).take();
         work(item.expect("each item is taken once"))
@@ -70,9 +70,9 @@ pub(crate) fn side_by_side<I: Send, T: Send>(
         return vec![here(only)];
     }
     let mut results = Vec::with_capacity(items.len());
-    for some in items.chunks(at_once) {
+    for chunk in items.chunks(at_once) {
         thread::scope(|scope| {
-            let started: Vec<_> = some
+            let started: Vec<_> = chunk
                 .iter()
                 .map(|item| (item, Builder::new().spawn_scoped(scope, || work(item))))
                 .collect();

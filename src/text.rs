@@ -1,10 +1,10 @@
-//! Text for people: names that are safe for a terminal, counts, ages, rates and durations.
+//! Text for people: names that are safe to print, counts, ages, rates and durations.
 
 use std::time::Duration;
 
-/// Writes control characters, and those that reorder or hide text, as escapes; all else as it is.
+/// Escapes control characters, and characters that reorder or hide text.
 ///
-/// A process names itself, so its name can hold what moves the operator's cursor or forges a line.
+/// A process chooses its own name. The name can contain characters that move the cursor of the operator or forge a line.
 pub fn escape(name: &str) -> String {
     let mut out = String::with_capacity(name.len());
     for c in name.chars() {
@@ -22,7 +22,7 @@ pub fn is_unsafe(c: char) -> bool {
     c.is_control() || is_invisible(c)
 }
 
-/// Format characters: they take no column and can reorder the ones beside them (Unicode UAX #9).
+/// Format characters: they take no column, and can reorder their neighbours (Unicode UAX #9).
 fn is_invisible(c: char) -> bool {
     matches!(
         c,
@@ -38,7 +38,7 @@ fn is_invisible(c: char) -> bool {
     )
 }
 
-/// A duration in its two largest units.
+/// A duration in its two largest units, for example `1h02m`.
 pub fn age(age: Duration) -> String {
     let seconds = age.as_secs();
     let (days, hours, minutes) = (seconds / 86_400, seconds / 3_600 % 24, seconds / 60 % 60);
@@ -51,7 +51,7 @@ pub fn age(age: Duration) -> String {
     }
 }
 
-/// A number with its noun.
+/// A number with its noun: `1 process`, `2 processes`.
 pub fn counted(count: usize, noun: &str) -> String {
     let ending = match (count, noun.ends_with('s')) {
         (1, _) => "",
@@ -61,7 +61,7 @@ pub fn counted(count: usize, noun: &str) -> String {
     format!("{count} {noun}{ending}")
 }
 
-/// A count over `time` as one a minute; 0 over no time.
+/// Converts a count over `time` to a rate per minute; 0 if `time` is zero.
 pub fn per_minute(count: usize, time: Duration) -> f64 {
     match time.is_zero() {
         true => 0.0,
@@ -69,7 +69,7 @@ pub fn per_minute(count: usize, time: Duration) -> f64 {
     }
 }
 
-/// So many a minute, in words that do not make a slow leak none: one decimal below ten.
+/// A rate with one decimal below ten, so that a slow leak is not printed as 0.
 pub fn format_rate(per_minute: f64) -> String {
     let text = match per_minute.abs() < 10.0 {
         true => format!("{per_minute:.1}"),
@@ -81,7 +81,7 @@ pub fn format_rate(per_minute: f64) -> String {
     }
 }
 
-/// A time of a measurement: whole seconds, or milliseconds below one.
+/// A measured time: whole seconds, or milliseconds below one second.
 pub fn seconds(time: Duration) -> String {
     match time.as_secs() {
         0 => format!("{} ms", time.as_millis()),
@@ -120,7 +120,7 @@ mod tests {
 
     #[test]
     fn a_slow_leak_is_not_rounded_to_none() {
-        for (per_minute, wanted) in [
+        for (per_minute, expected) in [
             (30.0, "30"),
             (12.6, "13"),
             (0.4, "0.4"),
@@ -128,7 +128,7 @@ mod tests {
             (-0.01, "0"),
             (0.0, "0"),
         ] {
-            assert_eq!(format_rate(per_minute), wanted);
+            assert_eq!(format_rate(per_minute), expected);
         }
     }
 }

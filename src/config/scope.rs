@@ -113,6 +113,6 @@ fn expression(
             ));
         }
     };
-    notes.extend(parsed.doubt);
+    notes.extend(parsed.warning);
     Ok((parsed.expression, states))
 }

@@ -1,13 +1,12 @@
-//! Expressions as bytecode that the kernel runs on every socket of a dump, before it copies anything.
+//! Expressions as bytecode. The kernel runs it on every socket of a dump, before it copies the socket to user space.
 //!
-//! The bytecode lets through every socket that the expression matches; what it cannot say (states, which
-//! are the mask of the request) it leaves to [`Expression::matches`], which judges every socket again.
+//! The bytecode accepts every socket that the expression matches, and may accept more: it cannot test states, for which the request
+//! has a mask. [`Expression::matches`] then checks every socket.
 //!
-//! Sources: include/uapi/linux/inet_diag.h; net/ipv4/inet_diag.c, inet_diag_bc_audit (what the kernel
-//! takes) and inet_diag_bc_run (what it means). An operation is `code, yes, no` with its argument behind
-//! it; `yes` and `no` are offsets from the operation. It is reached at the end exactly: match. A jump of
-//! four bytes beyond the end: no match. The audit follows `yes` from one operation to the next and lets
-//! `no` only land on one of them, forwards.
+//! Sources: include/uapi/linux/inet_diag.h; net/ipv4/inet_diag.c, inet_diag_bc_audit (the valid bytecode) and inet_diag_bc_run (its
+//! meaning). An operation is `code, yes, no`, followed by its argument. `yes` and `no` are offsets from the start of the operation.
+//! A jump to the end means that the socket matches; a jump to four bytes beyond the end means that it does not. The audit follows
+//! `yes` from operation to operation. `no` must lead forward to one of these operations.
 
 use std::ops::RangeInclusive;
 
@@ -17,8 +16,8 @@ use super::{Cgroup2, End, Ephemeral, Expression, Interface};
 use crate::sock_diag::Family;
 use crate::tcp::StateSet;
 
-/// Longer bytecode is not sent: the kernel runs it with a bucket of its table locked, and checks it in
-/// quadratic time. The format itself ends at 64 KiB, the length of an attribute.
+/// cwkill does not send longer bytecode: the kernel audits it in quadratic time, and runs it with a bucket of its table locked. The
+/// limit of the format is 64 KiB, the length of an attribute.
 pub const MAX_BYTECODE: usize = 16 * 1024;
 
 /// Operations of linux/inet_diag.h.
@@ -39,11 +38,11 @@ mod code {
 
 /// `struct inet_diag_bc_op`.
 const OP_LEN: usize = 4;
-/// How far beyond the end a jump rejects.
+/// The distance beyond the end to which a rejecting jump leads.
 const BEYOND: usize = 4;
 
-/// Translates `expression`, for a dump of sockets in `states`; empty when there is nothing that the
-/// kernel could sort out, or it would be too long.
+/// Translates `expression` for a dump of sockets in `states`. Empty if the kernel could reject no socket, or if the bytecode would be
+/// longer than [`MAX_BYTECODE`].
 pub fn bytecode(expression: &Expression, states: StateSet) -> Vec<u8> {
     let mut program = Program::default();
     match lower(expression, false, states) {
@@ -51,7 +50,7 @@ pub fn bytecode(expression: &Expression, states: StateSet) -> Vec<u8> {
         node => {
             let failing = program.emit(&node);
             let end = program.bytes.len();
-            program.land(&failing, end + BEYOND);
+            program.set_no(&failing, end + BEYOND);
         }
     }
     match program.bytes.len() {
@@ -60,7 +59,7 @@ pub fn bytecode(expression: &Expression, states: StateSet) -> Vec<u8> {
     }
 }
 
-/// An expression without what the kernel cannot judge, negations only at its leaves.
+/// An expression without the conditions that the kernel cannot test. Only leaves are negated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Node {
     True,
@@ -70,7 +69,7 @@ enum Node {
     Test { test: Test, negated: bool },
 }
 
-/// What one operation judges.
+/// The condition of one operation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Test {
     AtLeast(End, u16),
@@ -98,18 +97,18 @@ fn lower(expression: &Expression, negated: bool, states: StateSet) -> Node {
         (Expression::Interface(Interface::Index(index)), _) => test(Test::Interface(*index)),
         (Expression::Cgroup(Cgroup2::Id(id)), _) => test(Test::Cgroup(*id)),
         (Expression::Autobound(Ephemeral::Range(_)), _) => test(Test::Autobound),
-        (Expression::State(wanted), _) => {
+        (Expression::State(set), _) => {
             let possible = match negated {
-                false => states.intersection(*wanted),
-                true => states.without(*wanted),
+                false => states.intersection(*set),
+                true => states.without(*set),
             };
             match possible {
                 StateSet::EMPTY => Node::False,
-                // True of every state that is dumped, or for the predicate to tell.
+                // True for all dumped states, or for some of them; `Expression::matches` decides the latter.
                 _ => Node::True,
             }
         }
-        // Never true, and not of the kernel's making.
+        // Unresolved names. `Expression::matches` decides them.
         (Expression::Interface(Interface::Named(_)), _) => Node::True,
         (Expression::Cgroup(Cgroup2::Path(_)), _) => Node::True,
         (Expression::Autobound(Ephemeral::Unread), _) => Node::True,
@@ -181,8 +180,10 @@ fn any(parts: impl Iterator<Item = Node>) -> Node {
     }
 }
 
-/// Bytecode in the making. What is emitted is fallen through when it holds; the places of the operations
-/// whose `no` is still to be set, for when it does not, are returned.
+/// The bytecode so far.
+///
+/// The code of a node falls through if the node is true. Each method that appends code returns the offsets of the operations that
+/// fail if the node is false. Their `no` is not set yet.
 #[derive(Default)]
 struct Program {
     bytes: Vec<u8>,
@@ -190,7 +191,7 @@ struct Program {
 
 impl Program {
     fn emit(&mut self, node: &Node) -> Vec<usize> {
-        // Too long already: what follows is thrown away.
+        // The bytecode is too long already, and will not be sent.
         if self.bytes.len() > MAX_BYTECODE {
             return Vec::new();
         }
@@ -205,23 +206,23 @@ impl Program {
                 test,
                 negated: true,
             } => {
-                let held = self.test(test);
+                let operation = self.test(test);
                 let jump = self.op(code::JMP, &[]);
-                self.land(&[held], self.bytes.len());
+                self.set_no(&[operation], self.bytes.len());
                 vec![jump]
             }
             Node::All(parts) => parts.iter().flat_map(|part| self.emit(part)).collect(),
             Node::Any(parts) => {
-                let mut held = Vec::new();
+                let mut succeeding = Vec::new();
                 let mut failing = Vec::new();
-                for (at, part) in parts.iter().enumerate() {
-                    self.land(&failing, self.bytes.len());
+                for (index, part) in parts.iter().enumerate() {
+                    self.set_no(&failing, self.bytes.len());
                     failing = self.emit(part);
-                    if at + 1 < parts.len() {
-                        held.push(self.op(code::JMP, &[]));
+                    if index + 1 < parts.len() {
+                        succeeding.push(self.op(code::JMP, &[]));
                     }
                 }
-                self.land(&held, self.bytes.len());
+                self.set_no(&succeeding, self.bytes.len());
                 failing
             }
         }
@@ -233,7 +234,7 @@ impl Program {
             End::Peer => peer,
         };
         match test {
-            // The port is the `no` of an operation that is an argument.
+            // The argument has the form of an operation, whose `no` is the port.
             Test::AtLeast(end, port) => {
                 let [low, high] = port.to_ne_bytes();
                 self.op(either(end, code::S_GE, code::D_GE), &[0, 0, low, high])
@@ -269,21 +270,21 @@ impl Program {
         }
     }
 
-    /// Appends an operation and returns where it is; `no` is still to be set.
+    /// Appends an operation and returns its offset. Its `no` is not set yet.
     fn op(&mut self, code: u8, argument: &[u8]) -> usize {
-        let at = self.bytes.len();
+        let offset = self.bytes.len();
         let yes = u8::try_from(OP_LEN + argument.len()).expect("arguments are at most 24 bytes");
         self.bytes.extend([code, yes, 0, 0]);
         self.bytes.extend(argument);
-        at
+        offset
     }
 
-    /// Lets the operations `from` jump to `target` when they do not hold.
-    fn land(&mut self, from: &[usize], target: usize) {
-        for &at in from {
-            // Beyond u16 it is beyond MAX_BYTECODE too, and never sent.
-            let offset = u16::try_from(target - at).unwrap_or(u16::MAX);
-            self.bytes[at + 2..at + 4].copy_from_slice(&offset.to_ne_bytes());
+    /// Sets the `no` of `operations`, so that they jump to `target` if they fail.
+    fn set_no(&mut self, operations: &[usize], target: usize) {
+        for &operation in operations {
+            // A distance beyond u16 is beyond MAX_BYTECODE too, and such bytecode is not sent.
+            let distance = u16::try_from(target - operation).unwrap_or(u16::MAX);
+            self.bytes[operation + 2..operation + 4].copy_from_slice(&distance.to_ne_bytes());
         }
     }
 }

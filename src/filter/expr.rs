@@ -1,9 +1,9 @@
 //! Expressions in the filter syntax of ss(8): `sport = :8080 and dst 10.0.0.0/8`.
 //!
-//! [`super::parse()`] turns text into one tree, [`Expression`]. [`super::matches`] applies the tree to a socket;
+//! [`super::parse()`] converts text to a tree, [`Expression`]. [`super::matches`] compares the tree with a socket;
 //! [`super::bytecode`] translates it for the kernel. docs/decisions/expressions.md lists the differences from ss.
 //!
-//! Invariant: a parsed tree is at most [`MAX_DEPTH`] levels deep, so walking it by recursion is safe.
+//! Invariant: a parsed tree has at most [`MAX_DEPTH`] levels, so recursion over it is safe.
 
 use std::io;
 use std::ops::RangeInclusive;
@@ -12,106 +12,101 @@ use ipnet::{IpNet, Ipv4Net};
 
 use crate::tcp::StateSet;
 
-/// How deep an expression may be nested, parentheses and changes between `and` and `or` counted.
+/// The maximum depth of an expression. Parentheses count, and so do changes between `and` and `or`.
 pub const MAX_DEPTH: usize = 200;
 
 /// A condition on a socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Expression {
-    /// Every one of these; of none, true.
+    /// All of these are true. An empty list is true.
     All(Vec<Expression>),
-    /// One of these; of none, false.
+    /// At least one of these is true. An empty list is false.
     Any(Vec<Expression>),
-    /// Not this.
     Not(Box<Expression>),
     /// The port at an end is in this range.
     Port(End, RangeInclusive<u16>),
     /// The address at an end is in this network.
     ///
-    /// As the kernel compares it (net/ipv4/inet_diag.c, inet_diag_bc_run): an IPv4 network matches IPv4
-    /// and IPv4-mapped addresses, an IPv6 network matches every address of an AF_INET6 socket by its
-    /// bits, IPv4-mapped ones included, and no AF_INET socket.
+    /// The comparison is that of the kernel (net/ipv4/inet_diag.c, inet_diag_bc_run). An IPv4 network matches IPv4 and IPv4-mapped
+    /// addresses. An IPv6 network is compared with the bits of every address of an AF_INET6 socket, also of an IPv4-mapped one. It
+    /// never matches an AF_INET socket.
     Address(End, IpNet),
     /// The state is one of these.
     State(StateSet),
     /// The socket is bound to this interface.
     Interface(Interface),
-    /// The socket was made in this cgroup of cgroup v2, or accepted from a listener that was: exactly this
-    /// one, and wherever its owners are by now.
+    /// The socket was made in exactly this cgroup v2, or accepted from a listener that was made in it. The present cgroups of its
+    /// owners do not matter.
     Cgroup(Cgroup2),
-    /// The local port was given by the kernel and not asked for in bind(2).
+    /// The kernel chose the local port, because bind(2) did not name one.
     Autobound(Ephemeral),
 }
 
 /// An end of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// The socket's own: `src`, `sport`.
+    /// `src`, `sport`.
     Local,
-    /// The other: `dst`, `dport`.
+    /// `dst`, `dport`.
     Peer,
 }
 
-/// A network interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Interface {
-    /// As written; it means something in one network namespace only.
+    /// The name in the text. It is valid in one network namespace only.
     Named(String),
-    /// Its index there.
+    /// The index in that network namespace.
     Index(u32),
 }
 
 /// A cgroup of cgroup v2.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Cgroup2 {
-    /// As written: below the mount point, or the directory itself.
+    /// The path in the text: below the mount point, or the directory itself.
     Path(String),
     /// The inode of its directory.
     Id(u64),
 }
 
-/// The ports that the kernel gives out by itself.
+/// The ports that the kernel chooses itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ephemeral {
-    /// To be read in the network namespace (net.ipv4.ip_local_port_range).
+    /// Not read yet (net.ipv4.ip_local_port_range of the network namespace).
     Unread,
-    /// These.
     Range(RangeInclusive<u16>),
 }
 
-/// What an expression needs to know of the network namespace, and of the host, it is applied in.
+/// The facts about a network namespace, and about the host, that an expression needs.
 pub trait Namespace {
-    /// The range of ports that the kernel gives out.
+    /// The range of ports from which the kernel chooses.
     ///
     /// # Errors
     /// /proc/sys is not mounted.
     fn ephemeral_ports(&self) -> io::Result<RangeInclusive<u16>>;
 
-    /// The index of the interface `name`.
     fn interface(&self, name: &str) -> Option<u32>;
 
-    /// The id of the cgroup `path`.
+    /// The id of the cgroup `path`: the inode of its directory.
     fn cgroup(&self, path: &str) -> Option<u64>;
 }
 
-/// What an expression says of states.
+/// The states of the sockets that an expression can match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum States {
-    /// Nothing.
+    /// The expression names no states.
     Unmentioned,
-    /// Only sockets in these can match.
+    /// Only sockets in these states can match.
     Within(StateSet),
-    /// It names states, but a part that can match without them names none.
+    /// The expression names states, but sockets in any state can match because of another part.
     Partly,
 }
 
 impl Expression {
-    /// What matches every socket.
+    /// Matches every socket.
     pub const TRUE: Expression = Expression::All(Vec::new());
-    /// What matches none.
+    /// Matches no socket.
     pub const FALSE: Expression = Expression::Any(Vec::new());
 
-    /// The opposite.
     #[must_use]
     pub fn negated(self) -> Expression {
         match self {
@@ -120,12 +115,11 @@ impl Expression {
         }
     }
 
-    /// The address at `end` is one of IPv4, on a socket of either family.
+    /// The address at `end` is an IPv4 address, on a socket of either family.
     pub fn over_ipv4(end: End) -> Expression {
         Expression::Address(end, IpNet::V4(Ipv4Net::default()))
     }
 
-    /// What it says of states.
     pub fn states(&self) -> States {
         match self.possible_states(false) {
             _ if !self.mentions_states() => States::Unmentioned,
@@ -145,18 +139,18 @@ impl Expression {
         }
     }
 
-    /// The states in which it, or its opposite, can be true; `None` when it leaves them open.
+    /// The states in which the expression, or its negation, can be true; `None` if it does not restrict them.
     fn possible_states(&self, negated: bool) -> Option<StateSet> {
         match (self, negated) {
             (Expression::State(states), false) => Some(*states),
             (Expression::State(states), true) => Some(StateSet::ALL.without(*states)),
             (Expression::Not(inner), _) => inner.possible_states(!negated),
-            // One part that binds them is enough.
+            // One part that restricts the states is enough.
             (Expression::All(parts), false) | (Expression::Any(parts), true) => parts
                 .iter()
                 .filter_map(|part| part.possible_states(negated))
                 .reduce(StateSet::intersection),
-            // Every part must bind them.
+            // Every part must restrict the states.
             (Expression::Any(parts), false) | (Expression::All(parts), true) => parts
                 .iter()
                 .map(|part| part.possible_states(negated))
@@ -165,10 +159,10 @@ impl Expression {
         }
     }
 
-    /// The same expression with what depends on the network namespace filled in.
+    /// The same expression, with names replaced by their values in the network namespace.
     ///
     /// # Errors
-    /// There is no such interface or cgroup, or the namespace cannot be read.
+    /// An interface or a cgroup does not exist, or the namespace cannot be read.
     pub fn resolved(&self, namespace: &dyn Namespace) -> io::Result<Expression> {
         let each = |parts: &[Expression]| -> io::Result<Vec<Expression>> {
             parts.iter().map(|part| part.resolved(namespace)).collect()

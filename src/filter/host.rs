@@ -1,4 +1,4 @@
-//! `src` and `dst`: an address, a network, a port, or several of them.
+//! The values of `src` and `dst`: an address or a network, a port, or both.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -8,12 +8,12 @@ use super::lexer::{Fault, Input, Outcome, port_number, unequal, value};
 use crate::filter::syntax_error::quoted;
 use crate::filter::{End, Expression};
 
-/// `src [=] HOST`, the keyword already taken.
+/// Parses `src [= | !=] HOST` after the keyword.
 pub(super) fn condition(input: &mut Input<'_>, end: End, keyword: &str) -> Outcome<Expression> {
     let example = format!("{keyword} 10.0.0.0/8 or {keyword} [2001:db8::1]:443 or {keyword} :8080");
     let unequal = unequal(input, keyword, &example)?;
-    let (text, at) = value(input, "an address", &example)?;
-    let fault = |what| Fault::new(at.clone(), what, example.clone());
+    let (text, span) = value(input, "an address", &example)?;
+    let fault = |message| Fault::new(span.clone(), message, example.clone());
     let (address, port) = split(text).map_err(fault)?;
 
     let mut parts = Vec::new();
@@ -21,8 +21,8 @@ pub(super) fn condition(input: &mut Input<'_>, end: End, keyword: &str) -> Outco
         parts.push(Expression::Address(end, network(address).map_err(fault)?));
     }
     if let Some(port) = port.filter(|port| *port != "*") {
-        let at = at.end - port.len()..at.end;
-        let port = port_number(input.state.services, port, at, &example)?;
+        let span = span.end - port.len()..span.end;
+        let port = port_number(input.state.services, port, span, &example)?;
         parts.push(Expression::Port(end, port..=port));
     }
     let tree = match parts.len() {
@@ -35,7 +35,7 @@ pub(super) fn condition(input: &mut Input<'_>, end: End, keyword: &str) -> Outco
     })
 }
 
-/// Parts an address from its port.
+/// Splits an address from its port.
 fn split(text: &str) -> Result<(&str, Option<&str>), String> {
     let port = |rest: &'_ str| match rest.strip_prefix(':') {
         Some(_) => Ok(()),
@@ -54,7 +54,7 @@ fn split(text: &str) -> Result<(&str, Option<&str>), String> {
         port(rest)?;
         return Ok((address, Some(&rest[1..])));
     }
-    // A colon that parts the port stands behind the length, if there is one.
+    // If there is a length, the colon before the port comes after it.
     let length = text.find('/').unwrap_or(0);
     if length == 0 && text.parse::<Ipv6Addr>().is_ok() {
         // `2001:db8::1:80` could be an address or an address and a port.
@@ -69,7 +69,7 @@ fn split(text: &str) -> Result<(&str, Option<&str>), String> {
     }
 }
 
-/// An address or a network; what is behind the length does not count.
+/// Parses an address or a network. Address bits beyond the length are cleared.
 fn network(text: &str) -> Result<IpNet, String> {
     let Some((address, length)) = text.split_once('/') else {
         return match text.parse::<IpAddr>() {
@@ -110,7 +110,7 @@ fn network(text: &str) -> Result<IpNet, String> {
     Ok(network.trunc().into())
 }
 
-/// An IPv4 address of which bytes may be missing at the end, as in `193.233.7/24` of ss(8).
+/// Parses an IPv4 address whose last bytes may be missing, as in `193.233.7/24` of ss(8).
 fn abbreviated(text: &str) -> Option<Ipv4Addr> {
     let mut bytes = [0; 4];
     let mut given = text.split('.');

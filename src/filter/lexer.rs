@@ -1,4 +1,4 @@
-//! The words of an expression, and the faults in them: what the grammar of [`super::parse`] is written in.
+//! The tokens of an expression, and its faults: the building blocks of the grammar in [`super::parse`].
 
 use std::ops::Range;
 
@@ -14,21 +14,21 @@ use super::syntax_error::quoted;
 pub(super) type Input<'i> = Stateful<LocatingSlice<&'i str>, State<'i>>;
 pub(super) type Outcome<T> = ModalResult<T, Fault>;
 
-/// What the parser carries along.
+/// The state of the parser.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct State<'i> {
     pub(super) services: &'i Services,
-    /// Open parentheses.
+    /// The number of open parentheses.
     pub(super) depth: usize,
-    /// Where an `and` follows an `or` without parentheses.
-    pub(super) doubt: Option<usize>,
+    /// The offset of the first `and` that follows an `or` without parentheses.
+    pub(super) ambiguous_and: Option<usize>,
 }
 
-/// What is wrong, and where.
+/// A fault in an expression.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Fault {
-    pub(super) at: Range<usize>,
-    pub(super) what: String,
+    pub(super) span: Range<usize>,
+    pub(super) message: String,
     pub(super) example: String,
 }
 
@@ -36,9 +36,9 @@ impl ParserError<Input<'_>> for Fault {
     type Inner = Self;
 
     fn from_input(input: &Input<'_>) -> Self {
-        let at = input.current_token_start();
+        let start = input.current_token_start();
         Fault {
-            at: at..at,
+            span: start..start,
             ..Fault::default()
         }
     }
@@ -50,13 +50,13 @@ impl ParserError<Input<'_>> for Fault {
 
 impl Fault {
     pub(super) fn new(
-        at: Range<usize>,
-        what: impl Into<String>,
+        span: Range<usize>,
+        message: impl Into<String>,
         example: impl Into<String>,
     ) -> ErrMode<Self> {
         ErrMode::Cut(Fault {
-            at,
-            what: what.into(),
+            span,
+            message: message.into(),
             example: example.into(),
         })
     }
@@ -83,12 +83,12 @@ pub(super) enum Comparison {
     GreaterOrEqual,
 }
 
-/// A token, its text, and where it stands.
+/// A token with its text and its place in the expression.
 #[derive(Clone, Debug)]
 pub(super) struct Lexeme<'i> {
     pub(super) token: Token<'i>,
     pub(super) text: &'i str,
-    pub(super) at: Range<usize>,
+    pub(super) span: Range<usize>,
 }
 
 fn lexeme<'i>(input: &mut Input<'i>) -> Outcome<Lexeme<'i>> {
@@ -110,11 +110,11 @@ fn lexeme<'i>(input: &mut Input<'i>) -> Outcome<Lexeme<'i>> {
         "!".value(Token::Not),
         take_while(1.., |c: char| !c.is_whitespace() && !"()&|=!<>".contains(c)).map(word),
     ));
-    let ((token, text), at) = token.with_taken().with_span().parse_next(input)?;
-    Ok(Lexeme { token, text, at })
+    let ((token, text), span) = token.with_taken().with_span().parse_next(input)?;
+    Ok(Lexeme { token, text, span })
 }
 
-/// Operators that are spelled out.
+/// A word is an operator or a plain word.
 fn word(text: &str) -> Token<'_> {
     use Comparison::*;
     match text {
@@ -138,97 +138,97 @@ pub(super) fn next<'i>(input: &mut Input<'i>) -> Option<Lexeme<'i>> {
         .ok()
 }
 
-/// The next token, which is not taken.
+/// Returns the next token without taking it.
 pub(super) fn peek<'i>(input: &mut Input<'i>) -> Option<Lexeme<'i>> {
     let before = input.checkpoint();
-    let found = next(input);
+    let lexeme = next(input);
     input.reset(&before);
-    found
+    lexeme
 }
 
-/// Takes the next token if it is `wanted`.
-pub(super) fn take(input: &mut Input<'_>, wanted: Token<'_>) -> bool {
-    let here = peek(input).is_some_and(|lexeme| lexeme.token == wanted);
-    if here {
+/// Takes the next token if it is `token`, and returns whether it was.
+pub(super) fn take(input: &mut Input<'_>, token: Token<'_>) -> bool {
+    let is_next = peek(input).is_some_and(|lexeme| lexeme.token == token);
+    if is_next {
         next(input);
     }
-    here
+    is_next
 }
 
-/// Where the expression ends.
+/// The empty span at the end of the expression.
 pub(super) fn end(input: &Input<'_>) -> Range<usize> {
     let rest: &str = input.input.as_ref();
-    let at = input.current_token_start() + rest.len();
-    at..at
+    let end = input.current_token_start() + rest.len();
+    end..end
 }
 
-/// Takes the value of a condition.
+/// Takes the value of a condition; `noun` names it in the message if it is missing.
 pub(super) fn value<'i>(
     input: &mut Input<'i>,
-    what: &str,
+    noun: &str,
     example: &str,
 ) -> Outcome<(&'i str, Range<usize>)> {
     match peek(input) {
         Some(Lexeme {
             token: Token::Word(text),
-            at,
+            span,
             ..
         }) => {
             next(input);
-            Ok((text, at))
+            Ok((text, span))
         }
         Some(other) => {
-            let what = format!("{what} is missing before {}", quoted(other.text));
-            Err(Fault::new(other.at, what, example))
+            let message = format!("{noun} is missing before {}", quoted(other.text));
+            Err(Fault::new(other.span, message, example))
         }
         None => {
-            let what = format!("{what} is missing at the end");
-            Err(Fault::new(end(input), what, example))
+            let message = format!("{noun} is missing at the end");
+            Err(Fault::new(end(input), message, example))
         }
     }
 }
 
-/// Takes a comparison; without one, `=` is meant.
+/// Takes a comparison. The default is `=`.
 pub(super) fn comparison(input: &mut Input<'_>) -> (Comparison, Range<usize>) {
     match peek(input) {
         Some(Lexeme {
             token: Token::Compare(comparison),
-            at,
+            span,
             ..
         }) => {
             next(input);
-            (comparison, at)
+            (comparison, span)
         }
         _ => (Comparison::Equal, end(input)),
     }
 }
 
-/// Takes `=` or `!=`, for what has no order; true for `!=`.
+/// Takes `=` or `!=`, for values without an order; true for `!=`.
 pub(super) fn unequal(input: &mut Input<'_>, keyword: &str, example: &str) -> Outcome<bool> {
     match comparison(input) {
         (Comparison::Equal, _) => Ok(false),
         (Comparison::NotEqual, _) => Ok(true),
-        (_, at) => {
-            let what = format!("`{keyword}` has no order: only = and != compare it");
-            Err(Fault::new(at, what, example))
+        (_, span) => {
+            let message = format!("`{keyword}` has no order: only = and != compare it");
+            Err(Fault::new(span, message, example))
         }
     }
 }
 
-/// A port by number or by the name of its service.
+/// Parses a port: a number, or the name of its service.
 pub(super) fn port_number(
     services: &Services,
     text: &str,
-    at: Range<usize>,
+    span: Range<usize>,
     example: &str,
 ) -> Outcome<u16> {
-    let fault = |what: String| Err(Fault::new(at.clone(), what, example));
+    let fault = |message: String| Err(Fault::new(span.clone(), message, example));
     if text.is_empty() {
         return fault("a port is missing after the colon".into());
     }
     if text.bytes().all(|byte| byte.is_ascii_digit()) {
         return match text.parse() {
-            // ss takes a leading zero for octal.
+            // ss reads a number with a leading zero as octal.
             Ok(port) if port == 0 || !text.starts_with('0') => Ok(port),
             Ok(_) => fault(format!("{} begins with a zero", quoted(text))),
             Err(_) => fault(format!(

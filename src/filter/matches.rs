@@ -1,5 +1,4 @@
-//! What an expression means for one socket, in Rust: the judge of last resort, applied to every socket
-//! whatever the kernel filtered before.
+//! Compares an expression with one socket. cwkill applies this to every socket, also after the filter in the kernel.
 
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -10,18 +9,15 @@ use crate::model::Socket;
 use crate::sock_diag::Family;
 use crate::tcp::{TcpState, Tuple};
 
-/// What an expression looks at.
+/// The facts about a socket that an expression can use.
 #[derive(Clone, Copy, Debug)]
 pub struct SocketFacts {
-    /// The family the socket was made with.
     pub family: Family,
-    /// Its endpoints, IPv4-mapped addresses written as IPv4.
     pub tuple: Tuple,
-    /// Its state.
     pub state: TcpState,
-    /// The index of the interface it is bound to, 0 for none.
+    /// The index of the interface that the socket is bound to, 0 for none.
     pub interface: u32,
-    /// The cgroup it was made in, where the kernel says (Linux 5.8; not of TIME-WAIT and SYN-RECV).
+    /// The cgroup in which it was made; `None` if the kernel does not report it (before Linux 5.8, and in TIME-WAIT and SYN-RECV).
     pub cgroup: Option<u64>,
 }
 
@@ -38,7 +34,7 @@ impl From<&Socket> for SocketFacts {
 }
 
 impl Expression {
-    /// Whether it is true of a socket. What [`Expression::resolved`] has not filled in is false.
+    /// Whether the expression is true for a socket. A name that [`Expression::resolved`] has not replaced is false.
     pub fn matches(&self, facts: &SocketFacts) -> bool {
         match self {
             Expression::All(parts) => parts.iter().all(|part| part.matches(facts)),
@@ -106,8 +102,8 @@ mod tests {
             .matches(&facts)
     }
 
-    /// Every family of `10.0.0.1:80 -> 10.0.0.2:4000` and `[fd00::1]:80 -> [fd00::2]:4000`:
-    /// AF_INET, IPv4-mapped on AF_INET6, AF_INET6.
+    /// Whether `text` matches `10.0.0.1:80 -> 10.0.0.2:4000` on AF_INET, the same on AF_INET6 (IPv4-mapped), and
+    /// `[fd00::1]:80 -> [fd00::2]:4000`.
     fn families(text: &str) -> [bool; 3] {
         let v4 = |family| matches(text, family, "10.0.0.1:80", "10.0.0.2:4000");
         let v6 = matches(text, Family::V6, "[fd00::1]:80", "[fd00::2]:4000");
@@ -163,7 +159,7 @@ mod tests {
     #[test]
     fn operators_bind_from_left_to_right_as_in_ss() {
         for (text, expected) in [
-            // ss(8) says that `and` binds tighter; ss itself does not let it [measured, 6.1.0].
+            // According to ss(8) `and` binds tighter than `or`, but in ss 6.1.0 it does not.
             ("sport 80 or sport 81 and sport 82", false),
             ("sport 80 or (sport 81 and sport 82)", true),
             ("sport 82 and sport 81 or sport 80", true),

@@ -1,8 +1,8 @@
-//! NetnsScope sockets are meant: the selectors of the command line and expressions in the syntax of ss(8).
+//! The selection of sockets: the selectors of the command line, and expressions in the syntax of ss(8).
 //!
-//! - [`selectors`]: what the options say; [`expr`]: the tree of an expression
+//! - [`selectors`]: the options; [`expr`]: the tree of an expression
 //! - [`parse`](mod@parse): text to tree, with `lexer`, `host`, `services` and `syntax_error`
-//! - [`matches`]: whether a tree matches a socket; [`bytecode`]: the same tree as a filter that the kernel runs
+//! - [`matches`]: compares a tree with a socket; [`bytecode`]: the same tree as a filter that the kernel runs
 
 pub mod bytecode;
 pub mod expr;
@@ -25,13 +25,11 @@ pub use syntax_error::SyntaxError;
 use crate::proc::netns::NetnsScope;
 use selectors::Selectors;
 
-/// The sockets that a command is about: its selectors, and the network namespaces it looks into.
+/// The selectors of a command, and the network namespaces that it scans.
 #[derive(Clone, Debug)]
 pub struct Scope {
-    /// Which sockets match.
     pub selectors: Selectors,
-    /// The network namespaces.
     pub netns: NetnsScope,
-    /// Notes for the operator before anything is done, one a line.
+    /// Notes for the operator before the first act, one per line.
     pub notes: Vec<String>,
 }

@@ -1,4 +1,4 @@
-//! What an expression needs to know of the network namespace it is used in: interfaces, cgroups, ephemeral ports.
+//! The facts about a network namespace that an expression needs: interfaces, cgroups, ephemeral ports.
 
 use std::fs;
 use std::io;
@@ -13,17 +13,17 @@ use crate::proc::{ProcFs, mounts};
 
 /// The network namespace of the calling thread.
 pub struct ThisNamespace {
-    /// It is one of several: an interface that is not here may be in another, and here no socket is
-    /// bound to it.
+    /// cwkill scans several namespaces. Then an interface that this one lacks is not an error: it may be in another namespace, and
+    /// no socket here is bound to it.
     pub one_of_several: bool,
 }
 
-/// The index of no interface: the kernel gives them out from 1 up (net/core/dev.c, dev_index_reserve).
+/// An index that no interface has: the kernel gives out indexes from 1 on (net/core/dev.c, dev_index_reserve).
 const NO_INTERFACE: u32 = u32::MAX;
 
 impl Namespace for ThisNamespace {
     fn ephemeral_ports(&self) -> io::Result<RangeInclusive<u16>> {
-        // Also for IPv6.
+        // The file is valid for IPv6 too.
         let text = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")?;
         let mut ports = text.split_whitespace().map(str::parse);
         match (ports.next(), ports.next()) {
@@ -40,7 +40,7 @@ impl Namespace for ThisNamespace {
     fn cgroup(&self, path: &str) -> Option<u64> {
         let root = mounts::cgroup2(&ProcFs::default().mounts().ok()?)?;
         let device = fs::metadata(&root).ok()?.dev();
-        // As ss does it: a directory, or what is below the mount point.
+        // As in ss: a directory, or a path below the mount point.
         let below = root.join(path.trim_start_matches('/'));
         [Path::new(path), &below].into_iter().find_map(|path| {
             let found = fs::metadata(path).ok()?;

@@ -3,7 +3,7 @@
 //! ```text
 //! expression := list
 //! list       := states [and] chain | chain
-//! chain      := term { [and | or] term }        from left to right, as ss does it
+//! chain      := term { [and | or] term }        from left to right, as in ss
 //! term       := { not } ( "(" list ")" | states | condition )
 //! states     := ( state | exclude ) STATE { ( state | exclude ) STATE }
 //! condition  := ( sport | dport ) [comparison] [:]PORT
@@ -14,9 +14,9 @@
 //! HOST       := ( ADDRESS[/LENGTH] | "[" ADDRESS[/LENGTH] "]" | * )[:PORT] | :PORT
 //! ```
 //!
-//! A list that begins with states holds all of it to them, as in `ss state close-wait EXPRESSION`.
-//! Source: iproute2, misc/ssfilter.y and parse_hostcond in misc/ss.c; what differs is in
-//! docs/decisions/expressions.md.
+//! If a list begins with states, they apply to all of it, as in `ss state close-wait EXPRESSION`.
+//!
+//! Source: iproute2, misc/ssfilter.y, and parse_hostcond in misc/ss.c. docs/decisions/expressions.md lists the differences.
 
 use std::ops::Range;
 
@@ -32,33 +32,32 @@ use super::syntax_error::quoted;
 use super::{Cgroup2, End, Ephemeral, Expression, Interface, MAX_DEPTH, Services, SyntaxError};
 use crate::tcp::{StateSet, TcpState};
 
-/// What a text means.
+/// The result of a parse.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Parsed {
-    /// The tree.
     pub expression: Expression,
-    /// What the author may have meant otherwise, if anything.
-    pub doubt: Option<String>,
+    /// A note for the operator if the expression may mean something else than intended.
+    pub warning: Option<String>,
 }
 
-/// Understands `text`.
+/// Parses `text`.
 ///
 /// # Errors
-/// It is not in the grammar; the error says where and shows a good one.
+/// `text` is not in the grammar. The error shows the place and a valid example.
 pub fn parse(text: &str, services: &Services) -> Result<Parsed, SyntaxError> {
     let mut input = Input {
         input: LocatingSlice::new(text),
         state: State {
             services,
             depth: 0,
-            doubt: None,
+            ambiguous_and: None,
         },
     };
     match whole(&mut input) {
         Ok(expression) => Ok(Parsed {
             expression,
-            doubt: input.state.doubt.map(|at| {
-                let column = text[..at].chars().count() + 1;
+            warning: input.state.ambiguous_and.map(|offset| {
+                let column = text[..offset].chars().count() + 1;
                 format!(
                     "the `and` at column {column} applies to all that is left of it, as in ss (whose \
                      manual says otherwise): set parentheses to make it plain"
@@ -67,24 +66,29 @@ pub fn parse(text: &str, services: &Services) -> Result<Parsed, SyntaxError> {
         }),
         Err(error) => {
             let fault = error.into_inner().unwrap_or_default();
-            Err(SyntaxError::new(text, fault.at, fault.what, fault.example))
+            Err(SyntaxError::new(
+                text,
+                fault.span,
+                fault.message,
+                fault.example,
+            ))
         }
     }
 }
 
 /// A tree with its depth.
-struct Grown {
+struct Subtree {
     tree: Expression,
     depth: usize,
 }
 
-impl Grown {
+impl Subtree {
     fn leaf(tree: Expression) -> Self {
-        Grown { tree, depth: 1 }
+        Subtree { tree, depth: 1 }
     }
 
     /// Joins `next` on the right. Operators of one kind share a level.
-    fn join(self, or: bool, next: Grown) -> Self {
+    fn join(self, or: bool, next: Subtree) -> Self {
         let same = match self.tree {
             Expression::All(_) => !or,
             Expression::Any(_) => or,
@@ -104,30 +108,30 @@ impl Grown {
             true => Expression::Any(parts),
             false => Expression::All(parts),
         };
-        Grown { tree, depth }
+        Subtree { tree, depth }
     }
 }
 
 fn whole(input: &mut Input<'_>) -> Outcome<Expression> {
-    let grown = list(input)?;
+    let subtree = list(input)?;
     match next(input) {
-        None => Ok(grown.tree),
-        // A list ends at nothing else.
+        None => Ok(subtree.tree),
+        // A list ends only at a `)`.
         Some(close) => Err(Fault::new(
-            close.at,
+            close.span,
             "this `)` closes nothing",
             "( sport = :80 or sport = :443 ) and dst 10.0.0.0/8",
         )),
     }
 }
 
-fn list(input: &mut Input<'_>) -> Outcome<Grown> {
+fn list(input: &mut Input<'_>) -> Outcome<Subtree> {
     let before = input.checkpoint();
     if peek(input).is_some_and(|lexeme| is_states(&lexeme)) {
         let states = states(input)?;
         match peek(input).map(|lexeme| lexeme.token) {
             None | Some(Token::Close) => return Ok(states),
-            // An alternative like any other.
+            // The states are an alternative of an `or`, so they do not apply to the rest.
             Some(Token::Or) => input.reset(&before),
             _ => {
                 take(input, Token::And);
@@ -138,57 +142,57 @@ fn list(input: &mut Input<'_>) -> Outcome<Grown> {
     chain(input)
 }
 
-fn chain(input: &mut Input<'_>) -> Outcome<Grown> {
-    let mut grown = term(input)?;
+fn chain(input: &mut Input<'_>) -> Outcome<Subtree> {
+    let mut subtree = term(input)?;
     let mut or_before = false;
     loop {
-        let Some(Lexeme { token, at, .. }) = peek(input) else {
-            return Ok(grown);
+        let Some(Lexeme { token, span, .. }) = peek(input) else {
+            return Ok(subtree);
         };
         let or = token == Token::Or;
         match token {
-            Token::Close => return Ok(grown),
+            Token::Close => return Ok(subtree),
             Token::And | Token::Or => drop(next(input)),
-            // Side by side means `and`.
+            // Two adjacent terms without an operator mean `and`.
             _ => {}
         }
         or_before |= or;
         if or_before && !or {
-            input.state.doubt.get_or_insert(at.start);
+            input.state.ambiguous_and.get_or_insert(span.start);
         }
-        grown = grown.join(or, term(input)?);
-        if grown.depth > MAX_DEPTH {
-            return Err(too_deep(at));
+        subtree = subtree.join(or, term(input)?);
+        if subtree.depth > MAX_DEPTH {
+            return Err(too_deep(span));
         }
     }
 }
 
-fn too_deep(at: Range<usize>) -> ErrMode<Fault> {
+fn too_deep(span: Range<usize>) -> ErrMode<Fault> {
     Fault::new(
-        at,
+        span,
         format!("nested deeper than {MAX_DEPTH} levels"),
         "( sport = :80 or sport = :443 ) and dst 10.0.0.0/8",
     )
 }
 
-fn term(input: &mut Input<'_>) -> Outcome<Grown> {
+fn term(input: &mut Input<'_>) -> Outcome<Subtree> {
     let mut negated = false;
     while take(input, Token::Not) {
         negated = !negated;
     }
-    let grown = positive(input)?;
+    let subtree = positive(input)?;
     Ok(match negated {
-        true => Grown {
-            tree: grown.tree.negated(),
-            depth: grown.depth + 1,
+        true => Subtree {
+            tree: subtree.tree.negated(),
+            depth: subtree.depth + 1,
         },
-        false => grown,
+        false => subtree,
     })
 }
 
 const CONDITIONS: &str = "sport = :8080 and dst 10.0.0.0/8";
 
-fn positive(input: &mut Input<'_>) -> Outcome<Grown> {
+fn positive(input: &mut Input<'_>) -> Outcome<Subtree> {
     let Some(first) = peek(input) else {
         return Err(Fault::new(
             end(input),
@@ -202,10 +206,10 @@ fn positive(input: &mut Input<'_>) -> Outcome<Grown> {
     next(input);
     let Token::Word(keyword) = first.token else {
         if first.token == Token::Open {
-            return group(input, first.at);
+            return group(input, first.span);
         }
-        let what = format!("a condition is missing before {}", quoted(first.text));
-        return Err(Fault::new(first.at, what, CONDITIONS));
+        let message = format!("a condition is missing before {}", quoted(first.text));
+        return Err(Fault::new(first.span, message, CONDITIONS));
     };
     let tree = match keyword {
         "sport" => port(input, End::Local, keyword)?,
@@ -215,18 +219,18 @@ fn positive(input: &mut Input<'_>) -> Outcome<Grown> {
         "dev" => interface(input)?,
         "cgroup" => cgroup(input)?,
         "autobound" => Expression::Autobound(Ephemeral::Unread),
-        _ => return Err(unknown(first.at, keyword)),
+        _ => return Err(unknown(first.span, keyword)),
     };
-    Ok(Grown::leaf(tree))
+    Ok(Subtree::leaf(tree))
 }
 
-/// What is between the parenthesis at `open` and its counterpart.
-fn group(input: &mut Input<'_>, open: Range<usize>) -> Outcome<Grown> {
+/// Parses from the parenthesis at `open`, which is taken already, to its counterpart.
+fn group(input: &mut Input<'_>, open: Range<usize>) -> Outcome<Subtree> {
     input.state.depth += 1;
     if input.state.depth > MAX_DEPTH {
         return Err(too_deep(open));
     }
-    let grown = list(input)?;
+    let subtree = list(input)?;
     if !take(input, Token::Close) {
         return Err(Fault::new(
             open,
@@ -235,20 +239,20 @@ fn group(input: &mut Input<'_>, open: Range<usize>) -> Outcome<Grown> {
         ));
     }
     input.state.depth -= 1;
-    Ok(grown)
+    Ok(subtree)
 }
 
-/// A word that does not begin a condition, with what was probably meant.
-fn unknown(at: Range<usize>, word: &str) -> ErrMode<Fault> {
-    let what = format!("{} does not begin a condition", quoted(word));
+/// The fault for a word that does not begin a condition. The example is a guess at the intended condition.
+fn unknown(span: Range<usize>, word: &str) -> ErrMode<Fault> {
+    let message = format!("{} does not begin a condition", quoted(word));
     let lower = word.to_ascii_lowercase();
     let keywords = [
         "sport", "dport", "src", "dst", "state", "exclude", "and", "or", "not",
     ];
     let example = match word {
         "fwmark" => {
-            let what = "`fwmark` is not supported: cwkill does not see the marks of sockets";
-            return Fault::new(at, what, CONDITIONS);
+            let message = "`fwmark` is not supported: cwkill does not see the marks of sockets";
+            return Fault::new(span, message, CONDITIONS);
         }
         _ if keywords.contains(&lower.as_str()) => format!("{lower}, in lower case"),
         _ if word.parse::<TcpState>().is_ok() => format!("state {word}"),
@@ -259,26 +263,26 @@ fn unknown(at: Range<usize>, word: &str) -> ErrMode<Fault> {
         }
         _ => CONDITIONS.to_owned(),
     };
-    Fault::new(at, what, example)
+    Fault::new(span, message, example)
 }
 
 fn port(input: &mut Input<'_>, end: End, keyword: &str) -> Outcome<Expression> {
     let example = format!("{keyword} = :8080 or {keyword} >= :1024");
     let (comparison, _) = comparison(input);
-    let (text, at) = value(input, "a port", &example)?;
+    let (text, span) = value(input, "a port", &example)?;
     let number = text.strip_prefix(':').unwrap_or(text);
     if number == "*" {
         return match comparison {
             Comparison::Equal => Ok(Expression::TRUE),
             Comparison::NotEqual => Ok(Expression::FALSE),
             _ => Err(Fault::new(
-                at,
+                span,
                 "`*` stands for every port and cannot be compared",
                 example,
             )),
         };
     }
-    let port = port_number(input.state.services, number, at, &example)?;
+    let port = port_number(input.state.services, number, span, &example)?;
     let range = |range| Expression::Port(end, range);
     Ok(match comparison {
         Comparison::Equal => range(port..=port),
@@ -297,11 +301,11 @@ fn port(input: &mut Input<'_>, end: End, keyword: &str) -> Outcome<Expression> {
 fn interface(input: &mut Input<'_>) -> Outcome<Expression> {
     let example = "dev = eth0";
     let unequal = unequal(input, "dev", example)?;
-    let (name, at) = value(input, "an interface", example)?;
-    // IFNAMSIZ, less the NUL.
+    let (name, span) = value(input, "an interface", example)?;
+    // IFNAMSIZ without the NUL.
     if name.len() > 15 {
-        let what = format!("{} is longer than the name of an interface", quoted(name));
-        return Err(Fault::new(at, what, example));
+        let message = format!("{} is longer than the name of an interface", quoted(name));
+        return Err(Fault::new(span, message, example));
     }
     let tree = Expression::Interface(Interface::Named(name.to_owned()));
     Ok(match unequal {
@@ -325,30 +329,30 @@ fn is_states(lexeme: &Lexeme<'_>) -> bool {
     matches!(lexeme.token, Token::Word("state" | "exclude" | "excl"))
 }
 
-/// A run of `state` and `exclude`: each `state` adds to the set, each `exclude` takes from it; one
-/// that begins with `exclude` takes from all states.
-fn states(input: &mut Input<'_>) -> Outcome<Grown> {
+/// Parses a sequence of `state` and `exclude`. Each `state` adds to the set, and each `exclude` removes from it. If the sequence
+/// begins with `exclude`, the set begins with all states.
+fn states(input: &mut Input<'_>) -> Outcome<Subtree> {
     let example = "state close-wait, or exclude listening";
     let mut set: Option<StateSet> = None;
     while let Some(keyword) = peek(input).filter(is_states) {
         next(input);
-        let (name, at) = value(input, "a state", example)?;
+        let (name, span) = value(input, "a state", example)?;
         let named = state_names(name).ok_or_else(|| {
-            let what = format!("{} is not a state", quoted(name));
+            let message = format!("{} is not a state", quoted(name));
             let example = "state close-wait, or one of established, syn-sent, syn-recv, fin-wait-1, \
                            fin-wait-2, time-wait, closed, last-ack, listening, closing, all, connected, \
                            synchronized, bucket, big";
-            Fault::new(at, what, example)
+            Fault::new(span, message, example)
         })?;
         set = Some(match keyword.text {
             "state" => set.unwrap_or(StateSet::EMPTY).union(named),
             _ => set.unwrap_or(StateSet::ALL).without(named),
         });
     }
-    Ok(Grown::leaf(Expression::State(set.unwrap_or_default())))
+    Ok(Subtree::leaf(Expression::State(set.unwrap_or_default())))
 }
 
-/// A state or a group of them, in any case.
+/// The states with this name: a state or a group of states, in any case.
 fn state_names(name: &str) -> Option<StateSet> {
     use TcpState::{Close, Listen, SynRecv, SynSent, TimeWait};
     let bucket = StateSet::from_iter([SynRecv, TimeWait]);

@@ -1,4 +1,4 @@
-//! Tests of the grammar: what it takes, and what it says of what it does not.
+//! Tests of the grammar: the expressions that it accepts, and the messages for the others.
 
 use super::*;
 use proptest::prelude::*;
@@ -120,7 +120,7 @@ fn every_spelling_of_an_operator() {
         let text = format!("{not} sport 22");
         assert_eq!(tree(&text), a.clone().negated(), "{text}");
     }
-    // Any white space parts words, and none of it ends the expression.
+    // Any white space separates words. A newline does not end the expression.
     for space in [" ", "\t", "\n", "\u{b}", "\u{a0}", "\u{2003}"] {
         let text = format!("sport{space}22{space}sport 80{space}");
         assert_eq!(tree(&text), all([a.clone(), b.clone()]), "{text:?}");
@@ -148,11 +148,11 @@ fn from_left_to_right_as_in_ss() {
         mixed.expression,
         all([any([a.clone(), b.clone()]), c.clone()])
     );
-    assert!(mixed.doubt.unwrap().contains("column 20"));
+    assert!(mixed.warning.unwrap().contains("column 20"));
     let juxtaposed = parsed("sport 1 or sport 2 sport 3");
     assert_eq!(juxtaposed.expression, mixed.expression);
-    assert!(juxtaposed.doubt.is_some());
-    // Here ss does what its manual says.
+    assert!(juxtaposed.warning.is_some());
+    // For these, ss does what its manual says.
     for text in [
         "sport 1 and sport 2 or sport 3",
         "(sport 1 or sport 2) and sport 3",
@@ -160,7 +160,7 @@ fn from_left_to_right_as_in_ss() {
         "state close-wait sport 1 or sport 2",
         "sport 1 or sport 2 or sport 3",
     ] {
-        assert_eq!(parsed(text).doubt, None, "{text}");
+        assert_eq!(parsed(text).warning, None, "{text}");
     }
     assert_eq!(
         tree("sport 1 and sport 2 or sport 3"),

@@ -1,4 +1,4 @@
-//! What the operator wants to match, as a pure predicate over sockets and owners.
+//! The selectors of the command line, as a pure predicate over sockets and owners.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -15,51 +15,48 @@ use crate::proc::cgroup::{Cgroup, unescape};
 use crate::proc::{Process, Unreadable};
 use crate::tcp::{StateSet, TcpState};
 
-/// A conjunction of selectors; of one selector, any value will do. An empty list selects nothing away.
+/// A socket matches if it matches every selector. It matches a selector if it matches one of the values. A selector without values
+/// matches every socket.
 #[derive(Clone, Debug)]
 pub struct Selectors {
     /// Local ports.
     pub ports: Vec<RangeInclusive<u16>>,
-    /// Peer ports.
     pub peer_ports: Vec<RangeInclusive<u16>>,
-    /// Local networks; IPv4-mapped addresses count as IPv4.
+    /// Networks of the local address. An IPv4-mapped address counts as IPv4.
     pub local: Vec<IpNet>,
-    /// Peer networks.
+    /// Networks of the peer address. An IPv4-mapped address counts as IPv4.
     pub peer: Vec<IpNet>,
-    /// Only IPv4 or only IPv6 connections; an IPv4-mapped one is IPv4.
+    /// Only IPv4 or only IPv6 connections. An IPv4-mapped connection is IPv4.
     pub ip_version: Option<IpVersion>,
-    /// Owners by number.
+    /// Pids of owners.
     pub pids: BTreeSet<i32>,
-    /// Owners by name (comm).
+    /// Names (comm) of owners.
     pub processes: Vec<GlobMatcher>,
-    /// Owners by systemd unit.
+    /// systemd units of owners.
     pub units: Vec<UnitName>,
-    /// Owners by the id, the first digits of it, or the name of their container.
+    /// Containers of owners: an id, a prefix of an id, or a name.
     pub containers: Vec<String>,
     /// Owners in one of these cgroups or below.
     pub cgroups: Vec<String>,
     /// Users of the socket's inode.
     pub users: BTreeSet<u32>,
-    /// States.
     pub states: StateSet,
-    /// Sockets quiet for at least this long.
+    /// The minimum age of a socket.
     pub min_age: Duration,
-    /// Causes.
     pub causes: BTreeSet<Cause>,
-    /// What the operator said in the syntax of ss(8).
+    /// An expression in the syntax of ss(8).
     pub expression: Expression,
 }
 
-/// The IP version a connection runs over.
+/// The IP version of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IpVersion {
-    /// IPv4, on sockets of either family.
+    /// IPv4, on a socket of either family.
     V4,
-    /// IPv6.
     V6,
 }
 
-/// What `--unit` says: a name, with or without `.service`, or a pattern.
+/// The value of `--unit`: a name, with or without `.service`, or a pattern.
 #[derive(Clone, Debug)]
 pub struct UnitName {
     text: String,
@@ -68,9 +65,9 @@ pub struct UnitName {
 
 impl UnitName {
     /// # Errors
-    /// It is no pattern.
+    /// `text` is not a valid pattern.
     pub fn new(text: &str) -> Result<Self, globset::Error> {
-        // Units have escapes, `a\x2db.service`, which a pattern does not: there `\` is itself.
+        // The names of units contain escapes, for example `a\x2db.service`. So `\` is an ordinary character in the pattern.
         let pattern = GlobBuilder::new(text).backslash_escape(false).build()?;
         Ok(UnitName {
             text: text.to_owned(),
@@ -78,16 +75,16 @@ impl UnitName {
         })
     }
 
-    /// Whether the unit `name` is meant, as systemctl writes it or with its escapes undone.
-    fn is(&self, name: &str) -> bool {
-        let one = |name: &str| {
+    /// Whether it matches the unit `name`, either escaped as systemctl prints it, or with the escapes undone.
+    fn matches(&self, name: &str) -> bool {
+        let matches = |name: &str| {
             let stem = name.strip_suffix(".service");
             [Some(name), stem]
                 .into_iter()
                 .flatten()
                 .any(|name| name == self.text || self.pattern.is_match(name))
         };
-        one(name) || one(&unescape(name))
+        matches(name) || matches(&unescape(name))
     }
 }
 
@@ -115,20 +112,20 @@ impl Default for Selectors {
 }
 
 impl Selectors {
-    /// The states to ask the kernel for.
+    /// The states that cwkill requests from the kernel.
     pub fn states(&self) -> StateSet {
         self.states
     }
 
-    /// Whether sockets that speak IPv4 need not be asked for.
-    pub fn wants_only_ipv6(&self) -> bool {
+    /// Whether cwkill need not request IPv4 sockets.
+    pub fn selects_only_ipv6(&self) -> bool {
         self.ip_version == Some(IpVersion::V6)
     }
 
-    /// The same selectors with what depends on the network namespace filled in.
+    /// The same selectors, with the names in the expression resolved in the network namespace.
     ///
     /// # Errors
-    /// The expression names what the namespace does not have.
+    /// The namespace does not have a thing that the expression names.
     pub fn resolved(&self, namespace: &dyn Namespace) -> io::Result<Selectors> {
         Ok(Selectors {
             expression: self.expression.resolved(namespace)?,
@@ -136,7 +133,7 @@ impl Selectors {
         })
     }
 
-    /// What an expression can say of these selectors: more sockets match it than match them.
+    /// The selectors that an expression can express. It matches every socket that the selectors match, and may match more.
     pub fn as_expression(&self) -> Expression {
         let any = |parts: Vec<Expression>| match parts.is_empty() {
             true => Expression::TRUE,
@@ -164,7 +161,7 @@ impl Selectors {
         ])
     }
 
-    /// Whether the socket, as the kernel describes it, matches. Owners are not looked at.
+    /// Whether the socket matches, apart from the selectors of owners and users.
     pub fn match_socket(&self, socket: &Socket) -> bool {
         let version = match socket.is_ipv4() {
             true => IpVersion::V4,
@@ -175,23 +172,23 @@ impl Selectors {
             && in_ranges(&self.peer_ports, socket.tuple.peer.port())
             && in_networks(&self.local, socket.tuple.local.ip())
             && in_networks(&self.peer, socket.tuple.peer.ip())
-            && self.ip_version.is_none_or(|wanted| wanted == version)
+            && self.ip_version.is_none_or(|selected| selected == version)
             && self.expression.matches(&SocketFacts::from(socket))
             && self.still_matches(socket)
     }
 
-    /// Whether a dead socket, of which only the local address is known, can be meant. One that selects by
-    /// what is no longer known, such as another state, means none.
+    /// Whether a dead socket with this local address can match. The local address is the only known fact about it, so it matches
+    /// no selector of other facts, such as another state.
     pub fn could_match_dead(&self, local: SocketAddr) -> bool {
         self.could_match_some_dead()
             && in_ranges(&self.ports, local.port())
             && in_networks(&self.local, local.ip())
             && self
                 .ip_version
-                .is_none_or(|wanted| (wanted == IpVersion::V4) == local.is_ipv4())
+                .is_none_or(|selected| (selected == IpVersion::V4) == local.is_ipv4())
     }
 
-    /// Whether a dead socket of whatever local address can be meant.
+    /// Whether a dead socket with some local address can match.
     pub fn could_match_some_dead(&self) -> bool {
         self.states == TcpState::CloseWait.into()
             && self.peer_ports.is_empty()
@@ -202,7 +199,7 @@ impl Selectors {
             && self.expression == Expression::TRUE
     }
 
-    /// Whether a socket that has no local address can be meant.
+    /// Whether a dead socket without a local address can match.
     pub fn could_match_unbound(&self) -> bool {
         self.could_match_some_dead()
             && self.ports.is_empty()
@@ -210,36 +207,37 @@ impl Selectors {
             && self.ip_version.is_none()
     }
 
-    /// Of [`Selectors::match_socket`], what can change while a socket stays in its state.
+    /// The part of [`Selectors::match_socket`] that can change while a socket stays in its state.
     pub fn still_matches(&self, socket: &Socket) -> bool {
         (self.min_age.is_zero() || socket.age.is_some_and(|age| age >= self.min_age))
             && (self.causes.is_empty() || self.causes.contains(&socket.cause))
     }
 
-    /// Whether the user of a socket is one of those asked for.
+    /// Whether the user of a socket is selected.
     pub fn match_user(&self, uid: u32) -> bool {
         self.users.is_empty() || self.users.contains(&uid)
     }
 
-    /// Whether `owner` is one of those asked for.
+    /// Whether `owner` is selected.
     pub fn match_owner(&self, owner: &Process) -> bool {
         self.match_process(owner.id.pid, Some(&owner.comm)) && self.match_cgroup(&owner.cgroup)
     }
 
-    /// Whether one of the processes that could not be read may be an owner that is asked for.
+    /// Whether one of these processes, which cwkill could not read, may be a selected owner.
     pub fn could_match(&self, unreadable: &[Unreadable]) -> bool {
-        let could = |process: &Unreadable| self.match_process(process.pid, process.comm.as_deref());
-        self.selects_owners() && unreadable.iter().any(could)
+        let may_match =
+            |process: &Unreadable| self.match_process(process.pid, process.comm.as_deref());
+        self.selects_owners() && unreadable.iter().any(may_match)
     }
 
-    /// Whether a process is asked for by its number and its name; an unknown name may be any.
+    /// Whether a process is selected by its pid and its name. An unknown name matches every pattern.
     fn match_process(&self, pid: i32, comm: Option<&str>) -> bool {
         let named = |comm| self.processes.iter().any(|glob| glob.is_match(comm));
         (self.pids.is_empty() || self.pids.contains(&pid))
             && (self.processes.is_empty() || comm.is_none_or(named))
     }
 
-    /// Whether owners decide what matches.
+    /// Whether a selector of owners is given.
     pub fn selects_owners(&self) -> bool {
         !(self.pids.is_empty()
             && self.processes.is_empty()
@@ -251,7 +249,8 @@ impl Selectors {
     fn match_cgroup(&self, cgroup: &Cgroup) -> bool {
         let unit = || cgroup.unit.as_deref();
         let container = || cgroup.container.as_ref();
-        (self.units.is_empty() || unit().is_some_and(|u| self.units.iter().any(|name| name.is(u))))
+        (self.units.is_empty()
+            || unit().is_some_and(|unit| self.units.iter().any(|name| name.matches(unit))))
             && (self.containers.is_empty()
                 || container()
                     .is_some_and(|c| self.containers.iter().any(|name| c.is_called(name))))
@@ -259,7 +258,8 @@ impl Selectors {
     }
 }
 
-/// A network of selectors: unlike one of an expression, one of IPv6 has no IPv4-mapped addresses.
+/// The condition for a network of the selectors. There an IPv6 network does not match IPv4-mapped addresses; in an expression it
+/// does.
 fn canonical(end: End, network: IpNet) -> Expression {
     let address = Expression::Address(end, network);
     match network {
@@ -440,13 +440,13 @@ mod tests {
         ] {
             assert_eq!(unit(name), [1], "{name}");
         }
-        let nobody: [i32; 0] = [];
-        assert_eq!(unit("tomcat"), nobody);
+        let none: [i32; 0] = [];
+        assert_eq!(unit("tomcat"), none);
         assert_eq!(unit("session-3.scope"), [3]);
-        assert_eq!(unit("session-3"), nobody, "only .service may be left out");
+        assert_eq!(unit("session-3"), none, "only .service may be left out");
         assert_eq!(unit("*"), [1, 3]);
         assert_eq!(who(&|s| s.containers = vec![id[..12].into()]), [2]);
-        assert_eq!(who(&|s| s.containers = vec!["web".into()]), nobody);
+        assert_eq!(who(&|s| s.containers = vec!["web".into()]), none);
         assert_eq!(who(&|s| s.cgroups = vec!["/system.slice".into()]), [1]);
         assert_eq!(who(&|s| s.cgroups = vec!["/".into()]), [1, 2, 3, 4]);
         assert_eq!(

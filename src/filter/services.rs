@@ -3,9 +3,9 @@
 use std::cell::OnceCell;
 use std::fs;
 
-/// The services of this host; read when the first name is looked up.
+/// The services of this host. The file is read at the first lookup.
 ///
-/// Not getservbyname(3): it needs `unsafe`, is not safe in threads, and may ask the network. See
+/// cwkill does not use getservbyname(3): that needs `unsafe`, is not safe with threads, and may ask the network. See
 /// docs/decisions/expressions.md.
 #[derive(Debug)]
 pub struct Services {
@@ -15,21 +15,21 @@ pub struct Services {
 const FILE: &str = "/etc/services";
 
 impl Services {
-    /// Those of this host. A missing file has none.
+    /// The services in /etc/services; none if that file is missing.
     pub fn of_this_host() -> Self {
         Services {
             text: OnceCell::new(),
         }
     }
 
-    /// Those in `text`, in the format of services(5).
+    /// The services in `text`, in the format of services(5).
     pub fn from_text(text: &str) -> Self {
         Services {
             text: OnceCell::from(text.to_owned()),
         }
     }
 
-    /// The TCP port of the service `name` or of the service with that alias.
+    /// The TCP port of the service with this name or alias.
     pub fn port(&self, name: &str) -> Option<u16> {
         let read = || {
             let bytes = fs::read(FILE).unwrap_or_default();
@@ -39,7 +39,7 @@ impl Services {
     }
 }
 
-/// Lines are `name port/protocol alias…`, with comments from `#` on.
+/// Lines are `name port/protocol alias…`. A `#` begins a comment.
 fn port_in(text: &str, name: &str) -> Option<u16> {
     text.lines().find_map(|line| {
         let line = line.split('#').next()?;

@@ -1,39 +1,39 @@
-//! What is wrong with an expression, and where.
+//! The message for an expression that cannot be parsed, with a caret below the error.
 
 use std::fmt;
 use std::ops::Range;
 
-/// An expression that cannot be understood.
+/// An expression that cannot be parsed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SyntaxError {
     /// The whole expression.
     text: String,
-    /// The bytes of it that are wrong; empty at its end when something is missing.
+    /// The wrong bytes of it; an empty range at its end if something is missing.
     wrong: Range<usize>,
-    what: String,
+    message: String,
     example: String,
 }
 
-/// Of a long expression so many characters are shown to the left and to the right of the error.
+/// The number of characters of a long expression that are shown on each side of the error.
 const CONTEXT: usize = 40;
 
 impl SyntaxError {
-    pub(super) fn new(text: &str, wrong: Range<usize>, what: String, example: String) -> Self {
+    pub(super) fn new(text: &str, wrong: Range<usize>, message: String, example: String) -> Self {
         SyntaxError {
             text: text.to_owned(),
             wrong,
-            what,
+            message,
             example,
         }
     }
 
-    /// The column of the error, in characters from 1 on.
+    /// The column of the error, in characters, the first being 1.
     pub fn column(&self) -> usize {
         self.text[..self.wrong.start].chars().count() + 1
     }
 }
 
-/// One column a character, whatever it is, so that the caret stands below the error.
+/// Replaces white space and control characters by a character of one column, so that the caret stands below the error.
 fn plain(c: char) -> char {
     match c {
         _ if c.is_whitespace() => ' ',
@@ -42,7 +42,7 @@ fn plain(c: char) -> char {
     }
 }
 
-/// A part of an expression for a message: in quotes, and cut when it is long.
+/// A part of an expression for a message: in quotes, and cut if it is long.
 pub(super) fn quoted(text: &str) -> String {
     let mut shown: String = text.chars().map(plain).take(CONTEXT).collect();
     if text.chars().nth(CONTEXT).is_some() {
@@ -67,14 +67,14 @@ impl fmt::Display for SyntaxError {
             true => after[..cut_after].iter().collect(),
             false => String::new(),
         };
-        let ahead = if cut_before > 0 { "…" } else { "" };
-        let behind = match cut_wrong < wrong.len() || cut_after < after.len() {
+        let start = if cut_before > 0 { "…" } else { "" };
+        let end = match cut_wrong < wrong.len() || cut_after < after.len() {
             true => "…",
             false => "",
         };
-        writeln!(f, "column {}: {}", self.column(), self.what)?;
-        writeln!(f, "    {ahead}{left}{middle}{right}{behind}")?;
-        let indent = ahead.chars().count() + before.len() - cut_before;
+        writeln!(f, "column {}: {}", self.column(), self.message)?;
+        writeln!(f, "    {start}{left}{middle}{right}{end}")?;
+        let indent = start.chars().count() + before.len() - cut_before;
         let carets = "^".repeat(cut_wrong.max(1));
         writeln!(f, "    {}{carets}", " ".repeat(indent))?;
         write!(f, "  for example: {}", self.example)

@@ -1,4 +1,4 @@
-//! Why a socket is stuck, from what the kernel already knows. Pure.
+//! Why a socket is stuck, from the data of the kernel. Pure.
 
 use strum::{Display, EnumString, IntoStaticStr, VariantArray};
 
@@ -7,6 +7,7 @@ use crate::sock_diag::SocketMessage;
 use crate::tcp::TcpState;
 
 /// Why a socket is stuck.
+///
 /// Its name in JSON, in `--cause` and in the table is the variant in kebab case.
 #[derive(
     Clone,
@@ -24,19 +25,19 @@ use crate::tcp::TcpState;
 )]
 #[strum(serialize_all = "kebab-case")]
 pub enum Cause {
-    /// In the accept queue of a listener: no descriptor exists, the listener's owner is the culprit.
+    /// It waits in the accept queue of a listener. No descriptor exists; the owner of the listener must accept it.
     NotAccepted,
-    /// The peer has not finished the handshake; there is no connection to accept yet. Only in SYN-RECV.
+    /// The peer has not finished the handshake, so there is no connection to accept yet. Only in SYN-RECV.
     Handshake,
     /// Bytes are still queued to the peer.
     Sending,
     /// The application has not read to the end: an idle pool or a blocked worker.
     Unread,
-    /// The application has read everything and still holds the descriptor: the classic leak.
+    /// The application has read everything and still holds the descriptor: the usual leak.
     Drained,
-    /// A listener, which is not stuck at all.
+    /// A listener, which is not stuck.
     Listening,
-    /// Closed by its owner; only the kernel still has it. Never in CLOSE-WAIT.
+    /// Its owner has closed it; only the kernel still has it. Never in CLOSE-WAIT.
     Orphan,
 }
 
@@ -46,18 +47,18 @@ impl Cause {
         self.into()
     }
 
-    /// Whether no process has accepted the connection yet: its listener's owner then stands for its owner.
+    /// Whether no process has accepted the connection. Then the owner of its listener is responsible for it.
     pub fn is_with_listener(self) -> bool {
         matches!(self, Cause::NotAccepted | Cause::Handshake)
     }
 
-    /// The cause of the socket that the kernel describes so. A socket that is both unread and sending is `sending`, since
-    /// that limits which methods may be used on it.
+    /// The cause for this description by the kernel. A socket that is both unread and sending is `sending`, because that limits
+    /// the methods for it.
     pub fn of(message: &SocketMessage) -> Cause {
         match (message.inode, message.state) {
             (_, TcpState::Listen) => Cause::Listening,
-            // A connection gets its inode with its descriptor, in accept(); before that it can only be
-            // opened, or closed by the peer. In any other state the owner had one and closed it.
+            // A connection gets its inode and its descriptor in accept(2). Before accept(2), only the peer can change its state, so
+            // in any other state the owner has closed the descriptor.
             (0, TcpState::SynRecv) => Cause::Handshake,
             (0, TcpState::Established | TcpState::CloseWait) => Cause::NotAccepted,
             (0, _) => Cause::Orphan,

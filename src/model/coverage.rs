@@ -1,33 +1,33 @@
-//! What could not be seen, so that "nothing" is never said of what was not looked at.
+//! The limits of a scan. With them, cwkill never reports "nothing" about things that it could not see.
 
 use crate::text::counted;
 
-/// What a scan could not see. All zero and false: it saw everything.
+/// What a scan could not see. The default value means that it saw everything.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Coverage {
-    /// Processes whose descriptors could not be read: they may own sockets without a known owner.
+    /// The number of processes whose descriptors cwkill could not read. They may own sockets without a known owner.
     pub unreadable_processes: usize,
-    /// /proc does not show the processes of other users (hidepid): they may own anything.
+    /// /proc does not show the processes of other users (hidepid). They may own any socket.
     pub hidden_processes: bool,
-    /// Sockets that were left out only because their owner could not be read, and might match.
+    /// The number of sockets that may match, and were left out only because cwkill could not read their owner.
     pub undecided: usize,
-    /// Network namespaces that could not be looked into.
+    /// The number of network namespaces that cwkill could not enter.
     pub unreachable_namespaces: usize,
-    /// Why the first of them could not.
+    /// Why cwkill could not enter the first of them.
     pub namespace_failure: Option<String>,
-    /// Processes whose network namespace is unknown; it may be one that was not looked into.
+    /// The number of processes in an unknown network namespace, which may be one that was not scanned.
     pub unknown_namespaces: usize,
-    /// Why the sockets could not be listed again after some were destroyed.
+    /// Why cwkill could not list the sockets again after it had destroyed some.
     pub unlisted: Option<String>,
 }
 
 impl Coverage {
-    /// Whether the descriptors of some process could not be seen.
+    /// Whether cwkill could not read the descriptors of some process.
     pub fn has_hidden_owners(&self) -> bool {
         self.unreadable_processes > 0 || self.hidden_processes
     }
 
-    /// How many network namespaces, or processes in unknown ones, were not looked into.
+    /// The number of network namespaces that were not scanned, plus the number of processes in unknown ones.
     pub fn unseen_namespaces(&self) -> usize {
         self.unreachable_namespaces + self.unknown_namespaces
     }
@@ -37,7 +37,7 @@ impl Coverage {
         self.undecided + self.unseen_namespaces() > 0
     }
 
-    /// The notes for the operator, one a line. `without_owner` sockets have no known owner.
+    /// The notes for the operator, one per line. `without_owner` is the number of sockets without a known owner.
     pub fn notes(&self, without_owner: usize) -> Vec<String> {
         let mut notes = Vec::new();
         if without_owner > 0 {

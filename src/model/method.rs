@@ -1,4 +1,4 @@
-//! The methods that close a socket, and what each needs: one table for the plan, the privileges and the report.
+//! The methods that close a socket, and the needs and limits of each, for the plan, the privileges and the report.
 
 use std::fmt;
 
@@ -16,7 +16,7 @@ use crate::tcp::TcpState;
 )]
 #[strum(serialize_all = "lowercase")]
 pub enum Method {
-    /// A question to the peer; a peer that is gone answers RST, and the kernel closes the socket.
+    /// A segment that the peer must answer. A peer without the connection answers with RST, and the kernel closes the socket.
     Probe,
     /// shutdown(2) on a duplicate of an owner's descriptor.
     Shutdown,
@@ -26,11 +26,10 @@ pub enum Method {
     Rst,
 }
 
-/// Shown where an orphan is not aborted; see [`KernelVersion::ABORTS_ORPHANS`].
+/// Why an orphan is not aborted; see [`KernelVersion::ABORTS_ORPHANS`].
 pub(crate) const ORPHANS: &str = "kernels before 6.11 can keep an aborted orphan for ever";
 
 impl Method {
-    /// Every method.
     pub const ALL: [Method; 4] = [
         Method::Probe,
         Method::Shutdown,
@@ -38,7 +37,7 @@ impl Method {
         Method::Rst,
     ];
 
-    /// The methods that `auto` stands for, in order.
+    /// The methods of `auto`, in order.
     pub const AUTO: [Method; 3] = [Method::Shutdown, Method::Destroy, Method::Rst];
 
     /// The name in `--method`, in JSON and in the table.
@@ -46,18 +45,18 @@ impl Method {
         self.into()
     }
 
-    /// Whether it works through a descriptor of an owner.
+    /// Whether the method needs a descriptor of an owner.
     pub fn needs_descriptor(self) -> bool {
         self == Method::Shutdown
     }
 
-    /// Whether bytes queued to the peer are lost.
+    /// Whether the method loses the bytes that are queued to the peer.
     pub fn discards_unsent(self) -> bool {
         matches!(self, Method::Destroy | Method::Rst)
     }
 
-    /// The capability it certainly needs, for a socket with or without an owner. The right to reach into an owner is not one:
-    /// it depends on the owner and on security modules.
+    /// The capability that the method always needs, for a socket with or without an owner. The right to attach to an owner is not
+    /// among them: it depends on the owner and on security modules.
     pub fn privilege(self, owned: bool) -> Option<Privilege> {
         match self {
             Method::Shutdown => None,
@@ -67,8 +66,8 @@ impl Method {
         }
     }
 
-    /// Why it cannot be used on `socket` in its state, on this kernel. `idle_only`: a minimum age was asked for, without which
-    /// an open connection is never closed.
+    /// Why the state of `socket` forbids the method on this kernel. `idle_only`: the operator gave a minimum age. cwkill never
+    /// closes an open connection without one.
     pub fn forbidden_by_state(
         self,
         socket: &Socket,
@@ -79,8 +78,8 @@ impl Method {
             TcpState::CloseWait => None,
             TcpState::Established if idle_only => None,
             TcpState::Established => Some("an open connection is only closed with --min-age"),
-            // net/ipv4/af_inet.c, inet_shutdown and net/ipv4/tcp.c, tcp_shutdown: our FIN has been sent, and shutdown(2)
-            // sends no other.
+            // The FIN of this host is already sent, and shutdown(2) sends no second one (net/ipv4/af_inet.c, inet_shutdown;
+            // net/ipv4/tcp.c, tcp_shutdown).
             TcpState::FinWait1
             | TcpState::FinWait2
             | TcpState::LastAck
@@ -90,9 +89,9 @@ impl Method {
             {
                 Some("our side is shut down already")
             }
-            // The kernel does not keep the time of the last ACK for it.
+            // In TIME-WAIT the kernel does not keep the time of the last ACK, so an answer would not be seen.
             TcpState::TimeWait if self == Method::Probe => Some("there is no one left to ask"),
-            // Its listener answers an ACK with RST (net/ipv4/tcp_minisocks.c, tcp_check_req).
+            // The listener answers an ACK with RST (net/ipv4/tcp_minisocks.c, tcp_check_req).
             TcpState::SynRecv if matches!(self, Method::Probe | Method::Rst) => {
                 Some("a half-open request does not tell its sequence numbers")
             }

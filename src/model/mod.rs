@@ -1,4 +1,4 @@
-//! The things that cwkill talks about, as data: a [`Target`] for each matched socket, and the [`Scan`] that found them.
+//! The data of a run: a [`Target`] for each matched socket, and the [`Scan`] that found them.
 
 pub mod cause;
 pub mod coverage;

@@ -1,4 +1,4 @@
-//! What the finder found.
+//! The result of the finder.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -8,35 +8,33 @@ use crate::model::{Coverage, Owner, Target};
 use crate::proc::netns::Netns;
 use crate::proc::{Process, ProcessId};
 
-/// The matched sockets, and what belongs to them.
+/// The matched sockets, with their listeners and namespaces.
 #[derive(Clone, Debug, Default)]
 pub struct Scan {
-    /// The sockets that match, oldest first.
+    /// The matched sockets, oldest first.
     pub targets: Vec<Target>,
-    /// The listeners of never accepted sockets.
+    /// The listeners of the sockets that were never accepted.
     pub listeners: Vec<Listener>,
     /// The network namespaces that were scanned.
     pub namespaces: Vec<Arc<Netns>>,
-    /// What could not be seen.
     pub coverage: Coverage,
-    /// Whether the owners were searched for.
+    /// Whether cwkill searched for the owners.
     pub owners_known: bool,
 }
 
-/// The listeners at one address: one, or a group made with SO_REUSEPORT.
+/// One listener, or a group of listeners with SO_REUSEPORT at one address.
 #[derive(Clone, Debug)]
 pub struct Listener {
-    /// Where it listens.
     pub local: SocketAddr,
     /// The inodes of its sockets.
     pub inodes: Vec<u32>,
     /// The user of its sockets.
     pub uid: u32,
-    /// Connections that wait for accept(), over the whole group, when last looked up.
+    /// Connections that wait for accept(2), summed over the group, at the last lookup.
     pub waiting: u32,
-    /// The limit of the backlog, over the whole group.
+    /// The limit of the backlog, summed over the group.
     pub backlog: u32,
-    /// Its owners, one entry for each descriptor.
+    /// Its owners, one entry per descriptor.
     pub owners: Vec<Owner>,
 }
 
@@ -46,12 +44,12 @@ impl Scan {
         &self.namespaces[target.socket.netns]
     }
 
-    /// The listener that would accept a target, if it was never accepted.
+    /// The listener that would accept a target; `None` if the target was accepted, or the listener is unknown.
     pub fn listener(&self, target: &Target) -> Option<&Listener> {
         target.listener.map(|index| &self.listeners[index])
     }
 
-    /// The owners that are responsible for a target: its own, or its listener's if it was never accepted.
+    /// The owners that are responsible for a target: those of its listener if it was never accepted, otherwise its own.
     pub fn responsible<'s>(&'s self, target: &'s Target) -> &'s [Owner] {
         match self.listener(target) {
             Some(listener) => &listener.owners,
@@ -59,12 +57,12 @@ impl Scan {
         }
     }
 
-    /// The process to blame for a target: the first of [`Scan::responsible`].
+    /// The process that is responsible for a target: the first of [`Scan::responsible`].
     pub fn culprit<'s>(&'s self, target: &'s Target) -> Option<&'s Arc<Process>> {
         self.responsible(target).first().map(|owner| &owner.process)
     }
 
-    /// Every process that is responsible for some target, by pid.
+    /// Every process that is responsible for a target, by identity.
     pub fn processes(&self) -> BTreeMap<ProcessId, &Arc<Process>> {
         let targets = self.targets.iter().flat_map(|target| &target.owners);
         let listeners = self.listeners.iter().flat_map(|listener| &listener.owners);
@@ -74,7 +72,7 @@ impl Scan {
             .collect()
     }
 
-    /// How many targets have a descriptor and no known owner, if owners were searched for.
+    /// The number of targets with a descriptor and no known owner; 0 if cwkill did not search for owners.
     pub fn without_known_owner(&self) -> usize {
         let unknown = |target: &&Target| target.is_without_known_owner();
         match self.owners_known {

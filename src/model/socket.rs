@@ -1,4 +1,4 @@
-//! A socket, as the kernel's tables describe it.
+//! A socket, from the kernel's tables.
 
 use std::cmp::Reverse;
 use std::time::Duration;
@@ -7,35 +7,32 @@ use crate::model::Cause;
 use crate::sock_diag::{Cookie, DiagId, SocketMessage};
 use crate::tcp::{TcpState, Tuple};
 
-/// A socket that matches, as it was when the kernel listed it.
+/// A matched socket, at the time when the kernel listed it.
 #[derive(Clone, Debug)]
 pub struct Socket {
-    /// Its address pair, interface and cookie, to be sent back to the kernel unchanged.
+    /// Its address pair, interface and cookie. cwkill sends them back to the kernel unchanged.
     pub id: DiagId,
     /// Index of its network namespace in [`crate::model::Scan::namespaces`].
     pub netns: usize,
-    /// Its endpoints, IPv4-mapped addresses written as IPv4.
     pub tuple: Tuple,
-    /// Its state.
     pub state: TcpState,
-    /// Unread bytes, the FIN counted as one. See [`SocketMessage::recv_q`].
+    /// Unread bytes. A FIN counts as one byte. See [`SocketMessage::recv_q`].
     pub recv_q: u32,
-    /// Bytes written and not acknowledged. See [`SocketMessage::send_q`].
+    /// Written bytes that the peer has not acknowledged. See [`SocketMessage::send_q`].
     pub send_q: u32,
-    /// User of the socket's inode; of the listener's, for one that was never accepted.
+    /// The user of the socket's inode. For a socket that was never accepted: the user of its listener's inode.
     pub uid: u32,
-    /// The cgroup v2 it was made in. See [`SocketMessage::cgroup`].
+    /// The cgroup v2 in which the socket was made. See [`SocketMessage::cgroup`].
     pub cgroup_id: Option<u64>,
-    /// Its inode; `None` when no descriptor exists.
+    /// The inode; `None` if no descriptor exists.
     pub inode: Option<u32>,
-    /// Lower bound of the time it has been stuck. See [`age`].
+    /// A lower bound of the time for which it has been stuck. See [`age`].
     pub age: Option<Duration>,
-    /// Why it is stuck.
     pub cause: Cause,
 }
 
 impl Socket {
-    /// The socket that `message` describes, in the first namespace until the finder says otherwise.
+    /// The socket that `message` describes, in the first namespace. The finder sets the namespace later.
     pub fn from_message(message: &SocketMessage) -> Socket {
         Socket {
             id: message.id,
@@ -52,28 +49,27 @@ impl Socket {
         }
     }
 
-    /// The sort key that puts the oldest first.
+    /// A sort key that puts the oldest socket first.
     pub fn oldest_first(&self) -> impl Ord + use<> {
         (Reverse(self.age), self.netns, self.tuple)
     }
 
-    /// The kernel's identity of the socket.
     pub fn cookie(&self) -> Cookie {
         self.id.cookie()
     }
 
-    /// Whether the connection runs over IPv4, on a socket of either family.
+    /// Whether the connection uses IPv4, on a socket of either family.
     pub fn is_ipv4(&self) -> bool {
         self.tuple.local.is_ipv4()
     }
 }
 
-/// A lower bound on the time a socket has been stuck; `None` when the kernel gives no TCP_INFO, or the socket has never
-/// heard of a peer: then the kernel counts from its own start.
+/// A lower bound of the time for which a socket has been stuck. `None` if the kernel sends no TCP_INFO, or if no segment of a peer
+/// has arrived yet: then the kernel counts from boot.
 ///
-/// In CLOSE-WAIT it is the time since the last acceptable segment: every segment that can follow the
-/// FIN only makes it smaller. In a state in which data can still flow it is the time since anything
-/// moved in either direction.
+/// In CLOSE-WAIT it is the time since the last acceptable segment. That is at most the time since the FIN, because a segment after
+/// the FIN only makes it shorter. In a state in which data can still flow, it is the time since the last data or ACK in either
+/// direction.
 pub fn age(message: &SocketMessage) -> Option<Duration> {
     let quiet = message.quiet?;
     Some(match message.state {
@@ -86,20 +82,20 @@ pub fn age(message: &SocketMessage) -> Option<Duration> {
     })
 }
 
-/// Whether the owner has closed the socket while the kernel still sends for it (SOCK_DEAD).
+/// Whether the owner has closed the socket and the kernel still sends for it (SOCK_DEAD).
 pub fn is_orphan(message: &SocketMessage) -> bool {
     let sending = [TcpState::FinWait1, TcpState::LastAck, TcpState::Closing];
     message.inode == 0 && sending.contains(&message.state)
 }
 
-/// Bytes of the application that an abort would lose: `send_q` without our own FIN, which the kernel
-/// counts once it is sent (RFC 9293 §3.4: SYN and FIN occupy sequence numbers).
+/// The bytes of the application that an abort would lose: `send_q` without the socket's own SYN or FIN, which the kernel counts once
+/// it is sent (RFC 9293 §3.4: SYN and FIN occupy sequence numbers).
 pub fn unsent(state: TcpState, send_q: u32) -> u32 {
     match state {
         TcpState::LastAck | TcpState::FinWait1 | TcpState::Closing | TcpState::SynSent => {
             send_q.saturating_sub(1)
         }
-        // There it is the limit of the backlog.
+        // For a listener, `send_q` is the limit of the backlog.
         TcpState::Listen => 0,
         _ => send_q,
     }

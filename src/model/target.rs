@@ -1,4 +1,4 @@
-//! One matched socket on its way through the program: who owns it, the plan for it, what was tried, the outcome.
+//! One matched socket on its way through a run: its owners, its plan, the attempts and the outcome.
 
 use std::fmt;
 use std::sync::Arc;
@@ -12,70 +12,68 @@ use crate::proc::{FdState, Process, RemoteFd};
 use crate::sys::os_error;
 use crate::tcp::TcpState;
 
-/// A matched socket with everything that is known of it and done to it. Each step of a run fills in its own fields.
+/// A matched socket with all facts about it. Each step of a run fills in its own fields.
 #[derive(Clone, Debug)]
 pub struct Target {
-    /// The socket, as it was found.
+    /// The socket, at the time when cwkill found it.
     pub socket: Socket,
-    /// Its owners: one entry for each descriptor, those of a process together, selected ones first. Empty: none is known.
+    /// One entry per descriptor: the descriptors of a process are adjacent, and selected processes come first. Empty if no owner is
+    /// known.
     pub owners: Vec<Owner>,
     /// For a socket that was never accepted: the index in [`crate::model::Scan::listeners`] of the listener that would accept it.
     pub listener: Option<usize>,
-    /// What is to be done.
     pub plan: Plan,
-    /// Every method tried so far, in order.
+    /// The methods tried so far, in order.
     pub attempts: Vec<Attempt>,
-    /// The one outcome; `None` in a listing or dry run, and until it is known.
+    /// `None` in a listing or dry run, and until the outcome is known.
     pub outcome: Option<Outcome>,
 }
 
 /// A descriptor of a socket in a process.
 #[derive(Clone, Debug)]
 pub struct Owner {
-    /// The process.
     pub process: Arc<Process>,
-    /// The number of the descriptor in its table.
+    /// The number of the descriptor in the table of the process.
     pub fd: RemoteFd,
-    /// Whether the descriptor is still open after the socket was closed; `None` if that was not checked.
+    /// Whether the descriptor is still open after the socket was closed; `None` if cwkill did not check.
     pub after: Option<FdState>,
-    /// The outcome of reclaiming the descriptor; `None` if that was not to be done.
+    /// The outcome of reclaiming the descriptor; `None` if cwkill was not to reclaim it.
     pub reclaim: Option<ReclaimOutcome>,
 }
 
-/// What is to be done to one socket.
+/// The methods to try on one socket, and the reasons against the others.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// The methods to try, one after the other until the socket is closed.
     pub methods: Vec<Method>,
-    /// Methods that were wanted and cannot be used on this socket.
+    /// The selected methods that cannot be used on this socket.
     pub excluded: Vec<(Method, Exclusion)>,
-    /// Why the socket is left alone whatever the methods could do.
+    /// Why the socket is left alone although a method may be usable.
     pub skip: Option<SkipReason>,
 }
 
 /// One method tried on one socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attempt {
-    /// The method.
     pub method: Method,
-    /// Why it did nothing, if it did nothing.
+    /// Why the method did nothing; `None` if it acted.
     pub error: Option<MethodError>,
 }
 
-/// What became of a matched socket.
+/// The result for a matched socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, IntoStaticStr)]
 #[cfg_attr(test, derive(strum::VariantNames))]
 #[strum(serialize_all = "kebab-case")]
 pub enum Outcome {
-    /// It is no longer in the kernel's tables, by this method.
+    /// This method removed it from the kernel's tables.
     Closed(Method),
-    /// It has left its state by this method, and waits for its peer.
+    /// This method brought it into another state, in which it waits for its peer.
     Closing(Method, TcpState),
     /// It left its state on its own before the act.
     Gone,
-    /// It is left alone.
+    /// cwkill left it alone.
     Skipped(SkipReason),
-    /// It is still there; the attempts say why.
+    /// It is still there; the attempts have the reasons.
     Failed,
 }
 
@@ -89,13 +87,13 @@ pub enum SkipReason {
     /// No method can be used; [`Plan::excluded`] has the reason for each.
     #[error("no method can be used")]
     NoMethod,
-    /// Older sockets have used up --max-kills.
+    /// Older sockets have reached the limit of --max-kills.
     #[error("over --max-kills")]
     OverMaxKills,
     /// The application wrote bytes after the plan was made, and an abort would lose them.
     #[error("would lose {0} unsent bytes (--discard-unsent allows it)")]
     UnsentData(u32),
-    /// It no longer has the age or the cause that was asked for.
+    /// It no longer has the selected age or cause.
     #[error("no longer has the selected age or cause")]
     NoLongerSelected,
     /// The application accepted it after the plan was made.
@@ -104,7 +102,7 @@ pub enum SkipReason {
     /// The peer answered a probe: the connection is in use, or half-closed on purpose.
     #[error("peer is alive")]
     PeerAlive,
-    /// The run was interrupted before anything was done to it.
+    /// The operator interrupted the run before the first act on it.
     #[error("interrupted")]
     Interrupted,
 }
@@ -116,22 +114,22 @@ pub enum SkipReason {
 #[cfg_attr(test, derive(strum::VariantNames))]
 #[strum(serialize_all = "kebab-case")]
 pub enum Exclusion {
-    /// The socket was never accepted, so there is no descriptor to act through.
+    /// The socket was never accepted, so it has no descriptor.
     #[error("never accepted: no descriptor exists")]
     NotAccepted,
-    /// No process that can be seen holds a descriptor of it.
+    /// No visible process holds a descriptor of it.
     #[error("no known owner")]
     NoOwner,
-    /// The owners were not searched for.
+    /// cwkill did not search for owners.
     #[error("owners were not searched for (--no-owners)")]
     OwnersNotSearched,
-    /// It would lose this many bytes that are queued to the peer.
+    /// The method would lose this many bytes that are queued to the peer.
     #[error("would lose {0} unsent bytes (--discard-unsent allows it)")]
     UnsentData(u32),
-    /// This process lacks a privilege.
+    /// cwkill lacks this privilege.
     #[error("needs {0}")]
     NotPermitted(Privilege),
-    /// The socket's state does not allow it, for this reason.
+    /// The state of the socket forbids the method, for this reason.
     #[error("{0}: {1}")]
     WrongState(TcpState, &'static str),
 }
@@ -146,10 +144,10 @@ pub enum MethodError {
     /// The socket closed before the act.
     #[error("closed before the act")]
     Gone,
-    /// None of the descriptors refers to the socket any more.
+    /// No known descriptor refers to the socket any more.
     #[error("every known descriptor has been closed")]
     DescriptorsGone,
-    /// The /proc that names the owners is of another pid namespace than ours.
+    /// /proc shows another pid namespace than the one of cwkill.
     #[error(
         "/proc shows another pid namespace than cwkill runs in; mount one of its own, or run it outside"
     )]
@@ -157,16 +155,16 @@ pub enum MethodError {
     /// A privilege is missing; the kernel's answer is kept.
     #[error("{}: needs {}", os_error(.1), .0)]
     NotPermitted(Privilege, Errno),
-    /// The kernel cannot do it at all.
+    /// The kernel does not have the feature; the text names it.
     #[error("{}: {}", os_error(.1), .0)]
     NotSupported(&'static str, Errno),
-    /// An orphan, which this kernel can keep for ever once it is aborted.
+    /// The socket is an orphan, and this kernel can keep an aborted orphan for ever.
     #[error("{ORPHANS}")]
     OrphanOnOldKernel,
-    /// It would lose this many bytes queued to the peer, which were written after the plan was made.
+    /// The method would lose this many bytes that were queued to the peer after the plan was made.
     #[error("would lose {0} unsent bytes (--discard-unsent allows it)")]
     UnsentData(u32),
-    /// No ACK with the sequence numbers was seen within the grace; and why TCP_REPAIR did not give them.
+    /// cwkill captured no ACK with the sequence numbers within the grace. The inner error is why TCP_REPAIR did not give them.
     #[error(
         "{}the socket sent no ACK within the grace (is something dropping packets on lo: nftables, conntrack's invalid \
          state? is there a route to the peer, does it answer ARP? TCP-MD5 or TCP-AO, NAT on this host?)",
@@ -178,24 +176,24 @@ pub enum MethodError {
         "RST sent, but the socket is still there (nftables dropping on lo? TCP-MD5 or TCP-AO?)"
     )]
     RstIgnored,
-    /// The peer has answered: the connection is alive.
+    /// The peer has answered, so the connection is alive.
     #[error("peer is alive")]
     PeerAlive,
-    /// The peer has not answered within the grace; that does not prove that it is gone.
+    /// The peer has not answered within the grace. That does not prove that it is gone.
     #[error("no answer from the peer within the grace, which does not prove it gone")]
     PeerSilent,
-    /// The order was given, and whether it was carried out is not known.
+    /// The kernel got the request, and its answer was lost.
     #[error("the kernel's answer was lost: {}", os_error(.0))]
     AnswerLost(Errno),
     /// A step ended in a bug in cwkill.
     #[error("a bug in cwkill, list again to see the state")]
     Bug,
-    /// Anything else: the system call and its errno.
+    /// Another error: the system call and its errno.
     #[error("{}: {}", .0, os_error(.1))]
     SystemCall(&'static str, Errno),
 }
 
-/// An earlier error in front of a later one.
+/// Prints an earlier error before a later one.
 struct Prefix<'a>(Option<&'a MethodError>);
 
 impl fmt::Display for Prefix<'_> {
@@ -205,26 +203,26 @@ impl fmt::Display for Prefix<'_> {
 }
 
 impl SkipReason {
-    /// The stable code.
+    /// The stable name for programs.
     pub fn code(self) -> &'static str {
         self.into()
     }
 }
 
 impl Exclusion {
-    /// The stable code.
+    /// The stable name for programs.
     pub fn code(&self) -> &'static str {
         self.into()
     }
 }
 
 impl MethodError {
-    /// The stable code.
+    /// The stable name for programs.
     pub fn code(&self) -> &'static str {
         self.into()
     }
 
-    /// The errno, where a system call gave one.
+    /// The errno, if a system call failed.
     pub fn errno(&self) -> Option<Errno> {
         match self {
             MethodError::NotPermitted(_, errno)
@@ -251,14 +249,13 @@ impl Outcome {
         self.into()
     }
 
-    /// Whether the socket is no longer in the kernel's tables, or about to leave them.
+    /// Whether a method closed the socket, or brought it to a state that ends without cwkill.
     pub fn is_closed_or_closing(self) -> bool {
         matches!(self, Outcome::Closed(_) | Outcome::Closing(..))
     }
 }
 
 impl Owner {
-    /// The descriptor `fd` of `process`.
     pub fn new(process: Arc<Process>, fd: RemoteFd) -> Self {
         Owner {
             process,
@@ -276,7 +273,7 @@ impl AsMut<Target> for Target {
 }
 
 impl Target {
-    /// A socket of which nothing but the kernel's message is known.
+    /// A target of which only the socket is known.
     pub fn new(socket: Socket) -> Self {
         Target {
             socket,
@@ -288,12 +285,12 @@ impl Target {
         }
     }
 
-    /// Whether it was closed by one of our methods.
+    /// Whether a method closed the socket.
     pub fn is_closed(&self) -> bool {
         matches!(self.outcome, Some(Outcome::Closed(_)))
     }
 
-    /// The code of the reason why it was skipped or is still there.
+    /// The code of the reason for which it was skipped or is still there.
     pub fn reason_code(&self) -> Option<&'static str> {
         match self.outcome? {
             Outcome::Skipped(reason) => Some(reason.code()),
@@ -305,17 +302,17 @@ impl Target {
         }
     }
 
-    /// Whether the socket has a descriptor, and no process is known to hold it.
+    /// Whether the socket has a descriptor, but no known owner.
     pub fn is_without_known_owner(&self) -> bool {
         self.socket.inode.is_some() && self.owners.is_empty()
     }
 
-    /// Whether it was closed while it waited for accept(): its slot in the backlog stays taken.
+    /// Whether cwkill closed it while it waited for accept(2). Then its slot in the backlog stays taken.
     pub fn was_closed_in_backlog(&self) -> bool {
         self.socket.cause == Cause::NotAccepted && self.is_closed()
     }
 
-    /// Whether any of its descriptors is still open after the socket was closed; `None` if that is not known.
+    /// Whether any of its descriptors is still open after the socket was closed; `None` if that is unknown.
     pub fn descriptor_open(&self) -> Option<bool> {
         if !self.outcome.is_some_and(Outcome::is_closed_or_closing) {
             return None;
@@ -323,14 +320,14 @@ impl Target {
         let any = |state| self.owners.iter().any(|owner| owner.after == state);
         match self.socket.inode {
             _ if any(Some(FdState::Open)) => Some(true),
-            // No descriptor was ever made, or none is left.
+            // It never had a descriptor, or has none any more.
             None => Some(false),
             Some(_) if self.owners.is_empty() || any(Some(FdState::Unknown)) || any(None) => None,
             Some(_) => Some(false),
         }
     }
 
-    /// Adds the attempt of an executor. A peer that answered decides the outcome at once.
+    /// Adds the attempt of a method. If the peer answered, this also sets the outcome.
     pub fn record(&mut self, method: Method, result: Result<(), MethodError>) {
         if result == Err(MethodError::PeerAlive) {
             self.outcome = Some(Outcome::Skipped(SkipReason::PeerAlive));
@@ -343,7 +340,7 @@ impl Target {
         self.attempts.push(Attempt { method, error });
     }
 
-    /// The last method whose act the kernel took.
+    /// The last method that acted without an error.
     pub fn acted(&self) -> Option<Method> {
         let acted = |attempt: &&Attempt| attempt.error.is_none();
         self.attempts
@@ -352,10 +349,11 @@ impl Target {
             .map(|attempt| attempt.method)
     }
 
-    /// The method that closed the socket, if it is gone: the last whose act the kernel took, or a later one that seemed to fail
-    /// and may have worked all the same (an order whose answer was lost, an RST still on its way through a busy kernel).
+    /// The method that closed the socket, if the socket is gone: the last one that acted without an error, or a later one that may
+    /// have worked in spite of its error. That is a request whose answer was lost, or an RST that a busy kernel had not processed
+    /// yet.
     pub fn maybe_closed_by(&self) -> Option<Method> {
-        let may_have = |attempt: &&Attempt| {
+        let may_have_closed = |attempt: &&Attempt| {
             matches!(
                 attempt.error,
                 None | Some(MethodError::RstIgnored | MethodError::AnswerLost(_))
@@ -363,11 +361,11 @@ impl Target {
         };
         self.attempts
             .iter()
-            .rfind(may_have)
+            .rfind(may_have_closed)
             .map(|attempt| attempt.method)
     }
 
-    /// Notes that the socket is no longer in the kernel's tables.
+    /// Sets the outcome of a socket that is no longer in the kernel's tables.
     pub fn note_vanished(&mut self) {
         self.outcome = Some(match self.maybe_closed_by() {
             Some(method) => Outcome::Closed(method),
@@ -375,7 +373,7 @@ impl Target {
         });
     }
 
-    /// Gives a target without an outcome the one of a run that broke off with `error`. The error stands with the last method
+    /// Sets the outcome of a target without one, after the run broke off with `error`. The error stands with the last method
     /// that was tried, or with every planned one if none was.
     pub fn fail_unfinished(&mut self, error: MethodError) {
         if self.outcome.is_some() {

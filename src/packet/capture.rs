@@ -1,8 +1,8 @@
-//! A packet socket that sees this host's own ACKs on their way out, through a filter in the kernel.
+//! A packet socket that captures the outgoing ACKs of this host, through a filter in the kernel.
 //!
-//! Only taps for all protocols see outgoing packets (net/core/dev.c, dev_queue_xmit_nit). SOCK_DGRAM
-//! starts every packet at its IP header, whatever the link layer is. A packet is seen once on every
-//! device it passes (VLAN, bridge), and not at all while its neighbour has not answered ARP.
+//! Only a packet socket for all protocols sees outgoing packets (net/core/dev.c, dev_queue_xmit_nit). With SOCK_DGRAM every packet
+//! starts at its IP header, whatever the link layer is. The socket sees a packet once per device that it passes (VLAN, bridge). It
+//! does not see a packet that still waits for an ARP answer.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -14,36 +14,35 @@ use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 
 use crate::tcp::{Segment, Tuple, segment};
 
-/// Ports a filter can name, two instructions each: the whole fits net.core.optmem_max, which was
-/// 20480 bytes before Linux 6.8, also after the kernel's translation (net/core/filter.c).
+/// The maximum number of ports in a filter. A port takes two instructions. The whole filter must fit net.core.optmem_max (20480 bytes
+/// before Linux 6.8), also after the kernel has translated it (net/core/filter.c).
 pub const MAX_PORTS: usize = 512;
-/// Longer packets carry data. IP and TCP headers take 60 bytes each, and IPv6 extension headers some.
+/// A longer packet carries data. IP and TCP headers take up to 60 bytes each, and IPv6 extension headers some more.
 const LONGEST: u32 = 256;
 
-/// Receive queue that is asked for, in bytes.
+/// The requested size of the receive queue, in bytes.
 const RECEIVE_QUEUE: usize = 4 * 1024 * 1024;
 
-/// The socket.
 pub struct Capture {
     socket: Socket,
 }
 
 impl Capture {
-    /// Opens it; it sees everything until [`Capture::watch`].
+    /// Opens the packet socket. Until [`Capture::watch`] it has no filter.
     ///
     /// # Errors
-    /// EPERM: needs CAP_NET_RAW over the network namespace. EAFNOSUPPORT: no CONFIG_PACKET.
+    /// EPERM: needs CAP_NET_RAW over the network namespace. EAFNOSUPPORT: the kernel lacks CONFIG_PACKET.
     pub fn open() -> io::Result<Self> {
         let all = i32::from(u16::try_from(libc::ETH_P_ALL).expect("it is 3").to_be());
         let protocol = Protocol::from(all);
         let socket = Socket::new(Domain::PACKET, Type::DGRAM, Some(protocol))?;
         socket.set_nonblocking(true)?;
-        // Less than asked for loses answers on a busy host, which are then asked for again.
+        // With a smaller queue, answers can be lost on a busy host. cwkill then sends the probe again.
         let _ = socket.set_recv_buffer_size(RECEIVE_QUEUE);
         Ok(Capture { socket })
     }
 
-    /// Lets through only bare ACKs of these connections' ports, and forgets what came before.
+    /// Captures only bare ACKs with the ports of these connections from now on, and drops all earlier packets.
     ///
     /// # Errors
     /// ENOMEM: net.core.optmem_max is too small for the filter.
@@ -52,18 +51,18 @@ impl Capture {
         self.drain(|_| {})
     }
 
-    /// Hands over the segments that have been seen since the last call, without waiting.
+    /// Calls `handle` with each segment captured since the last call. Does not wait.
     ///
     /// # Errors
-    /// Those of recvfrom(2); that a device went down is none.
-    pub fn drain(&self, mut see: impl FnMut(Segment)) -> io::Result<()> {
+    /// recvfrom(2) failed. A device that went down (ENETDOWN) is not an error.
+    pub fn drain(&self, mut handle: impl FnMut(Segment)) -> io::Result<()> {
         let mut buffer = [0; LONGEST as usize];
         loop {
             match recvfrom::<LinkAddr>(self.socket.as_raw_fd(), &mut buffer) {
                 Ok((length, Some(address))) => {
                     let ether_type = u16::from_be(address.protocol());
                     if let Ok(segment) = segment::parse(ether_type, &buffer[..length]) {
-                        see(segment);
+                        handle(segment);
                     }
                 }
                 Ok((_, None)) | Err(Errno::EINTR | Errno::ENETDOWN) => {}
@@ -74,12 +73,12 @@ impl Capture {
     }
 }
 
-/// The filter, in classic BPF: a TCP segment on its way out, of the kind bare ACK, from one of the
-/// local ports or to one of the peer ports of `connections`, whichever are more: many different ports say
-/// more about a segment than the one port of a busy server. What has IPv6
-/// extension headers, which it cannot walk, is let through.
+/// The filter, in classic BPF. It accepts outgoing bare ACKs from the local ports of `connections`, or to their peer ports.
+///
+/// It compares the side with more different ports, because these select better than the one port of a busy server. The filter
+/// cannot parse IPv6 extension headers, so it accepts every packet that has some.
 fn program(connections: &[Tuple]) -> Vec<SockFilter> {
-    /// Places in the program.
+    // Indexes of instructions.
     const V6: usize = 13;
     const TCP: usize = 21;
     const DROP: usize = 26;
@@ -96,7 +95,7 @@ fn program(connections: &[Tuple]) -> Vec<SockFilter> {
     debug_assert!(ports.len() <= MAX_PORTS);
 
     let mut code = Assembler(Vec::with_capacity(PORTS + ports.len() * 2 + 1));
-    // Negative offsets are not into the packet but into what the kernel knows about it.
+    // A negative offset addresses metadata of the kernel, not the packet.
     let packet_type = (libc::SKF_AD_OFF + libc::SKF_AD_PKTTYPE).cast_unsigned();
     code.load(libc::BPF_W | libc::BPF_ABS, packet_type);
     code.jump(libc::BPF_JEQ, u32::from(libc::PACKET_OUTGOING), NEXT, DROP);
@@ -105,14 +104,14 @@ fn program(connections: &[Tuple]) -> Vec<SockFilter> {
     code.load(libc::BPF_B | libc::BPF_ABS, 0);
     code.put(libc::BPF_ALU | libc::BPF_RSH | libc::BPF_K, 4);
     code.jump(libc::BPF_JEQ, 4, NEXT, V6);
-    // IPv4: protocol, no fragment, X = length of the header.
+    // IPv4: check the protocol, refuse fragments, set X to the length of the header.
     code.load(libc::BPF_B | libc::BPF_ABS, 9);
     code.jump(libc::BPF_JEQ, PROTOCOL_TCP, NEXT, DROP);
     code.load(libc::BPF_H | libc::BPF_ABS, 6);
     code.jump(libc::BPF_JSET, 0x3fff, DROP, NEXT);
     code.put(libc::BPF_LDX | libc::BPF_B | libc::BPF_MSH, 0);
     code.jump(libc::BPF_JA, 0, TCP, TCP);
-    // IPv6: next header, X = 40.
+    // IPv6: check the next header, set X to 40.
     assert_eq!(code.0.len(), V6);
     code.jump(libc::BPF_JEQ, 6, NEXT, DROP);
     code.load(libc::BPF_B | libc::BPF_ABS, 6);
@@ -122,7 +121,7 @@ fn program(connections: &[Tuple]) -> Vec<SockFilter> {
     code.jump(libc::BPF_JEQ, 51, ACCEPT, NEXT);
     code.jump(libc::BPF_JEQ, 60, ACCEPT, DROP);
     code.put(libc::BPF_LDX | libc::BPF_IMM, 40);
-    // TCP at X: of FIN, SYN, RST and ACK only the last.
+    // TCP at X: of FIN, SYN, RST and ACK, only ACK is set.
     assert_eq!(code.0.len(), TCP);
     code.load(libc::BPF_B | libc::BPF_IND, 13);
     code.put(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, 0x17);
@@ -132,7 +131,7 @@ fn program(connections: &[Tuple]) -> Vec<SockFilter> {
     assert_eq!(code.0.len(), DROP);
     code.put(libc::BPF_RET | libc::BPF_K, 0);
     code.put(libc::BPF_RET | libc::BPF_K, LONGEST);
-    // A jump goes 255 instructions far at most, so every port has its own way out.
+    // A jump spans at most 255 instructions, so every port has its own return.
     for port in ports {
         let after = code.0.len() + 2;
         code.jump(libc::BPF_JEQ, u32::from(port), NEXT, after);
@@ -146,7 +145,7 @@ const PROTOCOL_TCP: u32 = 6;
 /// The instruction after a jump.
 const NEXT: usize = usize::MAX;
 
-/// Writes instructions with places instead of distances.
+/// Writes instructions whose jumps name the index of their target instead of a distance.
 struct Assembler(Vec<SockFilter>);
 
 impl Assembler {
@@ -158,12 +157,12 @@ impl Assembler {
         self.put(libc::BPF_LD | code, k);
     }
 
-    /// Jumps to `yes` or `no`, both further on.
+    /// Jumps forward to instruction `yes` or `no`.
     fn jump(&mut self, condition: u32, k: u32, yes: usize, no: usize) {
         let here = self.0.len();
-        let distance = |place| match place {
+        let distance = |target| match target {
             NEXT => 0,
-            place => u8::try_from(place - here - 1).expect("the head is short"),
+            target => u8::try_from(target - here - 1).expect("the head is short"),
         };
         let (yes, no) = (distance(yes), distance(no));
         match condition {

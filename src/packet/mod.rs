@@ -1,4 +1,4 @@
-//! Single segments: [`raw`] sends them, [`capture`] sees those that leave this host.
+//! Single TCP segments: [`raw`] sends them, [`capture`] sees the segments that leave this host.
 
 pub mod capture;
 pub mod raw;

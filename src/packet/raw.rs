@@ -1,9 +1,8 @@
-//! Raw sockets: puts whole IP packets on their way, many in one system call.
+//! Raw sockets: send whole IP packets, many per system call.
 //!
-//! IPPROTO_RAW means that the header is ours, in both families (raw(7)). A packet to an address of this
-//! host leaves by `lo` and keeps the route it got there, so neither the reverse path filter nor the
-//! martian check sees its foreign source address (net/ipv4/ip_input.c, ip_rcv_finish_core: only a
-//! packet without a route is looked up).
+//! With IPPROTO_RAW the sender writes the IP header, in both families (raw(7)). A packet to an address of this host leaves through
+//! `lo` and keeps its route. The kernel looks up only packets without a route (net/ipv4/ip_input.c, ip_rcv_finish_core), so neither
+//! the reverse path filter nor the martian check refuses the foreign source address.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -18,40 +17,39 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::sys::{self, errno_of};
 use crate::tcp::Segment;
 
-/// Packets in one system call.
+/// Packets per system call.
 const BATCH: usize = 64;
 
-/// asm-generic/socket.h, since Linux 5.1; not in the libc crate.
+/// asm-generic/socket.h, since Linux 5.1. The libc crate does not have it.
 const SO_BINDTOIFINDEX: i32 = 62;
 
-/// A segment and the interface it belongs to, 0 for any.
+/// A segment to send.
 #[derive(Clone, Copy, Debug)]
 pub struct Outgoing {
-    /// The segment.
     pub segment: Segment,
-    /// Index of the interface its socket is bound to.
+    /// Index of the interface that the target is bound to, 0 for none.
     pub interface: u32,
 }
 
 /// Why a packet was not sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SendError {
-    /// There is no raw socket. EPERM: needs CAP_NET_RAW over the network namespace.
+    /// cwkill cannot open a raw socket. EPERM: needs CAP_NET_RAW over the network namespace.
     Open(Errno),
     /// The kernel refused the packet. EPERM: netfilter dropped it in its output hook.
     Send(Errno),
 }
 
-/// The family of a socket (IPv6 or not) and the interface it is bound to, 0 for none.
+/// Whether a raw socket is IPv6, and the interface that it is bound to, 0 for none.
 type SocketKey = (bool, u32);
 
-/// Raw sockets of both families, opened at first use, one for each bound interface.
+/// Raw sockets of both families, one per bound interface, opened at first use.
 #[derive(Default)]
 pub struct RawSockets(HashMap<SocketKey, Socket>);
 
 impl RawSockets {
-    /// Sends each packet and returns what it was for with the result. Nothing waits: a packet without room is refused (EAGAIN), as
-    /// are packets to a neighbour that does not answer ARP soon.
+    /// Sends each packet, and returns its item with the result. The call does not wait: if the send queue is full, the kernel
+    /// refuses the packet (EAGAIN). The queue also fills with packets to a neighbour that has not answered ARP.
     pub fn send<T>(&mut self, packets: Vec<(T, Outgoing)>) -> Vec<(T, Result<(), SendError>)> {
         let mut results = Vec::with_capacity(packets.len());
         let mut groups: HashMap<SocketKey, Vec<(T, Outgoing)>> = HashMap::new();
@@ -81,15 +79,15 @@ impl RawSockets {
     fn socket(&mut self, key: SocketKey) -> io::Result<&Socket> {
         match self.0.entry(key) {
             Entry::Occupied(open) => Ok(open.into_mut()),
-            Entry::Vacant(place) => Ok(place.insert(open(key.0, key.1)?)),
+            Entry::Vacant(entry) => Ok(entry.insert(open(key.0, key.1)?)),
         }
     }
 }
 
-/// Whether such a socket can be had.
+/// Checks that cwkill can open a raw socket.
 ///
 /// # Errors
-/// EPERM: needs CAP_NET_RAW over the network namespace. EAFNOSUPPORT: no IPv6 in this kernel.
+/// EPERM: needs CAP_NET_RAW over the network namespace. EAFNOSUPPORT: the kernel has no IPv6.
 pub fn try_open(ipv6: bool) -> io::Result<()> {
     open(ipv6, 0).map(drop)
 }
@@ -99,8 +97,8 @@ fn open(ipv6: bool, interface: u32) -> io::Result<Socket> {
     let protocol = Protocol::from(libc::IPPROTO_RAW);
     let socket = Socket::new(domain, Type::RAW, Some(protocol))?;
     if interface != 0 {
-        // A bound connection only takes what comes in by its interface; for a packet to ourselves that
-        // is the interface it was routed by.
+        // A bound connection accepts only packets that arrive on its interface. For a packet to this host that is the interface of
+        // its route.
         sys::set_socket_option(
             socket.as_fd(),
             libc::SOL_SOCKET,
@@ -111,7 +109,7 @@ fn open(ipv6: bool, interface: u32) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Sends the packets of `batch`, and adds the result of each.
+/// Sends the packets of `batch` and appends their results.
 fn send_batch<T>(
     socket: &Socket,
     batch: Vec<(T, Outgoing)>,
@@ -139,7 +137,7 @@ fn send_batch<T>(
             MsgFlags::MSG_DONTWAIT,
         );
         let (count, result) = match result {
-            // It stopped in front of one that fails; the next call starts with that and says why.
+            // sendmmsg(2) stops before a packet that fails. The next call starts with that packet and reports the errno.
             Ok(done) => (done.count(), Ok(())),
             Err(Errno::EINTR) => continue,
             Err(errno) => (1, Err(SendError::Send(errno))),
@@ -149,8 +147,8 @@ fn send_batch<T>(
     }
 }
 
-/// Where the socket sends it: the port must be 0 or the protocol (net/ipv6/raw.c, rawv6_sendmsg), and
-/// a link-local address means nothing without its interface.
+/// The address for sendmmsg(2). The port must be 0 or the protocol (net/ipv6/raw.c, rawv6_sendmsg). A link-local address needs its
+/// interface.
 fn destination(packet: &Outgoing) -> SocketAddr {
     match packet.segment.to.ip() {
         IpAddr::V4(ip) => SocketAddr::new(ip.into(), 0),

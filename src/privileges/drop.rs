@@ -1,7 +1,8 @@
-//! Least privilege: which capabilities a job needs, and giving up all others.
+//! Least privilege: the capabilities that a command needs, and how cwkill drops all others.
 //!
-//! What is given up is given up for every thread that is started later, so it is done before the first. cwkill starts no other
-//! program; no_new_privs and an empty bounding set see to it that one it might be tricked into starting has no more rights.
+//! A thread inherits the capabilities of the thread that starts it, so cwkill drops them before it starts the first one. cwkill
+//! starts no other program. If an attacker makes it start one, no_new_privs and an empty bounding set keep that program from gaining
+//! privileges.
 
 use anyhow::Context;
 use caps::{CapSet, Capability, CapsHashSet};
@@ -10,14 +11,14 @@ use nix::sys::prctl;
 use crate::model::Method;
 use crate::proc::netns::NetnsScope;
 
-/// What it takes to list sockets in `netns`, with their `owners` or without.
+/// The capabilities for listing sockets in `netns`, with or without their `owners`.
 pub fn to_find(netns: &NetnsScope, owners: bool) -> CapsHashSet {
-    // Reading /proc/PID/fd of another user needs both: the directory is its owner's (fs/proc/fd.c, proc_fd_permission), and so are
-    // the links in it (fs/proc/base.c, proc_fd_access_allowed).
-    let see = [Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH];
-    // The namespaces of the others are found in /proc/PID/ns, behind the same door (fs/proc/namespaces.c, proc_ns_readlink).
-    let sees = owners || *netns != NetnsScope::Current;
-    let mut needed: CapsHashSet = see.into_iter().filter(|_| sees).collect();
+    // /proc/PID/fd of another user needs both: CAP_DAC_READ_SEARCH for the directory (fs/proc/fd.c, proc_fd_permission), and
+    // CAP_SYS_PTRACE for the links in it (fs/proc/base.c, proc_fd_access_allowed).
+    let to_read_proc = [Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH];
+    // cwkill finds other namespaces in /proc/PID/ns, which needs the same (fs/proc/namespaces.c, proc_ns_readlink).
+    let reads_proc = owners || *netns != NetnsScope::Current;
+    let mut needed: CapsHashSet = to_read_proc.into_iter().filter(|_| reads_proc).collect();
     if *netns != NetnsScope::Current {
         // net/core/net_namespace.c, netns_install.
         needed.insert(Capability::CAP_SYS_ADMIN);
@@ -25,10 +26,10 @@ pub fn to_find(netns: &NetnsScope, owners: bool) -> CapsHashSet {
     needed
 }
 
-/// What `methods` need beyond [`to_find`].
+/// The capabilities that `methods` need in addition to [`to_find`].
 pub fn to_act(methods: &[Method]) -> CapsHashSet {
     let needs = |method: &Method| match method {
-        // The right to reach into an owner is the one to see it.
+        // Duplicating a descriptor of an owner needs the same right as reading its /proc.
         Method::Shutdown => [].as_slice(),
         Method::Probe => &[Capability::CAP_NET_RAW],
         Method::Destroy => &[Capability::CAP_NET_ADMIN],
@@ -38,24 +39,25 @@ pub fn to_act(methods: &[Method]) -> CapsHashSet {
     methods.iter().flat_map(needs).copied().collect()
 }
 
-/// What it takes to close descriptors inside their owners, beyond [`to_find`]: to read a seccomp filter
+/// The capability for closing descriptors inside their owners, in addition to [`to_find`]: CAP_SYS_ADMIN reads seccomp filters
 /// (kernel/seccomp.c, seccomp_get_filter).
 pub fn to_reclaim() -> CapsHashSet {
     CapsHashSet::from([Capability::CAP_SYS_ADMIN])
 }
 
-/// Gives up what is not in `needed`, and the right to get it back. Call it before the first thread.
+/// Drops all capabilities that are not in `needed`, for good. Call it before the first thread is started.
 ///
-/// Without CAP_SYS_PTRACE the capabilities in use stay: a process lets in only who has all that it has
-/// itself (security/commoncap.c, cap_ptrace_access_check), so that root of a container could no longer look into its neighbours.
+/// Without CAP_SYS_PTRACE the effective and permitted sets stay as they are. To read another process, cwkill then needs at least the
+/// capabilities of that process (security/commoncap.c, cap_ptrace_access_check). If root of a container dropped some, it could no
+/// longer read its neighbours.
 ///
 /// # Errors
-/// A filter of system calls (seccomp) refuses a part of it. The rest is given up all the same; the first refusal is told.
+/// A seccomp filter refuses a step. The other steps are done all the same; the error is the first refusal.
 pub fn drop_all_but(needed: &CapsHashSet) -> anyhow::Result<()> {
-    let mut first = Ok(());
+    let mut first_error = Ok(());
     let mut note = |result: anyhow::Result<()>| {
-        if first.is_ok() {
-            first = result;
+        if first_error.is_ok() {
+            first_error = result;
         }
     };
     note(prctl::set_no_new_privs().context("cannot set no_new_privs"));
@@ -63,11 +65,11 @@ pub fn drop_all_but(needed: &CapsHashSet) -> anyhow::Result<()> {
     let drop_to = |set, keep: &CapsHashSet| {
         caps::set(None, set, keep).with_context(|| format!("cannot reduce the {set:?} set"))
     };
-    // First of all, while CAP_SETPCAP is there; without it the set stays, and no_new_privs makes it harmless.
+    // This comes first because it needs CAP_SETPCAP. Without CAP_SETPCAP the set stays, and no_new_privs makes it harmless.
     if read(CapSet::Effective).is_ok_and(|set| set.contains(&Capability::CAP_SETPCAP)) {
         note(caps::clear(None, CapSet::Bounding).context("cannot clear the bounding set"));
     }
-    // A kernel before 4.3 has no ambient set, and nothing in it.
+    // Kernels before 4.3 have no ambient set.
     if caps::runtime::ambient_set_supported().is_ok() {
         note(caps::clear(None, CapSet::Ambient).context("cannot clear the ambient set"));
     }
@@ -82,7 +84,7 @@ pub fn drop_all_but(needed: &CapsHashSet) -> anyhow::Result<()> {
         Err(error) => note(Err(error)),
     }
     note(drop_to(CapSet::Inheritable, &CapsHashSet::new()));
-    first
+    first_error
 }
 
 #[cfg(test)]

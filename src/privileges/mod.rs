@@ -1,4 +1,4 @@
-//! What this process may do, and what to tell the operator about what it may not.
+//! The privileges of this process, and the advice for the operator if one is missing.
 
 pub mod drop;
 
@@ -8,7 +8,7 @@ use caps::{CapSet, Capability};
 use crate::kernel::KernelVersion;
 use crate::model::Privilege;
 
-/// What a privilege is for, as one sentence for the operator.
+/// The purpose of a privilege, as one sentence for the operator.
 pub fn purpose(privilege: Privilege) -> &'static str {
     match privilege {
         Privilege::NetAdmin => "destroy needs CAP_NET_ADMIN to have the kernel abort a socket",
@@ -24,27 +24,26 @@ pub fn purpose(privilege: Privilege) -> &'static str {
     }
 }
 
-/// How to grant whatever is missing. All of it: with a part, the methods that are left may be harsher.
+/// How to grant all privileges. With only some of them, the remaining methods may be harsher.
 pub const HOW_TO_GRANT: &str = "run cwkill with sudo, or grant its binary what it needs once: \
     `setcap cap_dac_read_search,cap_net_admin,cap_net_raw,cap_sys_ptrace+ep \
     $(command -v cwkill)`, and let only those run it who may close the connections of every user";
 
-/// What this process may do on the kernel it runs on.
+/// The privileges of this process, and its kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Privileges {
     /// CAP_NET_ADMIN is effective.
     pub net_admin: bool,
     /// CAP_NET_RAW is effective.
     pub net_raw: bool,
-    /// The running kernel.
     pub kernel: KernelVersion,
 }
 
 impl Privileges {
     /// Reads the effective capabilities of the calling thread.
     ///
-    /// A capability may hold only inside a user namespace that does not own the network namespace;
-    /// the kernel then still answers EPERM, which the report shows.
+    /// A capability may be valid only in a user namespace that does not own the network namespace. Then the kernel still answers
+    /// EPERM, and the report shows that.
     ///
     /// # Errors
     /// capget(2) failed.
@@ -60,8 +59,8 @@ impl Privileges {
         })
     }
 
-    /// Whether this process may have `privilege`. The right to reach into an owner is unknown beforehand: it depends on the owner
-    /// and on security modules.
+    /// Whether this process may have `privilege`. The right to attach to an owner depends on that owner and on security modules, so
+    /// it is unknown until it is used, and counts as present.
     pub fn has(&self, privilege: Privilege) -> bool {
         match privilege {
             Privilege::NetAdmin => self.net_admin,

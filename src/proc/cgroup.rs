@@ -1,51 +1,47 @@
-//! Whose a process is: its systemd unit and its container, from the text of `/proc/PID/cgroup`. Pure.
+//! The systemd unit and the container of a process, from the text of `/proc/PID/cgroup`. Pure.
 //!
-//! Every runtime puts the processes of a container into a cgroup whose path tells the runtime and the
-//! container's id or name; systemd does the same with units. Nothing is asked of a runtime, so nothing
-//! can hang, and it works for containers of every runtime at once. What is not in the path, such as the
-//! name of a docker container, is not known.
+//! Every runtime puts the processes of a container into a cgroup, and the path of that cgroup contains the id or the name of the
+//! container. systemd does the same for units. cwkill asks no runtime, so it cannot hang, and it knows the containers of all
+//! runtimes at once. Facts that are not in the path, for example the name of a docker container, are unknown.
 //!
-//! Source: cgroups(7); the paths of each runtime are in the tests.
+//! Source: cgroups(7). The tests have the paths of each runtime.
 
 use std::fmt;
 
-/// The cgroups of a process, in all hierarchies, and what they tell.
+/// The cgroups of a process in all hierarchies, with the unit and the container that follow from them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Cgroup {
-    /// Its paths, each once; those of cgroup2 and of systemd first. The roots are left out.
+    /// Each path once; cgroup v2 first, then the hierarchy of systemd. Root cgroups are omitted.
     pub paths: Vec<String>,
-    /// The systemd unit it belongs to, a service or a scope, by the name that systemctl(1) knows: of
-    /// several the innermost, which may be one of the systemd in a container or of a user's.
+    /// The name that systemctl(1) has for its innermost service or scope. A systemd in a container, or of a user, may own that unit.
     pub unit: Option<String>,
-    /// The container it runs in: of several the innermost.
+    /// The innermost container.
     pub container: Option<Container>,
 }
 
-/// A container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Container {
-    /// Who runs it.
     pub runtime: Runtime,
-    /// What the runtime calls it; 64 hexadecimal digits with most of them.
+    /// The id that the runtime gave it; most runtimes use 64 hexadecimal digits.
     pub id: Option<String>,
-    /// Its name, with runtimes that have it in the path.
+    /// The name, if the runtime puts it into the path.
     pub name: Option<String>,
     /// The UID of its kubernetes pod, as kubectl shows it.
     pub pod_uid: Option<String>,
 }
 
-/// Who runs containers.
+/// A program that runs containers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Runtime {
     /// dockerd.
     Docker,
-    /// containerd, by the kubelet, nerdctl or ctr.
+    /// containerd, driven by the kubelet, nerdctl or ctr.
     Containerd,
     /// CRI-O.
     CriO,
     /// podman, also rootless.
     Podman,
-    /// The kubelet, by a runtime that the path does not tell.
+    /// The kubelet, with a runtime that the path does not name.
     Kubernetes,
     /// systemd-nspawn.
     Nspawn,
@@ -74,23 +70,22 @@ impl fmt::Display for Runtime {
     }
 }
 
-/// The first digits of a container's id that say which one is meant, as runtimes print them: 12. Fewer
-/// than this select nothing.
+/// The shortest prefix of a container id that selects the container. Runtimes print 12 digits.
 pub const MIN_ID_PREFIX: usize = 8;
 
-/// As people call it: `docker 3f4a9b2c1d0e`, `lxc web`.
+/// The runtime with the name or the abbreviated id: `docker 3f4a9b2c1d0e`, `lxc web`.
 impl fmt::Display for Container {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let called = self.name.as_deref().or(self.id.as_deref()).unwrap_or("?");
-        match is_id(called) {
-            true => write!(f, "{} {}", self.runtime, &called[..12]),
-            false => write!(f, "{} {called}", self.runtime),
+        let name = self.name.as_deref().or(self.id.as_deref()).unwrap_or("?");
+        match is_id(name) {
+            true => write!(f, "{} {}", self.runtime, &name[..12]),
+            false => write!(f, "{} {name}", self.runtime),
         }
     }
 }
 
 impl Container {
-    /// Whether `text` is its name, its id, or at least [`MIN_ID_PREFIX`] digits that begin the id.
+    /// Whether `text` is its name, its id, or a prefix of the id with at least [`MIN_ID_PREFIX`] digits.
     pub fn is_called(&self, text: &str) -> bool {
         let prefix = |id: &str| {
             let abbreviates = text.len() >= MIN_ID_PREFIX && id.starts_with(text);
@@ -101,8 +96,8 @@ impl Container {
 }
 
 impl Cgroup {
-    /// Understands the text of `/proc/PID/cgroup`: lines `hierarchy:controllers:path`, of cgroup v1, of
-    /// v2 (hierarchy 0, no controllers) or of both. Lines that are none are passed over.
+    /// Parses the text of `/proc/PID/cgroup`: lines `hierarchy:controllers:path` of cgroup v1, of v2 (hierarchy 0, no controllers)
+    /// or of both. Other lines are ignored.
     pub fn parse(text: &str) -> Cgroup {
         let mut lines: Vec<(u8, &str)> = text.lines().filter_map(parse_line).collect();
         lines.sort_by_key(|(rank, _)| *rank);
@@ -123,10 +118,10 @@ impl Cgroup {
         cgroup
     }
 
-    /// Whether it is in the cgroup `path` or below it, in any hierarchy.
+    /// Whether the process is in the cgroup `path` or below it, in any hierarchy.
     pub fn is_below(&self, path: &str) -> bool {
         let path = path.trim_end_matches('/');
-        // All is below the root, also what is in it.
+        // Every process is below the root, or in it.
         path.is_empty()
             || self.paths.iter().any(|own| {
                 own.strip_prefix(path)
@@ -135,8 +130,7 @@ impl Cgroup {
     }
 }
 
-/// How much a line says, from 0 on, and its path; `None` for the root, where everything is that is
-/// nowhere else.
+/// The rank of a line, 0 for the best, and its path; `None` for the root, which holds every process without a cgroup of its own.
 fn parse_line(line: &str) -> Option<(u8, &str)> {
     let (hierarchy, rest) = line.split_once(':')?;
     let (controllers, path) = rest.split_once(':')?;
@@ -159,7 +153,7 @@ fn unit<'p>(parts: &[&'p str]) -> Option<&'p str> {
     };
     let mut units = parts.iter().rev().filter(is_unit);
     match units.next()? {
-        // Where a manager of units keeps itself; what runs the manager says more.
+        // A unit manager runs in `init.scope`. The unit that contains the manager is more useful.
         &"init.scope" => Some(units.next().unwrap_or(&"init.scope")),
         unit => Some(unit),
     }
@@ -167,18 +161,18 @@ fn unit<'p>(parts: &[&'p str]) -> Option<&'p str> {
 
 /// The innermost container, with the pod around it.
 fn container(parts: &[&str]) -> Option<Container> {
-    let (at, mut container) = (0..parts.len())
+    let (index, mut container) = (0..parts.len())
         .rev()
-        .find_map(|at| Some((at, container_at(parts, at)?)))?;
-    // The last part may name the pod itself: `kubepods-pod….slice:cri-containerd:…`.
-    container.pod_uid = parts[..=at].iter().rev().find_map(|part| pod_uid(part));
+        .find_map(|index| Some((index, container_at(parts, index)?)))?;
+    // The part of the container may name the pod too: `kubepods-pod….slice:cri-containerd:…`.
+    container.pod_uid = parts[..=index].iter().rev().find_map(|part| pod_uid(part));
     Some(container)
 }
 
-/// What the part `at` says, seen with those around it.
-fn container_at(parts: &[&str], at: usize) -> Option<Container> {
-    let part = parts[at];
-    let parent = at.checked_sub(1).map(|above| parts[above]);
+/// The container that the part `index` names. Its neighbours decide in some cases.
+fn container_at(parts: &[&str], index: usize) -> Option<Container> {
+    let part = parts[index];
+    let parent = index.checked_sub(1).map(|above| parts[above]);
     let identified = |runtime, id: &str| {
         is_id(id).then(|| Container {
             runtime,
@@ -196,15 +190,15 @@ fn container_at(parts: &[&str], at: usize) -> Option<Container> {
         })
     };
 
-    // Of the systemd driver `RUNTIME-ID.scope`; where it meets a runtime that does not drive systemd,
-    // `SLICE:RUNTIME:ID`; with cgroupfs `RUNTIME-ID`.
+    // The systemd driver makes `RUNTIME-ID.scope`, or `SLICE:RUNTIME:ID` if the runtime itself does not use systemd. The cgroupfs
+    // driver makes `RUNTIME-ID`.
     let stem = part.strip_suffix(".scope").unwrap_or(part);
     let (prefix, id) = stem.rsplit_once(['-', ':']).unwrap_or(("", stem));
     let runtime = match prefix.rsplit(':').next().unwrap_or(prefix) {
         "docker" => Some(Runtime::Docker),
         "cri-containerd" | "containerd" | "nerdctl" => Some(Runtime::Containerd),
         "crio" => Some(Runtime::CriO),
-        // Not libpod-conmon, which is podman's own process.
+        // libpod-conmon is not a container but podman's monitor.
         "libpod" | "libpod-payload" => Some(Runtime::Podman),
         _ => None,
     };
@@ -212,13 +206,13 @@ fn container_at(parts: &[&str], at: usize) -> Option<Container> {
         return Some(container);
     }
 
-    // Beside the payload runs systemd-nspawn itself.
-    let inside = parts.get(at + 1) != Some(&"supervisor");
+    // systemd-nspawn itself runs in `supervisor`, beside the container.
+    let inside = parts.get(index + 1) != Some(&"supervisor");
     if let Some(machine) = part
         .strip_prefix("machine-")
         .and_then(|p| p.strip_suffix(".scope"))
     {
-        // systemd-machined has virtual machines of libvirt too.
+        // systemd-machined also registers the virtual machines of libvirt.
         let virtual_machine = machine.starts_with("qemu\\x2d");
         return named(Runtime::Nspawn, machine).filter(|_| !virtual_machine && inside);
     }
@@ -236,26 +230,26 @@ fn container_at(parts: &[&str], at: usize) -> Option<Container> {
         "docker" => identified(Runtime::Docker, part),
         // Amazon ECS runs docker.
         _ if parts.first() == Some(&"ecs") => identified(Runtime::Docker, part),
-        // ctr and nerdctl with cgroupfs: the namespace of containerd, then the id.
+        // ctr and nerdctl with cgroupfs: the containerd namespace, then the id.
         "default" | "k8s.io" | "moby" => identified(Runtime::Containerd, part),
         parent if pod_uid(parent).is_some() => identified(Runtime::Kubernetes, part),
         _ => None,
     }
 }
 
-/// The id of a container: 64 hexadecimal digits.
+/// Whether `text` is a container id: 64 hexadecimal digits.
 fn is_id(text: &str) -> bool {
     let digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
     text.len() == 64 && text.bytes().all(digit)
 }
 
-/// The UID of the pod whose cgroup `part` is: `podUID`, `kubepods-burstable-podUID.slice`, `_` for `-`
-/// since systemd takes `-` for a level. UIDs of static pods are 32 digits without a dash.
+/// The pod UID in a part of a path: `podUID`, or `kubepods-burstable-podUID.slice` with `_` for `-`, because `-` separates levels
+/// of systemd slices. The UID of a static pod has 32 digits and no dash.
 fn pod_uid(part: &str) -> Option<String> {
     let slice = part.split(':').next().unwrap_or(part);
     let name = slice.strip_suffix(".slice").unwrap_or(slice);
     let name = match name.rsplit_once('-') {
-        // A UID with dashes, of cgroupfs.
+        // The cgroupfs driver keeps the dashes of the UID.
         Some(_) if name.starts_with("pod") => name,
         Some((_, last)) => last,
         None => name,
@@ -267,25 +261,25 @@ fn pod_uid(part: &str) -> Option<String> {
     (plausible && digits == 32 && (dashes == 0 || dashes == 4)).then_some(uid)
 }
 
-/// Undoes systemd's escapes, `\x2d`: for people and for names, not for systemctl.
+/// Undoes the escapes of systemd, for example `\x2d`. The result is for display and comparison; systemctl wants the escaped name.
 ///
 /// Source: systemd.unit(5), String Escaping for Inclusion in Unit Names.
 pub fn unescape(name: &str) -> String {
     let mut bytes = Vec::with_capacity(name.len());
     let mut rest = name.as_bytes();
-    while let [first, behind @ ..] = rest {
-        let escaped = behind
+    while let [first, after @ ..] = rest {
+        let escaped = after
             .strip_prefix(b"x")
             .and_then(|digits| std::str::from_utf8(digits.get(..2)?).ok())
             .and_then(|digits| u8::from_str_radix(digits, 16).ok());
         match (first, escaped) {
             (b'\\', Some(byte)) => {
                 bytes.push(byte);
-                rest = &behind[3..];
+                rest = &after[3..];
             }
             _ => {
                 bytes.push(*first);
-                rest = behind;
+                rest = after;
             }
         }
     }

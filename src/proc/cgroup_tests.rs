@@ -1,4 +1,4 @@
-//! Paths as each runtime really makes them.
+//! The cgroup paths that each runtime makes.
 
 use super::*;
 use proptest::prelude::*;
@@ -9,8 +9,8 @@ const POD: &str = "8bd1fb9b-72ff-4a6f-8f9e-5d0f3a6c2b17";
 const POD_: &str = "8bd1fb9b_72ff_4a6f_8f9e_5d0f3a6c2b17";
 const STATIC_POD: &str = "f7c0d7a55f0b9c6c8c1b1d8f0a3e4b21";
 
-/// `ID`, `OTHER`, `POD`, `POD_` and `STATIC` in `text` stand for the constants.
-fn spelled_out(text: &str) -> String {
+/// Replaces `{ID}`, `{OTHER}`, `{POD}`, `{POD_}` and `{STATIC}` in `text` by the constants.
+fn expand(text: &str) -> String {
     text.replace("{ID}", ID)
         .replace("{OTHER}", OTHER)
         .replace("{POD}", POD)
@@ -18,9 +18,9 @@ fn spelled_out(text: &str) -> String {
         .replace("{STATIC}", STATIC_POD)
 }
 
-/// `unit | runtime id name pod`, with `-` for what is not known.
-fn told(text: &str) -> String {
-    let cgroup = Cgroup::parse(&spelled_out(text));
+/// `unit | runtime id name pod`, with `-` for an unknown field.
+fn summary(text: &str) -> String {
+    let cgroup = Cgroup::parse(&expand(text));
     let or_dash = |text: &Option<String>| text.clone().unwrap_or("-".into());
     let container = cgroup.container.map_or("-".into(), |c| {
         format!(
@@ -124,12 +124,12 @@ fn paths_of_every_runtime() {
              cri-containerd-{ID}.scope",
             "cri-containerd-{ID}.scope | containerd {ID} - {STATIC}",
         ),
-        // The kubelet drives systemd, containerd does not.
+        // The kubelet uses systemd, containerd does not.
         (
             "0::/system.slice/containerd.service/kubepods-besteffort-pod{POD_}.slice:cri-containerd:{ID}",
             "containerd.service | containerd {ID} - {POD}",
         ),
-        // cgroupfs: the path does not tell the runtime.
+        // cgroupfs: the path does not name the runtime.
         (
             "0::/kubepods/burstable/pod{POD}/{ID}",
             "- | kubernetes {ID} - {POD}",
@@ -138,7 +138,7 @@ fn paths_of_every_runtime() {
             "11:cpuset:/kubepods/besteffort/pod{POD}/{ID}\n1:name=systemd:/kubepods/besteffort/pod{POD}/{ID}",
             "- | kubernetes {ID} - {POD}",
         ),
-        // A node of kind, itself a container of docker.
+        // A node of kind, which is a docker container.
         (
             "0::/system.slice/docker-{OTHER}.scope/kubelet.slice/kubelet-kubepods.slice/\
              kubelet-kubepods-burstable.slice/kubelet-kubepods-burstable-pod{POD_}.slice/\
@@ -170,7 +170,7 @@ fn paths_of_every_runtime() {
             "crio-conmon-{ID}.scope | -",
         ),
         ("0::/kubepods/pod{POD}/crio-{ID}", "- | cri-o {ID} - {POD}"),
-        // podman: root, rootless, in a pod of podman, cgroupfs, in a unit made by quadlet.
+        // podman: as root, rootless, in a podman pod, with cgroupfs, in a unit made by quadlet.
         (
             "0::/machine.slice/libpod-{ID}.scope",
             "libpod-{ID}.scope | podman {ID} - -",
@@ -192,13 +192,13 @@ fn paths_of_every_runtime() {
             "0::/system.slice/web.service/libpod-payload-{ID}",
             "web.service | podman {ID} - -",
         ),
-        // Its monitor is no container.
+        // The monitor of podman is not a container.
         (
             "0::/machine.slice/libpod-conmon-{ID}.scope",
             "libpod-conmon-{ID}.scope | -",
         ),
         ("0::/system.slice/web.service/runtime", "web.service | -"),
-        // systemd-nspawn: by machinectl, by hand, its own process, an escaped name.
+        // systemd-nspawn: started by machinectl, its own process, started by hand, an escaped name.
         (
             "0::/machine.slice/systemd-nspawn@web.service/payload/system.slice/nginx.service",
             "nginx.service | systemd-nspawn - web -",
@@ -224,7 +224,7 @@ fn paths_of_every_runtime() {
             "0::/machine.slice/machine-qemu\\x2d1\\x2dvm.scope/libvirt/emulator",
             "machine-qemu\\x2d1\\x2dvm.scope | -",
         ),
-        // LXC: v1, 4.0, later with its monitor, Proxmox VE.
+        // LXC: cgroup v1, LXC 4.0, later versions and their monitor, Proxmox VE.
         (
             "4:memory:/lxc/web\n1:name=systemd:/lxc/web/system.slice/ssh.service",
             "ssh.service | lxc - web -",
@@ -239,12 +239,12 @@ fn paths_of_every_runtime() {
             "0::/lxc/101/ns/system.slice/nginx.service",
             "nginx.service | lxc - 101 -",
         ),
-        // docker in LXC: the innermost.
+        // docker in LXC: the innermost container counts.
         (
             "0::/lxc.payload.web/system.slice/docker-{ID}.scope",
             "docker-{ID}.scope | docker {ID} - -",
         ),
-        // Only looks like one.
+        // Names that resemble a container.
         (
             "0::/system.slice/docker-cleanup.service",
             "docker-cleanup.service | -",
@@ -253,20 +253,20 @@ fn paths_of_every_runtime() {
         ("0::/podcast/{ID}", "- | -"),
         ("0::/kubepods/burstable/podabc/{ID}", "- | -"),
         ("0::/.service/.scope", "- | -"),
-        // Nothing to read.
+        // No valid line.
         ("", "- | -"),
         ("nonsense\n0:\n0::relative\n", "- | -"),
     ];
     for (text, expected) in table {
-        assert_eq!(told(text), spelled_out(expected), "{text}");
+        assert_eq!(summary(text), expand(expected), "{text}");
     }
 }
 
 #[test]
-fn the_hierarchy_that_knows_tells() {
-    // Hybrid: only systemd's own hierarchy has the unit, only a controller's has the container.
+fn unit_and_container_may_come_from_different_hierarchies() {
+    // A hybrid host: only the hierarchy of systemd has the unit, only a controller has the container.
     let text = "5:memory:/docker/{ID}\n1:name=systemd:/system.slice/web.service\n0::/\n";
-    assert_eq!(told(text), spelled_out("web.service | docker {ID} - -"));
+    assert_eq!(summary(text), expand("web.service | docker {ID} - -"));
     let cgroup = Cgroup::parse("3:cpu:/a\n2:pids:/b\n1:name=systemd:/b\n0::/c\n");
     assert_eq!(cgroup.paths, ["/c", "/b", "/a"]);
 }
@@ -298,9 +298,7 @@ fn below_is_the_cgroup_and_all_in_it() {
 
 #[test]
 fn a_container_is_called_by_its_id_or_name() {
-    let docker = Cgroup::parse(&spelled_out("0::/docker/{ID}"))
-        .container
-        .unwrap();
+    let docker = Cgroup::parse(&expand("0::/docker/{ID}")).container.unwrap();
     assert!(docker.is_called(ID));
     assert!(docker.is_called(&ID[..12]) && docker.is_called(&ID[..8]));
     assert!(!docker.is_called(&ID[..7]), "too short to mean one");

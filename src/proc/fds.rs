@@ -1,4 +1,4 @@
-//! The descriptor table of a process, as `/proc/PID/fd` shows it.
+//! The descriptor table of a process, from `/proc/PID/fd`.
 
 use std::fs::File;
 use std::io;
@@ -16,17 +16,17 @@ use rustix::path::DecInt;
 use super::{ProcFs, ProcessId, is_denied, is_gone};
 use crate::sys::RemoteFd;
 
-/// Descriptors in one unit of parallel work.
+/// Descriptors per unit of parallel work.
 pub(crate) const CHUNK: usize = 512;
-/// Descriptors from which a table is worth a look without a listing.
+/// A table with at least this many descriptors is read by number, without listing it first.
 const LARGE: i32 = 4096;
 
-/// What a descriptor table has, or a part of it.
+/// The sockets of a descriptor table, or of a part of it.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Table {
     /// The sockets, by inode.
     pub sockets: Vec<(u32, RemoteFd)>,
-    /// Some may not be read.
+    /// cwkill may not read some of the descriptors.
     pub denied: bool,
 }
 
@@ -37,20 +37,20 @@ impl Table {
     }
 }
 
-/// Reads the table in `dir`, until `needless` is set.
+/// Reads the table in `dir`, until `done` is set.
 ///
-/// Of a large table as many numbers from 0 up as there are descriptors are tried, and only those beyond are
-/// listed: descriptors have the lowest free number, so that few are, and listing all costs a fifth more.
-pub(crate) fn read_table(dir: BorrowedFd<'_>, needless: &AtomicBool) -> io::Result<Table> {
+/// For a large table of N descriptors it tries the numbers from 0 to N and lists only those beyond. The kernel gives out the
+/// lowest free number, so few lie beyond. Listing all of them would cost a fifth more.
+pub(crate) fn read_table(dir: BorrowedFd<'_>, done: &AtomicBool) -> io::Result<Table> {
     let tried = count(dir)?.unwrap_or(0);
-    let mut parts = read_numbers(dir, tried, needless)?;
+    let mut parts = read_numbers(dir, tried, done)?;
     let beyond = match tried {
         0 => list_fds(dir)?,
         _ => list_from(dir, tried)?,
     };
     let listed = beyond
         .par_chunks(CHUNK)
-        .filter(|_| !needless.load(Ordering::Relaxed))
+        .filter(|_| !done.load(Ordering::Relaxed))
         .map(|fds| read_sockets(dir, fds.iter().copied()));
     parts.extend(listed.collect::<io::Result<Vec<Table>>>()?);
     Ok(gather(parts))
@@ -64,34 +64,34 @@ fn gather(parts: Vec<Table>) -> Table {
     table
 }
 
-/// How many descriptors are open, if they are many and the kernel says so (Linux 6.2: fs/proc/fd.c,
-/// proc_fd_getattr).
+/// The number of open descriptors of a large table; `None` for a small one, and before Linux 6.2, which does not report it
+/// (fs/proc/fd.c, proc_fd_getattr).
 fn count(dir: BorrowedFd<'_>) -> io::Result<Option<i32>> {
     let size = i32::try_from(fstat(dir)?.st_size).unwrap_or(0);
-    // Other file systems mean something else by the size of a directory.
+    // On other file systems the size of a directory means something else.
     Ok((size >= LARGE && fstatfs(dir)?.filesystem_type() == PROC_SUPER_MAGIC).then_some(size))
 }
 
-/// Reads the descriptors from 0 to `end`, as far as there are any.
-fn read_numbers(dir: BorrowedFd<'_>, end: i32, needless: &AtomicBool) -> io::Result<Vec<Table>> {
+/// Reads the open descriptors below `end`.
+fn read_numbers(dir: BorrowedFd<'_>, end: i32, done: &AtomicBool) -> io::Result<Vec<Table>> {
     let length = i32::try_from(CHUNK).expect("a small constant");
     let starts: Vec<i32> = (0..end).step_by(CHUNK).collect();
     starts
         .into_par_iter()
-        .filter(|_| !needless.load(Ordering::Relaxed))
+        .filter(|_| !done.load(Ordering::Relaxed))
         .map(|start| read_sockets(dir, start..end.min(start + length)))
         .collect()
 }
 
-/// The numbers from `first` on in a `/proc/PID/fd` directory.
+/// The descriptor numbers from `first` on in a `/proc/PID/fd` directory.
 ///
-/// The position in the directory is the number and two, for `.` and `..` (fs/proc/fd.c, proc_readfd_common).
+/// The position in the directory is the number plus two, for `.` and `..` (fs/proc/fd.c, proc_readfd_common).
 fn list_from(dir: BorrowedFd<'_>, first: i32) -> io::Result<Vec<i32>> {
     lseek64(dir, i64::from(first) + 2, Whence::SeekSet)?;
     list_fds(dir)
 }
 
-/// The numbers in a `/proc/PID/fd` directory.
+/// The descriptor numbers in a `/proc/PID/fd` directory.
 pub(crate) fn list_fds(dir: BorrowedFd<'_>) -> io::Result<Vec<i32>> {
     let mut fds = Vec::new();
     let mut buffer = vec![MaybeUninit::uninit(); 32 * 1024];
@@ -108,14 +108,14 @@ pub(crate) fn list_fds(dir: BorrowedFd<'_>) -> io::Result<Vec<i32>> {
     Ok(fds)
 }
 
-/// Reads the descriptors `fds` in `dir`.
+/// Finds the sockets among the descriptors `fds` of `dir`.
 fn read_sockets(dir: BorrowedFd<'_>, fds: impl Iterator<Item = i32>) -> io::Result<Table> {
     let mut table = Table::default();
     for fd in fds {
         let inode = match read_socket_link(dir, fd) {
-            // There is none, or it was closed since the directory was read.
+            // The number is free, or it was closed after the listing.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => continue,
-            // The right to look is one for all descriptors of a process.
+            // The kernel checks the right per process, so the other descriptors would fail too.
             Err(error) if is_denied(&error) => {
                 table.denied = true;
                 return Ok(table);
@@ -129,9 +129,9 @@ fn read_sockets(dir: BorrowedFd<'_>, fds: impl Iterator<Item = i32>) -> io::Resu
     Ok(table)
 }
 
-/// The inode of the socket that descriptor `fd` in `dir` refers to; `None` if it is no socket.
+/// The inode of the socket that descriptor `fd` in `dir` refers to; `None` if it is not a socket.
 pub(crate) fn read_socket_link(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<u32>> {
-    // Longer targets are paths, of which the first bytes already say that they are no socket.
+    // A longer target is a path. Its first bytes suffice to see that it is not a socket.
     let mut target = [0; 32];
     let length = readlinkat_raw(dir, DecInt::new(fd).as_c_str(), &mut target[..])?;
     Ok(parse_socket_link(&target[..length]))
@@ -146,22 +146,22 @@ fn parse_socket_link(target: &[u8]) -> Option<u32> {
 /// Whether a descriptor still refers to a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FdState {
-    /// It does.
+    /// It refers to the socket.
     Open,
-    /// It has been closed, or refers to something else, or its process is gone.
+    /// It was closed, or refers to something else, or its process is gone.
     Closed,
-    /// It may not be looked at.
+    /// cwkill may not read it.
     Unknown,
 }
 
-/// The descriptor table of one process, to check descriptors that were seen earlier.
+/// The descriptor table of one process, for a check of descriptors that were found earlier.
 pub(crate) struct FdTable {
-    /// Its directory, or the state of every descriptor where there is none.
+    /// The directory; or, if it could not be opened, the state of every descriptor.
     dir: Result<File, FdState>,
 }
 
 impl FdTable {
-    /// The table of process `id`, and of no other process with its number.
+    /// Opens the table of process `id`. A later process with the same pid is not opened.
     pub fn open(proc: &ProcFs, id: ProcessId) -> Self {
         let dir = match File::open(proc.path(&format!("{}/fd", id.pid))) {
             Ok(dir) if proc.is_alive(id) => Ok(dir),
@@ -180,10 +180,10 @@ impl FdTable {
     }
 }
 
-/// Whether a descriptor that was a socket with `inode` still is, by what its link says now.
+/// Compares the present link of a descriptor with the `inode` of the socket that it referred to.
 pub(crate) fn fd_state(link: io::Result<Option<u32>>, inode: u32) -> FdState {
     match link {
-        Ok(now) if now == Some(inode) => FdState::Open,
+        Ok(present) if present == Some(inode) => FdState::Open,
         Ok(_) => FdState::Closed,
         Err(error) => unreadable_state(&error),
     }
@@ -203,8 +203,8 @@ mod tests {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     use std::os::fd::OwnedFd;
 
-    /// Many descriptors of ours with gaps, and the numbers of some sockets among them, which stay open.
-    fn hoard() -> (Vec<OwnedFd>, Vec<i32>) {
+    /// Opens many descriptors with gaps, and some sockets, which stay open. Returns the former, and the numbers of the sockets.
+    fn open_many() -> (Vec<OwnedFd>, Vec<i32>) {
         let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
         let limit = hard.min(20_000);
         setrlimit(Resource::RLIMIT_NOFILE, soft.max(limit), hard).unwrap();
@@ -212,10 +212,10 @@ mod tests {
         let mut held: Vec<OwnedFd> = (0..2 * LARGE)
             .map(|_| null.try_clone().unwrap().into())
             .collect();
-        let mut at = 0;
+        let mut index = 0;
         held.retain(|_| {
-            at += 1;
-            at % 7 != 0
+            index += 1;
+            index % 7 != 0
         });
         let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let highest = i32::try_from(limit).unwrap() - 10;
@@ -226,29 +226,30 @@ mod tests {
 
     #[test]
     fn a_large_table_is_read_whole() {
-        let (_held, numbers) = hoard();
+        let (_held, numbers) = open_many();
         let dir = File::open("/proc/self/fd").unwrap();
         let tried = count(dir.as_fd()).unwrap().expect("Linux 6.2");
         assert!(tried >= LARGE);
-        let go_on = AtomicBool::new(false);
-        // Other tests open and close sockets meanwhile.
-        let ours = |table: Table| -> Vec<(u32, RemoteFd)> {
+        let done = AtomicBool::new(false);
+        // Other tests open and close sockets at the same time.
+        let of_this_test = |table: Table| -> Vec<(u32, RemoteFd)> {
             let mut sockets = table.sockets;
             sockets.retain(|(_, fd)| numbers.contains(&fd.0));
             sockets.sort_unstable();
             sockets
         };
         let listed = list_fds(dir.as_fd()).unwrap().into_iter();
-        let listed = ours(read_sockets(dir.as_fd(), listed).unwrap());
+        let listed = of_this_test(read_sockets(dir.as_fd(), listed).unwrap());
         assert_eq!(listed.len(), 4);
-        assert_eq!(ours(read_table(dir.as_fd(), &go_on).unwrap()), listed);
-        // Whatever the count says, what lies beyond is listed.
+        let read = read_table(dir.as_fd(), &done).unwrap();
+        assert_eq!(of_this_test(read), listed);
+        // The result does not depend on the count: all descriptors beyond it are listed.
         for tried in [1, LARGE, tried] {
-            let mut parts = read_numbers(dir.as_fd(), tried, &go_on).unwrap();
+            let mut parts = read_numbers(dir.as_fd(), tried, &done).unwrap();
             let beyond = list_from(dir.as_fd(), tried).unwrap();
             assert!(beyond.iter().all(|fd| *fd >= tried), "{tried}");
             parts.push(read_sockets(dir.as_fd(), beyond.into_iter()).unwrap());
-            assert_eq!(ours(gather(parts)), listed, "{tried}");
+            assert_eq!(of_this_test(gather(parts)), listed, "{tried}");
         }
     }
 

@@ -1,10 +1,11 @@
-//! The proc file system: which processes there are, and what the kernel says of each.
+//! The proc file system: the list of processes, and the facts about each of them.
 //!
-//! One reader for each file: `fds` the descriptor table, [`status`] limits, executable and threads, [`cgroup`] units and
-//! containers, [`netns`] network namespaces, `mounts` what is mounted. Only what cannot hang on a sick host is read: never `maps`, and of `exe` only the link.
+//! Each file has one reader: `fds` reads the descriptor table; [`status`] reads limits, executable and threads; [`cgroup`] reads
+//! units and containers; [`netns`] reads network namespaces; `mounts` reads the mount table. cwkill reads only files that cannot
+//! hang on a sick host: never `maps`, and of `exe` only the link.
 //!
-//! Races: a file that vanishes (ENOENT, ESRCH) means that its process is gone ([`is_gone`]); EACCES and EPERM mean that we may not
-//! read it ([`is_denied`]); anything else is an error.
+//! Races: ENOENT and ESRCH mean that the process is gone ([`is_gone`]). EACCES and EPERM mean that cwkill may not read the file
+//! ([`is_denied`]). Any other errno is an error.
 
 pub mod cgroup;
 pub(crate) mod fds;
@@ -32,31 +33,30 @@ use cgroup::Cgroup;
 pub use crate::sys::RemoteFd;
 pub use fds::FdState;
 
-/// A mounted proc file system. Its root is a parameter so that tests can build one of their own.
+/// A mounted proc file system. The root is a parameter, so a test can build a small one.
 #[derive(Clone, Debug)]
 pub struct ProcFs {
     root: PathBuf,
 }
 
-/// A process for as long as it lives: another process of its number has another start time.
+/// The identity of a process. A later process with the same pid has another start time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ProcessId {
-    /// Its number, in the pid namespace of the proc file system.
+    /// The pid, in the pid namespace of the proc file system.
     pub pid: i32,
-    /// When it started, in clock ticks since boot.
+    /// The start time, in clock ticks since boot.
     pub start_time: u64,
 }
 
 /// A process that holds a descriptor.
 ///
-/// Shown as `comm/pid`, with the name escaped.
+/// It is printed as `comm/pid`, with the name escaped.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Process {
-    /// Its identity.
     pub id: ProcessId,
-    /// Its name as the kernel keeps it. Chosen by the process: escape it before it is shown.
+    /// The name that the kernel keeps. The process can choose it, so escape it before printing.
     pub comm: String,
-    /// Where it belongs: its unit, its container.
+    /// Its unit and its container.
     pub cgroup: Cgroup,
 }
 
@@ -66,12 +66,11 @@ impl fmt::Display for Process {
     }
 }
 
-/// A process that may hold wanted sockets without our seeing it.
+/// A process that may hold selected sockets although cwkill cannot read its descriptors.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unreadable {
-    /// Its number.
     pub pid: i32,
-    /// Its name, if that can be read.
+    /// The name, if cwkill can read it.
     pub comm: Option<String>,
 }
 
@@ -89,17 +88,17 @@ impl ProcFs {
         }
     }
 
-    /// Whether the process is still there, and no other has its number.
+    /// Whether the process still exists. A later process with the same pid does not count.
     pub fn is_alive(&self, id: ProcessId) -> bool {
         self.start_time(id.pid) == Some(id.start_time)
     }
 
-    /// When process `pid` started, in clock ticks since boot; `None` when there is none.
+    /// The start time of process `pid`, in clock ticks since boot; `None` if there is no such process.
     pub fn start_time(&self, pid: i32) -> Option<u64> {
         Some(self.stat(pid).ok()?.starttime)
     }
 
-    /// Whether the process numbers of this file system are those that system calls take.
+    /// Whether this file system shows the pid namespace of cwkill, so that system calls take its pids.
     pub fn is_of_our_pid_namespace(&self) -> bool {
         let own = std::process::id().to_string();
         fs::read_link(self.path("self")).is_ok_and(|target| target.as_os_str() == own.as_str())
@@ -110,7 +109,7 @@ impl ProcFs {
         self.root.join(name)
     }
 
-    /// The processes, by number.
+    /// All pids, in ascending order.
     pub(crate) fn pids(&self) -> io::Result<Vec<i32>> {
         let mut pids = Vec::new();
         for entry in fs::read_dir(&self.root)? {
@@ -125,16 +124,16 @@ impl ProcFs {
         Ok(pids)
     }
 
-    /// The processes that can hold descriptors, with their names where those can be read.
+    /// The processes that can hold descriptors. The name is `None` if cwkill cannot read it.
     pub(crate) fn with_descriptors(&self) -> io::Result<Vec<(i32, Option<String>)>> {
-        let holds = |pid| {
+        let holder = |pid| {
             let stat = self.stat(pid);
             (!has_no_descriptors(&stat)).then(|| (pid, stat.ok().map(|stat| stat.comm)))
         };
-        Ok(self.pids()?.into_iter().filter_map(holds).collect())
+        Ok(self.pids()?.into_iter().filter_map(holder).collect())
     }
 
-    /// Process `pid`, which may not be read, if it can hold anything.
+    /// Describes process `pid`, whose descriptors cwkill may not read; `None` if it cannot hold any.
     pub(crate) fn unreadable(&self, pid: i32) -> Option<Unreadable> {
         let stat = self.stat(pid);
         let comm = || stat.as_ref().ok().map(|stat| stat.comm.clone());
@@ -146,7 +145,7 @@ impl ProcFs {
     }
 }
 
-/// The process behind `process`, the directory of number `pid`.
+/// Reads the identity, name and cgroups of process `pid` from its directory `process`.
 pub(crate) fn identity(process: BorrowedFd<'_>, pid: i32) -> io::Result<Process> {
     let stat = File::from(open_in(process, c"stat", OFlag::empty())?);
     let stat = Stat::from_read(stat).map_err(stat_error)?;
@@ -160,8 +159,7 @@ pub(crate) fn identity(process: BorrowedFd<'_>, pid: i32) -> io::Result<Process>
     })
 }
 
-/// Whether a process holds nothing although it may not be read: a zombie, a kernel thread, or one that
-/// has just gone.
+/// Whether the process holds no descriptors, whatever the right to read them: it is a zombie or a kernel thread, or it has exited.
 fn has_no_descriptors(stat: &procfs::ProcResult<Stat>) -> bool {
     // include/linux/sched.h, PF_KTHREAD.
     const KERNEL_THREAD: u32 = 0x0020_0000;
@@ -172,15 +170,15 @@ fn has_no_descriptors(stat: &procfs::ProcResult<Stat>) -> bool {
     }
 }
 
-/// What a process executes, or `None` if its first thread has ended and others have not. Its descriptors are not to be
-/// seen by its number then: the kernel looks at the first thread's table (fs/proc/fd.c), which it has given up.
+/// A number that changes with each execve(2): the start of the stack, which the kernel randomizes (kernel.randomize_va_space).
 ///
-/// It is told by the place of its stack, which is another after each exec (kernel.randomize_va_space).
+/// `None` if the first thread has exited and others have not. Then /proc shows no descriptors for the pid: the kernel reads the
+/// table of the first thread (fs/proc/fd.c), which that thread has released.
 pub(crate) fn image(process: BorrowedFd<'_>) -> io::Result<Option<u64>> {
     let stat = File::from(open_in(process, c"stat", OFlag::empty())?);
     let stat = Stat::from_read(stat).map_err(stat_error)?;
-    let lost_its_leader = stat.state == 'Z' && stat.num_threads > 1;
-    Ok((!lost_its_leader).then_some(stat.startstack))
+    let leader_exited = stat.state == 'Z' && stat.num_threads > 1;
+    Ok((!leader_exited).then_some(stat.startstack))
 }
 
 pub(crate) fn open_in(dir: BorrowedFd<'_>, name: &CStr, flags: OFlag) -> io::Result<OwnedFd> {
@@ -188,7 +186,7 @@ pub(crate) fn open_in(dir: BorrowedFd<'_>, name: &CStr, flags: OFlag) -> io::Res
     Ok(openat(dir, name, flags, Mode::empty())?)
 }
 
-/// The cgroups of the process behind `process`; none on a kernel without cgroups (ENOENT).
+/// Reads the cgroups of a process from its directory `process`; none on a kernel without cgroups (ENOENT).
 fn read_cgroup(process: BorrowedFd<'_>) -> io::Result<Cgroup> {
     let read = || -> io::Result<String> {
         let mut text = Vec::new();
@@ -202,7 +200,7 @@ fn read_cgroup(process: BorrowedFd<'_>) -> io::Result<Cgroup> {
     }
 }
 
-/// Reading a stat file can fail with the process's end, which keeps its errno.
+/// Keeps the errno of a failed read of `stat`: ESRCH if the process has exited.
 fn stat_error(error: procfs::ProcError) -> io::Error {
     match error {
         procfs::ProcError::Io(error, _) => error,
@@ -212,12 +210,12 @@ fn stat_error(error: procfs::ProcError) -> io::Error {
     }
 }
 
-/// The process or the descriptor is gone.
+/// Whether the error means that the process or the descriptor is gone.
 pub(crate) fn is_gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
 }
 
-/// We may not look.
+/// Whether the error means that cwkill lacks the right.
 pub(crate) fn is_denied(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM))
 }

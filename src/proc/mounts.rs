@@ -9,7 +9,7 @@ use procfs::process::MountInfo;
 use super::ProcFs;
 
 impl ProcFs {
-    /// The mounts of this process, oldest first. A line that is not understood is left out.
+    /// The mounts of this process, oldest first. A line that cannot be parsed is left out.
     ///
     /// # Errors
     /// The file cannot be read.
@@ -33,15 +33,15 @@ pub(crate) fn network_namespaces(mounts: &[MountInfo]) -> impl Iterator<Item = P
     mounts.map(|mount| unescape(&mount.mount_point))
 }
 
-/// Where cgroup v2 is mounted.
+/// The mount point of cgroup v2.
 pub(crate) fn cgroup2(mounts: &[MountInfo]) -> Option<PathBuf> {
     let mount = mounts.iter().find(|mount| mount.fs_type == "cgroup2")?;
     Some(unescape(&mount.mount_point))
 }
 
-/// The option `hidepid` of /proc, if it hides anything; the last mount counts.
+/// The value of the option `hidepid` of /proc, if it hides processes. The last mount counts.
 ///
-/// Source: fs/proc/root.c, proc_show_options; before Linux 5.8 the values were numbers only.
+/// Source: fs/proc/root.c, proc_show_options. Before Linux 5.8 all values were numbers.
 pub(crate) fn hidepid(mounts: &[MountInfo]) -> Option<String> {
     let is_proc =
         |mount: &&MountInfo| mount.fs_type == "proc" && mount.mount_point == Path::new("/proc");

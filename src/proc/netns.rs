@@ -1,7 +1,7 @@
-//! Network namespaces: which there are, what they are called, and how to work in one.
+//! Network namespaces: how to find them, their names, and how to run work in one.
 //!
-//! A namespace is known by the device and inode of its file in nsfs, never by a name or a process:
-//! both can be given to another. An open file keeps it alive.
+//! The device and inode of its file in nsfs identify a namespace. A name or a process does not: each can move to another namespace.
+//! An open file keeps the namespace alive.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, OpenOptions};
@@ -13,52 +13,52 @@ use std::sync::Arc;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 
-use super::ProcFs;
 use super::mounts::network_namespaces;
+use super::{ProcFs, is_gone};
 
-/// Where ip-netns(8) and docker keep names of namespaces.
+/// The directories in which ip-netns(8) and docker keep the names of namespaces.
 const NAME_DIRECTORIES: [&str; 2] = ["/run/netns", "/run/docker/netns"];
 
-/// A network namespace that is kept alive.
+/// A network namespace, kept alive by an open file.
 #[derive(Debug)]
 pub struct Netns {
     /// Its device and inode in nsfs.
     id: (u64, u64),
-    /// Its name for ip-netns(8) or docker, if it has one.
+    /// Its name in ip-netns(8) or docker, if it has one.
     pub name: Option<String>,
-    /// `None` for the one we are in, which needs no entering.
+    /// `None` for the current namespace, which need not be entered.
     file: Option<File>,
 }
 
 /// Which network namespaces to use.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NetnsScope {
-    /// The one we are in.
+    /// The namespace that cwkill runs in.
     Current,
-    /// A name, a path, or the number of a process in it.
+    /// A name, a path, or the pid of a process in it.
     Named(String),
-    /// Every one that can be found.
+    /// Every namespace that cwkill can find.
     All,
 }
 
-/// The namespaces that were found.
+/// The namespaces that cwkill found.
 #[derive(Debug, Default)]
 pub struct Namespaces {
-    /// Those that can be worked in, ours first.
+    /// The namespaces that cwkill can work in, the current one first.
     pub open: Vec<Arc<Netns>>,
-    /// How many others there are that cannot be opened.
+    /// The number of namespaces that cwkill cannot open.
     pub unreachable: usize,
-    /// Why the first of them cannot.
+    /// Why the first of them cannot be opened.
     pub failure: Option<io::Error>,
-    /// Processes whose namespace is unknown.
+    /// The number of processes whose namespace is unknown.
     pub unknown: usize,
 }
 
 impl NetnsScope {
-    /// Opens the namespaces that are meant.
+    /// Opens the selected namespaces.
     ///
     /// # Errors
-    /// /proc is not mounted, or the one that was named cannot be opened.
+    /// /proc is not mounted, or the named namespace cannot be opened.
     pub fn open(&self, proc: &ProcFs) -> io::Result<Namespaces> {
         match self {
             NetnsScope::Current => Ok(Namespaces {
@@ -75,12 +75,12 @@ impl NetnsScope {
 }
 
 impl Netns {
-    /// The inode of the namespace, as `ls -L -i /proc/PID/ns/net` shows it.
+    /// The inode that `ls -L -i /proc/PID/ns/net` shows.
     pub fn inode(&self) -> u64 {
         self.id.1
     }
 
-    /// Its name, or its inode if it has none.
+    /// The name, or the inode if it has no name.
     pub fn label(&self) -> String {
         match &self.name {
             Some(name) => name.clone(),
@@ -88,11 +88,11 @@ impl Netns {
         }
     }
 
-    /// Runs `work` in the namespace, on a thread of its own that ends with it.
+    /// Runs `work` in the namespace, on a new thread that ends with the work.
     ///
     /// # Errors
-    /// EAGAIN: no thread can be started. EPERM: needs CAP_SYS_ADMIN, here and over the namespace. Source: net/core/net_namespace.c,
-    /// netns_install.
+    /// EAGAIN: no thread can be started. EPERM: needs CAP_SYS_ADMIN in the own user namespace and in that of the namespace.
+    /// Source: net/core/net_namespace.c, netns_install.
     pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
         let Some(file) = &self.file else {
             return Ok(work());
@@ -127,7 +127,7 @@ impl Netns {
         })
     }
 
-    /// The namespace that `text` names: a path, else a name, else a process.
+    /// Opens the namespace that `text` names: a path, otherwise a name, otherwise a pid.
     fn named(text: &str, proc: &ProcFs) -> io::Result<Self> {
         let named = NAME_DIRECTORIES.map(|directory| Path::new(directory).join(text));
         let path = if text.contains('/') {
@@ -153,7 +153,7 @@ impl Netns {
     }
 
     fn at(path: &Path) -> io::Result<Self> {
-        // Should it be a FIFO, opening it would wait for a writer.
+        // Without O_NONBLOCK, opening a FIFO would wait for a writer.
         let file = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_NONBLOCK)
@@ -176,7 +176,7 @@ fn id(metadata: &fs::Metadata) -> (u64, u64) {
     (metadata.dev(), metadata.ino())
 }
 
-/// The names of namespaces.
+/// The names of namespaces, by device and inode.
 fn names() -> HashMap<(u64, u64), String> {
     let mut names = HashMap::new();
     for entry in named_files() {
@@ -203,7 +203,7 @@ fn named_files() -> Vec<PathBuf> {
     files
 }
 
-/// Every namespace that a process is in, that has a name, or that is mounted somewhere; each once.
+/// Opens every namespace that has a process, a name or a mount, each once.
 fn all(proc: &ProcFs) -> io::Result<Namespaces> {
     let names = names();
     let current = Netns::current(&names)?;
@@ -220,6 +220,7 @@ fn all(proc: &ProcFs) -> io::Result<Namespaces> {
     for path in processes.chain(named_files()).chain(mounted) {
         let known = match fs::metadata(&path) {
             Ok(metadata) => seen.contains(&id(&metadata)),
+            // Also for a zombie and for a kernel thread.
             Err(error) if is_gone(&error) => true,
             Err(_) => {
                 found.unknown += 1;
@@ -230,13 +231,13 @@ fn all(proc: &ProcFs) -> io::Result<Namespaces> {
             continue;
         }
         match Netns::at(&path) {
-            // By the file that was opened: the process may have made way for another since.
+            // The opened file decides: a later process may have taken the pid since the check above.
             Ok(netns) if seen.insert(netns.id) => {
                 let name = names.get(&netns.id).cloned();
                 found.open.push(Arc::new(Netns { name, ..netns }));
             }
             Ok(_) => {}
-            // Another process of the same namespace may still be there.
+            // Another process of the same namespace may still exist.
             Err(error) if is_gone(&error) => {}
             Err(error) => {
                 found.unreachable += 1;
@@ -247,26 +248,24 @@ fn all(proc: &ProcFs) -> io::Result<Namespaces> {
     Ok(found)
 }
 
-/// The process is gone, or is a kernel thread or a zombie; a name that is no longer there.
-fn is_gone(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn ours_is_known_by_the_inode_of_nsfs() {
-        let ours = NetnsScope::Current.open(&ProcFs::default()).unwrap();
+    fn the_inode_of_nsfs_identifies_the_current_namespace() {
+        let current = NetnsScope::Current.open(&ProcFs::default()).unwrap();
         let link = fs::read_link("/proc/thread-self/ns/net").unwrap();
-        let text = format!("net:[{}]", ours.open[0].inode());
+        let text = format!("net:[{}]", current.open[0].inode());
         assert_eq!(link.to_string_lossy(), text);
-        assert!(ours.open[0].within(|| true).unwrap(), "needs no privilege");
+        assert!(
+            current.open[0].within(|| true).unwrap(),
+            "needs no privilege"
+        );
     }
 
     #[test]
-    fn our_own_by_any_name_is_ours() {
+    fn any_name_of_the_current_namespace_opens_it() {
         let pid = std::process::id().to_string();
         for text in [pid.as_str(), "/proc/self/ns/net"] {
             let found = NetnsScope::Named(text.into())

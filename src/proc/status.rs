@@ -1,7 +1,7 @@
-//! How a process fares: its state, its limit of open files, its executable. From /proc.
+//! The state of a process, its limit of open files, its signal handlers and its executable.
 //!
-//! Nothing here waits for the process or takes a lock that a hung one can hold: of `exe` only the link is read, of
-//! a thread only `stat`, never `stack` or `maps`.
+//! Nothing here waits for the process, or takes a lock that a hung process can hold. cwkill reads only the link of `exe` and only
+//! `stat` of a thread, never `stack` or `maps`.
 
 use std::fs;
 
@@ -10,31 +10,31 @@ use procfs::process::{LimitValue, Limits, Stat, Status};
 
 use super::{ProcFs, Process};
 
-/// Threads of a process that are looked at.
+/// At most this many threads of a process are read.
 const THREADS: usize = 512;
 
-/// What /proc says of a process beside its descriptors.
+/// Facts about a process from /proc, apart from its descriptors.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ProcessStatus {
-    /// The state of its first thread as proc_pid_stat(5) writes it; `None` if the process is gone.
+    /// The state of the first thread, a letter of proc_pid_stat(5); `None` if the process is gone.
     pub state: Option<char>,
-    /// RLIMIT_NOFILE, the soft limit: the first descriptor number it does not get.
+    /// The soft limit RLIMIT_NOFILE: every descriptor number is below it.
     pub limit: Option<u64>,
-    /// The name of its executable, without the directory; `None` if it may not be read.
+    /// The name of the executable without its directory; `None` if cwkill may not read it.
     pub executable: Option<String>,
-    /// The signals for which it has a handler, signal N as bit N - 1 (SigCgt in proc_pid_status(5)); `None` if
-    /// that cannot be read.
+    /// The signals for which it has a handler: bit N - 1 for signal N (SigCgt in proc_pid_status(5)); `None` if cwkill cannot
+    /// read them.
     pub caught: Option<u64>,
 }
 
 impl ProcFs {
-    /// Reads what there is to know of `process`; nothing if it is gone.
+    /// Reads the status of `process`; all fields are `None` if it is gone.
     pub fn status(&self, process: &Process) -> ProcessStatus {
         let directory = self.path(&process.id.pid.to_string());
         let limit = Limits::from_file(directory.join("limits")).ok();
         let status = Status::from_file(directory.join("status")).ok();
         let executable = fs::read_link(directory.join("exe")).ok();
-        // Read last: it is the same process, so all of it is about that one.
+        // Read last: if the start time still matches, the other files were about the same process.
         match Stat::from_file(directory.join("stat")) {
             Ok(stat) if stat.starttime == process.id.start_time => ProcessStatus {
                 state: Some(stat.state),
@@ -45,7 +45,7 @@ impl ProcFs {
                 }),
                 executable: executable.and_then(|path| {
                     let name = path.file_name()?.to_string_lossy().into_owned();
-                    // An executable that was replaced on disk (fs/d_path.c).
+                    // The kernel marks an executable that was replaced on disk (fs/d_path.c).
                     let name = name.strip_suffix(" (deleted)").unwrap_or(&name);
                     Some(name.to_owned())
                 }),
@@ -54,7 +54,7 @@ impl ProcFs {
         }
     }
 
-    /// The threads of `process` in uninterruptible sleep (D), among its first 512; none if it is gone.
+    /// The threads of `process` in uninterruptible sleep (D), among its first 512; empty if it is gone.
     pub fn uninterruptible(&self, process: &Process) -> Vec<i32> {
         let directory = self.path(&process.id.pid.to_string());
         let Ok(threads) = fs::read_dir(directory.join("task")) else {
@@ -67,7 +67,7 @@ impl ProcFs {
         };
         let threads = threads.take(THREADS).filter_map(Result::ok);
         let asleep = threads.filter_map(sleeping).collect();
-        // Read last, as above.
+        // Checked last, as above.
         match self.is_alive(process.id) {
             true => asleep,
             false => Vec::new(),

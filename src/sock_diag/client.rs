@@ -1,7 +1,7 @@
-//! The netlink socket: dumps, questions about one socket, and SOCK_DESTROY.
+//! The netlink socket: dumps, lookups by id, and SOCK_DESTROY.
 //!
-//! Several requests travel in one datagram and are answered one message each. A namespace is the
-//! one the socket was opened in.
+//! A datagram carries several requests, and the kernel answers each with one message. A request is about the network namespace in
+//! which the netlink socket was opened.
 
 use std::io;
 use std::mem;
@@ -15,30 +15,29 @@ use nix::errno::Errno;
 use super::codec::{self, Detail, DiagId, DumpRequest, Frame, Malformed, SocketMessage};
 use crate::sys;
 
-/// Enough for the answers to a datagram of requests; the kernel fills those of a dump up to 32 KiB
+/// Room for the answers to a datagram of requests. The kernel fills a datagram of a dump with up to 32 KiB
 /// (net/netlink/af_netlink.c, netlink_dump).
 const RECEIVE_BUFFER: usize = BATCH * ANSWER;
-/// A dump that the kernel flags as interrupted, or that overruns the receive queue, is repeated this
-/// often at most.
+/// The maximum number of attempts at a dump. An attempt fails if the kernel flags it as interrupted, or if it overruns the receive
+/// queue.
 const DUMP_ATTEMPTS: u32 = 10;
-/// Room for one answer. With `struct tcp_info` and all attributes it takes some 600 bytes, each new kernel
-/// adds a few.
+/// Room for one answer. With `struct tcp_info` and all attributes an answer takes about 600 bytes, and new kernels add a few.
 const ANSWER: usize = 2048;
-/// Room for a datagram of a list that is acted on as it comes: the fewer sockets are in it, the fresher is what it says.
+/// Room for a datagram of [`SockDiag::stream`]. With fewer sockets in a datagram, their descriptions are fresher.
 const STREAM_BUFFER: usize = 16 * 1024;
-/// Requests in one datagram. Every answer waits in the receive queue until the whole datagram is
-/// processed; 64 with TCP_INFO fit the default queue (net.core.rmem_default).
+/// Requests per datagram. All answers stay in the receive queue until the kernel has processed the whole datagram. 64 answers with
+/// TCP_INFO fit the default queue (net.core.rmem_default).
 const BATCH: usize = 64;
-/// Size of the receive queue that is asked for. The kernel gives what net.core.rmem_max allows.
+/// The requested size of the receive queue, in bytes. The kernel limits it to net.core.rmem_max.
 const RECEIVE_QUEUE: usize = 1024 * 1024;
 
 /// Why a dump failed.
 #[derive(Debug, thiserror::Error)]
 pub enum DumpError {
-    /// The tables changed under every attempt.
+    /// The tables changed during every attempt.
     #[error("the socket tables changed under each of {DUMP_ATTEMPTS} dumps; try again")]
     Interrupted,
-    /// The answer was not sock_diag.
+    /// The answer is not a sock_diag message.
     #[error("sock_diag: {}", .0.0)]
     Malformed(Malformed),
     /// The kernel refused, or the socket failed.
@@ -52,12 +51,12 @@ impl From<io::Error> for DumpError {
     }
 }
 
-/// Why a socket could not be looked up.
+/// Why a lookup of a socket failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LookupError {
-    /// It is no longer in the kernel's tables (ENOENT), or its place is taken by another (ESTALE).
+    /// The socket is no longer in the kernel's tables (ENOENT), or another socket has its addresses (ESTALE).
     Gone,
-    /// Anything else.
+    /// Any other error.
     Errno(Errno),
 }
 
@@ -66,13 +65,13 @@ pub enum LookupError {
 pub enum DestroyError {
     /// EOPNOTSUPP: the kernel was built without CONFIG_INET_DIAG_DESTROY, or cannot abort this state.
     NotSupported,
-    /// ENOENT or ESTALE: it closed before us.
+    /// ENOENT or ESTALE: it closed before the act.
     Gone,
     /// EPERM: needs CAP_NET_ADMIN over the network namespace.
     Denied,
-    /// The kernel took the order, and its answer did not fit the receive queue.
+    /// The kernel got the request, but its answer did not fit the receive queue.
     AnswerLost,
-    /// Anything else.
+    /// Any other error.
     Errno(Errno),
 }
 
@@ -84,15 +83,15 @@ pub struct SockDiag {
 }
 
 impl SockDiag {
-    /// Opens the socket.
+    /// Opens the netlink socket.
     ///
     /// # Errors
-    /// EPROTONOSUPPORT: no sock_diag in this kernel (CONFIG_INET_DIAG).
+    /// EPROTONOSUPPORT: the kernel has no sock_diag (CONFIG_INET_DIAG).
     pub fn open() -> io::Result<Self> {
         Self::with_queue(RECEIVE_QUEUE)
     }
 
-    /// Opens the socket with a receive queue of about `bytes`.
+    /// Opens the netlink socket with a receive queue of about `bytes`.
     ///
     /// # Errors
     /// As [`SockDiag::open`].
@@ -100,10 +99,9 @@ impl SockDiag {
         let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
-        // Keeps the request out of error replies. Kernels before 4.3 do not know it; only longer
-        // replies follow from that.
+        // Keeps a copy of the request out of error replies. Without it (kernels before 4.3) the replies are only longer.
         let _ = socket.set_cap_ack(true);
-        // Less than asked for means more, smaller datagrams, nothing else.
+        // A smaller queue costs only more datagrams.
         let _ = socket.set_rx_buf_sz(u32::try_from(bytes).unwrap_or(u32::MAX));
         Ok(SockDiag {
             socket,
@@ -112,10 +110,10 @@ impl SockDiag {
         })
     }
 
-    /// Lists sockets; `keep` sees each and says what to keep of it.
+    /// Lists sockets. `keep` gets each of them, and returns the data to keep.
     ///
     /// # Errors
-    /// [`DumpError::Interrupted`] when the tables changed under every one of a bounded number of dumps.
+    /// [`DumpError::Interrupted`]: the tables changed during each of 10 attempts.
     pub fn dump<T>(
         &mut self,
         request: &DumpRequest,
@@ -125,15 +123,16 @@ impl SockDiag {
         repeat(|| self.dump_once(request, RECEIVE_BUFFER, &mut keep, all))
     }
 
-    /// Lists sockets once, a datagram of them at a time; whether the list is whole. `keep` says what to keep of each, and `part`
-    /// is at work on that, and is told since when it may be so, while the next datagram waits.
+    /// Lists sockets once, datagram by datagram, and returns whether the list is complete. `keep` returns the data to keep of each
+    /// socket. `part` then works on the data of one datagram while the next one waits. It also gets an instant: the kernel wrote
+    /// the datagram after it.
     ///
-    /// Whole is what is listed if `part` closes nothing: the kernel goes on in a hash bucket after as many sockets as it has
-    /// listed of it, so what is closed hides others (net/ipv4/tcp_diag.c, tcp_diag_dump). After a break this socket stays busy with
-    /// the rest.
+    /// The list can be complete only if `part` closes no sockets. The kernel resumes a hash bucket at the number of sockets that it
+    /// has listed from it, so each closed socket hides another (net/ipv4/tcp_diag.c, tcp_diag_dump). After a break, the rest of the
+    /// dump still waits in this netlink socket.
     ///
     /// # Errors
-    /// As [`SockDiag::dump`], but changed tables are none.
+    /// As [`SockDiag::dump`], except that changed tables are not an error.
     pub fn stream<T>(
         &mut self,
         request: &DumpRequest,
@@ -145,8 +144,10 @@ impl SockDiag {
         Ok(rest.is_some())
     }
 
-    /// One dump, in datagrams of at most `room` bytes; `None` if it has to be asked for again. `after` each datagram may
-    /// take what was kept so far, and break off; it gets the time before which the datagram was not begun.
+    /// Does one dump, in datagrams of at most `room` bytes; `None` if it must be repeated, or `after` broke it off.
+    ///
+    /// cwkill calls `after` for each datagram. It may take the kept data, and gets an instant: the kernel wrote the datagram after
+    /// it.
     fn dump_once<T>(
         &mut self,
         request: &DumpRequest,
@@ -155,7 +156,7 @@ impl SockDiag {
         mut after: impl FnMut(&mut Vec<T>, Instant) -> ControlFlow<()>,
     ) -> Result<Option<Vec<T>>, DumpError> {
         let sequence = self.next_sequence();
-        // The first datagram is put together in send(), each other in the recv() of the one before it
+        // The kernel writes the first datagram in send(), and each further one in the recv() of the one before
         // (net/netlink/af_netlink.c, __netlink_dump_start and netlink_recvmsg).
         let mut begun = Instant::now();
         self.socket.send(&request.encode(sequence), 0)?;
@@ -164,17 +165,17 @@ impl SockDiag {
             let since = mem::replace(&mut begun, Instant::now());
             match receive(&self.socket, &mut self.buffer[..room]) {
                 Ok(datagram) => {
-                    let verdict = assembly.feed(datagram, keep)?;
+                    let progress = assembly.feed(datagram, keep)?;
                     if after(&mut assembly.kept, since).is_break() {
                         return Ok(None);
                     }
-                    match verdict {
-                        Verdict::More => {}
-                        Verdict::Complete => return Ok(Some(assembly.kept)),
-                        Verdict::Again => return Ok(None),
+                    match progress {
+                        DumpProgress::More => {}
+                        DumpProgress::Complete => return Ok(Some(assembly.kept)),
+                        DumpProgress::Repeat => return Ok(None),
                     }
                 }
-                // The queue overran. The kernel goes on, so the rest is read before asking again.
+                // The queue overran. The kernel goes on, so the rest must be read before the dump is repeated.
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
                     assembly.interrupted = true;
                 }
@@ -183,10 +184,10 @@ impl SockDiag {
         }
     }
 
-    /// Looks at each of `ids` now; one result each, in order.
+    /// Looks up each of `ids`; one result per id, in order.
     ///
     /// # Errors
-    /// Only when the netlink socket itself fails.
+    /// The netlink socket itself failed.
     pub fn lookup(
         &mut self,
         ids: &[DiagId],
@@ -197,10 +198,10 @@ impl SockDiag {
         };
         let mut answers: Vec<Option<Frame>> = ids.iter().map(|_| None).collect();
         for (ids, answers) in ids.chunks(BATCH).zip(answers.chunks_mut(BATCH)) {
-            // A question may be asked again. What did not fit the queue together fits it one by one.
-            let mut at_once = BATCH;
-            while self.ask(ids, answers, at_once, put)? == Answers::SomeLost && at_once > 1 {
-                at_once /= 2;
+            // A lookup may be repeated. Answers that did not fit the queue together fit it one by one.
+            let mut batch = BATCH;
+            while self.request(ids, answers, batch, put)? == Answers::SomeLost && batch > 1 {
+                batch /= 2;
             }
         }
         let read = |answer| match answer {
@@ -213,24 +214,26 @@ impl SockDiag {
         Ok(answers.into_iter().map(read).collect())
     }
 
-    /// Aborts each of `ids`; one result each, in order.
+    /// Aborts each of `ids`; one result per id, in order.
     ///
-    /// An order is never given twice: the second would be answered with ENOENT, as if the socket had
-    /// closed before the first.
+    /// A request is never repeated: the kernel would answer the second one with ENOENT, as if the socket had closed before the
+    /// first.
     ///
     /// # Errors
-    /// Only when the netlink socket itself fails; some of `ids` may be aborted then.
+    /// The netlink socket itself failed. Some of `ids` may be aborted all the same.
     pub fn destroy(&mut self, ids: &[DiagId]) -> io::Result<Vec<Result<(), DestroyError>>> {
         let mut answers: Vec<Option<Frame>> = ids.iter().map(|_| None).collect();
         for (ids, answers) in ids.chunks(BATCH).zip(answers.chunks_mut(BATCH)) {
-            self.ask(ids, answers, BATCH, codec::put_destroy)?;
+            self.request(ids, answers, BATCH, codec::put_destroy)?;
         }
         Ok(answers.into_iter().map(destroyed).collect())
     }
 
-    /// The same with one answer for as many as fit a datagram, and one for each that fails. The kernel works through a datagram
-    /// in order before it returns from send(), and a failure that does not fit the queue is an overrun that recv() tells of: then
-    /// nothing is taken for done that is not told.
+    /// As [`SockDiag::destroy`], but the kernel answers only the last request of each datagram, and each request that fails.
+    ///
+    /// The kernel processes a datagram in order before it returns from send(), so a request without an answer succeeded. If an
+    /// answer does not fit the queue, recv() reports an overrun. Then a request without an answer counts as
+    /// [`DestroyError::AnswerLost`].
     ///
     /// # Errors
     /// As [`SockDiag::destroy`].
@@ -243,8 +246,8 @@ impl SockDiag {
         for ids in ids.chunks(BATCH) {
             let first = self.sequence.wrapping_add(1);
             request.clear();
-            for (at, id) in ids.iter().enumerate() {
-                let put = match at + 1 == ids.len() {
+            for (index, id) in ids.iter().enumerate() {
+                let put = match index + 1 == ids.len() {
                     true => codec::put_destroy,
                     false => codec::put_quiet_destroy,
                 };
@@ -252,26 +255,25 @@ impl SockDiag {
             }
             self.socket.send(&request, 0)?;
             let mut answers: Vec<Option<Frame>> = ids.iter().map(|_| None).collect();
-            let lost = self.take_answers(first, &mut answers, Until::TheLast)?;
-            let all_told = !lost && answers.last().is_some_and(Option::is_some);
-            let silent = |answer: Option<Frame>| answer.or(all_told.then_some(Frame::Ack));
-            results.extend(answers.into_iter().map(|answer| destroyed(silent(answer))));
+            let lost = self.receive_answers(first, &mut answers, Until::Last)?;
+            let complete = !lost && answers.last().is_some_and(Option::is_some);
+            let or_ack = |answer: Option<Frame>| answer.or(complete.then_some(Frame::Ack));
+            results.extend(answers.into_iter().map(|answer| destroyed(or_ack(answer))));
         }
         Ok(results)
     }
 
-    /// Sends one request for each of `ids` that has no answer yet, `at_once` in a datagram, and pairs
-    /// the answers by sequence number.
-    fn ask(
+    /// Sends one request for each of `ids` without an answer, `batch` of them per datagram. Assigns the answers by sequence number.
+    fn request(
         &mut self,
         ids: &[DiagId],
         answers: &mut [Option<Frame>],
-        at_once: usize,
+        batch: usize,
         put: impl Fn(&mut Vec<u8>, &DiagId, u32),
     ) -> io::Result<Answers> {
         let mut request = Vec::new();
-        for (ids, answers) in ids.chunks(at_once).zip(answers.chunks_mut(at_once)) {
-            // One sequence number a slot, asked or not, so that a number finds its slot.
+        for (ids, answers) in ids.chunks(batch).zip(answers.chunks_mut(batch)) {
+            // Every id takes a sequence number, also without a request, so that the number gives the index of the answer.
             let first = self.sequence.wrapping_add(1);
             request.clear();
             for (id, answer) in ids.iter().zip(&*answers) {
@@ -282,7 +284,7 @@ impl SockDiag {
             }
             if !request.is_empty() {
                 self.socket.send(&request, 0)?;
-                self.take_answers(first, answers, Until::All)?;
+                self.receive_answers(first, answers, Until::All)?;
             }
         }
         Ok(match answers.iter().all(Option::is_some) {
@@ -291,23 +293,23 @@ impl SockDiag {
         })
     }
 
-    /// Empties the receive queue; whether something did not fit it. The kernel answers inside send(), so what is not there now was
-    /// lost, or never sent.
-    fn take_answers(
+    /// Reads the receive queue, and returns whether an answer was lost because it did not fit. The kernel answers inside send(), so
+    /// an answer that is not in the queue now was lost or never sent.
+    fn receive_answers(
         &mut self,
         first: u32,
         answers: &mut [Option<Frame>],
         until: Until,
     ) -> io::Result<bool> {
-        // The fewer, the longer each may be.
+        // With fewer answers, each may be longer.
         let room = self.buffer.len() / answers.len().max(1);
         let mut lost = false;
         loop {
-            let open = match until {
+            let waiting = match until {
                 Until::All => answers.iter().any(Option::is_none),
-                Until::TheLast => answers.last().is_some_and(Option::is_none),
+                Until::Last => answers.last().is_some_and(Option::is_none),
             };
-            if !open {
+            if !waiting {
                 return Ok(lost);
             }
             let lengths = match sys::recvmmsg(self.socket.as_fd(), &mut self.buffer, room) {
@@ -320,16 +322,16 @@ impl SockDiag {
                 other => other?,
             };
             for (slot, length) in self.buffer.chunks(room).zip(lengths) {
-                // One that does not fit is lost.
+                // A longer datagram was cut, so it is lost.
                 lost |= length > room;
                 let datagram = slot.get(..length).unwrap_or_default();
                 for framed in codec::frames(datagram) {
-                    let framed = framed.map_err(|Malformed(what)| io::Error::other(what))?;
-                    let place = usize::try_from(framed.sequence.wrapping_sub(first))
+                    let framed = framed.map_err(|Malformed(defect)| io::Error::other(defect))?;
+                    let answer = usize::try_from(framed.sequence.wrapping_sub(first))
                         .ok()
                         .and_then(|index| answers.get_mut(index));
-                    if let Some(place) = place.filter(|place| place.is_none()) {
-                        *place = Some(framed.frame);
+                    if let Some(answer) = answer.filter(|answer| answer.is_none()) {
+                        *answer = Some(framed.frame);
                     }
                 }
             }
@@ -348,7 +350,7 @@ impl AsFd for SockDiag {
     }
 }
 
-/// What an answer says of an order.
+/// The result of a request to abort a socket, from the answer to it.
 fn destroyed(answer: Option<Frame>) -> Result<(), DestroyError> {
     match answer {
         Some(Frame::Ack) => Ok(()),
@@ -361,37 +363,37 @@ fn destroyed(answer: Option<Frame>) -> Result<(), DestroyError> {
     }
 }
 
-/// Which answers are waited for.
+/// The answers to wait for.
 #[derive(Clone, Copy)]
 enum Until {
     All,
-    /// Those before it have come when it comes.
-    TheLast,
+    /// The kernel answers in order, so all earlier answers come before it.
+    Last,
 }
 
-/// Whether every question of an exchange was answered.
+/// Whether the kernel answered every request.
 #[derive(Debug, PartialEq, Eq)]
 enum Answers {
     All,
     SomeLost,
 }
 
-/// Tries a dump until it is whole, a bounded number of times.
+/// Repeats a dump until it is complete, up to [`DUMP_ATTEMPTS`] times.
 fn repeat<T>(
     mut once: impl FnMut() -> Result<Option<Vec<T>>, DumpError>,
 ) -> Result<Vec<T>, DumpError> {
     for _ in 0..DUMP_ATTEMPTS {
-        if let Some(whole) = once()? {
-            return Ok(whole);
+        if let Some(complete) = once()? {
+            return Ok(complete);
         }
     }
     Err(DumpError::Interrupted)
 }
 
-/// Takes the next datagram; a signal does not end the wait.
+/// Receives the next datagram. A signal does not end the wait.
 fn receive<'b>(socket: &Socket, buffer: &'b mut [u8]) -> io::Result<&'b [u8]> {
     let length = loop {
-        // The socket is connected to port 0, so only the kernel can have sent what arrives here.
+        // The socket is connected to port 0, so only the kernel can send to it.
         match socket.recv(&mut &mut buffer[..], libc::MSG_TRUNC) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             other => break other?,
@@ -404,15 +406,15 @@ fn receive<'b>(socket: &Socket, buffer: &'b mut [u8]) -> io::Result<&'b [u8]> {
     })
 }
 
-/// What a datagram did to a dump.
+/// The state of a dump after a datagram.
 #[derive(Debug, PartialEq, Eq)]
-enum Verdict {
+enum DumpProgress {
     More,
     Complete,
-    Again,
+    Repeat,
 }
 
-/// Puts the datagrams of one dump together. Pure, so that bad luck can be played to it.
+/// Collects the datagrams of one dump. Pure, so that tests can feed it interrupted dumps.
 struct Assembly<T> {
     sequence: u32,
     interrupted: bool,
@@ -432,7 +434,7 @@ impl<T> Assembly<T> {
         &mut self,
         datagram: &[u8],
         keep: &mut impl FnMut(SocketMessage) -> Option<T>,
-    ) -> Result<Verdict, DumpError> {
+    ) -> Result<DumpProgress, DumpError> {
         for framed in codec::frames(datagram) {
             let framed = framed.map_err(DumpError::Malformed)?;
             if framed.sequence != self.sequence {
@@ -441,15 +443,15 @@ impl<T> Assembly<T> {
             self.interrupted |= framed.interrupted;
             match framed.frame {
                 Frame::Socket(message) => self.kept.extend(keep(message)),
-                Frame::Done(0) if self.interrupted => return Ok(Verdict::Again),
-                Frame::Done(0) => return Ok(Verdict::Complete),
+                Frame::Done(0) if self.interrupted => return Ok(DumpProgress::Repeat),
+                Frame::Done(0) => return Ok(DumpProgress::Complete),
                 Frame::Done(errno) | Frame::Error(errno) => {
                     return Err(io::Error::from_raw_os_error(errno).into());
                 }
                 Frame::Ack | Frame::Other => {}
             }
         }
-        Ok(Verdict::More)
+        Ok(DumpProgress::More)
     }
 }
 
@@ -460,27 +462,27 @@ mod tests {
 
     const NLM_F_DUMP_INTR: u16 = 0x10;
 
-    /// A real dump with its datagrams' sequence numbers and flags set.
+    /// A real dump, with this sequence number and these flags in each message.
     fn dump(sequence: u32, flags: u16) -> Vec<u8> {
         let mut bytes = testdata::bytes(testdata::DUMP_V4);
-        let mut at = 0;
-        while at < bytes.len() {
-            let length = u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap());
-            bytes[at + 6..at + 8].copy_from_slice(&flags.to_ne_bytes());
-            bytes[at + 8..at + 12].copy_from_slice(&sequence.to_ne_bytes());
-            at += usize::try_from(length).unwrap().next_multiple_of(4);
+        let mut start = 0;
+        while start < bytes.len() {
+            let length = u32::from_ne_bytes(bytes[start..start + 4].try_into().unwrap());
+            bytes[start + 6..start + 8].copy_from_slice(&flags.to_ne_bytes());
+            bytes[start + 8..start + 12].copy_from_slice(&sequence.to_ne_bytes());
+            start += usize::try_from(length).unwrap().next_multiple_of(4);
         }
         bytes
     }
 
-    fn feed(assembly: &mut Assembly<SocketMessage>, datagram: &[u8]) -> Verdict {
+    fn feed(assembly: &mut Assembly<SocketMessage>, datagram: &[u8]) -> DumpProgress {
         assembly.feed(datagram, &mut Some).unwrap()
     }
 
     #[test]
     fn a_whole_dump_is_complete() {
         let mut assembly = Assembly::new(5);
-        assert_eq!(feed(&mut assembly, &dump(5, 2)), Verdict::Complete);
+        assert_eq!(feed(&mut assembly, &dump(5, 2)), DumpProgress::Complete);
         assert_eq!(assembly.kept.len(), 2);
     }
 
@@ -488,7 +490,7 @@ mod tests {
     fn an_interrupted_dump_is_asked_for_again() {
         let mut assembly = Assembly::new(5);
         let datagram = dump(5, 2 | NLM_F_DUMP_INTR);
-        assert_eq!(feed(&mut assembly, &datagram), Verdict::Again);
+        assert_eq!(feed(&mut assembly, &datagram), DumpProgress::Repeat);
     }
 
     #[test]
@@ -498,8 +500,8 @@ mod tests {
         let mut early = whole[..first].to_vec();
         early[6] |= 0x10;
         let mut assembly = Assembly::new(5);
-        assert_eq!(feed(&mut assembly, &early), Verdict::More);
-        assert_eq!(feed(&mut assembly, &whole[first..]), Verdict::Again);
+        assert_eq!(feed(&mut assembly, &early), DumpProgress::More);
+        assert_eq!(feed(&mut assembly, &whole[first..]), DumpProgress::Repeat);
     }
 
     #[test]
@@ -526,7 +528,7 @@ mod tests {
     #[test]
     fn answers_to_another_question_are_not_taken() {
         let mut assembly = Assembly::new(6);
-        assert_eq!(feed(&mut assembly, &dump(5, 2)), Verdict::More);
+        assert_eq!(feed(&mut assembly, &dump(5, 2)), DumpProgress::More);
         assert!(assembly.kept.is_empty());
     }
 

@@ -1,8 +1,8 @@
 //! The wire format of sock_diag for TCP, as pure functions over bytes.
 //!
-//! Frames and attributes are walked with netlink-packet-core's views; `struct inet_diag_msg` and
-//! `struct tcp_info` are read here, without an allocation a socket. Longer structs than we know are
-//! cut, shorter ones give `None` for what they lack: the kernel's structs only ever grow.
+//! netlink-packet-core splits a datagram into frames and attributes. `struct inet_diag_msg` and `struct tcp_info` are parsed here,
+//! without an allocation per socket. The kernel's structs only grow: unknown fields at the end are ignored, and a field that a
+//! shorter struct lacks is `None`.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -17,7 +17,7 @@ use crate::tcp::{StateSet, TcpState, Tuple};
 
 /// Message type of requests and of replies that describe a socket (linux/sock_diag.h).
 pub const SOCK_DIAG_BY_FAMILY: u16 = 20;
-/// Message type that asks for a socket to be aborted (linux/sock_diag.h).
+/// Message type of a request to abort a socket (linux/sock_diag.h).
 pub const SOCK_DESTROY: u16 = 21;
 
 /// `struct nlmsghdr`.
@@ -38,25 +38,25 @@ const INET_DIAG_CGROUP_ID: u16 = 21;
 const INET_DIAG_REQ_BYTECODE: u16 = 1;
 /// `struct nlattr`: length 2, kind 2.
 const ATTRIBUTE_HDR_LEN: usize = 4;
-/// `struct tcp_info`: eight one-byte fields, then u32s of which these three are the 10th, 12th and 13th.
+/// Offsets in `struct tcp_info`: after eight one-byte fields follow u32 fields; these three are the 10th, 12th and 13th.
 const TCPI_LAST_DATA_SENT: usize = 8 + 9 * 4;
 const TCPI_LAST_DATA_RECV: usize = 8 + 11 * 4;
 pub(crate) const TCPI_LAST_ACK_RECV: usize = 8 + 12 * 4;
 
-/// The address family a socket was made with.
+/// The address family of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Family {
     /// AF_INET.
     V4,
-    /// AF_INET6; its addresses may be IPv4-mapped.
+    /// AF_INET6. The addresses of the socket may be IPv4-mapped.
     V6,
 }
 
 impl Family {
-    /// Both, in the order they are dumped.
+    /// Both families, in the order of the dumps.
     pub const ALL: [Family; 2] = [Family::V4, Family::V6];
 
-    /// Its number, AF_INET or AF_INET6.
+    /// AF_INET or AF_INET6.
     pub fn number(self) -> u8 {
         match self {
             Family::V4 => 2,
@@ -65,9 +65,9 @@ impl Family {
     }
 }
 
-/// The kernel's identity of one socket, never given twice while the host runs.
+/// The kernel's identity of a socket. The kernel gives each number once per boot.
 ///
-/// Source: net/core/sock_diag.c, sock_gen_cookie; the same number as SO_COOKIE.
+/// Source: net/core/sock_diag.c, sock_gen_cookie. SO_COOKIE returns the same number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Cookie(pub u64);
 
@@ -77,10 +77,9 @@ impl fmt::Display for Cookie {
     }
 }
 
-/// A socket's `struct inet_diag_sockid` with its family, byte for byte as the kernel dumped it.
+/// The family of a socket and its `struct inet_diag_sockid`, byte for byte as the kernel dumped it.
 ///
-/// It is sent back unchanged, so what we ask about is exactly what we were told about, interface
-/// and cookie included.
+/// cwkill sends it back unchanged, with interface and cookie. So a request is about exactly the socket that was dumped.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct DiagId {
     family: Family,
@@ -88,15 +87,13 @@ pub struct DiagId {
 }
 
 impl DiagId {
-    /// The socket's identity.
     pub fn cookie(&self) -> Cookie {
-        // Two u32 in host order, low half first (sock_diag_save_cookie).
+        // Two u32 in host byte order, the low half first (sock_diag_save_cookie).
         let low = u64::from(u32_at(&self.raw, 40));
         let high = u64::from(u32_at(&self.raw, 44));
         Cookie(high << 32 | low)
     }
 
-    /// The family the socket was made with.
     pub fn family(&self) -> Family {
         self.family
     }
@@ -108,14 +105,14 @@ impl DiagId {
 
     /// The endpoints, with IPv4-mapped addresses written as IPv4.
     pub fn tuple(&self) -> Tuple {
-        let address = |at: usize| -> IpAddr {
-            let bytes: [u8; 16] = self.raw[at..at + 16].try_into().expect("16 bytes");
+        let address = |offset: usize| -> IpAddr {
+            let bytes: [u8; 16] = self.raw[offset..offset + 16].try_into().expect("16 bytes");
             match self.family {
                 Family::V4 => Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]).into(),
                 Family::V6 => Ipv6Addr::from(bytes).to_canonical(),
             }
         };
-        let port = |at: usize| u16::from_be_bytes([self.raw[at], self.raw[at + 1]]);
+        let port = |offset: usize| u16::from_be_bytes([self.raw[offset], self.raw[offset + 1]]);
         Tuple {
             local: SocketAddr::new(address(4), port(0)),
             peer: SocketAddr::new(address(20), port(2)),
@@ -125,27 +122,27 @@ impl DiagId {
 
 #[cfg(test)]
 impl DiagId {
-    /// An id as the kernel would dump it, for tests without a kernel.
+    /// The id that the kernel would dump, for tests without a kernel.
     pub(crate) fn example(family: Family, tuple: Tuple, cookie: Cookie) -> Self {
         let mut raw = [0; SOCKID_LEN];
-        for (port_at, address_at, end) in [(0, 4, tuple.local), (2, 20, tuple.peer)] {
-            raw[port_at..port_at + 2].copy_from_slice(&end.port().to_be_bytes());
+        for (port, address, end) in [(0, 4, tuple.local), (2, 20, tuple.peer)] {
+            raw[port..port + 2].copy_from_slice(&end.port().to_be_bytes());
             match (family, end.ip()) {
                 (Family::V4, IpAddr::V4(v4)) => {
-                    raw[address_at..address_at + 4].copy_from_slice(&v4.octets());
+                    raw[address..address + 4].copy_from_slice(&v4.octets());
                 }
                 (_, IpAddr::V4(v4)) => {
-                    raw[address_at..address_at + 16].copy_from_slice(&v4.to_ipv6_mapped().octets())
+                    raw[address..address + 16].copy_from_slice(&v4.to_ipv6_mapped().octets())
                 }
                 (_, IpAddr::V6(v6)) => {
-                    raw[address_at..address_at + 16].copy_from_slice(&v6.octets());
+                    raw[address..address + 16].copy_from_slice(&v6.octets());
                 }
             }
         }
         let [low, high] = [cookie.0 & 0xffff_ffff, cookie.0 >> 32];
-        for (at, half) in [(40, low), (44, high)] {
+        for (offset, half) in [(40, low), (44, high)] {
             let half = u32::try_from(half).expect("32 bits");
-            raw[at..at + 4].copy_from_slice(&half.to_ne_bytes());
+            raw[offset..offset + 4].copy_from_slice(&half.to_ne_bytes());
         }
         DiagId { family, raw }
     }
@@ -157,52 +154,50 @@ impl fmt::Debug for DiagId {
     }
 }
 
-/// The three clocks of `struct tcp_info` that say how long a socket has been quiet.
+/// The three times in `struct tcp_info` that show how long a socket has been quiet, in milliseconds on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Quiet {
-    /// Time since a segment with data left. Counts from boot before the first one.
+    /// Time since the socket sent data. Before the first data it is the time since boot.
     pub last_data_sent: Duration,
-    /// Time since data arrived. Bogus before the first data; the FIN does not update it.
+    /// Time since data arrived. Meaningless before the first data. A FIN does not update it.
     pub last_data_recv: Duration,
-    /// Time since any acceptable segment arrived, the FIN included.
+    /// Time since any acceptable segment arrived, also a FIN.
     pub last_ack_recv: Duration,
 }
 
-/// One socket as the kernel describes it.
+/// The kernel's description of one socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SocketMessage {
     /// Its address pair, interface and cookie.
     pub id: DiagId,
-    /// Its state.
     pub state: TcpState,
-    /// Unread bytes: `rcv_nxt - copied_seq`; a FIN counts as one until end of file is read. Of a
-    /// listener: connections waiting for accept(). Source: net/ipv4/tcp_diag.c, tcp_diag_get_info.
+    /// Unread bytes: `rcv_nxt - copied_seq`. A FIN counts as one byte until the owner reads end of file. For a listener: the
+    /// number of connections that wait for accept(2). Source: net/ipv4/tcp_diag.c, tcp_diag_get_info.
     pub recv_q: u32,
-    /// Bytes written by the application and not acknowledged by the peer: `write_seq - snd_una`, our
-    /// FIN included. Of a listener: the limit of its backlog.
+    /// Bytes that the application wrote and the peer has not acknowledged: `write_seq - snd_una`. The socket's own FIN counts as
+    /// one byte. For a listener: the limit of its backlog.
     pub send_q: u32,
-    /// Owner of the socket's inode: the user who made or accepted it.
+    /// The user of the socket's inode: the one who made or accepted the socket.
     pub uid: u32,
-    /// Inode in sockfs; 0 when no descriptor exists (not yet accepted, or closed by its owner).
+    /// Inode in sockfs; 0 if no descriptor exists (never accepted, or closed by its owner).
     pub inode: u32,
-    /// The quiet times, if TCP_INFO was asked for and given.
+    /// The quiet times; `None` if they were not requested, or the kernel did not send them.
     pub quiet: Option<Quiet>,
-    /// Whether an IPv6 socket refuses IPv4, if the kernel says.
+    /// Whether an IPv6 socket refuses IPv4; `None` if the kernel does not report it.
     pub v6only: Option<bool>,
-    /// The id of the cgroup v2 it was made in, if the kernel says (Linux 5.8): the inode of its directory.
+    /// The id of the cgroup v2 in which the socket was made: the inode of its directory. `None` if the kernel does not report it
+    /// (before Linux 5.8).
     pub cgroup: Option<u64>,
 }
 
-/// What a dump asks for.
+/// The sockets that a dump requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DumpRequest<'a> {
-    /// The family of the sockets.
     pub family: Family,
-    /// Their states.
     pub states: StateSet,
-    /// Whether to send `struct tcp_info`, which costs the kernel a lock a socket.
+    /// Whether the kernel sends `struct tcp_info`. It locks every socket for that.
     pub info: bool,
-    /// What else they must be ([`crate::filter::bytecode::bytecode`]); empty for anything.
+    /// A filter that the kernel runs ([`crate::filter::bytecode::bytecode`]); empty for no filter.
     pub bytecode: &'a [u8],
 }
 
@@ -210,7 +205,7 @@ impl DumpRequest<'_> {
     /// The request as one netlink message.
     ///
     /// # Panics
-    /// The bytecode is longer than an attribute can be, 64 KiB.
+    /// The bytecode does not fit an attribute of 64 KiB.
     pub fn encode(&self, sequence: u32) -> Vec<u8> {
         let attribute = match self.bytecode.len() {
             0 => 0,
@@ -237,19 +232,19 @@ impl DumpRequest<'_> {
     }
 }
 
-/// How much is asked of a socket.
+/// The amount of data that a lookup requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Detail {
     /// State, queues, inode.
     Basic,
-    /// The quiet times of `struct tcp_info` as well, for which the kernel locks the socket.
+    /// The quiet times of `struct tcp_info` too. The kernel locks the socket for them.
     Quiet,
 }
 
-/// Appends a question about exactly the socket `id` to `bytes`.
+/// Appends a lookup of exactly the socket `id` to `bytes`.
 ///
-/// The answer is one [`Frame::Socket`], or an error: ENOENT or ESTALE when that socket is no longer
-/// in the kernel's tables (net/ipv4/inet_diag.c, inet_diag_find_one_icsk).
+/// The answer is one [`Frame::Socket`], or an error: ENOENT or ESTALE if that socket is no longer in the kernel's tables
+/// (net/ipv4/inet_diag.c, inet_diag_find_one_icsk).
 pub fn put_lookup(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32, detail: Detail) {
     put_header(
         bytes,
@@ -267,16 +262,16 @@ pub fn put_lookup(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32, detail: Detai
     );
 }
 
-/// Appends a request to abort exactly the socket `id` to `bytes`, answered by one [`Frame::Ack`].
+/// Appends a request to abort exactly the socket `id` to `bytes`. The answer is one [`Frame::Ack`], or an error.
 ///
-/// The cookie in `id` is what keeps this from hitting the listener once the connection is gone.
+/// Without the cookie in `id` the kernel would abort the listener if the connection is gone.
 pub fn put_destroy(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32) {
     let flags = NLM_F_REQUEST | netlink_packet_core::NLM_F_ACK;
     put_destroy_with(bytes, id, sequence, flags);
 }
 
-/// The same, answered only if it fails: netlink tells of errors whatever the flags are (net/netlink/af_netlink.c,
-/// netlink_rcv_skb).
+/// As [`put_destroy`], but with an answer only if the request fails. netlink reports an error whatever the flags are
+/// (net/netlink/af_netlink.c, netlink_rcv_skb).
 pub fn put_quiet_destroy(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32) {
     put_destroy_with(bytes, id, sequence, NLM_F_REQUEST);
 }
@@ -292,9 +287,9 @@ fn put_header(bytes: &mut Vec<u8>, body: usize, message_type: u16, flags: u16, s
     header.message_type = message_type;
     header.flags = flags;
     header.sequence_number = sequence;
-    let at = bytes.len();
-    bytes.resize(at + NLMSG_HDR_LEN, 0);
-    header.emit(&mut bytes[at..]);
+    let start = bytes.len();
+    bytes.resize(start + NLMSG_HDR_LEN, 0);
+    header.emit(&mut bytes[start..]);
 }
 
 fn put_request(
@@ -313,34 +308,32 @@ fn put_request(
 /// One message of a datagram from the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Frame {
-    /// A socket.
     Socket(SocketMessage),
-    /// The request was carried out.
+    /// The kernel did the request.
     Ack,
-    /// The request was refused with this errno.
+    /// The kernel refused the request with this errno.
     Error(i32),
-    /// The dump is over; the errno says how, 0 for well.
+    /// The end of a dump; 0, or the errno with which the dump failed.
     Done(i32),
-    /// Something that says nothing to us.
+    /// A message that cwkill ignores.
     Other,
 }
 
-/// A message with what is needed to tell whose answer it is.
+/// A message with the header fields that assign it to a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Framed {
     /// The sequence number of the request.
     pub sequence: u32,
-    /// NLM_F_DUMP_INTR: the tables changed under the dump, so it may lack sockets.
+    /// NLM_F_DUMP_INTR: the tables changed during the dump, so sockets may be missing.
     pub interrupted: bool,
-    /// The message.
     pub frame: Frame,
 }
 
-/// Bytes that are no sock_diag message; the text says what is wrong with them.
+/// Bytes that are not a sock_diag message, with the defect as a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Malformed(pub &'static str);
 
-/// Walks the messages of one datagram.
+/// Parses the messages of one datagram.
 pub fn frames(datagram: &[u8]) -> impl Iterator<Item = Result<Framed, Malformed>> + '_ {
     let mut rest = datagram;
     std::iter::from_fn(move || {
@@ -350,7 +343,7 @@ pub fn frames(datagram: &[u8]) -> impl Iterator<Item = Result<Framed, Malformed>
         match NetlinkBuffer::new_checked(rest) {
             Ok(view) => {
                 let length = usize::try_from(view.length()).unwrap_or(usize::MAX);
-                // Messages start at multiples of four; the last may lack its padding.
+                // Messages start at multiples of four bytes. The last one may lack its padding.
                 let next = length.next_multiple_of(4).min(rest.len());
                 rest = &rest[next..];
                 Some(parse_frame(&view))
@@ -371,7 +364,7 @@ fn parse_frame(view: &NetlinkBuffer<&[u8]>) -> Result<Framed, Malformed> {
             0 => Frame::Ack,
             negative => Frame::Error(negative.saturating_neg()),
         },
-        // The errno of a dump that failed half-way; older kernels send none.
+        // The errno of a dump that failed half-way. Older kernels send no errno.
         NLMSG_DONE => Frame::Done(i32_at(payload, 0).unwrap_or(0).saturating_neg()),
         NLMSG_NOOP => Frame::Other,
         _ => Frame::Other,
@@ -383,7 +376,7 @@ fn parse_frame(view: &NetlinkBuffer<&[u8]>) -> Result<Framed, Malformed> {
     })
 }
 
-/// Reads `struct inet_diag_msg` and the attributes behind it.
+/// Parses `struct inet_diag_msg` and the attributes that follow it.
 fn parse_socket(payload: &[u8]) -> Result<SocketMessage, Malformed> {
     if payload.len() < MESSAGE_LEN {
         return Err(Malformed("struct inet_diag_msg is cut short"));
@@ -426,21 +419,21 @@ fn parse_quiet(tcp_info: &[u8]) -> Option<Quiet> {
     if tcp_info.len() < TCPI_LAST_ACK_RECV + 4 {
         return None;
     }
-    let clock = |at| Duration::from_millis(u64::from(u32_at(tcp_info, at)));
+    let time = |offset| Duration::from_millis(u64::from(u32_at(tcp_info, offset)));
     Some(Quiet {
-        last_data_sent: clock(TCPI_LAST_DATA_SENT),
-        last_data_recv: clock(TCPI_LAST_DATA_RECV),
-        last_ack_recv: clock(TCPI_LAST_ACK_RECV),
+        last_data_sent: time(TCPI_LAST_DATA_SENT),
+        last_data_recv: time(TCPI_LAST_DATA_RECV),
+        last_ack_recv: time(TCPI_LAST_ACK_RECV),
     })
 }
 
-/// A u32 in host byte order; the caller has checked the length.
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_ne_bytes(bytes[at..at + 4].try_into().expect("4 bytes"))
+/// A u32 in host byte order. The caller has checked the length.
+fn u32_at(bytes: &[u8], offset: usize) -> u32 {
+    u32::from_ne_bytes(bytes[offset..offset + 4].try_into().expect("4 bytes"))
 }
 
-fn i32_at(bytes: &[u8], at: usize) -> Option<i32> {
-    let four = bytes.get(at..at + 4)?;
+fn i32_at(bytes: &[u8], offset: usize) -> Option<i32> {
+    let four = bytes.get(offset..offset + 4)?;
     Some(i32::from_ne_bytes(four.try_into().expect("4 bytes")))
 }
 
@@ -519,7 +512,7 @@ mod tests {
     fn unknown_attributes_and_longer_structs_are_passed_over() {
         let mut datagram = bytes(DUMP_V4);
         let first = usize::try_from(u32_at(&datagram, 0)).unwrap();
-        // An attribute of kind 999 with four bytes behind the first message's own.
+        // An attribute of kind 999 with four bytes, after the attributes of the first message.
         let extra = [8u8, 0, 0xe7, 0x03, 1, 2, 3, 4];
         datagram.splice(first..first, extra);
         let longer = u32::try_from(first + extra.len()).unwrap();
@@ -558,8 +551,8 @@ mod tests {
             assert_eq!(request[8..12], 77u32.to_ne_bytes());
             assert_eq!(request[16..18], [10, 6], "AF_INET6, IPPROTO_TCP");
             let dumped = bytes(DUMP_V6);
-            let at = dumped.windows(48).position(|w| w == &request[24..72]);
-            assert!(at.is_some(), "the id is the dumped one, cookie included");
+            let is_dumped = dumped.windows(48).any(|w| w == &request[24..72]);
+            assert!(is_dumped, "the id is the dumped one, cookie included");
         }
     }
 

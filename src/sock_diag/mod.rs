@@ -1,6 +1,6 @@
-//! sock_diag: the kernel's own list of sockets, and the way to name one of them exactly.
+//! sock_diag: the kernel's tables of sockets, and the id that names one socket exactly.
 //!
-//! [`codec`] turns bytes into values and back and does no I/O; [`client`] talks to the kernel.
+//! [`codec`] converts bytes to values and back without I/O; [`client`] talks to the kernel.
 //! Sources: sock_diag(7), include/uapi/linux/inet_diag.h, net/ipv4/inet_diag.c.
 
 pub mod client;

@@ -14,11 +14,11 @@ pub(crate) fn bytes(hex: &str) -> Vec<u8> {
     let digits: String = hex.split_whitespace().collect();
     let pairs = (0..digits.len()).step_by(2);
     pairs
-        .map(|at| u8::from_str_radix(&digits[at..at + 2], 16).unwrap())
+        .map(|start| u8::from_str_radix(&digits[start..start + 2], 16).unwrap())
         .collect()
 }
 
-/// An idle socket in CLOSE-WAIT with a descriptor, its FIN unread, an hour old.
+/// A socket in CLOSE-WAIT with a descriptor and an unread FIN, idle for an hour.
 pub(crate) fn stuck(local: &str, peer: &str, cookie: u64) -> SocketMessage {
     let tuple = Tuple {
         local: local.parse().unwrap(),
@@ -46,7 +46,7 @@ pub(crate) fn stuck(local: &str, peer: &str, cookie: u64) -> SocketMessage {
     }
 }
 
-/// A listener with a backlog of 128, two connections waiting in it.
+/// A listener with a backlog of 128, in which two connections wait.
 pub(crate) fn listener(family: Family, local: &str, inode: u32) -> SocketMessage {
     let tuple = Tuple {
         local: local.parse().unwrap(),

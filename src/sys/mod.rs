@@ -1,6 +1,6 @@
-//! Every `unsafe` of this program: one function for each system call that no kept crate wraps, nothing above it.
+//! Every `unsafe` of this program: one thin function for each system call that no kept crate wraps.
 //!
-//! Each function returns the errno as [`io::Error`], read right after the call.
+//! Each function reads errno right after the call and returns it as [`io::Error`].
 #![expect(
     unsafe_code,
     reason = "system calls that no kept crate wraps, each block argued"
@@ -20,20 +20,20 @@ pub fn errno_of(error: &io::Error) -> Errno {
     error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
 }
 
-/// The text of an errno, as an error of a system call has it.
+/// The errno as an error of a system call, for its text.
 pub fn os_error(errno: &Errno) -> io::Error {
     match errno {
-        // nix keeps no number for it, and would call it a success.
+        // nix has no number for it, and its text would be that of success.
         Errno::UnknownErrno => io::Error::other("unknown error"),
         errno => (*errno).into(),
     }
 }
 
-/// The number of a descriptor in *another* process's table; useless as a descriptor of ours.
+/// The number of a descriptor in the table of *another* process. It is not a descriptor of cwkill.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RemoteFd(pub i32);
 
-/// Opens a descriptor that refers to process `pid` and to no later process of the same number.
+/// Opens a descriptor that refers to process `pid`, and never to a later process with the same pid.
 ///
 /// # Errors
 /// ESRCH: no such process. ENOSYS: kernel older than 5.3. Source: kernel/pid.c, pidfd_open(2).
@@ -45,18 +45,17 @@ pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
 /// Duplicates descriptor `target` of the process behind `pidfd` into this process, close-on-exec.
 ///
 /// # Errors
-/// EPERM: needs ptrace attach rights over the process (its uid, or CAP_SYS_PTRACE). EBADF: it has no
-/// such descriptor. ESRCH: it has exited. ENOSYS: kernel older than 5.6. Source: kernel/pid.c,
-/// pidfd_getfd(2).
+/// EPERM: needs the right to attach to the process with ptrace(2): the same uid, or CAP_SYS_PTRACE. EBADF: the process has no such
+/// descriptor. ESRCH: it has exited. ENOSYS: kernel older than 5.6. Source: kernel/pid.c, pidfd_getfd(2).
 pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, target: RemoteFd) -> io::Result<OwnedFd> {
     let flags = PidfdGetfdFlags::empty();
     Ok(rustix::process::pidfd_getfd(pidfd, target.0, flags)?)
 }
 
-/// An integer option of a socket.
+/// Reads an integer option of a socket.
 ///
 /// # Errors
-/// ENOPROTOOPT: this kernel or this socket does not have it. EPERM: needs a capability.
+/// ENOPROTOOPT: the kernel or the socket does not have the option. EPERM: needs a capability.
 pub fn socket_option(socket: BorrowedFd<'_>, level: i32, name: i32) -> io::Result<i32> {
     let mut value: libc::c_int = 0;
     let mut len = INT_LEN;
@@ -77,7 +76,7 @@ pub fn socket_option(socket: BorrowedFd<'_>, level: i32, name: i32) -> io::Resul
     }
 }
 
-/// An option of a socket that is a struct: the bytes of it that the kernel wrote into `buf`.
+/// Reads an option of a socket that is a struct. Returns the part of `buf` that the kernel wrote.
 ///
 /// # Errors
 /// As [`socket_option`].
@@ -109,15 +108,15 @@ pub fn socket_option_bytes<'b>(
 /// Sets an integer option of a socket.
 ///
 /// # Errors
-/// As [`socket_option`], and EINVAL for a value it does not take.
+/// As [`socket_option`], and EINVAL for a wrong value.
 pub fn set_socket_option(
     socket: BorrowedFd<'_>,
     level: i32,
     name: i32,
     value: i32,
 ) -> io::Result<()> {
-    // SAFETY: the pointer and the length describe `value`, which the kernel only reads. An option that
-    // takes a pointer inside a longer struct is refused for its length (EINVAL).
+    // SAFETY: the pointer and the length describe `value`, which the kernel only reads. If the option is a struct with a pointer in
+    // it, the length is too short for it, and the kernel refuses it (EINVAL).
     let ret = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
@@ -150,7 +149,7 @@ pub fn unsent_bytes(socket: BorrowedFd<'_>) -> io::Result<u32> {
     }
 }
 
-/// linux/sockios.h; the libc crate has it for some targets only.
+/// linux/sockios.h; the libc crate does not have it for every target.
 const SIOCOUTQNSD: libc::Ioctl = 0x894b;
 
 /// Takes the datagrams that wait at `socket`, one into each `slot` bytes of `buf` as far as they go, without
@@ -195,14 +194,14 @@ pub fn recvmmsg(socket: BorrowedFd<'_>, buf: &mut [u8], slot: usize) -> io::Resu
     Ok(headers[..received].iter().map(length).collect())
 }
 
-/// Whether two processes have one table of descriptors.
+/// Whether two processes share one descriptor table.
 ///
 /// # Errors
-/// ENOSYS: the kernel has no kcmp(2). EPERM: no right to look into one of them. ESRCH: one is gone.
+/// ENOSYS: the kernel has no kcmp(2). EPERM: no right to inspect one of them. ESRCH: one of them is gone.
 /// Source: kernel/kcmp.c, kcmp(2).
 pub fn share_descriptors(one: i32, other: i32) -> io::Result<bool> {
     const KCMP_FILES: libc::c_int = 2;
-    // SAFETY: every argument is an integer; the kernel accesses no memory of ours in this call.
+    // SAFETY: every argument is an integer, so the kernel accesses no memory of this process.
     let ret = unsafe { libc::syscall(libc::SYS_kcmp, one, other, KCMP_FILES, 0, 0) };
     match ret {
         0 => Ok(true),

@@ -1,28 +1,27 @@
-//! ptrace(2) and waitid(2), as far as no kept crate wraps them: PTRACE_SEIZE by thread, register sets, seccomp filters, and a look
-//! at a stop without taking it.
+//! ptrace(2) and waitid(2), as far as the kept crates lack them: stops with any signal number, register sets, seccomp filters, and
+//! stops that are read without being consumed.
 
 use std::io;
 use std::mem;
 
-/// What waits for a tracer at a thread. See [`peek_stop`].
+/// The event of a traced thread that waits for its tracer. See [`peek_stop`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Waiting {
-    /// It runs, or has not come to its stop yet.
+    /// None: the thread runs, or has not reached its stop yet.
     Nothing,
-    /// It has stopped; the code of the stop: a signal number, with a ptrace event from bit 8 on.
+    /// It has stopped with this code: a signal number, and a ptrace event from bit 8 on.
     Stop(i32),
-    /// It is gone.
+    /// It has exited.
     End,
 }
 
-/// Becomes the tracer of thread `tid` without stopping it. System call stops will say that they are
-/// (PTRACE_O_TRACESYSGOOD); the thread outlives its tracer (no PTRACE_O_EXITKILL).
+/// Becomes the tracer of thread `tid` without stopping it. The stops at system calls are marked as such (PTRACE_O_TRACESYSGOOD). The
+/// thread outlives its tracer (no PTRACE_O_EXITKILL).
 ///
-/// All that follows must come from the same thread of ours.
+/// Only the calling thread may make the later calls for `tid`.
 ///
 /// # Errors
-/// EPERM: no right to attach, or it is traced already. ESRCH: it is gone. Source: kernel/ptrace.c,
-/// ptrace_attach.
+/// EPERM: no right to attach, or another process traces it. ESRCH: it is gone. Source: kernel/ptrace.c, ptrace_attach.
 pub fn seize(tid: i32) -> io::Result<()> {
     let tracesysgood = libc::c_ulong::try_from(libc::PTRACE_O_TRACESYSGOOD).expect("1 fits");
     // SAFETY: PTRACE_SEIZE takes options in `data` and no pointer; the kernel accesses no memory of ours.
@@ -40,8 +39,8 @@ pub fn interrupt(tid: i32) -> io::Result<()> {
     nothing(ret)
 }
 
-/// Lets a stopped thread run to the beginning or the end of a system call, with `signal` delivered
-/// first if it stopped for one (0: none).
+/// Lets a stopped thread run to the next entry to, or exit from, a system call. `signal` is the signal that it stopped for, which
+/// the kernel then delivers (0: none).
 ///
 /// # Errors
 /// ESRCH: it is gone or not stopped.
@@ -52,7 +51,7 @@ pub fn syscall(tid: i32, signal: i32) -> io::Result<()> {
     nothing(ret)
 }
 
-/// Lets a stopped thread go, with `signal` delivered if it stopped for one (0: none).
+/// Detaches from a stopped thread, which then runs on. `signal` is as in [`syscall`].
 ///
 /// # Errors
 /// ESRCH: it is gone or not stopped.
@@ -63,8 +62,8 @@ pub fn detach(tid: i32, signal: i32) -> io::Result<()> {
     nothing(ret)
 }
 
-/// Reads the general registers of a stopped thread (NT_PRSTATUS); how many bytes there are. A thread
-/// of another width than ours has fewer.
+/// Reads the general registers of a stopped thread (NT_PRSTATUS) and returns their size in bytes, which is smaller for a 32-bit
+/// thread.
 ///
 /// # Errors
 /// ESRCH: it is gone or not stopped.
@@ -96,7 +95,7 @@ pub fn set_registers(tid: i32, registers: &[u64]) -> io::Result<()> {
     set_register_set(tid, NT_PRSTATUS, &bytes)
 }
 
-/// Sets the number of the system call that a thread has stopped at the beginning of.
+/// Sets the number of the system call at whose entry a thread has stopped.
 ///
 /// # Errors
 /// ESRCH: it is gone or not stopped. Source: arch/arm64/kernel/ptrace.c, system_call_set.
@@ -124,8 +123,8 @@ fn set_register_set(tid: i32, set: libc::c_int, bytes: &[u8]) -> io::Result<()> 
     nothing(ret)
 }
 
-/// Where a stopped thread stands towards a system call, as `struct ptrace_syscall_info`, written into
-/// `info`; how many bytes there are.
+/// Writes the `struct ptrace_syscall_info` of a stopped thread into `info` and returns its size in bytes. It says whether the thread
+/// is at the entry to a system call, at its exit, or elsewhere.
 ///
 /// # Errors
 /// ESRCH: it is gone or not stopped. EIO: kernel older than 5.3. Source: kernel/ptrace.c,
@@ -147,14 +146,13 @@ pub fn syscall_info(tid: i32, info: &mut [u8]) -> io::Result<usize> {
     }
 }
 
-/// The `index`th seccomp filter of a stopped thread, the youngest first, each instruction as the 8 bytes
-/// of a `struct sock_filter`.
+/// The seccomp filter number `index` of a stopped thread, the youngest first. Each instruction is a `struct sock_filter` of 8 bytes.
 ///
 /// # Errors
-/// ENOENT: there are no more. EACCES: needs CAP_SYS_ADMIN, and no filter of our own. EINVAL: the thread
-/// has none. EMEDIUMTYPE: it is no classic filter. Source: kernel/seccomp.c, seccomp_get_filter.
+/// ENOENT: there are no more. EACCES: needs CAP_SYS_ADMIN, and cwkill must have no seccomp filter itself. EINVAL: the thread has no
+/// filter. EMEDIUMTYPE: the filter is not classic BPF. Source: kernel/seccomp.c, seccomp_get_filter.
 pub fn seccomp_filter(tid: i32, index: usize) -> io::Result<Vec<u64>> {
-    /// include/uapi/linux/bpf_common.h: no filter is longer.
+    /// The maximum length of a filter, in instructions (include/uapi/linux/bpf_common.h).
     const BPF_MAXINSNS: usize = 4096;
     let mut program = vec![0u64; BPF_MAXINSNS];
     // SAFETY: the kernel writes one filter, of at most BPF_MAXINSNS instructions of 8 bytes
@@ -173,18 +171,18 @@ pub fn seccomp_filter(tid: i32, index: usize) -> io::Result<Vec<u64>> {
     Ok(program)
 }
 
-/// What waits for us at a traced thread, left where it is.
+/// Reads the event of a traced thread without consuming it.
 ///
-/// It is not consumed, because the kernel forgets the signal of a consumed stop when its tracer dies
-/// (kernel/exit.c, wait_task_stopped: `*p_code = 0`).
+/// If the tracer consumes a stop and then dies, the kernel drops the signal of that stop (kernel/exit.c, wait_task_stopped:
+/// `*p_code = 0`).
 ///
 /// # Errors
-/// ECHILD: it is not traced by this thread.
+/// ECHILD: the calling thread does not trace it.
 pub fn peek_stop(tid: i32) -> io::Result<Waiting> {
     wait_for_stop(tid, libc::WNOWAIT)
 }
 
-/// Takes what waits for us at a traced thread. A stop at a system call has no signal to lose.
+/// Reads the event of a traced thread and consumes it. A stop at a system call has no signal to lose.
 ///
 /// # Errors
 /// As [`peek_stop`].
@@ -214,7 +212,7 @@ fn wait_for_stop(tid: i32, how: libc::c_int) -> io::Result<Waiting> {
     Ok(Waiting::Stop(unsafe { info.si_status() }))
 }
 
-// include/uapi/linux/ptrace.h and elf.h; the libc crate has them for some targets only.
+// include/uapi/linux/ptrace.h and elf.h; the libc crate does not have them for every target.
 const PTRACE_SYSCALL: libc::c_int = 24;
 const PTRACE_DETACH: libc::c_int = 17;
 const PTRACE_GETREGSET: libc::c_int = 0x4204;
@@ -225,7 +223,7 @@ const PTRACE_SECCOMP_GET_FILTER: libc::c_int = 0x420c;
 const PTRACE_GET_SYSCALL_INFO: libc::c_int = 0x420e;
 const NT_PRSTATUS: libc::c_int = 1;
 
-/// Takes the result of a system call that only succeeds or fails.
+/// Converts the result of a system call that returns no value.
 fn nothing(ret: libc::c_long) -> io::Result<()> {
     match ret {
         0 => Ok(()),

@@ -1,7 +1,4 @@
-//! TCP's own vocabulary: states, address pairs, sequence numbers and segments, in the words of RFC 9293
-//! and the kernel.
-//!
-//! Pure: nothing here touches a socket.
+//! States, address pairs, sequence numbers and segments, in the words of RFC 9293 and the kernel. Pure.
 
 pub mod segment;
 mod seq;
@@ -16,17 +13,15 @@ use std::net::SocketAddr;
 
 /// The two endpoints of a connection, seen from the socket on this host.
 ///
-/// Addresses are canonical: an IPv4-mapped IPv6 address is written as IPv4.
+/// Addresses are canonical: an IPv4-mapped IPv6 address is stored as IPv4.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Tuple {
-    /// The end on this host.
     pub local: SocketAddr,
-    /// The other end.
     pub peer: SocketAddr,
 }
 
 impl Tuple {
-    /// The pair as the peer sees it.
+    /// The pair from the view of the peer.
     #[must_use]
     pub fn reversed(self) -> Tuple {
         Tuple {

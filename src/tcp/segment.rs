@@ -1,8 +1,8 @@
-//! TCP segments in IP packets: bytes to values and back, for what a raw socket sends and what a
-//! packet socket sees. Pure; [`parse`] takes any bytes and never panics.
+//! TCP segments in IP packets: encodes them for a raw socket, and parses them from a packet socket. Pure; [`parse`] accepts any
+//! bytes and never panics.
 //!
-//! pnet_packet's types read and write the fields. They check only that a fixed header fits, so every
-//! length that a packet claims is checked here against what is there.
+//! The types of pnet_packet read and write the fields. They check only that a fixed header fits, so this module compares every length
+//! in a packet with the number of bytes that are present.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -20,44 +20,42 @@ use super::Seq;
 const IPV4_HEADER_LEN: usize = 20;
 const IPV6_HEADER_LEN: usize = 40;
 const TCP_HEADER_LEN: usize = 20;
-/// What we send, as the IP headers count it: IPv4 with its own header, IPv6 without.
+/// The lengths in the IP headers of encoded segments. IPv4 counts its own header, IPv6 does not.
 const IPV4_TOTAL_LENGTH: u16 = 40;
 const IPV6_PAYLOAD_LENGTH: u16 = 20;
-/// Passes a listener's and a connection's IP_MINTTL, whatever it is (RFC 5082 asks for 255).
+/// Satisfies every IP_MINTTL of a listener or a connection (RFC 5082 asks for 255).
 const HOP_LIMIT: u8 = 255;
-/// Tags in a row: 802.1ad has two. More is not a frame this host sends.
+/// The maximum number of VLAN tags: 802.1ad has two. This host sends no frames with more.
 const MAX_VLAN_TAGS: usize = 2;
-/// Extension headers in a row; a socket option can add four kinds (RFC 8200 §4.1).
+/// The maximum number of IPv6 extension headers. Socket options can add four kinds (RFC 8200 §4.1).
 const MAX_EXTENSION_HEADERS: usize = 8;
 
-/// A TCP segment without its bytes.
+/// A TCP segment without its payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// Address and port it is from.
     pub from: SocketAddr,
-    /// Address and port it is to.
     pub to: SocketAddr,
     /// Sequence number of its first byte.
     pub seq: Seq,
-    /// The next sequence number its sender expects; means nothing without [`TcpFlags::ACK`].
+    /// The next sequence number that its sender expects. Meaningless without [`TcpFlags::ACK`].
     pub ack: Seq,
     /// [`TcpFlags`].
     pub flags: u8,
-    /// Bytes it carries. [`Segment::encode`] writes none.
+    /// Number of payload bytes. [`Segment::encode`] writes no payload.
     pub payload_len: u32,
 }
 
 /// Why bytes are not a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NoSegment {
-    /// Something else than TCP over IP, or a fragment other than a whole datagram.
+    /// They are not TCP over IP, or they are a fragment.
     Other,
-    /// A header or a length that it claims goes beyond the bytes.
+    /// A header, or a length in it, goes beyond the end of the bytes.
     Truncated,
 }
 
 impl Segment {
-    /// The sequence number after this segment: SYN and FIN count as one byte (RFC 9293 §3.4).
+    /// The sequence number after this segment. SYN and FIN count as one byte each (RFC 9293 §3.4).
     pub fn end_seq(&self) -> Seq {
         let flag = |flag| u32::from(self.flags & flag != 0);
         self.seq
@@ -66,11 +64,11 @@ impl Segment {
             .plus(flag(TcpFlags::FIN))
     }
 
-    /// The IP packet with this segment, or `None` when the addresses are of two families.
+    /// The IP packet with this segment; `None` if the addresses are of different families.
     ///
-    /// The window is 0 and there are no options: none of the segments we send needs them. An RST is
-    /// judged by its sequence number alone, also where timestamps were negotiated (RFC 7323 §3.2;
-    /// net/ipv4/tcp_input.c, tcp_validate_incoming: PAWS applies to segments that carry one).
+    /// The window is 0 and there are no options, because no segment of cwkill needs them. A receiver checks only the sequence
+    /// number of an RST, also if the connection uses timestamps (RFC 7323 §3.2; net/ipv4/tcp_input.c, tcp_validate_incoming: PAWS
+    /// applies only to segments with a timestamp).
     pub fn encode(&self) -> Option<Vec<u8>> {
         match (self.from.ip(), self.to.ip()) {
             (IpAddr::V4(from), IpAddr::V4(to)) => Some(self.encode_ipv4(from, to)),
@@ -123,11 +121,11 @@ impl Segment {
     }
 }
 
-/// Reads the segment in a packet whose link layer said `ether_type`. Checksums are not looked at: a
-/// packet on its way out has none yet when the device computes it.
+/// Parses the segment in a packet; `ether_type` is from the link layer. Checksums are not checked: if the device computes them, an
+/// outgoing packet has none yet.
 ///
 /// # Errors
-/// [`NoSegment`]: it is none, or not whole.
+/// [`NoSegment`]: the packet has no complete segment.
 pub fn parse(ether_type: u16, bytes: &[u8]) -> Result<Segment, NoSegment> {
     let (mut ether_type, mut bytes) = (EtherType(ether_type), bytes);
     for _ in 0..=MAX_VLAN_TAGS {
@@ -191,13 +189,13 @@ fn parse_ipv6(bytes: &[u8]) -> Result<Segment, NoSegment> {
     Err(NoSegment::Other)
 }
 
-/// What follows the extension header `kind` at the start of `bytes`, and how long it is.
+/// The header after the extension header `kind` at the start of `bytes`, and the length of the latter.
 fn extension_header(
     kind: IpNextHeaderProtocol,
     bytes: &[u8],
 ) -> Result<(IpNextHeaderProtocol, usize), NoSegment> {
-    // RFC 8200 §4.2 to §4.6: next header, then the length in 8-byte units without the first; a
-    // fragment is never whole. RFC 4302 §2: the authentication header counts in 4-byte units.
+    // RFC 8200 §4.2 to §4.6: the next header, then the length in units of 8 bytes, without the first unit. A fragment header is not
+    // accepted: its segment is incomplete. RFC 4302 §2: the authentication header counts in units of 4 bytes.
     let (unit, first) = match kind {
         IpNextHeaderProtocols::Hopopt
         | IpNextHeaderProtocols::Ipv6Route
@@ -214,7 +212,7 @@ fn extension_header(
     }
 }
 
-/// `length` is what the IP header says; `bytes` may be cut after the TCP header by the capture.
+/// `length` is from the IP header. The capture may have cut `bytes` after the TCP header.
 fn parse_tcp(bytes: &[u8], length: usize, from: IpAddr, to: IpAddr) -> Result<Segment, NoSegment> {
     let tcp = TcpPacket::new(bytes).ok_or(NoSegment::Truncated)?;
     let header = usize::from(tcp.get_data_offset()) * 4;

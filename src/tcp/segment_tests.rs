@@ -1,4 +1,4 @@
-//! What a capture may hand over: anything.
+//! A capture can deliver any bytes.
 
 use super::*;
 use proptest::prelude::*;
@@ -11,7 +11,7 @@ const QINQ: u16 = 0x88a8;
 fn unhex(text: &str) -> Vec<u8> {
     (0..text.len())
         .step_by(2)
-        .map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap())
+        .map(|start| u8::from_str_radix(&text[start..start + 2], 16).unwrap())
         .collect()
 }
 
@@ -75,11 +75,11 @@ fn payload_is_counted_by_the_ip_header() {
     let (_, segment) = samples()[0];
     let mut bytes = segment.encode().unwrap();
     bytes[2..4].copy_from_slice(&1500u16.to_be_bytes());
-    // Cut after the headers, as the filter does.
+    // The filter cuts the packet after the headers.
     let parsed = parse(IPV4, &bytes).unwrap();
     assert_eq!(parsed.payload_len, 1460);
     assert_eq!(parsed.end_seq(), segment.seq.plus(1460));
-    // Shorter than its own headers.
+    // The length is smaller than that of the headers.
     bytes[2..4].copy_from_slice(&39u16.to_be_bytes());
     assert_eq!(parse(IPV4, &bytes), Err(NoSegment::Truncated));
 }
@@ -119,7 +119,7 @@ fn vlan_tags() {
     }
 }
 
-/// Puts extension headers (kind, length in its own unit) between IPv6 and TCP.
+/// Inserts extension headers (kind, length in the unit of that kind) between IPv6 and TCP.
 fn extended(headers: &[(u8, u8)]) -> Vec<u8> {
     let (_, segment) = samples()[1];
     let packet = segment.encode().unwrap();
@@ -155,11 +155,11 @@ fn ipv6_extension_headers() {
             assert!(parse(IPV6, &bytes[..length]).is_err(), "{length}");
         }
     }
-    // No end of them; a fragment; no next header.
+    // Too many headers; a fragment; no next header.
     assert_eq!(parse(IPV6, &extended(&[(60, 0); 9])), Err(NoSegment::Other));
     assert_eq!(parse(IPV6, &extended(&[(44, 0)])), Err(NoSegment::Other));
     assert_eq!(parse(IPV6, &extended(&[(59, 0)])), Err(NoSegment::Other));
-    // A header that claims more than there is.
+    // A header that is longer than the packet.
     let mut bytes = extended(&[(60, 0)]);
     bytes[IPV6_HEADER_LEN + 1] = 255;
     assert_eq!(parse(IPV6, &bytes), Err(NoSegment::Truncated));
@@ -169,9 +169,9 @@ fn ipv6_extension_headers() {
 fn foreign_traffic() {
     let (_, segment) = samples()[0];
     let good = segment.encode().unwrap();
-    let with = |at: usize, byte: u8| {
+    let with = |offset: usize, byte: u8| {
         let mut bytes = good.clone();
-        bytes[at] = byte;
+        bytes[offset] = byte;
         parse(IPV4, &bytes)
     };
     assert_eq!(with(9, 17), Err(NoSegment::Other), "UDP");
@@ -215,7 +215,7 @@ proptest! {
         }
     }
 
-    /// Near misses go deeper into the parser than noise does.
+    /// A slightly damaged packet gets further in the parser than random bytes.
     #[test]
     fn damaged_packets_are_survived(
         which in 0usize..3,
@@ -226,9 +226,9 @@ proptest! {
             0 | 1 => (samples()[which].0, samples()[which].1.encode().unwrap()),
             _ => tagged(&[QINQ, VLAN], IPV6, &extended(&[(0, 1), (60, 2)])),
         };
-        for (at, byte) in damage {
-            let at = at % bytes.len();
-            bytes[at] = byte;
+        for (offset, byte) in damage {
+            let offset = offset % bytes.len();
+            bytes[offset] = byte;
         }
         bytes.truncate(length);
         if let Ok(segment) = parse(ether_type, &bytes) {

@@ -2,26 +2,26 @@
 
 use std::fmt;
 
-/// A TCP sequence number; arithmetic is modulo 2^32 (RFC 9293 §3.4).
+/// A TCP sequence number. Arithmetic is modulo 2^32 (RFC 9293 §3.4).
 ///
-/// There is no order over all of them: one is before another only as seen over half the circle.
+/// It has no total order, so it is not `Ord`: [`Seq::before`] is meaningful only for numbers less than 2^31 apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Seq(pub u32);
 
 impl Seq {
-    /// The number so many bytes on.
+    /// The number `bytes` later.
     #[must_use]
     pub fn plus(self, bytes: u32) -> Seq {
         Seq(self.0.wrapping_add(bytes))
     }
 
-    /// The number so many bytes back.
+    /// The number `bytes` earlier.
     #[must_use]
     pub fn minus(self, bytes: u32) -> Seq {
         Seq(self.0.wrapping_sub(bytes))
     }
 
-    /// Whether it comes before `other`, as the kernel's `before()` tells it (include/net/tcp.h).
+    /// Whether it is before `other`, as `before()` of the kernel (include/net/tcp.h).
     pub fn before(self, other: Seq) -> bool {
         self.0.wrapping_sub(other.0) > 1 << 31
     }
@@ -32,7 +32,7 @@ impl Seq {
         if self.before(other) { other } else { self }
     }
 
-    /// The number on the other side of the circle: out of every window that `self` is in.
+    /// The number 2^31 away, which is outside of every window that contains `self`.
     #[must_use]
     pub fn opposite(self) -> Seq {
         self.plus(1 << 31)

@@ -1,41 +1,41 @@
-//! The states of a TCP socket and sets of them.
+//! The states of a TCP socket, and sets of states.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// A TCP state as sock_diag numbers it.
+/// A TCP state, with the numbers of sock_diag.
 ///
 /// Source: include/net/tcp_states.h. A request socket (TCP_NEW_SYN_RECV) is dumped as SYN-RECV
-/// (net/ipv4/inet_diag.c, inet_req_diag_fill), so it has no variant of its own.
+/// (net/ipv4/inet_diag.c, inet_req_diag_fill), so it has no variant here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TcpState {
-    /// Open, both directions.
+    /// Both directions are open.
     Established,
-    /// Connection request sent.
+    /// This host has sent a SYN.
     SynSent,
-    /// Connection request received, not yet acknowledged by the peer.
+    /// A SYN has arrived. The peer has not acknowledged the answer.
     SynRecv,
-    /// Closed here, our FIN is not acknowledged.
+    /// The application has closed. The peer has not acknowledged the FIN of this host.
     FinWait1,
-    /// Closed here and acknowledged; the peer has not closed.
+    /// The application has closed, and the peer has acknowledged the FIN. The peer has not closed.
     FinWait2,
-    /// Both sides closed; the address pair is kept for a while.
+    /// Both ends have closed. The kernel reserves the address pair for a while.
     TimeWait,
-    /// No connection.
+    /// There is no connection.
     Close,
-    /// The peer has closed; the application here has not.
+    /// The peer has closed. The application on this host has not.
     CloseWait,
-    /// The peer closed, then we did; our FIN is not acknowledged.
+    /// The peer has closed, and then the application. The peer has not acknowledged the FIN of this host.
     LastAck,
-    /// Waits for connections.
+    /// The socket waits for connections.
     Listen,
-    /// Both sides closed at once; our FIN is not acknowledged.
+    /// Both ends have closed at the same time. The peer has not acknowledged the FIN of this host.
     Closing,
-    /// A number this program does not know.
+    /// A number that cwkill does not know.
     Unknown(u8),
 }
 
-/// Every named state with its number, its name in output and `--state`, and the names `ss` prints.
+/// Every named state with its number, and its name in output and in `--state`.
 const TABLE: [(TcpState, u8, &str); 11] = [
     (TcpState::Established, 1, "established"),
     (TcpState::SynSent, 2, "syn-sent"),
@@ -51,7 +51,7 @@ const TABLE: [(TcpState, u8, &str); 11] = [
 ];
 
 impl TcpState {
-    /// The state for the kernel's number; a number without a name is kept as [`TcpState::Unknown`].
+    /// The state with the kernel's number; [`TcpState::Unknown`] keeps a number without a name.
     pub fn from_kernel(number: u8) -> Self {
         TABLE
             .iter()
@@ -73,7 +73,7 @@ impl TcpState {
         }
     }
 
-    /// The name in lower case with dashes, as JSON and `--state` use it.
+    /// The name in JSON and in `--state`, in lower case with dashes.
     pub fn name(self) -> &'static str {
         TABLE
             .iter()
@@ -94,8 +94,7 @@ impl fmt::Display for TcpState {
 impl FromStr for TcpState {
     type Err = ();
 
-    /// Parses the name in any case; `close_wait` is taken for `close-wait`, and the names of ss(8) that
-    /// differ from ours are known.
+    /// Parses a name in any case. It also accepts `_` for `-`, and the names of ss(8) that differ.
     fn from_str(text: &str) -> Result<Self, ()> {
         let name = text.to_ascii_lowercase().replace('_', "-");
         let name = match name.as_str() {
@@ -112,12 +111,11 @@ impl FromStr for TcpState {
     }
 }
 
-/// A set of states, laid out as `idiag_states` wants it: bit *n* for state number *n*.
+/// A set of states, with the layout of `idiag_states`: bit *n* for state number *n*.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub struct StateSet(u32);
 
 impl StateSet {
-    /// The set without a member.
     pub const EMPTY: StateSet = StateSet(0);
     /// Every named state.
     pub const ALL: StateSet = StateSet(0xffe);
@@ -127,24 +125,21 @@ impl StateSet {
         self.0
     }
 
-    /// Whether `state` is in the set.
     pub fn contains(self, state: TcpState) -> bool {
         self.0 & Self::from(state).0 != 0
     }
 
-    /// Both sets together.
     #[must_use]
     pub fn union(self, other: StateSet) -> StateSet {
         StateSet(self.0 | other.0)
     }
 
-    /// What both sets have.
     #[must_use]
     pub fn intersection(self, other: StateSet) -> StateSet {
         StateSet(self.0 & other.0)
     }
 
-    /// This set less the other.
+    /// The states of this set that are not in `other`.
     #[must_use]
     pub fn without(self, other: StateSet) -> StateSet {
         StateSet(self.0 & !other.0)
