@@ -1,26 +1,26 @@
-//! What is to be done to each socket, and why some are left alone. Pure.
+//! Plans the methods for each socket, and says why others are excluded. Pure.
 
 use crate::model::socket::unsent;
 use crate::model::{Exclusion, Method, Plan, Scan, SkipReason, Target};
 use crate::privileges::Privileges;
 
-/// What the operator allows to be done.
+/// What the operator permits.
 #[derive(Clone, Debug)]
 pub struct Policy {
     /// The methods to try, in this order.
     pub methods: Vec<Method>,
-    /// Whether bytes still queued to the peer may be lost.
+    /// Whether unsent bytes may be lost.
     pub discard_unsent: bool,
-    /// The most sockets to act on, the oldest first.
+    /// The maximum number of sockets to act on, the oldest first.
     pub max_kills: Option<usize>,
-    /// Whether a minimum age was asked for, without which an open connection is never closed.
+    /// Whether the operator gave a minimum age. Without one, cwkill never closes an open connection.
     pub idle_only: bool,
 }
 
-/// Plans for every target of `scan`.
+/// Plans every target of `scan`.
 pub fn build(scan: &mut Scan, policy: &Policy, privileges: &Privileges) {
     let mut allowed = policy.max_kills.unwrap_or(usize::MAX);
-    // The oldest come first.
+    // The targets are sorted, the oldest first.
     for target in &mut scan.targets {
         target.plan = plan_one(target, scan.owners_known, policy, privileges);
         if target.plan.skip.is_none() {
@@ -35,7 +35,7 @@ pub fn build(scan: &mut Scan, policy: &Policy, privileges: &Privileges) {
     }
 }
 
-/// Plans for one target, whatever is planned for others.
+/// The plan for one target, without the limit on the number of targets.
 pub fn plan_one(
     target: &Target,
     owners_known: bool,
@@ -56,7 +56,7 @@ pub fn plan_one(
     plan
 }
 
-/// Why `method` must not be used on `target`, if there is a reason.
+/// The reason, if there is one, why `method` must not be used on `target`.
 fn exclusion(
     method: Method,
     target: &Target,

@@ -1,4 +1,4 @@
-//! Closes the targets of a scan: the namespaces, and the parts of a large one, side by side.
+//! Closes the targets of a scan in parallel: each network namespace has a worker, and a large one has several.
 
 use std::collections::HashMap;
 use std::io;
@@ -14,12 +14,12 @@ use crate::proc::netns::Netns;
 use crate::sock_diag::SockDiag;
 use crate::sys::errno_of;
 
-/// Sockets of one namespace that are worth a second worker.
+/// A namespace with more sockets than this gets a second worker.
 const SOCKETS_PER_WORKER: usize = 2048;
-/// Workers at the same time: enough to wait for many namespaces together.
+/// Workers at the same time. Most of them only wait, so there may be more than processors.
 const WORKERS_AT_ONCE: usize = 16;
 
-/// Runs the plan of every target that has no outcome yet, and gives it one.
+/// Runs the plan of every target that has no outcome yet, and gives it an outcome.
 pub fn close(
     scan: &mut Scan,
     methods: &[Method],
@@ -47,7 +47,7 @@ pub fn close(
     let shares = shares(&mut scan.targets);
     let waiting: Vec<HashMap<u32, u32>> = parallel::side_by_side(shares, WORKERS_AT_ONCE, work)
         .into_iter()
-        // What the other workers did is reported even if one has run into a bug of ours.
+        // If a worker panics, the results of the others are still reported.
         .filter_map(thread::Result::ok)
         .collect();
     for target in &mut scan.targets {
@@ -68,10 +68,10 @@ pub fn close(
     }
 }
 
-/// The targets that one worker takes: those of one namespace, and of a large one an equal share for each processor.
+/// The targets of each worker, with the index of their namespace. A large namespace is split into one share per processor.
 fn shares(targets: &mut [Target]) -> Vec<(usize, Vec<&mut Target>)> {
     let mut by_netns: HashMap<usize, Vec<&mut Target>> = HashMap::new();
-    // What was swept has its outcome already.
+    // Targets from the sweep already have an outcome.
     for target in targets.iter_mut().filter(|it| it.outcome.is_none()) {
         let netns = target.socket.netns;
         by_netns.entry(netns).or_default().push(target);
@@ -89,7 +89,8 @@ fn shares(targets: &mut [Target]) -> Vec<(usize, Vec<&mut Target>)> {
     shares
 }
 
-/// How many connections wait for accept() at each listening socket, by inode, if any of `targets` was closed in a backlog.
+/// The number of connections that wait for accept(2) at each listening socket, by inode. Empty if none of `targets` was
+/// closed in a backlog.
 fn waiting_by_inode(targets: &[&mut Target], diag: &mut SockDiag) -> HashMap<u32, u32> {
     match targets.iter().any(|target| target.was_closed_in_backlog()) {
         true => Listeners::read(diag).map_or_else(|_| HashMap::new(), |l| l.waiting_by_inode()),
@@ -104,7 +105,7 @@ mod tests {
     use crate::sock_diag::testdata::stuck;
 
     #[test]
-    fn what_has_an_outcome_is_not_tried_again() {
+    fn a_target_with_an_outcome_is_not_tried_again() {
         let target = |cookie| {
             let message = stuck("10.0.0.1:80", "10.0.0.2:5", cookie);
             Target::new(Socket::from_message(&message))
