@@ -22,7 +22,7 @@ pub trait Control: Sync {
     fn progress(&self, method: Method, sockets: usize);
 }
 
-/// Growing pauses between two lookups: from the time of a loopback's answer to that of an ocean's.
+/// Growing pauses between lookups: short enough for an answer over loopback, long enough for one from far away.
 pub(crate) struct Backoff {
     next: Duration,
     longest: Duration,
