@@ -7,7 +7,8 @@ use std::os::unix::fs::symlink;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use cwkill::filter::{self, Services, SocketFacts};
-use cwkill::finder::Socket;
+use cwkill::finder::owners;
+use cwkill::model::Socket;
 use cwkill::proc::ProcFs;
 use cwkill::sock_diag::codec::{Frame, frames};
 
@@ -41,7 +42,7 @@ fn codec(c: &mut Criterion) {
     group.finish();
 }
 
-fn owners(c: &mut Criterion) {
+fn find_owners(c: &mut Criterion) {
     const DESCRIPTORS: u32 = 10_000;
     let root = tempfile::tempdir().expect("a temporary directory");
     let fds = root.path().join("1/fd");
@@ -51,6 +52,7 @@ fn owners(c: &mut Criterion) {
     for fd in 0..DESCRIPTORS {
         symlink(format!("socket:[{}]", fd + 1000), fds.join(fd.to_string())).expect("a descriptor");
     }
+    let inodes = (1000..1000 + DESCRIPTORS).collect();
     let proc = ProcFs::at(root.path());
     let mut group = c.benchmark_group("owners");
     group.throughput(Throughput::Elements(DESCRIPTORS.into()));
@@ -58,7 +60,7 @@ fn owners(c: &mut Criterion) {
     group.bench_function(
         "one process, on the file system of the temporary directory",
         |b| {
-            b.iter(|| proc.find_owners(1000..1000 + DESCRIPTORS).expect("a scan"));
+            b.iter(|| owners::find(&proc, &inodes).expect("a scan"));
         },
     );
     group.finish();
@@ -83,5 +85,5 @@ fn expressions(c: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, codec, owners, expressions);
+criterion_group!(benches, codec, find_owners, expressions);
 criterion_main!(benches);

@@ -1,36 +1,47 @@
 //! Work on several threads, on hosts where none may be left to start.
 
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{self, Sender};
 use std::sync::{Mutex, PoisonError};
 use std::thread::{self, Builder};
 
-/// Makes the pool of rayon. Where no thread can be started (RLIMIT_NPROC, pids.max of the cgroup) the calling
-/// thread does the work of the pool.
+use rayon::ThreadBuilder;
+
+/// Starts the threads of rayon's pool. Where not all can be started (RLIMIT_NPROC, pids.max of the cgroup), the calling thread does
+/// the work of the pool.
+///
+/// The threads are started first and given to the pool then: a pool that fails to start a thread cannot be built again, and a thread
+/// that was only tried counts against the limit until the kernel has released it.
 ///
 /// # Errors
 /// There is a pool already.
 pub fn prepare() -> Result<(), rayon::ThreadPoolBuildError> {
-    // The pool cannot be tried twice.
     let wanted = thread::available_parallelism().map_or(1, usize::from);
+    let mut started = start(wanted);
     let pool = rayon::ThreadPoolBuilder::new();
-    match can_start(wanted) {
-        true => pool.num_threads(wanted).build_global(),
+    match started.len() == wanted {
+        true => {
+            let give = move |thread| {
+                let started = started.pop().expect("one for each thread of the pool");
+                started
+                    .send(thread)
+                    .map_err(|_| io::ErrorKind::BrokenPipe.into())
+            };
+            pool.num_threads(wanted).spawn_handler(give).build_global()
+        }
         false => pool.num_threads(1).use_current_thread().build_global(),
     }
 }
 
-/// Whether so many threads can be at the same time.
-fn can_start(threads: usize) -> bool {
-    let gate = Mutex::new(());
-    thread::scope(|scope| {
-        let closed = gate.lock();
-        let started = (0..threads)
-            .map(|_| Builder::new().spawn_scoped(scope, || drop(gate.lock())))
-            .take_while(Result::is_ok)
-            .count();
-        drop(closed);
-        started == threads
-    })
+/// Starts up to `threads` threads, each of which waits for the work of a pool, or ends when its sender is dropped.
+fn start(threads: usize) -> Vec<Sender<ThreadBuilder>> {
+    let start = |_| -> io::Result<Sender<ThreadBuilder>> {
+        let (sender, receiver) = mpsc::channel::<ThreadBuilder>();
+        Builder::new().spawn(move || receiver.recv().map(ThreadBuilder::run))?;
+        Ok(sender)
+    };
+    (0..threads).map(start).map_while(Result::ok).collect()
 }
 
 /// Whether the pool has threads of its own, so that others may give it work and wait.

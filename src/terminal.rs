@@ -92,7 +92,7 @@ impl Terminal {
                 .context("cannot handle Ctrl-Z")?;
         }
         let progress = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
-        progress.set_message("looking for sockets");
+        progress.set_message("searching for sockets");
         let (running, ended) = mpsc::channel::<()>();
         if !quiet && io::stderr().is_terminal() {
             let progress = progress.clone();

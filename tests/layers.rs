@@ -109,7 +109,7 @@ fn group(list: &str) -> Vec<String> {
             '}' => depth -= 1,
             _ => {}
         }
-        if !(c == ',' && depth == 0) && !c.is_whitespace() {
+        if !(c.is_whitespace() || c == ',' && depth == 0) {
             parts.last_mut().expect("there is one").push(c);
         }
     }

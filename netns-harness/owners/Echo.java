@@ -1,4 +1,4 @@
-// An echo server that leaks: a connection that begins with L is read to its end and never closed.
+// An echo server that leaks: it reads a connection that begins with L to its end and never closes it.
 import java.io.IOException;
 import java.net.InetAddress;
 import java.net.ServerSocket;

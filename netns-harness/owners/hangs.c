@@ -1,12 +1,12 @@
 /*
- * The mode in which an exec hangs, as one does on a program file of a slow server: somebody who may say whether a file is opened
- * (fanotify(7)) takes HOLD seconds for it. The file is the interpreter of a script, which is opened with the lock held that
- * ptrace(2) waits for (fs/exec.c, cred_guard_mutex).
+ * The mode in which an exec hangs, as it does if the program is on a slow file server: a fanotify(7) listener takes HOLD
+ * seconds to allow the open. The file is the interpreter of a script. The kernel opens it with the lock that ptrace(2) waits
+ * for (fs/exec.c, cred_guard_mutex).
  *
- *   hangs  THREADS threads that wait
+ *   hangs  THREADS idle threads
  *
- * The order `hang WHEN` has another thread execute it: `now`, and it is denied after that; `late`, the same as soon as somebody
- * traces the first thread; `through`, now, and it is let through.
+ * The order `hang WHEN` has another thread execute the script. `now`: at once, and the open is denied in the end. `late`: the
+ * same, as soon as a process traces the first thread. `through`: at once, and the open is allowed in the end.
  */
 #include "owner.h"
 #include <fcntl.h>
@@ -20,7 +20,7 @@ enum { HOLD = 3 };
 static char directory[] = "/tmp/owner-XXXXXX", program[64], script[64];
 static struct { atomic_int let_through, seen; } *shared;
 
-/* The end of the owner, or of its first thread, which is that of the program that was to hang. */
+/* Runs when the owner ends, or its first thread. */
 static void remove_files(int unused)
 {
     (void)unused;
@@ -62,7 +62,7 @@ static void decide(int listener)
     _exit(1);
 }
 
-/* With one thread. */
+/* Forks, so the process must still have a single thread. */
 void be_hanging(void)
 {
     int ready[2];
@@ -101,7 +101,7 @@ static void *executes(void *late)
 {
     while (late && !is_traced())
         ;
-    /* So that it is known to be no new one; owner.c, again(). */
+    /* Marks the next program as executed by this one; see restored() in owner.c. */
     setenv("OWNER_COUNT", "0", 1);
     execl(script, script, NULL);
     if (errno != EPERM)
@@ -110,7 +110,7 @@ static void *executes(void *late)
     return NULL;
 }
 
-/* How many have hung so far; with `now` and `through` this one included. */
+/* How many have hung so far, including this one for `now` and `through`. */
 int hang(const char *when)
 {
     int late = !strncmp(when, "late", 4), seen = atomic_load(&shared->seen);

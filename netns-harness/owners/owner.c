@@ -1,41 +1,40 @@
 /*
- * A process that leaks dead TCP sockets, and watches itself for anything that was done to it.
+ * A process that leaks dead TCP sockets and checks itself for damage.
  *
  *   owner MODE [THREADS]
  *
- * Modes, all of them with a heartbeat of 1 ms; more are in waits.c, works.c, reacts.c, transfers.c,
- * hangs.c and ring.c:
- *   idle   THREADS threads that wait
+ * Every mode has a heartbeat of 1 ms. More modes are in waits.c, works.c, reacts.c, transfers.c, hangs.c and ring.c:
+ *   idle   THREADS idle threads
  *   epoll  leaked sockets are in an epoll set
- *   kill, errno, log   a seccomp filter that kills on close(2), refuses it, lets it through
+ *   kill, errno, log   a seccomp filter kills the process on close(2), refuses the call, or only logs it
  *   splice a thread waits in splice(2) to each leaked socket
- *   traced another process traces it
- *   shares another process has its table of descriptors
- *   unshared   THREADS threads that wait, each with a table of descriptors of its own
+ *   traced another process traces this one
+ *   shares another process shares the descriptor table
+ *   unshared   THREADS idle threads, each with its own descriptor table
  *   vfork  a thread waits for the child of its vfork(2), which nothing interrupts
  *   leaderless the first thread has ended
- *   execs  THREADS threads that wait, and one that executes the program anew every few milliseconds
+ *   execs  THREADS idle threads, and one that executes the program again every few milliseconds
  *
- * Lines on stdin are orders, each answered by one line:
+ * Each line on stdin is an order. The answer is one line:
  *   leak N    make N dead sockets; their descriptors
- *   scatter N the same, with a living descriptor between each two of them, which must stay what it is
- *   wait      have a thread wait on a number, as MODE says; the number, which is a pipe's
- *   onto N    leak a dead socket under the number N
+ *   scatter N the same, with an open descriptor after each, which must not change
+ *   wait      have a thread wait on a pipe, as MODE says; the descriptor of the pipe
+ *   onto N    leak a dead socket as descriptor N
  *   stuck N   make N sockets in CLOSE-WAIT; their descriptors
- *   answered N   make N dead sockets with 30000 bytes that were not read; their descriptors
- *   read N    read number N to its end; how many bytes there were
- *   fresh     make sockets that look dead or are about to live, which must stay what they are: never connected, bound,
- *             refused, refused and asked, taken back, taken back and refused, connecting, listening
- *   use N     connect number N, a socket without a connection; 0 or the errno
- *   connect   let the connecting one of `fresh` come to its end; 0 or the errno
- *   close N   close number N, whatever it is
- *   finish    let a transfer come to its end
- *   hang WHEN have a thread execute what hangs; how many did
- *   seal      let nobody of its user look into it any more
- *   gap       the longest time between two heartbeats in microseconds, which starts anew
- *   report    `ok COUNT`, or what was wrong
- *   taken     how many dead sockets of a churn were taken from it
- *   forgiven  how many calls ended before their time and might
+ *   answered N   make N dead sockets with 30000 unread bytes; their descriptors
+ *   read N    read descriptor N to its end; the number of bytes
+ *   fresh     make sockets that look dead but can still be used, and must not change: never connected, bound, refused,
+ *             refused and SO_ERROR read, disconnected, disconnected and refused, connecting, listening
+ *   use N     connect descriptor N, a socket without a connection; 0 or the errno
+ *   connect   complete the connection of the connecting socket of `fresh`; 0 or the errno
+ *   close N   close descriptor N
+ *   finish    complete a transfer
+ *   hang WHEN have a thread execute a program whose exec hangs; how many have hung
+ *   seal      make /proc/PID unreadable for other processes of the user
+ *   gap       the longest time between two heartbeats since the last `gap`, in microseconds
+ *   report    `ok COUNT`, or the first failure
+ *   taken     how many dead sockets of a churn were closed by another process
+ *   forgiven  how many calls ended early in a permitted way
  */
 #include "owner.h"
 #include <arpa/inet.h>
@@ -57,19 +56,19 @@
 
 atomic_long count;
 static atomic_int wrong;
-static char what[512];
-static pthread_mutex_t what_lock = PTHREAD_MUTEX_INITIALIZER;
+static char failure[512];
+static pthread_mutex_t failure_lock = PTHREAD_MUTEX_INITIALIZER;
 
 void fail(const char *format, ...)
 {
-    pthread_mutex_lock(&what_lock);
+    pthread_mutex_lock(&failure_lock);
     if (!atomic_exchange(&wrong, 1)) {
         va_list arguments;
         va_start(arguments, format);
-        vsnprintf(what, sizeof what, format, arguments);
+        vsnprintf(failure, sizeof failure, format, arguments);
         va_end(arguments);
     }
-    pthread_mutex_unlock(&what_lock);
+    pthread_mutex_unlock(&failure_lock);
 }
 
 void die(const char *step)
@@ -111,7 +110,7 @@ static void listen_somewhere(void)
         die("listen");
 }
 
-/* Descriptors are closed when the program is executed anew, except where it is to be told from others by that. */
+/* Whether leaked descriptors are closed on exec. Where they are not, they show whether an exec has happened. */
 static int on_exec = SOCK_CLOEXEC;
 
 /* A socket whose peer has reset the connection. */
@@ -119,6 +118,7 @@ int dead_socket(void)
 {
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     struct linger at_once = {1, 0};
+    struct pollfd reset = {0};
     pthread_mutex_lock(&lock);
     int peer = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (peer < 0 || connect(peer, (void *)&address, sizeof address))
@@ -127,17 +127,20 @@ int dead_socket(void)
     if (dead < 0)
         die("accept");
     setsockopt(peer, SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
-    /* Closed by taking its number, since close may be what a filter forbids. */
+    /* dup3 closes the old descriptor. A filter may forbid close. */
     if (close_by_dup)
         dup3(listener, peer, O_CLOEXEC);
     else
         close(peer);
     pthread_mutex_unlock(&lock);
-    /* The reset has been handled when close returns, since both ends are on this host. */
+    /* On a busy machine the kernel handles the reset after close has returned. */
+    reset.fd = dead;
+    if (poll(&reset, 1, 20000) != 1)
+        die("the reset");
     return dead;
 }
 
-/* Descriptors that must stay what they are */
+/* Descriptors that must not change */
 
 static struct kept { int fd; unsigned long inode; } *kept;
 static int kept_count;
@@ -164,12 +167,12 @@ static int keep(int fd)
 
 static void check_kept(void)
 {
-    for (int at = 0; at < kept_count; at++)
-        if (inode_of(kept[at].fd) != kept[at].inode)
-            fail("descriptor %d is not what it was", kept[at].fd);
+    for (int i = 0; i < kept_count; i++)
+        if (inode_of(kept[i].fd) != kept[i].inode)
+            fail("descriptor %d has changed", kept[i].fd);
 }
 
-/* Sockets that must not be taken for dead ones */
+/* Sockets that look dead but can still be used */
 
 static int full = -1, connecting = -1;
 
@@ -184,8 +187,8 @@ static int connect_to(int fd, in_port_t port)
     return connect(fd, (void *)&peer, sizeof peer) ? errno : 0;
 }
 
-/* A connection that is taken back, so that its socket can be connected anew. */
-static int taken_back(int flags)
+/* Connects and disconnects a socket, which can then connect again. */
+static int disconnected(int flags)
 {
     struct sockaddr nothing = {.sa_family = AF_UNSPEC};
     int fd = new_socket(0);
@@ -193,31 +196,31 @@ static int taken_back(int flags)
         die("connect");
     int accepted = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
     if (accepted < 0 || connect(fd, &nothing, sizeof nothing) || fcntl(fd, F_SETFL, flags))
-        die("take back");
+        die("disconnect");
     close(accepted);
     return fd;
 }
 
 static void fresh(void)
 {
-    enum { NOBODY = 1 };
+    enum { CLOSED_PORT = 1 };
     struct sockaddr_in any = {.sin_family = AF_INET, .sin_addr = address.sin_addr};
     socklen_t length = sizeof any;
     int error = 0;
     socklen_t error_length = sizeof error;
     int never = new_socket(0), bound = new_socket(0), listening = new_socket(0);
     int refused = new_socket(SOCK_NONBLOCK), asked = new_socket(SOCK_NONBLOCK);
-    int back = taken_back(0), back_refused = taken_back(O_NONBLOCK);
+    int back = disconnected(0), back_refused = disconnected(O_NONBLOCK);
     int filler = new_socket(0);
     full = new_socket(0);
     connecting = new_socket(SOCK_NONBLOCK);
     if (bind(bound, (void *)&any, sizeof any) || bind(listening, (void *)&any, sizeof any) || listen(listening, 8))
         die("listen");
-    if (connect_to(refused, htons(NOBODY)) != EINPROGRESS || connect_to(asked, htons(NOBODY)) != EINPROGRESS
-        || connect_to(back_refused, htons(NOBODY)) != EINPROGRESS
+    if (connect_to(refused, htons(CLOSED_PORT)) != EINPROGRESS || connect_to(asked, htons(CLOSED_PORT)) != EINPROGRESS
+        || connect_to(back_refused, htons(CLOSED_PORT)) != EINPROGRESS
         || getsockopt(asked, SOL_SOCKET, SO_ERROR, &error, &error_length) || error != ECONNREFUSED)
         die("a refused connection");
-    /* With one connection its queue is full, and the kernel drops what else comes. */
+    /* One connection fills the queue. The kernel then drops every SYN. */
     if (bind(full, (void *)&any, sizeof any) || listen(full, 0) || getsockname(full, (void *)&any, &length)
         || connect_to(filler, any.sin_port) || connect_to(connecting, any.sin_port) != EINPROGRESS)
         die("a connection that waits");
@@ -229,8 +232,8 @@ static int use(int fd)
     int error = 0;
     if (fcntl(fd, F_SETFL, 0))
         return errno;
-    /* The first time it may be told of a refusal before. */
-    for (int time = 0; time < 3; time++) {
+    /* The first connect may return the error of an earlier refusal. */
+    for (int attempt = 0; attempt < 3; attempt++) {
         error = connect_to(fd, address.sin_port);
         if (!error) {
             int accepted = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
@@ -288,14 +291,14 @@ static void *idle(void *unused)
 
 /* seccomp */
 
-static void filter_close(unsigned verdict)
+static void filter_close(unsigned action)
 {
     close_by_dup = 1;
     struct sock_filter program[] = {
         BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0),
         BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_close, 1, 0),
         BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_close_range, 0, 1),
-        BPF_STMT(BPF_RET | BPF_K, verdict),
+        BPF_STMT(BPF_RET | BPF_K, action),
         BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
     };
     struct sock_fprog filter = {sizeof program / sizeof *program, program};
@@ -304,7 +307,7 @@ static void filter_close(unsigned verdict)
         die("seccomp");
 }
 
-/* Others */
+/* Other modes */
 
 static int silent_pipe[2];
 
@@ -361,7 +364,7 @@ static void be_traced(void)
 
 /* execs */
 
-/* Held while an order is carried out, which is not to be lost. */
+/* Locked while an order is executed, so that an exec does not lose it. */
 static pthread_mutex_t orders = PTHREAD_MUTEX_INITIALIZER;
 static const char *const COUNT = "OWNER_COUNT", *const KEPT = "OWNER_KEPT";
 
@@ -378,8 +381,8 @@ static void *execs(void *threads)
     snprintf(number, sizeof number, "%ld", atomic_load(&count) + 1);
     setenv(COUNT, number, 1);
     char *list = calloc(kept_count + 1, 48), *end = list;
-    for (int at = 0; at < kept_count; at++)
-        end += sprintf(end, "%d:%lu ", kept[at].fd, kept[at].inode);
+    for (int i = 0; i < kept_count; i++)
+        end += sprintf(end, "%d:%lu ", kept[i].fd, kept[i].inode);
     setenv(KEPT, list, 1);
     execl("/proc/self/exe", "owner", "execs", threads, NULL);
     fail("exec: errno %d", errno);
@@ -388,8 +391,8 @@ stays:
     return NULL;
 }
 
-/* Whether this program was executed by itself. */
-static int again(void)
+/* Restores the state from before an exec. Whether there was one. */
+static int restored(void)
 {
     const char *number = getenv(COUNT), *list = getenv(KEPT);
     int fd, length;
@@ -408,7 +411,7 @@ static const char *mode = "idle";
 
 static void leak(int number, int scattered)
 {
-    for (int at = 0; at < number; at++) {
+    for (int i = 0; i < number; i++) {
         int dead = waits_on(mode) && !scattered ? leak_waited_on(mode) : dead_socket();
         if (scattered)
             keep(memfd_create("alive", on_exec ? MFD_CLOEXEC : 0));
@@ -426,7 +429,7 @@ static void leak(int number, int scattered)
     putchar('\n');
 }
 
-/* A socket that has finished, and then has been answered. */
+/* A socket that has sent FIN and received an answer after that. */
 static int answered_socket(void)
 {
     static const char answer[30000];
@@ -450,10 +453,10 @@ static long read_all(int fd)
     return got < 0 ? -errno : all;
 }
 
-/* Sockets whose peer has finished and is gone. */
+/* Makes sockets whose peer has closed. */
 static void stuck(int number)
 {
-    for (int at = 0; at < number; at++) {
+    for (int i = 0; i < number; i++) {
         struct pollfd finished = {.events = POLLRDHUP};
         int peer = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
         if (peer < 0 || connect(peer, (void *)&address, sizeof address))
@@ -461,7 +464,7 @@ static void stuck(int number)
         finished.fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
         close(peer);
         if (poll(&finished, 1, 20000) != 1)
-            die("no end");
+            die("the peer did not close");
         if (reacts(mode))
             react(mode, finished.fd);
         printf("%d ", finished.fd);
@@ -469,7 +472,7 @@ static void stuck(int number)
     putchar('\n');
 }
 
-static void carry_out(const char *line)
+static void execute(const char *line)
 {
     int number = 0;
     if (sscanf(line, "scatter %d", &number) == 1)
@@ -510,14 +513,14 @@ static void carry_out(const char *line)
         printf("%ld\n", forgiven());
     else if (!strncmp(line, "report", 6)) {
         check_kept();
-        pthread_mutex_lock(&what_lock);
+        pthread_mutex_lock(&failure_lock);
         if (atomic_load(&wrong))
-            printf("%s\n", what);
+            printf("%s\n", failure);
         else
             printf("ok %ld\n", atomic_load(&count));
-        pthread_mutex_unlock(&what_lock);
+        pthread_mutex_unlock(&failure_lock);
     } else
-        puts("no such order");
+        puts("unknown order");
 }
 
 static void *take_orders(void *unused)
@@ -525,12 +528,12 @@ static void *take_orders(void *unused)
     struct pollfd input = {STDIN_FILENO, POLLIN, 0};
     char line[128];
     for (;;) {
-        /* Not read before it can be carried out. */
+        /* An exec loses input that was read. So wait first, lock, and then read. */
         poll(&input, 1, -1);
         pthread_mutex_lock(&orders);
         if (!fgets(line, sizeof line, stdin))
             exit(0);
-        carry_out(line);
+        execute(line);
         pthread_mutex_unlock(&orders);
     }
     return unused;
@@ -543,8 +546,8 @@ int main(int argc, char **argv)
         mode = argv[1];
     setvbuf(stdout, NULL, _IOLBF, 0);
     listen_somewhere();
-    /* A larger table than others have: cwkill lets nobody be who could share it and may not be looked into, for one the
-     * first process of a virtual machine that protects it. */
+    /* Makes the descriptor table larger than that of other processes. cwkill skips a process if an unreadable one could
+     * share its table, and assumes that for tables of equal size. */
     fcntl(listener, F_DUPFD_CLOEXEC, 3000);
     if (!strcmp(mode, "waits") || !strcmp(mode, "forgiving"))
         waits(!strcmp(mode, "forgiving"));
@@ -567,7 +570,7 @@ int main(int argc, char **argv)
         transfer(mode);
     else if (has_ring(mode))
         be_in_ring(mode);
-    for (int at = 0; at < atoi(threads); at++) {
+    for (int i = 0; i < atoi(threads); i++) {
         if (!strcmp(mode, "churn"))
             start(churns, NULL);
         else if (!strcmp(mode, "idle") || !strcmp(mode, "execs") || !strcmp(mode, "hangs"))
@@ -586,7 +589,7 @@ int main(int argc, char **argv)
         filter_close(SECCOMP_RET_ERRNO | EPERM);
     else if (!strcmp(mode, "log"))
         filter_close(SECCOMP_RET_LOG);
-    if (!again())
+    if (!restored())
         puts("ready");
     if (!strcmp(mode, "execs")) {
         on_exec = 0;

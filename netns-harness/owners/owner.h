@@ -1,4 +1,4 @@
-/* What the parts of the owner share. owner.c says what it is. */
+/* Declarations shared by the files of the owner; see owner.c. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
@@ -11,7 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
-extern atomic_long count; /* of checks that were passed */
+extern atomic_long count; /* checks that passed */
 
 /* owner.c */
 void fail(const char *format, ...);

@@ -1,8 +1,8 @@
 /*
- * The modes that react to the end of a connection, some time after it.
+ * The modes that react to the end of a connection with a delay.
  *
- *   reacts   a thread for each stuck socket waits in poll(2) for its end, works for 50 ms and closes it
- *   glances  the same, but it only looks every 300 ms
+ *   reacts   one thread per stuck socket waits in poll(2) for its end, works for 50 ms and closes it
+ *   glances  the same, but the thread polls only every 300 ms
  */
 #include "owner.h"
 #include <poll.h>
@@ -20,7 +20,7 @@ static void must_close(int fd)
         atomic_fetch_add(&count, 1);
 }
 
-/* POLLHUP is asked for always, and comes with the end of both directions. */
+/* poll(2) always reports POLLHUP, once both directions have ended. */
 static void *waits_for_its_end(void *fd)
 {
     struct pollfd list = {(int)(intptr_t)fd, 0, 0};

@@ -1,11 +1,11 @@
 /*
  * The modes with an io_uring.
  *
- *   ring         one that is idle
- *   ring-holds   leaked sockets are registered with it
+ *   ring         an idle ring
+ *   ring-holds   leaked sockets are registered with the ring
  *   ring-polls   a poll of a pipe is in flight
- *   ring-sq      its descriptor is closed, its memory is not; a thread of the kernel's making takes requests
- *   ring-wq      the same, and the thread is one that waits in a request
+ *   ring-sq      its descriptor is closed, its memory is still mapped; a kernel thread takes requests
+ *   ring-wq      the same, and a kernel thread waits in a request
  */
 #include "owner.h"
 #include <dirent.h>
@@ -31,21 +31,21 @@ static _Atomic unsigned *word(unsigned offset)
     return (void *)(rings + offset);
 }
 
-/* Hands a request to the kernel, without waiting for what comes of it. */
+/* Submits a request to the kernel without waiting for its completion. */
 static void submit(struct io_uring_sqe request)
 {
-    unsigned tail = atomic_load(word(params.sq_off.tail)), at = tail % ENTRIES;
-    requests[at] = request;
-    ((unsigned *)(rings + params.sq_off.array))[at] = at;
+    unsigned tail = atomic_load(word(params.sq_off.tail)), i = tail % ENTRIES;
+    requests[i] = request;
+    ((unsigned *)(rings + params.sq_off.array))[i] = i;
     atomic_store(word(params.sq_off.tail), tail + 1);
     if (!(params.flags & IORING_SETUP_SQPOLL) && syscall(SYS_io_uring_enter, ring, 1, 0, 0, NULL, 0) != 1)
         die("io_uring_enter");
 }
 
-/* Waits until a thread of this process has a name that begins so. */
+/* Waits until the name of a thread of this process has this prefix. */
 static void until_there_is(const char *name)
 {
-    for (int look = 0; look < 5000; look++) {
+    for (int attempt = 0; attempt < 5000; attempt++) {
         DIR *tasks = opendir("/proc/self/task");
         struct dirent *task;
         int found = 0;
@@ -102,7 +102,7 @@ void be_in_ring(const char *mode)
         submit((struct io_uring_sqe){.opcode = IORING_OP_READ, .flags = IOSQE_ASYNC, .fd = pipe_ends[0],
             .addr = (uintptr_t)&byte, .len = 1});
     if (sq || wq) {
-        /* The mappings keep it alive. */
+        /* The mappings keep the ring alive. */
         close(ring);
         until_there_is(sq ? "iou-sqp-" : "iou-wrk-");
     }

@@ -1,12 +1,12 @@
 /*
- * The modes in which a thread waits in the middle of a transfer, a part of which is done: a stop by whomever ends the call with
- * that part (signal(7) undoes only what has done nothing). It must be made whole.
+ * The modes in which a thread waits in a partial transfer. A stop ends the call with the part that is done: the kernel restarts
+ * only calls that have transferred nothing (signal(7)). The thread must transfer the rest.
  *
- *   transfer-send  send(2) of 20 MiB to a socket that nobody reads
- *   transfer-recv  recv(2) with MSG_WAITALL of 1000 bytes, of which 5 have come
- *   transfer-pipe  write(2) of 200000 bytes to a pipe that nobody reads
+ *   transfer-send  send(2) of 20 MiB to a socket that no thread reads
+ *   transfer-recv  recv(2) with MSG_WAITALL of 1000 bytes, of which 5 have arrived
+ *   transfer-pipe  write(2) of 200000 bytes to a pipe that no thread reads
  *
- * The order `finish` has the other side do its part.
+ * The order `finish` has the other side read or send the rest.
  */
 #include "owner.h"
 #include <sys/socket.h>
@@ -48,7 +48,7 @@ void transfer(const char *mode)
     start(transfers, NULL);
 }
 
-/* The other side does its part; how many bytes that were. */
+/* Has the other side read or send the rest. The number of bytes. */
 long finish_transfer(void)
 {
     char buffer[65536];
@@ -56,7 +56,7 @@ long finish_transfer(void)
     if (!strcmp(kind, "recv"))
         return write(ends[0], bytes, RECV - 5);
     for (long wanted = !strcmp(kind, "send") ? SEND : PIPE; all < wanted; all += got) {
-        /* If it ended short, that is all. */
+        /* If the call ended early, no more bytes arrive. */
         if (atomic_load(&count) && all)
             break;
         got = read(ends[0], buffer, sizeof buffer);

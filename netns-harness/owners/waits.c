@@ -1,10 +1,10 @@
 /*
  * The modes in which threads wait.
  *
- *   waits      a thread in each kind of system call that waits: every call is made once and must still be waiting, or
- *              must end when it is due
- *   forgiving  the same, but a call may end as docs/decisions/reclaim.md says of a cwkill that is killed
- *   poll, ppoll, select, pselect, poll-int80    a thread waits on the number of each leaked socket
+ *   waits      one thread per kind of blocking system call: each call is made once and must still block, or end
+ *              when it is due
+ *   forgiving  the same, but a call may end early as docs/decisions/reclaim.md says for a cwkill that is killed
+ *   poll, ppoll, select, pselect, poll-int80    a thread waits on the descriptor of each leaked socket
  */
 #include "owner.h"
 #include <fcntl.h>
@@ -18,7 +18,7 @@
 #include <sys/sem.h>
 #include <sys/socket.h>
 
-/* How a call may end before its time: never; with EINTR, as after any debugger; with a wake-up without cause. */
+/* How a call may end early: never; with EINTR, as after any debugger; with a spurious wake-up. */
 enum end { NEVER, EINTR_ONLY, WAKES };
 
 static int forgives;
@@ -98,7 +98,7 @@ WAITER(in_semop, EINTR_ONLY, wait_semaphore())
 WAITER(in_futex, WAKES, syscall(SYS_futex, &futex_word, FUTEX_WAIT, 0, NULL, NULL, 0))
 WAITER(in_futex_hour, WAKES, syscall(SYS_futex, &futex_word, FUTEX_WAIT, 0, &hour, NULL, 0))
 
-/* Must end on time, each time, however often it is stopped. */
+/* Must end on time, however often the thread is stopped. */
 static void *on_time(void *unused)
 {
     for (;;) {
@@ -122,7 +122,7 @@ static void on_signal(int signal)
     atomic_fetch_add(&signals_taken, 1);
 }
 
-/* Its peer sends it a signal a millisecond; none may be lost, and each ends the call (no SA_RESTART). */
+/* Another thread sends a signal every millisecond. None may be lost, and each ends the call (no SA_RESTART). */
 static void *takes_signals(void *unused)
 {
     sigset_t set;
@@ -178,15 +178,15 @@ void waits(int forgiving)
     void *(*all[])(void *) = {in_read, in_recv, in_recv_with_timeout, in_epoll_wait,
         in_epoll_wait_hour, in_poll, in_poll_hour, in_select, in_pause, in_nanosleep,
         in_sigtimedwait, in_semop, in_futex, in_futex_hour, on_time};
-    for (size_t at = 0; at < sizeof all / sizeof *all; at++)
-        start(all[at], NULL);
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        start(all[i], NULL);
     taker = start(takes_signals, NULL);
     start(sends_signals, &taker);
 }
 
 /*
- * A thread that waits on a number. poll(2) ends at once for a dead socket, so what it waits on is a pipe, and the dead
- * socket is given its number then; select(2) for exceptional conditions waits on the socket itself.
+ * A thread that waits on a descriptor. poll(2) returns at once for a dead socket. So the thread waits on a pipe, and then the
+ * dead socket gets the number of the pipe. select(2) for exceptional conditions waits on the socket itself.
  */
 
 struct wait {
@@ -199,13 +199,13 @@ struct wait {
 int waits_on(const char *mode)
 {
     static const char *const modes[] = {"poll", "ppoll", "select", "pselect", "poll-int80"};
-    for (size_t at = 0; at < sizeof modes / sizeof *modes; at++)
-        if (!strcmp(mode, modes[at]))
+    for (size_t i = 0; i < sizeof modes / sizeof *modes; i++)
+        if (!strcmp(mode, modes[i]))
             return 1;
     return 0;
 }
 
-/* poll(2) as a 32-bit program makes it, which a 64-bit one may do too. */
+/* poll(2) through the 32-bit system call, which a 64-bit program can use, too. */
 static long poll_int80(int fd)
 {
 #ifdef __x86_64__
@@ -235,7 +235,7 @@ static void *waits_on_it(void *argument)
     wait->tid = (pid_t)syscall(SYS_gettid);
     atomic_store(&wait->begun, 1);
     if (!strcmp(wait->mode, "poll"))
-        /* With a time, so that it is continued by restart_syscall(2) once it has been stopped. */
+        /* With a timeout: after a stop, the kernel continues it with restart_syscall(2). */
         result = poll(list, 3, 3600 * 1000);
     else if (!strcmp(wait->mode, "ppoll"))
         result = ppoll(list, 3, &hour, NULL);
@@ -251,10 +251,11 @@ static void *waits_on_it(void *argument)
     return NULL;
 }
 
-/* Until the kernel shows it asleep in a system call, and not in that for its stack or its start. */
+/* Waits until the thread sleeps in its system call, and not in one that starts it. After a stop, that may be
+ * restart_syscall(2). */
 static void until_it_waits(const struct wait *wait)
 {
-    for (int look = 0; look < 10000; look++) {
+    for (int attempt = 0; attempt < 40000; attempt++) {
         char path[64], text[64] = "";
         long number = -1;
         snprintf(path, sizeof path, "/proc/self/task/%d/syscall", (int)wait->tid);
@@ -276,7 +277,7 @@ static void until_it_waits(const struct wait *wait)
         if (!strcmp(wait->mode, "poll"))
             wanted = SYS_ppoll;
 #endif
-        if (number == wanted)
+        if (number == wanted || number == SYS_restart_syscall)
             return;
         usleep(500);
     }
@@ -289,7 +290,10 @@ static int polls(const char *mode)
     return waits_on(mode) && !strstr(mode, "select");
 }
 
-/* Has a thread wait on the number `fd`, or, if that is -1, on a new one that is a pipe; the number. */
+/* The newest thread that waits. */
+static struct wait *newest;
+
+/* Has a thread wait on the descriptor `fd`, or on a new pipe if it is -1. The descriptor. */
 int wait_on(const char *mode, int fd)
 {
     struct wait *wait = calloc(1, sizeof *wait);
@@ -299,19 +303,23 @@ int wait_on(const char *mode, int fd)
     wait->fd = fd < 0 ? fcntl(empty_pipe[0], F_DUPFD_CLOEXEC, 0) : fd;
     start(waits_on_it, wait);
     until_it_waits(wait);
+    newest = wait;
     return wait->fd;
 }
 
-/* Leaks a dead socket under the number `fd`. */
+/* Leaks a dead socket as descriptor `fd`. */
 int leak_onto(int fd)
 {
     int dead = dead_socket();
+    /* After a stop, a call that has not restarted yet would see the dead socket. */
+    if (newest)
+        until_it_waits(newest);
     if (dup3(dead, fd, O_CLOEXEC) < 0 || close(dead))
         die("dup3");
     return fd;
 }
 
-/* Leaks a dead socket on whose number a thread waits. */
+/* Leaks a dead socket on whose descriptor a thread waits. */
 int leak_waited_on(const char *mode)
 {
     return polls(mode) ? leak_onto(wait_on(mode, -1)) : wait_on(mode, dead_socket());

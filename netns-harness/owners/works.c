@@ -1,8 +1,8 @@
 /*
- * The modes in which threads are never still.
+ * The modes in which threads are always busy.
  *
- *   works  threads that compute, make system calls and exchange data without a pause, and check every result
- *   churn  THREADS threads that open, check and close descriptors all the time, some of them dead sockets
+ *   works  threads that compute, make system calls and exchange data without pause, and check every result
+ *   churn  THREADS threads that open, check and close descriptors without pause, some of them dead sockets
  */
 #include "owner.h"
 #include <semaphore.h>
@@ -13,7 +13,7 @@
 static void *computes(void *unused)
 {
     for (;;) {
-        /* Through integer and floating-point registers, without a system call. */
+        /* Uses integer and floating-point registers, and no system call. */
         uint64_t a = 1, b = 2, c = 3, d = 4, e = 5, f = 6;
         double x = 1.5, y = 2.5, z = 0;
         for (int round = 0; round < 2000000; round++) {
@@ -50,7 +50,7 @@ static void *calls(void *unused)
     return unused;
 }
 
-/* As many numbers may be under way. The sender never waits in write(2): of a call that does, a stop can leave a part. */
+/* How many numbers can be in flight. The sender must never block in write(2): a stop could leave a partial write. */
 static sem_t room;
 
 static void *sends(void *socket)
@@ -91,7 +91,7 @@ void works(void)
 
 /* churn */
 
-/* Numbers are given out and back under this lock, so that a thread may look at one and close it in one step. */
+/* Descriptors are opened and closed under this lock, so that a thread can check and close one in one step. */
 static pthread_mutex_t numbers = PTHREAD_MUTEX_INITIALIZER;
 static atomic_long were_taken;
 
@@ -114,27 +114,27 @@ void *churns(void *unused)
     enum { OPEN = 16 };
     struct { int fd, dead; ino_t inode; } mine[OPEN];
     unsigned random = (unsigned)(uintptr_t)&mine ^ (unsigned)now_ns();
-    for (int at = 0; at < OPEN; at++)
-        mine[at].fd = -1;
+    for (int i = 0; i < OPEN; i++)
+        mine[i].fd = -1;
     for (;;) {
-        int at = rand_r(&random) % OPEN;
+        int i = rand_r(&random) % OPEN;
         struct stat stat;
         pthread_mutex_lock(&numbers);
-        if (mine[at].fd >= 0) {
-            int same = !fstat(mine[at].fd, &stat) && stat.st_ino == mine[at].inode;
-            int closed = same && !close(mine[at].fd);
-            if (!same && !mine[at].dead)
-                fail("descriptor %d is not what it was", mine[at].fd);
-            else if (!closed && !mine[at].dead)
-                fail("descriptor %d was closed by somebody", mine[at].fd);
+        if (mine[i].fd >= 0) {
+            int same = !fstat(mine[i].fd, &stat) && stat.st_ino == mine[i].inode;
+            int closed = same && !close(mine[i].fd);
+            if (!same && !mine[i].dead)
+                fail("descriptor %d has changed", mine[i].fd);
+            else if (!closed && !mine[i].dead)
+                fail("descriptor %d was closed by another process", mine[i].fd);
             atomic_fetch_add(closed ? &count : &were_taken, 1);
         }
-        mine[at].fd = open_something(&random, &mine[at].dead);
-        if (mine[at].fd < 0)
+        mine[i].fd = open_something(&random, &mine[i].dead);
+        if (mine[i].fd < 0)
             fail("open: errno %d", errno);
-        else if (fstat(mine[at].fd, &stat) && !mine[at].dead)
+        else if (fstat(mine[i].fd, &stat) && !mine[i].dead)
             fail("a new descriptor is none: errno %d", errno);
-        mine[at].inode = stat.st_ino;
+        mine[i].inode = stat.st_ino;
         pthread_mutex_unlock(&numbers);
     }
     return unused;

@@ -1,7 +1,7 @@
-//! `netns-harness bench`: `cwkill` beside its peers, in the same run, on sockets made here.
+//! `netns-harness bench`: measures `cwkill` and similar tools in the same run, on sockets of a lab.
 //!
-//! Commands run in turn, round after round, so that a slow moment of the machine hits all of them. A command that
-//! kills gets sockets of its own, made afresh for every run. Peers that are not installed are named, not replaced.
+//! Each round runs every command once, so that a slow moment of the machine affects all of them. A command that kills gets
+//! new sockets for every run. Tools that are not installed are named in the output.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -16,67 +16,69 @@ use procfs::CurrentSI as _;
 use crate::agent::Agent;
 use crate::lab::{Family, Lab, Leak, Listen, Options};
 use crate::owners::stops;
+use crate::program::{beside_this_program, is_found};
 use crate::{TcpState, privilege, scenario};
 
-/// How old a leak is when it is killed: one that is found on a host is older, and cwkill looks twice at what is younger than a
-/// second.
+/// Age of the sockets when a command kills them. On a real host they are older, and cwkill checks sockets younger than a
+/// second twice.
 const AGE: Duration = Duration::from_millis(1500);
-/// How long the machine may take to come to rest: the kernel goes on taking away the sockets of the lab before.
-const PATIENCE: Duration = Duration::from_secs(15);
-/// What counts as rest: so little of the processors' time is used over so long.
-const REST: (f64, Duration) = (0.05, Duration::from_millis(250));
+/// How long to wait for an idle machine. The kernel is still removing the sockets of the lab before.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(15);
+/// The machine is idle if it used at most this share of the processor time during [`IDLE_WINDOW`].
+const IDLE_SHARE: f64 = 0.05;
+const IDLE_WINDOW: Duration = Duration::from_millis(250);
 
-/// Sockets of one application; RLIMIT_NOFILE is 20,000 on many hosts.
+/// Sockets per application. RLIMIT_NOFILE is 20,000 on many hosts.
 const PER_PROCESS: usize = 19_000;
 
-/// What to measure.
+/// Options of `netns-harness bench`.
 #[derive(Debug, clap::Args)]
 pub struct Bench {
     /// Stuck sockets
     #[arg(long, value_name = "N", default_value_t = 10_000)]
     sockets: usize,
-    /// Runs of each command that lists; those that kill run a third as often
+    /// Runs of each command that lists; commands that kill run a third as often
     #[arg(long, value_name = "N", default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
-    /// The program to measure
+    /// The cwkill program to measure
     #[arg(long, value_name = "PATH", default_value = "cwkill")]
     cwkill: PathBuf,
-    /// The state of the sockets; one of CLOSE-WAIT
+    /// The scenario of the sockets, with state CLOSE-WAIT
     #[arg(long, value_name = "SCENARIO", default_value = "unread")]
     scenario: String,
     /// How the two sides address each other
     #[arg(long, value_enum, default_value = "v4")]
     family: Family,
-    /// Descriptors beside them that are no sockets
+    /// Additional descriptors that are not sockets
     #[arg(long, value_name = "N", default_value_t = 0)]
     idle_descriptors: usize,
-    /// Only commands that list
+    /// Run only commands that list
     #[arg(long, conflicts_with = "kill_only")]
     list_only: bool,
-    /// Only commands that kill
+    /// Run only commands that kill
     #[arg(long)]
     kill_only: bool,
-    /// Instead: for how long a process is stopped by `cwkill reclaim`, and by gdb
+    /// Instead measure how long `cwkill reclaim` and gdb stop a process
     #[arg(long, conflicts_with_all = ["list_only", "kill_only", "sockets", "scenario"])]
     reclaim: bool,
 }
 
-/// One command line and what it took.
+/// One command line and its measurements.
 struct Subject {
     name: &'static str,
-    /// What it is compared with: the name of the row of `cwkill` that does the same work.
-    rival: Option<&'static str>,
+    /// Name of the row of `cwkill` that does the same work, to compare with.
+    baseline: Option<&'static str>,
     arguments: Vec<String>,
     times: Vec<Duration>,
-    /// Largest resident set of any run so far, if it was larger than every command before it.
+    /// Largest resident set of a run, if it was larger than that of every earlier command.
     peak_kib: Option<i64>,
 }
 
 impl Subject {
-    fn new(name: &'static str, rival: Option<&'static str>, line: &str) -> Self {
+    fn new(name: &'static str, baseline: Option<&'static str>, line: &str) -> Self {
         Self {
             name,
-            rival,
+            baseline,
             arguments: line.split_whitespace().map(str::to_owned).collect(),
             times: Vec::new(),
             peak_kib: None,
@@ -100,10 +102,10 @@ impl Bench {
     /// The sockets cannot be made, or `cwkill` fails.
     pub fn run(&self) -> Result<()> {
         privilege::ensure_privileges()?;
-        let cwkill = beside_us(&self.cwkill)?;
+        let cwkill = beside_this_program(&self.cwkill)?;
         let cwkill = cwkill.display().to_string();
         ensure!(
-            on_path(&cwkill),
+            is_found(&cwkill),
             "no program {cwkill}: build it (cargo build --release --workspace) or name it with --cwkill"
         );
         if self.reclaim {
@@ -111,7 +113,7 @@ impl Bench {
         }
         ensure!(
             self.sockets > 0,
-            "--sockets 0 measures nothing; for example --sockets 1000"
+            "--sockets must be greater than 0, for example 1000"
         );
         let mut listers = vec![
             Subject::new(LIST, None, &format!("{cwkill} --all --dry-run --json")),
@@ -154,7 +156,7 @@ impl Bench {
             Subject::new("ss -K", Some(KILL), "ss -K -tn state close-wait"),
         ];
         if !scenario::find(&self.scenario)?.expect.inode {
-            // Without a descriptor there is nothing to shut down.
+            // `shutdown` needs a descriptor.
             killers.retain(|killer| !killer.name.contains("shut down"));
         }
         if self.list_only {
@@ -166,7 +168,7 @@ impl Bench {
         let mut missing = BTreeMap::new();
         for subjects in [&mut listers, &mut killers] {
             subjects.retain(|subject| {
-                let found = on_path(&subject.arguments[0]);
+                let found = is_found(&subject.arguments[0]);
                 if !found {
                     missing.insert(subject.arguments[0].clone(), ());
                 }
@@ -190,7 +192,9 @@ impl Bench {
                 let leaks = self.leak(&lab)?;
                 let _idle = self.idle(&lab)?;
                 let began = Instant::now();
-                while began.elapsed() < AGE || (busy()? > REST.0 && began.elapsed() < PATIENCE) {}
+                while began.elapsed() < AGE
+                    || (busy()? > IDLE_SHARE && began.elapsed() < IDLE_TIMEOUT)
+                {}
                 measure(&lab, subject)?;
                 let stuck = |socket: &&crate::KernelSocket| socket.state == TcpState::CloseWait;
                 let left = lab.app_host().sockets()?.iter().filter(stuck).count();
@@ -202,23 +206,23 @@ impl Bench {
                 drop(leaks);
             }
         }
-        let mut what = format!(
+        let mut title = format!(
             "{} sockets, {} {}",
             self.sockets,
             self.scenario,
             self.family.name()
         );
         if self.idle_descriptors > 0 {
-            what += &format!(", {} other descriptors", self.idle_descriptors);
+            title += &format!(", {} other descriptors", self.idle_descriptors);
         }
-        print(&what, &[listers, killers]);
+        print(&title, &[listers, killers]);
         for (program, ()) in missing {
             println!("{program} is not installed, so not measured");
         }
         Ok(())
     }
 
-    /// Opens the descriptors that are no sockets, in as many processes as it takes.
+    /// Opens the descriptors that are not sockets, in as many processes as necessary.
     fn idle(&self, lab: &Lab) -> Result<Vec<Agent>> {
         let mut agents = Vec::new();
         let mut left = self.idle_descriptors;
@@ -232,7 +236,7 @@ impl Bench {
         Ok(agents)
     }
 
-    /// Makes the sockets, in as many processes as it takes.
+    /// Makes the sockets, in as many processes as necessary.
     fn leak(&self, lab: &Lab) -> Result<Vec<Leak>> {
         let mut leaks = Vec::new();
         let mut left = self.sockets;
@@ -252,7 +256,7 @@ impl Bench {
     }
 }
 
-/// The share of the processors' time that is used, over a while.
+/// The share of the processor time that was used during [`IDLE_WINDOW`].
 fn busy() -> Result<f64> {
     let times = || -> Result<(u64, u64)> {
         let all = procfs::KernelStats::current()?.total;
@@ -261,7 +265,7 @@ fn busy() -> Result<f64> {
         Ok((used, used + all.idle + all.iowait.unwrap_or(0)))
     };
     let (used, all) = times()?;
-    thread::sleep(REST.1);
+    thread::sleep(IDLE_WINDOW);
     let (used_later, all_later) = times()?;
     let ticks = |later: u64, before: u64| u32::try_from(later.saturating_sub(before));
     Ok(f64::from(ticks(used_later, used)?) / f64::from(ticks(all_later, all)?.max(1)))
@@ -270,7 +274,7 @@ fn busy() -> Result<f64> {
 fn measure(lab: &Lab, subject: &mut Subject) -> Result<()> {
     let before = getrusage(UsageWho::RUSAGE_CHILDREN)?.max_rss();
     let took = lab.app_host().within(|| {
-        // Started from a thread in the namespace: nothing but the command itself is timed.
+        // Started from a thread in the namespace, so that only the command itself is timed.
         let began = Instant::now();
         let status = Command::new(&subject.arguments[0])
             .args(&subject.arguments[1..])
@@ -293,20 +297,22 @@ fn measure(lab: &Lab, subject: &mut Subject) -> Result<()> {
     Ok(())
 }
 
-fn print(what: &str, groups: &[Vec<Subject>]) {
-    println!("{what}, wall time in ms");
+fn print(title: &str, groups: &[Vec<Subject>]) {
+    println!("{title}, wall time in ms");
     println!(
         "{:<26} {:>9} {:>9} {:>9} {:>10} {:>9}",
-        "", "median", "least", "most", "x cwkill", "peak MiB"
+        "", "median", "min", "max", "x cwkill", "peak MiB"
     );
     for group in groups {
         for subject in group {
             let ms = |time: Duration| time.as_secs_f64() * 1000.0;
-            let rival = group.iter().find(|other| Some(other.name) == subject.rival);
-            let ratio = rival.map_or_else(String::new, |rival| {
+            let baseline = group
+                .iter()
+                .find(|other| Some(other.name) == subject.baseline);
+            let ratio = baseline.map_or_else(String::new, |baseline| {
                 format!(
                     "{:.2}",
-                    subject.median().as_secs_f64() / rival.median().as_secs_f64()
+                    subject.median().as_secs_f64() / baseline.median().as_secs_f64()
                 )
             });
             let peak = subject
@@ -321,23 +327,4 @@ fn print(what: &str, groups: &[Vec<Subject>]) {
             );
         }
     }
-}
-
-/// A bare name is looked for beside this program first.
-pub(crate) fn beside_us(program: &Path) -> Result<PathBuf> {
-    let us = std::env::current_exe().context("find our own path")?;
-    let beside = us.with_file_name(program);
-    Ok(if program.components().count() == 1 && beside.exists() {
-        beside
-    } else {
-        program.to_owned()
-    })
-}
-
-pub(crate) fn on_path(program: &str) -> bool {
-    if program.contains('/') {
-        return Path::new(program).exists();
-    }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|directory| directory.join(program).exists())
 }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::error::ErrorKind;
-use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::lab::Family;
 use crate::owners::runtimes;
@@ -15,7 +15,7 @@ use crate::{bench, chaos, privilege, scenario, verify};
 
 const EXAMPLE: &str = "netns-harness run unread --count 3 -- ss -tnp";
 
-/// Reproduces stuck TCP sockets: network namespaces with a leaking application and its peer, removed when it ends.
+/// Reproduces stuck TCP sockets in network namespaces with a leaking application and its peer
 #[derive(Debug, Parser)]
 #[command(name = "netns-harness", version, max_term_width = 100)]
 struct Args {
@@ -29,14 +29,14 @@ enum Action {
     List,
     /// Build scenarios and run a command on the host of the leaking application
     ///
-    /// Exits with the command's status (128 + the signal that killed it, 127 if there is no such program), or 125 if the
-    /// lab cannot be built. The command finds programs built beside this one, and in its environment HARNESS_APP_PID,
-    /// HARNESS_APP_ADDR, HARNESS_PEER_ADDR and HARNESS_PORT.
+    /// The exit status is that of the command: 128 + N if signal N killed it, 127 if it does not exist. It is 125 if the
+    /// lab cannot be built. The directory of this program comes first in the command's PATH. Its environment has
+    /// HARNESS_APP_PID, HARNESS_APP_ADDR, HARNESS_PEER_ADDR and HARNESS_PORT. Everything is removed when the command ends.
     Run {
-        /// One or more, with a count of their own if wanted: `unread`, `unread:40,established:5`
-        #[arg(value_name = "SCENARIO[:COUNT],…", value_parser = parse_wanted)]
-        scenarios: Wanted,
-        /// Sockets in each scenario that has no count of its own
+        /// Scenarios, each with an optional count: `unread`, `unread:40,established:5`
+        #[arg(value_name = "SCENARIO[:COUNT],…", value_parser = parse_scenarios)]
+        scenarios: Scenarios,
+        /// Sockets per scenario without a count
         #[arg(long, default_value = "1", value_parser = parse_count)]
         count: usize,
         /// How the two sides address each other
@@ -45,58 +45,48 @@ enum Action {
         /// The application's port
         #[arg(long, default_value = "8080", value_parser = parse_port)]
         port: u16,
-        /// Compare the state with what `ss` shows before the command runs
+        /// Compare the state with the output of `ss` before the command runs
         #[arg(long)]
         check: bool,
-        /// What to run, after `--`
+        /// The command to run, after `--`
         #[arg(last = true)]
         command: Vec<OsString>,
     },
-    /// Measure `cwkill` beside ss, lsof and netstat
+    /// Measure `cwkill`, ss, lsof and netstat
     Bench(bench::Bench),
-    /// Run `cwkill` among innocent connections on reused addresses, and count what is lost
+    /// Run `cwkill` among bystander connections on reused addresses, and count the losses
     ///
-    /// Exits with 1 if an innocent connection, a listener or the server was lost, or nothing was acted on.
+    /// Exits with 1 if a bystander connection, a listener or the server was lost, or if a method acted on no socket.
     Chaos(chaos::Chaos),
-    /// Leak servers in C, Go, Java, JavaScript and Python to EMFILE, and cure them with `cwkill --reclaim`
+    /// Let servers in C, Go, Java, JavaScript and Python leak until EMFILE, and recover them with `cwkill --reclaim`
     ///
-    /// Fails if a server does not accept again, is gone, or a byte of its other connections is wrong.
-    Cure(runtimes::Runtimes),
-    /// Build scenarios and compare them with what `ss` shows
+    /// Fails if a server does not accept again, has ended, or a byte of its other connections is wrong.
+    Recover(runtimes::Runtimes),
+    /// Build scenarios and compare them with the output of `ss`
     Verify {
-        /// Which ones; all that are listed, if none is named
+        /// Scenarios to verify [default: all that `list` shows]
         #[arg(value_parser = parse_scenario)]
         scenarios: Vec<String>,
-        /// In one family only
+        /// Verify only this family
         #[arg(long, value_enum)]
         family: Option<Family>,
-        /// Sockets in each
+        /// Sockets per scenario
         #[arg(long, default_value = "3", value_parser = parse_count)]
         count: usize,
     },
 }
 
 #[derive(Debug, Clone)]
-struct Wanted(Vec<(String, Option<usize>)>);
+struct Scenarios(Vec<(String, Option<usize>)>);
 
-impl ValueEnum for Family {
-    fn value_variants<'a>() -> &'a [Self] {
-        &Self::ALL
-    }
-
-    fn to_possible_value(&self) -> Option<clap::builder::PossibleValue> {
-        Some(clap::builder::PossibleValue::new(self.name()))
-    }
-}
-
-/// Parses the command line and does what it says.
+/// Parses the command line and runs the subcommand.
 #[must_use]
 pub fn main() -> ExitCode {
-    let code = match act(Args::parse().action) {
+    let code = match run_action(Args::parse().action) {
         Ok(code) => code,
         Err(error) if is_broken_pipe(&error) => 0,
         Err(error) => {
-            // Where stderr is closed there is nobody to tell.
+            // Fails only if stderr is closed.
             let _ = writeln!(io::stderr(), "netns-harness: {error:#}");
             HARNESS_FAILED
         }
@@ -110,11 +100,11 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
         .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
-fn act(action: Action) -> Result<i32> {
+fn run_action(action: Action) -> Result<i32> {
     match action {
         Action::List => list(),
         Action::Run {
-            scenarios: Wanted(wanted),
+            scenarios: Scenarios(scenarios),
             count,
             family,
             port,
@@ -127,9 +117,9 @@ fn act(action: Action) -> Result<i32> {
                     .error(ErrorKind::MissingRequiredArgument, message)
                     .exit();
             }
-            let scenarios = wanted
+            let scenarios = scenarios
                 .into_iter()
-                .map(|(name, own)| (name, own.unwrap_or(count)))
+                .map(|(name, own_count)| (name, own_count.unwrap_or(count)))
                 .collect();
             run::front(
                 RunRequest {
@@ -142,7 +132,7 @@ fn act(action: Action) -> Result<i32> {
             )
         }
         Action::Bench(bench) => bench.run().map(|()| 0),
-        Action::Cure(cure) => cure.run().map(|()| 0),
+        Action::Recover(recover) => recover.run().map(|()| 0),
         Action::Chaos(chaos) => chaos.run(),
         Action::Verify {
             scenarios,
@@ -181,14 +171,14 @@ fn verify_all(names: &[String], family: Option<Family>, count: usize) -> Result<
     let mut failed = false;
     for name in names {
         for &family in families {
-            let verdict = match verify::verify(name, family, count) {
+            let result = match verify::verify(name, family, count) {
                 Ok(()) => "ok".to_owned(),
                 Err(error) => {
                     failed = true;
                     format!("FAILED: {error:#}")
                 }
             };
-            writeln!(io::stdout(), "{name} {}: {verdict}", family.name())?;
+            writeln!(io::stdout(), "{name} {}: {result}", family.name())?;
         }
     }
     Ok(i32::from(failed))
@@ -198,12 +188,15 @@ fn parse_scenario(text: &str) -> Result<String> {
     scenario::find(text).map(|scenario| scenario.name.to_owned())
 }
 
-fn parse_wanted(text: &str) -> Result<Wanted> {
-    let one = |part: &str| match part.split_once(':') {
+fn parse_scenarios(text: &str) -> Result<Scenarios> {
+    let one = |item: &str| match item.split_once(':') {
         Some((name, count)) => Ok((parse_scenario(name)?, Some(parse_count(count)?))),
-        None => Ok((parse_scenario(part)?, None)),
+        None => Ok((parse_scenario(item)?, None)),
     };
-    text.split(',').map(one).collect::<Result<_>>().map(Wanted)
+    text.split(',')
+        .map(one)
+        .collect::<Result<_>>()
+        .map(Scenarios)
 }
 
 fn parse_count(text: &str) -> Result<usize> {

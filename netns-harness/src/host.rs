@@ -1,7 +1,7 @@
-//! A host: a network namespace, and the processes in it.
+//! A host: a network namespace and the processes in it.
 //!
-//! Invariant: the namespace has no name. It lives while its descriptor or a process in it does, so nothing is left behind
-//! whatever happens to this process.
+//! Invariant: the namespace has no name. It exists as long as its descriptor or a process in it, so nothing is left behind
+//! when this process ends, for whatever reason.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -24,39 +24,40 @@ use crate::role::{Become, Group, Identity, Role};
 use crate::ss::{self, SsRow};
 use crate::{rtnetlink, spawner};
 
-/// How long [`HostCommand::output`] lets a command run.
+/// Time limit of [`HostCommand::output`].
 const COMMAND_DEADLINE: Duration = Duration::from_secs(120);
 
-/// What every host is set to, whatever the machine's own settings are (a new namespace inherits some of them).
+/// Sysctls of every host. A new namespace inherits some from the machine.
 const SYSCTLS: [(&str, &str); 10] = [
-    // Addresses are ours: usable at once, and on both families.
+    // Addresses of both families, usable at once.
     ("ipv6/conf/all/disable_ipv6", "0"),
     ("ipv6/conf/default/disable_ipv6", "0"),
     ("ipv6/conf/all/accept_dad", "0"),
     ("ipv6/conf/default/accept_dad", "0"),
     ("ipv4/conf/all/rp_filter", "0"),
     ("ipv4/conf/default/rp_filter", "0"),
-    // Thousands of connections from one client address, none of them accepted.
+    // Allow thousands of connections from one client address that are not accepted.
     ("ipv4/ip_local_port_range", "1024 65535"),
     ("ipv4/tcp_max_syn_backlog", "65535"),
     ("core/somaxconn", "65535"),
-    // Megabytes can be queued to a peer that does not read (SO_SNDBUF is capped by a limit that is not ours to set).
+    // Allow megabytes in the send buffer for a peer that does not read. SO_SNDBUF is capped by net.core.wmem_max, which
+    // belongs to the machine.
     ("ipv4/tcp_wmem", "4096 4194304 8388608"),
 ];
 
-/// A network namespace of its own, without a name.
+/// A network namespace without a name.
 #[derive(Debug)]
 pub struct Host {
     netns: File,
 }
 
 impl Host {
-    /// A host with nothing but its loopback, up.
+    /// A host with only its loopback interface, up.
     ///
     /// # Errors
     /// The kernel refuses the namespace; see [`crate::ensure_privileges`].
     pub fn new() -> Result<Self> {
-        // On a thread that ends: namespaces are a thread's, and the caller's stays what it is.
+        // On a new thread: a namespace belongs to a thread, and the caller stays in its own.
         let netns = on_a_thread(|| -> Result<File> {
             unshare(CloneFlags::CLONE_NEWNET).context("create a network namespace")?;
             for (name, value) in SYSCTLS {
@@ -69,10 +70,10 @@ impl Host {
         Ok(Self { netns })
     }
 
-    /// Runs `work` on a thread that is in this host's namespace, and waits for it.
+    /// Runs `work` on a thread in this host's namespace and waits for it.
     ///
     /// # Errors
-    /// The namespace cannot be entered, or what `work` says.
+    /// The namespace cannot be entered, or `work` fails.
     pub fn within<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         on_a_thread(|| {
             setns(&self.netns, CloneFlags::CLONE_NEWNET).context("enter the network namespace")?;
@@ -83,7 +84,7 @@ impl Host {
     /// The inode of the namespace, as in `/proc/PID/ns/net`.
     ///
     /// # Errors
-    /// The kernel's.
+    /// As fstat(2).
     pub fn netns_inode(&self) -> Result<u64> {
         Ok(self
             .netns
@@ -92,26 +93,26 @@ impl Host {
             .ino())
     }
 
-    /// A path that other programs can open to reach the namespace, while this `Host` lives.
+    /// A path of the namespace for other programs. Valid while this `Host` exists.
     #[must_use]
     pub fn netns_path(&self) -> PathBuf {
         format!("/proc/{}/fd/{}", std::process::id(), self.netns.as_raw_fd()).into()
     }
 
-    /// Joins this host to `other` by a veth pair with a name on either side, both ends still down and without addresses.
+    /// Connects this host to `other` by a veth pair. Both ends are down and have no address.
     pub(crate) fn join(&self, name: &str, other: &Self, other_name: &str) -> Result<()> {
         self.within(|| rtnetlink::add_veth(name, other_name, other.netns.as_fd()))
     }
 
-    /// Takes a link of this host up or down.
+    /// Sets a link of this host up or down.
     ///
     /// # Errors
-    /// No such link.
+    /// The link does not exist.
     pub fn set_link(&self, name: &str, up: bool) -> Result<()> {
         self.within(|| rtnetlink::set_link(name, up))
     }
 
-    /// All TCP sockets of this host, in every state.
+    /// All TCP sockets of this host in every state.
     ///
     /// # Errors
     /// /proc cannot be read.
@@ -119,10 +120,11 @@ impl Host {
         self.within(kernel::sockets)
     }
 
-    /// All TCP sockets of this host as `ss` sees them, with owners, narrowed by an `ss` filter (`["sport", "=", ":8080"]`).
+    /// The TCP sockets of this host and their owners as shown by `ss`. The filter of `ss` is for example
+    /// `["sport", "=", ":8080"]`.
     ///
     /// # Errors
-    /// `ss` is missing, fails, or prints what we do not understand.
+    /// `ss` is missing, fails, or prints an unknown format.
     pub fn ss(&self, filter: &[&str]) -> Result<Vec<SsRow>> {
         let output = self
             .command("ss")
@@ -139,10 +141,10 @@ impl Host {
         ss::parse(&String::from_utf8_lossy(&output.stdout))
     }
 
-    /// A process on this host that holds sockets and does what it is told, called `comm` in the process list.
+    /// Starts a process on this host that holds sockets and serves requests. Its name in the process list is `comm`.
     ///
     /// # Errors
-    /// It cannot be started.
+    /// The process cannot be started.
     pub fn agent(&self, comm: &str) -> Result<Agent> {
         self.agent_as(&AgentOptions {
             comm: comm.to_owned(),
@@ -150,15 +152,15 @@ impl Host {
         })
     }
 
-    /// The same with a choice of user and capabilities.
+    /// As [`Self::agent`], as another user or with other capabilities.
     ///
     /// # Errors
-    /// It cannot be started, or not as that user.
+    /// The process cannot be started, or not as that user.
     pub fn agent_as(&self, options: &AgentOptions) -> Result<Agent> {
         Agent::start(self, options)
     }
 
-    /// A command to be run on this host.
+    /// A command to run on this host.
     #[must_use]
     pub fn command(&self, program: impl AsRef<OsStr>) -> HostCommand<'_> {
         HostCommand {
@@ -188,7 +190,7 @@ fn on_a_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     })
 }
 
-/// A command to be run on a [`Host`], in the manner of [`std::process::Command`]. It is killed when this process ends.
+/// A command to run on a [`Host`], similar to [`std::process::Command`]. The kernel kills it when this process ends.
 #[derive(Debug)]
 pub struct HostCommand<'a> {
     host: &'a Host,
@@ -218,7 +220,7 @@ impl HostCommand<'_> {
         self
     }
 
-    /// Sets a variable of its environment.
+    /// Sets an environment variable.
     #[must_use]
     pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
         self.environment
@@ -226,7 +228,7 @@ impl HostCommand<'_> {
         self
     }
 
-    /// Runs it as another user (and the group of the same number), without any capability unless
+    /// Runs the command as another user and the group with the same id. It has no capabilities, unless
     /// [`Self::capabilities`] grants some.
     #[must_use]
     pub fn uid(mut self, uid: u32) -> Self {
@@ -234,52 +236,53 @@ impl HostCommand<'_> {
         self
     }
 
-    /// Runs it with these capabilities and no others; with an empty list it has no privilege even as root.
+    /// Runs the command with only these capabilities. With an empty list, even root has no privileges.
     #[must_use]
     pub fn capabilities(mut self, keep: &[Capability]) -> Self {
         self.identity.capabilities = Some(keep.iter().map(ToString::to_string).collect());
         self
     }
 
-    /// Keeps it in our process group, so that the terminal's Ctrl-C reaches it and it may read from the terminal.
+    /// Leaves the command in the caller's process group: Ctrl-C reaches it, and it can read from the terminal.
     #[must_use]
     pub fn in_our_group(mut self) -> Self {
-        self.group = Group::Ours;
+        self.group = Group::Inherited;
         self
     }
 
-    /// Puts it into this process group of our session.
+    /// Puts the command into this process group of the current session.
     #[must_use]
     pub(crate) fn in_group(mut self, group: i32) -> Self {
         self.group = Group::Of(group);
         self
     }
 
-    /// Its standard input; inherited by default, empty with [`Self::output`].
+    /// Sets stdin. The default is inherited, or empty with [`Self::output`].
     #[must_use]
     pub fn stdin(mut self, stdin: impl Into<Stdio>) -> Self {
         self.stdio[0] = Some(stdin.into());
         self
     }
 
-    /// Its standard output; inherited by default, captured with [`Self::output`].
+    /// Sets stdout. The default is inherited, or captured with [`Self::output`].
     #[must_use]
     pub fn stdout(mut self, stdout: impl Into<Stdio>) -> Self {
         self.stdio[1] = Some(stdout.into());
         self
     }
 
-    /// Its standard error; inherited by default, captured with [`Self::output`].
+    /// Sets stderr. The default is inherited, or captured with [`Self::output`].
     #[must_use]
     pub fn stderr(mut self, stderr: impl Into<Stdio>) -> Self {
         self.stdio[2] = Some(stderr.into());
         self
     }
 
-    /// Starts it. A program that cannot be run shows as exit status 127 (not found) or 126, with a message on stderr.
+    /// Starts the command. If the program cannot be executed, the exit status is 127 (not found) or 126, with a message on
+    /// stderr.
     ///
     /// # Errors
-    /// No process can be started, or not as the wanted user.
+    /// No process can be started, or not as the requested user.
     pub fn spawn(self) -> Result<Child> {
         let program = self.arguments[0].clone();
         if let Some(uid) = self.identity.uid {
@@ -303,18 +306,18 @@ impl HostCommand<'_> {
         spawner::spawn(command).with_context(|| format!("start `{}`", program.display()))
     }
 
-    /// Runs it to its end, two minutes at most.
+    /// Runs the command to its end, for two minutes at most.
     ///
     /// # Errors
-    /// As [`Self::spawn`]; or it did not end in time and was killed.
+    /// As [`Self::spawn`], or the command did not end in time and was killed.
     pub fn output(self) -> Result<Output> {
         self.output_within(COMMAND_DEADLINE)
     }
 
-    /// Runs it to its end, or kills it at the deadline.
+    /// Runs the command to its end, or kills it at the deadline.
     ///
     /// # Errors
-    /// As [`Self::spawn`]; or it did not end in time and was killed.
+    /// As [`Self::spawn`], or the command did not end in time and was killed.
     pub fn output_within(mut self, deadline: Duration) -> Result<Output> {
         let name = format!("{:?}", self.arguments);
         for (stdio, default) in self
@@ -329,12 +332,12 @@ impl HostCommand<'_> {
     }
 }
 
-/// Waits for the end of `child` and what it has written, or kills it at the deadline.
+/// Waits for `child` and its output, or kills it at the deadline.
 ///
 /// # Errors
-/// It did not end in time and was killed.
+/// `child` did not end in time and was killed.
 pub(crate) fn finish_within(child: Child, name: &str, deadline: Duration) -> Result<Output> {
-    // Unreaped until the thread below is done with it, so the number cannot become another process's.
+    // The thread below reaps the child, so until then no other process can have its pid.
     let pid = Pid::from_raw(child.id().cast_signed());
     let (done, result) = channel();
     std::thread::spawn(move || done.send(child.wait_with_output()));
@@ -344,6 +347,6 @@ pub(crate) fn finish_within(child: Child, name: &str, deadline: Duration) -> Res
             let _ = kill(pid, Signal::SIGKILL);
             bail!("{name} did not end within {deadline:?}")
         }
-        Err(RecvTimeoutError::Disconnected) => bail!("lost {name}"),
+        Err(RecvTimeoutError::Disconnected) => bail!("the thread that waited for {name} is gone"),
     }
 }

@@ -1,7 +1,7 @@
-//! The kernel's own list of TCP sockets, as far as a scenario's state shows in it.
+//! The kernel's tables of TCP sockets in /proc.
 //!
-//! `/proc/thread-self/net`, not `/proc/net`: the latter is the main thread's namespace. Needs no program installed, so that
-//! `netns-harness run` works on a machine without `ss`; `ss` (see [`crate::ss`]) is the second, independent witness.
+//! Read from `/proc/thread-self/net`, because `/proc/net` belongs to the namespace of the main thread. `netns-harness run`
+//! thus works without `ss`. The output of `ss` (see [`crate::ss`]) is a second, independent source.
 
 use std::fmt;
 use std::fs::File;
@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result};
 use procfs::FromReadSI as _;
 use procfs::net::{TcpNetEntries, TcpState as ProcState};
 
-/// A TCP state, printed as `ss` does.
+/// A TCP state, printed as by `ss`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[expect(missing_docs, reason = "the words of RFC 9293")]
 pub enum TcpState {
@@ -44,7 +44,7 @@ const STATE_NAMES: [(TcpState, &str); 11] = [
 ];
 
 impl TcpState {
-    /// The state `ss` calls `name`.
+    /// The state with this name in `ss`.
     #[must_use]
     pub fn from_ss(name: &str) -> Option<Self> {
         STATE_NAMES
@@ -87,17 +87,17 @@ impl From<ProcState> for TcpState {
 pub struct KernelSocket {
     /// Its state.
     pub state: TcpState,
-    /// Our endpoint.
+    /// The local endpoint.
     pub local: SocketAddr,
-    /// The other endpoint.
+    /// The peer's endpoint.
     pub peer: SocketAddr,
-    /// Unread bytes (a FIN not read yet counts as one); the accept queue's length for a listener.
+    /// Unread bytes, where an unread FIN counts as one; for a listener, the length of its accept queue.
     pub recv_q: u32,
-    /// Bytes the peer has not acknowledged.
+    /// Bytes that the peer has not acknowledged.
     pub send_q: u32,
-    /// 0 if no descriptor of it was ever opened, or the last one is closed.
+    /// 0 if the socket never had a descriptor, or its last one is closed.
     pub inode: u64,
-    /// The user who opened it.
+    /// The user who opened the socket.
     pub uid: u32,
 }
 
@@ -126,7 +126,7 @@ pub(crate) fn sockets() -> Result<Vec<KernelSocket>> {
     Ok(sockets)
 }
 
-/// The address as the network sees it: IPv4-mapped IPv6 is IPv4.
+/// The address as in packets: an IPv4-mapped IPv6 address becomes IPv4.
 #[must_use]
 pub fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())

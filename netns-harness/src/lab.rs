@@ -1,4 +1,4 @@
-//! A lab: the host of the leaking application, and one host for each peer, joined to it by a veth pair.
+//! A lab: one host for the leaking applications, and one host per peer, connected to it by a veth pair.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use clap::ValueEnum;
 use nix::sys::resource::{Resource, getrlimit};
 use serde::{Deserialize, Serialize};
 
@@ -14,32 +15,33 @@ use crate::host::Host;
 use crate::rtnetlink;
 use crate::scenario::{self, Expect, Scenario, Sharing, Stage};
 
-/// The name of the link on the peer's side.
+/// Name of the link on the peer's host.
 const PEER_LINK: &str = "eth0";
 
-/// Descriptors an agent needs beside its connections.
+/// Descriptors that an agent needs in addition to its connections.
 const SPARE_DESCRIPTORS: usize = 32;
 
-/// How often a wait looks again.
+/// Pause between two checks of a condition.
 pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// How the two sides address each other.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
+#[value(rename_all = "lowercase")]
 pub enum Family {
     /// IPv4 on both sides.
     V4,
     /// IPv6 on both sides.
     V6,
-    /// An IPv6 socket that takes IPv4 connections: the application's addresses are IPv4-mapped.
+    /// IPv4 connections to an IPv6 socket: the application's addresses are IPv4-mapped.
     Mapped,
 }
 
 impl Family {
-    /// All of them.
+    /// All families.
     pub const ALL: [Self; 3] = [Self::V4, Self::V6, Self::Mapped];
 
-    /// As on the command line.
+    /// The name on the command line.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -49,7 +51,7 @@ impl Family {
         }
     }
 
-    /// What a listener for any address of the application's host is bound to.
+    /// The wildcard address that a listener of this family binds to.
     pub(crate) fn any(self) -> IpAddr {
         match self {
             Self::V4 => Ipv4Addr::UNSPECIFIED.into(),
@@ -58,28 +60,28 @@ impl Family {
     }
 }
 
-/// What the application's listener is bound to.
+/// The address that the application's listener binds to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Listen {
-    /// Any address: what most applications do. One application of a lab can have the port.
+    /// The wildcard address, as with most applications. Only one application of a lab can have the port.
     #[default]
     Any,
-    /// The address of its own link, so that several applications of a lab can have the same port.
+    /// The address of the application's link. Several applications of a lab can have the same port.
     Own,
 }
 
-/// What to start.
+/// Options of [`Lab::start`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {
-    /// How many sockets to bring into the state.
+    /// Number of sockets to bring into the state.
     pub count: usize,
     /// The application's port.
     pub port: u16,
-    /// What its listener is bound to.
+    /// The address that its listener binds to.
     pub listen: Listen,
-    /// A process, a peer and a link of its own, even if the lab has an application that could be shared.
+    /// Start a new application, peer and link, even if the lab has an application to share.
     pub own: bool,
-    /// How long it may take until the kernel shows the state.
+    /// How long to wait until the kernel shows the state.
     pub deadline: Duration,
 }
 
@@ -90,21 +92,22 @@ impl Default for Options {
             port: 8080,
             listen: Listen::Any,
             own: false,
-            deadline: Duration::from_secs(20),
+            // Generous: the wait ends as soon as the state is reached.
+            deadline: Duration::from_secs(60),
         }
     }
 }
 
-/// One connection of a scenario, seen from the application.
+/// One connection of a scenario, from the application's side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Conn {
-    /// The application's end.
+    /// The application's address.
     pub local: SocketAddr,
-    /// The peer's end.
+    /// The peer's address.
     pub peer: SocketAddr,
-    /// The application's descriptor; `None` if it has none (never accepted, closed, in flight).
+    /// The application's descriptor. `None` if the connection was not accepted, was closed, or is in flight.
     pub app_fd: Option<Fd>,
-    /// The peer's descriptor; `None` if it has none any more.
+    /// The peer's descriptor. `None` if it was closed.
     pub peer_fd: Option<Fd>,
     /// Bytes of [`crate::pattern`] that the application has queued to the peer.
     pub sent: u64,
@@ -115,32 +118,32 @@ pub struct Conn {
 pub struct Pair {
     /// The leaking application.
     pub app: Agent,
-    /// Who is connected to it.
+    /// The process that connects to the application.
     pub peer: Agent,
-    /// Where the peer runs.
+    /// The peer's host.
     pub peer_host: Host,
     /// The application's listening socket.
     pub listener: Fd,
-    /// What the peer connects to.
+    /// The address that the peer connects to.
     pub app_address: SocketAddr,
     /// The peer's address on the link.
     pub peer_address: IpAddr,
     family: Family,
     options: Options,
-    /// Nobody else may use this pair: its accept queue is full of connections that must stay there.
+    /// No other scenario may use this pair, because connections must stay in its accept queue.
     sealed: Mutex<bool>,
 }
 
 impl Pair {
-    /// Takes the peer's side of the link down or up: a peer that is unplugged.
+    /// Sets the peer's end of the link up or down. Down is a peer that is unplugged.
     ///
     /// # Errors
-    /// The kernel's.
+    /// The kernel refuses the change.
     pub fn set_link(&self, up: bool) -> Result<()> {
         self.peer_host.set_link(PEER_LINK, up)
     }
 
-    /// The peer's address as the application's sockets know it.
+    /// The peer's address as in the application's sockets.
     pub(crate) fn peer_address_of_app(&self) -> IpAddr {
         match (self.family, self.peer_address) {
             (Family::Mapped, IpAddr::V4(ip)) => ip.to_ipv6_mapped().into(),
@@ -149,9 +152,9 @@ impl Pair {
     }
 }
 
-/// Hosts, applications and peers, all gone when it is dropped or when this process ends, in whatever way.
+/// Hosts, applications and peers. They are removed when the lab is dropped or this process ends, for whatever reason.
 ///
-/// Labs have nothing in common: any number can live side by side, each with the same addresses and ports.
+/// Labs are independent: several can exist at the same time with the same addresses and ports.
 #[derive(Debug)]
 pub struct Lab {
     app_host: Host,
@@ -178,14 +181,13 @@ impl Lab {
         &self.app_host
     }
 
-    /// Brings sockets into the state that `scenario` names, and waits until the kernel shows it.
+    /// Brings sockets into the state of `scenario` and waits until the kernel shows it.
     ///
-    /// Scenarios started on the same port and family share one application and listener where they can, so that the sockets
-    /// of both are its own.
+    /// Where possible, scenarios on the same port and family share one application and its listener.
     ///
     /// # Errors
-    /// No such scenario, something the scenario needs is missing, or the state did not come about in time; the message then
-    /// says what the kernel shows instead.
+    /// The scenario is unknown, a requirement of it is missing, or the state was not reached in time. In the last case, the
+    /// message says what the kernel shows instead.
     pub fn start(&self, scenario: &str, family: Family, options: Options) -> Result<Leak> {
         let leak = self.prepare(scenario, family, options)?;
         leak.wait_for_state(&self.app_host, options.deadline)?;
@@ -195,7 +197,7 @@ impl Lab {
     /// As [`Self::start`], but does not wait for the state.
     ///
     /// # Errors
-    /// No such scenario, or something it needs is missing.
+    /// The scenario is unknown, or a requirement of it is missing.
     pub fn prepare(&self, scenario: &str, family: Family, options: Options) -> Result<Leak> {
         let scenario = scenario::find(scenario)?;
         ensure!(options.count > 0, "a scenario needs at least one socket");
@@ -205,11 +207,12 @@ impl Lab {
             .saturating_sub(SPARE_DESCRIPTORS);
         ensure!(
             options.count <= limit,
-            "{} sockets are more than one process can have (hard RLIMIT_NOFILE leaves {limit})",
+            "{} sockets are more than one process can have (the hard RLIMIT_NOFILE allows {limit})",
             options.count
         );
         let pair = self.pair_for(scenario, family, options)?;
         let stage = Stage {
+            app_host: &self.app_host,
             pair: &pair,
             count: options.count,
         };
@@ -225,7 +228,7 @@ impl Lab {
     /// Waits until `condition` holds.
     ///
     /// # Errors
-    /// It fails, or it does not hold within `deadline`.
+    /// `condition` fails, or does not hold within `deadline`.
     pub fn wait_for(
         &self,
         deadline: Duration,
@@ -235,7 +238,7 @@ impl Lab {
         while !condition()? {
             ensure!(
                 Instant::now() < until,
-                "the condition did not come about within {deadline:?}"
+                "the condition did not hold within {deadline:?}"
             );
             std::thread::sleep(POLL_INTERVAL);
         }
@@ -266,7 +269,7 @@ impl Lab {
         Ok(pair)
     }
 
-    /// Joins a new host to the application's, with addresses on both sides.
+    /// Connects a new host to the application's and assigns addresses to both ends.
     pub(crate) fn link(&self) -> Result<Link> {
         let number = self
             .links
@@ -326,7 +329,7 @@ impl Lab {
     }
 }
 
-/// A peer's host, joined to the application's: 10.78.N.0/24 and fd78:0:0:N::/64 for the link N.
+/// A peer's host and its link to the application's host. Link N has the networks 10.78.N.0/24 and fd78:0:0:N::/64.
 #[derive(Debug)]
 pub(crate) struct Link {
     pub peer_host: Host,
@@ -334,11 +337,11 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    /// The numbers of the two ends in their networks.
+    /// Host numbers of the two ends in the networks of the link.
     const APP: u8 = 1;
     const PEER: u8 = 2;
 
-    /// The addresses of the application and of the peer, as the network sees them.
+    /// The addresses of the application and of the peer, as in packets.
     pub(crate) fn addresses(&self, family: Family) -> (IpAddr, IpAddr) {
         match family {
             Family::V4 | Family::Mapped => (self.v4(Self::APP), self.v4(Self::PEER)),
@@ -394,19 +397,19 @@ impl Leak {
         &self.conns
     }
 
-    /// The application's descriptors of them, those it has.
+    /// The application's descriptors of the connections.
     #[must_use]
     pub fn app_fds(&self) -> Vec<Fd> {
         self.conns.iter().filter_map(|conn| conn.app_fd).collect()
     }
 
-    /// The peer's descriptors of them, those it has.
+    /// The peer's descriptors of the connections.
     #[must_use]
     pub fn peer_fds(&self) -> Vec<Fd> {
         self.conns.iter().filter_map(|conn| conn.peer_fd).collect()
     }
 
-    /// Waits until the kernel shows every connection as the scenario says.
+    /// Waits until the kernel shows every connection as the scenario expects.
     pub(crate) fn wait_for_state(&self, app_host: &Host, deadline: Duration) -> Result<()> {
         let until = Instant::now() + self.scenario.deadline.unwrap_or(deadline);
         app_host.within(|| {
@@ -415,7 +418,7 @@ impl Leak {
                 let Some(first) = wrong.first() else { return Ok(()) };
                 if Instant::now() >= until {
                     bail!(
-                        "scenario {}: {} of {} sockets are not in the wanted state ({}) in time, for example {first}",
+                        "scenario {}: {} of {} sockets did not reach the expected state ({}) in time, for example {first}",
                         self.scenario.name,
                         wrong.len(),
                         self.conns.len(),
@@ -448,15 +451,16 @@ impl Leak {
     }
 }
 
-/// Pairs up the two ends of connections.
-pub(crate) fn join_ends(ours: &[Endpoint], theirs: &[Endpoint]) -> Result<Vec<Conn>> {
+/// Matches the ends of connections in the application and in the peer.
+pub(crate) fn join_ends(app_ends: &[Endpoint], peer_ends: &[Endpoint]) -> Result<Vec<Conn>> {
     let by_local: std::collections::HashMap<_, _> =
-        theirs.iter().map(|end| (end.local, end)).collect();
-    ours.iter()
+        peer_ends.iter().map(|end| (end.local, end)).collect();
+    app_ends
+        .iter()
         .map(|end| {
             let other = by_local
                 .get(&end.peer)
-                .with_context(|| format!("a stranger connected: {}", end.peer))?;
+                .with_context(|| format!("unexpected connection from {}", end.peer))?;
             Ok(Conn {
                 local: end.local,
                 peer: end.peer,

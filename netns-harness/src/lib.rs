@@ -1,13 +1,13 @@
-//! Network namespaces that reproduce every stuck TCP state, for tests and for people.
+//! Network namespaces that reproduce every stuck TCP state, for tests and for manual use.
 //!
-//! A [`Lab`] is a host with a leaking application and, for each application, a host with its peer, joined by a veth pair.
-//! [`Lab::start`] brings sockets into the state that a [`scenario`] names and waits until the kernel shows it:
+//! A [`Lab`] has one host for the leaking applications. Each application's peer has a host of its own, connected by a veth
+//! pair. [`Lab::start`] brings sockets into the state of a [`scenario`] and waits until the kernel shows it:
 //!
 //! ```no_run
 //! use netns_harness::{Family, Lab, Options};
 //!
 //! fn main() -> anyhow::Result<()> {
-//!     netns_harness::init()?; // first thing, single-threaded
+//!     netns_harness::init()?; // before any other thread exists
 //!     let lab = Lab::new()?;
 //!     let leak = lab.start("unread", Family::V6, Options { count: 3, ..Options::default() })?;
 //!     let output = lab.app_host().command("cwkill").args(["--port", "8080"]).output()?;
@@ -16,20 +16,20 @@
 //! }
 //! ```
 //!
-//! Needs root or unprivileged user namespaces, and no program but the one that calls it. Whatever happens to that program, all
-//! of the lab goes with it.
+//! It needs root or unprivileged user namespaces, and no other program. When the calling program ends, for whatever reason,
+//! the kernel removes the lab.
 //!
-//! - `lab`: hosts, links, applications and peers put together
-//! - `scenario`: the stuck states, one file each
-//! - `host`: a network namespace and what runs in it
-//! - `agent`: the processes that own the sockets, and the handle that drives them
-//! - `role`, `spawner`: how processes of the lab are started, by re-executing ourselves
+//! - `lab`: hosts, links, applications and peers
+//! - `scenario`: the stuck states, one per file
+//! - `host`: a network namespace and the processes in it
+//! - `agent`: the processes that own the sockets, and their handles
+//! - `role`, `spawner`: start the processes of the lab by re-executing the calling program
 //! - `privilege`: root, or root of a user namespace
-//! - `rtnetlink`: links and addresses
-//! - `kernel`, `ss`, `verify`: what the kernel shows, what `ss` shows, and whether a scenario keeps its word
-//! - `bench`: `cwkill` beside its peers
-//! - [`owners`]: real programs that leak, and what reclaiming does to them
-//! - [`chaos`]: innocent connections under fire
+//! - `rtnetlink`: links and addresses; `program`: finds programs
+//! - `kernel`, `ss`: the sockets as the kernel and as `ss` show them; `verify`: compares them with a scenario
+//! - `bench`: compares `cwkill` with similar tools
+//! - [`owners`]: real programs that leak, and the effect of reclaiming on them
+//! - [`chaos`]: bystander connections while `cwkill` runs
 //! - `run`, `cli`: the program `netns-harness`
 
 mod agent;
@@ -41,6 +41,7 @@ mod kernel;
 mod lab;
 pub mod owners;
 mod privilege;
+mod program;
 mod role;
 mod rtnetlink;
 mod run;
@@ -63,7 +64,7 @@ pub use role::run_role;
 pub use ss::{SsOwner, SsRow};
 pub use verify::{check, verify};
 
-/// What the `main` of a program that builds labs calls first thing: [`run_role`], then [`ensure_privileges`].
+/// Calls [`run_role`], then [`ensure_privileges`]. The first call in `main` of a program that builds labs.
 ///
 /// # Errors
 /// As [`ensure_privileges`].

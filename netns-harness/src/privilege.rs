@@ -1,4 +1,4 @@
-//! Becoming somebody who may build namespaces: root as we are, anybody else as root of a user namespace.
+//! Gets the privileges to create namespaces: root has them, and other users get them in a user namespace.
 
 use std::fs;
 
@@ -7,16 +7,16 @@ use caps::{CapSet, Capability};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{Gid, Uid};
 
-/// Set to anything but `0` or nothing, it makes even root use a user namespace, so that one run tests both ways.
+/// Environment variable that makes even root use a user namespace, unless it is empty or `0`. Lets root test both ways.
 pub const FORCE_USERNS: &str = "NETNS_HARNESS_USERNS";
 
-/// Makes sure that this process may create network namespaces, if need be by entering a user namespace of its own in
-/// which the caller's user is root.
+/// Ensures that this process may create network namespaces. If necessary, it enters a new user namespace in which the
+/// current user is root.
 ///
-/// Must be called while the process has a single thread: the kernel refuses a user namespace to any other.
+/// Must be called while the process has a single thread; otherwise the kernel refuses the user namespace.
 ///
 /// # Errors
-/// Neither root nor unprivileged user namespaces are to be had; the message says what to allow.
+/// The process is not root, and user namespaces are not allowed. The message says what to allow.
 pub fn ensure_privileges() -> Result<()> {
     let forced =
         std::env::var_os(FORCE_USERNS).is_some_and(|value| !value.is_empty() && value != "0");
@@ -33,7 +33,7 @@ pub fn ensure_privileges() -> Result<()> {
 }
 
 fn may_build() -> Result<bool> {
-    // NET_ADMIN too: containers often have one without the other.
+    // Containers often have one of these without the other.
     Ok(
         caps::has_cap(None, CapSet::Effective, Capability::CAP_SYS_ADMIN)?
             && caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN)?,
@@ -43,7 +43,7 @@ fn may_build() -> Result<bool> {
 fn enter_user_namespace() -> Result<()> {
     let (uid, gid) = (Uid::effective(), Gid::effective());
     unshare(CloneFlags::CLONE_NEWUSER).context("create a user namespace")?;
-    // Since Linux 3.19 an unprivileged gid_map needs setgroups given up first.
+    // Since Linux 3.19, an unprivileged process must disable setgroups before it writes gid_map.
     for (file, content) in [
         ("setgroups", "deny".to_owned()),
         ("uid_map", format!("0 {uid} 1")),
@@ -55,7 +55,7 @@ fn enter_user_namespace() -> Result<()> {
     Ok(())
 }
 
-/// AppArmor lets the user namespace come into being, and refuses what is done in it.
+/// Creates a network namespace and drops it: AppArmor may allow the user namespace but not its use.
 fn try_network_namespace() -> Result<()> {
     std::thread::spawn(|| unshare(CloneFlags::CLONE_NEWNET))
         .join()
@@ -63,17 +63,17 @@ fn try_network_namespace() -> Result<()> {
         .context("create a network namespace")
 }
 
-/// Can a process of ours become this user?
+/// Checks that a child process can become this user.
 ///
 /// # Errors
-/// Not in this user namespace; the message says why.
+/// This user namespace does not map the user.
 pub(crate) fn ensure_mapped(uid: u32) -> Result<()> {
     let map = fs::read_to_string("/proc/self/uid_map").context("read /proc/self/uid_map")?;
     if is_mapped(&map, uid) {
         return Ok(());
     }
     bail!(
-        "user {uid} is not mapped in this user namespace (only the caller's own is): run as root for a second user"
+        "user {uid} is not mapped in this user namespace, which maps only the caller: run as root to use a second user"
     )
 }
 

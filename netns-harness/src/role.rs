@@ -1,16 +1,16 @@
-//! Re-executing ourselves: how every process of a lab comes to life.
+//! Roles: every process of a lab is the calling program, executed again.
 //!
-//! Nothing here forks. A process of the lab is `/proc/self/exe` started again with a *role* as its arguments: which
-//! namespace to enter, whom to be, and what to become. So agents, their children and commands can be started from any
-//! executable that calls [`crate::run_role`] first thing, a test binary included.
+//! Nothing here forks without exec. A process of the lab is `/proc/self/exe` with a *role* in its arguments: the namespace
+//! to enter, the user and capabilities to take, and the work to do. So any executable can start agents and commands,
+//! including a test binary, if the first call in its `main` is [`crate::run_role`].
 //!
-//! Invariant: a role ends when the thread that spawned it ends (PR_SET_PDEATHSIG), which is why [`crate::spawner`]
-//! starts them all from one thread that lives as long as the process.
+//! Invariant: a role ends when the thread that spawned it ends (PR_SET_PDEATHSIG). Therefore [`crate::spawner`] starts all
+//! roles from one thread that lives as long as the process.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
@@ -22,60 +22,61 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::{Gid, Pid, Uid};
 use serde::{Deserialize, Serialize};
 
+use crate::program::is_found;
 use crate::run::{self, RunRequest};
 use crate::{agent, chaos};
 
-/// The first argument of a re-executed process. Not a word anybody types.
+/// The first argument of a re-executed process.
 const ROLE_ARGUMENT: &str = "__netns-harness-role";
 
-/// What a re-executed process does before it becomes what it is.
+/// The setup and the work of a re-executed process.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Role {
-    /// The pid that spawns it; a role whose parent is already gone ends at once.
+    /// The pid of the parent. A role whose parent is already gone ends at once.
     pub parent: i32,
-    /// The network namespace to enter, as a path (`/proc/PID/fd/N`).
+    /// Path of the network namespace to enter (`/proc/PID/fd/N`).
     pub netns: Option<PathBuf>,
     pub group: Group,
     pub identity: Identity,
     pub become_: Become,
 }
 
-/// The process group of a process of the lab: whom Ctrl-C at the terminal reaches.
+/// The process group of a process in the lab. Ctrl-C at the terminal reaches the foreground group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Group {
-    /// That of the process that starts it.
-    Ours,
-    /// One of its own.
+    /// The group of the process that starts it.
+    Inherited,
+    /// A new group.
     Own,
-    /// This one, of the same session.
+    /// This group of the same session.
     Of(i32),
 }
 
-/// Whose rights a process of the lab has.
+/// The user and the capabilities of a process in the lab.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Identity {
-    /// User and group id; `None` keeps the caller's.
+    /// User and group id. `None` keeps those of the caller.
     pub uid: Option<u32>,
-    /// Names (`CAP_NET_ADMIN`) of the only capabilities it keeps; `None` leaves them as they are.
+    /// Names of the only capabilities that it keeps, such as `CAP_NET_ADMIN`. `None` changes nothing.
     pub capabilities: Option<Vec<String>>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Become {
-    /// A process with sockets that does what its stdin says.
+    /// A process with sockets that serves the requests on its stdin.
     Agent { comm: String },
-    /// A process that only holds the descriptors it inherited.
+    /// A process that only holds inherited descriptors.
     Holder { comm: String },
     /// The command in the arguments after the role.
     Command,
     /// The inner process of `netns-harness run`.
     Keeper { request: RunRequest },
-    /// One of the two processes of `netns-harness chaos`.
-    Chaos { part: chaos::Part },
+    /// One of the two worker processes of `netns-harness chaos`.
+    Chaos { role: chaos::WorkerRole },
 }
 
 impl Role {
-    /// A role of a child of this process, in our own network namespace.
+    /// A role for a child of this process, in the current network namespace.
     pub(crate) fn here(identity: Identity, group: Group, become_: Become) -> Self {
         Self {
             parent: std::process::id().cast_signed(),
@@ -86,7 +87,7 @@ impl Role {
         }
     }
 
-    /// A command line that starts this role. It must be spawned by the process that built it.
+    /// The command that starts this role. Only the process that built the role can spawn it.
     pub(crate) fn command(&self) -> Result<Command> {
         let mut command = Command::new("/proc/self/exe");
         command
@@ -97,7 +98,7 @@ impl Role {
     }
 
     fn enter(&self) -> Result<()> {
-        // Signal masks survive exec; a keeper's blocked SIGINT must not be its children's.
+        // Signal masks survive exec. The children of a keeper must not inherit its blocked SIGINT.
         SigSet::empty()
             .thread_set_mask()
             .context("unblock signals")?;
@@ -107,7 +108,7 @@ impl Role {
             setns(netns, CloneFlags::CLONE_NEWNET).context("enter the network namespace")?;
         }
         let group = match self.group {
-            Group::Ours => None,
+            Group::Inherited => None,
             Group::Own => Some(0),
             Group::Of(group) => Some(group),
         };
@@ -115,9 +116,9 @@ impl Role {
             nix::unistd::setpgid(Pid::from_raw(0), Pid::from_raw(group)).context("setpgid")?;
         }
         self.identity.assume()?;
-        // After the change of identity, which clears it.
+        // After the change of identity, which clears the parent death signal.
         let signal = match self.become_ {
-            // It has descendants of its own to remove first.
+            // The keeper must first remove its descendants.
             Become::Keeper { .. } => Signal::SIGTERM,
             _ => Signal::SIGKILL,
         };
@@ -148,7 +149,7 @@ impl Identity {
         };
         if let Some(keep) = &keep {
             for capability in caps::all() {
-                // The kernel may know fewer than the crate; those it does not know nobody has.
+                // `has_cap` fails for a capability that this kernel does not know. No process has it.
                 if !keep.contains(&capability)
                     && caps::has_cap(None, CapSet::Bounding, capability).unwrap_or(false)
                 {
@@ -169,60 +170,62 @@ impl Identity {
             caps::set(None, CapSet::Permitted, keep)?;
             caps::set(None, CapSet::Inheritable, keep)?;
             caps::set(None, CapSet::Effective, keep)?;
-            // Ambient, so that an exec as a user other than root keeps them.
+            // Only ambient capabilities survive an exec as a user other than root.
             caps::set(None, CapSet::Ambient, keep)?;
         }
-        // A change of identity hides /proc/self from the new user; a program started by that user would not be hidden.
+        // A change of identity makes /proc/self unreadable for the new user. A program that this user starts has a
+        // readable one.
         prctl::set_dumpable(true).context("set dumpable")
     }
 }
 
 fn unmapped(uid: u32, call: &str) -> String {
-    format!("{call} to user {uid}: needs root, or a user namespace in which {uid} is mapped")
+    format!("{call} to user {uid}: needs root, or a user namespace that maps {uid}")
 }
 
-/// Runs the role this process was started for and exits, or returns if it was started by somebody else.
+/// If this process was started with a role, runs it and exits; otherwise returns.
 ///
-/// Must be called first thing in `main`, before any other thread exists, by every executable that builds a
-/// [`crate::Lab`]: the processes of the lab are that same executable, started again.
+/// Every executable that builds a [`crate::Lab`] must call this first in `main`, before any other thread exists: the
+/// processes of the lab are the same executable, started again.
 pub fn run_role() {
     let mut arguments = std::env::args_os().skip(1);
     if arguments.next().is_none_or(|first| first != ROLE_ARGUMENT) {
         return;
     }
     let specification = arguments.next().unwrap_or_default();
-    let code = play(&specification, arguments.collect()).unwrap_or_else(|error| {
+    let code = run_specified(&specification, arguments.collect()).unwrap_or_else(|error| {
         eprintln!("netns-harness: {error:#}");
         1
     });
     std::process::exit(code);
 }
 
-fn play(specification: &OsStr, arguments: Vec<OsString>) -> Result<i32> {
+fn run_specified(specification: &OsStr, arguments: Vec<OsString>) -> Result<i32> {
     let role: Role = serde_json::from_slice(specification.as_bytes()).context("read the role")?;
     role.enter()?;
     match role.become_ {
         Become::Agent { comm } => {
-            close_inherited().context("close what was inherited")?;
+            close_inherited().context("close inherited descriptors")?;
             agent::server::serve(&comm).map(|()| 0)
         }
         Become::Holder { comm } => agent::server::hold(&comm).map(|()| 0),
         Become::Keeper { request } => Ok(run::keep(&request, &arguments)),
-        Become::Chaos { part } => chaos::play(&part).map(|()| 0),
+        Become::Chaos { role } => chaos::run_worker(&role).map(|()| 0),
         Become::Command => {
             let (program, rest) = arguments.split_first().context("no command to run")?;
             let error = Command::new(program).args(rest).exec();
             eprintln!("netns-harness: cannot run `{}`: {error}", program.display());
-            // The shell's convention.
+            // The exit statuses of a shell. The errno of execvp(3) is not enough: it is EACCES, too, if the program is
+            // missing and a directory of PATH cannot be searched.
             Ok(if is_found(program) { 126 } else { 127 })
         }
     }
 }
 
-/// Closes all descriptors but the three of stdio: those that a shell or a build tool left open are no part of a lab, and
-/// would be counted as the application's.
+/// Closes all descriptors except stdin, stdout and stderr. Descriptors that a shell or a build tool left open would count as
+/// the application's.
 fn close_inherited() -> Result<()> {
-    // Numbers alone: an entry keeps the directory open, whose own descriptor is among them.
+    // Collects numbers, not entries: an entry keeps the directory open, and its descriptor is one of them.
     let numbers = std::fs::read_dir("/proc/self/fd")?
         .map(|entry| Ok(entry?.file_name().to_string_lossy().parse()?))
         .collect::<Result<Vec<i32>>>()?;
@@ -232,21 +235,11 @@ fn close_inherited() -> Result<()> {
     Ok(())
 }
 
-/// Lets this process have as many descriptors as it may.
+/// Raises the soft limit of descriptors to the hard limit.
 ///
 /// # Errors
-/// The kernel's.
+/// As getrlimit(2) and setrlimit(2).
 pub(crate) fn raise_descriptor_limit() -> nix::Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
-}
-
-/// Not the kind of the exec error: execvp says "permission denied" of a name it has not found either, if some directory of
-/// PATH is closed to us.
-fn is_found(program: &OsStr) -> bool {
-    if program.as_bytes().contains(&b'/') {
-        return Path::new(program).exists();
-    }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|directory| directory.join(program).exists())
 }

@@ -1,6 +1,6 @@
-//! The three things a lab asks of rtnetlink, so that it needs no `ip` program: a veth pair, an address, a link up or down.
+//! The three rtnetlink requests of a lab: create a veth pair, add an address, set a link up or down. Replaces `ip`.
 //!
-//! Invariant: every call works on the network namespace of the calling thread.
+//! Invariant: every call acts in the network namespace of the calling thread.
 
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
@@ -18,7 +18,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 
-/// Creates a veth pair: `name` here, `peer_name` in the namespace `peer_netns`.
+/// Creates a veth pair: `name` in the current namespace, `peer_name` in `peer_netns`.
 pub(crate) fn add_veth(name: &str, peer_name: &str, peer_netns: BorrowedFd<'_>) -> Result<()> {
     let mut peer = LinkMessage::default();
     peer.attributes
@@ -38,7 +38,7 @@ pub(crate) fn add_veth(name: &str, peer_name: &str, peer_netns: BorrowedFd<'_>) 
     .with_context(|| format!("create the veth pair {name}"))
 }
 
-/// Takes a link up or down.
+/// Sets a link up or down.
 pub(crate) fn set_link(name: &str, up: bool) -> Result<()> {
     let mut link = LinkMessage::default();
     link.header.index = index(name)?;
@@ -52,7 +52,7 @@ pub(crate) fn set_link(name: &str, up: bool) -> Result<()> {
         .with_context(|| format!("set link {name} up={up}"))
 }
 
-/// Adds an address that is usable at once (no duplicate address detection).
+/// Adds an address that is usable at once, without duplicate address detection.
 pub(crate) fn add_address(name: &str, address: IpAddr, prefix_len: u8) -> Result<()> {
     let mut message = AddressMessage::default();
     message.header.family = if address.is_ipv4() {

@@ -1,13 +1,13 @@
-//! `netns-harness run`: build the lab, run a command in it, and leave nothing behind, whoever is killed.
+//! `netns-harness run`: builds the lab, runs a command in it, and leaves nothing behind, whichever process is killed.
 //!
-//! Two processes share the work. The *front* is what the user started; it only waits. The *keeper*, its child, builds the
-//! lab and runs the command. Both are subreapers, so every descendant that loses its parent becomes a child of one of
-//! them. When the front dies, the kernel tells the keeper (PR_SET_PDEATHSIG, SIGTERM), which kills all its children until
-//! it has none; when the keeper dies, its children fall to the front, which does the same. The keeper has a process group
-//! of its own, so that a signal to the group of the front and the command leaves it. If both are killed in the same
-//! instant, the agents and the command still die with their parent, but not what the command has put in the background.
+//! Two processes share the work. The *front* is the process that the user started; it only waits. The *keeper*, its child,
+//! builds the lab and runs the command. Both are subreapers: a descendant that loses its parent becomes a child of one of
+//! them. When the front dies, the kernel sends SIGTERM to the keeper (PR_SET_PDEATHSIG), and the keeper kills its children
+//! until none is left. When the keeper dies, its children become those of the front, which does the same. The keeper has
+//! its own process group, so that a signal to the group of the front and the command does not reach it. If both die at the
+//! same instant, the kernel kills the agents and the command, but not the command's background processes.
 //!
-//! Invariant: only children of our own are killed, and those not reaped yet, so a pid never means somebody else.
+//! Invariant: a process kills only its own children, and only before it reaps them. So no other process can have the pid.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::process::ExitStatusExt as _;
@@ -28,29 +28,29 @@ use crate::role::{Become, Group, Identity, Role};
 use crate::scenario::{self, Sharing};
 use crate::{privilege, verify};
 
-/// Exit status when the harness itself fails, as of `timeout`, `env` and the like.
+/// Exit status if the harness itself fails; `timeout` and `env` use the same.
 pub(crate) const HARNESS_FAILED: i32 = 125;
 
-/// What `netns-harness run` is to do, beside the command.
+/// Arguments of `netns-harness run`, without the command.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct RunRequest {
-    /// Names and numbers of sockets.
+    /// Names of scenarios and their numbers of sockets.
     pub scenarios: Vec<(String, usize)>,
     pub family: Family,
     pub port: u16,
-    /// Compare with `ss` before the command runs.
+    /// Compare the state with `ss` before the command runs.
     pub check: bool,
 }
 
-/// The front: starts the keeper, waits for it, and removes what it may have left. Returns the exit status.
+/// The front: starts the keeper, waits for it, and kills the processes it may have left. Returns the exit status.
 pub(crate) fn front(request: RunRequest, command: &[OsString]) -> Result<i32> {
     privilege::ensure_privileges()?;
     prctl::set_child_subreaper(true).context("become a subreaper")?;
-    // Ctrl-C is for the command, which is in our process group, and while there is none for the keeper,
-    // which is not: so a signal to the whole group, SIGKILL too, leaves one that can clean up.
+    // Ctrl-C reaches the command, which is in this process group, and not the keeper. So the keeper can clean up even
+    // after SIGKILL to the whole group. While no command runs, the front forwards Ctrl-C to the keeper.
     interrupts().thread_block().context("block signals")?;
     let role = Role::here(Identity::default(), Group::Own, Become::Keeper { request });
-    // Not through the spawner: the main thread lives as long as the process.
+    // Without the spawner: the main thread lives as long as the process.
     let mut keeper = role
         .command()?
         .args(command)
@@ -59,7 +59,7 @@ pub(crate) fn front(request: RunRequest, command: &[OsString]) -> Result<i32> {
     let pid = Pid::from_raw(keeper.id().cast_signed());
     thread::spawn(move || {
         while let Ok(signal) = interrupts().wait() {
-            // It may have ended; then so do we.
+            // Fails only if the keeper has ended; then the front ends, too.
             let _ = kill(pid, signal);
         }
     });
@@ -72,7 +72,7 @@ fn interrupts() -> SigSet {
     [Signal::SIGINT, Signal::SIGQUIT].into_iter().collect()
 }
 
-/// The signals that a keeper waits for on a thread.
+/// The signals that a thread of the keeper waits for.
 fn keeper_signals() -> SigSet {
     interrupts()
         .into_iter()
@@ -80,7 +80,7 @@ fn keeper_signals() -> SigSet {
         .collect()
 }
 
-/// Before any other thread exists, so that all of them have these blocked.
+/// Blocks the signals of the keeper. Must run before other threads exist, which inherit the mask.
 pub(crate) fn block_keeper_signals() -> Result<()> {
     keeper_signals().thread_set_mask().context("block signals")
 }
@@ -88,7 +88,7 @@ pub(crate) fn block_keeper_signals() -> Result<()> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Building,
-    /// The command runs, and Ctrl-C is its business, as under a shell.
+    /// The command runs and handles Ctrl-C, as under a shell.
     Running,
 }
 
@@ -102,7 +102,7 @@ pub(crate) fn keep(request: &RunRequest, command: &[OsString]) -> i32 {
 
 fn try_keep(request: &RunRequest, command: &[OsString]) -> Result<i32> {
     prctl::set_child_subreaper(true).context("become a subreaper")?;
-    // Held while the command is started, and for ever once the end has begun.
+    // Locked while the command starts, and permanently once the end has begun.
     let phase = Arc::new(Mutex::new(Phase::Building));
     let watched = Arc::clone(&phase);
     thread::spawn(move || watch_signals(&watched));
@@ -118,7 +118,7 @@ fn try_keep(request: &RunRequest, command: &[OsString]) -> Result<i32> {
         .args(arguments)
         .in_group(front_group.as_raw());
     command = command
-        .env("PATH", path_with_our_directory()?)
+        .env("PATH", path_with_own_directory()?)
         .env("HARNESS_APP_PID", first.app().pid().to_string())
         .env(
             "HARNESS_APP_ADDR",
@@ -134,7 +134,7 @@ fn try_keep(request: &RunRequest, command: &[OsString]) -> Result<i32> {
     };
     let status = child.wait();
     let _ending = lock(&phase);
-    // By their own handles first: behind the back of those nothing may be reaped.
+    // The handles of the agents must reap their processes before `kill_children` does.
     drop(leaks);
     drop(lab);
     kill_children()?;
@@ -142,22 +142,29 @@ fn try_keep(request: &RunRequest, command: &[OsString]) -> Result<i32> {
 }
 
 fn build(lab: &Lab, request: &RunRequest) -> Result<Vec<Leak>> {
-    let mut wanted = request
+    let mut scenarios = request
         .scenarios
         .iter()
         .map(|(name, count)| Ok((scenario::find(name)?, *count)))
         .collect::<Result<Vec<_>>>()?;
-    // Those that leave connections in the accept queue come after those that accept.
-    wanted.sort_by_key(|(scenario, _)| scenario.sharing == Sharing::Last);
-    let alone = wanted
+    // Scenarios that leave connections in the accept queue come last.
+    scenarios.sort_by_key(|(scenario, _)| scenario.sharing == Sharing::Last);
+    let alone = scenarios
         .iter()
         .filter(|(scenario, _)| scenario.sharing != Sharing::Freely)
         .count();
-    // More than one application on the port.
-    let crowded = wanted.len() > 1
-        && (alone > 1 || wanted.iter().any(|(one, _)| one.sharing == Sharing::Never));
-    let listen = if crowded { Listen::Own } else { Listen::Any };
-    wanted
+    // Whether several applications need the port.
+    let port_is_shared = scenarios.len() > 1
+        && (alone > 1
+            || scenarios
+                .iter()
+                .any(|(one, _)| one.sharing == Sharing::Never));
+    let listen = if port_is_shared {
+        Listen::Own
+    } else {
+        Listen::Any
+    };
+    scenarios
         .into_iter()
         .map(|(scenario, count)| {
             let options = Options {
@@ -175,12 +182,12 @@ fn build(lab: &Lab, request: &RunRequest) -> Result<Vec<Leak>> {
         .collect()
 }
 
-/// Programs built beside this one are found first: `netns-harness run unread -- cwkill`.
-fn path_with_our_directory() -> Result<OsString> {
-    let ours = std::env::current_exe().context("find our own program")?;
-    let directory = ours
+/// PATH with the directory of this program first, so that `netns-harness run unread -- cwkill` finds a built `cwkill`.
+fn path_with_own_directory() -> Result<OsString> {
+    let program = std::env::current_exe().context("find the path of this program")?;
+    let directory = program
         .parent()
-        .context("our own program has no directory")?
+        .context("the path of this program has no directory")?
         .to_owned();
     let path = std::env::var_os("PATH").unwrap_or_else(|| OsStr::new("/usr/bin:/bin").to_owned());
     std::env::join_paths(std::iter::once(directory).chain(std::env::split_paths(&path)))
@@ -196,7 +203,7 @@ fn watch_signals(phase: &Mutex<Phase>) {
         if matches!(signal, Signal::SIGINT | Signal::SIGQUIT) && *phase == Phase::Running {
             continue;
         }
-        // There is nobody left to tell of a failure.
+        // The front cleans up if this fails.
         let _ = kill_children();
         std::process::exit(128 + signal as i32);
     }
@@ -206,12 +213,12 @@ fn lock(phase: &Mutex<Phase>) -> MutexGuard<'_, Phase> {
     phase.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Kills all children, and those of theirs that fall to us, until there are none.
+/// Kills all children until none is left, including descendants that become children meanwhile.
 fn kill_children() -> Result<()> {
     loop {
         for child in children()? {
             match kill(child, Signal::SIGKILL) {
-                // Another thread of ours has reaped it since.
+                // Another thread has reaped it meanwhile.
                 Ok(()) | Err(Errno::ESRCH) => {}
                 Err(error) => {
                     return Err(error).with_context(|| format!("kill the process {child}"));
@@ -229,7 +236,7 @@ fn kill_children() -> Result<()> {
 fn children() -> Result<Vec<Pid>> {
     let own = std::process::id().cast_signed();
     let processes = procfs::process::all_processes().context("list /proc")?;
-    // A process that is gone by now is not our child: those stay until we wait for them.
+    // Errors are processes that have ended. A child of this process stays until it is reaped.
     let stats = processes.filter_map(|process| process.and_then(|process| process.stat()).ok());
     Ok(stats
         .filter(|stat| stat.ppid == own)

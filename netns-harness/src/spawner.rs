@@ -1,7 +1,7 @@
-//! The one thread that starts processes.
+//! The thread that starts all processes.
 //!
-//! PR_SET_PDEATHSIG fires when the *thread* that spawned a child ends, and tests start labs from threads that end before
-//! the process does. So all children are spawned by one thread that never ends before the process.
+//! PR_SET_PDEATHSIG acts when the *thread* that spawned a child ends, and tests start labs from threads that end before the
+//! process. Therefore one thread spawns all children and lives as long as the process.
 
 use std::io;
 use std::process::{Child, Command};
@@ -10,17 +10,17 @@ use std::sync::mpsc::{Sender, channel};
 
 type Order = (Command, Sender<io::Result<Child>>);
 
-/// Starts `command` as a child of the process's spawner thread.
+/// Spawns `command` from the spawner thread.
 ///
 /// # Errors
-/// What [`Command::spawn`] says.
+/// As [`Command::spawn`].
 pub(crate) fn spawn(command: Command) -> io::Result<Child> {
     static SPAWNER: OnceLock<Sender<Order>> = OnceLock::new();
     let spawner = SPAWNER.get_or_init(|| {
         let (orders, inbox) = channel::<Order>();
         std::thread::spawn(move || {
             for (mut command, reply) in inbox {
-                // The one who asked may have given up; the child is then unobserved but still ours.
+                // Fails only if the caller has panicked; the child then lives until this process ends.
                 let _ = reply.send(command.spawn());
             }
         });

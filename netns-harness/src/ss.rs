@@ -1,4 +1,4 @@
-//! What `ss` says: the witness that a scenario really is what it claims to be.
+//! Parses the output of `ss`, which is independent evidence of a scenario's state.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -9,23 +9,23 @@ use crate::kernel::{TcpState, canonical};
 /// One line of `ss -H -O -n -t -a -e -p`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SsRow {
-    /// The state.
+    /// The TCP state.
     pub state: TcpState,
     /// The Recv-Q column.
     pub recv_q: u32,
     /// The Send-Q column.
     pub send_q: u32,
-    /// Our endpoint; an IPv4-mapped address as IPv4. `*` (any address of both families) is `::`.
+    /// The local endpoint. An IPv4-mapped address is given as IPv4, and `*` (any address of both families) as `::`.
     pub local: SocketAddr,
-    /// The other endpoint, likewise; port 0 for `*`.
+    /// The peer's endpoint, likewise. The port `*` is given as 0.
     pub peer: SocketAddr,
-    /// Was an address of this row written as IPv4-mapped IPv6?
+    /// Whether `ss` printed an IPv4-mapped IPv6 address.
     pub mapped: bool,
-    /// Every process that holds a descriptor of it, one entry a descriptor.
+    /// One entry per descriptor of the socket.
     pub owners: Vec<SsOwner>,
-    /// 0 if it has none: never accepted, or no descriptor is left.
+    /// 0 if the socket has none: it was never accepted, or its last descriptor is closed.
     pub inode: u64,
-    /// Who opened it; `ss` leaves out root.
+    /// The user who opened the socket. `ss` omits root.
     pub uid: u32,
     /// The sock_diag cookie.
     pub cookie: u64,
@@ -34,21 +34,21 @@ pub struct SsRow {
 /// A process with a descriptor of a socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SsOwner {
-    /// Its name.
+    /// Name of the process.
     pub comm: String,
-    /// Its pid.
+    /// Pid of the process.
     pub pid: u32,
-    /// The number of the descriptor.
+    /// Number of the descriptor.
     pub fd: u32,
 }
 
-/// Reads the output of `ss -H -O -n -t -a -e -p`.
+/// Parses the output of `ss -H -O -n -t -a -e -p`.
 pub(crate) fn parse(output: &str) -> Result<Vec<SsRow>> {
     output
         .lines()
         .filter(|line| !line.trim().is_empty())
         .map(|line| {
-            parse_row(line).with_context(|| format!("cannot read this line of ss: {line:?}"))
+            parse_row(line).with_context(|| format!("cannot parse this line of ss: {line:?}"))
         })
         .collect()
 }
@@ -79,7 +79,7 @@ fn parse_row(line: &str) -> Option<SsRow> {
     })
 }
 
-/// `10.0.0.1:80`, `[::1]:80`, `*:80`, `0.0.0.0:*`, `[fe80::1]%eth0:80`; and whether it is IPv4-mapped.
+/// Parses `10.0.0.1:80`, `[::1]:80`, `*:80`, `0.0.0.0:*` or `[fe80::1]%eth0:80`. Also returns whether it is IPv4-mapped.
 fn parse_endpoint(word: &str) -> Option<(SocketAddr, bool)> {
     let (address, port) = word.rsplit_once(':')?;
     let port = if port == "*" { 0 } else { port.parse().ok()? };
@@ -97,7 +97,7 @@ fn parse_endpoint(word: &str) -> Option<(SocketAddr, bool)> {
     Some((canonical(SocketAddr::new(address, port)), mapped))
 }
 
-/// `users:(("name",pid=1,fd=3),("na)me",pid=2,fd=4))`. A name may hold anything but is always followed by `",pid=`.
+/// Parses `users:(("name",pid=1,fd=3),("na)me",pid=2,fd=4))`. A name may contain anything; `",pid=` follows it.
 fn parse_owners(line: &str) -> Option<Vec<SsOwner>> {
     let Some((_, mut rest)) = line.split_once("users:((\"") else {
         return Some(Vec::new());
@@ -124,7 +124,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_what_ss_prints() {
+    fn the_output_of_ss_is_parsed() {
         let rows = parse(concat!(
             "LISTEN     0      128                    *:8081      *:*     users:((\"python3\",pid=4972,fd=6)) ino:24015 sk:4 cgroup:/ v6only:0 <->\n",
             "CLOSE-WAIT 7      0      [::ffff:10.78.1.1]:8080 [::ffff:10.78.1.2]:40000 users:((\"a),(b\",pid=7,fd=5),(\"leaky\",pid=8,fd=5)) uid:1000 ino:24013 sk:a1 cgroup:/ -->\n",
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn names_the_line_it_cannot_read() {
+    fn a_line_that_cannot_be_parsed_is_named() {
         let error = parse("ESTAB 0 nonsense").unwrap_err();
         assert!(error.to_string().contains("nonsense"), "{error}");
     }

@@ -1,4 +1,4 @@
-//! Does a scenario keep its word? `ss` is the judge: a program that shares nothing with us but the kernel.
+//! Compares a scenario with the output of `ss`, a program that shares no code with the harness.
 
 use anyhow::{Result, bail, ensure};
 
@@ -7,10 +7,10 @@ use crate::scenario::Expect;
 use crate::ss::SsRow;
 use crate::{Family, Options};
 
-/// Builds the scenario in a lab of its own and compares what `ss` shows with what the scenario claims.
+/// Builds the scenario in a new lab and compares the output of `ss` with the scenario's expectation.
 ///
 /// # Errors
-/// It does not come about, or `ss` shows something else.
+/// The state is not reached, or `ss` shows another one.
 pub fn verify(scenario: &str, family: Family, count: usize) -> Result<()> {
     let lab = Lab::new()?;
     let leak = lab.start(
@@ -24,10 +24,10 @@ pub fn verify(scenario: &str, family: Family, count: usize) -> Result<()> {
     check(&lab, &leak, family)
 }
 
-/// Compares what `ss` shows of the connections of `leak` with what its scenario claims.
+/// Compares the output of `ss` for the connections of `leak` with the scenario's expectation.
 ///
 /// # Errors
-/// The first connection that is not as claimed.
+/// A connection is not as expected; the message names the first one.
 pub fn check(lab: &Lab, leak: &Leak, family: Family) -> Result<()> {
     let rows = lab.app_host().ss(&[])?;
     for conn in leak.conns() {
@@ -36,7 +36,7 @@ pub fn check(lab: &Lab, leak: &Leak, family: Family) -> Result<()> {
             .find(|row| (row.local, row.peer) == (conn.local, conn.peer))
         else {
             bail!(
-                "{}: ss does not show {} {}",
+                "{}: ss does not list {} {}",
                 leak.scenario().name,
                 conn.local,
                 conn.peer
@@ -68,7 +68,7 @@ fn check_row(expect: &Expect, row: &SsRow, family: Family) -> Result<()> {
             && owners.len() == expect.owners
             && row.mapped == (family == Family::Mapped)
             && row.local.is_ipv6() == (family == Family::V6),
-        "wanted {expect}, {}; ss shows {row:?}",
+        "expected {expect}, {}; ss shows {row:?}",
         family.name()
     );
     Ok(())
@@ -81,7 +81,7 @@ mod tests {
     use crate::ss::parse;
 
     #[test]
-    fn every_part_of_a_claim_is_checked() {
+    fn every_field_of_an_expectation_is_checked() {
         let good = "CLOSE-WAIT 8 0 10.78.1.1:8080 10.78.1.2:4000 users:((\"leaky-app\",pid=7,fd=5)) ino:9 sk:1";
         let fits = |line: &str, family| {
             check_row(

@@ -63,12 +63,12 @@ fn open_checked(path: &Path) -> io::Result<File> {
     let stat = fstat(&directory)?;
     if !is_trusted(stat.st_uid) {
         return Err(refused(
-            "its directory belongs to another user; take one like /var/log/cwkill",
+            "its directory belongs to another user; use a directory such as /var/log/cwkill",
         ));
     }
     if stat.st_mode & OTHERS_WRITE != 0 {
         return Err(refused(
-            "everybody can write its directory; take one like /var/log/cwkill",
+            "everybody can write to its directory; use a directory such as /var/log/cwkill",
         ));
     }
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
@@ -109,7 +109,7 @@ fn ensure_safe(stat: &FileStat) -> io::Result<()> {
         SFlag::S_IFREG => {}
         SFlag::S_IFLNK => return Err(refused("it is a symbolic link")),
         SFlag::S_IFDIR => return Err(refused("it is a directory")),
-        _ => return Err(refused("it is no regular file")),
+        _ => return Err(refused("it is not a regular file")),
     }
     if !is_trusted(stat.st_uid) {
         return Err(refused("it belongs to another user"));

@@ -27,7 +27,7 @@ pub struct CheckArgs {
     )]
     pub critical: u64,
 
-    /// Let N be percent of the limit of open files (RLIMIT_NOFILE) of the owner that is nearest to it
+    /// Thresholds are a percentage of RLIMIT_NOFILE, for the process closest to its limit
     #[arg(long, help_heading = "Thresholds")]
     pub percent_of_limit: bool,
 }

@@ -9,7 +9,7 @@ pub struct DiagnoseArgs {
     #[command(flatten)]
     pub selection: Selection,
 
-    /// Time between the two looks that tell the growth [default: 5s]
+    /// Time between the two scans that show the growth [default: 5s]
     #[arg(
         long,
         value_name = "DURATION",

@@ -23,19 +23,19 @@ pub use selection::{OwnerSelection, Selection};
 use crate::model::Method;
 
 const AFTER_HELP: &str = "\
-Without a selector cwkill lists what is stuck and never acts. With one it acts, unless --dry-run.
-Different selectors must all match; of one selector's values, any.
+Without a selector, cwkill lists the stuck sockets and never acts. With a selector it acts, unless
+--dry-run is given. Different selectors must all match; one selector matches if any of its values does.
 
 Examples:
-  cwkill                                   list what is stuck, whose it is, and why
-  cwkill --port 8080 --dry-run             show what would be done to each socket
-  cwkill --port 8080                       do it, verify it, report it
+  cwkill                                   list the stuck sockets, their owners and causes
+  cwkill --port 8080 --dry-run             show the plan for each socket
+  cwkill --port 8080                       close them, verify and report
   cwkill --process 'java*' --min-age 1h    only sockets of java, stuck for at least an hour
   cwkill 'sport = :8080 and dst 10.0.0.0/8'
-                                           any filter of ss(8)
+                                           a filter in the syntax of ss(8)
 
 Exit status: 0 all matched sockets are closed (or something was listed), 1 nothing matched,
-2 wrong usage, 3 could not do the job at all, 4 some matched sockets are not closed.";
+2 wrong usage, 3 could not run at all, 4 some matched sockets are not closed.";
 
 const DOCTOR_HELP: &str = "\
 Tries every method on connections of its own over loopback, and touches nothing else.
@@ -56,11 +56,11 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Say who leaks, why, how fast, and what to look at next; never acts
+    /// Show which process leaks, why and how fast, and suggest the next command; never acts
     Diagnose(DiagnoseArgs),
     /// Compare the number of stuck sockets with thresholds, as a monitoring plugin; never acts
     Check(CheckArgs),
-    /// Tell what works here, and what to change
+    /// Check which methods work on this host and what to fix
     #[command(after_help = DOCTOR_HELP)]
     Doctor(DoctorArgs),
     /// Close descriptors of dead sockets inside the processes that leak them
@@ -82,7 +82,7 @@ pub struct Args {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Action")]
 pub struct Acting {
-    /// Show what would be done, and do nothing
+    /// Show the plan and do nothing
     #[arg(short = 'n', long, visible_alias = "dryrun")]
     pub dry_run: bool,
 
@@ -94,7 +94,7 @@ pub struct Acting {
     #[arg(long, value_name = "DURATION", value_parser = values::duration)]
     pub grace: Option<Duration>,
 
-    /// Do not look for who holds the sockets: faster for many, and without `shutdown`
+    /// Skip the search for owning processes: faster, but `shutdown` is unavailable
     #[arg(long)]
     pub no_owners: bool,
 
@@ -106,7 +106,7 @@ pub struct Acting {
     #[arg(long, value_name = "N", value_parser = values::kills)]
     pub max_kills: Option<usize>,
 
-    /// After the act, watch so long for new stuck sockets, and say how fast they come
+    /// Afterwards, watch for new stuck sockets for this long and report their rate
     #[arg(
         long,
         value_name = "DURATION",
@@ -118,7 +118,7 @@ pub struct Acting {
     #[command(flatten)]
     pub logging: Logging,
 
-    /// Then close the descriptors of the closed sockets inside their processes; see `cwkill reclaim --help`
+    /// Afterwards, close the descriptors of the closed sockets inside their processes; see `cwkill reclaim --help`
     #[arg(long, conflicts_with = "no_owners")]
     pub reclaim: bool,
 
@@ -129,7 +129,7 @@ pub struct Acting {
 /// The options of the audit log.
 #[derive(Debug, clap::Args)]
 pub struct Logging {
-    /// Record every act there: journald, stderr or none [default: journald when run by systemd, else stderr with -v]
+    /// Record every act in: journald, stderr or none [default: journald when run by systemd, else stderr with -v]
     #[arg(long, value_name = "WHERE", value_parser = values::log_target)]
     pub log: Option<LogTarget>,
 
@@ -157,11 +157,11 @@ pub struct Output {
     #[arg(long, conflicts_with = "jsonl")]
     pub json: bool,
 
-    /// Print one JSON object a line, one line a socket
+    /// Print one JSON object per socket, one per line
     #[arg(long)]
     pub jsonl: bool,
 
-    /// Leave out the header of the table
+    /// Omit the header of the table
     #[arg(short = 'H', long)]
     pub no_header: bool,
 

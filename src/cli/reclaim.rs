@@ -18,26 +18,26 @@ So servers in Go, Java and Node are only touched with --reclaim-force; let them
 collect their garbage first (jcmd PID GC.run). See cwkill-reclaim(8).
 
 Examples:
-  cwkill reclaim                           list dead descriptors, and whether they may be taken
-  cwkill reclaim --pid 4711 --dry-run      the same of one process
+  cwkill reclaim                           list dead descriptors, and which can be closed
+  cwkill reclaim --pid 4711 --dry-run      the same for one process
   cwkill reclaim --pid 4711                close them there
 
 Exit status: 0 all of them are closed (or something was listed), 1 there are
-none, 2 wrong usage, 3 could not do the job at all, 4 some are left.";
+none, 2 wrong usage, 3 could not run at all, 4 some are still open.";
 
 /// The limits for closing descriptors in their owners.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Reclaiming")]
 pub struct Reclaiming {
-    /// Take only descriptors of sockets that have been quiet for at least this long [default: 1m]
+    /// Close only descriptors of sockets that have been quiet for at least this long [default: 1m]
     #[arg(long, value_name = "DURATION", value_parser = values::duration)]
     pub reclaim_age: Option<Duration>,
 
-    /// Take them whatever speaks against it: an epoll set (Go, Node), finalizers (Java), a system call, the age
+    /// Ignore the safety checks: an epoll set (Go, Node), finalizers (Java), a system call, the age
     #[arg(long)]
     pub reclaim_force: bool,
 
-    /// How long a process may be stopped for it [default: 100ms]
+    /// Maximum time for which a process may be stopped [default: 100ms]
     #[arg(long, value_name = "DURATION", value_parser = values::positive_duration)]
     pub stop_limit: Option<Duration>,
 }
@@ -48,7 +48,7 @@ pub struct ReclaimArgs {
     #[command(flatten)]
     pub owners: OwnerSelection,
 
-    /// Show what would be done, and do nothing
+    /// Show the plan and do nothing
     #[arg(
         short = 'n',
         long,

@@ -58,7 +58,7 @@ pub struct Selection {
     #[arg(short = '6', long)]
     pub ipv6: bool,
 
-    /// Look into this network namespace (does not make it act by itself)
+    /// Use this network namespace (by itself it does not make cwkill act)
     #[arg(
         short = 'N',
         long,
@@ -67,7 +67,7 @@ pub struct Selection {
     )]
     pub netns: Option<String>,
 
-    /// Look into every network namespace (does not make it act by itself)
+    /// Use every network namespace (by itself it does not make cwkill act)
     #[arg(long)]
     pub all_netns: bool,
 
@@ -100,7 +100,7 @@ pub struct OwnerSelection {
     #[arg(long, value_name = "PATH", value_parser = values::cgroup)]
     pub cgroup: Vec<String>,
 
-    /// Everything that is stuck
+    /// Every stuck socket
     #[arg(long, display_order = LAST)]
     pub all: bool,
 }

@@ -17,7 +17,7 @@ pub(super) fn port_range(text: &str) -> Result<RangeInclusive<u16>, String> {
     let port = |text: &str| match text.parse::<u16>() {
         Ok(port) if port != 0 => Ok(port),
         _ => Err(format!(
-            "`{text}` is no port from 1 to 65535; give 8080 or 8080,8443 or 9000-9100"
+            "`{text}` is not a port; for example 8080 or 8080,8443 or 9000-9100"
         )),
     };
     match text.split_once('-') {
@@ -135,8 +135,8 @@ pub(super) fn user(text: &str) -> Result<u32, String> {
     }
     match User::from_name(text) {
         Ok(Some(user)) => Ok(user.uid.as_raw()),
-        Ok(None) => Err("no such user here; give www-data or 33".into()),
-        Err(errno) => Err(format!("cannot look the user up: {errno}; give the uid")),
+        Ok(None) => Err("this host has no such user; for example www-data or 33".into()),
+        Err(errno) => Err(format!("cannot look up the user: {errno}; give the uid")),
     }
 }
 
@@ -157,7 +157,7 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
 /// A duration that must not be zero.
 pub(super) fn positive_duration(text: &str) -> Result<Duration, String> {
     match duration(text)? {
-        Duration::ZERO => Err("nothing happens in no time; give 100ms, 500ms, 10s or 1m".into()),
+        Duration::ZERO => Err("must be greater than zero, for example 100ms, 10s or 1m".into()),
         duration => Ok(duration),
     }
 }
@@ -184,7 +184,7 @@ pub(super) fn method(text: &str) -> Result<MethodChoice, String> {
 pub(super) fn kills(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(count) if count > 0 => Ok(count),
-        _ => Err("give a number from 1 on; to do nothing use --dry-run".into()),
+        _ => Err("give a number from 1; to do nothing use --dry-run".into()),
     }
 }
 

@@ -124,7 +124,7 @@ pub fn find(
     };
     let found = match catch_unwind(AssertUnwindSafe(find)) {
         Err(panic) if swept.is_empty() => resume_unwind(panic),
-        Err(_) => Err(anyhow!("a bug of cwkill")),
+        Err(_) => Err(anyhow!("a bug in cwkill")),
         Ok(found) => found.map_err(anyhow::Error::from),
     };
     let mut scan = match found {
@@ -280,7 +280,7 @@ fn watch(
         Err(error) => {
             let error = anyhow::Error::from(error);
             say(format_args!(
-                "note: whether new ones came could not be seen: {error:#}"
+                "note: cannot watch for new stuck sockets: {error:#}"
             ));
             None
         }

@@ -27,7 +27,7 @@ pub(super) fn run(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
     let sample = sample.unwrap_or(diagnose::SAMPLE);
     if io::stderr().is_terminal() {
         let time = seconds(sample);
-        say(format_args!("looking twice, {time} apart"));
+        say(format_args!("scanning twice, {time} apart"));
     }
     let diagnosis = diagnose::run(&scope, sample, &ProcFs::default())?;
     let written = write_out(|out| match json {

@@ -66,7 +66,7 @@ pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
 fn find(config: &ReclaimConfig, proc: &ProcFs) -> anyhow::Result<ReclaimRun> {
     let current = NetnsScope::Current
         .open(proc)
-        .context("cannot tell the network namespace")?;
+        .context("cannot find the network namespace of cwkill")?;
     let in_tables = dead::inodes_in_tables(&current.open)?;
     let selected = |process: &Process| config.selectors.match_owner(process);
     let scan = dead::find(proc, &selected, &in_tables).context("cannot list processes")?;

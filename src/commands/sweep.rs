@@ -93,11 +93,13 @@ pub fn sweep(
         let verify = |half: &Mutex<Vec<Target>>| sweeper.verify(half);
         parallel::side_by_side(halves.iter().collect(), halves.len(), verify)
     });
-    let failure = match verified.into_iter().flatten().find_map(|half| match half {
-        Ok(verified) => verified.err().map(|error| errno_of(&error)),
-        Err(_panic) => None,
-    }) {
-        Some(errno) => MethodError::SystemCall("verifying", errno),
+    let error = match verified {
+        Err(error) => Some(error),
+        // A half that ended in a panic has no error.
+        Ok(halves) => halves.into_iter().flatten().find_map(Result::err),
+    };
+    let failure = match error {
+        Some(error) => MethodError::SystemCall("verifying", errno_of(&error)),
         None => MethodError::Bug,
     };
     let mut swept = Vec::new();

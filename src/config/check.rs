@@ -19,7 +19,7 @@ impl Check {
         } = args;
         if critical < warning {
             return Err(usage(&format!(
-                "-c {critical} is below -w {warning}, so that nothing would ever be WARNING: \
+                "-c {critical} is below -w {warning}, so nothing would ever be WARNING: \
                  give -w {critical} -c {warning}"
             )));
         }

@@ -142,27 +142,25 @@ impl Config {
             && min_age.is_zero()
         {
             return Err(usage(
-                "ESTABLISHED connections are in use as far as the kernel knows: say how long they must \
-                 have been idle, for example --min-age 1h",
+                "the kernel cannot tell whether an ESTABLISHED connection is in use: give the time for which it must have been idle, for example --min-age 1h",
             ));
         }
         let methods = methods(&acting.method)?;
         if acting.no_owners {
             if selectors.selects_owners() {
                 return Err(usage(
-                    "--no-owners cannot go with a selector that asks for owners (--pid, --process, --unit, \
-                     --container, --cgroup); say which sockets are meant by --port or an expression",
+                    "--no-owners cannot be combined with a selector of owners (--pid, --process, --unit, \
+                     --container, --cgroup); select sockets by --port or an expression",
                 ));
             }
             if acting.reclaim {
                 return Err(usage(
-                    "--reclaim closes descriptors in the owners: leave --no-owners away",
+                    "--reclaim closes descriptors in the owners: omit --no-owners",
                 ));
             }
             if methods.iter().all(|method| method.needs_descriptor()) {
                 return Err(usage(
-                    "--method shutdown works through the descriptor of an owner: leave --no-owners away, or \
-                     give --method destroy",
+                    "--method shutdown works through the descriptor of an owner: omit --no-owners, or give --method destroy",
                 ));
             }
         }
@@ -234,7 +232,7 @@ fn methods(choices: &[MethodChoice]) -> Result<Vec<Method>, clap::Error> {
             MethodChoice::Auto if choices.len() == 1 => return Ok(Method::AUTO.to_vec()),
             MethodChoice::Auto => {
                 return Err(usage(
-                    "--method auto stands alone; give --method auto or --method shutdown,destroy,rst",
+                    "--method auto cannot be combined with others; give --method auto or --method shutdown,destroy,rst",
                 ));
             }
             MethodChoice::Only(method) if !methods.contains(method) => methods.push(*method),

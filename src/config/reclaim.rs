@@ -61,8 +61,7 @@ impl ReclaimConfig {
             && !dry_run
         {
             return Err(usage(&format!(
-                "{option} needs a selector that says whose descriptors to take: \
-                 for example --pid 4711, or --all for every process",
+                "{option} needs a selector of processes: for example --pid 4711, or --all for every process",
             )));
         }
         Ok(ReclaimConfig {

@@ -101,8 +101,7 @@ fn expression(
         (States::Unmentioned, _) => default(),
         (_, Some(_)) => {
             return Err(usage(
-                "--state and `state` in the expression both say which states are meant: \
-                 give one of them",
+                "--state and `state` in the expression both name states: give one of them",
             ));
         }
         (States::Within(states), None) => states,

@@ -144,11 +144,11 @@ pub fn next(subject: Subject) -> Option<Next> {
         Condition::Gone => return None,
         Condition::Zombie => (
             format!("ps -o ppid= -p {pid}"),
-            "its parent has to reap it".to_owned(),
+            "its parent must reap it".to_owned(),
         ),
         Condition::Stopped => (
             format!("kill -CONT {pid}"),
-            "once it is known who stopped it, and why".to_owned(),
+            "after you know who stopped it and why".to_owned(),
         ),
         Condition::Traced => (
             format!("grep TracerPid /proc/{pid}/status"),
@@ -165,7 +165,7 @@ pub fn next(subject: Subject) -> Option<Next> {
     Some(Next { command, remark })
 }
 
-const ASLEEP: &str = "and the kernel log: what does it wait for? No debugger helps";
+const ASLEEP: &str = "and the kernel log show what it waits for; a debugger does not help";
 
 /// What shows where a process hangs that runs as usual.
 fn inside(subject: Subject) -> (String, String) {
@@ -194,9 +194,7 @@ fn inside(subject: Subject) -> (String, String) {
         Some(Runtime::Go) => (
             "curl 'http://127.0.0.1:PORT/debug/pprof/goroutine?debug=2'".to_owned(),
             format!(
-                "where it serves that; else `dlv attach {pid}`, then `goroutines -t`: it is stopped \
-                 meanwhile, and at `exit` answer n to \"kill the process?\": Enter kills it; never SIGQUIT, \
-                 which ends it"
+                "if it serves that; else `dlv attach {pid}`, then `goroutines -t`: this stops it meanwhile, and at `exit` answer n to \"kill the process?\": Enter kills it; never SIGQUIT, which ends it"
             ),
         ),
         Some(Runtime::Python) => (
@@ -222,8 +220,7 @@ fn inside(subject: Subject) -> (String, String) {
 fn debugger(pid: i32) -> (String, String) {
     (
         format!("gdb -p {pid} -batch -ex 'thread apply all bt'"),
-        "it stays stopped while symbols load, which can take long; if it is Go, rather \
-         /debug/pprof/goroutine?debug=2 where it serves that"
+        "stops it while symbols load, which can take long; for Go use /debug/pprof/goroutine?debug=2 instead, if it serves that"
             .to_owned(),
     )
 }

@@ -77,7 +77,7 @@ impl Condition {
                  system, and no signal reaches them",
             ),
             Condition::Zombie => Some("ended, and not yet reaped by its parent"),
-            Condition::Gone => Some("ended while it was looked at"),
+            Condition::Gone => Some("ended during the scan"),
         }
     }
 }
@@ -92,7 +92,7 @@ pub fn of_cause(cause: Cause, sockets: &OfCause) -> String {
         return meaning(cause, &[]);
     }
     if sockets.close_wait == 0 {
-        return "not in CLOSE-WAIT: what it means is the application's business".into();
+        return "not in CLOSE-WAIT: cwkill cannot tell whether this is wrong".into();
     }
     // A peer that takes nothing is asked again and again, and answers: only that it lasts can be told.
     let (seen, how) = match cause {
@@ -100,14 +100,14 @@ pub fn of_cause(cause: Cause, sockets: &OfCause) -> String {
         _ => (sockets.idle, "idle"),
     };
     let mut text = match (seen, cause) {
-        (0, Cause::Sending) => "just come: bytes on their way, as far as these two looks go".into(),
-        (0, _) => "just come, or still in use: no leak as far as these two looks go".into(),
+        (0, Cause::Sending) => "just arrived: bytes on their way, as far as two scans show".into(),
+        (0, _) => "just arrived, or still in use: no leak as far as two scans show".into(),
         _ => meaning(cause, &sockets.services),
     };
     if seen > 0 && seen < sockets.close_wait {
         let _ = write!(
             text,
-            " ({seen} of {} {how} at both looks)",
+            " ({seen} of {} {how} in both scans)",
             sockets.close_wait
         );
     }
@@ -132,11 +132,11 @@ fn meaning(cause: Cause, services: &[(Service, usize)]) -> String {
             "not accepting: closing sockets will not help, the accept loop is stuck".into()
         }
         Cause::Sending => {
-            "bytes queued to peers that take them slowly or not at all: look at the peers before closing"
+            "bytes queued to peers that accept them slowly or not at all: check the peers before closing"
                 .into()
         }
         Cause::Handshake => "peers that do not finish the handshake: slow, spoofed or gone".into(),
-        Cause::Orphan => "closed by its process: the kernel is still at it".into(),
+        Cause::Orphan => "closed by its process: the kernel is still finishing it".into(),
         Cause::Listening => "a listener: nothing is wrong with it".into(),
     }
 }
@@ -233,9 +233,9 @@ mod tests {
             of_cause(cause, &sockets)
         };
         for cause in [Cause::Drained, Cause::Unread, Cause::NotAccepted] {
-            assert!(text(cause, 0).starts_with("just come"), "{cause}");
+            assert!(text(cause, 0).starts_with("just arrived"), "{cause}");
             assert!(
-                text(cause, 2).ends_with("(2 of 3 idle at both looks)"),
+                text(cause, 2).ends_with("(2 of 3 idle in both scans)"),
                 "{cause}"
             );
         }
@@ -248,7 +248,7 @@ mod tests {
             };
             of_cause(Cause::Sending, &sockets)
         };
-        assert!(sending(0).starts_with("just come"));
-        assert!(sending(3).contains("look at the peers"));
+        assert!(sending(0).starts_with("just arrived"));
+        assert!(sending(3).contains("check the peers"));
     }
 }

@@ -178,7 +178,6 @@ mod tests {
     use crate::doctor::trials::Subject;
     use crate::model::MethodError;
     use crate::model::Privilege;
-    use std::io;
 
     fn host(capabilities: &[Capability], same_user: Count, others: Count) -> Host {
         Host {
@@ -253,10 +252,7 @@ mod tests {
     }
 
     fn denied(need: Privilege) -> Tried {
-        Tried::Failed(MethodError::NotPermitted(
-            need,
-            io::Error::from_raw_os_error(libc::EPERM),
-        ))
+        Tried::Failed(MethodError::NotPermitted(need, nix::errno::Errno::EPERM))
     }
 
     fn row(advice: &Advice, name: &str) -> Row {

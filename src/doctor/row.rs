@@ -151,7 +151,7 @@ impl<'a> Builder<'a> {
                 let change = match why.as_str() {
                     "loopback is down" => "ip link set lo up",
                     _ => {
-                        "run doctor again; what keeps a connection over loopback from coming about (nftables?)"
+                        "run doctor again; something prevents a connection over loopback (nftables?)"
                     }
                 };
                 self.say(why.clone(), change);

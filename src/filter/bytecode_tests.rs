@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::filter::selectors::{IpVersion, Selectors};
 use crate::filter::{Services, SocketFacts, parse};
-use crate::finder::Socket;
+use crate::model::Socket;
 use crate::sock_diag::testdata::stuck;
 use crate::sock_diag::{Cookie, DiagId};
 use crate::tcp::{TcpState, Tuple};

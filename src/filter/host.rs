@@ -75,19 +75,25 @@ fn network(text: &str) -> Result<IpNet, String> {
         return match text.parse::<IpAddr>() {
             Ok(address) => Ok(IpNet::from(address)),
             Err(_) if text.parse::<u16>().is_ok() => {
-                Err(format!("`{text}` is no address; a port is :{text}"))
+                Err(format!("`{text}` is not an address; a port is :{text}"))
             }
             Err(_) if abbreviated(text).is_some() => Err(format!(
                 "`{text}` is only a part of an address; with a length it is a network: {text}/{}",
                 8 * text.split('.').count()
             )),
             Err(_) => Err(format!(
-                "{} is no address; names of hosts are not looked up",
+                "{} is not an address; host names are not resolved",
                 quoted(text)
             )),
         };
     };
-    let no_length = || format!("{} is no length for {}", quoted(length), quoted(address));
+    let no_length = || {
+        format!(
+            "{} is not a prefix length for {}",
+            quoted(length),
+            quoted(address)
+        )
+    };
     if let Some(v4) = abbreviated(address) {
         let network = match length.parse::<Ipv4Addr>() {
             Ok(mask) => Ipv4Net::with_netmask(v4, mask).ok(),
@@ -97,7 +103,7 @@ fn network(text: &str) -> Result<IpNet, String> {
     }
     let v6 = address.parse::<Ipv6Addr>().map_err(|_| {
         let address = quoted(address);
-        format!("{address} is no address; names of hosts are not looked up")
+        format!("{address} is not an address; host names are not resolved")
     })?;
     let length = length.parse().map_err(|_| no_length())?;
     let network = Ipv6Net::new(v6, length).map_err(|_| no_length())?;

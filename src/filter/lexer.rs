@@ -224,14 +224,17 @@ pub(super) fn port_number(
 ) -> Outcome<u16> {
     let fault = |what: String| Err(Fault::new(at.clone(), what, example));
     if text.is_empty() {
-        return fault("a port is missing behind the colon".into());
+        return fault("a port is missing after the colon".into());
     }
     if text.bytes().all(|byte| byte.is_ascii_digit()) {
         return match text.parse() {
             // ss takes a leading zero for octal.
             Ok(port) if port == 0 || !text.starts_with('0') => Ok(port),
             Ok(_) => fault(format!("{} begins with a zero", quoted(text))),
-            Err(_) => fault(format!("{} is no port: they end at 65535", quoted(text))),
+            Err(_) => fault(format!(
+                "{} is not a port: the highest is 65535",
+                quoted(text)
+            )),
         };
     }
     match services.port(text) {

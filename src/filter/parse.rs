@@ -238,9 +238,9 @@ fn group(input: &mut Input<'_>, open: Range<usize>) -> Outcome<Grown> {
     Ok(grown)
 }
 
-/// A word that begins no condition, with what was probably meant.
+/// A word that does not begin a condition, with what was probably meant.
 fn unknown(at: Range<usize>, word: &str) -> ErrMode<Fault> {
-    let what = format!("{} begins no condition", quoted(word));
+    let what = format!("{} does not begin a condition", quoted(word));
     let lower = word.to_ascii_lowercase();
     let keywords = [
         "sport", "dport", "src", "dst", "state", "exclude", "and", "or", "not",
@@ -250,7 +250,7 @@ fn unknown(at: Range<usize>, word: &str) -> ErrMode<Fault> {
             let what = "`fwmark` is not supported: cwkill does not see the marks of sockets";
             return Fault::new(at, what, CONDITIONS);
         }
-        _ if keywords.contains(&lower.as_str()) => format!("{lower}, in small letters"),
+        _ if keywords.contains(&lower.as_str()) => format!("{lower}, in lower case"),
         _ if word.parse::<TcpState>().is_ok() => format!("state {word}"),
         _ if word.parse::<std::net::IpAddr>().is_ok() => format!("src {word} or dst {word}"),
         _ if word.trim_start_matches(':').parse::<u16>().is_ok() => {
@@ -271,7 +271,11 @@ fn port(input: &mut Input<'_>, end: End, keyword: &str) -> Outcome<Expression> {
         return match comparison {
             Comparison::Equal => Ok(Expression::TRUE),
             Comparison::NotEqual => Ok(Expression::FALSE),
-            _ => Err(Fault::new(at, "every port cannot be compared", example)),
+            _ => Err(Fault::new(
+                at,
+                "`*` stands for every port and cannot be compared",
+                example,
+            )),
         };
     }
     let port = port_number(input.state.services, number, at, &example)?;
@@ -330,7 +334,7 @@ fn states(input: &mut Input<'_>) -> Outcome<Grown> {
         next(input);
         let (name, at) = value(input, "a state", example)?;
         let named = state_names(name).ok_or_else(|| {
-            let what = format!("{} is no state", quoted(name));
+            let what = format!("{} is not a state", quoted(name));
             let example = "state close-wait, or one of established, syn-sent, syn-recv, fin-wait-1, \
                            fin-wait-2, time-wait, closed, last-ack, listening, closing, all, connected, \
                            synchronized, bucket, big";

@@ -279,6 +279,7 @@ fn in_networks(networks: &[IpNet], address: IpAddr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::proc::ProcessId;
     use crate::sock_diag::testdata::stuck;
     use crate::sock_diag::{Cookie, DiagId, Family, SocketMessage};
     use globset::Glob;
@@ -367,8 +368,7 @@ mod tests {
     #[test]
     fn one_owner_must_match_pid_and_name_together() {
         let process = |pid, comm: &str| Process {
-            pid,
-            start_time: 0,
+            id: ProcessId { pid, start_time: 0 },
             comm: comm.into(),
             cgroup: Cgroup::default(),
         };
@@ -412,8 +412,7 @@ mod tests {
     #[test]
     fn units_containers_and_cgroups_are_those_of_one_owner() {
         let process = |pid, cgroup: &str| Process {
-            pid,
-            start_time: 0,
+            id: ProcessId { pid, start_time: 0 },
             comm: "java".into(),
             cgroup: Cgroup::parse(cgroup),
         };
@@ -428,7 +427,7 @@ mod tests {
             let mut selectors = Selectors::default();
             change(&mut selectors);
             let matching = |owner: &&Process| selectors.match_owner(owner);
-            owners.iter().filter(matching).map(|p| p.pid).collect()
+            owners.iter().filter(matching).map(|p| p.id.pid).collect()
         };
         let unit = |name: &str| who(&|s| s.units = vec![UnitName::new(name).unwrap()]);
         for name in [

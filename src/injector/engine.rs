@@ -83,7 +83,7 @@ pub struct Rules<'a> {
     pub kernel: KernelVersion,
 }
 
-/// Runs the plan of each target and gives each its outcome.
+/// Runs the plan of each target and gives each its outcome. A target that has one already is left alone.
 ///
 /// `kernel` and `executors` must belong to the network namespace of these sockets.
 pub fn run(
@@ -94,7 +94,7 @@ pub fn run(
     control: &dyn Control,
 ) {
     for target in targets.iter_mut() {
-        target.outcome = target.plan.skip.map(Outcome::Skipped);
+        target.outcome = target.outcome.or(target.plan.skip.map(Outcome::Skipped));
     }
     for executor in executors {
         let mut batch = Batch {
@@ -290,7 +290,7 @@ fn lookup<T: AsMut<Target>>(
         Ok(answers) => items.into_iter().zip(answers).collect(),
         Err(error) => {
             let failure = LookupError::Errno(errno_of(&error));
-            let fail = |item| (item, Err(failure.clone()));
+            let fail = |item| (item, Err(failure));
             items.into_iter().map(fail).collect()
         }
     }
@@ -317,7 +317,13 @@ fn decide(targets: &mut [&mut Target], kernel: &mut dyn Observe) {
                     None => Outcome::Gone,
                 });
             }
-            Err(LookupError::Errno(errno)) => target.fail_unfinished(lookup_failed(errno)),
+            Err(LookupError::Errno(errno)) => {
+                let method = target.acted().or(target.plan.methods.first().copied());
+                if let Some(method) = method {
+                    target.attempt(method, Some(lookup_failed(errno)));
+                }
+                target.outcome = Some(Outcome::Failed);
+            }
             Ok(_) => target.outcome = Some(unchanged(target)),
         }
     }

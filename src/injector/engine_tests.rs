@@ -1,12 +1,17 @@
-//! The ladder against a kernel of our own, in which everything that can change meanwhile does.
+//! The engine against a kernel of our own, in which sockets change while the engine is at work.
 
 use std::collections::{HashMap, HashSet};
+use std::mem;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use Method::{Destroy, Shutdown};
 
 use super::*;
+use crate::model::{Plan, Privilege};
 use crate::sock_diag::testdata::stuck;
 
-/// A table of sockets; methods and the ladder share it.
+/// A table of sockets, which the executors and the engine share.
 #[derive(Clone, Default)]
 struct Kernel(Arc<Mutex<HashMap<Cookie, SocketMessage>>>);
 
@@ -21,10 +26,10 @@ impl Kernel {
 }
 
 impl Observe for Kernel {
-    fn observe(&mut self, ids: &[DiagId], _: Detail) -> io::Result<Looks> {
+    fn lookup(&mut self, ids: &[DiagId], _: Detail) -> io::Result<Vec<Lookup>> {
         let table = self.0.lock().unwrap();
-        let look = |id: &DiagId| table.get(&id.cookie()).cloned().ok_or(LookupError::Gone);
-        Ok(ids.iter().map(look).collect())
+        let lookup = |id: &DiagId| table.get(&id.cookie()).cloned().ok_or(LookupError::Gone);
+        Ok(ids.iter().map(lookup).collect())
     }
 
     fn list(&mut self, states: StateSet) -> io::Result<HashSet<Cookie>> {
@@ -34,29 +39,39 @@ impl Observe for Kernel {
     }
 }
 
-type Deed = dyn Fn(&Kernel, u64) -> Result<(), ActError>;
+type Effect = dyn Fn(&Kernel, u64) -> Result<(), MethodError>;
 
-/// A method that does what the test says and remembers on which cookies.
+/// An executor that has the effect that the test wants, and remembers the cookies it acted on.
 struct Scripted {
-    name: MethodName,
+    method: Method,
     kernel: Kernel,
-    deed: Box<Deed>,
-    touched: Arc<Mutex<Vec<u64>>>,
+    effect: Box<Effect>,
+    acted_on: Arc<Mutex<Vec<u64>>>,
 }
 
-impl Method for Scripted {
-    fn name(&self) -> MethodName {
-        self.name
+impl Executor for Scripted {
+    fn method(&self) -> Method {
+        self.method
     }
 
-    fn act(&mut self, targets: &[Target], _: &mut dyn Scene) -> Vec<Result<(), ActError>> {
-        let act = |target: &Target| {
-            let cookie = target.id.cookie().0;
-            self.touched.lock().unwrap().push(cookie);
-            (self.deed)(&self.kernel, cookie)
-        };
-        targets.iter().map(act).collect()
+    fn act(&mut self, targets: Vec<&mut Target>, _: &mut Batch<'_>) {
+        for target in targets {
+            let cookie = target.socket.cookie().0;
+            self.acted_on.lock().unwrap().push(cookie);
+            target.record(self.method, (self.effect)(&self.kernel, cookie));
+        }
     }
+}
+
+/// An executor that is stopped before it reaches its first target.
+struct Stopped;
+
+impl Executor for Stopped {
+    fn method(&self) -> Method {
+        Shutdown
+    }
+
+    fn act(&mut self, _: Vec<&mut Target>, _: &mut Batch<'_>) {}
 }
 
 /// A clock that moves only when someone waits.
@@ -64,7 +79,7 @@ struct Clock {
     start: Instant,
     waited: Mutex<Duration>,
     interrupted: bool,
-    /// What happens in the world during a pause.
+    /// Called during each pause.
     meanwhile: Box<dyn Fn() + Sync>,
 }
 
@@ -85,96 +100,127 @@ impl Control for Clock {
     fn interrupted(&self) -> bool {
         self.interrupted
     }
-    fn progress(&self, _: MethodName, _: usize) {}
+    fn progress(&self, _: Method, _: usize) {}
 }
 
 struct World {
     kernel: Kernel,
-    found: Found,
-    plans: Vec<Plan>,
-    selectors: Selectors,
-    methods: Vec<Box<dyn Method>>,
-    touched: Arc<Mutex<Vec<u64>>>,
+    targets: Vec<Target>,
+    executors: Vec<Box<dyn Executor>>,
+    acted_on: Arc<Mutex<Vec<u64>>>,
     clock: Clock,
+    selectors: Selectors,
+    grace: Duration,
     discard_unsent: bool,
+    version: KernelVersion,
 }
 
 impl World {
     /// Sockets with the cookies 1 to `count`, planned for both methods.
     fn new(count: u64) -> Self {
         let kernel = Kernel::default();
-        let mut found = Found::default();
-        for cookie in 1..=count {
+        let target = |cookie| {
             let message = stuck("10.0.0.1:80", "10.0.0.2:5", cookie);
-            found.sockets.push(Socket::from_message(&message));
+            let mut target = Target::new(Socket::from_message(&message));
+            target.plan.methods = vec![Shutdown, Destroy];
             kernel.0.lock().unwrap().insert(Cookie(cookie), message);
-        }
-        let plan = Plan {
-            methods: vec![Shutdown, Destroy],
-            excluded: Vec::new(),
-            over_limit: false,
+            target
         };
         World {
+            targets: (1..=count).map(target).collect(),
             kernel,
-            plans: vec![plan; found.sockets.len()],
-            found,
-            selectors: Selectors::default(),
-            methods: Vec::new(),
-            touched: Arc::default(),
+            executors: Vec::new(),
+            acted_on: Arc::default(),
             clock: Clock {
                 start: Instant::now(),
                 waited: Mutex::default(),
                 interrupted: false,
                 meanwhile: Box::new(|| {}),
             },
+            selectors: Selectors::default(),
+            grace: Duration::from_secs(1),
             discard_unsent: false,
+            version: KernelVersion::ABORTS_ORPHANS,
         }
     }
 
     fn method(
         mut self,
-        name: MethodName,
-        deed: impl Fn(&Kernel, u64) -> Result<(), ActError> + 'static,
+        method: Method,
+        effect: impl Fn(&Kernel, u64) -> Result<(), MethodError> + 'static,
     ) -> Self {
-        self.methods.push(Box::new(Scripted {
-            name,
+        self.executors.push(Box::new(Scripted {
+            method,
             kernel: self.kernel.clone(),
-            deed: Box::new(deed),
-            touched: Arc::clone(&self.touched),
+            effect: Box::new(effect),
+            acted_on: Arc::clone(&self.acted_on),
         }));
         self
     }
 
-    fn climb(&mut self) -> Vec<Outcome> {
-        let rules = Rules {
-            grace: Duration::from_secs(1),
-            discard_unsent: self.discard_unsent,
-            selectors: &self.selectors,
-            kernel: KernelVersion::ABORTS_ORPHANS,
-        };
-        let members: Vec<usize> = (0..self.found.sockets.len()).collect();
-        climb(
-            &self.found,
-            &self.plans,
-            &members,
-            &mut self.methods,
-            &mut self.kernel.clone(),
-            rules,
-            &self.clock,
-        )
+    /// Runs the engine on all targets.
+    fn run(&mut self) {
+        let mut kernel = self.kernel.clone();
+        let all: Vec<usize> = (0..self.targets.len()).collect();
+        self.run_on(&all, &mut kernel);
     }
 
-    fn verdict(&mut self) -> Verdict {
-        self.climb().remove(0).verdict
+    /// Runs the engine on the targets with these indices.
+    fn run_on(&mut self, indices: &[usize], kernel: &mut dyn Observe) {
+        let rules = Rules {
+            grace: self.grace,
+            discard_unsent: self.discard_unsent,
+            selectors: &self.selectors,
+            kernel: self.version,
+        };
+        let targets = self.targets.iter_mut().enumerate();
+        let mut targets: Vec<&mut Target> = targets
+            .filter(|(index, _)| indices.contains(index))
+            .map(|(_, target)| target)
+            .collect();
+        run(
+            &mut targets,
+            &mut self.executors,
+            kernel,
+            rules,
+            &self.clock,
+        );
+    }
+
+    /// Runs the engine and returns the outcome of the first target.
+    fn outcome(&mut self) -> Option<Outcome> {
+        self.run();
+        self.targets[0].outcome
+    }
+
+    fn outcomes(&self) -> Vec<Option<Outcome>> {
+        self.targets.iter().map(|target| target.outcome).collect()
+    }
+
+    /// The cookies that an executor acted on, in order.
+    fn acted_on(&self) -> Vec<u64> {
+        self.acted_on.lock().unwrap().clone()
     }
 }
 
-fn close(kernel: &Kernel, cookie: u64) -> Result<(), ActError> {
+fn attempt(method: Method, error: Option<MethodError>) -> Attempt {
+    Attempt { method, error }
+}
+
+fn skipped(reason: SkipReason) -> Option<Outcome> {
+    Some(Outcome::Skipped(reason))
+}
+
+fn closed(method: Method) -> Option<Outcome> {
+    Some(Outcome::Closed(method))
+}
+
+fn close(kernel: &Kernel, cookie: u64) -> Result<(), MethodError> {
     kernel.remove(cookie);
     Ok(())
 }
 
-fn to_last_ack(kernel: &Kernel, cookie: u64) -> Result<(), ActError> {
+fn to_last_ack(kernel: &Kernel, cookie: u64) -> Result<(), MethodError> {
     kernel.change(cookie, |socket| {
         socket.state = TcpState::LastAck;
         socket.send_q = 1;
@@ -182,38 +228,28 @@ fn to_last_ack(kernel: &Kernel, cookie: u64) -> Result<(), ActError> {
     Ok(())
 }
 
-fn denied(_: &Kernel, _: u64) -> Result<(), ActError> {
-    let error = io::Error::from_raw_os_error(libc::EPERM);
-    Err(ActError::Denied(
-        crate::privileges::Privilege::Ptrace,
-        error,
-    ))
-}
-
-use MethodName::{Destroy, Shutdown};
+const DENIED: MethodError = MethodError::NotPermitted(Privilege::Ptrace, Errno::EPERM);
+const LOST: MethodError = MethodError::AnswerLost(Errno::ENOBUFS);
 
 #[test]
 fn the_first_method_that_works_is_the_one_reported() {
     let mut world = World::new(3).method(Shutdown, close).method(Destroy, close);
-    for outcome in world.climb() {
-        assert!(matches!(outcome.verdict, Verdict::Closed(Shutdown)));
-        assert_eq!(outcome.attempts.len(), 1);
+    world.run();
+    for target in &world.targets {
+        assert_eq!(target.outcome, closed(Shutdown));
+        assert_eq!(target.attempts, [attempt(Shutdown, None)]);
     }
     assert!(world.clock.waited().is_zero(), "nothing to wait for");
 }
 
 #[test]
-fn a_refused_method_hands_over_to_the_next() {
+fn after_a_refused_method_the_next_is_tried() {
     let mut world = World::new(1)
-        .method(Shutdown, denied)
+        .method(Shutdown, |_, _| Err(DENIED))
         .method(Destroy, close);
-    let outcome = world.climb().remove(0);
-    assert!(matches!(outcome.verdict, Verdict::Closed(Destroy)));
-    assert_eq!(
-        outcome.attempts[0].error.as_ref().unwrap().errno(),
-        Some(libc::EPERM)
-    );
-    assert!(outcome.attempts[1].error.is_none());
+    assert_eq!(world.outcome(), closed(Destroy));
+    let attempts = [attempt(Shutdown, Some(DENIED)), attempt(Destroy, None)];
+    assert_eq!(world.targets[0].attempts, attempts);
 }
 
 #[test]
@@ -221,12 +257,8 @@ fn a_silent_peer_costs_one_grace_for_all_together() {
     let mut world = World::new(200)
         .method(Shutdown, to_last_ack)
         .method(Destroy, close);
-    assert!(
-        world
-            .climb()
-            .iter()
-            .all(|outcome| matches!(outcome.verdict, Verdict::Closed(Destroy)))
-    );
+    world.run();
+    assert_eq!(world.outcomes(), [closed(Destroy); 200]);
     assert_eq!(world.clock.waited(), Duration::from_secs(1));
 }
 
@@ -235,32 +267,30 @@ fn a_socket_that_closes_during_the_grace_ends_the_wait() {
     let mut world = World::new(1).method(Shutdown, to_last_ack);
     let kernel = world.kernel.clone();
     world.clock.meanwhile = Box::new(move || kernel.remove(1));
-    assert!(matches!(world.verdict(), Verdict::Closed(Shutdown)));
+    assert_eq!(world.outcome(), closed(Shutdown));
     assert_eq!(world.clock.waited(), FIRST_PAUSE);
 }
 
 #[test]
 fn without_a_next_method_it_is_closing() {
     let mut world = World::new(1).method(Shutdown, to_last_ack);
-    assert!(matches!(
-        world.verdict(),
-        Verdict::Closing(Shutdown, TcpState::LastAck)
-    ));
+    let closing = Outcome::Closing(Shutdown, TcpState::LastAck);
+    assert_eq!(world.outcome(), Some(closing));
 }
 
 #[test]
-fn what_changed_since_the_plan_is_never_touched() {
+fn a_socket_that_changed_since_the_plan_is_never_acted_on() {
     // It closed on its own; its address pair may belong to a new connection by now.
     let mut world = World::new(1).method(Destroy, close);
     world.kernel.remove(1);
-    assert!(matches!(world.verdict(), Verdict::Gone));
-    assert!(world.touched.lock().unwrap().is_empty());
+    assert_eq!(world.outcome(), Some(Outcome::Gone));
+    assert!(world.acted_on().is_empty());
 
     // The application closed it.
     let mut world = World::new(1).method(Destroy, close);
     to_last_ack(&world.kernel, 1).unwrap();
-    assert!(matches!(world.verdict(), Verdict::Gone));
-    assert!(world.touched.lock().unwrap().is_empty());
+    assert_eq!(world.outcome(), Some(Outcome::Gone));
+    assert!(world.acted_on().is_empty());
 
     // A segment arrived: it is younger than asked for.
     let mut world = World::new(1).method(Destroy, close);
@@ -268,17 +298,14 @@ fn what_changed_since_the_plan_is_never_touched() {
     world.kernel.change(1, |socket| {
         socket.quiet.as_mut().unwrap().last_ack_recv = Duration::ZERO;
     });
-    assert!(matches!(
-        world.verdict(),
-        Verdict::Skipped(Skip::NoLongerSelected)
-    ));
-    assert!(world.touched.lock().unwrap().is_empty());
+    assert_eq!(world.outcome(), skipped(SkipReason::NoLongerSelected));
+    assert!(world.acted_on().is_empty());
 
     // The application accepted it.
     let mut world = World::new(1).method(Destroy, close);
-    world.found.sockets[0].inode = None;
-    assert!(matches!(world.verdict(), Verdict::Skipped(Skip::Accepted)));
-    assert!(world.touched.lock().unwrap().is_empty());
+    world.targets[0].socket.inode = None;
+    assert_eq!(world.outcome(), skipped(SkipReason::Accepted));
+    assert!(world.acted_on().is_empty());
 }
 
 #[test]
@@ -287,13 +314,13 @@ fn bytes_written_after_the_plan_are_not_lost() {
 
     let mut world = World::new(1).method(Destroy, close);
     world.kernel.change(1, unsent);
-    assert!(matches!(world.verdict(), Verdict::Skipped(Skip::Unsent(9))));
-    assert!(world.touched.lock().unwrap().is_empty());
+    assert_eq!(world.outcome(), skipped(SkipReason::UnsentData(9)));
+    assert!(world.acted_on().is_empty());
 
     let mut world = World::new(1).method(Destroy, close);
     world.discard_unsent = true;
     world.kernel.change(1, unsent);
-    assert!(matches!(world.verdict(), Verdict::Closed(Destroy)));
+    assert_eq!(world.outcome(), closed(Destroy));
 
     // Behind a shutdown that the peer does not answer: the FIN alone may be dropped, data may not.
     let mut world = World::new(1)
@@ -303,264 +330,280 @@ fn bytes_written_after_the_plan_are_not_lost() {
             Ok(())
         })
         .method(Destroy, close);
-    let outcome = world.climb().remove(0);
-    assert!(matches!(
-        outcome.verdict,
-        Verdict::Closing(Shutdown, TcpState::LastAck)
-    ));
-    assert!(matches!(
-        outcome.attempts[1].error,
-        Some(ActError::Unsent(9))
-    ));
+    let closing = Outcome::Closing(Shutdown, TcpState::LastAck);
+    assert_eq!(world.outcome(), Some(closing));
+    assert_eq!(
+        world.targets[0].attempts,
+        [
+            attempt(Shutdown, None),
+            attempt(Destroy, Some(MethodError::UnsentData(9)))
+        ]
+    );
 }
 
 #[test]
 fn an_order_the_kernel_took_but_did_not_carry_out_is_a_failure() {
     let mut world = World::new(1).method(Destroy, |_, _| Ok(()));
-    assert!(matches!(world.verdict(), Verdict::Failed));
+    assert_eq!(world.outcome(), Some(Outcome::Failed));
     assert_eq!(world.clock.waited(), Duration::from_secs(1));
 }
 
 #[test]
 fn one_bad_socket_does_not_stop_the_others() {
     let mut world = World::new(130).method(Destroy, |kernel, cookie| match cookie {
-        65 => Err(ActError::Os("x", io::Error::from_raw_os_error(libc::EIO))),
+        65 => Err(MethodError::SystemCall("x", Errno::EIO)),
         _ => close(kernel, cookie),
     });
-    let outcomes = world.climb();
-    let failed = |outcome: &&Outcome| matches!(outcome.verdict, Verdict::Failed);
-    assert_eq!(outcomes.iter().filter(failed).count(), 1);
-    assert!(matches!(outcomes[64].verdict, Verdict::Failed));
+    world.run();
+    let mut expected = [closed(Destroy); 130];
+    expected[64] = Some(Outcome::Failed);
+    assert_eq!(world.outcomes(), expected);
 }
 
 #[test]
-fn interrupted_sockets_are_left_and_said_so() {
+fn interrupted_sockets_are_left_alone_and_reported() {
     let mut world = World::new(2).method(Destroy, close);
     world.clock.interrupted = true;
-    assert!(matches!(
-        world.verdict(),
-        Verdict::Skipped(Skip::Interrupted)
-    ));
-    assert!(world.touched.lock().unwrap().is_empty());
+    world.run();
+    assert_eq!(world.outcomes(), [skipped(SkipReason::Interrupted); 2]);
+    assert!(world.acted_on().is_empty());
 }
 
 #[test]
-fn a_plan_without_methods_touches_nothing() {
+fn a_socket_that_the_plan_skips_is_not_acted_on() {
     let mut world = World::new(2).method(Destroy, close);
-    world.plans[0].methods.clear();
-    world.plans[1].over_limit = true;
-    world.plans[1].methods.clear();
-    let outcomes = world.climb();
-    assert!(matches!(
-        outcomes[0].verdict,
-        Verdict::Skipped(Skip::NoMethod(_))
-    ));
-    assert!(matches!(
-        outcomes[1].verdict,
-        Verdict::Skipped(Skip::OverLimit)
-    ));
-    assert!(world.touched.lock().unwrap().is_empty());
+    let reasons = [SkipReason::NoMethod, SkipReason::OverMaxKills];
+    for (target, reason) in world.targets.iter_mut().zip(reasons) {
+        target.plan = Plan {
+            skip: Some(reason),
+            ..Plan::default()
+        };
+    }
+    world.run();
+    assert_eq!(world.outcomes(), reasons.map(skipped));
+    assert!(world.acted_on().is_empty());
 }
 
 #[test]
-fn an_order_whose_answer_was_lost_is_ours_all_the_same() {
+fn a_target_that_has_an_outcome_keeps_it() {
+    let mut world = World::new(2).method(Destroy, close);
+    world.targets[0].outcome = Some(Outcome::Gone);
+    world.run();
+    assert_eq!(world.outcomes(), [Some(Outcome::Gone), closed(Destroy)]);
+    assert_eq!(world.acted_on(), [2]);
+}
+
+#[test]
+fn an_order_whose_answer_was_lost_closed_the_socket_if_it_is_gone() {
     let mut world = World::new(2).method(Destroy, |kernel, cookie| {
         if cookie == 1 {
             kernel.remove(1);
         }
-        let error = io::Error::from_raw_os_error(libc::ENOBUFS);
-        Err(ActError::Unanswered(error))
+        Err(LOST)
     });
-    let outcomes = world.climb();
-    assert!(matches!(outcomes[0].verdict, Verdict::Closed(Destroy)));
-    assert!(matches!(outcomes[1].verdict, Verdict::Failed));
+    world.run();
+    assert_eq!(world.outcomes(), [closed(Destroy), Some(Outcome::Failed)]);
 }
 
-/// A kernel that stops answering once something was done.
+/// A kernel that stops answering once an executor has acted.
 struct Mute(Kernel, Arc<Mutex<Vec<u64>>>);
 
 impl Observe for Mute {
-    fn observe(&mut self, ids: &[DiagId], detail: Detail) -> io::Result<Looks> {
+    fn lookup(&mut self, ids: &[DiagId], detail: Detail) -> io::Result<Vec<Lookup>> {
         match self.1.lock().unwrap().is_empty() {
-            true => self.0.observe(ids, detail),
-            false => Err(io::Error::from_raw_os_error(libc::ENOBUFS)),
+            true => self.0.lookup(ids, detail),
+            false => Err(Errno::ENOBUFS.into()),
         }
     }
 
     fn list(&mut self, _: StateSet) -> io::Result<HashSet<Cookie>> {
-        Err(io::Error::from_raw_os_error(libc::ENOBUFS))
+        Err(Errno::ENOBUFS.into())
     }
 }
 
 #[test]
-fn every_socket_has_an_outcome_when_the_kernel_cannot_be_asked_any_more() {
+fn every_socket_has_an_outcome_when_the_kernel_no_longer_answers() {
     let mut world = World::new(3).method(Destroy, close);
-    let rules = Rules {
-        grace: Duration::ZERO,
-        discard_unsent: false,
-        selectors: &world.selectors,
-        kernel: KernelVersion::ABORTS_ORPHANS,
-    };
-    let mut kernel = Mute(world.kernel.clone(), Arc::clone(&world.touched));
-    let outcomes = climb(
-        &world.found,
-        &world.plans,
-        &[0, 2],
-        &mut world.methods,
-        &mut kernel,
-        rules,
-        &world.clock,
-    );
-    assert_eq!(outcomes.len(), 2);
-    for outcome in outcomes {
-        assert!(matches!(outcome.verdict, Verdict::Failed));
-        let last = outcome.attempts.last().unwrap().error.as_ref().unwrap();
-        assert!(last.to_string().contains("lookup"), "{last}");
+    world.grace = Duration::ZERO;
+    let mut kernel = Mute(world.kernel.clone(), Arc::clone(&world.acted_on));
+    world.run_on(&[0, 2], &mut kernel);
+    let failed = Some(Outcome::Failed);
+    assert_eq!(world.outcomes(), [failed, None, failed]);
+    let error = MethodError::SystemCall("sock_diag lookup", Errno::ENOBUFS);
+    for target in [&world.targets[0], &world.targets[2]] {
+        assert_eq!(
+            target.attempts,
+            [
+                attempt(Destroy, None),
+                attempt(Destroy, Some(error.clone()))
+            ]
+        );
     }
-    assert_eq!(*world.touched.lock().unwrap(), [1, 3], "only the members");
+    assert_eq!(world.acted_on(), [1, 3], "only the targets of the run");
+}
+
+/// A kernel that never answers.
+struct Silent;
+
+impl Observe for Silent {
+    fn lookup(&mut self, _: &[DiagId], _: Detail) -> io::Result<Vec<Lookup>> {
+        Err(Errno::ENOBUFS.into())
+    }
+
+    fn list(&mut self, _: StateSet) -> io::Result<HashSet<Cookie>> {
+        Err(Errno::ENOBUFS.into())
+    }
 }
 
 #[test]
-fn an_alive_peer_ends_the_ladder() {
+fn a_socket_that_cannot_be_looked_up_is_not_acted_on() {
+    let mut world = World::new(1).method(Shutdown, close).method(Destroy, close);
+    world.run_on(&[0], &mut Silent);
+    assert_eq!(world.outcomes(), [Some(Outcome::Failed)]);
+    assert!(world.acted_on().is_empty());
+    let error = MethodError::SystemCall("sock_diag lookup", Errno::ENOBUFS);
+    // Before each method, and at the end: no method has acted, so that the last error stands with the first method.
+    let methods = [Shutdown, Destroy, Shutdown];
+    let attempts = methods.map(|method| attempt(method, Some(error.clone())));
+    assert_eq!(world.targets[0].attempts, attempts);
+}
+
+#[test]
+fn after_an_answer_of_the_peer_no_other_method_is_tried() {
     let mut world = World::new(1)
-        .method(Shutdown, |_, _| Err(ActError::PeerAlive))
+        .method(Shutdown, |_, _| Err(MethodError::PeerAlive))
         .method(Destroy, close);
-    assert!(matches!(world.verdict(), Verdict::Skipped(Skip::PeerAlive)));
-    assert_eq!(*world.touched.lock().unwrap(), [1]);
+    assert_eq!(world.outcome(), skipped(SkipReason::PeerAlive));
+    assert_eq!(world.acted_on(), [1]);
+    let alive = Some(MethodError::PeerAlive);
+    assert_eq!(world.targets[0].attempts, [attempt(Shutdown, alive)]);
 }
 
 #[test]
-fn what_a_method_did_not_get_to_is_interrupted() {
-    let mut world = World::new(1).method(Shutdown, |_, _| Err(ActError::Interrupted));
-    assert!(matches!(
-        world.verdict(),
-        Verdict::Skipped(Skip::Interrupted)
-    ));
+fn a_target_that_the_executor_did_not_reach_is_interrupted() {
+    let mut world = World::new(1);
+    world.executors.push(Box::new(Stopped));
+    assert_eq!(world.outcome(), skipped(SkipReason::Interrupted));
+    assert!(world.targets[0].attempts.is_empty());
 }
 
 #[test]
-fn a_late_reset_is_still_by_the_method() {
+fn a_socket_that_a_late_rst_closes_is_closed_by_the_method() {
     let mut world = World::new(1).method(Shutdown, |kernel, cookie| {
         kernel.remove(cookie);
-        Err(ActError::RstIgnored)
+        Err(MethodError::RstIgnored)
     });
-    assert!(matches!(world.verdict(), Verdict::Closed(Shutdown)));
+    assert_eq!(world.outcome(), closed(Shutdown));
 }
 
 #[test]
 fn bytes_that_forbid_every_method_are_a_reason_to_skip() {
-    let unsent = |_: &Kernel, _| Err(ActError::Unsent(7));
+    let unsent = |_: &Kernel, _| Err(MethodError::UnsentData(7));
     let mut world = World::new(1)
         .method(Shutdown, unsent)
         .method(Destroy, unsent);
-    assert!(matches!(world.verdict(), Verdict::Skipped(Skip::Unsent(7))));
-}
-
-/// A method that takes its time: the world changes, then it looks again, then it closes what fits.
-struct Slow {
-    kernel: Kernel,
-    change: Box<dyn Fn(&Kernel) + Send>,
-    provoked: bool,
-    fit: Arc<Mutex<Vec<bool>>>,
-}
-
-impl Method for Slow {
-    fn name(&self) -> MethodName {
-        Destroy
-    }
-
-    fn batch(&self) -> usize {
-        1000
-    }
-
-    fn act(&mut self, targets: &[Target], scene: &mut dyn Scene) -> Vec<Result<(), ActError>> {
-        (self.change)(&self.kernel);
-        let all: Vec<usize> = (0..targets.len()).collect();
-        let fit = scene.still_fit(&all, self.provoked);
-        for (target, fit) in targets.iter().zip(&fit) {
-            if *fit {
-                self.kernel.remove(target.id.cookie().0);
-            }
-        }
-        *self.fit.lock().unwrap() = fit;
-        targets.iter().map(|_| Ok(())).collect()
-    }
-}
-
-/// The verdicts on five sockets of which `change` changes some while the method is at work.
-fn while_at_work(
-    provoked: bool,
-    change: impl Fn(&Kernel) + Send + 'static,
-) -> (Vec<bool>, Vec<Verdict>) {
-    let mut world = World::new(5);
-    let fit = Arc::default();
-    world.methods.push(Box::new(Slow {
-        kernel: world.kernel.clone(),
-        change: Box::new(change),
-        provoked,
-        fit: Arc::clone(&fit),
-    }));
-    let outcomes = world.climb();
-    let verdicts = outcomes.into_iter().map(|outcome| outcome.verdict);
-    (
-        std::mem::take(&mut *fit.lock().unwrap()),
-        verdicts.collect(),
-    )
+    assert_eq!(world.outcome(), skipped(SkipReason::UnsentData(7)));
 }
 
 #[test]
-fn the_look_in_the_middle_of_an_act_counts() {
-    let (fit, verdicts) = while_at_work(false, |kernel| {
+fn bytes_that_forbid_one_method_do_not_hide_the_failure_of_another() {
+    let mut world = World::new(1)
+        .method(Shutdown, |_, _| Err(DENIED))
+        .method(Destroy, |_, _| Err(MethodError::UnsentData(7)));
+    assert_eq!(world.outcome(), Some(Outcome::Failed));
+}
+
+/// An executor that takes its time: the sockets change, then it rechecks its targets, then it closes those that are eligible.
+struct Slow {
+    kernel: Kernel,
+    change: Box<dyn Fn(&Kernel)>,
+    after_segment: bool,
+    eligible: Arc<Mutex<Vec<u64>>>,
+}
+
+impl Executor for Slow {
+    fn method(&self) -> Method {
+        Destroy
+    }
+
+    fn batch_size(&self) -> usize {
+        1000
+    }
+
+    fn act(&mut self, targets: Vec<&mut Target>, batch: &mut Batch<'_>) {
+        (self.change)(&self.kernel);
+        for target in batch.recheck(targets, self.after_segment) {
+            let cookie = target.socket.cookie().0;
+            self.eligible.lock().unwrap().push(cookie);
+            target.record(Destroy, close(&self.kernel, cookie));
+        }
+    }
+}
+
+/// The cookies of the eligible ones of five sockets of which `change` changes some while the executor is at work, and all outcomes.
+fn change_at_work(
+    after_segment: bool,
+    change: impl Fn(&Kernel) + 'static,
+) -> (Vec<u64>, Vec<Option<Outcome>>) {
+    let mut world = World::new(5);
+    let eligible = Arc::default();
+    world.executors.push(Box::new(Slow {
+        kernel: world.kernel.clone(),
+        change: Box::new(change),
+        after_segment,
+        eligible: Arc::clone(&eligible),
+    }));
+    world.run();
+    let eligible = mem::take(&mut *eligible.lock().unwrap());
+    (eligible, world.outcomes())
+}
+
+#[test]
+fn a_recheck_in_the_middle_of_an_act_counts() {
+    let (eligible, outcomes) = change_at_work(false, |kernel| {
         kernel.remove(2);
         kernel.change(3, |socket| socket.state = TcpState::LastAck);
         kernel.change(4, |socket| socket.send_q = 9);
     });
-    assert_eq!(fit, [true, false, false, false, true]);
-    assert!(matches!(
-        verdicts[..],
+    assert_eq!(eligible, [1, 5]);
+    assert_eq!(
+        outcomes,
         [
-            Verdict::Closed(Destroy),
-            Verdict::Gone,
-            Verdict::Gone,
-            Verdict::Skipped(Skip::Unsent(9)),
-            Verdict::Closed(Destroy)
+            closed(Destroy),
+            Some(Outcome::Gone),
+            Some(Outcome::Gone),
+            skipped(SkipReason::UnsentData(9)),
+            closed(Destroy)
         ]
-    ));
-}
-
-#[test]
-fn what_a_question_has_closed_is_closed_by_the_method() {
-    let (fit, verdicts) = while_at_work(true, |kernel| kernel.remove(2));
-    assert_eq!(fit, [true, false, true, true, true]);
-    assert!(
-        verdicts
-            .iter()
-            .all(|v| matches!(v, Verdict::Closed(Destroy)))
     );
 }
 
 #[test]
-fn what_perhaps_did_nothing_does_not_lift_the_checks() {
+fn a_socket_that_the_segment_of_an_executor_closes_is_closed_by_its_method() {
+    let (eligible, outcomes) = change_at_work(true, |kernel| kernel.remove(2));
+    assert_eq!(eligible, [1, 3, 4, 5]);
+    assert_eq!(outcomes, [closed(Destroy); 5]);
+}
+
+#[test]
+fn an_attempt_that_maybe_did_nothing_does_not_lift_the_checks() {
     // The connection comes to life while the first method waits in vain.
     let mut world = World::new(1)
         .method(Shutdown, |kernel, cookie| {
             kernel.change(cookie, |socket| {
                 socket.quiet.as_mut().unwrap().last_ack_recv = Duration::ZERO;
             });
-            Err(ActError::RstIgnored)
+            Err(MethodError::RstIgnored)
         })
         .method(Destroy, close);
     world.selectors.min_age = Duration::from_secs(60);
-    assert!(matches!(
-        world.verdict(),
-        Verdict::Skipped(Skip::NoLongerSelected)
-    ));
-    assert_eq!(*world.touched.lock().unwrap(), [1], "not a second time");
+    assert_eq!(world.outcome(), skipped(SkipReason::NoLongerSelected));
+    assert_eq!(world.acted_on(), [1], "not a second time");
 }
 
 #[test]
 fn an_orphan_made_meanwhile_is_not_left_for_ever() {
-    let climb_on = |kernel| {
+    let run_on = |version| {
         let mut world = World::new(1)
             .method(Shutdown, |kernel, cookie| {
                 to_last_ack(kernel, cookie)?;
@@ -569,37 +612,32 @@ fn an_orphan_made_meanwhile_is_not_left_for_ever() {
                 Ok(())
             })
             .method(Destroy, close);
-        let rules = Rules {
-            grace: Duration::ZERO,
-            discard_unsent: true,
-            selectors: &world.selectors,
-            kernel,
-        };
-        let mut table = world.kernel.clone();
-        climb(
-            &world.found,
-            &world.plans,
-            &[0],
-            &mut world.methods,
-            &mut table,
-            rules,
-            &world.clock,
-        )
-        .remove(0)
+        world.grace = Duration::ZERO;
+        world.discard_unsent = true;
+        world.version = version;
+        world.run();
+        world.targets.remove(0)
     };
-    let old = climb_on(KernelVersion(6, 10));
-    assert!(matches!(old.verdict, Verdict::Closing(Shutdown, _)));
-    assert!(matches!(old.attempts[1].error, Some(ActError::Orphan)));
-    let new = climb_on(KernelVersion::ABORTS_ORPHANS);
-    assert!(matches!(new.verdict, Verdict::Closed(Destroy)));
+    let old = run_on(KernelVersion(6, 10));
+    let closing = Outcome::Closing(Shutdown, TcpState::LastAck);
+    assert_eq!(old.outcome, Some(closing));
+    assert_eq!(
+        old.attempts,
+        [
+            attempt(Shutdown, None),
+            attempt(Destroy, Some(MethodError::OrphanOnOldKernel))
+        ]
+    );
+    let new = run_on(KernelVersion::ABORTS_ORPHANS);
+    assert_eq!(new.outcome, closed(Destroy));
 }
 
 #[test]
-fn the_credit_goes_to_the_method_that_worked() {
+fn the_socket_is_closed_by_the_last_method_that_acted() {
     let mut world = World::new(1)
-        .method(Destroy, |_, _| Err(ActError::RstIgnored))
+        .method(Destroy, |_, _| Err(MethodError::RstIgnored))
         .method(Shutdown, close);
-    assert!(matches!(world.verdict(), Verdict::Closed(Shutdown)));
+    assert_eq!(world.outcome(), closed(Shutdown));
 }
 
 #[test]
@@ -608,34 +646,32 @@ fn a_connection_that_ended_in_time_wait_is_left_there() {
     let mut world = World::new(1)
         .method(Shutdown, to_last_ack)
         .method(Destroy, close);
-    let (kernel, waits) = (world.kernel.clone(), Mutex::new(0));
-    world.clock.meanwhile = Box::new(move || {
-        *waits.lock().unwrap() += 1;
-        kernel.change(1, |socket| socket.state = TcpState::TimeWait);
-    });
-    assert!(matches!(world.verdict(), Verdict::Closed(Shutdown)));
-    assert_eq!(*world.touched.lock().unwrap(), [1], "not destroyed as well");
+    let kernel = world.kernel.clone();
+    world.clock.meanwhile =
+        Box::new(move || kernel.change(1, |socket| socket.state = TcpState::TimeWait));
+    assert_eq!(world.outcome(), closed(Shutdown));
+    assert_eq!(world.acted_on(), [1], "not destroyed as well");
 }
 
-/// A kernel whose lists lack some sockets, and that counts what it is asked one by one.
+/// A kernel whose lists lack some sockets, and that counts the lookups of each.
 struct Listing {
     kernel: Kernel,
     lacks: HashSet<Cookie>,
     fails: bool,
-    asked: HashMap<Cookie, usize>,
+    lookups: HashMap<Cookie, usize>,
 }
 
 impl Observe for Listing {
-    fn observe(&mut self, ids: &[DiagId], detail: Detail) -> io::Result<Looks> {
+    fn lookup(&mut self, ids: &[DiagId], detail: Detail) -> io::Result<Vec<Lookup>> {
         for id in ids {
-            *self.asked.entry(id.cookie()).or_default() += 1;
+            *self.lookups.entry(id.cookie()).or_default() += 1;
         }
-        self.kernel.observe(ids, detail)
+        self.kernel.lookup(ids, detail)
     }
 
     fn list(&mut self, states: StateSet) -> io::Result<HashSet<Cookie>> {
         if self.fails {
-            return Err(io::Error::from_raw_os_error(libc::ENOBUFS));
+            return Err(Errno::ENOBUFS.into());
         }
         let listed = self.kernel.list(states)?;
         Ok(listed.difference(&self.lacks).copied().collect())
@@ -643,65 +679,75 @@ impl Observe for Listing {
 }
 
 /// Destroys many sockets, of which 7 stays although it is acknowledged, 8 stays and has no acknowledgement, 9
-/// closes without one, and 10 goes to LAST-ACK.
-fn destroy_many(fails: bool) -> (Vec<Outcome>, HashMap<Cookie, usize>) {
+/// closes without one, and 10 goes to LAST-ACK. Returns the outcomes, and how often each socket was looked up.
+fn destroy_many(fails: bool) -> (Vec<Option<Outcome>>, HashMap<Cookie, usize>) {
     let many = u64::try_from(MANY).unwrap();
-    let unanswered = || {
-        let lost = io::Error::from_raw_os_error(libc::ENOBUFS);
-        Err(ActError::Unanswered(lost))
-    };
-    let mut world = World::new(many).method(Destroy, move |kernel, cookie| match cookie {
+    let mut world = World::new(many).method(Destroy, |kernel, cookie| match cookie {
         7 => Ok(()),
-        8 => unanswered(),
+        8 => Err(LOST),
         9 => {
             kernel.remove(cookie);
-            unanswered()
+            Err(LOST)
         }
         10 => to_last_ack(kernel, cookie),
         _ => close(kernel, cookie),
     });
-    for plan in &mut world.plans {
-        plan.methods = vec![Destroy];
+    for target in &mut world.targets {
+        target.plan.methods = vec![Destroy];
     }
-    let rules = Rules {
-        grace: Duration::ZERO,
-        discard_unsent: false,
-        selectors: &world.selectors,
-        kernel: KernelVersion::ABORTS_ORPHANS,
-    };
+    world.grace = Duration::ZERO;
     let mut kernel = Listing {
         kernel: world.kernel.clone(),
         lacks: HashSet::from([Cookie(8)]),
         fails,
-        asked: HashMap::new(),
+        lookups: HashMap::new(),
     };
-    let members: Vec<usize> = (0..world.found.sockets.len()).collect();
-    let outcomes = climb(
-        &world.found,
-        &world.plans,
-        &members,
-        &mut world.methods,
-        &mut kernel,
-        rules,
-        &world.clock,
-    );
-    (outcomes, kernel.asked)
+    let all: Vec<usize> = (0..world.targets.len()).collect();
+    world.run_on(&all, &mut kernel);
+    (world.outcomes(), kernel.lookups)
 }
 
 #[test]
 fn a_list_confirms_many_destroyed_sockets_and_nothing_else() {
     for fails in [false, true] {
-        let (outcomes, asked) = destroy_many(fails);
+        let (outcomes, lookups) = destroy_many(fails);
         for (cookie, outcome) in (1..).zip(outcomes) {
-            let right = match (cookie, outcome.verdict) {
-                (7 | 8, verdict) => matches!(verdict, Verdict::Failed),
-                (10, verdict) => matches!(verdict, Verdict::Closing(Destroy, TcpState::LastAck)),
-                (_, verdict) => matches!(verdict, Verdict::Closed(Destroy)),
+            let expected = match cookie {
+                7 | 8 => Some(Outcome::Failed),
+                10 => Some(Outcome::Closing(Destroy, TcpState::LastAck)),
+                _ => closed(Destroy),
             };
-            assert!(right, "{cookie}");
-            // Once before the act; after it only what the list does not confirm.
+            assert_eq!(outcome, expected, "{cookie}");
+            // Once before the act; after it only those that the list does not confirm.
             let confirmed = !fails && !(7..=10).contains(&cookie);
-            assert_eq!(asked[&Cookie(cookie)] == 1, confirmed, "{cookie}");
+            assert_eq!(lookups[&Cookie(cookie)] == 1, confirmed, "{cookie}");
         }
     }
+}
+
+#[test]
+fn sockets_destroyed_before_are_verified() {
+    let mut world = World::new(3);
+    for (target, result) in world
+        .targets
+        .iter_mut()
+        .zip([Ok(()), Ok(()), Err(MethodError::Gone)])
+    {
+        target.record(Destroy, result);
+    }
+    world.kernel.remove(1);
+    world.kernel.remove(3);
+    let rules = Rules {
+        grace: Duration::from_secs(1),
+        discard_unsent: false,
+        selectors: &world.selectors,
+        kernel: world.version,
+    };
+    let mut targets: Vec<&mut Target> = world.targets.iter_mut().collect();
+    verify_destroyed(&mut targets, &mut world.kernel, rules, &world.clock);
+    assert_eq!(
+        world.outcomes(),
+        [closed(Destroy), Some(Outcome::Failed), Some(Outcome::Gone)]
+    );
+    assert_eq!(world.clock.waited(), Duration::from_secs(1));
 }

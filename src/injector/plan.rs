@@ -17,11 +17,12 @@ pub struct Policy {
     pub idle_only: bool,
 }
 
-/// Plans every target of `scan`.
+/// Plans every target of `scan` that has no outcome yet. A target with an outcome keeps its plan.
 pub fn build(scan: &mut Scan, policy: &Policy, privileges: &Privileges) {
     let mut allowed = policy.max_kills.unwrap_or(usize::MAX);
     // The targets are sorted, the oldest first.
-    for target in &mut scan.targets {
+    let undecided = |target: &&mut Target| target.outcome.is_none();
+    for target in scan.targets.iter_mut().filter(undecided) {
         target.plan = plan_one(target, scan.owners_known, policy, privileges);
         if target.plan.skip.is_none() {
             match allowed.checked_sub(1) {
@@ -86,8 +87,12 @@ fn exclusion(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::finder::{Held, RemoteFd};
+    use crate::kernel::KernelVersion;
+    use crate::model::{Outcome, Owner, Privilege, Socket};
+    use crate::proc::RemoteFd;
+    use crate::proc::testdata::process;
     use crate::sock_diag::testdata::stuck;
+    use crate::tcp::TcpState;
 
     const ROOT: Privileges = Privileges {
         net_admin: true,
@@ -102,141 +107,164 @@ mod tests {
 
     fn policy() -> Policy {
         Policy {
-            methods: MethodName::AUTO.to_vec(),
+            methods: Method::AUTO.to_vec(),
             discard_unsent: false,
             max_kills: None,
             idle_only: false,
         }
     }
 
-    fn owned(send_q: u32) -> Socket {
+    fn unowned(send_q: u32) -> Target {
         let mut message = stuck("10.0.0.1:80", "10.0.0.2:5", 1);
         message.send_q = send_q;
-        let mut socket = Socket::from_message(&message);
-        socket.owners.push(Held {
-            process: 0,
-            fd: RemoteFd(3),
-        });
-        socket
+        Target::new(Socket::from_message(&message))
     }
 
-    fn never_accepted() -> Socket {
+    fn owned(send_q: u32) -> Target {
+        let mut target = unowned(send_q);
+        let owner = Owner::new(process(7, "app"), RemoteFd(3));
+        target.owners.push(owner);
+        target
+    }
+
+    fn never_accepted() -> Target {
         let mut message = stuck("10.0.0.1:80", "10.0.0.2:5", 1);
         message.inode = 0;
-        Socket::from_message(&message)
+        Target::new(Socket::from_message(&message))
     }
 
-    fn plan(socket: Socket, policy: &Policy, privileges: &Privileges) -> Plan {
-        let found = Found {
-            owners_sought: true,
-            sockets: vec![socket],
-            ..Found::default()
-        };
-        build(&found, policy, privileges).remove(0)
+    fn scan(targets: Vec<Target>) -> Scan {
+        Scan {
+            owners_known: true,
+            targets,
+            ..Scan::default()
+        }
+    }
+
+    fn plan(target: Target, policy: &Policy, privileges: &Privileges) -> Plan {
+        let mut scan = scan(vec![target]);
+        build(&mut scan, policy, privileges);
+        scan.targets.remove(0).plan
     }
 
     #[test]
     fn an_idle_socket_gets_every_method() {
-        assert_eq!(plan(owned(0), &policy(), &ROOT).methods, MethodName::AUTO);
+        let plan = plan(owned(0), &policy(), &ROOT);
+        assert_eq!(plan.methods, Method::AUTO);
+        assert_eq!(plan.skip, None);
     }
 
     #[test]
-    fn unsent_bytes_forbid_what_would_lose_them() {
+    fn unsent_bytes_forbid_the_methods_that_would_lose_them() {
         let protected = plan(owned(9), &policy(), &ROOT);
-        assert_eq!(protected.methods, [MethodName::Shutdown]);
+        assert_eq!(protected.methods, [Method::Shutdown]);
         assert_eq!(
             protected.excluded,
             [
-                (MethodName::Destroy, Exclusion::Unsent(9)),
-                (MethodName::Rst, Exclusion::Unsent(9))
+                (Method::Destroy, Exclusion::UnsentData(9)),
+                (Method::Rst, Exclusion::UnsentData(9))
             ]
         );
         let allowed = Policy {
             discard_unsent: true,
             ..policy()
         };
-        assert_eq!(plan(owned(9), &allowed, &ROOT).methods, MethodName::AUTO);
+        assert_eq!(plan(owned(9), &allowed, &ROOT).methods, Method::AUTO);
     }
 
     #[test]
     fn without_a_descriptor_there_is_no_shutdown() {
-        let socket = plan(never_accepted(), &policy(), &ROOT);
-        assert_eq!(socket.methods, [MethodName::Destroy, MethodName::Rst]);
+        let backlog = plan(never_accepted(), &policy(), &ROOT);
+        assert_eq!(backlog.methods, [Method::Destroy, Method::Rst]);
         assert_eq!(
-            socket.excluded,
-            [(MethodName::Shutdown, Exclusion::NotAccepted)]
+            backlog.excluded,
+            [(Method::Shutdown, Exclusion::NotAccepted)]
         );
-        let mut orphaned = owned(0);
-        orphaned.owners.clear();
-        let unknown = plan(orphaned, &policy(), &ROOT);
+        let unknown = plan(unowned(0), &policy(), &ROOT);
+        assert_eq!(unknown.excluded, [(Method::Shutdown, Exclusion::NoOwner)]);
+        let mut scan = scan(vec![unowned(0)]);
+        scan.owners_known = false;
+        build(&mut scan, &policy(), &ROOT);
         assert_eq!(
-            unknown.excluded,
-            [(MethodName::Shutdown, Exclusion::NoOwner)]
+            scan.targets[0].plan.excluded,
+            [(Method::Shutdown, Exclusion::OwnersNotSearched)]
         );
     }
 
     #[test]
     fn a_missing_capability_is_named() {
-        let socket = plan(never_accepted(), &policy(), &USER);
-        assert!(socket.methods.is_empty());
-        assert!(
-            socket
-                .excluded
-                .contains(&(MethodName::Destroy, Exclusion::Needs(Privilege::NetAdmin)))
-        );
-        assert_eq!(
-            plan(owned(0), &policy(), &USER).methods,
-            [MethodName::Shutdown]
-        );
+        let backlog = plan(never_accepted(), &policy(), &USER);
+        assert!(backlog.methods.is_empty());
+        assert_eq!(backlog.skip, Some(SkipReason::NoMethod));
+        let needed = Exclusion::NotPermitted(Privilege::NetAdmin);
+        assert!(backlog.excluded.contains(&(Method::Destroy, needed)));
+        assert_eq!(plan(owned(0), &policy(), &USER).methods, [Method::Shutdown]);
     }
 
     #[test]
-    fn raw_sockets_are_needed_where_no_descriptor_is() {
-        let wanted = Policy {
-            methods: vec![MethodName::Probe, MethodName::Rst],
+    fn raw_sockets_are_needed_without_a_descriptor() {
+        let asked = Policy {
+            methods: vec![Method::Probe, Method::Rst],
             ..policy()
         };
-        let raw = |method| (method, Exclusion::Needs(Privilege::NetRaw));
-        let socket = plan(never_accepted(), &wanted, &USER);
-        assert_eq!(
-            socket.excluded,
-            [raw(MethodName::Probe), raw(MethodName::Rst)]
-        );
-        let socket = plan(owned(0), &wanted, &USER);
-        assert_eq!(socket.methods, [MethodName::Probe]);
-        assert_eq!(socket.excluded, [raw(MethodName::Rst)]);
+        let raw = |method| (method, Exclusion::NotPermitted(Privilege::NetRaw));
+        let backlog = plan(never_accepted(), &asked, &USER);
+        assert_eq!(backlog.excluded, [raw(Method::Probe), raw(Method::Rst)]);
+        let held = plan(owned(0), &asked, &USER);
+        assert_eq!(held.methods, [Method::Probe]);
+        assert_eq!(held.excluded, [raw(Method::Rst)]);
         let only_raw = Privileges {
             net_raw: true,
             ..USER
         };
-        assert_eq!(plan(owned(0), &wanted, &only_raw).methods, wanted.methods);
+        assert_eq!(plan(owned(0), &asked, &only_raw).methods, asked.methods);
     }
 
     #[test]
-    fn the_limit_counts_only_what_would_be_acted_on() {
+    fn the_limit_counts_only_sockets_that_would_be_acted_on() {
         let mut only_destroy = policy();
-        only_destroy.methods = vec![MethodName::Destroy];
+        only_destroy.methods = vec![Method::Destroy];
         only_destroy.max_kills = Some(1);
-        let found = Found {
-            owners_sought: true,
-            sockets: vec![owned(9), owned(0), owned(0)],
-            ..Found::default()
-        };
-        let plans = build(&found, &only_destroy, &ROOT);
-        let acts: Vec<bool> = plans.iter().map(|plan| !plan.methods.is_empty()).collect();
-        assert_eq!(acts, [false, true, false]);
-        let over: Vec<bool> = plans.iter().map(|plan| plan.over_limit).collect();
-        assert_eq!(over, [false, false, true]);
+        let mut scan = scan(vec![owned(9), owned(0), owned(0)]);
+        build(&mut scan, &only_destroy, &ROOT);
+        let plans: Vec<(&[Method], Option<SkipReason>)> = scan
+            .targets
+            .iter()
+            .map(|target| (&target.plan.methods[..], target.plan.skip))
+            .collect();
+        assert_eq!(
+            plans,
+            [
+                (&[][..], Some(SkipReason::NoMethod)),
+                (&[Method::Destroy], None),
+                (&[], Some(SkipReason::OverMaxKills)),
+            ]
+        );
     }
 
-    fn in_state(state: TcpState, orphan: bool) -> Socket {
-        let mut socket = owned(0);
-        socket.state = state;
+    #[test]
+    fn a_target_with_an_outcome_keeps_its_plan_and_is_not_counted() {
+        let mut done = owned(0);
+        done.plan.methods = vec![Method::Rst];
+        done.outcome = Some(Outcome::Closed(Method::Rst));
+        let one = Policy {
+            max_kills: Some(1),
+            ..policy()
+        };
+        let mut scan = scan(vec![done.clone(), owned(0)]);
+        build(&mut scan, &one, &ROOT);
+        assert_eq!(scan.targets[0].plan, done.plan);
+        assert_eq!(scan.targets[1].plan.methods, Method::AUTO);
+    }
+
+    fn in_state(state: TcpState, orphan: bool) -> Target {
+        let mut target = owned(0);
+        target.socket.state = state;
         if orphan {
-            socket.inode = None;
-            socket.owners.clear();
+            target.socket.inode = None;
+            target.owners.clear();
         }
-        socket
+        target
     }
 
     #[test]
@@ -247,16 +275,16 @@ mod tests {
             idle_only: true,
             ..policy()
         };
-        assert_eq!(plan(open(), &idle, &ROOT).methods, MethodName::AUTO);
+        assert_eq!(plan(open(), &idle, &ROOT).methods, Method::AUTO);
     }
 
     #[test]
-    fn what_is_shut_down_already_is_aborted() {
+    fn a_socket_that_is_shut_down_already_is_aborted() {
         use TcpState::{Closing, FinWait1, FinWait2, LastAck, TimeWait};
         for state in [FinWait1, FinWait2, LastAck, Closing, TimeWait] {
             let plan = plan(in_state(state, false), &policy(), &ROOT);
-            assert!(!plan.methods.contains(&MethodName::Shutdown), "{state}");
-            assert!(plan.methods.contains(&MethodName::Destroy), "{state}");
+            assert!(!plan.methods.contains(&Method::Shutdown), "{state}");
+            assert!(plan.methods.contains(&Method::Destroy), "{state}");
         }
     }
 

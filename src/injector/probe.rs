@@ -94,7 +94,6 @@ impl Probe {
     ) -> Vec<Asked<'t>> {
         let ids: Vec<DiagId> = unowned.iter().map(|asked| asked.target.socket.id).collect();
         let answers = self.wire.elicit(&ids, batch);
-        let until = batch.control().now() + batch.grace();
         let mut probes = Vec::new();
         let mut waiting = Vec::with_capacity(unowned.len());
         for asked in unowned {
@@ -108,12 +107,16 @@ impl Probe {
                     // Without numbers no ACK was captured, but the stack may have sent one. The peer's answer will show it.
                     let probe = |numbers| keepalive_probe(&id, numbers, asked.before.send_q);
                     probes.extend(numbers.map(probe));
-                    waiting.push(Asked { until, ..asked });
+                    waiting.push(asked);
                 }
                 Err(error) => asked.target.record(Method::Probe, Err(error)),
             }
         }
         self.wire.send(probes);
+        let until = batch.control().now() + batch.grace();
+        for asked in &mut waiting {
+            asked.until = until;
+        }
         waiting
     }
 }
@@ -306,7 +309,7 @@ impl Drop for Keepalive {
 fn keepalive_error(errno: Errno) -> MethodError {
     match errno {
         Errno::ERANGE => MethodError::SystemCall(
-            "keepalive values of the socket (from net.ipv4.tcp_keepalive_*?) that could not be put back",
+            "keepalive values of the socket (from net.ipv4.tcp_keepalive_*?) that could not be restored",
             errno,
         ),
         _ => MethodError::SystemCall("keepalive", errno),

@@ -28,7 +28,7 @@ pub fn close(
     control: &dyn Control,
 ) {
     let namespaces = &scan.namespaces;
-    let work = |(netns, mut targets): (usize, Vec<&mut Target>)| {
+    let work = |netns: usize, mut targets: Vec<&mut Target>| {
         let netns: &Netns = &namespaces[netns];
         let mut close = || -> io::Result<HashMap<u32, u32>> {
             let mut diag = SockDiag::open()?;
@@ -44,16 +44,7 @@ pub fn close(
             HashMap::new()
         })
     };
-    let shares = shares(&mut scan.targets);
-    let waiting: Vec<HashMap<u32, u32>> = parallel::side_by_side(shares, WORKERS_AT_ONCE, work)
-        .into_iter()
-        // If a worker panics, the results of the others are still reported.
-        .filter_map(thread::Result::ok)
-        .collect();
-    for target in &mut scan.targets {
-        target.fail_unfinished(MethodError::Bug);
-    }
-    for waiting in waiting {
+    for waiting in share_out(&mut scan.targets, work) {
         for listener in &mut scan.listeners {
             let counts = || {
                 listener
@@ -68,11 +59,28 @@ pub fn close(
     }
 }
 
-/// The targets of each worker, with the index of their namespace. A large namespace is split into one share per processor.
+/// Runs `work` on each share of `targets`, [`WORKERS_AT_ONCE`] at the same time, and returns the results. If a worker panics, its
+/// targets fail, and its result is missing. The other workers go on.
+fn share_out<T: Send>(
+    targets: &mut [Target],
+    work: impl Fn(usize, Vec<&mut Target>) -> T + Sync,
+) -> Vec<T> {
+    let work = |(netns, targets)| work(netns, targets);
+    let results = parallel::side_by_side(shares(targets), WORKERS_AT_ONCE, work)
+        .into_iter()
+        .filter_map(thread::Result::ok)
+        .collect();
+    for target in targets {
+        target.fail_unfinished(MethodError::Bug);
+    }
+    results
+}
+
+/// The targets without an outcome, as one share per worker, with the index of their namespace. A large namespace is split into
+/// one share per processor.
 fn shares(targets: &mut [Target]) -> Vec<(usize, Vec<&mut Target>)> {
     let mut by_netns: HashMap<usize, Vec<&mut Target>> = HashMap::new();
-    // Targets from the sweep already have an outcome.
-    for target in targets.iter_mut().filter(|it| it.outcome.is_none()) {
+    for target in targets.iter_mut().filter(|target| target.outcome.is_none()) {
         let netns = target.socket.netns;
         by_netns.entry(netns).or_default().push(target);
     }
@@ -101,23 +109,60 @@ fn waiting_by_inode(targets: &[&mut Target], diag: &mut SockDiag) -> HashMap<u32
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Outcome, Socket};
+    use crate::model::{Attempt, Outcome, SkipReason, Socket};
     use crate::sock_diag::testdata::stuck;
 
+    fn target(netns: usize) -> Target {
+        let mut socket = Socket::from_message(&stuck("10.0.0.1:80", "10.0.0.2:5", 1));
+        socket.netns = netns;
+        let mut target = Target::new(socket);
+        target.plan.methods = vec![Method::Shutdown, Method::Destroy];
+        target
+    }
+
     #[test]
-    fn a_target_with_an_outcome_is_not_tried_again() {
-        let target = |cookie| {
-            let message = stuck("10.0.0.1:80", "10.0.0.2:5", cookie);
-            Target::new(Socket::from_message(&message))
+    fn a_panic_of_one_worker_costs_no_outcome_of_another() {
+        let closed = Some(Outcome::Closed(Method::Destroy));
+        let mut targets: Vec<Target> = [0, 1, 2, 1, 1].map(target).into();
+        let over = Some(SkipReason::OverMaxKills);
+        targets[4].plan.skip = over;
+        let results = share_out(&mut targets, |netns, targets| {
+            for target in targets {
+                target.record(Method::Destroy, Ok(()));
+                target.outcome = closed;
+                assert_ne!(netns, 1, "on purpose");
+            }
+            netns
+        });
+        let outcomes: Vec<Option<Outcome>> = targets.iter().map(|target| target.outcome).collect();
+        let failed = Some(Outcome::Failed);
+        let skipped = over.map(Outcome::Skipped);
+        assert_eq!(outcomes, [closed, closed, closed, failed, skipped]);
+        let bug = |method| Attempt {
+            method,
+            error: Some(MethodError::Bug),
         };
-        let mut targets = [1, 2, 3].map(target);
-        targets[1].outcome = Some(Outcome::Closed(Method::Destroy));
-        let shares = shares(&mut targets);
-        let shared: Vec<u64> = shares
-            .iter()
-            .flat_map(|(_, targets)| targets)
-            .map(|target| target.socket.cookie().0)
-            .collect();
-        assert_eq!(shared, [1, 3]);
+        assert_eq!(
+            targets[3].attempts,
+            [bug(Method::Shutdown), bug(Method::Destroy)]
+        );
+        let mut namespaces = results;
+        namespaces.sort_unstable();
+        assert_eq!(namespaces, [0, 2]);
+    }
+
+    #[test]
+    fn each_target_without_an_outcome_is_in_one_share_of_its_namespace() {
+        let netns = |index| usize::from(index % 100 == 0);
+        let mut targets: Vec<Target> = (0..5000).map(|index| target(netns(index))).collect();
+        targets[1].outcome = Some(Outcome::Gone);
+        let mut counts = [0; 2];
+        for (netns, share) in shares(&mut targets) {
+            assert!(!share.is_empty());
+            assert!(share.iter().all(|target| target.socket.netns == netns));
+            assert!(share.iter().all(|target| target.outcome.is_none()));
+            counts[netns] += share.len();
+        }
+        assert_eq!(counts, [4949, 50]);
     }
 }

@@ -45,7 +45,7 @@ impl Coverage {
                 "/proc does not show the processes of others (hidepid)".to_owned()
             } else if self.unreadable_processes > 0 {
                 format!(
-                    "{} could not be looked into",
+                    "{} could not be read",
                     counted(self.unreadable_processes, "process")
                 )
             } else {
@@ -59,26 +59,26 @@ impl Coverage {
         }
         if self.undecided > 0 {
             notes.push(format!(
-                "{} more may belong to the processes asked for, which could not be looked into; left alone",
+                "{} more may belong to the selected processes, whose descriptors could not be read; left alone",
                 counted(self.undecided, "socket")
             ));
         }
         if self.unreachable_namespaces > 0 {
             let why = self.namespace_failure.as_deref();
             notes.push(format!(
-                "{} could not be looked into ({})",
+                "{} could not be entered ({})",
                 counted(self.unreachable_namespaces, "network namespace"),
                 why.unwrap_or("needs CAP_SYS_ADMIN")
             ));
         }
         if self.unknown_namespaces > 0 {
             notes.push(format!(
-                "the network namespaces of {} could not be told (needs CAP_SYS_PTRACE)",
+                "the network namespaces of {} are unknown (needs CAP_SYS_PTRACE)",
                 counted(self.unknown_namespaces, "process")
             ));
         }
         if let Some(why) = &self.unlisted {
-            notes.push(format!("what else matches could not be listed ({why})"));
+            notes.push(format!("the remaining sockets could not be listed ({why})"));
         }
         notes
     }

@@ -111,7 +111,7 @@ impl Method {
             | TcpState::SynRecv => None,
             TcpState::Listen => Some("closing a listener takes its service down; stop the service"),
             TcpState::SynSent => Some("its application is still opening it"),
-            TcpState::Close | TcpState::Unknown(_) => Some("it is no connection"),
+            TcpState::Close | TcpState::Unknown(_) => Some("it is not a connection"),
         }
     }
 }
@@ -141,6 +141,7 @@ impl fmt::Display for Privilege {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sock_diag::testdata::stuck;
 
     #[test]
     fn names_round_trip() {
@@ -149,5 +150,82 @@ mod tests {
             assert_eq!(method.to_string(), method.name());
         }
         assert!("RST".parse::<Method>().is_err());
+    }
+
+    /// A socket in `state`, with or without a descriptor.
+    fn socket(state: TcpState, orphan: bool) -> Socket {
+        let mut message = stuck("10.0.0.1:80", "10.0.0.2:5", 1);
+        message.state = state;
+        if orphan {
+            message.inode = 0;
+        }
+        Socket::from_message(&message)
+    }
+
+    /// Which methods of [`Method::ALL`] the state of `socket` allows.
+    fn allowed(socket: &Socket, idle_only: bool, kernel: KernelVersion) -> [bool; 4] {
+        Method::ALL.map(|method| {
+            method
+                .forbidden_by_state(socket, idle_only, kernel)
+                .is_none()
+        })
+    }
+
+    #[test]
+    fn each_state_allows_its_methods() {
+        use TcpState::{
+            Close, CloseWait, Closing, Established, FinWait1, FinWait2, LastAck, Listen, SynRecv,
+            SynSent, TimeWait, Unknown,
+        };
+        let (yes, no) = (true, false);
+        //                  probe shutdown destroy rst
+        for (state, methods) in [
+            (CloseWait, [yes, yes, yes, yes]),
+            (Established, [no, no, no, no]),
+            (FinWait1, [yes, no, yes, yes]),
+            (FinWait2, [yes, no, yes, yes]),
+            (LastAck, [yes, no, yes, yes]),
+            (Closing, [yes, no, yes, yes]),
+            (TimeWait, [no, no, yes, yes]),
+            (SynRecv, [no, yes, yes, no]),
+            (SynSent, [no, no, no, no]),
+            (Listen, [no, no, no, no]),
+            (Close, [no, no, no, no]),
+            (Unknown(99), [no, no, no, no]),
+        ] {
+            let kernel = KernelVersion::ABORTS_ORPHANS;
+            for orphan in [false, true] {
+                let socket = socket(state, orphan);
+                assert_eq!(allowed(&socket, false, kernel), methods, "{state}");
+                let idle = match state {
+                    Established => [yes; 4],
+                    _ => methods,
+                };
+                assert_eq!(allowed(&socket, true, kernel), idle, "{state}, idle");
+            }
+        }
+    }
+
+    #[test]
+    fn old_kernels_do_not_abort_orphans() {
+        use TcpState::{Closing, FinWait1, FinWait2, LastAck, TimeWait};
+        let old = KernelVersion(6, 10);
+        let (yes, no) = (true, false);
+        for (state, methods) in [
+            (FinWait1, [no, no, no, no]),
+            (FinWait2, [yes, no, yes, yes]),
+            (LastAck, [yes, no, no, yes]),
+            (Closing, [yes, no, no, yes]),
+            (TimeWait, [no, no, yes, yes]),
+        ] {
+            assert_eq!(
+                allowed(&socket(state, true), false, old),
+                methods,
+                "{state}"
+            );
+            let owned = socket(state, false);
+            let new = allowed(&owned, false, KernelVersion::ABORTS_ORPHANS);
+            assert_eq!(allowed(&owned, false, old), new, "{state} with an owner");
+        }
     }
 }

@@ -28,7 +28,7 @@ impl ReclaimOutcome {
     /// The word for it in JSON and in the log.
     pub fn name(&self) -> &'static str {
         match self {
-            ReclaimOutcome::Allowed => "would-free",
+            ReclaimOutcome::Allowed => "allowed",
             ReclaimOutcome::Freed => "freed",
             ReclaimOutcome::Gone => "gone",
             ReclaimOutcome::Skipped(_) => "skipped",
@@ -56,13 +56,13 @@ pub enum ReclaimReason {
     #[error(transparent)]
     InUse(InUse),
     /// The owner is cwkill itself, which inherited the descriptor.
-    #[error("cwkill itself was started with it open, and closes it by ending")]
+    #[error("cwkill itself inherited it, and closes it when it ends")]
     OwnProcess,
     /// Another process traces the owner: its pid, and its name if cwkill could read it.
     #[error("its process is traced by {name}", name = tracer(*.0, .1.as_deref()))]
     Traced(i32, Option<String>),
     /// A seccomp filter of the owner forbids close(2).
-    #[error("a seccomp filter of its process does not let close() through")]
+    #[error("a seccomp filter of its process forbids close()")]
     SeccompForbidsClose,
     /// The owner has a seccomp filter that cwkill may not read.
     #[error(
@@ -93,18 +93,15 @@ pub enum ReclaimReason {
     )]
     NoKcmp,
     /// The first thread of the owner has exited, and others have not.
-    #[error("the first thread of its process has ended, so its descriptors cannot be seen")]
+    #[error("the first thread of its process has ended, which hides its descriptors")]
     LeaderExited,
     /// This thread of the owner is inside execve(2), and a stop would wait for it.
     #[error(
-        "thread {0} of its process is executing a program, which takes long, and a stop would wait for it; try \
-         later, or wait with --reclaim-force"
+        "thread {0} of its process is in execve(), and a stop would wait for it; try later, or wait with --reclaim-force"
     )]
     InExec(i32),
     /// No thread that cwkill could use shares the descriptor table of the first thread.
-    #[error(
-        "no thread of its process that could close it shares the table of descriptors with its first thread"
-    )]
+    #[error("no usable thread of its process shares the descriptor table of its first thread")]
     SeparateTable,
     /// kcmp(2) does not report which descriptor table the threads have.
     #[error(
@@ -142,13 +139,13 @@ pub enum ReclaimReason {
     #[error("interrupted")]
     Interrupted,
     /// close(2) in the owner has not returned, so cwkill could not restore the thread.
-    #[error("close() in its process has not come back; one of its threads was let go as it was")]
+    #[error("close() in its process has not returned; one of its threads was released as it was")]
     CloseHangs,
     /// close(2) returned, and the number is still in use.
-    #[error("closed, and the number is still taken")]
+    #[error("closed, and the number is still in use")]
     StillOpen,
     /// A bug in cwkill; the owner runs on.
-    #[error("a bug of cwkill, list again to see the state")]
+    #[error("a bug in cwkill, list again to see the state")]
     Bug,
     /// Another system call failed: its name or purpose, and its errno.
     #[error("{0}: {error}", error = os_error(.1))]
@@ -262,15 +259,13 @@ pub enum InUse {
     IoUringWorker(String),
     /// A thread with this name closes the descriptors of objects that the owner no longer refers to.
     #[error(
-        "its thread {} closes forgotten objects by their numbers, whatever has those by then; have it collect them first \
-         (Java: jcmd PID GC.run), then --reclaim-force",
+        "its thread {} closes the descriptors of collected objects by number, even after reuse; run the collector first (Java: jcmd PID GC.run), then use --reclaim-force",
         escape(.0)
     )]
     Finalizer(String),
     /// A thread of the owner is in the middle of a transfer, and a stop would end its system call early.
     #[error(
-        "thread {tid} of its process waits to send or receive more (system call number {number}), and would be told of a \
-         part when it is stopped; try later, or --reclaim-force if its program goes on with the rest"
+        "thread {tid} of its process waits to send or receive more (system call number {number}), and a stop would end the call early; try later, or use --reclaim-force if its program continues with the rest"
     )]
     Transfer {
         /// The thread.
@@ -285,7 +280,7 @@ pub enum InUse {
     #[error("quiet for only {} (--reclaim-age)", format_duration(whole_millis(*.0)))]
     TooYoung(Duration),
     /// The kernel does not report how long it has been quiet.
-    #[error("the kernel does not say for how long it has been quiet")]
+    #[error("the kernel does not report how long it has been quiet")]
     AgeUnknown,
 }
 

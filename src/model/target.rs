@@ -64,6 +64,7 @@ pub struct Attempt {
 
 /// What became of a matched socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, IntoStaticStr)]
+#[cfg_attr(test, derive(strum::VariantNames))]
 #[strum(serialize_all = "kebab-case")]
 pub enum Outcome {
     /// It is no longer in the kernel's tables, by this method.
@@ -82,6 +83,7 @@ pub enum Outcome {
 ///
 /// Its code in JSON and in the log is the variant in kebab case, and stable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error, IntoStaticStr)]
+#[cfg_attr(test, derive(strum::VariantNames))]
 #[strum(serialize_all = "kebab-case")]
 pub enum SkipReason {
     /// No method can be used; [`Plan::excluded`] has the reason for each.
@@ -94,7 +96,7 @@ pub enum SkipReason {
     #[error("would lose {0} unsent bytes (--discard-unsent allows it)")]
     UnsentData(u32),
     /// It no longer has the age or the cause that was asked for.
-    #[error("no longer has the age or cause asked for")]
+    #[error("no longer has the selected age or cause")]
     NoLongerSelected,
     /// The application accepted it after the plan was made.
     #[error("the application accepted it meanwhile")]
@@ -111,6 +113,7 @@ pub enum SkipReason {
 ///
 /// Its code in JSON is the variant in kebab case, and stable.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, IntoStaticStr)]
+#[cfg_attr(test, derive(strum::VariantNames))]
 #[strum(serialize_all = "kebab-case")]
 pub enum Exclusion {
     /// The socket was never accepted, so there is no descriptor to act through.
@@ -120,7 +123,7 @@ pub enum Exclusion {
     #[error("no known owner")]
     NoOwner,
     /// The owners were not searched for.
-    #[error("owners were not looked for (--no-owners)")]
+    #[error("owners were not searched for (--no-owners)")]
     OwnersNotSearched,
     /// It would lose this many bytes that are queued to the peer.
     #[error("would lose {0} unsent bytes (--discard-unsent allows it)")]
@@ -137,6 +140,7 @@ pub enum Exclusion {
 ///
 /// Its code in JSON and in the log is the variant in kebab case, and stable.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, IntoStaticStr)]
+#[cfg_attr(test, derive(strum::VariantNames))]
 #[strum(serialize_all = "kebab-case")]
 pub enum MethodError {
     /// The socket closed before the act.
@@ -164,7 +168,7 @@ pub enum MethodError {
     UnsentData(u32),
     /// No ACK with the sequence numbers was seen within the grace; and why TCP_REPAIR did not give them.
     #[error(
-        "{}no ACK could be drawn from it within the grace (is something dropping packets on lo: nftables, conntrack's invalid \
+        "{}the socket sent no ACK within the grace (is something dropping packets on lo: nftables, conntrack's invalid \
          state? is there a route to the peer, does it answer ARP? TCP-MD5 or TCP-AO, NAT on this host?)",
         Prefix(.0.as_deref())
     )]
@@ -183,8 +187,8 @@ pub enum MethodError {
     /// The order was given, and whether it was carried out is not known.
     #[error("the kernel's answer was lost: {}", os_error(.0))]
     AnswerLost(Errno),
-    /// A step ended in a bug of cwkill.
-    #[error("a bug of cwkill, list again to see the state")]
+    /// A step ended in a bug in cwkill.
+    #[error("a bug in cwkill, list again to see the state")]
     Bug,
     /// Anything else: the system call and its errno.
     #[error("{}: {}", .0, os_error(.1))]
@@ -316,12 +320,12 @@ impl Target {
         if !self.outcome.is_some_and(Outcome::is_closed_or_closing) {
             return None;
         }
-        let any = |state| self.owners.iter().any(|owner| owner.after == Some(state));
+        let any = |state| self.owners.iter().any(|owner| owner.after == state);
         match self.socket.inode {
-            _ if any(FdState::Open) => Some(true),
+            _ if any(Some(FdState::Open)) => Some(true),
             // No descriptor was ever made, or none is left.
             None => Some(false),
-            Some(_) if self.owners.is_empty() || any(FdState::Unknown) => None,
+            Some(_) if self.owners.is_empty() || any(Some(FdState::Unknown)) || any(None) => None,
             Some(_) => Some(false),
         }
     }
@@ -371,7 +375,8 @@ impl Target {
         });
     }
 
-    /// Gives a target without an outcome the one of a run that broke off with `error`.
+    /// Gives a target without an outcome the one of a run that broke off with `error`. The error stands with the last method
+    /// that was tried, or with every planned one if none was.
     pub fn fail_unfinished(&mut self, error: MethodError) {
         if self.outcome.is_some() {
             return;
@@ -379,12 +384,19 @@ impl Target {
         self.outcome = Some(match self.plan.skip {
             Some(reason) => Outcome::Skipped(reason),
             None => {
-                let last = self.attempts.last().map(|attempt| attempt.method);
-                if let Some(method) = last.or(self.plan.methods.first().copied()) {
-                    self.attempt(method, Some(error));
+                let methods = match self.attempts.last() {
+                    Some(last) => vec![last.method],
+                    None => self.plan.methods.clone(),
+                };
+                for method in methods {
+                    self.attempt(method, Some(error.clone()));
                 }
                 Outcome::Failed
             }
         });
     }
 }
+
+#[cfg(test)]
+#[path = "target_tests.rs"]
+mod tests;

@@ -27,7 +27,7 @@ pub fn purpose(privilege: Privilege) -> &'static str {
 /// How to grant whatever is missing. All of it: with a part, the methods that are left may be harsher.
 pub const HOW_TO_GRANT: &str = "run cwkill with sudo, or grant its binary what it needs once: \
     `setcap cap_dac_read_search,cap_net_admin,cap_net_raw,cap_sys_ptrace+ep \
-    $(command -v cwkill)`, once only those may run it who may close anybody's connections";
+    $(command -v cwkill)`, and let only those run it who may close the connections of every user";
 
 /// What this process may do on the kernel it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

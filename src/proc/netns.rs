@@ -139,7 +139,7 @@ impl Netns {
         } else {
             return Err(io::Error::new(
                 io::ErrorKind::NotFound,
-                "no such name in /run/netns; `ip netns` lists them, a path or a process number is good too",
+                "/run/netns has no such name; give a name that `ip netns` lists, a path, or a process number",
             ));
         };
         let netns = Self::at(&path)?;
@@ -161,7 +161,7 @@ impl Netns {
         if fstatfs(&file)?.filesystem_type() != NSFS_MAGIC {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
-                "it is no namespace; give a name of ip-netns, a process number, or /proc/PID/ns/net",
+                "it is not a network namespace; give a name that `ip netns` lists, a process number, or /proc/PID/ns/net",
             ));
         }
         Ok(Netns {

@@ -84,6 +84,7 @@ fn thread_state(stat: &[u8]) -> Option<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::proc::ProcessId;
 
     #[test]
     fn the_state_stands_behind_whatever_name() {
@@ -99,8 +100,10 @@ mod tests {
         let proc = ProcFs::default();
         let pid = i32::try_from(std::process::id()).unwrap();
         let mut process = Process {
-            pid,
-            start_time: proc.start_time(pid).unwrap(),
+            id: ProcessId {
+                pid,
+                start_time: proc.start_time(pid).unwrap(),
+            },
             comm: String::new(),
             cgroup: Default::default(),
         };
@@ -118,7 +121,7 @@ mod tests {
         let caught = status.caught.unwrap();
         let catches = |signal: i32| caught >> (signal - 1) & 1 == 1;
         assert!(catches(libc::SIGSEGV) && !catches(libc::SIGKILL));
-        process.start_time += 1;
+        process.id.start_time += 1;
         assert_eq!(
             proc.status(&process),
             ProcessStatus::default(),

@@ -39,7 +39,7 @@ impl From<Errno> for OwnerError {
         match errno {
             Errno::ESRCH | Errno::ENOENT => OwnerError::Exited,
             Errno::EPERM | Errno::EACCES => ReclaimReason::NotPermitted(errno).into(),
-            errno => ReclaimReason::SystemError("looking into the process", errno).into(),
+            errno => ReclaimReason::SystemError("reading the process", errno).into(),
         }
     }
 }

@@ -106,7 +106,7 @@ fn a_name_that_is_not_utf8_hides_nothing() {
     let call = format!("{} 0x3 0x1000 0x80 0x0 0x0 0x0 0x0 0x0\n", libc::SYS_write);
     fs::write(task.join("syscall"), call).unwrap();
 
-    let proc = Proc::at(root.path());
+    let proc = ProcFs::at(root.path());
     let process = InspectedProcess {
         proc: &proc,
         pid: 7,

@@ -255,36 +255,53 @@ fn status_field(status: &str, name: &str) -> Option<i32> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
-    use crate::finder::cgroup::Cgroup;
+    use crate::model::Method;
+    use crate::proc::RemoteFd;
+    use crate::proc::testdata::process;
     use nix::errno::Errno;
 
-    pub(super) fn target(pid: i32, fd: i32) -> ReclaimTarget {
+    pub(super) fn owner(pid: i32, fd: i32) -> Owner {
+        Owner::new(process(pid, "app"), RemoteFd(fd))
+    }
+
+    pub(super) fn target(owner: &mut Owner) -> ReclaimTarget<'_> {
         ReclaimTarget {
-            process: Arc::new(Process {
-                pid,
-                start_time: 1,
-                comm: "app".into(),
-                cgroup: Cgroup::default(),
-            }),
-            fd: TargetFd(fd),
+            owner,
             inode: 42,
             cookie: Cookie(5),
-            local: None,
             age: Some(Duration::from_secs(60)),
             unread: 0,
             may_lose: 0,
-            outcome: None,
         }
+    }
+
+    /// A control that is interrupted from the start, or never.
+    struct Fixed {
+        interrupted: bool,
+    }
+
+    impl Control for Fixed {
+        fn now(&self) -> Instant {
+            Instant::now()
+        }
+        fn sleep(&self, _: Duration) {}
+        fn interrupted(&self) -> bool {
+            self.interrupted
+        }
+        fn progress(&self, _: Method, _: usize) {}
     }
 
     #[test]
     fn targets_are_grouped_by_owner_and_those_with_an_outcome_left_out() {
-        let mut targets = [target(9, 3), target(7, 4), target(9, 5), target(8, 6)];
-        targets[3].outcome = Some(ReclaimOutcome::Gone);
+        let mut owners = [owner(9, 3), owner(7, 4), owner(9, 5), owner(8, 6)];
+        owners[3].reclaim = Some(ReclaimOutcome::Gone);
+        let mut targets: Vec<ReclaimTarget<'_>> = owners.iter_mut().map(target).collect();
         let groups: Vec<Vec<i32>> = by_process(&mut targets)
             .into_iter()
-            .map(|owned| owned.into_iter().map(|target| target.fd.0).collect())
+            .map(|owned| owned.into_iter().map(|target| target.owner.fd.0).collect())
             .collect();
         assert_eq!(groups, [vec![4], vec![3, 5]]);
     }
@@ -292,24 +309,30 @@ mod tests {
     #[test]
     fn an_error_settles_only_pending_targets() {
         let settled = |error: OwnerError| {
-            let (mut freed, mut open) = (target(7, 3), target(7, 4));
-            freed.outcome = Some(ReclaimOutcome::Freed);
-            settle(&mut [&mut freed, &mut open], &error);
-            assert_eq!(freed.outcome, Some(ReclaimOutcome::Freed));
-            open.outcome
+            let (mut freed, mut open) = (owner(7, 3), owner(7, 4));
+            freed.reclaim = Some(ReclaimOutcome::Freed);
+            settle(
+                &mut [&mut target(&mut freed), &mut target(&mut open)],
+                &error,
+            );
+            assert_eq!(freed.reclaim, Some(ReclaimOutcome::Freed));
+            open.reclaim
         };
         assert_eq!(settled(OwnerError::TryAgain), None);
         assert_eq!(settled(OwnerError::Exited), Some(ReclaimOutcome::Gone));
         for (reason, outcome) in [
             (
-                Reason::LeaderExited,
-                ReclaimOutcome::Skipped(Reason::LeaderExited),
+                ReclaimReason::LeaderExited,
+                ReclaimOutcome::Skipped(ReclaimReason::LeaderExited),
             ),
-            (Reason::Bug, ReclaimOutcome::Failed(Reason::Bug)),
+            (
+                ReclaimReason::Bug,
+                ReclaimOutcome::Failed(ReclaimReason::Bug),
+            ),
         ] {
             assert_eq!(settled(reason.into()), Some(outcome));
         }
-        let denied = Reason::NotPermitted(Errno::EPERM);
+        let denied = ReclaimReason::NotPermitted(Errno::EPERM);
         assert_eq!(
             settled(Errno::EPERM.into()),
             Some(ReclaimOutcome::Failed(denied))
@@ -325,8 +348,9 @@ mod tests {
             stop_limit: Duration::from_secs(1),
         };
         let none = Evidence::default();
-        let in_use = |target: &ReclaimTarget, unread| target.in_use(&none, unread, &rules);
-        let mut target = target(7, 3);
+        let in_use = |target: &ReclaimTarget<'_>, unread| target.in_use(&none, unread, &rules);
+        let mut owner = owner(7, 3);
+        let mut target = target(&mut owner);
         assert_eq!(in_use(&target, 0), None);
         assert_eq!(in_use(&target, 5), Some(InUse::Unread(5)));
         target.may_lose = 5;
@@ -350,36 +374,39 @@ mod tests {
     #[test]
     fn a_foreign_proc_is_refused() {
         let root = tempfile::tempdir().unwrap();
-        let proc = Proc::at(root.path());
+        let proc = ProcFs::at(root.path());
         let rules = ReclaimRules {
             min_age: Duration::ZERO,
             force: true,
             stop_limit: Duration::from_secs(1),
         };
-        let skipped = Some(ReclaimOutcome::Skipped(Reason::OtherPidNamespace));
-        let mut targets = [target(7, 3)];
-        in_calls(&mut targets, &rules, &proc);
-        assert_eq!(targets[0].outcome, None);
-        judge(&mut targets, &rules, &proc);
-        assert_eq!(targets[0].outcome, skipped);
-        targets[0].outcome = None;
-        let stops = reclaim(&mut targets, &rules, &proc, &|| false);
-        assert_eq!((&targets[0].outcome, stops.len()), (&skipped, 0));
+        let skipped = Some(ReclaimOutcome::Skipped(ReclaimReason::OtherPidNamespace));
+        let mut owner = owner(7, 3);
+        in_calls(&mut [target(&mut owner)], &rules, &proc);
+        assert_eq!(owner.reclaim, None);
+        judge(&mut [target(&mut owner)], &rules, &proc);
+        assert_eq!(owner.reclaim, skipped);
+        owner.reclaim = None;
+        let control = Fixed { interrupted: false };
+        let stops = reclaim(&mut [target(&mut owner)], &rules, &proc, &control);
+        assert_eq!((&owner.reclaim, stops.len()), (&skipped, 0));
     }
 
     #[test]
-    fn an_interrupted_run_says_so() {
+    fn targets_of_an_interrupted_run_are_skipped() {
         let rules = ReclaimRules {
             min_age: Duration::ZERO,
             force: false,
             stop_limit: Duration::from_secs(1),
         };
-        let mut targets = [target(7, 3), target(8, 3)];
-        targets[1].outcome = Some(ReclaimOutcome::Gone);
-        let stops = reclaim(&mut targets, &rules, &Proc::default(), &|| true);
-        let interrupted = ReclaimOutcome::Skipped(Reason::Interrupted);
-        assert_eq!(targets[0].outcome, Some(interrupted));
-        assert_eq!(targets[1].outcome, Some(ReclaimOutcome::Gone));
+        let mut owners = [owner(7, 3), owner(8, 3)];
+        owners[1].reclaim = Some(ReclaimOutcome::Gone);
+        let mut targets: Vec<ReclaimTarget<'_>> = owners.iter_mut().map(target).collect();
+        let control = Fixed { interrupted: true };
+        let stops = reclaim(&mut targets, &rules, &ProcFs::default(), &control);
+        let interrupted = ReclaimOutcome::Skipped(ReclaimReason::Interrupted);
+        assert_eq!(owners[0].reclaim, Some(interrupted));
+        assert_eq!(owners[1].reclaim, Some(ReclaimOutcome::Gone));
         assert!(stops.is_empty());
     }
 }

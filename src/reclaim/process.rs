@@ -264,15 +264,16 @@ fn adjacent_runs<'t, 'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::reclaim::tests::target;
+    use crate::reclaim::tests::{owner, target};
 
     #[test]
     fn adjacent_numbers_make_a_run() {
-        let mut targets = [5, 3, 9, 4, 8, 20].map(|fd| target(7, fd));
+        let mut owners = [5, 3, 9, 4, 8, 20].map(|fd| owner(7, fd));
+        let mut targets: Vec<ReclaimTarget<'_>> = owners.iter_mut().map(target).collect();
         let runs = adjacent_runs(targets.iter_mut().collect());
         let runs: Vec<Vec<i32>> = runs
             .into_iter()
-            .map(|run| run.into_iter().map(|target| target.fd.0).collect())
+            .map(|run| run.into_iter().map(|target| target.owner.fd.0).collect())
             .collect();
         assert_eq!(runs, [vec![3, 4, 5], vec![8, 9], vec![20]]);
         assert!(adjacent_runs(Vec::new()).is_empty());

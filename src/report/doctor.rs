@@ -83,7 +83,7 @@ pub fn write_text(examination: &Examination, out: &mut dyn Write) -> io::Result<
     let verdict = match advice.auto {
         Works::Yes => "auto works fully here",
         Works::Partly => "auto works in part here",
-        Works::Untried => "whether auto works here could not be tried",
+        Works::Untried => "whether auto works here could not be tested",
         Works::No => "auto does not work here",
     };
     writeln!(out, "\n{verdict}")
@@ -211,7 +211,7 @@ fn checks(examination: &Examination) -> Vec<Check> {
             format!(
                 "{}; users {}",
                 match first_user_namespace {
-                    None => "not told by /proc",
+                    None => "unknown: /proc does not show it",
                     Some(true) => "the first",
                     Some(false) => {
                         "not the first: capabilities count only in namespaces made in it"
@@ -228,7 +228,7 @@ fn checks(examination: &Examination) -> Vec<Check> {
                 "network namespaces",
                 Some(found.enterable == found.found && found.unknown == 0),
                 format!(
-                    "{} of {} can be entered; of {} processes it cannot be told",
+                    "{} of {} can be entered; unknown for {} processes",
                     found.enterable, found.found, found.unknown
                 ),
             ),

@@ -1,4 +1,4 @@
-//! What users and programs get to see of hand-built runs, compared byte for byte with the files in `golden/`.
+//! What users and programs are shown of hand-built runs, compared byte for byte with the files in `golden/`.
 //!
 //! `NAME.txt` has what is written for people: tables, notes, hints, summary, exit status and the sentences of the audit log.
 //! `NAME.json` is the JSON document, broken into lines between its values; `NAME.jsonl` are the JSON lines; `NAME.audit.jsonl` are
@@ -19,7 +19,8 @@ use cases::{acts, dead_cases, listings, plans, reclaims};
 
 use crate::audit::record::{Caller, Entry};
 use crate::config::{Action, Format};
-use crate::privileges::Need;
+use crate::model::Privilege;
+use crate::privileges::purpose;
 
 #[test]
 fn every_output_is_as_it_was() {
@@ -66,16 +67,16 @@ fn outputs(case: &Case) -> Outputs {
         );
     }
     let config = case.config(false);
-    let told = config.notes.iter().cloned().chain(notes::notes(&run));
-    section(&mut prose, "notes", &lines(told));
+    let all = config.notes.iter().cloned().chain(notes::notes(&run));
+    section(&mut prose, "notes", &lines(all));
     section(
         &mut prose,
         "missing privileges",
         &hints(notes::missing_privileges(&run)),
     );
     section(&mut prose, "summary", &text::summary(&run, &config));
-    if let Some(refill) = &run.refill {
-        section(&mut prose, "watched", &refill.line(&config));
+    if let Some(new) = &run.new_sockets {
+        section(&mut prose, "watched", &new.line(&config.selectors));
     }
     section(&mut prose, "exit status", &status(exit_status(&run)));
     let mut outputs = Vec::new();
@@ -113,7 +114,7 @@ fn dead_outputs(case: &DeadCase) -> Outputs {
         if (color && !case.colored) || config.format == Format::Quiet {
             continue;
         }
-        let table = written(|out| reclaim::write(&run, &config, color, out));
+        let table = written(|out| reclaim::text::write(&run, &config, color, out));
         section(
             &mut prose,
             format!("cwkill reclaim {}{how}", case.arguments).trim_end(),
@@ -122,7 +123,7 @@ fn dead_outputs(case: &DeadCase) -> Outputs {
     }
     let config = case.config(false);
     section(&mut prose, "notes", &lines(reclaim::notes(&run)));
-    let lacking = reclaim::lacks_rights(&run).then_some(Need::Ptrace);
+    let lacking = reclaim::lacks_privileges(&run).then_some(Privilege::Ptrace);
     section(&mut prose, "missing privileges", &hints(lacking));
     section(&mut prose, "summary", &reclaim::summary(&run, &config));
     section(
@@ -144,9 +145,12 @@ fn dead_outputs(case: &DeadCase) -> Outputs {
     }
     outputs.push((
         "json",
-        unfolded(&written(|out| reclaim::write_document(&run, out))),
+        unfolded(&written(|out| reclaim::json::write_document(&run, out))),
     ));
-    outputs.push(("jsonl", written(|out| reclaim::write_lines(&run, out))));
+    outputs.push((
+        "jsonl",
+        written(|out| reclaim::json::write_lines(&run, out)),
+    ));
     outputs
 }
 
@@ -174,9 +178,9 @@ fn lines(lines: impl IntoIterator<Item = String>) -> String {
     lines.into_iter().map(|line| line + "\n").collect()
 }
 
-fn hints(needs: impl IntoIterator<Item = Need>) -> String {
-    let hint = |need: Need| format!("{need} | {}", need.purpose());
-    lines(needs.into_iter().map(hint))
+fn hints(missing: impl IntoIterator<Item = Privilege>) -> String {
+    let hint = |privilege: Privilege| format!("{privilege} | {}", purpose(privilege));
+    lines(missing.into_iter().map(hint))
 }
 
 fn status(status: super::ExitStatus) -> String {

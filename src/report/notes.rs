@@ -32,7 +32,7 @@ fn not_accepting(scan: &Scan) -> Vec<String> {
         let listener = &scan.listeners[index];
         let (owner, _) = names(scan, &listener.owners, false);
         format!(
-            "{owner} does not accept what comes to {}: backlog {}/{}",
+            "{owner} does not accept connections to {}: backlog {}/{}",
             listener.local, listener.waiting, listener.backlog
         )
     };
@@ -44,7 +44,7 @@ fn descriptors(run: &Run) -> Vec<String> {
     let closed = || run.scan.targets.iter().filter(|target| target.is_closed());
     if !run.scan.owners_known {
         let left = closed().any(|target| target.socket.inode.is_some());
-        let note = "owners were not looked for: a descriptor of a closed socket stays open until its process \
+        let note = "owners were not searched for: a descriptor of a closed socket stays open until its process \
                     closes it";
         return left.then(|| note.to_owned()).into_iter().collect();
     }

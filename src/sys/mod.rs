@@ -22,7 +22,11 @@ pub fn errno_of(error: &io::Error) -> Errno {
 
 /// The text of an errno, as an error of a system call has it.
 pub fn os_error(errno: &Errno) -> io::Error {
-    (*errno).into()
+    match errno {
+        // nix keeps no number for it, and would call it a success.
+        Errno::UnknownErrno => io::Error::other("unknown error"),
+        errno => (*errno).into(),
+    }
 }
 
 /// The number of a descriptor in *another* process's table; useless as a descriptor of ours.

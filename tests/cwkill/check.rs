@@ -1,36 +1,36 @@
 //! `cwkill check`: thresholds, as a monitoring system reads them.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use netns_harness::{Family, TcpState};
 
-use crate::Case::{self, EachFamily, Once};
-use crate::support::{CWKILL, Ran, alone, count, cwkill, in_state, lab, ran, same};
+use crate::support::{CWKILL, Ran, alone, count, cwkill, in_state, lab, ran};
+use crate::trial::{Test, each_family, once};
 
-pub const CASES: &[Case] = &[
-    EachFamily("reaching_a_threshold_means_so_many_or_more", thresholds),
-    Once("percent_are_of_the_owners_limit", percent),
-    Once("every_failure_is_unknown", failures),
-    Once("what_cannot_be_seen_is_not_ok", unseen),
-    Once("it_never_acts", never_acts),
+pub const TESTS: &[Test] = &[
+    each_family!(a_threshold_is_reached_at_exactly_its_value),
+    once!(percent_is_of_the_limit_of_the_owner),
+    once!(every_failure_is_status_unknown),
+    once!(sockets_with_unknown_owners_are_not_ok),
+    once!(check_never_acts),
 ];
 
-/// The parts of the one line: what stands before the bar, and the value of a label behind it.
+/// The parts of the one line: the text before the bar, and the labels with their values behind it.
 fn line(ran: &Ran) -> Result<(String, Vec<(String, String)>)> {
     let text = ran.stdout.strip_suffix('\n').context("no line")?;
-    ensure!(!text.contains('\n'), "more than a line: {ran:#?}");
+    assert!(!text.contains('\n'), "more than a line: {ran:?}");
     let (text, performance) = text.split_once(" | ").context("no performance data")?;
     let pair = |word: &str| -> Result<(String, String)> {
         let (label, value) = word.split_once('=').context("no label=value")?;
-        same(&value.matches(';').count(), &4)?;
+        assert_eq!(value.matches(';').count(), 4);
         Ok((label.to_owned(), value.to_owned()))
     };
     let pairs = performance.split(' ').map(pair).collect::<Result<_>>()?;
     Ok((text.to_owned(), pairs))
 }
 
-fn thresholds(family: Family) -> Result<()> {
+fn a_threshold_is_reached_at_exactly_its_value(family: Family) -> Result<()> {
     let (lab, leak) = lab("unread", family, 5)?;
-    let _innocents = lab.start("established", family, count(3))?;
+    let _bystanders = lab.start("established", family, count(3))?;
     for (options, code, word) in [
         ("-w 6 -c 7", 0, "OK"),
         ("-w 5 -c 6", 1, "WARNING"),
@@ -40,17 +40,17 @@ fn thresholds(family: Family) -> Result<()> {
         ("-w 1 -c 9 --port 8080 --cause unread", 1, "WARNING"),
         ("-w 1 -c 9 sport = :8080", 1, "WARNING"),
     ] {
-        let ran = cwkill(&lab, &format!("check {options}"))?.exits(code)?;
+        let ran = cwkill(&lab, &format!("check {options}"))?.exits(code);
         let (text, values) = line(&ran)?;
-        ensure!(text.starts_with(&format!("CWKILL {word}: ")), "{text}");
-        ensure!(ran.stderr.is_empty(), "{ran:#?}");
+        assert!(text.starts_with(&format!("CWKILL {word}: ")), "{text}");
+        assert!(ran.stderr.is_empty(), "{ran:?}");
         let stuck = if options.contains("--port 9") { 0 } else { 5 };
         let (label, value) = &values[0];
-        same(&label.as_str(), &"stuck")?;
-        ensure!(value.starts_with(&format!("{stuck};")), "{value}");
+        assert_eq!(label.as_str(), "stuck");
+        assert!(value.starts_with(&format!("{stuck};")), "{value}");
         if stuck > 0 {
             let whose = format!("5 of leaky-app/{}", leak.app().pid());
-            ensure!(text.contains(&whose), "{text}");
+            assert!(text.contains(&whose), "{text}");
         }
     }
     let (_, values) = line(&cwkill(&lab, "check -w 6 -c 7")?)?;
@@ -62,22 +62,23 @@ fn thresholds(family: Family) -> Result<()> {
         ("sending", "0;;;0;"),
     ];
     let wanted: Vec<_> = wanted.map(|(l, v)| (l.to_owned(), v.to_owned())).into();
-    same(&values, &wanted)
+    assert_eq!(values, wanted);
+    Ok(())
 }
 
-fn percent() -> Result<()> {
+fn percent_is_of_the_limit_of_the_owner() -> Result<()> {
     let (lab, leak) = lab("drained", Family::V4, 10)?;
     let _roomy = lab.start("drained", Family::V4, alone(8081, 30))?;
     let pid = leak.app().pid();
     let line = format!("--pid {pid} --nofile=50:");
-    ran(lab.app_host().command("prlimit").args(line.split(' ')))?.exits(0)?;
+    ran(lab.app_host().command("prlimit").args(line.split(' ')))?.exits(0);
     for (options, code) in [("-w 21 -c 90", 0), ("-w 20 -c 90", 1), ("-w 10 -c 20", 2)] {
-        let ran = cwkill(&lab, &format!("check --percent-of-limit {options}"))?.exits(code)?;
+        let ran = cwkill(&lab, &format!("check --percent-of-limit {options}"))?.exits(code);
         let whose = format!("leaky-app/{pid} holds 10 of 50 | percent=20.0%;");
-        ensure!(ran.stdout.contains(&whose), "{ran:#?}");
+        assert!(ran.stdout.contains(&whose), "{ran:?}");
     }
-    // A closed socket leaves its descriptor, and that its limit no nearer to be free.
-    cwkill(&lab, &format!("--pid {pid} --method destroy"))?.exits(0)?;
+    // A closed socket leaves a dead descriptor, which still counts against the limit.
+    cwkill(&lab, &format!("--pid {pid} --method destroy"))?.exits(0);
     for (selectors, code) in [
         (String::new(), 1),
         (format!("--pid {pid}"), 1),
@@ -86,20 +87,20 @@ fn percent() -> Result<()> {
         ("--min-age 1s --port 8080".to_owned(), 0),
     ] {
         let line = format!("check --percent-of-limit -w 20 -c 90 {selectors}");
-        let ran = cwkill(&lab, &line)?.exits(code)?;
+        let ran = cwkill(&lab, &line)?.exits(code);
         let whose = format!("leaky-app/{pid} holds 10 of 50 (10 of them dead) | percent=20.0%;");
-        same(&ran.stdout.contains(&whose), &(code == 1))?;
+        assert_eq!(ran.stdout.contains(&whose), code == 1);
     }
     Ok(())
 }
 
-fn failures() -> Result<()> {
+fn every_failure_is_status_unknown() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 1)?;
     let is_unknown = |words: &str, named: &str| -> Result<()> {
-        let ran = cwkill(&lab, words)?.exits(3)?;
+        let ran = cwkill(&lab, words)?.exits(3);
         let text = ran.stdout.strip_suffix('\n').context("no line")?;
         let good = text.starts_with("CWKILL UNKNOWN: ") && text.contains(named);
-        ensure!(good && !text.contains('\n'), "{words}: {ran:#?}");
+        assert!(good && !text.contains('\n'), "{words}: {ran:?}");
         Ok(())
     };
     for (options, named) in [
@@ -117,41 +118,42 @@ fn failures() -> Result<()> {
     ] {
         is_unknown(&format!("check {options}"), named)?;
     }
-    // A command comes first.
+    // The command must come first.
     is_unknown("--port 1 check", "`cwkill check --port 1`")?;
     is_unknown(
         "--port 1 check -w 1 -c 2",
         "`cwkill check --port 1 -w 1 -c 2`",
     )?;
-    // Nobody could read it.
+    // The result cannot be written.
     let script = format!("{CWKILL} check -w 5 -c 6 >/dev/full");
-    ran(lab.app_host().command("sh").args(["-c", &script]))?.exits(3)?;
+    ran(lab.app_host().command("sh").args(["-c", &script]))?.exits(3);
     Ok(())
 }
 
-fn unseen() -> Result<()> {
+fn sockets_with_unknown_owners_are_not_ok() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 3)?;
     let bare = |options: &str| {
         let command = lab.app_host().command(CWKILL).capabilities(&[]);
         ran(command.args(["check"]).args(options.split(' ')))
     };
-    // The owners do not matter to the number.
-    bare("-w 4 -c 5")?.exits(0)?;
-    bare("-w 3 -c 5")?.exits(1)?;
-    // They do here: three sockets may be theirs.
-    let ran = bare("-w 3 -c 5 --process leaky-app")?.exits(3)?;
-    ensure!(ran.stdout.contains("3 more may match"), "{ran:#?}");
-    bare("-w 4 -c 5 --process leaky-app")?.exits(0)?;
-    let ran = bare("-w 50 -c 80 --percent-of-limit")?.exits(3)?;
-    let told = ran.stdout.contains("the owners of 3 could not be seen");
-    ensure!(told, "{ran:#?}");
+    // The number of sockets does not depend on their owners.
+    bare("-w 4 -c 5")?.exits(0);
+    bare("-w 3 -c 5")?.exits(1);
+    // With a selector by owner it does: three sockets may match.
+    let ran = bare("-w 3 -c 5 --process leaky-app")?.exits(3);
+    assert!(ran.stdout.contains("3 more may match"), "{ran:?}");
+    bare("-w 4 -c 5 --process leaky-app")?.exits(0);
+    let ran = bare("-w 50 -c 80 --percent-of-limit")?.exits(3);
+    let shown = ran.stdout.contains("the owners of 3 could not be seen");
+    assert!(shown, "{ran:?}");
     Ok(())
 }
 
-fn never_acts() -> Result<()> {
+fn check_never_acts() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 3)?;
     let before = lab.app_host().ss(&[])?;
-    cwkill(&lab, "check -w 1 -c 1 --all --port 8080")?.exits(2)?;
-    same(&lab.app_host().ss(&[])?, &before)?;
-    same(&in_state(&lab, TcpState::CloseWait)?, &3)
+    cwkill(&lab, "check -w 1 -c 1 --all --port 8080")?.exits(2);
+    assert_eq!(lab.app_host().ss(&[])?, before);
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 3);
+    Ok(())
 }

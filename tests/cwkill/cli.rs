@@ -1,21 +1,21 @@
-//! The command line as a person meets it: bad input, help, and the documents that describe it.
+//! The command line: bad input, help, and the documents that describe the options.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::CommandFactory;
 use netns_harness::{Family, Lab};
 
-use crate::Case::{self, Once};
-use crate::support::{CWKILL, connections, cwkill, lab, ran, same};
+use crate::support::{CWKILL, connections, cwkill, lab, ran};
+use crate::trial::{Test, once};
 
-pub const CASES: &[Case] = &[
-    Once("bad_values_are_named_and_nothing_is_done", bad_values),
-    Once("every_option_has_a_paragraph_in_the_man_page", man_page),
-    Once("a_mention_is_no_paragraph", man_page_tags),
-    Once("closed_output_is_no_error", closed_output),
-    Once("options_named_in_the_readme_exist", readme),
+pub const TESTS: &[Test] = &[
+    once!(bad_values_are_named_and_nothing_is_done),
+    once!(every_option_has_a_paragraph_in_the_man_page),
+    once!(a_mention_is_not_a_paragraph),
+    once!(closed_output_is_not_an_error),
+    once!(options_named_in_the_readme_exist),
 ];
 
-/// A bad command line, what the error must name, and what good value it must show.
+/// A bad command line, the part of it that the error must name, and the good value that the error must suggest.
 const BAD: &[(&str, &str, &str)] = &[
     ("--port 80x", "80x", "8080"),
     ("--port 0", "`0`", "8080"),
@@ -82,19 +82,20 @@ const BAD: &[(&str, &str, &str)] = &[
     ("dst diagnose", "`diagnose` is no address", "10.0.0.0/8"),
 ];
 
-fn bad_values() -> Result<()> {
+fn bad_values_are_named_and_nothing_is_done() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 1)?;
     let before = lab.app_host().ss(&[])?;
     for (line, named, good) in BAD {
-        let ran = cwkill(&lab, line)?.exits(2)?;
-        ensure!(ran.stdout.is_empty(), "{line}: {ran:#?}");
+        let ran = cwkill(&lab, line)?.exits(2);
+        assert!(ran.stdout.is_empty(), "{line}: {ran:?}");
         let has = |text: &str| ran.stderr.contains(text);
-        ensure!(
+        assert!(
             has(named) && has(good),
-            "{line}: wanted {named} and {good}: {ran:#?}"
+            "{line}: wanted {named} and {good}: {ran:?}"
         );
     }
-    same(&lab.app_host().ss(&[])?, &before)
+    assert_eq!(lab.app_host().ss(&[])?, before);
+    Ok(())
 }
 
 pub fn document(name: &str) -> Result<String> {
@@ -112,7 +113,7 @@ pub fn options(command: &clap::Command) -> Vec<String> {
     options
 }
 
-/// The tags of the page: what stands out at the left, one paragraph of explanation each.
+/// The tags of the paragraphs of a man page.
 fn tags(page: &str) -> std::collections::HashSet<String> {
     let lines: Vec<&str> = page.lines().collect();
     let tag = |pair: &[&str]| (pair[0] == ".TP").then(|| pair[1].to_owned());
@@ -131,17 +132,17 @@ fn tags(page: &str) -> std::collections::HashSet<String> {
         .collect()
 }
 
-fn man_page() -> Result<()> {
+fn every_option_has_a_paragraph_in_the_man_page() -> Result<()> {
     let mut command = cwkill::cli::Cli::command();
     command.build();
     let main = tags(&document("man/cwkill.8")?);
     let known = options(&command);
-    ensure!(
+    assert!(
         known.len() > 20,
         "the walk over the options found {known:?}"
     );
     for option in &known {
-        ensure!(
+        assert!(
             main.contains(option),
             "{option} has no paragraph in man/cwkill.8"
         );
@@ -151,7 +152,7 @@ fn man_page() -> Result<()> {
         let name = format!("man/cwkill-{}.8", command.get_name());
         let own = tags(&document(&name)?);
         for option in options(command) {
-            ensure!(
+            assert!(
                 own.contains(&option) || known.contains(&option),
                 "{option} has no paragraph in {name}"
             );
@@ -160,21 +161,21 @@ fn man_page() -> Result<()> {
     Ok(())
 }
 
-/// The test above can fail.
-fn man_page_tags() -> Result<()> {
+/// Shows that the test above can fail.
+fn a_mention_is_not_a_paragraph() -> Result<()> {
     let page = ".TP\n.BI \\-\\-port \" LIST\"\nPorts; see\n.B \\-\\-all .\n.TP\n.BR \\-n \", \" \\-\\-dry\\-run\nx";
     let tags = tags(page);
     for option in ["--port", "-n", "--dry-run"] {
-        ensure!(tags.contains(option), "{option}: {tags:?}");
+        assert!(tags.contains(option), "{option}: {tags:?}");
     }
-    ensure!(
+    assert!(
         !tags.contains("--all"),
-        "a mention is no paragraph: {tags:?}"
+        "a mention is not a paragraph: {tags:?}"
     );
     Ok(())
 }
 
-fn readme() -> Result<()> {
+fn options_named_in_the_readme_exist() -> Result<()> {
     let text = document("README.md")?;
     let mut command = cwkill::cli::Cli::command();
     command.build();
@@ -190,17 +191,17 @@ fn readme() -> Result<()> {
             .filter(|word| word.starts_with("--"))
         {
             let option = word.split('=').next().unwrap_or_default().to_owned();
-            ensure!(
+            assert!(
                 known.contains(&option),
-                "README names {option}, which is no option"
+                "README names {option}, which is not an option"
             );
         }
     }
     Ok(())
 }
 
-/// Nobody reads what it prints: the work is done all the same, and the status says so.
-fn closed_output() -> Result<()> {
+/// If the output cannot be written, the work is still done and the status says so.
+fn closed_output_is_not_an_error() -> Result<()> {
     for output in ["", "--json", "--jsonl", "-v"] {
         let (lab, _leak) = lab("unread", Family::V4, 3)?;
         let (reader, writer) = std::io::pipe()?;
@@ -212,10 +213,10 @@ fn closed_output() -> Result<()> {
             .stderr(std::process::Stdio::null())
             .spawn()?
             .wait()?;
-        ensure!(status.code() == Some(0), "{line}: {status}");
-        same(&connections(&lab)?.len(), &0)?;
+        assert_eq!(status.code(), Some(0), "{line}");
+        assert_eq!(connections(&lab)?.len(), 0);
     }
-    // Neither is there anyone to tell of an error, nor room for a listing.
+    // Errors and listings cannot be written either.
     let empty = Lab::new()?;
     for (script, code) in [
         ("--port 80x >&- 2>&-", 2),
@@ -223,12 +224,13 @@ fn closed_output() -> Result<()> {
         (">/dev/full 2>/dev/full", 3),
     ] {
         let script = format!("{CWKILL} {script}");
-        ran(empty.app_host().command("sh").args(["-c", &script]))?.exits(code)?;
+        ran(empty.app_host().command("sh").args(["-c", &script]))?.exits(code);
     }
     let (lab, _leak) = lab("unread", Family::V4, 3)?;
     let script = format!("{CWKILL} --all >/dev/full");
-    let ran = ran(lab.app_host().command("sh").args(["-c", &script]))?.exits(3)?;
-    ran.complains("the work is done (3 sockets matched: 3 closed)")?
-        .complains("descriptors of closed")?;
-    same(&connections(&lab)?.len(), &0)
+    let ran = ran(lab.app_host().command("sh").args(["-c", &script]))?.exits(3);
+    ran.complains("the work is done (3 sockets matched: 3 closed)")
+        .complains("descriptors of closed");
+    assert_eq!(connections(&lab)?.len(), 0);
+    Ok(())
 }

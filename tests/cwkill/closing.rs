@@ -1,118 +1,108 @@
-//! Closing stuck sockets, and nothing else.
+//! Stuck sockets are closed, and no others.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use netns_harness::{Family, Lab, TcpState};
 
 use crate::AS_HARNESS;
-use crate::Case::{self, EachFamily, Once};
 use crate::support::{
-    CWKILL, all_have, alone, at, carries_data, connections, count, cwkill, in_state, lab, leaker,
-    ran, same,
+    CWKILL, all_have, alone, at, carries_data, connections, count, cwkill, first_error, in_state,
+    lab, leaker, ran, skip_reason,
 };
+use crate::trial::{Test, each_family, once};
 
-pub const CASES: &[Case] = &[
-    EachFamily("forty_are_closed_and_innocents_live", forty),
-    EachFamily("destroy_closes_every_kind", destroy_closes_every_kind),
-    EachFamily("never_accepted_is_destroyed", never_accepted_is_destroyed),
-    EachFamily("a_shared_socket_needs_one_act", a_shared_socket),
-    EachFamily("listing_and_dry_run_change_nothing", nothing_changes),
-    EachFamily("a_silent_peer_is_left_to_the_next_method", silent_peer),
-    EachFamily("shutdown_loses_nothing_that_is_queued", sending),
-    EachFamily("every_kind_of_owner", every_kind_of_owner),
-    Once("the_oldest_come_first", the_oldest_come_first),
-    Once(
-        "without_privileges_nothing_happens_and_it_says_so",
-        unprivileged,
-    ),
-    Once("what_cannot_be_seen_is_not_taken_for_nothing", hidden_owner),
-    Once(
-        "an_unknown_owner_leaves_the_descriptor_unknown",
-        unknown_descriptor,
-    ),
-    Once("another_pid_namespace_is_named", foreign_proc),
-    Once("a_user_may_shut_down_his_own", own_user),
-    Once("the_owner_may_be_stopped", stopped_owner),
-    Once("a_reader_that_leaves_early_changes_nothing", head),
-    Once(
-        "a_reader_that_never_reads_does_not_make_it_immortal",
-        no_reader,
-    ),
-    Once("the_command_of_the_issue", harness_command),
-    Once(
-        "thousands_are_found_in_halves_and_confirmed_by_a_list",
-        thousands,
-    ),
+pub const TESTS: &[Test] = &[
+    each_family!(forty_are_closed_and_bystanders_live),
+    each_family!(destroy_closes_every_kind),
+    each_family!(sockets_never_accepted_are_destroyed),
+    each_family!(a_shared_socket_needs_one_act),
+    each_family!(listing_and_dry_run_change_nothing),
+    each_family!(a_silent_peer_is_left_to_the_next_method),
+    each_family!(shutdown_loses_no_queued_data),
+    each_family!(sockets_of_every_kind_of_owner_are_closed),
+    once!(the_oldest_sockets_come_first),
+    once!(without_privileges_nothing_is_done_and_the_reason_is_reported),
+    once!(a_hidden_owner_is_not_taken_for_no_match),
+    once!(an_unknown_owner_leaves_the_descriptor_unknown),
+    once!(a_proc_of_another_pid_namespace_is_reported),
+    once!(a_user_may_shut_down_own_sockets),
+    once!(sockets_of_a_stopped_owner_are_closed),
+    once!(a_reader_that_leaves_early_changes_nothing),
+    once!(a_signal_ends_a_run_whose_output_nobody_reads),
+    once!(the_harness_command_of_the_readme_closes_forty),
+    once!(thousands_are_destroyed_in_batches),
 ];
 
-fn forty(family: Family) -> Result<()> {
+fn forty_are_closed_and_bystanders_live(family: Family) -> Result<()> {
     let (lab, leak) = lab("unread", family, 40)?;
-    let innocents = lab.start("established", family, count(5))?;
-    let ran = cwkill(&lab, "--port 8080 --json")?.exits(0)?;
-    let sockets = ran.sockets()?;
-    same(&sockets.len(), &40)?;
-    all_have(&sockets, "closed", "shutdown")?;
-    same(&at(&ran.json()?, "/summary/closed"), &"40".to_owned())?;
+    let bystanders = lab.start("established", family, count(5))?;
+    let ran = cwkill(&lab, "--port 8080 --json")?.exits(0);
+    let sockets = ran.sockets();
+    assert_eq!(sockets.len(), 40);
+    all_have(&sockets, "closed", "shutdown");
+    assert_eq!(at(&ran.json(), "/summary/closed"), "40");
     for socket in &sockets {
-        same(&at(socket, "/result/descriptor_open"), &"true".to_owned())?;
+        assert_eq!(at(socket, "/result/descriptor_open"), "true");
     }
-    let ran = ran.complains("still has 40 descriptors of closed sockets open")?;
-    ensure!(!ran.stderr.contains("hint"), "{ran:#?}");
+    let ran = ran.complains("still has 40 descriptors of closed sockets open");
+    assert!(!ran.stderr.contains("hint"), "{ran:?}");
     let rows = connections(&lab)?;
-    same(&rows.len(), &5)?;
-    ensure!(rows.iter().all(|row| row.state == TcpState::Established));
-    ensure!(leak.app().is_alive());
-    carries_data(&innocents)?;
-    cwkill(&lab, "--port 8080")?.exits(1)?;
+    assert_eq!(rows.len(), 5);
+    assert!(rows.iter().all(|row| row.state == TcpState::Established));
+    assert!(leak.app().is_alive());
+    carries_data(&bystanders)?;
+    cwkill(&lab, "--port 8080")?.exits(1);
     Ok(())
 }
 
 fn destroy_closes_every_kind(family: Family) -> Result<()> {
     let (lab, unread) = lab("unread", family, 70)?;
     let _drained = lab.start("drained", family, count(70))?;
-    let innocents = lab.start("established", family, count(2))?;
+    let bystanders = lab.start("established", family, count(2))?;
     let sockets = cwkill(&lab, "--all --method destroy --json")?
-        .exits(0)?
-        .sockets()?;
-    same(&sockets.len(), &140)?;
-    all_have(&sockets, "closed", "destroy")?;
-    same(&connections(&lab)?.len(), &2)?;
-    ensure!(unread.app().is_alive());
-    carries_data(&innocents)
+        .exits(0)
+        .sockets();
+    assert_eq!(sockets.len(), 140);
+    all_have(&sockets, "closed", "destroy");
+    assert_eq!(connections(&lab)?.len(), 2);
+    assert!(unread.app().is_alive());
+    carries_data(&bystanders)
 }
 
-fn never_accepted_is_destroyed(family: Family) -> Result<()> {
+fn sockets_never_accepted_are_destroyed(family: Family) -> Result<()> {
     let (lab, leak) = lab("not-accepted", family, 3)?;
     let backlog = || -> Result<u32> {
         let rows = lab.app_host().ss(&["sport", "=", ":8080"])?;
         let listener = rows.iter().find(|row| row.state == TcpState::Listen);
         Ok(listener.context("the listener is gone")?.recv_q)
     };
-    same(&backlog()?, &3)?;
-    let ran = cwkill(&lab, "--port 8080 --json")?.exits(0)?;
-    let sockets = ran.sockets()?;
-    all_have(&sockets, "closed", "destroy")?;
-    same(&sockets[0]["plan"], &serde_json::json!(["destroy", "rst"]))?;
-    same(&at(&sockets[0], "/result/descriptor_open"), &"false".into())?;
-    ran.complains("3 closed connections still take a slot in the backlog")?;
-    same(&connections(&lab)?.len(), &0)?;
-    ensure!(leak.app().is_alive());
-    // The note is true: no slot was freed.
-    same(&backlog()?, &3)
+    assert_eq!(backlog()?, 3);
+    let ran = cwkill(&lab, "--port 8080 --json")?.exits(0);
+    let sockets = ran.sockets();
+    all_have(&sockets, "closed", "destroy");
+    assert_eq!(sockets[0]["plan"], serde_json::json!(["destroy", "rst"]));
+    assert_eq!(at(&sockets[0], "/result/descriptor_open"), "false");
+    ran.complains("3 closed connections still take a slot in the backlog");
+    assert_eq!(connections(&lab)?.len(), 0);
+    assert!(leak.app().is_alive());
+    // The note is right: no slot was freed.
+    assert_eq!(backlog()?, 3);
+    Ok(())
 }
 
-fn a_shared_socket(family: Family) -> Result<()> {
+fn a_shared_socket_needs_one_act(family: Family) -> Result<()> {
     let (lab, _leak) = lab("forked", family, 2)?;
-    let ran = cwkill(&lab, "--all --json")?.exits(0)?;
-    all_have(&ran.sockets()?, "closed", "shutdown")?;
-    same(&connections(&lab)?.len(), &0)?;
+    let ran = cwkill(&lab, "--all --json")?.exits(0);
+    all_have(&ran.sockets(), "closed", "shutdown");
+    assert_eq!(connections(&lab)?.len(), 0);
     // One note for each of the three owners.
     let notes = ran.stderr.matches("still has 2 descriptors").count();
-    same(&notes, &3)
+    assert_eq!(notes, 3);
+    Ok(())
 }
 
-fn nothing_changes(family: Family) -> Result<()> {
+fn listing_and_dry_run_change_nothing(family: Family) -> Result<()> {
     let (lab, _unread) = lab("unread", family, 2)?;
-    let _innocents = lab.start("established", family, count(2))?;
+    let _bystanders = lab.start("established", family, count(2))?;
     let _never = lab.start("not-accepted", family, count(2))?;
     let before = lab.app_host().ss(&[])?;
     for arguments in [
@@ -126,26 +116,26 @@ fn nothing_changes(family: Family) -> Result<()> {
         "--help",
         "--version",
     ] {
-        cwkill(&lab, arguments)?.exits(0)?;
-        same(&lab.app_host().ss(&[])?, &before).context(arguments)?;
+        cwkill(&lab, arguments)?.exits(0);
+        assert_eq!(lab.app_host().ss(&[])?, before, "{arguments}");
     }
-    let plan = cwkill(&lab, "--port 8080 -n --json")?.sockets()?;
+    let plan = cwkill(&lab, "--port 8080 -n --json")?.sockets();
     for socket in plan {
         let planned = match at(&socket, "/cause").as_str() {
             "not-accepted" => serde_json::json!(["destroy", "rst"]),
             _ => serde_json::json!(["shutdown", "destroy", "rst"]),
         };
-        same(&socket["plan"], &planned)?;
+        assert_eq!(socket["plan"], planned);
     }
     Ok(())
 }
 
-fn silent_peer(family: Family) -> Result<()> {
+fn a_silent_peer_is_left_to_the_next_method(family: Family) -> Result<()> {
     let (lab, leak) = lab("drained", family, 2)?;
     leak.pair().set_link(false)?;
-    let ran = cwkill(&lab, "--all --method shutdown --grace 100ms --json")?.exits(4)?;
-    all_have(&ran.sockets()?, "closing", "shutdown")?;
-    same(&in_state(&lab, TcpState::LastAck)?, &2)?;
+    let ran = cwkill(&lab, "--all --method shutdown --grace 100ms --json")?.exits(4);
+    all_have(&ran.sockets(), "closing", "shutdown");
+    assert_eq!(in_state(&lab, TcpState::LastAck)?, 2);
 
     let more = lab.start(
         "drained",
@@ -157,61 +147,56 @@ fn silent_peer(family: Family) -> Result<()> {
         },
     )?;
     more.pair().set_link(false)?;
-    let ran = cwkill(&lab, "--port 9090 --grace 100ms --json")?.exits(0)?;
-    let sockets = ran.sockets()?;
-    all_have(&sockets, "closed", "destroy")?;
-    same(
-        &at(&sockets[0], "/result/attempts/0/method"),
-        &"shutdown".into(),
-    )?;
-    same(&in_state(&lab, TcpState::LastAck)?, &2)
+    let ran = cwkill(&lab, "--port 9090 --grace 100ms --json")?.exits(0);
+    let sockets = ran.sockets();
+    all_have(&sockets, "closed", "destroy");
+    assert_eq!(at(&sockets[0], "/result/attempts/0/method"), "shutdown");
+    assert_eq!(in_state(&lab, TcpState::LastAck)?, 2);
+    Ok(())
 }
 
-/// Megabytes are queued to a peer that does not read.
-fn sending(family: Family) -> Result<()> {
+/// The owner has queued megabytes to a peer that does not read.
+fn shutdown_loses_no_queued_data(family: Family) -> Result<()> {
     let (lab, leak) = lab("sending", family, 1)?;
-    // The peer's kernel may still take a little of it, so the figure is not the same every time.
+    // The peer's kernel may still accept some of it, so the number varies.
     let queued = || -> Result<u32> { Ok(connections(&lab)?[0].send_q) };
-    ensure!(queued()? > 100_000, "{}", queued()?);
-    // An abort would lose them, so it is not done.
+    assert!(queued()? > 100_000, "{}", queued()?);
+    // These methods would lose the data, so they are excluded.
     for method in ["destroy", "rst", "destroy,rst"] {
         let line = format!("--all --method {method} --json");
-        let sockets = cwkill(&lab, &line)?.exits(4)?.sockets()?;
-        all_have(&sockets, "skipped", "null")?;
-        let reason = at(&sockets[0], "/result/reason");
-        ensure!(
+        let sockets = cwkill(&lab, &line)?.exits(4).sockets();
+        all_have(&sockets, "skipped", "null");
+        let reason = skip_reason(&sockets[0]);
+        assert!(
             reason.contains("unsent bytes (--discard-unsent allows it)"),
             "{reason}"
         );
     }
-    ensure!(queued()? > 100_000, "{}", queued()?);
-    // Nor after a shutdown that the peer cannot answer yet.
+    assert!(queued()? > 100_000, "{}", queued()?);
+    // They stay excluded after a shutdown that the peer cannot answer yet.
     let sockets = cwkill(&lab, "--all --grace 100ms --json")?
-        .exits(4)?
-        .sockets()?;
-    all_have(&sockets, "closing", "shutdown")?;
-    same(&in_state(&lab, TcpState::LastAck)?, &1)?;
-    // The peer gets every byte and then the end.
+        .exits(4)
+        .sockets();
+    all_have(&sockets, "closing", "shutdown");
+    assert_eq!(in_state(&lab, TcpState::LastAck)?, 1);
+    // The peer gets every byte and then EOF.
     let conn = leak.conns()[0];
     let peer = conn.peer_fd.context("the peer's descriptor")?;
     let drained = leak.peer().drain(&[peer], crate::support::PATIENCE)?;
-    same(&drained[0].bytes, &conn.sent)?;
-    ensure!(
+    assert_eq!(drained[0].bytes, conn.sent);
+    assert!(
         drained[0].intact && drained[0].end == netns_harness::End::Eof,
         "{drained:?}"
     );
 
     let (lab, _leak) = crate::support::lab("sending", family, 1)?;
     let line = "--all --method destroy --discard-unsent --json";
-    all_have(
-        &cwkill(&lab, line)?.exits(0)?.sockets()?,
-        "closed",
-        "destroy",
-    )?;
-    same(&connections(&lab)?.len(), &0)
+    all_have(&cwkill(&lab, line)?.exits(0).sockets(), "closed", "destroy");
+    assert_eq!(connections(&lab)?.len(), 0);
+    Ok(())
 }
 
-fn every_kind_of_owner(family: Family) -> Result<()> {
+fn sockets_of_every_kind_of_owner_are_closed(family: Family) -> Result<()> {
     for (scenario, method) in [
         ("scm-rights", "destroy"),
         ("threads", "shutdown"),
@@ -221,62 +206,63 @@ fn every_kind_of_owner(family: Family) -> Result<()> {
         ("peer-gone", "destroy"),
     ] {
         let (lab, _leak) = lab(scenario, family, 2)?;
-        let ran = cwkill(&lab, "--all --grace 300ms --json")?.exits(0)?;
-        all_have(&ran.sockets()?, "closed", method).context(scenario)?;
-        same(&connections(&lab)?.len(), &0)?;
+        let ran = cwkill(&lab, "--all --grace 300ms --json")?.exits(0);
+        for socket in ran.sockets() {
+            assert_eq!(at(&socket, "/result/outcome"), "closed", "{scenario}");
+            assert_eq!(at(&socket, "/result/method"), method, "{scenario}");
+        }
+        assert_eq!(connections(&lab)?.len(), 0);
     }
     Ok(())
 }
 
-fn the_oldest_come_first() -> Result<()> {
+fn the_oldest_sockets_come_first() -> Result<()> {
     let (lab, old) = lab("drained", Family::V4, 2)?;
     let oldest = || -> Result<u64> {
-        let sockets = cwkill(&lab, "--json")?.sockets()?;
+        let sockets = cwkill(&lab, "--json")?.sockets();
         let ages = sockets
             .iter()
             .filter_map(|socket| socket["age_ms"].as_u64());
         ages.min().context("no age")
     };
-    // The kernel's clock of these ages ticks in milliseconds.
+    // The kernel counts these ages in milliseconds.
     lab.wait_for(crate::support::PATIENCE, || Ok(oldest()? > 100))?;
     let young = lab.start("drained", Family::V4, count(3))?;
     let sockets = cwkill(&lab, "--all --max-kills 2 --json")?
-        .exits(4)?
-        .sockets()?;
-    same(&sockets.len(), &5)?;
-    all_have(&sockets[..2], "closed", "shutdown")?;
-    all_have(&sockets[2..], "skipped", "null")?;
-    same(
-        &at(&sockets[2], "/result/reason"),
-        &"over --max-kills".into(),
-    )?;
+        .exits(4)
+        .sockets();
+    assert_eq!(sockets.len(), 5);
+    all_have(&sockets[..2], "closed", "shutdown");
+    all_have(&sockets[2..], "skipped", "null");
+    assert_eq!(skip_reason(&sockets[2]), "over --max-kills");
     let left: Vec<_> = connections(&lab)?.iter().map(|row| row.peer).collect();
-    ensure!(old.conns().iter().all(|conn| !left.contains(&conn.peer)));
-    ensure!(young.conns().iter().all(|conn| left.contains(&conn.peer)));
+    assert!(old.conns().iter().all(|conn| !left.contains(&conn.peer)));
+    assert!(young.conns().iter().all(|conn| left.contains(&conn.peer)));
     Ok(())
 }
 
-fn unprivileged() -> Result<()> {
+fn without_privileges_nothing_is_done_and_the_reason_is_reported() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
     let _never = lab.start("not-accepted", Family::V4, count(2))?;
     let before = lab.app_host().ss(&[])?;
     let command = lab.app_host().command(CWKILL).capabilities(&[]);
     let ran = ran(command.args(["--port", "8080", "--json"]))?
-        .exits(4)?
-        .complains("destroy needs CAP_NET_ADMIN")?
-        .complains("setcap")?;
-    let sockets = ran.sockets()?;
-    same(&sockets.len(), &4)?;
-    all_have(&sockets, "skipped", "null")?;
+        .exits(4)
+        .complains("destroy needs CAP_NET_ADMIN")
+        .complains("setcap");
+    let sockets = ran.sockets();
+    assert_eq!(sockets.len(), 4);
+    all_have(&sockets, "skipped", "null");
     for socket in &sockets {
-        let reason = at(socket, "/result/reason");
-        ensure!(reason.contains("destroy: needs CAP_NET_ADMIN"), "{reason}");
+        let reason = skip_reason(socket);
+        assert!(reason.contains("destroy: needs CAP_NET_ADMIN"), "{reason}");
     }
-    same(&lab.app_host().ss(&[])?, &before)
+    assert_eq!(lab.app_host().ss(&[])?, before);
+    Ok(())
 }
 
-/// Asked for by its owner, which may not be looked into: that is no empty result.
-fn hidden_owner() -> Result<()> {
+/// The selected owner cannot be inspected. That is not the same as no match.
+fn a_hidden_owner_is_not_taken_for_no_match() -> Result<()> {
     let (lab, leak) = lab("unread", Family::V4, 2)?;
     let before = lab.app_host().ss(&[])?;
     let (pid, comm) = (leak.app().pid(), leak.app().comm().to_owned());
@@ -284,48 +270,48 @@ fn hidden_owner() -> Result<()> {
         for also in ["--json", "--dry-run"] {
             let command = lab.app_host().command(CWKILL).capabilities(&[]);
             ran(command.args([&selector, also]))?
-                .exits(4)?
-                .complains("2 sockets more may belong to the processes asked for")?
-                .complains("CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")?
-                .complains("setcap cap_dac_read_search,")?;
+                .exits(4)
+                .complains("2 sockets more may belong to the processes asked for")
+                .complains("CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")
+                .complains("setcap cap_dac_read_search,");
         }
     }
-    // No process that is hidden has this name.
+    // Names can be read without privileges, and no process has this one.
     let command = lab.app_host().command(CWKILL).capabilities(&[]);
-    ran(command.args(["--process", "nobody-has-this", "--json"]))?.exits(1)?;
-    same(&lab.app_host().ss(&[])?, &before)
+    ran(command.args(["--process", "nobody-has-this", "--json"]))?.exits(1);
+    assert_eq!(lab.app_host().ss(&[])?, before);
+    Ok(())
 }
 
-fn unknown_descriptor() -> Result<()> {
+fn an_unknown_owner_leaves_the_descriptor_unknown() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
     let command = lab.app_host().command(CWKILL);
     let command = command.capabilities(&[netns_harness::Capability::CAP_NET_ADMIN]);
     let ran = ran(command.args(["--all", "--json"]))?
-        .exits(0)?
-        .complains("2 sockets without a known owner")?
-        .complains("could not be looked into")?
-        .complains(
-            "whether the descriptors of 2 closed sockets are still open could not be seen",
-        )?;
-    let sockets = ran.sockets()?;
-    all_have(&sockets, "closed", "destroy")?;
-    same(&at(&sockets[0], "/result/descriptor_open"), &"null".into())?;
-    let unreadable = ran.json()?["unreadable_processes"].as_u64();
-    ensure!(unreadable.is_some_and(|count| count > 0), "{ran:#?}");
+        .exits(0)
+        .complains("2 sockets without a known owner")
+        .complains("could not be looked into")
+        .complains("whether the descriptors of 2 closed sockets are still open could not be seen");
+    let sockets = ran.sockets();
+    all_have(&sockets, "closed", "destroy");
+    assert_eq!(at(&sockets[0], "/result/descriptor_open"), "null");
+    let unreadable = ran.json()["unreadable_processes"].as_u64();
+    assert!(unreadable.is_some_and(|count| count > 0), "{ran:?}");
     Ok(())
 }
 
-/// Process numbers of /proc mean nothing here: no process is reached into by one.
-fn foreign_proc() -> Result<()> {
+/// /proc shows the pids of another pid namespace, so cwkill must not use them.
+fn a_proc_of_another_pid_namespace_is_reported() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 1)?;
     let line = format!("--pid --fork --kill-child {CWKILL} --all --method shutdown --json");
-    let ran = ran(lab.app_host().command("unshare").args(line.split(' ')))?.exits(4)?;
-    let error = at(&ran.sockets()?[0], "/result/attempts/0/error");
-    ensure!(error.contains("another pid namespace"), "{error}");
-    same(&in_state(&lab, TcpState::CloseWait)?, &1)
+    let ran = ran(lab.app_host().command("unshare").args(line.split(' ')))?.exits(4);
+    let error = first_error(&ran.sockets()[0]);
+    assert!(error.contains("another pid namespace"), "{error}");
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 1);
+    Ok(())
 }
 
-fn own_user() -> Result<()> {
+fn a_user_may_shut_down_own_sockets() -> Result<()> {
     let lab = Lab::new()?;
     let options = netns_harness::AgentOptions {
         comm: "no-privilege".into(),
@@ -334,31 +320,34 @@ fn own_user() -> Result<()> {
     };
     let _leaker = leaker(&lab, &options)?;
     let command = lab.app_host().command(CWKILL).capabilities(&[]);
-    let ran = ran(command.args(["--port", "7000", "--json"]))?.exits(0)?;
-    all_have(&ran.sockets()?, "closed", "shutdown")
+    let ran = ran(command.args(["--port", "7000", "--json"]))?.exits(0);
+    all_have(&ran.sockets(), "closed", "shutdown");
+    Ok(())
 }
 
-fn stopped_owner() -> Result<()> {
+fn sockets_of_a_stopped_owner_are_closed() -> Result<()> {
     let (lab, leak) = lab("unread", Family::V4, 2)?;
     leak.app().stop()?;
-    let sockets = cwkill(&lab, "--all --json")?.exits(0)?.sockets()?;
-    all_have(&sockets, "closed", "shutdown")?;
-    same(&connections(&lab)?.len(), &0)
+    let sockets = cwkill(&lab, "--all --json")?.exits(0).sockets();
+    all_have(&sockets, "closed", "shutdown");
+    assert_eq!(connections(&lab)?.len(), 0);
+    Ok(())
 }
 
-/// More than a pipe holds, so that the program is still writing when its reader has gone.
-fn head() -> Result<()> {
+/// The output does not fit into a pipe, so cwkill is still writing when its reader has gone.
+fn a_reader_that_leaves_early_changes_nothing() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 1500)?;
     let script = format!("{{ {CWKILL} --all -v; echo status=$? >&2; }} | head -1");
-    let ran = ran(lab.app_host().command("sh").args(["-c", &script]))?.exits(0)?;
-    same(&ran.stdout.lines().count(), &1)?;
-    let ran = ran.complains("status=0")?;
-    ensure!(!ran.stderr.contains("panic"), "{ran:#?}");
-    same(&connections(&lab)?.len(), &0)
+    let ran = ran(lab.app_host().command("sh").args(["-c", &script]))?.exits(0);
+    assert_eq!(ran.stdout.lines().count(), 1);
+    let ran = ran.complains("status=0");
+    assert!(!ran.stderr.contains("panic"), "{ran:?}");
+    assert_eq!(connections(&lab)?.len(), 0);
+    Ok(())
 }
 
-/// The work is done and the report waits for somebody who does not read: a signal ends it as usual.
-fn no_reader() -> Result<()> {
+/// The work is done, and cwkill waits for a reader of its report. A signal ends it as usual.
+fn a_signal_ends_a_run_whose_output_nobody_reads() -> Result<()> {
     use std::os::unix::process::ExitStatusExt;
     let (lab, _leak) = lab("unread", Family::V4, 1500)?;
     let (reader, writer) = std::io::pipe()?;
@@ -371,36 +360,36 @@ fn no_reader() -> Result<()> {
     let pid = nix::unistd::Pid::from_raw(child.id().try_into()?);
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
     let status = child.wait()?;
-    ensure!(status.signal() == Some(libc::SIGTERM), "{status}");
+    assert_eq!(status.signal(), Some(libc::SIGTERM));
     drop(reader);
-    same(&connections(&lab)?.len(), &0)
-}
-
-/// `netns-harness run unread --count 40 -- cwkill --port 8080`, as it stands in the README. This program
-/// plays the harness.
-fn harness_command() -> Result<()> {
-    let lab = Lab::new()?;
-    let line = format!("run unread --count 40 -- {CWKILL} --port 8080");
-    let harness = lab.app_host().command(std::env::current_exe()?);
-    let ran = ran(harness.env(AS_HARNESS, "1").args(line.split(' ')))?.exits(0)?;
-    let summary = "40 sockets matched: 40 closed";
-    ensure!(ran.stdout.contains(summary), "{ran:#?}");
+    assert_eq!(connections(&lab)?.len(), 0);
     Ok(())
 }
 
-/// As many as two crews take, each more than it asks for one by one.
-fn thousands() -> Result<()> {
+/// `netns-harness run unread --count 40 -- cwkill --port 8080`, as the README has it. This program acts as the harness.
+fn the_harness_command_of_the_readme_closes_forty() -> Result<()> {
+    let lab = Lab::new()?;
+    let line = format!("run unread --count 40 -- {CWKILL} --port 8080");
+    let harness = lab.app_host().command(std::env::current_exe()?);
+    let ran = ran(harness.env(AS_HARNESS, "1").args(line.split(' ')))?.exits(0);
+    let summary = "40 sockets matched: 40 closed";
+    assert!(ran.stdout.contains(summary), "{ran:?}");
+    Ok(())
+}
+
+/// Enough for two batches, each with more sockets than are looked up one by one.
+fn thousands_are_destroyed_in_batches() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 4500)?;
-    let innocents = lab.start("established", Family::V4, alone(9090, 3))?;
+    let bystanders = lab.start("established", Family::V4, alone(9090, 3))?;
     let cookies = |arguments: &str| -> Result<std::collections::BTreeSet<String>> {
-        let sockets = cwkill(&lab, arguments)?.exits(0)?.sockets()?;
+        let sockets = cwkill(&lab, arguments)?.exits(0).sockets();
         Ok(sockets.iter().map(|socket| at(socket, "/cookie")).collect())
     };
     let found = cookies("--all -n --json --no-owners")?;
-    same(&found.len(), &4500)?;
-    same(&found, &cookies("--all -n --json")?)?;
-    let ran = cwkill(&lab, "--all --method destroy --json")?.exits(0)?;
-    all_have(&ran.sockets()?, "closed", "destroy")?;
-    same(&in_state(&lab, TcpState::CloseWait)?, &0)?;
-    carries_data(&innocents)
+    assert_eq!(found.len(), 4500);
+    assert_eq!(found, cookies("--all -n --json")?);
+    let ran = cwkill(&lab, "--all --method destroy --json")?.exits(0);
+    all_have(&ran.sockets(), "closed", "destroy");
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
+    carries_data(&bystanders)
 }

@@ -1,23 +1,20 @@
-//! The completions know every command and option, in each shell.
+//! The shell completions know every command and option.
 
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::CommandFactory;
 use clap_complete::Shell;
 
-use crate::Case::{self, Once};
 use crate::cli::options;
+use crate::trial::{Test, once};
 
-pub const CASES: &[Case] = &[
-    Once("bash_completes_every_option_and_command", bash),
-    Once(
-        "zsh_and_fish_are_told_every_option_and_command",
-        zsh_and_fish,
-    ),
+pub const TESTS: &[Test] = &[
+    once!(bash_completes_every_option_and_command),
+    once!(zsh_and_fish_complete_every_option_and_command),
 ];
 
-/// As examples/completions.rs writes it.
+/// The completion script, as examples/completions.rs writes it.
 fn completion(shell: Shell) -> Result<String> {
     let mut text = Vec::new();
     clap_complete::generate(shell, &mut built(), "cwkill", &mut text);
@@ -30,7 +27,7 @@ fn built() -> clap::Command {
     command
 }
 
-/// The words before the cursor and what must be offered behind them, for each command.
+/// For each command: the words before the cursor, and the options that the shell must offer.
 fn wanted() -> Vec<(String, Vec<String>)> {
     let root = built();
     let own = ("cwkill".to_owned(), options(&root));
@@ -41,11 +38,11 @@ fn wanted() -> Vec<(String, Vec<String>)> {
     std::iter::once(own).chain(named).collect()
 }
 
-fn bash() -> Result<()> {
+fn bash_completes_every_option_and_command() -> Result<()> {
     let directory = tempfile::tempdir()?;
     let file = directory.path().join("cwkill.bash");
     std::fs::write(&file, completion(Shell::Bash)?)?;
-    // What a Tab behind `line` offers, asked for as bash itself asks.
+    // Calls the completion function as bash does when Tab is pressed behind `line`.
     let offered = |line: &str| -> Result<Vec<String>> {
         let script = format!(
             "source {} && COMP_WORDS=({line}) && COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)) && \
@@ -55,31 +52,31 @@ fn bash() -> Result<()> {
         );
         let output = Command::new("bash").args(["-c", &script]).output();
         let output = output.context("run bash")?;
-        ensure!(output.stderr.is_empty(), "{line}: {output:?}");
+        assert!(output.stderr.is_empty(), "{line}: {output:?}");
         let stdout = String::from_utf8(output.stdout)?;
         Ok(stdout.lines().map(str::to_owned).collect())
     };
     for (line, options) in wanted() {
         let offered = offered(&format!("{line} -"))?;
         for option in options {
-            ensure!(offered.contains(&option), "{line} {option}: {offered:?}");
+            assert!(offered.contains(&option), "{line} {option}: {offered:?}");
         }
     }
-    ensure!(offered("cwkill --po")? == ["--port"]);
+    assert_eq!(offered("cwkill --po")?, ["--port"]);
     let first = offered("cwkill ''")?;
     for command in built().get_subcommands() {
         let name = command.get_name().to_owned();
-        ensure!(first.contains(&name), "{name}: {first:?}");
+        assert!(first.contains(&name), "{name}: {first:?}");
     }
     Ok(())
 }
 
-fn zsh_and_fish() -> Result<()> {
+fn zsh_and_fish_complete_every_option_and_command() -> Result<()> {
     let root = built();
     let (zsh, fish) = (completion(Shell::Zsh)?, completion(Shell::Fish)?);
     for (line, options) in wanted() {
         let name = line.split(' ').nth(1);
-        // The part for one command: zsh has a function or a branch for it, fish a condition in each line.
+        // The part for one command: zsh has a branch for it, fish a condition in each line.
         let zsh = match name {
             None => zsh.split("case $state in").next().unwrap_or_default(),
             Some(name) => {
@@ -100,7 +97,7 @@ fn zsh_and_fish() -> Result<()> {
         };
         for option in options {
             let quoted = ["[", "=", "+"].map(|end| format!("{option}{end}"));
-            ensure!(
+            assert!(
                 quoted.iter().any(|text| zsh.contains(text)),
                 "zsh: {line} {option}"
             );
@@ -108,7 +105,7 @@ fn zsh_and_fish() -> Result<()> {
                 Some(long) => format!(" -l {long} "),
                 None => format!(" -s {} ", &option[1..]),
             };
-            ensure!(
+            assert!(
                 fish.iter().any(|l| format!("{l} ").contains(&spelled)),
                 "fish: {line} {option}"
             );
@@ -116,8 +113,8 @@ fn zsh_and_fish() -> Result<()> {
     }
     for command in root.get_subcommands() {
         let name = command.get_name();
-        ensure!(zsh.contains(&format!("'{name}:")), "zsh: {name}");
-        ensure!(fish.contains(&format!(" -a \"{name}\"")), "fish: {name}");
+        assert!(zsh.contains(&format!("'{name}:")), "zsh: {name}");
+        assert!(fish.contains(&format!(" -a \"{name}\"")), "fish: {name}");
     }
     Ok(())
 }

@@ -1,21 +1,21 @@
-//! Expressions against `ss` itself, in a lab with every state and three families.
+//! Expressions, compared with `ss` itself in a lab with every state in three address families.
 
 use std::collections::BTreeSet;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use netns_harness::{Dial, Family, How, Lab, Listen, Options, SocketOption, SsRow, TcpState};
 use serde_json::Value;
 
-use crate::Case::{self, Once};
-use crate::support::{CWKILL, PATIENCE, Ran, at, ran, same};
+use crate::support::{CWKILL, PATIENCE, Ran, at, ran};
+use crate::trial::{Test, once};
 
-pub const CASES: &[Case] = &[
-    Once("the_same_sockets_as_ss", same_as_ss),
-    Once("an_expression_acts_on_what_it_matches", acts),
-    Once("errors_point_at_the_column", errors),
+pub const TESTS: &[Test] = &[
+    once!(expressions_match_the_same_sockets_as_ss),
+    once!(an_expression_acts_on_what_it_matches),
+    once!(errors_point_at_the_column),
 ];
 
-/// What ss and we read alike. Without `state` or `exclude` in front, `state all` is put there.
+/// Expressions that ss and cwkill read alike. `state all` is put before those that do not begin with `state` or `exclude`.
 const EXPRESSIONS: &[&str] = &[
     "",
     "sport = :80",
@@ -119,7 +119,7 @@ const EXPRESSIONS: &[&str] = &[
     "excl connected",
 ];
 
-/// The states that ss knows and the kernel lists.
+/// The states that ss names and the kernel lists.
 const STATES: [TcpState; 10] = [
     TcpState::Established,
     TcpState::SynSent,
@@ -159,20 +159,20 @@ fn every_state(lab: &Lab, family: Family) -> Result<()> {
         .map(|conn| Some((conn.app_fd?, conn.peer_fd?, (conn.local, conn.peer))))
         .collect::<Option<_>>()
         .context("every connection has two ends")?;
-    let [_, stuck, half, deaf, last, closing, gone] = fds[..] else {
+    let [_, stuck, half, lossy, last, closing, gone] = fds[..] else {
         anyhow::bail!("seven connections were asked for");
     };
     peer.shutdown(&[stuck.1, last.1], How::Write)?;
     app.shutdown(&[half.0], How::Write)?;
-    app.set_option(&[deaf.0], SocketOption::Deaf(true))?;
-    app.shutdown(&[deaf.0], How::Write)?;
+    app.set_option(&[lossy.0], SocketOption::DropIncoming(true))?;
+    app.shutdown(&[lossy.0], How::Write)?;
     lab.wait_for(PATIENCE, || {
         Ok(state_of(last.2)? == Some(TcpState::CloseWait))
     })?;
-    app.set_option(&[last.0], SocketOption::Deaf(true))?;
+    app.set_option(&[last.0], SocketOption::DropIncoming(true))?;
     app.close(&[last.0])?;
-    // A FIN that does not acknowledge ours, because it never arrived.
-    peer.set_option(&[closing.1], SocketOption::Deaf(true))?;
+    // The peer's FIN does not acknowledge ours, which never arrived.
+    peer.set_option(&[closing.1], SocketOption::DropIncoming(true))?;
     app.shutdown(&[closing.0], How::Write)?;
     peer.shutdown(&[closing.1], How::Write)?;
     app.close(&[gone.0])?;
@@ -181,8 +181,8 @@ fn every_state(lab: &Lab, family: Family) -> Result<()> {
     })?;
     peer.close(&[gone.1])?;
 
-    let deaf = || Dial {
-        deaf: true,
+    let unanswered = || Dial {
+        drop_incoming: true,
         ..Dial::default()
     };
     let known = Dial {
@@ -190,8 +190,8 @@ fn every_state(lab: &Lab, family: Family) -> Result<()> {
         ..Dial::default()
     };
     peer.connect(pair.app_address, 1, known, PATIENCE)?;
-    peer.connect(pair.app_address, 1, deaf(), PATIENCE)?;
-    app.connect((pair.peer_address, 9).into(), 1, deaf(), PATIENCE)?;
+    peer.connect(pair.app_address, 1, unanswered(), PATIENCE)?;
+    app.connect((pair.peer_address, 9).into(), 1, unanswered(), PATIENCE)?;
     Ok(())
 }
 
@@ -221,10 +221,10 @@ fn run(lab: &Lab, arguments: &[&str]) -> Result<Ran> {
     ran(lab.app_host().command(CWKILL).args(arguments))
 }
 
-/// The cookies of what ss lists. Not [`netns_harness::Host::ss`]: of one state only, ss leaves out the
-/// column that says which.
+/// The cookies of the sockets that ss lists. [`netns_harness::Host::ss`] cannot be used: ss omits the column of the
+/// state if only one state is selected.
 fn cookies_by_ss(lab: &Lab, words: &[&str]) -> Result<BTreeSet<String>> {
-    let ran = ran(lab.app_host().command("ss").arg("-HOntea").args(words))?.exits(0)?;
+    let ran = ran(lab.app_host().command("ss").arg("-HOntea").args(words))?.exits(0);
     ran.stdout
         .lines()
         .map(|line| {
@@ -237,7 +237,7 @@ fn cookies_by_ss(lab: &Lab, words: &[&str]) -> Result<BTreeSet<String>> {
         .collect()
 }
 
-fn same_as_ss() -> Result<()> {
+fn expressions_match_the_same_sockets_as_ss() -> Result<()> {
     let lab = zoo()?;
     let everything = lab.app_host().ss(&["state", "all"])?.len();
     let (mut wrong, mut telling) = (Vec::new(), 0);
@@ -250,29 +250,29 @@ fn same_as_ss() -> Result<()> {
         let words: Vec<&str> = text.split_whitespace().collect();
         let by_ss = cookies_by_ss(&lab, &words).with_context(|| text.clone())?;
         let status = if by_ss.is_empty() { 1 } else { 0 };
-        // As one argument, and as many.
-        let quoted = run(&lab, &["--json", "-n", &text])?.exits(status)?;
-        let loose = run(&lab, &[&["--json", "-n"], &words[..]].concat())?.exits(status)?;
+        // As one argument, and as several.
+        let quoted = run(&lab, &["--json", "-n", &text])?.exits(status);
+        let loose = run(&lab, &[&["--json", "-n"], &words[..]].concat())?.exits(status);
         for ran in [quoted, loose] {
-            let ours: BTreeSet<String> = ran.sockets()?.iter().map(|s| at(s, "/cookie")).collect();
+            let ours: BTreeSet<String> = ran.sockets().iter().map(|s| at(s, "/cookie")).collect();
             if ours != by_ss {
                 wrong.push(format!("{text}: ss {by_ss:?}, cwkill {ours:?}"));
             }
         }
         telling += usize::from(!by_ss.is_empty() && by_ss.len() < everything);
     }
-    ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
-    ensure!(telling >= 60, "only {telling} expressions part the sockets");
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(telling >= 60, "only {telling} expressions part the sockets");
     Ok(())
 }
 
-fn acts() -> Result<()> {
+fn an_expression_acts_on_what_it_matches() -> Result<()> {
     let lab = zoo()?;
     let before = lab.app_host().ss(&[])?;
     let expression = "state close-wait sport = :80 and src 10.78.0.0/16";
-    let ran = run(&lab, &["--json", expression])?.exits(0)?;
-    let sockets = ran.sockets()?;
-    same(&sockets.len(), &1)?;
+    let ran = run(&lab, &["--json", expression])?.exits(0);
+    let sockets = ran.sockets();
+    assert_eq!(sockets.len(), 1);
     let closed: BTreeSet<u64> = sockets
         .iter()
         .map(|socket: &Value| u64::from_str_radix(&at(socket, "/cookie"), 16))
@@ -283,10 +283,11 @@ fn acts() -> Result<()> {
         .map(|row| row.cookie)
         .filter(|cookie| !after.contains(cookie))
         .collect();
-    same(&lost, &closed)
+    assert_eq!(lost, closed);
+    Ok(())
 }
 
-fn errors() -> Result<()> {
+fn errors_point_at_the_column() -> Result<()> {
     let lab = Lab::new()?;
     for (expression, message) in [
         ("sport = :8O80 or dport = :80", "column 9"),
@@ -295,19 +296,19 @@ fn errors() -> Result<()> {
         ("", "column 1"),
     ] {
         run(&lab, &[expression])?
-            .exits(2)?
-            .complains(message)?
-            .complains("for example: ")?;
+            .exits(2)
+            .complains(message)
+            .complains("for example: ");
     }
     run(&lab, &["-n", "--state", "close-wait", "state close-wait"])?
-        .exits(2)?
-        .complains("--state and `state`")?;
+        .exits(2)
+        .complains("--state and `state`");
     run(&lab, &["-n", "dev nowhere0"])?
-        .exits(3)?
-        .complains("nowhere0")?;
+        .exits(3)
+        .complains("nowhere0");
     let deep = format!("{}sport 80{}", "(".repeat(10_000), ")".repeat(10_000));
-    run(&lab, &["-n", &deep])?.exits(2)?.complains("deeper")?;
+    run(&lab, &["-n", &deep])?.exits(2).complains("deeper");
     let long = ["sport 80"; 5_400].join(" or ");
-    run(&lab, &["-n", &long])?.exits(1)?;
+    run(&lab, &["-n", &long])?.exits(1);
     Ok(())
 }

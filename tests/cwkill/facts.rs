@@ -1,45 +1,40 @@
-//! The kernel's behaviour that the program leans on. A failure here says that this kernel is
-//! different, not that the program is wrong.
+//! Behaviour of the kernel that cwkill relies on. A failure here means that this kernel behaves differently, not that
+//! cwkill is wrong.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use netns_harness::{Family, Recv, TcpState};
 
-use crate::Case::{self, EachFamily};
-use crate::support::{PATIENCE, at, connections, count, cwkill, in_state, lab, same};
+use crate::support::{PATIENCE, at, connections, count, cwkill, in_state, lab};
+use crate::trial::{Test, each_family};
 
-pub const CASES: &[Case] = &[
-    EachFamily("a_fin_counts_as_one_unread_byte", fin_counts),
-    EachFamily("shutdown_loses_no_unread_data", after_shutdown),
-    EachFamily("destroy_loses_no_unread_data", after_destroy),
-    EachFamily("rst_loses_no_unread_data", after_rst),
-    EachFamily("a_closed_socket_keeps_its_descriptor", descriptor_stays),
-    EachFamily("our_fin_counts_as_one_unsent_byte", our_fin_counts),
-    EachFamily(
-        "the_listener_survives_a_destroy_with_a_cookie",
-        listener_survives,
-    ),
+pub const TESTS: &[Test] = &[
+    each_family!(a_fin_counts_as_one_unread_byte),
+    each_family!(shutdown_loses_no_unread_data),
+    each_family!(destroy_loses_no_unread_data),
+    each_family!(rst_loses_no_unread_data),
+    each_family!(a_closed_socket_keeps_its_descriptor),
+    each_family!(our_fin_counts_as_one_unsent_byte),
+    each_family!(the_listener_survives_a_destroy_with_a_cookie),
 ];
 
-fn fin_counts(family: Family) -> Result<()> {
+fn a_fin_counts_as_one_unread_byte(family: Family) -> Result<()> {
     let (lab, leak) = lab("established", family, 1)?;
     leak.peer()
         .shutdown(&leak.peer_fds(), netns_harness::How::Write)?;
     lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::CloseWait)? == 1))?;
-    same(&connections(&lab)?[0].recv_q, &1)?;
-    same(
-        &leak.app().recv(leak.app_fds()[0], 10, PATIENCE)?,
-        &Recv::Eof,
-    )?;
-    same(&connections(&lab)?[0].recv_q, &0)
+    assert_eq!(connections(&lab)?[0].recv_q, 1);
+    assert_eq!(leak.app().recv(leak.app_fds()[0], 10, PATIENCE)?, Recv::Eof);
+    assert_eq!(connections(&lab)?[0].recv_q, 0);
+    Ok(())
 }
 
-/// What the application reads and gets on its next write, after a method has closed its socket.
+/// After a method has closed the socket: what the application's second read returns, and the errno of its next write.
 fn aftermath(family: Family, method: &str) -> Result<(Recv, Option<i32>)> {
     let (lab, leak) = lab("unread", family, 1)?;
     let fd = leak.app_fds()[0];
-    cwkill(&lab, &format!("--all --method {method}"))?.exits(0)?;
+    cwkill(&lab, &format!("--all --method {method}"))?.exits(0);
     let first = leak.app().recv(fd, 1000, PATIENCE)?;
-    ensure!(
+    assert!(
         matches!(first, Recv::Data(ref data) if !data.is_empty()),
         "{first:?}"
     );
@@ -53,53 +48,57 @@ fn aftermath(family: Family, method: &str) -> Result<(Recv, Option<i32>)> {
     Ok((then, errno))
 }
 
-fn after_shutdown(family: Family) -> Result<()> {
-    same(
-        &aftermath(family, "shutdown")?,
-        &(Recv::Eof, Some(libc::EPIPE)),
-    )
+fn shutdown_loses_no_unread_data(family: Family) -> Result<()> {
+    assert_eq!(
+        aftermath(family, "shutdown")?,
+        (Recv::Eof, Some(libc::EPIPE))
+    );
+    Ok(())
 }
 
-fn after_destroy(family: Family) -> Result<()> {
+fn destroy_loses_no_unread_data(family: Family) -> Result<()> {
     let wanted = (Recv::Eof, Some(libc::ECONNABORTED));
-    same(&aftermath(family, "destroy")?, &wanted)
+    assert_eq!(aftermath(family, "destroy")?, wanted);
+    Ok(())
 }
 
-fn after_rst(family: Family) -> Result<()> {
-    same(&aftermath(family, "rst")?, &(Recv::Eof, Some(libc::EPIPE)))
+fn rst_loses_no_unread_data(family: Family) -> Result<()> {
+    assert_eq!(aftermath(family, "rst")?, (Recv::Eof, Some(libc::EPIPE)));
+    Ok(())
 }
 
-fn descriptor_stays(family: Family) -> Result<()> {
+fn a_closed_socket_keeps_its_descriptor(family: Family) -> Result<()> {
     for method in ["shutdown", "destroy", "rst"] {
         let (lab, leak) = lab("drained", family, 1)?;
         let inode = connections(&lab)?[0].inode;
-        cwkill(&lab, &format!("--all --method {method}"))?.exits(0)?;
+        cwkill(&lab, &format!("--all --method {method}"))?.exits(0);
         let link = format!("/proc/{}/fd/{}", leak.app().pid(), leak.app_fds()[0]);
         let target = std::fs::read_link(link)?;
-        same(
-            &target.to_string_lossy().into_owned(),
-            &format!("socket:[{inode}]"),
-        )?;
+        assert_eq!(
+            target.to_string_lossy().into_owned(),
+            format!("socket:[{inode}]")
+        );
     }
     Ok(())
 }
 
-fn our_fin_counts(family: Family) -> Result<()> {
+fn our_fin_counts_as_one_unsent_byte(family: Family) -> Result<()> {
     let (lab, leak) = lab("drained", family, 1)?;
     leak.pair().set_link(false)?;
-    cwkill(&lab, "--all --method shutdown --grace 0s")?.exits(4)?;
+    cwkill(&lab, "--all --method shutdown --grace 0s")?.exits(4);
     let row = connections(&lab)?.remove(0);
-    same(&(row.state, row.send_q), &(TcpState::LastAck, 1))
+    assert_eq!((row.state, row.send_q), (TcpState::LastAck, 1));
+    Ok(())
 }
 
-fn listener_survives(family: Family) -> Result<()> {
+fn the_listener_survives_a_destroy_with_a_cookie(family: Family) -> Result<()> {
     let (lab, leak) = lab("unread", family, 3)?;
     let sockets = cwkill(&lab, "--all --method destroy --json")?
-        .exits(0)?
-        .sockets()?;
-    same(&at(&sockets[0], "/result/method"), &"destroy".to_owned())?;
-    same(&in_state(&lab, TcpState::Listen)?, &1)?;
+        .exits(0)
+        .sockets();
+    assert_eq!(at(&sockets[0], "/result/method"), "destroy");
+    assert_eq!(in_state(&lab, TcpState::Listen)?, 1);
     let _more = lab.start("established", family, count(1))?;
-    ensure!(leak.app().is_alive());
+    assert!(leak.app().is_alive());
     Ok(())
 }

@@ -1,34 +1,25 @@
-//! What a listing shows, beside what `ss` shows of the same sockets.
+//! The listing, compared with `ss`.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use netns_harness::{AgentOptions, Dial, Family, How, Lab, SsRow, TcpState};
 use nix::sys::resource::{Resource, getrlimit};
 use serde_json::Value;
 
-use crate::Case::{self, EachFamily, Once};
-use crate::support::{PATIENCE, at, connections, count, cwkill, in_state, lab, same};
+use crate::support::{PATIENCE, at, connections, count, cwkill, in_state, lab};
+use crate::trial::{Test, each_family, once};
 
-pub const CASES: &[Case] = &[
-    EachFamily("agrees_with_ss", agrees_with_ss),
-    EachFamily(
-        "never_accepted_has_its_listener",
-        never_accepted_has_its_listener,
-    ),
-    EachFamily(
-        "all_owners_of_a_shared_socket",
-        all_owners_of_a_shared_socket,
-    ),
-    EachFamily("innocents_are_not_listed", innocents_are_not_listed),
-    Once("thousands_of_sockets", thousands_of_sockets),
-    Once(
-        "a_socket_among_as_many_descriptors_as_a_process_may_have",
-        among_many_descriptors,
-    ),
-    Once("without_owners_it_says_that_nobody_looked", without_owners),
-    Once("json_lines_are_one_a_socket", json_lines_are_one_a_socket),
-    Once("an_evil_name_does_not_reach_the_terminal", evil_name),
-    Once("quiet_prints_nothing", quiet_prints_nothing),
-    Once("nothing_matched_is_status_1", nothing_matched),
+pub const TESTS: &[Test] = &[
+    each_family!(the_listing_agrees_with_ss),
+    each_family!(a_socket_never_accepted_has_its_listener),
+    each_family!(all_owners_of_a_shared_socket_are_listed),
+    each_family!(bystanders_are_not_listed),
+    once!(thousands_of_sockets_are_listed),
+    once!(a_socket_in_a_full_descriptor_table_is_found),
+    once!(without_owners_the_listing_says_so),
+    once!(json_lines_have_one_line_per_socket),
+    once!(a_hostile_name_does_not_reach_the_terminal),
+    once!(quiet_prints_nothing),
+    once!(no_match_is_status_1),
 ];
 
 fn rows_by_cookie(rows: &[SsRow], socket: &Value) -> Result<SsRow> {
@@ -38,13 +29,13 @@ fn rows_by_cookie(rows: &[SsRow], socket: &Value) -> Result<SsRow> {
         .with_context(|| format!("ss shows no socket with the cookie of {socket:#}"))
 }
 
-fn agrees_with_ss(family: Family) -> Result<()> {
+fn the_listing_agrees_with_ss(family: Family) -> Result<()> {
     let (lab, _unread) = lab("unread", family, 3)?;
     let _drained = lab.start("drained", family, count(2))?;
     let before = connections(&lab)?;
-    let ran = cwkill(&lab, "--json")?.exits(0)?;
-    let sockets = ran.sockets()?;
-    same(&sockets.len(), &5)?;
+    let ran = cwkill(&lab, "--json")?.exits(0);
+    let sockets = ran.sockets();
+    assert_eq!(sockets.len(), 5);
     for socket in &sockets {
         let row = rows_by_cookie(&before, socket)?;
         let endpoint = |end: &str| {
@@ -54,167 +45,170 @@ fn agrees_with_ss(family: Family) -> Result<()> {
         };
         let of =
             |address: std::net::SocketAddr| (address.ip().to_string(), address.port().to_string());
-        same(&endpoint("local"), &of(row.local))?;
-        same(&endpoint("peer"), &of(row.peer))?;
-        same(&at(socket, "/recv_q"), &row.recv_q.to_string())?;
-        same(&at(socket, "/send_q"), &row.send_q.to_string())?;
-        same(&at(socket, "/inode"), &row.inode.to_string())?;
+        assert_eq!(endpoint("local"), of(row.local));
+        assert_eq!(endpoint("peer"), of(row.peer));
+        assert_eq!(at(socket, "/recv_q"), row.recv_q.to_string());
+        assert_eq!(at(socket, "/send_q"), row.send_q.to_string());
+        assert_eq!(at(socket, "/inode"), row.inode.to_string());
         let ip = match family {
             Family::V6 => "ipv6",
             Family::V4 | Family::Mapped => "ipv4",
         };
-        same(&at(socket, "/family"), &ip.to_owned())?;
-        same(&at(socket, "/state"), &"close-wait".to_owned())?;
+        assert_eq!(at(socket, "/family"), ip);
+        assert_eq!(at(socket, "/state"), "close-wait");
         let cause = if row.recv_q > 0 { "unread" } else { "drained" };
-        same(&at(socket, "/cause"), &cause.to_owned())?;
+        assert_eq!(at(socket, "/cause"), cause);
         let [owner] = &row.owners[..] else {
             anyhow::bail!("one owner: {row:?}");
         };
-        same(&at(socket, "/owners/0/pid"), &owner.pid.to_string())?;
-        same(&at(socket, "/owners/0/comm"), &owner.comm)?;
-        same(&at(socket, "/owners/0/fds"), &format!("[{}]", owner.fd))?;
-        same(&at(socket, "/result"), &"null".to_owned())?;
+        assert_eq!(at(socket, "/owners/0/pid"), owner.pid.to_string());
+        assert_eq!(at(socket, "/owners/0/comm"), owner.comm);
+        assert_eq!(at(socket, "/owners/0/fds"), format!("[{}]", owner.fd));
+        assert_eq!(at(socket, "/result"), "null");
     }
     let inode = lab.app_host().netns_inode()?.to_string();
-    same(&at(&sockets[0], "/netns/inode"), &inode)?;
-    same(&connections(&lab)?, &before)
-}
-
-fn never_accepted_has_its_listener(family: Family) -> Result<()> {
-    let (lab, leak) = lab("not-accepted", family, 3)?;
-    let sockets = cwkill(&lab, "--json")?.exits(0)?.sockets()?;
-    same(&sockets.len(), &3)?;
-    for socket in &sockets {
-        same(&at(socket, "/cause"), &"not-accepted".to_owned())?;
-        same(&at(socket, "/inode"), &"null".to_owned())?;
-        same(&at(socket, "/owners"), &"[]".to_owned())?;
-        same(&at(socket, "/listener/port"), &"8080".to_owned())?;
-        same(&at(socket, "/listener/waiting"), &"3".to_owned())?;
-        let pid = leak.app().pid().to_string();
-        same(&at(socket, "/listener/owners/0/pid"), &pid)?;
-    }
-    // The listener's owner is the culprit, so it is selected by it.
-    let pid = leak.app().pid();
-    cwkill(&lab, &format!("--pid {pid} --dry-run"))?.exits(0)?;
-    cwkill(&lab, "--pid 1 --dry-run")?.exits(1)?;
+    assert_eq!(at(&sockets[0], "/netns/inode"), inode);
+    assert_eq!(connections(&lab)?, before);
     Ok(())
 }
 
-fn all_owners_of_a_shared_socket(family: Family) -> Result<()> {
+fn a_socket_never_accepted_has_its_listener(family: Family) -> Result<()> {
+    let (lab, leak) = lab("not-accepted", family, 3)?;
+    let sockets = cwkill(&lab, "--json")?.exits(0).sockets();
+    assert_eq!(sockets.len(), 3);
+    for socket in &sockets {
+        assert_eq!(at(socket, "/cause"), "not-accepted");
+        assert_eq!(at(socket, "/inode"), "null");
+        assert_eq!(at(socket, "/owners"), "[]");
+        assert_eq!(at(socket, "/listener/port"), "8080");
+        assert_eq!(at(socket, "/listener/waiting"), "3");
+        let pid = leak.app().pid().to_string();
+        assert_eq!(at(socket, "/listener/owners/0/pid"), pid);
+    }
+    // The owner of the listener is responsible, so it selects the socket.
+    let pid = leak.app().pid();
+    cwkill(&lab, &format!("--pid {pid} --dry-run"))?.exits(0);
+    cwkill(&lab, "--pid 1 --dry-run")?.exits(1);
+    Ok(())
+}
+
+fn all_owners_of_a_shared_socket_are_listed(family: Family) -> Result<()> {
     let (lab, _leak) = lab("forked", family, 1)?;
     let row = connections(&lab)?.remove(0);
-    same(&row.owners.len(), &3)?;
-    let socket = cwkill(&lab, "--json")?.exits(0)?.sockets()?.remove(0);
+    assert_eq!(row.owners.len(), 3);
+    let socket = cwkill(&lab, "--json")?.exits(0).sockets().remove(0);
     let owners = socket["owners"].as_array().context("owners")?;
     let mut ours: Vec<String> = owners.iter().map(|owner| at(owner, "/pid")).collect();
     let mut theirs: Vec<String> = row.owners.iter().map(|o| o.pid.to_string()).collect();
     ours.sort();
     theirs.sort();
-    same(&ours, &theirs)?;
-    let table = cwkill(&lab, "")?.exits(0)?.stdout;
-    ensure!(table.contains(" +2"), "{table}");
-    let all = cwkill(&lab, "-v")?.exits(0)?.stdout;
-    ensure!(theirs.iter().all(|pid| all.contains(pid.as_str())), "{all}");
+    assert_eq!(ours, theirs);
+    let table = cwkill(&lab, "")?.exits(0).stdout;
+    assert!(table.contains(" +2"), "{table}");
+    let all = cwkill(&lab, "-v")?.exits(0).stdout;
+    assert!(theirs.iter().all(|pid| all.contains(pid.as_str())), "{all}");
     Ok(())
 }
 
-fn innocents_are_not_listed(family: Family) -> Result<()> {
-    let (lab, _innocents) = lab("established", family, 4)?;
-    let ran = cwkill(&lab, "--json")?.exits(1)?;
-    same(&ran.sockets()?.len(), &0)
+fn bystanders_are_not_listed(family: Family) -> Result<()> {
+    let (lab, _bystanders) = lab("established", family, 4)?;
+    let ran = cwkill(&lab, "--json")?.exits(1);
+    assert_eq!(ran.sockets().len(), 0);
+    Ok(())
 }
 
-/// More than fits one datagram of a dump, one chunk of a descriptor table, one block of the table.
-fn thousands_of_sockets() -> Result<()> {
+/// More sockets than fit into one datagram of a dump, one chunk of a descriptor table, or one block of the printed table.
+fn thousands_of_sockets_are_listed() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V6, 2500)?;
-    let sockets = cwkill(&lab, "--json")?.exits(0)?.sockets()?;
-    same(&sockets.len(), &2500)?;
+    let sockets = cwkill(&lab, "--json")?.exits(0).sockets();
+    assert_eq!(sockets.len(), 2500);
     let owned = |socket: &&Value| socket["owners"].as_array().is_some_and(|o| o.len() == 1);
-    same(&sockets.iter().filter(owned).count(), &2500)?;
-    let table = cwkill(&lab, "-H")?.exits(0)?.stdout;
+    assert_eq!(sockets.iter().filter(owned).count(), 2500);
+    let table = cwkill(&lab, "-H")?.exits(0).stdout;
     let rows: Vec<&str> = table
         .lines()
         .filter(|line| line.contains("drained"))
         .collect();
-    same(&rows.len(), &2501)?;
+    assert_eq!(rows.len(), 2501);
     let column = |row: &&str| row.find("drained");
     let columns: std::collections::BTreeSet<_> = rows[..2500].iter().map(column).collect();
-    ensure!(
-        columns.len() == 1,
+    assert_eq!(
+        columns.len(),
+        1,
         "the columns of all blocks are aligned: {columns:?}"
     );
     Ok(())
 }
 
-fn json_lines_are_one_a_socket() -> Result<()> {
+fn json_lines_have_one_line_per_socket() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 3)?;
-    let ran = cwkill(&lab, "--jsonl")?.exits(0)?;
+    let ran = cwkill(&lab, "--jsonl")?.exits(0);
     let lines: Vec<Value> = ran
         .stdout
         .lines()
         .map(serde_json::from_str)
         .collect::<Result<_, _>>()?;
-    same(&lines.len(), &3)?;
+    assert_eq!(lines.len(), 3);
     for line in &lines {
-        same(&at(line, "/schema_version"), &"1".to_owned())?;
-        same(&at(line, "/local/port"), &"8080".to_owned())?;
+        assert_eq!(at(line, "/schema_version"), "1");
+        assert_eq!(at(line, "/local/port"), "8080");
     }
     Ok(())
 }
 
-fn evil_name() -> Result<()> {
+fn a_hostile_name_does_not_reach_the_terminal() -> Result<()> {
     let lab = Lab::new()?;
-    // Escape, newline, DEL, a C1 control, a mark that reverses text: 14 bytes of the 15 there are.
+    // Escape, newline, DEL, a C1 control and a mark that reverses text: 14 of the 15 bytes that a name may have.
     let evil = "\x1b[2J\n\x7f\u{9b}\u{202e}x";
     let options = AgentOptions {
         comm: evil.to_owned(),
         ..AgentOptions::default()
     };
     let _leaker = crate::support::leaker(&lab, &options)?;
-    let json = cwkill(&lab, "--json")?.exits(0)?;
-    harmless(&json)?;
-    same(&at(&json.sockets()?[0], "/owners/0/comm"), &evil.to_owned())?;
-    harmless(&cwkill(&lab, "--jsonl")?.exits(0)?)?;
+    let json = cwkill(&lab, "--json")?.exits(0);
+    harmless(&json);
+    assert_eq!(at(&json.sockets()[0], "/owners/0/comm"), evil);
+    harmless(&cwkill(&lab, "--jsonl")?.exits(0));
     for arguments in ["", "-v", "--port 7000 -n", "--port 7000"] {
-        let ran = cwkill(&lab, arguments)?.exits(0)?;
-        harmless(&ran)?;
+        let ran = cwkill(&lab, arguments)?.exits(0);
+        harmless(&ran);
         let shown = "\\u{1b}[2J\\n\\u{7f}\\u{9b}\\u{202e}x/";
-        ensure!(ran.stdout.contains(shown), "{}", ran.stdout);
+        assert!(ran.stdout.contains(shown), "{}", ran.stdout);
     }
     Ok(())
 }
 
-/// Nothing in it moves a cursor or reorders text.
-fn harmless(ran: &crate::support::Ran) -> Result<()> {
+/// The output has nothing that moves a cursor or reorders text.
+#[track_caller]
+fn harmless(ran: &crate::support::Ran) {
     for text in [&ran.stdout, &ran.stderr] {
         let harmful = |c: char| (c.is_control() && c != '\n') || c == '\u{202e}';
-        ensure!(!text.contains(harmful), "{text:?}");
+        assert!(!text.contains(harmful), "{text:?}");
     }
-    Ok(())
 }
 
 fn quiet_prints_nothing() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 1)?;
     for arguments in ["-q", "--all -q -n", "--all -q"] {
-        let ran = cwkill(&lab, arguments)?.exits(0)?;
-        same(&(ran.stdout, ran.stderr), &Default::default())?;
+        let ran = cwkill(&lab, arguments)?.exits(0);
+        assert_eq!((ran.stdout, ran.stderr), Default::default());
     }
     Ok(())
 }
 
-fn nothing_matched() -> Result<()> {
+fn no_match_is_status_1() -> Result<()> {
     let lab = Lab::new()?;
     for arguments in ["", "--all", "--all -n", "--json"] {
-        cwkill(&lab, arguments)?.exits(1)?;
+        cwkill(&lab, arguments)?.exits(1);
     }
     Ok(())
 }
 
-/// The descriptors of one process: as many as it may have, or this many.
+/// Most descriptors that the test opens in one process.
 const MANY_DESCRIPTORS: u64 = 1_000_000;
 
-/// The stuck socket has a number near the end of a table that is full, and then one after a wide gap.
-fn among_many_descriptors() -> Result<()> {
+/// The stuck socket has a number near the end of a full table, and later behind a wide gap.
+fn a_socket_in_a_full_descriptor_table_is_found() -> Result<()> {
     let limit = getrlimit(Resource::RLIMIT_NOFILE)?.1.min(MANY_DESCRIPTORS);
     let filling = usize::try_from(limit)? - 100;
     let lab = Lab::new()?;
@@ -228,31 +222,33 @@ fn among_many_descriptors() -> Result<()> {
     peer.shutdown(&[ends[0].fd], How::Write)?;
     lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::CloseWait)? == 1))?;
     let found = || -> Result<(String, String)> {
-        let sockets = cwkill(&lab, "--all -n --json")?.exits(0)?.sockets()?;
-        same(&sockets.len(), &1)?;
+        let sockets = cwkill(&lab, "--all -n --json")?.exits(0).sockets();
+        assert_eq!(sockets.len(), 1);
         Ok((
             at(&sockets[0], "/owners/0/pid"),
             at(&sockets[0], "/owners/0/fds/0"),
         ))
     };
     let wanted = (app.pid().to_string(), accepted[0].fd.0.to_string());
-    ensure!(usize::try_from(accepted[0].fd.0)? > filling, "{wanted:?}");
-    same(&found()?, &wanted)?;
+    assert!(usize::try_from(accepted[0].fd.0)? > filling, "{wanted:?}");
+    assert_eq!(found()?, wanted);
     app.close_files()?;
-    same(&found()?, &wanted)
+    assert_eq!(found()?, wanted);
+    Ok(())
 }
 
-fn without_owners() -> Result<()> {
+fn without_owners_the_listing_says_so() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 3)?;
-    let dry = cwkill(&lab, "--all --no-owners -n --json")?.exits(0)?;
-    same(&dry.json()?["owners_sought"], &Value::Bool(false))?;
-    for socket in dry.sockets()? {
-        same(&socket["owners"], &Value::Array(Vec::new()))?;
-        same(&at(&socket, "/excluded/0/method"), &"shutdown".to_owned())?;
-        same(&at(&socket, "/plan/0"), &"destroy".to_owned())?;
+    let dry = cwkill(&lab, "--all --no-owners -n --json")?.exits(0);
+    assert_eq!(dry.json()["owners_known"], Value::Bool(false));
+    for socket in dry.sockets() {
+        assert_eq!(socket["owners"], Value::Array(Vec::new()));
+        assert_eq!(at(&socket, "/excluded/0/method"), "shutdown");
+        assert_eq!(at(&socket, "/plan/0"), "destroy");
     }
-    let table = cwkill(&lab, "--all --no-owners")?.exits(0)?;
-    ensure!(!table.stdout.contains("unknown"), "{table:#?}");
-    table.complains("owners were not looked for")?;
-    same(&in_state(&lab, TcpState::CloseWait)?, &0)
+    let table = cwkill(&lab, "--all --no-owners")?.exits(0);
+    assert!(!table.stdout.contains("unknown"), "{table:#?}");
+    table.complains("owners were not searched for");
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
+    Ok(())
 }

@@ -1,123 +1,123 @@
-//! `probe`: only what its peer has forgotten is closed, and nothing of it stays behind.
+//! `probe`: the kernel closes only connections that the peer has forgotten, and all options are restored.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use netns_harness::{Family, Lab, Leak, Recv, Signal, SocketOption, TcpState};
 
-use crate::Case::{self, EachFamily, Once};
 use crate::support::{
-    CWKILL, PATIENCE, all_have, at, connections, cwkill, in_state, lab, ran, same, settled,
+    CWKILL, PATIENCE, Ran, all_have, at, connections, cwkill, first_error, in_state, lab, ran,
+    settled, skip_reason,
 };
+use crate::trial::{Test, each_family, once};
 
-pub const CASES: &[Case] = &[
-    EachFamily("a_half_closed_peer_lives_and_gets_its_data", half_closed),
-    EachFamily("a_peer_that_has_forgotten_lets_the_kernel_close", forgotten),
-    EachFamily("a_silent_peer_is_not_taken_for_gone", silent),
-    EachFamily(
-        "a_silent_peer_is_left_to_the_next_method",
-        silent_then_destroy,
-    ),
-    EachFamily("an_alive_peer_ends_the_ladder", alive_then_destroy),
-    EachFamily("an_owner_without_privileges_is_enough", unprivileged),
-    Once("ctrl_c_puts_the_options_back", || {
-        interrupted(&[Signal::SIGINT])
-    }),
-    Once("pressing_it_again_changes_nothing", || {
-        interrupted(&[Signal::SIGINT, Signal::SIGINT, Signal::SIGTERM])
-    }),
-    Once("a_lost_terminal_is_no_different", || {
-        interrupted(&[Signal::SIGHUP])
-    }),
-    Once("nohup_is_respected", nohup),
-    Once("what_could_not_be_put_back_is_not_touched", large_sysctl),
+pub const TESTS: &[Test] = &[
+    each_family!(a_half_closed_peer_lives_and_gets_its_data),
+    each_family!(a_peer_that_has_forgotten_lets_the_kernel_close),
+    each_family!(a_silent_peer_is_not_taken_for_gone),
+    each_family!(a_silent_peer_is_left_to_the_next_method),
+    each_family!(a_live_peer_keeps_later_methods_away),
+    each_family!(an_owner_without_privileges_is_enough),
+    once!(ctrl_c_puts_the_options_back),
+    once!(pressing_ctrl_c_again_changes_nothing),
+    once!(a_lost_terminal_puts_the_options_back),
+    once!(nohup_is_respected),
+    once!(an_option_that_could_not_be_put_back_is_not_set),
 ];
 
 const PROBE: &str = "--port 8080 --method probe --json";
-/// With and without a descriptor.
+/// Scenarios with and without a descriptor.
 const KINDS: [&str; 2] = ["drained", "not-accepted"];
 
 /// The keepalive timers that `ss` shows on the leaking host.
 fn keepalive_timers(lab: &Lab) -> Result<usize> {
-    let shown = ran(lab.app_host().command("ss").args(["-Htno"]))?.exits(0)?;
+    let shown = ran(lab.app_host().command("ss").args(["-Htno"]))?.exits(0);
     Ok(shown.stdout.matches("keepalive").count())
 }
 
-fn half_closed(family: Family) -> Result<()> {
+fn a_half_closed_peer_lives_and_gets_its_data(family: Family) -> Result<()> {
     for kind in KINDS {
         let (lab, leak) = lab(kind, family, 3)?;
         let before = connections(&lab)?;
-        let sockets = cwkill(&lab, PROBE)?.exits(4)?.sockets()?;
-        same(&sockets.len(), &3)?;
-        all_have(&sockets, "skipped", "null").context(kind)?;
+        let sockets = cwkill(&lab, &format!("{PROBE} --grace 20s"))?
+            .exits(4)
+            .sockets();
+        assert_eq!(sockets.len(), 3);
+        all_have(&sockets, "skipped", "null");
         for socket in &sockets {
-            same(&at(socket, "/result/reason"), &"peer is alive".into())?;
+            assert_eq!(skip_reason(socket), "peer is alive");
         }
-        same(&connections(&lab)?, &before)?;
-        same(&keepalive_timers(&lab)?, &0)?;
+        assert_eq!(connections(&lab)?, before);
+        assert_eq!(keepalive_timers(&lab)?, 0);
         for conn in leak.conns() {
             let Some(app) = conn.app_fd else { continue };
             leak.app().send(&[app], b"late")?;
             let peer = conn.peer_fd.context("no descriptor in the peer")?;
             let got = leak.peer().recv(peer, 10, PATIENCE)?;
-            same(&got, &Recv::Data(b"late".to_vec()))?;
+            assert_eq!(got, Recv::Data(b"late".to_vec()));
         }
     }
     Ok(())
 }
 
-fn forgotten(family: Family) -> Result<()> {
+fn a_peer_that_has_forgotten_lets_the_kernel_close(family: Family) -> Result<()> {
     for kind in KINDS {
         let (lab, leak) = lab(kind, family, 3)?;
+        // A peer whose FIN is not acknowledged may have sent it again, which shows that it was alive.
+        settled(&lab, &leak)?;
         leak.peer().forget(&leak.peer_fds())?;
-        let sockets = cwkill(&lab, PROBE)?.exits(0)?.sockets()?;
-        all_have(&sockets, "closed", "probe").context(kind)?;
-        same(&connections(&lab)?.len(), &0)?;
-        ensure!(leak.app().is_alive());
+        let sockets = cwkill(&lab, &format!("{PROBE} --grace 20s"))?
+            .exits(0)
+            .sockets();
+        all_have(&sockets, "closed", "probe");
+        assert_eq!(connections(&lab)?.len(), 0);
+        assert!(leak.app().is_alive());
     }
     Ok(())
 }
 
-fn deaf(kind: &str, family: Family) -> Result<(Lab, Leak)> {
+fn silent_peer(kind: &str, family: Family) -> Result<(Lab, Leak)> {
     let (lab, leak) = lab(kind, family, 3)?;
-    // A peer whose FIN is not acknowledged would send it again, and be alive.
+    // A peer whose FIN is not acknowledged sends it again, and so shows that it is alive.
     settled(&lab, &leak)?;
     leak.peer()
-        .set_option(&leak.peer_fds(), SocketOption::Deaf(true))?;
+        .set_option(&leak.peer_fds(), SocketOption::DropIncoming(true))?;
     Ok((lab, leak))
 }
 
-fn silent(family: Family) -> Result<()> {
+fn a_silent_peer_is_not_taken_for_gone(family: Family) -> Result<()> {
     for kind in KINDS {
-        let (lab, _leak) = deaf(kind, family)?;
+        let (lab, _leak) = silent_peer(kind, family)?;
         let sockets = cwkill(&lab, &format!("{PROBE} --grace 300ms"))?
-            .exits(4)?
-            .sockets()?;
-        all_have(&sockets, "failed", "null").context(kind)?;
-        let error = at(&sockets[0], "/result/attempts/0/error");
-        ensure!(error.contains("no answer from the peer"), "{error}");
-        same(&connections(&lab)?.len(), &3)?;
-        same(&keepalive_timers(&lab)?, &0)?;
+            .exits(4)
+            .sockets();
+        all_have(&sockets, "failed", "null");
+        let error = first_error(&sockets[0]);
+        assert!(error.contains("no answer from the peer"), "{error}");
+        assert_eq!(connections(&lab)?.len(), 3);
+        assert_eq!(keepalive_timers(&lab)?, 0);
     }
     Ok(())
 }
 
-fn silent_then_destroy(family: Family) -> Result<()> {
-    let (lab, _leak) = deaf("drained", family)?;
+fn a_silent_peer_is_left_to_the_next_method(family: Family) -> Result<()> {
+    let (lab, _leak) = silent_peer("drained", family)?;
     let line = "--all --method probe,destroy --grace 100ms --json";
-    let sockets = cwkill(&lab, line)?.exits(0)?.sockets()?;
-    all_have(&sockets, "closed", "destroy")
+    let sockets = cwkill(&lab, line)?.exits(0).sockets();
+    all_have(&sockets, "closed", "destroy");
+    Ok(())
 }
 
-fn alive_then_destroy(family: Family) -> Result<()> {
+fn a_live_peer_keeps_later_methods_away(family: Family) -> Result<()> {
     let (lab, _leak) = lab("drained", family, 3)?;
     let sockets = cwkill(&lab, "--all --method probe,destroy --json")?
-        .exits(4)?
-        .sockets()?;
-    all_have(&sockets, "skipped", "null")?;
-    same(&connections(&lab)?.len(), &3)
+        .exits(4)
+        .sockets();
+    all_have(&sockets, "skipped", "null");
+    assert_eq!(connections(&lab)?.len(), 3);
+    Ok(())
 }
 
-/// An owner of the same user and as little privilege.
-fn unprivileged(family: Family) -> Result<()> {
+/// The owner has the same user, and as few privileges.
+fn an_owner_without_privileges_is_enough(family: Family) -> Result<()> {
     let lab = Lab::new()?;
     let app = lab.app_host().agent_as(&netns_harness::AgentOptions {
         comm: "no-privilege".into(),
@@ -138,16 +138,14 @@ fn unprivileged(family: Family) -> Result<()> {
     lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::CloseWait)? == 1))?;
     let command = lab.app_host().command(CWKILL).capabilities(&[]);
     let line = "--port 7000 --method probe --json";
-    let sockets = ran(command.args(line.split(' ')))?.exits(4)?.sockets()?;
-    all_have(&sockets, "skipped", "null")?;
-    same(
-        &at(&sockets[0], "/result/reason"),
-        &"peer is alive".to_owned(),
-    )
+    let sockets = ran(command.args(line.split(' ')))?.exits(4).sockets();
+    all_have(&sockets, "skipped", "null");
+    assert_eq!(skip_reason(&sockets[0]), "peer is alive");
+    Ok(())
 }
 
 fn interrupted(signals: &[Signal]) -> Result<()> {
-    let (lab, leak) = deaf("drained", Family::V4)?;
+    let (lab, leak) = silent_peer("drained", Family::V4)?;
     leak.app().set_option(
         &leak.app_fds()[..1],
         SocketOption::KeepAlive {
@@ -157,7 +155,7 @@ fn interrupted(signals: &[Signal]) -> Result<()> {
         },
     )?;
     let before = ran(lab.app_host().command("ss").args(["-Htn"]))?.stdout;
-    same(&keepalive_timers(&lab)?, &1)?;
+    assert_eq!(keepalive_timers(&lab)?, 1);
     let line = "--port 8080 --method probe --grace 60s --json";
     let child = lab
         .app_host()
@@ -170,52 +168,62 @@ fn interrupted(signals: &[Signal]) -> Result<()> {
     for signal in signals {
         nix::sys::signal::kill(pid, *signal)?;
     }
-    let output = child.wait_with_output()?;
-    same(&output.status.code(), &Some(4))?;
-    let document: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-    same(&at(&document, "/summary/skipped"), &"3".to_owned())?;
-    same(
-        &at(&document, "/sockets/0/result/reason"),
-        &"interrupted".to_owned(),
-    )?;
-    same(&keepalive_timers(&lab)?, &1)?;
-    same(
-        &ran(lab.app_host().command("ss").args(["-Htn"]))?.stdout,
-        &before,
-    )?;
+    let document = Ran::of(line, child.wait_with_output()?)?.exits(4).json();
+    assert_eq!(at(&document, "/summary/skipped"), "3");
+    assert_eq!(skip_reason(&document["sockets"][0]), "interrupted");
+    assert_eq!(keepalive_timers(&lab)?, 1);
+    assert_eq!(
+        ran(lab.app_host().command("ss").args(["-Htn"]))?.stdout,
+        before
+    );
     Ok(())
 }
 
 /// Started with SIGHUP ignored, it stays ignored.
-fn nohup() -> Result<()> {
-    let (lab, _leak) = deaf("drained", Family::V4)?;
-    let script = format!("trap '' HUP; exec {CWKILL} --all --method probe --grace 2s --json");
+fn nohup_is_respected() -> Result<()> {
+    let (lab, _leak) = silent_peer("drained", Family::V4)?;
+    let script = format!("trap '' HUP; exec {CWKILL} --all --method probe --grace 60s --json");
     let sh = lab.app_host().command("sh").args(["-c", &script]);
     let child = sh.stdout(std::process::Stdio::piped()).spawn()?;
     lab.wait_for(PATIENCE, || Ok(keepalive_timers(&lab)? == 3))?;
     let pid = nix::unistd::Pid::from_raw(child.id().try_into()?);
     nix::sys::signal::kill(pid, Signal::SIGHUP)?;
-    let output = child.wait_with_output()?;
-    let document: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-    let error = at(&document, "/sockets/0/result/attempts/0/error");
-    ensure!(error.contains("no answer from the peer"), "{error}");
-    same(&keepalive_timers(&lab)?, &0)
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    nix::sys::signal::kill(pid, Signal::SIGINT)?;
+    let ran = Ran::of("cwkill", child.wait_with_output()?)?.exits(4);
+    assert_eq!(skip_reason(&ran.sockets()[0]), "interrupted");
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = u64::from_str_radix(ignored.context("no SigIgn")?.trim(), 16)?;
+    assert!(ignored & 1 << (libc::SIGHUP - 1) != 0, "{status}");
+    Ok(())
 }
 
-/// A keepalive time that follows a large sysctl can be read, but not set.
-fn large_sysctl() -> Result<()> {
+/// A large default of the keepalive time can be read from a socket, but not set on it.
+fn an_option_that_could_not_be_put_back_is_not_set() -> Result<()> {
     let (lab, leak) = lab("half-closed", Family::V4, 1)?;
     lab.app_host().within(|| {
         std::fs::write("/proc/sys/net/ipv4/tcp_keepalive_time", "86400")?;
         Ok(())
     })?;
     let sockets = cwkill(&lab, "--all --method probe --json")?
-        .exits(4)?
-        .sockets()?;
-    all_have(&sockets, "failed", "null")?;
-    let error = at(&sockets[0], "/result/attempts/0/error");
-    ensure!(error.contains("could not be put back"), "{error}");
-    same(&keepalive_timers(&lab)?, &0)?;
-    ensure!(leak.app().is_alive());
+        .exits(4)
+        .sockets();
+    all_have(&sockets, "failed", "null");
+    let error = first_error(&sockets[0]);
+    assert!(error.contains("could not be put back"), "{error}");
+    assert_eq!(keepalive_timers(&lab)?, 0);
+    assert!(leak.app().is_alive());
     Ok(())
+}
+
+fn ctrl_c_puts_the_options_back() -> Result<()> {
+    interrupted(&[Signal::SIGINT])
+}
+
+fn pressing_ctrl_c_again_changes_nothing() -> Result<()> {
+    interrupted(&[Signal::SIGINT, Signal::SIGINT, Signal::SIGTERM])
+}
+
+fn a_lost_terminal_puts_the_options_back() -> Result<()> {
+    interrupted(&[Signal::SIGHUP])
 }

@@ -1,45 +1,39 @@
-//! What changes between the scan and the act. The stages are called one by one, on real sockets, so
-//! that the world can change between them.
+//! Changes between the scan and the act. The tests call the stages one by one on real sockets, and change the world
+//! between them.
 
+use std::collections::HashSet;
+use std::io;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use netns_harness::{Dial, Family, Lab, Leak, Recv, TcpState};
 
+use cwkill::control::Control;
 use cwkill::filter::selectors::Selectors;
-use cwkill::finder::{self, Found};
-use cwkill::injector::engine::{self, Control, Outcome, Rules, Verdict};
+use cwkill::finder;
+use cwkill::injector::engine::{self, Lookup, Observe, Rules};
+use cwkill::injector::executors;
 use cwkill::injector::plan::{self, Policy};
-use cwkill::injector::{self, ActError, MethodName, Scene, Target};
+use cwkill::kernel::KernelVersion;
+use cwkill::model::{Attempt, Method, MethodError, Outcome, Scan, SkipReason, Target};
 use cwkill::privileges::Privileges;
 use cwkill::proc::ProcFs;
 use cwkill::proc::netns::NetnsScope;
-use cwkill::sock_diag::{DestroyError, Detail, DiagId, LookupError, SockDiag, SocketMessage};
+use cwkill::sock_diag::{Cookie, DestroyError, Detail, DiagId, SockDiag};
+use cwkill::tcp::StateSet;
 
-use crate::Case::{self, EachFamily, Once};
-use crate::support::{PATIENCE, connections, in_state, lab, same};
+use crate::support::{PATIENCE, connections, in_state, lab};
+use crate::trial::{Test, each_family, once};
 
-pub const CASES: &[Case] = &[
-    EachFamily(
-        "a_descriptor_number_used_again_is_not_touched",
-        reused_number,
-    ),
-    EachFamily(
-        "a_tuple_taken_by_a_new_connection_is_not_touched",
-        reused_tuple,
-    ),
-    EachFamily("an_owner_that_dies_is_no_error_for_others", owner_dies),
-    Once("a_socket_that_closes_on_its_own_is_gone", closes_on_its_own),
-    Once("one_that_is_accepted_meanwhile_is_left", accepted_meanwhile),
-    Once(
-        "an_owner_of_several_that_lets_go_leaves_the_others",
-        one_of_three_lets_go,
-    ),
-    Once(
-        "answers_that_are_lost_are_not_taken_for_others",
-        lost_answers,
-    ),
-    Once("silence_is_taken_for_done_only_where_it_is", silence),
+pub const TESTS: &[Test] = &[
+    each_family!(a_reused_descriptor_number_is_not_touched),
+    each_family!(a_reused_tuple_is_not_touched),
+    each_family!(an_owner_that_dies_does_not_affect_others),
+    once!(a_socket_that_closes_on_its_own_is_gone),
+    once!(a_socket_accepted_meanwhile_is_skipped),
+    once!(the_act_goes_through_the_remaining_owners),
+    once!(lost_answers_are_not_taken_for_others),
+    once!(silence_means_done_only_if_no_answer_was_lost),
 ];
 
 pub struct Now;
@@ -54,84 +48,125 @@ impl Control for Now {
     fn interrupted(&self) -> bool {
         false
     }
-    fn progress(&self, _: MethodName, _: usize) {}
+    fn progress(&self, _: Method, _: usize) {}
 }
 
-/// Finds everything stuck on the leaking host, then lets the world change, then acts.
+/// Finds and plans for all stuck sockets of the network namespace of the calling thread.
+fn find(proc: &ProcFs, methods: &[Method]) -> Result<Scan> {
+    let here = finder::open(&NetnsScope::Current, proc)?;
+    let mut scan = finder::find(&here, proc, &Selectors::default())?;
+    let policy = Policy {
+        methods: methods.to_vec(),
+        discard_unsent: false,
+        max_kills: None,
+        idle_only: false,
+    };
+    plan::build(&mut scan, &policy, &Privileges::of_this_thread()?);
+    Ok(scan)
+}
+
+/// Runs the plans of `scan`; the engine asks `kernel` for the sockets.
+fn act(
+    scan: &mut Scan,
+    proc: &ProcFs,
+    methods: &[Method],
+    kernel: &mut dyn Observe,
+    grace: Duration,
+) -> Result<()> {
+    let selectors = Selectors::default();
+    let rules = Rules {
+        grace,
+        discard_unsent: false,
+        selectors: &selectors,
+        kernel: KernelVersion::running(),
+    };
+    let mut targets: Vec<&mut Target> = scan.targets.iter_mut().collect();
+    let mut executors = executors(methods, proc)?;
+    engine::run(&mut targets, &mut executors, kernel, rules, &Now);
+    Ok(())
+}
+
+/// Finds all stuck sockets of the leaking host, runs `change`, then acts.
 fn act_after(
     lab: &Lab,
-    methods: &[MethodName],
+    methods: &[Method],
     change: impl FnOnce() -> Result<()> + Send,
-) -> Result<(Found, Vec<Outcome>)> {
+) -> Result<Vec<Target>> {
     lab.app_host().within(|| {
         let proc = ProcFs::default();
-        let selectors = Selectors::default();
-        let found = find(&proc, &selectors)?;
-        let policy = Policy {
-            methods: methods.to_vec(),
-            discard_unsent: false,
-            max_kills: None,
-            idle_only: false,
-        };
-        let plans = plan::build(&found, &policy, &Privileges::of_this_thread()?);
+        let mut scan = find(&proc, methods)?;
         change()?;
-        let mut methods = injector::methods(&policy.methods, &proc)?;
-        let rules = Rules {
-            grace: Duration::from_millis(500),
-            discard_unsent: false,
-            selectors: &selectors,
-            kernel: cwkill::kernel::KernelVersion::running(),
-        };
-        let all: Vec<usize> = (0..found.sockets.len()).collect();
-        let mut diag = SockDiag::open()?;
-        let outcomes = engine::climb(&found, &plans, &all, &mut methods, &mut diag, rules, &Now);
-        Ok((found, outcomes))
+        let mut kernel = SockDiag::open()?;
+        let grace = Duration::from_millis(500);
+        act(&mut scan, &proc, methods, &mut kernel, grace)?;
+        Ok(scan.targets)
     })
 }
 
-fn find(proc: &ProcFs, selectors: &Selectors) -> Result<Found> {
-    let here = NetnsScope::Current.open(proc)?;
-    Ok(finder::find(&here.open, proc, selectors)?)
-}
-
-/// The method alone, without the ladder's look, on what was found before the world changed.
-fn bare_act_after(
+/// Finds the one stuck socket of the leaking host, runs `change`, then acts by one method. The recheck before the act does
+/// not see the change.
+fn act_unchecked_after(
     lab: &Lab,
-    method: MethodName,
+    method: Method,
     change: impl FnOnce() -> Result<()> + Send,
-) -> Result<Result<(), ActError>> {
+) -> Result<Target> {
     lab.app_host().within(|| {
         let proc = ProcFs::default();
-        let found = find(&proc, &Selectors::default())?;
-        ensure!(found.sockets.len() == 1, "{found:#?}");
+        let mut scan = find(&proc, &[method])?;
+        assert_eq!(scan.targets.len(), 1, "{:#?}", scan.targets);
+        let mut kernel = OutdatedOnce::new(scan.targets[0].socket.id)?;
         change()?;
-        let mut methods = injector::methods(&[method], &proc)?;
-        let mut scene = OnlyCookies(SockDiag::open()?, found.sockets[0].id);
-        let mut results = methods[0].act(&[Target::new(&found, 0)], &mut scene);
-        Ok(results.remove(0))
+        let grace = Duration::from_millis(700);
+        act(&mut scan, &proc, &[method], &mut kernel, grace)?;
+        assert!(kernel.outdated.is_none(), "there was no recheck");
+        Ok(scan.targets.remove(0))
     })
 }
 
-/// The looks that a method takes itself, without what the ladder knows.
-struct OnlyCookies(SockDiag, DiagId);
+/// The kernel's socket tables. The first lookup gets the answers that were right when this was made.
+struct OutdatedOnce {
+    outdated: Option<Vec<Lookup>>,
+    diag: SockDiag,
+}
 
-impl Scene for OnlyCookies {
-    fn grace(&self) -> Duration {
-        Duration::from_millis(700)
-    }
-    fn control(&self) -> &dyn Control {
-        &Now
-    }
-    fn still_fit(&mut self, targets: &[usize], _: bool) -> Vec<bool> {
-        self.look(targets).iter().map(Result::is_ok).collect()
-    }
-    fn look(&mut self, targets: &[usize]) -> Vec<Result<SocketMessage, LookupError>> {
-        let looks = self.0.lookup(&vec![self.1; targets.len()], Detail::Quiet);
-        looks.expect("the kernel can be asked")
+impl OutdatedOnce {
+    fn new(id: DiagId) -> Result<Self> {
+        let mut diag = SockDiag::open()?;
+        let outdated = Some(diag.lookup(&[id], Detail::Quiet)?);
+        Ok(OutdatedOnce { outdated, diag })
     }
 }
 
-/// The owner closes the stuck descriptor and gets its number again for a new, innocent connection.
+impl Observe for OutdatedOnce {
+    fn lookup(&mut self, ids: &[DiagId], detail: Detail) -> io::Result<Vec<Lookup>> {
+        match self.outdated.take() {
+            Some(answers) => Ok(answers),
+            None => self.diag.lookup(ids, detail),
+        }
+    }
+
+    fn list(&mut self, states: StateSet) -> io::Result<HashSet<Cookie>> {
+        self.diag.list(states)
+    }
+}
+
+/// An attempt by `method` that did nothing because of `error`.
+fn failed(method: Method, error: MethodError) -> Attempt {
+    Attempt {
+        method,
+        error: Some(error),
+    }
+}
+
+/// The number of targets with this outcome.
+fn with_outcome(targets: &[Target], outcome: Outcome) -> usize {
+    targets
+        .iter()
+        .filter(|target| target.outcome == Some(outcome))
+        .count()
+}
+
+/// The owner closes the stuck descriptor and gets its number again for a new bystander connection.
 fn swap_descriptor(leak: &Leak) -> Result<(netns_harness::Fd, netns_harness::Fd)> {
     let old = leak.conns()[0];
     let fd = old.app_fd.context("no descriptor")?;
@@ -139,44 +174,47 @@ fn swap_descriptor(leak: &Leak) -> Result<(netns_harness::Fd, netns_harness::Fd)
     let peer = leak.peer();
     let ends = peer.connect(leak.pair().app_address, 1, Dial::default(), PATIENCE)?;
     let accepted = leak.app().accept(leak.pair().listener, 1, PATIENCE)?;
-    ensure!(accepted[0].fd == fd, "the number is used again");
+    assert_eq!(accepted[0].fd, fd, "the number is used again");
     Ok((fd, ends[0].fd))
 }
 
+#[track_caller]
 fn lives(leak: &Leak, app: netns_harness::Fd, peer: netns_harness::Fd) -> Result<()> {
     leak.peer().send(&[peer], b"still here?")?;
     let got = leak.app().recv(app, 100, PATIENCE)?;
-    same(&got, &Recv::Data(b"still here?".to_vec()))?;
+    assert_eq!(got, Recv::Data(b"still here?".to_vec()));
     leak.app().send(&[app], b"yes")?;
     let got = leak.peer().recv(peer, 100, PATIENCE)?;
-    same(&got, &Recv::Data(b"yes".to_vec()))
+    assert_eq!(got, Recv::Data(b"yes".to_vec()));
+    Ok(())
 }
 
-fn reused_number(family: Family) -> Result<()> {
+fn a_reused_descriptor_number_is_not_touched(family: Family) -> Result<()> {
     let (lab, leak) = lab("drained", family, 1)?;
-    let mut innocent = None;
+    let mut bystander = None;
     let swap = || {
-        innocent = Some(swap_descriptor(&leak)?);
+        bystander = Some(swap_descriptor(&leak)?);
         Ok(())
     };
-    let (_, outcomes) = act_after(&lab, &MethodName::AUTO, swap)?;
-    ensure!(matches!(outcomes[0].verdict, Verdict::Gone), "{outcomes:?}");
-    let (app, peer) = innocent.context("swapped")?;
+    let targets = act_after(&lab, &Method::AUTO, swap)?;
+    assert_eq!(targets[0].outcome, Some(Outcome::Gone), "{targets:?}");
+    let (app, peer) = bystander.context("swapped")?;
     lives(&leak, app, peer)?;
 
-    // Without the ladder's look the method itself compares the cookie.
+    // If the recheck misses the change, the method itself compares the cookie.
     let (lab, leak) = crate::support::lab("drained", family, 1)?;
-    let mut innocent = None;
+    let mut bystander = None;
     let swap = || {
-        innocent = Some(swap_descriptor(&leak)?);
+        bystander = Some(swap_descriptor(&leak)?);
         Ok(())
     };
-    let result = bare_act_after(&lab, MethodName::Shutdown, swap)?;
-    ensure!(
-        matches!(result, Err(ActError::DescriptorsGone)),
-        "{result:?}"
+    let target = act_unchecked_after(&lab, Method::Shutdown, swap)?;
+    assert_eq!(
+        target.attempts,
+        [failed(Method::Shutdown, MethodError::DescriptorsGone)]
     );
-    let (app, peer) = innocent.context("swapped")?;
+    assert_eq!(target.outcome, Some(Outcome::Gone));
+    let (app, peer) = bystander.context("swapped")?;
     lives(&leak, app, peer)
 }
 
@@ -184,7 +222,7 @@ fn reused_number(family: Family) -> Result<()> {
 fn swap_connection(lab: &Lab, leak: &Leak) -> Result<(netns_harness::Fd, netns_harness::Fd)> {
     let old = leak.conns()[0];
     let before = connections(lab)?;
-    // The application's reset leaves nothing behind on either side that could hold the pair.
+    // After the application's reset, neither side keeps the 4-tuple.
     leak.app().set_option(
         &leak.app_fds(),
         netns_harness::SocketOption::Linger(Some(0)),
@@ -201,56 +239,61 @@ fn swap_connection(lab: &Lab, leak: &Leak) -> Result<(netns_harness::Fd, netns_h
         .connect(leak.pair().app_address, 1, dial, PATIENCE)?;
     let accepted = leak.app().accept(leak.pair().listener, 1, PATIENCE)?;
     let now = connections(lab)?;
-    same(
-        &(now[0].local, now[0].peer),
-        &(before[0].local, before[0].peer),
-    )?;
+    assert_eq!(
+        (now[0].local, now[0].peer),
+        (before[0].local, before[0].peer)
+    );
     Ok((accepted[0].fd, ends[0].fd))
 }
 
-fn reused_tuple(family: Family) -> Result<()> {
-    for method in MethodName::AUTO {
+fn a_reused_tuple_is_not_touched(family: Family) -> Result<()> {
+    for method in Method::AUTO {
         let (lab, leak) = lab("drained", family, 1)?;
-        let mut innocent = None;
+        let mut bystander = None;
         let swap = || {
-            innocent = Some(swap_connection(&lab, &leak)?);
+            bystander = Some(swap_connection(&lab, &leak)?);
             Ok(())
         };
-        let (_, outcomes) = act_after(&lab, &[method], swap)?;
-        ensure!(matches!(outcomes[0].verdict, Verdict::Gone), "{outcomes:?}");
-        let (app, peer) = innocent.context("swapped")?;
+        let targets = act_after(&lab, &[method], swap)?;
+        assert_eq!(targets[0].outcome, Some(Outcome::Gone), "{targets:?}");
+        let (app, peer) = bystander.context("swapped")?;
         lives(&leak, app, peer)?;
     }
 
     let (lab, leak) = lab("drained", family, 1)?;
-    let mut innocent = None;
+    let mut bystander = None;
     let swap = || {
-        innocent = Some(swap_connection(&lab, &leak)?);
+        bystander = Some(swap_connection(&lab, &leak)?);
         Ok(())
     };
-    let result = bare_act_after(&lab, MethodName::Destroy, swap)?;
-    ensure!(matches!(result, Err(ActError::Gone)), "{result:?}");
-    let (app, peer) = innocent.context("swapped")?;
+    let target = act_unchecked_after(&lab, Method::Destroy, swap)?;
+    assert_eq!(
+        target.attempts,
+        [failed(Method::Destroy, MethodError::Gone)]
+    );
+    assert_eq!(target.outcome, Some(Outcome::Gone));
+    let (app, peer) = bystander.context("swapped")?;
     lives(&leak, app, peer)?;
-    same(&in_state(&lab, TcpState::Listen)?, &1)?;
+    assert_eq!(in_state(&lab, TcpState::Listen)?, 1);
 
-    // The ACK that rst draws now comes from the stranger; the look after it finds that out.
-    for method in [MethodName::Rst, MethodName::Probe] {
+    // The elicited ACK now comes from the new connection. The lookup after it detects that.
+    for method in [Method::Rst, Method::Probe] {
         let (lab, leak) = crate::support::lab("drained", family, 1)?;
-        let mut innocent = None;
+        let mut bystander = None;
         let swap = || {
-            innocent = Some(swap_connection(&lab, &leak)?);
+            bystander = Some(swap_connection(&lab, &leak)?);
             Ok(())
         };
-        let _ = bare_act_after(&lab, method, swap)?;
-        let (app, peer) = innocent.context("swapped")?;
+        act_unchecked_after(&lab, method, swap)?;
+        let (app, peer) = bystander.context("swapped")?;
         lives(&leak, app, peer)?;
-        same(&in_state(&lab, TcpState::Listen)?, &1)?;
+        assert_eq!(in_state(&lab, TcpState::Listen)?, 1);
     }
-    same(&in_state(&lab, TcpState::Listen)?, &1)
+    assert_eq!(in_state(&lab, TcpState::Listen)?, 1);
+    Ok(())
 }
 
-fn owner_dies(family: Family) -> Result<()> {
+fn an_owner_that_dies_does_not_affect_others(family: Family) -> Result<()> {
     let (lab, doomed) = lab("unread", family, 3)?;
     let other = netns_harness::Options {
         port: 9090,
@@ -259,67 +302,72 @@ fn owner_dies(family: Family) -> Result<()> {
         ..Default::default()
     };
     let _other = lab.start("unread", family, other)?;
-    let (found, outcomes) = act_after(&lab, &MethodName::AUTO, || {
+    let targets = act_after(&lab, &Method::AUTO, || {
         doomed.app().kill()?;
-        // Unread data turns the kernel's close into a reset: the sockets go at once.
+        // With unread data, the kernel answers close(2) with a reset, and the sockets are gone at once.
         lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::CloseWait)? == 2))
     })?;
-    for (socket, outcome) in found.sockets.iter().zip(&outcomes) {
-        let as_wanted = match socket.tuple.local.port() {
-            9090 => matches!(outcome.verdict, Verdict::Closed(MethodName::Shutdown)),
-            _ => matches!(outcome.verdict, Verdict::Gone),
+    for target in &targets {
+        let wanted = match target.socket.tuple.local.port() {
+            9090 => Outcome::Closed(Method::Shutdown),
+            _ => Outcome::Gone,
         };
-        ensure!(as_wanted, "{outcome:?}");
+        assert_eq!(target.outcome, Some(wanted), "{target:?}");
     }
-    same(&in_state(&lab, TcpState::CloseWait)?, &0)
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
+    Ok(())
 }
 
-fn closes_on_its_own() -> Result<()> {
+fn a_socket_that_closes_on_its_own_is_gone() -> Result<()> {
     let (lab, leak) = lab("drained", Family::V4, 2)?;
     let first = leak.app_fds()[0];
-    let (_, outcomes) = act_after(&lab, &MethodName::AUTO, || leak.app().close(&[first]))?;
-    let gone = outcomes
-        .iter()
-        .filter(|o| matches!(o.verdict, Verdict::Gone));
-    same(&gone.count(), &1)?;
-    let closed = |o: &&Outcome| matches!(o.verdict, Verdict::Closed(MethodName::Shutdown));
-    same(&outcomes.iter().filter(closed).count(), &1)
+    let targets = act_after(&lab, &Method::AUTO, || leak.app().close(&[first]))?;
+    assert_eq!(with_outcome(&targets, Outcome::Gone), 1);
+    let closed = Outcome::Closed(Method::Shutdown);
+    assert_eq!(with_outcome(&targets, closed), 1);
+    Ok(())
 }
 
-fn accepted_meanwhile() -> Result<()> {
+fn a_socket_accepted_meanwhile_is_skipped() -> Result<()> {
     let (lab, leak) = lab("not-accepted", Family::V4, 2)?;
-    let (_, outcomes) = act_after(&lab, &MethodName::AUTO, || {
+    let targets = act_after(&lab, &Method::AUTO, || {
         leak.app().accept(leak.pair().listener, 1, PATIENCE)?;
         Ok(())
     })?;
-    let left = outcomes
-        .iter()
-        .filter(|o| matches!(o.verdict, Verdict::Skipped(engine::Skip::Accepted)));
-    same(&left.count(), &1)?;
-    same(&in_state(&lab, TcpState::CloseWait)?, &1)
+    let accepted = Outcome::Skipped(SkipReason::Accepted);
+    assert_eq!(with_outcome(&targets, accepted), 1);
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 1);
+    Ok(())
 }
 
-/// The act goes through an owner that is still there.
-fn one_of_three_lets_go() -> Result<()> {
+/// cwkill acts through an owner that still has the socket.
+fn the_act_goes_through_the_remaining_owners() -> Result<()> {
     let (lab, leak) = lab("forked", Family::V4, 2)?;
-    let (found, outcomes) = act_after(&lab, &[MethodName::Shutdown], || {
+    let targets = act_after(&lab, &[Method::Shutdown], || {
         leak.app().close(&leak.app_fds())
     })?;
-    ensure!(found.sockets.iter().all(|socket| socket.owners.len() == 3));
-    let closed = |o: &&Outcome| matches!(o.verdict, Verdict::Closed(MethodName::Shutdown));
-    same(&outcomes.iter().filter(closed).count(), &2)
+    assert!(targets.iter().all(|target| target.owners.len() == 3));
+    let closed = Outcome::Closed(Method::Shutdown);
+    assert_eq!(with_outcome(&targets, closed), 2);
+    Ok(())
 }
 
-/// With a receive queue for a few answers only: every socket that was aborted is known as ours, and
-/// every look gets its answer.
-fn lost_answers() -> Result<()> {
+/// The identities of the stuck sockets in the network namespace of the calling thread.
+fn stuck_ids() -> Result<Vec<DiagId>> {
+    let here = finder::open(&NetnsScope::Current, &ProcFs::default())?;
+    let scan = finder::find_sockets(&here, &Selectors::default(), true)?;
+    Ok(scan.targets.iter().map(|target| target.socket.id).collect())
+}
+
+/// The receive queue has room for a few answers only. Every lookup still gets its answer, and a lost answer to a destroy
+/// request is reported as lost.
+fn lost_answers_are_not_taken_for_others() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 200)?;
     lab.app_host().within(|| {
-        let found = find(&ProcFs::default(), &Selectors::default())?;
-        let ids: Vec<DiagId> = found.sockets.iter().map(|socket| socket.id).collect();
+        let ids = stuck_ids()?;
         let mut tiny = SockDiag::with_queue(1)?;
         let seen = tiny.lookup(&ids, Detail::Quiet)?;
-        same(&seen.iter().filter(|look| look.is_ok()).count(), &200)?;
+        assert_eq!(seen.iter().filter(|look| look.is_ok()).count(), 200);
         let mut lost = 0;
         for result in tiny.destroy(&ids)? {
             match result {
@@ -328,23 +376,23 @@ fn lost_answers() -> Result<()> {
                 Err(other) => anyhow::bail!("{other:?}"),
             }
         }
-        ensure!(lost > 0, "the queue was too large for this test");
+        assert!(lost > 0, "the queue was too large for this test");
         Ok(())
     })?;
-    same(&connections(&lab)?.len(), &0)
+    assert_eq!(connections(&lab)?.len(), 0);
+    Ok(())
 }
 
-/// Orders with one answer for many: failures are told, and where they could not be told nothing is taken for done.
-fn silence() -> Result<()> {
+/// Many destroy requests with one answer: failures are reported, and if answers were lost, no request counts as done.
+fn silence_means_done_only_if_no_answer_was_lost() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 200)?;
     lab.app_host().within(|| {
-        let found = find(&ProcFs::default(), &Selectors::default())?;
-        let ids: Vec<DiagId> = found.sockets.iter().map(|socket| socket.id).collect();
+        let ids = stuck_ids()?;
         let mut diag = SockDiag::open()?;
         let (gone, there) = (&ids[..50], &ids[50..150]);
-        ensure!(diag.destroy_together(gone)?.iter().all(Result::is_ok));
-        same(&in_state(&lab, TcpState::CloseWait)?, &150)?;
-        // Every third has gone.
+        assert!(diag.destroy_together(gone)?.iter().all(Result::is_ok));
+        assert_eq!(in_state(&lab, TcpState::CloseWait)?, 150);
+        // Every third socket is gone.
         let mixed: Vec<DiagId> = (gone.iter())
             .zip(there.chunks(2))
             .flat_map(|(gone, two)| [*gone, two[0], two[1]])
@@ -355,19 +403,20 @@ fn silence() -> Result<()> {
                 other => anyhow::bail!("{at}: {other:?}"),
             }
         }
-        same(&in_state(&lab, TcpState::CloseWait)?, &50)?;
-        // The answers to those that have gone are too many for the queue.
+        assert_eq!(in_state(&lab, TcpState::CloseWait)?, 50);
+        // The queue has no room for the answers about the sockets that are gone.
         let mut tiny = SockDiag::with_queue(1)?;
         let (gone, there) = (&ids[..40], &ids[150..]);
         let all: Vec<DiagId> = gone.iter().chain(&there[..20]).copied().collect();
         let results = tiny.destroy_together(&all)?;
         let lost =
             |result: &Result<(), DestroyError>| matches!(result, Err(DestroyError::AnswerLost));
-        ensure!(
+        assert!(
             results.iter().any(lost),
             "the queue was too large for this test"
         );
-        ensure!(!results.iter().any(Result::is_ok), "{results:?}");
-        same(&in_state(&lab, TcpState::CloseWait)?, &30)
+        assert!(!results.iter().any(Result::is_ok), "{results:?}");
+        assert_eq!(in_state(&lab, TcpState::CloseWait)?, 30);
+        Ok(())
     })
 }

@@ -1,7 +1,7 @@
 //! Runs the commands of the runbooks and of docs/tcp-states.md in the harness, and compares what they print.
 //!
-//! What is run is a fenced block with lines that start with `$ `; what follows such a line is what it prints. In front of
-//! the block stands one of
+//! A fenced block is run if its first line starts with `$ `. The lines after a command are its expected output. Before the
+//! block there is one of
 //!
 //! ```text
 //! <!-- scenario: unread:3,established:2 -->     a new lab, as for `netns-harness run`; also: age=1s, family=v6
@@ -10,10 +10,10 @@
 //! <!-- not run: why -->
 //! ```
 //!
-//! or nothing: then it goes on in the lab of the block before. The application's pid is [`WRITTEN_PID`] in the documents;
-//! commands take it from the shell variable `pid`, which is set by `$ pid=18754`.
+//! or nothing, to use the lab of the block before. The documents show [`WRITTEN_PID`] as the pid of the application.
+//! Commands read the pid from the shell variable `pid`, which `$ pid=18754` sets.
 //!
-//! With CWKILL_RENEW_RUNBOOKS=1 in the environment, outputs that differ are written into the documents instead.
+//! With CWKILL_RENEW_RUNBOOKS=1 in the environment, the tests write outputs that differ into the documents.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -24,74 +24,110 @@ use netns_harness::{Family, Lab, Leak, TcpState};
 use regex::Regex;
 
 use crate::AS_HARNESS;
-use crate::Case::{self, Once};
 use crate::support::{CWKILL, PATIENCE, count, cwkill, in_state, ran};
+use crate::trial::{Test, once};
 
-pub const CASES: &[Case] = &[
-    Once("every_command_prints_what_is_written", documents),
-    Once("all_six_are_there", six),
-    Once("a_wrong_output_is_noticed", wrong_output),
-    Once("only_what_varies_is_forgiven", forgiven),
+pub const TESTS: &[Test] = &[
+    once!(tcp_states_prints_what_is_documented),
+    once!(close_wait_without_a_pid_prints_what_is_documented),
+    once!(from_a_timer_prints_what_is_documented),
+    once!(inside_a_container_or_pod_prints_what_is_documented),
+    once!(one_connection_blocks_a_drain_prints_what_is_documented),
+    once!(thousands_of_close_wait_prints_what_is_documented),
+    once!(too_many_open_files_prints_what_is_documented),
+    once!(every_runbook_has_its_parts_and_runs_commands),
+    once!(a_wrong_documented_output_is_detected),
+    once!(only_varying_values_are_ignored),
 ];
 
+/// Each has a test above.
 const RUNBOOKS: [&str; 6] = [
-    "close-wait-without-a-pid.md",
-    "from-a-timer.md",
-    "inside-a-container-or-pod.md",
-    "one-connection-blocks-a-drain.md",
-    "thousands-of-close-wait.md",
-    "too-many-open-files.md",
+    "close-wait-without-a-pid",
+    "from-a-timer",
+    "inside-a-container-or-pod",
+    "one-connection-blocks-a-drain",
+    "thousands-of-close-wait",
+    "too-many-open-files",
 ];
 
-/// What stands for the pid of the application in the documents, so that they do not change with every renewal.
+/// The pid of the application in the documents, so that they do not change with every renewal.
 const WRITTEN_PID: &str = "18754";
 
 fn docs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("docs")
 }
 
-fn six() -> Result<()> {
+fn every_runbook_has_its_parts_and_runs_commands() -> Result<()> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(docs().join("runbooks"))? {
+        let name = entry?.file_name().into_string().expect("UTF-8");
+        names.push(name.trim_end_matches(".md").to_owned());
+    }
+    names.sort();
+    assert_eq!(names, RUNBOOKS);
     for name in RUNBOOKS {
-        let text = std::fs::read_to_string(docs().join("runbooks").join(name)).context(name)?;
+        let text = std::fs::read_to_string(docs().join(format!("runbooks/{name}.md")))?;
         for part in ["## How to undo or limit harm", "## When not to use cwkill"] {
-            ensure!(text.contains(part), "{name} has no part \"{part}\"");
+            assert!(text.contains(part), "{name} has no part \"{part}\"");
         }
-        ensure!(Document::parse(&text)?.runs() > 0, "{name} runs nothing");
+        assert!(Document::parse(&text)?.runs() > 0, "{name} runs nothing");
     }
     Ok(())
 }
 
-fn documents() -> Result<()> {
+fn tcp_states_prints_what_is_documented() -> Result<()> {
+    prints_what_is_documented("tcp-states.md")
+}
+
+fn close_wait_without_a_pid_prints_what_is_documented() -> Result<()> {
+    prints_what_is_documented("runbooks/close-wait-without-a-pid.md")
+}
+
+fn from_a_timer_prints_what_is_documented() -> Result<()> {
+    prints_what_is_documented("runbooks/from-a-timer.md")
+}
+
+fn inside_a_container_or_pod_prints_what_is_documented() -> Result<()> {
+    prints_what_is_documented("runbooks/inside-a-container-or-pod.md")
+}
+
+fn one_connection_blocks_a_drain_prints_what_is_documented() -> Result<()> {
+    prints_what_is_documented("runbooks/one-connection-blocks-a-drain.md")
+}
+
+fn thousands_of_close_wait_prints_what_is_documented() -> Result<()> {
+    prints_what_is_documented("runbooks/thousands-of-close-wait.md")
+}
+
+fn too_many_open_files_prints_what_is_documented() -> Result<()> {
+    prints_what_is_documented("runbooks/too-many-open-files.md")
+}
+
+fn prints_what_is_documented(name: &str) -> Result<()> {
     let renew = std::env::var_os("CWKILL_RENEW_RUNBOOKS").is_some();
-    let mut paths = vec![docs().join("tcp-states.md")];
-    paths.extend(RUNBOOKS.map(|name| docs().join("runbooks").join(name)));
-    let mut wrong = String::new();
-    for path in paths {
-        let name = path.display().to_string();
-        let text = std::fs::read_to_string(&path).context(name.clone())?;
-        let (differences, renewed) = Document::parse(&text)
-            .and_then(|document| document.run())
-            .context(name.clone())?;
-        if renew && renewed != text {
-            std::fs::write(&path, renewed)?;
-        }
-        for difference in differences {
-            wrong += &format!("{name}: {difference}\n");
-        }
+    let path = docs().join(name);
+    let text = std::fs::read_to_string(&path).context(name.to_owned())?;
+    let (differences, renewed) = Document::parse(&text)?.run()?;
+    if renew && renewed != text {
+        std::fs::write(&path, renewed)?;
     }
-    ensure!(renew || wrong.is_empty(), "\n{wrong}");
+    assert!(
+        renew || differences.is_empty(),
+        "{name}: {}",
+        differences.join("\n")
+    );
     Ok(())
 }
 
-/// A document as lines, of which some are commands and what they print.
+/// A document: text, labs, and commands with their outputs.
 struct Document {
     parts: Vec<Part>,
 }
 
 enum Part {
-    /// A line that is no part of a block that is run.
+    /// A line outside the blocks that are run.
     Line(String),
-    /// From here on commands are run in a lab of their own.
+    /// The commands after this run in a new lab.
     NewLab(Scenarios),
     Command {
         line: String,
@@ -99,7 +135,7 @@ enum Part {
     },
 }
 
-/// What `<!-- scenario: … -->` says.
+/// The content of `<!-- scenario: … -->`.
 #[derive(Clone, Default)]
 struct Scenarios {
     wanted: Vec<(String, usize)>,
@@ -152,7 +188,7 @@ impl Scenarios {
     }
 }
 
-/// The text between the marks, if the line is that comment.
+/// The content of the line if it is the comment with this name.
 fn comment<'a>(line: &'a str, name: &str) -> Option<&'a str> {
     let inner = line.trim().strip_prefix("<!--")?.strip_suffix("-->")?;
     inner.trim().strip_prefix(name)?.strip_prefix(':')
@@ -203,7 +239,7 @@ impl Document {
             .count()
     }
 
-    /// Runs all commands: what differs, and the document with the outputs as they are.
+    /// Runs all commands. Returns the differences, and the document with the actual outputs.
     fn run(&self) -> Result<(Vec<String>, String)> {
         let programs = programs()?;
         let (mut differences, mut renewed) = (Vec::new(), String::new());
@@ -212,7 +248,7 @@ impl Document {
             match part {
                 Part::Line(line) => renewed += &format!("{line}\n"),
                 Part::NewLab(scenarios) => {
-                    // The one before is gone before this one comes.
+                    // The lab before is removed first.
                     drop(place.take());
                     place = Some(Session::new(scenarios)?);
                 }
@@ -238,13 +274,13 @@ impl Document {
     }
 }
 
-/// A lab, and what a shell in it would remember from one command to the next.
+/// A lab, and the state that a shell in it keeps from one command to the next.
 struct Session {
     lab: Lab,
     outside: Option<Lab>,
     leaks: Vec<Leak>,
     status: i32,
-    /// Once the document has set it.
+    /// Set once the document has set it.
     pid: Option<String>,
 }
 
@@ -260,7 +296,7 @@ impl Session {
         })
     }
 
-    /// Runs a command; what it printed.
+    /// Runs a command and returns the lines that it printed.
     fn run(&mut self, programs: &Path, line: &str) -> Result<Vec<String>> {
         let pid = self.leaks.first().map(|leak| leak.app().pid().to_string());
         if let Some(written) = line.strip_prefix("pid=") {
@@ -295,7 +331,7 @@ impl Session {
     }
 }
 
-/// A directory with `cwkill` and `netns-harness`, the latter this program in another role.
+/// A directory with the programs `cwkill` and `netns-harness`. This program acts as the harness.
 fn programs() -> Result<tempfile::TempDir> {
     let directory = tempfile::tempdir()?;
     std::os::unix::fs::symlink(CWKILL, directory.path().join("cwkill"))?;
@@ -307,24 +343,24 @@ fn programs() -> Result<tempfile::TempDir> {
     Ok(directory)
 }
 
-/// What varies from run to run, and what stands for it.
+/// Patterns of texts that vary from run to run, and their replacements.
 static VARIES: LazyLock<Vec<(Regex, &str)>> = LazyLock::new(|| {
     [
         // The program's name, then its pid; in /proc and as `users:((…,pid=1,fd=4))` too.
         (r"\b([a-z][a-z-]*)/[0-9]+\b", "$1/PID"),
         (r"\bpid=[0-9]+", "pid=PID"),
         (r"(-p|--pid) [0-9]+", "$1 PID"),
-        // RLIMIT_NOFILE is that of the machine.
+        // RLIMIT_NOFILE depends on the machine.
         (r"\bof [0-9]+ \([0-9]+%\)", "of LIMIT"),
         (r#"("(?:pid|inode|age_ms|uid)": ?)[0-9]+"#, "${1}N"),
         (r#"("cookie": ?")[0-9a-f]{16}"#, "${1}COOKIE"),
-        // Who connects has any port, the application has 8080.
+        // The peer has any port, the application has 8080.
         (r"(10\.78\.[0-9]+\.1:)8080\b", "${1}APPLICATION"),
         (r"(10\.78\.[0-9]+\.[12]:)[0-9]+", "${1}PORT"),
         (r#"("peer":\{"address":"[^"]*","port":)[0-9]+"#, "${1}PORT"),
         (r"\b([0-9]+(\.[0-9]+)?(ms|[smhd]))+\b", "AGE"),
         (r"\bin [0-9]+ s\b", "in AGE"),
-        // What is queued to a peer with a tiny window.
+        // The number of bytes queued to a peer with a small window.
         (r"\b[0-9]{6,}\b", "BYTES"),
         (r"\s+", " "),
         (r"^ | $", ""),
@@ -333,12 +369,12 @@ static VARIES: LazyLock<Vec<(Regex, &str)>> = LazyLock::new(|| {
     .into()
 });
 
-/// What other processes of this machine make of it.
+/// Lines that depend on other processes of this machine.
 static OF_THE_MACHINE: LazyLock<Regex> = LazyLock::new(|| {
     Regex::new("could not be looked into|may not be read|^cwkill: hint: ").expect("fixed and valid")
 });
 
-/// Lines without what varies; their order varies as well, with the ages of sockets.
+/// The lines without the parts that vary. They are sorted, because their order depends on the ages of the sockets.
 fn normal(lines: &[String]) -> Vec<String> {
     let lines = lines.iter().filter(|line| !OF_THE_MACHINE.is_match(line));
     let mut lines: Vec<String> = lines
@@ -353,11 +389,11 @@ fn normal(lines: &[String]) -> Vec<String> {
     lines
 }
 
-fn wrong_output() -> Result<()> {
+fn a_wrong_documented_output_is_detected() -> Result<()> {
     let right = "<!-- scenario: unread:2,established -->\n```console\n$ cwkill | tail -n 1\n\
         2 sockets stuck: 2 unread\n$ cwkill --port 9 -q\n$ echo $?\n1\n```\n";
     let (differences, renewed) = Document::parse(right)?.run()?;
-    ensure!(
+    assert!(
         differences.is_empty() && renewed == right,
         "{differences:?}"
     );
@@ -367,23 +403,23 @@ fn wrong_output() -> Result<()> {
         ("-q\n", "-q\nsomething\n"),
     ] {
         let (differences, renewed) = Document::parse(&right.replace(from, to))?.run()?;
-        ensure!(
+        assert!(
             differences.len() == 1 && renewed == right,
             "{to}: {differences:?}"
         );
     }
-    ensure!(Document::parse("```\n$ cwkill\n```\n").is_err());
+    assert!(Document::parse("```\n$ cwkill\n```\n").is_err());
     Ok(())
 }
 
-fn forgiven() -> Result<()> {
+fn only_varying_values_are_ignored() -> Result<()> {
     let same = |one: &str, other: &str| normal(&[one.to_owned()]) == normal(&[other.to_owned()]);
     let row = "leaky-app/17    4  10.78.1.1:8080  10.78.1.2:5506   528ms       8       0  unread";
     for other in [
         "leaky-app/29406  4  10.78.1.1:8080  10.78.1.2:50290  2m3s  8  0  unread",
         "leaky-app/1  4  10.78.1.1:8080  10.78.1.2:1  1s  8  0  unread",
     ] {
-        ensure!(same(row, other), "{other}");
+        assert!(same(row, other), "{other}");
     }
     for (from, to) in [
         ("unread", "drained"),
@@ -391,9 +427,9 @@ fn forgiven() -> Result<()> {
         ("app/", "ape/"),
         (".1:8080", ".1:80"),
     ] {
-        ensure!(!same(row, &row.replacen(from, to, 1)), "{to}");
+        assert!(!same(row, &row.replacen(from, to, 1)), "{to}");
     }
-    ensure!(!same(
+    assert!(!same(
         "3 sockets matched: 3 closed",
         "3 sockets matched: 2 closed"
     ));

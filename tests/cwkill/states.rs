@@ -1,16 +1,18 @@
-//! States other than CLOSE-WAIT: what closes them, and what is refused.
+//! Sockets in states other than CLOSE-WAIT: which methods close them, and which requests are refused.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use netns_harness::{Family, TcpState};
 
-use crate::Case::{self, EachFamily, Once};
-use crate::support::{all_have, at, carries_data, connections, cwkill, in_state, lab, same};
+use crate::support::{
+    all_have, at, carries_data, connections, cwkill, first_exclusion, in_state, lab, skip_reason,
+};
+use crate::trial::{Test, each_family, once};
 
-pub const CASES: &[Case] = &[
-    EachFamily("every_state_can_be_destroyed", every_state),
-    EachFamily("an_open_connection_needs_an_age", established),
-    EachFamily("a_listener_is_never_closed", listener),
-    Once("default_is_close_wait_alone", default_state),
+pub const TESTS: &[Test] = &[
+    each_family!(every_state_can_be_destroyed),
+    each_family!(an_open_connection_needs_a_minimum_age),
+    each_family!(a_listener_is_never_closed),
+    once!(the_default_is_close_wait_only),
 ];
 
 /// Scenario, the state it makes, and what `auto` plans for it.
@@ -24,44 +26,42 @@ const STATES: &[(&str, &str, &str)] = &[
     ("time-wait", "time-wait", "orphan"),
 ];
 
-fn every_state(family: Family) -> Result<()> {
+fn every_state_can_be_destroyed(family: Family) -> Result<()> {
     for (scenario, state, cause) in STATES {
         let (lab, _leak) = lab(scenario, family, 2)?;
         let planned = cwkill(&lab, &format!("--state {state} -n --json"))?
-            .exits(0)?
-            .sockets()?;
-        same(&planned.len(), &2)?;
+            .exits(0)
+            .sockets();
+        assert_eq!(planned.len(), 2);
         for socket in &planned {
-            same(&at(socket, "/state"), &(*state).to_owned())?;
-            same(&at(socket, "/cause"), &(*cause).to_owned())?;
-            same(&at(socket, "/plan/0"), &"destroy".to_owned())?;
-            let reason = at(socket, "/excluded/0/reason");
+            assert_eq!(at(socket, "/state"), *state);
+            assert_eq!(at(socket, "/cause"), *cause);
+            assert_eq!(at(socket, "/plan/0"), "destroy");
+            let reason = first_exclusion(socket);
             let said = reason.contains("shut down already") || reason.contains("never accepted");
-            ensure!(said, "{scenario}: {socket:#}");
+            assert!(said, "{scenario}: {socket:#}");
         }
-        let ran = cwkill(&lab, &format!("--state {state} --json"))?.exits(0)?;
-        all_have(&ran.sockets()?, "closed", "destroy")?;
-        ensure!(!ran.stderr.contains("backlog"), "{scenario}: {ran:#?}");
-        same(&connections(&lab)?.len(), &0)?;
-        same(&in_state(&lab, TcpState::Listen)?, &1)?;
+        let ran = cwkill(&lab, &format!("--state {state} --json"))?.exits(0);
+        all_have(&ran.sockets(), "closed", "destroy");
+        assert!(!ran.stderr.contains("backlog"), "{scenario}: {ran:?}");
+        assert_eq!(connections(&lab)?.len(), 0);
+        assert_eq!(in_state(&lab, TcpState::Listen)?, 1);
     }
     Ok(())
 }
 
-fn established(family: Family) -> Result<()> {
+fn an_open_connection_needs_a_minimum_age(family: Family) -> Result<()> {
     let (lab, leak) = lab("established", family, 2)?;
     for arguments in [
         "--state established",
         "state established",
         "state connected",
     ] {
-        cwkill(&lab, arguments)?
-            .exits(2)?
-            .complains("--min-age 1h")?;
+        cwkill(&lab, arguments)?.exits(2).complains("--min-age 1h");
     }
-    let ran = cwkill(&lab, "--state established -n --json")?.exits(0)?;
-    same(&ran.sockets()?[0]["plan"], &serde_json::json!([]))?;
-    cwkill(&lab, "--state established --min-age 1h")?.exits(1)?;
+    let ran = cwkill(&lab, "--state established -n --json")?.exits(0);
+    assert_eq!(ran.sockets()[0]["plan"], serde_json::json!([]));
+    cwkill(&lab, "--state established --min-age 1h")?.exits(1);
     carries_data(&leak)?;
     lab.wait_for(crate::support::PATIENCE, || {
         let line = "--state established --min-age 200ms -n";
@@ -71,25 +71,26 @@ fn established(family: Family) -> Result<()> {
         &lab,
         "--state established --min-age 200ms --method destroy --json",
     )?;
-    all_have(&ran.exits(0)?.sockets()?, "closed", "destroy")?;
-    same(&connections(&lab)?.len(), &0)
+    all_have(&ran.exits(0).sockets(), "closed", "destroy");
+    assert_eq!(connections(&lab)?.len(), 0);
+    Ok(())
 }
 
-fn listener(family: Family) -> Result<()> {
+fn a_listener_is_never_closed(family: Family) -> Result<()> {
     let (lab, leak) = lab("established", family, 1)?;
     let line = "--state listen --discard-unsent --json";
-    let sockets = cwkill(&lab, line)?.exits(4)?.sockets()?;
-    all_have(&sockets, "skipped", "null")?;
-    ensure!(at(&sockets[0], "/result/reason").contains("takes its service down"));
-    same(&in_state(&lab, TcpState::Listen)?, &1)?;
+    let sockets = cwkill(&lab, line)?.exits(4).sockets();
+    all_have(&sockets, "skipped", "null");
+    assert!(skip_reason(&sockets[0]).contains("takes its service down"));
+    assert_eq!(in_state(&lab, TcpState::Listen)?, 1);
     carries_data(&leak)
 }
 
-fn default_state() -> Result<()> {
+fn the_default_is_close_wait_only() -> Result<()> {
     for scenario in ["fin-wait-2", "time-wait", "syn-recv", "established"] {
         let (lab, _leak) = lab(scenario, Family::V4, 1)?;
-        cwkill(&lab, "--all")?.exits(1)?;
-        same(&connections(&lab)?.len(), &1)?;
+        cwkill(&lab, "--all")?.exits(1);
+        assert_eq!(connections(&lab)?.len(), 1);
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Agents: the processes of a lab that own sockets, and the typed handle that drives one.
+//! Agents: the processes of a lab that own sockets. This module has the handle; `server` runs in the process.
 
 mod protocol;
 pub(crate) mod server;
@@ -26,24 +26,24 @@ use crate::privilege;
 use crate::role::{Become, Group, Identity};
 use crate::spawner;
 
-/// How long an agent has for a request, beyond what the request itself allows it.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long to wait for an answer, in addition to the time limit of the request itself.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How an agent is started.
+/// Options of a new agent.
 #[derive(Debug, Clone, Default)]
 pub struct AgentOptions {
-    /// Its name in the process list (the kernel keeps 15 bytes).
+    /// Name in the process list. The kernel keeps 15 bytes.
     pub comm: String,
-    /// Run as this user, without capabilities; `None` runs it as the lab's own user.
+    /// The user to run as, without capabilities. `None` is the user of this process.
     pub uid: Option<u32>,
-    /// The only capabilities it keeps; `None` leaves them as they are.
+    /// The only capabilities to keep. `None` changes nothing.
     pub capabilities: Option<Vec<Capability>>,
 }
 
-/// A process on a [`Host`] that holds sockets and does what it is told. Killed when dropped, with all its children.
+/// A process on a [`Host`] that holds sockets and serves requests. Killed when dropped, with all its children.
 ///
-/// The requests that act on several sockets stop at the first failure. The errors of all methods carry the kernel's errno
-/// as an [`io::Error`] that `downcast_ref` finds, if it was the kernel that refused.
+/// A request for several sockets stops at the first failure. If a system call failed, the error contains its errno as an
+/// [`io::Error`], which `downcast_ref` finds.
 #[derive(Debug)]
 pub struct Agent {
     comm: String,
@@ -56,7 +56,7 @@ struct State {
     child: Child,
     stdin: Option<ChildStdin>,
     stdout: ChildStdout,
-    /// What has arrived of the next answer.
+    /// The bytes of the next answer that have arrived.
     pending: Vec<u8>,
 }
 
@@ -97,30 +97,30 @@ impl Agent {
         Ok(agent)
     }
 
-    /// Its pid.
+    /// Pid of the process.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// Its name in the process list.
+    /// Name in the process list.
     #[must_use]
     pub fn comm(&self) -> &str {
         &self.comm
     }
 
-    /// Does the process still run (or is it stopped)?
+    /// Whether the process exists. A stopped process does.
     #[must_use]
     pub fn is_alive(&self) -> bool {
         matches!(self.state().child.try_wait(), Ok(None))
     }
 
-    /// Sends it a signal.
+    /// Sends a signal to the process.
     ///
     /// # Errors
-    /// It is gone.
+    /// The process has ended.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        // Under the lock and unreaped: the number is still its own.
+        // Only the holder of the lock reaps the process, so no other process can have its pid.
         let mut state = self.state();
         if state.child.try_wait()?.is_some() {
             return Err(anyhow!("the agent {} is gone", self.comm));
@@ -128,10 +128,10 @@ impl Agent {
         kill(self.raw_pid(), signal).with_context(|| format!("signal the agent {}", self.comm))
     }
 
-    /// Stops it with SIGSTOP, and waits until it has stopped. It answers no request until SIGCONT.
+    /// Stops the process with SIGSTOP and waits until it has stopped. It serves no requests until SIGCONT.
     ///
     /// # Errors
-    /// It is gone.
+    /// The process has ended.
     pub fn stop(&self) -> Result<()> {
         self.signal(Signal::SIGSTOP)?;
         match waitid(
@@ -143,10 +143,10 @@ impl Agent {
         }
     }
 
-    /// Kills it with SIGKILL and waits for its end; its sockets close as the kernel closes a dead process's.
+    /// Kills the process with SIGKILL and waits for its end. The kernel closes its sockets.
     ///
     /// # Errors
-    /// The kernel's.
+    /// As kill(2) and waitpid(2).
     pub fn kill(&self) -> Result<()> {
         let mut state = self.state();
         state.child.kill()?;
@@ -162,14 +162,14 @@ impl Agent {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn call<T: DeserializeOwned>(&self, what: &str, request: &Request) -> Result<T> {
-        self.call_within(what, Duration::ZERO, request)
+    fn call<T: DeserializeOwned>(&self, action: &str, request: &Request) -> Result<T> {
+        self.call_within(action, Duration::ZERO, request)
     }
 
-    /// `within` is what the request itself may take.
+    /// `within` is the time limit of the request itself.
     fn call_within<T: DeserializeOwned>(
         &self,
-        what: &str,
+        action: &str,
         within: Duration,
         request: &Request,
     ) -> Result<T> {
@@ -177,10 +177,10 @@ impl Agent {
         state
             .ask(request)
             .and_then(|()| state.answer(within))
-            .with_context(|| format!("{} (pid {}): {what}", self.comm, self.pid))
+            .with_context(|| format!("{} (pid {}): {action}", self.comm, self.pid))
     }
 
-    /// Opens a listening socket. With `v6_only` off, an IPv6 one also takes IPv4 connections.
+    /// Opens a listening socket. Without `v6_only`, an IPv6 socket also accepts IPv4 connections.
     ///
     /// # Errors
     /// The kernel's errno.
@@ -198,7 +198,7 @@ impl Agent {
     /// Opens `count` connections to `to`, one after the other.
     ///
     /// # Errors
-    /// The kernel's errno; ETIMEDOUT or a timeout if they are not all established `within`.
+    /// The kernel's errno, or a timeout if they are not all established `within`.
     pub fn connect(
         &self,
         to: SocketAddr,
@@ -218,7 +218,7 @@ impl Agent {
     /// Accepts `count` connections.
     ///
     /// # Errors
-    /// The kernel's errno, or they did not all arrive `within`.
+    /// The kernel's errno, or a timeout if they did not all arrive `within`.
     pub fn accept(&self, listener: Fd, count: usize, within: Duration) -> Result<Vec<Endpoint>> {
         self.call_within(
             "accept",
@@ -231,7 +231,7 @@ impl Agent {
         )
     }
 
-    /// Sends all of `data` on each of them.
+    /// Sends all of `data` on each socket.
     ///
     /// # Errors
     /// The kernel's errno of the first that failed.
@@ -245,8 +245,8 @@ impl Agent {
         )
     }
 
-    /// Sends [`pattern`] on each of them, from `offset` on, until `len` bytes are sent or the send buffer is full.
-    /// Returns the bytes sent on each.
+    /// Sends [`pattern`] from `offset` on each socket, until `len` bytes are sent or the send buffer is full.
+    /// Returns the bytes sent per socket.
     ///
     /// # Errors
     /// The kernel's errno of the first that failed.
@@ -261,10 +261,10 @@ impl Agent {
         )
     }
 
-    /// Reads once, `max` bytes at most.
+    /// Reads once, at most `max` bytes.
     ///
     /// # Errors
-    /// The agent's only; the kernel's errno is [`Recv::Failed`].
+    /// The agent failed. An errno of the read itself is [`Recv::Failed`].
     pub fn recv(&self, fd: Fd, max: usize, within: Duration) -> Result<Recv> {
         self.call_within(
             "recv",
@@ -277,10 +277,10 @@ impl Agent {
         )
     }
 
-    /// Reads each of them to its end, all of them `within`.
+    /// Reads each socket to its end, all of them `within`.
     ///
     /// # Errors
-    /// The agent's only; how each ended is in the answer.
+    /// The agent failed. [`Drained::end`] says how reading a socket ended.
     pub fn drain(&self, fds: &[Fd], within: Duration) -> Result<Vec<Drained>> {
         self.call_within(
             "drain",
@@ -292,7 +292,7 @@ impl Agent {
         )
     }
 
-    /// Waits in epoll_wait for reading, the other side's end or an error (and, if `writable`, for writing).
+    /// Waits in epoll_wait(2) until the socket is readable, at its end, in error or, with `writable`, writable.
     ///
     /// # Errors
     /// The kernel's errno.
@@ -308,7 +308,7 @@ impl Agent {
         )
     }
 
-    /// Shuts each of them down.
+    /// Shuts down each socket.
     ///
     /// # Errors
     /// The kernel's errno of the first that failed.
@@ -322,7 +322,7 @@ impl Agent {
         )
     }
 
-    /// Closes each of them.
+    /// Closes each socket.
     ///
     /// # Errors
     /// The agent has no such socket.
@@ -330,32 +330,32 @@ impl Agent {
         self.call("close", &Request::Close { fds: fds.to_vec() })
     }
 
-    /// Opens `count` descriptors that are no sockets and keeps them.
+    /// Opens `count` descriptors that are not sockets.
     ///
     /// # Errors
-    /// EMFILE: it may not have so many.
+    /// EMFILE at the limit of descriptors.
     pub fn open_files(&self, count: usize) -> Result<()> {
         self.call("open files", &Request::OpenFiles { count })
     }
 
-    /// Closes those again.
+    /// Closes the descriptors of [`Self::open_files`].
     ///
     /// # Errors
-    /// The agent is gone.
+    /// The agent has ended.
     pub fn close_files(&self) -> Result<()> {
         self.call("close files", &Request::CloseFiles)
     }
 
-    /// Moves to the network namespace of `host`. Its sockets stay in the one they were made in.
+    /// Enters the network namespace of `host`. Sockets stay in the namespace that they were created in.
     ///
     /// # Errors
-    /// EPERM: the agent was started without CAP_SYS_ADMIN.
+    /// EPERM without CAP_SYS_ADMIN.
     pub fn enter(&self, host: &Host) -> Result<()> {
         let netns = host.netns_path();
         self.call("enter a network namespace", &Request::Enter { netns })
     }
 
-    /// Sets a socket option on each of them.
+    /// Sets a socket option on each socket.
     ///
     /// # Errors
     /// The kernel's errno of the first that failed.
@@ -369,28 +369,41 @@ impl Agent {
         )
     }
 
-    /// Makes this host forget each of them: no FIN, no RST, and whatever the other side sends later draws a RST.
+    /// Makes this host forget the connections: it sends neither FIN nor RST, and later answers the other side with RST. The
+    /// agent closes the sockets in TCP_REPAIR mode.
     ///
     /// # Errors
-    /// EPERM if the agent has no CAP_NET_ADMIN (it is done by closing them in TCP_REPAIR mode).
+    /// EPERM without CAP_NET_ADMIN.
     pub fn forget(&self, fds: &[Fd]) -> Result<()> {
         self.set_option(fds, SocketOption::Repair(true))?;
         self.close(fds)
     }
 
+    /// Replaces each connecting socket by a listener on its address and port that drops every segment. The kernel then
+    /// neither sends the SYN again nor answers a SYN-ACK with RST. Returns the listeners.
+    ///
+    /// # Errors
+    /// The kernel's errno of the first that failed.
+    pub fn replace_by_listener(&self, fds: &[Fd]) -> Result<Vec<Fd>> {
+        self.call(
+            "replace by a listener",
+            &Request::ReplaceByListener { fds: fds.to_vec() },
+        )
+    }
+
     /// Reads and clears SO_ERROR: an errno, or 0.
     ///
     /// # Errors
-    /// The agent's only.
+    /// The agent failed.
     pub fn take_error(&self, fd: Fd) -> Result<i32> {
         self.call("SO_ERROR", &Request::TakeError { fd })
     }
 
-    /// Starts processes that inherit these descriptors under the same numbers, as after a fork. Returns their pids; they end
+    /// Starts processes that inherit these descriptors with the same numbers, as after a fork. Returns their pids. They end
     /// with the agent.
     ///
     /// # Errors
-    /// They cannot be started.
+    /// A process cannot be started.
     pub fn share(&self, fds: &[Fd], children: usize) -> Result<Vec<u32>> {
         self.call(
             "share",
@@ -401,10 +414,10 @@ impl Agent {
         )
     }
 
-    /// Sends the descriptors over a Unix socket that nobody reads, and closes them: the sockets live on without an owner.
+    /// Sends the descriptors over a Unix socket that no process reads, and closes them. The sockets then exist without owner.
     ///
     /// # Errors
-    /// The kernel's errno; ETOOMANYREFS beyond RLIMIT_NOFILE without CAP_SYS_RESOURCE.
+    /// The kernel's errno, for example ETOOMANYREFS beyond RLIMIT_NOFILE without CAP_SYS_RESOURCE.
     pub fn put_in_flight(&self, fds: &[Fd]) -> Result<()> {
         self.call(
             "send descriptors",
@@ -412,7 +425,7 @@ impl Agent {
         )
     }
 
-    /// Starts threads that do nothing.
+    /// Starts idle threads.
     ///
     /// # Errors
     /// The kernel's errno.
@@ -420,26 +433,26 @@ impl Agent {
         self.call("start threads", &Request::Threads { count })
     }
 
-    /// Starts sending [`pattern`] on each of them, a few bytes every `interval`, until [`Self::hush`].
+    /// Starts to send [`pattern`] on each socket, a few bytes every `interval`, until [`Self::stop_sending`].
     ///
     /// # Errors
     /// The agent has no such socket.
-    pub fn talk(&self, fds: &[Fd], interval: Duration) -> Result<()> {
+    pub fn start_sending(&self, fds: &[Fd], interval: Duration) -> Result<()> {
         self.call(
-            "talk",
-            &Request::Talk {
+            "start sending",
+            &Request::StartSending {
                 fds: fds.to_vec(),
                 interval_ms: millis(interval),
             },
         )
     }
 
-    /// Stops [`Self::talk`]. Returns the bytes sent on each.
+    /// Ends [`Self::start_sending`]. Returns the bytes sent per socket.
     ///
     /// # Errors
-    /// The agent's only.
-    pub fn hush(&self) -> Result<Vec<u64>> {
-        self.call("hush", &Request::Hush)
+    /// The agent failed.
+    pub fn stop_sending(&self) -> Result<Vec<u64>> {
+        self.call("stop sending", &Request::StopSending)
     }
 }
 
@@ -449,13 +462,13 @@ impl State {
         line.push(b'\n');
         self.stdin
             .as_mut()
-            .context("already dismissed")?
+            .context("the agent's stdin is closed")?
             .write_all(&line)
             .context("the agent is gone")
     }
 
     fn answer<T: DeserializeOwned>(&mut self, within: Duration) -> Result<T> {
-        let deadline = Instant::now() + within + PATIENCE;
+        let deadline = Instant::now() + within + ANSWER_TIMEOUT;
         let line = loop {
             if let Some(end) = self.pending.iter().position(|&byte| byte == b'\n') {
                 let rest = self.pending.split_off(end + 1);
@@ -464,7 +477,7 @@ impl State {
             let left = deadline.saturating_duration_since(Instant::now());
             let mut fds = [PollFd::new(self.stdout.as_fd(), PollFlags::POLLIN)];
             if poll(&mut fds, PollTimeout::try_from(left)?)? == 0 {
-                return Err(anyhow!("no answer within {:?}", within + PATIENCE));
+                return Err(anyhow!("no answer within {:?}", within + ANSWER_TIMEOUT));
             }
             let mut chunk = vec![0; 64 * 1024];
             let len = self.stdout.read(&mut chunk)?;
@@ -485,7 +498,7 @@ impl State {
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        // Either it is dead already, or there is nobody to tell.
+        // Fails only if the process has already ended.
         let _ = self.kill();
     }
 }

@@ -1,4 +1,4 @@
-//! What an agent can be asked: one JSON request a line on its stdin, one JSON answer a line on its stdout.
+//! The protocol of an agent: one JSON request per line on its stdin, one JSON answer per line on its stdout.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::lab::Conn;
 
-/// A descriptor number in an agent (not in this process).
+/// A descriptor number in an agent, not in this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Fd(pub i32);
@@ -19,19 +19,19 @@ impl fmt::Display for Fd {
     }
 }
 
-/// A connected (or connecting) socket of an agent. IPv4-mapped addresses are written as IPv4.
+/// A connected or connecting socket of an agent. IPv4-mapped addresses are given as IPv4.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {
-    /// Its descriptor in the agent.
+    /// The descriptor in the agent.
     pub fd: Fd,
-    /// Its own address.
+    /// The local address.
     pub local: SocketAddr,
-    /// The other side's.
+    /// The peer's address.
     pub peer: SocketAddr,
 }
 
 impl Endpoint {
-    /// The connection seen from the application, which has no descriptor of it.
+    /// The connection of a peer's socket, from the side of an application without a descriptor of it.
     pub(crate) fn without_app(&self) -> Conn {
         Conn {
             local: self.peer,
@@ -43,32 +43,32 @@ impl Endpoint {
     }
 }
 
-/// How an agent opens connections.
+/// Options of [`crate::Agent::connect`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Dial {
-    /// The first client address and port; further connections take the next ports. `None` leaves it to the kernel; port 0
-    /// fixes the address alone.
+    /// Source address and port of the first connection. The following connections use the following ports. `None` leaves
+    /// both to the kernel; port 0 leaves the port to the kernel.
     pub from: Option<SocketAddr>,
-    /// SO_RCVBUF in bytes, set before the handshake so that the window never opens further.
+    /// SO_RCVBUF in bytes, set before the handshake, so that the window never grows larger.
     pub recv_buffer: Option<usize>,
-    /// The socket never sees an incoming segment, not even the answer to its SYN. Implies `detached`.
-    pub deaf: bool,
+    /// Drop every incoming segment of the socket, even the answer to its SYN. Implies `detached`.
+    pub drop_incoming: bool,
     /// Do not wait for the handshake.
     pub detached: bool,
 }
 
-/// Which direction to shut down.
+/// The direction to shut down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum How {
-    /// No more reading.
+    /// Reading.
     Read,
-    /// Send a FIN.
+    /// Writing: the kernel sends FIN.
     Write,
-    /// Both.
+    /// Both directions.
     Both,
 }
 
-/// A socket option an agent can set.
+/// A socket option that an agent can set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SocketOption {
     /// SO_RCVBUF, bytes.
@@ -77,27 +77,27 @@ pub enum SocketOption {
     SendBuffer(usize),
     /// SO_KEEPALIVE with TCP_KEEPIDLE, TCP_KEEPINTVL (seconds) and TCP_KEEPCNT.
     KeepAlive {
-        /// Seconds of silence before the first probe.
+        /// Idle seconds before the first probe.
         idle_s: u64,
         /// Seconds between probes.
         interval_s: u64,
-        /// Probes before the connection is given up.
+        /// Unanswered probes before the kernel drops the connection.
         probes: u32,
     },
-    /// SO_LINGER in seconds; `None` turns it off.
+    /// SO_LINGER in seconds. `None` turns it off.
     Linger(Option<u64>),
-    /// Drop every incoming segment of this socket before TCP sees it (a socket filter); `false` hears again.
-    Deaf(bool),
+    /// Drop every incoming segment of this socket before TCP sees it, with a socket filter. `false` removes the filter.
+    DropIncoming(bool),
     /// TCP_REPAIR.
     Repair(bool),
 }
 
-/// What came of reading.
+/// The result of one read.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Recv {
-    /// These bytes.
+    /// These bytes arrived.
     Data(Vec<u8>),
-    /// The other side has finished.
+    /// The peer has finished.
     Eof,
     /// The kernel's errno.
     Failed(i32),
@@ -105,38 +105,38 @@ pub enum Recv {
     Nothing,
 }
 
-/// What came of reading to the end.
+/// The result of reading to the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Drained {
     /// The socket.
     pub fd: Fd,
     /// Bytes read by this request.
     pub bytes: u64,
-    /// Were they what [`pattern`] says, from its beginning?
+    /// Whether the bytes equal [`pattern`] from its beginning.
     pub intact: bool,
-    /// How it ended.
+    /// Why reading ended.
     pub end: End,
 }
 
 /// Why reading ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum End {
-    /// The other side has finished.
+    /// The peer has finished.
     Eof,
     /// The kernel's errno.
     Failed(i32),
-    /// The deadline.
+    /// The deadline passed.
     Deadline,
 }
 
-/// What epoll says of a socket.
+/// The epoll events of a socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Readiness {
     /// EPOLLIN.
     pub readable: bool,
     /// EPOLLOUT.
     pub writable: bool,
-    /// EPOLLRDHUP: the other side has finished.
+    /// EPOLLRDHUP: the peer has finished.
     pub read_hangup: bool,
     /// EPOLLHUP.
     pub hangup: bool,
@@ -147,7 +147,7 @@ pub struct Readiness {
 /// The byte at `offset` of everything that [`crate::Agent::fill`] sends.
 #[must_use]
 pub fn pattern(offset: u64) -> u8 {
-    // A prime, so that no power-of-two slip goes unnoticed.
+    // The period is a prime, so that an offset wrong by a power of two is detected.
     u8::try_from(offset % 251).expect("less than 251")
 }
 
@@ -172,12 +172,12 @@ pub(crate) enum Request {
         count: usize,
         within_ms: u64,
     },
-    /// → bytes sent, the same to each
+    /// Send all of `data` on each socket.
     Send {
         fds: Vec<Fd>,
         data: Vec<u8>,
     },
-    /// → for each, bytes sent of the pattern starting at `offset` until `len` or until its buffer is full
+    /// Send the pattern from `offset`, until `len` bytes are sent or the buffer is full. → bytes sent per socket
     Fill {
         fds: Vec<Fd>,
         offset: u64,
@@ -211,6 +211,10 @@ pub(crate) enum Request {
         fds: Vec<Fd>,
         option: SocketOption,
     },
+    /// → `Vec<Fd>`
+    ReplaceByListener {
+        fds: Vec<Fd>,
+    },
     /// → errno of SO_ERROR, 0 if none
     TakeError {
         fd: Fd,
@@ -220,34 +224,34 @@ pub(crate) enum Request {
         fds: Vec<Fd>,
         children: usize,
     },
-    /// Send the descriptors over a Unix socket nobody reads, and close them here.
+    /// Send the descriptors over a Unix socket that no process reads, and close them.
     PutInFlight {
         fds: Vec<Fd>,
     },
-    /// Start threads that do nothing.
+    /// Start idle threads.
     Threads {
         count: usize,
     },
-    /// Open descriptors that are no sockets.
+    /// Open descriptors that are not sockets.
     OpenFiles {
         count: usize,
     },
-    /// Close those again.
+    /// Close the descriptors of `OpenFiles`.
     CloseFiles,
-    /// Enter the network namespace at this path; the sockets stay where they are.
+    /// Enter the network namespace at this path. Open sockets stay in theirs.
     Enter {
         netns: PathBuf,
     },
-    /// Start sending the pattern on each of them, a few bytes every `interval_ms`.
-    Talk {
+    /// Start to send the pattern on each socket, a few bytes every `interval_ms`.
+    StartSending {
         fds: Vec<Fd>,
         interval_ms: u64,
     },
-    /// Stop that. → bytes sent on each
-    Hush,
+    /// End `StartSending`. → bytes sent per socket
+    StopSending,
 }
 
-/// Why an agent could not do it.
+/// Why a request failed.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Failure {
     pub errno: Option<i32>,

@@ -1,13 +1,12 @@
-//! The agent's side: a process with sockets that does what its stdin says.
+//! The agent's process: it holds sockets and serves the requests on its stdin.
 //!
-//! It is the leaky application (or its peer), so it must look like one: one descriptor a socket, no helper threads unless
-//! asked for, no timers. It ends when its stdin does.
+//! It plays the leaking application or its peer, so it must look like one: one descriptor per socket, no timers, and no
+//! threads that were not requested. It ends when its stdin ends.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, IoSlice, Read as _, Write as _};
-use std::mem::take;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::process::{Child, Stdio};
@@ -36,23 +35,23 @@ use super::protocol::{
 use crate::kernel::canonical;
 use crate::role::{Become, Group, Identity, Role, raise_descriptor_limit};
 
-/// The most descriptors one SCM_RIGHTS message carries (SCM_MAX_FD in the kernel).
+/// Maximum number of descriptors in one SCM_RIGHTS message, as in the kernel.
 const SCM_MAX_FD: usize = 253;
 
-/// What `Talk` sends at a time.
-const TALK_BYTES: usize = 16;
+/// Bytes per socket and interval of `StartSending`.
+const SENT_AT_ONCE: usize = 16;
 
 /// Serves requests until stdin ends.
 pub(crate) fn serve(comm: &str) -> anyhow::Result<()> {
-    be_called(comm)?;
-    // Leaks are large.
+    set_name(comm)?;
+    // A leak can have many sockets.
     raise_descriptor_limit()?;
     let mut agent = Server {
         comm: comm.to_owned(),
         ..Server::default()
     };
     let mut stdout = io::stdout().lock();
-    // The hello, that we are in place.
+    // The first answer says that the agent is ready.
     serde_json::to_writer(&mut stdout, &Answer::Ok(Value::Null))?;
     writeln!(stdout)?;
     for line in BufReader::new(io::stdin().lock()).lines() {
@@ -70,13 +69,13 @@ pub(crate) fn serve(comm: &str) -> anyhow::Result<()> {
 
 /// Holds the inherited descriptors until stdin ends.
 pub(crate) fn hold(comm: &str) -> anyhow::Result<()> {
-    be_called(comm)?;
+    set_name(comm)?;
     writeln!(io::stdout(), "holding")?;
     io::stdin().read_to_end(&mut Vec::new())?;
     Ok(())
 }
 
-fn be_called(comm: &str) -> anyhow::Result<()> {
+fn set_name(comm: &str) -> anyhow::Result<()> {
     prctl::set_name(&CString::new(comm)?)?;
     Ok(())
 }
@@ -89,10 +88,10 @@ struct Server {
     files: Vec<File>,
     /// Unix sockets whose buffers hold descriptors.
     in_flight: Vec<(OwnedFd, OwnedFd)>,
-    talk: Option<Talk>,
+    sending: Option<Sending>,
 }
 
-struct Talk {
+struct Sending {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<Vec<u64>>,
 }
@@ -172,6 +171,11 @@ impl Server {
                 self.each(&fds, |socket| set_option(socket, option))?;
                 json(())
             }
+            Request::ReplaceByListener { fds } => json(
+                fds.iter()
+                    .map(|&fd| self.replace_by_listener(fd))
+                    .collect::<io::Result<Vec<_>>>()?,
+            ),
             Request::TakeError { fd } => json(
                 self.socket(fd)?
                     .take_error()?
@@ -194,11 +198,11 @@ impl Server {
                 }
                 json(())
             }
-            Request::Talk { fds, interval_ms } => {
-                self.talk(&fds, Duration::from_millis(interval_ms))?;
+            Request::StartSending { fds, interval_ms } => {
+                self.start_sending(&fds, Duration::from_millis(interval_ms))?;
                 json(())
             }
-            Request::Hush => json(self.hush()?),
+            Request::StopSending => json(self.stop_sending()?),
         }
     }
 
@@ -234,6 +238,21 @@ impl Server {
         Ok(self.keep(socket))
     }
 
+    fn replace_by_listener(&mut self, fd: Fd) -> io::Result<Fd> {
+        let socket = self.socket(fd)?;
+        let address = socket.local_addr()?;
+        // Two sockets can have the port while both allow it and one of them does not listen.
+        socket.set_reuse_address(true)?;
+        let listener = tcp_socket(address.as_socket().ok_or_else(not_ip)?)?;
+        listener.set_reuse_address(true)?;
+        set_option(&listener, SocketOption::DropIncoming(true))?;
+        listener.bind(&address)?;
+        listener.listen(1)?;
+        // Only now: from here on, segments for the port reach the listener.
+        drop(self.take(fd)?);
+        Ok(self.keep(listener))
+    }
+
     fn connect(
         &mut self,
         to: SocketAddr,
@@ -254,10 +273,10 @@ impl Server {
                 if let Some(bytes) = dial.recv_buffer {
                     socket.set_recv_buffer_size(bytes)?;
                 }
-                if dial.deaf {
-                    set_option(&socket, SocketOption::Deaf(true))?;
+                if dial.drop_incoming {
+                    set_option(&socket, SocketOption::DropIncoming(true))?;
                 }
-                if dial.deaf || dial.detached {
+                if dial.drop_incoming || dial.detached {
                     socket.set_nonblocking(true)?;
                     match socket.connect(&to.into()) {
                         Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
@@ -329,7 +348,7 @@ impl Server {
     }
 
     fn put_in_flight(&mut self, fds: &[Fd]) -> io::Result<()> {
-        let (ours, theirs) = socketpair(
+        let (sender, receiver) = socketpair(
             AddressFamily::Unix,
             SockType::Stream,
             None,
@@ -342,19 +361,19 @@ impl Server {
         let numbers: Vec<_> = sockets.iter().map(|socket| socket.as_raw_fd()).collect();
         let rights = [ControlMessage::ScmRights(&numbers)];
         sendmsg::<()>(
-            ours.as_raw_fd(),
+            sender.as_raw_fd(),
             &[IoSlice::new(b"x")],
             &rights,
             MsgFlags::empty(),
             None,
         )?;
-        self.in_flight.push((ours, theirs));
+        self.in_flight.push((sender, receiver));
         Ok(())
     }
 
-    fn talk(&mut self, fds: &[Fd], interval: Duration) -> io::Result<()> {
-        if self.talk.is_some() {
-            return Err(io::Error::other("the agent is talking already"));
+    fn start_sending(&mut self, fds: &[Fd], interval: Duration) -> io::Result<()> {
+        if self.sending.is_some() {
+            return Err(io::Error::other("the agent is sending already"));
         }
         let find = |fd: &Fd| self.sockets.get(fd).cloned().ok_or_else(|| no_such(*fd));
         let sockets = fds.iter().map(find).collect::<io::Result<Vec<_>>>()?;
@@ -364,33 +383,33 @@ impl Server {
             let mut sent = vec![0; sockets.len()];
             while !stopped.load(Ordering::Relaxed) {
                 for (socket, sent) in sockets.iter().zip(&mut sent) {
-                    // A connection that dies says so by its total.
-                    *sent += fill(socket, *sent, TALK_BYTES as u64).unwrap_or(0);
+                    // An error shows in the total of the connection.
+                    *sent += fill(socket, *sent, SENT_AT_ONCE as u64).unwrap_or(0);
                 }
                 thread::park_timeout(interval);
             }
             sent
         });
-        self.talk = Some(Talk { stop, thread });
+        self.sending = Some(Sending { stop, thread });
         Ok(())
     }
 
-    fn hush(&mut self) -> io::Result<Vec<u64>> {
-        let Some(Talk { stop, thread }) = self.talk.take() else {
+    fn stop_sending(&mut self) -> io::Result<Vec<u64>> {
+        let Some(Sending { stop, thread }) = self.sending.take() else {
             return Ok(Vec::new());
         };
         stop.store(true, Ordering::Relaxed);
         thread.thread().unpark();
         thread
             .join()
-            .map_err(|_| io::Error::other("the talking thread panicked"))
+            .map_err(|_| io::Error::other("the sending thread panicked"))
     }
 }
 
 fn start_holder(comm: &str) -> io::Result<Child> {
     let role = Role::here(
         Identity::default(),
-        Group::Ours,
+        Group::Inherited,
         Become::Holder {
             comm: comm.to_owned(),
         },
@@ -400,9 +419,9 @@ fn start_holder(comm: &str) -> io::Result<Child> {
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()?;
-    let mut hello = String::new();
-    BufReader::new(child.stdout.take().expect("piped")).read_line(&mut hello)?;
-    if take(&mut hello).is_empty() {
+    let mut ready = String::new();
+    BufReader::new(child.stdout.take().expect("piped")).read_line(&mut ready)?;
+    if ready.is_empty() {
         return Err(io::Error::other(
             "a child that shares sockets did not start",
         ));
@@ -418,7 +437,7 @@ fn after(ms: u64) -> Instant {
     Instant::now() + Duration::from_millis(ms)
 }
 
-/// At least a millisecond: zero is an error to some calls.
+/// The time left, at least one millisecond: some calls refuse zero.
 fn left(deadline: Instant) -> Duration {
     deadline
         .saturating_duration_since(Instant::now())
@@ -437,7 +456,7 @@ fn nth_port(first: u16, nth: usize) -> io::Result<u16> {
     let port = u16::try_from(nth)
         .ok()
         .and_then(|nth| first.checked_add(nth));
-    port.ok_or_else(|| io::Error::other(format!("no port {nth} above {first}")))
+    port.ok_or_else(|| io::Error::other(format!("there is no port {first} + {nth}")))
 }
 
 fn tcp_socket(like: SocketAddr) -> io::Result<Socket> {
@@ -458,7 +477,7 @@ fn wait(socket: &Socket, events: PollFlags, deadline: Instant) -> io::Result<Pol
 }
 
 fn readiness(socket: &Socket, writable: bool, deadline: Instant) -> io::Result<Readiness> {
-    // epoll and not poll: it is what servers use.
+    // epoll instead of poll, because servers use it.
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     let mut interest = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP;
     interest.set(EpollFlags::EPOLLOUT, writable);
@@ -520,7 +539,7 @@ fn drain(fd: Fd, socket: &Socket, deadline: Instant) -> io::Result<Drained> {
     })
 }
 
-/// Sends the pattern from `offset` on until `len` bytes are sent or the buffer is full.
+/// Sends the pattern from `offset`, until `len` bytes are sent or the buffer is full.
 fn fill(socket: &Socket, offset: u64, len: u64) -> io::Result<u64> {
     let mut sent = 0;
     while sent < len {
@@ -552,9 +571,9 @@ fn set_option(socket: &Socket, option: SocketOption) -> io::Result<()> {
                 .with_retries(probes),
         ),
         SocketOption::Linger(seconds) => socket.set_linger(seconds.map(Duration::from_secs)),
-        // BPF_RET | BPF_K: accept 0 bytes of every packet.
-        SocketOption::Deaf(true) => socket.attach_filter(&[SockFilter::new(0x06, 0, 0, 0)]),
-        SocketOption::Deaf(false) => socket.detach_filter(),
+        // BPF_RET | BPF_K: accept 0 bytes of each segment.
+        SocketOption::DropIncoming(true) => socket.attach_filter(&[SockFilter::new(0x06, 0, 0, 0)]),
+        SocketOption::DropIncoming(false) => socket.detach_filter(),
         SocketOption::Repair(on) => Ok(setsockopt(socket, TcpRepair, &u32::from(on))?),
     }
 }

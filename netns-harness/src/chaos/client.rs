@@ -1,4 +1,5 @@
-//! The clients: each has one source port and lives one connection after the other on it, innocent or stuck by chance.
+//! The clients: each has one source port and opens one connection after the other on it. Chance decides which of them are
+//! bystanders and which get stuck.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -14,61 +15,61 @@ use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::random::Random;
-use super::wire::{Header, Line, PATIENCE, Side, Then, Trouble, errno_name};
-use super::{Event, STACK, Tell};
+use super::wire::{BYTE_TIMEOUT, Connection, Header, Side, Then, WireError, errno_name};
+use super::{Event, EventSender, STACK};
 
-/// A handshake that took longer had a segment lost or refused: the first retransmission comes after one second.
+/// In a handshake that took longer, a segment was lost or dropped: the kernel retransmits after one second.
 const SLOW: Duration = Duration::from_millis(500);
 
-/// How long a client waits for the end of a connection that it left stuck, beyond the time the server holds it.
-const STUCK_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a client waits for the end of a stuck connection, in addition to the time that the server holds it.
+const STUCK_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long a client's host keeps quiet after it has forgotten a connection (RFC 9293 §3.4.3). Initial sequence numbers go up
-/// by one in 64 ns (net/core/secure_seq.c), so a SYN within 70 µs of a kilobyte can have the very number that the old
-/// connection's ACK acknowledges: the client then takes that for an answer without a SYN and waits in vain, or for a refusal
-/// if it is an RST [measured: once in 50,000 connections].
+/// How long a client waits after its host has forgotten a connection (RFC 9293 §3.4.3). The initial sequence number grows by
+/// one every 64 ns (net/core/secure_seq.c). A SYN sent within 70 µs of a kilobyte can thus have the number that an ACK of the
+/// old connection acknowledges. The client takes that ACK for an answer without SYN and waits in vain; it takes an RST for a
+/// refusal [measured: once in 50,000 connections].
 const QUIET_TIME: Duration = Duration::from_millis(1);
 
-/// Between attempts to use a 4-tuple that the kernel still holds.
+/// Pause between attempts to use a 4-tuple that the kernel still holds.
 const TUPLE_RETRY: Duration = Duration::from_micros(500);
 
-/// Of so many clients, one lives a single connection that lasts as long as the run.
-const BYSTANDERS: u32 = 10;
+/// One client in this many has a single connection that lasts as long as the run.
+const LONG_LIVED: u32 = 10;
 
-/// Of so many clients, one connects to the listener that lets connections wait.
-const LAZY: u32 = 4;
+/// One client in this many connects to the listener that accepts with a delay.
+const DELAYED: u32 = 4;
 
-/// What the clients are to do.
+/// The clients' part of the [`super::Options`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Plan {
-    /// The listener that accepts at once, and the one that does not.
+pub(crate) struct Config {
+    /// The listener that accepts at once, and the one that delays.
     pub servers: [SocketAddr; 2],
-    /// The source of the first client; the others have the ports after it.
+    /// The source address of the first client. The others have the following ports.
     pub first: SocketAddr,
     pub clients: u16,
     pub seed: u64,
-    /// Sockets are acted on from this age only: stuck ones wait for it, and half-closed streams live under it.
+    /// The killers act on sockets of at least this age: stuck connections last longer, half-closed streams stay younger.
     pub min_age_ms: Option<u16>,
 }
 
-/// What the clients have seen.
+/// Counters of the clients.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub(crate) struct Tally {
-    /// Handshakes done.
+pub(crate) struct ClientStats {
+    /// Completed handshakes.
     pub opened: u64,
-    /// Of these, on a 4-tuple that had a connection before.
+    /// Completed handshakes on a 4-tuple that had a connection before.
     pub reused: u64,
-    /// From the end of a connection to the handshake of the next on its 4-tuple, microseconds.
+    /// Times from the end of a connection to the next handshake on its 4-tuple, in microseconds.
     pub gaps_us: Vec<u32>,
-    /// Innocents that carried every byte to the end, among them bystanders and streams.
+    /// Bystanders that carried every byte to the end, long-lived ones and streams included.
     pub finished: u64,
-    /// Innocents that lasted as long as the run.
-    pub bystanders: u64,
-    /// Innocents that were half-closed all the time.
+    /// Bystanders that lasted as long as the run.
+    pub long_lived: u64,
+    /// Bystanders that were half-closed all the time.
     pub streams: u64,
-    /// Bytes verified by the clients in innocents that finished.
+    /// Bytes that the clients verified in the finished bystanders.
     pub bytes: u64,
-    /// Stuck connections that ended with a FIN, with an RST, or not at all in time.
+    /// Stuck connections whose client read a FIN, an RST, or nothing in time.
     pub stuck_fin: u64,
     pub stuck_reset: u64,
     pub stuck_silent: u64,
@@ -79,17 +80,17 @@ pub(crate) struct Tally {
     /// Handshakes of more than [`SLOW`].
     pub slow: u64,
     pub longest_handshake_us: u64,
-    /// Connections that had to wait until the kernel gave the 4-tuple back.
+    /// Connections that waited until the kernel released the 4-tuple.
     pub waited_for_tuple: u64,
 }
 
-impl Tally {
+impl ClientStats {
     fn add(&mut self, other: Self) {
         self.opened += other.opened;
         self.reused += other.reused;
         self.gaps_us.extend(other.gaps_us);
         self.finished += other.finished;
-        self.bystanders += other.bystanders;
+        self.long_lived += other.long_lived;
         self.streams += other.streams;
         self.bytes += other.bytes;
         self.stuck_fin += other.stuck_fin;
@@ -105,77 +106,77 @@ impl Tally {
     }
 }
 
-/// Lives until stdin ends, and then to the end of every connection.
-pub(super) fn play(plan: &Plan) -> Result<()> {
+/// Runs until stdin ends, then completes the connections that are open.
+pub(super) fn run(config: &Config) -> Result<()> {
     let stop = AtomicBool::new(false);
-    let tell = Tell::default();
-    let tally = thread::scope(|scope| -> Result<Tally> {
-        let clients = (0..plan.clients)
+    let events = EventSender::default();
+    let stats = thread::scope(|scope| -> Result<ClientStats> {
+        let clients = (0..config.clients)
             .map(|number| {
-                let client = Client::new(plan, number, &stop, &tell)?;
+                let client = Client::new(config, number, &stop, &events)?;
                 thread::Builder::new()
                     .stack_size(STACK)
-                    .spawn_scoped(scope, move || client.live())
+                    .spawn_scoped(scope, move || client.run())
                     .context("start a client")
             })
             .collect::<Result<Vec<_>>>()
             .inspect_err(|_| stop.store(true, Ordering::Relaxed))?;
-        tell.say(&Event::Ready);
-        // Whatever is said, only the end counts.
+        events.send(&Event::Ready);
+        // Only the end of stdin matters, not its content.
         let ended = io::copy(&mut io::stdin().lock(), &mut io::sink());
         stop.store(true, Ordering::Relaxed);
         ended.context("wait for the end")?;
-        let mut tally = Tally::default();
+        let mut stats = ClientStats::default();
         for client in clients {
-            tally.add(client.join().expect("a client does not panic")?);
+            stats.add(client.join().expect("a client does not panic")?);
         }
-        Ok(tally)
+        Ok(stats)
     })?;
-    tell.say(&Event::Done(tally));
+    events.send(&Event::Done(stats));
     Ok(())
 }
 
-/// How an innocent ends.
+/// How a bystander ends.
 #[derive(Debug, Clone, Copy)]
 enum End {
     ServerCloses,
     ClientCloses,
-    /// A reset of the client, after the last byte: leaves nothing behind on either side.
+    /// The client resets after the last byte, which leaves no TIME-WAIT on either side.
     ClientResets,
 }
 
 struct Client<'a> {
-    plan: &'a Plan,
+    config: &'a Config,
     number: u16,
     local: SocketAddr,
     server: SocketAddr,
     random: Random,
     stop: &'a AtomicBool,
-    tell: &'a Tell<Tally>,
-    tally: Tally,
-    lives: u64,
+    events: &'a EventSender<ClientStats>,
+    stats: ClientStats,
+    connections: u64,
     last_end: Option<Instant>,
 }
 
 impl<'a> Client<'a> {
     fn new(
-        plan: &'a Plan,
+        config: &'a Config,
         number: u16,
         stop: &'a AtomicBool,
-        tell: &'a Tell<Tally>,
+        events: &'a EventSender<ClientStats>,
     ) -> Result<Self> {
-        let port = plan.first.port().checked_add(number);
-        let lazy = usize::from(u32::from(number) % LAZY == 1);
+        let port = config.first.port().checked_add(number);
+        let delayed = usize::from(u32::from(number) % DELAYED == 1);
         Ok(Self {
-            plan,
+            config,
             number,
-            local: SocketAddr::new(plan.first.ip(), port.context("no more source ports")?),
-            server: plan.servers[lazy],
-            random: Random::new(plan.seed, number.into()),
+            local: SocketAddr::new(config.first.ip(), port.context("no more source ports")?),
+            server: config.servers[delayed],
+            random: Random::new(config.seed, number.into()),
             stop,
-            tell,
-            tally: Tally::default(),
-            lives: 0,
+            events,
+            stats: ClientStats::default(),
+            connections: 0,
             last_end: None,
         })
     }
@@ -184,39 +185,39 @@ impl<'a> Client<'a> {
         self.stop.load(Ordering::Relaxed)
     }
 
-    fn live(mut self) -> Result<Tally> {
+    fn run(mut self) -> Result<ClientStats> {
         while !self.stopped() {
-            let line = match self.connect() {
-                Ok(line) => line,
+            let connection = match self.connect() {
+                Ok(connection) => connection,
                 Err(error) => {
                     let errno = error
                         .raw_os_error()
                         .map_or_else(|| error.to_string(), errno_name);
-                    *self.tally.refused.entry(errno).or_default() += 1;
+                    *self.stats.refused.entry(errno).or_default() += 1;
                     thread::sleep(self.random.pause(20));
                     continue;
                 }
             };
-            self.lives += 1;
-            let life = u64::from(self.number) << 40 | self.lives;
-            if u32::from(self.number) % BYSTANDERS == 0 {
-                self.innocent(line, life, None);
+            self.connections += 1;
+            let id = u64::from(self.number) << 40 | self.connections;
+            if u32::from(self.number) % LONG_LIVED == 0 {
+                self.bystander(connection, id, None);
             } else if self.random.once_in(2) {
-                self.stuck(line, life)?;
-            } else if self.plan.min_age_ms.is_some() && self.random.once_in(3) {
-                self.stream(line, life);
+                self.stuck(connection, id)?;
+            } else if self.config.min_age_ms.is_some() && self.random.once_in(3) {
+                self.stream(connection, id);
             } else {
                 let rounds = 1 + self.random.up_to(11);
-                self.innocent(line, life, Some(rounds));
+                self.bystander(connection, id, Some(rounds));
             }
             self.last_end = Some(Instant::now());
         }
-        Ok(self.tally)
+        Ok(self.stats)
     }
 
-    /// The next connection of this source port, as soon as the kernel gives the 4-tuple back.
-    fn connect(&mut self) -> io::Result<Line> {
-        let until = Instant::now() + PATIENCE;
+    /// Opens the next connection from this source port, as soon as the kernel releases the 4-tuple.
+    fn connect(&mut self) -> io::Result<Connection> {
+        let until = Instant::now() + BYTE_TIMEOUT;
         let mut waited = false;
         loop {
             let began = Instant::now();
@@ -227,9 +228,9 @@ impl<'a> Client<'a> {
             )?;
             socket.set_reuse_address(true)?;
             socket.bind(&self.local.into())?;
-            match socket.connect_timeout(&self.server.into(), PATIENCE) {
+            match socket.connect_timeout(&self.server.into(), BYTE_TIMEOUT) {
                 Ok(()) => {}
-                // The connection before it is not quite over on this side.
+                // The kernel of this side still holds the connection before it.
                 Err(error)
                     if error.raw_os_error() == Some(libc::EADDRNOTAVAIL)
                         && Instant::now() < until =>
@@ -241,36 +242,36 @@ impl<'a> Client<'a> {
                 Err(error) => return Err(error),
             }
             let took = began.elapsed();
-            self.tally.opened += 1;
-            self.tally.slow += u64::from(took > SLOW);
-            self.tally.longest_handshake_us = self.tally.longest_handshake_us.max(micros(took));
-            self.tally.waited_for_tuple += u64::from(waited);
+            self.stats.opened += 1;
+            self.stats.slow += u64::from(took > SLOW);
+            self.stats.longest_handshake_us = self.stats.longest_handshake_us.max(micros(took));
+            self.stats.waited_for_tuple += u64::from(waited);
             if let Some(last_end) = self.last_end {
-                self.tally.reused += 1;
+                self.stats.reused += 1;
                 let gap = micros(last_end.elapsed());
-                self.tally
+                self.stats
                     .gaps_us
                     .push(u32::try_from(gap).unwrap_or(u32::MAX));
             }
-            return Line::new(socket.into(), Side::Client, self.local, self.server);
+            return Connection::new(socket.into(), Side::Client, self.local, self.server);
         }
     }
 
-    fn lost(&self, line: &Line, life: u64, kind: &str, round: u32, trouble: Trouble) {
-        let loss = line.loss(life, kind, round, trouble);
-        self.tell.say(&Event::Lost(loss));
+    fn lost(&self, connection: &Connection, id: u64, kind: &str, round: u32, error: WireError) {
+        let loss = connection.loss(id, kind, round, error);
+        self.events.send(&Event::Lost(loss));
     }
 
-    fn finished(&mut self, line: &Line) {
-        self.tally.finished += 1;
-        self.tally.bytes += line.sent + line.received;
+    fn finished(&mut self, connection: &Connection) {
+        self.stats.finished += 1;
+        self.stats.bytes += connection.sent + connection.received;
     }
 
-    /// Requests and replies, and an end in order. Without a number of rounds, as many as fit into the run.
-    fn innocent(&mut self, mut line: Line, life: u64, rounds: Option<u32>) {
+    /// Exchanges requests and replies, then ends in order. Without `rounds`, it lasts as long as the run.
+    fn bystander(&mut self, mut connection: Connection, id: u64, rounds: Option<u32>) {
         let (kind, pause_ms) = match rounds {
-            Some(_) => ("innocent", 20),
-            None => ("bystander", 40),
+            Some(_) => ("bystander", 20),
+            None => ("long-lived", 40),
         };
         let end = match self.random.up_to(2) {
             0 => End::ServerCloses,
@@ -281,10 +282,10 @@ impl<'a> Client<'a> {
         loop {
             let last = rounds == Some(round + 1) || self.stopped();
             let header = Header {
-                life,
+                id,
                 round,
                 request: self.payload(),
-                // The server's word that it has every byte; without it the client might reset too early.
+                // Never empty: the reply confirms that the server has every byte, so that a reset comes late enough.
                 reply: 1 + self.payload(),
                 then: match (last, end) {
                     (false, _) => Then::More,
@@ -292,15 +293,15 @@ impl<'a> Client<'a> {
                     (true, End::ClientCloses | End::ClientResets) => Then::ClientCloses,
                 },
             };
-            let done = line
+            let done = connection
                 .send_request(&header)
-                .and_then(|()| line.read_reply(&header, round))
+                .and_then(|()| connection.read_reply(&header, round))
                 .and_then(|()| match header.then {
-                    Then::ServerCloses => line.read_end(),
+                    Then::ServerCloses => connection.read_end(),
                     _ => Ok(()),
                 });
-            if let Err(trouble) = done {
-                self.lost(&line, life, kind, round, trouble);
+            if let Err(error) = done {
+                self.lost(&connection, id, kind, round, error);
                 return;
             }
             if last {
@@ -309,14 +310,14 @@ impl<'a> Client<'a> {
             round += 1;
             thread::sleep(self.random.pause(pause_ms));
         }
-        self.finished(&line);
-        self.tally.bystanders += u64::from(rounds.is_none());
+        self.finished(&connection);
+        self.stats.long_lived += u64::from(rounds.is_none());
         if let End::ClientResets = end {
-            reset(&line);
+            reset(&connection);
         }
     }
 
-    /// Mostly small, sometimes more than a window.
+    /// A payload size: mostly small, sometimes larger than a window.
     fn payload(&mut self) -> u32 {
         let most = if self.random.once_in(100) {
             128 << 10
@@ -326,55 +327,56 @@ impl<'a> Client<'a> {
         self.random.up_to(most)
     }
 
-    /// A request and a FIN; then the server's word for as long as its replies take. Under `--min-age` only.
-    fn stream(&mut self, mut line: Line, life: u64) {
-        let min_age_ms = self.plan.min_age_ms.unwrap_or(0);
+    /// Sends a request and a FIN, then reads the replies. Used with `--min-age` only.
+    fn stream(&mut self, mut connection: Connection, id: u64) {
+        let min_age_ms = self.config.min_age_ms.unwrap_or(0);
         let header = Header {
-            life,
+            id,
             round: 0,
             request: self.payload(),
             reply: self.random.up_to(2 << 10),
-            // About 4 ms each: twice the age from which it would be taken for stuck.
+            // About 4 ms each: the stream lasts twice the minimum age.
             then: Then::Stream {
                 replies: min_age_ms / 2 + 1,
             },
         };
         let Then::Stream { replies } = header.then else {
-            unreachable!("it was just made")
+            unreachable!("set above")
         };
-        let mut got = 0;
-        let done = line
+        let mut replies_read = 0;
+        let done = connection
             .send_request(&header)
-            .and_then(|()| end_requests(&line))
+            .and_then(|()| end_requests(&connection))
             .and_then(|()| {
-                while got < u32::from(replies) {
-                    line.read_reply(&header, got)?;
-                    got += 1;
+                while replies_read < u32::from(replies) {
+                    connection.read_reply(&header, replies_read)?;
+                    replies_read += 1;
                 }
-                line.read_end()
+                connection.read_end()
             });
         match done {
             Ok(()) => {
-                self.finished(&line);
-                self.tally.streams += 1;
+                self.finished(&connection);
+                self.stats.streams += 1;
+                self.events.send(&Event::StreamFinished);
             }
-            Err(trouble) => self.lost(&line, life, "stream", got, trouble),
+            Err(error) => self.lost(&connection, id, "stream", replies_read, error),
         }
     }
 
-    /// Some bytes and a FIN; from then on the server's socket is stuck and may be closed by anybody.
-    fn stuck(&mut self, mut line: Line, life: u64) -> Result<()> {
+    /// Sends some bytes and a FIN. From then on the server's socket is stuck, and a killer may close it.
+    fn stuck(&mut self, mut connection: Connection, id: u64) -> Result<()> {
         let ms = match self.random.up_to(3) {
             0 => self.random.up_to(5),
             1 => self.random.up_to(50),
-            // Long enough for a killer on a busy machine; a quick one never lets it come to that.
+            // Long enough for a killer on a busy machine. On an idle one, the killer closes it earlier.
             2 => self.random.up_to(500),
             _ => self.random.up_to(2000),
         };
-        let ms = ms + u32::from(self.plan.min_age_ms.unwrap_or(0));
+        let ms = ms + u32::from(self.config.min_age_ms.unwrap_or(0));
         let ms = u16::try_from(ms).unwrap_or(u16::MAX);
         let header = Header {
-            life,
+            id,
             round: 0,
             request: self.random.up_to(1 << 10),
             reply: 0,
@@ -384,51 +386,55 @@ impl<'a> Client<'a> {
                 ms,
             },
         };
-        // Until its FIN it is as innocent as any.
-        let begun = line
+        // Until its FIN it is a bystander.
+        let begun = connection
             .send_request(&header)
-            .and_then(|()| end_requests(&line));
-        if let Err(trouble) = begun {
-            self.lost(&line, life, "not yet stuck", 0, trouble);
+            .and_then(|()| end_requests(&connection));
+        if let Err(error) = begun {
+            self.lost(&connection, id, "not yet stuck", 0, error);
             return Ok(());
         }
         let held = Duration::from_millis(ms.into());
         if self.random.once_in(6) {
-            // In repair mode a close is silent. The peer that comes again at once finds its old connection.
-            setsockopt(&line.stream, TcpRepair, &1).context("enter repair mode")?;
-            drop(line);
-            self.tally.stuck_forgotten += 1;
-            let comes_at_once = self.random.once_in(4);
-            thread::sleep(if comes_at_once {
+            // In repair mode a close sends nothing. If the client comes again at once, the server still has the old
+            // connection.
+            setsockopt(&connection.stream, TcpRepair, &1).context("enter repair mode")?;
+            drop(connection);
+            self.stats.stuck_forgotten += 1;
+            let at_once = self.random.once_in(4);
+            thread::sleep(if at_once {
                 QUIET_TIME
             } else {
                 held.max(QUIET_TIME)
             });
             return Ok(());
         }
-        line.stream.set_read_timeout(Some(held + STUCK_PATIENCE))?;
-        match line.drain() {
-            Ok(()) => self.tally.stuck_fin += 1,
-            Err(trouble) if trouble.is_reset() => self.tally.stuck_reset += 1,
+        connection
+            .stream
+            .set_read_timeout(Some(held + STUCK_TIMEOUT))?;
+        match connection.drain() {
+            Ok(()) => self.stats.stuck_fin += 1,
+            Err(error) if error.is_reset() => self.stats.stuck_reset += 1,
             Err(_) => {
-                self.tally.stuck_silent += 1;
-                reset(&line);
+                self.stats.stuck_silent += 1;
+                reset(&connection);
             }
         }
         Ok(())
     }
 }
 
-fn end_requests(line: &Line) -> Result<(), Trouble> {
-    line.stream
+fn end_requests(connection: &Connection) -> Result<(), WireError> {
+    connection
+        .stream
         .shutdown(Shutdown::Write)
-        .map_err(|error| Trouble::io("send FIN", &error))
+        .map_err(|error| WireError::io("send FIN", &error))
 }
 
-/// Makes the close that follows a reset.
-fn reset(line: &Line) {
-    let socket = socket2::SockRef::from(&line.stream);
-    // Of a connection that is already dead there is nothing to reset.
+/// Makes the following close send RST.
+fn reset(connection: &Connection) {
+    let socket = socket2::SockRef::from(&connection.stream);
+    // Fails only on a dead connection, which needs no reset.
     let _ = socket.set_linger(Some(Duration::ZERO));
 }
 

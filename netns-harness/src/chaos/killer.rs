@@ -1,4 +1,4 @@
-//! Who acts on the stuck connections: `cwkill`, method by method, as a user would start it.
+//! The killers: `cwkill`, one method per killer and started as a user would, or another command.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -12,14 +12,13 @@ use serde::Deserialize;
 
 use crate::host::{Host, finish_within};
 
-/// How long one run may take: what lies between a loaded machine and a hang.
+/// How long one run may take. On a loaded machine it takes seconds; longer than this is a hang.
 const RUN_DEADLINE: Duration = Duration::from_secs(60);
 
-/// How long `cwkill` gives a socket to close. Clients answer a FIN at once, so more would only make it wait for those whose
-/// peer never answers.
+/// The `--grace` of `cwkill`. Clients answer a FIN at once, so a longer one would only wait for peers that never answer.
 const GRACE: &str = "200ms";
 
-/// The statuses of `cwkill` that say it did its job: closed all, found nothing, closed some.
+/// The exit statuses of a `cwkill` that worked: closed all, found nothing, closed some.
 const DONE: [i32; 3] = [0, 1, 4];
 
 /// A command that is run over and over while the connections live.
@@ -27,12 +26,12 @@ const DONE: [i32; 3] = [0, 1, 4];
 pub struct Killer {
     name: String,
     command: Vec<OsString>,
-    /// It is `cwkill`, and says in JSON what it did.
+    /// It is `cwkill` and reports its results in JSON.
     reports: bool,
 }
 
 impl Killer {
-    /// `cwkill` with this method, on these ports.
+    /// `cwkill` with this method on these ports.
     #[must_use]
     pub fn cwkill(
         program: &Path,
@@ -54,7 +53,7 @@ impl Killer {
         }
     }
 
-    /// Any other command, to see whether what it does wrong is found out. Its exit status counts for nothing.
+    /// Any other command, to see whether the run detects the harm it does. Its exit status is ignored.
     #[must_use]
     pub fn other(name: &str, command: impl IntoIterator<Item = impl Into<OsString>>) -> Self {
         Self {
@@ -65,45 +64,45 @@ impl Killer {
     }
 }
 
-/// What a killer has done, in sockets.
+/// Results of one killer, counted in sockets.
 #[derive(Debug, Clone, Default)]
-pub struct Deeds {
-    /// The method.
+pub struct KillStats {
+    /// The method of `cwkill`, or the name of the command.
     pub name: String,
-    /// Whether it says what it does; all numbers of sockets are 0 if not.
+    /// Whether it reports its results. If not, all counts of sockets are 0.
     pub reports: bool,
-    /// How often it ran.
+    /// Runs of the command.
     pub runs: u64,
-    /// Sockets it found stuck.
+    /// Sockets that it matched.
     pub matched: u64,
-    /// Sockets it reached for: those with an attempt, whatever came of it.
+    /// Sockets that it attempted to close.
     pub acts: u64,
-    /// Closed by it.
+    /// Sockets that it closed.
     pub closed: u64,
-    /// On their way by it.
+    /// Sockets that are closing because of it.
     pub closing: u64,
-    /// Closed by others before it acted.
+    /// Sockets that were gone before it acted.
     pub gone: u64,
-    /// Left alone.
+    /// Sockets that it skipped.
     pub skipped: u64,
-    /// Still there.
+    /// Sockets that it failed to close.
     pub failed: u64,
-    /// The longest run.
+    /// Duration of the longest run.
     pub longest: Duration,
-    /// Why sockets were left alone or are still there, and how many; without numbers, so that like is counted with like.
+    /// Sockets per reason for skipping or failing. Digits are replaced by `N`, so that equal reasons count together.
     pub reasons: BTreeMap<String, u64>,
 }
 
-impl Deeds {
+impl KillStats {
     pub(super) const COLUMNS: &str =
         "method        runs  matched     acts   closed closing     gone  skipped  failed  longest";
 }
 
-impl fmt::Display for Deeds {
+impl fmt::Display for KillStats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:<10} {:>7}", self.name, self.runs)?;
         if !self.reports {
-            return write!(f, "  (does not say what it does)");
+            return write!(f, "  (reports no results)");
         }
         write!(
             f,
@@ -147,44 +146,47 @@ struct JsonAttempt {
     error: Option<String>,
 }
 
-/// Runs the killers in turn on `host` until `until`, or until each has reached for `acts` sockets.
-pub(super) fn rage(
+/// Runs the killers in turn on `host`, at most until `until`. Before each round it calls `is_done`, with the information
+/// whether every killer has attempted to close `acts` sockets.
+pub(super) fn run_all(
     host: &Host,
     killers: &[Killer],
     until: Instant,
     acts: Option<u64>,
-) -> Result<Vec<Deeds>> {
-    let mut deeds: Vec<Deeds> = killers
+    mut is_done: impl FnMut(bool) -> Result<bool> + Send,
+) -> Result<Vec<KillStats>> {
+    let mut stats: Vec<KillStats> = killers
         .iter()
-        .map(|killer| Deeds {
+        .map(|killer| KillStats {
             name: killer.name.clone(),
             reports: killer.reports,
-            ..Deeds::default()
+            ..KillStats::default()
         })
         .collect();
     host.within(|| {
-        // From a thread in the namespace: a process more for each run would halve their number.
+        // From a thread in the namespace: one more process per run would halve the number of runs.
         'time: loop {
-            let mut idle = true;
-            for (killer, deeds) in killers.iter().zip(&mut deeds) {
+            let reached =
+                |stats: &KillStats| stats.reports && acts.is_some_and(|acts| stats.acts >= acts);
+            let all_reached = stats.iter().all(reached);
+            if is_done(all_reached)? {
+                break;
+            }
+            for (killer, stats) in killers.iter().zip(&mut stats) {
                 if Instant::now() >= until {
                     break 'time;
                 }
-                if killer.reports && acts.is_some_and(|acts| deeds.acts >= acts) {
+                if reached(stats) && !all_reached {
                     continue;
                 }
-                idle = false;
-                run(killer, deeds)?;
-            }
-            if idle {
-                break;
+                run(killer, stats)?;
             }
         }
-        Ok(deeds)
+        Ok(stats)
     })
 }
 
-fn run(killer: &Killer, deeds: &mut Deeds) -> Result<()> {
+fn run(killer: &Killer, stats: &mut KillStats) -> Result<()> {
     let (program, arguments) = killer.command.split_first().context("no command")?;
     let name = program.display().to_string();
     let began = Instant::now();
@@ -196,8 +198,8 @@ fn run(killer: &Killer, deeds: &mut Deeds) -> Result<()> {
         .spawn()
         .with_context(|| format!("start {name}"))?;
     let output = finish_within(child, &name, RUN_DEADLINE)?;
-    deeds.runs += 1;
-    deeds.longest = deeds.longest.max(began.elapsed());
+    stats.runs += 1;
+    stats.longest = stats.longest.max(began.elapsed());
     if !killer.reports {
         return Ok(());
     }
@@ -211,22 +213,22 @@ fn run(killer: &Killer, deeds: &mut Deeds) -> Result<()> {
         output.status,
         String::from_utf8_lossy(&output.stderr).trim()
     );
-    let document: Document =
-        serde_json::from_slice(&output.stdout).with_context(|| format!("read what {name} says"))?;
+    let document: Document = serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("read the JSON of {name}"))?;
     for socket in document.sockets {
         let result = socket.result.context("a socket without a result")?;
-        deeds.matched += 1;
-        deeds.acts += u64::from(!result.attempts.is_empty());
+        stats.matched += 1;
+        stats.acts += u64::from(!result.attempts.is_empty());
         match result.outcome.as_str() {
-            "closed" => deeds.closed += 1,
-            "closing" => deeds.closing += 1,
-            "gone" => deeds.gone += 1,
-            "skipped" => deeds.skipped += 1,
-            "failed" => deeds.failed += 1,
-            other => bail!("{name} knows an outcome that we do not: {other}"),
+            "closed" => stats.closed += 1,
+            "closing" => stats.closing += 1,
+            "gone" => stats.gone += 1,
+            "skipped" => stats.skipped += 1,
+            "failed" => stats.failed += 1,
+            other => bail!("unknown outcome of {name}: {other}"),
         }
         if matches!(result.outcome.as_str(), "skipped" | "failed") {
-            *deeds.reasons.entry(reason(&result)).or_default() += 1;
+            *stats.reasons.entry(reason(&result)).or_default() += 1;
         }
     }
     Ok(())
@@ -235,7 +237,7 @@ fn run(killer: &Killer, deeds: &mut Deeds) -> Result<()> {
 fn reason(result: &JsonResult) -> String {
     let attempts = result.attempts.iter().map(|attempt| match &attempt.error {
         Some(error) => format!("{}: {error}", attempt.method),
-        None => format!("{}: done, and still there", attempt.method),
+        None => format!("{}: no error, but not closed", attempt.method),
     });
     let all: Vec<_> = result.reason.iter().cloned().chain(attempts).collect();
     let text = format!("{}: {}", result.outcome, all.join("; "));

@@ -1,33 +1,34 @@
-//! Chaos: do innocents survive `cwkill`?
+//! Chaos: do bystanders survive `cwkill`?
 //!
 //! Clients with fixed source ports open connections to two listeners of one server, one after the other on the same
-//! 4-tuples. Some are *innocent*: they exchange bytes that both sides verify. Some get *stuck*: the client sends FIN and the
-//! server holds its descriptor for a while, then closes it, if nobody else has closed the connection. All the while a killer
-//! runs over and over. A connection may be closed from the moment its client has sent FIN; one that is hit before, or whose
-//! bytes do not arrive, is a lost innocent, and there must be none.
+//! 4-tuples. Some are *bystanders*: they exchange bytes that both sides verify. Some get *stuck*: the client sends FIN, and
+//! the server holds its descriptor for a while and then closes it. Meanwhile the killers run in a loop. They may close a
+//! connection once its client has sent FIN. A connection that is closed earlier, or whose bytes do not arrive, is a lost
+//! bystander. There must be none.
 //!
-//! What a late or stray act may hit, and how it would show:
+//! A late or misdirected act could hit one of these, and the run notices:
 //!
-//! - the next connection of the same 4-tuple, which exists some 100 µs after the stuck one is gone: its client reads
-//!   ECONNRESET or an early end, or waits in vain; or its handshake fails, or takes a second longer
-//! - a connection whose descriptor has the number the stuck one had: the same
-//! - a listener: the report looks for both, from outside
-//! - a connection that is idle or in the middle of its bytes while others are hit: bystanders live as long as the run
-//! - half-closed streams, which look stuck but are in use, under `--min-age`: as innocents
+//! - the next connection on the same 4-tuple, some 100 µs after the stuck one is gone: its client reads ECONNRESET or an
+//!   early end, or waits in vain; or its handshake fails or takes a second longer
+//! - a connection whose descriptor has the number of the stuck one: the same
+//! - a listener: the report counts the listeners from outside
+//! - a connection that is idle or sending while others are closed: some bystanders last as long as the run
+//! - a half-closed stream, which looks stuck but is in use; it must stay younger than `--min-age`
 //!
-//! - `killer`: runs `cwkill`, or something worse, and adds up what it says
-//! - `server`, `client`: the two processes; `wire`: what they say to each other
-//! - `crew`: how they are started and heard; `report`: what it all amounts to
+//! - `killer`: runs `cwkill` or another command, and adds up its results
+//! - `server`, `client`: the two worker processes; `wire`: the protocol between them
+//! - `workers`: starts the workers and reads their events
+//! - `report`: the result of a run
 //!
-//! A detector that cannot fail proves nothing: [`Killer::other`] runs killers that are wrong on purpose.
+//! A detector that cannot fail proves nothing. [`Killer::other`] runs killers that are wrong on purpose.
 
 mod client;
-mod crew;
 mod killer;
 mod random;
 mod report;
 mod server;
 mod wire;
+mod workers;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -39,57 +40,63 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-pub use killer::{Deeds, Killer};
+pub use killer::{KillStats, Killer};
 pub use report::Report;
 pub use wire::Loss;
 
-pub(crate) use crew::play;
-use crew::{Event, Member, Tell};
+use client::ClientStats;
+use server::ServerStats;
+pub(crate) use workers::run_worker;
+use workers::{Event, EventSender, Progress, Worker};
 
 use crate::kernel::TcpState;
 use crate::lab::{Family, Lab};
-use crate::{bench, privilege};
+use crate::{privilege, program};
 
-/// The stack of a thread with one connection, in bytes.
+/// Stack size of a thread with one connection, in bytes.
 const STACK: usize = 128 << 10;
 
 /// The source port of the first client.
 const FIRST_PORT: u16 = 20_000;
 
-/// How long the last connections of a run may take.
+/// How long the last connections may take after the run.
 const END_DEADLINE: Duration = Duration::from_secs(90);
 
-/// What the clients' host is set to, so that a 4-tuple is used again within milliseconds.
+/// Sysctls of the clients' host, so that a 4-tuple can be used again within milliseconds.
 const CLIENT_SYSCTLS: [(&str, &str); 2] = [
-    // TIME-WAIT of ours is no obstacle (with timestamps, which are on by default).
+    // A connection in TIME-WAIT does not block its 4-tuple. Needs TCP timestamps, which are on by default.
     ("ipv4/tcp_tw_reuse", "1"),
-    // Milliseconds, since Linux 6.14; before, it is a second.
+    // In milliseconds, since Linux 6.14. Before, the delay is fixed at one second.
     ("ipv4/tcp_tw_reuse_delay", "1"),
 ];
 
-/// What a process of a run does; a role.
+/// The role of a worker process.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) enum Part {
-    Server(server::Plan),
-    Clients(client::Plan),
+pub(crate) enum WorkerRole {
+    Server(server::Config),
+    Clients(client::Config),
 }
 
-/// What to do.
+/// Options of a run.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// How long at most.
+    /// Longest duration of the run.
     pub time: Duration,
-    /// End as soon as every method has reached for so many sockets, and fail if that is not to be had in time.
+    /// Ends the run as soon as every method has attempted to close this many sockets. Fewer are a fault.
     pub acts: Option<u64>,
+    /// With `acts`: ends the run only when this many half-closed streams have finished, too. Fewer are a fault.
+    pub streams: Option<u64>,
+    /// Ends the run as soon as the clients have reported this many losses.
+    pub losses: Option<usize>,
     /// Clients, each with a source port of its own.
     pub connections: u16,
     /// How the two sides address each other.
     pub family: Family,
-    /// The port that accepts at once; the next one lets connections wait.
+    /// The port that accepts at once. The next port accepts with a delay.
     pub port: u16,
-    /// What is drawn by chance is drawn from this.
+    /// Seed of the random numbers.
     pub seed: u64,
-    /// What the killers leave alone; adds half-closed streams that live under it. Makes for fewer acts.
+    /// The `--min-age` of the killers. Adds half-closed streams that stay younger. Reduces the number of acts.
     pub min_age: Option<Duration>,
 }
 
@@ -98,6 +105,8 @@ impl Default for Options {
         Self {
             time: Duration::from_secs(30),
             acts: None,
+            streams: None,
+            losses: None,
             connections: 200,
             family: Family::V4,
             port: 8080,
@@ -115,15 +124,14 @@ impl Options {
     }
 }
 
-/// Lets the killers run among innocents.
+/// Runs the killers among bystanders.
 ///
 /// # Errors
-/// The run itself fails: processes that do not start or never end, a killer that does not do its job. What it finds out is
-/// in the report.
+/// The run itself failed: a worker did not start or end, or a killer did not work. Harm that the killers did is in the report.
 pub fn run(options: &Options, killers: &[Killer]) -> Result<Report> {
-    ensure!(!killers.is_empty(), "no killer");
+    ensure!(!killers.is_empty(), "no killer to run");
     let ports = options.ports();
-    ensure!(ports[0] != ports[1], "the port {} has no next", ports[0]);
+    ensure!(ports[0] != ports[1], "there is no port after {}", ports[0]);
     let lab = Lab::new()?;
     let link = lab.link()?;
     link.peer_host.within(|| {
@@ -138,28 +146,39 @@ pub fn run(options: &Options, killers: &[Killer]) -> Result<Report> {
     let (app, peer) = link.addresses(options.family);
     let min_age_ms = options
         .min_age
-        .map(|age| u16::try_from(age.as_millis()).context("a minimum age of more than a minute"))
+        .map(|age| u16::try_from(age.as_millis()).context("the minimum age is more than a minute"))
         .transpose()?;
-    let server_plan = server::Plan {
+    let server_config = server::Config {
         listen: ports.map(|port| SocketAddr::new(options.family.any(), port)),
         v6_only: options.family == Family::V6,
         seed: options.seed,
     };
-    let client_plan = client::Plan {
+    let client_config = client::Config {
         servers: ports.map(|port| SocketAddr::new(app, port)),
         first: SocketAddr::new(peer, FIRST_PORT),
         clients: options.connections,
         seed: options.seed,
         min_age_ms,
     };
-    let mut server = Member::start(lab.app_host(), "server", Part::Server(server_plan))?;
-    let mut clients = Member::start(&link.peer_host, "clients", Part::Clients(client_plan))?;
+    let mut server = Worker::start(lab.app_host(), "server", WorkerRole::Server(server_config))?;
+    let mut clients = Worker::start(
+        &link.peer_host,
+        "clients",
+        WorkerRole::Clients(client_config),
+    )?;
 
     let began = Instant::now();
-    let deeds = killer::rage(lab.app_host(), killers, began + options.time, options.acts)?;
-    ensure!(clients.is_alive(), "the clients are gone");
-    let (lost_by_clients, seen): (_, client::Tally) = clients.finish(END_DEADLINE)?;
-    let took = began.elapsed();
+    let is_done = |acts_reached| {
+        let Progress { losses, streams } = clients.progress()?;
+        let streams_reached = options.streams.is_none_or(|wanted| streams >= wanted);
+        let lost = options.losses.is_some_and(|wanted| losses >= wanted);
+        Ok(lost || acts_reached && streams_reached)
+    };
+    let until = began + options.time;
+    let kill_stats = killer::run_all(lab.app_host(), killers, until, options.acts, is_done)?;
+    ensure!(clients.is_alive(), "the client process is gone");
+    let (lost_by_clients, client_stats): (_, ClientStats) = clients.finish(END_DEADLINE)?;
+    let duration = began.elapsed();
 
     let listening = |socket: &crate::KernelSocket| {
         socket.state == TcpState::Listen && ports.contains(&socket.local.port())
@@ -167,21 +186,21 @@ pub fn run(options: &Options, killers: &[Killer]) -> Result<Report> {
     let sockets = lab.app_host().sockets()?;
     let listeners = sockets.iter().filter(|socket| listening(socket)).count();
     let server_alive = server.is_alive();
-    let (lost_by_server, served): (_, server::Tally) = match server_alive {
+    let (lost_by_server, server_stats): (_, ServerStats) = match server_alive {
         true => server.finish(END_DEADLINE)?,
         false => Default::default(),
     };
-    // Both sides of one connection are one loss; the client, who has more to say, comes first.
+    // If both sides of a connection report a loss, it counts once. The client's report has more details.
     let mut losses = BTreeMap::new();
     for loss in lost_by_clients.into_iter().chain(lost_by_server) {
-        losses.entry(loss.life).or_insert(loss);
+        losses.entry(loss.id).or_insert(loss);
     }
     Ok(Report {
         options: options.clone(),
-        took,
-        deeds,
-        seen,
-        served,
+        duration,
+        kill_stats,
+        clients: client_stats,
+        server: server_stats,
         losses: losses.into_values().collect(),
         listeners,
         server_alive,
@@ -191,13 +210,13 @@ pub fn run(options: &Options, killers: &[Killer]) -> Result<Report> {
 /// The command line of `netns-harness chaos`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Chaos {
-    /// How long at most
+    /// Longest duration of the run, in seconds
     #[arg(long, value_name = "N", default_value = "30", value_parser = clap::value_parser!(u64).range(1..))]
     seconds: u64,
-    /// End as soon as every method has reached for N sockets; fail if there are fewer in the end
+    /// End as soon as every method has attempted to close N sockets; fewer are a fault
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     acts: Option<u64>,
-    /// Methods of cwkill, run in turn
+    /// Methods of cwkill to run in turn
     #[arg(long, value_name = "M,…", value_delimiter = ',', default_values = METHODS)]
     method: Vec<String>,
     /// Clients, each with a source port of its own
@@ -206,19 +225,19 @@ pub(crate) struct Chaos {
     /// How the two sides address each other
     #[arg(long, value_enum, default_value = "v4")]
     family: Family,
-    /// The server's port; it takes the next one as well
+    /// The server's first port; it also uses the next one
     #[arg(long, default_value = "8080", value_parser = clap::value_parser!(u16).range(1..=65534))]
     port: u16,
-    /// What chance is drawn from; a new one each time, if not given
+    /// Seed of the random numbers [default: a new one for each run]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Let cwkill act from this age on, and let half-closed streams live under it
+    /// The `--min-age` of cwkill; adds half-closed streams that stay younger
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u16).range(500..=20000))]
     min_age_ms: Option<u16>,
-    /// The program to run
+    /// The cwkill program to run
     #[arg(long, value_name = "PATH", default_value = "cwkill")]
     cwkill: PathBuf,
-    /// Run this on the server's host instead of cwkill, to see whether it is found out: `ss -K sport = :8080`
+    /// Run this on the server's host instead of cwkill, to see whether its harm is detected; for example `ss -K sport = :8080`
     #[arg(long, value_name = "COMMAND", conflicts_with_all = ["method", "cwkill", "acts"])]
     instead: Option<String>,
 }
@@ -227,7 +246,7 @@ pub(crate) struct Chaos {
 pub const METHODS: [&str; 4] = ["shutdown", "destroy", "rst", "probe"];
 
 impl Chaos {
-    /// Runs, prints what came of it, and returns the exit status.
+    /// Runs the killers, prints the report and returns the exit status.
     ///
     /// # Errors
     /// As [`run`].
@@ -243,6 +262,8 @@ impl Chaos {
         let options = Options {
             time: Duration::from_secs(self.seconds),
             acts: self.acts,
+            streams: None,
+            losses: None,
             connections: self.connections,
             family: self.family,
             port: self.port,
@@ -258,9 +279,10 @@ impl Chaos {
                 vec![Killer::other(name, &words)]
             }
             None => {
-                let program = bench::beside_us(&self.cwkill)?;
-                let cwkill =
-                    |method| Killer::cwkill(&program, method, options.ports(), options.min_age);
+                let cwkill_program = program::beside_this_program(&self.cwkill)?;
+                let cwkill = |method| {
+                    Killer::cwkill(&cwkill_program, method, options.ports(), options.min_age)
+                };
                 self.method.iter().map(|method| cwkill(method)).collect()
             }
         };

@@ -1,4 +1,4 @@
-//! Random numbers that a seed repeats: the draws of a run can be had again, its timing cannot.
+//! Random numbers from a seed: the same seed repeats the draws of a run, but not its timing.
 
 use std::time::Duration;
 
@@ -22,18 +22,18 @@ impl Random {
         mixed ^ (mixed >> 31)
     }
 
-    /// From 0 to `most`, both included.
+    /// A number from 0 to `most`, inclusive.
     pub fn up_to(&mut self, most: u32) -> u32 {
         let number = self.next() % (u64::from(most) + 1);
         u32::try_from(number).expect("it is at most `most`")
     }
 
-    /// True once in `times`.
+    /// True with a probability of 1 in `times`.
     pub fn once_in(&mut self, times: u32) -> bool {
         self.up_to(times.saturating_sub(1)) == 0
     }
 
-    /// From nothing to `most` milliseconds, in microseconds.
+    /// A duration from 0 to `most_ms` milliseconds, in steps of a microsecond.
     pub fn pause(&mut self, most_ms: u32) -> Duration {
         Duration::from_micros(self.up_to(most_ms.saturating_mul(1000)).into())
     }

@@ -1,68 +1,72 @@
-//! What a run amounts to.
+//! The result of a run: counters, losses and faults.
 
 use std::fmt;
 use std::time::Duration;
 
-use super::{Deeds, Loss, Options, client, server};
+use super::client::ClientStats;
+use super::server::ServerStats;
+use super::{KillStats, Loss, Options};
 
-/// How many lost innocents are printed one by one.
+/// How many losses are printed one by one.
 const LOSSES_SHOWN: usize = 50;
 
-/// The listeners of the server.
+/// Listeners of the server.
 const LISTENERS: usize = 2;
 
-/// What a run amounts to.
+/// The result of a run.
 #[derive(Debug, Clone)]
 pub struct Report {
     pub(super) options: Options,
-    pub(super) took: Duration,
-    /// What the killers did, one each.
-    pub deeds: Vec<Deeds>,
-    pub(super) seen: client::Tally,
-    pub(super) served: server::Tally,
-    /// Innocents that did not carry their bytes to the end, one each.
+    pub(super) duration: Duration,
+    /// One entry per killer.
+    pub kill_stats: Vec<KillStats>,
+    pub(super) clients: ClientStats,
+    pub(super) server: ServerStats,
+    /// Bystanders whose bytes did not all arrive.
     pub losses: Vec<Loss>,
-    /// Listeners that the kernel shows in the end; there were two.
+    /// Listeners that the kernel shows at the end; there were two at the start.
     pub listeners: usize,
-    /// The server's process runs in the end.
+    /// Whether the server's process still runs at the end.
     pub server_alive: bool,
 }
 
 impl Report {
-    /// Connections that were opened.
+    /// Opened connections.
     #[must_use]
     pub fn opened(&self) -> u64 {
-        self.seen.opened
+        self.clients.opened
     }
 
-    /// Connections on a 4-tuple that had one before.
+    /// Connections whose 4-tuple had another connection until at most `limit` before.
     #[must_use]
-    pub fn reused(&self) -> u64 {
-        self.seen.reused
+    pub fn reused_within(&self, limit: Duration) -> usize {
+        let gaps = self.clients.gaps_us.iter();
+        gaps.filter(|&&gap_us| Duration::from_micros(gap_us.into()) <= limit)
+            .count()
     }
 
-    /// Innocents that carried every byte to the end.
+    /// Bystanders that carried every byte to the end.
     #[must_use]
     pub fn finished(&self) -> u64 {
-        self.seen.finished
+        self.clients.finished
     }
 
-    /// Innocents that were half-closed all the time and carried every byte to the end.
+    /// Half-closed streams that carried every byte to the end.
     #[must_use]
     pub fn streams(&self) -> u64 {
-        self.seen.streams
+        self.clients.streams
     }
 
-    /// Handshakes that failed.
+    /// Failed handshakes.
     #[must_use]
     pub fn refused(&self) -> u64 {
-        self.seen.refused.values().sum()
+        self.clients.refused.values().sum()
     }
 
-    /// From the end of a connection to the handshake of the next one on its 4-tuple, the median.
+    /// The median time from the end of a connection to the next handshake on its 4-tuple.
     #[must_use]
-    pub fn median_gap(&self) -> Duration {
-        let mut gaps = self.seen.gaps_us.clone();
+    fn median_gap(&self) -> Duration {
+        let mut gaps = self.clients.gaps_us.clone();
         let middle = gaps.len() / 2;
         if gaps.is_empty() {
             return Duration::ZERO;
@@ -71,12 +75,12 @@ impl Report {
         Duration::from_micros((*median).into())
     }
 
-    /// Everything that must not be, in words. Empty means that the killers are cleared.
+    /// Everything that went wrong, in words. Empty if the killers did no harm and enough work.
     #[must_use]
     pub fn faults(&self) -> Vec<String> {
         let mut faults = Vec::new();
         if !self.losses.is_empty() {
-            faults.push(format!("{} innocents were lost", self.losses.len()));
+            faults.push(format!("{} bystanders were lost", self.losses.len()));
         }
         if self.listeners != LISTENERS {
             faults.push(format!(
@@ -88,25 +92,33 @@ impl Report {
             faults.push("the server's process is gone".to_owned());
         }
         let wanted = self.options.acts.unwrap_or(1);
-        for deeds in self.deeds.iter().filter(|deeds| deeds.reports) {
-            if deeds.acts < wanted {
+        for stats in self.kill_stats.iter().filter(|stats| stats.reports) {
+            if stats.acts < wanted {
                 faults.push(format!(
                     "{} acted on {} sockets, fewer than {wanted}",
-                    deeds.name, deeds.acts
+                    stats.name, stats.acts
                 ));
             }
         }
-        // What a stuck connection leaves on its 4-tuple might refuse a handshake, although no more has been seen to
-        // [measured: none in 300,000]; a listener that is gone refuses all.
-        let bearable = 1 + self.opened() / 10_000;
-        if self.refused() > bearable {
+        if let Some(wanted) = self.options.streams
+            && self.streams() < wanted
+        {
             faults.push(format!(
-                "{} handshakes failed, more than {bearable}",
+                "{} half-closed streams finished, fewer than {wanted}",
+                self.streams()
+            ));
+        }
+        // The remains of a stuck connection on the 4-tuple could make a handshake fail [measured: none in 300,000].
+        // Without its listener, every handshake fails.
+        let tolerated = 1 + self.opened() / 10_000;
+        if self.refused() > tolerated {
+            faults.push(format!(
+                "{} handshakes failed, more than {tolerated}",
                 self.refused()
             ));
         }
         if self.finished() == 0 {
-            faults.push("no innocent has finished".to_owned());
+            faults.push("no bystander finished".to_owned());
         }
         faults
     }
@@ -114,54 +126,59 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { seen, served, .. } = self;
+        let Self {
+            clients, server, ..
+        } = self;
         writeln!(
             f,
             "{:.1} s, {}, {} clients, seed {}",
-            self.took.as_secs_f64(),
+            self.duration.as_secs_f64(),
             self.options.family.name(),
             self.options.connections,
             self.options.seed
         )?;
-        writeln!(f, "{}", Deeds::COLUMNS)?;
-        for deeds in &self.deeds {
-            writeln!(f, "{deeds}")?;
+        writeln!(f, "{}", KillStats::COLUMNS)?;
+        for stats in &self.kill_stats {
+            writeln!(f, "{stats}")?;
         }
-        let stuck = seen.stuck_fin + seen.stuck_reset + seen.stuck_silent + seen.stuck_forgotten;
+        let stuck = clients.stuck_fin
+            + clients.stuck_reset
+            + clients.stuck_silent
+            + clients.stuck_forgotten;
         writeln!(
             f,
             "connections opened   {} ({} on a 4-tuple used before; median gap {:.2} ms)",
-            seen.opened,
-            seen.reused,
+            clients.opened,
+            clients.reused,
             self.median_gap().as_secs_f64() * 1000.0
         )?;
         writeln!(
             f,
-            "innocents finished   {} (every byte right: {} MiB; {} as long as the run, {} half-closed streams)",
-            seen.finished,
-            seen.bytes >> 20,
-            seen.bystanders,
-            seen.streams
+            "bystanders finished  {} ({} MiB, every byte right; {} as long as the run, {} half-closed streams)",
+            clients.finished,
+            clients.bytes >> 20,
+            clients.long_lived,
+            clients.streams
         )?;
-        writeln!(f, "innocents lost       {}", self.losses.len())?;
+        writeln!(f, "bystanders lost      {}", self.losses.len())?;
         writeln!(
             f,
-            "stuck connections    {stuck} (the client saw FIN {}, RST {}, nothing {}; it forgot {})",
-            seen.stuck_fin, seen.stuck_reset, seen.stuck_silent, seen.stuck_forgotten
+            "stuck connections    {stuck} (the client read FIN {}, RST {}, nothing {}; it forgot {})",
+            clients.stuck_fin, clients.stuck_reset, clients.stuck_silent, clients.stuck_forgotten
         )?;
         writeln!(
             f,
             "handshakes           {} failed {:?}, {} took more than 500 ms, longest {} ms; {} waited for their 4-tuple",
             self.refused(),
-            seen.refused,
-            seen.slow,
-            seen.longest_handshake_us / 1000,
-            seen.waited_for_tuple
+            clients.refused,
+            clients.slow,
+            clients.longest_handshake_us / 1000,
+            clients.waited_for_tuple
         )?;
         writeln!(
             f,
-            "server               accepted {}, {} of them dead already, served {}, leaked {}",
-            served.accepted, served.dead_on_arrival, served.served, served.leaked
+            "server               accepted {}, {} of them already dead, served {}, leaked {}",
+            server.accepted, server.dead_on_arrival, server.served, server.leaked
         )?;
         writeln!(f, "listeners alive      {} of {LISTENERS}", self.listeners)?;
         write!(

@@ -1,7 +1,7 @@
-//! The server: serves innocents, leaks the rest for a while, and goes on whatever happens to its connections.
+//! The server: it serves bystanders, leaks the other connections for a while, and goes on when connections fail.
 //!
-//! It has two listeners: one that accepts at once, and one whose connections wait a little, as under a busy worker,
-//! so that some are stuck before they are accepted.
+//! It has two listeners. One accepts at once. The other lets connections wait a little, as a busy server does, so that
+//! some are stuck before they are accepted.
 
 use std::io;
 use std::net::SocketAddr;
@@ -17,88 +17,91 @@ use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::random::Random;
-use super::wire::{Header, Line, PATIENCE, Side, Then, Trouble};
-use super::{Event, STACK, Tell};
+use super::wire::{BYTE_TIMEOUT, Connection, Header, Side, Then, WireError};
+use super::{Event, EventSender, STACK};
 use crate::lab::POLL_INTERVAL;
 
 const BACKLOG: i32 = 8192;
 
-/// The longest that the second listener lets its connections wait, milliseconds.
-const LAZY_MS: u32 = 40;
+/// The longest time that a connection waits at the second listener, in milliseconds.
+const ACCEPT_DELAY_MS: u32 = 40;
 
-/// The longest between two replies of a stream, milliseconds.
+/// The longest pause between two replies of a stream, in milliseconds.
 const STREAM_PAUSE_MS: u32 = 8;
 
-/// How long a FIN may be on its way, milliseconds: as long as an innocent's bytes.
-const FIN_PATIENCE_MS: u16 = 20_000;
+/// How long the server waits for a FIN, in milliseconds: as long as for a bystander's bytes.
+const FIN_TIMEOUT_MS: u16 = 20_000;
 
-/// What the server is to be.
+/// The server's part of the [`super::Options`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Plan {
-    /// The listener that accepts at once, and the one that does not.
+pub(crate) struct Config {
+    /// The address that accepts at once, and the one that delays.
     pub listen: [SocketAddr; 2],
     pub v6_only: bool,
     pub seed: u64,
 }
 
-/// What the server has done.
+/// Counters of the server.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub(crate) struct Tally {
-    /// Connections it accepted.
+pub(crate) struct ServerStats {
+    /// Accepted connections.
     pub accepted: u64,
     /// Accepted connections that were dead before their first byte could be read.
     pub dead_on_arrival: u64,
-    /// Innocents whose requests were all right and all answered.
+    /// Bystanders whose requests were all correct and all answered.
     pub served: u64,
-    /// Connections it leaked and then closed.
+    /// Connections leaked and then closed.
     pub leaked: u64,
 }
 
 struct Server {
-    tell: Tell<Tally>,
-    tally: Mutex<Tally>,
+    events: EventSender<ServerStats>,
+    stats: Mutex<ServerStats>,
     busy: AtomicUsize,
 }
 
 /// Serves until stdin ends and the last connection is done.
-pub(super) fn play(plan: &Plan) -> Result<()> {
-    let listeners = plan
+pub(super) fn run(config: &Config) -> Result<()> {
+    let listeners = config
         .listen
         .iter()
         .map(|&address| {
-            listen(address, plan.v6_only).with_context(|| format!("listen on {address}"))
+            listen(address, config.v6_only).with_context(|| format!("listen on {address}"))
         })
         .collect::<Result<Vec<_>>>()?;
     let server = Arc::new(Server {
-        tell: Tell::default(),
-        tally: Mutex::default(),
+        events: EventSender::default(),
+        stats: Mutex::default(),
         busy: AtomicUsize::new(0),
     });
-    server.tell.say(&Event::Ready);
+    server.events.send(&Event::Ready);
     thread::scope(|scope| {
-        let lazy = [0, LAZY_MS];
+        let delays_ms = [0, ACCEPT_DELAY_MS];
         let threads: Vec<_> = (0..)
             .zip(&listeners)
-            .zip(lazy)
-            .map(|((number, listener), lazy)| {
+            .zip(delays_ms)
+            .map(|((number, listener), delay_ms)| {
                 let server = Arc::clone(&server);
-                let random = Random::new(plan.seed, number);
-                scope.spawn(move || accept(listener, lazy, random, &server))
+                let random = Random::new(config.seed, number);
+                scope.spawn(move || accept(listener, delay_ms, random, &server))
             })
             .collect();
         threads
             .into_iter()
             .try_for_each(|thread| thread.join().expect("accepting does not panic"))
     })?;
-    // Threads whose listener died are back before the end.
+    // A thread returns early if its listener was closed.
     io::copy(&mut io::stdin().lock(), &mut io::sink()).context("wait for the end")?;
-    let until = Instant::now() + PATIENCE + PATIENCE;
+    let until = Instant::now() + BYTE_TIMEOUT + BYTE_TIMEOUT;
     while server.busy.load(Ordering::Acquire) > 0 {
-        ensure!(Instant::now() < until, "connections that never end");
+        ensure!(
+            Instant::now() < until,
+            "some connections did not end in time"
+        );
         thread::sleep(POLL_INTERVAL);
     }
-    let tally = server.tally().clone();
-    server.tell.say(&Event::Done(tally));
+    let stats = server.stats().clone();
+    server.events.send(&Event::Done(stats));
     Ok(())
 }
 
@@ -119,7 +122,12 @@ fn listen(address: SocketAddr, v6_only: bool) -> io::Result<Socket> {
 }
 
 /// Accepts until stdin ends.
-fn accept(listener: &Socket, lazy_ms: u32, mut random: Random, server: &Arc<Server>) -> Result<()> {
+fn accept(
+    listener: &Socket,
+    delay_ms: u32,
+    mut random: Random,
+    server: &Arc<Server>,
+) -> Result<()> {
     let stdin = io::stdin();
     loop {
         let mut waiting = [
@@ -130,80 +138,82 @@ fn accept(listener: &Socket, lazy_ms: u32, mut random: Random, server: &Arc<Serv
         if waiting[1].any().unwrap_or(false) {
             return Ok(());
         }
-        thread::sleep(random.pause(lazy_ms));
+        thread::sleep(random.pause(delay_ms));
         loop {
             let (socket, peer) = match listener.accept() {
                 Ok(accepted) => accepted,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                // It died in the queue.
+                // The connection died in the accept queue.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
-                // The listener is dead, which the report sees from outside; the connections go on.
+                // The listener was closed. The report notices that from outside, and the connections go on.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(()),
                 Err(error) => return Err(error).context("accept"),
             };
-            server.tally().accepted += 1;
+            server.stats().accepted += 1;
             let local = listener.local_addr()?.as_socket();
             let peer = peer.as_socket();
             let (local, peer) = local.zip(peer).context("not an internet address")?;
-            // A connection that is dead has no address of its own any more.
+            // The kernel returns no address of a dead connection.
             let local = socket
                 .local_addr()
                 .ok()
                 .and_then(|local| local.as_socket())
                 .unwrap_or(local);
-            match Line::new(socket.into(), Side::Server, local, peer) {
-                Ok(line) => server.serve(line, random.next())?,
-                Err(_) => server.tally().dead_on_arrival += 1,
+            match Connection::new(socket.into(), Side::Server, local, peer) {
+                Ok(connection) => server.serve(connection, random.next())?,
+                Err(_) => server.stats().dead_on_arrival += 1,
             }
         }
     }
 }
 
 impl Server {
-    fn tally(&self) -> std::sync::MutexGuard<'_, Tally> {
-        self.tally.lock().unwrap_or_else(PoisonError::into_inner)
+    fn stats(&self) -> std::sync::MutexGuard<'_, ServerStats> {
+        self.stats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Serves a connection on a thread of its own.
-    fn serve(self: &Arc<Self>, mut line: Line, seed: u64) -> Result<()> {
+    fn serve(self: &Arc<Self>, mut connection: Connection, seed: u64) -> Result<()> {
         let server = Arc::clone(self);
         server.busy.fetch_add(1, Ordering::AcqRel);
         thread::Builder::new()
             .stack_size(STACK)
             .spawn(move || {
-                server.live(&mut line, Random::new(seed, 0));
-                // Closed before it counts as done.
-                drop(line);
+                server.handle(&mut connection, Random::new(seed, 0));
+                // Closed before the connection counts as done.
+                drop(connection);
                 server.busy.fetch_sub(1, Ordering::AcqRel);
             })
             .context("start a thread for a connection")?;
         Ok(())
     }
 
-    fn live(&self, line: &mut Line, mut random: Random) {
-        let Ok(Some(mut header)) = line.read_header() else {
-            // Nobody knows whose it was; an innocent's client does, and says so.
-            self.tally().dead_on_arrival += 1;
+    fn handle(&self, connection: &mut Connection, mut random: Random) {
+        let Ok(Some(mut header)) = connection.read_header() else {
+            // The server cannot know its kind. The client of a bystander knows it and reports the loss.
+            self.stats().dead_on_arrival += 1;
             return;
         };
         loop {
             let (kind, served) = match header.then {
                 Then::Leak { read, watch, ms } => {
-                    leak(line, read, watch, ms);
-                    self.tally().leaked += 1;
+                    leak(connection, read, watch, ms);
+                    self.stats().leaked += 1;
                     return;
                 }
-                Then::Stream { replies } => ("stream", stream(line, &header, replies, &mut random)),
+                Then::Stream { replies } => {
+                    ("stream", stream(connection, &header, replies, &mut random))
+                }
                 Then::More | Then::ServerCloses | Then::ClientCloses => {
-                    let served = line
+                    let served = connection
                         .read_request(&header)
-                        .and_then(|()| line.send_reply(&header, header.round));
-                    ("innocent", served)
+                        .and_then(|()| connection.send_reply(&header, header.round));
+                    ("bystander", served)
                 }
             };
             let next = served.and_then(|()| match header.then {
-                Then::More => match line.read_header()? {
-                    None => Err(Trouble::new("no request where one was announced")),
+                Then::More => match connection.read_header()? {
+                    None => Err(WireError::new("the announced request is missing")),
                     next => Ok(next),
                 },
                 _ => Ok(None),
@@ -211,57 +221,58 @@ impl Server {
             match next {
                 Ok(Some(next)) => header = next,
                 Ok(None) => break,
-                Err(trouble) => {
-                    let loss = line.loss(header.life, kind, header.round, trouble);
-                    self.tell.say(&Event::Lost(loss));
+                Err(error) => {
+                    let loss = connection.loss(header.id, kind, header.round, error);
+                    self.events.send(&Event::Lost(loss));
                     return;
                 }
             }
         }
-        self.tally().served += 1;
+        self.stats().served += 1;
         if header.then == Then::ClientCloses {
-            // From its FIN on, the connection may be taken for stuck, and closed.
-            let _ = line.drain();
+            // After its FIN, a killer may take the connection for stuck and close it.
+            let _ = connection.drain();
         }
     }
 }
 
-/// What a program that forgets to close does. Until the FIN has arrived its connection is innocent, and not to be closed.
-fn leak(line: &mut Line, read: bool, watch: bool, ms: u16) {
-    // The crate has no name for it.
+/// Behaves as a program that forgets to close. Until the FIN has arrived, the connection is a bystander and must not be
+/// closed.
+fn leak(connection: &mut Connection, read: bool, watch: bool, ms: u16) {
+    // nix has no constant for POLLRDHUP.
     wait_for(
-        line,
+        connection,
         PollFlags::from_bits_retain(libc::POLLRDHUP),
-        FIN_PATIENCE_MS,
+        FIN_TIMEOUT_MS,
     );
     if read {
-        let _ = line.drain();
+        let _ = connection.drain();
     }
     if watch {
-        // Hang-ups and errors are always reported; the FIN that is already there is neither.
-        wait_for(line, PollFlags::empty(), ms);
+        // poll(2) always reports hang-ups and errors. The FIN that has arrived is neither.
+        wait_for(connection, PollFlags::empty(), ms);
     } else {
         thread::sleep(Duration::from_millis(ms.into()));
     }
 }
 
-fn wait_for(line: &Line, what: PollFlags, ms: u16) {
-    let mut waiting = [PollFd::new(line.stream.as_fd(), what)];
-    // Neither signals nor a bad descriptor can end it early.
+fn wait_for(connection: &Connection, events: PollFlags, ms: u16) {
+    let mut waiting = [PollFd::new(connection.stream.as_fd(), events)];
+    // No signal has a handler here, and the descriptor is valid: poll(2) cannot end early.
     let _ = poll(&mut waiting, PollTimeout::from(ms));
 }
 
-/// Reads the request to the FIN, then replies little by little.
+/// Reads the request up to the FIN, then replies with pauses.
 fn stream(
-    line: &mut Line,
+    connection: &mut Connection,
     header: &Header,
     replies: u16,
     random: &mut Random,
-) -> Result<(), Trouble> {
-    line.read_request(header)?;
-    line.read_end()?;
+) -> Result<(), WireError> {
+    connection.read_request(header)?;
+    connection.read_end()?;
     for reply in 0..replies {
-        line.send_reply(header, reply.into())?;
+        connection.send_reply(header, reply.into())?;
         thread::sleep(random.pause(STREAM_PAUSE_MS));
     }
     Ok(())

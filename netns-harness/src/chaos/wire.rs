@@ -1,7 +1,8 @@
-//! What clients and server say to each other, and a connection that knows what it has carried.
+//! The protocol between clients and server, and a connection that counts its bytes.
 //!
-//! The client leads: each of its requests is a [`Header`] and a payload, and says what comes next. Every payload is a
-//! function of the life, the round and the side, so bytes of another life on the same 4-tuple are never taken for right.
+//! The client leads: each of its requests is a [`Header`] and a payload. The header says how the connection goes on. Every
+//! payload is a function of the connection's id, the round and the side, so bytes of an earlier connection on the same
+//! 4-tuple never pass for the right ones.
 
 use std::fmt;
 use std::io::{self, Read as _, Write as _};
@@ -15,123 +16,73 @@ use serde::{Deserialize, Serialize};
 use super::random::Random;
 use crate::kernel::canonical;
 
-/// How long an innocent may wait for a byte. Far above any retransmission, so that what is lost is lost.
-pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a bystander waits for a byte. Far above any retransmission: bytes that are not there by then are lost.
+pub(super) const BYTE_TIMEOUT: Duration = Duration::from_secs(20);
 
-const MAGIC: u8 = 0xc4;
-const HEADER_LEN: usize = 24;
-
-/// The most a header may ask for.
+/// The largest payload that a header may announce, in bytes.
 const MAX_PAYLOAD: u32 = 1 << 20;
 
-/// Who made a payload.
+/// The side that sends a payload.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Side {
     Client,
     Server,
 }
 
-/// What comes after a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// How a connection goes on after a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Then {
-    /// A reply, and another request.
+    /// The server replies, and the client sends another request.
     More,
-    /// A reply, and the server closes.
+    /// The server replies and closes.
     ServerCloses,
-    /// A reply, and the client closes.
+    /// The server replies, and the client closes.
     ClientCloses,
-    /// A FIN: the server is to leak the connection for so many milliseconds.
+    /// The client sends FIN, and the server leaks the connection for `ms` milliseconds.
     Leak {
-        /// The server reads to the end first.
+        /// The server first reads to the end.
         read: bool,
-        /// The server closes as soon as it notices that the connection is dead.
+        /// The server closes early if it notices that the connection is dead.
         watch: bool,
         ms: u16,
     },
-    /// A FIN, and so many replies, little by little: a half-closed conversation in progress.
+    /// The client sends FIN, and the server sends `replies` replies with pauses: a half-closed connection in use.
     Stream { replies: u16 },
 }
 
-impl Then {
-    fn code(self) -> (u8, u16) {
-        match self {
-            Self::More => (0, 0),
-            Self::ServerCloses => (1, 0),
-            Self::ClientCloses => (2, 0),
-            Self::Stream { replies } => (3, replies),
-            Self::Leak { read, watch, ms } => (4 + u8::from(read) + 2 * u8::from(watch), ms),
-        }
-    }
-
-    fn from_code(code: u8, number: u16) -> Option<Self> {
-        Some(match code {
-            0 => Self::More,
-            1 => Self::ServerCloses,
-            2 => Self::ClientCloses,
-            3 => Self::Stream { replies: number },
-            4..=7 => Self::Leak {
-                read: code & 1 != 0,
-                watch: code & 2 != 0,
-                ms: number,
-            },
-            _ => return None,
-        })
-    }
-}
-
-/// The beginning of a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The beginning of a request. On the wire it is JSON after two bytes with its length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Header {
     /// The connection's number in the run.
-    pub life: u64,
+    pub id: u64,
     /// The request's number in the connection.
     pub round: u32,
     /// Bytes of payload that follow.
     pub request: u32,
-    /// Bytes of payload in (each) reply.
+    /// Bytes of payload in each reply.
     pub reply: u32,
     pub then: Then,
 }
 
 impl Header {
-    fn encode(&self) -> [u8; HEADER_LEN] {
-        let (code, number) = self.then.code();
-        let mut bytes = [0; HEADER_LEN];
-        bytes[0] = MAGIC;
-        bytes[1] = code;
-        bytes[2..4].copy_from_slice(&number.to_le_bytes());
-        bytes[4..12].copy_from_slice(&self.life.to_le_bytes());
-        bytes[12..16].copy_from_slice(&self.round.to_le_bytes());
-        bytes[16..20].copy_from_slice(&self.request.to_le_bytes());
-        bytes[20..24].copy_from_slice(&self.reply.to_le_bytes());
-        bytes
+    fn encode(&self) -> Vec<u8> {
+        let json = serde_json::to_vec(self).expect("a header is plain data");
+        let len = u16::try_from(json.len()).expect("a header is short");
+        [&len.to_be_bytes()[..], &json].concat()
     }
 
-    fn decode(bytes: &[u8; HEADER_LEN]) -> Option<Self> {
-        let u32_at = |at: usize| {
-            bytes[at..at + 4]
-                .iter()
-                .rev()
-                .fold(0, |sum, &byte| sum << 8 | u32::from(byte))
-        };
-        let header = Self {
-            life: u64::from(u32_at(4)) | u64::from(u32_at(8)) << 32,
-            round: u32_at(12),
-            request: u32_at(16),
-            reply: u32_at(20),
-            then: Then::from_code(bytes[1], u16::from_le_bytes([bytes[2], bytes[3]]))?,
-        };
-        let sane = bytes[0] == MAGIC && header.request.max(header.reply) <= MAX_PAYLOAD;
-        sane.then_some(header)
+    fn decode(json: &[u8]) -> Option<Self> {
+        let header: Self = serde_json::from_slice(json).ok()?;
+        (header.request.max(header.reply) <= MAX_PAYLOAD).then_some(header)
     }
 }
 
-fn payload(life: u64, round: u32, side: Side, len: u32) -> Vec<u8> {
+fn payload(id: u64, round: u32, side: Side, len: u32) -> Vec<u8> {
     let side = match side {
         Side::Client => 0,
         Side::Server => 1,
     };
-    let mut random = Random::new(life, u64::from(round) << 1 | side);
+    let mut random = Random::new(id, u64::from(round) << 1 | side);
     let len = usize::try_from(len).expect("32 bits fit");
     let mut bytes = Vec::with_capacity(len + 8);
     while bytes.len() < len {
@@ -141,41 +92,41 @@ fn payload(life: u64, round: u32, side: Side, len: u32) -> Vec<u8> {
     bytes
 }
 
-/// What went wrong on a connection.
+/// Why a connection failed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Trouble {
-    what: String,
+pub(super) struct WireError {
+    action: String,
     errno: Option<i32>,
 }
 
-impl Trouble {
-    pub fn new(what: impl Into<String>) -> Self {
+impl WireError {
+    pub fn new(action: impl Into<String>) -> Self {
         Self {
-            what: what.into(),
+            action: action.into(),
             errno: None,
         }
     }
 
-    pub fn io(what: &str, error: &io::Error) -> Self {
-        // What a read with a timeout says when it is over.
+    pub fn io(action: &str, error: &io::Error) -> Self {
+        // A read or write that ran into its timeout.
         if error.kind() == io::ErrorKind::WouldBlock {
-            return Self::new(format!("{what}: nothing happened for {PATIENCE:?}"));
+            return Self::new(format!("{action}: no progress for {BYTE_TIMEOUT:?}"));
         }
         Self {
-            what: what.to_owned(),
+            action: action.to_owned(),
             errno: error.raw_os_error(),
         }
     }
 
-    /// The other side or the kernel has reset the connection.
+    /// Whether the other side or the kernel has reset the connection.
     pub fn is_reset(&self) -> bool {
         self.errno.is_some()
     }
 }
 
-impl fmt::Display for Trouble {
+impl fmt::Display for WireError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.what)?;
+        f.write_str(&self.action)?;
         match self.errno {
             Some(errno) => write!(f, ": {}", errno_name(errno)),
             None => Ok(()),
@@ -188,11 +139,11 @@ pub(super) fn errno_name(errno: i32) -> String {
     format!("{:?}", Errno::from_raw(errno))
 }
 
-/// A connection whose bytes had to arrive and did not.
+/// A connection whose bytes should have arrived and did not.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Loss {
     /// The connection's number in the run.
-    pub(super) life: u64,
+    pub(super) id: u64,
     side: String,
     kind: String,
     server: SocketAddr,
@@ -201,31 +152,31 @@ pub struct Loss {
     sent: u64,
     received: u64,
     age_ms: u128,
-    trouble: Trouble,
+    error: WireError,
 }
 
 impl fmt::Display for Loss {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} {} (life {:#x}, {}), seen by the {} in round {} after {} ms: sent {} bytes, received {}: {}",
+            "{} {} (id {:#x}, {}), reported by the {} in round {} after {} ms: sent {} bytes, received {}: {}",
             self.server,
             self.client,
-            self.life,
+            self.id,
             self.kind,
             self.side,
             self.round,
             self.age_ms,
             self.sent,
             self.received,
-            self.trouble
+            self.error
         )
     }
 }
 
 /// One end of a connection.
 #[derive(Debug)]
-pub(super) struct Line {
+pub(super) struct Connection {
     pub stream: TcpStream,
     side: Side,
     local: SocketAddr,
@@ -235,19 +186,19 @@ pub(super) struct Line {
     pub received: u64,
 }
 
-impl Line {
-    /// `local` and `peer` are what the kernel calls the ends; of a connection that is already dead it may not tell.
+impl Connection {
+    /// The caller passes the addresses, because the kernel does not return those of a dead connection.
     ///
     /// # Errors
-    /// The kernel's.
+    /// The kernel refuses a socket option.
     pub fn new(
         stream: TcpStream,
         side: Side,
         local: SocketAddr,
         peer: SocketAddr,
     ) -> io::Result<Self> {
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(BYTE_TIMEOUT))?;
+        stream.set_write_timeout(Some(BYTE_TIMEOUT))?;
         stream.set_nodelay(true)?;
         Ok(Self {
             stream,
@@ -260,10 +211,10 @@ impl Line {
         })
     }
 
-    pub fn send_request(&mut self, header: &Header) -> Result<(), Trouble> {
-        let mut bytes = header.encode().to_vec();
+    pub fn send_request(&mut self, header: &Header) -> Result<(), WireError> {
+        let mut bytes = header.encode();
         bytes.extend(payload(
-            header.life,
+            header.id,
             header.round,
             Side::Client,
             header.request,
@@ -271,54 +222,56 @@ impl Line {
         self.send(&bytes)
     }
 
-    /// The next request's header; `None` if the connection ends in order instead.
-    pub fn read_header(&mut self) -> Result<Option<Header>, Trouble> {
-        let mut bytes = [0; HEADER_LEN];
-        if self.read(&mut bytes[..1])? == 0 {
+    /// The header of the next request; `None` after an orderly end.
+    pub fn read_header(&mut self) -> Result<Option<Header>, WireError> {
+        let mut len = [0; 2];
+        if self.read(&mut len[..1])? == 0 {
             return Ok(None);
         }
-        self.fill(&mut bytes[1..])?;
-        match Header::decode(&bytes) {
+        self.fill(&mut len[1..])?;
+        let mut json = vec![0; u16::from_be_bytes(len).into()];
+        self.fill(&mut json)?;
+        match Header::decode(&json) {
             Some(header) => Ok(Some(header)),
-            None => Err(Trouble::new(format!("no header: {bytes:02x?}"))),
+            None => Err(WireError::new(format!("not a header: {json:02x?}"))),
         }
     }
 
-    pub fn read_request(&mut self, header: &Header) -> Result<(), Trouble> {
-        self.read_payload(header.life, header.round, Side::Client, header.request)
+    pub fn read_request(&mut self, header: &Header) -> Result<(), WireError> {
+        self.read_payload(header.id, header.round, Side::Client, header.request)
     }
 
-    /// Sends the reply number `round`, which in a stream is not the request's number.
-    pub fn send_reply(&mut self, header: &Header, round: u32) -> Result<(), Trouble> {
-        self.send(&payload(header.life, round, Side::Server, header.reply))
+    /// Sends the reply `round`. In a stream, replies are numbered separately from requests.
+    pub fn send_reply(&mut self, header: &Header, round: u32) -> Result<(), WireError> {
+        self.send(&payload(header.id, round, Side::Server, header.reply))
     }
 
-    pub fn read_reply(&mut self, header: &Header, round: u32) -> Result<(), Trouble> {
-        self.read_payload(header.life, round, Side::Server, header.reply)
+    pub fn read_reply(&mut self, header: &Header, round: u32) -> Result<(), WireError> {
+        self.read_payload(header.id, round, Side::Server, header.reply)
     }
 
-    /// Reads an orderly end and nothing before it.
-    pub fn read_end(&mut self) -> Result<(), Trouble> {
+    /// Reads an orderly end; bytes before it are an error.
+    pub fn read_end(&mut self) -> Result<(), WireError> {
         match self.read(&mut [0])? {
             0 => Ok(()),
-            _ => Err(Trouble::new("bytes after the end")),
+            _ => Err(WireError::new("bytes after the end")),
         }
     }
 
-    /// Reads whatever comes, to the end.
-    pub fn drain(&mut self) -> Result<(), Trouble> {
+    /// Reads and discards everything up to the end.
+    pub fn drain(&mut self) -> Result<(), WireError> {
         let mut bytes = [0; 4096];
         while self.read(&mut bytes)? > 0 {}
         Ok(())
     }
 
-    pub fn loss(&self, life: u64, kind: &str, round: u32, trouble: Trouble) -> Loss {
+    pub fn loss(&self, id: u64, kind: &str, round: u32, error: WireError) -> Loss {
         let (side, server, client) = match self.side {
             Side::Client => ("client", self.peer, self.local),
             Side::Server => ("server", self.local, self.peer),
         };
         Loss {
-            life,
+            id,
             side: side.to_owned(),
             kind: kind.to_owned(),
             server,
@@ -327,11 +280,11 @@ impl Line {
             sent: self.sent,
             received: self.received,
             age_ms: self.began.elapsed().as_millis(),
-            trouble,
+            error,
         }
     }
 
-    fn send(&mut self, mut bytes: &[u8]) -> Result<(), Trouble> {
+    fn send(&mut self, mut bytes: &[u8]) -> Result<(), WireError> {
         while !bytes.is_empty() {
             match self.stream.write(bytes) {
                 Ok(written) => {
@@ -339,13 +292,13 @@ impl Line {
                     self.sent += written as u64;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(Trouble::io("send", &error)),
+                Err(error) => return Err(WireError::io("send", &error)),
             }
         }
         Ok(())
     }
 
-    fn read(&mut self, bytes: &mut [u8]) -> Result<usize, Trouble> {
+    fn read(&mut self, bytes: &mut [u8]) -> Result<usize, WireError> {
         loop {
             match self.stream.read(bytes) {
                 Ok(read) => {
@@ -353,29 +306,29 @@ impl Line {
                     return Ok(read);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(Trouble::io("receive", &error)),
+                Err(error) => return Err(WireError::io("receive", &error)),
             }
         }
     }
 
-    fn fill(&mut self, bytes: &mut [u8]) -> Result<(), Trouble> {
-        let mut have = 0;
-        while have < bytes.len() {
-            match self.read(&mut bytes[have..])? {
-                0 => return Err(Trouble::new("the end came too early")),
-                read => have += read,
+    fn fill(&mut self, bytes: &mut [u8]) -> Result<(), WireError> {
+        let mut filled = 0;
+        while filled < bytes.len() {
+            match self.read(&mut bytes[filled..])? {
+                0 => return Err(WireError::new("the connection ended too early")),
+                read => filled += read,
             }
         }
         Ok(())
     }
 
-    fn read_payload(&mut self, life: u64, round: u32, side: Side, len: u32) -> Result<(), Trouble> {
-        let right = payload(life, round, side, len);
+    fn read_payload(&mut self, id: u64, round: u32, side: Side, len: u32) -> Result<(), WireError> {
+        let right = payload(id, round, side, len);
         let mut bytes = vec![0; right.len()];
         self.fill(&mut bytes)?;
         match right.iter().zip(&bytes).position(|(a, b)| a != b) {
             None => Ok(()),
-            Some(at) => Err(Trouble::new(format!("the byte {at} of {len} is wrong"))),
+            Some(offset) => Err(WireError::new(format!("byte {offset} of {len} is wrong"))),
         }
     }
 }
@@ -385,36 +338,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn headers_survive_the_wire() {
-        let leak = |read, watch| Then::Leak {
-            read,
-            watch,
-            ms: 513,
+    fn a_header_survives_the_wire_if_its_payloads_are_small() {
+        let mut header = Header {
+            id: u64::MAX,
+            round: 9,
+            request: MAX_PAYLOAD,
+            reply: 3,
+            then: Then::Leak {
+                read: true,
+                watch: false,
+                ms: 513,
+            },
         };
-        for then in [
-            Then::More,
-            Then::ServerCloses,
-            Then::ClientCloses,
-            Then::Stream { replies: 700 },
-            leak(false, false),
-            leak(true, false),
-            leak(false, true),
-            leak(true, true),
-        ] {
-            let header = Header {
-                life: 0x0102_0304_0506_0708,
-                round: 9,
-                request: 70_000,
-                reply: 3,
-                then,
-            };
-            assert_eq!(Header::decode(&header.encode()), Some(header));
-        }
-        assert_eq!(Header::decode(&[0; HEADER_LEN]), None);
+        let bytes = header.encode();
+        assert_eq!(
+            usize::from(u16::from_be_bytes([bytes[0], bytes[1]])),
+            bytes.len() - 2
+        );
+        assert_eq!(Header::decode(&bytes[2..]), Some(header));
+        header.reply = MAX_PAYLOAD + 1;
+        assert_eq!(Header::decode(&header.encode()[2..]), None);
+        assert_eq!(Header::decode(b"\0\0"), None);
     }
 
     #[test]
-    fn payloads_differ_by_life_round_and_side() {
+    fn payloads_differ_by_id_round_and_side() {
         let first = payload(1, 1, Side::Client, 21);
         assert_eq!(first.len(), 21);
         assert_eq!(first, payload(1, 1, Side::Client, 21));

@@ -1,9 +1,9 @@
-//! Processes that leak descriptors and are real programs: in C, Go, Java, JavaScript and Python, compiled when they are
-//! needed, and what `cwkill --reclaim` does to them.
+//! Real programs that leak descriptors, in C, Go, Java, JavaScript and Python, and the effect of `cwkill --reclaim` on them.
+//! They are compiled when they are needed.
 //!
-//! - [`Owner`]: a program that leaks dead sockets on order and watches itself for damage
-//! - [`runtimes`]: servers that are leaked to EMFILE and cured, over and over, under load
-//! - `stops`: for how long an owner stands still
+//! - [`Owner`]: a program that leaks dead sockets on order and checks itself for damage
+//! - [`runtimes`]: servers that leak until EMFILE and are recovered, repeatedly and under load
+//! - `stops`: measures how long an owner is stopped
 
 pub mod runtimes;
 pub(crate) mod stops;
@@ -24,14 +24,14 @@ use nix::unistd::Pid;
 
 use crate::host::Host;
 
-/// How long a program may take to answer.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long to wait for an answer of a program.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A directory that goes when this is dropped.
+/// A temporary directory to compile in, removed when dropped.
 #[derive(Debug)]
-pub(crate) struct Workshop(PathBuf);
+pub(crate) struct BuildDir(PathBuf);
 
-impl Workshop {
+impl BuildDir {
     pub(crate) fn new() -> Result<Self> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
@@ -46,8 +46,8 @@ impl Workshop {
     }
 
     /// Compiles the program of [`Owner`].
-    pub(crate) fn owner(&self, flags: &[&str]) -> Result<PathBuf> {
-        let parts = [
+    pub(crate) fn compile_owner(&self, flags: &[&str]) -> Result<PathBuf> {
+        let sources = [
             ("owner.h", include_str!("../../owners/owner.h")),
             ("hangs.c", include_str!("../../owners/hangs.c")),
             ("reacts.c", include_str!("../../owners/reacts.c")),
@@ -56,7 +56,7 @@ impl Workshop {
             ("waits.c", include_str!("../../owners/waits.c")),
             ("works.c", include_str!("../../owners/works.c")),
         ];
-        for (name, text) in parts {
+        for (name, text) in sources {
             fs::write(self.path(name), text)?;
         }
         let compiler =
@@ -67,20 +67,22 @@ impl Workshop {
         Ok(self.path("owner"))
     }
 
-    /// Compiles a 32-bit program that knows some of its orders.
-    fn narrow(&self) -> Result<PathBuf> {
+    /// Compiles the 32-bit program, which knows some orders of [`Owner`].
+    fn compile_bits32(&self) -> Result<PathBuf> {
         let compiler = "cc -m32 -O2 -ffreestanding -fno-pic -fno-pie -fno-stack-protector -mno-sse -nostdlib \
-                        -static -no-pie -o narrow narrow.c";
+                        -static -no-pie -o bits32 bits32.c";
         let compiler: Vec<&str> = compiler.split_whitespace().collect();
-        let text = include_str!("../../owners/narrow.c");
-        self.build("narrow.c", text, &compiler)?;
-        Ok(self.path("narrow"))
+        let text = include_str!("../../owners/bits32.c");
+        self.build("bits32.c", text, &compiler)?;
+        Ok(self.path("bits32"))
     }
 
     /// Writes a source file and compiles it.
     pub(crate) fn build(&self, source: &str, text: &str, compiler: &[&str]) -> Result<()> {
         fs::write(self.path(source), text)?;
-        let (program, arguments) = compiler.split_first().context("no compiler")?;
+        let (program, arguments) = compiler
+            .split_first()
+            .context("an empty compiler command")?;
         let output = Command::new(program)
             .args(arguments)
             .current_dir(&self.0)
@@ -96,7 +98,7 @@ impl Workshop {
     }
 }
 
-impl Drop for Workshop {
+impl Drop for BuildDir {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
@@ -105,12 +107,12 @@ impl Drop for Workshop {
 /// How the program of [`Owner`] is linked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Build {
-    /// As the compiler does it.
+    /// With the compiler's defaults.
     Plain,
-    /// Without a dynamic linker, without symbols, at a fixed address.
+    /// Statically, without symbols, at a fixed address.
     StaticStripped,
-    /// For the 32-bit predecessor of the processor (`owners/narrow.c`), which x86-64 has.
-    Narrow,
+    /// The 32-bit program of `owners/bits32.c`, for x86-64.
+    Bits32,
 }
 
 /// A program that leaks dead sockets on order. Killed when dropped.
@@ -122,29 +124,29 @@ pub struct Owner {
 }
 
 impl Owner {
-    /// Starts one in a mode of `owners/*.c`, with so many threads.
+    /// Starts the program in a mode of `owners/*.c` with this number of threads.
     ///
     /// # Errors
-    /// There is no C compiler, or it does not start.
+    /// There is no C compiler, or the program does not start.
     pub fn start(host: &Host, build: Build, mode: &str, threads: usize) -> Result<Self> {
         let program = Self::program(build)?;
-        Self::start_by(host, &[], &program, mode, threads)
+        Self::start_through(host, &[], &program, mode, threads)
     }
 
-    /// The same through a command that runs what follows it.
+    /// As [`Self::start`], through a wrapper such as `setpriv` that executes its arguments.
     ///
     /// # Errors
     /// As [`Self::start`].
-    pub fn start_by(
+    pub fn start_through(
         host: &Host,
-        by: &[&str],
+        wrapper: &[&str],
         program: &Path,
         mode: &str,
         threads: usize,
     ) -> Result<Self> {
         let program = program.display().to_string();
         let threads = threads.to_string();
-        let words: Vec<&str> = by
+        let words: Vec<&str> = wrapper
             .iter()
             .copied()
             .chain([&*program, mode, &threads])
@@ -175,45 +177,45 @@ impl Owner {
         Ok(owner)
     }
 
-    /// The program, compiled once; nothing of it is left in the file system.
+    /// The path of the program. It is compiled once and kept only as an open file.
     ///
     /// # Errors
     /// There is no C compiler.
     pub fn program(build: Build) -> Result<PathBuf> {
         static PLAIN: OnceLock<Result<File, String>> = OnceLock::new();
         static STATIC: OnceLock<Result<File, String>> = OnceLock::new();
-        static NARROW: OnceLock<Result<File, String>> = OnceLock::new();
-        let kept = match build {
+        static BITS32: OnceLock<Result<File, String>> = OnceLock::new();
+        let cell = match build {
             Build::Plain => &PLAIN,
             Build::StaticStripped => &STATIC,
-            Build::Narrow => &NARROW,
+            Build::Bits32 => &BITS32,
         };
         let compile = || -> Result<File> {
-            let workshop = Workshop::new()?;
+            let build_dir = BuildDir::new()?;
             Ok(File::open(match build {
-                Build::Plain => workshop.owner(&[])?,
-                Build::StaticStripped => workshop.owner(&["-static", "-s", "-no-pie"])?,
-                Build::Narrow => workshop.narrow()?,
+                Build::Plain => build_dir.compile_owner(&[])?,
+                Build::StaticStripped => build_dir.compile_owner(&["-static", "-s", "-no-pie"])?,
+                Build::Bits32 => build_dir.compile_bits32()?,
             })?)
         };
-        match kept.get_or_init(|| compile().map_err(|error| format!("{error:#}"))) {
+        match cell.get_or_init(|| compile().map_err(|error| format!("{error:#}"))) {
             Ok(file) => Ok(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into()),
             Err(error) => bail!("{error}"),
         }
     }
 
-    /// Its number.
+    /// Pid of the process.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Gives an order; the answer.
+    /// Sends an order and returns the answer.
     ///
     /// # Errors
-    /// It does not answer.
+    /// The program does not answer.
     pub fn order(&mut self, order: &str) -> Result<String> {
-        // With one write(2): not every owner waits for the end of the line.
+        // In one write(2): the 32-bit program does not wait for the end of the line.
         let line = format!("{order}\n");
         let written = self.stdin.write_all(line.as_bytes());
         written.with_context(|| format!("order `{order}`"))?;
@@ -222,62 +224,62 @@ impl Owner {
 
     fn answer(&self) -> Result<String> {
         self.answers
-            .recv_timeout(PATIENCE)
-            .context("it does not answer")
+            .recv_timeout(ANSWER_TIMEOUT)
+            .context("the program does not answer")
     }
 
-    /// Gives an order that is answered by descriptors; those.
+    /// Sends an order whose answer is a list of descriptors, and returns them.
     ///
     /// # Errors
-    /// It does not answer.
-    pub fn numbers(&mut self, order: &str) -> Result<Vec<i32>> {
+    /// The program does not answer.
+    pub fn order_fds(&mut self, order: &str) -> Result<Vec<i32>> {
         numbers(&self.order(order)?)
     }
 
-    /// Makes it leak dead sockets; their descriptors.
+    /// Lets the program leak dead sockets. Returns their descriptors.
     ///
     /// # Errors
-    /// It does not answer.
+    /// The program does not answer.
     pub fn leak(&mut self, count: usize) -> Result<Vec<i32>> {
-        self.numbers(&format!("leak {count}"))
+        self.order_fds(&format!("leak {count}"))
     }
 
-    /// Makes it leak dead sockets with 30000 bytes that it has not read; their descriptors.
+    /// Lets the program leak dead sockets with 30000 unread bytes. Returns their descriptors.
     ///
     /// # Errors
-    /// It does not answer.
-    pub fn answered(&mut self, count: usize) -> Result<Vec<i32>> {
+    /// The program does not answer.
+    pub fn leak_unread(&mut self, count: usize) -> Result<Vec<i32>> {
         numbers(&self.order(&format!("answered {count}"))?)
     }
 
-    /// Makes it leak sockets in CLOSE-WAIT; their descriptors.
+    /// Lets the program leak sockets in CLOSE-WAIT. Returns their descriptors.
     ///
     /// # Errors
-    /// It does not answer.
-    pub fn stuck(&mut self, count: usize) -> Result<Vec<i32>> {
+    /// The program does not answer.
+    pub fn leak_stuck(&mut self, count: usize) -> Result<Vec<i32>> {
         numbers(&self.order(&format!("stuck {count}"))?)
     }
 
-    /// The dead ones with a living descriptor after each.
+    /// As [`Self::leak`], with another open descriptor after each socket. Returns the descriptors of the dead sockets.
     ///
     /// # Errors
-    /// It does not answer.
-    pub fn scatter(&mut self, count: usize) -> Result<Vec<i32>> {
-        self.numbers(&format!("scatter {count}"))
+    /// The program does not answer.
+    pub fn leak_scattered(&mut self, count: usize) -> Result<Vec<i32>> {
+        self.order_fds(&format!("scatter {count}"))
     }
 
-    /// The longest time between two beats of its heart since the last call.
+    /// The longest time between two heartbeats since the last call.
     ///
     /// # Errors
-    /// It does not answer.
+    /// The program does not answer.
     pub fn longest_gap(&mut self) -> Result<Duration> {
         Ok(Duration::from_micros(self.order("gap")?.parse()?))
     }
 
-    /// How many of its checks were passed.
+    /// The number of checks that passed.
     ///
     /// # Errors
-    /// One was not; the message says which.
+    /// A check failed; the message says which.
     pub fn report(&mut self) -> Result<u64> {
         let report = self.order("report")?;
         match report.strip_prefix("ok ") {
@@ -286,24 +288,24 @@ impl Owner {
         }
     }
 
-    /// Does it run?
+    /// Whether the process still runs.
     #[must_use]
     pub fn is_alive(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// Sends it a signal.
+    /// Sends a signal to the process.
     ///
     /// # Errors
-    /// It is gone.
+    /// The process has ended.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         Ok(kill(Pid::from_raw(self.child.id().cast_signed()), signal)?)
     }
 
-    /// The descriptors it has open.
+    /// The open descriptors of the process.
     ///
     /// # Errors
-    /// It is gone.
+    /// The process has ended.
     pub fn descriptors(&self) -> Result<Vec<i32>> {
         descriptors(self.pid())
     }
@@ -321,7 +323,7 @@ fn numbers(line: &str) -> Result<Vec<i32>> {
     line.split_whitespace().map(number).collect()
 }
 
-/// The descriptors that a process has open.
+/// The open descriptors of a process.
 pub(crate) fn descriptors(pid: u32) -> Result<Vec<i32>> {
     let mut numbers = Vec::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {

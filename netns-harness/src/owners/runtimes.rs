@@ -1,7 +1,7 @@
-//! Servers in several languages that leak until they cannot accept any more, and go on after `cwkill --reclaim`.
+//! Servers in several languages that leak until they cannot accept, and recover after `cwkill --reclaim`.
 //!
-//! All the while other connections exchange bytes that both sides check. A run is: leak to EMFILE, see that nobody is
-//! served, reclaim, see that a new connection is.
+//! A run: leak until EMFILE, check that the server serves no new connection, reclaim, check that it does again. Meanwhile
+//! other connections exchange bytes, and the clients verify them.
 
 use std::fmt;
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -16,26 +16,26 @@ use anyhow::{Context as _, Result, bail, ensure};
 use clap::ValueEnum;
 use serde_json::Value;
 
-use super::{Workshop, descriptors};
-use crate::bench::{beside_us, on_path};
+use super::{BuildDir, descriptors};
 use crate::host::Host;
 use crate::kernel::TcpState;
+use crate::program::{beside_this_program, is_found};
 use crate::{lab::Lab, privilege};
 
-/// What a server is written in.
+/// The language of a server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Runtime {
-    /// A thread a connection.
+    /// One thread per connection.
     C,
-    /// The same, linked statically and stripped.
+    /// As `C`, linked statically and stripped.
     CStatic,
-    /// A goroutine a connection, all in an epoll set: needs --reclaim-force.
+    /// One goroutine per connection, all in an epoll set: needs --reclaim-force.
     Go,
-    /// A thread a connection, and one that closes what is forgotten: needs --reclaim-force.
+    /// One thread per connection, and a collector that closes unreferenced sockets: needs --reclaim-force.
     Java,
-    /// One thread and an epoll set: needs --reclaim-force.
+    /// One thread with an epoll set: needs --reclaim-force.
     Node,
-    /// A thread a connection.
+    /// One thread per connection.
     Python,
 }
 
@@ -47,7 +47,7 @@ impl fmt::Display for Runtime {
 }
 
 impl Runtime {
-    /// What it takes to build and run it, and is not there.
+    /// A program that is needed to build or run the server, but not installed.
     #[must_use]
     pub fn missing_tool(self) -> Option<&'static str> {
         let tools: &[&str] = match self {
@@ -57,21 +57,21 @@ impl Runtime {
             Self::Node => &["node"],
             Self::Python => &["python3"],
         };
-        tools.iter().copied().find(|tool| !on_path(tool))
+        tools.iter().copied().find(|tool| !is_found(tool))
     }
 
-    /// Whether `--reclaim` leaves its connections alone: they are in an epoll set, or a collector may close them.
+    /// Whether plain `--reclaim` skips its connections: they are in an epoll set, or a collector may close them.
     #[must_use]
     pub fn needs_force(self) -> bool {
         matches!(self, Self::Go | Self::Java | Self::Node)
     }
 
-    /// Builds the server; the command that runs it.
-    fn build(self, workshop: &Workshop) -> Result<Vec<String>> {
-        let path = |name: &str| workshop.path(name).display().to_string();
+    /// Builds the server. Returns the command that runs it.
+    fn build(self, build_dir: &BuildDir) -> Result<Vec<String>> {
+        let path = |name: &str| build_dir.path(name).display().to_string();
         let c = |flags: &[&str]| -> Result<Vec<String>> {
             let compiler = [&["cc", "-O2", "-pthread", "-o", "echo", "echo.c"], flags].concat();
-            workshop.build("echo.c", include_str!("../../owners/echo.c"), &compiler)?;
+            build_dir.build("echo.c", include_str!("../../owners/echo.c"), &compiler)?;
             Ok(vec![path("echo")])
         };
         match self {
@@ -79,12 +79,12 @@ impl Runtime {
             Self::CStatic => c(&["-static", "-s"]),
             Self::Go => {
                 let compiler = ["go", "build", "-o", "echo", "echo.go"];
-                workshop.build("echo.go", include_str!("../../owners/echo.go"), &compiler)?;
+                build_dir.build("echo.go", include_str!("../../owners/echo.go"), &compiler)?;
                 Ok(vec![path("echo")])
             }
             Self::Java => {
                 let text = include_str!("../../owners/Echo.java");
-                workshop.build("Echo.java", text, &["javac", "Echo.java"])?;
+                build_dir.build("Echo.java", text, &["javac", "Echo.java"])?;
                 let words = ["java", "-Xmx64m", "-XX:+UseSerialGC", "-cp"];
                 Ok(words
                     .map(str::to_owned)
@@ -94,153 +94,160 @@ impl Runtime {
             }
             Self::Node => {
                 let text = include_str!("../../owners/echo.js");
-                workshop.build("echo.js", text, &["true"])?;
+                build_dir.build("echo.js", text, &["true"])?;
                 Ok(vec!["node".into(), path("echo.js")])
             }
             Self::Python => {
                 let text = include_str!("../../owners/echo.py");
-                workshop.build("echo.py", text, &["true"])?;
+                build_dir.build("echo.py", text, &["true"])?;
                 Ok(vec!["python3".into(), path("echo.py")])
             }
         }
     }
 }
 
-/// What to do.
+/// Options of `netns-harness recover`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Runtimes {
-    /// Which servers; all, if none is named
+    /// Servers to run [default: all]
     #[arg(value_enum)]
     pub runtimes: Vec<Runtime>,
-    /// How often each is leaked to its limit and cured
+    /// How often each server leaks until its limit and is recovered
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
     pub runs: u32,
-    /// Connections with checked bytes beside the leaked ones
+    /// Other connections whose bytes are verified
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub clients: usize,
-    /// The program to run
+    /// The cwkill program to run
     #[arg(long, value_name = "PATH", default_value = "cwkill")]
     pub cwkill: PathBuf,
 }
 
-/// What came of the runs of one runtime.
+/// Results of the runs of one runtime.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Tally {
-    /// Runs that ended with a server that accepts.
-    pub cured: u32,
-    /// Descriptors that were freed.
+pub struct RecoveryStats {
+    /// Runs after which the server accepted again.
+    pub recovered: u32,
+    /// Descriptors that `cwkill` freed.
     pub freed: u64,
-    /// Bytes of other connections that went there and back, all of them right.
+    /// Verified bytes of other connections.
     pub bytes: u64,
-    /// The longest time that a server was stopped, in microseconds, as `cwkill` says.
+    /// The longest stop of a server that `cwkill` reported, in microseconds.
     pub longest_stop_us: u64,
 }
 
-/// Descriptors that a server may have. A JVM needs some thirty for itself.
+/// Descriptor limit of a server. A JVM needs about thirty itself.
 const LIMIT: usize = 128;
-/// Runs of one process of a server.
+/// Runs per server process.
 const RUNS_OF_A_SERVER: u32 = 20;
 const PORT: u16 = 7400;
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 impl Runtimes {
-    /// Runs and prints a line for each runtime.
+    /// Runs all servers and prints one line per runtime.
     ///
     /// # Errors
-    /// A runtime is not installed, a server was not cured or was harmed, or bytes were wrong.
+    /// A runtime is not installed, a server did not recover or was harmed, or bytes were wrong.
     pub fn run(&self) -> Result<()> {
         privilege::ensure_privileges()?;
-        let cwkill = beside_us(&self.cwkill)?;
+        let cwkill = beside_this_program(&self.cwkill)?;
         let runtimes = match self.runtimes.as_slice() {
             [] => Runtime::value_variants(),
-            some => some,
+            selected => selected,
         };
         for &runtime in runtimes {
-            let tally = cure(runtime, self.runs, self.clients, &cwkill)
+            let stats = recover(runtime, self.runs, self.clients, &cwkill)
                 .with_context(|| format!("runtime {runtime}"))?;
             println!(
-                "{runtime}: {} of {} runs cured, {} descriptors freed, {} bytes of {} other connections right, \
+                "{runtime}: {} of {} runs recovered, {} descriptors freed, {} bytes of {} other connections correct, \
                  longest stop {:.1} ms",
-                tally.cured,
+                stats.recovered,
                 self.runs,
-                tally.freed,
-                tally.bytes,
+                stats.freed,
+                stats.bytes,
                 self.clients,
-                Duration::from_micros(tally.longest_stop_us).as_secs_f64() * 1000.0
+                Duration::from_micros(stats.longest_stop_us).as_secs_f64() * 1000.0
             );
         }
         Ok(())
     }
 }
 
-/// Leaks a server of `runtime` to its limit and cures it, `runs` times.
+/// Lets a server of `runtime` leak until its limit and recovers it, `runs` times.
 ///
 /// # Errors
-/// It is not installed, was not cured or was harmed, or bytes were wrong.
-pub fn cure(runtime: Runtime, runs: u32, clients: usize, cwkill: &Path) -> Result<Tally> {
+/// The runtime is not installed, the server did not recover or was harmed, or bytes were wrong.
+pub fn recover(
+    runtime: Runtime,
+    runs: u32,
+    clients: usize,
+    cwkill: &Path,
+) -> Result<RecoveryStats> {
     if let Some(tool) = runtime.missing_tool() {
         bail!("{tool} is not installed");
     }
-    let workshop = Workshop::new()?;
-    let command = runtime.build(&workshop)?;
-    let mut tally = Tally::default();
-    while tally.cured < runs {
+    let build_dir = BuildDir::new()?;
+    let command = runtime.build(&build_dir)?;
+    let mut stats = RecoveryStats::default();
+    while stats.recovered < runs {
         let lab = Lab::new()?;
         let mut server = Server::start(lab.app_host(), &command)?;
-        let some = (runs - tally.cured).min(RUNS_OF_A_SERVER);
+        let batch = (runs - stats.recovered).min(RUNS_OF_A_SERVER);
         let bytes = AtomicU64::new(0);
         let over = AtomicBool::new(false);
         lab.app_host().within(|| {
             thread::scope(|scope| {
-                let talks: Vec<_> = (0..clients)
+                let exchanges: Vec<_> = (0..clients)
                     .map(|number| {
                         scope.spawn({
                             let (bytes, over) = (&bytes, &over);
                             let host = lab.app_host();
-                            move || host.within(|| talk(number, bytes, over))
+                            move || host.within(|| exchange(number, bytes, over))
                         })
                     })
                     .collect();
-                let cured = (|| -> Result<()> {
-                    for _ in 0..some {
+                let recovered = (|| -> Result<()> {
+                    for _ in 0..batch {
                         server.leak_to_the_limit()?;
                         let done = server.reclaim(lab.app_host(), runtime, cwkill)?;
-                        tally.freed += done.0;
-                        tally.longest_stop_us = tally.longest_stop_us.max(done.1);
+                        stats.freed += done.0;
+                        stats.longest_stop_us = stats.longest_stop_us.max(done.1);
                         server.serves()?;
-                        tally.cured += 1;
+                        stats.recovered += 1;
                     }
                     Ok(())
                 })();
                 over.store(true, Ordering::Relaxed);
-                for talk in talks {
-                    talk.join()
+                for exchange in exchanges {
+                    exchange
+                        .join()
                         .map_err(|_| anyhow::anyhow!("a client panicked"))??;
                 }
-                cured
+                recovered
             })
         })?;
         ensure!(
             matches!(server.child.try_wait(), Ok(None)),
             "the server is gone"
         );
-        tally.bytes += bytes.load(Ordering::Relaxed);
+        stats.bytes += bytes.load(Ordering::Relaxed);
     }
-    Ok(tally)
+    Ok(stats)
 }
 
-/// Leaks a server of `runtime` to its limit and runs `cwkill --reclaim` without force; why descriptors were left.
+/// Lets a server of `runtime` leak until its limit and runs `cwkill --reclaim` without force. Returns the reasons for
+/// descriptors that were not freed.
 ///
 /// # Errors
-/// It is not installed, or `cwkill` cannot be run.
-pub fn cure_plainly(runtime: Runtime, cwkill: &Path) -> Result<Vec<String>> {
-    let workshop = Workshop::new()?;
-    let command = runtime.build(&workshop)?;
+/// The runtime is not installed, or `cwkill` cannot be run.
+pub fn recover_unforced(runtime: Runtime, cwkill: &Path) -> Result<Vec<String>> {
+    let build_dir = BuildDir::new()?;
+    let command = runtime.build(&build_dir)?;
     let lab = Lab::new()?;
     let server = Server::start(lab.app_host(), &command)?;
     lab.app_host().within(|| server.leak_to_the_limit())?;
-    let said = server.run_cwkill(lab.app_host(), cwkill, &[])?;
-    Ok(reasons(&said))
+    let json = server.run_cwkill(lab.app_host(), cwkill, &[])?;
+    Ok(reasons(&json))
 }
 
 struct Server {
@@ -278,43 +285,49 @@ impl Server {
         Ok(server)
     }
 
-    /// Connections are leaked until no descriptor is left and nobody is served; then their peers close.
+    /// Leaks connections until no descriptor is free and the server serves no new connection. Then their peers close.
     fn leak_to_the_limit(&self) -> Result<()> {
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + TIMEOUT;
         let mut leaked = Vec::new();
         while self.has_room()? {
-            ensure!(Instant::now() < until, "it does not come to its limit");
+            ensure!(
+                Instant::now() < until,
+                "the server does not reach its limit"
+            );
             let before = descriptors(self.child.id())?.len();
             let mut peer = TcpStream::connect(address())?;
             peer.write_all(b"L")?;
             leaked.push(peer);
-            // Accepted, or one too many. A busy machine must not run ahead of it: Node.js drops all that are too many.
-            let settled = || Ok(descriptors(self.child.id())?.len() > before || !self.has_room()?);
-            wait(Duration::from_secs(2), settled).ok();
+            // Wait until the server has accepted it or is at its limit: Node.js drops connections beyond the limit.
+            let is_done = || Ok(descriptors(self.child.id())?.len() > before || !self.has_room()?);
+            wait(Duration::from_secs(2), is_done).ok();
         }
-        ensure!(!echoes(Duration::from_millis(50)), "it still serves");
+        ensure!(
+            !echoes(Duration::from_millis(50)),
+            "the server still serves"
+        );
         for peer in &leaked {
             match peer.shutdown(Shutdown::Write) {
-                // Node.js keeps a descriptor back to accept and drop what comes at its limit.
+                // Node.js reserves a descriptor to accept and drop connections beyond the limit.
                 Err(error) if error.kind() == ErrorKind::NotConnected => {}
                 other => other?,
             }
         }
         let count = leaked.len();
-        wait(PATIENCE, || Ok(in_state(TcpState::CloseWait)? + 2 >= count))
-            .context("the leaked connections are not stuck")
+        wait(TIMEOUT, || Ok(in_state(TcpState::CloseWait)? + 2 >= count))
+            .context("the leaked connections are not in CLOSE-WAIT")
     }
 
-    /// Whether a number below the limit is free; inherited ones may be above it.
+    /// Whether a descriptor below the limit is free. Inherited descriptors may be above it.
     fn has_room(&self) -> Result<bool> {
         let below = |fd: &&i32| usize::try_from(**fd).is_ok_and(|fd| fd < LIMIT);
         Ok(descriptors(self.child.id())?.iter().filter(below).count() < LIMIT)
     }
 
-    /// What `cwkill --reclaim` says.
+    /// Runs `cwkill --reclaim` and returns its JSON.
     fn run_cwkill(&self, host: &Host, cwkill: &Path, more: &[&str]) -> Result<Value> {
         let port = PORT.to_string();
-        // The limit is not what is tried here, and the machine may be busy.
+        // A generous stop limit, because the machine may be busy.
         let fixed = [
             "--port",
             &port,
@@ -332,34 +345,37 @@ impl Server {
         })
     }
 
-    /// How many descriptors were freed, and for how long it was stopped.
+    /// Reclaims. Returns the number of freed descriptors and the duration of the stop in microseconds.
     fn reclaim(&self, host: &Host, runtime: Runtime, cwkill: &Path) -> Result<(u64, u64)> {
         let force: &[&str] = if runtime.needs_force() {
             &["--reclaim-force"]
         } else {
             &[]
         };
-        let said = self.run_cwkill(host, cwkill, force)?;
-        // A thread may still be reading the end of what its peer has closed a moment ago: that one is skipped.
-        let reasons = reasons(&said);
+        let json = self.run_cwkill(host, cwkill, force)?;
+        // cwkill skips a socket whose end a thread is still reading: its peer has closed a moment ago.
+        let reasons = reasons(&json);
         let busy = |reason: &String| reason.contains("inside a system call");
         ensure!(reasons.iter().all(busy), "not freed: {reasons:?}");
-        let number = |pointer: &str| said.pointer(pointer).and_then(Value::as_u64);
+        let number = |pointer: &str| json.pointer(pointer).and_then(Value::as_u64);
         let freed = number("/reclaim/summary/freed").context("no summary")?;
-        ensure!(freed > 10, "only {freed} were freed: {reasons:?}");
+        ensure!(
+            freed > 10,
+            "only {freed} descriptors were freed: {reasons:?}"
+        );
         Ok((freed, number("/reclaim/owners/0/stopped_us").unwrap_or(0)))
     }
 
-    /// A new connection is served.
+    /// Waits until the server serves a new connection.
     fn serves(&self) -> Result<()> {
-        wait(PATIENCE, || Ok(echoes(Duration::from_millis(500))))
-            .context("it does not accept again")
+        wait(TIMEOUT, || Ok(echoes(Duration::from_millis(500))))
+            .context("the server does not accept again")
     }
 }
 
-/// Why descriptors are still there.
-fn reasons(said: &Value) -> Vec<String> {
-    let sockets = said["sockets"].as_array().into_iter().flatten();
+/// The reasons for descriptors that were not freed.
+fn reasons(json: &Value) -> Vec<String> {
+    let sockets = json["sockets"].as_array().into_iter().flatten();
     let descriptors =
         sockets.flat_map(|s| s["result"]["descriptors"].as_array().into_iter().flatten());
     descriptors
@@ -367,7 +383,7 @@ fn reasons(said: &Value) -> Vec<String> {
         .collect()
 }
 
-/// How many ends of connections of the server are in `state`.
+/// Number of sockets of the server's connections, on both sides, in `state`.
 fn in_state(state: TcpState) -> Result<usize> {
     let sockets = crate::kernel::sockets()?;
     Ok(sockets
@@ -387,7 +403,7 @@ fn wait(limit: Duration, mut condition: impl FnMut() -> Result<bool>) -> Result<
     Ok(())
 }
 
-/// Whether a new connection gets back what it sends.
+/// Whether a new connection receives the bytes that it sends.
 fn echoes(limit: Duration) -> bool {
     let try_it = || -> std::io::Result<bool> {
         let mut stream = TcpStream::connect(address())?;
@@ -400,13 +416,13 @@ fn echoes(limit: Duration) -> bool {
     try_it().unwrap_or(false)
 }
 
-/// Sends bytes and checks that the same come back, on one connection that lives as long as the runs.
-fn talk(number: usize, bytes: &AtomicU64, over: &AtomicBool) -> Result<()> {
+/// Sends bytes on one connection and checks the echo, until `over`.
+fn exchange(number: usize, bytes: &AtomicU64, over: &AtomicBool) -> Result<()> {
     let mut stream = TcpStream::connect(address())?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     stream.write_all(b"E")?;
     let mut state = u64::try_from(number)? + 1;
-    let (mut sent, mut back) = (vec![0; 4096], vec![0; 4096]);
+    let (mut sent, mut received) = (vec![0; 4096], vec![0; 4096]);
     while !over.load(Ordering::Relaxed) {
         for byte in &mut sent {
             // xorshift64 (Marsaglia, Xorshift RNGs, 2003)
@@ -416,13 +432,16 @@ fn talk(number: usize, bytes: &AtomicU64, over: &AtomicBool) -> Result<()> {
             *byte = state.to_le_bytes()[0];
         }
         stream.write_all(&sent).context("a client cannot send")?;
-        if let Err(error) = stream.read_exact(&mut back) {
+        if let Err(error) = stream.read_exact(&mut received) {
             match error.kind() {
                 ErrorKind::UnexpectedEof => bail!("a client's connection ended"),
                 _ => return Err(error).context("a client cannot receive"),
             }
         }
-        ensure!(sent == back, "a client got back other bytes than it sent");
+        ensure!(
+            sent == received,
+            "a client received other bytes than it sent"
+        );
         bytes.fetch_add(u64::try_from(sent.len())?, Ordering::Relaxed);
         thread::sleep(Duration::from_millis(1));
     }

@@ -1,16 +1,16 @@
-//! For how long a process stands still while its descriptors are closed, seen from inside: the longest gap of a
-//! heartbeat of 1 ms. `cwkill reclaim` beside gdb, and beside nothing at all, which is the noise of the machine.
+//! Measures how long a process is stopped while its descriptors are closed: the longest gap in its heartbeat of 1 ms.
+//! Compares `cwkill reclaim` with gdb, and with no action, which shows the noise of the machine.
 
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use super::{Owner, Workshop};
-use crate::bench::on_path;
+use super::{BuildDir, Owner};
 use crate::lab::Lab;
+use crate::program::is_found;
 
-/// Descriptors that are closed each time.
+/// Descriptors to close per run.
 const DESCRIPTORS: usize = 100;
 /// Threads of the process.
 const THREADS: usize = 50;
@@ -18,14 +18,14 @@ const THREADS: usize = 50;
 /// Measures and prints.
 pub(crate) fn run(cwkill: &Path, runs: u32) -> Result<()> {
     let lab = Lab::new()?;
-    // A file with a name: gdb wants its symbols.
-    let workshop = Workshop::new()?;
-    let program = workshop.owner(&[])?;
-    let mut owner = Owner::start_by(lab.app_host(), &[], &program, "idle", THREADS)?;
+    // In a named file, because gdb reads its symbols.
+    let build_dir = BuildDir::new()?;
+    let program = build_dir.compile_owner(&[])?;
+    let mut owner = Owner::start_through(lab.app_host(), &[], &program, "idle", THREADS)?;
     println!(
         "{DESCRIPTORS} descriptors of a process with {THREADS} threads, longest gap of its heartbeat in ms"
     );
-    println!("{:<26} {:>9} {:>9} {:>9}", "", "median", "least", "most");
+    println!("{:<26} {:>9} {:>9} {:>9}", "", "median", "min", "max");
     let pid = owner.pid().to_string();
     let mut nothing = Vec::new();
     let mut reclaimed = Vec::new();
@@ -35,9 +35,9 @@ pub(crate) fn run(cwkill: &Path, runs: u32) -> Result<()> {
         owner.longest_gap()?;
         std::thread::sleep(Duration::from_millis(100));
         nothing.push(owner.longest_gap()?);
-        for (gaps, apart) in [(&mut reclaimed, false), (&mut scattered, true)] {
-            if apart {
-                owner.scatter(DESCRIPTORS)?;
+        for (gaps, is_scattered) in [(&mut reclaimed, false), (&mut scattered, true)] {
+            if is_scattered {
+                owner.leak_scattered(DESCRIPTORS)?;
             } else {
                 owner.leak(DESCRIPTORS)?;
             }
@@ -61,8 +61,8 @@ pub(crate) fn run(cwkill: &Path, runs: u32) -> Result<()> {
                 output.status
             );
         }
-        // It is slow, and always the same.
-        if on_path("gdb") && run < runs.div_ceil(3) {
+        // gdb is slow, and its times vary little, so a third of the runs is enough.
+        if is_found("gdb") && run < runs.div_ceil(3) {
             let leaked = owner.leak(DESCRIPTORS)?;
             owner.longest_gap()?;
             let mut command = lab
@@ -83,14 +83,14 @@ pub(crate) fn run(cwkill: &Path, runs: u32) -> Result<()> {
         }
     }
     for (name, gaps) in [
-        ("nothing is done", nothing),
+        ("no action", nothing),
         ("cwkill reclaim", reclaimed),
-        ("the same, none adjacent", scattered),
+        ("the same, not adjacent", scattered),
         ("gdb call close()", by_gdb),
     ] {
         print(name, gaps);
     }
-    if !on_path("gdb") {
+    if !is_found("gdb") {
         println!("gdb is not installed, so not measured");
     }
     owner.report()?;
@@ -99,7 +99,7 @@ pub(crate) fn run(cwkill: &Path, runs: u32) -> Result<()> {
 
 fn print(name: &str, mut gaps: Vec<Duration>) {
     gaps.sort_unstable();
-    let (Some(least), Some(most)) = (gaps.first(), gaps.last()) else {
+    let (Some(min), Some(max)) = (gaps.first(), gaps.last()) else {
         return;
     };
     let ms = |gap: Duration| gap.as_secs_f64() * 1000.0;
@@ -107,7 +107,7 @@ fn print(name: &str, mut gaps: Vec<Duration>) {
     println!(
         "{name:<26} {:>9.1} {:>9.1} {:>9.1}",
         ms(median),
-        ms(*least),
-        ms(*most)
+        ms(*min),
+        ms(*max)
     );
 }

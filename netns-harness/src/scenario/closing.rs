@@ -1,4 +1,4 @@
-//! `closing`: both have finished at the same time, and the peer does not acknowledge our FIN.
+//! `closing`: both sides have finished at the same time, and the peer does not acknowledge the application's FIN.
 
 use anyhow::Result;
 
@@ -15,13 +15,13 @@ pub(super) const SCENARIO: Scenario = Scenario {
     },
     ..Scenario::new(
         "closing",
-        "CLOSING: both sides finished at once, and the peer is silent; the descriptor is still held",
+        "CLOSING: both sides finished at the same time, the peer is silent, and the application holds the descriptor",
         build,
     )
 };
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
-    let conns = stage.with_deaf_peer()?;
+    let conns = stage.with_silent_peer()?;
     let fds = app_fds(&conns);
     stage.app().shutdown(&fds, How::Write)?;
     stage.peer().shutdown(&peer_fds(&conns), How::Write)?;

@@ -1,4 +1,4 @@
-//! `drained`: the application has read to the end and forgotten to close. The classic leak.
+//! `drained`: the application has read to the end and not closed. The classic leak.
 
 use super::Scenario;
 

@@ -1,4 +1,4 @@
-//! `established`: innocents. They can carry data, and must still do so after anything that happens to the others.
+//! `established`: bystanders. They carry data, and must still do so after `cwkill` has closed other sockets.
 
 use super::{Expect, Scenario};
 use crate::kernel::TcpState;
@@ -10,7 +10,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     },
     ..Scenario::new(
         "established",
-        "ESTABLISHED: innocent connections, which must survive",
+        "ESTABLISHED: bystander connections, which must survive",
         |stage| stage.connected(),
     )
 };

@@ -1,4 +1,4 @@
-//! `fin-wait-1`: the application has finished, and the peer does not acknowledge it.
+//! `fin-wait-1`: the application has finished, and the peer does not acknowledge its FIN.
 
 use anyhow::Result;
 
@@ -16,13 +16,13 @@ pub(super) const SCENARIO: Scenario = Scenario {
     },
     ..Scenario::new(
         "fin-wait-1",
-        "FIN-WAIT-1: the application has shut down, the peer is silent, the descriptor is still held",
+        "FIN-WAIT-1: the application has shut down and holds the descriptor, the peer is silent",
         build,
     )
 };
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
-    let conns = stage.with_deaf_peer()?;
+    let conns = stage.with_silent_peer()?;
     stage.app().shutdown(&app_fds(&conns), How::Write)?;
     Ok(conns)
 }

@@ -1,4 +1,4 @@
-//! `fin-wait-1-orphan`: as `fin-wait-1`, but closed: no process has it any more. Kernels before 6.11 must not abort it.
+//! `fin-wait-1-orphan`: as `fin-wait-1`, but the application has closed. Kernels before 6.11 must not abort it.
 
 use anyhow::Result;
 
@@ -16,13 +16,13 @@ pub(super) const SCENARIO: Scenario = Scenario {
     },
     ..Scenario::new(
         "fin-wait-1-orphan",
-        "FIN-WAIT-1: the application has closed, the peer is silent; no process has it",
+        "FIN-WAIT-1: the application has closed, the peer is silent; no process has a descriptor",
         build,
     )
 };
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
-    let mut conns = stage.with_deaf_peer()?;
+    let mut conns = stage.with_silent_peer()?;
     stage.close_in_app(&mut conns)?;
     Ok(conns)
 }

@@ -1,4 +1,4 @@
-//! `fin-wait-2`: the application has finished, and the peer never does.
+//! `fin-wait-2`: the application has finished, and the peer has not.
 
 use anyhow::Result;
 
@@ -14,7 +14,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     },
     ..Scenario::new(
         "fin-wait-2",
-        "FIN-WAIT-2: the application has shut down and waits for the peer, which does not finish",
+        "FIN-WAIT-2: the application has shut down and waits for the FIN of the peer",
         build,
     )
 };

@@ -1,4 +1,4 @@
-//! `forked`: one socket, three owners, as after a fork: closing it in one process does nothing.
+//! `forked`: one socket with three owners, as after a fork. Closing it in one process does not close the connection.
 
 use super::{Expect, Scenario, Stage, app_fds};
 
@@ -9,7 +9,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     },
     ..Scenario::new(
         "forked",
-        "CLOSE-WAIT: one socket shared by three processes, read to the end by one",
+        "CLOSE-WAIT: three processes share the socket, and one has read to the end",
         build,
     )
 };

@@ -1,4 +1,4 @@
-//! `half-closed`: a conversation in which only the peer has finished, which is legal and common. An innocent that looks stuck.
+//! `half-closed`: only the peer has finished, which is legal and common. A bystander that looks stuck.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     },
     ..Scenario::new(
         "half-closed",
-        "CLOSE-WAIT: an innocent: the peer has finished, and the application still sends to it",
+        "CLOSE-WAIT: a bystander; the peer has finished, and the application still sends",
         build,
     )
 };
@@ -23,6 +23,6 @@ fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
     let conns = stage.leaked()?;
     stage
         .app()
-        .talk(&app_fds(&conns), Duration::from_millis(20))?;
+        .start_sending(&app_fds(&conns), Duration::from_millis(20))?;
     Ok(conns)
 }

@@ -1,4 +1,4 @@
-//! `last-ack`: both have finished, and the peer does not acknowledge it.
+//! `last-ack`: both sides have finished, and the peer does not acknowledge the application's FIN.
 
 use anyhow::Result;
 
@@ -17,15 +17,15 @@ pub(super) const SCENARIO: Scenario = Scenario {
     },
     ..Scenario::new(
         "last-ack",
-        "LAST-ACK: closed by the application after the peer, which is silent; no process has it",
+        "LAST-ACK: the application closed after the peer, which is silent; no process has a descriptor",
         build,
     )
 };
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
     let mut conns = stage.leaked()?;
-    let deaf = SocketOption::Deaf(true);
-    stage.peer().set_option(&peer_fds(&conns), deaf)?;
+    let drop_incoming = SocketOption::DropIncoming(true);
+    stage.peer().set_option(&peer_fds(&conns), drop_incoming)?;
     stage.close_in_app(&mut conns)?;
     Ok(conns)
 }

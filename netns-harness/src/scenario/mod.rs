@@ -1,7 +1,7 @@
-//! The scenarios: every way a socket gets stuck, one file each, listed in [`ALL`].
+//! The scenarios: the ways in which a socket gets stuck, one per file, listed in [`ALL`].
 //!
-//! A scenario is a script of requests to the application and its peer, and a statement of what the kernel must show
-//! afterwards. It knows nothing of families: those come from [`crate::Family`].
+//! A scenario is a script of requests to the application and its peer, and the state that the kernel must show afterwards.
+//! It works in every [`crate::Family`].
 
 mod closing;
 mod drained;
@@ -30,6 +30,7 @@ mod unread;
 
 use std::collections::HashSet;
 use std::fmt;
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -37,6 +38,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 
 use crate::agent::{Agent, Dial, End, Fd, How, SocketOption};
+use crate::host::Host;
 use crate::kernel::{self, TcpState};
 use crate::lab::{Conn, POLL_INTERVAL, Pair, join_ends};
 
@@ -68,34 +70,34 @@ pub const ALL: &[&Scenario] = &[
     &must_fail::SCENARIO,
 ];
 
-/// Connections opened before the application accepts them.
+/// Connections to open before the application accepts them.
 const BATCH: usize = 512;
 
-/// How long one step of a script may take.
+/// Time limit of one step of a script.
 pub(crate) const STEP: Duration = Duration::from_secs(60);
 
-/// One way a socket gets stuck.
+/// One way in which a socket gets stuck.
 #[derive(Debug)]
 pub struct Scenario {
-    /// Its name on the command line.
+    /// The name on the command line.
     pub name: &'static str,
-    /// One line on what it is.
+    /// A description in one line.
     pub summary: &'static str,
-    /// Left out of `netns-harness list`.
+    /// Whether `netns-harness list` omits it.
     pub hidden: bool,
-    /// What the application is like.
+    /// Properties of the application.
     pub(crate) app: App,
-    /// May it share its application with other scenarios?
+    /// Whether it shares its application with other scenarios.
     pub(crate) sharing: Sharing,
-    /// What every connection must look like on the application's host.
+    /// The state that the application's kernel must show for every connection.
     pub expect: Expect,
-    /// How long the state may take to come about; `None` leaves it to the caller.
+    /// How long to wait for the state. `None` leaves it to the caller.
     pub(crate) deadline: Option<Duration>,
     pub(crate) build: fn(&Stage<'_>) -> Result<Vec<Conn>>,
 }
 
 impl Scenario {
-    /// The usual: the usual application leaves connections in CLOSE-WAIT; others may share it.
+    /// The defaults: the usual application, shared, with connections in CLOSE-WAIT.
     const fn new(
         name: &'static str,
         summary: &'static str,
@@ -114,7 +116,7 @@ impl Scenario {
     }
 }
 
-/// What the application of a scenario is like.
+/// Properties of the application of a scenario.
 #[derive(Debug)]
 pub(crate) struct App {
     pub comm: &'static str,
@@ -131,28 +133,28 @@ pub(crate) const LEAKY_APP: App = App {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Sharing {
     Freely,
-    /// With those before it, but none may follow: it leaves connections in the accept queue.
+    /// It can use a running application, but no other scenario can follow: it leaves connections in the accept queue.
     Last,
     Never,
 }
 
-/// What a connection must look like.
+/// The state that the kernel must show for a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expect {
-    /// Its state.
+    /// The TCP state.
     pub state: TcpState,
-    /// Unread bytes (a FIN not read yet counts as one).
+    /// Unread bytes, where an unread FIN counts as one.
     pub recv_q: RangeInclusive<u32>,
-    /// Bytes not acknowledged by the peer.
+    /// Bytes that the peer has not acknowledged.
     pub send_q: RangeInclusive<u32>,
-    /// Does it have an inode?
+    /// Whether the socket has an inode.
     pub inode: bool,
-    /// Processes that hold a descriptor of it.
+    /// Number of processes with a descriptor of the socket.
     pub owners: usize,
 }
 
 impl Expect {
-    /// In CLOSE-WAIT, read to the end, nothing to send, one owner.
+    /// CLOSE-WAIT, read to the end, nothing to send, one owner.
     pub(crate) const CLOSE_WAIT: Self = Self {
         state: TcpState::CloseWait,
         recv_q: 0..=0,
@@ -161,7 +163,7 @@ impl Expect {
         owners: 1,
     };
 
-    /// All of it but the owners, which the kernel's table does not tell.
+    /// Compares everything except the owners, which are not in the kernel's tables.
     pub(crate) fn fits(&self, state: TcpState, recv_q: u32, send_q: u32, inode: u64) -> bool {
         state == self.state
             && self.recv_q.contains(&recv_q)
@@ -187,27 +189,31 @@ impl fmt::Display for Expect {
     }
 }
 
-/// The scenario of that name.
+/// The scenario with this name.
 ///
 /// # Errors
-/// There is none; the message lists them.
+/// The name is unknown; the message lists all names.
 pub fn find(name: &str) -> Result<&'static Scenario> {
     match ALL.iter().find(|scenario| scenario.name == name) {
         Some(scenario) => Ok(scenario),
         None => {
             let names: Vec<_> = listed().map(|scenario| scenario.name).collect();
-            bail!("no scenario `{name}`; there are {}", names.join(", "))
+            bail!(
+                "unknown scenario `{name}`; choose one of {}",
+                names.join(", ")
+            )
         }
     }
 }
 
-/// The scenarios for people.
+/// The scenarios that `netns-harness list` shows.
 pub fn listed() -> impl Iterator<Item = &'static Scenario> {
     ALL.iter().copied().filter(|scenario| !scenario.hidden)
 }
 
-/// What a script works with.
+/// The environment of a script.
 pub(crate) struct Stage<'a> {
+    pub app_host: &'a Host,
     pub pair: &'a Pair,
     pub count: usize,
 }
@@ -221,7 +227,7 @@ impl Stage<'_> {
         &self.pair.peer
     }
 
-    /// `count` connections, accepted.
+    /// Opens and accepts `count` connections.
     pub(crate) fn connected(&self) -> Result<Vec<Conn>> {
         self.connected_by(Dial::default())
     }
@@ -235,45 +241,35 @@ impl Stage<'_> {
                 let port = u16::try_from(conns.len())
                     .ok()
                     .and_then(|done| from.port().checked_add(done));
-                from.set_port(
-                    port.with_context(|| format!("no {} ports above {}", self.count, from.port()))?,
-                );
+                from.set_port(port.with_context(|| {
+                    format!("there are no {} ports from {}", self.count, from.port())
+                })?);
             }
-            let theirs = self
+            let peer_ends = self
                 .peer()
                 .connect(self.pair.app_address, size, dial, STEP)?;
-            let ours = self.app().accept(self.pair.listener, size, STEP)?;
-            conns.extend(join_ends(&ours, &theirs)?);
+            let app_ends = self.app().accept(self.pair.listener, size, STEP)?;
+            conns.extend(join_ends(&app_ends, &peer_ends)?);
         }
         Ok(conns)
     }
 
-    /// Lets the peer finish, and waits until our kernel has acknowledged it (it may delay that by 40 ms): nothing is under
-    /// way any more that would reach a peer made deaf or forgetful afterwards.
+    /// Lets the peer finish, and waits until the application's kernel has acknowledged the FIN, which it may delay by 40 ms.
+    /// No segment is then in flight that could reach a peer that drops segments or has forgotten the connection.
     pub(crate) fn finish_in_peer(&self, conns: &[Conn]) -> Result<()> {
         self.peer().shutdown(&peer_fds(conns), How::Write)?;
-        let mut waiting: HashSet<_> = conns.iter().map(|conn| (conn.peer, conn.local)).collect();
-        let until = Instant::now() + STEP;
-        self.pair.peer_host.within(|| {
-            while !waiting.is_empty() {
-                if Instant::now() > until {
-                    bail!(
-                        "the FINs of {} connections were not acknowledged in time",
-                        waiting.len()
-                    );
-                }
-                for socket in kernel::sockets()? {
-                    if socket.state == TcpState::FinWait2 {
-                        waiting.remove(&(socket.local, socket.peer));
-                    }
-                }
-                thread::sleep(POLL_INTERVAL);
-            }
-            Ok(())
-        })
+        let tuples = conns.iter().map(|conn| (conn.peer, conn.local));
+        wait_for_state(&self.pair.peer_host, TcpState::FinWait2, tuples.collect())
+            .context("the FINs of the peer were not acknowledged")
     }
 
-    /// Connections that the application has read to the end and forgotten to close.
+    /// Waits until the application's kernel shows all these connections in `state`.
+    pub(crate) fn wait_in_app(&self, conns: &[Conn], state: TcpState) -> Result<()> {
+        let tuples = conns.iter().map(|conn| (conn.local, conn.peer));
+        wait_for_state(self.app_host, state, tuples.collect())
+    }
+
+    /// Opens connections that the application reads to the end and does not close.
     pub(crate) fn leaked(&self) -> Result<Vec<Conn>> {
         let conns = self.connected()?;
         self.finish_in_peer(&conns)?;
@@ -281,11 +277,11 @@ impl Stage<'_> {
         Ok(conns)
     }
 
-    /// Connections whose peer no longer hears anything.
-    pub(crate) fn with_deaf_peer(&self) -> Result<Vec<Conn>> {
+    /// Opens connections whose peer then drops every segment.
+    pub(crate) fn with_silent_peer(&self) -> Result<Vec<Conn>> {
         let conns = self.connected()?;
         self.peer()
-            .set_option(&peer_fds(&conns), SocketOption::Deaf(true))?;
+            .set_option(&peer_fds(&conns), SocketOption::DropIncoming(true))?;
         Ok(conns)
     }
 
@@ -298,11 +294,39 @@ impl Stage<'_> {
     pub(crate) fn read_to_end(&self, agent: &Agent, fds: &[Fd]) -> Result<()> {
         for drained in agent.drain(fds, STEP)? {
             if drained.end != End::Eof {
-                bail!("{} could not read to the end: {drained:?}", agent.comm());
+                bail!("{} did not read to the end: {drained:?}", agent.comm());
             }
         }
         Ok(())
     }
+}
+
+/// Waits until the kernel of `host` has shown every connection (local and peer address) in `state`.
+fn wait_for_state(
+    host: &Host,
+    state: TcpState,
+    mut waiting: HashSet<(SocketAddr, SocketAddr)>,
+) -> Result<()> {
+    let until = Instant::now() + STEP;
+    host.within(|| {
+        loop {
+            for socket in kernel::sockets()? {
+                if socket.state == state {
+                    waiting.remove(&(socket.local, socket.peer));
+                }
+            }
+            if waiting.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() > until {
+                bail!(
+                    "{} connections were not in {state} within {STEP:?}",
+                    waiting.len()
+                );
+            }
+            thread::sleep(POLL_INTERVAL);
+        }
+    })
 }
 
 pub(crate) fn app_fds(conns: &[Conn]) -> Vec<Fd> {

@@ -1,4 +1,4 @@
-//! `must-fail`: claims a state that does not come about. If this one succeeds, the harness checks nothing.
+//! `must-fail`: expects a state that is never reached. If it succeeds, the harness checks nothing.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     deadline: Some(Duration::from_millis(300)),
     ..Scenario::new(
         "must-fail",
-        "claims unread bytes where there are none: proves that a wrong state is noticed",
+        "expects unread bytes where there are none, to prove that a wrong state is detected",
         |stage| stage.leaked(),
     )
 };

@@ -1,4 +1,4 @@
-//! `not-accepted`: the peer has come, spoken and gone, and the application never accepted it. No descriptor exists.
+//! `not-accepted`: the peer has connected, sent and finished, and the application has not accepted. No descriptor exists.
 
 use super::{Expect, STEP, Scenario, Sharing, Stage, peer_fds};
 use crate::Conn;
@@ -16,7 +16,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     },
     ..Scenario::new(
         "not-accepted",
-        "CLOSE-WAIT: still in the listener's accept queue, so no process has a descriptor of it",
+        "CLOSE-WAIT: still in the accept queue of the listener, so no process has a descriptor",
         build,
     )
 };

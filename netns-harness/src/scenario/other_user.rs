@@ -1,8 +1,8 @@
-//! `other-user`: the application is another user's. Needs root: a user namespace has one user only.
+//! `other-user`: another user runs the application. Needs root, because a user namespace has only one user.
 
 use super::{App, Scenario, Sharing};
 
-/// The one user that every machine has beside root.
+/// Runs as `nobody`, a user that every machine has.
 const APP: App = App {
     comm: "leaky-app",
     uid: Some(65534),

@@ -1,4 +1,4 @@
-//! `peer-gone`: the peer's machine is unplugged: nothing answers, not even to ARP.
+//! `peer-gone`: the peer's machine is unplugged, so nothing answers, not even to ARP.
 
 use anyhow::Result;
 
@@ -9,7 +9,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     sharing: Sharing::Never,
     ..Scenario::new(
         "peer-gone",
-        "CLOSE-WAIT: then the peer's link went down",
+        "CLOSE-WAIT: the peer's link went down afterwards",
         build,
     )
 };

@@ -1,4 +1,4 @@
-//! `peer-vanished`: the peer's host has forgotten the connection (rebooted, or its own timeout passed) and answers RST.
+//! `peer-vanished`: the peer's host has forgotten the connection, as after a reboot, and answers with RST.
 
 use anyhow::Result;
 
@@ -7,7 +7,7 @@ use crate::Conn;
 
 pub(super) const SCENARIO: Scenario = Scenario::new(
     "peer-vanished",
-    "CLOSE-WAIT: then the peer's host forgot the connection; it answers RST to whatever comes",
+    "CLOSE-WAIT: the peer's host has forgotten the connection and answers every segment with RST",
     build,
 );
 

@@ -1,4 +1,4 @@
-//! `reuse`: clients with fixed ports have come again: each 4-tuple had another connection before this one.
+//! `reuse`: clients with fixed ports have connected twice, so each 4-tuple had another connection before.
 
 use std::net::SocketAddr;
 
@@ -8,12 +8,12 @@ use super::{STEP, Scenario, Stage, app_fds, peer_fds};
 use crate::Conn;
 use crate::agent::{Dial, End, SocketOption};
 
-/// The first client's port; the others follow.
+/// Port of the first client. The others have the following ports.
 const FIRST_PORT: u16 = 40_000;
 
 pub(super) const SCENARIO: Scenario = Scenario::new(
     "reuse",
-    "CLOSE-WAIT: second connections of clients with fixed ports, on the same 4-tuples as their first",
+    "CLOSE-WAIT: the second connections of clients with fixed ports, on the same 4-tuples as the first",
     build,
 );
 

@@ -1,4 +1,4 @@
-//! `scm-rights`: the descriptor is in a Unix socket's buffer, sent and not received: the socket lives and nobody has it.
+//! `scm-rights`: the descriptor is in the buffer of a Unix socket, sent and not received. The socket exists without owner.
 
 use anyhow::Result;
 
@@ -12,7 +12,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     },
     ..Scenario::new(
         "scm-rights",
-        "CLOSE-WAIT: its descriptor is in flight over a Unix socket, so no process has it",
+        "CLOSE-WAIT: the descriptor is in flight over a Unix socket, so no process has it",
         build,
     )
 };

@@ -1,4 +1,4 @@
-//! `sending`: the peer has finished and reads nothing, and megabytes are queued to it. Killing this one loses data.
+//! `sending`: the peer has finished and reads nothing, and megabytes are in the send queue. Closing the socket loses data.
 
 use anyhow::Result;
 
@@ -6,13 +6,13 @@ use super::{Expect, Scenario, Stage, app_fds};
 use crate::Conn;
 use crate::agent::Dial;
 
-/// SO_RCVBUF of the peer, bytes; the kernel raises it to its minimum.
+/// SO_RCVBUF of the peer in bytes. The kernel raises it to its minimum.
 const WINDOW: usize = 1024;
 
-/// Bytes queued to each peer at least.
+/// Minimum of queued bytes per connection.
 const MIN_QUEUED: u32 = 32 << 10;
 
-/// Bytes queued on all connections together, about.
+/// Approximate sum of queued bytes.
 const TOTAL: u64 = 64 << 20;
 
 pub(super) const SCENARIO: Scenario = Scenario {
@@ -22,7 +22,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     },
     ..Scenario::new(
         "sending",
-        "CLOSE-WAIT: the peer has finished and a tiny window, with up to 2 MiB queued to it",
+        "CLOSE-WAIT: the peer has finished and reads nothing, with up to 2 MiB in the send queue",
         build,
     )
 };
@@ -36,7 +36,7 @@ fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
     stage.finish_in_peer(&conns)?;
     let fds = app_fds(&conns);
     stage.read_to_end(stage.app(), &fds)?;
-    // The kernel's memory is the limit when there are many.
+    // With many connections, TCP memory is the limit.
     let each = (TOTAL / stage.count as u64).clamp(u64::from(MIN_QUEUED) * 2, 2 << 20);
     for (conn, sent) in conns.iter_mut().zip(stage.app().fill(&fds, 0, each)?) {
         conn.sent = sent;

@@ -1,4 +1,4 @@
-//! `silent-peer`: the peer's host is up and the link is, but no segment gets through to it: a firewall that drops.
+//! `silent-peer`: the peer's host and the link are up, but no segment reaches the peer, as behind a firewall that drops.
 
 use anyhow::Result;
 
@@ -8,13 +8,13 @@ use crate::agent::SocketOption;
 
 pub(super) const SCENARIO: Scenario = Scenario::new(
     "silent-peer",
-    "CLOSE-WAIT: then the peer stopped hearing anything, as behind a firewall that drops",
+    "CLOSE-WAIT: no segment reaches the peer any more, as behind a firewall that drops",
     build,
 );
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
     let conns = stage.leaked()?;
-    let deaf = SocketOption::Deaf(true);
-    stage.peer().set_option(&peer_fds(&conns), deaf)?;
+    let drop_incoming = SocketOption::DropIncoming(true);
+    stage.peer().set_option(&peer_fds(&conns), drop_incoming)?;
     Ok(conns)
 }

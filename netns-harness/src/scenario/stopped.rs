@@ -1,4 +1,4 @@
-//! `stopped`: the application is under SIGSTOP: it does nothing about anything.
+//! `stopped`: SIGSTOP has stopped the application, so it cannot react.
 
 use anyhow::Result;
 
@@ -9,7 +9,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     sharing: Sharing::Never,
     ..Scenario::new(
         "stopped",
-        "CLOSE-WAIT: the application is stopped by SIGSTOP",
+        "CLOSE-WAIT: SIGSTOP has stopped the application",
         build,
     )
 };

@@ -1,4 +1,4 @@
-//! `syn-sent`: the application has knocked and hears no answer.
+//! `syn-sent`: the application has sent a SYN and receives no answer.
 
 use std::net::SocketAddr;
 
@@ -12,23 +12,23 @@ use crate::kernel::TcpState;
 pub(super) const SCENARIO: Scenario = Scenario {
     expect: Expect {
         state: TcpState::SynSent,
-        // Our SYN.
+        // The SYN.
         send_q: 1..=1,
         ..Expect::CLOSE_WAIT
     },
     ..Scenario::new(
         "syn-sent",
-        "SYN-SENT: an innocent: the application waits for the answer of a peer that gives none",
+        "SYN-SENT: a bystander; the application connects to a peer that never answers",
         build,
     )
 };
 
-/// Where nobody listens; the refusal is not heard either.
+/// A port without listener. The application does not receive the RST.
 const DISCARD: u16 = 9;
 
 fn build(stage: &Stage<'_>) -> Result<Vec<Conn>> {
     let dial = Dial {
-        deaf: true,
+        drop_incoming: true,
         ..Dial::default()
     };
     let to = SocketAddr::new(stage.pair.peer_address_of_app(), DISCARD);

@@ -1,4 +1,4 @@
-//! `threads`: the application has many threads, all of which share the descriptor.
+//! `threads`: the application has many threads, which share the descriptor.
 
 use anyhow::Result;
 
@@ -7,7 +7,7 @@ use crate::Conn;
 
 pub(super) const SCENARIO: Scenario = Scenario::new(
     "threads",
-    "CLOSE-WAIT: the application has 50 threads beside its main one",
+    "CLOSE-WAIT: the application has 50 threads and its main thread",
     build,
 );
 

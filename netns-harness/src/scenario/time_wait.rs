@@ -1,4 +1,4 @@
-//! `time-wait`: both have finished, the application first. The kernel keeps it for a minute.
+//! `time-wait`: both sides have finished, the application first. The kernel keeps the socket for a minute.
 
 use anyhow::Result;
 
@@ -15,7 +15,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     },
     ..Scenario::new(
         "time-wait",
-        "TIME-WAIT: the application closed first; no process has it, and the kernel drops it after 60 s",
+        "TIME-WAIT: the application closed first; no process has a descriptor, and the kernel drops the socket after 60 s",
         build,
     )
 };

@@ -1,18 +1,18 @@
-//! `unread`: the peer has said something and finished; the application has not read it. An idle pool, a stuck worker.
+//! `unread`: the peer has sent bytes and finished, and the application has not read them, as with an idle pool.
 
 use super::{Expect, Scenario, Stage, peer_fds};
 
 const GOODBYE: &[u8] = b"goodbye";
 
 pub(super) const SCENARIO: Scenario = Scenario {
-    // The FIN counts as one.
+    // The FIN counts as one byte.
     expect: Expect {
         recv_q: 8..=8,
         ..Expect::CLOSE_WAIT
     },
     ..Scenario::new(
         "unread",
-        "CLOSE-WAIT: the peer sent a few bytes and finished, the application has not read them",
+        "CLOSE-WAIT: the peer has sent a few bytes and finished, and the application has not read them",
         build,
     )
 };

@@ -1,4 +1,4 @@
-//! Agents and commands: honest answers, other identities.
+//! Agents and commands: their answers and errors, and other identities.
 
 use std::os::fd::AsRawFd as _;
 use std::time::Duration;
@@ -10,6 +10,9 @@ use netns_harness::{
     SocketOption, pattern,
 };
 
+use procfs::FromRead as _;
+use procfs::process::{Process, Status};
+
 use crate::support::{DEADLINE, has_other_users};
 
 pub fn tests() -> Vec<Trial> {
@@ -18,9 +21,9 @@ pub fn tests() -> Vec<Trial> {
         nothing_is_inherited,
         reads_data_then_the_end,
         fills_the_send_buffer,
-        talks_until_hushed,
-        a_forgotten_connection_draws_a_reset,
-        a_deaf_socket_hears_nothing,
+        sends_until_it_is_stopped,
+        a_forgotten_connection_is_answered_with_rst,
+        dropped_segments_are_not_received,
         epoll_sees_the_end,
         ends_when_dropped_with_its_children,
         a_dead_agent_is_noticed,
@@ -58,7 +61,7 @@ fn errno_is_the_kernels() -> Result<()> {
 }
 
 fn nothing_is_inherited() -> Result<()> {
-    // As a shell leaves it open for what it starts.
+    // A descriptor that child processes inherit, as a shell may leave it open.
     let (pipe, _other_end) = nix::unistd::pipe()?;
     let inherited = std::fs::read_link(format!("/proc/self/fd/{}", pipe.as_raw_fd()))?;
     let agent = Host::new()?.agent("app")?;
@@ -113,24 +116,25 @@ fn fills_the_send_buffer() -> Result<()> {
     Ok(())
 }
 
-fn talks_until_hushed() -> Result<()> {
+fn sends_until_it_is_stopped() -> Result<()> {
     let lab = Lab::new()?;
     let (leak, app, peer) = one(&lab, "established")?;
-    leak.peer().talk(&[peer], Duration::from_millis(1))?;
+    leak.peer()
+        .start_sending(&[peer], Duration::from_millis(1))?;
     ensure!(leak.app().recv(app, 1, DEADLINE)? == Recv::Data(vec![pattern(0)]));
-    let said = leak.peer().hush()?[0];
+    let sent = leak.peer().stop_sending()?[0];
     leak.peer().send(&[peer], b"over")?;
     leak.peer().shutdown(&[peer], How::Write)?;
-    let mut heard: Vec<u8> = vec![pattern(0)];
+    let mut received: Vec<u8> = vec![pattern(0)];
     while let Recv::Data(data) = leak.app().recv(app, 1 << 16, DEADLINE)? {
-        heard.extend(data);
+        received.extend(data);
     }
-    let expected: Vec<u8> = (0..said).map(pattern).chain(*b"over").collect();
-    ensure!(heard == expected, "{} bytes of {said}", heard.len());
+    let expected: Vec<u8> = (0..sent).map(pattern).chain(*b"over").collect();
+    ensure!(received == expected, "{} bytes of {sent}", received.len());
     Ok(())
 }
 
-fn a_forgotten_connection_draws_a_reset() -> Result<()> {
+fn a_forgotten_connection_is_answered_with_rst() -> Result<()> {
     let lab = Lab::new()?;
     let (leak, app, peer) = one(&lab, "established")?;
     leak.peer().forget(&[peer])?;
@@ -140,13 +144,15 @@ fn a_forgotten_connection_draws_a_reset() -> Result<()> {
     Ok(())
 }
 
-fn a_deaf_socket_hears_nothing() -> Result<()> {
+fn dropped_segments_are_not_received() -> Result<()> {
     let lab = Lab::new()?;
     let (leak, app, peer) = one(&lab, "established")?;
-    leak.peer().set_option(&[peer], SocketOption::Deaf(true))?;
+    leak.peer()
+        .set_option(&[peer], SocketOption::DropIncoming(true))?;
     leak.app().send(&[app], b"hello")?;
     ensure!(leak.peer().recv(peer, 9, Duration::from_millis(50))? == Recv::Nothing);
-    leak.peer().set_option(&[peer], SocketOption::Deaf(false))?;
+    leak.peer()
+        .set_option(&[peer], SocketOption::DropIncoming(false))?;
     ensure!(leak.peer().recv(peer, 9, DEADLINE)? == Recv::Data(b"hello".to_vec()));
     Ok(())
 }
@@ -180,11 +186,10 @@ fn ends_when_dropped_with_its_children() -> Result<()> {
     })
 }
 
-/// Neither gone nor a zombie that nobody has waited for yet.
+/// Whether the process exists and is not a zombie.
 fn is_running(pid: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ")
-        .is_some_and(|(_, rest)| !rest.starts_with('Z'))
+    let stat = Process::new(pid.cast_signed()).and_then(|process| process.stat());
+    stat.is_ok_and(|stat| stat.state != 'Z')
 }
 
 fn a_dead_agent_is_noticed() -> Result<()> {
@@ -227,15 +232,21 @@ fn a_command_runs_on_the_host() -> Result<()> {
     Ok(())
 }
 
-/// The `Cap…` lines of a command's /proc/self/status as numbers.
-fn capabilities(output: &std::process::Output) -> Result<Vec<(String, u64)>> {
-    let text = String::from_utf8(output.stdout.clone())?;
-    let lines = text
-        .lines()
-        .filter_map(|line| line.strip_prefix("Cap")?.split_once(":\t"));
-    lines
-        .map(|(set, mask)| Ok((set.to_owned(), u64::from_str_radix(mask, 16)?)))
-        .collect()
+/// The five capability sets of a command that has printed its /proc/self/status.
+fn capabilities(output: &std::process::Output) -> Result<[u64; 5]> {
+    let status = Status::from_read(&*output.stdout)?;
+    let Status {
+        capinh,
+        capprm,
+        capeff,
+        capbnd: Some(capbnd),
+        capamb: Some(capamb),
+        ..
+    } = status
+    else {
+        bail!("an incomplete /proc/self/status: {status:?}")
+    };
+    Ok([capinh, capprm, capeff, capbnd, capamb])
 }
 
 fn a_command_keeps_only_the_capabilities_it_is_given() -> Result<()> {
@@ -249,10 +260,7 @@ fn a_command_keeps_only_the_capabilities_it_is_given() -> Result<()> {
         ),
     ] {
         let sets = capabilities(&status().capabilities(keep).output()?)?;
-        ensure!(
-            sets.len() == 5 && sets.iter().all(|&(_, have)| have == mask),
-            "{keep:?}: {sets:x?}"
-        );
+        ensure!(sets == [mask; 5], "{keep:?}: {sets:x?}");
     }
     Ok(())
 }
@@ -279,18 +287,18 @@ fn another_user_where_there_is_one() -> Result<()> {
         .capabilities(&raw)
         .output()?;
     let sets = capabilities(&status)?;
-    ensure!(sets.iter().all(|&(_, have)| have == 1 << 13), "{sets:x?}");
-    // Its /proc entry is its own, as that of a program it started itself.
+    ensure!(sets == [1 << 13; 5], "{sets:x?}");
+    // The agent's /proc entry belongs to the user, as that of any program that the user starts.
     let agent = host.agent_as(&AgentOptions {
         comm: "app".into(),
         uid: Some(65534),
         capabilities: None,
     })?;
-    let look = host
+    let output = host
         .command("readlink")
         .arg(format!("/proc/{}/fd/0", agent.pid()))
         .uid(65534)
         .output()?;
-    ensure!(look.status.success(), "{look:?}");
+    ensure!(output.status.success(), "{output:?}");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! What `ss` cannot tell of a scenario: how its peer and its application behave.
+//! The behaviour of the peer and the application of a scenario, which `ss` does not show.
 
 use std::time::Duration;
 
@@ -11,11 +11,12 @@ use crate::support::{DEADLINE, count_states, wait_until};
 
 pub fn tests() -> Vec<Trial> {
     crate::tests!("behaviour":
-        sending_loses_nothing_if_it_is_let,
+        sending_completes_if_nothing_closes_it,
         a_half_closed_conversation_goes_on,
         a_vanished_peer_resets,
         a_silent_peer_says_nothing_on_a_link_that_is_up,
         a_peer_that_is_gone_has_no_carrier,
+        a_peer_that_never_answers_does_not_send_its_syn_again,
         a_stopped_application_is_stopped,
         threads_are_threads,
         reused_ports_are_the_same,
@@ -41,7 +42,7 @@ fn first(leak: &Leak) -> Result<(Fd, Option<Fd>)> {
     ))
 }
 
-fn sending_loses_nothing_if_it_is_let() -> Result<()> {
+fn sending_completes_if_nothing_closes_it() -> Result<()> {
     let lab = Lab::new()?;
     let leak = start(&lab, "sending", Family::V6)?;
     leak.app().shutdown(&leak.app_fds(), How::Write)?;
@@ -75,12 +76,12 @@ fn a_half_closed_conversation_goes_on() -> Result<()> {
             Recv::Data(_)
         ));
     }
-    let said = leak.app().hush()?;
+    let sent = leak.app().stop_sending()?;
     leak.app().shutdown(&leak.app_fds(), How::Write)?;
     let rest = leak.peer().drain(&[peer], DEADLINE)?[0];
     ensure!(
-        rest.bytes + 3 == said[0] && rest.end == End::Eof,
-        "{rest:?} of {said:?}"
+        rest.bytes + 3 == sent[0] && rest.end == End::Eof,
+        "{rest:?} of {sent:?}"
     );
     Ok(())
 }
@@ -112,7 +113,7 @@ fn a_vanished_peer_resets() -> Result<()> {
     Ok(())
 }
 
-/// Is the application's side of the link plugged in?
+/// Whether the application's end of the link has a carrier.
 fn has_carrier(lab: &Lab) -> Result<bool> {
     let flags = lab.app_host().within(|| {
         let mut interfaces = nix::ifaddrs::getifaddrs()?;
@@ -151,19 +152,30 @@ fn a_peer_that_is_gone_has_no_carrier() -> Result<()> {
     wait_until("the carrier is back", || has_carrier(&lab))
 }
 
-fn status(pid: u32, field: &str) -> Result<String> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let value = text
-        .lines()
-        .find_map(|line| line.strip_prefix(field))
-        .context("no such field")?;
-    Ok(value.trim_start_matches(':').trim().to_owned())
+fn a_peer_that_never_answers_does_not_send_its_syn_again() -> Result<()> {
+    for family in Family::ALL {
+        let lab = Lab::new()?;
+        let leak = start(&lab, "syn-recv", family)?;
+        // A socket in SYN-SENT would send another SYN after a second.
+        let sockets = leak.pair().peer_host.sockets()?;
+        let listening = |socket: &netns_harness::KernelSocket| socket.state == TcpState::Listen;
+        ensure!(
+            sockets.len() == 2 && sockets.iter().all(listening),
+            "{sockets:?}"
+        );
+        check(&lab, &leak, family)?;
+    }
+    Ok(())
+}
+
+fn status(pid: u32) -> Result<procfs::process::Status> {
+    Ok(procfs::process::Process::new(pid.cast_signed())?.status()?)
 }
 
 fn a_stopped_application_is_stopped() -> Result<()> {
     let lab = Lab::new()?;
     let leak = start(&lab, "stopped", Family::V4)?;
-    ensure!(status(leak.app().pid(), "State")?.starts_with('T') && leak.app().is_alive());
+    ensure!(status(leak.app().pid())?.state.starts_with('T') && leak.app().is_alive());
     leak.app().signal(netns_harness::Signal::SIGCONT)?;
     let (app, _) = first(&leak)?;
     ensure!(leak.app().recv(app, 1, DEADLINE)? == Recv::Eof);
@@ -173,7 +185,7 @@ fn a_stopped_application_is_stopped() -> Result<()> {
 fn threads_are_threads() -> Result<()> {
     let lab = Lab::new()?;
     let leak = start(&lab, "threads", Family::V4)?;
-    ensure!(status(leak.app().pid(), "Threads")? == "51");
+    ensure!(status(leak.app().pid())?.threads == 51);
     Ok(())
 }
 

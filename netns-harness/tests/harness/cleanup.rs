@@ -1,4 +1,4 @@
-//! Nothing is left behind, whoever is killed, and Ctrl-C is the command's business while it runs.
+//! Nothing is left behind, whichever process is killed. While the command runs, Ctrl-C reaches only the command.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
+use procfs::process::Process;
 
 use crate::support::{harness, wait_for_line, wait_until};
 
@@ -21,15 +22,15 @@ pub fn tests() -> Vec<Trial> {
         after_sigkill_of_the_whole_group,
         after_sigterm_of_the_front,
         after_ctrl_c,
-        ctrl_c_is_the_commands_business,
+        ctrl_c_reaches_only_the_command,
     )
 }
 
-/// A script with children that do not want to go: in the background, in a session of its own, and stopped.
-const TENACIOUS: &str = "sleep 1000 & setsid sleep 1000 & (trap '' TERM HUP INT; sleep 1000) & \
+/// A script with children that are hard to remove: in the background, in another session, ignoring signals, stopped.
+const STUBBORN: &str = "sleep 1000 & setsid sleep 1000 & (trap '' TERM HUP INT; sleep 1000) & \
                          sleep 1000 & kill -STOP $!; echo ready; sleep 1000";
 
-/// A run of the harness whose descendants are recognised by a variable in their environment.
+/// A run of the harness. A variable in their environment marks its descendants.
 struct Run {
     mark: String,
     front: Child,
@@ -37,7 +38,7 @@ struct Run {
 }
 
 impl Run {
-    /// Starts the script in a process group of its own (as a shell does) and waits for it to say `ready`.
+    /// Starts the script in a new process group, as a shell does, and waits until it prints `ready`.
     fn start(script: &str) -> Result<Self> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let mark = format!(
@@ -46,7 +47,7 @@ impl Run {
             NUMBER.fetch_add(1, Ordering::Relaxed)
         );
         let (name, value) = mark.split_once('=').context("a variable")?;
-        // A suite started in the background has SIGINT ignored, which every program after it inherits.
+        // A shell starts background jobs with SIGINT ignored, and child processes inherit that.
         let mut command = Command::new("env");
         command
             .args(["--default-signal=INT,QUIT"])
@@ -77,9 +78,10 @@ impl Run {
             run.namespaces.extend(namespace(pid));
         }
         run.namespaces
-            .remove(&namespace(std::process::id()).context("our own namespace")?);
-        // The application's and its peer's; the keeper, and agents and the command beside the front.
+            .remove(&namespace(std::process::id()).context("no namespace of this process")?);
+        // The namespaces of the application and of the peer.
         ensure!(run.namespaces.len() == 2, "{:?}", run.namespaces);
+        // The front, the keeper, the agents and the command.
         ensure!(run.processes()?.len() >= 7, "{:?}", run.processes()?);
         Ok(run)
     }
@@ -88,7 +90,7 @@ impl Run {
         Pid::from_raw(self.front.id().cast_signed())
     }
 
-    /// The end of the front.
+    /// Waits until the front ends.
     fn wait(&mut self) -> Result<ExitStatus> {
         let mut status = None;
         wait_until("the front ends", || {
@@ -106,10 +108,10 @@ impl Run {
         Ok(Pid::from_raw(child.context("no keeper")?.cast_signed()))
     }
 
-    /// The living processes of this run.
+    /// The processes of this run that still exist.
     fn processes(&self) -> Result<Vec<u32>> {
         let marked = |pid: &u32| {
-            // Unreadable: somebody else's. Empty: a zombie.
+            // Unreadable for a process of another user, empty for a zombie.
             let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
             environment
                 .split(|&byte| byte == 0)
@@ -118,20 +120,20 @@ impl Run {
         Ok(all_processes()?.into_iter().filter(marked).collect())
     }
 
-    fn wait_until_all_is_gone(&self) -> Result<()> {
+    fn wait_until_everything_is_gone(&self) -> Result<()> {
         wait_until("the processes and namespaces of the run are gone", || {
-            let inhabited = all_processes()?
+            let is_used = all_processes()?
                 .into_iter()
                 .filter_map(namespace)
                 .any(|ns| self.namespaces.contains(&ns));
-            Ok(self.processes()?.is_empty() && !inhabited)
+            Ok(self.processes()?.is_empty() && !is_used)
         })
     }
 }
 
 impl Drop for Run {
     fn drop(&mut self) {
-        // Only matters if the test has failed before.
+        // Matters only if the test has failed.
         let _ = self.front.kill();
         let _ = self.front.wait();
     }
@@ -153,51 +155,51 @@ fn namespace(pid: u32) -> Option<String> {
 }
 
 fn parent(pid: u32) -> Option<u32> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
+    let stat = Process::new(pid.cast_signed()).and_then(|process| process.stat());
+    stat.ok().map(|stat| stat.ppid.cast_unsigned())
 }
 
 fn after_the_command_ends() -> Result<()> {
     let mut run =
-        Run::start(&TENACIOUS.replace("echo ready; sleep 1000", "echo ready; exec sleep 0.2"))?;
+        Run::start(&STUBBORN.replace("echo ready; sleep 1000", "echo ready; exec sleep 0.2"))?;
     ensure!(run.wait()?.success());
-    // At once, not some time later.
+    // Without waiting: nothing is left when the front ends.
     ensure!(run.processes()?.is_empty(), "{:?}", run.processes()?);
-    run.wait_until_all_is_gone()
+    run.wait_until_everything_is_gone()
 }
 
 fn after_sigkill_of_the_front() -> Result<()> {
-    let run = Run::start(TENACIOUS)?;
+    let run = Run::start(STUBBORN)?;
     kill(run.front(), Signal::SIGKILL)?;
-    run.wait_until_all_is_gone()
+    run.wait_until_everything_is_gone()
 }
 
 fn after_sigkill_of_the_keeper() -> Result<()> {
-    let mut run = Run::start(TENACIOUS)?;
+    let mut run = Run::start(STUBBORN)?;
     kill(run.keeper()?, Signal::SIGKILL)?;
     ensure!(run.wait()?.code() == Some(137));
     ensure!(run.processes()?.is_empty(), "{:?}", run.processes()?);
-    run.wait_until_all_is_gone()
+    run.wait_until_everything_is_gone()
 }
 
-/// As `timeout --signal=KILL` does it.
+/// As with `timeout --signal=KILL`.
 fn after_sigkill_of_the_whole_group() -> Result<()> {
-    let run = Run::start(TENACIOUS)?;
+    let run = Run::start(STUBBORN)?;
     killpg(run.front(), Signal::SIGKILL)?;
-    run.wait_until_all_is_gone()
+    run.wait_until_everything_is_gone()
 }
 
 fn after_sigterm_of_the_front() -> Result<()> {
-    let mut run = Run::start(TENACIOUS)?;
+    let mut run = Run::start(STUBBORN)?;
     kill(run.front(), Signal::SIGTERM)?;
     ensure!(run.wait()?.signal() == Some(libc::SIGTERM));
-    run.wait_until_all_is_gone()
+    run.wait_until_everything_is_gone()
 }
 
 fn after_ctrl_c() -> Result<()> {
-    let mut run = Run::start(TENACIOUS)?;
+    let mut run = Run::start(STUBBORN)?;
     let mut status = None;
-    // More than once: dash loses an interrupt that comes just before it starts a command.
+    // Repeatedly: dash loses an interrupt that arrives just before it starts a command.
     wait_until("the front ends of Ctrl-C", || {
         killpg(run.front(), Signal::SIGINT)?;
         status = run.front.try_wait()?;
@@ -207,15 +209,15 @@ fn after_ctrl_c() -> Result<()> {
         status.and_then(|status| status.code()) == Some(130),
         "{status:?}"
     );
-    run.wait_until_all_is_gone()
+    run.wait_until_everything_is_gone()
 }
 
-fn ctrl_c_is_the_commands_business() -> Result<()> {
-    // It carries on as it likes, and the application is not interrupted.
+fn ctrl_c_reaches_only_the_command() -> Result<()> {
+    // The command handles the signal, and the application is not interrupted.
     let script =
         "trap 'kill -0 $HARNESS_APP_PID && exit 6' INT; echo ready; while :; do sleep 0.01; done";
     let mut run = Run::start(script)?;
     killpg(run.front(), Signal::SIGINT)?;
     ensure!(run.wait()?.code() == Some(6));
-    run.wait_until_all_is_gone()
+    run.wait_until_everything_is_gone()
 }

@@ -1,4 +1,4 @@
-//! The command line: statuses, what the command gets, and bad input.
+//! The command line: exit statuses, the environment of the command, and bad input.
 
 use std::os::unix::process::CommandExt as _;
 use std::process::Stdio;
@@ -18,13 +18,13 @@ pub fn tests() -> Vec<Trial> {
         the_status_is_the_commands,
         a_missing_command_is_named,
         bad_input_is_named_with_a_good_value,
-        the_command_has_our_stdin_and_the_host,
-        programs_beside_ours_are_found,
+        the_command_has_stdin_and_the_host,
+        programs_in_our_directory_are_found,
         several_scenarios_with_counts,
         verify_says_what_failed,
-        chaos_finds_out_a_wrong_killer,
+        chaos_detects_a_wrong_killer,
         works_without_root,
-        says_what_to_allow_where_nothing_works,
+        says_what_to_allow_without_privileges,
     )
 }
 
@@ -92,14 +92,14 @@ fn bad_input_is_named_with_a_good_value() -> Result<()> {
         for word in named {
             ensure!(
                 stderr.contains(word),
-                "`{arguments}` does not say {word}:\n{stderr}"
+                "`{arguments}` does not mention {word}:\n{stderr}"
             );
         }
     }
     Ok(())
 }
 
-fn the_command_has_our_stdin_and_the_host() -> Result<()> {
+fn the_command_has_stdin_and_the_host() -> Result<()> {
     let script = "cat /proc/$HARNESS_APP_PID/comm; echo $HARNESS_APP_ADDR $HARNESS_PEER_ADDR $HARNESS_PORT; \
                   [ /proc/self/ns/net -ef /proc/$HARNESS_APP_PID/ns/net ] && echo here; ls /proc/self/fd | wc -l; cat";
     let (reader, writer) = std::io::pipe()?;
@@ -122,8 +122,8 @@ fn the_command_has_our_stdin_and_the_host() -> Result<()> {
     Ok(())
 }
 
-fn programs_beside_ours_are_found() -> Result<()> {
-    // The one program that is sure to be beside ours is ours.
+fn programs_in_our_directory_are_found() -> Result<()> {
+    // The only program that is certain to be in the directory is the harness itself.
     let (stdout, _) = output_with_code(&mut harness_with("run unread -- netns-harness list"), 0)?;
     ensure!(stdout.contains("not-accepted"), "{stdout}");
     Ok(())
@@ -151,7 +151,7 @@ fn verify_says_what_failed() -> Result<()> {
     Ok(())
 }
 
-fn chaos_finds_out_a_wrong_killer() -> Result<()> {
+fn chaos_detects_a_wrong_killer() -> Result<()> {
     let mut command = harness_with("chaos --seconds 2 --connections 20 --seed 7 --instead");
     command.arg("ss -K -tn sport = :8080");
     let (stdout, _) = output_with_code(&mut command, 1)?;
@@ -171,7 +171,7 @@ fn works_without_root() -> Result<()> {
     command.env("NETNS_HARNESS_USERNS", "1");
     let (stdout, _) = output_with_code(&mut command, 0)?;
     ensure!(stdout.split_whitespace().nth(2) == Some("1"), "{stdout}");
-    // A real nobody, if we can become one; else that is what we are.
+    // As user `nobody`, if possible; otherwise this test runs without root anyway.
     let mut command = harness_with("run unread,forked --check -- true");
     if has_other_users()? {
         command.uid(65534).gid(65534);
@@ -180,8 +180,8 @@ fn works_without_root() -> Result<()> {
     Ok(())
 }
 
-fn says_what_to_allow_where_nothing_works() -> Result<()> {
-    // The limit is set in a user namespace of its own; the machine's stays what it is.
+fn says_what_to_allow_without_privileges() -> Result<()> {
+    // The limit is set in a new user namespace and does not change the machine's.
     let script = "echo 0 > /proc/sys/user/max_user_namespaces && NETNS_HARNESS_USERNS=1 exec \"$0\" run unread -- true";
     let mut command = std::process::Command::new("unshare");
     command
@@ -200,7 +200,7 @@ fn says_what_to_allow_where_nothing_works() -> Result<()> {
         "max_user_namespaces",
         "apparmor",
     ] {
-        ensure!(stderr.contains(word), "does not say {word}: {stderr}");
+        ensure!(stderr.contains(word), "does not mention {word}: {stderr}");
     }
     ensure!(stderr.lines().count() == 1, "{stderr}");
     Ok(())

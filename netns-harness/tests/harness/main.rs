@@ -1,6 +1,6 @@
-//! The harness's own tests: does every scenario keep its word, and is nothing left behind?
+//! Tests of the harness: every scenario reaches its state, and nothing is left behind.
 //!
-//! Not libtest: the processes of a lab are this very executable started again, so `main` must be ours.
+//! Not libtest: the processes of a lab are this executable started again, so it needs its own `main`.
 
 mod agents;
 mod behaviour;
@@ -32,7 +32,7 @@ fn main() -> ExitCode {
     .exit_code()
 }
 
-/// A test by the name `module::function`.
+/// A test with the name `module::function`.
 fn test(
     name: impl Into<String>,
     body: impl FnOnce() -> anyhow::Result<()> + Send + 'static,
@@ -40,7 +40,7 @@ fn test(
     Trial::test(name, || body().map_err(|error| format!("{error:#}").into()))
 }
 
-/// Lists functions as tests under the name of their module.
+/// Makes tests from functions, with the name of their module as prefix.
 macro_rules! tests {
     ($module:literal: $($function:ident),* $(,)?) => {
         vec![$(crate::test(concat!($module, "::", stringify!($function)), $function)),*]

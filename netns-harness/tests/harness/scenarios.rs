@@ -1,4 +1,4 @@
-//! Every scenario in every family, judged by `ss`.
+//! Every scenario in every family, compared with the output of `ss`.
 
 use std::time::Duration;
 
@@ -10,22 +10,22 @@ use crate::support::{DEADLINE, has_other_users};
 
 pub fn tests() -> Vec<Trial> {
     let mut tests = crate::tests!("scenarios":
-        a_wrong_state_is_noticed_by_the_wait,
-        a_wrong_state_is_noticed_by_ss,
+        the_wait_detects_a_wrong_state,
+        ss_detects_a_wrong_state,
         an_unknown_scenario_is_named,
         too_many_sockets_are_refused,
         scenarios_share_an_application,
         a_sealed_application_is_not_shared,
         applications_side_by_side_on_one_port,
         labs_side_by_side,
-        innocents_carry_data,
+        bystanders_carry_data,
         thousands,
     );
     for scenario in scenario::listed() {
         for family in Family::ALL {
             let name = format!("scenarios::{}::{}", scenario.name, family.name());
             tests.push(crate::test(name, move || {
-                keeps_its_word(scenario.name, family)
+                reaches_its_state(scenario.name, family)
             }));
         }
     }
@@ -39,7 +39,7 @@ fn three() -> Options {
     }
 }
 
-fn keeps_its_word(scenario: &str, family: Family) -> Result<()> {
+fn reaches_its_state(scenario: &str, family: Family) -> Result<()> {
     let lab = Lab::new()?;
     if scenario == "other-user" && !has_other_users()? {
         let Err(error) = lab.start(scenario, family, three()) else {
@@ -56,7 +56,7 @@ fn keeps_its_word(scenario: &str, family: Family) -> Result<()> {
     check(&lab, &leak, family)
 }
 
-fn a_wrong_state_is_noticed_by_the_wait() -> Result<()> {
+fn the_wait_detects_a_wrong_state() -> Result<()> {
     let Err(error) = Lab::new()?.start("must-fail", Family::V4, three()) else {
         bail!("must-fail did not fail")
     };
@@ -68,11 +68,11 @@ fn a_wrong_state_is_noticed_by_the_wait() -> Result<()> {
     Ok(())
 }
 
-fn a_wrong_state_is_noticed_by_ss() -> Result<()> {
+fn ss_detects_a_wrong_state() -> Result<()> {
     let lab = Lab::new()?;
     let leak = lab.prepare("must-fail", Family::V4, three())?;
     let Err(error) = check(&lab, &leak, Family::V4) else {
-        bail!("ss saw nothing wrong with must-fail")
+        bail!("ss detected nothing wrong in must-fail")
     };
     ensure!(error.to_string().contains("recv_q: 0"), "{error:#}");
     Ok(())
@@ -116,7 +116,7 @@ fn scenarios_share_an_application() -> Result<()> {
 fn a_sealed_application_is_not_shared() -> Result<()> {
     let lab = Lab::new()?;
     let _queue = lab.start("not-accepted", Family::V4, three())?;
-    // Its accept() would take the connections that must stay in the queue.
+    // accept() of the second scenario would take the connections that must stay in the queue.
     let Err(error) = lab.start("established", Family::V4, three()) else {
         bail!("shared")
     };
@@ -156,7 +156,7 @@ fn labs_side_by_side() -> Result<()> {
     Ok(())
 }
 
-fn innocents_carry_data() -> Result<()> {
+fn bystanders_carry_data() -> Result<()> {
     let lab = Lab::new()?;
     let leak = lab.start("established", Family::V6, three())?;
     for conn in leak.conns() {

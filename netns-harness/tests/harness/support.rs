@@ -1,4 +1,4 @@
-//! What several tests use.
+//! Helpers of several tests.
 
 use std::io::Read as _;
 use std::process::{Command, Output, Stdio};
@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// Generous: a test that runs into it has failed, and one that passes never waits for it.
+/// A generous limit. A test that passes never waits for it.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
 /// The program under test.
@@ -17,7 +17,7 @@ pub fn harness() -> Command {
     Command::new(env!("CARGO_BIN_EXE_netns-harness"))
 }
 
-/// The program under test, with arguments written as in a shell without quotes.
+/// The program under test, with arguments separated by spaces.
 pub fn harness_with(arguments: &str) -> Command {
     let mut command = harness();
     command.args(arguments.split_whitespace());
@@ -43,7 +43,7 @@ pub fn output(command: &mut Command) -> Result<Output> {
     }
 }
 
-/// Runs a command that must exit with this status. Returns its stdout and stderr.
+/// Runs a command and checks its exit status. Returns stdout and stderr.
 pub fn output_with_code(command: &mut Command, code: i32) -> Result<(String, String)> {
     let output = output(command)?;
     let (stdout, stderr) = (
@@ -59,10 +59,10 @@ pub fn output_with_code(command: &mut Command, code: i32) -> Result<(String, Str
 }
 
 /// Waits for a condition.
-pub fn wait_until(what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
+pub fn wait_until(goal: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
     let deadline = Instant::now() + DEADLINE;
     while !condition()? {
-        ensure!(Instant::now() < deadline, "waited in vain: {what}");
+        ensure!(Instant::now() < deadline, "not within {DEADLINE:?}: {goal}");
         std::thread::sleep(Duration::from_millis(5));
     }
     Ok(())
@@ -81,7 +81,7 @@ pub fn wait_for_line(output: &mut impl std::io::Read, line: &str) -> Result<()> 
     Ok(())
 }
 
-/// Can processes of ours become another user?
+/// Whether child processes can become another user.
 pub fn has_other_users() -> Result<bool> {
     let mut map = String::new();
     std::fs::File::open("/proc/self/uid_map")?.read_to_string(&mut map)?;
@@ -94,8 +94,8 @@ pub fn has_other_users() -> Result<bool> {
     Ok(map.lines().any(whole))
 }
 
-/// Runs the harness with a command that prints what `ss -Htan` does, and counts the sockets in CLOSE-WAIT, ESTABLISHED
-/// and LISTEN.
+/// Runs the harness with a command that prints the output of `ss -Htan`. Returns the numbers of sockets in CLOSE-WAIT,
+/// ESTABLISHED and LISTEN.
 pub fn count_states(arguments: &str) -> Result<(usize, usize, usize)> {
     let (stdout, _) = output_with_code(&mut harness_with(arguments), 0)?;
     let count = |state: &str| {

@@ -95,7 +95,7 @@ fn a_thread_that_execs_is_held_under_its_new_number() {
     let proc = ProcFs::default();
     for executor_is_seized in [false, true] {
         let mut process = Process::start();
-        let (pid, executor) = (process.id.pid, process.executor());
+        let (pid, executor) = (process.pid, process.executor());
         let mut stopped = StoppedProcess::new(pid, PATIENCE);
         let seized = SeizedThreads::default();
         stopped.seize(&proc, pid, &seized).unwrap();
@@ -147,8 +147,8 @@ fn all_threads_are_stopped() {
     let process = Process::start();
     process.executor();
     let stopped =
-        StoppedProcess::stop(&proc, process.id.pid, PATIENCE, &SeizedThreads::default()).unwrap();
-    let listed = tids(&proc, process.id.pid).unwrap();
+        StoppedProcess::stop(&proc, process.pid, PATIENCE, &SeizedThreads::default()).unwrap();
+    let listed = tids(&proc, process.pid).unwrap();
     assert_eq!(stopped.threads().len(), listed.len());
     assert!(
         stopped
@@ -164,7 +164,7 @@ fn a_thread_whose_name_is_not_utf8_has_not_ended() {
     let root = tempfile::tempdir().unwrap();
     let task = root.path().join("7/task/8");
     fs::create_dir_all(&task).unwrap();
-    let proc = Proc::at(root.path());
+    let proc = ProcFs::at(root.path());
     for (stat, expected) in [
         (&b"8 (\xd0) S 1"[..], false),
         (&b"8 (\xd0) Z 1"[..], true),

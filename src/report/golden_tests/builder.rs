@@ -1,40 +1,39 @@
 //! Runs for the golden tests, built by hand from neutral words. Only this file knows the types of a run.
 
 use std::io;
-use std::mem;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
+use nix::errno::Errno;
 
 use crate::audit::record::{Caller, Entry, intents, outcomes, reclaim_intents, reclaim_outcomes};
 use crate::cli::{Cli, Command};
-use crate::config::{Action, Config, Format};
-use crate::finder::cgroup::Cgroup;
+use crate::commands::sweep;
+use crate::config::{Action, Config, ReclaimConfig};
 use crate::finder::dead::DeadSocket;
-use crate::finder::listeners::Listener;
-use crate::finder::netns::Netns;
-use crate::finder::owners::{Holding, Process};
-use crate::finder::sock_diag::testdata::stuck;
-use crate::finder::sock_diag::{Cookie, DiagId, Family, SocketMessage};
-use crate::finder::{Found, Held, Socket, TargetFd};
-use crate::injector::ladder::{Attempt, Outcome, Skip, Verdict};
-use crate::injector::{ActError, MethodName};
-use crate::pipeline::{Deed, Reclaimed, Run};
-use crate::plan::{LeftOut, Plan};
-use crate::privileges::Need;
-use crate::reclaim::command::{self, DeadDescriptor};
-use crate::reclaim::evidence::Doubt;
-use crate::reclaim::{Fate, Reason, Visit, Wanted};
-use crate::refill::{Culprit, Refill};
-use crate::sweep::Swept;
+use crate::model::{
+    Coverage, Exclusion, InUse, Listener, Method, MethodError, Outcome, Owner, Plan, Privilege,
+    ReclaimOutcome, ReclaimReason, Scan, SkipReason, Socket, Target,
+};
+use crate::proc::cgroup::Cgroup;
+use crate::proc::netns::Netns;
+use crate::proc::{FdState, Process, ProcessId, RemoteFd};
+use crate::reclaim::StopStats;
+use crate::report::Run;
+use crate::report::reclaim::{DeadDescriptor, ReclaimRun};
+use crate::sock_diag::testdata::stuck;
+use crate::sock_diag::{Cookie, DiagId, Family, SocketMessage};
+use crate::sys::errno_of;
 use crate::tcp::TcpState;
+use crate::watch::NewSockets;
 
 /// Why a method is not tried, by a word each.
 pub const EXCLUSIONS: [&str; 9] = [
     "not-accepted",
     "no-owner",
-    "owners-not-sought",
+    "owners-not-searched",
     "unsent",
     "needs-net-admin",
     "needs-net-raw",
@@ -43,17 +42,17 @@ pub const EXCLUSIONS: [&str; 9] = [
     "listener",
 ];
 
-fn exclusion(word: &str) -> LeftOut {
+fn exclusion(word: &str) -> Exclusion {
     match word {
-        "not-accepted" => LeftOut::NotAccepted,
-        "no-owner" => LeftOut::NoOwner,
-        "owners-not-sought" => LeftOut::OwnersNotSought,
-        "unsent" => LeftOut::Unsent(512),
-        "needs-net-admin" => LeftOut::Needs(Need::NetAdmin),
-        "needs-net-raw" => LeftOut::Needs(Need::NetRaw),
-        "needs-ptrace" => LeftOut::Needs(Need::Ptrace),
-        "open-connection" => LeftOut::State(TcpState::Established, "it is open"),
-        "listener" => LeftOut::State(TcpState::Listen, "it listens"),
+        "not-accepted" => Exclusion::NotAccepted,
+        "no-owner" => Exclusion::NoOwner,
+        "owners-not-searched" => Exclusion::OwnersNotSearched,
+        "unsent" => Exclusion::UnsentData(512),
+        "needs-net-admin" => Exclusion::NotPermitted(Privilege::NetAdmin),
+        "needs-net-raw" => Exclusion::NotPermitted(Privilege::NetRaw),
+        "needs-ptrace" => Exclusion::NotPermitted(Privilege::Ptrace),
+        "open-connection" => Exclusion::WrongState(TcpState::Established, "it is open"),
+        "listener" => Exclusion::WrongState(TcpState::Listen, "it listens"),
         _ => panic!("exclusion {word}"),
     }
 }
@@ -69,15 +68,15 @@ pub const SKIPS: [&str; 7] = [
     "interrupted",
 ];
 
-fn skip(word: &str, excluded: &[(MethodName, LeftOut)]) -> Skip {
+fn skip(word: &str) -> SkipReason {
     match word {
-        "no-method" => Skip::NoMethod(excluded.to_vec()),
-        "over-limit" => Skip::OverLimit,
-        "unsent" => Skip::Unsent(77),
-        "no-longer-selected" => Skip::NoLongerSelected,
-        "accepted" => Skip::Accepted,
-        "peer-alive" => Skip::PeerAlive,
-        "interrupted" => Skip::Interrupted,
+        "no-method" => SkipReason::NoMethod,
+        "over-limit" => SkipReason::OverMaxKills,
+        "unsent" => SkipReason::UnsentData(77),
+        "no-longer-selected" => SkipReason::NoLongerSelected,
+        "accepted" => SkipReason::Accepted,
+        "peer-alive" => SkipReason::PeerAlive,
+        "interrupted" => SkipReason::Interrupted,
         _ => panic!("skip {word}"),
     }
 }
@@ -98,7 +97,7 @@ pub const ATTEMPTS: [&str; 20] = [
     "rst-ignored",
     "peer-alive",
     "peer-silent",
-    "interrupted",
+    "no-ack-unsupported",
     "unanswered",
     "os",
     "os-unknown-errno",
@@ -106,31 +105,34 @@ pub const ATTEMPTS: [&str; 20] = [
     "bug",
 ];
 
-fn act_error(word: &str) -> ActError {
-    let denied = |need| ActError::Denied(need, errno(libc::EPERM));
+fn method_error(word: &str) -> MethodError {
+    let denied = |privilege| MethodError::NotPermitted(privilege, Errno::EPERM);
     match word {
-        "gone" => ActError::Gone,
-        "descriptors-gone" => ActError::DescriptorsGone,
-        "foreign-proc" => ActError::ForeignProc,
-        "denied-net-admin" => denied(Need::NetAdmin),
-        "denied-net-raw" => denied(Need::NetRaw),
-        "denied-ptrace" => denied(Need::Ptrace),
-        "not-supported" => {
-            ActError::NotSupported("the kernel cannot do it", errno(libc::EOPNOTSUPP))
+        "gone" => MethodError::Gone,
+        "descriptors-gone" => MethodError::DescriptorsGone,
+        "foreign-proc" => MethodError::ForeignPidNamespace,
+        "denied-net-admin" => denied(Privilege::NetAdmin),
+        "denied-net-raw" => denied(Privilege::NetRaw),
+        "denied-ptrace" => denied(Privilege::Ptrace),
+        "not-supported" => MethodError::NotSupported("the kernel cannot do it", Errno::EOPNOTSUPP),
+        "orphan" => MethodError::OrphanOnOldKernel,
+        "unsent" => MethodError::UnsentData(99),
+        "no-ack" => MethodError::NoAck(None),
+        "no-ack-no-repair" => MethodError::NoAck(Some(Box::new(denied(Privilege::NetAdmin)))),
+        "no-ack-unsupported" => {
+            let repair = MethodError::NotSupported("TCP_REPAIR", Errno::ENOPROTOOPT);
+            MethodError::NoAck(Some(Box::new(repair)))
         }
-        "orphan" => ActError::Orphan,
-        "unsent" => ActError::Unsent(99),
-        "no-ack" => ActError::NoAck(None),
-        "no-ack-no-repair" => ActError::NoAck(Some(Box::new(denied(Need::NetAdmin)))),
-        "rst-ignored" => ActError::RstIgnored,
-        "peer-alive" => ActError::PeerAlive,
-        "peer-silent" => ActError::PeerSilent,
-        "interrupted" => ActError::Interrupted,
-        "unanswered" => ActError::Unanswered(errno(libc::ENOBUFS)),
-        "os" => ActError::Os("pidfd_getfd", errno(libc::EMFILE)),
-        "os-unknown-errno" => ActError::Os("preparing", errno(4095)),
-        "os-no-errno" => ActError::Os("reading", io::ErrorKind::InvalidData.into()),
-        "bug" => ActError::Os(Outcome::BUG, errno(libc::EIO)),
+        "rst-ignored" => MethodError::RstIgnored,
+        "peer-alive" => MethodError::PeerAlive,
+        "peer-silent" => MethodError::PeerSilent,
+        "unanswered" => MethodError::AnswerLost(Errno::ENOBUFS),
+        "os" => MethodError::SystemCall("pidfd_getfd", Errno::EMFILE),
+        "os-unknown-errno" => MethodError::SystemCall("preparing", Errno::from_raw(4095)),
+        "os-no-errno" => {
+            MethodError::SystemCall("reading", errno_of(&io::ErrorKind::InvalidData.into()))
+        }
+        "bug" => MethodError::Bug,
         _ => panic!("attempt {word}"),
     }
 }
@@ -181,77 +183,84 @@ pub const KEPT: [&str; 42] = [
     "hostile-tracer",
 ];
 
-fn reason(word: &str) -> Reason {
+fn reason(word: &str) -> ReclaimReason {
     let limit = Duration::from_millis(100);
     let (tid, number) = (4431, 232);
-    let doubt = match word {
-        "in-call" => Doubt::InCall { tid, number },
-        "in-some-call" => Doubt::InSomeCall { tid, number },
-        "in-epoll" => Doubt::InEpoll(4),
-        "in-ring" => Doubt::InRing(5),
-        "ring-in-flight" => Doubt::RingInFlight(6),
-        "ring" => Doubt::Ring(7),
-        "ring-worker" => Doubt::RingWorker("iou-wrk-4421".into()),
-        "hostile-ring-worker" => Doubt::RingWorker("iou\x1b[2J".into()),
-        "finalizer" => Doubt::Finalizer("Finalizer".into()),
-        "transfer" => Doubt::Transfer { tid, number },
-        "unread-1" => Doubt::Unread(1),
-        "unread" => Doubt::Unread(1460),
-        "too-young" => Doubt::TooYoung(Duration::from_micros(12_345_678)),
-        "no-age" => Doubt::NoAge,
+    let in_use = match word {
+        "in-call" => InUse::InSyscall { tid, number },
+        "in-some-call" => InUse::MaybeInSyscall { tid, number },
+        "in-epoll" => InUse::InEpoll(4),
+        "in-ring" => InUse::InIoUring(5),
+        "ring-in-flight" => InUse::IoUringInFlight(6),
+        "ring" => InUse::IoUringOpen(7),
+        "ring-worker" => InUse::IoUringWorker("iou-wrk-4421".into()),
+        "hostile-ring-worker" => InUse::IoUringWorker("iou\x1b[2J".into()),
+        "finalizer" => InUse::Finalizer("Finalizer".into()),
+        "transfer" => InUse::Transfer { tid, number },
+        "unread-1" => InUse::Unread(1),
+        "unread" => InUse::Unread(1460),
+        "too-young" => InUse::TooYoung(Duration::from_micros(12_345_678)),
+        "no-age" => InUse::AgeUnknown,
         _ => {
             return match word {
-                "ourselves" => Reason::Ourselves,
-                "traced-by-unknown" => Reason::Traced(99, None),
-                "traced" => Reason::Traced(99, Some("gdb".into())),
-                "hostile-tracer" => Reason::Traced(99, Some("g\u{202e}db\n".into())),
-                "filter-forbids" => Reason::FilterForbids,
-                "filter-unread" => Reason::FilterUnread(errno(libc::EACCES)),
-                "shared-table" => Reason::SharedTable(98),
-                "shared-unknown" => Reason::SharedUnknown(98, errno(libc::EPERM)),
-                "shared-closed" => Reason::SharedClosed(98, errno(libc::EPERM)),
-                "no-kcmp" => Reason::NoKcmp,
-                "leader-ended" => Reason::LeaderEnded,
-                "executing" => Reason::Executing(tid),
-                "other-table" => Reason::OtherTable,
-                "table-unread" => Reason::TableUnread(errno(libc::EPERM)),
-                "foreign" => Reason::Foreign,
-                "foreign-call" => Reason::ForeignCall(tid),
-                "foreign-proc" => Reason::ForeignProc,
-                "limit" => Reason::Limit(tid, limit),
-                "time-over" => Reason::TimeOver(limit),
-                "no-call" => Reason::NoCall,
-                "unsteady" => Reason::Unsteady,
-                "denied" => Reason::Denied(errno(libc::EPERM)),
-                "interrupted" => Reason::Interrupted,
-                "hangs" => Reason::Hangs,
-                "still-taken" => Reason::StillTaken,
-                "bug" => Reason::Bug,
-                "os" => Reason::Os("ptrace", errno(libc::ESRCH)),
-                "os-no-errno" => Reason::Os("reading", io::ErrorKind::UnexpectedEof.into()),
+                "ourselves" => ReclaimReason::OwnProcess,
+                "traced-by-unknown" => ReclaimReason::Traced(99, None),
+                "traced" => ReclaimReason::Traced(99, Some("gdb".into())),
+                "hostile-tracer" => ReclaimReason::Traced(99, Some("g\u{202e}db\n".into())),
+                "filter-forbids" => ReclaimReason::SeccompForbidsClose,
+                "filter-unread" => ReclaimReason::SeccompUnreadable(Errno::EACCES),
+                "shared-table" => ReclaimReason::SharedTable(98),
+                "shared-unknown" => ReclaimReason::KcmpNotPermitted(98, Errno::EPERM),
+                "shared-closed" => ReclaimReason::KcmpFailed(98, Errno::EPERM),
+                "no-kcmp" => ReclaimReason::NoKcmp,
+                "leader-ended" => ReclaimReason::LeaderExited,
+                "executing" => ReclaimReason::InExec(tid),
+                "other-table" => ReclaimReason::SeparateTable,
+                "table-unread" => ReclaimReason::TableUnknown(Errno::EPERM),
+                "foreign" => ReclaimReason::Is32bit,
+                "foreign-call" => ReclaimReason::Makes32bitSyscalls(tid),
+                "foreign-proc" => ReclaimReason::OtherPidNamespace,
+                "limit" => ReclaimReason::NotStopped(tid, limit),
+                "time-over" => ReclaimReason::StopLimitReached(limit),
+                "no-call" => ReclaimReason::NoSyscall,
+                "unsteady" => ReclaimReason::OwnerBusy,
+                "denied" => ReclaimReason::NotPermitted(Errno::EPERM),
+                "interrupted" => ReclaimReason::Interrupted,
+                "hangs" => ReclaimReason::CloseHangs,
+                "still-taken" => ReclaimReason::StillOpen,
+                "bug" => ReclaimReason::Bug,
+                "os" => ReclaimReason::SystemError("ptrace", Errno::ESRCH),
+                "os-no-errno" => ReclaimReason::SystemError(
+                    "reading",
+                    errno_of(&io::ErrorKind::UnexpectedEof.into()),
+                ),
                 _ => panic!("reason {word}"),
             };
         }
     };
-    Reason::Doubt(doubt)
+    ReclaimReason::InUse(in_use)
 }
 
 /// `freed`, `gone`, `skipped WORD` or `failed WORD`.
-fn fate(words: &str) -> Fate {
+fn reclaim_outcome(words: &str) -> ReclaimOutcome {
     match words.split_once(' ') {
-        None if words == "freed" => Fate::Freed,
-        None if words == "gone" => Fate::Gone,
-        Some(("skipped", word)) => Fate::Skipped(reason(word)),
-        Some(("failed", word)) => Fate::Failed(reason(word)),
-        _ => panic!("fate {words}"),
+        None if words == "freed" => ReclaimOutcome::Freed,
+        None if words == "gone" => ReclaimOutcome::Gone,
+        Some(("skipped", word)) => ReclaimOutcome::Skipped(reason(word)),
+        Some(("failed", word)) => ReclaimOutcome::Failed(reason(word)),
+        _ => panic!("outcome {words}"),
     }
 }
 
-fn errno(number: i32) -> io::Error {
-    io::Error::from_raw_os_error(number)
+/// Of a dry run: the word of a reason, or nothing.
+fn judgement(word: &str) -> ReclaimOutcome {
+    match word {
+        "" => ReclaimOutcome::Allowed,
+        word => ReclaimOutcome::Skipped(reason(word)),
+    }
 }
 
-fn method(name: &str) -> MethodName {
+fn method(name: &str) -> Method {
     name.parse().expect("a method")
 }
 
@@ -267,13 +276,19 @@ fn state(name: &str) -> TcpState {
 pub struct Who(pub &'static str, pub i32, pub &'static str);
 
 impl Who {
-    fn process(&self) -> Process {
-        Process {
-            pid: self.1,
-            start_time: 1000,
+    fn process(&self) -> Arc<Process> {
+        Arc::new(Process {
+            id: ProcessId {
+                pid: self.1,
+                start_time: 1000,
+            },
             comm: self.0.into(),
             cgroup: Cgroup::parse(self.2),
-        }
+        })
+    }
+
+    fn owner(&self, fd: i32) -> Owner {
+        Owner::new(self.process(), RemoteFd(fd))
     }
 }
 
@@ -285,10 +300,10 @@ pub struct Listening(
     pub &'static [(&'static Who, i32)],
 );
 
-struct Owner {
+struct Holder {
     who: &'static Who,
     fd: i32,
-    after: Holding,
+    after: FdState,
     reclaim: Option<&'static str>,
 }
 
@@ -304,9 +319,9 @@ enum Ended {
 pub struct Matched {
     message: SocketMessage,
     netns: usize,
-    owners: Vec<Owner>,
+    owners: Vec<Holder>,
     listener: Option<&'static Listening>,
-    methods: Vec<MethodName>,
+    methods: Vec<Method>,
     excluded: Vec<(&'static str, &'static str)>,
     over_limit: bool,
     attempts: Vec<(&'static str, Option<&'static str>)>,
@@ -381,10 +396,10 @@ impl Matched {
     }
 
     pub fn owner(mut self, who: &'static Who, fd: i32) -> Self {
-        self.owners.push(Owner {
+        self.owners.push(Holder {
             who,
             fd,
-            after: Holding::Unknown,
+            after: FdState::Unknown,
             reclaim: None,
         });
         self
@@ -454,54 +469,84 @@ impl Matched {
         self
     }
 
-    fn last_owner(mut self, change: impl FnOnce(&mut Owner)) -> Self {
+    fn last_owner(mut self, change: impl FnOnce(&mut Holder)) -> Self {
         change(self.owners.last_mut().expect("an owner comes first"));
         self
     }
 
     /// The last owner still has its descriptor.
     pub fn still_open(self) -> Self {
-        self.last_owner(|owner| owner.after = Holding::Open)
+        self.last_owner(|owner| owner.after = FdState::Open)
     }
 
     /// The last owner has closed its descriptor.
     pub fn no_longer_open(self) -> Self {
-        self.last_owner(|owner| owner.after = Holding::Closed)
+        self.last_owner(|owner| owner.after = FdState::Closed)
     }
 
-    /// With `--reclaim`: what became of the descriptor of the last owner, as [`fate`] has it, or in a dry run the word of a reason.
+    /// With `--reclaim`: the outcome for the descriptor of the last owner, in the words of [`reclaim_outcome`]; in a dry run the
+    /// word of a reason.
     pub fn reclaim(self, words: &'static str) -> Self {
         self.last_owner(|owner| owner.reclaim = Some(words))
     }
 
-    fn excluded(&self) -> Vec<(MethodName, LeftOut)> {
-        let one = |&(name, why): &(&str, &str)| (method(name), exclusion(why));
-        self.excluded.iter().map(one).collect()
-    }
-
-    fn outcome(&self) -> Outcome {
-        let attempt = |&(name, why): &(&'static str, Option<&'static str>)| Attempt {
-            method: method(name),
-            error: why.map(act_error),
-        };
-        let verdict = match self.ended.as_ref().expect("an act has an outcome") {
-            Ended::Closed(name) => Verdict::Closed(method(name)),
-            Ended::Closing(name, now) => Verdict::Closing(method(name), state(now)),
-            Ended::Gone => Verdict::Gone,
-            Ended::Skipped(why) => Verdict::Skipped(skip(why, &self.excluded())),
-            Ended::Failed => Verdict::Failed,
-        };
-        Outcome {
-            verdict,
-            attempts: self.attempts.iter().map(attempt).collect(),
+    fn planned(&self) -> Plan {
+        let excluded = |&(name, why): &(&str, &str)| (method(name), exclusion(why));
+        Plan {
+            methods: self.methods.clone(),
+            excluded: self.excluded.iter().map(excluded).collect(),
+            skip: match self.over_limit {
+                true => Some(SkipReason::OverMaxKills),
+                false => self.methods.is_empty().then_some(SkipReason::NoMethod),
+            },
         }
     }
 
-    /// Whether each descriptor is still open; asked of a socket that is closed or about to be.
-    fn descriptors(&self, outcome: &Outcome) -> Option<Vec<Holding>> {
-        let over = matches!(outcome.verdict, Verdict::Closed(_) | Verdict::Closing(..));
-        let known = over && (self.message.inode == 0 || !self.owners.is_empty());
-        known.then(|| self.owners.iter().map(|owner| owner.after).collect())
+    /// As it was found; `searched`: owners were searched for.
+    fn found(&self, searched: bool) -> Target {
+        let mut target = Target::new(Socket::from_message(&self.message));
+        target.socket.netns = self.netns;
+        let owners = self.owners.iter().filter(|_| searched);
+        target.owners = owners.map(|owner| owner.who.owner(owner.fd)).collect();
+        target.plan = self.planned();
+        target
+    }
+
+    /// Tries the methods, decides the outcome, and checks the descriptors.
+    fn act(&self, target: &mut Target) {
+        for (name, why) in &self.attempts {
+            let error = why.map(method_error);
+            target.record(method(name), error.map_or(Ok(()), Err));
+        }
+        let ended = self.ended.as_ref().expect("an act has an outcome");
+        let outcome = match ended {
+            Ended::Closed(name) => Outcome::Closed(method(name)),
+            Ended::Closing(name, now) => Outcome::Closing(method(name), state(now)),
+            Ended::Gone => Outcome::Gone,
+            Ended::Skipped(why) => Outcome::Skipped(skip(why)),
+            Ended::Failed => Outcome::Failed,
+        };
+        match ended {
+            Ended::Closed(_) | Ended::Gone => target.note_vanished(),
+            _ => target.outcome = Some(outcome),
+        }
+        assert_eq!(target.outcome, Some(outcome), "the attempts of {target:?}");
+        if outcome.is_closed_or_closing() && target.socket.inode.is_some() {
+            for (owner, seen) in target.owners.iter_mut().zip(&self.owners) {
+                owner.after = Some(seen.after);
+            }
+        }
+    }
+
+    /// Decides for each descriptor what `--reclaim` does, or in a dry run would do.
+    fn reclaimed(&self, target: &mut Target) {
+        let is_open = target.outcome.is_none();
+        for (owner, wanted) in target.owners.iter_mut().zip(&self.owners) {
+            owner.reclaim = match is_open {
+                true => Some(judgement(wanted.reclaim.unwrap_or_default())),
+                false => wanted.reclaim.map(reclaim_outcome),
+            };
+        }
     }
 }
 
@@ -522,8 +567,7 @@ pub struct Case {
     pub long: bool,
     namespaces: Vec<(u64, Option<&'static str>)>,
     sockets: Vec<Matched>,
-    coverage: Found,
-    unlisted: Option<&'static str>,
+    coverage: Coverage,
     watched: Option<Watched>,
     stopped: Vec<(&'static Who, u64, usize)>,
 }
@@ -537,8 +581,7 @@ pub fn case(name: &'static str, arguments: &'static str) -> Case {
         long: false,
         namespaces: vec![(4_026_531_840, None)],
         sockets: Vec::new(),
-        coverage: Found::default(),
-        unlisted: None,
+        coverage: Coverage::default(),
         watched: None,
         stopped: Vec::new(),
     }
@@ -586,14 +629,14 @@ impl Case {
         self
     }
 
-    /// Of so many processes the namespace is not known.
+    /// The namespaces of this many processes are unknown.
     pub fn unknown_namespaces(mut self, count: usize) -> Self {
-        self.coverage.untold_namespaces = count;
+        self.coverage.unknown_namespaces = count;
         self
     }
 
     pub fn unlisted(mut self, why: &'static str) -> Self {
-        self.unlisted = Some(why);
+        self.coverage.unlisted = Some(why.to_owned());
         self
     }
 
@@ -637,166 +680,99 @@ impl Case {
         Config { verbose, ..config }
     }
 
-    fn processes(&self) -> Vec<Process> {
-        let owners = self.sockets.iter().flat_map(|socket| &socket.owners);
-        let owners = owners.map(|owner| owner.who);
-        let listeners = self.sockets.iter().filter_map(|socket| socket.listener);
-        let accepting = listeners.flat_map(|listener| listener.3.iter().map(|(who, _)| *who));
-        let sought = self.config(false).owners;
-        unique(owners.chain(accepting).filter(|_| sought))
-    }
-
     /// The run: before the act if `config` wants one and nothing is `done`, else at its end.
     pub fn run(&self, done: bool) -> Run {
         let config = &self.config(false);
-        let processes = self.processes();
-        let held = |who: &Who, fd| Held {
-            process: index(&processes, who),
-            fd: TargetFd(fd),
-        };
-        let mut listeners: Vec<Listener> = Vec::new();
-        let mut run = Run {
+        let mut scan = Scan {
             namespaces: self
                 .namespaces
                 .iter()
-                .map(|(inode, name)| Netns::example(*inode, *name))
+                .map(|(inode, name)| Arc::new(Netns::example(*inode, *name)))
                 .collect(),
-            found: Found::default(),
-            plans: Vec::new(),
-            unlisted: self.unlisted.map(str::to_owned),
-            swept: Swept::default(),
-            deeds: None,
-            refill: None,
-            reclaimed: None,
+            coverage: self.coverage.clone(),
+            owners_known: config.owners,
+            ..Scan::default()
         };
         let acted = done && config.action == Action::Act;
-        let mut later = Vec::new();
+        let reclaimed = config.reclaim.is_some() && (acted || config.action != Action::Act);
+        let mut swept = Vec::new();
         for matched in &self.sockets {
-            let mut socket = Socket::from_message(&matched.message);
-            socket.netns = matched.netns;
-            let owners = matched.owners.iter().filter(|_| config.owners);
-            socket.owners = owners.map(|owner| held(owner.who, owner.fd)).collect();
-            socket.listener = matched.listener.map(|it| {
-                let local: SocketAddr = it.0.parse().expect("an address");
+            let mut target = matched.found(config.owners);
+            target.listener = matched.listener.map(|it| {
                 let accepting = it.3.iter().filter(|_| config.owners);
-                let known = listeners.iter().position(|other| other.local == local);
-                known.unwrap_or_else(|| {
-                    listeners.push(Listener {
-                        local,
-                        inodes: vec![5000],
-                        uid: 0,
-                        waiting: it.1,
-                        backlog: it.2,
-                        owners: accepting.map(|(who, fd)| held(who, *fd)).collect(),
-                    });
-                    listeners.len() - 1
-                })
+                let accepting = accepting.map(|(who, fd)| who.owner(*fd)).collect();
+                place(&mut scan.listeners, it, accepting)
             });
-            let plan = Plan {
-                methods: matched.methods.clone(),
-                left_out: matched.excluded(),
-                over_limit: matched.over_limit,
-            };
-            if matched.swept {
-                run.swept.sockets.push(socket);
-                run.swept.plans.push(plan);
-                run.swept.outcomes.push(matched.outcome());
-            } else {
-                run.found.sockets.push(socket);
-                run.plans.push(plan);
-                later.extend(acted.then(|| matched.outcome()));
+            if acted || matched.swept {
+                matched.act(&mut target);
+            }
+            if reclaimed {
+                matched.reclaimed(&mut target);
+            }
+            match matched.swept {
+                true => swept.push(target),
+                false => scan.targets.push(target),
             }
         }
-        let coverage = &self.coverage;
-        run.found = Found {
-            sockets: mem::take(&mut run.found.sockets),
-            processes,
-            listeners,
-            owners_sought: config.owners,
-            unreadable_processes: coverage.unreadable_processes,
-            undecided: coverage.undecided,
-            hidden_processes: coverage.hidden_processes,
-            unreachable_namespaces: coverage.unreachable_namespaces,
-            namespace_failure: coverage.namespace_failure.clone(),
-            untold_namespaces: coverage.untold_namespaces,
-        };
-        if acted {
-            let outcomes = run.take_in_swept(later, config.format != Format::Quiet);
-            let deed = |(socket, outcome): (&Socket, Outcome)| Deed {
-                descriptors: self.matched(socket).descriptors(&outcome),
-                outcome,
-            };
-            run.deeds = Some(run.found.sockets.iter().zip(outcomes).map(deed).collect());
+        sweep::merge(&mut scan, swept, config);
+        Run {
+            acted,
+            reclaimed,
+            stops: match reclaimed {
+                true => stops(&self.stopped),
+                false => Vec::new(),
+            },
+            new_sockets: self
+                .watched
+                .as_ref()
+                .filter(|_| done)
+                .map(|it| it.new_sockets(config.owners)),
+            ..Run::new(scan)
         }
-        if config.reclaim.is_some() && (acted || config.action != Action::Act) {
-            run.reclaimed = Some(self.reclaimed(&run, acted));
-        }
-        run.refill = self.watched.as_ref().filter(|_| done).map(Watched::refill);
-        run
     }
+}
 
-    fn matched(&self, socket: &Socket) -> &Matched {
-        let mut all = self.sockets.iter();
-        all.find(|matched| matched.message.id.cookie() == socket.cookie())
-            .expect("a socket of this case")
-    }
-
-    fn reclaimed(&self, run: &Run, acted: bool) -> Reclaimed {
-        fn each<T>(case: &Case, run: &Run, meant: bool, one: fn(&str) -> T) -> Vec<Vec<Option<T>>> {
-            let of_socket = |socket: &Socket| {
-                let owners = case.matched(socket).owners.iter();
-                let of_owner = |owner: &Owner| owner.reclaim.filter(|_| meant).map(one);
-                owners.map(of_owner).collect()
-            };
-            run.found.sockets.iter().map(of_socket).collect()
-        }
-        Reclaimed {
-            fates: each(self, run, acted, fate),
-            doubts: each(self, run, !acted, reason),
-            visits: visits(&run.found.processes, &self.stopped),
-        }
-    }
+/// The index of a listener that is known, or is added.
+fn place(listeners: &mut Vec<Listener>, listening: &Listening, owners: Vec<Owner>) -> usize {
+    let local: SocketAddr = listening.0.parse().expect("an address");
+    let known = listeners.iter().position(|other| other.local == local);
+    known.unwrap_or_else(|| {
+        listeners.push(Listener {
+            local,
+            inodes: vec![5000],
+            uid: 0,
+            waiting: listening.1,
+            backlog: listening.2,
+            owners,
+        });
+        listeners.len() - 1
+    })
 }
 
 impl Watched {
-    fn refill(&self) -> Refill {
-        let culprit = |who: &Who| Culprit {
-            pid: who.1,
-            comm: who.0.into(),
-        };
+    fn new_sockets(&self, owners_known: bool) -> NewSockets {
         let by = self.by.iter();
-        let by: Vec<_> = by.map(|(who, new)| (who.map(culprit), *new)).collect();
-        Refill {
+        NewSockets {
             watched: self.time,
-            new: by.iter().map(|(_, new)| new).sum(),
-            by,
-            undecided: self.undecided,
-            partial: self.partial,
+            new: self.by.iter().map(|(_, new)| new).sum(),
+            by: by.map(|(who, new)| (who.map(Who::process), *new)).collect(),
+            owners_known,
+            coverage: Coverage {
+                undecided: self.undecided,
+                unreachable_namespaces: usize::from(self.partial),
+                ..Coverage::default()
+            },
         }
     }
 }
 
-/// The processes, each once, by number.
-fn unique<'w>(all: impl Iterator<Item = &'w Who>) -> Vec<Process> {
-    let mut processes: Vec<Process> = all.map(Who::process).collect();
-    processes.sort_by_key(|process| process.pid);
-    processes.dedup_by_key(|process| process.pid);
-    processes
-}
-
-fn index(processes: &[Process], who: &Who) -> usize {
-    let mut all = processes.iter();
-    all.position(|process| process.pid == who.1)
-        .expect("a process of this case")
-}
-
-fn visits(owners: &[Process], stopped: &[(&'static Who, u64, usize)]) -> Vec<Visit> {
-    let visit = |(who, micros, freed): &(&Who, u64, usize)| Visit {
-        owner: index(owners, who),
+fn stops(stopped: &[(&'static Who, u64, usize)]) -> Vec<StopStats> {
+    let stop = |(who, micros, freed): &(&Who, u64, usize)| StopStats {
+        process: who.process(),
         freed: *freed,
         stopped: Duration::from_micros(*micros),
     };
-    stopped.iter().map(visit).collect()
+    stopped.iter().map(stop).collect()
 }
 
 /// The audit records of `run`: before anything is done, or after all.
@@ -868,7 +844,7 @@ pub struct DeadCase {
     stopped: Vec<(&'static Who, u64, usize)>,
     unknown: usize,
     unreadable: usize,
-    headless: Vec<&'static Who>,
+    leader_exited: Vec<&'static Who>,
     failed: Vec<i32>,
     hidden: bool,
 }
@@ -883,7 +859,7 @@ pub fn dead_case(name: &'static str, arguments: &'static str) -> DeadCase {
         stopped: Vec::new(),
         unknown: 0,
         unreadable: 0,
-        headless: Vec::new(),
+        leader_exited: Vec::new(),
         failed: Vec::new(),
         hidden: false,
     }
@@ -918,7 +894,7 @@ impl DeadCase {
 
     /// The first thread of this process has ended.
     pub fn leader_ended(mut self, who: &'static Who) -> Self {
-        self.headless.push(who);
+        self.leader_exited.push(who);
         self
     }
 
@@ -933,59 +909,51 @@ impl DeadCase {
         self
     }
 
-    pub fn config(&self, verbose: bool) -> command::Config {
+    pub fn config(&self, verbose: bool) -> ReclaimConfig {
         let words = ["cwkill", "reclaim"].into_iter();
         let words = words.chain(self.arguments.split_whitespace());
         let config = Cli::try_parse_from(words).and_then(|cli| match cli.command {
-            Some(Command::Reclaim(args)) => command::Config::from_args(args),
+            Some(Command::Reclaim(args)) => ReclaimConfig::from_args(args),
             other => panic!("{other:?}"),
         });
         let config = config.unwrap_or_else(|error| panic!("{}: {error}", self.name));
-        command::Config { verbose, ..config }
+        ReclaimConfig { verbose, ..config }
     }
 
     /// The run: before anything is judged or done, or at its end.
-    pub fn run(&self, done: bool) -> command::Run {
-        let owners = unique(self.descriptors.iter().map(|dead| dead.who));
+    pub fn run(&self, done: bool) -> ReclaimRun {
         let acted = done && self.config(false).action == Action::Act;
-        let descriptor = |dead: &Dead| DeadDescriptor {
-            wanted: Wanted {
-                owner: index(&owners, dead.who),
-                fd: TargetFd(dead.fd),
+        let descriptor = |dead: &Dead| {
+            let mut owner = dead.who.owner(dead.fd);
+            owner.reclaim = match acted {
+                true => Some(reclaim_outcome(dead.said)),
+                false => done.then(|| judgement(dead.said)),
+            };
+            DeadDescriptor {
+                owner,
                 inode: dead.inode,
-                cookie: dead.socket.cookie,
-                age: Some(dead.socket.quiet),
-                unread: dead.socket.unread,
-                agreed: 0,
-            },
-            socket: dead.socket,
+                socket: dead.socket,
+            }
         };
-        let said = || self.descriptors.iter().map(|dead| dead.said);
-        let doubt = |word: &str| (!word.is_empty()).then(|| reason(word));
-        command::Run {
+        let processes = self.leader_exited.iter();
+        let failure = |pid: &i32| (*pid, io::Error::from(Errno::EIO));
+        ReclaimRun {
             descriptors: self.descriptors.iter().map(descriptor).collect(),
-            doubts: match done && !acted {
-                true => said().map(doubt).collect(),
-                false => Vec::new(),
-            },
-            fates: acted.then(|| said().map(fate).collect()),
-            visits: visits(&owners, &self.stopped),
-            owners,
+            acted,
+            stops: stops(&self.stopped),
             unknown: self.unknown,
             unreadable: self.unreadable,
-            headless: self.headless.iter().map(|who| who.process()).collect(),
-            failed: self
-                .failed
-                .iter()
-                .map(|pid| (*pid, errno(libc::EIO)))
+            leader_exited: processes
+                .map(|who| Process::clone(&who.process()))
                 .collect(),
+            failed: self.failed.iter().map(failure).collect(),
             hidden: self.hidden,
         }
     }
 }
 
 /// The audit records of `run`: before anything is done, or after all.
-pub fn dead_records<'r>(run: &'r command::Run, who: &Caller, done: bool) -> Vec<Entry<'r>> {
+pub fn dead_records<'r>(run: &'r ReclaimRun, who: &Caller, done: bool) -> Vec<Entry<'r>> {
     match done {
         false => {
             let begin = Entry::begin_reclaim(run, who.sentence());

@@ -378,7 +378,7 @@ pub fn acts() -> Vec<Case> {
     let unowned = |number| {
         numbered(number)
             .plan(["destroy"])
-            .exclude("shutdown", "owners-not-sought")
+            .exclude("shutdown", "owners-not-searched")
     };
     let swept = |number| unowned(number).swept();
     let four = || {
@@ -393,7 +393,7 @@ pub fn acts() -> Vec<Case> {
     };
     let interrupted = [
         owned(0).closed_by("shutdown").still_open(),
-        owned(1).attempt("shutdown", "interrupted").failed(),
+        owned(1).attempt("shutdown", "descriptors-gone").failed(),
         owned(2).skipped("interrupted"),
         owned(3).closing("shutdown", "last-ack"),
     ];
@@ -587,9 +587,9 @@ pub fn reclaims() -> Vec<Case> {
     ]
 }
 
-/// The words of a fate with its reason, for as long as the tests run.
-fn leak(fate: &str, why: &str) -> &'static str {
-    format!("{fate} {why}").leak()
+/// The words of an outcome with its reason, for as long as the tests run.
+fn leak(outcome: &str, why: &str) -> &'static str {
+    format!("{outcome} {why}").leak()
 }
 
 pub fn dead_cases() -> Vec<DeadCase> {
@@ -620,12 +620,12 @@ pub fn dead_cases() -> Vec<DeadCase> {
             .zip(words)
             .map(|(dead, words)| dead.said(words))
     };
-    let doubts = || one_each(&KEPT, |number, why| at(number).said(why));
-    let mut fates = one_each(&KEPT, |number, why| at(number).said(leak("skipped", why)));
-    fates.extend(one_each(&KEPT[KEPT.len() - 4..], |number, why| {
+    let judged = || one_each(&KEPT, |number, why| at(number).said(why));
+    let mut outcomes = one_each(&KEPT, |number, why| at(number).said(leak("skipped", why)));
+    outcomes.extend(one_each(&KEPT[KEPT.len() - 4..], |number, why| {
         at(100 + number).said(leak("failed", why))
     }));
-    fates.extend([
+    outcomes.extend([
         at(200).said("freed"),
         dead(&NODE, 3, 9, 9).said("gone"),
         dead(&NGINX, 4, 8, 8).said("freed"),
@@ -645,11 +645,11 @@ pub fn dead_cases() -> Vec<DeadCase> {
             at(0),
         ]),
         dead_case("dead-dry-run", "--all -n")
-            .descriptors(doubts())
+            .descriptors(judged())
             .descriptors(some()),
         dead_case("dead-dry-run-one", "--all -n").descriptors([at(0)]),
         dead_case("dead-act", "--all")
-            .descriptors(fates)
+            .descriptors(outcomes)
             .stopped(&JAVA, 1_250, 1)
             .stopped(&NGINX, 9, 1)
             .colored(),

@@ -45,9 +45,8 @@ pub struct JsonDescriptor<'a> {
     local: Option<Endpoint>,
     quiet_ms: u64,
     unread: u32,
-    dead_by: &'static str,
     /// `None`: it is acted upon, and `outcome` says how that ends.
-    safe: Option<bool>,
+    closable: Option<bool>,
     outcome: Option<&'static str>,
     reason: Option<String>,
     reason_code: Option<&'static str>,
@@ -89,9 +88,8 @@ pub(crate) fn json_descriptor<'a>(
         local: socket.local.map(endpoint),
         quiet_ms: u64::try_from(socket.quiet.as_millis()).unwrap_or(u64::MAX),
         unread: socket.unread,
-        dead_by: "state-close",
         // Nothing is decided before the act.
-        safe: outcome.filter(|_| !run.acted).map(|_| reason.is_none()),
+        closable: outcome.filter(|_| !run.acted).map(|_| reason.is_none()),
         outcome: outcome.filter(|_| run.acted).map(ReclaimOutcome::name),
         reason: reason.map(ToString::to_string),
         reason_code: reason.map(ReclaimReason::code),

@@ -90,7 +90,7 @@ pub fn summary(run: &ReclaimRun, config: &ReclaimConfig) -> String {
         return format!("{found}: {} freed{}", tally.freed, tally.left());
     }
     let allowed = run.outcomes().filter(|it| **it == ReclaimOutcome::Allowed);
-    let mut line = format!("{found}, {} may be taken", allowed.count());
+    let mut line = format!("{found}, {} can be closed", allowed.count());
     if config.action == Action::DryRun {
         line.push_str("; dry run, nothing was done");
     }
@@ -102,24 +102,24 @@ pub fn notes(run: &ReclaimRun) -> Vec<String> {
     let mut notes = Vec::new();
     if run.unknown > 0 {
         notes.push(format!(
-            "{} of TCP may be dead and could not be looked at",
+            "{} of TCP may be dead and could not be examined",
             counted(run.unknown, "more descriptor")
         ));
     }
     if run.unreadable > 0 {
         notes.push(format!(
-            "{} could not be looked into",
+            "{} could not be read",
             counted(run.unreadable, "process")
         ));
     }
     for process in &run.leader_exited {
         notes.push(format!(
-            "{process} could not be looked into: its first thread has ended, so its descriptors cannot be seen"
+            "{process} could not be read: its first thread has ended, which hides its descriptors"
         ));
     }
     if let Some((pid, error)) = run.failed.first() {
         notes.push(format!(
-            "{} could not be looked into (the first is {pid}: {error})",
+            "{} could not be read (the first is {pid}: {error})",
             counted(run.failed.len(), "more process")
         ));
     }

@@ -42,10 +42,10 @@ fn write_table(
     let has_units = owners.any(|owner| belongs(&owner.process.cgroup));
     let mut header = vec!["PROCESS", "FD"];
     header.extend(has_units.then_some("UNIT"));
-    header.extend(["LOCAL", "QUIET", "DEAD BY"]);
+    header.extend(["LOCAL", "QUIET"]);
     header.push(match config.action {
         Action::Act => "RESULT",
-        Action::List | Action::DryRun => "MAY BE TAKEN",
+        Action::List | Action::DryRun => "CLOSABLE",
     });
     if !config.no_header {
         table.set_header(header);
@@ -60,7 +60,6 @@ fn write_table(
         cells.extend([
             Cell::new(socket.local.map_or("-".into(), |local| local.to_string())),
             Cell::new(age(socket.quiet)),
-            Cell::new(DEAD_BY_TEXT),
         ]);
         let (text, color) = match (run.acted, owner.reclaim.as_ref()) {
             (true, outcome) => result(outcome),
@@ -83,6 +82,3 @@ fn write_table(
     }
     Ok(())
 }
-
-/// How a descriptor is known to be dead.
-const DEAD_BY_TEXT: &str = "state close, in no TCP table";

@@ -1,33 +1,33 @@
-//! What is left alone, and why.
+//! Descriptors that are not closed, and the reasons.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use netns_harness::Lab;
 use netns_harness::owners::{Build, Owner};
 
 use super::{
-    descriptors, fds_of, is_root_of_the_machine, left, links_of, number, outcomes, reclaim,
+    descriptors, fds_of, is_root_of_the_machine, left, links_of, number, outcomes, reason, reclaim,
 };
-use crate::Case::{self, Once};
-use crate::support::{CWKILL, PATIENCE, Ran, at, cwkill, ran, same};
+use crate::support::{CWKILL, PATIENCE, Ran, at, cwkill, ran};
+use crate::trial::{Test, once};
 
-pub const CASES: &[Case] = &[
-    Once("what_is_in_an_epoll_set_is_left", epoll),
-    Once("what_a_system_call_is_on_is_left", in_a_call),
-    Once("what_poll_and_select_wait_on_is_left", waited_on),
-    Once("nothing_is_done_in_the_middle_of_a_transfer", transfers),
-    Once("what_is_young_is_left", young),
-    Once("a_socket_never_connected_is_no_dead_one", living),
-    Once("what_may_still_be_connected_is_no_dead_one", fresh),
-    Once("a_table_that_another_process_has_is_left", shares),
-    Once("a_filter_that_forbids_close_is_seen_beforehand", seccomp),
-    Once("a_traced_process_is_left_to_its_tracer", traced),
+pub const TESTS: &[Test] = &[
+    once!(descriptors_in_an_epoll_set_are_skipped),
+    once!(descriptors_in_a_system_call_are_skipped),
+    once!(descriptors_in_poll_and_select_are_skipped),
+    once!(nothing_is_closed_in_the_middle_of_a_transfer),
+    once!(young_descriptors_are_skipped),
+    once!(a_socket_never_connected_is_not_dead),
+    once!(a_socket_that_may_still_connect_is_not_dead),
+    once!(a_table_shared_with_another_process_is_skipped),
+    once!(a_seccomp_filter_that_forbids_close_is_seen_beforehand),
+    once!(a_traced_process_is_left_to_its_tracer),
 ];
 
-fn epoll() -> Result<()> {
+fn descriptors_in_an_epoll_set_are_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "epoll", 1)?;
     let fds = owner.leak(3)?;
-    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
     left(
         &ran,
         &mut owner,
@@ -35,13 +35,14 @@ fn epoll() -> Result<()> {
         "skipped",
         "in the epoll set of descriptor",
     )?;
-    let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?)?;
-    same(&at(&dry[0], "/safe"), &"false".to_owned())?;
-    let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(0)?;
-    same(&number(&ran.json()?, "/summary/freed")?, &3)
+    let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?);
+    assert_eq!(at(&dry[0], "/closable"), "false");
+    let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(0);
+    assert_eq!(number(&ran.json(), "/summary/freed"), 3);
+    Ok(())
 }
 
-fn in_a_call() -> Result<()> {
+fn descriptors_in_a_system_call_are_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "splice", 1)?;
     let fds = owner.leak(2)?;
@@ -53,7 +54,7 @@ fn in_a_call() -> Result<()> {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", owner.pid()))?;
         Ok(tasks.flatten().filter(|task| splicing(task.path())).count() == 2)
     })?;
-    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
     left(
         &ran,
         &mut owner,
@@ -63,42 +64,42 @@ fn in_a_call() -> Result<()> {
     )
 }
 
-/// And what they do not wait on is taken.
-fn waited_on() -> Result<()> {
+/// Descriptors that the calls do not wait on are closed.
+fn descriptors_in_poll_and_select_are_skipped() -> Result<()> {
     for mode in ["poll", "ppoll", "select", "pselect"] {
         let lab = Lab::new()?;
         let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 1)?;
         let only = |ran: &Ran, waited_on: &[i32], others: &[i32]| -> Result<()> {
-            let said = outcomes(ran)?;
-            same(&said.len(), &(waited_on.len() + others.len()))?;
+            let said = outcomes(ran);
+            assert_eq!(said.len(), waited_on.len() + others.len());
             for (fd, (outcome, why)) in said {
                 let is_waited_on = waited_on.contains(&fd);
                 let wanted = if is_waited_on { "skipped" } else { "freed" };
-                ensure!(outcome == wanted, "{mode}, {fd}: {outcome}, {why}");
+                assert_eq!(outcome, wanted, "{mode}, {fd}: {why}");
                 let named = why.contains("is inside a system call on it");
-                same(&named, &is_waited_on).with_context(|| format!("{mode}, {fd}: {why}"))?;
+                assert_eq!(named, is_waited_on, "{mode}, {fd}: {why}");
             }
             Ok(())
         };
-        // Before the owner is stopped for the first time.
+        // The owner has not been stopped yet.
         let waited_on = owner.leak(2)?;
         let before = owner.descriptors()?;
-        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
         only(&ran, &waited_on, &[])?;
-        same(&owner.descriptors()?, &before)?;
+        assert_eq!(owner.descriptors()?, before);
         owner.report().context(mode)?;
 
-        // It is stopped for the others. A poll(2) begins anew after that and sees what it waits on, so that is dead only
-        // then; it is in restart_syscall(2) by then.
+        // cwkill stops the owner for the other descriptors. The poll(2) then restarts, and would see a dead descriptor.
+        // So the descriptor dies after that, while the thread is in restart_syscall(2).
         let polls = mode.ends_with("poll");
         let (mut owner, waited_on) = match polls {
             true => {
                 let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 1)?;
-                let pipe = owner.numbers("wait")?;
-                let others = owner.scatter(3)?;
-                let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0)?;
+                let pipe = owner.order_fds("wait")?;
+                let others = owner.leak_scattered(3)?;
+                let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0);
                 only(&ran, &[], &others)?;
-                owner.numbers(&format!("onto {}", pipe[0]))?;
+                owner.order_fds(&format!("onto {}", pipe[0]))?;
                 (owner, pipe)
             }
             false => (owner, waited_on),
@@ -114,11 +115,11 @@ fn waited_on() -> Result<()> {
                 Ok(tasks.flatten().any(restarted))
             })?;
         }
-        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
         only(&ran, &waited_on, &[])?;
         if !polls {
-            let others = owner.scatter(3)?;
-            let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+            let others = owner.leak_scattered(3)?;
+            let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
             only(&ran, &waited_on, &others)?;
         }
         owner.report().context(mode)?;
@@ -126,7 +127,7 @@ fn waited_on() -> Result<()> {
     Ok(())
 }
 
-fn transfers() -> Result<()> {
+fn nothing_is_closed_in_the_middle_of_a_transfer() -> Result<()> {
     for (mode, number_of_call) in [
         ("transfer-send", libc::SYS_sendto),
         ("transfer-recv", libc::SYS_recvfrom),
@@ -146,47 +147,48 @@ fn transfers() -> Result<()> {
             Ok(tasks.flatten().any(|task| waits(task.path())))
         })?;
         let why = "waits to send or receive more";
-        let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?)?;
-        ensure!(at(&dry[0], "/reason").contains(why), "{mode}: {dry:?}");
-        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+        let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?);
+        assert!(reason(&dry[0]).contains(why), "{mode}: {dry:?}");
+        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
         left(&ran, &mut owner, &fds, "skipped", why).context(mode)?;
         owner.order("finish")?;
         lab.wait_for(PATIENCE, || Ok(owner.report()? == 1))?;
-        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0)?;
-        same(&number(&ran.json()?, "/summary/freed")?, &2)?;
+        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0);
+        assert_eq!(number(&ran.json(), "/summary/freed"), 2);
 
         let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 1)?;
         owner.leak(2)?;
-        let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(0)?;
-        same(&number(&ran.json()?, "/summary/freed")?, &2)?;
+        let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(0);
+        assert_eq!(number(&ran.json(), "/summary/freed"), 2);
     }
     Ok(())
 }
 
-fn shares() -> Result<()> {
+fn a_table_shared_with_another_process_is_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "shares", 1)?;
     let fds = owner.leak(2)?;
-    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
     let why = "shares the table of descriptors with process";
     left(&ran, &mut owner, &fds, "skipped", why)?;
-    let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(4)?;
+    let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(4);
     left(&ran, &mut owner, &fds, "skipped", why)
 }
 
-fn young() -> Result<()> {
+fn young_descriptors_are_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
     let fds = owner.leak(2)?;
     let line = format!("reclaim --pid {} --json", owner.pid());
-    let ran = cwkill(&lab, &line)?.exits(4)?;
+    let ran = cwkill(&lab, &line)?.exits(4);
     left(&ran, &mut owner, &fds, "skipped", "quiet for only")?;
-    let ran = cwkill(&lab, &format!("{line} --reclaim-force"))?.exits(0)?;
-    same(&number(&ran.json()?, "/summary/freed")?, &2)
+    let ran = cwkill(&lab, &format!("{line} --reclaim-force"))?.exits(0);
+    assert_eq!(number(&ran.json(), "/summary/freed"), 2);
+    Ok(())
 }
 
-/// What looks dead to other tools: a socket that its program is about to connect.
-fn living() -> Result<()> {
+/// A socket that its program is about to connect looks dead to other tools.
+fn a_socket_never_connected_is_not_dead() -> Result<()> {
     let lab = Lab::new()?;
     let agent = lab.app_host().agent("fresh")?;
     let address = "127.0.0.1:7000".parse()?;
@@ -196,25 +198,25 @@ fn living() -> Result<()> {
     agent.accept(_listener, 1, PATIENCE)?;
     for pid in [agent.pid(), other.pid()] {
         let before = fds_of(pid)?;
-        reclaim(&lab, pid, "--reclaim-force")?.exits(1)?;
-        same(&fds_of(pid)?, &before)?;
+        reclaim(&lab, pid, "--reclaim-force")?.exits(1);
+        assert_eq!(fds_of(pid)?, before);
     }
-    // Churn makes sockets that were never connected; see there.
+    // The owner in mode `churn` also makes sockets that were never connected.
     Ok(())
 }
 
-/// Beside dead ones, those of a program that is about to connect, or connects, or listens. In a pid namespace, so that
-/// `--all` is of it alone.
-fn fresh() -> Result<()> {
+/// The program has dead sockets, and others that it is about to connect, connects, or listens on. It runs in a pid
+/// namespace, so `--all` selects it alone.
+fn a_socket_that_may_still_connect_is_not_dead() -> Result<()> {
     let lab = Lab::new()?;
     let script =
         "exec 9<$1; shift; exec unshare --pid --fork --mount-proc --kill-child /proc/self/fd/9 $@";
     let by = ["sh", "-c", script, "sh"];
     let program = Owner::program(Build::Plain)?;
-    let mut owner = Owner::start_by(lab.app_host(), &by, &program, "idle", 1)?;
+    let mut owner = Owner::start_through(lab.app_host(), &by, &program, "idle", 1)?;
     let children = format!("/proc/{0}/task/{0}/children", owner.pid());
     let inner: u32 = std::fs::read_to_string(children)?.trim().parse()?;
-    let fresh = owner.numbers("fresh")?;
+    let fresh = owner.order_fds("fresh")?;
     let [.., connecting, listening] = fresh[..] else {
         bail!("{fresh:?}");
     };
@@ -228,58 +230,57 @@ fn fresh() -> Result<()> {
             .app_host()
             .command("nsenter")
             .args(line.split_whitespace());
-        let ran = ran(command)?.exits(0)?;
-        let said: Vec<i32> = outcomes(&ran)?.into_keys().collect();
-        same(&said, &dead)?;
-        same(&number(&ran.json()?, "/summary/freed")?, &3)?;
+        let ran = ran(command)?.exits(0);
+        let said: Vec<i32> = outcomes(&ran).into_keys().collect();
+        assert_eq!(said, dead);
+        assert_eq!(number(&ran.json(), "/summary/freed"), 3);
         let mut after = before;
         after.retain(|fd, _| !dead.contains(fd));
-        same(&links_of(inner)?, &after)?;
+        assert_eq!(links_of(inner)?, after);
         owner.report()?;
     }
-    // They are still good for what they were made for.
+    // They can still be connected.
     for fd in fresh
         .iter()
         .filter(|fd| ![connecting, listening].contains(fd))
     {
-        same(&owner.order(&format!("use {fd}"))?, &"0".to_owned())
-            .with_context(|| format!("{fd} of {fresh:?}"))?;
+        assert_eq!(owner.order(&format!("use {fd}"))?, "0", "{fd} of {fresh:?}");
     }
-    same(&owner.order("connect")?, &"0".to_owned())?;
+    assert_eq!(owner.order("connect")?, "0");
     owner.report()?;
     Ok(())
 }
 
-fn seccomp() -> Result<()> {
+fn a_seccomp_filter_that_forbids_close_is_seen_beforehand() -> Result<()> {
     let lab = Lab::new()?;
     for (mode, outcome) in [("kill", None), ("errno", None), ("log", Some(2))] {
         let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 1)?;
         let fds = owner.leak(2)?;
         let ran = reclaim(&lab, owner.pid(), "--json")?;
-        let freed = number(&ran.json()?, "/summary/freed")?;
+        let freed = number(&ran.json(), "/summary/freed");
         match outcome {
-            Some(wanted) if is_root_of_the_machine() => same(&freed, &wanted)?,
-            // Not even root of a user namespace may read a filter.
+            Some(wanted) if is_root_of_the_machine() => assert_eq!(freed, wanted),
+            // Root of a user namespace may not read a filter.
             _ => {
                 let why = match is_root_of_the_machine() {
-                    true => "seccomp filter of its process does not let close() through",
+                    true => "seccomp filter of its process forbids close()",
                     false => "seccomp filter that cannot be read",
                 };
                 left(&ran, &mut owner, &fds, "skipped", why).context(mode)?;
             }
         }
-        ensure!(owner.is_alive(), "{mode}");
+        assert!(owner.is_alive(), "{mode}");
         owner.report()?;
     }
     Ok(())
 }
 
-fn traced() -> Result<()> {
+fn a_traced_process_is_left_to_its_tracer() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "traced", 1)?;
     let fds = owner.leak(1)?;
     for force in ["", "--reclaim-force"] {
-        let ran = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.exits(4)?;
+        let ran = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.exits(4);
         left(&ran, &mut owner, &fds, "skipped", "traced by its-tracer/")?;
     }
     Ok(())

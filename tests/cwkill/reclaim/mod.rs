@@ -1,44 +1,29 @@
-//! Closing descriptors inside their owners. The owners are real programs that look at themselves for damage.
+//! `cwkill reclaim` closes dead descriptors inside their owners. The owners are real programs that check themselves for
+//! damage.
 //!
-//! Each run names one process, or is confined to a pid namespace: the machine may have others with dead
-//! descriptors.
+//! Each run names one process or is confined to a pid namespace, because other processes of the machine may have
+//! dead descriptors, too.
 
-mod act;
-mod evidence;
-mod kill;
-mod programs;
-mod reactions;
-mod rights;
-mod runtimes;
-mod stop;
+pub mod act;
+pub mod evidence;
+pub mod kill;
+pub mod programs;
+pub mod reactions;
+pub mod rights;
+pub mod runtimes;
+pub mod stop;
 
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use netns_harness::Lab;
 use netns_harness::owners::Owner;
 use serde_json::Value;
 
-use crate::Case;
-use crate::support::{PATIENCE, Ran, at, cwkill, same};
+use crate::support::{PATIENCE, Ran, at, cwkill};
 
-pub use programs::SOMEWHERE;
-pub use rights::USERS_CASES;
-pub use runtimes::RUNTIMES;
-
-pub const CASES: &[&[Case]] = &[
-    act::CASES,
-    evidence::CASES,
-    kill::CASES,
-    programs::CASES,
-    reactions::CASES,
-    rights::CASES,
-    runtimes::CASES,
-    stop::CASES,
-];
-
-/// Runs `cwkill reclaim` on one owner, whatever the age, and with time enough for a busy machine.
+/// Runs `cwkill reclaim` on one owner, at any age and with a stop limit that suffices on a busy machine.
 fn reclaim(lab: &Lab, pid: u32, more: &str) -> Result<Ran> {
     cwkill(
         lab,
@@ -46,26 +31,36 @@ fn reclaim(lab: &Lab, pid: u32, more: &str) -> Result<Ran> {
     )
 }
 
-fn descriptors(ran: &Ran) -> Result<Vec<Value>> {
-    let list = ran.json()?["descriptors"].as_array().cloned();
-    list.context("no descriptors in the document")
+#[track_caller]
+fn descriptors(ran: &Ran) -> Vec<Value> {
+    match &ran.json()["descriptors"] {
+        Value::Array(descriptors) => descriptors.clone(),
+        _ => panic!("no descriptors in the document: {ran:?}"),
+    }
 }
 
-fn number(value: &Value, pointer: &str) -> Result<u64> {
+#[track_caller]
+fn number(value: &Value, pointer: &str) -> u64 {
     let number = value.pointer(pointer).and_then(Value::as_u64);
-    number.with_context(|| format!("no number at {pointer}: {value}"))
+    number.unwrap_or_else(|| panic!("no number at {pointer}: {value}"))
 }
 
-/// All of them were left, for a reason with this text; the owner was not harmed.
+/// Why a descriptor was skipped, or may not be closed.
+fn reason(descriptor: &Value) -> String {
+    at(descriptor, "/reason")
+}
+
+/// Asserts that all of `fds` have this outcome for a reason with this text, and that the owner was not harmed.
+#[track_caller]
 fn left(ran: &Ran, owner: &mut Owner, fds: &[i32], outcome: &str, why: &str) -> Result<()> {
-    let said = descriptors(ran)?;
-    same(&said.len(), &fds.len())?;
-    for one in &said {
-        same(&at(one, "/outcome"), &outcome.to_owned())?;
-        ensure!(at(one, "/reason").contains(why), "{one}");
+    let reported = descriptors(ran);
+    assert_eq!(reported.len(), fds.len(), "{ran:?}");
+    for one in &reported {
+        assert_eq!(at(one, "/outcome"), outcome, "{one}");
+        assert!(reason(one).contains(why), "no {why:?} in {one}");
     }
     let open = owner.descriptors()?;
-    ensure!(
+    assert!(
         fds.iter().all(|fd| open.contains(fd)),
         "{fds:?} of {open:?}"
     );
@@ -82,7 +77,7 @@ fn fds_of(pid: u32) -> Result<Vec<i32>> {
     Ok(fds)
 }
 
-/// The states of its threads.
+/// The states of the threads of a process.
 fn states(pid: u32) -> Result<Vec<char>> {
     let mut states = Vec::new();
     for entry in std::fs::read_dir(format!("/proc/{pid}/task"))? {
@@ -100,21 +95,22 @@ fn is_traced(pid: u32) -> bool {
     status.is_ok_and(|status| !status.contains("TracerPid:\t0\n"))
 }
 
-/// What was said of each descriptor: its outcome, and the reason or nothing.
-fn outcomes(ran: &Ran) -> Result<BTreeMap<i32, (String, String)>> {
-    let one = |value: &Value| -> Result<_> {
-        let fd = number(value, "/fd")?.try_into()?;
-        Ok((fd, (at(value, "/outcome"), at(value, "/reason"))))
+/// The reported outcome and reason of each descriptor.
+#[track_caller]
+fn outcomes(ran: &Ran) -> BTreeMap<i32, (String, String)> {
+    let one = |value: &Value| {
+        let fd = number(value, "/fd").try_into().expect("a descriptor");
+        (fd, (at(value, "/outcome"), reason(value)))
     };
-    descriptors(ran)?.iter().map(one).collect()
+    descriptors(ran).iter().map(one).collect()
 }
 
-/// What the numbers of a process are, as the kernel shows it: in an exec by a thread it shows none for a moment.
+/// The files behind the descriptors of a process. During an exec by a thread, the kernel shows none for a moment.
 fn links_of(pid: u32) -> Result<BTreeMap<i32, String>> {
     let once = || {
         let mut links = BTreeMap::new();
         for fd in fds_of(pid)? {
-            // Closed meanwhile: not there.
+            // It may have been closed meanwhile.
             if let Ok(link) = std::fs::read_link(format!("/proc/{pid}/fd/{fd}")) {
                 links.insert(fd, link.to_string_lossy().into_owned());
             }
@@ -127,34 +123,32 @@ fn links_of(pid: u32) -> Result<BTreeMap<i32, String>> {
         if first == second && first.contains_key(&0) {
             return Ok(first);
         }
-        ensure!(Instant::now() < until, "{first:?}, then {second:?}");
+        assert!(Instant::now() < until, "{first:?}, then {second:?}");
     }
 }
 
-/// What was said of `fds` is what became of them, going by what the numbers were `before`.
-fn told_the_truth(
+/// Asserts that the reported outcomes of `fds` are true, compared with the files that they were `before`.
+#[track_caller]
+fn reports_the_truth(
     ran: &Ran,
     owner: &Owner,
     before: &BTreeMap<i32, String>,
     fds: &[i32],
 ) -> Result<()> {
-    let said = outcomes(ran)?;
+    let reported = outcomes(ran);
     let after = links_of(owner.pid())?;
     for fd in fds {
-        let (outcome, reason) = said
-            .get(fd)
-            .with_context(|| format!("nothing on {fd}: {ran:#?}"))?;
+        let Some((outcome, reason)) = reported.get(fd) else {
+            panic!("nothing on {fd}: {ran:?}");
+        };
         let kept = before.get(fd) == after.get(fd);
         let wanted = !matches!(outcome.as_str(), "freed" | "gone");
-        ensure!(
-            kept == wanted,
-            "{fd}: {outcome}, {reason}, but kept: {kept}"
-        );
+        assert_eq!(kept, wanted, "kept {fd}: {outcome}, {reason}");
     }
     Ok(())
 }
 
-/// Not that of a user namespace: PTRACE_SECCOMP_GET_FILTER asks for CAP_SYS_ADMIN of the machine.
-fn is_root_of_the_machine() -> bool {
+/// Not root of a user namespace: PTRACE_SECCOMP_GET_FILTER needs CAP_SYS_ADMIN in the first user namespace.
+pub fn is_root_of_the_machine() -> bool {
     std::fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| map.contains("4294967295"))
 }

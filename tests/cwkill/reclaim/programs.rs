@@ -1,64 +1,21 @@
 //! Programs of special kinds.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use netns_harness::Lab;
 use netns_harness::owners::{Build, Owner};
 
-use super::stop;
-use super::{descriptors, left, links_of, number, outcomes, reclaim, states, told_the_truth};
-use crate::Case::{self, Once};
-use crate::support::{PATIENCE, at, same};
+use super::{descriptors, left, links_of, number, outcomes, reclaim, reports_the_truth, states};
+use crate::support::{PATIENCE, at};
+use crate::trial::{Need, Test, once};
 
-pub const CASES: &[Case] = &[Once(
-    "a_process_without_its_first_thread_is_left",
-    leaderless,
-)];
-
-/// Tests of what a kernel need not have.
-pub const SOMEWHERE: &[(Thing, Case)] = &[
-    (
-        Thing::IoUring,
-        Once("what_an_io_uring_may_use_is_left", io_uring),
-    ),
-    (Thing::Bits32, Once("a_32_bit_program_is_left", narrow)),
-    (Thing::Bits32, Once("a_32_bit_call_is_left", narrow_call)),
-    (
-        Thing::Fanotify,
-        Once("while_an_exec_hangs_nobody_stands_still", stop::hanging),
-    ),
-    (
-        Thing::Fanotify,
-        Once("an_owner_whose_exec_hangs_is_left", stop::hung),
-    ),
-    (
-        Thing::Fanotify,
-        Once(
-            "an_exec_that_was_waited_for_is_no_missing_right",
-            stop::executed,
-        ),
-    ),
+pub const TESTS: &[Test] = &[
+    once!(a_process_without_its_first_thread_is_skipped),
+    once!(descriptors_that_an_io_uring_may_use_are_skipped).needs(Need::IoUring),
+    once!(a_32_bit_program_is_skipped).needs(Need::Bits32),
+    once!(a_32_bit_call_is_skipped).needs(Need::Bits32),
 ];
 
-/// What a kernel need not have.
-#[derive(Debug)]
-pub enum Thing {
-    IoUring,
-    Bits32,
-    /// Permission events, which only root of the machine gets.
-    Fanotify,
-}
-
-impl Thing {
-    pub fn is_there(&self) -> bool {
-        match self {
-            Thing::IoUring => has_io_uring(),
-            Thing::Bits32 => runs_32_bits(),
-            Thing::Fanotify => super::is_root_of_the_machine(),
-        }
-    }
-}
-
-fn has_io_uring() -> bool {
+pub fn has_io_uring() -> bool {
     // Older kernels cannot forbid it.
     let disabled = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled");
     disabled.is_ok_and(|disabled| match disabled.trim() {
@@ -68,11 +25,11 @@ fn has_io_uring() -> bool {
     })
 }
 
-fn runs_32_bits() -> bool {
+pub fn runs_32_bits() -> bool {
     cfg!(target_arch = "x86_64") && std::path::Path::new("/proc/sys/abi/vsyscall32").exists()
 }
 
-fn io_uring() -> Result<()> {
+fn descriptors_that_an_io_uring_may_use_are_skipped() -> Result<()> {
     for (mode, why) in [
         ("ring", "may have requests on it"),
         ("ring-holds", "registered with the io_uring of descriptor"),
@@ -84,12 +41,12 @@ fn io_uring() -> Result<()> {
         let mut owner = Owner::start(lab.app_host(), Build::Plain, mode, 2)?;
         let fds = owner.leak(2)?;
         let try_it = |owner: &mut Owner| -> Result<()> {
-            let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?)?;
-            same(&at(&dry[0], "/safe"), &"false".to_owned())?;
-            let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4)?;
+            let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?);
+            assert_eq!(at(&dry[0], "/closable"), "false");
+            let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
             left(&ran, owner, &fds, "skipped", why)?;
-            let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(0)?;
-            same(&number(&ran.json()?, "/summary/freed")?, &2)?;
+            let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(0);
+            assert_eq!(number(&ran.json(), "/summary/freed"), 2);
             owner.report()?;
             Ok(())
         };
@@ -98,8 +55,8 @@ fn io_uring() -> Result<()> {
     Ok(())
 }
 
-/// The kernel shows no descriptors by the number of such a process.
-fn leaderless() -> Result<()> {
+/// For such a process, the kernel shows no descriptors under /proc/PID/fd.
+fn a_process_without_its_first_thread_is_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "leaderless", 2)?;
     lab.wait_for(PATIENCE, || Ok(states(owner.pid())?.contains(&'Z')))?;
@@ -112,46 +69,46 @@ fn leaderless() -> Result<()> {
         Ok(most)
     };
     let before = table()?;
-    ensure!(before > 2, "{before}");
+    assert!(before > 2, "{before}");
     for more in ["", "-n", "--reclaim-force", "--json"] {
-        let ran = reclaim(&lab, owner.pid(), more)?.exits(4)?;
-        ran.complains("first thread has ended")?;
-        same(&table()?, &before)?;
+        let ran = reclaim(&lab, owner.pid(), more)?.exits(4);
+        ran.complains("first thread has ended");
+        assert_eq!(table()?, before);
     }
     owner.report()?;
     Ok(())
 }
 
-fn narrow() -> Result<()> {
+fn a_32_bit_program_is_skipped() -> Result<()> {
     let lab = Lab::new()?;
-    let mut owner = Owner::start(lab.app_host(), Build::Narrow, "idle", 1)?;
+    let mut owner = Owner::start(lab.app_host(), Build::Bits32, "idle", 1)?;
     let fds = owner.leak(3)?;
-    let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?)?;
-    same(&at(&dry[0], "/safe"), &"false".to_owned())?;
+    let dry = descriptors(&reclaim(&lab, owner.pid(), "-n --json")?);
+    assert_eq!(at(&dry[0], "/closable"), "false");
     for force in ["", "--reclaim-force"] {
-        let ran = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.exits(4)?;
+        let ran = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.exits(4);
         left(&ran, &mut owner, &fds, "skipped", "32-bit program")?;
-        // It was not even stopped.
-        let owners = ran.json()?["owners"].as_array().map(Vec::len);
-        same(&owners, &Some(0))?;
+        // The owner was not stopped.
+        let owners = ran.json()["owners"].as_array().map(Vec::len);
+        assert_eq!(owners, Some(0));
     }
     Ok(())
 }
 
-/// A 64-bit program may make the calls of a 32-bit one; their numbers mean something else.
-fn narrow_call() -> Result<()> {
+/// A 64-bit program may make 32-bit system calls, whose numbers mean other calls.
+fn a_32_bit_call_is_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "poll-int80", 1)?;
-    // On a pipe: what it waits on is looked at again after each stop.
+    // It waits on a pipe: after each stop, the call checks its descriptors again.
     owner.order("wait")?;
-    let fds = owner.scatter(2)?;
+    let fds = owner.leak_scattered(2)?;
     let before = links_of(owner.pid())?;
     for force in ["", "--reclaim-force"] {
-        let ran = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.exits(4)?;
-        told_the_truth(&ran, &owner, &before, &fds)?;
-        for (outcome, why) in outcomes(&ran)?.values() {
-            same(outcome, &"skipped".to_owned())?;
-            ensure!(why.contains("makes 32-bit system calls"), "{why}");
+        let ran = reclaim(&lab, owner.pid(), &format!("--json {force}"))?.exits(4);
+        reports_the_truth(&ran, &owner, &before, &fds)?;
+        for (outcome, why) in outcomes(&ran).values() {
+            assert_eq!(outcome, "skipped");
+            assert!(why.contains("makes 32-bit system calls"), "{why}");
         }
         owner.report()?;
     }

@@ -1,24 +1,24 @@
-//! Owners that deal with the end of a connection themselves, some time after it: nothing is taken from under them.
+//! Owners that handle the end of a connection themselves after some time: cwkill does not close their descriptors before.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use netns_harness::owners::{Build, Owner};
 use netns_harness::{Family, Lab};
 
-use super::{descriptors, left, number, reclaim};
-use crate::Case::{self, Once};
-use crate::support::{PATIENCE, at, cwkill, lab, same};
+use super::{descriptors, left, number, reason, reclaim};
+use crate::support::{PATIENCE, at, cwkill, lab};
+use crate::trial::{Test, once};
 
-pub const CASES: &[Case] = &[
-    Once("what_a_thread_waited_on_before_the_end_is_left", in_poll),
-    Once("what_can_still_be_read_is_left", unread),
-    Once("a_program_gets_time_to_react", looks_now_and_then),
+pub const TESTS: &[Test] = &[
+    once!(descriptors_a_thread_waited_on_are_skipped),
+    once!(descriptors_with_unread_data_are_skipped),
+    once!(a_program_gets_time_to_react),
 ];
 
-/// The end of the socket ends the call as well, so that afterwards nothing shows that the thread is about to close it.
-fn in_poll() -> Result<()> {
+/// The end of the socket ends the call as well. After that, nothing shows that the thread is about to close the socket.
+fn descriptors_a_thread_waited_on_are_skipped() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "reacts", 1)?;
-    owner.stuck(3)?;
+    owner.leak_stuck(3)?;
     lab.wait_for(PATIENCE, || {
         let waits = |path: std::path::PathBuf| {
             let call = std::fs::read_to_string(path.join("syscall")).unwrap_or_default();
@@ -35,48 +35,52 @@ fn in_poll() -> Result<()> {
             number == libc::SYS_ppoll
         };
         let tasks = std::fs::read_dir(format!("/proc/{}/task", owner.pid()))?;
-        // The one that takes orders waits like that, too.
+        // The thread that takes orders waits in poll(2), too.
         Ok(tasks.flatten().filter(|task| waits(task.path())).count() == 4)
     })?;
-    let line = format!("--pid {} --reclaim --reclaim-age 0s --json", owner.pid());
-    let ran = cwkill(&lab, &line)?.exits(4)?;
-    for socket in ran.sockets()? {
-        same(&at(&socket, "/result/outcome"), &"closed".to_owned())?;
-        let why = at(&socket, "/result/descriptors/0/reason");
-        ensure!(why.contains("is inside a system call on it"), "{socket}");
+    let line = format!(
+        "--pid {} --reclaim --reclaim-age 0s --stop-limit 5s --json",
+        owner.pid()
+    );
+    let ran = cwkill(&lab, &line)?.exits(4);
+    for socket in ran.sockets() {
+        assert_eq!(at(&socket, "/result/outcome"), "closed");
+        let why = reason(&socket["result"]["descriptors"][0]);
+        assert!(why.contains("is inside a system call on it"), "{socket}");
     }
     lab.wait_for(PATIENCE, || Ok(owner.report()? == 3))
 }
 
-fn looks_now_and_then() -> Result<()> {
+fn a_program_gets_time_to_react() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "glances", 1)?;
-    owner.stuck(3)?;
+    owner.leak_stuck(3)?;
     let pid = owner.pid();
     lab.wait_for(PATIENCE, || {
-        let old = cwkill(&lab, &format!("-n --pid {pid} --min-age 700ms --json"))?;
-        Ok(old.sockets()?.len() == 3)
+        let old = cwkill(&lab, &format!("-n --pid {pid} --min-age 3s --json"))?;
+        Ok(old.sockets().len() == 3)
     })?;
-    let line = format!("--pid {pid} --reclaim --reclaim-age 700ms --json");
-    let ran = cwkill(&lab, &line)?.exits(0)?;
-    for socket in ran.sockets()? {
+    let line = format!("--pid {pid} --reclaim --reclaim-age 3s --json");
+    let ran = cwkill(&lab, &line)?.exits(0);
+    for socket in ran.sockets() {
         let outcome = at(&socket, "/result/descriptors/0/outcome");
-        same(&outcome, &"gone".to_owned())?;
+        assert_eq!(outcome, "gone");
     }
-    same(&owner.report()?, &3)
+    assert_eq!(owner.report()?, 3);
+    Ok(())
 }
 
-fn unread() -> Result<()> {
+fn descriptors_with_unread_data_are_skipped() -> Result<()> {
     const BYTES: &str = "30000";
     let own = Lab::new()?;
     let mut owner = Owner::start(own.app_host(), Build::Plain, "idle", 1)?;
-    let fds = owner.answered(2)?;
+    let fds = owner.leak_unread(2)?;
     let pid = owner.pid();
-    for one in descriptors(&reclaim(&own, pid, "-n --json")?.exits(0)?)? {
-        same(&at(&one, "/safe"), &"false".to_owned())?;
-        same(&at(&one, "/unread"), &BYTES.to_owned())?;
+    for one in descriptors(&reclaim(&own, pid, "-n --json")?.exits(0)) {
+        assert_eq!(at(&one, "/closable"), "false");
+        assert_eq!(at(&one, "/unread"), BYTES);
     }
-    let ran = reclaim(&own, pid, "--json")?.exits(4)?;
+    let ran = reclaim(&own, pid, "--json")?.exits(4);
     left(
         &ran,
         &mut owner,
@@ -84,18 +88,20 @@ fn unread() -> Result<()> {
         "skipped",
         "can still read 30000 bytes",
     )?;
-    same(
-        &owner.order(&format!("read {}", fds[0]))?,
-        &BYTES.to_owned(),
-    )?;
-    // What has been read is taken, and the other only by force.
-    let ran = reclaim(&own, pid, "--json")?.exits(4)?;
-    same(&number(&ran.json()?, "/summary/freed")?, &1)?;
-    let ran = reclaim(&own, pid, "--json --reclaim-force")?.exits(0)?;
-    same(&number(&ran.json()?, "/summary/freed")?, &1)?;
+    assert_eq!(owner.order(&format!("read {}", fds[0]))?, BYTES);
+    // The socket that has been read is closed, the other only with --reclaim-force.
+    let ran = reclaim(&own, pid, "--json")?.exits(4);
+    assert_eq!(number(&ran.json(), "/summary/freed"), 1);
+    let ran = reclaim(&own, pid, "--json --reclaim-force")?.exits(0);
+    assert_eq!(number(&ran.json(), "/summary/freed"), 1);
 
-    // What the operator has seen in RECV-Q and closed may go.
+    // The operator has seen these bytes in RECV-Q and closed the socket, so the descriptor may be closed.
     let (lab, _leak) = lab("unread", Family::V4, 3)?;
-    let ran = cwkill(&lab, "--port 8080 --reclaim --reclaim-age 0s --json")?.exits(0)?;
-    same(&number(&ran.json()?, "/reclaim/summary/freed")?, &3)
+    let ran = cwkill(
+        &lab,
+        "--port 8080 --reclaim --reclaim-age 0s --stop-limit 5s --json",
+    )?
+    .exits(0);
+    assert_eq!(number(&ran.json(), "/reclaim/summary/freed"), 3);
+    Ok(())
 }

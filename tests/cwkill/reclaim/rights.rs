@@ -1,48 +1,45 @@
-//! What is missing: rights, and threads of our own.
+//! cwkill without rights, and without threads.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use netns_harness::owners::{Build, Owner};
 use netns_harness::{Capability, Lab};
 
-use super::{descriptors, fds_of, number};
-use crate::Case::{self, Once};
-use crate::support::{CWKILL, at, cwkill, ran, same};
+use super::{descriptors, fds_of, number, reason};
+use crate::support::{CWKILL, at, cwkill, ran};
+use crate::trial::{Need, Test, once};
 
-pub const CASES: &[Case] = &[
-    Once(
-        "without_rights_nothing_happens_and_it_says_so",
-        unprivileged,
-    ),
-    Once("what_cwkill_was_started_with_is_left", ourselves),
+pub const TESTS: &[Test] = &[
+    once!(without_rights_nothing_is_done_and_the_reason_is_reported),
+    once!(descriptors_inherited_by_cwkill_are_skipped),
+    once!(a_process_of_another_user_is_reported).needs(Need::RootOfTheMachine),
+    once!(a_hidden_process_is_reported).needs(Need::RootOfTheMachine),
+    once!(no_right_is_needed_within_one_user).needs(Need::RootOfTheMachine),
+    once!(without_threads_everything_or_nothing_is_done).needs(Need::RootOfTheMachine),
 ];
 
-/// Those that need a second user, or a /proc that is mounted anew.
-pub const USERS_CASES: &[Case] = &[
-    Once("reclaim_of_another_users_process_says_so", other_user),
-    Once("reclaim_of_a_hidden_process_says_so", hidden),
-    Once("reclaim_needs_no_right_within_one_user", one_user),
-    Once("reclaim_without_threads_does_nothing_or_all", no_threads),
-];
-
-/// A user without any right here.
+/// A user without any privilege.
 const NOBODY: u32 = 65534;
 
-fn unprivileged() -> Result<()> {
+fn without_rights_nothing_is_done_and_the_reason_is_reported() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
     owner.leak(2)?;
     let before = owner.descriptors()?;
-    let line = format!("reclaim --pid {} --reclaim-age 0s", owner.pid());
+    let line = format!(
+        "reclaim --pid {} --reclaim-age 0s --stop-limit 5s",
+        owner.pid()
+    );
     let command = lab.app_host().command(CWKILL).args(line.split_whitespace());
-    let ran = ran(command.capabilities(&[]))?.exits(4)?;
-    // Of a process with the same uid the table can be seen and nothing be touched.
-    ran.complains("could not be looked")?
-        .complains("CAP_SYS_PTRACE")?;
-    same(&owner.descriptors()?, &before)
+    let ran = ran(command.capabilities(&[]))?.exits(4);
+    // cwkill can list the descriptors of a process with the same uid, but not inspect them.
+    ran.complains("could not be looked")
+        .complains("CAP_SYS_PTRACE");
+    assert_eq!(owner.descriptors()?, before);
+    Ok(())
 }
 
-/// A script that leaks, and starts cwkill with what it leaks.
-fn ourselves() -> Result<()> {
+/// A script that leaks a descriptor which cwkill inherits.
+fn descriptors_inherited_by_cwkill_are_skipped() -> Result<()> {
     const SCRIPT: &str = "import os, socket, struct, sys\n\
         listener = socket.create_server(('127.0.0.1', 0))\n\
         peer = socket.create_connection(listener.getsockname())\n\
@@ -53,39 +50,43 @@ fn ourselves() -> Result<()> {
         os.execv(sys.argv[1], [*sys.argv[1:], '--pid', str(os.getpid())])\n";
     let lab = Lab::new()?;
     for force in ["", "--reclaim-force"] {
-        let line = format!("{CWKILL} reclaim --json --reclaim-age 0s {force}");
+        let line = format!("{CWKILL} reclaim --json --reclaim-age 0s --stop-limit 5s {force}");
         let command = lab.app_host().command("python3").args(["-c", SCRIPT]);
-        let ran = ran(command.args(line.split_whitespace()))?.exits(4)?;
-        let said = descriptors(&ran)?;
-        same(&said.len(), &1)?;
-        same(&at(&said[0], "/outcome"), &"skipped".to_owned())?;
-        let why = at(&said[0], "/reason");
-        ensure!(why.contains("cwkill itself was started with it"), "{why}");
+        let ran = ran(command.args(line.split_whitespace()))?.exits(4);
+        let said = descriptors(&ran);
+        assert_eq!(said.len(), 1);
+        assert_eq!(at(&said[0], "/outcome"), "skipped");
+        let why = reason(&said[0]);
+        assert!(why.contains("cwkill itself was started with it"), "{why}");
     }
     Ok(())
 }
 
-fn other_user() -> Result<()> {
+fn a_process_of_another_user_is_reported() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
     owner.leak(2)?;
     let before = owner.descriptors()?;
     for more in ["", "-n", "--reclaim-force", "--jsonl"] {
-        let line = format!("reclaim --pid {} --reclaim-age 0s {more}", owner.pid());
+        let line = format!(
+            "reclaim --pid {} --reclaim-age 0s --stop-limit 5s {more}",
+            owner.pid()
+        );
         let command = lab.app_host().command(CWKILL).uid(NOBODY);
-        let ran = ran(command.args(line.split_whitespace()))?.exits(4)?;
-        ran.complains("1 process could not be looked into")?
-            .complains("CAP_SYS_PTRACE")?;
-        same(&owner.descriptors()?, &before)?;
+        let ran = ran(command.args(line.split_whitespace()))?.exits(4);
+        ran.complains("1 process could not be looked into")
+            .complains("CAP_SYS_PTRACE");
+        assert_eq!(owner.descriptors()?, before);
     }
     let line = format!("reclaim --pid {} --json", owner.pid());
     let command = lab.app_host().command(CWKILL).uid(NOBODY);
-    let ran = ran(command.args(line.split_whitespace()))?.exits(4)?;
-    same(&number(&ran.json()?, "/unreadable_processes")?, &1)
+    let ran = ran(command.args(line.split_whitespace()))?.exits(4);
+    assert_eq!(number(&ran.json(), "/unreadable_processes"), 1);
+    Ok(())
 }
 
-/// As /proc is mounted on many hosts: it is not even in the list.
-fn hidden() -> Result<()> {
+/// With this mount option of /proc, which many hosts use, the process is not even listed.
+fn a_hidden_process_is_reported() -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
     owner.leak(2)?;
@@ -95,23 +96,23 @@ fn hidden() -> Result<()> {
         let line = format!("reclaim --pid {} {more}", owner.pid());
         let command = lab.app_host().command("unshare");
         let command = command.args(["-m", "sh", "-ec", script, "sh", CWKILL]);
-        let ran = ran(command.args(line.split_whitespace()))?.exits(4)?;
-        ran.complains("hidepid")?;
+        let ran = ran(command.args(line.split_whitespace()))?.exits(4);
+        ran.complains("hidepid");
     }
     owner.report()?;
     Ok(())
 }
 
-/// An owner without any right, of a user that has another process which may not be looked into, as on every host.
-fn one_user() -> Result<()> {
+/// The owner has no privileges, and its user has another process that cannot be inspected, as on every host.
+fn no_right_is_needed_within_one_user() -> Result<()> {
     const ALONE: u32 = 64123;
     let lab = Lab::new()?;
-    // The program is reached by a descriptor: processes of root are out of its reach.
+    // The program is executed by its descriptor, because it cannot reach a path of root.
     let script = "exec 9<$1; shift; exec setpriv --reuid 64123 --regid 64123 --clear-groups --inh-caps=-all \
                   --bounding-set=-all /proc/self/fd/9 $@";
     let program = Owner::program(Build::Plain)?;
     let start = || {
-        Owner::start_by(
+        Owner::start_through(
             lab.app_host(),
             &["sh", "-c", script, "sh"],
             &program,
@@ -121,7 +122,7 @@ fn one_user() -> Result<()> {
     };
     let (mut owner, mut sealed) = (start()?, start()?);
     let fds = owner.leak(2)?;
-    same(&sealed.order("seal")?, &"0".to_owned())?;
+    assert_eq!(sealed.order("seal")?, "0");
     let of = |pid: u32, name: &str| -> Result<String> {
         Ok(std::fs::read_to_string(format!("/proc/{pid}/{name}"))?)
     };
@@ -132,37 +133,37 @@ fn one_user() -> Result<()> {
             .find(|line| line.starts_with("FDSize"))
             .map(str::to_owned))
     };
-    // It is told from one that shares the table by nothing but the number of its descriptors.
-    same(&size(owner.pid())?, &size(sealed.pid())?)?;
-    same(&of(owner.pid(), "cmdline")?, &of(sealed.pid(), "cmdline")?)?;
+    // Only its number of descriptors shows that it does not share the table.
+    assert_eq!(size(owner.pid())?, size(sealed.pid())?);
+    assert_eq!(of(owner.pid(), "cmdline")?, of(sealed.pid(), "cmdline")?);
     let pid = owner.pid();
     let reclaim = |more: &str| {
-        let line = format!("reclaim --pid {pid} --reclaim-age 0s {more}");
+        let line = format!("reclaim --pid {pid} --reclaim-age 0s --stop-limit 5s {more}");
         let command = lab.app_host().command(CWKILL).uid(ALONE);
         ran(command.args(line.split_whitespace()))
     };
-    let ran = reclaim("--json")?.exits(0)?;
-    same(&number(&ran.json()?, "/summary/freed")?, &2)?;
+    let ran = reclaim("--json")?.exits(0);
+    assert_eq!(number(&ran.json(), "/summary/freed"), 2);
     let open = owner.descriptors()?;
-    ensure!(!fds.iter().any(|fd| open.contains(fd)), "{open:?}");
+    assert!(!fds.iter().any(|fd| open.contains(fd)), "{open:?}");
     owner.report()?;
 
-    // With as many it could be one, and cwkill says what it lacks.
+    // With the same number it might share the table, and cwkill reports the missing capability.
     owner.leak(1)?;
     sealed.leak(1)?;
-    let ran = reclaim("")?.exits(4)?;
-    ensure!(
+    let ran = reclaim("")?.exits(4);
+    assert!(
         ran.stdout.contains("shares the table of descriptors"),
-        "{ran:#?}"
+        "{ran:?}"
     );
-    ran.complains("CAP_SYS_PTRACE")?;
+    ran.complains("CAP_SYS_PTRACE");
     owner.report()?;
     Ok(())
 }
 
-/// A user of our own, at every limit of tasks from too few to enough: all of it is done, or nothing and it says so.
-fn no_threads() -> Result<()> {
-    const ALONE: u32 = 64123;
+/// Runs as a user of its own with limits from too few threads to enough: everything is done, or nothing, which is reported.
+fn without_threads_everything_or_nothing_is_done() -> Result<()> {
+    const ALONE: u32 = 64124;
     let rights = [Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH];
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
@@ -170,7 +171,7 @@ fn no_threads() -> Result<()> {
     for limit in 1..=8 {
         let fds = owner.leak(2)?;
         let line = format!(
-            "--nproc={limit} {CWKILL} reclaim --pid {} --reclaim-age 0s --json",
+            "--nproc={limit} {CWKILL} reclaim --pid {} --reclaim-age 0s --stop-limit 5s --json",
             owner.pid()
         );
         let command = lab
@@ -181,31 +182,31 @@ fn no_threads() -> Result<()> {
         let ran = ran(command.args(line.split_whitespace()))?;
         let open = fds_of(owner.pid())?;
         let left = fds.iter().filter(|fd| open.contains(fd)).count();
-        ensure!(!ran.stderr.contains("panicked"), "{limit}: {ran:#?}");
+        assert!(!ran.stderr.contains("panicked"), "{limit}: {ran:?}");
         match left {
             0 => {
-                ran.exits(0)?;
+                ran.exits(0);
                 done += 1;
             }
             _ => {
-                same(&left, &2)?;
-                let ran = ran.exits(4)?;
-                ensure!(
-                    ran.stdout.contains("starting a thread"),
-                    "{limit}: {ran:#?}"
-                );
+                assert_eq!(left, 2);
+                let ran = ran.exits(4);
+                assert!(ran.stdout.contains("starting a thread"), "{limit}: {ran:?}");
                 refused += 1;
                 cwkill(
                     &lab,
-                    &format!("reclaim --pid {} --reclaim-age 0s -q", owner.pid()),
+                    &format!(
+                        "reclaim --pid {} --reclaim-age 0s --stop-limit 5s -q",
+                        owner.pid()
+                    ),
                 )?
-                .exits(0)?;
+                .exits(0);
             }
         }
         owner
             .report()
             .with_context(|| format!("at most {limit} tasks"))?;
     }
-    ensure!(done > 0 && refused > 0, "{done} done, {refused} refused");
+    assert!(done > 0 && refused > 0, "{done} done, {refused} refused");
     Ok(())
 }

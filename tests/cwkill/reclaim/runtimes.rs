@@ -1,52 +1,63 @@
 //! Servers at EMFILE, in several languages.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use netns_harness::owners::runtimes::{self, Runtime};
 
-use crate::Case::{self, Once};
-use crate::support::{CWKILL, same};
+use crate::support::CWKILL;
+use crate::trial::{Need, Test, once};
 
-pub const CASES: &[Case] = &[
-    Once("c_at_emfile_accepts_again", || emfile(Runtime::C)),
-    Once("static_c_at_emfile_accepts_again", || {
-        emfile(Runtime::CStatic)
-    }),
-    Once("python_at_emfile_accepts_again", || emfile(Runtime::Python)),
+pub const TESTS: &[Test] = &[
+    once!(c_at_emfile_accepts_again),
+    once!(static_c_at_emfile_accepts_again),
+    once!(python_at_emfile_accepts_again),
+    once!(java_is_left_to_its_garbage_collector).needs(Need::Language(Runtime::Java)),
+    once!(go_at_emfile_accepts_again).needs(Need::Language(Runtime::Go)),
+    once!(java_at_emfile_accepts_again)
+        .slow()
+        .needs(Need::Language(Runtime::Java)),
+    once!(node_at_emfile_accepts_again).needs(Need::Language(Runtime::Node)),
 ];
 
-/// Those of runtimes that are not everywhere.
-pub const RUNTIMES: &[(Runtime, Case)] = &[
-    (Runtime::Java, Once("java_is_left_to_its_collector", java)),
-    (
-        Runtime::Go,
-        Once("go_at_emfile_accepts_again", || emfile(Runtime::Go)),
-    ),
-    (
-        Runtime::Java,
-        Once("java_at_emfile_accepts_again", || emfile(Runtime::Java)),
-    ),
-    (
-        Runtime::Node,
-        Once("node_at_emfile_accepts_again", || emfile(Runtime::Node)),
-    ),
-];
-
-/// `netns-harness cure` does more of them.
+/// `netns-harness recover` makes more runs.
 const RUNS: u32 = 3;
 
 fn emfile(runtime: Runtime) -> Result<()> {
-    let tally = runtimes::cure(runtime, RUNS, 3, CWKILL.as_ref())?;
-    same(&tally.cured, &RUNS)?;
-    ensure!(tally.bytes > 10_000, "{tally:?}");
+    let stats = runtimes::recover(runtime, RUNS, 3, CWKILL.as_ref())?;
+    assert_eq!(stats.recovered, RUNS);
+    assert!(stats.bytes > 10_000, "{stats:?}");
     Ok(())
 }
 
-/// Its finalizers close numbers, so nothing is taken without --reclaim-force.
-fn java() -> Result<()> {
-    let refused = runtimes::cure_plainly(Runtime::Java, CWKILL.as_ref())?;
-    ensure!(refused.len() > 10, "{refused:?}");
+/// Finalizers of Java close descriptors by number, so nothing is closed without --reclaim-force.
+fn java_is_left_to_its_garbage_collector() -> Result<()> {
+    let refused = runtimes::recover_unforced(Runtime::Java, CWKILL.as_ref())?;
+    assert!(refused.len() > 10, "{refused:?}");
     for reason in refused {
-        ensure!(reason.contains("jcmd PID GC.run"), "{reason}");
+        assert!(reason.contains("jcmd PID GC.run"), "{reason}");
     }
     Ok(())
+}
+
+fn c_at_emfile_accepts_again() -> Result<()> {
+    emfile(Runtime::C)
+}
+
+fn static_c_at_emfile_accepts_again() -> Result<()> {
+    emfile(Runtime::CStatic)
+}
+
+fn python_at_emfile_accepts_again() -> Result<()> {
+    emfile(Runtime::Python)
+}
+
+fn go_at_emfile_accepts_again() -> Result<()> {
+    emfile(Runtime::Go)
+}
+
+fn java_at_emfile_accepts_again() -> Result<()> {
+    emfile(Runtime::Java)
+}
+
+fn node_at_emfile_accepts_again() -> Result<()> {
+    emfile(Runtime::Node)
 }

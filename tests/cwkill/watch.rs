@@ -1,26 +1,26 @@
-//! `--watch-refill`: whether new stuck sockets come after an act.
+//! `--watch-refill`: new stuck sockets after an act are reported.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use netns_harness::{Family, How, Lab, Leak, TcpState};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::Case::{self, EachFamily, Once};
-use crate::support::{CWKILL, PATIENCE, Ran, count, cwkill, in_state, lab, same, until_it_sleeps};
+use crate::support::{CWKILL, PATIENCE, Ran, count, cwkill, in_state, lab, until_it_sleeps};
+use crate::trial::{Test, each_family, once};
 
-pub const CASES: &[Case] = &[
-    EachFamily("new_ones_are_counted_and_named", new_ones),
-    Once("none_new_is_said", none_new),
-    Once("ctrl_c_ends_the_watch_and_not_the_report", ctrl_c),
-    Once("the_minimum_age_is_not_for_new_ones", min_age),
-    Once("a_document_has_what_came", document),
+pub const TESTS: &[Test] = &[
+    each_family!(new_sockets_are_counted_and_their_owner_named),
+    once!(no_new_sockets_are_reported_as_none),
+    once!(ctrl_c_ends_the_watch_and_not_the_report),
+    once!(the_minimum_age_does_not_apply_to_new_sockets),
+    once!(json_has_the_new_sockets),
 ];
 
-/// A run whose report is written, and that watches.
+/// A run that has written its report and watches.
 struct Watching {
     child: Child,
     rest: BufReader<std::process::ChildStdout>,
@@ -37,14 +37,14 @@ impl Watching {
         let mut summary = String::new();
         while !summary.contains("matched:") {
             summary.clear();
-            ensure!(rest.read_line(&mut summary)? > 0, "no summary");
+            assert!(rest.read_line(&mut summary)? > 0, "no summary");
         }
-        // After the report it sleeps in the watch only, and then the first look is over.
+        // After the report, cwkill sleeps only in the watch, after its first scan.
         until_it_sleeps(lab, child.id())?;
         Ok(Watching { child, rest })
     }
 
-    /// What it says at last, and its exit status.
+    /// Interrupts it. Returns the last text and the exit status.
     fn end(mut self) -> Result<(String, Option<i32>)> {
         interrupt(&self.child)?;
         let mut text = String::new();
@@ -57,52 +57,54 @@ fn interrupt(child: &Child) -> Result<()> {
     Ok(kill(Pid::from_raw(child.id().try_into()?), Signal::SIGINT)?)
 }
 
-/// Leaves all connections of `leak` in CLOSE-WAIT, `stuck` with those that are there already, and waits until
-/// none can be taken for one that is being closed.
+/// Leaves all connections of `leak` in CLOSE-WAIT, and waits until `stuck` sockets are too old to be ones that are just
+/// being closed.
 fn get_stuck(lab: &Lab, leak: &Leak, stuck: usize) -> Result<()> {
     leak.peer().shutdown(&leak.peer_fds(), How::Write)?;
     lab.wait_for(PATIENCE, || {
-        let sockets = cwkill(lab, "--json")?.sockets()?;
+        let sockets = cwkill(lab, "--json")?.sockets();
         let old = |socket: &&Value| socket["age_ms"].as_u64() > Some(100);
         Ok(sockets.iter().filter(old).count() == stuck)
     })
 }
 
-fn new_ones(family: Family) -> Result<()> {
+fn new_sockets_are_counted_and_their_owner_named(family: Family) -> Result<()> {
     let (lab, leak) = lab("unread", family, 4)?;
     let later = lab.start("established", family, count(3))?;
     let watching = Watching::start(&lab, "--port 8080 --watch-refill 5m")?;
     get_stuck(&lab, &later, 3)?;
     let (text, code) = watching.end()?;
-    ensure!(text.starts_with("3 new in "), "{text}");
+    assert!(text.starts_with("3 new in "), "{text}");
     let whose = format!(" from leaky-app/{}, ", leak.app().pid());
-    ensure!(text.contains(&whose), "{text}");
-    ensure!(text.ends_with("a minute: the leak continues\n"), "{text}");
-    // They are not what was to be closed.
-    same(&code, &Some(0))?;
-    same(&in_state(&lab, TcpState::CloseWait)?, &3)
-}
-
-fn none_new() -> Result<()> {
-    let (lab, _leak) = lab("unread", Family::V4, 4)?;
-    // Those that are left alone are not new.
-    let ran = cwkill(&lab, "--all --max-kills 2 --watch-refill 300ms")?.exits(4)?;
-    ensure!(ran.stdout.contains("\nnone new in "), "{ran:#?}");
-    // Nothing to act on, nothing to watch after, but it is asked for.
-    let ran = cwkill(&lab, "--port 9 --watch-refill 300ms")?.exits(1)?;
-    ensure!(ran.stdout.contains("none new in"), "{ran:#?}");
+    assert!(text.contains(&whose), "{text}");
+    assert!(text.ends_with("a minute: the leak continues\n"), "{text}");
+    // The new sockets do not change the exit status.
+    assert_eq!(code, Some(0));
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 3);
     Ok(())
 }
 
-fn ctrl_c() -> Result<()> {
+fn no_new_sockets_are_reported_as_none() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 4)?;
+    // Sockets that were skipped are not new.
+    let ran = cwkill(&lab, "--all --max-kills 2 --watch-refill 300ms")?.exits(4);
+    assert!(ran.stdout.contains("\nnone new in "), "{ran:?}");
+    // cwkill watches even if there was nothing to close.
+    let ran = cwkill(&lab, "--port 9 --watch-refill 300ms")?.exits(1);
+    assert!(ran.stdout.contains("none new in"), "{ran:?}");
+    Ok(())
+}
+
+fn ctrl_c_ends_the_watch_and_not_the_report() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
     let watching = Watching::start(&lab, "--all --watch-refill 5m")?;
     let (text, code) = watching.end()?;
-    ensure!(text.starts_with("none new in "), "{text}");
-    same(&code, &Some(0))
+    assert!(text.starts_with("none new in "), "{text}");
+    assert_eq!(code, Some(0));
+    Ok(())
 }
 
-fn min_age() -> Result<()> {
+fn the_minimum_age_does_not_apply_to_new_sockets() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
     let later = lab.start("established", Family::V4, count(2))?;
     let young = lab.start("unread", Family::V4, count(1))?;
@@ -110,13 +112,14 @@ fn min_age() -> Result<()> {
     let watching = Watching::start(&lab, line)?;
     get_stuck(&lab, &later, 5)?;
     let (text, code) = watching.end()?;
-    // Those that were too young to be closed are not new.
-    ensure!(text.starts_with("2 new in "), "{text}");
-    ensure!(young.app().is_alive());
-    same(&code, &Some(1))
+    // Sockets that were too young to be closed are not new.
+    assert!(text.starts_with("2 new in "), "{text}");
+    assert!(young.app().is_alive());
+    assert_eq!(code, Some(1));
+    Ok(())
 }
 
-fn document() -> Result<()> {
+fn json_has_the_new_sockets() -> Result<()> {
     let (lab, leak) = lab("unread", Family::V4, 2)?;
     let later = lab.start("established", Family::V4, count(3))?;
     let command = lab.app_host().command(CWKILL);
@@ -125,18 +128,21 @@ fn document() -> Result<()> {
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()?;
-    // `destroy` closes without a pause, so that it sleeps in the watch only.
+    // `destroy` does not sleep, so cwkill sleeps only in the watch.
     lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::CloseWait)? == 0))?;
     until_it_sleeps(&lab, child.id())?;
     get_stuck(&lab, &later, 3)?;
     interrupt(&child)?;
-    let refill = &Ran::of(child.wait_with_output()?)?.exits(0)?.json()?["refill"];
-    same(&refill["new"], &json!(3))?;
+    let new_sockets = &Ran::of("cwkill", child.wait_with_output()?)?
+        .exits(0)
+        .json()["new_sockets"];
+    assert_eq!(new_sockets["new"], json!(3));
     let by = json!([{"pid": leak.app().pid(), "comm": "leaky-app", "new": 3}]);
-    same(&refill["by"], &by)?;
-    let rate = refill["per_minute"].as_f64().context("no rate")?;
-    let seconds = refill["seconds"].as_f64().context("no time")?;
-    ensure!((rate * seconds - 180.0).abs() < 0.1, "{refill}");
-    let ran = cwkill(&lab, "--all --json")?.exits(0)?;
-    same(&ran.json()?["refill"], &json!(null))
+    assert_eq!(new_sockets["by"], by);
+    let rate = new_sockets["per_minute"].as_f64().context("no rate")?;
+    let seconds = new_sockets["seconds"].as_f64().context("no time")?;
+    assert!((rate * seconds - 180.0).abs() < 0.1, "{new_sockets}");
+    let ran = cwkill(&lab, "--all --json")?.exits(0);
+    assert_eq!(ran.json()["new_sockets"], json!(null));
+    Ok(())
 }

@@ -1,6 +1,6 @@
 /*
- * A 32-bit program that leaks dead TCP sockets on order, and knows the orders `leak N` and `report` of owner.c.
- * Without a C library, so that the compiler of a 64-bit host is enough to make it.
+ * A 32-bit program that leaks dead TCP sockets. It knows the orders `leak N` and `report` of owner.c. It needs no C library,
+ * so the compiler of a 64-bit host can build it.
  */
 enum { EXIT = 1, READ = 3, WRITE = 4, CLOSE = 6, SOCKETCALL = 102, SOCKET = 1, BIND, CONNECT, LISTEN, ACCEPT, NAME, SETSOCKOPT = 14 };
 
@@ -53,7 +53,7 @@ static void say(const char *text, int length)
         leave(3);
 }
 
-__attribute__((used)) static void narrow(void)
+__attribute__((used)) static void program(void)
 {
     static int length = sizeof address;
     static char line[128], answer[4096];
@@ -81,4 +81,4 @@ __attribute__((used)) static void narrow(void)
     leave(0);
 }
 
-__asm__(".globl _start\n_start:\n\tcall narrow\n");
+__asm__(".globl _start\n_start:\n\tcall program\n");

@@ -1,29 +1,29 @@
-//! Units and containers, in cgroups made for the test.
+//! Units, containers and cgroups. Each test makes cgroups of its own.
 //!
-//! Needs root of the machine: nobody else may make cgroups, or mount a /proc that hides processes.
+//! Only root of the machine may make cgroups and mount a /proc that hides processes.
 
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use netns_harness::{Dial, Family, How, Lab, TcpState};
 
-use crate::Case::{self, Once};
-use crate::support::{CWKILL, PATIENCE, Ran, alone, at, count, cwkill, ran, same, selects};
+use crate::support::{CWKILL, PATIENCE, Ran, alone, at, count, cwkill, ran, selects};
+use crate::trial::{Need, Test, once};
 
-pub const CASES: &[Case] = &[
-    Once("units_containers_and_cgroups_select", select),
-    Once("a_proc_that_hides_processes_is_named", hidepid),
-    Once("cgroup_in_an_expression_is_where_the_socket_was_made", made),
+pub const TESTS: &[Test] = &[
+    once!(units_containers_and_cgroups_select_sockets).needs(Need::RootOfTheMachine),
+    once!(a_proc_that_hides_processes_is_named).needs(Need::RootOfTheMachine),
+    once!(cgroup_in_an_expression_is_where_the_socket_was_made).needs(Need::RootOfTheMachine),
 ];
 
-/// Whether cgroups can be made: cgroup2 can be mounted, by root of the machine.
-pub fn possible() -> bool {
+/// Whether this user can make cgroups: only root of the machine can mount cgroup2.
+pub fn can_be_made() -> bool {
     in_cgroup2("true").is_ok()
 }
 
 const ID: &str = "3f4a9b2c1d0e5f6a7b8c9d0e1f2a3b4c5d6e7f8091a2b3c4d5e6f708192a3b4c";
 
-/// Runs a script in the root of cgroup2, mounted where nobody else sees it.
+/// Runs a script in the root of cgroup2, in a mount namespace of its own.
 fn in_cgroup2(script: &str) -> Result<()> {
     let script = format!("mount -t cgroup2 none /mnt && cd /mnt && {script}");
     let output = Command::new("unshare")
@@ -31,11 +31,11 @@ fn in_cgroup2(script: &str) -> Result<()> {
         .output()
         .context("run unshare")?;
     let stderr = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{script}: {stderr}");
+    assert!(output.status.success(), "{script}: {stderr}");
     Ok(())
 }
 
-/// Cgroups of this test, gone with it.
+/// The cgroups of one test. They are removed when this is dropped.
 struct Cgroups {
     root: String,
 }
@@ -55,7 +55,7 @@ impl Cgroups {
 
 impl Drop for Cgroups {
     fn drop(&mut self) {
-        // The processes are in the root again before their cgroups go.
+        // The processes move back to the root, and then their cgroups are empty and can be removed.
         let _ = in_cgroup2(&format!(
             "for procs in $(find {0} -name cgroup.procs); do \
                  for pid in $(cat $procs); do echo $pid > cgroup.procs || true; done; \
@@ -65,7 +65,7 @@ impl Drop for Cgroups {
     }
 }
 
-/// Runs a command of the leaking host where cgroup2 is mounted.
+/// Runs a command on the leaking host with cgroup2 mounted.
 fn with_cgroup2(lab: &Lab, command: &str) -> Result<Ran> {
     let script = format!("mount -t cgroup2 none /mnt && exec {command}");
     ran(lab
@@ -74,14 +74,14 @@ fn with_cgroup2(lab: &Lab, command: &str) -> Result<Ran> {
         .args(["-m", "sh", "-ec", &script]))
 }
 
-/// The kernel's cgroup of a socket is that of its maker, for ever; `--cgroup` goes by the owners of now.
-fn made() -> Result<()> {
+/// For the kernel, a socket stays in the cgroup in which it was made. `--cgroup` compares the present owners.
+fn cgroup_in_an_expression_is_where_the_socket_was_made() -> Result<()> {
     let lab = Lab::new()?;
     let cgroups = Cgroups::new("made");
     let leak = lab.start("unread", Family::V4, count(3))?;
     let dir = format!("{}/app.slice/web.service", cgroups.root);
     cgroups.put(leak.app().pid(), "app.slice/web.service")?;
-    // These are made in the new cgroup.
+    // These sockets are made in the new cgroup.
     let address = (leak.pair().app_address.ip(), 8100).into();
     let listener = leak.app().listen(address, false, 8)?;
     let ends = leak.peer().connect(address, 2, Dial::default(), PATIENCE)?;
@@ -97,24 +97,24 @@ fn made() -> Result<()> {
         (format!("cgroup {dir}"), 2),
         (format!("cgroup != {dir}"), 3),
         (format!("cgroup = {dir} or sport = :8080"), 5),
-        // Exactly this one, and not what is below it.
+        // Exactly this cgroup, without those below it.
         (format!("cgroup = {}/app.slice", cgroups.root), 0),
     ] {
         let ours = with_cgroup2(&lab, &format!("{CWKILL} -n --json '{expression}'"))?;
-        same(&ours.sockets()?.len(), &expected).with_context(|| expression.clone())?;
+        assert_eq!(ours.sockets().len(), expected, "{expression}");
         let by_ss = with_cgroup2(&lab, &format!("ss -Htn state close-wait {expression}"))?;
-        let rows = by_ss.exits(0)?.stdout.lines().count();
-        same(&rows, &expected).with_context(|| format!("ss {expression}"))?;
+        let rows = by_ss.exits(0).stdout.lines().count();
+        assert_eq!(rows, expected, "ss {expression}");
     }
     with_cgroup2(&lab, &format!("{CWKILL} -n 'cgroup = /nowhere'"))?
-        .exits(3)?
-        .complains("/nowhere")?;
-    cwkill(&lab, &format!("-n --json --cgroup /{}", cgroups.root))?
-        .sockets()
-        .and_then(|sockets| same(&sockets.len(), &5))
+        .exits(3)
+        .complains("/nowhere");
+    let selected = cwkill(&lab, &format!("-n --json --cgroup /{}", cgroups.root))?.sockets();
+    assert_eq!(selected.len(), 5);
+    Ok(())
 }
 
-fn select() -> Result<()> {
+fn units_containers_and_cgroups_select_sockets() -> Result<()> {
     let lab = Lab::new()?;
     let cgroups = Cgroups::new("select");
     let unit = lab.start("unread", Family::V4, alone(8001, 1))?;
@@ -140,7 +140,7 @@ fn select() -> Result<()> {
         (format!("--container {ID}"), 2),
         (format!("--container {}", &ID[..12]), 2),
         (format!("--container {}", &ID[..7]), 0),
-        // Never accepted: the listener's owner is in the container.
+        // Never accepted: the owner of the listener is in the container.
         ("--container web".into(), 4),
         ("--container web,3f4a9b2c1d0e".into(), 6),
         (format!("--cgroup /{root}/system.slice"), 3),
@@ -158,39 +158,28 @@ fn select() -> Result<()> {
         selects(&lab, &selector, expected)?;
     }
 
-    let told = |port, pointer| -> Result<String> {
-        let sockets = cwkill(&lab, &format!("-n --json --port {port}"))?.sockets()?;
+    let field = |port, pointer| -> Result<String> {
+        let sockets = cwkill(&lab, &format!("-n --json --port {port}"))?.sockets();
         Ok(at(&sockets[0], pointer))
     };
-    same(
-        &told(8001, "/owners/0/unit")?,
-        &"leaky@a\\x2db.service".into(),
-    )?;
-    same(&told(8001, "/owners/0/container")?, &"null".into())?;
-    same(
-        &told(8002, "/owners/0/container/runtime")?,
-        &"docker".into(),
-    )?;
-    same(&told(8002, "/owners/0/container/id")?, &ID.into())?;
-    same(
-        &told(8003, "/listener/owners/0/container/name")?,
-        &"web".into(),
-    )?;
+    assert_eq!(field(8001, "/owners/0/unit")?, "leaky@a\\x2db.service");
+    assert_eq!(field(8001, "/owners/0/container")?, "null");
+    assert_eq!(field(8002, "/owners/0/container/runtime")?, "docker");
+    assert_eq!(field(8002, "/owners/0/container/id")?, ID);
+    assert_eq!(field(8003, "/listener/owners/0/container/name")?, "web");
 
-    let table = cwkill(&lab, "")?.exits(0)?.stdout;
+    let table = cwkill(&lab, "")?.exits(0).stdout;
     for text in ["UNIT", " leaky@a-b ", " docker 3f4a9b2c1d0e ", " lxc web "] {
-        ensure!(table.contains(text), "no {text:?} in\n{table}");
+        assert!(table.contains(text), "no {text:?} in\n{table}");
     }
 
-    cwkill(&lab, "--container web --method destroy")?.exits(0)?;
-    cwkill(&lab, "--all -n --json")?
-        .sockets()
-        .and_then(|sockets| same(&sockets.len(), &11))?;
-    ensure!(plain.app().is_alive());
+    cwkill(&lab, "--container web --method destroy")?.exits(0);
+    assert_eq!(cwkill(&lab, "--all -n --json")?.sockets().len(), 11);
+    assert!(plain.app().is_alive());
     Ok(())
 }
 
-fn hidepid() -> Result<()> {
+fn a_proc_that_hides_processes_is_named() -> Result<()> {
     let (lab, leak) = crate::support::lab("unread", Family::V4, 2)?;
     let pid = leak.app().pid();
     let run = |arguments: &str| {
@@ -203,15 +192,15 @@ fn hidepid() -> Result<()> {
             .command("unshare")
             .args(["-m", "sh", "-ec", &script]))
     };
-    // Listed, with what keeps the owner unknown.
-    let listing = run("--json")?.exits(0)?.complains("hidepid")?;
-    same(&at(&listing.json()?, "/hidden_processes"), &"true".into())?;
-    // Asked for by owner, that is no empty result.
+    // The listing names the reason why the owner is unknown.
+    let listing = run("--json")?.exits(0).complains("hidepid");
+    assert_eq!(at(&listing.json(), "/hidden_processes"), "true");
+    // With a selector by owner, unknown owners are not the same as no match.
     for selector in [format!("--pid {pid}"), "--process leaky-app".into()] {
         run(&format!("{selector} -n"))?
-            .exits(4)?
-            .complains("2 sockets more may belong")?
-            .complains("CAP_SYS_PTRACE")?;
+            .exits(4)
+            .complains("2 sockets more may belong")
+            .complains("CAP_SYS_PTRACE");
     }
     Ok(())
 }
