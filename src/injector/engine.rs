@@ -83,7 +83,7 @@ pub struct Rules<'a> {
     pub kernel: KernelVersion,
 }
 
-/// Runs the plan of each target and gives each its outcome. A target that has one already is left alone.
+/// Runs the plan of each target and gives it an outcome. A target that already has an outcome is left alone.
 ///
 /// `kernel` and `executors` must belong to the network namespace of these sockets.
 pub fn run(

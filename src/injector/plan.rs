@@ -210,9 +210,9 @@ mod tests {
         let raw = |method| (method, Exclusion::NotPermitted(Privilege::NetRaw));
         let backlog = plan(never_accepted(), &asked, &USER);
         assert_eq!(backlog.excluded, [raw(Method::Probe), raw(Method::Rst)]);
-        let held = plan(owned(0), &asked, &USER);
-        assert_eq!(held.methods, [Method::Probe]);
-        assert_eq!(held.excluded, [raw(Method::Rst)]);
+        let owned_plan = plan(owned(0), &asked, &USER);
+        assert_eq!(owned_plan.methods, [Method::Probe]);
+        assert_eq!(owned_plan.excluded, [raw(Method::Rst)]);
         let only_raw = Privileges {
             net_raw: true,
             ..USER
@@ -299,8 +299,8 @@ mod tests {
         assert!(refused.methods.is_empty());
         assert!(refused.excluded[0].1.to_string().contains("FIN-WAIT-1"));
         assert!(!plan(orphan(), &policy(), &ROOT).methods.is_empty());
-        let held = plan(in_state(TcpState::FinWait1, false), &policy(), &old);
-        assert!(!held.methods.is_empty());
+        let owned_plan = plan(in_state(TcpState::FinWait1, false), &policy(), &old);
+        assert!(!owned_plan.methods.is_empty());
     }
 
     #[test]

@@ -113,7 +113,7 @@ fn retry_after() -> Duration {
     (Duration::from_millis(ratelimit) + RATELIMIT_MARGIN).max(SHORTEST_RETRY)
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "half of it is wanted")]
+#[expect(clippy::cast_possible_truncation, reason = "32 random bits are enough")]
 fn half(random: u64) -> u32 {
     random as u32
 }
