@@ -123,11 +123,11 @@ fn ensure_safe(stat: &FileStat) -> io::Result<()> {
     Ok(())
 }
 
-/// The directory at an absolute path. A symbolic link is followed only if its directory belongs to a trusted user and nobody
-/// else can write it.
+/// The directory at an absolute path. A symbolic link is followed only if a trusted user owns its directory and no other user can
+/// write it.
 ///
 /// openat2(2) cannot replace this walk. RESOLVE_NO_SYMLINKS would also refuse links that root has created, and no flag makes
-/// the kernel check the owner of the directory of a link.
+/// the kernel check the owner of a link's directory.
 fn walk(path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let root = || nix::fcntl::open("/", flags | OFlag::O_DIRECTORY, Mode::empty());

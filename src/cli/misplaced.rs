@@ -108,7 +108,7 @@ mod tests {
                 &["--process", "check", "check"],
                 "cwkill check --process check",
             ),
-            // These commands have no such option.
+            // These commands do not have this option.
             (&["--port", "1", "reclaim"], "cwkill reclaim --help"),
             (&["-v", "doctor"], "cwkill doctor --help"),
         ] {

@@ -224,7 +224,7 @@ impl Output {
     }
 }
 
-/// The methods of `--method` in order; each may occur only once.
+/// The methods of `--method` in order, without duplicates.
 fn methods(choices: &[MethodChoice]) -> Result<Vec<Method>, clap::Error> {
     let mut methods = Vec::new();
     for choice in choices {
