@@ -21,7 +21,7 @@ pub trait Control: Sync {
     fn progress(&self, method: Method, sockets: usize);
 }
 
-/// Growing pauses between lookups: the first suits an answer over loopback, the longest an answer from another continent.
+/// Growing pauses between lookups: short enough for an answer over loopback, long enough for one from far away.
 pub(crate) struct Backoff {
     next: Duration,
     longest: Duration,

@@ -1,4 +1,4 @@
-//! The `cwkill` program: parse, run, exit. What it runs is in [`cwkill::commands`].
+//! The `cwkill` program: parses the command line, and runs a command of [`cwkill::commands`].
 
 use std::process::ExitCode;
 

@@ -1,4 +1,4 @@
-//! The operator's terminal: stdout that may be closed, stderr that may be nobody's, the progress bar and Ctrl-C.
+//! The operator's terminal: stdout, stderr, either of which may be closed, the progress bar and Ctrl-C.
 
 use std::io::{self, BufWriter, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +12,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use crate::control::Control;
 use crate::model::Method;
 
-/// Writes a line to stderr; where that is closed or full there is nobody to tell.
+/// Writes a line to stderr. If that fails, there is no other place to report it.
 pub(crate) fn say(message: std::fmt::Arguments<'_>) {
     let _ = writeln!(io::stderr(), "cwkill: {message}");
 }
@@ -24,7 +24,7 @@ pub(crate) fn write_out(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) ->
     out.flush()
 }
 
-/// What came of writing; that the reader has seen enough is no error.
+/// The result of writing to stdout. If the reader has closed it, that is not an error.
 pub(crate) fn unless_closed(written: io::Result<()>) -> io::Result<()> {
     match written {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
@@ -32,7 +32,7 @@ pub(crate) fn unless_closed(written: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// Whether stdout is to be coloured.
+/// Whether the output on stdout must be coloured.
 pub(crate) fn is_coloured(choice: ColorChoice) -> bool {
     match choice {
         ColorChoice::Always => true,
@@ -43,11 +43,12 @@ pub(crate) fn is_coloured(choice: ColorChoice) -> bool {
     }
 }
 
-/// The columns of the screen: COLUMNS in the environment, or those of the terminal.
+/// The width of the output in columns: COLUMNS from the environment, or the width of the terminal.
 pub(crate) fn columns() -> Option<usize> {
-    let told = std::env::var("COLUMNS").ok();
-    let told = told.and_then(|columns| columns.parse().ok());
-    told.filter(|columns| *columns > 0)
+    let from_environment = std::env::var("COLUMNS").ok();
+    let from_environment = from_environment.and_then(|columns| columns.parse().ok());
+    from_environment
+        .filter(|columns| *columns > 0)
         .or_else(|| comfy_table::Table::new().width().map(usize::from))
 }
 
@@ -60,30 +61,31 @@ pub(crate) fn rows() -> Option<usize> {
 /// The clock, the operator's Ctrl-C and the progress bar.
 pub(crate) struct Terminal {
     interrupted: Arc<AtomicBool>,
-    /// Nothing is being done to any socket.
+    /// cwkill is not acting, so a signal may end it at once.
     idle: Arc<AtomicBool>,
     progress: ProgressBar,
-    /// Closed when there is no more progress to show.
+    /// Dropped when there is no more progress to show.
     running: Option<mpsc::Sender<()>>,
 }
 
-/// How long a run may take before it shows progress.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// The time after which a run shows its progress.
+const PROGRESS_DELAY: Duration = Duration::from_secs(1);
 
 impl Terminal {
     pub(crate) fn new(acts: bool, quiet: bool) -> anyhow::Result<Self> {
         let interrupted = Arc::new(AtomicBool::new(false));
         let idle = Arc::new(AtomicBool::new(true));
         if acts {
-            // Before and after the act a signal ends the program as usual. What is begun is brought to its end and reported, whatever is pressed: a method may have
-            // changed options of an owner's socket that it still has to put back. All waits are bounded.
+            // Before and after the acts a signal ends cwkill as usual. During the acts cwkill first finishes and reports those
+            // that it has begun, because a method may have changed options of an owner's socket that it must restore. All waits
+            // are bounded.
             let signals = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
             for signal in signals.into_iter().filter(|signal| !is_ignored(*signal)) {
                 signal_hook::flag::register_conditional_default(signal, Arc::clone(&idle))
                     .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&interrupted)))
                     .context("cannot handle Ctrl-C")?;
             }
-            // Ctrl-Z while a process is stopped for us would keep it stopped.
+            // If Ctrl-Z stopped cwkill during a reclaim, an owner that cwkill has stopped would stay stopped.
             let never = Arc::new(AtomicBool::new(false));
             signal_hook::flag::register_conditional_default(libc::SIGTSTP, Arc::clone(&idle))
                 .and_then(|_| signal_hook::flag::register(libc::SIGTSTP, never))
@@ -94,9 +96,9 @@ impl Terminal {
         let (running, ended) = mpsc::channel::<()>();
         if !quiet && io::stderr().is_terminal() {
             let progress = progress.clone();
-            // Without a thread there is no progress to be seen.
+            // Without this thread no progress is shown.
             let _ = std::thread::Builder::new().spawn(move || {
-                if ended.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+                if ended.recv_timeout(PROGRESS_DELAY) == Err(mpsc::RecvTimeoutError::Timeout) {
                     progress.set_draw_target(ProgressDrawTarget::stderr());
                     progress.enable_steady_tick(Duration::from_millis(100));
                 }
@@ -113,12 +115,12 @@ impl Terminal {
         })
     }
 
-    /// Runs what may write lines to standard error, without what shows the progress.
+    /// Hides the progress bar while `work` runs, which may write lines to stderr.
     pub(crate) fn aside<T>(&self, work: impl FnOnce() -> T) -> T {
         self.progress.suspend(work)
     }
 
-    /// Nothing is being done any more, until the next [`Control::begin`].
+    /// Marks the end of the acts, until the next [`Control::begin`].
     pub(crate) fn rest(&mut self) {
         self.idle.store(true, Ordering::Relaxed);
         self.running = None;
@@ -126,7 +128,7 @@ impl Terminal {
     }
 }
 
-/// Whether a signal was to be ignored when the program was started, as nohup(1) does it.
+/// Whether a signal was already ignored when cwkill started, for example because of nohup(1).
 fn is_ignored(signal: libc::c_int) -> bool {
     let status = procfs::process::Process::myself().and_then(|process| process.status());
     status.is_ok_and(|status| status.sigign >> (signal - 1) & 1 == 1)

@@ -1,6 +1,6 @@
-//! Opening the file of the log, where others may have prepared the place: the directory may be the leaking application's, and what a
-//! record says is in part chosen by it (a process names itself). So that no record ever lands in a file that means something to
-//! somebody else, no symbolic link is followed that another user could have made, and only a file of ours is taken.
+//! Opens the log file safely. An attacker may have prepared its path: the directory may belong to the leaking application, which
+//! also chooses a part of each record (a process names itself). Records must never go into a file that matters to another user.
+//! So cwkill follows no symbolic link that another user could have created, and accepts only a file of its own user or of root.
 
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
@@ -16,27 +16,27 @@ use nix::fcntl::{OFlag, openat, readlinkat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
 use nix::unistd::{getegid, geteuid, getgid, getuid, setfsgid, setfsuid};
 
-/// Links in a path that are followed, as many as the kernel does (include/linux/namei.h, MAXSYMLINKS).
-const LINKS: usize = 40;
+/// The maximum number of symbolic links in a path, as in the kernel (include/linux/namei.h, MAXSYMLINKS).
+const MAX_LINKS: usize = 40;
 const GROUP_WRITES: u32 = 0o020;
 const OTHERS_WRITE: u32 = 0o002;
 
-/// Opens a file for appending, new for its owner only.
+/// Opens a file for appending. A new file is accessible to its owner only.
 ///
-/// Where the program has more rights than who started it (a set-user-ID bit, file capabilities), it is opened with those of the
-/// latter.
+/// If cwkill has more privileges than the user who started it (a set-user-ID bit, file capabilities), the file is opened with
+/// the privileges of that user.
 ///
 /// # Errors
-/// EINVAL and the reason in words: it is not a regular file, or others can write it or have a hand in where it is. Those of open(2).
+/// EINVAL with a reason: it is not a regular file, or another user can write it or change its path. As open(2).
 pub(super) fn open(path: &Path) -> io::Result<File> {
     match getuid().is_root() {
-        true => open_as_we_are(path),
-        false => as_the_caller(|| open_as_we_are(path)),
+        true => open_checked(path),
+        false => as_real_user(|| open_checked(path)),
     }
 }
 
-/// Runs `work` with the rights of the real user.
-fn as_the_caller<T>(work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+/// Runs `work` with the privileges of the real user.
+fn as_real_user<T>(work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     let failed = |error: caps::errors::CapsError| io::Error::other(error.to_string());
     let effective = caps::read(None, CapSet::Effective).map_err(failed)?;
     setfsgid(getgid());
@@ -46,12 +46,12 @@ fn as_the_caller<T>(work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         .and_then(|()| work());
     setfsuid(geteuid());
     setfsgid(getegid());
-    // The permitted set has been left as it was, so this is always allowed.
+    // This is always permitted, since the permitted set has not changed.
     caps::set(None, CapSet::Effective, &effective).map_err(failed)?;
     result
 }
 
-fn open_as_we_are(path: &Path) -> io::Result<File> {
+fn open_checked(path: &Path) -> io::Result<File> {
     let name = match path.components().next_back() {
         Some(Component::Normal(name)) if !path.as_os_str().as_encoded_bytes().ends_with(b"/") => {
             name
@@ -72,7 +72,7 @@ fn open_as_we_are(path: &Path) -> io::Result<File> {
         ));
     }
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let found = match openat(&directory, name, flags, Mode::empty()) {
+    let path_only = match openat(&directory, name, flags, Mode::empty()) {
         Err(Errno::ENOENT) => {
             let flags = OFlag::O_RDWR
                 | OFlag::O_APPEND
@@ -84,14 +84,14 @@ fn open_as_we_are(path: &Path) -> io::Result<File> {
         }
         other => other?,
     };
-    suits(&fstat(&found)?)?;
-    // What was looked at is opened, whatever its name has come to mean.
+    ensure_safe(&fstat(&path_only)?)?;
+    // This opens the file that was checked, even if another file has its name by now.
     let mut file = OpenOptions::new()
         .read(true)
         .append(true)
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
-    // A run that was killed may have left half a line; the next record must not be a part of it.
+        .open(format!("/proc/self/fd/{}", path_only.as_raw_fd()))?;
+    // A run that was killed may have left an incomplete line, which the next record must not continue.
     let end = file.seek(io::SeekFrom::End(0))?;
     let mut last = [b'\n'];
     if end > 0 {
@@ -103,8 +103,8 @@ fn open_as_we_are(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Whether the file of the log may be this one.
-fn suits(stat: &FileStat) -> io::Result<()> {
+/// Checks that an existing file may be used for the log.
+fn ensure_safe(stat: &FileStat) -> io::Result<()> {
     match kind(stat) {
         SFlag::S_IFREG => {}
         SFlag::S_IFLNK => return Err(refused("it is a symbolic link")),
@@ -123,7 +123,11 @@ fn suits(stat: &FileStat) -> io::Result<()> {
     Ok(())
 }
 
-/// The directory at an absolute path. Links are followed only where nobody else can have made them.
+/// The directory at an absolute path. A symbolic link is followed only if a trusted user owns its directory and no other user can
+/// write it.
+///
+/// openat2(2) cannot replace this walk. RESOLVE_NO_SYMLINKS would also refuse links that root has created, and no flag makes
+/// the kernel check the owner of a link's directory.
 fn walk(path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let root = || nix::fcntl::open("/", flags | OFlag::O_DIRECTORY, Mode::empty());
@@ -139,18 +143,18 @@ fn walk(path: &Path) -> io::Result<OwnedFd> {
     let mut left = parts(path);
     let mut links = 0;
     while let Some(part) = left.pop_front() {
-        let around = fstat(&directory)?;
-        let shared = around.st_mode & (GROUP_WRITES | OTHERS_WRITE) != 0;
+        let parent = fstat(&directory)?;
+        let is_shared = parent.st_mode & (GROUP_WRITES | OTHERS_WRITE) != 0;
         let next = openat(&directory, part.as_os_str(), flags, Mode::empty())?;
         let stat = fstat(&next)?;
         if kind(&stat) == SFlag::S_IFLNK {
-            if shared || !is_trusted(around.st_uid) {
+            if is_shared || !is_trusted(parent.st_uid) {
                 return Err(refused(
                     "a symbolic link that others can change leads there",
                 ));
             }
             links += 1;
-            if links > LINKS {
+            if links > MAX_LINKS {
                 return Err(Errno::ELOOP.into());
             }
             let target = readlinkat(&directory, part.as_os_str())?;
@@ -175,7 +179,8 @@ fn kind(stat: &FileStat) -> SFlag {
     SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT
 }
 
-/// Root's or ours. In a user namespace the root outside it has no number and is shown as the overflow user (user_namespaces(7)).
+/// Whether `uid` is root or the real user. In a user namespace the root outside it has no uid, and the kernel shows it as the
+/// overflow user (user_namespaces(7)).
 fn is_trusted(uid: u32) -> bool {
     let read = |path| std::fs::read_to_string(path).unwrap_or_default();
     let overflow = || read("/proc/sys/kernel/overflowuid").trim().parse() == Ok(uid);
@@ -202,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_file_is_its_owners_and_an_old_one_goes_on() {
+    fn a_new_file_is_private_and_an_old_one_is_continued() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         open(&path).unwrap();
@@ -216,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_is_not_followed_and_its_target_not_made() {
+    fn a_link_is_not_followed_and_its_target_not_created() {
         let dir = tempfile::tempdir().unwrap();
         let (path, target) = (dir.path().join("log"), dir.path().join("target"));
         symlink(&target, &path).unwrap();
@@ -230,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_can_write_is_refused() {
+    fn a_file_that_others_can_write_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         std::fs::write(&path, "").unwrap();
@@ -247,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_on_the_way_counts_if_nobody_else_can_have_made_it() {
+    fn a_link_in_the_path_is_followed_if_only_a_trusted_user_can_have_created_it() {
         let dir = tempfile::tempdir().unwrap();
         let real = dir.path().join("real");
         std::fs::create_dir(&real).unwrap();
@@ -264,9 +269,9 @@ mod tests {
     }
 
     #[test]
-    fn rights_of_the_caller_are_given_back() {
+    fn privileges_are_restored() {
         let before = caps::read(None, CapSet::Effective).unwrap();
-        let inside = as_the_caller(|| {
+        let inside = as_real_user(|| {
             caps::read(None, CapSet::Effective).map_err(|error| io::Error::other(error.to_string()))
         });
         assert!(inside.unwrap().is_empty());

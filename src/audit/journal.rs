@@ -1,5 +1,5 @@
-//! Records for the journal, in its native protocol (systemd, JOURNAL_NATIVE_PROTOCOL.md): one datagram a record, or a sealed
-//! memory file in place of one that is too long.
+//! Sends records to the journal in its native protocol (systemd, JOURNAL_NATIVE_PROTOCOL.md): one datagram per record. A record
+//! that is too long goes into a sealed memory file instead.
 
 use std::fs::File;
 use std::io::{self, IoSlice, Write};
@@ -13,24 +13,22 @@ use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
 
 const SOCKET: &str = "/run/systemd/journal/socket";
 
-/// The socket of journald.
+/// A socket for journald.
 pub(super) struct Journal(UnixDatagram);
 
 impl Journal {
-    /// Opens it, and asks whether somebody listens. A journal whose queue stays full for `patience` has failed.
+    /// Opens the socket, and checks that journald listens. Every write fails if journald's queue stays full for `patience`.
     ///
     /// # Errors
-    /// ENOENT, ECONNREFUSED: there is no journal. EAGAIN: it does not take records.
+    /// ENOENT, ECONNREFUSED: journald does not run. EAGAIN: it accepts no records.
     pub fn open(patience: Duration) -> io::Result<Self> {
         let socket = UnixDatagram::unbound()?;
         socket.set_write_timeout(Some(patience))?;
-        // The journal passes over an empty message.
+        // journald ignores an empty message.
         socket.send_to(&[], SOCKET)?;
         Ok(Journal(socket))
     }
 
-    /// Sends one record.
-    ///
     /// # Errors
     /// As [`Journal::open`].
     pub fn send(&self, fields: &[(&str, &str)]) -> io::Result<()> {
@@ -63,7 +61,7 @@ impl Journal {
     }
 }
 
-/// Each field as name, newline, length in 64 bits, value, newline: the form that lets any byte be in the value.
+/// Each field as name, newline, length (64 bits, little-endian), value, newline. In this form a value may contain any byte.
 fn encode(fields: &[(&str, &str)]) -> Vec<u8> {
     let mut record = Vec::with_capacity(2048);
     for (name, value) in fields {

@@ -1,8 +1,7 @@
-//! The audit log: one structured record for every socket or descriptor that is to be acted on, one for what became of it, and one before
-//! and after them all.
+//! The audit log: one structured record for each intended act on a socket or descriptor, one for its outcome, and one at the
+//! beginning and the end of the run.
 //!
-//! The log is opened, and the records that say what is about to be done are written, before anything is done; if either fails,
-//! nothing is. [`record`] builds the records.
+//! cwkill opens the log and writes the intents before it acts. If either fails, it does not act. [`record`] builds the records.
 
 mod file;
 mod journal;
@@ -25,7 +24,6 @@ use journal::Journal;
 use record::{Caller, Entry};
 use sinks::{Losses, PATIENCE, Rendered, Sink, To};
 
-/// An open log.
 pub struct Audit {
     caller: Caller,
     sinks: Vec<Sink>,
@@ -33,14 +31,14 @@ pub struct Audit {
 }
 
 impl Audit {
-    /// Opens the log; `None` if nothing is to be logged.
+    /// Opens the log; `None` if this run has no log.
     ///
     /// # Errors
-    /// One of them cannot be written; the error says which.
+    /// A sink cannot be written; the error names it.
     pub fn open(options: &LogOptions) -> anyhow::Result<Option<Audit>> {
         let mut sinks = Vec::new();
         let by_systemd = || is_journal(io::stderr()) || is_journal(io::stdout());
-        let (target, asked_for) = match options.target {
+        let (target, is_explicit) = match options.target {
             Some(target) => (target, true),
             None if by_systemd() => (LogTarget::Journald, false),
             None if options.verbose => (LogTarget::Stderr, false),
@@ -49,14 +47,16 @@ impl Audit {
         match target {
             LogTarget::Journald => match Journal::open(PATIENCE) {
                 Ok(journal) => sinks.push(To::Journal(journal)),
-                Err(error) if asked_for => {
+                Err(error) if is_explicit => {
                     return Err(error)
                         .context("cannot write to the journal (is journald running?)");
                 }
-                // In a sandbox without /run the journal still has our standard error.
-                Err(_) => sinks.push(To::Stderr { counts: true }),
+                // In a sandbox without /run the journal still gets cwkill's standard error.
+                Err(_) => sinks.push(To::Stderr { required: true }),
             },
-            LogTarget::Stderr => sinks.push(To::Stderr { counts: asked_for }),
+            LogTarget::Stderr => sinks.push(To::Stderr {
+                required: is_explicit,
+            }),
             LogTarget::None => {}
         }
         if let Some(path) = &options.file {
@@ -74,16 +74,16 @@ impl Audit {
         }))
     }
 
-    /// Says what is about to be done, and to which sockets.
+    /// Writes the intents: the run, and each socket that it is about to act on.
     ///
     /// # Errors
-    /// It could not be written: nothing must be done.
+    /// A record could not be written: cwkill must not act.
     pub fn begin(&mut self, run: &Run) -> anyhow::Result<()> {
         self.put(&Entry::begin(run, self.caller.sentence()));
         self.intend(record::intents(run))
     }
 
-    /// Says which descriptors are about to be closed.
+    /// Writes the intents: each descriptor that the run is about to close.
     ///
     /// # Errors
     /// As [`Audit::begin`].
@@ -105,21 +105,22 @@ impl Audit {
         }
     }
 
-    /// Says what was done to each socket, and that this was all. What could not be written is the answer, as a sentence.
+    /// Writes the outcome of each socket, and the end of the run. Returns a sentence about the records that could not be
+    /// written.
     ///
-    /// Should it take long, standard error has the `summary` of what was done meanwhile.
+    /// If writing takes long, this prints the `summary` of the acts on standard error meanwhile.
     pub fn finish(self, run: &Run, summary: String) -> Option<String> {
         let entries = record::outcomes(run).chain([Entry::end(run)]);
-        self.tell(entries, run.scan.targets.len() + 1, summary)
+        self.put_all(entries, run.scan.targets.len() + 1, summary)
     }
 
-    /// Says what became of each descriptor, and that this was all; as [`Audit::finish`].
+    /// Writes the outcome of each descriptor, and the end of the run; otherwise as [`Audit::finish`].
     pub fn finish_reclaim(self, run: &ReclaimRun, summary: String) -> Option<String> {
         let entries = record::reclaim_outcomes(run).chain([Entry::end_reclaim(run)]);
-        self.tell(entries, run.descriptors.len() + 1, summary)
+        self.put_all(entries, run.descriptors.len() + 1, summary)
     }
 
-    fn tell<'a>(
+    fn put_all<'a>(
         mut self,
         entries: impl Iterator<Item = Entry<'a>>,
         count: usize,
@@ -141,7 +142,7 @@ impl Audit {
         let (local, peer) = (entry.local(), entry.peer());
         let mut fields = vec![
             ("MESSAGE", message.as_str()),
-            // syslog(3): warning, notice.
+            // syslog(3): 4 is warning, 5 is notice.
             ("PRIORITY", if entry.is_failure() { "4" } else { "5" }),
             ("SYSLOG_IDENTIFIER", "cwkill"),
             ("CWKILL_EVENT", entry.event()),
@@ -170,12 +171,12 @@ impl Audit {
     }
 }
 
-/// Tells the operator, should the records not be written soon, what was done and that nothing but them is left to do. Ends when
-/// what it returns is dropped.
+/// If the records are not written soon, prints that the work is done and that only records are left. Dropping the returned
+/// sender cancels this.
 fn watch(summary: String, left: Arc<AtomicUsize>) -> mpsc::Sender<()> {
     const SOON: Duration = Duration::from_secs(2);
     let (done, ended) = mpsc::channel::<()>();
-    // Without a thread it is not told.
+    // If no thread can be started, the message is missing.
     let _ = std::thread::Builder::new().spawn(move || {
         if ended.recv_timeout(SOON) == Err(mpsc::RecvTimeoutError::Timeout) {
             let left = left.load(Ordering::Relaxed);
@@ -189,8 +190,8 @@ fn watch(summary: String, left: Arc<AtomicUsize>) -> mpsc::Sender<()> {
     done
 }
 
-/// Whether `stream` is the journal's, as systemd.exec(5) says to find out: $JOURNAL_STREAM names the device and the inode. The
-/// variable alone proves nothing: it is inherited by whatever a service starts.
+/// Whether `stream` leads to the journal: $JOURNAL_STREAM contains its device and inode (systemd.exec(5)). The variable alone
+/// proves nothing, since every process that a service starts inherits it.
 fn is_journal(stream: impl std::os::fd::AsFd) -> bool {
     let (Ok(named), Ok(stat)) = (std::env::var("JOURNAL_STREAM"), fstat(stream)) else {
         return false;
@@ -225,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_wanted_is_no_log() {
+    fn without_a_target_there_is_no_log() {
         let options = LogOptions {
             target: Some(LogTarget::None),
             ..LogOptions::default()

@@ -1,4 +1,4 @@
-//! What a record says. Pure, but for [`Caller::this_process`].
+//! The contents of the records. Pure, except [`Caller::this_process`].
 
 use std::collections::BTreeSet;
 use std::time::SystemTime;
@@ -13,25 +13,25 @@ use crate::report::reclaim::json::{JsonDescriptor, json_descriptor};
 use crate::report::{Run, Tally, descriptors, serialize, text};
 use crate::text::escape;
 
-/// Who runs it; the same in every record of a run.
+/// The user who runs cwkill; the same in every record of a run.
 #[derive(Clone, Debug, Serialize)]
 pub struct Caller {
     cwkill_version: &'static str,
-    /// Of cwkill, in its own pid namespace.
+    /// The pid of cwkill, in its own pid namespace.
     pid: u32,
-    /// The real user.
+    /// The real uid.
     uid: u32,
-    /// What sudo(8) says of who called it; anybody can set it who does not come by sudo.
+    /// The user who called sudo(8). It comes from the environment, so a user who did not come through sudo can forge it.
     sudo_user: Option<String>,
-    /// The user who logged in, whoever he has become since (/proc/PID/loginuid of the audit system); `None` if nobody did.
+    /// The uid of the login session, which su(1) and sudo(8) do not change (/proc/PID/loginuid); `None` if there was no login.
     login_uid: Option<u32>,
-    /// What was typed after the name of the program; in the first record of a run.
+    /// The command line without the program's name; only in the first record of a run.
     #[serde(skip)]
     arguments: Vec<String>,
 }
 
 impl Caller {
-    /// The one who has started this process.
+    /// The caller of this process.
     pub fn this_process() -> Self {
         let text = |os: std::ffi::OsString| os.to_string_lossy().into_owned();
         let login_uid = procfs::process::Process::myself().and_then(|process| process.loginuid());
@@ -46,7 +46,7 @@ impl Caller {
         }
     }
 
-    /// Somebody who came by sudo(8), for tests.
+    /// A caller who came through sudo(8), for tests.
     #[cfg(test)]
     pub(crate) fn example() -> Self {
         Caller {
@@ -81,7 +81,7 @@ impl Caller {
         })
     }
 
-    /// For people.
+    /// The caller in words.
     pub fn sentence(&self) -> String {
         let mut known = Vec::new();
         if let Some(name) = &self.sudo_user {
@@ -97,104 +97,102 @@ impl Caller {
     }
 }
 
-/// What happened.
+/// One record, without the caller and the time.
 #[derive(Serialize)]
 #[serde(untagged)]
 pub enum Entry<'a> {
-    /// Something is about to be done.
+    /// The run is about to act on sockets.
     Begin {
-        /// Sockets that matched.
+        /// The number of sockets that matched.
         matched: usize,
-        /// Of those, how many are to be acted on.
+        /// The number of those that the run will act on.
         to_act_on: usize,
-        /// The methods, in the order they are tried.
+        /// The methods, in the order in which they are tried.
         methods: Vec<&'static str>,
-        /// Who does it.
+        /// The caller in words.
         #[serde(skip)]
-        who: String,
+        caller: String,
     },
-    /// Descriptors of dead sockets are about to be closed.
+    /// The run is about to close descriptors of dead sockets.
     BeginReclaim {
-        /// How many were found.
+        /// The number of descriptors that were found.
         descriptors: usize,
-        /// In how many processes.
+        /// The number of their owners.
         processes: usize,
-        /// Who does it.
+        /// The caller in words.
         #[serde(skip)]
-        who: String,
+        caller: String,
     },
-    /// A socket that is about to be acted on.
+    /// The run is about to act on a socket.
     Intent {
-        /// The socket with its plan, as in the report for programs.
+        /// The socket with its plan, as in the JSON report.
         socket: Box<JsonSocket<'a>>,
-        /// Who holds it, or should have accepted it, and where.
+        /// Its owners and its network namespace, in words.
         #[serde(skip)]
-        whose: String,
+        owners: String,
     },
-    /// What became of a socket.
+    /// The outcome of a socket.
     Outcome {
-        /// The socket with its result, as in the report for programs.
+        /// The socket with its outcome, as in the JSON report.
         socket: Box<JsonSocket<'a>>,
-        /// The same.
         #[serde(skip)]
         target: &'a Target,
-        /// Who holds it, or should have accepted it, and where.
+        /// Its owners and its network namespace, in words.
         #[serde(skip)]
-        whose: String,
+        owners: String,
     },
-    /// A descriptor that is about to be closed.
+    /// The run is about to close a descriptor.
     ReclaimIntent {
-        /// The descriptor, as in the report for programs.
+        /// The descriptor, as in the JSON report.
         descriptor: Box<JsonDescriptor<'a>>,
     },
-    /// What became of a descriptor.
+    /// The outcome of a descriptor.
     ReclaimOutcome {
-        /// The descriptor with its outcome, as in the report for programs.
+        /// The descriptor with its outcome, as in the JSON report.
         descriptor: Box<JsonDescriptor<'a>>,
-        /// The same.
         #[serde(skip)]
         outcome: Option<&'a ReclaimOutcome>,
     },
-    /// All has been done.
+    /// The run on sockets is over.
     End {
-        /// How many sockets had which outcome.
+        /// The number of sockets per outcome.
         summary: Tally,
     },
-    /// All has been done.
+    /// The run on descriptors is over.
     EndReclaim {
-        /// How many descriptors had which outcome.
+        /// The number of descriptors per outcome.
         summary: descriptors::Tally,
     },
 }
 
-/// A record for every socket that `run` is about to act on.
+/// One record for each socket that `run` is about to act on.
 pub fn intents(run: &Run) -> impl Iterator<Item = Entry<'_>> {
     let targets = run.scan.targets.iter();
     targets
         .filter(|target| target.plan.skip.is_none())
         .map(|target| Entry::Intent {
             socket: Box::new(json::json_socket(run, target)),
-            whose: whose(&run.scan, target),
+            owners: owners(&run.scan, target),
         })
 }
 
-/// A record for every socket of a run that is over.
+/// One record for each socket of a run that is over.
 pub fn outcomes(run: &Run) -> impl Iterator<Item = Entry<'_>> {
     run.scan.targets.iter().map(|target| Entry::Outcome {
         socket: Box::new(json::json_socket(run, target)),
         target,
-        whose: whose(&run.scan, target),
+        owners: owners(&run.scan, target),
     })
 }
 
-/// A record for every descriptor that `run` is about to close.
+/// One record for each descriptor that `run` is about to close.
 pub fn reclaim_intents(run: &ReclaimRun) -> impl Iterator<Item = Entry<'_>> {
     run.descriptors.iter().map(|dead| Entry::ReclaimIntent {
         descriptor: Box::new(json_descriptor(run, dead)),
     })
 }
 
-/// A record for every descriptor of a run that is over.
+/// One record for each descriptor of a run that is over.
 pub fn reclaim_outcomes(run: &ReclaimRun) -> impl Iterator<Item = Entry<'_>> {
     run.descriptors.iter().map(|dead| Entry::ReclaimOutcome {
         descriptor: Box::new(json_descriptor(run, dead)),
@@ -202,10 +200,10 @@ pub fn reclaim_outcomes(run: &ReclaimRun) -> impl Iterator<Item = Entry<'_>> {
     })
 }
 
-/// The owners of a socket, or those of the listener that has it, and its network namespace.
-fn whose(scan: &Scan, target: &Target) -> String {
+/// The owners of a socket, or of its listener, and its network namespace, in words.
+fn owners(scan: &Scan, target: &Target) -> String {
     let netns = escape(&scan.netns(target).label());
-    let names = owners(scan.responsible(target));
+    let names = names(scan.responsible(target));
     let place = match text::units(scan, target, true).as_str() {
         "-" => String::new(),
         place => format!(" ({place})"),
@@ -216,23 +214,23 @@ fn whose(scan: &Scan, target: &Target) -> String {
     }
 }
 
-/// How many owners a sentence names.
-const NAMES: usize = 3;
+/// The maximum number of owners that a sentence names.
+const MAX_NAMES: usize = 3;
 
-fn owners(owners: &[Owner]) -> Vec<String> {
+fn names(owners: &[Owner]) -> Vec<String> {
     let mut processes: Vec<&Process> = owners.iter().map(|owner| &*owner.process).collect();
     processes.dedup_by_key(|process| process.id);
-    let named = processes.iter().take(NAMES);
+    let named = processes.iter().take(MAX_NAMES);
     let mut names: Vec<String> = named.map(ToString::to_string).collect();
-    if processes.len() > NAMES {
-        names.push(format!("{} more", processes.len() - NAMES));
+    if processes.len() > MAX_NAMES {
+        names.push(format!("{} more", processes.len() - MAX_NAMES));
     }
     names
 }
 
 impl Entry<'_> {
-    /// The record of what `run` is about to do for `who`.
-    pub fn begin(run: &Run, who: String) -> Self {
+    /// The first record of a run on sockets. `caller`: the caller in words.
+    pub fn begin(run: &Run, caller: String) -> Self {
         let targets = &run.scan.targets;
         let mut methods: Vec<Method> = Vec::new();
         for method in targets.iter().flat_map(|target| &target.plan.methods) {
@@ -245,29 +243,29 @@ impl Entry<'_> {
             matched: targets.len(),
             to_act_on: to_act_on.count(),
             methods: methods.into_iter().map(Method::name).collect(),
-            who,
+            caller,
         }
     }
 
-    /// The record of what `run` is about to do for `who`.
-    pub fn begin_reclaim(run: &ReclaimRun, who: String) -> Self {
+    /// The first record of a run on descriptors. `caller`: the caller in words.
+    pub fn begin_reclaim(run: &ReclaimRun, caller: String) -> Self {
         let owners = run.descriptors.iter().map(|dead| dead.owner.process.id);
         let processes: BTreeSet<ProcessId> = owners.collect();
         Entry::BeginReclaim {
             descriptors: run.descriptors.len(),
             processes: processes.len(),
-            who,
+            caller,
         }
     }
 
-    /// The record of what `run` has done.
+    /// The last record of a run on sockets.
     pub fn end(run: &Run) -> Self {
         Entry::End {
             summary: Tally::of(run),
         }
     }
 
-    /// The record of what `run` has done.
+    /// The last record of a run on descriptors.
     pub fn end_reclaim(run: &ReclaimRun) -> Self {
         Entry::EndReclaim {
             summary: run.tally(),
@@ -284,38 +282,38 @@ impl Entry<'_> {
         }
     }
 
-    /// Whether it is about what is to be done to one socket or descriptor.
+    /// Whether it is about an intended act on one socket or descriptor.
     pub fn is_intent(&self) -> bool {
         self.event() == "intent"
     }
 
-    /// For people.
+    /// The record in words.
     pub fn message(&self) -> String {
         match self {
             Entry::Begin {
                 matched,
                 to_act_on: 0,
-                who,
+                caller,
                 ..
-            } => format!("{who}: nothing can be done to the {matched} sockets that matched"),
+            } => format!("{caller}: nothing can be done to the {matched} sockets that matched"),
             Entry::Begin {
                 matched,
                 to_act_on,
                 methods,
-                who,
+                caller,
             } => format!(
-                "{who}: about to act on {to_act_on} of {matched} sockets by {}",
+                "{caller}: about to act on {to_act_on} of {matched} sockets by {}",
                 methods.join(", ")
             ),
             Entry::BeginReclaim {
                 descriptors,
                 processes,
-                who,
+                caller,
             } => format!(
-                "{who}: about to close {descriptors} descriptors of dead sockets in {processes} processes"
+                "{caller}: about to close {descriptors} descriptors of dead sockets in {processes} processes"
             ),
-            Entry::Intent { socket, whose } => format!(
-                "{} {} {whose}: to be closed by {}",
+            Entry::Intent { socket, owners } => format!(
+                "{} {} {owners}: to be closed by {}",
                 socket.local,
                 socket.peer,
                 socket.plan.join(", then ")
@@ -323,9 +321,9 @@ impl Entry<'_> {
             Entry::Outcome {
                 socket,
                 target,
-                whose,
+                owners,
             } => format!(
-                "{} {} {whose}: {}",
+                "{} {} {owners}: {}",
                 socket.local,
                 socket.peer,
                 text::result(target, true).map_or_else(String::new, |(text, _)| text)
@@ -352,7 +350,7 @@ impl Entry<'_> {
         }
     }
 
-    /// The outcome, and by which method.
+    /// The outcome of the socket or descriptor.
     pub fn outcome(&self) -> Option<&'static str> {
         match self {
             Entry::ReclaimOutcome { outcome, .. } => Some(outcome.as_ref()?.name()),
@@ -360,22 +358,22 @@ impl Entry<'_> {
         }
     }
 
-    /// The method that closed it.
+    /// The method that closed the socket.
     pub fn method(&self) -> Option<&'static str> {
         self.socket()?.result.as_ref()?.method
     }
 
-    /// The local end.
+    /// The local address of the socket.
     pub fn local(&self) -> Option<String> {
         Some(self.socket()?.local.to_string())
     }
 
-    /// The peer's end.
+    /// The peer's address.
     pub fn peer(&self) -> Option<String> {
         Some(self.socket()?.peer.to_string())
     }
 
-    /// The kernel's identity of the socket.
+    /// The cookie of the socket.
     pub fn cookie(&self) -> Option<&str> {
         match self {
             Entry::ReclaimIntent { descriptor } | Entry::ReclaimOutcome { descriptor, .. } => {
@@ -385,7 +383,7 @@ impl Entry<'_> {
         }
     }
 
-    /// Whether something did not work.
+    /// Whether the outcome is a failure.
     pub fn is_failure(&self) -> bool {
         match self {
             Entry::Outcome { target, .. } => target.outcome == Some(Outcome::Failed),
@@ -415,7 +413,7 @@ mod tests {
     use serde_json::Value;
     use std::time::Duration;
 
-    /// A run over one socket on which both methods were to be tried.
+    /// A run on one socket, planned for two methods; the first failed.
     fn run() -> Run {
         let message = stuck("[::1]:80", "[::2]:5", 9);
         let mut target = Target::new(Socket::from_message(&message));
@@ -455,11 +453,11 @@ mod tests {
     }
 
     #[test]
-    fn a_sentence_says_who_does_what_to_whom() {
+    fn a_sentence_names_the_caller_the_act_and_the_owners() {
         let mut run = run();
-        let who = Caller::example().sentence();
-        assert_eq!(who, r#"uid 0 (sudo by al"ice\n)"#);
-        let begin = |run: &Run| Entry::begin(run, who.clone()).message();
+        let caller = Caller::example().sentence();
+        assert_eq!(caller, r#"uid 0 (sudo by al"ice\n)"#);
+        let begin = |run: &Run| Entry::begin(run, caller.clone()).message();
         assert!(begin(&run).contains(": about to act on 1 of 1 sockets by destroy, rst"));
         let intent = intents(&run).next().unwrap();
         assert!(intent.message().contains("of no known owner, netns "));

@@ -1,4 +1,4 @@
-//! Where records go, one line or one datagram each.
+//! The sinks of the log. Each record is one line or one datagram.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -10,23 +10,22 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::journal::Journal;
 
-/// How long a place may take none of a record before it is given up: whoever does not read must not keep the report from the
-/// operator.
+/// The time after which a sink that accepts no data is given up. A reader that hangs must not delay the report to the operator.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
-/// A record, ready to be written.
+/// A record in the forms that the sinks need.
 pub(super) struct Rendered<'a> {
-    /// The whole of it, a JSON object.
+    /// The whole record, a JSON object.
     pub json: &'a str,
     /// The sentence for people.
     pub message: &'a str,
-    /// What the journal can be searched by.
+    /// The fields of the journal.
     pub fields: &'a [(&'a str, &'a str)],
-    /// It is about what is only intended.
+    /// It is about an intended act on one socket or descriptor.
     pub intent: bool,
 }
 
-/// What could not be written: how many records, and why the first of them.
+/// The lost records: their number, and the sink and error of the first.
 #[derive(Default)]
 pub(super) struct Losses(Option<(usize, String)>);
 
@@ -37,7 +36,7 @@ impl Losses {
             .0 += 1;
     }
 
-    /// For the operator.
+    /// A sentence for the operator; `None` if nothing was lost.
     pub fn sentence(&self) -> Option<String> {
         let (count, why) = self.0.as_ref()?;
         let records = if *count == 1 { "record" } else { "records" };
@@ -47,23 +46,23 @@ impl Losses {
     }
 }
 
-/// One place.
+/// A destination of records, and its state.
 pub(super) struct Sink {
     to: To,
-    /// A part of a line has been written.
+    /// The last line was written only in part.
     torn: bool,
-    /// It did not take anything for too long.
+    /// It accepted no data for [`PATIENCE`].
     given_up: bool,
 }
 
 pub(super) enum To {
     Journal(Journal),
-    /// The whole record, a line each.
+    /// The whole record as one line; the second field is the name of the file.
     File(File, String),
-    /// The sentence, a line each.
+    /// The sentence as one line.
     Stderr {
-        /// Somebody counts on it.
-        counts: bool,
+        /// The operator asked for it or systemd needs it: a lost record is an error.
+        required: bool,
     },
 }
 
@@ -76,10 +75,10 @@ impl Sink {
         }
     }
 
-    /// Writes a record, or notes that it is lost.
+    /// Writes a record. If that fails, adds it to `losses`.
     pub fn put(&mut self, record: &Rendered<'_>, losses: &mut Losses) {
-        if matches!(self.to, To::Stderr { counts: false }) && record.intent {
-            // Who watches sees the outcome at once.
+        if matches!(self.to, To::Stderr { required: false }) && record.intent {
+            // With -v alone the operator only wants the outcomes.
             return;
         }
         let result = match self.given_up {
@@ -93,9 +92,8 @@ impl Sink {
         match &self.to {
             To::Journal(_) => losses.note("the journal", &error),
             To::File(_, name) => losses.note(name, &error),
-            To::Stderr { counts: true } => losses.note("standard error", &error),
-            // There is nobody to tell.
-            To::Stderr { counts: false } => {}
+            To::Stderr { required: true } => losses.note("standard error", &error),
+            To::Stderr { required: false } => {}
         }
     }
 
@@ -107,9 +105,9 @@ impl Sink {
                 line(&mut self.torn, record.json, |bytes| file.write(bytes))
             }
             To::Stderr { .. } => {
-                let line_of = format!("cwkill: audit: {}", record.message);
+                let text = format!("cwkill: audit: {}", record.message);
                 let stderr = io::stderr();
-                line(&mut self.torn, &line_of, |bytes| {
+                line(&mut self.torn, &text, |bytes| {
                     write_in_time(stderr.as_fd(), bytes, PATIENCE)
                 })
             }
@@ -124,8 +122,8 @@ fn is_timeout(error: &io::Error) -> bool {
     )
 }
 
-/// Writes `text` as one line, in one call where the place takes it. After a line that broke off (`torn`) it begins with the end of
-/// that one, so that it is no part of it.
+/// Writes `text` as one line, with one call if the sink accepts it. If the last line was written only in part (`torn`), a
+/// newline comes first.
 fn line(
     torn: &mut bool,
     text: &str,
@@ -147,10 +145,10 @@ fn line(
     Ok(())
 }
 
-/// Writes some of `bytes`, once there is room for them.
+/// Waits until `to` accepts data, and writes a part of `bytes`.
 ///
 /// # Errors
-/// ETIMEDOUT: there was none in time. Those of write(2).
+/// ETIMEDOUT: it accepted no data in time. As write(2).
 fn write_in_time(to: BorrowedFd<'_>, bytes: &[u8], patience: Duration) -> io::Result<usize> {
     let until = Instant::now() + patience;
     loop {
@@ -166,7 +164,7 @@ fn write_in_time(to: BorrowedFd<'_>, bytes: &[u8], patience: Duration) -> io::Re
             Err(error) => return Err(error.into()),
         }
     }
-    // A pipe that can be written has room for so many bytes, so this does not wait (pipe(7)).
+    // A pipe that poll(2) reports as writable has room for PIPE_BUF bytes, so this write does not block (pipe(7)).
     let bytes = &bytes[..bytes.len().min(libc::PIPE_BUF)];
     Ok(nix::unistd::write(to, bytes)?)
 }
@@ -195,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_nobody_reads_does_not_hold_us() {
+    fn a_pipe_without_a_reader_does_not_block() {
         let (reader, writer) = io::pipe().unwrap();
         let text = "x".repeat(10_000);
         let failed = (0..100).find_map(|_| {

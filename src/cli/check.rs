@@ -2,10 +2,8 @@
 
 use super::{Selection, values};
 
-/// The arguments.
 #[derive(Debug, clap::Args)]
 pub struct CheckArgs {
-    /// Which sockets.
     #[command(flatten)]
     pub selection: Selection,
 

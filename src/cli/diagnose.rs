@@ -4,10 +4,8 @@ use std::time::Duration;
 
 use super::{Selection, values};
 
-/// The arguments.
 #[derive(Debug, clap::Args)]
 pub struct DiagnoseArgs {
-    /// Which sockets.
     #[command(flatten)]
     pub selection: Selection,
 

@@ -1,6 +1,5 @@
 //! The arguments of `cwkill doctor`.
 
-/// How to tell.
 #[derive(Debug, clap::Args)]
 pub struct DoctorArgs {
     /// Print one JSON document

@@ -1,4 +1,8 @@
-//! A command behind options or an expression, where it reads like the next condition of the expression.
+//! A command name after options or an expression, for example `cwkill --port 80 check`. clap takes it for a part of the
+//! expression, so its own error would not mention the command.
+//!
+//! clap cannot do this alone. If it recognised commands after options, it would also take the device in `dev check` and the
+//! host in `dst check` for commands.
 
 use std::ffi::OsString;
 
@@ -8,30 +12,30 @@ use clap::{CommandFactory, Parser};
 use super::Cli;
 use crate::filter::{self, Services};
 
-/// A command that does not come first.
+/// A command that is not the first argument.
 #[derive(Debug)]
 pub struct Misplaced {
-    /// Its name.
     pub command: String,
-    /// What to say of it.
+    /// The message for the operator.
     pub error: clap::Error,
 }
 
 impl Misplaced {
-    /// Why a command line was refused, if it is for this. `words`: all of it, from the name of the program on.
+    /// Finds a misplaced command in a command line that was refused. `words`: all of it, beginning with the program's name.
     pub fn find(words: &[OsString]) -> Option<Self> {
         let cli = Cli::command();
-        // Behind that, everything is an expression.
-        let until = words.iter().take_while(|word| *word != "--");
-        let (at, name) = until.enumerate().skip(1).find_map(|(at, word)| {
+        // After `--` everything is an expression.
+        let before_separator = words.iter().take_while(|word| *word != "--");
+        let mut indexed = before_separator.enumerate().skip(1);
+        let (index, name) = indexed.find_map(|(index, word)| {
             let name = word.to_str()?;
             let misplaced =
-                cli.find_subcommand(name).is_some() && begins_a_condition(&words[..=at]);
-            misplaced.then_some((at, name))
+                cli.find_subcommand(name).is_some() && begins_a_condition(&words[..=index]);
+            misplaced.then_some((index, name))
         })?;
         let mut moved = words.to_vec();
-        moved[1..=at].rotate_right(1);
-        let advice = match is_understood(&moved) {
+        moved[1..=index].rotate_right(1);
+        let advice = match is_command(&moved) {
             true => format!("write `cwkill {}`", line(&moved[1..])),
             false => format!("see `cwkill {name} --help` for what may follow it"),
         };
@@ -43,8 +47,8 @@ impl Misplaced {
     }
 }
 
-/// Whether the last word is no value of anything, and stands where a condition may begin. No condition begins with the
-/// name of a command, so that such a line is never a good one.
+/// Whether the last word is not the value of an option or a condition, and is where a condition may begin. No condition begins
+/// with the name of a command, so such a command line is never valid.
 fn begins_a_condition(words: &[OsString]) -> bool {
     let Ok(Cli {
         args,
@@ -60,15 +64,15 @@ fn begins_a_condition(words: &[OsString]) -> bool {
     words.last().is_some_and(|word| word == last.as_str()) && (before.is_empty() || is_whole())
 }
 
-/// Whether a command can be told from these words, and no more than an option is missing.
-fn is_understood(words: &[OsString]) -> bool {
+/// Whether these words are a valid command, or would be with a required option.
+fn is_command(words: &[OsString]) -> bool {
     match Cli::try_parse_from(words) {
         Ok(Cli { command, .. }) => command.is_some(),
         Err(error) => !error.use_stderr() || error.kind() == ErrorKind::MissingRequiredArgument,
     }
 }
 
-/// The words as a shell takes them.
+/// The words as one line, quoted for a shell.
 fn line(words: &[OsString]) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "_@%+=:,./-".contains(c);
     let quoted = |word: &OsString| match word.to_string_lossy() {
@@ -82,13 +86,13 @@ fn line(words: &[OsString]) -> String {
 mod tests {
     use super::*;
 
-    fn told(words: &[&str]) -> Option<String> {
+    fn message(words: &[&str]) -> Option<String> {
         let words: Vec<OsString> = ["cwkill"].iter().chain(words).map(OsString::from).collect();
         Misplaced::find(&words).map(|misplaced| misplaced.error.to_string())
     }
 
     #[test]
-    fn a_command_behind_its_options_is_put_first() {
+    fn a_command_after_its_options_is_moved_to_the_front() {
         for (words, good) in [
             (&["--port", "1", "check"][..], "cwkill check --port 1"),
             (
@@ -104,18 +108,21 @@ mod tests {
                 &["--process", "check", "check"],
                 "cwkill check --process check",
             ),
-            // They have no such option.
+            // These commands do not have this option.
             (&["--port", "1", "reclaim"], "cwkill reclaim --help"),
             (&["-v", "doctor"], "cwkill doctor --help"),
         ] {
-            let told = told(words).unwrap();
-            assert!(told.contains("is a command"), "{told}");
-            assert!(told.contains(&format!("`{good}`")), "{words:?}: {told}");
+            let message = message(words).unwrap();
+            assert!(message.contains("is a command"), "{message}");
+            assert!(
+                message.contains(&format!("`{good}`")),
+                "{words:?}: {message}"
+            );
         }
     }
 
     #[test]
-    fn a_name_or_a_value_is_no_command() {
+    fn a_name_or_a_value_is_not_a_command() {
         for words in [
             &["check", "--port", "80x"][..],
             &["--process", "check"],
@@ -128,7 +135,7 @@ mod tests {
             &["--port", "1", "--", "check"],
             &["--port", "1", "chequers"],
         ] {
-            assert_eq!(told(words), None, "{words:?}");
+            assert_eq!(message(words), None, "{words:?}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What the operator typed. Each value is parsed here; what the whole means is in [`crate::config`].
+//! The command line. Each value is parsed here; [`crate::config`] validates their combination.
 
 mod check;
 mod diagnose;
@@ -47,15 +47,13 @@ Exit status: 0 auto works fully, 1 in part (or it could not be tried), 2 wrong u
 #[command(name = "cwkill", version, after_help = AFTER_HELP, max_term_width = 100)]
 #[command(args_conflicts_with_subcommands = true, disable_help_subcommand = true)]
 pub struct Cli {
-    /// List and close, the job without a name.
+    /// The arguments without a command: list or close.
     #[command(flatten)]
     pub args: Args,
-    /// Another job.
     #[command(subcommand)]
     pub command: Option<Command>,
 }
 
-/// The jobs with a name.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Show which process leaks, why and how fast, and suggest the next command; never acts
@@ -72,18 +70,15 @@ pub enum Command {
 /// The arguments of `cwkill` without a command.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Which sockets.
     #[command(flatten)]
     pub selection: Selection,
-    /// What to do with them.
     #[command(flatten)]
     pub acting: Acting,
-    /// How to tell.
     #[command(flatten)]
     pub output: Output,
 }
 
-/// What to do with the sockets.
+/// The options that say how cwkill acts on the sockets.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Action")]
 pub struct Acting {
@@ -120,7 +115,6 @@ pub struct Acting {
     )]
     pub watch_refill: Option<Duration>,
 
-    /// Where it is recorded.
     #[command(flatten)]
     pub logging: Logging,
 
@@ -128,12 +122,11 @@ pub struct Acting {
     #[arg(long, conflicts_with = "no_owners")]
     pub reclaim: bool,
 
-    /// What may be done to the owners.
     #[command(flatten)]
     pub reclaiming: Reclaiming,
 }
 
-/// Where acts are recorded.
+/// The options of the audit log.
 #[derive(Debug, clap::Args)]
 pub struct Logging {
     /// Record every act in: journald, stderr or none [default: journald when run by systemd, else stderr with -v]
@@ -146,7 +139,7 @@ pub struct Logging {
 }
 
 impl Logging {
-    /// An option that only makes sense when something is to be done.
+    /// The first given option that makes sense only if cwkill acts.
     pub(crate) fn given(&self) -> Option<&'static str> {
         match (self.log, &self.log_file) {
             (Some(_), _) => Some("--log"),
@@ -156,7 +149,7 @@ impl Logging {
     }
 }
 
-/// The form of the results.
+/// The options for the format of the results.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Output")]
 pub struct Output {
@@ -185,23 +178,20 @@ pub struct Output {
     pub color: ColorChoice,
 }
 
-/// A log beside a file.
+/// A value of `--log`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogTarget {
-    /// The journal.
     Journald,
-    /// A line for each record on standard error.
+    /// One line per record on standard error.
     Stderr,
-    /// No log.
     None,
 }
 
 /// A value of `--method`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MethodChoice {
-    /// The default order.
+    /// The default methods in their default order.
     Auto,
-    /// This one.
     Only(Method),
 }
 
@@ -216,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_reclaimed_are_descriptors() {
+    fn the_help_of_reclaim_speaks_of_descriptors() {
         let command = Cli::command();
         let reclaim = command.find_subcommand("reclaim").unwrap();
         for argument in reclaim.get_arguments() {

@@ -1,4 +1,4 @@
-//! Giving descriptors back: the options of `--reclaim`, and the command `cwkill reclaim`.
+//! Closing dead descriptors: the options of `--reclaim`, and the arguments of `cwkill reclaim`.
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ Examples:
 Exit status: 0 all of them are closed (or something was listed), 1 there are
 none, 2 wrong usage, 3 could not run at all, 4 some are still open.";
 
-/// What may be done to the owner of a descriptor.
+/// The limits for closing descriptors in their owners.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Reclaiming")]
 pub struct Reclaiming {
@@ -42,11 +42,9 @@ pub struct Reclaiming {
     pub stop_limit: Option<Duration>,
 }
 
-/// The arguments of `cwkill reclaim`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = AFTER_HELP, mut_args(of_descriptors))]
 pub struct ReclaimArgs {
-    /// Whose descriptors.
     #[command(flatten)]
     pub owners: OwnerSelection,
 
@@ -59,20 +57,17 @@ pub struct ReclaimArgs {
     )]
     pub dry_run: bool,
 
-    /// What may be done.
     #[command(flatten)]
     pub reclaiming: Reclaiming,
 
-    /// Where it is recorded.
     #[command(flatten, next_help_heading = "Reclaiming")]
     pub logging: Logging,
 
-    /// How to tell.
     #[command(flatten)]
     pub output: Output,
 }
 
-/// What is selected are descriptors: their sockets are over.
+/// Replaces the help of the selectors: here they select descriptors, because the sockets are closed already.
 fn of_descriptors(argument: Arg) -> Arg {
     let help = match argument.get_id().as_str() {
         "pid" => "Descriptors of this process",
@@ -89,7 +84,7 @@ fn of_descriptors(argument: Arg) -> Arg {
 }
 
 impl Reclaiming {
-    /// An option that only makes sense when descriptors are to be taken.
+    /// The first given option that makes sense only if descriptors are closed.
     pub fn given(&self) -> Option<&'static str> {
         [
             ("--reclaim-age", self.reclaim_age.is_some()),

@@ -1,4 +1,4 @@
-//! NetnsScope sockets are meant, and where to look for them.
+//! The options that select sockets and network namespaces.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use crate::filter::selectors::UnitName;
 use crate::model::Cause;
 use crate::tcp::TcpState;
 
-/// The selectors, the same in every command that looks for stuck sockets.
+/// The selectors of every command that finds stuck sockets.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Selectors")]
 pub struct Selection {
@@ -31,7 +31,6 @@ pub struct Selection {
     #[arg(long, value_name = "ADDR[/LEN]", value_delimiter = ',', value_parser = values::network)]
     pub peer: Vec<IpNet>,
 
-    /// Whose.
     #[command(flatten)]
     pub owners: OwnerSelection,
 
@@ -77,8 +76,7 @@ pub struct Selection {
     pub expression: Vec<String>,
 }
 
-/// The selectors that tell a dead socket too, which has no addresses any more, only owners. `cwkill reclaim` has them
-/// with other texts.
+/// The selectors by owner. `cwkill reclaim` has only these, with other help texts, since a dead socket has no addresses.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Selectors")]
 pub struct OwnerSelection {
@@ -107,5 +105,5 @@ pub struct OwnerSelection {
     pub all: bool,
 }
 
-/// Behind all selectors, wherever these are told.
+/// The position in the help text after all other selectors.
 const LAST: usize = 999;

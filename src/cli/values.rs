@@ -1,4 +1,4 @@
-//! How a value of an option is read; what is refused says why and shows a good one.
+//! Parses the values of options. Each error message gives the reason and a valid example.
 
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
@@ -38,7 +38,7 @@ pub(super) fn network(text: &str) -> Result<IpNet, String> {
         false => text.parse::<IpAddr>().ok().map(IpNet::from),
     };
     let network = parsed.ok_or("give 192.0.2.1 or 192.0.2.0/24 or 2001:db8::/32")?;
-    // Sockets that speak IPv4 through an IPv6 socket count as IPv4.
+    // IPv4 connections on IPv6 sockets count as IPv4.
     if let IpNet::V6(v6) = network
         && let Some(v4) = v6.addr().to_ipv4_mapped()
         && let Some(length) = v6.prefix_len().checked_sub(96)
@@ -87,9 +87,9 @@ pub(super) fn container(text: &str) -> Result<String, String> {
     }
 }
 
-/// A path in a hierarchy of cgroups; one as seen below the usual mount point is taken as well.
+/// A path in a cgroup hierarchy. A path below the usual mount point, /sys/fs/cgroup, is accepted as well.
 pub(super) fn cgroup(text: &str) -> Result<String, String> {
-    // Of cgroup v1, every hierarchy is mounted in a directory with the name of its controllers.
+    // Each hierarchy of cgroup v1 is mounted in a directory that is named after its controllers.
     const HIERARCHIES: [&str; 17] = [
         "unified",
         "systemd",
@@ -154,7 +154,7 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|error| format!("{error}; give 500ms, 90s, 15m or 2h"))
 }
 
-/// A time in which something is to happen.
+/// A duration that must not be zero.
 pub(super) fn positive_duration(text: &str) -> Result<Duration, String> {
     match duration(text)? {
         Duration::ZERO => Err("must be greater than zero, for example 100ms, 10s or 1m".into()),
@@ -162,7 +162,7 @@ pub(super) fn positive_duration(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// A threshold of a monitoring plugin, which is reached at so many or more.
+/// A threshold of a monitoring plugin. It is reached at this number or more.
 pub(super) fn threshold(text: &str) -> Result<u64, String> {
     match text.parse() {
         Ok(0) => Err("0 is always reached; give 1 or more".into()),

@@ -17,17 +17,18 @@ pub(super) fn run(args: CheckArgs) -> ExitCode {
         .unwrap_or_else(|error| check::unknown(&format!("{error:#}")));
     match writeln!(io::stdout(), "{}", verdict.line) {
         Ok(()) => verdict.status.into(),
-        // Nobody can have read how it stands.
+        // The monitoring system cannot have read the result.
         Err(_) => Status::Unknown.into(),
     }
 }
 
-/// A monitoring system reads one line of stdout, and takes status 2 for CRITICAL.
+/// Exits with UNKNOWN after a usage error, and with one line on stdout. A monitoring system would take clap's exit status 2 for
+/// CRITICAL.
 pub(super) fn unknown_by_usage(error: &clap::Error) -> ! {
     let text = error.to_string();
-    let what = text.split("\n\n").next().unwrap_or_default();
-    let what = what.strip_prefix("error: ").unwrap_or(what);
+    let message = text.split("\n\n").next().unwrap_or_default();
+    let message = message.strip_prefix("error: ").unwrap_or(message);
     let _ = error.print();
-    let _ = writeln!(io::stdout(), "{}", check::unknown(what).line);
+    let _ = writeln!(io::stdout(), "{}", check::unknown(message).line);
     std::process::exit(Status::Unknown as i32)
 }

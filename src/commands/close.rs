@@ -1,4 +1,4 @@
-//! `cwkill` without a command: lists what is stuck, or closes it.
+//! `cwkill` without a command: lists the stuck sockets, or closes them.
 
 use std::io::{self, IsTerminal, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -29,7 +29,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     if !quiet {
         say_notes(&config.notes);
     }
-    // Read before anything is given up: the plan says what was granted, also where nothing of it is used.
+    // Read before privileges are dropped: the plan depends on the granted ones, even in a dry run that uses none.
     let privileges = Privileges::of_this_thread()?;
     let log = open_log(config.action, &config.log)?;
     drop_all_but(&needed_capabilities(config));
@@ -37,7 +37,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     let proc = ProcFs::default();
 
     let namespaces = finder::open(&config.netns, &proc)?;
-    // What is logged must be known before anything is done.
+    // The log must record each socket before cwkill acts on it, so with a log there is no sweep.
     let swept = match log {
         None => sweep(config, &namespaces, &privileges, &terminal),
         Some(_) => Vec::new(),
@@ -56,7 +56,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     if let Some(rules) = &config.reclaim {
         reclaim(&mut run, rules, &proc, &terminal);
     }
-    // From here a signal ends the program again: a log on a disk or behind a pipe that hangs must not hold the operator.
+    // From here on a signal ends cwkill at once, so that a log on a hanging disk or pipe does not block the operator.
     terminal.rest();
     let unrecorded = log.and_then(|log| log.finish(&run, text::summary(&run, config)));
 
@@ -75,7 +75,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
         return Ok(ExitStatus::Impossible);
     }
     let status = exit_status(&run);
-    // The program ends here; a large result takes a while to free piece by piece.
+    // cwkill exits now; freeing a large result would only take time.
     std::mem::forget(run);
     Ok(status)
 }
@@ -91,7 +91,7 @@ fn needed_capabilities(config: &Config) -> caps::CapsHashSet {
     needed
 }
 
-/// Destroys sockets while the kernel lists them, where `config` leaves nothing to decide; see [`mod@sweep`].
+/// Destroys sockets while the kernel lists them, if that is possible with `config`; see [`mod@sweep`].
 pub fn sweep(
     config: &Config,
     namespaces: &Namespaces,
@@ -99,7 +99,7 @@ pub fn sweep(
     control: &dyn Control,
 ) -> Vec<Target> {
     match &namespaces.open[..] {
-        [netns] if sweep::fits(config) => sweep::sweep(config, netns, privileges, control),
+        [netns] if sweep::is_possible(config) => sweep::sweep(config, netns, privileges, control),
         _ => Vec::new(),
     }
 }
@@ -107,7 +107,8 @@ pub fn sweep(
 /// Finds the sockets, and adds those that were `swept` before.
 ///
 /// # Errors
-/// Nothing can be found at all, and nothing was swept. What was swept must be reported.
+/// No sockets can be found, and none were swept. If some were swept, the error goes into the coverage instead, so that they
+/// are still reported.
 pub fn find(
     config: &Config,
     namespaces: &Namespaces,
@@ -117,7 +118,7 @@ pub fn find(
     let find = || -> Result<Scan, FindError> {
         match config.owners {
             true => finder::find(namespaces, proc, &config.selectors),
-            // After a sweep few are left.
+            // After a sweep few sockets are left.
             false => finder::find_sockets(namespaces, &config.selectors, swept.is_empty()),
         }
     };
@@ -135,11 +136,11 @@ pub fn find(
         }
         Ok(scan) => scan,
     };
-    sweep::take_in(&mut scan, swept, config);
+    sweep::merge(&mut scan, swept, config);
     Ok(scan)
 }
 
-/// Closes the sockets as planned, and checks which of their descriptors are still open. What happens to each is in its target.
+/// Closes the sockets as planned, and checks which of their descriptors are still open. Writes the results to the targets.
 pub fn close(
     run: &mut Run,
     config: &Config,
@@ -157,7 +158,7 @@ pub fn close(
     owners::recheck(proc, &mut run.scan.targets);
 }
 
-/// Closes the descriptors of closed sockets in their owners; in a dry run decides which of them could be closed.
+/// Closes the descriptors of closed sockets in their owners. In a dry run, decides which ones could be closed.
 fn reclaim(run: &mut Run, rules: &ReclaimRules, proc: &ProcFs, control: &dyn Control) {
     run.reclaimed = true;
     if !run.acted {
@@ -180,7 +181,7 @@ fn reclaim(run: &mut Run, rules: &ReclaimRules, proc: &ProcFs, control: &dyn Con
     }
     let mut targets = reclaim_targets(&mut run.scan);
     for target in &mut targets {
-        // A system call was on it, and its thread has closed it since.
+        // A system call was on this descriptor, and its thread has closed it meanwhile.
         if target.owner.reclaim.is_some() && target.owner.after == Some(FdState::Closed) {
             target.owner.reclaim = Some(ReclaimOutcome::Gone);
         }
@@ -193,14 +194,14 @@ fn reclaim(run: &mut Run, rules: &ReclaimRules, proc: &ProcFs, control: &dyn Con
     }
 }
 
-/// The descriptors of every socket that was or is to be closed.
+/// The descriptors of every socket that was closed or will be closed.
 fn reclaim_targets(scan: &mut Scan) -> Vec<ReclaimTarget<'_>> {
     let mut targets = Vec::new();
     for target in &mut scan.targets {
         let socket = &target.socket;
-        let is_meant =
+        let is_eligible =
             target.outcome.is_none() || matches!(target.outcome, Some(Outcome::Closed(_)));
-        let Some(inode) = socket.inode.filter(|_| is_meant) else {
+        let Some(inode) = socket.inode.filter(|_| is_eligible) else {
             continue;
         };
         targets.extend(target.owners.iter_mut().map(|owner| ReclaimTarget {
@@ -215,14 +216,15 @@ fn reclaim_targets(scan: &mut Scan) -> Vec<ReclaimTarget<'_>> {
     targets
 }
 
-/// Writes the results and the notes, and watches for new stuck sockets if asked to. Returns the line about those.
+/// Writes the results and the notes, and watches for new stuck sockets if the operator asked for it. Returns the line about
+/// the new sockets.
 fn report(
     run: &mut Run,
     config: &Config,
     namespaces: &Namespaces,
     terminal: &mut Terminal,
 ) -> (io::Result<()>, Option<String>) {
-    // A document has room for what comes later; a person reads the results meanwhile.
+    // A JSON document contains the result of the watch. A person reads the table while cwkill watches.
     let watch_first = config.format == Format::Json;
     let mut line = None;
     if watch_first {
@@ -242,7 +244,7 @@ fn report(
     (written, line)
 }
 
-/// Watches for new stuck sockets, if that is asked for and something was done, and returns the line about them.
+/// Watches for new stuck sockets, if the operator asked for it and cwkill has acted. Returns the line about them.
 fn watch(
     run: &mut Run,
     config: &Config,
@@ -259,7 +261,7 @@ fn watch(
             "watching for new stuck sockets for {time}; Ctrl-C ends it"
         ));
     }
-    // Ctrl-C ends the watch, and what was seen is reported.
+    // Ctrl-C ends the watch; the new sockets so far are reported.
     terminal.begin();
     let watched = Watched {
         namespaces,
@@ -285,14 +287,14 @@ fn watch(
     }
 }
 
-/// The notes and hints for the operator, on stderr.
+/// Prints the notes and hints for the operator on stderr.
 fn messages(run: &Run, config: &Config) {
     if config.format == Format::Quiet {
         return;
     }
     say_notes(notes::notes(run));
-    let matters =
+    let is_relevant =
         |privilege: &Privilege| config.action != Action::List || *privilege == Privilege::Ptrace;
     let missing = notes::missing_privileges(run).into_iter();
-    say_hints(&missing.filter(matters).collect::<Vec<_>>());
+    say_hints(&missing.filter(is_relevant).collect::<Vec<_>>());
 }

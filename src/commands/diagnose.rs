@@ -1,4 +1,4 @@
-//! `cwkill diagnose`: two looks, and what they say.
+//! `cwkill diagnose`: scans twice, and reports who leaks and why.
 
 use std::io::{self, IsTerminal};
 

@@ -1,4 +1,4 @@
-//! `cwkill doctor`: what works here.
+//! `cwkill doctor`: reports which methods work on this host.
 
 use std::process::ExitCode;
 

@@ -1,7 +1,7 @@
-//! The jobs: what each command does, from its arguments to its exit status, and what all of them have in common.
+//! The commands, one file for each, and their common parts.
 //!
-//! A job reads its arguments, gives up the privileges it does not need, calls what does the work, and tells what came of it: results
-//! on stdout, anything else on stderr. The job without a name, to list and close, is in `close`.
+//! A command validates its arguments, drops the privileges that it does not need, does its work, and reports: results on
+//! stdout, everything else on stderr. `close` is `cwkill` without a command: it lists or closes sockets.
 
 mod check;
 pub mod close;
@@ -27,7 +27,7 @@ use crate::privileges::{HOW_TO_GRANT, drop, purpose};
 use crate::report::ExitStatus;
 use crate::terminal::{say, unless_closed};
 
-/// Does what the operator asks for.
+/// Runs the command, and returns the exit status.
 pub fn run(cli: Cli) -> ExitCode {
     let ended = match cli.command {
         None => close::run(cli.args).map(ExitCode::from),
@@ -42,29 +42,28 @@ pub fn run(cli: Cli) -> ExitCode {
     })
 }
 
-/// Ends with a wrong command line, in the way of the command that was meant.
+/// Reports a wrong command line and exits, with the exit status of the intended command.
 pub fn refuse(error: &clap::Error) -> ! {
     if !error.use_stderr() {
         error.exit();
     }
     let words: Vec<OsString> = std::env::args_os().collect();
     let misplaced = Misplaced::find(&words);
-    let meant = misplaced.as_ref().map(|it| OsStr::new(&it.command));
+    let command = misplaced.as_ref().map(|it| OsStr::new(&it.command));
     let error = misplaced.as_ref().map_or(error, |it| &it.error);
-    if meant.or(words.get(1).map(AsRef::as_ref)) == Some(OsStr::new("check")) {
+    if command.or(words.get(1).map(AsRef::as_ref)) == Some(OsStr::new("check")) {
         check::unknown_by_usage(error);
     }
     error.exit()
 }
 
-/// What the operator should know beside the results.
 fn say_notes(notes: impl IntoIterator<Item = impl Display>) {
     for note in notes {
         say(format_args!("note: {note}"));
     }
 }
 
-/// How more would have been seen or done.
+/// Prints how to get the privileges without which cwkill saw or did less.
 fn say_hints(missing: &[Privilege]) {
     for need in missing {
         say(format_args!("hint: {}", purpose(*need)));
@@ -74,21 +73,22 @@ fn say_hints(missing: &[Privilege]) {
     }
 }
 
-/// Keeps only the capabilities that are `needed`, and then starts the threads that share the work: a thread keeps what it is started
-/// with. More rights than that are no reason to leave the host without help.
+/// Drops all capabilities except those that are `needed`, then starts the worker threads. If dropping fails, cwkill goes on
+/// with more privileges than it needs.
 fn drop_all_but(needed: &CapsHashSet) {
     if let Err(error) = drop::drop_all_but(needed) {
         say(format_args!(
             "note: more privileges are held than needed: {error:#}"
         ));
     }
-    // A thread keeps what it is started with, so none comes before.
+    // A thread keeps the capabilities with which it was started, so the threads start only now.
     if let Err(error) = parallel::prepare() {
         say(format_args!("note: {error}"));
     }
 }
 
-/// Opens the log of a job that is to act. Called before anything is given up, for where only root may write.
+/// Opens the log of a command that acts. It must be called before privileges are dropped: only root may be able to write the
+/// log.
 fn open_log(action: Action, options: &LogOptions) -> anyhow::Result<Option<Audit>> {
     match action {
         Action::Act => Audit::open(options).context("nothing was done"),
@@ -96,7 +96,8 @@ fn open_log(action: Action, options: &LogOptions) -> anyhow::Result<Option<Audit
     }
 }
 
-/// Whether the operator and the log have been told all; if not, stderr has been told so. `summary` is that of what was done.
+/// Whether the report and the log are complete; prints a message if they are not. `summary` describes the acts of this run;
+/// `None` if there were none.
 ///
 /// # Errors
 /// A listing could not be written.
@@ -105,7 +106,7 @@ fn was_reported(
     unrecorded: Option<String>,
     summary: Option<&str>,
 ) -> anyhow::Result<bool> {
-    // What was done is done, also where the reader has seen enough: the status still says how it went.
+    // If the reader closed stdout, or nothing but the report failed, the exit status still describes the acts.
     let unwritten = match unless_closed(written) {
         Err(error) if summary.is_some() => Some(format!("its report cannot be written: {error}")),
         other => other.context("cannot write the listing").map(|()| None)?,

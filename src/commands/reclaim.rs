@@ -1,4 +1,4 @@
-//! `cwkill reclaim`: closes descriptors of sockets that are dead already.
+//! `cwkill reclaim`: closes the descriptors of dead sockets.
 
 use std::sync::Arc;
 
@@ -64,10 +64,10 @@ pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
 
 /// Finds the dead descriptors of the selected processes.
 fn find(config: &ReclaimConfig, proc: &ProcFs) -> anyhow::Result<ReclaimRun> {
-    let here = NetnsScope::Current
+    let current = NetnsScope::Current
         .open(proc)
         .context("cannot find the network namespace of cwkill")?;
-    let in_tables = dead::inodes_in_tables(&here.open)?;
+    let in_tables = dead::inodes_in_tables(&current.open)?;
     let selected = |process: &Process| config.selectors.match_owner(process);
     let scan = dead::find(proc, &selected, &in_tables).context("cannot list processes")?;
     let everyone = !config.selectors.selects_owners();
@@ -75,7 +75,7 @@ fn find(config: &ReclaimConfig, proc: &ProcFs) -> anyhow::Result<ReclaimRun> {
         true => scan.unreadable.len(),
         false => 0,
     };
-    // A process that was selected by its number and was read cannot be hidden.
+    // If every process that was selected by its pid was read, none of them is hidden.
     let was_read = |pid: &i32| {
         let tables = scan.tables.iter().map(|table| &table.process);
         tables

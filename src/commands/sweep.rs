@@ -1,10 +1,10 @@
 //! The sweep: destroys sockets while the kernel still lists them.
 //!
-//! Where owners are not asked for, and SOCK_DESTROY alone may be used on everything that matches, a row of the kernel's list is
-//! all that must be known of a socket; a row that is young enough also serves as the recheck. Among very many sockets any
-//! other lookup is what takes the time (docs/decisions/sweep.md).
+//! If the operator needs no owners, and permits SOCK_DESTROY as the only method, a row of the kernel's list is enough to act on
+//! a socket. A recent row also serves as the recheck. With very many sockets the other lookups would take most of the time
+//! (docs/decisions/sweep.md).
 //!
-//! Sockets that the sweep leaves are found, planned and closed as always, after it.
+//! After the sweep, the sockets that it has left are found, planned and closed as usual.
 
 use std::collections::HashSet;
 use std::io;
@@ -30,14 +30,14 @@ use crate::sock_diag::{Cookie, DumpError, DumpRequest, SockDiag};
 use crate::sys::errno_of;
 use crate::tcp::TcpState;
 
-/// A socket that has been stuck for less is left for the ordinary way: it may only pass through its state.
-const SETTLED: Duration = Duration::from_secs(1);
-/// The oldest that a row of the list may be when it is acted on. It is less where the list has little else than what is
-/// looked for; where the kernel walks through many others, it is more.
-const FRESH: Duration = Duration::from_millis(2);
+/// A socket that has been stuck for less than this is left to the ordinary run: it may only pass through its state.
+const MIN_AGE: Duration = Duration::from_secs(1);
+/// The maximum age of a row when cwkill acts on it. Rows are younger if most sockets match, and older if the kernel must skip
+/// many others.
+const MAX_ROW_AGE: Duration = Duration::from_millis(2);
 
-/// Whether `config` leaves nothing to decide for which more than one socket must be known.
-pub fn fits(config: &Config) -> bool {
+/// Whether cwkill can decide about each socket without its owners and without the other sockets.
+pub fn is_possible(config: &Config) -> bool {
     let Policy {
         methods, max_kills, ..
     } = &config.policy;
@@ -49,20 +49,20 @@ pub fn fits(config: &Config) -> bool {
         && config.reclaim.is_none()
 }
 
-/// Adds to `scan` the sockets that were `swept` before it.
-pub fn take_in(scan: &mut Scan, mut swept: Vec<Target>, config: &Config) {
+/// Adds the sockets that were `swept` before the scan to `scan`.
+pub fn merge(scan: &mut Scan, mut swept: Vec<Target>, config: &Config) {
     if swept.is_empty() {
         return;
     }
     drop_listed(&mut swept, &scan.targets);
     scan.targets.append(&mut swept);
-    // Nobody reads the order of a quiet run.
+    // A quiet run prints no sockets, so their order does not matter.
     if config.format != Format::Quiet {
         finder::sort(&mut scan.targets);
     }
 }
 
-/// Drops from `swept` the sockets that are still there: they are in `listed`, and are tried again.
+/// Removes the sockets from `swept` that still exist. They are in `listed`, and the ordinary run tries them again.
 fn drop_listed(swept: &mut Vec<Target>, listed: &[Target]) {
     let listed: HashSet<Cookie> = listed.iter().map(|target| target.socket.cookie()).collect();
     swept.retain(|target| {
@@ -71,8 +71,8 @@ fn drop_listed(swept: &mut Vec<Target>, listed: &[Target]) {
     });
 }
 
-/// Sweeps a namespace if very many sockets match in it; `config` must be one that [`fits`]. Returns the sockets that were
-/// destroyed, or had gone when they were to be, each with its outcome.
+/// Sweeps a namespace if very many sockets match in it. The sweep [`is_possible`] with `config`. Returns the sockets that were
+/// destroyed, or that had vanished before, each with its outcome.
 ///
 /// Errors are not returned here: the ordinary scan that follows hits the same error and reports it.
 pub fn sweep(
@@ -81,7 +81,7 @@ pub fn sweep(
     privileges: &Privileges,
     control: &dyn Control,
 ) -> Vec<Target> {
-    // What was done is reported, even if something ends in a bug of ours.
+    // Shared with this function, so that the acts are reported even if a thread panics.
     let halves = [Mutex::default(), Mutex::default()];
     let sweeper = Sweeper {
         config,
@@ -119,7 +119,7 @@ struct Sweeper<'a> {
 }
 
 impl Sweeper<'_> {
-    /// Sweeps the namespace of the calling thread, each half for itself.
+    /// Sweeps the namespace of the calling thread, with one thread per half.
     fn sweep(&self, swept: &[Mutex<Vec<Target>>; 2]) {
         let here = filter::ThisNamespace {
             one_of_several: false,
@@ -136,7 +136,7 @@ impl Sweeper<'_> {
         }
     }
 
-    /// Destroys what matches, datagram by datagram.
+    /// Destroys the matching sockets of one half, one datagram of the dump at a time.
     fn sweep_half(
         &self,
         selectors: &Selectors,
@@ -154,7 +154,7 @@ impl Sweeper<'_> {
                 if self.control.interrupted() {
                     return ControlFlow::Break(());
                 }
-                match since.elapsed() < FRESH {
+                match since.elapsed() < MAX_ROW_AGE {
                     true => self.act(&mut destroy, part, swept),
                     false => ControlFlow::Continue(()),
                 }
@@ -174,7 +174,7 @@ impl Sweeper<'_> {
     ) -> ControlFlow<()> {
         destroy.destroy_together(part.iter_mut().collect());
         let done = part.len();
-        // The ordinary way will get the same answer, and report it.
+        // The ordinary run will get the same answer, and report it.
         part.retain(|target| {
             !matches!(
                 target.attempts.last().and_then(|last| last.error.as_ref()),
@@ -192,7 +192,7 @@ impl Sweeper<'_> {
         }
     }
 
-    /// Verifies the sockets that were to be destroyed, in the namespace of the calling thread.
+    /// Verifies the swept sockets, in the namespace of the calling thread.
     fn verify(&self, swept: &Mutex<Vec<Target>>) -> io::Result<()> {
         let mut swept = swept.lock().unwrap_or_else(PoisonError::into_inner);
         if swept.is_empty() {
@@ -204,11 +204,11 @@ impl Sweeper<'_> {
         Ok(())
     }
 
-    /// The target with its plan, if the kernel's row is enough to destroy it: the socket is stuck and selected, does not just pass
-    /// through its state, was accepted, and nothing speaks against destroying it.
+    /// The target with its plan, if the kernel's row is enough to destroy the socket: it is selected, has been stuck for
+    /// [`MIN_AGE`], was accepted, and the plan does not exclude `destroy`.
     fn target(&self, socket: Socket, selectors: &Selectors) -> Option<Target> {
         let is_eligible = socket.state == TcpState::CloseWait
-            && socket.age.is_some_and(|age| age >= SETTLED)
+            && socket.age.is_some_and(|age| age >= MIN_AGE)
             && !socket.cause.is_with_listener()
             && selectors.match_socket(&socket)
             && selectors.match_user(socket.uid);
@@ -229,13 +229,13 @@ mod tests {
     use crate::cli::Cli;
 
     #[test]
-    fn it_is_for_those_who_ask_for_nothing_else() {
-        let fits = |line: &str| {
+    fn it_needs_destroy_alone_and_no_owners() {
+        let is_possible = |line: &str| {
             let words = ["cwkill"].into_iter().chain(line.split(' '));
-            fits(&Config::from_args(Cli::parse_from(words).args).unwrap())
+            is_possible(&Config::from_args(Cli::parse_from(words).args).unwrap())
         };
-        assert!(fits("--all --no-owners --method destroy"));
-        assert!(fits(
+        assert!(is_possible("--all --no-owners --method destroy"));
+        assert!(is_possible(
             "--port 80 --no-owners --method destroy --min-age 5m --json"
         ));
         for line in [
@@ -246,7 +246,7 @@ mod tests {
             "--all --no-owners --method destroy --dry-run",
             "--all --no-owners --method destroy --state last-ack",
         ] {
-            assert!(!fits(line), "{line}");
+            assert!(!is_possible(line), "{line}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The options of `cwkill check`.
+//! The configuration of `cwkill check`.
 
 use super::{invalid, usage};
 use crate::check::{Check, Thresholds};
@@ -6,10 +6,10 @@ use crate::cli::CheckArgs;
 use crate::filter::Scope;
 
 impl Check {
-    /// Checks that the arguments make sense together.
+    /// Validates the combination of the arguments.
     ///
     /// # Errors
-    /// They do not; the error says which and shows good ones.
+    /// It is not valid. The message names the arguments and gives a valid example.
     pub fn from_args(args: CheckArgs) -> Result<Self, clap::Error> {
         let CheckArgs {
             selection,

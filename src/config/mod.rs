@@ -1,4 +1,4 @@
-//! What the operator meant: validated, with defaults filled in.
+//! The configuration of each command: validated arguments, with defaults.
 
 mod check;
 mod reclaim;
@@ -25,14 +25,14 @@ use reclaim::reclaim_rules;
 pub use crate::cli::LogTarget;
 pub use reclaim::ReclaimConfig;
 
-/// Where acts are recorded.
+/// The options of the audit log.
 #[derive(Clone, Debug, Default)]
 pub struct LogOptions {
-    /// The log that was asked for; by default the journal when run by systemd, else standard error if `verbose`.
+    /// The log that the operator chose. `None`: the journal if systemd runs cwkill, otherwise standard error if `verbose`.
     pub target: Option<LogTarget>,
     /// A file to append to.
     pub file: Option<PathBuf>,
-    /// Whether the operator wants to see what is done.
+    /// Whether the operator asked for details (`-v`).
     pub verbose: bool,
 }
 
@@ -46,67 +46,57 @@ impl LogOptions {
     }
 }
 
-/// How far a run goes.
+/// Whether a run acts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Show what is stuck.
+    /// List the stuck sockets.
     List,
-    /// Show what would be done.
+    /// Show the plan of each socket.
     DryRun,
-    /// Do it.
     Act,
 }
 
-/// The form of the results.
+/// The format of the results.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// For people.
     Table,
-    /// One document.
+    /// One JSON document.
     Json,
-    /// One object a line.
+    /// One JSON object per line.
     JsonLines,
-    /// Nothing.
+    /// No output.
     Quiet,
 }
 
-/// Everything the program needs to know.
+/// The configuration of `cwkill` without a command.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// What to match.
     pub selectors: Selectors,
-    /// Where to look.
     pub netns: NetnsScope,
-    /// What to do with it.
     pub action: Action,
-    /// Whether to look for who holds the sockets.
+    /// Whether to find the owners of the sockets.
     pub owners: bool,
-    /// What may be done.
     pub policy: Policy,
-    /// How long a socket gets to close before the next method.
+    /// The time that a socket gets to close before the next method.
     pub grace: Duration,
-    /// How long to watch for new stuck sockets after the act.
+    /// The time for which to watch for new stuck sockets after the act.
     pub watch_refill: Option<Duration>,
-    /// Where acts are recorded.
     pub log: LogOptions,
-    /// Whether, and how, the descriptors of closed sockets are closed in their owners.
+    /// If present, close the descriptors of closed sockets in their owners.
     pub reclaim: Option<ReclaimRules>,
-    /// The form of the results.
     pub format: Format,
-    /// Omit the header of the table.
     pub no_header: bool,
     /// Show every owner and every attempt.
     pub verbose: bool,
-    /// Colour the table.
     pub color: ColorChoice,
-    /// What the operator should know before anything is done, one a line.
+    /// Notes for the operator, printed before cwkill acts, one per line.
     pub notes: Vec<String>,
 }
 
 const DEFAULT_GRACE: Duration = Duration::from_secs(1);
 
 impl Config {
-    /// What the ladder must keep to.
+    /// The rules for the engine.
     pub fn rules(&self, privileges: &Privileges) -> engine::Rules<'_> {
         engine::Rules {
             grace: self.grace,
@@ -116,10 +106,10 @@ impl Config {
         }
     }
 
-    /// Checks that the arguments make sense together.
+    /// Validates the combination of the arguments.
     ///
     /// # Errors
-    /// They do not; the error says which and shows good ones.
+    /// It is not valid. The message names the arguments and gives a valid example.
     pub fn from_args(args: Args) -> Result<Self, clap::Error> {
         let Args {
             selection,
@@ -207,7 +197,7 @@ impl Config {
 }
 
 impl Acting {
-    /// An option that only makes sense when something is to be done.
+    /// The first given option that makes sense only if cwkill acts.
     fn acting_option(&self) -> Option<&'static str> {
         [
             ("--method", !self.method.is_empty()),
@@ -234,7 +224,7 @@ impl Output {
     }
 }
 
-/// Resolves `--method` into an order without repetition.
+/// The methods of `--method` in order, without duplicates.
 fn methods(choices: &[MethodChoice]) -> Result<Vec<Method>, clap::Error> {
     let mut methods = Vec::new();
     for choice in choices {
@@ -260,7 +250,7 @@ pub(crate) fn invalid(message: &str) -> clap::Error {
     Cli::command().error(ErrorKind::ValueValidation, message)
 }
 
-/// An error in how arguments are put together.
+/// An error in the combination of arguments.
 pub(crate) fn usage(message: &str) -> clap::Error {
     Cli::command().error(ErrorKind::ArgumentConflict, message)
 }

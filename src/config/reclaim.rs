@@ -1,4 +1,4 @@
-//! The options of `cwkill reclaim`, and of `--reclaim`.
+//! The configuration of `cwkill reclaim` and of `--reclaim`.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::reclaim::ReclaimRules;
 const DEFAULT_AGE: Duration = Duration::from_secs(60);
 const DEFAULT_STOP_LIMIT: Duration = Duration::from_millis(100);
 
-/// The rules that the options give, with defaults filled in.
+/// The rules from the options, with defaults.
 pub(super) fn reclaim_rules(args: &Reclaiming) -> ReclaimRules {
     ReclaimRules {
         min_age: args.reclaim_age.unwrap_or(DEFAULT_AGE),
@@ -21,32 +21,26 @@ pub(super) fn reclaim_rules(args: &Reclaiming) -> ReclaimRules {
     }
 }
 
-/// The options of `cwkill reclaim`.
+/// The configuration of `cwkill reclaim`.
 #[derive(Clone, Debug)]
 pub struct ReclaimConfig {
-    /// Whose descriptors.
+    /// Select processes only.
     pub selectors: Selectors,
-    /// How far to go.
     pub action: Action,
-    /// What may be done.
     pub rules: ReclaimRules,
-    /// The form of the results.
     pub format: Format,
-    /// Omit the header of the table.
     pub no_header: bool,
-    /// Show the pod of each owner too.
+    /// Also show the pod of each owner.
     pub verbose: bool,
-    /// Colour the table.
     pub color: ColorChoice,
-    /// Where acts are recorded.
     pub log: LogOptions,
 }
 
 impl ReclaimConfig {
-    /// Checks that the arguments make sense together.
+    /// Validates the combination of the arguments.
     ///
     /// # Errors
-    /// They do not; the error says which and shows good ones.
+    /// It is not valid. The message names the arguments and gives a valid example.
     pub fn from_args(args: ReclaimArgs) -> Result<Self, clap::Error> {
         let ReclaimArgs {
             owners,

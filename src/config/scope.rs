@@ -1,4 +1,4 @@
-//! The selectors of a command: which sockets it is about, and in which network namespaces.
+//! The scope of a command: its selectors and network namespaces.
 
 use crate::cli::{OwnerSelection, Selection};
 use crate::filter::selectors::{IpVersion, Selectors};
@@ -9,10 +9,10 @@ use crate::tcp::{StateSet, TcpState};
 use super::{invalid, usage};
 
 impl Scope {
-    /// Checks that the selectors make sense together.
+    /// Validates the combination of the selectors.
     ///
     /// # Errors
-    /// They do not; the error says which and shows good ones.
+    /// It is not valid. The message names the selectors and gives a valid example.
     pub fn from_args(selection: Selection) -> Result<Self, clap::Error> {
         let mut notes = Vec::new();
         let (expression, states) = expression(&selection, &mut notes)?;
@@ -45,7 +45,7 @@ impl Scope {
 }
 
 impl Selectors {
-    /// Selects by owner alone.
+    /// Selectors by owner only.
     pub(super) fn of_owners(owners: OwnerSelection) -> Self {
         Selectors {
             pids: owners.pid.into_iter().collect(),
@@ -59,7 +59,7 @@ impl Selectors {
 }
 
 impl Selection {
-    /// Whether anything says which sockets are meant.
+    /// Whether any selector was given.
     pub(super) fn selects(&self) -> bool {
         self.owners.all
             || self.ipv4
@@ -81,7 +81,7 @@ impl Selection {
     }
 }
 
-/// The expression, and the states to look for: those it names, or `--state`, or CLOSE-WAIT.
+/// The expression, and the states to select: those in the expression, or those of `--state`, or CLOSE-WAIT.
 fn expression(
     args: &Selection,
     notes: &mut Vec<String>,

@@ -1,21 +1,21 @@
 //! Dead descriptors: open descriptors of TCP sockets whose connection is over.
 //!
-//! Such a socket is in no table of the kernel, so no `ss` shows it; it costs its process a descriptor until
-//! the process closes it. What is looked for are sockets in /proc/PID/fd whose inode is in no TCP table
-//! ([`inodes_in_tables`]). That alone says little: UNIX and UDP sockets are in no TCP table either, nor is a TCP socket
-//! that was never connected, nor one in a network namespace that was not looked into. So:
+//! The kernel lists these sockets in none of its tables, so `ss` does not show them. Each costs its process a descriptor
+//! until the process closes it. cwkill searches /proc/PID/fd for sockets whose inode is in no TCP table
+//! ([`inodes_in_tables`]). That alone proves little: UNIX and UDP sockets are in no TCP table either. The same holds for a
+//! TCP socket that was never connected, and for one in a network namespace that was not scanned. So cwkill also reads:
 //!
-//! 1. the protocol is read from the attribute `system.sockprotoname` of the descriptor (net/socket.c,
-//!    sockfs_xattr_get), with the right that reading the link needs and no more; MPTCP has a name of its
-//!    own and is left out;
-//! 2. the state is read from TCP_INFO through a duplicate (pidfd_getfd(2)), which needs the right to
-//!    attach to the process. Without it the descriptor is [`Verdict::Unknown`], never dead.
+//! 1. the protocol, from the attribute `system.sockprotoname` of the descriptor (net/socket.c, sockfs_xattr_get). This
+//!    needs the same right as reading the link. MPTCP has another name and is excluded;
+//! 2. the state, from TCP_INFO through a duplicate (pidfd_getfd(2)). This needs the right to attach to the process.
+//!    Without that right the descriptor is [`Verdict::Unknown`], never dead.
 //!
-//! A socket that was a connection has had a segment of its own acknowledged, its SYN or its SYN-ACK: `tcpi_delivered`
-//! (net/ipv4/tcp_input.c, tcp_rcv_state_process and tcp_clean_rtx_queue). A refused one has not, and tcp_disconnect
-//! (net/ipv4/tcp.c, since Linux 5.6) resets it when a program takes its socket back to connect it anew. The receive space is
-//! not reset, and a refusal is a received segment, so these alone would call a socket dead that was taken back and
-//! refused and is about to be connected again. They are asked for as well. [measured on Linux 6.18]
+//! If a socket was connected, the peer has acknowledged its SYN or SYN-ACK, and `tcpi_delivered` is not 0
+//! (net/ipv4/tcp_input.c, tcp_rcv_state_process and tcp_clean_rtx_queue). After a refused connect(2) it is 0. It is 0 again
+//! after connect(2) with AF_UNSPEC, which dissolves the connection (net/ipv4/tcp.c, tcp_disconnect, since Linux 5.6).
+//! Two other fields must not be 0 either: the receive space and the number of received segments. They would not be enough
+//! alone. tcp_disconnect keeps the receive space, and a refusal counts as a received segment. So a socket that was
+//! dissolved, then refused, and that its program is about to connect again would look dead. [measured on Linux 6.18]
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -45,83 +45,78 @@ use crate::sock_diag::{Cookie, DumpRequest, Family, SockDiag};
 use crate::sys;
 use crate::tcp::{StateSet, TcpState};
 
-/// `struct tcp_info` (linux/tcp.h): the state is the first byte, the receive space the 23rd u32 behind eight
-/// bytes, the count of received segments is there since Linux 4.2.
+/// Offsets in `struct tcp_info` (linux/tcp.h), in bytes. The receive space is the 23rd u32 after eight bytes. The count of
+/// received segments exists since Linux 4.2.
 const TCPI_STATE: usize = 0;
 const TCPI_RCV_SPACE: usize = 8 + 22 * 4;
 const TCPI_SEGS_IN: usize = 140;
-/// The count of acknowledged segments is there since Linux 4.18.
+/// The count of acknowledged segments exists since Linux 4.18.
 const TCPI_DELIVERED: usize = 192;
 
 /// The descriptor table of one process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Table {
-    /// The process.
     pub process: Process,
-    /// Its open descriptors, of whatever kind.
+    /// The number of its open descriptors of every kind.
     pub used: usize,
-    /// Those of TCP sockets in no table that was looked into, by number.
+    /// Its descriptors of TCP sockets that are in no table, by number.
     pub suspects: Vec<Suspect>,
 }
 
 /// A descriptor of a TCP socket that is in no table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Suspect {
-    /// Its number in its process.
     pub fd: RemoteFd,
-    /// The socket's inode.
     pub inode: u32,
-    /// What it is.
     pub verdict: Verdict,
 }
 
-/// What a descriptor of a socket in no table is.
+/// The classification of a descriptor whose socket is in no table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// The connection is over, state CLOSE: nothing can come of this descriptor any more but bytes that are in it already.
+    /// The connection is over, state CLOSE. The process can still read the bytes that have arrived, but no more will come.
     Dead(DeadSocket),
-    /// State CLOSE, and no connection since it was made or taken back: fresh, bound, or after a failed
-    /// connect(2). Its process may still connect it.
+    /// State CLOSE, and not connected since it was created or dissolved: fresh, bound, or after a failed connect(2). The
+    /// process may still connect it.
     NeverConnected,
-    /// It may not be duplicated, for this reason; the socket may be any of the above, or alive in
-    /// a network namespace that was not looked into.
+    /// cwkill cannot duplicate the descriptor, for this reason. The socket may be any of the above, or alive in a network
+    /// namespace that was not scanned.
     Unknown(Errno),
 }
 
-/// What the kernel still knows of a dead socket.
+/// The kernel's remaining data about a dead socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeadSocket {
-    /// Its identity.
     pub cookie: Cookie,
-    /// Its local address, IPv4-mapped written as IPv4. The peer's is forgotten (inet_getname).
+    /// Its local address; an IPv4-mapped one as IPv4. The kernel no longer gives the peer's address (inet_getname).
     pub local: Option<SocketAddr>,
-    /// Time since the last acceptable segment of the peer. The connection ended later than that: an
-    /// upper bound on the time the socket has been dead.
+    /// Time since the last acceptable segment of the peer. The connection ended later, so the socket has been dead for at
+    /// most this time.
     pub quiet: Duration,
-    /// Bytes that its program has not read, and still can: the kernel keeps them until the last descriptor is closed
+    /// Bytes that the program has not read. It still can: the kernel keeps them until the last descriptor is closed
     /// (net/ipv4/tcp.c, tcp_done; net/ipv4/af_inet.c, inet_sock_destruct).
     pub unread: u32,
 }
 
-/// What [`find`] found.
+/// The result of [`find`].
 #[derive(Debug, Default)]
 pub struct DeadScan {
-    /// The processes that were wanted, by pid, with or without suspects.
+    /// The selected processes, by pid, with or without suspects.
     pub tables: Vec<Table>,
-    /// Processes that may not be looked into.
+    /// Processes whose descriptors cwkill may not read.
     pub unreadable: Vec<Unreadable>,
-    /// Processes whose first thread has ended and others have not: their tables cannot be seen by their number.
+    /// Processes whose first thread has exited while others still run. The kernel shows an empty table for them.
     pub leader_exited: Vec<Process>,
-    /// Processes whose files failed in a way that is neither their end nor a missing right.
+    /// Processes whose files could not be read for another reason than their end or a missing right.
     pub failed: Vec<(i32, io::Error)>,
-    /// Processes of others are not shown at all: /proc is mounted with hidepid.
+    /// /proc does not list the processes of other users: it is mounted with hidepid.
     pub hidden: bool,
 }
 
 /// The inodes of all sockets in the TCP tables of `namespaces`.
 ///
 /// # Errors
-/// A namespace cannot be entered, or gives no list.
+/// A namespace cannot be entered, or its sockets cannot be listed.
 pub fn inodes_in_tables(namespaces: &[Arc<Netns>]) -> Result<HashSet<u32>, FindError> {
     let mut inodes = HashSet::new();
     for netns in namespaces {
@@ -137,8 +132,8 @@ fn dump_inodes() -> Result<Vec<u32>, FindError> {
     for family in Family::ALL {
         let request = DumpRequest {
             family,
-            // An entry in TIME-WAIT has no inode. The kernel's list of bound sockets in CLOSE (Linux 6.8)
-            // has dead ones as well, so it is not asked for.
+            // An entry in TIME-WAIT has no inode. The kernel's list of bound sockets in CLOSE (Linux 6.8) contains
+            // dead sockets too, so it is left out.
             states: StateSet::ALL.without(TcpState::TimeWait.into()),
             info: false,
             bytecode: &[],
@@ -150,33 +145,32 @@ fn dump_inodes() -> Result<Vec<u32>, FindError> {
     Ok(inodes)
 }
 
-/// Looks into the descriptor table of every process that is `wanted`, for sockets that are not in
-/// `in_tables`.
+/// Reads the descriptor table of every `selected` process, and finds the sockets that are not in `in_tables`.
 ///
-/// What vanishes meanwhile is passed over. A connection that is made after `in_tables` was read is
-/// told from a dead one by its state.
+/// A process or descriptor that vanishes meanwhile is ignored. A connection that is made after `in_tables` was read is
+/// not in state CLOSE, so it is not taken for a dead socket.
 ///
 /// # Errors
 /// The processes cannot be listed.
 pub fn find(
     proc: &ProcFs,
-    wanted: &(dyn Fn(&Process) -> bool + Sync),
+    selected: &(dyn Fn(&Process) -> bool + Sync),
     in_tables: &HashSet<u32>,
 ) -> io::Result<DeadScan> {
     let same_pids = proc.is_of_our_pid_namespace();
     let pids = proc.pids()?;
     let mut scan = DeadScan {
-        // The first process of a pid namespace lives as long as the namespace.
+        // Process 1 lives as long as its pid namespace, so only hidepid can hide it.
         hidden: pids.first() != Some(&1),
         ..DeadScan::default()
     };
-    let look = |pid: i32| (pid, look_inside(proc, pid, same_pids, wanted, in_tables));
-    let looks: Vec<_> = pids.into_par_iter().map(look).collect();
-    for (pid, look) in looks {
-        match look {
-            Ok(Look::Table(table)) => scan.tables.push(table),
-            Ok(Look::LeaderExited(process)) => scan.leader_exited.push(process),
-            Ok(Look::Nothing) => {}
+    let scan_one = |pid: i32| (pid, scan_process(proc, pid, same_pids, selected, in_tables));
+    let results: Vec<_> = pids.into_par_iter().map(scan_one).collect();
+    for (pid, result) in results {
+        match result {
+            Ok(ProcessScan::Table(table)) => scan.tables.push(table),
+            Ok(ProcessScan::LeaderExited(process)) => scan.leader_exited.push(process),
+            Ok(ProcessScan::None) => {}
             Err(error) if is_gone(&error) => {}
             Err(error) if is_denied(&error) => scan.unreadable.extend(proc.unreadable(pid)),
             Err(error) => scan.failed.push((pid, error)),
@@ -185,58 +179,58 @@ pub fn find(
     Ok(scan)
 }
 
-/// What there is to say of one process.
-enum Look {
-    /// It is not wanted, or gone.
-    Nothing,
+/// The result for one process.
+enum ProcessScan {
+    /// It is not selected, or gone.
+    None,
     Table(Table),
     LeaderExited(Process),
 }
 
-/// Looks at a process that has another program or no first thread after the look, and the time between them: in an exec by
-/// another thread the first one ends, and the other takes its place (fs/exec.c, de_thread); between these the table
-/// seems to be empty.
-const LOOKS: u32 = 20;
-const BETWEEN_LOOKS: Duration = Duration::from_millis(1);
+/// Attempts to read a table while the process executes a program. If another thread than the first calls execve(2), the
+/// kernel ends the first thread and gives its place to the other (fs/exec.c, de_thread). In between the table appears to
+/// be empty.
+const MAX_ATTEMPTS: u32 = 20;
+const RETRY_INTERVAL: Duration = Duration::from_millis(1);
 
-fn look_inside(
+fn scan_process(
     proc: &ProcFs,
     pid: i32,
     same_pids: bool,
-    wanted: &(dyn Fn(&Process) -> bool + Sync),
+    selected: &(dyn Fn(&Process) -> bool + Sync),
     in_tables: &HashSet<u32>,
-) -> io::Result<Look> {
-    // Stays with the process it was opened for, as in owners.
+) -> io::Result<ProcessScan> {
+    // This directory keeps referring to the same process, even if another process gets the pid.
     let dir = File::open(proc.path(&pid.to_string()))?;
     let process = identity(dir.as_fd(), pid)?;
-    if !wanted(&process) {
-        return Ok(Look::Nothing);
+    if !selected(&process) {
+        return Ok(ProcessScan::None);
     }
-    for _ in 0..LOOKS {
+    for _ in 0..MAX_ATTEMPTS {
         let before = image(dir.as_fd())?;
         if before.is_none() {
-            thread::sleep(BETWEEN_LOOKS);
+            thread::sleep(RETRY_INTERVAL);
             continue;
         }
-        let (suspects, used) = look_at_table(proc, dir.as_fd(), &process, same_pids, in_tables)?;
+        let (suspects, used) = scan_table(proc, dir.as_fd(), &process, same_pids, in_tables)?;
         if image(dir.as_fd())? != before {
             continue;
         }
-        // The attribute was read by the number of the process.
+        // The attribute was read through the pid, which another process may have by now.
         if !suspects.is_empty() && !proc.is_alive(process.id) {
-            return Ok(Look::Nothing);
+            return Ok(ProcessScan::None);
         }
-        return Ok(Look::Table(Table {
+        return Ok(ProcessScan::Table(Table {
             process,
             used,
             suspects,
         }));
     }
-    Ok(Look::LeaderExited(process))
+    Ok(ProcessScan::LeaderExited(process))
 }
 
-/// The suspects in the table of a process, and how many descriptors it has.
-fn look_at_table(
+/// The suspects in the table of a process, and the number of its descriptors.
+fn scan_table(
     proc: &ProcFs,
     dir: BorrowedFd<'_>,
     process: &Process,
@@ -277,7 +271,7 @@ fn look_at_table(
     Ok((suspects, numbers.len()))
 }
 
-/// Of the descriptors `numbers` in `fds`, the sockets whose inode is in no table.
+/// The sockets whose inode is in no table, among the descriptors `numbers` in the directory `fds`.
 fn in_no_table(
     fds: BorrowedFd<'_>,
     numbers: &[i32],
@@ -290,7 +284,7 @@ fn in_no_table(
                 missing.push((RemoteFd(number), inode));
             }
             Ok(_) => {}
-            // Closed since the directory was read.
+            // It was closed after the directory was read.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
             Err(error) => return Err(error),
         }
@@ -298,13 +292,13 @@ fn in_no_table(
     Ok(missing)
 }
 
-/// Whether the kernel calls the descriptor's protocol TCP.
+/// Whether the kernel names TCP as the protocol of the descriptor's socket.
 fn is_tcp(proc: &ProcFs, pid: i32, fd: RemoteFd) -> io::Result<bool> {
     let path = proc.path(&format!("{pid}/fd/{}", fd.0));
     let mut name = [0; 32];
     match getxattr(&path, c"system.sockprotoname", &mut name[..]) {
         Ok(length) => Ok(matches!(&name[..length], b"TCP\0" | b"TCPv6\0")),
-        // Closed meanwhile, or something else by now.
+        // It was closed meanwhile, or is another file by now.
         Err(Rustix::NOENT | Rustix::OPNOTSUPP | Rustix::NODATA | Rustix::RANGE) => Ok(false),
         Err(error) => Err(error.into()),
     }
@@ -313,15 +307,15 @@ fn is_tcp(proc: &ProcFs, pid: i32, fd: RemoteFd) -> io::Result<bool> {
 /// A pidfd of exactly `process`.
 pub(crate) fn open_pidfd(proc: &ProcFs, process: &Process) -> Result<OwnedFd, Errno> {
     let pidfd = sys::pidfd_open(process.id.pid).map_err(errno)?;
-    // Read after the pidfd was opened: it still has its number, so the pidfd is of it.
+    // The start time is read after the pidfd was opened. If it is the expected one, the pidfd refers to `process`.
     match proc.is_alive(process.id) {
         true => Ok(pidfd),
         false => Err(Errno::ESRCH),
     }
 }
 
-/// Looks at a descriptor through a duplicate of it, which is closed again at once. `None`: it is no longer
-/// this socket, or the socket is alive.
+/// Classifies a descriptor through a duplicate, which is closed at once. `None`: it is another file by now, or the socket
+/// is alive.
 pub(crate) fn examine(pidfd: BorrowedFd<'_>, fd: RemoteFd, inode: u32) -> Option<Verdict> {
     let socket = match sys::pidfd_getfd(pidfd, fd) {
         Ok(socket) => socket,
@@ -337,7 +331,7 @@ pub(crate) fn examine(pidfd: BorrowedFd<'_>, fd: RemoteFd, inode: u32) -> Option
 }
 
 fn read_verdict(socket: BorrowedFd<'_>) -> io::Result<Option<Verdict>> {
-    // Longer than any tcp_info so far; a longer one is cut by the kernel.
+    // Longer than any tcp_info so far. The kernel cuts a longer one.
     let mut info = [0; 512];
     let info = sys::socket_option_bytes(socket, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info)?;
     let Some((state, was_connected, quiet)) = parse_info(info) else {
@@ -360,11 +354,11 @@ fn read_verdict(socket: BorrowedFd<'_>) -> io::Result<Option<Verdict>> {
     })
 }
 
-/// What a `struct tcp_info` says: the state, whether the socket is or was a connection, and the time since the
-/// last acceptable segment.
+/// Reads a `struct tcp_info`: the state, whether the socket is or was connected, and the time since the last acceptable
+/// segment.
 fn parse_info(info: &[u8]) -> Option<(TcpState, bool, Duration)> {
-    let number = |at: usize| -> Option<u32> {
-        let bytes = info.get(at..at + 4)?;
+    let number = |offset: usize| -> Option<u32> {
+        let bytes = info.get(offset..offset + 4)?;
         Some(u32::from_ne_bytes(bytes.try_into().ok()?))
     };
     Some((
@@ -388,11 +382,11 @@ mod tests {
     use std::os::fd::AsRawFd;
     use std::os::unix::net::UnixStream;
 
-    /// What is said of descriptors of this process.
+    /// The verdicts on these descriptors of the test process.
     fn verdicts(fds: &[BorrowedFd<'_>]) -> Vec<Option<Verdict>> {
         let proc = ProcFs::default();
-        let ours = NetnsScope::Current.open(&proc).unwrap().open;
-        let in_tables = inodes_in_tables(&ours).unwrap();
+        let current = NetnsScope::Current.open(&proc).unwrap().open;
+        let in_tables = inodes_in_tables(&current).unwrap();
         let own = i32::try_from(std::process::id()).unwrap();
         let mut scan = find(&proc, &|process| process.id.pid == own, &in_tables).unwrap();
         let table = scan.tables.remove(0);
@@ -406,7 +400,7 @@ mod tests {
         fds.iter().map(verdict).collect()
     }
 
-    /// A connection over `listener`, whose accepted end has seen a reset.
+    /// The accepted end of a connection through `listener` that the peer has reset.
     fn reset(listener: &TcpListener) -> TcpStream {
         let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (mut accepted, _) = listener.accept().unwrap();
@@ -425,7 +419,7 @@ mod tests {
             let listener = TcpListener::bind(address).unwrap();
             let local = listener.local_addr().unwrap();
             let dead = reset(&listener);
-            // Both sides have closed, in this order: the kernel keeps TIME-WAIT without the descriptor.
+            // Both sides have closed, the accepted end first, so the kernel keeps its TIME-WAIT without the descriptor.
             let mut peer = TcpStream::connect(local).unwrap();
             let (mut finished, _) = listener.accept().unwrap();
             finished.shutdown(Shutdown::Write).unwrap();
@@ -438,16 +432,16 @@ mod tests {
             let any_port: SocketAddr = address.parse().unwrap();
             bound.bind(&any_port.into()).unwrap();
             let refused = Socket::new(Domain::for_address(local), Type::STREAM, None).unwrap();
-            let nobody = SocketAddr::new(local.ip(), 1);
-            refused.connect(&nobody.into()).unwrap_err();
-            // The kernel has the refusal ready, and nobody has asked for it.
+            let no_listener = SocketAddr::new(local.ip(), 1);
+            refused.connect(&no_listener.into()).unwrap_err();
+            // The kernel has received the refusal, and the program has not read the error.
             let waiting = Socket::new(Domain::for_address(local), Type::STREAM, None).unwrap();
             waiting.set_nonblocking(true).unwrap();
-            waiting.connect(&nobody.into()).unwrap_err();
+            waiting.connect(&no_listener.into()).unwrap_err();
             let udp = UdpSocket::bind(address).unwrap();
             let (unix, _other) = UnixStream::pair().unwrap();
 
-            let said = verdicts(&[
+            let found = verdicts(&[
                 listener.as_fd(),
                 open.as_fd(),
                 fresh.as_fd(),
@@ -460,9 +454,9 @@ mod tests {
                 finished.as_fd(),
             ]);
             let never = Some(Verdict::NeverConnected);
-            assert_eq!(said[..3], [None, None, never]);
-            assert_eq!(said[3..8], [never, never, never, None, None]);
-            for verdict in &said[8..] {
+            assert_eq!(found[..3], [None, None, never]);
+            assert_eq!(found[3..8], [never, never, never, None, None]);
+            for verdict in &found[8..] {
                 let Some(Verdict::Dead(socket)) = verdict else {
                     panic!("{address}: {verdict:?}");
                 };
@@ -470,7 +464,7 @@ mod tests {
                 assert!(socket.quiet < Duration::from_secs(60), "{socket:?}");
             }
             let cookie = sockopt::socket_cookie(dead.as_fd()).unwrap();
-            assert!(matches!(said[8], Some(Verdict::Dead(d)) if d.cookie == Cookie(cookie)));
+            assert!(matches!(found[8], Some(Verdict::Dead(d)) if d.cookie == Cookie(cookie)));
         }
     }
 
@@ -495,7 +489,7 @@ mod tests {
         let quiet = Duration::from_millis(1500);
         assert_eq!(parse_info(&info), Some((TcpState::Close, false, quiet)));
         info[TCPI_RCV_SPACE] = 1;
-        // Taken back after it was a connection, and refused.
+        // A connection that was dissolved, and then refused.
         assert_eq!(parse_info(&info), Some((TcpState::Close, false, quiet)));
         info[TCPI_DELIVERED] = 1;
         assert_eq!(parse_info(&info), Some((TcpState::Close, true, quiet)));

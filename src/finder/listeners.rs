@@ -1,8 +1,8 @@
-//! NetnsScope listener would accept a connection that nobody has accepted yet.
+//! The listener that would accept a connection that is still in a backlog.
 //!
-//! sock_diag does not say it, so the kernel's own choice is followed: an exact address before the
-//! wildcard, a socket of the connection's own family before a dual-stack one, the bound interface if
-//! there is one (net/ipv4/inet_hashtables.c and net/ipv6/inet6_hashtables.c, compute_score).
+//! sock_diag does not report it, so cwkill chooses as the kernel does: an exact address before the wildcard, a listener of
+//! the connection's own family before a dual-stack one, and the bound interface if there is one
+//! (net/ipv4/inet_hashtables.c and net/ipv6/inet6_hashtables.c, compute_score).
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -11,13 +11,13 @@ use crate::model::{Listener, Owner};
 use crate::sock_diag::{DiagId, DumpError, DumpRequest, Family, SockDiag, SocketMessage};
 use crate::tcp::TcpState;
 
-/// The listeners of a network namespace, and which of them were asked for.
+/// The listeners of a network namespace, and which of them [`Listeners::accepting`] has returned.
 #[derive(Debug, Default)]
 pub struct Listeners {
     groups: Vec<Group>,
     /// Port to indices in `groups`.
     by_port: HashMap<u16, Vec<usize>>,
-    /// Indices in `groups` of those asked for, in the order of the first question.
+    /// The used listeners: indices in `groups`, in the order of first use.
     used: Vec<usize>,
 }
 
@@ -26,16 +26,16 @@ struct Group {
     local: SocketAddr,
     family: Family,
     interface: u32,
-    /// Takes IPv4 connections on an IPv6 wildcard.
+    /// It accepts IPv4 connections on an IPv6 wildcard address.
     dual_stack: bool,
     uid: u32,
     waiting: u32,
     backlog: u32,
-    /// Inode of each socket, and the connections waiting at it.
+    /// The inode of each socket, and the number of connections that wait for accept(2) at it.
     sockets: Vec<(u32, u32)>,
 }
 
-/// Lists the listening sockets of the namespace that `diag` is in, and keeps what `keep` makes of each.
+/// Lists the listening sockets in the namespace of `diag`; the values that `keep` returns for them.
 fn dump<T>(
     diag: &mut SockDiag,
     keep: impl Fn(SocketMessage) -> Option<T>,
@@ -53,10 +53,10 @@ fn dump<T>(
     Ok(kept)
 }
 
-/// The ports at which somebody listens in the network namespace of this thread; one may come more than once.
+/// The ports of all listeners in the network namespace of the calling thread. A port can occur more than once.
 ///
 /// # Errors
-/// As those of [`SockDiag::open`] and [`SockDiag::dump`].
+/// As [`SockDiag::open`] and [`SockDiag::dump`].
 pub fn ports() -> Result<Vec<u16>, DumpError> {
     dump(&mut SockDiag::open()?, |message| {
         Some(message.id.tuple().local.port())
@@ -64,7 +64,7 @@ pub fn ports() -> Result<Vec<u16>, DumpError> {
 }
 
 impl Listeners {
-    /// Dumps the listeners of the namespace.
+    /// Lists the listeners in the namespace of `diag`.
     pub fn read(diag: &mut SockDiag) -> Result<Self, DumpError> {
         let mut listeners = Listeners::default();
         for message in dump(diag, Some)? {
@@ -88,9 +88,9 @@ impl Listeners {
         let groups = &mut self.groups;
         match on_port
             .iter()
-            .find(|&&at| groups[at].is_group_of(&candidate))
+            .find(|&&index| groups[index].is_group_of(&candidate))
         {
-            Some(&at) => groups[at].join(candidate),
+            Some(&index) => groups[index].join(candidate),
             None => {
                 on_port.push(groups.len());
                 groups.push(candidate);
@@ -98,42 +98,42 @@ impl Listeners {
         }
     }
 
-    /// The place, in the result of [`Listeners::into_used`], of the listener that would accept the
-    /// connection `id` to `local`; `None` when it has been closed.
+    /// The listener that would accept the connection `id` to `local`, as an index in the result of
+    /// [`Listeners::into_used`]. `None` if that listener has been closed.
     pub fn accepting(&mut self, id: &DiagId, local: SocketAddr) -> Option<usize> {
         let on_port = self.by_port.get(&local.port())?;
-        let scored = on_port.iter().filter_map(|&at| {
-            let score = self.groups[at].score(id, local)?;
-            Some((score, at))
+        let scored = on_port.iter().filter_map(|&index| {
+            let score = self.groups[index].score(id, local)?;
+            Some((score, index))
         });
         let (_, best) = scored.max_by_key(|(score, _)| *score)?;
-        let place = self.used.iter().position(|&at| at == best);
+        let place = self.used.iter().position(|&index| index == best);
         Some(place.unwrap_or_else(|| {
             self.used.push(best);
             self.used.len() - 1
         }))
     }
 
-    /// How many listeners were asked for so far.
+    /// The number of listeners used so far.
     pub fn used(&self) -> usize {
         self.used.len()
     }
 
-    /// How many connections wait for accept() at each listening socket, by its inode.
+    /// The number of connections that wait for accept(2) at each listening socket, by its inode.
     pub fn waiting_by_inode(&self) -> HashMap<u32, u32> {
         let sockets = self.groups.iter().flat_map(|group| &group.sockets);
         sockets.copied().collect()
     }
 
-    /// The inodes of the listeners asked for so far.
+    /// The inodes of the listeners used so far.
     pub fn used_inodes(&self) -> impl Iterator<Item = u32> + '_ {
-        let used = self.used.iter().map(|&at| &self.groups[at]);
+        let used = self.used.iter().map(|&index| &self.groups[index]);
         used.flat_map(|group| group.inodes())
     }
 
-    /// The listeners asked for, each with the owners that `owners` knows of its inodes.
+    /// The used listeners, each with its owners. `owners` returns the owners of an inode.
     pub fn into_used(self, owners: impl Fn(u32) -> Vec<Owner>) -> Vec<Listener> {
-        let used = self.used.iter().map(|&at| &self.groups[at]);
+        let used = self.used.iter().map(|&index| &self.groups[index]);
         used.map(|group| {
             let mut owners: Vec<Owner> = group.inodes().flat_map(&owners).collect();
             owners.sort_unstable_by_key(|owner| (owner.process.id, owner.fd));
@@ -151,7 +151,7 @@ impl Listeners {
 }
 
 impl Group {
-    /// Whether `other` shares the group's address, as only SO_REUSEPORT allows.
+    /// Whether `other` has the same address, which only SO_REUSEPORT allows.
     fn is_group_of(&self, other: &Group) -> bool {
         let key = |group: &Group| (group.local, group.family, group.interface, group.dual_stack);
         key(self) == key(other)
@@ -167,9 +167,9 @@ impl Group {
         self.sockets.extend(other.sockets);
     }
 
-    /// How well the group fits a connection to `local`; `None` if it would never take it.
+    /// How well the listener matches a connection to `local`; higher is better. `None` if it would not accept it.
     fn score(&self, id: &DiagId, local: SocketAddr) -> Option<u32> {
-        // A connection's socket has the family of its listener, also when it runs over IPv4
+        // The socket of a connection has the family of its listener, even if the connection uses IPv4
         // (net/ipv6/tcp_ipv6.c, tcp_v6_syn_recv_sock).
         if self.family != id.family() || (self.interface != 0 && self.interface != id.interface()) {
             return None;
@@ -179,7 +179,7 @@ impl Group {
         (exact || wildcard).then(|| u32::from(exact) * 2 + u32::from(self.interface != 0))
     }
 
-    /// An IPv4 connection at an AF_INET6 listener.
+    /// Whether this is an IPv4 connection at an AF_INET6 listener.
     fn mixes(&self, local: SocketAddr) -> bool {
         self.family == Family::V6 && local.is_ipv4()
     }

@@ -1,8 +1,8 @@
 //! The finder: which sockets are stuck, and who owns them.
 //!
-//! [`find`] asks the kernel for the sockets (`sockets`) and, at the same time, reads from /proc which processes hold
-//! descriptors ([`owners`]). A connection that was never accepted gets the listener that would accept it ([`listeners`]).
-//! [`dead`] finds descriptors of sockets that are in no table any more.
+//! [`find`] lists the sockets (`sockets`) and, at the same time, reads the descriptors of all processes from /proc
+//! ([`owners`]). A connection that was never accepted gets the listener that would accept it ([`listeners`]). [`dead`] finds
+//! descriptors of sockets that the kernel no longer lists.
 
 pub mod dead;
 pub mod listeners;
@@ -29,7 +29,7 @@ use listeners::Listeners;
 use owners::{OwnerScan, Trust};
 use sockets::NetnsScan;
 
-/// How many namespaces are scanned at the same time.
+/// Namespaces scanned at the same time.
 const NAMESPACES_AT_ONCE: usize = 8;
 
 /// Opens the namespaces of `scope`.
@@ -45,50 +45,50 @@ pub fn open(scope: &NetnsScope, proc: &ProcFs) -> anyhow::Result<Namespaces> {
 
 /// Finds the sockets that `selectors` match in each of `namespaces`, and their owners.
 ///
-/// /proc is read while the kernel lists the sockets, since each takes about as long as the other.
+/// Both scans take about the same time, so they run in parallel.
 ///
 /// # Errors
-/// When the kernel gives no list of sockets or /proc none of processes. A process that vanishes or may not be read is not an
-/// error, nor is a namespace among several that cannot be entered.
+/// The sockets cannot be listed in any namespace, or the processes cannot be listed. A process that vanishes or that cwkill
+/// may not read is not an error. If there are several namespaces, one that cannot be entered is not an error either.
 pub fn find(
     namespaces: &Namespaces,
     proc: &ProcFs,
     selectors: &Selectors,
 ) -> Result<Scan, FindError> {
-    let needless = AtomicBool::new(false);
+    let cancelled = AtomicBool::new(false);
     let (tables, descriptors) = std::thread::scope(|scope| {
-        // Where no thread can be started, one comes after the other.
+        // If no thread can be started, the scans run one after the other.
         let thread = parallel::are_there()
-            .then(|| Builder::new().spawn_scoped(scope, || owners::scan(proc, &needless)));
+            .then(|| Builder::new().spawn_scoped(scope, || owners::scan(proc, &cancelled)));
         let tables = scan_tables(namespaces, selectors, false);
-        let wanted = tables
+        let needed = tables
             .as_ref()
-            .is_ok_and(|tables| !tables.wanted.is_empty());
-        needless.store(!wanted, Ordering::Relaxed);
+            .is_ok_and(|tables| !tables.inodes.is_empty());
+        cancelled.store(!needed, Ordering::Relaxed);
         let descriptors = match thread {
             Some(Ok(thread)) => join(thread),
-            Some(Err(_)) | None => owners::scan(proc, &needless),
+            Some(Err(_)) | None => owners::scan(proc, &cancelled),
         };
         (tables, descriptors)
     });
     let Tables {
         mut scan,
         listeners,
-        wanted,
+        inodes,
     } = tables?;
-    let mut owners = match wanted.is_empty() {
+    let mut owners = match inodes.is_empty() {
         true => OwnerScan::default(),
         false => {
             let trust = match selectors.selects_owners() {
                 true => Trust::Nothing,
                 false => Trust::TheScan,
             };
-            owners::select(proc, descriptors?, &wanted, trust)?
+            owners::select(proc, descriptors?, &inodes, trust)?
         }
     };
-    // The scan may have passed a process before it got the descriptor of a socket that was listed later.
-    if wanted.iter().any(|&inode| !owners.has(inode)) {
-        owners = owners::find(proc, &wanted)?;
+    // A process may have got its descriptor after it was scanned, but before its socket was listed.
+    if inodes.iter().any(|&inode| !owners.has(inode)) {
+        owners = owners::find(proc, &inodes)?;
     }
     attach_owners(&mut scan, listeners, &owners);
     scan.owners_known = true;
@@ -99,11 +99,11 @@ pub fn find(
     Ok(scan)
 }
 
-/// Finds the sockets and not their owners, so `selectors` must not select any. `many`: there may be so many sockets that two threads
-/// should share the work.
+/// Finds the sockets without their owners, so `selectors` must not select owners. `many`: there may be enough sockets that
+/// two threads should share the work.
 ///
 /// # Errors
-/// As [`find`], but for /proc.
+/// As [`find`], except that /proc is not read.
 pub fn find_sockets(
     namespaces: &Namespaces,
     selectors: &Selectors,
@@ -120,7 +120,7 @@ pub fn find_sockets(
     Ok(scan)
 }
 
-/// An empty scan of `namespaces`, with what could not be opened of them.
+/// A scan of `namespaces` without sockets. Its coverage says which namespaces could not be opened.
 pub(crate) fn empty_scan(namespaces: &Namespaces) -> Scan {
     let failure = namespaces.failure.as_ref();
     Scan {
@@ -135,7 +135,7 @@ pub(crate) fn empty_scan(namespaces: &Namespaces) -> Scan {
     }
 }
 
-/// Orders targets, the oldest first.
+/// Sorts targets, the oldest first.
 pub(crate) fn sort(targets: &mut [Target]) {
     targets.par_sort_by_key(|target| target.socket.oldest_first());
 }
@@ -144,11 +144,11 @@ pub(crate) fn sort(targets: &mut [Target]) {
 struct Tables {
     scan: Scan,
     listeners: Vec<Listeners>,
-    /// The inodes whose owners are to be found.
-    wanted: HashSet<u32>,
+    /// The inodes of the matched sockets and of their listeners.
+    inodes: HashSet<u32>,
 }
 
-/// Asks the kernel of every namespace. `alone`: no other thread keeps the processors busy.
+/// Scans the kernel's tables of every namespace. `alone`: no other thread of cwkill is busy.
 fn scan_tables(
     namespaces: &Namespaces,
     selectors: &Selectors,
@@ -157,13 +157,13 @@ fn scan_tables(
     let mut scan = empty_scan(namespaces);
     let (mut listeners, mut used) = (Vec::new(), 0);
     let (mut failed, mut first_failure) = (0, None);
-    // A name that means something in none of the namespaces is a mistake: `not dev` would match all.
+    // If a name in the expression exists in none of the namespaces, it is a mistake: `not dev` would match every socket.
     let (mut resolved, mut unresolved) = (false, None);
     let scans = scan_namespaces(&namespaces.open, selectors, alone);
     for (netns, netns_scan) in scans.into_iter().enumerate() {
         let netns_scan = match netns_scan {
             Ok(netns_scan) => netns_scan,
-            // Nothing could be listed anywhere.
+            // No namespace could be listed.
             Err(error) if failed + 1 == namespaces.open.len() => {
                 return Err(first_failure.unwrap_or(error));
             }
@@ -179,7 +179,7 @@ fn scan_tables(
                 unresolved.get_or_insert(error);
             }
         }
-        // Listeners of all namespaces share one list.
+        // The listeners of all namespaces go into one list.
         scan.targets.reserve(netns_scan.sockets.len());
         scan.targets
             .extend(netns_scan.sockets.into_iter().map(|mut target| {
@@ -198,22 +198,22 @@ fn scan_tables(
         scan.coverage.namespace_failure = Some(format!("{:#}", anyhow::Error::from(error)));
     }
     let inodes = scan.targets.iter().filter_map(|target| target.socket.inode);
-    let wanted = inodes
+    let inodes = inodes
         .chain(listeners.iter().flat_map(Listeners::used_inodes))
         .collect();
     Ok(Tables {
         scan,
         listeners,
-        wanted,
+        inodes,
     })
 }
 
-/// The result of a thread; its panic goes on here.
+/// The result of a thread. If the thread panicked, this panics too.
 fn join<T>(thread: ScopedJoinHandle<'_, T>) -> T {
     thread.join().unwrap_or_else(|panic| resume_unwind(panic))
 }
 
-/// Scans every namespace, some at a time.
+/// Scans every namespace, [`NAMESPACES_AT_ONCE`] at the same time.
 fn scan_namespaces(
     namespaces: &[Arc<Netns>],
     selectors: &Selectors,
@@ -231,7 +231,7 @@ fn scan_namespaces(
     scans.into_iter().map(scan).collect()
 }
 
-/// Gives every socket its owners, and one that was never accepted its listener's user.
+/// Gives every socket its owners. A socket that was never accepted gets the user of its listener.
 fn attach_owners(scan: &mut Scan, listeners: Vec<Listeners>, owners: &OwnerScan) {
     scan.listeners = listeners
         .into_iter()
@@ -239,7 +239,7 @@ fn attach_owners(scan: &mut Scan, listeners: Vec<Listeners>, owners: &OwnerScan)
         .collect();
     for target in &mut scan.targets {
         match (target.listener, target.socket.inode) {
-            // It will get the user of whoever accepts it; kernels differ in what they report until then.
+            // The socket gets the user of the process that accepts it. Until then kernels differ in the user they report.
             (Some(listener), _) => target.socket.uid = scan.listeners[listener].uid,
             (None, Some(inode)) => target.owners = owners.of(inode).collect(),
             (None, None) => {}
@@ -247,7 +247,7 @@ fn attach_owners(scan: &mut Scan, listeners: Vec<Listeners>, owners: &OwnerScan)
     }
 }
 
-/// Keeps the sockets whose owners, or whose listener's, are selected, and puts those owners first.
+/// Keeps the sockets that have a selected owner, or whose listener has one. Selected owners come first.
 fn retain_selected(scan: &mut Scan, selectors: &Selectors, unreadable: &[Unreadable]) {
     scan.targets
         .retain(|target| selectors.match_user(target.socket.uid));
@@ -273,22 +273,18 @@ fn retain_selected(scan: &mut Scan, selectors: &Selectors, unreadable: &[Unreada
     scan.coverage.undecided = undecided;
 }
 
-/// Why nothing could be found at all.
+/// Why no socket could be found.
 #[derive(Debug, thiserror::Error)]
 pub enum FindError {
-    /// The network namespace could not be entered.
     #[error("{}", cannot_enter(.0))]
     Enter(#[source] io::Error),
-    /// The sock_diag socket could not be opened.
     #[error("cannot open a sock_diag socket (is CONFIG_INET_DIAG in this kernel?)")]
     Open(#[source] io::Error),
-    /// The expression means nothing in this network namespace.
+    /// A name in the expression does not exist in this network namespace.
     #[error("cannot apply the expression")]
     Expression(#[source] io::Error),
-    /// The kernel's socket tables could not be listed.
     #[error("cannot list sockets")]
     Dump(#[from] DumpError),
-    /// The processes could not be listed.
     #[error("cannot list processes")]
     Processes(#[from] io::Error),
 }

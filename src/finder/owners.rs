@@ -1,8 +1,8 @@
-//! Who owns a socket: socket inodes to processes and descriptors, from /proc.
+//! Who owns a socket: maps socket inodes to processes and their descriptors, from /proc.
 //!
-//! A socket can have many owners (fork, SCM_RIGHTS), and the kernel does not say how many, so the descriptors of every process
-//! are read. Only `/proc/PID/fd` and, for an owner, `/proc/PID/stat` and `/proc/PID/cgroup` are read: never task, maps or exe,
-//! which can hang on a sick host. Processes are read in parallel, a big descriptor table in chunks.
+//! A socket can have many owners (fork(2), SCM_RIGHTS). The kernel does not report how many, so cwkill reads the descriptors
+//! of every process. It reads only `/proc/PID/fd` and, of owners, `/proc/PID/stat` and `/proc/PID/cgroup`. It never reads
+//! `task`, `maps` or `exe`, which can block on a sick host. Processes are read in parallel, large descriptor tables in chunks.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
@@ -21,29 +21,29 @@ use crate::proc::{
     open_in,
 };
 
-/// The owners of the wanted sockets.
+/// The owners of a set of sockets.
 #[derive(Debug, Default)]
 pub struct OwnerScan {
-    /// The processes that hold a wanted socket, by pid.
+    /// The processes that own one of the sockets, by pid.
     processes: Vec<Arc<Process>>,
-    /// Their descriptors, by inode; those of one inode by process.
-    held: Vec<Held>,
-    /// Processes whose descriptors could not be read, or not all of them.
+    /// Their descriptors of the sockets, by inode, then by process.
+    descriptors: Vec<Descriptor>,
+    /// Processes whose descriptors cwkill could not read, or not all of them.
     pub unreadable: Vec<Unreadable>,
-    /// Processes of others are not shown at all: /proc is mounted with hidepid.
+    /// /proc does not list the processes of other users: it is mounted with hidepid.
     pub hidden: bool,
 }
 
-/// A descriptor of the socket with this inode; 16 bytes, since a host has many.
+/// A descriptor of the socket with this inode. It has only 16 bytes, since a host can have very many.
 #[derive(Clone, Copy, Debug)]
-struct Held {
+struct Descriptor {
     inode: u32,
     /// Index in [`OwnerScan::processes`].
     process: usize,
     fd: RemoteFd,
 }
 
-/// The sockets that each process holds, wanted or not.
+/// All sockets that each process owns.
 #[derive(Default)]
 pub struct DescriptorScan {
     processes: Vec<ProcessScan>,
@@ -58,86 +58,92 @@ struct ProcessScan {
     unreadable: Option<Unreadable>,
 }
 
-/// A process with its descriptors of wanted sockets, by inode.
-type WantedSockets = (Process, Vec<(u32, RemoteFd)>);
+/// A process with the inodes and descriptors of its sockets.
+type OwnedSockets = (Process, Vec<(u32, RemoteFd)>);
 
-/// How far a scan from before the end of the dump is trusted.
+/// How far to trust a scan of /proc that began before the sockets were listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trust {
-    /// Every descriptor of the scan is taken to be there still.
+    /// Every descriptor of the scan is assumed to be still open.
     TheScan,
-    /// Every descriptor is read again: the owners decide which sockets are acted on.
+    /// Every descriptor is read again, because the owners decide which sockets cwkill acts on.
     Nothing,
 }
 
 impl OwnerScan {
     /// The owners of the socket with this inode.
     pub fn of(&self, inode: u32) -> impl Iterator<Item = Owner> + '_ {
-        let first = self.held.partition_point(|held| held.inode < inode);
-        self.held[first..]
+        let first = self
+            .descriptors
+            .partition_point(|descriptor| descriptor.inode < inode);
+        self.descriptors[first..]
             .iter()
-            .take_while(move |held| held.inode == inode)
-            .map(|held| Owner::new(Arc::clone(&self.processes[held.process]), held.fd))
+            .take_while(move |descriptor| descriptor.inode == inode)
+            .map(|descriptor| {
+                let process = Arc::clone(&self.processes[descriptor.process]);
+                Owner::new(process, descriptor.fd)
+            })
     }
 
     /// Whether the socket with this inode has a known owner.
     pub fn has(&self, inode: u32) -> bool {
-        let held = self.held.binary_search_by_key(&inode, |held| held.inode);
-        held.is_ok()
+        self.descriptors
+            .binary_search_by_key(&inode, |descriptor| descriptor.inode)
+            .is_ok()
     }
 }
 
-/// Reads the descriptors of all processes, until it is done or `needless` is set: then the result is of no use.
+/// Reads the descriptors of all processes. It stops early if `cancelled` becomes true; the result is then incomplete.
 ///
 /// # Errors
-/// The root cannot be listed, or a process's files fail in a way that is neither its end nor a missing right.
-pub fn scan(proc: &ProcFs, needless: &AtomicBool) -> io::Result<DescriptorScan> {
+/// /proc cannot be listed, or a file of a process cannot be read for another reason than its end or a missing right.
+pub fn scan(proc: &ProcFs, cancelled: &AtomicBool) -> io::Result<DescriptorScan> {
     let pids = proc.pids()?;
     Ok(DescriptorScan {
-        // The first process of a pid namespace lives as long as the namespace.
+        // Process 1 lives as long as its pid namespace, so only hidepid can hide it.
         hidden: pids.first() != Some(&1),
         processes: pids
             .into_par_iter()
-            .map(|pid| match needless.load(Ordering::Relaxed) {
+            .map(|pid| match cancelled.load(Ordering::Relaxed) {
                 true => Ok(ProcessScan::default()),
-                false => scan_process(proc, pid, needless),
+                false => scan_process(proc, pid, cancelled),
             })
             .collect::<io::Result<_>>()?,
     })
 }
 
-/// Finds every process that holds a socket whose inode is in `wanted`.
+/// Finds every process that owns a socket with one of `inodes`.
 ///
 /// # Errors
 /// As [`scan`].
-pub fn find(proc: &ProcFs, wanted: &HashSet<u32>) -> io::Result<OwnerScan> {
-    if wanted.is_empty() {
+pub fn find(proc: &ProcFs, inodes: &HashSet<u32>) -> io::Result<OwnerScan> {
+    if inodes.is_empty() {
         return Ok(OwnerScan::default());
     }
     let scan = scan(proc, &AtomicBool::new(false))?;
-    select(proc, scan, wanted, Trust::TheScan)
+    select(proc, scan, inodes, Trust::TheScan)
 }
 
-/// Selects from `scan` the processes that hold a socket whose inode is in `wanted`.
+/// Selects from `scan` the processes that own a socket with one of `inodes`.
 ///
 /// # Errors
 /// As [`scan`].
 pub fn select(
     proc: &ProcFs,
     scan: DescriptorScan,
-    wanted: &HashSet<u32>,
+    inodes: &HashSet<u32>,
     trust: Trust,
 ) -> io::Result<OwnerScan> {
     let identify =
-        |process: ProcessScan| -> io::Result<(Option<WantedSockets>, Option<Unreadable>)> {
+        |process: ProcessScan| -> io::Result<(Option<OwnedSockets>, Option<Unreadable>)> {
             let Some((pid, mut sockets)) = process.sockets else {
                 return Ok((None, process.unreadable));
             };
-            sockets.retain(|(inode, _)| wanted.contains(inode));
+            sockets.retain(|(inode, _)| inodes.contains(inode));
             if sockets.is_empty() {
                 return Ok((None, process.unreadable));
             }
-            match identify(proc, pid, sockets, wanted, trust) {
+            match identify(proc, pid, sockets, inodes, trust) {
                 Ok((owner, denied)) => {
                     let unreadable = denied.then(|| proc.unreadable(pid)).flatten();
                     Ok((owner, process.unreadable.or(unreadable)))
@@ -162,19 +168,21 @@ pub fn select(
             let process_index = owners.processes.len();
             owners.processes.push(Arc::new(process));
             owners
-                .held
-                .extend(sockets.into_iter().map(|(inode, fd)| Held {
+                .descriptors
+                .extend(sockets.into_iter().map(|(inode, fd)| Descriptor {
                     inode,
                     process: process_index,
                     fd,
                 }));
         }
     }
-    owners.held.par_sort_by_key(|held| held.inode);
+    owners
+        .descriptors
+        .par_sort_by_key(|descriptor| descriptor.inode);
     Ok(owners)
 }
 
-/// Checks which descriptors of closed or closing sockets are still open, and notes it in [`Owner::after`].
+/// Checks which descriptors of closed or closing sockets are still open. Writes the result to [`Owner::after`].
 pub fn recheck(proc: &ProcFs, targets: &mut [Target]) {
     let mut by_process: BTreeMap<ProcessId, Vec<(&mut Owner, u32)>> = BTreeMap::new();
     for target in targets {
@@ -195,13 +203,13 @@ pub fn recheck(proc: &ProcFs, targets: &mut [Target]) {
     });
 }
 
-fn scan_process(proc: &ProcFs, pid: i32, needless: &AtomicBool) -> io::Result<ProcessScan> {
+fn scan_process(proc: &ProcFs, pid: i32, cancelled: &AtomicBool) -> io::Result<ProcessScan> {
     let read = || -> io::Result<ProcessScan> {
-        // These descriptors stay with the process they were opened for: if the number is given to another process,
-        // everything below answers ESRCH.
+        // This directory keeps referring to the same process. If another process gets the pid, every read below fails with
+        // ESRCH.
         let process = File::open(proc.path(&pid.to_string()))?;
         let dir = open_in(process.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
-        let table = read_table(dir.as_fd(), needless)?;
+        let table = read_table(dir.as_fd(), cancelled)?;
         Ok(ProcessScan {
             sockets: (!table.sockets.is_empty()).then_some((pid, table.sockets)),
             unreadable: table.denied.then(|| proc.unreadable(pid)).flatten(),
@@ -217,22 +225,22 @@ fn scan_process(proc: &ProcFs, pid: i32, needless: &AtomicBool) -> io::Result<Pr
     }
 }
 
-/// The process that held `sockets`, with those it holds now as far as the scan is not trusted; and whether a part of its table may
-/// no longer be read.
+/// The process with this pid and its sockets; `None` if it owns none of them any more. As far as `trust` requires it, the
+/// sockets are read again. The second value says whether a part of its table has become unreadable.
 fn identify(
     proc: &ProcFs,
     pid: i32,
     mut sockets: Vec<(u32, RemoteFd)>,
-    wanted: &HashSet<u32>,
+    inodes: &HashSet<u32>,
     trust: Trust,
-) -> io::Result<(Option<WantedSockets>, bool)> {
+) -> io::Result<(Option<OwnedSockets>, bool)> {
     let process = File::open(proc.path(&pid.to_string()))?;
     let dir = open_in(process.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
     let still_open = |&(inode, fd): &(u32, RemoteFd)| {
         fd_state(read_socket_link(dir.as_fd(), fd.0), inode) == FdState::Open
     };
     let checked = match trust {
-        // The first shows whether the number of the process has been given to another.
+        // One socket is enough to detect that another process has the pid by now.
         Trust::TheScan => &sockets[..1],
         Trust::Nothing => &sockets[..],
     };
@@ -241,7 +249,7 @@ fn identify(
         let table = read_table(dir.as_fd(), &AtomicBool::new(false))?;
         denied = table.denied;
         sockets = table.sockets;
-        sockets.retain(|(inode, _)| wanted.contains(inode));
+        sockets.retain(|(inode, _)| inodes.contains(inode));
         if sockets.is_empty() {
             return Ok((None, denied));
         }
@@ -255,7 +263,7 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::symlink;
 
-    /// A proc file system of our own.
+    /// A directory that looks like /proc.
     struct TestProc {
         dir: tempfile::TempDir,
     }
@@ -278,8 +286,8 @@ mod tests {
             }
         }
 
-        fn find(&self, wanted: &[u32]) -> OwnerScan {
-            find(&self.proc(), &wanted.iter().copied().collect()).unwrap()
+        fn find(&self, inodes: &[u32]) -> OwnerScan {
+            find(&self.proc(), &inodes.iter().copied().collect()).unwrap()
         }
 
         fn proc(&self) -> ProcFs {
@@ -301,12 +309,12 @@ mod tests {
         let scan = proc.find(&[42]);
         let comms: Vec<&str> = scan.processes.iter().map(|p| p.comm.as_str()).collect();
         assert_eq!(comms, ["parent", "child"]);
-        let mut held: Vec<_> = scan
+        let mut owners: Vec<_> = scan
             .of(42)
             .map(|owner| (owner.process.id.pid, owner.fd.0))
             .collect();
-        held.sort_unstable();
-        assert_eq!(held, [(7, 3), (8, 3), (8, 9)]);
+        owners.sort_unstable();
+        assert_eq!(owners, [(7, 3), (8, 3), (8, 9)]);
     }
 
     #[test]
@@ -345,44 +353,44 @@ mod tests {
             .collect();
         let fds: Vec<(i32, &str)> = (0..count).zip(targets.iter().map(String::as_str)).collect();
         proc.process(7, "big", &fds);
-        let wanted: Vec<u32> = (100..).take(CHUNK * 3 + 1).collect();
-        assert_eq!(proc.find(&wanted).held.len(), wanted.len());
+        let inodes: Vec<u32> = (100..).take(CHUNK * 3 + 1).collect();
+        assert_eq!(proc.find(&inodes).descriptors.len(), inodes.len());
     }
 
     #[test]
-    fn what_moves_after_the_scan_is_not_its_old_owners() {
+    fn a_socket_that_moves_after_the_scan_is_not_its_old_owners() {
         let proc = TestProc::new();
         proc.process(7, "old", &[(5, "socket:[42]"), (6, "socket:[43]")]);
         proc.process(8, "new", &[(3, "socket:[1]")]);
-        let here = ProcFs::at(proc.dir.path());
-        let wanted = HashSet::from([42, 43]);
-        let scan = || scan(&here, &AtomicBool::new(false)).unwrap();
+        let root = ProcFs::at(proc.dir.path());
+        let inodes = HashSet::from([42, 43]);
+        let scan = || scan(&root, &AtomicBool::new(false)).unwrap();
         let (first, second, third) = (scan(), scan(), scan());
         let moved = proc.dir.path().join("8/fd/4");
         fs::rename(proc.dir.path().join("7/fd/6"), moved).unwrap();
-        let holders = |owners: OwnerScan| [42, 43].map(|inode| owners.of(inode).count());
-        let owners = |scan, trust| select(&here, scan, &wanted, trust).unwrap();
-        assert_eq!(holders(owners(first, Trust::Nothing)), [1, 0]);
+        let counts = |owners: OwnerScan| [42, 43].map(|inode| owners.of(inode).count());
+        let owners = |scan, trust| select(&root, scan, &inodes, trust).unwrap();
+        assert_eq!(counts(owners(first, Trust::Nothing)), [1, 0]);
         assert_eq!(
-            holders(owners(second, Trust::TheScan)),
+            counts(owners(second, Trust::TheScan)),
             [1, 1],
-            "not looked at"
+            "not read again"
         );
-        // The first descriptor is another's: the number of the process may have been given away.
+        // The first descriptor has changed, so another process may have the pid: all descriptors are read again.
         fs::rename(
             proc.dir.path().join("7/fd/5"),
             proc.dir.path().join("7/fd/9"),
         )
         .unwrap();
-        assert_eq!(holders(owners(third, Trust::TheScan)), [1, 0]);
-        assert_eq!(holders(find(&here, &wanted).unwrap()), [1, 1]);
+        assert_eq!(counts(owners(third, Trust::TheScan)), [1, 0]);
+        assert_eq!(counts(find(&root, &inodes).unwrap()), [1, 1]);
     }
 
     #[test]
-    fn a_process_that_vanishes_is_passed_over() {
+    fn a_process_that_vanishes_is_ignored() {
         let proc = TestProc::new();
         proc.process(7, "here", &[(3, "socket:[42]")]);
-        // Listed, but its files are already gone, as for a process that exits while it is read.
+        // It is listed, but its files are gone, as if it had exited while it was read.
         fs::create_dir(proc.dir.path().join("8")).unwrap();
         let scan = proc.find(&[42]);
         assert_eq!(scan.processes.len(), 1);
@@ -390,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_wanted_reads_nothing() {
+    fn without_inodes_nothing_is_read() {
         let nowhere = ProcFs::at("/nonexistent");
         assert!(
             find(&nowhere, &HashSet::new())

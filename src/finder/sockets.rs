@@ -1,4 +1,4 @@
-//! The sockets of one network namespace, as the kernel lists them.
+//! The matched sockets of one network namespace, listed by the kernel.
 
 use std::ops::ControlFlow;
 use std::thread;
@@ -10,16 +10,16 @@ use crate::filter::{self, bytecode};
 use crate::model::{Socket, Target};
 use crate::sock_diag::{DumpError, DumpRequest, Family, SockDiag, SocketMessage};
 
-/// The sockets of a namespace that match by what the kernel says of them.
+/// The sockets of a namespace that match by the kernel's data, without their owners.
 pub(super) struct NetnsScan {
     pub sockets: Vec<Target>,
-    /// Those of the sockets that were never accepted.
+    /// The listeners of the sockets that were never accepted.
     pub listeners: Listeners,
-    /// What of the expression means nothing here; in another namespace it may.
+    /// A name in the expression does not exist in this namespace; it may exist in another.
     pub unresolved: Option<FindError>,
 }
 
-/// Scans the namespace of the calling thread. `alone`: no other thread keeps the processors busy.
+/// Scans the namespace of the calling thread. `alone`: no other thread of cwkill is busy.
 pub(super) fn scan(
     selectors: &Selectors,
     one_of_several: bool,
@@ -59,20 +59,20 @@ pub(super) fn scan(
     })
 }
 
-/// What the beginning of a dump tells.
+/// The number of matching sockets, estimated from the beginning of a dump.
 pub(crate) enum Sample {
-    /// These few are all that match.
+    /// These few sockets are all that match.
     All(Vec<Target>),
-    /// Many match. Two dumps side by side can share the work: each of these selects one half, by the peer ports, which no
-    /// connection changes.
+    /// Many match. Two parallel dumps can share the work: each of these selectors selects one half, by the peer port, which
+    /// never changes during a connection.
     Halves(Box<[Selectors; 2]>),
-    /// Neither is told. What failed fails in a dump as well, which says so.
+    /// The number is unknown. Errors are not returned here: the dump that follows hits the same error and reports it.
     Unknown,
 }
 
-/// Looks at the first sockets of a dump. The kernel lists them in the order of a hash, so any are a fair sample of all.
+/// Reads the first sockets of a dump. The kernel lists sockets in hash order, so the first ones are a fair sample of all.
 pub(crate) fn sample(selectors: &Selectors) -> Sample {
-    /// With so many, half of them is 2 % off the half of all with a probability of 2 in 3.
+    /// With this size the median of the sample splits all sockets to within 2 % of a half, with a probability of 2 in 3.
     const SAMPLE: usize = 512;
     let bytecode = bytecode::bytecode(&selectors.as_expression(), selectors.states());
     let mut sockets = Vec::new();
@@ -85,7 +85,7 @@ pub(crate) fn sample(selectors: &Selectors) -> Sample {
                 false => ControlFlow::Break(()),
             }
         };
-        // A dump that is broken off leaves its socket busy.
+        // The netlink socket of an unfinished dump stays busy, so it is not reused.
         let listed = SockDiag::open().map(|mut diag| diag.stream(&request, keep, part));
         match listed {
             _ if sockets.len() >= SAMPLE => return halves(selectors, &sockets),
@@ -96,14 +96,14 @@ pub(crate) fn sample(selectors: &Selectors) -> Sample {
     Sample::All(sockets)
 }
 
-/// The two halves, split where it splits `some`.
-fn halves(selectors: &Selectors, some: &[Target]) -> Sample {
+/// The two halves, split at the median peer port of `sample`.
+fn halves(selectors: &Selectors, sample: &[Target]) -> Sample {
     if !selectors.peer_ports.is_empty() {
         return Sample::Unknown;
     }
-    let mut ports: Vec<u16> = some
+    let mut ports: Vec<u16> = sample
         .iter()
-        .map(|some| some.socket.tuple.peer.port())
+        .map(|target| target.socket.tuple.peer.port())
         .collect();
     ports.sort_unstable();
     let middle = ports[ports.len() / 2].max(1);
@@ -112,7 +112,7 @@ fn halves(selectors: &Selectors, some: &[Target]) -> Sample {
         ..selectors.clone()
     };
     let lower = half(0..=middle - 1);
-    // Half a dump is only half the work if the kernel leaves out the other half.
+    // A half takes half the time only if the kernel filters by port. Without bytecode it does not.
     match bytecode::bytecode(&lower.as_expression(), lower.states()).is_empty() {
         true => Sample::Unknown,
         false => Sample::Halves(Box::new([lower, half(middle..=u16::MAX)])),
@@ -138,20 +138,20 @@ fn dump_in_halves(
     })
 }
 
-/// The target, if its socket matches as far as the kernel's message tells.
+/// The target, if its socket matches by the kernel's data.
 fn matching(message: &SocketMessage, selectors: &Selectors) -> Option<Target> {
     let socket = Socket::from_message(message);
     selectors.match_socket(&socket).then(|| Target::new(socket))
 }
 
-/// What to ask the kernel for, so that all that `selectors` match is in the answers.
+/// The dump requests whose answers contain every socket that `selectors` match.
 pub(crate) fn requests<'b>(
     selectors: &Selectors,
     bytecode: &'b [u8],
 ) -> impl Iterator<Item = DumpRequest<'b>> {
     let states = selectors.states();
-    // An IPv4 connection can be on an AF_INET6 socket, never the other way round.
-    let without_v4 = selectors.selects_only_ipv6();
+    // An IPv4 connection can be on an AF_INET6 socket, but an IPv6 connection is never on an AF_INET socket.
+    let without_v4 = selectors.wants_only_ipv6();
     let families = Family::ALL.into_iter();
     let families = families.filter(move |family| !(without_v4 && *family == Family::V4));
     families.map(move |family| DumpRequest {
@@ -168,7 +168,7 @@ fn dump(diag: &mut SockDiag, selectors: &Selectors) -> Result<Vec<Target>, DumpE
     for mut request in requests(selectors, &bytecode) {
         let mut keep = |message| matching(&message, selectors);
         let dumped = match diag.dump(&request, &mut keep) {
-            // An old kernel does not know an operation; the predicate does.
+            // An old kernel lacks an operation of the bytecode (EINVAL). `matching` applies the same condition in user space.
             Err(DumpError::Io(error))
                 if error.raw_os_error() == Some(libc::EINVAL) && !bytecode.is_empty() =>
             {

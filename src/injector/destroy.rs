@@ -1,8 +1,8 @@
-//! `destroy`: SOCK_DESTROY. The kernel aborts the socket, sends RST and drops what was queued.
+//! `destroy`: SOCK_DESTROY. The kernel aborts the socket, sends RST and discards queued data.
 //!
-//! The request carries the cookie of the dump. Without it the kernel would look the addresses up afresh, and once the connection
-//! is gone it would find, and close, the listener (net/ipv4/tcp_diag.c, tcp_diag_destroy; net/ipv4/inet_diag.c,
-//! inet_diag_find_one_icsk).
+//! The request contains the cookie from the dump. Without it the kernel would look up the addresses again. If the connection
+//! is gone by then, that lookup finds the listener, and the kernel would close it (net/ipv4/tcp_diag.c, tcp_diag_destroy;
+//! net/ipv4/inet_diag.c, inet_diag_find_one_icsk).
 
 use std::io;
 
@@ -15,14 +15,14 @@ use crate::sock_diag::{DestroyError, DiagId, SockDiag};
 use crate::sys::errno_of;
 use crate::tcp::TcpState;
 
-/// Has the kernel abort sockets. It has a netlink socket of its own, so that nothing of a dump is in its way.
+/// Makes the kernel abort sockets. It has its own netlink socket, so it also works during a dump.
 pub struct Destroy {
     diag: SockDiag,
     /// The kernel has answered that it cannot destroy any socket.
     unsupported: bool,
 }
 
-/// One answer of the kernel for each id, in order.
+/// The kernel's answers, one per id, in the same order.
 type Answers = io::Result<Vec<Result<(), DestroyError>>>;
 
 impl Destroy {
@@ -37,12 +37,12 @@ impl Destroy {
         })
     }
 
-    /// Has `targets` aborted with one answer for many ([`SockDiag::destroy_together`]).
+    /// Aborts `targets`; the kernel acknowledges several requests with one answer ([`SockDiag::destroy_together`]).
     pub fn destroy_together(&mut self, targets: Vec<&mut Target>) {
-        self.order(targets, SockDiag::destroy_together);
+        self.request(targets, SockDiag::destroy_together);
     }
 
-    fn order(
+    fn request(
         &mut self,
         targets: Vec<&mut Target>,
         destroy: impl FnOnce(&mut SockDiag, &[DiagId]) -> Answers,
@@ -61,7 +61,7 @@ impl Destroy {
                     target.record(Method::Destroy, result);
                 }
             }
-            // The netlink socket failed under the whole batch; a part of it may be done.
+            // The netlink socket failed. The kernel may have aborted some of these sockets.
             Err(error) => {
                 for target in targets {
                     let lost = MethodError::AnswerLost(errno_of(&error));
@@ -71,7 +71,7 @@ impl Destroy {
         }
     }
 
-    /// What the kernel's answer means for a socket that was in `state`.
+    /// The meaning of the kernel's answer for a socket that was in `state`.
     fn explain(&mut self, error: DestroyError, state: TcpState) -> MethodError {
         match error {
             // Older kernels can destroy every other state (net/ipv4/tcp.c, tcp_abort).
@@ -102,12 +102,12 @@ impl Executor for Destroy {
     }
 
     fn act(&mut self, targets: Vec<&mut Target>, _: &mut Batch<'_>) {
-        self.order(targets, SockDiag::destroy);
+        self.request(targets, SockDiag::destroy);
     }
 }
 
-/// Whether a socket in this state is one with all its parts; in others it can be a minisocket, a FIN-WAIT-2 orphan for example
-/// (net/ipv4/tcp_minisocks.c, tcp_time_wait).
+/// Whether a socket in this state is surely a full socket. In other states it can be a minisocket, for example an orphan in
+/// FIN-WAIT-2 (net/ipv4/tcp_minisocks.c, tcp_time_wait).
 fn is_surely_full(state: TcpState) -> bool {
     matches!(state, TcpState::CloseWait | TcpState::Established)
 }

@@ -1,6 +1,7 @@
-//! A descriptor of ours for a socket that another process owns.
+//! Duplicates a descriptor that another process has of a socket.
 //!
-//! It is compared with the socket by SO_COOKIE, so a descriptor number that was closed and used again never hits another socket.
+//! cwkill compares SO_COOKIE of the duplicate with the cookie of the target. So it never acts on another socket that has got
+//! the same descriptor number meanwhile.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,19 +13,19 @@ use crate::model::{MethodError, Owner, Privilege, Target};
 use crate::proc::{ProcFs, ProcessId};
 use crate::sys::{self, errno_of};
 
-/// How many processes are kept open at once; the limit of descriptors is 1024 on many hosts.
-const MOST_PIDFDS: usize = 128;
+/// pidfds open at the same time. The limit of open descriptors is 1024 on many hosts.
+const MAX_PIDFDS: usize = 128;
 
-/// Makes duplicates; keeps pidfds of the processes it has reached into.
+/// Makes duplicates, and keeps the pidfds of the owners for reuse.
 pub struct Duplicator {
     proc: ProcFs,
-    /// Whether process numbers of `proc` mean the same to system calls.
+    /// Whether the pids in `proc` are those that system calls use.
     same_pids: bool,
     pidfds: HashMap<ProcessId, OwnedFd>,
 }
 
 impl Duplicator {
-    /// Recognises the owners by their start times in `proc`.
+    /// `proc` is used to identify owners by their start time.
     pub fn new(proc: ProcFs) -> Self {
         Duplicator {
             same_pids: proc.is_of_our_pid_namespace(),
@@ -33,13 +34,13 @@ impl Duplicator {
         }
     }
 
-    /// A descriptor of exactly the socket of `target`, from the first owner that still has one.
+    /// A duplicate for the socket of `target`, from the first owner whose descriptor is still open.
     pub fn socket(&mut self, target: &Target) -> Result<OwnedFd, MethodError> {
         let mut failure = MethodError::DescriptorsGone;
         for owner in &target.owners {
             let socket = match self.duplicate(owner) {
                 Ok(socket) => socket,
-                // This owner closed it or is gone; another may still have it.
+                // This owner has closed it or exited; another may still have it.
                 Err(MethodError::DescriptorsGone) => continue,
                 Err(error) => {
                     failure = error;
@@ -48,7 +49,7 @@ impl Duplicator {
             };
             match sockopt::socket_cookie(&socket) {
                 Ok(cookie) if cookie == target.socket.cookie().0 => return Ok(socket),
-                // The number now belongs to another socket, or to none.
+                // The descriptor is of another socket by now, or of none.
                 Ok(_) | Err(rustix::io::Errno::NOTSOCK) => {}
                 Err(errno) => {
                     let errno = Errno::from_raw(errno.raw_os_error());
@@ -59,7 +60,7 @@ impl Duplicator {
         Err(failure)
     }
 
-    /// A descriptor of ours for what the owner's descriptor refers to now.
+    /// A duplicate of the file that the owner's descriptor refers to now.
     fn duplicate(&mut self, owner: &Owner) -> Result<OwnedFd, MethodError> {
         let pidfd = self.pidfd(owner.process.id)?;
         sys::pidfd_getfd(pidfd.as_fd(), owner.fd).map_err(|error| match errno_of(&error) {
@@ -72,14 +73,14 @@ impl Duplicator {
         })
     }
 
-    /// A pidfd of exactly the process that was seen.
+    /// A pidfd of the process with this pid and start time.
     fn pidfd(&mut self, id: ProcessId) -> Result<&OwnedFd, MethodError> {
         if !self.same_pids {
             return Err(MethodError::OtherPidNamespace);
         }
         if !self.pidfds.contains_key(&id) {
             let pidfd = self.open_pidfd(id)?;
-            if self.pidfds.len() >= MOST_PIDFDS {
+            if self.pidfds.len() >= MAX_PIDFDS {
                 self.pidfds.clear();
             }
             self.pidfds.insert(id, pidfd);
@@ -95,7 +96,7 @@ impl Duplicator {
             }
             errno => MethodError::SystemCall("pidfd_open", errno),
         })?;
-        // Read after the pidfd was opened: the process that was seen still has its number, so the pidfd is of it.
+        // The start time is read after the pidfd was opened. If it is the expected one, the pidfd refers to this process.
         match self.proc.is_alive(id) {
             true => Ok(pidfd),
             false => Err(MethodError::DescriptorsGone),

@@ -1,9 +1,9 @@
-//! Runs the planned methods one after the other, each over all sockets that still need it, and verifies every socket against the
-//! kernel by its cookie.
+//! The engine: runs the planned methods one after the other, each over all sockets that still need it. Then it verifies every
+//! socket with a lookup by cookie.
 //!
-//! Right before an act the socket is looked up again, as many sockets at a time as the method takes ([`Executor::batch_size`]). A
-//! socket that has changed since the plan is left alone. Between that recheck and the act lie some microseconds in which the
-//! application may still write; no method of ours closes this gap.
+//! The engine rechecks the sockets of a batch ([`Executor::batch_size`]) right before the method acts on them. A socket that
+//! has changed since it was planned is left alone. The application may still write in the microseconds between the recheck
+//! and the act. No method can close this gap.
 
 use std::collections::HashSet;
 use std::io;
@@ -23,30 +23,30 @@ use crate::sock_diag::{
 use crate::sys::errno_of;
 use crate::tcp::{StateSet, TcpState};
 
-/// Pauses between lookups of sockets that are about to close.
+/// Pauses between two lookups of sockets that are about to close.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
-/// From this many sockets on, one list of the kernel's tables is cheaper than a lookup of each.
+/// For this number of sockets or more, one list of the kernel's tables is cheaper than a lookup of each.
 const MANY: usize = 2048;
 
-/// A socket as the kernel describes it now.
+/// The current state of a socket.
 pub type Lookup = Result<SocketMessage, LookupError>;
 
-/// The kernel's socket tables, as the engine asks them.
+/// The kernel's socket tables, which tests replace.
 pub trait Observe {
-    /// Looks up each of `ids`; one answer each, in order.
+    /// Looks up each of `ids`. Returns one answer per id, in the same order.
     ///
     /// # Errors
-    /// Only when none of them can be looked up.
+    /// No socket can be looked up at all.
     fn lookup(&mut self, ids: &[DiagId], detail: Detail) -> io::Result<Vec<Lookup>>;
 
     /// Lists the sockets in `states`.
     ///
-    /// A list can lack a socket when others vanish while it is made, so absence from it proves nothing alone.
+    /// The kernel can omit a socket if others vanish while it lists them. So absence from the list alone proves nothing.
     ///
     /// # Errors
-    /// The kernel gives no list.
+    /// The sockets cannot be listed.
     fn list(&mut self, states: StateSet) -> io::Result<HashSet<Cookie>>;
 }
 
@@ -71,22 +71,21 @@ impl Observe for SockDiag {
     }
 }
 
-/// What the engine must keep to.
+/// The limits that the operator and the kernel set to the engine.
 #[derive(Clone, Copy, Debug)]
 pub struct Rules<'a> {
-    /// How long the sockets get to close before the next method.
+    /// The time that sockets get to close before the next method.
     pub grace: Duration,
     /// Whether unsent bytes may be lost.
     pub discard_unsent: bool,
-    /// The operator's selectors.
+    /// A socket that these no longer match is left alone.
     pub selectors: &'a Selectors,
-    /// The running kernel.
     pub kernel: KernelVersion,
 }
 
-/// Runs the plan of each target and gives each its outcome. A target that has one already is left alone.
+/// Runs the plan of each target and gives it an outcome. A target that already has an outcome is left alone.
 ///
-/// `kernel` and `executors` must be of the network namespace of these sockets.
+/// `kernel` and `executors` must belong to the network namespace of these sockets.
 pub fn run(
     targets: &mut [&mut Target],
     executors: &mut [Box<dyn Executor>],
@@ -109,9 +108,9 @@ pub fn run(
     decide(targets, kernel);
 }
 
-/// Verifies targets on which SOCK_DESTROY was used already, and gives each its outcome.
+/// Verifies targets on which SOCK_DESTROY has already been used, and gives each its outcome.
 ///
-/// `kernel` must be of the network namespace of these sockets.
+/// `kernel` must belong to the network namespace of these sockets.
 pub fn verify_destroyed(
     targets: &mut [&mut Target],
     kernel: &mut dyn Observe,
@@ -128,7 +127,7 @@ pub fn verify_destroyed(
     decide(targets, kernel);
 }
 
-/// One method at work: an executor asks the kernel's tables through it.
+/// The context of one method: an executor looks up sockets through it.
 pub struct Batch<'a> {
     method: Method,
     kernel: &'a mut dyn Observe,
@@ -137,7 +136,7 @@ pub struct Batch<'a> {
 }
 
 impl Batch<'_> {
-    /// How long answers may take.
+    /// The time to wait for answers.
     pub fn grace(&self) -> Duration {
         self.rules.grace
     }
@@ -147,13 +146,13 @@ impl Batch<'_> {
         self.control
     }
 
-    /// Looks up the socket of each item now.
+    /// Looks up the socket of each item.
     pub fn lookup<T: AsMut<Target>>(&mut self, items: Vec<T>) -> Vec<(T, Lookup)> {
         lookup(self.kernel, items, Detail::Quiet)
     }
 
-    /// Looks up the socket of each item and returns those that may be acted on: each is still what was planned. The others get
-    /// their outcome, or an attempt that says why. `after_segment`: the executor has sent a segment that may have closed them.
+    /// Looks up the socket of each item, and returns the items whose socket has not changed since the plan. The others get
+    /// their outcome, or an attempt with the reason. `after_segment`: the executor has sent a segment that may have closed them.
     pub fn recheck<T: AsMut<Target>>(&mut self, items: Vec<T>, after_segment: bool) -> Vec<T> {
         let detail = match self.rules.selectors.min_age.is_zero() {
             true => Detail::Basic,
@@ -165,7 +164,7 @@ impl Batch<'_> {
             let target = item.as_mut();
             match now {
                 Err(LookupError::Gone) => {
-                    // The segment made the peer answer RST.
+                    // The peer answered the segment with RST.
                     if after_segment {
                         target.attempt(method, None);
                     }
@@ -187,7 +186,7 @@ impl Batch<'_> {
         eligible
     }
 
-    /// Acts on every target that is planned for the method and still there, then waits for them together.
+    /// Acts on every target that is planned for the method and still exists, then waits for all of them together.
     fn run_method(&mut self, targets: &mut [&mut Target], executor: &mut dyn Executor) {
         let method = self.method;
         let mut planned: Vec<&mut Target> = targets
@@ -208,48 +207,49 @@ impl Batch<'_> {
         self.wait_for(planned);
     }
 
-    /// Waits until the targets whose last act was by this method are closed, at most for the grace.
+    /// Waits until the targets on which this method acted last are closed, at most for the grace.
     fn wait_for(&mut self, targets: Vec<&mut Target>) {
         let method = self.method;
-        let ordered = |target: &&mut Target| {
+        let requested = |target: &&mut Target| {
             let last = target.attempts.last().filter(|last| last.method == method);
             target.outcome.is_none()
                 && last.is_some_and(|last| {
                     matches!(last.error, None | Some(MethodError::AnswerLost(_)))
                 })
         };
-        let ordered: Vec<&mut Target> = targets.into_iter().filter(ordered).collect();
+        let requested: Vec<&mut Target> = targets.into_iter().filter(requested).collect();
         let pending = match method {
-            Method::Destroy if ordered.len() >= MANY => self.not_destroyed(ordered),
-            _ => ordered,
+            Method::Destroy if requested.len() >= MANY => self.not_destroyed(requested),
+            _ => requested,
         };
         self.wait(pending);
     }
 
-    /// Of many sockets that the kernel says it has destroyed, those that one list of its tables does not confirm: they are still
-    /// in it, or were in a state from which more states can follow than it has.
+    /// Verifies many destroyed sockets with one list of the kernel's tables. Returns those that the list does not confirm: they
+    /// are still in it, or were in a state from which a socket can change to states that the list does not contain.
     ///
-    /// The acknowledgement is given after the socket has left the tables (net/ipv4/tcp.c, tcp_abort); the list is the second
-    /// witness, at a tenth of the cost of a lookup of each.
-    fn not_destroyed<'t>(&mut self, ordered: Vec<&'t mut Target>) -> Vec<&'t mut Target> {
-        // Open connections are not listed, which may be many.
+    /// The kernel acknowledges a request after the socket has left the tables (net/ipv4/tcp.c, tcp_abort). The list confirms
+    /// that independently, at a tenth of the cost of one lookup per socket.
+    fn not_destroyed<'t>(&mut self, requested: Vec<&'t mut Target>) -> Vec<&'t mut Target> {
+        // Without ESTABLISHED: there may be many open connections.
         let states = StateSet::from(TcpState::CloseWait).union(TcpState::LastAck.into());
         let Ok(listed) = self.kernel.list(states) else {
-            return ordered;
+            return requested;
         };
         let acknowledged = Attempt {
             method: Method::Destroy,
             error: None,
         };
-        let (confirmed, doubtful): (Vec<_>, Vec<_>) = ordered.into_iter().partition(|target| {
-            target.attempts.last() == Some(&acknowledged)
-                && target.socket.state == TcpState::CloseWait
-                && !listed.contains(&target.socket.cookie())
-        });
+        let (confirmed, unconfirmed): (Vec<_>, Vec<_>) =
+            requested.into_iter().partition(|target| {
+                target.attempts.last() == Some(&acknowledged)
+                    && target.socket.state == TcpState::CloseWait
+                    && !listed.contains(&target.socket.cookie())
+            });
         for target in confirmed {
             target.note_vanished();
         }
-        doubtful
+        unconfirmed
     }
 
     /// Waits until the sockets of `pending` are closed, at most for the grace.
@@ -275,8 +275,8 @@ impl Batch<'_> {
     }
 }
 
-/// Looks up the socket of each item now. Where the kernel cannot be asked, each gets that answer: what was done to the others must
-/// still be reported.
+/// Looks up the socket of each item. If the lookup fails as a whole, each item gets that error, so that earlier attempts are
+/// still reported.
 fn lookup<T: AsMut<Target>>(
     kernel: &mut dyn Observe,
     mut items: Vec<T>,
@@ -300,7 +300,7 @@ fn lookup_failed(errno: Errno) -> MethodError {
     MethodError::SystemCall("sock_diag lookup", errno)
 }
 
-/// Gives every target without an outcome the one that the kernel's tables say.
+/// Gives every target without an outcome the outcome that follows from the kernel's tables.
 fn decide(targets: &mut [&mut Target], kernel: &mut dyn Observe) {
     let open = targets
         .iter_mut()
@@ -329,12 +329,12 @@ fn decide(targets: &mut [&mut Target], kernel: &mut dyn Observe) {
     }
 }
 
-/// The outcome of a target whose socket is still as it was found.
+/// The outcome of a target whose socket is still in the state in which it was found.
 fn unchanged(target: &Target) -> Outcome {
     if target.attempts.is_empty() {
         return Outcome::Skipped(SkipReason::Interrupted);
     }
-    // Unsent bytes alone kept every method from acting.
+    // Skipped only if no method acted, each because of unsent bytes.
     let mut protected = None;
     for attempt in &target.attempts {
         match attempt.error {
@@ -347,8 +347,8 @@ fn unchanged(target: &Target) -> Outcome {
     })
 }
 
-/// Whether the connection is over: TIME-WAIT keeps the address pair, not the socket. For a socket that was in TIME-WAIT to begin
-/// with, nothing has changed.
+/// Whether the connection is over: in TIME-WAIT the kernel keeps the address pair, but not the socket. A socket that was
+/// already found in TIME-WAIT has not changed.
 fn ends_in_time_wait(planned: &Socket, now: &SocketMessage) -> bool {
     now.state == TcpState::TimeWait && planned.state != TcpState::TimeWait
 }
@@ -356,18 +356,18 @@ fn ends_in_time_wait(planned: &Socket, now: &SocketMessage) -> bool {
 enum Check {
     Act,
     Decide(Outcome),
-    /// This method must not be used on it.
+    /// The method must not be used on it.
     Refuse(MethodError),
 }
 
-/// Compares a socket as it is `now` with what was planned for it.
+/// Compares the current state of a socket with the one that was planned for.
 fn check(target: &Target, now: &SocketMessage, method: Method, rules: &Rules<'_>) -> Check {
     let planned = &target.socket;
     let changed = now.state != planned.state;
     if changed && target.acted().is_none() {
         return Check::Decide(Outcome::Gone);
     }
-    // Once our own act has changed the state, the age and the cause are no longer the application's.
+    // If an earlier method has changed the state, the age and the cause no longer describe the application.
     if !changed {
         let fresh = Socket::from_message(now);
         if planned.inode.is_none() && fresh.inode.is_some() {

@@ -1,4 +1,4 @@
-//! The engine against a kernel of our own, in which sockets change while the engine is at work.
+//! The engine with a simulated kernel, in which sockets change while the engine runs.
 
 use std::collections::{HashMap, HashSet};
 use std::mem;
@@ -11,7 +11,7 @@ use super::*;
 use crate::model::{Plan, Privilege};
 use crate::sock_diag::testdata::stuck;
 
-/// A table of sockets, which the executors and the engine share.
+/// A table of sockets, shared by the executors and the engine.
 #[derive(Clone, Default)]
 struct Kernel(Arc<Mutex<HashMap<Cookie, SocketMessage>>>);
 
@@ -41,7 +41,7 @@ impl Observe for Kernel {
 
 type Effect = dyn Fn(&Kernel, u64) -> Result<(), MethodError>;
 
-/// An executor that has the effect that the test wants, and remembers the cookies it acted on.
+/// An executor with the effect that a test defines. It records the cookies of the sockets on which it acts.
 struct Scripted {
     method: Method,
     kernel: Kernel,
@@ -74,7 +74,7 @@ impl Executor for Stopped {
     fn act(&mut self, _: Vec<&mut Target>, _: &mut Batch<'_>) {}
 }
 
-/// A clock that moves only when someone waits.
+/// A clock that moves only during pauses.
 struct Clock {
     start: Instant,
     waited: Mutex<Duration>,
@@ -197,7 +197,7 @@ impl World {
         self.targets.iter().map(|target| target.outcome).collect()
     }
 
-    /// The cookies that an executor acted on, in order.
+    /// The cookies of the sockets on which an executor acted, in order.
     fn acted_on(&self) -> Vec<u64> {
         self.acted_on.lock().unwrap().clone()
     }
@@ -280,7 +280,7 @@ fn without_a_next_method_it_is_closing() {
 
 #[test]
 fn a_socket_that_changed_since_the_plan_is_never_acted_on() {
-    // It closed on its own; its address pair may belong to a new connection by now.
+    // The socket closed without cwkill; a new connection may have its address pair by now.
     let mut world = World::new(1).method(Destroy, close);
     world.kernel.remove(1);
     assert_eq!(world.outcome(), Some(Outcome::Gone));
@@ -292,7 +292,7 @@ fn a_socket_that_changed_since_the_plan_is_never_acted_on() {
     assert_eq!(world.outcome(), Some(Outcome::Gone));
     assert!(world.acted_on().is_empty());
 
-    // A segment arrived: it is younger than asked for.
+    // A segment arrived, so the socket is younger than the minimum age.
     let mut world = World::new(1).method(Destroy, close);
     world.selectors.min_age = Duration::from_secs(60);
     world.kernel.change(1, |socket| {
@@ -322,7 +322,7 @@ fn bytes_written_after_the_plan_are_not_lost() {
     world.kernel.change(1, unsent);
     assert_eq!(world.outcome(), closed(Destroy));
 
-    // Behind a shutdown that the peer does not answer: the FIN alone may be dropped, data may not.
+    // After a shutdown that the peer does not answer, the FIN alone may be discarded, but data may not.
     let mut world = World::new(1)
         .method(Shutdown, |kernel, cookie| {
             to_last_ack(kernel, cookie)?;
@@ -462,7 +462,7 @@ fn a_socket_that_cannot_be_looked_up_is_not_acted_on() {
     assert_eq!(world.outcomes(), [Some(Outcome::Failed)]);
     assert!(world.acted_on().is_empty());
     let error = MethodError::SystemCall("sock_diag lookup", Errno::ENOBUFS);
-    // Before each method, and at the end: no method has acted, so that the last error stands with the first method.
+    // The lookup fails before each method and at the end. No method has acted, so the last error goes to the first method.
     let methods = [Shutdown, Destroy, Shutdown];
     let attempts = methods.map(|method| attempt(method, Some(error.clone())));
     assert_eq!(world.targets[0].attempts, attempts);
@@ -513,7 +513,7 @@ fn bytes_that_forbid_one_method_do_not_hide_the_failure_of_another() {
     assert_eq!(world.outcome(), Some(Outcome::Failed));
 }
 
-/// An executor that takes its time: the sockets change, then it rechecks its targets, then it closes those that are eligible.
+/// A slow executor: the sockets change, then it rechecks its targets, then it closes those that are eligible.
 struct Slow {
     kernel: Kernel,
     change: Box<dyn Fn(&Kernel)>,
@@ -540,7 +540,8 @@ impl Executor for Slow {
     }
 }
 
-/// The cookies of the eligible ones of five sockets of which `change` changes some while the executor is at work, and all outcomes.
+/// Runs a slow executor on five sockets, some of which `change` changes meanwhile. Returns the cookies of those that are still
+/// eligible, and all outcomes.
 fn change_at_work(
     after_segment: bool,
     change: impl Fn(&Kernel) + 'static,
@@ -587,7 +588,7 @@ fn a_socket_that_the_segment_of_an_executor_closes_is_closed_by_its_method() {
 
 #[test]
 fn an_attempt_that_maybe_did_nothing_does_not_lift_the_checks() {
-    // The connection comes to life while the first method waits in vain.
+    // The connection becomes active while the first method waits without success.
     let mut world = World::new(1)
         .method(Shutdown, |kernel, cookie| {
             kernel.change(cookie, |socket| {
@@ -607,7 +608,7 @@ fn an_orphan_made_meanwhile_is_not_left_for_ever() {
         let mut world = World::new(1)
             .method(Shutdown, |kernel, cookie| {
                 to_last_ack(kernel, cookie)?;
-                // And the owner closes its descriptor.
+                // The owner closes its descriptor.
                 kernel.change(cookie, |socket| socket.inode = 0);
                 Ok(())
             })
@@ -678,8 +679,8 @@ impl Observe for Listing {
     }
 }
 
-/// Destroys many sockets, of which 7 stays although it is acknowledged, 8 stays and has no acknowledgement, 9
-/// closes without one, and 10 goes to LAST-ACK. Returns the outcomes, and how often each socket was looked up.
+/// Destroys many sockets. Socket 7 stays although the kernel acknowledges the request, 8 stays without an acknowledgement, 9
+/// closes without one, and 10 goes to LAST-ACK. Returns the outcomes, and the number of lookups of each socket.
 fn destroy_many(fails: bool) -> (Vec<Option<Outcome>>, HashMap<Cookie, usize>) {
     let many = u64::try_from(MANY).unwrap();
     let mut world = World::new(many).method(Destroy, |kernel, cookie| match cookie {
@@ -718,7 +719,7 @@ fn a_list_confirms_many_destroyed_sockets_and_nothing_else() {
                 _ => closed(Destroy),
             };
             assert_eq!(outcome, expected, "{cookie}");
-            // Once before the act; after it only those that the list does not confirm.
+            // Each is looked up once before the act. After it, only those that the list does not confirm are looked up.
             let confirmed = !fails && !(7..=10).contains(&cookie);
             assert_eq!(lookups[&Cookie(cookie)] == 1, confirmed, "{cookie}");
         }

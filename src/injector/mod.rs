@@ -1,7 +1,7 @@
-//! The injector: closes sockets. One file for each method, [`plan`] that chooses among them, the [`engine`] that runs a plan
-//! and verifies it, and the [`workers`] that share the targets of a scan.
+//! The injector: closes sockets. Each method has its own file. [`plan`] chooses among the methods, [`engine`] runs a plan and
+//! verifies the result, and [`workers`] distributes the targets of a scan over threads.
 //!
-//! A new method is a variant of [`Method`], a module with an [`Executor`], and a line in [`executors`].
+//! To add a method: add a variant of [`Method`], a module with an [`Executor`], and a line in [`executors`].
 
 pub mod destroy;
 mod duplicate;
@@ -18,20 +18,19 @@ use crate::model::{Method, Target};
 use crate::proc::ProcFs;
 use engine::Batch;
 
-/// One method at work in one network namespace.
+/// Executes one method in one network namespace.
 pub trait Executor {
-    /// The method.
     fn method(&self) -> Method;
 
-    /// How many sockets it takes at once. Every socket is looked up right before [`Executor::act`], so more sockets mean more time
-    /// between that recheck and the act. A method that gains by more, because it waits for answers, checks again with
-    /// [`Batch::recheck`] before it does what cannot be undone.
+    /// The number of sockets per call of [`Executor::act`]. The engine rechecks all of them before the call, so a larger batch
+    /// means more time between the recheck and the act. A method that needs larger batches, because it waits for answers,
+    /// calls [`Batch::recheck`] again before its irreversible step.
     fn batch_size(&self) -> usize {
         64
     }
 
-    /// Acts on every target, each just rechecked, and records an attempt for each ([`Target::record`]). Success means that
-    /// the kernel took the order, not that the socket is closed. A target that is not reached before Ctrl-C gets no attempt.
+    /// Acts on `targets`, which have just been rechecked, and records an attempt for each ([`Target::record`]). Success means
+    /// that the kernel accepted the request, not that the socket is closed. After Ctrl-C the remaining targets get no attempt.
     fn act(&mut self, targets: Vec<&mut Target>, batch: &mut Batch<'_>);
 }
 

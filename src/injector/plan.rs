@@ -1,28 +1,28 @@
-//! What is to be done to each socket, and why some are left alone. Pure.
+//! Plans the methods for each socket, and says why others are excluded. Pure.
 
 use crate::model::socket::unsent;
 use crate::model::{Exclusion, Method, Plan, Scan, SkipReason, Target};
 use crate::privileges::Privileges;
 
-/// What the operator allows to be done.
+/// What the operator permits.
 #[derive(Clone, Debug)]
 pub struct Policy {
     /// The methods to try, in this order.
     pub methods: Vec<Method>,
-    /// Whether bytes still queued to the peer may be lost.
+    /// Whether unsent bytes may be lost.
     pub discard_unsent: bool,
-    /// The most sockets to act on, the oldest first.
+    /// The maximum number of sockets to act on, the oldest first.
     pub max_kills: Option<usize>,
-    /// Whether a minimum age was asked for, without which an open connection is never closed.
+    /// Whether the operator gave a minimum age. Without one, cwkill never closes an open connection.
     pub idle_only: bool,
 }
 
-/// Plans for every target of `scan` without an outcome. One that has an outcome keeps the plan that led to it.
+/// Plans every target of `scan` that has no outcome yet. A target with an outcome keeps its plan.
 pub fn build(scan: &mut Scan, policy: &Policy, privileges: &Privileges) {
     let mut allowed = policy.max_kills.unwrap_or(usize::MAX);
-    // The oldest come first.
-    let open = |target: &&mut Target| target.outcome.is_none();
-    for target in scan.targets.iter_mut().filter(open) {
+    // The targets are sorted, the oldest first.
+    let undecided = |target: &&mut Target| target.outcome.is_none();
+    for target in scan.targets.iter_mut().filter(undecided) {
         target.plan = plan_one(target, scan.owners_known, policy, privileges);
         if target.plan.skip.is_none() {
             match allowed.checked_sub(1) {
@@ -36,7 +36,7 @@ pub fn build(scan: &mut Scan, policy: &Policy, privileges: &Privileges) {
     }
 }
 
-/// Plans for one target, whatever is planned for others.
+/// The plan for one target, without the limit on the number of targets.
 pub fn plan_one(
     target: &Target,
     owners_known: bool,
@@ -57,7 +57,7 @@ pub fn plan_one(
     plan
 }
 
-/// Why `method` must not be used on `target`, if there is a reason.
+/// The reason, if there is one, why `method` must not be used on `target`.
 fn exclusion(
     method: Method,
     target: &Target,
@@ -210,9 +210,9 @@ mod tests {
         let raw = |method| (method, Exclusion::NotPermitted(Privilege::NetRaw));
         let backlog = plan(never_accepted(), &asked, &USER);
         assert_eq!(backlog.excluded, [raw(Method::Probe), raw(Method::Rst)]);
-        let held = plan(owned(0), &asked, &USER);
-        assert_eq!(held.methods, [Method::Probe]);
-        assert_eq!(held.excluded, [raw(Method::Rst)]);
+        let owned_plan = plan(owned(0), &asked, &USER);
+        assert_eq!(owned_plan.methods, [Method::Probe]);
+        assert_eq!(owned_plan.excluded, [raw(Method::Rst)]);
         let only_raw = Privileges {
             net_raw: true,
             ..USER
@@ -299,8 +299,8 @@ mod tests {
         assert!(refused.methods.is_empty());
         assert!(refused.excluded[0].1.to_string().contains("FIN-WAIT-1"));
         assert!(!plan(orphan(), &policy(), &ROOT).methods.is_empty());
-        let held = plan(in_state(TcpState::FinWait1, false), &policy(), &old);
-        assert!(!held.methods.is_empty());
+        let owned_plan = plan(in_state(TcpState::FinWait1, false), &policy(), &old);
+        assert!(!owned_plan.methods.is_empty());
     }
 
     #[test]

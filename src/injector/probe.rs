@@ -1,12 +1,12 @@
-//! `probe`: asks the peer whether it still knows the connection. A peer that does not answers RST, and
-//! the kernel closes the socket; a peer that does, answers and is left alone.
+//! `probe`: asks the peer whether it still has the connection. If it has not, it answers RST, and the kernel closes the local
+//! socket. If it has, it answers ACK, and the socket is left alone.
 //!
-//! An owned socket asks by itself: keepalive is switched on through a duplicate of its descriptor,
-//! for one probe, and everything is put back. For a socket without an owner the local stack is made to
-//! send an ACK to the peer, and where that alone closes nothing, a keepalive probe is sent in its name.
+//! If the socket has an owner, cwkill turns keepalive on through a duplicate of the descriptor, until the kernel has sent one
+//! probe. Then it restores the socket options. If the socket has no owner, cwkill makes the local stack send an ACK to the
+//! peer. If that does not close the socket, cwkill sends a keepalive probe with the socket's addresses.
 //!
-//! A silent peer is not proven gone. So keepalive never gets to its count: the second probe
-//! would come long after the options are back. Nobody but the peer closes a socket here.
+//! A peer that does not answer may still exist. So keepalive must never close the socket itself: cwkill restores the options
+//! long before the kernel would send a second probe. Only an RST from the peer closes a socket here.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -26,25 +26,25 @@ use crate::sock_diag::{DiagId, LookupError, SocketMessage};
 use crate::sys::{self, errno_of};
 use crate::tcp::{Segment, TcpFlags};
 
-/// Sockets that wait for their peers together, if there are descriptors for as many duplicates.
-const MOST: usize = 4096;
-/// Descriptors for everything else that is open.
+/// Sockets per batch, if the limit of open descriptors permits one duplicate for each.
+const MAX_BATCH: usize = 4096;
+/// Descriptors that are kept free for other files.
 const RESERVED: u64 = 256;
-/// Ladders that may run side by side and share the descriptors of this process.
+/// Workers that may run in parallel and share the descriptors of this process.
 const SHARES: u64 = 16;
-/// The shortest TCP_KEEPIDLE (net/ipv4/tcp.c, tcp_sock_set_keepidle_locked): a socket that heard from
-/// its peer less than this ago asks only when it is over.
+/// The shortest TCP_KEEPIDLE (net/ipv4/tcp.c, tcp_sock_set_keepidle_locked). The kernel sends the probe when this time has
+/// passed since the last segment of the peer.
 const KEEP_IDLE: Duration = Duration::from_secs(1);
 /// The longest TCP_KEEPINTVL and the highest TCP_KEEPCNT (include/net/tcp.h).
 const MAX_KEEP_INTERVAL: i32 = 32767;
 const MAX_KEEP_COUNT: i32 = 127;
-/// What the kernel's milliseconds may be wrong by: two jiffies at 100 Hz.
+/// The error of the kernel's times in milliseconds: two jiffies at 100 Hz.
 const CLOCK_SLACK: Duration = Duration::from_millis(20);
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
-/// Short: an interrupted run puts the options back within it.
+/// Short, because an interrupted run restores the socket options only after the pause.
 const LONGEST_PAUSE: Duration = Duration::from_millis(10);
 
-/// Asks peers whether they still know the connection.
+/// Asks peers whether they still have the connection.
 pub struct Probe {
     duplicator: Duplicator,
     wire: Wire,
@@ -54,12 +54,12 @@ pub struct Probe {
 /// A target that waits for its peer.
 struct Asked<'t> {
     target: &'t mut Target,
-    /// Keepalive on its descriptor, restored when this is dropped.
+    /// Keepalive of an owned socket; the options are restored when this is dropped.
     _keepalive: Option<Keepalive>,
-    /// The socket before the question.
+    /// The socket before the probe.
     before: SocketMessage,
     since: Instant,
-    /// Until when the peer may answer.
+    /// The time until which the peer may answer.
     until: Instant,
 }
 
@@ -70,7 +70,7 @@ impl AsMut<Target> for Asked<'_> {
 }
 
 impl Probe {
-    /// Recognises the owners by their start times in `proc`.
+    /// `proc` is used to identify owners by their start time.
     pub fn new(proc: ProcFs) -> Self {
         Probe {
             duplicator: Duplicator::new(proc),
@@ -79,13 +79,14 @@ impl Probe {
         }
     }
 
-    /// Switches keepalive on, on a descriptor of `target`.
+    /// Turns keepalive on, through a duplicate of a descriptor of `target`.
     fn ask_by_keepalive(&mut self, target: &Target) -> Result<Keepalive, MethodError> {
         let socket = self.duplicator.socket(target)?;
         Keepalive::start(socket).map_err(|error| keepalive_error(errno_of(&error)))
     }
 
-    /// Makes the local stack ask the peers of `unowned`, and asks in its name. Returns those that wait for an answer.
+    /// Makes the local stack send ACKs to the peers of `unowned`, and sends keepalive probes. Returns the targets that wait for
+    /// an answer.
     fn ask_by_segments<'t>(
         &mut self,
         unowned: Vec<Asked<'t>>,
@@ -103,7 +104,7 @@ impl Probe {
                 .and_then(|answers| rst::numbers(answers.of(&id.tuple())));
             match numbers {
                 Ok(numbers) => {
-                    // Without numbers the ACK may have been sent and not seen; the peer's answer tells.
+                    // Without numbers no ACK was captured, but the stack may have sent one. The peer's answer will show it.
                     let probe = |numbers| keepalive_probe(&id, numbers, asked.before.send_q);
                     probes.extend(numbers.map(probe));
                     waiting.push(asked);
@@ -180,7 +181,7 @@ impl Executor for Probe {
     }
 }
 
-/// Watches the sockets of `asked` until each is gone, has heard from its peer, or has waited long enough, and records its attempt.
+/// Waits for each of `asked` until the socket is gone, the peer has answered, or the time is over. Records the attempts.
 fn await_answers(mut asked: Vec<Asked<'_>>, batch: &mut Batch<'_>) {
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     loop {
@@ -208,10 +209,10 @@ fn await_answers(mut asked: Vec<Asked<'_>>, batch: &mut Batch<'_>) {
     }
 }
 
-/// Whether an acceptable segment of the peer has arrived since the question.
+/// Whether an acceptable segment of the peer has arrived since the probe.
 ///
-/// Only one that passes tcp_ack sets the clock back (net/ipv4/tcp_input.c, `rcv_tstamp`): the segment
-/// that we spoof to draw an ACK does not.
+/// Only a segment that passes tcp_ack resets the time (net/ipv4/tcp_input.c, `rcv_tstamp`). The segment that cwkill spoofs to
+/// elicit an ACK does not pass it.
 fn has_answered(asked: &Asked<'_>, after: &SocketMessage, now: Instant) -> bool {
     let (Some(before), Some(after)) = (asked.before.quiet, after.quiet) else {
         return false;
@@ -221,15 +222,15 @@ fn has_answered(asked: &Asked<'_>, after: &SocketMessage, now: Instant) -> bool 
         || after.last_ack_recv + CLOCK_SLACK < before.last_ack_recv + passed
 }
 
-/// A segment like the kernel's own keepalive probe: of a byte that the peer has acknowledged long
-/// ago, so that it must answer (RFC 9293 §3.8.4; net/ipv4/tcp_output.c, tcp_xmit_probe_skb).
+/// A segment like the kernel's own keepalive probe. Its sequence number is one that the peer has already acknowledged, so the
+/// peer must answer (RFC 9293 §3.8.4; net/ipv4/tcp_output.c, tcp_xmit_probe_skb).
 fn keepalive_probe(id: &DiagId, numbers: Numbers, send_q: u32) -> Outgoing {
     let tuple = id.tuple();
     Outgoing {
         segment: Segment {
             from: tuple.local,
             to: tuple.peer,
-            // At most snd_una - 1, whatever part of send_q has been sent.
+            // At most snd_una - 1, regardless of the part of send_q that has been sent.
             seq: numbers.snd_nxt.minus(send_q).minus(1),
             ack: numbers.rcv_nxt,
             flags: TcpFlags::ACK,
@@ -239,10 +240,10 @@ fn keepalive_probe(id: &DiagId, numbers: Numbers, send_q: u32) -> Outgoing {
     }
 }
 
-/// The options of keepalive and the values an owner had given them.
+/// The keepalive options of a socket, with the values to restore.
 struct Keepalive {
     socket: OwnedFd,
-    /// Level, name and former value, in the order they are put back.
+    /// Level, name and former value, in the order in which they are restored.
     former: [(i32, i32, i32); 4],
 }
 
@@ -252,10 +253,10 @@ impl Keepalive {
     const INTERVAL: (i32, i32) = (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL);
     const IDLE: (i32, i32) = (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE);
 
-    /// Makes the kernel send one probe, at once if the socket has been idle for [`KEEP_IDLE`].
+    /// Makes the kernel send one probe. It sends it at once if the socket has been idle for [`KEEP_IDLE`].
     ///
-    /// A socket with unacknowledged data sends none (net/ipv4/tcp_timer.c, tcp_keepalive_timer): its
-    /// retransmissions ask the peer already.
+    /// For a socket with unacknowledged data the kernel sends no probe (net/ipv4/tcp_timer.c, tcp_keepalive_timer). Its
+    /// retransmissions have the same effect.
     fn start(socket: OwnedFd) -> std::io::Result<Self> {
         let former = |(level, name)| {
             let value = sys::socket_option(socket.as_fd(), level, name)?;
@@ -267,8 +268,8 @@ impl Keepalive {
             former(Self::INTERVAL)?,
             former(Self::IDLE)?,
         ];
-        // A value that follows a large sysctl can be read and not be set (net/ipv4/tcp.c,
-        // do_tcp_setsockopt): then it could not be put back either.
+        // A value that comes from a large sysctl can be read but not set (net/ipv4/tcp.c, do_tcp_setsockopt). cwkill could
+        // not restore it.
         for (_, name, value) in former {
             let most = match name {
                 libc::TCP_KEEPIDLE | libc::TCP_KEEPINTVL => MAX_KEEP_INTERVAL,
@@ -283,11 +284,12 @@ impl Keepalive {
         let set = |(level, name), value| {
             sys::set_socket_option(keepalive.socket.as_fd(), level, name, value)
         };
-        // A silent peer must not be given up: neither by the count nor, on the second expiry, by
-        // TCP_USER_TIMEOUT.
+        // The kernel must not close the socket if the peer is silent: neither because of the count of probes nor, when the
+        // timer expires again, because of TCP_USER_TIMEOUT.
         set(Self::COUNT, MAX_KEEP_COUNT)?;
         set(Self::INTERVAL, MAX_KEEP_INTERVAL)?;
-        // On first, idle last: only setting the idle time counts from when the socket fell silent.
+        // SO_KEEPALIVE first and TCP_KEEPIDLE last: only setting TCP_KEEPIDLE makes the kernel count the time for which the
+        // socket has already been idle.
         set(Self::ON, 1)?;
         set(Self::IDLE, 1)?;
         Ok(keepalive)
@@ -297,8 +299,8 @@ impl Keepalive {
 impl Drop for Keepalive {
     fn drop(&mut self) {
         for (level, name, value) in self.former {
-            // A socket that has been closed meanwhile takes them as well.
-            // It could be set before, and start() has seen that the value is within the limits.
+            // This cannot fail: a closed socket accepts the options as well, they could be set before, and `start` has
+            // checked the limits.
             let _ = sys::set_socket_option(self.socket.as_fd(), level, name, value);
         }
     }
@@ -314,17 +316,19 @@ fn keepalive_error(errno: Errno) -> MethodError {
     }
 }
 
-/// How many duplicates may be open at once; takes what the hard limit allows.
+/// The number of duplicates that one worker may keep open. Raises the soft limit of open descriptors as far as needed.
 fn batch_size() -> usize {
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
         return 1;
     };
-    let most = u64::try_from(MOST).unwrap_or(u64::MAX);
-    let wanted = (most * SHARES + RESERVED).min(hard).max(soft);
-    let limit = match setrlimit(Resource::RLIMIT_NOFILE, wanted, hard) {
-        Ok(()) => wanted,
+    let max_batch = u64::try_from(MAX_BATCH).unwrap_or(u64::MAX);
+    let needed = (max_batch * SHARES + RESERVED).min(hard).max(soft);
+    let limit = match setrlimit(Resource::RLIMIT_NOFILE, needed, hard) {
+        Ok(()) => needed,
         Err(_) => soft,
     };
     let share = limit.saturating_sub(RESERVED) / SHARES;
-    usize::try_from(share).unwrap_or(MOST).clamp(1, MOST)
+    usize::try_from(share)
+        .unwrap_or(MAX_BATCH)
+        .clamp(1, MAX_BATCH)
 }

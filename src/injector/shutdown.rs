@@ -1,7 +1,7 @@
-//! `shutdown`: shutdown(2) on a duplicate of an owner's descriptor. FIN goes out after all queued data, the peer ends cleanly,
-//! nothing is lost.
+//! `shutdown`: shutdown(2) on a duplicate of an owner's descriptor. The kernel sends FIN after all queued data, so nothing is
+//! lost, and the peer sees an orderly close.
 //!
-//! SO_LINGER is never touched: it would outlive us and turn the owner's own close() into an abort.
+//! cwkill never sets SO_LINGER: the option would stay set, and the owner's own close(2) would then abort the connection.
 
 use std::os::fd::AsRawFd;
 
@@ -20,7 +20,7 @@ pub struct Shutdown {
 }
 
 impl Shutdown {
-    /// Recognises the owners by their start times in `proc`.
+    /// `proc` is used to identify owners by their start time.
     pub fn new(proc: ProcFs) -> Self {
         Shutdown {
             duplicator: Duplicator::new(proc),
@@ -31,7 +31,7 @@ impl Shutdown {
         let socket = self.duplicator.socket(target)?;
         match shutdown(socket.as_raw_fd(), How::Both) {
             Ok(()) => Ok(()),
-            // It left the connected states since it was checked.
+            // The socket is no longer connected.
             Err(Errno::ENOTCONN) => Err(MethodError::Gone),
             Err(errno) => Err(MethodError::SystemCall("shutdown", errno)),
         }

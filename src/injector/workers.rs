@@ -1,4 +1,4 @@
-//! Closes the targets of a scan: the namespaces, and the parts of a large one, side by side.
+//! Closes the targets of a scan in parallel: each network namespace has a worker, and a large one has several.
 
 use std::collections::HashMap;
 use std::io;
@@ -14,12 +14,12 @@ use crate::proc::netns::Netns;
 use crate::sock_diag::SockDiag;
 use crate::sys::errno_of;
 
-/// Sockets of one namespace that are worth a second worker.
+/// A namespace with more sockets than this gets a second worker.
 const SOCKETS_PER_WORKER: usize = 2048;
-/// Workers at the same time: enough to wait for many namespaces together.
+/// Workers at the same time. Most of them only wait, so there may be more than processors.
 const WORKERS_AT_ONCE: usize = 16;
 
-/// Runs the plan of every target without an outcome, and gives each its outcome.
+/// Runs the plan of every target that has no outcome yet, and gives it an outcome.
 pub fn close(
     scan: &mut Scan,
     methods: &[Method],
@@ -59,8 +59,8 @@ pub fn close(
     }
 }
 
-/// Does `work` on each share of `targets`, several at the same time, and returns the results. The work of a share that ends in a
-/// panic has none, and its targets fail; the other shares go on.
+/// Runs `work` on each share of `targets`, [`WORKERS_AT_ONCE`] at the same time, and returns the results. If a worker panics, its
+/// targets fail, and its result is missing. The other workers go on.
 fn share_out<T: Send>(
     targets: &mut [Target],
     work: impl Fn(usize, Vec<&mut Target>) -> T + Sync,
@@ -76,8 +76,8 @@ fn share_out<T: Send>(
     results
 }
 
-/// The targets without an outcome that one worker takes: those of one namespace, and of a large one an equal share for each
-/// processor.
+/// The targets without an outcome, as one share per worker, with the index of their namespace. A large namespace is split into
+/// one share per processor.
 fn shares(targets: &mut [Target]) -> Vec<(usize, Vec<&mut Target>)> {
     let mut by_netns: HashMap<usize, Vec<&mut Target>> = HashMap::new();
     for target in targets.iter_mut().filter(|target| target.outcome.is_none()) {
@@ -97,7 +97,8 @@ fn shares(targets: &mut [Target]) -> Vec<(usize, Vec<&mut Target>)> {
     shares
 }
 
-/// How many connections wait for accept() at each listening socket, by inode, if any of `targets` was closed in a backlog.
+/// The number of connections that wait for accept(2) at each listening socket, by inode. Empty if none of `targets` was
+/// closed in a backlog.
 fn waiting_by_inode(targets: &[&mut Target], diag: &mut SockDiag) -> HashMap<u32, u32> {
     match targets.iter().any(|target| target.was_closed_in_backlog()) {
         true => Listeners::read(diag).map_or_else(|_| HashMap::new(), |l| l.waiting_by_inode()),

@@ -9,15 +9,15 @@ use crate::model::InUse;
 /// The evidence from one process.
 #[derive(Clone, Debug, Default)]
 pub struct Evidence {
-    /// The descriptors that the system calls of its threads are on.
+    /// The system calls of its threads, with the descriptors that they are on.
     pub syscalls: Vec<SyscallUse>,
     pub epolls: Vec<Epoll>,
     pub io_urings: Vec<IoUring>,
-    /// The name of a kernel thread that works for an io_uring, which may have lost its last descriptor.
+    /// The name of a kernel thread that works for an io_uring. All descriptors of that io_uring may be closed.
     pub io_uring_worker: Option<String>,
     /// The name of a thread that runs finalizers.
     pub finalizer: Option<String>,
-    /// A thread that waits in the middle of a transfer, and the number of its system call.
+    /// A thread that waits in the middle of a transfer: its tid and the number of its system call.
     pub transfer: Option<(i32, i64)>,
 }
 
@@ -45,7 +45,8 @@ impl Evidence {
         if let Some(ring) = self.io_urings.iter().find(|ring| ring.in_flight) {
             return Some(InUse::IoUringInFlight(ring.fd));
         }
-        // The kernel lists only the polls among the requests in flight: no timeouts, no links, nothing that a worker has.
+        // Of the requests in flight the kernel lists only the polls. Timeouts, linked requests and requests of workers are
+        // missing.
         if let Some(ring) = self.io_urings.first() {
             return Some(InUse::IoUringOpen(ring.fd));
         }
@@ -60,7 +61,7 @@ impl Evidence {
     }
 }
 
-/// Whether a socket with this age has not been quiet for `min_age`.
+/// The reason against closing a socket that has been quiet for `age`, if that is less than `min_age` or unknown.
 pub fn too_young(age: Option<Duration>, min_age: Duration) -> Option<InUse> {
     match age {
         _ if min_age.is_zero() => None,
@@ -75,15 +76,15 @@ pub fn too_young(age: Option<Duration>, min_age: Duration) -> Option<InUse> {
 pub struct Epoll {
     /// Its descriptor.
     pub fd: i32,
-    /// The inodes of its members. A member stays in the set even if the number it was added by has been closed.
+    /// The inodes of its members. A member stays in the set even if the descriptor that added it has been closed.
     pub inodes: HashSet<u64>,
-    /// The numbers by which members were added, if the kernel does not show their inodes (before 5.2).
+    /// The descriptors that added the members, if the kernel does not show inodes (before Linux 5.2).
     pub fds: HashSet<i32>,
 }
 
 impl Epoll {
-    /// Parses /proc/PID/fdinfo of an epoll set. Its members are lines `tfd: 7 events: 19 data: 7 pos:0 ino:2a sdev:9`; on
-    /// older kernels they end after the data. Source: fs/eventpoll.c, ep_show_fdinfo.
+    /// Parses /proc/PID/fdinfo of an epoll set. Each member is a line `tfd: 7 events: 19 data: 7 pos:0 ino:2a sdev:9`. On
+    /// older kernels the line ends after `data`. Source: fs/eventpoll.c, ep_show_fdinfo.
     pub fn parse(fd: i32, fdinfo: &str) -> Self {
         let mut epoll = Epoll {
             fd,
@@ -115,8 +116,8 @@ pub struct IoUring {
 }
 
 impl IoUring {
-    /// Parses /proc/PID/fdinfo of an io_uring: registered sockets are lines `    0: socket:[42]` below `UserFiles:`, and
-    /// requests in flight are lines below `PollList:`. Source: io_uring/fdinfo.c, __io_uring_show_fdinfo.
+    /// Parses /proc/PID/fdinfo of an io_uring. Each registered socket is a line `    0: socket:[42]` below `UserFiles:`, and
+    /// each request in flight is a line below `PollList:`. Source: io_uring/fdinfo.c, __io_uring_show_fdinfo.
     pub fn parse(fd: i32, fdinfo: &str) -> Self {
         let mut ring = IoUring {
             fd,
@@ -144,8 +145,8 @@ impl IoUring {
     }
 }
 
-/// Whether a thread with this name belongs to a runtime whose collector closes descriptors: HotSpot, OpenJ9, Mono or
-/// .NET. The kernel keeps 15 bytes of a name. Go has no such thread, but it has an epoll set.
+/// Whether a thread with this name belongs to a runtime whose garbage collector closes descriptors: HotSpot, OpenJ9, Mono or
+/// .NET. The kernel keeps only 15 bytes of a name. Go has no thread of this kind, but it has an epoll set.
 pub fn runs_finalizers(name: &str) -> bool {
     const NAMES: [&str; 3] = ["VM Thread", "Common-Cleaner", "Reference Handl"];
     NAMES.contains(&name) || name.contains("Finalizer") || name.starts_with(".NET ")

@@ -1,7 +1,8 @@
-//! Inspecting an owner from outside: its descriptors, threads and system calls, and who shares its descriptor table.
+//! Inspecting an owner from outside: its descriptors, threads and system calls, and which processes share its descriptor table.
 //!
-//! Of `/proc/PID` cwkill reads only `auxv`, `fd`, `fdinfo`, `status` and `task`, none of which waits for the owner's memory.
-//! `cmdline` may wait; cwkill reads it only for a process that could share the descriptor table and may not be compared.
+//! Of `/proc/PID` cwkill reads only `auxv`, `fd`, `fdinfo`, `status` and `task`, which never wait for the memory of the owner.
+//! A read of `cmdline` may wait. cwkill reads it only if kcmp(2) may not compare a process that could share the descriptor
+//! table.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -25,7 +26,7 @@ use crate::proc::{ProcFs, Process, fds, is_gone};
 use crate::sys::errno_of;
 use crate::sys::{self, RemoteFd};
 
-/// Attempts to inspect an owner whose /proc entries are incomplete for a moment.
+/// Attempts to inspect an owner while its /proc entries are incomplete.
 const MAX_ATTEMPTS: u32 = 5;
 
 /// An owner as cwkill saw it before stopping it.
@@ -42,7 +43,7 @@ pub struct Inspection<'p> {
 }
 
 impl<'p> Inspection<'p> {
-    /// Inspects the owner. `rules.force` leaves out the evidence of use.
+    /// Inspects the owner. With `rules.force` no evidence of use is collected.
     pub fn of(
         proc: &'p ProcFs,
         process: &Process,
@@ -51,7 +52,7 @@ impl<'p> Inspection<'p> {
         retry_during_exec(proc, process, || Self::once(proc, process, rules))
     }
 
-    /// The evidence from the system calls of the owner's threads, without the rest of an inspection.
+    /// Collects only the evidence from the system calls of the owner's threads.
     pub fn syscalls_only(proc: &ProcFs, process: &Process) -> Result<Evidence, OwnerError> {
         retry_during_exec(proc, process, || {
             let process = InspectedProcess::open(proc, process)?;
@@ -113,22 +114,21 @@ impl<'p> Inspection<'p> {
         self.evidence.transfer.is_some()
     }
 
-    /// Collects the evidence again, now that the owner stands still. Of what was inspected before, only what can have
-    /// changed is inspected again.
+    /// Collects the evidence again while the owner is stopped. Inspects only those parts again that can have changed.
     pub fn repeat(
         &self,
         stopped: &StoppedProcess,
         rules: &ReclaimRules,
     ) -> Result<Evidence, OwnerError> {
         let process = &self.process;
-        // If the first thread has exited, the table appears to be empty.
+        // If the first thread has exited, the descriptor table appears to be empty.
         process.ensure_leader()?;
         // Only the owner's threads could create another process that shares its table, and they are stopped now.
         let processes: HashSet<i32> = process.proc.pids()?.into_iter().collect();
         let is_over = || stopped.elapsed() >= rules.stop_limit;
         let new = processes.difference(&self.processes);
         process.ensure_not_shared(new, &is_over, rules)?;
-        // The finalizers do not change. A transfer that began after the inspection has been ended by the stop already.
+        // The finalizers do not change. If a transfer began after the inspection, the stop has already ended it.
         let mut evidence = Evidence::default();
         if !rules.force {
             let mut fds = process.fd_numbers()?;
@@ -155,8 +155,8 @@ fn uses_by_stopped(threads: &[Thread], table_size: u32) -> Vec<SyscallUse> {
     threads.iter().filter_map(one).collect()
 }
 
-/// Inspects an owner. An exec by another thread takes the table and the memory of the first thread away for a moment;
-/// then this inspects again.
+/// Inspects an owner. While another thread than the first executes a program, /proc shows neither a descriptor table nor
+/// memory for a moment; then this inspects again.
 fn retry_during_exec<T>(
     proc: &ProcFs,
     process: &Process,
@@ -190,7 +190,7 @@ pub struct InspectedProcess<'p> {
     fd_dir: File,
 }
 
-/// A descriptor that can lead to others.
+/// A descriptor through which the owner may use other descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SpecialFd {
     Epoll(i32),
@@ -198,7 +198,10 @@ pub enum SpecialFd {
 }
 
 impl<'p> InspectedProcess<'p> {
-    /// Opens `process`; ESRCH if its pid belongs to another process by now.
+    /// Opens `process`.
+    ///
+    /// # Errors
+    /// ESRCH: another process has the pid by now.
     fn open(proc: &'p ProcFs, process: &Process) -> Result<Self, Errno> {
         let pidfd = dead::open_pidfd(proc, process)?;
         let fd_dir = File::open(proc.path(&format!("{}/fd", process.id.pid)));
@@ -211,7 +214,6 @@ impl<'p> InspectedProcess<'p> {
         })
     }
 
-    /// The /proc in which it was found.
     pub fn proc(&self) -> &'p ProcFs {
         self.proc
     }
@@ -237,7 +239,7 @@ impl<'p> InspectedProcess<'p> {
         link.is_err_and(|error| is_gone(&error))
     }
 
-    /// The number of slots in the owner's descriptor table, which only grows; the maximum if cwkill cannot read it.
+    /// The number of slots in the owner's descriptor table. It only grows. [`u32::MAX`] if cwkill cannot read it.
     fn table_size(&self) -> u32 {
         let status = self.read_text("status");
         let size = status
@@ -249,7 +251,7 @@ impl<'p> InspectedProcess<'p> {
 
     /// The numbers of the owner's descriptors.
     fn fd_numbers(&self) -> io::Result<Vec<i32>> {
-        // Opened again: reading goes on where the last reader of an open directory stopped.
+        // Opened again, because reading an open directory continues after the last entry that was read.
         let dir = File::open(self.proc.path(&format!("{}/fd", self.pid)))?;
         fds::list_fds(dir.as_fd())
     }
@@ -287,8 +289,8 @@ impl<'p> InspectedProcess<'p> {
         Ok((epolls, io_urings))
     }
 
-    /// The system calls in which threads of the owner sleep, with the thread of each. A thread that runs is in a call
-    /// only briefly.
+    /// The system calls in which threads of the owner sleep, each with the tid. /proc does not show the call of a running
+    /// thread, which lasts only a short time.
     fn syscalls(&self) -> io::Result<Vec<(i32, Syscall)>> {
         let mut calls = Vec::new();
         for entry in fs::read_dir(self.proc.path(&format!("{}/task", self.pid)))? {
@@ -313,8 +315,8 @@ impl<'p> InspectedProcess<'p> {
         calls.iter().map(one).collect()
     }
 
-    /// The first thread that waits in the middle of a transfer, and the number of its call. A sleep that no signal ends, such as
-    /// most sleeps for a disk, does not count: a stop waits for its end.
+    /// The first thread that waits in the middle of a transfer: its tid and the number of its call. A sleep that signals do not
+    /// interrupt, like most sleeps for a disk, does not count: a stop waits for its end.
     fn transfer(&self, calls: &[(i32, Syscall)]) -> Option<(i32, i64)> {
         let is_interruptible = |tid: i32| {
             let stat = self.read_text(&format!("task/{tid}/stat"));
@@ -328,7 +330,6 @@ impl<'p> InspectedProcess<'p> {
         found.map(|(tid, call)| (*tid, call.number))
     }
 
-    /// The name of a thread that runs finalizers.
     fn finalizer(&self) -> Option<String> {
         self.thread_name(&runs_finalizers)
     }
@@ -364,12 +365,12 @@ impl<'p> InspectedProcess<'p> {
         Ok(tids)
     }
 
-    /// Whether the owner still runs, whatever program it executes.
+    /// Whether the owner still runs; it may have executed another program.
     pub fn is_running(&self) -> bool {
         is_running(self.proc, self.pid, self.start_time)
     }
 
-    /// Fails if the first thread has exited and others have not: /proc then does not show the descriptor table.
+    /// Fails if the first thread has exited while others still run. /proc then does not show the descriptor table.
     fn ensure_leader(&self) -> Result<(), OwnerError> {
         match leader_exited(&self.read_text("status")?) {
             true => Err(ReclaimReason::LeaderExited.into()),
@@ -392,9 +393,9 @@ impl<'p> InspectedProcess<'p> {
         tasks.into_iter().find_map(tracer)
     }
 
-    /// Fails if one of `processes` shares the owner's descriptor table, or may share it, and is not the owner itself
-    /// (clone(2) with CLONE_FILES and without CLONE_THREAD): cwkill would not stop that process. `is_over` says whether the stop
-    /// limit is reached, since an answer can wait for an exec of the other process (kernel/kcmp.c, exec_update_lock).
+    /// Fails if another process among `processes` shares the owner's descriptor table or may share it (clone(2) with
+    /// CLONE_FILES and without CLONE_THREAD), because cwkill would not stop that process. `is_over` says whether the stop limit
+    /// is reached: kcmp(2) can wait for an exec of the other process (kernel/kcmp.c, exec_update_lock).
     fn ensure_not_shared<'a>(
         &self,
         processes: impl IntoIterator<Item = &'a i32>,
@@ -409,7 +410,7 @@ impl<'p> InspectedProcess<'p> {
                 Ok(false) => continue,
                 Ok(true) => ReclaimReason::SharedTable(other),
                 Err(error) => match errno_of(&error) {
-                    // The other process has exited, or the owner has, which is detected later.
+                    // The other process has exited, or the owner has; a later step detects that.
                     Errno::ESRCH => continue,
                     Errno::EPERM if !self.could_share(other) => continue,
                     errno => {
@@ -425,10 +426,10 @@ impl<'p> InspectedProcess<'p> {
         Ok(())
     }
 
-    /// Whether process `other`, which kcmp(2) may not compare, could share the owner's descriptor table. Then both tables have
-    /// the same size and the same number of open descriptors, and both processes were started with the same command line: an
-    /// exec unshares the table (execve(2)), so processes that share one run the same program. Their users may differ, because
-    /// setuid(2) keeps the table. A file that cwkill cannot read counts as equal.
+    /// Whether process `other`, which kcmp(2) may not compare, could share the owner's descriptor table. If it does, both
+    /// processes have the same table size, the same number of open descriptors and the same command line. execve(2) unshares
+    /// the table, so processes that share one run the same program. Their users may differ, because setuid(2) keeps the
+    /// table. A file that cwkill cannot read counts as equal.
     fn could_share(&self, other: i32) -> bool {
         let of_both = |name: &str| -> io::Result<(Vec<u8>, Vec<u8>)> {
             let file = |pid: i32| fs::read(self.proc.path(&format!("{pid}/{name}")));
@@ -440,7 +441,7 @@ impl<'p> InspectedProcess<'p> {
             if !could_share(&text(&owner), &text(&others)) || self.has_other_fd_count(other)? {
                 return Ok(false);
             }
-            // Last and for few processes: it is read from the memory of the process, which may block.
+            // Read last and for few processes only: the kernel reads it from the memory of the process, which may block.
             let (owner, others) = of_both("cmdline")?;
             Ok(owner == others)
         };
@@ -450,8 +451,8 @@ impl<'p> InspectedProcess<'p> {
         }
     }
 
-    /// Whether the other process has another number of open descriptors than the owner in two checks, while the owner's does not
-    /// change. Every process may read this number since Linux 6.2 (fs/proc/fd.c, proc_fd_getattr).
+    /// Whether both processes have different numbers of open descriptors, in two checks during which the owner's number does not
+    /// change. Since Linux 6.2 every process may read this number (fs/proc/fd.c, proc_fd_getattr).
     fn has_other_fd_count(&self, other: i32) -> io::Result<bool> {
         let count = |pid: i32| {
             let fds = fs::metadata(self.proc.path(&format!("{pid}/fd")));
@@ -459,7 +460,7 @@ impl<'p> InspectedProcess<'p> {
         };
         for _ in 0..2 {
             let (before, others, after) = (count(self.pid)?, count(other)?, count(self.pid)?);
-            // The owner has descriptors, so 0 comes from an older kernel.
+            // The owner has descriptors, so the number is 0 only on an older kernel.
             if before == 0 || before != after || others == before {
                 return Ok(false);
             }
@@ -468,7 +469,7 @@ impl<'p> InspectedProcess<'p> {
     }
 }
 
-/// Whether a process exists that has or may have descriptors.
+/// Whether the process still exists and may have descriptors.
 fn is_running(proc: &ProcFs, pid: i32, start_time: u64) -> bool {
     let status = read_text(proc.path(&format!("{pid}/status")));
     let has_ended = |status: String| {
@@ -485,9 +486,10 @@ fn leader_exited(status: &str) -> bool {
     is_zombie && status_field(status, "Threads:").is_some_and(|threads| threads > 1)
 }
 
-/// Whether an auxiliary vector is that of a 32-bit program. The vector is pairs of words as wide as the program's: an
-/// identifier, which is small, and a value, of which the first is an address or a set of bits. Source: fs/binfmt_elf.c,
-/// create_elf_tables; arch/x86/include/asm/elf.h, ARCH_DLINFO.
+/// Whether this is the auxiliary vector of a 32-bit program. The vector consists of pairs of words, each 32 or 64 bits wide
+/// like the program: a small identifier and a value. Read as 64-bit words, a pair of 32-bit words is a large identifier,
+/// because the first value is an address or a set of bits. Source: fs/binfmt_elf.c, create_elf_tables;
+/// arch/x86/include/asm/elf.h, ARCH_DLINFO.
 fn is_32bit(auxv: &[u8]) -> bool {
     let identifier = |pair: &[u8]| pair.first_chunk().map(|word| u64::from_ne_bytes(*word));
     let mut identifiers = auxv.chunks(16).filter_map(identifier);
@@ -503,7 +505,7 @@ fn could_share(owner: &str, other: &str) -> bool {
         };
         value(owner) == value(other)
     };
-    // Only a process with memory has a line about its size. Source: fs/proc/array.c, proc_pid_status.
+    // Only a process with memory has the line `VmSize`. Source: fs/proc/array.c, proc_pid_status.
     same("FDSize:") && other.contains("\nVmSize:")
 }
 

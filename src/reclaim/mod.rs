@@ -1,8 +1,8 @@
 //! Closing dead descriptors inside the processes that leak them, after their sockets have been closed.
 //!
-//! [`reclaim`] takes descriptors of dead sockets. It inspects each owner for evidence that the owner still uses them, stops
-//! all its threads, checks the evidence again, makes one of the threads close the descriptors, and releases the owner. The
-//! owner goes on even if cwkill dies meanwhile; docs/decisions/reclaim.md follows that through.
+//! [`reclaim`] closes descriptors of dead sockets. It inspects each owner for evidence that the owner still uses them. Then it
+//! stops all threads of the owner, checks the evidence again, makes one of the threads close the descriptors, and releases the
+//! owner. If cwkill dies meanwhile, the owner continues to run; docs/decisions/reclaim.md explains why.
 //!
 //! - `inspect`: the owner as /proc shows it; `in_use`: the decision from that evidence (pure)
 //! - `syscalls`: which descriptors a system call is on (pure); `seccomp`: whether a filter permits a call (pure)
@@ -35,11 +35,10 @@ use inspect::Inspection;
 
 /// Time until an owner that was busy is inspected or stopped again.
 const RETRY_INTERVAL: Duration = Duration::from_millis(2);
-/// Time between the end of a socket, or its discovery if it was dead, and the first stop. The kernel does not report how
-/// long a socket has been dead, and a program that reacts to the end of its connection closes the descriptor within this
-/// time.
+/// Time between the end of a socket, or its discovery if it was dead, and the first stop. A program that reacts to the end
+/// of its connection closes the descriptor within this time. The kernel does not report how long a socket has been dead.
 const REACTION_TIME: Duration = Duration::from_secs(1);
-/// Descriptors closed in one stop at most: the last check of each takes some microseconds.
+/// The maximum number of descriptors that are closed in one stop. The last check of each takes some microseconds.
 const MAX_PER_STOP: usize = 1000;
 
 /// A descriptor to close in its owner. Its outcome is [`Owner::reclaim`]; while that is `None`, it is pending.
@@ -51,11 +50,11 @@ pub struct ReclaimTarget<'a> {
     pub inode: u32,
     /// The cookie of the socket.
     pub cookie: Cookie,
-    /// How long the socket has been quiet, if that is known.
+    /// The time for which the socket has been quiet, if that is known.
     pub age: Option<Duration>,
-    /// Bytes in the socket that its program has not read; 0 while the socket is alive, since more may come.
+    /// Bytes in the socket that its program has not read. 0 while the socket is alive, because more may arrive.
     pub unread: u32,
-    /// Unread bytes that may be lost: the operator has seen them, and had the socket closed.
+    /// Unread bytes that may be lost: the operator has seen their number and had the socket closed.
     pub may_lose: u32,
 }
 
@@ -99,7 +98,7 @@ pub struct ReclaimRules {
     pub stop_limit: Duration,
 }
 
-/// How long one owner was stopped, and for how many descriptors.
+/// The duration of the stop of one owner, and its result.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StopStats {
     /// The owner.
@@ -133,9 +132,8 @@ pub fn judge(targets: &mut [ReclaimTarget<'_>], rules: &ReclaimRules, proc: &Pro
     }
 }
 
-/// Decides for each pending target whose socket is about to be closed whether a system call is on it: then it will be
-/// skipped. Closing the socket ends that call, so this cannot be checked afterwards, and the thread is then on its way to close the
-/// descriptor. The other targets stay pending.
+/// Skips each pending target on which a system call is waiting. It must be called before the sockets are closed: closing a
+/// socket ends the call, and its thread is then likely to close the descriptor. The other targets stay pending.
 pub fn in_calls(targets: &mut [ReclaimTarget<'_>], rules: &ReclaimRules, proc: &ProcFs) {
     if rules.force || !proc.is_of_our_pid_namespace() {
         return;
@@ -149,9 +147,9 @@ pub fn in_calls(targets: &mut [ReclaimTarget<'_>], rules: &ReclaimRules, proc: &
                         in_use.map(|in_use| ReclaimOutcome::Skipped(ReclaimReason::InUse(in_use)));
                 }
             }
-            // Checked again after the sockets have been closed.
+            // The owner is checked again after the sockets have been closed.
             Err(OwnerError::Exited) => {}
-            Err(error) => settle(&mut owned, &error),
+            Err(error) => decide(&mut owned, &error),
         }
     }
 }
@@ -182,7 +180,7 @@ pub fn reclaim(
     let mut was_interrupted = false;
     for mut owned in by_process(targets) {
         if !is_our_proc {
-            settle(&mut owned, &ReclaimReason::OtherPidNamespace.into());
+            decide(&mut owned, &ReclaimReason::OtherPidNamespace.into());
             continue;
         }
         let process = Arc::clone(&owned[0].owner.process);
@@ -193,7 +191,7 @@ pub fn reclaim(
                 let longest = process::close_in(&process, batch, rules, proc, &interrupted);
                 stopped = stopped.max(longest);
             }
-            settle(batch, &ReclaimReason::Interrupted.into());
+            decide(batch, &ReclaimReason::Interrupted.into());
         }
         if !stopped.is_zero() {
             let freed = owned
@@ -229,8 +227,9 @@ fn pending<'t, 'a>(
     targets.filter(|target| target.is_pending())
 }
 
-/// Gives every pending target the outcome that an error of its owner means.
-fn settle(targets: &mut [&mut ReclaimTarget<'_>], error: &OwnerError) {
+/// Gives every pending target the outcome that follows from an error of its owner. After [`OwnerError::TryAgain`] they stay
+/// pending.
+fn decide(targets: &mut [&mut ReclaimTarget<'_>], error: &OwnerError) {
     let outcome = match error {
         OwnerError::TryAgain => return,
         OwnerError::Exited => ReclaimOutcome::Gone,
@@ -311,7 +310,7 @@ mod tests {
         let settled = |error: OwnerError| {
             let (mut freed, mut open) = (owner(7, 3), owner(7, 4));
             freed.reclaim = Some(ReclaimOutcome::Freed);
-            settle(
+            decide(
                 &mut [&mut target(&mut freed), &mut target(&mut open)],
                 &error,
             );

@@ -10,16 +10,16 @@ use nix::errno::Errno;
 use super::error::OwnerError;
 use super::inspect::{InspectedProcess, Inspection};
 use super::ptrace::{RemoteSyscall, SeizedThreads, StoppedProcess};
-use super::{RETRY_INTERVAL, ReclaimRules, ReclaimTarget, pending, settle};
+use super::{RETRY_INTERVAL, ReclaimRules, ReclaimTarget, decide, pending};
 use crate::model::{ReclaimOutcome, ReclaimReason};
 use crate::proc::RemoteFd;
 use crate::proc::{ProcFs, Process};
 use crate::sys::errno_of;
 
-/// Stops of one owner at most. Another stop is needed only if a signal interfered, or if no thread with a low risk was
-/// found.
+/// The maximum number of stops of one owner. Another stop is needed only if a signal interfered, or if no thread with a low
+/// risk was found.
 const MAX_STOPS: u32 = 5;
-/// In this many of them cwkill uses only a thread with a low risk.
+/// In these first stops cwkill uses only a thread with a low risk.
 const LOW_RISK_STOPS: u32 = 3;
 
 /// Time between two searches for ended threads of the owner, while another thread of cwkill stops it.
@@ -37,7 +37,7 @@ pub fn close_in(
     let mut longest = Duration::ZERO;
     for stop in 1..=MAX_STOPS {
         match Inspection::of(proc, process, rules) {
-            Err(error) => settle(targets, &error),
+            Err(error) => decide(targets, &error),
             Ok(inspection) => {
                 for target in pending(targets) {
                     let in_use = inspection.in_use(target, rules);
@@ -54,14 +54,14 @@ pub fn close_in(
         }
         match stop < MAX_STOPS {
             true => thread::sleep(RETRY_INTERVAL),
-            false => settle(targets, &ReclaimReason::OwnerBusy.into()),
+            false => decide(targets, &ReclaimReason::OwnerBusy.into()),
         }
     }
     longest
 }
 
-/// Stops the owner once, on a thread that ends afterwards: all its traces end with it. Returns the time for which the owner
-/// was stopped. Targets that another stop may close stay pending.
+/// Stops the owner once, in a thread of cwkill that ends afterwards. The end of that thread detaches it from all threads of the
+/// owner. Returns the time for which the owner was stopped. Targets that another stop may close stay pending.
 fn stop_once(
     inspection: &Inspection<'_>,
     targets: &mut [&mut ReclaimTarget],
@@ -104,7 +104,7 @@ fn stop_once(
         }
     });
     if let Err(error) = result {
-        settle(targets, &error);
+        decide(targets, &error);
     }
     stopped
 }
@@ -124,7 +124,7 @@ fn stop_and_close(
     let _ = nix::sys::prctl::set_timerslack(1);
     let stopped = match StoppedProcess::stop(owner.proc(), owner.pid, rules.stop_limit, seized) {
         Ok(stopped) => stopped,
-        // Its threads are gone and it still runs: one of them has executed a program.
+        // Its threads are gone, but the process still runs: one of them has called execve(2).
         Err((OwnerError::Exited, stopped)) if owner.is_running() => {
             return (stopped, Err(OwnerError::TryAgain));
         }
@@ -140,7 +140,7 @@ fn stop_and_close(
     (since.elapsed(), result)
 }
 
-/// Checks the evidence again, now that the owner stands still. The targets that may be closed stay pending.
+/// Checks the evidence again while the owner is stopped. The targets that may be closed stay pending.
 fn skip_in_use(
     inspection: &Inspection<'_>,
     remote: &RemoteSyscall,
@@ -166,10 +166,10 @@ fn skip_in_use(
     Ok(())
 }
 
-/// Closes the pending targets, adjacent numbers with one call.
+/// Closes the pending targets. One call closes a run of adjacent numbers.
 ///
 /// # Errors
-/// It holds for all targets that are still pending.
+/// The error applies to all targets that are still pending.
 fn close_all(
     remote: &mut RemoteSyscall,
     owner: &InspectedProcess<'_>,
@@ -213,7 +213,7 @@ fn close_all(
             }
             Err(OwnerError::Reason(reason)) => {
                 for target in run {
-                    // A call that hangs may have closed some of them, or all.
+                    // A call that hangs may have closed some or all of them.
                     let is_freed =
                         reason == ReclaimReason::CloseHangs && owner.is_free(target.owner.fd);
                     target.owner.reclaim = Some(match is_freed {
@@ -232,7 +232,7 @@ fn close_all(
 /// The outcome for descriptor `fd` after a call that returned `result`.
 fn close_outcome(owner: &InspectedProcess<'_>, fd: RemoteFd, result: i64) -> ReclaimOutcome {
     match i32::try_from(-result) {
-        // Another process shares the descriptor table after all.
+        // It was closed before this call, so another process shares the descriptor table after all.
         Ok(libc::EBADF) => ReclaimOutcome::Gone,
         _ if owner.is_free(fd) => ReclaimOutcome::Freed,
         Ok(errno) if errno > 0 => {

@@ -1,7 +1,7 @@
 //! Whether a seccomp filter permits a system call: classic BPF over `struct seccomp_data`. Pure.
 //!
-//! Source: kernel/seccomp.c, seccomp_check_filter, for the instructions a filter may have; net/core/filter.c,
-//! bpf_convert_filter, for what they mean.
+//! Source: kernel/seccomp.c, seccomp_check_filter, for the permitted instructions; net/core/filter.c, bpf_convert_filter, for
+//! their meaning.
 
 /// The input of a filter: `struct seccomp_data`.
 #[derive(Clone, Copy, Debug)]

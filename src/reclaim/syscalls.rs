@@ -1,4 +1,5 @@
-//! System calls of the owner's threads: which descriptors a call is on, and how a stop or a replaced call affects it. Pure.
+//! System calls of the owner's threads: the descriptors that a call is on, and the effect of a stop or a remote syscall on it.
+//! Pure.
 
 use std::collections::HashSet;
 
@@ -6,7 +7,7 @@ use std::collections::HashSet;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Syscall {
     pub number: i64,
-    /// An argument that the call does not take is the leftover value of its register.
+    /// If the call has fewer arguments, the others are the remaining values of their registers.
     pub arguments: [u64; 6],
 }
 
@@ -23,8 +24,8 @@ impl Syscall {
         Some(Syscall { number, arguments })
     }
 
-    /// Whether the thread executes a program. It may hold the lock that PTRACE_SEIZE waits for, and Ctrl-C does not end that
-    /// wait (kernel/ptrace.c, ptrace_attach: cred_guard_mutex).
+    /// Whether the call executes a program. Its thread may hold the lock that PTRACE_SEIZE waits for, and Ctrl-C does not end
+    /// that wait (kernel/ptrace.c, ptrace_attach: cred_guard_mutex).
     pub fn is_exec(&self) -> bool {
         matches!(self.number, libc::SYS_execve | libc::SYS_execveat)
     }
@@ -74,8 +75,8 @@ impl Syscall {
                 _ => ZeroRisk::High,
             },
             libc::SYS_nanosleep | libc::SYS_clock_nanosleep => ZeroRisk::None,
-            // It continues a sleep, a futex wait with a timeout, or poll(2), and keeps the arguments of that call. The second
-            // argument of a sleep is an address or 0; that of poll is the number of descriptors.
+            // It continues a sleep, a futex wait with a timeout, or poll(2), with the arguments of that call. The second
+            // argument of a sleep is an address or 0. The second argument of poll is the number of descriptors.
             libc::SYS_restart_syscall => match self.arguments[1] {
                 0 | MAX_DESCRIPTORS.. => ZeroRisk::None,
                 _ => ZeroRisk::Low,
@@ -132,8 +133,8 @@ impl SyscallUse {
             ),
             Descriptors::Poll => read_pollfds(arguments[0], arguments[1], read_memory)
                 .map(|list| list.into_iter().map(|entry| entry.fd).collect()),
-            // The arguments of a futex wait with a timeout are an address and an operation. Read as a length, the operation means
-            // 137 or 393 entries. If the memory cannot be read, there was no list.
+            // The first arguments of a futex wait with a timeout are an address and an operation. As a length, the operation means
+            // 137 or 393 entries. If the memory cannot be read, there is no list.
             Descriptors::Continued => {
                 let list =
                     read_pollfds(arguments[0], arguments[1], read_memory).unwrap_or_default();
@@ -165,7 +166,7 @@ enum Descriptors {
     Continued,
 }
 
-/// Source: the manual pages, section 2. A call that is not listed may have a descriptor in any of its first three arguments.
+/// Source: the manual pages, section 2. For a call that is not listed, each of the first three arguments may be a descriptor.
 fn descriptors(number: i64) -> Descriptors {
     match number {
         libc::SYS_futex

@@ -1,19 +1,18 @@
-//! Sequence numbers from the local stack's own answer to a segment that is not acceptable.
+//! Sequence numbers from the local stack's answer to an unacceptable segment.
 //!
-//! A spoofed bare ACK with a random sequence number arrives as if from the peer. An existing
-//! connection answers it with an ACK of `seq = snd_nxt, ack = rcv_nxt` (RFC 9293 §3.10.7.4, "first";
-//! net/ipv4/tcp_input.c, tcp_validate_incoming → tcp_send_dupack), which is seen on its way out.
+//! cwkill sends a bare ACK with a random sequence number to the local stack, with the peer's address as its source. An
+//! existing connection answers with an ACK of `seq = snd_nxt, ack = rcv_nxt` (RFC 9293 §3.10.7.4, "first";
+//! net/ipv4/tcp_input.c, tcp_validate_incoming → tcp_send_dupack). cwkill captures this answer on its way out.
 //!
-//! Why an ACK and no SYN, which draws a challenge ACK (RFC 5961 §4): where the connection has gone
-//! meanwhile, a listener answers a bare ACK with an RST that nobody accepts and keeps nothing; a SYN
-//! would open a request there, take a slot of its queue and retransmit SYN-ACKs to the peer for a
-//! minute, and in TIME-WAIT or FIN-WAIT-2 it can end the old connection. An ACK that is acceptable by
-//! chance (one window in 2^32) carries no byte and changes nothing, on a stranger's connection of the
-//! same addresses as well. It is not counted by net.ipv4.tcp_challenge_ack_limit either.
-//! Measured; docs/decisions/rst-elicits-an-ack.md.
+//! A SYN would elicit a challenge ACK as well (RFC 5961 §4), but it does harm if the connection is gone by then. A listener
+//! would create a request for it, use a slot of its queue and retransmit SYN-ACKs to the peer for a minute. In TIME-WAIT or
+//! FIN-WAIT-2 a SYN can end the old connection. A listener answers a bare ACK with an RST that the peer does not accept, and
+//! keeps no state. An ACK that is acceptable by chance (one window in 2^32) carries no data and changes nothing, even in a new
+//! connection with the same addresses. It does not count for net.ipv4.tcp_challenge_ack_limit either. Measured;
+//! docs/decisions/rst-elicits-an-ack.md.
 //!
-//! A socket answers once per net.ipv4.tcp_invalid_ratelimit, so those that have not answered are
-//! asked again after that time, all together, until the grace is over.
+//! A socket answers once per net.ipv4.tcp_invalid_ratelimit. cwkill asks all sockets that have not answered again after that
+//! time, until the grace is over.
 
 use std::collections::HashMap;
 use std::fs;
@@ -29,27 +28,26 @@ use crate::packet::raw::{Outgoing, RawSockets, SendError};
 use crate::sock_diag::DiagId;
 use crate::tcp::{Segment, Seq, TcpFlags, Tuple};
 
-/// Segments between two looks at the capture: the answers, each up to 1.3 KiB of kernel memory, fit the
-/// default receive queue (net.core.rmem_default) even when a device shows each twice.
+/// Segments sent before the capture is read. Their answers, each up to 1.3 KiB of kernel memory, fit into the default receive
+/// queue (net.core.rmem_default), even if a device delivers each twice.
 const BURST: usize = 32;
-/// Beyond net.ipv4.tcp_invalid_ratelimit: the kernel measures it in jiffies.
+/// Added to net.ipv4.tcp_invalid_ratelimit, because the kernel measures it in jiffies.
 const RATELIMIT_MARGIN: Duration = Duration::from_millis(20);
 const SHORTEST_RETRY: Duration = Duration::from_millis(100);
 const FIRST_PAUSE: Duration = Duration::from_micros(500);
 const LONGEST_PAUSE: Duration = Duration::from_millis(10);
 
-/// What came of a question.
+/// The answer of one socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// The numbers.
     Numbers(Numbers),
-    /// Nothing was seen within the grace.
+    /// No ACK was captured within the grace.
     None,
-    /// The question could not be sent.
+    /// The segment could not be sent.
     NotSent(SendError),
 }
 
-/// Asks the sockets of all `ids` and waits for their answers, at most for the grace of `batch`.
+/// Sends a segment to each socket of `ids` and waits for the answers, at most for the grace of `batch`.
 ///
 /// # Errors
 /// The capture fails.
@@ -65,15 +63,14 @@ pub fn elicit(
     let control = batch.control();
     let over = control.now() + batch.grace();
     let retry = retry_after();
-    // Random, so that nobody can prepare for them; the acknowledgment number comes back as the
-    // sequence number of a listener's RST.
+    // Random, so that they cannot be predicted. The acknowledgment number becomes the sequence number of a listener's RST.
     let random = RandomState::new();
     let mut seq = Seq(half(random.hash_one(0)));
     let ack = Seq(half(random.hash_one(1)));
     loop {
         for burst in answers.open().chunks(BURST) {
-            let ask = |&(tuple, interface)| (tuple, bare_ack(tuple, interface, seq, ack));
-            for (tuple, result) in raw.send(burst.iter().map(ask).collect()) {
+            let segment = |&(tuple, interface)| (tuple, bare_ack(tuple, interface, seq, ack));
+            for (tuple, result) in raw.send(burst.iter().map(segment).collect()) {
                 answers.sent(tuple, result);
             }
             capture.drain(|segment| answers.see(&segment))?;
@@ -87,7 +84,7 @@ pub fn elicit(
         if !answers.waits() || control.now() >= over || control.interrupted() {
             return Ok(answers);
         }
-        // By chance the number was in the window; this one is not then.
+        // The number may have been in the window by chance. Then the opposite one is not.
         seq = seq.opposite();
     }
 }
@@ -106,7 +103,7 @@ fn bare_ack(tuple: Tuple, interface: u32, seq: Seq, ack: Seq) -> Outgoing {
     }
 }
 
-/// How long to wait before a socket may answer again.
+/// The time after which a socket may answer again.
 fn retry_after() -> Duration {
     const DEFAULT_MS: u64 = 500;
     let ratelimit = fs::read_to_string("/proc/sys/net/ipv4/tcp_invalid_ratelimit")
@@ -116,18 +113,17 @@ fn retry_after() -> Duration {
     (Duration::from_millis(ratelimit) + RATELIMIT_MARGIN).max(SHORTEST_RETRY)
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "half of it is wanted")]
+#[expect(clippy::cast_possible_truncation, reason = "32 random bits are enough")]
 fn half(random: u64) -> u32 {
     random as u32
 }
 
-/// The answers so far, by both addresses and ports in the direction from local to peer. Pure, so that foreign traffic can be
-/// played to it.
+/// The answers so far, by address pair. Pure, so that tests can feed it with any traffic.
 #[derive(Default)]
 pub struct Answers(HashMap<Tuple, Question>);
 
 struct Question {
-    /// The interface its socket is bound to.
+    /// The interface to which the socket is bound.
     interface: u32,
     answer: Answer,
 }
@@ -144,7 +140,7 @@ impl Answers {
         Answers(ids.iter().map(question).collect())
     }
 
-    /// The answer of the connection with these addresses.
+    /// The answer of the socket with these addresses.
     pub fn of(&self, tuple: &Tuple) -> Answer {
         let question = self.0.get(tuple);
         question.map_or(Answer::None, |question| question.answer)
@@ -159,7 +155,7 @@ impl Answers {
             .collect()
     }
 
-    /// Whether an answer can still come.
+    /// Whether an answer can still arrive.
     fn waits(&self) -> bool {
         self.0
             .values()
@@ -194,8 +190,8 @@ impl Answers {
             snd_nxt: segment.end_seq(),
         };
         question.answer = Answer::Numbers(match question.answer {
-            // A keepalive or window probe of its own has an older number (tcp_xmit_probe_skb); the
-            // latest is the true one.
+            // A keepalive or window probe of the socket itself has an older number (tcp_xmit_probe_skb), so the latest number
+            // is the right one.
             Answer::Numbers(known) => Numbers {
                 rcv_nxt: known.rcv_nxt.later(seen.rcv_nxt),
                 snd_nxt: known.snd_nxt.later(seen.snd_nxt),
@@ -240,9 +236,9 @@ mod tests {
 
     #[test]
     fn only_the_tuple_in_its_direction_is_an_answer() {
-        let mine = tuple("10.0.0.1:80", "10.0.0.2:5");
-        let mut answers = Answers::new(&[id(mine)]);
-        answers.see(&segment(mine.reversed(), 1, 2, TcpFlags::ACK));
+        let connection = tuple("10.0.0.1:80", "10.0.0.2:5");
+        let mut answers = Answers::new(&[id(connection)]);
+        answers.see(&segment(connection.reversed(), 1, 2, TcpFlags::ACK));
         answers.see(&segment(
             tuple("10.0.0.1:80", "10.0.0.2:6"),
             1,
@@ -256,21 +252,21 @@ mod tests {
             TcpFlags::FIN | TcpFlags::ACK,
             0,
         ] {
-            answers.see(&segment(mine, 1, 2, flags));
+            answers.see(&segment(connection, 1, 2, flags));
         }
         assert!(answers.waits());
-        answers.see(&segment(mine, 7, 9, TcpFlags::ACK));
+        answers.see(&segment(connection, 7, 9, TcpFlags::ACK));
         assert!(!answers.waits());
     }
 
     #[test]
     fn the_latest_numbers_win() {
-        let mine = tuple("[fe80::1]:80", "[fe80::2]:5");
-        let mut answers = Answers::new(&[id(mine)]);
-        answers.see(&segment(mine, u32::MAX, 9, TcpFlags::ACK));
-        answers.see(&segment(mine, 0, 9, TcpFlags::ACK));
-        answers.see(&segment(mine, u32::MAX, 9, TcpFlags::ACK));
-        let Answer::Numbers(numbers) = answers.of(&mine) else {
+        let connection = tuple("[fe80::1]:80", "[fe80::2]:5");
+        let mut answers = Answers::new(&[id(connection)]);
+        answers.see(&segment(connection, u32::MAX, 9, TcpFlags::ACK));
+        answers.see(&segment(connection, 0, 9, TcpFlags::ACK));
+        answers.see(&segment(connection, u32::MAX, 9, TcpFlags::ACK));
+        let Answer::Numbers(numbers) = answers.of(&connection) else {
             panic!("no answer");
         };
         assert_eq!((numbers.rcv_nxt, numbers.snd_nxt), (Seq(9), Seq(0)));
@@ -278,12 +274,12 @@ mod tests {
 
     #[test]
     fn a_question_that_was_not_sent_waits_for_nothing() {
-        let mine = tuple("10.0.0.1:80", "10.0.0.2:5");
-        let mut answers = Answers::new(&[id(mine)]);
-        answers.sent(mine, Err(SendError::Send(Errno::ENETUNREACH)));
+        let connection = tuple("10.0.0.1:80", "10.0.0.2:5");
+        let mut answers = Answers::new(&[id(connection)]);
+        answers.sent(connection, Err(SendError::Send(Errno::ENETUNREACH)));
         assert!(!answers.waits());
-        assert_eq!(answers.open(), [(mine, 0)]);
-        answers.sent(mine, Ok(()));
+        assert_eq!(answers.open(), [(connection, 0)]);
+        answers.sent(connection, Ok(()));
         assert!(answers.waits());
     }
 }

@@ -1,14 +1,14 @@
-//! `rst`: RSTs by raw socket, to the local stack as the peer and to the peer as ourselves.
+//! `rst`: sends RSTs through a raw socket, first to the local stack with the peer's address, then to the peer with the local
+//! address.
 //!
-//! Works with no owner and no SOCK_DESTROY. The numbers come from [`repair`] where a descriptor can be
-//! had, else from [`elicited_ack`]. Between them and the RST the socket is looked up once more by its
-//! cookie; should its addresses be taken by a new connection after even that, the RST misses: it is
-//! accepted at exactly rcv_nxt only (RFC 5961 §3.2), and a connection that is still being opened
-//! checks the acknowledgment number as well (net/ipv4/tcp_minisocks.c, tcp_check_req). A listener
-//! drops an RST without an answer.
+//! This works without an owner and without SOCK_DESTROY. The sequence numbers come from [`repair`] if cwkill can duplicate a
+//! descriptor, otherwise from [`elicited_ack`]. Right before the RST the socket is rechecked by its cookie. If a new
+//! connection takes over the addresses even after that, the RST has no effect: the kernel accepts it only at exactly rcv_nxt
+//! (RFC 5961 §3.2), and during the handshake it also checks the acknowledgment number (net/ipv4/tcp_minisocks.c,
+//! tcp_check_req). A listener drops an RST without an answer.
 //!
-//! The local socket goes first. Only when it is gone is the peer told, so that a half-closed peer is
-//! released too; nobody is told of an RST that did not work.
+//! The local socket comes first. Once it is gone, the peer gets its RST, so that a half-closed peer is released too. If the
+//! local socket is not gone, cwkill sends the peer nothing.
 
 pub mod elicited_ack;
 pub mod repair;
@@ -33,12 +33,12 @@ use crate::tcp::{Segment, Seq, TcpFlags, Tuple};
 
 use elicited_ack::{Answer, Answers};
 
-/// Sockets between the last recheck and their RSTs.
+/// Sockets that are rechecked together, right before their RSTs.
 const RSTS_AT_ONCE: usize = 64;
 const FIRST_PAUSE: Duration = Duration::from_micros(500);
 const LONGEST_PAUSE: Duration = Duration::from_millis(20);
 
-/// What an exact RST needs to know of a connection.
+/// The sequence numbers that an exact RST needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Numbers {
     /// The next sequence number expected from the peer.
@@ -47,15 +47,15 @@ pub struct Numbers {
     pub snd_nxt: Seq,
 }
 
-/// Resets connections by spoofed segments.
+/// Resets connections with spoofed segments.
 pub struct Rst {
-    /// Repair mode has not been refused yet; it needs CAP_NET_ADMIN.
+    /// The kernel has not refused repair mode yet; it needs CAP_NET_ADMIN.
     may_repair: bool,
     duplicator: Duplicator,
     wire: Wire,
 }
 
-/// Sends and captures single segments; opened at first use, kept for all batches.
+/// Sends and captures single segments. Its sockets are opened at first use and kept for all batches.
 #[derive(Default)]
 pub(super) struct Wire {
     raw: RawSockets,
@@ -66,7 +66,7 @@ pub(super) struct Wire {
 struct Resolved<'t> {
     target: &'t mut Target,
     numbers: Numbers,
-    /// A segment was sent to find the numbers, which may have made the peer answer RST.
+    /// cwkill has sent a segment to find the numbers; the peer may have answered it with RST.
     after_segment: bool,
 }
 
@@ -77,7 +77,7 @@ impl AsMut<Target> for Resolved<'_> {
 }
 
 impl Rst {
-    /// Recognises the owners by their start times in `proc`.
+    /// `proc` is used to identify owners by their start time.
     pub fn new(proc: ProcFs) -> Self {
         Rst {
             may_repair: true,
@@ -86,7 +86,7 @@ impl Rst {
         }
     }
 
-    /// Finds the sequence numbers of each target; a target without them gets an attempt that says why.
+    /// Finds the sequence numbers of each target. A target without them gets an attempt with the reason.
     fn resolve<'t>(
         &mut self,
         targets: Vec<&'t mut Target>,
@@ -104,7 +104,7 @@ impl Rst {
                     numbers,
                     after_segment: false,
                 }),
-                // Being checkpointed: it may be alive elsewhere in a moment.
+                // Another process checkpoints the socket, and may restore it elsewhere.
                 Some(Err(error)) if error.errno() == Some(Errno::EBUSY) => {
                     target.record(Method::Rst, Err(error));
                 }
@@ -136,7 +136,7 @@ impl Rst {
         resolved
     }
 
-    /// The numbers by repair mode; `None` where there is no descriptor or no right to.
+    /// The numbers from repair mode; `None` if there is no descriptor, or if the kernel has refused the mode before.
     fn repair(&mut self, target: &Target) -> Option<Result<Numbers, MethodError>> {
         if !self.may_repair || target.owners.is_empty() {
             return None;
@@ -158,9 +158,9 @@ impl Rst {
         resolved: Vec<Resolved<'t>>,
         batch: &mut Batch<'_>,
     ) -> Vec<Resolved<'t>> {
-        let (asked, unasked) = resolved.into_iter().partition(|item| item.after_segment);
-        let mut eligible = batch.recheck(unasked, false);
-        eligible.extend(batch.recheck(asked, true));
+        let (elicited, repaired) = resolved.into_iter().partition(|item| item.after_segment);
+        let mut eligible = batch.recheck(repaired, false);
+        eligible.extend(batch.recheck(elicited, true));
         let packets = eligible
             .into_iter()
             .map(|item| {
@@ -184,7 +184,7 @@ impl Executor for Rst {
         Method::Rst
     }
 
-    /// As many as one filter can watch: the answers of all are waited for together.
+    /// The capacity of one capture filter: cwkill waits for all answers together.
     fn batch_size(&self) -> usize {
         capture::MAX_PORTS
     }
@@ -198,27 +198,27 @@ impl Executor for Rst {
             resolved = rest;
         }
         let gone = wait_until_gone(pending, batch);
-        // That the peer cannot be reached changes nothing here: whatever it sends from now on is answered with RST.
+        // Errors do not matter here: from now on the kernel answers every segment of the peer with RST.
         let to_peers = gone.into_iter().map(|item| ((), item.reset_to_peer()));
         self.wire.raw.send(to_peers.collect());
     }
 }
 
 impl Resolved<'_> {
-    /// The RST to the local stack as the peer.
+    /// The RST to the local stack, with the peer's address as its source.
     fn reset_to_local(&self) -> Outgoing {
         let Tuple { local, peer } = self.target.socket.id.tuple();
         self.reset(peer, local, self.numbers.rcv_nxt, self.numbers.snd_nxt)
     }
 
-    /// The RST to the peer as ourselves.
+    /// The RST to the peer, with the local address as its source.
     fn reset_to_peer(&self) -> Outgoing {
         let Tuple { local, peer } = self.target.socket.id.tuple();
         self.reset(local, peer, self.numbers.snd_nxt, self.numbers.rcv_nxt)
     }
 
-    /// With an ACK, as tcp_send_active_reset does: the kernel does not look at it in a connection, and a connection on its way up
-    /// refuses a wrong one.
+    /// An RST with ACK, like that of tcp_send_active_reset. The kernel ignores the acknowledgment number in an established
+    /// connection, and refuses a wrong one during the handshake.
     fn reset(
         &self,
         from: std::net::SocketAddr,
@@ -241,7 +241,7 @@ impl Resolved<'_> {
 }
 
 impl Wire {
-    /// Makes each of the sockets `ids` send an ACK, and captures them.
+    /// Makes each of the sockets `ids` send an ACK, and captures the ACKs.
     pub(super) fn elicit(
         &mut self,
         ids: &[DiagId],
@@ -259,14 +259,14 @@ impl Wire {
         }
     }
 
-    /// Sends segments; what cannot be sent is left out.
+    /// Sends segments, and ignores errors.
     pub(super) fn send(&mut self, packets: Vec<Outgoing>) {
         let packets = packets.into_iter().map(|packet| ((), packet));
         self.raw.send(packets.collect());
     }
 }
 
-/// The numbers of an answer; `None` where nothing was seen.
+/// The numbers of an answer; `None` if no ACK was captured.
 pub(super) fn numbers(answer: Answer) -> Result<Option<Numbers>, MethodError> {
     match answer {
         Answer::Numbers(numbers) => Ok(Some(numbers)),
@@ -275,8 +275,8 @@ pub(super) fn numbers(answer: Answer) -> Result<Option<Numbers>, MethodError> {
     }
 }
 
-/// Waits until the sockets of `pending` are gone, at most for the grace, records the attempt of each, and returns those that are
-/// gone. The local stack handles a packet on `lo` before send returns, unless it is busy.
+/// Waits until the sockets of `pending` are gone, at most for the grace. Records the attempt of each, and returns those that
+/// are gone. Unless the host is busy, the local stack handles a packet on `lo` before send(2) returns.
 fn wait_until_gone<'t>(mut pending: Vec<Resolved<'t>>, batch: &mut Batch<'_>) -> Vec<Resolved<'t>> {
     let until = batch.control().now() + batch.grace();
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);

@@ -1,9 +1,8 @@
-//! Sequence numbers from the socket itself, in repair mode on a duplicate of its descriptor.
+//! Sequence numbers from the socket itself, in repair mode, through a duplicate of its descriptor.
 //!
-//! A socket is in repair mode for five system calls, and its descriptor of ours outlives the mode: an
-//! owner that exits meanwhile leaves the last reference to us, which is closed after the mode is.
-//! SIGKILL between entering and leaving (some microseconds a socket) is the one thing the guard
-//! cannot undo.
+//! The socket is in repair mode for five system calls. The duplicate stays open until the socket has left the mode, even if
+//! the owner exits meanwhile. If cwkill gets SIGKILL within these microseconds, the socket stays in repair mode: a guard
+//! cannot prevent that.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -15,9 +14,9 @@ use crate::model::{MethodError, Privilege};
 use crate::sys::{self, errno_of};
 use crate::tcp::Seq;
 
-/// linux/tcp.h; not in the libc crate.
+/// linux/tcp.h. The libc crate does not have these constants.
 const TCP_REPAIR_ON: i32 = 1;
-/// Leaves without a window probe. Since Linux 4.19; before, EPERM.
+/// Leaves the mode without a window probe. Since Linux 4.19; older kernels return EPERM.
 const TCP_REPAIR_OFF_NO_WP: i32 = -1;
 const TCP_REPAIR_OFF: i32 = 0;
 const TCP_NO_QUEUE: i32 = 0;
@@ -27,8 +26,8 @@ const TCP_SEND_QUEUE: i32 = 2;
 /// Reads the numbers of the connection of `socket`.
 ///
 /// # Errors
-/// [`MethodError::NotPermitted`]: needs CAP_NET_ADMIN over the socket's network namespace. EBUSY: another
-/// process has it in repair mode, to checkpoint it.
+/// [`MethodError::NotPermitted`]: cwkill needs CAP_NET_ADMIN over the socket's network namespace. EBUSY: another process has
+/// put the socket into repair mode, to checkpoint it.
 pub fn numbers(socket: BorrowedFd<'_>) -> Result<Numbers, MethodError> {
     let mode = RepairMode::enter(socket).map_err(|error| match errno_of(&error) {
         Errno::EPERM => MethodError::NotPermitted(Privilege::NetAdmin, Errno::EPERM),
@@ -38,8 +37,8 @@ pub fn numbers(socket: BorrowedFd<'_>) -> Result<Numbers, MethodError> {
         .map_err(|error| MethodError::SystemCall("TCP_QUEUE_SEQ", errno_of(&error)))
 }
 
-/// A socket in repair mode; dropping it leaves the mode and restores SO_REUSEADDR, which the mode
-/// overwrites in both directions (net/ipv4/tcp.c, do_tcp_setsockopt: SK_FORCE_REUSE, SK_NO_REUSE).
+/// A socket in repair mode. When this is dropped, the socket leaves the mode, and SO_REUSEADDR is restored: entering and
+/// leaving both overwrite it (net/ipv4/tcp.c, do_tcp_setsockopt: SK_FORCE_REUSE, SK_NO_REUSE).
 pub struct RepairMode<'fd> {
     socket: BorrowedFd<'fd>,
     reuse_address: i32,
@@ -51,7 +50,7 @@ impl<'fd> RepairMode<'fd> {
     /// # Errors
     /// As [`numbers`].
     pub fn enter(socket: BorrowedFd<'fd>) -> io::Result<Self> {
-        // Leaving would end the mode under whoever entered it first.
+        // Otherwise cwkill would end the mode of another process when it leaves.
         if sys::socket_option(socket, libc::IPPROTO_TCP, libc::TCP_REPAIR)? != 0 {
             return Err(io::Error::from_raw_os_error(libc::EBUSY));
         }
@@ -63,13 +62,11 @@ impl<'fd> RepairMode<'fd> {
         })
     }
 
-    /// Reads the numbers.
-    ///
     /// # Errors
-    /// Those of getsockopt(2) and setsockopt(2).
+    /// As getsockopt(2) and setsockopt(2).
     pub fn numbers(&self) -> io::Result<Numbers> {
         let rcv_nxt = self.queue_seq(TCP_RECV_QUEUE)?;
-        // Of the send queue the kernel gives write_seq; what is not sent yet lies before it.
+        // For the send queue the kernel returns write_seq. Unsent bytes lie between snd_nxt and write_seq.
         let write_seq = self.queue_seq(TCP_SEND_QUEUE)?;
         Ok(Numbers {
             rcv_nxt,
@@ -93,7 +90,7 @@ impl Drop for RepairMode<'_> {
         let left = set(tcp, libc::TCP_REPAIR, TCP_REPAIR_OFF_NO_WP)
             .or_else(|_| set(tcp, libc::TCP_REPAIR, TCP_REPAIR_OFF))
             .and_then(|()| set(libc::SOL_SOCKET, libc::SO_REUSEADDR, self.reuse_address));
-        // Neither can fail for a socket that was let in.
+        // This cannot fail if the socket could enter the mode.
         debug_assert!(left.is_ok() || std::thread::panicking(), "{left:?}");
     }
 }

@@ -1,7 +1,7 @@
 //! Stopping a process with ptrace(2), and making system calls in one of its threads.
 //!
 //! - [`stop`]: every thread of a process is stopped, and released when the [`StoppedProcess`] is dropped
-//! - [`remote`]: one stopped thread makes a system call of ours in place of its own
+//! - [`remote`]: one stopped thread makes a system call of cwkill in place of its own
 //! - [`arch`]: the registers of a processor (pure)
 
 mod arch;

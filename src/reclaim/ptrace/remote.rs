@@ -1,9 +1,8 @@
 //! System calls that cwkill makes in a thread of the owner.
 //!
-//! cwkill brings the thread to the entry of a system call of its own: the call in which it was interrupted, which the kernel
-//! restarts, or the next one that it makes. There cwkill replaces the call with its own. At the exit of that call cwkill
-//! restores the thread, which then makes its own call. docs/decisions/reclaim.md says what the kernel does if cwkill dies at
-//! any of these points.
+//! cwkill lets the thread run to the entry of a system call of its own: the call in which it was interrupted, which the kernel
+//! restarts, or its next call. There cwkill replaces the call with another. At the exit of that call cwkill restores the
+//! thread, which then makes its own call. docs/decisions/reclaim.md says what happens if cwkill dies at any of these points.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -23,18 +22,18 @@ use crate::sys;
 use crate::sys::errno_of;
 use crate::sys::ptrace::{self, Waiting};
 
-/// Time that cwkill waits for a call of its own that does not return: it cannot restore the thread before.
+/// The time for which cwkill waits for its call if the call does not return. Before the return it cannot restore the thread.
 const LAST_WAIT: Duration = Duration::from_secs(10);
 /// Time between two checks of that call.
 const CHECK_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Attempts to bring a thread to a system call: other stops can come first.
+/// Attempts to bring a thread to a system call. Other stops can come first.
 const MAX_RESUMES: u32 = 3;
 
 /// A call that does nothing (EBADF). A seccomp filter that permits close(2) permits it.
 const NO_OP: (i64, &[u64]) = (libc::SYS_close, &[u64::MAX]);
 
-/// Whether a call has had its effect, even if it has not returned.
+/// Whether a call has had its effect, even if it has not returned yet.
 type IsDone<'d> = &'d dyn Fn() -> bool;
 
 /// The position of the thread.
@@ -73,8 +72,8 @@ pub struct RemoteSyscall {
 }
 
 impl RemoteSyscall {
-    /// Brings a thread of `stopped` to the entry of a system call of its own. `low_risk_only`: only a thread to which little
-    /// can happen if cwkill is killed.
+    /// Brings a thread of `stopped` to the entry of a system call of its own. `low_risk_only`: use only a thread whose risk is
+    /// at most [`ZeroRisk::Low`].
     ///
     /// # Errors
     /// No thread can be used. All threads have been released.
@@ -89,7 +88,7 @@ impl RemoteSyscall {
             return Err(OwnerError::TryAgain);
         }
         let mut reason = ReclaimReason::NoSyscall;
-        // A thread that runs gets a share of the time to make a call.
+        // A running thread gets only a share of the time to make a call.
         let mut shares = u32::try_from(candidates.len()).unwrap_or(u32::MAX).min(3);
         for Candidate {
             thread,
@@ -103,7 +102,7 @@ impl RemoteSyscall {
                 break;
             };
             let until = now + time / shares.max(1);
-            // Before the thread is moved: restoring it takes a call as well.
+            // Checked before the thread enters a call, because restoring it needs a remote call as well.
             let filters = match permitting_filters(proc, stopped.pid(), tid, &registers) {
                 Ok(filters) => filters,
                 Err(error) => {
@@ -128,7 +127,6 @@ impl RemoteSyscall {
         Err(reason.into())
     }
 
-    /// The stopped process.
     pub fn stopped(&self) -> &StoppedProcess {
         &self.stopped
     }
@@ -180,8 +178,8 @@ impl RemoteSyscall {
                 }
                 Ok(ThreadState::Running) => {
                     self.phase = Phase::Finished;
-                    // It is on its way to the instruction. It gets there, and is restored from there; the others need not wait
-                    // for it.
+                    // It has not reached the instruction yet. It will reach it, and is restored there. The other threads need
+                    // not wait for it.
                     self.stopped.release_others(self.thread);
                     let state = self.thread().wait(Instant::now() + LAST_WAIT);
                     if matches!(state, Ok(ThreadState::AtSyscall)) {
@@ -190,7 +188,7 @@ impl RemoteSyscall {
                     return Err(ReclaimReason::NotStopped(self.tid, self.stopped.limit()).into());
                 }
                 Ok(ThreadState::AtSignal(_) | ThreadState::Seized) => {
-                    // As if the signal had come before cwkill: the kernel now decides about the thread's call.
+                    // With its former registers the thread behaves as if the signal had come before the stop.
                     self.phase = Phase::Finished;
                     write_registers(self.tid, &self.restored)?;
                     return Err(OwnerError::TryAgain);
@@ -205,7 +203,7 @@ impl RemoteSyscall {
         Err(OwnerError::TryAgain)
     }
 
-    /// At the entry of the thread's own call, makes cwkill's call instead, and restores the thread.
+    /// At the entry of the thread's own call: makes cwkill's call instead, and restores the thread.
     fn replace_syscall(
         &mut self,
         number: i64,
@@ -213,8 +211,8 @@ impl RemoteSyscall {
         is_done: IsDone<'_>,
     ) -> Result<i64, OwnerError> {
         let replacement = self.entry.with_syscall(number, arguments);
-        // From here to the end of this function, if cwkill is killed, the thread goes on as if its own call had returned the
-        // result of cwkill's call.
+        // If cwkill is killed between here and the end of this function, the thread continues as if its own call had returned
+        // the result of cwkill's call.
         self.phase = Phase::Replaced;
         write_registers(self.tid, &replacement)?;
         #[cfg(target_arch = "aarch64")]
@@ -231,8 +229,8 @@ impl RemoteSyscall {
         let mut state = self.thread().wait(deadline);
         let is_late = matches!(state, Ok(ThreadState::Running));
         let last = Instant::now() + LAST_WAIT;
-        // On a busy machine the call may not have begun yet. Until it has had its effect, the others must not go on: they could
-        // close the number and open another file under it.
+        // On a busy machine the call may not have begun yet. Until it has had its effect, the other threads must stay stopped:
+        // they could close the descriptor and open another file with the same number.
         while matches!(state, Ok(ThreadState::Running)) && Instant::now() < last {
             if is_done() {
                 self.stopped.release_others(self.thread);
@@ -258,8 +256,8 @@ impl Drop for RemoteSyscall {
     fn drop(&mut self) {
         // Every error means that the thread is gone.
         let _ = match self.phase {
-            // If the thread were released here, a wake-up by cwkill would still be pending while it makes its call, and some calls
-            // then return EINTR. So it makes a call that does nothing, and its own after it has been restored.
+            // If the thread were released here, a wake-up by cwkill would still be pending during its own call, and some calls
+            // then return EINTR. So the thread first makes a call that does nothing. After that it is restored.
             Phase::AtOwnCall | Phase::Replaced => {
                 self.replace_syscall(NO_OP.0, NO_OP.1, &|| true).map(drop)
             }
@@ -271,7 +269,7 @@ impl Drop for RemoteSyscall {
 
 /// A stopped thread that may make calls for cwkill.
 struct Candidate {
-    /// The thread's index in the [`StoppedProcess`].
+    /// Its index in the [`StoppedProcess`].
     thread: usize,
     tid: i32,
     registers: Registers,
@@ -301,8 +299,8 @@ fn candidates(stopped: &StoppedProcess) -> Result<Vec<Candidate>, ReclaimReason>
         if thread.state != ThreadState::Stopped {
             continue;
         }
-        // The descriptors were inspected in the table of the first thread. A thread can have a table of its own (unshare(2),
-        // CLONE_FILES), where the same number is another file.
+        // The inspected descriptors are those of the first thread. A thread can have its own table (unshare(2), CLONE_FILES),
+        // where the same number is another file.
         match sys::share_descriptors(stopped.pid(), tid) {
             Ok(true) => candidates.push(Candidate {
                 thread: index,
@@ -346,15 +344,15 @@ fn enter_own_call(
 ) -> Result<Option<(Registers, i64)>, OwnerError> {
     let (deadline, limit) = (stopped.deadline(), stopped.limit());
     let thread = stopped.thread_mut(thread);
-    // A stop that was already pending comes first, for example because of a SIGCONT.
+    // A pending stop comes first, for example because of a SIGCONT.
     for _ in 0..MAX_RESUMES {
         thread.resume()?;
         match thread.wait(until)? {
             ThreadState::AtSyscall => return Ok(own_call_entry(thread.tid)),
             ThreadState::Stopped => {}
             ThreadState::Running => {
-                // It computes. Stopped again, it can be released like any other, unless it has come to a call at last: it must
-                // not be released at the entry of one (docs/decisions/reclaim.md).
+                // It makes no system call. After another stop it can be released like the others. If it has entered a call
+                // meanwhile, it must not be released at the entry (docs/decisions/reclaim.md).
                 ptrace::interrupt(thread.tid).map_err(|error| {
                     ReclaimReason::SystemCall("PTRACE_INTERRUPT", errno_of(&error))
                 })?;
@@ -372,7 +370,7 @@ fn enter_own_call(
     Ok(None)
 }
 
-/// The seccomp filters of a stopped thread, which permit a call that does nothing.
+/// The seccomp filters of a stopped thread, if they permit a call that does nothing.
 fn permitting_filters(
     proc: &ProcFs,
     pid: i32,
@@ -380,7 +378,7 @@ fn permitting_filters(
     registers: &Registers,
 ) -> Result<Vec<Vec<u64>>, ReclaimReason> {
     let filters = read_filters(proc, pid, tid)?;
-    // Unless its call is restarted, the address of its next call is unknown.
+    // If the kernel does not restart its call, the address of its next call is unknown.
     let unknown_address = !registers.restarts(&|address| is_syscall_instruction(tid, address));
     let depends_on_address = unknown_address && seccomp::any_reads_instruction_pointer(&filters);
     match !depends_on_address && permits(&filters, registers, NO_OP.0, NO_OP.1) {
@@ -417,7 +415,7 @@ fn seccomp_mode(proc: &ProcFs, pid: i32, tid: i32) -> io::Result<i32> {
     Ok(status_field(&status, "Seccomp:").unwrap_or(0))
 }
 
-/// Whether `filters` permit a thread with these registers a call with `first` as its first arguments.
+/// Whether `filters` permit a call with `first` as its first arguments, made by a thread with these registers.
 fn permits(filters: &[Vec<u64>], registers: &Registers, number: i64, first: &[u64]) -> bool {
     let mut arguments = registers
         .syscall(&|_| true)
@@ -457,8 +455,8 @@ impl SyscallInfo {
     }
 }
 
-/// The registers and the number of the call at whose entry a thread has stopped, if it got there by the instruction that
-/// cwkill knows.
+/// The registers and the call number of a thread that has stopped at the entry of a call. `None` if it entered the kernel by
+/// another instruction than [`Registers::INSTRUCTION`].
 fn own_call_entry(tid: i32) -> Option<(Registers, i64)> {
     let info = SyscallInfo::of(tid)?;
     if !info.is_entry || info.arch != Registers::AUDIT_ARCH {

@@ -1,12 +1,12 @@
 //! Stopping every thread of a process, and releasing them.
 //!
-//! Threads are seized (PTRACE_SEIZE), which changes nothing for them, and then interrupted (PTRACE_INTERRUPT), which no
-//! signal handler sees. A thread may instead stop for a signal that was already pending: the signal is held, and delivered
-//! when the thread is released. A process that was stopped by SIGSTOP stops again after its release: the kernel restores
-//! that (kernel/ptrace.c, __ptrace_unlink).
+//! cwkill seizes each thread (PTRACE_SEIZE), which has no effect on it, and then interrupts it (PTRACE_INTERRUPT), which runs
+//! no signal handler. A thread may instead stop for a signal that was already pending. cwkill keeps this signal, and delivers it
+//! when it releases the thread. If a process was already stopped by SIGSTOP, the kernel stops it again after its release
+//! (kernel/ptrace.c, __ptrace_unlink).
 //!
-//! One thread of cwkill does all of it and ends right after ([`super::super::process`]). All its traces end with it: that
-//! releases a thread of the owner that never reached its stop.
+//! One thread of cwkill makes all these calls and ends right afterwards ([`super::super::process`]). Its end also releases a
+//! thread of the owner that has never stopped.
 
 use std::collections::HashSet;
 use std::fs;
@@ -31,12 +31,12 @@ const EVENT_STOP: i32 = 128;
 /// The stop at a system call, with PTRACE_O_TRACESYSGOOD.
 const SYSCALL_STOP: i32 = libc::SIGTRAP | 0x80;
 
-/// Successive listings without a new thread after which all threads count as known.
+/// After this number of listings in a row without a new thread, all threads are known.
 const EMPTY_LISTINGS: u32 = 2;
 
 /// Time between two checks of a thread that is about to stop.
 const CHECK_INTERVAL: Duration = Duration::from_micros(20);
-/// Checks without a pause between them, before that.
+/// The first checks, which have no pause between them.
 const BUSY_CHECKS: u32 = 50;
 
 /// The state of a thread of the owner.
@@ -135,7 +135,7 @@ impl Thread {
 
     fn release(&mut self) {
         if matches!(self.state, ThreadState::Seized | ThreadState::Running) {
-            // It may have stopped since. If it has not, the end of cwkill's own thread releases it.
+            // It may have stopped meanwhile. If it has not, the end of cwkill's own thread releases it.
             match ptrace::peek_stop(self.tid) {
                 Ok(Waiting::Stop(code)) if code >> 8 == 0 && code != SYSCALL_STOP => {
                     self.state = ThreadState::AtSignal(code);
@@ -159,21 +159,21 @@ impl Thread {
     }
 }
 
-/// What happened to the first thread while the others were stopped.
+/// The state of the first thread after the others have been stopped.
 enum Leader {
     /// It is stopped, or has ended.
-    Held,
+    Stopped,
     /// It was running, and has stopped now.
     JustStopped,
     /// Its number belongs to a thread that cwkill has not seized.
     Replaced,
 }
 
-/// The threads that have been seized, for another thread of cwkill.
+/// The threads that have been seized, shared with another thread of cwkill.
 ///
-/// A thread of the owner that execs ends the others and waits until their tracer has reaped them. Meanwhile it holds the
-/// lock that PTRACE_SEIZE of the next thread waits for (cred_guard_mutex). If nobody else reaps the ended threads, neither
-/// side goes on.
+/// If a thread of the owner calls execve(2), it ends the others and waits until their tracer has reaped them. Meanwhile it
+/// holds the lock that PTRACE_SEIZE of the next thread waits for (cred_guard_mutex). Without another thread of cwkill that
+/// reaps the ended threads, both sides would wait forever.
 #[derive(Debug, Default)]
 pub struct SeizedThreads(Mutex<Vec<i32>>);
 
@@ -190,8 +190,8 @@ impl SeizedThreads {
         let mut tids = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         tids.retain(|tid| match ptrace::peek_stop(*tid) {
             Ok(Waiting::End) => {
-                // Not before: the call would consume a stop as well, whatever waitid is asked for.
-                // Source: kernel/exit.c, wait_task_stopped.
+                // Only after the end of the thread: this call would also consume a stop, even if it asked waitid(2) for ended
+                // threads only. Source: kernel/exit.c, wait_task_stopped.
                 let _ = ptrace::take_stop(*tid);
                 false
             }
@@ -260,14 +260,14 @@ impl StoppedProcess {
             })?;
             let new: Vec<i32> = tids.into_iter().filter(|tid| known.insert(*tid)).collect();
             if new.is_empty() {
-                // If a thread ends during a listing, the kernel starts again behind it and can miss another.
+                // If a thread ends during a listing, the kernel continues after it and can miss another thread.
                 // Source: fs/proc/base.c, first_tid.
                 empty_listings += 1;
                 if empty_listings < EMPTY_LISTINGS {
                     continue;
                 }
                 match self.check_leader(proc)? {
-                    Leader::Held => break,
+                    Leader::Stopped => break,
                     Leader::JustStopped => {}
                     Leader::Replaced => drop(known.remove(&self.pid)),
                 }
@@ -277,7 +277,7 @@ impl StoppedProcess {
             }
             empty_listings = 0;
             self.check_deadline(new[0])?;
-            // All are seized before the first is interrupted, since seizing can wait for an exec by one of them.
+            // All are seized before the first is interrupted, because PTRACE_SEIZE can wait for an exec by one of them.
             for tid in new {
                 self.seize(proc, tid, seized)?;
             }
@@ -309,7 +309,7 @@ impl StoppedProcess {
         let state = index.map(|index| self.threads[index].state);
         match ptrace::peek_stop(self.pid) {
             Ok(Waiting::Stop(_)) if state.is_some_and(|state| state != ThreadState::Ended) => {
-                Ok(Leader::Held)
+                Ok(Leader::Stopped)
             }
             Ok(waiting @ (Waiting::Stop(_) | Waiting::Nothing)) => {
                 // cwkill seized it under another number, and may not have interrupted it.
@@ -333,7 +333,7 @@ impl StoppedProcess {
                     self.threads.remove(index);
                 }
                 Ok(match has_ended(proc, self.pid, self.pid) {
-                    true => Leader::Held,
+                    true => Leader::Stopped,
                     false => Leader::Replaced,
                 })
             }
@@ -352,11 +352,11 @@ impl StoppedProcess {
             _ => Err(error),
         };
         let seized = ptrace::seize(tid).or_else(once_more).map(|()| {
-            // Nobody has to reap the first thread: an exec does that itself (fs/exec.c, de_thread).
+            // The first thread need not be reaped: execve(2) does that itself (fs/exec.c, de_thread).
             if tid != self.pid {
                 list.add(tid);
             }
-            // From here on it must be released.
+            // From now on the thread must be released.
             self.threads.push(Thread {
                 tid,
                 state: ThreadState::Seized,
@@ -372,7 +372,7 @@ impl StoppedProcess {
         })
     }
 
-    /// Interrupts the threads that have only been seized. The owner stands still from the first interruption on.
+    /// Interrupts the threads that have only been seized. The stop of the owner begins with the first interruption.
     fn interrupt_seized(&mut self) {
         if !self.interrupted {
             self.interrupted = true;
@@ -403,7 +403,6 @@ impl StoppedProcess {
         self.deadline
     }
 
-    /// The stop limit.
     pub fn limit(&self) -> Duration {
         self.limit
     }

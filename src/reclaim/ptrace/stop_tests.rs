@@ -105,7 +105,7 @@ fn a_thread_that_execs_is_held_under_its_new_number() {
             stopped.threads[0].wait(deadline).unwrap(),
             ThreadState::Stopped
         );
-        assert!(matches!(stopped.check_leader(&proc), Ok(Leader::Held)));
+        assert!(matches!(stopped.check_leader(&proc), Ok(Leader::Stopped)));
         if executor_is_seized {
             stopped.seize(&proc, executor, &seized).unwrap();
         }
@@ -129,7 +129,7 @@ fn a_thread_that_execs_is_held_under_its_new_number() {
             let state = stopped.threads[0].wait(deadline).unwrap();
             assert_eq!(state, ThreadState::Stopped);
         }
-        assert!(matches!(stopped.check_leader(&proc), Ok(Leader::Held)));
+        assert!(matches!(stopped.check_leader(&proc), Ok(Leader::Stopped)));
         let state = || fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         assert!(state().contains(" t "), "{}", state());
         drop(stopped);

@@ -714,7 +714,7 @@ impl Case {
                 false => scan.targets.push(target),
             }
         }
-        sweep::take_in(&mut scan, swept, config);
+        sweep::merge(&mut scan, swept, config);
         Run {
             acted,
             reclaimed,

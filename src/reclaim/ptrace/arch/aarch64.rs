@@ -1,9 +1,9 @@
 //! aarch64. Source: arch/arm64/include/uapi/asm/ptrace.h (struct user_pt_regs), arch/arm64/kernel/signal.c
 //! (do_signal), arch/arm64/kernel/syscall.c.
 //!
-//! Two things differ from x86-64. The number of a call is in a register set of its own
-//! ([`crate::ptrace::set_call_number`]), so x8 keeps the program's value. And the kernel rewinds a call that it will
-//! restart before the tracer sees the thread: the thread is at the instruction, and the result of the call is lost.
+//! Two things differ from x86-64. The number of a call has its own register set
+//! ([`crate::sys::ptrace::set_call_number`]), so x8 keeps the program's value. If the kernel will restart a call, it moves the
+//! thread back to the instruction before the tracer sees it, and the result of the call is lost.
 
 use crate::reclaim::syscalls::Syscall;
 
@@ -22,12 +22,12 @@ impl Registers {
     /// include/uapi/linux/audit.h, AUDIT_ARCH_AARCH64.
     pub const AUDIT_ARCH: u32 = 0xc000_00b7;
 
-    /// Whether the thread runs 64-bit code. A 32-bit one has other registers, and fewer.
+    /// Whether the thread runs 64-bit code. Always true: a 32-bit thread has fewer registers, so reading them fails before.
     pub fn is_native(&self) -> bool {
         true
     }
 
-    /// The address behind the instruction, at a stop in a call.
+    /// The address after the instruction, at a stop in a call.
     pub fn pc(&self) -> u64 {
         self.0[PC]
     }
@@ -96,10 +96,10 @@ mod tests {
     #[test]
     fn a_call_is_replaced_and_then_made() {
         let entry = thread(0x1004);
-        let ours = entry.with_syscall(CLOSE, &[9]);
-        assert_eq!(ours.0[..3], [9, 2, 3]);
-        assert_eq!(ours.0[X8], FUTEX, "the program's own");
-        assert_eq!(ours.pc(), entry.pc());
+        let remote = entry.with_syscall(CLOSE, &[9]);
+        assert_eq!(remote.0[..3], [9, 2, 3]);
+        assert_eq!(remote.0[X8], FUTEX, "the program's own");
+        assert_eq!(remote.pc(), entry.pc());
         let before = entry.before_syscall(FUTEX.cast_signed());
         assert_eq!(before.pc(), 0x1000);
         for word in (0..Registers::WORDS).filter(|word| *word != PC) {

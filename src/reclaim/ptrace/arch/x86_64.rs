@@ -36,7 +36,7 @@ impl Registers {
         self.0[CS] == 0x33
     }
 
-    /// The address behind the instruction, at a stop in a call.
+    /// The address after the instruction, at a stop in a call.
     pub fn pc(&self) -> u64 {
         self.0[RIP]
     }
@@ -106,9 +106,9 @@ impl Registers {
 /// arch/x86/entry/syscalls/syscall_64.tbl; libc does not have it.
 const IO_PGETEVENTS: i64 = 333;
 
-/// Calls that end with EINTR when their thread is stopped and goes on, whatever stopped it. They have done nothing then, so
-/// the thread can make them again. Source: signal(7), "Interruption of system calls and
-/// library functions by stop signals"; fs/eventpoll.c, ep_poll; net/core/sock.c, sock_intr_errno.
+/// Calls that end with EINTR if their thread is stopped and continued, even without a signal. They have had no effect then, so
+/// the thread can make them again. Source: signal(7), "Interruption of system calls and library functions by stop signals";
+/// fs/eventpoll.c, ep_poll; net/core/sock.c, sock_intr_errno.
 const ENDED_BY_A_STOP: [i64; 23] = [
     libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
@@ -154,13 +154,13 @@ mod tests {
     #[test]
     fn a_call_is_replaced_and_then_made() {
         let entry = thread(libc::SYS_futex, -38);
-        let ours = entry.with_syscall(libc::SYS_close, &[9]);
-        let call = ours.syscall(&|_| false).unwrap();
+        let remote = entry.with_syscall(libc::SYS_close, &[9]);
+        let call = remote.syscall(&|_| false).unwrap();
         assert_eq!(
             (call.number, call.arguments[..3].to_vec()),
             (libc::SYS_close, vec![9, 2, 3])
         );
-        assert_eq!(ours.pc(), entry.pc());
+        assert_eq!(remote.pc(), entry.pc());
         let before = entry.before_syscall(libc::SYS_futex);
         assert_eq!(before.pc(), 0x40_1000);
         assert_eq!(before.result(), libc::SYS_futex);
