@@ -89,7 +89,7 @@ pub fn run(check: &Check, proc: &ProcFs) -> anyhow::Result<Verdict> {
     if !check.percent_of_limit {
         return Ok(by_count(&scan, check.thresholds));
     }
-    let (dead, failures) = diagnose::tables(&scan, selectors, proc);
+    let (dead, failures) = diagnose::read_tables(&scan, selectors, proc);
     let mut unseen = failures;
     // Without root some processes are always unreadable, so this matters only if particular processes were selected.
     if selectors.selects_owners() && (dead.hidden || !dead.unreadable.is_empty()) {
