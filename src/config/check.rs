@@ -1,11 +1,11 @@
 //! The options of `cwkill check`.
 
 use super::{invalid, usage};
-use crate::check::{Check, Thresholds};
+use crate::check::{CheckConfig, Thresholds};
 use crate::cli::CheckArgs;
 use crate::filter::Scope;
 
-impl Check {
+impl CheckConfig {
     /// Checks that the arguments make sense together.
     ///
     /// # Errors
@@ -28,7 +28,7 @@ impl Check {
                 "-c {critical} percent of a limit is never reached: give -w 50 -c 80"
             )));
         }
-        Ok(Check {
+        Ok(CheckConfig {
             scope: Scope::from_args(selection)?,
             thresholds: Thresholds { warning, critical },
             percent_of_limit,
