@@ -9,8 +9,8 @@ use crate::model::{Method, Outcome, Owner, ReclaimOutcome, Scan, Target};
 use crate::proc::{Process, ProcessId};
 use crate::report::json::{self, JsonSocket};
 use crate::report::reclaim::ReclaimRun;
-use crate::report::reclaim::json::{JsonDescriptor, json_descriptor};
-use crate::report::{Run, Tally, descriptors, serialize, text};
+use crate::report::reclaim::json::{JsonDeadDescriptor, json_dead_descriptor};
+use crate::report::{Run, SocketCounts, descriptors, serialize, text};
 use crate::text::escape;
 
 /// Who runs it; the same in every record of a run.
@@ -145,12 +145,12 @@ pub enum Entry<'a> {
     /// A descriptor that is about to be closed.
     ReclaimIntent {
         /// The descriptor, as in the report for programs.
-        descriptor: Box<JsonDescriptor<'a>>,
+        descriptor: Box<JsonDeadDescriptor<'a>>,
     },
     /// What became of a descriptor.
     ReclaimOutcome {
         /// The descriptor with its outcome, as in the report for programs.
-        descriptor: Box<JsonDescriptor<'a>>,
+        descriptor: Box<JsonDeadDescriptor<'a>>,
         /// The same.
         #[serde(skip)]
         outcome: Option<&'a ReclaimOutcome>,
@@ -158,12 +158,12 @@ pub enum Entry<'a> {
     /// All has been done.
     End {
         /// How many sockets had which outcome.
-        summary: Tally,
+        summary: SocketCounts,
     },
     /// All has been done.
     EndReclaim {
         /// How many descriptors had which outcome.
-        summary: descriptors::Tally,
+        summary: descriptors::DescriptorCounts,
     },
 }
 
@@ -190,14 +190,14 @@ pub fn outcomes(run: &Run) -> impl Iterator<Item = Entry<'_>> {
 /// A record for every descriptor that `run` is about to close.
 pub fn reclaim_intents(run: &ReclaimRun) -> impl Iterator<Item = Entry<'_>> {
     run.descriptors.iter().map(|dead| Entry::ReclaimIntent {
-        descriptor: Box::new(json_descriptor(run, dead)),
+        descriptor: Box::new(json_dead_descriptor(run, dead)),
     })
 }
 
 /// A record for every descriptor of a run that is over.
 pub fn reclaim_outcomes(run: &ReclaimRun) -> impl Iterator<Item = Entry<'_>> {
     run.descriptors.iter().map(|dead| Entry::ReclaimOutcome {
-        descriptor: Box::new(json_descriptor(run, dead)),
+        descriptor: Box::new(json_dead_descriptor(run, dead)),
         outcome: dead.owner.reclaim.as_ref(),
     })
 }
@@ -263,14 +263,14 @@ impl Entry<'_> {
     /// The record of what `run` has done.
     pub fn end(run: &Run) -> Self {
         Entry::End {
-            summary: Tally::of(run),
+            summary: SocketCounts::of(run),
         }
     }
 
     /// The record of what `run` has done.
     pub fn end_reclaim(run: &ReclaimRun) -> Self {
         Entry::EndReclaim {
-            summary: run.tally(),
+            summary: run.counts(),
         }
     }
 
