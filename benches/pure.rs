@@ -1,6 +1,6 @@
-//! The parts whose cost grows with the number of sockets and descriptors: `cargo bench`.
+//! Benchmarks of the parts whose cost grows with the number of sockets and descriptors: `cargo bench`.
 //!
-//! What the whole program costs beside its peers is measured by `netns-harness bench`.
+//! `netns-harness bench` compares the cost of the whole program with other programs.
 
 use std::hint::black_box;
 use std::os::unix::fs::symlink;
@@ -18,7 +18,7 @@ fn dump() -> Vec<u8> {
     let digits: String = DUMP.split_whitespace().collect();
     (0..digits.len())
         .step_by(2)
-        .map(|at| u8::from_str_radix(&digits[at..at + 2], 16).expect("hex"))
+        .map(|start| u8::from_str_radix(&digits[start..start + 2], 16).expect("hex"))
         .collect()
 }
 

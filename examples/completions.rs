@@ -1,6 +1,7 @@
-//! Writes the completions of bash, zsh and fish into a directory: `cargo run --example completions -- DIR`.
+//! Writes the completions for bash, zsh and fish into a directory: `cargo run --example completions -- DIR`.
 //!
-//! Not a build script: that cannot use the library it builds, and the command line is part of it.
+//! This is not a build script, because a build script cannot use the library that it belongs to, and the command line
+//! is a part of that library.
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -1,6 +1,7 @@
-//! `cwkill check`: the number of stuck sockets against thresholds, in the form that monitoring systems
-//! read: one line, performance data behind a bar, and an exit status. [`by_count`] and [`by_limit`] judge,
-//! and are pure.
+//! `cwkill check`: compares the number of stuck sockets with thresholds, for a monitoring system.
+//!
+//! The result has the format of monitoring plugins: one line of text, performance data after a bar, and the exit
+//! status. [`by_count`] and [`by_limit`] compute it; both are pure.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -15,16 +16,16 @@ use crate::model::{Cause, Scan};
 use crate::proc::{ProcFs, Process, ProcessId};
 use crate::text::age;
 
-/// How it stands; the number is the exit status.
+/// The status of a monitoring plugin; the number is the exit status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
     /// Below both thresholds.
     Ok = 0,
-    /// The first is reached.
+    /// At or above the warning threshold.
     Warning = 1,
-    /// The second is reached.
+    /// At or above the critical threshold.
     Critical = 2,
-    /// It cannot be told.
+    /// An error, or something that was not visible could change the status.
     Unknown = 3,
 }
 
@@ -45,17 +46,17 @@ impl From<Status> for std::process::ExitCode {
     }
 }
 
-/// When to warn: at so many or more.
+/// A threshold is reached at this value and above it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Thresholds {
-    /// WARNING.
     pub warning: u64,
-    /// CRITICAL, not below it.
+    /// Not below `warning`.
     pub critical: u64,
 }
 
 impl Thresholds {
-    /// What it means that `part` of `whole` percent is there.
+    /// The status if the thresholds are percent and the value is `part` of `whole`. With a `whole` of 100 the
+    /// thresholds are plain numbers.
     fn judge(self, part: u64, whole: u64) -> Status {
         let reached =
             |threshold: u64| u128::from(part) * 100 >= u128::from(threshold) * u128::from(whole);
@@ -67,29 +68,26 @@ impl Thresholds {
     }
 }
 
-/// What is to be checked.
 #[derive(Clone, Debug)]
-pub struct Check {
-    /// Which sockets.
+pub struct CheckConfig {
     pub scope: Scope,
-    /// When to warn.
     pub thresholds: Thresholds,
-    /// Whether the thresholds are percent of the owner's limit.
+    /// Whether the thresholds are percent of the owner's RLIMIT_NOFILE.
     pub percent_of_limit: bool,
 }
 
-/// Looks, and judges.
+/// Scans and compares with the thresholds.
 ///
 /// # Errors
-/// As those of a listing.
-pub fn run(check: &Check, proc: &ProcFs) -> anyhow::Result<Verdict> {
-    let namespaces = finder::open(&check.scope.netns, proc)?;
-    let selectors = &check.scope.selectors;
+/// The same as for a listing.
+pub fn run(config: &CheckConfig, proc: &ProcFs) -> anyhow::Result<CheckResult> {
+    let namespaces = finder::open(&config.scope.netns, proc)?;
+    let selectors = &config.scope.selectors;
     let scan = finder::find(&namespaces, proc, selectors)?;
-    if !check.percent_of_limit {
-        return Ok(by_count(&scan, check.thresholds));
+    if !config.percent_of_limit {
+        return Ok(by_count(&scan, config.thresholds));
     }
-    let (dead, failures) = diagnose::tables(&scan, selectors, proc);
+    let (dead, failures) = diagnose::read_tables(&scan, selectors, proc);
     let mut unseen = failures;
     // Without root some processes are always unreadable, so this matters only if particular processes were selected.
     if selectors.selects_owners() && (dead.hidden || !dead.unreadable.is_empty()) {
@@ -98,25 +96,24 @@ pub fn run(check: &Check, proc: &ProcFs) -> anyhow::Result<Verdict> {
     let usages = usages(&scan, dead, selectors, &|process| {
         proc.status(process).limit
     });
-    Ok(by_limit(&scan, check.thresholds, &usages, &unseen))
+    Ok(by_limit(&scan, config.thresholds, &usages, &unseen))
 }
 
-/// A process, and the descriptors of it that count against its limit.
+/// The descriptors of a process that a leak takes from its limit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DescriptorUsage {
-    /// The process.
     pub process: Arc<Process>,
-    /// Descriptors of sockets that match.
+    /// Descriptors of matched sockets.
     pub held: u64,
-    /// Descriptors of dead sockets, which stay when such a socket is closed from outside.
+    /// Descriptors of dead sockets. They stay open after cwkill has closed the socket from outside.
     pub dead: u64,
-    /// Descriptors that may be of dead sockets.
+    /// Descriptors of sockets that may be dead.
     pub unknown: u64,
-    /// Its soft RLIMIT_NOFILE, `None` where it cannot be read.
+    /// The soft RLIMIT_NOFILE; `None` if unreadable.
     pub limit: Option<u64>,
 }
 
-/// The processes that hold sockets that match, or dead ones that may be meant.
+/// The processes with matched sockets, or with dead sockets that the selectors could match.
 fn usages(
     scan: &Scan,
     dead: DeadScan,
@@ -138,7 +135,7 @@ fn usages(
             .held += 1;
     }
     for table in dead.tables {
-        // A listener's owner may have been scanned for nothing but the connections that wait there.
+        // The table of a listener's owner is in `dead` only because connections wait at the listener.
         if !selectors.match_owner(&table.process) {
             continue;
         }
@@ -162,58 +159,57 @@ fn usages(
     usages
 }
 
-/// The result.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Verdict {
-    /// How it stands.
+pub struct CheckResult {
     pub status: Status,
-    /// The one line, without its end.
+    /// The line for the monitoring system, without a newline.
     pub line: String,
 }
 
-/// Why it cannot be told how it stands.
-pub fn unknown(why: &str) -> Verdict {
-    Verdict {
+/// The result if an error, described by `why`, prevented the check.
+pub fn unknown(why: &str) -> CheckResult {
+    CheckResult {
         status: Status::Unknown,
         line: line(Status::Unknown, why, ""),
     }
 }
 
-/// Judges the number of sockets.
-pub fn by_count(scan: &Scan, thresholds: Thresholds) -> Verdict {
+/// Compares the number of sockets with the thresholds.
+pub fn by_count(scan: &Scan, thresholds: Thresholds) -> CheckResult {
     let stuck = scan.targets.len() as u64;
     let mut status = thresholds.judge(stuck, 100);
     let mut text = counted(scan);
-    // Those that may belong to the processes asked for are at most so many more.
-    let most = stuck + scan.coverage.undecided as u64;
+    // The true number is between `stuck` and this, because undecided sockets may belong to selected processes.
+    let upper_bound = stuck + scan.coverage.undecided as u64;
     if status == Status::Ok
-        && (scan.coverage.unseen_namespaces() > 0 || thresholds.judge(most, 100) != Status::Ok)
+        && (scan.coverage.unseen_namespaces() > 0
+            || thresholds.judge(upper_bound, 100) != Status::Ok)
     {
         status = Status::Unknown;
     }
     text.push_str(&unseen(scan));
     let Thresholds { warning, critical } = thresholds;
     let first = format!("stuck={stuck};{warning};{critical};0;");
-    Verdict {
+    CheckResult {
         status,
         line: line(status, &text, &format!("{first} {}", causes(scan))),
     }
 }
 
-/// Judges the descriptors that the sockets take, and dead ones, in percent of the limit of the owner that is nearest
-/// to it. `unseen`: what could not be seen of descriptors.
+/// Compares the descriptors of matched and dead sockets with the thresholds, in percent of the owner's limit. The owner
+/// nearest to its limit decides. `unseen_descriptors` has a message for each reason why descriptors were not visible.
 pub fn by_limit(
     scan: &Scan,
     thresholds: Thresholds,
     usages: &[DescriptorUsage],
     unseen_descriptors: &[String],
-) -> Verdict {
+) -> CheckResult {
     let mut text = counted(scan);
     let known = usages.iter().filter_map(|owner| {
         let open = owner.held + owner.dead;
         Some((owner, open, owner.limit?.max(1)))
     });
-    // By cross-multiplication, so that no rounding decides.
+    // Compares the quotients by cross-multiplication, which is exact.
     let nearest = known
         .clone()
         .filter(|(_, open, _)| *open > 0)
@@ -231,7 +227,8 @@ pub fn by_limit(
         }
     };
     let mut unknown: Vec<String> = unseen_descriptors.to_vec();
-    // Sockets in flight have no owner either; with processes that hide theirs it cannot be told apart.
+    // Sockets in flight have no owner. If the descriptors of some processes are unreadable, an ownerless socket may also
+    // belong to one of them.
     let ownerless = match scan.coverage.has_hidden_owners() {
         true => scan.without_known_owner(),
         false => 0,
@@ -242,12 +239,11 @@ pub fn by_limit(
     if let Some(owner) = usages.iter().find(|owner| owner.limit.is_none()) {
         unknown.push(format!("the limit of {} could not be read", owner.process));
     }
-    // Those that may be dead matter only if they would reach a threshold.
-    let most = known
-        .clone()
-        .map(|(owner, open, limit)| (owner, open + owner.unknown, limit));
-    let mut most = most.filter(|(_, most, limit)| thresholds.judge(*most, *limit) != Status::Ok);
-    if let Some((owner, ..)) = most.find(|(owner, ..)| owner.unknown > 0) {
+    // Possibly dead descriptors matter only if they could reach a threshold.
+    let could_reach = known.clone().find(|(owner, open, limit)| {
+        owner.unknown > 0 && thresholds.judge(open + owner.unknown, *limit) != Status::Ok
+    });
+    if let Some((owner, ..)) = could_reach {
         unknown.push(format!(
             "{} descriptors of {} may be dead ones (not readable)",
             owner.unknown, owner.process
@@ -264,25 +260,25 @@ pub fn by_limit(
     text.push_str(&unseen(scan));
     let Thresholds { warning, critical } = thresholds;
     let dead: u64 = usages.iter().map(|owner| owner.dead).sum();
-    let perf = format!(
+    let performance = format!(
         "percent={percent:.1}%;{warning};{critical};0; dead={dead};;;0; stuck={};;;0; {}",
         scan.targets.len(),
         causes(scan)
     );
-    Verdict {
+    CheckResult {
         status,
-        line: line(status, &text, &perf),
+        line: line(status, &text, &performance),
     }
 }
 
-/// Rounded down to a tenth, so that a threshold that is not reached does not look reached.
+/// Rounds down to a tenth, so that a value below a threshold is not shown as equal to it.
 fn percent(part: u64, whole: u64) -> f64 {
     let tenths = u128::from(part) * 1000 / u128::from(whole);
     f64::from(u32::try_from(tenths).unwrap_or(u32::MAX)) / 10.0
 }
 
 fn line(status: Status, text: &str, performance: &str) -> String {
-    // The first bar begins the performance data, and a second line would be long output.
+    // In the plugin format a bar begins the performance data, and a second line begins the long output.
     let text: String = text
         .chars()
         .map(|c| if c == '|' { '/' } else { c })
@@ -294,21 +290,21 @@ fn line(status: Status, text: &str, performance: &str) -> String {
     }
 }
 
-/// How many are stuck, the process that most of them belong to, and the oldest.
+/// The number of stuck sockets, the process with the most of them, and the age of the oldest.
 fn counted(scan: &Scan) -> String {
     let mut text = match scan.targets.len() {
         1 => "1 socket stuck".to_owned(),
         stuck => format!("{stuck} sockets stuck"),
     };
-    let mut by: BTreeMap<ProcessId, (&Process, usize)> = BTreeMap::new();
+    let mut by_process: BTreeMap<ProcessId, (&Process, usize)> = BTreeMap::new();
     for process in scan
         .targets
         .iter()
         .filter_map(|target| scan.culprit(target))
     {
-        by.entry(process.id).or_insert((process, 0)).1 += 1;
+        by_process.entry(process.id).or_insert((process, 0)).1 += 1;
     }
-    if let Some((process, count)) = by.into_values().max_by_key(|(_, count)| *count) {
+    if let Some((process, count)) = by_process.into_values().max_by_key(|(_, count)| *count) {
         let _ = write!(text, ", {count} of {process}");
     }
     let ages = scan.targets.iter().filter_map(|target| target.socket.age);
@@ -318,7 +314,7 @@ fn counted(scan: &Scan) -> String {
     text
 }
 
-/// What could not be seen, for the operator to mend.
+/// The limits of the scan, in words.
 fn unseen(scan: &Scan) -> String {
     let mut text = String::new();
     if scan.coverage.undecided > 0 {
@@ -334,7 +330,7 @@ fn unseen(scan: &Scan) -> String {
     text
 }
 
-/// The causes as performance data, each always there, so that a graph has no gaps.
+/// The causes as performance data. Causes without sockets are listed too, so that a graph has no gaps.
 fn causes(scan: &Scan) -> String {
     let all = [
         Cause::NotAccepted,
@@ -383,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn a_threshold_is_reached_at_so_many() {
+    fn a_threshold_is_reached_at_its_value() {
         let status = |count| by_count(&scan(&[count]), AT).status;
         let reached = [0, 9, 10, 19, 20, 21].map(status);
         use Status::{Critical, Ok, Warning};
@@ -391,11 +387,11 @@ mod tests {
     }
 
     #[test]
-    fn the_line_is_one_with_one_bar_whatever_a_process_calls_itself() {
+    fn the_result_is_one_line_with_one_bar_for_any_process_name() {
         let line = by_count(&scan(&[3, 12]), AT).line;
         let (text, performance) = line.split_once(" | ").unwrap();
-        let wanted = "CWKILL WARNING: 15 sockets stuck, 12 of a/b\\nc/101, oldest 1h00m";
-        assert_eq!(text, wanted);
+        let expected = "CWKILL WARNING: 15 sockets stuck, 12 of a/b\\nc/101, oldest 1h00m";
+        assert_eq!(text, expected);
         assert!(!performance.contains('|') && !line.contains('\n'), "{line}");
         let values: Vec<&str> = performance.split(' ').collect();
         assert_eq!(values[..2], ["stuck=15;10;20;0;", "not_accepted=0;;;0;"]);
@@ -403,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn what_could_not_be_seen_is_never_ok() {
+    fn the_status_is_unknown_if_unseen_sockets_could_change_it() {
         let status = |change: fn(&mut Coverage), count| {
             let mut scan = scan(&[count]);
             change(&mut scan.coverage);
@@ -413,15 +409,15 @@ mod tests {
         assert_eq!(status(|f| f.unreachable_namespaces = 1, 1), Unknown);
         assert_eq!(status(|f| f.unknown_namespaces = 1, 1), Unknown);
         assert_eq!(status(|f| f.undecided = 9, 1), Unknown);
-        // So few cannot reach the threshold.
+        // One less cannot reach the threshold.
         assert_eq!(status(|f| f.undecided = 8, 1), Ok);
-        // What was seen is enough.
+        // The visible sockets alone reach a threshold.
         assert_eq!(status(|f| f.unreachable_namespaces = 1, 10), Warning);
         assert_eq!(status(|f| f.undecided = 99, 20), Critical);
     }
 
-    /// Judged by the limits of the owners, without dead descriptors.
-    fn limited(scan: &Scan, limits: &[Option<u64>]) -> Verdict {
+    /// The result by the limits of the owners, without dead descriptors.
+    fn limited(scan: &Scan, limits: &[Option<u64>]) -> CheckResult {
         let limit = |process: &Process| limits[usize::try_from(process.id.pid - 100).unwrap()];
         let usages = usages(scan, DeadScan::default(), &Selectors::default(), &limit);
         by_limit(scan, AT, &usages, &[])
@@ -429,24 +425,21 @@ mod tests {
 
     #[test]
     fn the_owner_nearest_to_its_limit_counts() {
-        let verdict = limited(&scan(&[90, 7]), &[Some(1000), Some(50)]);
-        assert_eq!(verdict.status, Status::Warning, "14 percent of 50");
+        let result = limited(&scan(&[90, 7]), &[Some(1000), Some(50)]);
+        assert_eq!(result.status, Status::Warning, "14 percent of 50");
+        assert!(result.line.contains("c/101 holds 7 of 50 |"), "{result:?}");
         assert!(
-            verdict.line.contains("c/101 holds 7 of 50 |"),
-            "{verdict:?}"
-        );
-        assert!(
-            verdict
+            result
                 .line
                 .contains("percent=14.0%;10;20;0; dead=0;;;0; stuck=97;"),
-            "{verdict:?}"
+            "{result:?}"
         );
         let exact = |count| limited(&scan(&[count]), &[Some(1000)]).status;
         assert_eq!([exact(99), exact(100)], [Status::Ok, Status::Warning]);
     }
 
     #[test]
-    fn dead_descriptors_take_their_part_of_the_limit() {
+    fn dead_descriptors_count_against_the_limit() {
         let owner = |held, dead, unknown| DescriptorUsage {
             process: process(100, "p"),
             held,
@@ -471,10 +464,10 @@ mod tests {
     #[test]
     fn an_unknown_limit_or_owner_is_unknown() {
         let status = |scan: &Scan, limits: &[_]| limited(scan, limits).status;
-        let verdict = limited(&scan(&[1]), &[None]);
-        assert_eq!(verdict.status, Status::Unknown);
+        let result = limited(&scan(&[1]), &[None]);
+        assert_eq!(result.status, Status::Unknown);
         let why = "the limit of a/b\\nc/100 could not be read";
-        assert!(verdict.line.contains(why), "{verdict:?}");
+        assert!(result.line.contains(why), "{result:?}");
         let mut ownerless = scan(&[1]);
         ownerless.targets[0].owners.clear();
         assert_eq!(status(&ownerless, &[Some(100)]), Status::Ok, "in flight");

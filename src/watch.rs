@@ -1,4 +1,4 @@
-//! Watches after a kill whether new stuck sockets come, and of which process.
+//! Watches for new stuck sockets after cwkill has closed some, and shows which processes they belong to.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt::Write as _;
@@ -15,32 +15,31 @@ use crate::sock_diag::Cookie;
 use crate::tcp::TcpState;
 use crate::text::{format_rate, per_minute, seconds};
 
-/// A server that closes properly passes through CLOSE-WAIT too, in less than this.
-const PASSING: Duration = Duration::from_millis(100);
-/// How soon Ctrl-C ends the watch.
+/// A socket younger than this is not counted: a server that closes correctly leaves CLOSE-WAIT in less time.
+const MIN_AGE: Duration = Duration::from_millis(100);
+/// The longest time from Ctrl-C to the end of the watch.
 const INTERRUPT_INTERVAL: Duration = Duration::from_millis(50);
-/// Processes named in the line for people.
-const NAMED: usize = 3;
+/// The maximum number of processes named in the line for people.
+const MAX_NAMED: usize = 3;
 
 /// The sockets that became stuck during a watch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewSockets {
-    /// How long the watch took: less than asked for after Ctrl-C.
+    /// The length of the watch. Ctrl-C makes it shorter than requested.
     pub watched: Duration,
-    /// Sockets that became stuck meanwhile and still are.
+    /// Number of sockets that became stuck during the watch and still are.
     pub new: usize,
-    /// The processes they belong to, most first; those never accepted belong to their listener's. `None`: no process is known.
+    /// The processes that the sockets belong to, the one with the most first. A connection that was not accepted belongs to
+    /// the process of its listener. `None`: the process is unknown.
     pub by: Vec<(Option<Arc<Process>>, usize)>,
-    /// Whether the owners were searched for.
+    /// Whether cwkill searched for the owners.
     pub owners_known: bool,
-    /// What could not be seen at the last scan.
+    /// The coverage of the last scan.
     pub coverage: Coverage,
 }
 
-/// What to watch.
 #[derive(Clone, Copy, Debug)]
-pub struct Watched<'a> {
-    /// The network namespaces.
+pub struct WatchScope<'a> {
     pub namespaces: &'a Namespaces,
     /// The selectors of the run.
     pub selectors: &'a Selectors,
@@ -48,14 +47,15 @@ pub struct Watched<'a> {
     pub owners: bool,
 }
 
-/// Scans now and again after `duration`, and counts the sockets that are new since then and not in `known`.
+/// Scans now, waits for `duration`, scans again, and counts the sockets that only the second scan shows and that are not
+/// in `known`.
 ///
-/// The minimum age of the selectors does not count: what is new is young.
+/// The minimum age of the selectors is ignored, because new sockets are young.
 ///
 /// # Errors
-/// As [`finder::find`].
+/// The same as for [`finder::find`].
 pub fn watch(
-    watched: Watched<'_>,
+    scope: WatchScope<'_>,
     mut known: HashSet<Cookie>,
     duration: Duration,
     proc: &ProcFs,
@@ -63,11 +63,11 @@ pub fn watch(
 ) -> Result<NewSockets, FindError> {
     let selectors = Selectors {
         min_age: Duration::ZERO,
-        ..watched.selectors.clone()
+        ..scope.selectors.clone()
     };
-    let scan = || match watched.owners {
-        true => finder::find(watched.namespaces, proc, &selectors),
-        false => finder::find_sockets(watched.namespaces, &selectors, true),
+    let scan = || match scope.owners {
+        true => finder::find(scope.namespaces, proc, &selectors),
+        false => finder::find_sockets(scope.namespaces, &selectors, true),
     };
     known.extend(cookies(&scan()?));
     let begin = control.now();
@@ -85,19 +85,19 @@ pub fn cookies(scan: &Scan) -> HashSet<Cookie> {
     targets.map(|target| target.socket.cookie()).collect()
 }
 
-/// Counts the sockets of `scan` that are not `known` and are not just passing through their state.
+/// Counts the sockets of `scan` that are not `known` and have reached [`MIN_AGE`].
 fn count(scan: Scan, known: &HashSet<Cookie>, watched: Duration) -> NewSockets {
-    let mut by: BTreeMap<Option<ProcessId>, (Option<Arc<Process>>, usize)> = BTreeMap::new();
+    let mut by_id: BTreeMap<Option<ProcessId>, (Option<Arc<Process>>, usize)> = BTreeMap::new();
     for target in &scan.targets {
-        let stays = target.socket.age.is_none_or(|age| age >= PASSING);
-        if stays && !known.contains(&target.socket.cookie()) {
+        let is_stuck = target.socket.age.is_none_or(|age| age >= MIN_AGE);
+        if is_stuck && !known.contains(&target.socket.cookie()) {
             let culprit = scan.culprit(target);
-            let entry = by.entry(culprit.map(|process| process.id)).or_default();
+            let entry = by_id.entry(culprit.map(|process| process.id)).or_default();
             entry.0 = culprit.cloned();
             entry.1 += 1;
         }
     }
-    let mut by: Vec<_> = by.into_values().collect();
+    let mut by: Vec<_> = by_id.into_values().collect();
     by.sort_by_key(|(_, new)| std::cmp::Reverse(*new));
     NewSockets {
         watched,
@@ -125,7 +125,7 @@ impl NewSockets {
             true => &self.by[..],
             false => &[],
         };
-        for (index, (process, new)) in by.iter().take(NAMED).enumerate() {
+        for (index, (process, new)) in by.iter().take(MAX_NAMED).enumerate() {
             let separator = if index == 0 { " from " } else { ", " };
             let _ = match process {
                 Some(process) => write!(line, "{separator}{process}"),
@@ -135,11 +135,11 @@ impl NewSockets {
                 let _ = write!(line, " ({new})");
             }
         }
-        if by.len() > NAMED {
-            let _ = write!(line, " and {} more", by.len() - NAMED);
+        if by.len() > MAX_NAMED {
+            let _ = write!(line, " and {} more", by.len() - MAX_NAMED);
         }
         let _ = write!(line, ", {} a minute", format_rate(self.per_minute()));
-        // In other states new ones may be as they should be.
+        // In other states new sockets may be normal.
         if selectors.states == TcpState::CloseWait.into() {
             line.push_str(": the leak continues");
         }
@@ -193,7 +193,7 @@ mod tests {
         now.targets[7].socket.age = Some(Duration::from_millis(1));
         let known = [Cookie(1), Cookie(2), Cookie(99)].into();
         let new = count(now, &known, Duration::from_secs(10));
-        assert_eq!(new.new, 5, "3, 4, 5, 6, 7; 8 is passing");
+        assert_eq!(new.new, 5, "3, 4, 5, 6, 7; 8 is too young");
         assert!((new.per_minute() - 30.0).abs() < 1e-9);
         let text = "5 new in 10 s from java\\u{1b}/4421 (4), java\\u{1b}/77 (1), 30 a minute";
         assert_eq!(new.line(&all()), format!("{text}: the leak continues"));
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn what_could_not_be_seen_is_reported() {
+    fn limits_of_the_scan_are_reported() {
         let ending =
             "; 4 more may be (owners unreadable); not every network namespace could be seen";
         for known in [HashSet::new(), cookies(&scan(1..3))] {

@@ -1,6 +1,6 @@
-//! Anything that a packet socket may hand over: `cargo +nightly fuzz run segment -- -max_total_time=60`.
+//! Fuzzes the parser of the packets that a packet socket captures: `cargo +nightly fuzz run segment -- -max_total_time=60`.
 //!
-//! The same properties run bounded and without nightly in src/tcp/segment_tests.rs.
+//! src/tcp/segment_tests.rs checks the same properties for a fixed number of inputs, without a nightly toolchain.
 #![no_main]
 
 use cwkill::tcp::segment;
@@ -12,13 +12,18 @@ fuzz_target!(|data: &[u8]| {
     };
     if let Ok(segment) = segment::parse(u16::from_be_bytes(*ether_type), packet) {
         assert!(segment.payload_len <= 65535);
-        // Without payload it is one that we could have sent.
-        let ours = segment::Segment {
+        // Without its payload cwkill can encode the segment, and gets the same segment back.
+        let without_payload = segment::Segment {
             payload_len: 0,
             ..segment
         };
-        let bytes = ours.encode().expect("both addresses are of one family");
-        let ether_type = if ours.from.is_ipv4() { 0x0800 } else { 0x86dd };
-        assert_eq!(segment::parse(ether_type, &bytes), Ok(ours));
+        let bytes = without_payload
+            .encode()
+            .expect("both addresses are of one family");
+        let ether_type = match without_payload.from.is_ipv4() {
+            true => 0x0800,
+            false => 0x86dd,
+        };
+        assert_eq!(segment::parse(ether_type, &bytes), Ok(without_payload));
     }
 });

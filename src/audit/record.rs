@@ -9,8 +9,8 @@ use crate::model::{Method, Outcome, Owner, ReclaimOutcome, Scan, Target};
 use crate::proc::{Process, ProcessId};
 use crate::report::json::{self, JsonSocket};
 use crate::report::reclaim::ReclaimRun;
-use crate::report::reclaim::json::{JsonDescriptor, json_descriptor};
-use crate::report::{Run, Tally, descriptors, serialize, text};
+use crate::report::reclaim::json::{JsonDeadDescriptor, json_dead_descriptor};
+use crate::report::{Run, SocketCounts, descriptors, serialize, text};
 use crate::text::escape;
 
 /// The user who runs cwkill; the same in every record of a run.
@@ -143,25 +143,26 @@ pub enum Entry<'a> {
     },
     /// The run is about to close a descriptor.
     ReclaimIntent {
-        /// The descriptor, as in the JSON report.
-        descriptor: Box<JsonDescriptor<'a>>,
+        /// The descriptor, as in the report for programs.
+        descriptor: Box<JsonDeadDescriptor<'a>>,
     },
     /// The outcome of a descriptor.
     ReclaimOutcome {
-        /// The descriptor with its outcome, as in the JSON report.
-        descriptor: Box<JsonDescriptor<'a>>,
+        /// The descriptor with its outcome, as in the report for programs.
+        descriptor: Box<JsonDeadDescriptor<'a>>,
+        /// The same.
         #[serde(skip)]
         outcome: Option<&'a ReclaimOutcome>,
     },
     /// The run on sockets is over.
     End {
-        /// The number of sockets per outcome.
-        summary: Tally,
+        /// How many sockets had which outcome.
+        summary: SocketCounts,
     },
     /// The run on descriptors is over.
     EndReclaim {
-        /// The number of descriptors per outcome.
-        summary: descriptors::Tally,
+        /// How many descriptors had which outcome.
+        summary: descriptors::DescriptorCounts,
     },
 }
 
@@ -188,14 +189,14 @@ pub fn outcomes(run: &Run) -> impl Iterator<Item = Entry<'_>> {
 /// One record for each descriptor that `run` is about to close.
 pub fn reclaim_intents(run: &ReclaimRun) -> impl Iterator<Item = Entry<'_>> {
     run.descriptors.iter().map(|dead| Entry::ReclaimIntent {
-        descriptor: Box::new(json_descriptor(run, dead)),
+        descriptor: Box::new(json_dead_descriptor(run, dead)),
     })
 }
 
 /// One record for each descriptor of a run that is over.
 pub fn reclaim_outcomes(run: &ReclaimRun) -> impl Iterator<Item = Entry<'_>> {
     run.descriptors.iter().map(|dead| Entry::ReclaimOutcome {
-        descriptor: Box::new(json_descriptor(run, dead)),
+        descriptor: Box::new(json_dead_descriptor(run, dead)),
         outcome: dead.owner.reclaim.as_ref(),
     })
 }
@@ -261,14 +262,14 @@ impl Entry<'_> {
     /// The last record of a run on sockets.
     pub fn end(run: &Run) -> Self {
         Entry::End {
-            summary: Tally::of(run),
+            summary: SocketCounts::of(run),
         }
     }
 
     /// The last record of a run on descriptors.
     pub fn end_reclaim(run: &ReclaimRun) -> Self {
         Entry::EndReclaim {
-            summary: run.tally(),
+            summary: run.counts(),
         }
     }
 

@@ -4,20 +4,20 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use super::{drop_all_but, refuse, say_notes};
-use crate::check::{self, Check, Status};
+use crate::check::{self, CheckConfig, Status};
 use crate::cli::CheckArgs;
 use crate::privileges::drop;
 use crate::proc::ProcFs;
 
 pub(super) fn run(args: CheckArgs) -> ExitCode {
-    let check = Check::from_args(args).unwrap_or_else(|error| refuse(&error));
+    let check = CheckConfig::from_args(args).unwrap_or_else(|error| refuse(&error));
     say_notes(&check.scope.notes);
     drop_all_but(&drop::to_find(&check.scope.netns, true));
-    let verdict = check::run(&check, &ProcFs::default())
+    let result = check::run(&check, &ProcFs::default())
         .unwrap_or_else(|error| check::unknown(&format!("{error:#}")));
-    match writeln!(io::stdout(), "{}", verdict.line) {
-        Ok(()) => verdict.status.into(),
-        // The monitoring system cannot have read the result.
+    match writeln!(io::stdout(), "{}", result.line) {
+        Ok(()) => result.status.into(),
+        // The line was not written, so the monitoring system does not know the status.
         Err(_) => Status::Unknown.into(),
     }
 }

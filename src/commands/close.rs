@@ -19,7 +19,7 @@ use crate::reclaim::{self, ReclaimRules, ReclaimTarget};
 use crate::report::{ExitStatus, Run, exit_status, json, notes, text};
 use crate::terminal::{Terminal, is_coloured, say, write_out};
 use crate::text::seconds;
-use crate::watch::{self, Watched};
+use crate::watch::{self, WatchScope};
 
 /// The whole run, from its arguments to its exit status.
 pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
@@ -263,13 +263,13 @@ fn watch(
     }
     // Ctrl-C ends the watch; the new sockets so far are reported.
     terminal.begin();
-    let watched = Watched {
+    let scope = WatchScope {
         namespaces,
         selectors: &config.selectors,
         owners: config.owners,
     };
     let known = watch::cookies(&run.scan);
-    let new = watch::watch(watched, known, duration, &ProcFs::default(), terminal);
+    let new = watch::watch(scope, known, duration, &ProcFs::default(), terminal);
     terminal.rest();
     match new {
         Ok(new) => {

@@ -1,4 +1,4 @@
-//! `cwkill diagnose`: scans twice, and reports who leaks and why.
+//! `cwkill diagnose`: scans twice and reports the diagnosis.
 
 use std::io::{self, IsTerminal};
 
@@ -35,7 +35,7 @@ pub(super) fn run(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
         false => report::text::write(&diagnosis, columns(), rows(), out),
     });
     say_notes(diagnosis.notes());
-    if diagnosis.is_partly_blind() {
+    if diagnosis.lacks_privileges() {
         say_hints(&[Privilege::Ptrace]);
     }
     unless_closed(written).context("cannot write the diagnosis")?;

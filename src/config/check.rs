@@ -1,12 +1,12 @@
 //! The configuration of `cwkill check`.
 
 use super::{invalid, usage};
-use crate::check::{Check, Thresholds};
+use crate::check::{CheckConfig, Thresholds};
 use crate::cli::CheckArgs;
 use crate::filter::Scope;
 
-impl Check {
-    /// Validates the combination of the arguments.
+impl CheckConfig {
+    /// Checks that the arguments make sense together.
     ///
     /// # Errors
     /// It is not valid. The message names the arguments and gives a valid example.
@@ -28,7 +28,7 @@ impl Check {
                 "-c {critical} percent of a limit is never reached: give -w 50 -c 80"
             )));
         }
-        Ok(Check {
+        Ok(CheckConfig {
             scope: Scope::from_args(selection)?,
             thresholds: Thresholds { warning, critical },
             percent_of_limit,

@@ -1,4 +1,4 @@
-//! Sockets counted together: by cause and age, what came and what went, where and from whom. Pure.
+//! Counts a group of sockets by cause, age, port and peer, and counts new and gone ones. Pure.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher, Hash};
@@ -9,8 +9,9 @@ use crate::model::{Cause, Scan, Socket};
 use crate::proc::ProcessId;
 use crate::sock_diag::Cookie;
 use crate::tcp::TcpState;
+use crate::text::per_minute;
 
-/// The upper ends of the classes of age, and what each is called; the last has no end.
+/// The age classes: the upper limit (exclusive) and the name of each. The last class has no limit.
 pub const AGES: [(Duration, &str); 5] = [
     (Duration::from_secs(60), "under 1m"),
     (Duration::from_secs(600), "1m to 10m"),
@@ -19,20 +20,19 @@ pub const AGES: [(Duration, &str); 5] = [
     (Duration::MAX, "over 1d"),
 ];
 
-/// Sockets of one process, of one listener, or all of them.
+/// The sockets of one process, of one listener, or of the whole scan.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Group {
-    /// How many there are now.
+pub struct SocketGroup {
+    /// Number of sockets in the second scan.
     pub stuck: usize,
-    /// How many of each cause.
-    pub causes: BTreeMap<Cause, OfCause>,
-    /// How many in each class of [`AGES`]; one of unknown age is in none.
+    pub causes: BTreeMap<Cause, CauseCount>,
+    /// Number of sockets in each class of [`AGES`]. A socket of unknown age is in none.
     pub ages: [usize; AGES.len()],
-    /// The lower bound of the age of the oldest.
+    /// The lower bound of the age of the oldest socket.
     pub oldest: Option<Duration>,
-    /// There now, and not at the first look.
+    /// In the second scan, and not in the first.
     pub new: usize,
-    /// There at the first look, and not now.
+    /// In the first scan, and not in the second.
     pub gone: usize,
     /// Local ports, most sockets first.
     pub ports: Vec<(u16, usize)>,
@@ -43,51 +43,53 @@ pub struct Group {
 }
 
 /// The sockets of one cause.
+///
+/// A cause has a known meaning only in CLOSE-WAIT, so `lasting`, `idle` and `services` count only the sockets in
+/// CLOSE-WAIT, or all sockets if none is in CLOSE-WAIT.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct OfCause {
-    /// How many.
+pub struct CauseCount {
+    /// All sockets of the cause.
     pub count: usize,
-    /// How many of them are in CLOSE-WAIT: what a cause means is known there. The rest is about those, or about all
-    /// if there are none.
+    /// Those in CLOSE-WAIT.
     pub close_wait: usize,
-    /// How many were there at the first look, with the same cause.
+    /// Those that had the same cause in the first scan.
     pub lasting: usize,
-    /// How many were there at the first look and have heard nothing of their peer since. The others have
-    /// just come, or are in use in one direction.
+    /// Those that were in the first scan and have received nothing since. The other sockets are new, or in use in
+    /// one direction.
     pub idle: usize,
-    /// The services they belong to, most sockets first.
+    /// The services that the sockets belong to, most sockets first.
     pub services: Vec<(Service, usize)>,
 }
 
-/// The code that sockets belong to, told by their ports.
+/// The code that uses a socket, derived from its ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Service {
-    /// They were accepted at this port.
+    /// The code that accepts connections at this local port.
     Handles(u16),
-    /// They were opened to this port of peers.
+    /// The code that connects to this port of its peers.
     CallsOut(u16),
 }
 
-impl Group {
-    /// Counts the sockets of the second look, and compares with those of the first by their cookies.
+impl SocketGroup {
+    /// Counts the sockets of the second scan and compares them by cookie with those of the first.
     pub fn new<'a>(
         first: impl Iterator<Item = &'a Socket>,
         second: impl Iterator<Item = &'a Socket>,
-        around: &Around,
-    ) -> Group {
+        context: &GroupContext,
+    ) -> SocketGroup {
         let first: HashMap<Cookie, Cause> = first.map(|s| (s.cookie(), s.cause)).collect();
         let second: Vec<&Socket> = second.collect();
         let now: HashSet<Cookie> = second.iter().map(|socket| socket.cookie()).collect();
         let mut by_cause: BTreeMap<Cause, Vec<&Socket>> = BTreeMap::new();
-        let mut group = Group {
+        let mut group = SocketGroup {
             stuck: second.len(),
             oldest: second.iter().filter_map(|socket| socket.age).max(),
             new: now.iter().filter(|c| !first.contains_key(c)).count(),
             gone: first.keys().filter(|c| !now.contains(c)).count(),
-            ports: most(second.iter().map(|socket| socket.tuple.local.port())),
-            peers: most(second.iter().map(|socket| socket.tuple.peer.ip())),
-            peer_ports: most(second.iter().map(|socket| socket.tuple.peer.port())),
-            ..Group::default()
+            ports: by_frequency(second.iter().map(|socket| socket.tuple.local.port())),
+            peers: by_frequency(second.iter().map(|socket| socket.tuple.peer.ip())),
+            peer_ports: by_frequency(second.iter().map(|socket| socket.tuple.peer.port())),
+            ..SocketGroup::default()
         };
         for socket in second {
             by_cause.entry(socket.cause).or_default().push(socket);
@@ -96,64 +98,68 @@ impl Group {
                 group.ages[class.unwrap_or(AGES.len() - 1)] += 1;
             }
         }
-        // Half of the time, so that the clocks of the looks need not agree.
+        // Half of the time is enough evidence, and leaves room for the difference between the clocks of the two scans.
         let idle = |socket: &&&Socket| {
             first.contains_key(&socket.cookie())
-                && socket.age.is_none_or(|age| age >= around.elapsed / 2)
+                && socket.age.is_none_or(|age| age >= context.elapsed / 2)
         };
         let lasting = |socket: &&&Socket| first.get(&socket.cookie()) == Some(&socket.cause);
-        let of_cause = |all: Vec<&Socket>| {
+        let count_cause = |all: Vec<&Socket>| {
             let count = all.len();
             let in_close_wait = |socket: &&Socket| socket.state == TcpState::CloseWait;
             let close_wait: Vec<&Socket> = all.iter().copied().filter(in_close_wait).collect();
-            let judged = if close_wait.is_empty() {
-                &all
-            } else {
-                &close_wait
+            let judged = match close_wait.is_empty() {
+                true => &all,
+                false => &close_wait,
             };
-            OfCause {
+            CauseCount {
                 count,
                 close_wait: close_wait.len(),
                 lasting: judged.iter().filter(lasting).count(),
                 idle: judged.iter().filter(idle).count(),
-                services: Service::of(judged, &around.listening),
+                services: Service::count(judged, &context.listening_ports),
             }
         };
         group.causes = by_cause
             .into_iter()
-            .map(|(cause, sockets)| (cause, of_cause(sockets)))
+            .map(|(cause, sockets)| (cause, count_cause(sockets)))
             .collect();
         group
     }
 
-    /// How many more, or fewer, there are a minute at the pace of `elapsed`.
-    pub fn growth(&self, elapsed: Duration) -> f64 {
-        crate::text::per_minute(self.new, elapsed) - crate::text::per_minute(self.gone, elapsed)
+    /// The change in the number of sockets per minute, if `elapsed` is the time between the scans.
+    pub fn growth_per_minute(&self, elapsed: Duration) -> f64 {
+        per_minute(self.new, elapsed) - per_minute(self.gone, elapsed)
     }
 }
 
-/// What there is beside the sockets of a group.
+/// The data beside the sockets that [`SocketGroup::new`] needs.
 #[derive(Clone, Debug, Default)]
-pub struct Around {
-    /// The local ports at which somebody listens, with the network namespace.
-    pub listening: HashSet<(usize, u16)>,
-    /// The time between the looks.
+pub struct GroupContext {
+    /// The local ports that have a listener, each with the index of its network namespace.
+    pub listening_ports: HashSet<(usize, u16)>,
+    /// The time between the two scans.
     pub elapsed: Duration,
 }
 
 impl Service {
-    /// Connections to a port at which somebody listens were accepted there. Of the others either the listener is gone
-    /// or they were opened here: a server has one port and many peers, a client a port for each connection
-    /// and the peer's in common; where that tells nothing, the lower port is the server's.
-    fn of(sockets: &[&Socket], listening: &HashSet<(usize, u16)>) -> Vec<(Service, usize)> {
+    /// The services of `sockets`, most sockets first.
+    ///
+    /// A connection whose local port has a listener was accepted there. For the other connections the listener may be
+    /// gone, or this host opened them. A server has one local port and many peers. A client has a local port for each
+    /// connection and one port of the peers. If this does not decide it, the lower port is the server's.
+    fn count(
+        sockets: &[&Socket],
+        listening_ports: &HashSet<(usize, u16)>,
+    ) -> Vec<(Service, usize)> {
         let is_accepted = |socket: &&&Socket| {
-            let at = (socket.netns, socket.tuple.local.port());
-            socket.cause.is_with_listener() || listening.contains(&at)
+            let port = (socket.netns, socket.tuple.local.port());
+            socket.cause.is_with_listener() || listening_ports.contains(&port)
         };
         let (accepted, others): (Vec<&Socket>, Vec<&Socket>) =
             sockets.iter().partition(|socket| is_accepted(socket));
-        let local = most(others.iter().map(|socket| socket.tuple.local.port()));
-        let peer = most(others.iter().map(|socket| socket.tuple.peer.port()));
+        let local = by_frequency(others.iter().map(|socket| socket.tuple.local.port()));
+        let peer = by_frequency(others.iter().map(|socket| socket.tuple.peer.port()));
         let key = |ports: &[(u16, usize)]| (ports.len(), ports.first().map(|(port, _)| *port));
         let is_server = key(&local) <= key(&peer);
         let others = others.into_iter().map(|socket| match is_server {
@@ -161,7 +167,7 @@ impl Service {
             false => Service::CallsOut(socket.tuple.peer.port()),
         });
         let accepted = accepted.into_iter();
-        most(
+        by_frequency(
             accepted
                 .map(|socket| Service::Handles(socket.tuple.local.port()))
                 .chain(others),
@@ -170,7 +176,7 @@ impl Service {
 }
 
 /// Each value with its count, the most frequent first.
-fn most<T: Copy + Eq + Hash + Ord>(values: impl Iterator<Item = T>) -> Vec<(T, usize)> {
+fn by_frequency<T: Copy + Eq + Hash + Ord>(values: impl Iterator<Item = T>) -> Vec<(T, usize)> {
     let mut counts: HashMap<T, usize> = HashMap::new();
     for value in values {
         *counts.entry(value).or_default() += 1;
@@ -183,18 +189,18 @@ fn most<T: Copy + Eq + Hash + Ord>(values: impl Iterator<Item = T>) -> Vec<(T, u
 /// The sockets of one process in one scan.
 #[derive(Debug, Default)]
 pub struct ProcessSockets<'a> {
-    /// Sockets of which it holds a descriptor.
+    /// The sockets that the process holds a descriptor of.
     pub held: Vec<&'a Socket>,
-    /// How many of them other processes hold too.
+    /// The number of `held` sockets that other processes hold too.
     pub shared: usize,
-    /// How many wait at its listeners.
+    /// The number of connections that wait at its listeners.
     pub waiting: usize,
-    /// The listeners with those, by index.
+    /// The indexes of the listeners with waiting connections.
     pub listeners: BTreeSet<usize>,
 }
 
 impl ProcessSockets<'_> {
-    /// A number that is the same for the same sockets, and another for others.
+    /// A hash of the held sockets and of the listeners, to compare processes.
     pub fn signature(&self) -> u64 {
         let mut cookies: Vec<Cookie> = self.held.iter().map(|s| s.cookie()).collect();
         cookies.sort_unstable_by_key(|cookie| cookie.0);
@@ -202,7 +208,7 @@ impl ProcessSockets<'_> {
     }
 }
 
-/// The sockets of each process. A socket that several share counts for each.
+/// The sockets of each process. A socket that several processes share counts for each of them.
 pub fn by_process(scan: &Scan) -> HashMap<ProcessId, ProcessSockets<'_>> {
     let mut by_process: HashMap<ProcessId, ProcessSockets<'_>> = HashMap::new();
     for target in &scan.targets {
@@ -225,7 +231,7 @@ pub fn by_process(scan: &Scan) -> HashMap<ProcessId, ProcessSockets<'_>> {
     by_process
 }
 
-/// The connections that wait at each listener, by the inodes of its sockets.
+/// The connections that wait at each listener. The key is the inodes of the listener's sockets.
 pub fn by_listener(scan: &Scan) -> HashMap<&[u32], Vec<&Socket>> {
     let mut waiting: HashMap<&[u32], Vec<&Socket>> = HashMap::new();
     for target in &scan.targets {
@@ -256,15 +262,15 @@ mod tests {
         let sockets: Vec<Socket> = (0..6)
             .map(|cookie| socket("10.0.0.1:80", "10.0.0.2:5", cookie))
             .collect();
-        let around = Around::default();
-        let group = Group::new(sockets[..3].iter(), sockets[2..].iter(), &around);
+        let context = GroupContext::default();
+        let group = SocketGroup::new(sockets[..3].iter(), sockets[2..].iter(), &context);
         assert_eq!((group.stuck, group.new, group.gone), (4, 3, 2));
-        assert!((group.growth(Duration::from_secs(5)) - 12.0).abs() < 1e-9);
-        assert_eq!(group.growth(Duration::ZERO), 0.0);
+        assert!((group.growth_per_minute(Duration::from_secs(5)) - 12.0).abs() < 1e-9);
+        assert_eq!(group.growth_per_minute(Duration::ZERO), 0.0);
     }
 
     #[test]
-    fn only_what_stays_and_hears_nothing_is_idle() {
+    fn only_sockets_that_stay_and_receive_nothing_are_idle() {
         let aged = |cookie, age| Socket {
             age,
             ..socket("10.0.0.1:80", "10.0.0.2:5", cookie)
@@ -276,13 +282,13 @@ mod tests {
             aged(3, seconds(1)),
             aged(4, seconds(60)),
         ];
-        let around = Around {
+        let context = GroupContext {
             elapsed: Duration::from_secs(10),
-            ..Around::default()
+            ..GroupContext::default()
         };
-        let group = Group::new(second[..3].iter(), second.iter(), &around);
-        let of = &group.causes[&Cause::Unread];
-        assert_eq!((of.count, of.idle), (4, 2));
+        let group = SocketGroup::new(second[..3].iter(), second.iter(), &context);
+        let counts = &group.causes[&Cause::Unread];
+        assert_eq!((counts.count, counts.idle), (4, 2));
     }
 
     #[test]
@@ -292,33 +298,42 @@ mod tests {
             age: age.map(Duration::from_secs),
             ..socket("10.0.0.1:80", "10.0.0.2:5", 1)
         });
-        let group = Group::new([].iter(), sockets.iter(), &Around::default());
+        let group = SocketGroup::new([].iter(), sockets.iter(), &GroupContext::default());
         assert_eq!(group.ages, [2, 1, 0, 1, 1]);
         assert_eq!(group.oldest, Some(Duration::from_secs(86_400)));
     }
 
-    fn services(pairs: &[(&str, &str)], listening: &[u16]) -> Vec<(Service, usize)> {
+    fn services(pairs: &[(&str, &str)], ports: &[u16]) -> Vec<(Service, usize)> {
         let sockets: Vec<Socket> = pairs.iter().map(|(l, p)| socket(l, p, 1)).collect();
-        let around = Around {
-            listening: listening.iter().map(|port| (0, *port)).collect(),
+        let context = GroupContext {
+            listening_ports: ports.iter().map(|port| (0, *port)).collect(),
             elapsed: Duration::ZERO,
         };
-        let group = Group::new([].iter(), sockets.iter(), &around);
+        let group = SocketGroup::new([].iter(), sockets.iter(), &context);
         group.causes[&Cause::Unread].services.clone()
     }
 
     #[test]
-    fn the_service_is_where_somebody_listens_or_else_the_common_port() {
+    fn the_service_is_at_the_listening_port_or_else_at_the_common_port() {
         use Service::{CallsOut, Handles};
         let (server, a, b) = ("10.0.0.1:8080", "10.0.0.2:40000", "10.0.0.3:50000");
-        let of = |pairs: &[(&str, &str)], listening: &[u16]| services(pairs, listening);
-        assert_eq!(of(&[(server, a), (server, b)], &[]), [(Handles(8080), 2)]);
-        assert_eq!(of(&[(a, server), (b, server)], &[]), [(CallsOut(8080), 2)]);
-        assert_eq!(of(&[(server, a)], &[]), [(Handles(8080), 1)]);
-        assert_eq!(of(&[(a, server)], &[]), [(CallsOut(8080), 1)]);
+        let services_of = |pairs: &[(&str, &str)], ports: &[u16]| services(pairs, ports);
+        assert_eq!(
+            services_of(&[(server, a), (server, b)], &[]),
+            [(Handles(8080), 2)]
+        );
+        assert_eq!(
+            services_of(&[(a, server), (b, server)], &[]),
+            [(CallsOut(8080), 2)]
+        );
+        assert_eq!(services_of(&[(server, a)], &[]), [(Handles(8080), 1)]);
+        assert_eq!(services_of(&[(a, server)], &[]), [(CallsOut(8080), 1)]);
         let low = "10.0.0.2:1730";
-        assert_eq!(of(&[(server, low)], &[8080]), [(Handles(8080), 1)]);
-        assert_eq!(of(&[(server, low)], &[9090]), [(CallsOut(1730), 1)]);
+        assert_eq!(services_of(&[(server, low)], &[8080]), [(Handles(8080), 1)]);
+        assert_eq!(
+            services_of(&[(server, low)], &[9090]),
+            [(CallsOut(1730), 1)]
+        );
     }
 
     #[test]
@@ -336,26 +351,37 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_in_close_wait_is_judged() {
+    fn only_sockets_in_close_wait_are_judged() {
         let mut sockets: Vec<Socket> = (0..4)
             .map(|cookie| socket("10.0.0.1:80", "10.0.0.2:40000", cookie))
             .collect();
         sockets[0].state = TcpState::LastAck;
         sockets[1].cause = Cause::Sending;
-        let group = Group::new(sockets[..3].iter(), sockets.iter(), &Around::default());
-        let of = &group.causes[&Cause::Unread];
-        assert_eq!((of.count, of.close_wait, of.lasting, of.idle), (3, 2, 1, 1));
-        assert_eq!(of.services, [(Service::Handles(80), 2)]);
-        // It was unread before: nothing is known of how long it has been sending.
+        let group = SocketGroup::new(
+            sockets[..3].iter(),
+            sockets.iter(),
+            &GroupContext::default(),
+        );
+        let counts = &group.causes[&Cause::Unread];
+        assert_eq!(
+            (counts.count, counts.close_wait, counts.lasting, counts.idle),
+            (3, 2, 1, 1)
+        );
+        assert_eq!(counts.services, [(Service::Handles(80), 2)]);
+        // The cause was another one in the first scan, so the socket has not been sending the whole time.
         let mut before = sockets[1].clone();
         before.cause = Cause::Unread;
-        let group = Group::new([before].iter(), sockets[1..2].iter(), &Around::default());
+        let group = SocketGroup::new(
+            [before].iter(),
+            sockets[1..2].iter(),
+            &GroupContext::default(),
+        );
         assert_eq!(group.causes[&Cause::Sending].lasting, 0);
     }
 
     #[test]
     fn the_most_frequent_come_first() {
-        let counted = most([8443, 8080, 8443, 80].into_iter());
+        let counted = by_frequency([8443, 8080, 8443, 80].into_iter());
         assert_eq!(counted, [(8443, 2), (80, 1), (8080, 1)]);
     }
 

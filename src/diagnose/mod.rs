@@ -1,8 +1,8 @@
-//! `cwkill diagnose`: who leaks, why, how fast, and what to look at next. Never acts.
+//! `cwkill diagnose`: which process leaks, why, how fast, and which command to run next. It closes nothing.
 //!
-//! Two looks at what matches, with a pause between them, give the growth; descriptor tables and the
-//! state of each process are read once more beside them. [`group`] counts, [`verdict`] says what it
-//! means, [`suggest`] what to run next: all pure.
+//! Two scans with a pause between them show the growth. After the second scan cwkill reads the descriptor
+//! tables and the state of each process. Three pure modules evaluate the data: [`group`] counts sockets,
+//! [`verdict`] explains causes and process states, [`suggest`] chooses the next command.
 
 pub mod group;
 pub mod suggest;
@@ -26,74 +26,74 @@ use crate::proc::netns::Netns;
 use crate::proc::status::ProcessStatus;
 use crate::proc::{ProcFs, Process, ProcessId};
 use crate::text::counted;
-use group::{Around, Group};
-use suggest::{Next, Runtime, Subject};
+use group::{GroupContext, SocketGroup};
+use suggest::{LanguageRuntime, Suggestion, SuggestionInput};
 use verdict::Condition;
 
-/// The time between two looks, if nothing else is asked for.
+/// The default time between the two scans.
 pub const SAMPLE: Duration = Duration::from_secs(5);
 
-/// Processes, and listeners, that are shown and looked at closely: one screen.
-pub const SHOWN: usize = 10;
+/// The maximum number of processes, and of listeners, in the report for people: one screen. Only the threads of
+/// these processes are examined.
+pub const MAX_SHOWN: usize = 10;
 
-/// So many descriptors that were never connected are worth a word of their own process.
-const MANY: usize = 100;
+/// A process with at least this many descriptors of sockets that were never connected is reported for them alone.
+const MANY_NEVER_CONNECTED: usize = 100;
 
-/// What was found out.
 #[derive(Debug)]
 pub struct Diagnosis {
     /// The second scan.
     pub scan: Scan,
-    /// The time between the looks.
+    /// The time between the two scans.
     pub elapsed: Duration,
     /// All sockets together.
-    pub total: Group,
-    /// The processes that hold some of them, or a listener with some of them, or dead descriptors; worst
-    /// first.
+    pub total: SocketGroup,
+    /// The processes that hold stuck sockets or dead descriptors, or own a listener with stuck connections. The
+    /// process with the most leaked descriptors comes first.
     pub processes: Vec<ProcessDiagnosis>,
-    /// The listeners that leave connections waiting, worst first.
-    pub listeners: Vec<Waiting>,
+    /// The listeners with connections that were not accepted, the listener with the most first.
+    pub listeners: Vec<ListenerDiagnosis>,
     /// Sockets without a known owner.
-    pub ownerless: Option<Group>,
-    /// Processes that were asked for and whose descriptors may not be read.
-    pub unreadable: usize,
-    /// Descriptors that may be dead, of processes with nothing else to report.
-    pub unknown: usize,
-    /// /proc does not show the processes of others (hidepid).
-    pub hidden: bool,
-    /// Whether certain processes were asked for.
+    pub ownerless: Option<SocketGroup>,
+    /// Number of selected processes whose descriptors cwkill may not read.
+    pub unreadable_processes: usize,
+    /// Number of possibly dead descriptors in processes that are not in `processes`.
+    pub unknown_descriptors: usize,
+    /// /proc does not show the processes of other users (hidepid).
+    pub hidden_processes: bool,
+    /// Whether a selector names processes.
     pub selects_owners: bool,
     /// Why descriptors are missing, or may be counted as unknown.
     pub failures: Vec<String>,
-    /// Whether a process number of /proc means the same process to a command.
-    pub same_pids: bool,
+    /// Whether /proc shows the pid namespace of cwkill. Only then a suggested command reaches the right process.
+    pub is_own_pid_namespace: bool,
 }
 
 impl Diagnosis {
-    /// What could not be seen, one a line.
+    /// Notes on the limits of the diagnosis, one per line.
     pub fn notes(&self) -> Vec<String> {
         let scan = &self.scan;
         let mut notes = scan.coverage.notes(scan.without_known_owner());
-        if self.unreadable > 0 {
+        if self.unreadable_processes > 0 {
             notes.push(format!(
                 "the descriptors of {} may not be read: dead ones among them are not counted",
-                counted(self.unreadable, "process")
+                counted(self.unreadable_processes, "process")
             ));
         }
-        if self.unknown > 0 {
+        if self.unknown_descriptors > 0 {
             notes.push(format!(
                 "{} of TCP sockets in no table may be dead: their state may not be read",
-                counted(self.unknown, "descriptor")
+                counted(self.unknown_descriptors, "descriptor")
             ));
         }
-        if self.hidden && self.ownerless.is_none() {
+        if self.hidden_processes && self.ownerless.is_none() {
             notes.push(
                 "/proc does not show the processes of others (hidepid): their descriptors are not counted"
                     .to_owned(),
             );
         }
         notes.extend(self.failures.iter().cloned());
-        if !self.same_pids && !self.processes.is_empty() {
+        if !self.is_own_pid_namespace && !self.processes.is_empty() {
             notes.push(
                 "/proc is of another pid namespace, where a number means another process: no commands are shown"
                     .to_owned(),
@@ -102,101 +102,111 @@ impl Diagnosis {
         notes
     }
 
-    /// Whether something stuck could not be told for lack of a privilege.
-    pub fn is_partly_blind(&self) -> bool {
+    /// Whether a missing privilege hid stuck sockets, owners or dead descriptors.
+    pub fn lacks_privileges(&self) -> bool {
         let coverage = &self.scan.coverage;
-        let unknown = |process: &ProcessDiagnosis| process.suspects()[2] > 0;
+        let unknown = |process: &ProcessDiagnosis| process.suspect_counts().unknown > 0;
         coverage.undecided > 0
             || (coverage.has_hidden_owners() && self.ownerless.is_some())
             || self.processes.iter().any(unknown)
             || self.are_descriptors_unseen()
     }
 
-    /// Whether there may be dead descriptors of what was asked for, of which nothing is shown. That those of somebody
-    /// may not be read is as usual for who is not root, so that it counts for processes asked for only.
+    /// Whether selected processes may have dead descriptors that this diagnosis does not show. Without root some
+    /// processes are always unreadable, so unreadable processes count only if a selector names processes.
     pub fn are_descriptors_unseen(&self) -> bool {
-        self.unknown > 0
+        self.unknown_descriptors > 0
             || (self.selects_owners
-                && (self.unreadable > 0 || self.hidden || !self.failures.is_empty()))
+                && (self.unreadable_processes > 0
+                    || self.hidden_processes
+                    || !self.failures.is_empty()))
     }
 }
 
-/// A process and how it fares.
 #[derive(Debug)]
 pub struct ProcessDiagnosis {
-    /// Which.
     pub process: Arc<Process>,
-    /// The sockets of which it holds a descriptor; those of its listeners are not among them.
-    pub held: Group,
-    /// How many of them others hold too.
+    /// The sockets that the process holds a descriptor of. Connections in the queues of its listeners are not among them.
+    pub held: SocketGroup,
+    /// The number of `held` sockets that other processes hold too.
     pub shared: usize,
-    /// Connections that it leaves waiting at its listeners.
+    /// The number of connections that wait at its listeners.
     pub waiting: usize,
-    /// Its state, its limits.
     pub status: ProcessStatus,
-    /// What its state at both looks says.
     pub condition: Condition,
-    /// What it holds and what waits at its listeners, as one number that tells it from other sets.
-    pub sockets: u64,
-    /// Threads in uninterruptible sleep at both looks, beside the first; of the first [`SHOWN`] processes only.
-    pub asleep: Vec<i32>,
-    /// Its descriptor table; `None` if it may not be read.
+    /// A hash of the held sockets and of the listeners with waiting connections. Equal for workers that share them.
+    pub sockets_signature: u64,
+    /// Threads, except the main thread, that were in uninterruptible sleep at both scans. Filled in only for the
+    /// first [`MAX_SHOWN`] processes.
+    pub uninterruptible_threads: Vec<i32>,
+    /// The descriptor table; `None` if cwkill may not read it.
     pub table: Option<Table>,
-    /// What it runs on, if that can be told.
-    pub runtime: Option<Runtime>,
-    /// What to run next.
-    pub next: Option<Next>,
+    /// `None` if the names of the process do not show it.
+    pub runtime: Option<LanguageRuntime>,
+    pub suggestion: Option<Suggestion>,
+}
+
+/// Descriptors of TCP sockets that are in no table of the kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SuspectCounts {
+    pub dead: usize,
+    pub never_connected: usize,
+    /// cwkill may not read their state.
+    pub unknown: usize,
 }
 
 impl ProcessDiagnosis {
-    /// How many of its descriptors are of which kind: dead, never connected, not to be told.
-    pub fn suspects(&self) -> [usize; 3] {
-        let mut counts = [0; 3];
+    pub fn suspect_counts(&self) -> SuspectCounts {
+        let mut counts = SuspectCounts::default();
         for suspect in self.table.iter().flat_map(|table| &table.suspects) {
-            let kind = match suspect.verdict {
-                Verdict::Dead(_) => 0,
-                Verdict::NeverConnected => 1,
-                Verdict::Unknown(_) => 2,
-            };
-            counts[kind] += 1;
+            *match suspect.verdict {
+                Verdict::Dead(_) => &mut counts.dead,
+                Verdict::NeverConnected => &mut counts.never_connected,
+                Verdict::Unknown(_) => &mut counts.unknown,
+            } += 1;
         }
         counts
     }
 
-    /// All that it keeps open for nothing. What waits at its listeners is told of them.
+    /// The number of leaked descriptors. Connections at its listeners are not counted: [`ListenerDiagnosis`] has them.
     pub fn leaked(&self) -> usize {
-        let [dead, never, _] = self.suspects();
-        self.held.stuck + dead + if never < MANY { 0 } else { never }
+        let counts = self.suspect_counts();
+        let never_connected = match counts.never_connected {
+            0..MANY_NEVER_CONNECTED => 0,
+            many => many,
+        };
+        self.held.stuck + counts.dead + never_connected
     }
 
-    /// Whether there is nothing to say of `other` that is not said of this one: workers that share their sockets.
+    /// Whether a report of `other` would repeat the report of this process: both are workers that share all their
+    /// sockets.
     pub fn is_like(&self, other: &ProcessDiagnosis) -> bool {
         self.process.comm == other.process.comm
-            && self.sockets == other.sockets
+            && self.sockets_signature == other.sockets_signature
             && self.held.stuck + self.waiting > 0
             && self.shared == self.held.stuck
             && self.condition == other.condition
-            && self.suspects() == other.suspects()
+            && self.suspect_counts() == other.suspect_counts()
     }
 }
 
-/// A listener and the connections in its queue.
+/// A listener and the stuck connections in its queue.
 #[derive(Debug)]
-pub struct Waiting {
-    /// Its index in [`Scan::listeners`].
+pub struct ListenerDiagnosis {
+    /// The index in [`Scan::listeners`].
     pub listener: usize,
-    /// Its connections that match.
-    pub group: Group,
+    pub connections: SocketGroup,
 }
 
-/// Scans twice.
+/// Scans twice and evaluates the difference.
 ///
 /// # Errors
-/// As those of a listing.
+/// The same as for a listing.
 pub fn run(scope: &Scope, sample: Duration, proc: &ProcFs) -> anyhow::Result<Diagnosis> {
     let namespaces = finder::open(&scope.netns, proc)?;
     let selectors = &scope.selectors;
-    // The kernel is asked at the beginning of each scan; owners are looked up after that.
+    // Each scan first lists the sockets and then looks up the owners, so the time between two listings is from the
+    // beginning of one scan to the beginning of the next.
     let begin = Instant::now();
     let first = finder::find(&namespaces, proc, selectors)?;
     let states: HashMap<ProcessId, Option<char>> = first
@@ -204,43 +214,44 @@ pub fn run(scope: &Scope, sample: Duration, proc: &ProcFs) -> anyhow::Result<Dia
         .into_iter()
         .map(|(id, process)| (id, proc.status(process).state))
         .collect();
-    let asleep: HashMap<ProcessId, Vec<i32>> = worst(&first)
+    let uninterruptible: HashMap<ProcessId, Vec<i32>> = most_affected(&first)
         .map(|process| (process.id, proc.uninterruptible(process)))
         .collect();
     thread::sleep(sample);
     let elapsed = begin.elapsed();
     let scan = finder::find(&namespaces, proc, selectors)?;
-    let (tables, failures) = tables(&scan, selectors, proc);
-    let (unreadable, hidden) = (tables.unreadable.len(), tables.hidden);
-    let around = Around {
-        listening: listening(&scan.namespaces),
+    let (tables, failures) = read_tables(&scan, selectors, proc);
+    let (unreadable_processes, hidden_processes) = (tables.unreadable.len(), tables.hidden);
+    let context = GroupContext {
+        listening_ports: listening_ports(&scan.namespaces),
         elapsed,
     };
     let scans = (&first, &scan);
-    let (mut processes, unknown) =
-        diagnose_processes(scans, &around, tables, selectors, |process| {
+    let (mut processes, unknown_descriptors) =
+        diagnose_processes(scans, &context, tables, selectors, |process| {
             let status = proc.status(process);
             let before = states.get(&process.id).copied().flatten();
             let condition = Condition::of(before, status.state);
             (status, condition)
         });
-    let ownerless = Group::new(ownerless(&first), ownerless(&scan), &around);
-    let total = Group::new(sockets(&first), sockets(&scan), &around);
-    let listeners = waiting(scans, &around);
-    let same_pids = proc.is_of_our_pid_namespace();
-    for diagnosis in processes.iter_mut().take(SHOWN) {
+    let ownerless = SocketGroup::new(ownerless(&first), ownerless(&scan), &context);
+    let total = SocketGroup::new(sockets(&first), sockets(&scan), &context);
+    let listeners = diagnose_listeners(scans, &context);
+    let is_own_pid_namespace = proc.is_of_our_pid_namespace();
+    for diagnosis in processes.iter_mut().take(MAX_SHOWN) {
         let process = &diagnosis.process;
-        let before: HashSet<&i32> = asleep.get(&process.id).into_iter().flatten().collect();
+        let before = uninterruptible.get(&process.id);
+        let before: HashSet<&i32> = before.into_iter().flatten().collect();
         if !before.is_empty() {
             let mut both = proc.uninterruptible(process);
             both.retain(|thread| before.contains(thread) && *thread != process.id.pid);
             diagnosis.condition = diagnosis.condition.with_threads(&both);
-            diagnosis.asleep = both;
+            diagnosis.uninterruptible_threads = both;
         }
     }
-    // A number of another pid namespace means another process to whoever runs the command.
-    for diagnosis in processes.iter_mut().filter(|_| same_pids) {
-        diagnosis.next = suggest::next(Subject {
+    // In another pid namespace the number names another process, so a command would act on the wrong one.
+    for diagnosis in processes.iter_mut().filter(|_| is_own_pid_namespace) {
+        diagnosis.suggestion = suggest::suggest(SuggestionInput {
             pid: diagnosis.process.id.pid,
             runtime: diagnosis.runtime,
             condition: diagnosis.condition,
@@ -248,24 +259,28 @@ pub fn run(scope: &Scope, sample: Duration, proc: &ProcFs) -> anyhow::Result<Dia
         });
     }
     Ok(Diagnosis {
-        same_pids,
+        is_own_pid_namespace,
         ownerless: (ownerless.stuck > 0).then_some(ownerless),
         scan,
         elapsed,
         total,
         processes,
         listeners,
-        unreadable,
-        unknown,
-        hidden,
+        unreadable_processes,
+        unknown_descriptors,
+        hidden_processes,
         selects_owners: selectors.selects_owners(),
         failures,
     })
 }
 
-/// The descriptor tables of the owners, and of every other process that is selected and is in one of the namespaces: it may have
-/// nothing but dead descriptors.
-pub(crate) fn tables(scan: &Scan, selectors: &Selectors, proc: &ProcFs) -> (DeadScan, Vec<String>) {
+/// Reads the descriptor tables of the owners, and of every other selected process in the scanned namespaces, because a process
+/// may have only dead descriptors. Also returns a message for each failure.
+pub(crate) fn read_tables(
+    scan: &Scan,
+    selectors: &Selectors,
+    proc: &ProcFs,
+) -> (DeadScan, Vec<String>) {
     let (mut in_tables, mut failures) = (HashSet::new(), Vec::new());
     for netns in &scan.namespaces {
         match dead::inodes_in_tables(std::slice::from_ref(netns)) {
@@ -279,19 +294,19 @@ pub(crate) fn tables(scan: &Scan, selectors: &Selectors, proc: &ProcFs) -> (Dead
     }
     let owners: HashSet<ProcessId> = scan.processes().into_keys().collect();
     let inodes: HashSet<u64> = scan.namespaces.iter().map(|netns| netns.inode()).collect();
-    // The sockets of a process elsewhere are in tables that were not read.
-    let is_here = |process: &Process| {
+    // The socket tables of other namespaces were not read, so the sockets of a process there would all look dead.
+    let is_in_scope = |process: &Process| {
         match fs::metadata(proc.path(&format!("{}/ns/net", process.id.pid))) {
             Ok(namespace) => inodes.contains(&namespace.ino()),
-            // Neither may its descriptors be read then, which is counted.
+            // Then its descriptors are unreadable too, and `dead::find` counts the process as unreadable.
             Err(error) => error.kind() == io::ErrorKind::PermissionDenied,
         }
     };
-    let wanted = |process: &Process| {
-        owners.contains(&process.id) || (selectors.match_owner(process) && is_here(process))
+    let selected = |process: &Process| {
+        owners.contains(&process.id) || (selectors.match_owner(process) && is_in_scope(process))
     };
-    // What is known of sockets stands without it.
-    let dead = dead::find(proc, &wanted, &in_tables).unwrap_or_else(|error| {
+    // The diagnosis of the sockets is valid without the descriptor tables.
+    let dead = dead::find(proc, &selected, &in_tables).unwrap_or_else(|error| {
         failures.push(format!("descriptor tables could not be read: {error}"));
         DeadScan::default()
     });
@@ -304,17 +319,20 @@ pub(crate) fn tables(scan: &Scan, selectors: &Selectors, proc: &ProcFs) -> (Dead
     (dead, failures)
 }
 
-/// The processes with the most sockets, held or waiting.
-fn worst(scan: &Scan) -> impl Iterator<Item = &Process> {
+/// The [`MAX_SHOWN`] processes with the most sockets, held or waiting at a listener.
+fn most_affected(scan: &Scan) -> impl Iterator<Item = &Process> {
     let by_process = group::by_process(scan);
     let count = |id: &ProcessId| {
         let sockets = by_process.get(id);
         sockets.map_or(0, |sockets| sockets.held.len() + sockets.waiting)
     };
     let processes = scan.processes().into_iter();
-    let mut worst: Vec<(usize, &Process)> = processes.map(|(id, p)| (count(&id), &**p)).collect();
-    worst.sort_by_key(|(sockets, _)| std::cmp::Reverse(*sockets));
-    worst.into_iter().take(SHOWN).map(|(_, process)| process)
+    let mut counts: Vec<(usize, &Process)> = processes.map(|(id, p)| (count(&id), &**p)).collect();
+    counts.sort_by_key(|(sockets, _)| std::cmp::Reverse(*sockets));
+    counts
+        .into_iter()
+        .take(MAX_SHOWN)
+        .map(|(_, process)| process)
 }
 
 fn sockets(scan: &Scan) -> impl Iterator<Item = &Socket> {
@@ -328,26 +346,30 @@ fn ownerless(scan: &Scan) -> impl Iterator<Item = &Socket> {
     ownerless.map(|target| &target.socket)
 }
 
-/// The listeners with connections that match, worst first.
-fn waiting((first, second): (&Scan, &Scan), around: &Around) -> Vec<Waiting> {
+/// The listeners with stuck connections, the listener with the most first.
+fn diagnose_listeners(
+    (first, second): (&Scan, &Scan),
+    context: &GroupContext,
+) -> Vec<ListenerDiagnosis> {
     let (before, now) = (group::by_listener(first), group::by_listener(second));
-    let waiting = |(listener, of): (usize, &Listener)| {
-        let now = now.get(&of.inodes[..])?.iter().copied();
-        let before = before.get(&of.inodes[..]).into_iter().flatten().copied();
-        Some(Waiting {
-            listener,
-            group: Group::new(before, now, around),
+    let diagnose = |(index, listener): (usize, &Listener)| {
+        let now = now.get(&listener.inodes[..])?.iter().copied();
+        let before = before.get(&listener.inodes[..]);
+        let before = before.into_iter().flatten().copied();
+        Some(ListenerDiagnosis {
+            listener: index,
+            connections: SocketGroup::new(before, now, context),
         })
     };
     let listeners = second.listeners.iter().enumerate();
-    let mut listeners: Vec<Waiting> = listeners.filter_map(waiting).collect();
-    listeners.sort_by_key(|waiting| std::cmp::Reverse(waiting.group.stuck));
+    let mut listeners: Vec<ListenerDiagnosis> = listeners.filter_map(diagnose).collect();
+    listeners.sort_by_key(|listener| std::cmp::Reverse(listener.connections.stuck));
     listeners
 }
 
-/// The ports at which somebody listens, each with the index of its network namespace. A namespace without an answer only costs a
-/// better verdict.
-fn listening(namespaces: &[Arc<Netns>]) -> HashSet<(usize, u16)> {
+/// The ports with a listener, each with the index of its network namespace. Errors are ignored: without the ports of a namespace
+/// the service of a socket is guessed from the ports of the connections.
+fn listening_ports(namespaces: &[Arc<Netns>]) -> HashSet<(usize, u16)> {
     let ports = |netns: &Arc<Netns>| netns.within(listeners::ports).ok()?.ok();
     let ports = namespaces.iter().map(ports).enumerate();
     ports
@@ -355,10 +377,11 @@ fn listening(namespaces: &[Arc<Netns>]) -> HashSet<(usize, u16)> {
         .collect()
 }
 
-/// The processes to report, worst first, and how many descriptors of others may be dead.
+/// The processes to report, the one with the most leaked descriptors first, and the number of possibly dead descriptors in
+/// all other processes.
 fn diagnose_processes(
     (first, second): (&Scan, &Scan),
-    around: &Around,
+    context: &GroupContext,
     scan: DeadScan,
     selectors: &Selectors,
     status_of: impl Fn(&Process) -> (ProcessStatus, Condition),
@@ -368,15 +391,15 @@ fn diagnose_processes(
         .into_iter()
         .map(|table| (table.process.id, table))
         .collect();
-    let means = |table: &Table| {
-        let mut never = 0;
+    let has_selected_descriptors = |table: &Table| {
+        let mut never_connected = 0;
         table.suspects.iter().any(|suspect| match suspect.verdict {
             Verdict::Dead(socket) => socket
                 .local
                 .is_some_and(|local: SocketAddr| selectors.could_match_dead(local)),
             Verdict::NeverConnected => {
-                never += 1;
-                never >= MANY && selectors.could_match_unbound()
+                never_connected += 1;
+                never_connected >= MANY_NEVER_CONNECTED && selectors.could_match_unbound()
             }
             Verdict::Unknown(_) => false,
         })
@@ -386,7 +409,10 @@ fn diagnose_processes(
         .into_iter()
         .map(|(id, process)| (id, Arc::clone(process)))
         .collect();
-    for table in tables.values().filter(|table| means(table)) {
+    let tables_with_leaks = tables
+        .values()
+        .filter(|table| has_selected_descriptors(table));
+    for table in tables_with_leaks {
         processes
             .entry(table.process.id)
             .or_insert_with(|| Arc::new(table.process.clone()));
@@ -398,21 +424,21 @@ fn diagnose_processes(
         let now = now.remove(&id).unwrap_or_default();
         let (status, condition) = status_of(&process);
         ProcessDiagnosis {
-            runtime: Runtime::of(status.executable.as_deref(), &process.comm),
-            next: None,
-            sockets: now.signature(),
-            asleep: Vec::new(),
+            runtime: LanguageRuntime::of(status.executable.as_deref(), &process.comm),
+            suggestion: None,
+            sockets_signature: now.signature(),
+            uninterruptible_threads: Vec::new(),
             process,
             shared: now.shared,
             waiting: now.waiting,
-            held: Group::new(before.held.into_iter(), now.held.into_iter(), around),
+            held: SocketGroup::new(before.held.into_iter(), now.held.into_iter(), context),
             status,
             condition,
             table: tables.remove(&id),
         }
     };
     let mut processes: Vec<ProcessDiagnosis> = processes.into_iter().map(diagnose).collect();
-    // An owner by a listener in another place than the selected sockets has nothing to do with them.
+    // A process without leaked descriptors and without waiting connections has no part in the leak.
     processes.retain(|process| process.leaked() + process.waiting > 0);
     processes.sort_by_key(|process| std::cmp::Reverse((process.leaked(), process.waiting)));
     let suspects = tables.values().flat_map(|table| &table.suspects);

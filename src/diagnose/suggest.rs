@@ -1,88 +1,88 @@
-//! What a program runs on, told from its names, and the command that shows where it hangs. Pure; the command is
-//! shown and never run.
+//! The language runtime of a process, and the command that shows where the process hangs. Pure: cwkill prints
+//! the command and never runs it.
 
 use super::verdict::Condition;
 
-/// What a program runs on.
+/// The language runtime of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Runtime {
-    /// A Java virtual machine.
+pub enum LanguageRuntime {
     Jvm,
-    /// Go.
     Go,
     /// CPython or PyPy.
     Python,
     /// Node.js.
     Node,
-    /// Ruby.
     Ruby,
-    /// .NET.
     DotNet,
 }
 
-/// Names of executables, or of processes, and what they run on. Go leaves no trace in a name, so its
-/// well-known programs are listed; others get what every program gets, with a word on Go. Its mark is inside
-/// the executable, which is not read: a dead file system would hold us there.
-const NAMES: &[(&str, Runtime)] = &[
-    ("java", Runtime::Jvm),
-    ("jsvc", Runtime::Jvm),
-    ("node", Runtime::Node),
-    ("nodejs", Runtime::Node),
-    ("gunicorn", Runtime::Python),
-    ("uwsgi", Runtime::Python),
-    ("uvicorn", Runtime::Python),
-    ("celery", Runtime::Python),
-    ("puma", Runtime::Ruby),
-    ("unicorn", Runtime::Ruby),
-    ("dotnet", Runtime::DotNet),
-    ("alertmanager", Runtime::Go),
-    ("caddy", Runtime::Go),
-    ("cockroach", Runtime::Go),
-    ("consul", Runtime::Go),
-    ("containerd", Runtime::Go),
-    ("coredns", Runtime::Go),
-    ("dockerd", Runtime::Go),
-    ("docker-proxy", Runtime::Go),
-    ("etcd", Runtime::Go),
-    ("gitea", Runtime::Go),
-    ("grafana", Runtime::Go),
-    ("grafana-server", Runtime::Go),
-    ("influxd", Runtime::Go),
-    ("k3s", Runtime::Go),
-    ("k3s-server", Runtime::Go),
-    ("kube-apiserver", Runtime::Go),
-    ("kube-proxy", Runtime::Go),
-    ("kubelet", Runtime::Go),
-    ("loki", Runtime::Go),
-    ("minio", Runtime::Go),
-    ("nomad", Runtime::Go),
-    ("node_exporter", Runtime::Go),
-    ("prometheus", Runtime::Go),
-    ("telegraf", Runtime::Go),
-    ("traefik", Runtime::Go),
-    ("vault", Runtime::Go),
+/// Names of executables or processes, with their runtime. The name of a Go program does not show the language, so
+/// well-known Go programs are listed; other programs get the default command with a remark about Go. The build
+/// information inside the executable would show it, but a read from a dead file system would block cwkill.
+const NAMES: &[(&str, LanguageRuntime)] = &[
+    ("java", LanguageRuntime::Jvm),
+    ("jsvc", LanguageRuntime::Jvm),
+    ("node", LanguageRuntime::Node),
+    ("nodejs", LanguageRuntime::Node),
+    ("gunicorn", LanguageRuntime::Python),
+    ("uwsgi", LanguageRuntime::Python),
+    ("uvicorn", LanguageRuntime::Python),
+    ("celery", LanguageRuntime::Python),
+    ("puma", LanguageRuntime::Ruby),
+    ("unicorn", LanguageRuntime::Ruby),
+    ("dotnet", LanguageRuntime::DotNet),
+    ("alertmanager", LanguageRuntime::Go),
+    ("caddy", LanguageRuntime::Go),
+    ("cockroach", LanguageRuntime::Go),
+    ("consul", LanguageRuntime::Go),
+    ("containerd", LanguageRuntime::Go),
+    ("coredns", LanguageRuntime::Go),
+    ("dockerd", LanguageRuntime::Go),
+    ("docker-proxy", LanguageRuntime::Go),
+    ("etcd", LanguageRuntime::Go),
+    ("gitea", LanguageRuntime::Go),
+    ("grafana", LanguageRuntime::Go),
+    ("grafana-server", LanguageRuntime::Go),
+    ("influxd", LanguageRuntime::Go),
+    ("k3s", LanguageRuntime::Go),
+    ("k3s-server", LanguageRuntime::Go),
+    ("kube-apiserver", LanguageRuntime::Go),
+    ("kube-proxy", LanguageRuntime::Go),
+    ("kubelet", LanguageRuntime::Go),
+    ("loki", LanguageRuntime::Go),
+    ("minio", LanguageRuntime::Go),
+    ("nomad", LanguageRuntime::Go),
+    ("node_exporter", LanguageRuntime::Go),
+    ("prometheus", LanguageRuntime::Go),
+    ("telegraf", LanguageRuntime::Go),
+    ("traefik", LanguageRuntime::Go),
+    ("vault", LanguageRuntime::Go),
 ];
 
-/// Beginnings of versioned names: python3.11.
-const STEMS: &[(&str, Runtime)] = &[
-    ("python", Runtime::Python),
-    ("pypy", Runtime::Python),
-    ("ruby", Runtime::Ruby),
+/// Prefixes of names that end with a version, for example python3.11.
+const STEMS: &[(&str, LanguageRuntime)] = &[
+    ("python", LanguageRuntime::Python),
+    ("pypy", LanguageRuntime::Python),
+    ("ruby", LanguageRuntime::Ruby),
 ];
 
-impl Runtime {
-    /// Told from the name of the executable. A process chooses its own name, so that this counts only where
-    /// the executable may not be read, or for what runs scripts and does nothing to the wrong process.
-    pub fn of(executable: Option<&str>, comm: &str) -> Option<Runtime> {
+impl LanguageRuntime {
+    /// The runtime by the name of the executable, or by the name of the process (`comm`).
+    ///
+    /// A process can set its own `comm`. cwkill uses `comm` only if the executable is unknown, or for runtimes that run
+    /// scripts: their commands are harmless if the guess is wrong.
+    pub fn of(executable: Option<&str>, comm: &str) -> Option<LanguageRuntime> {
         let Some(executable) = executable else {
             return Self::of_name(comm);
         };
         Self::of_name(executable).or_else(|| {
-            Self::of_name(comm).filter(|runtime| matches!(runtime, Runtime::Python | Runtime::Ruby))
+            Self::of_name(comm).filter(|runtime| {
+                matches!(runtime, LanguageRuntime::Python | LanguageRuntime::Ruby)
+            })
         })
     }
 
-    fn of_name(name: &str) -> Option<Runtime> {
+    fn of_name(name: &str) -> Option<LanguageRuntime> {
         let whole = NAMES.iter().find(|row| row.0 == name);
         let versioned = || {
             STEMS.iter().find(|row| {
@@ -96,51 +96,49 @@ impl Runtime {
     /// The name in JSON.
     pub fn name(self) -> &'static str {
         match self {
-            Runtime::Jvm => "jvm",
-            Runtime::Go => "go",
-            Runtime::Python => "python",
-            Runtime::Node => "node",
-            Runtime::Ruby => "ruby",
-            Runtime::DotNet => "dotnet",
+            LanguageRuntime::Jvm => "jvm",
+            LanguageRuntime::Go => "go",
+            LanguageRuntime::Python => "python",
+            LanguageRuntime::Node => "node",
+            LanguageRuntime::Ruby => "ruby",
+            LanguageRuntime::DotNet => "dotnet",
         }
     }
 }
 
-/// A command for the operator to run, and what to know before.
+/// A command for the operator to run.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Next {
-    /// The command.
+pub struct Suggestion {
     pub command: String,
-    /// What it does to the process, or else what to try.
+    /// The effect of the command on the process, or an alternative.
     pub remark: String,
 }
 
-/// The process that a command is for.
+/// The facts about a process that decide which command to suggest.
 #[derive(Clone, Copy, Debug)]
-pub struct Subject {
-    /// Its number.
+pub struct SuggestionInput {
     pub pid: i32,
-    /// What it runs on, if that could be told.
-    pub runtime: Option<Runtime>,
-    /// What its state says.
+    /// `None`: unknown.
+    pub runtime: Option<LanguageRuntime>,
     pub condition: Condition,
-    /// The signals for which it has a handler, as [`ProcessStatus::caught`]. One that it has none for ends it.
+    /// The signals that the process has a handler for, as in [`ProcessStatus::caught`]. SIGQUIT and SIGUSR1 end a
+    /// process that has no handler for them. `None`: unknown.
     ///
     /// [`ProcessStatus::caught`]: crate::proc::status::ProcessStatus::caught
     pub caught: Option<u64>,
 }
 
-impl Subject {
+impl SuggestionInput {
     fn catches(&self, signal: i32) -> bool {
         self.caught
             .is_some_and(|caught| caught >> (signal - 1) & 1 == 1)
     }
 }
 
-/// What to run next; `None` if the process is gone.
-pub fn next(subject: Subject) -> Option<Next> {
-    let pid = subject.pid;
-    let (command, remark) = match subject.condition {
+/// The command to run next; `None` if the process is gone.
+pub fn suggest(process: SuggestionInput) -> Option<Suggestion> {
+    let pid = process.pid;
+    let (command, remark) = match process.condition {
         Condition::Gone => return None,
         Condition::Zombie => (
             format!("ps -o ppid= -p {pid}"),
@@ -154,62 +152,65 @@ pub fn next(subject: Subject) -> Option<Next> {
             format!("grep TracerPid /proc/{pid}/status"),
             "the number of the debugger".to_owned(),
         ),
-        // A debugger would wait with it.
-        Condition::Uninterruptible => (format!("cat /proc/{pid}/wchan"), ASLEEP.to_owned()),
+        // A debugger would block too.
+        Condition::Uninterruptible => (
+            format!("cat /proc/{pid}/wchan"),
+            UNINTERRUPTIBLE_REMARK.to_owned(),
+        ),
         Condition::ThreadUninterruptible(thread) => (
             format!("cat /proc/{pid}/task/{thread}/wchan"),
-            ASLEEP.to_owned(),
+            UNINTERRUPTIBLE_REMARK.to_owned(),
         ),
-        Condition::Usual => inside(subject),
+        Condition::Normal => stack_command(process),
     };
-    Some(Next { command, remark })
+    Some(Suggestion { command, remark })
 }
 
-const ASLEEP: &str = "and the kernel log show what it waits for; a debugger does not help";
+const UNINTERRUPTIBLE_REMARK: &str = "and the kernel log: what does it wait for? No debugger helps";
 
-/// What shows where a process hangs that runs as usual.
-fn inside(subject: Subject) -> (String, String) {
-    let pid = subject.pid;
-    // jcmd and jstack begin with SIGQUIT (jdk.attach), node with SIGUSR1 (process._debugProcess).
-    let ends_it = |signal: &str, what: &str| {
+/// The command that shows the stacks of a process in a normal state, and a remark.
+fn stack_command(process: SuggestionInput) -> (String, String) {
+    let pid = process.pid;
+    // jcmd and jstack first send SIGQUIT (jdk.attach), `node inspect` first sends SIGUSR1 (process._debugProcess).
+    let without_signal = |signal: &str, tool: &str| {
         let (command, remark) = debugger(pid);
         (
             command,
-            format!("{remark}; no {what}: {signal} is not caught, and would end it"),
+            format!("{remark}; no {tool}: {signal} is not caught, and would end it"),
         )
     };
-    let (command, remark) = match subject.runtime {
-        Some(Runtime::Jvm) if !subject.catches(libc::SIGQUIT) => {
-            return ends_it("SIGQUIT", "jcmd or jstack");
+    let (command, remark) = match process.runtime {
+        Some(LanguageRuntime::Jvm) if !process.catches(libc::SIGQUIT) => {
+            return without_signal("SIGQUIT", "jcmd or jstack");
         }
-        Some(Runtime::Node) if !subject.catches(libc::SIGUSR1) => {
-            return ends_it("SIGUSR1", "node inspect");
+        Some(LanguageRuntime::Node) if !process.catches(libc::SIGUSR1) => {
+            return without_signal("SIGUSR1", "node inspect");
         }
         None => return debugger(pid),
-        Some(Runtime::Jvm) => (
+        Some(LanguageRuntime::Jvm) => (
             format!("jcmd {pid} Thread.print"),
             "as its user; or jstack".to_owned(),
         ),
-        // SIGQUIT prints the goroutines too, and then ends the program.
-        Some(Runtime::Go) => (
+        // SIGQUIT prints the goroutines too, but then it ends the program.
+        Some(LanguageRuntime::Go) => (
             "curl 'http://127.0.0.1:PORT/debug/pprof/goroutine?debug=2'".to_owned(),
             format!(
                 "if it serves that; else `dlv attach {pid}`, then `goroutines -t`: this stops it meanwhile, and at `exit` answer n to \"kill the process?\": Enter kills it; never SIGQUIT, which ends it"
             ),
         ),
-        Some(Runtime::Python) => (
+        Some(LanguageRuntime::Python) => (
             format!("py-spy dump --pid {pid}"),
             "pauses it meanwhile; --native adds C".to_owned(),
         ),
-        Some(Runtime::Node) => (
+        Some(LanguageRuntime::Node) => (
             format!("node inspect -p {pid}"),
             "opens its debugger on 127.0.0.1:9229 and leaves it open".to_owned(),
         ),
-        Some(Runtime::Ruby) => (
+        Some(LanguageRuntime::Ruby) => (
             format!("rbspy dump --pid {pid}"),
             "as its user or root; pauses it meanwhile".to_owned(),
         ),
-        Some(Runtime::DotNet) => (
+        Some(LanguageRuntime::DotNet) => (
             format!("dotnet-stack report -p {pid}"),
             "as its user".to_owned(),
         ),
@@ -217,6 +218,7 @@ fn inside(subject: Subject) -> (String, String) {
     (command, remark)
 }
 
+/// The command for a process of unknown runtime, and a remark.
 fn debugger(pid: i32) -> (String, String) {
     (
         format!("gdb -p {pid} -batch -ex 'thread apply all bt'"),
@@ -230,33 +232,41 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_tell_the_runtime() {
+    fn the_names_show_the_runtime() {
         let cases = [
-            (Some("java"), "http-nio-8080", Some(Runtime::Jvm)),
-            (Some("python3.11"), "gunicorn: maste", Some(Runtime::Python)),
-            (Some("bash"), "gunicorn", Some(Runtime::Python)),
-            (None, "node", Some(Runtime::Node)),
-            (Some("node_exporter"), "node_exporter", Some(Runtime::Go)),
+            (Some("java"), "http-nio-8080", Some(LanguageRuntime::Jvm)),
+            (
+                Some("python3.11"),
+                "gunicorn: maste",
+                Some(LanguageRuntime::Python),
+            ),
+            (Some("bash"), "gunicorn", Some(LanguageRuntime::Python)),
+            (None, "node", Some(LanguageRuntime::Node)),
+            (
+                Some("node_exporter"),
+                "node_exporter",
+                Some(LanguageRuntime::Go),
+            ),
             (Some("pythonista"), "x", None),
             (Some("nginx"), "nginx", None),
-            // Its name is its own choice, and the command would end it.
+            // The process set this name itself, and the command of the wrong runtime would end the process.
             (Some("nginx"), "java", None),
             (Some("bash"), "node", None),
             (Some("bash"), "etcd", None),
-            (None, "java", Some(Runtime::Jvm)),
+            (None, "java", Some(LanguageRuntime::Jvm)),
             (None, "leaky-app", None),
         ];
-        for (executable, comm, wanted) in cases {
+        for (executable, comm, expected) in cases {
             assert_eq!(
-                Runtime::of(executable, comm),
-                wanted,
+                LanguageRuntime::of(executable, comm),
+                expected,
                 "{executable:?} {comm}"
             );
         }
     }
 
-    fn subject(runtime: Option<Runtime>, condition: Condition) -> Subject {
-        Subject {
+    fn input(runtime: Option<LanguageRuntime>, condition: Condition) -> SuggestionInput {
+        SuggestionInput {
             pid: 42,
             runtime,
             condition,
@@ -265,38 +275,38 @@ mod tests {
     }
 
     #[test]
-    fn the_command_fits_the_process() {
-        let command = |runtime, condition| next(subject(runtime, condition)).unwrap().command;
-        assert!(command(Some(Runtime::Jvm), Condition::Usual).starts_with("jcmd 42"));
-        assert!(command(None, Condition::Usual).starts_with("gdb -p 42"));
+    fn the_command_is_right_for_the_process() {
+        let command = |runtime, condition| suggest(input(runtime, condition)).unwrap().command;
+        assert!(command(Some(LanguageRuntime::Jvm), Condition::Normal).starts_with("jcmd 42"));
+        assert!(command(None, Condition::Normal).starts_with("gdb -p 42"));
         assert_eq!(
-            command(Some(Runtime::Jvm), Condition::Stopped),
+            command(Some(LanguageRuntime::Jvm), Condition::Stopped),
             "kill -CONT 42"
         );
-        let waits = command(Some(Runtime::Python), Condition::Uninterruptible);
+        let waits = command(Some(LanguageRuntime::Python), Condition::Uninterruptible);
         assert!(waits.starts_with("cat"), "{waits}: a debugger would hang");
         let waits = command(None, Condition::ThreadUninterruptible(43));
         assert_eq!(waits, "cat /proc/42/task/43/wchan");
-        assert_eq!(next(subject(None, Condition::Gone)), None);
+        assert_eq!(suggest(input(None, Condition::Gone)), None);
     }
 
     #[test]
     fn no_command_sends_a_signal_that_ends_the_process() {
         for (runtime, signal) in [
-            (Runtime::Jvm, libc::SIGQUIT),
-            (Runtime::Node, libc::SIGUSR1),
+            (LanguageRuntime::Jvm, libc::SIGQUIT),
+            (LanguageRuntime::Node, libc::SIGUSR1),
         ] {
             for caught in [None, Some(0), Some(!(1 << (signal - 1)))] {
-                let subject = Subject {
+                let process = SuggestionInput {
                     caught,
-                    ..subject(Some(runtime), Condition::Usual)
+                    ..input(Some(runtime), Condition::Normal)
                 };
-                let next = next(subject).unwrap();
-                assert!(next.command.starts_with("gdb"), "{next:?}");
-                assert!(next.remark.contains("would end it"), "{next:?}");
+                let suggestion = suggest(process).unwrap();
+                assert!(suggestion.command.starts_with("gdb"), "{suggestion:?}");
+                assert!(suggestion.remark.contains("would end it"), "{suggestion:?}");
             }
         }
-        let go = next(subject(Some(Runtime::Go), Condition::Usual)).unwrap();
+        let go = suggest(input(Some(LanguageRuntime::Go), Condition::Normal)).unwrap();
         assert!(!go.command.contains("dlv"), "{go:?}");
         assert!(go.remark.contains("answer n"), "{go:?}");
     }

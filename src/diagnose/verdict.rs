@@ -1,31 +1,29 @@
-//! What a cause means, and what the state of a process adds to it, in plain words. Pure.
+//! Explains in one sentence what a cause or the state of a process means for the operator. Pure.
 
 use std::fmt::Write as _;
 
-use super::group::{OfCause, Service};
+use super::group::{CauseCount, Service};
 use crate::model::Cause;
 
-/// What the state of a process at two looks says of it.
+/// The condition of a process, from its states (/proc/PID/stat) at the two scans.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Condition {
-    /// Nothing.
-    Usual,
-    /// Stopped by a signal (T).
+    Normal,
+    /// Stopped by a signal (state T).
     Stopped,
-    /// Held by a debugger (t).
+    /// Stopped by a debugger (state t).
     Traced,
-    /// In uninterruptible sleep at both looks (D); once is usual while it waits for a disk.
+    /// The main thread was in uninterruptible sleep (state D) at both scans. Once alone is normal during disk access.
     Uninterruptible,
-    /// This one of its other threads is.
+    /// Another thread was, with this thread id.
     ThreadUninterruptible(i32),
-    /// It has ended, and its parent has not taken note (Z).
+    /// The process has ended, and its parent has not yet waited for it (state Z).
     Zombie,
-    /// It is no longer there.
     Gone,
 }
 
 impl Condition {
-    /// From the states at the first look, if it was seen then, and at the second.
+    /// The condition by the states at the first and the second scan; `None`: the process was not there.
     pub fn of(first: Option<char>, second: Option<char>) -> Condition {
         match (first, second) {
             (_, None) => Condition::Gone,
@@ -33,22 +31,22 @@ impl Condition {
             (_, Some('t')) => Condition::Traced,
             (_, Some('Z' | 'X')) => Condition::Zombie,
             (Some('D'), Some('D')) => Condition::Uninterruptible,
-            _ => Condition::Usual,
+            _ => Condition::Normal,
         }
     }
 
-    /// With the other threads that were in uninterruptible sleep at both looks.
-    pub fn with_threads(self, asleep: &[i32]) -> Condition {
-        match (self, asleep.first()) {
-            (Condition::Usual, Some(thread)) => Condition::ThreadUninterruptible(*thread),
+    /// Adds the threads, except the main thread, that were in uninterruptible sleep at both scans.
+    pub fn with_threads(self, threads: &[i32]) -> Condition {
+        match (self, threads.first()) {
+            (Condition::Normal, Some(thread)) => Condition::ThreadUninterruptible(*thread),
             _ => self,
         }
     }
 
-    /// The name in JSON.
+    /// The name in JSON; `None` for [`Condition::Normal`].
     pub fn name(self) -> Option<&'static str> {
         match self {
-            Condition::Usual => None,
+            Condition::Normal => None,
             Condition::Stopped => Some("stopped"),
             Condition::Traced => Some("traced"),
             Condition::Uninterruptible => Some("uninterruptible"),
@@ -58,10 +56,10 @@ impl Condition {
         }
     }
 
-    /// What it means for the sockets, if anything.
+    /// The meaning for the sockets; `None` for [`Condition::Normal`].
     pub fn verdict(self) -> Option<&'static str> {
         match self {
-            Condition::Usual => None,
+            Condition::Normal => None,
             Condition::Stopped => {
                 Some("stopped by a signal: it closes and accepts nothing until it is continued")
             }
@@ -82,40 +80,41 @@ impl Condition {
     }
 }
 
-/// Services that are named.
-const NAMED: usize = 2;
+/// The maximum number of services in one sentence.
+const MAX_NAMED: usize = 2;
 
-/// What a cause says of the program.
-pub fn of_cause(cause: Cause, sockets: &OfCause) -> String {
-    // What is no connection of the application is another matter.
+/// The meaning of a cause for the program.
+pub fn cause_verdict(cause: Cause, sockets: &CauseCount) -> String {
+    // These are not connections of the application.
     if matches!(cause, Cause::Handshake | Cause::Orphan | Cause::Listening) {
         return meaning(cause, &[]);
     }
     if sockets.close_wait == 0 {
         return "not in CLOSE-WAIT: cwkill cannot tell whether this is wrong".into();
     }
-    // A peer that takes nothing is asked again and again, and answers: only that it lasts can be told.
-    let (seen, how) = match cause {
+    // A peer with a full buffer answers the kernel's window probes, so a sending socket is never idle. Only the
+    // duration counts.
+    let (persistent, how) = match cause {
         Cause::Sending => (sockets.lasting, "queued"),
         _ => (sockets.idle, "idle"),
     };
-    let mut text = match (seen, cause) {
-        (0, Cause::Sending) => "just arrived: bytes on their way, as far as two scans show".into(),
-        (0, _) => "just arrived, or still in use: no leak as far as two scans show".into(),
+    let mut text = match (persistent, cause) {
+        (0, Cause::Sending) => "just come: bytes on their way, as far as these two looks go".into(),
+        (0, _) => "just come, or still in use: no leak as far as these two looks go".into(),
         _ => meaning(cause, &sockets.services),
     };
-    if seen > 0 && seen < sockets.close_wait {
+    if persistent > 0 && persistent < sockets.close_wait {
         let _ = write!(
             text,
-            " ({seen} of {} {how} in both scans)",
+            " ({persistent} of {} {how} at both looks)",
             sockets.close_wait
         );
     }
     if sockets.close_wait < sockets.count {
-        let others = sockets.count - sockets.close_wait;
+        let other_states = sockets.count - sockets.close_wait;
         let _ = write!(
             text,
-            " ({others} of them not in CLOSE-WAIT, and not judged)"
+            " ({other_states} of them not in CLOSE-WAIT, and not judged)"
         );
     }
     text
@@ -141,9 +140,9 @@ fn meaning(cause: Cause, services: &[(Service, usize)]) -> String {
     }
 }
 
-/// The code to look at, with numbers if there are several.
+/// The code of the services, with the number of sockets if there are several.
 fn code(services: &[(Service, usize)]) -> String {
-    let named = services.iter().take(NAMED).map(|(service, count)| {
+    let named = services.iter().take(MAX_NAMED).map(|(service, count)| {
         let code = match service {
             Service::Handles(port) => format!("that handles :{port}"),
             Service::CallsOut(port) => format!("that calls :{port}"),
@@ -154,13 +153,13 @@ fn code(services: &[(Service, usize)]) -> String {
         }
     });
     let mut text = named.collect::<Vec<_>>().join(" and ");
-    if services.len() > NAMED {
-        let _ = write!(text, " and {} more", services.len() - NAMED);
+    if services.len() > MAX_NAMED {
+        let _ = write!(text, " and {} more", services.len() - MAX_NAMED);
     }
     text
 }
 
-/// What dead descriptors mean.
+/// The meaning of dead descriptors.
 pub const DEAD: &str = "descriptors of connections that are over, in no table of ss: only the process \
     can close them";
 
@@ -169,24 +168,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_busy_disk_once_is_no_hang() {
+    fn uninterruptible_once_is_normal() {
         let of = |first, second| Condition::of(Some(first), Some(second));
         assert_eq!(of('D', 'D'), Condition::Uninterruptible);
         for usual in [of('D', 'S'), of('S', 'D'), of('R', 'S')] {
-            assert_eq!(usual, Condition::Usual);
+            assert_eq!(usual, Condition::Normal);
         }
-        assert_eq!(Condition::of(None, Some('D')), Condition::Usual);
+        assert_eq!(Condition::of(None, Some('D')), Condition::Normal);
         assert_eq!(of('S', 'T'), Condition::Stopped);
-        assert_eq!(of('T', 'S'), Condition::Usual);
+        assert_eq!(of('T', 'S'), Condition::Normal);
         assert_eq!(Condition::of(Some('S'), None), Condition::Gone);
-        let thread = Condition::Usual.with_threads(&[8, 9]);
+        let thread = Condition::Normal.with_threads(&[8, 9]);
         assert_eq!(thread, Condition::ThreadUninterruptible(8));
-        assert_eq!(Condition::Usual.with_threads(&[]), Condition::Usual);
+        assert_eq!(Condition::Normal.with_threads(&[]), Condition::Normal);
         assert_eq!(Condition::Stopped.with_threads(&[8]), Condition::Stopped);
     }
 
-    fn sockets(services: &[(Service, usize)]) -> OfCause {
-        OfCause {
+    fn counts(services: &[(Service, usize)]) -> CauseCount {
+        CauseCount {
             count: 3,
             close_wait: 3,
             lasting: 3,
@@ -198,7 +197,7 @@ mod tests {
     #[test]
     fn verdicts_name_the_code_and_hold_for_close_wait_only() {
         use Service::{CallsOut, Handles};
-        let text = |services: &[_]| of_cause(Cause::Drained, &sockets(services));
+        let text = |services: &[_]| cause_verdict(Cause::Drained, &counts(services));
         let one = text(&[(Handles(8080), 3)]);
         assert!(
             one.ends_with("a leak in the code that handles :8080"),
@@ -207,16 +206,16 @@ mod tests {
         let one = text(&[(CallsOut(5432), 3)]);
         assert!(one.ends_with("that calls :5432"), "{one}");
         let several = text(&[(CallsOut(5432), 2), (Handles(80), 1), (Handles(81), 1)]);
-        let wanted = "that calls :5432 (2) and that handles :80 (1) and 1 more";
-        assert!(several.ends_with(wanted), "{several}");
-        let mut open = OfCause {
+        let expected = "that calls :5432 (2) and that handles :80 (1) and 1 more";
+        assert!(several.ends_with(expected), "{several}");
+        let mut open = CauseCount {
             close_wait: 0,
-            ..sockets(&[(Handles(8080), 3)])
+            ..counts(&[(Handles(8080), 3)])
         };
-        assert!(!of_cause(Cause::Drained, &open).contains("leak"));
-        // One of another state does not hide those that leak.
+        assert!(!cause_verdict(Cause::Drained, &open).contains("leak"));
+        // A socket in another state does not hide those that leak.
         (open.close_wait, open.idle) = (2, 2);
-        let some = of_cause(Cause::Drained, &open);
+        let some = cause_verdict(Cause::Drained, &open);
         assert!(
             some.contains("never closes") && some.contains("(1 of them not in"),
             "{some}"
@@ -224,13 +223,13 @@ mod tests {
     }
 
     #[test]
-    fn what_has_just_come_or_moves_is_no_leak() {
-        let text = |cause, seen| {
-            let sockets = OfCause {
-                idle: seen,
-                ..sockets(&[(Service::Handles(80), 3)])
+    fn new_or_active_sockets_are_not_a_leak() {
+        let text = |cause, idle| {
+            let counts = CauseCount {
+                idle,
+                ..counts(&[(Service::Handles(80), 3)])
             };
-            of_cause(cause, &sockets)
+            cause_verdict(cause, &counts)
         };
         for cause in [Cause::Drained, Cause::Unread, Cause::NotAccepted] {
             assert!(text(cause, 0).starts_with("just arrived"), "{cause}");
@@ -239,14 +238,14 @@ mod tests {
                 "{cause}"
             );
         }
-        // Probes are answered, so that it is never idle.
+        // The peer answers window probes, so `idle` does not matter here.
         assert_eq!(text(Cause::Sending, 0), text(Cause::Sending, 3));
         let sending = |lasting| {
-            let sockets = OfCause {
+            let counts = CauseCount {
                 lasting,
-                ..sockets(&[])
+                ..counts(&[])
             };
-            of_cause(Cause::Sending, &sockets)
+            cause_verdict(Cause::Sending, &counts)
         };
         assert!(sending(0).starts_with("just arrived"));
         assert!(sending(3).contains("check the peers"));

@@ -1,27 +1,25 @@
-//! What follows from the host and the trials: for each method on which sockets it works. Why not, and what to
-//! change, is gathered by the `Builder` of its row. Pure.
+//! Concludes from the host and the trials on which sockets each method works. `RowBuilder` collects the reasons
+//! and the changes that would help. Pure.
 
 use caps::Capability;
 
-use super::host::{Count, Host};
-use super::row::{Builder, Row, Works};
-use super::trials::{Trials, Tried};
+use super::host::{HostInfo, ProcessCounts};
+use super::row::{MethodRow, RowBuilder, Support};
+use super::trials::{TrialResult, Trials};
 use crate::model::Method;
 
-/// All conclusions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Advice {
-    /// A row a method.
-    pub rows: Vec<Row>,
-    /// Whether `auto` works.
-    pub auto: Works,
+    /// One row per method, and one for `reclaim`.
+    pub rows: Vec<MethodRow>,
+    /// How far the methods of `auto` work together.
+    pub auto: Support,
 }
 
 impl Advice {
-    /// Draws the conclusions.
-    pub fn new(host: &Host, trials: &Trials) -> Self {
-        let rows = match &trials.blind {
-            Some(why) => blind(host, why),
+    pub fn new(host: &HostInfo, trials: &Trials) -> Self {
+        let rows = match &trials.list_error {
+            Some(why) => rows_without_list(host, why),
             None => vec![
                 shutdown(host, trials),
                 destroy(host, trials),
@@ -31,43 +29,43 @@ impl Advice {
             ],
         };
         let auto = rows.iter().filter(|row| row.auto).map(|row| row.works);
-        let auto = auto.reduce(Works::and).unwrap_or(Works::No);
+        let auto = auto.reduce(Support::and).unwrap_or(Support::No);
         Advice { rows, auto }
     }
 }
 
-fn shutdown(host: &Host, trials: &Trials) -> Row {
-    let tried = trials.of(Method::Shutdown, false, true);
-    let mut row = Builder::of(Method::Shutdown, host);
-    row.failure(tried);
-    let (own, others) = row.through_owners(Works::of(tried));
+fn shutdown(host: &HostInfo, trials: &Trials) -> MethodRow {
+    let result = trials.result(Method::Shutdown, false, true);
+    let mut row = RowBuilder::of(Method::Shutdown, host);
+    row.add_failure(result);
+    let (own, others) = row.support_through_owners(Support::of(result));
     row.build(own, others, None)
 }
 
-fn destroy(host: &Host, trials: &Trials) -> Row {
-    let tried = trials.of(Method::Destroy, false, true);
-    let mut row = Builder::of(Method::Destroy, host);
-    row.failure(tried);
-    let works = Works::of(tried);
+fn destroy(host: &HostInfo, trials: &Trials) -> MethodRow {
+    let result = trials.result(Method::Destroy, false, true);
+    let mut row = RowBuilder::of(Method::Destroy, host);
+    row.add_failure(result);
+    let works = Support::of(result);
     row.build(works, works, Some(works))
 }
 
-fn rst(host: &Host, trials: &Trials) -> Row {
-    let mut row = Builder::of(Method::Rst, host);
-    let drawn = |ipv6| trials.of(Method::Rst, ipv6, false);
-    row.failure(drawn(false));
-    let mut ownerless = Works::of(drawn(false));
+fn rst(host: &HostInfo, trials: &Trials) -> MethodRow {
+    let mut row = RowBuilder::of(Method::Rst, host);
+    let by_elicited_ack = |ipv6| trials.result(Method::Rst, ipv6, false);
+    row.add_failure(by_elicited_ack(false));
+    let mut ownerless = Support::of(by_elicited_ack(false));
     if host.ipv6 {
-        row.failure(drawn(true));
-        ownerless = ownerless.and(Works::of(drawn(true)));
+        row.add_failure(by_elicited_ack(true));
+        ownerless = ownerless.and(Support::of(by_elicited_ack(true)));
     }
-    // Where no ACK can be drawn, repair mode may still give the numbers.
-    let repaired = trials.of(Method::Rst, false, true);
-    let (own, others) = match (ownerless, repaired) {
-        (Works::Yes, _) => (Works::Yes, Works::Yes),
-        (_, Tried::Works) => {
-            let (own, others) = row.through_owners(Works::Yes);
-            // The rest goes the other way.
+    // If no ACK can be elicited, cwkill may still read the sequence numbers in repair mode, through the owner.
+    let by_repair_mode = trials.result(Method::Rst, false, true);
+    let (own, others) = match (ownerless, by_repair_mode) {
+        (Support::Yes, _) => (Support::Yes, Support::Yes),
+        (_, TrialResult::Succeeded) => {
+            let (own, others) = row.support_through_owners(Support::Yes);
+            // The other sockets depend on an elicited ACK.
             (own.or(ownerless), others.or(ownerless))
         }
         _ => (ownerless, ownerless),
@@ -75,32 +73,32 @@ fn rst(host: &Host, trials: &Trials) -> Row {
     row.build(own, others, Some(ownerless))
 }
 
-fn probe(host: &Host, trials: &Trials) -> Row {
-    let mut row = Builder::of(Method::Probe, host);
+fn probe(host: &HostInfo, trials: &Trials) -> MethodRow {
+    let mut row = RowBuilder::of(Method::Probe, host);
     let (owned, ownerless) = (
-        trials.of(Method::Probe, false, true),
-        trials.of(Method::Probe, false, false),
+        trials.result(Method::Probe, false, true),
+        trials.result(Method::Probe, false, false),
     );
-    row.failure(owned);
-    row.failure(ownerless);
-    let (owned, ownerless) = (Works::of(owned), Works::of(ownerless));
-    let (mut own, mut others) = row.through_owners(owned);
-    // An owner that cannot be seen is none: its socket is asked by segments.
-    let by_segments = |count: Count, by_rule: Works| {
+    row.add_failure(owned);
+    row.add_failure(ownerless);
+    let (owned, ownerless) = (Support::of(owned), Support::of(ownerless));
+    let (mut own, mut others) = row.support_through_owners(owned);
+    // A socket whose owner is not visible counts as one without an owner: cwkill probes it with raw segments.
+    let by_visibility = |count: ProcessCounts, by_rule: Support| {
         let kinds = [
-            (count.reached, owned),
-            (count.seen - count.reached, Works::No),
-            (count.total - count.seen, ownerless),
+            (count.reachable, owned),
+            (count.visible - count.reachable, Support::No),
+            (count.total - count.visible, ownerless),
         ];
         let works = kinds.into_iter().filter(|(processes, _)| *processes > 0);
         works
             .map(|(_, works)| works)
-            .reduce(Works::and)
+            .reduce(Support::and)
             .unwrap_or(by_rule)
     };
-    if let Ok(reach) = &host.reach {
-        own = by_segments(reach.same_user, own);
-        others = by_segments(reach.others, others);
+    if let Ok(reach) = &host.reachability {
+        own = by_visibility(reach.same_user, own);
+        others = by_visibility(reach.others, others);
     }
     if host.hides_others() {
         others = ownerless;
@@ -108,97 +106,101 @@ fn probe(host: &Host, trials: &Trials) -> Row {
     row.build(own, others, Some(ownerless))
 }
 
-/// The command that is no method, and frees descriptors inside their owners.
+/// `reclaim` is a command, not a method, but it has a row too.
 const RECLAIM: &str = "reclaim";
 
-/// It traces the owner, for which the kernel asks the same as for a duplicate of its descriptor (kernel/ptrace.c,
-/// __ptrace_may_access with PTRACE_MODE_ATTACH).
-fn reclaim(host: &Host) -> Row {
-    let mut row = Builder::new(RECLAIM, false, host);
-    let (mut own, mut others) = row.through_owners(Works::Yes);
+/// `reclaim` attaches to the owner with ptrace(2). The kernel requires the same rights for this as for the duplicate of a
+/// descriptor (kernel/ptrace.c, __ptrace_may_access with PTRACE_MODE_ATTACH).
+fn reclaim(host: &HostInfo) -> MethodRow {
+    let mut row = RowBuilder::new(RECLAIM, false, host);
+    let (mut own, mut others) = row.support_through_owners(Support::Yes);
     // kernel/seccomp.c, seccomp_get_filter
-    if (host.filtered || !host.has(Capability::CAP_SYS_ADMIN))
-        && let Ok(reach) = &host.reach
+    if (host.has_seccomp_filter || !host.has(Capability::CAP_SYS_ADMIN))
+        && let Ok(reach) = &host.reachability
     {
-        let filtered = reach.same_user.filtered + reach.others.filtered;
+        let filtered = reach.same_user.with_seccomp + reach.others.with_seccomp;
         if filtered > 0 {
-            let change = match host.filtered {
+            let change = match host.has_seccomp_filter {
                 true => "run cwkill where no filter of system calls is on it".to_owned(),
-                // Not a thing to grant a binary for good.
+                // CAP_SYS_ADMIN is too powerful for the file capabilities of a binary.
                 false if host.uid != 0 => "run cwkill with sudo".to_owned(),
-                false => row.grant(Capability::CAP_SYS_ADMIN),
+                false => row.how_to_grant(Capability::CAP_SYS_ADMIN),
             };
-            row.say(
+            row.add_reason(
                 format!("{filtered} processes have a seccomp filter that cannot be read: they are left alone"),
                 change,
             );
         }
         for (works, count) in [(&mut own, reach.same_user), (&mut others, reach.others)] {
-            if count.filtered > 0 {
-                *works = match count.filtered == count.reached {
-                    true => Works::No,
-                    false => Works::Partly,
+            if count.with_seccomp > 0 {
+                *works = match count.with_seccomp == count.reachable {
+                    true => Support::No,
+                    false => Support::Partly,
                 };
             }
         }
     }
     if !host.kcmp {
-        row.say(
+        row.add_reason(
             "this kernel has no kcmp(2): whether a process shares its table of descriptors cannot be seen".to_owned(),
             "a kernel with CONFIG_KCMP (a seccomp profile that answers ENOSYS to kcmp looks the same)",
         );
-        (own, others) = (Works::No, Works::No);
+        (own, others) = (Support::No, Support::No);
     }
     row.build(own, others, None)
 }
 
-/// Nothing works where no socket can be listed, for this reason.
-fn blind(host: &Host, why: &str) -> Vec<Row> {
-    let cure = "let cwkill open netlink sockets (AF_NETLINK) and read /proc: RestrictAddressFamilies= and SystemCallFilter= of a \
+/// The rows if cwkill cannot list sockets, with the reason: nothing works.
+fn rows_without_list(host: &HostInfo, why: &str) -> Vec<MethodRow> {
+    let change = "let cwkill open netlink sockets (AF_NETLINK) and read /proc: RestrictAddressFamilies= and SystemCallFilter= of a \
                 unit, the seccomp profile of a container, mount -t proc proc /proc; in the kernel modprobe tcp_diag";
-    let row = |mut row: Builder<'_>, ownerless| {
-        row.say(why.to_owned(), cure);
-        row.build(Works::No, Works::No, ownerless)
+    let row = |mut row: RowBuilder<'_>, ownerless| {
+        row.add_reason(why.to_owned(), change);
+        row.build(Support::No, Support::No, ownerless)
     };
     let methods = [
         (Method::Shutdown, None),
-        (Method::Destroy, Some(Works::No)),
-        (Method::Rst, Some(Works::No)),
-        (Method::Probe, Some(Works::No)),
+        (Method::Destroy, Some(Support::No)),
+        (Method::Rst, Some(Support::No)),
+        (Method::Probe, Some(Support::No)),
     ];
-    let methods = methods.map(|(method, ownerless)| row(Builder::of(method, host), ownerless));
-    let reclaim = row(Builder::new(RECLAIM, false, host), None);
+    let methods = methods.map(|(method, ownerless)| row(RowBuilder::of(method, host), ownerless));
+    let reclaim = row(RowBuilder::new(RECLAIM, false, host), None);
     methods.into_iter().chain([reclaim]).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::host::{Missed, Namespaces, Reach};
-    use crate::doctor::trials::Subject;
+    use crate::doctor::host::{NamespaceCounts, Reachability, UnreachableProcess};
+    use crate::doctor::trials::Trial;
     use crate::model::MethodError;
     use crate::model::Privilege;
 
-    fn host(capabilities: &[Capability], same_user: Count, others: Count) -> Host {
-        Host {
+    fn host(
+        capabilities: &[Capability],
+        same_user: ProcessCounts,
+        others: ProcessCounts,
+    ) -> HostInfo {
+        HostInfo {
             kernel: "6.18.0".into(),
             uid: 0,
             capabilities: capabilities.iter().copied().collect(),
             first_user_namespace: Some(true),
-            filtered: false,
+            has_seccomp_filter: false,
             user_namespaces_forbidden: None,
             ptrace_scope: None,
             hidepid: None,
-            namespaces: Ok(Namespaces::default()),
-            reach: Ok(Reach {
+            namespaces: Ok(NamespaceCounts::default()),
+            reachability: Ok(Reachability {
                 same_user,
                 others,
-                missed: [(same_user, true), (others, false)]
+                unreachable: [(same_user, true), (others, false)]
                     .into_iter()
                     .flat_map(|(count, same_user)| {
-                        (count.reached..count.total).map(move |_| same_user)
+                        (count.reachable..count.total).map(move |_| same_user)
                     })
-                    .map(|same_user| Missed {
+                    .map(|same_user| UnreachableProcess {
                         pid: 7,
                         comm: Some("a\u{1b}".into()),
                         same_user,
@@ -216,19 +218,19 @@ mod tests {
         }
     }
 
-    fn count(total: usize, reached: usize) -> Count {
-        Count {
+    fn count(total: usize, reachable: usize) -> ProcessCounts {
+        ProcessCounts {
             total,
-            seen: reached,
-            reached,
-            filtered: 0,
+            visible: reachable,
+            reachable,
+            with_seccomp: 0,
         }
     }
 
-    /// All trials succeed but those that `fails` has an error for.
-    fn trials(fails: impl Fn(Subject) -> Option<Tried>) -> Trials {
+    /// All trials succeed, except those for which `fails` has another result.
+    fn trials(fails: impl Fn(Trial) -> Option<TrialResult>) -> Trials {
         use Method::{Destroy, Probe, Rst, Shutdown};
-        let subjects = [
+        let trials = [
             (Shutdown, false, true),
             (Destroy, false, true),
             (Rst, false, true),
@@ -237,25 +239,28 @@ mod tests {
             (Probe, false, true),
             (Probe, false, false),
         ];
-        let subject = |(method, ipv6, owned)| Subject {
+        let trial = |(method, ipv6, use_owner)| Trial {
             method,
             ipv6,
-            owned,
+            use_owner,
         };
         Trials {
-            blind: None,
-            tried: subjects
-                .map(subject)
-                .map(|subject| (subject, fails(subject).unwrap_or(Tried::Works)))
+            list_error: None,
+            results: trials
+                .map(trial)
+                .map(|trial| (trial, fails(trial).unwrap_or(TrialResult::Succeeded)))
                 .into(),
         }
     }
 
-    fn denied(need: Privilege) -> Tried {
-        Tried::Failed(MethodError::NotPermitted(need, nix::errno::Errno::EPERM))
+    fn denied(need: Privilege) -> TrialResult {
+        TrialResult::Failed(MethodError::NotPermitted(
+            need,
+            io::Error::from_raw_os_error(libc::EPERM),
+        ))
     }
 
-    fn row(advice: &Advice, name: &str) -> Row {
+    fn row(advice: &Advice, name: &str) -> MethodRow {
         advice
             .rows
             .iter()
@@ -272,54 +277,54 @@ mod tests {
     ];
 
     #[test]
-    fn where_all_trials_succeed_and_all_owners_are_in_reach_auto_works() {
+    fn auto_works_if_all_trials_succeed_and_all_owners_are_reachable() {
         let advice = Advice::new(&host(&ALL, count(5, 5), count(9, 9)), &trials(|_| None));
-        assert_eq!(advice.auto, Works::Yes);
+        assert_eq!(advice.auto, Support::Yes);
         assert!(
             advice
                 .rows
                 .iter()
-                .all(|row| row.works == Works::Yes && row.change.is_empty())
+                .all(|row| row.works == Support::Yes && row.change.is_empty())
         );
     }
 
     #[test]
-    fn a_user_closes_what_is_his() {
-        let host = Host {
+    fn a_user_closes_sockets_of_own_processes() {
+        let host = HostInfo {
             uid: 1000,
             ..host(&[], count(5, 5), count(9, 0))
         };
         let advice = Advice::new(
             &host,
-            &trials(|subject| match subject.method {
+            &trials(|trial| match trial.method {
                 Method::Destroy => Some(denied(Privilege::NetAdmin)),
                 Method::Rst => Some(denied(Privilege::NetRaw)),
-                Method::Probe if !subject.owned => Some(denied(Privilege::NetRaw)),
+                Method::Probe if !trial.use_owner => Some(denied(Privilege::NetRaw)),
                 _ => None,
             }),
         );
-        assert_eq!(advice.auto, Works::Partly);
+        assert_eq!(advice.auto, Support::Partly);
         let shutdown = row(&advice, "shutdown");
-        assert_eq!((shutdown.own, shutdown.others), (Works::Yes, Works::No));
-        assert_eq!(row(&advice, "destroy").works, Works::No);
+        assert_eq!((shutdown.own, shutdown.others), (Support::Yes, Support::No));
+        assert_eq!(row(&advice, "destroy").works, Support::No);
         assert!(row(&advice, "destroy").change[0].contains("setcap"));
-        assert_eq!(row(&advice, "probe").own, Works::Yes);
-        assert_eq!(row(&advice, "probe").others, Works::No);
+        assert_eq!(row(&advice, "probe").own, Support::Yes);
+        assert_eq!(row(&advice, "probe").others, Support::No);
     }
 
     #[test]
-    fn a_probe_goes_by_segments_where_the_owner_is_not_seen() {
-        let seen = |seen, reached| Count {
+    fn a_probe_uses_segments_if_the_owner_is_not_visible() {
+        let counts = |visible, reachable| ProcessCounts {
             total: 4,
-            seen,
-            reached,
-            filtered: 0,
+            visible,
+            reachable,
+            with_seccomp: 0,
         };
         for (count, works) in [
-            (seen(0, 0), Works::Yes),
-            (seen(4, 0), Works::No),
-            (seen(1, 0), Works::Partly),
-            (seen(2, 2), Works::Yes),
+            (counts(0, 0), Support::Yes),
+            (counts(4, 0), Support::No),
+            (counts(1, 0), Support::Partly),
+            (counts(2, 2), Support::Yes),
         ] {
             let host = host(&[Capability::CAP_NET_RAW], count, count);
             let probe = row(&Advice::new(&host, &trials(|_| None)), "probe");
@@ -328,10 +333,9 @@ mod tests {
     }
 
     #[test]
-    fn a_capability_that_is_there_and_does_not_count_is_told_apart() {
-        let refused = |subject: Subject| {
-            (subject.method == Method::Destroy).then(|| denied(Privilege::NetAdmin))
-        };
+    fn a_capability_without_effect_gets_another_advice_than_a_missing_one() {
+        let refused =
+            |trial: Trial| (trial.method == Method::Destroy).then(|| denied(Privilege::NetAdmin));
         let reach = count(1, 1);
         let advice = Advice::new(&host(&ALL, reach, reach), &trials(refused));
         assert!(row(&advice, "destroy").change[0].contains("user namespace"));
@@ -342,13 +346,13 @@ mod tests {
     #[test]
     fn yama_is_named() {
         for (scope, text) in [(1, "ptrace_scope=0"), (3, "reboot")] {
-            let host = Host {
+            let host = HostInfo {
                 ptrace_scope: Some(scope),
                 uid: 1000,
                 ..host(&[], count(3, 0), count(9, 0))
             };
             let shutdown = row(&Advice::new(&host, &trials(|_| None)), "shutdown");
-            assert_eq!(shutdown.works, Works::No);
+            assert_eq!(shutdown.works, Support::No);
             assert!(shutdown.why[0].contains("a\\u{1b}/7, a"), "{shutdown:?}");
             assert!(
                 shutdown.change.iter().any(|line| line.contains(text)),
@@ -358,63 +362,66 @@ mod tests {
     }
 
     #[test]
-    fn repair_mode_stands_in_for_a_elicited_ack() {
+    fn repair_mode_replaces_an_elicited_ack() {
         let advice = Advice::new(
             &host(&ALL, count(5, 5), count(9, 9)),
-            &trials(|subject| {
-                let drawn = subject.method == Method::Rst && !subject.owned;
-                drawn.then_some(Tried::Failed(MethodError::NoAck(None)))
+            &trials(|trial| {
+                let by_elicited_ack = trial.method == Method::Rst && !trial.use_owner;
+                by_elicited_ack.then_some(TrialResult::Failed(MethodError::NoAck(None)))
             }),
         );
         let rst = row(&advice, "rst");
-        assert_eq!((rst.works, rst.ownerless), (Works::Partly, Some(Works::No)));
+        assert_eq!(
+            (rst.works, rst.ownerless),
+            (Support::Partly, Some(Support::No))
+        );
         assert!(rst.change[0].contains("lo"));
     }
 
     #[test]
-    fn what_could_not_be_tried_is_no_answer() {
-        let untried = |_| Some(Tried::Untried("loopback is down".into()));
-        let advice = Advice::new(&host(&ALL, count(1, 1), count(1, 1)), &trials(untried));
-        assert_eq!(advice.auto, Works::Untried);
+    fn without_trials_the_support_is_untried() {
+        let not_run = |_| Some(TrialResult::NotRun("loopback is down".into()));
+        let advice = Advice::new(&host(&ALL, count(1, 1), count(1, 1)), &trials(not_run));
+        assert_eq!(advice.auto, Support::Untried);
         assert_eq!(row(&advice, "destroy").change, ["ip link set lo up"]);
     }
 
     #[test]
     fn without_a_list_of_sockets_nothing_works() {
-        let blind = Trials {
-            blind: Some("no sock_diag".into()),
-            tried: Vec::new(),
+        let without_list = Trials {
+            list_error: Some("no sock_diag".into()),
+            results: Vec::new(),
         };
-        let advice = Advice::new(&host(&ALL, count(1, 1), count(1, 1)), &blind);
-        assert_eq!(advice.auto, Works::No);
+        let advice = Advice::new(&host(&ALL, count(1, 1), count(1, 1)), &without_list);
+        assert_eq!(advice.auto, Support::No);
         assert_eq!(advice.rows.len(), 5);
         for row in &advice.rows {
             assert_eq!(
                 (row.works, row.why[0].as_str()),
-                (Works::No, "no sock_diag")
+                (Support::No, "no sock_diag")
             );
             assert_eq!(row.change.len(), 1);
         }
     }
 
     #[test]
-    fn reclaim_leaves_the_filtered_alone_where_filters_cannot_be_read() {
-        let some = Count {
-            filtered: 2,
+    fn reclaim_leaves_processes_alone_whose_filters_cannot_be_read() {
+        let some = ProcessCounts {
+            with_seccomp: 2,
             ..count(5, 5)
         };
         let mut host = host(&ALL, some, count(9, 9));
-        let of = |host: &Host| row(&Advice::new(host, &trials(|_| None)), "reclaim");
-        let before = of(&host);
-        assert_eq!((before.own, before.others), (Works::Partly, Works::Yes));
+        let reclaim = |host: &HostInfo| row(&Advice::new(host, &trials(|_| None)), "reclaim");
+        let before = reclaim(&host);
+        assert_eq!((before.own, before.others), (Support::Partly, Support::Yes));
         assert!(before.change[0].contains("SYS_ADMIN"));
         host.capabilities.insert(Capability::CAP_SYS_ADMIN);
-        assert_eq!(of(&host).works, Works::Yes);
-        host.filtered = true;
-        assert_eq!(of(&host).works, Works::Partly);
+        assert_eq!(reclaim(&host).works, Support::Yes);
+        host.has_seccomp_filter = true;
+        assert_eq!(reclaim(&host).works, Support::Partly);
         host.kcmp = false;
-        let without = of(&host);
-        assert_eq!(without.works, Works::No);
+        let without = reclaim(&host);
+        assert_eq!(without.works, Support::No);
         assert!(
             without
                 .change

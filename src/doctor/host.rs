@@ -1,4 +1,4 @@
-//! What can be read and counted without doing anything to anyone.
+//! Facts about the host that can be read without any effect on other processes.
 
 use std::collections::HashSet;
 use std::fs;
@@ -21,7 +21,7 @@ use crate::proc::netns::NetnsScope;
 use crate::proc::{ProcFs, mounts};
 use crate::sys::{self, RemoteFd};
 
-/// The capabilities that some job needs, in the order they are shown.
+/// The capabilities that cwkill can use, in the order of the report.
 pub const CAPABILITIES: [Capability; 5] = [
     Capability::CAP_NET_ADMIN,
     Capability::CAP_NET_RAW,
@@ -30,108 +30,104 @@ pub const CAPABILITIES: [Capability; 5] = [
     Capability::CAP_SYS_ADMIN,
 ];
 
-/// What was read and counted.
 #[derive(Debug)]
-pub struct Host {
-    /// The release of the kernel.
+pub struct HostInfo {
+    /// The kernel release, as in `uname -r`.
     pub kernel: String,
-    /// The effective user.
+    /// The effective user id.
     pub uid: u32,
-    /// Those of [`CAPABILITIES`] that are effective.
+    /// The effective capabilities, of [`CAPABILITIES`].
     pub capabilities: CapsHashSet,
-    /// We are in the first user namespace, where capabilities hold for everything; `None` without a /proc that tells.
+    /// Whether cwkill runs in the initial user namespace, where capabilities count everywhere. `None`: /proc does not show it.
     pub first_user_namespace: Option<bool>,
-    /// A filter of system calls is on us: we may not read those of others.
-    pub filtered: bool,
-    /// What keeps users from making user namespaces of their own.
+    /// A seccomp filter is on cwkill itself. Then the kernel does not let it read the filters of other processes.
+    pub has_seccomp_filter: bool,
+    /// The sysctl that keeps users from creating user namespaces.
     pub user_namespaces_forbidden: Option<&'static str>,
-    /// kernel.yama.ptrace_scope; `None` without that security module.
+    /// kernel.yama.ptrace_scope; `None` without Yama.
     pub ptrace_scope: Option<u8>,
-    /// The hidepid option of /proc, unless it is off.
+    /// The hidepid option of /proc; `None` if it is off.
     pub hidepid: Option<String>,
-    /// The network namespaces.
-    pub namespaces: Result<Namespaces, String>,
-    /// Into which processes we can see and reach.
-    pub reach: Result<Reach, String>,
-    /// pidfd_getfd(2) on ourselves, which nothing but the kernel's age or a filter of system calls refuses.
+    pub namespaces: Result<NamespaceCounts, String>,
+    pub reachability: Result<Reachability, String>,
+    /// pidfd_getfd(2) on cwkill itself. It fails only on a kernel older than 5.6 or under a seccomp filter.
     pub pidfd_getfd: io::Result<()>,
-    /// The kernel has kcmp(2), which tells who shares a table of descriptors.
+    /// The kernel has kcmp(2), which shows whether two processes share a descriptor table.
     pub kcmp: bool,
-    /// TCP_REPAIR on a socket of our own.
+    /// TCP_REPAIR on a socket of cwkill.
     pub repair: io::Result<()>,
-    /// A raw socket, IPv4.
+    /// A raw IPv4 socket.
     pub raw_v4: io::Result<()>,
-    /// A raw socket, IPv6.
+    /// A raw IPv6 socket.
     pub raw_v6: io::Result<()>,
-    /// The packet socket that sees the ACK an `rst` without an owner goes by.
+    /// The packet socket that captures the elicited ACK for an `rst` without an owner.
     pub capture: io::Result<()>,
-    /// There is an IPv6 loopback address.
+    /// The host has an IPv6 loopback address.
     pub ipv6: bool,
 }
 
-/// Network namespaces, ours among them.
+/// Network namespaces, with the one of cwkill.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub struct Namespaces {
-    /// Found.
-    pub found: usize,
-    /// Of those, how many can be worked in.
+pub struct NamespaceCounts {
+    pub total: usize,
+    /// Those that cwkill can enter.
     pub enterable: usize,
-    /// Processes whose namespace cannot be told.
-    pub unknown: usize,
+    /// Number of processes whose namespace is unknown.
+    pub unknown_processes: usize,
 }
 
-/// Other processes, without those that have no descriptors.
+/// The other processes that /proc shows, without kernel threads and zombies, which have no descriptors.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub struct Reach {
-    /// Of our effective user.
-    pub same_user: Count,
-    /// Of other users.
-    pub others: Count,
-    /// Those that are not reached, or not seen.
-    pub missed: Vec<Missed>,
+pub struct Reachability {
+    /// Processes of the effective user of cwkill.
+    pub same_user: ProcessCounts,
+    /// Processes of other users.
+    pub others: ProcessCounts,
+    /// Processes that are not visible or not reachable.
+    pub unreachable: Vec<UnreachableProcess>,
 }
 
-/// A process through which nothing can be closed.
+/// A process whose descriptors cwkill cannot duplicate.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct Missed {
-    /// Its number.
+pub struct UnreachableProcess {
     pub pid: i32,
-    /// Its name, where that can be read; chosen by the process.
+    /// `None` if unreadable. The process can set it to any text.
     pub comm: Option<String>,
-    /// It is of our effective user.
+    /// The process has the effective user of cwkill.
     pub same_user: bool,
-    /// Its descriptors can be seen.
+    /// cwkill can read its descriptor table.
     pub seen: bool,
 }
 
-/// How many processes there are, and what we can do with them.
+/// Each count is a part of the one before it.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Count {
-    /// That /proc shows.
+pub struct ProcessCounts {
+    /// Processes that /proc shows.
     pub total: usize,
-    /// Whose descriptors can be seen: they are known as owners.
-    pub seen: usize,
-    /// Of those, whose descriptors could be duplicated.
-    pub reached: usize,
-    /// Of those, how many have a filter of system calls (seccomp).
-    pub filtered: usize,
+    /// Processes whose descriptor table cwkill can read. Only these can be known as owners.
+    pub visible: usize,
+    /// Processes whose descriptors cwkill can duplicate.
+    pub reachable: usize,
+    /// Processes with a seccomp filter.
+    pub with_seccomp: usize,
 }
 
-impl Host {
-    /// Reads and counts.
+impl HostInfo {
+    /// Reads the facts.
     ///
     /// # Errors
     /// The capabilities of this process cannot be read.
-    pub fn gather(proc: &ProcFs) -> anyhow::Result<Self> {
+    pub fn read(proc: &ProcFs) -> anyhow::Result<Self> {
         let effective = caps::read(None, CapSet::Effective)
             .context("cannot read the capabilities of this process")?;
-        // Yama refuses all but our descendants, and writes each refusal to the log of the kernel (security/yama/yama_lsm.c,
-        // report_access).
+        // Yama refuses access to all processes but descendants of cwkill, and logs each refusal in the kernel log
+        // (security/yama/yama_lsm.c, report_access). So cwkill does not probe if Yama would refuse.
         let ptrace_scope = read_number("/proc/sys/kernel/yama/ptrace_scope")
             .and_then(|scope| u8::try_from(scope).ok());
         let scope = ptrace_scope.unwrap_or(0);
-        let asks = scope == 0 || (scope < 3 && effective.contains(&Capability::CAP_SYS_PTRACE));
-        Ok(Host {
+        let may_probe =
+            scope == 0 || (scope < 3 && effective.contains(&Capability::CAP_SYS_PTRACE));
+        Ok(HostInfo {
             kernel: uname().map_or_else(
                 |_| "unknown".into(),
                 |name| name.release().to_string_lossy().into_owned(),
@@ -144,13 +140,13 @@ impl Host {
             first_user_namespace: fs::metadata(proc.path("self/ns/user"))
                 .ok()
                 .map(|namespace| namespace.ino() == FIRST_USER_NAMESPACE),
-            filtered: fs::read_to_string(proc.path("self/status"))
-                .is_ok_and(|status| has_filter(&status)),
+            has_seccomp_filter: fs::read_to_string(proc.path("self/status"))
+                .is_ok_and(|status| has_seccomp_filter(&status)),
             user_namespaces_forbidden: user_namespaces_forbidden(),
             ptrace_scope,
             hidepid: mounts::hidepid(&proc.mounts().unwrap_or_default()),
             namespaces: namespaces(proc).map_err(|error| error.to_string()),
-            reach: reach(proc, asks).map_err(|error| error.to_string()),
+            reachability: reachability(proc, may_probe).map_err(|error| error.to_string()),
             pidfd_getfd: duplicate_own(),
             kcmp: has_kcmp(),
             repair: repair(),
@@ -161,30 +157,29 @@ impl Host {
         })
     }
 
-    /// Whether /proc shows us fewer processes than there are.
+    /// Whether /proc hides the processes of other users from cwkill.
     pub fn hides_others(&self) -> bool {
         self.hidepid.is_some() && !self.has(Capability::CAP_SYS_PTRACE)
     }
 
-    /// Whether a capability is effective.
     pub fn has(&self, capability: Capability) -> bool {
         self.capabilities.contains(&capability)
     }
 }
 
-/// Whether there is kcmp(2): it compares a process with itself for everybody.
+/// Whether the kernel has kcmp(2). To compare a process with itself needs no privilege.
 fn has_kcmp() -> bool {
     let own = getpid().as_raw();
     let compared = sys::share_descriptors(own, own);
     compared.map_or_else(|error| error.raw_os_error() != Some(libc::ENOSYS), |_| true)
 }
 
-/// Its inode, the same on every host (include/linux/proc_ns.h, PROC_USER_INIT_INO). Its map of users is no mark: another one can map
-/// everybody, too.
+/// The inode of the initial user namespace, the same on every host (include/linux/proc_ns.h, PROC_USER_INIT_INO). /proc/self/uid_map
+/// does not identify it, because another user namespace can map all users too.
 const FIRST_USER_NAMESPACE: u64 = 0xEFFF_FFFD;
 
-/// Whether the process of this /proc/PID/status has a filter of system calls (fs/proc/array.c, task_seccomp).
-fn has_filter(status: &str) -> bool {
+/// Whether the process of this /proc/PID/status has a seccomp filter (fs/proc/array.c, task_seccomp).
+fn has_seccomp_filter(status: &str) -> bool {
     let mode = status
         .lines()
         .find_map(|line| line.strip_prefix("Seccomp:"));
@@ -217,21 +212,22 @@ fn user_namespaces_forbidden() -> Option<&'static str> {
     .find_map(|(path, forbids, setting)| (read_number(path)? == forbids).then_some(setting))
 }
 
-fn namespaces(proc: &ProcFs) -> io::Result<Namespaces> {
+fn namespaces(proc: &ProcFs) -> io::Result<NamespaceCounts> {
     let all = NetnsScope::All.open(proc)?;
     let enterable = all.open.iter().filter(|netns| netns.within(|| ()).is_ok());
-    Ok(Namespaces {
+    Ok(NamespaceCounts {
         enterable: enterable.count(),
-        found: all.open.len() + all.unreachable,
-        unknown: all.unknown,
+        total: all.open.len() + all.unreachable,
+        unknown_processes: all.unknown,
     })
 }
 
-/// Counts. Where none of them is `asked`, they are out of reach.
-fn reach(proc: &ProcFs, asked: bool) -> io::Result<Reach> {
-    /// No socket has it: the kernel gives inode numbers of sockets from 1 on, and would take hundreds of years.
+/// Counts the processes that cwkill can reach. With `probe == false` nothing is probed, and all other processes count as
+/// unreachable.
+fn reachability(proc: &ProcFs, probe: bool) -> io::Result<Reachability> {
+    /// An inode number that no socket has, because only the list of unreadable processes is needed.
     const NO_INODE: u32 = u32::MAX;
-    /// No process has it: it is beyond the highest fs.nr_open.
+    /// A descriptor that no process has: it is above the highest possible fs.nr_open.
     const NO_DESCRIPTOR: RemoteFd = RemoteFd(i32::MAX);
     if !proc.is_of_our_pid_namespace() {
         return Err(io::Error::other(
@@ -243,39 +239,39 @@ fn reach(proc: &ProcFs, asked: bool) -> io::Result<Reach> {
         .into_iter()
         .map(|process| process.pid)
         .collect();
-    let mut reach = Reach::default();
-    let ours = std::process::id().cast_signed();
+    let mut reachability = Reachability::default();
+    let own_pid = std::process::id().cast_signed();
     let uid = geteuid().as_raw();
     for (pid, comm) in proc.with_descriptors()? {
         let Ok(metadata) = fs::metadata(proc.path(&pid.to_string())) else {
             continue;
         };
-        // The kernel looks at our rights before it looks for the descriptor (kernel/pid.c, __pidfd_fget), so one that does not
-        // exist tells them without touching anything.
-        let answer = sys::pidfd_open(pid).and_then(|pidfd| match asked {
+        // The kernel checks the rights of the caller before it looks up the descriptor (kernel/pid.c, __pidfd_fget). So a
+        // descriptor that does not exist shows the rights and has no effect: EBADF means that access is allowed.
+        let answer = sys::pidfd_open(pid).and_then(|pidfd| match probe {
             true => sys::pidfd_getfd(pidfd.as_fd(), NO_DESCRIPTOR),
             false => Err(io::Error::from_raw_os_error(libc::EPERM)),
         });
         let errno = answer.err().and_then(|error| error.raw_os_error());
-        if pid == ours || errno == Some(libc::ESRCH) {
+        if pid == own_pid || errno == Some(libc::ESRCH) {
             continue;
         }
         let same_user = metadata.uid() == uid;
         let count = match same_user {
-            true => &mut reach.same_user,
-            false => &mut reach.others,
+            true => &mut reachability.same_user,
+            false => &mut reachability.others,
         };
-        let (seen, reached) = (!unreadable.contains(&pid), errno == Some(libc::EBADF));
+        let (seen, reachable) = (!unreadable.contains(&pid), errno == Some(libc::EBADF));
         count.total += 1;
-        count.seen += usize::from(seen);
-        count.reached += usize::from(seen && reached);
+        count.visible += usize::from(seen);
+        count.reachable += usize::from(seen && reachable);
         let filtered = seen
-            && reached
+            && reachable
             && fs::read_to_string(proc.path(&format!("{pid}/status")))
-                .is_ok_and(|status| has_filter(&status));
-        count.filtered += usize::from(filtered);
-        if !(seen && reached) {
-            reach.missed.push(Missed {
+                .is_ok_and(|status| has_seccomp_filter(&status));
+        count.with_seccomp += usize::from(filtered);
+        if !(seen && reachable) {
+            reachability.unreachable.push(UnreachableProcess {
                 pid,
                 comm,
                 same_user,
@@ -283,7 +279,7 @@ fn reach(proc: &ProcFs, asked: bool) -> io::Result<Reach> {
             });
         }
     }
-    Ok(reach)
+    Ok(reachability)
 }
 
 fn socket() -> io::Result<OwnedFd> {
@@ -292,8 +288,8 @@ fn socket() -> io::Result<OwnedFd> {
 
 fn duplicate_own() -> io::Result<()> {
     let socket = socket()?;
-    let ours = sys::pidfd_open(std::process::id().cast_signed())?;
-    sys::pidfd_getfd(ours.as_fd(), RemoteFd(socket.as_raw_fd())).map(drop)
+    let pidfd = sys::pidfd_open(std::process::id().cast_signed())?;
+    sys::pidfd_getfd(pidfd.as_fd(), RemoteFd(socket.as_raw_fd())).map(drop)
 }
 
 fn repair() -> io::Result<()> {
@@ -306,13 +302,15 @@ mod tests {
 
     #[test]
     fn a_filter_is_read_from_the_status() {
-        assert!(has_filter("Name:\tx\nSeccomp:\t2\nSeccomp_filters:\t1\n"));
-        assert!(!has_filter("Name:\tSeccomp: 2\nSeccomp:\t0\n"));
-        assert!(!has_filter(""));
+        assert!(has_seccomp_filter(
+            "Name:\tx\nSeccomp:\t2\nSeccomp_filters:\t1\n"
+        ));
+        assert!(!has_seccomp_filter("Name:\tSeccomp: 2\nSeccomp:\t0\n"));
+        assert!(!has_seccomp_filter(""));
     }
 
     #[test]
-    fn our_own_descriptors_can_be_duplicated() {
+    fn own_descriptors_can_be_duplicated() {
         duplicate_own().unwrap();
     }
 }

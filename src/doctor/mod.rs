@@ -1,8 +1,10 @@
-//! What works here: every method is tried, through the ladder that runs it in earnest, on connections of cwkill's own over
-//! loopback; what a trial cannot show is read or counted.
+//! `cwkill doctor`: checks which methods work on this host, and how to make the others work.
 //!
-//! [`host`] reads and counts, [`trials`] tries, [`advice`] draws the conclusions, a [`row`] a method (both pure).
-//! A method has a row once [`advice`] has a function for it; nothing else knows which there are.
+//! cwkill opens connections of its own over loopback and runs every method on them with the same engine as for real
+//! targets. Facts that no trial can show are read from the system.
+//!
+//! [`host`] reads the facts, [`trials`] runs the methods, [`advice`] concludes, with one [`row`] per method (both pure).
+//! To add a method to the report, add its trials and a function in [`advice`].
 
 pub mod advice;
 pub mod host;
@@ -11,26 +13,22 @@ pub mod trials;
 
 use crate::proc::ProcFs;
 use advice::Advice;
-use host::Host;
+use host::HostInfo;
 use trials::Trials;
 
-/// All that was found out.
 #[derive(Debug)]
 pub struct Examination {
-    /// What was read and counted.
-    pub host: Host,
-    /// What was tried.
+    pub host: HostInfo,
     pub trials: Trials,
-    /// What follows.
     pub advice: Advice,
 }
 
-/// Looks at everything. Takes a second: a probe waits that long for a quiet socket.
+/// Examines the host. This takes about a second, because a probe waits until its socket has been quiet for a second.
 ///
 /// # Errors
 /// The capabilities of this process cannot be read.
 pub fn examine(proc: &ProcFs) -> anyhow::Result<Examination> {
-    let host = Host::gather(proc)?;
+    let host = HostInfo::read(proc)?;
     let trials = Trials::run(proc);
     let advice = Advice::new(&host, &trials);
     Ok(Examination {

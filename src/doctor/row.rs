@@ -1,111 +1,110 @@
-//! What is said of one method: whether it works, why not, and what to change. Pure.
+//! The conclusions about one method: whether it works, why not, and which change would help. Pure.
 
 use caps::Capability;
 
-use super::host::{Count, Host, Missed};
-use super::trials::Tried;
+use super::host::{HostInfo, ProcessCounts, UnreachableProcess};
+use super::trials::TrialResult;
 use crate::model::Privilege;
 use crate::model::{Method, MethodError};
 use crate::privileges::HOW_TO_GRANT;
 use crate::text::escape;
 
-/// Whether something works.
+/// How far a method works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Works {
+pub enum Support {
     /// On every socket.
     Yes,
-    /// On some.
+    /// On some sockets.
     Partly,
-    /// On none.
+    /// On no socket.
     No,
-    /// It could not be tried.
+    /// The trial could not be run.
     Untried,
 }
 
-impl Works {
-    /// As in the table and in JSON.
+impl Support {
+    /// The name in the table and in JSON.
     pub fn name(self) -> &'static str {
         match self {
-            Works::Yes => "yes",
-            Works::Partly => "partly",
-            Works::No => "no",
-            Works::Untried => "untried",
+            Support::Yes => "yes",
+            Support::Partly => "partly",
+            Support::No => "no",
+            Support::Untried => "untried",
         }
     }
 
-    /// Of two kinds of sockets together.
-    pub(super) fn and(self, other: Works) -> Works {
+    /// The support for two kinds of sockets together.
+    pub(super) fn and(self, other: Support) -> Support {
         match (self, other) {
             (a, b) if a == b => a,
-            (Works::No, Works::Untried) | (Works::Untried, Works::No) => Works::Untried,
-            _ => Works::Partly,
+            (Support::No, Support::Untried) | (Support::Untried, Support::No) => Support::Untried,
+            _ => Support::Partly,
         }
     }
 
-    /// Of two ways to the same sockets.
-    pub(super) fn or(self, other: Works) -> Works {
+    /// The support by two ways to close the same sockets.
+    pub(super) fn or(self, other: Support) -> Support {
         match (self, other) {
-            (Works::Yes, _) | (_, Works::Yes) => Works::Yes,
+            (Support::Yes, _) | (_, Support::Yes) => Support::Yes,
             (a, b) => a.and(b),
         }
     }
 
-    pub(super) fn of(tried: &Tried) -> Works {
-        match tried {
-            Tried::Works => Works::Yes,
-            Tried::Failed(_) => Works::No,
-            Tried::Untried(_) => Works::Untried,
+    pub(super) fn of(result: &TrialResult) -> Support {
+        match result {
+            TrialResult::Succeeded => Support::Yes,
+            TrialResult::Failed(_) => Support::No,
+            TrialResult::NotRun(_) => Support::Untried,
         }
     }
 }
 
-/// What a method can do here.
+/// The support for one method, or for `reclaim`, on this host.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
-pub struct Row {
-    /// Its name.
+pub struct MethodRow {
     pub name: &'static str,
-    /// It is part of `auto`.
+    /// The method is part of `auto`.
     pub auto: bool,
-    /// On sockets of all kinds together.
-    pub works: Works,
-    /// On sockets that a process of our user holds.
-    pub own: Works,
-    /// On sockets that a process of another user holds.
-    pub others: Works,
-    /// On sockets without a known owner; `None`: it is not for those.
-    pub ownerless: Option<Works>,
-    /// Why not, one a line.
+    /// For sockets of all kinds together.
+    pub works: Support,
+    /// For sockets whose owner has the effective user of cwkill.
+    pub own: Support,
+    /// For sockets whose owner has another user.
+    pub others: Support,
+    /// For sockets without a known owner; `None`: the method does not apply to them.
+    pub ownerless: Option<Support>,
+    /// The reasons why it does not work, one per line.
     pub why: Vec<String>,
-    /// What to change, one a line.
+    /// The changes that would help, one per line.
     pub change: Vec<String>,
 }
 
-/// How many processes are named.
-const NAMES: usize = 3;
+/// The maximum number of processes named in a reason.
+const MAX_NAMED: usize = 3;
 
-fn name(process: &Missed) -> String {
+fn process_name(process: &UnreachableProcess) -> String {
     let comm = process.comm.as_deref().unwrap_or("?");
     format!("{}/{}", escape(comm), process.pid)
 }
 
-/// Gathers the reasons of one row, each once.
-pub(super) struct Builder<'a> {
+/// Collects the reasons and changes of one row, each once.
+pub(super) struct RowBuilder<'a> {
     name: &'static str,
     auto: bool,
-    host: &'a Host,
+    host: &'a HostInfo,
     why: Vec<String>,
     change: Vec<String>,
 }
 
-impl<'a> Builder<'a> {
-    pub(super) fn of(method: Method, host: &'a Host) -> Self {
+impl<'a> RowBuilder<'a> {
+    pub(super) fn of(method: Method, host: &'a HostInfo) -> Self {
         Self::new(method.name(), Method::AUTO.contains(&method), host)
     }
 
-    /// For what is no method of the ladder, too.
-    pub(super) fn new(name: &'static str, auto: bool, host: &'a Host) -> Self {
-        Builder {
+    /// A row by name, for `reclaim`, which is not a [`Method`].
+    pub(super) fn new(name: &'static str, auto: bool, host: &'a HostInfo) -> Self {
+        RowBuilder {
             name,
             auto,
             host,
@@ -114,14 +113,19 @@ impl<'a> Builder<'a> {
         }
     }
 
-    pub(super) fn build(self, own: Works, others: Works, ownerless: Option<Works>) -> Row {
-        let works = ownerless.into_iter().fold(own.and(others), Works::and);
-        // One of two ways may be barred, and the other lead to everything.
+    pub(super) fn build(
+        self,
+        own: Support,
+        others: Support,
+        ownerless: Option<Support>,
+    ) -> MethodRow {
+        let works = ownerless.into_iter().fold(own.and(others), Support::and);
+        // If one of two ways works on all sockets, the failure of the other does not matter.
         let (why, change) = match works {
-            Works::Yes => (Vec::new(), Vec::new()),
+            Support::Yes => (Vec::new(), Vec::new()),
             _ => (self.why, self.change),
         };
-        Row {
+        MethodRow {
             name: self.name,
             auto: self.auto,
             works,
@@ -133,7 +137,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    pub(super) fn say(&mut self, why: String, change: impl Into<String>) {
+    pub(super) fn add_reason(&mut self, why: String, change: impl Into<String>) {
         let change = change.into();
         if !self.why.contains(&why) {
             self.why.push(why);
@@ -143,31 +147,32 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Why a trial did not succeed, if so.
-    pub(super) fn failure(&mut self, tried: &Tried) {
-        match tried {
-            Tried::Works => {}
-            Tried::Untried(why) => {
+    /// Adds the reason why a trial did not succeed; nothing if it did.
+    pub(super) fn add_failure(&mut self, result: &TrialResult) {
+        match result {
+            TrialResult::Succeeded => {}
+            TrialResult::NotRun(why) => {
                 let change = match why.as_str() {
                     "loopback is down" => "ip link set lo up",
                     _ => {
                         "run doctor again; something prevents a connection over loopback (nftables?)"
                     }
                 };
-                self.say(why.clone(), change);
+                self.add_reason(why.clone(), change);
             }
-            Tried::Failed(error) => {
-                let change = self.cure(error);
-                self.say(error.to_string(), change);
+            TrialResult::Failed(error) => {
+                let change = self.remedy(error);
+                self.add_reason(error.to_string(), change);
             }
         }
     }
 
-    fn cure(&self, error: &MethodError) -> String {
+    /// The change that would prevent `error`.
+    fn remedy(&self, error: &MethodError) -> String {
         match error {
-            MethodError::NotPermitted(Privilege::NetAdmin, _) => self.grant(Capability::CAP_NET_ADMIN),
-            MethodError::NotPermitted(Privilege::NetRaw, _) => self.grant(Capability::CAP_NET_RAW),
-            // It was our own process.
+            MethodError::NotPermitted(Privilege::NetAdmin, _) => self.how_to_grant(Capability::CAP_NET_ADMIN),
+            MethodError::NotPermitted(Privilege::NetRaw, _) => self.how_to_grant(Capability::CAP_NET_RAW),
+            // The owner in a trial is cwkill itself, which only a seccomp filter keeps it from duplicating.
             MethodError::NotPermitted(Privilege::Ptrace, _) => {
                 "a filter of system calls forbids it: allow pidfd_open and pidfd_getfd in the seccomp profile of the \
                  container or unit"
@@ -189,8 +194,8 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// How to come by a capability.
-    pub(super) fn grant(&self, capability: Capability) -> String {
+    /// The change that would give cwkill a capability.
+    pub(super) fn how_to_grant(&self, capability: Capability) -> String {
         let short = capability.to_string();
         let short = short.trim_start_matches("CAP_");
         if self.host.has(capability) {
@@ -207,87 +212,87 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// What a method that works through owners can do for ours and for others, and what stands in its way.
-    pub(super) fn through_owners(&mut self, works: Works) -> (Works, Works) {
-        if works != Works::Yes {
+    /// The support for a method that works through the owners of sockets: for owners of the same user and for owners of other
+    /// users. `works` is the result of the trial. Adds the reasons for what does not work.
+    pub(super) fn support_through_owners(&mut self, works: Support) -> (Support, Support) {
+        if works != Support::Yes {
             return (works, works);
         }
-        let reach = match &self.host.reach {
-            Ok(reach) => reach,
+        let reachability = match &self.host.reachability {
+            Ok(reachability) => reachability,
             Err(error) => {
-                self.say(
+                self.add_reason(
                     error.clone(),
                     "mount -t proc proc /proc in this pid namespace, or run cwkill outside",
                 );
-                return (Works::No, Works::No);
+                return (Support::No, Support::No);
             }
         };
         let ptrace = self.host.has(Capability::CAP_SYS_PTRACE);
         let search = self.host.has(Capability::CAP_DAC_READ_SEARCH);
-        let judge = |count: Count, if_none| match (count.reached, count.total) {
+        let judge = |count: ProcessCounts, if_none| match (count.reachable, count.total) {
             (_, 0) => if_none,
-            (reached, total) if reached == total => Works::Yes,
-            (0, _) => Works::No,
-            _ => Works::Partly,
+            (reached, total) if reached == total => Support::Yes,
+            (0, _) => Support::No,
+            _ => Support::Partly,
         };
-        // Without a process to ask, what the rules say (kernel/ptrace.c, __ptrace_may_access; security/yama).
+        // If there is no process to count, the kernel's rules decide (kernel/ptrace.c, __ptrace_may_access; security/yama).
         let scope = self.host.ptrace_scope.unwrap_or(0);
         let by_rule = |own: bool| match (scope, ptrace) {
-            (3.., _) => Works::No,
-            (_, true) => Works::Yes,
-            (0, false) if own => Works::Yes,
-            _ => Works::No,
+            (3.., _) => Support::No,
+            (_, true) => Support::Yes,
+            (0, false) if own => Support::Yes,
+            _ => Support::No,
         };
-        let own = judge(reach.same_user, by_rule(true));
+        let own = judge(reachability.same_user, by_rule(true));
         let mut others = judge(
-            reach.others,
+            reachability.others,
             match self.host.first_user_namespace {
                 Some(true) | None => by_rule(false),
-                // The capability counts for some and not for others, and there are only ours to tell by.
+                // In another user namespace CAP_SYS_PTRACE counts for some processes only. The best estimate is the
+                // result for processes of the same user.
                 Some(false) => own,
             },
         );
         if self.host.hides_others() {
             let value = self.host.hidepid.as_deref().unwrap_or_default();
-            self.say(
+            self.add_reason(
                 format!("/proc hides the processes of others (hidepid={value})"),
                 "run as root, or: mount -o remount,hidepid=0 /proc",
             );
-            others = Works::No;
+            others = Support::No;
         }
-        for (count, same_user, whose) in [
-            (reach.same_user, true, "this user"),
-            (reach.others, false, "other users"),
+        for (count, same_user, users) in [
+            (reachability.same_user, true, "this user"),
+            (reachability.others, false, "other users"),
         ] {
-            let missed = reach
-                .missed
-                .iter()
-                .filter(|missed| missed.same_user == same_user);
-            let missed: Vec<String> = missed.map(name).collect();
-            if missed.is_empty() {
+            let processes = reachability.unreachable.iter();
+            let processes = processes.filter(|process| process.same_user == same_user);
+            let names: Vec<String> = processes.map(process_name).collect();
+            if names.is_empty() {
                 continue;
             }
             let why = format!(
-                "{} of {} processes of {whose} cannot be reached into ({}{})",
-                missed.len(),
+                "{} of {} processes of {users} cannot be reached into ({}{})",
+                names.len(),
                 count.total,
-                missed[..missed.len().min(NAMES)].join(", "),
-                if missed.len() > NAMES { ", ..." } else { "" },
+                names[..names.len().min(MAX_NAMED)].join(", "),
+                if names.len() > MAX_NAMED { ", ..." } else { "" },
             );
             let change = if scope >= 3 {
                 "kernel.yama.ptrace_scope is 3: nothing lifts that but a reboot with another value in /etc/sysctl.d".into()
             } else if !ptrace && scope > 0 && same_user {
                 format!("sysctl kernel.yama.ptrace_scope=0 (it is {scope}), or run as root")
             } else if !ptrace {
-                self.grant(Capability::CAP_SYS_PTRACE)
-            } else if !search && count.seen < count.total {
-                self.grant(Capability::CAP_DAC_READ_SEARCH)
+                self.how_to_grant(Capability::CAP_SYS_PTRACE)
+            } else if !search && count.visible < count.total {
+                self.how_to_grant(Capability::CAP_DAC_READ_SEARCH)
             } else if self.host.first_user_namespace == Some(false) {
                 "they are outside this user namespace: run cwkill outside it".into()
             } else {
                 "a security module (SELinux, AppArmor, smack) may forbid it: see `dmesg` and `ausearch -m avc`".to_owned()
             };
-            self.say(why, change);
+            self.add_reason(why, change);
         }
         (own, others)
     }

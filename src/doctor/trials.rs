@@ -1,4 +1,4 @@
-//! Trials: each method on a stuck connection of our own, over loopback, through the finder and the ladder.
+//! Trials: runs each method on a stuck loopback connection of cwkill itself, with the real finder and engine.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
@@ -17,66 +17,58 @@ use crate::sock_diag::SockDiag;
 use crate::sys::errno_of;
 use crate::tcp::TcpState;
 
-/// How long a connection over loopback, or an answer on it, may take.
-const PATIENCE: Duration = Duration::from_secs(3);
-const PAUSE: Duration = Duration::from_millis(1);
+/// The time limit for a connection over loopback, and for an answer on it.
+const TIMEOUT: Duration = Duration::from_secs(3);
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
-/// What is tried on what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Subject {
-    /// The method.
+pub struct Trial {
     pub method: Method,
-    /// Over IPv6.
     pub ipv6: bool,
-    /// Its owner may be used.
-    pub owned: bool,
+    /// Whether the method gets the owner of the socket. Without it the socket looks like one without a known owner.
+    pub use_owner: bool,
 }
 
-/// Everything that is tried. The probes are last: they wait until their sockets have been quiet for a second.
-const SUBJECTS: [Subject; 7] = [
-    subject(Method::Shutdown, false, true),
-    subject(Method::Destroy, false, true),
-    subject(Method::Rst, false, true),
-    subject(Method::Rst, false, false),
-    subject(Method::Rst, true, false),
-    subject(Method::Probe, false, false),
-    subject(Method::Probe, false, true),
+/// All trials. The probes are last: they wait until their sockets have been quiet for a second, and the other trials take a
+/// part of that time.
+const TRIALS: [Trial; 7] = [
+    trial(Method::Shutdown, false, true),
+    trial(Method::Destroy, false, true),
+    trial(Method::Rst, false, true),
+    trial(Method::Rst, false, false),
+    trial(Method::Rst, true, false),
+    trial(Method::Probe, false, false),
+    trial(Method::Probe, false, true),
 ];
 
-const fn subject(method: Method, ipv6: bool, owned: bool) -> Subject {
-    Subject {
+const fn trial(method: Method, ipv6: bool, use_owner: bool) -> Trial {
+    Trial {
         method,
         ipv6,
-        owned,
+        use_owner,
     }
 }
 
-/// How a trial ended.
 #[derive(Debug)]
-pub enum Tried {
-    /// It did what it is for.
-    Works,
-    /// It did not.
+pub enum TrialResult {
+    Succeeded,
     Failed(MethodError),
-    /// It could not be tried.
-    Untried(String),
+    /// The trial could not be run, for this reason.
+    NotRun(String),
 }
 
-/// What was tried.
 #[derive(Debug, Default)]
 pub struct Trials {
-    /// Why no socket can be listed at all, if so.
-    pub blind: Option<String>,
-    /// Each trial.
-    pub tried: Vec<(Subject, Tried)>,
+    /// Why cwkill cannot list any sockets. Then there are no results.
+    pub list_error: Option<String>,
+    pub results: Vec<(Trial, TrialResult)>,
 }
 
 impl Trials {
-    /// Tries everything.
     pub fn run(proc: &ProcFs) -> Self {
-        let stuck: Vec<io::Result<Stuck>> = SUBJECTS
+        let stuck: Vec<io::Result<StuckConnection>> = TRIALS
             .iter()
-            .map(|subject| Stuck::new(subject.ipv6))
+            .map(|trial| StuckConnection::new(trial.ipv6))
             .collect();
         let ports: Vec<u16> = stuck
             .iter()
@@ -87,67 +79,66 @@ impl Trials {
             Ok(found) => found,
             Err(why) => {
                 return Trials {
-                    blind: Some(why),
-                    tried: Vec::new(),
+                    list_error: Some(why),
+                    results: Vec::new(),
                 };
             }
         };
-        let attempt = |(subject, stuck): (&Subject, &io::Result<Stuck>)| {
-            let tried = match stuck {
-                Ok(stuck) => attempt(*subject, stuck, &found, proc),
-                Err(error) => Tried::Untried(no_connection(error, subject.ipv6)),
+        let run = |(trial, stuck): (&Trial, &io::Result<StuckConnection>)| {
+            let result = match stuck {
+                Ok(stuck) => run_trial(*trial, stuck, &found, proc),
+                Err(error) => TrialResult::NotRun(no_connection(error, trial.ipv6)),
             };
-            (*subject, tried)
+            (*trial, result)
         };
         Trials {
-            blind: None,
-            tried: SUBJECTS.iter().zip(&stuck).map(attempt).collect(),
+            list_error: None,
+            results: TRIALS.iter().zip(&stuck).map(run).collect(),
         }
     }
 
-    /// How the trial of `method` ended.
-    pub fn of(&self, method: Method, ipv6: bool, owned: bool) -> &Tried {
-        let wanted = subject(method, ipv6, owned);
-        let trial = self.tried.iter().find(|(subject, _)| *subject == wanted);
-        &trial.expect("every subject is tried").1
+    pub fn result(&self, method: Method, ipv6: bool, use_owner: bool) -> &TrialResult {
+        let expected = trial(method, ipv6, use_owner);
+        let found = self.results.iter().find(|(trial, _)| *trial == expected);
+        &found.expect("every trial has a result").1
     }
 }
 
-/// A connection over loopback of which one end is in CLOSE-WAIT, with nothing read and nothing to send.
-struct Stuck {
+/// A connection over loopback whose `local` end is in CLOSE-WAIT. No data is unread or unsent.
+struct StuckConnection {
     local: SocketAddr,
     peer: SocketAddr,
-    /// Open as long as this lives. The peer's end is closed first, by RST, so that no TIME-WAIT is left of it.
+    /// Peer and local end. The peer's end is dropped first, and closes with a RST so that no TIME-WAIT socket remains.
     _ends: (TcpStream, TcpStream),
 }
 
-impl Stuck {
+impl StuckConnection {
     fn new(ipv6: bool) -> io::Result<Self> {
         let ip: IpAddr = match ipv6 {
             true => Ipv6Addr::LOCALHOST.into(),
             false => Ipv4Addr::LOCALHOST.into(),
         };
         let listener = TcpListener::bind((ip, 0))?;
-        let peer = TcpStream::connect_timeout(&listener.local_addr()?, PATIENCE)?;
+        let peer = TcpStream::connect_timeout(&listener.local_addr()?, TIMEOUT)?;
         listener.set_nonblocking(true)?;
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + TIMEOUT;
         let app = loop {
             match listener.accept() {
-                // Anybody on this host can connect to it.
+                // Any process on this host can connect to the listener.
                 Ok((app, address)) if address == peer.local_addr()? => break app,
                 Ok(_) => {}
                 Err(error)
                     if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < until =>
                 {
-                    std::thread::sleep(PAUSE);
+                    std::thread::sleep(POLL_INTERVAL);
                 }
                 Err(error) => return Err(error),
             }
         };
         peer.shutdown(std::net::Shutdown::Write)?;
         socket2::SockRef::from(&peer).set_linger(Some(Duration::ZERO))?;
-        Ok(Stuck {
-            // With a port of its own, so that the selector names no other socket.
+        Ok(StuckConnection {
+            // The listener's port. It is unique among the trials and ephemeral, so the selector matches no other socket.
             local: app.local_addr()?,
             peer: app.peer_addr()?,
             _ends: (peer, app),
@@ -155,13 +146,13 @@ impl Stuck {
     }
 }
 
-/// Our connections as the finder shows them, once all are in CLOSE-WAIT.
+/// Finds the connections of the trials, as soon as all are in CLOSE-WAIT.
 fn find(proc: &ProcFs, ports: &[u16]) -> Result<Scan, String> {
     let namespaces = NetnsScope::Current
         .open(proc)
         .map_err(|error| error.to_string())?;
     let selectors = Selectors {
-        // Without a port it would be every socket.
+        // An empty list of ports would match every socket, so the list always has the unused port 0.
         ports: ports
             .iter()
             .map(|&port| port..=port)
@@ -169,61 +160,68 @@ fn find(proc: &ProcFs, ports: &[u16]) -> Result<Scan, String> {
             .collect(),
         ..Selectors::default()
     };
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + TIMEOUT;
     loop {
         let scan = finder::find(&namespaces, proc, &selectors)
             .map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
-        // The FIN is there before shutdown() returns, unless the host is busy.
+        // Over loopback the FIN has usually arrived when shutdown() returns, but not always on a busy host.
         if scan.targets.len() >= ports.len() || Instant::now() > until {
             return Ok(scan);
         }
-        std::thread::sleep(PAUSE);
+        std::thread::sleep(POLL_INTERVAL);
     }
 }
 
-fn attempt(subject: Subject, stuck: &Stuck, scan: &Scan, proc: &ProcFs) -> Tried {
-    // Somebody may have connected to our port before the listener was gone.
+fn run_trial(trial: Trial, stuck: &StuckConnection, scan: &Scan, proc: &ProcFs) -> TrialResult {
+    // Another process may have connected to the same port before the listener was closed.
     let ends = (stuck.local, stuck.peer);
-    let is_ours = |target: &&Target| (target.socket.tuple.local, target.socket.tuple.peer) == ends;
-    let Some(found) = scan.targets.iter().find(is_ours) else {
-        return Tried::Untried("a connection of our own did not come to CLOSE-WAIT".into());
+    let is_local_end =
+        |target: &&Target| (target.socket.tuple.local, target.socket.tuple.peer) == ends;
+    let Some(found) = scan.targets.iter().find(is_local_end) else {
+        return TrialResult::NotRun("a connection of our own did not come to CLOSE-WAIT".into());
     };
     let mut target = Target::new(found.socket.clone());
-    if subject.owned {
+    if trial.use_owner {
         if found.owners.is_empty() {
-            return Tried::Untried("/proc does not show our own descriptors".into());
+            return TrialResult::NotRun("/proc does not show our own descriptors".into());
         }
         target.owners = found.owners.clone();
     }
-    target.plan.methods = vec![subject.method];
+    target.plan.methods = vec![trial.method];
     let rules = Rules {
-        grace: PATIENCE,
+        grace: TIMEOUT,
         discard_unsent: false,
         selectors: &Selectors::default(),
         kernel: KernelVersion::running(),
     };
     let opened =
-        SockDiag::open().and_then(|diag| Ok((diag, injector::executors(&[subject.method], proc)?)));
+        SockDiag::open().and_then(|diag| Ok((diag, injector::executors(&[trial.method], proc)?)));
     let (mut diag, mut executors) = match opened {
         Ok(opened) => opened,
         Err(error) => {
-            return Tried::Failed(MethodError::SystemCall("sock_diag", errno_of(&error)));
+            return TrialResult::Failed(MethodError::SystemCall("sock_diag", errno_of(&error)));
         }
     };
-    engine::run(&mut [&mut target], &mut executors, &mut diag, rules, &Clock);
+    engine::run(
+        &mut [&mut target],
+        &mut executors,
+        &mut diag,
+        rules,
+        &SystemClock,
+    );
     match target.outcome {
-        Some(Outcome::Closed(_) | Outcome::Closing(_, TcpState::LastAck)) => Tried::Works,
-        // Our peer is alive, and a probe is to find that out.
-        Some(Outcome::Skipped(SkipReason::PeerAlive)) if subject.method == Method::Probe => {
-            Tried::Works
+        Some(Outcome::Closed(_) | Outcome::Closing(_, TcpState::LastAck)) => TrialResult::Succeeded,
+        // The peer in a trial is alive, so a probe succeeds if it detects that.
+        Some(Outcome::Skipped(SkipReason::PeerAlive)) if trial.method == Method::Probe => {
+            TrialResult::Succeeded
         }
         outcome => match target
             .attempts
             .into_iter()
             .find_map(|attempt| attempt.error)
         {
-            Some(error) => Tried::Failed(error),
-            None => Tried::Untried(format!("{outcome:?}")),
+            Some(error) => TrialResult::Failed(error),
+            None => TrialResult::NotRun(format!("{outcome:?}")),
         },
     }
 }
@@ -236,10 +234,10 @@ fn no_connection(error: &io::Error, ipv6: bool) -> String {
     }
 }
 
-/// The real time, and nobody to interrupt it: a signal ends the program, and our connections with it.
-struct Clock;
+/// The real clock, without Ctrl-C: a signal ends the program, and the kernel closes the connections of the trials.
+struct SystemClock;
 
-impl Control for Clock {
+impl Control for SystemClock {
     fn now(&self) -> Instant {
         Instant::now()
     }

@@ -1,4 +1,4 @@
-//! What reports say of descriptors that were reclaimed: `cwkill reclaim` and `--reclaim` alike.
+//! The parts of a report about reclaimed descriptors, for `cwkill reclaim` and for `--reclaim`.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -10,38 +10,37 @@ use crate::model::{ReclaimOutcome, Scan, Target};
 use crate::reclaim::StopStats;
 use crate::text::counted;
 
-/// How many descriptors had which outcome.
+/// The number of descriptors with each outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Tally {
+pub struct DescriptorCounts {
     /// Descriptors of dead sockets.
     pub found: usize,
     /// Closed in their process.
     pub freed: usize,
-    /// Closed by their process before we came to it.
+    /// Closed by their process before cwkill stopped it.
     pub gone: usize,
-    /// Left alone.
+    /// cwkill did not try to close them.
     pub skipped: usize,
-    /// Tried, and still there.
+    /// cwkill tried to close them, and they are still open.
     pub failed: usize,
 }
 
-impl Tally {
-    /// Counts `outcomes`.
+impl DescriptorCounts {
     pub(super) fn of<'o>(found: usize, outcomes: impl Iterator<Item = &'o ReclaimOutcome>) -> Self {
-        let mut tally = Tally {
+        let mut counts = DescriptorCounts {
             found,
-            ..Tally::default()
+            ..DescriptorCounts::default()
         };
         for outcome in outcomes {
             *match outcome {
                 ReclaimOutcome::Allowed => continue,
-                ReclaimOutcome::Freed => &mut tally.freed,
-                ReclaimOutcome::Gone => &mut tally.gone,
-                ReclaimOutcome::Skipped(_) => &mut tally.skipped,
-                ReclaimOutcome::Failed(_) => &mut tally.failed,
+                ReclaimOutcome::Freed => &mut counts.freed,
+                ReclaimOutcome::Gone => &mut counts.gone,
+                ReclaimOutcome::Skipped(_) => &mut counts.skipped,
+                ReclaimOutcome::Failed(_) => &mut counts.failed,
             } += 1;
         }
-        tally
+        counts
     }
 
     /// Counts the outcomes of `--reclaim`.
@@ -51,7 +50,7 @@ impl Tally {
         Self::of(outcomes().count(), outcomes())
     }
 
-    /// Those that were not freed, as words.
+    /// The counts of the descriptors that were not freed, in words.
     pub fn left(&self) -> String {
         let mut text = String::new();
         for (count, name) in [
@@ -67,8 +66,8 @@ impl Tally {
     }
 }
 
-/// What the table of a run adds about the descriptors of one socket.
-pub fn beside(target: &Target) -> String {
+/// The text about the descriptors of one target in the table of a run.
+pub fn target_text(target: &Target) -> String {
     let outcomes = || {
         target
             .owners
@@ -91,11 +90,11 @@ pub fn beside(target: &Target) -> String {
     text
 }
 
-/// The line that `--reclaim` adds to the summary, and those about the owners.
+/// The line that `--reclaim` adds to the summary, and one line for each stopped owner.
 pub fn lines(scan: &Scan, stops: &[StopStats]) -> Vec<String> {
-    let tally = Tally::of_scan(scan);
-    let found = counted(tally.found, "descriptor");
-    let mut lines = vec![format!("{found}: {} freed{}", tally.freed, tally.left())];
+    let counts = DescriptorCounts::of_scan(scan);
+    let found = counted(counts.found, "descriptor");
+    let mut lines = vec![format!("{found}: {} freed{}", counts.freed, counts.left())];
     lines.extend(stop_lines(stops));
     lines
 }
@@ -112,7 +111,7 @@ pub(super) fn stop_lines(stops: &[StopStats]) -> impl Iterator<Item = String> {
     })
 }
 
-/// The outcome of an act in words, and its colour.
+/// The outcome in words, and its colour.
 pub(crate) fn result(outcome: Option<&ReclaimOutcome>) -> (String, Color) {
     match outcome {
         Some(ReclaimOutcome::Freed) => ("freed".into(), Color::Green),
@@ -123,7 +122,6 @@ pub(crate) fn result(outcome: Option<&ReclaimOutcome>) -> (String, Color) {
     }
 }
 
-/// An owner that was stopped.
 #[derive(Serialize)]
 pub struct JsonStop<'a> {
     pid: i32,
@@ -132,7 +130,6 @@ pub struct JsonStop<'a> {
     stopped_us: u64,
 }
 
-/// The owners that were stopped, for JSON.
 pub fn json_stops(stops: &[StopStats]) -> Vec<JsonStop<'_>> {
     let stops = stops.iter().map(|stop| JsonStop {
         pid: stop.process.id.pid,

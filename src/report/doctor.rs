@@ -6,23 +6,23 @@ use caps::Capability;
 use serde::Serialize;
 
 use crate::doctor::Examination;
-use crate::doctor::host::{CAPABILITIES, Count, Host, Missed};
-use crate::doctor::row::{Row, Works};
+use crate::doctor::host::{CAPABILITIES, HostInfo, ProcessCounts, UnreachableProcess};
+use crate::doctor::row::{MethodRow, Support};
 
 const SCHEMA_VERSION: u32 = 1;
 
-/// The status to exit with: 0 if `auto` works fully, 1 if partly or if that could not be tried, 3 if not at all.
+/// The exit status: 0 if `auto` works fully, 1 if it works partly or could not be tried, 3 if it does not work.
 pub fn status(examination: &Examination) -> u8 {
     match examination.advice.auto {
-        Works::Yes => 0,
-        Works::Partly | Works::Untried => 1,
-        Works::No => 3,
+        Support::Yes => 0,
+        Support::Partly | Support::Untried => 1,
+        Support::No => 3,
     }
 }
 
-/// One thing that was looked at.
+/// One fact about the host.
 #[derive(Serialize)]
-struct Check {
+struct CheckLine {
     name: &'static str,
     /// `None`: it is neither good nor bad.
     ok: Option<bool>,
@@ -30,11 +30,8 @@ struct Check {
 }
 
 /// Writes lines for people.
-///
-/// # Errors
-/// Those of `out`.
 pub fn write_text(examination: &Examination, out: &mut dyn Write) -> io::Result<()> {
-    for Check { name, ok, detail } in checks(examination) {
+    for CheckLine { name, ok, detail } in checks(examination) {
         let mark = match ok {
             Some(true) => "ok",
             Some(false) => "no",
@@ -51,7 +48,7 @@ pub fn write_text(examination: &Examination, out: &mut dyn Write) -> io::Result<
         )?;
     }
     for row in &advice.rows {
-        let ownerless = row.ownerless.map_or("-", Works::name);
+        let ownerless = row.ownerless.map_or("-", Support::name);
         writeln!(
             out,
             "{:<10} {:<8} {:<14} {:<14} {ownerless}",
@@ -81,35 +78,32 @@ pub fn write_text(examination: &Examination, out: &mut dyn Write) -> io::Result<
         )?;
     }
     let verdict = match advice.auto {
-        Works::Yes => "auto works fully here",
-        Works::Partly => "auto works in part here",
-        Works::Untried => "whether auto works here could not be tested",
-        Works::No => "auto does not work here",
+        Support::Yes => "auto works fully here",
+        Support::Partly => "auto works in part here",
+        Support::Untried => "whether auto works here could not be tried",
+        Support::No => "auto does not work here",
     };
     writeln!(out, "\n{verdict}")
 }
 
 /// Writes one JSON document.
-///
-/// # Errors
-/// Those of `out`.
 pub fn write_json(examination: &Examination, out: &mut dyn Write) -> io::Result<()> {
     #[derive(Serialize)]
-    struct Document<'a> {
+    struct DoctorDocument<'a> {
         schema_version: u32,
         cwkill_version: &'static str,
-        auto: Works,
-        methods: &'a [Row],
-        unreachable: &'a [Missed],
-        checks: Vec<Check>,
+        auto: Support,
+        methods: &'a [MethodRow],
+        unreachable: &'a [UnreachableProcess],
+        checks: Vec<CheckLine>,
     }
-    let document = Document {
+    let document = DoctorDocument {
         schema_version: SCHEMA_VERSION,
         cwkill_version: env!("CARGO_PKG_VERSION"),
         auto: examination.advice.auto,
         methods: &examination.advice.rows,
-        unreachable: match &examination.host.reach {
-            Ok(reach) => &reach.missed,
+        unreachable: match &examination.host.reachability {
+            Ok(reachability) => &reachability.unreachable,
             Err(_) => &[],
         },
         checks: checks(examination),
@@ -117,18 +111,18 @@ pub fn write_json(examination: &Examination, out: &mut dyn Write) -> io::Result<
     writeln!(out, "{}", crate::report::serialize::line(&document))
 }
 
-fn checks(examination: &Examination) -> Vec<Check> {
-    let Host {
+fn checks(examination: &Examination) -> Vec<CheckLine> {
+    let HostInfo {
         kernel,
         uid,
         capabilities,
         first_user_namespace,
-        filtered: _,
+        has_seccomp_filter: _,
         user_namespaces_forbidden,
         ptrace_scope,
         hidepid,
         namespaces,
-        reach,
+        reachability,
         pidfd_getfd,
         kcmp: _,
         repair,
@@ -137,8 +131,8 @@ fn checks(examination: &Examination) -> Vec<Check> {
         capture,
         ipv6: _,
     } = &examination.host;
-    let check = |name, ok, detail: String| Check { name, ok, detail };
-    let tried = |name, result: &io::Result<()>| match result {
+    let check = |name, ok, detail: String| CheckLine { name, ok, detail };
+    let io_check = |name, result: &io::Result<()>| match result {
         Ok(()) => check(name, Some(true), String::new()),
         Err(error) => check(name, Some(false), error.to_string()),
     };
@@ -154,13 +148,13 @@ fn checks(examination: &Examination) -> Vec<Check> {
             names.join(" ")
         }
     };
-    let processes = |name, count: Count| {
+    let processes = |name, count: ProcessCounts| {
         check(
             name,
-            Some(count.reached == count.total),
+            Some(count.reachable == count.total),
             format!(
                 "{} of {} can be reached into; {} can be seen as owners",
-                count.reached, count.total, count.seen
+                count.reachable, count.total, count.visible
             ),
         )
     };
@@ -169,7 +163,7 @@ fn checks(examination: &Examination) -> Vec<Check> {
         check("user", None, format!("uid {uid}")),
         check(
             "capabilities",
-            // CAP_SYS_ADMIN is for other namespaces and for reclaim, not for what auto does here.
+            // `auto` does not need CAP_SYS_ADMIN in its own namespace. Only other namespaces and reclaim do.
             Some(
                 missing
                     .iter()
@@ -180,15 +174,15 @@ fn checks(examination: &Examination) -> Vec<Check> {
                 false => format!("{}; missing: {}", list(held), list(missing)),
             },
         ),
-        match &examination.trials.blind {
+        match &examination.trials.list_error {
             None => check("list of sockets", Some(true), String::new()),
             Some(why) => check("list of sockets", Some(false), why.clone()),
         },
-        tried("pidfd_getfd", pidfd_getfd),
-        tried("TCP_REPAIR", repair),
-        tried("raw socket IPv4", raw_v4),
-        tried("raw socket IPv6", raw_v6),
-        tried("packet socket", capture),
+        io_check("pidfd_getfd", pidfd_getfd),
+        io_check("TCP_REPAIR", repair),
+        io_check("raw socket IPv4", raw_v4),
+        io_check("raw socket IPv6", raw_v6),
+        io_check("packet socket", capture),
         match ptrace_scope {
             None => check("ptrace_scope", Some(true), "no yama".into()),
             Some(scope) => check(
@@ -224,18 +218,18 @@ fn checks(examination: &Examination) -> Vec<Check> {
             ),
         ),
         match namespaces {
-            Ok(found) => check(
+            Ok(counts) => check(
                 "network namespaces",
-                Some(found.enterable == found.found && found.unknown == 0),
+                Some(counts.enterable == counts.total && counts.unknown_processes == 0),
                 format!(
-                    "{} of {} can be entered; unknown for {} processes",
-                    found.enterable, found.found, found.unknown
+                    "{} of {} can be entered; of {} processes it cannot be told",
+                    counts.enterable, counts.total, counts.unknown_processes
                 ),
             ),
             Err(error) => check("network namespaces", Some(false), error.clone()),
         },
     ];
-    match reach {
+    match reachability {
         Ok(reach) => checks.extend([
             processes("this user's processes", reach.same_user),
             processes("others' processes", reach.others),

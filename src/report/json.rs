@@ -1,30 +1,27 @@
 //! The report for programs: `schema_version` 1. Fields are added, never renamed.
 //!
-//! Written as it is walked, without a tree in memory.
+//! The sockets are written in blocks, so the document is never in memory as a whole.
 
 use std::io::{self, Write};
 
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::descriptors::{self, JsonStop, json_stops};
+use super::descriptors::{DescriptorCounts, JsonStop, json_stops};
 use super::serialize::{
     Endpoint, JsonContainer, SCHEMA_VERSION, container, endpoint, put, to_bytes,
 };
 use super::table::by_process;
-use super::{Run, Tally, text};
+use super::{Run, SocketCounts, text};
 use crate::model::{Exclusion, Method, MethodError, Outcome, Owner, Plan, SkipReason, Target};
 use crate::watch::NewSockets;
 
-/// Sockets that are written together; those of a long list are written side by side.
+/// Number of sockets in a block. The blocks of a long list are serialized in parallel.
 const BLOCK: usize = 512;
-/// Blocks in memory at a time.
-const BLOCKS: usize = 16;
+/// The maximum number of blocks in memory.
+const MAX_BLOCKS: usize = 16;
 
 /// Writes one document with every socket and the summary.
-///
-/// # Errors
-/// Those of `out`.
 pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
     let head = Head {
         schema_version: SCHEMA_VERSION,
@@ -43,14 +40,14 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
         reclaim: run.reclaimed.then(|| JsonReclaim {
             owners: json_stops(&run.stops),
             summary: match run.acted {
-                true => descriptors::Tally::of_scan(&run.scan),
-                false => descriptors::Tally::default(),
+                true => DescriptorCounts::of_scan(&run.scan),
+                false => DescriptorCounts::default(),
             },
         }),
-        summary: Tally::of(run),
+        summary: SocketCounts::of(run),
         new_sockets: run.new_sockets.as_ref().map(json_new_sockets),
     };
-    // One object in three parts, of which the sockets are too many for one string.
+    // One JSON object, written in three parts: a string of all sockets would be too large.
     let (head, tail) = (to_bytes(&head)?, to_bytes(&tail)?);
     out.write_all(head.strip_suffix(b"}").unwrap_or(&head))?;
     out.write_all(b",\"sockets\":[")?;
@@ -60,13 +57,10 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
     out.write_all(b"\n")
 }
 
-/// Writes one object a line, one line a socket.
-///
-/// # Errors
-/// Those of `out`.
+/// Writes one line per socket, each a JSON object.
 pub fn write_lines(run: &Run, out: &mut dyn Write) -> io::Result<()> {
     write_sockets(run, out, b"\n", |socket, bytes| {
-        let line = Line {
+        let line = SocketLine {
             schema_version: SCHEMA_VERSION,
             owners_known: run.scan.owners_known,
             socket,
@@ -79,7 +73,7 @@ pub fn write_lines(run: &Run, out: &mut dyn Write) -> io::Result<()> {
     }
 }
 
-/// Writes what `put` makes of every socket, in order, with `separator` between them.
+/// Writes every socket with `put`, in order, with `separator` between them.
 fn write_sockets(
     run: &Run,
     out: &mut dyn Write,
@@ -97,10 +91,10 @@ fn write_sockets(
         Ok(bytes)
     };
     let mut is_first = true;
-    for some in run.scan.targets.chunks(BLOCK * BLOCKS) {
-        let blocks: Vec<io::Result<Vec<u8>>> = match some.len() {
-            0..=BLOCK => vec![block(some)],
-            _ => some.par_chunks(BLOCK).map(block).collect(),
+    for targets in run.scan.targets.chunks(BLOCK * MAX_BLOCKS) {
+        let blocks: Vec<io::Result<Vec<u8>>> = match targets.len() {
+            0..=BLOCK => vec![block(targets)],
+            _ => targets.par_chunks(BLOCK).map(block).collect(),
         };
         for block in blocks {
             if !is_first {
@@ -113,7 +107,7 @@ fn write_sockets(
     Ok(())
 }
 
-/// What comes before the sockets.
+/// The fields before the sockets.
 #[derive(Serialize)]
 struct Head {
     schema_version: u32,
@@ -121,7 +115,7 @@ struct Head {
     dry_run: bool,
 }
 
-/// What comes after them.
+/// The fields after the sockets.
 #[derive(Serialize)]
 struct Tail<'a> {
     owners_known: bool,
@@ -130,11 +124,11 @@ struct Tail<'a> {
     unreachable_namespaces: usize,
     unknown_namespaces: usize,
     undecided: usize,
-    /// Why it is not known what else matches, where that is so.
+    /// The error that ended a scan early: more sockets may match.
     unlisted: Option<&'a str>,
-    /// The owners that `--reclaim` stopped; `None` without it.
+    /// `None` without `--reclaim`.
     reclaim: Option<JsonReclaim<'a>>,
-    summary: Tally,
+    summary: SocketCounts,
     new_sockets: Option<JsonNewSockets<'a>>,
 }
 
@@ -143,14 +137,14 @@ struct JsonNewSockets<'a> {
     seconds: f64,
     new: usize,
     per_minute: f64,
-    by: Vec<NewOf<'a>>,
+    by: Vec<JsonNewSocketsOf<'a>>,
     undecided: usize,
     partial: bool,
 }
 
 /// The new sockets of one process.
 #[derive(Serialize)]
-struct NewOf<'a> {
+struct JsonNewSocketsOf<'a> {
     pid: Option<i32>,
     comm: Option<&'a str>,
     new: usize,
@@ -159,18 +153,18 @@ struct NewOf<'a> {
 #[derive(Serialize)]
 struct JsonReclaim<'a> {
     owners: Vec<JsonStop<'a>>,
-    summary: descriptors::Tally,
+    summary: DescriptorCounts,
 }
 
 #[derive(Serialize)]
-struct Line<'a> {
+struct SocketLine<'a> {
     schema_version: u32,
     owners_known: bool,
     #[serde(flatten)]
     socket: JsonSocket<'a>,
 }
 
-/// A socket, as it was found and as it ended.
+/// A socket with its plan and its outcome.
 #[derive(Serialize)]
 pub struct JsonSocket<'a> {
     netns: JsonNetns<'a>,
@@ -189,10 +183,10 @@ pub struct JsonSocket<'a> {
     listener: Option<JsonListener<'a>>,
     pub(crate) plan: Vec<&'static str>,
     excluded: Vec<JsonExclusion>,
-    /// Why it is left alone whatever the methods could do.
+    /// Why the socket is skipped, independent of the methods.
     skip: Option<JsonReason>,
-    /// Of a dry run with `--reclaim`: what would become of each descriptor.
-    reclaim_plan: Option<Vec<JsonDescriptor>>,
+    /// The expected outcome for each descriptor, in a dry run with `--reclaim`.
+    reclaim_plan: Option<Vec<JsonReclaimOutcome>>,
     pub(crate) result: Option<JsonResult>,
 }
 
@@ -239,17 +233,17 @@ pub(crate) struct JsonResult {
     pub(crate) outcome: &'static str,
     pub(crate) method: Option<&'static str>,
     reason: Option<String>,
-    /// Of a skipped or failed socket.
+    /// `None` unless the socket was skipped or failed.
     reason_code: Option<&'static str>,
     attempts: Vec<JsonAttempt>,
-    /// `None`: not known, or not asked because the socket is not closed.
+    /// `None`: unknown, or not checked because the socket is not closed.
     descriptor_open: Option<bool>,
-    /// With `--reclaim`, of a closed socket: what became of each descriptor.
-    descriptors: Option<Vec<JsonDescriptor>>,
+    /// The outcome for each descriptor of a closed socket, with `--reclaim`.
+    descriptors: Option<Vec<JsonReclaimOutcome>>,
 }
 
 #[derive(Serialize)]
-struct JsonDescriptor {
+struct JsonReclaimOutcome {
     pid: i32,
     fd: i32,
     outcome: &'static str,
@@ -265,7 +259,6 @@ struct JsonAttempt {
     errno: Option<String>,
 }
 
-/// A socket, as programs read it.
 pub(crate) fn json_socket<'a>(run: &'a Run, target: &'a Target) -> JsonSocket<'a> {
     let (socket, netns) = (&target.socket, run.scan.netns(target));
     JsonSocket {
@@ -297,9 +290,9 @@ pub(crate) fn json_socket<'a>(run: &'a Run, target: &'a Target) -> JsonSocket<'a
         plan: target.plan.methods.iter().map(|m| m.name()).collect(),
         excluded: target.plan.excluded.iter().map(exclusion).collect(),
         skip: target.plan.skip.map(|reason| skip(&target.plan, reason)),
-        reclaim_plan: (run.reclaimed && !run.acted).then(|| descriptors(&target.owners)),
+        reclaim_plan: (run.reclaimed && !run.acted).then(|| reclaim_outcomes(&target.owners)),
         result: target.outcome.map(|outcome| JsonResult {
-            descriptors: run.reclaimed.then(|| descriptors(&target.owners)),
+            descriptors: run.reclaimed.then(|| reclaim_outcomes(&target.owners)),
             ..result(target, outcome)
         }),
     }
@@ -322,11 +315,11 @@ fn skip(plan: &Plan, reason: SkipReason) -> JsonReason {
     }
 }
 
-/// The outcome of reclaiming each descriptor that was asked about.
-fn descriptors(owners: &[Owner]) -> Vec<JsonDescriptor> {
+/// The outcome for each descriptor that cwkill checked or reclaimed.
+fn reclaim_outcomes(owners: &[Owner]) -> Vec<JsonReclaimOutcome> {
     let descriptor = |owner: &Owner| {
         let outcome = owner.reclaim.as_ref()?;
-        Some(JsonDescriptor {
+        Some(JsonReclaimOutcome {
             pid: owner.process.id.pid,
             fd: owner.fd.0,
             outcome: outcome.name(),
@@ -347,7 +340,7 @@ fn json_new_sockets(new: &NewSockets) -> JsonNewSockets<'_> {
         by: new
             .by
             .iter()
-            .map(|(process, new)| NewOf {
+            .map(|(process, new)| JsonNewSocketsOf {
                 pid: process.as_ref().map(|process| process.id.pid),
                 comm: process.as_ref().map(|process| process.comm.as_str()),
                 new: *new,

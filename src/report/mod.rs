@@ -1,7 +1,6 @@
-//! The report: what happened, for people ([`text`], [`notes`]) and for programs ([`json`]), and the
-//! exit status.
+//! The reports, for people ([`text`], [`notes`]) and for programs ([`json`]), and the exit status.
 //!
-//! Reports read a finished [`Run`] and nothing else.
+//! A report reads only a finished [`Run`]. The commands `reclaim`, `diagnose` and `doctor` have reports of their own.
 
 pub mod descriptors;
 pub mod diagnose;
@@ -23,23 +22,22 @@ use crate::reclaim::StopStats;
 use crate::text::counted;
 use crate::watch::NewSockets;
 
-/// A run of `cwkill` without a command: all that a report needs.
+/// A run of `cwkill` without a command.
 #[derive(Debug)]
 pub struct Run {
-    /// The sockets that matched, with what was planned and done.
     pub scan: Scan,
-    /// Whether anything was to be done; then every target has an outcome.
+    /// Whether sockets were to be closed. Then every target has an outcome.
     pub acted: bool,
-    /// Whether the descriptors of closed sockets were to be closed in their owners too.
+    /// Whether the descriptors of closed sockets were to be closed too (`--reclaim`).
     pub reclaimed: bool,
-    /// The owners that were stopped for that.
+    /// The owners that `--reclaim` stopped.
     pub stops: Vec<StopStats>,
-    /// The sockets that became stuck afterwards; `None` if that was not watched.
+    /// The sockets that became stuck afterwards; `None` without a watch.
     pub new_sockets: Option<NewSockets>,
 }
 
 impl Run {
-    /// A run that has found its targets, and planned for them.
+    /// A run whose targets have plans and no outcomes yet.
     pub fn new(scan: Scan) -> Self {
         Run {
             scan,
@@ -51,40 +49,37 @@ impl Run {
     }
 }
 
-/// How many sockets had which outcome.
+/// The number of sockets with each outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
-pub struct Tally {
-    /// Sockets that matched.
+pub struct SocketCounts {
     pub matched: usize,
-    /// No longer in the kernel's tables, by our act.
+    /// cwkill closed them, and the kernel no longer lists them.
     pub closed: usize,
-    /// Out of their state by our act, waiting for the peer.
+    /// cwkill changed their state, and they wait for the peer.
     pub closing: usize,
-    /// Left their state on their own before the act.
+    /// They changed their state before cwkill acted.
     pub gone: usize,
-    /// Left alone.
     pub skipped: usize,
-    /// Still there.
+    /// No method closed them.
     pub failed: usize,
 }
 
-impl Tally {
-    /// Counts the outcomes of a run.
+impl SocketCounts {
     pub fn of(run: &Run) -> Self {
-        let mut tally = Tally {
+        let mut counts = SocketCounts {
             matched: run.scan.targets.len(),
-            ..Tally::default()
+            ..SocketCounts::default()
         };
         for outcome in run.scan.targets.iter().filter_map(|target| target.outcome) {
             *match outcome {
-                Outcome::Closed(_) => &mut tally.closed,
-                Outcome::Closing(..) => &mut tally.closing,
-                Outcome::Gone => &mut tally.gone,
-                Outcome::Skipped(_) => &mut tally.skipped,
-                Outcome::Failed => &mut tally.failed,
+                Outcome::Closed(_) => &mut counts.closed,
+                Outcome::Closing(..) => &mut counts.closing,
+                Outcome::Gone => &mut counts.gone,
+                Outcome::Skipped(_) => &mut counts.skipped,
+                Outcome::Failed => &mut counts.failed,
             } += 1;
         }
-        tally
+        counts
     }
 
     /// One line for people.
@@ -107,7 +102,7 @@ impl Tally {
         line
     }
 
-    /// The status to exit with.
+    /// The exit status by these counts alone; [`exit_status`] adds the coverage.
     pub fn exit_status(&self) -> ExitStatus {
         if self.matched == 0 {
             ExitStatus::NothingMatched
@@ -119,13 +114,13 @@ impl Tally {
     }
 }
 
-/// The status to exit with after a run.
+/// The exit status of a run.
 ///
-/// Sockets that may match and were left alone because their owner could not be read keep an act from being complete, and so does a
-/// scan that failed after some were destroyed. They, and namespaces that could not be seen, keep a result from being empty.
+/// A run is not complete if some sockets were left alone because their owner was unreadable, or if the scan failed after cwkill had
+/// destroyed some sockets. "Nothing matched" also requires that every namespace and every owner was visible.
 pub fn exit_status(run: &Run) -> ExitStatus {
     let coverage = &run.scan.coverage;
-    match Tally::of(run).exit_status() {
+    match SocketCounts::of(run).exit_status() {
         ExitStatus::NothingMatched if coverage.may_have_missed() => ExitStatus::NotAllClosed,
         ExitStatus::Done if coverage.undecided > 0 && run.acted => ExitStatus::NotAllClosed,
         ExitStatus::Done if coverage.unlisted.is_some() => ExitStatus::NotAllClosed,
@@ -134,12 +129,17 @@ pub fn exit_status(run: &Run) -> ExitStatus {
     }
 }
 
-/// Whether every descriptor that was to be closed is.
+/// Whether no descriptor was skipped or failed.
 fn all_reclaimed(scan: &Scan) -> bool {
     let owners = scan.targets.iter().flat_map(|target| &target.owners);
     !owners
         .filter_map(|owner| owner.reclaim.as_ref())
-        .any(|it| matches!(it, ReclaimOutcome::Skipped(_) | ReclaimOutcome::Failed(_)))
+        .any(|outcome| {
+            matches!(
+                outcome,
+                ReclaimOutcome::Skipped(_) | ReclaimOutcome::Failed(_)
+            )
+        })
 }
 
 /// The exit status of the program.
@@ -153,15 +153,10 @@ fn all_reclaimed(scan: &Scan) -> bool {
 /// | 4 | something matched, and not all of it is closed, or not all descriptors with `--reclaim` |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExitStatus {
-    /// 0
     Done = 0,
-    /// 1
     NothingMatched = 1,
-    /// 2
     Usage = 2,
-    /// 3
     Impossible = 3,
-    /// 4
     NotAllClosed = 4,
 }
 
@@ -177,7 +172,7 @@ mod tests {
 
     #[test]
     fn the_exit_status_says_whether_all_are_closed() {
-        let tally = |matched, closing, gone, skipped, failed| Tally {
+        let counts = |matched, closing, gone, skipped, failed| SocketCounts {
             matched,
             closed: matched - closing - gone - skipped - failed,
             closing,
@@ -185,12 +180,12 @@ mod tests {
             skipped,
             failed,
         };
-        let status = |t: Tally| t.exit_status();
-        assert_eq!(status(tally(0, 0, 0, 0, 0)), ExitStatus::NothingMatched);
-        assert_eq!(status(tally(5, 0, 0, 0, 0)), ExitStatus::Done);
-        assert_eq!(status(tally(5, 0, 5, 0, 0)), ExitStatus::Done);
-        assert_eq!(status(tally(5, 1, 0, 0, 0)), ExitStatus::NotAllClosed);
-        assert_eq!(status(tally(5, 0, 0, 1, 0)), ExitStatus::NotAllClosed);
-        assert_eq!(status(tally(5, 0, 0, 0, 1)), ExitStatus::NotAllClosed);
+        let status = |t: SocketCounts| t.exit_status();
+        assert_eq!(status(counts(0, 0, 0, 0, 0)), ExitStatus::NothingMatched);
+        assert_eq!(status(counts(5, 0, 0, 0, 0)), ExitStatus::Done);
+        assert_eq!(status(counts(5, 0, 5, 0, 0)), ExitStatus::Done);
+        assert_eq!(status(counts(5, 1, 0, 0, 0)), ExitStatus::NotAllClosed);
+        assert_eq!(status(counts(5, 0, 0, 1, 0)), ExitStatus::NotAllClosed);
+        assert_eq!(status(counts(5, 0, 0, 0, 1)), ExitStatus::NotAllClosed);
     }
 }

@@ -1,5 +1,4 @@
-//! What the operator should know beside the results: what closing a socket does not do, what could not be seen, and which
-//! privileges were missing.
+//! The notes beside the results: the limits of closing a socket, the limits of the scan, and the missing privileges.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,7 +8,7 @@ use crate::model::{Cause, Exclusion, MethodError, Outcome, Privilege, Scan, Skip
 use crate::proc::{FdState, Process, ProcessId};
 use crate::text::counted;
 
-/// The notes, one a line.
+/// The notes, one per line.
 pub fn notes(run: &Run) -> Vec<String> {
     let scan = &run.scan;
     let mut notes = match run.acted {
@@ -23,7 +22,7 @@ pub fn notes(run: &Run) -> Vec<String> {
     notes
 }
 
-/// The listeners that leave connections waiting.
+/// The listeners with connections that were not accepted.
 fn not_accepting(scan: &Scan) -> Vec<String> {
     let waiting = |target: &&Target| target.socket.cause == Cause::NotAccepted;
     let waiting = scan.targets.iter().filter(waiting);
@@ -39,7 +38,7 @@ fn not_accepting(scan: &Scan) -> Vec<String> {
     listeners.into_iter().map(note).collect()
 }
 
-/// Descriptors of dead sockets, by process.
+/// The descriptors of closed sockets that are still open, by process.
 fn descriptors(run: &Run) -> Vec<String> {
     let closed = || run.scan.targets.iter().filter(|target| target.is_closed());
     if !run.scan.owners_known {
@@ -84,7 +83,7 @@ fn descriptors(run: &Run) -> Vec<String> {
     notes
 }
 
-/// Backlogs in which connections were closed that nobody had accepted.
+/// The listeners with connections that cwkill closed before they were accepted.
 fn backlogs(scan: &Scan) -> Vec<String> {
     let mut closed: BTreeMap<usize, usize> = BTreeMap::new();
     for target in &scan.targets {
@@ -95,7 +94,7 @@ fn backlogs(scan: &Scan) -> Vec<String> {
     let note = |(index, count): (usize, usize)| {
         let listener = &scan.listeners[index];
         let (owner, _) = names(scan, &listener.owners, false);
-        // Those it has accepted meanwhile take no slot any more.
+        // Connections that the listener has accepted since then no longer take a slot.
         let taken = count.min(usize::try_from(listener.waiting).unwrap_or(usize::MAX));
         (taken > 0).then(|| {
             format!(
@@ -112,7 +111,7 @@ fn backlogs(scan: &Scan) -> Vec<String> {
     closed.into_iter().filter_map(note).collect()
 }
 
-/// The privileges whose lack kept a socket open or its owner unknown, or would.
+/// The missing privileges that kept a socket open or its owner unknown, or would do so in a run that acts.
 pub fn missing_privileges(run: &Run) -> BTreeSet<Privilege> {
     let mut missing = BTreeSet::new();
     let coverage = &run.scan.coverage;
@@ -120,7 +119,7 @@ pub fn missing_privileges(run: &Run) -> BTreeSet<Privilege> {
         missing.insert(Privilege::Ptrace);
     }
     for target in &run.scan.targets {
-        // Also where a harsher method has done it: the operator may want the gentle one.
+        // Also if a harsher method has closed the socket, because the operator may prefer the gentle one.
         if coverage.has_hidden_owners() && target.is_without_known_owner() {
             missing.insert(Privilege::Ptrace);
         }

@@ -1,4 +1,4 @@
-//! JSON as all reports write it: safe for a terminal, with the parts that several documents have.
+//! JSON for all reports and for the log: safe for a terminal, with the parts that several documents share.
 
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
@@ -9,7 +9,7 @@ use serde_json::ser::Formatter;
 use crate::proc::Process;
 use crate::text::is_unsafe;
 
-/// Fields are added, never renamed, within a version.
+/// Within a version, fields are added and never renamed.
 pub(super) const SCHEMA_VERSION: u32 = 1;
 
 pub(super) fn to_bytes(value: &impl Serialize) -> io::Result<Vec<u8>> {
@@ -22,7 +22,7 @@ pub(super) fn put(value: &impl Serialize, bytes: &mut Vec<u8>) -> io::Result<()>
     Ok(value.serialize(&mut serializer(bytes))?)
 }
 
-/// One object, without the end of a line.
+/// One JSON object, without a newline.
 pub(crate) fn line(value: &impl Serialize) -> String {
     let mut bytes = Vec::with_capacity(1024);
     let written = value.serialize(&mut serializer(&mut bytes));
@@ -36,8 +36,8 @@ pub(crate) fn serializer(
     serde_json::Serializer::with_formatter(out, TerminalSafe)
 }
 
-/// Compact JSON in which no name of another process can move the cursor of a terminal: what JSON
-/// itself does not escape (DEL, the C1 controls, marks that reorder text) is escaped too.
+/// Compact JSON that is safe for a terminal. It also escapes characters that JSON allows and that could move the cursor
+/// or reorder text: DEL, the C1 controls and bidirectional marks. A process can put them into its name.
 pub(crate) struct TerminalSafe;
 
 impl Formatter for TerminalSafe {
@@ -46,17 +46,17 @@ impl Formatter for TerminalSafe {
         writer: &mut W,
         fragment: &str,
     ) -> io::Result<()> {
-        // Field names and most values.
+        // The fast path: field names and most values are printable ASCII.
         if fragment.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
             return writer.write_all(fragment.as_bytes());
         }
         let mut plain = 0;
-        for (at, c) in fragment.char_indices().filter(|(_, c)| is_unsafe(*c)) {
-            writer.write_all(&fragment.as_bytes()[plain..at])?;
+        for (start, c) in fragment.char_indices().filter(|(_, c)| is_unsafe(*c)) {
+            writer.write_all(&fragment.as_bytes()[plain..start])?;
             for unit in c.encode_utf16(&mut [0; 2]) {
                 write!(writer, "\\u{unit:04x}")?;
             }
-            plain = at + c.len_utf8();
+            plain = start + c.len_utf8();
         }
         writer.write_all(&fragment.as_bytes()[plain..])
     }
@@ -89,7 +89,6 @@ pub(crate) struct JsonContainer<'a> {
     pod_uid: Option<&'a str>,
 }
 
-/// The container of a process, if it is in one.
 pub(crate) fn container(process: &Process) -> Option<JsonContainer<'_>> {
     let container = process.cgroup.container.as_ref()?;
     Some(JsonContainer {

@@ -1,4 +1,4 @@
-//! Parts of tables and sentences: processes with their descriptors, units and containers.
+//! Parts of tables and sentences for people: processes with their descriptors, units and containers.
 
 use std::fmt::Write as _;
 
@@ -8,7 +8,7 @@ use crate::model::{Owner, Scan};
 use crate::proc::cgroup::{Cgroup, unescape};
 use crate::text::escape;
 
-/// A table without lines, each column as wide as it needs.
+/// A table without lines. Each column is as wide as its widest cell.
 pub(super) fn plain_table(color: bool) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
@@ -20,7 +20,8 @@ pub(super) fn plain_table(color: bool) -> Table {
     table
 }
 
-/// The first process of `owners` with its first descriptor, or all of them.
+/// The names of the processes and the numbers of their descriptors. Without `all`, only the first process and its first
+/// descriptor, with the number of the others.
 pub(super) fn names(scan: &Scan, owners: &[Owner], all: bool) -> (String, String) {
     let mut processes: Vec<&[Owner]> = by_process(owners).collect();
     let (count, of_first) = match processes.first() {
@@ -56,7 +57,7 @@ pub(super) fn join(parts: impl Iterator<Item = String>, separator: &str) -> Stri
     parts.collect::<Vec<_>>().join(separator)
 }
 
-/// The container or the unit of a process.
+/// The container of a process, or else its unit.
 pub(crate) fn place(cgroup: &Cgroup) -> Option<String> {
     match (&cgroup.container, &cgroup.unit) {
         (Some(container), _) => Some(container.to_string()),
@@ -65,13 +66,12 @@ pub(crate) fn place(cgroup: &Cgroup) -> Option<String> {
     }
 }
 
-/// Whether a process has a unit or a container.
-pub(super) fn belongs(cgroup: &Cgroup) -> bool {
+pub(super) fn has_unit(cgroup: &Cgroup) -> bool {
     cgroup.unit.is_some() || cgroup.container.is_some()
 }
 
-/// The container or the unit of a process.
-pub(super) fn belongs_to(cgroup: &Cgroup, all: bool) -> String {
+/// The container or the unit of a process, or `-`. With `all`, also the pod.
+pub(super) fn unit_text(cgroup: &Cgroup, all: bool) -> String {
     let mut name = place(cgroup).unwrap_or_else(|| "-".to_owned());
     if let Some(pod) = cgroup.container.as_ref().and_then(|c| c.pod_uid.as_ref())
         && all

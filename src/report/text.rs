@@ -1,4 +1,4 @@
-//! The report for people: a table, a summary line, and notes on what closing a socket does not do.
+//! The report for people: a table and a summary line.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -7,21 +7,18 @@ use std::io::{self, Write};
 use comfy_table::{Cell, CellAlignment, Color};
 
 use super::descriptors;
-use super::table::{belongs, belongs_to, join, names, plain_table};
-use super::{Run, Tally};
+use super::table::{has_unit, join, names, plain_table, unit_text};
+use super::{Run, SocketCounts};
 use crate::config::{Action, Config};
 use crate::model::{Cause, Outcome, Plan, Scan, SkipReason, Target};
 use crate::tcp::TcpState;
 use crate::text::{age, counted, escape};
 
-/// Rows that are laid out together: enough for stable columns, few enough that a listing of 100,000
-/// sockets starts at once and stays small in memory.
+/// Number of rows that are laid out together. It is large enough for stable columns, and small enough that a listing of
+/// 100,000 sockets begins at once and needs little memory.
 const BLOCK: usize = 1000;
 
 /// Writes the table and the summary.
-///
-/// # Errors
-/// Those of `out`.
 pub fn write(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io::Result<()> {
     let layout = Layout::new(run, config);
     let mut header = !config.no_header;
@@ -39,10 +36,10 @@ pub fn write(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io
     Ok(())
 }
 
-/// Which columns there are.
+/// The optional columns of the table.
 struct Layout {
     netns: bool,
-    whose: bool,
+    units: bool,
     state: bool,
     last: Option<&'static str>,
     verbose: bool,
@@ -54,7 +51,7 @@ impl Layout {
         let states: BTreeSet<&str> = scan.targets.iter().map(|t| t.socket.state.name()).collect();
         Layout {
             netns: scan.namespaces.len() > 1,
-            whose: scan.processes().values().any(|p| belongs(&p.cgroup)),
+            units: scan.processes().values().any(|p| has_unit(&p.cgroup)),
             state: states.len() > 1 || states.iter().any(|state| *state != "close-wait"),
             last: match config.action {
                 Action::List => None,
@@ -69,15 +66,15 @@ impl Layout {
         let mut names = Vec::with_capacity(12);
         names.extend(self.netns.then_some("NETNS"));
         names.extend(["PROCESS", "FD"]);
-        names.extend(self.whose.then_some("UNIT"));
+        names.extend(self.units.then_some("UNIT"));
         names.extend(self.state.then_some("STATE"));
         names.extend(["LOCAL", "PEER", "AGE", "RECV-Q", "SEND-Q", "CAUSE"]);
         names.extend(self.last);
         names
     }
 
-    /// Writes a block of rows; `widths` grows to what the widest cell so far needs, so that columns
-    /// stay aligned from block to block.
+    /// Writes a block of rows. `widths` has the width of the widest cell of each column so far, so that the columns of
+    /// all blocks are aligned.
     fn write_block(
         &self,
         run: &Run,
@@ -124,7 +121,7 @@ impl Layout {
             cells.push(Cell::new(escape(&scan.netns(target).label())));
         }
         cells.extend([Cell::new(process), Cell::new(fd)]);
-        if self.whose {
+        if self.units {
             cells.push(Cell::new(units(scan, target, self.verbose)));
         }
         if self.state {
@@ -138,16 +135,16 @@ impl Layout {
             Cell::new(socket.send_q),
             Cell::new(socket.cause),
         ]);
-        let beside = descriptors::beside(target);
+        let descriptors = descriptors::target_text(target);
         if let Some((text, color)) = result(target, self.verbose) {
-            cells.push(Cell::new(text + &beside).fg(color));
+            cells.push(Cell::new(text + &descriptors).fg(color));
         } else if self.last.is_some() {
             let then = match target.plan.skip {
                 Some(_) if run.reclaimed => "",
-                None if run.reclaimed && !target.owners.is_empty() && beside.is_empty() => {
+                None if run.reclaimed && !target.owners.is_empty() && descriptors.is_empty() => {
                     ", then reclaim"
                 }
-                _ => &beside,
+                _ => &descriptors,
             };
             cells.push(Cell::new(format!("{}{then}", plan_text(&target.plan))));
         }
@@ -155,7 +152,7 @@ impl Layout {
     }
 }
 
-/// The owner of a socket, and its descriptor.
+/// The cells for the owner of a socket and for its descriptor.
 fn owner_cells(scan: &Scan, target: &Target, verbose: bool) -> (String, String) {
     if target.socket.cause == Cause::Orphan {
         return ("(orphan)".into(), "-".into());
@@ -167,7 +164,7 @@ fn owner_cells(scan: &Scan, target: &Target, verbose: bool) -> (String, String) 
     names(scan, &target.owners, verbose)
 }
 
-/// The container or the unit of the first owner, or of all of them.
+/// The container or the unit of the first owner; with `all`, of all owners.
 pub(crate) fn units(scan: &Scan, target: &Target, all: bool) -> String {
     let owners = scan.responsible(target);
     let shown = match all {
@@ -176,7 +173,7 @@ pub(crate) fn units(scan: &Scan, target: &Target, all: bool) -> String {
     };
     let mut names: Vec<String> = Vec::new();
     for owner in shown {
-        let name = belongs_to(&owner.process.cgroup, all);
+        let name = unit_text(&owner.process.cgroup, all);
         if !names.contains(&name) {
             names.push(name);
         }
@@ -197,7 +194,7 @@ fn plan_text(plan: &Plan) -> String {
     }
 }
 
-/// Why a socket with this plan is left alone.
+/// The reason for the skip of a target with this plan.
 pub(super) fn skip_reason(plan: &Plan, reason: SkipReason) -> String {
     match reason {
         SkipReason::NoMethod => {
@@ -240,16 +237,16 @@ pub(crate) fn result(target: &Target, verbose: bool) -> Option<(String, Color)> 
     Some((text, color))
 }
 
-/// One line that says how it went.
+/// The line after the table.
 pub fn summary(run: &Run, config: &Config) -> String {
-    let tally = Tally::of(run);
+    let counts = SocketCounts::of(run);
     if run.acted {
-        return tally.sentence();
+        return counts.sentence();
     }
     let sockets = || run.scan.targets.iter().map(|target| &target.socket);
     let mut line = match sockets().all(|socket| socket.state == TcpState::CloseWait) {
-        true => format!("{} stuck", counted(tally.matched, "socket")),
-        false => format!("{} matched", counted(tally.matched, "socket")),
+        true => format!("{} stuck", counted(counts.matched, "socket")),
+        false => format!("{} matched", counted(counts.matched, "socket")),
     };
     let mut causes: BTreeMap<Cause, usize> = BTreeMap::new();
     for socket in sockets() {

@@ -1,20 +1,20 @@
 //! A bar chart in characters. Pure.
 
-/// The widest bar.
-const LONGEST: usize = 40;
-/// A bar shorter than this says nothing.
-const SHORTEST: usize = 10;
+/// The maximum length of the longest bar, in characters.
+const MAX_LENGTH: usize = 40;
+/// With less room than this for the longest bar there is no chart: the bars would all look alike.
+const MIN_LENGTH: usize = 10;
 
-/// Rows of a name, a count and a bar in proportion to the count; `None` if `columns` leave no room for bars.
-/// What is there at all has a bar of one character at least.
+/// Rows of a name, a count and a bar in proportion to the count; `None` if `columns` is too narrow for bars.
+/// A count above zero has a bar of at least one character.
 pub fn chart(rows: &[(&str, usize)], columns: usize) -> Option<Vec<String>> {
     let names = rows.iter().map(|row| row.0.len()).max().unwrap_or(0);
-    let most = rows.iter().map(|row| row.1).max().unwrap_or(0);
-    let digits = most.to_string().len();
+    let max = rows.iter().map(|row| row.1).max().unwrap_or(0);
+    let digits = max.to_string().len();
     let room = columns.checked_sub(2 + names + 2 + digits + 2)?;
-    let longest = (room >= SHORTEST).then_some(room.min(LONGEST))?;
+    let longest = (room >= MIN_LENGTH).then_some(room.min(MAX_LENGTH))?;
     let row = |(name, count): &(&str, usize)| {
-        let bar = "#".repeat((count * longest).div_ceil(most.max(1)));
+        let bar = "#".repeat((count * longest).div_ceil(max.max(1)));
         let row = format!("  {name:names$}  {count:>digits$}  {bar}");
         row.trim_end().to_owned()
     };

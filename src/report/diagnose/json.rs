@@ -7,24 +7,21 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::diagnose::group::{AGES, Group, OfCause};
-use crate::diagnose::suggest::Runtime;
-use crate::diagnose::{Diagnosis, ProcessDiagnosis, Waiting, verdict};
+use crate::diagnose::group::{AGES, CauseCount, SocketGroup};
+use crate::diagnose::suggest::LanguageRuntime;
+use crate::diagnose::{Diagnosis, ListenerDiagnosis, ProcessDiagnosis, verdict};
 use crate::model::Cause;
 use crate::report::serialize::{JsonContainer, container, serializer};
 
 const SCHEMA_VERSION: u32 = 1;
-/// Ports and peers that are listed.
-const LISTED: usize = 20;
+/// The maximum number of ports, and of peers, in a list.
+const MAX_LISTED: usize = 20;
 
 /// Writes one document.
-///
-/// # Errors
-/// Those of `out`.
 pub fn write(diagnosis: &Diagnosis, out: &mut dyn Write) -> io::Result<()> {
     let elapsed = diagnosis.elapsed;
     let coverage = &diagnosis.scan.coverage;
-    let document = Document {
+    let document = DiagnosisDocument {
         schema_version: SCHEMA_VERSION,
         cwkill_version: env!("CARGO_PKG_VERSION"),
         sample_seconds: elapsed.as_secs_f64(),
@@ -40,9 +37,11 @@ pub fn write(diagnosis: &Diagnosis, out: &mut dyn Write) -> io::Result<()> {
             .map(|l| listener(diagnosis, l))
             .collect(),
         unknown_owner: diagnosis.ownerless.as_ref().map(|g| group(g, elapsed)),
-        unreadable_processes: diagnosis.unreadable.max(coverage.unreadable_processes),
-        hidden_processes: coverage.hidden_processes || diagnosis.hidden,
-        unknown_descriptors: diagnosis.unknown,
+        unreadable_processes: diagnosis
+            .unreadable_processes
+            .max(coverage.unreadable_processes),
+        hidden_processes: coverage.hidden_processes || diagnosis.hidden_processes,
+        unknown_descriptors: diagnosis.unknown_descriptors,
         unreachable_namespaces: coverage.unreachable_namespaces,
         unknown_namespaces: coverage.unknown_namespaces,
         undecided: coverage.undecided,
@@ -52,13 +51,13 @@ pub fn write(diagnosis: &Diagnosis, out: &mut dyn Write) -> io::Result<()> {
 }
 
 #[derive(Serialize)]
-struct Document<'a> {
+struct DiagnosisDocument<'a> {
     schema_version: u32,
     cwkill_version: &'static str,
     sample_seconds: f64,
     total: JsonGroup,
     processes: Vec<JsonProcess<'a>>,
-    listeners: Vec<JsonListener>,
+    listeners: Vec<JsonDiagnosedListener>,
     unknown_owner: Option<JsonGroup>,
     unreadable_processes: usize,
     hidden_processes: bool,
@@ -74,7 +73,7 @@ struct JsonGroup {
     causes: BTreeMap<&'static str, JsonCause>,
     oldest_ms: Option<u64>,
     ages: Vec<JsonAge>,
-    growth: Growth,
+    growth: JsonGrowth,
     ports: Vec<JsonPort>,
     peers: Vec<JsonPeer>,
     peer_ports: Vec<JsonPort>,
@@ -89,13 +88,13 @@ struct JsonCause {
 
 #[derive(Serialize)]
 struct JsonAge {
-    /// `None`: no end.
+    /// `None`: no limit.
     under_seconds: Option<u64>,
     count: usize,
 }
 
 #[derive(Serialize)]
-struct Growth {
+struct JsonGrowth {
     new: usize,
     gone: usize,
     per_minute: f64,
@@ -128,12 +127,12 @@ struct JsonProcess<'a> {
     held: JsonGroup,
     shared: usize,
     waiting: usize,
-    descriptors: Descriptors,
-    next: Option<JsonNext<'a>>,
+    descriptors: JsonDescriptorCounts,
+    next: Option<JsonSuggestion<'a>>,
 }
 
 #[derive(Serialize)]
-struct Descriptors {
+struct JsonDescriptorCounts {
     used: Option<usize>,
     limit: Option<u64>,
     dead: Option<usize>,
@@ -142,13 +141,13 @@ struct Descriptors {
 }
 
 #[derive(Serialize)]
-struct JsonNext<'a> {
+struct JsonSuggestion<'a> {
     command: &'a str,
     remark: &'a str,
 }
 
 #[derive(Serialize)]
-struct JsonListener {
+struct JsonDiagnosedListener {
     address: IpAddr,
     port: u16,
     backlog: u32,
@@ -158,27 +157,25 @@ struct JsonListener {
     group: JsonGroup,
 }
 
-fn group(group: &Group, elapsed: Duration) -> JsonGroup {
-    let cause = |(cause, of): (&Cause, &OfCause)| {
-        let verdict = verdict::of_cause(*cause, of);
-        let (count, idle) = (of.count, of.idle);
-        let cause_of = JsonCause {
-            count,
-            idle,
-            verdict,
+fn group(group: &SocketGroup, elapsed: Duration) -> JsonGroup {
+    let cause = |(cause, sockets): (&Cause, &CauseCount)| {
+        let json = JsonCause {
+            count: sockets.count,
+            idle: sockets.idle,
+            verdict: verdict::cause_verdict(*cause, sockets),
         };
-        (cause.name(), cause_of)
+        (cause.name(), json)
     };
-    let age = |((end, _), count): (&(Duration, &str), usize)| JsonAge {
-        under_seconds: (*end != Duration::MAX).then_some(end.as_secs()),
+    let age = |((limit, _), count): (&(Duration, &str), usize)| JsonAge {
+        under_seconds: (*limit != Duration::MAX).then_some(limit.as_secs()),
         count,
     };
     let ports = |ports: &[(u16, usize)]| {
-        let listed = ports.iter().take(LISTED);
+        let listed = ports.iter().take(MAX_LISTED);
         let port = |&(port, count): &(u16, usize)| JsonPort { port, count };
         listed.map(port).collect()
     };
-    let peers = group.peers.iter().take(LISTED);
+    let peers = group.peers.iter().take(MAX_LISTED);
     JsonGroup {
         stuck: group.stuck,
         causes: group.causes.iter().map(cause).collect(),
@@ -186,10 +183,10 @@ fn group(group: &Group, elapsed: Duration) -> JsonGroup {
             .oldest
             .map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
         ages: AGES.iter().zip(group.ages).map(age).collect(),
-        growth: Growth {
+        growth: JsonGrowth {
             new: group.new,
             gone: group.gone,
-            per_minute: group.growth(elapsed),
+            per_minute: group.growth_per_minute(elapsed),
         },
         ports: ports(&group.ports),
         peer_ports: ports(&group.peer_ports),
@@ -202,45 +199,45 @@ fn group(group: &Group, elapsed: Duration) -> JsonGroup {
 fn process(diagnosis: &ProcessDiagnosis, elapsed: Duration) -> JsonProcess<'_> {
     let process = &diagnosis.process;
     let executable = diagnosis.status.executable.as_deref();
-    let counts = diagnosis.table.as_ref().map(|_| diagnosis.suspects());
+    let counts = diagnosis.table.as_ref().map(|_| diagnosis.suspect_counts());
     JsonProcess {
         pid: process.id.pid,
         comm: &process.comm,
         unit: process.cgroup.unit.as_deref(),
         container: container(process),
         executable,
-        runtime: diagnosis.runtime.map(Runtime::name),
+        runtime: diagnosis.runtime.map(LanguageRuntime::name),
         state: diagnosis.status.state,
         condition: diagnosis.condition.name(),
-        uninterruptible_threads: &diagnosis.asleep,
+        uninterruptible_threads: &diagnosis.uninterruptible_threads,
         held: group(&diagnosis.held, elapsed),
         shared: diagnosis.shared,
         waiting: diagnosis.waiting,
-        descriptors: Descriptors {
+        descriptors: JsonDescriptorCounts {
             used: diagnosis.table.as_ref().map(|table| table.used),
             limit: diagnosis.status.limit,
-            dead: counts.map(|counts| counts[0]),
-            never_connected: counts.map(|counts| counts[1]),
-            unknown: counts.map(|counts| counts[2]),
+            dead: counts.map(|counts| counts.dead),
+            never_connected: counts.map(|counts| counts.never_connected),
+            unknown: counts.map(|counts| counts.unknown),
         },
-        next: diagnosis.next.as_ref().map(|next| JsonNext {
+        next: diagnosis.suggestion.as_ref().map(|next| JsonSuggestion {
             command: &next.command,
             remark: &next.remark,
         }),
     }
 }
 
-fn listener(diagnosis: &Diagnosis, waiting: &Waiting) -> JsonListener {
-    let listener = &diagnosis.scan.listeners[waiting.listener];
+fn listener(diagnosis: &Diagnosis, of_listener: &ListenerDiagnosis) -> JsonDiagnosedListener {
+    let listener = &diagnosis.scan.listeners[of_listener.listener];
     let owners = listener.owners.iter();
     let mut owners: Vec<i32> = owners.map(|owner| owner.process.id.pid).collect();
     owners.dedup();
-    JsonListener {
+    JsonDiagnosedListener {
         address: listener.local.ip(),
         port: listener.local.port(),
         backlog: listener.backlog,
         waiting: listener.waiting,
         owners,
-        group: group(&waiting.group, diagnosis.elapsed),
+        group: group(&of_listener.connections, diagnosis.elapsed),
     }
 }

@@ -7,7 +7,7 @@ pub mod text;
 use super::ExitStatus;
 use crate::diagnose::Diagnosis;
 
-/// 0 if there is anything to report, 1 if there is nothing, 4 if there is nothing that could be seen.
+/// 0 if there is something to report, 1 if nothing matched, 4 if nothing was found but something may have been missed.
 pub fn exit_status(diagnosis: &Diagnosis) -> ExitStatus {
     let missed = diagnosis.scan.coverage.may_have_missed();
     match (diagnosis.total.stuck, diagnosis.processes.len()) {

@@ -7,18 +7,18 @@ use std::io::{self, Write};
 use std::time::Duration;
 
 use super::bars;
-use crate::diagnose::group::{AGES, Group};
-use crate::diagnose::{Diagnosis, ProcessDiagnosis, SHOWN, Waiting, verdict};
+use crate::diagnose::group::{AGES, SocketGroup};
+use crate::diagnose::suggest::Suggestion;
+use crate::diagnose::{
+    Diagnosis, ListenerDiagnosis, MAX_SHOWN, ProcessDiagnosis, SuspectCounts, verdict,
+};
 use crate::report::table::{by_process, place};
 use crate::text::{age, counted, escape, format_rate, seconds};
 
-/// Ports and peers that are named.
-const NAMED: usize = 3;
+/// The maximum number of ports, peers or threads named in one line.
+const MAX_NAMED: usize = 3;
 
-/// Writes it. `columns` and `rows`: the size of the terminal, `None` where there is none.
-///
-/// # Errors
-/// Those of `out`.
+/// Writes the report. `columns` and `rows` are the size of the terminal; `None` if `out` is not a terminal.
 pub fn write(
     diagnosis: &Diagnosis,
     columns: Option<usize>,
@@ -34,19 +34,19 @@ pub fn write(
     }
     let processes = folded(&diagnosis.processes);
     let process = |(process, like): &(&ProcessDiagnosis, usize)| {
-        of_process(process, *like, diagnosis.elapsed)
+        process_block(process, *like, diagnosis.elapsed)
     };
-    let processes_shown: Vec<String> = processes.iter().take(SHOWN).map(process).collect();
+    let processes_shown: Vec<String> = processes.iter().take(MAX_SHOWN).map(process).collect();
     let listeners = &diagnosis.listeners;
-    let listener = |waiting: &Waiting| of_listener(diagnosis, waiting);
-    let listeners_shown: Vec<String> = listeners.iter().take(SHOWN).map(listener).collect();
+    let listener = |listener: &ListenerDiagnosis| listener_block(diagnosis, listener);
+    let listeners_shown: Vec<String> = listeners.iter().take(MAX_SHOWN).map(listener).collect();
     let tail = diagnosis.ownerless.as_ref().map(|group| {
         let mut block = format!("unknown owner: {}", stuck(group, diagnosis.elapsed));
         push_causes(&mut block, group);
         push_places(&mut block, group);
         block
     });
-    // The prompt takes a row too, and each of the two lines of what is left out takes two.
+    // The prompt takes one row. Each of the two "and N more" lines takes two, with the empty line before it.
     let taken = height(&head) + tail.as_deref().map_or(0, height) + 5;
     let room = rows.map(|rows| rows.saturating_sub(taken));
     let of_listeners = listeners_shown.first().map_or(0, |block| height(block));
@@ -83,13 +83,13 @@ pub fn write(
     }
 }
 
-/// Bars of the causes and the ages, as far as there is room.
-fn charts(total: &Group, columns: usize) -> Vec<String> {
+/// The charts of the causes and of the ages that fit into `columns`.
+fn charts(total: &SocketGroup, columns: usize) -> Vec<String> {
     if total.stuck == 0 {
         return Vec::new();
     }
     let causes = total.causes.iter();
-    let causes: Vec<(&str, usize)> = causes.map(|(cause, of)| (cause.name(), of.count)).collect();
+    let causes: Vec<(&str, usize)> = causes.map(|(cause, s)| (cause.name(), s.count)).collect();
     let ages = AGES.iter().zip(total.ages);
     let ages: Vec<(&str, usize)> = ages.map(|((_, name), count)| (*name, count)).collect();
     let charts = [causes, ages].into_iter();
@@ -98,12 +98,12 @@ fn charts(total: &Group, columns: usize) -> Vec<String> {
         .collect()
 }
 
-/// The rows of a block with the empty one before it; a long line may take more.
+/// The number of rows of a block with the empty row before it. Lines that the terminal wraps count as one row.
 fn height(block: &str) -> usize {
     block.lines().count() + 1
 }
 
-/// How many of `blocks` fit into `room`, one at least, and the rows they take.
+/// The number of `blocks` that fit into `room` rows, and the rows they take. At least one block is always shown.
 fn fitting(blocks: &[String], room: Option<usize>) -> (usize, usize) {
     let mut used = 0;
     for (index, block) in blocks.iter().enumerate() {
@@ -116,15 +116,15 @@ fn fitting(blocks: &[String], room: Option<usize>) -> (usize, usize) {
     (blocks.len(), used)
 }
 
-/// Processes, with how many others there are like each.
+/// Merges processes with the same report; the number is how many other processes each one stands for.
 fn folded(processes: &[ProcessDiagnosis]) -> Vec<(&ProcessDiagnosis, usize)> {
     let mut folded: Vec<(&ProcessDiagnosis, usize)> = Vec::new();
-    let mut places: HashMap<u64, usize> = HashMap::new();
+    let mut rows: HashMap<u64, usize> = HashMap::new();
     for process in processes {
-        match places.get(&process.sockets) {
-            Some(at) if folded[*at].0.is_like(process) => folded[*at].1 += 1,
+        match rows.get(&process.sockets_signature) {
+            Some(row) if folded[*row].0.is_like(process) => folded[*row].1 += 1,
             _ => {
-                places.insert(process.sockets, folded.len());
+                rows.insert(process.sockets_signature, folded.len());
                 folded.push((process, 0));
             }
         }
@@ -135,25 +135,26 @@ fn folded(processes: &[ProcessDiagnosis]) -> Vec<(&ProcessDiagnosis, usize)> {
 fn summary(diagnosis: &Diagnosis) -> String {
     let total = &diagnosis.total;
     let mut line = format!("{} stuck", counted(total.stuck, "socket"));
-    for (index, (cause, of)) in total.causes.iter().enumerate() {
+    for (index, (cause, sockets)) in total.causes.iter().enumerate() {
         let separator = if index == 0 { ": " } else { ", " };
-        let _ = write!(line, "{separator}{} {cause}", of.count);
+        let _ = write!(line, "{separator}{} {cause}", sockets.count);
     }
     let _ = write!(line, "; {}", growth(total, diagnosis.elapsed));
-    let dead: usize = diagnosis.processes.iter().map(|p| p.suspects()[0]).sum();
+    let processes = diagnosis.processes.iter();
+    let dead: usize = processes.map(|p| p.suspect_counts().dead).sum();
     if dead > 0 {
         let _ = write!(line, "; {}", counted(dead, "dead descriptor"));
     }
     line
 }
 
-/// How many come and go.
-fn growth(group: &Group, elapsed: Duration) -> String {
+/// The change between the scans, in words.
+fn growth(group: &SocketGroup, elapsed: Duration) -> String {
     let time = seconds(elapsed);
     match (group.new, group.gone) {
         (0, 0) => format!("none new in {time}"),
         (new, gone) => {
-            let rate = group.growth(elapsed);
+            let rate = group.growth_per_minute(elapsed);
             let text = format_rate(rate);
             let sign = if rate > 0.0 && text != "0" { "+" } else { "" };
             format!("{sign}{text} a minute ({new} new, {gone} gone in {time})")
@@ -161,7 +162,7 @@ fn growth(group: &Group, elapsed: Duration) -> String {
     }
 }
 
-fn stuck(group: &Group, elapsed: Duration) -> String {
+fn stuck(group: &SocketGroup, elapsed: Duration) -> String {
     if group.stuck + group.gone == 0 {
         return "no stuck sockets".into();
     }
@@ -173,7 +174,7 @@ fn stuck(group: &Group, elapsed: Duration) -> String {
     text
 }
 
-fn of_process(of: &ProcessDiagnosis, like: usize, elapsed: Duration) -> String {
+fn process_block(of: &ProcessDiagnosis, like: usize, elapsed: Duration) -> String {
     let ProcessDiagnosis { process, held, .. } = of;
     let mut block = process.to_string();
     if like > 0 {
@@ -188,12 +189,21 @@ fn of_process(of: &ProcessDiagnosis, like: usize, elapsed: Duration) -> String {
     }
     if let Some(verdict) = of.condition.verdict() {
         let _ = write!(block, "\n  {verdict}");
-        for (index, thread) in of.asleep.iter().take(NAMED).enumerate() {
+        for (index, thread) in of
+            .uninterruptible_threads
+            .iter()
+            .take(MAX_NAMED)
+            .enumerate()
+        {
             let separator = if index == 0 { ": thread " } else { ", " };
             let _ = write!(block, "{separator}{thread}");
         }
-        if of.asleep.len() > NAMED {
-            let _ = write!(block, " and {} more", of.asleep.len() - NAMED);
+        if of.uninterruptible_threads.len() > MAX_NAMED {
+            let _ = write!(
+                block,
+                " and {} more",
+                of.uninterruptible_threads.len() - MAX_NAMED
+            );
         }
     }
     push_causes(&mut block, held);
@@ -201,14 +211,18 @@ fn of_process(of: &ProcessDiagnosis, like: usize, elapsed: Duration) -> String {
         let waiting = counted(of.waiting, "stuck connection");
         let _ = write!(block, "\n  {waiting} wait at its listener, see below");
     }
-    let [dead, never, unknown] = of.suspects();
+    let SuspectCounts {
+        dead,
+        never_connected,
+        unknown,
+    } = of.suspect_counts();
     if dead > 0 {
         let _ = write!(block, "\n  {dead} dead: {}", verdict::DEAD);
     }
-    if never > 0 {
+    if never_connected > 0 {
         let _ = write!(
             block,
-            "\n  {never} never connected: fresh, or connect(2) failed; many are a leak of their own"
+            "\n  {never_connected} never connected: fresh, or connect(2) failed; many are a leak of their own"
         );
     }
     if unknown > 0 {
@@ -230,14 +244,14 @@ fn of_process(of: &ProcessDiagnosis, like: usize, elapsed: Duration) -> String {
         }
         (None, _) => block.push_str("\n  descriptors: may not be read"),
     }
-    if let Some(next) = &of.next {
-        let _ = write!(block, "\n  next: {}  ({})", next.command, next.remark);
+    if let Some(Suggestion { command, remark }) = &of.suggestion {
+        let _ = write!(block, "\n  next: {command}  ({remark})");
     }
     block
 }
 
-fn of_listener(diagnosis: &Diagnosis, waiting: &Waiting) -> String {
-    let listener = &diagnosis.scan.listeners[waiting.listener];
+fn listener_block(diagnosis: &Diagnosis, of: &ListenerDiagnosis) -> String {
+    let listener = &diagnosis.scan.listeners[of.listener];
     let owners: Vec<_> = by_process(&listener.owners).collect();
     let owner = match owners.first() {
         Some(first) => first[0].process.to_string(),
@@ -250,28 +264,28 @@ fn of_listener(diagnosis: &Diagnosis, waiting: &Waiting) -> String {
     let _ = write!(
         block,
         ": {}, backlog {} of {}",
-        stuck(&waiting.group, diagnosis.elapsed),
+        stuck(&of.connections, diagnosis.elapsed),
         listener.waiting,
         listener.backlog
     );
-    // The kernel takes one more than the limit (include/net/sock.h, sk_acceptq_is_full).
+    // The kernel queues one connection more than the limit (include/net/sock.h, sk_acceptq_is_full).
     if listener.backlog > 0 && listener.waiting > listener.backlog {
         block.push_str(" (full: new connections are dropped)");
     }
-    push_causes(&mut block, &waiting.group);
-    push_places(&mut block, &waiting.group);
+    push_causes(&mut block, &of.connections);
+    push_places(&mut block, &of.connections);
     block
 }
 
-fn push_causes(block: &mut String, group: &Group) {
+fn push_causes(block: &mut String, group: &SocketGroup) {
     for (cause, sockets) in &group.causes {
-        let verdict = verdict::of_cause(*cause, sockets);
+        let verdict = verdict::cause_verdict(*cause, sockets);
         let _ = write!(block, "\n  {} {cause}: {verdict}", sockets.count);
     }
 }
 
 /// The main ports and peers.
-fn push_places(block: &mut String, group: &Group) {
+fn push_places(block: &mut String, group: &SocketGroup) {
     if group.stuck == 0 {
         return;
     }
@@ -279,19 +293,19 @@ fn push_places(block: &mut String, group: &Group) {
     let ports = named(&group.ports, port);
     let peers = named(&group.peers, ToString::to_string);
     let _ = write!(block, "\n  ports {ports}; peers {peers}");
-    // Clients of a server have a port each, which tells nothing.
+    // Ports that occur once are ephemeral ports of clients, which are of no use to the operator.
     if group.peer_ports[0].1 > 1 || group.stuck == 1 {
         let _ = write!(block, "; their ports {}", named(&group.peer_ports, port));
     }
 }
 
 fn named<T>(counts: &[(T, usize)], text: impl Fn(&T) -> String) -> String {
-    let first = counts.iter().take(NAMED);
+    let first = counts.iter().take(MAX_NAMED);
     let mut names: Vec<String> = first
         .map(|(value, count)| format!("{} ({count})", text(value)))
         .collect();
-    if counts.len() > NAMED {
-        names.push(format!("{} more", counts.len() - NAMED));
+    if counts.len() > MAX_NAMED {
+        names.push(format!("{} more", counts.len() - MAX_NAMED));
     }
     names.join(", ")
 }
@@ -301,16 +315,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn as_many_blocks_as_fit_are_shown_and_one_always() {
+    fn all_blocks_that_fit_are_shown_and_always_one() {
         let blocks = ["a\nb", "c", "d\ne\nf"].map(String::from);
-        for (room, wanted) in [
+        for (room, expected) in [
             (None, (3, 9)),
             (Some(9), (3, 9)),
             (Some(8), (2, 5)),
             (Some(4), (1, 3)),
             (Some(0), (1, 3)),
         ] {
-            assert_eq!(fitting(&blocks, room), wanted, "{room:?}");
+            assert_eq!(fitting(&blocks, room), expected, "{room:?}");
         }
         assert_eq!(fitting(&[], Some(0)), (0, 0));
     }

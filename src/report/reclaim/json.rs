@@ -6,35 +6,34 @@ use serde::Serialize;
 
 use super::{DeadDescriptor, ReclaimRun};
 use crate::model::{ReclaimOutcome, ReclaimReason};
-use crate::report::descriptors::{JsonStop, Tally, json_stops};
+use crate::report::descriptors::{DescriptorCounts, JsonStop, json_stops};
 use crate::report::serialize::{
     Endpoint, JsonContainer, SCHEMA_VERSION, container, endpoint, serializer,
 };
 use crate::text::escape;
 
 #[derive(Serialize)]
-struct Document<'a> {
+struct ReclaimDocument<'a> {
     schema_version: u32,
     cwkill_version: &'static str,
     dry_run: bool,
-    descriptors: Vec<JsonDescriptor<'a>>,
+    descriptors: Vec<JsonDeadDescriptor<'a>>,
     owners: Vec<JsonStop<'a>>,
     unknown: usize,
     unreadable_processes: usize,
     hidden_processes: bool,
-    summary: Tally,
+    summary: DescriptorCounts,
 }
 
 #[derive(Serialize)]
-struct Line<'a> {
+struct DescriptorLine<'a> {
     schema_version: u32,
     #[serde(flatten)]
-    descriptor: JsonDescriptor<'a>,
+    descriptor: JsonDeadDescriptor<'a>,
 }
 
-/// A descriptor, as it was found and as it ended.
 #[derive(Serialize)]
-pub struct JsonDescriptor<'a> {
+pub struct JsonDeadDescriptor<'a> {
     pid: i32,
     comm: &'a str,
     unit: Option<&'a str>,
@@ -45,15 +44,16 @@ pub struct JsonDescriptor<'a> {
     local: Option<Endpoint>,
     quiet_ms: u64,
     unread: u32,
-    /// `None`: it is acted upon, and `outcome` says how that ends.
-    closable: Option<bool>,
+    dead_by: &'static str,
+    /// Whether `reclaim` would close the descriptor. `None` in a run that acts: `outcome` has the result.
+    safe: Option<bool>,
     outcome: Option<&'static str>,
     reason: Option<String>,
     reason_code: Option<&'static str>,
 }
 
-impl JsonDescriptor<'_> {
-    /// Which one it is, for people.
+impl JsonDeadDescriptor<'_> {
+    /// The identity of the descriptor, for people.
     pub(crate) fn sentence(&self) -> String {
         let local = self
             .local
@@ -69,15 +69,14 @@ impl JsonDescriptor<'_> {
     }
 }
 
-/// A descriptor, as programs read it.
-pub(crate) fn json_descriptor<'a>(
+pub(crate) fn json_dead_descriptor<'a>(
     run: &ReclaimRun,
     dead: &'a DeadDescriptor,
-) -> JsonDescriptor<'a> {
+) -> JsonDeadDescriptor<'a> {
     let DeadDescriptor { owner, socket, .. } = dead;
     let (process, outcome) = (&owner.process, owner.reclaim.as_ref());
     let reason = outcome.and_then(ReclaimOutcome::reason);
-    JsonDescriptor {
+    JsonDeadDescriptor {
         pid: process.id.pid,
         comm: &process.comm,
         unit: process.cgroup.unit.as_deref(),
@@ -88,47 +87,42 @@ pub(crate) fn json_descriptor<'a>(
         local: socket.local.map(endpoint),
         quiet_ms: u64::try_from(socket.quiet.as_millis()).unwrap_or(u64::MAX),
         unread: socket.unread,
-        // Nothing is decided before the act.
-        closable: outcome.filter(|_| !run.acted).map(|_| reason.is_none()),
+        dead_by: "state-close",
+        // In a run that acts, the outcome is known only after the act.
+        safe: outcome.filter(|_| !run.acted).map(|_| reason.is_none()),
         outcome: outcome.filter(|_| run.acted).map(ReclaimOutcome::name),
         reason: reason.map(ToString::to_string),
         reason_code: reason.map(ReclaimReason::code),
     }
 }
 
-/// Writes one document.
-///
-/// # Errors
-/// Those of `out`.
+/// Writes one document with every descriptor and the summary.
 pub fn write_document(run: &ReclaimRun, out: &mut dyn Write) -> io::Result<()> {
-    let document = Document {
+    let document = ReclaimDocument {
         schema_version: SCHEMA_VERSION,
         cwkill_version: env!("CARGO_PKG_VERSION"),
         dry_run: !run.acted,
         descriptors: run
             .descriptors
             .iter()
-            .map(|dead| json_descriptor(run, dead))
+            .map(|dead| json_dead_descriptor(run, dead))
             .collect(),
         owners: json_stops(&run.stops),
         unknown: run.unknown,
         unreadable_processes: run.unreadable + run.leader_exited.len() + run.failed.len(),
         hidden_processes: run.hidden,
-        summary: run.tally(),
+        summary: run.counts(),
     };
     document.serialize(&mut serializer(out))?;
     out.write_all(b"\n")
 }
 
-/// Writes one object a line, one line a descriptor.
-///
-/// # Errors
-/// Those of `out`.
+/// Writes one line per descriptor, each a JSON object.
 pub fn write_lines(run: &ReclaimRun, out: &mut dyn Write) -> io::Result<()> {
     for dead in &run.descriptors {
-        let line = Line {
+        let line = DescriptorLine {
             schema_version: SCHEMA_VERSION,
-            descriptor: json_descriptor(run, dead),
+            descriptor: json_dead_descriptor(run, dead),
         };
         line.serialize(&mut serializer(out))?;
         out.write_all(b"\n")?;

@@ -6,7 +6,7 @@ pub mod text;
 use std::io;
 
 use super::ExitStatus;
-use super::descriptors::Tally;
+use super::descriptors::DescriptorCounts;
 use crate::config::{Action, ReclaimConfig};
 use crate::finder::dead::DeadSocket;
 use crate::model::{Owner, ReclaimOutcome};
@@ -14,49 +14,45 @@ use crate::proc::Process;
 use crate::reclaim::StopStats;
 use crate::text::counted;
 
-/// A descriptor of a dead socket.
 #[derive(Clone, Debug)]
 pub struct DeadDescriptor {
-    /// The process, the number of the descriptor, and what became of it.
+    /// The process, the number of the descriptor, and the outcome.
     pub owner: Owner,
     /// The inode of the socket.
     pub inode: u32,
-    /// The socket.
     pub socket: DeadSocket,
 }
 
-/// A run of `cwkill reclaim`: all that a report needs.
+/// A run of `cwkill reclaim`.
 #[derive(Debug, Default)]
 pub struct ReclaimRun {
-    /// The descriptors of dead sockets.
     pub descriptors: Vec<DeadDescriptor>,
-    /// Whether descriptors were to be closed; otherwise each outcome says only what would be done.
+    /// Whether descriptors were to be closed. Without it each outcome is only a prediction.
     pub acted: bool,
     /// The owners that were stopped.
     pub stops: Vec<StopStats>,
-    /// Descriptors of TCP sockets in no table that may not be examined: they may be dead.
+    /// Number of descriptors of TCP sockets that are in no table and that cwkill may not examine. They may be dead.
     pub unknown: usize,
-    /// Selected processes that may not be read.
+    /// Number of selected processes that cwkill may not read.
     pub unreadable: usize,
-    /// Processes whose first thread has exited, so that their descriptors cannot be seen.
+    /// Processes whose main thread has exited. /proc no longer shows their descriptors.
     pub leader_exited: Vec<Process>,
-    /// Processes whose files could not be read, and why.
+    /// The pids of processes whose files could not be read, with the error.
     pub failed: Vec<(i32, io::Error)>,
-    /// Selected processes may not be shown at all: /proc is mounted with hidepid.
+    /// /proc is mounted with hidepid, so it may hide selected processes.
     pub hidden: bool,
 }
 
 impl ReclaimRun {
-    /// Whether some of what was selected could not be seen.
+    /// Whether some selected processes or descriptors were not visible.
     pub fn has_blind_spots(&self) -> bool {
         let unread = self.unreadable + self.leader_exited.len() + self.failed.len();
         self.unknown + unread > 0 || self.hidden
     }
 
-    /// How many descriptors had which outcome.
-    pub fn tally(&self) -> Tally {
+    pub fn counts(&self) -> DescriptorCounts {
         let outcomes = self.outcomes().filter(|_| self.acted);
-        Tally::of(self.descriptors.len(), outcomes)
+        DescriptorCounts::of(self.descriptors.len(), outcomes)
     }
 
     fn outcomes(&self) -> impl Iterator<Item = &ReclaimOutcome> {
@@ -65,7 +61,6 @@ impl ReclaimRun {
     }
 }
 
-/// The status to exit with.
 pub fn exit_status(run: &ReclaimRun) -> ExitStatus {
     let unseen = run.has_blind_spots();
     match run.descriptors.is_empty() {
@@ -73,8 +68,8 @@ pub fn exit_status(run: &ReclaimRun) -> ExitStatus {
         true => ExitStatus::NothingMatched,
         false if !run.acted => ExitStatus::Done,
         false => {
-            let tally = run.tally();
-            match tally.skipped + tally.failed {
+            let counts = run.counts();
+            match counts.skipped + counts.failed {
                 0 if !unseen => ExitStatus::Done,
                 _ => ExitStatus::NotAllClosed,
             }
@@ -82,22 +77,23 @@ pub fn exit_status(run: &ReclaimRun) -> ExitStatus {
     }
 }
 
-/// One line that says how it went.
+/// The line after the table.
 pub fn summary(run: &ReclaimRun, config: &ReclaimConfig) -> String {
     let found = counted(run.descriptors.len(), "dead descriptor");
     if run.acted {
-        let tally = run.tally();
-        return format!("{found}: {} freed{}", tally.freed, tally.left());
+        let counts = run.counts();
+        return format!("{found}: {} freed{}", counts.freed, counts.left());
     }
-    let allowed = run.outcomes().filter(|it| **it == ReclaimOutcome::Allowed);
-    let mut line = format!("{found}, {} can be closed", allowed.count());
+    let is_allowed = |outcome: &&ReclaimOutcome| **outcome == ReclaimOutcome::Allowed;
+    let allowed = run.outcomes().filter(is_allowed);
+    let mut line = format!("{found}, {} may be taken", allowed.count());
     if config.action == Action::DryRun {
         line.push_str("; dry run, nothing was done");
     }
     line
 }
 
-/// What the operator should know beside the results.
+/// The notes beside the results, one per line.
 pub fn notes(run: &ReclaimRun) -> Vec<String> {
     let mut notes = Vec::new();
     if run.unknown > 0 {
@@ -132,7 +128,7 @@ pub fn notes(run: &ReclaimRun) -> Vec<String> {
     notes
 }
 
-/// Whether a missing privilege kept a descriptor from being seen or closed.
+/// Whether a missing privilege kept cwkill from finding or closing a descriptor.
 pub fn lacks_privileges(run: &ReclaimRun) -> bool {
     let privilege = |outcome: &ReclaimOutcome| outcome.reason()?.privilege();
     run.unknown + run.unreadable > 0 || run.hidden || run.outcomes().find_map(privilege).is_some()

@@ -8,13 +8,10 @@ use super::{DeadDescriptor, ReclaimRun, summary};
 use crate::config::{Action, ReclaimConfig};
 use crate::model::ReclaimOutcome;
 use crate::report::descriptors::{result, stop_lines};
-use crate::report::table::{belongs, belongs_to, plain_table};
+use crate::report::table::{has_unit, plain_table, unit_text};
 use crate::text::age;
 
 /// Writes the table and the summary.
-///
-/// # Errors
-/// Those of `out`.
 pub fn write(
     run: &ReclaimRun,
     config: &ReclaimConfig,
@@ -39,7 +36,7 @@ fn write_table(
 ) -> io::Result<()> {
     let mut table = plain_table(color);
     let mut owners = run.descriptors.iter().map(|dead| &dead.owner);
-    let has_units = owners.any(|owner| belongs(&owner.process.cgroup));
+    let has_units = owners.any(|owner| has_unit(&owner.process.cgroup));
     let mut header = vec!["PROCESS", "FD"];
     header.extend(has_units.then_some("UNIT"));
     header.extend(["LOCAL", "QUIET"]);
@@ -54,7 +51,7 @@ fn write_table(
         let DeadDescriptor { owner, socket, .. } = dead;
         let mut cells = vec![Cell::new(&owner.process), Cell::new(owner.fd.0)];
         if has_units {
-            let unit = belongs_to(&owner.process.cgroup, config.verbose);
+            let unit = unit_text(&owner.process.cgroup, config.verbose);
             cells.push(Cell::new(unit));
         }
         cells.extend([
@@ -82,3 +79,6 @@ fn write_table(
     }
     Ok(())
 }
+
+/// The evidence that a descriptor is dead.
+const DEAD_BY_TEXT: &str = "state close, in no TCP table";
