@@ -4,7 +4,7 @@
 
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use netns_harness::{Dial, Family, How, Lab, TcpState};
 
 use crate::support::{CWKILL, PATIENCE, Ran, alone, at, count, cwkill, ran, selects};
@@ -31,7 +31,7 @@ fn in_cgroup2(script: &str) -> Result<()> {
         .output()
         .context("run unshare")?;
     let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{script}: {stderr}");
+    ensure!(output.status.success(), "{script}: {stderr}");
     Ok(())
 }
 
