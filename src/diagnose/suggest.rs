@@ -166,7 +166,8 @@ pub fn suggest(process: SuggestionInput) -> Option<Suggestion> {
     Some(Suggestion { command, remark })
 }
 
-const UNINTERRUPTIBLE_REMARK: &str = "and the kernel log: what does it wait for? No debugger helps";
+const UNINTERRUPTIBLE_REMARK: &str =
+    "and the kernel log show what it waits for; a debugger does not help";
 
 /// The command that shows the stacks of a process in a normal state, and a remark.
 fn stack_command(process: SuggestionInput) -> (String, String) {

@@ -99,14 +99,14 @@ pub fn cause_verdict(cause: Cause, sockets: &CauseCount) -> String {
         _ => (sockets.idle, "idle"),
     };
     let mut text = match (persistent, cause) {
-        (0, Cause::Sending) => "just come: bytes on their way, as far as these two looks go".into(),
-        (0, _) => "just come, or still in use: no leak as far as these two looks go".into(),
+        (0, Cause::Sending) => "just arrived: bytes on their way, as far as two scans show".into(),
+        (0, _) => "just arrived, or still in use: no leak as far as two scans show".into(),
         _ => meaning(cause, &sockets.services),
     };
     if persistent > 0 && persistent < sockets.close_wait {
         let _ = write!(
             text,
-            " ({persistent} of {} {how} at both looks)",
+            " ({persistent} of {} {how} in both scans)",
             sockets.close_wait
         );
     }

@@ -254,10 +254,7 @@ mod tests {
     }
 
     fn denied(need: Privilege) -> TrialResult {
-        TrialResult::Failed(MethodError::NotPermitted(
-            need,
-            io::Error::from_raw_os_error(libc::EPERM),
-        ))
+        TrialResult::Failed(MethodError::NotPermitted(need, nix::errno::Errno::EPERM))
     }
 
     fn row(advice: &Advice, name: &str) -> MethodRow {

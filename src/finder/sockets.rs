@@ -151,7 +151,7 @@ pub(crate) fn requests<'b>(
 ) -> impl Iterator<Item = DumpRequest<'b>> {
     let states = selectors.states();
     // An IPv4 connection can be on an AF_INET6 socket, but an IPv6 connection is never on an AF_INET socket.
-    let without_v4 = selectors.wants_only_ipv6();
+    let without_v4 = selectors.selects_only_ipv6();
     let families = Family::ALL.into_iter();
     let families = families.filter(move |family| !(without_v4 && *family == Family::V4));
     families.map(move |family| DumpRequest {

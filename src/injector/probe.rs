@@ -185,8 +185,9 @@ impl Executor for Probe {
 fn await_answers(mut asked: Vec<Asked<'_>>, batch: &mut Batch<'_>) {
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     loop {
-        let answers = batch.lookup(asked);
+        // Before the lookup, which can take long on a busy machine: a segment from before the probe must not look like an answer.
         let now = batch.control().now();
+        let answers = batch.lookup(asked);
         let interrupted = batch.control().interrupted();
         asked = Vec::new();
         for (item, after) in answers {

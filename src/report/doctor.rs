@@ -80,7 +80,7 @@ pub fn write_text(examination: &Examination, out: &mut dyn Write) -> io::Result<
     let verdict = match advice.auto {
         Support::Yes => "auto works fully here",
         Support::Partly => "auto works in part here",
-        Support::Untried => "whether auto works here could not be tried",
+        Support::Untried => "whether auto works here could not be tested",
         Support::No => "auto does not work here",
     };
     writeln!(out, "\n{verdict}")
@@ -222,7 +222,7 @@ fn checks(examination: &Examination) -> Vec<CheckLine> {
                 "network namespaces",
                 Some(counts.enterable == counts.total && counts.unknown_processes == 0),
                 format!(
-                    "{} of {} can be entered; of {} processes it cannot be told",
+                    "{} of {} can be entered; unknown for {} processes",
                     counts.enterable, counts.total, counts.unknown_processes
                 ),
             ),

@@ -44,9 +44,8 @@ pub struct JsonDeadDescriptor<'a> {
     local: Option<Endpoint>,
     quiet_ms: u64,
     unread: u32,
-    dead_by: &'static str,
     /// Whether `reclaim` would close the descriptor. `None` in a run that acts: `outcome` has the result.
-    safe: Option<bool>,
+    closable: Option<bool>,
     outcome: Option<&'static str>,
     reason: Option<String>,
     reason_code: Option<&'static str>,
@@ -87,9 +86,8 @@ pub(crate) fn json_dead_descriptor<'a>(
         local: socket.local.map(endpoint),
         quiet_ms: u64::try_from(socket.quiet.as_millis()).unwrap_or(u64::MAX),
         unread: socket.unread,
-        dead_by: "state-close",
         // In a run that acts, the outcome is known only after the act.
-        safe: outcome.filter(|_| !run.acted).map(|_| reason.is_none()),
+        closable: outcome.filter(|_| !run.acted).map(|_| reason.is_none()),
         outcome: outcome.filter(|_| run.acted).map(ReclaimOutcome::name),
         reason: reason.map(ToString::to_string),
         reason_code: reason.map(ReclaimReason::code),

@@ -86,7 +86,7 @@ pub fn summary(run: &ReclaimRun, config: &ReclaimConfig) -> String {
     }
     let is_allowed = |outcome: &&ReclaimOutcome| **outcome == ReclaimOutcome::Allowed;
     let allowed = run.outcomes().filter(is_allowed);
-    let mut line = format!("{found}, {} may be taken", allowed.count());
+    let mut line = format!("{found}, {} can be closed", allowed.count());
     if config.action == Action::DryRun {
         line.push_str("; dry run, nothing was done");
     }

@@ -79,6 +79,3 @@ fn write_table(
     }
     Ok(())
 }
-
-/// The evidence that a descriptor is dead.
-const DEAD_BY_TEXT: &str = "state close, in no TCP table";
