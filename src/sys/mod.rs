@@ -42,7 +42,7 @@ pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?)
 }
 
-/// Duplicates descriptor `target` of the process behind `pidfd` into this process, close-on-exec.
+/// Duplicates descriptor `target` of the process that `pidfd` refers to into this process, close-on-exec.
 ///
 /// # Errors
 /// EPERM: needs the right to attach to the process with ptrace(2): the same uid, or CAP_SYS_PTRACE. EBADF: the process has no such
