@@ -49,11 +49,11 @@ pub(crate) fn are_there() -> bool {
     rayon::current_num_threads() > 1
 }
 
-/// Does `work` on each of `items`, on up to `at_once` threads. The calling thread does the work of a thread that cannot be started.
+/// Does `work` on each of `items`, on up to `threads` threads at a time. The calling thread does the work of a thread that cannot be started.
 /// Returns one result per item, in order; `Err` holds the panic of an item.
 pub(crate) fn side_by_side<I: Send, T: Send>(
     items: Vec<I>,
-    at_once: usize,
+    threads: usize,
     work: impl Fn(I) -> T + Sync,
 ) -> Vec<thread::Result<T>> {
     // The thread that works on an item takes it. If no thread can be started, the item is still here.
@@ -70,7 +70,7 @@ pub(crate) fn side_by_side<I: Send, T: Send>(
         return vec![here(only)];
     }
     let mut results = Vec::with_capacity(items.len());
-    for chunk in items.chunks(at_once) {
+    for chunk in items.chunks(threads) {
         thread::scope(|scope| {
             let started: Vec<_> = chunk
                 .iter()

@@ -2,7 +2,7 @@
 
 use crate::text::counted;
 
-/// What a scan could not see. The default value means that it saw everything.
+/// The limits of a scan. The default value means that it saw everything.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Coverage {
     /// The number of processes whose descriptors cwkill could not read. They may own sockets without a known owner.

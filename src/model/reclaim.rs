@@ -239,16 +239,16 @@ pub enum InUse {
         /// The number of the call.
         number: i64,
     },
-    /// It is in the epoll set behind this descriptor of the owner.
+    /// It is in the epoll set of this descriptor of the owner.
     #[error("in the epoll set of descriptor {0}")]
     InEpoll(i32),
-    /// It is registered with the io_uring behind this descriptor of the owner.
+    /// It is registered with the io_uring of this descriptor of the owner.
     #[error("registered with the io_uring of descriptor {0}")]
     InIoUring(i32),
-    /// The io_uring behind this descriptor has requests in flight, and the kernel does not show their descriptors.
+    /// The io_uring of this descriptor has requests in flight, and the kernel does not show their descriptors.
     #[error("the io_uring of descriptor {0} has requests in flight, which may be on it")]
     IoUringInFlight(i32),
-    /// The owner has an io_uring behind this descriptor, and the kernel does not show all of its requests.
+    /// The owner has an io_uring at this descriptor, and the kernel does not show all of its requests.
     #[error("the io_uring of descriptor {0} may have requests on it, which cannot be seen")]
     IoUringOpen(i32),
     /// A kernel thread with this name works for an io_uring of the owner.
@@ -257,7 +257,7 @@ pub enum InUse {
         escape(.0)
     )]
     IoUringWorker(String),
-    /// A thread with this name closes the descriptors of objects that the owner no longer refers to.
+    /// A thread with this name closes the descriptors of objects to which the program no longer refers.
     #[error(
         "its thread {} closes the descriptors of collected objects by number, even after reuse; run the collector first (Java: jcmd PID GC.run), then use --reclaim-force",
         escape(.0)

@@ -209,11 +209,11 @@ mod tests {
         let limit = hard.min(20_000);
         setrlimit(Resource::RLIMIT_NOFILE, soft.max(limit), hard).unwrap();
         let null = File::open("/dev/null").unwrap();
-        let mut held: Vec<OwnedFd> = (0..2 * LARGE)
+        let mut descriptors: Vec<OwnedFd> = (0..2 * LARGE)
             .map(|_| null.try_clone().unwrap().into())
             .collect();
         let mut index = 0;
-        held.retain(|_| {
+        descriptors.retain(|_| {
             index += 1;
             index % 7 != 0
         });
@@ -221,12 +221,12 @@ mod tests {
         let highest = i32::try_from(limit).unwrap() - 10;
         let copies = [0, LARGE, 2 * LARGE, highest]
             .map(|least| fcntl(&socket, FcntlArg::F_DUPFD_CLOEXEC(least)).unwrap());
-        (held, copies.to_vec())
+        (descriptors, copies.to_vec())
     }
 
     #[test]
     fn a_large_table_is_read_whole() {
-        let (_held, numbers) = open_many();
+        let (_descriptors, numbers) = open_many();
         let dir = File::open("/proc/self/fd").unwrap();
         let tried = count(dir.as_fd()).unwrap().expect("Linux 6.2");
         assert!(tried >= LARGE);

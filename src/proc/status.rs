@@ -10,7 +10,7 @@ use procfs::process::{LimitValue, Limits, Stat, Status};
 
 use super::{ProcFs, Process};
 
-/// At most this many threads of a process are read.
+/// cwkill reads at most this many threads of a process.
 const THREADS: usize = 512;
 
 /// Facts about a process from /proc, apart from its descriptors.
@@ -75,7 +75,9 @@ impl ProcFs {
     }
 }
 
-/// The state in a `stat` file: it stands behind the name, which may have anything in it.
+/// The state in a `stat` file: it follows the name, which may contain any bytes.
+///
+/// procfs parses this file too, but panics if it ends after the name.
 fn thread_state(stat: &[u8]) -> Option<u8> {
     let end = stat.iter().rposition(|byte| *byte == b')')?;
     stat.get(end + 2).copied()

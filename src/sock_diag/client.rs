@@ -3,17 +3,17 @@
 //! A datagram carries several requests, and the kernel answers each with one message. A request is about the network namespace in
 //! which the netlink socket was opened.
 
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::mem;
 use std::ops::ControlFlow;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Instant;
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG};
 use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, MultiHeaders, recvmmsg};
 
 use super::codec::{self, Detail, DiagId, DumpRequest, Frame, Malformed, SocketMessage};
-use crate::sys;
 
 /// Room for the answers to a datagram of requests. The kernel fills a datagram of a dump with up to 32 KiB
 /// (net/netlink/af_netlink.c, netlink_dump).
@@ -312,7 +312,7 @@ impl SockDiag {
             if !waiting {
                 return Ok(lost);
             }
-            let lengths = match sys::recvmmsg(self.socket.as_fd(), &mut self.buffer, room) {
+            let lengths = match receive_waiting(&self.socket, &mut self.buffer, room) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(lost),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
@@ -404,6 +404,23 @@ fn receive<'b>(socket: &Socket, buffer: &'b mut [u8]) -> io::Result<&'b [u8]> {
             "a datagram of {length} bytes does not fit the receive buffer"
         ))
     })
+}
+
+/// Receives the datagrams that are in the queue, up to one per `room` bytes of `buffer`, without waiting. Returns their lengths; a
+/// length above `room` means that the datagram was cut.
+///
+/// # Errors
+/// EAGAIN: the queue is empty. ENOBUFS: netlink has lost datagrams. Source: net/socket.c, do_recvmmsg.
+fn receive_waiting(socket: &Socket, buffer: &mut [u8], room: usize) -> io::Result<Vec<usize>> {
+    let mut slots: Vec<[IoSliceMut<'_>; 1]> = buffer
+        .chunks_exact_mut(room)
+        .map(|slot| [IoSliceMut::new(slot)])
+        .collect();
+    let mut headers = MultiHeaders::<()>::preallocate(slots.len(), None);
+    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_TRUNC;
+    let socket = socket.as_raw_fd();
+    let received = recvmmsg(socket, &mut headers, slots.iter_mut(), flags, None)?;
+    Ok(received.map(|datagram| datagram.bytes).collect())
 }
 
 /// The state of a dump after a datagram.

@@ -42,7 +42,7 @@ pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?)
 }
 
-/// Duplicates descriptor `target` of the process behind `pidfd` into this process, close-on-exec.
+/// Duplicates descriptor `target` of the process that `pidfd` refers to into this process, close-on-exec.
 ///
 /// # Errors
 /// EPERM: needs the right to attach to the process with ptrace(2): the same uid, or CAP_SYS_PTRACE. EBADF: the process has no such
@@ -151,48 +151,6 @@ pub fn unsent_bytes(socket: BorrowedFd<'_>) -> io::Result<u32> {
 
 /// linux/sockios.h; the libc crate does not have it for every target.
 const SIOCOUTQNSD: libc::Ioctl = 0x894b;
-
-/// Takes the datagrams that wait at `socket`, one into each `slot` bytes of `buf` as far as they go, without
-/// waiting for more. The lengths are those of the datagrams, larger than `slot` if they did not fit.
-///
-/// # Errors
-/// EAGAIN: none is there. ENOBUFS: netlink has lost some. Source: net/socket.c, do_recvmmsg.
-pub fn recvmmsg(socket: BorrowedFd<'_>, buf: &mut [u8], slot: usize) -> io::Result<Vec<usize>> {
-    let mut parts: Vec<libc::iovec> = buf
-        .chunks_exact_mut(slot)
-        .map(|slot| libc::iovec {
-            iov_base: slot.as_mut_ptr().cast(),
-            iov_len: slot.len(),
-        })
-        .collect();
-    let mut headers: Vec<libc::mmsghdr> = parts
-        .iter_mut()
-        .map(|part| {
-            // SAFETY: both structs are plain integers and pointers, for which zero is a value.
-            let mut header: libc::mmsghdr = unsafe { mem::zeroed() };
-            header.msg_hdr.msg_iov = part;
-            header.msg_hdr.msg_iovlen = 1;
-            header
-        })
-        .collect();
-    let count = u32::try_from(headers.len()).unwrap_or(u32::MAX);
-    // SAFETY: `headers` has `count` elements or more. Each points to one element of `parts`, and that to a slot of
-    // `buf` of its own; all three live, and nothing else uses them, until the call returns.
-    let ret = unsafe {
-        // Not by the function, whose types differ from C library to C library.
-        libc::syscall(
-            libc::SYS_recvmmsg,
-            socket.as_raw_fd(),
-            headers.as_mut_ptr(),
-            count,
-            libc::MSG_DONTWAIT | libc::MSG_TRUNC,
-            std::ptr::null_mut::<libc::timespec>(),
-        )
-    };
-    let received = usize::try_from(ret).map_err(|_| io::Error::last_os_error())?;
-    let length = |header: &libc::mmsghdr| usize::try_from(header.msg_len).unwrap_or(usize::MAX);
-    Ok(headers[..received].iter().map(length).collect())
-}
 
 /// Whether two processes share one descriptor table.
 ///

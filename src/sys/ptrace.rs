@@ -1,8 +1,14 @@
-//! ptrace(2) and waitid(2), as far as the kept crates lack them: stops with any signal number, register sets, seccomp filters, and
-//! stops that are read without being consumed.
+//! ptrace(2) for one thread, and the stops that waitid(2) reports.
+//!
+//! nix makes the requests without a signal, and rustix the waits. nix knows no real-time signals and no register set of every
+//! target, so the other requests are made here.
 
 use std::io;
 use std::mem;
+
+use nix::sys::ptrace::{self, Options};
+use nix::unistd::Pid;
+use rustix::process::{self, WaitId, WaitIdOptions};
 
 /// The event of a traced thread that waits for its tracer. See [`peek_stop`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,10 +29,10 @@ pub enum Waiting {
 /// # Errors
 /// EPERM: no right to attach, or another process traces it. ESRCH: it is gone. Source: kernel/ptrace.c, ptrace_attach.
 pub fn seize(tid: i32) -> io::Result<()> {
-    let tracesysgood = libc::c_ulong::try_from(libc::PTRACE_O_TRACESYSGOOD).expect("1 fits");
-    // SAFETY: PTRACE_SEIZE takes options in `data` and no pointer; the kernel accesses no memory of ours.
-    let ret = unsafe { libc::syscall(libc::SYS_ptrace, PTRACE_SEIZE, tid, 0usize, tracesysgood) };
-    nothing(ret)
+    Ok(ptrace::seize(
+        Pid::from_raw(tid),
+        Options::PTRACE_O_TRACESYSGOOD,
+    )?)
 }
 
 /// Asks a seized thread to stop.
@@ -34,9 +40,7 @@ pub fn seize(tid: i32) -> io::Result<()> {
 /// # Errors
 /// ESRCH: it is gone.
 pub fn interrupt(tid: i32) -> io::Result<()> {
-    // SAFETY: PTRACE_INTERRUPT takes no pointer; the kernel accesses no memory of ours.
-    let ret = unsafe { libc::syscall(libc::SYS_ptrace, PTRACE_INTERRUPT, tid, 0usize, 0usize) };
-    nothing(ret)
+    Ok(ptrace::interrupt(Pid::from_raw(tid))?)
 }
 
 /// Lets a stopped thread run to the next entry to, or exit from, a system call. `signal` is the signal that it stopped for, which
@@ -179,7 +183,7 @@ pub fn seccomp_filter(tid: i32, index: usize) -> io::Result<Vec<u64>> {
 /// # Errors
 /// ECHILD: the calling thread does not trace it.
 pub fn peek_stop(tid: i32) -> io::Result<Waiting> {
-    wait_for_stop(tid, libc::WNOWAIT)
+    wait_for_stop(tid, WaitIdOptions::NOWAIT)
 }
 
 /// Reads the event of a traced thread and consumes it. A stop at a system call has no signal to lose.
@@ -187,29 +191,19 @@ pub fn peek_stop(tid: i32) -> io::Result<Waiting> {
 /// # Errors
 /// As [`peek_stop`].
 pub fn take_stop(tid: i32) -> io::Result<Waiting> {
-    wait_for_stop(tid, 0)
+    wait_for_stop(tid, WaitIdOptions::empty())
 }
 
-fn wait_for_stop(tid: i32, how: libc::c_int) -> io::Result<Waiting> {
-    let options = libc::WSTOPPED | libc::WEXITED | libc::WNOHANG | libc::__WALL | how;
-    let tid = libc::id_t::try_from(tid).map_err(|_| io::Error::from_raw_os_error(libc::ESRCH))?;
-    // SAFETY: siginfo_t is plain data for which all zeroes is a value.
-    let mut info: libc::siginfo_t = unsafe { mem::zeroed() };
-    // SAFETY: `info` is live and writable, and of the type that waitid writes.
-    let ret = unsafe { libc::waitid(libc::P_PID, tid, &raw mut info, options) };
-    if ret != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: `info` is zeroed or written by waitid, which sets the fields of a child.
-    let (about, code) = unsafe { (info.si_pid(), info.si_code) };
-    if about == 0 {
+fn wait_for_stop(tid: i32, flags: WaitIdOptions) -> io::Result<Waiting> {
+    // A thread has no exit signal, and older kernels wait for it only with __WALL.
+    let all = WaitIdOptions::from_bits_retain(libc::__WALL.cast_unsigned());
+    let events = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+    let pid = process::Pid::from_raw(tid).ok_or(rustix::io::Errno::SRCH)?;
+    let Some(status) = process::waitid(WaitId::Pid(pid), events | all | flags)? else {
         return Ok(Waiting::Nothing);
-    }
-    if code != libc::CLD_TRAPPED && code != libc::CLD_STOPPED {
-        return Ok(Waiting::End);
-    }
-    // SAFETY: as above.
-    Ok(Waiting::Stop(unsafe { info.si_status() }))
+    };
+    let code = status.trapping_signal().or(status.stopping_signal());
+    Ok(code.map_or(Waiting::End, Waiting::Stop))
 }
 
 // include/uapi/linux/ptrace.h and elf.h; the libc crate does not have them for every target.
@@ -217,8 +211,6 @@ const PTRACE_SYSCALL: libc::c_int = 24;
 const PTRACE_DETACH: libc::c_int = 17;
 const PTRACE_GETREGSET: libc::c_int = 0x4204;
 const PTRACE_SETREGSET: libc::c_int = 0x4205;
-const PTRACE_SEIZE: libc::c_int = 0x4206;
-const PTRACE_INTERRUPT: libc::c_int = 0x4207;
 const PTRACE_SECCOMP_GET_FILTER: libc::c_int = 0x420c;
 const PTRACE_GET_SYSCALL_INFO: libc::c_int = 0x420e;
 const NT_PRSTATUS: libc::c_int = 1;

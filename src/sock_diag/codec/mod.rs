@@ -1,0 +1,35 @@
+//! The wire format of sock_diag for TCP, as pure functions over bytes.
+//!
+//! netlink-packet-core splits a datagram into frames and attributes. `struct inet_diag_msg` and `struct tcp_info` are parsed here,
+//! without an allocation per socket. The kernel's structs only grow: unknown fields at the end are ignored, and a field that a
+//! shorter struct lacks is `None`.
+//!
+//! [`DiagId`] identifies a socket; `request` writes requests; `reply` parses the answers.
+
+mod id;
+mod reply;
+mod request;
+#[cfg(test)]
+mod tests;
+
+pub use id::{Cookie, DiagId, Family};
+pub(crate) use reply::TCPI_LAST_ACK_RECV;
+pub use reply::{Frame, Framed, Malformed, Quiet, SocketMessage, frames};
+pub use request::{Detail, DumpRequest, put_destroy, put_lookup, put_quiet_destroy};
+
+/// Message type of requests and of replies that describe a socket (linux/sock_diag.h).
+pub const SOCK_DIAG_BY_FAMILY: u16 = 20;
+/// Message type of a request to abort a socket (linux/sock_diag.h).
+pub const SOCK_DESTROY: u16 = 21;
+
+/// `struct nlmsghdr`.
+const NLMSG_HDR_LEN: usize = 16;
+/// `struct inet_diag_sockid`: ports 2+2, addresses 16+16, interface 4, cookie 8.
+const SOCKID_LEN: usize = 48;
+/// The kind of the attribute with `struct tcp_info`, and the bit that requests it (linux/inet_diag.h).
+const INET_DIAG_INFO: u16 = 2;
+
+/// A u32 in host byte order. The caller has checked the length.
+fn u32_at(bytes: &[u8], offset: usize) -> u32 {
+    u32::from_ne_bytes(bytes[offset..offset + 4].try_into().expect("4 bytes"))
+}
