@@ -135,7 +135,7 @@ fn usages(
             .held += 1;
     }
     for table in dead.tables {
-        // The table of a listener's owner is in `dead` only because connections wait at the listener.
+        // The owner of a listener may be in `dead` only because connections wait at the listener.
         if !selectors.match_owner(&table.process) {
             continue;
         }

@@ -352,12 +352,12 @@ fn json_new_sockets(new: &NewSockets) -> JsonNewSockets<'_> {
 /// The processes of `owners`, each with its descriptors.
 fn owners(owners: &[Owner]) -> Vec<JsonOwner<'_>> {
     by_process(owners)
-        .map(|of_one| {
-            let process = &of_one[0].process;
+        .map(|owners| {
+            let process = &owners[0].process;
             JsonOwner {
                 pid: process.id.pid,
                 comm: &process.comm,
-                fds: of_one.iter().map(|owner| owner.fd.0).collect(),
+                fds: owners.iter().map(|owner| owner.fd.0).collect(),
                 unit: process.cgroup.unit.as_deref(),
                 container: container(process),
             }

@@ -117,7 +117,7 @@ impl SocketCounts {
 /// The exit status of a run.
 ///
 /// A run is not complete if some sockets were left alone because their owner was unreadable, or if the scan failed after cwkill had
-/// destroyed some sockets. "Nothing matched" also requires that every namespace and every owner was visible.
+/// destroyed some sockets. A run without matches is not complete if undecided sockets or unseen namespaces may have matched.
 pub fn exit_status(run: &Run) -> ExitStatus {
     let coverage = &run.scan.coverage;
     match SocketCounts::of(run).exit_status() {

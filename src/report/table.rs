@@ -24,7 +24,7 @@ pub(super) fn plain_table(color: bool) -> Table {
 /// descriptor, with the number of the others.
 pub(super) fn names(scan: &Scan, owners: &[Owner], all: bool) -> (String, String) {
     let mut processes: Vec<&[Owner]> = by_process(owners).collect();
-    let (count, of_first) = match processes.first() {
+    let (count, first_fds) = match processes.first() {
         None if !scan.owners_known => return ("-".into(), "-".into()),
         None => return ("unknown".into(), "-".into()),
         Some(first) => (processes.len(), first.len()),
@@ -42,8 +42,8 @@ pub(super) fn names(scan: &Scan, owners: &[Owner], all: bool) -> (String, String
     if !all && count > 1 {
         let _ = write!(names, " +{}", count - 1);
     }
-    if !all && of_first > 1 {
-        let _ = write!(fds, " +{}", of_first - 1);
+    if !all && first_fds > 1 {
+        let _ = write!(fds, " +{}", first_fds - 1);
     }
     (names, fds)
 }

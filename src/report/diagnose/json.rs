@@ -227,8 +227,11 @@ fn process(diagnosis: &ProcessDiagnosis, elapsed: Duration) -> JsonProcess<'_> {
     }
 }
 
-fn listener(diagnosis: &Diagnosis, of_listener: &ListenerDiagnosis) -> JsonDiagnosedListener {
-    let listener = &diagnosis.scan.listeners[of_listener.listener];
+fn listener(
+    diagnosis: &Diagnosis,
+    listener_diagnosis: &ListenerDiagnosis,
+) -> JsonDiagnosedListener {
+    let listener = &diagnosis.scan.listeners[listener_diagnosis.listener];
     let owners = listener.owners.iter();
     let mut owners: Vec<i32> = owners.map(|owner| owner.process.id.pid).collect();
     owners.dedup();
@@ -238,6 +241,6 @@ fn listener(diagnosis: &Diagnosis, of_listener: &ListenerDiagnosis) -> JsonDiagn
         backlog: listener.backlog,
         waiting: listener.waiting,
         owners,
-        group: group(&of_listener.connections, diagnosis.elapsed),
+        group: group(&listener_diagnosis.connections, diagnosis.elapsed),
     }
 }

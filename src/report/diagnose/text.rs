@@ -33,15 +33,15 @@ pub fn write(
         let _ = write!(head, "\n\n{chart}");
     }
     let processes = folded(&diagnosis.processes);
-    let process = |(process, like): &(&ProcessDiagnosis, usize)| {
-        process_block(process, *like, diagnosis.elapsed)
+    let process = |(process, similar): &(&ProcessDiagnosis, usize)| {
+        process_block(process, *similar, diagnosis.elapsed)
     };
     let processes_shown: Vec<String> = processes.iter().take(MAX_SHOWN).map(process).collect();
     let listeners = &diagnosis.listeners;
     let listener = |listener: &ListenerDiagnosis| listener_block(diagnosis, listener);
     let listeners_shown: Vec<String> = listeners.iter().take(MAX_SHOWN).map(listener).collect();
     let tail = diagnosis.ownerless.as_ref().map(|group| {
-        let mut block = format!("unknown owner: {}", stuck(group, diagnosis.elapsed));
+        let mut block = format!("unknown owner: {}", stuck_text(group, diagnosis.elapsed));
         push_causes(&mut block, group);
         push_places(&mut block, group);
         block
@@ -63,7 +63,7 @@ pub fn write(
     }
     let rest = processes.iter().skip(processes_fit);
     if rest.len() > 0 {
-        let count: usize = rest.clone().map(|(_, like)| 1 + like).sum();
+        let count: usize = rest.clone().map(|(_, similar)| 1 + similar).sum();
         let count = counted(count, "process");
         let stuck: usize = rest.map(|(process, _)| process.held.stuck).sum();
         let stuck = counted(stuck, "stuck socket");
@@ -139,7 +139,7 @@ fn summary(diagnosis: &Diagnosis) -> String {
         let separator = if index == 0 { ": " } else { ", " };
         let _ = write!(line, "{separator}{} {cause}", sockets.count);
     }
-    let _ = write!(line, "; {}", growth(total, diagnosis.elapsed));
+    let _ = write!(line, "; {}", growth_text(total, diagnosis.elapsed));
     let processes = diagnosis.processes.iter();
     let dead: usize = processes.map(|p| p.suspect_counts().dead).sum();
     if dead > 0 {
@@ -149,7 +149,7 @@ fn summary(diagnosis: &Diagnosis) -> String {
 }
 
 /// The change between the scans, in words.
-fn growth(group: &SocketGroup, elapsed: Duration) -> String {
+fn growth_text(group: &SocketGroup, elapsed: Duration) -> String {
     let time = seconds(elapsed);
     match (group.new, group.gone) {
         (0, 0) => format!("none new in {time}"),
@@ -162,7 +162,7 @@ fn growth(group: &SocketGroup, elapsed: Duration) -> String {
     }
 }
 
-fn stuck(group: &SocketGroup, elapsed: Duration) -> String {
+fn stuck_text(group: &SocketGroup, elapsed: Duration) -> String {
     if group.stuck + group.gone == 0 {
         return "no stuck sockets".into();
     }
@@ -170,26 +170,30 @@ fn stuck(group: &SocketGroup, elapsed: Duration) -> String {
     if let Some(oldest) = group.oldest {
         let _ = write!(text, ", oldest {}", age(oldest));
     }
-    let _ = write!(text, ", {}", growth(group, elapsed));
+    let _ = write!(text, ", {}", growth_text(group, elapsed));
     text
 }
 
-fn process_block(of: &ProcessDiagnosis, like: usize, elapsed: Duration) -> String {
-    let ProcessDiagnosis { process, held, .. } = of;
+fn process_block(diagnosis: &ProcessDiagnosis, similar: usize, elapsed: Duration) -> String {
+    let ProcessDiagnosis { process, held, .. } = diagnosis;
     let mut block = process.to_string();
-    if like > 0 {
-        let _ = write!(block, " (+{like} like it)");
+    if similar > 0 {
+        let _ = write!(block, " (+{similar} like it)");
     }
     if let Some(place) = place(&process.cgroup) {
         let _ = write!(block, " ({})", escape(&place));
     }
-    let _ = write!(block, ": {}", stuck(held, elapsed));
-    if of.shared > 0 {
-        let _ = write!(block, ", {} of them shared with other processes", of.shared);
+    let _ = write!(block, ": {}", stuck_text(held, elapsed));
+    if diagnosis.shared > 0 {
+        let _ = write!(
+            block,
+            ", {} of them shared with other processes",
+            diagnosis.shared
+        );
     }
-    if let Some(verdict) = of.condition.verdict() {
+    if let Some(verdict) = diagnosis.condition.verdict() {
         let _ = write!(block, "\n  {verdict}");
-        for (index, thread) in of
+        for (index, thread) in diagnosis
             .uninterruptible_threads
             .iter()
             .take(MAX_NAMED)
@@ -198,24 +202,24 @@ fn process_block(of: &ProcessDiagnosis, like: usize, elapsed: Duration) -> Strin
             let separator = if index == 0 { ": thread " } else { ", " };
             let _ = write!(block, "{separator}{thread}");
         }
-        if of.uninterruptible_threads.len() > MAX_NAMED {
+        if diagnosis.uninterruptible_threads.len() > MAX_NAMED {
             let _ = write!(
                 block,
                 " and {} more",
-                of.uninterruptible_threads.len() - MAX_NAMED
+                diagnosis.uninterruptible_threads.len() - MAX_NAMED
             );
         }
     }
     push_causes(&mut block, held);
-    if of.waiting > 0 {
-        let waiting = counted(of.waiting, "stuck connection");
+    if diagnosis.waiting > 0 {
+        let waiting = counted(diagnosis.waiting, "stuck connection");
         let _ = write!(block, "\n  {waiting} wait at its listener, see below");
     }
     let SuspectCounts {
         dead,
         never_connected,
         unknown,
-    } = of.suspect_counts();
+    } = diagnosis.suspect_counts();
     if dead > 0 {
         let _ = write!(block, "\n  {dead} dead: {}", verdict::DEAD);
     }
@@ -233,8 +237,8 @@ fn process_block(of: &ProcessDiagnosis, like: usize, elapsed: Duration) -> Strin
         );
     }
     push_places(&mut block, held);
-    let used = of.table.as_ref().map(|table| table.used);
-    match (used, of.status.limit) {
+    let used = diagnosis.table.as_ref().map(|table| table.used);
+    match (used, diagnosis.status.limit) {
         (Some(used), Some(limit)) => {
             let percent = (used as u128 * 100) / u128::from(limit.max(1));
             let _ = write!(block, "\n  descriptors: {used} of {limit} ({percent}%)");
@@ -244,14 +248,14 @@ fn process_block(of: &ProcessDiagnosis, like: usize, elapsed: Duration) -> Strin
         }
         (None, _) => block.push_str("\n  descriptors: may not be read"),
     }
-    if let Some(Suggestion { command, remark }) = &of.suggestion {
+    if let Some(Suggestion { command, remark }) = &diagnosis.suggestion {
         let _ = write!(block, "\n  next: {command}  ({remark})");
     }
     block
 }
 
-fn listener_block(diagnosis: &Diagnosis, of: &ListenerDiagnosis) -> String {
-    let listener = &diagnosis.scan.listeners[of.listener];
+fn listener_block(diagnosis: &Diagnosis, listener_diagnosis: &ListenerDiagnosis) -> String {
+    let listener = &diagnosis.scan.listeners[listener_diagnosis.listener];
     let owners: Vec<_> = by_process(&listener.owners).collect();
     let owner = match owners.first() {
         Some(first) => first[0].process.to_string(),
@@ -264,7 +268,7 @@ fn listener_block(diagnosis: &Diagnosis, of: &ListenerDiagnosis) -> String {
     let _ = write!(
         block,
         ": {}, backlog {} of {}",
-        stuck(&of.connections, diagnosis.elapsed),
+        stuck_text(&listener_diagnosis.connections, diagnosis.elapsed),
         listener.waiting,
         listener.backlog
     );
@@ -272,8 +276,8 @@ fn listener_block(diagnosis: &Diagnosis, of: &ListenerDiagnosis) -> String {
     if listener.backlog > 0 && listener.waiting > listener.backlog {
         block.push_str(" (full: new connections are dropped)");
     }
-    push_causes(&mut block, &of.connections);
-    push_places(&mut block, &of.connections);
+    push_causes(&mut block, &listener_diagnosis.connections);
+    push_places(&mut block, &listener_diagnosis.connections);
     block
 }
 
@@ -290,16 +294,20 @@ fn push_places(block: &mut String, group: &SocketGroup) {
         return;
     }
     let port = |port: &u16| format!(":{port}");
-    let ports = named(&group.ports, port);
-    let peers = named(&group.peers, ToString::to_string);
+    let ports = join_counts(&group.ports, port);
+    let peers = join_counts(&group.peers, ToString::to_string);
     let _ = write!(block, "\n  ports {ports}; peers {peers}");
     // Ports that occur once are ephemeral ports of clients, which are of no use to the operator.
     if group.peer_ports[0].1 > 1 || group.stuck == 1 {
-        let _ = write!(block, "; their ports {}", named(&group.peer_ports, port));
+        let _ = write!(
+            block,
+            "; their ports {}",
+            join_counts(&group.peer_ports, port)
+        );
     }
 }
 
-fn named<T>(counts: &[(T, usize)], text: impl Fn(&T) -> String) -> String {
+fn join_counts<T>(counts: &[(T, usize)], text: impl Fn(&T) -> String) -> String {
     let first = counts.iter().take(MAX_NAMED);
     let mut names: Vec<String> = first
         .map(|(value, count)| format!("{} ({count})", text(value)))
