@@ -11,7 +11,7 @@ use crate::diagnose;
 use crate::filter::Scope;
 use crate::filter::selectors::Selectors;
 use crate::finder;
-use crate::finder::dead::{DeadScan, DeadSocket, Verdict as Suspicion};
+use crate::finder::dead::{DeadScan, DeadSocket, SuspectVerdict};
 use crate::model::{Cause, Scan};
 use crate::proc::{ProcFs, Process, ProcessId};
 use crate::text::age;
@@ -143,10 +143,12 @@ fn usages(
         let usage = usage.or_insert_with(|| new(Arc::new(table.process)));
         for suspect in table.suspects {
             match suspect.verdict {
-                Suspicion::Dead(DeadSocket {
+                SuspectVerdict::Dead(DeadSocket {
                     local: Some(local), ..
                 }) if selectors.could_match_dead(local) => usage.dead += 1,
-                Suspicion::Unknown(_) if selectors.could_match_some_dead() => usage.unknown += 1,
+                SuspectVerdict::Unknown(_) if selectors.could_match_some_dead() => {
+                    usage.unknown += 1
+                }
                 _ => {}
             }
         }

@@ -8,7 +8,7 @@ use super::{drop_all_but, open_log, refuse, say_hints, say_notes, was_reported};
 use crate::cli::ReclaimArgs;
 use crate::config::{Action, Format, ReclaimConfig};
 use crate::control::Control;
-use crate::finder::dead::{self, Verdict};
+use crate::finder::dead::{self, SuspectVerdict};
 use crate::model::{Owner, Privilege};
 use crate::privileges::drop;
 use crate::proc::netns::NetnsScope;
@@ -94,13 +94,13 @@ fn find(config: &ReclaimConfig, proc: &ProcFs) -> anyhow::Result<ReclaimRun> {
         let process = Arc::new(table.process);
         for suspect in table.suspects {
             match suspect.verdict {
-                Verdict::Dead(socket) => run.descriptors.push(DeadDescriptor {
+                SuspectVerdict::Dead(socket) => run.descriptors.push(DeadDescriptor {
                     owner: Owner::new(Arc::clone(&process), suspect.fd),
                     inode: suspect.inode,
                     socket,
                 }),
-                Verdict::Unknown(_) => run.unknown += 1,
-                Verdict::NeverConnected => {}
+                SuspectVerdict::Unknown(_) => run.unknown += 1,
+                SuspectVerdict::NeverConnected => {}
             }
         }
     }

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use crate::filter::Scope;
 use crate::filter::selectors::Selectors;
-use crate::finder::dead::{self, DeadScan, Table, Verdict};
+use crate::finder::dead::{self, DeadScan, DescriptorTable, SuspectVerdict};
 use crate::finder::{self, listeners};
 use crate::model::{Listener, Scan, Socket};
 use crate::proc::netns::Netns;
@@ -140,7 +140,7 @@ pub struct ProcessDiagnosis {
     /// first [`MAX_SHOWN`] processes.
     pub uninterruptible_threads: Vec<i32>,
     /// The descriptor table; `None` if cwkill may not read it.
-    pub table: Option<Table>,
+    pub table: Option<DescriptorTable>,
     /// `None` if the names of the process do not show it.
     pub runtime: Option<LanguageRuntime>,
     pub suggestion: Option<Suggestion>,
@@ -160,9 +160,9 @@ impl ProcessDiagnosis {
         let mut counts = SuspectCounts::default();
         for suspect in self.table.iter().flat_map(|table| &table.suspects) {
             *match suspect.verdict {
-                Verdict::Dead(_) => &mut counts.dead,
-                Verdict::NeverConnected => &mut counts.never_connected,
-                Verdict::Unknown(_) => &mut counts.unknown,
+                SuspectVerdict::Dead(_) => &mut counts.dead,
+                SuspectVerdict::NeverConnected => &mut counts.never_connected,
+                SuspectVerdict::Unknown(_) => &mut counts.unknown,
             } += 1;
         }
         counts
@@ -294,7 +294,7 @@ pub(crate) fn read_tables(
     }
     let owners: HashSet<ProcessId> = scan.processes().into_keys().collect();
     let inodes: HashSet<u64> = scan.namespaces.iter().map(|netns| netns.inode()).collect();
-    // The socket tables of other namespaces were not read, so the sockets of a process there would all look dead.
+    // The socket tables of other namespaces were not read, so the sockets of a process there would all seem dead.
     let is_in_scope = |process: &Process| {
         match fs::metadata(proc.path(&format!("{}/ns/net", process.id.pid))) {
             Ok(namespace) => inodes.contains(&namespace.ino()),
@@ -386,22 +386,22 @@ fn diagnose_processes(
     selectors: &Selectors,
     status_of: impl Fn(&Process) -> (ProcessStatus, Condition),
 ) -> (Vec<ProcessDiagnosis>, usize) {
-    let mut tables: HashMap<ProcessId, Table> = scan
+    let mut tables: HashMap<ProcessId, DescriptorTable> = scan
         .tables
         .into_iter()
         .map(|table| (table.process.id, table))
         .collect();
-    let has_selected_descriptors = |table: &Table| {
+    let has_selected_descriptors = |table: &DescriptorTable| {
         let mut never_connected = 0;
         table.suspects.iter().any(|suspect| match suspect.verdict {
-            Verdict::Dead(socket) => socket
+            SuspectVerdict::Dead(socket) => socket
                 .local
                 .is_some_and(|local: SocketAddr| selectors.could_match_dead(local)),
-            Verdict::NeverConnected => {
+            SuspectVerdict::NeverConnected => {
                 never_connected += 1;
                 never_connected >= MANY_NEVER_CONNECTED && selectors.could_match_unbound()
             }
-            Verdict::Unknown(_) => false,
+            SuspectVerdict::Unknown(_) => false,
         })
     };
     let mut processes: BTreeMap<ProcessId, Arc<Process>> = second
@@ -442,7 +442,7 @@ fn diagnose_processes(
     processes.retain(|process| process.leaked() + process.waiting > 0);
     processes.sort_by_key(|process| std::cmp::Reverse((process.leaked(), process.waiting)));
     let suspects = tables.values().flat_map(|table| &table.suspects);
-    let unknown = suspects.filter(|suspect| matches!(suspect.verdict, Verdict::Unknown(_)));
+    let unknown = suspects.filter(|suspect| matches!(suspect.verdict, SuspectVerdict::Unknown(_)));
     let unknown = match selectors.could_match_some_dead() {
         true => unknown.count(),
         false => 0,

@@ -4,12 +4,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use super::lexer::{Fault, Input, Outcome, port_number, unequal, value};
+use super::lexer::{Fault, Input, ParseResult, port_number, unequal, value};
 use crate::filter::syntax_error::quoted;
 use crate::filter::{End, Expression};
 
 /// Parses `src [= | !=] HOST` after the keyword.
-pub(super) fn condition(input: &mut Input<'_>, end: End, keyword: &str) -> Outcome<Expression> {
+pub(super) fn condition(input: &mut Input<'_>, end: End, keyword: &str) -> ParseResult<Expression> {
     let example = format!("{keyword} 10.0.0.0/8 or {keyword} [2001:db8::1]:443 or {keyword} :8080");
     let unequal = unequal(input, keyword, &example)?;
     let (text, span) = value(input, "an address", &example)?;

@@ -12,7 +12,7 @@ use super::Services;
 use super::syntax_error::quoted;
 
 pub(super) type Input<'i> = Stateful<LocatingSlice<&'i str>, State<'i>>;
-pub(super) type Outcome<T> = ModalResult<T, Fault>;
+pub(super) type ParseResult<T> = ModalResult<T, Fault>;
 
 /// The state of the parser.
 #[derive(Clone, Copy, Debug)]
@@ -91,7 +91,7 @@ pub(super) struct Lexeme<'i> {
     pub(super) span: Range<usize>,
 }
 
-fn lexeme<'i>(input: &mut Input<'i>) -> Outcome<Lexeme<'i>> {
+fn lexeme<'i>(input: &mut Input<'i>) -> ParseResult<Lexeme<'i>> {
     use Comparison::*;
     let comparison = alt((
         alt(("==", "=")).value(Equal),
@@ -167,7 +167,7 @@ pub(super) fn value<'i>(
     input: &mut Input<'i>,
     noun: &str,
     example: &str,
-) -> Outcome<(&'i str, Range<usize>)> {
+) -> ParseResult<(&'i str, Range<usize>)> {
     match peek(input) {
         Some(Lexeme {
             token: Token::Word(text),
@@ -204,7 +204,7 @@ pub(super) fn comparison(input: &mut Input<'_>) -> (Comparison, Range<usize>) {
 }
 
 /// Takes `=` or `!=`, for values without an order; true for `!=`.
-pub(super) fn unequal(input: &mut Input<'_>, keyword: &str, example: &str) -> Outcome<bool> {
+pub(super) fn unequal(input: &mut Input<'_>, keyword: &str, example: &str) -> ParseResult<bool> {
     match comparison(input) {
         (Comparison::Equal, _) => Ok(false),
         (Comparison::NotEqual, _) => Ok(true),
@@ -221,7 +221,7 @@ pub(super) fn port_number(
     text: &str,
     span: Range<usize>,
     example: &str,
-) -> Outcome<u16> {
+) -> ParseResult<u16> {
     let fault = |message: String| Err(Fault::new(span.clone(), message, example));
     if text.is_empty() {
         return fault("a port is missing after the colon".into());

@@ -25,7 +25,7 @@ use winnow::stream::{LocatingSlice, Stream};
 
 use super::host;
 use super::lexer::{
-    Comparison, Fault, Input, Lexeme, Outcome, State, Token, comparison, end, next, peek,
+    Comparison, Fault, Input, Lexeme, ParseResult, State, Token, comparison, end, next, peek,
     port_number, take, unequal, value,
 };
 use super::syntax_error::quoted;
@@ -112,7 +112,7 @@ impl Subtree {
     }
 }
 
-fn whole(input: &mut Input<'_>) -> Outcome<Expression> {
+fn whole(input: &mut Input<'_>) -> ParseResult<Expression> {
     let subtree = list(input)?;
     match next(input) {
         None => Ok(subtree.tree),
@@ -125,7 +125,7 @@ fn whole(input: &mut Input<'_>) -> Outcome<Expression> {
     }
 }
 
-fn list(input: &mut Input<'_>) -> Outcome<Subtree> {
+fn list(input: &mut Input<'_>) -> ParseResult<Subtree> {
     let before = input.checkpoint();
     if peek(input).is_some_and(|lexeme| is_states(&lexeme)) {
         let states = states(input)?;
@@ -142,7 +142,7 @@ fn list(input: &mut Input<'_>) -> Outcome<Subtree> {
     chain(input)
 }
 
-fn chain(input: &mut Input<'_>) -> Outcome<Subtree> {
+fn chain(input: &mut Input<'_>) -> ParseResult<Subtree> {
     let mut subtree = term(input)?;
     let mut or_before = false;
     loop {
@@ -175,7 +175,7 @@ fn too_deep(span: Range<usize>) -> ErrMode<Fault> {
     )
 }
 
-fn term(input: &mut Input<'_>) -> Outcome<Subtree> {
+fn term(input: &mut Input<'_>) -> ParseResult<Subtree> {
     let mut negated = false;
     while take(input, Token::Not) {
         negated = !negated;
@@ -192,7 +192,7 @@ fn term(input: &mut Input<'_>) -> Outcome<Subtree> {
 
 const CONDITIONS: &str = "sport = :8080 and dst 10.0.0.0/8";
 
-fn positive(input: &mut Input<'_>) -> Outcome<Subtree> {
+fn positive(input: &mut Input<'_>) -> ParseResult<Subtree> {
     let Some(first) = peek(input) else {
         return Err(Fault::new(
             end(input),
@@ -225,7 +225,7 @@ fn positive(input: &mut Input<'_>) -> Outcome<Subtree> {
 }
 
 /// Parses from the parenthesis at `open`, which is taken already, to its counterpart.
-fn group(input: &mut Input<'_>, open: Range<usize>) -> Outcome<Subtree> {
+fn group(input: &mut Input<'_>, open: Range<usize>) -> ParseResult<Subtree> {
     input.state.depth += 1;
     if input.state.depth > MAX_DEPTH {
         return Err(too_deep(open));
@@ -266,7 +266,7 @@ fn unknown(span: Range<usize>, word: &str) -> ErrMode<Fault> {
     Fault::new(span, message, example)
 }
 
-fn port(input: &mut Input<'_>, end: End, keyword: &str) -> Outcome<Expression> {
+fn port(input: &mut Input<'_>, end: End, keyword: &str) -> ParseResult<Expression> {
     let example = format!("{keyword} = :8080 or {keyword} >= :1024");
     let (comparison, _) = comparison(input);
     let (text, span) = value(input, "a port", &example)?;
@@ -298,7 +298,7 @@ fn port(input: &mut Input<'_>, end: End, keyword: &str) -> Outcome<Expression> {
     })
 }
 
-fn interface(input: &mut Input<'_>) -> Outcome<Expression> {
+fn interface(input: &mut Input<'_>) -> ParseResult<Expression> {
     let example = "dev = eth0";
     let unequal = unequal(input, "dev", example)?;
     let (name, span) = value(input, "an interface", example)?;
@@ -314,7 +314,7 @@ fn interface(input: &mut Input<'_>) -> Outcome<Expression> {
     })
 }
 
-fn cgroup(input: &mut Input<'_>) -> Outcome<Expression> {
+fn cgroup(input: &mut Input<'_>) -> ParseResult<Expression> {
     let example = "cgroup = /system.slice/nginx.service";
     let unequal = unequal(input, "cgroup", example)?;
     let (path, _) = value(input, "a cgroup", example)?;
@@ -331,7 +331,7 @@ fn is_states(lexeme: &Lexeme<'_>) -> bool {
 
 /// Parses a sequence of `state` and `exclude`. Each `state` adds to the set, and each `exclude` removes from it. If the sequence
 /// begins with `exclude`, the set begins with all states.
-fn states(input: &mut Input<'_>) -> Outcome<Subtree> {
+fn states(input: &mut Input<'_>) -> ParseResult<Subtree> {
     let example = "state close-wait, or exclude listening";
     let mut set: Option<StateSet> = None;
     while let Some(keyword) = peek(input).filter(is_states) {

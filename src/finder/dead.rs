@@ -8,14 +8,14 @@
 //! 1. the protocol, from the attribute `system.sockprotoname` of the descriptor (net/socket.c, sockfs_xattr_get). This
 //!    needs the same right as reading the link. MPTCP has another name and is excluded;
 //! 2. the state, from TCP_INFO through a duplicate (pidfd_getfd(2)). This needs the right to attach to the process.
-//!    Without that right the descriptor is [`Verdict::Unknown`], never dead.
+//!    Without that right the descriptor is [`SuspectVerdict::Unknown`], never dead.
 //!
 //! If a socket was connected, the peer has acknowledged its SYN or SYN-ACK, and `tcpi_delivered` is not 0
 //! (net/ipv4/tcp_input.c, tcp_rcv_state_process and tcp_clean_rtx_queue). After a refused connect(2) it is 0. It is 0 again
 //! after connect(2) with AF_UNSPEC, which dissolves the connection (net/ipv4/tcp.c, tcp_disconnect, since Linux 5.6).
 //! Two other fields must not be 0 either: the receive space and the number of received segments. They would not be enough
 //! alone. tcp_disconnect keeps the receive space, and a refusal counts as a received segment. So a socket that was
-//! dissolved, then refused, and that its program is about to connect again would look dead. [measured on Linux 6.18]
+//! dissolved, then refused, and that its program is about to connect again would seem dead. [measured on Linux 6.18]
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -55,7 +55,7 @@ const TCPI_DELIVERED: usize = 192;
 
 /// The descriptor table of one process.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Table {
+pub struct DescriptorTable {
     pub process: Process,
     /// The number of its open descriptors of every kind.
     pub used: usize,
@@ -68,12 +68,12 @@ pub struct Table {
 pub struct Suspect {
     pub fd: RemoteFd,
     pub inode: u32,
-    pub verdict: Verdict,
+    pub verdict: SuspectVerdict,
 }
 
 /// The classification of a descriptor whose socket is in no table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum SuspectVerdict {
     /// The connection is over, state CLOSE. The process can still read the bytes that have arrived, but no more will come.
     Dead(DeadSocket),
     /// State CLOSE, and not connected since it was created or dissolved: fresh, bound, or after a failed connect(2). The
@@ -102,7 +102,7 @@ pub struct DeadSocket {
 #[derive(Debug, Default)]
 pub struct DeadScan {
     /// The selected processes, by pid, with or without suspects.
-    pub tables: Vec<Table>,
+    pub tables: Vec<DescriptorTable>,
     /// Processes whose descriptors cwkill may not read.
     pub unreadable: Vec<Unreadable>,
     /// Processes whose first thread has exited while others still run. The kernel shows an empty table for them.
@@ -168,9 +168,9 @@ pub fn find(
     let results: Vec<_> = pids.into_par_iter().map(scan_one).collect();
     for (pid, result) in results {
         match result {
-            Ok(ProcessScan::Table(table)) => scan.tables.push(table),
-            Ok(ProcessScan::LeaderExited(process)) => scan.leader_exited.push(process),
-            Ok(ProcessScan::None) => {}
+            Ok(TableScan::DescriptorTable(table)) => scan.tables.push(table),
+            Ok(TableScan::LeaderExited(process)) => scan.leader_exited.push(process),
+            Ok(TableScan::None) => {}
             Err(error) if is_gone(&error) => {}
             Err(error) if is_denied(&error) => scan.unreadable.extend(proc.unreadable(pid)),
             Err(error) => scan.failed.push((pid, error)),
@@ -180,10 +180,10 @@ pub fn find(
 }
 
 /// The result for one process.
-enum ProcessScan {
+enum TableScan {
     /// It is not selected, or gone.
     None,
-    Table(Table),
+    DescriptorTable(DescriptorTable),
     LeaderExited(Process),
 }
 
@@ -199,12 +199,12 @@ fn scan_process(
     same_pids: bool,
     selected: &(dyn Fn(&Process) -> bool + Sync),
     in_tables: &HashSet<u32>,
-) -> io::Result<ProcessScan> {
+) -> io::Result<TableScan> {
     // This directory keeps referring to the same process, even if another process gets the pid.
     let dir = File::open(proc.path(&pid.to_string()))?;
     let process = identity(dir.as_fd(), pid)?;
     if !selected(&process) {
-        return Ok(ProcessScan::None);
+        return Ok(TableScan::None);
     }
     for _ in 0..MAX_ATTEMPTS {
         let before = image(dir.as_fd())?;
@@ -218,15 +218,15 @@ fn scan_process(
         }
         // The attribute was read through the pid, which another process may have by now.
         if !suspects.is_empty() && !proc.is_alive(process.id) {
-            return Ok(ProcessScan::None);
+            return Ok(TableScan::None);
         }
-        return Ok(ProcessScan::Table(Table {
+        return Ok(TableScan::DescriptorTable(DescriptorTable {
             process,
             used,
             suspects,
         }));
     }
-    Ok(ProcessScan::LeaderExited(process))
+    Ok(TableScan::LeaderExited(process))
 }
 
 /// The suspects in the table of a process, and the number of its descriptors.
@@ -257,7 +257,7 @@ fn scan_table(
         }
         let verdict = match &pidfd {
             Ok(pidfd) => examine(pidfd.as_fd(), fd, inode),
-            Err(errno) => Some(Verdict::Unknown(*errno)),
+            Err(errno) => Some(SuspectVerdict::Unknown(*errno)),
         };
         Ok(verdict.map(|verdict| Suspect { fd, inode, verdict }))
     };
@@ -316,21 +316,21 @@ pub(crate) fn open_pidfd(proc: &ProcFs, process: &Process) -> Result<OwnedFd, Er
 
 /// Classifies a descriptor through a duplicate, which is closed at once. `None`: it is another file by now, or the socket
 /// is alive.
-pub(crate) fn examine(pidfd: BorrowedFd<'_>, fd: RemoteFd, inode: u32) -> Option<Verdict> {
+pub(crate) fn examine(pidfd: BorrowedFd<'_>, fd: RemoteFd, inode: u32) -> Option<SuspectVerdict> {
     let socket = match sys::pidfd_getfd(pidfd, fd) {
         Ok(socket) => socket,
         Err(error) => match errno(error) {
             Errno::EBADF | Errno::ESRCH => return None,
-            other => return Some(Verdict::Unknown(other)),
+            other => return Some(SuspectVerdict::Unknown(other)),
         },
     };
     if fstat(&socket).map(|stat| stat.st_ino) != Ok(inode.into()) {
         return None;
     }
-    read_verdict(socket.as_fd()).unwrap_or_else(|error| Some(Verdict::Unknown(errno(error))))
+    read_verdict(socket.as_fd()).unwrap_or_else(|error| Some(SuspectVerdict::Unknown(errno(error))))
 }
 
-fn read_verdict(socket: BorrowedFd<'_>) -> io::Result<Option<Verdict>> {
+fn read_verdict(socket: BorrowedFd<'_>) -> io::Result<Option<SuspectVerdict>> {
     // Longer than any tcp_info so far. The kernel cuts a longer one.
     let mut info = [0; 512];
     let info = sys::socket_option_bytes(socket, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info)?;
@@ -338,12 +338,12 @@ fn read_verdict(socket: BorrowedFd<'_>) -> io::Result<Option<Verdict>> {
         return Err(Errno::ENODATA.into());
     };
     Ok(match (state, was_connected) {
-        (TcpState::Close, false) => Some(Verdict::NeverConnected),
+        (TcpState::Close, false) => Some(SuspectVerdict::NeverConnected),
         (TcpState::Close, true) => {
             let local = SockRef::from(&socket).local_addr().ok();
             let canonical =
                 |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
-            Some(Verdict::Dead(DeadSocket {
+            Some(SuspectVerdict::Dead(DeadSocket {
                 cookie: Cookie(sockopt::socket_cookie(socket)?),
                 local: local.and_then(|address| address.as_socket()).map(canonical),
                 quiet,
@@ -383,7 +383,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     /// The verdicts on these descriptors of the test process.
-    fn verdicts(fds: &[BorrowedFd<'_>]) -> Vec<Option<Verdict>> {
+    fn verdicts(fds: &[BorrowedFd<'_>]) -> Vec<Option<SuspectVerdict>> {
         let proc = ProcFs::default();
         let current = NetnsScope::Current.open(&proc).unwrap().open;
         let in_tables = inodes_in_tables(&current).unwrap();
@@ -453,18 +453,20 @@ mod tests {
                 dead.as_fd(),
                 finished.as_fd(),
             ]);
-            let never = Some(Verdict::NeverConnected);
+            let never = Some(SuspectVerdict::NeverConnected);
             assert_eq!(found[..3], [None, None, never]);
             assert_eq!(found[3..8], [never, never, never, None, None]);
             for verdict in &found[8..] {
-                let Some(Verdict::Dead(socket)) = verdict else {
+                let Some(SuspectVerdict::Dead(socket)) = verdict else {
                     panic!("{address}: {verdict:?}");
                 };
                 assert_eq!(socket.local, Some(local), "{address}");
                 assert!(socket.quiet < Duration::from_secs(60), "{socket:?}");
             }
             let cookie = sockopt::socket_cookie(dead.as_fd()).unwrap();
-            assert!(matches!(found[8], Some(Verdict::Dead(d)) if d.cookie == Cookie(cookie)));
+            assert!(
+                matches!(found[8], Some(SuspectVerdict::Dead(d)) if d.cookie == Cookie(cookie))
+            );
         }
     }
 

@@ -23,7 +23,7 @@ pub struct Destroy {
 }
 
 /// The kernel's answers, one per id, in the same order.
-type Answers = io::Result<Vec<Result<(), DestroyError>>>;
+type DestroyAnswers = io::Result<Vec<Result<(), DestroyError>>>;
 
 impl Destroy {
     /// Opens the netlink socket, in the network namespace of the calling thread.
@@ -45,7 +45,7 @@ impl Destroy {
     fn request(
         &mut self,
         targets: Vec<&mut Target>,
-        destroy: impl FnOnce(&mut SockDiag, &[DiagId]) -> Answers,
+        destroy: impl FnOnce(&mut SockDiag, &[DiagId]) -> DestroyAnswers,
     ) {
         if self.unsupported {
             for target in targets {

@@ -23,15 +23,15 @@ const LARGE: i32 = 4096;
 
 /// The sockets of a descriptor table, or of a part of it.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Table {
+pub(crate) struct SocketFds {
     /// The sockets, by inode.
     pub sockets: Vec<(u32, RemoteFd)>,
     /// cwkill may not read some of the descriptors.
     pub denied: bool,
 }
 
-impl Table {
-    fn add(&mut self, part: Table) {
+impl SocketFds {
+    fn add(&mut self, part: SocketFds) {
         self.sockets.extend(part.sockets);
         self.denied |= part.denied;
     }
@@ -41,7 +41,7 @@ impl Table {
 ///
 /// For a large table of N descriptors it tries the numbers from 0 to N and lists only those beyond. The kernel gives out the
 /// lowest free number, so few lie beyond. Listing all of them would cost a fifth more.
-pub(crate) fn read_table(dir: BorrowedFd<'_>, done: &AtomicBool) -> io::Result<Table> {
+pub(crate) fn read_table(dir: BorrowedFd<'_>, done: &AtomicBool) -> io::Result<SocketFds> {
     let tried = count(dir)?.unwrap_or(0);
     let mut parts = read_numbers(dir, tried, done)?;
     let beyond = match tried {
@@ -52,12 +52,12 @@ pub(crate) fn read_table(dir: BorrowedFd<'_>, done: &AtomicBool) -> io::Result<T
         .par_chunks(CHUNK)
         .filter(|_| !done.load(Ordering::Relaxed))
         .map(|fds| read_sockets(dir, fds.iter().copied()));
-    parts.extend(listed.collect::<io::Result<Vec<Table>>>()?);
+    parts.extend(listed.collect::<io::Result<Vec<SocketFds>>>()?);
     Ok(gather(parts))
 }
 
-fn gather(parts: Vec<Table>) -> Table {
-    let mut table = Table::default();
+fn gather(parts: Vec<SocketFds>) -> SocketFds {
+    let mut table = SocketFds::default();
     for part in parts {
         table.add(part);
     }
@@ -73,7 +73,7 @@ fn count(dir: BorrowedFd<'_>) -> io::Result<Option<i32>> {
 }
 
 /// Reads the open descriptors below `end`.
-fn read_numbers(dir: BorrowedFd<'_>, end: i32, done: &AtomicBool) -> io::Result<Vec<Table>> {
+fn read_numbers(dir: BorrowedFd<'_>, end: i32, done: &AtomicBool) -> io::Result<Vec<SocketFds>> {
     let length = i32::try_from(CHUNK).expect("a small constant");
     let starts: Vec<i32> = (0..end).step_by(CHUNK).collect();
     starts
@@ -109,8 +109,8 @@ pub(crate) fn list_fds(dir: BorrowedFd<'_>) -> io::Result<Vec<i32>> {
 }
 
 /// Finds the sockets among the descriptors `fds` of `dir`.
-fn read_sockets(dir: BorrowedFd<'_>, fds: impl Iterator<Item = i32>) -> io::Result<Table> {
-    let mut table = Table::default();
+fn read_sockets(dir: BorrowedFd<'_>, fds: impl Iterator<Item = i32>) -> io::Result<SocketFds> {
+    let mut table = SocketFds::default();
     for fd in fds {
         let inode = match read_socket_link(dir, fd) {
             // The number is free, or it was closed after the listing.
@@ -232,7 +232,7 @@ mod tests {
         assert!(tried >= LARGE);
         let done = AtomicBool::new(false);
         // Other tests open and close sockets at the same time.
-        let of_this_test = |table: Table| -> Vec<(u32, RemoteFd)> {
+        let of_this_test = |table: SocketFds| -> Vec<(u32, RemoteFd)> {
             let mut sockets = table.sockets;
             sockets.retain(|(_, fd)| numbers.contains(&fd.0));
             sockets.sort_unstable();

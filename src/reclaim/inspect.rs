@@ -20,7 +20,7 @@ use super::in_use::{Epoll, Evidence, IoUring, runs_finalizers, works_for_io_urin
 use super::ptrace::{StoppedProcess, Thread, read_memory};
 use super::syscalls::{Syscall, SyscallUse};
 use super::{RETRY_INTERVAL, ReclaimRules, ReclaimTarget, read_text, status_field};
-use crate::finder::dead::{self, Verdict};
+use crate::finder::dead::{self, SuspectVerdict};
 use crate::model::{InUse, ReclaimReason};
 use crate::proc::{ProcFs, Process, fds, is_gone};
 use crate::sys::errno_of;
@@ -225,10 +225,10 @@ impl<'p> InspectedProcess<'p> {
     /// The unread bytes of the dead socket of `target`; `None` if its descriptor is something else by now.
     pub fn unread(&self, target: &ReclaimTarget) -> Result<Option<u32>, Errno> {
         match dead::examine(self.pidfd.as_fd(), target.owner.fd, target.inode) {
-            Some(Verdict::Dead(socket)) if socket.cookie == target.cookie => {
+            Some(SuspectVerdict::Dead(socket)) if socket.cookie == target.cookie => {
                 Ok(Some(socket.unread))
             }
-            Some(Verdict::Unknown(errno)) => Err(errno),
+            Some(SuspectVerdict::Unknown(errno)) => Err(errno),
             _ => Ok(None),
         }
     }

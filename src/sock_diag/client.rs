@@ -200,7 +200,7 @@ impl SockDiag {
         for (ids, answers) in ids.chunks(BATCH).zip(answers.chunks_mut(BATCH)) {
             // A lookup may be repeated. Answers that did not fit the queue together fit it one by one.
             let mut batch = BATCH;
-            while self.request(ids, answers, batch, put)? == Answers::SomeLost && batch > 1 {
+            while self.request(ids, answers, batch, put)? == Completeness::SomeLost && batch > 1 {
                 batch /= 2;
             }
         }
@@ -270,7 +270,7 @@ impl SockDiag {
         answers: &mut [Option<Frame>],
         batch: usize,
         put: impl Fn(&mut Vec<u8>, &DiagId, u32),
-    ) -> io::Result<Answers> {
+    ) -> io::Result<Completeness> {
         let mut request = Vec::new();
         for (ids, answers) in ids.chunks(batch).zip(answers.chunks_mut(batch)) {
             // Every id takes a sequence number, also without a request, so that the number gives the index of the answer.
@@ -288,8 +288,8 @@ impl SockDiag {
             }
         }
         Ok(match answers.iter().all(Option::is_some) {
-            true => Answers::All,
-            false => Answers::SomeLost,
+            true => Completeness::All,
+            false => Completeness::SomeLost,
         })
     }
 
@@ -373,7 +373,7 @@ enum Until {
 
 /// Whether the kernel answered every request.
 #[derive(Debug, PartialEq, Eq)]
-enum Answers {
+enum Completeness {
     All,
     SomeLost,
 }

@@ -121,10 +121,10 @@ fn prints_what_is_documented(name: &str) -> Result<()> {
 
 /// A document: text, labs, and commands with their outputs.
 struct Document {
-    parts: Vec<Part>,
+    parts: Vec<Block>,
 }
 
-enum Part {
+enum Block {
     /// A line outside the blocks that are run.
     Line(String),
     /// The commands after this run in a new lab.
@@ -200,9 +200,9 @@ impl Document {
         let mut lines = text.lines().peekable();
         let (mut lab, mut not_run) = (false, false);
         while let Some(line) = lines.next() {
-            parts.push(Part::Line(line.to_owned()));
+            parts.push(Block::Line(line.to_owned()));
             if let Some(scenarios) = comment(line, "scenario") {
-                parts.push(Part::NewLab(
+                parts.push(Block::NewLab(
                     Scenarios::parse(scenarios).context(line.to_owned())?,
                 ));
                 lab = true;
@@ -216,16 +216,16 @@ impl Document {
             not_run = false;
             for line in lines.by_ref() {
                 if line == "```" {
-                    parts.push(Part::Line(line.to_owned()));
+                    parts.push(Block::Line(line.to_owned()));
                     break;
                 }
                 match (line.strip_prefix("$ "), parts.last_mut()) {
-                    (Some(command), _) if run => parts.push(Part::Command {
+                    (Some(command), _) if run => parts.push(Block::Command {
                         line: command.to_owned(),
                         output: Vec::new(),
                     }),
-                    (None, Some(Part::Command { output, .. })) => output.push(line.to_owned()),
-                    _ => parts.push(Part::Line(line.to_owned())),
+                    (None, Some(Block::Command { output, .. })) => output.push(line.to_owned()),
+                    _ => parts.push(Block::Line(line.to_owned())),
                 }
             }
         }
@@ -235,7 +235,7 @@ impl Document {
     fn runs(&self) -> usize {
         let commands = self.parts.iter();
         commands
-            .filter(|part| matches!(part, Part::Command { .. }))
+            .filter(|part| matches!(part, Block::Command { .. }))
             .count()
     }
 
@@ -246,13 +246,13 @@ impl Document {
         let mut place: Option<Session> = None;
         for part in &self.parts {
             match part {
-                Part::Line(line) => renewed += &format!("{line}\n"),
-                Part::NewLab(scenarios) => {
+                Block::Line(line) => renewed += &format!("{line}\n"),
+                Block::NewLab(scenarios) => {
                     // The lab before is removed first.
                     drop(place.take());
                     place = Some(Session::new(scenarios)?);
                 }
-                Part::Command { line, output } => {
+                Block::Command { line, output } => {
                     let place = place.as_mut().context("no lab")?;
                     let printed = place.run(programs.path(), line)?;
                     let same = normal(&printed) == normal(output);

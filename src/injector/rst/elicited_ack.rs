@@ -73,13 +73,13 @@ pub fn elicit(
             for (tuple, result) in raw.send(burst.iter().map(segment).collect()) {
                 answers.sent(tuple, result);
             }
-            capture.drain(|segment| answers.see(&segment))?;
+            capture.drain(|segment| answers.note(&segment))?;
         }
         let round_over = over.min(control.now() + retry);
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         while answers.waits() && control.now() < round_over && !control.interrupted() {
             backoff.sleep(control, round_over);
-            capture.drain(|segment| answers.see(&segment))?;
+            capture.drain(|segment| answers.note(&segment))?;
         }
         if !answers.waits() || control.now() >= over || control.interrupted() {
             return Ok(answers);
@@ -173,7 +173,7 @@ impl Answers {
         };
     }
 
-    fn see(&mut self, segment: &Segment) {
+    fn note(&mut self, segment: &Segment) {
         let tuple = Tuple {
             local: segment.from,
             peer: segment.to,
@@ -238,8 +238,8 @@ mod tests {
     fn only_the_tuple_in_its_direction_is_an_answer() {
         let connection = tuple("10.0.0.1:80", "10.0.0.2:5");
         let mut answers = Answers::new(&[id(connection)]);
-        answers.see(&segment(connection.reversed(), 1, 2, TcpFlags::ACK));
-        answers.see(&segment(
+        answers.note(&segment(connection.reversed(), 1, 2, TcpFlags::ACK));
+        answers.note(&segment(
             tuple("10.0.0.1:80", "10.0.0.2:6"),
             1,
             2,
@@ -252,10 +252,10 @@ mod tests {
             TcpFlags::FIN | TcpFlags::ACK,
             0,
         ] {
-            answers.see(&segment(connection, 1, 2, flags));
+            answers.note(&segment(connection, 1, 2, flags));
         }
         assert!(answers.waits());
-        answers.see(&segment(connection, 7, 9, TcpFlags::ACK));
+        answers.note(&segment(connection, 7, 9, TcpFlags::ACK));
         assert!(!answers.waits());
     }
 
@@ -263,9 +263,9 @@ mod tests {
     fn the_latest_numbers_win() {
         let connection = tuple("[fe80::1]:80", "[fe80::2]:5");
         let mut answers = Answers::new(&[id(connection)]);
-        answers.see(&segment(connection, u32::MAX, 9, TcpFlags::ACK));
-        answers.see(&segment(connection, 0, 9, TcpFlags::ACK));
-        answers.see(&segment(connection, u32::MAX, 9, TcpFlags::ACK));
+        answers.note(&segment(connection, u32::MAX, 9, TcpFlags::ACK));
+        answers.note(&segment(connection, 0, 9, TcpFlags::ACK));
+        answers.note(&segment(connection, u32::MAX, 9, TcpFlags::ACK));
         let Answer::Numbers(numbers) = answers.of(&connection) else {
             panic!("no answer");
         };

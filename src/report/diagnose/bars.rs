@@ -2,7 +2,7 @@
 
 /// The maximum length of the longest bar, in characters.
 const MAX_LENGTH: usize = 40;
-/// With less room than this for the longest bar there is no chart: the bars would all look alike.
+/// With less room than this for the longest bar there is no chart: the bars would all be alike.
 const MIN_LENGTH: usize = 10;
 
 /// Rows of a name, a count and a bar in proportion to the count; `None` if `columns` is too narrow for bars.

@@ -10,7 +10,7 @@ use netns_harness::owners::{Build, Owner as LeakyOwner};
 use netns_harness::{Lab, Signal};
 
 use cwkill::control::Control;
-use cwkill::finder::dead::{self, DeadSocket, Verdict};
+use cwkill::finder::dead::{self, DeadSocket, SuspectVerdict};
 use cwkill::model::{Method, Owner, ReclaimOutcome, ReclaimReason};
 use cwkill::proc::ProcFs;
 use cwkill::reclaim::{ReclaimRules, ReclaimTarget};
@@ -47,7 +47,7 @@ fn dead(owner: &LeakyOwner) -> Result<Vec<Dead>> {
         .suspects
         .iter()
         .filter_map(|suspect| match suspect.verdict {
-            Verdict::Dead(socket) => Some(Dead {
+            SuspectVerdict::Dead(socket) => Some(Dead {
                 owner: Owner::new(Arc::clone(&process), suspect.fd),
                 inode: suspect.inode,
                 socket,
