@@ -99,7 +99,7 @@ impl ProcFs {
     }
 
     /// Whether this file system shows the pid namespace of cwkill, so that system calls take its pids.
-    pub fn is_of_our_pid_namespace(&self) -> bool {
+    pub fn shows_own_pid_namespace(&self) -> bool {
         let own = std::process::id().to_string();
         fs::read_link(self.path("self")).is_ok_and(|target| target.as_os_str() == own.as_str())
     }
