@@ -4,8 +4,8 @@
 //! units and containers; [`netns`] reads network namespaces; `mounts` reads the mount table. cwkill reads only files that cannot
 //! hang on a sick host: never `maps`, and of `exe` only the link.
 //!
-//! Races: ENOENT and ESRCH mean that the process is gone ([`is_gone`]). EACCES and EPERM mean that cwkill may not read the file
-//! ([`is_denied`]). Any other errno is an error.
+//! Races: ENOENT and ESRCH mean that the process is gone (`is_gone`). EACCES and EPERM mean that cwkill may not read the file
+//! (`is_denied`). Any other errno is an error.
 
 pub mod cgroup;
 pub(crate) mod fds;
