@@ -1,8 +1,8 @@
 //! A command name after options or an expression, for example `cwkill --port 80 check`. clap takes it for a part of the
 //! expression, so its own error would not mention the command.
 //!
-//! clap cannot do this alone. If it recognised commands after options, it would also take the device in `dev check` and the
-//! host in `dst check` for commands.
+//! clap cannot do this alone. It can recognise a command after options, but not after an expression. With
+//! `subcommand_precedence_over_arg` it would also take the device in `dev check` and the host in `dst check` for commands.
 
 use std::ffi::OsString;
 
