@@ -237,7 +237,7 @@ pub fn run(scope: &Scope, sample: Duration, proc: &ProcFs) -> anyhow::Result<Dia
     let ownerless = SocketGroup::new(ownerless(&first), ownerless(&scan), &context);
     let total = SocketGroup::new(sockets(&first), sockets(&scan), &context);
     let listeners = diagnose_listeners(scans, &context);
-    let is_own_pid_namespace = proc.is_of_our_pid_namespace();
+    let is_own_pid_namespace = proc.shows_own_pid_namespace();
     for diagnosis in processes.iter_mut().take(MAX_SHOWN) {
         let process = &diagnosis.process;
         let before = uninterruptible.get(&process.id);

@@ -229,7 +229,7 @@ fn reachability(proc: &ProcFs, probe: bool) -> io::Result<Reachability> {
     const NO_INODE: u32 = u32::MAX;
     /// A descriptor that no process has: it is above the highest possible fs.nr_open.
     const NO_DESCRIPTOR: RemoteFd = RemoteFd(i32::MAX);
-    if !proc.is_of_our_pid_namespace() {
+    if !proc.shows_own_pid_namespace() {
         return Err(io::Error::other(
             "/proc shows another pid namespace than cwkill runs in",
         ));

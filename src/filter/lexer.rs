@@ -1,4 +1,4 @@
-//! The tokens of an expression, and its faults: the building blocks of the grammar in [`super::parse`].
+//! The tokens of an expression, and its faults: the building blocks of the grammar in [`super::parse()`].
 
 use std::ops::Range;
 

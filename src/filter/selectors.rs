@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_dead_socket_only_the_local_address_is_judged() {
+    fn only_the_local_address_of_a_dead_socket_is_compared() {
         let could = |change: fn(&mut Selectors)| {
             let mut selectors = Selectors::default();
             change(&mut selectors);

@@ -157,7 +157,7 @@ pub fn find(
     selected: &(dyn Fn(&Process) -> bool + Sync),
     in_tables: &HashSet<u32>,
 ) -> io::Result<DeadScan> {
-    let same_pids = proc.is_of_our_pid_namespace();
+    let same_pids = proc.shows_own_pid_namespace();
     let pids = proc.pids()?;
     let mut scan = DeadScan {
         // Process 1 lives as long as its pid namespace, so only hidepid can hide it.

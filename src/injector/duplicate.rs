@@ -28,7 +28,7 @@ impl Duplicator {
     /// `proc` is used to identify owners by their start time.
     pub fn new(proc: ProcFs) -> Self {
         Duplicator {
-            same_pids: proc.is_of_our_pid_namespace(),
+            same_pids: proc.shows_own_pid_namespace(),
             proc,
             pidfds: HashMap::new(),
         }

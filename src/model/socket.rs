@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn our_own_fin_is_no_data() {
+    fn the_own_fin_is_not_data() {
         assert_eq!(unsent(TcpState::LastAck, 1), 0);
         assert_eq!(unsent(TcpState::LastAck, 11), 10);
         assert_eq!(unsent(TcpState::CloseWait, 1), 1);

@@ -4,8 +4,8 @@
 //! units and containers; [`netns`] reads network namespaces; `mounts` reads the mount table. cwkill reads only files that cannot
 //! hang on a sick host: never `maps`, and of `exe` only the link.
 //!
-//! Races: ENOENT and ESRCH mean that the process is gone ([`is_gone`]). EACCES and EPERM mean that cwkill may not read the file
-//! ([`is_denied`]). Any other errno is an error.
+//! Races: ENOENT and ESRCH mean that the process is gone (`is_gone`). EACCES and EPERM mean that cwkill may not read the file
+//! (`is_denied`). Any other errno is an error.
 
 pub mod cgroup;
 pub(crate) mod fds;
@@ -99,7 +99,7 @@ impl ProcFs {
     }
 
     /// Whether this file system shows the pid namespace of cwkill, so that system calls take its pids.
-    pub fn is_of_our_pid_namespace(&self) -> bool {
+    pub fn shows_own_pid_namespace(&self) -> bool {
         let own = std::process::id().to_string();
         fs::read_link(self.path("self")).is_ok_and(|target| target.as_os_str() == own.as_str())
     }

@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn cgroup2_is_told_from_cgroup_v1() {
+    fn cgroup_v1_is_not_taken_for_cgroup2() {
         let v2 = "23 1 0:22 / /proc rw - proc proc rw\n\
                   30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw\n";
         assert_eq!(cgroup2(&parse(v2)), Some("/sys/fs/cgroup".into()));

@@ -89,7 +89,7 @@ mod tests {
     use crate::proc::ProcessId;
 
     #[test]
-    fn the_state_stands_behind_whatever_name() {
+    fn the_state_follows_any_name() {
         assert_eq!(thread_state(b"7 (a) S (b)) D 1 7"), Some(b'D'));
         assert_eq!(thread_state(b"7 (\xff) R 1 7"), Some(b'R'));
         for broken in [&b"7 (a)"[..], b"7 (a) ", b""] {
@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn our_own() {
+    fn the_status_of_this_process() {
         let proc = ProcFs::default();
         let pid = i32::try_from(std::process::id()).unwrap();
         let mut process = Process {

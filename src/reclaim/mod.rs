@@ -113,9 +113,9 @@ pub struct StopStats {
 /// alive. Writes [`ReclaimOutcome::Allowed`] or [`ReclaimOutcome::Skipped`].
 pub fn judge(targets: &mut [ReclaimTarget<'_>], rules: &ReclaimRules, proc: &ProcFs) {
     let skipped = |reason: ReclaimReason| Some(ReclaimOutcome::Skipped(reason));
-    let is_our_proc = proc.is_of_our_pid_namespace();
+    let same_pids = proc.shows_own_pid_namespace();
     for owned in by_process(targets) {
-        let inspection = match is_our_proc {
+        let inspection = match same_pids {
             true => Inspection::of(proc, &owned[0].owner.process, rules),
             false => Err(ReclaimReason::OtherPidNamespace.into()),
         };
@@ -135,7 +135,7 @@ pub fn judge(targets: &mut [ReclaimTarget<'_>], rules: &ReclaimRules, proc: &Pro
 /// Skips each pending target on which a system call is waiting. It must be called before the sockets are closed: closing a
 /// socket ends the call, and its thread is then likely to close the descriptor. The other targets stay pending.
 pub fn in_calls(targets: &mut [ReclaimTarget<'_>], rules: &ReclaimRules, proc: &ProcFs) {
-    if rules.force || !proc.is_of_our_pid_namespace() {
+    if rules.force || !proc.shows_own_pid_namespace() {
         return;
     }
     for mut owned in by_process(targets) {
@@ -176,10 +176,10 @@ pub fn reclaim(
 ) -> Vec<StopStats> {
     let interrupted = || control.interrupted();
     let mut stops = Vec::new();
-    let is_our_proc = proc.is_of_our_pid_namespace();
+    let same_pids = proc.shows_own_pid_namespace();
     let mut was_interrupted = false;
     for mut owned in by_process(targets) {
-        if !is_our_proc {
+        if !same_pids {
             decide(&mut owned, &ReclaimReason::OtherPidNamespace.into());
             continue;
         }

@@ -504,7 +504,7 @@ mod tests {
     }
 
     #[test]
-    fn an_interrupted_dump_is_asked_for_again() {
+    fn an_interrupted_dump_is_repeated() {
         let mut assembly = Assembly::new(5);
         let datagram = dump(5, 2 | NLM_F_DUMP_INTR);
         assert_eq!(feed(&mut assembly, &datagram), DumpProgress::Repeat);
@@ -543,7 +543,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_to_another_question_are_not_taken() {
+    fn answers_to_another_request_are_ignored() {
         let mut assembly = Assembly::new(6);
         assert_eq!(feed(&mut assembly, &dump(5, 2)), DumpProgress::More);
         assert!(assembly.kept.is_empty());

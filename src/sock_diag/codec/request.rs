@@ -68,7 +68,7 @@ pub enum Detail {
 
 /// Appends a lookup of exactly the socket `id` to `bytes`.
 ///
-/// The answer is one [`Frame::Socket`], or an error: ENOENT or ESTALE if that socket is no longer in the kernel's tables
+/// The answer is one [`super::Frame::Socket`], or an error: ENOENT or ESTALE if that socket is no longer in the kernel's tables
 /// (net/ipv4/inet_diag.c, inet_diag_find_one_icsk).
 pub fn put_lookup(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32, detail: Detail) {
     put_header(
@@ -87,7 +87,7 @@ pub fn put_lookup(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32, detail: Detai
     );
 }
 
-/// Appends a request to abort exactly the socket `id` to `bytes`. The answer is one [`Frame::Ack`], or an error.
+/// Appends a request to abort exactly the socket `id` to `bytes`. The answer is one [`super::Frame::Ack`], or an error.
 ///
 /// Without the cookie in `id` the kernel would abort the listener if the connection is gone.
 pub fn put_destroy(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32) {

@@ -98,7 +98,7 @@ fn quiet_lookup(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32) {
 }
 
 #[test]
-fn a_question_carries_the_id_byte_for_byte() {
+fn a_request_carries_the_id_byte_for_byte() {
     let stuck = &sockets(DUMP_V6)[2];
     for (put, kind, flags) in [
         (
@@ -153,7 +153,7 @@ fn a_dump_asks_by_state() {
 }
 
 #[test]
-fn errors_and_acks_are_told_apart() {
+fn errors_and_acks_are_distinguished() {
     let message = |kind: u16, payload: &[u8]| {
         let mut bytes = Vec::new();
         let length = u32::try_from(16 + payload.len()).unwrap();
