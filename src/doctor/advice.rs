@@ -142,7 +142,7 @@ fn reclaim(host: &HostInfo) -> MethodRow {
     }
     if !host.kcmp {
         row.add_reason(
-            "this kernel has no kcmp(2): whether a process shares its table of descriptors cannot be seen".to_owned(),
+            "this kernel has no kcmp(2), so cwkill cannot see whether a process shares its descriptor table".to_owned(),
             "a kernel with CONFIG_KCMP (a seccomp profile that answers ENOSYS to kcmp looks the same)",
         );
         (own, others) = (Support::No, Support::No);

@@ -172,7 +172,7 @@ impl<'a> RowBuilder<'a> {
         match error {
             MethodError::NotPermitted(Privilege::NetAdmin, _) => self.how_to_grant(Capability::CAP_NET_ADMIN),
             MethodError::NotPermitted(Privilege::NetRaw, _) => self.how_to_grant(Capability::CAP_NET_RAW),
-            // The owner in a trial is cwkill itself, which only a seccomp filter keeps it from duplicating.
+            // In a trial cwkill itself is the owner, so only a seccomp filter can forbid this.
             MethodError::NotPermitted(Privilege::Ptrace, _) => {
                 "a filter of system calls forbids it: allow pidfd_open and pidfd_getfd in the seccomp profile of the \
                  container or unit"

@@ -71,24 +71,24 @@ pub enum ReclaimReason {
     )]
     SeccompUnreadable(Errno),
     /// The owner shares its descriptor table with this process, which cwkill would not stop.
-    #[error("its process shares the table of descriptors with process {0}")]
+    #[error("its process shares its descriptor table with process {0}")]
     SharedTable(i32),
     /// kcmp(2) may not compare the owner's descriptor table with that of this process; CAP_SYS_PTRACE would help.
     #[error(
-        "whether its process shares the table of descriptors with process {0} cannot be seen: {error}: needs {need}",
+        "cannot see whether its process shares its descriptor table with process {0}: {error}: needs {need}",
         error = os_error(.1), need = Privilege::Ptrace
     )]
     KcmpNotPermitted(i32, Errno),
     /// kcmp(2) failed for this process although cwkill has CAP_SYS_PTRACE.
     #[error(
-        "whether its process shares the table of descriptors with process {0} cannot be seen: kcmp: {error}, by a \
-         security module or from another user namespace",
+        "cannot see whether its process shares its descriptor table with process {0}: kcmp: {error}; the reason may be \
+         a security module or another user namespace",
         error = os_error(.1)
     )]
     KcmpFailed(i32, Errno),
     /// The kernel has no kcmp(2).
     #[error(
-        "whether its process shares the table of descriptors with another cannot be seen: this kernel has no kcmp(2) \
+        "cannot see whether its process shares its descriptor table with another: this kernel has no kcmp(2) \
          (CONFIG_KCMP)"
     )]
     NoKcmp,
@@ -105,7 +105,7 @@ pub enum ReclaimReason {
     SeparateTable,
     /// kcmp(2) does not report which descriptor table the threads have.
     #[error(
-        "which table of descriptors the threads of its process have cannot be seen: kcmp: {error}",
+        "cannot see which descriptor table the threads of its process use: kcmp: {error}",
         error = os_error(.0)
     )]
     TableUnknown(Errno),

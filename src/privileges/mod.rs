@@ -11,23 +11,23 @@ use crate::model::Privilege;
 /// The purpose of a privilege, as one sentence for the operator.
 pub fn purpose(privilege: Privilege) -> &'static str {
     match privilege {
-        Privilege::NetAdmin => "destroy needs CAP_NET_ADMIN to have the kernel abort a socket",
+        Privilege::NetAdmin => "destroy needs CAP_NET_ADMIN to make the kernel abort a socket",
         Privilege::NetRaw => {
-            "rst, and probe of a socket without an owner, need CAP_NET_RAW to send and see single \
-                 segments"
+            "rst needs CAP_NET_RAW to send and capture single segments; so does probe if the socket has no \
+                 known owner"
         }
         Privilege::Ptrace => {
-            "seeing the owners of other users' sockets, shutdown through them and --reclaim need \
-                 CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH (within one user only that the owner has no \
-                 more capabilities than cwkill, and that kernel.yama.ptrace_scope allows it)"
+            "to see the descriptors of other users' processes, and to use them for shutdown and --reclaim, \
+                 cwkill needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH; a process of the same user needs \
+                 neither, if it has no capability that cwkill lacks and kernel.yama.ptrace_scope allows it"
         }
     }
 }
 
 /// How to grant all privileges. With only some of them, the remaining methods may be harsher.
-pub const HOW_TO_GRANT: &str = "run cwkill with sudo, or grant its binary what it needs once: \
+pub const HOW_TO_GRANT: &str = "run cwkill with sudo, or grant its binary the capabilities once: \
     `setcap cap_dac_read_search,cap_net_admin,cap_net_raw,cap_sys_ptrace+ep \
-    $(command -v cwkill)`, and let only those run it who may close the connections of every user";
+    $(command -v cwkill)`, and let only those users run it who may close the connections of every user";
 
 /// The privileges of this process, and its kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

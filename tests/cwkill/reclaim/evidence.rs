@@ -169,7 +169,7 @@ fn a_table_shared_with_another_process_is_skipped() -> Result<()> {
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "shares", 1)?;
     let fds = owner.leak(2)?;
     let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
-    let why = "shares the table of descriptors with process";
+    let why = "shares its descriptor table with process";
     left(&ran, &mut owner, &fds, "skipped", why)?;
     let ran = reclaim(&lab, owner.pid(), "--reclaim-force --json")?.exits(4);
     left(&ran, &mut owner, &fds, "skipped", why)

@@ -153,7 +153,7 @@ fn no_right_is_needed_within_one_user() -> Result<()> {
     sealed.leak(1)?;
     let ran = reclaim("")?.exits(4);
     assert!(
-        ran.stdout.contains("shares the table of descriptors"),
+        ran.stdout.contains("shares its descriptor table"),
         "{ran:?}"
     );
     ran.complains("CAP_SYS_PTRACE");
