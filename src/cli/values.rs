@@ -25,7 +25,9 @@ pub(super) fn port_range(text: &str) -> Result<RangeInclusive<u16>, String> {
         Some((first, last)) => {
             let (first, last) = (port(first)?, port(last)?);
             if first > last {
-                return Err(format!("the range is empty; give {last}-{first}"));
+                return Err(format!(
+                    "the first port is greater than the last; for example {last}-{first}"
+                ));
             }
             Ok(first..=last)
         }
@@ -37,7 +39,9 @@ pub(super) fn network(text: &str) -> Result<IpNet, String> {
         true => text.parse::<IpNet>().ok(),
         false => text.parse::<IpAddr>().ok().map(IpNet::from),
     };
-    let network = parsed.ok_or("give 192.0.2.1 or 192.0.2.0/24 or 2001:db8::/32")?;
+    let network = parsed.ok_or(
+        "not an address or a network; for example 192.0.2.1 or 192.0.2.0/24 or 2001:db8::/32",
+    )?;
     // IPv4 connections on IPv6 sockets count as IPv4.
     if let IpNet::V6(v6) = network
         && let Some(v4) = v6.addr().to_ipv4_mapped()
@@ -53,36 +57,36 @@ pub(super) fn log_target(text: &str) -> Result<LogTarget, String> {
         "journald" => Ok(LogTarget::Journald),
         "stderr" => Ok(LogTarget::Stderr),
         "none" => Ok(LogTarget::None),
-        _ => Err("give journald, stderr or none; for a file use --log-file PATH".into()),
+        _ => Err("must be journald, stderr or none; for a file use --log-file PATH".into()),
     }
 }
 
 pub(super) fn pid(text: &str) -> Result<i32, String> {
     match text.parse() {
         Ok(pid) if pid > 0 => Ok(pid),
-        _ => Err("give a process number, 4711; for a name use --process".into()),
+        _ => Err("not a process number; for example 4711; for a name use --process".into()),
     }
 }
 
 pub(super) fn glob(text: &str) -> Result<GlobMatcher, String> {
     match Glob::new(text) {
         Ok(glob) if !text.is_empty() => Ok(glob.compile_matcher()),
-        Ok(_) => Err("give a name or a pattern, java or 'php-fpm*'".into()),
-        Err(error) => Err(format!("{}; give java or 'php-fpm*'", error.kind())),
+        Ok(_) => Err("must not be empty; for example java or 'php-fpm*'".into()),
+        Err(error) => Err(format!("{}; for example java or 'php-fpm*'", error.kind())),
     }
 }
 
 pub(super) fn unit(text: &str) -> Result<UnitName, String> {
     match UnitName::new(text) {
         Ok(unit) if !text.is_empty() => Ok(unit),
-        Ok(_) => Err("give a unit, nginx or nginx.service or 'php*'".into()),
-        Err(error) => Err(format!("{}; give nginx or 'php*'", error.kind())),
+        Ok(_) => Err("must not be empty; for example nginx or nginx.service or 'php*'".into()),
+        Err(error) => Err(format!("{}; for example nginx or 'php*'", error.kind())),
     }
 }
 
 pub(super) fn container(text: &str) -> Result<String, String> {
     match text.is_empty() {
-        true => Err("give an id, 3f4a9b2c1d0e, or a name".into()),
+        true => Err("must be an id or a name; for example 3f4a9b2c1d0e".into()),
         false => Ok(text.to_owned()),
     }
 }
@@ -125,7 +129,7 @@ pub(super) fn cgroup(text: &str) -> Result<String, String> {
     };
     match path.starts_with('/') {
         true => Ok(path.to_owned()),
-        false => Err("give a path, /system.slice/nginx.service".into()),
+        false => Err("must begin with /; for example /system.slice/nginx.service".into()),
     }
 }
 
@@ -136,22 +140,26 @@ pub(super) fn user(text: &str) -> Result<u32, String> {
     match User::from_name(text) {
         Ok(Some(user)) => Ok(user.uid.as_raw()),
         Ok(None) => Err("this host has no such user; for example www-data or 33".into()),
-        Err(errno) => Err(format!("cannot look up the user: {errno}; give the uid")),
+        Err(errno) => Err(format!(
+            "cannot look up the user: {errno}; use the uid, for example 33"
+        )),
     }
 }
 
 pub(super) fn state(text: &str) -> Result<TcpState, String> {
     text.parse()
-        .map_err(|()| "give close-wait or close-wait,last-ack".into())
+        .map_err(|()| "not a TCP state; for example close-wait or close-wait,last-ack".into())
 }
 
 pub(super) fn cause(text: &str) -> Result<Cause, String> {
-    text.parse()
-        .map_err(|_| "give some of not-accepted,unread,drained,sending,handshake,orphan".into())
+    text.parse().map_err(|_| {
+        "must be one or more of not-accepted,unread,drained,sending,handshake,orphan".into()
+    })
 }
 
 pub(super) fn duration(text: &str) -> Result<Duration, String> {
-    humantime::parse_duration(text).map_err(|error| format!("{error}; give 500ms, 90s, 15m or 2h"))
+    humantime::parse_duration(text)
+        .map_err(|error| format!("{error}; for example 500ms, 90s, 15m or 2h"))
 }
 
 /// A duration that must not be zero.
@@ -165,9 +173,9 @@ pub(super) fn positive_duration(text: &str) -> Result<Duration, String> {
 /// A threshold of a monitoring plugin. It is reached at this number or more.
 pub(super) fn threshold(text: &str) -> Result<u64, String> {
     match text.parse() {
-        Ok(0) => Err("0 is always reached; give 1 or more".into()),
+        Ok(0) => Err("0 is always reached; must be 1 or more, for example 100".into()),
         Ok(number) => Ok(number),
-        Err(_) => Err("give a whole number, 100".into()),
+        Err(_) => Err("not a whole number; for example 100".into()),
     }
 }
 
@@ -177,14 +185,16 @@ pub(super) fn method(text: &str) -> Result<MethodChoice, String> {
         _ => text
             .parse()
             .map(MethodChoice::Only)
-            .map_err(|_| "give auto, or some of probe,shutdown,destroy,rst".into()),
+            .map_err(|_| "must be auto, or one or more of probe,shutdown,destroy,rst".into()),
     }
 }
 
 pub(super) fn kills(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(count) if count > 0 => Ok(count),
-        _ => Err("give a number from 1; to do nothing use --dry-run".into()),
+        _ => Err(
+            "must be a number of at least 1, for example 100; to do nothing use --dry-run".into(),
+        ),
     }
 }
 

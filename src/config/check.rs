@@ -20,12 +20,12 @@ impl CheckConfig {
         if critical < warning {
             return Err(usage(&format!(
                 "-c {critical} is below -w {warning}, so nothing would ever be WARNING: \
-                 give -w {critical} -c {warning}"
+                 for example -w {critical} -c {warning}"
             )));
         }
         if percent_of_limit && critical > 100 {
             return Err(invalid(&format!(
-                "-c {critical} percent of a limit is never reached: give -w 50 -c 80"
+                "-c {critical} percent of a limit is never reached; for example -w 50 -c 80"
             )));
         }
         Ok(CheckConfig {
