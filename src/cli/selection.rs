@@ -76,7 +76,8 @@ pub struct Selection {
     pub expression: Vec<String>,
 }
 
-/// The selectors by owner. `cwkill reclaim` has only these, with other help texts, since a dead socket has no addresses.
+/// The selectors by owner. `cwkill reclaim` has only these, with other help texts. The kernel no longer reports the peer of
+/// a dead socket. It usually reports the local address; `cwkill reclaim` shows it, and does not select by it.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Selectors")]
 pub struct OwnerSelection {
