@@ -18,7 +18,7 @@
 //! | results | `diagnose`: who leaks and why; `check`: thresholds; `watch`: new stuck sockets; `doctor`: what works here |
 //! | options | [`cli`]: the arguments; [`config`]: their meaning |
 //! | words | [`report`]: tables, JSON, notes, exit status; `audit`: the log |
-//! | the program | `terminal`; [`commands`]: one file for each command |
+//! | the program | `terminal`; [`commands`]: one file for each command, and the sweep |
 //!
 //! # Glossary
 //! - **stuck socket**: a socket in CLOSE-WAIT, or in the states that `--state` names.
@@ -26,16 +26,23 @@
 //! - **owner**: a descriptor of a socket in a process. A socket has several after fork(2).
 //! - **listener**: the listening socket that would accept a connection, or a group of them with SO_REUSEPORT.
 //! - **orphan**: a socket without an owner for which the kernel still sends.
-//! - **dead descriptor**: an open descriptor of a socket in CLOSE that was connected.
+//! - **dead socket**: a socket in CLOSE, in no TCP table, that was connected. **dead descriptor**: an open descriptor of one.
+//! - **cookie**: the number that the kernel gives to a socket and to no later one. With it, cwkill asks for exactly this socket.
+//! - **inode**: the number of the file of a socket. It links a socket of the kernel's tables with the descriptors in /proc. A socket
+//!   without a file has none: it was never accepted, or its owner has closed it.
 //! - **cause**: why a socket is stuck, from its queues and its inode.
 //! - **method**: a way to close a socket: probe, shutdown, destroy, rst.
 //! - **plan**: the methods to try on a target, in order. **exclusion**: why a method is not among them. **skip**: why a target is left alone.
 //! - **attempt**: one method tried on one target. **outcome**: what became of a target: closed, closing, gone, skipped, failed.
+//! - **pending**: still without a result: a socket that a method waits for, or a descriptor that reclaim has not decided on.
 //! - **grace**: how long a socket gets to close before the next method.
 //! - **recheck**: a lookup by cookie right before an act. **verify**: a lookup by cookie after it.
 //! - **coverage**: what could not be seen.
 //! - **scope**: selectors, and the network namespaces they are applied to.
-//! - **reclaim**: to close a dead descriptor inside its process. **in use**: there is evidence against that.
+//! - **sweep**: to destroy sockets while the kernel still lists the others, without a list of targets first.
+//! - **intent**: the record in the log, before the act, of a socket or descriptor that cwkill is about to close.
+//! - **reclaim**: to close a dead descriptor inside its process. **evidence**: the facts from /proc that show how the process uses its
+//!   descriptors, for example system calls and epoll sets. **in use**: the evidence speaks against closing the descriptor.
 //! - **stop**: all threads of a process stopped by ptrace(2). **remote syscall**: a system call of ours in place of a thread's own.
 //! - **privilege**: a right that a method needs: a capability, or the right to attach to the owner.
 

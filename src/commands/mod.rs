@@ -1,4 +1,4 @@
-//! The commands, one file for each, and their common parts.
+//! The commands, one file for each, and their common parts. `sweep` is not a command: it is a part of `close`, for very many sockets.
 //!
 //! A command validates its arguments, drops the privileges that it does not need, does its work, and reports: results on
 //! stdout, everything else on stderr. `close` is `cwkill` without a command: it lists or closes sockets.

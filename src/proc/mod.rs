@@ -1,8 +1,9 @@
 //! The proc file system: the list of processes, and the facts about each of them.
 //!
-//! Each file has one reader: `fds` reads the descriptor table; [`status`] reads limits, executable and threads; [`cgroup`] reads
-//! units and containers; [`netns`] reads network namespaces; `mounts` reads the mount table. cwkill reads only files that cannot
-//! hang on a sick host: never `maps`, and of `exe` only the link.
+//! `fds` reads the descriptor table; [`status`] reads state, limit, executable and threads; [`cgroup`] parses units and containers;
+//! [`netns`] finds network namespaces; `mounts` reads the mount table. `reclaim` and `doctor` read further files themselves.
+//!
+//! The modules here read no file that can hang on a sick host: never `cmdline` or `maps`, and of `exe` only the link.
 //!
 //! Races: ENOENT and ESRCH mean that the process is gone (`is_gone`). EACCES and EPERM mean that cwkill may not read the file
 //! (`is_denied`). Any other errno is an error.

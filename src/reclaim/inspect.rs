@@ -1,8 +1,10 @@
 //! Inspecting an owner from outside: its descriptors, threads and system calls, and which processes share its descriptor table.
 //!
-//! Of `/proc/PID` cwkill reads only `auxv`, `fd`, `fdinfo`, `status` and `task`, which never wait for the memory of the owner.
-//! A read of `cmdline` may wait. cwkill reads it only if kcmp(2) may not compare a process that could share the descriptor
-//! table.
+//! In `/proc/PID` this module reads `auxv`, `comm`, `fd`, `fdinfo`, `stat` and `status`, and of each thread `stat`, `status` and
+//! `syscall`. The kernel answers these without the memory of the process. Two reads need that memory and may wait for it:
+//!
+//! - `cmdline`. cwkill reads it only if kcmp(2) may not compare a process that could share the descriptor table.
+//! - the lists of descriptors of poll(2) and select(2) (process_vm_readv(2)), if a thread waits in such a call.
 
 use std::collections::HashSet;
 use std::fs::{self, File};

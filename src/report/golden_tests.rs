@@ -1,6 +1,6 @@
-//! What users and programs are shown of hand-built runs, compared byte for byte with the files in `golden/`.
+//! The reports of hand-built runs, compared byte for byte with the files in `golden/`.
 //!
-//! `NAME.txt` has what is written for people: tables, notes, hints, summary, exit status and the sentences of the audit log.
+//! `NAME.txt` has the texts for people: tables, notes, hints, summary, exit status and the sentences of the audit log.
 //! `NAME.json` is the JSON document, broken into lines between its values; `NAME.jsonl` are the JSON lines; `NAME.audit.jsonl` are
 //! the records of the audit log. `CWKILL_RENEW_GOLDEN=1 cargo test --lib golden` writes them anew.
 

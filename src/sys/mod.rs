@@ -1,9 +1,10 @@
-//! Every `unsafe` of this program: one thin function for each system call that no kept crate wraps.
+//! Thin functions over single system calls. Every `unsafe` of this program is here and in [`ptrace`], for the calls that nix,
+//! rustix and socket2 do not wrap.
 //!
-//! Each function reads errno right after the call and returns it as [`io::Error`].
+//! Each function that makes a system call returns its errno as [`io::Error`].
 #![expect(
     unsafe_code,
-    reason = "system calls that no kept crate wraps, each block argued"
+    reason = "system calls that nix, rustix and socket2 do not wrap, each block argued"
 )]
 
 pub mod ptrace;
