@@ -67,7 +67,7 @@ pub struct ReclaimArgs {
     pub output: Output,
 }
 
-/// Replaces the help of the selectors: here they select descriptors, because the sockets are closed already.
+/// Replaces the help of options that is about sockets: here it is about descriptors, because the sockets are closed already.
 fn of_descriptors(argument: Arg) -> Arg {
     let help = match argument.get_id().as_str() {
         "pid" => "Descriptors of this process",
@@ -78,6 +78,7 @@ fn of_descriptors(argument: Arg) -> Arg {
         }
         "cgroup" => "Descriptors of processes in this cgroup or below",
         "all" => "Every process",
+        "jsonl" => "Print one JSON object per descriptor, one per line",
         _ => return argument,
     };
     argument.help(help)
