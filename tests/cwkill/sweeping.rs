@@ -13,7 +13,6 @@ use cwkill::commands::close;
 use cwkill::config::Config;
 use cwkill::control::Control;
 use cwkill::finder;
-use cwkill::injector::plan;
 use cwkill::model::{Method, Target};
 use cwkill::privileges::Privileges;
 use cwkill::proc::ProcFs;
@@ -164,9 +163,8 @@ fn half_swept(lab: &Lab, swept: Vec<Target>) -> Result<()> {
         let privileges = Privileges::of_this_thread()?;
         let proc = ProcFs::default();
         let namespaces = finder::open(&config.netns, &proc)?;
-        let scan = close::find(&config, &namespaces, swept, &proc)?;
+        let scan = close::find_and_plan(&config, &namespaces, swept, &privileges, &proc)?;
         let mut run = Run::new(scan);
-        plan::build(&mut run.scan, &config.policy, &privileges);
         close::close(&mut run, &config, &privileges, &proc, &Now);
         Ok(run)
     })?;
