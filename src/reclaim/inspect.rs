@@ -202,7 +202,7 @@ impl<'p> InspectedProcess<'p> {
     /// # Errors
     /// ESRCH: another process has the pid by now.
     fn open(proc: &'p ProcFs, process: &Process) -> Result<Self, Errno> {
-        let pidfd = dead::open_pidfd(proc, process)?;
+        let pidfd = proc.open_pidfd(process.id)?;
         let fd_dir = File::open(proc.path(&format!("{}/fd", process.id.pid)));
         Ok(InspectedProcess {
             pidfd,
