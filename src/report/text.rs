@@ -6,9 +6,8 @@ use std::io::{self, Write};
 
 use comfy_table::{Cell, CellAlignment, Color};
 
-use super::descriptors;
 use super::table::{has_unit, join, names, plain_table, unit_text};
-use super::{Run, SocketCounts};
+use super::{Run, SocketCounts, descriptors};
 use crate::config::{Action, Config};
 use crate::model::{Cause, Outcome, Plan, Scan, SkipReason, Target};
 use crate::tcp::TcpState;

@@ -51,7 +51,7 @@ const STUCK: &str = "sport = :8080";
 const NO_SWEEP: &str = "--no-owners --method destroy --json --max-kills 100000";
 
 /// Most attempts to hit a moment that a busy machine may miss.
-const TRIES: usize = 50;
+const TRIES: usize = 10;
 
 /// Waits until all stuck sockets are old enough to be swept.
 fn aged(lab: &Lab) -> Result<()> {
