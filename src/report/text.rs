@@ -127,8 +127,8 @@ impl Layout {
             cells.push(Cell::new(socket.state));
         }
         cells.extend([
-            Cell::new(socket.tuple.local),
-            Cell::new(socket.tuple.peer),
+            Cell::new(socket.tuple().local),
+            Cell::new(socket.tuple().peer),
             Cell::new(socket.age.map_or("-".into(), age)),
             Cell::new(socket.recv_q),
             Cell::new(socket.send_q),
