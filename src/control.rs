@@ -21,6 +21,13 @@ pub trait Control: Sync {
     fn progress(&self, method: Method, sockets: usize);
 }
 
+/// The time at which `duration` has passed after `start`, at most a century later: the operator may give durations that the
+/// clock cannot represent.
+pub(crate) fn deadline(start: Instant, duration: Duration) -> Instant {
+    const CENTURY: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+    start + duration.min(CENTURY)
+}
+
 /// Growing pauses between lookups: short enough for an answer over loopback, long enough for one from far away.
 pub(crate) struct Backoff {
     next: Duration,

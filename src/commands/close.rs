@@ -42,8 +42,13 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
         None => sweep(config, &namespaces, &privileges, &terminal),
         Some(_) => Vec::new(),
     };
-    let mut run = Run::new(find(config, &namespaces, swept, &proc)?);
-    plan::build(&mut run.scan, &config.policy, &privileges);
+    let mut run = Run::new(find_and_plan(
+        config,
+        &namespaces,
+        swept,
+        &privileges,
+        &proc,
+    )?);
     // A run that has nothing to do leaves no record.
     let mut log = log.filter(|_| !run.scan.targets.is_empty());
     if let Some(log) = &mut log {
@@ -104,25 +109,28 @@ pub fn sweep(
     }
 }
 
-/// Finds the sockets, and adds those that were `swept` before.
+/// Finds the sockets and plans the methods for each. Adds those that were `swept` before.
 ///
 /// # Errors
 /// No sockets can be found, and none were swept. If some were swept, the error goes into the coverage instead, so that they
 /// are still reported.
-pub fn find(
+pub fn find_and_plan(
     config: &Config,
     namespaces: &Namespaces,
     swept: Vec<Target>,
+    privileges: &Privileges,
     proc: &ProcFs,
 ) -> anyhow::Result<Scan> {
-    let find = || -> Result<Scan, FindError> {
-        match config.owners {
+    let find_and_plan = || -> Result<Scan, FindError> {
+        let mut scan = match config.owners {
             true => finder::find(namespaces, proc, &config.selectors),
             // After a sweep few sockets are left.
             false => finder::find_sockets(namespaces, &config.selectors, swept.is_empty()),
-        }
+        }?;
+        plan::build(&mut scan, &config.policy, privileges);
+        Ok(scan)
     };
-    let found = match catch_unwind(AssertUnwindSafe(find)) {
+    let found = match catch_unwind(AssertUnwindSafe(find_and_plan)) {
         Err(panic) if swept.is_empty() => resume_unwind(panic),
         Err(_) => Err(anyhow!("a bug in cwkill")),
         Ok(found) => found.map_err(anyhow::Error::from),

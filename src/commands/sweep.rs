@@ -7,7 +7,6 @@
 //! After the sweep, the sockets that it has left are found, planned and closed as usual.
 
 use std::collections::HashSet;
-use std::io;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, PoisonError};
@@ -93,14 +92,10 @@ pub fn sweep(
         let verify = |half: &Mutex<Vec<Target>>| sweeper.verify(half);
         parallel::side_by_side(halves.iter().collect(), halves.len(), verify)
     });
-    let error = match verified {
-        Err(error) => Some(error),
-        // A half that ended in a panic has no error.
-        Ok(halves) => halves.into_iter().flatten().find_map(Result::err),
-    };
-    let failure = match error {
-        Some(error) => MethodError::SystemCall("verifying", errno_of(&error)),
-        None => MethodError::Bug,
+    let failure = match verified {
+        Err(error) => MethodError::SystemCall("verifying", errno_of(&error)),
+        // Only a panic leaves targets without an outcome.
+        Ok(_) => MethodError::Bug,
     };
     let mut swept = Vec::new();
     for half in halves {
@@ -193,15 +188,24 @@ impl Sweeper<'_> {
     }
 
     /// Verifies the swept sockets, in the namespace of the calling thread.
-    fn verify(&self, swept: &Mutex<Vec<Target>>) -> io::Result<()> {
+    fn verify(&self, swept: &Mutex<Vec<Target>>) {
         let mut swept = swept.lock().unwrap_or_else(PoisonError::into_inner);
         if swept.is_empty() {
-            return Ok(());
+            return;
         }
-        let mut targets: Vec<&mut Target> = swept.iter_mut().collect();
-        let rules = self.config.rules(self.privileges);
-        engine::verify_destroyed(&mut targets, &mut SockDiag::open()?, rules, self.control);
-        Ok(())
+        match SockDiag::open() {
+            Ok(mut kernel) => {
+                let mut targets: Vec<&mut Target> = swept.iter_mut().collect();
+                let rules = self.config.rules(self.privileges);
+                engine::verify_destroyed(&mut targets, &mut kernel, rules, self.control);
+            }
+            Err(error) => {
+                for target in swept.iter_mut() {
+                    let errno = errno_of(&error);
+                    target.fail_unfinished(MethodError::SystemCall("verifying", errno));
+                }
+            }
+        }
     }
 
     /// The target with its plan, if the kernel's row is enough to destroy the socket: it is selected, has been stuck for

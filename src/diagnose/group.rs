@@ -86,9 +86,9 @@ impl SocketGroup {
             oldest: second.iter().filter_map(|socket| socket.age).max(),
             new: now.iter().filter(|c| !first.contains_key(c)).count(),
             gone: first.keys().filter(|c| !now.contains(c)).count(),
-            ports: by_frequency(second.iter().map(|socket| socket.tuple.local.port())),
-            peers: by_frequency(second.iter().map(|socket| socket.tuple.peer.ip())),
-            peer_ports: by_frequency(second.iter().map(|socket| socket.tuple.peer.port())),
+            ports: by_frequency(second.iter().map(|socket| socket.tuple().local.port())),
+            peers: by_frequency(second.iter().map(|socket| socket.tuple().peer.ip())),
+            peer_ports: by_frequency(second.iter().map(|socket| socket.tuple().peer.port())),
             ..SocketGroup::default()
         };
         for socket in second {
@@ -153,23 +153,23 @@ impl Service {
         listening_ports: &HashSet<(usize, u16)>,
     ) -> Vec<(Service, usize)> {
         let is_accepted = |socket: &&&Socket| {
-            let port = (socket.netns, socket.tuple.local.port());
+            let port = (socket.netns, socket.tuple().local.port());
             socket.cause.is_with_listener() || listening_ports.contains(&port)
         };
         let (accepted, others): (Vec<&Socket>, Vec<&Socket>) =
             sockets.iter().partition(|socket| is_accepted(socket));
-        let local = by_frequency(others.iter().map(|socket| socket.tuple.local.port()));
-        let peer = by_frequency(others.iter().map(|socket| socket.tuple.peer.port()));
+        let local = by_frequency(others.iter().map(|socket| socket.tuple().local.port()));
+        let peer = by_frequency(others.iter().map(|socket| socket.tuple().peer.port()));
         let key = |ports: &[(u16, usize)]| (ports.len(), ports.first().map(|(port, _)| *port));
         let is_server = key(&local) <= key(&peer);
         let others = others.into_iter().map(|socket| match is_server {
-            true => Service::Handles(socket.tuple.local.port()),
-            false => Service::CallsOut(socket.tuple.peer.port()),
+            true => Service::Handles(socket.tuple().local.port()),
+            false => Service::CallsOut(socket.tuple().peer.port()),
         });
         let accepted = accepted.into_iter();
         by_frequency(
             accepted
-                .map(|socket| Service::Handles(socket.tuple.local.port()))
+                .map(|socket| Service::Handles(socket.tuple().local.port()))
                 .chain(others),
         )
     }

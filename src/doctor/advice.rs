@@ -174,8 +174,7 @@ mod tests {
     use super::*;
     use crate::doctor::host::{NamespaceCounts, Reachability, UnreachableProcess};
     use crate::doctor::trials::Trial;
-    use crate::model::MethodError;
-    use crate::model::Privilege;
+    use crate::model::{MethodError, Privilege};
 
     fn host(
         capabilities: &[Capability],

@@ -4,8 +4,7 @@ use caps::Capability;
 
 use super::host::{HostInfo, ProcessCounts, UnreachableProcess};
 use super::trials::TrialResult;
-use crate::model::Privilege;
-use crate::model::{Method, MethodError};
+use crate::model::{Method, MethodError, Privilege};
 use crate::privileges::HOW_TO_GRANT;
 use crate::text::escape;
 

@@ -176,7 +176,7 @@ fn run_trial(trial: Trial, stuck: &StuckConnection, scan: &Scan, proc: &ProcFs) 
     // Another process may have connected to the same port before the listener was closed.
     let ends = (stuck.local, stuck.peer);
     let is_local_end =
-        |target: &&Target| (target.socket.tuple.local, target.socket.tuple.peer) == ends;
+        |target: &&Target| (target.socket.tuple().local, target.socket.tuple().peer) == ends;
     let Some(found) = scan.targets.iter().find(is_local_end) else {
         return TrialResult::NotRun("a connection of our own did not come to CLOSE-WAIT".into());
     };

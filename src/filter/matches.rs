@@ -25,7 +25,7 @@ impl From<&Socket> for SocketFacts {
     fn from(socket: &Socket) -> Self {
         SocketFacts {
             family: socket.id.family(),
-            tuple: socket.tuple,
+            tuple: socket.tuple(),
             state: socket.state,
             interface: socket.id.interface(),
             cgroup: socket.cgroup_id,

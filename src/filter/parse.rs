@@ -23,13 +23,14 @@ use std::ops::Range;
 use winnow::error::ErrMode;
 use winnow::stream::{LocatingSlice, Stream};
 
-use super::host;
 use super::lexer::{
     Comparison, Fault, Input, Lexeme, ParseResult, State, Token, comparison, end, next, peek,
     port_number, take, unequal, value,
 };
 use super::syntax_error::quoted;
-use super::{Cgroup2, End, Ephemeral, Expression, Interface, MAX_DEPTH, Services, SyntaxError};
+use super::{
+    Cgroup2, End, Ephemeral, Expression, Interface, MAX_DEPTH, Services, SyntaxError, host,
+};
 use crate::tcp::{StateSet, TcpState};
 
 /// The result of a parse.

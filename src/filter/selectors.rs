@@ -13,7 +13,7 @@ use crate::filter::{End, Expression, Namespace, SocketFacts};
 use crate::model::{Cause, Socket};
 use crate::proc::cgroup::{Cgroup, unescape};
 use crate::proc::{Process, Unreadable};
-use crate::tcp::{StateSet, TcpState};
+use crate::tcp::{StateSet, TcpState, Tuple};
 
 /// A socket matches if it matches every selector. It matches a selector if it matches one of the values. A selector without values
 /// matches every socket.
@@ -167,11 +167,12 @@ impl Selectors {
             true => IpVersion::V4,
             false => IpVersion::V6,
         };
+        let Tuple { local, peer } = socket.tuple();
         self.states.contains(socket.state)
-            && in_ranges(&self.ports, socket.tuple.local.port())
-            && in_ranges(&self.peer_ports, socket.tuple.peer.port())
-            && in_networks(&self.local, socket.tuple.local.ip())
-            && in_networks(&self.peer, socket.tuple.peer.ip())
+            && in_ranges(&self.ports, local.port())
+            && in_ranges(&self.peer_ports, peer.port())
+            && in_networks(&self.local, local.ip())
+            && in_networks(&self.peer, peer.ip())
             && self.ip_version.is_none_or(|selected| selected == version)
             && self.expression.matches(&SocketFacts::from(socket))
             && self.still_matches(socket)

@@ -21,7 +21,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -42,7 +42,7 @@ use crate::proc::{
 };
 use crate::sock_diag::codec::TCPI_LAST_ACK_RECV;
 use crate::sock_diag::{Cookie, DumpRequest, Family, SockDiag};
-use crate::sys;
+use crate::sys::{self, errno_of};
 use crate::tcp::{StateSet, TcpState};
 
 /// Offsets in `struct tcp_info` (linux/tcp.h), in bytes. The receive space is the 23rd u32 after eight bytes. The count of
@@ -248,7 +248,7 @@ fn scan_table(
         return Ok((Vec::new(), numbers.len()));
     }
     let pidfd = match same_pids {
-        true => open_pidfd(proc, process),
+        true => proc.open_pidfd(process.id),
         false => Err(Errno::ESRCH),
     };
     let suspect = |&(fd, inode): &(RemoteFd, u32)| {
@@ -304,22 +304,12 @@ fn is_tcp(proc: &ProcFs, pid: i32, fd: RemoteFd) -> io::Result<bool> {
     }
 }
 
-/// A pidfd of exactly `process`.
-pub(crate) fn open_pidfd(proc: &ProcFs, process: &Process) -> Result<OwnedFd, Errno> {
-    let pidfd = sys::pidfd_open(process.id.pid).map_err(errno)?;
-    // The start time is read after the pidfd was opened. If it is the expected one, the pidfd refers to `process`.
-    match proc.is_alive(process.id) {
-        true => Ok(pidfd),
-        false => Err(Errno::ESRCH),
-    }
-}
-
 /// Classifies a descriptor through a duplicate, which is closed at once. `None`: it is another file by now, or the socket
 /// is alive.
 pub(crate) fn examine(pidfd: BorrowedFd<'_>, fd: RemoteFd, inode: u32) -> Option<SuspectVerdict> {
     let socket = match sys::pidfd_getfd(pidfd, fd) {
         Ok(socket) => socket,
-        Err(error) => match errno(error) {
+        Err(error) => match errno_of(&error) {
             Errno::EBADF | Errno::ESRCH => return None,
             other => return Some(SuspectVerdict::Unknown(other)),
         },
@@ -327,7 +317,8 @@ pub(crate) fn examine(pidfd: BorrowedFd<'_>, fd: RemoteFd, inode: u32) -> Option
     if fstat(&socket).map(|stat| stat.st_ino) != Ok(inode.into()) {
         return None;
     }
-    read_verdict(socket.as_fd()).unwrap_or_else(|error| Some(SuspectVerdict::Unknown(errno(error))))
+    read_verdict(socket.as_fd())
+        .unwrap_or_else(|error| Some(SuspectVerdict::Unknown(errno_of(&error))))
 }
 
 fn read_verdict(socket: BorrowedFd<'_>) -> io::Result<Option<SuspectVerdict>> {
@@ -366,10 +357,6 @@ fn parse_info(info: &[u8]) -> Option<(TcpState, bool, Duration)> {
         number(TCPI_SEGS_IN)? > 0 && number(TCPI_RCV_SPACE)? > 0 && number(TCPI_DELIVERED)? > 0,
         Duration::from_millis(number(TCPI_LAST_ACK_RECV)?.into()),
     ))
-}
-
-pub(crate) fn errno(error: io::Error) -> Errno {
-    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
 }
 
 #[cfg(test)]

@@ -137,7 +137,7 @@ pub(crate) fn empty_scan(namespaces: &Namespaces) -> Scan {
 
 /// Sorts targets, the oldest first.
 pub(crate) fn sort(targets: &mut [Target]) {
-    targets.par_sort_by_key(|target| target.socket.oldest_first());
+    targets.par_sort_by(|a, b| a.socket.oldest_first(&b.socket));
 }
 
 /// The kernel's socket tables of all namespaces.

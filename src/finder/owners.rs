@@ -73,17 +73,18 @@ pub enum Trust {
 
 impl OwnerScan {
     /// The owners of the socket with this inode.
-    pub fn of(&self, inode: u32) -> impl Iterator<Item = Owner> + '_ {
+    pub fn of(&self, inode: u32) -> impl ExactSizeIterator<Item = Owner> + '_ {
         let first = self
             .descriptors
             .partition_point(|descriptor| descriptor.inode < inode);
-        self.descriptors[first..]
-            .iter()
-            .take_while(move |descriptor| descriptor.inode == inode)
-            .map(|descriptor| {
-                let process = Arc::clone(&self.processes[descriptor.process]);
-                Owner::new(process, descriptor.fd)
-            })
+        let rest = &self.descriptors[first..];
+        let of_inode = |descriptor: &&Descriptor| descriptor.inode == inode;
+        let count = rest.iter().take_while(of_inode).count();
+        // With a known length, `collect` allocates no more memory than needed.
+        rest[..count].iter().map(|descriptor| {
+            let process = Arc::clone(&self.processes[descriptor.process]);
+            Owner::new(process, descriptor.fd)
+        })
     }
 
     /// Whether the socket with this inode has a known owner.

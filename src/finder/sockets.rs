@@ -50,7 +50,7 @@ pub(super) fn scan(
         listeners = Listeners::read(&mut diag)?;
     }
     for target in sockets.iter_mut().filter(|target| with_listener(target)) {
-        target.listener = listeners.accepting(&target.socket.id, target.socket.tuple.local);
+        target.listener = listeners.accepting(&target.socket.id, target.socket.tuple().local);
     }
     Ok(NetnsScan {
         sockets,
@@ -103,7 +103,7 @@ fn halves(selectors: &Selectors, sample: &[Target]) -> Sample {
     }
     let mut ports: Vec<u16> = sample
         .iter()
-        .map(|target| target.socket.tuple.peer.port())
+        .map(|target| target.socket.tuple().peer.port())
         .collect();
     ports.sort_unstable();
     let middle = ports[ports.len() / 2].max(1);

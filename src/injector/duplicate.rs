@@ -89,17 +89,12 @@ impl Duplicator {
     }
 
     fn open_pidfd(&self, id: ProcessId) -> Result<OwnedFd, MethodError> {
-        let pidfd = sys::pidfd_open(id.pid).map_err(|error| match errno_of(&error) {
+        self.proc.open_pidfd(id).map_err(|errno| match errno {
             Errno::ESRCH => MethodError::DescriptorsGone,
             Errno::ENOSYS => {
                 MethodError::NotSupported("pidfd_open needs Linux 5.3 or later", Errno::ENOSYS)
             }
             errno => MethodError::SystemCall("pidfd_open", errno),
-        })?;
-        // The start time is read after the pidfd was opened. If it is the expected one, the pidfd refers to this process.
-        match self.proc.is_alive(id) {
-            true => Ok(pidfd),
-            false => Err(MethodError::DescriptorsGone),
-        }
+        })
     }
 }

@@ -7,12 +7,12 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
 use super::Executor;
-use crate::control::{Backoff, Control};
+use crate::control::{Backoff, Control, deadline};
 use crate::filter::selectors::Selectors;
 use crate::kernel::KernelVersion;
 use crate::model::socket::{is_orphan, unsent};
@@ -105,7 +105,7 @@ pub fn run(
         };
         batch.run_method(targets, executor.as_mut());
     }
-    decide(targets, kernel);
+    verify(targets, kernel);
 }
 
 /// Verifies targets on which SOCK_DESTROY has already been used, and gives each its outcome.
@@ -124,7 +124,7 @@ pub fn verify_destroyed(
         control,
     };
     batch.wait_for(targets.iter_mut().map(|target| &mut **target).collect());
-    decide(targets, kernel);
+    verify(targets, kernel);
 }
 
 /// The context of one method: an executor looks up sockets through it.
@@ -139,6 +139,11 @@ impl Batch<'_> {
     /// The time to wait for answers.
     pub fn grace(&self) -> Duration {
         self.rules.grace
+    }
+
+    /// The time at which the grace is over, if it starts now.
+    pub fn deadline(&self) -> Instant {
+        deadline(self.control.now(), self.rules.grace)
     }
 
     /// The clock, the pauses and Ctrl-C.
@@ -254,7 +259,7 @@ impl Batch<'_> {
 
     /// Waits until the sockets of `pending` are closed, at most for the grace.
     fn wait(&mut self, mut pending: Vec<&mut Target>) {
-        let until = self.control.now() + self.rules.grace;
+        let until = self.deadline();
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         loop {
             let mut left = Vec::new();
@@ -296,12 +301,12 @@ fn lookup<T: AsMut<Target>>(
     }
 }
 
-fn lookup_failed(errno: Errno) -> MethodError {
+pub(super) fn lookup_failed(errno: Errno) -> MethodError {
     MethodError::SystemCall("sock_diag lookup", errno)
 }
 
 /// Gives every target without an outcome the outcome that follows from the kernel's tables.
-fn decide(targets: &mut [&mut Target], kernel: &mut dyn Observe) {
+fn verify(targets: &mut [&mut Target], kernel: &mut dyn Observe) {
     let open = targets
         .iter_mut()
         .map(|target| &mut **target)

@@ -263,6 +263,13 @@ fn a_silent_peer_costs_one_grace_for_all_together() {
 }
 
 #[test]
+fn a_grace_that_the_clock_cannot_represent_is_a_long_one() {
+    let mut world = World::new(1).method(Destroy, close);
+    world.grace = Duration::MAX;
+    assert_eq!(world.outcome(), closed(Destroy));
+}
+
+#[test]
 fn a_socket_that_closes_during_the_grace_ends_the_wait() {
     let mut world = World::new(1).method(Shutdown, to_last_ack);
     let kernel = world.kernel.clone();

@@ -16,9 +16,9 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::Executor;
 use super::duplicate::Duplicator;
-use super::engine::Batch;
+use super::engine::{Batch, lookup_failed};
 use super::rst::{self, Numbers, Wire};
-use crate::control::Backoff;
+use crate::control::{Backoff, deadline};
 use crate::model::{Method, MethodError, Target};
 use crate::packet::raw::Outgoing;
 use crate::proc::ProcFs;
@@ -101,7 +101,7 @@ impl Probe {
             let numbers = answers
                 .as_ref()
                 .map_err(MethodError::clone)
-                .and_then(|answers| rst::numbers(answers.of(&id.tuple())));
+                .and_then(|answers| rst::numbers(answers.of(&id)));
             match numbers {
                 Ok(numbers) => {
                     // Without numbers no ACK was captured, but the stack may have sent one. The peer's answer will show it.
@@ -113,7 +113,7 @@ impl Probe {
             }
         }
         self.wire.send(probes);
-        let until = batch.control().now() + batch.grace();
+        let until = batch.deadline();
         for asked in &mut waiting {
             asked.until = until;
         }
@@ -141,8 +141,7 @@ impl Executor for Probe {
                     continue;
                 }
                 Err(LookupError::Errno(errno)) => {
-                    let error = MethodError::SystemCall("sock_diag lookup", errno);
-                    target.record(Method::Probe, Err(error));
+                    target.record(Method::Probe, Err(lookup_failed(errno)));
                     continue;
                 }
             };
@@ -170,7 +169,7 @@ impl Executor for Probe {
                         _keepalive: Some(keepalive),
                         before,
                         since,
-                        until: since + KEEP_IDLE.saturating_sub(idle) + batch.grace(),
+                        until: deadline(since + KEEP_IDLE.saturating_sub(idle), batch.grace()),
                     });
                 }
                 Err(error) => target.record(Method::Probe, Err(error)),
@@ -185,40 +184,49 @@ impl Executor for Probe {
 fn await_answers(mut asked: Vec<Asked<'_>>, batch: &mut Batch<'_>) {
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     loop {
-        // Before the lookup, which can take long on a busy machine: a segment from before the probe must not look like an answer.
-        let now = batch.control().now();
+        // On a busy machine much time can pass between these two and the kernel's answer to the lookup.
+        let before_lookup = batch.control().now();
         let answers = batch.lookup(asked);
+        let after_lookup = batch.control().now();
         let interrupted = batch.control().interrupted();
         asked = Vec::new();
         for (item, after) in answers {
             let result = match after {
                 Err(LookupError::Gone) => Ok(()),
-                Ok(after) if has_answered(&item, &after, now) => Err(MethodError::PeerAlive),
+                // With the earlier time, a segment from before the probe cannot pass for an answer.
+                Ok(after) if has_answered(&item.before, &after, before_lookup - item.since) => {
+                    Err(MethodError::PeerAlive)
+                }
                 _ if interrupted => continue,
-                _ if now >= item.until => Err(MethodError::PeerSilent),
-                _ => {
+                _ if before_lookup < item.until => {
                     asked.push(item);
                     continue;
                 }
+                // With the later time, no answer can pass for silence: the next method may close the socket of a silent peer.
+                Ok(after) if has_answered(&item.before, &after, after_lookup - item.since) => {
+                    Err(MethodError::PeerAlive)
+                }
+                Ok(_) => Err(MethodError::PeerSilent),
+                Err(LookupError::Errno(errno)) => Err(lookup_failed(errno)),
             };
             item.target.record(Method::Probe, result);
         }
         if asked.is_empty() {
             return;
         }
-        backoff.sleep(batch.control(), now + LONGEST_PAUSE);
+        backoff.sleep(batch.control(), after_lookup + LONGEST_PAUSE);
     }
 }
 
-/// Whether an acceptable segment of the peer has arrived since the probe.
+/// Whether an acceptable segment of the peer has arrived since the probe, if `passed` is the time from the probe to the lookup
+/// of `after`. `before` is the socket before the probe.
 ///
 /// Only a segment that passes tcp_ack resets the time (net/ipv4/tcp_input.c, `rcv_tstamp`). The segment that cwkill spoofs to
 /// elicit an ACK does not pass it.
-fn has_answered(asked: &Asked<'_>, after: &SocketMessage, now: Instant) -> bool {
-    let (Some(before), Some(after)) = (asked.before.quiet, after.quiet) else {
+fn has_answered(before: &SocketMessage, after: &SocketMessage, passed: Duration) -> bool {
+    let (Some(before), Some(after)) = (before.quiet, after.quiet) else {
         return false;
     };
-    let passed = now.duration_since(asked.since);
     after.last_ack_recv <= passed
         || after.last_ack_recv + CLOCK_SLACK < before.last_ack_recv + passed
 }
@@ -332,4 +340,41 @@ fn batch_size() -> usize {
     usize::try_from(share)
         .unwrap_or(MAX_BATCH)
         .clamp(1, MAX_BATCH)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sock_diag::testdata::stuck;
+
+    const PASSED: Duration = Duration::from_millis(300);
+
+    fn last_ack(millis: u64) -> SocketMessage {
+        let mut message = stuck("10.0.0.1:80", "10.0.0.2:5", 1);
+        message.quiet.as_mut().unwrap().last_ack_recv = Duration::from_millis(millis);
+        message
+    }
+
+    #[test]
+    fn a_segment_after_the_probe_is_an_answer() {
+        assert!(has_answered(&last_ack(60_000), &last_ack(250), PASSED));
+        // The lookup came late: the answer is older than the time that had passed before the lookup.
+        assert!(has_answered(&last_ack(60_000), &last_ack(5_000), PASSED));
+    }
+
+    #[test]
+    fn a_segment_before_the_probe_is_no_answer() {
+        assert!(!has_answered(&last_ack(60_000), &last_ack(60_300), PASSED));
+        assert!(!has_answered(&last_ack(10), &last_ack(310), PASSED));
+        // The lookup came late.
+        assert!(!has_answered(&last_ack(10), &last_ack(5_010), PASSED));
+    }
+
+    #[test]
+    fn without_the_kernels_times_nothing_is_an_answer() {
+        let mut unknown = last_ack(0);
+        unknown.quiet = None;
+        assert!(!has_answered(&last_ack(60_000), &unknown, PASSED));
+        assert!(!has_answered(&unknown, &last_ack(0), PASSED));
+    }
 }

@@ -1,6 +1,6 @@
 //! A socket, from the kernel's tables.
 
-use std::cmp::Reverse;
+use std::cmp::Ordering;
 use std::time::Duration;
 
 use crate::model::Cause;
@@ -14,7 +14,6 @@ pub struct Socket {
     pub id: DiagId,
     /// Index of its network namespace in [`crate::model::Scan::namespaces`].
     pub netns: usize,
-    pub tuple: Tuple,
     pub state: TcpState,
     /// Unread bytes. A FIN counts as one byte. See [`SocketMessage::recv_q`].
     pub recv_q: u32,
@@ -37,7 +36,6 @@ impl Socket {
         Socket {
             id: message.id,
             netns: 0,
-            tuple: message.id.tuple(),
             state: message.state,
             recv_q: message.recv_q,
             send_q: message.send_q,
@@ -49,9 +47,16 @@ impl Socket {
         }
     }
 
-    /// A sort key that puts the oldest socket first.
-    pub fn oldest_first(&self) -> impl Ord + use<> {
-        (Reverse(self.age), self.netns, self.tuple)
+    /// The order that puts the oldest socket first.
+    pub fn oldest_first(&self, other: &Socket) -> Ordering {
+        let by_age = other.age.cmp(&self.age);
+        by_age
+            .then_with(|| self.netns.cmp(&other.netns))
+            .then_with(|| self.tuple().cmp(&other.tuple()))
+    }
+
+    pub fn tuple(&self) -> Tuple {
+        self.id.tuple()
     }
 
     pub fn cookie(&self) -> Cookie {
@@ -60,7 +65,7 @@ impl Socket {
 
     /// Whether the connection uses IPv4, on a socket of either family.
     pub fn is_ipv4(&self) -> bool {
-        self.tuple.local.is_ipv4()
+        self.tuple().local.is_ipv4()
     }
 }
 

@@ -337,6 +337,8 @@ impl Target {
 
     /// Adds an attempt.
     pub fn attempt(&mut self, method: Method, error: Option<MethodError>) {
+        // Most targets have one attempt, and a run can have very many targets.
+        self.attempts.reserve_exact(1);
         self.attempts.push(Attempt { method, error });
     }
 

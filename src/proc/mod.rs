@@ -23,11 +23,13 @@ use std::io::{self, Read};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 use procfs::FromRead;
 use procfs::process::Stat;
 
+use crate::sys::{self, errno_of};
 use crate::text::escape;
 use cgroup::Cgroup;
 
@@ -92,6 +94,19 @@ impl ProcFs {
     /// Whether the process still exists. A later process with the same pid does not count.
     pub fn is_alive(&self, id: ProcessId) -> bool {
         self.start_time(id.pid) == Some(id.start_time)
+    }
+
+    /// Opens a descriptor that refers to exactly this process.
+    ///
+    /// # Errors
+    /// ESRCH: the process has exited. Otherwise as [`sys::pidfd_open`].
+    pub(crate) fn open_pidfd(&self, id: ProcessId) -> Result<OwnedFd, Errno> {
+        let pidfd = sys::pidfd_open(id.pid).map_err(|error| errno_of(&error))?;
+        // The start time is read after the pidfd was opened. If it is the expected one, the pidfd refers to this process.
+        match self.is_alive(id) {
+            true => Ok(pidfd),
+            false => Err(Errno::ESRCH),
+        }
     }
 
     /// The start time of process `pid`, in clock ticks since boot; `None` if there is no such process.

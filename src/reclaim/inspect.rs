@@ -25,8 +25,7 @@ use super::{RETRY_INTERVAL, ReclaimRules, ReclaimTarget, read_text, status_field
 use crate::finder::dead::{self, SuspectVerdict};
 use crate::model::{InUse, ReclaimReason};
 use crate::proc::{ProcFs, Process, fds, is_gone};
-use crate::sys::errno_of;
-use crate::sys::{self, RemoteFd};
+use crate::sys::{self, RemoteFd, errno_of};
 
 /// Attempts to inspect an owner while its /proc entries are incomplete.
 const MAX_ATTEMPTS: u32 = 5;
@@ -205,7 +204,7 @@ impl<'p> InspectedProcess<'p> {
     /// # Errors
     /// ESRCH: another process has the pid by now.
     fn open(proc: &'p ProcFs, process: &Process) -> Result<Self, Errno> {
-        let pidfd = dead::open_pidfd(proc, process)?;
+        let pidfd = proc.open_pidfd(process.id)?;
         let fd_dir = File::open(proc.path(&format!("{}/fd", process.id.pid)));
         Ok(InspectedProcess {
             pidfd,

@@ -12,8 +12,7 @@ use super::inspect::{InspectedProcess, Inspection};
 use super::ptrace::{RemoteSyscall, SeizedThreads, StoppedProcess};
 use super::{RETRY_INTERVAL, ReclaimRules, ReclaimTarget, decide, pending};
 use crate::model::{ReclaimOutcome, ReclaimReason};
-use crate::proc::RemoteFd;
-use crate::proc::{ProcFs, Process};
+use crate::proc::{ProcFs, Process, RemoteFd};
 use crate::sys::errno_of;
 
 /// The maximum number of stops of one owner. Another stop is needed only if a signal interfered, or if no thread with a low

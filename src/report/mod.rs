@@ -148,14 +148,13 @@ fn all_reclaimed(scan: &Scan) -> bool {
 /// |---|---|
 /// | 0 | every matched socket is closed, or the listing or dry run matched something |
 /// | 1 | nothing matched |
-/// | 2 | wrong usage |
+/// | 2 | wrong usage: clap exits with it |
 /// | 3 | the job could not be done at all |
 /// | 4 | something matched, and not all of it is closed, or not all descriptors with `--reclaim` |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExitStatus {
     Done = 0,
     NothingMatched = 1,
-    Usage = 2,
     Impossible = 3,
     NotAllClosed = 4,
 }

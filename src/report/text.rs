@@ -6,9 +6,8 @@ use std::io::{self, Write};
 
 use comfy_table::{Cell, CellAlignment, Color};
 
-use super::descriptors;
 use super::table::{has_unit, join, names, plain_table, unit_text};
-use super::{Run, SocketCounts};
+use super::{Run, SocketCounts, descriptors};
 use crate::config::{Action, Config};
 use crate::model::{Cause, Outcome, Plan, Scan, SkipReason, Target};
 use crate::tcp::TcpState;
@@ -128,8 +127,8 @@ impl Layout {
             cells.push(Cell::new(socket.state));
         }
         cells.extend([
-            Cell::new(socket.tuple.local),
-            Cell::new(socket.tuple.peer),
+            Cell::new(socket.tuple().local),
+            Cell::new(socket.tuple().peer),
             Cell::new(socket.age.map_or("-".into(), age)),
             Cell::new(socket.recv_q),
             Cell::new(socket.send_q),

@@ -30,6 +30,7 @@ pub const TESTS: &[Test] = &[
     once!(a_signal_ends_a_run_whose_output_nobody_reads),
     once!(the_harness_command_of_the_readme_closes_forty),
     once!(thousands_are_destroyed_in_batches),
+    once!(the_longest_grace_is_a_grace),
 ];
 
 fn forty_are_closed_and_bystanders_live(family: Family) -> Result<()> {
@@ -66,6 +67,24 @@ fn destroy_closes_every_kind(family: Family) -> Result<()> {
     assert_eq!(connections(&lab)?.len(), 2);
     assert!(unread.app().is_alive());
     carries_data(&bystanders)
+}
+
+/// A time that no clock can represent.
+fn the_longest_grace_is_a_grace() -> Result<()> {
+    for kind in ["drained", "not-accepted"] {
+        for (method, outcome, by) in [
+            ("destroy", "closed", "destroy"),
+            ("rst", "closed", "rst"),
+            ("probe", "skipped", "null"),
+        ] {
+            let (lab, _leak) = lab(kind, Family::V4, 2)?;
+            let line = format!("--port 8080 --json --method {method} --grace 500000000000y");
+            let sockets = cwkill(&lab, &line)?.sockets();
+            assert_eq!(sockets.len(), 2, "{kind}, {method}");
+            all_have(&sockets, outcome, by);
+        }
+    }
+    Ok(())
 }
 
 fn sockets_never_accepted_are_destroyed(family: Family) -> Result<()> {

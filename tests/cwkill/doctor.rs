@@ -92,11 +92,11 @@ pub fn without<'a>(lab: &'a Lab, what: &str) -> Result<HostCommand<'a>> {
 
 /// The owner of the sockets that a method is tried on.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Whose {
-    /// A process of this user.
-    App(Option<u32>),
-    /// No owner: never accepted.
-    Nobody,
+enum SocketOwner {
+    /// A process of this uid; `None`: the uid of the tests.
+    Process(Option<u32>),
+    /// No owner: the socket is never accepted.
+    None,
 }
 
 /// A way to run cwkill on a host.
@@ -129,11 +129,11 @@ struct Victim {
     owner: Option<u32>,
 }
 
-/// Starts a process for each of `whose`, with a stuck connection for each method.
+/// Starts a process for each of `owners`, with a stuck connection for each method.
 fn victims(
     lab: &Lab,
     family: Family,
-    whose: &[(Whose, &'static str)],
+    owners: &[(SocketOwner, &'static str)],
 ) -> Result<(Vec<Agent>, Vec<Victim>)> {
     let ip: std::net::IpAddr = match family {
         Family::V4 => "127.0.0.1".parse()?,
@@ -142,12 +142,12 @@ fn victims(
     };
     let peer = lab.app_host().agent("peer")?;
     let (mut agents, mut victims) = (Vec::new(), Vec::new());
-    for (whose, kind) in whose {
+    for (owner, kind) in owners {
         let app = lab.app_host().agent_as(&AgentOptions {
             comm: "victim".into(),
-            uid: match whose {
-                Whose::App(uid) => *uid,
-                Whose::Nobody => None,
+            uid: match owner {
+                SocketOwner::Process(uid) => *uid,
+                SocketOwner::None => None,
             },
             capabilities: None,
         })?;
@@ -156,7 +156,7 @@ fn victims(
             let listener = app.listen((ip, port).into(), false, 16)?;
             let address = (ip.to_canonical(), port).into();
             let ends = peer.connect(address, 1, Dial::default(), PATIENCE)?;
-            if *whose != Whose::Nobody {
+            if *owner != SocketOwner::None {
                 app.accept(listener, 1, PATIENCE)?;
             }
             peer.shutdown(&[ends[0].fd], How::Write)?;
@@ -165,7 +165,7 @@ fn victims(
                 method,
                 kind,
                 port,
-                owner: (*whose != Whose::Nobody).then(|| app.pid()),
+                owner: (*owner != SocketOwner::None).then(|| app.pid()),
             });
         }
         agents.push(app);
@@ -181,11 +181,14 @@ fn is_stuck(lab: &Lab, port: u16) -> Result<bool> {
         .any(|socket| socket.local.port() == port && socket.state == TcpState::CloseWait))
 }
 
-/// Returns the document of doctor.
-/// Returns the document of doctor.
-fn agree(family: Family, whose: &[(Whose, &'static str)], setting: Setting<'_>) -> Result<Value> {
+/// Checks that doctor reports the result of each method on sockets of each of `owners`. Returns the document of doctor.
+fn agree(
+    family: Family,
+    owners: &[(SocketOwner, &'static str)],
+    setting: Setting<'_>,
+) -> Result<Value> {
     let lab = Lab::new()?;
-    let (_agents, victims) = victims(&lab, family, whose)?;
+    let (_agents, victims) = victims(&lab, family, owners)?;
     let findings = doctor(&lab, setting)?;
     let row = |method: &str| -> Result<Value> {
         let rows = findings["methods"].as_array().context("no methods")?;
@@ -233,8 +236,11 @@ fn agree(family: Family, whose: &[(Whose, &'static str)], setting: Setting<'_>) 
     Ok(findings)
 }
 
-/// Sockets of our own user, and sockets without an owner.
-const OURS: &[(Whose, &str)] = &[(Whose::App(None), "own"), (Whose::Nobody, "ownerless")];
+/// Sockets of the user of the tests, and sockets without an owner.
+const OWN_AND_OWNERLESS: &[(SocketOwner, &str)] = &[
+    (SocketOwner::Process(None), "own"),
+    (SocketOwner::None, "ownerless"),
+];
 
 fn works(findings: &Value, method: &str, kind: &str) -> String {
     let rows = findings["methods"].as_array();
@@ -244,7 +250,7 @@ fn works(findings: &Value, method: &str, kind: &str) -> String {
 
 fn doctor_agrees_with_the_methods() -> Result<()> {
     for family in Family::ALL {
-        let findings = agree(family, OURS, &|lab, arguments| {
+        let findings = agree(family, OWN_AND_OWNERLESS, &|lab, arguments| {
             plain(lab.app_host().command(CWKILL), arguments)
         })?;
         for method in ["destroy", "rst"] {
@@ -263,7 +269,7 @@ fn doctor_agrees_when_capabilities_are_missing() -> Result<()> {
         (&[ADMIN], ["yes", "no", "no"]),
         (&[RAW], ["no", "yes", "yes"]),
     ] {
-        let findings = agree(Family::V4, OURS, &|lab, arguments| {
+        let findings = agree(Family::V4, OWN_AND_OWNERLESS, &|lab, arguments| {
             plain(lab.app_host().command(CWKILL).capabilities(set), arguments)
         })
         .with_context(|| format!("{set:?}"))?;
@@ -284,7 +290,7 @@ fn doctor_agrees_under_a_seccomp_filter() -> Result<()> {
         ("pidfd_getfd: EPERM", "seccomp"),
         ("packet sockets", ""),
     ] {
-        let findings = agree(Family::V4, OURS, &|lab, arguments| {
+        let findings = agree(Family::V4, OWN_AND_OWNERLESS, &|lab, arguments| {
             plain(without(lab, filter)?, arguments)
         })
         .with_context(|| filter.to_owned())?;
@@ -323,7 +329,7 @@ fn without_a_list_of_sockets_nothing_works() -> Result<()> {
 
 /// All capabilities, but in a user namespace that owns neither the network namespace nor any process.
 fn doctor_agrees_in_a_user_namespace() -> Result<()> {
-    let findings = agree(Family::V4, OURS, &|lab, arguments| {
+    let findings = agree(Family::V4, OWN_AND_OWNERLESS, &|lab, arguments| {
         plain(
             lab.app_host().command("unshare").args(["-Ur", CWKILL]),
             arguments,
@@ -463,13 +469,13 @@ fn a_reader_that_leaves_early_is_not_an_error() -> Result<()> {
 }
 
 fn doctor_agrees_for_an_unprivileged_user() -> Result<()> {
-    let whose = [
-        (Whose::App(Some(NOBODY)), "own"),
-        (Whose::App(None), "others"),
-        (Whose::Nobody, "ownerless"),
+    let owners = [
+        (SocketOwner::Process(Some(NOBODY)), "own"),
+        (SocketOwner::Process(None), "others"),
+        (SocketOwner::None, "ownerless"),
     ];
     for set in [&[][..], &[PTRACE], &[PTRACE, SEARCH], &[RAW]] {
-        let findings = agree(Family::V4, &whose, &|lab, arguments| {
+        let findings = agree(Family::V4, &owners, &|lab, arguments| {
             plain(
                 lab.app_host().command(CWKILL).uid(NOBODY).capabilities(set),
                 arguments,
@@ -486,8 +492,8 @@ fn doctor_agrees_for_an_unprivileged_user() -> Result<()> {
 }
 
 fn doctor_agrees_on_sockets_of_other_users() -> Result<()> {
-    let whose = [(Whose::App(Some(NOBODY)), "others")];
-    let findings = agree(Family::V4, &whose, &|lab, arguments| {
+    let owners = [(SocketOwner::Process(Some(NOBODY)), "others")];
+    let findings = agree(Family::V4, &owners, &|lab, arguments| {
         plain(lab.app_host().command(CWKILL), arguments)
     })?;
     assert_eq!(works(&findings, "shutdown", "others"), "yes");
@@ -495,8 +501,11 @@ fn doctor_agrees_on_sockets_of_other_users() -> Result<()> {
 }
 
 fn a_proc_that_hides_processes_is_named() -> Result<()> {
-    let whose = [(Whose::App(None), "others"), (Whose::Nobody, "ownerless")];
-    let findings = agree(Family::V4, &whose, &|lab, arguments| {
+    let owners = [
+        (SocketOwner::Process(None), "others"),
+        (SocketOwner::None, "ownerless"),
+    ];
+    let findings = agree(Family::V4, &owners, &|lab, arguments| {
         let script = format!(
             "mount -t proc -o hidepid=2 proc /proc && exec setpriv --reuid {NOBODY} --regid {NOBODY} --clear-groups \
              {CWKILL} {}",

@@ -308,7 +308,7 @@ fn an_owner_that_dies_does_not_affect_others(family: Family) -> Result<()> {
         lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::CloseWait)? == 2))
     })?;
     for target in &targets {
-        let wanted = match target.socket.tuple.local.port() {
+        let wanted = match target.socket.tuple().local.port() {
             9090 => Outcome::Closed(Method::Shutdown),
             _ => Outcome::Gone,
         };

@@ -13,7 +13,6 @@ use cwkill::commands::close;
 use cwkill::config::Config;
 use cwkill::control::Control;
 use cwkill::finder;
-use cwkill::injector::plan;
 use cwkill::model::{Method, Target};
 use cwkill::privileges::Privileges;
 use cwkill::proc::ProcFs;
@@ -52,7 +51,7 @@ const STUCK: &str = "sport = :8080";
 const NO_SWEEP: &str = "--no-owners --method destroy --json --max-kills 100000";
 
 /// Most attempts to hit a moment that a busy machine may miss.
-const TRIES: usize = 50;
+const TRIES: usize = 10;
 
 /// Waits until all stuck sockets are old enough to be swept.
 fn aged(lab: &Lab) -> Result<()> {
@@ -164,9 +163,8 @@ fn half_swept(lab: &Lab, swept: Vec<Target>) -> Result<()> {
         let privileges = Privileges::of_this_thread()?;
         let proc = ProcFs::default();
         let namespaces = finder::open(&config.netns, &proc)?;
-        let scan = close::find(&config, &namespaces, swept, &proc)?;
+        let scan = close::find_and_plan(&config, &namespaces, swept, &privileges, &proc)?;
         let mut run = Run::new(scan);
-        plan::build(&mut run.scan, &config.policy, &privileges);
         close::close(&mut run, &config, &privileges, &proc, &Now);
         Ok(run)
     })?;

@@ -61,7 +61,7 @@ pub fn elicit(
     capture.watch(&tuples)?;
     let mut answers = Answers::new(ids);
     let control = batch.control();
-    let over = control.now() + batch.grace();
+    let over = batch.deadline();
     let retry = retry_after();
     // Random, so that they cannot be predicted. The acknowledgment number becomes the sequence number of a listener's RST.
     let random = RandomState::new();
@@ -140,10 +140,11 @@ impl Answers {
         Answers(ids.iter().map(question).collect())
     }
 
-    /// The answer of the socket with these addresses.
-    pub fn of(&self, tuple: &Tuple) -> Answer {
-        let question = self.0.get(tuple);
-        question.map_or(Answer::None, |question| question.answer)
+    /// The answer of a socket. If several sockets have the same addresses on different interfaces, only one was asked.
+    pub fn of(&self, id: &DiagId) -> Answer {
+        let question = self.0.get(&id.tuple());
+        let asked = question.filter(|question| question.interface == id.interface());
+        asked.map_or(Answer::None, |question| question.answer)
     }
 
     /// The questions without an answer, with the interface of each.
@@ -262,11 +263,12 @@ mod tests {
     #[test]
     fn the_latest_numbers_win() {
         let connection = tuple("[fe80::1]:80", "[fe80::2]:5");
-        let mut answers = Answers::new(&[id(connection)]);
+        let id = id(connection);
+        let mut answers = Answers::new(&[id]);
         answers.note(&segment(connection, u32::MAX, 9, TcpFlags::ACK));
         answers.note(&segment(connection, 0, 9, TcpFlags::ACK));
         answers.note(&segment(connection, u32::MAX, 9, TcpFlags::ACK));
-        let Answer::Numbers(numbers) = answers.of(&connection) else {
+        let Answer::Numbers(numbers) = answers.of(&id) else {
             panic!("no answer");
         };
         assert_eq!((numbers.rcv_nxt, numbers.snd_nxt), (Seq(9), Seq(0)));

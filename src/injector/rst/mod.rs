@@ -121,7 +121,7 @@ impl Rst {
             let numbers = answers
                 .as_ref()
                 .map_err(MethodError::clone)
-                .and_then(|answers| numbers(answers.of(&target.socket.id.tuple())));
+                .and_then(|answers| numbers(answers.of(&target.socket.id)));
             match numbers {
                 Ok(Some(numbers)) => resolved.push(Resolved {
                     target,
@@ -278,7 +278,7 @@ pub(super) fn numbers(answer: Answer) -> Result<Option<Numbers>, MethodError> {
 /// Waits until the sockets of `pending` are gone, at most for the grace. Records the attempt of each, and returns those that
 /// are gone. Unless the host is busy, the local stack handles a packet on `lo` before send(2) returns.
 fn wait_until_gone<'t>(mut pending: Vec<Resolved<'t>>, batch: &mut Batch<'_>) -> Vec<Resolved<'t>> {
-    let until = batch.control().now() + batch.grace();
+    let until = batch.deadline();
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     let mut gone = Vec::with_capacity(pending.len());
     loop {

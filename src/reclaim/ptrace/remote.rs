@@ -18,9 +18,8 @@ use crate::reclaim::error::OwnerError;
 use crate::reclaim::seccomp::{self, SeccompData};
 use crate::reclaim::syscalls::ZeroRisk;
 use crate::reclaim::{read_text, status_field};
-use crate::sys;
-use crate::sys::errno_of;
 use crate::sys::ptrace::{self, Waiting};
+use crate::sys::{self, errno_of};
 
 /// The time for which cwkill waits for its call if the call does not return. Before the return it cannot restore the thread.
 const LAST_WAIT: Duration = Duration::from_secs(10);

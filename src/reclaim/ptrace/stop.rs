@@ -18,6 +18,7 @@ use nix::errno::Errno;
 
 use super::arch::Registers;
 use super::{is_syscall_instruction, read_registers};
+use crate::control::deadline;
 use crate::model::ReclaimReason;
 use crate::proc::ProcFs;
 use crate::reclaim::error::OwnerError;
@@ -222,7 +223,7 @@ impl StoppedProcess {
             threads: Vec::new(),
             since,
             limit,
-            deadline: since + limit,
+            deadline: deadline(since, limit),
             interrupted: false,
         }
     }
@@ -377,7 +378,7 @@ impl StoppedProcess {
         if !self.interrupted {
             self.interrupted = true;
             self.since = Instant::now();
-            self.deadline = self.since + self.limit;
+            self.deadline = deadline(self.since, self.limit);
         }
         for thread in &mut self.threads {
             if thread.state == ThreadState::Seized {
