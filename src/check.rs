@@ -81,7 +81,7 @@ pub struct CheckConfig {
 /// # Errors
 /// The same as for a listing.
 pub fn run(config: &CheckConfig, proc: &ProcFs) -> anyhow::Result<CheckResult> {
-    let namespaces = finder::open(&config.scope.netns, proc)?;
+    let namespaces = finder::open_namespaces(&config.scope.netns, proc)?;
     let selectors = &config.scope.selectors;
     let scan = finder::find(&namespaces, proc, selectors)?;
     if !config.percent_of_limit {

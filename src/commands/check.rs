@@ -6,13 +6,13 @@ use std::process::ExitCode;
 use super::{drop_all_but, refuse, say_notes};
 use crate::check::{self, CheckConfig, Status};
 use crate::cli::CheckArgs;
-use crate::privileges::drop;
+use crate::privileges::capabilities;
 use crate::proc::ProcFs;
 
 pub(super) fn run(args: CheckArgs) -> ExitCode {
     let check = CheckConfig::from_args(args).unwrap_or_else(|error| refuse(&error));
     say_notes(&check.scope.notes);
-    drop_all_but(&drop::to_find(&check.scope.netns, true));
+    drop_all_but(&capabilities::to_find(&check.scope.netns, true));
     let result = check::run(&check, &ProcFs::default())
         .unwrap_or_else(|error| check::unknown(&format!("{error:#}")));
     match writeln!(io::stdout(), "{}", result.line) {

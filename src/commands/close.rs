@@ -12,7 +12,7 @@ use crate::control::Control;
 use crate::finder::{self, FindError, owners};
 use crate::injector::{plan, workers};
 use crate::model::{Outcome, Privilege, ReclaimOutcome, Scan, Target};
-use crate::privileges::{Privileges, drop};
+use crate::privileges::{Privileges, capabilities};
 use crate::proc::netns::Namespaces;
 use crate::proc::{FdState, ProcFs};
 use crate::reclaim::{self, ReclaimRules, ReclaimTarget};
@@ -36,7 +36,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     let mut terminal = Terminal::new(acts, quiet)?;
     let proc = ProcFs::default();
 
-    let namespaces = finder::open(&config.netns, &proc)?;
+    let namespaces = finder::open_namespaces(&config.netns, &proc)?;
     // The log must record each socket before cwkill acts on it, so with a log there is no sweep.
     let swept = match log {
         None => sweep(config, &namespaces, &privileges, &terminal),
@@ -66,7 +66,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     let unrecorded = log.and_then(|log| log.finish(&run, text::summary(&run, config)));
 
     let (written, new_sockets) = report(&mut run, config, &namespaces, &mut terminal);
-    std::mem::drop(terminal);
+    drop(terminal);
     let written = match (new_sockets, config.format) {
         (Some(line), Format::Table) => written.and_then(|()| writeln!(io::stdout(), "{line}")),
         (Some(line), _) => {
@@ -86,11 +86,11 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
 }
 
 fn needed_capabilities(config: &Config) -> caps::CapsHashSet {
-    let mut needed = drop::to_find(&config.netns, config.owners);
+    let mut needed = capabilities::to_find(&config.netns, config.owners);
     if config.action == Action::Act {
-        needed.extend(drop::to_act(&config.policy.methods));
+        needed.extend(capabilities::to_act(&config.policy.methods));
         if config.reclaim.is_some() {
-            needed.extend(drop::to_reclaim());
+            needed.extend(capabilities::to_reclaim());
         }
     }
     needed
@@ -158,34 +158,34 @@ pub fn close(
 ) {
     control.begin();
     if let Some(rules) = &config.reclaim {
-        reclaim::in_calls(&mut reclaim_targets(&mut run.scan), rules, proc);
+        reclaim::skip_in_calls(&mut reclaim_targets(&mut run.scan), rules, proc);
     }
     let rules = config.rules(privileges);
     workers::close(&mut run.scan, &config.policy.methods, rules, proc, control);
     run.acted = true;
-    owners::recheck(proc, &mut run.scan.targets);
+    owners::check_still_open(proc, &mut run.scan.targets);
 }
 
 /// Closes the descriptors of closed sockets in their owners. In a dry run, decides which ones could be closed.
 fn reclaim(run: &mut Run, rules: &ReclaimRules, proc: &ProcFs, control: &dyn Control) {
-    run.reclaimed = true;
+    run.reclaim_requested = true;
     if !run.acted {
         reclaim::judge(&mut reclaim_targets(&mut run.scan), rules, proc);
         return;
     }
-    let mut any = false;
+    let mut owners_may_react = false;
     for target in &mut run.scan.targets {
         match target.is_closed() {
-            true => any |= target.socket.inode.is_some() && !target.owners.is_empty(),
+            true => owners_may_react |= target.socket.inode.is_some() && !target.owners.is_empty(),
             false => target
                 .owners
                 .iter_mut()
                 .for_each(|owner| owner.reclaim = None),
         }
     }
-    if any {
+    if owners_may_react {
         reclaim::let_owners_react(rules, control);
-        owners::recheck(proc, &mut run.scan.targets);
+        owners::check_still_open(proc, &mut run.scan.targets);
     }
     let mut targets = reclaim_targets(&mut run.scan);
     for target in &mut targets {

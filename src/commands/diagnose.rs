@@ -9,7 +9,7 @@ use crate::cli::DiagnoseArgs;
 use crate::diagnose;
 use crate::filter::Scope;
 use crate::model::Privilege;
-use crate::privileges::drop;
+use crate::privileges::capabilities;
 use crate::proc::ProcFs;
 use crate::report::{ExitStatus, diagnose as report};
 use crate::terminal::{columns, rows, say, unless_closed, write_out};
@@ -23,7 +23,7 @@ pub(super) fn run(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
     } = args;
     let scope = Scope::from_args(selection).unwrap_or_else(|error| refuse(&error));
     say_notes(&scope.notes);
-    drop_all_but(&drop::to_find(&scope.netns, true));
+    drop_all_but(&capabilities::to_find(&scope.netns, true));
     let sample = sample.unwrap_or(diagnose::SAMPLE);
     if io::stderr().is_terminal() {
         let time = seconds(sample);

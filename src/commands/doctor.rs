@@ -8,15 +8,15 @@ use super::drop_all_but;
 use crate::cli::DoctorArgs;
 use crate::doctor;
 use crate::model::Method;
-use crate::privileges::drop;
+use crate::privileges::capabilities;
 use crate::proc::ProcFs;
 use crate::proc::netns::NetnsScope;
 use crate::report::doctor as report;
 use crate::terminal::{unless_closed, write_out};
 
 pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
-    let mut needed = drop::to_find(&NetnsScope::All, true);
-    needed.extend(drop::to_act(&Method::ALL));
+    let mut needed = capabilities::to_find(&NetnsScope::All, true);
+    needed.extend(capabilities::to_act(&Method::ALL));
     drop_all_but(&needed);
     let examination = doctor::examine(&ProcFs::default())?;
     let written = write_out(|out| match args.json {

@@ -23,7 +23,7 @@ use crate::cli::{Cli, Command, Misplaced};
 use crate::config::{Action, LogOptions};
 use crate::model::Privilege;
 use crate::parallel;
-use crate::privileges::{HOW_TO_GRANT, drop, purpose};
+use crate::privileges::{HOW_TO_GRANT, capabilities, purpose};
 use crate::report::ExitStatus;
 use crate::terminal::{say, unless_closed};
 
@@ -76,7 +76,7 @@ fn say_hints(missing: &[Privilege]) {
 /// Drops all capabilities except those that are `needed`, then starts the worker threads. If dropping fails, cwkill goes on
 /// with more privileges than it needs.
 fn drop_all_but(needed: &CapsHashSet) {
-    if let Err(error) = drop::drop_all_but(needed) {
+    if let Err(error) = capabilities::drop_all_but(needed) {
         say(format_args!(
             "note: more privileges are held than needed: {error:#}"
         ));

@@ -172,7 +172,7 @@ impl Config {
                 methods,
                 discard_unsent: acting.discard_unsent,
                 max_kills: acting.max_kills,
-                idle_only: !min_age.is_zero(),
+                has_min_age: !min_age.is_zero(),
             },
             grace: acting.grace.unwrap_or(DEFAULT_GRACE),
             watch_refill: acting.watch_refill,

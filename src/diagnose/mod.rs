@@ -203,7 +203,7 @@ pub struct ListenerDiagnosis {
 /// # Errors
 /// The same as for a listing.
 pub fn run(scope: &Scope, sample: Duration, proc: &ProcFs) -> anyhow::Result<Diagnosis> {
-    let namespaces = finder::open(&scope.netns, proc)?;
+    let namespaces = finder::open_namespaces(&scope.netns, proc)?;
     let selectors = &scope.selectors;
     // Each scan first lists the sockets and then looks up the owners, so the time between two listings is from the
     // beginning of one scan to the beginning of the next.

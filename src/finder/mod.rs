@@ -36,7 +36,7 @@ const NAMESPACES_AT_ONCE: usize = 8;
 ///
 /// # Errors
 /// As [`NetnsScope::open`].
-pub fn open(scope: &NetnsScope, proc: &ProcFs) -> anyhow::Result<Namespaces> {
+pub fn open_namespaces(scope: &NetnsScope, proc: &ProcFs) -> anyhow::Result<Namespaces> {
     scope.open(proc).with_context(|| match scope {
         NetnsScope::Named(text) => format!("cannot open the network namespace {text}"),
         NetnsScope::Current | NetnsScope::All => "cannot find the network namespaces".into(),

@@ -185,7 +185,7 @@ pub fn select(
 }
 
 /// Checks which descriptors of closed or closing sockets are still open. Writes the result to [`Owner::after`].
-pub fn recheck(proc: &ProcFs, targets: &mut [Target]) {
+pub fn check_still_open(proc: &ProcFs, targets: &mut [Target]) {
     let mut by_process: BTreeMap<ProcessId, Vec<(&mut Owner, u32)>> = BTreeMap::new();
     for target in targets {
         let over = target.outcome.is_some_and(Outcome::is_closed_or_closing);

@@ -14,7 +14,7 @@ pub struct Policy {
     /// The maximum number of sockets to act on, the oldest first.
     pub max_kills: Option<usize>,
     /// Whether the operator gave a minimum age. Without one, cwkill never closes an open connection.
-    pub idle_only: bool,
+    pub has_min_age: bool,
 }
 
 /// Plans every target of `scan` that has no outcome yet. A target with an outcome keeps its plan.
@@ -65,7 +65,7 @@ fn exclusion(
     privileges: &Privileges,
 ) -> Option<Exclusion> {
     let socket = &target.socket;
-    if let Some(why) = method.forbidden_by_state(socket, policy.idle_only, privileges.kernel) {
+    if let Some(why) = method.forbidden_by_state(socket, policy.has_min_age, privileges.kernel) {
         return Some(Exclusion::WrongState(socket.state, why));
     }
     if method.needs_descriptor() && target.owners.is_empty() {
@@ -110,7 +110,7 @@ mod tests {
             methods: Method::AUTO.to_vec(),
             discard_unsent: false,
             max_kills: None,
-            idle_only: false,
+            has_min_age: false,
         }
     }
 
@@ -272,7 +272,7 @@ mod tests {
         let open = || in_state(TcpState::Established, false);
         assert!(plan(open(), &policy(), &ROOT).methods.is_empty());
         let idle = Policy {
-            idle_only: true,
+            has_min_age: true,
             ..policy()
         };
         assert_eq!(plan(open(), &idle, &ROOT).methods, Method::AUTO);
@@ -307,7 +307,7 @@ mod tests {
     fn a_listener_is_never_closed() {
         use TcpState::{Close, Listen, SynSent, Unknown};
         let anything = Policy {
-            idle_only: true,
+            has_min_age: true,
             discard_unsent: true,
             ..policy()
         };

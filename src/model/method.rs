@@ -66,17 +66,17 @@ impl Method {
         }
     }
 
-    /// Why the state of `socket` forbids the method on this kernel. `idle_only`: the operator gave a minimum age. cwkill never
+    /// Why the state of `socket` forbids the method on this kernel. `has_min_age`: the operator gave a minimum age. cwkill never
     /// closes an open connection without one.
     pub fn forbidden_by_state(
         self,
         socket: &Socket,
-        idle_only: bool,
+        has_min_age: bool,
         kernel: KernelVersion,
     ) -> Option<&'static str> {
         match socket.state {
             TcpState::CloseWait => None,
-            TcpState::Established if idle_only => None,
+            TcpState::Established if has_min_age => None,
             TcpState::Established => Some("an open connection is only closed with --min-age"),
             // The FIN of this host is already sent, and shutdown(2) sends no second one (net/ipv4/af_inet.c, inet_shutdown;
             // net/ipv4/tcp.c, tcp_shutdown).
@@ -162,10 +162,10 @@ mod tests {
     }
 
     /// Which methods of [`Method::ALL`] the state of `socket` allows.
-    fn allowed(socket: &Socket, idle_only: bool, kernel: KernelVersion) -> [bool; 4] {
+    fn allowed(socket: &Socket, has_min_age: bool, kernel: KernelVersion) -> [bool; 4] {
         Method::ALL.map(|method| {
             method
-                .forbidden_by_state(socket, idle_only, kernel)
+                .forbidden_by_state(socket, has_min_age, kernel)
                 .is_none()
         })
     }

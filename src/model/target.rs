@@ -180,7 +180,7 @@ pub enum MethodError {
     #[error("peer is alive")]
     PeerAlive,
     /// The peer has not answered within the grace. That does not prove that it is gone.
-    #[error("no answer from the peer within the grace, which does not prove it gone")]
+    #[error("no answer from the peer within the grace; it may still exist")]
     PeerSilent,
     /// The kernel got the request, and its answer was lost.
     #[error("the kernel's answer was lost: {}", os_error(.0))]

@@ -1,6 +1,6 @@
 //! The privileges of this process, and the advice for the operator if one is missing.
 
-pub mod drop;
+pub mod capabilities;
 
 use anyhow::Context;
 use caps::{CapSet, Capability};

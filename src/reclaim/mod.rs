@@ -134,7 +134,7 @@ pub fn judge(targets: &mut [ReclaimTarget<'_>], rules: &ReclaimRules, proc: &Pro
 
 /// Skips each pending target on which a system call is waiting. It must be called before the sockets are closed: closing a
 /// socket ends the call, and its thread is then likely to close the descriptor. The other targets stay pending.
-pub fn in_calls(targets: &mut [ReclaimTarget<'_>], rules: &ReclaimRules, proc: &ProcFs) {
+pub fn skip_in_calls(targets: &mut [ReclaimTarget<'_>], rules: &ReclaimRules, proc: &ProcFs) {
     if rules.force || !proc.shows_own_pid_namespace() {
         return;
     }
@@ -381,7 +381,7 @@ mod tests {
         };
         let skipped = Some(ReclaimOutcome::Skipped(ReclaimReason::OtherPidNamespace));
         let mut owner = owner(7, 3);
-        in_calls(&mut [target(&mut owner)], &rules, &proc);
+        skip_in_calls(&mut [target(&mut owner)], &rules, &proc);
         assert_eq!(owner.reclaim, None);
         judge(&mut [target(&mut owner)], &rules, &proc);
         assert_eq!(owner.reclaim, skipped);

@@ -37,7 +37,7 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
         unknown_namespaces: coverage.unknown_namespaces,
         undecided: coverage.undecided,
         unlisted: coverage.unlisted.as_deref(),
-        reclaim: run.reclaimed.then(|| JsonReclaim {
+        reclaim: run.reclaim_requested.then(|| JsonReclaim {
             owners: json_stops(&run.stops),
             summary: match run.acted {
                 true => DescriptorCounts::of_scan(&run.scan),
@@ -290,9 +290,12 @@ pub(crate) fn json_socket<'a>(run: &'a Run, target: &'a Target) -> JsonSocket<'a
         plan: target.plan.methods.iter().map(|m| m.name()).collect(),
         excluded: target.plan.excluded.iter().map(exclusion).collect(),
         skip: target.plan.skip.map(|reason| skip(&target.plan, reason)),
-        reclaim_plan: (run.reclaimed && !run.acted).then(|| reclaim_outcomes(&target.owners)),
+        reclaim_plan: (run.reclaim_requested && !run.acted)
+            .then(|| reclaim_outcomes(&target.owners)),
         result: target.outcome.map(|outcome| JsonResult {
-            descriptors: run.reclaimed.then(|| reclaim_outcomes(&target.owners)),
+            descriptors: run
+                .reclaim_requested
+                .then(|| reclaim_outcomes(&target.owners)),
             ..result(target, outcome)
         }),
     }

@@ -29,7 +29,7 @@ pub struct Run {
     /// Whether sockets were to be closed. Then every target has an outcome.
     pub acted: bool,
     /// Whether the descriptors of closed sockets were to be closed too (`--reclaim`).
-    pub reclaimed: bool,
+    pub reclaim_requested: bool,
     /// The owners that `--reclaim` stopped.
     pub stops: Vec<StopStats>,
     /// The sockets that became stuck afterwards; `None` without a watch.
@@ -42,7 +42,7 @@ impl Run {
         Run {
             scan,
             acted: false,
-            reclaimed: false,
+            reclaim_requested: false,
             stops: Vec::new(),
             new_sockets: None,
         }

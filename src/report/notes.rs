@@ -62,7 +62,7 @@ fn descriptors(run: &Run) -> Vec<String> {
             }
         }
     }
-    let advice = match run.reclaimed {
+    let advice = match run.reclaim_requested {
         false => ", only the process can, or --reclaim",
         true => "",
     };

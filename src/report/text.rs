@@ -27,7 +27,7 @@ pub fn write(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io
         header = false;
     }
     writeln!(out, "{}", summary(run, config))?;
-    if run.reclaimed && run.acted {
+    if run.reclaim_requested && run.acted {
         for line in descriptors::lines(&run.scan, &run.stops) {
             writeln!(out, "{line}")?;
         }
@@ -139,8 +139,11 @@ impl Layout {
             cells.push(Cell::new(text + &descriptors).fg(color));
         } else if self.last.is_some() {
             let then = match target.plan.skip {
-                Some(_) if run.reclaimed => "",
-                None if run.reclaimed && !target.owners.is_empty() && descriptors.is_empty() => {
+                Some(_) if run.reclaim_requested => "",
+                None if run.reclaim_requested
+                    && !target.owners.is_empty()
+                    && descriptors.is_empty() =>
+                {
                     ", then reclaim"
                 }
                 _ => &descriptors,

@@ -53,13 +53,13 @@ impl Control for Now {
 
 /// Finds and plans for all stuck sockets of the network namespace of the calling thread.
 fn find(proc: &ProcFs, methods: &[Method]) -> Result<Scan> {
-    let here = finder::open(&NetnsScope::Current, proc)?;
+    let here = finder::open_namespaces(&NetnsScope::Current, proc)?;
     let mut scan = finder::find(&here, proc, &Selectors::default())?;
     let policy = Policy {
         methods: methods.to_vec(),
         discard_unsent: false,
         max_kills: None,
-        idle_only: false,
+        has_min_age: false,
     };
     plan::build(&mut scan, &policy, &Privileges::of_this_thread()?);
     Ok(scan)
@@ -354,7 +354,7 @@ fn the_act_goes_through_the_remaining_owners() -> Result<()> {
 
 /// The identities of the stuck sockets in the network namespace of the calling thread.
 fn stuck_ids() -> Result<Vec<DiagId>> {
-    let here = finder::open(&NetnsScope::Current, &ProcFs::default())?;
+    let here = finder::open_namespaces(&NetnsScope::Current, &ProcFs::default())?;
     let scan = finder::find_sockets(&here, &Selectors::default(), true)?;
     Ok(scan.targets.iter().map(|target| target.socket.id).collect())
 }

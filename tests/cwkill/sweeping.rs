@@ -74,7 +74,7 @@ fn sweep(lab: &Lab, control: &dyn Control) -> Result<Vec<Target>> {
     lab.app_host().within(|| {
         let config = config(STUCK)?;
         let privileges = Privileges::of_this_thread()?;
-        let namespaces = finder::open(&config.netns, &ProcFs::default())?;
+        let namespaces = finder::open_namespaces(&config.netns, &ProcFs::default())?;
         Ok(close::sweep(&config, &namespaces, &privileges, control))
     })
 }
@@ -83,7 +83,7 @@ fn sweep(lab: &Lab, control: &dyn Control) -> Result<Vec<Target>> {
 fn left(lab: &Lab) -> Result<Vec<Target>> {
     lab.app_host().within(|| {
         let config = config(STUCK)?;
-        let namespaces = finder::open(&config.netns, &ProcFs::default())?;
+        let namespaces = finder::open_namespaces(&config.netns, &ProcFs::default())?;
         let scan = finder::find_sockets(&namespaces, &config.selectors, true)?;
         Ok(scan.targets)
     })
@@ -162,7 +162,7 @@ fn half_swept(lab: &Lab, swept: Vec<Target>) -> Result<()> {
         let config = config("dev nosuch9")?;
         let privileges = Privileges::of_this_thread()?;
         let proc = ProcFs::default();
-        let namespaces = finder::open(&config.netns, &proc)?;
+        let namespaces = finder::open_namespaces(&config.netns, &proc)?;
         let scan = close::find_and_plan(&config, &namespaces, swept, &privileges, &proc)?;
         let mut run = Run::new(scan);
         close::close(&mut run, &config, &privileges, &proc, &Now);

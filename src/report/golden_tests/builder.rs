@@ -717,7 +717,7 @@ impl Case {
         sweep::merge(&mut scan, swept, config);
         Run {
             acted,
-            reclaimed,
+            reclaim_requested: reclaimed,
             stops: match reclaimed {
                 true => stops(&self.stopped),
                 false => Vec::new(),
