@@ -43,7 +43,7 @@
 //! - **intent**: the record in the log, before the act, of a socket or descriptor that cwkill is about to close.
 //! - **reclaim**: to close a dead descriptor inside its process. **evidence**: the facts from /proc that show how the process uses its
 //!   descriptors, for example system calls and epoll sets. **in use**: the evidence speaks against closing the descriptor.
-//! - **stop**: all threads of a process stopped by ptrace(2). **remote syscall**: a system call of ours in place of a thread's own.
+//! - **stop**: all threads of a process stopped by ptrace(2). **remote syscall**: a system call of cwkill in place of a thread's own.
 //! - **privilege**: a right that a method needs: a capability, or the right to attach to the owner.
 
 mod audit;

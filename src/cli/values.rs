@@ -141,7 +141,7 @@ pub(super) fn user(text: &str) -> Result<u32, String> {
         Ok(Some(user)) => Ok(user.uid.as_raw()),
         Ok(None) => Err("this host has no such user; for example www-data or 33".into()),
         Err(errno) => Err(format!(
-            "cannot look up the user: {errno}; use the uid, for example 33"
+            "cannot search for the user: {errno}; use the uid, for example 33"
         )),
     }
 }

@@ -1,7 +1,7 @@
 //! `destroy`: SOCK_DESTROY. The kernel aborts the socket, sends RST and discards queued data.
 //!
-//! The request contains the cookie from the dump. Without it the kernel would look up the addresses again. If the connection
-//! is gone by then, that lookup finds the listener, and the kernel would close it (net/ipv4/tcp_diag.c, tcp_diag_destroy;
+//! The request contains the cookie from the dump. Without it the kernel would search by address again. If the connection
+//! is gone by then, that search finds the listener, and the kernel would close it (net/ipv4/tcp_diag.c, tcp_diag_destroy;
 //! net/ipv4/inet_diag.c, inet_diag_find_one_icsk).
 
 use std::io;

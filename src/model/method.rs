@@ -161,7 +161,7 @@ mod tests {
         Socket::from_message(&message)
     }
 
-    /// Which methods of [`Method::ALL`] the state of `socket` allows.
+    /// For each of [`Method::ALL`]: whether the state of `socket` allows it.
     fn allowed(socket: &Socket, has_min_age: bool, kernel: KernelVersion) -> [bool; 4] {
         Method::ALL.map(|method| {
             method

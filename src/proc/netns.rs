@@ -30,7 +30,7 @@ pub struct Netns {
     file: Option<File>,
 }
 
-/// Which network namespaces to use.
+/// The network namespaces that the operator selected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NetnsScope {
     /// The namespace that cwkill runs in.

@@ -154,7 +154,7 @@ impl SyscallUse {
     }
 }
 
-/// Which arguments of a system call are descriptors.
+/// The arguments of a system call that are descriptors.
 enum Descriptors {
     /// The arguments at these positions.
     At(&'static [usize]),

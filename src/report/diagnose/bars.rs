@@ -5,7 +5,7 @@ const MAX_LENGTH: usize = 40;
 /// With less room than this for the longest bar there is no chart: the bars would all be alike.
 const MIN_LENGTH: usize = 10;
 
-/// Rows of a name, a count and a bar in proportion to the count; `None` if `columns` is too narrow for bars.
+/// Rows of a name, a count and a bar in proportion to the count; `None` if `columns` has no room for bars.
 /// A count above zero has a bar of at least one character.
 pub fn chart(rows: &[(&str, usize)], columns: usize) -> Option<Vec<String>> {
     let names = rows.iter().map(|row| row.0.len()).max().unwrap_or(0);
