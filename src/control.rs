@@ -9,8 +9,8 @@ pub trait Control: Sync {
     /// The time of a clock that never goes back.
     fn now(&self) -> Instant;
 
-    /// Called before the first act on a socket. From then on there may be something to restore.
-    fn begin(&self) {}
+    /// From now on a signal only makes [`Control::interrupted`] true: an act may leave something to restore.
+    fn hold_signals(&self) {}
 
     fn sleep(&self, duration: Duration);
 

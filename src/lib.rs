@@ -1,7 +1,10 @@
 //! Closes TCP sockets stuck in CLOSE-WAIT without killing the process that leaks them.
 //!
-//! Data flows one way, as fields of one record for each socket ([`model::Target`]): **find → plan → inject → verify → report**.
-//! The whole run reads top to bottom in [`commands::close`].
+//! Data flows one way, as fields of one record:
+//! - `cwkill`: **find → plan → act → verify → report**, with one [`model::Target`] for each socket. The run reads top to bottom in
+//!   [`commands::close`]; [`injector`] is the module that acts and verifies.
+//! - `cwkill reclaim`: **find → inspect → stop → inspect again → close → release → report**, with one
+//!   [`report::reclaim::DeadDescriptor`] for each descriptor. The run reads top to bottom in `commands::reclaim`; [`reclaim`] acts.
 //!
 //! # The layers
 //! A module uses only modules above it (`tests/layers.rs` fails otherwise):
@@ -11,7 +14,7 @@
 //! | strings, system calls, kernel version, threads | `text`, `sys` (every `unsafe`), [`kernel`], `parallel` |
 //! | TCP | [`tcp`]: states, address pairs, sequence numbers, segments |
 //! | Linux | [`proc`]: /proc; [`sock_diag`]: the kernel's socket tables; [`packet`]: raw and packet sockets |
-//! | data | [`model`]: the things below; [`control`]: clock, pauses and Ctrl-C of a run |
+//! | data | [`model`]: the terms of the glossary as types; [`control`]: clock, pauses and Ctrl-C of a run |
 //! | which sockets | [`filter`]: selectors, expressions of ss(8), the kernel's bytecode |
 //! | what there is | [`finder`]: sockets, owners, listeners, dead descriptors; [`privileges`]: rights, and giving them up |
 //! | acts | [`injector`]: the methods, the plan and the engine that runs it; [`reclaim`]: closing dead descriptors inside their process |
@@ -23,9 +26,10 @@
 //! # Glossary
 //! - **stuck socket**: a socket in CLOSE-WAIT, or in the states that `--state` names.
 //! - **target**: a matched socket with its owners, its plan, the attempts and the outcome.
-//! - **owner**: a descriptor of a socket in a process. A socket has several after fork(2).
+//! - **owner**: a process that has a descriptor of a socket. [`model::Owner`] is one such descriptor with its process. A socket has
+//!   several after fork(2).
 //! - **listener**: the listening socket that would accept a connection, or a group of them with SO_REUSEPORT.
-//! - **orphan**: a socket without an owner for which the kernel still sends.
+//! - **orphan**: a socket that its owner has closed. No process has a descriptor of it; only the kernel uses it.
 //! - **dead socket**: a socket in CLOSE, in no TCP table, that was connected. **dead descriptor**: an open descriptor of one.
 //! - **cookie**: the number that the kernel gives to a socket and to no later one. With it, cwkill asks for exactly this socket.
 //! - **inode**: the number of the file of a socket. It links a socket of the kernel's tables with the descriptors in /proc. A socket
@@ -33,12 +37,16 @@
 //! - **cause**: why a socket is stuck, from its queues and its inode.
 //! - **method**: a way to close a socket: probe, shutdown, destroy, rst.
 //! - **plan**: the methods to try on a target, in order. **exclusion**: why a method is not among them. **skip**: why a target is left alone.
+//! - **act**: to use a method on a socket, or to close a descriptor inside its process.
 //! - **attempt**: one method tried on one target. **outcome**: what became of a target: closed, closing, gone, skipped, failed.
 //! - **pending**: still without a result: a socket that a method waits for, or a descriptor that reclaim has not decided on.
 //! - **grace**: how long a socket gets to close before the next method.
-//! - **recheck**: a lookup by cookie right before an act. **verify**: a lookup by cookie after it.
+//! - **recheck**: a lookup by cookie right before an act. **verify**: to look in the kernel's tables for the socket after an act: by
+//!   its cookie, or for very many sockets with one list.
 //! - **coverage**: what could not be seen.
 //! - **scope**: selectors, and the network namespaces they are applied to.
+//! - **age**: how long a socket has been stuck, at least. **quiet**: how long a dead socket has been dead, at least.
+//! - **suspect**: an open descriptor of a socket that is in no TCP table. Its **verdict**: dead, never connected, or unknown.
 //! - **sweep**: to destroy sockets while the kernel still lists the others, without a list of targets first.
 //! - **intent**: the record in the log, before the act, of a socket or descriptor that cwkill is about to close.
 //! - **reclaim**: to close a dead descriptor inside its process. **evidence**: the facts from /proc that show how the process uses its

@@ -120,8 +120,8 @@ impl Terminal {
         self.progress.suspend(work)
     }
 
-    /// Marks the end of the acts, until the next [`Control::begin`].
-    pub(crate) fn rest(&mut self) {
+    /// Marks the end of the acts, until the next [`Control::hold_signals`].
+    pub(crate) fn release_signals(&mut self) {
         self.idle.store(true, Ordering::Relaxed);
         self.running = None;
         self.progress.finish_and_clear();
@@ -136,7 +136,7 @@ fn is_ignored(signal: libc::c_int) -> bool {
 
 impl Drop for Terminal {
     fn drop(&mut self) {
-        self.rest();
+        self.release_signals();
     }
 }
 
@@ -145,7 +145,7 @@ impl Control for Terminal {
         Instant::now()
     }
 
-    fn begin(&self) {
+    fn hold_signals(&self) {
         self.idle.store(false, Ordering::Relaxed);
     }
 

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use super::{drop_all_but, refuse, say_notes};
+use super::{drop_capabilities_and_start_threads, refuse, say_notes};
 use crate::check::{self, CheckConfig, Status};
 use crate::cli::CheckArgs;
 use crate::privileges::capabilities;
@@ -12,7 +12,7 @@ use crate::proc::ProcFs;
 pub(super) fn run(args: CheckArgs) -> ExitCode {
     let check = CheckConfig::from_args(args).unwrap_or_else(|error| refuse(&error));
     say_notes(&check.scope.notes);
-    drop_all_but(&capabilities::to_find(&check.scope.netns, true));
+    drop_capabilities_and_start_threads(&capabilities::to_find(&check.scope.netns, true));
     let result = check::run(&check, &ProcFs::default())
         .unwrap_or_else(|error| check::unknown(&format!("{error:#}")));
     match writeln!(io::stdout(), "{}", result.line) {

@@ -5,7 +5,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use anyhow::{Context, anyhow};
 
-use super::{drop_all_but, open_log, refuse, say_hints, say_notes, sweep, was_reported};
+use super::{
+    drop_capabilities_and_start_threads, open_log, refuse, say_hints, say_notes, sweep,
+    was_reported,
+};
 use crate::cli::Args;
 use crate::config::{Action, Config, Format};
 use crate::control::Control;
@@ -32,14 +35,14 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     // Read before privileges are dropped: the plan depends on the granted ones, even in a dry run that uses none.
     let privileges = Privileges::of_this_thread()?;
     let log = open_log(config.action, &config.log)?;
-    drop_all_but(&needed_capabilities(config));
+    drop_capabilities_and_start_threads(&needed_capabilities(config));
     let mut terminal = Terminal::new(acts, quiet)?;
     let proc = ProcFs::default();
 
     let namespaces = finder::open_namespaces(&config.netns, &proc)?;
     // The log must record each socket before cwkill acts on it, so with a log there is no sweep.
     let swept = match log {
-        None => sweep(config, &namespaces, &privileges, &terminal),
+        None => sweep_if_possible(config, &namespaces, &privileges, &terminal),
         Some(_) => Vec::new(),
     };
     let mut run = Run::new(find_and_plan(
@@ -49,7 +52,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
         &privileges,
         &proc,
     )?);
-    // A run that has nothing to do leaves no record.
+    // A run without a matching socket leaves no record.
     let mut log = log.filter(|_| !run.scan.targets.is_empty());
     if let Some(log) = &mut log {
         let intents = terminal.aside(|| log.begin(&run));
@@ -59,10 +62,10 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
         close(&mut run, config, &privileges, &proc, &terminal);
     }
     if let Some(rules) = &config.reclaim {
-        reclaim(&mut run, rules, &proc, &terminal);
+        reclaim_descriptors(&mut run, rules, &proc, &terminal);
     }
     // From here on a signal ends cwkill at once, so that a log on a hanging disk or pipe does not block the operator.
-    terminal.rest();
+    terminal.release_signals();
     let unrecorded = log.and_then(|log| log.finish(&run, text::summary(&run, config)));
 
     let (written, new_sockets) = report(&mut run, config, &namespaces, &mut terminal);
@@ -96,8 +99,8 @@ fn needed_capabilities(config: &Config) -> caps::CapsHashSet {
     needed
 }
 
-/// Destroys sockets while the kernel lists them, if that is possible with `config`; see [`mod@sweep`].
-pub fn sweep(
+/// Destroys sockets while the kernel lists them, if that is possible with `config`; see [`sweep`].
+pub fn sweep_if_possible(
     config: &Config,
     namespaces: &Namespaces,
     privileges: &Privileges,
@@ -121,7 +124,7 @@ pub fn find_and_plan(
     privileges: &Privileges,
     proc: &ProcFs,
 ) -> anyhow::Result<Scan> {
-    let find_and_plan = || -> Result<Scan, FindError> {
+    let search = || -> Result<Scan, FindError> {
         let mut scan = match config.owners {
             true => finder::find(namespaces, proc, &config.selectors),
             // After a sweep few sockets are left.
@@ -130,7 +133,7 @@ pub fn find_and_plan(
         plan::build(&mut scan, &config.policy, privileges);
         Ok(scan)
     };
-    let found = match catch_unwind(AssertUnwindSafe(find_and_plan)) {
+    let found = match catch_unwind(AssertUnwindSafe(search)) {
         Err(panic) if swept.is_empty() => resume_unwind(panic),
         Err(_) => Err(anyhow!("a bug in cwkill")),
         Ok(found) => found.map_err(anyhow::Error::from),
@@ -156,7 +159,7 @@ pub fn close(
     proc: &ProcFs,
     control: &dyn Control,
 ) {
-    control.begin();
+    control.hold_signals();
     if let Some(rules) = &config.reclaim {
         reclaim::skip_in_calls(&mut reclaim_targets(&mut run.scan), rules, proc);
     }
@@ -167,7 +170,7 @@ pub fn close(
 }
 
 /// Closes the descriptors of closed sockets in their owners. In a dry run, decides which ones could be closed.
-fn reclaim(run: &mut Run, rules: &ReclaimRules, proc: &ProcFs, control: &dyn Control) {
+fn reclaim_descriptors(run: &mut Run, rules: &ReclaimRules, proc: &ProcFs, control: &dyn Control) {
     run.reclaim_requested = true;
     if !run.acted {
         reclaim::judge(&mut reclaim_targets(&mut run.scan), rules, proc);
@@ -177,6 +180,7 @@ fn reclaim(run: &mut Run, rules: &ReclaimRules, proc: &ProcFs, control: &dyn Con
     for target in &mut run.scan.targets {
         match target.is_closed() {
             true => owners_may_react |= target.socket.inode.is_some() && !target.owners.is_empty(),
+            // It is still open, so what was said about its descriptors before no longer matters.
             false => target
                 .owners
                 .iter_mut()
@@ -202,13 +206,15 @@ fn reclaim(run: &mut Run, rules: &ReclaimRules, proc: &ProcFs, control: &dyn Con
     }
 }
 
-/// The descriptors of every socket that was closed or will be closed.
+/// The descriptors of every socket that was closed, or in a dry run would be closed.
 fn reclaim_targets(scan: &mut Scan) -> Vec<ReclaimTarget<'_>> {
     let mut targets = Vec::new();
     for target in &mut scan.targets {
         let socket = &target.socket;
-        let is_eligible =
-            target.outcome.is_none() || matches!(target.outcome, Some(Outcome::Closed(_)));
+        let is_eligible = match target.outcome {
+            None => target.plan.skip.is_none(),
+            Some(outcome) => matches!(outcome, Outcome::Closed(_)),
+        };
         let Some(inode) = socket.inode.filter(|_| is_eligible) else {
             continue;
         };
@@ -236,7 +242,7 @@ fn report(
     let watch_first = config.format == Format::Json;
     let mut line = None;
     if watch_first {
-        line = watch(run, config, namespaces, terminal);
+        line = watch_for_new(run, config, namespaces, terminal);
     }
     let color = is_coloured(config.color);
     let written = write_out(|out| match config.format {
@@ -247,13 +253,13 @@ fn report(
     });
     messages(run, config);
     if !watch_first && written.is_ok() {
-        line = watch(run, config, namespaces, terminal);
+        line = watch_for_new(run, config, namespaces, terminal);
     }
     (written, line)
 }
 
 /// Watches for new stuck sockets, if the operator asked for it and cwkill has acted. Returns the line about them.
-fn watch(
+fn watch_for_new(
     run: &mut Run,
     config: &Config,
     namespaces: &Namespaces,
@@ -270,7 +276,7 @@ fn watch(
         ));
     }
     // Ctrl-C ends the watch; the new sockets so far are reported.
-    terminal.begin();
+    terminal.hold_signals();
     let scope = WatchScope {
         namespaces,
         selectors: &config.selectors,
@@ -278,7 +284,7 @@ fn watch(
     };
     let known = watch::cookies(&run.scan);
     let new = watch::watch(scope, known, duration, &ProcFs::default(), terminal);
-    terminal.rest();
+    terminal.release_signals();
     match new {
         Ok(new) => {
             let line = new.line(&config.selectors);

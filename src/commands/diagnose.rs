@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal};
 
 use anyhow::Context;
 
-use super::{drop_all_but, refuse, say_hints, say_notes};
+use super::{drop_capabilities_and_start_threads, refuse, say_hints, say_notes};
 use crate::cli::DiagnoseArgs;
 use crate::diagnose;
 use crate::filter::Scope;
@@ -23,7 +23,7 @@ pub(super) fn run(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
     } = args;
     let scope = Scope::from_args(selection).unwrap_or_else(|error| refuse(&error));
     say_notes(&scope.notes);
-    drop_all_but(&capabilities::to_find(&scope.netns, true));
+    drop_capabilities_and_start_threads(&capabilities::to_find(&scope.netns, true));
     let sample = sample.unwrap_or(diagnose::SAMPLE);
     if io::stderr().is_terminal() {
         let time = seconds(sample);

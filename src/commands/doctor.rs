@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 
-use super::drop_all_but;
+use super::drop_capabilities_and_start_threads;
 use crate::cli::DoctorArgs;
 use crate::doctor;
 use crate::model::Method;
@@ -17,7 +17,7 @@ use crate::terminal::{unless_closed, write_out};
 pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
     let mut needed = capabilities::to_find(&NetnsScope::All, true);
     needed.extend(capabilities::to_act(&Method::ALL));
-    drop_all_but(&needed);
+    drop_capabilities_and_start_threads(&needed);
     let examination = doctor::examine(&ProcFs::default())?;
     let written = write_out(|out| match args.json {
         true => report::write_json(&examination, out),

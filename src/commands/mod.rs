@@ -75,7 +75,7 @@ fn say_hints(missing: &[Privilege]) {
 
 /// Drops all capabilities except those that are `needed`, then starts the worker threads. If dropping fails, cwkill goes on
 /// with more privileges than it needs.
-fn drop_all_but(needed: &CapsHashSet) {
+fn drop_capabilities_and_start_threads(needed: &CapsHashSet) {
     if let Err(error) = capabilities::drop_all_but(needed) {
         say(format_args!(
             "note: more privileges are held than needed: {error:#}"

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use anyhow::Context;
 
-use super::{drop_all_but, open_log, refuse, say_hints, say_notes, was_reported};
+use super::{
+    drop_capabilities_and_start_threads, open_log, refuse, say_hints, say_notes, was_reported,
+};
 use crate::cli::ReclaimArgs;
 use crate::config::{Action, Format, ReclaimConfig};
 use crate::control::Control;
@@ -23,9 +25,11 @@ pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
     let quiet = config.format == Format::Quiet;
     let acts = config.action == Action::Act;
     let log = open_log(config.action, &config.log)?;
-    let mut needed = capabilities::to_find(&NetnsScope::All, true);
-    needed.extend(capabilities::to_reclaim());
-    drop_all_but(&needed);
+    let mut needed = capabilities::to_find(&NetnsScope::Current, true);
+    if acts {
+        needed.extend(capabilities::to_reclaim());
+    }
+    drop_capabilities_and_start_threads(&needed);
     let mut terminal = Terminal::new(acts, quiet)?;
     let proc = ProcFs::default();
     let mut run = find(config, &proc)?;
@@ -38,10 +42,10 @@ pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
         true => close(&mut run, config, &proc, &terminal),
         false => reclaim::judge(&mut targets(&mut run), &config.rules, &proc),
     }
-    terminal.rest();
+    terminal.release_signals();
     let summary = || report::summary(&run, config);
     let unrecorded = log.and_then(|log| log.finish_reclaim(&run, summary()));
-    std::mem::drop(terminal);
+    drop(terminal);
     let color = is_coloured(config.color);
     let written = write_out(|out| match config.format {
         Format::Table => report::text::write(&run, config, color, out),
@@ -109,7 +113,7 @@ fn find(config: &ReclaimConfig, proc: &ProcFs) -> anyhow::Result<ReclaimRun> {
 
 /// Closes the descriptors in their owners.
 fn close(run: &mut ReclaimRun, config: &ReclaimConfig, proc: &ProcFs, control: &dyn Control) {
-    control.begin();
+    control.hold_signals();
     if !run.descriptors.is_empty() {
         reclaim::let_owners_react(&config.rules, control);
     }

@@ -93,7 +93,7 @@ pub fn sweep(
         parallel::side_by_side(halves.iter().collect(), halves.len(), verify)
     });
     let failure = match verified {
-        Err(error) => MethodError::SystemCall("verifying", errno_of(&error)),
+        Err(error) => MethodError::SystemCall("lookup after SOCK_DESTROY", errno_of(&error)),
         // Only a panic leaves targets without an outcome.
         Ok(_) => MethodError::Bug,
     };
@@ -123,7 +123,7 @@ impl Sweeper<'_> {
             return;
         };
         if let Sample::Halves(halves) = sockets::sample(&selectors) {
-            self.control.begin();
+            self.control.hold_signals();
             let halves: Vec<_> = halves.iter().zip(swept).collect();
             parallel::side_by_side(halves, 2, |(selectors, swept)| {
                 self.sweep_half(selectors, swept)
@@ -202,7 +202,10 @@ impl Sweeper<'_> {
             Err(error) => {
                 for target in swept.iter_mut() {
                     let errno = errno_of(&error);
-                    target.fail_unfinished(MethodError::SystemCall("verifying", errno));
+                    target.fail_unfinished(MethodError::SystemCall(
+                        "lookup after SOCK_DESTROY",
+                        errno,
+                    ));
                 }
             }
         }

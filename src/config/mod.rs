@@ -102,7 +102,7 @@ impl Config {
             grace: self.grace,
             discard_unsent: self.policy.discard_unsent,
             selectors: &self.selectors,
-            kernel: privileges.kernel,
+            kernel_version: privileges.kernel_version,
         }
     }
 

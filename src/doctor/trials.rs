@@ -192,7 +192,7 @@ fn run_trial(trial: Trial, stuck: &StuckConnection, scan: &Scan, proc: &ProcFs) 
         grace: TIMEOUT,
         discard_unsent: false,
         selectors: &Selectors::default(),
-        kernel: KernelVersion::running(),
+        kernel_version: KernelVersion::running(),
     };
     let opened =
         SockDiag::open().and_then(|diag| Ok((diag, injector::executors(&[trial.method], proc)?)));

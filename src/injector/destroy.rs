@@ -74,9 +74,9 @@ impl Destroy {
     /// The meaning of the kernel's answer for a socket that was in `state`.
     fn explain(&mut self, error: DestroyError, state: TcpState) -> MethodError {
         match error {
-            // Older kernels can destroy every other state (net/ipv4/tcp.c, tcp_abort).
+            // Older kernels destroy only full sockets (net/ipv4/tcp.c, tcp_abort).
             DestroyError::NotSupported if !is_surely_full(state) => MethodError::NotSupported(
-                "this kernel has no SOCK_DESTROY, or none for what is left of a connection",
+                "this kernel has no SOCK_DESTROY, or cannot destroy a socket in this state",
                 Errno::EOPNOTSUPP,
             ),
             DestroyError::NotSupported => {

@@ -1,5 +1,5 @@
-//! The engine: runs the planned methods one after the other, each over all sockets that still need it. Then it verifies every
-//! socket with a lookup by cookie.
+//! The engine: runs the planned methods one after the other, each over all sockets that still need it. After each method it
+//! waits for the sockets to close. At the end it looks up every socket that has no outcome yet.
 //!
 //! The engine rechecks the sockets of a batch ([`Executor::batch_size`]) right before the method acts on them. A socket that
 //! has changed since it was planned is left alone. The application may still write in the microseconds between the recheck
@@ -15,7 +15,7 @@ use super::Executor;
 use crate::control::{Backoff, Control, deadline};
 use crate::filter::selectors::Selectors;
 use crate::kernel::KernelVersion;
-use crate::model::socket::{is_orphan, unsent};
+use crate::model::socket::{is_sending_orphan, unsent};
 use crate::model::{Attempt, Method, MethodError, Outcome, SkipReason, Socket, Target};
 use crate::sock_diag::{
     Cookie, Detail, DiagId, DumpRequest, Family, LookupError, SockDiag, SocketMessage,
@@ -34,7 +34,7 @@ const MANY: usize = 2048;
 pub type Lookup = Result<SocketMessage, LookupError>;
 
 /// The kernel's socket tables, which tests replace.
-pub trait Observe {
+pub trait SocketTables {
     /// Looks up each of `ids`. Returns one answer per id, in the same order.
     ///
     /// # Errors
@@ -50,7 +50,7 @@ pub trait Observe {
     fn list(&mut self, states: StateSet) -> io::Result<HashSet<Cookie>>;
 }
 
-impl Observe for SockDiag {
+impl SocketTables for SockDiag {
     fn lookup(&mut self, ids: &[DiagId], detail: Detail) -> io::Result<Vec<Lookup>> {
         SockDiag::lookup(self, ids, detail)
     }
@@ -80,7 +80,7 @@ pub struct Rules<'a> {
     pub discard_unsent: bool,
     /// A socket that these no longer match is left alone.
     pub selectors: &'a Selectors,
-    pub kernel: KernelVersion,
+    pub kernel_version: KernelVersion,
 }
 
 /// Runs the plan of each target and gives it an outcome. A target that already has an outcome is left alone.
@@ -89,7 +89,7 @@ pub struct Rules<'a> {
 pub fn run(
     targets: &mut [&mut Target],
     executors: &mut [Box<dyn Executor>],
-    kernel: &mut dyn Observe,
+    kernel: &mut dyn SocketTables,
     rules: Rules<'_>,
     control: &dyn Control,
 ) {
@@ -113,7 +113,7 @@ pub fn run(
 /// `kernel` must belong to the network namespace of these sockets.
 pub fn verify_destroyed(
     targets: &mut [&mut Target],
-    kernel: &mut dyn Observe,
+    kernel: &mut dyn SocketTables,
     rules: Rules<'_>,
     control: &dyn Control,
 ) {
@@ -130,7 +130,7 @@ pub fn verify_destroyed(
 /// The context of one method: an executor looks up sockets through it.
 pub struct Batch<'a> {
     method: Method,
-    kernel: &'a mut dyn Observe,
+    kernel: &'a mut dyn SocketTables,
     rules: Rules<'a>,
     control: &'a dyn Control,
 }
@@ -283,7 +283,7 @@ impl Batch<'_> {
 /// Looks up the socket of each item. If the lookup fails as a whole, each item gets that error, so that earlier attempts are
 /// still reported.
 fn lookup<T: AsMut<Target>>(
-    kernel: &mut dyn Observe,
+    kernel: &mut dyn SocketTables,
     mut items: Vec<T>,
     detail: Detail,
 ) -> Vec<(T, Lookup)> {
@@ -306,7 +306,7 @@ pub(super) fn lookup_failed(errno: Errno) -> MethodError {
 }
 
 /// Gives every target without an outcome the outcome that follows from the kernel's tables.
-fn verify(targets: &mut [&mut Target], kernel: &mut dyn Observe) {
+fn verify(targets: &mut [&mut Target], kernel: &mut dyn SocketTables) {
     let open = targets
         .iter_mut()
         .map(|target| &mut **target)
@@ -315,9 +315,9 @@ fn verify(targets: &mut [&mut Target], kernel: &mut dyn Observe) {
     for (target, now) in lookup(kernel, open, Detail::Basic) {
         match now {
             Err(LookupError::Gone) => target.note_vanished(),
+            Ok(now) if ends_in_time_wait(&target.socket, &now) => target.note_vanished(),
             Ok(now) if now.state != target.socket.state => {
                 target.outcome = Some(match target.acted() {
-                    Some(method) if now.state == TcpState::TimeWait => Outcome::Closed(method),
                     Some(method) => Outcome::Closing(method, now.state),
                     None => Outcome::Gone,
                 });
@@ -382,9 +382,8 @@ fn check(target: &Target, now: &SocketMessage, method: Method, rules: &Rules<'_>
             return Check::Decide(Outcome::Skipped(SkipReason::NoLongerSelected));
         }
     }
-    if (method == Method::Destroy || now.state == TcpState::FinWait1)
-        && rules.kernel < KernelVersion::ABORTS_ORPHANS
-        && is_orphan(now)
+    if is_sending_orphan(now.state, now.inode)
+        && method.can_leave_orphan(now.state, rules.kernel_version)
     {
         return Check::Refuse(MethodError::OrphanOnOldKernel);
     }

@@ -25,7 +25,7 @@ impl Kernel {
     }
 }
 
-impl Observe for Kernel {
+impl SocketTables for Kernel {
     fn lookup(&mut self, ids: &[DiagId], _: Detail) -> io::Result<Vec<Lookup>> {
         let table = self.0.lock().unwrap();
         let lookup = |id: &DiagId| table.get(&id.cookie()).cloned().ok_or(LookupError::Gone);
@@ -166,12 +166,12 @@ impl World {
     }
 
     /// Runs the engine on the targets with these indices.
-    fn run_on(&mut self, indices: &[usize], kernel: &mut dyn Observe) {
+    fn run_on(&mut self, indices: &[usize], kernel: &mut dyn SocketTables) {
         let rules = Rules {
             grace: self.grace,
             discard_unsent: self.discard_unsent,
             selectors: &self.selectors,
-            kernel: self.version,
+            kernel_version: self.version,
         };
         let targets = self.targets.iter_mut().enumerate();
         let mut targets: Vec<&mut Target> = targets
@@ -415,7 +415,7 @@ fn an_order_whose_answer_was_lost_closed_the_socket_if_it_is_gone() {
 /// A kernel that stops answering once an executor has acted.
 struct Mute(Kernel, Arc<Mutex<Vec<u64>>>);
 
-impl Observe for Mute {
+impl SocketTables for Mute {
     fn lookup(&mut self, ids: &[DiagId], detail: Detail) -> io::Result<Vec<Lookup>> {
         match self.1.lock().unwrap().is_empty() {
             true => self.0.lookup(ids, detail),
@@ -452,7 +452,7 @@ fn every_socket_has_an_outcome_when_the_kernel_no_longer_answers() {
 /// A kernel that never answers.
 struct Silent;
 
-impl Observe for Silent {
+impl SocketTables for Silent {
     fn lookup(&mut self, _: &[DiagId], _: Detail) -> io::Result<Vec<Lookup>> {
         Err(Errno::ENOBUFS.into())
     }
@@ -669,7 +669,7 @@ struct Listing {
     lookups: HashMap<Cookie, usize>,
 }
 
-impl Observe for Listing {
+impl SocketTables for Listing {
     fn lookup(&mut self, ids: &[DiagId], detail: Detail) -> io::Result<Vec<Lookup>> {
         for id in ids {
             *self.lookups.entry(id.cookie()).or_default() += 1;
@@ -749,7 +749,7 @@ fn sockets_destroyed_before_are_verified() {
         grace: Duration::from_secs(1),
         discard_unsent: false,
         selectors: &world.selectors,
-        kernel: world.version,
+        kernel_version: world.version,
     };
     let mut targets: Vec<&mut Target> = world.targets.iter_mut().collect();
     verify_destroyed(&mut targets, &mut world.kernel, rules, &world.clock);

@@ -65,7 +65,9 @@ fn exclusion(
     privileges: &Privileges,
 ) -> Option<Exclusion> {
     let socket = &target.socket;
-    if let Some(why) = method.forbidden_by_state(socket, policy.has_min_age, privileges.kernel) {
+    if let Some(why) =
+        method.forbidden_by_state(socket, policy.has_min_age, privileges.kernel_version)
+    {
         return Some(Exclusion::WrongState(socket.state, why));
     }
     if method.needs_descriptor() && target.owners.is_empty() {
@@ -97,7 +99,7 @@ mod tests {
     const ROOT: Privileges = Privileges {
         net_admin: true,
         net_raw: true,
-        kernel: KernelVersion::ABORTS_ORPHANS,
+        kernel_version: KernelVersion::ABORTS_ORPHANS,
     };
     const USER: Privileges = Privileges {
         net_admin: false,
@@ -291,7 +293,7 @@ mod tests {
     #[test]
     fn an_orphan_is_not_left_for_ever() {
         let old = Privileges {
-            kernel: KernelVersion(6, 10),
+            kernel_version: KernelVersion(6, 10),
             ..ROOT
         };
         let orphan = || in_state(TcpState::FinWait1, true);

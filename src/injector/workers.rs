@@ -18,6 +18,8 @@ use crate::sys::errno_of;
 const SOCKETS_PER_WORKER: usize = 2048;
 /// Workers at the same time. Most of them only wait, so there may be more than processors.
 const WORKERS_AT_ONCE: usize = 16;
+/// The step of a worker that can fail before it acts.
+const PREPARATION: &str = "entering the network namespace or opening a netlink socket";
 
 /// Runs the plan of every target that has no outcome yet, and gives it an outcome.
 pub fn close(
@@ -39,7 +41,7 @@ pub fn close(
         let closed = netns.within(&mut close).and_then(|closed| closed);
         closed.unwrap_or_else(|error| {
             for target in targets {
-                target.fail_unfinished(MethodError::SystemCall("preparing", errno_of(&error)));
+                target.fail_unfinished(MethodError::SystemCall(PREPARATION, errno_of(&error)));
             }
             HashMap::new()
         })
@@ -77,7 +79,7 @@ fn share_out<T: Send>(
 }
 
 /// The targets without an outcome, as one share per worker, with the index of their namespace. A large namespace is split into
-/// one share per processor.
+/// shares of at least [`SOCKETS_PER_WORKER`], at most one per processor.
 fn shares(targets: &mut [Target]) -> Vec<(usize, Vec<&mut Target>)> {
     let mut by_netns: HashMap<usize, Vec<&mut Target>> = HashMap::new();
     for target in targets.iter_mut().filter(|target| target.outcome.is_none()) {

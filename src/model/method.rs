@@ -6,6 +6,7 @@ use strum::{Display, EnumString, IntoStaticStr};
 
 use crate::kernel::KernelVersion;
 use crate::model::Socket;
+use crate::model::socket::is_sending_orphan;
 use crate::tcp::TcpState;
 
 /// A way to close a socket, gentlest first.
@@ -66,6 +67,13 @@ impl Method {
         }
     }
 
+    /// Whether the method must not be used on an orphan in `state`, because this kernel can keep an aborted one for ever
+    /// ([`KernelVersion::ABORTS_ORPHANS`]). In FIN-WAIT-1 that excludes every method.
+    pub fn can_leave_orphan(self, state: TcpState, kernel: KernelVersion) -> bool {
+        let is_affected = self == Method::Destroy || state == TcpState::FinWait1;
+        is_affected && kernel < KernelVersion::ABORTS_ORPHANS
+    }
+
     /// Why the state of `socket` forbids the method on this kernel. `has_min_age`: the operator gave a minimum age. cwkill never
     /// closes an open connection without one.
     pub fn forbidden_by_state(
@@ -95,10 +103,9 @@ impl Method {
             TcpState::SynRecv if matches!(self, Method::Probe | Method::Rst) => {
                 Some("a half-open request does not tell its sequence numbers")
             }
-            TcpState::FinWait1 | TcpState::LastAck | TcpState::Closing
-                if socket.inode.is_none()
-                    && kernel < KernelVersion::ABORTS_ORPHANS
-                    && (self == Method::Destroy || socket.state == TcpState::FinWait1) =>
+            state
+                if is_sending_orphan(state, socket.inode.unwrap_or(0))
+                    && self.can_leave_orphan(state, kernel) =>
             {
                 Some(ORPHANS)
             }

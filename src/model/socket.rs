@@ -87,10 +87,10 @@ pub fn age(message: &SocketMessage) -> Option<Duration> {
     })
 }
 
-/// Whether the owner has closed the socket and the kernel still sends for it (SOCK_DEAD).
-pub fn is_orphan(message: &SocketMessage) -> bool {
+/// Whether a socket in `state` with this inode is an orphan (SOCK_DEAD) for which the kernel still sends.
+pub fn is_sending_orphan(state: TcpState, inode: u32) -> bool {
     let sending = [TcpState::FinWait1, TcpState::LastAck, TcpState::Closing];
-    message.inode == 0 && sending.contains(&message.state)
+    inode == 0 && sending.contains(&state)
 }
 
 /// The bytes of the application that an abort would lose: `send_q` without the socket's own SYN or FIN, which the kernel counts once

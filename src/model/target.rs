@@ -56,7 +56,7 @@ pub struct Plan {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attempt {
     pub method: Method,
-    /// Why the method did nothing; `None` if it acted.
+    /// Why the method had no effect; `None` if it acted.
     pub error: Option<MethodError>,
 }
 
@@ -65,7 +65,7 @@ pub struct Attempt {
 #[cfg_attr(test, derive(strum::VariantNames))]
 #[strum(serialize_all = "kebab-case")]
 pub enum Outcome {
-    /// This method removed it from the kernel's tables.
+    /// The connection is over, by this method: the socket is in no table of the kernel, or only left as TIME-WAIT.
     Closed(Method),
     /// This method brought it into another state, in which it waits for its peer.
     Closing(Method, TcpState),
@@ -134,7 +134,7 @@ pub enum Exclusion {
     WrongState(TcpState, &'static str),
 }
 
-/// Why a method did nothing to a socket.
+/// Why a method had no effect on a socket, or none that cwkill could see.
 ///
 /// Its code in JSON and in the log is the variant in kebab case, and stable.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, IntoStaticStr)]
@@ -367,7 +367,7 @@ impl Target {
             .map(|attempt| attempt.method)
     }
 
-    /// Sets the outcome of a socket that is no longer in the kernel's tables.
+    /// Sets the outcome of a socket that is no longer in the kernel's tables, or only left as TIME-WAIT.
     pub fn note_vanished(&mut self) {
         self.outcome = Some(match self.maybe_closed_by() {
             Some(method) => Outcome::Closed(method),

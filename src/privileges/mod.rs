@@ -36,7 +36,7 @@ pub struct Privileges {
     pub net_admin: bool,
     /// CAP_NET_RAW is effective.
     pub net_raw: bool,
-    pub kernel: KernelVersion,
+    pub kernel_version: KernelVersion,
 }
 
 impl Privileges {
@@ -55,7 +55,7 @@ impl Privileges {
         Ok(Privileges {
             net_admin: has(Capability::CAP_NET_ADMIN)?,
             net_raw: has(Capability::CAP_NET_RAW)?,
-            kernel: KernelVersion::running(),
+            kernel_version: KernelVersion::running(),
         })
     }
 

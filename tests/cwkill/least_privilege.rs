@@ -264,7 +264,11 @@ fn commands_hold_only_the_capabilities_they_need() -> Result<()> {
         ),
         ("check -w 1 -c 9", &[PTRACE, SEARCH]),
         ("doctor", &[PTRACE, SEARCH, ADMIN, RAW, SYS_ADMIN]),
-        ("reclaim", &[PTRACE, SEARCH, SYS_ADMIN]),
+        ("reclaim", &[PTRACE, SEARCH]),
+        (
+            "reclaim --process no-such-process --json",
+            &[PTRACE, SEARCH, SYS_ADMIN],
+        ),
         ("--no-owners", &[]),
         ("--no-owners --all --method destroy --max-kills 1", &[ADMIN]),
         (

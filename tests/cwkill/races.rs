@@ -11,7 +11,7 @@ use netns_harness::{Dial, Family, Lab, Leak, Recv, TcpState};
 use cwkill::control::Control;
 use cwkill::filter::selectors::Selectors;
 use cwkill::finder;
-use cwkill::injector::engine::{self, Lookup, Observe, Rules};
+use cwkill::injector::engine::{self, Lookup, Rules, SocketTables};
 use cwkill::injector::executors;
 use cwkill::injector::plan::{self, Policy};
 use cwkill::kernel::KernelVersion;
@@ -70,7 +70,7 @@ fn act(
     scan: &mut Scan,
     proc: &ProcFs,
     methods: &[Method],
-    kernel: &mut dyn Observe,
+    kernel: &mut dyn SocketTables,
     grace: Duration,
 ) -> Result<()> {
     let selectors = Selectors::default();
@@ -78,7 +78,7 @@ fn act(
         grace,
         discard_unsent: false,
         selectors: &selectors,
-        kernel: KernelVersion::running(),
+        kernel_version: KernelVersion::running(),
     };
     let mut targets: Vec<&mut Target> = scan.targets.iter_mut().collect();
     let mut executors = executors(methods, proc)?;
@@ -137,7 +137,7 @@ impl OutdatedOnce {
     }
 }
 
-impl Observe for OutdatedOnce {
+impl SocketTables for OutdatedOnce {
     fn lookup(&mut self, ids: &[DiagId], detail: Detail) -> io::Result<Vec<Lookup>> {
         match self.outdated.take() {
             Some(answers) => Ok(answers),

@@ -75,7 +75,12 @@ fn sweep(lab: &Lab, control: &dyn Control) -> Result<Vec<Target>> {
         let config = config(STUCK)?;
         let privileges = Privileges::of_this_thread()?;
         let namespaces = finder::open_namespaces(&config.netns, &ProcFs::default())?;
-        Ok(close::sweep(&config, &namespaces, &privileges, control))
+        Ok(close::sweep_if_possible(
+            &config,
+            &namespaces,
+            &privileges,
+            control,
+        ))
     })
 }
 

@@ -19,6 +19,7 @@ pub const TESTS: &[Test] = &[
     once!(static_stripped_programs_are_reclaimed),
     once!(a_stopped_process_stays_stopped),
     once!(listing_and_dry_run_change_no_owner),
+    once!(a_dry_run_plans_nothing_for_a_skipped_socket),
     once!(a_thread_with_another_table_never_closes),
     once!(owners_in_other_pid_namespaces_are_reclaimed),
     once!(no_live_descriptor_of_a_busy_table_is_closed),
@@ -176,6 +177,21 @@ fn listing_and_dry_run_change_no_owner() -> Result<()> {
         assert!(quiet <= began.elapsed(), "{one}");
     }
     assert_eq!(number(&ran.json(), "/summary/found"), 3);
+    Ok(())
+}
+
+fn a_dry_run_plans_nothing_for_a_skipped_socket() -> Result<()> {
+    let lab = Lab::new()?;
+    let _leak = lab.start("drained", netns_harness::Family::V4, count(3))?;
+    let line = format!("--port 8080 {RECLAIM} -n --max-kills 1 --json");
+    let sockets = cwkill(&lab, &line)?.exits(0).sockets();
+    assert_eq!(sockets.len(), 3);
+    assert_eq!(at(&sockets[0], "/skip"), "null");
+    assert_eq!(at(&sockets[0], "/reclaim_plan/0/outcome"), "allowed");
+    for socket in &sockets[1..] {
+        assert_eq!(at(socket, "/skip/reason_code"), "over-max-kills");
+        assert_eq!(at(socket, "/reclaim_plan"), "[]");
+    }
     Ok(())
 }
 
