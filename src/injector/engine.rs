@@ -258,22 +258,41 @@ impl Batch<'_> {
     }
 
     /// Waits until the sockets of `pending` are closed, at most for the grace.
-    fn wait(&mut self, mut pending: Vec<&mut Target>) {
+    fn wait(&mut self, pending: Vec<&mut Target>) {
+        let is_closed = |target: &Target, now: &Lookup| match now {
+            Err(LookupError::Gone) => true,
+            Ok(now) => ends_in_time_wait(&target.socket, now),
+            Err(LookupError::Errno(_)) => false,
+        };
+        let backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        let (closed, _) = self.wait_until(pending, backoff, is_closed);
+        for target in closed {
+            target.note_vanished();
+        }
+    }
+
+    /// Looks up the sockets of `pending` until `condition` is true for each, at most for the grace. Returns the items for which
+    /// it became true, and the others.
+    pub(super) fn wait_until<T: AsMut<Target>>(
+        &mut self,
+        mut pending: Vec<T>,
+        mut backoff: Backoff,
+        condition: impl Fn(&Target, &Lookup) -> bool,
+    ) -> (Vec<T>, Vec<T>) {
         let until = self.deadline();
-        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        let mut done = Vec::with_capacity(pending.len());
         loop {
             let mut left = Vec::new();
-            for (target, now) in lookup(self.kernel, pending, Detail::Basic) {
-                match now {
-                    Err(LookupError::Gone) => target.note_vanished(),
-                    Ok(now) if ends_in_time_wait(&target.socket, &now) => target.note_vanished(),
-                    Ok(_) | Err(LookupError::Errno(_)) => left.push(target),
+            for (mut item, now) in lookup(self.kernel, pending, Detail::Basic) {
+                match condition(item.as_mut(), &now) {
+                    true => done.push(item),
+                    false => left.push(item),
                 }
             }
             pending = left;
             let over = self.control.now() >= until;
             if pending.is_empty() || over || self.control.interrupted() {
-                return;
+                return (done, pending);
             }
             backoff.sleep(self.control, until);
         }

@@ -98,11 +98,7 @@ impl Probe {
         let mut waiting = Vec::with_capacity(unowned.len());
         for asked in unowned {
             let id = asked.target.socket.id;
-            let numbers = answers
-                .as_ref()
-                .map_err(MethodError::clone)
-                .and_then(|answers| rst::numbers(answers.of(&id)));
-            match numbers {
+            match rst::numbers(&answers, &id) {
                 Ok(numbers) => {
                     // Without numbers no ACK was captured, but the stack may have sent one. The peer's answer will show it.
                     let probe = |numbers| keepalive_probe(&id, numbers, asked.before.send_q);

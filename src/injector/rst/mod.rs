@@ -21,7 +21,7 @@ use nix::errno::Errno;
 
 use super::Executor;
 use super::duplicate::Duplicator;
-use super::engine::Batch;
+use super::engine::{Batch, Lookup};
 use crate::control::Backoff;
 use crate::model::{Method, MethodError, Privilege, Target};
 use crate::packet::capture::{self, Capture};
@@ -118,11 +118,7 @@ impl Rst {
             .collect();
         let answers = self.wire.elicit(&ids, batch);
         for (target, repair_error) in unresolved {
-            let numbers = answers
-                .as_ref()
-                .map_err(MethodError::clone)
-                .and_then(|answers| numbers(answers.of(&target.socket.id)));
-            match numbers {
+            match numbers(&answers, &target.socket.id) {
                 Ok(Some(numbers)) => resolved.push(Resolved {
                     target,
                     numbers,
@@ -199,8 +195,8 @@ impl Executor for Rst {
         }
         let gone = wait_until_gone(pending, batch);
         // Errors do not matter here: from now on the kernel answers every segment of the peer with RST.
-        let to_peers = gone.into_iter().map(|item| ((), item.reset_to_peer()));
-        self.wire.raw.send(to_peers.collect());
+        self.wire
+            .send(gone.iter().map(Resolved::reset_to_peer).collect());
     }
 }
 
@@ -266,9 +262,12 @@ impl Wire {
     }
 }
 
-/// The numbers of an answer; `None` if no ACK was captured.
-pub(super) fn numbers(answer: Answer) -> Result<Option<Numbers>, MethodError> {
-    match answer {
+/// The numbers that the socket `id` answered with; `None` if no ACK was captured.
+pub(super) fn numbers(
+    answers: &Result<Answers, MethodError>,
+    id: &DiagId,
+) -> Result<Option<Numbers>, MethodError> {
+    match answers.as_ref().map_err(MethodError::clone)?.of(id) {
         Answer::Numbers(numbers) => Ok(Some(numbers)),
         Answer::None => Ok(None),
         Answer::NotSent(error) => Err(send_error(error)),
@@ -277,29 +276,14 @@ pub(super) fn numbers(answer: Answer) -> Result<Option<Numbers>, MethodError> {
 
 /// Waits until the sockets of `pending` are gone, at most for the grace. Records the attempt of each, and returns those that
 /// are gone. Unless the host is busy, the local stack handles a packet on `lo` before send(2) returns.
-fn wait_until_gone<'t>(mut pending: Vec<Resolved<'t>>, batch: &mut Batch<'_>) -> Vec<Resolved<'t>> {
-    let until = batch.deadline();
-    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
-    let mut gone = Vec::with_capacity(pending.len());
-    loop {
-        let mut left = Vec::new();
-        for (item, now) in batch.lookup(pending) {
-            match now {
-                Err(LookupError::Gone) => {
-                    item.target.record(Method::Rst, Ok(()));
-                    gone.push(item);
-                }
-                Ok(_) | Err(LookupError::Errno(_)) => left.push(item),
-            }
-        }
-        pending = left;
-        let over = batch.control().now() >= until;
-        if pending.is_empty() || over || batch.control().interrupted() {
-            break;
-        }
-        backoff.sleep(batch.control(), until);
+fn wait_until_gone<'t>(pending: Vec<Resolved<'t>>, batch: &mut Batch<'_>) -> Vec<Resolved<'t>> {
+    let is_gone = |_: &Target, now: &Lookup| matches!(now, Err(LookupError::Gone));
+    let backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    let (mut gone, left) = batch.wait_until(pending, backoff, is_gone);
+    for item in &mut gone {
+        item.target.record(Method::Rst, Ok(()));
     }
-    for item in pending {
+    for item in left {
         item.target
             .record(Method::Rst, Err(MethodError::RstIgnored));
     }
