@@ -91,7 +91,7 @@ pub fn run(config: &CheckConfig, proc: &ProcFs) -> anyhow::Result<CheckResult> {
     let mut unseen = failures;
     // Without root some processes are always unreadable, so this matters only if particular processes were selected.
     if selectors.selects_owners() && (dead.hidden || !dead.unreadable.is_empty()) {
-        unseen.push("the dead descriptors of the selected processes may not be read".to_owned());
+        unseen.push("the dead descriptors of the selected processes could not be read".to_owned());
     }
     let usages = usages(&scan, dead, selectors, &|process| {
         proc.status(process).limit

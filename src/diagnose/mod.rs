@@ -76,13 +76,13 @@ impl Diagnosis {
         let mut notes = scan.coverage.notes(scan.without_known_owner());
         if self.unreadable_processes > 0 {
             notes.push(format!(
-                "the descriptors of {} may not be read: dead ones among them are not counted",
+                "the descriptors of {} could not be read: dead ones among them are not counted",
                 counted(self.unreadable_processes, "process")
             ));
         }
         if self.unknown_descriptors > 0 {
             notes.push(format!(
-                "{} of TCP sockets in no table may be dead: their state may not be read",
+                "{} of TCP sockets in no table may be dead: their state could not be read",
                 counted(self.unknown_descriptors, "descriptor")
             ));
         }

@@ -410,7 +410,7 @@ fn without_privileges_missing_information_is_reported() -> Result<()> {
     let ran = ran(command.args(["diagnose", "--sample", "50ms"]))?
         .exits(0)
         .complains("2 sockets without a known owner")
-        .complains("may not be read: dead ones among them are not counted")
+        .complains("could not be read: dead ones among them are not counted")
         .complains("setcap");
     assert!(ran.stdout.contains("unknown owner: 2 stuck"), "{ran:?}");
     let command = lab.app_host().command(CWKILL).capabilities(&[]);

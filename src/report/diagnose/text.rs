@@ -233,7 +233,7 @@ fn process_block(diagnosis: &ProcessDiagnosis, similar: usize, elapsed: Duration
         let them = counted(unknown, "descriptor");
         let _ = write!(
             block,
-            "\n  {them} of TCP sockets in no table may be dead: their state may not be read"
+            "\n  {them} of TCP sockets in no table may be dead: their state could not be read"
         );
     }
     push_places(&mut block, held);
@@ -246,7 +246,7 @@ fn process_block(diagnosis: &ProcessDiagnosis, similar: usize, elapsed: Duration
         (Some(used), None) => {
             let _ = write!(block, "\n  descriptors: {used}, limit unknown");
         }
-        (None, _) => block.push_str("\n  descriptors: may not be read"),
+        (None, _) => block.push_str("\n  descriptors: could not be read"),
     }
     if let Some(Suggestion { command, remark }) = &diagnosis.suggestion {
         let _ = write!(block, "\n  next: {command}  ({remark})");
