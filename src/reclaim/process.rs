@@ -223,12 +223,25 @@ fn close_all(
                         false => reason.clone().into_outcome(),
                     });
                 }
-                return Err(ReclaimReason::StopLimitReached(rules.stop_limit).into());
+                let stop_time = remote.stopped().elapsed();
+                return Err(reason_for_the_rest(reason, stop_time, rules.stop_limit).into());
             }
             Err(error @ (OwnerError::Exited | OwnerError::TryAgain)) => return Err(error),
         }
     }
     Ok(())
+}
+
+/// The reason for the descriptors that are left after a call failed with `failed`: the thread can make no more calls.
+fn reason_for_the_rest(
+    failed: ReclaimReason,
+    stop_time: Duration,
+    stop_limit: Duration,
+) -> ReclaimReason {
+    match stop_time >= stop_limit {
+        true => ReclaimReason::StopLimitReached(stop_limit),
+        false => failed,
+    }
 }
 
 /// The outcome for descriptor `fd` after a call that returned `result`.
@@ -267,6 +280,16 @@ fn adjacent_runs<'t, 'a>(
 mod tests {
     use super::*;
     use crate::reclaim::tests::{owner, target};
+
+    #[test]
+    fn descriptors_after_a_failed_call_get_the_true_reason() {
+        let limit = Duration::from_millis(100);
+        let failed = ReclaimReason::SystemCall("PTRACE_SETREGSET", Errno::EIO);
+        let rest =
+            |millis| reason_for_the_rest(failed.clone(), Duration::from_millis(millis), limit);
+        assert_eq!(rest(99), failed, "the limit is not reached");
+        assert_eq!(rest(100), ReclaimReason::StopLimitReached(limit));
+    }
 
     #[test]
     fn adjacent_numbers_make_a_run() {
