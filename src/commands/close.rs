@@ -161,7 +161,7 @@ pub fn close(
 ) {
     control.hold_signals();
     if let Some(rules) = &config.reclaim {
-        reclaim::skip_in_calls(&mut reclaim_targets(&mut run.scan), rules, proc);
+        reclaim::skip_used_by_syscalls(&mut reclaim_targets(&mut run.scan), rules, proc);
     }
     let rules = config.rules(privileges);
     workers::close(&mut run.scan, &config.policy.methods, rules, proc, control);

@@ -64,7 +64,7 @@ pub enum ReclaimReason {
     /// A seccomp filter of the owner forbids close(2).
     #[error("a seccomp filter of its process forbids close()")]
     SeccompForbidsClose,
-    /// The owner has a seccomp filter that cwkill may not read.
+    /// The owner has a seccomp filter that cwkill is not permitted to read.
     #[error(
         "its process has a seccomp filter that cannot be read: {error}: needs CAP_SYS_ADMIN, and no filter of our own",
         error = os_error(.0)
@@ -73,7 +73,8 @@ pub enum ReclaimReason {
     /// The owner shares its descriptor table with this process, which cwkill would not stop.
     #[error("its process shares its descriptor table with process {0}")]
     SharedTable(i32),
-    /// kcmp(2) may not compare the owner's descriptor table with that of this process; CAP_SYS_PTRACE would help.
+    /// cwkill is not permitted to compare the owner's descriptor table with that of this process (kcmp(2)); CAP_SYS_PTRACE would
+    /// help.
     #[error(
         "cannot see whether its process shares its descriptor table with process {0}: {error}: needs {need}",
         error = os_error(.1), need = Privilege::Ptrace
@@ -132,7 +133,7 @@ pub enum ReclaimReason {
     /// Signals or an execve(2) of the owner interfered with every attempt.
     #[error("its process was busy with signals, or with executing a program; nothing was done")]
     OwnerBusy,
-    /// cwkill may not inspect or stop the owner.
+    /// cwkill is not permitted to inspect or stop the owner.
     #[error("{error}: needs {need}", error = os_error(.0), need = Privilege::Ptrace)]
     NotPermitted(Errno),
     /// The operator interrupted the run before cwkill came to the descriptor.
@@ -220,7 +221,7 @@ impl ReclaimReason {
 #[cfg_attr(test, derive(strum::VariantNames))]
 #[strum(serialize_all = "kebab-case")]
 pub enum InUse {
-    /// A thread is inside a system call on it.
+    /// A thread is inside a system call that uses it.
     #[error("thread {tid} is inside a system call on it (number {number})")]
     InSyscall {
         /// The thread.
@@ -228,7 +229,7 @@ pub enum InUse {
         /// The number of the call.
         number: i64,
     },
-    /// A thread is inside a system call that may be on it: cwkill could not read which descriptors the call is on.
+    /// A thread is inside a system call that may use it: cwkill could not read the list of its descriptors.
     #[error(
         "thread {tid} is inside a system call that may be on it (number {number}): the list of its descriptors could not \
          be read"

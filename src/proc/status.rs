@@ -20,7 +20,7 @@ pub struct ProcessStatus {
     pub state: Option<char>,
     /// The soft limit RLIMIT_NOFILE: every descriptor number is below it.
     pub limit: Option<u64>,
-    /// The name of the executable without its directory; `None` if cwkill may not read it.
+    /// The name of the executable without its directory; `None` if cwkill is not permitted to read it.
     pub executable: Option<String>,
     /// The signals for which it has a handler: bit N - 1 for signal N (SigCgt in proc_pid_status(5)); `None` if cwkill cannot
     /// read them.
@@ -78,7 +78,7 @@ impl ProcFs {
 /// The state in a `stat` file: it follows the name, which may contain any bytes.
 ///
 /// procfs parses this file too, but panics if it ends after the name.
-fn thread_state(stat: &[u8]) -> Option<u8> {
+pub(crate) fn thread_state(stat: &[u8]) -> Option<u8> {
     let end = stat.iter().rposition(|byte| *byte == b')')?;
     stat.get(end + 2).copied()
 }

@@ -3,17 +3,18 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use super::syscalls::SyscallUse;
+use super::syscalls::SyscallFds;
 use crate::model::InUse;
 
 /// The evidence from one process.
 #[derive(Clone, Debug, Default)]
 pub struct Evidence {
-    /// The system calls of its threads, with the descriptors that they are on.
-    pub syscalls: Vec<SyscallUse>,
+    /// The system calls of its threads, with the descriptors that they use.
+    pub syscalls: Vec<SyscallFds>,
     pub epolls: Vec<Epoll>,
     pub io_urings: Vec<IoUring>,
-    /// The name of a kernel thread that works for an io_uring. All descriptors of that io_uring may be closed.
+    /// The name of a kernel thread that works for an io_uring. Its process may have closed every descriptor of that io_uring
+    /// already; only this thread shows that it exists.
     pub io_uring_worker: Option<String>,
     /// The name of a thread that runs finalizers.
     pub finalizer: Option<String>,
@@ -25,7 +26,7 @@ impl Evidence {
     /// The evidence against closing descriptor `fd`, a socket with `inode`. Its age is not considered.
     pub fn against(&self, fd: i32, inode: u32) -> Option<InUse> {
         let inode = u64::from(inode);
-        for SyscallUse { tid, number, fds } in &self.syscalls {
+        for SyscallFds { tid, number, fds } in &self.syscalls {
             let (tid, number) = (*tid, *number);
             match fds {
                 None => return Some(InUse::MaybeInSyscall { tid, number }),

@@ -6,7 +6,7 @@ fn each_piece_of_evidence_is_enough() {
     assert_eq!(against(&Evidence::default()), None);
 
     let in_syscall = |fds: Option<&[i32]>| Evidence {
-        syscalls: vec![SyscallUse {
+        syscalls: vec![SyscallFds {
             tid: 3,
             number: 45,
             fds: fds.map(|fds| fds.iter().copied().collect()),

@@ -3,7 +3,8 @@
 //! In `/proc/PID` this module reads `auxv`, `comm`, `fd`, `fdinfo`, `stat` and `status`, and of each thread `stat`, `status` and
 //! `syscall`. The kernel answers these without the memory of the process. Two reads need that memory and may wait for it:
 //!
-//! - `cmdline`. cwkill reads it only if kcmp(2) may not compare a process that could share the descriptor table.
+//! - `cmdline`. cwkill reads it only if it is not permitted to compare (kcmp(2)) a process that could share the descriptor
+//!   table.
 //! - the lists of descriptors of poll(2) and select(2) (process_vm_readv(2)), if a thread waits in such a call.
 
 use std::collections::HashSet;
@@ -20,10 +21,11 @@ use rustix::path::DecInt;
 use super::error::OwnerError;
 use super::in_use::{Epoll, Evidence, IoUring, runs_finalizers, works_for_io_uring};
 use super::ptrace::{StoppedProcess, Thread, read_memory};
-use super::syscalls::{Syscall, SyscallUse};
-use super::{RETRY_INTERVAL, ReclaimRules, ReclaimTarget, read_text, status_field};
+use super::syscalls::{Syscall, SyscallFds};
+use super::{RETRY_INTERVAL, ReclaimRules, ReclaimTarget, list_tids, read_text, status_field};
 use crate::finder::dead::{self, SuspectVerdict};
 use crate::model::{InUse, ReclaimReason};
+use crate::proc::status::thread_state;
 use crate::proc::{ProcFs, Process, fds, is_gone};
 use crate::sys::{self, RemoteFd, errno_of};
 
@@ -58,7 +60,7 @@ impl<'p> Inspection<'p> {
         retry_during_exec(proc, process, || {
             let process = InspectedProcess::open(proc, process)?;
             Ok(Evidence {
-                syscalls: process.uses_by(&process.syscalls()?),
+                syscalls: process.fds_used_by(&process.syscalls()?),
                 ..Evidence::default()
             })
         })
@@ -80,14 +82,14 @@ impl<'p> Inspection<'p> {
         process.ensure_not_shared(&processes, &|| false, rules)?;
         let fds = process.fd_numbers()?;
         let special_fds = process.special_fds(&fds)?;
-        let threads = process.threads()?;
+        let threads = list_tids(proc, process.pid)?.into_iter().collect();
         let mut evidence = Evidence::default();
         if !rules.force {
             let calls = process.syscalls()?;
             if let Some((tid, _)) = calls.iter().find(|(_, call)| call.is_exec()) {
                 return Err(ReclaimReason::InExec(*tid).into());
             }
-            evidence.syscalls = process.uses_by(&calls);
+            evidence.syscalls = process.fds_used_by(&calls);
             evidence.transfer = process.transfer(&calls);
             (evidence.epolls, evidence.io_urings) = process.epolls_and_io_urings(&special_fds)?;
             evidence.io_uring_worker = process.io_uring_worker();
@@ -140,18 +142,18 @@ impl<'p> Inspection<'p> {
             let tids = stopped.threads().iter().map(|thread| thread.tid);
             let new = tids.filter(|tid| !self.threads.contains(tid));
             evidence.io_uring_worker = process.io_uring_worker_among(new);
-            evidence.syscalls = uses_by_stopped(stopped.threads(), process.table_size());
+            evidence.syscalls = fds_used_by_stopped(stopped.threads(), process.table_size());
         }
         Ok(evidence)
     }
 }
 
-/// The descriptors that the system calls of stopped threads are on, from their registers.
-fn uses_by_stopped(threads: &[Thread], table_size: u32) -> Vec<SyscallUse> {
+/// The descriptors that the system calls of stopped threads use, from their registers.
+fn fds_used_by_stopped(threads: &[Thread], table_size: u32) -> Vec<SyscallFds> {
     let one = |thread: &Thread| {
         let memory = |address, length| read_memory(thread.tid, address, length);
         let call = thread.syscall()?;
-        Some(SyscallUse::of(thread.tid, &call, &memory, table_size))
+        Some(SyscallFds::of(thread.tid, &call, &memory, table_size))
     };
     threads.iter().filter_map(one).collect()
 }
@@ -308,11 +310,11 @@ impl<'p> InspectedProcess<'p> {
         Ok(calls)
     }
 
-    /// The descriptors that `calls` are on, as far as cwkill can see without stopping the owner.
-    fn uses_by(&self, calls: &[(i32, Syscall)]) -> Vec<SyscallUse> {
+    /// The descriptors that `calls` use, as far as cwkill can see without stopping the owner.
+    fn fds_used_by(&self, calls: &[(i32, Syscall)]) -> Vec<SyscallFds> {
         let memory = |address, length| read_memory(self.pid, address, length);
         let table_size = self.table_size();
-        let one = |(tid, call): &(i32, Syscall)| SyscallUse::of(*tid, call, &memory, table_size);
+        let one = |(tid, call): &(i32, Syscall)| SyscallFds::of(*tid, call, &memory, table_size);
         calls.iter().map(one).collect()
     }
 
@@ -320,11 +322,8 @@ impl<'p> InspectedProcess<'p> {
     /// interrupt, like most sleeps for a disk, does not count: a stop waits for its end.
     fn transfer(&self, calls: &[(i32, Syscall)]) -> Option<(i32, i64)> {
         let is_interruptible = |tid: i32| {
-            let stat = self.read_text(&format!("task/{tid}/stat"));
-            // The state follows the name, which may contain any character.
-            stat.unwrap_or_default()
-                .rsplit_once(") ")
-                .is_some_and(|(_, rest)| rest.starts_with('S'))
+            let stat = self.proc.path(&format!("{}/task/{tid}/stat", self.pid));
+            fs::read(stat).is_ok_and(|stat| thread_state(&stat) == Some(b'S'))
         };
         let mut calls = calls.iter();
         let found = calls.find(|(tid, call)| call.can_end_short() && is_interruptible(*tid));
@@ -354,16 +353,6 @@ impl<'p> InspectedProcess<'p> {
             comm(self.proc, tid).filter(|name| matches(name))
         };
         tasks.into_iter().find_map(name)
-    }
-
-    /// The threads of the owner.
-    fn threads(&self) -> io::Result<HashSet<i32>> {
-        let mut tids = HashSet::new();
-        for entry in fs::read_dir(self.proc.path(&format!("{}/task", self.pid)))? {
-            let tid: Option<i32> = entry?.file_name().to_str().and_then(|n| n.parse().ok());
-            tids.extend(tid);
-        }
-        Ok(tids)
     }
 
     /// Whether the owner still runs; it may have executed another program.
@@ -427,8 +416,8 @@ impl<'p> InspectedProcess<'p> {
         Ok(())
     }
 
-    /// Whether process `other`, which kcmp(2) may not compare, could share the owner's descriptor table. If it does, both
-    /// processes have the same table size, the same number of open descriptors and the same command line. execve(2) unshares
+    /// Whether process `other` could share the owner's descriptor table, if cwkill is not permitted to compare it (kcmp(2)).
+    /// If it does, both processes have the same table size, the same number of open descriptors and the same command line. execve(2) unshares
     /// the table, so processes that share one run the same program. Their users may differ, because setuid(2) keeps the
     /// table. A file that cwkill cannot read counts as equal.
     fn could_share(&self, other: i32) -> bool {
@@ -474,16 +463,22 @@ impl<'p> InspectedProcess<'p> {
 fn is_running(proc: &ProcFs, pid: i32, start_time: u64) -> bool {
     let status = read_text(proc.path(&format!("{pid}/status")));
     let has_ended = |status: String| {
-        let state = status.lines().find_map(|line| line.strip_prefix("State:"));
-        let is_dead = state.is_some_and(|state| state.trim_start().starts_with(['Z', 'X']));
+        let is_dead = matches!(state(&status), Some('Z' | 'X'));
         is_dead && !leader_exited(&status)
     };
     proc.start_time(pid) == Some(start_time) && status.is_ok_and(|status| !has_ended(status))
 }
 
+/// The state in /proc/PID/status, a letter of proc_pid_stat(5).
+fn state(status: &str) -> Option<char> {
+    let state = status
+        .lines()
+        .find_map(|line| line.strip_prefix("State:"))?;
+    state.trim_start().chars().next()
+}
+
 fn leader_exited(status: &str) -> bool {
-    let state = status.lines().find_map(|line| line.strip_prefix("State:"));
-    let is_zombie = state.is_some_and(|state| state.trim_start().starts_with('Z'));
+    let is_zombie = state(status) == Some('Z');
     is_zombie && status_field(status, "Threads:").is_some_and(|threads| threads > 1)
 }
 

@@ -5,7 +5,7 @@
 //! owner. If cwkill dies meanwhile, the owner continues to run; docs/decisions/reclaim.md explains why.
 //!
 //! - `inspect`: the owner as /proc shows it; `in_use`: the decision from that evidence (pure)
-//! - `syscalls`: which descriptors a system call is on (pure); `seccomp`: whether a filter permits a call (pure)
+//! - `syscalls`: the descriptors that a system call uses (pure); `seccomp`: whether a filter permits a call (pure)
 //! - `process`: the work on one owner; `ptrace`: stopping it, and system calls in one of its threads
 
 mod error;
@@ -52,9 +52,11 @@ pub struct ReclaimTarget<'a> {
     pub cookie: Cookie,
     /// The time for which the socket has been quiet, if that is known.
     pub age: Option<Duration>,
-    /// Bytes in the socket that its program has not read. 0 while the socket is alive, because more may arrive.
+    /// Unread bytes when cwkill found the socket; 0 if the socket was alive then, because more could arrive. cwkill reads their
+    /// number again during the stop.
     pub unread: u32,
-    /// Unread bytes that may be lost: the operator has seen their number and had the socket closed.
+    /// Unread bytes in the listing from which the operator had the socket closed; their loss is accepted. 0 if cwkill found the
+    /// socket dead.
     pub may_lose: u32,
 }
 
@@ -106,7 +108,7 @@ pub struct StopStats {
     /// The number of descriptors that cwkill closed in it.
     pub freed: usize,
     /// The duration of the stop, or of the longest one if there were several.
-    pub stopped: Duration,
+    pub stop_time: Duration,
 }
 
 /// Decides for each pending target whether [`reclaim`] would close it, without stopping an owner. The socket may still be
@@ -125,6 +127,8 @@ pub fn judge(targets: &mut [ReclaimTarget<'_>], rules: &ReclaimRules, proc: &Pro
                     None => Some(ReclaimOutcome::Allowed),
                     Some(in_use) => skipped(ReclaimReason::InUse(in_use)),
                 },
+                // A dry run reports a descriptor as closable, or the reason why not. After the exit of the owner no reason is
+                // left, and a run that acts reports no failure either (`Gone`). An inspection never returns `TryAgain`.
                 Err(OwnerError::Exited | OwnerError::TryAgain) => Some(ReclaimOutcome::Allowed),
                 Err(OwnerError::Reason(reason)) => skipped(reason.clone()),
             };
@@ -132,9 +136,13 @@ pub fn judge(targets: &mut [ReclaimTarget<'_>], rules: &ReclaimRules, proc: &Pro
     }
 }
 
-/// Skips each pending target on which a system call is waiting. It must be called before the sockets are closed: closing a
+/// Skips each pending target that a waiting system call uses. It must be called before the sockets are closed: closing a
 /// socket ends the call, and its thread is then likely to close the descriptor. The other targets stay pending.
-pub fn skip_in_calls(targets: &mut [ReclaimTarget<'_>], rules: &ReclaimRules, proc: &ProcFs) {
+pub fn skip_used_by_syscalls(
+    targets: &mut [ReclaimTarget<'_>],
+    rules: &ReclaimRules,
+    proc: &ProcFs,
+) {
     if rules.force || !proc.shows_own_pid_namespace() {
         return;
     }
@@ -157,6 +165,7 @@ pub fn skip_in_calls(targets: &mut [ReclaimTarget<'_>], rules: &ReclaimRules, pr
 /// Gives the owners time to react to the end of their connections. A program that reacts closes the descriptor within
 /// milliseconds; a descriptor that it has not closed after this time is leaked. Ctrl-C ends the wait.
 pub fn let_owners_react(rules: &ReclaimRules, control: &dyn Control) {
+    // With `--reclaim-age 0s` the operator wants no wait at all, and a shorter age also shortens this wait.
     let until = control.now() + REACTION_TIME.min(rules.min_age);
     while !control.interrupted() {
         match until.checked_duration_since(control.now()) {
@@ -184,23 +193,23 @@ pub fn reclaim(
             continue;
         }
         let process = Arc::clone(&owned[0].owner.process);
-        let mut stopped = Duration::ZERO;
+        let mut stop_time = Duration::ZERO;
         for batch in owned.chunks_mut(MAX_PER_STOP) {
             was_interrupted = was_interrupted || interrupted();
             if !was_interrupted {
                 let longest = process::close_in(&process, batch, rules, proc, &interrupted);
-                stopped = stopped.max(longest);
+                stop_time = stop_time.max(longest);
             }
             decide(batch, &ReclaimReason::Interrupted.into());
         }
-        if !stopped.is_zero() {
+        if !stop_time.is_zero() {
             let freed = owned
                 .iter()
                 .filter(|target| target.owner.reclaim == Some(ReclaimOutcome::Freed));
             stops.push(StopStats {
                 process,
                 freed: freed.count(),
-                stopped,
+                stop_time,
             });
         }
     }
@@ -238,6 +247,16 @@ fn decide(targets: &mut [&mut ReclaimTarget<'_>], error: &OwnerError) {
     for target in pending(targets) {
         target.owner.reclaim = Some(outcome.clone());
     }
+}
+
+/// The threads of process `pid` that /proc lists.
+fn list_tids(proc: &ProcFs, pid: i32) -> io::Result<Vec<i32>> {
+    let mut tids = Vec::new();
+    for entry in fs::read_dir(proc.path(&format!("{pid}/task")))? {
+        let tid: Option<i32> = entry?.file_name().to_str().and_then(|n| n.parse().ok());
+        tids.extend(tid);
+    }
+    Ok(tids)
 }
 
 /// Reads a file of /proc. Names in it need not be valid UTF-8: the kernel cuts them after 15 bytes, also inside a
@@ -381,7 +400,7 @@ mod tests {
         };
         let skipped = Some(ReclaimOutcome::Skipped(ReclaimReason::OtherPidNamespace));
         let mut owner = owner(7, 3);
-        skip_in_calls(&mut [target(&mut owner)], &rules, &proc);
+        skip_used_by_syscalls(&mut [target(&mut owner)], &rules, &proc);
         assert_eq!(owner.reclaim, None);
         judge(&mut [target(&mut owner)], &rules, &proc);
         assert_eq!(owner.reclaim, skipped);

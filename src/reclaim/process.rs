@@ -9,16 +9,17 @@ use nix::errno::Errno;
 
 use super::error::OwnerError;
 use super::inspect::{InspectedProcess, Inspection};
-use super::ptrace::{RemoteSyscall, SeizedThreads, StoppedProcess};
+use super::ptrace::{RemoteThread, SeizedThreads, StoppedProcess};
 use super::{RETRY_INTERVAL, ReclaimRules, ReclaimTarget, decide, pending};
 use crate::model::{ReclaimOutcome, ReclaimReason};
 use crate::proc::{ProcFs, Process, RemoteFd};
 use crate::sys::errno_of;
 
-/// The maximum number of stops of one owner. Another stop is needed only if a signal interfered, or if no thread with a low
-/// risk was found.
+/// The maximum number of stops of one owner. Another stop is needed only if a signal or an execve(2) of the owner interfered,
+/// or if no thread with a low [`FalseReturnRisk`](super::syscalls::FalseReturnRisk) was found.
 const MAX_STOPS: u32 = 5;
-/// In these first stops cwkill uses only a thread with a low risk.
+/// In these first stops cwkill uses only a thread with a low risk. Later stops use any thread: a busy owner may never have a
+/// thread with a low risk.
 const LOW_RISK_STOPS: u32 = 3;
 
 /// Time between two searches for ended threads of the owner, while another thread of cwkill stops it.
@@ -43,9 +44,11 @@ pub fn close_in(
                     target.owner.reclaim =
                         in_use.map(|in_use| ReclaimOutcome::Skipped(ReclaimReason::InUse(in_use)));
                 }
+                // Every stop ends a transfer early. Only a forced run stops an owner with a transfer. cwkill then uses any
+                // thread, so that it does not stop the owner again to find a better one.
                 let low_risk_only = stop <= LOW_RISK_STOPS && !inspection.has_transfer();
-                let stopped = stop_once(&inspection, targets, rules, interrupted, low_risk_only);
-                longest = longest.max(stopped);
+                let stop_time = stop_once(&inspection, targets, rules, interrupted, low_risk_only);
+                longest = longest.max(stop_time);
             }
         }
         if pending(targets).next().is_none() || interrupted() {
@@ -72,7 +75,7 @@ fn stop_once(
         return Duration::ZERO;
     }
     let seized = SeizedThreads::default();
-    let (stopped, result) = thread::scope(|scope| {
+    let (stop_time, result) = thread::scope(|scope| {
         let (ended, end) = mpsc::channel::<()>();
         let (seized, targets) = (&seized, &mut *targets);
         let work = move || {
@@ -105,7 +108,7 @@ fn stop_once(
     if let Err(error) = result {
         decide(targets, &error);
     }
-    stopped
+    stop_time
 }
 
 /// Stops the owner, checks the evidence again, closes the pending targets, and releases the owner. Returns the time for
@@ -118,31 +121,32 @@ fn stop_and_close(
     low_risk_only: bool,
     seized: &SeizedThreads,
 ) -> (Duration, Result<(), OwnerError>) {
-    let owner = &inspection.process;
+    let process = &inspection.process;
     // Otherwise the kernel may extend sleeps of microseconds.
     let _ = nix::sys::prctl::set_timerslack(1);
-    let stopped = match StoppedProcess::stop(owner.proc(), owner.pid, rules.stop_limit, seized) {
+    let stopped = match StoppedProcess::stop(process.proc(), process.pid, rules.stop_limit, seized)
+    {
         Ok(stopped) => stopped,
         // Its threads are gone, but the process still runs: one of them has called execve(2).
-        Err((OwnerError::Exited, stopped)) if owner.is_running() => {
-            return (stopped, Err(OwnerError::TryAgain));
+        Err((OwnerError::Exited, stop_time)) if process.is_running() => {
+            return (stop_time, Err(OwnerError::TryAgain));
         }
-        Err((error, stopped)) => return (stopped, Err(error)),
+        Err((error, stop_time)) => return (stop_time, Err(error)),
     };
     let since = stopped.since();
-    let close = |mut remote: RemoteSyscall| {
+    let close = |mut remote: RemoteThread| {
         skip_in_use(inspection, &remote, targets, rules)?;
-        close_all(&mut remote, owner, targets, rules, interrupted)
+        close_all(&mut remote, process, targets, rules, interrupted)
     };
     // The owner runs again when `close` returns.
-    let result = RemoteSyscall::prepare(stopped, owner.proc(), low_risk_only).and_then(close);
+    let result = RemoteThread::prepare(stopped, process.proc(), low_risk_only).and_then(close);
     (since.elapsed(), result)
 }
 
 /// Checks the evidence again while the owner is stopped. The targets that may be closed stay pending.
 fn skip_in_use(
     inspection: &Inspection<'_>,
-    remote: &RemoteSyscall,
+    remote: &RemoteThread,
     targets: &mut [&mut ReclaimTarget],
     rules: &ReclaimRules,
 ) -> Result<(), OwnerError> {
@@ -170,13 +174,12 @@ fn skip_in_use(
 /// # Errors
 /// The error applies to all targets that are still pending.
 fn close_all(
-    remote: &mut RemoteSyscall,
-    owner: &InspectedProcess<'_>,
+    remote: &mut RemoteThread,
+    process: &InspectedProcess<'_>,
     targets: &mut [&mut ReclaimTarget],
     rules: &ReclaimRules,
     interrupted: &(dyn Fn() -> bool + Sync),
 ) -> Result<(), OwnerError> {
-    let stop_limit_reached = || ReclaimReason::StopLimitReached(rules.stop_limit).into();
     let mut has_close_range = true;
     let mut runs = adjacent_runs(pending(targets).collect());
     while let Some(mut run) = runs.pop_front() {
@@ -184,7 +187,7 @@ fn close_all(
             return Err(ReclaimReason::Interrupted.into());
         }
         if remote.stopped().elapsed() >= rules.stop_limit {
-            return Err(stop_limit_reached());
+            return Err(ReclaimReason::StopLimitReached(rules.stop_limit).into());
         }
         let number = |target: &ReclaimTarget| u64::try_from(target.owner.fd.0).unwrap_or(u64::MAX);
         let range = [number(run[0]), number(run[run.len() - 1]), 0];
@@ -198,7 +201,7 @@ fn close_all(
         if !remote.permits(call, arguments) {
             return Err(ReclaimReason::SeccompForbidsClose.into());
         }
-        let is_done = || run.iter().all(|target| owner.is_free(target.owner.fd));
+        let is_done = || run.iter().all(|target| process.is_free(target.owner.fd));
         match remote.call(call, arguments, &is_done) {
             // The kernel is older than 5.9, or a seccomp filter answers in its place.
             Ok(result) if result < 0 && run.len() > 1 => {
@@ -207,20 +210,21 @@ fn close_all(
             }
             Ok(result) => {
                 for target in run {
-                    target.owner.reclaim = Some(close_outcome(owner, target.owner.fd, result));
+                    target.owner.reclaim = Some(close_outcome(process, target.owner.fd, result));
                 }
             }
             Err(OwnerError::Reason(reason)) => {
                 for target in run {
                     // A call that hangs may have closed some or all of them.
                     let is_freed =
-                        reason == ReclaimReason::CloseHangs && owner.is_free(target.owner.fd);
+                        reason == ReclaimReason::CloseHangs && process.is_free(target.owner.fd);
                     target.owner.reclaim = Some(match is_freed {
                         true => ReclaimOutcome::Freed,
                         false => reason.clone().into_outcome(),
                     });
                 }
-                return Err(stop_limit_reached());
+                let stop_time = remote.stopped().elapsed();
+                return Err(reason_for_the_rest(reason, stop_time, rules.stop_limit).into());
             }
             Err(error @ (OwnerError::Exited | OwnerError::TryAgain)) => return Err(error),
         }
@@ -228,12 +232,24 @@ fn close_all(
     Ok(())
 }
 
+/// The reason for the descriptors that are left after a call failed with `failed`: the thread can make no more calls.
+fn reason_for_the_rest(
+    failed: ReclaimReason,
+    stop_time: Duration,
+    stop_limit: Duration,
+) -> ReclaimReason {
+    match stop_time >= stop_limit {
+        true => ReclaimReason::StopLimitReached(stop_limit),
+        false => failed,
+    }
+}
+
 /// The outcome for descriptor `fd` after a call that returned `result`.
-fn close_outcome(owner: &InspectedProcess<'_>, fd: RemoteFd, result: i64) -> ReclaimOutcome {
+fn close_outcome(process: &InspectedProcess<'_>, fd: RemoteFd, result: i64) -> ReclaimOutcome {
     match i32::try_from(-result) {
         // It was closed before this call, so another process shares the descriptor table after all.
         Ok(libc::EBADF) => ReclaimOutcome::Gone,
-        _ if owner.is_free(fd) => ReclaimOutcome::Freed,
+        _ if process.is_free(fd) => ReclaimOutcome::Freed,
         Ok(errno) if errno > 0 => {
             ReclaimReason::SystemCall("close", Errno::from_raw(errno)).into_outcome()
         }
@@ -264,6 +280,16 @@ fn adjacent_runs<'t, 'a>(
 mod tests {
     use super::*;
     use crate::reclaim::tests::{owner, target};
+
+    #[test]
+    fn descriptors_after_a_failed_call_get_the_true_reason() {
+        let limit = Duration::from_millis(100);
+        let failed = ReclaimReason::SystemCall("PTRACE_SETREGSET", Errno::EIO);
+        let rest =
+            |millis| reason_for_the_rest(failed.clone(), Duration::from_millis(millis), limit);
+        assert_eq!(rest(99), failed, "the limit is not reached");
+        assert_eq!(rest(100), ReclaimReason::StopLimitReached(limit));
+    }
 
     #[test]
     fn adjacent_numbers_make_a_run() {

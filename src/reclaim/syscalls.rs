@@ -1,5 +1,5 @@
-//! System calls of the owner's threads: the descriptors that a call is on, and the effect of a stop or a remote syscall on it.
-//! Pure.
+//! System calls of the owner's threads: the descriptors that a system call uses, and the effect of a stop or a remote syscall on
+//! the call. Pure.
 
 use std::collections::HashSet;
 
@@ -61,8 +61,8 @@ impl Syscall {
         }
     }
 
-    /// The risk if this call, in which a thread waits, appears to return 0.
-    pub fn risk_of_zero(&self) -> ZeroRisk {
+    /// The harm if this call, in which a thread waits, seems to return 0 because cwkill was killed.
+    pub fn false_return_risk(&self) -> FalseReturnRisk {
         /// include/uapi/linux/futex.h: the operation without its flags.
         const FUTEX_COMMAND: u64 = 0x7f;
         const FUTEX_WAIT: u64 = 0;
@@ -71,31 +71,30 @@ impl Syscall {
         const MAX_DESCRIPTORS: u64 = 1 << 31;
         match self.number {
             libc::SYS_futex => match self.arguments[1] & FUTEX_COMMAND {
-                FUTEX_WAIT | FUTEX_WAIT_BITSET => ZeroRisk::None,
-                _ => ZeroRisk::High,
+                FUTEX_WAIT | FUTEX_WAIT_BITSET => FalseReturnRisk::None,
+                _ => FalseReturnRisk::High,
             },
-            libc::SYS_nanosleep | libc::SYS_clock_nanosleep => ZeroRisk::None,
+            libc::SYS_nanosleep | libc::SYS_clock_nanosleep => FalseReturnRisk::None,
             // It continues a sleep, a futex wait with a timeout, or poll(2), with the arguments of that call. The second
             // argument of a sleep is an address or 0. The second argument of poll is the number of descriptors.
             libc::SYS_restart_syscall => match self.arguments[1] {
-                0 | MAX_DESCRIPTORS.. => ZeroRisk::None,
-                _ => ZeroRisk::Low,
+                0 | MAX_DESCRIPTORS.. => FalseReturnRisk::None,
+                _ => FalseReturnRisk::Low,
             },
             libc::SYS_epoll_pwait
             | libc::SYS_epoll_pwait2
             | libc::SYS_ppoll
-            | libc::SYS_pselect6 => ZeroRisk::Low,
+            | libc::SYS_pselect6 => FalseReturnRisk::Low,
             #[cfg(target_arch = "x86_64")]
-            libc::SYS_epoll_wait | libc::SYS_poll | libc::SYS_select => ZeroRisk::Low,
-            _ => ZeroRisk::High,
+            libc::SYS_epoll_wait | libc::SYS_poll | libc::SYS_select => FalseReturnRisk::Low,
+            _ => FalseReturnRisk::High,
         }
     }
 }
 
-/// The risk if a thread's own call appears to return 0. That happens if cwkill is killed while its call replaces the
-/// thread's own.
+/// The harm if a thread's own call seems to return 0 because cwkill was killed while its call replaced the thread's own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum ZeroRisk {
+pub enum FalseReturnRisk {
     /// The call may return 0 at any time: a spurious wake-up, or a timeout.
     None,
     /// 0 means that no event has occurred.
@@ -106,21 +105,21 @@ pub enum ZeroRisk {
     Unknown,
 }
 
-/// The descriptors that a thread's system call is on.
+/// The descriptors that a thread's system call uses.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SyscallUse {
+pub struct SyscallFds {
     pub tid: i32,
     /// The number of the call.
     pub number: i64,
-    /// The descriptors; `None` if the call may be on any.
+    /// The descriptors; `None` if the call may use any.
     pub fds: Option<HashSet<i32>>,
 }
 
 /// Reads memory of the owner, given an address and a length.
 pub type ReadMemory<'a> = &'a dyn Fn(u64, usize) -> Option<Vec<u8>>;
 
-impl SyscallUse {
-    /// The descriptors that `call` of thread `tid` may be on. The owner's descriptor table has `table_size` slots.
+impl SyscallFds {
+    /// The descriptors that `call` of thread `tid` may use. The owner's descriptor table has `table_size` slots.
     pub fn of(tid: i32, call: &Syscall, read_memory: ReadMemory<'_>, table_size: u32) -> Self {
         let arguments = &call.arguments;
         let fds = match descriptors(call.number) {
@@ -146,7 +145,7 @@ impl SyscallUse {
             }
             Descriptors::Select => read_fd_sets(arguments, read_memory, table_size),
         };
-        SyscallUse {
+        SyscallFds {
             tid,
             number: call.number,
             fds,
@@ -247,7 +246,7 @@ const OTHER_ABI: i64 = 0x4000_0000;
 #[cfg(not(target_arch = "x86_64"))]
 const OTHER_ABI: i64 = 0;
 
-/// The longest list, in bytes, that cwkill reads from the owner. A call with a longer one may be on any descriptor.
+/// The longest list, in bytes, that cwkill reads from the owner. A call with a longer one may use any descriptor.
 const MAX_LIST_BYTES: u64 = 1 << 20;
 
 /// An argument that is a descriptor. The kernel takes its lower half.

@@ -11,7 +11,7 @@ fn call(number: i64, arguments: &[u64]) -> Syscall {
     }
 }
 
-fn is_on(call: &SyscallUse, fd: i32) -> bool {
+fn uses(call: &SyscallFds, fd: i32) -> bool {
     call.fds.as_ref().is_none_or(|fds| fds.contains(&fd))
 }
 
@@ -22,8 +22,8 @@ fn nothing(_: u64, _: usize) -> Option<Vec<u8>> {
 #[test]
 fn a_call_on_the_descriptor_is_seen() {
     let on = |number, arguments: &[u64]| {
-        is_on(
-            &SyscallUse::of(1, &call(number, arguments), &nothing, TABLE_SIZE),
+        uses(
+            &SyscallFds::of(1, &call(number, arguments), &nothing, TABLE_SIZE),
             7,
         )
     };
@@ -60,8 +60,8 @@ fn lists_of_descriptors_are_read_from_memory() {
         pollfds.get(from..from + len).map(<[u8]>::to_vec)
     };
     let on = |number, fd, arguments: &[u64]| {
-        is_on(
-            &SyscallUse::of(1, &call(number, arguments), &memory, TABLE_SIZE),
+        uses(
+            &SyscallFds::of(1, &call(number, arguments), &memory, TABLE_SIZE),
             fd,
         )
     };
@@ -86,8 +86,8 @@ fn lists_of_descriptors_are_read_from_memory() {
         _ => None,
     };
     let on_with = |table_size, fd, arguments: &[u64]| {
-        is_on(
-            &SyscallUse::of(1, &call(libc::SYS_pselect6, arguments), &sets, table_size),
+        uses(
+            &SyscallFds::of(1, &call(libc::SYS_pselect6, arguments), &sets, table_size),
             fd,
         )
     };
@@ -117,7 +117,7 @@ fn a_futex_wait_is_not_a_list() {
             .collect();
         let memory = |_, len: usize| list.get(..len).map(<[u8]>::to_vec);
         let call = call(libc::SYS_restart_syscall, &[0x1000, count]);
-        is_on(&SyscallUse::of(1, &call, &memory, TABLE_SIZE), 7)
+        uses(&SyscallFds::of(1, &call, &memory, TABLE_SIZE), 7)
     };
     assert!(on(&[(7, 0)], 1));
     // How programs mark an unused entry.
@@ -159,23 +159,35 @@ fn calls_that_a_stop_would_end_short() {
 
 #[test]
 fn a_call_with_spurious_wake_ups_has_no_risk() {
-    let risk = |number, arguments: &[u64]| call(number, arguments).risk_of_zero();
-    assert_eq!(risk(libc::SYS_futex, &[0x1000, 0x80]), ZeroRisk::None);
-    assert_eq!(risk(libc::SYS_futex, &[0x1000, 0x189]), ZeroRisk::None);
+    let risk = |number, arguments: &[u64]| call(number, arguments).false_return_risk();
+    assert_eq!(
+        risk(libc::SYS_futex, &[0x1000, 0x80]),
+        FalseReturnRisk::None
+    );
+    assert_eq!(
+        risk(libc::SYS_futex, &[0x1000, 0x189]),
+        FalseReturnRisk::None
+    );
     // FUTEX_LOCK_PI: 0 means that it has the lock.
-    assert_eq!(risk(libc::SYS_futex, &[0x1000, 0x86]), ZeroRisk::High);
-    assert_eq!(risk(libc::SYS_epoll_pwait, &[3]), ZeroRisk::Low);
+    assert_eq!(
+        risk(libc::SYS_futex, &[0x1000, 0x86]),
+        FalseReturnRisk::High
+    );
+    assert_eq!(risk(libc::SYS_epoll_pwait, &[3]), FalseReturnRisk::Low);
     let restarted = |second| risk(libc::SYS_restart_syscall, &[0x7f12_3456_7000, second]);
     assert_eq!(
         restarted(0x7f12_3456_7010),
-        ZeroRisk::None,
+        FalseReturnRisk::None,
         "nanosleep with a remainder"
     );
-    assert_eq!(restarted(0), ZeroRisk::None, "nanosleep without");
-    assert_eq!(restarted(2), ZeroRisk::Low, "poll of two");
-    assert_eq!(risk(libc::SYS_accept4, &[3]), ZeroRisk::High);
-    assert!(ZeroRisk::None < ZeroRisk::Low && ZeroRisk::Low < ZeroRisk::High);
-    assert!(ZeroRisk::High < ZeroRisk::Unknown);
+    assert_eq!(restarted(0), FalseReturnRisk::None, "nanosleep without");
+    assert_eq!(restarted(2), FalseReturnRisk::Low, "poll of two");
+    assert_eq!(risk(libc::SYS_accept4, &[3]), FalseReturnRisk::High);
+    assert!(
+        FalseReturnRisk::None < FalseReturnRisk::Low
+            && FalseReturnRisk::Low < FalseReturnRisk::High
+    );
+    assert!(FalseReturnRisk::High < FalseReturnRisk::Unknown);
 }
 
 #[test]

@@ -105,7 +105,7 @@ pub(super) fn stop_lines(stops: &[StopStats]) -> impl Iterator<Item = String> {
         format!(
             "{} was stopped for {:.1} ms: {} freed",
             stop.process,
-            stop.stopped.as_secs_f64() * 1000.0,
+            stop.stop_time.as_secs_f64() * 1000.0,
             counted(stop.freed, "descriptor"),
         )
     })
@@ -135,7 +135,7 @@ pub fn json_stops(stops: &[StopStats]) -> Vec<JsonStop<'_>> {
         pid: stop.process.id.pid,
         comm: &stop.process.comm,
         freed: stop.freed,
-        stopped_us: micros(stop.stopped),
+        stopped_us: micros(stop.stop_time),
     });
     stops.collect()
 }

@@ -183,7 +183,7 @@ pub fn seccomp_filter(tid: i32, index: usize) -> io::Result<Vec<u64>> {
 /// # Errors
 /// ECHILD: the calling thread does not trace it.
 pub fn peek_stop(tid: i32) -> io::Result<Waiting> {
-    wait_for_stop(tid, WaitIdOptions::NOWAIT)
+    read_event(tid, WaitIdOptions::NOWAIT)
 }
 
 /// Reads the event of a traced thread and consumes it. A stop at a system call has no signal to lose.
@@ -191,10 +191,10 @@ pub fn peek_stop(tid: i32) -> io::Result<Waiting> {
 /// # Errors
 /// As [`peek_stop`].
 pub fn take_stop(tid: i32) -> io::Result<Waiting> {
-    wait_for_stop(tid, WaitIdOptions::empty())
+    read_event(tid, WaitIdOptions::empty())
 }
 
-fn wait_for_stop(tid: i32, flags: WaitIdOptions) -> io::Result<Waiting> {
+fn read_event(tid: i32, flags: WaitIdOptions) -> io::Result<Waiting> {
     // A thread has no exit signal, and older kernels wait for it only with __WALL.
     let all = WaitIdOptions::from_bits_retain(libc::__WALL.cast_unsigned());
     let events = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOHANG;

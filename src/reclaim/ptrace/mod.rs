@@ -17,7 +17,7 @@ use super::error::OwnerError;
 use crate::sys::ptrace;
 use arch::Registers;
 
-pub use remote::RemoteSyscall;
+pub use remote::RemoteThread;
 pub use stop::{SeizedThreads, StoppedProcess, Thread};
 
 /// The registers of a stopped thread; `None` if the thread is gone or runs 32-bit code.

@@ -16,7 +16,7 @@ use crate::model::ReclaimReason;
 use crate::proc::ProcFs;
 use crate::reclaim::error::OwnerError;
 use crate::reclaim::seccomp::{self, SeccompData};
-use crate::reclaim::syscalls::ZeroRisk;
+use crate::reclaim::syscalls::FalseReturnRisk;
 use crate::reclaim::{read_text, status_field};
 use crate::sys::ptrace::{self, Waiting};
 use crate::sys::{self, errno_of};
@@ -25,6 +25,10 @@ use crate::sys::{self, errno_of};
 const LAST_WAIT: Duration = Duration::from_secs(10);
 /// Time between two checks of that call.
 const CHECK_INTERVAL: Duration = Duration::from_millis(1);
+
+/// The maximum number of threads among which the time until the stop limit is divided. Shorter shares would be too short for a
+/// thread on a busy machine.
+const MAX_SHARES: u32 = 3;
 
 /// Attempts to bring a thread to a system call. Other stops can come first.
 const MAX_RESUMES: u32 = 3;
@@ -50,11 +54,11 @@ enum Phase {
     Finished,
 }
 
-/// A stopped process, and one thread of it that makes system calls for cwkill.
+/// A thread of a stopped process that makes system calls for cwkill.
 ///
-/// When this is dropped, cwkill restores the thread and releases all threads.
+/// It owns the stopped process. When it is dropped, cwkill restores the thread and releases all threads.
 #[derive(Debug)]
-pub struct RemoteSyscall {
+pub struct RemoteThread {
     stopped: StoppedProcess,
     /// The index of the thread in `stopped`.
     thread: usize,
@@ -70,9 +74,9 @@ pub struct RemoteSyscall {
     phase: Phase,
 }
 
-impl RemoteSyscall {
+impl RemoteThread {
     /// Brings a thread of `stopped` to the entry of a system call of its own. `low_risk_only`: use only a thread whose risk is
-    /// at most [`ZeroRisk::Low`].
+    /// at most [`FalseReturnRisk::Low`].
     ///
     /// # Errors
     /// No thread can be used. All threads have been released.
@@ -83,12 +87,14 @@ impl RemoteSyscall {
     ) -> Result<Self, OwnerError> {
         let candidates = candidates(&stopped)?;
         let lowest = candidates.first().map(|candidate| candidate.risk);
-        if low_risk_only && lowest.is_none_or(|risk| risk > ZeroRisk::Low) {
+        if low_risk_only && lowest.is_none_or(|risk| risk > FalseReturnRisk::Low) {
             return Err(OwnerError::TryAgain);
         }
         let mut reason = ReclaimReason::NoSyscall;
         // A running thread gets only a share of the time to make a call.
-        let mut shares = u32::try_from(candidates.len()).unwrap_or(u32::MAX).min(3);
+        let mut shares = u32::try_from(candidates.len())
+            .unwrap_or(u32::MAX)
+            .min(MAX_SHARES);
         for Candidate {
             thread,
             tid,
@@ -111,7 +117,7 @@ impl RemoteSyscall {
             };
             shares = shares.saturating_sub(1);
             if let Some((entry, own_number)) = enter_own_call(&mut stopped, thread, until)? {
-                return Ok(RemoteSyscall {
+                return Ok(RemoteThread {
                     stopped,
                     thread,
                     tid,
@@ -244,6 +250,7 @@ impl RemoteSyscall {
         }
         let result = read_registers(self.tid).map(|registers| registers.result());
         write_registers(self.tid, &self.restored)?;
+        // At the stop limit cwkill makes no more calls. The other threads may run again, so its evidence is out of date.
         if !is_late {
             self.phase = Phase::Restored;
         }
@@ -251,9 +258,10 @@ impl RemoteSyscall {
     }
 }
 
-impl Drop for RemoteSyscall {
+impl Drop for RemoteThread {
     fn drop(&mut self) {
-        // Every error means that the thread is gone.
+        // After an error cwkill can do no more for the thread: it is gone, a ptrace request failed, or its call has not returned
+        // within `LAST_WAIT`.
         let _ = match self.phase {
             // If the thread were released here, a wake-up by cwkill would still be pending during its own call, and some calls
             // then return EINTR. So the thread first makes a call that does nothing. After that it is restored.
@@ -272,7 +280,7 @@ struct Candidate {
     thread: usize,
     tid: i32,
     registers: Registers,
-    risk: ZeroRisk,
+    risk: FalseReturnRisk,
 }
 
 /// The threads that may make calls for cwkill, those with the lowest risk first.
@@ -325,12 +333,12 @@ fn candidates(stopped: &StoppedProcess) -> Result<Vec<Candidate>, ReclaimReason>
     Ok(candidates)
 }
 
-/// The risk to a thread if cwkill is killed while its call replaces the thread's own, which then appears to return 0.
-fn risk(thread: &Thread, registers: &Registers) -> ZeroRisk {
+/// The harm if cwkill is killed while its call replaces the own call of `thread`.
+fn risk(thread: &Thread, registers: &Registers) -> FalseReturnRisk {
     let is_instruction = |address| is_syscall_instruction(thread.tid, address);
     match registers.syscall(&is_instruction) {
-        Some(call) if registers.restarts(&is_instruction) => call.risk_of_zero(),
-        _ => ZeroRisk::Unknown,
+        Some(call) if registers.restarts(&is_instruction) => call.false_return_risk(),
+        _ => FalseReturnRisk::Unknown,
     }
 }
 

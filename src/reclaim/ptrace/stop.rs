@@ -21,8 +21,9 @@ use super::{is_syscall_instruction, read_registers};
 use crate::control::deadline;
 use crate::model::ReclaimReason;
 use crate::proc::ProcFs;
+use crate::proc::status::thread_state;
 use crate::reclaim::error::OwnerError;
-use crate::reclaim::read_text;
+use crate::reclaim::list_tids;
 use crate::reclaim::syscalls::Syscall;
 use crate::sys::errno_of;
 use crate::sys::ptrace::{self, Waiting};
@@ -211,8 +212,8 @@ pub struct StoppedProcess {
     since: Instant,
     limit: Duration,
     deadline: Instant,
-    /// At least one thread has been interrupted.
-    interrupted: bool,
+    /// The stop has begun: at least one thread has been interrupted.
+    is_stopping: bool,
 }
 
 impl StoppedProcess {
@@ -224,15 +225,15 @@ impl StoppedProcess {
             since,
             limit,
             deadline: deadline(since, limit),
-            interrupted: false,
+            is_stopping: false,
         }
     }
 
     /// Stops every thread of process `pid`, including those that are created meanwhile.
     ///
     /// # Errors
-    /// Not all threads have stopped within `limit`, or cwkill may not stop one. All threads have been released then; the
-    /// second value is the time for which they had been stopped.
+    /// Not all threads have stopped within `limit`, or cwkill is not permitted to stop one. All threads have been released then;
+    /// the second value is the time for which they had been stopped.
     pub fn stop(
         proc: &ProcFs,
         pid: i32,
@@ -243,9 +244,9 @@ impl StoppedProcess {
         let Err(error) = stopped.stop_all(proc, seized) else {
             return Ok(stopped);
         };
-        let (since, interrupted) = (stopped.since, stopped.interrupted);
+        let (since, is_stopping) = (stopped.since, stopped.is_stopping);
         drop(stopped);
-        Err(match interrupted {
+        Err(match is_stopping {
             true => (error, since.elapsed()),
             false => (error, Duration::ZERO),
         })
@@ -255,7 +256,7 @@ impl StoppedProcess {
         let mut known = HashSet::new();
         let mut empty_listings = 0;
         loop {
-            let tids = tids(proc, self.pid).map_err(|error| match errno_of(&error) {
+            let tids = list_tids(proc, self.pid).map_err(|error| match errno_of(&error) {
                 Errno::ENOENT => OwnerError::Exited,
                 _ => OwnerError::of_step("listing its threads", &error),
             })?;
@@ -313,7 +314,7 @@ impl StoppedProcess {
                 Ok(Leader::Stopped)
             }
             Ok(waiting @ (Waiting::Stop(_) | Waiting::Nothing)) => {
-                // cwkill seized it under another number, and may not have interrupted it.
+                // cwkill seized it under another number, and has perhaps not interrupted it.
                 if matches!(waiting, Waiting::Nothing) {
                     // This fails only if the thread is gone, which the wait for it detects.
                     let _ = ptrace::interrupt(self.pid);
@@ -341,7 +342,7 @@ impl StoppedProcess {
         }
     }
 
-    fn seize(&mut self, proc: &ProcFs, tid: i32, list: &SeizedThreads) -> Result<(), OwnerError> {
+    fn seize(&mut self, proc: &ProcFs, tid: i32, seized: &SeizedThreads) -> Result<(), OwnerError> {
         let once_more = |error: io::Error| match error.raw_os_error() {
             // A thread that cwkill has seized under another number may have this number by now.
             Some(libc::EPERM) if !matches!(ptrace::peek_stop(tid), Ok(Waiting::End) | Err(_)) => {
@@ -352,10 +353,10 @@ impl StoppedProcess {
             Some(libc::EPERM) => ptrace::seize(tid),
             _ => Err(error),
         };
-        let seized = ptrace::seize(tid).or_else(once_more).map(|()| {
+        let added = ptrace::seize(tid).or_else(once_more).map(|()| {
             // The first thread need not be reaped: execve(2) does that itself (fs/exec.c, de_thread).
             if tid != self.pid {
-                list.add(tid);
+                seized.add(tid);
             }
             // From now on the thread must be released.
             self.threads.push(Thread {
@@ -363,7 +364,7 @@ impl StoppedProcess {
                 state: ThreadState::Seized,
             });
         });
-        seized.or_else(|error| match errno_of(&error) {
+        added.or_else(|error| match errno_of(&error) {
             Errno::ESRCH => Ok(()),
             // The kernel answers EPERM both for a missing privilege and for a thread that has ended and is still listed, for
             // example the first thread of a process whose others run on.
@@ -375,8 +376,8 @@ impl StoppedProcess {
 
     /// Interrupts the threads that have only been seized. The stop of the owner begins with the first interruption.
     fn interrupt_seized(&mut self) {
-        if !self.interrupted {
-            self.interrupted = true;
+        if !self.is_stopping {
+            self.is_stopping = true;
             self.since = Instant::now();
             self.deadline = deadline(self.since, self.limit);
         }
@@ -454,26 +455,11 @@ fn restart_interrupted_syscall(tid: i32) {
     }
 }
 
-fn tids(proc: &ProcFs, pid: i32) -> io::Result<Vec<i32>> {
-    let mut tids = Vec::new();
-    for entry in fs::read_dir(proc.path(&format!("{pid}/task")))? {
-        tids.extend(
-            entry?
-                .file_name()
-                .to_str()
-                .and_then(|n| n.parse::<i32>().ok()),
-        );
-    }
-    Ok(tids)
-}
-
 /// Whether a thread is a zombie, or no longer listed.
 fn has_ended(proc: &ProcFs, pid: i32, tid: i32) -> bool {
-    let stat = read_text(proc.path(&format!("{pid}/task/{tid}/stat")));
-    // The state follows the name, which may contain any character.
+    let stat = fs::read(proc.path(&format!("{pid}/task/{tid}/stat")));
     stat.map_or(true, |stat| {
-        stat.rsplit_once(") ")
-            .is_some_and(|(_, rest)| rest.starts_with(['Z', 'X']))
+        matches!(thread_state(&stat), Some(b'Z' | b'X'))
     })
 }
 

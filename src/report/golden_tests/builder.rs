@@ -770,7 +770,7 @@ fn stops(stopped: &[(&'static Who, u64, usize)]) -> Vec<StopStats> {
     let stop = |(who, micros, freed): &(&Who, u64, usize)| StopStats {
         process: who.process(),
         freed: *freed,
-        stopped: Duration::from_micros(*micros),
+        stop_time: Duration::from_micros(*micros),
     };
     stopped.iter().map(stop).collect()
 }

@@ -73,7 +73,7 @@ impl Registers {
 
     /// The registers with which the thread is released: it is about to make its call. If that call continues another
     /// (restart_syscall), x8 has its number since the thread left its first stop.
-    pub fn restored(_stopped: &Self, entry: &Self, number: i64) -> Self {
+    pub fn restored(_at_stop: &Self, entry: &Self, number: i64) -> Self {
         entry.before_syscall(number)
     }
 }

@@ -93,11 +93,11 @@ impl Registers {
         registers
     }
 
-    /// The registers with which the thread is released. If it was `stopped` in a call that the kernel restarts, they are as
-    /// they were, and the kernel decides as if cwkill had not been there. Otherwise the thread is about to make its call.
-    pub fn restored(stopped: &Self, entry: &Self, number: i64) -> Self {
-        match stopped.restarts(&|_| false) {
-            true => *stopped,
+    /// The registers with which the thread is released. If the kernel restarts the call in which cwkill stopped it, they are
+    /// those at the stop (`at_stop`), and the kernel decides as if cwkill had not been there. Otherwise the thread is about to make its call.
+    pub fn restored(at_stop: &Self, entry: &Self, number: i64) -> Self {
+        match at_stop.restarts(&|_| false) {
+            true => *at_stop,
             false => entry.before_syscall(number),
         }
     }
@@ -179,9 +179,9 @@ mod tests {
     fn a_pending_restart_is_left_to_the_kernel() {
         let entry = thread(libc::SYS_restart_syscall, -38);
         for result in RESTARTS {
-            let stopped = thread(libc::SYS_poll, result);
-            let restored = Registers::restored(&stopped, &entry, libc::SYS_restart_syscall);
-            assert_eq!(restored, stopped);
+            let at_stop = thread(libc::SYS_poll, result);
+            let restored = Registers::restored(&at_stop, &entry, libc::SYS_restart_syscall);
+            assert_eq!(restored, at_stop);
         }
         let running = thread(-1, 5);
         let entry = thread(libc::SYS_write, -38);
