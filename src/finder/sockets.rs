@@ -12,6 +12,7 @@ use crate::sock_diag::{DumpError, DumpRequest, Family, SockDiag, SocketMessage};
 
 /// The sockets of a namespace that match by the kernel's data, without their owners.
 pub(super) struct NetnsScan {
+    /// Their `listener` is an index in the result of [`Listeners::into_used`].
     pub sockets: Vec<Target>,
     /// The listeners of the sockets that were never accepted.
     pub listeners: Listeners,
@@ -19,11 +20,11 @@ pub(super) struct NetnsScan {
     pub unresolved: Option<FindError>,
 }
 
-/// Scans the namespace of the calling thread. `alone`: no other thread of cwkill is busy.
+/// Scans the namespace of the calling thread. `may_split`: whether two threads may share a large dump.
 pub(super) fn scan(
     selectors: &Selectors,
     one_of_several: bool,
-    alone: bool,
+    may_split: bool,
 ) -> Result<NetnsScan, FindError> {
     let mut diag = SockDiag::open().map_err(FindError::Open)?;
     let resolve = |one_of_several| {
@@ -35,7 +36,7 @@ pub(super) fn scan(
         Err(error) if one_of_several => (resolve(true)?, Some(error)),
         Err(error) => return Err(error),
     };
-    let sample = match alone {
+    let sample = match may_split {
         true => sample(&selectors),
         false => Sample::Unknown,
     };
