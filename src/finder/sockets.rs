@@ -75,7 +75,7 @@ pub(crate) enum Sample {
 pub(crate) fn sample(selectors: &Selectors) -> Sample {
     /// With this size the median of the sample splits all sockets to within 2 % of a half, with a probability of 2 in 3.
     const SAMPLE: usize = 512;
-    let bytecode = bytecode::bytecode(&selectors.as_expression(), selectors.states());
+    let bytecode = bytecode::bytecode(&selectors.as_expression(), selectors.states);
     let mut sockets = Vec::new();
     for request in requests(selectors, &bytecode) {
         let keep = |message| matching(&message, selectors);
@@ -114,7 +114,7 @@ fn halves(selectors: &Selectors, sample: &[Target]) -> Sample {
     };
     let lower = half(0..=middle - 1);
     // A half takes half the time only if the kernel filters by port. Without bytecode it does not.
-    match bytecode::bytecode(&lower.as_expression(), lower.states()).is_empty() {
+    match bytecode::bytecode(&lower.as_expression(), lower.states).is_empty() {
         true => Sample::Unknown,
         false => Sample::Halves(Box::new([lower, half(middle..=u16::MAX)])),
     }
@@ -150,7 +150,7 @@ pub(crate) fn requests<'b>(
     selectors: &Selectors,
     bytecode: &'b [u8],
 ) -> impl Iterator<Item = DumpRequest<'b>> {
-    let states = selectors.states();
+    let states = selectors.states;
     // An IPv4 connection can be on an AF_INET6 socket, but an IPv6 connection is never on an AF_INET socket.
     let without_v4 = selectors.selects_only_ipv6();
     let families = Family::ALL.into_iter();
@@ -164,7 +164,7 @@ pub(crate) fn requests<'b>(
 }
 
 fn dump(diag: &mut SockDiag, selectors: &Selectors) -> Result<Vec<Target>, DumpError> {
-    let bytecode = bytecode::bytecode(&selectors.as_expression(), selectors.states());
+    let bytecode = bytecode::bytecode(&selectors.as_expression(), selectors.states);
     let mut sockets = Vec::new();
     for mut request in requests(selectors, &bytecode) {
         let mut keep = |message| matching(&message, selectors);
