@@ -104,7 +104,7 @@ pub struct DeadSocket {
 pub struct DeadScan {
     /// The descriptor tables of the selected processes, by pid, with or without suspects.
     pub tables: Vec<DescriptorTable>,
-    /// Processes whose descriptors cwkill may not read.
+    /// Processes whose descriptors cwkill is not permitted to read.
     pub unreadable: Vec<Unreadable>,
     /// Processes whose first thread has exited while others still run. The kernel shows an empty table for them.
     pub leader_exited: Vec<Process>,

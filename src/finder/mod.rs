@@ -48,7 +48,7 @@ pub fn open_namespaces(scope: &NetnsScope, proc: &ProcFs) -> anyhow::Result<Name
 ///
 /// # Errors
 /// The sockets cannot be listed in any namespace, or the processes cannot be listed. A process that vanishes or that cwkill
-/// may not read is not an error. If there are several namespaces, one that cannot be entered is not an error either.
+/// is not permitted to read is not an error. If there are several namespaces, one that cannot be entered is not an error either.
 pub fn find(
     namespaces: &Namespaces,
     proc: &ProcFs,

@@ -5,8 +5,8 @@
 //!
 //! The modules here read no file that can hang on a sick host: never `cmdline` or `maps`, and of `exe` only the link.
 //!
-//! Races: ENOENT and ESRCH mean that the process is gone (`is_gone`). EACCES and EPERM mean that cwkill may not read the file
-//! (`is_denied`). Any other errno is an error.
+//! Races: ENOENT and ESRCH mean that the process is gone (`is_gone`). EACCES and EPERM mean that cwkill is not permitted to
+//! read the file (`is_denied`). Any other errno is an error.
 
 pub mod cgroup;
 pub(crate) mod fds;
@@ -149,7 +149,7 @@ impl ProcFs {
         Ok(self.pids()?.into_iter().filter_map(holder).collect())
     }
 
-    /// Describes process `pid`, whose descriptors cwkill may not read; `None` if it cannot hold any.
+    /// Describes process `pid`, whose descriptors cwkill is not permitted to read; `None` if it cannot hold any.
     pub(crate) fn unreadable(&self, pid: i32) -> Option<Unreadable> {
         let stat = self.stat(pid);
         let comm = || stat.as_ref().ok().map(|stat| stat.comm.clone());
