@@ -92,7 +92,7 @@ impl Terminal {
                 .context("cannot handle Ctrl-Z")?;
         }
         let progress = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
-        progress.set_message("searching for sockets");
+        progress.set_message("searching");
         let (running, ended) = mpsc::channel::<()>();
         if !quiet && io::stderr().is_terminal() {
             let progress = progress.clone();
@@ -108,7 +108,7 @@ impl Terminal {
             interrupted,
             idle,
             progress: progress.with_style(
-                ProgressStyle::with_template("{spinner} {msg} ({pos} sockets acted on)")
+                ProgressStyle::with_template("{spinner} {msg}")
                     .expect("the template is fixed and valid"),
             ),
             running: Some(running),
@@ -118,6 +118,17 @@ impl Terminal {
     /// Hides the progress bar while `work` runs, which may write lines to stderr.
     pub(crate) fn aside<T>(&self, work: impl FnOnce() -> T) -> T {
         self.progress.suspend(work)
+    }
+
+    /// Shows `message`, and the number of sockets that were acted on so far, if any.
+    fn show(&self, message: &'static str) {
+        match self.progress.position() {
+            0 => self.progress.set_message(message),
+            count => {
+                let text = format!("{message} ({count} sockets acted on)");
+                self.progress.set_message(text);
+            }
+        }
     }
 
     /// Marks the end of the acts, until the next [`Control::hold_signals`].
@@ -150,7 +161,7 @@ impl Control for Terminal {
     }
 
     fn sleep(&self, duration: Duration) {
-        self.progress.set_message("waiting for sockets to close");
+        self.show("waiting");
         std::thread::sleep(duration);
     }
 
@@ -159,8 +170,8 @@ impl Control for Terminal {
     }
 
     fn progress(&self, method: Method, sockets: usize) {
-        self.progress.set_message(method.name());
         self.progress
             .inc(u64::try_from(sockets).unwrap_or(u64::MAX));
+        self.show(method.name());
     }
 }

@@ -109,25 +109,24 @@ impl Audit {
     ///
     /// If writing takes long, this prints the `summary` of the acts on standard error meanwhile.
     pub fn finish(self, run: &Run, summary: String) -> Option<String> {
-        let entries = record::outcomes(run).chain([Entry::end(run)]);
-        self.put_all(entries, run.scan.targets.len() + 1, summary)
+        self.put_all(record::outcomes(run), Entry::end(run), summary)
     }
 
     /// Writes the outcome of each descriptor, and the end of the run; otherwise as [`Audit::finish`].
     pub fn finish_reclaim(self, run: &ReclaimRun, summary: String) -> Option<String> {
-        let entries = record::reclaim_outcomes(run).chain([Entry::end_reclaim(run)]);
-        self.put_all(entries, run.descriptors.len() + 1, summary)
+        let outcomes = record::reclaim_outcomes(run);
+        self.put_all(outcomes, Entry::end_reclaim(run), summary)
     }
 
     fn put_all<'a>(
         mut self,
-        entries: impl Iterator<Item = Entry<'a>>,
-        count: usize,
+        outcomes: impl ExactSizeIterator<Item = Entry<'a>>,
+        end: Entry<'a>,
         summary: String,
     ) -> Option<String> {
-        let left = Arc::new(AtomicUsize::new(count));
+        let left = Arc::new(AtomicUsize::new(outcomes.len() + 1));
         let done = watch(summary, Arc::clone(&left));
-        for entry in entries {
+        for entry in outcomes.chain([end]) {
             self.put(&entry);
             left.fetch_sub(1, Ordering::Relaxed);
         }

@@ -178,7 +178,7 @@ pub fn intents(run: &Run) -> impl Iterator<Item = Entry<'_>> {
 }
 
 /// One record for each socket of a run that is over.
-pub fn outcomes(run: &Run) -> impl Iterator<Item = Entry<'_>> {
+pub fn outcomes(run: &Run) -> impl ExactSizeIterator<Item = Entry<'_>> {
     run.scan.targets.iter().map(|target| Entry::Outcome {
         socket: Box::new(json::json_socket(run, target)),
         target,
@@ -194,7 +194,7 @@ pub fn reclaim_intents(run: &ReclaimRun) -> impl Iterator<Item = Entry<'_>> {
 }
 
 /// One record for each descriptor of a run that is over.
-pub fn reclaim_outcomes(run: &ReclaimRun) -> impl Iterator<Item = Entry<'_>> {
+pub fn reclaim_outcomes(run: &ReclaimRun) -> impl ExactSizeIterator<Item = Entry<'_>> {
     run.descriptors.iter().map(|dead| Entry::ReclaimOutcome {
         descriptor: Box::new(json_dead_descriptor(run, dead)),
         outcome: dead.owner.reclaim.as_ref(),

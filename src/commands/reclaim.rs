@@ -71,9 +71,9 @@ fn find(config: &ReclaimConfig, proc: &ProcFs) -> anyhow::Result<ReclaimRun> {
     let current = NetnsScope::Current
         .open(proc)
         .context("cannot find the network namespace of cwkill")?;
-    let in_tables = dead::inodes_in_tables(&current.open)?;
+    let listed = dead::listed_inodes(&current.open)?;
     let selected = |process: &Process| config.selectors.match_owner(process);
-    let scan = dead::find(proc, &selected, &in_tables).context("cannot list processes")?;
+    let scan = dead::find(proc, &selected, &listed).context("cannot list processes")?;
     let everyone = !config.selectors.selects_owners();
     let unreadable = match everyone || config.selectors.could_match(&scan.unreadable) {
         true => scan.unreadable.len(),

@@ -42,7 +42,7 @@ pub fn is_possible(config: &Config) -> bool {
     } = &config.policy;
     config.action == Action::Act
         && !config.owners
-        && config.selectors.states().contains(TcpState::CloseWait)
+        && config.selectors.states.contains(TcpState::CloseWait)
         && methods[..] == [Method::Destroy]
         && max_kills.is_none()
         && config.reclaim.is_none()
@@ -138,7 +138,7 @@ impl Sweeper<'_> {
         swept: &Mutex<Vec<Target>>,
     ) -> Result<(), DumpError> {
         let mut destroy = Destroy::open()?;
-        let bytecode = bytecode::bytecode(&selectors.as_expression(), selectors.states());
+        let bytecode = bytecode::bytecode(&selectors.as_expression(), selectors.states);
         for request in sockets::requests(selectors, &bytecode) {
             let request = DumpRequest {
                 states: TcpState::CloseWait.into(),

@@ -281,10 +281,10 @@ pub(crate) fn read_tables(
     selectors: &Selectors,
     proc: &ProcFs,
 ) -> (DeadScan, Vec<String>) {
-    let (mut in_tables, mut failures) = (HashSet::new(), Vec::new());
+    let (mut listed, mut failures) = (HashSet::new(), Vec::new());
     for netns in &scan.namespaces {
-        match dead::inodes_in_tables(std::slice::from_ref(netns)) {
-            Ok(inodes) => in_tables.extend(inodes),
+        match dead::listed_inodes(std::slice::from_ref(netns)) {
+            Ok(inodes) => listed.extend(inodes),
             Err(error) => failures.push(format!(
                 "the sockets of a network namespace could not be listed ({:#}): its descriptors may be \
                  counted as unknown",
@@ -306,7 +306,7 @@ pub(crate) fn read_tables(
         owners.contains(&process.id) || (selectors.match_owner(process) && is_in_scope(process))
     };
     // The diagnosis of the sockets is valid without the descriptor tables.
-    let dead = dead::find(proc, &selected, &in_tables).unwrap_or_else(|error| {
+    let dead = dead::find(proc, &selected, &listed).unwrap_or_else(|error| {
         failures.push(format!("descriptor tables could not be read: {error}"));
         DeadScan::default()
     });

@@ -40,6 +40,7 @@ pub struct Selectors {
     pub cgroups: Vec<String>,
     /// Users of the socket's inode.
     pub users: BTreeSet<u32>,
+    /// The states that cwkill requests from the kernel.
     pub states: StateSet,
     /// The minimum age of a socket.
     pub min_age: Duration,
@@ -112,11 +113,6 @@ impl Default for Selectors {
 }
 
 impl Selectors {
-    /// The states that cwkill requests from the kernel.
-    pub fn states(&self) -> StateSet {
-        self.states
-    }
-
     /// Whether cwkill need not request IPv4 sockets.
     pub fn selects_only_ipv6(&self) -> bool {
         self.ip_version == Some(IpVersion::V6)

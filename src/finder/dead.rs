@@ -1,8 +1,8 @@
 //! Dead descriptors: open descriptors of TCP sockets whose connection is over.
 //!
-//! The kernel lists these sockets in none of its tables, so `ss` does not show them. Each costs its process a descriptor
-//! until the process closes it. cwkill searches /proc/PID/fd for sockets whose inode is in no TCP table
-//! ([`inodes_in_tables`]). That alone proves little: UNIX and UDP sockets are in no TCP table either. The same holds for a
+//! The kernel no longer lists these sockets, so `ss` does not show them. Each costs its process a descriptor until the
+//! process closes it. cwkill searches /proc/PID/fd for sockets whose inode is not among the listed TCP sockets
+//! ([`listed_inodes`]). That alone proves little: UNIX and UDP sockets are not among them either. The same holds for a
 //! TCP socket that was never connected, and for one in a network namespace that was not scanned. So cwkill also reads:
 //!
 //! 1. the protocol, from the attribute `system.sockprotoname` of the descriptor (net/socket.c, sockfs_xattr_get). This
@@ -38,7 +38,8 @@ use socket2::SockRef;
 use super::FindError;
 use crate::proc::netns::Netns;
 use crate::proc::{
-    ProcFs, Process, RemoteFd, Unreadable, fds, identity, image, is_denied, is_gone, open_in,
+    ExecMarker, ProcFs, Process, RemoteFd, Unreadable, exec_marker, fds, identity, is_denied,
+    is_gone, open_in,
 };
 use crate::sock_diag::codec::TCPI_LAST_ACK_RECV;
 use crate::sock_diag::{Cookie, DumpRequest, Family, SockDiag};
@@ -59,11 +60,11 @@ pub struct DescriptorTable {
     pub process: Process,
     /// The number of its open descriptors of every kind.
     pub used: usize,
-    /// Its descriptors of TCP sockets that are in no table, by number.
+    /// Its descriptors of TCP sockets that the kernel does not list, by number.
     pub suspects: Vec<Suspect>,
 }
 
-/// A descriptor of a TCP socket that is in no table.
+/// A descriptor of a TCP socket that the kernel does not list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Suspect {
     pub fd: RemoteFd,
@@ -71,7 +72,7 @@ pub struct Suspect {
     pub verdict: SuspectVerdict,
 }
 
-/// The classification of a descriptor whose socket is in no table.
+/// The classification of a descriptor whose socket the kernel does not list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SuspectVerdict {
     /// The connection is over, state CLOSE. The process can still read the bytes that have arrived, but no more will come.
@@ -101,9 +102,9 @@ pub struct DeadSocket {
 /// The result of [`find`].
 #[derive(Debug, Default)]
 pub struct DeadScan {
-    /// The selected processes, by pid, with or without suspects.
+    /// The descriptor tables of the selected processes, by pid, with or without suspects.
     pub tables: Vec<DescriptorTable>,
-    /// Processes whose descriptors cwkill may not read.
+    /// Processes whose descriptors cwkill is not permitted to read.
     pub unreadable: Vec<Unreadable>,
     /// Processes whose first thread has exited while others still run. The kernel shows an empty table for them.
     pub leader_exited: Vec<Process>,
@@ -113,11 +114,11 @@ pub struct DeadScan {
     pub hidden: bool,
 }
 
-/// The inodes of all sockets in the TCP tables of `namespaces`.
+/// The inodes of all TCP sockets that the kernel lists in `namespaces`.
 ///
 /// # Errors
 /// A namespace cannot be entered, or its sockets cannot be listed.
-pub fn inodes_in_tables(namespaces: &[Arc<Netns>]) -> Result<HashSet<u32>, FindError> {
+pub fn listed_inodes(namespaces: &[Arc<Netns>]) -> Result<HashSet<u32>, FindError> {
     let mut inodes = HashSet::new();
     for netns in namespaces {
         let dumped = netns.within(dump_inodes).map_err(FindError::Enter)?;
@@ -145,9 +146,9 @@ fn dump_inodes() -> Result<Vec<u32>, FindError> {
     Ok(inodes)
 }
 
-/// Reads the descriptor table of every `selected` process, and finds the sockets that are not in `in_tables`.
+/// Reads the descriptor table of every `selected` process, and finds the sockets that are not in `listed`.
 ///
-/// A process or descriptor that vanishes meanwhile is ignored. A connection that is made after `in_tables` was read is
+/// A process or descriptor that vanishes meanwhile is ignored. A connection that is made after `listed` was read is
 /// not in state CLOSE, so it is not taken for a dead socket.
 ///
 /// # Errors
@@ -155,7 +156,7 @@ fn dump_inodes() -> Result<Vec<u32>, FindError> {
 pub fn find(
     proc: &ProcFs,
     selected: &(dyn Fn(&Process) -> bool + Sync),
-    in_tables: &HashSet<u32>,
+    listed: &HashSet<u32>,
 ) -> io::Result<DeadScan> {
     let same_pids = proc.shows_own_pid_namespace();
     let pids = proc.pids()?;
@@ -164,7 +165,7 @@ pub fn find(
         hidden: pids.first() != Some(&1),
         ..DeadScan::default()
     };
-    let scan_one = |pid: i32| (pid, scan_process(proc, pid, same_pids, selected, in_tables));
+    let scan_one = |pid: i32| (pid, scan_process(proc, pid, same_pids, selected, listed));
     let results: Vec<_> = pids.into_par_iter().map(scan_one).collect();
     for (pid, result) in results {
         match result {
@@ -198,7 +199,7 @@ fn scan_process(
     pid: i32,
     same_pids: bool,
     selected: &(dyn Fn(&Process) -> bool + Sync),
-    in_tables: &HashSet<u32>,
+    listed: &HashSet<u32>,
 ) -> io::Result<TableScan> {
     // This directory keeps referring to the same process, even if another process gets the pid.
     let dir = File::open(proc.path(&pid.to_string()))?;
@@ -207,13 +208,13 @@ fn scan_process(
         return Ok(TableScan::None);
     }
     for _ in 0..MAX_ATTEMPTS {
-        let before = image(dir.as_fd())?;
-        if before.is_none() {
+        let before = exec_marker(dir.as_fd())?;
+        if before == ExecMarker::LeaderExited {
             thread::sleep(RETRY_INTERVAL);
             continue;
         }
-        let (suspects, used) = scan_table(proc, dir.as_fd(), &process, same_pids, in_tables)?;
-        if image(dir.as_fd())? != before {
+        let (suspects, used) = scan_table(proc, dir.as_fd(), &process, same_pids, listed)?;
+        if exec_marker(dir.as_fd())? != before {
             continue;
         }
         // The attribute was read through the pid, which another process may have by now.
@@ -235,16 +236,16 @@ fn scan_table(
     dir: BorrowedFd<'_>,
     process: &Process,
     same_pids: bool,
-    in_tables: &HashSet<u32>,
+    listed: &HashSet<u32>,
 ) -> io::Result<(Vec<Suspect>, usize)> {
     let fds = open_in(dir, c"fd", OFlag::O_DIRECTORY)?;
     let numbers = fds::list_fds(fds.as_fd())?;
-    let missing: Vec<(RemoteFd, u32)> = numbers
+    let unlisted: Vec<(RemoteFd, u32)> = numbers
         .par_chunks(fds::CHUNK)
-        .map(|numbers| in_no_table(fds.as_fd(), numbers, in_tables))
+        .map(|numbers| select_unlisted(fds.as_fd(), numbers, listed))
         .collect::<io::Result<Vec<_>>>()?
         .concat();
-    if missing.is_empty() {
+    if unlisted.is_empty() {
         return Ok((Vec::new(), numbers.len()));
     }
     let pidfd = match same_pids {
@@ -261,7 +262,7 @@ fn scan_table(
         };
         Ok(verdict.map(|verdict| Suspect { fd, inode, verdict }))
     };
-    let found: Vec<Option<Suspect>> = missing
+    let found: Vec<Option<Suspect>> = unlisted
         .par_iter()
         .with_min_len(fds::CHUNK)
         .map(suspect)
@@ -271,17 +272,17 @@ fn scan_table(
     Ok((suspects, numbers.len()))
 }
 
-/// The sockets whose inode is in no table, among the descriptors `numbers` in the directory `fds`.
-fn in_no_table(
+/// The sockets whose inode is not in `listed`, among the descriptors `numbers` in the directory `fds`.
+fn select_unlisted(
     fds: BorrowedFd<'_>,
     numbers: &[i32],
-    in_tables: &HashSet<u32>,
+    listed: &HashSet<u32>,
 ) -> io::Result<Vec<(RemoteFd, u32)>> {
-    let mut missing = Vec::new();
+    let mut unlisted = Vec::new();
     for &number in numbers {
         match fds::read_socket_link(fds, number) {
-            Ok(Some(inode)) if !in_tables.contains(&inode) => {
-                missing.push((RemoteFd(number), inode));
+            Ok(Some(inode)) if !listed.contains(&inode) => {
+                unlisted.push((RemoteFd(number), inode));
             }
             Ok(_) => {}
             // It was closed after the directory was read.
@@ -289,7 +290,7 @@ fn in_no_table(
             Err(error) => return Err(error),
         }
     }
-    Ok(missing)
+    Ok(unlisted)
 }
 
 /// Whether the kernel names TCP as the protocol of the descriptor's socket.
@@ -373,9 +374,9 @@ mod tests {
     fn verdicts(fds: &[BorrowedFd<'_>]) -> Vec<Option<SuspectVerdict>> {
         let proc = ProcFs::default();
         let current = NetnsScope::Current.open(&proc).unwrap().open;
-        let in_tables = inodes_in_tables(&current).unwrap();
+        let listed = listed_inodes(&current).unwrap();
         let own = i32::try_from(std::process::id()).unwrap();
-        let mut scan = find(&proc, &|process| process.id.pid == own, &in_tables).unwrap();
+        let mut scan = find(&proc, &|process| process.id.pid == own, &listed).unwrap();
         let table = scan.tables.remove(0);
         assert!(table.used >= fds.len());
         let verdict = |fd: &BorrowedFd<'_>| {
@@ -458,7 +459,7 @@ mod tests {
     }
 
     #[test]
-    fn a_live_socket_in_no_known_table_is_not_dead() {
+    fn a_live_socket_that_was_not_listed_is_not_dead() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let inode = u32::try_from(fstat(&listener).unwrap().st_ino).unwrap();
         let proc = ProcFs::default();

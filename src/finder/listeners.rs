@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 
-use crate::model::{Listener, Owner};
+use crate::model::Listener;
 use crate::sock_diag::{DiagId, DumpError, DumpRequest, Family, SockDiag, SocketMessage};
 use crate::tcp::TcpState;
 
@@ -114,37 +114,22 @@ impl Listeners {
         }))
     }
 
-    /// The number of listeners used so far.
-    pub fn used(&self) -> usize {
-        self.used.len()
-    }
-
     /// The number of connections that wait for accept(2) at each listening socket, by its inode.
     pub fn waiting_by_inode(&self) -> HashMap<u32, u32> {
         let sockets = self.groups.iter().flat_map(|group| &group.sockets);
         sockets.copied().collect()
     }
 
-    /// The inodes of the listeners used so far.
-    pub fn used_inodes(&self) -> impl Iterator<Item = u32> + '_ {
+    /// The used listeners, without their owners.
+    pub fn into_used(self) -> Vec<Listener> {
         let used = self.used.iter().map(|&index| &self.groups[index]);
-        used.flat_map(|group| group.inodes())
-    }
-
-    /// The used listeners, each with its owners. `owners` returns the owners of an inode.
-    pub fn into_used(self, owners: impl Fn(u32) -> Vec<Owner>) -> Vec<Listener> {
-        let used = self.used.iter().map(|&index| &self.groups[index]);
-        used.map(|group| {
-            let mut owners: Vec<Owner> = group.inodes().flat_map(&owners).collect();
-            owners.sort_unstable_by_key(|owner| (owner.process.id, owner.fd));
-            Listener {
-                local: group.local,
-                inodes: group.inodes().collect(),
-                uid: group.uid,
-                waiting: group.waiting,
-                backlog: group.backlog,
-                owners,
-            }
+        used.map(|group| Listener {
+            local: group.local,
+            inodes: group.inodes().collect(),
+            uid: group.uid,
+            waiting: group.waiting,
+            backlog: group.backlog,
+            owners: Vec::new(),
         })
         .collect()
     }
@@ -188,8 +173,6 @@ impl Group {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proc::RemoteFd;
-    use crate::proc::testdata::process;
     use crate::sock_diag::testdata::{listener, stuck};
 
     fn listeners(all: &[SocketMessage]) -> Listeners {
@@ -206,7 +189,8 @@ mod tests {
         let local = connection.id.tuple().local;
         let place = listeners.accepting(&connection.id, local);
         assert!(place.is_none_or(|place| place == 0));
-        listeners.used_inodes().collect()
+        let used = listeners.into_used().into_iter();
+        used.flat_map(|listener| listener.inodes).collect()
     }
 
     #[test]
@@ -236,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reuseport_group_is_one_listener_with_all_owners() {
+    fn a_reuseport_group_is_one_listener_with_all_sockets() {
         let all = [
             listener(Family::V4, "0.0.0.0:80", 1),
             listener(Family::V4, "0.0.0.0:80", 2),
@@ -246,13 +230,9 @@ mod tests {
         let local = connection.id.tuple().local;
         assert_eq!(group.accepting(&connection.id, local), Some(0));
         assert_eq!(group.accepting(&connection.id, local), Some(0));
-        let owner = |inode: u32| {
-            let pid = i32::try_from(inode).unwrap();
-            vec![Owner::new(process(pid, "server"), RemoteFd(3))]
-        };
-        let used = group.into_used(owner);
+        let used = group.into_used();
         assert_eq!(used.len(), 1);
-        assert_eq!(used[0].owners.len(), 2);
+        assert_eq!(used[0].inodes, [1, 2]);
         assert_eq!((used[0].waiting, used[0].backlog), (4, 256));
     }
 }

@@ -25,7 +25,6 @@ use crate::parallel;
 use crate::proc::netns::{Namespaces, Netns, NetnsScope};
 use crate::proc::{ProcFs, Unreadable};
 use crate::sock_diag::DumpError;
-use listeners::Listeners;
 use owners::{OwnerScan, Trust};
 use sockets::NetnsScan;
 
@@ -49,33 +48,29 @@ pub fn open_namespaces(scope: &NetnsScope, proc: &ProcFs) -> anyhow::Result<Name
 ///
 /// # Errors
 /// The sockets cannot be listed in any namespace, or the processes cannot be listed. A process that vanishes or that cwkill
-/// may not read is not an error. If there are several namespaces, one that cannot be entered is not an error either.
+/// is not permitted to read is not an error. If there are several namespaces, one that cannot be entered is not an error either.
 pub fn find(
     namespaces: &Namespaces,
     proc: &ProcFs,
     selectors: &Selectors,
 ) -> Result<Scan, FindError> {
     let cancelled = AtomicBool::new(false);
-    let (tables, descriptors) = std::thread::scope(|scope| {
+    let (listed, descriptors) = std::thread::scope(|scope| {
         // If no thread can be started, the scans run one after the other.
         let thread = parallel::are_there()
             .then(|| Builder::new().spawn_scoped(scope, || owners::scan(proc, &cancelled)));
-        let tables = scan_tables(namespaces, selectors, false);
-        let needed = tables
+        let listed = list_sockets(namespaces, selectors, false);
+        let needed = listed
             .as_ref()
-            .is_ok_and(|tables| !tables.inodes.is_empty());
+            .is_ok_and(|listed| !listed.inodes.is_empty());
         cancelled.store(!needed, Ordering::Relaxed);
         let descriptors = match thread {
             Some(Ok(thread)) => join(thread),
             Some(Err(_)) | None => owners::scan(proc, &cancelled),
         };
-        (tables, descriptors)
+        (listed, descriptors)
     });
-    let Tables {
-        mut scan,
-        listeners,
-        inodes,
-    } = tables?;
+    let Listed { mut scan, inodes } = listed?;
     let mut owners = match inodes.is_empty() {
         true => OwnerScan::default(),
         false => {
@@ -90,7 +85,7 @@ pub fn find(
     if inodes.iter().any(|&inode| !owners.has(inode)) {
         owners = owners::find(proc, &inodes)?;
     }
-    attach_owners(&mut scan, listeners, &owners);
+    attach_owners(&mut scan, &owners);
     scan.owners_known = true;
     scan.coverage.hidden_processes = owners.hidden;
     scan.coverage.unreadable_processes = owners.unreadable.len();
@@ -99,22 +94,17 @@ pub fn find(
     Ok(scan)
 }
 
-/// Finds the sockets without their owners, so `selectors` must not select owners. `many`: there may be enough sockets that
-/// two threads should share the work.
+/// Finds the sockets without their owners, so `selectors` must not select owners. `may_split`: whether two threads may share
+/// a large dump.
 ///
 /// # Errors
 /// As [`find`], except that /proc is not read.
 pub fn find_sockets(
     namespaces: &Namespaces,
     selectors: &Selectors,
-    many: bool,
+    may_split: bool,
 ) -> Result<Scan, FindError> {
-    let Tables {
-        mut scan,
-        listeners,
-        ..
-    } = scan_tables(namespaces, selectors, many)?;
-    attach_owners(&mut scan, listeners, &OwnerScan::default());
+    let Listed { mut scan, .. } = list_sockets(namespaces, selectors, may_split)?;
     retain_selected(&mut scan, selectors, &[]);
     sort(&mut scan.targets);
     Ok(scan)
@@ -140,28 +130,26 @@ pub(crate) fn sort(targets: &mut [Target]) {
     targets.par_sort_by(|a, b| a.socket.oldest_first(&b.socket));
 }
 
-/// The kernel's socket tables of all namespaces.
-struct Tables {
+/// The matched sockets of all namespaces and their listeners.
+struct Listed {
+    /// Without owners.
     scan: Scan,
-    listeners: Vec<Listeners>,
     /// The inodes of the matched sockets and of their listeners.
     inodes: HashSet<u32>,
 }
 
-/// Scans the kernel's tables of every namespace. `alone`: no other thread of cwkill is busy.
-fn scan_tables(
+/// Lists the sockets of every namespace. `may_split`: whether two threads may share a large dump.
+fn list_sockets(
     namespaces: &Namespaces,
     selectors: &Selectors,
-    alone: bool,
-) -> Result<Tables, FindError> {
+    may_split: bool,
+) -> Result<Listed, FindError> {
     let mut scan = empty_scan(namespaces);
-    let (mut listeners, mut used) = (Vec::new(), 0);
     let (mut failed, mut first_failure) = (0, None);
     // If a name in the expression exists in none of the namespaces, it is a mistake: `not dev` would match every socket.
     let (mut resolved, mut unresolved) = (false, None);
-    let scans = scan_namespaces(&namespaces.open, selectors, alone);
-    for (netns, netns_scan) in scans.into_iter().enumerate() {
-        let netns_scan = match netns_scan {
+    for netns_scan in scan_namespaces(&scan.namespaces, selectors, may_split) {
+        let mut netns_scan = match netns_scan {
             Ok(netns_scan) => netns_scan,
             // No namespace could be listed.
             Err(error) if failed + 1 == namespaces.open.len() => {
@@ -173,22 +161,13 @@ fn scan_tables(
                 continue;
             }
         };
-        match netns_scan.unresolved {
+        match netns_scan.unresolved.take() {
             None => resolved = true,
             Some(error) => {
                 unresolved.get_or_insert(error);
             }
         }
-        // The listeners of all namespaces go into one list.
-        scan.targets.reserve(netns_scan.sockets.len());
-        scan.targets
-            .extend(netns_scan.sockets.into_iter().map(|mut target| {
-                target.socket.netns = netns;
-                target.listener = target.listener.map(|index| used + index);
-                target
-            }));
-        used += netns_scan.listeners.used();
-        listeners.push(netns_scan.listeners);
+        add(&mut scan, netns_scan);
     }
     if let (false, Some(error)) = (resolved, unresolved) {
         return Err(error);
@@ -198,14 +177,29 @@ fn scan_tables(
         scan.coverage.namespace_failure = Some(format!("{:#}", anyhow::Error::from(error)));
     }
     let inodes = scan.targets.iter().filter_map(|target| target.socket.inode);
-    let inodes = inodes
-        .chain(listeners.iter().flat_map(Listeners::used_inodes))
-        .collect();
-    Ok(Tables {
-        scan,
+    let of_listeners = scan.listeners.iter().flat_map(|listener| &listener.inodes);
+    let inodes = inodes.chain(of_listeners.copied()).collect();
+    Ok(Listed { scan, inodes })
+}
+
+/// Adds the sockets of a namespace and their listeners to those of the other namespaces.
+fn add(scan: &mut Scan, netns_scan: NetnsScan) {
+    let NetnsScan {
+        mut sockets,
         listeners,
-        inodes,
-    })
+        ..
+    } = netns_scan;
+    let others = scan.listeners.len();
+    scan.listeners.extend(listeners.into_used());
+    for target in &mut sockets {
+        if let Some(index) = target.listener {
+            let listener = others + index;
+            target.listener = Some(listener);
+            // The socket gets the user of the process that accepts it. Until then kernels differ in the user they report.
+            target.socket.uid = scan.listeners[listener].uid;
+        }
+    }
+    scan.targets.append(&mut sockets);
 }
 
 /// The result of a thread. If the thread panicked, this panics too.
@@ -213,36 +207,40 @@ fn join<T>(thread: ScopedJoinHandle<'_, T>) -> T {
     thread.join().unwrap_or_else(|panic| resume_unwind(panic))
 }
 
-/// Scans every namespace, [`NAMESPACES_AT_ONCE`] at the same time.
+/// Scans every namespace, [`NAMESPACES_AT_ONCE`] at the same time. Each socket gets the index of its namespace.
 fn scan_namespaces(
     namespaces: &[Arc<Netns>],
     selectors: &Selectors,
-    alone: bool,
+    may_split: bool,
 ) -> Vec<Result<NetnsScan, FindError>> {
     let several = namespaces.len() > 1;
-    let scan = |netns: &Arc<Netns>| {
-        let scan = || sockets::scan(selectors, several, alone && !several);
-        netns
-            .within(scan)
-            .unwrap_or_else(|error| Err(FindError::Enter(error)))
+    let scan_one = |(index, netns): (usize, &Arc<Netns>)| {
+        let mut netns_scan = netns
+            .within(|| sockets::scan(selectors, several, may_split && !several))
+            .map_err(FindError::Enter)??;
+        for target in &mut netns_scan.sockets {
+            target.socket.netns = index;
+        }
+        Ok(netns_scan)
     };
-    let scans = parallel::side_by_side(namespaces.iter().collect(), NAMESPACES_AT_ONCE, scan);
-    let scan = |scan: std::thread::Result<_>| scan.unwrap_or_else(|panic| resume_unwind(panic));
-    scans.into_iter().map(scan).collect()
+    let items = namespaces.iter().enumerate().collect();
+    parallel::side_by_side(items, NAMESPACES_AT_ONCE, scan_one)
+        .into_iter()
+        .map(|result| result.unwrap_or_else(|panic| resume_unwind(panic)))
+        .collect()
 }
 
-/// Gives every socket its owners. A socket that was never accepted gets the user of its listener.
-fn attach_owners(scan: &mut Scan, listeners: Vec<Listeners>, owners: &OwnerScan) {
-    scan.listeners = listeners
-        .into_iter()
-        .flat_map(|listeners| listeners.into_used(|inode| owners.of(inode).collect()))
-        .collect();
+/// Gives every listener its owners, and every socket that has no listener.
+fn attach_owners(scan: &mut Scan, owners: &OwnerScan) {
+    for listener in &mut scan.listeners {
+        let inodes = listener.inodes.iter();
+        listener.owners = inodes.flat_map(|&inode| owners.of(inode)).collect();
+        let by_process = |owner: &Owner| (owner.process.id, owner.fd);
+        listener.owners.sort_unstable_by_key(by_process);
+    }
     for target in &mut scan.targets {
-        match (target.listener, target.socket.inode) {
-            // The socket gets the user of the process that accepts it. Until then kernels differ in the user they report.
-            (Some(listener), _) => target.socket.uid = scan.listeners[listener].uid,
-            (None, Some(inode)) => target.owners = owners.of(inode).collect(),
-            (None, None) => {}
+        if let (None, Some(inode)) = (target.listener, target.socket.inode) {
+            target.owners = owners.of(inode).collect();
         }
     }
 }
@@ -273,7 +271,7 @@ fn retain_selected(scan: &mut Scan, selectors: &Selectors, unreadable: &[Unreada
     scan.coverage.undecided = undecided;
 }
 
-/// Why no socket could be found.
+/// Why the search failed.
 #[derive(Debug, thiserror::Error)]
 pub enum FindError {
     #[error("{}", cannot_enter(.0))]

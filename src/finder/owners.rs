@@ -65,9 +65,10 @@ type OwnedSockets = (Process, Vec<(u32, RemoteFd)>);
 /// How far to trust a scan of /proc that began before the sockets were listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trust {
-    /// Every descriptor of the scan is assumed to be still open.
+    /// One descriptor of each process is read again, to see that the pid is still the same process. If that descriptor has
+    /// changed, all are read again.
     TheScan,
-    /// Every descriptor is read again, because the owners decide which sockets cwkill acts on.
+    /// Each descriptor is read again, because the owners decide which sockets cwkill acts on.
     Nothing,
 }
 
@@ -136,7 +137,7 @@ pub fn select(
     inodes: &HashSet<u32>,
     trust: Trust,
 ) -> io::Result<OwnerScan> {
-    let identify =
+    let select_one =
         |process: ProcessScan| -> io::Result<(Option<OwnedSockets>, Option<Unreadable>)> {
             let Some((pid, mut sockets)) = process.sockets else {
                 return Ok((None, process.unreadable));
@@ -145,7 +146,7 @@ pub fn select(
             if sockets.is_empty() {
                 return Ok((None, process.unreadable));
             }
-            match identify(proc, pid, sockets, inodes, trust) {
+            match recheck(proc, pid, sockets, inodes, trust) {
                 Ok((owner, denied)) => {
                     let unreadable = denied.then(|| proc.unreadable(pid)).flatten();
                     Ok((owner, process.unreadable.or(unreadable)))
@@ -158,7 +159,7 @@ pub fn select(
     let identified: Vec<_> = scan
         .processes
         .into_par_iter()
-        .map(identify)
+        .map(select_one)
         .collect::<io::Result<_>>()?;
     let mut owners = OwnerScan {
         hidden: scan.hidden,
@@ -229,7 +230,7 @@ fn scan_process(proc: &ProcFs, pid: i32, cancelled: &AtomicBool) -> io::Result<P
 
 /// The process with this pid and its sockets; `None` if it owns none of them any more. As far as `trust` requires it, the
 /// sockets are read again. The second value says whether a part of its table has become unreadable.
-fn identify(
+fn recheck(
     proc: &ProcFs,
     pid: i32,
     mut sockets: Vec<(u32, RemoteFd)>,
@@ -262,6 +263,8 @@ fn identify(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::finder::attach_owners;
+    use crate::model::{Listener, Scan};
     use std::fs;
     use std::os::unix::fs::symlink;
 
@@ -317,6 +320,30 @@ mod tests {
             .collect();
         owners.sort_unstable();
         assert_eq!(owners, [(7, 3), (8, 3), (8, 9)]);
+    }
+
+    #[test]
+    fn a_listener_has_the_owners_of_all_its_sockets() {
+        let proc = TestProc::new();
+        proc.process(7, "first", &[(3, "socket:[42]"), (4, "socket:[44]")]);
+        proc.process(8, "second", &[(3, "socket:[43]")]);
+        let mut scan = Scan {
+            listeners: vec![Listener {
+                local: "127.0.0.1:80".parse().unwrap(),
+                inodes: vec![43, 42],
+                uid: 0,
+                waiting: 0,
+                backlog: 0,
+                owners: Vec::new(),
+            }],
+            ..Scan::default()
+        };
+        attach_owners(&mut scan, &proc.find(&[42, 43, 44]));
+        let owners = scan.listeners[0].owners.iter();
+        let owners: Vec<_> = owners
+            .map(|owner| (owner.process.id.pid, owner.fd.0))
+            .collect();
+        assert_eq!(owners, [(7, 3), (8, 3)]);
     }
 
     #[test]

@@ -12,6 +12,7 @@ use crate::sock_diag::{DumpError, DumpRequest, Family, SockDiag, SocketMessage};
 
 /// The sockets of a namespace that match by the kernel's data, without their owners.
 pub(super) struct NetnsScan {
+    /// Their `listener` is an index in the result of [`Listeners::into_used`].
     pub sockets: Vec<Target>,
     /// The listeners of the sockets that were never accepted.
     pub listeners: Listeners,
@@ -19,11 +20,11 @@ pub(super) struct NetnsScan {
     pub unresolved: Option<FindError>,
 }
 
-/// Scans the namespace of the calling thread. `alone`: no other thread of cwkill is busy.
+/// Scans the namespace of the calling thread. `may_split`: whether two threads may share a large dump.
 pub(super) fn scan(
     selectors: &Selectors,
     one_of_several: bool,
-    alone: bool,
+    may_split: bool,
 ) -> Result<NetnsScan, FindError> {
     let mut diag = SockDiag::open().map_err(FindError::Open)?;
     let resolve = |one_of_several| {
@@ -35,7 +36,7 @@ pub(super) fn scan(
         Err(error) if one_of_several => (resolve(true)?, Some(error)),
         Err(error) => return Err(error),
     };
-    let sample = match alone {
+    let sample = match may_split {
         true => sample(&selectors),
         false => Sample::Unknown,
     };
@@ -74,7 +75,7 @@ pub(crate) enum Sample {
 pub(crate) fn sample(selectors: &Selectors) -> Sample {
     /// With this size the median of the sample splits all sockets to within 2 % of a half, with a probability of 2 in 3.
     const SAMPLE: usize = 512;
-    let bytecode = bytecode::bytecode(&selectors.as_expression(), selectors.states());
+    let bytecode = bytecode::bytecode(&selectors.as_expression(), selectors.states);
     let mut sockets = Vec::new();
     for request in requests(selectors, &bytecode) {
         let keep = |message| matching(&message, selectors);
@@ -113,7 +114,7 @@ fn halves(selectors: &Selectors, sample: &[Target]) -> Sample {
     };
     let lower = half(0..=middle - 1);
     // A half takes half the time only if the kernel filters by port. Without bytecode it does not.
-    match bytecode::bytecode(&lower.as_expression(), lower.states()).is_empty() {
+    match bytecode::bytecode(&lower.as_expression(), lower.states).is_empty() {
         true => Sample::Unknown,
         false => Sample::Halves(Box::new([lower, half(middle..=u16::MAX)])),
     }
@@ -149,7 +150,7 @@ pub(crate) fn requests<'b>(
     selectors: &Selectors,
     bytecode: &'b [u8],
 ) -> impl Iterator<Item = DumpRequest<'b>> {
-    let states = selectors.states();
+    let states = selectors.states;
     // An IPv4 connection can be on an AF_INET6 socket, but an IPv6 connection is never on an AF_INET socket.
     let without_v4 = selectors.selects_only_ipv6();
     let families = Family::ALL.into_iter();
@@ -163,7 +164,7 @@ pub(crate) fn requests<'b>(
 }
 
 fn dump(diag: &mut SockDiag, selectors: &Selectors) -> Result<Vec<Target>, DumpError> {
-    let bytecode = bytecode::bytecode(&selectors.as_expression(), selectors.states());
+    let bytecode = bytecode::bytecode(&selectors.as_expression(), selectors.states);
     let mut sockets = Vec::new();
     for mut request in requests(selectors, &bytecode) {
         let mut keep = |message| matching(&message, selectors);

@@ -26,7 +26,7 @@ const LARGE: i32 = 4096;
 pub(crate) struct SocketFds {
     /// The sockets, by inode.
     pub sockets: Vec<(u32, RemoteFd)>,
-    /// cwkill may not read some of the descriptors.
+    /// cwkill is not permitted to read some of the descriptors.
     pub denied: bool,
 }
 
@@ -150,7 +150,7 @@ pub enum FdState {
     Open,
     /// It was closed, or refers to something else, or its process is gone.
     Closed,
-    /// cwkill may not read it.
+    /// cwkill is not permitted to read it.
     Unknown,
 }
 

@@ -5,8 +5,8 @@
 //!
 //! The modules here read no file that can hang on a sick host: never `cmdline` or `maps`, and of `exe` only the link.
 //!
-//! Races: ENOENT and ESRCH mean that the process is gone (`is_gone`). EACCES and EPERM mean that cwkill may not read the file
-//! (`is_denied`). Any other errno is an error.
+//! Races: ENOENT and ESRCH mean that the process is gone (`is_gone`). EACCES and EPERM mean that cwkill is not permitted to
+//! read the file (`is_denied`). Any other errno is an error.
 
 pub mod cgroup;
 pub(crate) mod fds;
@@ -149,7 +149,7 @@ impl ProcFs {
         Ok(self.pids()?.into_iter().filter_map(holder).collect())
     }
 
-    /// Describes process `pid`, whose descriptors cwkill may not read; `None` if it cannot hold any.
+    /// Describes process `pid`, whose descriptors cwkill is not permitted to read; `None` if it cannot hold any.
     pub(crate) fn unreadable(&self, pid: i32) -> Option<Unreadable> {
         let stat = self.stat(pid);
         let comm = || stat.as_ref().ok().map(|stat| stat.comm.clone());
@@ -186,15 +186,25 @@ fn has_no_descriptors(stat: &procfs::ProcResult<Stat>) -> bool {
     }
 }
 
-/// A number that changes with each execve(2): the start of the stack, which the kernel randomizes (kernel.randomize_va_space).
-///
-/// `None` if the first thread has exited and others have not. Then /proc shows no descriptors for the pid: the kernel reads the
-/// table of the first thread (fs/proc/fd.c), which that thread has released.
-pub(crate) fn image(process: BorrowedFd<'_>) -> io::Result<Option<u64>> {
+/// Read twice, it shows whether the process has executed a program in between.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ExecMarker {
+    /// The first thread has exited and others have not. Then /proc shows no descriptors for the pid: the kernel reads the
+    /// table of the first thread (fs/proc/fd.c), which that thread has released.
+    LeaderExited,
+    /// The start of the stack. The kernel chooses it at random at each execve(2), unless kernel.randomize_va_space is 0.
+    /// Then it can be the same after an execve(2).
+    Stack(u64),
+}
+
+pub(crate) fn exec_marker(process: BorrowedFd<'_>) -> io::Result<ExecMarker> {
     let stat = File::from(open_in(process, c"stat", OFlag::empty())?);
     let stat = Stat::from_read(stat).map_err(stat_error)?;
     let leader_exited = stat.state == 'Z' && stat.num_threads > 1;
-    Ok((!leader_exited).then_some(stat.startstack))
+    Ok(match leader_exited {
+        true => ExecMarker::LeaderExited,
+        false => ExecMarker::Stack(stat.startstack),
+    })
 }
 
 pub(crate) fn open_in(dir: BorrowedFd<'_>, name: &CStr, flags: OFlag) -> io::Result<OwnedFd> {

@@ -1,6 +1,6 @@
 //! The reports, for people ([`text`], [`notes`]) and for programs ([`json`]), and the exit status.
 //!
-//! A report reads only a finished [`Run`]. The commands `reclaim`, `diagnose` and `doctor` have reports of their own.
+//! A report only reads a [`Run`]. The record of an intent reads it before the acts. The commands `reclaim`, `diagnose` and `doctor` have reports of their own.
 
 pub mod descriptors;
 pub mod diagnose;

@@ -35,12 +35,86 @@ pub fn write(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io
     Ok(())
 }
 
-/// The optional columns of the table.
+/// A column of the table.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Column {
+    Netns,
+    Process,
+    Fd,
+    Unit,
+    State,
+    Local,
+    Peer,
+    Age,
+    RecvQ,
+    SendQ,
+    Cause,
+    Plan,
+    Result,
+}
+
+impl Column {
+    fn header(self) -> &'static str {
+        match self {
+            Column::Netns => "NETNS",
+            Column::Process => "PROCESS",
+            Column::Fd => "FD",
+            Column::Unit => "UNIT",
+            Column::State => "STATE",
+            Column::Local => "LOCAL",
+            Column::Peer => "PEER",
+            Column::Age => "AGE",
+            Column::RecvQ => "RECV-Q",
+            Column::SendQ => "SEND-Q",
+            Column::Cause => "CAUSE",
+            Column::Plan => "PLAN",
+            Column::Result => "RESULT",
+        }
+    }
+
+    fn is_number(self) -> bool {
+        matches!(self, Column::Age | Column::RecvQ | Column::SendQ)
+    }
+
+    /// The cell of `target`. `process` and `fd` are its [`owner_cells`].
+    fn cell(self, run: &Run, target: &Target, (process, fd): (&str, &str), verbose: bool) -> Cell {
+        let (scan, socket) = (&run.scan, &target.socket);
+        match self {
+            Column::Netns => Cell::new(escape(&scan.netns(target).label())),
+            Column::Process => Cell::new(process),
+            Column::Fd => Cell::new(fd),
+            Column::Unit => Cell::new(units(scan, target, verbose)),
+            Column::State => Cell::new(socket.state),
+            Column::Local => Cell::new(socket.tuple().local),
+            Column::Peer => Cell::new(socket.tuple().peer),
+            Column::Age => Cell::new(socket.age.map_or("-".into(), age)),
+            Column::RecvQ => Cell::new(socket.recv_q),
+            Column::SendQ => Cell::new(socket.send_q),
+            Column::Cause => Cell::new(socket.cause),
+            Column::Plan | Column::Result => last_cell(run, target, verbose),
+        }
+    }
+}
+
+/// The outcome of a target; before it has one, its plan.
+fn last_cell(run: &Run, target: &Target, verbose: bool) -> Cell {
+    let descriptors = descriptors::target_text(target);
+    if let Some((text, color)) = result(target, verbose) {
+        return Cell::new(text + &descriptors).fg(color);
+    }
+    let then = match target.plan.skip {
+        Some(_) if run.reclaim_requested => "",
+        None if run.reclaim_requested && !target.owners.is_empty() && descriptors.is_empty() => {
+            ", then reclaim"
+        }
+        _ => &descriptors,
+    };
+    Cell::new(format!("{}{then}", plan_text(&target.plan)))
+}
+
+/// The columns of the table.
 struct Layout {
-    netns: bool,
-    units: bool,
-    state: bool,
-    last: Option<&'static str>,
+    columns: Vec<Column>,
     verbose: bool,
 }
 
@@ -48,28 +122,24 @@ impl Layout {
     fn new(run: &Run, config: &Config) -> Self {
         let scan = &run.scan;
         let states: BTreeSet<&str> = scan.targets.iter().map(|t| t.socket.state.name()).collect();
+        let has_units = scan.processes().values().any(|p| has_unit(&p.cgroup));
+        let has_states = states.len() > 1 || states.iter().any(|state| *state != "close-wait");
+        let mut columns = Vec::with_capacity(12);
+        columns.extend((scan.namespaces.len() > 1).then_some(Column::Netns));
+        columns.extend([Column::Process, Column::Fd]);
+        columns.extend(has_units.then_some(Column::Unit));
+        columns.extend(has_states.then_some(Column::State));
+        columns.extend([Column::Local, Column::Peer]);
+        columns.extend([Column::Age, Column::RecvQ, Column::SendQ, Column::Cause]);
+        columns.extend(match config.action {
+            Action::List => None,
+            Action::DryRun => Some(Column::Plan),
+            Action::Act => Some(Column::Result),
+        });
         Layout {
-            netns: scan.namespaces.len() > 1,
-            units: scan.processes().values().any(|p| has_unit(&p.cgroup)),
-            state: states.len() > 1 || states.iter().any(|state| *state != "close-wait"),
-            last: match config.action {
-                Action::List => None,
-                Action::DryRun => Some("PLAN"),
-                Action::Act => Some("RESULT"),
-            },
+            columns,
             verbose: config.verbose,
         }
-    }
-
-    fn names(&self) -> Vec<&'static str> {
-        let mut names = Vec::with_capacity(12);
-        names.extend(self.netns.then_some("NETNS"));
-        names.extend(["PROCESS", "FD"]);
-        names.extend(self.units.then_some("UNIT"));
-        names.extend(self.state.then_some("STATE"));
-        names.extend(["LOCAL", "PEER", "AGE", "RECV-Q", "SEND-Q", "CAUSE"]);
-        names.extend(self.last);
-        names
     }
 
     /// Writes a block of rows. `widths` has the width of the widest cell of each column so far, so that the columns of
@@ -85,10 +155,12 @@ impl Layout {
     ) -> io::Result<()> {
         let mut table = plain_table(color);
         if header {
-            table.set_header(self.names());
+            table.set_header(self.columns.iter().map(|column| column.header()));
         }
         for target in rows {
-            table.add_row(self.cells(run, target));
+            let (process, fd) = owner_cells(&run.scan, target, self.verbose);
+            let cell = |column: &Column| column.cell(run, target, (&process, &fd), self.verbose);
+            table.add_row(self.columns.iter().map(cell));
         }
         table.discover_columns();
         let needed = table.column_max_content_widths();
@@ -96,61 +168,20 @@ impl Layout {
         for (width, needed) in widths.iter_mut().zip(needed) {
             *width = needed.max(*width);
         }
-        let right = ["AGE", "RECV-Q", "SEND-Q"];
-        for ((column, name), width) in table.column_iter_mut().zip(self.names()).zip(&*widths) {
-            column.set_padding((0, 2));
-            column.set_constraint(comfy_table::ColumnConstraint::LowerBoundary(
+        for ((laid_out, column), width) in table.column_iter_mut().zip(&self.columns).zip(&*widths)
+        {
+            laid_out.set_padding((0, 2));
+            laid_out.set_constraint(comfy_table::ColumnConstraint::LowerBoundary(
                 comfy_table::Width::Fixed(width + 2),
             ));
-            if right.contains(&name) {
-                column.set_cell_alignment(CellAlignment::Right);
+            if column.is_number() {
+                laid_out.set_cell_alignment(CellAlignment::Right);
             }
         }
         for line in table.lines() {
             writeln!(out, "{}", line.trim_end())?;
         }
         Ok(())
-    }
-
-    fn cells(&self, run: &Run, target: &Target) -> Vec<Cell> {
-        let (scan, socket) = (&run.scan, &target.socket);
-        let (process, fd) = owner_cells(scan, target, self.verbose);
-        let mut cells = Vec::with_capacity(12);
-        if self.netns {
-            cells.push(Cell::new(escape(&scan.netns(target).label())));
-        }
-        cells.extend([Cell::new(process), Cell::new(fd)]);
-        if self.units {
-            cells.push(Cell::new(units(scan, target, self.verbose)));
-        }
-        if self.state {
-            cells.push(Cell::new(socket.state));
-        }
-        cells.extend([
-            Cell::new(socket.tuple().local),
-            Cell::new(socket.tuple().peer),
-            Cell::new(socket.age.map_or("-".into(), age)),
-            Cell::new(socket.recv_q),
-            Cell::new(socket.send_q),
-            Cell::new(socket.cause),
-        ]);
-        let descriptors = descriptors::target_text(target);
-        if let Some((text, color)) = result(target, self.verbose) {
-            cells.push(Cell::new(text + &descriptors).fg(color));
-        } else if self.last.is_some() {
-            let then = match target.plan.skip {
-                Some(_) if run.reclaim_requested => "",
-                None if run.reclaim_requested
-                    && !target.owners.is_empty()
-                    && descriptors.is_empty() =>
-                {
-                    ", then reclaim"
-                }
-                _ => &descriptors,
-            };
-            cells.push(Cell::new(format!("{}{then}", plan_text(&target.plan))));
-        }
-        cells
     }
 }
 

@@ -1,7 +1,8 @@
 //! The netlink socket: dumps, lookups by id, and SOCK_DESTROY.
 //!
-//! A datagram carries several requests, and the kernel answers each with one message. A request is about the network namespace in
-//! which the netlink socket was opened.
+//! A datagram carries one request for a dump, or several lookups or destroys. The kernel answers a dump with many messages, and a
+//! lookup or a destroy with one. A destroy can be sent without NLM_F_ACK; then the kernel answers only if it fails. A request is
+//! about the network namespace in which the netlink socket was opened.
 
 use std::io::{self, IoSliceMut};
 use std::mem;
@@ -34,9 +35,11 @@ const RECEIVE_QUEUE: usize = 1024 * 1024;
 /// Why a dump failed.
 #[derive(Debug, thiserror::Error)]
 pub enum DumpError {
-    /// The tables changed during every attempt.
-    #[error("the socket tables changed under each of {DUMP_ATTEMPTS} dumps; try again")]
-    Interrupted,
+    /// Every attempt was incomplete: the tables changed, or answers did not fit the receive queue.
+    #[error(
+        "each of {DUMP_ATTEMPTS} dumps was incomplete: the socket tables changed, or answers were lost; try again"
+    )]
+    Incomplete,
     /// The answer is not a sock_diag message.
     #[error("sock_diag: {}", .0.0)]
     Malformed(Malformed),
@@ -113,7 +116,7 @@ impl SockDiag {
     /// Lists sockets. `keep` gets each of them, and returns the data to keep.
     ///
     /// # Errors
-    /// [`DumpError::Interrupted`]: the tables changed during each of 10 attempts.
+    /// [`DumpError::Incomplete`]: each of `DUMP_ATTEMPTS` attempts was incomplete.
     pub fn dump<T>(
         &mut self,
         request: &DumpRequest,
@@ -132,7 +135,7 @@ impl SockDiag {
     /// dump still waits in this netlink socket.
     ///
     /// # Errors
-    /// As [`SockDiag::dump`], except that changed tables are not an error.
+    /// As [`SockDiag::dump`], except that an incomplete list is not an error.
     pub fn stream<T>(
         &mut self,
         request: &DumpRequest,
@@ -249,7 +252,7 @@ impl SockDiag {
             for (index, id) in ids.iter().enumerate() {
                 let put = match index + 1 == ids.len() {
                     true => codec::put_destroy,
-                    false => codec::put_quiet_destroy,
+                    false => codec::put_destroy_without_ack,
                 };
                 put(&mut request, id, self.next_sequence());
             }
@@ -387,7 +390,7 @@ fn repeat<T>(
             return Ok(complete);
         }
     }
-    Err(DumpError::Interrupted)
+    Err(DumpError::Incomplete)
 }
 
 /// Receives the next datagram. A signal does not end the wait.
@@ -528,7 +531,7 @@ mod tests {
             attempts += 1;
             Ok(None)
         });
-        assert!(matches!(never, Err(DumpError::Interrupted)));
+        assert!(matches!(never, Err(DumpError::Incomplete)));
         assert_eq!(attempts, DUMP_ATTEMPTS);
 
         let mut attempts = 0;

@@ -31,11 +31,12 @@ pub struct ReclaimRun {
     pub acted: bool,
     /// The owners that were stopped.
     pub stops: Vec<StopStats>,
-    /// Number of descriptors of TCP sockets that are in no table and that cwkill may not examine. They may be dead.
+    /// Number of descriptors of TCP sockets that the kernel does not list and that cwkill is not permitted to examine. They
+    /// may be dead.
     pub unknown: usize,
-    /// Number of selected processes that cwkill may not read.
+    /// Number of selected processes that cwkill is not permitted to read.
     pub unreadable: usize,
-    /// Processes whose main thread has exited. /proc no longer shows their descriptors.
+    /// Processes whose first thread has exited. /proc no longer shows their descriptors.
     pub leader_exited: Vec<Process>,
     /// The pids of processes whose files could not be read, with the error.
     pub failed: Vec<(i32, io::Error)>,

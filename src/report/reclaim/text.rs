@@ -28,6 +28,9 @@ pub fn write(
     Ok(())
 }
 
+/// The header of the column that is aligned to the right.
+const QUIET: &str = "QUIET";
+
 fn write_table(
     run: &ReclaimRun,
     config: &ReclaimConfig,
@@ -39,11 +42,12 @@ fn write_table(
     let has_units = owners.any(|owner| has_unit(&owner.process.cgroup));
     let mut header = vec!["PROCESS", "FD"];
     header.extend(has_units.then_some("UNIT"));
-    header.extend(["LOCAL", "QUIET"]);
+    header.extend(["LOCAL", QUIET]);
     header.push(match config.action {
         Action::Act => "RESULT",
         Action::List | Action::DryRun => "CLOSABLE",
     });
+    let quiet = header.iter().position(|name| *name == QUIET);
     if !config.no_header {
         table.set_header(header);
     }
@@ -70,7 +74,7 @@ fn write_table(
     }
     for column in table.column_iter_mut() {
         column.set_padding((0, 2));
-        if column.index == 3 + usize::from(has_units) {
+        if Some(column.index) == quiet {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }

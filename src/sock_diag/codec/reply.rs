@@ -2,9 +2,7 @@
 
 use std::time::Duration;
 
-use netlink_packet_core::{
-    NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR, NLMSG_NOOP, NetlinkBuffer, NlasIterator,
-};
+use netlink_packet_core::{NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NlasIterator};
 
 use super::{DiagId, Family, INET_DIAG_INFO, SOCK_DIAG_BY_FAMILY, SOCKID_LEN, u32_at};
 use crate::tcp::TcpState;
@@ -116,7 +114,6 @@ fn parse_frame(view: &NetlinkBuffer<&[u8]>) -> Result<Framed, Malformed> {
         },
         // The errno of a dump that failed half-way. Older kernels send no errno.
         NLMSG_DONE => Frame::Done(i32_at(payload, 0).unwrap_or(0).saturating_neg()),
-        NLMSG_NOOP => Frame::Other,
         _ => Frame::Other,
     };
     Ok(Framed {

@@ -97,7 +97,7 @@ pub fn put_destroy(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32) {
 
 /// As [`put_destroy`], but with an answer only if the request fails. netlink reports an error whatever the flags are
 /// (net/netlink/af_netlink.c, netlink_rcv_skb).
-pub fn put_quiet_destroy(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32) {
+pub fn put_destroy_without_ack(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32) {
     put_destroy_with(bytes, id, sequence, NLM_F_REQUEST);
 }
 
