@@ -370,9 +370,8 @@ static VARIES: LazyLock<Vec<(Regex, &str)>> = LazyLock::new(|| {
 });
 
 /// Lines that depend on other processes of this machine.
-static OF_THE_MACHINE: LazyLock<Regex> = LazyLock::new(|| {
-    Regex::new("could not be read|^cwkill: hint: ").expect("fixed and valid")
-});
+static OF_THE_MACHINE: LazyLock<Regex> =
+    LazyLock::new(|| Regex::new("could not be read|^cwkill: hint: ").expect("fixed and valid"));
 
 /// The lines without the parts that vary. They are sorted, because their order depends on the ages of the sockets.
 fn normal(lines: &[String]) -> Vec<String> {
