@@ -178,9 +178,7 @@ impl Batch<'_> {
                 Err(LookupError::Errno(errno)) => {
                     target.attempt(method, Some(lookup_failed(errno)));
                 }
-                Ok(now) if target.acted().is_some() && ends_in_time_wait(&target.socket, &now) => {
-                    target.note_vanished();
-                }
+                Ok(now) if ends_in_time_wait(&target.socket, &now) => target.note_time_wait(),
                 Ok(now) => match check(target, &now, method, &self.rules) {
                     Check::Act => eligible.push(item),
                     Check::Decide(outcome) => target.outcome = Some(outcome),
@@ -259,32 +257,32 @@ impl Batch<'_> {
 
     /// Waits until the sockets of `pending` are closed, at most for the grace.
     fn wait(&mut self, pending: Vec<&mut Target>) {
-        let is_closed = |target: &Target, now: &Lookup| match now {
-            Err(LookupError::Gone) => true,
-            Ok(now) => ends_in_time_wait(&target.socket, now),
-            Err(LookupError::Errno(_)) => false,
+        let note_closed = |target: &mut Target, now: &Lookup| {
+            match now {
+                Err(LookupError::Gone) => target.note_vanished(),
+                Ok(now) if ends_in_time_wait(&target.socket, now) => target.note_time_wait(),
+                Ok(_) | Err(LookupError::Errno(_)) => return false,
+            }
+            true
         };
         let backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
-        let (closed, _) = self.wait_until(pending, backoff, is_closed);
-        for target in closed {
-            target.note_vanished();
-        }
+        self.wait_until(pending, backoff, note_closed);
     }
 
-    /// Looks up the sockets of `pending` until `condition` is true for each, at most for the grace. Returns the items for which
-    /// it became true, and the others.
+    /// Looks up the sockets of `pending` until `note` returns true for each, at most for the grace. Returns the items for which
+    /// it did, and the others. `note` writes the result to the target at once, so that it is not lost if a later step panics.
     pub(super) fn wait_until<T: AsMut<Target>>(
         &mut self,
         mut pending: Vec<T>,
         mut backoff: Backoff,
-        condition: impl Fn(&Target, &Lookup) -> bool,
+        note: impl Fn(&mut Target, &Lookup) -> bool,
     ) -> (Vec<T>, Vec<T>) {
         let until = self.deadline();
         let mut done = Vec::with_capacity(pending.len());
         loop {
             let mut left = Vec::new();
             for (mut item, now) in lookup(self.kernel, pending, Detail::Basic) {
-                match condition(item.as_mut(), &now) {
+                match note(item.as_mut(), &now) {
                     true => done.push(item),
                     false => left.push(item),
                 }
@@ -334,7 +332,7 @@ fn verify(targets: &mut [&mut Target], kernel: &mut dyn SocketTables) {
     for (target, now) in lookup(kernel, open, Detail::Basic) {
         match now {
             Err(LookupError::Gone) => target.note_vanished(),
-            Ok(now) if ends_in_time_wait(&target.socket, &now) => target.note_vanished(),
+            Ok(now) if ends_in_time_wait(&target.socket, &now) => target.note_time_wait(),
             Ok(now) if now.state != target.socket.state => {
                 target.outcome = Some(match target.acted() {
                     Some(method) => Outcome::Closing(method, now.state),

@@ -16,10 +16,11 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::Executor;
 use super::duplicate::Duplicator;
-use super::engine::{Batch, lookup_failed};
+use super::engine::{Batch, Lookup, lookup_failed};
 use super::rst::{self, Numbers, Wire};
 use crate::control::{Backoff, deadline};
 use crate::model::{Method, MethodError, Target};
+use crate::packet::capture;
 use crate::packet::raw::Outgoing;
 use crate::proc::ProcFs;
 use crate::sock_diag::{DiagId, LookupError, SocketMessage};
@@ -40,6 +41,8 @@ const MAX_KEEP_INTERVAL: i32 = 32767;
 const MAX_KEEP_COUNT: i32 = 127;
 /// The error of the kernel's times in milliseconds: two jiffies at 100 Hz.
 const CLOCK_SLACK: Duration = Duration::from_millis(20);
+/// How long lookups are repeated that do not show whether the peer has answered.
+const IN_DOUBT: Duration = Duration::from_secs(1);
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 /// Short, because an interrupted run restores the socket options only after the pause.
 const LONGEST_PAUSE: Duration = Duration::from_millis(10);
@@ -61,6 +64,36 @@ struct Asked<'t> {
     since: Instant,
     /// The time until which the peer may answer.
     until: Instant,
+}
+
+impl Asked<'_> {
+    /// The result of the probe, if `after` shows one. The kernel answered that lookup at an unknown time between `before_lookup`
+    /// and `after_lookup`.
+    fn verdict(
+        &self,
+        after: &Lookup,
+        before_lookup: Instant,
+        after_lookup: Instant,
+    ) -> Option<Result<(), MethodError>> {
+        let is_over = before_lookup >= self.until;
+        match after {
+            Err(LookupError::Gone) => Some(Ok(())),
+            Err(LookupError::Errno(errno)) => is_over.then_some(Err(lookup_failed(*errno))),
+            // With the earlier time, a segment from before the probe cannot pass for an answer.
+            Ok(after) if has_answered(&self.before, after, before_lookup - self.since) => {
+                Some(Err(MethodError::PeerAlive))
+            }
+            Ok(_) if !is_over => None,
+            // With the later time, no answer can pass for silence.
+            Ok(after) if !has_answered(&self.before, after, after_lookup - self.since) => {
+                Some(Err(MethodError::PeerSilent))
+            }
+            // The lookup took too long to decide. After silence the next method may close the socket, so doubt counts as an answer.
+            Ok(_) => {
+                (before_lookup >= self.until + IN_DOUBT).then_some(Err(MethodError::PeerAlive))
+            }
+        }
+    }
 }
 
 impl AsMut<Target> for Asked<'_> {
@@ -171,7 +204,11 @@ impl Executor for Probe {
                 Err(error) => target.record(Method::Probe, Err(error)),
             }
         }
-        asked.extend(self.ask_by_segments(unowned, batch));
+        while !unowned.is_empty() {
+            let rest = unowned.split_off(unowned.len().min(capture::MAX_PORTS));
+            asked.extend(self.ask_by_segments(unowned, batch));
+            unowned = rest;
+        }
         await_answers(asked, batch);
     }
 }
@@ -187,25 +224,11 @@ fn await_answers(mut asked: Vec<Asked<'_>>, batch: &mut Batch<'_>) {
         let interrupted = batch.control().interrupted();
         asked = Vec::new();
         for (item, after) in answers {
-            let result = match after {
-                Err(LookupError::Gone) => Ok(()),
-                // With the earlier time, a segment from before the probe cannot pass for an answer.
-                Ok(after) if has_answered(&item.before, &after, before_lookup - item.since) => {
-                    Err(MethodError::PeerAlive)
-                }
-                _ if interrupted => continue,
-                _ if before_lookup < item.until => {
-                    asked.push(item);
-                    continue;
-                }
-                // With the later time, no answer can pass for silence: the next method may close the socket of a silent peer.
-                Ok(after) if has_answered(&item.before, &after, after_lookup - item.since) => {
-                    Err(MethodError::PeerAlive)
-                }
-                Ok(_) => Err(MethodError::PeerSilent),
-                Err(LookupError::Errno(errno)) => Err(lookup_failed(errno)),
-            };
-            item.target.record(Method::Probe, result);
+            match item.verdict(&after, before_lookup, after_lookup) {
+                Some(result) => item.target.record(Method::Probe, result),
+                None if interrupted => {}
+                None => asked.push(item),
+            }
         }
         if asked.is_empty() {
             return;
@@ -341,6 +364,7 @@ fn batch_size() -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Socket;
     use crate::sock_diag::testdata::stuck;
 
     const PASSED: Duration = Duration::from_millis(300);
@@ -364,6 +388,57 @@ mod tests {
         assert!(!has_answered(&last_ack(10), &last_ack(310), PASSED));
         // The lookup came late.
         assert!(!has_answered(&last_ack(10), &last_ack(5_010), PASSED));
+    }
+
+    /// The verdict on a silent or answering peer from a lookup that the kernel answered `late` after it was asked, at the deadline.
+    fn verdict_at_the_deadline(before: u64, after: u64, late: Duration) -> Option<MethodError> {
+        let mut target = Target::new(Socket::from_message(&last_ack(before)));
+        let since = Instant::now();
+        let asked = Asked {
+            target: &mut target,
+            _keepalive: None,
+            before: last_ack(before),
+            since,
+            until: since + PASSED,
+        };
+        let verdict = asked.verdict(&Ok(last_ack(after)), since + PASSED, since + PASSED + late);
+        verdict.map(|result| result.unwrap_err())
+    }
+
+    #[test]
+    fn a_lookup_that_takes_long_decides_nothing_that_it_does_not_show() {
+        let late = Duration::from_secs(5);
+        // The kernel answered at the start of the lookup, or at its end.
+        for (before, after) in [(60_000, 60_300), (60_000, 65_300), (10, 5_310)] {
+            let in_time = verdict_at_the_deadline(before, after, Duration::ZERO);
+            assert_eq!(in_time, Some(MethodError::PeerSilent), "{before} {after}");
+        }
+        // An answer that is younger than the time before the lookup, and one that only the later time shows.
+        let alive = Some(MethodError::PeerAlive);
+        assert_eq!(verdict_at_the_deadline(60_000, 250, late), alive);
+        assert_eq!(verdict_at_the_deadline(60_000, 5_200, late), alive);
+        assert_eq!(verdict_at_the_deadline(10, 5_200, late), None);
+        assert_eq!(verdict_at_the_deadline(60_000, 60_300, late), None);
+    }
+
+    #[test]
+    fn a_lookup_that_fails_is_neither_answer_nor_silence() {
+        let mut target = Target::new(Socket::from_message(&last_ack(10)));
+        let since = Instant::now();
+        let asked = Asked {
+            target: &mut target,
+            _keepalive: None,
+            before: last_ack(10),
+            since,
+            until: since + PASSED,
+        };
+        let failed = Err(LookupError::Errno(Errno::ENOBUFS));
+        assert_eq!(asked.verdict(&failed, since, since), None);
+        let error = lookup_failed(Errno::ENOBUFS);
+        let over = since + PASSED;
+        assert_eq!(asked.verdict(&failed, over, over), Some(Err(error)));
+        let gone = Err(LookupError::Gone);
+        assert_eq!(asked.verdict(&gone, since, since), Some(Ok(())));
     }
 
     #[test]

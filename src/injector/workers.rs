@@ -79,7 +79,7 @@ fn share_out<T: Send>(
 }
 
 /// The targets without an outcome, as one share per worker, with the index of their namespace. A large namespace is split into
-/// shares of at least [`SOCKETS_PER_WORKER`], at most one per processor.
+/// shares of at least [`SOCKETS_PER_WORKER`] except for the last, at most one per processor.
 fn shares(targets: &mut [Target]) -> Vec<(usize, Vec<&mut Target>)> {
     let mut by_netns: HashMap<usize, Vec<&mut Target>> = HashMap::new();
     for target in targets.iter_mut().filter(|target| target.outcome.is_none()) {

@@ -367,7 +367,13 @@ impl Target {
             .map(|attempt| attempt.method)
     }
 
-    /// Sets the outcome of a socket that is no longer in the kernel's tables, or only left as TIME-WAIT.
+    /// Sets the outcome of a socket that has ended in TIME-WAIT. Only an exchange of FINs leads there, never an abort, so an
+    /// abort that may have worked in spite of its error does not count.
+    pub fn note_time_wait(&mut self) {
+        self.outcome = Some(self.acted().map_or(Outcome::Gone, Outcome::Closed));
+    }
+
+    /// Sets the outcome of a socket that is no longer in the kernel's tables.
     pub fn note_vanished(&mut self) {
         self.outcome = Some(match self.maybe_closed_by() {
             Some(method) => Outcome::Closed(method),

@@ -55,6 +55,9 @@ fn the_last_method_that_acted_or_maybe_did_has_closed_the_socket() {
         target.note_vanished();
         let outcome = closed_by.map_or(Outcome::Gone, Outcome::Closed);
         assert_eq!(target.outcome, Some(outcome), "{attempts:?}");
+        target.note_time_wait();
+        let outcome = acted.map_or(Outcome::Gone, Outcome::Closed);
+        assert_eq!(target.outcome, Some(outcome), "{attempts:?}");
     }
 }
 

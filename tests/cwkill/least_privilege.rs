@@ -266,6 +266,10 @@ fn commands_hold_only_the_capabilities_they_need() -> Result<()> {
         ("doctor", &[PTRACE, SEARCH, ADMIN, RAW, SYS_ADMIN]),
         ("reclaim", &[PTRACE, SEARCH]),
         (
+            "reclaim --process no-such-process --dry-run --json",
+            &[PTRACE, SEARCH],
+        ),
+        (
             "reclaim --process no-such-process --json",
             &[PTRACE, SEARCH, SYS_ADMIN],
         ),

@@ -16,6 +16,7 @@ pub const TESTS: &[Test] = &[
     each_family!(a_silent_peer_is_left_to_the_next_method),
     each_family!(a_live_peer_keeps_later_methods_away),
     each_family!(an_owner_without_privileges_is_enough),
+    once!(more_sockets_than_one_capture_holds_are_asked),
     once!(ctrl_c_puts_the_options_back),
     once!(pressing_ctrl_c_again_changes_nothing),
     once!(a_lost_terminal_puts_the_options_back),
@@ -31,6 +32,20 @@ const KINDS: [&str; 2] = ["drained", "not-accepted"];
 fn keepalive_timers(lab: &Lab) -> Result<usize> {
     let shown = ran(lab.app_host().command("ss").args(["-Htno"]))?.exits(0);
     Ok(shown.stdout.matches("keepalive").count())
+}
+
+/// Without owners, so the kernel's answers are captured, by port.
+fn more_sockets_than_one_capture_holds_are_asked() -> Result<()> {
+    let (lab, _leak) = lab("not-accepted", Family::V4, 600)?;
+    let sockets = cwkill(&lab, &format!("{PROBE} --grace 20s"))?
+        .exits(4)
+        .sockets();
+    assert_eq!(sockets.len(), 600);
+    all_have(&sockets, "skipped", "null");
+    for socket in &sockets {
+        assert_eq!(at(socket, "/result/reason_code"), "peer-alive");
+    }
+    Ok(())
 }
 
 fn a_half_closed_peer_lives_and_gets_its_data(family: Family) -> Result<()> {

@@ -45,6 +45,8 @@ pub enum Answer {
     None,
     /// The segment could not be sent.
     NotSent(SendError),
+    /// Another socket with the same addresses was asked, on another interface. The capture cannot distinguish their answers.
+    NotAsked,
 }
 
 /// Sends a segment to each socket of `ids` and waits for the answers, at most for the grace of `batch`.
@@ -140,11 +142,11 @@ impl Answers {
         Answers(ids.iter().map(question).collect())
     }
 
-    /// The answer of a socket. If several sockets have the same addresses on different interfaces, only one was asked.
+    /// The answer of a socket.
     pub fn of(&self, id: &DiagId) -> Answer {
         let question = self.0.get(&id.tuple());
         let asked = question.filter(|question| question.interface == id.interface());
-        asked.map_or(Answer::None, |question| question.answer)
+        asked.map_or(Answer::NotAsked, |question| question.answer)
     }
 
     /// The questions without an answer, with the interface of each.

@@ -271,18 +271,25 @@ pub(super) fn numbers(
         Answer::Numbers(numbers) => Ok(Some(numbers)),
         Answer::None => Ok(None),
         Answer::NotSent(error) => Err(send_error(error)),
+        Answer::NotAsked => Err(MethodError::SystemCall(
+            "instead of it, another socket with its addresses was asked",
+            Errno::EADDRINUSE,
+        )),
     }
 }
 
 /// Waits until the sockets of `pending` are gone, at most for the grace. Records the attempt of each, and returns those that
 /// are gone. Unless the host is busy, the local stack handles a packet on `lo` before send(2) returns.
 fn wait_until_gone<'t>(pending: Vec<Resolved<'t>>, batch: &mut Batch<'_>) -> Vec<Resolved<'t>> {
-    let is_gone = |_: &Target, now: &Lookup| matches!(now, Err(LookupError::Gone));
+    let note_gone = |target: &mut Target, now: &Lookup| {
+        let is_gone = matches!(now, Err(LookupError::Gone));
+        if is_gone {
+            target.record(Method::Rst, Ok(()));
+        }
+        is_gone
+    };
     let backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
-    let (mut gone, left) = batch.wait_until(pending, backoff, is_gone);
-    for item in &mut gone {
-        item.target.record(Method::Rst, Ok(()));
-    }
+    let (gone, left) = batch.wait_until(pending, backoff, note_gone);
     for item in left {
         item.target
             .record(Method::Rst, Err(MethodError::RstIgnored));
