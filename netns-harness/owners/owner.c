@@ -317,14 +317,15 @@ static void *splices(void *fd)
     return NULL;
 }
 
-static void *vforks(void *unused)
+static void *vforks(void *forked)
 {
     pid_t child = vfork();
     if (!child) {
         prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+        sem_post(forked);
         syscall(SYS_pause);
     }
-    return unused;
+    return NULL;
 }
 
 static void *unshared(void *ready)
@@ -559,9 +560,13 @@ int main(int argc, char **argv)
         be_traced();
     else if (!strcmp(mode, "shares"))
         share_table();
-    else if (!strcmp(mode, "vfork"))
-        start(vforks, NULL);
-    else if (!strcmp(mode, "splice") && pipe(silent_pipe))
+    else if (!strcmp(mode, "vfork")) {
+        /* The child has a copy of every open descriptor. Of a peer in dead_socket, it would hold back the reset. */
+        static sem_t forked;
+        sem_init(&forked, 0, 0);
+        start(vforks, &forked);
+        sem_wait(&forked);
+    } else if (!strcmp(mode, "splice") && pipe(silent_pipe))
         die("pipe");
     else if (!strcmp(mode, "hangs")) {
         on_exec = 0;
