@@ -166,7 +166,14 @@ pub fn find(
         ..DeadScan::default()
     };
     let scan_one = |pid: i32| (pid, scan_process(proc, pid, same_pids, selected, listed));
-    let results: Vec<_> = pids.into_par_iter().map(scan_one).collect();
+    // cwkill comes first: while it scans the others, it has duplicates of their sockets.
+    let own_pid = i32::try_from(std::process::id()).ok();
+    let (own, others): (Vec<i32>, Vec<i32>) = pids
+        .into_iter()
+        .partition(|&pid| same_pids && Some(pid) == own_pid);
+    let mut results: Vec<_> = own.into_iter().map(scan_one).collect();
+    results.par_extend(others.into_par_iter().map(scan_one));
+    results.sort_by_key(|(pid, _)| *pid);
     for (pid, result) in results {
         match result {
             Ok(TableScan::DescriptorTable(table)) => scan.tables.push(table),

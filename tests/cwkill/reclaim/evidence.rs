@@ -18,6 +18,7 @@ pub const TESTS: &[Test] = &[
     once!(young_descriptors_are_skipped),
     once!(a_socket_never_connected_is_not_dead),
     once!(a_socket_that_may_still_connect_is_not_dead),
+    once!(duplicates_that_cwkill_makes_are_not_reported),
     once!(a_table_shared_with_another_process_is_skipped),
     once!(a_seccomp_filter_that_forbids_close_is_seen_beforehand),
     once!(a_traced_process_is_left_to_its_tracer),
@@ -205,17 +206,44 @@ fn a_socket_never_connected_is_not_dead() -> Result<()> {
     Ok(())
 }
 
-/// The program has dead sockets, and others that it is about to connect, connects, or listens on. It runs in a pid
-/// namespace, so `--all` selects it alone.
-fn a_socket_that_may_still_connect_is_not_dead() -> Result<()> {
+/// cwkill examines a socket through a duplicate, while another of its threads could read the descriptors of cwkill.
+fn duplicates_that_cwkill_makes_are_not_reported() -> Result<()> {
     let lab = Lab::new()?;
+    let (mut owner, inner) = in_pid_namespace(&lab)?;
+    owner.leak(500)?;
+    for _ in 0..20 {
+        let found = descriptors(&beside(&lab, inner, "")?.exits(0));
+        assert_eq!(found.len(), 500);
+        for descriptor in &found {
+            assert_eq!(number(descriptor, "/pid"), 1);
+        }
+    }
+    Ok(())
+}
+
+/// A program in a pid namespace, so that `--all` selects it alone, and its pid outside.
+fn in_pid_namespace(lab: &Lab) -> Result<(Owner, u32)> {
     let script =
         "exec 9<$1; shift; exec unshare --pid --fork --mount-proc --kill-child /proc/self/fd/9 $@";
     let by = ["sh", "-c", script, "sh"];
     let program = Owner::program(Build::Plain)?;
-    let mut owner = Owner::start_through(lab.app_host(), &by, &program, "idle", 1)?;
+    let owner = Owner::start_through(lab.app_host(), &by, &program, "idle", 1)?;
     let children = format!("/proc/{0}/task/{0}/children", owner.pid());
-    let inner: u32 = std::fs::read_to_string(children)?.trim().parse()?;
+    let inner = std::fs::read_to_string(children)?.trim().parse()?;
+    Ok((owner, inner))
+}
+
+/// Runs `cwkill reclaim --json` in the pid namespace of process `inner`.
+fn beside(lab: &Lab, inner: u32, more: &str) -> Result<Ran> {
+    let line = format!("--target {inner} --pid --mount {CWKILL} reclaim --json {more}");
+    let command = lab.app_host().command("nsenter");
+    ran(command.args(line.split_whitespace()))
+}
+
+/// The program has dead sockets, and others that it is about to connect, connects, or listens on.
+fn a_socket_that_may_still_connect_is_not_dead() -> Result<()> {
+    let lab = Lab::new()?;
+    let (mut owner, inner) = in_pid_namespace(&lab)?;
     let fresh = owner.order_fds("fresh")?;
     let [.., connecting, listening] = fresh[..] else {
         bail!("{fresh:?}");
@@ -223,14 +251,7 @@ fn a_socket_that_may_still_connect_is_not_dead() -> Result<()> {
     for more in ["", "--reclaim-force"] {
         let dead = owner.leak(3)?;
         let before = links_of(inner)?;
-        let line = format!(
-            "--target {inner} --pid --mount {CWKILL} reclaim --all --reclaim-age 0s --json {more}"
-        );
-        let command = lab
-            .app_host()
-            .command("nsenter")
-            .args(line.split_whitespace());
-        let ran = ran(command)?.exits(0);
+        let ran = beside(&lab, inner, &format!("--all --reclaim-age 0s {more}"))?.exits(0);
         let said: Vec<i32> = outcomes(&ran).into_keys().collect();
         assert_eq!(said, dead);
         assert_eq!(number(&ran.json(), "/summary/freed"), 3);
