@@ -185,6 +185,8 @@ fn descriptors(number: i64) -> Descriptors {
         | libc::SYS_munmap
         | libc::SYS_mprotect
         | libc::SYS_brk
+        | libc::SYS_exit
+        | libc::SYS_exit_group
         | libc::SYS_msgrcv
         | libc::SYS_msgsnd
         | libc::SYS_semop
