@@ -296,12 +296,9 @@ impl<'p> InspectedProcess<'p> {
     /// thread, which lasts only a short time.
     fn syscalls(&self) -> io::Result<Vec<(i32, Syscall)>> {
         let mut calls = Vec::new();
-        for entry in fs::read_dir(self.proc.path(&format!("{}/task", self.pid)))? {
-            let entry = entry?;
-            let Some(tid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
-                continue;
-            };
-            match read_text(entry.path().join("syscall")) {
+        for tid in list_tids(self.proc, self.pid)? {
+            let path = format!("{}/task/{tid}/syscall", self.pid);
+            match read_text(self.proc.path(&path)) {
                 Ok(line) => calls.extend(Syscall::parse(&line).map(|call| (tid, call))),
                 Err(error) if is_gone(&error) => {}
                 Err(error) => return Err(error),
