@@ -128,17 +128,15 @@ fn usages(
         limit: None,
     };
     let mut usages: BTreeMap<ProcessId, DescriptorUsage> = BTreeMap::new();
-    for owner in scan.targets.iter().flat_map(|target| &target.owners) {
+    let owners = scan.targets.iter().flat_map(|target| &target.owners);
+    // A socket of a selected process may have other owners too.
+    for owner in owners.filter(|owner| selectors.match_owner(&owner.process)) {
         let usage = usages.entry(owner.process.id);
         usage
             .or_insert_with(|| new(Arc::clone(&owner.process)))
             .held += 1;
     }
     for table in dead.tables {
-        // The owner of a listener may be in `dead` only because connections wait at the listener.
-        if !selectors.match_owner(&table.process) {
-            continue;
-        }
         let usage = usages.entry(table.process.id);
         let usage = usage.or_insert_with(|| new(Arc::new(table.process)));
         for suspect in table.suspects {
@@ -229,9 +227,10 @@ pub fn by_limit(
         }
     };
     let mut unknown: Vec<String> = unseen_descriptors.to_vec();
-    // Sockets in flight have no owner. If the descriptors of some processes are unreadable, an ownerless socket may also
-    // belong to one of them.
-    let ownerless = match scan.coverage.has_hidden_owners() {
+    // Sockets in flight have no owner. An ownerless socket may also belong to a process that cwkill could not read, or that
+    // /proc does not show.
+    let coverage = &scan.coverage;
+    let ownerless = match coverage.has_hidden_owners() || coverage.other_pid_namespaces {
         true => scan.without_known_owner(),
         false => 0,
     };
@@ -322,7 +321,7 @@ fn unseen(scan: &Scan) -> String {
     if scan.coverage.undecided > 0 {
         let _ = write!(
             text,
-            ", {} more may match (owners unreadable)",
+            ", {} more may match (owners not seen)",
             scan.coverage.undecided
         );
     }

@@ -106,8 +106,7 @@ impl Diagnosis {
     pub fn lacks_privileges(&self) -> bool {
         let coverage = &self.scan.coverage;
         let unknown = |process: &ProcessDiagnosis| process.suspect_counts().unknown > 0;
-        coverage.undecided > 0
-            || (coverage.has_hidden_owners() && self.ownerless.is_some())
+        (coverage.has_hidden_owners() && (coverage.undecided > 0 || self.ownerless.is_some()))
             || self.processes.iter().any(unknown)
             || self.are_descriptors_unseen()
     }
@@ -274,7 +273,7 @@ pub fn run(scope: &Scope, sample: Duration, proc: &ProcFs) -> anyhow::Result<Dia
     })
 }
 
-/// Reads the descriptor tables of the owners, and of every other selected process in the scanned namespaces, because a process
+/// Reads the descriptor tables of the selected owners, and of every other selected process in the scanned namespaces, because a process
 /// may have only dead descriptors. Also returns a message for each failure.
 pub(crate) fn read_tables(
     scan: &Scan,
@@ -303,7 +302,7 @@ pub(crate) fn read_tables(
         }
     };
     let selected = |process: &Process| {
-        owners.contains(&process.id) || (selectors.match_owner(process) && is_in_scope(process))
+        selectors.match_owner(process) && (owners.contains(&process.id) || is_in_scope(process))
     };
     // The diagnosis of the sockets is valid without the descriptor tables.
     let dead = dead::find(proc, &selected, &listed).unwrap_or_else(|error| {
@@ -407,6 +406,8 @@ fn diagnose_processes(
     let mut processes: BTreeMap<ProcessId, Arc<Process>> = second
         .processes()
         .into_iter()
+        // A socket of a selected process may have other owners too.
+        .filter(|(_, process)| selectors.match_owner(process))
         .map(|(id, process)| (id, Arc::clone(process)))
         .collect();
     let tables_with_leaks = tables

@@ -227,6 +227,13 @@ impl Selectors {
         self.selects_owners() && unreadable.iter().any(may_match)
     }
 
+    /// Whether a process that /proc does not show may be a selected owner: one of another pid namespace, or a thread with a
+    /// descriptor table of its own. If /proc shows the descriptors of every selected pid, no other process is meant.
+    pub fn could_match_unseen(&self, shows_descriptors: &dyn Fn(i32) -> bool) -> bool {
+        self.selects_owners()
+            && (self.pids.is_empty() || !self.pids.iter().all(|pid| shows_descriptors(*pid)))
+    }
+
     /// Whether a process is selected by its pid and its name. An unknown name matches every pattern.
     fn match_process(&self, pid: i32, comm: Option<&str>) -> bool {
         let named = |comm| self.processes.iter().any(|glob| glob.is_match(comm));
@@ -404,6 +411,13 @@ mod tests {
         assert!(pid.could_match(&[hidden(7, Some("x"))]));
         assert!(!pid.could_match(&[hidden(8, None)]));
         assert!(!Selectors::default().could_match(&[hidden(7, None)]));
+        // A process that /proc does not show may have any name, but not the number of one that it shows.
+        assert!(java.could_match_unseen(&|_| true));
+        assert!(pid.could_match_unseen(&|_| false) && !pid.could_match_unseen(&|_| true));
+        let mut both = java.clone();
+        both.pids = [7].into();
+        assert!(!both.could_match_unseen(&|_| true));
+        assert!(!Selectors::default().could_match_unseen(&|_| false));
     }
 
     #[test]

@@ -9,7 +9,7 @@ pub mod listeners;
 pub mod owners;
 pub(crate) mod sockets;
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
 use std::panic::resume_unwind;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use crate::model::{Coverage, Owner, Scan, Target};
 use crate::parallel;
 use crate::proc::netns::{Namespaces, Netns, NetnsScope};
 use crate::proc::{ProcFs, Unreadable};
-use crate::sock_diag::DumpError;
+use crate::sock_diag::{Detail, DiagId, DumpError, LookupError, SockDiag, SocketMessage};
 use owners::{OwnerScan, Trust};
 use sockets::NetnsScan;
 
@@ -89,7 +89,12 @@ pub fn find(
     scan.owners_known = true;
     scan.coverage.hidden_processes = owners.hidden;
     scan.coverage.unreadable_processes = owners.unreadable.len();
-    retain_selected(&mut scan, selectors, &owners.unreadable);
+    scan.coverage.other_pid_namespaces =
+        scan.without_known_owner() > 0 && !proc.shows_every_process();
+    let without_owner = retain_selected(&mut scan, selectors, &owners.unreadable, &|pid| {
+        proc.shows_descriptors(pid)
+    });
+    scan.coverage.undecided = count_undecided(&scan.namespaces, &without_owner);
     sort(&mut scan.targets);
     Ok(scan)
 }
@@ -105,7 +110,7 @@ pub fn find_sockets(
     may_split: bool,
 ) -> Result<Scan, FindError> {
     let Listed { mut scan, .. } = list_sockets(namespaces, selectors, may_split)?;
-    retain_selected(&mut scan, selectors, &[]);
+    retain_selected(&mut scan, selectors, &[], &|_| true);
     sort(&mut scan.targets);
     Ok(scan)
 }
@@ -245,30 +250,89 @@ fn attach_owners(scan: &mut Scan, owners: &OwnerScan) {
     }
 }
 
-/// Keeps the sockets that have a selected owner, or whose listener has one. Selected owners come first.
-fn retain_selected(scan: &mut Scan, selectors: &Selectors, unreadable: &[Unreadable]) {
+/// Keeps the sockets that have a selected owner, or whose listener has one, and the listeners of these sockets. Selected owners
+/// come first. Returns the sockets that were left out although they may match: no process that cwkill could read has them.
+/// `shows_descriptors` says whether /proc shows the descriptors of a pid.
+fn retain_selected(
+    scan: &mut Scan,
+    selectors: &Selectors,
+    unreadable: &[Unreadable],
+    shows_descriptors: &dyn Fn(i32) -> bool,
+) -> Vec<Target> {
     scan.targets
         .retain(|target| selectors.match_user(target.socket.uid));
     if !selectors.selects_owners() {
-        return;
+        return Vec::new();
     }
-    let listeners = &scan.listeners;
-    let hidden = selectors.could_match(unreadable) || scan.coverage.hidden_processes;
-    let mut undecided = 0;
     let selected = |owner: &Owner| selectors.match_owner(&owner.process);
-    scan.targets.retain_mut(|target| {
-        let responsible = match target.listener {
-            Some(listener) => &listeners[listener].owners,
-            None => {
-                target.owners.sort_by_key(|owner| !selected(owner));
-                &target.owners
+    for listener in &mut scan.listeners {
+        listener.owners.sort_by_key(|owner| !selected(owner));
+    }
+    let may_be_unseen = scan.coverage.hidden_processes
+        || selectors.could_match(unreadable)
+        || selectors.could_match_unseen(shows_descriptors);
+    let mut without_owner = Vec::new();
+    for mut target in std::mem::take(&mut scan.targets) {
+        target.owners.sort_by_key(|owner| !selected(owner));
+        let responsible = scan.responsible(&target);
+        if responsible.iter().any(selected) {
+            scan.targets.push(target);
+        } else if may_be_unseen
+            && responsible.is_empty()
+            // Neither an orphan nor a connection whose listener has been closed has an owner.
+            && (target.socket.inode.is_some() || target.listener.is_some())
+        {
+            without_owner.push(target);
+        }
+    }
+    retain_used_listeners(scan);
+    without_owner
+}
+
+/// Drops the listeners that are not of a target.
+fn retain_used_listeners(scan: &mut Scan) {
+    let used: BTreeSet<usize> = scan.targets.iter().filter_map(|t| t.listener).collect();
+    let places: HashMap<usize, usize> = used.into_iter().zip(0..).collect();
+    for target in &mut scan.targets {
+        target.listener = target.listener.map(|index| places[&index]);
+    }
+    let listeners = std::mem::take(&mut scan.listeners).into_iter().enumerate();
+    let used = listeners.filter(|(index, _)| places.contains_key(index));
+    scan.listeners = used.map(|(_, listener)| listener).collect();
+}
+
+/// The number of sockets in `without_owner` that still have a descriptor. An owner may have closed one after it was listed and
+/// before the descriptors of the owner were read.
+fn count_undecided(namespaces: &[Arc<Netns>], without_owner: &[Target]) -> usize {
+    /// So many do not vanish all in that time, so they are not looked up.
+    const MAX_LOOKED_UP: usize = 1000;
+    if without_owner.len() > MAX_LOOKED_UP {
+        return without_owner.len();
+    }
+    let in_namespace = |(index, netns): (usize, &Arc<Netns>)| {
+        let targets = without_owner.iter();
+        let targets: Vec<&Target> = targets.filter(|t| t.socket.netns == index).collect();
+        if targets.is_empty() {
+            return 0;
+        }
+        let ids: Vec<DiagId> = targets.iter().map(|target| target.socket.id).collect();
+        let look_up = || SockDiag::open()?.lookup(&ids, Detail::Basic);
+        match netns.within(look_up).and_then(|answers| answers) {
+            Ok(answers) => {
+                let pairs = targets.iter().zip(&answers);
+                let is_closed = |(target, answer): &(&&Target, &Result<SocketMessage, _>)| {
+                    target.socket.inode.is_some()
+                        && match answer {
+                            Ok(message) => message.inode == 0,
+                            Err(error) => matches!(error, LookupError::Gone),
+                        }
+                };
+                targets.len() - pairs.filter(is_closed).count()
             }
-        };
-        let keep = responsible.iter().any(selected);
-        undecided += usize::from(!keep && hidden && responsible.is_empty());
-        keep
-    });
-    scan.coverage.undecided = undecided;
+            Err(_) => targets.len(),
+        }
+    };
+    namespaces.iter().enumerate().map(in_namespace).sum()
 }
 
 /// Why the search failed.

@@ -9,7 +9,9 @@ pub struct Coverage {
     pub unreadable_processes: usize,
     /// /proc does not show the processes of other users (hidepid). They may own any socket.
     pub hidden_processes: bool,
-    /// The number of sockets that may match, and were left out only because cwkill could not read their owner.
+    /// Some sockets have no known owner, and /proc does not show the processes of every pid namespace. They may own these.
+    pub other_pid_namespaces: bool,
+    /// The number of sockets that may match, and were left out only because cwkill does not know their owner.
     pub undecided: usize,
     /// The number of network namespaces that cwkill could not enter.
     pub unreachable_namespaces: usize,
@@ -58,8 +60,14 @@ impl Coverage {
             ));
         }
         if self.undecided > 0 {
+            let why = match self.has_hidden_owners() {
+                true => ", whose descriptors could not be read",
+                false => {
+                    ": /proc shows no owner of them (another pid namespace, in flight, or held by the kernel)"
+                }
+            };
             notes.push(format!(
-                "{} more may belong to the selected processes, whose descriptors could not be read; left alone",
+                "{} more may belong to the selected processes{why}; left alone",
                 counted(self.undecided, "socket")
             ));
         }

@@ -120,6 +120,20 @@ impl ProcFs {
         fs::read_link(self.path("self")).is_ok_and(|target| target.as_os_str() == own.as_str())
     }
 
+    /// Whether this file system shows all processes of the host, apart from hidepid: it is of the initial pid namespace.
+    pub fn shows_every_process(&self) -> bool {
+        // include/linux/proc_ns.h, PROC_PID_INIT_INO.
+        const INITIAL: &str = "pid:[4026531836]";
+        self.shows_own_pid_namespace()
+            && fs::read_link(self.path("self/ns/pid")).is_ok_and(|link| link.as_os_str() == INITIAL)
+    }
+
+    /// Whether there is a process `pid` with a descriptor table. Not if its first thread has exited while others still run:
+    /// then its table appears to be empty.
+    pub(crate) fn shows_descriptors(&self, pid: i32) -> bool {
+        self.stat(pid).is_ok_and(|stat| stat.state != 'Z')
+    }
+
     /// The path of `name` in this file system.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.root.join(name)

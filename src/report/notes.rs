@@ -115,7 +115,7 @@ fn backlogs(scan: &Scan) -> Vec<String> {
 pub fn missing_privileges(run: &Run) -> BTreeSet<Privilege> {
     let mut missing = BTreeSet::new();
     let coverage = &run.scan.coverage;
-    if coverage.undecided > 0 {
+    if coverage.undecided > 0 && coverage.has_hidden_owners() {
         missing.insert(Privilege::Ptrace);
     }
     for target in &run.scan.targets {

@@ -1,14 +1,15 @@
 //! Every selector, on real sockets that differ in the selected property.
 
 use anyhow::{Context, Result};
-use netns_harness::{Family, Lab};
+use netns_harness::{Family, Lab, TcpState};
 
-use crate::support::{alone, cwkill, lab, selects};
-use crate::trial::{Test, once};
+use crate::support::{CWKILL, Ran, alone, cwkill, in_state, lab, ran, selects};
+use crate::trial::{Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
     once!(each_selector_matches_what_it_names),
     once!(the_age_is_a_lower_bound),
+    each_family!(an_owner_in_another_pid_namespace_may_match),
 ];
 
 fn each_selector_matches_what_it_names() -> Result<()> {
@@ -76,5 +77,54 @@ fn the_age_is_a_lower_bound() -> Result<()> {
     let longest = u64::try_from(began.elapsed().as_millis())?;
     let age = old[0]["age_ms"].as_u64().context("no age")?;
     assert!((500..=longest).contains(&age), "{age} of {longest} ms");
+    Ok(())
+}
+
+/// As in a pod: the network namespace is shared, and /proc shows only the processes of the own pid namespace.
+fn an_owner_in_another_pid_namespace_may_match(family: Family) -> Result<()> {
+    let (lab, leak) = lab("drained", family, 3)?;
+    let _waiting = lab.start("not-accepted", family, alone(8001, 2))?;
+    let _orphans = lab.start("last-ack", family, alone(8002, 1))?;
+    let beside = |line: &str| -> Result<Ran> {
+        let unshare = "--pid --fork --kill-child --mount-proc";
+        let command = lab.app_host().command("unshare");
+        let command = command.args(unshare.split(' ')).arg(CWKILL);
+        ran(command.args(line.split_whitespace()))
+    };
+    let pid = leak.app().pid();
+    for selector in [
+        "--process leaky-app".to_owned(),
+        "--process no-such-name".into(),
+        "--unit no-such-unit".into(),
+        "--container no-such-container".into(),
+        "--cgroup /no/such/cgroup".into(),
+        // A number that no process of this pid namespace has.
+        format!("--pid {pid}"),
+    ] {
+        for action in ["-n", ""] {
+            let listed = beside(&format!("{action} {selector} --min-age 0s --json"))?
+                .exits(4)
+                .complains(
+                    "5 sockets more may belong to the selected processes: /proc shows no owner",
+                );
+            assert_eq!(listed.json()["undecided"], serde_json::json!(5));
+            assert!(listed.sockets().is_empty() && !listed.stderr.contains("setcap"));
+        }
+        let check = beside(&format!("check -w 5 -c 9 {selector}"))?.exits(3);
+        assert!(check.stdout.contains("5 more may match"), "{check:?}");
+        beside(&format!("check -w 6 -c 9 {selector}"))?.exits(0);
+        beside(&format!("check --percent-of-limit -w 50 -c 80 {selector}"))?.exits(3);
+        beside(&format!("diagnose --sample 50ms {selector}"))?.exits(4);
+    }
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 5);
+    // /proc shows the descriptors of this process, so they are not its sockets.
+    beside("-n --pid 1")?.exits(1);
+    beside("check -w 1 -c 2 --pid 1")?.exits(0);
+    // Without a selector of owners everything is counted, but the limits of the owners are unknown.
+    beside("check -w 5 -c 6")?.exits(1);
+    beside("check --percent-of-limit -w 50 -c 80")?.exits(3);
+    // All owners are visible to the others.
+    selects(&lab, "--process no-such-name", 0)?;
+    selects(&lab, "--process leaky-app", 5)?;
     Ok(())
 }

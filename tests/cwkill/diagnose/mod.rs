@@ -3,7 +3,7 @@
 use std::process::Stdio;
 
 use anyhow::{Context, Result};
-use netns_harness::{Dial, Family, How, Lab, Recv, SocketOption, TcpState};
+use netns_harness::{Dial, Family, How, Lab, Options, Recv, SocketOption, TcpState};
 use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 
@@ -17,6 +17,7 @@ pub const TESTS: &[Test] = &[
     each_family!(each_cause_has_its_verdict),
     each_family!(dead_descriptors_are_counted),
     each_family!(half_closed_streams_are_not_a_leak),
+    each_family!(only_selected_processes_are_reported),
     once!(outgoing_and_accepted_connections_have_their_own_verdicts),
     once!(a_busy_listener_does_not_hide_the_leaker),
     once!(many_sockets_never_connected_are_reported),
@@ -241,6 +242,47 @@ fn half_closed_streams_are_not_a_leak(family: Family) -> Result<()> {
         2,
         "never closes",
     );
+    Ok(())
+}
+
+/// A process with dead descriptors and with connections that wait at its listener is not reported as another process.
+fn only_selected_processes_are_reported(family: Family) -> Result<()> {
+    let (lab, leak) = lab("drained", family, 2)?;
+    cwkill(&lab, "--all --method destroy")?.exits(0);
+    let waiting = Options {
+        port: 8081,
+        ..count(3)
+    };
+    let _waiting = lab.start("not-accepted", family, waiting)?;
+    let other = lab.start("established", family, alone(8082, 1))?;
+    let forked = lab.start("forked", family, alone(8083, 2))?;
+    let pids = |selectors: &str, code: i32| -> Result<Vec<Value>> {
+        let line = format!("diagnose {selectors} {QUICK}");
+        let document = cwkill(&lab, &line)?.exits(code).json();
+        let processes = document["processes"].as_array().context("no processes")?;
+        Ok(processes.iter().map(|p| p["pid"].clone()).collect())
+    };
+    let guilty = leak.app().pid();
+    assert_eq!(pids(&format!("--pid {guilty}"), 0)?, [json!(guilty)]);
+    let other = other.app().pid();
+    assert_eq!(pids(&format!("--pid {other}"), 1)?, Vec::<Value>::new());
+    // Of the owners of a shared socket only the selected one.
+    let one = forked.app().pid();
+    assert_eq!(pids(&format!("--pid {one}"), 0)?, [json!(one)]);
+    // The same for the descriptors that a check counts, and for those that a reclaim would close.
+    let check = |pid: u32, code: i32| -> Result<String> {
+        let line = format!("check --percent-of-limit -w 1 -c 100 --pid {pid}");
+        Ok(cwkill(&lab, &line)?.exits(code).stdout)
+    };
+    for pid in [guilty, one, other] {
+        let line = format!("--pid {pid} --nofile=60:");
+        ran(lab.app_host().command("prlimit").args(line.split(' ')))?.exits(0);
+    }
+    let dead = format!("/{guilty} holds 2 of 60 (2 of them dead)");
+    assert!(check(guilty, 1)?.contains(&dead));
+    assert!(check(one, 1)?.contains(&format!("/{one} holds 2 of 60")));
+    assert!(check(other, 0)?.contains(" dead=0;"));
+    cwkill(&lab, &format!("reclaim -n --pid {other}"))?.exits(1);
     Ok(())
 }
 
