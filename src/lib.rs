@@ -11,9 +11,9 @@
 //!
 //! | layer | modules |
 //! |---|---|
-//! | strings, system calls, kernel version, threads | `text`, `sys` (every `unsafe`), [`kernel`], `parallel` |
+//! | strings, system calls, kernel version, threads | `text`, `sys` (every `unsafe`), [`kernel`], `parallel`, `netlink` |
 //! | TCP | [`tcp`]: states, address pairs, sequence numbers, segments |
-//! | Linux | [`proc`]: /proc; [`sock_diag`]: the kernel's socket tables; [`packet`]: raw and packet sockets |
+//! | Linux | [`proc`]: /proc; [`sock_diag`]: the kernel's socket tables; [`routes`]: which addresses are of this host; [`packet`]: raw and packet sockets |
 //! | data | [`model`]: the terms of the glossary as types; [`control`]: clock, pauses and Ctrl-C of a run |
 //! | which sockets | [`filter`]: selectors, expressions of ss(8), the kernel's bytecode |
 //! | what there is | [`finder`]: sockets, owners, listeners, dead descriptors; [`privileges`]: rights, and giving them up |
@@ -34,6 +34,7 @@
 //! - **cookie**: the number that the kernel gives to a socket and to no later one. With it, cwkill asks for exactly this socket.
 //! - **inode**: the number of the file of a socket. It links a socket of the kernel's tables with the descriptors in /proc. A socket
 //!   without a file has none: it was never accepted, or its owner has closed it.
+//! - **address gone**: the local address of a socket is not an address of this host any more: the kernel delivers no segment to it.
 //! - **cause**: why a socket is stuck, from its queues and its inode.
 //! - **method**: a way to close a socket: probe, shutdown, destroy, rst.
 //! - **plan**: the methods to try on a target, in order. **exclusion**: why a method is not among them. **skip**: why a target is left alone.
@@ -41,6 +42,7 @@
 //! - **attempt**: one method tried on one target. **outcome**: what became of a target: closed, closing, gone, skipped, failed.
 //! - **pending**: still without a result: a socket that a method waits for, or a descriptor that reclaim has not decided on.
 //! - **grace**: how long a socket gets to close before the next method.
+//! - **react**: an owner reacts if it closes its descriptor because the connection has ended.
 //! - **recheck**: a lookup by cookie right before an act. **verify**: to look in the kernel's tables for the socket after an act: by
 //!   its cookie, or for very many sockets with one list.
 //! - **coverage**: what could not be seen.
@@ -67,12 +69,14 @@ pub mod finder;
 pub mod injector;
 pub mod kernel;
 pub mod model;
+mod netlink;
 pub mod packet;
 mod parallel;
 pub mod privileges;
 pub mod proc;
 pub mod reclaim;
 pub mod report;
+pub mod routes;
 pub mod sock_diag;
 mod sys;
 pub mod tcp;

@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 
 /// The modules from the lowest layer to the highest; `src/lib.rs` says what each is for.
 const LAYERS: [&[&str]; 11] = [
-    &["text", "sys", "kernel", "parallel"],
+    &["text", "sys", "kernel", "parallel", "netlink"],
     &["tcp"],
-    &["proc", "sock_diag", "packet"],
+    &["proc", "sock_diag", "routes", "packet"],
     &["model", "control"],
     &["filter"],
     &["finder", "privileges"],

@@ -50,6 +50,10 @@ pub struct Selection {
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = values::cause)]
     pub cause: Vec<Cause>,
 
+    /// Sockets whose local address is no longer on this host, for example after a virtual IP has moved
+    #[arg(long)]
+    pub address_gone: bool,
+
     /// Connections over IPv4, on sockets of either family
     #[arg(short = '4', long, conflicts_with = "ipv6")]
     pub ipv4: bool,

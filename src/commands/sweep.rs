@@ -43,6 +43,7 @@ pub fn is_possible(config: &Config) -> bool {
     config.action == Action::Act
         && !config.owners
         && config.selectors.states.contains(TcpState::CloseWait)
+        && !config.selectors.address_gone
         && methods[..] == [Method::Destroy]
         && max_kills.is_none()
         && config.reclaim.is_none()

@@ -285,6 +285,7 @@ mod tests {
             "--state close-wait",
             "--min-age 0s",
             "--cause unread",
+            "--address-gone",
             "-4",
             "-6",
             "sport = :80",

@@ -36,6 +36,7 @@ impl Scope {
                 states,
                 min_age: selection.min_age.unwrap_or_default(),
                 causes: selection.cause.into_iter().collect(),
+                address_gone: selection.address_gone,
                 expression,
                 ..Selectors::of_owners(selection.owners)
             },
@@ -64,6 +65,7 @@ impl Selection {
         self.owners.all
             || self.ipv4
             || self.ipv6
+            || self.address_gone
             || self.min_age.is_some()
             || !(self.expression.is_empty()
                 && self.port.is_empty()

@@ -45,6 +45,8 @@ pub struct Selectors {
     /// The minimum age of a socket.
     pub min_age: Duration,
     pub causes: BTreeSet<Cause>,
+    /// Only sockets whose local address is not an address of this host any more. The finder applies it.
+    pub address_gone: bool,
     /// An expression in the syntax of ss(8).
     pub expression: Expression,
 }
@@ -107,6 +109,7 @@ impl Default for Selectors {
             states: StateSet::from(TcpState::CloseWait),
             min_age: Duration::ZERO,
             causes: BTreeSet::new(),
+            address_gone: false,
             expression: Expression::TRUE,
         }
     }
@@ -192,6 +195,7 @@ impl Selectors {
             && self.peer.is_empty()
             && self.users.is_empty()
             && self.causes.is_empty()
+            && !self.address_gone
             && self.min_age.is_zero()
             && self.expression == Expression::TRUE
     }

@@ -1,9 +1,10 @@
 //! The finder: which sockets are stuck, and who owns them.
 //!
 //! [`find`] lists the sockets (`sockets`) and, at the same time, reads the descriptors of all processes from /proc
-//! ([`owners`]). A connection that was never accepted gets the listener that would accept it ([`listeners`]). [`dead`] finds
+//! ([`owners`]). `addresses` marks the sockets whose local address is gone. A connection that was never accepted gets the listener that would accept it ([`listeners`]). [`dead`] finds
 //! descriptors of sockets that the kernel no longer lists.
 
+mod addresses;
 pub mod dead;
 pub mod listeners;
 pub mod owners;

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::thread;
 
 use super::listeners::Listeners;
-use super::{FindError, join};
+use super::{FindError, addresses, join};
 use crate::filter::selectors::Selectors;
 use crate::filter::{self, bytecode};
 use crate::model::{Socket, Target};
@@ -45,6 +45,7 @@ pub(super) fn scan(
         Sample::Halves(halves) => dump_in_halves(&mut diag, &selectors, &halves)?,
         Sample::Unknown => dump(&mut diag, &selectors)?,
     };
+    addresses::mark_gone(&mut sockets, selectors.address_gone);
     let mut listeners = Listeners::default();
     let with_listener = |target: &Target| target.socket.cause.is_with_listener();
     if sockets.iter().any(with_listener) {

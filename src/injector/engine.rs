@@ -17,6 +17,7 @@ use crate::filter::selectors::Selectors;
 use crate::kernel::KernelVersion;
 use crate::model::socket::{is_sending_orphan, unsent};
 use crate::model::{Attempt, Method, MethodError, Outcome, SkipReason, Socket, Target};
+use crate::routes::{self, Place};
 use crate::sock_diag::{
     Cookie, Detail, DiagId, DumpRequest, Family, LookupError, SockDiag, SocketMessage,
 };
@@ -48,6 +49,11 @@ pub trait SocketTables {
     /// # Errors
     /// The sockets cannot be listed.
     fn list(&mut self, states: StateSet) -> io::Result<HashSet<Cookie>>;
+
+    /// Those of `places` that are known not to be addresses of this host.
+    fn not_local(&mut self, _places: &mut dyn Iterator<Item = Place>) -> HashSet<Place> {
+        HashSet::new()
+    }
 }
 
 impl SocketTables for SockDiag {
@@ -68,6 +74,10 @@ impl SocketTables for SockDiag {
             cookies.extend(dumped.map_err(io::Error::other)?);
         }
         Ok(cookies)
+    }
+
+    fn not_local(&mut self, places: &mut dyn Iterator<Item = Place>) -> HashSet<Place> {
+        routes::not_local(places)
     }
 }
 
@@ -189,6 +199,24 @@ impl Batch<'_> {
         eligible
     }
 
+    /// Refuses the targets whose local address is not of this host now, with an attempt that says so. Returns the others. A segment
+    /// to the address would leave this host, perhaps for the host that has the address now.
+    pub fn refuse_gone<'t>(&mut self, targets: Vec<&'t mut Target>) -> Vec<&'t mut Target> {
+        let not_local = self.not_local(&targets);
+        let (gone, here): (Vec<_>, Vec<_>) = targets
+            .into_iter()
+            .partition(|target| target.socket.is_gone_with(&not_local));
+        for target in gone {
+            target.attempt(self.method, Some(MethodError::AddressGone));
+        }
+        here
+    }
+
+    fn not_local(&mut self, targets: &[&mut Target]) -> HashSet<Place> {
+        let mut places = targets.iter().map(|target| target.socket.place());
+        self.kernel.not_local(&mut places)
+    }
+
     /// Acts on every target that is planned for the method and still exists, then waits for all of them together.
     fn run_method(&mut self, targets: &mut [&mut Target], executor: &mut dyn Executor) {
         let method = self.method;
@@ -201,13 +229,29 @@ impl Batch<'_> {
             if self.control.interrupted() {
                 break;
             }
-            let chunk = chunk.iter_mut().map(|target| &mut **target).collect();
+            let mut chunk: Vec<&mut Target> =
+                chunk.iter_mut().map(|target| &mut **target).collect();
+            if self.rules.selectors.address_gone {
+                chunk = self.leave_reachable(chunk);
+            }
             let eligible = self.recheck(chunk, false);
             let count = eligible.len();
             executor.act(eligible, self);
             self.control.progress(method, count);
         }
         self.wait_for(planned);
+    }
+
+    /// Skips the targets whose local address has come back. Returns the others.
+    fn leave_reachable<'t>(&mut self, targets: Vec<&'t mut Target>) -> Vec<&'t mut Target> {
+        let not_local = self.not_local(&targets);
+        let (gone, back): (Vec<_>, Vec<_>) = targets
+            .into_iter()
+            .partition(|target| target.acted().is_some() || target.socket.is_gone_with(&not_local));
+        for target in back {
+            target.outcome = Some(Outcome::Skipped(SkipReason::NoLongerSelected));
+        }
+        gone
     }
 
     /// Waits until the targets on which this method acted last are closed, at most for the grace.

@@ -428,6 +428,43 @@ impl SocketTables for Mute {
     }
 }
 
+/// A kernel on whose host the addresses of the first sockets are gone.
+struct Moved(Kernel, HashSet<Place>);
+
+impl SocketTables for Moved {
+    fn lookup(&mut self, ids: &[DiagId], detail: Detail) -> io::Result<Vec<Lookup>> {
+        self.0.lookup(ids, detail)
+    }
+
+    fn list(&mut self, states: StateSet) -> io::Result<HashSet<Cookie>> {
+        self.0.list(states)
+    }
+
+    fn not_local(&mut self, places: &mut dyn Iterator<Item = Place>) -> HashSet<Place> {
+        places.filter(|place| self.1.contains(place)).collect()
+    }
+}
+
+#[test]
+fn an_address_that_has_come_back_is_left_alone() {
+    let mut world = World::new(2).method(Destroy, close);
+    world.selectors.address_gone = true;
+    let elsewhere = stuck("10.0.0.9:80", "10.0.0.2:5", 2);
+    world.targets[1].socket = Socket::from_message(&elsewhere);
+    let gone = HashSet::from([world.targets[0].socket.place()]);
+    let mut kernel = Moved(world.kernel.clone(), gone);
+    world.run_on(&[0, 1], &mut kernel);
+    let back = Outcome::Skipped(SkipReason::NoLongerSelected);
+    assert_eq!(
+        world.outcomes(),
+        [Some(Outcome::Closed(Destroy)), Some(back)]
+    );
+    assert_eq!(
+        *world.acted_on.lock().unwrap(),
+        [world.targets[0].socket.cookie().0]
+    );
+}
+
 #[test]
 fn every_socket_has_an_outcome_when_the_kernel_no_longer_answers() {
     let mut world = World::new(3).method(Destroy, close);

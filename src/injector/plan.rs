@@ -53,6 +53,15 @@ pub fn plan_one(
             Some(why) => plan.excluded.push((method, why)),
         }
     }
+    // The kernel cannot finish an exchange of FINs. With IPv4 it cannot even send its own.
+    if target.socket.address_gone && plan.methods.contains(&Method::Destroy) {
+        let usable = plan.methods.len();
+        plan.methods.retain(|method| *method != Method::Shutdown);
+        if plan.methods.len() < usable {
+            plan.excluded
+                .push((Method::Shutdown, Exclusion::AddressGone));
+        }
+    }
     plan.skip = plan.methods.is_empty().then_some(SkipReason::NoMethod);
     plan
 }
@@ -75,6 +84,10 @@ fn exclusion(
             true => Exclusion::NotAccepted,
             false => Exclusion::NoOwner,
         });
+    }
+    // RSTs and probes would leave this host, or stay without an answer.
+    if socket.address_gone && matches!(method, Method::Rst | Method::Probe) {
+        return Some(Exclusion::AddressGone);
     }
     let unsent = unsent(socket.state, socket.send_q);
     if method.discards_unsent() && unsent > 0 && !policy.discard_unsent {
@@ -172,6 +185,29 @@ mod tests {
             ..policy()
         };
         assert_eq!(plan(owned(9), &allowed, &ROOT).methods, Method::AUTO);
+    }
+
+    #[test]
+    fn without_the_local_address_only_destroy_ends_it_at_once() {
+        let gone = |send_q| {
+            let mut target = owned(send_q);
+            target.socket.address_gone = true;
+            target
+        };
+        let all = Policy {
+            methods: Method::ALL.to_vec(),
+            ..policy()
+        };
+        let idle = plan(gone(0), &all, &ROOT);
+        assert_eq!(idle.methods, [Method::Destroy]);
+        let excluded = [Method::Probe, Method::Rst, Method::Shutdown];
+        assert_eq!(
+            idle.excluded,
+            excluded.map(|method| (method, Exclusion::AddressGone))
+        );
+        // Unsent bytes are not discarded for it, and without CAP_NET_ADMIN there is no other way.
+        assert_eq!(plan(gone(9), &all, &ROOT).methods, [Method::Shutdown]);
+        assert_eq!(plan(gone(0), &all, &USER).methods, [Method::Shutdown]);
     }
 
     #[test]

@@ -160,6 +160,7 @@ impl Executor for Probe {
     }
 
     fn act(&mut self, targets: Vec<&mut Target>, batch: &mut Batch<'_>) {
+        let targets = batch.refuse_gone(targets);
         let mut asked = Vec::with_capacity(targets.len());
         let mut unowned = Vec::new();
         for (target, before) in batch.lookup(targets) {

@@ -1,9 +1,11 @@
 //! A socket, from the kernel's tables.
 
 use std::cmp::Ordering;
+use std::collections::HashSet;
 use std::time::Duration;
 
 use crate::model::Cause;
+use crate::routes::Place;
 use crate::sock_diag::{Cookie, DiagId, SocketMessage};
 use crate::tcp::{TcpState, Tuple};
 
@@ -28,6 +30,10 @@ pub struct Socket {
     /// A lower bound of the time for which it has been stuck. See [`age`].
     pub age: Option<Duration>,
     pub cause: Cause,
+    /// Whether it may have a local address that is not of this host (IP_TRANSPARENT); `None` if the kernel does not report it.
+    pub transparent: Option<bool>,
+    /// Its local address is not an address of this host any more. The finder sets it; `false` also means unknown.
+    pub address_gone: bool,
 }
 
 impl Socket {
@@ -44,6 +50,8 @@ impl Socket {
             inode: (message.inode != 0).then_some(message.inode),
             age: age(message),
             cause: Cause::of(message),
+            transparent: message.transparent,
+            address_gone: false,
         }
     }
 
@@ -61,6 +69,20 @@ impl Socket {
 
     pub fn cookie(&self) -> Cookie {
         self.id.cookie()
+    }
+
+    /// Its local address, as a question for the kernel's routes.
+    pub fn place(&self) -> Place {
+        Place {
+            address: self.tuple().local.ip(),
+            interface: self.id.interface(),
+        }
+    }
+
+    /// Whether its local address has gone, if the places in `not_local` are not of this host. A transparent proxy uses addresses
+    /// of others on purpose, and a rule brings it their packets.
+    pub fn is_gone_with(&self, not_local: &HashSet<Place>) -> bool {
+        self.transparent == Some(false) && not_local.contains(&self.place())
     }
 
     /// Whether the connection uses IPv4, on a socket of either family.

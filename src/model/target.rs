@@ -93,8 +93,8 @@ pub enum SkipReason {
     /// The application wrote bytes after the plan was made, and an abort would lose them.
     #[error("would lose {0} unsent bytes (--discard-unsent allows it)")]
     UnsentData(u32),
-    /// It no longer has the selected age or cause.
-    #[error("no longer has the selected age or cause")]
+    /// It no longer has the selected age or cause, or its address has come back.
+    #[error("no longer has the selected age, cause or address")]
     NoLongerSelected,
     /// The application accepted it after the plan was made.
     #[error("the application accepted it meanwhile")]
@@ -126,6 +126,9 @@ pub enum Exclusion {
     /// The method would lose this many bytes that are queued to the peer.
     #[error("would lose {0} unsent bytes (--discard-unsent allows it)")]
     UnsentData(u32),
+    /// The local address is not an address of this host any more, so the method cannot reach the peer or hear from it.
+    #[error("the local address is no longer on this host")]
+    AddressGone,
     /// cwkill lacks this privilege.
     #[error("needs {0}")]
     NotPermitted(Privilege),
@@ -164,6 +167,9 @@ pub enum MethodError {
     /// The method would lose this many bytes that were queued to the peer after the plan was made.
     #[error("would lose {0} unsent bytes (--discard-unsent allows it)")]
     UnsentData(u32),
+    /// The local address is not an address of this host any more, so no segment can reach the socket.
+    #[error("the local address is no longer on this host; --method destroy works without it")]
+    AddressGone,
     /// cwkill captured no ACK with the sequence numbers within the grace. The inner error is why TCP_REPAIR did not give them.
     #[error(
         "{}the socket sent no ACK within the grace (is something dropping packets on lo: nftables, conntrack's invalid \
@@ -235,6 +241,7 @@ impl MethodError {
             | MethodError::OtherPidNamespace
             | MethodError::OrphanOnOldKernel
             | MethodError::UnsentData(_)
+            | MethodError::AddressGone
             | MethodError::RstIgnored
             | MethodError::PeerAlive
             | MethodError::PeerSilent

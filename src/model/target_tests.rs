@@ -201,6 +201,7 @@ fn codes_are_stable() {
             "no-owner",
             "owners-not-searched",
             "unsent-data",
+            "address-gone",
             "not-permitted",
             "wrong-state",
         ]
@@ -215,6 +216,7 @@ fn codes_are_stable() {
             "not-supported",
             "orphan-on-old-kernel",
             "unsent-data",
+            "address-gone",
             "no-ack",
             "rst-ignored",
             "peer-alive",

@@ -179,6 +179,8 @@ pub struct JsonSocket<'a> {
     send_q: u32,
     age_ms: Option<u64>,
     cause: &'static str,
+    /// Its local address is not an address of this host any more.
+    address_gone: bool,
     owners: Vec<JsonOwner<'a>>,
     listener: Option<JsonListener<'a>>,
     pub(crate) plan: Vec<&'static str>,
@@ -279,6 +281,7 @@ pub(crate) fn json_socket<'a>(run: &'a Run, target: &'a Target) -> JsonSocket<'a
             .age
             .map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
         cause: socket.cause.name(),
+        address_gone: socket.address_gone,
         owners: owners(&target.owners),
         listener: run.scan.listener(target).map(|listener| JsonListener {
             address: listener.local.ip(),

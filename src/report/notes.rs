@@ -1,6 +1,7 @@
 //! The notes beside the results: the limits of closing a socket, the limits of the scan, and the missing privileges.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use super::Run;
 use super::table::names;
@@ -18,6 +19,7 @@ pub fn notes(run: &Run) -> Vec<String> {
     if run.acted {
         notes.extend(backlogs(scan));
     }
+    notes.extend(addresses_gone(scan));
     notes.extend(scan.coverage.notes(scan.without_known_owner()));
     notes
 }
@@ -109,6 +111,29 @@ fn backlogs(scan: &Scan) -> Vec<String> {
         })
     };
     closed.into_iter().filter_map(note).collect()
+}
+
+/// The open sockets whose local address is not an address of this host any more.
+fn addresses_gone(scan: &Scan) -> Option<String> {
+    let open = |target: &&Target| {
+        let over = matches!(target.outcome, Some(Outcome::Closed(_) | Outcome::Gone));
+        target.socket.address_gone && !over
+    };
+    let targets: Vec<&Target> = scan.targets.iter().filter(open).collect();
+    let addresses: BTreeSet<IpAddr> = targets
+        .iter()
+        .map(|target| target.socket.tuple().local.ip())
+        .collect();
+    let first = addresses.first()?;
+    let addresses = match addresses.len() {
+        1 => first.to_string(),
+        count => format!("{first} and {} more", count - 1),
+    };
+    Some(format!(
+        "the local address of {} is no longer on this host ({addresses}): no segment of the peer arrives; \
+         --method destroy closes such a socket, and --address-gone selects it",
+        counted(targets.len(), "socket")
+    ))
 }
 
 /// The missing privileges that kept a socket open or its owner unknown, or would do so in a run that acts.

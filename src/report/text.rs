@@ -90,6 +90,9 @@ impl Column {
             Column::Age => Cell::new(socket.age.map_or("-".into(), age)),
             Column::RecvQ => Cell::new(socket.recv_q),
             Column::SendQ => Cell::new(socket.send_q),
+            Column::Cause if socket.address_gone => {
+                Cell::new(format!("{}, address gone", socket.cause))
+            }
             Column::Cause => Cell::new(socket.cause),
             Column::Plan | Column::Result => last_cell(run, target, verbose),
         }

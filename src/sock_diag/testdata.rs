@@ -43,6 +43,7 @@ pub(crate) fn stuck(local: &str, peer: &str, cookie: u64) -> SocketMessage {
         }),
         v6only: None,
         cgroup: None,
+        transparent: Some(false),
     }
 }
 

@@ -1,5 +1,6 @@
 //! Drives the built `cwkill` in the harness and looks at the kernel from outside, with `ss`.
 
+mod addresses;
 mod audit;
 mod cgroups;
 mod chaos;
@@ -52,6 +53,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     sweeping,
     resetting,
     probing,
+    addresses,
     races,
     states,
     namespaces,

@@ -186,6 +186,7 @@ impl Executor for Rst {
     }
 
     fn act(&mut self, targets: Vec<&mut Target>, batch: &mut Batch<'_>) {
+        let targets = batch.refuse_gone(targets);
         let mut resolved = self.resolve(targets, batch);
         let mut pending = Vec::with_capacity(resolved.len());
         while !resolved.is_empty() && !batch.control().interrupted() {

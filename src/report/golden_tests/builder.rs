@@ -327,6 +327,7 @@ pub struct Matched {
     attempts: Vec<(&'static str, Option<&'static str>)>,
     ended: Option<Ended>,
     swept: bool,
+    address_gone: bool,
 }
 
 /// In CLOSE-WAIT for an hour, its FIN unread.
@@ -342,6 +343,7 @@ pub fn socket(local: &str, peer: &str, cookie: u64) -> Matched {
         attempts: Vec::new(),
         ended: None,
         swept: false,
+        address_gone: false,
     }
 }
 
@@ -370,6 +372,11 @@ impl Matched {
             (quiet.last_ack_recv, quiet.last_data_recv) = (age, age);
             quiet.last_data_sent = age;
         }
+        self
+    }
+
+    pub fn address_gone(mut self) -> Self {
+        self.address_gone = true;
         self
     }
 
@@ -506,6 +513,7 @@ impl Matched {
     fn found(&self, searched: bool) -> Target {
         let mut target = Target::new(Socket::from_message(&self.message));
         target.socket.netns = self.netns;
+        target.socket.address_gone = self.address_gone;
         let owners = self.owners.iter().filter(|_| searched);
         target.owners = owners.map(|owner| owner.who.owner(owner.fd)).collect();
         target.plan = self.planned();

@@ -172,6 +172,10 @@ pub fn listings() -> Vec<Case> {
             numbered(1).owner(&JAVA, 8).queues(0, 0).age_ms(999),
             numbered(2).owner(&JAVA, 9).ageless(),
         ]),
+        case("listing-address-gone", "").sockets([
+            numbered(0).owner(&JAVA, 7).address_gone(),
+            numbered(1).owner(&JAVA, 8),
+        ]),
         case("listing-one", "").sockets([numbered(0).owner(&JAVA, 7)]),
         case("listing-no-header", "--no-header").sockets(placed().into_iter().take(2)),
         everywhere("listing-namespaces-and-places", "--netns all"),

@@ -12,6 +12,14 @@ const MESSAGE_LEN: usize = 4 + SOCKID_LEN + 5 * 4;
 /// Attribute kinds (linux/inet_diag.h).
 const INET_DIAG_SKV6ONLY: u16 = 11;
 const INET_DIAG_CGROUP_ID: u16 = 21;
+const INET_DIAG_SOCKOPT: u16 = 22;
+/// IP_TRANSPARENT in the first byte of `struct inet_diag_sockopt`. C puts the first bit field at the low end of a byte on a
+/// little-endian machine, and at the high end on others.
+const TRANSPARENT: u8 = if cfg!(target_endian = "little") {
+    1 << 5
+} else {
+    1 << 2
+};
 /// Offsets in `struct tcp_info`: after eight one-byte fields follow u32 fields; these three are the 10th, 12th and 13th.
 const TCPI_LAST_DATA_SENT: usize = 8 + 9 * 4;
 const TCPI_LAST_DATA_RECV: usize = 8 + 11 * 4;
@@ -51,6 +59,9 @@ pub struct SocketMessage {
     /// The id of the cgroup v2 in which the socket was made: the inode of its directory. `None` if the kernel does not report it
     /// (before Linux 5.8).
     pub cgroup: Option<u64>,
+    /// Whether the socket has IP_TRANSPARENT, so that its local address need not be one of this host. `None` if the kernel does
+    /// not report it (before Linux 5.10).
+    pub transparent: Option<bool>,
 }
 
 /// One message of a datagram from the kernel.
@@ -146,6 +157,7 @@ fn parse_socket(payload: &[u8]) -> Result<SocketMessage, Malformed> {
         quiet: None,
         v6only: None,
         cgroup: None,
+        transparent: None,
     };
     for attribute in NlasIterator::new(&payload[MESSAGE_LEN..]) {
         let attribute = attribute.map_err(|_| Malformed("an attribute is cut short"))?;
@@ -154,6 +166,10 @@ fn parse_socket(payload: &[u8]) -> Result<SocketMessage, Malformed> {
             INET_DIAG_CGROUP_ID => {
                 let id = attribute.value().first_chunk();
                 message.cgroup = id.map(|id| u64::from_ne_bytes(*id));
+            }
+            INET_DIAG_SOCKOPT => {
+                let options = attribute.value().first();
+                message.transparent = options.map(|options| options & TRANSPARENT != 0);
             }
             INET_DIAG_SKV6ONLY => message.v6only = attribute.value().first().map(|&b| b != 0),
             _ => {}

@@ -1,0 +1,85 @@
+//! Netlink messages (netlink(7)): writing a request, and splitting a datagram. Pure.
+
+use netlink_packet_core::{Emitable, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader};
+
+/// `struct nlmsghdr`, and an attribute without its value.
+pub(crate) const HEADER_LEN: usize = 16;
+const ATTRIBUTE_LEN: usize = 4;
+
+/// Appends a message to `bytes`.
+///
+/// # Panics
+/// The message is longer than 4 GiB.
+pub(crate) fn put_message(
+    bytes: &mut Vec<u8>,
+    message_type: u16,
+    flags: u16,
+    sequence: u32,
+    body: &[u8],
+) {
+    let mut header = NetlinkHeader::default();
+    header.length = u32::try_from(HEADER_LEN + body.len()).expect("requests are short");
+    header.message_type = message_type;
+    header.flags = flags;
+    header.sequence_number = sequence;
+    let start = bytes.len();
+    bytes.resize(start + HEADER_LEN, 0);
+    header.emit(&mut bytes[start..]);
+    bytes.extend(body);
+}
+
+/// Appends an attribute to `body`, with its padding.
+///
+/// # Panics
+/// The value is longer than 64 KiB.
+pub(crate) fn put_attribute(body: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    let length = u16::try_from(ATTRIBUTE_LEN + value.len()).expect("values are short");
+    body.extend(length.to_ne_bytes());
+    body.extend(kind.to_ne_bytes());
+    body.extend(value);
+    body.resize(body.len().next_multiple_of(4), 0);
+}
+
+/// The messages of a datagram. Bytes that are not a message end the list.
+pub(crate) fn messages(datagram: &[u8]) -> impl Iterator<Item = NetlinkBuffer<&[u8]>> {
+    let mut rest = datagram;
+    std::iter::from_fn(move || {
+        let view = NetlinkBuffer::new_checked(rest).ok()?;
+        let length = usize::try_from(view.length()).unwrap_or(usize::MAX);
+        // Messages start at multiples of four bytes. The last one may lack its padding.
+        rest = &rest[length.next_multiple_of(4).min(rest.len())..];
+        Some(view)
+    })
+}
+
+/// The errno of an error message, 0 for an acknowledgement; `None` for any other message.
+pub(crate) fn errno(message: &NetlinkBuffer<&[u8]>) -> Option<i32> {
+    let is_error = message.message_type() == NLMSG_ERROR;
+    let payload = message.payload();
+    let errno = payload.first_chunk().filter(|_| is_error)?;
+    Some(i32::from_ne_bytes(*errno).saturating_neg())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_datagram_is_split_into_its_messages() {
+        let mut datagram = Vec::new();
+        put_message(&mut datagram, NLMSG_ERROR, 0, 7, &(-13i32).to_ne_bytes());
+        let mut body = Vec::new();
+        put_attribute(&mut body, 3, &[1, 2, 3]);
+        assert_eq!(body.len(), 8, "padded");
+        put_message(&mut datagram, 20, 5, 8, &body);
+        datagram.extend([1, 2, 3]);
+        let read: Vec<_> = messages(&datagram)
+            .map(|message| {
+                let number = (message.message_type(), message.sequence_number());
+                (number, errno(&message), message.payload().len())
+            })
+            .collect();
+        assert_eq!(read, [((NLMSG_ERROR, 7), Some(13), 4), ((20, 8), None, 8)]);
+        assert_eq!(messages(&datagram[..10]).count(), 0);
+    }
+}
