@@ -12,7 +12,7 @@ use super::{
 use crate::cli::Args;
 use crate::config::{Action, Config, Format};
 use crate::control::Control;
-use crate::finder::{self, FindError, owners};
+use crate::finder::{self, FindError, owners, reactions};
 use crate::injector::{plan, workers};
 use crate::model::{Outcome, Privilege, ReclaimOutcome, Scan, Target};
 use crate::privileges::{Privileges, capabilities};
@@ -166,7 +166,7 @@ pub fn close(
     let rules = config.rules(privileges);
     workers::close(&mut run.scan, &config.policy.methods, rules, proc, control);
     run.acted = true;
-    owners::check_still_open(proc, &mut run.scan.targets);
+    reactions::await_owners(proc, &mut run.scan.targets, config.grace, control);
 }
 
 /// Closes the descriptors of closed sockets in their owners. In a dry run, decides which ones could be closed.

@@ -2,12 +2,13 @@
 //!
 //! [`find`] lists the sockets (`sockets`) and, at the same time, reads the descriptors of all processes from /proc
 //! ([`owners`]). `addresses` marks the sockets whose local address is gone. A connection that was never accepted gets the listener that would accept it ([`listeners`]). [`dead`] finds
-//! descriptors of sockets that the kernel no longer lists.
+//! descriptors of sockets that the kernel no longer lists. [`reactions`] waits while owners close the descriptors of closed sockets.
 
 mod addresses;
 pub mod dead;
 pub mod listeners;
 pub mod owners;
+pub mod reactions;
 pub(crate) mod sockets;
 
 use std::collections::{BTreeSet, HashMap, HashSet};

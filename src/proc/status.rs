@@ -4,11 +4,12 @@
 //! `stat` of a thread, never `stack` or `maps`.
 
 use std::fs;
+use std::time::Duration;
 
 use procfs::FromRead;
 use procfs::process::{LimitValue, Limits, Stat, Status};
 
-use super::{ProcFs, Process};
+use super::{ProcFs, Process, ProcessId};
 
 /// cwkill reads at most this many threads of a process.
 const THREADS: usize = 512;
@@ -75,6 +76,45 @@ impl ProcFs {
     }
 }
 
+/// What the threads of a process are doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Activity {
+    /// A thread runs, or waits for a processor.
+    pub runnable: bool,
+    /// The processor time of its runnable threads; zero if the kernel does not report it (CONFIG_SCHED_INFO).
+    pub cpu: Duration,
+}
+
+impl ProcFs {
+    /// The activity of the first 512 threads of process `id`; none if it is gone. Needs no privilege.
+    pub(crate) fn activity(&self, id: ProcessId) -> Activity {
+        let mut activity = Activity::default();
+        let Ok(threads) = fs::read_dir(self.path(&format!("{}/task", id.pid))) else {
+            return activity;
+        };
+        for thread in threads.take(THREADS).filter_map(Result::ok) {
+            let stat = fs::read(thread.path().join("stat")).ok();
+            if stat.and_then(|stat| thread_state(&stat)) == Some(b'R') {
+                activity.runnable = true;
+                let schedule = fs::read_to_string(thread.path().join("schedstat"));
+                activity.cpu += schedule.map_or(Duration::ZERO, |text| time_on_cpu(&text));
+            }
+        }
+        // Checked last, as above.
+        match self.is_alive(id) {
+            true => activity,
+            false => Activity::default(),
+        }
+    }
+}
+
+/// The first field of a `schedstat` file: the nanoseconds that the thread has run (Documentation/scheduler/sched-stats.rst).
+fn time_on_cpu(schedstat: &str) -> Duration {
+    let first = schedstat.split_whitespace().next();
+    let nanoseconds = first.and_then(|first| first.parse().ok());
+    Duration::from_nanos(nanoseconds.unwrap_or(0))
+}
+
 /// The state in a `stat` file: it follows the name, which may contain any bytes.
 ///
 /// procfs parses this file too, but panics if it ends after the name.
@@ -86,7 +126,6 @@ pub(crate) fn thread_state(stat: &[u8]) -> Option<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proc::ProcessId;
 
     #[test]
     fn the_state_follows_any_name() {
@@ -127,6 +166,37 @@ mod tests {
         assert_eq!(
             proc.status(&process),
             ProcessStatus::default(),
+            "another process"
+        );
+    }
+
+    #[test]
+    fn only_runnable_threads_count_as_activity() {
+        let root = tempfile::tempdir().unwrap();
+        let zeros = "0 ".repeat(17);
+        let write = |path: &str, text: &str| {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        let stat = |state: char| format!("7 (app) R) {state} 1 {zeros}50 {zeros}{zeros}{zeros}\n");
+        write("7/stat", &stat('S'));
+        write("7/task/7/stat", &stat('S'));
+        write("7/task/7/schedstat", "900 0 1\n");
+        let proc = ProcFs::at(root.path());
+        let id = |start_time| ProcessId { pid: 7, start_time };
+        assert_eq!(proc.activity(id(50)), Activity::default());
+        write("7/task/8/stat", &stat('R'));
+        write("7/task/9/stat", &stat('R'));
+        write("7/task/9/schedstat", "3000 20 1\n");
+        let busy = Activity {
+            runnable: true,
+            cpu: Duration::from_micros(3),
+        };
+        assert_eq!(proc.activity(id(50)), busy);
+        assert_eq!(
+            proc.activity(id(51)),
+            Activity::default(),
             "another process"
         );
     }

@@ -1,6 +1,7 @@
 //! Stuck sockets are closed, and no others.
 
 use anyhow::{Context, Result};
+use netns_harness::owners::{Build, Owner};
 use netns_harness::{Family, Lab, TcpState};
 
 use crate::AS_HARNESS;
@@ -31,6 +32,7 @@ pub const TESTS: &[Test] = &[
     once!(the_harness_command_of_the_readme_closes_forty),
     once!(thousands_are_destroyed_in_batches),
     once!(the_longest_grace_is_a_grace),
+    once!(an_owner_that_reacts_is_not_blamed_for_its_descriptors),
 ];
 
 fn forty_are_closed_and_bystanders_live(family: Family) -> Result<()> {
@@ -411,4 +413,23 @@ fn thousands_are_destroyed_in_batches() -> Result<()> {
     all_have(&ran.sockets(), "closed", "destroy");
     assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
     carries_data(&bystanders)
+}
+
+/// Its loop computes for a moment before it closes each descriptor, so the last one is closed well after the last socket.
+fn an_owner_that_reacts_is_not_blamed_for_its_descriptors() -> Result<()> {
+    for method in ["shutdown", "destroy", "rst"] {
+        let lab = Lab::new()?;
+        let mut owner = Owner::start(lab.app_host(), Build::Plain, "loops", 1)?;
+        owner.leak_stuck(300)?;
+        let line = format!("--pid {} --method {method} --grace 20s --json", owner.pid());
+        let ran = cwkill(&lab, &line)?.exits(0);
+        assert_eq!(ran.sockets().len(), 300);
+        for socket in ran.sockets() {
+            assert_eq!(at(&socket, "/result/outcome"), "closed", "{method}");
+            assert_eq!(at(&socket, "/result/descriptor_open"), "false", "{method}");
+        }
+        assert!(!ran.stderr.contains("still"), "{ran:?}");
+        assert_eq!(owner.report()?, 300);
+    }
+    Ok(())
 }

@@ -1,0 +1,177 @@
+//! Waits while owners close the descriptors of closed sockets.
+//!
+//! A program that watches its sockets (poll, epoll, a blocked read) is woken by the kernel before the act returns, so that one of its
+//! threads is runnable from then on. If all threads sleep, none of them will close a descriptor because of the act, and cwkill does
+//! not wait. So only owners that react cost time.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use rayon::prelude::*;
+
+use super::owners::check_still_open;
+use crate::control::{Backoff, Control, deadline};
+use crate::model::{Outcome, Owner, Target};
+use crate::proc::fds::{CHUNK, FdTable};
+use crate::proc::status::Activity;
+use crate::proc::{FdState, ProcFs, ProcessId};
+
+/// A process whose runnable threads have used this much processor time since its last descriptor was closed is busy with something
+/// else.
+const BUSY_ELSEWHERE: Duration = Duration::from_millis(20);
+/// All threads of a process must be asleep at two looks in a row: the kernel wakes them just after it removes the socket from its
+/// table (net/ipv4/tcp.c, tcp_done).
+const ASLEEP: u32 = 2;
+/// The longest wait for an owner that goes on closing.
+const LONGEST: Duration = Duration::from_secs(10);
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(20);
+
+/// Checks which descriptors of closed or closing sockets are still open, and writes the result to [`Owner::after`]. While an owner
+/// reacts, this waits for it: at most for `grace` without a closed descriptor, and ten seconds in all.
+pub fn await_owners(proc: &ProcFs, targets: &mut [Target], grace: Duration, control: &dyn Control) {
+    check_still_open(proc, targets);
+    let mut waits = open_descriptors(targets, control.now());
+    let over = deadline(control.now(), LONGEST);
+    let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+    loop {
+        let now = control.now();
+        waits.retain_mut(|wait| wait.may_react(proc.activity(wait.process), now, grace));
+        if waits.is_empty() || now >= over || control.interrupted() {
+            return;
+        }
+        backoff.sleep(control, over);
+        for wait in &mut waits {
+            wait.check(proc, control.now());
+        }
+        waits.retain(|wait| !wait.open.is_empty());
+    }
+}
+
+/// An owner that may be about to close its descriptors.
+struct Wait<'t> {
+    process: ProcessId,
+    /// Its descriptors that are still open, with the inode of each socket.
+    open: Vec<(&'t mut Owner, u32)>,
+    /// When cwkill last saw that a descriptor was closed.
+    progress: Instant,
+    /// The processor time at the first look since then.
+    cpu: Option<Duration>,
+    /// How often in a row all its threads were asleep.
+    asleep: u32,
+}
+
+impl Wait<'_> {
+    /// Whether it can still close descriptors because of the act.
+    fn may_react(&mut self, activity: Activity, now: Instant, grace: Duration) -> bool {
+        if !activity.runnable {
+            self.asleep += 1;
+            return self.asleep < ASLEEP;
+        }
+        self.asleep = 0;
+        let before = *self.cpu.get_or_insert(activity.cpu);
+        let used = activity.cpu.saturating_sub(before);
+        used < BUSY_ELSEWHERE && now.saturating_duration_since(self.progress) < grace
+    }
+
+    /// Reads its descriptors again.
+    fn check(&mut self, proc: &ProcFs, now: Instant) {
+        let table = FdTable::open(proc, self.process);
+        let open = self.open.len();
+        self.open
+            .par_iter_mut()
+            .with_min_len(CHUNK)
+            .for_each(|(owner, inode)| owner.after = Some(table.state(owner.fd, *inode)));
+        self.open
+            .retain(|(owner, _)| owner.after == Some(FdState::Open));
+        if self.open.len() < open {
+            self.progress = now;
+            self.cpu = None;
+            self.asleep = 0;
+        }
+    }
+}
+
+/// The descriptors of closed sockets that are still open, by process.
+fn open_descriptors(targets: &mut [Target], now: Instant) -> Vec<Wait<'_>> {
+    let mut waits: BTreeMap<ProcessId, Wait<'_>> = BTreeMap::new();
+    for target in targets {
+        let over = target.outcome.is_some_and(Outcome::is_closed_or_closing);
+        let Some(inode) = target.socket.inode.filter(|_| over) else {
+            continue;
+        };
+        for owner in &mut target.owners {
+            if owner.after == Some(FdState::Open) {
+                let process = owner.process.id;
+                let wait = waits.entry(process).or_insert_with(|| Wait {
+                    process,
+                    open: Vec::new(),
+                    progress: now,
+                    cpu: None,
+                    asleep: 0,
+                });
+                wait.open.push((owner, inode));
+            }
+        }
+    }
+    waits.into_values().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GRACE: Duration = Duration::from_secs(1);
+
+    fn wait(now: Instant) -> Wait<'static> {
+        Wait {
+            process: ProcessId {
+                pid: 7,
+                start_time: 1,
+            },
+            open: Vec::new(),
+            progress: now,
+            cpu: None,
+            asleep: 0,
+        }
+    }
+
+    fn running(millis: u64) -> Activity {
+        Activity {
+            runnable: true,
+            cpu: Duration::from_millis(millis),
+        }
+    }
+
+    #[test]
+    fn a_process_that_sleeps_twice_does_not_react() {
+        let now = Instant::now();
+        let mut wait = wait(now);
+        assert!(wait.may_react(Activity::default(), now, GRACE));
+        assert!(wait.may_react(running(1), now, GRACE));
+        assert!(wait.may_react(Activity::default(), now, GRACE));
+        assert!(!wait.may_react(Activity::default(), now, GRACE));
+    }
+
+    #[test]
+    fn a_process_that_runs_without_closing_is_busy_elsewhere() {
+        let now = Instant::now();
+        let mut wait = wait(now);
+        assert!(wait.may_react(running(500), now, GRACE));
+        assert!(wait.may_react(running(519), now, GRACE));
+        assert!(!wait.may_react(running(520), now, GRACE));
+        // After a closed descriptor it counts anew.
+        wait.cpu = None;
+        assert!(wait.may_react(running(521), now, GRACE));
+    }
+
+    #[test]
+    fn a_process_that_gets_no_processor_is_waited_for_until_the_grace_is_over() {
+        let now = Instant::now();
+        let mut wait = wait(now);
+        let almost = now + GRACE - Duration::from_millis(1);
+        assert!(wait.may_react(running(1), almost, GRACE));
+        assert!(!wait.may_react(running(1), now + GRACE, GRACE));
+        assert!(!wait.may_react(running(1), now, Duration::ZERO));
+    }
+}
