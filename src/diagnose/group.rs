@@ -5,7 +5,7 @@ use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher, Hash};
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crate::model::{Cause, Scan, Socket};
+use crate::model::{Cause, Listener, Scan, Socket, Target};
 use crate::proc::ProcessId;
 use crate::sock_diag::Cookie;
 use crate::tcp::TcpState;
@@ -231,16 +231,37 @@ pub fn by_process(scan: &Scan) -> HashMap<ProcessId, ProcessSockets<'_>> {
     by_process
 }
 
-/// The connections that wait at each listener. The key is the inodes of the listener's sockets.
-pub fn by_listener(scan: &Scan) -> HashMap<&[u32], Vec<&Socket>> {
-    let mut waiting: HashMap<&[u32], Vec<&Socket>> = HashMap::new();
+/// The connections that wait at each listener, by its index.
+pub fn by_listener(scan: &Scan) -> HashMap<usize, Vec<&Socket>> {
+    let mut waiting: HashMap<usize, Vec<&Socket>> = HashMap::new();
     for target in &scan.targets {
-        if let Some(listener) = scan.listener(target) {
-            let sockets = waiting.entry(&listener.inodes[..]).or_default();
-            sockets.push(&target.socket);
+        if let Some(listener) = target.listener {
+            waiting.entry(listener).or_default().push(&target.socket);
         }
     }
     waiting
+}
+
+/// The connections of the first scan that belong to `listener` of the second scan: those that wait at it now, and those that
+/// waited at one of its listening sockets and are gone.
+pub fn before_at<'a>(
+    first: &'a Scan,
+    listener: &Listener,
+    waiting: &[&Socket],
+    second: &HashSet<Cookie>,
+) -> Vec<&'a Socket> {
+    let waiting: HashSet<Cookie> = waiting.iter().map(|socket| socket.cookie()).collect();
+    let inodes: HashSet<u32> = listener.inodes().collect();
+    let belongs = |target: &&Target| {
+        let cookie = target.socket.cookie();
+        let was_here = || {
+            let before = first.listener(target);
+            before.is_some_and(|before| before.inodes().any(|inode| inodes.contains(&inode)))
+        };
+        waiting.contains(&cookie) || (!second.contains(&cookie) && was_here())
+    };
+    let targets = first.targets.iter().filter(belongs);
+    targets.map(|target| &target.socket).collect()
 }
 
 #[cfg(test)]
@@ -248,7 +269,7 @@ mod tests {
     use super::*;
     use std::sync::Arc;
 
-    use crate::model::{Owner, Target};
+    use crate::model::Owner;
     use crate::proc::RemoteFd;
     use crate::proc::testdata::process;
     use crate::sock_diag::testdata::stuck;

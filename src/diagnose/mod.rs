@@ -21,10 +21,11 @@ use crate::filter::Scope;
 use crate::filter::selectors::Selectors;
 use crate::finder::dead::{self, DeadScan, DescriptorTable, SuspectVerdict};
 use crate::finder::{self, listeners};
-use crate::model::{Listener, Scan, Socket};
+use crate::model::{Listener, ListeningSocket, Scan, Socket};
 use crate::proc::netns::Netns;
 use crate::proc::status::ProcessStatus;
 use crate::proc::{ProcFs, Process, ProcessId};
+use crate::sock_diag::Cookie;
 use crate::text::counted;
 use group::{GroupContext, SocketGroup};
 use suggest::{LanguageRuntime, Suggestion, SuggestionInput};
@@ -102,11 +103,25 @@ impl Diagnosis {
         notes
     }
 
+    /// Whether an owner of `listener` has as many descriptors open as it may.
+    pub fn is_at_limit(&self, listener: &Listener) -> bool {
+        let is_full = |process: &ProcessDiagnosis| {
+            let used = process.table.as_ref().map(|table| table.used as u64);
+            used >= process.status.limit && process.status.limit.is_some()
+        };
+        let owns = |process: &&ProcessDiagnosis| {
+            let mut owners = listener.owners.iter();
+            owners.any(|owner| owner.process.id == process.process.id)
+        };
+        self.processes.iter().filter(owns).any(is_full)
+    }
+
     /// Whether a missing privilege hid stuck sockets, owners or dead descriptors.
     pub fn lacks_privileges(&self) -> bool {
         let coverage = &self.scan.coverage;
         let unknown = |process: &ProcessDiagnosis| process.suspect_counts().unknown > 0;
-        (coverage.has_hidden_owners() && (coverage.undecided > 0 || self.ownerless.is_some()))
+        (coverage.has_hidden_owners()
+            && (coverage.undecided_by_owner() > 0 || self.ownerless.is_some()))
             || self.processes.iter().any(unknown)
             || self.are_descriptors_unseen()
     }
@@ -194,6 +209,8 @@ impl ProcessDiagnosis {
 pub struct ListenerDiagnosis {
     /// The index in [`Scan::listeners`].
     pub listener: usize,
+    /// Connections waited at both scans, and no connection was accepted in between.
+    pub is_stalled: bool,
     pub connections: SocketGroup,
 }
 
@@ -350,20 +367,37 @@ fn diagnose_listeners(
     (first, second): (&Scan, &Scan),
     context: &GroupContext,
 ) -> Vec<ListenerDiagnosis> {
-    let (before, now) = (group::by_listener(first), group::by_listener(second));
+    let now = group::by_listener(second);
+    let listed: HashSet<Cookie> = sockets(second).map(Socket::cookie).collect();
     let diagnose = |(index, listener): (usize, &Listener)| {
-        let now = now.get(&listener.inodes[..])?.iter().copied();
-        let before = before.get(&listener.inodes[..]);
-        let before = before.into_iter().flatten().copied();
+        let now = now.get(&index)?;
+        let before = group::before_at(first, listener, now, &listed);
+        let has_shrunk = |socket: &ListeningSocket| {
+            waiting_before(first, socket.inode).is_some_and(|before| socket.waiting < before)
+        };
+        let connections = SocketGroup::new(before.iter().copied(), now.iter().copied(), context);
         Some(ListenerDiagnosis {
             listener: index,
-            connections: SocketGroup::new(before, now, context),
+            is_stalled: !before.is_empty()
+                && connections.gone == 0
+                && !listener.sockets.iter().any(has_shrunk),
+            connections,
         })
     };
     let listeners = second.listeners.iter().enumerate();
     let mut listeners: Vec<ListenerDiagnosis> = listeners.filter_map(diagnose).collect();
     listeners.sort_by_key(|listener| std::cmp::Reverse(listener.connections.stuck));
     listeners
+}
+
+/// The number of connections that waited at a listening socket in the first scan.
+fn waiting_before(first: &Scan, inode: u32) -> Option<u32> {
+    let mut sockets = first
+        .listeners
+        .iter()
+        .flat_map(|listener| &listener.sockets);
+    let socket = sockets.find(|socket| socket.inode == inode)?;
+    Some(socket.waiting)
 }
 
 /// The ports with a listener, each with the index of its network namespace. Errors are ignored: without the ports of a namespace

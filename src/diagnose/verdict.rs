@@ -128,7 +128,7 @@ fn meaning(cause: Cause, services: &[(Service, usize)]) -> String {
         ),
         Cause::Unread => "not reading: idle pool or blocked worker".into(),
         Cause::NotAccepted => {
-            "not accepting: closing sockets will not help, the accept loop is stuck".into()
+            "not accepting: closing them frees no slot of the backlog, only accept(2) does".into()
         }
         Cause::Sending => {
             "bytes queued to peers that accept them slowly or not at all: check the peers before closing"

@@ -22,10 +22,10 @@ use anyhow::Context;
 use rayon::slice::ParallelSliceMut;
 
 use crate::filter::selectors::Selectors;
-use crate::model::{Coverage, Owner, Scan, Target};
+use crate::model::{Coverage, Listener, Owner, Scan, Target};
 use crate::parallel;
+use crate::proc::ProcFs;
 use crate::proc::netns::{Namespaces, Netns, NetnsScope};
-use crate::proc::{ProcFs, Unreadable};
 use crate::sock_diag::{Detail, DiagId, DumpError, LookupError, SockDiag, SocketMessage};
 use owners::{OwnerScan, Trust};
 use sockets::NetnsScan;
@@ -93,10 +93,11 @@ pub fn find(
     scan.coverage.unreadable_processes = owners.unreadable.len();
     scan.coverage.other_pid_namespaces =
         scan.without_known_owner() > 0 && !proc.shows_every_process();
-    let without_owner = retain_selected(&mut scan, selectors, &owners.unreadable, &|pid| {
+    let without_owner = retain_selected(&mut scan, selectors, &owners, &|pid| {
         proc.shows_descriptors(pid)
     });
-    scan.coverage.undecided = count_undecided(&scan.namespaces, &without_owner);
+    scan.coverage.undecided =
+        count_undecided(&scan.namespaces, &without_owner) + scan.coverage.undecided_in_group;
     sort(&mut scan.targets);
     Ok(scan)
 }
@@ -112,7 +113,7 @@ pub fn find_sockets(
     may_split: bool,
 ) -> Result<Scan, FindError> {
     let Listed { mut scan, .. } = list_sockets(namespaces, selectors, may_split)?;
-    retain_selected(&mut scan, selectors, &[], &|_| true);
+    retain_selected(&mut scan, selectors, &OwnerScan::default(), &|_| true);
     sort(&mut scan.targets);
     Ok(scan)
 }
@@ -184,8 +185,8 @@ fn list_sockets(
         scan.coverage.namespace_failure = Some(format!("{:#}", anyhow::Error::from(error)));
     }
     let inodes = scan.targets.iter().filter_map(|target| target.socket.inode);
-    let of_listeners = scan.listeners.iter().flat_map(|listener| &listener.inodes);
-    let inodes = inodes.chain(of_listeners.copied()).collect();
+    let of_listeners = scan.listeners.iter().flat_map(Listener::inodes);
+    let inodes = inodes.chain(of_listeners).collect();
     Ok(Listed { scan, inodes })
 }
 
@@ -240,8 +241,8 @@ fn scan_namespaces(
 /// Gives every listener its owners, and every socket that has no listener.
 fn attach_owners(scan: &mut Scan, owners: &OwnerScan) {
     for listener in &mut scan.listeners {
-        let inodes = listener.inodes.iter();
-        listener.owners = inodes.flat_map(|&inode| owners.of(inode)).collect();
+        let inodes = listener.sockets.iter().map(|socket| socket.inode);
+        listener.owners = inodes.flat_map(|inode| owners.of(inode)).collect();
         let by_process = |owner: &Owner| (owner.process.id, owner.fd);
         listener.owners.sort_unstable_by_key(by_process);
     }
@@ -258,7 +259,7 @@ fn attach_owners(scan: &mut Scan, owners: &OwnerScan) {
 fn retain_selected(
     scan: &mut Scan,
     selectors: &Selectors,
-    unreadable: &[Unreadable],
+    owners: &OwnerScan,
     shows_descriptors: &dyn Fn(i32) -> bool,
 ) -> Vec<Target> {
     scan.targets
@@ -267,26 +268,32 @@ fn retain_selected(
         return Vec::new();
     }
     let selected = |owner: &Owner| selectors.match_owner(&owner.process);
+    let decide = |listener: &Listener| Selected::by_listener(listener, owners, &selected);
+    let by_listener: Vec<Selected> = scan.listeners.iter().map(decide).collect();
     for listener in &mut scan.listeners {
         listener.owners.sort_by_key(|owner| !selected(owner));
     }
     let may_be_unseen = scan.coverage.hidden_processes
-        || selectors.could_match(unreadable)
+        || selectors.could_match(&owners.unreadable)
         || selectors.could_match_unseen(shows_descriptors);
     let mut without_owner = Vec::new();
+    let mut undecided_in_group = 0;
     for mut target in std::mem::take(&mut scan.targets) {
         target.owners.sort_by_key(|owner| !selected(owner));
-        let responsible = scan.responsible(&target);
-        if responsible.iter().any(selected) {
-            scan.targets.push(target);
-        } else if may_be_unseen
-            && responsible.is_empty()
-            // Neither an orphan nor a connection whose listener has been closed has an owner.
-            && (target.socket.inode.is_some() || target.listener.is_some())
-        {
-            without_owner.push(target);
+        let decided = match target.listener {
+            Some(listener) => by_listener[listener],
+            None => Selected::by_owners(&target.owners, &selected),
+        };
+        // Neither an orphan nor a connection whose listener has been closed has an owner.
+        let has_owner = target.socket.inode.is_some() || target.listener.is_some();
+        match decided {
+            Selected::Yes => scan.targets.push(target),
+            Selected::PartOfGroup => undecided_in_group += 1,
+            Selected::NoOwner if may_be_unseen && has_owner => without_owner.push(target),
+            Selected::NoOwner | Selected::No => {}
         }
     }
+    scan.coverage.undecided_in_group = undecided_in_group;
     retain_used_listeners(scan);
     without_owner
 }
@@ -335,6 +342,52 @@ fn count_undecided(namespaces: &[Arc<Netns>], without_owner: &[Target]) -> usize
         }
     };
     namespaces.iter().enumerate().map(in_namespace).sum()
+}
+
+/// Whether the selectors of owners select a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Selected {
+    Yes,
+    No,
+    /// It has no known owner.
+    NoOwner,
+    /// It waits at one of several listening sockets, and only some of these have a selected owner.
+    PartOfGroup,
+}
+
+impl Selected {
+    fn by_owners(owners: &[Owner], selected: &impl Fn(&Owner) -> bool) -> Self {
+        match owners {
+            [] => Selected::NoOwner,
+            owners if owners.iter().any(selected) => Selected::Yes,
+            _ => Selected::No,
+        }
+    }
+
+    /// The answer for the connections that wait at `listener`: that of its listening sockets, if it is the same for all.
+    fn by_listener(
+        listener: &Listener,
+        owners: &OwnerScan,
+        selected: &impl Fn(&Owner) -> bool,
+    ) -> Self {
+        let by_socket: Vec<Selected> = listener
+            .inodes()
+            .map(|inode| {
+                let owners: Vec<Owner> = owners.of(inode).collect();
+                Selected::by_owners(&owners, selected)
+            })
+            .collect();
+        let are_all = |answer| by_socket.iter().all(|one| *one == answer);
+        if are_all(Selected::Yes) {
+            Selected::Yes
+        } else if by_socket.contains(&Selected::Yes) {
+            Selected::PartOfGroup
+        } else if by_socket.contains(&Selected::NoOwner) {
+            Selected::NoOwner
+        } else {
+            Selected::No
+        }
+    }
 }
 
 /// Why the search failed.

@@ -264,7 +264,9 @@ fn recheck(
 mod tests {
     use super::*;
     use crate::finder::attach_owners;
-    use crate::model::{Listener, Scan};
+    use crate::model::{Listener, ListeningSocket, Scan};
+    use crate::sock_diag::Family;
+    use crate::sock_diag::testdata::listener;
     use std::fs;
     use std::os::unix::fs::symlink;
 
@@ -322,6 +324,15 @@ mod tests {
         assert_eq!(owners, [(7, 3), (8, 3), (8, 9)]);
     }
 
+    fn listening(inode: u32) -> ListeningSocket {
+        ListeningSocket {
+            id: listener(Family::V4, "127.0.0.1:80", inode).id,
+            inode,
+            waiting: 0,
+            backlog: 0,
+        }
+    }
+
     #[test]
     fn a_listener_has_the_owners_of_all_its_sockets() {
         let proc = TestProc::new();
@@ -330,10 +341,9 @@ mod tests {
         let mut scan = Scan {
             listeners: vec![Listener {
                 local: "127.0.0.1:80".parse().unwrap(),
-                inodes: vec![43, 42],
+                sockets: [43, 42].map(listening).into(),
+                group_size: 2,
                 uid: 0,
-                waiting: 0,
-                backlog: 0,
                 owners: Vec::new(),
             }],
             ..Scan::default()

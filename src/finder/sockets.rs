@@ -50,9 +50,12 @@ pub(super) fn scan(
     let with_listener = |target: &Target| target.socket.cause.is_with_listener();
     if sockets.iter().any(with_listener) {
         listeners = Listeners::read(&mut diag)?;
+        let waiting = sockets.iter().filter(|target| with_listener(target));
+        let waiting = waiting.map(|target| &target.socket);
+        listeners.watch_backlogs(waiting, &mut diag)?;
     }
     for target in sockets.iter_mut().filter(|target| with_listener(target)) {
-        target.listener = listeners.accepting(&target.socket.id, target.socket.tuple().local);
+        target.listener = listeners.accepting(&target.socket);
     }
     Ok(NetnsScan {
         sockets,

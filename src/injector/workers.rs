@@ -47,15 +47,10 @@ pub fn close(
         })
     };
     for waiting in share_out(&mut scan.targets, work) {
-        for listener in &mut scan.listeners {
-            let counts = || {
-                listener
-                    .inodes
-                    .iter()
-                    .filter_map(|inode| waiting.get(inode))
-            };
-            if counts().next().is_some() {
-                listener.waiting = counts().sum();
+        let listeners = scan.listeners.iter_mut();
+        for socket in listeners.flat_map(|listener| &mut listener.sockets) {
+            if let Some(&waiting) = waiting.get(&socket.inode) {
+                socket.waiting = waiting;
             }
         }
     }

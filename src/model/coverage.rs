@@ -11,8 +11,12 @@ pub struct Coverage {
     pub hidden_processes: bool,
     /// Some sockets have no known owner, and /proc does not show the processes of every pid namespace. They may own these.
     pub other_pid_namespaces: bool,
-    /// The number of sockets that may match, and were left out only because cwkill does not know their owner.
+    /// The number of sockets that may match, and were left out only because cwkill does not know their owner, or because they are
+    /// counted in `undecided_in_group`.
     pub undecided: usize,
+    /// The number of sockets that wait at one of several listening sockets with SO_REUSEPORT, and were left out only because
+    /// not all of these have a selected owner.
+    pub undecided_in_group: usize,
     /// The number of network namespaces that cwkill could not enter.
     pub unreachable_namespaces: usize,
     /// Why cwkill could not enter the first of them.
@@ -27,6 +31,11 @@ impl Coverage {
     /// Whether cwkill could not read the descriptors of some process.
     pub fn has_hidden_owners(&self) -> bool {
         self.unreadable_processes > 0 || self.hidden_processes
+    }
+
+    /// The number of sockets that may match, and were left out because cwkill does not know their owner.
+    pub fn undecided_by_owner(&self) -> usize {
+        self.undecided - self.undecided_in_group
     }
 
     /// The number of network namespaces that were not scanned, plus the number of processes in unknown ones.
@@ -59,7 +68,7 @@ impl Coverage {
                 counted(without_owner, "socket")
             ));
         }
-        if self.undecided > 0 {
+        if self.undecided_by_owner() > 0 {
             let why = match self.has_hidden_owners() {
                 true => ", whose descriptors could not be read",
                 false => {
@@ -68,7 +77,14 @@ impl Coverage {
             };
             notes.push(format!(
                 "{} more may belong to the selected processes{why}; left alone",
-                counted(self.undecided, "socket")
+                counted(self.undecided_by_owner(), "socket")
+            ));
+        }
+        if self.undecided_in_group > 0 {
+            notes.push(format!(
+                "{} more may belong to the selected processes: several listening sockets share the port (SO_REUSEPORT), and the \
+                 kernel does not tell in whose backlog each waits; left alone (--port selects all of them)",
+                counted(self.undecided_in_group, "socket")
             ));
         }
         if self.unreachable_namespaces > 0 {

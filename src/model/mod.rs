@@ -12,6 +12,6 @@ pub use cause::Cause;
 pub use coverage::Coverage;
 pub use method::{Method, Privilege};
 pub use reclaim::{InUse, ReclaimOutcome, ReclaimReason};
-pub use scan::{Listener, Scan};
+pub use scan::{Listener, ListeningSocket, Scan};
 pub use socket::Socket;
 pub use target::{Attempt, Exclusion, MethodError, Outcome, Owner, Plan, SkipReason, Target};

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::model::{Coverage, Owner, Target};
 use crate::proc::netns::Netns;
 use crate::proc::{Process, ProcessId};
+use crate::sock_diag::DiagId;
 
 /// The matched sockets, with their listeners and namespaces.
 #[derive(Clone, Debug, Default)]
@@ -22,20 +23,57 @@ pub struct Scan {
     pub owners_known: bool,
 }
 
-/// One listener, or a group of listeners with SO_REUSEPORT at one address.
+/// The listener of connections that were never accepted.
 #[derive(Clone, Debug)]
 pub struct Listener {
     pub local: SocketAddr,
-    /// The inodes of its sockets.
-    pub inodes: Vec<u32>,
+    /// The listening sockets at which the connections may wait. There are several only with SO_REUSEPORT, if the kernel does not
+    /// tell in whose backlog they are.
+    pub sockets: Vec<ListeningSocket>,
+    /// The number of listening sockets at this address; more than one only with SO_REUSEPORT.
+    pub group_size: usize,
     /// The user of its sockets.
     pub uid: u32,
-    /// Connections that wait for accept(2), summed over the group, at the last lookup.
-    pub waiting: u32,
-    /// The limit of the backlog, summed over the group.
-    pub backlog: u32,
     /// Its owners, one entry per descriptor.
     pub owners: Vec<Owner>,
+}
+
+/// One listening socket. Each has a backlog of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListeningSocket {
+    pub id: DiagId,
+    pub inode: u32,
+    /// Connections that wait for accept(2), at the last lookup.
+    pub waiting: u32,
+    /// The limit of the backlog.
+    pub backlog: u32,
+}
+
+impl Listener {
+    /// The inodes of its listening sockets.
+    pub fn inodes(&self) -> impl Iterator<Item = u32> + '_ {
+        self.sockets.iter().map(|socket| socket.inode)
+    }
+
+    /// Connections that wait for accept(2), summed over its listening sockets.
+    pub fn waiting(&self) -> u32 {
+        let waiting = self.sockets.iter().map(|socket| socket.waiting);
+        waiting.fold(0, u32::saturating_add)
+    }
+
+    /// The limit of the backlog, summed over its listening sockets.
+    pub fn backlog(&self) -> u32 {
+        let backlog = self.sockets.iter().map(|socket| socket.backlog);
+        backlog.fold(0, u32::saturating_add)
+    }
+}
+
+impl ListeningSocket {
+    /// Whether the kernel drops new connections to it. It queues one connection more than the limit (include/net/sock.h,
+    /// sk_acceptq_is_full).
+    pub fn is_full(&self) -> bool {
+        self.waiting > self.backlog
+    }
 }
 
 impl Scan {

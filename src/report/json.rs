@@ -13,7 +13,10 @@ use super::serialize::{
 };
 use super::table::by_process;
 use super::{Run, SocketCounts, text};
-use crate::model::{Exclusion, Method, MethodError, Outcome, Owner, Plan, SkipReason, Target};
+use crate::model::{
+    Exclusion, Listener, ListeningSocket, Method, MethodError, Outcome, Owner, Plan, SkipReason,
+    Target,
+};
 use crate::watch::NewSockets;
 
 /// Number of sockets in a block. The blocks of a long list are serialized in parallel.
@@ -214,6 +217,17 @@ struct JsonListener<'a> {
     waiting: u32,
     backlog: u32,
     owners: Vec<JsonOwner<'a>>,
+    /// The number of listening sockets at this address; more than one only with SO_REUSEPORT.
+    group_size: usize,
+    /// The listening sockets at which the connection may wait; several if the kernel does not tell at which of a group.
+    sockets: Vec<JsonListeningSocket>,
+}
+
+#[derive(Serialize)]
+struct JsonListeningSocket {
+    inode: u32,
+    waiting: u32,
+    backlog: u32,
 }
 
 #[derive(Serialize)]
@@ -286,9 +300,11 @@ pub(crate) fn json_socket<'a>(run: &'a Run, target: &'a Target) -> JsonSocket<'a
         listener: run.scan.listener(target).map(|listener| JsonListener {
             address: listener.local.ip(),
             port: listener.local.port(),
-            waiting: listener.waiting,
-            backlog: listener.backlog,
+            waiting: listener.waiting(),
+            backlog: listener.backlog(),
             owners: owners(&listener.owners),
+            group_size: listener.group_size,
+            sockets: listening_sockets(listener),
         }),
         plan: target.plan.methods.iter().map(|m| m.name()).collect(),
         excluded: target.plan.excluded.iter().map(exclusion).collect(),
@@ -302,6 +318,15 @@ pub(crate) fn json_socket<'a>(run: &'a Run, target: &'a Target) -> JsonSocket<'a
             ..result(target, outcome)
         }),
     }
+}
+
+fn listening_sockets(listener: &Listener) -> Vec<JsonListeningSocket> {
+    let socket = |socket: &ListeningSocket| JsonListeningSocket {
+        inode: socket.inode,
+        waiting: socket.waiting,
+        backlog: socket.backlog,
+    };
+    listener.sockets.iter().map(socket).collect()
 }
 
 fn exclusion((method, why): &(Method, Exclusion)) -> JsonExclusion {

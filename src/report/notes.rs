@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use super::Run;
-use super::table::names;
+use super::table::{self, names};
 use crate::model::{Cause, Exclusion, MethodError, Outcome, Privilege, Scan, SkipReason, Target};
 use crate::proc::{FdState, Process, ProcessId};
 use crate::text::counted;
@@ -32,10 +32,22 @@ fn not_accepting(scan: &Scan) -> Vec<String> {
     let note = |index: usize| {
         let listener = &scan.listeners[index];
         let (owner, _) = names(scan, &listener.owners, false);
-        format!(
-            "{owner} does not accept connections to {}: backlog {}/{}",
-            listener.local, listener.waiting, listener.backlog
-        )
+        let backlogs = table::backlogs(listener, "/");
+        match (listener.sockets.len(), listener.group_size) {
+            (1, 1) => format!(
+                "{owner} does not accept connections to {}: backlog {backlogs}",
+                listener.local
+            ),
+            (1, group) => format!(
+                "{owner} does not accept connections to {}: backlog {backlogs}, one of {group} listening sockets with SO_REUSEPORT",
+                listener.local
+            ),
+            _ => format!(
+                "{owner} do not accept connections to {}: backlogs {backlogs}; the kernel does not tell in whose backlog each waits \
+                 (SO_REUSEPORT)",
+                listener.local
+            ),
+        }
     };
     listeners.into_iter().map(note).collect()
 }
@@ -97,16 +109,14 @@ fn backlogs(scan: &Scan) -> Vec<String> {
         let listener = &scan.listeners[index];
         let (owner, _) = names(scan, &listener.owners, false);
         // Connections that the listener has accepted since then no longer take a slot.
-        let taken = count.min(usize::try_from(listener.waiting).unwrap_or(usize::MAX));
+        let taken = count.min(usize::try_from(listener.waiting()).unwrap_or(usize::MAX));
         (taken > 0).then(|| {
             format!(
-                "{} still take{} a slot in the backlog of {} ({owner}, backlog {}/{}): only its \
-                 accept() frees them",
+                "{} still take{} a slot in the backlog of {} ({owner}, backlog {}): only its accept() frees them",
                 counted(taken, "closed connection"),
                 if taken == 1 { "s" } else { "" },
                 listener.local,
-                listener.waiting,
-                listener.backlog,
+                table::backlogs(listener, "/"),
             )
         })
     };
@@ -140,7 +150,7 @@ fn addresses_gone(scan: &Scan) -> Option<String> {
 pub fn missing_privileges(run: &Run) -> BTreeSet<Privilege> {
     let mut missing = BTreeSet::new();
     let coverage = &run.scan.coverage;
-    if coverage.undecided > 0 && coverage.has_hidden_owners() {
+    if coverage.undecided_by_owner() > 0 && coverage.has_hidden_owners() {
         missing.insert(Privilege::Ptrace);
     }
     for target in &run.scan.targets {

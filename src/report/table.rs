@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use comfy_table::{ContentArrangement, Table, presets};
 
-use crate::model::{Owner, Scan};
+use crate::model::{Listener, ListeningSocket, Owner, Scan};
 use crate::proc::cgroup::{Cgroup, unescape};
 use crate::text::escape;
 
@@ -55,6 +55,12 @@ pub(super) fn by_process(owners: &[Owner]) -> impl Iterator<Item = &[Owner]> {
 
 pub(super) fn join(parts: impl Iterator<Item = String>, separator: &str) -> String {
     parts.collect::<Vec<_>>().join(separator)
+}
+
+/// The connections that wait at each listening socket, and the limit of its backlog.
+pub(super) fn backlogs(listener: &Listener, separator: &str) -> String {
+    let one = |socket: &ListeningSocket| format!("{}{separator}{}", socket.waiting, socket.backlog);
+    join(listener.sockets.iter().map(one), " and ")
 }
 
 /// The container of a process, or else its unit.

@@ -195,7 +195,13 @@ fn owner_cells(scan: &Scan, target: &Target, verbose: bool) -> (String, String) 
     }
     if let Some(listener) = scan.listener(target) {
         let (process, _) = names(scan, &listener.owners, verbose);
-        return (format!("{process} (listener)"), "-".into());
+        return match listener.sockets.len() {
+            1 => (format!("{process} (listener)"), "-".into()),
+            several => (
+                format!("{process} (one of {several} listeners)"),
+                "-".into(),
+            ),
+        };
     }
     names(scan, &target.owners, verbose)
 }

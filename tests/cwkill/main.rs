@@ -2,6 +2,7 @@
 
 mod addresses;
 mod audit;
+mod backlogs;
 mod cgroups;
 mod chaos;
 mod check;
@@ -50,6 +51,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     selecting,
     expressions,
     closing,
+    backlogs,
     sweeping,
     resetting,
     probing,

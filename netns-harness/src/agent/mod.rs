@@ -190,8 +190,36 @@ impl Agent {
             &Request::Listen {
                 address,
                 v6_only,
+                reuse_port: false,
                 backlog,
             },
+        )
+    }
+
+    /// As [`Self::listen`], with SO_REUSEPORT: other processes of the user can listen at the same address.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn listen_shared(&self, address: SocketAddr, v6_only: bool, backlog: i32) -> Result<Fd> {
+        self.call(
+            &format!("listen on {address} with SO_REUSEPORT"),
+            &Request::Listen {
+                address,
+                v6_only,
+                reuse_port: true,
+                backlog,
+            },
+        )
+    }
+
+    /// Changes the limit of the backlog of a listening socket.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn set_backlog(&self, listener: Fd, backlog: i32) -> Result<()> {
+        self.call(
+            "set the backlog",
+            &Request::SetBacklog { listener, backlog },
         )
     }
 

@@ -157,6 +157,13 @@ pub(crate) enum Request {
     Listen {
         address: SocketAddr,
         v6_only: bool,
+        /// SO_REUSEPORT.
+        reuse_port: bool,
+        backlog: i32,
+    },
+    /// Change the limit of the backlog.
+    SetBacklog {
+        listener: Fd,
         backlog: i32,
     },
     /// → `Vec<Endpoint>`

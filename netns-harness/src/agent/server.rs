@@ -102,8 +102,12 @@ impl Server {
             Request::Listen {
                 address,
                 v6_only,
+                reuse_port,
                 backlog,
-            } => json(self.listen(address, v6_only, backlog)?),
+            } => json(self.listen(address, v6_only, reuse_port, backlog)?),
+            Request::SetBacklog { listener, backlog } => {
+                json(self.socket(listener)?.listen(backlog)?)
+            }
             Request::Connect {
                 to,
                 count,
@@ -227,12 +231,19 @@ impl Server {
         fd
     }
 
-    fn listen(&mut self, address: SocketAddr, v6_only: bool, backlog: i32) -> io::Result<Fd> {
+    fn listen(
+        &mut self,
+        address: SocketAddr,
+        v6_only: bool,
+        reuse_port: bool,
+        backlog: i32,
+    ) -> io::Result<Fd> {
         let socket = tcp_socket(address)?;
         if address.is_ipv6() {
             socket.set_only_v6(v6_only)?;
         }
         socket.set_reuse_address(true)?;
+        socket.set_reuse_port(reuse_port)?;
         socket.bind(&address.into())?;
         socket.listen(backlog)?;
         Ok(self.keep(socket))

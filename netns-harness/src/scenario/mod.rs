@@ -10,6 +10,7 @@ mod fin_wait_1;
 mod fin_wait_1_orphan;
 mod fin_wait_2;
 mod forked;
+mod full_backlog;
 mod half_closed;
 mod last_ack;
 mod must_fail;
@@ -47,6 +48,7 @@ pub const ALL: &[&Scenario] = &[
     &unread::SCENARIO,
     &drained::SCENARIO,
     &not_accepted::SCENARIO,
+    &full_backlog::SCENARIO,
     &forked::SCENARIO,
     &sending::SCENARIO,
     &half_closed::SCENARIO,

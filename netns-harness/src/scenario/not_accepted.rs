@@ -21,7 +21,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     )
 };
 
-fn build(stage: &Stage<'_>) -> anyhow::Result<Vec<Conn>> {
+pub(super) fn build(stage: &Stage<'_>) -> anyhow::Result<Vec<Conn>> {
     let ends = stage
         .peer()
         .connect(stage.pair.app_address, stage.count, Dial::default(), STEP)?;

@@ -153,6 +153,12 @@ struct JsonDiagnosedListener {
     backlog: u32,
     waiting: u32,
     owners: Vec<i32>,
+    /// The number of listening sockets at this address; more than one only with SO_REUSEPORT.
+    group_size: usize,
+    /// The number of those at which the connections may wait; several if the kernel does not tell at which.
+    possible_sockets: usize,
+    /// Connections waited at both scans, and none was accepted in between.
+    stalled: bool,
     #[serde(flatten)]
     group: JsonGroup,
 }
@@ -238,9 +244,12 @@ fn listener(
     JsonDiagnosedListener {
         address: listener.local.ip(),
         port: listener.local.port(),
-        backlog: listener.backlog,
-        waiting: listener.waiting,
+        backlog: listener.backlog(),
+        waiting: listener.waiting(),
         owners,
+        group_size: listener.group_size,
+        possible_sockets: listener.sockets.len(),
+        stalled: listener_diagnosis.is_stalled,
         group: group(&listener_diagnosis.connections, diagnosis.elapsed),
     }
 }

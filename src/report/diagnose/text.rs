@@ -12,7 +12,8 @@ use crate::diagnose::suggest::Suggestion;
 use crate::diagnose::{
     Diagnosis, ListenerDiagnosis, MAX_SHOWN, ProcessDiagnosis, SuspectCounts, verdict,
 };
-use crate::report::table::{by_process, place};
+use crate::model::ListeningSocket;
+use crate::report::table::{backlogs, by_process, place};
 use crate::text::{age, counted, escape, format_rate, seconds};
 
 /// The maximum number of ports, peers or threads named in one line.
@@ -267,16 +268,44 @@ fn listener_block(diagnosis: &Diagnosis, listener_diagnosis: &ListenerDiagnosis)
     }
     let _ = write!(
         block,
-        ": {}, backlog {} of {}",
+        ": {}, {} {}",
         stuck_text(&listener_diagnosis.connections, diagnosis.elapsed),
-        listener.waiting,
-        listener.backlog
+        if listener.sockets.len() == 1 {
+            "backlog"
+        } else {
+            "backlogs"
+        },
+        backlogs(listener, " of ")
     );
-    // The kernel queues one connection more than the limit (include/net/sock.h, sk_acceptq_is_full).
-    if listener.backlog > 0 && listener.waiting > listener.backlog {
+    let is_full = |socket: &ListeningSocket| socket.backlog > 0 && socket.is_full();
+    if listener.sockets.iter().any(is_full) {
         block.push_str(" (full: new connections are dropped)");
     }
+    if listener.sockets.len() > 1 {
+        let _ = write!(
+            block,
+            "\n  {} listening sockets share the address (SO_REUSEPORT); the kernel does not tell in whose backlog each connection waits",
+            listener.group_size
+        );
+    } else if listener.group_size > 1 {
+        let _ = write!(
+            block,
+            "\n  one of {} listening sockets at this address (SO_REUSEPORT); this backlog is its own",
+            listener.group_size
+        );
+    }
     push_causes(&mut block, &listener_diagnosis.connections);
+    if listener_diagnosis.is_stalled {
+        let _ = write!(
+            block,
+            "\n  nothing was accepted in {}: {}",
+            seconds(diagnosis.elapsed),
+            match diagnosis.is_at_limit(listener) {
+                true => "its owner is at its limit of descriptors, so accept(2) fails",
+                false => "the accept loop is stuck",
+            }
+        );
+    }
     push_places(&mut block, &listener_diagnosis.connections);
     block
 }

@@ -14,8 +14,8 @@ use crate::commands::sweep;
 use crate::config::{Action, Config, ReclaimConfig};
 use crate::finder::dead::DeadSocket;
 use crate::model::{
-    Coverage, Exclusion, InUse, Listener, Method, MethodError, Outcome, Owner, Plan, Privilege,
-    ReclaimOutcome, ReclaimReason, Scan, SkipReason, Socket, Target,
+    Coverage, Exclusion, InUse, Listener, ListeningSocket, Method, MethodError, Outcome, Owner,
+    Plan, Privilege, ReclaimOutcome, ReclaimReason, Scan, SkipReason, Socket, Target,
 };
 use crate::proc::cgroup::Cgroup;
 use crate::proc::netns::Netns;
@@ -747,10 +747,14 @@ fn place(listeners: &mut Vec<Listener>, listening: &Listening, owners: Vec<Owner
     known.unwrap_or_else(|| {
         listeners.push(Listener {
             local,
-            inodes: vec![5000],
+            sockets: vec![ListeningSocket {
+                id: stuck("0.0.0.0:1", "0.0.0.0:0", 5000).id,
+                inode: 5000,
+                waiting: listening.1,
+                backlog: listening.2,
+            }],
+            group_size: 1,
             uid: 0,
-            waiting: listening.1,
-            backlog: listening.2,
             owners,
         });
         listeners.len() - 1

@@ -112,7 +112,8 @@ fn each_cause_has_its_verdict(family: Family) -> Result<()> {
     assert_eq!(frozen["state"], json!("T"));
 
     let listener = block(&document, "listeners", "port", 8004)?;
-    only_cause(listener, "not-accepted", 2, "the accept loop is stuck");
+    only_cause(listener, "not-accepted", 2, "only accept(2) does");
+    assert_eq!(listener["stalled"], json!(true));
     assert_eq!(listener["owners"], json!([never.app().pid()]));
     let rows = lab.app_host().ss(&["sport", "=", ":8004"])?;
     let row = rows.iter().find(|row| row.state == TcpState::Listen);
@@ -131,7 +132,7 @@ fn each_cause_has_its_verdict(family: Family) -> Result<()> {
             .into(),
         "4 unread: not reading: idle pool or blocked worker".into(),
         "3 sending: ".into(),
-        "2 not-accepted: not accepting: closing sockets will not help".into(),
+        "2 not-accepted: not accepting: closing them frees no slot".into(),
         "stopped by a signal".into(),
         format!("of leaky-app/{}: 2 stuck", never.app().pid()),
     ] {
