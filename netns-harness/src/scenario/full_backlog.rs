@@ -1,6 +1,6 @@
 //! `full-backlog`: the application accepts nothing, its backlog is full, and every client that waits in it has gone.
 
-use super::{Expect, Scenario, Sharing, Stage, not_accepted};
+use super::{Scenario, Sharing, Stage, not_accepted};
 use crate::Conn;
 
 pub(super) const SCENARIO: Scenario = Scenario {
