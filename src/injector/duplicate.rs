@@ -11,7 +11,7 @@ use rustix::net::sockopt;
 
 use crate::model::{MethodError, Owner, Privilege, Target};
 use crate::proc::{ProcFs, ProcessId};
-use crate::sys::{self, errno_of};
+use crate::sys::{self, Duplicate, errno_of};
 
 /// pidfds open at the same time. The limit of open descriptors is 1024 on many hosts.
 const MAX_PIDFDS: usize = 128;
@@ -35,7 +35,7 @@ impl Duplicator {
     }
 
     /// A duplicate for the socket of `target`, from the first owner whose descriptor is still open.
-    pub fn socket(&mut self, target: &Target) -> Result<OwnedFd, MethodError> {
+    pub fn socket(&mut self, target: &Target) -> Result<Duplicate, MethodError> {
         let mut failure = MethodError::DescriptorsGone;
         for owner in &target.owners {
             let socket = match self.duplicate(owner) {
@@ -61,7 +61,7 @@ impl Duplicator {
     }
 
     /// A duplicate of the file that the owner's descriptor refers to now.
-    fn duplicate(&mut self, owner: &Owner) -> Result<OwnedFd, MethodError> {
+    fn duplicate(&mut self, owner: &Owner) -> Result<Duplicate, MethodError> {
         let pidfd = self.pidfd(owner.process.id)?;
         sys::pidfd_getfd(pidfd.as_fd(), owner.fd).map_err(|error| match errno_of(&error) {
             Errno::EBADF | Errno::ESRCH => MethodError::DescriptorsGone,

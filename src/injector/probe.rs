@@ -2,13 +2,17 @@
 //! socket. If it has, it answers ACK, and the socket is left alone.
 //!
 //! If the socket has an owner, cwkill turns keepalive on through a duplicate of the descriptor, until the kernel has sent one
-//! probe. Then it restores the socket options. If the socket has no owner, cwkill makes the local stack send an ACK to the
-//! peer. If that does not close the socket, cwkill sends a keepalive probe with the socket's addresses.
+//! probe: some milliseconds, or up to a second for a socket that has just received something. Then it restores the socket
+//! options and closes the duplicate, and waits for the answer without them. If the socket has no owner, cwkill makes the local
+//! stack send an ACK to the peer. If that does not close the socket, cwkill sends a keepalive probe with the socket's addresses.
 //!
 //! A peer that does not answer may still exist. So keepalive must never close the socket itself: cwkill restores the options
 //! long before the kernel would send a second probe. Only an RST from the peer closes a socket here.
+//!
+//! If cwkill gets SIGKILL within these milliseconds, keepalive stays on, with values that do little: a peer that lives is asked
+//! again each time it has been quiet for as long as it was now, and one that is silent every nine hours, 127 times.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -24,7 +28,7 @@ use crate::packet::capture;
 use crate::packet::raw::Outgoing;
 use crate::proc::ProcFs;
 use crate::sock_diag::{DiagId, LookupError, SocketMessage};
-use crate::sys::{self, errno_of};
+use crate::sys::{self, Duplicate, errno_of};
 use crate::tcp::{Segment, TcpFlags};
 
 /// Sockets per batch, if the limit of open descriptors permits one duplicate for each.
@@ -36,6 +40,11 @@ const SHARES: u64 = 16;
 /// The shortest TCP_KEEPIDLE (net/ipv4/tcp.c, tcp_sock_set_keepidle_locked). The kernel sends the probe when this time has
 /// passed since the last segment of the peer.
 const KEEP_IDLE: Duration = Duration::from_secs(1);
+/// The fields of struct tcp_info (linux/tcp.h) that are read here, up to the last of them.
+const TCP_INFO_PROBES: usize = 3;
+const TCP_INFO_LAST_DATA_RECV: usize = 52;
+const TCP_INFO_LAST_ACK_RECV: usize = 56;
+const TCP_INFO_LEN: usize = 60;
 /// The longest TCP_KEEPINTVL and the highest TCP_KEEPCNT (include/net/tcp.h).
 const MAX_KEEP_INTERVAL: i32 = 32767;
 const MAX_KEEP_COUNT: i32 = 127;
@@ -57,8 +66,8 @@ pub struct Probe {
 /// A target that waits for its peer.
 struct Asked<'t> {
     target: &'t mut Target,
-    /// Keepalive of an owned socket; the options are restored when this is dropped.
-    _keepalive: Option<Keepalive>,
+    /// Keepalive of an owned socket until its probe is sent; the options are restored when this is dropped.
+    keepalive: Option<Keepalive>,
     /// The socket before the probe.
     before: SocketMessage,
     since: Instant,
@@ -67,6 +76,11 @@ struct Asked<'t> {
 }
 
 impl Asked<'_> {
+    /// Restores the options of the socket if the kernel has sent the probe.
+    fn restore_if_sent(&mut self) {
+        self.keepalive.take_if(|keepalive| keepalive.is_sent());
+    }
+
     /// The result of the probe, if `after` shows one. The kernel answered that lookup at an unknown time between `before_lookup`
     /// and `after_lookup`.
     fn verdict(
@@ -182,21 +196,27 @@ impl Executor for Probe {
             if target.owners.is_empty() {
                 unowned.push(Asked {
                     target,
-                    _keepalive: None,
+                    keepalive: None,
                     before,
                     since,
                     until: since,
                 });
                 continue;
             }
-            match self.ask_by_keepalive(target) {
+            // For a socket with unacknowledged data the kernel sends no probe (net/ipv4/tcp_timer.c, tcp_keepalive_timer). Its
+            // retransmissions have the same effect.
+            let keepalive = match before.send_q {
+                0 => self.ask_by_keepalive(target).map(Some),
+                _ => Ok(None),
+            };
+            match keepalive {
                 Ok(keepalive) => {
                     let idle = before.quiet.map_or(Duration::ZERO, |quiet| {
                         quiet.last_ack_recv.min(quiet.last_data_recv)
                     });
                     asked.push(Asked {
                         target,
-                        _keepalive: Some(keepalive),
+                        keepalive,
                         before,
                         since,
                         until: deadline(since + KEEP_IDLE.saturating_sub(idle), batch.grace()),
@@ -224,11 +244,14 @@ fn await_answers(mut asked: Vec<Asked<'_>>, batch: &mut Batch<'_>) {
         let after_lookup = batch.control().now();
         let interrupted = batch.control().interrupted();
         asked = Vec::new();
-        for (item, after) in answers {
+        for (mut item, after) in answers {
             match item.verdict(&after, before_lookup, after_lookup) {
                 Some(result) => item.target.record(Method::Probe, result),
                 None if interrupted => {}
-                None => asked.push(item),
+                None => {
+                    item.restore_if_sent();
+                    asked.push(item);
+                }
             }
         }
         if asked.is_empty() {
@@ -271,9 +294,25 @@ fn keepalive_probe(id: &DiagId, numbers: Numbers, send_q: u32) -> Outgoing {
 
 /// The keepalive options of a socket, with the values to restore.
 struct Keepalive {
-    socket: OwnedFd,
+    socket: Duplicate,
     /// Level, name and former value, in the order in which they are restored.
     former: [(i32, i32, i32); 4],
+    /// The number of unanswered probes before this one. The program may have asked the peer itself.
+    probes: u8,
+}
+
+/// The unanswered probes of a socket, and the time since the last segment of its peer.
+fn probes_and_idle(socket: &Duplicate) -> std::io::Result<(u8, Duration)> {
+    let mut buf = [0; TCP_INFO_LEN];
+    let info =
+        sys::socket_option_bytes(socket.as_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, &mut buf)?;
+    let millis = |at: usize| {
+        let bytes = info.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
+        Duration::from_millis(bytes.map_or(0, u32::from_ne_bytes).into())
+    };
+    // net/ipv4/tcp_timer.c, keepalive_time_elapsed.
+    let idle = millis(TCP_INFO_LAST_DATA_RECV).min(millis(TCP_INFO_LAST_ACK_RECV));
+    Ok((info.get(TCP_INFO_PROBES).copied().unwrap_or(0), idle))
 }
 
 impl Keepalive {
@@ -282,11 +321,8 @@ impl Keepalive {
     const INTERVAL: (i32, i32) = (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL);
     const IDLE: (i32, i32) = (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE);
 
-    /// Makes the kernel send one probe. It sends it at once if the socket has been idle for [`KEEP_IDLE`].
-    ///
-    /// For a socket with unacknowledged data the kernel sends no probe (net/ipv4/tcp_timer.c, tcp_keepalive_timer). Its
-    /// retransmissions have the same effect.
-    fn start(socket: OwnedFd) -> std::io::Result<Self> {
+    /// Makes the kernel send one probe. It sends it at its next tick if the socket has been idle for [`KEEP_IDLE`].
+    fn start(socket: Duplicate) -> std::io::Result<Self> {
         let former = |(level, name)| {
             let value = sys::socket_option(socket.as_fd(), level, name)?;
             std::io::Result::Ok((level, name, value))
@@ -309,7 +345,14 @@ impl Keepalive {
                 return Err(std::io::Error::from_raw_os_error(libc::ERANGE));
             }
         }
-        let keepalive = Keepalive { socket, former };
+        let (probes, idle) = probes_and_idle(&socket)?;
+        // The time for which it has been idle already: the probe is due, and if these values stay, the next is far away.
+        let idle = i32::try_from(idle.max(KEEP_IDLE).as_secs()).unwrap_or(i32::MAX);
+        let keepalive = Keepalive {
+            socket,
+            former,
+            probes,
+        };
         let set = |(level, name), value| {
             sys::set_socket_option(keepalive.socket.as_fd(), level, name, value)
         };
@@ -320,8 +363,13 @@ impl Keepalive {
         // SO_KEEPALIVE first and TCP_KEEPIDLE last: only setting TCP_KEEPIDLE makes the kernel count the time for which the
         // socket has already been idle.
         set(Self::ON, 1)?;
-        set(Self::IDLE, 1)?;
+        set(Self::IDLE, idle.min(MAX_KEEP_INTERVAL))?;
         Ok(keepalive)
+    }
+
+    /// Whether the kernel has sent the probe. An answer resets the count of probes, so `false` says nothing after an answer.
+    fn is_sent(&self) -> bool {
+        probes_and_idle(&self.socket).is_ok_and(|(probes, _)| probes > self.probes)
     }
 }
 
@@ -397,7 +445,7 @@ mod tests {
         let since = Instant::now();
         let asked = Asked {
             target: &mut target,
-            _keepalive: None,
+            keepalive: None,
             before: last_ack(before),
             since,
             until: since + PASSED,
@@ -428,7 +476,7 @@ mod tests {
         let since = Instant::now();
         let asked = Asked {
             target: &mut target,
-            _keepalive: None,
+            keepalive: None,
             before: last_ack(10),
             since,
             until: since + PASSED,

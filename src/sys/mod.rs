@@ -7,6 +7,8 @@
     reason = "system calls that nix, rustix and socket2 do not wrap, each block argued"
 )]
 
+pub mod caller;
+mod duplicate;
 pub mod ptrace;
 
 use std::io;
@@ -15,6 +17,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
+
+pub use duplicate::Duplicate;
 
 /// The errno of an error of a system call; EIO for an error without one.
 pub fn errno_of(error: &io::Error) -> Errno {
@@ -48,9 +52,9 @@ pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
 /// # Errors
 /// EPERM: needs the right to attach to the process with ptrace(2): the same uid, or CAP_SYS_PTRACE. EBADF: the process has no such
 /// descriptor. ESRCH: it has exited. ENOSYS: kernel older than 5.6. Source: kernel/pid.c, pidfd_getfd(2).
-pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, target: RemoteFd) -> io::Result<OwnedFd> {
+pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, target: RemoteFd) -> io::Result<Duplicate> {
     let flags = PidfdGetfdFlags::empty();
-    Ok(rustix::process::pidfd_getfd(pidfd, target.0, flags)?)
+    Ok(rustix::process::pidfd_getfd(pidfd, target.0, flags)?.into())
 }
 
 /// Reads an integer option of a socket.
@@ -152,6 +156,35 @@ pub fn unsent_bytes(socket: BorrowedFd<'_>) -> io::Result<u32> {
 
 /// linux/sockios.h; the libc crate does not have it for every target.
 const SIOCOUTQNSD: libc::Ioctl = 0x894b;
+
+/// The type of the namespace that a file of nsfs stands for, as in `CLONE_NEWNET`.
+///
+/// # Errors
+/// ENOTTY: not a file of nsfs, or kernel older than 4.11. Source: fs/nsfs.c, ns_ioctl, NS_GET_NSTYPE.
+pub fn namespace_type(file: BorrowedFd<'_>) -> io::Result<i32> {
+    // SAFETY: NS_GET_NSTYPE takes no argument, and the kernel accesses no memory of this process.
+    let ret = unsafe { libc::ioctl(file.as_raw_fd(), NS_GET_NSTYPE) };
+    match ret {
+        -1 => Err(io::Error::last_os_error()),
+        kind => Ok(kind),
+    }
+}
+
+/// include/uapi/linux/nsfs.h: `_IO(0xb7, 3)`.
+const NS_GET_NSTYPE: libc::Ioctl = 0xb703;
+
+/// Ignores `signal` from now on.
+///
+/// # Errors
+/// EINVAL: there is no such signal, or it cannot be ignored.
+pub fn ignore_signal(signal: i32) -> io::Result<()> {
+    // SAFETY: SIG_IGN is not a function of this process, so no code of it runs when the signal arrives.
+    let former = unsafe { libc::signal(signal, libc::SIG_IGN) };
+    match former {
+        libc::SIG_ERR => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
 
 /// Whether two processes share one descriptor table.
 ///

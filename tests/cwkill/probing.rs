@@ -17,6 +17,7 @@ pub const TESTS: &[Test] = &[
     each_family!(a_live_peer_keeps_later_methods_away),
     each_family!(an_owner_without_privileges_is_enough),
     once!(more_sockets_than_one_capture_holds_are_asked),
+    once!(sigkill_leaves_no_option_behind),
     once!(ctrl_c_puts_the_options_back),
     once!(pressing_ctrl_c_again_changes_nothing),
     once!(a_lost_terminal_puts_the_options_back),
@@ -157,7 +158,17 @@ fn an_owner_without_privileges_is_enough(family: Family) -> Result<()> {
     Ok(())
 }
 
-fn interrupted(signals: &[Signal]) -> Result<()> {
+/// The segments that the sockets of `port` have sent, and the line of each with its timer.
+fn sent(lab: &Lab, port: u16) -> Result<(u64, String)> {
+    let filter = format!("sport = :{port}");
+    let shown = ran(lab.app_host().command("ss").args(["-Htnoi", "-O", &filter]))?.exits(0);
+    let words = shown.stdout.split_whitespace();
+    let counts = words.filter_map(|word| word.strip_prefix("segs_out:")?.parse::<u64>().ok());
+    Ok((counts.sum(), shown.stdout.clone()))
+}
+
+/// A run that has asked three silent peers and waits for their answers. Only the first socket has keepalive of its own.
+fn waiting() -> Result<(Lab, Leak, std::process::Child)> {
     let (lab, leak) = silent_peer("drained", Family::V4)?;
     leak.app().set_option(
         &leak.app_fds()[..1],
@@ -167,8 +178,8 @@ fn interrupted(signals: &[Signal]) -> Result<()> {
             probes: 7,
         },
     )?;
-    let before = ran(lab.app_host().command("ss").args(["-Htn"]))?.stdout;
     assert_eq!(keepalive_timers(&lab)?, 1);
+    let (before, _) = sent(&lab, 8080)?;
     let line = "--port 8080 --method probe --grace 60s --json";
     let child = lab
         .app_host()
@@ -176,12 +187,38 @@ fn interrupted(signals: &[Signal]) -> Result<()> {
         .args(line.split(' '))
         .stdout(std::process::Stdio::piped())
         .spawn()?;
-    lab.wait_for(PATIENCE, || Ok(keepalive_timers(&lab)? == 3))?;
+    lab.wait_for(PATIENCE, || Ok(sent(&lab, 8080)?.0 == before + 3))?;
+    Ok((lab, leak, child))
+}
+
+/// The options are restored as soon as the probes are sent, long before the answers.
+fn sigkill_leaves_no_option_behind() -> Result<()> {
+    let (lab, leak, mut child) = waiting()?;
+    lab.wait_for(PATIENCE, || Ok(keepalive_timers(&lab)? == 1))?;
+    assert!(child.try_wait()?.is_none(), "it still waits");
+    child.kill()?;
+    child.wait()?;
+    let (_, shown) = sent(&lab, 8080)?;
+    assert_eq!(
+        shown.matches("timer:(keepalive,116min").count(),
+        1,
+        "{shown}"
+    );
+    assert_eq!(keepalive_timers(&lab)?, 1, "{shown}");
+    assert!(leak.app().is_alive());
+    Ok(())
+}
+
+fn interrupted(signals: &[Signal]) -> Result<()> {
+    let (lab, _leak, child) = waiting()?;
+    let before = ran(lab.app_host().command("ss").args(["-Htn"]))?.stdout;
     let pid = nix::unistd::Pid::from_raw(child.id().try_into()?);
     for signal in signals {
         nix::sys::signal::kill(pid, *signal)?;
     }
-    let document = Ran::of(line, child.wait_with_output()?)?.exits(4).json();
+    let document = Ran::of("cwkill", child.wait_with_output()?)?
+        .exits(4)
+        .json();
     assert_eq!(at(&document, "/summary/skipped"), "3");
     assert_eq!(skip_reason(&document["sockets"][0]), "interrupted");
     assert_eq!(keepalive_timers(&lab)?, 1);
@@ -196,9 +233,10 @@ fn interrupted(signals: &[Signal]) -> Result<()> {
 fn nohup_is_respected() -> Result<()> {
     let (lab, _leak) = silent_peer("drained", Family::V4)?;
     let script = format!("trap '' HUP; exec {CWKILL} --all --method probe --grace 60s --json");
+    let (before, _) = sent(&lab, 8080)?;
     let sh = lab.app_host().command("sh").args(["-c", &script]);
     let child = sh.stdout(std::process::Stdio::piped()).spawn()?;
-    lab.wait_for(PATIENCE, || Ok(keepalive_timers(&lab)? == 3))?;
+    lab.wait_for(PATIENCE, || Ok(sent(&lab, 8080)?.0 == before + 3))?;
     let pid = nix::unistd::Pid::from_raw(child.id().try_into()?);
     nix::sys::signal::kill(pid, Signal::SIGHUP)?;
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
