@@ -10,11 +10,12 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path};
 
-use caps::{CapSet, CapsHashSet};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat, readlinkat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
-use nix::unistd::{getegid, geteuid, getgid, getuid, setfsgid, setfsuid};
+use nix::unistd::getuid;
+
+use crate::sys::caller::as_caller;
 
 /// The maximum number of symbolic links in a path, as in the kernel (include/linux/namei.h, MAXSYMLINKS).
 const MAX_LINKS: usize = 40;
@@ -29,26 +30,7 @@ const OTHERS_WRITE: u32 = 0o002;
 /// # Errors
 /// EINVAL with a reason: it is not a regular file, or another user can write it or change its path. As open(2).
 pub(super) fn open(path: &Path) -> io::Result<File> {
-    match getuid().is_root() {
-        true => open_checked(path),
-        false => as_real_user(|| open_checked(path)),
-    }
-}
-
-/// Runs `work` with the privileges of the real user.
-fn as_real_user<T>(work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    let failed = |error: caps::errors::CapsError| io::Error::other(error.to_string());
-    let effective = caps::read(None, CapSet::Effective).map_err(failed)?;
-    setfsgid(getgid());
-    setfsuid(getuid());
-    let result = caps::set(None, CapSet::Effective, &CapsHashSet::new())
-        .map_err(failed)
-        .and_then(|()| work());
-    setfsuid(geteuid());
-    setfsgid(getegid());
-    // This is always permitted, since the permitted set has not changed.
-    caps::set(None, CapSet::Effective, &effective).map_err(failed)?;
-    result
+    as_caller(|| open_checked(path))
 }
 
 fn open_checked(path: &Path) -> io::Result<File> {
@@ -266,15 +248,5 @@ mod tests {
         symlink("round", real.join("round")).unwrap();
         let error = open(&real.join("round/log")).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ELOOP));
-    }
-
-    #[test]
-    fn privileges_are_restored() {
-        let before = caps::read(None, CapSet::Effective).unwrap();
-        let inside = as_real_user(|| {
-            caps::read(None, CapSet::Effective).map_err(|error| io::Error::other(error.to_string()))
-        });
-        assert!(inside.unwrap().is_empty());
-        assert_eq!(caps::read(None, CapSet::Effective).unwrap(), before);
     }
 }

@@ -10,6 +10,7 @@ use nix::net::if_::if_nametoindex;
 
 use super::Namespace;
 use crate::proc::{ProcFs, mounts};
+use crate::sys::caller::as_caller;
 
 /// The network namespace of the calling thread.
 pub struct ThisNamespace {
@@ -43,7 +44,7 @@ impl Namespace for ThisNamespace {
         // As in ss: a directory, or a path below the mount point.
         let below = root.join(path.trim_start_matches('/'));
         [Path::new(path), &below].into_iter().find_map(|path| {
-            let found = fs::metadata(path).ok()?;
+            let found = as_caller(|| fs::metadata(path)).ok()?;
             (found.dev() == device && found.is_dir()).then(|| found.ino())
         })
     }

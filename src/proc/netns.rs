@@ -2,10 +2,15 @@
 //!
 //! The device and inode of its file in nsfs identify a namespace. A name or a process does not: each can move to another namespace.
 //! An open file keeps the namespace alive.
+//!
+//! A path from the command line may name anything, and with file capabilities cwkill may open what its caller may not. So a file is
+//! opened only as a place (O_PATH) until it has proved to be one of nsfs: to open a FIFO or a device has effects. And a path is
+//! followed with the rights of the caller. Names and pids are not: they stand for namespaces that cwkill shows to its caller anyway.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,6 +20,8 @@ use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 
 use super::mounts::network_namespaces;
 use super::{ProcFs, is_gone};
+use crate::sys;
+use crate::sys::caller::as_caller;
 
 /// The directories in which ip-netns(8) and docker keep the names of namespaces.
 const NAME_DIRECTORIES: [&str; 2] = ["/run/netns", "/run/docker/netns"];
@@ -129,20 +136,16 @@ impl Netns {
 
     /// Opens the namespace that `text` names: a path, otherwise a name, otherwise a pid.
     fn named(text: &str, proc: &ProcFs) -> io::Result<Self> {
-        let named = NAME_DIRECTORIES.map(|directory| Path::new(directory).join(text));
-        let path = if text.contains('/') {
-            PathBuf::from(text)
-        } else if let Some(path) = named.into_iter().find(|path| path.exists()) {
-            path
-        } else if let Ok(pid) = text.parse::<u32>() {
-            proc.path(&format!("{pid}/ns/net"))
-        } else {
-            return Err(io::Error::new(
-                io::ErrorKind::NotFound,
-                "/run/netns has no such name; give a name that `ip netns` lists, a path, or a process number",
-            ));
-        };
-        let netns = Self::at(&path)?;
+        let netns = match Named::of(text) {
+            Named::Path(path) => as_caller(|| Self::at(&path)),
+            Named::Pid(pid) => Self::at(&proc.path(&format!("{pid}/ns/net"))),
+            Named::Name => Self::with_name(text).ok_or_else(|| {
+                io::Error::new(
+                    io::ErrorKind::NotFound,
+                    "/run/netns has no such name; give a name that `ip netns` lists, a path, or a process number",
+                )
+            }),
+        }?;
         let names = names();
         let current = Self::current(&names)?;
         if netns.id == current.id {
@@ -152,23 +155,64 @@ impl Netns {
         Ok(Netns { name, ..netns })
     }
 
+    /// Opens the namespace with this name. `None` if there is none, or if the file of the name is something else: the
+    /// caller may not be permitted to know of that file.
+    fn with_name(name: &str) -> Option<Self> {
+        named_files()
+            .into_iter()
+            .filter(|path| path.file_name().is_some_and(|file| file == name))
+            .find_map(|path| Self::at(&path).ok())
+    }
+
     fn at(path: &Path) -> io::Result<Self> {
-        // Without O_NONBLOCK, opening a FIFO would wait for a writer.
-        let file = OpenOptions::new()
+        let place = OpenOptions::new()
             .read(true)
-            .custom_flags(libc::O_NONBLOCK)
+            .custom_flags(libc::O_PATH)
             .open(path)?;
-        if fstatfs(&file)?.filesystem_type() != NSFS_MAGIC {
-            return Err(io::Error::new(
+        let not_a_namespace = || {
+            io::Error::new(
                 io::ErrorKind::InvalidInput,
                 "it is not a network namespace; give a name that `ip netns` lists, a process number, or /proc/PID/ns/net",
-            ));
+            )
+        };
+        if fstatfs(&place)?.filesystem_type() != NSFS_MAGIC {
+            return Err(not_a_namespace());
+        }
+        // This opens the file that was checked, even if its path leads to another by now.
+        let file = File::open(format!("/proc/self/fd/{}", place.as_raw_fd()))?;
+        // Kernels before 4.11 do not tell, and refuse another type only when cwkill wants to enter it.
+        if sys::namespace_type(file.as_fd()).is_ok_and(|kind| kind != libc::CLONE_NEWNET) {
+            return Err(not_a_namespace());
         }
         Ok(Netns {
             id: id(&file.metadata()?),
             name: None,
             file: Some(file),
         })
+    }
+}
+
+/// What `--netns` names.
+#[derive(Debug, PartialEq, Eq)]
+enum Named {
+    Path(PathBuf),
+    /// A process, by its pid or as `/proc/PID/ns/net`.
+    Pid(u32),
+    /// A file in one of [`NAME_DIRECTORIES`].
+    Name,
+}
+
+impl Named {
+    fn of(text: &str) -> Self {
+        let pid = |text: &str| text.parse().ok();
+        let of_process = |text: &str| pid(text.strip_prefix("/proc/")?.strip_suffix("/ns/net")?);
+        match (of_process(text), text.contains('/'), pid(text)) {
+            (Some(pid), ..) => Named::Pid(pid),
+            (None, true, _) => Named::Path(text.into()),
+            // A name may be a number.
+            (None, false, Some(pid)) if Netns::with_name(text).is_none() => Named::Pid(pid),
+            (None, false, _) => Named::Name,
+        }
     }
 }
 
@@ -275,6 +319,35 @@ mod tests {
         }
         let unknown = NetnsScope::Named("no-such-name".into()).open(&ProcFs::default());
         assert!(unknown.unwrap_err().to_string().contains("/run/netns"));
+    }
+
+    #[test]
+    fn only_a_network_namespace_is_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let fifo = fifo.to_str().unwrap();
+        for text in [fifo, "/dev/null", "/", "/proc/self/ns/mnt", "/proc/self/fd"] {
+            let opened = NetnsScope::Named(text.into()).open(&ProcFs::default());
+            let error = opened.unwrap_err().to_string();
+            assert!(error.contains("not a network namespace"), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_path_of_a_process_is_its_pid() {
+        assert_eq!(Named::of("/proc/4711/ns/net"), Named::Pid(4711));
+        assert_eq!(Named::of("4711"), Named::Pid(4711));
+        assert_eq!(Named::of("blue"), Named::Name);
+        for path in [
+            "/proc/self/ns/net",
+            "/proc/4711/ns/mnt",
+            "/proc/../ns/net",
+            "/proc/4711/cwd/ns/net",
+            "./blue",
+        ] {
+            assert_eq!(Named::of(path), Named::Path(path.into()), "{path}");
+        }
     }
 
     #[test]

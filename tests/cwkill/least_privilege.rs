@@ -26,6 +26,8 @@ pub const TESTS: &[Test] = &[
     once!(capabilities_that_cannot_be_dropped_are_reported),
     once!(descriptors_of_another_user_need_both_capabilities).needs(Need::RootOfTheMachine),
     once!(the_log_is_opened_with_the_rights_of_the_caller).needs(Need::RootOfTheMachine),
+    once!(no_path_is_followed_with_file_capabilities).needs(Need::RootOfTheMachine),
+    once!(nothing_but_a_namespace_is_opened).needs(Need::RootOfTheMachine),
 ];
 
 /// A user without any privilege.
@@ -137,11 +139,162 @@ fn the_log_is_opened_with_the_rights_of_the_caller() -> Result<()> {
     Ok(())
 }
 
+/// A copy of cwkill with the file capabilities that the manual page recommends, in a directory that everybody can search.
+struct Granted {
+    dir: tempfile::TempDir,
+}
+
+impl Granted {
+    fn new() -> Result<Self> {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir()?;
+        let granted = Granted { dir };
+        let everybody = || std::fs::Permissions::from_mode(0o755);
+        std::fs::set_permissions(granted.dir.path(), everybody())?;
+        std::fs::copy(CWKILL, granted.program())?;
+        std::fs::set_permissions(granted.program(), everybody())?;
+        let capabilities = "cap_net_admin,cap_net_raw,cap_sys_ptrace,cap_dac_read_search+ep";
+        let setcap = std::process::Command::new("setcap")
+            .arg(capabilities)
+            .arg(granted.program())
+            .output()
+            .context("run setcap")?;
+        assert!(setcap.status.success(), "{setcap:?}");
+        Ok(granted)
+    }
+
+    fn program(&self) -> std::path::PathBuf {
+        self.dir.path().join("cwkill")
+    }
+
+    /// Runs it as a user without any right.
+    fn run(&self, lab: &Lab, arguments: &str) -> Result<Ran> {
+        let command = lab.app_host().command(self.program()).uid(NOBODY);
+        ran(command.args(arguments.split_whitespace()))
+    }
+
+    /// A directory that only root may search, with a file and a FIFO in it.
+    fn secret(&self) -> Result<std::path::PathBuf> {
+        use std::os::unix::fs::PermissionsExt;
+        let secret = self.dir.path().join("secret");
+        std::fs::create_dir(&secret)?;
+        std::fs::write(secret.join("here"), "")?;
+        nix::unistd::mkfifo(&secret.join("fifo"), nix::sys::stat::Mode::S_IRWXU)?;
+        std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o700))?;
+        Ok(secret)
+    }
+}
+
+/// With file capabilities, cwkill may search every directory. It must not tell its caller what is in them.
+fn no_path_is_followed_with_file_capabilities() -> Result<()> {
+    let (lab, leak) = lab("unread", Family::V4, 1)?;
+    let granted = Granted::new()?;
+    // The capabilities are effective: the caller sees the owner of another user.
+    let sockets = granted.run(&lab, "--json")?.exits(0).sockets();
+    let pid = leak.app().pid().to_string();
+    assert_eq!(at(&sockets[0], "/owners/0/pid"), pid);
+    let secret = granted.secret()?;
+    let below = |name: &str| secret.join(name).display().to_string();
+    for option in [
+        "-N",
+        "diagnose -N",
+        "check -w 1 -c 2 -N",
+        "--all --log-file",
+    ] {
+        let said = |name: &str| -> Result<String> {
+            let ran = granted.run(&lab, &format!("{option} {}", below(name)))?;
+            assert_eq!(ran.code, Some(3), "{ran:?}");
+            let all = ran.stdout + &ran.stderr;
+            assert!(all.contains("Permission denied"), "{all}");
+            Ok(all.replace(name, "NAME"))
+        };
+        let there = said("here")?;
+        assert_eq!(there, said("fifo")?, "{option}");
+        assert_eq!(there, said("none")?, "{option}");
+    }
+    // Without a slash it is a name or a pid, and nothing is a path.
+    for name in [".", "..", "no-such-name"] {
+        granted
+            .run(&lab, &format!("-N {name}"))?
+            .exits(3)
+            .complains("/run/netns has no such name");
+    }
+    // A process is not a path either, and its namespace is found as before.
+    for name in [pid.clone(), format!("/proc/{pid}/ns/net")] {
+        let sockets = granted
+            .run(&lab, &format!("--json -N {name}"))?
+            .exits(0)
+            .sockets();
+        assert_eq!(sockets.len(), 1, "{name}");
+    }
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 1);
+    Ok(())
+}
+
+/// To open a FIFO lets its writer go on, and to open a device can do anything.
+fn nothing_but_a_namespace_is_opened() -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let lab = Lab::new()?;
+    let granted = Granted::new()?;
+    let fifo = granted.dir.path().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU)?;
+    std::fs::set_permissions(&fifo, std::fs::Permissions::from_mode(0o666))?;
+    let mut writer = std::process::Command::new("sh")
+        .args(["-c", "exec 3> $0", &fifo.display().to_string()])
+        .spawn()?;
+    let waits = || -> Result<bool> {
+        let wchan = std::fs::read_to_string(format!("/proc/{}/wchan", writer.id()))?;
+        Ok(wchan.contains("fifo") || wchan.contains("partner"))
+    };
+    let waited = lab.wait_for(PATIENCE, waits);
+    let mut said = Vec::new();
+    for path in [
+        &*fifo.display().to_string(),
+        "/dev/null",
+        "/dev/tty",
+        "/proc/self/ns/mnt",
+    ] {
+        for command in ["", "diagnose", "check -w 1 -c 2", "--all -n"] {
+            let line = format!("{command} -N {path}");
+            said.push((
+                line.clone(),
+                granted.run(&lab, &line)?,
+                cwkill_as_root(&lab, &line)?,
+            ));
+        }
+    }
+    // Nobody has read from it, so its writer still waits.
+    let still = writer.try_wait()?.is_none();
+    writer.kill()?;
+    writer.wait()?;
+    waited?;
+    assert!(still, "the FIFO was opened");
+    for (line, by_nobody, by_root) in said {
+        for ran in [by_nobody, by_root] {
+            assert_eq!(ran.code, Some(3), "{line}: {ran:?}");
+            let all = format!("{}{}", ran.stdout, ran.stderr);
+            assert!(
+                all.contains("it is not a network namespace"),
+                "{line}: {all}"
+            );
+        }
+    }
+    Ok(())
+}
+
+fn cwkill_as_root(lab: &Lab, arguments: &str) -> Result<Ran> {
+    ran(lab
+        .app_host()
+        .command(CWKILL)
+        .args(arguments.split_whitespace()))
+}
+
 fn another_namespace_needs_cap_sys_admin() -> Result<()> {
     let (lab, leak) = lab("unread", Family::V4, 2)?;
     let elsewhere = Lab::new()?;
     for place in [
         "-N".to_owned() + &leak.app().pid().to_string(),
+        format!("-N/proc/{}/ns/net", leak.app().pid()),
         "--all-netns".into(),
     ] {
         let arguments = format!("{place} --json --port 8080 -n");
