@@ -14,7 +14,7 @@ use crate::finder;
 use crate::finder::dead::{DeadScan, DeadSocket, SuspectVerdict};
 use crate::model::{Cause, Scan};
 use crate::proc::{ProcFs, Process, ProcessId};
-use crate::text::age;
+use crate::text::{age, escape};
 
 /// The status of a monitoring plugin; the number is the exit status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -284,7 +284,7 @@ fn line(status: Status, text: &str, performance: &str) -> String {
         .chars()
         .map(|c| if c == '|' { '/' } else { c })
         .collect();
-    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let text = escape(&text.split_whitespace().collect::<Vec<_>>().join(" "));
     match performance {
         "" => format!("CWKILL {}: {text}", status.name()),
         _ => format!("CWKILL {}: {text} | {performance}", status.name()),

@@ -8,6 +8,7 @@ use cwkill::cli::Cli;
 use cwkill::commands;
 
 fn main() -> ExitCode {
+    commands::prepare();
     let cli = Cli::try_parse().unwrap_or_else(|error| commands::refuse(&error));
     commands::run(cli)
 }

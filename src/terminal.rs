@@ -11,10 +11,37 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::control::Control;
 use crate::model::Method;
+use crate::sys;
+use crate::text::{escape, escape_lines};
 
 /// Writes a line to stderr. If that fails, there is no other place to report it.
+///
+/// The message may contain names, and words of the command line that come from another program. They must not move the cursor.
 pub(crate) fn say(message: std::fmt::Arguments<'_>) {
-    let _ = writeln!(io::stderr(), "cwkill: {message}");
+    let _ = writeln!(io::stderr(), "cwkill: {}", escape(&message.to_string()));
+}
+
+/// Prints what clap has to say about the command line. It may quote words as they are.
+pub(crate) fn print_usage(error: &clap::Error) {
+    let is_safe = |word: std::ffi::OsString| {
+        let word = word.to_string_lossy();
+        escape(&word) == word
+    };
+    let plain = || escape_lines(&error.render().to_string());
+    // If printing fails, there is no other place to report it.
+    let _ = match (std::env::args_os().all(is_safe), error.use_stderr()) {
+        // In colour.
+        (true, _) => error.print(),
+        (false, true) => write!(io::stderr(), "{}", plain()),
+        (false, false) => write!(io::stdout(), "{}", plain()),
+    };
+}
+
+/// Makes a write beyond RLIMIT_FSIZE fail with EFBIG, as on a full disk. By default SIGXFSZ would end cwkill after its acts, and
+/// their result would be lost. cwkill starts no other program that could inherit this.
+pub(crate) fn ignore_file_size_signal() {
+    // This cannot fail: the signal exists.
+    let _ = sys::ignore_signal(libc::SIGXFSZ);
 }
 
 /// Writes results to stdout, through a buffer.
@@ -58,11 +85,33 @@ pub(crate) fn rows() -> Option<usize> {
     Some(height.0.into()).filter(|rows| *rows > 0)
 }
 
+/// Signals of an operator who wants cwkill to end.
+const REQUESTS: [i32; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
+/// Timers and limits that cwkill may have inherited (execve(2) keeps alarm(2) and RLIMIT_CPU), and signals without a fixed meaning.
+/// Their default action ends a process.
+const LIMITS: [i32; 6] = [
+    libc::SIGALRM,
+    libc::SIGVTALRM,
+    libc::SIGPROF,
+    libc::SIGXCPU,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+];
+/// Their default action ends a process as well, and nobody sends them to cwkill on purpose.
+fn stray_signals() -> impl Iterator<Item = i32> {
+    let real_time = libc::SIGRTMIN()..=libc::SIGRTMAX();
+    [libc::SIGIO, libc::SIGPWR, libc::SIGSTKFLT]
+        .into_iter()
+        .chain(real_time)
+}
+
 /// The clock, the operator's Ctrl-C and the progress bar.
 pub(crate) struct Terminal {
     interrupted: Arc<AtomicBool>,
-    /// cwkill is not acting, so a signal may end it at once.
+    /// cwkill is not acting, so a request of the operator may end it at once.
     idle: Arc<AtomicBool>,
+    /// cwkill has not acted yet, so an expired limit may end it at once.
+    untouched: Arc<AtomicBool>,
     progress: ProgressBar,
     /// Dropped when there is no more progress to show.
     running: Option<mpsc::Sender<()>>,
@@ -75,15 +124,24 @@ impl Terminal {
     pub(crate) fn new(acts: bool, quiet: bool) -> anyhow::Result<Self> {
         let interrupted = Arc::new(AtomicBool::new(false));
         let idle = Arc::new(AtomicBool::new(true));
+        let untouched = Arc::new(AtomicBool::new(true));
         if acts {
-            // Before and after the acts a signal ends cwkill as usual. During the acts cwkill first finishes and reports those
-            // that it has begun, because a method may have changed options of an owner's socket that it must restore. All waits
-            // are bounded.
-            let signals = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
-            for signal in signals.into_iter().filter(|signal| !is_ignored(*signal)) {
-                signal_hook::flag::register_conditional_default(signal, Arc::clone(&idle))
+            // During the acts cwkill first finishes and reports those that it has begun, because a method may have changed options
+            // of an owner's socket that it must restore. All waits are bounded. Before and after the acts a request ends cwkill as
+            // usual: the log may be on a disk that hangs. A limit ends it only before: afterwards the report and the outcomes in
+            // the log would be lost.
+            let ignored = ignored_signals();
+            let handle = |signal: i32, ends: &Arc<AtomicBool>| {
+                signal_hook::flag::register_conditional_default(signal, Arc::clone(ends))
                     .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&interrupted)))
-                    .context("cannot handle Ctrl-C")?;
+            };
+            for (signals, ends) in [(&REQUESTS[..], &idle), (&LIMITS[..], &untouched)] {
+                for signal in signals.iter().filter(|signal| !is_in(ignored, **signal)) {
+                    handle(*signal, ends).context("cannot handle Ctrl-C")?;
+                }
+            }
+            for signal in stray_signals() {
+                sys::ignore_signal(signal).context("cannot ignore a signal")?;
             }
             // If Ctrl-Z stopped cwkill during a reclaim, an owner that cwkill has stopped would stay stopped.
             let never = Arc::new(AtomicBool::new(false));
@@ -107,6 +165,7 @@ impl Terminal {
         Ok(Terminal {
             interrupted,
             idle,
+            untouched,
             progress: progress.with_style(
                 ProgressStyle::with_template("{spinner} {msg}")
                     .expect("the template is fixed and valid"),
@@ -139,10 +198,14 @@ impl Terminal {
     }
 }
 
-/// Whether a signal was already ignored when cwkill started, for example because of nohup(1).
-fn is_ignored(signal: libc::c_int) -> bool {
+/// The signals that were already ignored when cwkill started, for example because of nohup(1): bit N-1 for signal N.
+fn ignored_signals() -> u64 {
     let status = procfs::process::Process::myself().and_then(|process| process.status());
-    status.is_ok_and(|status| status.sigign >> (signal - 1) & 1 == 1)
+    status.map_or(0, |status| status.sigign)
+}
+
+fn is_in(set: u64, signal: i32) -> bool {
+    set >> (signal - 1) & 1 == 1
 }
 
 impl Drop for Terminal {
@@ -157,6 +220,7 @@ impl Control for Terminal {
     }
 
     fn hold_signals(&self) {
+        self.untouched.store(false, Ordering::Relaxed);
         self.idle.store(false, Ordering::Relaxed);
     }
 

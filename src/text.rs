@@ -17,6 +17,12 @@ pub fn escape(name: &str) -> String {
     out
 }
 
+/// Escapes a text of several lines, each as [`escape`] does.
+pub fn escape_lines(text: &str) -> String {
+    let lines: Vec<String> = text.split('\n').map(escape).collect();
+    lines.join("\n")
+}
+
 /// Whether a character may move the cursor, or hide or reorder text.
 pub fn is_unsafe(c: char) -> bool {
     c.is_control() || is_invisible(c)
@@ -99,6 +105,9 @@ mod tests {
         assert_eq!(escape("a\nb\r\x07\u{9b}"), "a\\nb\\r\\u{7}\\u{9b}");
         assert_eq!(escape("\u{202e}gpj"), "\\u{202e}gpj");
         assert_eq!(escape("java é 名"), "java é 名");
+        assert_eq!(escape_lines("a\x1bb\n\tc\n"), "a\\u{1b}b\n\\tc\n");
+        // So a message of escaped parts can be escaped as a whole.
+        assert_eq!(escape(&escape("a\nb\x1b")), escape("a\nb\x1b"));
     }
 
     #[test]

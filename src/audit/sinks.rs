@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::journal::Journal;
+use crate::text::escape;
 
 /// The time after which a sink that accepts no data is given up. A reader that hangs must not delay the report to the operator.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
@@ -105,7 +106,7 @@ impl Sink {
                 line(&mut self.torn, record.json, |bytes| file.write(bytes))
             }
             To::Stderr { .. } => {
-                let text = format!("cwkill: audit: {}", record.message);
+                let text = format!("cwkill: audit: {}", escape(record.message));
                 let stderr = io::stderr();
                 line(&mut self.torn, &text, |bytes| {
                     write_in_time(stderr.as_fd(), bytes, PATIENCE)

@@ -8,6 +8,7 @@ use crate::check::{self, CheckConfig, Status};
 use crate::cli::CheckArgs;
 use crate::privileges::capabilities;
 use crate::proc::ProcFs;
+use crate::terminal::print_usage;
 
 pub(super) fn run(args: CheckArgs) -> ExitCode {
     let check = CheckConfig::from_args(args).unwrap_or_else(|error| refuse(&error));
@@ -28,7 +29,7 @@ pub(super) fn unknown_by_usage(error: &clap::Error) -> ! {
     let text = error.to_string();
     let message = text.split("\n\n").next().unwrap_or_default();
     let message = message.strip_prefix("error: ").unwrap_or(message);
-    let _ = error.print();
+    print_usage(error);
     let _ = writeln!(io::stdout(), "{}", check::unknown(message).line);
     std::process::exit(Status::Unknown as i32)
 }

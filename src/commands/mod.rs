@@ -17,6 +17,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use caps::CapsHashSet;
+use clap::Parser;
 
 use crate::audit::Audit;
 use crate::cli::{Cli, Command, Misplaced};
@@ -25,7 +26,13 @@ use crate::model::Privilege;
 use crate::parallel;
 use crate::privileges::{HOW_TO_GRANT, capabilities, purpose};
 use crate::report::ExitStatus;
-use crate::terminal::{say, unless_closed};
+use crate::terminal::{ignore_file_size_signal, print_usage, say, unless_closed};
+use crate::text::escape;
+
+/// Must be called first.
+pub fn prepare() {
+    ignore_file_size_signal();
+}
 
 /// Runs the command, and returns the exit status.
 pub fn run(cli: Cli) -> ExitCode {
@@ -45,16 +52,24 @@ pub fn run(cli: Cli) -> ExitCode {
 /// Reports a wrong command line and exits, with the exit status of the intended command.
 pub fn refuse(error: &clap::Error) -> ! {
     if !error.use_stderr() {
-        error.exit();
+        print_usage(error);
+        std::process::exit(error.exit_code());
     }
-    let words: Vec<OsString> = std::env::args_os().collect();
+    // The message quotes words of the command line, which another program may have composed.
+    let words: Vec<OsString> = std::env::args_os()
+        .map(|word| escape(&word.to_string_lossy()).into())
+        .collect();
+    let quoted = Cli::try_parse_from(&words).err();
+    let quoted = quoted.filter(|quoted| quoted.kind() == error.kind());
     let misplaced = Misplaced::find(&words);
     let command = misplaced.as_ref().map(|it| OsStr::new(&it.command));
-    let error = misplaced.as_ref().map_or(error, |it| &it.error);
+    let misplaced = misplaced.as_ref().map(|it| &it.error);
+    let error = misplaced.or(quoted.as_ref()).unwrap_or(error);
     if command.or(words.get(1).map(AsRef::as_ref)) == Some(OsStr::new("check")) {
         check::unknown_by_usage(error);
     }
-    error.exit()
+    print_usage(error);
+    std::process::exit(error.exit_code())
 }
 
 fn say_notes(notes: impl IntoIterator<Item = impl Display>) {

@@ -8,6 +8,7 @@ use crate::support::{CWKILL, connections, cwkill, lab, ran};
 use crate::trial::{Test, once};
 
 pub const TESTS: &[Test] = &[
+    once!(no_word_of_the_command_line_moves_the_cursor),
     once!(bad_values_are_named_and_nothing_is_done),
     once!(every_option_has_a_paragraph_in_the_man_page),
     once!(a_mention_is_not_a_paragraph),
@@ -232,5 +233,37 @@ fn closed_output_is_not_an_error() -> Result<()> {
     ran.complains("the work is done (3 sockets matched: 3 closed)")
         .complains("descriptors of closed");
     assert_eq!(connections(&lab)?.len(), 0);
+    Ok(())
+}
+
+/// A command line may come from another program, and quote a name that an attacker has chosen.
+fn no_word_of_the_command_line_moves_the_cursor() -> Result<()> {
+    let lab = Lab::new()?;
+    let hostile = "/nowhere/x\x1b[2J\r\u{9b}A\u{202e}y\x07\nFORGED";
+    for words in [
+        &["-N", hostile][..],
+        &["--netns", &hostile[1..]],
+        &["--port", hostile],
+        &["--all", "--log-file", hostile],
+        &["--user", hostile],
+        &["--cgroup", &hostile[1..]],
+        &[hostile],
+        &[&format!("--{hostile}")],
+        &["--all", "-n", &format!("cgroup = {hostile}")],
+        &["--all", hostile, "check"],
+        &["diagnose", "-N", hostile],
+        &["check", "-w", "1", "-c", "2", "-N", hostile],
+        &["check", "-w", hostile],
+        &["reclaim", "--pid", hostile],
+        &["doctor", hostile],
+    ] {
+        let ran = ran(lab.app_host().command(CWKILL).args(words))?;
+        assert!(matches!(ran.code, Some(2 | 3)), "{ran:?}");
+        let said = format!("{}{}", ran.stdout, ran.stderr);
+        let is_unsafe = |c: char| (c.is_control() && c != '\n') || c == '\u{202e}';
+        assert!(!said.contains(is_unsafe), "{words:?}: {said:?}");
+        let is_forged = said.lines().any(|line| line.starts_with("FORGED"));
+        assert!(!is_forged, "{words:?}: {said}");
+    }
     Ok(())
 }
