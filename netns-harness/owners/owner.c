@@ -7,12 +7,15 @@
  *   idle   THREADS idle threads
  *   epoll  leaked sockets are in an epoll set
  *   kill, errno, log   a seccomp filter kills the process on close(2), refuses the call, or only logs it
+ *   no-open   a seccomp filter kills the process on openat(2)
  *   splice a thread waits in splice(2) to each leaked socket
  *   traced another process traces this one
  *   shares another process shares the descriptor table
  *   unshared   THREADS idle threads, each with its own descriptor table
  *   vfork  a thread waits for the child of its vfork(2), which nothing interrupts
  *   leaderless the first thread has ended
+ *   computes   no thread makes a system call after the order `compute`, for a while
+ *   chroot     the root directory has no dev
  *   execs  THREADS idle threads, and one that executes the program again every few milliseconds
  *
  * Each line on stdin is an order. The answer is one line:
@@ -20,6 +23,11 @@
  *   scatter N the same, with an open descriptor after each, which must not change
  *   wait      have a thread wait on a pipe, as MODE says; the descriptor of the pipe
  *   onto N    leak a dead socket as descriptor N
+ *   inetd     leak a dead socket as descriptors 0, 1 and 2, as a service that inetd started; orders come and go elsewhere
+ *   inetd stuck   the same with a socket in CLOSE-WAIT
+ *   log       open a new file, write to standard output, and close the file; its number and its size
+ *   fill      open descriptors up to the limit; their number
+ *   compute MS   answer, and then compute for this time, without a system call; for a process with one thread
  *   stuck N   make N sockets in CLOSE-WAIT; their descriptors
  *   answered N   make N dead sockets with 30000 unread bytes; their descriptors
  *   read N    read descriptor N to its end; the number of bytes
@@ -291,13 +299,12 @@ static void *idle(void *unused)
 
 /* seccomp */
 
-static void filter_close(unsigned action)
+static void filter_calls(unsigned one, unsigned other, unsigned action)
 {
-    close_by_dup = 1;
     struct sock_filter program[] = {
         BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0),
-        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_close, 1, 0),
-        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_close_range, 0, 1),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, one, 1, 0),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, other, 0, 1),
         BPF_STMT(BPF_RET | BPF_K, action),
         BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
     };
@@ -305,6 +312,12 @@ static void filter_close(unsigned action)
     prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
     if (syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, &filter))
         die("seccomp");
+}
+
+static void filter_close(unsigned action)
+{
+    close_by_dup = 1;
+    filter_calls(SYS_close, SYS_close_range, action);
 }
 
 /* Other modes */
@@ -454,23 +467,74 @@ static long read_all(int fd)
     return got < 0 ? -errno : all;
 }
 
+/* A socket whose peer has closed. */
+static int stuck_socket(void)
+{
+    struct pollfd finished = {.events = POLLRDHUP};
+    int peer = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (peer < 0 || connect(peer, (void *)&address, sizeof address))
+        die("connect");
+    finished.fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+    close(peer);
+    if (poll(&finished, 1, 20000) != 1)
+        die("the peer did not close");
+    return finished.fd;
+}
+
 /* Makes sockets whose peer has closed. */
 static void stuck(int number)
 {
     for (int i = 0; i < number; i++) {
-        struct pollfd finished = {.events = POLLRDHUP};
-        int peer = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-        if (peer < 0 || connect(peer, (void *)&address, sizeof address))
-            die("connect");
-        finished.fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
-        close(peer);
-        if (poll(&finished, 1, 20000) != 1)
-            die("the peer did not close");
+        int fd = stuck_socket();
         if (reacts(mode))
-            react(mode, finished.fd);
-        printf("%d ", finished.fd);
+            react(mode, fd);
+        printf("%d ", fd);
     }
     putchar('\n');
+}
+
+/* Standard input and output, for orders and answers, move to other numbers. */
+static FILE *answers;
+static int orders_fd = STDIN_FILENO;
+
+static void inetd(int is_stuck)
+{
+    int fd = is_stuck ? stuck_socket() : dead_socket();
+    int in = fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, 10), out = fcntl(STDOUT_FILENO, F_DUPFD_CLOEXEC, 10);
+    stdin = fdopen(in, "r");
+    orders_fd = in;
+    answers = fdopen(out, "w");
+    for (int standard = 0; standard <= 2; standard++)
+        if (dup2(fd, standard) != standard)
+            die("dup2");
+    close(fd);
+    stdout = answers;
+    setvbuf(stdout, NULL, _IOLBF, 0);
+}
+
+/* A file that takes a standard number gets the output. */
+static void log_to_a_file(void)
+{
+    struct stat stat;
+    int fd = open("/", O_TMPFILE | O_RDWR, 0600);
+    if (fd < 0)
+        fd = memfd_create("log", MFD_CLOEXEC);
+    ssize_t ignored = send(STDOUT_FILENO, "lost", 4, MSG_NOSIGNAL);
+    if (ignored < 0)
+        ignored = errno == ENOTSOCK ? write(STDOUT_FILENO, "lost", 4) : 0;
+    if (fd < 0 || fstat(fd, &stat))
+        die("the log");
+    printf("%d %ld\n", fd, (long)stat.st_size);
+    close(fd);
+}
+
+static void compute(int milliseconds)
+{
+    int64_t until = now_ns() + milliseconds * 1000000LL;
+    printf("%d\n", milliseconds);
+    /* clock_gettime is no system call: the vDSO answers it. */
+    while (now_ns() < until)
+        ;
 }
 
 static void execute(const char *line)
@@ -480,6 +544,17 @@ static void execute(const char *line)
         leak(number, 1);
     else if (sscanf(line, "leak %d", &number) == 1)
         leak(number, 0);
+    else if (!strncmp(line, "inetd", 5)) {
+        inetd(!strncmp(line, "inetd stuck", 11));
+        puts("0 1 2");
+    } else if (!strncmp(line, "fill", 4)) {
+        while (fcntl(listener, F_DUPFD_CLOEXEC, 0) >= 0)
+            number++;
+        printf("%d\n", number);
+    } else if (!strncmp(line, "log", 3))
+        log_to_a_file();
+    else if (sscanf(line, "compute %d", &number) == 1)
+        compute(number);
     else if (sscanf(line, "stuck %d", &number) == 1)
         stuck(number);
     else if (sscanf(line, "answered %d", &number) == 1) {
@@ -526,9 +601,9 @@ static void execute(const char *line)
 
 static void *take_orders(void *unused)
 {
-    struct pollfd input = {STDIN_FILENO, POLLIN, 0};
     char line[128];
     for (;;) {
+        struct pollfd input = {orders_fd, POLLIN, 0};
         /* An exec loses input that was read. So wait first, lock, and then read. */
         poll(&input, 1, -1);
         pthread_mutex_lock(&orders);
@@ -587,13 +662,18 @@ int main(int argc, char **argv)
             sem_wait(&ready);
         }
     }
-    start(heartbeat, NULL);
+    if (!strcmp(mode, "chroot") && (chdir("/proc/self/fdinfo") || chroot(".")))
+        die("chroot");
+    if (strcmp(mode, "computes"))
+        start(heartbeat, NULL);
     if (!strcmp(mode, "kill"))
         filter_close(SECCOMP_RET_KILL_PROCESS);
     else if (!strcmp(mode, "errno"))
         filter_close(SECCOMP_RET_ERRNO | EPERM);
     else if (!strcmp(mode, "log"))
         filter_close(SECCOMP_RET_LOG);
+    else if (!strcmp(mode, "no-open"))
+        filter_calls(SYS_openat, SYS_openat2, SECCOMP_RET_KILL_PROCESS);
     if (!restored())
         puts("ready");
     if (!strcmp(mode, "execs")) {

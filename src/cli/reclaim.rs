@@ -33,7 +33,7 @@ pub struct Reclaiming {
     #[arg(long, value_name = "DURATION", value_parser = values::duration)]
     pub reclaim_age: Option<Duration>,
 
-    /// Ignore the safety checks: an epoll set (Go, Node), finalizers (Java), a system call, the age
+    /// Ignore the safety checks: an epoll set (Go, Node), finalizers (Java), a system call, the age; /dev/null replaces 0, 1 and 2
     #[arg(long)]
     pub reclaim_force: bool,
 

@@ -200,7 +200,9 @@ fn reclaim_descriptors(run: &mut Run, rules: &ReclaimRules, proc: &ProcFs, contr
     }
     run.stops = reclaim::reclaim(&mut targets, rules, proc, control);
     for target in targets {
-        if let Some(ReclaimOutcome::Freed | ReclaimOutcome::Gone) = target.owner.reclaim {
+        if let Some(ReclaimOutcome::Freed | ReclaimOutcome::Replaced | ReclaimOutcome::Gone) =
+            target.owner.reclaim
+        {
             target.owner.after = Some(FdState::Closed);
         }
     }

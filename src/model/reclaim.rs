@@ -16,6 +16,8 @@ pub enum ReclaimOutcome {
     Allowed,
     /// cwkill closed it, and saw that its number is free.
     Freed,
+    /// A standard descriptor: cwkill closed it and put /dev/null in its place.
+    Replaced,
     /// Its number no longer referred to the socket when cwkill came to it, or the owner had exited.
     Gone,
     /// cwkill left it alone.
@@ -30,6 +32,7 @@ impl ReclaimOutcome {
         match self {
             ReclaimOutcome::Allowed => "allowed",
             ReclaimOutcome::Freed => "freed",
+            ReclaimOutcome::Replaced => "replaced",
             ReclaimOutcome::Gone => "gone",
             ReclaimOutcome::Skipped(_) => "skipped",
             ReclaimOutcome::Failed(_) => "failed",
@@ -40,7 +43,10 @@ impl ReclaimOutcome {
     pub fn reason(&self) -> Option<&ReclaimReason> {
         match self {
             ReclaimOutcome::Skipped(reason) | ReclaimOutcome::Failed(reason) => Some(reason),
-            ReclaimOutcome::Allowed | ReclaimOutcome::Freed | ReclaimOutcome::Gone => None,
+            ReclaimOutcome::Allowed
+            | ReclaimOutcome::Freed
+            | ReclaimOutcome::Replaced
+            | ReclaimOutcome::Gone => None,
         }
     }
 }
@@ -64,6 +70,14 @@ pub enum ReclaimReason {
     /// A seccomp filter of the owner forbids close(2).
     #[error("a seccomp filter of its process forbids close()")]
     SeccompForbidsClose,
+    /// A seccomp filter of the owner forbids a call that puts /dev/null in the place of a standard descriptor.
+    #[error(
+        "a seccomp filter of its process forbids the system calls that put /dev/null in its place"
+    )]
+    SeccompForbidsReplace,
+    /// A standard descriptor of an owner that cannot open /dev/null. `None`: another file has that name there.
+    #[error("its process has no /dev/null to put in its place: {error}", error = null_error(.0.as_ref()))]
+    NoDevNull(Option<Errno>),
     /// The owner has a seccomp filter that cwkill is not permitted to read.
     #[error(
         "its process has a seccomp filter that cannot be read: {error}: needs CAP_SYS_ADMIN, and no filter of our own",
@@ -101,6 +115,14 @@ pub enum ReclaimReason {
         "thread {0} of its process is in execve(), and a stop would wait for it; try later, or wait with --reclaim-force"
     )]
     InExec(i32),
+    /// This thread of the owner waits for the child of its vfork(2), and nothing stops it.
+    #[error(
+        "thread {0} of its process waits in vfork() until its child executes a program or ends, and nothing stops it; try later"
+    )]
+    InVfork(i32),
+    /// The cgroup of the owner is frozen.
+    #[error("its process is frozen by its cgroup; thaw it first (cgroup.freeze, freezer.state)")]
+    Frozen,
     /// No thread that cwkill could use shares the descriptor table of the first thread.
     #[error("no usable thread of its process shares the descriptor table of its first thread")]
     SeparateTable,
@@ -121,15 +143,28 @@ pub enum ReclaimReason {
     /// /proc shows another pid namespace than the one cwkill runs in.
     #[error("{}", MethodError::OtherPidNamespace)]
     OtherPidNamespace,
-    /// This thread of the owner did not stop within the limit.
-    #[error("thread {0} did not stop within {limit} (--stop-limit); nothing was done", limit = format_duration(*.1))]
+    /// This thread of the owner was running, and did not stop within the limit.
+    #[error(
+        "thread {0} was running and did not stop within {limit} (--stop-limit); nothing was done",
+        limit = format_duration(*.1)
+    )]
     NotStopped(i32, Duration),
+    /// This thread of the owner slept where nothing interrupts it, longer than the limit.
+    #[error(
+        "thread {0} waits in the kernel where nothing interrupts it (state D, for example for a disk), and did not stop within \
+         {limit} (--stop-limit); nothing was done",
+        limit = format_duration(*.1)
+    )]
+    Uninterruptible(i32, Duration),
     /// The owner had been stopped for this limit before cwkill came to the descriptor.
     #[error("its process had been stopped for {limit} before its turn (--stop-limit)", limit = format_duration(*.0))]
     StopLimitReached(Duration),
     /// No thread of the owner made a system call within the limit.
-    #[error("no thread of its process made a system call within --stop-limit; nothing was done")]
-    NoSyscall,
+    #[error(
+        "no thread of its process made a system call within {limit} (--stop-limit), as if all of them compute; nothing was done",
+        limit = format_duration(*.0)
+    )]
+    NoSyscall(Duration),
     /// Signals or an execve(2) of the owner interfered with every attempt.
     #[error("its process was busy with signals, or with executing a program; nothing was done")]
     OwnerBusy,
@@ -188,6 +223,8 @@ impl ReclaimReason {
             | ReclaimReason::OwnProcess
             | ReclaimReason::Traced(..)
             | ReclaimReason::SeccompForbidsClose
+            | ReclaimReason::SeccompForbidsReplace
+            | ReclaimReason::NoDevNull(_)
             | ReclaimReason::SeccompUnreadable(_)
             | ReclaimReason::SharedTable(_)
             | ReclaimReason::KcmpNotPermitted(..)
@@ -195,6 +232,8 @@ impl ReclaimReason {
             | ReclaimReason::NoKcmp
             | ReclaimReason::LeaderExited
             | ReclaimReason::InExec(_)
+            | ReclaimReason::InVfork(_)
+            | ReclaimReason::Frozen
             | ReclaimReason::SeparateTable
             | ReclaimReason::TableUnknown(_)
             | ReclaimReason::Is32bit
@@ -202,8 +241,9 @@ impl ReclaimReason {
             | ReclaimReason::OtherPidNamespace
             | ReclaimReason::Interrupted => ReclaimOutcome::Skipped(self),
             ReclaimReason::NotStopped(..)
+            | ReclaimReason::Uninterruptible(..)
             | ReclaimReason::StopLimitReached(_)
-            | ReclaimReason::NoSyscall
+            | ReclaimReason::NoSyscall(_)
             | ReclaimReason::OwnerBusy
             | ReclaimReason::NotPermitted(_)
             | ReclaimReason::CloseHangs
@@ -221,6 +261,13 @@ impl ReclaimReason {
 #[cfg_attr(test, derive(strum::VariantNames))]
 #[strum(serialize_all = "kebab-case")]
 pub enum InUse {
+    /// It is standard input, output or error. After it is closed, the next file of the program gets its number, and becomes its
+    /// input or takes its output.
+    #[error(
+        "it is the {} of its process, and the next file that is opened would take its place; --reclaim-force puts /dev/null there",
+        standard_name(*.0)
+    )]
+    StandardDescriptor(i32),
     /// A thread is inside a system call that uses it.
     #[error("thread {tid} is inside a system call on it (number {number})")]
     InSyscall {
@@ -283,6 +330,21 @@ pub enum InUse {
     /// The kernel does not report how long it has been quiet.
     #[error("the kernel does not report how long it has been quiet")]
     AgeUnknown,
+}
+
+fn standard_name(fd: i32) -> &'static str {
+    match fd {
+        libc::STDIN_FILENO => "standard input",
+        libc::STDOUT_FILENO => "standard output",
+        _ => "standard error",
+    }
+}
+
+fn null_error(errno: Option<&Errno>) -> String {
+    match errno {
+        Some(errno) => os_error(errno).to_string(),
+        None => "another file has that name".to_owned(),
+    }
 }
 
 fn bytes(count: u32) -> String {
@@ -356,6 +418,8 @@ mod tests {
                 "own-process",
                 "traced",
                 "seccomp-forbids-close",
+                "seccomp-forbids-replace",
+                "no-dev-null",
                 "seccomp-unreadable",
                 "shared-table",
                 "kcmp-not-permitted",
@@ -363,12 +427,15 @@ mod tests {
                 "no-kcmp",
                 "leader-exited",
                 "in-exec",
+                "in-vfork",
+                "frozen",
                 "separate-table",
                 "table-unknown",
                 "32-bit-program",
                 "32-bit-syscall",
                 "other-pid-namespace",
                 "not-stopped",
+                "uninterruptible",
                 "stop-limit-reached",
                 "no-syscall",
                 "owner-busy",
@@ -383,6 +450,7 @@ mod tests {
         assert_eq!(
             InUse::VARIANTS,
             [
+                "standard-descriptor",
                 "in-syscall",
                 "maybe-in-syscall",
                 "in-epoll",

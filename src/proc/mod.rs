@@ -10,6 +10,7 @@
 
 pub mod cgroup;
 pub(crate) mod fds;
+mod freezer;
 pub(crate) mod mounts;
 pub mod netns;
 pub mod status;

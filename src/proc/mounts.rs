@@ -39,6 +39,15 @@ pub(crate) fn cgroup2(mounts: &[MountInfo]) -> Option<PathBuf> {
     Some(unescape(&mount.mount_point))
 }
 
+/// The freezer hierarchy of cgroup v1: the cgroup that is mounted, and where.
+pub(crate) fn freezer(mounts: &[MountInfo]) -> Option<(String, PathBuf)> {
+    let is_freezer = |mount: &&MountInfo| {
+        mount.fs_type == "cgroup" && mount.super_options.contains_key("freezer")
+    };
+    let mount = mounts.iter().find(is_freezer)?;
+    Some((mount.root.clone(), unescape(&mount.mount_point)))
+}
+
 /// The value of the option `hidepid` of /proc, if it hides processes. The last mount counts.
 ///
 /// Source: fs/proc/root.c, proc_show_options. Before Linux 5.8 all values were numbers.

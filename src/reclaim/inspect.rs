@@ -11,15 +11,18 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::thread;
 
 use caps::{CapSet, Capability};
 use nix::errno::Errno;
+use nix::sys::stat::makedev;
 use rustix::fs::readlinkat_raw;
 use rustix::path::DecInt;
 
 use super::error::OwnerError;
 use super::in_use::{Epoll, Evidence, IoUring, runs_finalizers, works_for_io_uring};
+use super::obstacle;
 use super::ptrace::{StoppedProcess, Thread, read_memory};
 use super::syscalls::{Syscall, SyscallFds};
 use super::{RETRY_INTERVAL, ReclaimRules, ReclaimTarget, list_tids, read_text, status_field};
@@ -75,6 +78,9 @@ impl<'p> Inspection<'p> {
         if process.is_32bit()? {
             return Err(ReclaimReason::Is32bit.into());
         }
+        if proc.is_frozen(process.pid) {
+            return Err(ReclaimReason::Frozen.into());
+        }
         if let Some(tracer) = process.tracer() {
             return Err(ReclaimReason::Traced(tracer, comm(proc, tracer)).into());
         }
@@ -88,6 +94,12 @@ impl<'p> Inspection<'p> {
             let calls = process.syscalls()?;
             if let Some((tid, _)) = calls.iter().find(|(_, call)| call.is_exec()) {
                 return Err(ReclaimReason::InExec(*tid).into());
+            }
+            let waits = |(tid, call): &&(i32, Syscall)| {
+                call.waits_for_vfork() && obstacle::is_uninterruptible(proc, process.pid, *tid)
+            };
+            if let Some((tid, _)) = calls.iter().find(waits) {
+                return Err(ReclaimReason::InVfork(*tid).into());
             }
             evidence.syscalls = process.fds_used_by(&calls);
             evidence.transfer = process.transfer(&calls);
@@ -110,6 +122,14 @@ impl<'p> Inspection<'p> {
     /// The evidence that the owner uses `target`.
     pub fn in_use(&self, target: &ReclaimTarget, rules: &ReclaimRules) -> Option<InUse> {
         target.in_use(&self.evidence, target.unread, rules)
+    }
+
+    /// The descriptors whose path in the owner is /dev/null.
+    pub fn null_fds(&self) -> impl Iterator<Item = RemoteFd> {
+        self.special_fds.iter().filter_map(|fd| match fd {
+            SpecialFd::DevNull(fd) => Some(RemoteFd(*fd)),
+            SpecialFd::Epoll(_) | SpecialFd::IoUring(_) => None,
+        })
     }
 
     /// Whether a stop would end a transfer of the owner early.
@@ -159,7 +179,7 @@ fn fds_used_by_stopped(threads: &[Thread], table_size: u32) -> Vec<SyscallFds> {
 }
 
 /// Inspects an owner. While another thread than the first executes a program, /proc shows neither a descriptor table nor
-/// memory for a moment; then this inspects again.
+/// memory for a moment; then this inspects again. A vfork(2) is usually as short.
 fn retry_during_exec<T>(
     proc: &ProcFs,
     process: &Process,
@@ -171,7 +191,11 @@ fn retry_during_exec<T>(
             Err(OwnerError::Exited) if !is_running() => return Err(OwnerError::Exited),
             Err(
                 OwnerError::Exited
-                | OwnerError::Reason(ReclaimReason::LeaderExited | ReclaimReason::InExec(_)),
+                | OwnerError::Reason(
+                    ReclaimReason::LeaderExited
+                    | ReclaimReason::InExec(_)
+                    | ReclaimReason::InVfork(_),
+                ),
             ) => thread::sleep(RETRY_INTERVAL),
             other => return other,
         }
@@ -193,11 +217,13 @@ pub struct InspectedProcess<'p> {
     fd_dir: File,
 }
 
-/// A descriptor through which the owner may use other descriptors.
+/// A descriptor through which the owner may use other descriptors, or of /dev/null.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SpecialFd {
     Epoll(i32),
     IoUring(i32),
+    /// Its path in the owner is /dev/null.
+    DevNull(i32),
 }
 
 impl<'p> InspectedProcess<'p> {
@@ -242,6 +268,35 @@ impl<'p> InspectedProcess<'p> {
         link.is_err_and(|error| is_gone(&error))
     }
 
+    /// Whether a descriptor of the owner is the device null, whatever its path.
+    pub fn is_dev_null(&self, fd: RemoteFd) -> bool {
+        let path = self.proc.path(&format!("{}/fd/{}", self.pid, fd.0));
+        fs::metadata(path).is_ok_and(|file| {
+            // Documentation/admin-guide/devices.txt.
+            file.file_type().is_char_device() && file.rdev() == makedev(1, 3)
+        })
+    }
+
+    /// Whether a descriptor of the owner can be read and written.
+    pub fn is_for_both(&self, fd: RemoteFd) -> bool {
+        self.flags(fd)
+            .is_some_and(|flags| flags & libc::O_ACCMODE == libc::O_RDWR)
+    }
+
+    /// Whether execve(2) closes a descriptor of the owner; `None` if cwkill cannot see it.
+    pub fn closes_on_exec(&self, fd: RemoteFd) -> Option<bool> {
+        self.flags(fd).map(|flags| flags & libc::O_CLOEXEC != 0)
+    }
+
+    /// The flags of a descriptor and its file, as in open(2). Source: fs/proc/fd.c, seq_show.
+    fn flags(&self, fd: RemoteFd) -> Option<i32> {
+        let fdinfo = self.read_text(&format!("fdinfo/{}", fd.0)).ok()?;
+        let flags = fdinfo
+            .lines()
+            .find_map(|line| line.strip_prefix("flags:"))?;
+        i32::from_str_radix(flags.trim(), 8).ok()
+    }
+
     /// The number of slots in the owner's descriptor table. It only grows. [`u32::MAX`] if cwkill cannot read it.
     fn table_size(&self) -> u32 {
         let status = self.read_text("status");
@@ -278,7 +333,9 @@ impl<'p> InspectedProcess<'p> {
     ) -> io::Result<(Vec<Epoll>, Vec<IoUring>)> {
         let (mut epolls, mut io_urings) = (Vec::new(), Vec::new());
         for special_fd in special_fds {
-            let (SpecialFd::Epoll(fd) | SpecialFd::IoUring(fd)) = *special_fd;
+            let (SpecialFd::Epoll(fd) | SpecialFd::IoUring(fd)) = *special_fd else {
+                continue;
+            };
             let fdinfo = match self.read_text(&format!("fdinfo/{fd}")) {
                 Ok(fdinfo) => fdinfo,
                 Err(error) if is_gone(&error) => continue,
@@ -287,6 +344,7 @@ impl<'p> InspectedProcess<'p> {
             match special_fd {
                 SpecialFd::Epoll(_) => epolls.push(Epoll::parse(fd, &fdinfo)),
                 SpecialFd::IoUring(_) => io_urings.push(IoUring::parse(fd, &fdinfo)),
+                SpecialFd::DevNull(_) => {}
             }
         }
         Ok((epolls, io_urings))
@@ -515,6 +573,7 @@ fn special_fd(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<SpecialFd>> {
     Ok(match target {
         b"anon_inode:[eventpoll]" => Some(SpecialFd::Epoll(fd)),
         b"anon_inode:[io_uring]" => Some(SpecialFd::IoUring(fd)),
+        b"/dev/null" => Some(SpecialFd::DevNull(fd)),
         _ => None,
     })
 }

@@ -6,13 +6,16 @@
 //!
 //! - `inspect`: the owner as /proc shows it; `in_use`: the decision from that evidence (pure)
 //! - `syscalls`: the descriptors that a system call uses (pure); `seccomp`: whether a filter permits a call (pure)
-//! - `process`: the work on one owner; `ptrace`: stopping it, and system calls in one of its threads
+//! - `process`: the work on one owner; `replace`: /dev/null in the place of a standard descriptor; `obstacle`: why an owner
+//!   cannot be stopped; `ptrace`: stopping it, and system calls in one of its threads
 
 mod error;
 mod in_use;
 mod inspect;
+mod obstacle;
 mod process;
 mod ptrace;
+mod replace;
 mod seccomp;
 mod syscalls;
 
@@ -77,10 +80,17 @@ impl<'a> ReclaimTarget<'a> {
         self.owner.reclaim.is_none()
     }
 
+    /// Whether it is standard input, output or error. cwkill never leaves such a number free: the program would take the next
+    /// file that it opens for its input or output.
+    fn is_standard(&self) -> bool {
+        (libc::STDIN_FILENO..=libc::STDERR_FILENO).contains(&self.owner.fd.0)
+    }
+
     /// The reason to leave it alone, given this evidence and this number of unread bytes.
     fn in_use(&self, evidence: &Evidence, unread: u32, rules: &ReclaimRules) -> Option<InUse> {
         match rules.force {
             true => None,
+            false if self.is_standard() => Some(InUse::StandardDescriptor(self.owner.fd.0)),
             false if unread > self.may_lose => Some(InUse::Unread(unread)),
             false => evidence
                 .against(self.owner.fd.0, self.inode)
@@ -107,7 +117,9 @@ pub struct StopStats {
     pub process: Arc<Process>,
     /// The number of descriptors that cwkill closed in it.
     pub freed: usize,
-    /// The duration of the stop, or of the longest one if there were several.
+    /// The number of those that cwkill replaced by /dev/null.
+    pub replaced: usize,
+    /// The longest time for which one of its threads stood still, in one stop.
     pub stop_time: Duration,
 }
 
@@ -203,12 +215,14 @@ pub fn reclaim(
             decide(batch, &ReclaimReason::Interrupted.into());
         }
         if !stop_time.is_zero() {
-            let freed = owned
-                .iter()
-                .filter(|target| target.owner.reclaim == Some(ReclaimOutcome::Freed));
+            let count = |outcome: ReclaimOutcome| {
+                let reclaimed = owned.iter().map(|target| target.owner.reclaim.as_ref());
+                reclaimed.filter(|it| *it == Some(&outcome)).count()
+            };
             stops.push(StopStats {
+                freed: count(ReclaimOutcome::Freed),
+                replaced: count(ReclaimOutcome::Replaced),
                 process,
-                freed: freed.count(),
                 stop_time,
             });
         }
@@ -387,6 +401,12 @@ mod tests {
             ..rules
         };
         assert_eq!(target.in_use(&java, 6, &force), None);
+        for fd in 0..=2 {
+            target.owner.fd = RemoteFd(fd);
+            let standard = Some(InUse::StandardDescriptor(fd));
+            assert_eq!(target.in_use(&none, 0, &rules), standard);
+            assert_eq!(target.in_use(&none, 0, &force), None, "it is replaced");
+        }
     }
 
     #[test]

@@ -3,13 +3,14 @@
 use std::collections::VecDeque;
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
 use super::error::OwnerError;
 use super::inspect::{InspectedProcess, Inspection};
 use super::ptrace::{RemoteThread, SeizedThreads, StoppedProcess};
+use super::replace::{DevNull, MayGoOn};
 use super::{RETRY_INTERVAL, ReclaimRules, ReclaimTarget, decide, pending};
 use crate::model::{ReclaimOutcome, ReclaimReason};
 use crate::proc::{ProcFs, Process, RemoteFd};
@@ -133,14 +134,17 @@ fn stop_and_close(
         }
         Err((error, stop_time)) => return (stop_time, Err(error)),
     };
-    let since = stopped.since();
-    let close = |mut remote: RemoteThread| {
-        skip_in_use(inspection, &remote, targets, rules)?;
-        close_all(&mut remote, process, targets, rules, interrupted)
+    let mut remote = match RemoteThread::prepare(stopped, process.proc(), low_risk_only) {
+        Ok(remote) => remote,
+        Err((error, stop_time)) => return (stop_time, Err(error)),
     };
-    // The owner runs again when `close` returns.
-    let result = RemoteThread::prepare(stopped, process.proc(), low_risk_only).and_then(close);
-    (since.elapsed(), result)
+    let result = skip_in_use(inspection, &remote, targets, rules)
+        .and_then(|()| close_all(&mut remote, inspection, targets, rules, interrupted));
+    let stop_time = remote.stopped().longest_standstill();
+    let since = Instant::now();
+    // The owner runs again.
+    drop(remote);
+    (stop_time + since.elapsed(), result)
 }
 
 /// Checks the evidence again while the owner is stopped. The targets that may be closed stay pending.
@@ -169,26 +173,53 @@ fn skip_in_use(
     Ok(())
 }
 
-/// Closes the pending targets. One call closes a run of adjacent numbers.
+/// Closes the pending targets, and puts /dev/null in the place of those that are standard descriptors. These come last: at its limit
+/// of descriptors the owner can open /dev/null only after others are closed.
 ///
 /// # Errors
 /// The error applies to all targets that are still pending.
 fn close_all(
     remote: &mut RemoteThread,
-    process: &InspectedProcess<'_>,
+    inspection: &Inspection<'_>,
     targets: &mut [&mut ReclaimTarget],
     rules: &ReclaimRules,
     interrupted: &(dyn Fn() -> bool + Sync),
 ) -> Result<(), OwnerError> {
-    let mut has_close_range = true;
-    let mut runs = adjacent_runs(pending(targets).collect());
-    while let Some(mut run) = runs.pop_front() {
+    let may_go_on = |remote: &RemoteThread| -> Result<(), OwnerError> {
         if interrupted() {
             return Err(ReclaimReason::Interrupted.into());
         }
         if remote.stopped().elapsed() >= rules.stop_limit {
             return Err(ReclaimReason::StopLimitReached(rules.stop_limit).into());
         }
+        Ok(())
+    };
+    let process = &inspection.process;
+    let (standard, others): (Vec<_>, Vec<_>) =
+        pending(targets).partition(|target| target.is_standard());
+    close_numbers(remote, process, others, rules, &may_go_on)?;
+    if standard.is_empty() {
+        return Ok(());
+    }
+    may_go_on(remote)?;
+    let null = DevNull::find_or_open(remote, inspection)?;
+    let replaced = null.replace_all(remote, process, standard, &may_go_on);
+    null.release(remote);
+    replaced
+}
+
+/// Closes `targets`. One call closes a run of adjacent numbers.
+fn close_numbers(
+    remote: &mut RemoteThread,
+    process: &InspectedProcess<'_>,
+    targets: Vec<&mut ReclaimTarget>,
+    rules: &ReclaimRules,
+    may_go_on: MayGoOn<'_>,
+) -> Result<(), OwnerError> {
+    let mut has_close_range = true;
+    let mut runs = adjacent_runs(targets);
+    while let Some(mut run) = runs.pop_front() {
+        may_go_on(remote)?;
         let number = |target: &ReclaimTarget| u64::try_from(target.owner.fd.0).unwrap_or(u64::MAX);
         let range = [number(run[0]), number(run[run.len() - 1]), 0];
         if run.len() > 1 && !(has_close_range && remote.permits(libc::SYS_close_range, &range)) {

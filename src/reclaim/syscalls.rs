@@ -30,6 +30,20 @@ impl Syscall {
         matches!(self.number, libc::SYS_execve | libc::SYS_execveat)
     }
 
+    /// Whether a thread that sleeps in this call, where nothing interrupts it, waits for the child of a vfork(2) or
+    /// posix_spawn(3). Source: kernel/fork.c, wait_for_vfork_done. The flags of clone3(2) are in memory; nothing else makes it sleep
+    /// for long.
+    pub fn waits_for_vfork(&self) -> bool {
+        let flag = u64::from(libc::CLONE_VFORK.cast_unsigned());
+        match self.number {
+            libc::SYS_clone => self.arguments[0] & flag != 0,
+            libc::SYS_clone3 => true,
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_vfork => true,
+            _ => false,
+        }
+    }
+
     /// Whether a thread that sleeps in this call may have transferred a part already. A stop makes the call return that part: the
     /// kernel restarts a call only if it has transferred nothing. Few programs expect a partial result from a blocking
     /// descriptor. Source: signal(7), send(2), recv(2); net/core/stream.c, sk_stream_wait_memory; fs/pipe.c, pipe_write.

@@ -17,6 +17,8 @@ pub struct DescriptorCounts {
     pub found: usize,
     /// Closed in their process.
     pub freed: usize,
+    /// Closed in their process, with /dev/null in their place.
+    pub replaced: usize,
     /// Closed by their process before cwkill stopped it.
     pub gone: usize,
     /// cwkill did not try to close them.
@@ -35,6 +37,7 @@ impl DescriptorCounts {
             *match outcome {
                 ReclaimOutcome::Allowed => continue,
                 ReclaimOutcome::Freed => &mut counts.freed,
+                ReclaimOutcome::Replaced => &mut counts.replaced,
                 ReclaimOutcome::Gone => &mut counts.gone,
                 ReclaimOutcome::Skipped(_) => &mut counts.skipped,
                 ReclaimOutcome::Failed(_) => &mut counts.failed,
@@ -54,6 +57,7 @@ impl DescriptorCounts {
     pub fn left(&self) -> String {
         let mut text = String::new();
         for (count, name) in [
+            (self.replaced, "replaced by /dev/null"),
             (self.gone, "gone"),
             (self.skipped, "skipped"),
             (self.failed, "failed"),
@@ -80,6 +84,14 @@ pub fn target_text(target: &Target) -> String {
         1 => ", descriptor freed".to_owned(),
         freed => format!(", {freed} descriptors freed"),
     };
+    let replaced = outcomes().filter(|outcome| **outcome == ReclaimOutcome::Replaced);
+    match replaced.count() {
+        0 => {}
+        1 => text.push_str(", descriptor replaced by /dev/null"),
+        replaced => {
+            let _ = write!(text, ", {replaced} descriptors replaced by /dev/null");
+        }
+    }
     let mut kept: Vec<String> = outcomes()
         .filter_map(|outcome| outcome.reason().map(ToString::to_string))
         .collect();
@@ -102,8 +114,12 @@ pub fn lines(scan: &Scan, stops: &[StopStats]) -> Vec<String> {
 /// One line for each owner that was stopped.
 pub(super) fn stop_lines(stops: &[StopStats]) -> impl Iterator<Item = String> {
     stops.iter().map(|stop| {
+        let replaced = match stop.replaced {
+            0 => String::new(),
+            replaced => format!(", {replaced} replaced by /dev/null"),
+        };
         format!(
-            "{} was stopped for {:.1} ms: {} freed",
+            "{} was stopped for {:.1} ms: {} freed{replaced}",
             stop.process,
             stop.stop_time.as_secs_f64() * 1000.0,
             counted(stop.freed, "descriptor"),
@@ -115,6 +131,7 @@ pub(super) fn stop_lines(stops: &[StopStats]) -> impl Iterator<Item = String> {
 pub(crate) fn result(outcome: Option<&ReclaimOutcome>) -> (String, Color) {
     match outcome {
         Some(ReclaimOutcome::Freed) => ("freed".into(), Color::Green),
+        Some(ReclaimOutcome::Replaced) => ("replaced by /dev/null".into(), Color::Green),
         Some(ReclaimOutcome::Gone) => ("gone before the act".into(), Color::Green),
         Some(ReclaimOutcome::Skipped(reason)) => (format!("skipped: {reason}"), Color::Yellow),
         Some(ReclaimOutcome::Failed(reason)) => (format!("failed: {reason}"), Color::Red),
@@ -127,6 +144,7 @@ pub struct JsonStop<'a> {
     pid: i32,
     comm: &'a str,
     freed: usize,
+    replaced: usize,
     stopped_us: u64,
 }
 
@@ -135,6 +153,7 @@ pub fn json_stops(stops: &[StopStats]) -> Vec<JsonStop<'_>> {
         pid: stop.process.id.pid,
         comm: &stop.process.comm,
         freed: stop.freed,
+        replaced: stop.replaced,
         stopped_us: micros(stop.stop_time),
     });
     stops.collect()

@@ -204,3 +204,81 @@ fn a_proc_that_hides_processes_is_named() -> Result<()> {
     }
     Ok(())
 }
+
+/// A version of cgroups that can freeze processes.
+#[derive(Clone, Copy, Debug)]
+pub enum Freezer {
+    V1,
+    V2,
+}
+
+/// A process in a frozen cgroup, which is thawed and removed when this is dropped.
+pub struct Frozen {
+    version: Freezer,
+    name: String,
+}
+
+impl Frozen {
+    pub fn new(version: Freezer, pid: u32) -> Result<Self> {
+        let name = format!("cwkill-test-frozen-{}-{pid}", std::process::id());
+        let frozen = Frozen { version, name };
+        let freeze = match version {
+            Freezer::V1 => {
+                "echo FROZEN > $DIR/freezer.state; until grep -q FROZEN $DIR/freezer.state; do sleep 0.01; done"
+            }
+            Freezer::V2 => {
+                "echo 1 > $DIR/cgroup.freeze; until grep -q 'frozen 1' $DIR/cgroup.events; do sleep 0.01; done"
+            }
+        };
+        frozen.script(&format!(
+            "mkdir $DIR; echo {pid} > $DIR/cgroup.procs; {freeze}"
+        ))?;
+        Ok(frozen)
+    }
+
+    /// Where the hierarchy is mounted, in a mount namespace of its own.
+    const MOUNT: &str = "/mnt";
+
+    fn mounted(&self, script: &str) -> String {
+        let (mount, root) = (
+            match self.version {
+                Freezer::V1 => "-t cgroup -o freezer none",
+                Freezer::V2 => "-t cgroup2 none",
+            },
+            Self::MOUNT,
+        );
+        format!("mount {mount} {root}; DIR={root}/{}; {script}", self.name)
+    }
+
+    fn script(&self, script: &str) -> Result<()> {
+        let output = Command::new("unshare")
+            .args(["-m", "sh", "-ec", &self.mounted(script)])
+            .output()
+            .context("run unshare")?;
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{script}: {stderr}");
+        Ok(())
+    }
+
+    /// Runs `cwkill reclaim` on process `pid` where the hierarchy is mounted.
+    pub fn reclaim(&self, lab: &Lab, pid: u32, more: &str) -> Result<Ran> {
+        let line = format!("exec {CWKILL} reclaim --pid {pid} --reclaim-age 0s {more}");
+        ran(lab
+            .app_host()
+            .command("unshare")
+            .args(["-m", "sh", "-ec", &self.mounted(&line)]))
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let thaw = match self.version {
+            Freezer::V1 => "echo THAWED > $DIR/freezer.state",
+            Freezer::V2 => "echo 0 > $DIR/cgroup.freeze",
+        };
+        let root = Self::MOUNT;
+        let _ = self.script(&format!(
+            "{thaw}; for pid in $(cat $DIR/cgroup.procs); do echo $pid > {root}/cgroup.procs || true; done; rmdir $DIR"
+        ));
+    }
+}

@@ -22,6 +22,7 @@ mod reclaim;
 mod resetting;
 mod runbooks;
 mod selecting;
+mod signals;
 mod states;
 mod support;
 mod sweeping;
@@ -56,6 +57,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     resetting,
     probing,
     addresses,
+    signals,
     races,
     states,
     namespaces,
@@ -76,6 +78,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     reclaim::reactions,
     reclaim::rights,
     reclaim::runtimes,
+    reclaim::standard,
     reclaim::stop,
 ];
 

@@ -8,9 +8,9 @@ mod arch;
 mod remote;
 mod stop;
 
-use std::io::IoSliceMut;
+use std::io::{IoSlice, IoSliceMut};
 
-use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use nix::unistd::Pid;
 
 use super::error::OwnerError;
@@ -52,4 +52,17 @@ pub fn read_memory(tid: i32, address: u64, length: usize) -> Option<Vec<u8>> {
         &[remote],
     );
     (read == Ok(length)).then_some(bytes)
+}
+
+/// Writes `bytes` to the memory of the process of `tid`. Returns whether all were written.
+fn write_memory(tid: i32, address: u64, bytes: &[u8]) -> bool {
+    let Ok(base) = usize::try_from(address) else {
+        return false;
+    };
+    let remote = RemoteIoVec {
+        base,
+        len: bytes.len(),
+    };
+    let written = process_vm_writev(Pid::from_raw(tid), &[IoSlice::new(bytes)], &[remote]);
+    written == Ok(bytes.len())
 }

@@ -11,10 +11,11 @@ use nix::errno::Errno;
 
 use super::arch::Registers;
 use super::stop::{StoppedProcess, Thread, ThreadState};
-use super::{is_syscall_instruction, read_registers, write_registers};
+use super::{is_syscall_instruction, read_registers, write_memory, write_registers};
 use crate::model::ReclaimReason;
 use crate::proc::ProcFs;
 use crate::reclaim::error::OwnerError;
+use crate::reclaim::obstacle;
 use crate::reclaim::seccomp::{self, SeccompData};
 use crate::reclaim::syscalls::FalseReturnRisk;
 use crate::reclaim::{read_text, status_field};
@@ -25,6 +26,9 @@ use crate::sys::{self, errno_of};
 const LAST_WAIT: Duration = Duration::from_secs(10);
 /// Time between two checks of that call.
 const CHECK_INTERVAL: Duration = Duration::from_millis(1);
+
+/// The time that a thread that computes gets to stop again. On an idle machine it takes some microseconds.
+const STOP_TIME: Duration = Duration::from_millis(10);
 
 /// The maximum number of threads among which the time until the stop limit is divided. Shorter shares would be too short for a
 /// thread on a busy machine.
@@ -79,18 +83,39 @@ impl RemoteThread {
     /// at most [`FalseReturnRisk::Low`].
     ///
     /// # Errors
-    /// No thread can be used. All threads have been released.
+    /// No thread can be used. All threads have been released then; the second value is the longest time for which one of them
+    /// had stood still.
     pub fn prepare(
         mut stopped: StoppedProcess,
         proc: &ProcFs,
         low_risk_only: bool,
-    ) -> Result<Self, OwnerError> {
-        let candidates = candidates(&stopped)?;
+    ) -> Result<Self, (OwnerError, Duration)> {
+        match Self::choose(&mut stopped, proc, low_risk_only) {
+            Ok(chosen) => Ok(RemoteThread {
+                stopped,
+                thread: chosen.thread,
+                tid: chosen.tid,
+                restored: chosen.restored,
+                entry: chosen.entry,
+                own_number: chosen.own_number,
+                filters: chosen.filters,
+                phase: Phase::AtOwnCall,
+            }),
+            Err(error) => Err((error, stopped.longest_standstill())),
+        }
+    }
+
+    fn choose(
+        stopped: &mut StoppedProcess,
+        proc: &ProcFs,
+        low_risk_only: bool,
+    ) -> Result<Chosen, OwnerError> {
+        let candidates = candidates(stopped)?;
         let lowest = candidates.first().map(|candidate| candidate.risk);
         if low_risk_only && lowest.is_none_or(|risk| risk > FalseReturnRisk::Low) {
             return Err(OwnerError::TryAgain);
         }
-        let mut reason = ReclaimReason::NoSyscall;
+        let mut reason = None;
         // A running thread gets only a share of the time to make a call.
         let mut shares = u32::try_from(candidates.len())
             .unwrap_or(u32::MAX)
@@ -111,25 +136,24 @@ impl RemoteThread {
             let filters = match permitting_filters(proc, stopped.pid(), tid, &registers) {
                 Ok(filters) => filters,
                 Err(error) => {
-                    reason = error;
+                    reason = Some(error);
                     continue;
                 }
             };
             shares = shares.saturating_sub(1);
-            if let Some((entry, own_number)) = enter_own_call(&mut stopped, thread, until)? {
-                return Ok(RemoteThread {
-                    stopped,
+            if let Some((entry, own_number)) = enter_own_call(stopped, thread, until)? {
+                return Ok(Chosen {
                     thread,
                     tid,
                     restored: Registers::restored(&registers, &entry, own_number),
                     entry,
                     own_number,
                     filters,
-                    phase: Phase::AtOwnCall,
                 });
             }
         }
-        Err(reason.into())
+        let no_syscall = || obstacle::no_syscall(proc, stopped.pid(), stopped.limit());
+        Err(reason.unwrap_or_else(no_syscall).into())
     }
 
     pub fn stopped(&self) -> &StoppedProcess {
@@ -139,6 +163,11 @@ impl RemoteThread {
     /// Whether the seccomp filters of the thread permit a call.
     pub fn permits(&self, number: i64, arguments: &[u64]) -> bool {
         permits(&self.filters, &self.entry, number, arguments)
+    }
+
+    /// Writes into memory of the owner. cwkill does so only where it has mapped a page for it. Returns whether all was written.
+    pub fn write(&self, address: u64, bytes: &[u8]) -> bool {
+        write_memory(self.tid, address, bytes)
     }
 
     /// Makes a system call in the owner and returns its result. `is_done` says whether the call has had its effect.
@@ -274,6 +303,16 @@ impl Drop for RemoteThread {
     }
 }
 
+/// A thread at the entry of a call of its own. The fields are as in [`RemoteThread`].
+struct Chosen {
+    thread: usize,
+    tid: i32,
+    entry: Registers,
+    own_number: i64,
+    restored: Registers,
+    filters: Vec<Vec<u64>>,
+}
+
 /// A stopped thread that may make calls for cwkill.
 struct Candidate {
     /// Its index in the [`StoppedProcess`].
@@ -349,12 +388,18 @@ fn enter_own_call(
     thread: usize,
     until: Instant,
 ) -> Result<Option<(Registers, i64)>, OwnerError> {
-    let (deadline, limit) = (stopped.deadline(), stopped.limit());
-    let thread = stopped.thread_mut(thread);
+    // The thread cannot stop any more in no time, even if the limit is reached.
+    let stops_until = |stopped: &StoppedProcess| stopped.deadline().max(Instant::now() + STOP_TIME);
+    let limit = stopped.limit();
     // A pending stop comes first, for example because of a SIGCONT.
     for _ in 0..MAX_RESUMES {
-        thread.resume()?;
-        match thread.wait(until)? {
+        let since = Instant::now();
+        stopped.thread_mut(thread).resume()?;
+        let state = stopped.thread_mut(thread).wait(until)?;
+        stopped.note_run(thread, since.elapsed());
+        let deadline = stops_until(stopped);
+        let thread = stopped.thread_mut(thread);
+        match state {
             ThreadState::AtSyscall => return Ok(own_call_entry(thread.tid)),
             ThreadState::Stopped => {}
             ThreadState::Running => {
@@ -365,9 +410,8 @@ fn enter_own_call(
                 })?;
                 return match thread.wait(deadline)? {
                     ThreadState::AtSyscall => Ok(own_call_entry(thread.tid)),
-                    ThreadState::Running => {
-                        Err(ReclaimReason::NotStopped(thread.tid, limit).into())
-                    }
+                    // It has made no call in its time, and computes.
+                    ThreadState::Running => Err(ReclaimReason::NoSyscall(limit).into()),
                     _ => Ok(None),
                 };
             }

@@ -24,6 +24,7 @@ use crate::proc::ProcFs;
 use crate::proc::status::thread_state;
 use crate::reclaim::error::OwnerError;
 use crate::reclaim::list_tids;
+use crate::reclaim::obstacle;
 use crate::reclaim::syscalls::Syscall;
 use crate::sys::errno_of;
 use crate::sys::ptrace::{self, Waiting};
@@ -73,9 +74,19 @@ impl ThreadState {
 pub struct Thread {
     pub tid: i32,
     pub state: ThreadState,
+    /// Since the stop began, the time for which it was not kept from running.
+    ran: Duration,
 }
 
 impl Thread {
+    fn new(tid: i32, state: ThreadState) -> Self {
+        Thread {
+            tid,
+            state,
+            ran: Duration::ZERO,
+        }
+    }
+
     /// Waits until the thread has stopped or ended. Its state is still [`ThreadState::Running`] if it has not by the
     /// `deadline`.
     pub fn wait(&mut self, deadline: Instant) -> Result<ThreadState, OwnerError> {
@@ -233,7 +244,7 @@ impl StoppedProcess {
     ///
     /// # Errors
     /// Not all threads have stopped within `limit`, or cwkill is not permitted to stop one. All threads have been released then;
-    /// the second value is the time for which they had been stopped.
+    /// the second value is the longest time for which one of them had stood still.
     pub fn stop(
         proc: &ProcFs,
         pid: i32,
@@ -244,12 +255,7 @@ impl StoppedProcess {
         let Err(error) = stopped.stop_all(proc, seized) else {
             return Ok(stopped);
         };
-        let (since, is_stopping) = (stopped.since, stopped.is_stopping);
-        drop(stopped);
-        Err(match is_stopping {
-            true => (error, since.elapsed()),
-            false => (error, Duration::ZERO),
-        })
+        Err((error, stopped.longest_standstill()))
     }
 
     fn stop_all(&mut self, proc: &ProcFs, seized: &SeizedThreads) -> Result<(), OwnerError> {
@@ -273,12 +279,12 @@ impl StoppedProcess {
                     Leader::JustStopped => {}
                     Leader::Replaced => drop(known.remove(&self.pid)),
                 }
-                self.check_deadline(self.pid)?;
+                self.check_deadline(proc, self.pid)?;
                 empty_listings = 0;
                 continue;
             }
             empty_listings = 0;
-            self.check_deadline(new[0])?;
+            self.check_deadline(proc, new[0])?;
             // All are seized before the first is interrupted, because PTRACE_SEIZE can wait for an exec by one of them.
             for tid in new {
                 self.seize(proc, tid, seized)?;
@@ -287,7 +293,7 @@ impl StoppedProcess {
             // A thread that still runs may create another.
             for thread in &mut self.threads {
                 if thread.state == ThreadState::Running {
-                    wait_for_stop(thread, self.deadline, self.limit)?;
+                    wait_for_stop(proc, self.pid, thread, self.deadline, self.limit)?;
                 }
             }
         }
@@ -297,9 +303,9 @@ impl StoppedProcess {
         }
     }
 
-    fn check_deadline(&self, tid: i32) -> Result<(), OwnerError> {
+    fn check_deadline(&self, proc: &ProcFs, tid: i32) -> Result<(), OwnerError> {
         match Instant::now() >= self.deadline {
-            true => Err(ReclaimReason::NotStopped(tid, self.limit).into()),
+            true => Err(obstacle::not_stopped(proc, self.pid, tid, self.limit).into()),
             false => Ok(()),
         }
     }
@@ -320,13 +326,12 @@ impl StoppedProcess {
                     let _ = ptrace::interrupt(self.pid);
                 }
                 let index = index.unwrap_or_else(|| {
-                    self.threads.push(Thread {
-                        tid: self.pid,
-                        state: ThreadState::Running,
-                    });
+                    self.threads
+                        .push(Thread::new(self.pid, ThreadState::Running));
                     self.threads.len() - 1
                 });
-                wait_for_stop(&mut self.threads[index], self.deadline, self.limit)?;
+                let thread = &mut self.threads[index];
+                wait_for_stop(proc, self.pid, thread, self.deadline, self.limit)?;
                 Ok(Leader::JustStopped)
             }
             Ok(Waiting::End) | Err(_) => {
@@ -359,10 +364,7 @@ impl StoppedProcess {
                 seized.add(tid);
             }
             // From now on the thread must be released.
-            self.threads.push(Thread {
-                tid,
-                state: ThreadState::Seized,
-            });
+            self.threads.push(Thread::new(tid, ThreadState::Seized));
         });
         added.or_else(|error| match errno_of(&error) {
             Errno::ESRCH => Ok(()),
@@ -409,9 +411,23 @@ impl StoppedProcess {
         self.limit
     }
 
-    /// When the first thread was interrupted.
-    pub fn since(&self) -> Instant {
-        self.since
+    /// Notes that cwkill has let the thread with this index run.
+    pub fn note_run(&mut self, thread: usize, time: Duration) {
+        self.threads[thread].ran += time;
+    }
+
+    /// The longest time for which cwkill has kept one of the threads from running, so far. A thread that has not stopped is not
+    /// kept, and neither is one that was resumed to make a system call.
+    pub fn longest_standstill(&self) -> Duration {
+        if !self.is_stopping {
+            return Duration::ZERO;
+        }
+        let elapsed = self.since.elapsed();
+        let stood = |thread: &Thread| match thread.state {
+            ThreadState::Seized | ThreadState::Running | ThreadState::Ended => Duration::ZERO,
+            _ => elapsed.saturating_sub(thread.ran),
+        };
+        self.threads.iter().map(stood).max().unwrap_or_default()
     }
 
     /// Time for which the process has been stopped.
@@ -435,14 +451,16 @@ impl Drop for StoppedProcess {
     }
 }
 
-/// Waits until the thread has stopped or ended, which must be before the deadline.
+/// Waits until the thread of process `pid` has stopped or ended, which must be before the deadline.
 fn wait_for_stop(
+    proc: &ProcFs,
+    pid: i32,
     thread: &mut Thread,
     deadline: Instant,
     limit: Duration,
 ) -> Result<(), OwnerError> {
     match thread.wait(deadline)? {
-        ThreadState::Running => Err(ReclaimReason::NotStopped(thread.tid, limit).into()),
+        ThreadState::Running => Err(obstacle::not_stopped(proc, pid, thread.tid, limit).into()),
         _ => Ok(()),
     }
 }

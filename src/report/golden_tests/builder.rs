@@ -138,7 +138,7 @@ fn method_error(word: &str) -> MethodError {
 }
 
 /// Why a descriptor is not closed in its process, by a word each.
-pub const KEPT: [&str; 42] = [
+pub const KEPT: [&str; 49] = [
     "in-call",
     "in-some-call",
     "in-epoll",
@@ -152,10 +152,14 @@ pub const KEPT: [&str; 42] = [
     "unread",
     "too-young",
     "no-age",
+    "standard",
     "ourselves",
     "traced-by-unknown",
     "traced",
     "filter-forbids",
+    "seccomp-replace",
+    "no-null",
+    "other-null",
     "filter-unread",
     "shared-table",
     "shared-unknown",
@@ -163,12 +167,15 @@ pub const KEPT: [&str; 42] = [
     "no-kcmp",
     "leader-ended",
     "executing",
+    "in-vfork",
+    "frozen",
     "other-table",
     "table-unread",
     "foreign",
     "foreign-call",
     "foreign-proc",
     "limit",
+    "uninterruptible",
     "time-over",
     "no-call",
     "unsteady",
@@ -201,6 +208,7 @@ fn reason(word: &str) -> ReclaimReason {
         "unread" => InUse::Unread(1460),
         "too-young" => InUse::TooYoung(Duration::from_micros(12_345_678)),
         "no-age" => InUse::AgeUnknown,
+        "standard" => InUse::StandardDescriptor(1),
         _ => {
             return match word {
                 "ourselves" => ReclaimReason::OwnProcess,
@@ -222,7 +230,13 @@ fn reason(word: &str) -> ReclaimReason {
                 "foreign-proc" => ReclaimReason::OtherPidNamespace,
                 "limit" => ReclaimReason::NotStopped(tid, limit),
                 "time-over" => ReclaimReason::StopLimitReached(limit),
-                "no-call" => ReclaimReason::NoSyscall,
+                "no-call" => ReclaimReason::NoSyscall(limit),
+                "in-vfork" => ReclaimReason::InVfork(tid),
+                "frozen" => ReclaimReason::Frozen,
+                "uninterruptible" => ReclaimReason::Uninterruptible(tid, limit),
+                "no-null" => ReclaimReason::NoDevNull(Some(Errno::ENOENT)),
+                "other-null" => ReclaimReason::NoDevNull(None),
+                "seccomp-replace" => ReclaimReason::SeccompForbidsReplace,
                 "unsteady" => ReclaimReason::OwnerBusy,
                 "denied" => ReclaimReason::NotPermitted(Errno::EPERM),
                 "interrupted" => ReclaimReason::Interrupted,
@@ -245,6 +259,7 @@ fn reason(word: &str) -> ReclaimReason {
 fn reclaim_outcome(words: &str) -> ReclaimOutcome {
     match words.split_once(' ') {
         None if words == "freed" => ReclaimOutcome::Freed,
+        None if words == "replaced" => ReclaimOutcome::Replaced,
         None if words == "gone" => ReclaimOutcome::Gone,
         Some(("skipped", word)) => ReclaimOutcome::Skipped(reason(word)),
         Some(("failed", word)) => ReclaimOutcome::Failed(reason(word)),
@@ -782,6 +797,7 @@ fn stops(stopped: &[(&'static Who, u64, usize)]) -> Vec<StopStats> {
     let stop = |(who, micros, freed): &(&Who, u64, usize)| StopStats {
         process: who.process(),
         freed: *freed,
+        replaced: 0,
         stop_time: Duration::from_micros(*micros),
     };
     stopped.iter().map(stop).collect()

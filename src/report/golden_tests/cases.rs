@@ -659,6 +659,9 @@ pub fn dead_cases() -> Vec<DeadCase> {
             .colored(),
         freed("dead-freed").stopped(&JAVA, 1_250, 1),
         freed("dead-freed-blind").unknown(1),
+        dead_case("dead-replaced", "--all --reclaim-force")
+            .descriptors([at(0).said("replaced"), at(1).said("freed")])
+            .stopped(&JAVA, 1_250, 1),
         dead_case("dead-skipped", "--all").descriptors([at(0).said("skipped in-epoll")]),
         dead_case("dead-failed", "--all").descriptors([at(0).said("failed os")]),
         dead_case("dead-denied", "--all").descriptors([at(0).said("skipped denied")]),

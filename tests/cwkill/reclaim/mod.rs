@@ -11,6 +11,7 @@ pub mod programs;
 pub mod reactions;
 pub mod rights;
 pub mod runtimes;
+pub mod standard;
 pub mod stop;
 
 use std::collections::BTreeMap;

@@ -6,12 +6,18 @@ use anyhow::{Context, Result, bail};
 use netns_harness::Lab;
 use netns_harness::owners::{Build, Owner};
 
-use super::{is_traced, left, links_of, number, outcomes, reclaim, reports_the_truth, states};
-use crate::support::{CWKILL, PATIENCE, Ran, cwkill};
+use super::{
+    descriptors, is_traced, left, links_of, number, outcomes, reclaim, reports_the_truth, states,
+};
+use crate::cgroups::{Freezer, Frozen};
+use crate::support::{CWKILL, PATIENCE, Ran, at, cwkill};
 use crate::trial::{Need, Test, once};
 
 pub const TESTS: &[Test] = &[
     once!(a_thread_that_does_not_stop_ends_the_attempt),
+    once!(an_owner_in_vfork_is_skipped_before_the_stop),
+    once!(an_owner_that_computes_did_not_stand_still),
+    once!(a_frozen_owner_is_told_as_frozen).needs(Need::RootOfTheMachine),
     once!(a_program_that_execs_meanwhile_goes_on),
     once!(the_stop_ends_with_its_limit),
     once!(no_thread_is_stopped_while_an_exec_hangs).needs(Need::Fanotify),
@@ -28,9 +34,10 @@ fn a_thread_that_does_not_stop_ends_the_attempt() -> Result<()> {
     // On a busy machine the limit may be over before the first thread is stopped.
     let mut was_stopped = false;
     for _ in 0..100 {
-        let (ran, gap, _) = measured(&lab, &mut owner, Duration::from_millis(50))?;
-        let why = "did not stop within 50ms";
-        left(&ran.exits(4), &mut owner, &fds, "failed", why)?;
+        let limit = Duration::from_millis(50);
+        let (ran, gap, _) = measured(&lab, &mut owner, limit, "--reclaim-force")?;
+        let why = "waits in vfork() until its child executes a program or ends";
+        left(&ran.exits(4), &mut owner, &fds, "skipped", why)?;
         was_stopped = gap >= Duration::from_millis(40);
         if was_stopped {
             break;
@@ -39,6 +46,83 @@ fn a_thread_that_does_not_stop_ends_the_attempt() -> Result<()> {
     assert!(was_stopped, "no thread was stopped");
     // The owner is not traced any more.
     lab.wait_for(PATIENCE, || Ok(!is_traced(owner.pid())))
+}
+
+/// The vfork is seen before, so nothing has to stand still.
+fn an_owner_in_vfork_is_skipped_before_the_stop() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "vfork", 1)?;
+    let fds = owner.leak(1)?;
+    lab.wait_for(PATIENCE, || Ok(states(owner.pid())?.contains(&'D')))?;
+    for more in ["-n --json", "--json"] {
+        let ran = reclaim(&lab, owner.pid(), more)?;
+        assert_eq!(at(&descriptors(&ran)[0], "/reason_code"), "in-vfork");
+        assert_eq!(ran.json()["owners"].as_array().map(Vec::len), Some(0));
+    }
+    let ran = reclaim(&lab, owner.pid(), "--json")?.exits(4);
+    left(&ran, &mut owner, &fds, "skipped", "in vfork()")
+}
+
+/// cwkill waits for a system call of its only thread, which goes on meanwhile.
+fn an_owner_that_computes_did_not_stand_still() -> Result<()> {
+    const LIMIT: Duration = Duration::from_millis(300);
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "computes", 0)?;
+    assert_eq!(states(owner.pid())?.len(), 1);
+    let fds = owner.leak(1)?;
+    let mut runs = Vec::new();
+    for _ in 0..TRIES {
+        // Much longer than the run.
+        owner.order("compute 4000")?;
+        let line = format!(
+            "reclaim --pid {} --reclaim-age 0s --stop-limit {}ms --json",
+            owner.pid(),
+            LIMIT.as_millis()
+        );
+        let ran = cwkill(&lab, &line)?.exits(4);
+        let said = descriptors(&ran);
+        let code = at(&said[0], "/reason_code");
+        let stopped = ran
+            .json()
+            .pointer("/owners/0/stopped_us")
+            .map_or(0, |us| us.as_u64().unwrap_or(u64::MAX));
+        let stopped = Duration::from_micros(stopped);
+        // The owner answers again.
+        owner.report()?;
+        if code == "no-syscall" && stopped < LIMIT / 2 {
+            let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0);
+            assert_eq!(number(&ran.json(), "/summary/freed"), 1, "{fds:?}");
+            return Ok(());
+        }
+        // A busy machine may delay its thread.
+        runs.push((code, stopped));
+    }
+    bail!("{runs:?}")
+}
+
+fn a_frozen_owner_is_told_as_frozen() -> Result<()> {
+    for version in [Freezer::V2, Freezer::V1] {
+        let lab = Lab::new()?;
+        let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 2)?;
+        owner.leak(2)?;
+        let frozen = Frozen::new(version, owner.pid())?;
+        for more in ["-n --json", "--json", "--reclaim-force --json"] {
+            let ran = frozen.reclaim(&lab, owner.pid(), more)?;
+            for one in descriptors(&ran) {
+                assert_eq!(
+                    at(&one, "/reason_code"),
+                    "frozen",
+                    "{version:?} {more}: {one}"
+                );
+            }
+            assert_eq!(ran.json()["owners"].as_array().map(Vec::len), Some(0));
+        }
+        drop(frozen);
+        owner.report()?;
+        let ran = reclaim(&lab, owner.pid(), "--json")?.exits(0);
+        assert_eq!(number(&ran.json(), "/summary/freed"), 2);
+    }
+    Ok(())
 }
 
 /// A thread that execs ends all others, also those that cwkill has stopped, and takes the thread id of the first.
@@ -96,7 +180,7 @@ fn no_thread_is_stopped_while_an_exec_hangs() -> Result<()> {
         let hung: u64 = owner.order("hang late")?.parse()?;
         owner.leak(2)?;
         let began = Instant::now();
-        let (ran, gap, reported) = measured(&lab, &mut owner, Duration::from_secs(1))?;
+        let (ran, gap, reported) = measured(&lab, &mut owner, Duration::from_secs(1), "")?;
         let mut waited = began.elapsed() > HANGS - Duration::from_millis(500);
         lab.wait_for(PATIENCE, || {
             if owner.report()? > hung {
@@ -169,9 +253,8 @@ fn the_stop_ends_with_its_limit() -> Result<()> {
     lab.wait_for(PATIENCE, || Ok(states(owner.pid())?.contains(&'D')))?;
     let mut runs = Vec::new();
     for _ in 0..TRIES {
-        let (ran, gap, reported) = measured(&lab, &mut owner, WHOLE)?;
-        let why = "did not stop within 200ms";
-        left(&ran, &mut owner, &fds, "failed", why)?;
+        let (ran, gap, reported) = measured(&lab, &mut owner, WHOLE, "--reclaim-force")?;
+        left(&ran, &mut owner, &fds, "skipped", "in vfork()")?;
         assert!(reported >= WHOLE, "it reports {reported:?}");
         // The stop ends soon after the limit, and the reported duration is the one that the owner has measured.
         let is_right =
@@ -191,7 +274,7 @@ fn the_stop_ends_with_its_limit() -> Result<()> {
         let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 4)?;
         let fds = owner.leak_scattered(1000)?;
         let before = links_of(owner.pid())?;
-        let (ran, gap, reported) = measured(&lab, &mut owner, limit)?;
+        let (ran, gap, reported) = measured(&lab, &mut owner, limit, "")?;
         reports_the_truth(&ran, &owner, &before, &fds)?;
         owner.report()?;
         let said = outcomes(&ran);
@@ -210,9 +293,14 @@ fn the_stop_ends_with_its_limit() -> Result<()> {
 }
 
 /// A run with a limit, the longest gap of the owner's heartbeat during it, and the reported duration of the stop.
-fn measured(lab: &Lab, owner: &mut Owner, limit: Duration) -> Result<(Ran, Duration, Duration)> {
+fn measured(
+    lab: &Lab,
+    owner: &mut Owner,
+    limit: Duration,
+    more: &str,
+) -> Result<(Ran, Duration, Duration)> {
     let line = format!(
-        "reclaim --pid {} --reclaim-age 0s --stop-limit {}ms --json",
+        "reclaim --pid {} --reclaim-age 0s --stop-limit {}ms --json {more}",
         owner.pid(),
         limit.as_millis()
     );

@@ -15,6 +15,8 @@ const RDX: usize = 12;
 const RSI: usize = 13;
 const RDI: usize = 14;
 const ORIG_RAX: usize = 15;
+/// The registers of the arguments of a system call.
+const ARGUMENTS: [usize; 6] = [RDI, RSI, RDX, R10, R8, R9];
 const RIP: usize = 16;
 const CS: usize = 17;
 
@@ -46,7 +48,7 @@ impl Registers {
         let number = self.0[ORIG_RAX].cast_signed();
         (number >= 0).then(|| Syscall {
             number,
-            arguments: [RDI, RSI, RDX, R10, R8, R9].map(|register| self.0[register]),
+            arguments: ARGUMENTS.map(|register| self.0[register]),
         })
     }
 
@@ -72,12 +74,12 @@ impl Registers {
         })
     }
 
-    /// From the registers at the entry of a call: those that replace it by call `number`, with up to three arguments. The
-    /// other arguments stay as they are.
+    /// From the registers at the entry of a call: those that replace it by call `number`. The arguments beyond the given ones
+    /// stay as they are.
     pub fn with_syscall(&self, number: i64, arguments: &[u64]) -> Self {
         let mut registers = *self;
         registers.0[ORIG_RAX] = number.cast_unsigned();
-        for (register, argument) in [RDI, RSI, RDX].into_iter().zip(arguments) {
+        for (register, argument) in ARGUMENTS.into_iter().zip(arguments) {
             registers.0[register] = *argument;
         }
         registers
@@ -161,6 +163,12 @@ mod tests {
             (libc::SYS_close, vec![9, 2, 3])
         );
         assert_eq!(remote.pc(), entry.pc());
+        let six = entry.with_syscall(libc::SYS_mmap, &[1, 2, 3, 4, 5, 6]);
+        let call = six.syscall(&|_| false).unwrap();
+        assert_eq!(
+            (call.number, call.arguments),
+            (libc::SYS_mmap, [1, 2, 3, 4, 5, 6])
+        );
         let before = entry.before_syscall(libc::SYS_futex);
         assert_eq!(before.pc(), 0x40_1000);
         assert_eq!(before.result(), libc::SYS_futex);
