@@ -50,7 +50,7 @@ pub struct WatchScope<'a> {
 /// Scans now, waits for `duration`, scans again, and counts the sockets that only the second scan shows and that are not
 /// in `known`.
 ///
-/// The minimum age of the selectors is ignored, because new sockets are young.
+/// The minimum age and the minimum idle time of the selectors are ignored, because new sockets are young.
 ///
 /// # Errors
 /// The same as for [`finder::find`].
@@ -63,6 +63,7 @@ pub fn watch(
 ) -> Result<NewSockets, FindError> {
     let selectors = Selectors {
         min_age: Duration::ZERO,
+        min_idle: Duration::ZERO,
         ..scope.selectors.clone()
     };
     let scan = || match scope.owners {

@@ -116,11 +116,15 @@ impl Bench {
             "--sockets must be greater than 0, for example 1000"
         );
         let mut listers = vec![
-            Subject::new(LIST, None, &format!("{cwkill} --all --dry-run --json")),
+            Subject::new(
+                LIST,
+                None,
+                &format!("{cwkill} --all --min-idle 0s --dry-run --json"),
+            ),
             Subject::new(
                 "the same as a table",
                 Some(LIST),
-                &format!("{cwkill} --all --dry-run"),
+                &format!("{cwkill} --all --min-idle 0s --dry-run"),
             ),
             Subject::new("ss -tnp", Some(LIST), "ss -tnp"),
             Subject::new("ss -tn, no owners", Some(LIST), "ss -tn state close-wait"),
@@ -131,27 +135,27 @@ impl Bench {
             Subject::new(
                 KILL,
                 None,
-                &format!("{cwkill} --all --method destroy --no-owners --quiet"),
+                &format!("{cwkill} --all --min-idle 0s --method destroy --no-owners --quiet"),
             ),
             Subject::new(
                 "the same, with JSON",
                 Some(KILL),
-                &format!("{cwkill} --all --method destroy --no-owners --json"),
+                &format!("{cwkill} --all --min-idle 0s --method destroy --no-owners --json"),
             ),
             Subject::new(
                 "the same, and owners",
                 Some(KILL),
-                &format!("{cwkill} --all --method destroy --json"),
+                &format!("{cwkill} --all --min-idle 0s --method destroy --json"),
             ),
             Subject::new(
                 "find, shut down, verify",
                 Some(KILL),
-                &format!("{cwkill} --all --method shutdown --json"),
+                &format!("{cwkill} --all --min-idle 0s --method shutdown --json"),
             ),
             Subject::new(
                 "find, rst, verify",
                 Some(KILL),
-                &format!("{cwkill} --all --method rst --json"),
+                &format!("{cwkill} --all --min-idle 0s --method rst --json"),
             ),
             Subject::new("ss -K", Some(KILL), "ss -K -tn state close-wait"),
         ];

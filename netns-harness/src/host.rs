@@ -9,6 +9,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
@@ -44,6 +45,16 @@ const SYSCTLS: [(&str, &str); 10] = [
     // belongs to the machine.
     ("ipv4/tcp_wmem", "4096 4194304 8388608"),
 ];
+
+/// Changes the arguments and the environment of a command before it starts.
+pub type Rewrite = fn(&mut Vec<OsString>, &mut Vec<(OsString, OsString)>);
+
+static REWRITE: OnceLock<Rewrite> = OnceLock::new();
+
+/// From now on, `rewrite` changes every [`HostCommand`] of this process before it starts. Only the first call counts.
+pub fn rewrite_commands(rewrite: Rewrite) {
+    let _ = REWRITE.set(rewrite);
+}
 
 /// A network namespace without a name.
 #[derive(Debug)]
@@ -283,8 +294,11 @@ impl HostCommand<'_> {
     ///
     /// # Errors
     /// No process can be started, or not as the requested user.
-    pub fn spawn(self) -> Result<Child> {
+    pub fn spawn(mut self) -> Result<Child> {
         let program = self.arguments[0].clone();
+        if let Some(rewrite) = REWRITE.get() {
+            rewrite(&mut self.arguments, &mut self.environment);
+        }
         if let Some(uid) = self.identity.uid {
             crate::privilege::ensure_mapped(uid)?;
         }

@@ -55,7 +55,7 @@ pub use agent::{
     pattern,
 };
 pub use caps::Capability;
-pub use host::{Host, HostCommand};
+pub use host::{Host, HostCommand, Rewrite, rewrite_commands};
 pub use kernel::{KernelSocket, TcpState, canonical};
 pub use lab::{Conn, Family, Lab, Leak, Listen, Options, Pair};
 pub use nix::sys::signal::Signal;

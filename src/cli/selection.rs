@@ -46,6 +46,11 @@ pub struct Selection {
     #[arg(long, value_name = "DURATION", value_parser = values::duration)]
     pub min_age: Option<Duration>,
 
+    /// Sockets in which no data has moved in either direction for at least this long; 5s when cwkill acts,
+    /// 0s to take those in use too (by itself it does not make cwkill act)
+    #[arg(long, value_name = "DURATION", value_parser = values::duration)]
+    pub min_idle: Option<Duration>,
+
     /// Causes: not-accepted, unread, drained, sending, handshake, orphan
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = values::cause)]
     pub cause: Vec<Cause>,

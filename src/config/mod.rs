@@ -12,7 +12,7 @@ use clap::{ColorChoice, CommandFactory};
 
 use crate::cli::{Acting, Args, Cli, Logging, MethodChoice, Output};
 use crate::filter::Scope;
-use crate::filter::selectors::Selectors;
+use crate::filter::selectors::{IN_USE, Selectors};
 use crate::injector::engine;
 use crate::injector::plan::Policy;
 use crate::model::Method;
@@ -86,6 +86,8 @@ pub struct Config {
     pub reclaim: Option<ReclaimRules>,
     pub format: Format,
     pub no_header: bool,
+    /// A listing marks the sockets in which data has moved within this time.
+    pub mark_in_use: Duration,
     /// Show every owner and every attempt.
     pub verbose: bool,
     pub color: ColorChoice,
@@ -131,19 +133,23 @@ impl Config {
             (true, false) => Action::Act,
             (false, false) => Action::List,
         };
-        let min_age = selection.min_age.unwrap_or_default();
+        let min_idle = selection.min_idle;
         let Scope {
-            selectors,
+            mut selectors,
             netns,
             notes,
         } = Scope::from_args(selection)?;
+        let has_min_time = !(selectors.min_age.is_zero() && selectors.min_idle.is_zero());
         if action == Action::Act
             && selectors.states.contains(TcpState::Established)
-            && min_age.is_zero()
+            && !has_min_time
         {
             return Err(usage(
-                "the kernel cannot tell whether an ESTABLISHED connection is in use: give the time for which it must have been idle, for example --min-age 1h",
+                "the kernel cannot tell whether an ESTABLISHED connection is in use: give the time for which it must have been idle, for example --min-idle 1h or --min-age 1h",
             ));
+        }
+        if action != Action::List {
+            selectors.min_idle = min_idle.unwrap_or(IN_USE);
         }
         let methods = methods(&acting.method)?;
         if acting.no_owners {
@@ -172,7 +178,7 @@ impl Config {
                 methods,
                 discard_unsent: acting.discard_unsent,
                 max_kills: acting.max_kills,
-                has_min_age: !min_age.is_zero(),
+                has_min_time,
             },
             grace: acting.grace.unwrap_or(DEFAULT_GRACE),
             watch_refill: acting.watch_refill,
@@ -188,6 +194,7 @@ impl Config {
             },
             format: output.format(),
             no_header: output.no_header,
+            mark_in_use: min_idle.unwrap_or(IN_USE),
             verbose: output.verbose,
             color: output.color,
             selectors,
@@ -267,7 +274,7 @@ mod tests {
 
     #[test]
     fn only_a_selector_makes_it_act() {
-        for line in ["", "--json", "-v", "-H", "--color never"] {
+        for line in ["", "--json", "-v", "-H", "--color never", "--min-idle 1m"] {
             assert_eq!(config(line).unwrap().action, Action::List, "{line}");
         }
         for line in [
@@ -300,17 +307,35 @@ mod tests {
     }
 
     #[test]
-    fn open_connections_are_only_closed_by_age() {
+    fn an_act_leaves_alone_what_is_in_use() {
+        let min_idle = |line| config(line).unwrap().selectors.min_idle;
+        assert_eq!(min_idle("--port 1"), IN_USE);
+        assert_eq!(min_idle("--dry-run"), IN_USE);
+        assert_eq!(min_idle(""), Duration::ZERO);
+        for line in [
+            "--all --min-idle 10m",
+            "--min-idle 10m",
+            "-n --min-idle 10m",
+        ] {
+            assert_eq!(min_idle(line), Duration::from_secs(600), "{line}");
+        }
+        assert_eq!(min_idle("--all --min-idle 0s"), Duration::ZERO);
+    }
+
+    #[test]
+    fn open_connections_are_only_closed_by_age_or_idle_time() {
         for line in [
             "--state established",
             "state connected",
             "--state established --min-age 0s",
+            "--state established --min-idle 0s",
         ] {
             let error = config(line).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{line}");
             assert!(error.to_string().contains("--min-age 1h"), "{error}");
         }
         assert!(config("--state established --min-age 1h").is_ok());
+        assert!(config("--state established --min-idle 1h").is_ok());
         assert!(config("--state established -n").is_ok());
     }
 

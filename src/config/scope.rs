@@ -35,6 +35,7 @@ impl Scope {
                 users: selection.user.into_iter().collect(),
                 states,
                 min_age: selection.min_age.unwrap_or_default(),
+                min_idle: selection.min_idle.unwrap_or_default(),
                 causes: selection.cause.into_iter().collect(),
                 address_gone: selection.address_gone,
                 expression,

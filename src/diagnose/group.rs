@@ -54,7 +54,7 @@ pub struct CauseCount {
     pub close_wait: usize,
     /// Those that had the same cause in the first scan.
     pub lasting: usize,
-    /// Those that were in the first scan and have received nothing since. The other sockets are new, or in use in
+    /// Those that were in the first scan and in which no data has moved since. The other sockets are new, or in use in
     /// one direction.
     pub idle: usize,
     /// The services that the sockets belong to, most sockets first.
@@ -77,7 +77,7 @@ impl SocketGroup {
         second: impl Iterator<Item = &'a Socket>,
         context: &GroupContext,
     ) -> SocketGroup {
-        let first: HashMap<Cookie, Cause> = first.map(|s| (s.cookie(), s.cause)).collect();
+        let first: HashMap<Cookie, &Socket> = first.map(|s| (s.cookie(), s)).collect();
         let second: Vec<&Socket> = second.collect();
         let now: HashSet<Cookie> = second.iter().map(|socket| socket.cookie()).collect();
         let mut by_cause: BTreeMap<Cause, Vec<&Socket>> = BTreeMap::new();
@@ -98,12 +98,19 @@ impl SocketGroup {
                 group.ages[class.unwrap_or(AGES.len() - 1)] += 1;
             }
         }
-        // Half of the time is enough evidence, and leaves room for the difference between the clocks of the two scans.
         let idle = |socket: &&&Socket| {
-            first.contains_key(&socket.cookie())
-                && socket.age.is_none_or(|age| age >= context.elapsed / 2)
+            let Some(before) = first.get(&socket.cookie()) else {
+                return false;
+            };
+            // Without counters: half of the time is enough evidence, and leaves room for the difference between the clocks of the
+            // two scans.
+            let by_age = || socket.age.is_none_or(|age| age >= context.elapsed / 2);
+            socket.is_unmoved_since(before).unwrap_or_else(by_age)
         };
-        let lasting = |socket: &&&Socket| first.get(&socket.cookie()) == Some(&socket.cause);
+        let lasting = |socket: &&&Socket| {
+            let before = first.get(&socket.cookie());
+            before.is_some_and(|before| before.cause == socket.cause)
+        };
         let count_cause = |all: Vec<&Socket>| {
             let count = all.len();
             let in_close_wait = |socket: &&Socket| socket.state == TcpState::CloseWait;
@@ -291,9 +298,27 @@ mod tests {
     }
 
     #[test]
-    fn only_sockets_that_stay_and_receive_nothing_are_idle() {
+    fn only_sockets_in_which_no_data_moves_are_idle() {
+        let before: Vec<Socket> = (1..=5)
+            .map(|cookie| socket("10.0.0.1:80", "10.0.0.2:5", cookie))
+            .collect();
+        let mut second = before.clone();
+        // A keepalive was answered.
+        second[0].age = Some(Duration::ZERO);
+        second[1].progress.as_mut().unwrap().written += 1;
+        second[2].progress.as_mut().unwrap().received += 1;
+        second[3].recv_q += 1;
+        let context = GroupContext::default();
+        let group = SocketGroup::new(before[..4].iter(), second.iter(), &context);
+        let counts = &group.causes[&Cause::Unread];
+        assert_eq!((counts.count, counts.idle), (5, 1));
+    }
+
+    #[test]
+    fn without_counters_the_age_decides_about_idle() {
         let aged = |cookie, age| Socket {
             age,
+            progress: None,
             ..socket("10.0.0.1:80", "10.0.0.2:5", cookie)
         };
         let seconds = |seconds| Some(Duration::from_secs(seconds));

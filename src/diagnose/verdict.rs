@@ -92,8 +92,7 @@ pub fn cause_verdict(cause: Cause, sockets: &CauseCount) -> String {
     if sockets.close_wait == 0 {
         return "not in CLOSE-WAIT: cwkill cannot tell whether this is wrong".into();
     }
-    // A peer with a full buffer answers the kernel's window probes, so a sending socket is never idle. Only the
-    // duration counts.
+    // A peer that accepts the bytes slowly keeps a sending socket from being idle, so only the duration counts.
     let (persistent, how) = match cause {
         Cause::Sending => (sockets.lasting, "queued"),
         _ => (sockets.idle, "idle"),

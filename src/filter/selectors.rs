@@ -44,6 +44,8 @@ pub struct Selectors {
     pub states: StateSet,
     /// The minimum age of a socket.
     pub min_age: Duration,
+    /// A socket in which data has moved within this time is in use, and left alone.
+    pub min_idle: Duration,
     pub causes: BTreeSet<Cause>,
     /// Only sockets whose local address is not an address of this host any more. The finder applies it.
     pub address_gone: bool,
@@ -91,6 +93,9 @@ impl UnitName {
     }
 }
 
+/// By default, a socket in which data has moved within this time is in use.
+pub const IN_USE: Duration = Duration::from_secs(5);
+
 impl Default for Selectors {
     /// Everything in CLOSE-WAIT.
     fn default() -> Self {
@@ -108,6 +113,7 @@ impl Default for Selectors {
             users: BTreeSet::new(),
             states: StateSet::from(TcpState::CloseWait),
             min_age: Duration::ZERO,
+            min_idle: Duration::ZERO,
             causes: BTreeSet::new(),
             address_gone: false,
             expression: Expression::TRUE,
@@ -162,6 +168,11 @@ impl Selectors {
 
     /// Whether the socket matches, apart from the selectors of owners and users.
     pub fn match_socket(&self, socket: &Socket) -> bool {
+        self.match_fixed(socket) && self.still_matches(socket) && !self.finds_in_use(socket)
+    }
+
+    /// The part of [`Selectors::match_socket`] that cannot change while a socket stays in its state.
+    pub fn match_fixed(&self, socket: &Socket) -> bool {
         let version = match socket.is_ipv4() {
             true => IpVersion::V4,
             false => IpVersion::V6,
@@ -174,7 +185,6 @@ impl Selectors {
             && in_networks(&self.peer, peer.ip())
             && self.ip_version.is_none_or(|selected| selected == version)
             && self.expression.matches(&SocketFacts::from(socket))
-            && self.still_matches(socket)
     }
 
     /// Whether a dead socket with this local address can match. The local address is the only known fact about it, so it matches
@@ -197,6 +207,7 @@ impl Selectors {
             && self.causes.is_empty()
             && !self.address_gone
             && self.min_age.is_zero()
+            && self.min_idle.is_zero()
             && self.expression == Expression::TRUE
     }
 
@@ -208,10 +219,15 @@ impl Selectors {
             && self.ip_version.is_none()
     }
 
-    /// The part of [`Selectors::match_socket`] that can change while a socket stays in its state.
+    /// Whether the age and the cause of a socket match. They can change while it stays in its state.
     pub fn still_matches(&self, socket: &Socket) -> bool {
         (self.min_age.is_zero() || socket.age.is_some_and(|age| age >= self.min_age))
             && (self.causes.is_empty() || self.causes.contains(&socket.cause))
+    }
+
+    /// Whether a socket is left alone because it is in use (`--min-idle`).
+    pub fn finds_in_use(&self, socket: &Socket) -> bool {
+        socket.is_in_use(self.min_idle)
     }
 
     /// Whether the user of a socket is selected.
@@ -371,6 +387,12 @@ mod tests {
         assert!(selectors.match_socket(&ageless));
         selectors.min_age = Duration::from_millis(1);
         assert!(!selectors.match_socket(&ageless));
+    }
+
+    #[test]
+    fn a_socket_in_use_does_not_match() {
+        assert!(matches(|s| s.min_idle = Duration::from_secs(3600)));
+        assert!(!matches(|s| s.min_idle = Duration::from_secs(3601)));
     }
 
     #[test]

@@ -253,10 +253,30 @@ fn attach_owners(scan: &mut Scan, owners: &OwnerScan) {
     }
 }
 
+/// Keeps the selected sockets with their listeners, and counts those that are left alone because they are in use. Returns the
+/// sockets that were left out although they may match, as [`retain_of_owners`].
+fn retain_selected(
+    scan: &mut Scan,
+    selectors: &Selectors,
+    unreadable: &[Unreadable],
+    shows_descriptors: &dyn Fn(i32) -> bool,
+) -> Vec<Target> {
+    let mut without_owner = retain_of_owners(scan, selectors, unreadable, shows_descriptors);
+    let is_left = |target: &Target| !selectors.finds_in_use(&target.socket);
+    without_owner.retain(is_left);
+    let matched = scan.targets.len();
+    scan.targets.retain(is_left);
+    scan.in_use = matched - scan.targets.len();
+    if scan.in_use > 0 {
+        retain_used_listeners(scan);
+    }
+    without_owner
+}
+
 /// Keeps the sockets that have a selected owner, or whose listener has one, and the listeners of these sockets. Selected owners
 /// come first. Returns the sockets that were left out although they may match: no process that cwkill could read has them.
 /// `shows_descriptors` says whether /proc shows the descriptors of a pid.
-fn retain_selected(
+fn retain_of_owners(
     scan: &mut Scan,
     selectors: &Selectors,
     owners: &OwnerScan,

@@ -143,10 +143,11 @@ fn dump_in_halves(
     })
 }
 
-/// The target, if its socket matches by the kernel's data.
+/// The target, if its socket matches by the kernel's data. Whether it is in use is decided later.
 fn matching(message: &SocketMessage, selectors: &Selectors) -> Option<Target> {
     let socket = Socket::from_message(message);
-    selectors.match_socket(&socket).then(|| Target::new(socket))
+    let matches = selectors.match_fixed(&socket) && selectors.still_matches(&socket);
+    matches.then(|| Target::new(socket))
 }
 
 /// The dump requests whose answers contain every socket that `selectors` match.

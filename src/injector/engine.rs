@@ -169,7 +169,10 @@ impl Batch<'_> {
     /// Looks up the socket of each item, and returns the items whose socket has not changed since the plan. The others get
     /// their outcome, or an attempt with the reason. `after_segment`: the executor has sent a segment that may have closed them.
     pub fn recheck<T: AsMut<Target>>(&mut self, items: Vec<T>, after_segment: bool) -> Vec<T> {
-        let detail = match self.rules.selectors.min_age.is_zero() {
+        let Selectors {
+            min_age, min_idle, ..
+        } = self.rules.selectors;
+        let detail = match min_age.is_zero() && min_idle.is_zero() {
             true => Detail::Basic,
             false => Detail::Quiet,
         };
@@ -433,14 +436,17 @@ fn check(target: &Target, now: &SocketMessage, method: Method, rules: &Rules<'_>
     if changed && target.acted().is_none() {
         return Check::Decide(Outcome::Gone);
     }
-    // If an earlier method has changed the state, the age and the cause no longer describe the application.
+    // If an earlier method has changed the state, the times and the cause no longer describe the application.
     if !changed {
-        let fresh = Socket::from_message(now);
+        let fresh = planned.later(now);
         if planned.inode.is_none() && fresh.inode.is_some() {
             return Check::Decide(Outcome::Skipped(SkipReason::Accepted));
         }
         if !rules.selectors.still_matches(&fresh) {
             return Check::Decide(Outcome::Skipped(SkipReason::NoLongerSelected));
+        }
+        if rules.selectors.finds_in_use(&fresh) {
+            return Check::Decide(Outcome::Skipped(SkipReason::InUse));
         }
     }
     if is_sending_orphan(now.state, now.inode)

@@ -299,20 +299,46 @@ fn a_socket_that_changed_since_the_plan_is_never_acted_on() {
     assert_eq!(world.outcome(), Some(Outcome::Gone));
     assert!(world.acted_on().is_empty());
 
-    // A segment arrived, so the socket is younger than the minimum age.
-    let mut world = World::new(1).method(Destroy, close);
-    world.selectors.min_age = Duration::from_secs(60);
-    world.kernel.change(1, |socket| {
-        socket.quiet.as_mut().unwrap().last_ack_recv = Duration::ZERO;
-    });
-    assert_eq!(world.outcome(), skipped(SkipReason::NoLongerSelected));
-    assert!(world.acted_on().is_empty());
+    // Data moved, so the socket is younger than the minimum age, and in use.
+    for is_by_age in [true, false] {
+        let mut world = World::new(1).method(Destroy, close);
+        let (limit, reason) = match is_by_age {
+            true => (&mut world.selectors.min_age, SkipReason::NoLongerSelected),
+            false => (&mut world.selectors.min_idle, SkipReason::InUse),
+        };
+        *limit = Duration::from_secs(60);
+        world.kernel.change(1, send_data);
+        assert_eq!(world.outcome(), skipped(reason));
+        assert!(world.acted_on().is_empty());
+    }
 
     // The application accepted it.
     let mut world = World::new(1).method(Destroy, close);
     world.targets[0].socket.inode = None;
     assert_eq!(world.outcome(), skipped(SkipReason::Accepted));
     assert!(world.acted_on().is_empty());
+}
+
+/// The application sends a byte, and the peer acknowledges it.
+fn send_data(socket: &mut SocketMessage) {
+    let quiet = socket.quiet.as_mut().unwrap();
+    (quiet.last_ack_recv, quiet.last_data_sent) = (Duration::ZERO, Duration::ZERO);
+    socket.progress.as_mut().unwrap().written += 1;
+}
+
+#[test]
+fn an_answered_keepalive_changes_nothing() {
+    let mut world = World::new(1)
+        .method(Shutdown, |kernel, cookie| {
+            kernel.change(cookie, |socket| {
+                socket.quiet.as_mut().unwrap().last_ack_recv = Duration::ZERO;
+            });
+            Err(MethodError::PeerSilent)
+        })
+        .method(Destroy, close);
+    world.selectors.min_age = Duration::from_secs(60);
+    world.selectors.min_idle = Duration::from_secs(60);
+    assert_eq!(world.outcome(), closed(Destroy));
 }
 
 #[test]
@@ -635,9 +661,7 @@ fn an_attempt_that_maybe_did_nothing_does_not_lift_the_checks() {
     // The connection becomes active while the first method waits without success.
     let mut world = World::new(1)
         .method(Shutdown, |kernel, cookie| {
-            kernel.change(cookie, |socket| {
-                socket.quiet.as_mut().unwrap().last_ack_recv = Duration::ZERO;
-            });
+            kernel.change(cookie, send_data);
             Err(MethodError::RstIgnored)
         })
         .method(Destroy, close);

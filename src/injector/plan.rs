@@ -13,8 +13,8 @@ pub struct Policy {
     pub discard_unsent: bool,
     /// The maximum number of sockets to act on, the oldest first.
     pub max_kills: Option<usize>,
-    /// Whether the operator gave a minimum age. Without one, cwkill never closes an open connection.
-    pub has_min_age: bool,
+    /// Whether the operator gave a minimum age or a minimum idle time. Without one of them, cwkill never closes an open connection.
+    pub has_min_time: bool,
 }
 
 /// Plans every target of `scan` that has no outcome yet. A target with an outcome keeps its plan.
@@ -75,7 +75,7 @@ fn exclusion(
 ) -> Option<Exclusion> {
     let socket = &target.socket;
     if let Some(why) =
-        method.forbidden_by_state(socket, policy.has_min_age, privileges.kernel_version)
+        method.forbidden_by_state(socket, policy.has_min_time, privileges.kernel_version)
     {
         return Some(Exclusion::WrongState(socket.state, why));
     }
@@ -125,7 +125,7 @@ mod tests {
             methods: Method::AUTO.to_vec(),
             discard_unsent: false,
             max_kills: None,
-            has_min_age: false,
+            has_min_time: false,
         }
     }
 
@@ -310,7 +310,7 @@ mod tests {
         let open = || in_state(TcpState::Established, false);
         assert!(plan(open(), &policy(), &ROOT).methods.is_empty());
         let idle = Policy {
-            has_min_age: true,
+            has_min_time: true,
             ..policy()
         };
         assert_eq!(plan(open(), &idle, &ROOT).methods, Method::AUTO);
@@ -345,7 +345,7 @@ mod tests {
     fn a_listener_is_never_closed() {
         use TcpState::{Close, Listen, SynSent, Unknown};
         let anything = Policy {
-            has_min_age: true,
+            has_min_time: true,
             discard_unsent: true,
             ..policy()
         };

@@ -74,18 +74,20 @@ impl Method {
         is_affected && kernel < KernelVersion::ABORTS_ORPHANS
     }
 
-    /// Why the state of `socket` forbids the method on this kernel. `has_min_age`: the operator gave a minimum age. cwkill never
-    /// closes an open connection without one.
+    /// Why the state of `socket` forbids the method on this kernel. `has_min_time`: the operator gave a minimum age or a minimum
+    /// idle time. cwkill never closes an open connection without one of them.
     pub fn forbidden_by_state(
         self,
         socket: &Socket,
-        has_min_age: bool,
+        has_min_time: bool,
         kernel: KernelVersion,
     ) -> Option<&'static str> {
         match socket.state {
             TcpState::CloseWait => None,
-            TcpState::Established if has_min_age => None,
-            TcpState::Established => Some("an open connection is only closed with --min-age"),
+            TcpState::Established if has_min_time => None,
+            TcpState::Established => {
+                Some("an open connection is only closed with --min-idle or --min-age")
+            }
             // The FIN of this host is already sent, and shutdown(2) sends no second one (net/ipv4/af_inet.c, inet_shutdown;
             // net/ipv4/tcp.c, tcp_shutdown).
             TcpState::FinWait1
@@ -169,10 +171,10 @@ mod tests {
     }
 
     /// For each of [`Method::ALL`]: whether the state of `socket` allows it.
-    fn allowed(socket: &Socket, has_min_age: bool, kernel: KernelVersion) -> [bool; 4] {
+    fn allowed(socket: &Socket, has_min_time: bool, kernel: KernelVersion) -> [bool; 4] {
         Method::ALL.map(|method| {
             method
-                .forbidden_by_state(socket, has_min_age, kernel)
+                .forbidden_by_state(socket, has_min_time, kernel)
                 .is_none()
         })
     }

@@ -18,6 +18,8 @@ pub struct Scan {
     pub listeners: Vec<Listener>,
     /// The network namespaces that were scanned.
     pub namespaces: Vec<Arc<Netns>>,
+    /// The number of sockets that match, except that they are in use (`--min-idle`). They are not among the targets.
+    pub in_use: usize,
     pub coverage: Coverage,
     /// Whether cwkill searched for the owners.
     pub owners_known: bool,

@@ -4,9 +4,11 @@ use std::cmp::Ordering;
 use std::collections::HashSet;
 use std::time::Duration;
 
+use strum::IntoStaticStr;
+
 use crate::model::Cause;
 use crate::routes::Place;
-use crate::sock_diag::{Cookie, DiagId, SocketMessage};
+use crate::sock_diag::{Cookie, DiagId, Progress, SocketMessage};
 use crate::tcp::{TcpState, Tuple};
 
 /// A matched socket, at the time when the kernel listed it.
@@ -29,11 +31,34 @@ pub struct Socket {
     pub inode: Option<u32>,
     /// A lower bound of the time for which it has been stuck. See [`age`].
     pub age: Option<Duration>,
+    /// How `age` is known.
+    pub age_source: TimeSource,
+    /// A lower bound of the time for which no data has moved in either direction. See [`idle`].
+    pub idle: Option<Duration>,
+    /// How `idle` is known.
+    pub idle_source: TimeSource,
+    /// Its byte counters. See [`SocketMessage::progress`].
+    pub progress: Option<Progress>,
     pub cause: Cause,
     /// Whether it may have a local address that is not of this host (IP_TRANSPARENT); `None` if the kernel does not report it.
     pub transparent: Option<bool>,
     /// Its local address is not an address of this host any more. The finder sets it; `false` also means unknown.
     pub address_gone: bool,
+}
+
+/// How a lower bound of a time is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, IntoStaticStr)]
+#[strum(serialize_all = "kebab-case")]
+pub enum TimeSource {
+    /// From the clocks in `struct tcp_info`.
+    Kernel,
+}
+
+impl TimeSource {
+    /// The stable name for programs.
+    pub fn name(self) -> &'static str {
+        self.into()
+    }
 }
 
 impl Socket {
@@ -49,10 +74,53 @@ impl Socket {
             cgroup_id: message.cgroup,
             inode: (message.inode != 0).then_some(message.inode),
             age: age(message),
+            age_source: TimeSource::Kernel,
+            idle: idle(message),
+            idle_source: TimeSource::Kernel,
+            progress: message.progress,
             cause: Cause::of(message),
             transparent: message.transparent,
             address_gone: false,
         }
+    }
+
+    /// The same socket at a later lookup, which `message` describes. As long as no data has moved since, what was known of its
+    /// times stays known: an answer to a keepalive or to a probe of cwkill makes the clocks of the kernel start again, and changes
+    /// no counter.
+    pub fn later(&self, message: &SocketMessage) -> Socket {
+        let mut later = Socket {
+            netns: self.netns,
+            address_gone: self.address_gone,
+            ..Socket::from_message(message)
+        };
+        match later.is_unmoved_since(self) {
+            Some(true) => {
+                if self.age > later.age {
+                    (later.age, later.age_source) = (self.age, self.age_source);
+                }
+                if self.idle > later.idle {
+                    (later.idle, later.idle_source) = (self.idle, self.idle_source);
+                }
+            }
+            // The clocks of the kernel do not count what the application reads.
+            Some(false) => later.idle = later.idle.map(|_| Duration::ZERO),
+            None => {}
+        }
+        later
+    }
+
+    /// Whether neither data has moved nor the state has changed since an earlier lookup; `None` if the kernel does not have the
+    /// counters.
+    pub fn is_unmoved_since(&self, earlier: &Socket) -> Option<bool> {
+        let is_same = self.progress? == earlier.progress?;
+        Some(is_same && self.recv_q == earlier.recv_q && self.state == earlier.state)
+    }
+
+    /// Whether data has moved within the last `limit`. If that is unknown, yes in a state in which the application uses the
+    /// connection.
+    pub fn is_in_use(&self, limit: Duration) -> bool {
+        let is_used = matches!(self.state, TcpState::Established | TcpState::CloseWait);
+        !limit.is_zero() && self.idle.map_or(is_used, |idle| idle < limit)
     }
 
     /// The order that puts the oldest socket first.
@@ -94,9 +162,8 @@ impl Socket {
 /// A lower bound of the time for which a socket has been stuck. `None` if the kernel sends no TCP_INFO, or if no segment of a peer
 /// has arrived yet: then the kernel counts from boot.
 ///
-/// In CLOSE-WAIT it is the time since the last acceptable segment. That is at most the time since the FIN, because a segment after
-/// the FIN only makes it shorter. In a state in which data can still flow, it is the time since the last data or ACK in either
-/// direction.
+/// In CLOSE-WAIT it is the time since the last acceptable ACK. That is at most the time since the FIN, because an ACK after the FIN
+/// only makes it shorter. In a state in which data can still flow, it is the time since the last data or ACK in either direction.
 pub fn age(message: &SocketMessage) -> Option<Duration> {
     let quiet = message.quiet?;
     Some(match message.state {
@@ -107,6 +174,19 @@ pub fn age(message: &SocketMessage) -> Option<Duration> {
             .min(quiet.last_data_recv)
             .min(quiet.last_data_sent),
     })
+}
+
+/// A lower bound of the time for which no data has moved between the two kernels. `None` if the kernel sends no TCP_INFO, or if
+/// there is no connection.
+///
+/// A FIN, a keepalive and a window probe move no data. A retransmission counts as data, although it moves none, so the true time
+/// can be longer. Data that the application reads from the receive queue is not seen.
+pub fn idle(message: &SocketMessage) -> Option<Duration> {
+    let quiet = message.quiet?;
+    match message.state {
+        TcpState::Listen | TcpState::SynSent => None,
+        _ => Some(quiet.last_data_recv.min(quiet.last_data_sent)),
+    }
 }
 
 /// Whether a socket in `state` with this inode is an orphan (SOCK_DEAD) for which the kernel still sends.
@@ -144,6 +224,57 @@ mod tests {
         assert_eq!(age(&message), Some(Duration::from_millis(1)));
         message.quiet = None;
         assert_eq!(age(&message), None);
+    }
+
+    #[test]
+    fn only_data_ends_the_idle_time() {
+        let mut message = stuck("10.0.0.1:80", "10.0.0.2:5", 1);
+        let quiet = message.quiet.as_mut().unwrap();
+        quiet.last_ack_recv = Duration::ZERO;
+        assert_eq!(idle(&message), Some(Duration::from_secs(3600)));
+        let quiet = message.quiet.as_mut().unwrap();
+        quiet.last_data_sent = Duration::from_secs(4);
+        assert_eq!(idle(&message), Some(Duration::from_secs(4)));
+        let socket = Socket::from_message(&message);
+        assert!(socket.is_in_use(Duration::from_secs(5)));
+        assert!(!socket.is_in_use(Duration::from_secs(4)));
+        assert!(!socket.is_in_use(Duration::ZERO));
+        message.state = TcpState::SynSent;
+        assert_eq!(idle(&message), None);
+    }
+
+    #[test]
+    fn an_unknown_idle_time_is_use_where_the_application_may_use_it() {
+        let mut message = stuck("10.0.0.1:80", "10.0.0.2:5", 1);
+        message.quiet = None;
+        let limit = Duration::from_secs(5);
+        assert!(Socket::from_message(&message).is_in_use(limit));
+        message.state = TcpState::TimeWait;
+        assert!(!Socket::from_message(&message).is_in_use(limit));
+    }
+
+    #[test]
+    fn an_answered_probe_makes_nothing_young() {
+        let mut message = stuck("10.0.0.1:80", "10.0.0.2:5", 1);
+        let hour = Some(Duration::from_secs(3600));
+        let before = Socket::from_message(&message);
+        message.quiet.as_mut().unwrap().last_ack_recv = Duration::ZERO;
+        let probed = before.later(&message);
+        assert_eq!((probed.age, probed.idle), (hour, hour));
+
+        let mut read = message.clone();
+        read.recv_q = 0;
+        let read = before.later(&read);
+        let zero = Some(Duration::ZERO);
+        assert_eq!((read.age, read.idle), (zero, zero));
+
+        message.progress.as_mut().unwrap().written += 1;
+        let sent = before.later(&message);
+        assert_eq!((sent.age, sent.idle), (zero, zero));
+
+        message.progress = None;
+        let unknown = before.later(&message);
+        assert_eq!((unknown.age, unknown.idle), (zero, hour));
     }
 
     #[test]

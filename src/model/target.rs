@@ -96,6 +96,9 @@ pub enum SkipReason {
     /// It no longer has the selected age or cause, or its address has come back.
     #[error("no longer has the selected age, cause or address")]
     NoLongerSelected,
+    /// Data has moved since the plan was made.
+    #[error("in use: data has just moved (--min-idle)")]
+    InUse,
     /// The application accepted it after the plan was made.
     #[error("the application accepted it meanwhile")]
     Accepted,

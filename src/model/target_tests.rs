@@ -189,6 +189,7 @@ fn codes_are_stable() {
             "over-max-kills",
             "unsent-data",
             "no-longer-selected",
+            "in-use",
             "accepted",
             "peer-alive",
             "interrupted",

@@ -3,6 +3,7 @@
 //! The sockets are written in blocks, so the document is never in memory as a whole.
 
 use std::io::{self, Write};
+use std::time::Duration;
 
 use rayon::prelude::*;
 use serde::Serialize;
@@ -13,6 +14,7 @@ use super::serialize::{
 };
 use super::table::by_process;
 use super::{Run, SocketCounts, text};
+use crate::filter::selectors::IN_USE;
 use crate::model::{
     Exclusion, Listener, ListeningSocket, Method, MethodError, Outcome, Owner, Plan, SkipReason,
     Target,
@@ -181,6 +183,12 @@ pub struct JsonSocket<'a> {
     recv_q: u32,
     send_q: u32,
     age_ms: Option<u64>,
+    /// How `age_ms` is known; `None` with it.
+    age_source: Option<&'static str>,
+    idle_ms: Option<u64>,
+    idle_source: Option<&'static str>,
+    /// Whether data has moved in the last five seconds.
+    in_use: bool,
     cause: &'static str,
     /// Its local address is not an address of this host any more.
     address_gone: bool,
@@ -291,9 +299,11 @@ pub(crate) fn json_socket<'a>(run: &'a Run, target: &'a Target) -> JsonSocket<'a
         uid: socket.uid,
         recv_q: socket.recv_q,
         send_q: socket.send_q,
-        age_ms: socket
-            .age
-            .map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
+        age_ms: socket.age.map(millis),
+        age_source: socket.age.map(|_| socket.age_source.name()),
+        idle_ms: socket.idle.map(millis),
+        idle_source: socket.idle.map(|_| socket.idle_source.name()),
+        in_use: socket.is_in_use(IN_USE),
         cause: socket.cause.name(),
         address_gone: socket.address_gone,
         owners: owners(&target.owners),
@@ -327,6 +337,10 @@ fn listening_sockets(listener: &Listener) -> Vec<JsonListeningSocket> {
         backlog: socket.backlog,
     };
     listener.sockets.iter().map(socket).collect()
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn exclusion((method, why): &(Method, Exclusion)) -> JsonExclusion {

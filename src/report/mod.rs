@@ -62,12 +62,15 @@ pub struct SocketCounts {
     pub skipped: usize,
     /// No method closed them.
     pub failed: usize,
+    /// They were left alone because data has moved in them (`--min-idle`). They are not among `matched`.
+    pub in_use: usize,
 }
 
 impl SocketCounts {
     pub fn of(run: &Run) -> Self {
         let mut counts = SocketCounts {
             matched: run.scan.targets.len(),
+            in_use: run.scan.in_use,
             ..SocketCounts::default()
         };
         for outcome in run.scan.targets.iter().filter_map(|target| target.outcome) {
@@ -178,6 +181,7 @@ mod tests {
             gone,
             skipped,
             failed,
+            in_use: 0,
         };
         let status = |t: SocketCounts| t.exit_status();
         assert_eq!(status(counts(0, 0, 0, 0, 0)), ExitStatus::NothingMatched);

@@ -3,13 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::io::{self, Write};
+use std::time::Duration;
 
 use comfy_table::{Cell, CellAlignment, Color};
 
 use super::table::{has_unit, join, names, plain_table, unit_text};
 use super::{Run, SocketCounts, descriptors};
 use crate::config::{Action, Config};
-use crate::model::{Cause, Outcome, Plan, Scan, SkipReason, Target};
+use crate::model::{Cause, Outcome, Plan, Scan, SkipReason, Socket, Target};
 use crate::tcp::TcpState;
 use crate::text::{age, counted, escape};
 
@@ -46,6 +47,7 @@ enum Column {
     Local,
     Peer,
     Age,
+    Idle,
     RecvQ,
     SendQ,
     Cause,
@@ -64,6 +66,7 @@ impl Column {
             Column::Local => "LOCAL",
             Column::Peer => "PEER",
             Column::Age => "AGE",
+            Column::Idle => "IDLE",
             Column::RecvQ => "RECV-Q",
             Column::SendQ => "SEND-Q",
             Column::Cause => "CAUSE",
@@ -73,11 +76,21 @@ impl Column {
     }
 
     fn is_number(self) -> bool {
-        matches!(self, Column::Age | Column::RecvQ | Column::SendQ)
+        matches!(
+            self,
+            Column::Age | Column::Idle | Column::RecvQ | Column::SendQ
+        )
     }
 
     /// The cell of `target`. `process` and `fd` are its [`owner_cells`].
-    fn cell(self, run: &Run, target: &Target, (process, fd): (&str, &str), verbose: bool) -> Cell {
+    fn cell(
+        self,
+        run: &Run,
+        target: &Target,
+        (process, fd): (&str, &str),
+        layout: &Layout,
+    ) -> Cell {
+        let verbose = layout.verbose;
         let (scan, socket) = (&run.scan, &target.socket);
         match self {
             Column::Netns => Cell::new(escape(&scan.netns(target).label())),
@@ -88,6 +101,7 @@ impl Column {
             Column::Local => Cell::new(socket.tuple().local),
             Column::Peer => Cell::new(socket.tuple().peer),
             Column::Age => Cell::new(socket.age.map_or("-".into(), age)),
+            Column::Idle => Cell::new(idle_text(socket, layout.mark_in_use)),
             Column::RecvQ => Cell::new(socket.recv_q),
             Column::SendQ => Cell::new(socket.send_q),
             Column::Cause if socket.address_gone => {
@@ -119,6 +133,9 @@ fn last_cell(run: &Run, target: &Target, verbose: bool) -> Cell {
 struct Layout {
     columns: Vec<Column>,
     verbose: bool,
+    /// Sockets in which data has moved within this time are marked. Only in a listing: otherwise they are not among the targets, or
+    /// the operator wants them.
+    mark_in_use: Duration,
 }
 
 impl Layout {
@@ -133,7 +150,8 @@ impl Layout {
         columns.extend(has_units.then_some(Column::Unit));
         columns.extend(has_states.then_some(Column::State));
         columns.extend([Column::Local, Column::Peer]);
-        columns.extend([Column::Age, Column::RecvQ, Column::SendQ, Column::Cause]);
+        columns.extend([Column::Age, Column::Idle]);
+        columns.extend([Column::RecvQ, Column::SendQ, Column::Cause]);
         columns.extend(match config.action {
             Action::List => None,
             Action::DryRun => Some(Column::Plan),
@@ -142,6 +160,10 @@ impl Layout {
         Layout {
             columns,
             verbose: config.verbose,
+            mark_in_use: match config.action {
+                Action::List => config.mark_in_use,
+                Action::DryRun | Action::Act => Duration::ZERO,
+            },
         }
     }
 
@@ -162,7 +184,7 @@ impl Layout {
         }
         for target in rows {
             let (process, fd) = owner_cells(&run.scan, target, self.verbose);
-            let cell = |column: &Column| column.cell(run, target, (&process, &fd), self.verbose);
+            let cell = |column: &Column| column.cell(run, target, (&process, &fd), self);
             table.add_row(self.columns.iter().map(cell));
         }
         table.discover_columns();
@@ -185,6 +207,15 @@ impl Layout {
             writeln!(out, "{}", line.trim_end())?;
         }
         Ok(())
+    }
+}
+
+/// The time without data, with a mark for a socket that cwkill would leave alone.
+fn idle_text(socket: &Socket, mark_in_use: Duration) -> String {
+    match socket.idle {
+        None => "-".into(),
+        Some(idle) if socket.is_in_use(mark_in_use) => format!("{} in use", age(idle)),
+        Some(idle) => age(idle),
     }
 }
 
@@ -282,8 +313,9 @@ pub(crate) fn result(target: &Target, verbose: bool) -> Option<(String, Color)> 
 /// The line after the table.
 pub fn summary(run: &Run, config: &Config) -> String {
     let counts = SocketCounts::of(run);
+    let in_use = in_use_text(run, config);
     if run.acted {
-        return counts.sentence();
+        return counts.sentence() + &in_use;
     }
     let sockets = || run.scan.targets.iter().map(|target| &target.socket);
     let mut line = match sockets().all(|socket| socket.state == TcpState::CloseWait) {
@@ -298,8 +330,32 @@ pub fn summary(run: &Run, config: &Config) -> String {
         let separator = if index == 0 { ": " } else { ", " };
         let _ = write!(line, "{separator}{count} {cause}");
     }
+    line.push_str(&in_use);
     if config.action == Action::DryRun {
         line.push_str("; dry run, nothing was done");
     }
     line
+}
+
+/// The sockets in use: those that were left alone, or in a listing those that would be.
+fn in_use_text(run: &Run, config: &Config) -> String {
+    let (count, limit, ending) = match config.action {
+        Action::List if config.selectors.min_idle.is_zero() => {
+            let marked = |target: &&Target| target.socket.is_in_use(config.mark_in_use);
+            let count = run.scan.targets.iter().filter(marked).count();
+            (count, config.mark_in_use, "")
+        }
+        _ => (
+            run.scan.in_use,
+            config.selectors.min_idle,
+            " and left alone (--min-idle)",
+        ),
+    };
+    match count {
+        0 => String::new(),
+        _ => format!(
+            "; {count} in use{ending}: data moved in the last {}",
+            age(limit)
+        ),
+    }
 }

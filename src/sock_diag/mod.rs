@@ -9,4 +9,4 @@ pub mod codec;
 pub(crate) mod testdata;
 
 pub use client::{DestroyError, DumpError, LookupError, SockDiag};
-pub use codec::{Cookie, Detail, DiagId, DumpRequest, Family, SocketMessage};
+pub use codec::{Cookie, Detail, DiagId, DumpRequest, Family, Progress, SocketMessage};

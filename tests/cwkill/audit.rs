@@ -78,7 +78,7 @@ fn every_act_is_a_record_in_the_log_file() -> Result<()> {
     assert_eq!(at(&records[0], "/matched"), "5");
     assert_eq!(at(&records[0], "/to_act_on"), "3");
     assert_eq!(at(&records[0], "/methods"), r#"["shutdown"]"#);
-    assert_eq!(at(&records[0], "/arguments/1"), "--method");
+    assert!(at(&records[0], "/arguments").contains(r#","--method","shutdown""#));
     let closed: Vec<&Value> = records[4..9]
         .iter()
         .filter(|record| at(record, "/socket/result/outcome") == "closed")

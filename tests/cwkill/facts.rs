@@ -1,10 +1,12 @@
 //! Behaviour of the kernel that cwkill relies on. A failure here means that this kernel behaves differently, not that
 //! cwkill is wrong.
 
-use anyhow::Result;
-use netns_harness::{Family, Recv, TcpState};
+use std::time::Instant;
 
-use crate::support::{PATIENCE, at, connections, count, cwkill, in_state, lab};
+use anyhow::{Context, Result};
+use netns_harness::{Family, Host, How, Lab, Leak, Recv, SocketOption, TcpState};
+
+use crate::support::{CWKILL, PATIENCE, at, connections, count, cwkill, in_state, lab, ran};
 use crate::trial::{Test, each_family};
 
 pub const TESTS: &[Test] = &[
@@ -15,6 +17,12 @@ pub const TESTS: &[Test] = &[
     each_family!(a_closed_socket_keeps_its_descriptor),
     each_family!(our_fin_counts_as_one_unsent_byte),
     each_family!(the_listener_survives_a_destroy_with_a_cookie),
+    each_family!(before_the_first_byte_the_kernel_counts_from_the_handshake),
+    each_family!(a_fin_is_an_ack_and_no_data),
+    each_family!(an_answer_to_a_keepalive_is_an_ack_and_no_data),
+    each_family!(a_keepalive_of_the_peer_is_neither),
+    each_family!(an_answer_to_a_window_probe_is_an_ack_and_no_data),
+    each_family!(a_retransmission_counts_as_data),
 ];
 
 fn a_fin_counts_as_one_unread_byte(family: Family) -> Result<()> {
@@ -100,5 +108,100 @@ fn the_listener_survives_a_destroy_with_a_cookie(family: Family) -> Result<()> {
     assert_eq!(in_state(&lab, TcpState::Listen)?, 1);
     let _more = lab.start("established", family, count(1))?;
     assert!(leak.app().is_alive());
+    Ok(())
+}
+
+/// The age and the idle time of the one connection in `state` on `host`, in milliseconds; `None` if it is in another state.
+fn times(host: &Host, state: &str) -> Result<Option<(u64, u64)>> {
+    let command = host
+        .command(CWKILL)
+        .args(["-n", "--json", "--no-owners", "--state", state]);
+    let ran = ran(command)?;
+    let sockets = ran.sockets();
+    let Some(socket) = sockets.first() else {
+        return Ok(None);
+    };
+    let millis = |name: &str| socket[name].as_u64().context("no time");
+    Ok(Some((millis("age_ms")?, millis("idle_ms")?)))
+}
+
+/// Waits until the age and the idle time of the stuck socket are as `wanted`, and returns them.
+fn wait_for_times(lab: &Lab, wanted: impl Fn(u64, u64) -> bool) -> Result<(u64, u64)> {
+    let mut last = None;
+    lab.wait_for(PATIENCE, || {
+        last = times(lab.app_host(), "close-wait")?;
+        Ok(last.is_some_and(|(age, idle)| wanted(age, idle)))
+    })
+    .with_context(|| format!("age and idle time {last:?}"))?;
+    last.context("no socket")
+}
+
+/// On both ends, the accepted and the connected one.
+fn before_the_first_byte_the_kernel_counts_from_the_handshake(family: Family) -> Result<()> {
+    let began = Instant::now();
+    let (lab, leak) = lab("established", family, 1)?;
+    for host in [lab.app_host(), &leak.pair().peer_host] {
+        lab.wait_for(PATIENCE, || {
+            Ok(times(host, "established")?.is_some_and(|(_, idle)| idle >= 300))
+        })?;
+        let (_, idle) = times(host, "established")?.context("it is open")?;
+        let longest = u64::try_from(began.elapsed().as_millis())?;
+        assert!(idle <= longest, "{idle} of {longest} ms");
+    }
+    Ok(())
+}
+
+fn a_fin_is_an_ack_and_no_data(family: Family) -> Result<()> {
+    let (lab, leak) = lab("established", family, 1)?;
+    lab.wait_for(PATIENCE, || {
+        let open = times(lab.app_host(), "established")?;
+        Ok(open.is_some_and(|(_, idle)| idle >= 500))
+    })?;
+    leak.peer().shutdown(&leak.peer_fds(), How::Write)?;
+    wait_for_times(&lab, |age, idle| idle >= age + 500)?;
+    Ok(())
+}
+
+/// Probes every second.
+const KEEPALIVE: SocketOption = SocketOption::KeepAlive {
+    idle_s: 1,
+    interval_s: 1,
+    probes: 100,
+};
+
+fn an_answer_to_a_keepalive_is_an_ack_and_no_data(family: Family) -> Result<()> {
+    let (lab, leak) = lab("drained", family, 1)?;
+    wait_for_times(&lab, |age, _| age >= 200)?;
+    leak.app().set_option(&leak.app_fds(), KEEPALIVE)?;
+    wait_for_times(&lab, |age, idle| idle >= age + 2000)?;
+    Ok(())
+}
+
+/// Its sequence number is one too low, so the kernel answers it and looks at nothing else in it.
+fn a_keepalive_of_the_peer_is_neither(family: Family) -> Result<()> {
+    let (lab, leak) = lab("drained", family, 1)?;
+    leak.peer().set_option(&leak.peer_fds(), KEEPALIVE)?;
+    let timers = |leak: &Leak| -> Result<usize> {
+        let shown = ran(leak.pair().peer_host.command("ss").args(["-Htnoi"]))?.exits(0);
+        Ok(shown.stdout.matches("timer:(keepalive").count())
+    };
+    lab.wait_for(PATIENCE, || Ok(timers(&leak)? == 1))?;
+    wait_for_times(&lab, |age, _| age >= 3500)?;
+    assert!(in_state(&lab, TcpState::CloseWait)? == 1);
+    Ok(())
+}
+
+fn an_answer_to_a_window_probe_is_an_ack_and_no_data(family: Family) -> Result<()> {
+    let (lab, _leak) = lab("sending", family, 1)?;
+    wait_for_times(&lab, |age, idle| idle >= age + 2000)?;
+    Ok(())
+}
+
+fn a_retransmission_counts_as_data(family: Family) -> Result<()> {
+    let (lab, leak) = lab("drained", family, 1)?;
+    leak.pair().set_link(false)?;
+    leak.app().send(&leak.app_fds(), b"lost")?;
+    let (_, before) = wait_for_times(&lab, |_, idle| idle >= 100)?;
+    wait_for_times(&lab, |age, idle| idle < before && age > idle)?;
     Ok(())
 }

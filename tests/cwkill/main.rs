@@ -1,6 +1,7 @@
 //! Drives the built `cwkill` in the harness and looks at the kernel from outside, with `ss`.
 
 mod addresses;
+mod ages;
 mod audit;
 mod backlogs;
 mod cgroups;
@@ -50,6 +51,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     completions,
     listing,
     selecting,
+    ages,
     expressions,
     closing,
     backlogs,
@@ -84,6 +86,7 @@ const MODULES: &[(&str, &[Test])] = modules![
 
 fn main() -> std::process::ExitCode {
     netns_harness::run_role();
+    netns_harness::rewrite_commands(support::take_sockets_in_use);
     if std::env::var_os(AS_HARNESS).is_some() {
         return netns_harness::cli::main();
     }

@@ -7,7 +7,9 @@ use anyhow::{Context, Result};
 use netns_harness::{Family, Lab, TcpState};
 use serde_json::Value;
 
-use crate::support::{CWKILL, Ran, all_have, at, carries_data, count, cwkill, in_state, lab};
+use crate::support::{
+    CWKILL, Ran, TAKE_ALL, all_have, at, carries_data, count, cwkill, in_state, lab,
+};
 use crate::trial::{Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
@@ -23,7 +25,10 @@ pub const TESTS: &[Test] = &[
 
 /// Runs cwkill in our own namespace, in which no socket is stuck.
 fn outside(arguments: &[&str]) -> Result<Ran> {
-    let output = Command::new(CWKILL).args(arguments).output()?;
+    let output = Command::new(CWKILL)
+        .args(TAKE_ALL)
+        .args(arguments)
+        .output()?;
     Ran::of(&arguments.join(" "), output)
 }
 

@@ -59,7 +59,7 @@ fn find(proc: &ProcFs, methods: &[Method]) -> Result<Scan> {
         methods: methods.to_vec(),
         discard_unsent: false,
         max_kills: None,
-        has_min_age: false,
+        has_min_time: false,
     };
     plan::build(&mut scan, &policy, &Privileges::of_this_thread()?);
     Ok(scan)

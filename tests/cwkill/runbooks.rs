@@ -4,7 +4,7 @@
 //! block there is one of
 //!
 //! ```text
-//! <!-- scenario: unread:3,established:2 -->     a new lab, as for `netns-harness run`; also: age=1s, family=v6
+//! <!-- scenario: unread:3,established:2 -->     a new lab, as for `netns-harness run`; also: age=1s, idle=5s, family=v6
 //! <!-- scenario: unread:3 outside -->            the same, with the commands on another host
 //! <!-- scenario: none -->                       a host without sockets
 //! <!-- not run: why -->
@@ -142,6 +142,8 @@ struct Scenarios {
     family: Option<Family>,
     /// How old the sockets must be before the first command.
     age: Option<String>,
+    /// For how long no data must have moved in them before the first command.
+    idle: Option<String>,
     /// The commands run on another host.
     outside: bool,
 }
@@ -152,11 +154,12 @@ impl Scenarios {
         for word in text.split_whitespace() {
             match word.split_once('=') {
                 Some(("age", age)) => scenarios.age = Some(age.to_owned()),
+                Some(("idle", idle)) => scenarios.idle = Some(idle.to_owned()),
                 Some(("family", name)) => {
                     let family = Family::ALL.into_iter().find(|f| f.name() == name);
                     scenarios.family = Some(family.with_context(|| format!("no family {name}"))?);
                 }
-                Some(_) => bail!("`{word}` is neither age=1s nor family=v6"),
+                Some(_) => bail!("`{word}` is none of age=1s, idle=5s and family=v6"),
                 None if word == "none" => {}
                 None if word == "outside" => scenarios.outside = true,
                 None => {
@@ -177,8 +180,10 @@ impl Scenarios {
         let started = self.wanted.iter();
         let started = started.map(|(name, number)| lab.start(name, family, count(*number)));
         let leaks: Vec<Leak> = started.collect::<Result<_>>()?;
-        if let Some(age) = &self.age {
-            let line = format!("--min-age {age} --dry-run --jsonl");
+        let limits = [("--min-age", &self.age), ("--min-idle", &self.idle)];
+        for (option, limit) in limits {
+            let Some(limit) = limit else { continue };
+            let line = format!("{option} {limit} --dry-run --jsonl");
             let all = in_state(&lab, TcpState::CloseWait)?;
             lab.wait_for(PATIENCE, || {
                 Ok(cwkill(&lab, &line)?.stdout.lines().count() == all)
@@ -352,7 +357,7 @@ static VARIES: LazyLock<Vec<(Regex, &str)>> = LazyLock::new(|| {
         (r"(-p|--pid) [0-9]+", "$1 PID"),
         // RLIMIT_NOFILE depends on the machine.
         (r"\bof [0-9]+ \([0-9]+%\)", "of LIMIT"),
-        (r#"("(?:pid|inode|age_ms|uid)": ?)[0-9]+"#, "${1}N"),
+        (r#"("(?:pid|inode|age_ms|idle_ms|uid)": ?)[0-9]+"#, "${1}N"),
         (r#"("cookie": ?")[0-9a-f]{16}"#, "${1}COOKIE"),
         // The peer has any port, the application has 8080.
         (r"(10\.78\.[0-9]+\.1:)8080\b", "${1}APPLICATION"),
@@ -389,7 +394,7 @@ fn normal(lines: &[String]) -> Vec<String> {
 }
 
 fn a_wrong_documented_output_is_detected() -> Result<()> {
-    let right = "<!-- scenario: unread:2,established -->\n```console\n$ cwkill | tail -n 1\n\
+    let right = "<!-- scenario: unread:2,established -->\n```console\n$ cwkill --min-idle 0s | tail -n 1\n\
         2 sockets stuck: 2 unread\n$ cwkill --port 9 -q\n$ echo $?\n1\n```\n";
     let (differences, renewed) = Document::parse(right)?.run()?;
     assert!(

@@ -1,5 +1,6 @@
 //! Shared by the tests: running cwkill, and reading its output and that of `ss`.
 
+use std::ffi::OsString;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -80,9 +81,71 @@ impl Ran {
     }
 }
 
+/// Adds `--min-idle 0s` to a command line of cwkill that acts or lists, unless it gives `--min-idle` itself: the sockets of the
+/// tests are young. Commands that need a shell are changed too. Also lets cwkill remember nothing, unless the environment says where.
+/// With [`AS_TYPED`] in its environment, a command stays as it is.
+pub fn take_sockets_in_use(
+    arguments: &mut Vec<OsString>,
+    environment: &mut Vec<(OsString, OsString)>,
+) {
+    // The tests run side by side, and each knows only its own runs.
+    if !environment.iter().any(|(name, _)| name == MEMORY) {
+        environment.push((MEMORY.into(), OsString::new()));
+    }
+    if environment.iter().any(|(name, _)| name == AS_TYPED) {
+        return;
+    }
+    let gives_it = |argument: &OsString| argument.to_string_lossy().contains(TAKE_ALL[0]);
+    if arguments.iter().any(gives_it) {
+        return;
+    }
+    if let Some(place) = arguments.iter().position(|argument| argument == CWKILL) {
+        let is_command = |text: &OsString| COMMANDS.iter().any(|command| text == command);
+        if !arguments[place..].iter().any(is_command) {
+            arguments.splice(place + 1..place + 1, TAKE_ALL.map(OsString::from));
+        }
+        return;
+    }
+    for argument in arguments.iter_mut() {
+        let Some(script) = argument.to_str().filter(|text| text.contains(CWKILL)) else {
+            continue;
+        };
+        let mut parts = script.split(CWKILL);
+        let mut changed = parts.next().unwrap_or_default().to_owned();
+        for part in parts {
+            let next = part.split_whitespace().next().unwrap_or_default();
+            changed.push_str(CWKILL);
+            if part.starts_with(' ') && !COMMANDS.contains(&next) {
+                changed.push(' ');
+                changed.push_str(&TAKE_ALL.join(" "));
+            }
+            changed.push_str(part);
+        }
+        *argument = changed.into();
+    }
+}
+
+/// The variable with the directory for what cwkill remembers; empty for nothing.
+pub const MEMORY: &str = "CWKILL_MEMORY";
+
+/// See [`take_sockets_in_use`].
+pub const AS_TYPED: &str = "CWKILL_TESTS_AS_TYPED";
+
+/// Makes cwkill take the sockets in which data has just moved.
+pub const TAKE_ALL: [&str; 2] = ["--min-idle", "0s"];
+
+/// The commands of cwkill, which have selectors of their own.
+const COMMANDS: [&str; 4] = ["diagnose", "check", "doctor", "reclaim"];
+
 /// Runs cwkill on the leaking host.
 pub fn cwkill(lab: &Lab, arguments: &str) -> Result<Ran> {
     let command = lab.app_host().command(CWKILL);
+    ran(command.args(arguments.split_whitespace()))
+}
+
+/// Runs cwkill on the leaking host with its default for `--min-idle`.
+pub fn as_typed(lab: &Lab, arguments: &str) -> Result<Ran> {
+    let command = lab.app_host().command(CWKILL).env(AS_TYPED, "1");
     ran(command.args(arguments.split_whitespace()))
 }
 

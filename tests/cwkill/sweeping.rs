@@ -24,8 +24,8 @@ use serde_json::Value;
 
 use crate::races::Now;
 use crate::support::{
-    CWKILL, PATIENCE, Ran, all_have, alone, at, carries_data, connections, count, cwkill, in_state,
-    lab, ran, skip_reason,
+    CWKILL, PATIENCE, Ran, TAKE_ALL, all_have, alone, at, carries_data, connections, count, cwkill,
+    in_state, lab, ran, skip_reason,
 };
 use crate::trial::{Test, each_family, once};
 
@@ -65,7 +65,7 @@ fn aged(lab: &Lab) -> Result<()> {
 /// The configuration of a sweep of the sockets that `expression` matches.
 fn config(expression: &str) -> Result<Config> {
     let words = ["cwkill"].into_iter().chain(SWEEP.split(' '));
-    let words = words.chain([expression]);
+    let words = words.chain(TAKE_ALL).chain([expression]);
     Ok(Config::from_args(Cli::try_parse_from(words)?.args)?)
 }
 

@@ -18,6 +18,9 @@ const RUN_DEADLINE: Duration = Duration::from_secs(60);
 /// The `--grace` of `cwkill`. Clients answer a FIN at once, so a longer one would only wait for peers that never answer.
 const GRACE: &str = "200ms";
 
+/// The `--min-idle` of `cwkill`: data moves in every connection all the time, and the killers must act all the same.
+const MIN_IDLE: &str = "0s";
+
 /// The exit statuses of a `cwkill` that worked: closed all, found nothing, closed some.
 const DONE: [i32; 3] = [0, 1, 4];
 
@@ -42,7 +45,9 @@ impl Killer {
         let mut command = vec![program.as_os_str().to_owned()];
         let [first, second] = ports;
         command.extend(["--port".into(), format!("{first},{second}").into()]);
-        command.extend(["--method", method, "--grace", GRACE, "--json"].map(OsString::from));
+        let options = ["--method", method, "--grace", GRACE, "--min-idle", MIN_IDLE];
+        command.extend(options.map(OsString::from));
+        command.push("--json".into());
         if let Some(age) = min_age {
             command.extend(["--min-age".into(), format!("{}ms", age.as_millis()).into()]);
         }

@@ -58,11 +58,12 @@ fn exclusion(word: &str) -> Exclusion {
 }
 
 /// Why a socket is skipped, by a word each; `no-method` gives the reasons of its plan.
-pub const SKIPS: [&str; 7] = [
+pub const SKIPS: [&str; 8] = [
     "no-method",
     "over-limit",
     "unsent",
     "no-longer-selected",
+    "in-use",
     "accepted",
     "peer-alive",
     "interrupted",
@@ -74,6 +75,7 @@ fn skip(word: &str) -> SkipReason {
         "over-limit" => SkipReason::OverMaxKills,
         "unsent" => SkipReason::UnsentData(77),
         "no-longer-selected" => SkipReason::NoLongerSelected,
+        "in-use" => SkipReason::InUse,
         "accepted" => SkipReason::Accepted,
         "peer-alive" => SkipReason::PeerAlive,
         "interrupted" => SkipReason::Interrupted,
@@ -590,6 +592,7 @@ pub struct Case {
     pub long: bool,
     namespaces: Vec<(u64, Option<&'static str>)>,
     sockets: Vec<Matched>,
+    in_use: usize,
     coverage: Coverage,
     watched: Option<Watched>,
     stopped: Vec<(&'static Who, u64, usize)>,
@@ -604,6 +607,7 @@ pub fn case(name: &'static str, arguments: &'static str) -> Case {
         long: false,
         namespaces: vec![(4_026_531_840, None)],
         sockets: Vec::new(),
+        in_use: 0,
         coverage: Coverage::default(),
         watched: None,
         stopped: Vec::new(),
@@ -638,6 +642,12 @@ impl Case {
 
     pub fn hidden_processes(mut self) -> Self {
         self.coverage.hidden_processes = true;
+        self
+    }
+
+    /// Sockets that are left alone because data has moved in them.
+    pub fn in_use(mut self, count: usize) -> Self {
+        self.in_use = count;
         self
     }
 
@@ -712,6 +722,7 @@ impl Case {
                 .iter()
                 .map(|(inode, name)| Arc::new(Netns::example(*inode, *name)))
                 .collect(),
+            in_use: self.in_use,
             coverage: self.coverage.clone(),
             owners_known: config.owners,
             ..Scan::default()

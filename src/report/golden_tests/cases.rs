@@ -214,6 +214,12 @@ pub fn listings() -> Vec<Case> {
         case("nothing", ""),
         case("nothing-to-do", "--all"),
         case("nothing-dry-run", "--all -n"),
+        case("nothing-but-in-use", "--port 80").in_use(2),
+        case("dry-run-in-use", "--port 80 -n --min-idle 90s")
+            .sockets([socket("10.0.0.1:80", "10.0.0.2:1", 1)
+                .owner(&NGINX, 7)
+                .plan(["destroy"])])
+            .in_use(1),
         case("nothing-undecided", "--pid 7").undecided(2),
         case("nothing-unreachable-namespace", "--netns all").unreachable_namespaces(1, None),
         case("nothing-unreachable-namespaces", "--netns all")

@@ -14,7 +14,7 @@ mod tests;
 
 pub use id::{Cookie, DiagId, Family};
 pub(crate) use reply::TCPI_LAST_ACK_RECV;
-pub use reply::{Frame, Framed, Malformed, Quiet, SocketMessage, frames};
+pub use reply::{Frame, Framed, Malformed, Progress, Quiet, SocketMessage, frames};
 pub use request::{Detail, DumpRequest, put_destroy, put_destroy_without_ack, put_lookup};
 
 /// Message type of requests and of replies that describe a socket (linux/sock_diag.h).

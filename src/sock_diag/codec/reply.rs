@@ -24,16 +24,38 @@ const TRANSPARENT: u8 = if cfg!(target_endian = "little") {
 const TCPI_LAST_DATA_SENT: usize = 8 + 9 * 4;
 const TCPI_LAST_DATA_RECV: usize = 8 + 11 * 4;
 pub(crate) const TCPI_LAST_ACK_RECV: usize = 8 + 12 * 4;
+/// Of 64 bits, except `tcpi_notsent_bytes`.
+const TCPI_BYTES_ACKED: usize = 120;
+const TCPI_BYTES_RECEIVED: usize = 128;
+const TCPI_NOTSENT_BYTES: usize = 144;
+const TCPI_BYTES_SENT: usize = 200;
+const TCPI_BYTES_RETRANS: usize = 208;
 
-/// The three times in `struct tcp_info` that show how long a socket has been quiet, in milliseconds on the wire.
+/// The three times in `struct tcp_info` that show how long a socket has been quiet, in milliseconds on the wire. The numbers on
+/// the wire have 32 bits, so each time starts again at 0 after 49 days.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Quiet {
-    /// Time since the socket sent data. Before the first data it is the time since boot.
+    /// Time since the socket sent data, also for the second time. Before the first data it is the time since the handshake. A
+    /// keepalive or a window probe does not update it.
     pub last_data_sent: Duration,
-    /// Time since data arrived. Meaningless before the first data. A FIN does not update it.
+    /// Time since new data arrived. Before the first data it is the time since the handshake (before Linux 4.11: since boot). A
+    /// FIN does not update it.
     pub last_data_recv: Duration,
-    /// Time since any acceptable segment arrived, also a FIN.
+    /// Time since the last acceptable ACK arrived, also with a FIN. An answer to the socket's own keepalive or window probe is
+    /// such an ACK. A keepalive of the peer is not acceptable, because its sequence number is too low.
     pub last_ack_recv: Duration,
+}
+
+/// The bytes that a connection has moved since its handshake. As long as they stay the same, no data has moved between the
+/// application and the peer, except data that the application reads from the receive queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes that arrived in order. A FIN counts as one.
+    pub received: u64,
+    /// Bytes that the peer has acknowledged.
+    pub acked: u64,
+    /// Bytes that the application has written. A retransmission does not change it.
+    pub written: u64,
 }
 
 /// The kernel's description of one socket.
@@ -54,6 +76,8 @@ pub struct SocketMessage {
     pub inode: u32,
     /// The quiet times; `None` if they were not requested, or the kernel did not send them.
     pub quiet: Option<Quiet>,
+    /// The byte counters; `None` if they were not requested, or the kernel does not have all of them (before Linux 4.19).
+    pub progress: Option<Progress>,
     /// Whether an IPv6 socket refuses IPv4; `None` if the kernel does not report it.
     pub v6only: Option<bool>,
     /// The id of the cgroup v2 in which the socket was made: the inode of its directory. `None` if the kernel does not report it
@@ -155,6 +179,7 @@ fn parse_socket(payload: &[u8]) -> Result<SocketMessage, Malformed> {
         uid: u32_at(payload, 64),
         inode: u32_at(payload, 68),
         quiet: None,
+        progress: None,
         v6only: None,
         cgroup: None,
         transparent: None,
@@ -162,7 +187,10 @@ fn parse_socket(payload: &[u8]) -> Result<SocketMessage, Malformed> {
     for attribute in NlasIterator::new(&payload[MESSAGE_LEN..]) {
         let attribute = attribute.map_err(|_| Malformed("an attribute is cut short"))?;
         match attribute.kind() {
-            INET_DIAG_INFO => message.quiet = parse_quiet(attribute.value()),
+            INET_DIAG_INFO => {
+                message.quiet = parse_quiet(attribute.value());
+                message.progress = parse_progress(attribute.value());
+            }
             INET_DIAG_CGROUP_ID => {
                 let id = attribute.value().first_chunk();
                 message.cgroup = id.map(|id| u64::from_ne_bytes(*id));
@@ -187,6 +215,23 @@ pub(super) fn parse_quiet(tcp_info: &[u8]) -> Option<Quiet> {
         last_data_sent: time(TCPI_LAST_DATA_SENT),
         last_data_recv: time(TCPI_LAST_DATA_RECV),
         last_ack_recv: time(TCPI_LAST_ACK_RECV),
+    })
+}
+
+/// `None` if the struct is too short, or for a request socket, whose struct is all zero.
+pub(super) fn parse_progress(tcp_info: &[u8]) -> Option<Progress> {
+    if tcp_info.len() < TCPI_BYTES_RETRANS + 8 {
+        return None;
+    }
+    let long = |offset: usize| {
+        let eight = tcp_info[offset..offset + 8].try_into().expect("8 bytes");
+        u64::from_ne_bytes(eight)
+    };
+    let sent_once = long(TCPI_BYTES_SENT).wrapping_sub(long(TCPI_BYTES_RETRANS));
+    Some(Progress {
+        received: long(TCPI_BYTES_RECEIVED),
+        acked: long(TCPI_BYTES_ACKED),
+        written: sent_once.wrapping_add(u64::from(u32_at(tcp_info, TCPI_NOTSENT_BYTES))),
     })
 }
 
