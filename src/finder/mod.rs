@@ -258,10 +258,10 @@ fn attach_owners(scan: &mut Scan, owners: &OwnerScan) {
 fn retain_selected(
     scan: &mut Scan,
     selectors: &Selectors,
-    unreadable: &[Unreadable],
+    owners: &OwnerScan,
     shows_descriptors: &dyn Fn(i32) -> bool,
 ) -> Vec<Target> {
-    let mut without_owner = retain_of_owners(scan, selectors, unreadable, shows_descriptors);
+    let mut without_owner = retain_of_owners(scan, selectors, owners, shows_descriptors);
     let is_left = |target: &Target| !selectors.finds_in_use(&target.socket);
     without_owner.retain(is_left);
     let matched = scan.targets.len();
