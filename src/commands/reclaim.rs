@@ -99,7 +99,10 @@ fn find(config: &ReclaimConfig, proc: &ProcFs) -> anyhow::Result<ReclaimRun> {
         for suspect in table.suspects {
             match suspect.verdict {
                 SuspectVerdict::Dead(socket) => run.descriptors.push(DeadDescriptor {
-                    owner: Owner::new(Arc::clone(&process), suspect.fd),
+                    owner: Owner {
+                        tid: suspect.tid,
+                        ..Owner::new(Arc::clone(&process), suspect.fd)
+                    },
                     inode: suspect.inode,
                     socket,
                 }),

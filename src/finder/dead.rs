@@ -18,10 +18,12 @@
 //! dissolved, then refused, and that its program is about to connect again would seem dead. [measured on Linux 6.18]
 
 use std::collections::HashSet;
+use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -35,7 +37,7 @@ use rustix::io::{Errno as Rustix, ioctl_fionread};
 use rustix::net::sockopt;
 use socket2::SockRef;
 
-use super::FindError;
+use super::{FindError, threads};
 use crate::proc::netns::Netns;
 use crate::proc::{
     ExecMarker, ProcFs, Process, RemoteFd, Unreadable, exec_marker, fds, identity, is_denied,
@@ -60,7 +62,7 @@ pub struct DescriptorTable {
     pub process: Process,
     /// The number of its open descriptors of every kind.
     pub used: usize,
-    /// Its descriptors of TCP sockets that the kernel does not list, by number.
+    /// Its descriptors of TCP sockets that the kernel does not list, by number. Those of the tables of single threads follow.
     pub suspects: Vec<Suspect>,
 }
 
@@ -68,6 +70,8 @@ pub struct DescriptorTable {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Suspect {
     pub fd: RemoteFd,
+    /// The thread whose own table has it; `None` for the table of the process.
+    pub tid: Option<i32>,
     pub inode: u32,
     pub verdict: SuspectVerdict,
 }
@@ -220,7 +224,10 @@ fn scan_process(
             thread::sleep(RETRY_INTERVAL);
             continue;
         }
-        let (suspects, used) = scan_table(proc, dir.as_fd(), &process, same_pids, listed)?;
+        let (mut suspects, used) = scan_table(proc, dir.as_fd(), &process, None, same_pids, listed)?;
+        if same_pids {
+            suspects.extend(scan_thread_tables(proc, dir.as_fd(), &process, listed)?);
+        }
         if exec_marker(dir.as_fd())? != before {
             continue;
         }
@@ -237,15 +244,39 @@ fn scan_process(
     Ok(TableScan::LeaderExited(process))
 }
 
-/// The suspects in the table of a process, and the number of its descriptors.
+/// The suspects in the tables that only single threads have.
+fn scan_thread_tables(
+    proc: &ProcFs,
+    dir: BorrowedFd<'_>,
+    process: &Process,
+    listed: &HashSet<u32>,
+) -> io::Result<Vec<Suspect>> {
+    let mut suspects = Vec::new();
+    for tid in threads::own_tables(process.id.pid, &proc.tids(process.id.pid)?) {
+        match scan_table(proc, dir, process, Some(tid), true, listed) {
+            Ok((found, _)) => suspects.extend(found),
+            // The thread has ended.
+            Err(error) if is_gone(&error) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(suspects)
+}
+
+/// The suspects in the table of a process or of its thread `tid`, and the number of the descriptors.
 fn scan_table(
     proc: &ProcFs,
     dir: BorrowedFd<'_>,
     process: &Process,
+    tid: Option<i32>,
     same_pids: bool,
     listed: &HashSet<u32>,
 ) -> io::Result<(Vec<Suspect>, usize)> {
-    let fds = open_in(dir, c"fd", OFlag::O_DIRECTORY)?;
+    let name = match tid {
+        Some(tid) => format!("task/{tid}/fd"),
+        None => "fd".to_owned(),
+    };
+    let fds = open_in(dir, &CString::new(name.as_str())?, OFlag::O_DIRECTORY)?;
     let numbers = fds::list_fds(fds.as_fd())?;
     let unlisted: Vec<(RemoteFd, u32)> = numbers
         .par_chunks(fds::CHUNK)
@@ -255,19 +286,25 @@ fn scan_table(
     if unlisted.is_empty() {
         return Ok((Vec::new(), numbers.len()));
     }
-    let pidfd = match same_pids {
-        true => proc.open_pidfd(process.id),
-        false => Err(Errno::ESRCH),
+    let pidfd = match (same_pids, tid) {
+        (true, Some(tid)) => proc.open_pidfd_of_thread(process.id, tid),
+        (true, None) => proc.open_pidfd(process.id),
+        (false, _) => Err(Errno::ESRCH),
     };
     let suspect = |&(fd, inode): &(RemoteFd, u32)| {
-        if !is_tcp(proc, process.id.pid, fd)? {
+        if !is_tcp(&proc.path(&format!("{}/{name}/{}", process.id.pid, fd.0)))? {
             return Ok(None);
         }
         let verdict = match &pidfd {
             Ok(pidfd) => examine(pidfd.as_fd(), fd, inode),
             Err(errno) => Some(SuspectVerdict::Unknown(*errno)),
         };
-        Ok(verdict.map(|verdict| Suspect { fd, inode, verdict }))
+        Ok(verdict.map(|verdict| Suspect {
+            fd,
+            tid,
+            inode,
+            verdict,
+        }))
     };
     let found: Vec<Option<Suspect>> = unlisted
         .par_iter()
@@ -300,11 +337,10 @@ fn select_unlisted(
     Ok(unlisted)
 }
 
-/// Whether the kernel names TCP as the protocol of the descriptor's socket.
-fn is_tcp(proc: &ProcFs, pid: i32, fd: RemoteFd) -> io::Result<bool> {
-    let path = proc.path(&format!("{pid}/fd/{}", fd.0));
+/// Whether the kernel names TCP as the protocol of the socket of the descriptor at `path`.
+fn is_tcp(path: &Path) -> io::Result<bool> {
     let mut name = [0; 32];
-    match getxattr(&path, c"system.sockprotoname", &mut name[..]) {
+    match getxattr(path, c"system.sockprotoname", &mut name[..]) {
         Ok(length) => Ok(matches!(&name[..length], b"TCP\0" | b"TCPv6\0")),
         // It was closed meanwhile, or is another file by now.
         Err(Rustix::NOENT | Rustix::OPNOTSUPP | Rustix::NODATA | Rustix::RANGE) => Ok(false),

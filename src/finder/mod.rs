@@ -10,6 +10,7 @@ pub mod listeners;
 pub mod owners;
 pub mod reactions;
 pub(crate) mod sockets;
+mod threads;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
@@ -86,6 +87,7 @@ pub fn find(
     // A process may have got its descriptor after it was scanned, but before its socket was listed.
     if inodes.iter().any(|&inode| !owners.has(inode)) {
         owners = owners::find(proc, &inodes)?;
+        owners.add_thread_tables(proc, &inodes)?;
     }
     attach_owners(&mut scan, &owners);
     scan.owners_known = true;
@@ -415,7 +417,7 @@ impl Selected {
 pub enum FindError {
     #[error("{}", cannot_enter(.0))]
     Enter(#[source] io::Error),
-    #[error("cannot open a sock_diag socket (is CONFIG_INET_DIAG in this kernel?)")]
+    #[error("cannot open a sock_diag socket ({})", why_no_sock_diag(.0))]
     Open(#[source] io::Error),
     /// A name in the expression does not exist in this network namespace.
     #[error("cannot apply the expression")]
@@ -426,9 +428,24 @@ pub enum FindError {
     Processes(#[from] io::Error),
 }
 
+/// The usual cause of an error when a netlink socket is opened.
+fn why_no_sock_diag(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EPROTONOSUPPORT) => "is CONFIG_INET_DIAG in this kernel?",
+        Some(libc::EMFILE | libc::ENFILE) => "no descriptor is free for it",
+        // systemd's RestrictAddressFamilies= answers EAFNOSUPPORT, a profile of a container mostly EPERM.
+        _ => {
+            "does a seccomp filter forbid netlink sockets to cwkill: RestrictAddressFamilies= of its unit, the profile of its \
+             container?"
+        }
+    }
+}
+
 fn cannot_enter(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EPERM) => "cannot enter the network namespace (needs CAP_SYS_ADMIN)",
+        // To enter one takes a thread of its own.
+        Some(libc::EAGAIN) => "cannot start a thread to enter the network namespace (RLIMIT_NPROC, pids.max of the cgroup)",
         _ => "cannot enter it as a network namespace",
     }
 }

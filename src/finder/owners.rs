@@ -1,7 +1,7 @@
 //! Who owns a socket: maps socket inodes to processes and their descriptors, from /proc.
 //!
 //! A socket can have many owners (fork(2), SCM_RIGHTS). The kernel does not report how many, so cwkill reads the descriptors
-//! of every process. It reads only `/proc/PID/fd`, of owners also `stat` and `cgroup`, and of a process whose descriptors it may
+//! of every process. If a socket has no owner then, it searches the tables of single threads (`threads`). It reads only `/proc/PID/fd`, of owners also `stat` and `cgroup`, and of a process whose descriptors it may
 //! not read also `stat`. It never reads `maps` or follows `exe`, which can block on a sick host. Processes are read in parallel,
 //! large descriptor tables in chunks.
 
@@ -15,18 +15,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nix::fcntl::OFlag;
 use rayon::prelude::*;
 
+use super::threads;
 use crate::model::{Outcome, Owner, Target};
 use crate::proc::fds::{CHUNK, FdTable, fd_state, read_socket_link, read_table};
 use crate::proc::{
-    FdState, ProcFs, Process, ProcessId, RemoteFd, Unreadable, identity, is_denied, is_gone,
-    open_in,
+    FdState, ProcFs, Process, RemoteFd, TableId, Unreadable, identity, is_denied, is_gone, open_in,
 };
 
 /// The owners of a set of sockets.
 #[derive(Debug, Default)]
 pub struct OwnerScan {
-    /// The processes that own one of the sockets, by pid.
-    processes: Vec<Arc<Process>>,
+    /// The descriptor tables that have one of the sockets, by pid.
+    tables: Vec<Table>,
     /// Their descriptors of the sockets, by inode, then by process.
     descriptors: Vec<Descriptor>,
     /// Processes whose descriptors cwkill could not read, or not all of them.
@@ -35,12 +35,19 @@ pub struct OwnerScan {
     pub hidden: bool,
 }
 
+#[derive(Debug)]
+struct Table {
+    process: Arc<Process>,
+    /// As [`Owner::tid`].
+    tid: Option<i32>,
+}
+
 /// A descriptor of the socket with this inode. It has only 16 bytes, since a host can have very many.
 #[derive(Clone, Copy, Debug)]
 struct Descriptor {
     inode: u32,
-    /// Index in [`OwnerScan::processes`].
-    process: usize,
+    /// Index in [`OwnerScan::tables`].
+    table: usize,
     fd: RemoteFd,
 }
 
@@ -83,9 +90,39 @@ impl OwnerScan {
         let count = rest.iter().take_while(of_inode).count();
         // With a known length, `collect` allocates no more memory than needed.
         rest[..count].iter().map(|descriptor| {
-            let process = Arc::clone(&self.processes[descriptor.process]);
-            Owner::new(process, descriptor.fd)
+            let table = &self.tables[descriptor.table];
+            Owner {
+                tid: table.tid,
+                ..Owner::new(Arc::clone(&table.process), descriptor.fd)
+            }
         })
+    }
+
+    /// Searches the tables of single threads for those of `inodes` that have no owner yet.
+    ///
+    /// # Errors
+    /// /proc cannot be listed.
+    pub fn add_thread_tables(&mut self, proc: &ProcFs, inodes: &HashSet<u32>) -> io::Result<()> {
+        let without_owner = inodes.iter().copied().filter(|inode| !self.has(*inode));
+        let found = threads::find(proc, &without_owner.collect())?;
+        for table in found {
+            self.add(table.process, Some(table.tid), table.sockets);
+        }
+        self.sort();
+        Ok(())
+    }
+
+    fn add(&mut self, process: Arc<Process>, tid: Option<i32>, sockets: Vec<(u32, RemoteFd)>) {
+        let table = self.tables.len();
+        self.tables.push(Table { process, tid });
+        let descriptor = |(inode, fd)| Descriptor { inode, table, fd };
+        self.descriptors.extend(sockets.into_iter().map(descriptor));
+    }
+
+    /// Brings the descriptors into the order in which [`OwnerScan::of`] finds them.
+    fn sort(&mut self) {
+        self.descriptors
+            .par_sort_by_key(|descriptor| descriptor.inode);
     }
 
     /// Whether the socket with this inode has a known owner.
@@ -168,42 +205,34 @@ pub fn select(
     for (owner, unreadable) in identified {
         owners.unreadable.extend(unreadable);
         if let Some((process, sockets)) = owner {
-            let process_index = owners.processes.len();
-            owners.processes.push(Arc::new(process));
-            owners
-                .descriptors
-                .extend(sockets.into_iter().map(|(inode, fd)| Descriptor {
-                    inode,
-                    process: process_index,
-                    fd,
-                }));
+            owners.add(Arc::new(process), None, sockets);
         }
     }
-    owners
-        .descriptors
-        .par_sort_by_key(|descriptor| descriptor.inode);
+    owners.sort();
     Ok(owners)
 }
 
 /// Checks which descriptors of closed or closing sockets are still open. Writes the result to [`Owner::after`].
 pub fn check_still_open(proc: &ProcFs, targets: &mut [Target]) {
-    let mut by_process: BTreeMap<ProcessId, Vec<(&mut Owner, u32)>> = BTreeMap::new();
+    let mut by_table: BTreeMap<TableId, Vec<(&mut Owner, u32)>> = BTreeMap::new();
     for target in targets {
         let over = target.outcome.is_some_and(Outcome::is_closed_or_closing);
         if let Some(inode) = target.socket.inode.filter(|_| over) {
             for owner in &mut target.owners {
-                let owners = by_process.entry(owner.process.id).or_default();
+                let owners = by_table.entry((owner.process.id, owner.tid)).or_default();
                 owners.push((owner, inode));
             }
         }
     }
-    by_process.into_par_iter().for_each(|(id, mut owners)| {
-        let table = FdTable::open(proc, id);
-        owners
-            .par_iter_mut()
-            .with_min_len(CHUNK)
-            .for_each(|(owner, inode)| owner.after = Some(table.state(owner.fd, *inode)));
-    });
+    by_table
+        .into_par_iter()
+        .for_each(|((id, tid), mut owners)| {
+            let table = FdTable::open(proc, id, tid);
+            owners
+                .par_iter_mut()
+                .with_min_len(CHUNK)
+                .for_each(|(owner, inode)| owner.after = Some(table.state(owner.fd, *inode)));
+        });
 }
 
 fn scan_process(proc: &ProcFs, pid: i32, cancelled: &AtomicBool) -> io::Result<ProcessScan> {
@@ -265,6 +294,7 @@ mod tests {
     use super::*;
     use crate::finder::attach_owners;
     use crate::model::{Listener, ListeningSocket, Scan};
+    use crate::proc::ProcessId;
     use crate::sock_diag::Family;
     use crate::sock_diag::testdata::listener;
     use std::fs;
@@ -314,7 +344,12 @@ mod tests {
         );
         fs::write(proc.dir.path().join("version"), "not a process").unwrap();
         let scan = proc.find(&[42]);
-        let comms: Vec<&str> = scan.processes.iter().map(|p| p.comm.as_str()).collect();
+        let comms: Vec<&str> = scan
+            .tables
+            .iter()
+            .map(|table| &table.process)
+            .map(|p| p.comm.as_str())
+            .collect();
         assert_eq!(comms, ["parent", "child"]);
         let mut owners: Vec<_> = scan
             .of(42)
@@ -365,8 +400,9 @@ mod tests {
         fs::write(file, "0::/system.slice/nginx.service\n").unwrap();
         let scan = proc.find(&[42]);
         let units: Vec<_> = scan
-            .processes
+            .tables
             .iter()
+            .map(|table| &table.process)
             .map(|p| p.cgroup.unit.as_deref())
             .collect();
         assert_eq!(units, [Some("nginx.service"), None]);
@@ -377,9 +413,9 @@ mod tests {
         let proc = TestProc::new();
         proc.process(7, "a) R (b", &[(3, "socket:[42]")]);
         let scan = proc.find(&[42]);
-        assert_eq!(scan.processes[0].comm, "a) R (b");
+        assert_eq!(scan.tables[0].process.comm, "a) R (b");
         let start = ProcFs::at(proc.dir.path()).start_time(7);
-        assert_eq!(start, Some(scan.processes[0].id.start_time));
+        assert_eq!(start, Some(scan.tables[0].process.id.start_time));
         assert_eq!(ProcFs::at(proc.dir.path()).start_time(8), None);
     }
 
@@ -432,19 +468,14 @@ mod tests {
         // It is listed, but its files are gone, as if it had exited while it was read.
         fs::create_dir(proc.dir.path().join("8")).unwrap();
         let scan = proc.find(&[42]);
-        assert_eq!(scan.processes.len(), 1);
+        assert_eq!(scan.tables.len(), 1);
         assert!(scan.unreadable.is_empty());
     }
 
     #[test]
     fn without_inodes_nothing_is_read() {
         let nowhere = ProcFs::at("/nonexistent");
-        assert!(
-            find(&nowhere, &HashSet::new())
-                .unwrap()
-                .processes
-                .is_empty()
-        );
+        assert!(find(&nowhere, &HashSet::new()).unwrap().tables.is_empty());
         assert!(find(&nowhere, &HashSet::from([1])).is_err());
     }
 
@@ -452,9 +483,9 @@ mod tests {
     fn a_descriptor_used_again_is_not_still_open() {
         let proc = TestProc::new();
         proc.process(7, "p", &[(3, "socket:[42]"), (4, "socket:[99]")]);
-        let process = &proc.find(&[42]).processes[0];
+        let process = &proc.find(&[42]).tables[0].process;
         let states = |id| {
-            let table = FdTable::open(&proc.proc(), id);
+            let table = FdTable::open(&proc.proc(), id, None);
             [3, 4, 5].map(|fd| table.state(RemoteFd(fd), 42))
         };
         use FdState::{Closed, Open};

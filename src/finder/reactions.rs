@@ -14,7 +14,7 @@ use crate::control::{Backoff, Control, deadline};
 use crate::model::{Outcome, Owner, Target};
 use crate::proc::fds::{CHUNK, FdTable};
 use crate::proc::status::Activity;
-use crate::proc::{FdState, ProcFs, ProcessId};
+use crate::proc::{FdState, ProcFs, ProcessId, TableId};
 
 /// A process whose runnable threads have used this much processor time since its last descriptor was closed is busy with something
 /// else.
@@ -51,6 +51,8 @@ pub fn await_owners(proc: &ProcFs, targets: &mut [Target], grace: Duration, cont
 /// An owner that may be about to close its descriptors.
 struct Wait<'t> {
     process: ProcessId,
+    /// The thread whose table has the descriptors, as [`Owner::tid`].
+    tid: Option<i32>,
     /// Its descriptors that are still open, with the inode of each socket.
     open: Vec<(&'t mut Owner, u32)>,
     /// When cwkill last saw that a descriptor was closed.
@@ -76,7 +78,7 @@ impl Wait<'_> {
 
     /// Reads its descriptors again.
     fn check(&mut self, proc: &ProcFs, now: Instant) {
-        let table = FdTable::open(proc, self.process);
+        let table = FdTable::open(proc, self.process, self.tid);
         let open = self.open.len();
         self.open
             .par_iter_mut()
@@ -92,9 +94,9 @@ impl Wait<'_> {
     }
 }
 
-/// The descriptors of closed sockets that are still open, by process.
+/// The descriptors of closed sockets that are still open, by table.
 fn open_descriptors(targets: &mut [Target], now: Instant) -> Vec<Wait<'_>> {
-    let mut waits: BTreeMap<ProcessId, Wait<'_>> = BTreeMap::new();
+    let mut waits: BTreeMap<TableId, Wait<'_>> = BTreeMap::new();
     for target in targets {
         let over = target.outcome.is_some_and(Outcome::is_closed_or_closing);
         let Some(inode) = target.socket.inode.filter(|_| over) else {
@@ -102,9 +104,10 @@ fn open_descriptors(targets: &mut [Target], now: Instant) -> Vec<Wait<'_>> {
         };
         for owner in &mut target.owners {
             if owner.after == Some(FdState::Open) {
-                let process = owner.process.id;
-                let wait = waits.entry(process).or_insert_with(|| Wait {
+                let (process, tid) = (owner.process.id, owner.tid);
+                let wait = waits.entry((process, tid)).or_insert_with(|| Wait {
                     process,
+                    tid,
                     open: Vec::new(),
                     progress: now,
                     cpu: None,
@@ -129,6 +132,7 @@ mod tests {
                 pid: 7,
                 start_time: 1,
             },
+            tid: None,
             open: Vec::new(),
             progress: now,
             cpu: None,

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use rustix::net::sockopt;
 
 use crate::model::{MethodError, Owner, Privilege, Target};
-use crate::proc::{ProcFs, ProcessId};
+use crate::proc::{ProcFs, ProcessId, TableId};
 use crate::sys::{self, Duplicate, errno_of};
 
 /// pidfds open at the same time. The limit of open descriptors is 1024 on many hosts.
@@ -21,7 +21,8 @@ pub struct Duplicator {
     proc: ProcFs,
     /// Whether the pids in `proc` are those that system calls use.
     same_pids: bool,
-    pidfds: HashMap<ProcessId, OwnedFd>,
+    /// By process, and by thread for a table that only a thread has.
+    pidfds: HashMap<TableId, OwnedFd>,
 }
 
 impl Duplicator {
@@ -62,7 +63,7 @@ impl Duplicator {
 
     /// A duplicate of the file that the owner's descriptor refers to now.
     fn duplicate(&mut self, owner: &Owner) -> Result<Duplicate, MethodError> {
-        let pidfd = self.pidfd(owner.process.id)?;
+        let pidfd = self.pidfd(owner.process.id, owner.tid)?;
         sys::pidfd_getfd(pidfd.as_fd(), owner.fd).map_err(|error| match errno_of(&error) {
             Errno::EBADF | Errno::ESRCH => MethodError::DescriptorsGone,
             Errno::EPERM => MethodError::NotPermitted(Privilege::Ptrace, Errno::EPERM),
@@ -73,19 +74,36 @@ impl Duplicator {
         })
     }
 
-    /// A pidfd of the process with this pid and start time.
-    fn pidfd(&mut self, id: ProcessId) -> Result<&OwnedFd, MethodError> {
+    /// A pidfd of the process with this pid and start time, or of one of its threads.
+    fn pidfd(&mut self, id: ProcessId, tid: Option<i32>) -> Result<&OwnedFd, MethodError> {
         if !self.same_pids {
             return Err(MethodError::OtherPidNamespace);
         }
-        if !self.pidfds.contains_key(&id) {
-            let pidfd = self.open_pidfd(id)?;
+        if !self.pidfds.contains_key(&(id, tid)) {
+            let pidfd = match tid {
+                Some(tid) => self.open_pidfd_of_thread(id, tid),
+                None => self.open_pidfd(id),
+            }?;
             if self.pidfds.len() >= MAX_PIDFDS {
                 self.pidfds.clear();
             }
-            self.pidfds.insert(id, pidfd);
+            self.pidfds.insert((id, tid), pidfd);
         }
-        Ok(&self.pidfds[&id])
+        Ok(&self.pidfds[&(id, tid)])
+    }
+
+    fn open_pidfd_of_thread(&self, id: ProcessId, tid: i32) -> Result<OwnedFd, MethodError> {
+        self.proc
+            .open_pidfd_of_thread(id, tid)
+            .map_err(|errno| match errno {
+                Errno::ESRCH => MethodError::DescriptorsGone,
+                // The flag for a thread is unknown, or the whole call is.
+                Errno::EINVAL | Errno::ENOSYS => MethodError::NotSupported(
+                    "a descriptor that only one thread has needs Linux 6.9 or later",
+                    errno,
+                ),
+                errno => MethodError::SystemCall("pidfd_open", errno),
+            })
     }
 
     fn open_pidfd(&self, id: ProcessId) -> Result<OwnedFd, MethodError> {

@@ -126,6 +126,9 @@ pub enum ReclaimReason {
     /// No thread that cwkill could use shares the descriptor table of the first thread.
     #[error("no usable thread of its process shares the descriptor table of its first thread")]
     SeparateTable,
+    /// Only the table of this thread of the owner has the descriptor.
+    #[error("only the descriptor table of thread {0} of its process has it")]
+    ThreadTable(i32),
     /// kcmp(2) does not report which descriptor table the threads have.
     #[error(
         "cannot see which descriptor table the threads of its process use: kcmp: {error}",
@@ -235,6 +238,7 @@ impl ReclaimReason {
             | ReclaimReason::InVfork(_)
             | ReclaimReason::Frozen
             | ReclaimReason::SeparateTable
+            | ReclaimReason::ThreadTable(_)
             | ReclaimReason::TableUnknown(_)
             | ReclaimReason::Is32bit
             | ReclaimReason::Makes32bitSyscalls(_)
@@ -430,6 +434,7 @@ mod tests {
                 "in-vfork",
                 "frozen",
                 "separate-table",
+                "thread-table",
                 "table-unknown",
                 "32-bit-program",
                 "32-bit-syscall",

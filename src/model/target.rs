@@ -35,6 +35,9 @@ pub struct Owner {
     pub process: Arc<Process>,
     /// The number of the descriptor in the table of the process.
     pub fd: RemoteFd,
+    /// The thread whose table has the descriptor; `None` for the table that /proc shows for the process. Two threads of a process
+    /// can have different tables, see unshare(2), CLONE_FILES.
+    pub tid: Option<i32>,
     /// Whether the descriptor is still open after the socket was closed; `None` if cwkill did not check.
     pub after: Option<FdState>,
     /// The outcome of reclaiming the descriptor; `None` if cwkill was not to reclaim it.
@@ -270,9 +273,19 @@ impl Owner {
         Owner {
             process,
             fd,
+            tid: None,
             after: None,
             reclaim: None,
         }
+    }
+}
+
+impl fmt::Display for Owner {
+    /// The number of the descriptor, for people.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.fd.0)?;
+        self.tid
+            .map_or(Ok(()), |tid| write!(f, " (thread {tid})"))
     }
 }
 

@@ -11,7 +11,7 @@ use std::fmt;
 /// The cgroups of a process in all hierarchies, with the unit and the container that follow from them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Cgroup {
-    /// Each path once; cgroup v2 first, then the hierarchy of systemd. Root cgroups are omitted.
+    /// Each path once, as the kernel writes it; cgroup v2 first, then the hierarchy of systemd. Root cgroups are omitted.
     pub paths: Vec<String>,
     /// The name that systemctl(1) has for its innermost service or scope. A systemd in a container, or of a user, may own that unit.
     pub unit: Option<String>,
@@ -106,7 +106,7 @@ impl Cgroup {
             if cgroup.paths.iter().any(|known| known == path) {
                 continue;
             }
-            let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
+            let parts: Vec<&str> = without_mark(path).split('/').filter(|part| !part.is_empty()).collect();
             if cgroup.unit.is_none() {
                 cgroup.unit = unit(&parts).map(str::to_owned);
             }
@@ -126,6 +126,7 @@ impl Cgroup {
             || self.paths.iter().any(|own| {
                 own.strip_prefix(path)
                     .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+                    || without_mark(own) == path
             })
     }
 }
@@ -134,13 +135,19 @@ impl Cgroup {
 fn parse_line(line: &str) -> Option<(u8, &str)> {
     let (hierarchy, rest) = line.split_once(':')?;
     let (controllers, path) = rest.split_once(':')?;
-    let path = path.strip_suffix(" (deleted)").unwrap_or(path);
     let rank = match (hierarchy, controllers) {
         ("0", "") => 0,
         (_, "name=systemd") => 1,
         _ => 2,
     };
     (path.starts_with('/') && path != "/").then_some((rank, path))
+}
+
+/// `path` without the mark that the kernel appends after the removal of the cgroup (kernel/cgroup/cgroup.c, proc_cgroup_show).
+///
+/// The mark is ambiguous: a cgroup can also have a name that ends like this.
+fn without_mark(path: &str) -> &str {
+    path.strip_suffix(" (deleted)").unwrap_or(path)
 }
 
 /// The innermost service or scope.

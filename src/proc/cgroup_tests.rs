@@ -296,6 +296,19 @@ fn below_is_the_cgroup_and_all_in_it() {
     }
 }
 
+/// The kernel does not escape names, and refuses a line feed in them (kernel/cgroup/cgroup.c, cgroup_mkdir).
+#[test]
+fn a_name_that_looks_like_a_mark_of_the_kernel_is_a_name_too() {
+    let cgroup = Cgroup::parse("0::/batch/x y (deleted)");
+    for path in ["/batch", "/batch/x y (deleted)", "/batch/x y"] {
+        assert!(cgroup.is_below(path), "{path}");
+    }
+    assert!(!cgroup.is_below("/batch/x"));
+    let below = Cgroup::parse("0::/batch (deleted)/web.service");
+    assert_eq!(below.unit.as_deref(), Some("web.service"));
+    assert!(below.is_below("/batch (deleted)") && !below.is_below("/batch"));
+}
+
 #[test]
 fn a_container_is_called_by_its_id_or_name() {
     let docker = Cgroup::parse(&expand("0::/docker/{ID}")).container.unwrap();

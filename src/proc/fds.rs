@@ -161,9 +161,13 @@ pub(crate) struct FdTable {
 }
 
 impl FdTable {
-    /// Opens the table of process `id`. A later process with the same pid is not opened.
-    pub fn open(proc: &ProcFs, id: ProcessId) -> Self {
-        let dir = match File::open(proc.path(&format!("{}/fd", id.pid))) {
+    /// Opens the table of process `id`, or of its thread `tid`. A later process with the same pid is not opened.
+    pub fn open(proc: &ProcFs, id: ProcessId, tid: Option<i32>) -> Self {
+        let path = match tid {
+            Some(tid) => format!("{}/task/{tid}/fd", id.pid),
+            None => format!("{}/fd", id.pid),
+        };
+        let dir = match File::open(proc.path(&path)) {
             Ok(dir) if proc.is_alive(id) => Ok(dir),
             Ok(_) => Err(FdState::Closed),
             Err(error) => Err(unreadable_state(&error)),

@@ -52,6 +52,9 @@ pub struct ProcessId {
     pub start_time: u64,
 }
 
+/// The identity of a descriptor table: its process, and a thread if /proc does not show the table for the process.
+pub type TableId = (ProcessId, Option<i32>);
+
 /// A process that holds a descriptor.
 ///
 /// It is printed as `comm/pid`, with the name escaped.
@@ -110,6 +113,19 @@ impl ProcFs {
         }
     }
 
+    /// Opens a descriptor that refers to thread `tid` of exactly this process.
+    ///
+    /// # Errors
+    /// ESRCH: the thread has ended. Otherwise as [`sys::pidfd_open_thread`].
+    pub(crate) fn open_pidfd_of_thread(&self, id: ProcessId, tid: i32) -> Result<OwnedFd, Errno> {
+        let pidfd = sys::pidfd_open_thread(tid).map_err(|error| errno_of(&error))?;
+        let is_of_process = self.path(&format!("{}/task/{tid}", id.pid)).exists();
+        match is_of_process && self.is_alive(id) {
+            true => Ok(pidfd),
+            false => Err(Errno::ESRCH),
+        }
+    }
+
     /// The start time of process `pid`, in clock ticks since boot; `None` if there is no such process.
     pub fn start_time(&self, pid: i32) -> Option<u64> {
         Some(self.stat(pid).ok()?.starttime)
@@ -153,6 +169,16 @@ impl ProcFs {
         }
         pids.sort_unstable();
         Ok(pids)
+    }
+
+    /// The threads of process `pid`, the first one first.
+    pub(crate) fn tids(&self, pid: i32) -> io::Result<Vec<i32>> {
+        let mut tids = Vec::new();
+        for entry in fs::read_dir(self.path(&format!("{pid}/task")))? {
+            let tid: Option<i32> = entry?.file_name().to_str().and_then(|n| n.parse().ok());
+            tids.extend(tid);
+        }
+        Ok(tids)
     }
 
     /// The processes that can hold descriptors. The name is `None` if cwkill cannot read it.
@@ -212,11 +238,15 @@ pub(crate) enum ExecMarker {
     Stack(u64),
 }
 
+/// Whether the first thread has exited and others have not.
+fn leader_exited(stat: &Stat) -> bool {
+    stat.state == 'Z' && stat.num_threads > 1
+}
+
 pub(crate) fn exec_marker(process: BorrowedFd<'_>) -> io::Result<ExecMarker> {
     let stat = File::from(open_in(process, c"stat", OFlag::empty())?);
     let stat = Stat::from_read(stat).map_err(stat_error)?;
-    let leader_exited = stat.state == 'Z' && stat.num_threads > 1;
-    Ok(match leader_exited {
+    Ok(match leader_exited(&stat) {
         true => ExecMarker::LeaderExited,
         false => ExecMarker::Stack(stat.startstack),
     })

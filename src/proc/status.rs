@@ -9,7 +9,7 @@ use std::time::Duration;
 use procfs::FromRead;
 use procfs::process::{LimitValue, Limits, Stat, Status};
 
-use super::{ProcFs, Process, ProcessId};
+use super::{ProcFs, Process, ProcessId, leader_exited};
 
 /// cwkill reads at most this many threads of a process.
 const THREADS: usize = 512;
@@ -17,7 +17,8 @@ const THREADS: usize = 512;
 /// Facts about a process from /proc, apart from its descriptors.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ProcessStatus {
-    /// The state of the first thread, a letter of proc_pid_stat(5); `None` if the process is gone.
+    /// The state of the first thread, a letter of proc_pid_stat(5), or of another one if the first has exited and others run;
+    /// `None` if the process is gone.
     pub state: Option<char>,
     /// The soft limit RLIMIT_NOFILE: every descriptor number is below it.
     pub limit: Option<u64>,
@@ -38,7 +39,10 @@ impl ProcFs {
         // Read last: if the start time still matches, the other files were about the same process.
         match Stat::from_file(directory.join("stat")) {
             Ok(stat) if stat.starttime == process.id.start_time => ProcessStatus {
-                state: Some(stat.state),
+                state: Some(match leader_exited(&stat) {
+                    true => self.state_of_another(process.id.pid).unwrap_or(stat.state),
+                    false => stat.state,
+                }),
                 caught: status.map(|status| status.sigcgt),
                 limit: limit.map(|limits| match limits.max_open_files.soft_limit {
                     LimitValue::Value(files) => files,
@@ -53,6 +57,16 @@ impl ProcFs {
             },
             _ => ProcessStatus::default(),
         }
+    }
+
+    /// The state of a thread of process `pid` that has not exited.
+    fn state_of_another(&self, pid: i32) -> Option<char> {
+        let tids = self.tids(pid).ok()?;
+        let state = |tid| {
+            let stat = fs::read(self.path(&format!("{pid}/task/{tid}/stat"))).ok()?;
+            thread_state(&stat).filter(|state| *state != b'Z').map(char::from)
+        };
+        tids.into_iter().take(THREADS).find_map(state)
     }
 
     /// The threads of `process` in uninterruptible sleep (D), among its first 512; empty if it is gone.

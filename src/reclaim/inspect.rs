@@ -25,7 +25,7 @@ use super::in_use::{Epoll, Evidence, IoUring, runs_finalizers, works_for_io_urin
 use super::obstacle;
 use super::ptrace::{StoppedProcess, Thread, read_memory};
 use super::syscalls::{Syscall, SyscallFds};
-use super::{RETRY_INTERVAL, ReclaimRules, ReclaimTarget, list_tids, read_text, status_field};
+use super::{RETRY_INTERVAL, ReclaimRules, ReclaimTarget, read_text, status_field};
 use crate::finder::dead::{self, SuspectVerdict};
 use crate::model::{InUse, ReclaimReason};
 use crate::proc::status::thread_state;
@@ -88,7 +88,7 @@ impl<'p> Inspection<'p> {
         process.ensure_not_shared(&processes, &|| false, rules)?;
         let fds = process.fd_numbers()?;
         let special_fds = process.special_fds(&fds)?;
-        let threads = list_tids(proc, process.pid)?.into_iter().collect();
+        let threads = proc.tids(process.pid)?.into_iter().collect();
         let mut evidence = Evidence::default();
         if !rules.force {
             let calls = process.syscalls()?;
@@ -354,7 +354,7 @@ impl<'p> InspectedProcess<'p> {
     /// thread, which lasts only a short time.
     fn syscalls(&self) -> io::Result<Vec<(i32, Syscall)>> {
         let mut calls = Vec::new();
-        for tid in list_tids(self.proc, self.pid)? {
+        for tid in self.proc.tids(self.pid)? {
             let path = format!("{}/task/{tid}/syscall", self.pid);
             match read_text(self.proc.path(&path)) {
                 Ok(line) => calls.extend(Syscall::parse(&line).map(|call| (tid, call))),

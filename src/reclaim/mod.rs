@@ -128,6 +128,7 @@ pub struct StopStats {
 pub fn judge(targets: &mut [ReclaimTarget<'_>], rules: &ReclaimRules, proc: &ProcFs) {
     let skipped = |reason: ReclaimReason| Some(ReclaimOutcome::Skipped(reason));
     let same_pids = proc.shows_own_pid_namespace();
+    skip_thread_tables(targets);
     for owned in by_process(targets) {
         let inspection = match same_pids {
             true => Inspection::of(proc, &owned[0].owner.process, rules),
@@ -158,6 +159,7 @@ pub fn skip_used_by_syscalls(
     if rules.force || !proc.shows_own_pid_namespace() {
         return;
     }
+    skip_thread_tables(targets);
     for mut owned in by_process(targets) {
         match Inspection::syscalls_only(proc, &owned[0].owner.process) {
             Ok(evidence) => {
@@ -199,6 +201,7 @@ pub fn reclaim(
     let mut stops = Vec::new();
     let same_pids = proc.shows_own_pid_namespace();
     let mut was_interrupted = false;
+    skip_thread_tables(targets);
     for mut owned in by_process(targets) {
         if !same_pids {
             decide(&mut owned, &ReclaimReason::OtherPidNamespace.into());
@@ -228,6 +231,16 @@ pub fn reclaim(
         }
     }
     stops
+}
+
+/// Skips the pending targets in tables of single threads. The inspection and the calls inside the owner are about the table of its
+/// first thread, where the same number is another file.
+fn skip_thread_tables(targets: &mut [ReclaimTarget<'_>]) {
+    for target in targets.iter_mut().filter(|target| target.is_pending()) {
+        if let Some(tid) = target.owner.tid {
+            target.owner.reclaim = Some(ReclaimReason::ThreadTable(tid).into_outcome());
+        }
+    }
 }
 
 /// The pending targets, grouped by owner, in the order of pids.
@@ -261,16 +274,6 @@ fn decide(targets: &mut [&mut ReclaimTarget<'_>], error: &OwnerError) {
     for target in pending(targets) {
         target.owner.reclaim = Some(outcome.clone());
     }
-}
-
-/// The threads of process `pid` that /proc lists.
-fn list_tids(proc: &ProcFs, pid: i32) -> io::Result<Vec<i32>> {
-    let mut tids = Vec::new();
-    for entry in fs::read_dir(proc.path(&format!("{pid}/task")))? {
-        let tid: Option<i32> = entry?.file_name().to_str().and_then(|n| n.parse().ok());
-        tids.extend(tid);
-    }
-    Ok(tids)
 }
 
 /// Reads a file of /proc. Names in it need not be valid UTF-8: the kernel cuts them after 15 bytes, also inside a

@@ -12,7 +12,6 @@ use super::descriptors::{DescriptorCounts, JsonStop, json_stops};
 use super::serialize::{
     Endpoint, JsonContainer, SCHEMA_VERSION, container, endpoint, put, to_bytes,
 };
-use super::table::by_process;
 use super::{Run, SocketCounts, text};
 use crate::filter::selectors::IN_USE;
 use crate::model::{
@@ -214,6 +213,9 @@ struct JsonOwner<'a> {
     pid: i32,
     comm: &'a str,
     fds: Vec<i32>,
+    /// Only if a single thread has these descriptors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    thread: Option<i32>,
     unit: Option<&'a str>,
     container: Option<JsonContainer<'a>>,
 }
@@ -396,13 +398,15 @@ fn json_new_sockets(new: &NewSockets) -> JsonNewSockets<'_> {
 
 /// The processes of `owners`, each with its descriptors.
 fn owners(owners: &[Owner]) -> Vec<JsonOwner<'_>> {
-    by_process(owners)
+    owners
+        .chunk_by(|a, b| (a.process.id, a.tid) == (b.process.id, b.tid))
         .map(|owners| {
             let process = &owners[0].process;
             JsonOwner {
                 pid: process.id.pid,
                 comm: &process.comm,
                 fds: owners.iter().map(|owner| owner.fd.0).collect(),
+                thread: owners[0].tid,
                 unit: process.cgroup.unit.as_deref(),
                 container: container(process),
             }

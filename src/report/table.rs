@@ -34,8 +34,8 @@ pub(super) fn names(scan: &Scan, owners: &[Owner], all: bool) -> (String, String
     }
     let name = |owners: &&[Owner]| owners[0].process.to_string();
     let fds = |owners: &&[Owner]| match all {
-        true => join(owners.iter().map(|owner| owner.fd.0.to_string()), ","),
-        false => owners[0].fd.0.to_string(),
+        true => join(owners.iter().map(ToString::to_string), ","),
+        false => owners[0].to_string(),
     };
     let mut names = join(processes.iter().map(name), ",");
     let mut fds = join(processes.iter().map(fds), " ");

@@ -47,6 +47,18 @@ pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?)
 }
 
+/// Opens a descriptor that refers to thread `tid`. [`pidfd_getfd`] takes it too.
+///
+/// # Errors
+/// ESRCH: no such thread. EINVAL: kernel older than 6.9. Source: kernel/pid.c, pidfd_open(2), PIDFD_THREAD.
+pub fn pidfd_open_thread(tid: i32) -> io::Result<OwnedFd> {
+    // linux/pidfd.h; rustix has no name for it.
+    const PIDFD_THREAD: u32 = 0o200;
+    let tid = Pid::from_raw(tid).ok_or(rustix::io::Errno::SRCH)?;
+    let flags = PidfdFlags::from_bits_retain(PIDFD_THREAD);
+    Ok(rustix::process::pidfd_open(tid, flags)?)
+}
+
 /// Duplicates descriptor `target` of the process that `pidfd` refers to into this process, close-on-exec.
 ///
 /// # Errors

@@ -221,6 +221,7 @@ fn sockets_of_every_kind_of_owner_are_closed(family: Family) -> Result<()> {
     for (scenario, method) in [
         ("scm-rights", "destroy"),
         ("threads", "shutdown"),
+        ("thread-table", "shutdown"),
         ("reuse", "shutdown"),
         ("peer-vanished", "shutdown"),
         ("silent-peer", "destroy"),

@@ -27,6 +27,7 @@ mod signals;
 mod states;
 mod support;
 mod sweeping;
+mod threads;
 mod trial;
 mod watch;
 
@@ -63,6 +64,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     races,
     states,
     namespaces,
+    threads,
     facts,
     chaos,
     runbooks,

@@ -453,6 +453,18 @@ impl Agent {
         )
     }
 
+    /// Starts an idle thread with a descriptor table of its own (unshare(2), CLONE_FILES), and closes the descriptors in the
+    /// table of the other threads. Then only this thread has them.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn leave_to_thread(&self, fds: &[Fd]) -> Result<()> {
+        self.call(
+            "leave descriptors to a thread",
+            &Request::LeaveToThread { fds: fds.to_vec() },
+        )
+    }
+
     /// Starts idle threads.
     ///
     /// # Errors

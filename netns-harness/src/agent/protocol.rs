@@ -235,6 +235,10 @@ pub(crate) enum Request {
     PutInFlight {
         fds: Vec<Fd>,
     },
+    /// Start an idle thread with a descriptor table of its own, which keeps the descriptors, and close them in the others.
+    LeaveToThread {
+        fds: Vec<Fd>,
+    },
     /// Start idle threads.
     Threads {
         count: usize,

@@ -10,14 +10,14 @@ use std::io::{self, BufRead as _, BufReader, IoSlice, Read as _, Write as _};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::process::{Child, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::prctl;
 use nix::sys::socket::sockopt::TcpRepair;
@@ -190,6 +190,10 @@ impl Server {
             Request::PutInFlight { fds } => {
                 fds.chunks(SCM_MAX_FD)
                     .try_for_each(|chunk| self.put_in_flight(chunk))?;
+                json(())
+            }
+            Request::LeaveToThread { fds } => {
+                self.leave_to_thread(&fds)?;
                 json(())
             }
             Request::Threads { count } => {
@@ -379,6 +383,24 @@ impl Server {
             None,
         )?;
         self.in_flight.push((sender, receiver));
+        Ok(())
+    }
+
+    fn leave_to_thread(&mut self, fds: &[Fd]) -> io::Result<()> {
+        let (unshared, is_unshared) = mpsc::channel();
+        thread::Builder::new()
+            .stack_size(64 * 1024)
+            .spawn(move || {
+                let result = unshare(CloneFlags::CLONE_FILES);
+                let _ = unshared.send(result);
+                while result.is_ok() {
+                    thread::park();
+                }
+            })?;
+        is_unshared.recv().map_err(io::Error::other)??;
+        for &fd in fds {
+            self.take(fd)?;
+        }
         Ok(())
     }
 

@@ -25,6 +25,7 @@ mod silent_peer;
 mod stopped;
 mod syn_recv;
 mod syn_sent;
+mod thread_table;
 mod threads;
 mod time_wait;
 mod unread;
@@ -59,6 +60,7 @@ pub const ALL: &[&Scenario] = &[
     &other_user::SCENARIO,
     &stopped::SCENARIO,
     &threads::SCENARIO,
+    &thread_table::SCENARIO,
     &reuse::SCENARIO,
     &fin_wait_1::SCENARIO,
     &fin_wait_1_orphan::SCENARIO,

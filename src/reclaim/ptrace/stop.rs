@@ -23,7 +23,6 @@ use crate::model::ReclaimReason;
 use crate::proc::ProcFs;
 use crate::proc::status::thread_state;
 use crate::reclaim::error::OwnerError;
-use crate::reclaim::list_tids;
 use crate::reclaim::obstacle;
 use crate::reclaim::syscalls::Syscall;
 use crate::sys::errno_of;
@@ -262,7 +261,7 @@ impl StoppedProcess {
         let mut known = HashSet::new();
         let mut empty_listings = 0;
         loop {
-            let tids = list_tids(proc, self.pid).map_err(|error| match errno_of(&error) {
+            let tids = proc.tids(self.pid).map_err(|error| match errno_of(&error) {
                 Errno::ENOENT => OwnerError::Exited,
                 _ => OwnerError::of_step("listing its threads", &error),
             })?;

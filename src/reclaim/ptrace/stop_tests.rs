@@ -39,7 +39,7 @@ impl Process {
     }
 
     fn comms(&self) -> Vec<String> {
-        let tids = list_tids(&ProcFs::default(), self.pid).unwrap_or_default();
+        let tids = ProcFs::default().tids(self.pid).unwrap_or_default();
         let comm = |tid| fs::read_to_string(format!("/proc/{tid}/comm")).ok();
         let comms = tids.into_iter().filter_map(comm);
         comms.map(|comm| comm.trim_end().to_owned()).collect()
@@ -56,7 +56,7 @@ impl Process {
     /// Waits for the thread that will execute; returns its number.
     fn executor(&self) -> i32 {
         self.wait_for(|comms| comms.iter().any(|comm| comm == "executes"));
-        let tids = list_tids(&ProcFs::default(), self.pid).unwrap();
+        let tids = ProcFs::default().tids(self.pid).unwrap();
         let is_it =
             |tid: &i32| fs::read_to_string(format!("/proc/{tid}/comm")).unwrap() == "executes\n";
         tids.into_iter().find(is_it).unwrap()
@@ -148,7 +148,7 @@ fn all_threads_are_stopped() {
     process.executor();
     let stopped =
         StoppedProcess::stop(&proc, process.pid, PATIENCE, &SeizedThreads::default()).unwrap();
-    let listed = list_tids(&proc, process.pid).unwrap();
+    let listed = proc.tids(process.pid).unwrap();
     assert_eq!(stopped.threads().len(), listed.len());
     assert!(
         stopped

@@ -140,7 +140,7 @@ fn method_error(word: &str) -> MethodError {
 }
 
 /// Why a descriptor is not closed in its process, by a word each.
-pub const KEPT: [&str; 49] = [
+pub const KEPT: [&str; 50] = [
     "in-call",
     "in-some-call",
     "in-epoll",
@@ -190,6 +190,7 @@ pub const KEPT: [&str; 49] = [
     "os-no-errno",
     "hostile-ring-worker",
     "hostile-tracer",
+    "thread-table",
 ];
 
 fn reason(word: &str) -> ReclaimReason {
@@ -226,6 +227,7 @@ fn reason(word: &str) -> ReclaimReason {
                 "leader-ended" => ReclaimReason::LeaderExited,
                 "executing" => ReclaimReason::InExec(tid),
                 "other-table" => ReclaimReason::SeparateTable,
+                "thread-table" => ReclaimReason::ThreadTable(tid),
                 "table-unread" => ReclaimReason::TableUnknown(Errno::EPERM),
                 "foreign" => ReclaimReason::Is32bit,
                 "foreign-call" => ReclaimReason::Makes32bitSyscalls(tid),

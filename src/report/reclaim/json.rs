@@ -39,6 +39,9 @@ pub struct JsonDeadDescriptor<'a> {
     unit: Option<&'a str>,
     container: Option<JsonContainer<'a>>,
     fd: i32,
+    /// Only if a single thread has the descriptor.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    thread: Option<i32>,
     inode: u32,
     pub(crate) cookie: String,
     local: Option<Endpoint>,
@@ -81,6 +84,7 @@ pub(crate) fn json_dead_descriptor<'a>(
         unit: process.cgroup.unit.as_deref(),
         container: container(process),
         fd: owner.fd.0,
+        thread: owner.tid,
         inode: dead.inode,
         cookie: socket.cookie.to_string(),
         local: socket.local.map(endpoint),

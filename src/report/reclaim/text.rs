@@ -53,7 +53,7 @@ fn write_table(
     }
     for dead in &run.descriptors {
         let DeadDescriptor { owner, socket, .. } = dead;
-        let mut cells = vec![Cell::new(&owner.process), Cell::new(owner.fd.0)];
+        let mut cells = vec![Cell::new(&owner.process), Cell::new(owner)];
         if has_units {
             let unit = unit_text(&owner.process.cgroup, config.verbose);
             cells.push(Cell::new(unit));

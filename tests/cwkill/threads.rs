@@ -1,0 +1,114 @@
+//! Sockets in descriptor tables that /proc/PID/fd does not show.
+
+use std::collections::HashSet;
+
+use anyhow::{Context, Result};
+use netns_harness::owners::{Build, Owner};
+use netns_harness::{Family, Lab, TcpState};
+
+use crate::support::{PATIENCE, all_have, at, cwkill, in_state, lab};
+use crate::trial::{Test, each_family, once};
+
+pub const TESTS: &[Test] = &[
+    each_family!(a_socket_that_only_one_thread_has_is_found_and_closed),
+    once!(a_process_without_its_first_thread_owns_its_sockets),
+    once!(a_dead_descriptor_that_only_one_thread_has_is_shown_and_left),
+];
+
+/// The thread of process `pid` with a descriptor table of its own: /proc shows another number of descriptors for it.
+fn odd_thread(pid: u32) -> Result<i32> {
+    let descriptors = |path: String| -> Result<usize> { Ok(std::fs::read_dir(path)?.count()) };
+    let of_process = descriptors(format!("/proc/{pid}/fd"))?;
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let tid = task?.file_name().into_string().unwrap_or_default();
+        if descriptors(format!("/proc/{pid}/task/{tid}/fd"))? != of_process {
+            return Ok(tid.parse()?);
+        }
+    }
+    anyhow::bail!("no thread of process {pid} has a table of its own")
+}
+
+fn a_socket_that_only_one_thread_has_is_found_and_closed(family: Family) -> Result<()> {
+    let (lab, leak) = lab("thread-table", family, 2)?;
+    let pid = leak.app().pid();
+    let tid = odd_thread(pid)?;
+    for socket in cwkill(&lab, "--json")?.exits(0).sockets() {
+        assert_eq!(at(&socket, "/owners/0/pid"), pid.to_string());
+        assert_eq!(at(&socket, "/owners/0/thread"), tid.to_string());
+    }
+    let text = cwkill(&lab, &format!("--pid {pid} -n"))?.exits(0).stdout;
+    assert_eq!(
+        text.matches(&format!(" (thread {tid})")).count(),
+        2,
+        "{text}"
+    );
+    // Also for commands that only count.
+    cwkill(&lab, &format!("check --warning 1 --critical 2 --pid {pid}"))?.exits(2);
+    let text = cwkill(&lab, &format!("diagnose --sample 1ms --pid {pid}"))?
+        .exits(0)
+        .stdout;
+    assert!(text.contains("2 stuck"), "{text}");
+
+    let line = format!("--pid {pid} --method shutdown --reclaim --reclaim-age 0s --json");
+    let sockets = cwkill(&lab, &line)?.exits(4).sockets();
+    assert_eq!(sockets.len(), 2);
+    all_have(&sockets, "closed", "shutdown");
+    for socket in &sockets {
+        assert_eq!(at(socket, "/result/descriptor_open"), "true");
+        let kept = "/result/descriptors/0/reason_code";
+        assert_eq!(at(socket, kept), "thread-table");
+    }
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
+    Ok(())
+}
+
+/// The kernel shows no descriptors under /proc/PID/fd, and the process still runs.
+fn a_process_without_its_first_thread_owns_its_sockets() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "leaderless", 2)?;
+    let first = format!("/proc/{}/stat", owner.pid());
+    lab.wait_for(PATIENCE, || {
+        Ok(std::fs::read_to_string(&first)?.contains(") Z "))
+    })?;
+    owner.leak_stuck(2)?;
+    let line = format!("diagnose --sample 1ms --pid {}", owner.pid());
+    let text = cwkill(&lab, &line)?.exits(0).stdout;
+    assert!(text.contains("2 stuck"), "{text}");
+    assert!(!text.contains("ended"), "{text}");
+    let line = format!("--pid {} --method shutdown --json", owner.pid());
+    let sockets = cwkill(&lab, &line)?.exits(0).sockets();
+    assert_eq!(sockets.len(), 2);
+    all_have(&sockets, "closed", "shutdown");
+    owner.report()?;
+    Ok(())
+}
+
+fn a_dead_descriptor_that_only_one_thread_has_is_shown_and_left() -> Result<()> {
+    let (lab, leak) = lab("thread-table", Family::V4, 2)?;
+    let pid = leak.app().pid();
+    cwkill(&lab, "--all --method destroy")?.exits(0);
+    let tid = odd_thread(pid)?;
+    let table = || -> Result<HashSet<_>> {
+        let entries = std::fs::read_dir(format!("/proc/{pid}/task/{tid}/fd"))?;
+        entries
+            .map(|entry| Ok(entry.context("its table")?.file_name()))
+            .collect()
+    };
+    let before = table()?;
+    for (line, status) in [
+        ("reclaim -n --reclaim-age 0s --json", 0),
+        ("reclaim --reclaim-age 0s --json", 4),
+        ("reclaim --reclaim-age 0s --reclaim-force --json", 4),
+    ] {
+        let ran = cwkill(&lab, &format!("{line} --pid {pid}"))?.exits(status);
+        let document = ran.json();
+        let found = document["descriptors"].as_array().context("no list")?;
+        assert_eq!(found.len(), 2, "{ran:?}");
+        for descriptor in found {
+            assert_eq!(at(descriptor, "/thread"), tid.to_string());
+            assert_eq!(at(descriptor, "/reason_code"), "thread-table");
+        }
+    }
+    assert_eq!(table()?, before);
+    Ok(())
+}
