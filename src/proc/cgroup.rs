@@ -106,7 +106,10 @@ impl Cgroup {
             if cgroup.paths.iter().any(|known| known == path) {
                 continue;
             }
-            let parts: Vec<&str> = without_mark(path).split('/').filter(|part| !part.is_empty()).collect();
+            let parts: Vec<&str> = without_mark(path)
+                .split('/')
+                .filter(|part| !part.is_empty())
+                .collect();
             if cgroup.unit.is_none() {
                 cgroup.unit = unit(&parts).map(str::to_owned);
             }
