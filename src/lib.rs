@@ -11,7 +11,7 @@
 //!
 //! | layer | modules |
 //! |---|---|
-//! | strings, system calls, kernel version, threads | `text`, `sys` (every `unsafe`), [`kernel`], `parallel`, `netlink` |
+//! | strings, system calls, kernel version, memory, threads | `text`, `sys` (every `unsafe`), [`kernel`], `memory`, `parallel`, `netlink` |
 //! | TCP | [`tcp`]: states, address pairs, sequence numbers, segments |
 //! | Linux | [`proc`]: /proc; [`sock_diag`]: the kernel's socket tables; [`routes`]: which addresses are of this host; [`packet`]: raw and packet sockets |
 //! | data | [`model`]: the terms of the glossary as types; [`control`]: clock, pauses and Ctrl-C of a run |
@@ -28,6 +28,8 @@
 //! - **target**: a matched socket with its owners, its plan, the attempts and the outcome.
 //! - **owner**: a process that has a descriptor of a socket. [`model::Owner`] is one such descriptor with its process. A socket has
 //!   several after fork(2).
+//! - **descriptor table**: the descriptors of a process, which its threads share. A **thread table** is one that a single thread has
+//!   (unshare(2), CLONE_FILES), or the other threads after the exit of the first.
 //! - **listener**: the listening socket that would accept a connection, or a group of them with SO_REUSEPORT.
 //! - **orphan**: a socket that its owner has closed. No process has a descriptor of it; only the kernel uses it.
 //! - **dead socket**: a socket in CLOSE, in no TCP table, that was connected. **dead descriptor**: an open descriptor of one.
@@ -68,6 +70,7 @@ pub mod filter;
 pub mod finder;
 pub mod injector;
 pub mod kernel;
+mod memory;
 pub mod model;
 mod netlink;
 pub mod packet;

@@ -8,6 +8,8 @@ use std::thread::{self, Builder};
 
 use rayon::ThreadBuilder;
 
+use crate::sys;
+
 /// Starts the threads of rayon's pool. If some cannot be started (RLIMIT_NPROC, pids.max of the cgroup), the calling thread does the
 /// work of the pool.
 ///
@@ -18,6 +20,7 @@ use rayon::ThreadBuilder;
 /// There is a pool already.
 pub fn prepare() -> Result<(), rayon::ThreadPoolBuildError> {
     let threads = thread::available_parallelism().map_or(1, usize::from);
+    sys::share_heap_if_address_space_is_limited();
     let mut started = start(threads);
     let pool = rayon::ThreadPoolBuilder::new();
     match started.len() == threads {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 /// The modules from the lowest layer to the highest; `src/lib.rs` says what each is for.
 const LAYERS: [&[&str]; 11] = [
-    &["text", "sys", "kernel", "parallel", "netlink"],
+    &["text", "sys", "kernel", "memory", "parallel", "netlink"],
     &["tcp"],
     &["proc", "sock_diag", "routes", "packet"],
     &["model", "control"],

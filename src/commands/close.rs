@@ -14,6 +14,7 @@ use crate::config::{Action, Config, Format};
 use crate::control::Control;
 use crate::finder::{self, FindError, owners, reactions};
 use crate::injector::{plan, workers};
+use crate::memory;
 use crate::model::{Outcome, Privilege, ReclaimOutcome, Scan, Target};
 use crate::privileges::{Privileges, capabilities};
 use crate::proc::netns::Namespaces;
@@ -52,6 +53,16 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
         &privileges,
         &proc,
     )?);
+    // A sweep has made sure of its memory.
+    if acts
+        && run
+            .scan
+            .targets
+            .iter()
+            .all(|target| target.outcome.is_none())
+    {
+        memory::check_room(run.scan.targets.len()).context("nothing was done")?;
+    }
     // A run without a matching socket leaves no record.
     let mut log = log.filter(|_| !run.scan.targets.is_empty());
     if let Some(log) = &mut log {
@@ -99,6 +110,9 @@ fn needed_capabilities(config: &Config) -> caps::CapsHashSet {
     needed
 }
 
+/// The number of sockets for whose outcome a sweep needs memory: it does not know beforehand how many there are.
+const SWEPT: usize = 200_000;
+
 /// Destroys sockets while the kernel lists them, if that is possible with `config`; see [`sweep`].
 pub fn sweep_if_possible(
     config: &Config,
@@ -107,7 +121,9 @@ pub fn sweep_if_possible(
     control: &dyn Control,
 ) -> Vec<Target> {
     match &namespaces.open[..] {
-        [netns] if sweep::is_possible(config) => sweep::sweep(config, netns, privileges, control),
+        [netns] if sweep::is_possible(config) && memory::check_room(SWEPT).is_ok() => {
+            sweep::sweep(config, netns, privileges, control)
+        }
         _ => Vec::new(),
     }
 }

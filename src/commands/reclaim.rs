@@ -11,6 +11,7 @@ use crate::cli::ReclaimArgs;
 use crate::config::{Action, Format, ReclaimConfig};
 use crate::control::Control;
 use crate::finder::dead::{self, SuspectVerdict};
+use crate::memory;
 use crate::model::{Owner, Privilege};
 use crate::privileges::capabilities;
 use crate::proc::netns::NetnsScope;
@@ -33,6 +34,9 @@ pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
     let mut terminal = Terminal::new(acts, quiet)?;
     let proc = ProcFs::default();
     let mut run = find(config, &proc)?;
+    if acts {
+        memory::check_room(run.descriptors.len()).context("nothing was done")?;
+    }
     let mut log = log.filter(|_| !run.descriptors.is_empty());
     if let Some(log) = &mut log {
         let begun = terminal.aside(|| log.begin_reclaim(&run));

@@ -16,6 +16,7 @@ use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
 
 pub use duplicate::Duplicate;
@@ -196,6 +197,20 @@ pub fn ignore_signal(signal: i32) -> io::Result<()> {
         libc::SIG_ERR => Err(io::Error::last_os_error()),
         _ => Ok(()),
     }
+}
+
+/// Makes all threads allocate from one heap if the address space of this process is limited (RLIMIT_AS).
+///
+/// Otherwise glibc reserves 64 MiB of it for each thread that allocates. Failure changes nothing else.
+pub fn share_heap_if_address_space_is_limited() {
+    let is_limited = getrlimit(Resource::RLIMIT_AS).is_ok_and(|(soft, _)| soft != RLIM_INFINITY);
+    #[cfg(target_env = "gnu")]
+    if is_limited {
+        // SAFETY: both arguments are integers, and glibc takes its own lock. The value applies to threads that start later.
+        unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    }
+    #[cfg(not(target_env = "gnu"))]
+    let _ = is_limited;
 }
 
 /// Whether two processes share one descriptor table.
