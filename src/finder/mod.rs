@@ -128,6 +128,7 @@ pub(crate) fn empty_scan(namespaces: &Namespaces) -> Scan {
         coverage: Coverage {
             unreachable_namespaces: namespaces.unreachable,
             unknown_namespaces: namespaces.unknown,
+            stale_namespace_names: namespaces.stale_names.clone(),
             namespace_failure: failure.map(|error| format!("opening it: {error}")),
             ..Coverage::default()
         },
@@ -445,7 +446,9 @@ fn cannot_enter(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EPERM) => "cannot enter the network namespace (needs CAP_SYS_ADMIN)",
         // To enter one takes a thread of its own.
-        Some(libc::EAGAIN) => "cannot start a thread to enter the network namespace (RLIMIT_NPROC, pids.max of the cgroup)",
+        Some(libc::EAGAIN) => {
+            "cannot start a thread to enter the network namespace (RLIMIT_NPROC, pids.max of the cgroup)"
+        }
         _ => "cannot enter it as a network namespace",
     }
 }

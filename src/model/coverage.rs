@@ -1,6 +1,6 @@
 //! The limits of a scan. With them, cwkill never reports "nothing" about things that it could not see.
 
-use crate::text::counted;
+use crate::text::{counted, escape};
 
 /// The limits of a scan. The default value means that it saw everything.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -23,6 +23,8 @@ pub struct Coverage {
     pub namespace_failure: Option<String>,
     /// The number of processes in an unknown network namespace, which may be one that was not scanned.
     pub unknown_namespaces: usize,
+    /// Names of network namespaces for which there is none. They hide nothing, so they do not count as unseen.
+    pub stale_namespace_names: Vec<String>,
     /// Why cwkill could not list the sockets again after it had destroyed some.
     pub unlisted: Option<String>,
 }
@@ -99,6 +101,18 @@ impl Coverage {
             notes.push(format!(
                 "the network namespaces of {} are unknown (needs CAP_SYS_PTRACE)",
                 counted(self.unknown_namespaces, "process")
+            ));
+        }
+        if let Some(first) = self.stale_namespace_names.first() {
+            let count = self.stale_namespace_names.len();
+            let others = match count {
+                1 => String::new(),
+                _ => format!(" and {}", counted(count - 1, "other")),
+            };
+            notes.push(format!(
+                "no network namespace has the name {}{others} in /run/netns or /run/docker/netns: the file is left over (`ip netns \
+                 delete` removes it), or the namespace is mounted only in another mount namespace",
+                escape(first)
             ));
         }
         if let Some(why) = &self.unlisted {

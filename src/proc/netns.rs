@@ -59,6 +59,8 @@ pub struct Namespaces {
     pub failure: Option<io::Error>,
     /// The number of processes whose namespace is unknown.
     pub unknown: usize,
+    /// Names without a namespace: it is gone, or mounted only in another mount namespace.
+    pub stale_names: Vec<String>,
 }
 
 impl NetnsScope {
@@ -261,11 +263,22 @@ fn all(proc: &ProcFs) -> io::Result<Namespaces> {
         .into_iter()
         .map(|pid| proc.path(&format!("{pid}/ns/net")));
     let mounted: Vec<PathBuf> = network_namespaces(&proc.mounts()?).collect();
-    for path in processes.chain(named_files()).chain(mounted) {
+    let named = named_files();
+    let is_name = |path: &Path| named.iter().any(|name| name == path);
+    let stale = |path: &Path| {
+        let name = path.file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
+    };
+    for path in processes.chain(named.iter().cloned()).chain(mounted) {
         let known = match fs::metadata(&path) {
             Ok(metadata) => seen.contains(&id(&metadata)),
             // Also for a zombie and for a kernel thread.
             Err(error) if is_gone(&error) => true,
+            // For example a loop of symbolic links.
+            Err(_) if is_name(&path) => {
+                found.stale_names.push(stale(&path));
+                true
+            }
             Err(_) => {
                 found.unknown += 1;
                 true
@@ -283,6 +296,10 @@ fn all(proc: &ProcFs) -> io::Result<Namespaces> {
             Ok(_) => {}
             // Another process of the same namespace may still exist.
             Err(error) if is_gone(&error) => {}
+            // A plain file, on which a namespace was mounted once, or is in another mount namespace.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput && is_name(&path) => {
+                found.stale_names.push(stale(&path));
+            }
             Err(error) => {
                 found.unreachable += 1;
                 found.failure.get_or_insert(error);

@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::support::{
     CWKILL, Ran, TAKE_ALL, all_have, at, carries_data, count, cwkill, in_state, lab,
 };
-use crate::trial::{Test, each_family, once};
+use crate::trial::{Need, Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
     each_family!(two_namespaces_are_cleared_from_outside_and_no_other),
@@ -19,6 +19,7 @@ pub const TESTS: &[Test] = &[
     once!(an_interface_of_another_namespace_is_not_an_error),
     once!(a_namespace_that_cannot_be_opened_is_named),
     once!(namespaces_that_cannot_be_entered_are_counted),
+    once!(a_name_without_a_namespace_hides_nothing).needs(Need::RootOfTheMachine),
     once!(a_namespace_that_disappears_is_not_an_error),
     once!(a_process_that_moves_to_another_still_owns_its_sockets),
 ];
@@ -235,6 +236,26 @@ fn namespaces_that_cannot_be_entered_are_counted() -> Result<()> {
     let line = ["--all-netns", "--port", "1", "-n"];
     crate::support::ran(command.args(line))?.exits(4);
     cwkill(&lab, "--all -n")?.exits(0);
+    Ok(())
+}
+
+/// A name stays as a plain file if its namespace was unmounted by something else than ip-netns(8).
+fn a_name_without_a_namespace_hides_nothing() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 2)?;
+    // In a mount namespace of its own, so that no other test sees the names.
+    let script = "mount -t tmpfs none /run && mkdir -p /run/netns/dir && touch /run/netns/stale && \
+                  ln -s loop /run/netns/loop && exec $@";
+    let run = |line: &str| -> Result<Ran> {
+        let command = lab.app_host().command("unshare");
+        let command = command.args(["--mount", "sh", "-c", script, "sh", CWKILL]);
+        crate::support::ran(command.args(line.split_whitespace()))
+    };
+    let ran = run("--all-netns --json")?.exits(0);
+    assert_eq!(of(&lab, &ran.sockets())?.len(), 2);
+    assert_eq!(ran.json()["unreachable_namespaces"], 0, "{ran:?}");
+    let ran = ran.complains("no network namespace has the name dir and 2 others");
+    assert!(!ran.stderr.contains("could not be entered"), "{ran:?}");
+    run("-N stale")?.exits(3).complains("stale");
     Ok(())
 }
 
