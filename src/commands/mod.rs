@@ -25,6 +25,7 @@ use crate::config::{Action, LogOptions};
 use crate::model::Privilege;
 use crate::parallel;
 use crate::privileges::{HOW_TO_GRANT, capabilities, purpose};
+use crate::proc::ProcFs;
 use crate::report::ExitStatus;
 use crate::terminal::{ignore_file_size_signal, print_usage, say, unless_closed};
 use crate::text::escape;
@@ -85,6 +86,12 @@ fn say_hints(missing: &[Privilege]) {
     }
     if !missing.is_empty() {
         say(format_args!("hint: {HOW_TO_GRANT}"));
+    }
+    if !missing.is_empty() && ProcFs::default().filters_own_calls() {
+        say(format_args!(
+            "hint: a seccomp filter is on cwkill itself (SystemCallFilter= of its unit, the profile of its container) and may refuse \
+             this whatever its capabilities; `cwkill doctor` tests each method"
+        ));
     }
 }
 

@@ -18,6 +18,7 @@ use crate::injector::rst::repair::RepairMode;
 use crate::packet::capture::Capture;
 use crate::packet::raw;
 use crate::proc::netns::NetnsScope;
+use crate::proc::status::has_seccomp_filter;
 use crate::proc::{ProcFs, mounts};
 use crate::sys::{self, RemoteFd};
 
@@ -140,8 +141,7 @@ impl HostInfo {
             first_user_namespace: fs::metadata(proc.path("self/ns/user"))
                 .ok()
                 .map(|namespace| namespace.ino() == FIRST_USER_NAMESPACE),
-            has_seccomp_filter: fs::read_to_string(proc.path("self/status"))
-                .is_ok_and(|status| has_seccomp_filter(&status)),
+            has_seccomp_filter: proc.filters_own_calls(),
             user_namespaces_forbidden: user_namespaces_forbidden(),
             ptrace_scope,
             hidepid: mounts::hidepid(&proc.mounts().unwrap_or_default()),
@@ -177,14 +177,6 @@ fn has_kcmp() -> bool {
 /// The inode of the initial user namespace, the same on every host (include/linux/proc_ns.h, PROC_USER_INIT_INO). /proc/self/uid_map
 /// does not identify it, because another user namespace can map all users too.
 const FIRST_USER_NAMESPACE: u64 = 0xEFFF_FFFD;
-
-/// Whether the process of this /proc/PID/status has a seccomp filter (fs/proc/array.c, task_seccomp).
-fn has_seccomp_filter(status: &str) -> bool {
-    let mode = status
-        .lines()
-        .find_map(|line| line.strip_prefix("Seccomp:"));
-    mode.is_some_and(|mode| mode.trim() == "2")
-}
 
 fn read_number(path: &str) -> Option<u64> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
@@ -299,15 +291,6 @@ fn repair() -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_filter_is_read_from_the_status() {
-        assert!(has_seccomp_filter(
-            "Name:\tx\nSeccomp:\t2\nSeccomp_filters:\t1\n"
-        ));
-        assert!(!has_seccomp_filter("Name:\tSeccomp: 2\nSeccomp:\t0\n"));
-        assert!(!has_seccomp_filter(""));
-    }
 
     #[test]
     fn own_descriptors_can_be_duplicated() {

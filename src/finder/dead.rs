@@ -224,7 +224,8 @@ fn scan_process(
             thread::sleep(RETRY_INTERVAL);
             continue;
         }
-        let (mut suspects, used) = scan_table(proc, dir.as_fd(), &process, None, same_pids, listed)?;
+        let (mut suspects, used) =
+            scan_table(proc, dir.as_fd(), &process, None, same_pids, listed)?;
         if same_pids {
             suspects.extend(scan_thread_tables(proc, dir.as_fd(), &process, listed)?);
         }

@@ -284,8 +284,7 @@ impl fmt::Display for Owner {
     /// The number of the descriptor, for people.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.fd.0)?;
-        self.tid
-            .map_or(Ok(()), |tid| write!(f, " (thread {tid})"))
+        self.tid.map_or(Ok(()), |tid| write!(f, " (thread {tid})"))
     }
 }
 

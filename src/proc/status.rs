@@ -59,12 +59,19 @@ impl ProcFs {
         }
     }
 
+    /// Whether cwkill itself has a seccomp filter, which may refuse what its capabilities permit.
+    pub fn filters_own_calls(&self) -> bool {
+        fs::read_to_string(self.path("self/status")).is_ok_and(|status| has_seccomp_filter(&status))
+    }
+
     /// The state of a thread of process `pid` that has not exited.
     fn state_of_another(&self, pid: i32) -> Option<char> {
         let tids = self.tids(pid).ok()?;
         let state = |tid| {
             let stat = fs::read(self.path(&format!("{pid}/task/{tid}/stat"))).ok()?;
-            thread_state(&stat).filter(|state| *state != b'Z').map(char::from)
+            thread_state(&stat)
+                .filter(|state| *state != b'Z')
+                .map(char::from)
         };
         tids.into_iter().take(THREADS).find_map(state)
     }
@@ -129,6 +136,14 @@ fn time_on_cpu(schedstat: &str) -> Duration {
     Duration::from_nanos(nanoseconds.unwrap_or(0))
 }
 
+/// Whether the process of this /proc/PID/status has a seccomp filter (fs/proc/array.c, task_seccomp).
+pub(crate) fn has_seccomp_filter(status: &str) -> bool {
+    let mode = status
+        .lines()
+        .find_map(|line| line.strip_prefix("Seccomp:"));
+    mode.is_some_and(|mode| mode.trim() == "2")
+}
+
 /// The state in a `stat` file: it follows the name, which may contain any bytes.
 ///
 /// procfs parses this file too, but panics if it ends after the name.
@@ -140,6 +155,15 @@ pub(crate) fn thread_state(stat: &[u8]) -> Option<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_filter_is_read_from_the_status() {
+        assert!(has_seccomp_filter(
+            "Name:\tx\nSeccomp:\t2\nSeccomp_filters:\t1\n"
+        ));
+        assert!(!has_seccomp_filter("Name:\tSeccomp: 2\nSeccomp:\t0\n"));
+        assert!(!has_seccomp_filter(""));
+    }
 
     #[test]
     fn the_state_follows_any_name() {

@@ -62,6 +62,8 @@ pub fn run_without(what: &str) -> Result<()> {
             libc::EPROTONOSUPPORT,
             first_is(AF_NETLINK)?,
         ),
+        "netlink: EPERM" => (libc::SYS_socket, libc::EPERM, first_is(AF_NETLINK)?),
+        "netlink: EAFNOSUPPORT" => (libc::SYS_socket, libc::EAFNOSUPPORT, first_is(AF_NETLINK)?),
         "PR_CAPBSET_DROP" => (libc::SYS_prctl, libc::EPERM, first_is(CAPBSET_DROP)?),
         other => bail!("no such filter: {other}"),
     };

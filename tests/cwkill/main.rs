@@ -15,6 +15,7 @@ mod doctor;
 mod expressions;
 mod facts;
 mod least_privilege;
+mod limits;
 mod listing;
 mod namespaces;
 mod probing;
@@ -72,6 +73,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     check,
     watch,
     least_privilege,
+    limits,
     audit,
     doctor,
     cgroups,

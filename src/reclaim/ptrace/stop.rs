@@ -261,10 +261,12 @@ impl StoppedProcess {
         let mut known = HashSet::new();
         let mut empty_listings = 0;
         loop {
-            let tids = proc.tids(self.pid).map_err(|error| match errno_of(&error) {
-                Errno::ENOENT => OwnerError::Exited,
-                _ => OwnerError::of_step("listing its threads", &error),
-            })?;
+            let tids = proc
+                .tids(self.pid)
+                .map_err(|error| match errno_of(&error) {
+                    Errno::ENOENT => OwnerError::Exited,
+                    _ => OwnerError::of_step("listing its threads", &error),
+                })?;
             let new: Vec<i32> = tids.into_iter().filter(|tid| known.insert(*tid)).collect();
             if new.is_empty() {
                 // If a thread ends during a listing, the kernel continues after it and can miss another thread.
