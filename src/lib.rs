@@ -32,6 +32,8 @@
 //!   (unshare(2), CLONE_FILES), or the other threads after the exit of the first.
 //! - **listener**: the listening socket that would accept a connection, or a group of them with SO_REUSEPORT.
 //! - **orphan**: a socket that its owner has closed. No process has a descriptor of it; only the kernel uses it.
+//! - **duplicate**: a descriptor of cwkill for a file of another process, mostly a socket of an owner (pidfd_getfd(2)).
+//! - **standard descriptor**: standard input, output or error, number 0, 1 or 2.
 //! - **dead socket**: a socket in CLOSE, in no TCP table, that was connected. **dead descriptor**: an open descriptor of one.
 //! - **cookie**: the number that the kernel gives to a socket and to no later one. With it, cwkill asks for exactly this socket.
 //! - **inode**: the number of the file of a socket. It links a socket of the kernel's tables with the descriptors in /proc. A socket
@@ -56,6 +58,7 @@
 //! - **reclaim**: to close a dead descriptor inside its process. **evidence**: the facts from /proc that show how the process uses its
 //!   descriptors, for example system calls and epoll sets. **in use**: the evidence speaks against closing the descriptor.
 //! - **stop**: all threads of a process stopped by ptrace(2). **remote syscall**: a system call of cwkill in place of a thread's own.
+//! - **caller**: the user who started cwkill. With file capabilities cwkill has more privileges than its caller.
 //! - **privilege**: a right that a method needs: a capability, or the right to attach to the owner.
 
 mod audit;

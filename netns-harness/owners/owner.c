@@ -494,22 +494,22 @@ static void stuck(int number)
 }
 
 /* Standard input and output, for orders and answers, move to other numbers. */
-static FILE *answers;
 static int orders_fd = STDIN_FILENO;
 
 static void inetd(int is_stuck)
 {
     int fd = is_stuck ? stuck_socket() : dead_socket();
-    int in = fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, 10), out = fcntl(STDOUT_FILENO, F_DUPFD_CLOEXEC, 10);
-    stdin = fdopen(in, "r");
-    orders_fd = in;
-    answers = fdopen(out, "w");
+    if (orders_fd == STDIN_FILENO) {
+        int out = fcntl(STDOUT_FILENO, F_DUPFD_CLOEXEC, 10);
+        orders_fd = fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, 10);
+        stdin = fdopen(orders_fd, "r");
+        stdout = fdopen(out, "w");
+        setvbuf(stdout, NULL, _IOLBF, 0);
+    }
     for (int standard = 0; standard <= 2; standard++)
         if (dup2(fd, standard) != standard)
             die("dup2");
     close(fd);
-    stdout = answers;
-    setvbuf(stdout, NULL, _IOLBF, 0);
 }
 
 /* A file that takes a standard number gets the output. */

@@ -3,7 +3,7 @@
 //!
 //! cwkill never sets SO_LINGER: the option would stay set, and the owner's own close(2) would then abort the connection.
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
 use nix::sys::socket::{Shutdown as How, shutdown};
@@ -29,7 +29,7 @@ impl Shutdown {
 
     fn shut_down(&mut self, target: &Target) -> Result<(), MethodError> {
         let socket = self.duplicator.socket(target)?;
-        match shutdown(socket.as_fd().as_raw_fd(), How::Both) {
+        match shutdown(socket.as_raw_fd(), How::Both) {
             Ok(()) => Ok(()),
             // The socket is no longer connected.
             Err(Errno::ENOTCONN) => Err(MethodError::Gone),

@@ -268,10 +268,10 @@ pub enum InUse {
     /// It is standard input, output or error. After it is closed, the next file of the program gets its number, and becomes its
     /// input or takes its output.
     #[error(
-        "it is the {} of its process, and the next file that is opened would take its place; --reclaim-force puts /dev/null there",
-        standard_name(*.0)
+        "it is standard input, output or error of its process, and the next file that is opened would take its place; \
+         --reclaim-force puts /dev/null there"
     )]
-    StandardDescriptor(i32),
+    StandardDescriptor,
     /// A thread is inside a system call that uses it.
     #[error("thread {tid} is inside a system call on it (number {number})")]
     InSyscall {
@@ -334,14 +334,6 @@ pub enum InUse {
     /// The kernel does not report how long it has been quiet.
     #[error("the kernel does not report how long it has been quiet")]
     AgeUnknown,
-}
-
-fn standard_name(fd: i32) -> &'static str {
-    match fd {
-        libc::STDIN_FILENO => "standard input",
-        libc::STDOUT_FILENO => "standard output",
-        _ => "standard error",
-    }
 }
 
 fn null_error(errno: Option<&Errno>) -> String {

@@ -80,17 +80,12 @@ impl<'a> ReclaimTarget<'a> {
         self.owner.reclaim.is_none()
     }
 
-    /// Whether it is standard input, output or error. cwkill never leaves such a number free: the program would take the next
-    /// file that it opens for its input or output.
-    fn is_standard(&self) -> bool {
-        (libc::STDIN_FILENO..=libc::STDERR_FILENO).contains(&self.owner.fd.0)
-    }
-
     /// The reason to leave it alone, given this evidence and this number of unread bytes.
     fn in_use(&self, evidence: &Evidence, unread: u32, rules: &ReclaimRules) -> Option<InUse> {
         match rules.force {
             true => None,
-            false if self.is_standard() => Some(InUse::StandardDescriptor(self.owner.fd.0)),
+            // cwkill never leaves such a number free: the program would take the next file that it opens for its input or output.
+            false if self.owner.fd.is_standard() => Some(InUse::StandardDescriptor),
             false if unread > self.may_lose => Some(InUse::Unread(unread)),
             false => evidence
                 .against(self.owner.fd.0, self.inode)
@@ -406,7 +401,7 @@ mod tests {
         assert_eq!(target.in_use(&java, 6, &force), None);
         for fd in 0..=2 {
             target.owner.fd = RemoteFd(fd);
-            let standard = Some(InUse::StandardDescriptor(fd));
+            let standard = Some(InUse::StandardDescriptor);
             assert_eq!(target.in_use(&none, 0, &rules), standard);
             assert_eq!(target.in_use(&none, 0, &force), None, "it is replaced");
         }

@@ -196,7 +196,7 @@ fn close_all(
     };
     let process = &inspection.process;
     let (standard, others): (Vec<_>, Vec<_>) =
-        pending(targets).partition(|target| target.is_standard());
+        pending(targets).partition(|target| target.owner.fd.is_standard());
     close_numbers(remote, process, others, rules, &may_go_on)?;
     if standard.is_empty() {
         return Ok(());

@@ -1,6 +1,6 @@
 //! A duplicate of another process's descriptor, which can be dropped at any time without a wait.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::mpsc;
 use std::thread::Builder;
 use std::time::Duration;
@@ -26,6 +26,12 @@ impl From<OwnedFd> for Duplicate {
 impl AsFd for Duplicate {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_ref().expect("only a drop takes it").as_fd()
+    }
+}
+
+impl AsRawFd for Duplicate {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
     }
 }
 

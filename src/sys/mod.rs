@@ -39,6 +39,13 @@ pub fn os_error(errno: &Errno) -> io::Error {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RemoteFd(pub i32);
 
+impl RemoteFd {
+    /// Whether it is standard input, output or error.
+    pub fn is_standard(self) -> bool {
+        (libc::STDIN_FILENO..=libc::STDERR_FILENO).contains(&self.0)
+    }
+}
+
 /// Opens a descriptor that refers to process `pid`, and never to a later process with the same pid.
 ///
 /// # Errors

@@ -1,5 +1,7 @@
 //! `probe`: the kernel closes only connections that the peer has forgotten, and all options are restored.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result};
 use netns_harness::{Family, Lab, Leak, Recv, Signal, SocketOption, TcpState};
 
@@ -18,6 +20,7 @@ pub const TESTS: &[Test] = &[
     each_family!(an_owner_without_privileges_is_enough),
     once!(more_sockets_than_one_capture_holds_are_asked),
     once!(sigkill_leaves_no_option_behind),
+    once!(an_idle_socket_is_probed_at_once),
     once!(ctrl_c_puts_the_options_back),
     once!(pressing_ctrl_c_again_changes_nothing),
     once!(a_lost_terminal_puts_the_options_back),
@@ -191,10 +194,51 @@ fn waiting() -> Result<(Lab, Leak, std::process::Child)> {
     Ok((lab, leak, child))
 }
 
-/// The options are restored as soon as the probes are sent, long before the answers.
+/// TCP_KEEPIDLE is set to the time for which the socket has been idle, and the kernel counts from the last segment.
+fn an_idle_socket_is_probed_at_once() -> Result<()> {
+    const IDLE: Duration = Duration::from_secs(4);
+    let (lab, leak) = lab("drained", Family::V4, 1)?;
+    settled(&lab, &leak)?;
+    let mut took = Vec::new();
+    // A busy machine is not slow each time.
+    while took.len() < 5 {
+        lab.wait_for(PATIENCE, || {
+            let (_, shown) = sent(&lab, 8080)?;
+            let words = shown.split_whitespace();
+            let quiet = words.filter_map(|word| word.strip_prefix("lastack:")?.parse::<u64>().ok());
+            let quiet = quiet.filter(|ms| u128::from(*ms) > IDLE.as_millis());
+            Ok(quiet.count() == 1)
+        })?;
+        let began = Instant::now();
+        let sockets = cwkill(&lab, &format!("{PROBE} --grace 30s"))?
+            .exits(4)
+            .sockets();
+        took.push(began.elapsed());
+        assert_eq!(at(&sockets[0], "/result/reason_code"), "peer-alive");
+        if took.last() < Some(&IDLE) {
+            return Ok(());
+        }
+    }
+    panic!("{took:?}")
+}
+
+/// The options are restored as soon as the probes are sent, long before the answers, and no duplicate is left.
 fn sigkill_leaves_no_option_behind() -> Result<()> {
     let (lab, leak, mut child) = waiting()?;
     lab.wait_for(PATIENCE, || Ok(keepalive_timers(&lab)? == 1))?;
+    let inodes: Vec<String> = connections(&lab)?
+        .iter()
+        .map(|row| format!("socket:[{}]", row.inode))
+        .collect();
+    lab.wait_for(PATIENCE, || {
+        let mut held = false;
+        for entry in std::fs::read_dir(format!("/proc/{}/fd", child.id()))? {
+            // It may be closed meanwhile.
+            let link = std::fs::read_link(entry?.path()).unwrap_or_default();
+            held |= inodes.contains(&link.to_string_lossy().into_owned());
+        }
+        Ok(!held)
+    })?;
     assert!(child.try_wait()?.is_none(), "it still waits");
     child.kill()?;
     child.wait()?;
@@ -251,7 +295,7 @@ fn nohup_is_respected() -> Result<()> {
 
 /// A large default of the keepalive time can be read from a socket, but not set on it.
 fn an_option_that_could_not_be_put_back_is_not_set() -> Result<()> {
-    let (lab, leak) = lab("half-closed", Family::V4, 1)?;
+    let (lab, leak) = lab("drained", Family::V4, 1)?;
     lab.app_host().within(|| {
         std::fs::write("/proc/sys/net/ipv4/tcp_keepalive_time", "86400")?;
         Ok(())

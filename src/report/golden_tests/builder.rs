@@ -211,7 +211,7 @@ fn reason(word: &str) -> ReclaimReason {
         "unread" => InUse::Unread(1460),
         "too-young" => InUse::TooYoung(Duration::from_micros(12_345_678)),
         "no-age" => InUse::AgeUnknown,
-        "standard" => InUse::StandardDescriptor(1),
+        "standard" => InUse::StandardDescriptor,
         _ => {
             return match word {
                 "ourselves" => ReclaimReason::OwnProcess,

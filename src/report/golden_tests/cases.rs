@@ -613,6 +613,7 @@ pub fn dead_cases() -> Vec<DeadCase> {
             cookie(i64::from(number)),
         )
     };
+    let standard = || dead(&JAVA, 1, 70_001, 1);
     let some = || {
         [
             dead(&NODE, 3, 1, 1)
@@ -666,8 +667,10 @@ pub fn dead_cases() -> Vec<DeadCase> {
         freed("dead-freed").stopped(&JAVA, 1_250, 1),
         freed("dead-freed-blind").unknown(1),
         dead_case("dead-replaced", "--all --reclaim-force")
-            .descriptors([at(0).said("replaced"), at(1).said("freed")])
+            .descriptors([standard().said("replaced"), at(1).said("freed")])
             .stopped(&JAVA, 1_250, 1),
+        dead_case("dead-dry-run-replaced", "--all -n --reclaim-force")
+            .descriptors([standard(), at(1)]),
         dead_case("dead-skipped", "--all").descriptors([at(0).said("skipped in-epoll")]),
         dead_case("dead-failed", "--all").descriptors([at(0).said("failed os")]),
         dead_case("dead-denied", "--all").descriptors([at(0).said("skipped denied")]),

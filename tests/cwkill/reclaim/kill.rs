@@ -24,6 +24,7 @@ pub const TESTS: &[Test] = &[
     once!(an_interruption_leaves_the_owner_running).slow(),
     once!(sigkill_leaves_the_owner_running).slow(),
     once!(sigkill_ends_only_calls_that_may_end).slow(),
+    once!(sigkill_leaves_no_standard_descriptor_free).slow(),
 ];
 
 /// A descriptor of a dead socket.
@@ -168,8 +169,19 @@ fn an_interruption_leaves_the_owner_running() -> Result<()> {
 
 /// Starts `cwkill reclaim`, sends it a signal `delay` after it has begun to stop the owner, and waits for its end.
 fn kill_after(lab: &Lab, owner: &LeakyOwner, signal: Signal, delay: Duration) -> Result<()> {
+    kill_with(lab, owner, signal, delay, "")
+}
+
+/// As [`kill_after`], with more options.
+fn kill_with(
+    lab: &Lab,
+    owner: &LeakyOwner,
+    signal: Signal,
+    delay: Duration,
+    more: &str,
+) -> Result<()> {
     let line = format!(
-        "reclaim --pid {} --reclaim-age 0s --stop-limit 5s -q",
+        "reclaim --pid {} --reclaim-age 0s --stop-limit 5s -q {more}",
         owner.pid()
     );
     let mut child = lab
@@ -283,5 +295,41 @@ fn sigkill_ends_only_calls_that_may_end() -> Result<()> {
         before = now;
     }
     assert!(begun >= 3, "{begun} were killed between two descriptors");
+    Ok(())
+}
+
+/// While /dev/null is opened and put in the place of standard input, output and error. At any point the next file of the owner gets
+/// another number. At most one descriptor of /dev/null is left behind by each kill.
+fn sigkill_leaves_no_standard_descriptor_free() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = LeakyOwner::start(lab.app_host(), Build::Plain, "idle", 4)?;
+    owner.order("inetd")?;
+    let before = super::links_of(owner.pid())?.len();
+    let (mut begun, mut whole, mut kills) = (0, 0, 0);
+    for kill in 0..MOST_KILLS {
+        // Goes on only if too few kills came between the first and the last of the three.
+        if kill >= 60 && begun >= 3 {
+            break;
+        }
+        owner.order("inetd")?;
+        let delay = Duration::from_micros(kill % 60 * 40);
+        kill_with(&lab, &owner, Signal::SIGKILL, delay, "--reclaim-force")?;
+        kills += 1;
+        lab.wait_for(PATIENCE, || Ok(!is_traced(owner.pid())))?;
+        let links = super::links_of(owner.pid())?;
+        let replaced = (0..=2).filter(|fd| links[fd] == "/dev/null").count();
+        begun += usize::from(replaced == 1 || replaced == 2);
+        whole += usize::from(replaced == 3);
+        assert!(links.len() <= before + kills, "{links:?}");
+        assert!(owner.is_alive(), "the owner died");
+        let answer = owner.order("log")?;
+        let fd: i32 = answer.split(' ').next().context("no number")?.parse()?;
+        assert!(fd > 2 && answer.ends_with(" 0"), "kill {kill}: {answer}");
+        owner.report()?;
+    }
+    assert!(
+        begun >= 3,
+        "{begun} were killed between two descriptors, {whole} after the last"
+    );
     Ok(())
 }

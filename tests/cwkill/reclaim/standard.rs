@@ -66,14 +66,12 @@ fn a_dead_standard_descriptor_is_left_alone() -> Result<()> {
     assert_eq!(after, before);
     output_is_not_lost(&mut owner)?;
     let table = reclaim(&lab, owner.pid(), "")?.exits(4).stdout;
-    for text in [
-        "standard input",
-        "standard output",
-        "standard error",
-        "/dev/null",
-    ] {
-        assert!(table.contains(text), "{table}");
+    for text in ["standard input, output or error", "puts /dev/null there"] {
+        assert_eq!(table.matches(text).count(), 3, "{table}");
     }
+    let plan = reclaim(&lab, owner.pid(), "-n --reclaim-force")?.exits(0);
+    let planned = plan.stdout.matches("yes, replaced by /dev/null").count();
+    assert_eq!(planned, 3, "{plan:?}");
     Ok(())
 }
 
