@@ -32,6 +32,7 @@ pub const TESTS: &[Test] = &[
     once!(close_wait_without_a_pid_prints_what_is_documented),
     once!(from_a_timer_prints_what_is_documented),
     once!(inside_a_container_or_pod_prints_what_is_documented),
+    once!(nothing_is_found_and_yet_prints_what_is_documented),
     once!(one_connection_blocks_a_drain_prints_what_is_documented),
     once!(thousands_of_close_wait_prints_what_is_documented),
     once!(too_many_open_files_prints_what_is_documented),
@@ -41,10 +42,11 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// Each has a test above.
-const RUNBOOKS: [&str; 6] = [
+const RUNBOOKS: [&str; 7] = [
     "close-wait-without-a-pid",
     "from-a-timer",
     "inside-a-container-or-pod",
+    "nothing-is-found-and-yet",
     "one-connection-blocks-a-drain",
     "thousands-of-close-wait",
     "too-many-open-files",
@@ -89,6 +91,10 @@ fn from_a_timer_prints_what_is_documented() -> Result<()> {
 
 fn inside_a_container_or_pod_prints_what_is_documented() -> Result<()> {
     prints_what_is_documented("runbooks/inside-a-container-or-pod.md")
+}
+
+fn nothing_is_found_and_yet_prints_what_is_documented() -> Result<()> {
+    prints_what_is_documented("runbooks/nothing-is-found-and-yet.md")
 }
 
 fn one_connection_blocks_a_drain_prints_what_is_documented() -> Result<()> {
@@ -354,6 +360,7 @@ static VARIES: LazyLock<Vec<(Regex, &str)>> = LazyLock::new(|| {
         // The program's name, then its pid; in /proc and as `users:((…,pid=1,fd=4))` too.
         (r"\b([a-z][a-z-]*)/[0-9]+\b", "$1/PID"),
         (r"\bpid=[0-9]+", "pid=PID"),
+        (r"\(thread [0-9]+\)", "(thread TID)"),
         (r"(-p|--pid) [0-9]+", "$1 PID"),
         // RLIMIT_NOFILE depends on the machine.
         (r"\bof [0-9]+ \([0-9]+%\)", "of LIMIT"),
