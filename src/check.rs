@@ -12,6 +12,7 @@ use crate::filter::Scope;
 use crate::filter::selectors::Selectors;
 use crate::finder;
 use crate::finder::dead::{DeadScan, DeadSocket, SuspectVerdict};
+use crate::history::History;
 use crate::model::{Cause, Scan};
 use crate::proc::{ProcFs, Process, ProcessId};
 use crate::text::{age, escape};
@@ -76,14 +77,19 @@ pub struct CheckConfig {
     pub percent_of_limit: bool,
 }
 
-/// Scans and compares with the thresholds.
+/// Scans and compares with the thresholds. `history` learns what the scan has seen.
 ///
 /// # Errors
 /// The same as for a listing.
-pub fn run(config: &CheckConfig, proc: &ProcFs) -> anyhow::Result<CheckResult> {
+pub fn run(
+    config: &CheckConfig,
+    proc: &ProcFs,
+    history: &mut History,
+) -> anyhow::Result<CheckResult> {
     let namespaces = finder::open_namespaces(&config.scope.netns, proc)?;
     let selectors = &config.scope.selectors;
-    let scan = finder::find(&namespaces, proc, selectors)?;
+    let scan = finder::find(&namespaces, proc, selectors, history)?;
+    history.learn(&scan, selectors);
     if !config.percent_of_limit {
         return Ok(by_count(&scan, config.thresholds));
     }

@@ -16,7 +16,7 @@
 //! | Linux | [`proc`]: /proc; [`sock_diag`]: the kernel's socket tables; [`routes`]: which addresses are of this host; [`packet`]: raw and packet sockets |
 //! | data | [`model`]: the terms of the glossary as types; [`control`]: clock, pauses and Ctrl-C of a run |
 //! | which sockets | [`filter`]: selectors, expressions of ss(8), the kernel's bytecode |
-//! | what there is | [`finder`]: sockets, owners, listeners, dead descriptors; [`privileges`]: rights, and giving them up |
+//! | what there is | [`privileges`]: rights, and giving them up; [`history`]: what earlier runs have seen; [`finder`]: sockets, owners, listeners, dead descriptors |
 //! | acts | [`injector`]: the methods, the plan and the engine that runs it; [`reclaim`]: closing dead descriptors inside their process |
 //! | results | `diagnose`: who leaks and why; `check`: thresholds; `watch`: new stuck sockets; `doctor`: what works here |
 //! | options | [`cli`]: the arguments; [`config`]: their meaning |
@@ -51,12 +51,14 @@
 //!   its cookie, or for very many sockets with one list.
 //! - **coverage**: what could not be seen.
 //! - **scope**: selectors, and the network namespaces they are applied to.
-//! - **age**: how long a socket has been stuck, at least. **quiet**: how long a dead socket has been dead, at least.
+//! - **age**: how long a socket has been stuck, at least. **idle time**: for how long no data has moved in it, at least.
+//! - **history**: what earlier runs have seen: the sockets with their byte counters and times. For people it is the memory between runs. **quiet**: how long a dead socket has been dead, at least.
 //! - **suspect**: an open descriptor of a socket that is in no TCP table. Its **verdict**: dead, never connected, or unknown.
 //! - **sweep**: to destroy sockets while the kernel still lists the others, without a list of targets first.
 //! - **intent**: the record in the log, before the act, of a socket or descriptor that cwkill is about to close.
 //! - **reclaim**: to close a dead descriptor inside its process. **evidence**: the facts from /proc that show how the process uses its
-//!   descriptors, for example system calls and epoll sets. **in use**: the evidence speaks against closing the descriptor.
+//!   descriptors, for example system calls and epoll sets. **in use**: the evidence speaks against closing the descriptor;
+//!   of a socket: data has moved in it within the last seconds (`--min-idle`).
 //! - **stop**: all threads of a process stopped by ptrace(2). **remote syscall**: a system call of cwkill in place of a thread's own.
 //! - **caller**: the user who started cwkill. With file capabilities cwkill has more privileges than its caller.
 //! - **privilege**: a right that a method needs: a capability, or the right to attach to the owner.
@@ -71,6 +73,7 @@ mod diagnose;
 mod doctor;
 pub mod filter;
 pub mod finder;
+pub mod history;
 pub mod injector;
 pub mod kernel;
 mod memory;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::control::Control;
 use crate::filter::selectors::Selectors;
 use crate::finder::{self, FindError};
+use crate::history::History;
 use crate::model::{Coverage, Scan};
 use crate::proc::netns::Namespaces;
 use crate::proc::{ProcFs, Process, ProcessId};
@@ -66,9 +67,11 @@ pub fn watch(
         min_idle: Duration::ZERO,
         ..scope.selectors.clone()
     };
+    // New sockets are in no history, and the listing before has written down the others.
+    let history = History::none();
     let scan = || match scope.owners {
-        true => finder::find(scope.namespaces, proc, &selectors),
-        false => finder::find_sockets(scope.namespaces, &selectors, true),
+        true => finder::find(scope.namespaces, proc, &selectors, &history),
+        false => finder::find_sockets(scope.namespaces, &selectors, &history, true),
     };
     known.extend(cookies(&scan()?));
     let begin = control.now();

@@ -14,7 +14,7 @@ const LAYERS: [&[&str]; 11] = [
     &["proc", "sock_diag", "routes", "packet"],
     &["model", "control"],
     &["filter"],
-    &["finder", "privileges"],
+    &["privileges", "history", "finder"],
     &["injector", "reclaim"],
     &["diagnose", "check", "watch", "doctor"],
     &["cli", "config"],

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use super::{drop_capabilities_and_start_threads, refuse, say_notes};
 use crate::check::{self, CheckConfig, Status};
 use crate::cli::CheckArgs;
+use crate::history::History;
 use crate::privileges::capabilities;
 use crate::proc::ProcFs;
 use crate::terminal::print_usage;
@@ -14,8 +15,10 @@ pub(super) fn run(args: CheckArgs) -> ExitCode {
     let check = CheckConfig::from_args(args).unwrap_or_else(|error| refuse(&error));
     say_notes(&check.scope.notes);
     drop_capabilities_and_start_threads(&capabilities::to_find(&check.scope.netns, true));
-    let result = check::run(&check, &ProcFs::default())
+    let mut history = History::open();
+    let result = check::run(&check, &ProcFs::default(), &mut history)
         .unwrap_or_else(|error| check::unknown(&format!("{error:#}")));
+    say_notes(history.take_notes());
     match writeln!(io::stdout(), "{}", result.line) {
         Ok(()) => result.status.into(),
         // The line was not written, so the monitoring system does not know the status.

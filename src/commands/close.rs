@@ -13,6 +13,7 @@ use crate::cli::Args;
 use crate::config::{Action, Config, Format};
 use crate::control::Control;
 use crate::finder::{self, FindError, owners, reactions};
+use crate::history::History;
 use crate::injector::{plan, workers};
 use crate::memory;
 use crate::model::{Outcome, Privilege, ReclaimOutcome, Scan, Target};
@@ -40,29 +41,24 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     let mut terminal = Terminal::new(acts, quiet)?;
     let proc = ProcFs::default();
 
+    let mut history = History::open();
     let namespaces = finder::open_namespaces(&config.netns, &proc)?;
     // The log must record each socket before cwkill acts on it, so with a log there is no sweep.
     let swept = match log {
-        None => sweep_if_possible(config, &namespaces, &privileges, &terminal),
+        None => sweep_if_possible(config, &namespaces, &history, &privileges, &terminal),
         Some(_) => Vec::new(),
     };
-    let mut run = Run::new(find_and_plan(
-        config,
-        &namespaces,
-        swept,
-        &privileges,
-        &proc,
-    )?);
+    let scan = find_and_plan(config, &namespaces, &history, swept, &privileges, &proc)?;
     // A sweep has made sure of its memory.
-    if acts
-        && run
-            .scan
-            .targets
-            .iter()
-            .all(|target| target.outcome.is_none())
-    {
-        memory::check_room(run.scan.targets.len()).context("nothing was done")?;
+    if acts && scan.targets.iter().all(|target| target.outcome.is_none()) {
+        memory::check_room(scan.targets.len()).context("nothing was done")?;
     }
+    // Before the act, so that no act makes a socket young for the next run.
+    history.learn(&scan, &config.selectors);
+    if !quiet {
+        terminal.aside(|| say_notes(history.take_notes()));
+    }
+    let mut run = Run::new(scan);
     // A run without a matching socket leaves no record.
     let mut log = log.filter(|_| !run.scan.targets.is_empty());
     if let Some(log) = &mut log {
@@ -117,12 +113,13 @@ const SWEPT: usize = 200_000;
 pub fn sweep_if_possible(
     config: &Config,
     namespaces: &Namespaces,
+    history: &History,
     privileges: &Privileges,
     control: &dyn Control,
 ) -> Vec<Target> {
     match &namespaces.open[..] {
         [netns] if sweep::is_possible(config) && memory::check_room(SWEPT).is_ok() => {
-            sweep::sweep(config, netns, privileges, control)
+            sweep::sweep(config, netns, history, privileges, control)
         }
         _ => Vec::new(),
     }
@@ -136,15 +133,16 @@ pub fn sweep_if_possible(
 pub fn find_and_plan(
     config: &Config,
     namespaces: &Namespaces,
+    history: &History,
     swept: Vec<Target>,
     privileges: &Privileges,
     proc: &ProcFs,
 ) -> anyhow::Result<Scan> {
     let search = || -> Result<Scan, FindError> {
         let mut scan = match config.owners {
-            true => finder::find(namespaces, proc, &config.selectors),
+            true => finder::find(namespaces, proc, &config.selectors, history),
             // After a sweep few sockets are left.
-            false => finder::find_sockets(namespaces, &config.selectors, swept.is_empty()),
+            false => finder::find_sockets(namespaces, &config.selectors, history, swept.is_empty()),
         }?;
         plan::build(&mut scan, &config.policy, privileges);
         Ok(scan)

@@ -8,6 +8,7 @@ use super::{drop_capabilities_and_start_threads, refuse, say_hints, say_notes};
 use crate::cli::DiagnoseArgs;
 use crate::diagnose;
 use crate::filter::Scope;
+use crate::history::History;
 use crate::model::Privilege;
 use crate::privileges::capabilities;
 use crate::proc::ProcFs;
@@ -29,7 +30,10 @@ pub(super) fn run(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
         let time = seconds(sample);
         say(format_args!("scanning twice, {time} apart"));
     }
-    let diagnosis = diagnose::run(&scope, sample, &ProcFs::default())?;
+    let mut history = History::open();
+    let diagnosis = diagnose::run(&scope, sample, &ProcFs::default(), &mut history);
+    say_notes(history.take_notes());
+    let diagnosis = diagnosis?;
     let written = write_out(|out| match json {
         true => report::json::write(&diagnosis, out),
         false => report::text::write(&diagnosis, columns(), rows(), out),

@@ -18,6 +18,7 @@ use crate::filter::selectors::Selectors;
 use crate::filter::{self, bytecode};
 use crate::finder;
 use crate::finder::sockets::{self, Sample};
+use crate::history::{self, History};
 use crate::injector::destroy::Destroy;
 use crate::injector::engine;
 use crate::injector::plan::{self, Policy};
@@ -78,6 +79,7 @@ fn drop_listed(swept: &mut Vec<Target>, listed: &[Target]) {
 pub fn sweep(
     config: &Config,
     netns: &Netns,
+    history: &History,
     privileges: &Privileges,
     control: &dyn Control,
 ) -> Vec<Target> {
@@ -85,6 +87,8 @@ pub fn sweep(
     let halves = [Mutex::default(), Mutex::default()];
     let sweeper = Sweeper {
         config,
+        netns,
+        history,
         privileges,
         control,
     };
@@ -110,6 +114,8 @@ pub fn sweep(
 
 struct Sweeper<'a> {
     config: &'a Config,
+    netns: &'a Netns,
+    history: &'a History,
     privileges: &'a Privileges,
     control: &'a dyn Control,
 }
@@ -145,7 +151,13 @@ impl Sweeper<'_> {
                 states: TcpState::CloseWait.into(),
                 ..request
             };
-            let keep = |message| self.target(Socket::from_message(&message), selectors);
+            let mut diag = SockDiag::open()?;
+            let (key, begun) = (sockets::netns_key(self.netns, &diag), history::now());
+            let keep = |message| {
+                let mut socket = Socket::from_message(&message);
+                self.history.recall(key, &mut socket, begun);
+                self.target(socket, selectors)
+            };
             let act = |part: Vec<Target>, since: Instant| {
                 if self.control.interrupted() {
                     return ControlFlow::Break(());
@@ -155,7 +167,7 @@ impl Sweeper<'_> {
                     false => ControlFlow::Continue(()),
                 }
             };
-            if !SockDiag::open()?.stream(&request, keep, act)? {
+            if !diag.stream(&request, keep, act)? {
                 break;
             }
         }

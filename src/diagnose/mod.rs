@@ -21,6 +21,7 @@ use crate::filter::Scope;
 use crate::filter::selectors::Selectors;
 use crate::finder::dead::{self, DeadScan, DescriptorTable, SuspectVerdict};
 use crate::finder::{self, listeners};
+use crate::history::History;
 use crate::model::{Listener, ListeningSocket, Scan, Socket};
 use crate::proc::netns::Netns;
 use crate::proc::status::ProcessStatus;
@@ -214,17 +215,23 @@ pub struct ListenerDiagnosis {
     pub connections: SocketGroup,
 }
 
-/// Scans twice and evaluates the difference.
+/// Scans twice and evaluates the difference. `history` learns what the scans have seen.
 ///
 /// # Errors
 /// The same as for a listing.
-pub fn run(scope: &Scope, sample: Duration, proc: &ProcFs) -> anyhow::Result<Diagnosis> {
+pub fn run(
+    scope: &Scope,
+    sample: Duration,
+    proc: &ProcFs,
+    history: &mut History,
+) -> anyhow::Result<Diagnosis> {
     let namespaces = finder::open_namespaces(&scope.netns, proc)?;
     let selectors = &scope.selectors;
     // Each scan first lists the sockets and then looks up the owners, so the time between two listings is from the
     // beginning of one scan to the beginning of the next.
     let begin = Instant::now();
-    let first = finder::find(&namespaces, proc, selectors)?;
+    let first = finder::find(&namespaces, proc, selectors, history)?;
+    history.learn(&first, selectors);
     let states: HashMap<ProcessId, Option<char>> = first
         .processes()
         .into_iter()
@@ -235,7 +242,8 @@ pub fn run(scope: &Scope, sample: Duration, proc: &ProcFs) -> anyhow::Result<Dia
         .collect();
     thread::sleep(sample);
     let elapsed = begin.elapsed();
-    let scan = finder::find(&namespaces, proc, selectors)?;
+    let scan = finder::find(&namespaces, proc, selectors, history)?;
+    history.learn(&scan, selectors);
     let (tables, failures) = read_tables(&scan, selectors, proc);
     let (unreadable_processes, hidden_processes) = (tables.unreadable.len(), tables.hidden);
     let context = GroupContext {

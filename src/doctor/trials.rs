@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crate::control::Control;
 use crate::filter::selectors::Selectors;
 use crate::finder;
+use crate::history::History;
 use crate::injector;
 use crate::injector::engine::{self, Rules};
 use crate::kernel::KernelVersion;
@@ -162,7 +163,7 @@ fn find(proc: &ProcFs, ports: &[u16]) -> Result<Scan, String> {
     };
     let until = Instant::now() + TIMEOUT;
     loop {
-        let scan = finder::find(&namespaces, proc, &selectors)
+        let scan = finder::find(&namespaces, proc, &selectors, &History::none())
             .map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
         // Over loopback the FIN has usually arrived when shutdown() returns, but not always on a busy host.
         if scan.targets.len() >= ports.len() || Instant::now() > until {

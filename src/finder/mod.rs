@@ -23,6 +23,7 @@ use anyhow::Context;
 use rayon::slice::ParallelSliceMut;
 
 use crate::filter::selectors::Selectors;
+use crate::history::History;
 use crate::model::{Coverage, Listener, Owner, Scan, Target};
 use crate::parallel;
 use crate::proc::ProcFs;
@@ -45,7 +46,7 @@ pub fn open_namespaces(scope: &NetnsScope, proc: &ProcFs) -> anyhow::Result<Name
     })
 }
 
-/// Finds the sockets that `selectors` match in each of `namespaces`, and their owners.
+/// Finds the sockets that `selectors` match in each of `namespaces`, and their owners. `history`: what earlier runs have seen.
 ///
 /// Both scans take about the same time, so they run in parallel.
 ///
@@ -56,13 +57,14 @@ pub fn find(
     namespaces: &Namespaces,
     proc: &ProcFs,
     selectors: &Selectors,
+    history: &History,
 ) -> Result<Scan, FindError> {
     let cancelled = AtomicBool::new(false);
     let (listed, descriptors) = std::thread::scope(|scope| {
         // If no thread can be started, the scans run one after the other.
         let thread = parallel::are_there()
             .then(|| Builder::new().spawn_scoped(scope, || owners::scan(proc, &cancelled)));
-        let listed = list_sockets(namespaces, selectors, false);
+        let listed = list_sockets(namespaces, selectors, history, false);
         let needed = listed
             .as_ref()
             .is_ok_and(|listed| !listed.inodes.is_empty());
@@ -112,9 +114,10 @@ pub fn find(
 pub fn find_sockets(
     namespaces: &Namespaces,
     selectors: &Selectors,
+    history: &History,
     may_split: bool,
 ) -> Result<Scan, FindError> {
-    let Listed { mut scan, .. } = list_sockets(namespaces, selectors, may_split)?;
+    let Listed { mut scan, .. } = list_sockets(namespaces, selectors, history, may_split)?;
     retain_selected(&mut scan, selectors, &OwnerScan::default(), &|_| true);
     sort(&mut scan.targets);
     Ok(scan)
@@ -153,13 +156,14 @@ struct Listed {
 fn list_sockets(
     namespaces: &Namespaces,
     selectors: &Selectors,
+    history: &History,
     may_split: bool,
 ) -> Result<Listed, FindError> {
     let mut scan = empty_scan(namespaces);
     let (mut failed, mut first_failure) = (0, None);
     // If a name in the expression exists in none of the namespaces, it is a mistake: `not dev` would match every socket.
     let (mut resolved, mut unresolved) = (false, None);
-    for netns_scan in scan_namespaces(&scan.namespaces, selectors, may_split) {
+    for netns_scan in scan_namespaces(&scan.namespaces, selectors, history, may_split) {
         let mut netns_scan = match netns_scan {
             Ok(netns_scan) => netns_scan,
             // No namespace could be listed.
@@ -198,8 +202,11 @@ fn add(scan: &mut Scan, netns_scan: NetnsScan) {
     let NetnsScan {
         mut sockets,
         listeners,
+        mut sightings,
         ..
     } = netns_scan;
+    scan.sightings.namespaces.append(&mut sightings.namespaces);
+    scan.sightings.sockets.append(&mut sightings.sockets);
     let others = scan.listeners.len();
     scan.listeners.extend(listeners.into_used());
     for target in &mut sockets {
@@ -222,12 +229,13 @@ fn join<T>(thread: ScopedJoinHandle<'_, T>) -> T {
 fn scan_namespaces(
     namespaces: &[Arc<Netns>],
     selectors: &Selectors,
+    history: &History,
     may_split: bool,
 ) -> Vec<Result<NetnsScan, FindError>> {
     let several = namespaces.len() > 1;
     let scan_one = |(index, netns): (usize, &Arc<Netns>)| {
         let mut netns_scan = netns
-            .within(|| sockets::scan(selectors, several, may_split && !several))
+            .within(|| sockets::scan(netns, selectors, history, several, may_split && !several))
             .map_err(FindError::Enter)??;
         for target in &mut netns_scan.sockets {
             target.socket.netns = index;

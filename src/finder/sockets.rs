@@ -2,12 +2,15 @@
 
 use std::ops::ControlFlow;
 use std::thread;
+use std::time::Duration;
 
 use super::listeners::Listeners;
 use super::{FindError, addresses, join};
 use crate::filter::selectors::Selectors;
 use crate::filter::{self, bytecode};
-use crate::model::{Socket, Target};
+use crate::history::{self, History};
+use crate::model::{NetnsKey, Sighting, Sightings, Socket, Target};
+use crate::proc::netns::Netns;
 use crate::sock_diag::{DumpError, DumpRequest, Family, SockDiag, SocketMessage};
 
 /// The sockets of a namespace that match by the kernel's data, without their owners.
@@ -18,11 +21,15 @@ pub(super) struct NetnsScan {
     pub listeners: Listeners,
     /// A name in the expression does not exist in this namespace; it may exist in another.
     pub unresolved: Option<FindError>,
+    /// The sockets for the memory between runs.
+    pub sightings: Sightings,
 }
 
 /// Scans the namespace of the calling thread. `may_split`: whether two threads may share a large dump.
 pub(super) fn scan(
+    netns: &Netns,
     selectors: &Selectors,
+    history: &History,
     one_of_several: bool,
     may_split: bool,
 ) -> Result<NetnsScan, FindError> {
@@ -36,6 +43,8 @@ pub(super) fn scan(
         Err(error) if one_of_several => (resolve(true)?, Some(error)),
         Err(error) => return Err(error),
     };
+    // From before the kernel lists the sockets, so that no time becomes too long.
+    let now = history::now();
     let sample = match may_split {
         true => sample(&selectors),
         false => Sample::Unknown,
@@ -45,6 +54,8 @@ pub(super) fn scan(
         Sample::Halves(halves) => dump_in_halves(&mut diag, &selectors, &halves)?,
         Sample::Unknown => dump(&mut diag, &selectors)?,
     };
+    let key = netns_key(netns, &diag);
+    let sightings = recall(&mut sockets, &selectors, history, key, now);
     addresses::mark_gone(&mut sockets, selectors.address_gone);
     let mut listeners = Listeners::default();
     let with_listener = |target: &Target| target.socket.cause.is_with_listener();
@@ -61,7 +72,38 @@ pub(super) fn scan(
         sockets,
         listeners,
         unresolved,
+        sightings,
     })
+}
+
+/// The name of the namespace in the memory. `diag` was opened in it.
+pub(crate) fn netns_key(netns: &Netns, diag: &SockDiag) -> NetnsKey {
+    NetnsKey {
+        inode: netns.inode(),
+        cookie: diag.netns_cookie().unwrap_or(0),
+    }
+}
+
+/// Adds what is remembered to the times of `targets`, and keeps those that match by age and cause. Returns all of them.
+fn recall(
+    targets: &mut Vec<Target>,
+    selectors: &Selectors,
+    history: &History,
+    netns: NetnsKey,
+    now: Duration,
+) -> Sightings {
+    let mut sightings = Sightings::default();
+    if history.is_used() {
+        sightings.namespaces.push(netns);
+        sightings.sockets.reserve(targets.len());
+        for target in &mut *targets {
+            history.recall(netns, &mut target.socket, now);
+            let sighting = Sighting::of(&target.socket, netns, now);
+            sightings.sockets.extend(sighting);
+        }
+    }
+    targets.retain(|target| selectors.still_matches(&target.socket));
+    sightings
 }
 
 /// The number of matching sockets, estimated from the beginning of a dump.
@@ -143,11 +185,10 @@ fn dump_in_halves(
     })
 }
 
-/// The target, if its socket matches by the kernel's data. Whether it is in use is decided later.
+/// The target, if its socket can match by the kernel's data. Age, cause and use are decided later.
 fn matching(message: &SocketMessage, selectors: &Selectors) -> Option<Target> {
     let socket = Socket::from_message(message);
-    let matches = selectors.match_fixed(&socket) && selectors.still_matches(&socket);
-    matches.then(|| Target::new(socket))
+    selectors.match_fixed(&socket).then(|| Target::new(socket))
 }
 
 /// The dump requests whose answers contain every socket that `selectors` match.

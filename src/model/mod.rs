@@ -13,5 +13,5 @@ pub use coverage::Coverage;
 pub use method::{Method, Privilege};
 pub use reclaim::{InUse, ReclaimOutcome, ReclaimReason};
 pub use scan::{Listener, ListeningSocket, Scan};
-pub use socket::Socket;
+pub use socket::{Mark, NetnsKey, Sighting, Sightings, Socket, SocketKey};
 pub use target::{Attempt, Exclusion, MethodError, Outcome, Owner, Plan, SkipReason, Target};

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use crate::model::{Coverage, Owner, Target};
+use crate::model::{Coverage, Owner, Sightings, Target};
 use crate::proc::netns::Netns;
 use crate::proc::{Process, ProcessId};
 use crate::sock_diag::DiagId;
@@ -23,6 +23,8 @@ pub struct Scan {
     pub coverage: Coverage,
     /// Whether cwkill searched for the owners.
     pub owners_known: bool,
+    /// For the memory between runs; empty if nothing is remembered.
+    pub sightings: Sightings,
 }
 
 /// The listener of connections that were never accepted.

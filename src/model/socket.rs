@@ -52,6 +52,65 @@ pub struct Socket {
 pub enum TimeSource {
     /// From the clocks in `struct tcp_info`.
     Kernel,
+    /// An earlier run saw the socket with the same byte counters.
+    Memory,
+}
+
+/// A network namespace, for as long as the host runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct NetnsKey {
+    /// Its inode in nsfs. The kernel gives the inode of a namespace that is gone to a later one.
+    pub inode: u64,
+    /// The number that the kernel gives to a namespace and to no later one; 0 before Linux 5.14.
+    pub cookie: u64,
+}
+
+/// A socket, for as long as the host runs. Before Linux 5.12 the cookie is unique only in its namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SocketKey {
+    pub netns: NetnsKey,
+    pub cookie: Cookie,
+}
+
+/// What stays the same as long as no data moves in a socket and its state does not change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark {
+    pub state: TcpState,
+    pub recv_q: u32,
+    pub progress: Progress,
+}
+
+/// What a scan saw of a socket. The times are since boot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sighting {
+    pub key: SocketKey,
+    pub mark: Mark,
+    /// It has been stuck since then, or longer.
+    pub stuck_since: Duration,
+    /// No data has moved since then, or longer.
+    pub idle_since: Duration,
+}
+
+/// What a scan saw, for the memory between runs.
+#[derive(Clone, Debug, Default)]
+pub struct Sightings {
+    /// The namespaces whose sockets were listed.
+    pub namespaces: Vec<NetnsKey>,
+    /// Every listed socket, also if it does not match because of its age, its cause or its owner.
+    pub sockets: Vec<Sighting>,
+}
+
+impl Sighting {
+    /// `None` if the kernel reports too little. `now`: from before the kernel listed the socket.
+    pub fn of(socket: &Socket, netns: NetnsKey, now: Duration) -> Option<Self> {
+        let cookie = socket.cookie();
+        Some(Sighting {
+            key: SocketKey { netns, cookie },
+            mark: socket.mark()?,
+            stuck_since: now.saturating_sub(socket.age?),
+            idle_since: now.saturating_sub(socket.idle?),
+        })
+    }
 }
 
 impl TimeSource {
@@ -112,8 +171,16 @@ impl Socket {
     /// Whether neither data has moved nor the state has changed since an earlier lookup; `None` if the kernel does not have the
     /// counters.
     pub fn is_unmoved_since(&self, earlier: &Socket) -> Option<bool> {
-        let is_same = self.progress? == earlier.progress?;
-        Some(is_same && self.recv_q == earlier.recv_q && self.state == earlier.state)
+        Some(self.mark()? == earlier.mark()?)
+    }
+
+    /// `None` if the kernel does not have the counters.
+    pub fn mark(&self) -> Option<Mark> {
+        Some(Mark {
+            state: self.state,
+            recv_q: self.recv_q,
+            progress: self.progress?,
+        })
     }
 
     /// Whether data has moved within the last `limit`. If that is unknown, yes in a state in which the application uses the

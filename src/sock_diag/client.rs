@@ -15,6 +15,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, MultiHeaders, recvmmsg};
 
 use super::codec::{self, Detail, DiagId, DumpRequest, Frame, Malformed, SocketMessage};
+use crate::sys;
 
 /// Room for the answers to a datagram of requests. The kernel fills a datagram of a dump with up to 32 KiB
 /// (net/netlink/af_netlink.c, netlink_dump).
@@ -111,6 +112,19 @@ impl SockDiag {
             sequence: 0,
             buffer: vec![0; RECEIVE_BUFFER],
         })
+    }
+
+    /// The number that the kernel gives to the network namespace and to no later one; `None` before Linux 5.14.
+    pub fn netns_cookie(&self) -> Option<u64> {
+        let mut cookie = [0; 8];
+        let read = sys::socket_option_bytes(
+            self.socket.as_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            &mut cookie,
+        );
+        read.is_ok_and(|bytes| bytes.len() == 8)
+            .then_some(u64::from_ne_bytes(cookie))
     }
 
     /// Lists sockets. `keep` gets each of them, and returns the data to keep.

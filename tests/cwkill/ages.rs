@@ -1,15 +1,31 @@
 //! The age and the idle time of a socket, and what cwkill leaves alone because of them.
 
-use anyhow::{Context, Result};
-use netns_harness::{Family, Lab, TcpState};
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
 
-use crate::support::{PATIENCE, alone, as_typed, at, cwkill, in_state, lab};
-use crate::trial::{Test, each_family, once};
+use anyhow::{Context, Result};
+use netns_harness::{Capability, Family, Lab, SocketOption, TcpState};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::support::{
+    CWKILL, MEMORY, PATIENCE, Ran, alone, as_typed, at, cwkill, in_state, lab, ran,
+};
+use crate::trial::{Need, Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
     each_family!(a_connection_in_use_is_left_alone),
     once!(a_connection_in_use_is_closed_on_request),
     each_family!(an_idle_open_connection_is_closed_by_its_idle_time),
+    each_family!(an_answered_keepalive_does_not_hide_the_age),
+    each_family!(a_probe_makes_nothing_young),
+    each_family!(an_owner_that_sends_keeps_its_socket_young),
+    once!(a_file_that_cannot_be_used_is_replaced),
+    once!(a_file_that_cannot_be_written_is_a_note),
+    once!(a_directory_of_others_is_not_used).needs(Need::RootOfTheMachine),
+    once!(capabilities_do_not_open_the_file).needs(Need::RootOfTheMachine),
+    once!(runs_at_once_lose_nothing),
 ];
 
 /// Waits until this many sockets have been idle for `time`.
@@ -67,4 +83,255 @@ fn an_idle_open_connection_is_closed_by_its_idle_time(family: Family) -> Result<
     cwkill(&lab, line)?.exits(0);
     assert_eq!(in_state(&lab, TcpState::Established)?, 0);
     Ok(())
+}
+
+/// Runs cwkill with a memory in this directory.
+fn remembering(lab: &Lab, directory: &Path, arguments: &str) -> Result<Ran> {
+    let command = lab.app_host().command(CWKILL).env(MEMORY, directory);
+    ran(command.args(arguments.split_whitespace()))
+}
+
+/// A number of the one socket in a run.
+fn number(sockets: &[Value], name: &str) -> Result<u64> {
+    assert_eq!(sockets.len(), 1, "{sockets:#?}");
+    sockets[0][name].as_u64().context(name.to_owned())
+}
+
+/// Probes every second.
+const KEEPALIVE: SocketOption = SocketOption::KeepAlive {
+    idle_s: 1,
+    interval_s: 1,
+    probes: 100,
+};
+
+/// A directory that ends with the test.
+fn directory() -> Result<TempDir> {
+    Ok(tempfile::tempdir()?)
+}
+
+fn an_answered_keepalive_does_not_hide_the_age(family: Family) -> Result<()> {
+    let (lab, leak) = lab("drained", family, 1)?;
+    let memory = directory()?;
+    leak.app().set_option(&leak.app_fds(), KEEPALIVE)?;
+    lab.wait_for(PATIENCE, || {
+        let sockets = remembering(&lab, memory.path(), "--json")?.sockets();
+        let now = cwkill(&lab, "-n --json")?.sockets();
+        Ok(number(&sockets, "age_ms")? >= 4000 && number(&now, "age_ms")? < 2000)
+    })?;
+    let socket = &remembering(&lab, memory.path(), "--json")?.sockets()[0];
+    assert_eq!(at(socket, "/age_source"), "memory");
+    // Nothing is known without the memory.
+    let without = cwkill(&lab, "-n --json")?.sockets();
+    assert!(number(&without, "age_ms")? < 4000);
+    assert_eq!(at(&without[0], "/age_source"), "kernel");
+    // Every command uses it.
+    let old = "--min-age 4s";
+    remembering(&lab, memory.path(), &format!("check -w 1 -c 1 {old}"))?.exits(2);
+    let diagnosed = remembering(
+        &lab,
+        memory.path(),
+        &format!("diagnose {old} --sample 100ms"),
+    )?;
+    assert!(diagnosed.stdout.contains("never closes"), "{diagnosed:?}");
+    remembering(&lab, memory.path(), &format!("-n {old}"))?.exits(0);
+    remembering(
+        &lab,
+        memory.path(),
+        &format!("{old} --no-owners --method destroy"),
+    )?
+    .exits(0);
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
+    Ok(())
+}
+
+fn a_probe_makes_nothing_young(family: Family) -> Result<()> {
+    for scenario in ["drained", "not-accepted"] {
+        let (lab, _leak) = lab(scenario, family, 1)?;
+        let memory = directory()?;
+        let line = "-n --json --min-age 1s --min-idle 1s";
+        lab.wait_for(PATIENCE, || {
+            Ok(remembering(&lab, memory.path(), line)?.code == Some(0))
+        })?;
+        let probe = "--min-age 1s --min-idle 1s --method probe --grace 20s --json";
+        let probed = remembering(&lab, memory.path(), probe)?.exits(4).sockets();
+        assert_eq!(at(&probed[0], "/result/reason_code"), "peer-alive");
+        let later = remembering(&lab, memory.path(), line)?.exits(0).sockets();
+        assert_eq!(at(&later[0], "/age_source"), "memory");
+        assert!(number(&later, "age_ms")? >= number(&probed, "age_ms")?);
+    }
+    Ok(())
+}
+
+/// Beside an old socket, which shows how much time has passed.
+fn an_owner_that_sends_keeps_its_socket_young(family: Family) -> Result<()> {
+    let (lab, _half_closed) = lab("half-closed", family, 1)?;
+    let _old = lab.start("drained", family, alone(9000, 1))?;
+    let memory = directory()?;
+    lab.wait_for(PATIENCE, || {
+        let old = remembering(&lab, memory.path(), "-n --json --min-age 3s --port 9000")?;
+        remembering(&lab, memory.path(), "--json")?.exits(0);
+        Ok(old.code == Some(0))
+    })?;
+    for line in ["--min-age 2s", "--min-idle 2s"] {
+        let ran = remembering(&lab, memory.path(), &format!("-n --json {line}"))?.exits(0);
+        let sockets = ran.sockets();
+        assert_eq!(sockets.len(), 1, "{ran:?}");
+        assert_eq!(at(&sockets[0], "/local/port"), "9000");
+    }
+    Ok(())
+}
+
+/// What takes the place of the file, and why it is not used.
+fn bad_files(at: &Path, beside: &Path) -> Result<Vec<(&'static str, Box<dyn Fn() -> Result<()>>)>> {
+    let file = at.to_owned();
+    let target = beside.to_owned();
+    let with = move |content: Vec<u8>| {
+        let file = file.clone();
+        move || Ok(fs::write(&file, &content)?)
+    };
+    let good = fs::read(at)?;
+    let mut changed = good.clone();
+    changed[60] ^= 1;
+    let file = at.to_owned();
+    let place = file.clone();
+    let link = move || Ok(symlink(&target, &place)?);
+    let place = file.clone();
+    let fifo = move || {
+        let status = std::process::Command::new("mkfifo").arg(&place).status()?;
+        assert!(status.success());
+        Ok(())
+    };
+    let place = file.clone();
+    let huge = move || Ok(fs::File::create(&place)?.set_len(1 << 40)?);
+    let for_others = move || {
+        fs::write(&file, &good)?;
+        Ok(fs::set_permissions(&file, Permissions::from_mode(0o666))?)
+    };
+    let cut = fs::read(at)?[..50].to_vec();
+    Ok(vec![
+        ("it is damaged", Box::new(with(changed))),
+        ("it is damaged", Box::new(with(cut))),
+        (
+            "not a memory of this version",
+            Box::new(with(b"hello".to_vec())),
+        ),
+        ("not a memory of this version", Box::new(with(Vec::new()))),
+        ("it is a symbolic link", Box::new(link)),
+        ("it is not a regular file", Box::new(fifo)),
+        ("it is too large", Box::new(huge)),
+        ("others can write it", Box::new(for_others)),
+    ])
+}
+
+/// The run that finds it works all the same, and no socket is older than without a memory.
+fn a_file_that_cannot_be_used_is_replaced() -> Result<()> {
+    let (lab, leak) = lab("drained", Family::V4, 1)?;
+    leak.app().set_option(&leak.app_fds(), KEEPALIVE)?;
+    let memory = directory()?;
+    let file = memory.path().join("memory");
+    remembering(&lab, memory.path(), "")?.exits(0);
+    let beside = memory.path().join("beside");
+    fs::write(&beside, "untouched")?;
+    for (why, place) in bad_files(&file, &beside)? {
+        fs::remove_file(&file)?;
+        place()?;
+        let ran = remembering(&lab, memory.path(), "--json")?.exits(0);
+        assert!(ran.stderr.contains(why), "{why}: {ran:?}");
+        assert_eq!(at(&ran.sockets()[0], "/age_source"), "kernel", "{why}");
+        let ran = remembering(&lab, memory.path(), "--json")?.exits(0);
+        assert_eq!(ran.stderr, "", "{why}");
+    }
+    assert_eq!(fs::read_to_string(beside)?, "untouched");
+    Ok(())
+}
+
+fn a_file_that_cannot_be_written_is_a_note() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V4, 2)?;
+    let memory = directory()?;
+    let mounted = memory.path().display();
+    for (prepare, why) in [
+        ("mount -o remount,ro,size=64k", "Read-only file system"),
+        (
+            "head -c 65536 /dev/zero >$M/full; :",
+            "No space left on device",
+        ),
+        ("mkdir $M/memory; :", "it is not a regular file"),
+    ] {
+        let script = format!(
+            "export M={mounted}; mount -t tmpfs -o size=64k,mode=0700 none $M && {{ {prepare} $M; {CWKILL} -n --json; }}"
+        );
+        let command = lab.app_host().command("unshare").env(MEMORY, memory.path());
+        let ran = ran(command.args(["--mount", "sh", "-c", &script]))?;
+        assert!(ran.stderr.contains(why), "{why}: {ran:?}");
+        assert!(ran.stderr.contains("this run is not remembered"), "{ran:?}");
+        assert_eq!(at(&ran.json(), "/summary/matched"), "2", "{ran:?}");
+    }
+    Ok(())
+}
+
+fn a_directory_of_others_is_not_used() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V4, 1)?;
+    let memory = directory()?;
+    remembering(&lab, memory.path(), "")?.exits(0);
+    fs::set_permissions(memory.path(), Permissions::from_mode(0o777))?;
+    remembering(&lab, memory.path(), "")?.complains("others can write the directory");
+    fs::set_permissions(memory.path(), Permissions::from_mode(0o755))?;
+    remembering(&lab, memory.path(), "")?.exits(0);
+    std::os::unix::fs::chown(memory.path().join("memory"), Some(NOBODY), None)?;
+    remembering(&lab, memory.path(), "")?.complains("it belongs to another user");
+    std::os::unix::fs::chown(memory.path(), Some(NOBODY), None)?;
+    remembering(&lab, memory.path(), "")?.complains("the directory belongs to another user");
+    Ok(())
+}
+
+/// The overflow user.
+const NOBODY: u32 = 65534;
+
+/// A user who was granted capabilities must not read or write with them what is root's.
+fn capabilities_do_not_open_the_file() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V4, 1)?;
+    let memory = directory()?;
+    remembering(&lab, memory.path(), "")?.exits(0);
+    fs::set_permissions(memory.path(), Permissions::from_mode(0o700))?;
+    let before = fs::read(memory.path().join("memory"))?;
+    let granted = [
+        Capability::CAP_DAC_READ_SEARCH,
+        Capability::CAP_DAC_OVERRIDE,
+        Capability::CAP_FOWNER,
+    ];
+    let command = lab.app_host().command(CWKILL).env(MEMORY, memory.path());
+    let ran = ran(command.uid(NOBODY).capabilities(&granted))?;
+    assert!(ran.stderr.contains("Permission denied"), "{ran:?}");
+    assert_eq!(fs::read(memory.path().join("memory"))?, before);
+    Ok(())
+}
+
+/// Each sees other sockets.
+fn runs_at_once_lose_nothing() -> Result<()> {
+    let lab = Lab::new()?;
+    let ports: Vec<u16> = (8001..8009).collect();
+    let start = |port: &u16| lab.start("drained", Family::V4, alone(*port, 3));
+    let leaks: Vec<_> = ports.iter().map(start).collect::<Result<_>>()?;
+    for leak in &leaks {
+        leak.app().set_option(&leak.app_fds(), KEEPALIVE)?;
+    }
+    let memory = directory()?;
+    let command = |port: &u16| {
+        let command = lab.app_host().command(CWKILL).env(MEMORY, memory.path());
+        command.args(["-n", "--json", "--port", &port.to_string()])
+    };
+    std::thread::scope(|scope| {
+        let runs: Vec<_> = ports
+            .iter()
+            .map(|port| scope.spawn(|| ran(command(port))))
+            .collect();
+        for run in runs {
+            run.join().expect("no panic")?.exits(0);
+        }
+        anyhow::Ok(())
+    })?;
+    lab.wait_for(PATIENCE, || {
+        let all = remembering(&lab, memory.path(), "-n --json --min-age 3s")?;
+        Ok(all.sockets().len() == 24)
+    })
 }

@@ -11,6 +11,7 @@ use netns_harness::{Dial, Family, Lab, Leak, Recv, TcpState};
 use cwkill::control::Control;
 use cwkill::filter::selectors::Selectors;
 use cwkill::finder;
+use cwkill::history::History;
 use cwkill::injector::engine::{self, Lookup, Rules, SocketTables};
 use cwkill::injector::executors;
 use cwkill::injector::plan::{self, Policy};
@@ -54,7 +55,7 @@ impl Control for Now {
 /// Finds and plans for all stuck sockets of the network namespace of the calling thread.
 fn find(proc: &ProcFs, methods: &[Method]) -> Result<Scan> {
     let here = finder::open_namespaces(&NetnsScope::Current, proc)?;
-    let mut scan = finder::find(&here, proc, &Selectors::default())?;
+    let mut scan = finder::find(&here, proc, &Selectors::default(), &History::none())?;
     let policy = Policy {
         methods: methods.to_vec(),
         discard_unsent: false,
@@ -355,7 +356,7 @@ fn the_act_goes_through_the_remaining_owners() -> Result<()> {
 /// The identities of the stuck sockets in the network namespace of the calling thread.
 fn stuck_ids() -> Result<Vec<DiagId>> {
     let here = finder::open_namespaces(&NetnsScope::Current, &ProcFs::default())?;
-    let scan = finder::find_sockets(&here, &Selectors::default(), true)?;
+    let scan = finder::find_sockets(&here, &Selectors::default(), &History::none(), true)?;
     Ok(scan.targets.iter().map(|target| target.socket.id).collect())
 }
 

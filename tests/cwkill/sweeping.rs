@@ -13,6 +13,7 @@ use cwkill::commands::close;
 use cwkill::config::Config;
 use cwkill::control::Control;
 use cwkill::finder;
+use cwkill::history::History;
 use cwkill::model::{Method, Target};
 use cwkill::privileges::Privileges;
 use cwkill::proc::ProcFs;
@@ -78,6 +79,7 @@ fn sweep(lab: &Lab, control: &dyn Control) -> Result<Vec<Target>> {
         Ok(close::sweep_if_possible(
             &config,
             &namespaces,
+            &History::none(),
             &privileges,
             control,
         ))
@@ -89,7 +91,7 @@ fn left(lab: &Lab) -> Result<Vec<Target>> {
     lab.app_host().within(|| {
         let config = config(STUCK)?;
         let namespaces = finder::open_namespaces(&config.netns, &ProcFs::default())?;
-        let scan = finder::find_sockets(&namespaces, &config.selectors, true)?;
+        let scan = finder::find_sockets(&namespaces, &config.selectors, &History::none(), true)?;
         Ok(scan.targets)
     })
 }
@@ -168,7 +170,14 @@ fn half_swept(lab: &Lab, swept: Vec<Target>) -> Result<()> {
         let privileges = Privileges::of_this_thread()?;
         let proc = ProcFs::default();
         let namespaces = finder::open_namespaces(&config.netns, &proc)?;
-        let scan = close::find_and_plan(&config, &namespaces, swept, &privileges, &proc)?;
+        let scan = close::find_and_plan(
+            &config,
+            &namespaces,
+            &History::none(),
+            swept,
+            &privileges,
+            &proc,
+        )?;
         let mut run = Run::new(scan);
         close::close(&mut run, &config, &privileges, &proc, &Now);
         Ok(run)

@@ -1,0 +1,387 @@
+//! The entries of the history. Pure.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use crate::filter::selectors::Selectors;
+use crate::model::socket::TimeSource;
+use crate::model::{Mark, NetnsKey, Sightings, Socket, SocketKey};
+use crate::tcp::StateSet;
+
+/// The maximum number of entries.
+pub(super) const MAX_ENTRIES: usize = 500_000;
+/// An entry that no run has seen for this time is dropped.
+const FORGET_AFTER: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+/// A socket is gone when this many complete lists in a row do not have it. The kernel can omit a socket if others vanish while it
+/// lists them.
+const MISSES: u8 = 2;
+
+/// Two idle times that differ by no more than this are the same: the clocks of the kernel tick up to ten milliseconds apart.
+const TOLERANCE: Duration = Duration::from_millis(100);
+
+/// What is known of one socket. All times are since boot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Entry {
+    /// As long as a socket has this mark, the times below are true.
+    pub mark: Mark,
+    /// It has been stuck since then, or longer.
+    pub stuck_since: Duration,
+    /// No data has moved since then, or longer.
+    pub idle_since: Duration,
+    /// When a run last saw it.
+    pub seen: Duration,
+    /// The [`Scope`] of that run.
+    pub scope: u32,
+    /// How many complete lists in a row did not have it.
+    pub missed: u8,
+}
+
+/// The sockets that a run can see in a namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Scope {
+    /// A hash of the selectors that a socket cannot leave; 0 if every socket in the states matches.
+    hash: u32,
+    states: StateSet,
+}
+
+impl Scope {
+    pub fn of(selectors: &Selectors) -> Self {
+        let expression = selectors.as_expression();
+        let hash = match expression == Selectors::default().as_expression() {
+            true => 0,
+            // The text is the same in every run with the same selectors. If it once is not, entries live longer.
+            false => hash(format!("{expression:?}").as_bytes()).max(1),
+        };
+        Scope {
+            hash,
+            states: selectors.states,
+        }
+    }
+
+    /// Whether a run with this scope would have listed the socket of `entry`.
+    fn sees(self, entry: &Entry) -> bool {
+        self.states.contains(entry.mark.state) && (self.hash == 0 || self.hash == entry.scope)
+    }
+}
+
+/// FNV-1a, which stays the same from version to version.
+fn hash(bytes: &[u8]) -> u32 {
+    let step = |hash: u32, byte: &u8| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
+    bytes.iter().fold(0x811c_9dc5, step)
+}
+
+/// The entries by socket.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Entries(pub(super) HashMap<SocketKey, Entry>);
+
+impl Entries {
+    /// Adds what is known of `socket` to its times.
+    pub fn recall(&self, netns: NetnsKey, socket: &mut Socket, now: Duration) {
+        if self.0.is_empty() {
+            return;
+        }
+        let cookie = socket.cookie();
+        let (Some(mark), Some(entry)) = (socket.mark(), self.0.get(&SocketKey { netns, cookie }))
+        else {
+            return;
+        };
+        if entry.mark == mark {
+            let stuck = now.saturating_sub(entry.stuck_since);
+            if socket.age.is_some_and(|age| age < stuck) {
+                (socket.age, socket.age_source) = (Some(stuck), TimeSource::Memory);
+            }
+            // The clocks of the kernel know a longer time if the application has read since: then the history is right.
+            let idle = now.saturating_sub(entry.idle_since);
+            if socket
+                .idle
+                .is_some_and(|known| known.abs_diff(idle) > TOLERANCE)
+            {
+                (socket.idle, socket.idle_source) = (Some(idle), TimeSource::Memory);
+            }
+        } else if entry.mark.state == mark.state && entry.mark.recv_q != mark.recv_q {
+            // The application has read since then. The clocks of the kernel do not count that.
+            let zero = socket.idle.map(|_| Duration::ZERO);
+            (socket.idle, socket.idle_source) = (zero, TimeSource::Memory);
+        }
+    }
+
+    /// Takes in what a scan has seen, and drops the sockets that are gone.
+    pub(super) fn learn(&mut self, sightings: &Sightings, scope: Scope, now: Duration) {
+        for (key, entry) in &mut self.0 {
+            if scope.sees(entry) && sightings.namespaces.contains(&key.netns) {
+                entry.missed = entry.missed.saturating_add(1);
+            }
+        }
+        for sighting in &sightings.sockets {
+            let entry = Entry {
+                mark: sighting.mark,
+                stuck_since: sighting.stuck_since,
+                idle_since: sighting.idle_since,
+                seen: now,
+                scope: scope.hash,
+                missed: 0,
+            };
+            self.0.insert(sighting.key, entry);
+        }
+        self.0.retain(|_, entry| {
+            entry.missed < MISSES && now.saturating_sub(entry.seen) < FORGET_AFTER
+        });
+        self.shrink(now);
+    }
+
+    /// Drops entries over the maximum, those that this run has not seen first.
+    fn shrink(&mut self, now: Duration) {
+        if self.0.len() > MAX_ENTRIES {
+            self.0.retain(|_, entry| entry.seen == now);
+        }
+        let mut left = MAX_ENTRIES;
+        self.0.retain(|_, _| {
+            let keep = left > 0;
+            left = left.saturating_sub(1);
+            keep
+        });
+    }
+
+    /// Adds the entries that another run has written meanwhile.
+    pub(super) fn merge(&mut self, other: Entries) {
+        for (key, theirs) in other.0 {
+            let ours = self.0.entry(key).or_insert(theirs);
+            if ours.mark == theirs.mark {
+                ours.stuck_since = ours.stuck_since.min(theirs.stuck_since);
+                ours.idle_since = ours.idle_since.min(theirs.idle_since);
+                ours.seen = ours.seen.max(theirs.seen);
+            } else if ours.seen < theirs.seen {
+                *ours = theirs;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Sighting;
+    use crate::sock_diag::testdata::stuck;
+    use crate::sock_diag::{Cookie, SocketMessage};
+    use crate::tcp::TcpState;
+
+    const HERE: NetnsKey = NetnsKey {
+        inode: 4026531840,
+        cookie: 1,
+    };
+    const THERE: NetnsKey = NetnsKey {
+        inode: 4026531840,
+        cookie: 2,
+    };
+
+    fn at(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    /// Stuck and idle for this many seconds by the clocks of the kernel.
+    fn message(cookie: u64, age: u64) -> SocketMessage {
+        let mut message = stuck("10.0.0.1:80", "10.0.0.2:5", cookie);
+        let quiet = message.quiet.as_mut().unwrap();
+        quiet.last_ack_recv = at(age);
+        quiet.last_data_recv = at(age);
+        quiet.last_data_sent = at(age);
+        message
+    }
+
+    fn scope(ports: &[u16]) -> Scope {
+        Scope::of(&Selectors {
+            ports: ports.iter().map(|&port| port..=port).collect(),
+            ..Selectors::default()
+        })
+    }
+
+    /// A run at `now` that sees these sockets; returns them with what was remembered.
+    fn run(
+        entries: &mut Entries,
+        netns: NetnsKey,
+        scope: Scope,
+        now: u64,
+        messages: &[SocketMessage],
+    ) -> Vec<Socket> {
+        let mut sightings = Sightings {
+            namespaces: vec![netns],
+            sockets: Vec::new(),
+        };
+        let see = |message| {
+            let mut socket = Socket::from_message(message);
+            entries.recall(netns, &mut socket, at(now));
+            sightings
+                .sockets
+                .extend(Sighting::of(&socket, netns, at(now)));
+            socket
+        };
+        let sockets = messages.iter().map(see).collect();
+        entries.learn(&sightings, scope, at(now));
+        sockets
+    }
+
+    /// Age and idle time, in seconds, and whether they are remembered.
+    fn times(socket: &Socket) -> (u64, bool, u64, bool) {
+        let is_remembered = |source| source == TimeSource::Memory;
+        (
+            socket.age.unwrap().as_secs(),
+            is_remembered(socket.age_source),
+            socket.idle.unwrap().as_secs(),
+            is_remembered(socket.idle_source),
+        )
+    }
+
+    #[test]
+    fn a_socket_with_the_same_counters_grows_older() {
+        let mut entries = Entries::default();
+        let all = scope(&[]);
+        let first = run(&mut entries, HERE, all, 1000, &[message(1, 30)]);
+        assert_eq!(times(&first[0]), (30, false, 30, false));
+        // A keepalive is answered each second.
+        for now in [1060, 1120, 4000] {
+            let later = run(&mut entries, HERE, all, now, &[message(1, 0)]);
+            assert_eq!(times(&later[0]), (now - 970, true, now - 970, true));
+        }
+        let later = run(&mut entries, HERE, all, 4100, &[message(1, 3130)]);
+        assert_eq!(
+            times(&later[0]),
+            (3130, false, 3130, false),
+            "the clocks agree"
+        );
+    }
+
+    #[test]
+    fn a_socket_in_which_data_moves_stays_young() {
+        let mut entries = Entries::default();
+        let all = scope(&[]);
+        run(&mut entries, HERE, all, 1000, &[message(1, 500)]);
+        type Change = fn(&mut SocketMessage);
+        let changes: [Change; 5] = [
+            |message| message.progress.as_mut().unwrap().written += 1,
+            |message| message.progress.as_mut().unwrap().acked += 1,
+            |message| message.progress.as_mut().unwrap().received += 1,
+            |message| message.state = TcpState::LastAck,
+            |message| message.progress = None,
+        ];
+        for change in changes {
+            let mut moved = message(1, 2);
+            change(&mut moved);
+            let seen = run(&mut entries.clone(), HERE, all, 1060, &[moved]);
+            assert_eq!(times(&seen[0]), (2, false, 2, false));
+        }
+        // The application reads; the clocks of the kernel do not see it.
+        let mut read = message(1, 560);
+        read.recv_q = 0;
+        let seen = run(&mut entries, HERE, all, 1060, &[read.clone()]);
+        assert_eq!(times(&seen[0]), (560, false, 0, true));
+        let seen = run(&mut entries, HERE, all, 1070, &[read]);
+        assert_eq!(times(&seen[0]), (570, true, 10, true));
+    }
+
+    #[test]
+    fn a_cookie_counts_in_its_own_namespace() {
+        let mut entries = Entries::default();
+        let all = scope(&[]);
+        run(&mut entries, HERE, all, 1000, &[message(1, 500)]);
+        let there = run(&mut entries, THERE, all, 1060, &[message(1, 0)]);
+        assert_eq!(times(&there[0]).0, 0);
+        let here = run(&mut entries, HERE, all, 1060, &[message(1, 0)]);
+        assert_eq!(times(&here[0]).0, 560);
+    }
+
+    #[test]
+    fn only_what_is_known_to_be_gone_is_forgotten() {
+        let known = |entries: &Entries, netns, cookie| {
+            let cookie = Cookie(cookie);
+            entries.0.contains_key(&SocketKey { netns, cookie })
+        };
+        let mut entries = Entries::default();
+        let (all, web) = (scope(&[]), scope(&[80]));
+        run(&mut entries, THERE, all, 900, &[message(3, 0)]);
+        run(
+            &mut entries,
+            HERE,
+            all,
+            1000,
+            &[message(1, 0), message(2, 0)],
+        );
+        // These see other sockets.
+        let mut last_ack = all;
+        last_ack.states = TcpState::LastAck.into();
+        for scope in [web, last_ack, web, last_ack] {
+            run(&mut entries, HERE, scope, 1060, &[]);
+        }
+        assert!(known(&entries, HERE, 1) && known(&entries, HERE, 2));
+        // One list can miss a socket.
+        run(&mut entries, HERE, all, 1120, &[message(2, 0)]);
+        assert!(known(&entries, HERE, 1));
+        run(&mut entries, HERE, all, 1180, &[message(2, 0)]);
+        assert!(!known(&entries, HERE, 1) && known(&entries, HERE, 2));
+        assert!(known(&entries, THERE, 3));
+        // The same selectors as those that saw it.
+        run(&mut entries, HERE, web, 1200, &[message(2, 0)]);
+        for now in [1260, 1320] {
+            assert!(known(&entries, HERE, 2));
+            run(&mut entries, HERE, web, now, &[]);
+        }
+        assert!(!known(&entries, HERE, 2));
+        // After a week without a run in its namespace.
+        run(&mut entries, HERE, all, 900 + 7 * 24 * 60 * 60, &[]);
+        assert!(!known(&entries, THERE, 3));
+    }
+
+    #[test]
+    fn two_runs_at_once_lose_nothing_and_make_nothing_older() {
+        let all = scope(&[]);
+        let (mut one, mut other) = (Entries::default(), Entries::default());
+        run(&mut one, HERE, all, 1000, &[message(1, 10), message(2, 10)]);
+        run(
+            &mut other,
+            HERE,
+            all,
+            1001,
+            &[message(1, 0), message(3, 10)],
+        );
+        let mut moved = message(2, 0);
+        moved.progress.as_mut().unwrap().written += 1;
+        run(
+            &mut other,
+            HERE,
+            all,
+            1002,
+            &[message(1, 0), moved, message(3, 0)],
+        );
+        for (mut ours, theirs) in [(one.clone(), other.clone()), (other, one)] {
+            ours.merge(theirs);
+            let since = |cookie| {
+                let cookie = Cookie(cookie);
+                ours.0[&SocketKey {
+                    netns: HERE,
+                    cookie,
+                }]
+                    .stuck_since
+            };
+            assert_eq!([since(1), since(2), since(3)], [at(990), at(1002), at(991)]);
+        }
+    }
+
+    #[test]
+    fn the_number_of_entries_is_bounded() {
+        let mut entries = Entries::default();
+        let all = scope(&[]);
+        run(&mut entries, HERE, all, 1000, &[message(1, 0)]);
+        let entry = *entries.0.values().next().unwrap();
+        for cookie in 2..=MAX_ENTRIES as u64 + 2 {
+            let cookie = Cookie(cookie);
+            entries.0.insert(
+                SocketKey {
+                    netns: THERE,
+                    cookie,
+                },
+                entry,
+            );
+        }
+        run(&mut entries, HERE, all, 1001, &[message(1, 0)]);
+        assert_eq!(entries.0.len(), 1, "those of this run stay");
+    }
+}

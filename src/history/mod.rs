@@ -1,0 +1,93 @@
+//! The history, for people the memory between runs: how long each socket has been stuck and idle, as far as earlier runs have seen.
+//!
+//! The clocks of the kernel start again when a keepalive or a window probe is answered, and when cwkill probes a socket. Byte
+//! counters do not. So each run writes down the sockets that it sees, with their counters. If a later run sees the same
+//! socket with the same counters, no data has moved in between, and the socket is as old as the first of these runs knew.
+//!
+//! [`entries`] is pure; `encoding` converts it to bytes and back; [`file`] reads and writes the file. The history only ever makes
+//! a socket older by the time between two runs that saw it unchanged. If it is lost, sockets are younger, and fewer match.
+
+mod encoding;
+pub mod entries;
+mod file;
+
+use std::time::Duration;
+
+use nix::time::{ClockId, clock_gettime};
+
+use crate::filter::selectors::Selectors;
+use crate::model::{NetnsKey, Scan, Socket};
+use entries::{Entries, Scope};
+use file::Place;
+
+/// What earlier runs have seen.
+#[derive(Debug, Default)]
+pub struct History {
+    entries: Entries,
+    /// The file; `None` if nothing is remembered.
+    place: Option<Place>,
+    /// Notes for the operator, one per line.
+    notes: Vec<String>,
+}
+
+impl History {
+    /// Reads the file of this user. A file that cannot be used counts as empty; a note says why.
+    pub fn open() -> Self {
+        let mut history = History::default();
+        match Place::of_this_user() {
+            None => {}
+            Some(mut place) => {
+                match place.read(now()) {
+                    Ok(entries) => history.entries = entries,
+                    Err(why) => history.notes.push(format!(
+                        "what earlier runs saw is unknown, so ages can be too small: {why}"
+                    )),
+                }
+                history.place = Some(place);
+            }
+        }
+        history
+    }
+
+    /// A history that knows nothing and writes nothing.
+    pub fn none() -> Self {
+        History::default()
+    }
+
+    /// Whether scans must say what they have seen.
+    pub fn is_used(&self) -> bool {
+        self.place.is_some()
+    }
+
+    /// Adds what is known of `socket` to its times. `now`: from before the kernel listed it.
+    pub fn recall(&self, netns: NetnsKey, socket: &mut Socket, now: Duration) {
+        self.entries.recall(netns, socket, now);
+    }
+
+    /// Takes in what `scan` has seen, and writes it down for the next run. Call it before the first act.
+    pub fn learn(&mut self, scan: &Scan, selectors: &Selectors) {
+        let Some(place) = &mut self.place else {
+            return;
+        };
+        let scope = Scope::of(selectors);
+        self.entries.learn(&scan.sightings, scope, now());
+        if let Err(why) = place.write(&mut self.entries, now()) {
+            let note = format!("this run is not remembered, so later ages can be too small: {why}");
+            // Two scans of one run can fail for the same reason.
+            if !self.notes.contains(&note) {
+                self.notes.push(note);
+            }
+        }
+    }
+
+    /// The notes since the last call.
+    pub fn take_notes(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.notes)
+    }
+}
+
+/// The time since boot, also while the host slept. It does not jump when the clock is set.
+pub fn now() -> Duration {
+    // Linux has this clock since 2.6.39.
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
+}
