@@ -3,6 +3,7 @@
 mod check;
 mod diagnose;
 mod doctor;
+mod meant;
 mod misplaced;
 mod reclaim;
 mod selection;
@@ -16,15 +17,18 @@ use clap::{ArgAction, ColorChoice, Parser, Subcommand};
 pub use check::CheckArgs;
 pub use diagnose::DiagnoseArgs;
 pub use doctor::DoctorArgs;
+pub use meant::meant;
 pub use misplaced::Misplaced;
 pub use reclaim::{ReclaimArgs, Reclaiming};
 pub use selection::{OwnerSelection, Selection};
+pub use values::{List, flat};
 
 use crate::model::Method;
 
 const AFTER_HELP: &str = "\
-Without a selector, cwkill lists the stuck sockets and never acts. With a selector it acts, unless
---dry-run is given. Different selectors must all match; one selector matches if any of its values does.
+Without a selector, cwkill lists the stuck sockets and never acts. A selector that says which sockets
+(a port, an address, an owner, an expression, --all) makes it act, unless --dry-run is given. Other
+selectors (--state, --min-age, --min-idle, --cause, --user, -4, --netns, ...) only narrow. Different selectors must all match; one matches if any of its values does.
 
 Examples:
   cwkill                                   list the stuck sockets, their owners and causes
@@ -45,7 +49,7 @@ Exit status: 0 auto works fully, 1 in part (or it could not be tried), 2 wrong u
 /// Close TCP sockets stuck in CLOSE-WAIT without killing the process that leaks them.
 #[derive(Debug, Parser)]
 #[command(name = "cwkill", version, after_help = AFTER_HELP, max_term_width = 100)]
-#[command(args_conflicts_with_subcommands = true, disable_help_subcommand = true)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Cli {
     /// The arguments without a command: list or close.
     #[command(flatten)]
@@ -65,6 +69,12 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Close descriptors of dead sockets inside the processes that leak them
     Reclaim(ReclaimArgs),
+    /// Print the completion script for a shell
+    Completions {
+        /// The shell
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
 }
 
 /// The arguments of `cwkill` without a command.
@@ -86,9 +96,13 @@ pub struct Acting {
     #[arg(short = 'n', long, visible_alias = "dryrun")]
     pub dry_run: bool,
 
+    /// Do not ask before closing sockets of several processes. cwkill asks only on a terminal, and not with --all
+    #[arg(short, long)]
+    pub yes: bool,
+
     /// Methods to try in this order: probe, shutdown, destroy, rst [default: auto, the last three]
-    #[arg(long, value_name = "auto|LIST", value_delimiter = ',', value_parser = values::method)]
-    pub method: Vec<MethodChoice>,
+    #[arg(long, value_name = "auto|LIST", value_parser = values::methods(), hide_possible_values = true)]
+    pub method: Vec<List<MethodChoice>>,
 
     /// How long a socket gets to close before the next method [default: 1s]
     #[arg(long, value_name = "DURATION", value_parser = values::duration)]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use globset::GlobMatcher;
 use ipnet::IpNet;
 
-use super::values;
+use super::values::{self, List};
 use crate::filter::selectors::UnitName;
 use crate::model::Cause;
 use crate::tcp::TcpState;
@@ -15,32 +15,32 @@ use crate::tcp::TcpState;
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Selectors")]
 pub struct Selection {
-    /// Local ports: 8080 or 8080,8443 or 9000-9100
-    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = values::port_range)]
-    pub port: Vec<RangeInclusive<u16>>,
+    /// Local ports: 8080 or 8080,8443 or 9000-9100 or https
+    #[arg(long, value_name = "LIST", value_parser = values::list(values::port_range))]
+    pub port: Vec<List<RangeInclusive<u16>>>,
 
     /// Peer ports
-    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = values::port_range)]
-    pub peer_port: Vec<RangeInclusive<u16>>,
+    #[arg(long, value_name = "LIST", value_parser = values::list(values::port_range))]
+    pub peer_port: Vec<List<RangeInclusive<u16>>>,
 
     /// Local address or network
-    #[arg(long, value_name = "ADDR[/LEN]", value_delimiter = ',', value_parser = values::network)]
-    pub local: Vec<IpNet>,
+    #[arg(long, value_name = "ADDR[/LEN]", value_parser = values::list(values::network))]
+    pub local: Vec<List<IpNet>>,
 
     /// Peer address or network
-    #[arg(long, value_name = "ADDR[/LEN]", value_delimiter = ',', value_parser = values::network)]
-    pub peer: Vec<IpNet>,
+    #[arg(long, value_name = "ADDR[/LEN]", value_parser = values::list(values::network))]
+    pub peer: Vec<List<IpNet>>,
 
     #[command(flatten)]
     pub owners: OwnerSelection,
 
     /// Sockets of this user
-    #[arg(long, value_name = "NAME|UID", value_delimiter = ',', value_parser = values::user)]
-    pub user: Vec<u32>,
+    #[arg(long, visible_alias = "uid", value_name = "NAME|UID", value_parser = values::list(values::user))]
+    pub user: Vec<List<u32>>,
 
     /// States [default: close-wait]
-    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = values::state)]
-    pub state: Vec<TcpState>,
+    #[arg(long, value_name = "LIST", value_parser = values::states(), hide_possible_values = true)]
+    pub state: Vec<List<TcpState>>,
 
     /// Sockets stuck for at least this long: 90s, 15m, 2h
     #[arg(long, value_name = "DURATION", value_parser = values::duration)]
@@ -52,8 +52,8 @@ pub struct Selection {
     pub min_idle: Option<Duration>,
 
     /// Causes: not-accepted, unread, drained, sending, handshake, orphan
-    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = values::cause)]
-    pub cause: Vec<Cause>,
+    #[arg(long, value_name = "LIST", value_parser = values::causes(), hide_possible_values = true)]
+    pub cause: Vec<List<Cause>>,
 
     /// Sockets whose local address is no longer on this host, for example after a virtual IP has moved
     #[arg(long)]
@@ -91,20 +91,20 @@ pub struct Selection {
 #[command(next_help_heading = "Selectors")]
 pub struct OwnerSelection {
     /// Sockets of this process (of its listener, if never accepted)
-    #[arg(short, long, value_name = "PID", value_delimiter = ',', value_parser = values::pid)]
-    pub pid: Vec<i32>,
+    #[arg(short, long, value_name = "PID", value_parser = values::list(values::pid))]
+    pub pid: Vec<List<i32>>,
 
-    /// Sockets of processes with this name: java or 'php-fpm*'
-    #[arg(long, value_name = "GLOB", value_parser = values::glob)]
-    pub process: Vec<GlobMatcher>,
+    /// Sockets of processes with this name: java or java,python3 or 'php-fpm*'
+    #[arg(long, value_name = "GLOB", value_parser = values::list(values::glob))]
+    pub process: Vec<List<GlobMatcher>>,
 
     /// Sockets of this systemd unit: nginx, nginx.service or 'php*'
-    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = values::unit)]
-    pub unit: Vec<UnitName>,
+    #[arg(long, value_name = "NAME", value_parser = values::list(values::unit))]
+    pub unit: Vec<List<UnitName>>,
 
     /// Sockets of this container: its id, 8 digits of it or more, or its name where the cgroup has one
-    #[arg(long, value_name = "ID|NAME", value_delimiter = ',', value_parser = values::container)]
-    pub container: Vec<String>,
+    #[arg(long, value_name = "ID|NAME", value_parser = values::list(values::container))]
+    pub container: Vec<List<String>>,
 
     /// Sockets of processes in this cgroup or below
     #[arg(long, value_name = "PATH", value_parser = values::cgroup)]

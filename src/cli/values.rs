@@ -1,25 +1,118 @@
 //! Parses the values of options. Each error message gives the reason and a valid example.
 
+use std::ffi::OsStr;
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
+use clap::Arg;
+use clap::builder::{PossibleValue, TypedValueParser};
 use globset::{Glob, GlobMatcher};
 use ipnet::{IpNet, Ipv4Net};
 use nix::unistd::{Uid, User};
 
 use super::{LogTarget, MethodChoice};
+use crate::filter::Services;
 use crate::filter::selectors::UnitName;
-use crate::model::Cause;
+use crate::model::{Cause, Method};
 use crate::tcp::TcpState;
+
+/// The values that one option has got, separated by commas.
+#[derive(Clone, Debug)]
+pub struct List<T>(Vec<T>);
+
+/// The values of an option that was given any number of times, each time with a list.
+pub fn flat<T>(lists: Vec<List<T>>) -> Vec<T> {
+    lists.into_iter().flat_map(|list| list.0).collect()
+}
+
+/// Parses a list with the parser of one value. A comma at the end is ignored.
+#[derive(Clone)]
+pub(super) struct ListParser<T> {
+    one: fn(&str) -> Result<T, String>,
+    /// The values that a shell completes. Empty if there are too many.
+    known: Vec<&'static str>,
+}
+
+pub(super) fn list<T>(one: fn(&str) -> Result<T, String>) -> ListParser<T> {
+    ListParser {
+        one,
+        known: Vec::new(),
+    }
+}
+
+impl<T> ListParser<T> {
+    /// The same parser, for an option with few possible values.
+    fn of(self, known: impl IntoIterator<Item = &'static str>) -> Self {
+        ListParser {
+            known: known.into_iter().collect(),
+            ..self
+        }
+    }
+}
+
+impl<T: Clone + Send + Sync + 'static> TypedValueParser for ListParser<T> {
+    type Value = List<T>;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        argument: Option<&Arg>,
+        value: &OsStr,
+    ) -> Result<List<T>, clap::Error> {
+        let one = self.one;
+        let parse = move |text: &str| {
+            parts(text)
+                .into_iter()
+                .map(one)
+                .collect::<Result<_, _>>()
+                .map(List)
+        };
+        TypedValueParser::parse_ref(&parse, command, argument, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        let known = self.known.iter().map(PossibleValue::new);
+        match self.known.is_empty() {
+            true => None,
+            false => Some(Box::new(known)),
+        }
+    }
+}
+
+/// The parts of a list. A comma between braces belongs to a pattern such as `{java,node}`.
+fn parts(text: &str) -> Vec<&str> {
+    let mut depth = 0_usize;
+    let mut parts: Vec<&str> = text
+        .split(|c| {
+            match c {
+                '{' => depth += 1,
+                '}' => depth = depth.saturating_sub(1),
+                _ => {}
+            }
+            c == ',' && depth == 0
+        })
+        .collect();
+    if parts.len() > 1 && parts.last() == Some(&"") {
+        parts.pop();
+    }
+    parts
+}
 
 pub(super) fn port_range(text: &str) -> Result<RangeInclusive<u16>, String> {
     let port = |text: &str| match text.parse::<u16>() {
         Ok(port) if port != 0 => Ok(port),
         _ => Err(format!(
-            "`{text}` is not a port; for example 8080 or 8080,8443 or 9000-9100"
+            "`{text}` is not a port, and not a service in /etc/services; for example 8080 or 8080,8443 or 9000-9100 or https"
         )),
     };
+    // The name of a service can contain a dash.
+    let is_name = text.starts_with(|c: char| c.is_ascii_alphabetic());
+    if is_name && let Some(port) = Services::of_this_host().port(text) {
+        return Ok(port..=port);
+    }
+    // `:8080` is how ss(8) writes a port.
+    let text = text.strip_prefix(':').unwrap_or(text);
     match text.split_once('-') {
         None => port(text).map(|port| port..=port),
         Some((first, last)) => {
@@ -39,9 +132,11 @@ pub(super) fn network(text: &str) -> Result<IpNet, String> {
         true => text.parse::<IpNet>().ok(),
         false => text.parse::<IpAddr>().ok().map(IpNet::from),
     };
-    let network = parsed.ok_or(
-        "not an address or a network; for example 192.0.2.1 or 192.0.2.0/24 or 2001:db8::/32",
-    )?;
+    let network = parsed.ok_or_else(|| {
+        format!(
+            "`{text}` is not an address or a network; for example 192.0.2.1 or 192.0.2.0/24 or 2001:db8::/32"
+        )
+    })?;
     // IPv4 connections on IPv6 sockets count as IPv4.
     if let IpNet::V6(v6) = network
         && let Some(v4) = v6.addr().to_ipv4_mapped()
@@ -64,7 +159,9 @@ pub(super) fn log_target(text: &str) -> Result<LogTarget, String> {
 pub(super) fn pid(text: &str) -> Result<i32, String> {
     match text.parse() {
         Ok(pid) if pid > 0 => Ok(pid),
-        _ => Err("not a process number; for example 4711; for a name use --process".into()),
+        _ => Err(format!(
+            "`{text}` is not a process number; for example 4711; for a name use --process"
+        )),
     }
 }
 
@@ -139,22 +236,42 @@ pub(super) fn user(text: &str) -> Result<u32, String> {
     }
     match User::from_name(text) {
         Ok(Some(user)) => Ok(user.uid.as_raw()),
-        Ok(None) => Err("this host has no such user; for example www-data or 33".into()),
+        Ok(None) => Err(format!(
+            "this host has no user `{text}`; for example www-data or 33"
+        )),
         Err(errno) => Err(format!(
             "cannot search for the user: {errno}; use the uid, for example 33"
         )),
     }
 }
 
-pub(super) fn state(text: &str) -> Result<TcpState, String> {
-    text.parse()
-        .map_err(|()| "not a TCP state; for example close-wait or close-wait,last-ack".into())
+/// A list of states.
+pub(super) fn states() -> ListParser<TcpState> {
+    list(state).of(TcpState::names())
 }
 
-pub(super) fn cause(text: &str) -> Result<Cause, String> {
-    text.parse().map_err(|_| {
-        "must be one or more of not-accepted,unread,drained,sending,handshake,orphan".into()
+fn state(text: &str) -> Result<TcpState, String> {
+    text.parse().map_err(|()| {
+        format!(
+            "`{text}` is not a TCP state; must be one or more of {}",
+            TcpState::names().collect::<Vec<_>>().join(",")
+        )
     })
+}
+
+/// A list of causes.
+pub(super) fn causes() -> ListParser<Cause> {
+    list(cause).of(Cause::SELECTABLE.map(Cause::name))
+}
+
+fn cause(text: &str) -> Result<Cause, String> {
+    text.parse()
+        .ok()
+        .filter(|cause| Cause::SELECTABLE.contains(cause))
+        .ok_or_else(|| {
+            let names = Cause::SELECTABLE.map(Cause::name).join(",");
+            format!("`{text}` is not a cause; must be one or more of {names}")
+        })
 }
 
 pub(super) fn duration(text: &str) -> Result<Duration, String> {
@@ -179,13 +296,21 @@ pub(super) fn threshold(text: &str) -> Result<u64, String> {
     }
 }
 
-pub(super) fn method(text: &str) -> Result<MethodChoice, String> {
+/// A list of methods.
+pub(super) fn methods() -> ListParser<MethodChoice> {
+    let names = Method::ALL.map(Method::name);
+    list(method).of(std::iter::once("auto").chain(names))
+}
+
+fn method(text: &str) -> Result<MethodChoice, String> {
     match text {
         "auto" => Ok(MethodChoice::Auto),
-        _ => text
-            .parse()
-            .map(MethodChoice::Only)
-            .map_err(|_| "must be auto, or one or more of probe,shutdown,destroy,rst".into()),
+        _ => text.parse().map(MethodChoice::Only).map_err(|_| {
+            format!(
+                "`{text}` is not a method; must be auto, or one or more of {}",
+                Method::ALL.map(Method::name).join(",")
+            )
+        }),
     }
 }
 
@@ -205,11 +330,28 @@ mod tests {
     #[test]
     fn ports_and_ranges() {
         assert_eq!(port_range("8080"), Ok(8080..=8080));
+        assert_eq!(port_range(":8080"), Ok(8080..=8080));
         assert_eq!(port_range("1-65535"), Ok(1..=65535));
         for bad in ["", "0", "65536", "80x", "-", "5-", "-5", "9-1", "1-2-3"] {
             assert!(port_range(bad).is_err(), "{bad}");
         }
         assert!(port_range("9100-9000").unwrap_err().contains("9000-9100"));
+    }
+
+    #[test]
+    fn lists_are_split_at_commas() {
+        for (text, expected) in [
+            ("a", &["a"][..]),
+            ("a,b", &["a", "b"]),
+            ("a,b,", &["a", "b"]),
+            ("{a,b},c", &["{a,b}", "c"]),
+            ("a}b,c", &["a}b", "c"]),
+            ("", &[""]),
+            (",", &[""]),
+            ("a,,b", &["a", "", "b"]),
+        ] {
+            assert_eq!(parts(text), expected, "{text}");
+        }
     }
 
     #[test]

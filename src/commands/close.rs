@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use anyhow::{Context, anyhow};
 
 use super::{
-    drop_capabilities_and_start_threads, open_log, refuse, say_hints, say_notes, sweep,
+    confirm, drop_capabilities_and_start_threads, open_log, refuse, say_hints, say_notes, sweep,
     was_reported,
 };
 use crate::cli::Args;
@@ -59,6 +59,17 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
         terminal.aside(|| say_notes(history.take_notes()));
     }
     let mut run = Run::new(scan);
+    // After a sweep the question would come too late. A sweep needs --no-owners, so it does not know the processes.
+    if acts
+        && config.asks
+        && config.owners
+        && confirm::is_possible()
+        && let Some(question) = confirm::question(&run.scan)
+        && !terminal.aside(|| confirm::agrees(&question))
+    {
+        say(format_args!("nothing was closed"));
+        return Ok(ExitStatus::NotAllClosed);
+    }
     // A run without a matching socket leaves no record.
     let mut log = log.filter(|_| !run.scan.targets.is_empty());
     if let Some(log) = &mut log {

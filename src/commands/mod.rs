@@ -1,10 +1,11 @@
-//! The commands, one file for each, and their common parts. `sweep` is not a command: it is a part of `close`, for very many sockets.
+//! The commands, one file for each, and their common parts. `confirm` and `sweep` are parts of `close`.
 //!
 //! A command validates its arguments, drops the privileges that it does not need, does its work, and reports: results on
 //! stdout, everything else on stderr. `close` is `cwkill` without a command: it lists or closes sockets.
 
 mod check;
 pub mod close;
+mod confirm;
 mod diagnose;
 mod doctor;
 mod reclaim;
@@ -17,17 +18,17 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use caps::CapsHashSet;
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
 use crate::audit::Audit;
-use crate::cli::{Cli, Command, Misplaced};
+use crate::cli::{Cli, Command, Misplaced, meant};
 use crate::config::{Action, LogOptions};
 use crate::model::Privilege;
 use crate::parallel;
 use crate::privileges::{HOW_TO_GRANT, capabilities, purpose};
 use crate::proc::ProcFs;
 use crate::report::ExitStatus;
-use crate::terminal::{ignore_file_size_signal, print_usage, say, unless_closed};
+use crate::terminal::{ignore_file_size_signal, print_usage, say, unless_closed, write_out};
 use crate::text::escape;
 
 /// Must be called first.
@@ -43,6 +44,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Some(Command::Check(args)) => return check::run(args),
         Some(Command::Doctor(args)) => doctor::run(&args),
         Some(Command::Reclaim(args)) => reclaim::run(args).map(ExitCode::from),
+        Some(Command::Completions { shell }) => print_completions(shell),
     };
     ended.unwrap_or_else(|error| {
         say(format_args!("{error:#}"));
@@ -65,12 +67,26 @@ pub fn refuse(error: &clap::Error) -> ! {
     let misplaced = Misplaced::find(&words);
     let command = misplaced.as_ref().map(|it| OsStr::new(&it.command));
     let misplaced = misplaced.as_ref().map(|it| &it.error);
-    let error = misplaced.or(quoted.as_ref()).unwrap_or(error);
+    let meant = meant(&words, quoted.as_ref().unwrap_or(error));
+    let better = misplaced.or(meant.as_ref()).or(quoted.as_ref());
+    let error = better.unwrap_or(error);
     if command.or(words.get(1).map(AsRef::as_ref)) == Some(OsStr::new("check")) {
         check::unknown_by_usage(error);
     }
     print_usage(error);
     std::process::exit(error.exit_code())
+}
+
+/// Prints the completion script for `shell`.
+fn print_completions(shell: clap_complete::Shell) -> anyhow::Result<ExitCode> {
+    let written = write_out(|out| {
+        // clap_complete panics if it cannot write, so it writes into memory.
+        let mut script = Vec::new();
+        clap_complete::generate(shell, &mut Cli::command(), "cwkill", &mut script);
+        out.write_all(&script)
+    });
+    unless_closed(written).context("cannot write the completion script")?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn say_notes(notes: impl IntoIterator<Item = impl Display>) {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{ColorChoice, CommandFactory};
 
-use crate::cli::{Acting, Args, Cli, Logging, MethodChoice, Output};
+use crate::cli::{Acting, Args, Cli, Logging, MethodChoice, Output, flat};
 use crate::filter::Scope;
 use crate::filter::selectors::{IN_USE, Selectors};
 use crate::injector::engine;
@@ -74,6 +74,10 @@ pub struct Config {
     pub selectors: Selectors,
     pub netns: NetnsScope,
     pub action: Action,
+    /// Whether an option narrows the selection. Such an option alone does not make cwkill act.
+    pub narrows: bool,
+    /// Whether to ask on a terminal before closing sockets of several processes.
+    pub asks: bool,
     /// Whether to find the owners of the sockets.
     pub owners: bool,
     pub policy: Policy,
@@ -118,13 +122,26 @@ impl Config {
             acting,
             output,
         } = args;
-        let selects = selection.selects();
+        let says_which = selection.says_which();
+        let narrowing = selection.narrowing_option();
+        let asks = !selection.owners.all && !acting.yes;
+        let min_idle = selection.min_idle;
+        let Scope {
+            mut selectors,
+            netns,
+            notes,
+        } = Scope::from_args(selection)?;
+        let has_min_time = !(selectors.min_age.is_zero() && selectors.min_idle.is_zero());
+        let selects = says_which || selectors.expression.says_more_than_states();
         if !selects
             && !acting.dry_run
             && let Some(option) = acting.acting_option()
         {
+            let narrows = narrowing.map_or_else(String::new, |narrowing| {
+                format!("{narrowing} only narrows the selection; ")
+            });
             return Err(usage(&format!(
-                "{option} needs a selector that says which sockets to act on: \
+                "{narrows}{option} needs a selector that says which sockets to act on: \
                  for example --port 8080, or --all for everything that is stuck"
             )));
         }
@@ -133,13 +150,6 @@ impl Config {
             (true, false) => Action::Act,
             (false, false) => Action::List,
         };
-        let min_idle = selection.min_idle;
-        let Scope {
-            mut selectors,
-            netns,
-            notes,
-        } = Scope::from_args(selection)?;
-        let has_min_time = !(selectors.min_age.is_zero() && selectors.min_idle.is_zero());
         if action == Action::Act
             && selectors.states.contains(TcpState::Established)
             && !has_min_time
@@ -151,7 +161,7 @@ impl Config {
         if action != Action::List {
             selectors.min_idle = min_idle.unwrap_or(IN_USE);
         }
-        let methods = methods(&acting.method)?;
+        let methods = methods(&flat(acting.method))?;
         if acting.no_owners {
             if selectors.selects_owners() {
                 return Err(usage(
@@ -173,6 +183,8 @@ impl Config {
         Ok(Config {
             netns,
             action,
+            narrows: narrowing.is_some(),
+            asks,
             owners: !acting.no_owners,
             policy: Policy {
                 methods,
@@ -213,6 +225,7 @@ impl Acting {
             ("--max-kills", self.max_kills.is_some()),
             ("--watch-refill", self.watch_refill.is_some()),
             ("--reclaim", self.reclaim),
+            ("--yes", self.yes),
         ]
         .into_iter()
         .find_map(|(option, given)| given.then_some(option))
@@ -277,6 +290,28 @@ mod tests {
         for line in ["", "--json", "-v", "-H", "--color never", "--min-idle 1m"] {
             assert_eq!(config(line).unwrap().action, Action::List, "{line}");
         }
+        // Every combination of the options that only narrow.
+        let narrowing = [
+            "--user 0",
+            "--min-age 0s",
+            "--min-idle 1m",
+            "--address-gone",
+            "--cause unread",
+            "-4",
+            "-N 1",
+            "--all-netns",
+            "--state last-ack",
+            "state close-wait",
+        ];
+        for set in 0..1_u32 << narrowing.len() {
+            let chosen = |index: &usize| set & 1 << index != 0;
+            let chosen = (0..narrowing.len()).filter(chosen);
+            let line: Vec<&str> = chosen.map(|index| narrowing[index]).collect();
+            // Two ways to name states are refused, and so are two ways to name namespaces.
+            if let Ok(config) = config(&line.join(" ")) {
+                assert_eq!(config.action, Action::List, "{line:?}");
+            }
+        }
         for line in [
             "--all",
             "--port 1",
@@ -288,14 +323,9 @@ mod tests {
             "--unit nginx",
             "--container web",
             "--cgroup /system.slice",
-            "--user 0",
-            "--state close-wait",
-            "--min-age 0s",
-            "--cause unread",
-            "--address-gone",
-            "-4",
-            "-6",
             "sport = :80",
+            "state close-wait sport = :80",
+            "--min-age 1h --port 1",
         ] {
             assert_eq!(config(line).unwrap().action, Action::Act, "{line}");
             let dry = format!("{line} -n");
@@ -330,13 +360,18 @@ mod tests {
             "--state established --min-age 0s",
             "--state established --min-idle 0s",
         ] {
-            let error = config(line).unwrap_err();
+            let error = config(&format!("--port 1 {line}")).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{line}");
             assert!(error.to_string().contains("--min-age 1h"), "{error}");
         }
-        assert!(config("--state established --min-age 1h").is_ok());
-        assert!(config("--state established --min-idle 1h").is_ok());
-        assert!(config("--state established -n").is_ok());
+        for line in [
+            "--port 1 --state established --min-age 1h",
+            "--port 1 --state established --min-idle 1h",
+            "--port 1 --state established -n",
+            "--state established",
+        ] {
+            assert!(config(line).is_ok(), "{line}");
+        }
     }
 
     #[test]
@@ -347,10 +382,13 @@ mod tests {
             "--discard-unsent",
             "--max-kills 3",
             "--watch-refill 5s",
+            "--yes",
         ] {
-            let error = config(line).unwrap_err();
-            assert_eq!(error.exit_code(), 2, "{line}");
-            assert!(error.to_string().contains("--port 8080"), "{error}");
+            for narrowing in ["", "--min-age 1h", "state last-ack"] {
+                let error = config(&format!("{line} {narrowing}")).unwrap_err();
+                assert_eq!(error.exit_code(), 2, "{line}");
+                assert!(error.to_string().contains("--port 8080"), "{error}");
+            }
         }
     }
 

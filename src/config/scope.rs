@@ -1,6 +1,6 @@
 //! The scope of a command: its selectors and network namespaces.
 
-use crate::cli::{OwnerSelection, Selection};
+use crate::cli::{OwnerSelection, Selection, flat};
 use crate::filter::selectors::{IpVersion, Selectors};
 use crate::filter::{self, Expression, Scope, Services, States};
 use crate::proc::netns::NetnsScope;
@@ -13,9 +13,10 @@ impl Scope {
     ///
     /// # Errors
     /// It is not valid. The message names the selectors and gives a valid example.
-    pub fn from_args(selection: Selection) -> Result<Self, clap::Error> {
+    pub fn from_args(mut selection: Selection) -> Result<Self, clap::Error> {
         let mut notes = Vec::new();
-        let (expression, states) = expression(&selection, &mut notes)?;
+        let states = flat(std::mem::take(&mut selection.state));
+        let (expression, states) = expression(&selection.expression, states, &mut notes)?;
         Ok(Scope {
             netns: match (selection.netns, selection.all_netns) {
                 (Some(name), _) => NetnsScope::Named(name),
@@ -23,20 +24,20 @@ impl Scope {
                 (None, false) => NetnsScope::Current,
             },
             selectors: Selectors {
-                ports: selection.port,
-                peer_ports: selection.peer_port,
-                local: selection.local,
-                peer: selection.peer,
+                ports: flat(selection.port),
+                peer_ports: flat(selection.peer_port),
+                local: flat(selection.local),
+                peer: flat(selection.peer),
                 ip_version: match (selection.ipv4, selection.ipv6) {
                     (true, _) => Some(IpVersion::V4),
                     (_, true) => Some(IpVersion::V6),
                     _ => None,
                 },
-                users: selection.user.into_iter().collect(),
+                users: flat(selection.user).into_iter().collect(),
                 states,
                 min_age: selection.min_age.unwrap_or_default(),
                 min_idle: selection.min_idle.unwrap_or_default(),
-                causes: selection.cause.into_iter().collect(),
+                causes: flat(selection.cause).into_iter().collect(),
                 address_gone: selection.address_gone,
                 expression,
                 ..Selectors::of_owners(selection.owners)
@@ -50,10 +51,10 @@ impl Selectors {
     /// Selectors by owner only.
     pub(super) fn of_owners(owners: OwnerSelection) -> Self {
         Selectors {
-            pids: owners.pid.into_iter().collect(),
-            processes: owners.process,
-            units: owners.unit,
-            containers: owners.container,
+            pids: flat(owners.pid).into_iter().collect(),
+            processes: flat(owners.process),
+            units: flat(owners.unit),
+            containers: flat(owners.container),
             cgroups: owners.cgroup,
             ..Selectors::default()
         }
@@ -61,43 +62,59 @@ impl Selectors {
 }
 
 impl Selection {
-    /// Whether any selector was given.
-    pub(super) fn selects(&self) -> bool {
-        self.owners.all
-            || self.ipv4
-            || self.ipv6
-            || self.address_gone
-            || self.min_age.is_some()
-            || !(self.expression.is_empty()
-                && self.port.is_empty()
+    /// Whether an option says which sockets are meant: cwkill then acts on them. The expression is not considered; see
+    /// [`Expression::says_more_than_states`].
+    pub(super) fn says_which(&self) -> bool {
+        let owners = &self.owners;
+        owners.all
+            || !(self.port.is_empty()
                 && self.peer_port.is_empty()
                 && self.local.is_empty()
                 && self.peer.is_empty()
-                && self.owners.pid.is_empty()
-                && self.owners.process.is_empty()
-                && self.owners.unit.is_empty()
-                && self.owners.container.is_empty()
-                && self.owners.cgroup.is_empty()
-                && self.user.is_empty()
-                && self.state.is_empty()
-                && self.cause.is_empty())
+                && owners.pid.is_empty()
+                && owners.process.is_empty()
+                && owners.unit.is_empty()
+                && owners.container.is_empty()
+                && owners.cgroup.is_empty())
+    }
+
+    /// The first given option that only narrows the selection. By itself it never makes cwkill act.
+    pub(super) fn narrowing_option(&self) -> Option<&'static str> {
+        [
+            ("--state", !self.state.is_empty()),
+            ("--min-age", self.min_age.is_some()),
+            ("--min-idle", self.min_idle.is_some()),
+            ("--address-gone", self.address_gone),
+            ("--cause", !self.cause.is_empty()),
+            ("--user", !self.user.is_empty()),
+            ("-4", self.ipv4),
+            ("-6", self.ipv6),
+            ("the expression", !self.expression.is_empty()),
+            ("--netns", self.netns.is_some()),
+        ]
+        .into_iter()
+        .find_map(|(option, given)| given.then_some(option))
     }
 }
 
 /// The expression, and the states to select: those in the expression, or those of `--state`, or CLOSE-WAIT.
 fn expression(
-    args: &Selection,
+    words: &[String],
+    states: Vec<TcpState>,
     notes: &mut Vec<String>,
 ) -> Result<(Expression, StateSet), clap::Error> {
-    let named = match args.state.as_slice() {
-        [] => None,
-        states => Some(states.iter().copied().collect()),
-    };
+    let named = (!states.is_empty()).then(|| states.into_iter().collect());
     let default = || named.unwrap_or(StateSet::from(TcpState::CloseWait));
-    if args.expression.is_empty() {
+    if words.is_empty() {
         return Ok((Expression::TRUE, default()));
     }
-    let text = args.expression.join(" ");
+    let text = words.join(" ");
+    let port = text.strip_prefix(':').unwrap_or(&text);
+    if let Ok(port) = port.parse::<u16>() {
+        return Err(invalid(&format!(
+            "`{text}` alone can mean many things: for a port use --port {port}, for a process --pid {port}"
+        )));
+    }
     let parsed = filter::parse(&text, &Services::of_this_host())
         .map_err(|error| invalid(&format!("the expression is wrong at {error}")))?;
     let states = match (parsed.expression.states(), named) {

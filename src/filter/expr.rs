@@ -139,6 +139,18 @@ impl Expression {
         }
     }
 
+    /// Whether the expression has a condition besides states. Then it says which sockets are meant.
+    pub fn says_more_than_states(&self) -> bool {
+        match self {
+            Expression::All(parts) | Expression::Any(parts) => {
+                parts.iter().any(Expression::says_more_than_states)
+            }
+            Expression::Not(inner) => inner.says_more_than_states(),
+            Expression::State(_) => false,
+            _ => true,
+        }
+    }
+
     /// The states in which the expression, or its negation, can be true; `None` if it does not restrict them.
     fn possible_states(&self, negated: bool) -> Option<StateSet> {
         match (self, negated) {
@@ -210,6 +222,21 @@ mod tests {
     fn tree(text: &str) -> Expression {
         let services = Services::from_text("http 80/tcp www\n");
         parse(text, &services).expect(text).expression
+    }
+
+    #[test]
+    fn states_alone_do_not_say_which_sockets() {
+        for text in ["state close-wait", "state all", "not state connected"] {
+            assert!(!tree(text).says_more_than_states(), "{text}");
+        }
+        for text in [
+            "sport = :80",
+            "state close-wait sport = :80",
+            "not ( dst 10/8 )",
+            "autobound",
+        ] {
+            assert!(tree(text).says_more_than_states(), "{text}");
+        }
     }
 
     #[test]

@@ -42,6 +42,16 @@ pub enum Cause {
 }
 
 impl Cause {
+    /// The causes that `--cause` accepts: cwkill never lists a listener as stuck.
+    pub const SELECTABLE: [Cause; 6] = [
+        Cause::NotAccepted,
+        Cause::Unread,
+        Cause::Drained,
+        Cause::Sending,
+        Cause::Handshake,
+        Cause::Orphan,
+    ];
+
     /// The name in JSON, in `--cause` and in the table.
     pub fn name(self) -> &'static str {
         self.into()

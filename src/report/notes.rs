@@ -141,7 +141,7 @@ fn addresses_gone(scan: &Scan) -> Option<String> {
     };
     Some(format!(
         "the local address of {} is no longer on this host ({addresses}): no segment of the peer arrives; \
-         --method destroy closes such a socket, and --address-gone selects it",
+         --method destroy closes such a socket, and --all --address-gone selects it",
         counted(targets.len(), "socket")
     ))
 }

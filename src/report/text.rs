@@ -333,6 +333,8 @@ pub fn summary(run: &Run, config: &Config) -> String {
     line.push_str(&in_use);
     if config.action == Action::DryRun {
         line.push_str("; dry run, nothing was done");
+    } else if config.narrows && counts.matched > 0 {
+        line.push_str("; nothing was closed: add --port, --process, ... or --all");
     }
     line
 }

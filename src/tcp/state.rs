@@ -73,6 +73,11 @@ impl TcpState {
         }
     }
 
+    /// The name of each state.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        TABLE.iter().map(|row| row.2)
+    }
+
     /// The name in JSON and in `--state`, in lower case with dashes.
     pub fn name(self) -> &'static str {
         TABLE
@@ -94,18 +99,18 @@ impl fmt::Display for TcpState {
 impl FromStr for TcpState {
     type Err = ();
 
-    /// Parses a name in any case. It also accepts `_` for `-`, and the names of ss(8) that differ.
+    /// Parses a name in any case, with `-`, `_` or nothing between its words. It also accepts the names of ss(8) that differ.
     fn from_str(text: &str) -> Result<Self, ()> {
-        let name = text.to_ascii_lowercase().replace('_', "-");
-        let name = match name.as_str() {
-            "closed" => "close",
-            "listening" => "listen",
-            "syn-rcv" => "syn-recv",
-            name => name,
+        let plain = |name: &str| name.to_ascii_lowercase().replace(['_', '-'], "");
+        let name = match plain(text).as_str() {
+            "closed" => "close".to_owned(),
+            "listening" => "listen".to_owned(),
+            "synrcv" => "synrecv".to_owned(),
+            name => name.to_owned(),
         };
         TABLE
             .iter()
-            .find(|row| row.2 == name)
+            .find(|row| plain(row.2) == name)
             .map(|row| row.0)
             .ok_or(())
     }
@@ -176,14 +181,15 @@ mod tests {
     }
 
     #[test]
-    fn names_round_trip_and_tolerate_underscores() {
+    fn names_round_trip_in_any_spelling() {
         for (state, _, name) in TABLE {
             assert_eq!(name.parse(), Ok(state));
         }
         assert_eq!("CLOSE_WAIT".parse(), Ok(TcpState::CloseWait));
         assert_eq!("listening".parse(), Ok(TcpState::Listen));
         assert_eq!("Closed".parse(), Ok(TcpState::Close));
-        assert_eq!("closewait".parse::<TcpState>(), Err(()));
+        assert_eq!("closewait".parse(), Ok(TcpState::CloseWait));
+        assert_eq!("closed-wait".parse::<TcpState>(), Err(()));
     }
 
     #[test]

@@ -49,7 +49,7 @@ fn a_gone_address_is_reported_and_the_socket_destroyed(family: Family) -> Result
     let (lab, leak) = lab("drained", family, 3)?;
     let found = cwkill(&lab, "--json")?.exits(0).sockets();
     assert_eq!(at(&found[0], "/address_gone"), "false");
-    cwkill(&lab, "--address-gone --json")?.exits(1);
+    cwkill(&lab, "--all --address-gone --json")?.exits(1);
     assert_eq!(in_state(&lab, TcpState::CloseWait)?, 3);
     remove(&lab, &leak)?;
     let note = "is no longer on this host";
@@ -66,7 +66,7 @@ fn a_gone_address_is_reported_and_the_socket_destroyed(family: Family) -> Result
             assert_eq!(code, "address-gone", "{planned:#}");
         }
     }
-    let closed = cwkill(&lab, "--address-gone --json")?.exits(0);
+    let closed = cwkill(&lab, "--all --address-gone --json")?.exits(0);
     assert!(!closed.stderr.contains(note), "{closed:?}");
     all_have(&closed.sockets(), "closed", "destroy");
     assert_eq!(connections(&lab)?.len(), 0);

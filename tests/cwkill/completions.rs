@@ -7,6 +7,7 @@ use clap::CommandFactory;
 use clap_complete::Shell;
 
 use crate::cli::options;
+use crate::support::CWKILL;
 use crate::trial::{Test, once};
 
 pub const TESTS: &[Test] = &[
@@ -14,11 +15,17 @@ pub const TESTS: &[Test] = &[
     once!(zsh_and_fish_complete_every_option_and_command),
 ];
 
-/// The completion script, as examples/completions.rs writes it.
+/// The completion script that cwkill prints.
 fn completion(shell: Shell) -> Result<String> {
-    let mut text = Vec::new();
-    clap_complete::generate(shell, &mut built(), "cwkill", &mut text);
-    Ok(String::from_utf8(text)?)
+    let shell = shell.to_string();
+    let output = Command::new(CWKILL)
+        .args(["completions", &shell])
+        .output()?;
+    assert!(
+        output.status.success() && output.stderr.is_empty(),
+        "{output:?}"
+    );
+    Ok(String::from_utf8(output.stdout)?)
 }
 
 fn built() -> clap::Command {
@@ -63,6 +70,9 @@ fn bash_completes_every_option_and_command() -> Result<()> {
         }
     }
     assert_eq!(offered("cwkill --po")?, ["--port"]);
+    assert_eq!(offered("cwkill --method d")?, ["destroy"]);
+    assert_eq!(offered("cwkill --cause u")?, ["unread"]);
+    assert_eq!(offered("cwkill diagnose --state last")?, ["last-ack"]);
     let first = offered("cwkill ''")?;
     for command in built().get_subcommands() {
         let name = command.get_name().to_owned();

@@ -2,6 +2,7 @@
 
 mod addresses;
 mod ages;
+mod asking;
 mod audit;
 mod backlogs;
 mod cgroups;
@@ -54,6 +55,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     listing,
     selecting,
     ages,
+    asking,
     expressions,
     closing,
     backlogs,

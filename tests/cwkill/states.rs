@@ -41,7 +41,7 @@ fn every_state_can_be_destroyed(family: Family) -> Result<()> {
             let said = reason.contains("shut down already") || reason.contains("never accepted");
             assert!(said, "{scenario}: {socket:#}");
         }
-        let ran = cwkill(&lab, &format!("--state {state} --json"))?.exits(0);
+        let ran = cwkill(&lab, &format!("--all --state {state} --json"))?.exits(0);
         all_have(&ran.sockets(), "closed", "destroy");
         assert!(!ran.stderr.contains("backlog"), "{scenario}: {ran:?}");
         assert_eq!(connections(&lab)?.len(), 0);
@@ -53,15 +53,15 @@ fn every_state_can_be_destroyed(family: Family) -> Result<()> {
 fn an_open_connection_needs_a_minimum_age(family: Family) -> Result<()> {
     let (lab, leak) = lab("established", family, 2)?;
     for arguments in [
-        "--state established",
-        "state established",
-        "state connected",
+        "--all --state established",
+        "--all state established",
+        "--all state connected",
     ] {
         cwkill(&lab, arguments)?.exits(2).complains("--min-age 1h");
     }
     let ran = cwkill(&lab, "--state established -n --json")?.exits(0);
     assert_eq!(ran.sockets()[0]["plan"], serde_json::json!([]));
-    cwkill(&lab, "--state established --min-age 1h")?.exits(1);
+    cwkill(&lab, "--all --state established --min-age 1h")?.exits(1);
     carries_data(&leak)?;
     lab.wait_for(crate::support::PATIENCE, || {
         let line = "--state established --min-age 200ms -n";
@@ -69,7 +69,7 @@ fn an_open_connection_needs_a_minimum_age(family: Family) -> Result<()> {
     })?;
     let ran = cwkill(
         &lab,
-        "--state established --min-age 200ms --method destroy --json",
+        "--all --state established --min-age 200ms --method destroy --json",
     )?;
     all_have(&ran.exits(0).sockets(), "closed", "destroy");
     assert_eq!(connections(&lab)?.len(), 0);
@@ -78,7 +78,7 @@ fn an_open_connection_needs_a_minimum_age(family: Family) -> Result<()> {
 
 fn a_listener_is_never_closed(family: Family) -> Result<()> {
     let (lab, leak) = lab("established", family, 1)?;
-    let line = "--state listen --discard-unsent --json";
+    let line = "--all --state listen --discard-unsent --json";
     let sockets = cwkill(&lab, line)?.exits(4).sockets();
     all_have(&sockets, "skipped", "null");
     assert!(skip_reason(&sockets[0]).contains("takes its service down"));

@@ -288,7 +288,7 @@ fn only_selected_sockets_are_destroyed(family: Family) -> Result<()> {
     let some = some.join(",");
     for (selectors, closed, left) in [
         (format!("--port 8080 --peer-port {some}"), 7, 1193),
-        ("--cause unread".to_owned(), 593, 600),
+        ("--all --cause unread".to_owned(), 593, 600),
         ("--port 9091".to_owned(), 0, 600),
         ("sport = 9090".to_owned(), 600, 0),
     ] {
@@ -308,7 +308,7 @@ fn only_selected_sockets_are_destroyed(family: Family) -> Result<()> {
 
 fn young_sockets_are_left() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 3)?;
-    cwkill(&lab, &format!("--min-age 1h {SWEEP}"))?.exits(1);
+    cwkill(&lab, &format!("--all --min-age 1h {SWEEP}"))?.exits(1);
     assert_eq!(in_state(&lab, TcpState::CloseWait)?, 3);
     Ok(())
 }

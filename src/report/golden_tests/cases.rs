@@ -506,7 +506,7 @@ pub fn acts() -> Vec<Case> {
         done("watched-at-once", "--all --watch-refill 10s").watched(0, [(Some(&JAVA), 1)]),
         done(
             "watched-other-states",
-            "--state last-ack --watch-refill 10s",
+            "--all --state last-ack --watch-refill 10s",
         )
         .watched(10_000, [(Some(&JAVA), 2), (Some(&NODE), 1)]),
         case("watched-no-owners", "--all --no-owners --watch-refill 10s")
