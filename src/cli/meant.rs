@@ -2,8 +2,8 @@
 
 use std::ffi::OsString;
 
-use clap::CommandFactory;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{CommandFactory, Parser};
 
 use super::Cli;
 
@@ -16,11 +16,15 @@ pub fn meant(words: &[OsString], error: &clap::Error) -> Option<clap::Error> {
     let message = match unknown_option(error) {
         Some(option) => option_advice(&option)?.to_owned(),
         None => {
-            let word = words.get(1)?.to_str()?;
-            if word.starts_with('-') || Cli::command().find_subcommand(word).is_some() {
+            let word = match Cli::try_parse_from(words) {
+                Ok(cli) if cli.command.is_none() => cli.args.selection.expression.first()?.clone(),
+                Ok(_) => return None,
+                Err(_) => words.get(1)?.to_str()?.to_owned(),
+            };
+            if word.starts_with('-') || Cli::command().find_subcommand(&word).is_some() {
                 return None;
             }
-            format!("`{word}` is not a command: {}", command_advice(word)?)
+            format!("`{word}` is not a command: {}", command_advice(&word)?)
         }
     };
     Some(Cli::command().error(ErrorKind::InvalidSubcommand, message))
@@ -82,7 +86,6 @@ fn command_advice(word: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::Parser;
 
     fn advice(line: &str) -> Option<String> {
         let words: Vec<OsString> = ["cwkill"]
@@ -102,6 +105,7 @@ mod tests {
         for (line, good) in [
             ("list", "without a command lists"),
             ("kill", "cwkill --port 8080"),
+            ("--port 80 kill", "cwkill --port 8080"),
             ("diagnos", "`cwkill diagnose`"),
             ("dignose --port 1", "`cwkill diagnose`"),
             ("reclaime --pid 7", "`cwkill reclaim`"),

@@ -114,7 +114,9 @@ fn without_destroy_shutdown_is_tried(family: Family) -> Result<()> {
     all_have(&ran.sockets(), "closing", "shutdown");
     ran.complains("is no longer on this host");
     assert_eq!(in_state(&lab, TcpState::LastAck)?, 3);
-    let sockets = cwkill(&lab, "--state last-ack --json")?.exits(0).sockets();
+    let sockets = cwkill(&lab, "--all --state last-ack --json")?
+        .exits(0)
+        .sockets();
     all_have(&sockets, "closed", "destroy");
     Ok(())
 }

@@ -76,7 +76,7 @@ fn a_connection_in_use_is_closed_on_request() -> Result<()> {
 
 fn an_idle_open_connection_is_closed_by_its_idle_time(family: Family) -> Result<()> {
     let (lab, _leak) = lab("established", family, 2)?;
-    let line = "--state established --min-idle 1s --json";
+    let line = "--all --state established --min-idle 1s --json";
     lab.wait_for(PATIENCE, || {
         Ok(cwkill(&lab, &format!("-n {line}"))?.sockets().len() == 2)
     })?;
