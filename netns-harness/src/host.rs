@@ -137,14 +137,26 @@ impl Host {
     /// # Errors
     /// `ss` is missing, fails, or prints an unknown format.
     pub fn ss(&self, filter: &[&str]) -> Result<Vec<SsRow>> {
+        self.ss_of("-t", filter)
+    }
+
+    /// As [`Self::ss`], but the MPTCP sockets. Their Recv-Q is the memory that the unread bytes take.
+    ///
+    /// # Errors
+    /// As [`Self::ss`].
+    pub fn ss_mptcp(&self, filter: &[&str]) -> Result<Vec<SsRow>> {
+        self.ss_of("-M", filter)
+    }
+
+    fn ss_of(&self, protocol: &str, filter: &[&str]) -> Result<Vec<SsRow>> {
         let output = self
             .command("ss")
-            .args(["-H", "-O", "-n", "-t", "-a", "-e", "-p"])
+            .args(["-H", "-O", "-n", protocol, "-a", "-e", "-p"])
             .args(filter)
             .output()?;
         if !output.status.success() {
             bail!(
-                "ss {filter:?}: {}: {}",
+                "ss {protocol} {filter:?}: {}: {}",
                 output.status,
                 String::from_utf8_lossy(&output.stderr).trim()
             );

@@ -295,7 +295,12 @@ impl Lab {
         Ok(link)
     }
 
-    fn new_pair(&self, app: &scenario::App, family: Family, options: Options) -> Result<Pair> {
+    fn new_pair(
+        &self,
+        app_of_scenario: &scenario::App,
+        family: Family,
+        options: Options,
+    ) -> Result<Pair> {
         let link = self.link()?;
         let (app_ip, peer_address) = link.addresses(family);
         let bound = match (options.listen, family, app_ip) {
@@ -304,16 +309,17 @@ impl Lab {
             (Listen::Own, _, ip) => ip,
         };
         let app_options = AgentOptions {
-            comm: app.comm.to_owned(),
-            uid: app.uid,
+            comm: app_of_scenario.comm.to_owned(),
+            uid: app_of_scenario.uid,
             capabilities: None,
         };
         let app = self.app_host.agent_as(&app_options)?;
         let peer = link.peer_host.agent("peer")?;
-        let listener = app.listen(
+        let listener = app.listen_with(
             SocketAddr::new(bound, options.port),
             family == Family::V6,
             i32::from(u16::MAX),
+            app_of_scenario.mptcp,
         )?;
         Ok(Pair {
             app,

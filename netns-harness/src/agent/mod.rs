@@ -185,6 +185,20 @@ impl Agent {
     /// # Errors
     /// The kernel's errno.
     pub fn listen(&self, address: SocketAddr, v6_only: bool, backlog: i32) -> Result<Fd> {
+        self.listen_with(address, v6_only, backlog, false)
+    }
+
+    /// As [`Self::listen`]. With `mptcp`, the socket is of IPPROTO_MPTCP, and also accepts connections of plain TCP.
+    ///
+    /// # Errors
+    /// As [`Self::listen`].
+    pub fn listen_with(
+        &self,
+        address: SocketAddr,
+        v6_only: bool,
+        backlog: i32,
+        mptcp: bool,
+    ) -> Result<Fd> {
         self.call(
             &format!("listen on {address}"),
             &Request::Listen {
@@ -192,6 +206,7 @@ impl Agent {
                 v6_only,
                 reuse_port: false,
                 backlog,
+                mptcp,
             },
         )
     }
@@ -208,6 +223,7 @@ impl Agent {
                 v6_only,
                 reuse_port: true,
                 backlog,
+                mptcp: false,
             },
         )
     }

@@ -55,6 +55,8 @@ pub struct Dial {
     pub drop_incoming: bool,
     /// Do not wait for the handshake.
     pub detached: bool,
+    /// Make sockets of IPPROTO_MPTCP.
+    pub mptcp: bool,
 }
 
 /// The direction to shut down.
@@ -160,6 +162,7 @@ pub(crate) enum Request {
         /// SO_REUSEPORT.
         reuse_port: bool,
         backlog: i32,
+        mptcp: bool,
     },
     /// Change the limit of the backlog.
     SetBacklog {

@@ -104,7 +104,8 @@ impl Server {
                 v6_only,
                 reuse_port,
                 backlog,
-            } => json(self.listen(address, v6_only, reuse_port, backlog)?),
+                mptcp,
+            } => json(self.listen(address, v6_only, reuse_port, backlog, mptcp)?),
             Request::SetBacklog { listener, backlog } => {
                 json(self.socket(listener)?.listen(backlog)?)
             }
@@ -241,8 +242,9 @@ impl Server {
         v6_only: bool,
         reuse_port: bool,
         backlog: i32,
+        mptcp: bool,
     ) -> io::Result<Fd> {
-        let socket = tcp_socket(address)?;
+        let socket = stream_socket(address, mptcp)?;
         if address.is_ipv6() {
             socket.set_only_v6(v6_only)?;
         }
@@ -258,7 +260,7 @@ impl Server {
         let address = socket.local_addr()?;
         // Two sockets can have the port while both allow it and one of them does not listen.
         socket.set_reuse_address(true)?;
-        let listener = tcp_socket(address.as_socket().ok_or_else(not_ip)?)?;
+        let listener = stream_socket(address.as_socket().ok_or_else(not_ip)?, false)?;
         listener.set_reuse_address(true)?;
         set_option(&listener, SocketOption::DropIncoming(true))?;
         listener.bind(&address)?;
@@ -277,7 +279,7 @@ impl Server {
     ) -> io::Result<Vec<Endpoint>> {
         (0..count)
             .map(|nth| {
-                let socket = tcp_socket(to)?;
+                let socket = stream_socket(to, dial.mptcp)?;
                 if let Some(mut from) = dial.from {
                     if from.port() != 0 {
                         from.set_port(nth_port(from.port(), nth)?);
@@ -492,8 +494,12 @@ fn nth_port(first: u16, nth: usize) -> io::Result<u16> {
     port.ok_or_else(|| io::Error::other(format!("there is no port {first} + {nth}")))
 }
 
-fn tcp_socket(like: SocketAddr) -> io::Result<Socket> {
-    Socket::new(Domain::for_address(like), Type::STREAM, Some(Protocol::TCP))
+fn stream_socket(like: SocketAddr, mptcp: bool) -> io::Result<Socket> {
+    let protocol = match mptcp {
+        true => Protocol::MPTCP,
+        false => Protocol::TCP,
+    };
+    Socket::new(Domain::for_address(like), Type::STREAM, Some(protocol))
 }
 
 fn local_address(socket: &Socket) -> io::Result<SocketAddr> {

@@ -13,6 +13,8 @@ mod forked;
 mod full_backlog;
 mod half_closed;
 mod last_ack;
+mod mptcp;
+mod mptcp_fallback;
 mod must_fail;
 mod not_accepted;
 mod other_user;
@@ -71,6 +73,8 @@ pub const ALL: &[&Scenario] = &[
     &syn_recv::SCENARIO,
     &time_wait::SCENARIO,
     &established::SCENARIO,
+    &mptcp::SCENARIO,
+    &mptcp_fallback::SCENARIO,
     &must_fail::SCENARIO,
 ];
 
@@ -125,12 +129,15 @@ impl Scenario {
 pub(crate) struct App {
     pub comm: &'static str,
     pub uid: Option<u32>,
+    /// Whether its listener is of IPPROTO_MPTCP.
+    pub mptcp: bool,
 }
 
 /// The usual application.
 pub(crate) const LEAKY_APP: App = App {
     comm: "leaky-app",
     uid: None,
+    mptcp: false,
 };
 
 /// Whether scenarios on the same port and family share an application.

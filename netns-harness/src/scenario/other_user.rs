@@ -1,11 +1,11 @@
 //! `other-user`: another user runs the application. Needs root, because a user namespace has only one user.
 
-use super::{App, Scenario, Sharing};
+use super::{App, LEAKY_APP, Scenario, Sharing};
 
 /// Runs as `nobody`, a user that every machine has.
 const APP: App = App {
-    comm: "leaky-app",
     uid: Some(65534),
+    ..LEAKY_APP
 };
 
 pub(super) const SCENARIO: Scenario = Scenario {
