@@ -10,7 +10,7 @@ use cwkill::filter::{self, Services, SocketFacts};
 use cwkill::finder::owners;
 use cwkill::model::Socket;
 use cwkill::proc::ProcFs;
-use cwkill::sock_diag::codec::{Frame, frames};
+use cwkill::sock_diag::codec::{Frame, Protocol, frames};
 
 const DUMP: &str = include_str!("../src/sock_diag/testdata/dump-v6.hex");
 
@@ -23,7 +23,7 @@ fn dump() -> Vec<u8> {
 }
 
 fn sockets(datagram: &[u8]) -> Vec<Socket> {
-    frames(datagram)
+    frames(datagram, Protocol::Tcp)
         .filter_map(|framed| match framed.ok()?.frame {
             Frame::Socket(message) => Some(Socket::from_message(&message)),
             _ => None,

@@ -186,7 +186,8 @@ pub fn by_count(scan: &Scan, thresholds: Thresholds) -> CheckResult {
     let mut status = thresholds.judge(stuck, 100);
     let mut text = counted(scan);
     // The true number is between `stuck` and this, because undecided sockets may belong to selected processes.
-    let upper_bound = stuck + scan.coverage.undecided as u64;
+    let hidden = scan.coverage.undecided + scan.coverage.unlisted_subflows;
+    let upper_bound = stuck + hidden as u64;
     if status == Status::Ok
         && (scan.coverage.unseen_namespaces() > 0
             || thresholds.judge(upper_bound, 100) != Status::Ok)
@@ -256,9 +257,7 @@ pub fn by_limit(
             owner.unknown, owner.process
         ));
     }
-    if status == Status::Ok
-        && (!unknown.is_empty() || scan.coverage.undecided + scan.coverage.unseen_namespaces() > 0)
-    {
+    if status == Status::Ok && (!unknown.is_empty() || scan.coverage.may_have_missed()) {
         status = Status::Unknown;
     }
     for why in &unknown {
@@ -329,6 +328,13 @@ fn unseen(scan: &Scan) -> String {
             text,
             ", {} more may match (owners not seen)",
             scan.coverage.undecided
+        );
+    }
+    if scan.coverage.unlisted_subflows > 0 {
+        let _ = write!(
+            text,
+            ", {} of MPTCP in an unknown state",
+            scan.coverage.unlisted_subflows
         );
     }
     if scan.coverage.unseen_namespaces() > 0 {
@@ -421,6 +427,7 @@ mod tests {
         // The visible sockets alone reach a threshold.
         assert_eq!(status(|f| f.unreachable_namespaces = 1, 10), Warning);
         assert_eq!(status(|f| f.undecided = 99, 20), Critical);
+        assert_eq!(status(|f| f.unlisted_subflows = 9, 1), Unknown);
     }
 
     /// The result by the limits of the owners, without dead descriptors.

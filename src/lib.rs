@@ -31,6 +31,8 @@
 //! - **descriptor table**: the descriptors of a process, which its threads share. A **thread table** is one that a single thread has
 //!   (unshare(2), CLONE_FILES), or the other threads after the exit of the first.
 //! - **listener**: the listening socket that would accept a connection, or a group of them with SO_REUSEPORT.
+//! - **subflow**: a TCP connection that is a part of an MPTCP connection. The MPTCP socket is the one that has a descriptor and is
+//!   stuck.
 //! - **orphan**: a socket that its owner has closed. No process has a descriptor of it; only the kernel uses it.
 //! - **duplicate**: a descriptor of cwkill for a file of another process, mostly a socket of an owner (pidfd_getfd(2)).
 //! - **standard descriptor**: standard input, output or error, number 0, 1 or 2.

@@ -26,7 +26,7 @@ use crate::model::{Method, MethodError, Outcome, Scan, Socket, Target};
 use crate::parallel;
 use crate::privileges::Privileges;
 use crate::proc::netns::Netns;
-use crate::sock_diag::{Cookie, DumpError, DumpRequest, SockDiag};
+use crate::sock_diag::{Cookie, DumpError, DumpRequest, SockDiag, SocketMessage};
 use crate::sys::errno_of;
 use crate::tcp::TcpState;
 
@@ -153,7 +153,7 @@ impl Sweeper<'_> {
             };
             let mut diag = SockDiag::open()?;
             let (key, begun) = (sockets::netns_key(self.netns, &diag), history::now());
-            let keep = |message| {
+            let keep = |message: SocketMessage| {
                 let mut socket = Socket::from_message(&message);
                 self.history.recall(key, &mut socket, begun);
                 self.target(socket, selectors)
@@ -225,11 +225,13 @@ impl Sweeper<'_> {
     }
 
     /// The target with its plan, if the kernel's row is enough to destroy the socket: it is selected, has been stuck for
-    /// [`MIN_AGE`], was accepted, and the plan does not exclude `destroy`.
+    /// [`MIN_AGE`], was accepted, is not a subflow, and the plan does not exclude `destroy`.
     fn target(&self, socket: Socket, selectors: &Selectors) -> Option<Target> {
         let is_eligible = socket.state == TcpState::CloseWait
             && socket.age.is_some_and(|age| age >= MIN_AGE)
             && !socket.cause.is_with_listener()
+            // The connection of an MPTCP socket can live on after a subflow.
+            && socket.subflow_of.is_none()
             && selectors.match_socket(&socket)
             && selectors.match_user(socket.uid);
         if !is_eligible {

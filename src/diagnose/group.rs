@@ -307,7 +307,7 @@ mod tests {
         second[0].age = Some(Duration::ZERO);
         second[1].progress.as_mut().unwrap().written += 1;
         second[2].progress.as_mut().unwrap().received += 1;
-        second[3].recv_q += 1;
+        second[3].listed_recv_q += 1;
         let context = GroupContext::default();
         let group = SocketGroup::new(before[..4].iter(), second.iter(), &context);
         let counts = &group.causes[&Cause::Unread];

@@ -1,14 +1,15 @@
-//! Dead descriptors: open descriptors of TCP sockets whose connection is over.
+//! Dead descriptors: open descriptors of TCP and MPTCP sockets whose connection is over.
 //!
-//! The kernel no longer lists these sockets, so `ss` does not show them. Each costs its process a descriptor until the
+//! The kernel no longer lists these sockets among the connections, so `ss` does not show them. Each costs its process a descriptor until the
 //! process closes it. cwkill searches /proc/PID/fd for sockets whose inode is not among the listed TCP sockets
 //! ([`listed_inodes`]). That alone proves little: UNIX and UDP sockets are not among them either. The same holds for a
 //! TCP socket that was never connected, and for one in a network namespace that was not scanned. So cwkill also reads:
 //!
 //! 1. the protocol, from the attribute `system.sockprotoname` of the descriptor (net/socket.c, sockfs_xattr_get). This
-//!    needs the same right as reading the link. MPTCP has another name and is excluded;
-//! 2. the state, from TCP_INFO through a duplicate (pidfd_getfd(2)). This needs the right to attach to the process.
-//!    Without that right the descriptor is [`SuspectVerdict::Unknown`], never dead.
+//!    needs the same right as reading the link. The name may be TCP or MPTCP;
+//! 2. the protocol itself from SO_PROTOCOL, and the state, through a duplicate (pidfd_getfd(2)): that of TCP from
+//!    TCP_INFO, that of MPTCP as in `mptcp_socket`. This needs the right to attach to the process. Without that right the
+//!    descriptor is [`SuspectVerdict::Unknown`], never dead.
 //!
 //! If a socket was connected, the peer has acknowledged its SYN or SYN-ACK, and `tcpi_delivered` is not 0
 //! (net/ipv4/tcp_input.c, tcp_rcv_state_process and tcp_clean_rtx_queue). After a refused connect(2) it is 0. It is 0 again
@@ -37,24 +38,16 @@ use rustix::io::{Errno as Rustix, ioctl_fionread};
 use rustix::net::sockopt;
 use socket2::SockRef;
 
-use super::{FindError, threads};
+use super::tcp_info::parse_info;
+use super::{FindError, mptcp_socket, threads};
 use crate::proc::netns::Netns;
 use crate::proc::{
     ExecMarker, ProcFs, Process, RemoteFd, Unreadable, exec_marker, fds, identity, is_denied,
     is_gone, open_in,
 };
-use crate::sock_diag::codec::TCPI_LAST_ACK_RECV;
-use crate::sock_diag::{Cookie, DumpRequest, Family, SockDiag};
+use crate::sock_diag::{Cookie, DumpRequest, Family, Protocol, SockDiag};
 use crate::sys::{self, errno_of};
 use crate::tcp::{StateSet, TcpState};
-
-/// Offsets in `struct tcp_info` (linux/tcp.h), in bytes. The receive space is the 23rd u32 after eight bytes. The count of
-/// received segments exists since Linux 4.2.
-const TCPI_STATE: usize = 0;
-const TCPI_RCV_SPACE: usize = 8 + 22 * 4;
-const TCPI_SEGS_IN: usize = 140;
-/// The count of acknowledged segments exists since Linux 4.18.
-const TCPI_DELIVERED: usize = 192;
 
 /// The descriptor table of one process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,7 +59,7 @@ pub struct DescriptorTable {
     pub suspects: Vec<Suspect>,
 }
 
-/// A descriptor of a TCP socket that the kernel does not list.
+/// A descriptor of a TCP or MPTCP socket that the kernel does not list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Suspect {
     pub fd: RemoteFd,
@@ -92,6 +85,7 @@ pub enum SuspectVerdict {
 /// The kernel's remaining data about a dead socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeadSocket {
+    pub protocol: Protocol,
     pub cookie: Cookie,
     /// Its local address; an IPv4-mapped one as IPv4. The kernel no longer gives the peer's address (inet_getname).
     pub local: Option<SocketAddr>,
@@ -136,6 +130,7 @@ fn dump_inodes() -> Result<Vec<u32>, FindError> {
     let mut inodes = Vec::new();
     for family in Family::ALL {
         let request = DumpRequest {
+            protocol: Protocol::Tcp,
             family,
             // An entry in TIME-WAIT has no inode. The kernel's list of bound sockets in CLOSE (Linux 6.8) contains
             // dead sockets too, so it is left out.
@@ -293,7 +288,7 @@ fn scan_table(
         (false, _) => Err(Errno::ESRCH),
     };
     let suspect = |&(fd, inode): &(RemoteFd, u32)| {
-        if !is_tcp(&proc.path(&format!("{}/{name}/{}", process.id.pid, fd.0)))? {
+        if !may_be_tcp(&proc.path(&format!("{}/{name}/{}", process.id.pid, fd.0)))? {
             return Ok(None);
         }
         let verdict = match &pidfd {
@@ -338,11 +333,15 @@ fn select_unlisted(
     Ok(unlisted)
 }
 
-/// Whether the kernel names TCP as the protocol of the socket of the descriptor at `path`.
-fn is_tcp(path: &Path) -> io::Result<bool> {
+/// Whether the kernel names TCP or MPTCP as the protocol of the socket of the descriptor at `path`. A TCP socket that an MPTCP
+/// listener has accepted has the name of MPTCP too.
+pub(super) fn may_be_tcp(path: &Path) -> io::Result<bool> {
     let mut name = [0; 32];
     match getxattr(path, c"system.sockprotoname", &mut name[..]) {
-        Ok(length) => Ok(matches!(&name[..length], b"TCP\0" | b"TCPv6\0")),
+        Ok(length) => Ok(matches!(
+            &name[..length],
+            b"TCP\0" | b"TCPv6\0" | b"MPTCP\0" | b"MPTCPv6\0"
+        )),
         // It was closed meanwhile, or is another file by now.
         Err(Rustix::NOENT | Rustix::OPNOTSUPP | Rustix::NODATA | Rustix::RANGE) => Ok(false),
         Err(error) => Err(error.into()),
@@ -367,11 +366,16 @@ pub(crate) fn examine(pidfd: BorrowedFd<'_>, fd: RemoteFd, inode: u32) -> Option
 }
 
 fn read_verdict(socket: BorrowedFd<'_>) -> io::Result<Option<SuspectVerdict>> {
+    let protocol = mptcp_socket::protocol(socket)?;
     // Longer than any tcp_info so far. The kernel cuts a longer one.
     let mut info = [0; 512];
     let info = sys::socket_option_bytes(socket, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info)?;
-    let Some((state, was_connected, quiet)) = parse_info(info) else {
+    let Some(info) = parse_info(info) else {
         return Err(Errno::ENODATA.into());
+    };
+    let (state, was_connected, quiet) = match protocol {
+        Protocol::Tcp => (info.state, info.was_connected(), info.quiet),
+        Protocol::Mptcp => mptcp_socket::state(socket, &info)?,
     };
     Ok(match (state, was_connected) {
         (TcpState::Close, false) => Some(SuspectVerdict::NeverConnected),
@@ -379,30 +383,25 @@ fn read_verdict(socket: BorrowedFd<'_>) -> io::Result<Option<SuspectVerdict>> {
             let local = SockRef::from(&socket).local_addr().ok();
             let canonical =
                 |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
+            let unread = match protocol {
+                Protocol::Tcp => u32::try_from(ioctl_fionread(socket)?).unwrap_or(u32::MAX),
+                Protocol::Mptcp => mptcp_socket::unread(socket)?,
+            };
             Some(SuspectVerdict::Dead(DeadSocket {
+                protocol,
                 cookie: Cookie(sockopt::socket_cookie(socket)?),
                 local: local.and_then(|address| address.as_socket()).map(canonical),
                 quiet,
-                unread: u32::try_from(ioctl_fionread(socket)?).unwrap_or(u32::MAX),
+                unread,
             }))
         }
         _ => None,
     })
 }
 
-/// Reads a `struct tcp_info`: the state, whether the socket is or was connected, and the time since the last acceptable
-/// segment.
-fn parse_info(info: &[u8]) -> Option<(TcpState, bool, Duration)> {
-    let number = |offset: usize| -> Option<u32> {
-        let bytes = info.get(offset..offset + 4)?;
-        Some(u32::from_ne_bytes(bytes.try_into().ok()?))
-    };
-    Some((
-        TcpState::from_kernel(*info.get(TCPI_STATE)?),
-        number(TCPI_SEGS_IN)? > 0 && number(TCPI_RCV_SPACE)? > 0 && number(TCPI_DELIVERED)? > 0,
-        Duration::from_millis(number(TCPI_LAST_ACK_RECV)?.into()),
-    ))
-}
+#[cfg(test)]
+#[path = "dead_mptcp_tests.rs"]
+mod mptcp_tests;
 
 #[cfg(test)]
 mod tests {
@@ -511,21 +510,5 @@ mod tests {
         let scan = find(&proc, &|process| process.id.pid == own, &HashSet::new()).unwrap();
         let mut suspects = scan.tables.iter().flat_map(|table| &table.suspects);
         assert!(!suspects.any(|suspect| suspect.inode == inode));
-    }
-
-    #[test]
-    fn a_short_tcp_info_says_nothing() {
-        assert_eq!(parse_info(&[7; TCPI_DELIVERED + 3]), None);
-        let mut info = [0; TCPI_DELIVERED + 4];
-        info[0] = 7;
-        info[TCPI_LAST_ACK_RECV..][..4].copy_from_slice(&1500_u32.to_ne_bytes());
-        info[TCPI_SEGS_IN..][..4].copy_from_slice(&3_u32.to_ne_bytes());
-        let quiet = Duration::from_millis(1500);
-        assert_eq!(parse_info(&info), Some((TcpState::Close, false, quiet)));
-        info[TCPI_RCV_SPACE] = 1;
-        // A connection that was dissolved, and then refused.
-        assert_eq!(parse_info(&info), Some((TcpState::Close, false, quiet)));
-        info[TCPI_DELIVERED] = 1;
-        assert_eq!(parse_info(&info), Some((TcpState::Close, true, quiet)));
     }
 }

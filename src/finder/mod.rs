@@ -1,15 +1,19 @@
 //! The finder: which sockets are stuck, and who owns them.
 //!
 //! [`find`] lists the sockets (`sockets`) and, at the same time, reads the descriptors of all processes from /proc
-//! ([`owners`]). `addresses` marks the sockets whose local address is gone. A connection that was never accepted gets the listener that would accept it ([`listeners`]). [`dead`] finds
-//! descriptors of sockets that the kernel no longer lists. [`reactions`] waits while owners close the descriptors of closed sockets.
+//! ([`owners`]). An MPTCP socket takes the place of its subflows (`mptcp`). `addresses` marks the sockets whose local address is
+//! gone. A connection that was never accepted gets the listener that would accept it ([`listeners`]). [`dead`] finds descriptors of
+//! sockets that the kernel no longer lists. [`reactions`] waits while owners close the descriptors of closed sockets.
 
 mod addresses;
 pub mod dead;
 pub mod listeners;
+mod mptcp;
+mod mptcp_socket;
 pub mod owners;
 pub mod reactions;
 pub(crate) mod sockets;
+mod tcp_info;
 mod threads;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -92,6 +96,7 @@ pub fn find(
         owners.add_thread_tables(proc, &inodes)?;
     }
     attach_owners(&mut scan, &owners);
+    mptcp_socket::read_queues(proc, &mut scan.targets);
     scan.owners_known = true;
     scan.coverage.hidden_processes = owners.hidden;
     scan.coverage.unreadable_processes = owners.unreadable.len();
@@ -203,10 +208,12 @@ fn add(scan: &mut Scan, netns_scan: NetnsScan) {
         mut sockets,
         listeners,
         mut sightings,
+        unlisted_subflows,
         ..
     } = netns_scan;
     scan.sightings.namespaces.append(&mut sightings.namespaces);
     scan.sightings.sockets.append(&mut sightings.sockets);
+    scan.coverage.unlisted_subflows += unlisted_subflows;
     let others = scan.listeners.len();
     scan.listeners.extend(listeners.into_used());
     for target in &mut sockets {
@@ -433,6 +440,8 @@ pub enum FindError {
     Expression(#[source] io::Error),
     #[error("cannot list sockets")]
     Dump(#[from] DumpError),
+    #[error("cannot look up sockets")]
+    Lookup(#[source] io::Error),
     #[error("cannot list processes")]
     Processes(#[from] io::Error),
 }

@@ -5,13 +5,13 @@ use std::thread;
 use std::time::Duration;
 
 use super::listeners::Listeners;
-use super::{FindError, addresses, join};
+use super::{FindError, addresses, join, mptcp};
 use crate::filter::selectors::Selectors;
 use crate::filter::{self, bytecode};
 use crate::history::{self, History};
 use crate::model::{NetnsKey, Sighting, Sightings, Socket, Target};
 use crate::proc::netns::Netns;
-use crate::sock_diag::{DumpError, DumpRequest, Family, SockDiag, SocketMessage};
+use crate::sock_diag::{DumpError, DumpRequest, Family, Protocol, SockDiag, SocketMessage};
 
 /// The sockets of a namespace that match by the kernel's data, without their owners.
 pub(super) struct NetnsScan {
@@ -19,6 +19,8 @@ pub(super) struct NetnsScan {
     pub sockets: Vec<Target>,
     /// The listeners of the sockets that were never accepted.
     pub listeners: Listeners,
+    /// The number of matching subflows whose MPTCP sockets the kernel cannot list.
+    pub unlisted_subflows: usize,
     /// A name in the expression does not exist in this namespace; it may exist in another.
     pub unresolved: Option<FindError>,
     /// The sockets for the memory between runs.
@@ -54,6 +56,8 @@ pub(super) fn scan(
         Sample::Halves(halves) => dump_in_halves(&mut diag, &selectors, &halves)?,
         Sample::Unknown => dump(&mut diag, &selectors)?,
     };
+    let (rows, unlisted_subflows) = mptcp::replace(&mut diag, &mut sockets, selectors.states)?;
+    sockets.extend(rows.iter().filter_map(|row| matching(row, &selectors)));
     let key = netns_key(netns, &diag);
     let sightings = recall(&mut sockets, &selectors, history, key, now);
     addresses::mark_gone(&mut sockets, selectors.address_gone);
@@ -71,6 +75,7 @@ pub(super) fn scan(
     Ok(NetnsScan {
         sockets,
         listeners,
+        unlisted_subflows,
         unresolved,
         sightings,
     })
@@ -202,6 +207,7 @@ pub(crate) fn requests<'b>(
     let families = Family::ALL.into_iter();
     let families = families.filter(move |family| !(without_v4 && *family == Family::V4));
     families.map(move |family| DumpRequest {
+        protocol: Protocol::Tcp,
         family,
         states,
         info: true,

@@ -3,6 +3,7 @@
 use crate::model::socket::unsent;
 use crate::model::{Exclusion, Method, Plan, Scan, SkipReason, Target};
 use crate::privileges::Privileges;
+use crate::sock_diag::Protocol;
 
 /// What the operator permits.
 #[derive(Clone, Debug)]
@@ -78,6 +79,9 @@ fn exclusion(
         method.forbidden_by_state(socket, policy.has_min_time, privileges.kernel_version)
     {
         return Some(Exclusion::WrongState(socket.state, why));
+    }
+    if socket.protocol() == Protocol::Mptcp && !method.closes_mptcp() {
+        return Some(Exclusion::Mptcp);
     }
     if method.needs_descriptor() && target.owners.is_empty() {
         return Some(match socket.cause.is_with_listener() {
@@ -167,6 +171,29 @@ mod tests {
         let plan = plan(owned(0), &policy(), &ROOT);
         assert_eq!(plan.methods, Method::AUTO);
         assert_eq!(plan.skip, None);
+    }
+
+    #[test]
+    fn an_mptcp_socket_is_closed_through_its_descriptor_only() {
+        let all = Policy {
+            methods: Method::ALL.to_vec(),
+            ..policy()
+        };
+        let mptcp = |mut target: Target| {
+            target.socket.id = target.socket.id.with_token(7);
+            plan(target, &all, &ROOT)
+        };
+        let excluded = [Method::Probe, Method::Destroy, Method::Rst];
+        let owned_plan = mptcp(owned(0));
+        assert_eq!(owned_plan.methods, [Method::Shutdown]);
+        assert_eq!(
+            owned_plan.excluded,
+            excluded.map(|method| (method, Exclusion::Mptcp))
+        );
+        let backlog = mptcp(never_accepted());
+        assert_eq!(backlog.skip, Some(SkipReason::NoMethod));
+        let shutdown = (Method::Shutdown, Exclusion::NotAccepted);
+        assert!(backlog.excluded.contains(&shutdown));
     }
 
     #[test]

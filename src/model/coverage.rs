@@ -25,6 +25,8 @@ pub struct Coverage {
     pub unknown_namespaces: usize,
     /// Names of network namespaces for which there is none. They hide nothing, so they do not count as unseen.
     pub stale_namespace_names: Vec<String>,
+    /// The number of TCP connections that match, but are subflows of MPTCP sockets, which the kernel cannot list.
+    pub unlisted_subflows: usize,
     /// Why cwkill could not list the sockets again after it had destroyed some.
     pub unlisted: Option<String>,
 }
@@ -47,7 +49,7 @@ impl Coverage {
 
     /// Whether more sockets may match than were found.
     pub fn may_have_missed(&self) -> bool {
-        self.undecided + self.unseen_namespaces() > 0
+        self.undecided + self.unseen_namespaces() + self.unlisted_subflows > 0
     }
 
     /// The notes for the operator, one per line. `without_owner` is the number of sockets without a known owner.
@@ -101,6 +103,13 @@ impl Coverage {
             notes.push(format!(
                 "the network namespaces of {} are unknown (needs CAP_SYS_PTRACE)",
                 counted(self.unknown_namespaces, "process")
+            ));
+        }
+        if self.unlisted_subflows > 0 {
+            notes.push(format!(
+                "{} of MPTCP left alone: this kernel does not list MPTCP sockets (CONFIG_INET_MPTCP_DIAG), so their state is \
+                 unknown",
+                counted(self.unlisted_subflows, "subflow")
             ));
         }
         if let Some(first) = self.stale_namespace_names.first() {

@@ -51,6 +51,12 @@ impl Method {
         self == Method::Shutdown
     }
 
+    /// Whether the method closes an MPTCP socket. The kernel has no SOCK_DESTROY for MPTCP (net/mptcp/mptcp_diag.c), and a segment of
+    /// TCP concerns one subflow, whose answers the MPTCP socket hides.
+    pub fn closes_mptcp(self) -> bool {
+        self == Method::Shutdown
+    }
+
     /// Whether the method loses the bytes that are queued to the peer.
     pub fn discards_unsent(self) -> bool {
         matches!(self, Method::Destroy | Method::Rst)

@@ -8,7 +8,7 @@ use strum::IntoStaticStr;
 
 use crate::model::Cause;
 use crate::routes::Place;
-use crate::sock_diag::{Cookie, DiagId, Progress, SocketMessage};
+use crate::sock_diag::{Cookie, DiagId, Progress, Protocol, SocketMessage};
 use crate::tcp::{TcpState, Tuple};
 
 /// A matched socket, at the time when the kernel listed it.
@@ -19,8 +19,12 @@ pub struct Socket {
     /// Index of its network namespace in [`crate::model::Scan::namespaces`].
     pub netns: usize,
     pub state: TcpState,
-    /// Unread bytes. A FIN counts as one byte. See [`SocketMessage::recv_q`].
+    /// If it is a subflow of an MPTCP socket: the token of that socket. See [`SocketMessage::subflow_of`].
+    pub subflow_of: Option<u32>,
+    /// Unread bytes. A FIN counts as one byte. See [`SocketMessage::recv_q`] and [`SocketMessage::mptcp`].
     pub recv_q: u32,
+    /// `recv_q` in the kernel's table, to compare with a later lookup. Of an MPTCP socket it is the memory that the bytes take.
+    pub listed_recv_q: u32,
     /// Written bytes that the peer has not acknowledged. See [`SocketMessage::send_q`].
     pub send_q: u32,
     /// The user of the socket's inode. For a socket that was never accepted: the user of its listener's inode.
@@ -127,7 +131,9 @@ impl Socket {
             id: message.id,
             netns: 0,
             state: message.state,
+            subflow_of: message.subflow_of,
             recv_q: message.recv_q,
+            listed_recv_q: message.recv_q,
             send_q: message.send_q,
             uid: message.uid,
             cgroup_id: message.cgroup,
@@ -178,7 +184,7 @@ impl Socket {
     pub fn mark(&self) -> Option<Mark> {
         Some(Mark {
             state: self.state,
-            recv_q: self.recv_q,
+            recv_q: self.listed_recv_q,
             progress: self.progress?,
         })
     }
@@ -200,6 +206,10 @@ impl Socket {
 
     pub fn tuple(&self) -> Tuple {
         self.id.tuple()
+    }
+
+    pub fn protocol(&self) -> Protocol {
+        self.id.protocol()
     }
 
     pub fn cookie(&self) -> Cookie {

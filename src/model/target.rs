@@ -138,6 +138,9 @@ pub enum Exclusion {
     /// cwkill lacks this privilege.
     #[error("needs {0}")]
     NotPermitted(Privilege),
+    /// The method would act on one TCP connection of an MPTCP socket, and not on the MPTCP socket.
+    #[error("an MPTCP socket can only be closed through its descriptor")]
+    Mptcp,
     /// The state of the socket forbids the method, for this reason.
     #[error("{0}: {1}")]
     WrongState(TcpState, &'static str),

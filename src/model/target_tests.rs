@@ -204,6 +204,7 @@ fn codes_are_stable() {
             "unsent-data",
             "address-gone",
             "not-permitted",
+            "mptcp",
             "wrong-state",
         ]
     );

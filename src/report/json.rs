@@ -40,6 +40,7 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
         unreachable_namespaces: coverage.unreachable_namespaces,
         unknown_namespaces: coverage.unknown_namespaces,
         undecided: coverage.undecided,
+        unlisted_subflows: coverage.unlisted_subflows,
         unlisted: coverage.unlisted.as_deref(),
         reclaim: run.reclaim_requested.then(|| JsonReclaim {
             owners: json_stops(&run.stops),
@@ -128,6 +129,7 @@ struct Tail<'a> {
     unreachable_namespaces: usize,
     unknown_namespaces: usize,
     undecided: usize,
+    unlisted_subflows: usize,
     /// The error that ended a scan early: more sockets may match.
     unlisted: Option<&'a str>,
     /// `None` without `--reclaim`.
@@ -172,6 +174,7 @@ struct SocketLine<'a> {
 #[derive(Serialize)]
 pub struct JsonSocket<'a> {
     netns: JsonNetns<'a>,
+    protocol: &'static str,
     family: &'static str,
     state: &'static str,
     pub(crate) local: Endpoint,
@@ -292,6 +295,7 @@ pub(crate) fn json_socket<'a>(run: &'a Run, target: &'a Target) -> JsonSocket<'a
             inode: netns.inode(),
             name: netns.name.as_deref(),
         },
+        protocol: socket.protocol().name(),
         family: if socket.is_ipv4() { "ipv4" } else { "ipv6" },
         state: socket.state.name(),
         local: endpoint(socket.tuple().local),

@@ -11,6 +11,7 @@ use super::table::{has_unit, join, names, plain_table, unit_text};
 use super::{Run, SocketCounts, descriptors};
 use crate::config::{Action, Config};
 use crate::model::{Cause, Outcome, Plan, Scan, SkipReason, Socket, Target};
+use crate::sock_diag::Protocol;
 use crate::tcp::TcpState;
 use crate::text::{age, counted, escape};
 
@@ -43,6 +44,7 @@ enum Column {
     Process,
     Fd,
     Unit,
+    Protocol,
     State,
     Local,
     Peer,
@@ -62,6 +64,7 @@ impl Column {
             Column::Process => "PROCESS",
             Column::Fd => "FD",
             Column::Unit => "UNIT",
+            Column::Protocol => "PROTO",
             Column::State => "STATE",
             Column::Local => "LOCAL",
             Column::Peer => "PEER",
@@ -97,6 +100,7 @@ impl Column {
             Column::Process => Cell::new(process),
             Column::Fd => Cell::new(fd),
             Column::Unit => Cell::new(units(scan, target, verbose)),
+            Column::Protocol => Cell::new(socket.protocol()),
             Column::State => Cell::new(socket.state),
             Column::Local => Cell::new(socket.tuple().local),
             Column::Peer => Cell::new(socket.tuple().peer),
@@ -143,11 +147,14 @@ impl Layout {
         let scan = &run.scan;
         let states: BTreeSet<&str> = scan.targets.iter().map(|t| t.socket.state.name()).collect();
         let has_units = scan.processes().values().any(|p| has_unit(&p.cgroup));
+        let is_mptcp = |target: &Target| target.socket.protocol() == Protocol::Mptcp;
+        let has_mptcp = scan.targets.iter().any(is_mptcp);
         let has_states = states.len() > 1 || states.iter().any(|state| *state != "close-wait");
         let mut columns = Vec::with_capacity(12);
         columns.extend((scan.namespaces.len() > 1).then_some(Column::Netns));
         columns.extend([Column::Process, Column::Fd]);
         columns.extend(has_units.then_some(Column::Unit));
+        columns.extend(has_mptcp.then_some(Column::Protocol));
         columns.extend(has_states.then_some(Column::State));
         columns.extend([Column::Local, Column::Peer]);
         columns.extend([Column::Age, Column::Idle]);

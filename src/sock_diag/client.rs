@@ -14,7 +14,7 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, MultiHeaders, recvmmsg};
 
-use super::codec::{self, Detail, DiagId, DumpRequest, Frame, Malformed, SocketMessage};
+use super::codec::{self, Detail, DiagId, DumpRequest, Frame, Malformed, Protocol, SocketMessage};
 use crate::sys;
 
 /// Room for the answers to a datagram of requests. The kernel fills a datagram of a dump with up to 32 KiB
@@ -177,7 +177,7 @@ impl SockDiag {
         // (net/netlink/af_netlink.c, __netlink_dump_start and netlink_recvmsg).
         let mut begun = Instant::now();
         self.socket.send(&request.encode(sequence), 0)?;
-        let mut assembly = Assembly::new(sequence);
+        let mut assembly = Assembly::new(sequence, request.protocol);
         loop {
             let since = mem::replace(&mut begun, Instant::now());
             match receive(&self.socket, &mut self.buffer[..room]) {
@@ -201,12 +201,25 @@ impl SockDiag {
         }
     }
 
-    /// Looks up each of `ids`; one result per id, in order.
+    /// Looks up each of `ids`; one result per id, in order. An MPTCP socket whose connection is over is [`LookupError::Gone`].
     ///
     /// # Errors
     /// The netlink socket itself failed.
     pub fn lookup(
         &mut self,
+        ids: &[DiagId],
+        detail: Detail,
+    ) -> io::Result<Vec<Result<SocketMessage, LookupError>>> {
+        match ids.iter().any(|id| id.protocol() == Protocol::Mptcp) {
+            true => self.lookup_each_protocol(ids, detail),
+            false => self.lookup_in(Protocol::Tcp, ids, detail),
+        }
+    }
+
+    /// Looks up each of `ids`, which must all be of `protocol`, in the kernel's table of `protocol`.
+    pub(super) fn lookup_in(
+        &mut self,
+        protocol: Protocol,
         ids: &[DiagId],
         detail: Detail,
     ) -> io::Result<Vec<Result<SocketMessage, LookupError>>> {
@@ -217,7 +230,9 @@ impl SockDiag {
         for (ids, answers) in ids.chunks(BATCH).zip(answers.chunks_mut(BATCH)) {
             // A lookup may be repeated. Answers that did not fit the queue together fit it one by one.
             let mut batch = BATCH;
-            while self.request(ids, answers, batch, put)? == Completeness::SomeLost && batch > 1 {
+            while self.request(protocol, ids, answers, batch, put)? == Completeness::SomeLost
+                && batch > 1
+            {
                 batch /= 2;
             }
         }
@@ -241,7 +256,7 @@ impl SockDiag {
     pub fn destroy(&mut self, ids: &[DiagId]) -> io::Result<Vec<Result<(), DestroyError>>> {
         let mut answers: Vec<Option<Frame>> = ids.iter().map(|_| None).collect();
         for (ids, answers) in ids.chunks(BATCH).zip(answers.chunks_mut(BATCH)) {
-            self.request(ids, answers, BATCH, codec::put_destroy)?;
+            self.request(Protocol::Tcp, ids, answers, BATCH, codec::put_destroy)?;
         }
         Ok(answers.into_iter().map(destroyed).collect())
     }
@@ -272,7 +287,7 @@ impl SockDiag {
             }
             self.socket.send(&request, 0)?;
             let mut answers: Vec<Option<Frame>> = ids.iter().map(|_| None).collect();
-            let lost = self.receive_answers(first, &mut answers, Until::Last)?;
+            let lost = self.receive_answers(Protocol::Tcp, first, &mut answers, Until::Last)?;
             let complete = !lost && answers.last().is_some_and(Option::is_some);
             let or_ack = |answer: Option<Frame>| answer.or(complete.then_some(Frame::Ack));
             results.extend(answers.into_iter().map(|answer| destroyed(or_ack(answer))));
@@ -283,6 +298,7 @@ impl SockDiag {
     /// Sends one request for each of `ids` without an answer, `batch` of them per datagram. Assigns the answers by sequence number.
     fn request(
         &mut self,
+        protocol: Protocol,
         ids: &[DiagId],
         answers: &mut [Option<Frame>],
         batch: usize,
@@ -301,7 +317,7 @@ impl SockDiag {
             }
             if !request.is_empty() {
                 self.socket.send(&request, 0)?;
-                self.receive_answers(first, answers, Until::All)?;
+                self.receive_answers(protocol, first, answers, Until::All)?;
             }
         }
         Ok(match answers.iter().all(Option::is_some) {
@@ -314,6 +330,7 @@ impl SockDiag {
     /// an answer that is not in the queue now was lost or never sent.
     fn receive_answers(
         &mut self,
+        protocol: Protocol,
         first: u32,
         answers: &mut [Option<Frame>],
         until: Until,
@@ -342,7 +359,7 @@ impl SockDiag {
                 // A longer datagram was cut, so it is lost.
                 lost |= length > room;
                 let datagram = slot.get(..length).unwrap_or_default();
-                for framed in codec::frames(datagram) {
+                for framed in codec::frames(datagram, protocol) {
                     let framed = framed.map_err(|Malformed(defect)| io::Error::other(defect))?;
                     let answer = usize::try_from(framed.sequence.wrapping_sub(first))
                         .ok()
@@ -451,14 +468,16 @@ enum DumpProgress {
 /// Collects the datagrams of one dump. Pure, so that tests can feed it interrupted dumps.
 struct Assembly<T> {
     sequence: u32,
+    protocol: Protocol,
     interrupted: bool,
     kept: Vec<T>,
 }
 
 impl<T> Assembly<T> {
-    fn new(sequence: u32) -> Self {
+    fn new(sequence: u32, protocol: Protocol) -> Self {
         Assembly {
             sequence,
+            protocol,
             interrupted: false,
             kept: Vec::new(),
         }
@@ -469,7 +488,7 @@ impl<T> Assembly<T> {
         datagram: &[u8],
         keep: &mut impl FnMut(SocketMessage) -> Option<T>,
     ) -> Result<DumpProgress, DumpError> {
-        for framed in codec::frames(datagram) {
+        for framed in codec::frames(datagram, self.protocol) {
             let framed = framed.map_err(DumpError::Malformed)?;
             if framed.sequence != self.sequence {
                 continue;
@@ -515,14 +534,14 @@ mod tests {
 
     #[test]
     fn a_whole_dump_is_complete() {
-        let mut assembly = Assembly::new(5);
+        let mut assembly = Assembly::new(5, Protocol::Tcp);
         assert_eq!(feed(&mut assembly, &dump(5, 2)), DumpProgress::Complete);
         assert_eq!(assembly.kept.len(), 2);
     }
 
     #[test]
     fn an_interrupted_dump_is_repeated() {
-        let mut assembly = Assembly::new(5);
+        let mut assembly = Assembly::new(5, Protocol::Tcp);
         let datagram = dump(5, 2 | NLM_F_DUMP_INTR);
         assert_eq!(feed(&mut assembly, &datagram), DumpProgress::Repeat);
     }
@@ -533,7 +552,7 @@ mod tests {
         let first = usize::try_from(u32::from_ne_bytes(whole[..4].try_into().unwrap())).unwrap();
         let mut early = whole[..first].to_vec();
         early[6] |= 0x10;
-        let mut assembly = Assembly::new(5);
+        let mut assembly = Assembly::new(5, Protocol::Tcp);
         assert_eq!(feed(&mut assembly, &early), DumpProgress::More);
         assert_eq!(feed(&mut assembly, &whole[first..]), DumpProgress::Repeat);
     }
@@ -561,7 +580,7 @@ mod tests {
 
     #[test]
     fn answers_to_another_request_are_ignored() {
-        let mut assembly = Assembly::new(6);
+        let mut assembly = Assembly::new(6, Protocol::Tcp);
         assert_eq!(feed(&mut assembly, &dump(5, 2)), DumpProgress::More);
         assert!(assembly.kept.is_empty());
     }
@@ -575,7 +594,7 @@ mod tests {
         refusal.extend_from_slice(&5u32.to_ne_bytes());
         refusal.extend_from_slice(&0u32.to_ne_bytes());
         refusal.extend_from_slice(&(-libc::EPERM).to_ne_bytes());
-        let mut assembly: Assembly<SocketMessage> = Assembly::new(5);
+        let mut assembly: Assembly<SocketMessage> = Assembly::new(5, Protocol::Tcp);
         let Err(DumpError::Io(error)) = assembly.feed(&refusal, &mut Some) else {
             panic!("an error");
         };

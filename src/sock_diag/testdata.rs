@@ -49,6 +49,8 @@ pub(crate) fn stuck(local: &str, peer: &str, cookie: u64) -> SocketMessage {
         v6only: None,
         cgroup: None,
         transparent: Some(false),
+        mptcp: None,
+        subflow_of: None,
     }
 }
 

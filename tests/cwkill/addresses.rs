@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use anyhow::{Context, Result};
-use cwkill::sock_diag::{DumpRequest, Family as DiagFamily, SockDiag};
+use cwkill::sock_diag::{DumpRequest, Family as DiagFamily, Protocol, SockDiag};
 use cwkill::tcp::StateSet;
 use netns_harness::{Family, Lab, Leak, TcpState};
 use socket2::{Domain, Socket, Type};
@@ -173,6 +173,7 @@ fn the_kernel_reports_transparent_sockets() -> Result<()> {
         let mut diag = SockDiag::open()?;
         for (family, cookie, transparent) in inodes {
             let request = DumpRequest {
+                protocol: Protocol::Tcp,
                 family,
                 states: StateSet::from(cwkill::tcp::TcpState::Listen),
                 info: false,

@@ -18,6 +18,7 @@ mod facts;
 mod least_privilege;
 mod limits;
 mod listing;
+mod mptcp;
 mod namespaces;
 mod probing;
 mod races;
@@ -53,6 +54,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     cli,
     completions,
     listing,
+    mptcp,
     selecting,
     ages,
     asking,

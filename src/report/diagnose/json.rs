@@ -45,6 +45,7 @@ pub fn write(diagnosis: &Diagnosis, out: &mut dyn Write) -> io::Result<()> {
         unreachable_namespaces: coverage.unreachable_namespaces,
         unknown_namespaces: coverage.unknown_namespaces,
         undecided: coverage.undecided,
+        unlisted_subflows: coverage.unlisted_subflows,
     };
     document.serialize(&mut serializer(out))?;
     out.write_all(b"\n")
@@ -65,6 +66,7 @@ struct DiagnosisDocument<'a> {
     unreachable_namespaces: usize,
     unknown_namespaces: usize,
     undecided: usize,
+    unlisted_subflows: usize,
 }
 
 #[derive(Serialize)]

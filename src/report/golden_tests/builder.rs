@@ -24,7 +24,7 @@ use crate::reclaim::StopStats;
 use crate::report::Run;
 use crate::report::reclaim::{DeadDescriptor, ReclaimRun};
 use crate::sock_diag::testdata::stuck;
-use crate::sock_diag::{Cookie, DiagId, Family, SocketMessage};
+use crate::sock_diag::{Cookie, DiagId, Family, Protocol, SocketMessage};
 use crate::sys::errno_of;
 use crate::tcp::TcpState;
 use crate::watch::NewSockets;
@@ -840,6 +840,7 @@ pub struct Dead {
 /// On 10.0.0.1:80 and quiet for two minutes.
 pub fn dead(who: &'static Who, fd: i32, inode: u32, cookie: u64) -> Dead {
     let socket = DeadSocket {
+        protocol: Protocol::Tcp,
         cookie: Cookie(cookie),
         local: Some(SocketAddr::from(([10, 0, 0, 1], 80))),
         quiet: Duration::from_secs(120),

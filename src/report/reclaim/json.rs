@@ -42,6 +42,7 @@ pub struct JsonDeadDescriptor<'a> {
     /// Only if a single thread has the descriptor.
     #[serde(skip_serializing_if = "Option::is_none")]
     thread: Option<i32>,
+    protocol: &'static str,
     inode: u32,
     pub(crate) cookie: String,
     local: Option<Endpoint>,
@@ -85,6 +86,7 @@ pub(crate) fn json_dead_descriptor<'a>(
         container: container(process),
         fd: owner.fd.0,
         thread: owner.tid,
+        protocol: socket.protocol.name(),
         inode: dead.inode,
         cookie: socket.cookie.to_string(),
         local: socket.local.map(endpoint),

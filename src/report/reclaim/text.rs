@@ -9,6 +9,7 @@ use crate::config::{Action, ReclaimConfig};
 use crate::model::ReclaimOutcome;
 use crate::report::descriptors::{result, stop_lines};
 use crate::report::table::{has_unit, plain_table, unit_text};
+use crate::sock_diag::Protocol;
 use crate::text::age;
 
 /// Writes the table and the summary.
@@ -40,8 +41,11 @@ fn write_table(
     let mut table = plain_table(color);
     let mut owners = run.descriptors.iter().map(|dead| &dead.owner);
     let has_units = owners.any(|owner| has_unit(&owner.process.cgroup));
+    let is_mptcp = |dead: &DeadDescriptor| dead.socket.protocol == Protocol::Mptcp;
+    let has_mptcp = run.descriptors.iter().any(is_mptcp);
     let mut header = vec!["PROCESS", "FD"];
     header.extend(has_units.then_some("UNIT"));
+    header.extend(has_mptcp.then_some("PROTO"));
     header.extend(["LOCAL", QUIET]);
     header.push(match config.action {
         Action::Act => "RESULT",
@@ -57,6 +61,9 @@ fn write_table(
         if has_units {
             let unit = unit_text(&owner.process.cgroup, config.verbose);
             cells.push(Cell::new(unit));
+        }
+        if has_mptcp {
+            cells.push(Cell::new(socket.protocol));
         }
         cells.extend([
             Cell::new(socket.local.map_or("-".into(), |local| local.to_string())),

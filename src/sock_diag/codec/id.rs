@@ -3,6 +3,8 @@
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use strum::{Display, IntoStaticStr};
+
 use super::{SOCKID_LEN, u32_at};
 use crate::tcp::Tuple;
 
@@ -46,7 +48,28 @@ impl fmt::Display for Cookie {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct DiagId {
     pub(super) family: Family,
+    /// The token of an MPTCP socket, by which the kernel finds it; `None` for a TCP socket.
+    pub(super) token: Option<u32>,
     pub(super) raw: [u8; SOCKID_LEN],
+}
+
+/// The protocol of a socket.
+///
+/// Its name in JSON and in the table is the variant in lower case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Display, IntoStaticStr)]
+#[strum(serialize_all = "lowercase")]
+pub enum Protocol {
+    #[default]
+    Tcp,
+    /// IPPROTO_MPTCP: one connection over several TCP connections, its subflows.
+    Mptcp,
+}
+
+impl Protocol {
+    /// The name in JSON and in the table.
+    pub fn name(self) -> &'static str {
+        self.into()
+    }
 }
 
 impl DiagId {
@@ -59,6 +82,22 @@ impl DiagId {
 
     pub fn family(&self) -> Family {
         self.family
+    }
+
+    pub fn protocol(&self) -> Protocol {
+        match self.token {
+            None => Protocol::Tcp,
+            Some(_) => Protocol::Mptcp,
+        }
+    }
+
+    /// The id of whichever TCP connection has this address pair now. Its cookie is INET_DIAG_NOCOOKIE, which matches every socket
+    /// (net/core/sock_diag.c, sock_diag_check_cookie). It is only good for a lookup: without a connection the kernel returns the
+    /// listener.
+    pub(in crate::sock_diag) fn any_tcp(mut self) -> DiagId {
+        self.token = None;
+        self.raw[40..].fill(0xff);
+        self
     }
 
     /// The index of the interface the socket is bound to, 0 for none.
@@ -107,7 +146,19 @@ impl DiagId {
             let half = u32::try_from(half).expect("32 bits");
             raw[offset..offset + 4].copy_from_slice(&half.to_ne_bytes());
         }
-        DiagId { family, raw }
+        DiagId {
+            family,
+            token: None,
+            raw,
+        }
+    }
+
+    /// The same id, of an MPTCP socket.
+    pub(crate) fn with_token(self, token: u32) -> Self {
+        DiagId {
+            token: Some(token),
+            ..self
+        }
     }
 }
 

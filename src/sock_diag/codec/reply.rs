@@ -4,13 +4,16 @@ use std::time::Duration;
 
 use netlink_packet_core::{NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NlasIterator};
 
-use super::{DiagId, Family, INET_DIAG_INFO, SOCK_DIAG_BY_FAMILY, SOCKID_LEN, u32_at};
+use super::activity::{Progress, Quiet};
+use super::mptcp::{self, MptcpSocket};
+use super::{DiagId, Family, INET_DIAG_INFO, Protocol, SOCK_DIAG_BY_FAMILY, SOCKID_LEN, u32_at};
 use crate::tcp::TcpState;
 
 /// `struct inet_diag_msg`: family, state, timer, retrans, id 48, expires, rqueue, wqueue, uid, inode.
 const MESSAGE_LEN: usize = 4 + SOCKID_LEN + 5 * 4;
 /// Attribute kinds (linux/inet_diag.h).
 const INET_DIAG_SKV6ONLY: u16 = 11;
+const INET_DIAG_ULP_INFO: u16 = 19;
 const INET_DIAG_CGROUP_ID: u16 = 21;
 const INET_DIAG_SOCKOPT: u16 = 22;
 /// IP_TRANSPARENT in the first byte of `struct inet_diag_sockopt`. C puts the first bit field at the low end of a byte on a
@@ -30,33 +33,6 @@ const TCPI_BYTES_RECEIVED: usize = 128;
 const TCPI_NOTSENT_BYTES: usize = 144;
 const TCPI_BYTES_SENT: usize = 200;
 const TCPI_BYTES_RETRANS: usize = 208;
-
-/// The three times in `struct tcp_info` that show how long a socket has been quiet, in milliseconds on the wire. The numbers on
-/// the wire have 32 bits, so each time starts again at 0 after 49 days.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Quiet {
-    /// Time since the socket sent data, also for the second time. Before the first data it is the time since the handshake. A
-    /// keepalive or a window probe does not update it.
-    pub last_data_sent: Duration,
-    /// Time since new data arrived. Before the first data it is the time since the handshake (before Linux 4.11: since boot). A
-    /// FIN does not update it.
-    pub last_data_recv: Duration,
-    /// Time since the last acceptable ACK arrived, also with a FIN. An answer to the socket's own keepalive or window probe is
-    /// such an ACK. A keepalive of the peer is not acceptable, because its sequence number is too low.
-    pub last_ack_recv: Duration,
-}
-
-/// The bytes that a connection has moved since its handshake. As long as they stay the same, no data has moved between the
-/// application and the peer, except data that the application reads from the receive queue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Progress {
-    /// Bytes that arrived in order. A FIN counts as one.
-    pub received: u64,
-    /// Bytes that the peer has acknowledged.
-    pub acked: u64,
-    /// Bytes that the application has written. A retransmission does not change it.
-    pub written: u64,
-}
 
 /// The kernel's description of one socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,6 +62,12 @@ pub struct SocketMessage {
     /// Whether the socket has IP_TRANSPARENT, so that its local address need not be one of this host. `None` if the kernel does
     /// not report it (before Linux 5.10).
     pub transparent: Option<bool>,
+    /// The facts that only an MPTCP socket has. Then `recv_q` is the memory in bytes that its unread data takes, and `send_q`
+    /// comes from `struct mptcp_info`, as the quiet times do.
+    pub mptcp: Option<MptcpSocket>,
+    /// If a TCP socket is a subflow of an MPTCP socket: the token of that socket, or 0 if the kernel does not report the token.
+    /// `None` for any other socket, if the information was not requested, and without CAP_NET_ADMIN before Linux 6.15.
+    pub subflow_of: Option<u32>,
 }
 
 /// One message of a datagram from the kernel.
@@ -116,8 +98,11 @@ pub struct Framed {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Malformed(pub &'static str);
 
-/// Parses the messages of one datagram.
-pub fn frames(datagram: &[u8]) -> impl Iterator<Item = Result<Framed, Malformed>> + '_ {
+/// Parses the messages of one datagram. `protocol` is that of the request.
+pub fn frames(
+    datagram: &[u8],
+    protocol: Protocol,
+) -> impl Iterator<Item = Result<Framed, Malformed>> + '_ {
     let mut rest = datagram;
     std::iter::from_fn(move || {
         if rest.is_empty() {
@@ -129,7 +114,7 @@ pub fn frames(datagram: &[u8]) -> impl Iterator<Item = Result<Framed, Malformed>
                 // Messages start at multiples of four bytes. The last one may lack its padding.
                 let next = length.next_multiple_of(4).min(rest.len());
                 rest = &rest[next..];
-                Some(parse_frame(&view))
+                Some(parse_frame(&view, protocol))
             }
             Err(_) => {
                 rest = &[];
@@ -139,10 +124,10 @@ pub fn frames(datagram: &[u8]) -> impl Iterator<Item = Result<Framed, Malformed>
     })
 }
 
-fn parse_frame(view: &NetlinkBuffer<&[u8]>) -> Result<Framed, Malformed> {
+fn parse_frame(view: &NetlinkBuffer<&[u8]>, protocol: Protocol) -> Result<Framed, Malformed> {
     let payload = view.payload();
     let frame = match view.message_type() {
-        SOCK_DIAG_BY_FAMILY => Frame::Socket(parse_socket(payload)?),
+        SOCK_DIAG_BY_FAMILY => Frame::Socket(parse_socket(payload, protocol)?),
         NLMSG_ERROR => match i32_at(payload, 0).ok_or(Malformed("an error without errno"))? {
             0 => Frame::Ack,
             negative => Frame::Error(negative.saturating_neg()),
@@ -159,7 +144,7 @@ fn parse_frame(view: &NetlinkBuffer<&[u8]>) -> Result<Framed, Malformed> {
 }
 
 /// Parses `struct inet_diag_msg` and the attributes that follow it.
-fn parse_socket(payload: &[u8]) -> Result<SocketMessage, Malformed> {
+fn parse_socket(payload: &[u8], protocol: Protocol) -> Result<SocketMessage, Malformed> {
     if payload.len() < MESSAGE_LEN {
         return Err(Malformed("struct inet_diag_msg is cut short"));
     }
@@ -171,6 +156,7 @@ fn parse_socket(payload: &[u8]) -> Result<SocketMessage, Malformed> {
     let mut message = SocketMessage {
         id: DiagId {
             family,
+            token: None,
             raw: payload[4..4 + SOCKID_LEN].try_into().expect("48 bytes"),
         },
         state: TcpState::from_kernel(payload[1]),
@@ -183,10 +169,22 @@ fn parse_socket(payload: &[u8]) -> Result<SocketMessage, Malformed> {
         v6only: None,
         cgroup: None,
         transparent: None,
+        mptcp: None,
+        subflow_of: None,
     };
     for attribute in NlasIterator::new(&payload[MESSAGE_LEN..]) {
         let attribute = attribute.map_err(|_| Malformed("an attribute is cut short"))?;
         match attribute.kind() {
+            INET_DIAG_INFO if protocol == Protocol::Mptcp => {
+                let Some(info) = mptcp::parse_info(attribute.value()) else {
+                    continue;
+                };
+                message.id.token = Some(info.socket.token);
+                message.mptcp = Some(info.socket);
+                message.send_q = info.send_q;
+                message.quiet = info.quiet;
+                message.progress = Some(info.progress);
+            }
             INET_DIAG_INFO => {
                 message.quiet = parse_quiet(attribute.value());
                 message.progress = parse_progress(attribute.value());
@@ -199,6 +197,7 @@ fn parse_socket(payload: &[u8]) -> Result<SocketMessage, Malformed> {
                 let options = attribute.value().first();
                 message.transparent = options.map(|options| options & TRANSPARENT != 0);
             }
+            INET_DIAG_ULP_INFO => message.subflow_of = mptcp::parse_subflow(attribute.value()),
             INET_DIAG_SKV6ONLY => message.v6only = attribute.value().first().map(|&b| b != 0),
             _ => {}
         }

@@ -3,24 +3,29 @@
 use netlink_packet_core::{Emitable, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader};
 
 use super::{
-    DiagId, Family, INET_DIAG_INFO, NLMSG_HDR_LEN, SOCK_DESTROY, SOCK_DIAG_BY_FAMILY, SOCKID_LEN,
+    DiagId, Family, INET_DIAG_INFO, NLMSG_HDR_LEN, Protocol, SOCK_DESTROY, SOCK_DIAG_BY_FAMILY,
+    SOCKID_LEN,
 };
 use crate::tcp::StateSet;
 
 /// `struct inet_diag_req_v2`: family, protocol, ext, pad, states 4, id 48.
 const REQUEST_LEN: usize = 8 + SOCKID_LEN;
 const IPPROTO_TCP: u8 = 6;
-/// Attribute kind (linux/inet_diag.h).
+/// It does not fit the byte for the protocol, so it goes into an attribute.
+const IPPROTO_MPTCP: u32 = 262;
+/// Attribute kinds (linux/inet_diag.h). Kernels before 5.10 do not have INET_DIAG_REQ_PROTOCOL, and ignore it.
 const INET_DIAG_REQ_BYTECODE: u16 = 1;
+const INET_DIAG_REQ_PROTOCOL: u16 = 3;
 /// `struct nlattr`: length 2, kind 2.
 const ATTRIBUTE_HDR_LEN: usize = 4;
 
 /// The sockets that a dump requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DumpRequest<'a> {
+    pub protocol: Protocol,
     pub family: Family,
     pub states: StateSet,
-    /// Whether the kernel sends `struct tcp_info`. It locks every socket for that.
+    /// Whether the kernel sends `struct tcp_info` or `struct mptcp_info`. It locks every socket for that.
     pub info: bool,
     /// A filter that the kernel runs ([`crate::filter::bytecode::bytecode`]); empty for no filter.
     pub bytecode: &'a [u8],
@@ -32,26 +37,24 @@ impl DumpRequest<'_> {
     /// # Panics
     /// The bytecode does not fit an attribute of 64 KiB.
     pub fn encode(&self, sequence: u32) -> Vec<u8> {
-        let attribute = match self.bytecode.len() {
+        let bytecode = match self.bytecode.len() {
             0 => 0,
             length => ATTRIBUTE_HDR_LEN + length,
         };
-        let mut bytes = Vec::with_capacity(NLMSG_HDR_LEN + REQUEST_LEN + attribute);
+        let body = REQUEST_LEN + protocol_attribute_len(self.protocol) + bytecode;
+        let mut bytes = Vec::with_capacity(NLMSG_HDR_LEN + body);
         let flags = NLM_F_REQUEST | NLM_F_DUMP;
-        let body = REQUEST_LEN + attribute;
         put_header(&mut bytes, body, SOCK_DIAG_BY_FAMILY, flags, sequence);
         put_request(
             &mut bytes,
+            self.protocol,
             self.family,
             self.states,
             self.info,
             &[0; SOCKID_LEN],
         );
-        if attribute > 0 {
-            let length = u16::try_from(attribute).expect("bytecode fits an attribute");
-            bytes.extend(length.to_ne_bytes());
-            bytes.extend(INET_DIAG_REQ_BYTECODE.to_ne_bytes());
-            bytes.extend(self.bytecode);
+        if bytecode > 0 {
+            put_attribute(&mut bytes, INET_DIAG_REQ_BYTECODE, self.bytecode);
         }
         bytes
     }
@@ -66,24 +69,33 @@ pub enum Detail {
     Quiet,
 }
 
-/// Appends a lookup of exactly the socket `id` to `bytes`.
+/// Appends a lookup of exactly the socket `id` to `bytes`. The kernel finds an MPTCP socket by its token alone, and the answer
+/// contains the cookie.
 ///
 /// The answer is one [`super::Frame::Socket`], or an error: ENOENT or ESTALE if that socket is no longer in the kernel's tables
-/// (net/ipv4/inet_diag.c, inet_diag_find_one_icsk).
+/// (net/ipv4/inet_diag.c, inet_diag_find_one_icsk; net/mptcp/mptcp_diag.c, mptcp_diag_dump_one).
 pub fn put_lookup(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32, detail: Detail) {
+    let protocol = id.protocol();
+    let mut raw = id.raw;
+    if let Some(token) = id.token {
+        // In place of the lower half of the cookie.
+        raw[40..44].copy_from_slice(&token.to_ne_bytes());
+    }
     put_header(
         bytes,
-        REQUEST_LEN,
+        REQUEST_LEN + protocol_attribute_len(protocol),
         SOCK_DIAG_BY_FAMILY,
         NLM_F_REQUEST,
         sequence,
     );
     put_request(
         bytes,
+        protocol,
         id.family,
         StateSet::EMPTY,
-        detail == Detail::Quiet,
-        &id.raw,
+        // Without the token in `struct mptcp_info`, the answer could not be looked up again.
+        detail == Detail::Quiet || protocol == Protocol::Mptcp,
+        &raw,
     );
 }
 
@@ -103,7 +115,8 @@ pub fn put_destroy_without_ack(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32) 
 
 fn put_destroy_with(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32, flags: u16) {
     put_header(bytes, REQUEST_LEN, SOCK_DESTROY, flags, sequence);
-    put_request(bytes, id.family, StateSet::EMPTY, false, &id.raw);
+    let tcp = Protocol::Tcp;
+    put_request(bytes, tcp, id.family, StateSet::EMPTY, false, &id.raw);
 }
 
 fn put_header(bytes: &mut Vec<u8>, body: usize, message_type: u16, flags: u16, sequence: u32) {
@@ -119,13 +132,37 @@ fn put_header(bytes: &mut Vec<u8>, body: usize, message_type: u16, flags: u16, s
 
 fn put_request(
     bytes: &mut Vec<u8>,
+    protocol: Protocol,
     family: Family,
     states: StateSet,
     info: bool,
     id: &[u8; SOCKID_LEN],
 ) {
     let extensions = if info { 1 << (INET_DIAG_INFO - 1) } else { 0 };
-    bytes.extend_from_slice(&[family.number(), IPPROTO_TCP, extensions, 0]);
+    let number = match protocol {
+        Protocol::Tcp => IPPROTO_TCP,
+        // A kernel that does not know the attribute finds no table for this number, and refuses (ENOENT).
+        Protocol::Mptcp => 0,
+    };
+    bytes.extend_from_slice(&[family.number(), number, extensions, 0]);
     bytes.extend_from_slice(&states.mask().to_ne_bytes());
     bytes.extend_from_slice(id);
+    if protocol == Protocol::Mptcp {
+        put_attribute(bytes, INET_DIAG_REQ_PROTOCOL, &IPPROTO_MPTCP.to_ne_bytes());
+    }
+}
+
+/// The length of the attribute that [`put_request`] appends.
+fn protocol_attribute_len(protocol: Protocol) -> usize {
+    match protocol {
+        Protocol::Tcp => 0,
+        Protocol::Mptcp => ATTRIBUTE_HDR_LEN + 4,
+    }
+}
+
+fn put_attribute(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    let length = u16::try_from(ATTRIBUTE_HDR_LEN + value.len()).expect("at most 64 KiB");
+    bytes.extend(length.to_ne_bytes());
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend(value);
 }

@@ -13,7 +13,9 @@ fn sockets(hex: &str) -> Vec<SocketMessage> {
         Frame::Socket(message) => Some(message),
         _ => None,
     };
-    frames(&datagram).filter_map(socket).collect()
+    frames(&datagram, Protocol::Tcp)
+        .filter_map(socket)
+        .collect()
 }
 
 #[test]
@@ -64,7 +66,7 @@ fn a_dump_cut_at_any_byte_is_an_error_or_shorter_never_a_panic() {
         let whole = bytes(hex);
         let all = sockets(hex).len();
         for length in 0..whole.len() {
-            let good = frames(&whole[..length])
+            let good = frames(&whole[..length], Protocol::Tcp)
                 .take_while(Result::is_ok)
                 .filter(|framed| matches!(framed.as_ref().unwrap().frame, Frame::Socket(_)))
                 .count();
@@ -82,7 +84,9 @@ fn unknown_attributes_and_longer_structs_are_passed_over() {
     datagram.splice(first..first, extra);
     let longer = u32::try_from(first + extra.len()).unwrap();
     datagram[..4].copy_from_slice(&longer.to_ne_bytes());
-    let all: Vec<_> = frames(&datagram).map(Result::unwrap).collect();
+    let all: Vec<_> = frames(&datagram, Protocol::Tcp)
+        .map(Result::unwrap)
+        .collect();
     assert!(matches!(all[0].frame, Frame::Socket(_)));
     assert_eq!(all.len(), 3);
 }
@@ -126,6 +130,7 @@ fn a_request_carries_the_id_byte_for_byte() {
 #[test]
 fn a_dump_asks_by_state() {
     let request = DumpRequest {
+        protocol: Protocol::Tcp,
         family: Family::V4,
         states: StateSet::from(TcpState::CloseWait),
         info: true,
@@ -146,7 +151,18 @@ fn a_dump_asks_by_state() {
         bytecode: &code,
         ..request
     };
+    let of_mptcp = DumpRequest {
+        protocol: Protocol::Mptcp,
+        ..filtered
+    };
+    let of_mptcp = of_mptcp.encode(3);
+    assert_eq!(of_mptcp[..4], 88u32.to_ne_bytes());
+    assert_eq!(of_mptcp[17], 0, "262 does not fit");
+    assert_eq!(of_mptcp[72..74], 8u16.to_ne_bytes());
+    assert_eq!(of_mptcp[74..76], 3u16.to_ne_bytes());
+    assert_eq!(of_mptcp[76..80], 262u32.to_ne_bytes());
     let filtered = filtered.encode(3);
+    assert_eq!(of_mptcp[80..], filtered[72..]);
     assert_eq!(filtered[..4], 80u32.to_ne_bytes());
     assert_eq!(filtered[4..72], bytes[4..]);
     assert_eq!(filtered[72..74], 8u16.to_ne_bytes());
@@ -165,7 +181,12 @@ fn errors_and_acks_are_distinguished() {
         bytes.extend_from_slice(payload);
         bytes
     };
-    let frame = |bytes: &[u8]| frames(bytes).next().unwrap().map(|framed| framed.frame);
+    let frame = |bytes: &[u8]| {
+        frames(bytes, Protocol::Tcp)
+            .next()
+            .unwrap()
+            .map(|framed| framed.frame)
+    };
     assert_eq!(frame(&message(2, &0i32.to_ne_bytes())), Ok(Frame::Ack));
     let refused = (-libc::EPERM).to_ne_bytes();
     assert_eq!(frame(&message(2, &refused)), Ok(Frame::Error(libc::EPERM)));
