@@ -14,7 +14,7 @@ use crate::finder;
 use crate::finder::dead::{DeadScan, DeadSocket, SuspectVerdict};
 use crate::history::History;
 use crate::model::{Cause, Scan};
-use crate::proc::{ProcFs, Process, ProcessId};
+use crate::proc::{ProcFs, Process, ProcessId, ProcessKind};
 use crate::text::{age, escape};
 
 /// The status of a monitoring plugin; the number is the exit status.
@@ -303,15 +303,28 @@ fn counted(scan: &Scan) -> String {
         stuck => format!("{stuck} sockets stuck"),
     };
     let mut by_process: BTreeMap<ProcessId, (&Process, usize)> = BTreeMap::new();
+    let mut by_kind: BTreeMap<ProcessKind<'_>, (usize, usize)> = BTreeMap::new();
     for process in scan
         .targets
         .iter()
         .filter_map(|target| scan.culprit(target))
     {
-        by_process.entry(process.id).or_insert((process, 0)).1 += 1;
+        let of_process = by_process.entry(process.id).or_insert((process, 0));
+        of_process.1 += 1;
+        let of_kind = by_kind.entry(process.kind()).or_default();
+        of_kind.0 += usize::from(of_process.1 == 1);
+        of_kind.1 += 1;
     }
     if let Some((process, count)) = by_process.into_values().max_by_key(|(_, count)| *count) {
-        let _ = write!(text, ", {count} of {process}");
+        let most = by_kind.into_iter().max_by_key(|(_, (_, sockets))| *sockets);
+        let _ = match most {
+            // No process of the kind has most of its sockets.
+            Some((kind, (processes, sockets))) if processes > 2 && sockets > 2 * count => {
+                let comm = escape(kind.comm);
+                write!(text, ", {sockets} of {processes} processes {comm}")
+            }
+            _ => write!(text, ", {count} of {process}"),
+        };
     }
     let ages = scan.targets.iter().filter_map(|target| target.socket.age);
     if let Some(oldest) = ages.max() {
@@ -409,6 +422,15 @@ mod tests {
         let values: Vec<&str> = performance.split(' ').collect();
         assert_eq!(values[..2], ["stuck=15;10;20;0;", "not_accepted=0;;;0;"]);
         assert!(values.contains(&"unread=15;;;0;"), "{values:?}");
+    }
+
+    #[test]
+    fn many_processes_with_a_socket_each_are_counted_together() {
+        let line = by_count(&scan(&[1; 12]), AT).line;
+        let expected = "12 sockets stuck, 12 of 12 processes a/b\\nc, oldest 1h00m |";
+        assert!(line.contains(expected), "{line}");
+        let line = by_count(&scan(&[1, 9, 1]), AT).line;
+        assert!(line.contains("stuck, 9 of a/b\\nc/101,"), "{line}");
     }
 
     #[test]

@@ -46,7 +46,7 @@ pub struct SocketGroup {
 ///
 /// A cause has a known meaning only in CLOSE-WAIT, so `lasting`, `idle` and `services` count only the sockets in
 /// CLOSE-WAIT, or all sockets if none is in CLOSE-WAIT.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CauseCount {
     /// All sockets of the cause.
     pub count: usize,
@@ -134,6 +134,38 @@ impl SocketGroup {
         group
     }
 
+    /// The groups together. Their sockets are different ones.
+    pub fn merged<'a>(groups: impl Iterator<Item = &'a SocketGroup>) -> SocketGroup {
+        let mut all = SocketGroup::default();
+        for group in groups {
+            all.stuck += group.stuck;
+            all.new += group.new;
+            all.gone += group.gone;
+            all.oldest = all.oldest.max(group.oldest);
+            for (sum, count) in all.ages.iter_mut().zip(group.ages) {
+                *sum += count;
+            }
+            add(&mut all.ports, &group.ports);
+            add(&mut all.peers, &group.peers);
+            add(&mut all.peer_ports, &group.peer_ports);
+            for (cause, sockets) in &group.causes {
+                let sum = all.causes.entry(*cause).or_default();
+                sum.count += sockets.count;
+                sum.close_wait += sockets.close_wait;
+                sum.lasting += sockets.lasting;
+                sum.idle += sockets.idle;
+                add(&mut sum.services, &sockets.services);
+            }
+        }
+        sort(&mut all.ports);
+        sort(&mut all.peers);
+        sort(&mut all.peer_ports);
+        for sockets in all.causes.values_mut() {
+            sort(&mut sockets.services);
+        }
+        all
+    }
+
     /// The change in the number of sockets per minute, if `elapsed` is the time between the scans.
     pub fn growth_per_minute(&self, elapsed: Duration) -> f64 {
         per_minute(self.new, elapsed) - per_minute(self.gone, elapsed)
@@ -180,6 +212,21 @@ impl Service {
                 .chain(others),
         )
     }
+}
+
+/// Adds counts to others.
+fn add<T: Copy + Eq>(sums: &mut Vec<(T, usize)>, counts: &[(T, usize)]) {
+    for (value, count) in counts {
+        match sums.iter_mut().find(|(known, _)| known == value) {
+            Some((_, sum)) => *sum += count,
+            None => sums.push((*value, *count)),
+        }
+    }
+}
+
+/// Sorts counts, the largest first.
+fn sort<T: Ord>(counts: &mut [(T, usize)]) {
+    counts.sort_by(|(a, of_a), (b, of_b)| of_b.cmp(of_a).then_with(|| a.cmp(b)));
 }
 
 /// Each value with its count, the most frequent first.
@@ -274,6 +321,7 @@ pub fn before_at<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::ops::Range;
     use std::sync::Arc;
 
     use crate::model::Owner;
@@ -312,6 +360,28 @@ mod tests {
         let group = SocketGroup::new(before[..4].iter(), second.iter(), &context);
         let counts = &group.causes[&Cause::Unread];
         assert_eq!((counts.count, counts.idle), (5, 1));
+    }
+
+    #[test]
+    fn merged_groups_are_as_if_counted_together() {
+        let sockets: Vec<Socket> = (0..6)
+            .map(|cookie| {
+                let mut socket = socket("10.0.0.1:80", "10.0.0.2:5", cookie);
+                if cookie % 3 == 0 {
+                    (socket.cause, socket.age) = (Cause::Drained, None);
+                }
+                socket
+            })
+            .collect();
+        let of = |first: Range<usize>, second: Range<usize>| {
+            let first = sockets[first].iter();
+            SocketGroup::new(first, sockets[second].iter(), &GroupContext::default())
+        };
+        let (one, two) = (of(0..3, 1..3), of(3..4, 3..6));
+        assert_eq!(
+            SocketGroup::merged([&one, &two].into_iter()),
+            of(0..4, 1..6)
+        );
     }
 
     #[test]

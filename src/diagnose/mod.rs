@@ -1,10 +1,11 @@
 //! `cwkill diagnose`: which process leaks, why, how fast, and which command to run next. It closes nothing.
 //!
 //! Two scans with a pause between them show the growth. After the second scan cwkill reads the descriptor
-//! tables and the state of each process. Three pure modules evaluate the data: [`group`] counts sockets,
-//! [`verdict`] explains causes and process states, [`suggest`] chooses the next command.
+//! tables and the state of each process. [`origin`] finds where their sockets come from. Three pure modules evaluate the data:
+//! [`group`] counts sockets, [`verdict`] explains causes and process states, [`suggest`] chooses the next command.
 
 pub mod group;
+pub mod origin;
 pub mod suggest;
 pub mod verdict;
 
@@ -29,8 +30,9 @@ use crate::proc::{ProcFs, Process, ProcessId};
 use crate::sock_diag::Cookie;
 use crate::text::counted;
 use group::{GroupContext, SocketGroup};
+use origin::{ListeningPort, LookTimes, Single};
 use suggest::{LanguageRuntime, Suggestion, SuggestionInput};
-use verdict::Condition;
+use verdict::{Circumstance, Condition};
 
 /// The default time between the two scans.
 pub const SAMPLE: Duration = Duration::from_secs(5);
@@ -38,6 +40,9 @@ pub const SAMPLE: Duration = Duration::from_secs(5);
 /// The maximum number of processes, and of listeners, in the report for people: one screen. Only the threads of
 /// these processes are examined.
 pub const MAX_SHOWN: usize = 10;
+
+/// With so few free descriptors a process is at its limit: some come and go between the look at its table and the next accept(2).
+const FEW_FREE: u64 = 3;
 
 /// A process with at least this many descriptors of sockets that were never connected is reported for them alone.
 const MANY_NEVER_CONNECTED: usize = 100;
@@ -67,6 +72,8 @@ pub struct Diagnosis {
     pub selects_owners: bool,
     /// Why descriptors are missing, or may be counted as unknown.
     pub failures: Vec<String>,
+    /// The host is at its limit of open files (fs.file-max).
+    pub is_host_at_limit: bool,
     /// Whether /proc shows the pid namespace of cwkill. Only then a suggested command reaches the right process.
     pub is_own_pid_namespace: bool,
 }
@@ -94,6 +101,12 @@ impl Diagnosis {
                     .to_owned(),
             );
         }
+        if self.is_host_at_limit {
+            notes.push(
+                "the host is at its limit of open files (fs.file-max): without CAP_SYS_ADMIN, accept(2) and open(2) fail with ENFILE"
+                    .to_owned(),
+            );
+        }
         notes.extend(self.failures.iter().cloned());
         if !self.is_own_pid_namespace && !self.processes.is_empty() {
             notes.push(
@@ -104,17 +117,21 @@ impl Diagnosis {
         notes
     }
 
-    /// Whether an owner of `listener` has as many descriptors open as it may.
-    pub fn is_at_limit(&self, listener: &Listener) -> bool {
-        let is_full = |process: &ProcessDiagnosis| {
-            let used = process.table.as_ref().map(|table| table.used as u64);
-            used >= process.status.limit && process.status.limit.is_some()
-        };
+    /// The fact about the owners of a listener that explains the connections that wait at it.
+    pub fn circumstance(&self, listener: &Listener) -> Circumstance<'_> {
         let owns = |process: &&ProcessDiagnosis| {
             let mut owners = listener.owners.iter();
             owners.any(|owner| owner.process.id == process.process.id)
         };
-        self.processes.iter().filter(owns).any(is_full)
+        let owners = || self.processes.iter().filter(owns);
+        let is_halted =
+            |process: &ProcessDiagnosis| matches!(process.circumstance(), Circumstance::Halted(_));
+        match owners().next() {
+            Some(first) if owners().all(is_halted) => first.circumstance(),
+            _ if owners().any(ProcessDiagnosis::is_at_limit) => Circumstance::AtLimit,
+            _ if self.is_host_at_limit => Circumstance::HostAtLimit,
+            _ => Circumstance::None,
+        }
     }
 
     /// Whether a missing privilege hid stuck sockets, owners or dead descriptors.
@@ -158,7 +175,14 @@ pub struct ProcessDiagnosis {
     pub table: Option<DescriptorTable>,
     /// `None` if the names of the process do not show it.
     pub runtime: Option<LanguageRuntime>,
-    pub suggestion: Option<Suggestion>,
+    /// The process from which it has inherited its sockets, if it does not use them.
+    pub inherited_from: Option<Arc<Process>>,
+    /// Its connection, if it has only one.
+    pub single_connection: Option<Single>,
+    /// It is one of many processes with one connection each.
+    pub per_connection: bool,
+    /// The commands to run, the first one first.
+    pub suggestions: Vec<Suggestion>,
 }
 
 /// Descriptors of TCP sockets that are in no table of the kernel.
@@ -191,6 +215,37 @@ impl ProcessDiagnosis {
             many => many,
         };
         self.held.stuck + counts.dead + never_connected
+    }
+
+    /// Whether it has almost no free descriptor.
+    pub fn is_at_limit(&self) -> bool {
+        let used = self.table.as_ref().map(|table| table.used as u64);
+        used.zip(self.status.limit)
+            .is_some_and(|(used, limit)| used.saturating_add(FEW_FREE) >= limit)
+    }
+
+    /// The fact about the process that explains its sockets.
+    pub fn circumstance(&self) -> Circumstance<'_> {
+        match (self.condition, &self.inherited_from) {
+            (halted @ (Condition::Stopped | Condition::Frozen | Condition::Traced), _) => {
+                Circumstance::Halted(halted)
+            }
+            (_, Some(from)) => Circumstance::Inherited(from),
+            (_, None) if self.per_connection => Circumstance::PerConnection,
+            (_, None) => Circumstance::None,
+        }
+    }
+
+    /// Whether the report of `other` can be merged with the report of this process: both are one of many with one connection each.
+    pub fn is_sibling(&self, other: &ProcessDiagnosis) -> bool {
+        let port = |process: &ProcessDiagnosis| process.single_connection.map(|single| single.port);
+        self.per_connection
+            && other.per_connection
+            && self.process.kind() == other.process.kind()
+            && self.status.parent == other.status.parent
+            && self.condition == other.condition
+            && self.waiting + other.waiting == 0
+            && port(self) == port(other)
     }
 
     /// Whether a report of `other` would repeat the report of this process: both are workers that share all their
@@ -244,10 +299,16 @@ pub fn run(
     let elapsed = begin.elapsed();
     let scan = finder::find(&namespaces, proc, selectors, history)?;
     history.learn(&scan, selectors);
+    let scanned = origin::since_boot();
     let (tables, failures) = read_tables(&scan, selectors, proc);
+    let times = LookTimes {
+        scanned,
+        tables_read: origin::since_boot(),
+    };
     let (unreadable_processes, hidden_processes) = (tables.unreadable.len(), tables.hidden);
+    let listening = listening_ports(&scan.namespaces);
     let context = GroupContext {
-        listening_ports: listening_ports(&scan.namespaces),
+        listening_ports: listening.iter().map(|l| (l.netns, l.port)).collect(),
         elapsed,
     };
     let scans = (&first, &scan);
@@ -256,8 +317,13 @@ pub fn run(
             let status = proc.status(process);
             let before = states.get(&process.id).copied().flatten();
             let condition = Condition::of(before, status.state);
-            (status, condition)
+            (
+                status,
+                condition.with_frozen(proc.is_frozen(process.id.pid)),
+            )
         });
+    let netns_of = |process: &Process| netns_of(process, &scan, proc);
+    origin::find(&mut processes, &scan, &listening, &netns_of, times, proc);
     let ownerless = SocketGroup::new(ownerless(&first), ownerless(&scan), &context);
     let total = SocketGroup::new(sockets(&first), sockets(&scan), &context);
     let listeners = diagnose_listeners(scans, &context);
@@ -275,11 +341,18 @@ pub fn run(
     }
     // In another pid namespace the number names another process, so a command would act on the wrong one.
     for diagnosis in processes.iter_mut().filter(|_| is_own_pid_namespace) {
-        diagnosis.suggestion = suggest::suggest(SuggestionInput {
+        let status = &diagnosis.status;
+        let reached = status.limit.filter(|_| diagnosis.is_at_limit());
+        diagnosis.suggestions = suggest::suggest(SuggestionInput {
             pid: diagnosis.process.id.pid,
             runtime: diagnosis.runtime,
             condition: diagnosis.condition,
-            caught: diagnosis.status.caught,
+            caught: status.caught,
+            held: diagnosis.held.stuck,
+            dead: diagnosis.suspect_counts().dead,
+            reached: reached.map(|soft| (soft, status.hard_limit)),
+            inherited_from: diagnosis.inherited_from.as_deref(),
+            per_connection: diagnosis.per_connection,
         });
     }
     Ok(Diagnosis {
@@ -295,6 +368,7 @@ pub fn run(
         hidden_processes,
         selects_owners: selectors.selects_owners(),
         failures,
+        is_host_at_limit: proc.open_files().is_some_and(|(used, limit)| used >= limit),
     })
 }
 
@@ -408,14 +482,24 @@ fn waiting_before(first: &Scan, inode: u32) -> Option<u32> {
     Some(socket.waiting)
 }
 
-/// The ports with a listener, each with the index of its network namespace. Errors are ignored: without the ports of a namespace
+/// The ports with a listener. Errors are ignored: without the ports of a namespace
 /// the service of a socket is guessed from the ports of the connections.
-fn listening_ports(namespaces: &[Arc<Netns>]) -> HashSet<(usize, u16)> {
+fn listening_ports(namespaces: &[Arc<Netns>]) -> Vec<ListeningPort> {
     let ports = |netns: &Arc<Netns>| netns.within(listeners::ports).ok()?.ok();
+    let listening = |(netns, ports): (usize, Option<Vec<(u16, u32)>>)| {
+        let ports = ports.into_iter().flatten();
+        ports.map(move |(port, inode)| ListeningPort { netns, port, inode })
+    };
     let ports = namespaces.iter().map(ports).enumerate();
-    ports
-        .flat_map(|(netns, ports)| ports.into_iter().flatten().map(move |port| (netns, port)))
-        .collect()
+    ports.flat_map(listening).collect()
+}
+
+/// The index of the network namespace of a process, among those that were scanned.
+fn netns_of(process: &Process, scan: &Scan, proc: &ProcFs) -> Option<usize> {
+    let path = proc.path(&format!("{}/ns/net", process.id.pid));
+    let inode = fs::metadata(path).ok()?.ino();
+    let mut namespaces = scan.namespaces.iter();
+    namespaces.position(|netns| netns.inode() == inode)
 }
 
 /// The processes to report, the one with the most leaked descriptors first, and the number of possibly dead descriptors in
@@ -468,7 +552,10 @@ fn diagnose_processes(
         let (status, condition) = status_of(&process);
         ProcessDiagnosis {
             runtime: LanguageRuntime::of(status.executable.as_deref(), &process.comm),
-            suggestion: None,
+            suggestions: Vec::new(),
+            inherited_from: None,
+            single_connection: None,
+            per_connection: false,
             sockets_signature: now.signature(),
             uninterruptible_threads: Vec::new(),
             process,

@@ -2,6 +2,7 @@
 //! the command and never runs it.
 
 use super::verdict::Condition;
+use crate::proc::Process;
 
 /// The language runtime of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,9 +115,9 @@ pub struct Suggestion {
     pub remark: String,
 }
 
-/// The facts about a process that decide which command to suggest.
+/// The facts about a process that decide which commands to suggest.
 #[derive(Clone, Copy, Debug)]
-pub struct SuggestionInput {
+pub struct SuggestionInput<'a> {
     pub pid: i32,
     /// `None`: unknown.
     pub runtime: Option<LanguageRuntime>,
@@ -126,51 +127,158 @@ pub struct SuggestionInput {
     ///
     /// [`ProcessStatus::caught`]: crate::proc::status::ProcessStatus::caught
     pub caught: Option<u64>,
+    /// Descriptors of stuck sockets.
+    pub held: usize,
+    /// Descriptors of dead sockets.
+    pub dead: usize,
+    /// Its soft and hard limit of descriptors, if it is at the soft one.
+    pub reached: Option<(u64, Option<u64>)>,
+    /// The process that its sockets come from, if it does not use them.
+    pub inherited_from: Option<&'a Process>,
+    /// It is one of many processes with one connection each.
+    pub per_connection: bool,
 }
 
-impl SuggestionInput {
+impl SuggestionInput<'_> {
     fn catches(&self, signal: i32) -> bool {
         self.caught
             .is_some_and(|caught| caught >> (signal - 1) & 1 == 1)
     }
 }
 
-/// The command to run next; `None` if the process is gone.
-pub fn suggest(process: SuggestionInput) -> Option<Suggestion> {
+/// The commands to run, at most two, the first one first. None if the process is gone.
+pub fn suggest(process: SuggestionInput<'_>) -> Vec<Suggestion> {
     let pid = process.pid;
-    let (command, remark) = match process.condition {
-        Condition::Gone => return None,
-        Condition::Zombie => (
+    let halted = match process.condition {
+        Condition::Gone => return Vec::new(),
+        Condition::Zombie => Some((
             format!("ps -o ppid= -p {pid}"),
             "its parent must reap it".to_owned(),
-        ),
-        Condition::Stopped => (
+        )),
+        Condition::Stopped => Some((
             format!("kill -CONT {pid}"),
             "after you know who stopped it and why".to_owned(),
-        ),
-        Condition::Traced => (
+        )),
+        Condition::Frozen => Some((
+            format!("cat /proc/{pid}/cgroup"),
+            "to thaw it: docker unpause, systemctl thaw; or write 0 to cgroup.freeze of that cgroup or of one above it"
+                .to_owned(),
+        )),
+        Condition::Traced => Some((
             format!("grep TracerPid /proc/{pid}/status"),
             "the number of the debugger".to_owned(),
-        ),
+        )),
         // A debugger would block too.
-        Condition::Uninterruptible => (
+        Condition::Uninterruptible => Some((
             format!("cat /proc/{pid}/wchan"),
             UNINTERRUPTIBLE_REMARK.to_owned(),
-        ),
-        Condition::ThreadUninterruptible(thread) => (
+        )),
+        Condition::ThreadUninterruptible(thread) => Some((
             format!("cat /proc/{pid}/task/{thread}/wchan"),
             UNINTERRUPTIBLE_REMARK.to_owned(),
-        ),
-        Condition::Normal => stack_command(process),
+        )),
+        Condition::Normal => None,
     };
-    Some(Suggestion { command, remark })
+    let commands = match (halted, process.reached, process.inherited_from) {
+        (Some(halted), ..) => vec![halted],
+        (None, _, Some(from)) => vec![(
+            reclaim(process),
+            format!("closes them here; then set FD_CLOEXEC (close_fds) in {from}"),
+        )],
+        (None, Some((soft, hard)), None) => vec![
+            make_room(process, soft, hard),
+            stack_without_descriptor(process),
+        ],
+        (None, None, None) if process.per_connection => vec![
+            stack_command(process),
+            (
+                format!("kill {pid}"),
+                format!("ends it; in PostgreSQL as pg_terminate_backend({pid})"),
+            ),
+        ],
+        (None, None, None) => vec![stack_command(process)],
+    };
+    let suggestion = |(command, remark)| Suggestion { command, remark };
+    commands.into_iter().map(suggestion).collect()
+}
+
+/// The command that closes the descriptors of stuck or dead sockets inside the process.
+fn reclaim(process: SuggestionInput<'_>) -> String {
+    let pid = process.pid;
+    match process.held {
+        0 => format!("cwkill reclaim --pid {pid}"),
+        _ => format!("cwkill --pid {pid} --reclaim"),
+    }
+}
+
+/// The command that gives a process at its limit descriptors again, and a remark.
+fn make_room(process: SuggestionInput<'_>, soft: u64, hard: Option<u64>) -> (String, String) {
+    let pid = process.pid;
+    let more = soft.max(1).saturating_mul(2);
+    let (raise, needs) = match hard {
+        Some(hard) if hard > soft => (
+            format!("prlimit --pid {pid} --nofile={}:", more.min(hard)),
+            "",
+        ),
+        _ => (
+            format!("prlimit --pid {pid} --nofile={more}:{more}"),
+            " (needs CAP_SYS_RESOURCE)",
+        ),
+    };
+    let leaked = process.held + process.dead;
+    // These runtimes keep their sockets in epoll sets or have finalizers, so a reclaim would skip the descriptors.
+    let is_skipped = matches!(
+        process.runtime,
+        Some(
+            LanguageRuntime::Jvm
+                | LanguageRuntime::Go
+                | LanguageRuntime::Node
+                | LanguageRuntime::DotNet
+        )
+    );
+    match leaked {
+        0 => (raise, format!("raises its limit{needs}")),
+        _ if is_skipped => (
+            raise,
+            format!(
+                "raises its limit{needs}; or {} --reclaim-force",
+                reclaim(process)
+            ),
+        ),
+        _ => (
+            reclaim(process),
+            format!("frees up to {leaked}; or {raise}"),
+        ),
+    }
+}
+
+/// The command that shows the stacks of a process that can open no descriptor, and a remark.
+fn stack_without_descriptor(process: SuggestionInput<'_>) -> (String, String) {
+    let pid = process.pid;
+    match process.runtime {
+        // jcmd and jstack connect to a socket of the JVM, which would have to accept them.
+        Some(LanguageRuntime::Jvm) if process.catches(libc::SIGQUIT) => (
+            format!("kill -QUIT {pid}"),
+            "prints the stacks to its standard output; jcmd needs a free descriptor".to_owned(),
+        ),
+        Some(LanguageRuntime::Go) => (
+            format!("dlv attach {pid}"),
+            "then `goroutines -t`; at `exit` answer n to \"kill the process?\"; pprof needs a free descriptor"
+                .to_owned(),
+        ),
+        // They listen on a socket.
+        Some(LanguageRuntime::Jvm | LanguageRuntime::Node | LanguageRuntime::DotNet) => {
+            debugger(pid)
+        }
+        Some(LanguageRuntime::Python | LanguageRuntime::Ruby) | None => stack_command(process),
+    }
 }
 
 const UNINTERRUPTIBLE_REMARK: &str =
     "and the kernel log show what it waits for; a debugger does not help";
 
 /// The command that shows the stacks of a process in a normal state, and a remark.
-fn stack_command(process: SuggestionInput) -> (String, String) {
+fn stack_command(process: SuggestionInput<'_>) -> (String, String) {
     let pid = process.pid;
     // jcmd and jstack first send SIGQUIT (jdk.attach), `node inspect` first sends SIGUSR1 (process._debugProcess).
     let without_signal = |signal: &str, tool: &str| {
@@ -266,18 +374,30 @@ mod tests {
         }
     }
 
-    fn input(runtime: Option<LanguageRuntime>, condition: Condition) -> SuggestionInput {
+    fn input(runtime: Option<LanguageRuntime>, condition: Condition) -> SuggestionInput<'static> {
         SuggestionInput {
             pid: 42,
             runtime,
             condition,
             caught: Some(1 << (libc::SIGQUIT - 1) | 1 << (libc::SIGUSR1 - 1)),
+            held: 3,
+            dead: 2,
+            reached: None,
+            inherited_from: None,
+            per_connection: false,
         }
+    }
+
+    fn commands(process: SuggestionInput<'_>) -> Vec<String> {
+        suggest(process)
+            .into_iter()
+            .map(|one| one.command)
+            .collect()
     }
 
     #[test]
     fn the_command_is_right_for_the_process() {
-        let command = |runtime, condition| suggest(input(runtime, condition)).unwrap().command;
+        let command = |runtime, condition| suggest(input(runtime, condition))[0].command.clone();
         assert!(command(Some(LanguageRuntime::Jvm), Condition::Normal).starts_with("jcmd 42"));
         assert!(command(None, Condition::Normal).starts_with("gdb -p 42"));
         assert_eq!(
@@ -288,7 +408,80 @@ mod tests {
         assert!(waits.starts_with("cat"), "{waits}: a debugger would hang");
         let waits = command(None, Condition::ThreadUninterruptible(43));
         assert_eq!(waits, "cat /proc/42/task/43/wchan");
-        assert_eq!(suggest(input(None, Condition::Gone)), None);
+        assert_eq!(command(None, Condition::Frozen), "cat /proc/42/cgroup");
+        assert_eq!(suggest(input(None, Condition::Gone)), []);
+    }
+
+    #[test]
+    fn at_its_limit_a_process_first_needs_descriptors() {
+        let at = |runtime, hard| SuggestionInput {
+            reached: Some((1024, hard)),
+            ..input(runtime, Condition::Normal)
+        };
+        let jvm = at(Some(LanguageRuntime::Jvm), Some(4096));
+        let raise = "prlimit --pid 42 --nofile=2048:";
+        assert_eq!(commands(jvm), [raise, "kill -QUIT 42"]);
+        let remark = "raises its limit; or cwkill --pid 42 --reclaim --reclaim-force";
+        assert_eq!(suggest(jvm)[0].remark, remark);
+        let python = at(Some(LanguageRuntime::Python), Some(1024));
+        let raise = "prlimit --pid 42 --nofile=2048:2048";
+        assert_eq!(commands(python)[0], "cwkill --pid 42 --reclaim");
+        assert_eq!(
+            suggest(python)[0].remark,
+            format!("frees up to 5; or {raise}")
+        );
+        let deaf = SuggestionInput {
+            caught: Some(0),
+            ..jvm
+        };
+        assert!(commands(deaf)[1].starts_with("gdb"), "SIGQUIT would end it");
+        let dead = SuggestionInput { held: 0, ..python };
+        assert_eq!(commands(dead)[0], "cwkill reclaim --pid 42");
+        // What fills the table is not leaked sockets.
+        let other = SuggestionInput {
+            held: 0,
+            dead: 0,
+            ..at(None, Some(1024))
+        };
+        assert_eq!(commands(other)[0], raise);
+        for runtime in [
+            LanguageRuntime::Node,
+            LanguageRuntime::DotNet,
+            LanguageRuntime::Go,
+        ] {
+            let second = commands(at(Some(runtime), None)).remove(1);
+            assert!(
+                second.starts_with("gdb") || second.starts_with("dlv"),
+                "{second}"
+            );
+        }
+        assert!(commands(at(Some(LanguageRuntime::Python), None))[1].starts_with("py-spy"));
+    }
+
+    #[test]
+    fn an_heir_is_freed_and_a_process_of_one_connection_is_ended() {
+        let from = crate::proc::testdata::process(7, "server");
+        let heir = SuggestionInput {
+            inherited_from: Some(&from),
+            reached: Some((64, None)),
+            ..input(None, Condition::Normal)
+        };
+        assert_eq!(commands(heir), ["cwkill --pid 42 --reclaim"]);
+        assert!(
+            suggest(heir)[0]
+                .remark
+                .ends_with("FD_CLOEXEC (close_fds) in server/7")
+        );
+        let one = SuggestionInput {
+            per_connection: true,
+            ..input(Some(LanguageRuntime::Python), Condition::Normal)
+        };
+        assert_eq!(commands(one), ["py-spy dump --pid 42", "kill 42"]);
+        let stopped = SuggestionInput {
+            condition: Condition::Stopped,
+            ..one
+        };
+        assert_eq!(commands(stopped), ["kill -CONT 42"]);
     }
 
     #[test]
@@ -302,12 +495,12 @@ mod tests {
                     caught,
                     ..input(Some(runtime), Condition::Normal)
                 };
-                let suggestion = suggest(process).unwrap();
+                let suggestion = suggest(process).remove(0);
                 assert!(suggestion.command.starts_with("gdb"), "{suggestion:?}");
                 assert!(suggestion.remark.contains("would end it"), "{suggestion:?}");
             }
         }
-        let go = suggest(input(Some(LanguageRuntime::Go), Condition::Normal)).unwrap();
+        let go = suggest(input(Some(LanguageRuntime::Go), Condition::Normal)).remove(0);
         assert!(!go.command.contains("dlv"), "{go:?}");
         assert!(go.remark.contains("answer n"), "{go:?}");
     }

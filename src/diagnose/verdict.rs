@@ -2,8 +2,11 @@
 
 use std::fmt::Write as _;
 
+use strum::IntoStaticStr;
+
 use super::group::{CauseCount, Service};
 use crate::model::Cause;
+use crate::proc::Process;
 
 /// The condition of a process, from its states (/proc/PID/stat) at the two scans.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,6 +14,8 @@ pub enum Condition {
     Normal,
     /// Stopped by a signal (state T).
     Stopped,
+    /// Its cgroup is frozen.
+    Frozen,
     /// Stopped by a debugger (state t).
     Traced,
     /// The main thread was in uninterruptible sleep (state D) at both scans. Once alone is normal during disk access.
@@ -43,11 +48,22 @@ impl Condition {
         }
     }
 
+    /// Adds that its cgroup is frozen. In cgroup v1 a frozen process is in state D.
+    pub fn with_frozen(self, is_frozen: bool) -> Condition {
+        match self {
+            Condition::Normal | Condition::Stopped | Condition::Uninterruptible if is_frozen => {
+                Condition::Frozen
+            }
+            _ => self,
+        }
+    }
+
     /// The name in JSON; `None` for [`Condition::Normal`].
     pub fn name(self) -> Option<&'static str> {
         match self {
             Condition::Normal => None,
             Condition::Stopped => Some("stopped"),
+            Condition::Frozen => Some("frozen"),
             Condition::Traced => Some("traced"),
             Condition::Uninterruptible => Some("uninterruptible"),
             Condition::ThreadUninterruptible(_) => Some("thread-uninterruptible"),
@@ -62,6 +78,9 @@ impl Condition {
             Condition::Normal => None,
             Condition::Stopped => {
                 Some("stopped by a signal: it closes and accepts nothing until it is continued")
+            }
+            Condition::Frozen => {
+                Some("its cgroup is frozen: it closes and accepts nothing until it is thawed")
             }
             Condition::Traced => {
                 Some("held by a debugger: it closes and accepts nothing until that lets it go")
@@ -83,24 +102,146 @@ impl Condition {
 /// The maximum number of services in one sentence.
 const MAX_NAMED: usize = 2;
 
-/// The meaning of a cause for the program.
-pub fn cause_verdict(cause: Cause, sockets: &CauseCount) -> String {
-    // These are not connections of the application.
-    if matches!(cause, Cause::Handshake | Cause::Orphan | Cause::Listening) {
-        return meaning(cause, &[]);
+/// A fact about the owner that explains its sockets better than their causes do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Circumstance<'a> {
+    #[default]
+    None,
+    /// The owner does not run, in this condition.
+    Halted(Condition),
+    /// The owner is at its limit of descriptors (RLIMIT_NOFILE).
+    AtLimit,
+    /// The host is at its limit of open files (fs.file-max).
+    HostAtLimit,
+    /// The owner has its descriptors from this process, and does not use them.
+    Inherited(&'a Process),
+    /// The owner is one of many processes with one connection each.
+    PerConnection,
+}
+
+/// The meaning of the sockets of one cause.
+///
+/// Its code in JSON is the variant in kebab case, and stable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, IntoStaticStr)]
+#[cfg_attr(test, derive(strum::VariantNames))]
+#[strum(serialize_all = "kebab-case")]
+pub enum Verdict {
+    Leak,
+    NotReading,
+    NotAccepting,
+    SlowPeers,
+    /// As far as two scans show, they are in use.
+    JustArrived,
+    /// They are not in CLOSE-WAIT.
+    NotJudged,
+    Handshake,
+    /// Closed by the process.
+    Orphan,
+    Listening,
+    OwnerStopped,
+    OwnerFrozen,
+    OwnerTraced,
+    AtDescriptorLimit,
+    HostAtFileLimit,
+    Inherited,
+    ProcessPerConnection,
+}
+
+impl Verdict {
+    /// The verdict on the sockets of one cause.
+    pub fn of(cause: Cause, sockets: &CauseCount, circumstance: Circumstance<'_>) -> Verdict {
+        match cause {
+            // These are not connections of the application.
+            Cause::Handshake => return Verdict::Handshake,
+            Cause::Orphan => return Verdict::Orphan,
+            Cause::Listening => return Verdict::Listening,
+            _ if sockets.close_wait == 0 => return Verdict::NotJudged,
+            _ if persistent(cause, sockets) == 0 => return Verdict::JustArrived,
+            Cause::Sending => return Verdict::SlowPeers,
+            Cause::Drained | Cause::Unread | Cause::NotAccepted => {}
+        }
+        match (circumstance, cause) {
+            (Circumstance::Halted(Condition::Stopped), _) => Verdict::OwnerStopped,
+            (Circumstance::Halted(Condition::Frozen), _) => Verdict::OwnerFrozen,
+            (Circumstance::Halted(Condition::Traced), _) => Verdict::OwnerTraced,
+            (Circumstance::AtLimit, Cause::NotAccepted) => Verdict::AtDescriptorLimit,
+            (Circumstance::HostAtLimit, Cause::NotAccepted) => Verdict::HostAtFileLimit,
+            (_, Cause::NotAccepted) => Verdict::NotAccepting,
+            (Circumstance::Inherited(_), _) => Verdict::Inherited,
+            (Circumstance::PerConnection, _) => Verdict::ProcessPerConnection,
+            (_, Cause::Unread) => Verdict::NotReading,
+            (_, _) => Verdict::Leak,
+        }
     }
-    if sockets.close_wait == 0 {
-        return "not in CLOSE-WAIT: cwkill cannot tell whether this is wrong".into();
+
+    /// The code in JSON.
+    pub fn code(self) -> &'static str {
+        self.into()
     }
-    // A peer that accepts the bytes slowly keeps a sending socket from being idle, so only the duration counts.
+}
+
+/// The number of sockets that have lasted. A peer that accepts the bytes slowly keeps a sending socket from being idle, so only the
+/// duration counts.
+fn persistent(cause: Cause, sockets: &CauseCount) -> usize {
+    match cause {
+        Cause::Sending => sockets.lasting,
+        _ => sockets.idle,
+    }
+}
+
+/// The meaning of a cause for the program, in words.
+pub fn cause_verdict(cause: Cause, sockets: &CauseCount, circumstance: Circumstance<'_>) -> String {
+    let verdict = Verdict::of(cause, sockets, circumstance);
+    let mut text = match verdict {
+        Verdict::Leak => format!(
+            "reads to the end and never closes: a leak in the code {}",
+            code(&sockets.services)
+        ),
+        Verdict::NotReading => "not reading: idle pool or blocked worker".into(),
+        Verdict::NotAccepting => {
+            "not accepting: closing them frees no slot of the backlog, only accept(2) does".into()
+        }
+        Verdict::SlowPeers => {
+            "bytes queued to peers that accept them slowly or not at all: check the peers before closing"
+                .into()
+        }
+        Verdict::JustArrived if cause == Cause::Sending => {
+            "just arrived: bytes on their way, as far as two scans show".into()
+        }
+        Verdict::JustArrived => {
+            "just arrived, or still in use: no leak as far as two scans show".into()
+        }
+        Verdict::NotJudged => {
+            return "not in CLOSE-WAIT: cwkill cannot tell whether this is wrong".into();
+        }
+        Verdict::Handshake => {
+            return "peers that do not finish the handshake: slow, spoofed or gone".into();
+        }
+        Verdict::Orphan => return "closed by its process: the kernel is still finishing it".into(),
+        Verdict::Listening => return "a listener: nothing is wrong with it".into(),
+        Verdict::OwnerStopped => "no leak is proved while its process is stopped".into(),
+        Verdict::OwnerFrozen => "no leak is proved while its process is frozen".into(),
+        Verdict::OwnerTraced => "no leak is proved while a debugger holds its process".into(),
+        Verdict::AtDescriptorLimit => {
+            "accept(2) fails with EMFILE: free descriptors of its process".into()
+        }
+        Verdict::HostAtFileLimit => {
+            "accept(2) fails with ENFILE: the host is at its limit fs.file-max".into()
+        }
+        Verdict::Inherited => {
+            let from = match circumstance {
+                Circumstance::Inherited(from) => from.to_string(),
+                _ => "another process".into(),
+            };
+            format!("inherited from {from}, and not used here")
+        }
+        Verdict::ProcessPerConnection => {
+            "a process for each, busy or hung with a client that is gone: end it".into()
+        }
+    };
     let (persistent, how) = match cause {
         Cause::Sending => (sockets.lasting, "queued"),
         _ => (sockets.idle, "idle"),
-    };
-    let mut text = match (persistent, cause) {
-        (0, Cause::Sending) => "just arrived: bytes on their way, as far as two scans show".into(),
-        (0, _) => "just arrived, or still in use: no leak as far as two scans show".into(),
-        _ => meaning(cause, &sockets.services),
     };
     if persistent > 0 && persistent < sockets.close_wait {
         let _ = write!(
@@ -117,26 +258,6 @@ pub fn cause_verdict(cause: Cause, sockets: &CauseCount) -> String {
         );
     }
     text
-}
-
-fn meaning(cause: Cause, services: &[(Service, usize)]) -> String {
-    match cause {
-        Cause::Drained => format!(
-            "reads to the end and never closes: a leak in the code {}",
-            code(services)
-        ),
-        Cause::Unread => "not reading: idle pool or blocked worker".into(),
-        Cause::NotAccepted => {
-            "not accepting: closing them frees no slot of the backlog, only accept(2) does".into()
-        }
-        Cause::Sending => {
-            "bytes queued to peers that accept them slowly or not at all: check the peers before closing"
-                .into()
-        }
-        Cause::Handshake => "peers that do not finish the handshake: slow, spoofed or gone".into(),
-        Cause::Orphan => "closed by its process: the kernel is still finishing it".into(),
-        Cause::Listening => "a listener: nothing is wrong with it".into(),
-    }
 }
 
 /// The code of the services, with the number of sockets if there are several.
@@ -159,8 +280,17 @@ fn code(services: &[(Service, usize)]) -> String {
 }
 
 /// The meaning of dead descriptors.
-pub const DEAD: &str = "descriptors of connections that are over, in no table of ss: only the process \
-    can close them";
+pub fn dead_verdict(circumstance: Circumstance<'_>) -> String {
+    match circumstance {
+        Circumstance::Inherited(from) => {
+            format!("connections that are over, inherited from {from} and not used here")
+        }
+        _ => "descriptors of connections that are over, in no table of ss: only the process can close them".into(),
+    }
+}
+
+/// The meaning of a limit of descriptors that is reached.
+pub const AT_LIMIT: &str = "at its descriptor limit: accept(2) and open(2) fail with EMFILE";
 
 #[cfg(test)]
 mod tests {
@@ -183,6 +313,83 @@ mod tests {
         assert_eq!(Condition::Stopped.with_threads(&[8]), Condition::Stopped);
     }
 
+    #[test]
+    fn a_frozen_process_is_neither_stopped_nor_waiting_for_a_disk() {
+        for condition in [
+            Condition::Normal,
+            Condition::Stopped,
+            Condition::Uninterruptible,
+        ] {
+            assert_eq!(condition.with_frozen(true), Condition::Frozen);
+            assert_eq!(condition.with_frozen(false), condition);
+        }
+        assert_eq!(Condition::Gone.with_frozen(true), Condition::Gone);
+    }
+
+    #[test]
+    fn a_fact_about_the_owner_comes_before_the_cause() {
+        let from = crate::proc::testdata::process(7, "server");
+        let of = |cause, circumstance| Verdict::of(cause, &counts(&[]), circumstance).code();
+        for (circumstance, accepted, waiting) in [
+            (Circumstance::None, "leak", "not-accepting"),
+            (Circumstance::AtLimit, "leak", "at-descriptor-limit"),
+            (Circumstance::HostAtLimit, "leak", "host-at-file-limit"),
+            (Circumstance::Inherited(&from), "inherited", "not-accepting"),
+            (
+                Circumstance::PerConnection,
+                "process-per-connection",
+                "not-accepting",
+            ),
+            (
+                Circumstance::Halted(Condition::Stopped),
+                "owner-stopped",
+                "owner-stopped",
+            ),
+            (
+                Circumstance::Halted(Condition::Frozen),
+                "owner-frozen",
+                "owner-frozen",
+            ),
+            (
+                Circumstance::Halted(Condition::Traced),
+                "owner-traced",
+                "owner-traced",
+            ),
+        ] {
+            assert_eq!(
+                of(Cause::Drained, circumstance),
+                accepted,
+                "{circumstance:?}"
+            );
+            assert_eq!(
+                of(Cause::NotAccepted, circumstance),
+                waiting,
+                "{circumstance:?}"
+            );
+            assert_eq!(of(Cause::Sending, circumstance), "slow-peers");
+            let text = cause_verdict(Cause::Drained, &counts(&[]), circumstance);
+            assert!(text.len() < 70, "{text}");
+        }
+        let new = CauseCount {
+            idle: 0,
+            ..counts(&[])
+        };
+        let of_new = Verdict::of(Cause::Drained, &new, Circumstance::Inherited(&from));
+        assert_eq!(of_new, Verdict::JustArrived);
+        let text = cause_verdict(Cause::Unread, &counts(&[]), Circumstance::Inherited(&from));
+        assert_eq!(text, "inherited from server/7, and not used here");
+    }
+
+    #[test]
+    fn the_man_page_lists_every_verdict() {
+        use strum::VariantNames;
+        let page = include_str!("../../man/cwkill-diagnose.8");
+        for code in Verdict::VARIANTS {
+            let line = format!("\n.B {}\n", code.replace('-', "\\-"));
+            assert!(page.contains(&line), "{code}");
+        }
+    }
+
     fn counts(services: &[(Service, usize)]) -> CauseCount {
         CauseCount {
             count: 3,
@@ -196,7 +403,8 @@ mod tests {
     #[test]
     fn verdicts_name_the_code_and_hold_for_close_wait_only() {
         use Service::{CallsOut, Handles};
-        let text = |services: &[_]| cause_verdict(Cause::Drained, &counts(services));
+        let text =
+            |services: &[_]| cause_verdict(Cause::Drained, &counts(services), Circumstance::None);
         let one = text(&[(Handles(8080), 3)]);
         assert!(
             one.ends_with("a leak in the code that handles :8080"),
@@ -211,10 +419,10 @@ mod tests {
             close_wait: 0,
             ..counts(&[(Handles(8080), 3)])
         };
-        assert!(!cause_verdict(Cause::Drained, &open).contains("leak"));
+        assert!(!cause_verdict(Cause::Drained, &open, Circumstance::None).contains("leak"));
         // A socket in another state does not hide those that leak.
         (open.close_wait, open.idle) = (2, 2);
-        let some = cause_verdict(Cause::Drained, &open);
+        let some = cause_verdict(Cause::Drained, &open, Circumstance::None);
         assert!(
             some.contains("never closes") && some.contains("(1 of them not in"),
             "{some}"
@@ -228,7 +436,7 @@ mod tests {
                 idle,
                 ..counts(&[(Service::Handles(80), 3)])
             };
-            cause_verdict(cause, &counts)
+            cause_verdict(cause, &counts, Circumstance::None)
         };
         for cause in [Cause::Drained, Cause::Unread, Cause::NotAccepted] {
             assert!(text(cause, 0).starts_with("just arrived"), "{cause}");
@@ -244,7 +452,7 @@ mod tests {
                 lasting,
                 ..counts(&[])
             };
-            cause_verdict(Cause::Sending, &counts)
+            cause_verdict(Cause::Sending, &counts, Circumstance::None)
         };
         assert!(sending(0).starts_with("just arrived"));
         assert!(sending(3).contains("check the peers"));

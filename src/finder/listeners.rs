@@ -89,13 +89,14 @@ fn dump<T>(
     Ok(kept)
 }
 
-/// The ports of all listeners in the network namespace of the calling thread. A port can occur more than once.
+/// The ports of all listeners in the network namespace of the calling thread, each with the inode of the listener. A port can occur
+/// more than once.
 ///
 /// # Errors
 /// As [`SockDiag::open`] and [`SockDiag::dump`].
-pub fn ports() -> Result<Vec<u16>, DumpError> {
+pub fn ports() -> Result<Vec<(u16, u32)>, DumpError> {
     dump(&mut SockDiag::open()?, |message| {
-        Some(message.id.tuple().local.port())
+        Some((message.id.tuple().local.port(), message.inode))
     })
 }
 

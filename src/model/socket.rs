@@ -43,6 +43,8 @@ pub struct Socket {
     pub idle_source: TimeSource,
     /// Its byte counters. See [`SocketMessage::progress`].
     pub progress: Option<Progress>,
+    /// A lower bound of the age of the connection. See [`connected_for`].
+    pub connected_for: Option<Duration>,
     pub cause: Cause,
     /// Whether it may have a local address that is not of this host (IP_TRANSPARENT); `None` if the kernel does not report it.
     pub transparent: Option<bool>,
@@ -143,6 +145,7 @@ impl Socket {
             idle: idle(message),
             idle_source: TimeSource::Kernel,
             progress: message.progress,
+            connected_for: connected_for(message),
             cause: Cause::of(message),
             transparent: message.transparent,
             address_gone: false,
@@ -263,6 +266,22 @@ pub fn idle(message: &SocketMessage) -> Option<Duration> {
     match message.state {
         TcpState::Listen | TcpState::SynSent => None,
         _ => Some(quiet.last_data_recv.min(quiet.last_data_sent)),
+    }
+}
+
+/// A lower bound of the time since the connection was made: the longest time since a last event. The kernel sets the times of the
+/// last data to that of the handshake (net/ipv4/tcp_minisocks.c, tcp_create_openreq_child; net/ipv4/tcp_input.c,
+/// tcp_finish_connect), so without data the bound is exact.
+pub fn connected_for(message: &SocketMessage) -> Option<Duration> {
+    let quiet = message.quiet?;
+    match message.state {
+        TcpState::Listen | TcpState::SynSent | TcpState::SynRecv => None,
+        _ => Some(
+            quiet
+                .last_ack_recv
+                .max(quiet.last_data_recv)
+                .max(quiet.last_data_sent),
+        ),
     }
 }
 

@@ -21,7 +21,7 @@ use std::ffi::CStr;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -81,6 +81,26 @@ pub struct Unreadable {
     pub comm: Option<String>,
 }
 
+impl Process {
+    /// The command and the place where it runs. Processes that are equal in both do the same work.
+    pub(crate) fn kind(&self) -> ProcessKind<'_> {
+        let container = self.cgroup.container.as_ref();
+        ProcessKind {
+            comm: &self.comm,
+            unit: self.cgroup.unit.as_deref(),
+            container: container.and_then(|c| c.id.as_deref().or(c.name.as_deref())),
+        }
+    }
+}
+
+/// The command of a process, and its unit and container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct ProcessKind<'a> {
+    pub comm: &'a str,
+    unit: Option<&'a str>,
+    container: Option<&'a str>,
+}
+
 impl Default for ProcFs {
     fn default() -> Self {
         ProcFs::at("/proc")
@@ -129,6 +149,21 @@ impl ProcFs {
     /// The start time of process `pid`, in clock ticks since boot; `None` if there is no such process.
     pub fn start_time(&self, pid: i32) -> Option<u64> {
         Some(self.stat(pid).ok()?.starttime)
+    }
+
+    /// The process with this pid; `None` if there is none, or cwkill is not permitted to read it.
+    pub(crate) fn process(&self, pid: i32) -> Option<Process> {
+        let dir = File::open(self.path(&pid.to_string())).ok()?;
+        identity(dir.as_fd(), pid).ok()
+    }
+
+    /// The number of open files of the whole host, and its limit (fs.file-max). At the limit, only a process with CAP_SYS_ADMIN can
+    /// open more; others get ENFILE. Source: fs/file_table.c, alloc_empty_file.
+    pub fn open_files(&self) -> Option<(u64, u64)> {
+        let text = fs::read_to_string(self.path("sys/fs/file-nr")).ok()?;
+        let mut numbers = text.split_whitespace().map(str::parse);
+        let (used, _free, limit) = (numbers.next()?, numbers.next()?, numbers.next()?);
+        Some((used.ok()?, limit.ok()?))
     }
 
     /// Whether this file system shows the pid namespace of cwkill, so that system calls take its pids.

@@ -22,7 +22,14 @@ pub struct ProcessStatus {
     pub state: Option<char>,
     /// The soft limit RLIMIT_NOFILE: every descriptor number is below it.
     pub limit: Option<u64>,
-    /// The name of the executable without its directory; `None` if cwkill is not permitted to read it.
+    /// The hard limit.
+    pub hard_limit: Option<u64>,
+    /// The pid of its parent.
+    pub parent: Option<i32>,
+    /// The path of the executable; `None` if cwkill is not permitted to read it. The kernel gives it as a text. cwkill does not open
+    /// the file, which may be on a file system that hangs.
+    pub program: Option<String>,
+    /// The name of the executable without its directory.
     pub executable: Option<String>,
     /// The signals for which it has a handler: bit N - 1 for signal N (SigCgt in proc_pid_status(5)); `None` if cwkill cannot
     /// read them.
@@ -33,9 +40,21 @@ impl ProcFs {
     /// Reads the status of `process`; all fields are `None` if it is gone.
     pub fn status(&self, process: &Process) -> ProcessStatus {
         let directory = self.path(&process.id.pid.to_string());
-        let limit = Limits::from_file(directory.join("limits")).ok();
+        let number = |limit| match limit {
+            LimitValue::Value(files) => files,
+            LimitValue::Unlimited => u64::MAX,
+        };
+        let limits = Limits::from_file(directory.join("limits")).ok();
+        let limits = limits.map(|limits| {
+            let files = limits.max_open_files;
+            (number(files.soft_limit), number(files.hard_limit))
+        });
         let status = Status::from_file(directory.join("status")).ok();
-        let executable = fs::read_link(directory.join("exe")).ok();
+        let program = fs::read_link(directory.join("exe")).ok().map(|path| {
+            let path = path.to_string_lossy().into_owned();
+            // The kernel marks an executable that was replaced on disk (fs/d_path.c).
+            path.strip_suffix(" (deleted)").unwrap_or(&path).to_owned()
+        });
         // Read last: if the start time still matches, the other files were about the same process.
         match Stat::from_file(directory.join("stat")) {
             Ok(stat) if stat.starttime == process.id.start_time => ProcessStatus {
@@ -43,17 +62,15 @@ impl ProcFs {
                     true => self.state_of_another(process.id.pid).unwrap_or(stat.state),
                     false => stat.state,
                 }),
+                parent: Some(stat.ppid),
                 caught: status.map(|status| status.sigcgt),
-                limit: limit.map(|limits| match limits.max_open_files.soft_limit {
-                    LimitValue::Value(files) => files,
-                    LimitValue::Unlimited => u64::MAX,
+                limit: limits.map(|(soft, _)| soft),
+                hard_limit: limits.map(|(_, hard)| hard),
+                executable: program.as_ref().map(|path| {
+                    let name = path.rsplit('/').next().unwrap_or(path);
+                    name.to_owned()
                 }),
-                executable: executable.and_then(|path| {
-                    let name = path.file_name()?.to_string_lossy().into_owned();
-                    // The kernel marks an executable that was replaced on disk (fs/d_path.c).
-                    let name = name.strip_suffix(" (deleted)").unwrap_or(&name);
-                    Some(name.to_owned())
-                }),
+                program,
             },
             _ => ProcessStatus::default(),
         }
@@ -191,6 +208,9 @@ mod tests {
             nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap();
         assert_eq!(status.limit, Some(soft));
         let exe = std::env::current_exe().unwrap();
+        assert_eq!(status.program.as_deref(), exe.to_str());
+        let parent = nix::unistd::getppid().as_raw();
+        assert_eq!(status.parent, Some(parent));
         assert_eq!(
             status.executable.as_deref(),
             exe.file_name().unwrap().to_str()

@@ -69,6 +69,26 @@ impl<'p> Inspection<'p> {
         })
     }
 
+    /// Collects the evidence that the kernel gives without the memory of the owner, which may be blocked. A call of poll(2) or
+    /// select(2) may then use any descriptor.
+    pub fn without_memory(proc: &ProcFs, process: &Process) -> Result<Evidence, OwnerError> {
+        let process = InspectedProcess::open(proc, process)?;
+        process.ensure_leader()?;
+        let special_fds = process.special_fds(&process.fd_numbers()?)?;
+        let table_size = process.table_size();
+        let calls = process.syscalls()?;
+        let call =
+            |(tid, call): &(i32, Syscall)| SyscallFds::of(*tid, call, &|_, _| None, table_size);
+        let (epolls, io_urings) = process.epolls_and_io_urings(&special_fds)?;
+        Ok(Evidence {
+            syscalls: calls.iter().map(call).collect(),
+            epolls,
+            io_urings,
+            io_uring_worker: process.io_uring_worker(),
+            ..Evidence::default()
+        })
+    }
+
     fn once(proc: &'p ProcFs, process: &Process, rules: &ReclaimRules) -> Result<Self, OwnerError> {
         if u32::try_from(process.id.pid) == Ok(std::process::id()) {
             return Err(ReclaimReason::OwnProcess.into());

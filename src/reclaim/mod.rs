@@ -29,7 +29,7 @@ use std::time::Duration;
 use crate::control::Control;
 use crate::finder::dead::DeadSocket;
 use crate::model::{InUse, Owner, ReclaimOutcome, ReclaimReason};
-use crate::proc::{ProcFs, Process, ProcessId};
+use crate::proc::{ProcFs, Process, ProcessId, RemoteFd};
 use crate::sock_diag::Cookie;
 
 use error::OwnerError;
@@ -116,6 +116,34 @@ pub struct StopStats {
     pub replaced: usize,
     /// The longest time for which one of its threads stood still, in one stop.
     pub stop_time: Duration,
+}
+
+/// Whether a process uses descriptors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Usage {
+    /// None of them is in a system call, an epoll set or an io_uring.
+    Unused,
+    Used,
+    /// cwkill could not see it, or a thread waits in a call that may use any.
+    Unknown,
+}
+
+/// Whether `process` uses one of `fds`, each with the inode of its socket. It reads nothing that a hung process can block.
+pub fn usage(proc: &ProcFs, process: &Process, fds: &[(RemoteFd, u32)]) -> Usage {
+    let Ok(evidence) = Inspection::without_memory(proc, process) else {
+        return Usage::Unknown;
+    };
+    let mut usage = Usage::Unused;
+    for (fd, inode) in fds {
+        match evidence.against(fd.0, *inode) {
+            None => {}
+            Some(InUse::InSyscall { .. } | InUse::InEpoll(_) | InUse::InIoUring(_)) => {
+                return Usage::Used;
+            }
+            Some(_) => usage = Usage::Unknown,
+        }
+    }
+    usage
 }
 
 /// Decides for each pending target whether [`reclaim`] would close it, without stopping an owner. The socket may still be

@@ -6,8 +6,11 @@ use std::net::IpAddr;
 use super::Run;
 use super::table::{self, names};
 use crate::model::{Cause, Exclusion, MethodError, Outcome, Privilege, Scan, SkipReason, Target};
-use crate::proc::{FdState, Process, ProcessId};
-use crate::text::counted;
+use crate::proc::{FdState, Process, ProcessId, ProcessKind};
+use crate::text::{counted, escape};
+
+/// Notes on more processes of one kind become one note that names so many of them.
+const MAX_NAMED: usize = 3;
 
 /// The notes, one per line.
 pub fn notes(run: &Run) -> Vec<String> {
@@ -80,14 +83,38 @@ fn descriptors(run: &Run) -> Vec<String> {
         false => ", only the process can, or --reclaim",
         true => "",
     };
-    let note = |(process, count): (&Process, usize)| {
+    let mut by_kind: BTreeMap<ProcessKind<'_>, Vec<(&Process, usize)>> = BTreeMap::new();
+    for (process, count) in open.into_values() {
+        by_kind
+            .entry(process.kind())
+            .or_default()
+            .push((process, count));
+    }
+    let note = |who: String, count: usize| {
         format!(
-            "{process} still has {} of closed sockets open: closing a socket does not free the \
-             descriptor{advice}",
+            "{who} {} of closed sockets open: closing a socket does not free the descriptor{advice}",
             counted(count, "descriptor"),
         )
     };
-    let mut notes: Vec<String> = open.into_values().map(note).collect();
+    let mut notes: Vec<String> = Vec::new();
+    for (kind, processes) in by_kind {
+        if processes.len() > MAX_NAMED {
+            let count = processes.iter().map(|(_, count)| count).sum();
+            let named = processes.iter().take(MAX_NAMED);
+            let pids: Vec<String> = named.map(|(p, _)| p.id.pid.to_string()).collect();
+            let who = format!(
+                "{} processes {} ({} and {} more) still have",
+                processes.len(),
+                escape(kind.comm),
+                pids.join(", "),
+                processes.len() - MAX_NAMED,
+            );
+            notes.push(note(who, count));
+        } else {
+            let one = |(process, count)| note(format!("{process} still has"), count);
+            notes.extend(processes.into_iter().map(one));
+        }
+    }
     if unknown > 0 {
         notes.push(format!(
             "whether the descriptors of {} are still open could not be seen",

@@ -13,6 +13,7 @@ use crate::trial::{Need, Test, once};
 pub const TESTS: &[Test] = &[
     once!(units_containers_and_cgroups_select_sockets).needs(Need::RootOfTheMachine),
     once!(a_proc_that_hides_processes_is_named).needs(Need::RootOfTheMachine),
+    once!(a_frozen_owner_is_neither_stopped_nor_leaking).needs(Need::RootOfTheMachine),
     once!(cgroup_in_an_expression_is_where_the_socket_was_made).needs(Need::RootOfTheMachine),
 ];
 
@@ -72,6 +73,49 @@ fn with_cgroup2(lab: &Lab, command: &str) -> Result<Ran> {
         .app_host()
         .command("unshare")
         .args(["-m", "sh", "-ec", &script]))
+}
+
+/// By cgroup v1 and by v2.
+fn a_frozen_owner_is_neither_stopped_nor_leaking() -> Result<()> {
+    let lab = Lab::new()?;
+    let leak = lab.start("drained", Family::V4, count(3))?;
+    let (pid, name) = (
+        leak.app().pid(),
+        format!("cwkill-test-{}-frozen", std::process::id()),
+    );
+    let line = "diagnose --sample 50ms --json";
+    for (mount, freeze, thaw) in [
+        (
+            "-t cgroup2",
+            "echo 1 > cgroup.freeze",
+            "echo 0 > cgroup.freeze",
+        ),
+        (
+            "-t cgroup -o freezer",
+            "echo FROZEN > freezer.state",
+            "echo THAWED > freezer.state",
+        ),
+    ] {
+        let script = format!(
+            "mount {mount} none /mnt; mkdir /mnt/{name}; cd /mnt/{name}
+             echo {pid} > cgroup.procs; {freeze}
+             trap '{thaw}; echo {pid} > ../cgroup.procs; cd ..; rmdir {name}' EXIT
+             i=0; until grep -q -e 'frozen 1' -e FROZEN cgroup.events freezer.state 2>/dev/null
+             do i=$((i+1)); [ $i -lt 1000 ] || exit 99; sleep 0.02; done
+             {CWKILL} {line}; {CWKILL} diagnose --sample 50ms >&2"
+        );
+        let command = lab.app_host().command("unshare");
+        let ran = ran(command.args(["-m", "sh", "-ec", &script]))?.exits(0);
+        let document = ran.json();
+        let process = &document["processes"][0];
+        assert_eq!(process["pid"], serde_json::json!(pid));
+        assert_eq!(at(process, "/condition"), "frozen", "{mount}: {ran:?}");
+        assert_eq!(at(process, "/causes/drained/verdict_code"), "owner-frozen");
+        assert!(ran.stderr.contains("its cgroup is frozen"), "{ran:?}");
+    }
+    let document = cwkill(&lab, line)?.exits(0).json();
+    assert_eq!(at(&document["processes"][0], "/condition"), "null");
+    Ok(())
 }
 
 /// For the kernel, a socket stays in the cgroup in which it was made. `--cgroup` compares the present owners.

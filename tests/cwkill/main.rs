@@ -74,6 +74,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     chaos,
     runbooks,
     diagnose,
+    diagnose::verdicts,
     check,
     watch,
     least_privilege,

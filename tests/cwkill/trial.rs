@@ -37,6 +37,8 @@ pub enum Need {
     /// The kernel reports what a program opens, to root of the machine.
     Fanotify,
     IoUring,
+    /// Its user may mount file systems that a program serves.
+    Fuse,
     /// The kernel runs 32-bit programs.
     Bits32,
     /// The tools of a language.
@@ -59,6 +61,10 @@ impl Need {
             Need::Fanotify => (
                 reclaim::is_root_of_the_machine(),
                 "only root of the machine gets permission events of fanotify",
+            ),
+            Need::Fuse => (
+                *IS_ROOT && std::path::Path::new("/dev/fuse").exists(),
+                "there is no /dev/fuse, or only root of the machine may mount",
             ),
             Need::IoUring => (
                 reclaim::programs::has_io_uring(),

@@ -8,8 +8,9 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::diagnose::group::{AGES, CauseCount, SocketGroup};
-use crate::diagnose::suggest::LanguageRuntime;
-use crate::diagnose::{Diagnosis, ListenerDiagnosis, ProcessDiagnosis, verdict};
+use crate::diagnose::suggest::{LanguageRuntime, Suggestion};
+use crate::diagnose::verdict::{self, Circumstance, Verdict};
+use crate::diagnose::{Diagnosis, ListenerDiagnosis, ProcessDiagnosis};
 use crate::model::Cause;
 use crate::report::serialize::{JsonContainer, container, serializer};
 
@@ -25,7 +26,7 @@ pub fn write(diagnosis: &Diagnosis, out: &mut dyn Write) -> io::Result<()> {
         schema_version: SCHEMA_VERSION,
         cwkill_version: env!("CARGO_PKG_VERSION"),
         sample_seconds: elapsed.as_secs_f64(),
-        total: group(&diagnosis.total, elapsed),
+        total: group(&diagnosis.total, elapsed, Circumstance::None),
         processes: diagnosis
             .processes
             .iter()
@@ -36,7 +37,10 @@ pub fn write(diagnosis: &Diagnosis, out: &mut dyn Write) -> io::Result<()> {
             .iter()
             .map(|l| listener(diagnosis, l))
             .collect(),
-        unknown_owner: diagnosis.ownerless.as_ref().map(|g| group(g, elapsed)),
+        unknown_owner: diagnosis
+            .ownerless
+            .as_ref()
+            .map(|g| group(g, elapsed, Circumstance::None)),
         unreadable_processes: diagnosis
             .unreadable_processes
             .max(coverage.unreadable_processes),
@@ -46,6 +50,7 @@ pub fn write(diagnosis: &Diagnosis, out: &mut dyn Write) -> io::Result<()> {
         unknown_namespaces: coverage.unknown_namespaces,
         undecided: coverage.undecided,
         unlisted_subflows: coverage.unlisted_subflows,
+        host_at_file_limit: diagnosis.is_host_at_limit,
     };
     document.serialize(&mut serializer(out))?;
     out.write_all(b"\n")
@@ -67,6 +72,7 @@ struct DiagnosisDocument<'a> {
     unknown_namespaces: usize,
     undecided: usize,
     unlisted_subflows: usize,
+    host_at_file_limit: bool,
 }
 
 #[derive(Serialize)]
@@ -86,6 +92,7 @@ struct JsonCause {
     count: usize,
     idle: usize,
     verdict: String,
+    verdict_code: &'static str,
 }
 
 #[derive(Serialize)]
@@ -117,6 +124,7 @@ struct JsonPeer {
 #[derive(Serialize)]
 struct JsonProcess<'a> {
     pid: i32,
+    parent: Option<i32>,
     comm: &'a str,
     unit: Option<&'a str>,
     container: Option<JsonContainer<'a>>,
@@ -129,14 +137,24 @@ struct JsonProcess<'a> {
     held: JsonGroup,
     shared: usize,
     waiting: usize,
+    inherited_from: Option<JsonProcessName<'a>>,
+    process_per_connection: bool,
     descriptors: JsonDescriptorCounts,
     next: Option<JsonSuggestion<'a>>,
+    then: Option<JsonSuggestion<'a>>,
+}
+
+#[derive(Serialize)]
+struct JsonProcessName<'a> {
+    pid: i32,
+    comm: &'a str,
 }
 
 #[derive(Serialize)]
 struct JsonDescriptorCounts {
     used: Option<usize>,
     limit: Option<u64>,
+    at_limit: bool,
     dead: Option<usize>,
     never_connected: Option<usize>,
     unknown: Option<usize>,
@@ -165,12 +183,13 @@ struct JsonDiagnosedListener {
     group: JsonGroup,
 }
 
-fn group(group: &SocketGroup, elapsed: Duration) -> JsonGroup {
+fn group(group: &SocketGroup, elapsed: Duration, circumstance: Circumstance<'_>) -> JsonGroup {
     let cause = |(cause, sockets): (&Cause, &CauseCount)| {
         let json = JsonCause {
             count: sockets.count,
             idle: sockets.idle,
-            verdict: verdict::cause_verdict(*cause, sockets),
+            verdict: verdict::cause_verdict(*cause, sockets, circumstance),
+            verdict_code: Verdict::of(*cause, sockets, circumstance).code(),
         };
         (cause.name(), json)
     };
@@ -210,6 +229,7 @@ fn process(diagnosis: &ProcessDiagnosis, elapsed: Duration) -> JsonProcess<'_> {
     let counts = diagnosis.table.as_ref().map(|_| diagnosis.suspect_counts());
     JsonProcess {
         pid: process.id.pid,
+        parent: diagnosis.status.parent,
         comm: &process.comm,
         unit: process.cgroup.unit.as_deref(),
         container: container(process),
@@ -218,20 +238,34 @@ fn process(diagnosis: &ProcessDiagnosis, elapsed: Duration) -> JsonProcess<'_> {
         state: diagnosis.status.state,
         condition: diagnosis.condition.name(),
         uninterruptible_threads: &diagnosis.uninterruptible_threads,
-        held: group(&diagnosis.held, elapsed),
+        held: group(&diagnosis.held, elapsed, diagnosis.circumstance()),
         shared: diagnosis.shared,
         waiting: diagnosis.waiting,
+        inherited_from: diagnosis
+            .inherited_from
+            .as_ref()
+            .map(|from| JsonProcessName {
+                pid: from.id.pid,
+                comm: &from.comm,
+            }),
+        process_per_connection: diagnosis.per_connection,
         descriptors: JsonDescriptorCounts {
             used: diagnosis.table.as_ref().map(|table| table.used),
             limit: diagnosis.status.limit,
+            at_limit: diagnosis.is_at_limit(),
             dead: counts.map(|counts| counts.dead),
             never_connected: counts.map(|counts| counts.never_connected),
             unknown: counts.map(|counts| counts.unknown),
         },
-        next: diagnosis.suggestion.as_ref().map(|next| JsonSuggestion {
-            command: &next.command,
-            remark: &next.remark,
-        }),
+        next: diagnosis.suggestions.first().map(suggestion),
+        then: diagnosis.suggestions.get(1).map(suggestion),
+    }
+}
+
+fn suggestion(suggestion: &Suggestion) -> JsonSuggestion<'_> {
+    JsonSuggestion {
+        command: &suggestion.command,
+        remark: &suggestion.remark,
     }
 }
 
@@ -252,6 +286,10 @@ fn listener(
         group_size: listener.group_size,
         possible_sockets: listener.sockets.len(),
         stalled: listener_diagnosis.is_stalled,
-        group: group(&listener_diagnosis.connections, diagnosis.elapsed),
+        group: group(
+            &listener_diagnosis.connections,
+            diagnosis.elapsed,
+            diagnosis.circumstance(listener),
+        ),
     }
 }

@@ -1,7 +1,7 @@
 //! The diagnosis for people: a summary, charts where there is room, and a block for each process and
 //! listener.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::time::Duration;
@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::bars;
 use crate::diagnose::group::{AGES, SocketGroup};
 use crate::diagnose::suggest::Suggestion;
+use crate::diagnose::verdict::Circumstance;
 use crate::diagnose::{
     Diagnosis, ListenerDiagnosis, MAX_SHOWN, ProcessDiagnosis, SuspectCounts, verdict,
 };
@@ -34,8 +35,8 @@ pub fn write(
         let _ = write!(head, "\n\n{chart}");
     }
     let processes = folded(&diagnosis.processes);
-    let process = |(process, similar): &(&ProcessDiagnosis, usize)| {
-        process_block(process, *similar, diagnosis.elapsed)
+    let process = |(process, similar): &(&ProcessDiagnosis, Vec<&ProcessDiagnosis>)| {
+        process_block(process, similar, diagnosis.elapsed)
     };
     let processes_shown: Vec<String> = processes.iter().take(MAX_SHOWN).map(process).collect();
     let listeners = &diagnosis.listeners;
@@ -43,7 +44,7 @@ pub fn write(
     let listeners_shown: Vec<String> = listeners.iter().take(MAX_SHOWN).map(listener).collect();
     let tail = diagnosis.ownerless.as_ref().map(|group| {
         let mut block = format!("unknown owner: {}", stuck_text(group, diagnosis.elapsed));
-        push_causes(&mut block, group);
+        push_causes(&mut block, group, Circumstance::None);
         push_places(&mut block, group);
         block
     });
@@ -64,9 +65,11 @@ pub fn write(
     }
     let rest = processes.iter().skip(processes_fit);
     if rest.len() > 0 {
-        let count: usize = rest.clone().map(|(_, similar)| 1 + similar).sum();
+        let count: usize = rest.clone().map(|(_, similar)| 1 + similar.len()).sum();
         let count = counted(count, "process");
-        let stuck: usize = rest.map(|(process, _)| process.held.stuck).sum();
+        let stuck =
+            |(process, similar): &(&ProcessDiagnosis, Vec<_>)| merged(process, similar).stuck;
+        let stuck: usize = rest.map(stuck).sum();
         let stuck = counted(stuck, "stuck socket");
         writeln!(out, "\nand {count} more with {stuck}: --json has all")?;
     }
@@ -117,20 +120,49 @@ fn fitting(blocks: &[String], room: Option<usize>) -> (usize, usize) {
     (blocks.len(), used)
 }
 
-/// Merges processes with the same report; the number is how many other processes each one stands for.
-fn folded(processes: &[ProcessDiagnosis]) -> Vec<(&ProcessDiagnosis, usize)> {
-    let mut folded: Vec<(&ProcessDiagnosis, usize)> = Vec::new();
+/// Merges processes with the same report, and processes with one connection each. The list has the other processes that each one
+/// stands for. The processes with the most leaked descriptors come first.
+fn folded(processes: &[ProcessDiagnosis]) -> Vec<(&ProcessDiagnosis, Vec<&ProcessDiagnosis>)> {
+    let mut folded: Vec<(&ProcessDiagnosis, Vec<&ProcessDiagnosis>)> = Vec::new();
     let mut rows: HashMap<u64, usize> = HashMap::new();
+    let mut siblings: Vec<usize> = Vec::new();
     for process in processes {
+        let is_sibling = |row: &&usize| folded[**row].0.is_sibling(process);
+        if let Some(&row) = siblings.iter().find(is_sibling) {
+            folded[row].1.push(process);
+            continue;
+        }
         match rows.get(&process.sockets_signature) {
-            Some(row) if folded[*row].0.is_like(process) => folded[*row].1 += 1,
+            Some(row) if folded[*row].0.is_like(process) => folded[*row].1.push(process),
             _ => {
                 rows.insert(process.sockets_signature, folded.len());
-                folded.push((process, 0));
+                if process.per_connection {
+                    siblings.push(folded.len());
+                }
+                folded.push((process, Vec::new()));
             }
         }
     }
+    let leaked = |row: &(&ProcessDiagnosis, Vec<&ProcessDiagnosis>)| match row.0.per_connection {
+        true => row.0.leaked() + row.1.iter().map(|other| other.leaked()).sum::<usize>(),
+        false => row.0.leaked(),
+    };
+    folded.sort_by_key(|row| std::cmp::Reverse((leaked(row), row.0.waiting)));
     folded
+}
+
+/// The sockets of a process, together with those of its siblings. Workers that share all their sockets have the same ones.
+fn merged(process: &ProcessDiagnosis, similar: &[&ProcessDiagnosis]) -> SocketGroup {
+    match process.per_connection {
+        false => process.held.clone(),
+        true => {
+            let mut groups: BTreeMap<u64, &SocketGroup> = BTreeMap::new();
+            for one in std::iter::once(&process).chain(similar) {
+                groups.insert(one.sockets_signature, &one.held);
+            }
+            SocketGroup::merged(groups.into_values())
+        }
+    }
 }
 
 fn summary(diagnosis: &Diagnosis) -> String {
@@ -175,17 +207,38 @@ fn stuck_text(group: &SocketGroup, elapsed: Duration) -> String {
     text
 }
 
-fn process_block(diagnosis: &ProcessDiagnosis, similar: usize, elapsed: Duration) -> String {
-    let ProcessDiagnosis { process, held, .. } = diagnosis;
-    let mut block = process.to_string();
-    if similar > 0 {
-        let _ = write!(block, " (+{similar} like it)");
+fn process_block(
+    diagnosis: &ProcessDiagnosis,
+    similar: &[&ProcessDiagnosis],
+    elapsed: Duration,
+) -> String {
+    let process = &diagnosis.process;
+    let held = &merged(diagnosis, similar);
+    let is_group = diagnosis.per_connection && !similar.is_empty();
+    let mut block = match is_group {
+        true => format!("{} processes {}", 1 + similar.len(), escape(&process.comm)),
+        false => process.to_string(),
+    };
+    if !is_group && !similar.is_empty() {
+        let _ = write!(block, " (+{} like it)", similar.len());
     }
     if let Some(place) = place(&process.cgroup) {
         let _ = write!(block, " ({})", escape(&place));
     }
     let _ = write!(block, ": {}", stuck_text(held, elapsed));
-    if diagnosis.shared > 0 {
+    if is_group {
+        let all = || std::iter::once(diagnosis).chain(similar.iter().copied());
+        let named = all().take(MAX_NAMED);
+        let pids: Vec<String> = named.map(|one| one.process.id.pid.to_string()).collect();
+        let _ = write!(block, "\n  pids {}", pids.join(", "));
+        let rest = (1 + similar.len()).saturating_sub(MAX_NAMED);
+        if rest > 0 {
+            let _ = write!(block, " and {rest} more");
+        }
+        if let Some(parent) = diagnosis.status.parent {
+            let _ = write!(block, "; parent {parent}");
+        }
+    } else if diagnosis.shared > 0 {
         let _ = write!(
             block,
             ", {} of them shared with other processes",
@@ -211,7 +264,10 @@ fn process_block(diagnosis: &ProcessDiagnosis, similar: usize, elapsed: Duration
             );
         }
     }
-    push_causes(&mut block, held);
+    push_causes(&mut block, held, diagnosis.circumstance());
+    if diagnosis.is_at_limit() {
+        let _ = write!(block, "\n  {}", verdict::AT_LIMIT);
+    }
     if diagnosis.waiting > 0 {
         let waiting = counted(diagnosis.waiting, "stuck connection");
         let _ = write!(block, "\n  {waiting} wait at its listener, see below");
@@ -220,9 +276,10 @@ fn process_block(diagnosis: &ProcessDiagnosis, similar: usize, elapsed: Duration
         dead,
         never_connected,
         unknown,
-    } = diagnosis.suspect_counts();
+    } = suspects(diagnosis, similar);
     if dead > 0 {
-        let _ = write!(block, "\n  {dead} dead: {}", verdict::DEAD);
+        let verdict = verdict::dead_verdict(diagnosis.circumstance());
+        let _ = write!(block, "\n  {dead} dead: {verdict}");
     }
     if never_connected > 0 {
         let _ = write!(
@@ -249,10 +306,23 @@ fn process_block(diagnosis: &ProcessDiagnosis, similar: usize, elapsed: Duration
         }
         (None, _) => block.push_str("\n  descriptors: could not be read"),
     }
-    if let Some(Suggestion { command, remark }) = &diagnosis.suggestion {
-        let _ = write!(block, "\n  next: {command}  ({remark})");
+    let words = ["next", "then"].into_iter().zip(&diagnosis.suggestions);
+    for (word, Suggestion { command, remark }) in words {
+        let _ = write!(block, "\n  {word}: {command}  ({remark})");
     }
     block
+}
+
+/// The suspects of a process, together with those of its siblings.
+fn suspects(diagnosis: &ProcessDiagnosis, similar: &[&ProcessDiagnosis]) -> SuspectCounts {
+    let mut counts = diagnosis.suspect_counts();
+    for other in similar.iter().filter(|_| diagnosis.per_connection) {
+        let of_other = other.suspect_counts();
+        counts.dead += of_other.dead;
+        counts.never_connected += of_other.never_connected;
+        counts.unknown += of_other.unknown;
+    }
+    counts
 }
 
 fn listener_block(diagnosis: &Diagnosis, listener_diagnosis: &ListenerDiagnosis) -> String {
@@ -294,15 +364,16 @@ fn listener_block(diagnosis: &Diagnosis, listener_diagnosis: &ListenerDiagnosis)
             listener.group_size
         );
     }
-    push_causes(&mut block, &listener_diagnosis.connections);
+    let circumstance = diagnosis.circumstance(listener);
+    push_causes(&mut block, &listener_diagnosis.connections, circumstance);
     if listener_diagnosis.is_stalled {
         let _ = write!(
             block,
-            "\n  nothing was accepted in {}: {}",
+            "\n  nothing was accepted in {}{}",
             seconds(diagnosis.elapsed),
-            match diagnosis.is_at_limit(listener) {
-                true => "its owner is at its limit of descriptors, so accept(2) fails",
-                false => "the accept loop is stuck",
+            match circumstance {
+                Circumstance::None => ": the accept loop is stuck",
+                _ => "",
             }
         );
     }
@@ -310,9 +381,9 @@ fn listener_block(diagnosis: &Diagnosis, listener_diagnosis: &ListenerDiagnosis)
     block
 }
 
-fn push_causes(block: &mut String, group: &SocketGroup) {
+fn push_causes(block: &mut String, group: &SocketGroup, circumstance: Circumstance<'_>) {
     for (cause, sockets) in &group.causes {
-        let verdict = verdict::cause_verdict(*cause, sockets);
+        let verdict = verdict::cause_verdict(*cause, sockets, circumstance);
         let _ = write!(block, "\n  {} {cause}: {verdict}", sockets.count);
     }
 }

@@ -1,5 +1,7 @@
 //! `cwkill diagnose`: which process leaks and why, compared with the kernel's own information.
 
+pub mod verdicts;
+
 use std::process::Stdio;
 
 use anyhow::{Context, Result};
@@ -76,7 +78,12 @@ fn each_cause_has_its_verdict(family: Family) -> Result<()> {
         ),
         (&unread, "unread", 4, "not reading"),
         (&sending, "sending", 3, "check the peers"),
-        (&stopped, "drained", 1, "that handles :8005"),
+        (
+            &stopped,
+            "drained",
+            1,
+            "no leak is proved while its process is stopped",
+        ),
     ];
     for (leak, cause, sockets, verdict) in cases {
         let pid = leak.app().pid();

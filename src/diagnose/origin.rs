@@ -1,0 +1,385 @@
+//! Where the sockets of a process come from: accepted by itself, inherited from another process, or given to it by a server that starts
+//! a process for each connection.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::time::{ClockId, clock_gettime};
+
+use super::ProcessDiagnosis;
+use crate::finder::dead::SuspectVerdict;
+use crate::finder::owners;
+use crate::model::Scan;
+use crate::proc::{ProcFs, Process, ProcessId, RemoteFd};
+use crate::reclaim::{self, Usage};
+
+/// A difference of two clocks that proves nothing.
+const CLOCK_ERROR: Duration = Duration::from_millis(100);
+
+/// So many processes with one connection each are a server that has a process for each connection, even if each of them also
+/// accepts connections itself.
+const MANY: usize = 3;
+
+/// A listening socket: the index of its network namespace, its port and its inode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ListeningPort {
+    pub netns: usize,
+    pub port: u16,
+    pub inode: u32,
+}
+
+/// The leaked sockets of one process.
+#[derive(Debug, Default)]
+struct Leaked {
+    /// Its descriptors, with the inodes of the sockets.
+    fds: Vec<(RemoteFd, u32)>,
+    /// The local ports, with the network namespace.
+    ports: BTreeSet<(usize, u16)>,
+    /// The sockets.
+    inodes: HashSet<u32>,
+    /// The other owners.
+    others: HashSet<ProcessId>,
+    /// The latest time at which the oldest connection can have been made, since boot.
+    connected_at: Option<Duration>,
+}
+
+impl Leaked {
+    /// Adds a connection that was at least `age` old at the time `seen`.
+    fn add_age(&mut self, seen: Duration, age: Option<Duration>) {
+        let connected_at = age.and_then(|age| seen.checked_sub(age));
+        self.connected_at = match (self.connected_at, connected_at) {
+            (Some(one), Some(other)) => Some(one.min(other)),
+            (one, other) => one.or(other),
+        };
+    }
+}
+
+/// The times of two looks at sockets, since boot.
+#[derive(Clone, Copy, Debug)]
+pub struct LookTimes {
+    /// The end of the scan.
+    pub scanned: Duration,
+    /// The end of the look at the descriptor tables.
+    pub tables_read: Duration,
+}
+
+/// What decides whether a process has inherited its sockets.
+#[derive(Clone, Copy, Debug)]
+struct HeirFacts {
+    /// It runs another program than the process that the sockets may come from.
+    is_other_program: bool,
+    /// One of the connections is older than the process.
+    is_older: bool,
+    /// It has several of them.
+    has_several: bool,
+    /// It has a descriptor of the listener.
+    owns_listener: bool,
+    /// One of them is its standard input, output or error: a server such as inetd(8) has given it to the process.
+    is_standard: bool,
+    usage: Usage,
+}
+
+impl HeirFacts {
+    /// A process that accepts connections at a listener of another program, as systemd starts it, has no connection that is older
+    /// than itself. One that a server starts for a connection has one connection, and uses it.
+    fn is_heir(self) -> bool {
+        self.is_other_program
+            && !self.is_standard
+            && match self.usage {
+                Usage::Used => false,
+                Usage::Unknown => self.is_older,
+                Usage::Unused => self.is_older || (self.has_several && !self.owns_listener),
+            }
+    }
+}
+
+/// Finds for each process whether it has inherited its sockets, and whether it is one of many with one connection each.
+pub fn find(
+    processes: &mut [ProcessDiagnosis],
+    scan: &Scan,
+    listening: &[ListeningPort],
+    netns_of: &dyn Fn(&Process) -> Option<usize>,
+    times: LookTimes,
+    proc: &ProcFs,
+) {
+    let leaked: Vec<Leaked> = leaked(processes, scan, netns_of, times);
+    let ports: HashSet<(usize, u16)> = leaked
+        .iter()
+        .flat_map(|l| l.ports.iter().copied())
+        .collect();
+    let listeners = listener_owners(&ports, listening, proc);
+    let mut programs = HashMap::new();
+    for (diagnosis, leaked) in processes.iter_mut().zip(&leaked) {
+        let at_ports = || {
+            leaked
+                .ports
+                .iter()
+                .filter_map(|port| listeners.get(port))
+                .flatten()
+        };
+        diagnosis.inherited_from = origin(diagnosis, leaked, at_ports(), &mut programs, proc);
+        let owns = |owner: &Arc<Process>| owner.id == diagnosis.process.id;
+        let is_shared_with_listener = || at_ports().any(|owner| leaked.others.contains(&owner.id));
+        let single = leaked.inodes.len() == 1 && leaked.ports.len() == 1;
+        diagnosis.single_connection = match leaked.ports.first() {
+            Some((_, port)) if single && diagnosis.inherited_from.is_none() => Some(Single {
+                port: *port,
+                was_given: at_ports().next().is_some()
+                    && !at_ports().any(owns)
+                    && !is_shared_with_listener(),
+            }),
+            _ => None,
+        };
+    }
+    let mut sizes: HashMap<(String, u16), usize> = HashMap::new();
+    let key = |diagnosis: &ProcessDiagnosis| {
+        let single = diagnosis.single_connection?;
+        (diagnosis.shared == 0 || single.was_given)
+            .then(|| (format!("{:?}", diagnosis.process.kind()), single.port))
+    };
+    for diagnosis in &*processes {
+        if let Some(key) = key(diagnosis) {
+            *sizes.entry(key).or_default() += 1;
+        }
+    }
+    for diagnosis in processes {
+        let is_one_of_many = key(diagnosis).is_some_and(|key| sizes[&key] >= MANY);
+        let was_given = diagnosis
+            .single_connection
+            .is_some_and(|single| single.was_given);
+        diagnosis.per_connection = is_one_of_many || was_given;
+    }
+}
+
+/// The only connection of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Single {
+    /// Its local port.
+    pub port: u16,
+    /// Another process listens at that port, and this one does not.
+    pub was_given: bool,
+}
+
+/// The leaked sockets of each process.
+fn leaked(
+    processes: &[ProcessDiagnosis],
+    scan: &Scan,
+    netns_of: &dyn Fn(&Process) -> Option<usize>,
+    times: LookTimes,
+) -> Vec<Leaked> {
+    let mut leaked: Vec<Leaked> = processes.iter().map(|_| Leaked::default()).collect();
+    let places: HashMap<ProcessId, usize> =
+        processes.iter().map(|p| p.process.id).zip(0..).collect();
+    for target in &scan.targets {
+        let socket = &target.socket;
+        let Some(inode) = socket.inode else {
+            continue;
+        };
+        let owners: BTreeSet<ProcessId> = target.owners.iter().map(|o| o.process.id).collect();
+        for owner in &target.owners {
+            if let Some(&place) = places.get(&owner.process.id) {
+                let of_owner = &mut leaked[place];
+                of_owner.fds.push((owner.fd, inode));
+                of_owner.inodes.insert(inode);
+                of_owner
+                    .ports
+                    .insert((socket.netns, socket.tuple().local.port()));
+                of_owner.add_age(times.scanned, socket.connected_for);
+                let others = owners.iter().filter(|id| **id != owner.process.id);
+                of_owner.others.extend(others);
+            }
+        }
+    }
+    for (diagnosis, of_owner) in processes.iter().zip(&mut leaked) {
+        let Some(table) = &diagnosis.table else {
+            continue;
+        };
+        let mut netns = None;
+        for suspect in &table.suspects {
+            if let SuspectVerdict::Dead(dead) = suspect.verdict {
+                of_owner.fds.push((suspect.fd, suspect.inode));
+                of_owner.inodes.insert(suspect.inode);
+                of_owner.add_age(times.tables_read, Some(dead.quiet));
+                let netns = *netns.get_or_insert_with(|| netns_of(&diagnosis.process));
+                if let (Some(netns), Some(local)) = (netns, dead.local) {
+                    of_owner.ports.insert((netns, local.port()));
+                }
+            }
+        }
+    }
+    leaked
+}
+
+/// The owners of the listeners at `ports`, the process that started first before the others.
+fn listener_owners(
+    ports: &HashSet<(usize, u16)>,
+    listening: &[ListeningPort],
+    proc: &ProcFs,
+) -> HashMap<(usize, u16), Vec<Arc<Process>>> {
+    let at_ports = listening
+        .iter()
+        .filter(|l| ports.contains(&(l.netns, l.port)));
+    let inodes: HashSet<u32> = at_ports.clone().map(|listener| listener.inode).collect();
+    // Without the owners of the listeners the verdicts are those of the causes.
+    let owners = owners::find(proc, &inodes).unwrap_or_default();
+    let mut by_port: HashMap<(usize, u16), Vec<Arc<Process>>> = HashMap::new();
+    for listener in at_ports {
+        let of_port = by_port.entry((listener.netns, listener.port)).or_default();
+        of_port.extend(owners.of(listener.inode).map(|owner| owner.process));
+        of_port.sort_by_key(|process| (process.id.start_time, process.id.pid));
+        of_port.dedup_by_key(|process| process.id);
+    }
+    by_port
+}
+
+/// The process that the sockets of `diagnosis` were inherited from; `None` if they seem to be its own.
+fn origin<'a>(
+    diagnosis: &ProcessDiagnosis,
+    leaked: &Leaked,
+    listeners: impl Iterator<Item = &'a Arc<Process>> + Clone,
+    programs: &mut HashMap<ProcessId, Option<String>>,
+    proc: &ProcFs,
+) -> Option<Arc<Process>> {
+    let heir = &diagnosis.process;
+    let program = diagnosis.status.program.as_ref()?;
+    if leaked.fds.is_empty() {
+        return None;
+    }
+    let is_older = leaked
+        .connected_at
+        .zip(started(heir.id))
+        .is_some_and(|(connected, started)| connected + CLOCK_ERROR < started);
+    let parent = || {
+        let parent = diagnosis.status.parent.filter(|_| is_older)?;
+        proc.process(parent).map(Arc::new)
+    };
+    // The first process of the system gives its listeners to services on purpose.
+    let mut is_other = |other: &Arc<Process>| {
+        other.id.pid != 1 && other.id.start_time <= heir.id.start_time && other.id != heir.id && {
+            let of_other = programs
+                .entry(other.id)
+                .or_insert_with(|| proc.status(other).program);
+            of_other.as_ref().is_some_and(|other| other != program)
+        }
+    };
+    let from = listeners.clone().find(|owner| is_other(owner)).cloned();
+    let from = from.or_else(|| parent().filter(|parent| is_other(parent)))?;
+    let facts = HeirFacts {
+        is_other_program: true,
+        is_older,
+        has_several: leaked.inodes.len() > 1,
+        owns_listener: listeners.clone().any(|owner| owner.id == heir.id),
+        is_standard: leaked.fds.iter().any(|(fd, _)| fd.0 <= 2),
+        usage: Usage::Unused,
+    };
+    // The evidence of use costs the most, so it is read only if it matters.
+    let facts = HeirFacts {
+        usage: match facts.is_heir() {
+            true => reclaim::usage(proc, heir, &leaked.fds),
+            false => return None,
+        },
+        ..facts
+    };
+    facts.is_heir().then_some(from)
+}
+
+/// The time since boot. Unlike the clock of Rust it also counts while the host is suspended, as the start times of processes do.
+pub fn since_boot() -> Duration {
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
+}
+
+/// The time from boot to the start of the process.
+fn started(id: ProcessId) -> Option<Duration> {
+    let ticks_per_second = u32::try_from(procfs::ticks_per_second()).ok()?;
+    Duration::from_secs(id.start_time).checked_div(ticks_per_second)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEIR: HeirFacts = HeirFacts {
+        is_other_program: true,
+        is_older: true,
+        has_several: true,
+        owns_listener: false,
+        is_standard: false,
+        usage: Usage::Unused,
+    };
+
+    #[test]
+    fn only_unused_sockets_of_another_program_are_inherited() {
+        assert!(HEIR.is_heir());
+        for other in [
+            HeirFacts {
+                is_other_program: false,
+                ..HEIR
+            },
+            // inetd(8) gives the connection as standard input and output.
+            HeirFacts {
+                is_standard: true,
+                ..HEIR
+            },
+            HeirFacts {
+                usage: Usage::Used,
+                ..HEIR
+            },
+        ] {
+            assert!(!other.is_heir(), "{other:?}");
+        }
+        let accepted = HeirFacts {
+            is_older: false,
+            ..HEIR
+        };
+        assert!(accepted.is_heir());
+        for other in [
+            // It may have accepted them itself at a listener that it was started with.
+            HeirFacts {
+                owns_listener: true,
+                ..accepted
+            },
+            // It may have been started for this one connection.
+            HeirFacts {
+                has_several: false,
+                ..accepted
+            },
+            HeirFacts {
+                usage: Usage::Unknown,
+                ..accepted
+            },
+        ] {
+            assert!(!other.is_heir(), "{other:?}");
+        }
+        let unseen = HeirFacts {
+            usage: Usage::Unknown,
+            ..HEIR
+        };
+        assert!(unseen.is_heir());
+    }
+
+    #[test]
+    fn the_oldest_connection_counts() {
+        let mut leaked = Leaked::default();
+        let seconds = Duration::from_secs;
+        leaked.add_age(seconds(100), None);
+        assert_eq!(leaked.connected_at, None);
+        for (age, connected_at) in [(5, 95), (3, 95), (40, 60), (101, 60)] {
+            leaked.add_age(seconds(100), Some(seconds(age)));
+            assert_eq!(leaked.connected_at, Some(seconds(connected_at)));
+        }
+    }
+
+    #[test]
+    fn start_times_and_the_clock_agree() {
+        let own = i32::try_from(std::process::id()).unwrap();
+        let start_time = ProcFs::default().start_time(own).unwrap();
+        let id = ProcessId {
+            pid: own,
+            start_time,
+        };
+        let started = started(id).unwrap();
+        let now = since_boot();
+        assert!(started < now && now - started < Duration::from_secs(3600));
+    }
+}
