@@ -26,11 +26,11 @@ use crate::history::History;
 use crate::model::{Listener, ListeningSocket, Scan, Socket};
 use crate::proc::netns::Netns;
 use crate::proc::status::ProcessStatus;
-use crate::proc::{ProcFs, Process, ProcessId};
+use crate::proc::{ProcFs, Process, ProcessId, since_boot};
 use crate::sock_diag::Cookie;
 use crate::text::counted;
 use group::{GroupContext, SocketGroup};
-use origin::{ListeningPort, LookTimes, Single};
+use origin::{ListeningPort, Single};
 use suggest::{LanguageRuntime, Suggestion, SuggestionInput};
 use verdict::{Circumstance, Condition};
 
@@ -299,12 +299,8 @@ pub fn run(
     let elapsed = begin.elapsed();
     let scan = finder::find(&namespaces, proc, selectors, history)?;
     history.learn(&scan, selectors);
-    let scanned = origin::since_boot();
     let (tables, failures) = read_tables(&scan, selectors, proc);
-    let times = LookTimes {
-        scanned,
-        tables_read: origin::since_boot(),
-    };
+    let tables_read = since_boot();
     let (unreadable_processes, hidden_processes) = (tables.unreadable.len(), tables.hidden);
     let listening = listening_ports(&scan.namespaces);
     let context = GroupContext {
@@ -323,7 +319,14 @@ pub fn run(
             )
         });
     let netns_of = |process: &Process| netns_of(process, &scan, proc);
-    origin::find(&mut processes, &scan, &listening, &netns_of, times, proc);
+    origin::find(
+        &mut processes,
+        &scan,
+        &listening,
+        &netns_of,
+        tables_read,
+        proc,
+    );
     let ownerless = SocketGroup::new(ownerless(&first), ownerless(&scan), &context);
     let total = SocketGroup::new(sockets(&first), sockets(&scan), &context);
     let listeners = diagnose_listeners(scans, &context);

@@ -5,8 +5,6 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::time::{ClockId, clock_gettime};
-
 use super::ProcessDiagnosis;
 use crate::finder::dead::SuspectVerdict;
 use crate::finder::owners;
@@ -55,15 +53,6 @@ impl Leaked {
     }
 }
 
-/// The times of two looks at sockets, since boot.
-#[derive(Clone, Copy, Debug)]
-pub struct LookTimes {
-    /// The end of the scan.
-    pub scanned: Duration,
-    /// The end of the look at the descriptor tables.
-    pub tables_read: Duration,
-}
-
 /// What decides whether a process has inherited its sockets.
 #[derive(Clone, Copy, Debug)]
 struct HeirFacts {
@@ -94,16 +83,17 @@ impl HeirFacts {
     }
 }
 
-/// Finds for each process whether it has inherited its sockets, and whether it is one of many with one connection each.
+/// Finds for each process whether it has inherited its sockets, and whether it is one of many with one connection each. The
+/// descriptor tables were read before the time `tables_read`, since boot.
 pub fn find(
     processes: &mut [ProcessDiagnosis],
     scan: &Scan,
     listening: &[ListeningPort],
     netns_of: &dyn Fn(&Process) -> Option<usize>,
-    times: LookTimes,
+    tables_read: Duration,
     proc: &ProcFs,
 ) {
-    let leaked: Vec<Leaked> = leaked(processes, scan, netns_of, times);
+    let leaked: Vec<Leaked> = leaked(processes, scan, netns_of, tables_read);
     let ports: HashSet<(usize, u16)> = leaked
         .iter()
         .flat_map(|l| l.ports.iter().copied())
@@ -166,7 +156,7 @@ fn leaked(
     processes: &[ProcessDiagnosis],
     scan: &Scan,
     netns_of: &dyn Fn(&Process) -> Option<usize>,
-    times: LookTimes,
+    tables_read: Duration,
 ) -> Vec<Leaked> {
     let mut leaked: Vec<Leaked> = processes.iter().map(|_| Leaked::default()).collect();
     let places: HashMap<ProcessId, usize> =
@@ -185,7 +175,7 @@ fn leaked(
                 of_owner
                     .ports
                     .insert((socket.netns, socket.tuple().local.port()));
-                of_owner.add_age(times.scanned, socket.connected_for);
+                of_owner.add_age(scan.listed_at, socket.connected_for);
                 let others = owners.iter().filter(|id| **id != owner.process.id);
                 of_owner.others.extend(others);
             }
@@ -200,7 +190,7 @@ fn leaked(
             if let SuspectVerdict::Dead(dead) = suspect.verdict {
                 of_owner.fds.push((suspect.fd, suspect.inode));
                 of_owner.inodes.insert(suspect.inode);
-                of_owner.add_age(times.tables_read, Some(dead.quiet));
+                of_owner.add_age(tables_read, Some(dead.quiet));
                 let netns = *netns.get_or_insert_with(|| netns_of(&diagnosis.process));
                 if let (Some(netns), Some(local)) = (netns, dead.local) {
                     of_owner.ports.insert((netns, local.port()));
@@ -284,11 +274,6 @@ fn origin<'a>(
     facts.is_heir().then_some(from)
 }
 
-/// The time since boot. Unlike the clock of Rust it also counts while the host is suspended, as the start times of processes do.
-pub fn since_boot() -> Duration {
-    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
-}
-
 /// The time from boot to the start of the process.
 fn started(id: ProcessId) -> Option<Duration> {
     let ticks_per_second = u32::try_from(procfs::ticks_per_second()).ok()?;
@@ -298,6 +283,7 @@ fn started(id: ProcessId) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::proc::since_boot;
 
     const HEIR: HeirFacts = HeirFacts {
         is_other_program: true,

@@ -30,8 +30,8 @@ use crate::filter::selectors::Selectors;
 use crate::history::History;
 use crate::model::{Coverage, Listener, Owner, Scan, Target};
 use crate::parallel;
-use crate::proc::ProcFs;
 use crate::proc::netns::{Namespaces, Netns, NetnsScope};
+use crate::proc::{ProcFs, since_boot};
 use crate::sock_diag::{Detail, DiagId, DumpError, LookupError, SockDiag, SocketMessage};
 use owners::{OwnerScan, Trust};
 use sockets::NetnsScan;
@@ -189,6 +189,7 @@ fn list_sockets(
         }
         add(&mut scan, netns_scan);
     }
+    scan.listed_at = since_boot();
     if let (false, Some(error)) = (resolved, unresolved) {
         return Err(error);
     }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::model::{Coverage, Owner, Sightings, Target};
 use crate::proc::netns::Netns;
@@ -21,6 +22,8 @@ pub struct Scan {
     /// The number of sockets that match, except that they are in use (`--min-idle`). They are not among the targets.
     pub in_use: usize,
     pub coverage: Coverage,
+    /// The time since boot when the sockets had been listed.
+    pub listed_at: Duration,
     /// Whether cwkill searched for the owners.
     pub owners_known: bool,
     /// For the memory between runs; empty if nothing is remembered.

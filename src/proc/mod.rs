@@ -23,10 +23,12 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
+use nix::time::{ClockId, clock_gettime};
 use procfs::FromRead;
 use procfs::process::Stat;
 
@@ -235,6 +237,11 @@ impl ProcFs {
     fn stat(&self, pid: i32) -> procfs::ProcResult<Stat> {
         Stat::from_file(self.path(&format!("{pid}/stat")))
     }
+}
+
+/// The time since boot. Unlike the clock of Rust it also counts while the host is suspended, as the start times of processes do.
+pub fn since_boot() -> Duration {
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
 }
 
 /// Reads the identity, name and cgroups of process `pid` from its directory `process`.

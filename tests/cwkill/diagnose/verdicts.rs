@@ -320,7 +320,7 @@ else:
     say('ready')
     conns = [server.accept()[0] for _ in range(count)]
 # The connections are clearly older than the heir.
-time.sleep(1)
+time.sleep(2)
 if how == 'listener':
     server.set_inheritable(True)
 files = {'stdin': conns[0], 'stdout': conns[0]} if how == 'standard' else {}
