@@ -23,6 +23,9 @@ const RECEIVE_BUFFER: usize = BATCH * ANSWER;
 /// The maximum number of attempts at a dump. An attempt fails if the kernel flags it as interrupted, or if it overruns the receive
 /// queue.
 const DUMP_ATTEMPTS: u32 = 10;
+/// The maximum number of overruns while one answer is received. The kernel reports an overrun once and goes on
+/// (net/netlink/af_netlink.c, netlink_overrun), so more of them mean that something else answers in its place.
+const MAX_OVERRUNS: u32 = 1000;
 /// Room for one answer. With `struct tcp_info` and all attributes an answer takes about 600 bytes, and new kernels add a few.
 const ANSWER: usize = 2048;
 /// Room for a datagram of [`SockDiag::stream`]. With fewer sockets in a datagram, their descriptions are fresher.
@@ -178,6 +181,7 @@ impl SockDiag {
         let mut begun = Instant::now();
         self.socket.send(&request.encode(sequence), 0)?;
         let mut assembly = Assembly::new(sequence, request.protocol);
+        let mut overruns = 0;
         loop {
             let since = mem::replace(&mut begun, Instant::now());
             match receive(&self.socket, &mut self.buffer[..room]) {
@@ -195,6 +199,10 @@ impl SockDiag {
                 // The queue overran. The kernel goes on, so the rest must be read before the dump is repeated.
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
                     assembly.interrupted = true;
+                    overruns += 1;
+                    if overruns > MAX_OVERRUNS {
+                        return Err(error.into());
+                    }
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -338,6 +346,7 @@ impl SockDiag {
         // With fewer answers, each may be longer.
         let room = self.buffer.len() / answers.len().max(1);
         let mut lost = false;
+        let mut overruns = 0;
         loop {
             let waiting = match until {
                 Until::All => answers.iter().any(Option::is_none),
@@ -351,7 +360,11 @@ impl SockDiag {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
                     lost = true;
-                    continue;
+                    overruns += 1;
+                    match overruns > MAX_OVERRUNS {
+                        true => return Err(error),
+                        false => continue,
+                    }
                 }
                 other => other?,
             };
