@@ -13,7 +13,7 @@
 //! |---|---|
 //! | strings, system calls, kernel version, memory, threads | `text`, `sys` (every `unsafe`), [`kernel`], `memory`, `parallel`, `netlink` |
 //! | TCP | [`tcp`]: states, address pairs, sequence numbers, segments |
-//! | Linux | [`proc`]: /proc; [`sock_diag`]: the kernel's socket tables; [`routes`]: which addresses are of this host; [`packet`]: raw and packet sockets |
+//! | Linux | [`proc`]: /proc; [`sock_diag`]: the kernel's socket tables; [`routes`]: which addresses are of this host; `conntrack`: connection tracking; [`packet`]: raw and packet sockets |
 //! | data | [`model`]: the terms of the glossary as types; [`control`]: clock, pauses and Ctrl-C of a run |
 //! | which sockets | [`filter`]: selectors, expressions of ss(8), the kernel's bytecode |
 //! | what there is | [`privileges`]: rights, and giving them up; [`history`]: what earlier runs have seen; [`finder`]: sockets, owners, listeners, dead descriptors |
@@ -70,6 +70,7 @@ mod check;
 pub mod cli;
 pub mod commands;
 pub mod config;
+mod conntrack;
 pub mod control;
 mod diagnose;
 mod doctor;

@@ -39,7 +39,7 @@ const RESERVED: u64 = 256;
 const SHARES: u64 = 16;
 /// The shortest TCP_KEEPIDLE (net/ipv4/tcp.c, tcp_sock_set_keepidle_locked). The kernel sends the probe when this time has
 /// passed since the last segment of the peer.
-const KEEP_IDLE: Duration = Duration::from_secs(1);
+pub(super) const KEEP_IDLE: Duration = Duration::from_secs(1);
 /// The fields of struct tcp_info (linux/tcp.h) that are read here, up to the last of them.
 const TCP_INFO_PROBES: usize = 3;
 const TCP_INFO_LAST_DATA_RECV: usize = 52;
@@ -293,12 +293,19 @@ fn keepalive_probe(id: &DiagId, numbers: Numbers, send_q: u32) -> Outgoing {
 }
 
 /// The keepalive options of a socket, with the values to restore.
-struct Keepalive {
+pub(super) struct Keepalive {
     socket: Duplicate,
     /// Level, name and former value, in the order in which they are restored.
     former: [(i32, i32, i32); 4],
     /// The number of unanswered probes before this one. The program may have asked the peer itself.
     probes: u8,
+    /// How long the peer had been quiet before it.
+    idle: Duration,
+}
+
+/// How long no segment of the peer has arrived.
+pub(super) fn idle(socket: &Duplicate) -> std::io::Result<Duration> {
+    Ok(probes_and_idle(socket)?.1)
 }
 
 /// The unanswered probes of a socket, and the time since the last segment of its peer.
@@ -322,7 +329,7 @@ impl Keepalive {
     const IDLE: (i32, i32) = (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE);
 
     /// Makes the kernel send one probe. It sends it at its next tick if the socket has been idle for [`KEEP_IDLE`].
-    fn start(socket: Duplicate) -> std::io::Result<Self> {
+    pub(super) fn start(socket: Duplicate) -> std::io::Result<Self> {
         let former = |(level, name)| {
             let value = sys::socket_option(socket.as_fd(), level, name)?;
             std::io::Result::Ok((level, name, value))
@@ -347,11 +354,12 @@ impl Keepalive {
         }
         let (probes, idle) = probes_and_idle(&socket)?;
         // The time for which it has been idle already: the probe is due, and if these values stay, the next is far away.
-        let idle = i32::try_from(idle.max(KEEP_IDLE).as_secs()).unwrap_or(i32::MAX);
+        let seconds = i32::try_from(idle.max(KEEP_IDLE).as_secs()).unwrap_or(i32::MAX);
         let keepalive = Keepalive {
             socket,
             former,
             probes,
+            idle,
         };
         let set = |(level, name), value| {
             sys::set_socket_option(keepalive.socket.as_fd(), level, name, value)
@@ -363,13 +371,25 @@ impl Keepalive {
         // SO_KEEPALIVE first and TCP_KEEPIDLE last: only setting TCP_KEEPIDLE makes the kernel count the time for which the
         // socket has already been idle.
         set(Self::ON, 1)?;
-        set(Self::IDLE, idle.min(MAX_KEEP_INTERVAL))?;
+        set(Self::IDLE, seconds.min(MAX_KEEP_INTERVAL))?;
         Ok(keepalive)
     }
 
     /// Whether the kernel has sent the probe. An answer resets the count of probes, so `false` says nothing after an answer.
     fn is_sent(&self) -> bool {
         probes_and_idle(&self.socket).is_ok_and(|(probes, _)| probes > self.probes)
+    }
+
+    /// Whether the probe is sent, or need not be: a segment of the peer has arrived since, or the socket is closed.
+    pub(super) fn is_over(&self) -> bool {
+        let now = probes_and_idle(&self.socket);
+        now.map_or(true, |(probes, idle)| {
+            probes > self.probes || idle < self.idle
+        })
+    }
+
+    pub(super) fn socket(&self) -> &Duplicate {
+        &self.socket
     }
 }
 
@@ -394,7 +414,7 @@ fn keepalive_error(errno: Errno) -> MethodError {
 }
 
 /// The number of duplicates that one worker may keep open. Raises the soft limit of open descriptors as far as needed.
-fn batch_size() -> usize {
+pub(super) fn batch_size() -> usize {
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
         return 1;
     };

@@ -20,6 +20,7 @@ mod limits;
 mod listing;
 mod mptcp;
 mod namespaces;
+mod nat;
 mod probing;
 mod races;
 mod reclaim;
@@ -65,6 +66,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     resetting,
     probing,
     addresses,
+    nat,
     signals,
     races,
     states,

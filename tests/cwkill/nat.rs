@@ -1,0 +1,99 @@
+//! Connections through NAT whose entry in the conntrack table has expired. The tests need nft(8).
+
+use anyhow::Result;
+use netns_harness::{Agent, Dial, Family, Fd, How, Lab, Leak, TcpState};
+
+use crate::support::{PATIENCE, all_have, count, cwkill, in_state, ran};
+use crate::trial::{Test, each_family};
+
+pub const TESTS: &[Test] = &[
+    each_family!(shutdown_reaches_a_proxy_behind_an_expired_entry),
+    each_family!(a_fin_alone_does_not_pass_an_expired_entry),
+];
+
+/// An application whose connections to port 80 of another host are redirected to a proxy on its own host, as a service mesh does.
+/// The proxy has finished, and the conntrack entries have expired.
+struct Mesh {
+    lab: Lab,
+    /// The other host, with a connection that is in use.
+    _bystander: Leak,
+    app: Agent,
+    _proxy: Agent,
+    fds: Vec<Fd>,
+}
+
+/// Runs `script` on the leaking host.
+fn sh(lab: &Lab, script: &str) -> Result<()> {
+    ran(lab.app_host().command("sh").args(["-ec", script]))?.exits(0);
+    Ok(())
+}
+
+fn mesh(family: Family) -> Result<Mesh> {
+    let lab = Lab::new()?;
+    let bystander = lab.start("established", family, count(1))?;
+    // The default is a minute.
+    sh(
+        &lab,
+        "echo 1 > /proc/sys/net/netfilter/nf_conntrack_tcp_timeout_close_wait
+         nft -f - <<END
+         table inet mesh {
+             chain out {
+                 type nat hook output priority -100
+                 tcp dport 80 redirect to :15001
+             }
+         }
+END",
+    )?;
+    let proxy = lab.app_host().agent("proxy")?;
+    let listener = proxy.listen("[::]:15001".parse()?, false, 16)?;
+    let app = lab.app_host().agent("leaky-app")?;
+    let mut server = bystander.conns()[0].peer;
+    server.set_port(80);
+    let ends = app.connect(server, 3, Dial::default(), PATIENCE)?;
+    let accepted = proxy.accept(listener, 3, PATIENCE)?;
+    let accepted: Vec<Fd> = accepted.iter().map(|end| end.fd).collect();
+    proxy.shutdown(&accepted, How::Write)?;
+    lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::FinWait2)? == 3))?;
+    let old = format!("-n --pid {} --min-age 3s --min-idle 0s", app.pid());
+    lab.wait_for(PATIENCE, || {
+        let found = cwkill(&lab, &format!("{old} --json"))?;
+        Ok(found.code == Some(0) && found.sockets().len() == 3)
+    })?;
+    Ok(Mesh {
+        lab,
+        _bystander: bystander,
+        app,
+        _proxy: proxy,
+        fds: ends.iter().map(|end| end.fd).collect(),
+    })
+}
+
+fn shutdown_reaches_a_proxy_behind_an_expired_entry(family: Family) -> Result<()> {
+    let Mesh { lab, app, .. } = &mesh(family)?;
+    // The answer to the probe does not make the sockets too young.
+    let line = format!(
+        "--pid {} --method shutdown --min-age 2s --min-idle 0s --json",
+        app.pid()
+    );
+    let sockets = cwkill(lab, &line)?.exits(0).sockets();
+    assert_eq!(sockets.len(), 3);
+    all_have(&sockets, "closed", "shutdown");
+    assert_eq!(in_state(lab, TcpState::CloseWait)?, 0);
+    lab.wait_for(PATIENCE, || Ok(in_state(lab, TcpState::FinWait2)? == 0))?;
+    assert!(app.is_alive());
+    Ok(())
+}
+
+/// The fact that the probe before the FIN is for.
+fn a_fin_alone_does_not_pass_an_expired_entry(family: Family) -> Result<()> {
+    let Mesh { lab, app, fds, .. } = &mesh(family)?;
+    app.shutdown(fds, How::Both)?;
+    // The other host knows no such connection, and answers with RST.
+    lab.wait_for(PATIENCE, || {
+        let open = [TcpState::CloseWait, TcpState::LastAck];
+        let open: Result<Vec<usize>> = open.into_iter().map(|state| in_state(lab, state)).collect();
+        Ok(open?.iter().sum::<usize>() == 0)
+    })?;
+    assert_eq!(in_state(lab, TcpState::FinWait2)?, 3);
+    Ok(())
+}
