@@ -12,7 +12,7 @@ use super::{
 use crate::cli::Args;
 use crate::config::{Action, Config, Format};
 use crate::control::Control;
-use crate::finder::{self, FindError, owners, reactions};
+use crate::finder::{self, FindError, owners, reactions, tracked};
 use crate::history::History;
 use crate::injector::{plan, workers};
 use crate::memory;
@@ -59,6 +59,10 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
         terminal.aside(|| say_notes(history.take_notes()));
     }
     let mut run = Run::new(scan);
+    // Only if it would be said that nothing is stuck.
+    if !acts && run.scan.targets.is_empty() {
+        tracked::count(&mut run.scan);
+    }
     // After a sweep the question would come too late. A sweep needs --no-owners, so it does not know the processes.
     if acts
         && config.asks

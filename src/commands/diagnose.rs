@@ -8,6 +8,7 @@ use super::{drop_capabilities_and_start_threads, refuse, say_hints, say_notes};
 use crate::cli::DiagnoseArgs;
 use crate::diagnose;
 use crate::filter::Scope;
+use crate::finder::tracked;
 use crate::history::History;
 use crate::model::Privilege;
 use crate::privileges::capabilities;
@@ -33,7 +34,10 @@ pub(super) fn run(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
     let mut history = History::open();
     let diagnosis = diagnose::run(&scope, sample, &ProcFs::default(), &mut history);
     say_notes(history.take_notes());
-    let diagnosis = diagnosis?;
+    let mut diagnosis = diagnosis?;
+    if diagnosis.scan.targets.is_empty() {
+        tracked::count(&mut diagnosis.scan);
+    }
     let written = write_out(|out| match json {
         true => report::json::write(&diagnosis, out),
         false => report::text::write(&diagnosis, columns(), rows(), out),

@@ -3,7 +3,8 @@
 //! [`find`] lists the sockets (`sockets`) and, at the same time, reads the descriptors of all processes from /proc
 //! ([`owners`]). An MPTCP socket takes the place of its subflows (`mptcp`). `addresses` marks the sockets whose local address is
 //! gone. A connection that was never accepted gets the listener that would accept it ([`listeners`]). [`dead`] finds descriptors of
-//! sockets that the kernel no longer lists. [`reactions`] waits while owners close the descriptors of closed sockets.
+//! sockets that the kernel no longer lists. [`tracked`] counts connections of
+//! others that pass through this host. [`reactions`] waits while owners close the descriptors of closed sockets.
 
 mod addresses;
 pub mod dead;
@@ -15,6 +16,7 @@ pub mod reactions;
 pub(crate) mod sockets;
 mod tcp_info;
 mod threads;
+pub mod tracked;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;

@@ -25,6 +25,7 @@ use crate::conntrack;
 use crate::control::{Backoff, deadline};
 use crate::model::{Method, MethodError, Target};
 use crate::proc::ProcFs;
+use crate::sock_diag::Protocol;
 use crate::sys::Duplicate;
 
 /// Sockets per batch without and with keepalive probes. All probes of a batch are sent in one wait.
@@ -75,7 +76,9 @@ impl Shutdown {
     /// Whether a host on the way may have forgotten the connection of this socket.
     fn may_be_forgotten(&self, target: &Target, socket: &Duplicate) -> bool {
         // With unacknowledged data the kernel sends no probe, and its retransmissions have the same effect.
-        let can_be_asked = target.socket.send_q == 0 && !target.socket.address_gone;
+        let can_be_asked = target.socket.send_q == 0
+            && !target.socket.address_gone
+            && target.socket.protocol() == Protocol::Tcp;
         let is_old = |after| probe::idle(socket).is_ok_and(|idle| idle >= after);
         can_be_asked && self.forgotten_after.is_some_and(is_old)
     }

@@ -1,6 +1,8 @@
 //! The limits of a scan. With them, cwkill never reports "nothing" about things that it could not see.
 
-use crate::text::{counted, escape};
+use std::time::Duration;
+
+use crate::text::{counted, escape, seconds};
 
 /// The limits of a scan. The default value means that it saw everything.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -27,8 +29,40 @@ pub struct Coverage {
     pub stale_namespace_names: Vec<String>,
     /// The number of TCP connections that match, but are subflows of MPTCP sockets, which the kernel cannot list.
     pub unlisted_subflows: usize,
+    /// Connections of others in CLOSE-WAIT that pass through this host. `None`: there are none, or cwkill did not look.
+    pub tracked: Option<TrackedCloseWait>,
     /// Why cwkill could not list the sockets again after it had destroyed some.
     pub unlisted: Option<String>,
+}
+
+/// Connections between other hosts whose conntrack entry is in CLOSE_WAIT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TrackedCloseWait {
+    pub entries: usize,
+    /// Whether the whole table was read.
+    pub complete: bool,
+    /// How long the kernel keeps an entry without traffic.
+    pub timeout: Option<Duration>,
+}
+
+impl TrackedCloseWait {
+    fn note(&self) -> String {
+        let at_least = if self.complete { "" } else { "at least " };
+        let after = match self.timeout {
+            Some(timeout) => format!(" after {} without traffic", seconds(timeout)),
+            None => String::new(),
+        };
+        format!(
+            "the conntrack table has {at_least}{} in CLOSE_WAIT of connections between other hosts, which pass through this one: \
+             they are no sockets, and the kernel removes each{after} (nf_conntrack_tcp_timeout_close_wait); \
+             conntrack -D -p tcp --state CLOSE_WAIT removes them at once",
+            if self.entries == 1 {
+                "1 entry".to_owned()
+            } else {
+                format!("{} entries", self.entries)
+            },
+        )
+    }
 }
 
 impl Coverage {
@@ -124,6 +158,7 @@ impl Coverage {
                 escape(first)
             ));
         }
+        notes.extend(self.tracked.as_ref().map(TrackedCloseWait::note));
         if let Some(why) = &self.unlisted {
             notes.push(format!("the remaining sockets could not be listed ({why})"));
         }

@@ -9,7 +9,7 @@ pub mod socket;
 pub mod target;
 
 pub use cause::Cause;
-pub use coverage::Coverage;
+pub use coverage::{Coverage, TrackedCloseWait};
 pub use method::{Method, Privilege};
 pub use reclaim::{InUse, ReclaimOutcome, ReclaimReason};
 pub use scan::{Listener, ListeningSocket, Scan};

@@ -41,6 +41,10 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
         unknown_namespaces: coverage.unknown_namespaces,
         undecided: coverage.undecided,
         unlisted_subflows: coverage.unlisted_subflows,
+        tracked_close_wait: coverage.tracked.map(|tracked| JsonTracked {
+            entries: tracked.entries,
+            complete: tracked.complete,
+        }),
         unlisted: coverage.unlisted.as_deref(),
         reclaim: run.reclaim_requested.then(|| JsonReclaim {
             owners: json_stops(&run.stops),
@@ -130,12 +134,20 @@ struct Tail<'a> {
     unknown_namespaces: usize,
     undecided: usize,
     unlisted_subflows: usize,
+    /// Conntrack entries of connections of others; `None`: there are none, or cwkill did not look.
+    tracked_close_wait: Option<JsonTracked>,
     /// The error that ended a scan early: more sockets may match.
     unlisted: Option<&'a str>,
     /// `None` without `--reclaim`.
     reclaim: Option<JsonReclaim<'a>>,
     summary: SocketCounts,
     new_sockets: Option<JsonNewSockets<'a>>,
+}
+
+#[derive(Serialize)]
+struct JsonTracked {
+    entries: usize,
+    complete: bool,
 }
 
 #[derive(Serialize)]

@@ -1,14 +1,15 @@
-//! Connections through NAT whose entry in the conntrack table has expired. The tests need nft(8).
+//! Connections in the conntrack table: NAT whose entry has expired, and connections of others. The tests need nft(8).
 
 use anyhow::Result;
 use netns_harness::{Agent, Dial, Family, Fd, How, Lab, Leak, TcpState};
 
-use crate::support::{PATIENCE, all_have, count, cwkill, in_state, ran};
+use crate::support::{PATIENCE, all_have, alone, at, count, cwkill, in_state, ran};
 use crate::trial::{Test, each_family};
 
 pub const TESTS: &[Test] = &[
     each_family!(shutdown_reaches_a_proxy_behind_an_expired_entry),
     each_family!(a_fin_alone_does_not_pass_an_expired_entry),
+    each_family!(connections_between_other_hosts_are_counted),
 ];
 
 /// An application whose connections to port 80 of another host are redirected to a proxy on its own host, as a service mesh does.
@@ -95,5 +96,70 @@ fn a_fin_alone_does_not_pass_an_expired_entry(family: Family) -> Result<()> {
         Ok(open?.iter().sum::<usize>() == 0)
     })?;
     assert_eq!(in_state(lab, TcpState::FinWait2)?, 3);
+    Ok(())
+}
+
+/// The leaking host is the router between two peers.
+fn connections_between_other_hosts_are_counted(family: Family) -> Result<()> {
+    let lab = Lab::new()?;
+    let [first, second] = [
+        lab.start("established", family, alone(8080, 1))?,
+        lab.start("established", family, alone(8081, 1))?,
+    ];
+    sh(
+        &lab,
+        "echo 1 > /proc/sys/net/ipv4/ip_forward
+         echo 1 > /proc/sys/net/ipv6/conf/all/forwarding
+         nft -f - <<END
+         table inet router {
+             chain forward {
+                 type filter hook forward priority 0
+                 ct state invalid drop
+             }
+         }
+END",
+    )?;
+    let ends = [&first, &second].map(|leak| {
+        let conn = leak.conns()[0];
+        (
+            conn.local.ip().to_canonical(),
+            conn.peer.ip().to_canonical(),
+        )
+    });
+    let [(_, from), (_, to)] = ends;
+    for (leak, router, other) in [(&first, ends[0].0, to), (&second, ends[1].0, from)] {
+        let route = format!("route add {other} via {router}");
+        let ip = leak.pair().peer_host.command("ip");
+        let version = if other.is_ipv4() { "-4" } else { "-6" };
+        ran(ip.arg(version).args(route.split(' ')))?.exits(0);
+    }
+    let server = second.peer();
+    let listener = server.listen((to, 9000).into(), false, 16)?;
+    let opened = first
+        .peer()
+        .connect((to, 9000).into(), 3, Dial::default(), PATIENCE)?;
+    let _accepted = server.accept(listener, 3, PATIENCE)?;
+    // A connection of this host has an entry in CLOSE_WAIT as well, and is not counted.
+    first.app().shutdown(&first.app_fds(), How::Write)?;
+    lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::FinWait2)? == 1))?;
+    for line in ["--json", "-n --json"] {
+        let ran = cwkill(&lab, line)?;
+        assert_eq!(at(&ran.json(), "/tracked_close_wait"), "null", "{ran:?}");
+        assert!(!ran.stderr.contains("conntrack"), "{ran:?}");
+    }
+    let fds: Vec<Fd> = opened.iter().map(|end| end.fd).collect();
+    first.peer().shutdown(&fds, How::Write)?;
+    lab.wait_for(PATIENCE, || {
+        let ran = cwkill(&lab, "--json")?.exits(1);
+        Ok(at(&ran.json(), "/tracked_close_wait/entries") == "3")
+    })?;
+    let listed = cwkill(&lab, "")?.exits(1);
+    let note = "has 3 entries in CLOSE_WAIT of connections between other hosts";
+    let listed = listed.complains(note);
+    assert!(listed.stdout.contains("0 sockets stuck"), "{listed:?}");
+    cwkill(&lab, "-n")?.exits(1).complains(note);
+    cwkill(&lab, "diagnose --sample 100ms")?
+        .exits(1)
+        .complains(note);
     Ok(())
 }
