@@ -56,6 +56,9 @@
 //! - **age**: how long a socket has been stuck, at least. **idle time**: for how long no data has moved in it, at least.
 //! - **history**: what earlier runs have seen: the sockets with their byte counters and times. For people it is the memory between runs. **quiet**: how long a dead socket has been dead, at least.
 //! - **suspect**: an open descriptor of a socket that is in no TCP table. Its **verdict**: dead, never connected, or unknown.
+//! - **to spin**: a thread that wakes without end, because a closed socket is always ready. **paused**: a socket that an owner waits
+//!   for without asking for input. If it were closed, the owner would spin.
+//! - **canary**: the socket of an owner that is closed first, to see whether the owner spins.
 //! - **sweep**: to destroy sockets while the kernel still lists the others, without a list of targets first.
 //! - **intent**: the record in the log, before the act, of a socket or descriptor that cwkill is about to close.
 //! - **reclaim**: to close a dead descriptor inside its process. **evidence**: the facts from /proc that show how the process uses its

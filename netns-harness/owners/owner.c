@@ -3,7 +3,8 @@
  *
  *   owner MODE [THREADS]
  *
- * Every mode has a heartbeat of 1 ms. More modes are in waits.c, works.c, reacts.c, transfers.c, hangs.c and ring.c:
+ * Every mode has a heartbeat of 1 ms. More modes are in waits.c, works.c, reacts.c, transfers.c, hangs.c, ring.c
+ * and spins.c:
  *   idle   THREADS idle threads
  *   epoll  leaked sockets are in an epoll set
  *   kill, errno, log   a seccomp filter kills the process on close(2), refuses the call, or only logs it
@@ -29,6 +30,7 @@
  *   fill      open descriptors up to the limit; their number
  *   compute MS   answer, and then compute for this time, without a system call; for a process with one thread
  *   stuck N   make N sockets in CLOSE-WAIT; their descriptors
+ *   aborted   make a socket in CLOSE-WAIT, add it to the loop of spins.c, and have its peer reset the connection
  *   answered N   make N dead sockets with 30000 unread bytes; their descriptors
  *   read N    read descriptor N to its end; the number of bytes
  *   fresh     make sockets that look dead but can still be used, and must not change: never connected, bound, refused,
@@ -42,6 +44,7 @@
  *   gap       the longest time between two heartbeats since the last `gap`, in microseconds
  *   report    `ok COUNT`, or the first failure
  *   taken     how many dead sockets of a churn were closed by another process
+ *   wakes     how many times the loop of spins.c has woken since the last `wakes`
  *   forgiven  how many calls ended early in a permitted way
  */
 #include "owner.h"
@@ -475,10 +478,28 @@ static int stuck_socket(void)
     if (peer < 0 || connect(peer, (void *)&address, sizeof address))
         die("connect");
     finished.fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
-    close(peer);
+    if (keeps_peers(mode) ? shutdown(peer, SHUT_WR) : close(peer))
+        die("close");
     if (poll(&finished, 1, 20000) != 1)
         die("the peer did not close");
     return finished.fd;
+}
+
+/* A socket in CLOSE-WAIT in the loop, whose peer then resets the connection. */
+static int aborted_socket(void)
+{
+    struct pollfd over = {.events = POLLRDHUP};
+    struct linger at_once = {1, 0};
+    int peer = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (peer < 0 || connect(peer, (void *)&address, sizeof address))
+        die("connect");
+    over.fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+    if (shutdown(peer, SHUT_WR) || poll(&over, 1, 20000) != 1)
+        die("the peer did not finish");
+    pause_reading(over.fd);
+    setsockopt(peer, SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
+    close(peer);
+    return over.fd;
 }
 
 /* Makes sockets whose peer has closed. */
@@ -488,8 +509,12 @@ static void stuck(int number)
         int fd = stuck_socket();
         if (reacts(mode))
             react(mode, fd);
+        if (has_loop(mode))
+            pause_reading(fd);
         printf("%d ", fd);
     }
+    if (has_loop(mode))
+        fork_loop();
     putchar('\n');
 }
 
@@ -557,6 +582,8 @@ static void execute(const char *line)
         compute(number);
     else if (sscanf(line, "stuck %d", &number) == 1)
         stuck(number);
+    else if (!strncmp(line, "aborted", 7))
+        printf("%d\n", aborted_socket());
     else if (sscanf(line, "answered %d", &number) == 1) {
         while (number-- > 0)
             printf("%d ", answered_socket());
@@ -585,6 +612,8 @@ static void execute(const char *line)
         printf("%ld\n", atomic_exchange(&longest_gap, 0) / 1000);
     else if (!strncmp(line, "taken", 5))
         printf("%ld\n", taken());
+    else if (!strncmp(line, "wakes", 5))
+        printf("%ld\n", take_wakes());
     else if (!strncmp(line, "forgiven", 8))
         printf("%ld\n", forgiven());
     else if (!strncmp(line, "report", 6)) {
@@ -633,7 +662,7 @@ int main(int argc, char **argv)
         epoll_set = epoll_create1(EPOLL_CLOEXEC);
     else if (!strcmp(mode, "traced"))
         be_traced();
-    else if (!strcmp(mode, "shares"))
+    else if (!strcmp(mode, "shares") || !strcmp(mode, "loop-epoll-shared"))
         share_table();
     else if (!strcmp(mode, "vfork")) {
         /* The child has a copy of every open descriptor. Of a peer in dead_socket, it would hold back the reset. */
@@ -650,6 +679,8 @@ int main(int argc, char **argv)
         transfer(mode);
     else if (has_ring(mode))
         be_in_ring(mode);
+    if (has_loop(mode))
+        be_looping(mode);
     for (int i = 0; i < atoi(threads); i++) {
         if (!strcmp(mode, "churn"))
             start(churns, NULL);

@@ -46,6 +46,14 @@ long finish_transfer(void);
 void be_hanging(void);
 int hang(const char *when);
 
+/* spins.c */
+int has_loop(const char *mode);
+int keeps_peers(const char *mode);
+void be_looping(const char *mode);
+void pause_reading(int fd);
+void fork_loop(void);
+long take_wakes(void);
+
 /* ring.c */
 int has_ring(const char *mode);
 void be_in_ring(const char *mode);

@@ -116,6 +116,10 @@ pub struct Acting {
     #[arg(long)]
     pub discard_unsent: bool,
 
+    /// Close sockets although a process may wake without end afterwards
+    #[arg(long)]
+    pub allow_spin: bool,
+
     /// Act on at most N sockets, the oldest first
     #[arg(long, value_name = "N", value_parser = values::kills)]
     pub max_kills: Option<usize>,

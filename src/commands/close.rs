@@ -14,6 +14,7 @@ use crate::config::{Action, Config, Format};
 use crate::control::Control;
 use crate::finder::{self, FindError, owners, reactions, tracked};
 use crate::history::History;
+use crate::injector::canary::{self, Canaries};
 use crate::injector::{plan, workers};
 use crate::memory;
 use crate::model::{Outcome, Privilege, ReclaimOutcome, Scan, Target};
@@ -159,7 +160,13 @@ pub fn find_and_plan(
             // After a sweep few sockets are left.
             false => finder::find_sockets(namespaces, &config.selectors, history, swept.is_empty()),
         }?;
+        if config.action != Action::List && !config.policy.allow_spin {
+            finder::waiting::find(&mut scan, proc);
+        }
         plan::build(&mut scan, &config.policy, privileges);
+        if let Some(rules) = &config.reclaim {
+            spare_those_that_stay_open(&mut scan, rules, proc);
+        }
         Ok(scan)
     };
     let found = match catch_unwind(AssertUnwindSafe(search)) {
@@ -180,6 +187,31 @@ pub fn find_and_plan(
     Ok(scan)
 }
 
+/// Skips the sockets whose owner would spin, unless the descriptors of all known owners can be closed too.
+fn spare_those_that_stay_open(scan: &mut Scan, rules: &ReclaimRules, proc: &ProcFs) {
+    let is_paused =
+        |target: &Target| target.plan.skip.is_none() && target.waiting.would_spin().is_some();
+    if !scan.targets.iter().any(is_paused) {
+        return;
+    }
+    let mut paused: Vec<&mut Target> = scan.targets.iter_mut().filter(|it| is_paused(it)).collect();
+    let mut descriptors: Vec<ReclaimTarget<'_>> = paused
+        .iter_mut()
+        .flat_map(|target| descriptors(target))
+        .collect();
+    reclaim::judge(&mut descriptors, rules, proc);
+    for target in paused {
+        let owners = target.owners.iter_mut();
+        // Taken, since only the judgement after the close counts.
+        let judgements: Vec<_> = owners.map(|owner| owner.reclaim.take()).collect();
+        let is_allowed = |judgement: &_| *judgement == Some(ReclaimOutcome::Allowed);
+        if !judgements.iter().all(is_allowed) {
+            target.plan.methods.clear();
+            target.plan.skip = target.waiting.would_spin();
+        }
+    }
+}
+
 /// Closes the sockets as planned, and checks which of their descriptors are still open. Writes the results to the targets.
 pub fn close(
     run: &mut Run,
@@ -192,8 +224,16 @@ pub fn close(
     if let Some(rules) = &config.reclaim {
         reclaim::skip_used_by_syscalls(&mut reclaim_targets(&mut run.scan), rules, proc);
     }
-    let rules = config.rules(privileges);
-    workers::close(&mut run.scan, &config.policy.methods, rules, proc, control);
+    let (rules, methods) = (config.rules(privileges), &config.policy.methods[..]);
+    if config.policy.allow_spin {
+        workers::close(&mut run.scan, methods, rules, proc, control);
+    } else {
+        let mut canaries = Canaries::new(&run.scan, proc, control);
+        run.spinning = canaries.close_first(&mut run.scan, methods, rules, control);
+        workers::close(&mut run.scan, methods, rules, proc, control);
+        let more = canaries.watch_the_rest(&run.scan, control);
+        run.spinning.extend(more);
+    }
     run.acted = true;
     reactions::await_owners(proc, &mut run.scan.targets, config.grace, control);
 }
@@ -235,30 +275,38 @@ fn reclaim_descriptors(run: &mut Run, rules: &ReclaimRules, proc: &ProcFs, contr
             target.owner.after = Some(FdState::Closed);
         }
     }
+    canary::note_ended(&mut run.spinning, proc, control);
 }
 
 /// The descriptors of every socket that was closed, or in a dry run would be closed.
 fn reclaim_targets(scan: &mut Scan) -> Vec<ReclaimTarget<'_>> {
     let mut targets = Vec::new();
     for target in &mut scan.targets {
-        let socket = &target.socket;
         let is_eligible = match target.outcome {
             None => target.plan.skip.is_none(),
             Some(outcome) => matches!(outcome, Outcome::Closed(_)),
         };
-        let Some(inode) = socket.inode.filter(|_| is_eligible) else {
-            continue;
-        };
-        targets.extend(target.owners.iter_mut().map(|owner| ReclaimTarget {
+        if is_eligible {
+            targets.extend(descriptors(target));
+        }
+    }
+    targets
+}
+
+/// The descriptors of a socket.
+fn descriptors(target: &mut Target) -> impl Iterator<Item = ReclaimTarget<'_>> {
+    let socket = &target.socket;
+    let owners = socket.inode.map(|inode| (inode, target.owners.iter_mut()));
+    owners.into_iter().flat_map(move |(inode, owners)| {
+        owners.map(move |owner| ReclaimTarget {
             owner,
             inode,
             cookie: socket.cookie(),
             age: socket.age,
             unread: 0,
             may_lose: socket.recv_q,
-        }));
-    }
-    targets
+        })
+    })
 }
 
 /// Writes the results and the notes, and watches for new stuck sockets if the operator asked for it. Returns the line about

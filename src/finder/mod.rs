@@ -5,6 +5,7 @@
 //! gone. A connection that was never accepted gets the listener that would accept it ([`listeners`]). [`dead`] finds descriptors of
 //! sockets that the kernel no longer lists. [`tracked`] counts connections of
 //! others that pass through this host. [`reactions`] waits while owners close the descriptors of closed sockets.
+//! [`waiting`] finds out how the owners wait for the sockets.
 
 mod addresses;
 pub mod dead;
@@ -17,6 +18,7 @@ pub(crate) mod sockets;
 mod tcp_info;
 mod threads;
 pub mod tracked;
+pub mod waiting;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
@@ -100,6 +102,7 @@ pub fn find(
     attach_owners(&mut scan, &owners);
     mptcp_socket::read_queues(proc, &mut scan.targets);
     scan.owners_known = true;
+    scan.epolls = std::mem::take(&mut owners.epolls);
     scan.coverage.hidden_processes = owners.hidden;
     scan.coverage.unreadable_processes = owners.unreadable.len();
     scan.coverage.other_pid_namespaces =

@@ -17,7 +17,7 @@ use rayon::prelude::*;
 
 use super::threads;
 use crate::model::{Outcome, Owner, Target};
-use crate::proc::fds::{CHUNK, FdTable, fd_state, read_socket_link, read_table};
+use crate::proc::fds::{CHUNK, FdTable, SocketFds, fd_state, read_socket_link, read_table};
 use crate::proc::{
     FdState, ProcFs, Process, RemoteFd, TableId, Unreadable, identity, is_denied, is_gone, open_in,
 };
@@ -29,6 +29,8 @@ pub struct OwnerScan {
     tables: Vec<Table>,
     /// Their descriptors of the sockets, by inode, then by process.
     descriptors: Vec<Descriptor>,
+    /// Their epoll sets.
+    pub epolls: Vec<(Arc<Process>, RemoteFd)>,
     /// Processes whose descriptors cwkill could not read, or not all of them.
     pub unreadable: Vec<Unreadable>,
     /// /proc does not list the processes of other users: it is mounted with hidepid.
@@ -61,13 +63,13 @@ pub struct DescriptorScan {
 /// The sockets of one process.
 #[derive(Default)]
 struct ProcessScan {
-    /// Its pid, and its sockets by inode.
-    sockets: Option<(i32, Vec<(u32, RemoteFd)>)>,
+    /// Its pid, and its sockets and epoll sets, if it has sockets.
+    table: Option<(i32, SocketFds)>,
     unreadable: Option<Unreadable>,
 }
 
-/// A process with the inodes and descriptors of its sockets.
-type OwnedSockets = (Process, Vec<(u32, RemoteFd)>);
+/// A process with its sockets and epoll sets.
+type Owned = (Process, SocketFds);
 
 /// How far to trust a scan of /proc that began before the sockets were listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -174,25 +176,24 @@ pub fn select(
     inodes: &HashSet<u32>,
     trust: Trust,
 ) -> io::Result<OwnerScan> {
-    let select_one =
-        |process: ProcessScan| -> io::Result<(Option<OwnedSockets>, Option<Unreadable>)> {
-            let Some((pid, mut sockets)) = process.sockets else {
-                return Ok((None, process.unreadable));
-            };
-            sockets.retain(|(inode, _)| inodes.contains(inode));
-            if sockets.is_empty() {
-                return Ok((None, process.unreadable));
-            }
-            match recheck(proc, pid, sockets, inodes, trust) {
-                Ok((owner, denied)) => {
-                    let unreadable = denied.then(|| proc.unreadable(pid)).flatten();
-                    Ok((owner, process.unreadable.or(unreadable)))
-                }
-                Err(error) if is_gone(&error) => Ok((None, process.unreadable)),
-                Err(error) if is_denied(&error) => Ok((None, proc.unreadable(pid))),
-                Err(error) => Err(error),
-            }
+    let select_one = |process: ProcessScan| -> io::Result<(Option<Owned>, Option<Unreadable>)> {
+        let Some((pid, mut table)) = process.table else {
+            return Ok((None, process.unreadable));
         };
+        table.sockets.retain(|(inode, _)| inodes.contains(inode));
+        if table.sockets.is_empty() {
+            return Ok((None, process.unreadable));
+        }
+        match recheck(proc, pid, table, inodes, trust) {
+            Ok((owner, denied)) => {
+                let unreadable = denied.then(|| proc.unreadable(pid)).flatten();
+                Ok((owner, process.unreadable.or(unreadable)))
+            }
+            Err(error) if is_gone(&error) => Ok((None, process.unreadable)),
+            Err(error) if is_denied(&error) => Ok((None, proc.unreadable(pid))),
+            Err(error) => Err(error),
+        }
+    };
     let identified: Vec<_> = scan
         .processes
         .into_par_iter()
@@ -204,8 +205,12 @@ pub fn select(
     };
     for (owner, unreadable) in identified {
         owners.unreadable.extend(unreadable);
-        if let Some((process, sockets)) = owner {
-            owners.add(Arc::new(process), None, sockets);
+        if let Some((process, table)) = owner {
+            let process = Arc::new(process);
+            let epolls = table.epolls.into_iter();
+            let epolls = epolls.map(|fd| (Arc::clone(&process), fd));
+            owners.epolls.extend(epolls);
+            owners.add(process, None, table.sockets);
         }
     }
     owners.sort();
@@ -243,14 +248,14 @@ fn scan_process(proc: &ProcFs, pid: i32, cancelled: &AtomicBool) -> io::Result<P
         let dir = open_in(process.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
         let table = read_table(dir.as_fd(), cancelled)?;
         Ok(ProcessScan {
-            sockets: (!table.sockets.is_empty()).then_some((pid, table.sockets)),
             unreadable: table.denied.then(|| proc.unreadable(pid)).flatten(),
+            table: (!table.sockets.is_empty()).then_some((pid, table)),
         })
     };
     match read() {
         Err(error) if is_gone(&error) => Ok(ProcessScan::default()),
         Err(error) if is_denied(&error) => Ok(ProcessScan {
-            sockets: None,
+            table: None,
             unreadable: proc.unreadable(pid),
         }),
         other => other,
@@ -262,10 +267,10 @@ fn scan_process(proc: &ProcFs, pid: i32, cancelled: &AtomicBool) -> io::Result<P
 fn recheck(
     proc: &ProcFs,
     pid: i32,
-    mut sockets: Vec<(u32, RemoteFd)>,
+    mut table: SocketFds,
     inodes: &HashSet<u32>,
     trust: Trust,
-) -> io::Result<(Option<OwnedSockets>, bool)> {
+) -> io::Result<(Option<Owned>, bool)> {
     let process = File::open(proc.path(&pid.to_string()))?;
     let dir = open_in(process.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
     let still_open = |&(inode, fd): &(u32, RemoteFd)| {
@@ -273,20 +278,19 @@ fn recheck(
     };
     let checked = match trust {
         // One socket is enough to detect that another process has the pid by now.
-        Trust::TheScan => &sockets[..1],
-        Trust::Nothing => &sockets[..],
+        Trust::TheScan => &table.sockets[..1],
+        Trust::Nothing => &table.sockets[..],
     };
     let mut denied = false;
     if !checked.par_iter().with_min_len(CHUNK).all(still_open) {
-        let table = read_table(dir.as_fd(), &AtomicBool::new(false))?;
+        table = read_table(dir.as_fd(), &AtomicBool::new(false))?;
         denied = table.denied;
-        sockets = table.sockets;
-        sockets.retain(|(inode, _)| inodes.contains(inode));
-        if sockets.is_empty() {
+        table.sockets.retain(|(inode, _)| inodes.contains(inode));
+        if table.sockets.is_empty() {
             return Ok((None, denied));
         }
     }
-    Ok((Some((identity(process.as_fd(), pid)?, sockets)), denied))
+    Ok((Some((identity(process.as_fd(), pid)?, table)), denied))
 }
 
 #[cfg(test)]

@@ -119,6 +119,31 @@ pub fn run(
     verify(targets, kernel);
 }
 
+/// Uses the methods of each target up to the first one that acts, and does not wait for the sockets to close. [`run`] does the rest.
+///
+/// `kernel` and `executors` must belong to the network namespace of these sockets.
+pub fn begin(
+    targets: &mut [&mut Target],
+    executors: &mut [Box<dyn Executor>],
+    kernel: &mut dyn SocketTables,
+    rules: Rules<'_>,
+    control: &dyn Control,
+) {
+    for executor in executors {
+        let mut batch = Batch {
+            method: executor.method(),
+            kernel,
+            rules,
+            control,
+        };
+        let untouched = targets
+            .iter_mut()
+            .map(|target| &mut **target)
+            .filter(|target| target.acted().is_none());
+        batch.act(untouched, executor.as_mut());
+    }
+}
+
 /// Verifies targets on which SOCK_DESTROY has already been used, and gives each its outcome.
 ///
 /// `kernel` must belong to the network namespace of these sockets.
@@ -223,12 +248,27 @@ impl Batch<'_> {
 
     /// Acts on every target that is planned for the method and still exists, then waits for all of them together.
     fn run_method(&mut self, targets: &mut [&mut Target], executor: &mut dyn Executor) {
+        let targets = targets.iter_mut().map(|target| &mut **target);
+        let planned = self.act(targets, executor);
+        self.wait_for(planned);
+    }
+
+    /// Acts on every target that is planned for the method and still exists, except those on which the method was used before.
+    /// Returns all that are planned for the method.
+    fn act<'t>(
+        &mut self,
+        targets: impl Iterator<Item = &'t mut Target>,
+        executor: &mut dyn Executor,
+    ) -> Vec<&'t mut Target> {
         let method = self.method;
-        let mut planned: Vec<&mut Target> = targets
-            .iter_mut()
-            .map(|target| &mut **target)
-            .filter(|target| target.outcome.is_none() && target.plan.methods.contains(&method))
-            .collect();
+        let is_planned = |target: &&mut Target| {
+            target.outcome.is_none() && target.plan.methods.contains(&method)
+        };
+        let (mut planned, done): (Vec<_>, Vec<_>) =
+            targets.filter(is_planned).partition(|target| {
+                let mut attempts = target.attempts.iter();
+                attempts.all(|attempt| attempt.method != method)
+            });
         for chunk in planned.chunks_mut(executor.batch_size()) {
             if self.control.interrupted() {
                 break;
@@ -243,7 +283,8 @@ impl Batch<'_> {
             executor.act(eligible, self);
             self.control.progress(method, count);
         }
-        self.wait_for(planned);
+        planned.extend(done);
+        planned
     }
 
     /// Skips the targets whose local address has come back. Returns the others.

@@ -187,6 +187,20 @@ impl World {
         );
     }
 
+    /// Uses the methods up to the first that acts, on all targets.
+    fn begin(&mut self) {
+        let mut kernel = self.kernel.clone();
+        let rules = Rules {
+            grace: self.grace,
+            discard_unsent: self.discard_unsent,
+            selectors: &self.selectors,
+            kernel_version: self.version,
+        };
+        let mut targets: Vec<&mut Target> = self.targets.iter_mut().collect();
+        let executors = &mut self.executors;
+        begin(&mut targets, executors, &mut kernel, rules, &self.clock);
+    }
+
     /// Runs the engine and returns the outcome of the first target.
     fn outcome(&mut self) -> Option<Outcome> {
         self.run();
@@ -259,6 +273,28 @@ fn a_silent_peer_costs_one_grace_for_all_together() {
         .method(Destroy, close);
     world.run();
     assert_eq!(world.outcomes(), [closed(Destroy); 200]);
+    assert_eq!(world.clock.waited(), Duration::from_secs(1));
+}
+
+#[test]
+fn a_canary_is_acted_on_once_and_waits_with_the_others() {
+    let refused_once = |kernel: &Kernel, cookie| match cookie {
+        1 => Err(DENIED),
+        _ => to_last_ack(kernel, cookie),
+    };
+    let mut world = World::new(2)
+        .method(Shutdown, refused_once)
+        .method(Destroy, close);
+    world.begin();
+    assert_eq!(world.outcomes(), [None; 2]);
+    assert_eq!(world.acted_on(), [1, 2, 1]);
+    assert!(world.clock.waited().is_zero());
+    world.run();
+    assert_eq!(world.outcomes(), [closed(Destroy); 2]);
+    let refused = [attempt(Shutdown, Some(DENIED)), attempt(Destroy, None)];
+    assert_eq!(world.targets[0].attempts, refused);
+    // The second was in LAST-ACK until the grace was over.
+    assert_eq!(world.acted_on(), [1, 2, 1, 2]);
     assert_eq!(world.clock.waited(), Duration::from_secs(1));
 }
 

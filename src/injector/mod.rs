@@ -1,8 +1,10 @@
 //! The injector: closes sockets. Each method has its own file. [`plan`] chooses among the methods, [`engine`] runs a plan and
-//! verifies the result, and [`workers`] distributes the targets of a scan over threads.
+//! verifies the result, and [`workers`] distributes the targets of a scan over threads. [`canary`] looks whether an owner spins after
+//! the close of its first socket.
 //!
 //! To add a method: add a variant of [`Method`], a module with an [`Executor`], and a line in [`executors`].
 
+pub mod canary;
 pub mod destroy;
 mod duplicate;
 pub mod engine;

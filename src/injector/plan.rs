@@ -1,7 +1,7 @@
 //! Plans the methods for each socket, and says why others are excluded. Pure.
 
 use crate::model::socket::unsent;
-use crate::model::{Exclusion, Method, Plan, Scan, SkipReason, Target};
+use crate::model::{Exclusion, Method, Plan, Scan, SkipReason, Target, Waiter, Waiting};
 use crate::privileges::Privileges;
 use crate::sock_diag::Protocol;
 
@@ -16,6 +16,10 @@ pub struct Policy {
     pub max_kills: Option<usize>,
     /// Whether the operator gave a minimum age or a minimum idle time. Without one of them, cwkill never closes an open connection.
     pub has_min_time: bool,
+    /// Whether a close may make an owner spin.
+    pub allow_spin: bool,
+    /// Whether the descriptors of closed sockets will be closed too, also those in an epoll set (`--reclaim --reclaim-force`).
+    pub frees_epoll_members: bool,
 }
 
 /// Plans every target of `scan` that has no outcome yet. A target with an outcome keeps its plan.
@@ -63,8 +67,26 @@ pub fn plan_one(
                 .push((Method::Shutdown, Exclusion::AddressGone));
         }
     }
-    plan.skip = plan.methods.is_empty().then_some(SkipReason::NoMethod);
+    plan.skip = match plan.methods.is_empty() {
+        true => Some(SkipReason::NoMethod),
+        false => would_spin(target.waiting, policy),
+    };
+    if plan.skip.is_some() {
+        plan.methods.clear();
+    }
     plan
+}
+
+/// The skip of a socket whose owner would spin. A descriptor that is closed leaves every epoll set.
+fn would_spin(waiting: Waiting, policy: &Policy) -> Option<SkipReason> {
+    match waiting {
+        _ if policy.allow_spin => None,
+        Waiting::Paused {
+            by: Waiter::Epoll(_),
+            ..
+        } if policy.frees_epoll_members => None,
+        waiting => waiting.would_spin(),
+    }
 }
 
 /// The reason, if there is one, why `method` must not be used on `target`.
@@ -130,6 +152,8 @@ mod tests {
             discard_unsent: false,
             max_kills: None,
             has_min_time: false,
+            allow_spin: false,
+            frees_epoll_members: false,
         }
     }
 
@@ -330,6 +354,30 @@ mod tests {
             target.owners.clear();
         }
         target
+    }
+
+    #[test]
+    fn an_owner_that_would_spin_is_spared() {
+        let (epoll, poll) = (Waiter::Epoll(RemoteFd(5)), Waiter::Poll(8));
+        let paused = |by, allow_spin, frees_epoll_members| {
+            let policy = Policy {
+                allow_spin,
+                frees_epoll_members,
+                ..policy()
+            };
+            let mut target = owned(0);
+            target.waiting = Waiting::Paused { pid: 7, by };
+            plan(target, &policy, &ROOT)
+        };
+        for by in [epoll, poll] {
+            let spared = paused(by, false, false);
+            assert_eq!(spared.skip, Some(SkipReason::WouldSpin { pid: 7, by }));
+            assert_eq!(spared.methods, []);
+            assert_eq!(paused(by, true, false).methods, Method::AUTO);
+        }
+        assert_eq!(paused(epoll, false, true).methods, Method::AUTO);
+        // The descriptor of a poll(2) must stay: without it the poll does not wait any more.
+        assert!(paused(poll, false, true).skip.is_some());
     }
 
     #[test]

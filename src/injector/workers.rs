@@ -56,6 +56,41 @@ pub fn close(
     }
 }
 
+/// Uses the methods of the `chosen` targets up to the first one that acts on each, and does not wait for them to close. [`close`] does the
+/// rest. The indices are in ascending order.
+pub fn begin(
+    scan: &mut Scan,
+    chosen: &[usize],
+    methods: &[Method],
+    rules: Rules<'_>,
+    proc: &ProcFs,
+    control: &dyn Control,
+) {
+    let namespaces = &scan.namespaces;
+    let mut chosen = chosen.iter().copied().peekable();
+    let mut by_netns: HashMap<usize, Vec<&mut Target>> = HashMap::new();
+    for (index, target) in scan.targets.iter_mut().enumerate() {
+        if chosen.next_if_eq(&index).is_some() {
+            by_netns
+                .entry(target.socket.netns)
+                .or_default()
+                .push(target);
+        }
+    }
+    let work = |(netns, mut targets): (usize, Vec<&mut Target>)| {
+        let mut begin = || -> io::Result<()> {
+            let mut diag = SockDiag::open()?;
+            let mut executors = super::executors(methods, proc)?;
+            engine::begin(&mut targets, &mut executors, &mut diag, rules, control);
+            Ok(())
+        };
+        // If this fails, `close` fails as well, and says why.
+        let _ = namespaces[netns].within(&mut begin);
+    };
+    let shares = by_netns.into_iter().collect();
+    parallel::side_by_side(shares, WORKERS_AT_ONCE, work);
+}
+
 /// Runs `work` on each share of `targets`, [`WORKERS_AT_ONCE`] at the same time, and returns the results. If a worker panics, its
 /// targets fail, and its result is missing. The other workers go on.
 fn share_out<T: Send>(

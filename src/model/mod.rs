@@ -7,6 +7,7 @@ pub mod reclaim;
 pub mod scan;
 pub mod socket;
 pub mod target;
+pub mod waiting;
 
 pub use cause::Cause;
 pub use coverage::{Coverage, TrackedCloseWait};
@@ -15,3 +16,4 @@ pub use reclaim::{InUse, ReclaimOutcome, ReclaimReason};
 pub use scan::{Listener, ListeningSocket, Scan};
 pub use socket::{Mark, NetnsKey, Sighting, Sightings, Socket, SocketKey};
 pub use target::{Attempt, Exclusion, MethodError, Outcome, Owner, Plan, SkipReason, Target};
+pub use waiting::{Spinning, Waiter, Waiting};

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::model::{Coverage, Owner, Sightings, Target};
 use crate::proc::netns::Netns;
-use crate::proc::{Process, ProcessId};
+use crate::proc::{Process, ProcessId, RemoteFd};
 use crate::sock_diag::DiagId;
 
 /// The matched sockets, with their listeners and namespaces.
@@ -28,6 +28,8 @@ pub struct Scan {
     pub owners_known: bool,
     /// For the memory between runs; empty if nothing is remembered.
     pub sightings: Sightings,
+    /// The epoll sets of the owners.
+    pub epolls: Vec<(Arc<Process>, RemoteFd)>,
 }
 
 /// The listener of connections that were never accepted.

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use strum::IntoStaticStr;
 
 use crate::model::method::ORPHANS;
-use crate::model::{Cause, Method, Privilege, ReclaimOutcome, Socket};
+use crate::model::{Cause, Method, Privilege, ReclaimOutcome, Socket, Waiter, Waiting};
 use crate::proc::{FdState, Process, RemoteFd};
 use crate::sys::os_error;
 use crate::tcp::TcpState;
@@ -22,6 +22,8 @@ pub struct Target {
     pub owners: Vec<Owner>,
     /// For a socket that was never accepted: the index in [`crate::model::Scan::listeners`] of the listener that would accept it.
     pub listener: Option<usize>,
+    /// How the owners wait for it; unknown in a listing.
+    pub waiting: Waiting,
     pub plan: Plan,
     /// The methods tried so far, in order.
     pub attempts: Vec<Attempt>,
@@ -105,12 +107,32 @@ pub enum SkipReason {
     /// The application accepted it after the plan was made.
     #[error("the application accepted it meanwhile")]
     Accepted,
+    /// A close would make the process with this pid spin, because of this waiter.
+    #[error(
+        "process {pid} would spin: {by} waits for this socket and not for input, and a closed socket wakes it without end ({})",
+        how_to_close(*.by)
+    )]
+    WouldSpin { pid: i32, by: Waiter },
+    /// The process with this pid spins since cwkill closed the socket of this descriptor.
+    #[error("process {pid} spins since the socket of its descriptor {} was closed", .fd.0)]
+    OwnerSpins { pid: i32, fd: RemoteFd },
     /// The peer answered a probe: the connection is in use, or half-closed on purpose.
     #[error("peer is alive")]
     PeerAlive,
     /// The operator interrupted the run before the first act on it.
     #[error("interrupted")]
     Interrupted,
+}
+
+/// How to close a socket although its owner would spin.
+fn how_to_close(by: Waiter) -> &'static str {
+    match by {
+        Waiter::Epoll(_) => {
+            "--reclaim --reclaim-force closes its descriptor too; --allow-spin allows it"
+        }
+        // poll(2) returns at once for a descriptor that is closed, too.
+        Waiter::Poll(_) => "--allow-spin allows it",
+    }
 }
 
 /// Why a method is not tried on a socket.
@@ -304,6 +326,7 @@ impl Target {
             socket,
             owners: Vec::new(),
             listener: None,
+            waiting: Waiting::Unknown,
             plan: Plan::default(),
             attempts: Vec::new(),
             outcome: None,

@@ -191,6 +191,8 @@ fn codes_are_stable() {
             "no-longer-selected",
             "in-use",
             "accepted",
+            "would-spin",
+            "owner-spins",
             "peer-alive",
             "interrupted",
         ]

@@ -21,11 +21,12 @@ pub(crate) const CHUNK: usize = 512;
 /// A table with at least this many descriptors is read by number, without listing it first.
 const LARGE: i32 = 4096;
 
-/// The sockets of a descriptor table, or of a part of it.
+/// The sockets and epoll sets of a descriptor table, or of a part of it.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct SocketFds {
     /// The sockets, by inode.
     pub sockets: Vec<(u32, RemoteFd)>,
+    pub epolls: Vec<RemoteFd>,
     /// cwkill is not permitted to read some of the descriptors.
     pub denied: bool,
 }
@@ -33,6 +34,7 @@ pub(crate) struct SocketFds {
 impl SocketFds {
     fn add(&mut self, part: SocketFds) {
         self.sockets.extend(part.sockets);
+        self.epolls.extend(part.epolls);
         self.denied |= part.denied;
     }
 }
@@ -108,11 +110,11 @@ pub(crate) fn list_fds(dir: BorrowedFd<'_>) -> io::Result<Vec<i32>> {
     Ok(fds)
 }
 
-/// Finds the sockets among the descriptors `fds` of `dir`.
+/// Finds the sockets and epoll sets among the descriptors `fds` of `dir`.
 fn read_sockets(dir: BorrowedFd<'_>, fds: impl Iterator<Item = i32>) -> io::Result<SocketFds> {
     let mut table = SocketFds::default();
     for fd in fds {
-        let inode = match read_socket_link(dir, fd) {
+        let file = match read_link(dir, fd) {
             // The number is free, or it was closed after the listing.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => continue,
             // The kernel checks the right per process, so the other descriptors would fail too.
@@ -122,19 +124,41 @@ fn read_sockets(dir: BorrowedFd<'_>, fds: impl Iterator<Item = i32>) -> io::Resu
             }
             other => other?,
         };
-        table
-            .sockets
-            .extend(inode.map(|inode| (inode, RemoteFd(fd))));
+        match file {
+            FileKind::Socket(inode) => table.sockets.push((inode, RemoteFd(fd))),
+            FileKind::Epoll => table.epolls.push(RemoteFd(fd)),
+            FileKind::Other => {}
+        }
     }
     Ok(table)
 }
 
-/// The inode of the socket that descriptor `fd` in `dir` refers to; `None` if it is not a socket.
-pub(crate) fn read_socket_link(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<u32>> {
+/// What a descriptor refers to.
+enum FileKind {
+    /// A socket with this inode.
+    Socket(u32),
+    Epoll,
+    Other,
+}
+
+fn read_link(dir: BorrowedFd<'_>, fd: i32) -> io::Result<FileKind> {
     // A longer target is a path. Its first bytes suffice to see that it is not a socket.
     let mut target = [0; 32];
     let length = readlinkat_raw(dir, DecInt::new(fd).as_c_str(), &mut target[..])?;
-    Ok(parse_socket_link(&target[..length]))
+    let target = &target[..length];
+    Ok(match parse_socket_link(target) {
+        Some(inode) => FileKind::Socket(inode),
+        None if target == b"anon_inode:[eventpoll]" => FileKind::Epoll,
+        None => FileKind::Other,
+    })
+}
+
+/// The inode of the socket that descriptor `fd` in `dir` refers to; `None` if it is not a socket.
+pub(crate) fn read_socket_link(dir: BorrowedFd<'_>, fd: i32) -> io::Result<Option<u32>> {
+    Ok(match read_link(dir, fd)? {
+        FileKind::Socket(inode) => Some(inode),
+        FileKind::Epoll | FileKind::Other => None,
+    })
 }
 
 /// The inode in `socket:[4711]`.

@@ -1,6 +1,6 @@
 //! The proc file system: the list of processes, and the facts about each of them.
 //!
-//! `fds` reads the descriptor table; [`status`] reads state, limit, executable and threads; [`cgroup`] parses units and containers;
+//! `fds` reads the descriptor table; `epoll` parses epoll sets; `syscall` parses the call of a thread; `threads` samples how much threads run; [`status`] reads state, limit, executable and threads; [`cgroup`] parses units and containers;
 //! [`netns`] finds network namespaces; `mounts` reads the mount table. `reclaim` and `doctor` read further files themselves.
 //!
 //! The modules here read no file that can hang on a sick host: never `cmdline` or `maps`, and of `exe` only the link.
@@ -9,13 +9,16 @@
 //! read the file (`is_denied`). Any other errno is an error.
 
 pub mod cgroup;
+pub(crate) mod epoll;
 pub(crate) mod fds;
 mod freezer;
 pub(crate) mod mounts;
 pub mod netns;
 pub mod status;
+pub(crate) mod syscall;
 #[cfg(test)]
 pub(crate) mod testdata;
+pub(crate) mod threads;
 
 use std::ffi::CStr;
 use std::fmt;
@@ -23,6 +26,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -218,6 +222,13 @@ impl ProcFs {
         Ok(tids)
     }
 
+    /// The number of slots in the descriptor table of process `pid`. It only grows. [`u32::MAX`] if cwkill cannot read it.
+    pub(crate) fn table_size(&self, pid: i32) -> u32 {
+        let status = fs::read(self.path(&format!("{pid}/status"))).unwrap_or_default();
+        let size = status_field(&String::from_utf8_lossy(&status), "FDSize:");
+        size.filter(|size| *size > 0).unwrap_or(u32::MAX)
+    }
+
     /// The processes that can hold descriptors. The name is `None` if cwkill cannot read it.
     pub(crate) fn with_descriptors(&self) -> io::Result<Vec<(i32, Option<String>)>> {
         let holder = |pid| {
@@ -242,6 +253,12 @@ impl ProcFs {
 /// The time since boot. Unlike the clock of Rust it also counts while the host is suspended, as the start times of processes do.
 pub fn since_boot() -> Duration {
     clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
+}
+
+/// The value in a line `NAME value` of /proc/PID/status.
+pub(crate) fn status_field<T: FromStr>(status: &str, name: &str) -> Option<T> {
+    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+    line.trim().parse().ok()
 }
 
 /// Reads the identity, name and cgroups of process `pid` from its directory `process`.

@@ -12,7 +12,7 @@ use procfs::process::{LimitValue, Limits, Stat, Status};
 use super::{ProcFs, Process, ProcessId, leader_exited};
 
 /// cwkill reads at most this many threads of a process.
-const THREADS: usize = 512;
+pub(super) const THREADS: usize = 512;
 
 /// Facts about a process from /proc, apart from its descriptors.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use super::syscalls::SyscallFds;
 use crate::model::InUse;
+use crate::proc::epoll::EpollSet;
 
 /// The evidence from one process.
 #[derive(Clone, Debug, Default)]
 pub struct Evidence {
     /// The system calls of its threads, with the descriptors that they use.
     pub syscalls: Vec<SyscallFds>,
-    pub epolls: Vec<Epoll>,
+    pub epolls: Vec<EpollSet>,
     pub io_urings: Vec<IoUring>,
     /// The name of a kernel thread that works for an io_uring. Its process may have closed every descriptor of that io_uring
     /// already; only this thread shows that it exists.
@@ -35,7 +36,7 @@ impl Evidence {
             }
         }
         for epoll in &self.epolls {
-            if epoll.inodes.contains(&inode) || epoll.fds.contains(&fd) {
+            if epoll.watches(fd, inode).is_some() {
                 return Some(InUse::InEpoll(epoll.fd));
             }
         }
@@ -69,39 +70,6 @@ pub fn too_young(age: Option<Duration>, min_age: Duration) -> Option<InUse> {
         None => Some(InUse::AgeUnknown),
         Some(age) if age < min_age => Some(InUse::TooYoung(age)),
         Some(_) => None,
-    }
-}
-
-/// An epoll set of the owner.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Epoll {
-    /// Its descriptor.
-    pub fd: i32,
-    /// The inodes of its members. A member stays in the set even if the descriptor that added it has been closed.
-    pub inodes: HashSet<u64>,
-    /// The descriptors that added the members, if the kernel does not show inodes (before Linux 5.2).
-    pub fds: HashSet<i32>,
-}
-
-impl Epoll {
-    /// Parses /proc/PID/fdinfo of an epoll set. Each member is a line `tfd: 7 events: 19 data: 7 pos:0 ino:2a sdev:9`. On
-    /// older kernels the line ends after `data`. Source: fs/eventpoll.c, ep_show_fdinfo.
-    pub fn parse(fd: i32, fdinfo: &str) -> Self {
-        let mut epoll = Epoll {
-            fd,
-            ..Epoll::default()
-        };
-        for line in fdinfo.lines().filter_map(|line| line.strip_prefix("tfd:")) {
-            let mut words = line.split_whitespace();
-            let number: Option<i32> = words.next().and_then(|number| number.parse().ok());
-            let inode =
-                words.find_map(|word| u64::from_str_radix(word.strip_prefix("ino:")?, 16).ok());
-            match inode {
-                Some(inode) => drop(epoll.inodes.insert(inode)),
-                None => epoll.fds.extend(number),
-            }
-        }
-        epoll
     }
 }
 

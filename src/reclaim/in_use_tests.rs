@@ -1,4 +1,5 @@
 use super::*;
+use crate::proc::epoll::Watched;
 
 #[test]
 fn each_piece_of_evidence_is_enough() {
@@ -25,10 +26,13 @@ fn each_piece_of_evidence_is_enough() {
     assert_eq!(against(&in_syscall(Some(&[6]))), None);
 
     let epoll = |inodes: &[u64], fds: &[i32]| Evidence {
-        epolls: vec![Epoll {
+        epolls: vec![EpollSet {
             fd: 4,
-            inodes: inodes.iter().copied().collect(),
-            fds: fds.iter().copied().collect(),
+            by_inode: inodes
+                .iter()
+                .map(|inode| (*inode, Watched::Harmlessly))
+                .collect(),
+            by_fd: fds.iter().map(|fd| (*fd, Watched::Harmlessly)).collect(),
         }],
         ..Evidence::default()
     };
@@ -92,19 +96,6 @@ fn a_young_socket_is_left() {
     );
     assert_eq!(too_young(None, minute), Some(InUse::AgeUnknown));
     assert_eq!(too_young(None, Duration::ZERO), None);
-}
-
-#[test]
-fn epoll_sets_of_old_and_new_kernels_are_parsed() {
-    let text = "pos:\t0\nflags:\t02\nmnt_id:\t15\nino:\t1057\n\
-        tfd:        7 events:       19 data:                7  pos:0 ino:2a sdev:9\n\
-        tfd:       11 events: 80000019 data: 7f00\n";
-    let expected = Epoll {
-        fd: 4,
-        inodes: [42].into(),
-        fds: [11].into(),
-    };
-    assert_eq!(Epoll::parse(4, text), expected);
 }
 
 #[test]

@@ -21,15 +21,17 @@ use rustix::fs::readlinkat_raw;
 use rustix::path::DecInt;
 
 use super::error::OwnerError;
-use super::in_use::{Epoll, Evidence, IoUring, runs_finalizers, works_for_io_uring};
+use super::in_use::{Evidence, IoUring, runs_finalizers, works_for_io_uring};
 use super::obstacle;
-use super::ptrace::{StoppedProcess, Thread, read_memory};
-use super::syscalls::{Syscall, SyscallFds};
-use super::{RETRY_INTERVAL, ReclaimRules, ReclaimTarget, read_text, status_field};
+use super::ptrace::{StoppedProcess, Thread};
+use super::syscalls::SyscallFds;
+use super::{RETRY_INTERVAL, ReclaimRules, ReclaimTarget, read_text};
 use crate::finder::dead::{self, SuspectVerdict};
 use crate::model::{InUse, ReclaimReason};
+use crate::proc::epoll::EpollSet;
 use crate::proc::status::thread_state;
-use crate::proc::{ProcFs, Process, fds, is_gone};
+use crate::proc::syscall::{Syscall, read_memory};
+use crate::proc::{ProcFs, Process, fds, is_gone, status_field};
 use crate::sys::{self, RemoteFd, errno_of};
 
 /// Attempts to inspect an owner while its /proc entries are incomplete.
@@ -317,14 +319,8 @@ impl<'p> InspectedProcess<'p> {
         i32::from_str_radix(flags.trim(), 8).ok()
     }
 
-    /// The number of slots in the owner's descriptor table. It only grows. [`u32::MAX`] if cwkill cannot read it.
     fn table_size(&self) -> u32 {
-        let status = self.read_text("status");
-        let size = status
-            .ok()
-            .and_then(|status| status_field(&status, "FDSize:"));
-        size.and_then(|size| u32::try_from(size).ok().filter(|size| *size > 0))
-            .unwrap_or(u32::MAX)
+        self.proc.table_size(self.pid)
     }
 
     /// The numbers of the owner's descriptors.
@@ -350,7 +346,7 @@ impl<'p> InspectedProcess<'p> {
     fn epolls_and_io_urings(
         &self,
         special_fds: &[SpecialFd],
-    ) -> io::Result<(Vec<Epoll>, Vec<IoUring>)> {
+    ) -> io::Result<(Vec<EpollSet>, Vec<IoUring>)> {
         let (mut epolls, mut io_urings) = (Vec::new(), Vec::new());
         for special_fd in special_fds {
             let (SpecialFd::Epoll(fd) | SpecialFd::IoUring(fd)) = *special_fd else {
@@ -362,7 +358,7 @@ impl<'p> InspectedProcess<'p> {
                 Err(error) => return Err(error),
             };
             match special_fd {
-                SpecialFd::Epoll(_) => epolls.push(Epoll::parse(fd, &fdinfo)),
+                SpecialFd::Epoll(_) => epolls.push(EpollSet::parse(fd, &fdinfo)),
                 SpecialFd::IoUring(_) => io_urings.push(IoUring::parse(fd, &fdinfo)),
                 SpecialFd::DevNull(_) => {}
             }
@@ -554,7 +550,7 @@ fn state(status: &str) -> Option<char> {
 
 fn leader_exited(status: &str) -> bool {
     let is_zombie = state(status) == Some('Z');
-    is_zombie && status_field(status, "Threads:").is_some_and(|threads| threads > 1)
+    is_zombie && status_field::<u32>(status, "Threads:").is_some_and(|threads| threads > 1)
 }
 
 /// Whether this is the auxiliary vector of a 32-bit program. The vector consists of pairs of words, each 32 or 64 bits wide

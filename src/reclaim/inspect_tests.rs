@@ -87,7 +87,7 @@ fn fields_of_a_status_are_parsed() {
     let status = "Name:\tx\nTracerPid:\t31\nSeccomp:\t2\nSeccomp_filters:\t1\n";
     assert_eq!(status_field(status, "TracerPid:"), Some(31));
     assert_eq!(status_field(status, "Seccomp:"), Some(2));
-    assert_eq!(status_field(status, "Speculation:"), None);
+    assert_eq!(status_field::<i32>(status, "Speculation:"), None);
 }
 
 /// The kernel cuts a name after 15 bytes, which can leave half a character.

@@ -305,12 +305,6 @@ fn read_text(path: impl AsRef<Path>) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&fs::read(path)?).into_owned())
 }
 
-/// The value in a line `NAME value` of /proc/PID/status.
-fn status_field(status: &str, name: &str) -> Option<i32> {
-    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
-    line.trim().parse().ok()
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Instant;

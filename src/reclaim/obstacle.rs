@@ -4,10 +4,10 @@ use std::fs;
 use std::time::Duration;
 
 use super::read_text;
-use super::syscalls::Syscall;
 use crate::model::ReclaimReason;
 use crate::proc::ProcFs;
 use crate::proc::status::thread_state;
+use crate::proc::syscall::Syscall;
 
 /// The reason why thread `tid` of process `pid` did not stop within `limit`.
 pub fn not_stopped(proc: &ProcFs, pid: i32, tid: i32, limit: Duration) -> ReclaimReason {

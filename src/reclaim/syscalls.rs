@@ -3,27 +3,9 @@
 
 use std::collections::HashSet;
 
-/// A system call of a thread.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Syscall {
-    pub number: i64,
-    /// If the call has fewer arguments, the others are the remaining values of their registers.
-    pub arguments: [u64; 6],
-}
+use crate::proc::syscall::{MAX_LIST_BYTES, ReadMemory, Syscall};
 
 impl Syscall {
-    /// Parses /proc/PID/task/TID/syscall: `running`, or `-1 SP PC`, or the number, six arguments, SP and PC. `None`
-    /// if the thread is not in a system call. Source: fs/proc/base.c, proc_pid_syscall.
-    pub fn parse(line: &str) -> Option<Self> {
-        let mut words = line.split_whitespace();
-        let number: i64 = words.next()?.parse().ok().filter(|number| *number >= 0)?;
-        let mut arguments = [0; 6];
-        for argument in &mut arguments {
-            *argument = u64::from_str_radix(words.next()?.strip_prefix("0x")?, 16).ok()?;
-        }
-        Some(Syscall { number, arguments })
-    }
-
     /// Whether the call executes a program. Its thread may hold the lock that PTRACE_SEIZE waits for, and Ctrl-C does not end
     /// that wait (kernel/ptrace.c, ptrace_attach: cred_guard_mutex).
     pub fn is_exec(&self) -> bool {
@@ -129,9 +111,6 @@ pub struct SyscallFds {
     pub fds: Option<HashSet<i32>>,
 }
 
-/// Reads memory of the owner, given an address and a length.
-pub type ReadMemory<'a> = &'a dyn Fn(u64, usize) -> Option<Vec<u8>>;
-
 impl SyscallFds {
     /// The descriptors that `call` of thread `tid` may use. The owner's descriptor table has `table_size` slots.
     pub fn of(tid: i32, call: &Syscall, read_memory: ReadMemory<'_>, table_size: u32) -> Self {
@@ -144,18 +123,9 @@ impl SyscallFds {
                     .map(|&position| fd(arguments[position]))
                     .collect(),
             ),
-            Descriptors::Poll => read_pollfds(arguments[0], arguments[1], read_memory)
-                .map(|list| list.into_iter().map(|entry| entry.fd).collect()),
-            // The first arguments of a futex wait with a timeout are an address and an operation. As a length, the operation means
-            // 137 or 393 entries. If the memory cannot be read, there is no list.
-            Descriptors::Continued => {
-                let list =
-                    read_pollfds(arguments[0], arguments[1], read_memory).unwrap_or_default();
-                let is_list = list.iter().all(|entry| entry.could_be_polled(table_size));
-                Some(match is_list {
-                    true => list.into_iter().map(|entry| entry.fd).collect(),
-                    false => HashSet::new(),
-                })
+            Descriptors::Poll => {
+                let list = call.pollfds(read_memory, table_size);
+                list.map(|list| list.into_iter().map(|entry| entry.fd).collect())
             }
             Descriptors::Select => read_fd_sets(arguments, read_memory, table_size),
         };
@@ -171,12 +141,10 @@ impl SyscallFds {
 enum Descriptors {
     /// The arguments at these positions.
     At(&'static [usize]),
-    /// An array of `struct pollfd`: the first two arguments are its address and its length.
+    /// The list of `poll`, also of a restarted one; see [`Syscall::pollfds`].
     Poll,
     /// Three bit sets, at the addresses in arguments 2 to 4; the first argument is their length in bits.
     Select,
-    /// A restarted call: `poll`, or one without descriptors.
-    Continued,
 }
 
 /// Source: the manual pages, section 2. For a call that is not listed, each of the first three arguments may be a descriptor.
@@ -241,7 +209,7 @@ fn descriptors(number: i64) -> Descriptors {
         }
         libc::SYS_ppoll => Descriptors::Poll,
         libc::SYS_pselect6 => Descriptors::Select,
-        libc::SYS_restart_syscall => Descriptors::Continued,
+        libc::SYS_restart_syscall => Descriptors::Poll,
         #[cfg(target_arch = "x86_64")]
         libc::SYS_pause | libc::SYS_arch_prctl => Descriptors::At(&[]),
         #[cfg(target_arch = "x86_64")]
@@ -262,46 +230,10 @@ const OTHER_ABI: i64 = 0x4000_0000;
 #[cfg(not(target_arch = "x86_64"))]
 const OTHER_ABI: i64 = 0;
 
-/// The longest list, in bytes, that cwkill reads from the owner. A call with a longer one may use any descriptor.
-const MAX_LIST_BYTES: u64 = 1 << 20;
-
 /// An argument that is a descriptor. The kernel takes its lower half.
 fn fd(argument: u64) -> i32 {
     let [a, b, c, d, ..] = argument.to_le_bytes();
     i32::from_le_bytes([a, b, c, d])
-}
-
-/// `struct pollfd` (poll(2)), without the field that the kernel fills in.
-struct PollFd {
-    fd: i32,
-    events: u16,
-}
-
-impl PollFd {
-    /// Whether poll(2) can wait with this entry in its list. A number that is not open ends the call at once, and a negative
-    /// number is skipped; programs write -1, or the complement of the number. Source: fs/select.c, do_pollfd.
-    fn could_be_polled(&self, table_size: u32) -> bool {
-        /// include/uapi/asm-generic/poll.h gives every bit but this one a meaning.
-        const NO_EVENT: u16 = 0x0800;
-        let number = if self.fd < 0 { !self.fd } else { self.fd };
-        u32::try_from(number).is_ok_and(|number| number < table_size) && self.events & NO_EVENT == 0
-    }
-}
-
-/// Reads an array of `struct pollfd`.
-fn read_pollfds(address: u64, count: u64, read_memory: ReadMemory<'_>) -> Option<Vec<PollFd>> {
-    if address == 0 || count == 0 {
-        return Some(Vec::new());
-    }
-    let bytes = count
-        .checked_mul(8)
-        .filter(|bytes| *bytes <= MAX_LIST_BYTES)?;
-    let list = read_memory(address, usize::try_from(bytes).ok()?)?;
-    let entry = |entry: &[u8]| PollFd {
-        fd: i32::from_ne_bytes([entry[0], entry[1], entry[2], entry[3]]),
-        events: u16::from_ne_bytes([entry[4], entry[5]]),
-    };
-    Some(list.chunks_exact(8).map(entry).collect())
 }
 
 /// The descriptors in the three sets of select(2). Programs often pass the highest possible number as the length, so the

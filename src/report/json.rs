@@ -16,7 +16,7 @@ use super::{Run, SocketCounts, text};
 use crate::filter::selectors::IN_USE;
 use crate::model::{
     Exclusion, Listener, ListeningSocket, Method, MethodError, Outcome, Owner, Plan, SkipReason,
-    Target,
+    Spinning, Target,
 };
 use crate::watch::NewSockets;
 
@@ -53,6 +53,7 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
                 false => DescriptorCounts::default(),
             },
         }),
+        spinning: run.spinning.iter().map(json_spinning).collect(),
         summary: SocketCounts::of(run),
         new_sockets: run.new_sockets.as_ref().map(json_new_sockets),
     };
@@ -140,6 +141,7 @@ struct Tail<'a> {
     unlisted: Option<&'a str>,
     /// `None` without `--reclaim`.
     reclaim: Option<JsonReclaim<'a>>,
+    spinning: Vec<JsonSpinning<'a>>,
     summary: SocketCounts,
     new_sockets: Option<JsonNewSockets<'a>>,
 }
@@ -172,6 +174,22 @@ struct JsonNewSocketsOf<'a> {
 struct JsonReclaim<'a> {
     owners: Vec<JsonStop<'a>>,
     summary: DescriptorCounts,
+}
+
+/// An owner that spins since a socket of it was closed.
+#[derive(Serialize)]
+struct JsonSpinning<'a> {
+    pid: i32,
+    comm: &'a str,
+    /// The descriptor of that socket.
+    fd: i32,
+    thread: i32,
+    cpu_percent_before: u32,
+    cpu_percent: u32,
+    /// It no longer spins, because its descriptor was closed.
+    ended: bool,
+    /// The command that ends it.
+    next: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -233,6 +251,8 @@ struct JsonOwner<'a> {
     thread: Option<i32>,
     unit: Option<&'a str>,
     container: Option<JsonContainer<'a>>,
+    /// It wakes without end since cwkill closed one of its sockets.
+    spinning: bool,
 }
 
 #[derive(Serialize)]
@@ -324,13 +344,13 @@ pub(crate) fn json_socket<'a>(run: &'a Run, target: &'a Target) -> JsonSocket<'a
         in_use: socket.is_in_use(IN_USE),
         cause: socket.cause.name(),
         address_gone: socket.address_gone,
-        owners: owners(&target.owners),
+        owners: owners(run, &target.owners),
         listener: run.scan.listener(target).map(|listener| JsonListener {
             address: listener.local.ip(),
             port: listener.local.port(),
             waiting: listener.waiting(),
             backlog: listener.backlog(),
-            owners: owners(&listener.owners),
+            owners: owners(run, &listener.owners),
             group_size: listener.group_size,
             sockets: listening_sockets(listener),
         }),
@@ -413,7 +433,7 @@ fn json_new_sockets(new: &NewSockets) -> JsonNewSockets<'_> {
 }
 
 /// The processes of `owners`, each with its descriptors.
-fn owners(owners: &[Owner]) -> Vec<JsonOwner<'_>> {
+fn owners<'a>(run: &Run, owners: &'a [Owner]) -> Vec<JsonOwner<'a>> {
     owners
         .chunk_by(|a, b| (a.process.id, a.tid) == (b.process.id, b.tid))
         .map(|owners| {
@@ -425,9 +445,23 @@ fn owners(owners: &[Owner]) -> Vec<JsonOwner<'_>> {
                 thread: owners[0].tid,
                 unit: process.cgroup.unit.as_deref(),
                 container: container(process),
+                spinning: run.spins(process.id),
             }
         })
         .collect()
+}
+
+fn json_spinning(one: &Spinning) -> JsonSpinning<'_> {
+    JsonSpinning {
+        pid: one.process.id.pid,
+        comm: &one.process.comm,
+        fd: one.fd.0,
+        thread: one.tid,
+        cpu_percent_before: one.before,
+        cpu_percent: one.after,
+        ended: one.ended,
+        next: (!one.ended).then(|| one.next()),
+    }
 }
 
 fn result(target: &Target, outcome: Outcome) -> JsonResult {

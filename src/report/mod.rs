@@ -17,7 +17,8 @@ mod golden_tests;
 
 use std::process::ExitCode;
 
-use crate::model::{Outcome, ReclaimOutcome, Scan};
+use crate::model::{Outcome, ReclaimOutcome, Scan, Spinning};
+use crate::proc::ProcessId;
 use crate::reclaim::StopStats;
 use crate::text::counted;
 use crate::watch::NewSockets;
@@ -30,6 +31,8 @@ pub struct Run {
     pub acted: bool,
     /// Whether the descriptors of closed sockets were to be closed too (`--reclaim`).
     pub reclaim_requested: bool,
+    /// The owners that spin since cwkill closed a socket of them.
+    pub spinning: Vec<Spinning>,
     /// The owners that `--reclaim` stopped.
     pub stops: Vec<StopStats>,
     /// The sockets that became stuck afterwards; `None` without a watch.
@@ -43,9 +46,16 @@ impl Run {
             scan,
             acted: false,
             reclaim_requested: false,
+            spinning: Vec::new(),
             stops: Vec::new(),
             new_sockets: None,
         }
+    }
+
+    /// Whether a process spins since cwkill closed a socket of it.
+    pub fn spins(&self, id: ProcessId) -> bool {
+        let mut spinning = self.spinning.iter().filter(|one| !one.ended);
+        spinning.any(|one| one.process.id == id)
     }
 }
 
@@ -119,8 +129,8 @@ impl SocketCounts {
 
 /// The exit status of a run.
 ///
-/// A run is not complete if some sockets were left alone because their owner was unreadable, or if the scan failed after cwkill had
-/// destroyed some sockets. A run without matches is not complete if undecided sockets or unseen namespaces may have matched.
+/// A run is not complete if some sockets were left alone because their owner was unreadable, if the scan failed after cwkill had
+/// destroyed some sockets, or if an owner spins. A run without matches is not complete if undecided sockets or unseen namespaces may have matched.
 pub fn exit_status(run: &Run) -> ExitStatus {
     let coverage = &run.scan.coverage;
     match SocketCounts::of(run).exit_status() {
@@ -128,6 +138,7 @@ pub fn exit_status(run: &Run) -> ExitStatus {
         ExitStatus::Done if coverage.undecided > 0 && run.acted => ExitStatus::NotAllClosed,
         ExitStatus::Done if coverage.unlisted.is_some() => ExitStatus::NotAllClosed,
         ExitStatus::Done if run.acted && !all_reclaimed(&run.scan) => ExitStatus::NotAllClosed,
+        ExitStatus::Done if run.spinning.iter().any(|one| !one.ended) => ExitStatus::NotAllClosed,
         status => status,
     }
 }
@@ -153,7 +164,7 @@ fn all_reclaimed(scan: &Scan) -> bool {
 /// | 1 | nothing matched |
 /// | 2 | wrong usage: clap exits with it |
 /// | 3 | the job could not be done at all |
-/// | 4 | something matched, and not all of it is closed, or not all descriptors with `--reclaim` |
+/// | 4 | something matched, and not all of it is closed, or not all descriptors with `--reclaim`, or an owner spins |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExitStatus {
     Done = 0,

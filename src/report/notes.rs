@@ -5,7 +5,9 @@ use std::net::IpAddr;
 
 use super::Run;
 use super::table::{self, names};
-use crate::model::{Cause, Exclusion, MethodError, Outcome, Privilege, Scan, SkipReason, Target};
+use crate::model::{
+    Cause, Exclusion, MethodError, Outcome, Privilege, Scan, SkipReason, Spinning, Target,
+};
 use crate::proc::{FdState, Process, ProcessId, ProcessKind};
 use crate::text::{counted, escape};
 
@@ -20,6 +22,7 @@ pub fn notes(run: &Run) -> Vec<String> {
         true => descriptors(run),
     };
     if run.acted {
+        notes.extend(spinning(run));
         notes.extend(backlogs(scan));
     }
     notes.extend(addresses_gone(scan));
@@ -61,7 +64,7 @@ fn descriptors(run: &Run) -> Vec<String> {
     if !run.scan.owners_known {
         let left = closed().any(|target| target.socket.inode.is_some());
         let note = "owners were not searched for: a descriptor of a closed socket stays open until its process \
-                    closes it";
+                    closes it, and a process that waits for it without reading may spin";
         return left.then(|| note.to_owned()).into_iter().collect();
     }
     let mut open: BTreeMap<ProcessId, (&Process, usize)> = BTreeMap::new();
@@ -122,6 +125,39 @@ fn descriptors(run: &Run) -> Vec<String> {
         ));
     }
     notes
+}
+
+/// The owners that spin.
+fn spinning(run: &Run) -> impl Iterator<Item = String> + '_ {
+    run.spinning.iter().map(|one| {
+        let Spinning {
+            process,
+            fd,
+            tid,
+            before,
+            after,
+            ended,
+            ..
+        } = one;
+        let what = format!("since the socket of descriptor {} was closed", fd.0);
+        if *ended {
+            return format!("{process} spun {what}, until the descriptor was closed too");
+        }
+        let reason = SkipReason::OwnerSpins {
+            pid: process.id.pid,
+            fd: *fd,
+        };
+        let targets = run.scan.targets.iter();
+        let skipped = Some(Outcome::Skipped(reason));
+        let left = match targets.filter(|target| target.outcome == skipped).count() {
+            0 => String::new(),
+            left => format!("; {} left alone", counted(left, "other socket")),
+        };
+        format!(
+            "{process} spins {what}: its thread {tid} needs {after} % of a processor, {before} % before{left}. To end it: {}",
+            one.next()
+        )
+    })
 }
 
 /// The listeners with connections that cwkill closed before they were accepted.

@@ -422,7 +422,10 @@ fn an_owner_that_reacts_is_not_blamed_for_its_descriptors() -> Result<()> {
         let lab = Lab::new()?;
         let mut owner = Owner::start(lab.app_host(), Build::Plain, "loops", 1)?;
         owner.leak_stuck(300)?;
-        let line = format!("--pid {} --method {method} --grace 20s --json", owner.pid());
+        let line = format!(
+            "--pid {} --method {method} --grace 20s --allow-spin --json",
+            owner.pid()
+        );
         let ran = cwkill(&lab, &line)?.exits(0);
         assert_eq!(ran.sockets().len(), 300);
         for socket in ran.sockets() {

@@ -28,6 +28,7 @@ mod resetting;
 mod runbooks;
 mod selecting;
 mod signals;
+mod spinning;
 mod states;
 mod support;
 mod sweeping;
@@ -62,6 +63,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     expressions,
     closing,
     backlogs,
+    spinning,
     sweeping,
     resetting,
     probing,

@@ -59,6 +59,8 @@ fn find(proc: &ProcFs, methods: &[Method]) -> Result<Scan> {
     let policy = Policy {
         methods: methods.to_vec(),
         discard_unsent: false,
+        allow_spin: true,
+        frees_epoll_members: false,
         max_kills: None,
         has_min_time: false,
     };

@@ -39,6 +39,8 @@ pub enum Need {
     IoUring,
     /// Its user may mount file systems that a program serves.
     Fuse,
+    /// gdb is installed.
+    Gdb,
     /// The kernel runs 32-bit programs.
     Bits32,
     /// The tools of a language.
@@ -65,6 +67,13 @@ impl Need {
             Need::Fuse => (
                 *IS_ROOT && std::path::Path::new("/dev/fuse").exists(),
                 "there is no /dev/fuse, or only root of the machine may mount",
+            ),
+            Need::Gdb => (
+                std::process::Command::new("gdb")
+                    .arg("--version")
+                    .output()
+                    .is_ok(),
+                "gdb is not installed",
             ),
             Need::IoUring => (
                 reclaim::programs::has_io_uring(),

@@ -52,6 +52,7 @@ impl BuildDir {
             ("hangs.c", include_str!("../../owners/hangs.c")),
             ("reacts.c", include_str!("../../owners/reacts.c")),
             ("ring.c", include_str!("../../owners/ring.c")),
+            ("spins.c", include_str!("../../owners/spins.c")),
             ("transfers.c", include_str!("../../owners/transfers.c")),
             ("waits.c", include_str!("../../owners/waits.c")),
             ("works.c", include_str!("../../owners/works.c")),
@@ -59,8 +60,7 @@ impl BuildDir {
         for (name, text) in sources {
             fs::write(self.path(name), text)?;
         }
-        let compiler =
-            "cc -O2 -pthread -o owner owner.c hangs.c reacts.c ring.c transfers.c waits.c works.c";
+        let compiler = "cc -O2 -pthread -o owner owner.c hangs.c reacts.c ring.c spins.c transfers.c waits.c works.c";
         let compiler: Vec<&str> = compiler.split(' ').collect();
         let text = include_str!("../../owners/owner.c");
         self.build("owner.c", text, &[&compiler, flags].concat())?;
@@ -266,6 +266,14 @@ impl Owner {
     /// The program does not answer.
     pub fn leak_scattered(&mut self, count: usize) -> Result<Vec<i32>> {
         self.order_fds(&format!("scatter {count}"))
+    }
+
+    /// The number of wake-ups of the program's event loop since the last call.
+    ///
+    /// # Errors
+    /// The program does not answer, or has no loop.
+    pub fn wakes(&mut self) -> Result<u64> {
+        Ok(self.order("wakes")?.parse()?)
     }
 
     /// The longest time between two heartbeats since the last call.

@@ -250,6 +250,98 @@ pub fn recover_unforced(runtime: Runtime, cwkill: &Path) -> Result<Vec<String>> 
     Ok(reasons(&json))
 }
 
+/// A server of a runtime that accepts connections on 127.0.0.1:7400 and has paused reading on them, in the way of the runtime: Node.js
+/// `pause()`, asyncio `pause_reading()`, Java's selector with interest in nothing, Go without a read. Killed when dropped.
+#[derive(Debug)]
+pub struct Paused {
+    server: Server,
+    _build_dir: BuildDir,
+}
+
+impl Paused {
+    /// Starts the server.
+    ///
+    /// # Errors
+    /// There is no such server for the runtime, or the runtime is not installed.
+    pub fn start(host: &Host, runtime: Runtime) -> Result<Self> {
+        let build_dir = BuildDir::new()?;
+        let path = |name: &str| build_dir.path(name).display().to_string();
+        let (source, text, compiler, command) = match runtime {
+            Runtime::Node => (
+                "pause.js",
+                include_str!("../../owners/pause.js"),
+                vec!["true"],
+                vec!["node".into(), path("pause.js")],
+            ),
+            Runtime::Python => (
+                "pause.py",
+                include_str!("../../owners/pause.py"),
+                vec!["true"],
+                vec!["python3".into(), path("pause.py")],
+            ),
+            Runtime::Java => (
+                "Pause.java",
+                include_str!("../../owners/Pause.java"),
+                vec!["javac", "Pause.java"],
+                vec!["java".into(), "-cp".into(), path(""), "Pause".into()],
+            ),
+            Runtime::Go => (
+                "pause.go",
+                include_str!("../../owners/pause.go"),
+                vec!["go", "build", "-o", "pause", "pause.go"],
+                vec![path("pause")],
+            ),
+            Runtime::C | Runtime::CStatic => bail!("no server of {runtime} pauses reading"),
+        };
+        build_dir.build(source, text, &compiler)?;
+        Ok(Self {
+            server: Server::start(host, &command)?,
+            _build_dir: build_dir,
+        })
+    }
+
+    /// Pid of the process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.server.child.id()
+    }
+
+    /// Opens connections whose peers then finish, and waits until they are in CLOSE-WAIT. Returns the peers.
+    ///
+    /// # Errors
+    /// The server does not accept, or the connections do not get into that state.
+    pub fn half_closed(&self, host: &Host, count: usize) -> Result<Vec<TcpStream>> {
+        host.within(|| {
+            let before = descriptors(self.pid())?.len();
+            let connect = |_| TcpStream::connect(address());
+            let peers = (0..count)
+                .map(connect)
+                .collect::<std::io::Result<Vec<_>>>()?;
+            wait(TIMEOUT, || {
+                Ok(descriptors(self.pid())?.len() >= before + count)
+            })?;
+            for peer in &peers {
+                peer.shutdown(Shutdown::Write)?;
+            }
+            wait(TIMEOUT, || Ok(in_state(TcpState::CloseWait)? == count))?;
+            Ok(peers)
+        })
+    }
+
+    /// The processor time that the process has used.
+    ///
+    /// # Errors
+    /// The process has ended.
+    pub fn processor_time(&self) -> Result<Duration> {
+        let pid = self.pid().cast_signed();
+        let stat = procfs::process::Process::new(pid)?.stat()?;
+        Ok(Duration::from_millis(
+            (stat.utime + stat.stime) * 1000 / procfs::ticks_per_second(),
+        ))
+    }
+}
+
+#[derive(Debug)]
 struct Server {
     child: Child,
 }

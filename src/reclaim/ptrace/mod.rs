@@ -8,12 +8,13 @@ mod arch;
 mod remote;
 mod stop;
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::IoSlice;
 
-use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
+use nix::sys::uio::{RemoteIoVec, process_vm_writev};
 use nix::unistd::Pid;
 
 use super::error::OwnerError;
+use crate::proc::syscall::read_memory;
 use crate::sys::ptrace;
 use arch::Registers;
 
@@ -37,21 +38,6 @@ fn write_registers(tid: i32, registers: &Registers) -> Result<(), OwnerError> {
 fn is_syscall_instruction(tid: i32, address: u64) -> bool {
     read_memory(tid, address, Registers::INSTRUCTION.len())
         .is_some_and(|code| code == Registers::INSTRUCTION)
-}
-
-/// Reads `length` bytes of the memory of the process of `tid`.
-pub fn read_memory(tid: i32, address: u64, length: usize) -> Option<Vec<u8>> {
-    let mut bytes = vec![0; length];
-    let remote = RemoteIoVec {
-        base: usize::try_from(address).ok()?,
-        len: length,
-    };
-    let read = process_vm_readv(
-        Pid::from_raw(tid),
-        &mut [IoSliceMut::new(&mut bytes)],
-        &[remote],
-    );
-    (read == Ok(length)).then_some(bytes)
 }
 
 /// Writes `bytes` to the memory of the process of `tid`. Returns whether all were written.

@@ -13,12 +13,11 @@ use super::arch::Registers;
 use super::stop::{StoppedProcess, Thread, ThreadState};
 use super::{is_syscall_instruction, read_registers, write_memory, write_registers};
 use crate::model::ReclaimReason;
-use crate::proc::ProcFs;
+use crate::proc::{ProcFs, status_field};
 use crate::reclaim::error::OwnerError;
-use crate::reclaim::obstacle;
 use crate::reclaim::seccomp::{self, SeccompData};
 use crate::reclaim::syscalls::FalseReturnRisk;
-use crate::reclaim::{read_text, status_field};
+use crate::reclaim::{obstacle, read_text};
 use crate::sys::ptrace::{self, Waiting};
 use crate::sys::{self, errno_of};
 

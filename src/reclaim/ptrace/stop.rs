@@ -22,9 +22,9 @@ use crate::control::deadline;
 use crate::model::ReclaimReason;
 use crate::proc::ProcFs;
 use crate::proc::status::thread_state;
+use crate::proc::syscall::Syscall;
 use crate::reclaim::error::OwnerError;
 use crate::reclaim::obstacle;
-use crate::reclaim::syscalls::Syscall;
 use crate::sys::errno_of;
 use crate::sys::ptrace::{self, Waiting};
 

@@ -15,7 +15,8 @@ use crate::config::{Action, Config, ReclaimConfig};
 use crate::finder::dead::DeadSocket;
 use crate::model::{
     Coverage, Exclusion, InUse, Listener, ListeningSocket, Method, MethodError, Outcome, Owner,
-    Plan, Privilege, ReclaimOutcome, ReclaimReason, Scan, SkipReason, Socket, Target,
+    Plan, Privilege, ReclaimOutcome, ReclaimReason, Scan, SkipReason, Socket, Spinning, Target,
+    Waiter,
 };
 use crate::proc::cgroup::Cgroup;
 use crate::proc::netns::Netns;
@@ -58,13 +59,16 @@ fn exclusion(word: &str) -> Exclusion {
 }
 
 /// Why a socket is skipped, by a word each; `no-method` gives the reasons of its plan.
-pub const SKIPS: [&str; 8] = [
+pub const SKIPS: [&str; 11] = [
     "no-method",
     "over-limit",
     "unsent",
     "no-longer-selected",
     "in-use",
     "accepted",
+    "would-spin-epoll",
+    "would-spin-poll",
+    "owner-spins",
     "peer-alive",
     "interrupted",
 ];
@@ -77,6 +81,18 @@ fn skip(word: &str) -> SkipReason {
         "no-longer-selected" => SkipReason::NoLongerSelected,
         "in-use" => SkipReason::InUse,
         "accepted" => SkipReason::Accepted,
+        "would-spin-epoll" => SkipReason::WouldSpin {
+            pid: 4421,
+            by: Waiter::Epoll(RemoteFd(5)),
+        },
+        "would-spin-poll" => SkipReason::WouldSpin {
+            pid: 4421,
+            by: Waiter::Poll(4422),
+        },
+        "owner-spins" => SkipReason::OwnerSpins {
+            pid: 4421,
+            fd: RemoteFd(20),
+        },
         "peer-alive" => SkipReason::PeerAlive,
         "interrupted" => SkipReason::Interrupted,
         _ => panic!("skip {word}"),
@@ -598,6 +614,7 @@ pub struct Case {
     coverage: Coverage,
     watched: Option<Watched>,
     stopped: Vec<(&'static Who, u64, usize)>,
+    spinning: Vec<Spinning>,
 }
 
 /// In one namespace, in which all can be seen.
@@ -613,6 +630,7 @@ pub fn case(name: &'static str, arguments: &'static str) -> Case {
         coverage: Coverage::default(),
         watched: None,
         stopped: Vec::new(),
+        spinning: Vec::new(),
     }
 }
 
@@ -697,6 +715,20 @@ impl Case {
         self
     }
 
+    /// A process that spins since its descriptor 20 is closed; `epoll`: its epoll set that has the socket; `ended`: it did.
+    pub fn spinning(mut self, who: &'static Who, epoll: Option<i32>, ended: bool) -> Self {
+        self.spinning.push(Spinning {
+            process: who.owner(20).process,
+            fd: RemoteFd(20),
+            tid: who.1 + 1,
+            before: 2,
+            after: 99,
+            epoll: epoll.map(RemoteFd),
+            ended,
+        });
+        self
+    }
+
     /// A process that was stopped to close its descriptors: microseconds, descriptors closed.
     pub fn stopped(mut self, who: &'static Who, micros: u64, freed: usize) -> Self {
         self.stopped.push((who, micros, freed));
@@ -754,6 +786,10 @@ impl Case {
         Run {
             acted,
             reclaim_requested: reclaimed,
+            spinning: match acted {
+                true => self.spinning.clone(),
+                false => Vec::new(),
+            },
             stops: match reclaimed {
                 true => stops(&self.stopped),
                 false => Vec::new(),

@@ -444,6 +444,15 @@ pub fn acts() -> Vec<Case> {
             .closed_by("shutdown")
             .no_longer_open()]),
         case("act-skips", "--all --max-kills 3").sockets(one_each(&SKIPS, skipped)),
+        case("act-spinning", "--all")
+            .sockets([
+                owned(0).closed_by("shutdown").still_open(),
+                owned(1).skipped("owner-spins"),
+                owned(2).skipped("owner-spins"),
+            ])
+            .spinning(&JAVA, None, false)
+            .spinning(&NODE, Some(7), false)
+            .spinning(&WORKER, Some(7), true),
         case("act-nothing-possible", "--all")
             .sockets([skipped(0, "no-method"), skipped(1, "no-method")]),
         case("act-failures", "--all").sockets(one_each(&ATTEMPTS, failing)),

@@ -39,7 +39,7 @@ fn descriptors_a_thread_waited_on_are_skipped() -> Result<()> {
         Ok(tasks.flatten().filter(|task| waits(task.path())).count() == 4)
     })?;
     let line = format!(
-        "--pid {} --reclaim --reclaim-age 0s --stop-limit 5s --json",
+        "--pid {} --reclaim --reclaim-age 0s --stop-limit 5s --allow-spin --json",
         owner.pid()
     );
     let ran = cwkill(&lab, &line)?.exits(4);

@@ -5,7 +5,7 @@
 //! ([`crate::sys::ptrace::set_call_number`]), so x8 keeps the program's value. If the kernel will restart a call, it moves the
 //! thread back to the instruction before the tracer sees it, and the result of the call is lost.
 
-use crate::reclaim::syscalls::Syscall;
+use crate::proc::syscall::Syscall;
 
 /// The general registers, in the order of `struct user_pt_regs`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,7 +1,7 @@
 //! x86-64. Source: arch/x86/include/asm/user_64.h (struct user_regs_struct), arch/x86/kernel/signal.c
 //! (arch_do_signal_or_restart).
 
-use crate::reclaim::syscalls::Syscall;
+use crate::proc::syscall::Syscall;
 
 /// The general registers, in the order of `struct user_regs_struct`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

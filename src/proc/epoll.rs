@@ -1,0 +1,164 @@
+//! The epoll sets of a process, from `/proc/PID/fdinfo`. Pure.
+
+use std::collections::HashMap;
+
+/// How a process is told about a file that it waits for: whether it would wake without end if the file were a socket that has
+/// been closed. A closed socket reports EPOLLHUP, which no mask keeps out.
+///
+/// In ascending order of harm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Watched {
+    /// It is told of the end of the stream, or of each change only once, or of nothing. So a socket in CLOSE-WAIT has woken it
+    /// already, and a close wakes it at most once more.
+    Harmlessly,
+    /// It is told of free space to send, and not of input.
+    ForOutput,
+    /// It is told of neither input nor output. Nothing but the close wakes it, and that without end.
+    ForNothing,
+}
+
+impl Watched {
+    /// From the events of a member of an epoll set. The kernel adds EPOLLERR and EPOLLHUP to those that the process asks for, and
+    /// removes them when EPOLLONESHOT has fired. Source: fs/eventpoll.c, do_epoll_ctl, ep_send_events; net/ipv4/tcp.c, tcp_poll.
+    pub fn by_epoll(events: u32) -> Self {
+        // include/uapi/linux/eventpoll.h
+        const INPUT: u32 = 0x0001 | 0x0040 | 0x2000; // EPOLLIN, EPOLLRDNORM, EPOLLRDHUP
+        const OUTPUT: u32 = 0x0004 | 0x0100; // EPOLLOUT, EPOLLWRNORM
+        const HUP: u32 = 0x0010;
+        const ONCE: u32 = 1 << 31 | 1 << 30; // EPOLLET, EPOLLONESHOT
+        match events {
+            _ if events & ONCE != 0 || events & HUP == 0 || events & INPUT != 0 => {
+                Watched::Harmlessly
+            }
+            _ if events & OUTPUT != 0 => Watched::ForOutput,
+            _ => Watched::ForNothing,
+        }
+    }
+
+    /// From the events of a `struct pollfd`. Source: fs/select.c, do_pollfd.
+    pub fn by_poll(events: u16) -> Self {
+        Watched::by_epoll(u32::from(events) | 0x0018) // EPOLLERR, EPOLLHUP
+    }
+}
+
+/// An epoll set.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EpollSet {
+    /// Its descriptor.
+    pub fd: i32,
+    /// Its members by inode. A member stays in the set even if the descriptor that added it has been closed.
+    pub by_inode: HashMap<u64, Watched>,
+    /// The members by the descriptor that added them, if the kernel does not show inodes (before Linux 5.2).
+    pub by_fd: HashMap<i32, Watched>,
+}
+
+impl EpollSet {
+    /// Parses /proc/PID/fdinfo of an epoll set. Each member is a line `tfd: 7 events: 19 data: 7 pos:0 ino:2a sdev:9`. On
+    /// older kernels the line ends after `data`. Source: fs/eventpoll.c, ep_show_fdinfo.
+    pub fn parse(fd: i32, fdinfo: &str) -> Self {
+        let mut set = EpollSet {
+            fd,
+            ..EpollSet::default()
+        };
+        for line in fdinfo.lines().filter_map(|line| line.strip_prefix("tfd:")) {
+            let mut words = line.split_whitespace();
+            let number: Option<i32> = words.next().and_then(|number| number.parse().ok());
+            let events = words.by_ref().skip_while(|word| *word != "events:").nth(1);
+            // If the events cannot be read, the member counts as harmful.
+            let events = events.and_then(|events| u32::from_str_radix(events, 16).ok());
+            let watched = events.map_or(Watched::ForNothing, Watched::by_epoll);
+            let inode =
+                words.find_map(|word| u64::from_str_radix(word.strip_prefix("ino:")?, 16).ok());
+            // A file is in the set several times if it was added through several descriptors.
+            match (inode, number) {
+                (Some(inode), _) => keep_worst(&mut set.by_inode, inode, watched),
+                (None, Some(number)) => keep_worst(&mut set.by_fd, number, watched),
+                (None, None) => {}
+            }
+        }
+        set
+    }
+
+    /// How the set watches the file with this inode, which the process has as descriptor `fd`; `None` if it is not a member.
+    pub fn watches(&self, fd: i32, inode: u64) -> Option<Watched> {
+        let by_inode = self.by_inode.get(&inode);
+        by_inode.max(self.by_fd.get(&fd)).copied()
+    }
+}
+
+fn keep_worst<K: std::hash::Hash + Eq>(
+    members: &mut HashMap<K, Watched>,
+    key: K,
+    watched: Watched,
+) {
+    let known = members.entry(key).or_insert(watched);
+    *known = watched.max(*known);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Watched::{ForNothing, ForOutput, Harmlessly};
+
+    #[test]
+    fn epoll_sets_of_old_and_new_kernels_are_parsed() {
+        let text = "pos:\t0\nflags:\t02\nmnt_id:\t15\nino:\t1057\n\
+            tfd:        7 events:       19 data:                7  pos:0 ino:2a sdev:9\n\
+            tfd:       11 events: 80000019 data: 7f00\n\
+            tfd:       12 events:       18 data: 7f00\n";
+        let expected = EpollSet {
+            fd: 4,
+            by_inode: [(42, Harmlessly)].into(),
+            by_fd: [(11, Harmlessly), (12, ForNothing)].into(),
+        };
+        let set = EpollSet::parse(4, text);
+        assert_eq!(set, expected);
+        assert_eq!(set.watches(7, 42), Some(Harmlessly));
+        assert_eq!(set.watches(12, 43), Some(ForNothing));
+        assert_eq!(set.watches(7, 43), None, "another file");
+    }
+
+    #[test]
+    fn the_worst_of_several_entries_counts() {
+        let line =
+            |tfd, events| format!("tfd: {tfd} events: {events} data: 0  pos:0 ino:2a sdev:9\n");
+        for lines in [
+            [line(7, "19"), line(8, "18")],
+            [line(8, "18"), line(7, "19")],
+        ] {
+            let set = EpollSet::parse(4, &lines.concat());
+            assert_eq!(set.watches(7, 42), Some(ForNothing));
+        }
+    }
+
+    #[test]
+    fn only_a_level_triggered_member_without_input_is_harmful() {
+        for (events, watched) in [
+            (0x18, ForNothing),
+            (0x1a, ForNothing),
+            (0x2000_0018, ForNothing),
+            (0x1c, ForOutput),
+            (0x118, ForOutput),
+            (0x19, Harmlessly),
+            (0x58, Harmlessly),
+            (0x2018, Harmlessly),
+            (0x1d, Harmlessly),
+            (0x8000_0018, Harmlessly),
+            (0x8000_001c, Harmlessly),
+            (0x4000_0018, Harmlessly),
+            // After it has fired.
+            (0x4000_0000, Harmlessly),
+        ] {
+            assert_eq!(Watched::by_epoll(events), watched, "{events:x}");
+        }
+        for (events, watched) in [
+            (0, ForNothing),
+            (2, ForNothing),
+            (4, ForOutput),
+            (1, Harmlessly),
+            (0x2000, Harmlessly),
+        ] {
+            assert_eq!(Watched::by_poll(events), watched, "{events:x}");
+        }
+    }
+}

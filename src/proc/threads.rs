@@ -1,0 +1,110 @@
+//! How much the threads of a process run and sleep.
+
+use std::fs;
+use std::time::Duration;
+
+use super::status::THREADS;
+use super::{ProcFs, ProcessId, status_field};
+
+/// A thread at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ThreadSample {
+    pub tid: i32,
+    /// It runs, or waits for a processor.
+    pub runnable: bool,
+    /// How many times it has gone to sleep.
+    pub sleeps: u64,
+    /// How long it has run since its start; zero if the kernel does not say.
+    pub ran: Duration,
+    /// How long it has waited for a processor since its start. The kernel adds a wait when it is over.
+    pub waited: Duration,
+}
+
+impl ThreadSample {
+    /// Whether the thread has slept since an `earlier` sample of it, or sleeps now.
+    pub fn has_slept(&self, earlier: &ThreadSample) -> bool {
+        !self.runnable || self.sleeps != earlier.sleeps
+    }
+}
+
+impl ProcFs {
+    /// The first 512 threads of process `id`; empty if it is gone.
+    pub(crate) fn thread_samples(&self, id: ProcessId) -> Vec<ThreadSample> {
+        let tids = self.tids(id.pid).unwrap_or_default();
+        let samples = tids.into_iter().take(THREADS).filter_map(|tid| {
+            let file = |name: &str| fs::read(self.path(&format!("{}/task/{tid}/{name}", id.pid)));
+            let status = file("status").ok()?;
+            let schedstat = file("schedstat").unwrap_or_default();
+            sample(
+                tid,
+                &String::from_utf8_lossy(&status),
+                &String::from_utf8_lossy(&schedstat),
+            )
+        });
+        let samples = samples.collect();
+        // Checked last: the files may be of a later process with the same pid.
+        match self.is_alive(id) {
+            true => samples,
+            false => Vec::new(),
+        }
+    }
+}
+
+/// Parses /proc/PID/task/TID/status and schedstat. Source: fs/proc/array.c, proc_pid_status; fs/proc/base.c,
+/// proc_pid_schedstat: the time on a processor and the time of waiting for one, in nanoseconds, and the number of time slices.
+fn sample(tid: i32, status: &str, schedstat: &str) -> Option<ThreadSample> {
+    let state = status
+        .lines()
+        .find_map(|line| line.strip_prefix("State:"))?;
+    let mut times = schedstat
+        .split_whitespace()
+        .map(|word| word.parse().map(Duration::from_nanos).unwrap_or_default());
+    Some(ThreadSample {
+        tid,
+        runnable: state.trim_start().starts_with('R'),
+        sleeps: status_field(status, "voluntary_ctxt_switches:")?,
+        ran: times.next().unwrap_or_default(),
+        waited: times.next().unwrap_or_default(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_is_parsed() {
+        let status = "Name:\ta\nState:\tR (running)\nvoluntary_ctxt_switches:\t150\n\
+            nonvoluntary_ctxt_switches:\t7\n";
+        let expected = ThreadSample {
+            tid: 4,
+            runnable: true,
+            sleeps: 150,
+            ran: Duration::from_nanos(5),
+            waited: Duration::from_nanos(6),
+        };
+        assert_eq!(sample(4, status, "5 6 7\n"), Some(expected));
+        let without = sample(4, &status.replace('R', "S"), "").unwrap();
+        assert_eq!((without.runnable, without.ran), (false, Duration::ZERO));
+        assert_eq!(sample(4, "Name:\ta\n", "5 6 7\n"), None);
+    }
+
+    #[test]
+    fn the_threads_of_this_process() {
+        let proc = ProcFs::default();
+        let pid = i32::try_from(std::process::id()).unwrap();
+        let id = ProcessId {
+            pid,
+            start_time: proc.start_time(pid).unwrap(),
+        };
+        let tid = nix::unistd::gettid().as_raw();
+        let samples = proc.thread_samples(id);
+        let own = samples.iter().find(|sample| sample.tid == tid).unwrap();
+        assert!(own.runnable, "it reads this file");
+        let later = ProcessId {
+            start_time: id.start_time + 1,
+            ..id
+        };
+        assert!(proc.thread_samples(later).is_empty(), "another process");
+    }
+}
