@@ -181,8 +181,11 @@ fn an_owner_that_sends_keeps_its_socket_young(family: Family) -> Result<()> {
     Ok(())
 }
 
+/// Puts something in the place of the file.
+type Place = Box<dyn Fn() -> Result<()>>;
+
 /// What takes the place of the file, and why it is not used.
-fn bad_files(at: &Path, beside: &Path) -> Result<Vec<(&'static str, Box<dyn Fn() -> Result<()>>)>> {
+fn bad_files(at: &Path, beside: &Path) -> Result<Vec<(&'static str, Place)>> {
     let file = at.to_owned();
     let target = beside.to_owned();
     let with = move |content: Vec<u8>| {
