@@ -1,11 +1,15 @@
 //! The age and the idle time of a socket, and what cwkill leaves alone because of them.
 
 use std::fs::{self, Permissions};
+use std::net::SocketAddr;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
-use netns_harness::{Capability, Family, Lab, SocketOption, TcpState};
+use netns_harness::{
+    Agent, Capability, Dial, Endpoint, Family, Fd, How, Lab, Recv, SocketOption, TcpState,
+};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -26,6 +30,8 @@ pub const TESTS: &[Test] = &[
     once!(a_directory_of_others_is_not_used).needs(Need::RootOfTheMachine),
     once!(capabilities_do_not_open_the_file).needs(Need::RootOfTheMachine),
     once!(runs_at_once_lose_nothing),
+    each_family!(a_leak_of_haproxy_is_seen_and_a_download_through_it_is_not_touched)
+        .needs(Need::Program("haproxy")),
 ];
 
 /// Waits until this many sockets have been idle for `time`.
@@ -337,4 +343,111 @@ fn runs_at_once_lose_nothing() -> Result<()> {
         let all = remembering(&lab, memory.path(), "-n --json --min-age 3s")?;
         Ok(all.sockets().len() == 24)
     })
+}
+
+/// A process that ends with the test.
+struct Running(std::process::Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A proxy with keepalive at both sides, as people run it, only with a shorter interval.
+const HAPROXY: &str = "
+defaults
+  mode tcp
+  option tcpka
+  timeout connect 1h
+  timeout client 1h
+  timeout server 1h
+frontend front
+  bind :::8888 v4v6
+  clitcpka-idle 1s
+  clitcpka-intvl 1s
+  default_backend back
+backend back
+  server one 127.0.0.1:9000
+";
+
+/// Through the proxy: the descriptor of the client, and that of the server.
+fn through_proxy(
+    lab: &Lab,
+    client: &Agent,
+    to: SocketAddr,
+    server: (&Agent, Fd),
+) -> Result<[Endpoint; 2]> {
+    let mut ends = Vec::new();
+    lab.wait_for(PATIENCE, || {
+        ends = client
+            .connect(to, 1, Dial::default(), PATIENCE)
+            .unwrap_or_default();
+        Ok(!ends.is_empty())
+    })?;
+    let (server, listener) = server;
+    let accepted = server.accept(listener, 1, PATIENCE)?;
+    // haproxy aborts if the client sends FIN before haproxy has a connection to the server.
+    client.send(&[ends[0].fd], b"request")?;
+    let got = server.recv(accepted[0].fd, 100, PATIENCE)?;
+    assert_eq!(got, Recv::Data(b"request".to_vec()));
+    Ok([ends[0], accepted[0]])
+}
+
+fn a_leak_of_haproxy_is_seen_and_a_download_through_it_is_not_touched(
+    family: Family,
+) -> Result<()> {
+    // Only for its link and its peer's host.
+    let (lab, link) = lab("established", family, 1)?;
+    let host = lab.app_host();
+    let server = host.agent("server")?;
+    let listener = server.listen("127.0.0.1:9000".parse()?, false, 16)?;
+    let directory = directory()?;
+    let config = directory.path().join("haproxy.cfg");
+    fs::write(&config, HAPROXY)?;
+    let proxy = host.command("haproxy").arg("-db").arg("-f").arg(&config);
+    let _proxy = Running(proxy.stderr(std::process::Stdio::null()).spawn()?);
+    let client = link.pair().peer_host.agent("client")?;
+    let mut address = link.pair().app_address;
+    address.set_port(8888);
+
+    let [stuck, _] = through_proxy(&lab, &client, address, (&server, listener))?;
+    client.shutdown(&[stuck.fd], How::Write)?;
+    let [download, source] = through_proxy(&lab, &client, address, (&server, listener))?;
+    server.start_sending(&[source.fd], Duration::from_millis(20))?;
+    client.shutdown(&[download.fd], How::Write)?;
+
+    let line = "--port 8888 --json";
+    lab.wait_for(PATIENCE, || {
+        let idle = cwkill(&lab, &format!("-n {line} --min-idle 4s"))?;
+        Ok(idle.code == Some(0))
+    })?;
+    // Its keepalive is answered each second, so that the kernel alone does not know its age.
+    let all = cwkill(&lab, &format!("-n {line} --no-owners"))?
+        .exits(0)
+        .sockets();
+    assert_eq!(all.len(), 2);
+    lab.wait_for(PATIENCE, || {
+        Ok(cwkill(&lab, &format!("-n {line} --min-age 4s"))?.code == Some(1))
+    })?;
+    let closed = cwkill(&lab, &format!("{line} --min-idle 4s"))?
+        .exits(0)
+        .json();
+    assert_eq!(at(&closed, "/summary/in_use"), "1");
+    assert_eq!(
+        at(&closed, "/sockets/0/peer/port"),
+        stuck.local.port().to_string()
+    );
+    assert_eq!(at(&closed, "/sockets/0/owners/0/comm"), "haproxy");
+    for _ in 0..3 {
+        let left = as_typed(&lab, line)?.exits(1).json();
+        assert_eq!(at(&left, "/summary/in_use"), "1");
+    }
+
+    let sent = server.stop_sending()?;
+    server.shutdown(&[source.fd], How::Write)?;
+    let got = client.drain(&[download.fd], PATIENCE)?;
+    assert_eq!(vec![got[0].bytes], sent);
+    Ok(())
 }

@@ -43,6 +43,8 @@ pub enum Need {
     Gdb,
     /// The kernel runs 32-bit programs.
     Bits32,
+    /// A program by its name.
+    Program(&'static str),
     /// The tools of a language.
     Language(Runtime),
 }
@@ -55,6 +57,10 @@ impl Need {
             Need::Language(runtime) => {
                 let tool = runtime.missing_tool()?;
                 return Some(format!("{tool} is not installed"));
+            }
+            Need::Program(name) => {
+                let started = std::process::Command::new(name).arg("-v").output();
+                return started.err().map(|_| format!("{name} is not installed"));
             }
             Need::RootOfTheMachine => (
                 *IS_ROOT,
