@@ -33,6 +33,8 @@
 //! - **listener**: the listening socket that would accept a connection, or a group of them with SO_REUSEPORT.
 //! - **subflow**: a TCP connection that is a part of an MPTCP connection. The MPTCP socket is the one that has a descriptor and is
 //!   stuck.
+//! - **inherited**: a descriptor that a process got from the process that started it, and does not use. **heir**: such a process.
+//! - **circumstance**: a fact about an owner that explains its sockets better than their causes do.
 //! - **orphan**: a socket that its owner has closed. No process has a descriptor of it; only the kernel uses it.
 //! - **duplicate**: a descriptor of cwkill for a file of another process, mostly a socket of an owner (pidfd_getfd(2)).
 //! - **standard descriptor**: standard input, output or error, number 0, 1 or 2.

@@ -349,3 +349,26 @@ pub(crate) fn is_gone(error: &io::Error) -> bool {
 pub(crate) fn is_denied(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Process 2 of the initial pid namespace is the kernel thread that makes the others.
+    #[test]
+    fn only_the_initial_pid_namespace_has_kernel_threads() {
+        let proc = ProcFs::default();
+        let second = proc.stat(2).map(|stat| stat.comm).unwrap_or_default();
+        assert_eq!(proc.shows_every_process(), second == "kthreadd");
+    }
+
+    #[test]
+    fn open_files_of_the_host_are_below_their_limit() {
+        let (used, limit) = ProcFs::default().open_files().unwrap();
+        assert!(0 < used && used < limit, "{used} of {limit}");
+        let full = tempfile::tempdir().unwrap();
+        fs::create_dir_all(full.path().join("sys/fs")).unwrap();
+        fs::write(full.path().join("sys/fs/file-nr"), "100\t0\t100\n").unwrap();
+        assert_eq!(ProcFs::at(full.path()).open_files(), Some((100, 100)));
+    }
+}

@@ -125,10 +125,13 @@ fn verdict(group: &Value) -> String {
     codes[0].clone()
 }
 
-/// Runs a command that a diagnosis suggests, on sockets that are younger than those it is meant for.
+/// Runs a command that a diagnosis suggests, on sockets that are younger than those it is meant for and on a busy machine.
 fn follow(lab: &Lab, command: &str) -> Result<Ran> {
     let arguments = command.strip_prefix("cwkill ").context("another program")?;
-    cwkill(lab, &format!("{arguments} --reclaim-age 0s"))
+    cwkill(
+        lab,
+        &format!("{arguments} --reclaim-age 0s --stop-limit 10s"),
+    )
 }
 
 /// Accepts until it has no descriptor left, as most servers do, and tries again and again.
