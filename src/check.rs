@@ -190,6 +190,7 @@ pub fn by_count(scan: &Scan, thresholds: Thresholds) -> CheckResult {
     let upper_bound = stuck + hidden as u64;
     if status == Status::Ok
         && (scan.coverage.unseen_namespaces() > 0
+            || scan.coverage.unplaced_sockets + scan.coverage.unexamined_descriptors > 0
             || thresholds.judge(upper_bound, 100) != Status::Ok)
     {
         status = Status::Unknown;
@@ -350,7 +351,8 @@ fn unseen(scan: &Scan) -> String {
             scan.coverage.unlisted_subflows
         );
     }
-    if scan.coverage.unseen_namespaces() > 0 {
+    let unplaced = scan.coverage.unplaced_sockets + scan.coverage.unexamined_descriptors;
+    if scan.coverage.unseen_namespaces() + unplaced > 0 {
         text.push_str(", not every network namespace could be seen");
     }
     text

@@ -53,6 +53,7 @@
 //! - **react**: an owner reacts if it closes its descriptor because the connection has ended.
 //! - **recheck**: a lookup by cookie right before an act. **verify**: to look in the kernel's tables for the socket after an act: by
 //!   its cookie, or for very many sockets with one list.
+//! - **nameless namespace**: a network namespace without a process and without a name. A descriptor of a socket keeps it alive.
 //! - **coverage**: what could not be seen.
 //! - **scope**: selectors, and the network namespaces they are applied to.
 //! - **age**: how long a socket has been stuck, at least. **idle time**: for how long no data has moved in it, at least.

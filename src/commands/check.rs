@@ -14,7 +14,11 @@ use crate::terminal::print_usage;
 pub(super) fn run(args: CheckArgs) -> ExitCode {
     let check = CheckConfig::from_args(args).unwrap_or_else(|error| refuse(&error));
     say_notes(&check.scope.notes);
-    drop_capabilities_and_start_threads(&capabilities::to_find(&check.scope.netns, true));
+    drop_capabilities_and_start_threads(&capabilities::to_find(
+        &check.scope.netns,
+        true,
+        check.scope.selectors.selects_owners(),
+    ));
     let mut history = History::open();
     let result = check::run(&check, &ProcFs::default(), &mut history)
         .unwrap_or_else(|error| check::unknown(&format!("{error:#}")));

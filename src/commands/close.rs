@@ -112,7 +112,11 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
 }
 
 fn needed_capabilities(config: &Config) -> caps::CapsHashSet {
-    let mut needed = capabilities::to_find(&config.netns, config.owners);
+    let mut needed = capabilities::to_find(
+        &config.netns,
+        config.owners,
+        config.selectors.selects_owners(),
+    );
     if config.action == Action::Act {
         needed.extend(capabilities::to_act(&config.policy.methods));
         if config.reclaim.is_some() {

@@ -25,7 +25,11 @@ pub(super) fn run(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
     } = args;
     let scope = Scope::from_args(selection).unwrap_or_else(|error| refuse(&error));
     say_notes(&scope.notes);
-    drop_capabilities_and_start_threads(&capabilities::to_find(&scope.netns, true));
+    drop_capabilities_and_start_threads(&capabilities::to_find(
+        &scope.netns,
+        true,
+        scope.selectors.selects_owners(),
+    ));
     let sample = sample.unwrap_or(diagnose::SAMPLE);
     if io::stderr().is_terminal() {
         let time = seconds(sample);

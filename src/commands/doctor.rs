@@ -15,7 +15,7 @@ use crate::report::doctor as report;
 use crate::terminal::{unless_closed, write_out};
 
 pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
-    let mut needed = capabilities::to_find(&NetnsScope::All, true);
+    let mut needed = capabilities::to_find(&NetnsScope::All, true, true);
     needed.extend(capabilities::to_act(&Method::ALL));
     drop_capabilities_and_start_threads(&needed);
     let examination = doctor::examine(&ProcFs::default())?;

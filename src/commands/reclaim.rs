@@ -26,7 +26,7 @@ pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
     let quiet = config.format == Format::Quiet;
     let acts = config.action == Action::Act;
     let log = open_log(config.action, &config.log)?;
-    let mut needed = capabilities::to_find(&NetnsScope::Current, true);
+    let mut needed = capabilities::to_find(&NetnsScope::Current, true, false);
     if acts {
         needed.extend(capabilities::to_reclaim());
     }

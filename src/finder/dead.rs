@@ -365,6 +365,19 @@ pub(crate) fn examine(pidfd: BorrowedFd<'_>, fd: RemoteFd, inode: u32) -> Option
         .unwrap_or_else(|error| Some(SuspectVerdict::Unknown(errno_of(&error))))
 }
 
+/// Whether the socket is alive, and may be in one of `states`. The state of an MPTCP socket that is alive is unknown.
+pub(super) fn may_be_in(socket: BorrowedFd<'_>, states: StateSet) -> io::Result<bool> {
+    let mut info = [0; 512];
+    let info = sys::socket_option_bytes(socket, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info)?;
+    let Some(info) = parse_info(info) else {
+        return Err(Errno::ENODATA.into());
+    };
+    Ok(match mptcp_socket::protocol(socket)? {
+        Protocol::Tcp => info.state != TcpState::Close && states.contains(info.state),
+        Protocol::Mptcp => mptcp_socket::state(socket, &info)?.0 != TcpState::Close,
+    })
+}
+
 fn read_verdict(socket: BorrowedFd<'_>) -> io::Result<Option<SuspectVerdict>> {
     let protocol = mptcp_socket::protocol(socket)?;
     // Longer than any tcp_info so far. The kernel cuts a longer one.

@@ -12,6 +12,7 @@ pub mod dead;
 pub mod listeners;
 mod mptcp;
 mod mptcp_socket;
+mod nameless_netns;
 pub mod owners;
 pub mod reactions;
 pub(crate) mod sockets;
@@ -37,7 +38,7 @@ use crate::parallel;
 use crate::proc::netns::{Namespaces, Netns, NetnsScope};
 use crate::proc::{ProcFs, since_boot};
 use crate::sock_diag::{Detail, DiagId, DumpError, LookupError, SockDiag, SocketMessage};
-use owners::{OwnerScan, Trust};
+use owners::{DescriptorScan, OwnerScan, Trust};
 use sockets::NetnsScan;
 
 /// Namespaces scanned at the same time.
@@ -68,6 +69,8 @@ pub fn find(
     history: &History,
 ) -> Result<Scan, FindError> {
     let cancelled = AtomicBool::new(false);
+    // Otherwise only the processes that the operator selects are read.
+    let searches_all = namespaces.everywhere && !selectors.selects_owners();
     let (listed, descriptors) = std::thread::scope(|scope| {
         // If no thread can be started, the scans run one after the other.
         let thread = parallel::are_there()
@@ -76,14 +79,34 @@ pub fn find(
         let needed = listed
             .as_ref()
             .is_ok_and(|listed| !listed.inodes.is_empty());
-        cancelled.store(!needed, Ordering::Relaxed);
+        cancelled.store(!needed && !searches_all, Ordering::Relaxed);
         let descriptors = match thread {
             Some(Ok(thread)) => join(thread),
             Some(Err(_)) | None => owners::scan(proc, &cancelled),
         };
         (listed, descriptors)
     });
-    let Listed { mut scan, inodes } = listed?;
+    let mut listed = listed?;
+    let is_complete = searches_all || !listed.inodes.is_empty();
+    if namespaces.everywhere || selectors.selects_owners() {
+        let selected;
+        let descriptors = match &descriptors {
+            Ok(descriptors) if is_complete => descriptors,
+            _ => {
+                selected = owners::scan_selected(proc, selectors)?;
+                &selected
+            }
+        };
+        add_nameless(
+            &mut listed,
+            namespaces,
+            descriptors,
+            proc,
+            selectors,
+            history,
+        );
+    }
+    let Listed { mut scan, inodes } = listed;
     let mut owners = match inodes.is_empty() {
         true => OwnerScan::default(),
         false => {
@@ -173,7 +196,8 @@ fn list_sockets(
     let (mut failed, mut first_failure) = (0, None);
     // If a name in the expression exists in none of the namespaces, it is a mistake: `not dev` would match every socket.
     let (mut resolved, mut unresolved) = (false, None);
-    for netns_scan in scan_namespaces(&scan.namespaces, selectors, history, may_split) {
+    let several = scan.namespaces.len() > 1;
+    for netns_scan in scan_namespaces(&scan.namespaces, selectors, history, several, may_split) {
         let mut netns_scan = match netns_scan {
             Ok(netns_scan) => netns_scan,
             // No namespace could be listed.
@@ -202,10 +226,15 @@ fn list_sockets(
     if let Some(error) = first_failure {
         scan.coverage.namespace_failure = Some(format!("{:#}", anyhow::Error::from(error)));
     }
+    let inodes = inodes(&scan);
+    Ok(Listed { scan, inodes })
+}
+
+/// The inodes of the sockets of `scan` and of their listeners.
+fn inodes(scan: &Scan) -> HashSet<u32> {
     let inodes = scan.targets.iter().filter_map(|target| target.socket.inode);
     let of_listeners = scan.listeners.iter().flat_map(Listener::inodes);
-    let inodes = inodes.chain(of_listeners).collect();
-    Ok(Listed { scan, inodes })
+    inodes.chain(of_listeners).collect()
 }
 
 /// Adds the sockets of a namespace and their listeners to those of the other namespaces.
@@ -238,14 +267,57 @@ fn join<T>(thread: ScopedJoinHandle<'_, T>) -> T {
     thread.join().unwrap_or_else(|panic| resume_unwind(panic))
 }
 
-/// Scans every namespace, [`NAMESPACES_AT_ONCE`] at the same time. Each socket gets the index of its namespace.
+/// Adds the sockets in namespaces that only a socket keeps alive.
+fn add_nameless(
+    listed: &mut Listed,
+    namespaces: &Namespaces,
+    descriptors: &DescriptorScan,
+    proc: &ProcFs,
+    selectors: &Selectors,
+    history: &History,
+) {
+    let search = nameless_netns::Search {
+        proc,
+        selectors,
+        namespaces: &namespaces.open,
+        known: &listed.inodes,
+        everywhere: namespaces.everywhere,
+    };
+    let found = search.run(descriptors);
+    let coverage = &mut listed.scan.coverage;
+    coverage.unexamined_descriptors = found.unexamined;
+    coverage.unplaced_sockets = found.unplaced;
+    let first = listed.scan.namespaces.len();
+    let netns_scans = scan_namespaces(&found.namespaces, selectors, history, true, false);
+    listed.scan.namespaces.extend(found.namespaces);
+    for netns_scan in netns_scans {
+        match netns_scan {
+            Ok(mut netns_scan) => {
+                for target in &mut netns_scan.sockets {
+                    target.socket.netns += first;
+                }
+                add(&mut listed.scan, netns_scan);
+            }
+            Err(error) => {
+                let coverage = &mut listed.scan.coverage;
+                coverage.unreachable_namespaces += 1;
+                let failure = || format!("{:#}", anyhow::Error::from(error));
+                coverage.namespace_failure.get_or_insert_with(failure);
+            }
+        }
+    }
+    listed.inodes = inodes(&listed.scan);
+}
+
+/// Scans every namespace, [`NAMESPACES_AT_ONCE`] at the same time. Each socket gets the index of its namespace. `several`: whether
+/// other namespaces may have the names in the expression.
 fn scan_namespaces(
     namespaces: &[Arc<Netns>],
     selectors: &Selectors,
     history: &History,
+    several: bool,
     may_split: bool,
 ) -> Vec<Result<NetnsScan, FindError>> {
-    let several = namespaces.len() > 1;
     let scan_one = |(index, netns): (usize, &Arc<Netns>)| {
         let mut netns_scan = netns
             .within(|| sockets::scan(netns, selectors, history, several, may_split && !several))

@@ -16,10 +16,12 @@ use nix::fcntl::OFlag;
 use rayon::prelude::*;
 
 use super::threads;
+use crate::filter::selectors::Selectors;
 use crate::model::{Outcome, Owner, Target};
 use crate::proc::fds::{CHUNK, FdTable, SocketFds, fd_state, read_socket_link, read_table};
 use crate::proc::{
     FdState, ProcFs, Process, RemoteFd, TableId, Unreadable, identity, is_denied, is_gone, open_in,
+    read_identity,
 };
 
 /// The owners of a set of sockets.
@@ -79,6 +81,17 @@ pub enum Trust {
     TheScan,
     /// Each descriptor is read again, because the owners decide which sockets cwkill acts on.
     Nothing,
+}
+
+impl DescriptorScan {
+    /// Each process with the inodes and descriptors of its sockets.
+    pub(super) fn sockets(&self) -> impl Iterator<Item = (i32, &[(u32, RemoteFd)])> {
+        let sockets = self
+            .processes
+            .iter()
+            .filter_map(|process| process.sockets.as_ref());
+        sockets.map(|(pid, sockets)| (*pid, &sockets[..]))
+    }
 }
 
 impl OwnerScan {
@@ -150,6 +163,26 @@ pub fn scan(proc: &ProcFs, cancelled: &AtomicBool) -> io::Result<DescriptorScan>
                 true => Ok(ProcessScan::default()),
                 false => scan_process(proc, pid, cancelled),
             })
+            .collect::<io::Result<_>>()?,
+    })
+}
+
+/// As [`scan`], but only of the processes that `selectors` select.
+///
+/// # Errors
+/// As [`scan`].
+pub(super) fn scan_selected(proc: &ProcFs, selectors: &Selectors) -> io::Result<DescriptorScan> {
+    let is_selected = |pid: &i32| {
+        let process = read_identity(proc, *pid);
+        process.is_ok_and(|process| selectors.match_owner(&process))
+    };
+    let selected: Vec<i32> = proc.pids()?.into_iter().filter(is_selected).collect();
+    let never = AtomicBool::new(false);
+    Ok(DescriptorScan {
+        hidden: false,
+        processes: selected
+            .into_par_iter()
+            .map(|pid| scan_process(proc, pid, &never))
             .collect::<io::Result<_>>()?,
     })
 }

@@ -27,6 +27,11 @@ pub struct Coverage {
     pub unknown_namespaces: usize,
     /// Names of network namespaces for which there is none. They hide nothing, so they do not count as unseen.
     pub stale_namespace_names: Vec<String>,
+    /// The number of descriptors that cwkill did not search for network namespaces without a process and a name, because there are
+    /// too many.
+    pub unexamined_descriptors: usize,
+    /// The number of sockets of the selected owners in an unknown network namespace, which may be one that was not scanned.
+    pub unplaced_sockets: usize,
     /// The number of TCP connections that match, but are subflows of MPTCP sockets, which the kernel cannot list.
     pub unlisted_subflows: usize,
     /// Connections of others in CLOSE-WAIT that pass through this host. `None`: there are none, or cwkill did not look.
@@ -83,7 +88,8 @@ impl Coverage {
 
     /// Whether more sockets may match than were found.
     pub fn may_have_missed(&self) -> bool {
-        self.undecided + self.unseen_namespaces() + self.unlisted_subflows > 0
+        let sockets = self.undecided + self.unlisted_subflows + self.unplaced_sockets;
+        sockets + self.unseen_namespaces() + self.unexamined_descriptors > 0
     }
 
     /// The notes for the operator, one per line. `without_owner` is the number of sockets without a known owner.
@@ -137,6 +143,18 @@ impl Coverage {
             notes.push(format!(
                 "the network namespaces of {} are unknown (needs CAP_SYS_PTRACE)",
                 counted(self.unknown_namespaces, "process")
+            ));
+        }
+        if self.unexamined_descriptors > 0 {
+            notes.push(format!(
+                "{} not searched for network namespaces that only a socket keeps alive: there are too many",
+                counted(self.unexamined_descriptors, "descriptor")
+            ));
+        }
+        if self.unplaced_sockets > 0 {
+            notes.push(format!(
+                "{} in an unknown network namespace (needs CAP_NET_ADMIN)",
+                counted(self.unplaced_sockets, "socket")
             ));
         }
         if self.unlisted_subflows > 0 {

@@ -11,15 +11,22 @@ use nix::sys::prctl;
 use crate::model::Method;
 use crate::proc::netns::NetnsScope;
 
-/// The capabilities for listing sockets in `netns`, with or without their `owners`.
-pub fn to_find(netns: &NetnsScope, owners: bool) -> CapsHashSet {
+/// The capabilities for listing sockets in `netns`, with or without their `owners`. `selects_owners`: whether only sockets of certain
+/// owners are listed.
+pub fn to_find(netns: &NetnsScope, owners: bool, selects_owners: bool) -> CapsHashSet {
     // /proc/PID/fd of another user needs both: CAP_DAC_READ_SEARCH for the directory (fs/proc/fd.c, proc_fd_permission), and
     // CAP_SYS_PTRACE for the links in it (fs/proc/base.c, proc_fd_access_allowed).
     let to_read_proc = [Capability::CAP_SYS_PTRACE, Capability::CAP_DAC_READ_SEARCH];
     // cwkill finds other namespaces in /proc/PID/ns, which needs the same (fs/proc/namespaces.c, proc_ns_readlink).
     let reads_proc = owners || *netns != NetnsScope::Current;
     let mut needed: CapsHashSet = to_read_proc.into_iter().filter(|_| reads_proc).collect();
-    if *netns != NetnsScope::Current {
+    // cwkill follows the sockets of selected owners, and with --all-netns of all, into namespaces that nothing else leads to.
+    let follows_sockets = owners && (*netns == NetnsScope::All || selects_owners);
+    if follows_sockets {
+        // net/socket.c, sock_ioctl, SIOCGSKNS.
+        needed.insert(Capability::CAP_NET_ADMIN);
+    }
+    if *netns != NetnsScope::Current || follows_sockets {
         // net/core/net_namespace.c, netns_install.
         needed.insert(Capability::CAP_SYS_ADMIN);
     }
@@ -93,12 +100,12 @@ mod tests {
 
     #[test]
     fn a_listing_needs_to_see_and_nothing_else() {
-        let here = to_find(&NetnsScope::Current, true);
+        let here = to_find(&NetnsScope::Current, true, false);
         assert_eq!(here.len(), 2);
-        assert!(to_find(&NetnsScope::Current, false).is_empty());
+        assert!(to_find(&NetnsScope::Current, false, true).is_empty());
         assert!(here.contains(&Capability::CAP_SYS_PTRACE));
         for elsewhere in [NetnsScope::All, NetnsScope::Named("blue".into())] {
-            let added: Vec<_> = to_find(&elsewhere, true)
+            let added: Vec<_> = to_find(&elsewhere, true, false)
                 .difference(&here)
                 .copied()
                 .collect();

@@ -261,6 +261,12 @@ pub(crate) fn status_field<T: FromStr>(status: &str, name: &str) -> Option<T> {
     line.trim().parse().ok()
 }
 
+/// Reads the identity, name and cgroups of process `pid`.
+pub(crate) fn read_identity(proc: &ProcFs, pid: i32) -> io::Result<Process> {
+    let dir = File::open(proc.path(&pid.to_string()))?;
+    identity(dir.as_fd(), pid)
+}
+
 /// Reads the identity, name and cgroups of process `pid` from its directory `process`.
 pub(crate) fn identity(process: BorrowedFd<'_>, pid: i32) -> io::Result<Process> {
     let stat = File::from(open_in(process, c"stat", OFlag::empty())?);

@@ -10,7 +10,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,11 +26,13 @@ use crate::sys::caller::as_caller;
 /// The directories in which ip-netns(8) and docker keep the names of namespaces.
 const NAME_DIRECTORIES: [&str; 2] = ["/run/netns", "/run/docker/netns"];
 
+/// The device and inode of a namespace in nsfs.
+pub(crate) type NetnsId = (u64, u64);
+
 /// A network namespace, kept alive by an open file.
 #[derive(Debug)]
 pub struct Netns {
-    /// Its device and inode in nsfs.
-    id: (u64, u64),
+    id: NetnsId,
     /// Its name in ip-netns(8) or docker, if it has one.
     pub name: Option<String>,
     /// `None` for the current namespace, which need not be entered.
@@ -61,6 +63,8 @@ pub struct Namespaces {
     pub unknown: usize,
     /// Names without a namespace: it is gone, or mounted only in another mount namespace.
     pub stale_names: Vec<String>,
+    /// Whether every namespace is in scope.
+    pub everywhere: bool,
 }
 
 impl NetnsScope {
@@ -87,6 +91,24 @@ impl Netns {
     /// The inode that `ls -L -i /proc/PID/ns/net` shows.
     pub fn inode(&self) -> u64 {
         self.id.1
+    }
+
+    /// The device and inode in nsfs, which identify the namespace.
+    pub(crate) fn id(&self) -> NetnsId {
+        self.id
+    }
+
+    /// The namespace of a socket.
+    ///
+    /// # Errors
+    /// As [`sys::socket_netns`].
+    pub(crate) fn of_socket(socket: BorrowedFd<'_>) -> io::Result<Self> {
+        let file = File::from(sys::socket_netns(socket)?);
+        Ok(Netns {
+            id: id(&file.metadata()?),
+            name: None,
+            file: Some(file),
+        })
     }
 
     /// The name, or the inode if it has no name.
@@ -127,7 +149,7 @@ impl Netns {
         }
     }
 
-    fn current(names: &HashMap<(u64, u64), String>) -> io::Result<Self> {
+    fn current(names: &HashMap<NetnsId, String>) -> io::Result<Self> {
         let id = id(&fs::metadata("/proc/thread-self/ns/net")?);
         Ok(Netns {
             id,
@@ -218,12 +240,12 @@ impl Named {
     }
 }
 
-fn id(metadata: &fs::Metadata) -> (u64, u64) {
+fn id(metadata: &fs::Metadata) -> NetnsId {
     (metadata.dev(), metadata.ino())
 }
 
 /// The names of namespaces, by device and inode.
-fn names() -> HashMap<(u64, u64), String> {
+fn names() -> HashMap<NetnsId, String> {
     let mut names = HashMap::new();
     for entry in named_files() {
         if let Ok(metadata) = fs::metadata(&entry)
@@ -256,12 +278,11 @@ fn all(proc: &ProcFs) -> io::Result<Namespaces> {
     let mut seen = HashSet::from([current.id]);
     let mut found = Namespaces {
         open: vec![Arc::new(current)],
+        everywhere: true,
         ..Namespaces::default()
     };
     let processes = proc.pids()?;
-    let processes = processes
-        .into_iter()
-        .map(|pid| proc.path(&format!("{pid}/ns/net")));
+    let processes = processes.into_iter().map(|pid| netns_path(proc, pid));
     let mounted: Vec<PathBuf> = network_namespaces(&proc.mounts()?).collect();
     let named = named_files();
     let is_name = |path: &Path| named.iter().any(|name| name == path);
@@ -307,6 +328,30 @@ fn all(proc: &ProcFs) -> io::Result<Namespaces> {
         }
     }
     Ok(found)
+}
+
+fn netns_path(proc: &ProcFs, pid: i32) -> PathBuf {
+    proc.path(&format!("{pid}/ns/net"))
+}
+
+/// The namespaces that have a process, a name or a mount, except those of processes that cwkill may not read.
+///
+/// # Errors
+/// /proc cannot be read.
+pub(crate) fn ids(proc: &ProcFs) -> io::Result<HashSet<NetnsId>> {
+    let processes = proc.pids()?.into_iter().map(|pid| netns_path(proc, pid));
+    let mounted: Vec<PathBuf> = network_namespaces(&proc.mounts()?).collect();
+    let paths = processes.chain(named_files()).chain(mounted);
+    let id_of = |path: PathBuf| fs::metadata(path).ok().map(|metadata| id(&metadata));
+    Ok(paths.filter_map(id_of).collect())
+}
+
+/// The namespace that process `pid` is in.
+///
+/// # Errors
+/// The process is gone, or cwkill is not permitted to read its namespace.
+pub(crate) fn id_of_process(proc: &ProcFs, pid: i32) -> io::Result<NetnsId> {
+    Ok(id(&fs::metadata(netns_path(proc, pid))?))
 }
 
 #[cfg(test)]

@@ -45,6 +45,8 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
             entries: tracked.entries,
             complete: tracked.complete,
         }),
+        unexamined_descriptors: coverage.unexamined_descriptors,
+        unplaced_sockets: coverage.unplaced_sockets,
         unlisted: coverage.unlisted.as_deref(),
         reclaim: run.reclaim_requested.then(|| JsonReclaim {
             owners: json_stops(&run.stops),
@@ -137,6 +139,8 @@ struct Tail<'a> {
     unlisted_subflows: usize,
     /// Conntrack entries of connections of others; `None`: there are none, or cwkill did not look.
     tracked_close_wait: Option<JsonTracked>,
+    unexamined_descriptors: usize,
+    unplaced_sockets: usize,
     /// The error that ended a scan early: more sockets may match.
     unlisted: Option<&'a str>,
     /// `None` without `--reclaim`.

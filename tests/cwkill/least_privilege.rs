@@ -413,7 +413,11 @@ fn commands_hold_only_the_capabilities_they_need() -> Result<()> {
         ("diagnose --sample 10ms", &[PTRACE, SEARCH][..]),
         (
             "diagnose --sample 10ms --all-netns",
-            &[PTRACE, SEARCH, SYS_ADMIN],
+            &[PTRACE, SEARCH, SYS_ADMIN, ADMIN],
+        ),
+        (
+            "diagnose --sample 10ms --process no-such-process",
+            &[PTRACE, SEARCH, SYS_ADMIN, ADMIN],
         ),
         ("check -w 1 -c 9", &[PTRACE, SEARCH]),
         ("doctor", &[PTRACE, SEARCH, ADMIN, RAW, SYS_ADMIN]),

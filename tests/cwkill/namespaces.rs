@@ -4,7 +4,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::{Context, Result};
-use netns_harness::{Family, Lab, TcpState};
+use netns_harness::{Family, Lab, Leak, TcpState};
 use serde_json::Value;
 
 use crate::support::{
@@ -22,6 +22,10 @@ pub const TESTS: &[Test] = &[
     once!(a_name_without_a_namespace_hides_nothing).needs(Need::RootOfTheMachine),
     once!(a_namespace_that_disappears_is_not_an_error),
     once!(a_process_that_moves_to_another_still_owns_its_sockets),
+    each_family!(a_namespace_that_only_sockets_keep_is_found),
+    each_family!(a_listener_leads_to_a_nameless_namespace),
+    once!(sockets_are_not_followed_into_other_namespaces),
+    once!(a_namespace_that_may_not_be_asked_for_is_reported),
 ];
 
 /// Runs cwkill in our own namespace, in which no socket is stuck.
@@ -30,6 +34,12 @@ fn outside(arguments: &[&str]) -> Result<Ran> {
         .args(TAKE_ALL)
         .args(arguments)
         .output()?;
+    Ran::of(&arguments.join(" "), output)
+}
+
+/// Runs a command of cwkill in our own namespace.
+fn command_outside(arguments: &[&str]) -> Result<Ran> {
+    let output = Command::new(CWKILL).args(arguments).output()?;
     Ran::of(&arguments.join(" "), output)
 }
 
@@ -280,5 +290,101 @@ fn an_interface_of_another_namespace_is_not_an_error() -> Result<()> {
             .exits(3)
             .complains(named);
     }
+    Ok(())
+}
+
+/// Lets the application of `leak` leave the namespace of `lab`. Then no process is in it, and it has no name. Returns its new place.
+fn leave(leak: &Leak) -> Result<Lab> {
+    let elsewhere = Lab::new()?;
+    leak.app().enter(elsewhere.app_host())?;
+    Ok(elsewhere)
+}
+
+fn a_namespace_that_only_sockets_keep_is_found(family: Family) -> Result<()> {
+    let (lab, leak) = lab("drained", family, 3)?;
+    let elsewhere = leave(&leak)?;
+    let pid = leak.app().pid().to_string();
+    let pid = pid.as_str();
+    let here = elsewhere.app_host().netns_path();
+    let here = here.to_str().context("a path")?;
+    for place in [
+        &["--all-netns"][..],
+        &["--all-netns", "-p", pid],
+        &["-p", pid],
+        &["-N", pid, "-p", pid],
+        &["-N", here, "--process", "leaky-app"],
+    ] {
+        let ran = outside(&[place, &["-n", "--json"]].concat())?.exits(0);
+        let sockets = of(&lab, &ran.sockets())?;
+        assert_eq!(sockets.len(), 3, "{place:?}");
+        assert_eq!(at(&sockets[0], "/owners/0/pid"), pid);
+    }
+    // The owner is not selected, or not searched for.
+    for place in [&["-N", here][..], &["--all-netns", "--no-owners"]] {
+        let ran = outside(&[place, &["-n", "--json"]].concat())?;
+        assert_eq!(of(&lab, &ran.sockets())?.len(), 0, "{place:?}");
+    }
+    let checked = command_outside(&["check", "-w", "3", "-c", "9", "-p", pid])?.exits(1);
+    assert!(checked.stdout.contains("3 sockets stuck"), "{checked:?}");
+    let diagnosis =
+        command_outside(&["diagnose", "--sample", "10ms", "-p", pid, "--json"])?.exits(0);
+    assert_eq!(at(&diagnosis.json(), "/processes/0/stuck"), "3");
+
+    let ran = outside(&["-p", pid, "--json"])?.exits(0);
+    all_have(&ran.sockets(), "closed", "shutdown");
+    assert_eq!(ran.sockets().len(), 3);
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
+    let line = ["reclaim", "-p", pid, "--reclaim-age", "0s", "--json"];
+    let reclaimed = command_outside(&line)?.exits(0).json();
+    assert_eq!(at(&reclaimed, "/summary/freed"), "3");
+    Ok(())
+}
+
+/// Its connections have no descriptor.
+fn a_listener_leads_to_a_nameless_namespace(family: Family) -> Result<()> {
+    let (lab, leak) = lab("not-accepted", family, 2)?;
+    let _elsewhere = leave(&leak)?;
+    let pid = leak.app().pid().to_string();
+    for place in [&["--all-netns"][..], &["-p", &pid]] {
+        let ran = outside(&[place, &["-n", "--json"]].concat())?.exits(0);
+        let sockets = of(&lab, &ran.sockets())?;
+        assert_eq!(sockets.len(), 2, "{place:?}");
+        assert_eq!(at(&sockets[0], "/listener/owners/0/pid"), pid);
+    }
+    let ran = outside(&["-p", &pid, "--json"])?.exits(0);
+    all_have(&ran.sockets(), "closed", "destroy");
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
+    Ok(())
+}
+
+/// A namespace with a process is not in scope unless the operator names it.
+fn sockets_are_not_followed_into_other_namespaces() -> Result<()> {
+    let (lab, leak) = lab("drained", Family::V4, 2)?;
+    let elsewhere = leave(&leak)?;
+    let resident = lab.app_host().agent("resident")?;
+    let pid = leak.app().pid().to_string();
+    outside(&["-p", &pid, "-n", "--json"])?.exits(1);
+    let here = elsewhere.app_host().netns_path();
+    let here = here.to_str().context("a path")?;
+    outside(&["-N", here, "-p", &pid, "-n", "--json"])?.exits(1);
+    drop(resident);
+    outside(&["-N", here, "-p", &pid, "-n", "--json"])?.exits(0);
+    Ok(())
+}
+
+fn a_namespace_that_may_not_be_asked_for_is_reported() -> Result<()> {
+    use netns_harness::Capability::{CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, CAP_SYS_PTRACE};
+    let (lab, leak) = lab("drained", Family::V4, 2)?;
+    let elsewhere = leave(&leak)?;
+    let pid = leak.app().pid().to_string();
+    let without = || {
+        let command = elsewhere.app_host().command(CWKILL);
+        let command = command.capabilities(&[CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, CAP_SYS_PTRACE]);
+        crate::support::ran(command.args(["-p", &pid, "-n", "--json"]))
+    };
+    let ran = without()?.exits(4).complains("needs CAP_NET_ADMIN");
+    // The two sockets, and the listener.
+    assert_eq!(at(&ran.json(), "/unplaced_sockets"), "3");
+    assert_eq!(of(&lab, &ran.sockets())?.len(), 0);
     Ok(())
 }

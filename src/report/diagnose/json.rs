@@ -51,6 +51,8 @@ pub fn write(diagnosis: &Diagnosis, out: &mut dyn Write) -> io::Result<()> {
         undecided: coverage.undecided,
         unlisted_subflows: coverage.unlisted_subflows,
         host_at_file_limit: diagnosis.is_host_at_limit,
+        unexamined_descriptors: coverage.unexamined_descriptors,
+        unplaced_sockets: coverage.unplaced_sockets,
     };
     document.serialize(&mut serializer(out))?;
     out.write_all(b"\n")
@@ -73,6 +75,8 @@ struct DiagnosisDocument<'a> {
     undecided: usize,
     unlisted_subflows: usize,
     host_at_file_limit: bool,
+    unexamined_descriptors: usize,
+    unplaced_sockets: usize,
 }
 
 #[derive(Serialize)]

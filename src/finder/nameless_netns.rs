@@ -1,0 +1,209 @@
+//! Nameless network namespaces: no process is in them, and they have no name. A descriptor of a socket keeps such a namespace alive,
+//! for example after setns(2) to another one.
+//!
+//! /proc does not show the namespace of a socket. SIOCGSKNS on a duplicate of a descriptor tells it. On a host with a million
+//! descriptors cwkill cannot ask for each. It asks only for sockets of TCP and MPTCP that are in no table that it has read, and that
+//! have a selected state or listen. Sockets in a namespace that was read, dead ones, UNIX and UDP sockets are left out.
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::sys::stat::fstat;
+use rayon::prelude::*;
+
+use super::dead::{self, may_be_tcp};
+use super::owners::DescriptorScan;
+use crate::filter::selectors::Selectors;
+use crate::proc::netns::{self, Netns};
+use crate::proc::{ProcFs, RemoteFd, read_identity};
+use crate::sys;
+use crate::tcp::{StateSet, TcpState};
+
+/// For this number of descriptors or fewer, asking for each is cheaper than a list of all sockets.
+const FEW: usize = 256;
+/// The maximum number of descriptors whose protocol is read, about 2 µs each.
+const MAX_EXAMINED: usize = 262_144;
+/// The maximum number of descriptors that are duplicated, about 8 µs each.
+const MAX_ASKED: usize = 65_536;
+
+/// The nameless namespaces that the search has found.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    pub namespaces: Vec<Arc<Netns>>,
+    /// The number of descriptors that were not examined, because there are too many.
+    pub unexamined: usize,
+    /// The number of matching sockets whose namespace is unknown: SIOCGSKNS needs CAP_NET_ADMIN.
+    pub unplaced: usize,
+}
+
+/// A descriptor of a socket.
+#[derive(Clone, Copy, Debug)]
+struct Candidate {
+    pid: i32,
+    fd: RemoteFd,
+    inode: u32,
+}
+
+/// The search for nameless namespaces.
+pub(super) struct Search<'a> {
+    pub proc: &'a ProcFs,
+    pub selectors: &'a Selectors,
+    /// The namespaces that were read.
+    pub namespaces: &'a [Arc<Netns>],
+    /// The inodes of sockets that were found in them.
+    pub known: &'a HashSet<u32>,
+    /// Whether every namespace is in scope, and not only those of the selected owners' sockets.
+    pub everywhere: bool,
+}
+
+impl Search<'_> {
+    /// Asks for the sockets in `descriptors`.
+    pub fn run(&self, descriptors: &DescriptorScan) -> Found {
+        let mut found = Found::default();
+        let mut candidates = self.candidates(descriptors);
+        if candidates.len() > FEW
+            // If a namespace cannot be listed, more sockets are asked for.
+            && let Ok(listed) = dead::listed_inodes(self.namespaces)
+        {
+            candidates.retain(|candidate| !listed.contains(&candidate.inode));
+        }
+        // fork(2) shares sockets.
+        let mut seen = HashSet::with_capacity(candidates.len());
+        candidates.retain(|candidate| seen.insert(candidate.inode));
+        found.unexamined = candidates.len().saturating_sub(MAX_EXAMINED);
+        candidates.truncate(MAX_EXAMINED);
+        let of_tcp = |candidate: &Candidate| {
+            let path = format!("{}/fd/{}", candidate.pid, candidate.fd.0);
+            may_be_tcp(&self.proc.path(&path)).unwrap_or(false)
+        };
+        let candidates: Vec<Candidate> = candidates.into_par_iter().filter(of_tcp).collect();
+        self.ask(&candidates, &mut found);
+        found
+    }
+
+    /// The descriptors of sockets that were not found yet, in the processes that are selected.
+    fn candidates(&self, descriptors: &DescriptorScan) -> Vec<Candidate> {
+        let mut candidates = Vec::new();
+        for (pid, sockets) in descriptors.sockets() {
+            let unknown = sockets
+                .iter()
+                .filter(|(inode, _)| !self.known.contains(inode));
+            let of_process: Vec<Candidate> = unknown
+                .map(|&(inode, fd)| Candidate { pid, fd, inode })
+                .collect();
+            let is_selected = || {
+                let process = read_identity(self.proc, pid);
+                process.is_ok_and(|process| self.selectors.match_owner(&process))
+            };
+            if !of_process.is_empty() && (!self.selectors.selects_owners() || is_selected()) {
+                candidates.extend(of_process);
+            }
+        }
+        candidates
+    }
+
+    /// Asks for the namespace of each of `candidates` that has a selected state.
+    fn ask(&self, candidates: &[Candidate], found: &mut Found) {
+        let states = self.selectors.states.union(TcpState::Listen.into());
+        let mut namespaces = KnownNamespaces::new(self);
+        let mut pidfds: HashMap<i32, Option<OwnedFd>> = HashMap::new();
+        let mut listed = HashSet::new();
+        let mut asked = 0;
+        for candidate in candidates {
+            if listed.contains(&candidate.inode) {
+                continue;
+            }
+            if asked == MAX_ASKED {
+                found.unexamined += 1;
+                continue;
+            }
+            asked += 1;
+            if pidfds.len() > MAX_PIDFDS {
+                pidfds.clear();
+            }
+            let pidfd = pidfds
+                .entry(candidate.pid)
+                .or_insert_with(|| sys::pidfd_open(candidate.pid).ok());
+            let Some(pidfd) = pidfd else { continue };
+            match netns_of(pidfd.as_fd(), candidate, states) {
+                Ok(Some(netns)) if namespaces.is_new(&netns) => {
+                    let netns = Arc::new(netns);
+                    let inodes = dead::listed_inodes(std::slice::from_ref(&netns));
+                    listed.extend(inodes.unwrap_or_default());
+                    found.namespaces.push(netns);
+                }
+                Ok(_) => {}
+                Err(_) => found.unplaced += usize::from(self.may_be_nameless(candidate.pid)),
+            }
+        }
+    }
+
+    /// Whether a socket of process `pid` in an unknown namespace may be in a nameless one. If the process is in a namespace that the
+    /// operator has not selected, its sockets are there.
+    fn may_be_nameless(&self, pid: i32) -> bool {
+        let own = netns::id_of_process(self.proc, pid);
+        let is_scanned = |id| self.namespaces.iter().any(|netns| netns.id() == id);
+        self.everywhere || own.is_ok_and(is_scanned)
+    }
+}
+
+/// pidfds open at the same time. The limit of open descriptors is 1024 on many hosts.
+const MAX_PIDFDS: usize = 128;
+
+/// The network namespace of a socket in one of `states`; `None` if the descriptor is something else by now, or has another state.
+///
+/// # Errors
+/// EPERM: needs CAP_NET_ADMIN over the namespace. Source: net/socket.c, sock_ioctl.
+fn netns_of(
+    pidfd: BorrowedFd<'_>,
+    candidate: &Candidate,
+    states: StateSet,
+) -> io::Result<Option<Netns>> {
+    // Without the right to duplicate it, the owner of a socket in a table is unknown too.
+    let Ok(socket) = sys::pidfd_getfd(pidfd, candidate.fd) else {
+        return Ok(None);
+    };
+    if fstat(&socket).map(|stat| stat.st_ino) != Ok(candidate.inode.into()) {
+        return Ok(None);
+    }
+    match dead::may_be_in(socket.as_fd(), states) {
+        Ok(true) => Netns::of_socket(socket.as_fd()).map(Some),
+        Ok(false) | Err(_) => Ok(None),
+    }
+}
+
+/// The namespaces that are not nameless, or were found already.
+struct KnownNamespaces<'a> {
+    search: &'a Search<'a>,
+    ids: HashSet<(u64, u64)>,
+    /// Whether `ids` has the namespaces of all processes and names.
+    has_all: bool,
+}
+
+impl<'a> KnownNamespaces<'a> {
+    fn new(search: &'a Search<'a>) -> Self {
+        KnownNamespaces {
+            search,
+            ids: search.namespaces.iter().map(|netns| netns.id()).collect(),
+            has_all: search.everywhere,
+        }
+    }
+
+    /// Whether no process and no name leads to `netns`, and it was not found before.
+    fn is_new(&mut self, netns: &Netns) -> bool {
+        if self.ids.contains(&netns.id()) {
+            return false;
+        }
+        if !self.has_all {
+            self.has_all = true;
+            // Without them every namespace would seem nameless.
+            let Ok(ids) = netns::ids(self.search.proc) else {
+                return false;
+            };
+            self.ids.extend(ids);
+        }
+        self.ids.insert(netns.id())
+    }
+}
