@@ -86,11 +86,11 @@ pub enum Trust {
 impl DescriptorScan {
     /// Each process with the inodes and descriptors of its sockets.
     pub(super) fn sockets(&self) -> impl Iterator<Item = (i32, &[(u32, RemoteFd)])> {
-        let sockets = self
+        let tables = self
             .processes
             .iter()
-            .filter_map(|process| process.sockets.as_ref());
-        sockets.map(|(pid, sockets)| (*pid, &sockets[..]))
+            .filter_map(|process| process.table.as_ref());
+        tables.map(|(pid, table)| (*pid, &table.sockets[..]))
     }
 }
 
