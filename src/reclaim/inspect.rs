@@ -92,19 +92,11 @@ impl<'p> Inspection<'p> {
     }
 
     fn once(proc: &'p ProcFs, process: &Process, rules: &ReclaimRules) -> Result<Self, OwnerError> {
-        if u32::try_from(process.id.pid) == Ok(std::process::id()) {
-            return Err(ReclaimReason::OwnProcess.into());
-        }
         let process = InspectedProcess::open(proc, process)?;
         process.ensure_leader()?;
+        process.ensure_stoppable()?;
         if process.is_32bit()? {
             return Err(ReclaimReason::Is32bit.into());
-        }
-        if proc.is_frozen(process.pid) {
-            return Err(ReclaimReason::Frozen.into());
-        }
-        if let Some(tracer) = process.tracer() {
-            return Err(ReclaimReason::Traced(tracer, comm(proc, tracer)).into());
         }
         let processes: HashSet<i32> = proc.pids()?.into_iter().collect();
         process.ensure_not_shared(&processes, &|| false, rules)?;
@@ -253,7 +245,7 @@ impl<'p> InspectedProcess<'p> {
     ///
     /// # Errors
     /// ESRCH: another process has the pid by now.
-    fn open(proc: &'p ProcFs, process: &Process) -> Result<Self, Errno> {
+    pub fn open(proc: &'p ProcFs, process: &Process) -> Result<Self, Errno> {
         let pidfd = proc.open_pidfd(process.id)?;
         let fd_dir = File::open(proc.path(&format!("{}/fd", process.id.pid)));
         Ok(InspectedProcess {
@@ -405,8 +397,27 @@ impl<'p> InspectedProcess<'p> {
         self.thread_name(&runs_finalizers)
     }
 
+    /// Fails if cwkill is the process, it is frozen, or another process traces it.
+    pub fn ensure_stoppable(&self) -> Result<(), OwnerError> {
+        if u32::try_from(self.pid) == Ok(std::process::id()) {
+            return Err(ReclaimReason::OwnProcess.into());
+        }
+        if self.proc.is_frozen(self.pid) {
+            return Err(ReclaimReason::Frozen.into());
+        }
+        match self.tracer() {
+            Some(tracer) => Err(ReclaimReason::Traced(tracer, comm(self.proc, tracer)).into()),
+            None => Ok(()),
+        }
+    }
+
+    /// A thread that waits in the middle of a transfer, with the number of its system call.
+    pub fn current_transfer(&self) -> io::Result<Option<(i32, i64)>> {
+        Ok(self.transfer(&self.syscalls()?))
+    }
+
     /// The name of a thread that works for an io_uring.
-    fn io_uring_worker(&self) -> Option<String> {
+    pub fn io_uring_worker(&self) -> Option<String> {
         self.thread_name(&works_for_io_uring)
     }
 

@@ -8,8 +8,10 @@
 //! - `syscalls`: the descriptors that a system call uses (pure); `seccomp`: whether a filter permits a call (pure)
 //! - `process`: the work on one owner; `replace`: /dev/null in the place of a standard descriptor; `obstacle`: why an owner
 //!   cannot be stopped; `ptrace`: stopping it, and system calls in one of its threads
+//! - `hold`: stopping several processes together, for work of other modules
 
 mod error;
+mod hold;
 mod in_use;
 mod inspect;
 mod obstacle;
@@ -31,6 +33,8 @@ use crate::finder::dead::DeadSocket;
 use crate::model::{InUse, Owner, ReclaimOutcome, ReclaimReason};
 use crate::proc::{ProcFs, Process, ProcessId, RemoteFd};
 use crate::sock_diag::Cookie;
+
+pub use hold::{Held, NotHeld, while_stopped};
 
 use error::OwnerError;
 use in_use::{Evidence, too_young};

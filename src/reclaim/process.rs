@@ -76,40 +76,53 @@ fn stop_once(
         return Duration::ZERO;
     }
     let seized = SeizedThreads::default();
-    let (stop_time, result) = thread::scope(|scope| {
+    let done = in_tracer_thread(&seized, || {
+        stop_and_close(
+            inspection,
+            targets,
+            rules,
+            interrupted,
+            low_risk_only,
+            &seized,
+        )
+    });
+    let (stop_time, result) = done.unwrap_or_else(|reason| (Duration::ZERO, Err(reason.into())));
+    if let Err(error) = result {
+        decide(targets, &error);
+    }
+    stop_time
+}
+
+/// Does `work` in a thread of cwkill that ends afterwards, which detaches it from all threads that it traces. Meanwhile the
+/// `seized` threads that have ended are reaped.
+///
+/// # Errors
+/// The thread cannot be started, or has panicked.
+pub fn in_tracer_thread<T: Send>(
+    seized: &SeizedThreads,
+    work: impl FnOnce() -> T + Send,
+) -> Result<T, ReclaimReason> {
+    thread::scope(|scope| {
         let (ended, end) = mpsc::channel::<()>();
-        let (seized, targets) = (&seized, &mut *targets);
         let work = move || {
             // Dropped at the end, also by a panic.
             let _ended = ended;
-            stop_and_close(
-                inspection,
-                targets,
-                rules,
-                interrupted,
-                low_risk_only,
-                seized,
-            )
+            work()
         };
         match thread::Builder::new().spawn_scoped(scope, work) {
             Ok(worker) => {
                 while end.recv_timeout(REAP_INTERVAL) == Err(mpsc::RecvTimeoutError::Timeout) {
                     seized.reap_ended();
                 }
-                let bug = || (Duration::ZERO, Err(ReclaimReason::Bug.into()));
-                worker.join().unwrap_or_else(|_| bug())
+                worker.join().map_err(|_| ReclaimReason::Bug)
             }
             // For example at the limit of tasks.
-            Err(error) => {
-                let reason = ReclaimReason::SystemCall("starting a thread", errno_of(&error));
-                (Duration::ZERO, Err(reason.into()))
-            }
+            Err(error) => Err(ReclaimReason::SystemCall(
+                "starting a thread",
+                errno_of(&error),
+            )),
         }
-    });
-    if let Err(error) = result {
-        decide(targets, &error);
-    }
-    stop_time
+    })
 }
 
 /// Stops the owner, checks the evidence again, closes the pending targets, and releases the owner. Returns the time for
