@@ -90,6 +90,8 @@ pub enum SocketOption {
     Linger(Option<u64>),
     /// Drop every incoming segment of this socket before TCP sees it, with a socket filter. `false` removes the filter.
     DropIncoming(bool),
+    /// O_NONBLOCK.
+    NonBlocking(bool),
     /// TCP_REPAIR.
     Repair(bool),
 }

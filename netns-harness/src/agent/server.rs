@@ -613,6 +613,7 @@ fn set_option(socket: &Socket, option: SocketOption) -> io::Result<()> {
         // BPF_RET | BPF_K: accept 0 bytes of each segment.
         SocketOption::DropIncoming(true) => socket.attach_filter(&[SockFilter::new(0x06, 0, 0, 0)]),
         SocketOption::DropIncoming(false) => socket.detach_filter(),
+        SocketOption::NonBlocking(on) => socket.set_nonblocking(on),
         SocketOption::Repair(on) => Ok(setsockopt(socket, TcpRepair, &u32::from(on))?),
     }
 }
