@@ -17,7 +17,7 @@
 //! | data | [`model`]: the terms of the glossary as types; [`control`]: clock, pauses and Ctrl-C of a run |
 //! | which sockets | [`filter`]: selectors, expressions of ss(8), the kernel's bytecode |
 //! | what there is | [`privileges`]: rights, and giving them up; [`history`]: what earlier runs have seen; [`finder`]: sockets, owners, listeners, dead descriptors |
-//! | acts | [`injector`]: the methods, the plan and the engine that runs it; [`reclaim`]: closing dead descriptors inside their process |
+//! | acts | [`injector`]: the methods, the plan and the engine that runs it; [`reclaim`]: closing dead descriptors inside their process; [`drain`]: freeing the slots of dead connections in a backlog |
 //! | results | `diagnose`: who leaks and why; `check`: thresholds; `watch`: new stuck sockets; `doctor`: what works here |
 //! | options | [`cli`]: the arguments; [`config`]: their meaning |
 //! | words | [`report`]: tables, JSON, notes, exit status; `audit`: the log |
@@ -30,7 +30,10 @@
 //!   several after fork(2).
 //! - **descriptor table**: the descriptors of a process, which its threads share. A **thread table** is one that a single thread has
 //!   (unshare(2), CLONE_FILES), or the other threads after the exit of the first.
-//! - **listener**: the listening socket that would accept a connection, or a group of them with SO_REUSEPORT.
+//! - **listener**: the listening socket at which a connection waits for accept(2), or several of a **group** with SO_REUSEPORT if the
+//!   kernel does not tell at which.
+//! - **backlog**: the queue of a listening socket with the connections that wait for accept(2). Each takes a **slot** until it is
+//!   accepted, also when it is dead. **drain**: to free the slots of dead connections. (The cause `drained` is about unread bytes.)
 //! - **subflow**: a TCP connection that is a part of an MPTCP connection. The MPTCP socket is the one that has a descriptor and is
 //!   stuck.
 //! - **inherited**: a descriptor that a process got from the process that started it, and does not use. **heir**: such a process.
@@ -80,6 +83,7 @@ mod conntrack;
 pub mod control;
 mod diagnose;
 mod doctor;
+pub mod drain;
 pub mod filter;
 pub mod finder;
 pub mod history;

@@ -15,7 +15,7 @@ const LAYERS: [&[&str]; 11] = [
     &["model", "control"],
     &["filter"],
     &["privileges", "history", "finder"],
-    &["injector", "reclaim"],
+    &["injector", "reclaim", "drain"],
     &["diagnose", "check", "watch", "doctor"],
     &["cli", "config"],
     &["report", "audit"],

@@ -79,7 +79,7 @@ impl Audit {
     /// A record could not be written: cwkill must not act.
     pub fn begin(&mut self, run: &Run) -> anyhow::Result<()> {
         self.put(&Entry::begin(run, self.caller.sentence()));
-        self.intend(record::intents(run))
+        self.intend(record::intents(run).chain(record::drain_intents(run)))
     }
 
     /// Writes the intents: each descriptor that the run is about to close.
@@ -109,22 +109,31 @@ impl Audit {
     ///
     /// If writing takes long, this prints the `summary` of the acts on standard error meanwhile.
     pub fn finish(self, run: &Run, summary: String) -> Option<String> {
-        self.put_all(record::outcomes(run), Entry::end(run), summary)
+        let outcomes: Vec<Entry<'_>> = record::drain_outcomes(run).collect();
+        let count = run.scan.targets.len() + outcomes.len();
+        let outcomes = record::outcomes(run).chain(outcomes);
+        self.put_all(outcomes, count, Entry::end(run), summary)
     }
 
     /// Writes the outcome of each descriptor, and the end of the run; otherwise as [`Audit::finish`].
     pub fn finish_reclaim(self, run: &ReclaimRun, summary: String) -> Option<String> {
         let outcomes = record::reclaim_outcomes(run);
-        self.put_all(outcomes, Entry::end_reclaim(run), summary)
+        self.put_all(
+            outcomes,
+            run.descriptors.len(),
+            Entry::end_reclaim(run),
+            summary,
+        )
     }
 
     fn put_all<'a>(
         mut self,
-        outcomes: impl ExactSizeIterator<Item = Entry<'a>>,
+        outcomes: impl Iterator<Item = Entry<'a>>,
+        count: usize,
         end: Entry<'a>,
         summary: String,
     ) -> Option<String> {
-        let left = Arc::new(AtomicUsize::new(outcomes.len() + 1));
+        let left = Arc::new(AtomicUsize::new(count + 1));
         let done = watch(summary, Arc::clone(&left));
         for entry in outcomes.chain([end]) {
             self.put(&entry);

@@ -7,11 +7,12 @@ use serde::Serialize;
 
 use crate::model::{Method, Outcome, Owner, ReclaimOutcome, Scan, Target};
 use crate::proc::{Process, ProcessId};
+use crate::report::backlogs::{self, JsonBacklog, json_backlog};
 use crate::report::json::{self, JsonSocket};
 use crate::report::reclaim::ReclaimRun;
 use crate::report::reclaim::json::{JsonDeadDescriptor, json_dead_descriptor};
 use crate::report::{Run, SocketCounts, descriptors, serialize, text};
-use crate::text::escape;
+use crate::text::{counted, escape};
 
 /// The user who runs cwkill; the same in every record of a run.
 #[derive(Clone, Debug, Serialize)]
@@ -109,6 +110,9 @@ pub enum Entry<'a> {
         to_act_on: usize,
         /// The methods, in the order in which they are tried.
         methods: Vec<&'static str>,
+        /// The number of backlogs that the run is about to drain.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        backlogs: Option<usize>,
         /// The caller in words.
         #[serde(skip)]
         caller: String,
@@ -140,6 +144,25 @@ pub enum Entry<'a> {
         /// Its owners and its network namespace, in words.
         #[serde(skip)]
         owners: String,
+    },
+    /// The run is about to drain a backlog, if no live connection waits in it.
+    DrainIntent {
+        /// The backlog, as in the JSON report.
+        backlog: Box<JsonBacklog<'a>>,
+        /// Its address and its owners, in words.
+        #[serde(skip)]
+        place: String,
+    },
+    /// The result of a backlog.
+    DrainOutcome {
+        /// The backlog with its result, as in the JSON report.
+        backlog: Box<JsonBacklog<'a>>,
+        /// The same in words.
+        #[serde(skip)]
+        sentence: String,
+        /// Whether dead connections are left in it.
+        #[serde(skip)]
+        is_left: bool,
     },
     /// The run is about to close a descriptor.
     ReclaimIntent {
@@ -178,11 +201,30 @@ pub fn intents(run: &Run) -> impl Iterator<Item = Entry<'_>> {
 }
 
 /// One record for each socket of a run that is over.
-pub fn outcomes(run: &Run) -> impl ExactSizeIterator<Item = Entry<'_>> {
+pub fn outcomes(run: &Run) -> impl Iterator<Item = Entry<'_>> {
     run.scan.targets.iter().map(|target| Entry::Outcome {
         socket: Box::new(json::json_socket(run, target)),
         target,
         owners: owners(&run.scan, target),
+    })
+}
+
+/// One record for each backlog that `run` is about to drain.
+pub fn drain_intents(run: &Run) -> impl Iterator<Item = Entry<'_>> {
+    let backlogs = run.backlogs.iter().flatten();
+    backlogs.map(|backlog| Entry::DrainIntent {
+        backlog: Box::new(json_backlog(run, backlog)),
+        place: backlogs::place(run, backlog),
+    })
+}
+
+/// One record for each backlog of a run that is over.
+pub fn drain_outcomes(run: &Run) -> impl Iterator<Item = Entry<'_>> {
+    let backlogs = run.backlogs.iter().flatten();
+    backlogs.map(|backlog| Entry::DrainOutcome {
+        backlog: Box::new(json_backlog(run, backlog)),
+        sentence: backlogs::line(run, backlog),
+        is_left: backlog.is_left(),
     })
 }
 
@@ -194,7 +236,7 @@ pub fn reclaim_intents(run: &ReclaimRun) -> impl Iterator<Item = Entry<'_>> {
 }
 
 /// One record for each descriptor of a run that is over.
-pub fn reclaim_outcomes(run: &ReclaimRun) -> impl ExactSizeIterator<Item = Entry<'_>> {
+pub fn reclaim_outcomes(run: &ReclaimRun) -> impl Iterator<Item = Entry<'_>> {
     run.descriptors.iter().map(|dead| Entry::ReclaimOutcome {
         descriptor: Box::new(json_dead_descriptor(run, dead)),
         outcome: dead.owner.reclaim.as_ref(),
@@ -244,6 +286,7 @@ impl Entry<'_> {
             matched: targets.len(),
             to_act_on: to_act_on.count(),
             methods: methods.into_iter().map(Method::name).collect(),
+            backlogs: run.backlogs.as_ref().map(Vec::len),
             caller,
         }
     }
@@ -277,8 +320,12 @@ impl Entry<'_> {
     pub fn event(&self) -> &'static str {
         match self {
             Entry::Begin { .. } | Entry::BeginReclaim { .. } => "begin",
-            Entry::Intent { .. } | Entry::ReclaimIntent { .. } => "intent",
-            Entry::Outcome { .. } | Entry::ReclaimOutcome { .. } => "outcome",
+            Entry::Intent { .. } | Entry::DrainIntent { .. } | Entry::ReclaimIntent { .. } => {
+                "intent"
+            }
+            Entry::Outcome { .. } | Entry::DrainOutcome { .. } | Entry::ReclaimOutcome { .. } => {
+                "outcome"
+            }
             Entry::End { .. } | Entry::EndReclaim { .. } => "end",
         }
     }
@@ -293,19 +340,27 @@ impl Entry<'_> {
         match self {
             Entry::Begin {
                 matched,
-                to_act_on: 0,
-                caller,
-                ..
-            } => format!("{caller}: nothing can be done to the {matched} sockets that matched"),
-            Entry::Begin {
-                matched,
                 to_act_on,
                 methods,
+                backlogs,
                 caller,
-            } => format!(
-                "{caller}: about to act on {to_act_on} of {matched} sockets by {}",
-                methods.join(", ")
-            ),
+            } => {
+                let mut parts = Vec::new();
+                match to_act_on {
+                    0 if *matched == 0 => {}
+                    0 => parts.push(format!(
+                        "nothing can be done to the {matched} sockets that matched"
+                    )),
+                    _ => parts.push(format!(
+                        "about to act on {to_act_on} of {matched} sockets by {}",
+                        methods.join(", ")
+                    )),
+                }
+                if let Some(backlogs) = backlogs.filter(|backlogs| *backlogs > 0) {
+                    parts.push(format!("about to drain {}", counted(backlogs, "backlog")));
+                }
+                format!("{caller}: {}", parts.join("; "))
+            }
             Entry::BeginReclaim {
                 descriptors,
                 processes,
@@ -329,6 +384,10 @@ impl Entry<'_> {
                 socket.peer,
                 text::result(target, true).map_or_else(String::new, |(text, _)| text)
             ),
+            Entry::DrainIntent { place, .. } => {
+                format!("backlog of {place}: to be drained if no live connection waits in it")
+            }
+            Entry::DrainOutcome { sentence, .. } => sentence.clone(),
             Entry::ReclaimIntent { descriptor } => {
                 format!("{}: to be closed", descriptor.sentence())
             }
@@ -388,6 +447,7 @@ impl Entry<'_> {
     pub fn is_failure(&self) -> bool {
         match self {
             Entry::Outcome { target, .. } => target.outcome == Some(Outcome::Failed),
+            Entry::DrainOutcome { is_left, .. } => *is_left,
             Entry::ReclaimOutcome { outcome, .. } => {
                 matches!(outcome, Some(ReclaimOutcome::Failed(_)))
             }

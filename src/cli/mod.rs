@@ -133,6 +133,10 @@ pub struct Acting {
     )]
     pub watch_refill: Option<Duration>,
 
+    /// Afterwards, accept and close the dead connections in the backlogs, so that new clients get in. Stops the owners briefly
+    #[arg(long, conflicts_with = "no_owners")]
+    pub drain_backlog: bool,
+
     #[command(flatten)]
     pub logging: Logging,
 

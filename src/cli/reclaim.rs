@@ -85,12 +85,13 @@ fn of_descriptors(argument: Arg) -> Arg {
 }
 
 impl Reclaiming {
-    /// The first given option that makes sense only if descriptors are closed.
-    pub fn given(&self) -> Option<&'static str> {
+    /// The first given option that makes sense only if descriptors are closed. With `drains`, backlogs are drained, for which owners
+    /// are stopped too.
+    pub fn given(&self, drains: bool) -> Option<&'static str> {
         [
             ("--reclaim-age", self.reclaim_age.is_some()),
             ("--reclaim-force", self.reclaim_force),
-            ("--stop-limit", self.stop_limit.is_some()),
+            ("--stop-limit", self.stop_limit.is_some() && !drains),
         ]
         .into_iter()
         .find_map(|(option, given)| given.then_some(option))

@@ -1,7 +1,9 @@
 //! `cwkill` without a command: lists the stuck sockets, or closes them.
 
+use std::collections::HashMap;
 use std::io::{self, IsTerminal, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 
@@ -12,6 +14,7 @@ use super::{
 use crate::cli::Args;
 use crate::config::{Action, Config, Format};
 use crate::control::Control;
+use crate::drain;
 use crate::finder::{self, FindError, owners, reactions, tracked};
 use crate::history::History;
 use crate::injector::canary::{self, Canaries};
@@ -22,7 +25,7 @@ use crate::privileges::{Privileges, capabilities};
 use crate::proc::netns::Namespaces;
 use crate::proc::{FdState, ProcFs};
 use crate::reclaim::{self, ReclaimRules, ReclaimTarget};
-use crate::report::{ExitStatus, Run, exit_status, json, notes, text};
+use crate::report::{ExitStatus, Run, backlogs, exit_status, json, notes, text};
 use crate::terminal::{Terminal, is_coloured, say, write_out};
 use crate::text::seconds;
 use crate::watch::{self, WatchScope};
@@ -75,14 +78,22 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
         say(format_args!("nothing was closed"));
         return Ok(ExitStatus::NotAllClosed);
     }
-    // A run without a matching socket leaves no record.
-    let mut log = log.filter(|_| !run.scan.targets.is_empty());
+    if config.drain_backlogs.is_some() {
+        let found = drain::find(&run.scan, &config.selectors, &proc);
+        run.backlogs = Some(found.context("cannot find the backlogs")?);
+    }
+    // A run without a match leaves no record.
+    let has_backlogs = run.backlogs.iter().flatten().next().is_some();
+    let mut log = log.filter(|_| has_backlogs || !run.scan.targets.is_empty());
     if let Some(log) = &mut log {
         let intents = terminal.aside(|| log.begin(&run));
         intents.context("nothing was done")?;
     }
     if acts {
         close(&mut run, config, &privileges, &proc, &terminal);
+        if let Some(stop_limit) = config.drain_backlogs {
+            drain_backlogs(&mut run, stop_limit, &proc, &terminal);
+        }
     }
     if let Some(rules) = &config.reclaim {
         reclaim_descriptors(&mut run, rules, &proc, &terminal);
@@ -242,6 +253,22 @@ pub fn close(
     reactions::await_owners(proc, &mut run.scan.targets, config.grace, control);
 }
 
+/// Drains the backlogs, and updates what is known of their listeners.
+fn drain_backlogs(run: &mut Run, stop_limit: Duration, proc: &ProcFs, control: &dyn Control) {
+    let backlogs = run.backlogs.as_deref_mut().unwrap_or_default();
+    drain::drain(backlogs, &run.scan.namespaces, stop_limit, proc, control);
+    let waiting: HashMap<u32, u32> = backlogs
+        .iter()
+        .map(|backlog| (backlog.socket.inode, backlog.socket.waiting))
+        .collect();
+    let listeners = run.scan.listeners.iter_mut();
+    for socket in listeners.flat_map(|listener| &mut listener.sockets) {
+        if let Some(&waiting) = waiting.get(&socket.inode) {
+            socket.waiting = waiting;
+        }
+    }
+}
+
 /// Closes the descriptors of closed sockets in their owners. In a dry run, decides which ones could be closed.
 fn reclaim_descriptors(run: &mut Run, rules: &ReclaimRules, proc: &ProcFs, control: &dyn Control) {
     run.reclaim_requested = true;
@@ -388,6 +415,10 @@ fn watch_for_new(
 fn messages(run: &Run, config: &Config) {
     if config.format == Format::Quiet {
         return;
+    }
+    // The lines of the table and the document have them already.
+    if config.format == Format::JsonLines {
+        say_notes(backlogs::lines(run));
     }
     say_notes(notes::notes(run));
     let is_relevant =

@@ -86,6 +86,8 @@ pub struct Config {
     /// The time for which to watch for new stuck sockets after the act.
     pub watch_refill: Option<Duration>,
     pub log: LogOptions,
+    /// If present, drain the backlogs; their owners are stopped for at most this time.
+    pub drain_backlogs: Option<Duration>,
     /// If present, close the descriptors of closed sockets in their owners.
     pub reclaim: Option<ReclaimRules>,
     pub format: Format,
@@ -180,6 +182,8 @@ impl Config {
                 ));
             }
         }
+        let rules = reclaim_rules(&acting.reclaiming);
+        let needs_reclaim = acting.reclaiming.given(acting.drain_backlog);
         Ok(Config {
             netns,
             action,
@@ -197,8 +201,9 @@ impl Config {
             grace: acting.grace.unwrap_or(DEFAULT_GRACE),
             watch_refill: acting.watch_refill,
             log: LogOptions::from_args(acting.logging, output.verbose),
-            reclaim: match (acting.reclaim, acting.reclaiming.given()) {
-                (true, _) => Some(reclaim_rules(&acting.reclaiming)),
+            drain_backlogs: acting.drain_backlog.then_some(rules.stop_limit),
+            reclaim: match (acting.reclaim, needs_reclaim) {
+                (true, _) => Some(rules),
                 (false, None) => None,
                 (false, Some(option)) => {
                     return Err(usage(&format!(
@@ -229,6 +234,7 @@ impl Acting {
             ("--watch-refill", self.watch_refill.is_some()),
             ("--reclaim", self.reclaim),
             ("--yes", self.yes),
+            ("--drain-backlog", self.drain_backlog),
         ]
         .into_iter()
         .find_map(|(option, given)| given.then_some(option))

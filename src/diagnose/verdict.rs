@@ -199,7 +199,7 @@ pub fn cause_verdict(cause: Cause, sockets: &CauseCount, circumstance: Circumsta
         ),
         Verdict::NotReading => "not reading: idle pool or blocked worker".into(),
         Verdict::NotAccepting => {
-            "not accepting: closing them frees no slot of the backlog, only accept(2) does".into()
+            "not accepting: closing them frees no slot of the backlog, only accept(2) does, or --drain-backlog".into()
         }
         Verdict::SlowPeers => {
             "bytes queued to peers that accept them slowly or not at all: check the peers before closing"

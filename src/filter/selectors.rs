@@ -198,6 +198,29 @@ impl Selectors {
                 .is_none_or(|selected| (selected == IpVersion::V4) == local.is_ipv4())
     }
 
+    /// Whether the dead connections at a listener with this address and user can match, apart from the selectors of owners. Only
+    /// the port, the user and the address of the listener are known of them. A listener on the wildcard address may have
+    /// accepted connections to any.
+    pub fn could_match_backlog(&self, local: SocketAddr, uid: u32) -> bool {
+        let is_wildcard = local.ip().is_unspecified();
+        self.states.contains(TcpState::CloseWait)
+            && in_ranges(&self.ports, local.port())
+            && self.match_user(uid)
+            && self.peer_ports.is_empty()
+            && self.peer.is_empty()
+            && !self.address_gone
+            && self.min_age.is_zero()
+            && (self.causes.is_empty() || self.causes.contains(&Cause::NotAccepted))
+            && self.expression == Expression::TRUE
+            && (self.local.is_empty() || (!is_wildcard && in_networks(&self.local, local.ip())))
+            && match self.ip_version {
+                None => true,
+                // A wildcard listener of IPv6 may accept IPv4 too.
+                Some(IpVersion::V4) => local.is_ipv4(),
+                Some(IpVersion::V6) => local.is_ipv6() && !is_wildcard,
+            }
+    }
+
     /// Whether a dead socket with some local address can match.
     pub fn could_match_some_dead(&self) -> bool {
         self.states == TcpState::CloseWait.into()

@@ -55,8 +55,6 @@ struct Group {
 #[derive(Debug)]
 struct Member {
     socket: ListeningSocket,
-    /// The cgroup v2 in which it was made.
-    cgroup: Option<u64>,
     /// Its backlog was empty in some list.
     was_empty: bool,
 }
@@ -123,8 +121,8 @@ impl Listeners {
                     inode: message.inode,
                     waiting: message.recv_q,
                     backlog: message.send_q,
+                    cgroup: message.cgroup,
                 },
-                cgroup: message.cgroup,
                 was_empty: message.recv_q == 0,
             }],
         };
@@ -213,18 +211,23 @@ impl Listeners {
             .collect()
     }
 
+    /// Every listening socket at which connections wait, without its owners.
+    pub fn waiting(&self) -> Vec<Listener> {
+        let waiting = |group: &Group| {
+            let members = group.members.iter();
+            let waiting = members.filter(|member| member.socket.waiting > 0);
+            let alone = |member: &Member| group.listener(vec![member.socket.clone()]);
+            waiting.map(alone).collect::<Vec<Listener>>()
+        };
+        self.groups.iter().flat_map(waiting).collect()
+    }
+
     /// The used listeners, without their owners.
     pub fn into_used(self) -> Vec<Listener> {
         let listener = |used: &Used| {
             let group = &self.groups[used.group];
             let members = used.members.iter().map(|&index| &group.members[index]);
-            Listener {
-                local: group.local,
-                sockets: members.map(|member| member.socket.clone()).collect(),
-                group_size: group.members.len(),
-                uid: group.uid,
-                owners: Vec::new(),
-            }
+            group.listener(members.map(|member| member.socket.clone()).collect())
         };
         self.used.iter().map(listener).collect()
     }
@@ -237,6 +240,17 @@ impl Group {
         key(self) == key(other)
     }
 
+    /// A listener with these sockets of the group.
+    fn listener(&self, sockets: Vec<ListeningSocket>) -> Listener {
+        Listener {
+            local: self.local,
+            sockets,
+            group_size: self.members.len(),
+            uid: self.uid,
+            owners: Vec::new(),
+        }
+    }
+
     /// The indices of the members at which `socket` may wait.
     fn holding(&self, socket: &Socket) -> Vec<usize> {
         let all = || (0..self.members.len()).collect();
@@ -247,7 +261,7 @@ impl Group {
         let mut holding: Vec<usize> = all();
         holding.retain(|&index| !self.members[index].was_empty);
         let same_cgroup = |&index: &usize| {
-            socket.cgroup_id.is_some() && self.members[index].cgroup == socket.cgroup_id
+            socket.cgroup_id.is_some() && self.members[index].socket.cgroup == socket.cgroup_id
         };
         if holding.iter().any(same_cgroup) {
             holding.retain(same_cgroup);

@@ -187,6 +187,13 @@ pub(super) fn scan_selected(proc: &ProcFs, selectors: &Selectors) -> io::Result<
     })
 }
 
+/// Whether process `pid` has a descriptor of the socket with this inode. False if cwkill may not read its descriptors.
+pub fn owns(proc: &ProcFs, pid: i32, inode: u32) -> io::Result<bool> {
+    let scan = scan_process(proc, pid, &AtomicBool::new(false))?;
+    let mut sockets = scan.table.iter().flat_map(|(_, table)| &table.sockets);
+    Ok(sockets.any(|(other, _)| *other == inode))
+}
+
 /// Finds every process that owns a socket with one of `inodes`.
 ///
 /// # Errors
@@ -402,6 +409,7 @@ mod tests {
             inode,
             waiting: 0,
             backlog: 0,
+            cgroup: None,
         }
     }
 

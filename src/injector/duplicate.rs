@@ -11,6 +11,7 @@ use rustix::net::sockopt;
 
 use crate::model::{MethodError, Owner, Privilege, Target};
 use crate::proc::{ProcFs, ProcessId, TableId};
+use crate::sock_diag::Cookie;
 use crate::sys::{self, Duplicate, errno_of};
 
 /// pidfds open at the same time. The limit of open descriptors is 1024 on many hosts.
@@ -37,8 +38,17 @@ impl Duplicator {
 
     /// A duplicate for the socket of `target`, from the first owner whose descriptor is still open.
     pub fn socket(&mut self, target: &Target) -> Result<Duplicate, MethodError> {
+        self.of_owners(&target.owners, target.socket.cookie())
+    }
+
+    /// A duplicate for the socket with this cookie, from the first of `owners` whose descriptor is still open.
+    pub fn of_owners(
+        &mut self,
+        owners: &[Owner],
+        expected: Cookie,
+    ) -> Result<Duplicate, MethodError> {
         let mut failure = MethodError::DescriptorsGone;
-        for owner in &target.owners {
+        for owner in owners {
             let socket = match self.duplicate(owner) {
                 Ok(socket) => socket,
                 // This owner has closed it or exited; another may still have it.
@@ -49,7 +59,7 @@ impl Duplicator {
                 }
             };
             match sockopt::socket_cookie(&socket) {
-                Ok(cookie) if cookie == target.socket.cookie().0 => return Ok(socket),
+                Ok(cookie) if cookie == expected.0 => return Ok(socket),
                 // The descriptor is of another socket by now, or of none.
                 Ok(_) | Err(rustix::io::Errno::NOTSOCK) => {}
                 Err(errno) => {

@@ -6,7 +6,7 @@
 
 pub mod canary;
 pub mod destroy;
-mod duplicate;
+pub mod duplicate;
 pub mod engine;
 pub mod plan;
 pub mod probe;

@@ -2,6 +2,7 @@
 
 pub mod cause;
 pub mod coverage;
+pub mod drain;
 pub mod method;
 pub mod reclaim;
 pub mod scan;
@@ -11,6 +12,7 @@ pub mod waiting;
 
 pub use cause::Cause;
 pub use coverage::{Coverage, TrackedCloseWait};
+pub use drain::{Backlog, DrainReason, DrainResult};
 pub use method::{Method, Privilege};
 pub use reclaim::{InUse, ReclaimOutcome, ReclaimReason};
 pub use scan::{Listener, ListeningSocket, Scan};

@@ -56,6 +56,8 @@ pub struct ListeningSocket {
     pub waiting: u32,
     /// The limit of the backlog.
     pub backlog: u32,
+    /// The cgroup v2 in which it was made, and with it the connections that wait at it.
+    pub cgroup: Option<u64>,
 }
 
 impl Listener {

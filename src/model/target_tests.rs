@@ -3,6 +3,7 @@ use strum::VariantNames;
 use Method::{Destroy, Probe, Rst, Shutdown};
 
 use super::*;
+use crate::model::DrainReason;
 use crate::proc::testdata::process;
 use crate::sock_diag::testdata::stuck;
 
@@ -230,11 +231,28 @@ fn codes_are_stable() {
             "system-call",
         ]
     );
+    assert_eq!(
+        DrainReason::VARIANTS,
+        [
+            "live-connection",
+            "no-owner",
+            "no-duplicate",
+            "not-tcp",
+            "owner-not-stopped",
+            "new-owner",
+            "accepted-elsewhere",
+            "stop-limit-reached",
+            "lost-live-connection",
+            "interrupted",
+            "system-call",
+        ]
+    );
     let all = [
         Outcome::VARIANTS,
         SkipReason::VARIANTS,
         Exclusion::VARIANTS,
         MethodError::VARIANTS,
+        DrainReason::VARIANTS,
     ];
     for code in all.concat() {
         let is_word = |word: &str| {
@@ -281,6 +299,7 @@ fn the_man_page_lists_every_code() {
         SkipReason::VARIANTS,
         Exclusion::VARIANTS,
         MethodError::VARIANTS,
+        DrainReason::VARIANTS,
         &["still-there"],
     ];
     for code in lists.concat() {

@@ -159,6 +159,6 @@ pub fn json_stops(stops: &[StopStats]) -> Vec<JsonStop<'_>> {
     stops.collect()
 }
 
-fn micros(duration: Duration) -> u64 {
+pub(super) fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }

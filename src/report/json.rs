@@ -8,9 +8,11 @@ use std::time::Duration;
 use rayon::prelude::*;
 use serde::Serialize;
 
+use super::backlogs::{JsonBacklog, json_backlog};
 use super::descriptors::{DescriptorCounts, JsonStop, json_stops};
 use super::serialize::{
-    Endpoint, JsonContainer, SCHEMA_VERSION, container, endpoint, put, to_bytes,
+    Endpoint, JsonNetns, JsonOwner, SCHEMA_VERSION, endpoint, json_netns, json_owners, put,
+    to_bytes,
 };
 use super::{Run, SocketCounts, text};
 use crate::filter::selectors::IN_USE;
@@ -48,6 +50,10 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
         unexamined_descriptors: coverage.unexamined_descriptors,
         unplaced_sockets: coverage.unplaced_sockets,
         unlisted: coverage.unlisted.as_deref(),
+        backlogs: run.backlogs.as_ref().map(|backlogs| {
+            let json = |backlog| json_backlog(run, backlog);
+            backlogs.iter().map(json).collect()
+        }),
         reclaim: run.reclaim_requested.then(|| JsonReclaim {
             owners: json_stops(&run.stops),
             summary: match run.acted {
@@ -143,6 +149,8 @@ struct Tail<'a> {
     unplaced_sockets: usize,
     /// The error that ended a scan early: more sockets may match.
     unlisted: Option<&'a str>,
+    /// The backlogs with dead connections; `None` without `--drain-backlog`.
+    backlogs: Option<Vec<JsonBacklog<'a>>>,
     /// `None` without `--reclaim`.
     reclaim: Option<JsonReclaim<'a>>,
     spinning: Vec<JsonSpinning<'a>>,
@@ -240,26 +248,6 @@ pub struct JsonSocket<'a> {
 }
 
 #[derive(Serialize)]
-struct JsonNetns<'a> {
-    inode: u64,
-    name: Option<&'a str>,
-}
-
-#[derive(Serialize)]
-struct JsonOwner<'a> {
-    pid: i32,
-    comm: &'a str,
-    fds: Vec<i32>,
-    /// Only if a single thread has these descriptors.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    thread: Option<i32>,
-    unit: Option<&'a str>,
-    container: Option<JsonContainer<'a>>,
-    /// It wakes without end since cwkill closed one of its sockets.
-    spinning: bool,
-}
-
-#[derive(Serialize)]
 struct JsonListener<'a> {
     address: std::net::IpAddr,
     port: u16,
@@ -327,10 +315,7 @@ struct JsonAttempt {
 pub(crate) fn json_socket<'a>(run: &'a Run, target: &'a Target) -> JsonSocket<'a> {
     let (socket, netns) = (&target.socket, run.scan.netns(target));
     JsonSocket {
-        netns: JsonNetns {
-            inode: netns.inode(),
-            name: netns.name.as_deref(),
-        },
+        netns: json_netns(netns),
         protocol: socket.protocol().name(),
         family: if socket.is_ipv4() { "ipv4" } else { "ipv6" },
         state: socket.state.name(),
@@ -348,13 +333,13 @@ pub(crate) fn json_socket<'a>(run: &'a Run, target: &'a Target) -> JsonSocket<'a
         in_use: socket.is_in_use(IN_USE),
         cause: socket.cause.name(),
         address_gone: socket.address_gone,
-        owners: owners(run, &target.owners),
+        owners: json_owners(run, &target.owners),
         listener: run.scan.listener(target).map(|listener| JsonListener {
             address: listener.local.ip(),
             port: listener.local.port(),
             waiting: listener.waiting(),
             backlog: listener.backlog(),
-            owners: owners(run, &listener.owners),
+            owners: json_owners(run, &listener.owners),
             group_size: listener.group_size,
             sockets: listening_sockets(listener),
         }),
@@ -434,25 +419,6 @@ fn json_new_sockets(new: &NewSockets) -> JsonNewSockets<'_> {
             })
             .collect(),
     }
-}
-
-/// The processes of `owners`, each with its descriptors.
-fn owners<'a>(run: &Run, owners: &'a [Owner]) -> Vec<JsonOwner<'a>> {
-    owners
-        .chunk_by(|a, b| (a.process.id, a.tid) == (b.process.id, b.tid))
-        .map(|owners| {
-            let process = &owners[0].process;
-            JsonOwner {
-                pid: process.id.pid,
-                comm: &process.comm,
-                fds: owners.iter().map(|owner| owner.fd.0).collect(),
-                thread: owners[0].tid,
-                unit: process.cgroup.unit.as_deref(),
-                container: container(process),
-                spinning: run.spins(process.id),
-            }
-        })
-        .collect()
 }
 
 fn json_spinning(one: &Spinning) -> JsonSpinning<'_> {

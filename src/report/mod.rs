@@ -2,6 +2,7 @@
 //!
 //! A report only reads a [`Run`]. The record of an intent reads it before the acts. The commands `reclaim`, `diagnose` and `doctor` have reports of their own.
 
+pub mod backlogs;
 pub mod descriptors;
 pub mod diagnose;
 pub mod doctor;
@@ -17,7 +18,7 @@ mod golden_tests;
 
 use std::process::ExitCode;
 
-use crate::model::{Outcome, ReclaimOutcome, Scan, Spinning};
+use crate::model::{Backlog, Outcome, ReclaimOutcome, Scan, Spinning};
 use crate::proc::ProcessId;
 use crate::reclaim::StopStats;
 use crate::text::counted;
@@ -35,6 +36,8 @@ pub struct Run {
     pub spinning: Vec<Spinning>,
     /// The owners that `--reclaim` stopped.
     pub stops: Vec<StopStats>,
+    /// The backlogs in which dead connections wait, or waited; `None` without `--drain-backlog`.
+    pub backlogs: Option<Vec<Backlog>>,
     /// The sockets that became stuck afterwards; `None` without a watch.
     pub new_sockets: Option<NewSockets>,
 }
@@ -48,6 +51,7 @@ impl Run {
             reclaim_requested: false,
             spinning: Vec::new(),
             stops: Vec::new(),
+            backlogs: None,
             new_sockets: None,
         }
     }
@@ -129,12 +133,16 @@ impl SocketCounts {
 
 /// The exit status of a run.
 ///
-/// A run is not complete if some sockets were left alone because their owner was unreadable, if the scan failed after cwkill had
-/// destroyed some sockets, or if an owner spins. A run without matches is not complete if undecided sockets or unseen namespaces may have matched.
+/// A run is not complete if some sockets were left alone because their owner was unreadable, if a backlog was not drained, if the
+/// scan failed after cwkill had destroyed some sockets, or if an owner spins. A backlog counts as a match. A run without matches is
+/// not complete if undecided sockets or unseen namespaces may have matched.
 pub fn exit_status(run: &Run) -> ExitStatus {
     let coverage = &run.scan.coverage;
+    let mut backlogs = run.backlogs.iter().flatten();
     match SocketCounts::of(run).exit_status() {
         ExitStatus::NothingMatched if coverage.may_have_missed() => ExitStatus::NotAllClosed,
+        _ if run.acted && backlogs.clone().any(Backlog::is_left) => ExitStatus::NotAllClosed,
+        ExitStatus::NothingMatched if backlogs.next().is_some() => ExitStatus::Done,
         ExitStatus::Done if coverage.undecided > 0 && run.acted => ExitStatus::NotAllClosed,
         ExitStatus::Done if coverage.unlisted.is_some() => ExitStatus::NotAllClosed,
         ExitStatus::Done if run.acted && !all_reclaimed(&run.scan) => ExitStatus::NotAllClosed,
@@ -160,7 +168,7 @@ fn all_reclaimed(scan: &Scan) -> bool {
 ///
 /// | status | meaning |
 /// |---|---|
-/// | 0 | every matched socket is closed, or the listing or dry run matched something |
+/// | 0 | every matched socket is closed and every backlog drained, or the listing or dry run matched something |
 /// | 1 | nothing matched |
 /// | 2 | wrong usage: clap exits with it |
 /// | 3 | the job could not be done at all |

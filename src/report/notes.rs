@@ -6,7 +6,8 @@ use std::net::IpAddr;
 use super::Run;
 use super::table::{self, names};
 use crate::model::{
-    Cause, Exclusion, MethodError, Outcome, Privilege, Scan, SkipReason, Spinning, Target,
+    Cause, DrainReason, Exclusion, MethodError, Outcome, Privilege, Scan, SkipReason, Spinning,
+    Target,
 };
 use crate::proc::{FdState, Process, ProcessId, ProcessKind};
 use crate::text::{counted, escape};
@@ -23,7 +24,7 @@ pub fn notes(run: &Run) -> Vec<String> {
     };
     if run.acted {
         notes.extend(spinning(run));
-        notes.extend(backlogs(scan));
+        notes.extend(backlogs(run));
     }
     notes.extend(addresses_gone(scan));
     notes.extend(scan.coverage.notes(scan.without_known_owner()));
@@ -160,22 +161,31 @@ fn spinning(run: &Run) -> impl Iterator<Item = String> + '_ {
     })
 }
 
-/// The listeners with connections that cwkill closed before they were accepted.
-fn backlogs(scan: &Scan) -> Vec<String> {
+/// The listeners with connections that cwkill closed before they were accepted. A line about a backlog to drain says more.
+fn backlogs(run: &Run) -> Vec<String> {
+    let scan = &run.scan;
     let mut closed: BTreeMap<usize, usize> = BTreeMap::new();
     for target in &scan.targets {
         if let (true, Some(listener)) = (target.was_closed_in_backlog(), target.listener) {
             *closed.entry(listener).or_default() += 1;
         }
     }
+    let advice = match run.backlogs {
+        None => ", or --drain-backlog",
+        Some(_) => "",
+    };
     let note = |(index, count): (usize, usize)| {
         let listener = &scan.listeners[index];
         let (owner, _) = names(scan, &listener.owners, false);
+        let mut drained = run.backlogs.iter().flatten();
+        if drained.any(|backlog| listener.inodes().eq([backlog.socket.inode])) {
+            return None;
+        }
         // Connections that the listener has accepted since then no longer take a slot.
         let taken = count.min(usize::try_from(listener.waiting()).unwrap_or(usize::MAX));
         (taken > 0).then(|| {
             format!(
-                "{} still take{} a slot in the backlog of {} ({owner}, backlog {}): only its accept() frees them",
+                "{} still take{} a slot in the backlog of {} ({owner}, backlog {}): only its accept() frees them{advice}",
                 counted(taken, "closed connection"),
                 if taken == 1 { "s" } else { "" },
                 listener.local,
@@ -215,6 +225,13 @@ pub fn missing_privileges(run: &Run) -> BTreeSet<Privilege> {
     let coverage = &run.scan.coverage;
     if coverage.undecided_by_owner() > 0 && coverage.has_hidden_owners() {
         missing.insert(Privilege::Ptrace);
+    }
+    for backlog in run.backlogs.iter().flatten() {
+        let reason = backlog
+            .result
+            .as_ref()
+            .and_then(|result| result.reason.as_ref());
+        missing.extend(reason.and_then(DrainReason::privilege));
     }
     for target in &run.scan.targets {
         // Also if a harsher method has closed the socket, because the operator may prefer the gentle one.

@@ -6,7 +6,10 @@ use std::net::{IpAddr, SocketAddr};
 use serde::Serialize;
 use serde_json::ser::Formatter;
 
+use super::Run;
+use crate::model::Owner;
 use crate::proc::Process;
+use crate::proc::netns::Netns;
 use crate::text::is_unsafe;
 
 /// Within a version, fields are added and never renamed.
@@ -97,4 +100,52 @@ pub(crate) fn container(process: &Process) -> Option<JsonContainer<'_>> {
         name: container.name.as_deref(),
         pod_uid: container.pod_uid.as_deref(),
     })
+}
+
+/// A network namespace.
+#[derive(Serialize)]
+pub(crate) struct JsonNetns<'a> {
+    inode: u64,
+    name: Option<&'a str>,
+}
+
+/// A process with its descriptors.
+#[derive(Serialize)]
+pub(crate) struct JsonOwner<'a> {
+    pid: i32,
+    comm: &'a str,
+    fds: Vec<i32>,
+    /// Only if a single thread has these descriptors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    thread: Option<i32>,
+    unit: Option<&'a str>,
+    container: Option<JsonContainer<'a>>,
+    /// It wakes without end since cwkill closed one of its sockets.
+    spinning: bool,
+}
+
+pub(super) fn json_netns(netns: &Netns) -> JsonNetns<'_> {
+    JsonNetns {
+        inode: netns.inode(),
+        name: netns.name.as_deref(),
+    }
+}
+
+/// The processes of `owners`, each with its descriptors.
+pub(super) fn json_owners<'a>(run: &Run, owners: &'a [Owner]) -> Vec<JsonOwner<'a>> {
+    owners
+        .chunk_by(|a, b| (a.process.id, a.tid) == (b.process.id, b.tid))
+        .map(|owners| {
+            let process = &owners[0].process;
+            JsonOwner {
+                pid: process.id.pid,
+                comm: &process.comm,
+                fds: owners.iter().map(|owner| owner.fd.0).collect(),
+                thread: owners[0].tid,
+                unit: process.cgroup.unit.as_deref(),
+                container: container(process),
+                spinning: run.spins(process.id),
+            }
+        })
+        .collect()
 }

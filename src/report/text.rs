@@ -8,7 +8,7 @@ use std::time::Duration;
 use comfy_table::{Cell, CellAlignment, Color};
 
 use super::table::{has_unit, join, names, plain_table, unit_text};
-use super::{Run, SocketCounts, descriptors};
+use super::{Run, SocketCounts, backlogs, descriptors};
 use crate::config::{Action, Config};
 use crate::model::{Cause, Outcome, Plan, Scan, SkipReason, Socket, Target};
 use crate::sock_diag::Protocol;
@@ -29,6 +29,9 @@ pub fn write(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io
         header = false;
     }
     writeln!(out, "{}", summary(run, config))?;
+    for line in backlogs::lines(run) {
+        writeln!(out, "{line}")?;
+    }
     if run.reclaim_requested && run.acted {
         for line in descriptors::lines(&run.scan, &run.stops) {
             writeln!(out, "{line}")?;

@@ -1,4 +1,4 @@
-//! Thin functions over single system calls. Every `unsafe` of this program is here and in [`ptrace`], for the calls that nix,
+//! Thin functions over single system calls. Every `unsafe` of this program is here, in [`interrupter`] and in [`ptrace`], for the calls that nix,
 //! rustix and socket2 do not wrap.
 //!
 //! Each function that makes a system call returns its errno as [`io::Error`].
@@ -9,6 +9,7 @@
 
 pub mod caller;
 mod duplicate;
+pub mod interrupter;
 pub mod ptrace;
 
 use std::io;

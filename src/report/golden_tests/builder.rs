@@ -14,9 +14,9 @@ use crate::commands::sweep;
 use crate::config::{Action, Config, ReclaimConfig};
 use crate::finder::dead::DeadSocket;
 use crate::model::{
-    Coverage, Exclusion, InUse, Listener, ListeningSocket, Method, MethodError, Outcome, Owner,
-    Plan, Privilege, ReclaimOutcome, ReclaimReason, Scan, SkipReason, Socket, Spinning, Target,
-    Waiter,
+    Backlog, Coverage, DrainReason, DrainResult, Exclusion, InUse, Listener, ListeningSocket,
+    Method, MethodError, Outcome, Owner, Plan, Privilege, ReclaimOutcome, ReclaimReason, Scan,
+    SkipReason, Socket, Spinning, Target, Waiter,
 };
 use crate::proc::cgroup::Cgroup;
 use crate::proc::netns::Netns;
@@ -356,6 +356,8 @@ pub struct Matched {
     netns: usize,
     owners: Vec<Holder>,
     listener: Option<&'static Listening>,
+    /// The number of listening sockets at the address of its listener, and the backlogs of others at which it may wait.
+    group: (usize, Vec<(u32, u32)>),
     methods: Vec<Method>,
     excluded: Vec<(&'static str, &'static str)>,
     over_limit: bool,
@@ -372,6 +374,7 @@ pub fn socket(local: &str, peer: &str, cookie: u64) -> Matched {
         netns: 0,
         owners: Vec::new(),
         listener: None,
+        group: (1, Vec::new()),
         methods: Vec::new(),
         excluded: Vec::new(),
         over_limit: false,
@@ -444,6 +447,12 @@ impl Matched {
             after: FdState::Unknown,
             reclaim: None,
         });
+        self
+    }
+
+    /// Its listener is one of several with SO_REUSEPORT. It may also wait at others, with these backlogs.
+    pub fn in_group(mut self, size: usize, others: &[(u32, u32)]) -> Self {
+        self.group = (size, others.to_vec());
         self
     }
 
@@ -615,6 +624,7 @@ pub struct Case {
     watched: Option<Watched>,
     stopped: Vec<(&'static Who, u64, usize)>,
     spinning: Vec<Spinning>,
+    drained: Vec<Drained>,
 }
 
 /// In one namespace, in which all can be seen.
@@ -631,10 +641,16 @@ pub fn case(name: &'static str, arguments: &'static str) -> Case {
         watched: None,
         stopped: Vec::new(),
         spinning: Vec::new(),
+        drained: Vec::new(),
     }
 }
 
 impl Case {
+    pub fn drained(mut self, backlogs: impl IntoIterator<Item = Drained>) -> Self {
+        self.drained.extend(backlogs);
+        self
+    }
+
     pub fn sockets(mut self, sockets: impl IntoIterator<Item = Matched>) -> Self {
         self.sockets.extend(sockets);
         self
@@ -769,7 +785,7 @@ impl Case {
             target.listener = matched.listener.map(|it| {
                 let accepting = it.3.iter().filter(|_| config.owners);
                 let accepting = accepting.map(|(who, fd)| who.owner(*fd)).collect();
-                place(&mut scan.listeners, it, accepting)
+                place(&mut scan.listeners, it, accepting, &matched.group)
             });
             if acted || matched.swept {
                 matched.act(&mut target);
@@ -783,8 +799,12 @@ impl Case {
             }
         }
         sweep::merge(&mut scan, swept, config);
+        let has_result = acted || config.action != Action::Act;
+        let drained = self.drained.iter();
+        let backlogs = drained.map(|drained| drained.backlog(has_result)).collect();
         Run {
             acted,
+            backlogs: config.drain_backlogs.map(|_| backlogs),
             reclaim_requested: reclaimed,
             spinning: match acted {
                 true => self.spinning.clone(),
@@ -804,20 +824,67 @@ impl Case {
     }
 }
 
+fn listening_socket((waiting, backlog): (u32, u32), inode: u32) -> ListeningSocket {
+    ListeningSocket {
+        id: stuck("0.0.0.0:1", "0.0.0.0:0", 5000).id,
+        inode,
+        waiting,
+        backlog,
+        cgroup: None,
+    }
+}
+
+/// A backlog with dead connections: its listener, the number of dead ones, how many were drained, and why not all.
+pub struct Drained(
+    pub &'static Listening,
+    pub u32,
+    pub u32,
+    pub Option<DrainReason>,
+);
+
+impl Drained {
+    fn backlog(&self, has_result: bool) -> Backlog {
+        let Drained(listening, dead, drained, reason) = self;
+        let taken = if has_result { *drained } else { 0 };
+        let result = DrainResult {
+            drained: taken,
+            reason: reason.clone(),
+            left_one: reason.is_none() && taken > 0 && taken < *dead,
+            stop_time: Duration::from_micros(1250),
+        };
+        let expected = *drained == 0 && reason.is_none();
+        Backlog {
+            netns: 0,
+            local: listening.0.parse().expect("an address"),
+            socket: listening_socket((listening.1 - taken, listening.2), 5000),
+            group_size: 1,
+            owners: listening.3.iter().map(|(who, fd)| who.owner(*fd)).collect(),
+            waiting_before: listening.1,
+            dead: *dead,
+            result: (has_result && !expected).then_some(result),
+        }
+    }
+}
+
 /// The index of a listener that is known, or is added.
-fn place(listeners: &mut Vec<Listener>, listening: &Listening, owners: Vec<Owner>) -> usize {
+fn place(
+    listeners: &mut Vec<Listener>,
+    listening: &Listening,
+    owners: Vec<Owner>,
+    (group_size, others): &(usize, Vec<(u32, u32)>),
+) -> usize {
     let local: SocketAddr = listening.0.parse().expect("an address");
     let known = listeners.iter().position(|other| other.local == local);
     known.unwrap_or_else(|| {
         listeners.push(Listener {
             local,
-            sockets: vec![ListeningSocket {
-                id: stuck("0.0.0.0:1", "0.0.0.0:0", 5000).id,
-                inode: 5000,
-                waiting: listening.1,
-                backlog: listening.2,
-            }],
-            group_size: 1,
+            sockets: [(listening.1, listening.2)]
+                .iter()
+                .chain(others)
+                .zip(5000..)
+                .map(|(backlog, inode)| listening_socket(*backlog, inode))
+                .collect(),
+            group_size: *group_size,
             uid: 0,
             owners,
         });

@@ -1,9 +1,11 @@
 //! The runs of the golden tests.
 
 use super::builder::{
-    ATTEMPTS, Case, Dead, DeadCase, EXCLUSIONS, KEPT, Listening, Matched, SKIPS, Who, case, dead,
-    dead_case, socket,
+    ATTEMPTS, Case, Dead, DeadCase, Drained, EXCLUSIONS, KEPT, Listening, Matched, SKIPS, Who,
+    case, dead, dead_case, socket,
 };
+
+use crate::model::DrainReason;
 
 const ID: &str = "0::/system.slice/docker-0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef.scope";
 const POD: &str = "0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod8f2a1c3d_1111_2222_3333_444455556666.slice/\
@@ -180,6 +182,10 @@ pub fn listings() -> Vec<Case> {
         case("listing-no-header", "--no-header").sockets(placed().into_iter().take(2)),
         everywhere("listing-namespaces-and-places", "--netns all"),
         case("listing-never-accepted", "").sockets(waiting()),
+        case("listing-reuseport", "").sockets([
+            numbered(0).waits_at(&WEB).in_group(3, &[]),
+            numbered(1).waits_at(&MANY).in_group(4, &[(7, 128)]),
+        ]),
         case("listing-never-accepted-no-owners", "--no-owners").sockets(waiting()),
         case("listing-no-owners", "--no-owners").sockets(stray()),
         case("listing-unknown-owners", "").sockets(stray()),
@@ -463,6 +469,27 @@ pub fn acts() -> Vec<Case> {
             .unreadable_processes(1),
         case("act-backlogs", "--all").sockets(backlog()),
         case("act-backlogs-no-owners", "--all --no-owners").sockets(backlog()),
+        case("act-drained", "--all --drain-backlog")
+            .sockets(backlog())
+            .drained([
+                Drained(&WEB, 3, 3, None),
+                Drained(&MANY, 129, 128, None),
+                Drained(&LAST, 1, 0, Some(DrainReason::LiveConnection(2))),
+            ]),
+        case("act-drained-nothing-matched", "--all --drain-backlog").drained([
+            Drained(&WEB, 3, 1, Some(DrainReason::AcceptedElsewhere)),
+            Drained(&NOBODYS, 1, 0, Some(DrainReason::NoOwner)),
+            Drained(
+                &MANY,
+                129,
+                7,
+                Some(DrainReason::LostLiveConnection("10.0.0.9:5".into())),
+            ),
+        ]),
+        case("dry-run-drained", "--all -n --drain-backlog").drained([
+            Drained(&MANY, 129, 0, None),
+            Drained(&WEB, 2, 0, Some(DrainReason::LiveConnection(1))),
+        ]),
         case("act-no-owners", "--all --no-owners")
             .sockets([unowned(0).closed_by("destroy"), unowned(1).gone()]),
         case("act-no-owners-none-left", "--all --no-owners")
