@@ -1,17 +1,32 @@
 //! The backlogs of listeners: whose they are, and whether their slots can be freed.
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use netns_harness::{Agent, Dial, Endpoint, Family, Fd, How, Lab, SsRow, TcpState};
+use netns_harness::{
+    Agent, Dial, Endpoint, Family, Fd, How, Lab, Leak, Recv, Signal, SocketOption, SsRow, TcpState,
+};
 use serde_json::{Value, json};
 
-use crate::support::{PATIENCE, Ran, at, cwkill, in_state, selects};
-use crate::trial::{Test, each_family};
+use crate::support::{PATIENCE, Ran, at, count, cwkill, in_state, lab, selects};
+use crate::trial::{Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
     each_family!(the_hung_member_of_a_group_is_the_culprit),
     each_family!(two_hung_members_of_a_group_are_not_told_apart),
+    each_family!(a_drained_backlog_lets_new_clients_in),
+    each_family!(one_live_connection_keeps_a_backlog_from_being_drained),
+    each_family!(clients_that_connect_while_a_backlog_is_drained_are_not_lost),
+    each_family!(an_owner_that_accepts_while_its_backlog_is_drained_loses_no_client),
+    each_family!(only_the_hung_member_of_a_group_is_drained),
+    each_family!(fact_accept_takes_the_oldest_connection_and_frees_its_slot),
+    once!(an_owner_without_o_nonblock_keeps_one_dead_connection),
+    once!(a_stopped_or_traced_owner_is_left_as_it_was),
+    once!(the_log_has_each_backlog),
+    once!(selectors_choose_the_backlogs),
 ];
 
 /// A process that listens.
@@ -216,5 +231,387 @@ fn two_hung_members_of_a_group_are_not_told_apart(family: Family) -> Result<()> 
     assert_eq!(in_state(lab, TcpState::CloseWait)?, sockets.len());
     cwkill(lab, &both)?.exits(0);
     assert_eq!(in_state(lab, TcpState::CloseWait)?, 0);
+    Ok(())
+}
+
+/// A full backlog of this many dead connections: their clients have gone, and cwkill has closed the sockets.
+fn full_of_dead(family: Family, connections: usize) -> Result<(Lab, Leak)> {
+    let (lab, leak) = lab("full-backlog", family, connections)?;
+    nonblocking(&leak)?;
+    let slots = format!("{connections} closed connections still take a slot in the backlog");
+    cwkill(&lab, "--port 8080")?
+        .exits(0)
+        .complains(&slots)
+        .complains("--drain-backlog");
+    assert_eq!(waiting(&lab)?, connections);
+    Ok((lab, leak))
+}
+
+/// Sets O_NONBLOCK, as most servers do.
+fn nonblocking(leak: &Leak) -> Result<()> {
+    let listener = leak.pair().listener;
+    leak.app()
+        .set_option(&[listener], SocketOption::NonBlocking(true))
+}
+
+/// The number of connections that wait at the listener of port 8080.
+fn waiting(lab: &Lab) -> Result<usize> {
+    let rows = lab.app_host().ss(&["sport", "=", ":8080"])?;
+    let listener = rows.iter().find(|row| row.state == TcpState::Listen);
+    Ok(usize::try_from(
+        listener.context("the listener is gone")?.recv_q,
+    )?)
+}
+
+/// Whether a new client gets a connection before its second SYN is overdue.
+fn client_gets_in(leak: &Leak) -> bool {
+    let within = Duration::from_millis(1500);
+    let address = leak.pair().app_address;
+    let ends = leak.peer().connect(address, 1, Dial::default(), within);
+    ends.is_ok_and(|ends| leak.peer().close(&fds(&ends)).is_ok())
+}
+
+/// The first backlog of the document.
+#[track_caller]
+fn backlog(ran: &Ran) -> Value {
+    let document = ran.json();
+    let backlogs = document["backlogs"].as_array().expect("backlogs");
+    assert_eq!(backlogs.len(), 1, "{document:#}");
+    backlogs[0].clone()
+}
+
+/// The flags of the listener's open file, which its owner shares with every duplicate.
+fn flags(leak: &Leak) -> Result<String> {
+    let fdinfo = format!("/proc/{}/fdinfo/{}", leak.app().pid(), leak.pair().listener);
+    let fdinfo = std::fs::read_to_string(fdinfo)?;
+    let flags = fdinfo.lines().find(|line| line.starts_with("flags:"));
+    Ok(flags.context("no flags")?.to_owned())
+}
+
+/// The application accepts everything that waits. Returns the ends of the connections that are not dead.
+fn accept_all(leak: &Leak, lab: &Lab) -> Result<Vec<Endpoint>> {
+    let accepted = leak
+        .app()
+        .accept(leak.pair().listener, waiting(lab)?, PATIENCE)?;
+    let open: HashSet<SocketAddr> = lab
+        .app_host()
+        .ss(&[])?
+        .into_iter()
+        .map(|row| row.peer)
+        .collect();
+    let is_open = |end: &Endpoint| open.contains(&end.peer);
+    Ok(accepted.into_iter().filter(is_open).collect())
+}
+
+/// Bytes go from the client to the application and back.
+fn talks(leak: &Leak, app: Fd, client: Fd) -> Result<()> {
+    leak.peer().send(&[client], b"hello")?;
+    assert_eq!(
+        leak.app().recv(app, 5, PATIENCE)?,
+        Recv::Data(b"hello".into())
+    );
+    leak.app().send(&[app], b"again")?;
+    assert_eq!(
+        leak.peer().recv(client, 5, PATIENCE)?,
+        Recv::Data(b"again".into())
+    );
+    Ok(())
+}
+
+/// listen(100), nothing accepted, 150 clients gone.
+fn a_drained_backlog_lets_new_clients_in(family: Family) -> Result<()> {
+    let (lab, leak) = lab("full-backlog", family, 101)?;
+    nonblocking(&leak)?;
+    let address = leak.pair().app_address;
+    let dial = Dial {
+        detached: true,
+        ..Dial::default()
+    };
+    let late = leak.peer().connect(address, 49, dial, PATIENCE)?;
+    leak.peer().close(&fds(&late))?;
+    assert!(!client_gets_in(&leak), "the backlog is not full");
+
+    // Closing the sockets alone frees no slot.
+    cwkill(&lab, "--port 8080")?.exits(0);
+    assert_eq!(waiting(&lab)?, 101);
+    assert!(!client_gets_in(&leak), "the backlog is not full");
+
+    let before = flags(&leak)?;
+    let ran = cwkill(&lab, "--port 8080 -n --drain-backlog --stop-limit 10s")?.exits(0);
+    let wanted = "101 dead connections to be drained from the backlog of ";
+    assert!(ran.stdout.contains(wanted), "{ran:?}");
+    assert_eq!(waiting(&lab)?, 101);
+    let ran = cwkill(&lab, "--port 8080 --json --drain-backlog --stop-limit 10s")?.exits(0);
+    let drained = backlog(&ran);
+    for (key, value) in [
+        ("port", json!(8080)),
+        ("dead", json!(101)),
+        ("drained", json!(101)),
+        ("waiting_before", json!(101)),
+        ("waiting", json!(0)),
+        ("backlog", json!(100)),
+        ("left_one", json!(false)),
+        ("reason_code", Value::Null),
+    ] {
+        assert_eq!(drained[key], value, "{key}: {drained:#}");
+    }
+    assert_eq!(pids(&drained), [u64::from(leak.app().pid())]);
+    assert_eq!((waiting(&lab)?, flags(&leak)?), (0, before));
+
+    let client = leak.peer().connect(address, 1, Dial::default(), PATIENCE)?;
+    let app = accept_all(&leak, &lab)?;
+    talks(&leak, app[0].fd, client[0].fd)?;
+    cwkill(&lab, "--port 8080 --drain-backlog --stop-limit 10s")?.exits(1);
+    Ok(())
+}
+
+fn one_live_connection_keeps_a_backlog_from_being_drained(family: Family) -> Result<()> {
+    let (lab, leak) = lab("full-backlog", family, 20)?;
+    nonblocking(&leak)?;
+    leak.app().set_backlog(leak.pair().listener, 100)?;
+    let address = leak.pair().app_address;
+    let live = leak.peer().connect(address, 1, Dial::default(), PATIENCE)?;
+    let dry = cwkill(
+        &lab,
+        "--port 8080 -n --json --drain-backlog --stop-limit 10s",
+    )?
+    .exits(0);
+    assert_eq!(backlog(&dry)["reason_code"], json!("live-connection"));
+    for matched in [20, 0] {
+        let ran = cwkill(&lab, "--port 8080 --json --drain-backlog --stop-limit 10s")?.exits(4);
+        assert_eq!(ran.sockets().len(), matched);
+        let left = backlog(&ran);
+        assert_eq!(left["drained"], json!(0), "{left:#}");
+        assert_eq!(left["reason_code"], json!("live-connection"), "{left:#}");
+        assert_eq!((&left["dead"], &left["waiting"]), (&json!(20), &json!(21)));
+    }
+    let ran = cwkill(&lab, "--port 8080 --drain-backlog --stop-limit 10s")?.exits(4);
+    let why = "was not drained: 1 live connection may wait among the dead ones";
+    assert!(ran.stdout.contains(why), "{ran:?}");
+    let app = accept_all(&leak, &lab)?;
+    assert_eq!(app.len(), 1);
+    talks(&leak, app[0].fd, live[0].fd)?;
+
+    // A socket in CLOSE-WAIT that was not closed is no dead one either.
+    let more = leak.peer().connect(address, 3, Dial::default(), PATIENCE)?;
+    leak.peer().shutdown(&fds(&more), How::Write)?;
+    lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::CloseWait)? == 3))?;
+    let ran = cwkill(
+        &lab,
+        "--port 8080 --json --drain-backlog --stop-limit 10s --max-kills 2",
+    )?
+    .exits(4);
+    assert_eq!(backlog(&ran)["reason_code"], json!("live-connection"));
+    assert_eq!(waiting(&lab)?, 3);
+    let ran = cwkill(&lab, "--port 8080 --json --drain-backlog --stop-limit 10s")?.exits(0);
+    assert_eq!(backlog(&ran)["drained"], json!(3));
+    Ok(())
+}
+
+/// Connects clients while the application is stopped. As soon as the first slot is free, they get in, behind the dead ones.
+fn clients_that_connect_while_a_backlog_is_drained_are_not_lost(family: Family) -> Result<()> {
+    const DEAD: usize = 400;
+    let (lab, leak) = full_of_dead(family, DEAD)?;
+    let address = leak.pair().app_address;
+    let dial = Dial {
+        detached: true,
+        ..Dial::default()
+    };
+    let is_stopped = || -> Result<bool> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", leak.app().pid()))?;
+        Ok(!status.contains("TracerPid:\t0\n"))
+    };
+    let (ran, clients) = thread::scope(|scope| -> Result<_> {
+        // Their first SYN is dropped.
+        let mut clients = leak.peer().connect(address, 20, dial, PATIENCE)?;
+        let line = "--port 8080 --json --drain-backlog --stop-limit 10s";
+        let cwkill = scope.spawn(|| cwkill(&lab, line));
+        while !cwkill.is_finished() && !is_stopped()? {
+            thread::yield_now();
+        }
+        // Not more than fit the backlog afterwards.
+        while !cwkill.is_finished() && clients.len() < DEAD - 100 {
+            clients.extend(leak.peer().connect(address, 10, dial, PATIENCE)?);
+        }
+        Ok((cwkill.join().expect("no panic")?, clients))
+    })?;
+    let drained = backlog(&ran.exits(0));
+    assert_eq!(drained["drained"], json!(DEAD), "{drained:#}");
+    // Each client gets in, some only with a later SYN.
+    let accepted = leak
+        .app()
+        .accept(leak.pair().listener, clients.len(), PATIENCE)?;
+    let served: HashSet<SocketAddr> = accepted.iter().map(|end| end.peer).collect();
+    let wanted: HashSet<SocketAddr> = clients.iter().map(|end| end.local).collect();
+    assert_eq!(served, wanted);
+    for client in &clients {
+        let app = accepted.iter().find(|end| end.peer == client.local);
+        talks(&leak, app.context("it was served")?.fd, client.fd)?;
+    }
+    Ok(())
+}
+
+/// Whoever takes a connection, the application gets every live one.
+fn an_owner_that_accepts_while_its_backlog_is_drained_loses_no_client(
+    family: Family,
+) -> Result<()> {
+    const CLIENTS: usize = 300;
+    let (lab, leak) = full_of_dead(family, 300)?;
+    leak.app().set_backlog(leak.pair().listener, 4000)?;
+    let address = leak.pair().app_address;
+    thread::scope(|scope| -> Result<()> {
+        let cwkills = scope.spawn(|| -> Result<()> {
+            for _ in 0..3 {
+                let line = "--port 8080 --json --drain-backlog --stop-limit 10s";
+                let ran = cwkill(&lab, line)?;
+                assert!(!ran.stdout.contains("lost-live-connection"), "{ran:?}");
+                assert!(matches!(ran.code, Some(0 | 1 | 4)), "{ran:?}");
+            }
+            Ok(())
+        });
+        let clients = scope.spawn(|| {
+            leak.peer()
+                .connect(address, CLIENTS, Dial::default(), PATIENCE)
+        });
+        let mut served = HashSet::new();
+        while !(cwkills.is_finished() && clients.is_finished() && waiting(&lab)? == 0) {
+            // cwkill may have taken it meanwhile.
+            let one = leak.app().accept(leak.pair().listener, 1, Duration::ZERO);
+            served.extend(one.into_iter().flatten().map(|end| end.peer));
+        }
+        cwkills.join().expect("no panic")?;
+        let clients = clients.join().expect("no panic")?;
+        assert_eq!(clients.len(), CLIENTS);
+        for client in &clients {
+            assert!(served.contains(&client.local), "{client:?} was lost");
+        }
+        Ok(())
+    })
+}
+
+fn only_the_hung_member_of_a_group_is_drained(family: Family) -> Result<()> {
+    let group = Group::new(family)?;
+    group.hang(&[1])?;
+    let lab = &group.lab;
+    let hung = &group.servers[1];
+    hung.agent
+        .set_option(&[hung.listener], SocketOption::NonBlocking(true))?;
+    let before = hung.waiting(lab)?;
+    cwkill(
+        lab,
+        &format!("--drain-backlog --stop-limit 10s --pid {}", group.pid(0)),
+    )?
+    .exits(1);
+    let line = format!(
+        "--json --drain-backlog --stop-limit 10s --pid {}",
+        group.pid(1)
+    );
+    let drained = backlog(&cwkill(lab, &line)?.exits(0));
+    assert_eq!(drained["drained"], json!(before), "{drained:#}");
+    assert_eq!(pids(&drained), [u64::from(group.pid(1))]);
+    assert_eq!(drained["group_size"], json!(3));
+    assert_eq!(hung.waiting(lab)?, 0);
+    // All three accept.
+    group.hang(&[0, 1, 2])
+}
+
+/// A dead connection keeps its slot, and accept(2) returns connections in the order in which they came.
+fn fact_accept_takes_the_oldest_connection_and_frees_its_slot(family: Family) -> Result<()> {
+    let (lab, leak) = lab("full-backlog", family, 3)?;
+    let address = leak.pair().app_address;
+    cwkill(&lab, "--port 8080")?.exits(0);
+    leak.app().set_backlog(leak.pair().listener, 100)?;
+    let live = leak.peer().connect(address, 3, Dial::default(), PATIENCE)?;
+    assert_eq!(waiting(&lab)?, 6);
+    let accepted = leak.app().accept(leak.pair().listener, 6, PATIENCE)?;
+    let came: Vec<SocketAddr> = leak.conns().iter().map(|conn| conn.peer).collect();
+    let came = came.into_iter().chain(live.iter().map(|end| end.local));
+    let got: Vec<SocketAddr> = accepted.iter().map(|end| end.peer).collect();
+    assert_eq!(got, came.collect::<Vec<_>>());
+    assert_eq!(waiting(&lab)?, 0);
+    Ok(())
+}
+
+/// accept(2) of such an owner would wait if poll(2) had told it of a connection that is gone.
+fn an_owner_without_o_nonblock_keeps_one_dead_connection() -> Result<()> {
+    let (lab, leak) = lab("full-backlog", Family::V4, 10)?;
+    let ran = cwkill(&lab, "--port 8080 --json --drain-backlog --stop-limit 10s")?.exits(0);
+    let drained = backlog(&ran);
+    assert_eq!(drained["drained"], json!(9), "{drained:#}");
+    assert_eq!(drained["left_one"], json!(true));
+    assert_eq!(waiting(&lab)?, 1);
+    assert!(client_gets_in(&leak));
+    Ok(())
+}
+
+fn a_stopped_or_traced_owner_is_left_as_it_was() -> Result<()> {
+    let (lab, leak) = full_of_dead(Family::V4, 5)?;
+    leak.app().stop()?;
+    let ran = cwkill(&lab, "--port 8080 --json --drain-backlog --stop-limit 10s")?.exits(0);
+    assert_eq!(backlog(&ran)["drained"], json!(5));
+    let status = std::fs::read_to_string(format!("/proc/{}/status", leak.app().pid()))?;
+    assert!(status.contains("State:\tT (stopped)"), "{status}");
+    leak.app().signal(Signal::SIGCONT)?;
+    assert!(client_gets_in(&leak));
+    Ok(())
+}
+
+fn the_log_has_each_backlog() -> Result<()> {
+    let (lab, _leak) = full_of_dead(Family::V6, 5)?;
+    let dir = tempfile::tempdir()?;
+    let log = dir.path().join("log");
+    let line = format!(
+        "--port 8080 --drain-backlog --stop-limit 10s --log-file {}",
+        log.display()
+    );
+    cwkill(&lab, &line)?.exits(0);
+    let records: Vec<Value> = std::fs::read_to_string(log)?
+        .lines()
+        .map(|line| serde_json::from_str(line).map_err(Into::into))
+        .collect::<Result<_>>()?;
+    let events: Vec<String> = records.iter().map(|record| at(record, "/event")).collect();
+    assert_eq!(events, ["begin", "intent", "outcome", "end"]);
+    assert_eq!(records[0]["backlogs"], json!(1));
+    assert_eq!(records[1]["backlog"]["dead"], json!(5));
+    assert_eq!(records[1]["backlog"]["drained"], Value::Null);
+    assert_eq!(records[2]["backlog"]["drained"], json!(5));
+    Ok(())
+}
+
+fn selectors_choose_the_backlogs() -> Result<()> {
+    let (lab, leak) = full_of_dead(Family::V4, 5)?;
+    let pid = leak.app().pid();
+    for (selector, found) in [
+        ("--port 8081".to_owned(), false),
+        ("--port 8000-9000".into(), true),
+        ("--all".into(), true),
+        (format!("--pid {pid}"), true),
+        (format!("--pid {}", std::process::id()), false),
+        ("--process leaky-app".into(), true),
+        // The peers of dead connections are not known.
+        ("--peer 10.0.0.0/8".into(), false),
+        ("--min-age 1h".into(), false),
+        ("--cause drained".into(), false),
+        ("--cause not-accepted".into(), true),
+        ("-6".into(), false),
+        ("-4".into(), true),
+    ] {
+        let code = if found { 0 } else { 1 };
+        let ran = cwkill(&lab, &format!("-n --json --drain-backlog {selector}"))?.exits(code);
+        let backlogs = ran.json()["backlogs"].as_array().map(Vec::len);
+        assert_eq!(backlogs, Some(usize::from(found)), "{selector}");
+    }
+    for (line, part) in [
+        ("--drain-backlog", "needs a selector"),
+        ("--port 8080 --no-owners --drain-backlog", "--no-owners"),
+        ("--port 8080 --stop-limit 1s", "--reclaim"),
+    ] {
+        cwkill(&lab, line)?.exits(2).complains(part);
+    }
+    // A closed socket of another application is not in the way.
+    let other = lab.start("unread", Family::V6, count(1))?;
+    let ran = cwkill(&lab, "--all --json --drain-backlog --stop-limit 1s")?.exits(0);
+    assert_eq!(backlog(&ran)["drained"], json!(5));
+    assert!(other.app().is_alive());
     Ok(())
 }
