@@ -143,7 +143,7 @@ fn an_answered_keepalive_does_not_hide_the_age(family: Family) -> Result<()> {
     remembering(
         &lab,
         memory.path(),
-        &format!("{old} --no-owners --method destroy"),
+        &format!("--all {old} --no-owners --method destroy"),
     )?
     .exits(0);
     assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
@@ -158,7 +158,7 @@ fn a_probe_makes_nothing_young(family: Family) -> Result<()> {
         lab.wait_for(PATIENCE, || {
             Ok(remembering(&lab, memory.path(), line)?.code == Some(0))
         })?;
-        let probe = "--min-age 1s --min-idle 1s --method probe --grace 20s --json";
+        let probe = "--all --min-age 1s --min-idle 1s --method probe --grace 20s --json";
         let probed = remembering(&lab, memory.path(), probe)?.exits(4).sockets();
         assert_eq!(at(&probed[0], "/result/reason_code"), "peer-alive");
         let later = remembering(&lab, memory.path(), line)?.exits(0).sockets();
