@@ -82,8 +82,8 @@ impl Selection {
     pub(super) fn narrowing_option(&self) -> Option<&'static str> {
         [
             ("--state", !self.state.is_empty()),
-            ("--min-age", self.min_age.is_some()),
-            ("--min-idle", self.min_idle.is_some()),
+            ("--min-age", self.min_age.is_some_and(|age| !age.is_zero())),
+            ("--min-idle", self.min_idle.is_some_and(|idle| !idle.is_zero())),
             ("--address-gone", self.address_gone),
             ("--cause", !self.cause.is_empty()),
             ("--user", !self.user.is_empty()),

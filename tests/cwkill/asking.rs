@@ -17,8 +17,8 @@ fn an_option_that_only_narrows_closes_nothing() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
     let narrowing = [
         "--state close-wait",
-        "--min-age 0s",
-        "--min-idle 0s",
+        "--min-age 1ms",
+        "--min-idle 1ms",
         "--cause unread",
         "-4",
         "--user 0",
