@@ -104,13 +104,15 @@ mod tests {
         assert_eq!(here.len(), 2);
         assert!(to_find(&NetnsScope::Current, false, true).is_empty());
         assert!(here.contains(&Capability::CAP_SYS_PTRACE));
-        for elsewhere in [NetnsScope::All, NetnsScope::Named("blue".into())] {
-            let added: Vec<_> = to_find(&elsewhere, true, false)
-                .difference(&here)
-                .copied()
-                .collect();
-            assert_eq!(added, [Capability::CAP_SYS_ADMIN]);
-        }
+        let added = |needed: CapsHashSet| -> CapsHashSet { &needed - &here };
+        let named = NetnsScope::Named("blue".into());
+        let enter = [Capability::CAP_SYS_ADMIN].into();
+        assert_eq!(added(to_find(&named, true, false)), enter);
+        // The namespace of a socket.
+        let follow = [Capability::CAP_SYS_ADMIN, Capability::CAP_NET_ADMIN].into();
+        assert_eq!(added(to_find(&NetnsScope::All, true, false)), follow);
+        assert_eq!(added(to_find(&NetnsScope::Current, true, true)), follow);
+        assert_eq!(added(to_find(&NetnsScope::All, false, false)), enter);
     }
 
     #[test]
