@@ -144,7 +144,8 @@ fn is_closing(state: TcpState) -> bool {
 }
 
 fn add_subflow(row: &mut SocketMessage, subflow: &SocketMessage) {
-    if row.mptcp.is_some_and(|mptcp| mptcp.is_fallback) {
+    let is_fallback = row.mptcp.is_some_and(|mptcp| mptcp.is_fallback);
+    if is_fallback {
         row.send_q = row.send_q.saturating_add(subflow.send_q);
         // The sums only show whether data has moved.
         row.progress = match (row.progress, subflow.progress) {
@@ -162,7 +163,10 @@ fn add_subflow(row: &mut SocketMessage, subflow: &SocketMessage) {
             last_data_recv: own.last_data_recv.min(other.last_data_recv),
             last_ack_recv: own.last_ack_recv.min(other.last_ack_recv),
         }),
-        (own, other) => own.or(other),
+        // Before Linux 6.10. After a fallback there is no other subflow.
+        (None, other) if is_fallback => other,
+        // Data may move in another subflow.
+        (own, _) => own,
     };
     row.cgroup = row.cgroup.or(subflow.cgroup);
 }
@@ -208,6 +212,19 @@ mod tests {
             let quiet = joined.quiet.unwrap();
             assert_eq!(quiet.last_ack_recv, Duration::from_secs(5));
             assert_eq!(quiet.last_data_recv, Duration::from_secs(3600));
+        }
+    }
+
+    #[test]
+    fn the_times_of_one_subflow_say_nothing_about_another() {
+        for is_fallback in [true, false] {
+            let mut row = mptcp(is_fallback);
+            row.quiet = None;
+            let id = row.id;
+            let other = subflow(TcpState::CloseWait);
+            let joined = joined(&id, Ok(row), Ok(other.clone())).unwrap();
+            let expected = other.quiet.filter(|_| is_fallback);
+            assert_eq!(joined.quiet, expected);
         }
     }
 
