@@ -46,7 +46,7 @@ pub(super) fn scan(
         Err(error) => return Err(error),
     };
     // From before the kernel lists the sockets, so that no time becomes too long.
-    let now = history::now();
+    let before = history::now();
     let sample = match may_split {
         true => sample(&selectors),
         false => Sample::Unknown,
@@ -59,7 +59,7 @@ pub(super) fn scan(
     let (rows, unlisted_subflows) = mptcp::replace(&mut diag, &mut sockets, selectors.states)?;
     sockets.extend(rows.iter().filter_map(|row| matching(row, &selectors)));
     let key = netns_key(netns, &diag);
-    let sightings = recall(&mut sockets, &selectors, history, key, now);
+    let sightings = recall(&mut sockets, &selectors, history, key, before);
     addresses::mark_gone(&mut sockets, selectors.address_gone);
     let mut listeners = Listeners::default();
     let with_listener = |target: &Target| target.socket.cause.is_with_listener();
@@ -89,21 +89,23 @@ pub(crate) fn netns_key(netns: &Netns, diag: &SockDiag) -> NetnsKey {
     }
 }
 
-/// Adds what is remembered to the times of `targets`, and keeps those that match by age and cause. Returns all of them.
+/// Adds what is remembered to the times of `targets`, and keeps those that match by age and cause. Returns all of them. `before`: from
+/// before the kernel listed them.
 fn recall(
     targets: &mut Vec<Target>,
     selectors: &Selectors,
     history: &History,
     netns: NetnsKey,
-    now: Duration,
+    before: Duration,
 ) -> Sightings {
     let mut sightings = Sightings::default();
     if history.is_used() {
+        let after = history::now();
         sightings.namespaces.push(netns);
         sightings.sockets.reserve(targets.len());
         for target in &mut *targets {
-            history.recall(netns, &mut target.socket, now);
-            let sighting = Sighting::of(&target.socket, netns, now);
+            history.recall(netns, &mut target.socket, before);
+            let sighting = Sighting::of(&target.socket, netns, before, after);
             sightings.sockets.extend(sighting);
         }
     }

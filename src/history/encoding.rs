@@ -11,9 +11,9 @@ use crate::sock_diag::{Cookie, Progress};
 use crate::tcp::TcpState;
 
 /// The first bytes of the file. They change with its format.
-const MAGIC: [u8; 8] = *b"cwkmem01";
+const MAGIC: [u8; 8] = *b"cwkmem02";
 /// Numbers of 64 bits in a record.
-const FIELDS: usize = 10;
+const FIELDS: usize = 11;
 const RECORD: usize = FIELDS * 8;
 /// [`MAGIC`], the boot, the time namespace.
 const HEAD: usize = 8 + 16 + 8;
@@ -26,7 +26,7 @@ pub(super) const MAX_BYTES: usize = HEAD + MAX_ENTRIES * RECORD + CHECKSUM;
 pub(super) struct Epoch {
     /// The id that the kernel gives to each boot.
     pub boot: [u8; 16],
-    /// The inode of the time namespace, which has an own time since boot; 0 before Linux 5.6.
+    /// The inode of the time namespace, which has clocks of its own; 0 before Linux 5.6.
     pub time_namespace: u64,
 }
 
@@ -64,6 +64,7 @@ pub(super) fn encode(entries: &Entries, epoch: Epoch) -> Vec<u8> {
             progress.written,
             millis(entry.stuck_since),
             millis(entry.idle_since),
+            millis(entry.mark_since),
             entry.seen.as_secs() << 32 | u64::from(entry.scope),
         ];
         for field in fields {
@@ -105,8 +106,13 @@ pub(super) fn decode(bytes: &[u8], epoch: Epoch, now: Duration) -> Result<Entrie
     entries.0.reserve(records / RECORD);
     for record in content[HEAD..].chunks_exact(RECORD) {
         let (key, entry) = parse(record);
-        // The latest of its times.
-        if entry.stuck_since.max(entry.idle_since).max(entry.seen) <= now {
+        let times = [
+            entry.stuck_since,
+            entry.idle_since,
+            entry.mark_since,
+            entry.seen,
+        ];
+        if times.into_iter().all(|time| time <= now) {
             entries.0.insert(key, entry);
         }
     }
@@ -136,8 +142,9 @@ fn parse(record: &[u8]) -> (SocketKey, Entry) {
         missed: byte(3, 8),
         stuck_since: Duration::from_millis(field(7)),
         idle_since: Duration::from_millis(field(8)),
-        seen: Duration::from_secs(field(9) >> 32),
-        scope: u32::try_from(field(9) & u64::from(u32::MAX)).unwrap_or(u32::MAX),
+        mark_since: Duration::from_millis(field(9)),
+        seen: Duration::from_secs(field(10) >> 32),
+        scope: u32::try_from(field(10) & u64::from(u32::MAX)).unwrap_or(u32::MAX),
     };
     (key, entry)
 }
@@ -188,6 +195,7 @@ mod tests {
                 },
                 stuck_since: Duration::from_millis(1234),
                 idle_since: Duration::from_millis(5678),
+                mark_since: Duration::from_millis(9012),
                 seen: Duration::from_secs(900_000),
                 scope: u32::MAX,
                 missed: 1,
@@ -217,6 +225,10 @@ mod tests {
             assert!(decode(&wrong, EPOCH, now()).is_err(), "wrong at {index}");
         }
         assert_eq!(decode(b"#!/bin/sh\n", EPOCH, now()), Err(Unusable::Format));
+        // The times of the first format also counted while the host slept.
+        let mut first = bytes.clone();
+        first[..8].copy_from_slice(b"cwkmem01");
+        assert_eq!(decode(&first, EPOCH, now()), Err(Unusable::Format));
         let longer = [&bytes[..], &[0; RECORD]].concat();
         assert_eq!(decode(&longer, EPOCH, now()), Err(Unusable::Damaged));
     }
@@ -244,9 +256,10 @@ mod tests {
         let (key, entry) = entries.0.iter().next().map(|(k, e)| (*k, *e)).unwrap();
         let later = now() + Duration::from_secs(1);
         type Change = fn(&mut Entry, Duration);
-        let changes: [Change; 3] = [
+        let changes: [Change; 4] = [
             |entry, later| entry.stuck_since = later,
             |entry, later| entry.idle_since = later,
+            |entry, later| entry.mark_since = later,
             |entry, later| entry.seen = later,
         ];
         for change in changes {

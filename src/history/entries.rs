@@ -19,7 +19,7 @@ const MISSES: u8 = 2;
 /// Two idle times that differ by no more than this are the same: the clocks of the kernel tick up to ten milliseconds apart.
 const TOLERANCE: Duration = Duration::from_millis(100);
 
-/// What is known of one socket. All times are since boot.
+/// What is known of one socket. All times are of the clock of [`super::now`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Entry {
     /// As long as a socket has this mark, the times below are true.
@@ -28,6 +28,8 @@ pub(super) struct Entry {
     pub stuck_since: Duration,
     /// No data has moved since then, or longer.
     pub idle_since: Duration,
+    /// When a run first saw it with this mark.
+    pub mark_since: Duration,
     /// When a run last saw it.
     pub seen: Duration,
     /// The [`Scope`] of that run.
@@ -86,6 +88,7 @@ impl Entries {
             return;
         };
         if entry.mark == mark {
+            socket.unmoved_for = now.saturating_sub(entry.mark_since);
             let stuck = now.saturating_sub(entry.stuck_since);
             if socket.age.is_some_and(|age| age < stuck) {
                 (socket.age, socket.age_source) = (Some(stuck), TimeSource::Memory);
@@ -113,10 +116,13 @@ impl Entries {
             }
         }
         for sighting in &sightings.sockets {
+            let earlier = self.0.get(&sighting.key);
+            let earlier = earlier.filter(|entry| entry.mark == sighting.mark);
             let entry = Entry {
                 mark: sighting.mark,
                 stuck_since: sighting.stuck_since,
                 idle_since: sighting.idle_since,
+                mark_since: earlier.map_or(now, |entry| entry.mark_since),
                 seen: now,
                 scope: scope.hash,
                 missed: 0,
@@ -149,6 +155,7 @@ impl Entries {
             if ours.mark == theirs.mark {
                 ours.stuck_since = ours.stuck_since.min(theirs.stuck_since);
                 ours.idle_since = ours.idle_since.min(theirs.idle_since);
+                ours.mark_since = ours.mark_since.min(theirs.mark_since);
                 ours.seen = ours.seen.max(theirs.seen);
             } else if ours.seen < theirs.seen {
                 *ours = theirs;
@@ -203,20 +210,30 @@ mod tests {
         now: u64,
         messages: &[SocketMessage],
     ) -> Vec<Socket> {
+        run_slowly(entries, netns, scope, [now, now], messages)
+    }
+
+    /// A run that has the list of the kernel only some time after it asked: `before` and `after` are the times of both.
+    fn run_slowly(
+        entries: &mut Entries,
+        netns: NetnsKey,
+        scope: Scope,
+        [before, after]: [u64; 2],
+        messages: &[SocketMessage],
+    ) -> Vec<Socket> {
         let mut sightings = Sightings {
             namespaces: vec![netns],
             sockets: Vec::new(),
         };
         let see = |message| {
             let mut socket = Socket::from_message(message);
-            entries.recall(netns, &mut socket, at(now));
-            sightings
-                .sockets
-                .extend(Sighting::of(&socket, netns, at(now)));
+            entries.recall(netns, &mut socket, at(before));
+            let sighting = Sighting::of(&socket, netns, at(before), at(after));
+            sightings.sockets.extend(sighting);
             socket
         };
         let sockets = messages.iter().map(see).collect();
-        entries.learn(&sightings, scope, at(now));
+        entries.learn(&sightings, scope, at(after));
         sockets
     }
 
@@ -229,6 +246,47 @@ mod tests {
             socket.idle.unwrap().as_secs(),
             is_remembered(socket.idle_source),
         )
+    }
+
+    #[test]
+    fn a_slow_list_makes_nothing_older() {
+        let mut entries = Entries::default();
+        let all = scope(&[]);
+        // The kernel lists it at 1030: it has been stuck since 1025.
+        run_slowly(&mut entries, HERE, all, [1000, 1030], &[message(1, 5)]);
+        let second = run(&mut entries, HERE, all, 1040, &[message(1, 0)]);
+        assert_eq!(times(&second[0]), (15, true, 15, true));
+        // What the memory knows does not drift, however slow the runs are.
+        for now in [1100, 1200, 1300] {
+            let slow = [now, now + 50];
+            let later = run_slowly(&mut entries, HERE, all, slow, &[message(1, 0)]);
+            assert_eq!(times(&later[0]), (now - 1025, true, now - 1025, true));
+        }
+        // The application may have read until the kernel listed it.
+        let mut read = message(1, 0);
+        read.recv_q += 7;
+        run_slowly(&mut entries, HERE, all, [1400, 1430], &[read.clone()]);
+        let after = run(&mut entries, HERE, all, 1440, &[read]);
+        assert_eq!(times(&after[0]).2, 10);
+    }
+
+    #[test]
+    fn two_looks_know_for_how_long_nothing_was_read() {
+        let mut entries = Entries::default();
+        let all = scope(&[]);
+        let mut look = |before: u64, recv_q| {
+            let mut message = message(1, 500);
+            message.recv_q = recv_q;
+            let slow = [before, before + 2];
+            run_slowly(&mut entries, HERE, all, slow, &[message])[0]
+                .unmoved_for
+                .as_secs()
+        };
+        assert_eq!(look(1000, 90), 0, "a single look");
+        assert_eq!(look(1005, 90), 3);
+        assert_eq!(look(1060, 90), 58);
+        assert_eq!(look(1061, 80), 0, "the application has read");
+        assert_eq!(look(1073, 80), 10);
     }
 
     #[test]

@@ -86,8 +86,24 @@ impl History {
     }
 }
 
-/// The time since boot, also while the host slept. It does not jump when the clock is set.
+/// The time since boot, without the time in which the host slept. It does not jump when the clock is set.
+///
+/// The clocks in `struct tcp_info` stand still while the host sleeps (they count jiffies), and no data moves then. With a clock that
+/// goes on, a socket would seem idle for the whole night right after the host wakes.
 pub fn now() -> Duration {
-    // Linux has this clock since 2.6.39.
-    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// On a host that has never slept, both clocks of Linux agree. In a time namespace they need not:
+    /// `unshare --time --boottime 100000`.
+    #[test]
+    fn the_clock_stands_still_while_the_host_sleeps() {
+        let monotonic = || Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap());
+        let (before, now, after) = (monotonic(), now(), monotonic());
+        assert!(before <= now && now <= after);
+    }
 }

@@ -43,6 +43,8 @@ pub struct Socket {
     pub idle_source: TimeSource,
     /// Its byte counters. See [`SocketMessage::progress`].
     pub progress: Option<Progress>,
+    /// For how long it has had its [`Mark`], at least, as earlier runs saw it; zero if none did.
+    pub unmoved_for: Duration,
     /// A lower bound of the age of the connection. See [`connected_for`].
     pub connected_for: Option<Duration>,
     pub cause: Cause,
@@ -107,14 +109,20 @@ pub struct Sightings {
 }
 
 impl Sighting {
-    /// `None` if the kernel reports too little. `now`: from before the kernel listed the socket.
-    pub fn of(socket: &Socket, netns: NetnsKey, now: Duration) -> Option<Self> {
+    /// `None` if the kernel reports too little. `before` and `after`: from before and after the kernel listed the socket.
+    pub fn of(socket: &Socket, netns: NetnsKey, before: Duration, after: Duration) -> Option<Self> {
         let cookie = socket.cookie();
+        let since = |time: Duration, source| match source {
+            // What the memory knew, unchanged: otherwise it would drift from run to run.
+            TimeSource::Memory if !time.is_zero() => before.saturating_sub(time),
+            // The kernel counted until it listed the socket, at the latest until `after`.
+            _ => after.saturating_sub(time),
+        };
         Some(Sighting {
             key: SocketKey { netns, cookie },
             mark: socket.mark()?,
-            stuck_since: now.saturating_sub(socket.age?),
-            idle_since: now.saturating_sub(socket.idle?),
+            stuck_since: since(socket.age?, socket.age_source),
+            idle_since: since(socket.idle?, socket.idle_source),
         })
     }
 }
@@ -145,6 +153,7 @@ impl Socket {
             idle: idle(message),
             idle_source: TimeSource::Kernel,
             progress: message.progress,
+            unmoved_for: Duration::ZERO,
             connected_for: connected_for(message),
             cause: Cause::of(message),
             transparent: message.transparent,
@@ -197,6 +206,15 @@ impl Socket {
     pub fn is_in_use(&self, limit: Duration) -> bool {
         let is_used = matches!(self.state, TcpState::Established | TcpState::CloseWait);
         !limit.is_zero() && self.idle.map_or(is_used, |idle| idle < limit)
+    }
+
+    /// Whether there are bytes that the application may still read. A FIN is none of them.
+    pub fn has_unread_data(&self) -> bool {
+        let fin = match self.state {
+            TcpState::CloseWait | TcpState::LastAck | TcpState::Closing => 1,
+            _ => 0,
+        };
+        self.inode.is_some() && self.listed_recv_q > fin
     }
 
     /// The order that puts the oldest socket first.
@@ -337,6 +355,21 @@ mod tests {
         assert!(!socket.is_in_use(Duration::ZERO));
         message.state = TcpState::SynSent;
         assert_eq!(idle(&message), None);
+    }
+
+    #[test]
+    fn a_fin_is_not_unread_data() {
+        let mut message = stuck("10.0.0.1:80", "10.0.0.2:5", 1);
+        let mut has_unread = |state, inode, recv_q| {
+            (message.state, message.inode, message.recv_q) = (state, inode, recv_q);
+            Socket::from_message(&message).has_unread_data()
+        };
+        assert!(!has_unread(TcpState::CloseWait, 7, 0));
+        assert!(!has_unread(TcpState::CloseWait, 7, 1));
+        assert!(has_unread(TcpState::CloseWait, 7, 2));
+        assert!(has_unread(TcpState::Established, 7, 1));
+        // Nobody can read it.
+        assert!(!has_unread(TcpState::CloseWait, 0, 2));
     }
 
     #[test]
