@@ -15,7 +15,7 @@ use crate::cli::Args;
 use crate::config::{Action, Config, Format};
 use crate::control::Control;
 use crate::drain;
-use crate::finder::{self, FindError, owners, reactions, tracked};
+use crate::finder::{self, FindError, owners, reactions, second_look, tracked};
 use crate::history::History;
 use crate::injector::canary::{self, Canaries};
 use crate::injector::{plan, workers};
@@ -27,7 +27,7 @@ use crate::proc::{FdState, ProcFs};
 use crate::reclaim::{self, ReclaimRules, ReclaimTarget};
 use crate::report::{ExitStatus, Run, backlogs, exit_status, json, notes, text};
 use crate::terminal::{Terminal, is_coloured, say, write_out};
-use crate::text::seconds;
+use crate::text::{counted, seconds};
 use crate::watch::{self, WatchScope};
 
 /// The whole run, from its arguments to its exit status.
@@ -52,7 +52,15 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
         None => sweep_if_possible(config, &namespaces, &history, &privileges, &terminal),
         Some(_) => Vec::new(),
     };
-    let scan = find_and_plan(config, &namespaces, &history, swept, &privileges, &proc)?;
+    let scan = find_and_plan(
+        config,
+        &namespaces,
+        &history,
+        swept,
+        &privileges,
+        &proc,
+        &terminal,
+    )?;
     // A sweep has made sure of its memory.
     if acts && scan.targets.iter().all(|target| target.outcome.is_none()) {
         memory::check_room(scan.targets.len()).context("nothing was done")?;
@@ -156,7 +164,8 @@ pub fn sweep_if_possible(
     }
 }
 
-/// Finds the sockets and plans the methods for each. Adds those that were `swept` before.
+/// Finds the sockets and plans the methods for each. Adds those that were `swept` before. Before an act, and in a dry run, it may wait
+/// some seconds to see whether unread bytes are read.
 ///
 /// # Errors
 /// No sockets can be found, and none were swept. If some were swept, the error goes into the coverage instead, so that they
@@ -168,6 +177,7 @@ pub fn find_and_plan(
     swept: Vec<Target>,
     privileges: &Privileges,
     proc: &ProcFs,
+    control: &dyn Control,
 ) -> anyhow::Result<Scan> {
     let search = || -> Result<Scan, FindError> {
         let mut scan = match config.owners {
@@ -175,6 +185,9 @@ pub fn find_and_plan(
             // After a sweep few sockets are left.
             false => finder::find_sockets(namespaces, &config.selectors, history, swept.is_empty()),
         }?;
+        if config.action != Action::List {
+            look_again(&mut scan, config, control);
+        }
         if config.action != Action::List && !config.policy.allow_spin {
             finder::waiting::find(&mut scan, proc);
         }
@@ -200,6 +213,19 @@ pub fn find_and_plan(
     };
     sweep::merge(&mut scan, swept, config);
     Ok(scan)
+}
+
+/// Removes the sockets whose owner still reads, and says why this takes time.
+fn look_again(scan: &mut Scan, config: &Config, control: &dyn Control) {
+    let (wait, count) = second_look::needed(scan, &config.selectors);
+    if count > 0 && config.format != Format::Quiet && io::stderr().is_terminal() {
+        let sockets = counted(count, "socket");
+        let time = seconds(wait);
+        say(format_args!(
+            "{sockets} with unread bytes: waiting {time} to see whether they are read (--min-idle)"
+        ));
+    }
+    second_look::look_again(scan, &config.selectors, control);
 }
 
 /// Skips the sockets whose owner would spin, unless the descriptors of all known owners can be closed too.

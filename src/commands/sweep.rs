@@ -225,7 +225,7 @@ impl Sweeper<'_> {
     }
 
     /// The target with its plan, if the kernel's row is enough to destroy the socket: it is selected, has been stuck for
-    /// [`MIN_AGE`], was accepted, is not a subflow, and the plan does not exclude `destroy`.
+    /// [`MIN_AGE`], was accepted, is not a subflow, needs no second look, and the plan does not exclude `destroy`.
     fn target(&self, socket: Socket, selectors: &Selectors) -> Option<Target> {
         let is_eligible = socket.state == TcpState::CloseWait
             && socket.age.is_some_and(|age| age >= MIN_AGE)
@@ -233,7 +233,8 @@ impl Sweeper<'_> {
             // The connection of an MPTCP socket can live on after a subflow.
             && socket.subflow_of.is_none()
             && selectors.match_socket(&socket)
-            && selectors.match_user(socket.uid);
+            && selectors.match_user(socket.uid)
+            && selectors.second_look_after(&socket).is_zero();
         if !is_eligible {
             return None;
         }

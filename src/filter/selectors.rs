@@ -96,6 +96,9 @@ impl UnitName {
 /// By default, a socket in which data has moved within this time is in use.
 pub const IN_USE: Duration = Duration::from_secs(5);
 
+/// Unread bytes that stay the same for this time, or for `--min-idle` if that is shorter, count as left unread.
+const LEFT_UNREAD: Duration = Duration::from_secs(5);
+
 impl Default for Selectors {
     /// Everything in CLOSE-WAIT.
     fn default() -> Self {
@@ -251,6 +254,18 @@ impl Selectors {
     /// Whether a socket is left alone because it is in use (`--min-idle`).
     pub fn finds_in_use(&self, socket: &Socket) -> bool {
         socket.is_in_use(self.min_idle)
+    }
+
+    /// After how long an act needs a second look at the unread bytes of `socket`; zero if it needs none: there are none, they were the
+    /// same for long enough, or `--min-idle` is zero. No clock of the kernel counts what the application reads.
+    pub fn second_look_after(&self, socket: &Socket) -> Duration {
+        match socket.has_unread_data() {
+            true => self
+                .min_idle
+                .min(LEFT_UNREAD)
+                .saturating_sub(socket.unmoved_for),
+            false => Duration::ZERO,
+        }
     }
 
     /// Whether the user of a socket is selected.
@@ -416,6 +431,25 @@ mod tests {
     fn a_socket_in_use_does_not_match() {
         assert!(matches(|s| s.min_idle = Duration::from_secs(3600)));
         assert!(!matches(|s| s.min_idle = Duration::from_secs(3601)));
+    }
+
+    #[test]
+    fn unread_bytes_need_a_second_look() {
+        let after = |min_idle, recv_q, unmoved_for| {
+            let mut socket = socket();
+            (socket.listed_recv_q, socket.unmoved_for) = (recv_q, Duration::from_secs(unmoved_for));
+            let selectors = Selectors {
+                min_idle: Duration::from_secs(min_idle),
+                ..Selectors::default()
+            };
+            selectors.second_look_after(&socket).as_secs()
+        };
+        assert_eq!(after(3, 8, 0), 3);
+        assert_eq!(after(600, 8, 0), 5, "the wait is bounded");
+        assert_eq!(after(600, 8, 2), 3, "an earlier run was the first look");
+        assert_eq!(after(600, 8, 5), 0);
+        assert_eq!(after(5, 1, 0), 0, "only the FIN is unread");
+        assert_eq!(after(0, 8, 0), 0);
     }
 
     #[test]

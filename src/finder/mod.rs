@@ -5,7 +5,7 @@
 //! gone. A connection that was never accepted gets the listener that would accept it ([`listeners`]). [`dead`] finds descriptors of
 //! sockets that the kernel no longer lists. [`tracked`] counts connections of
 //! others that pass through this host. [`reactions`] waits while owners close the descriptors of closed sockets.
-//! [`waiting`] finds out how the owners wait for the sockets.
+//! [`waiting`] finds out how the owners wait for the sockets. [`second_look`] finds out whether the owners still read, before an act.
 
 mod addresses;
 pub mod dead;
@@ -15,6 +15,7 @@ mod mptcp_socket;
 mod nameless_netns;
 pub mod owners;
 pub mod reactions;
+pub mod second_look;
 pub(crate) mod sockets;
 mod tcp_info;
 mod threads;

@@ -21,6 +21,7 @@ use crate::trial::{Need, Test, each_family, once};
 pub const TESTS: &[Test] = &[
     each_family!(a_connection_in_use_is_left_alone),
     once!(a_connection_in_use_is_closed_on_request),
+    each_family!(an_upload_that_is_still_read_is_left_alone),
     each_family!(an_idle_open_connection_is_closed_by_its_idle_time),
     each_family!(an_answered_keepalive_does_not_hide_the_age),
     each_family!(a_probe_makes_nothing_young),
@@ -77,6 +78,47 @@ fn a_connection_in_use_is_closed_on_request() -> Result<()> {
     let sockets = cwkill(&lab, "--all --min-idle 0s --json")?.sockets();
     assert_eq!(at(&sockets[0], "/result/method"), "shutdown");
     assert_eq!(at(&sockets[0], "/in_use"), "true");
+    Ok(())
+}
+
+/// The peer has sent everything and finished. No clock of the kernel counts what the application reads.
+fn an_upload_that_is_still_read_is_left_alone(family: Family) -> Result<()> {
+    const UPLOAD: usize = 50_000;
+    let (lab, leak) = lab("established", family, 1)?;
+    let (app, fd) = (leak.app(), leak.app_fds()[0]);
+    leak.peer().send(&leak.peer_fds(), &[b'x'; UPLOAD])?;
+    leak.peer().shutdown(&leak.peer_fds(), How::Write)?;
+    idle(&lab, "1s", 1)?;
+    let lines = [
+        "--all --min-idle 1s",
+        "-n --min-idle 1s",
+        "--all --no-owners --method destroy --min-idle 1s",
+    ];
+    for line in lines {
+        let line = &format!("{line} --json");
+        let json = std::thread::scope(|scope| -> Result<Value> {
+            let run = scope.spawn(|| cwkill(&lab, line));
+            while !run.is_finished() {
+                let got = app.recv(fd, 10, PATIENCE)?;
+                assert!(matches!(got, Recv::Data(_)), "{got:?}");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Ok(run.join().expect("no panic")?.exits(1).json())
+        })?;
+        assert_eq!(at(&json, "/summary/in_use"), "1", "{line}");
+        assert_eq!(at(&json, "/summary/matched"), "0", "{line}");
+    }
+    app.send(&[fd], b"received")?;
+    let answer = leak.peer().recv(leak.peer_fds()[0], 100, PATIENCE)?;
+    assert_eq!(answer, Recv::Data(b"received".to_vec()));
+
+    // An application that has stopped to read.
+    idle(&lab, "1s", 1)?;
+    let sockets = cwkill(&lab, "--all --min-idle 1s --json")?
+        .exits(0)
+        .sockets();
+    assert_eq!(at(&sockets[0], "/cause"), "unread");
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
     Ok(())
 }
 

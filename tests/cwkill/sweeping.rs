@@ -36,6 +36,7 @@ pub const TESTS: &[Test] = &[
     each_family!(only_selected_sockets_are_destroyed),
     once!(many_old_sockets_are_swept),
     once!(few_or_young_sockets_are_not_swept),
+    once!(sockets_that_need_a_second_look_are_not_swept),
     once!(a_half_swept_run_is_reported),
     once!(an_unknown_interface_destroys_nothing),
     once!(young_sockets_are_left),
@@ -65,15 +66,23 @@ fn aged(lab: &Lab) -> Result<()> {
 
 /// The configuration of a sweep of the sockets that `expression` matches.
 fn config(expression: &str) -> Result<Config> {
+    config_with(&TAKE_ALL, expression)
+}
+
+fn config_with(idle: &[&str], expression: &str) -> Result<Config> {
     let words = ["cwkill"].into_iter().chain(SWEEP.split(' '));
-    let words = words.chain(TAKE_ALL).chain([expression]);
+    let words = words.chain(idle.iter().copied()).chain([expression]);
     Ok(Config::from_args(Cli::try_parse_from(words)?.args)?)
 }
 
 /// What a sweep of the leaking host has destroyed.
 fn sweep(lab: &Lab, control: &dyn Control) -> Result<Vec<Target>> {
+    sweep_with(lab, &TAKE_ALL, control)
+}
+
+fn sweep_with(lab: &Lab, idle: &[&str], control: &dyn Control) -> Result<Vec<Target>> {
     lab.app_host().within(|| {
-        let config = config(STUCK)?;
+        let config = config_with(idle, STUCK)?;
         let privileges = Privileges::of_this_thread()?;
         let namespaces = finder::open_namespaces(&config.netns, &ProcFs::default())?;
         Ok(close::sweep_if_possible(
@@ -147,6 +156,19 @@ fn few_or_young_sockets_are_not_swept() -> Result<()> {
     Ok(())
 }
 
+/// Their owner may still read.
+fn sockets_that_need_a_second_look_are_not_swept() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, 1000)?;
+    aged(&lab)?;
+    let idle = &["--min-idle", "1s"];
+    assert_eq!(sweep_with(&lab, idle, &Now)?.len(), 0);
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 1000);
+
+    let ran = cwkill(&lab, &format!("--all {SWEEP} --min-idle 1s"))?.exits(0);
+    assert_eq!(ran.json()["summary"]["closed"], 1000);
+    Ok(())
+}
+
 fn a_half_swept_run_is_reported() -> Result<()> {
     for _ in 0..TRIES {
         let (lab, _leak) = lab("drained", Family::V4, 2000)?;
@@ -177,6 +199,7 @@ fn half_swept(lab: &Lab, swept: Vec<Target>) -> Result<()> {
             swept,
             &privileges,
             &proc,
+            &Now,
         )?;
         let mut run = Run::new(scan);
         close::close(&mut run, &config, &privileges, &proc, &Now);
