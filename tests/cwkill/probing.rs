@@ -183,7 +183,7 @@ fn waiting() -> Result<(Lab, Leak, std::process::Child)> {
     )?;
     assert_eq!(keepalive_timers(&lab)?, 1);
     let (before, _) = sent(&lab, 8080)?;
-    let line = "--port 8080 --method probe --grace 60s --json";
+    let line = "--port 8080 --allow-spin --method probe --grace 60s --json";
     let child = lab
         .app_host()
         .command(CWKILL)
@@ -276,7 +276,7 @@ fn interrupted(signals: &[Signal]) -> Result<()> {
 /// Started with SIGHUP ignored, it stays ignored.
 fn nohup_is_respected() -> Result<()> {
     let (lab, _leak) = silent_peer("drained", Family::V4)?;
-    let script = format!("trap '' HUP; exec {CWKILL} --all --method probe --grace 60s --json");
+    let script = format!("trap '' HUP; exec {CWKILL} --all --allow-spin --method probe --grace 60s --json");
     let (before, _) = sent(&lab, 8080)?;
     let sh = lab.app_host().command("sh").args(["-c", &script]);
     let child = sh.stdout(std::process::Stdio::piped()).spawn()?;
