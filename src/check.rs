@@ -322,9 +322,9 @@ fn counted(scan: &Scan) -> String {
             // No process of the kind has most of its sockets.
             Some((kind, (processes, sockets))) if processes > 2 && sockets > 2 * count => {
                 let comm = escape(kind.comm);
-                write!(text, ", {sockets} of {processes} processes {comm}")
+                write!(text, ", {sockets} in {processes} processes named {comm}")
             }
-            _ => write!(text, ", {count} of {process}"),
+            _ => write!(text, ", {count} in {process}"),
         };
     }
     let ages = scan.targets.iter().filter_map(|target| target.socket.age);
@@ -418,7 +418,7 @@ mod tests {
     fn the_result_is_one_line_with_one_bar_for_any_process_name() {
         let line = by_count(&scan(&[3, 12]), AT).line;
         let (text, performance) = line.split_once(" | ").unwrap();
-        let expected = "CWKILL WARNING: 15 sockets stuck, 12 of a/b\\nc/101, oldest 1h00m";
+        let expected = "CWKILL WARNING: 15 sockets stuck, 12 in a/b\\nc/101, oldest 1h00m";
         assert_eq!(text, expected);
         assert!(!performance.contains('|') && !line.contains('\n'), "{line}");
         let values: Vec<&str> = performance.split(' ').collect();
@@ -429,10 +429,10 @@ mod tests {
     #[test]
     fn many_processes_with_a_socket_each_are_counted_together() {
         let line = by_count(&scan(&[1; 12]), AT).line;
-        let expected = "12 sockets stuck, 12 of 12 processes a/b\\nc, oldest 1h00m |";
+        let expected = "12 sockets stuck, 12 in 12 processes named a/b\\nc, oldest 1h00m |";
         assert!(line.contains(expected), "{line}");
         let line = by_count(&scan(&[1, 9, 1]), AT).line;
-        assert!(line.contains("stuck, 9 of a/b\\nc/101,"), "{line}");
+        assert!(line.contains("stuck, 9 in a/b\\nc/101,"), "{line}");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::ProcessDiagnosis;
-use crate::finder::dead::SuspectVerdict;
+use crate::finder::dead::{DescriptorTable, SuspectVerdict};
 use crate::finder::owners;
 use crate::model::Scan;
 use crate::proc::{ProcFs, Process, ProcessId, RemoteFd};
@@ -99,6 +99,7 @@ pub fn find(
         .flat_map(|l| l.ports.iter().copied())
         .collect();
     let listeners = listener_owners(&ports, listening, proc);
+    let listening: HashSet<u32> = listening.iter().map(|listener| listener.inode).collect();
     let mut programs = HashMap::new();
     for (diagnosis, leaked) in processes.iter_mut().zip(&leaked) {
         let at_ports = || {
@@ -111,7 +112,9 @@ pub fn find(
         diagnosis.inherited_from = origin(diagnosis, leaked, at_ports(), &mut programs, proc);
         let owns = |owner: &Arc<Process>| owner.id == diagnosis.process.id;
         let is_shared_with_listener = || at_ports().any(|owner| leaked.others.contains(&owner.id));
-        let single = leaked.inodes.len() == 1 && leaked.ports.len() == 1;
+        let single = leaked.inodes.len() == 1
+            && leaked.ports.len() == 1
+            && has_no_other(diagnosis.table.as_ref(), &leaked.inodes, &listening);
         diagnosis.single_connection = match leaked.ports.first() {
             Some((_, port)) if single && diagnosis.inherited_from.is_none() => Some(Single {
                 port: *port,
@@ -142,7 +145,27 @@ pub fn find(
     }
 }
 
-/// The only connection of a process.
+/// Whether a process is known to have no TCP connection except those with the inodes `leaked`: to end it then cuts no other client off.
+/// `listening` has the inodes of the listeners.
+fn has_no_other(
+    table: Option<&DescriptorTable>,
+    leaked: &HashSet<u32>,
+    listening: &HashSet<u32>,
+) -> bool {
+    let Some(table) = table else {
+        return false;
+    };
+    let is_leaked = |inode: &u32| leaked.contains(inode);
+    let mut connections = table.connections.iter();
+    let mut suspects = table.suspects.iter();
+    connections.all(|inode| is_leaked(inode) || listening.contains(inode))
+        && suspects.all(|suspect| match suspect.verdict {
+            SuspectVerdict::Dead(_) | SuspectVerdict::NeverConnected => true,
+            SuspectVerdict::Unknown(_) => is_leaked(&suspect.inode),
+        })
+}
+
+/// The only connection of a process: it has no other TCP connection, stuck or not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Single {
     /// Its local port.
@@ -283,6 +306,7 @@ fn started(id: ProcessId) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::finder::dead::Suspect;
     use crate::proc::since_boot;
 
     const HEIR: HeirFacts = HeirFacts {
@@ -342,6 +366,36 @@ mod tests {
             ..HEIR
         };
         assert!(unseen.is_heir());
+    }
+
+    #[test]
+    fn a_process_with_another_connection_is_not_there_for_one() {
+        let set = |inodes: &[u32]| inodes.iter().copied().collect::<HashSet<u32>>();
+        let (leaked, listening) = (set(&[10]), set(&[20, 21]));
+        let unknown = |inode| Suspect {
+            fd: RemoteFd(9),
+            tid: None,
+            inode,
+            verdict: SuspectVerdict::Unknown(nix::errno::Errno::EPERM),
+        };
+        for (connections, suspects, expected) in [
+            // Two descriptors of the socket, and an inherited listener.
+            (vec![10, 10, 20], vec![], true),
+            (vec![], vec![], true),
+            (vec![10, 11, 20], vec![], false),
+            (vec![10], vec![unknown(30)], false),
+            (vec![], vec![unknown(10)], true),
+        ] {
+            let table = DescriptorTable {
+                process: (*crate::proc::testdata::process(7, "worker")).clone(),
+                used: 12,
+                suspects,
+                connections,
+            };
+            let found = has_no_other(Some(&table), &leaked, &listening);
+            assert_eq!(found, expected, "{table:?}");
+        }
+        assert!(!has_no_other(None, &leaked, &listening), "nothing was seen");
     }
 
     #[test]

@@ -193,7 +193,9 @@ pub fn suggest(process: SuggestionInput<'_>) -> Vec<Suggestion> {
             stack_command(process),
             (
                 format!("kill {pid}"),
-                format!("ends it; in PostgreSQL as pg_terminate_backend({pid})"),
+                format!(
+                    "ends this one process and its connection; repeat for the others. In PostgreSQL: SELECT pg_terminate_backend({pid})"
+                ),
             ),
         ],
         (None, None, None) => vec![stack_command(process)],
@@ -477,6 +479,11 @@ mod tests {
             ..input(Some(LanguageRuntime::Python), Condition::Normal)
         };
         assert_eq!(commands(one), ["py-spy dump --pid 42", "kill 42"]);
+        assert!(
+            suggest(one)[1]
+                .remark
+                .starts_with("ends this one process and its connection")
+        );
         let stopped = SuggestionInput {
             condition: Condition::Stopped,
             ..one

@@ -219,11 +219,11 @@ pub fn cause_verdict(cause: Cause, sockets: &CauseCount, circumstance: Circumsta
         }
         Verdict::Orphan => return "closed by its process: the kernel is still finishing it".into(),
         Verdict::Listening => return "a listener: nothing is wrong with it".into(),
-        Verdict::OwnerStopped => "no leak is proved while its process is stopped".into(),
-        Verdict::OwnerFrozen => "no leak is proved while its process is frozen".into(),
-        Verdict::OwnerTraced => "no leak is proved while a debugger holds its process".into(),
+        Verdict::OwnerStopped => "no verdict: its process is stopped".into(),
+        Verdict::OwnerFrozen => "no verdict: its process is frozen".into(),
+        Verdict::OwnerTraced => "no verdict: a debugger holds its process".into(),
         Verdict::AtDescriptorLimit => {
-            "accept(2) fails with EMFILE: free descriptors of its process".into()
+            "accept(2) fails with EMFILE: free some descriptors in its process".into()
         }
         Verdict::HostAtFileLimit => {
             "accept(2) fails with ENFILE: the host is at its limit fs.file-max".into()
@@ -236,7 +236,8 @@ pub fn cause_verdict(cause: Cause, sockets: &CauseCount, circumstance: Circumsta
             format!("inherited from {from}, and not used here")
         }
         Verdict::ProcessPerConnection => {
-            "a process for each, busy or hung with a client that is gone: end it".into()
+            "one process per connection, busy or waiting for a client that is gone: end the process"
+                .into()
         }
     };
     let (persistent, how) = match cause {
@@ -285,7 +286,7 @@ pub fn dead_verdict(circumstance: Circumstance<'_>) -> String {
         Circumstance::Inherited(from) => {
             format!("connections that are over, inherited from {from} and not used here")
         }
-        _ => "descriptors of connections that are over, in no table of ss: only the process can close them".into(),
+        _ => "descriptors of connections that are over, in no table of ss: only the process or cwkill reclaim can close them".into(),
     }
 }
 
@@ -368,7 +369,7 @@ mod tests {
             );
             assert_eq!(of(Cause::Sending, circumstance), "slow-peers");
             let text = cause_verdict(Cause::Drained, &counts(&[]), circumstance);
-            assert!(text.len() < 70, "{text}");
+            assert!(text.len() < 90, "{text}");
         }
         let new = CauseCount {
             idle: 0,

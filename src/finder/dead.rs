@@ -57,6 +57,9 @@ pub struct DescriptorTable {
     pub used: usize,
     /// Its descriptors of TCP sockets that the kernel does not list, by number. Those of the tables of single threads follow.
     pub suspects: Vec<Suspect>,
+    /// The inodes of its other TCP sockets: those that the kernel lists, with listeners, and those that are alive and not in the list.
+    /// A socket with two descriptors is there twice.
+    pub connections: Vec<u32>,
 }
 
 /// A descriptor of a TCP or MPTCP socket that the kernel does not list.
@@ -219,47 +222,58 @@ fn scan_process(
             thread::sleep(RETRY_INTERVAL);
             continue;
         }
-        let (mut suspects, used) =
-            scan_table(proc, dir.as_fd(), &process, None, same_pids, listed)?;
+        let mut scanned = scan_table(proc, dir.as_fd(), &process, None, same_pids, listed)?;
         if same_pids {
-            suspects.extend(scan_thread_tables(proc, dir.as_fd(), &process, listed)?);
+            for of_thread in scan_thread_tables(proc, dir.as_fd(), &process, listed)? {
+                scanned.suspects.extend(of_thread.suspects);
+                scanned.connections.extend(of_thread.connections);
+            }
         }
         if exec_marker(dir.as_fd())? != before {
             continue;
         }
         // The attribute was read through the pid, which another process may have by now.
-        if !suspects.is_empty() && !proc.is_alive(process.id) {
+        if !scanned.suspects.is_empty() && !proc.is_alive(process.id) {
             return Ok(TableScan::None);
         }
         return Ok(TableScan::DescriptorTable(DescriptorTable {
             process,
-            used,
-            suspects,
+            used: scanned.used,
+            suspects: scanned.suspects,
+            connections: scanned.connections,
         }));
     }
     Ok(TableScan::LeaderExited(process))
 }
 
-/// The suspects in the tables that only single threads have.
+/// What one table has: see [`DescriptorTable`].
+#[derive(Default)]
+struct ScannedTable {
+    suspects: Vec<Suspect>,
+    used: usize,
+    connections: Vec<u32>,
+}
+
+/// The tables that only single threads have.
 fn scan_thread_tables(
     proc: &ProcFs,
     dir: BorrowedFd<'_>,
     process: &Process,
     listed: &HashSet<u32>,
-) -> io::Result<Vec<Suspect>> {
-    let mut suspects = Vec::new();
+) -> io::Result<Vec<ScannedTable>> {
+    let mut tables = Vec::new();
     for tid in threads::own_tables(process.id.pid, &proc.tids(process.id.pid)?) {
         match scan_table(proc, dir, process, Some(tid), true, listed) {
-            Ok((found, _)) => suspects.extend(found),
+            Ok(found) => tables.push(found),
             // The thread has ended.
             Err(error) if is_gone(&error) => {}
             Err(error) => return Err(error),
         }
     }
-    Ok(suspects)
+    Ok(tables)
 }
 
-/// The suspects in the table of a process or of its thread `tid`, and the number of the descriptors.
+/// The table of a process or of its thread `tid`.
 fn scan_table(
     proc: &ProcFs,
     dir: BorrowedFd<'_>,
@@ -267,20 +281,26 @@ fn scan_table(
     tid: Option<i32>,
     same_pids: bool,
     listed: &HashSet<u32>,
-) -> io::Result<(Vec<Suspect>, usize)> {
+) -> io::Result<ScannedTable> {
     let name = match tid {
         Some(tid) => format!("task/{tid}/fd"),
         None => "fd".to_owned(),
     };
     let fds = open_in(dir, &CString::new(name.as_str())?, OFlag::O_DIRECTORY)?;
     let numbers = fds::list_fds(fds.as_fd())?;
-    let unlisted: Vec<(RemoteFd, u32)> = numbers
+    let chunks: Vec<(Vec<(RemoteFd, u32)>, Vec<u32>)> = numbers
         .par_chunks(fds::CHUNK)
-        .map(|numbers| select_unlisted(fds.as_fd(), numbers, listed))
-        .collect::<io::Result<Vec<_>>>()?
-        .concat();
+        .map(|numbers| split_by_list(fds.as_fd(), numbers, listed))
+        .collect::<io::Result<Vec<_>>>()?;
+    let (unlisted, connections): (Vec<_>, Vec<_>) = chunks.into_iter().unzip();
+    let (unlisted, mut connections) = (unlisted.concat(), connections.concat());
+    let used = numbers.len();
     if unlisted.is_empty() {
-        return Ok((Vec::new(), numbers.len()));
+        return Ok(ScannedTable {
+            used,
+            connections,
+            ..ScannedTable::default()
+        });
     }
     let pidfd = match (same_pids, tid) {
         (true, Some(tid)) => proc.open_pidfd_of_thread(process.id, tid),
@@ -289,48 +309,72 @@ fn scan_table(
     };
     let suspect = |&(fd, inode): &(RemoteFd, u32)| {
         if !may_be_tcp(&proc.path(&format!("{}/{name}/{}", process.id.pid, fd.0)))? {
-            return Ok(None);
+            return Ok(Unlisted::Other);
         }
         let verdict = match &pidfd {
             Ok(pidfd) => examine(pidfd.as_fd(), fd, inode),
             Err(errno) => Some(SuspectVerdict::Unknown(*errno)),
         };
-        Ok(verdict.map(|verdict| Suspect {
-            fd,
-            tid,
-            inode,
-            verdict,
-        }))
+        Ok(match verdict {
+            Some(verdict) => Unlisted::Suspect(Suspect {
+                fd,
+                tid,
+                inode,
+                verdict,
+            }),
+            None => Unlisted::Alive(inode),
+        })
     };
-    let found: Vec<Option<Suspect>> = unlisted
+    let found: Vec<Unlisted> = unlisted
         .par_iter()
         .with_min_len(fds::CHUNK)
         .map(suspect)
         .collect::<io::Result<_>>()?;
-    let mut suspects: Vec<Suspect> = found.into_iter().flatten().collect();
+    let mut suspects = Vec::new();
+    for socket in found {
+        match socket {
+            Unlisted::Suspect(suspect) => suspects.push(suspect),
+            Unlisted::Alive(inode) => connections.push(inode),
+            Unlisted::Other => {}
+        }
+    }
     suspects.sort_unstable_by_key(|suspect| suspect.fd);
-    Ok((suspects, numbers.len()))
+    Ok(ScannedTable {
+        suspects,
+        used,
+        connections,
+    })
 }
 
-/// The sockets whose inode is not in `listed`, among the descriptors `numbers` in the directory `fds`.
-fn select_unlisted(
+/// A descriptor of a socket that the kernel does not list among those of TCP.
+enum Unlisted {
+    Suspect(Suspect),
+    /// A TCP or MPTCP socket that is alive, as one that was connected after the list was made; or a descriptor that is closed by now.
+    Alive(u32),
+    /// Not of TCP.
+    Other,
+}
+
+/// The sockets among the descriptors `numbers` in the directory `fds`: those whose inode is not in `listed`, and the inodes of the others.
+fn split_by_list(
     fds: BorrowedFd<'_>,
     numbers: &[i32],
     listed: &HashSet<u32>,
-) -> io::Result<Vec<(RemoteFd, u32)>> {
-    let mut unlisted = Vec::new();
+) -> io::Result<(Vec<(RemoteFd, u32)>, Vec<u32>)> {
+    let (mut unlisted, mut connections) = (Vec::new(), Vec::new());
     for &number in numbers {
         match fds::read_socket_link(fds, number) {
             Ok(Some(inode)) if !listed.contains(&inode) => {
                 unlisted.push((RemoteFd(number), inode));
             }
-            Ok(_) => {}
+            Ok(Some(inode)) => connections.push(inode),
+            Ok(None) => {}
             // It was closed after the directory was read.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
             Err(error) => return Err(error),
         }
     }
-    Ok(unlisted)
+    Ok((unlisted, connections))
 }
 
 /// Whether the kernel names TCP or MPTCP as the protocol of the socket of the descriptor at `path`. A TCP socket that an MPTCP

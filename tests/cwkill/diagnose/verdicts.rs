@@ -19,6 +19,7 @@ use crate::trial::{Need, Test, each_family, once};
 pub const TESTS: &[Test] = &[
     each_family!(at_its_limit_a_server_accepts_again_after_the_advice),
     each_family!(processes_of_one_connection_each_are_one_group),
+    each_family!(a_worker_with_live_connections_is_not_to_be_ended),
     each_family!(inherited_descriptors_are_told_from_leaked_ones),
     once!(an_inherited_connection_to_a_server_is_older_than_its_heir),
     once!(nothing_waits_for_an_executable_on_a_hung_mount).needs(Need::Fuse),
@@ -254,7 +255,8 @@ fn processes_of_one_connection_each_are_one_group(family: Family) -> Result<()> 
         }
         let text = cwkill(&lab, "diagnose --sample 50ms")?.exits(0).stdout;
         assert_eq!(
-            text.matches("process for each, busy or hung").count(),
+            text.matches("one process per connection, busy or waiting")
+                .count(),
             1,
             "{text}"
         );
@@ -263,7 +265,7 @@ fn processes_of_one_connection_each_are_one_group(family: Family) -> Result<()> 
         assert!(text.contains(&parent), "{text}");
         let check = cwkill(&lab, "check -w 1 -c 99 --port 7001")?.exits(1);
         assert!(
-            check.stdout.contains(", 8 of 8 processes python3,"),
+            check.stdout.contains(", 8 in 8 processes named python3,"),
             "{check:?}"
         );
 
@@ -309,6 +311,63 @@ fn processes_of_one_connection_each_are_one_group(family: Family) -> Result<()> 
         assert_eq!(notes.len(), 1, "{closed:?}");
         assert!(notes[0].contains("8 processes python3 ("), "{notes:?}");
         assert!(!closed.stderr.contains("still has"), "{closed:?}");
+    }
+    Ok(())
+}
+
+/// Workers that accept several connections each, made before them. With `reload` they no longer listen, as those of an old configuration.
+const PREFORK: &str = "
+host, how, workers, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+server = listen(host)
+say('ready')
+for _ in range(workers):
+    if os.fork() == 0:
+        child()
+        conns = [server.accept()[0] for _ in range(count)]
+        if how == 'reload':
+            server.close()
+        say('accepted')
+        while True:
+            signal.pause()
+    sys.stdin.readline()
+sys.stdin.read()
+";
+
+fn a_worker_with_live_connections_is_not_to_be_ended(family: Family) -> Result<()> {
+    for (how, workers) in [("prefork", 4), ("reload", 1)] {
+        let lab = Lab::new()?;
+        let (host, to) = addresses(family);
+        let arguments = [host, how, &workers.to_string(), "3"];
+        let mut server = Program::start(&lab, &[], PREFORK, &arguments)?;
+        assert_eq!(server.line()?, "ready");
+        let mut clients = Vec::new();
+        for stuck in 1..=workers {
+            let (peer, ends) = connect(&lab, to, 3)?;
+            assert_eq!(server.line()?, "accepted");
+            peer.close(&[ends[0].fd])?;
+            lab.wait_for(PATIENCE, || {
+                Ok(in_state(&lab, TcpState::CloseWait)? == stuck)
+            })?;
+            clients.push((peer, ends));
+            server.tell("next")?;
+        }
+        assert_eq!(in_state(&lab, TcpState::Established)?, 4 * workers);
+        lab.wait_for(PATIENCE, || {
+            let listed = cwkill(&lab, "--json -n --port 7001")?.exits(0);
+            let mut sockets = listed.sockets().into_iter();
+            Ok(sockets.all(|socket| socket["cause"] == json!("unread")))
+        })?;
+        let document = diagnosed(&lab, "")?;
+        let processes = document["processes"].as_array().context("no processes")?;
+        assert_eq!(processes.len(), workers, "{how}");
+        for one in processes {
+            assert_eq!(one["process_per_connection"], json!(false), "{how}");
+            assert_eq!(verdict(one), "not-reading", "{how}");
+            assert_eq!(one["then"]["command"], json!(null), "{how}");
+            assert!(!at(one, "/next/command").contains("kill"), "{how}: {one:#}");
+        }
+        let text = cwkill(&lab, "diagnose --sample 50ms")?.exits(0).stdout;
+        assert!(!text.contains("kill "), "{how}: {text}");
     }
     Ok(())
 }
