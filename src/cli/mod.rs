@@ -3,7 +3,7 @@
 mod check;
 mod diagnose;
 mod doctor;
-mod meant;
+mod hints;
 mod misplaced;
 mod reclaim;
 mod selection;
@@ -17,7 +17,7 @@ use clap::{ArgAction, ColorChoice, Parser, Subcommand};
 pub use check::CheckArgs;
 pub use diagnose::DiagnoseArgs;
 pub use doctor::DoctorArgs;
-pub use meant::meant;
+pub use hints::better_error;
 pub use misplaced::Misplaced;
 pub use reclaim::{ReclaimArgs, Reclaiming};
 pub use selection::{OwnerSelection, Selection};
@@ -27,8 +27,9 @@ use crate::model::Method;
 
 const AFTER_HELP: &str = "\
 Without a selector, cwkill lists the stuck sockets and never acts. A selector that says which sockets
-(a port, an address, an owner, an expression, --all) makes it act, unless --dry-run is given. Other
-selectors (--state, --min-age, --min-idle, --cause, --user, -4, --netns, ...) only narrow. Different selectors must all match; one matches if any of its values does.
+(a port, an address, an owner, an expression, --all) makes it act, unless --dry-run is given.
+--state, --min-age, --min-idle, --cause, --user, -4, --netns and the like never make it act by
+themselves. Different selectors must all match; a selector matches if any of its values does.
 
 Examples:
   cwkill                                   list the stuck sockets, their owners and causes

@@ -21,7 +21,7 @@ use caps::CapsHashSet;
 use clap::{CommandFactory, Parser};
 
 use crate::audit::Audit;
-use crate::cli::{Cli, Command, Misplaced, meant};
+use crate::cli::{Cli, Command, Misplaced, better_error};
 use crate::config::{Action, LogOptions};
 use crate::model::Privilege;
 use crate::parallel;
@@ -67,8 +67,8 @@ pub fn refuse(error: &clap::Error) -> ! {
     let misplaced = Misplaced::find(&words);
     let command = misplaced.as_ref().map(|it| OsStr::new(&it.command));
     let misplaced = misplaced.as_ref().map(|it| &it.error);
-    let meant = meant(&words, quoted.as_ref().unwrap_or(error));
-    let better = misplaced.or(meant.as_ref()).or(quoted.as_ref());
+    let hint = better_error(&words, quoted.as_ref().unwrap_or(error));
+    let better = misplaced.or(hint.as_ref()).or(quoted.as_ref());
     let error = better.unwrap_or(error);
     if command.or(words.get(1).map(AsRef::as_ref)) == Some(OsStr::new("check")) {
         check::unknown_by_usage(error);

@@ -124,7 +124,7 @@ impl Config {
             acting,
             output,
         } = args;
-        let says_which = selection.says_which();
+        let names_targets = selection.names_targets();
         let narrowing = selection.narrowing_option();
         let asks = !selection.owners.all && !acting.yes;
         let min_idle = selection.min_idle;
@@ -134,7 +134,7 @@ impl Config {
             notes,
         } = Scope::from_args(selection)?;
         let has_min_time = !(selectors.min_age.is_zero() && selectors.min_idle.is_zero());
-        let selects = says_which || selectors.expression.says_more_than_states();
+        let selects = names_targets || selectors.expression.says_more_than_states();
         if !selects
             && !acting.dry_run
             && let Some(option) = acting.acting_option()
@@ -157,7 +157,7 @@ impl Config {
             && !has_min_time
         {
             return Err(usage(
-                "the kernel cannot tell whether an ESTABLISHED connection is in use: give the time for which it must have been idle, for example --min-idle 1h or --min-age 1h",
+                "an ESTABLISHED connection may be in use: say how long it must have been idle, for example --min-idle 1h",
             ));
         }
         if action != Action::List {
@@ -371,7 +371,7 @@ mod tests {
         ] {
             let error = config(&format!("--port 1 {line}")).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{line}");
-            assert!(error.to_string().contains("--min-age 1h"), "{error}");
+            assert!(error.to_string().contains("--min-idle 1h"), "{error}");
         }
         for line in [
             "--port 1 --state established --min-age 1h",

@@ -62,9 +62,9 @@ impl Selectors {
 }
 
 impl Selection {
-    /// Whether an option says which sockets are meant: cwkill then acts on them. The expression is not considered; see
+    /// Whether an option names the sockets to act on: cwkill then acts on them. The expression is not considered; see
     /// [`Expression::says_more_than_states`].
-    pub(super) fn says_which(&self) -> bool {
+    pub(super) fn names_targets(&self) -> bool {
         let owners = &self.owners;
         owners.all
             || !(self.port.is_empty()
@@ -83,7 +83,10 @@ impl Selection {
         [
             ("--state", !self.state.is_empty()),
             ("--min-age", self.min_age.is_some_and(|age| !age.is_zero())),
-            ("--min-idle", self.min_idle.is_some_and(|idle| !idle.is_zero())),
+            (
+                "--min-idle",
+                self.min_idle.is_some_and(|idle| !idle.is_zero()),
+            ),
             ("--address-gone", self.address_gone),
             ("--cause", !self.cause.is_empty()),
             ("--user", !self.user.is_empty()),

@@ -57,7 +57,7 @@ fn an_open_connection_needs_a_minimum_age(family: Family) -> Result<()> {
         "--all state established",
         "--all state connected",
     ] {
-        cwkill(&lab, arguments)?.exits(2).complains("--min-age 1h");
+        cwkill(&lab, arguments)?.exits(2).complains("--min-idle 1h");
     }
     let ran = cwkill(&lab, "--state established -n --json")?.exits(0);
     assert_eq!(ran.sockets()[0]["plan"], serde_json::json!([]));

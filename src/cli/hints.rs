@@ -12,7 +12,7 @@ const SIMILAR: f64 = 0.85;
 
 /// A better error for a command line that was refused with `error`, if its meaning can be guessed. `words`: all of the line,
 /// beginning with the program's name.
-pub fn meant(words: &[OsString], error: &clap::Error) -> Option<clap::Error> {
+pub fn better_error(words: &[OsString], error: &clap::Error) -> Option<clap::Error> {
     let message = match unknown_option(error) {
         Some(option) => option_advice(&option)?.to_owned(),
         None => {
@@ -45,7 +45,7 @@ fn option_advice(option: &str) -> Option<&'static str> {
              to close descriptors against the evidence use --reclaim-force"
         }
         "--kill" | "-K" | "-k" => {
-            "there is no --kill: a selector that says which makes cwkill act, for example --port 8080"
+            "there is no --kill: cwkill closes sockets as soon as a selector names them, for example --port 8080"
         }
         "--name" | "--comm" => "for a process by name use --process, for example --process java",
         "--host" | "--ip" | "--address" => {
@@ -64,7 +64,7 @@ fn command_advice(word: &str) -> Option<String> {
             "`cwkill` without a command lists the stuck sockets".to_owned()
         }
         "kill" | "close" | "drop" | "rm" | "reset" | "run" => {
-            "a selector that says which makes cwkill act, for example `cwkill --port 8080`"
+            "cwkill closes sockets as soon as a selector names them, for example `cwkill --port 8080`"
                 .to_owned()
         }
         "version" => "write `cwkill --version`".to_owned(),
@@ -97,7 +97,7 @@ mod tests {
         let error = Cli::try_parse_from(&words)
             .err()
             .unwrap_or_else(|| Cli::command().error(ErrorKind::ValueValidation, "bad"));
-        meant(&words, &error).map(|error| error.to_string())
+        better_error(&words, &error).map(|error| error.to_string())
     }
 
     #[test]
@@ -113,7 +113,7 @@ mod tests {
             ("chek", "`cwkill check`"),
             ("--port 1 --force", "--discard-unsent"),
             ("reclaim --force", "--reclaim-force"),
-            ("--port 1 -K", "makes cwkill act"),
+            ("--port 1 -K", "as soon as a selector names them"),
             ("--name java", "--process java"),
         ] {
             let advice = advice(line).unwrap_or_else(|| panic!("no advice for {line}"));
