@@ -154,7 +154,7 @@ impl NewSockets {
         let mut text = String::new();
         let undecided = self.coverage.undecided;
         if undecided > 0 {
-            let _ = write!(text, "; {undecided} more may be (owners not seen)");
+            let _ = write!(text, "; {undecided} more may be new (owners not seen)");
         }
         if self.coverage.unseen_namespaces() > 0 {
             text.push_str("; not every network namespace could be seen");
@@ -210,7 +210,8 @@ mod tests {
 
     #[test]
     fn limits_of_the_scan_are_reported() {
-        let ending = "; 4 more may be (owners not seen); not every network namespace could be seen";
+        let ending =
+            "; 4 more may be new (owners not seen); not every network namespace could be seen";
         for known in [HashSet::new(), cookies(&scan(1..3))] {
             let mut now = scan(1..3);
             now.coverage.undecided = 4;

@@ -45,11 +45,12 @@ pub(super) fn question(scan: &Scan) -> Option<String> {
     if processes.len() > NAMED {
         names.push(counted(processes.len() - NAMED, "other process"));
     }
-    if unowned > 0 {
-        names.push(format!("no known process ({unowned})"));
-    }
+    let without_owner = match unowned {
+        0 => String::new(),
+        _ => format!(", and {unowned} without a known owner"),
+    };
     Some(format!(
-        "this closes {} of {}. Go on? [y/N] ",
+        "this closes {} of {}{without_owner}. Continue? [y/N] ",
         counted(sockets, "socket"),
         names.join(", ")
     ))
@@ -102,12 +103,12 @@ mod tests {
     fn the_question_names_the_largest() {
         assert_eq!(
             question(&scan(&[7, 8, 8])).unwrap(),
-            "this closes 3 sockets of app/8 (2), app/7 (1). Go on? [y/N] "
+            "this closes 3 sockets of app/8 (2), app/7 (1). Continue? [y/N] "
         );
         assert_eq!(
             question(&scan(&[1, 2, 3, 4, 5, 5, 0])).unwrap(),
-            "this closes 7 sockets of app/5 (2), app/1 (1), app/2 (1), 2 other processes, no known process (1). \
-             Go on? [y/N] "
+            "this closes 7 sockets of app/5 (2), app/1 (1), app/2 (1), 2 other processes, and 1 without a known owner. \
+             Continue? [y/N] "
         );
     }
 }

@@ -55,12 +55,11 @@ impl TrackedCloseWait {
         let at_least = if self.complete { "" } else { "at least " };
         let after = match self.timeout {
             Some(timeout) => format!(" after {} without traffic", seconds(timeout)),
-            None => String::new(),
+            None => " some time after the last traffic".to_owned(),
         };
         format!(
             "the conntrack table has {at_least}{} in CLOSE_WAIT of connections between other hosts, which pass through this one: \
-             they are no sockets, and the kernel removes each{after} (nf_conntrack_tcp_timeout_close_wait); \
-             conntrack -D -p tcp --state CLOSE_WAIT removes them at once",
+             these are not sockets of this host. The kernel removes each{after} (nf_conntrack_tcp_timeout_close_wait)",
             if self.entries == 1 {
                 "1 entry".to_owned()
             } else {
@@ -120,15 +119,15 @@ impl Coverage {
                 }
             };
             notes.push(format!(
-                "{} more may belong to the selected processes{why}; left alone",
-                counted(self.undecided_by_owner(), "socket")
+                "{} may belong to the selected processes{why}; left alone",
+                counted(self.undecided_by_owner(), "more socket")
             ));
         }
         if self.undecided_in_group > 0 {
             notes.push(format!(
-                "{} more may belong to the selected processes: several listening sockets share the port (SO_REUSEPORT), and the \
+                "{} may belong to the selected processes: several listening sockets share the port (SO_REUSEPORT), and the \
                  kernel does not tell in whose backlog each waits; left alone (--port selects all of them)",
-                counted(self.undecided_in_group, "socket")
+                counted(self.undecided_in_group, "more socket")
             ));
         }
         if self.unreachable_namespaces > 0 {

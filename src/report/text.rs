@@ -224,7 +224,7 @@ impl Layout {
 fn idle_text(socket: &Socket, mark_in_use: Duration) -> String {
     match socket.idle {
         None => "-".into(),
-        Some(idle) if socket.is_in_use(mark_in_use) => format!("{} in use", age(idle)),
+        Some(idle) if socket.is_in_use(mark_in_use) => format!("{} (in use)", age(idle)),
         Some(idle) => age(idle),
     }
 }

@@ -243,7 +243,7 @@ fn a_proc_that_hides_processes_is_named() -> Result<()> {
     for selector in [format!("--pid {pid}"), "--process leaky-app".into()] {
         run(&format!("{selector} -n"))?
             .exits(4)
-            .complains("2 sockets more may belong")
+            .complains("2 more sockets may belong")
             .complains("CAP_SYS_PTRACE");
     }
     Ok(())

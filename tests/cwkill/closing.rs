@@ -293,7 +293,7 @@ fn a_hidden_owner_is_not_taken_for_no_match() -> Result<()> {
             let command = lab.app_host().command(CWKILL).capabilities(&[]);
             ran(command.args([&selector, also]))?
                 .exits(4)
-                .complains("2 sockets more may belong to the selected processes")
+                .complains("2 more sockets may belong to the selected processes")
                 .complains("CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")
                 .complains("setcap cap_dac_read_search,");
         }
@@ -302,7 +302,7 @@ fn a_hidden_owner_is_not_taken_for_no_match() -> Result<()> {
     let command = lab.app_host().command(CWKILL).capabilities(&[]);
     ran(command.args(["--process", "nobody-has-this", "--json"]))?
         .exits(4)
-        .complains("2 sockets more may belong to the selected processes");
+        .complains("2 more sockets may belong to the selected processes");
     assert_eq!(lab.app_host().ss(&[])?, before);
     Ok(())
 }

@@ -105,7 +105,7 @@ fn an_owner_in_another_pid_namespace_may_match(family: Family) -> Result<()> {
             let listed = beside(&format!("{action} {selector} --min-age 0s --json"))?
                 .exits(4)
                 .complains(
-                    "5 sockets more may belong to the selected processes: /proc shows no owner",
+                    "5 more sockets may belong to the selected processes: /proc shows no owner",
                 );
             assert_eq!(listed.json()["undecided"], serde_json::json!(5));
             assert!(listed.sockets().is_empty() && !listed.stderr.contains("setcap"));
