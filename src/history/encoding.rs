@@ -33,11 +33,11 @@ pub(super) struct Epoch {
 /// Why the bytes are not used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Unusable {
-    #[error("it is not a memory of this version of cwkill")]
+    #[error("not a file of this version")]
     Format,
     #[error("it is damaged")]
     Damaged,
-    /// Not an error: so it is after each boot.
+    /// Not an error: normal after a boot.
     #[error("it is of another boot")]
     OtherBoot,
 }

@@ -72,7 +72,9 @@ impl History {
         let scope = Scope::of(selectors);
         self.entries.learn(&scan.sightings, scope, now());
         if let Err(why) = place.write(&mut self.entries, now()) {
-            let note = format!("this run is not remembered, so later ages can be too small: {why}");
+            let note = format!(
+                "cannot save what this run saw: ages in later runs may be too small: {why}"
+            );
             // Two scans of one run can fail for the same reason.
             if !self.notes.contains(&note) {
                 self.notes.push(note);

@@ -263,10 +263,10 @@ fn bad_files(at: &Path, beside: &Path) -> Result<Vec<(&'static str, Place)>> {
         ("it is damaged", Box::new(with(changed))),
         ("it is damaged", Box::new(with(cut))),
         (
-            "not a memory of this version",
+            "not a file of this version",
             Box::new(with(b"hello".to_vec())),
         ),
-        ("not a memory of this version", Box::new(with(Vec::new()))),
+        ("not a file of this version", Box::new(with(Vec::new()))),
         ("it is a symbolic link", Box::new(link)),
         ("it is not a regular file", Box::new(fifo)),
         ("it is too large", Box::new(huge)),
@@ -314,7 +314,10 @@ fn a_file_that_cannot_be_written_is_a_note() -> Result<()> {
         let command = lab.app_host().command("unshare").env(MEMORY, memory.path());
         let ran = ran(command.args(["--mount", "sh", "-c", &script]))?;
         assert!(ran.stderr.contains(why), "{why}: {ran:?}");
-        assert!(ran.stderr.contains("this run is not remembered"), "{ran:?}");
+        assert!(
+            ran.stderr.contains("cannot save what this run saw"),
+            "{ran:?}"
+        );
         assert_eq!(at(&ran.json(), "/summary/matched"), "2", "{ran:?}");
     }
     Ok(())
