@@ -60,7 +60,9 @@
 //! - **coverage**: what could not be seen.
 //! - **scope**: selectors, and the network namespaces they are applied to.
 //! - **age**: how long a socket has been stuck, at least. **idle time**: for how long no data has moved in it, at least.
-//! - **history**: what earlier runs have seen: the sockets with their byte counters and times. For people it is the memory between runs. **quiet**: how long a dead socket has been dead, at least.
+//! - **history**: what earlier runs have seen: the sockets with their byte counters and times. For people it is the
+//!   memory between runs.
+//! - **quiet**: how long a dead socket has been dead, at least.
 //! - **suspect**: an open descriptor of a socket that is in no TCP table. Its **verdict**: dead, never connected, or unknown.
 //! - **to spin**: a thread that wakes without end, because a closed socket is always ready. **paused**: a socket that an owner waits
 //!   for without asking for input. If it were closed, the owner would spin.

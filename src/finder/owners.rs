@@ -1,9 +1,10 @@
 //! Who owns a socket: maps socket inodes to processes and their descriptors, from /proc.
 //!
 //! A socket can have many owners (fork(2), SCM_RIGHTS). The kernel does not report how many, so cwkill reads the descriptors
-//! of every process. If a socket has no owner then, it searches the tables of single threads (`threads`). It reads only `/proc/PID/fd`, of owners also `stat` and `cgroup`, and of a process whose descriptors it may
-//! not read also `stat`. It never reads `maps` or follows `exe`, which can block on a sick host. Processes are read in parallel,
-//! large descriptor tables in chunks.
+//! of every process. If a socket has no owner then, it searches the tables of single threads (`threads`). It reads only
+//! `/proc/PID/fd`, of owners also `stat` and `cgroup`, and of a process whose descriptors it may not read also `stat`. It never
+//! reads `maps` or follows `exe`, which can block on a sick host. Processes are read in parallel, large descriptor tables in
+//! chunks.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;

@@ -1,9 +1,11 @@
 //! The proc file system: the list of processes, and the facts about each of them.
 //!
-//! `fds` reads the descriptor table; `epoll` parses epoll sets; `syscall` parses the call of a thread; `threads` samples how much threads run; [`status`] reads state, limit, executable and threads; [`cgroup`] parses units and containers;
-//! [`netns`] finds network namespaces; `mounts` reads the mount table. `reclaim` and `doctor` read further files themselves.
+//! `fds` reads the descriptor table; `epoll` parses epoll sets; `syscall` parses the call of a thread; `threads` samples how much
+//! threads run; [`status`] reads state, limit, executable and threads; [`cgroup`] parses units and containers; [`netns`] finds
+//! network namespaces; `mounts` reads the mount table. `reclaim` and `doctor` read further files themselves.
 //!
-//! The modules here read no file that can hang on a sick host: never `cmdline` or `maps`, and of `exe` only the link.
+//! The modules here read no file that can hang on a sick host: never `cmdline` or `maps`, and of `exe` only the link. The exception
+//! is `syscall::read_memory`; its callers first check that no thread is in state D.
 //!
 //! Races: ENOENT and ESRCH mean that the process is gone (`is_gone`). EACCES and EPERM mean that cwkill is not permitted to
 //! read the file (`is_denied`). Any other errno is an error.
