@@ -36,6 +36,8 @@
 //!   accepted, also when it is dead. **drain**: to free the slots of dead connections. (The cause `drained` is about unread bytes.)
 //! - **subflow**: a TCP connection that is a part of an MPTCP connection. The MPTCP socket is the one that has a descriptor and is
 //!   stuck.
+//! - **other end**: the socket at the other end of a connection, if it is in a namespace that was read.
+//! - **leg**: one of the two connections that a proxy joins. The **other leg** of a stuck socket has bytes that its peer does not take.
 //! - **inherited**: a descriptor that a process got from the process that started it, and does not use. **heir**: such a process.
 //! - **circumstance**: a fact about an owner that explains its sockets better than their causes do.
 //! - **orphan**: a socket that its owner has closed. No process has a descriptor of it; only the kernel uses it.

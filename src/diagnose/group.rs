@@ -5,6 +5,7 @@ use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher, Hash};
 use std::net::IpAddr;
 use std::time::Duration;
 
+use super::pairing::{self, OtherEnd};
 use crate::model::{Cause, Listener, Scan, Socket, Target};
 use crate::proc::ProcessId;
 use crate::sock_diag::Cookie;
@@ -40,6 +41,8 @@ pub struct SocketGroup {
     pub peers: Vec<(IpAddr, usize)>,
     /// Ports of peers, most sockets first.
     pub peer_ports: Vec<(u16, usize)>,
+    /// The other ends in the namespaces that were read, the most frequent first. `ends` fills them in.
+    pub other_ends: Vec<OtherEnd>,
 }
 
 /// The sockets of one cause.
@@ -148,6 +151,7 @@ impl SocketGroup {
             add(&mut all.ports, &group.ports);
             add(&mut all.peers, &group.peers);
             add(&mut all.peer_ports, &group.peer_ports);
+            all.other_ends.extend_from_slice(&group.other_ends);
             for (cause, sockets) in &group.causes {
                 let sum = all.causes.entry(*cause).or_default();
                 sum.count += sockets.count;
@@ -160,6 +164,7 @@ impl SocketGroup {
         sort(&mut all.ports);
         sort(&mut all.peers);
         sort(&mut all.peer_ports);
+        all.other_ends = pairing::count(all.other_ends.into_iter());
         for sockets in all.causes.values_mut() {
             sort(&mut sockets.services);
         }

@@ -1,11 +1,14 @@
 //! `cwkill diagnose`: which process leaks, why, how fast, and which command to run next. It closes nothing.
 //!
 //! Two scans with a pause between them show the growth. After the second scan cwkill reads the descriptor
-//! tables and the state of each process. [`origin`] finds where their sockets come from. Three pure modules evaluate the data:
-//! [`group`] counts sockets, [`verdict`] explains causes and process states, [`suggest`] chooses the next command.
+//! tables and the state of each process. [`origin`] finds where their sockets come from, `ends` who is at their other ends.
+//! Four pure modules evaluate the data: [`group`] counts sockets, [`pairing`] finds other ends and other legs, [`verdict`] explains
+//! causes and process states, [`suggest`] chooses the next command.
 
+mod ends;
 pub mod group;
 pub mod origin;
+pub mod pairing;
 pub mod suggest;
 pub mod verdict;
 
@@ -29,8 +32,10 @@ use crate::proc::status::ProcessStatus;
 use crate::proc::{ProcFs, Process, ProcessId, since_boot};
 use crate::sock_diag::Cookie;
 use crate::text::counted;
+use ends::{Ends, Sending};
 use group::{GroupContext, SocketGroup};
 use origin::{ListeningPort, Single};
+use pairing::OtherLeg;
 use suggest::{LanguageRuntime, Suggestion, SuggestionInput};
 use verdict::{Circumstance, Condition};
 
@@ -181,6 +186,8 @@ pub struct ProcessDiagnosis {
     pub single_connection: Option<Single>,
     /// It is one of many processes with one connection each.
     pub per_connection: bool,
+    /// If it seems to be a proxy: the connections for which it keeps the stuck ones. See [`pairing::other_legs`].
+    pub other_legs: Option<Vec<OtherLeg>>,
     /// The commands to run, the first one first.
     pub suggestions: Vec<Suggestion>,
 }
@@ -295,11 +302,12 @@ pub fn run(
     let uninterruptible: HashMap<ProcessId, Vec<i32>> = most_affected(&first)
         .map(|process| (process.id, proc.uninterruptible(process)))
         .collect();
+    let sending = Sending::look(&namespaces.open, &first);
     thread::sleep(sample);
     let elapsed = begin.elapsed();
     let scan = finder::find(&namespaces, proc, selectors, history)?;
     history.learn(&scan, selectors);
-    let (tables, failures) = read_tables(&scan, selectors, proc);
+    let (tables, mut failures) = read_tables(&scan, selectors, proc);
     let tables_read = since_boot();
     let (unreadable_processes, hidden_processes) = (tables.unreadable.len(), tables.hidden);
     let listening = listening_ports(&scan.namespaces);
@@ -327,9 +335,18 @@ pub fn run(
         tables_read,
         proc,
     );
-    let ownerless = SocketGroup::new(ownerless(&first), ownerless(&scan), &context);
-    let total = SocketGroup::new(sockets(&first), sockets(&scan), &context);
-    let listeners = diagnose_listeners(scans, &context);
+    let mut of_ownerless = SocketGroup::new(ownerless(&first), ownerless(&scan), &context);
+    let mut total = SocketGroup::new(sockets(&first), sockets(&scan), &context);
+    let mut listeners = diagnose_listeners(scans, &context);
+    let mut ends = Ends::find(&scan, sending, &namespaces.open, &listening, proc);
+    failures.extend(ends.failure.take());
+    ends.attach(
+        &scan,
+        &mut total,
+        &mut of_ownerless,
+        &mut processes,
+        &mut listeners,
+    );
     let is_own_pid_namespace = proc.shows_own_pid_namespace();
     for diagnosis in processes.iter_mut().take(MAX_SHOWN) {
         let process = &diagnosis.process;
@@ -360,7 +377,7 @@ pub fn run(
     }
     Ok(Diagnosis {
         is_own_pid_namespace,
-        ownerless: (ownerless.stuck > 0).then_some(ownerless),
+        ownerless: (of_ownerless.stuck > 0).then_some(of_ownerless),
         scan,
         elapsed,
         total,
@@ -559,6 +576,7 @@ fn diagnose_processes(
             inherited_from: None,
             single_connection: None,
             per_connection: false,
+            other_legs: None,
             sockets_signature: now.signature(),
             uninterruptible_threads: Vec::new(),
             process,

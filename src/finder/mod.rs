@@ -3,11 +3,12 @@
 //! [`find`] lists the sockets (`sockets`) and, at the same time, reads the descriptors of all processes from /proc
 //! ([`owners`]). An MPTCP socket takes the place of its subflows (`mptcp`). `addresses` marks the sockets whose local address is
 //! gone. A connection that was never accepted gets the listener that would accept it ([`listeners`]). [`dead`] finds descriptors of
-//! sockets that the kernel no longer lists. [`tracked`] counts connections of
+//! sockets that the kernel no longer lists. `connections` lists the sockets around the targets, for `diagnose`. [`tracked`] counts connections of
 //! others that pass through this host. [`reactions`] waits while owners close the descriptors of closed sockets.
 //! [`waiting`] finds out how the owners wait for the sockets. [`second_look`] finds out whether the owners still read, before an act.
 
 mod addresses;
+pub(crate) mod connections;
 pub mod dead;
 pub mod listeners;
 mod mptcp;

@@ -78,6 +78,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     chaos,
     runbooks,
     diagnose,
+    diagnose::ends,
     diagnose::verdicts,
     check,
     watch,

@@ -8,11 +8,13 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::diagnose::group::{AGES, CauseCount, SocketGroup};
+use crate::diagnose::pairing::{EndOwner, OtherEnd, OtherLeg};
 use crate::diagnose::suggest::{LanguageRuntime, Suggestion};
 use crate::diagnose::verdict::{self, Circumstance, Verdict};
 use crate::diagnose::{Diagnosis, ListenerDiagnosis, ProcessDiagnosis};
 use crate::model::Cause;
 use crate::report::serialize::{JsonContainer, container, serializer};
+use crate::tcp::TcpState;
 
 const SCHEMA_VERSION: u32 = 1;
 /// The maximum number of ports, and of peers, in a list.
@@ -89,6 +91,28 @@ struct JsonGroup {
     ports: Vec<JsonPort>,
     peers: Vec<JsonPeer>,
     peer_ports: Vec<JsonPort>,
+    /// `None` if none was found in the namespaces that were read.
+    other_end: Option<Vec<JsonOtherEnd>>,
+}
+
+#[derive(Serialize)]
+struct JsonOtherEnd {
+    pid: Option<i32>,
+    comm: Option<String>,
+    fd: Option<i32>,
+    /// Its process has closed it.
+    orphan: bool,
+    state: &'static str,
+    count: usize,
+}
+
+#[derive(Serialize)]
+struct JsonOtherLeg {
+    address: IpAddr,
+    port: u16,
+    state: &'static str,
+    count: usize,
+    send_q: u64,
 }
 
 #[derive(Serialize)]
@@ -141,6 +165,7 @@ struct JsonProcess<'a> {
     held: JsonGroup,
     shared: usize,
     waiting: usize,
+    other_leg: Option<Vec<JsonOtherLeg>>,
     inherited_from: Option<JsonProcessName<'a>>,
     process_per_connection: bool,
     descriptors: JsonDescriptorCounts,
@@ -224,6 +249,39 @@ fn group(group: &SocketGroup, elapsed: Duration, circumstance: Circumstance<'_>)
         peers: peers
             .map(|&(address, count)| JsonPeer { address, count })
             .collect(),
+        other_end: (!group.other_ends.is_empty()).then(|| {
+            group
+                .other_ends
+                .iter()
+                .take(MAX_LISTED)
+                .map(other_end)
+                .collect()
+        }),
+    }
+}
+
+fn other_end(end: &OtherEnd) -> JsonOtherEnd {
+    let (pid, comm, fd) = match &end.owner {
+        EndOwner::Process { pid, comm, fd } => (Some(*pid), Some(comm.clone()), *fd),
+        EndOwner::Unknown | EndOwner::Orphan => (None, None, None),
+    };
+    JsonOtherEnd {
+        pid,
+        comm,
+        fd,
+        orphan: end.owner == EndOwner::Orphan,
+        state: end.state.name(),
+        count: end.count,
+    }
+}
+
+fn other_leg(leg: &OtherLeg) -> JsonOtherLeg {
+    JsonOtherLeg {
+        address: leg.peer.ip(),
+        port: leg.peer.port(),
+        state: TcpState::Established.name(),
+        count: leg.count,
+        send_q: leg.send_q,
     }
 }
 
@@ -245,6 +303,10 @@ fn process(diagnosis: &ProcessDiagnosis, elapsed: Duration) -> JsonProcess<'_> {
         held: group(&diagnosis.held, elapsed, diagnosis.circumstance()),
         shared: diagnosis.shared,
         waiting: diagnosis.waiting,
+        other_leg: diagnosis
+            .other_legs
+            .as_ref()
+            .map(|legs| legs.iter().take(MAX_LISTED).map(other_leg).collect()),
         inherited_from: diagnosis
             .inherited_from
             .as_ref()

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::bars;
 use crate::diagnose::group::{AGES, SocketGroup};
+use crate::diagnose::pairing::{EndOwner, OtherEnd, OtherLeg};
 use crate::diagnose::suggest::Suggestion;
 use crate::diagnose::verdict::Circumstance;
 use crate::diagnose::{
@@ -295,6 +296,9 @@ fn process_block(
         );
     }
     push_places(&mut block, held);
+    if let (false, Some(legs)) = (is_group, &diagnosis.other_legs) {
+        push_other_legs(&mut block, legs, elapsed);
+    }
     let used = diagnosis.table.as_ref().map(|table| table.used);
     match (used, diagnosis.status.limit) {
         (Some(used), Some(limit)) => {
@@ -405,6 +409,59 @@ fn push_places(block: &mut String, group: &SocketGroup) {
             join_counts(&group.peer_ports, port)
         );
     }
+    push_other_ends(block, group);
+}
+
+/// Who is at the other ends, as far as they are on this host.
+fn push_other_ends(block: &mut String, group: &SocketGroup) {
+    let text = |end: &OtherEnd| {
+        let owner = match &end.owner {
+            EndOwner::Process { pid, comm, fd } => {
+                let fd = fd.map(|fd| format!(" (fd {fd})")).unwrap_or_default();
+                format!("{}/{pid}{fd} on this host", escape(comm))
+            }
+            EndOwner::Unknown => "an unknown process on this host".to_owned(),
+            EndOwner::Orphan => "on this host, closed by its process".to_owned(),
+        };
+        match group.stuck {
+            1 => format!("{owner}, {}", end.state),
+            stuck => format!("{owner}, {} ({} of {stuck})", end.state, end.count),
+        }
+    };
+    let named = group.other_ends.iter().take(MAX_NAMED);
+    let mut ends: Vec<String> = named.map(text).collect();
+    if ends.is_empty() {
+        return;
+    }
+    let rest = group.other_ends.iter().skip(MAX_NAMED);
+    let rest: usize = rest.map(|end| end.count).sum();
+    if rest > 0 {
+        ends.push(format!("{rest} of others"));
+    }
+    let _ = write!(block, "\n  other end: {}", ends.join("; "));
+}
+
+/// What a proxy still has to send on the other connections of its pairs.
+fn push_other_legs(block: &mut String, legs: &[OtherLeg], elapsed: Duration) {
+    let count: usize = legs.iter().map(|leg| leg.count).sum();
+    let bytes: u64 = legs.iter().map(|leg| leg.send_q).sum();
+    let time = seconds(elapsed);
+    let still = format!("with {bytes} unacknowledged bytes, and none was acknowledged in {time}");
+    let _ = match legs {
+        [leg] if count == 1 => write!(
+            block,
+            "\n  its other leg to {} is likely what keeps it: ESTABLISHED {still}",
+            leg.peer
+        ),
+        legs => {
+            let legs: Vec<_> = legs.iter().map(|leg| (leg.peer, leg.count)).collect();
+            write!(
+                block,
+                "\n  their other legs to {} are likely what keeps them: ESTABLISHED {still}",
+                join_counts(&legs, ToString::to_string)
+            )
+        }
+    };
 }
 
 fn join_counts<T>(counts: &[(T, usize)], text: impl Fn(&T) -> String) -> String {

@@ -1,5 +1,6 @@
 //! `cwkill diagnose`: which process leaks and why, compared with the kernel's own information.
 
+pub mod ends;
 pub mod verdicts;
 
 use std::process::Stdio;

@@ -1,0 +1,211 @@
+//! Who is at the other end of the stuck connections, as far as it is in one of the namespaces that were read, and what a proxy
+//! still has to send on the other connections of its pairs.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use super::group;
+use super::origin::ListeningPort;
+use super::pairing::{self, EndOwner, Leg, OtherEnd, OtherLeg, Place};
+use super::{ListenerDiagnosis, ProcessDiagnosis};
+use crate::diagnose::group::SocketGroup;
+use crate::finder::FindError;
+use crate::finder::connections::{self, Connection};
+use crate::finder::owners::{self, OwnerScan};
+use crate::model::{Scan, Socket};
+use crate::proc::netns::Netns;
+use crate::proc::{ProcFs, ProcessId};
+use crate::sock_diag::SocketMessage;
+use crate::tcp::{StateSet, TcpState, Tuple};
+
+/// With more connections that have bytes to send, no legs are named: the host is busy, and each takes a lookup.
+const MAX_SENDING: usize = 4096;
+
+/// The connections that had bytes for their peers at the first scan.
+#[derive(Debug, Default)]
+pub(super) struct Sending(Vec<Connection>);
+
+impl Sending {
+    /// `namespaces` have the same indexes in both scans.
+    pub(super) fn look(namespaces: &[Arc<Netns>], first: &Scan) -> Sending {
+        let is_stuck = |socket: &Socket| socket.state == TcpState::CloseWait;
+        if !first.targets.iter().any(|target| is_stuck(&target.socket)) {
+            return Sending::default();
+        }
+        // An error means that fewer are known. A pair is then not named, because the numbers differ.
+        let established = StateSet::from(TcpState::Established);
+        let (listed, _) = connections::list(namespaces, established, &|message| message.send_q > 0);
+        match listed.len() {
+            0..=MAX_SENDING => Sending(connections::look_up(namespaces, &listed).0),
+            _ => Sending::default(),
+        }
+    }
+
+    /// Those whose peers have acknowledged nothing since.
+    fn stalled(self, namespaces: &[Arc<Netns>]) -> Vec<Connection> {
+        if self.0.is_empty() {
+            return Vec::new();
+        }
+        let key = |connection: &Connection| (connection.netns, connection.cookie());
+        let before: HashMap<Place, Connection> =
+            self.0.into_iter().map(|one| (key(&one), one)).collect();
+        let earlier: Vec<Connection> = before.values().cloned().collect();
+        let (mut now, _) = connections::look_up(namespaces, &earlier);
+        now.retain(|later| {
+            let earlier = before.get(&key(later));
+            earlier.is_some_and(|earlier| pairing::is_stalled(earlier, later))
+        });
+        now
+    }
+}
+
+/// The other ends and the other legs of the sockets of a scan.
+#[derive(Debug, Default)]
+pub(super) struct Ends {
+    ends: HashMap<Place, OtherEnd>,
+    legs: HashMap<ProcessId, Vec<OtherLeg>>,
+    /// Why other ends may be missing.
+    pub failure: Option<String>,
+}
+
+impl Ends {
+    /// `namespaces`: as for [`Sending::look`].
+    pub(super) fn find(
+        scan: &Scan,
+        sending: Sending,
+        namespaces: &[Arc<Netns>],
+        listening: &[ListeningPort],
+        proc: &ProcFs,
+    ) -> Ends {
+        let sockets = || scan.targets.iter().map(|target| &target.socket);
+        let reversed = |socket: &Socket| socket.tuple().reversed();
+        let wanted: HashSet<Tuple> = sockets().map(reversed).collect();
+        let states = pairing::states_of_ends(sockets().map(|socket| socket.state));
+        let (mut found, mut error) = (Vec::new(), None);
+        if states != StateSet::EMPTY {
+            let keep = |message: &SocketMessage| wanted.contains(&message.id.tuple());
+            (found, error) = connections::list(&scan.namespaces, states, &keep);
+        }
+        let ends = pairing::other_ends(sockets(), &found);
+        let stalled = sending.stalled(namespaces);
+        // The selectors may match only some of the sockets in CLOSE-WAIT that a process has.
+        let in_close_wait = match stalled.is_empty() {
+            true => Vec::new(),
+            false => {
+                let states = StateSet::from(TcpState::CloseWait);
+                let (listed, unlisted) = connections::list(namespaces, states, &|_| true);
+                error = error.or(unlisted);
+                listed
+            }
+        };
+        let of_ends = ends.values().filter_map(|end| end.inode);
+        let of_legs = stalled.iter().chain(&in_close_wait);
+        let of_legs = of_legs.filter_map(|connection| connection.inode);
+        let inodes: HashSet<u32> = of_ends.chain(of_legs).collect();
+        let owners = owners::find(proc, &inodes).unwrap_or_else(|cause| {
+            error.get_or_insert(FindError::Processes(cause));
+            OwnerScan::default()
+        });
+        let legs = match &error {
+            None => legs(&stalled, &in_close_wait, listening, &owners),
+            Some(_) => HashMap::new(),
+        };
+        let end = |(place, end): (Place, &Connection)| (place, other_end(end, &owners));
+        Ends {
+            ends: ends.into_iter().map(end).collect(),
+            legs,
+            failure: error.map(|error| {
+                let error = anyhow::Error::from(error);
+                format!("the other ends of connections on this host may be missing: {error:#}")
+            }),
+        }
+    }
+
+    /// Adds to the groups and processes what is known of their other ends.
+    pub(super) fn attach(
+        mut self,
+        scan: &Scan,
+        total: &mut SocketGroup,
+        ownerless: &mut SocketGroup,
+        processes: &mut [ProcessDiagnosis],
+        listeners: &mut [ListenerDiagnosis],
+    ) {
+        total.other_ends = self.of(super::sockets(scan));
+        ownerless.other_ends = self.of(super::ownerless(scan));
+        let by_process = group::by_process(scan);
+        for diagnosis in processes {
+            let id = diagnosis.process.id;
+            if let Some(sockets) = by_process.get(&id) {
+                diagnosis.held.other_ends = self.of(sockets.held.iter().copied());
+            }
+            // All that it has in CLOSE-WAIT must be in its report, and none of it have come since the first scan.
+            let held = &diagnosis.held;
+            let close_wait: usize = held.causes.values().map(|cause| cause.close_wait).sum();
+            diagnosis.other_legs = self.legs.remove(&id).filter(|legs| {
+                let legs: usize = legs.iter().map(|leg| leg.count).sum();
+                held.new == 0 && legs == close_wait && legs == held.stuck
+            });
+        }
+        let by_listener = group::by_listener(scan);
+        for diagnosis in listeners {
+            if let Some(sockets) = by_listener.get(&diagnosis.listener) {
+                diagnosis.connections.other_ends = self.of(sockets.iter().copied());
+            }
+        }
+    }
+
+    fn of<'s>(&self, sockets: impl Iterator<Item = &'s Socket>) -> Vec<OtherEnd> {
+        let end = |socket: &Socket| self.ends.get(&(socket.netns, socket.cookie())).cloned();
+        pairing::count(sockets.filter_map(end))
+    }
+}
+
+fn other_end(end: &Connection, owners: &OwnerScan) -> OtherEnd {
+    let owner = end.inode.map(|inode| owners.of(inode).next());
+    OtherEnd {
+        owner: match owner {
+            Some(Some(owner)) => EndOwner::Process {
+                pid: owner.process.id.pid,
+                comm: owner.process.comm.clone(),
+                fd: Some(owner.fd.0),
+            },
+            Some(None) => EndOwner::Unknown,
+            None => EndOwner::Orphan,
+        },
+        state: end.state,
+        count: 1,
+    }
+}
+
+/// The other legs of each process that has connections in `stalled`.
+fn legs(
+    stalled: &[Connection],
+    in_close_wait: &[Connection],
+    listening: &[ListeningPort],
+    owners: &OwnerScan,
+) -> HashMap<ProcessId, Vec<OtherLeg>> {
+    let ports: HashSet<(usize, u16)> = listening.iter().map(|l| (l.netns, l.port)).collect();
+    let by_process = |connections: &[Connection]| {
+        let mut legs: HashMap<ProcessId, Vec<Leg>> = HashMap::new();
+        for connection in connections {
+            let tuple = connection.tuple();
+            let leg = Leg {
+                peer: tuple.peer,
+                is_accepted: ports.contains(&(connection.netns, tuple.local.port())),
+                send_q: connection.send_q,
+            };
+            let of = connection.inode.into_iter();
+            let of = of.flat_map(|inode| owners.of(inode));
+            let processes: HashSet<ProcessId> = of.map(|owner| owner.process.id).collect();
+            for process in processes {
+                legs.entry(process).or_default().push(leg);
+            }
+        }
+        legs
+    };
+    let stuck = by_process(in_close_wait);
+    let other = |(id, stalled): (ProcessId, Vec<Leg>)| {
+        Some((id, pairing::other_legs(stuck.get(&id)?, &stalled)?))
+    };
+    by_process(stalled).into_iter().filter_map(other).collect()
+}

@@ -1,0 +1,108 @@
+//! Sockets of the namespaces that were read, whichever the selectors match: the other ends of the targets, and the other
+//! connections of their owners.
+
+use std::sync::Arc;
+
+use super::FindError;
+use crate::proc::netns::Netns;
+use crate::sock_diag::{
+    Cookie, Detail, DiagId, DumpRequest, Family, Progress, Protocol, SockDiag, SocketMessage,
+};
+use crate::tcp::{StateSet, TcpState, Tuple};
+
+/// A TCP socket, at the time when the kernel reported it.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    /// The index of its network namespace, among those that were given.
+    pub netns: usize,
+    pub id: DiagId,
+    pub state: TcpState,
+    /// `None` if no descriptor exists.
+    pub inode: Option<u32>,
+    /// See [`SocketMessage::send_q`].
+    pub send_q: u32,
+    /// See [`SocketMessage::progress`]. Only [`look_up`] fills it in.
+    pub progress: Option<Progress>,
+}
+
+impl Connection {
+    fn of(message: &SocketMessage, netns: usize) -> Self {
+        Connection {
+            netns,
+            id: message.id,
+            state: message.state,
+            inode: (message.inode != 0).then_some(message.inode),
+            send_q: message.send_q,
+            progress: message.progress,
+        }
+    }
+
+    pub fn tuple(&self) -> Tuple {
+        self.id.tuple()
+    }
+
+    pub fn cookie(&self) -> Cookie {
+        self.id.cookie()
+    }
+}
+
+/// Lists the sockets in `states` that `keep` wants. Also returns the first error: the sockets of its namespace are missing.
+pub fn list(
+    namespaces: &[Arc<Netns>],
+    states: StateSet,
+    keep: &(dyn Fn(&SocketMessage) -> bool + Sync),
+) -> (Vec<Connection>, Option<FindError>) {
+    in_each(namespaces, &|netns| {
+        let mut diag = SockDiag::open().map_err(FindError::Open)?;
+        let mut connections = Vec::new();
+        for family in Family::ALL {
+            let request = DumpRequest {
+                protocol: Protocol::Tcp,
+                family,
+                states,
+                info: false,
+                bytecode: &[],
+            };
+            let of = |message| keep(&message).then(|| Connection::of(&message, netns));
+            connections.append(&mut diag.dump(&request, of)?);
+        }
+        Ok(connections)
+    })
+}
+
+/// Looks up the same sockets again, with their byte counters. Those that are gone are left out.
+pub fn look_up(
+    namespaces: &[Arc<Netns>],
+    connections: &[Connection],
+) -> (Vec<Connection>, Option<FindError>) {
+    in_each(namespaces, &|netns| {
+        let here = connections.iter().filter(|one| one.netns == netns);
+        let ids: Vec<DiagId> = here.map(|connection| connection.id).collect();
+        if ids.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut diag = SockDiag::open().map_err(FindError::Open)?;
+        let answers = diag.lookup(&ids, Detail::Quiet);
+        let answers = answers.map_err(FindError::Lookup)?.into_iter();
+        let found = answers.filter_map(|answer| Some(Connection::of(&answer.ok()?, netns)));
+        Ok(found.collect())
+    })
+}
+
+/// Runs `read` in each namespace, with its index.
+fn in_each(
+    namespaces: &[Arc<Netns>],
+    read: &(dyn Fn(usize) -> Result<Vec<Connection>, FindError> + Sync),
+) -> (Vec<Connection>, Option<FindError>) {
+    let (mut all, mut first_error) = (Vec::new(), None);
+    for (index, netns) in namespaces.iter().enumerate() {
+        let connections = netns.within(|| read(index)).map_err(FindError::Enter);
+        match connections.and_then(|connections| connections) {
+            Ok(mut connections) => all.append(&mut connections),
+            Err(error) => {
+                first_error.get_or_insert(error);
+            }
+        }
+    }
+    (all, first_error)
+}
