@@ -664,7 +664,7 @@ int main(int argc, char **argv)
         be_traced();
     else if (!strcmp(mode, "shares") || !strcmp(mode, "loop-epoll-shared"))
         share_table();
-    else if (!strcmp(mode, "vfork")) {
+    else if (!strcmp(mode, "vfork") || !strcmp(mode, "loop-poll-hidden")) {
         /* The child has a copy of every open descriptor. Of a peer in dead_socket, it would hold back the reset. */
         static sem_t forked;
         sem_init(&forked, 0, 0);
@@ -684,7 +684,8 @@ int main(int argc, char **argv)
     for (int i = 0; i < atoi(threads); i++) {
         if (!strcmp(mode, "churn"))
             start(churns, NULL);
-        else if (!strcmp(mode, "idle") || !strcmp(mode, "execs") || !strcmp(mode, "hangs"))
+        else if (!strcmp(mode, "idle") || !strcmp(mode, "execs") || !strcmp(mode, "hangs")
+            || (has_loop(mode) && i > 0))
             start(idle, NULL);
         else if (!strcmp(mode, "unshared")) {
             static sem_t ready;

@@ -8,8 +8,10 @@
  *   loop-epoll-forked                              a child has the set, and both have the sockets
  *   loop-epoll-shared                              another process shares the descriptor table
  *   loop-poll-0, loop-poll-out                     the same with poll(2)
+ *   loop-poll-hidden                               all but the first, with poll(2); another thread is in uninterruptible sleep
  *   loop-select, loop-select-out                   in no set of select(2), or in the one for space to send
  *   loop-glances                                   polls once per millisecond, and without a pause if something has happened
+ *   loop-glances-rest                              the same for all but the first
  *   loop-logs                                      polls every 30 ms, and works and sleeps a little for every event, as for a line in a log
  *   busy                                           in no loop; a thread computes all the time, another most of the time
  */
@@ -68,9 +70,10 @@ static int list_all(struct pollfd *list)
 {
     int count = atomic_load(&known);
     list[0] = (struct pollfd){news, POLLIN, 0};
-    for (int i = 0; i < count; i++)
-        list[i + 1] = (struct pollfd){fds[i], is("loop-poll-out") ? POLLOUT : 0, 0};
-    return count + 1;
+    int first = (is("loop-poll-hidden") || is("loop-glances-rest")) && count > 0;
+    for (int i = first; i < count; i++)
+        list[i - first + 1] = (struct pollfd){fds[i], is("loop-poll-out") ? POLLOUT : 0, 0};
+    return count - first + 1;
 }
 
 static void drop_news(void)
@@ -83,7 +86,7 @@ static void drop_news(void)
 static void *polls(void *unused)
 {
     static struct pollfd list[MAX + 1];
-    int glances = !is("loop-poll-0") && !is("loop-poll-out");
+    int glances = strncmp(kind, "loop-poll-", 10) != 0;
     for (;;) {
         int events = poll(list, list_all(list), glances ? 0 : -1);
         if (events > 0)

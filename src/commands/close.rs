@@ -97,14 +97,19 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
         let intents = terminal.aside(|| log.begin(&run));
         intents.context("nothing was done")?;
     }
+    let mut canaries = None;
     if acts {
-        close(&mut run, config, &privileges, &proc, &terminal);
+        canaries = close(&mut run, config, &privileges, &proc, &terminal);
         if let Some(stop_limit) = config.drain_backlogs {
             drain_backlogs(&mut run, stop_limit, &proc, &terminal);
         }
     }
     if let Some(rules) = &config.reclaim {
         reclaim_descriptors(&mut run, rules, &proc, &terminal);
+    }
+    if let Some(mut canaries) = canaries {
+        let more = canaries.watch_paused(&run.scan, &terminal);
+        run.spinning.extend(more);
     }
     // From here on a signal ends cwkill at once, so that a log on a hanging disk or pipe does not block the operator.
     terminal.release_signals();
@@ -191,10 +196,11 @@ pub fn find_and_plan(
         if config.action != Action::List && !config.policy.allow_spin {
             finder::waiting::find(&mut scan, proc);
         }
-        plan::build(&mut scan, &config.policy, privileges);
+        plan::decide(&mut scan, &config.policy, privileges);
         if let Some(rules) = &config.reclaim {
             spare_those_that_stay_open(&mut scan, rules, proc);
         }
+        plan::limit(&mut scan, config.policy.max_kills);
         Ok(scan)
     };
     let found = match catch_unwind(AssertUnwindSafe(search)) {
@@ -253,30 +259,33 @@ fn spare_those_that_stay_open(scan: &mut Scan, rules: &ReclaimRules, proc: &Proc
     }
 }
 
-/// Closes the sockets as planned, and checks which of their descriptors are still open. Writes the results to the targets.
-pub fn close(
+/// Closes the sockets as planned, and checks which of their descriptors are still open. Writes the results to the targets. Returns
+/// what is known of the owners that might spin.
+pub fn close<'p>(
     run: &mut Run,
     config: &Config,
     privileges: &Privileges,
-    proc: &ProcFs,
+    proc: &'p ProcFs,
     control: &dyn Control,
-) {
+) -> Option<Canaries<'p>> {
     control.hold_signals();
     if let Some(rules) = &config.reclaim {
         reclaim::skip_used_by_syscalls(&mut reclaim_targets(&mut run.scan), rules, proc);
     }
     let (rules, methods) = (config.rules(privileges), &config.policy.methods[..]);
-    if config.policy.allow_spin {
-        workers::close(&mut run.scan, methods, rules, proc, control);
-    } else {
-        let mut canaries = Canaries::new(&run.scan, proc, control);
+    let mut canaries = (!config.policy.allow_spin).then(|| Canaries::new(&run.scan, proc, control));
+    if let Some(canaries) = &mut canaries {
         run.spinning = canaries.close_first(&mut run.scan, methods, rules, control);
-        workers::close(&mut run.scan, methods, rules, proc, control);
+    }
+    workers::close(&mut run.scan, methods, rules, proc, control);
+    run.acted = true;
+    reactions::await_owners(proc, &mut run.scan.targets, config.grace, control);
+    // After the owners had time to react, which keeps them awake as well.
+    if let Some(canaries) = &mut canaries {
         let more = canaries.watch_the_rest(&run.scan, control);
         run.spinning.extend(more);
     }
-    run.acted = true;
-    reactions::await_owners(proc, &mut run.scan.targets, config.grace, control);
+    canaries
 }
 
 /// Drains the backlogs, and updates what is known of their listeners.

@@ -4,21 +4,21 @@
 //! do for back pressure, sleeps on a socket in CLOSE-WAIT, and wakes without end when it is closed. cwkill reads the epoll sets of
 //! the owners, and the lists of their threads that sleep in poll(2). Other ways of waiting are not visible.
 //!
-//! The lists are in the memory of the owner. cwkill does not read them while a thread of the owner is in uninterruptible sleep (D):
-//! then the read could hang as well.
+//! The lists are in the memory of the owner, and a thread that waits for a page can hold the lock of an epoll set. cwkill reads
+//! neither while a thread of the owner is in uninterruptible sleep (D): then the read could hang as well. A socket counts as harmless
+//! only if the waits of all its owners could be read.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
+use std::io;
 
 use rayon::prelude::*;
 
 use crate::model::{Owner, Scan, Socket, Target, Waiter, Waiting};
 use crate::proc::epoll::{EpollSet, Watched};
+use crate::proc::status::MANY_THREADS;
 use crate::proc::syscall::{Syscall, read_memory};
 use crate::proc::{ProcFs, Process, ProcessId, RemoteFd};
-
-/// cwkill reads the system calls of at most this many threads of a process.
-const MAX_THREADS: usize = 512;
 
 /// How a process waits for a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,52 +35,133 @@ struct Waits {
     by_inode: HashMap<u32, Wait>,
     /// Files for which a process waits, by its descriptor.
     by_fd: HashMap<(ProcessId, RemoteFd), Wait>,
+    /// Owners that may wait in a way that could not be read.
+    unread: HashSet<ProcessId>,
 }
 
 /// Finds out how the owners of each target wait for it, and writes it to [`Target::waiting`].
 pub fn find(scan: &mut Scan, proc: &ProcFs) {
+    let owners = scan.targets.iter().flat_map(|target| &target.owners);
+    let owners = owners.map(|owner| &*owner.process);
+    let with_epolls = scan.epolls.iter().map(|(process, _)| &**process);
+    let processes: BTreeMap<ProcessId, &Process> = owners
+        .chain(with_epolls)
+        .map(|process| (process.id, process))
+        .collect();
+    let inodes = scan.targets.iter().filter_map(|it| it.socket.inode);
+    let inodes: HashSet<u32> = inodes.collect();
+    let mut epolls: BTreeMap<ProcessId, Vec<RemoteFd>> = BTreeMap::new();
+    for (process, fd) in &scan.epolls {
+        epolls.entry(process.id).or_default().push(*fd);
+    }
+    let sets = |id: &ProcessId| epolls.get(id).map_or(&[][..], |fds| fds);
+    let found: Vec<(&Process, Found)> = processes
+        .into_par_iter()
+        .map(|(id, process)| (process, Found::of(proc, process, sets(&id))))
+        .collect();
     let mut waits = Waits::default();
-    if !scan.epolls.is_empty() {
-        let targets = scan.targets.iter();
-        let inodes: HashSet<u32> = targets.filter_map(|target| target.socket.inode).collect();
-        let sets: Vec<(&Process, EpollSet)> = scan
-            .epolls
-            .par_iter()
-            .filter_map(|(process, fd)| Some((&**process, epoll_set(proc, process, *fd)?)))
-            .collect();
-        for (process, set) in sets {
+    scan.in_select.clear();
+    for (process, found) in found {
+        if !found.complete {
+            waits.unread.insert(process.id);
+        }
+        for set in found.sets {
             waits.add_set(process, set, &inodes);
         }
-    }
-    // The system calls take pids of cwkill's own namespace.
-    if proc.shows_own_pid_namespace() {
-        let owners = scan.targets.iter().flat_map(|target| &target.owners);
-        let processes: BTreeMap<ProcessId, &Process> = owners
-            .map(|owner| (owner.process.id, &*owner.process))
-            .collect();
-        let lists: Vec<(ProcessId, Vec<Poll>)> = processes
-            .into_par_iter()
-            .map(|(id, process)| (id, polls(proc, process)))
-            .collect();
-        for (id, polls) in lists {
-            for poll in polls {
-                waits.add_poll(id, poll);
-            }
+        for poll in found.polls {
+            waits.add_poll(process.id, poll);
         }
-    }
-    if waits.by_inode.is_empty() && waits.by_fd.is_empty() {
-        return;
+        scan.in_select.extend(found.in_select);
     }
     for target in &mut scan.targets {
         target.waiting = waits.of(target);
     }
 }
 
-/// The epoll set of descriptor `fd`; `None` if it is gone or cannot be read.
-fn epoll_set(proc: &ProcFs, process: &Process, fd: RemoteFd) -> Option<EpollSet> {
+/// How one owner waits.
+#[derive(Default)]
+struct Found {
+    sets: Vec<EpollSet>,
+    polls: Vec<Poll>,
+    /// The threads that sleep in select(2).
+    in_select: Vec<i32>,
+    /// All of it could be read.
+    complete: bool,
+}
+
+impl Found {
+    /// How `process`, which has these `epolls`, waits.
+    fn of(proc: &ProcFs, process: &Process, epolls: &[RemoteFd]) -> Self {
+        let mut found = Found::default();
+        let tids = proc.tids(process.id.pid).unwrap_or_default();
+        let is_stuck = || !proc.uninterruptible(process).is_empty();
+        // Of a process with more threads it is not known whether one of them is stuck.
+        if tids.is_empty() || tids.len() > MANY_THREADS || (!epolls.is_empty() && is_stuck()) {
+            return found;
+        }
+        let sets = epolls.iter().map(|fd| epoll_set(proc, process, *fd));
+        found.sets = sets.filter_map(Result::ok).collect();
+        let all_sets = found.sets.len() == epolls.len();
+        // The system calls take pids of cwkill's own namespace.
+        let all_polls = proc.shows_own_pid_namespace() && found.add_polls(proc, process, &tids);
+        found.complete = all_sets && all_polls;
+        found
+    }
+
+    /// Adds the lists of those `tids` of `process` that sleep in poll(2). Whether all of them could be read.
+    fn add_polls(&mut self, proc: &ProcFs, process: &Process, tids: &[i32]) -> bool {
+        let pid = process.id.pid;
+        let mut complete = true;
+        let mut calls = Vec::new();
+        for tid in tids {
+            let path = proc.path(&format!("{pid}/task/{tid}/syscall"));
+            match fs::read(path) {
+                Ok(call) => {
+                    let call = Syscall::parse(&String::from_utf8_lossy(&call));
+                    if call.is_some_and(|call| call.is_select()) {
+                        self.in_select.push(*tid);
+                    }
+                    let call = call.filter(Syscall::may_be_poll);
+                    calls.extend(call.map(|call| (*tid, call)));
+                }
+                Err(error) => complete &= is_gone(&error),
+            }
+        }
+        if calls.is_empty() {
+            return complete;
+        }
+        if !proc.uninterruptible(process).is_empty() || !proc.is_alive(process.id) {
+            return false;
+        }
+        let table_size = proc.table_size(pid);
+        let memory = |address, length| read_memory(pid, address, length);
+        for (tid, call) in calls {
+            let list = call.pollfds(&memory, table_size);
+            complete &= list.is_some();
+            let polls = list.into_iter().flatten().map(|entry| Poll {
+                fd: RemoteFd(entry.fd),
+                watched: Watched::by_poll(entry.events),
+                tid,
+            });
+            self.polls.extend(polls);
+        }
+        complete
+    }
+}
+
+/// Whether a file of /proc could not be read because its thread or descriptor is gone.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
+}
+
+/// The epoll set of descriptor `fd`, without members if it is gone.
+fn epoll_set(proc: &ProcFs, process: &Process, fd: RemoteFd) -> io::Result<EpollSet> {
     let path = proc.path(&format!("{}/fdinfo/{}", process.id.pid, fd.0));
-    let fdinfo = fs::read_to_string(path).ok()?;
-    Some(EpollSet::parse(fd.0, &fdinfo))
+    match fs::read_to_string(path) {
+        Ok(fdinfo) => Ok(EpollSet::parse(fd.0, &fdinfo)),
+        Err(error) if is_gone(&error) => Ok(EpollSet::parse(fd.0, "")),
+        Err(error) => Err(error),
+    }
 }
 
 /// A descriptor in the list of a thread that sleeps in poll(2).
@@ -88,37 +169,6 @@ struct Poll {
     fd: RemoteFd,
     watched: Watched,
     tid: i32,
-}
-
-/// The lists of the threads of `process` that sleep in poll(2); empty if one of them cannot be read.
-fn polls(proc: &ProcFs, process: &Process) -> Vec<Poll> {
-    let pid = process.id.pid;
-    let mut calls = Vec::new();
-    let Ok(tids) = proc.tids(pid) else {
-        return Vec::new();
-    };
-    for tid in tids.into_iter().take(MAX_THREADS) {
-        let file = |name: &str| fs::read(proc.path(&format!("{pid}/task/{tid}/{name}")));
-        let Ok(call) = file("syscall") else { continue };
-        let call = Syscall::parse(&String::from_utf8_lossy(&call));
-        if let Some(call) = call.filter(Syscall::may_be_poll) {
-            calls.push((tid, call));
-        }
-    }
-    if calls.is_empty() || !proc.uninterruptible(process).is_empty() || !proc.is_alive(process.id) {
-        return Vec::new();
-    }
-    let table_size = proc.table_size(pid);
-    let memory = |address, length| read_memory(pid, address, length);
-    let list = |(tid, call): (i32, Syscall)| {
-        let list = call.pollfds(&memory, table_size).unwrap_or_default();
-        list.into_iter().map(move |entry| Poll {
-            fd: RemoteFd(entry.fd),
-            watched: Watched::by_poll(entry.events),
-            tid,
-        })
-    };
-    calls.into_iter().flat_map(list).collect()
 }
 
 impl Waits {
@@ -159,20 +209,23 @@ impl Waits {
         let waits = by_inode
             .into_iter()
             .chain(target.owners.iter().filter_map(by_fd));
+        let is_unread =
+            |owner: &Owner| owner.tid.is_some() || self.unread.contains(&owner.process.id);
         match waits.max_by_key(|wait| wait.watched) {
-            None => Waiting::Unknown,
-            Some(wait) if would_spin(wait.watched, &target.socket) => Waiting::Paused {
+            Some(wait) if spins(wait.watched, &target.socket) => Waiting::Paused {
                 pid: wait.pid,
                 by: wait.by,
             },
-            Some(_) => Waiting::Told,
+            _ if target.owners.iter().any(is_unread) => Waiting::Unreadable,
+            None => Waiting::Unknown,
+            Some(_) => Waiting::Harmless,
         }
     }
 }
 
 /// Whether a process that waits for `socket` like this spins when it is closed. If it waits for space to send, and there is space,
 /// then it is awake already, if it waits at all.
-fn would_spin(watched: Watched, socket: &Socket) -> bool {
+fn spins(watched: Watched, socket: &Socket) -> bool {
     match watched {
         Watched::Harmlessly => false,
         Watched::ForOutput => socket.send_q > 0,
@@ -222,7 +275,7 @@ mod tests {
     fn the_worst_owner_counts() {
         let shared = target(&[(7, 3), (8, 3)], 0);
         let mut waits = epoll(7, "tfd: 3 events: 19 data: 0 pos:0 ino:2a sdev:9");
-        assert_eq!(waits.of(&shared), Waiting::Told);
+        assert_eq!(waits.of(&shared), Waiting::Harmless);
         poll(&mut waits, 8, 3, 0);
         let by = Waiter::Poll(9);
         assert_eq!(waits.of(&shared), Waiting::Paused { pid: 8, by });
@@ -230,6 +283,51 @@ mod tests {
         // The process has the set, and another descriptor of the socket than the one that was added.
         let waits = epoll(7, "tfd: 9 events: 18 data: 0 pos:0 ino:2a sdev:9");
         assert_eq!(waits.of(&shared), Waiting::Paused { pid: 7, by });
+    }
+
+    #[test]
+    fn a_socket_is_harmless_only_if_all_its_owners_could_be_read() {
+        let shared = target(&[(7, 3), (8, 3)], 0);
+        let mut waits = epoll(7, "tfd: 3 events: 19 data: 0 pos:0 ino:2a sdev:9");
+        waits.unread.insert(process(8, "app").id);
+        assert_eq!(waits.of(&shared), Waiting::Unreadable);
+        assert_eq!(waits.of(&target(&[(7, 3)], 0)), Waiting::Harmless);
+        assert_eq!(waits.of(&target(&[(8, 4)], 0)), Waiting::Unreadable);
+        poll(&mut waits, 7, 3, 0);
+        let paused = waits.of(&shared);
+        assert!(matches!(paused, Waiting::Paused { .. }), "{paused:?}");
+        let mut in_thread = target(&[(7, 4)], 0);
+        in_thread.owners[0].tid = Some(9);
+        assert_eq!(waits.of(&in_thread), Waiting::Unreadable);
+    }
+
+    #[test]
+    fn nothing_is_read_while_a_thread_is_in_uninterruptible_sleep() {
+        let root = tempfile::tempdir().unwrap();
+        let write = |path: &str, text: &str| {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        let one = process(7, "app");
+        let zeros = "0 ".repeat(17);
+        let stat = |state| {
+            let start = one.id.start_time;
+            format!("7 (app) {state} 1 {zeros}{start} {zeros}{zeros}{zeros}\n")
+        };
+        write("7/stat", &stat('S'));
+        write("7/task/7/stat", &stat('S'));
+        write("7/task/7/syscall", "running\n");
+        write(
+            "7/fdinfo/5",
+            "tfd: 3 events: 19 data: 0 pos:0 ino:2a sdev:9\n",
+        );
+        let proc = ProcFs::at(root.path());
+        assert_eq!(Found::of(&proc, &one, &[RemoteFd(5)]).sets.len(), 1);
+        write("7/task/8/stat", &stat('D'));
+        write("7/task/8/syscall", "running\n");
+        let stuck = Found::of(&proc, &one, &[RemoteFd(5)]);
+        assert!(stuck.sets.is_empty() && !stuck.complete);
     }
 
     #[test]
@@ -247,7 +345,7 @@ mod tests {
     #[test]
     fn waiting_for_space_to_send_is_harmless_while_there_is_space() {
         let waits = epoll(7, "tfd: 3 events: 1c data: 0 pos:0 ino:2a sdev:9");
-        assert_eq!(waits.of(&target(&[(7, 3)], 0)), Waiting::Told);
+        assert_eq!(waits.of(&target(&[(7, 3)], 0)), Waiting::Harmless);
         let full = waits.of(&target(&[(7, 3)], 1));
         assert!(matches!(full, Waiting::Paused { .. }), "{full:?}");
     }

@@ -2,11 +2,14 @@
 //!
 //! A closed socket can wake a process without end, see [`crate::finder::waiting`]. How a process waits is not always visible. So
 //! cwkill closes one socket, watches the threads of its owners for a moment, and closes the others only if no thread has begun to
-//! spin. All owners are watched at the same time.
+//! spin. If the waits of an owner could not be read, its other sockets follow in growing steps, with a watch after each. At the end
+//! all owners are watched once more: the sockets of one owner need not be waited for in the same way. All owners are watched at the
+//! same time.
 //!
 //! A thread spins if it has not slept for a second since the close, although it slept before. A thread that was idle before also
 //! spins if it has needed a processor for half of that second. Time in which it waits for a processor counts too, so the load of the
-//! machine does not matter. A thread that has not slept before the close either cannot be judged, and does not count.
+//! machine does not matter. A thread that has not slept before the close either cannot be judged, and does not count. If a process
+//! has more threads than cwkill reads, the processor time of all of them counts as well, as if they were one that was idle before.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
@@ -18,10 +21,10 @@ use rayon::prelude::*;
 use super::engine::Rules;
 use super::workers;
 use crate::control::Control;
-use crate::model::{Method, Outcome, Scan, SkipReason, Spinning, Target, Waiting};
+use crate::model::{Method, Outcome, Owner, Scan, SkipReason, Spinning, Target, Waiting};
 use crate::proc::epoll::EpollSet;
 use crate::proc::threads::ThreadSample;
-use crate::proc::{ProcFs, Process, ProcessId, RemoteFd};
+use crate::proc::{FdState, ProcFs, Process, ProcessId, RemoteFd};
 
 /// How long owners are watched before the close.
 const BEFORE: Duration = Duration::from_millis(50);
@@ -31,8 +34,10 @@ const LOOKS_BEFORE: u32 = 6;
 const MOMENT: Duration = Duration::from_millis(100);
 /// How often they are watched for that time, if a thread seems to spin.
 const MOMENTS: u32 = 10;
-/// How many sockets of an owner are tried until a method acts on one.
-const MAX_TRIES: usize = 3;
+/// How many sockets of an owner are tried at once until a method acts on one.
+const TRIES: [usize; 8] = [1, 1, 1, 4, 16, 64, 256, 1024];
+/// How many sockets follow the canary, step by step, if it could not be read how their owner waits for them.
+const STEPS: [usize; 5] = [4, 16, 64, 256, 1024];
 
 /// The samples of all threads of some processes at one moment.
 #[derive(Debug, Default)]
@@ -48,10 +53,12 @@ pub struct Canaries<'p> {
     owners: BTreeMap<ProcessId, Arc<Process>>,
     /// Two samples before the close.
     before: [Sample; 2],
-    /// The first socket of each owner on which a method has acted.
-    closed: BTreeMap<ProcessId, Closed>,
-    /// The owners that were watched since.
-    watched: HashSet<ProcessId>,
+    /// The sockets of each owner on which a method has acted since the owner was watched.
+    closed: BTreeMap<ProcessId, Vec<Closed>>,
+    /// The targets that are, or were, in `closed`.
+    noted: HashSet<usize>,
+    /// The owners that spin.
+    spinning: HashSet<ProcessId>,
 }
 
 /// A socket on which a method has acted.
@@ -64,7 +71,8 @@ struct Closed {
 impl<'p> Canaries<'p> {
     /// Begins to watch the owners of `scan`.
     pub fn new(scan: &Scan, proc: &'p ProcFs, control: &dyn Control) -> Self {
-        let targets = scan.targets.iter().filter(|target| needs_canary(target));
+        let is_watched = |target: &&Target| needs_canary(target) || is_paused(target);
+        let targets = scan.targets.iter().filter(is_watched);
         let mut owners = BTreeMap::new();
         for owner in targets.flat_map(|target| &target.owners) {
             let process = || Arc::clone(&owner.process);
@@ -75,14 +83,15 @@ impl<'p> Canaries<'p> {
             owners,
             before: Default::default(),
             closed: BTreeMap::new(),
-            watched: HashSet::new(),
+            noted: HashSet::new(),
+            spinning: HashSet::new(),
         };
         canaries.before[0] = Sample::of(&canaries.owners, proc, control);
         canaries
     }
 
-    /// Closes the canary of each owner, and watches the owners. If one spins, its other sockets are skipped. Returns the owners that
-    /// spin.
+    /// Closes the canary of each owner, and watches the owners. If one spins, its other sockets are skipped. If it could not be read
+    /// how an owner waits, its other sockets are closed in growing steps, and it is watched after each. Returns the owners that spin.
     pub fn close_first(
         &mut self,
         scan: &mut Scan,
@@ -94,14 +103,31 @@ impl<'p> Canaries<'p> {
             return Vec::new();
         }
         self.watch_before(control);
-        for _ in 0..MAX_TRIES {
-            let chosen = choose(&scan.targets, &self.closed);
+        for count in TRIES {
+            let covered = self.closed.keys().copied().collect();
+            let chosen = choose(&scan.targets, covered, count, needs_canary);
             if chosen.is_empty() || control.interrupted() {
                 break;
             }
             workers::begin(scan, &chosen, methods, rules, self.proc, control);
-            self.note_closed(chosen.iter().map(|index| &scan.targets[*index]));
+            self.note_closed(&scan.targets, chosen);
         }
+        let mut spinning = self.watch_and_spare(scan, control);
+        let is_unread =
+            |target: &Target| target.waiting == Waiting::Unreadable && needs_canary(target);
+        for count in STEPS {
+            let chosen = choose(&scan.targets, self.spinning.clone(), count, is_unread);
+            if chosen.is_empty() || control.interrupted() {
+                break;
+            }
+            workers::begin(scan, &chosen, methods, rules, self.proc, control);
+            self.note_closed(&scan.targets, chosen);
+            spinning.extend(self.watch_and_spare(scan, control));
+        }
+        spinning
+    }
+
+    fn watch_and_spare(&mut self, scan: &mut Scan, control: &dyn Control) -> Vec<Spinning> {
         let spinning = self.watch(scan, control);
         for one in &spinning {
             spare(&mut scan.targets, one);
@@ -127,20 +153,47 @@ impl<'p> Canaries<'p> {
         }
     }
 
-    /// Watches the owners that were not watched yet although a method has acted on one of their sockets. Returns those that spin.
+    /// Watches the owners of the sockets that were closed after the canaries: a socket can be waited for in another way than the first
+    /// of its owner. Returns those that spin.
     pub fn watch_the_rest(&mut self, scan: &Scan, control: &dyn Control) -> Vec<Spinning> {
-        let waited_for = |target: &&Target| target.waiting == Waiting::Unknown;
-        self.note_closed(scan.targets.iter().filter(waited_for));
+        self.watch_closed(scan, control, |target| target.waiting.is_uncertain())
+    }
+
+    /// Watches the owners that would spin if a descriptor of a closed socket is still open. Returns those that spin.
+    pub fn watch_paused(&mut self, scan: &Scan, control: &dyn Control) -> Vec<Spinning> {
+        self.watch_closed(scan, control, |target| {
+            target.waiting.would_spin().is_some()
+        })
+    }
+
+    fn watch_closed(
+        &mut self,
+        scan: &Scan,
+        control: &dyn Control,
+        is_meant: impl Fn(&Target) -> bool,
+    ) -> Vec<Spinning> {
+        // If all owners have closed it, nobody waits for it.
+        let is_open = |target: &Target| {
+            let is_closed = |owner: &Owner| owner.after == Some(FdState::Closed);
+            !target.owners.iter().all(is_closed)
+        };
+        let targets = scan.targets.iter().enumerate();
+        let meant = targets.filter(|(_, target)| is_meant(target) && is_open(target));
+        self.note_closed(&scan.targets, meant.map(|(index, _)| index));
         self.watch(scan, control)
     }
 
-    /// Adds the owners of those `targets` on which a method has acted.
-    fn note_closed<'t>(&mut self, targets: impl Iterator<Item = &'t Target>) {
-        for target in targets.filter(|target| target.acted().is_some()) {
+    /// Notes those of the targets with these `indices` on which a method has acted.
+    fn note_closed(&mut self, targets: &[Target], indices: impl IntoIterator<Item = usize>) {
+        for index in indices {
+            let target = &targets[index];
+            if target.acted().is_none() || !self.noted.insert(index) {
+                continue;
+            }
             for owner in &target.owners {
                 let id = owner.process.id;
                 if self.owners.contains_key(&id) {
-                    self.closed.entry(id).or_insert(Closed {
+                    self.closed.entry(id).or_default().push(Closed {
                         fd: owner.fd,
                         inode: target.socket.inode,
                     });
@@ -149,25 +202,24 @@ impl<'p> Canaries<'p> {
         }
     }
 
-    /// Watches the owners in `closed` that were not watched yet. Returns those that spin.
+    /// Watches the owners in `closed`. Returns those that spin, without those that did before.
     fn watch(&mut self, scan: &Scan, control: &dyn Control) -> Vec<Spinning> {
-        let is_new = |(id, _): &(&ProcessId, &Closed)| !self.watched.contains(id);
-        let mut suspects: BTreeMap<ProcessId, Arc<Process>> = self
-            .closed
-            .iter()
-            .filter(is_new)
-            .map(|(id, _)| (*id, Arc::clone(&self.owners[id])))
+        let closed = std::mem::take(&mut self.closed);
+        let mut suspects: BTreeMap<ProcessId, Arc<Process>> = closed
+            .keys()
+            .filter(|id| !self.spinning.contains(id))
+            .map(|id| (*id, Arc::clone(&self.owners[id])))
             .collect();
-        self.watched.extend(suspects.keys());
         let first = Sample::of(&suspects, self.proc, control);
         // The threads that have been awake at every look, each with its share of a processor.
         let mut awake: BTreeMap<ProcessId, Vec<(i32, f64)>> = BTreeMap::new();
         let mut last = first.at;
         for moment in 0..MOMENTS {
-            if suspects.is_empty() || control.interrupted() {
-                return Vec::new();
+            // After Ctrl-C one look must do: cwkill has acted already.
+            if suspects.is_empty() || (moment > 0 && control.interrupted()) {
+                break;
             }
-            wait_since(last, MOMENT, control);
+            wait_until(last, MOMENT, control);
             let now = Sample::of(&suspects, self.proc, control);
             last = now.at;
             suspects.retain(|id, _| {
@@ -180,33 +232,53 @@ impl<'p> Canaries<'p> {
                 spins
             });
         }
+        self.spinning.extend(suspects.keys());
         let spinning = |id: &ProcessId| {
-            let closed = self.closed[id];
+            let closed = &closed[id];
             let (tid, after) = awake[id][0];
+            let member = self.member_of_epoll(scan, *id, closed);
+            let only = match closed[..] {
+                [only] => Some(only.fd),
+                _ => None,
+            };
             Spinning {
                 process: Arc::clone(&self.owners[id]),
-                fd: closed.fd,
-                tid,
+                fd: member.map(|(fd, _)| fd).or(only),
+                tid: Some(tid).filter(|tid| *tid != ThreadSample::ALL),
                 before: percent(self.before[0].share(&self.before[1], *id, tid)),
                 after: percent(after),
-                epoll: self.epoll_of(scan, *id, closed),
+                epoll: member.map(|(_, epoll)| epoll),
+                in_select: scan.in_select.contains(&tid),
                 ended: false,
             }
         };
         suspects.keys().map(spinning).collect()
     }
 
-    /// The epoll set of owner `id` that has this socket.
-    fn epoll_of(&self, scan: &Scan, id: ProcessId, closed: Closed) -> Option<RemoteFd> {
-        let inode = u64::from(closed.inode?);
-        let mut epolls = scan.epolls.iter().filter(|(process, _)| process.id == id);
-        let has_it = |fd: &RemoteFd| {
-            let path = self.proc.path(&format!("{}/fdinfo/{}", id.pid, fd.0));
+    /// One of the `closed` sockets that is in an epoll set of owner `id`, and the set; the most harmful.
+    fn member_of_epoll(
+        &self,
+        scan: &Scan,
+        id: ProcessId,
+        closed: &[Closed],
+    ) -> Option<(RemoteFd, RemoteFd)> {
+        let stuck = self.proc.uninterruptible(&self.owners[&id]);
+        let epolls = scan.epolls.iter().filter(|(process, _)| process.id == id);
+        let mut worst = None;
+        for (_, epoll) in epolls.filter(|_| stuck.is_empty()) {
+            let path = self.proc.path(&format!("{}/fdinfo/{}", id.pid, epoll.0));
             let fdinfo = fs::read_to_string(path).unwrap_or_default();
-            let set = EpollSet::parse(fd.0, &fdinfo);
-            set.watches(closed.fd.0, inode).is_some()
-        };
-        epolls.find(|(_, fd)| has_it(fd)).map(|(_, fd)| *fd)
+            let set = EpollSet::parse(epoll.0, &fdinfo);
+            for one in closed {
+                let inode = one.inode.map_or(0, u64::from);
+                if let Some(watched) = set.watches(one.fd.0, inode)
+                    && worst.is_none_or(|(known, _)| watched > known)
+                {
+                    worst = Some((watched, (one.fd, *epoll)));
+                }
+            }
+        }
+        worst.map(|(_, member)| member)
     }
 }
 
@@ -223,7 +295,20 @@ pub fn note_ended(spinning: &mut [Spinning], proc: &ProcFs, control: &dyn Contro
     wait_since(first.at, MOMENT, control);
     let second = Sample::of(&owners, proc, control);
     for one in spinning {
-        one.ended = !first.is_awake(&second, one.process.id, one.tid);
+        let tid = one.tid.unwrap_or(ThreadSample::ALL);
+        one.ended = !first.is_awake(&second, one.process.id, tid);
+    }
+}
+
+/// Waits until `duration` has passed after `start`, also after Ctrl-C.
+fn wait_until(start: Option<Instant>, duration: Duration, control: &dyn Control) {
+    let until = start.unwrap_or_else(|| control.now()) + duration;
+    loop {
+        let left = until.saturating_duration_since(control.now());
+        if left.is_zero() {
+            break;
+        }
+        control.sleep(left);
     }
 }
 
@@ -240,20 +325,38 @@ fn wait_since(start: Option<Instant>, duration: Duration, control: &dyn Control)
 fn needs_canary(target: &Target) -> bool {
     target.outcome.is_none()
         && target.plan.skip.is_none()
-        && target.waiting == Waiting::Unknown
+        && target.waiting.is_uncertain()
         && !target.owners.is_empty()
 }
 
-/// The indices of the next sockets to close: the oldest of each owner without a closed one. The targets are sorted, the oldest first.
-fn choose(targets: &[Target], closed: &BTreeMap<ProcessId, Closed>) -> Vec<usize> {
-    let mut covered: HashSet<ProcessId> = closed.keys().copied().collect();
+/// Whether a socket is closed although an owner would spin, because its descriptor will be closed too.
+fn is_paused(target: &Target) -> bool {
+    target.outcome.is_none() && target.plan.skip.is_none() && target.waiting.would_spin().is_some()
+}
+
+/// The indices of the next sockets to close: the `count` oldest of each owner that is not `covered`, among those that `may_go` first.
+/// The targets are sorted, the oldest first.
+fn choose(
+    targets: &[Target],
+    covered: HashSet<ProcessId>,
+    count: usize,
+    may_go: impl Fn(&Target) -> bool,
+) -> Vec<usize> {
+    let mut left: HashMap<ProcessId, usize> = covered.into_iter().map(|id| (id, 0)).collect();
     let mut chosen = Vec::new();
     for (index, target) in targets.iter().enumerate() {
-        if needs_canary(target) && target.attempts.is_empty() {
-            let before = covered.len();
-            covered.extend(target.owners.iter().map(|owner| owner.process.id));
-            if covered.len() > before {
+        if may_go(target) && target.attempts.is_empty() {
+            let mut is_chosen = false;
+            for owner in &target.owners {
+                let left = left.entry(owner.process.id).or_insert(count);
+                is_chosen |= *left > 0;
+            }
+            if is_chosen {
                 chosen.push(index);
+                for owner in &target.owners {
+                    let left = left.entry(owner.process.id).or_default();
+                    *left = left.saturating_sub(1);
+                }
             }
         }
     }
@@ -407,18 +510,17 @@ mod tests {
         let mut targets: Vec<Target> = [&[7][..], &[7], &[8], &[8, 9], &[9], &[], &[10], &[10]]
             .map(target)
             .into();
-        targets[6].waiting = Waiting::Told;
+        targets[6].waiting = Waiting::Harmless;
         targets[7].plan.skip = Some(SkipReason::OverMaxKills);
-        assert_eq!(choose(&targets, &BTreeMap::new()), [0, 2, 3]);
+        let next =
+            |targets: &[Target], covered, count| choose(targets, covered, count, needs_canary);
+        assert_eq!(next(&targets, HashSet::new(), 1), [0, 2, 3]);
+        assert_eq!(next(&targets, HashSet::new(), 2), [0, 1, 2, 3, 4]);
         // The first was left alone, so the next is tried.
         targets[0].outcome = Some(Outcome::Gone);
         targets[2].attempt(Method::Shutdown, None);
-        let closed = Closed {
-            fd: RemoteFd(3),
-            inode: None,
-        };
-        let closed = BTreeMap::from([(process(8, "app").id, closed)]);
-        assert_eq!(choose(&targets, &closed), [1, 3]);
+        let covered = HashSet::from([process(8, "app").id]);
+        assert_eq!(next(&targets, covered, 1), [1, 3]);
     }
 
     #[test]
@@ -427,17 +529,18 @@ mod tests {
         targets[0].attempt(Method::Shutdown, None);
         let spinning = Spinning {
             process: process(7, "app"),
-            fd: RemoteFd(3),
-            tid: 7,
+            fd: Some(RemoteFd(3)),
+            tid: Some(7),
             before: 0,
             after: 98,
             epoll: None,
+            in_select: false,
             ended: false,
         };
         spare(&mut targets, &spinning);
         let left = Some(Outcome::Skipped(SkipReason::OwnerSpins {
             pid: 7,
-            fd: RemoteFd(3),
+            fd: Some(RemoteFd(3)),
         }));
         let outcomes: Vec<_> = targets.iter().map(|target| target.outcome).collect();
         assert_eq!(outcomes, [None, left, None, left]);

@@ -22,22 +22,29 @@ pub struct Policy {
     pub frees_epoll_members: bool,
 }
 
-/// Plans every target of `scan` that has no outcome yet. A target with an outcome keeps its plan.
+/// As [`decide`] and [`limit`].
 pub fn build(scan: &mut Scan, policy: &Policy, privileges: &Privileges) {
-    let mut allowed = policy.max_kills.unwrap_or(usize::MAX);
-    // The targets are sorted, the oldest first.
-    let undecided = |target: &&mut Target| target.outcome.is_none();
-    for target in scan.targets.iter_mut().filter(undecided) {
+    decide(scan, policy, privileges);
+    limit(scan, policy.max_kills);
+}
+
+/// Plans every target of `scan` that has no outcome yet, without the limit on the number of targets. A target with an outcome keeps
+/// its plan.
+pub fn decide(scan: &mut Scan, policy: &Policy, privileges: &Privileges) {
+    for target in scan.targets.iter_mut().filter(|it| it.outcome.is_none()) {
         target.plan = plan_one(target, scan.owners_known, policy, privileges);
-        if target.plan.skip.is_none() {
-            match allowed.checked_sub(1) {
-                Some(rest) => allowed = rest,
-                None => {
-                    target.plan.methods.clear();
-                    target.plan.skip = Some(SkipReason::OverMaxKills);
-                }
-            }
-        }
+    }
+}
+
+/// Skips all but the first `max_kills` targets of `scan` that have no outcome yet and would be acted on. After everything that can
+/// skip one.
+pub fn limit(scan: &mut Scan, max_kills: Option<usize>) {
+    let undecided = |target: &&mut Target| target.outcome.is_none() && target.plan.skip.is_none();
+    let targets = scan.targets.iter_mut().filter(undecided);
+    // The targets are sorted, the oldest first.
+    for target in targets.skip(max_kills.unwrap_or(usize::MAX)) {
+        target.plan.methods.clear();
+        target.plan.skip = Some(SkipReason::OverMaxKills);
     }
 }
 
@@ -69,7 +76,7 @@ pub fn plan_one(
     }
     plan.skip = match plan.methods.is_empty() {
         true => Some(SkipReason::NoMethod),
-        false => would_spin(target.waiting, policy),
+        false => spin_skip(target.waiting, policy),
     };
     if plan.skip.is_some() {
         plan.methods.clear();
@@ -78,7 +85,7 @@ pub fn plan_one(
 }
 
 /// The skip of a socket whose owner would spin. A descriptor that is closed leaves every epoll set.
-fn would_spin(waiting: Waiting, policy: &Policy) -> Option<SkipReason> {
+fn spin_skip(waiting: Waiting, policy: &Policy) -> Option<SkipReason> {
     match waiting {
         _ if policy.allow_spin => None,
         Waiting::Paused {

@@ -1,6 +1,6 @@
 //! The result of the finder.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,6 +30,8 @@ pub struct Scan {
     pub sightings: Sightings,
     /// The epoll sets of the owners.
     pub epolls: Vec<(Arc<Process>, RemoteFd)>,
+    /// The threads of the owners that sleep in select(2).
+    pub in_select: HashSet<i32>,
 }
 
 /// The listener of connections that were never accepted.

@@ -113,15 +113,23 @@ pub enum SkipReason {
         how_to_close(*.by)
     )]
     WouldSpin { pid: i32, by: Waiter },
-    /// The process with this pid spins since cwkill closed the socket of this descriptor.
-    #[error("process {pid} spins since the socket of its descriptor {} was closed", .fd.0)]
-    OwnerSpins { pid: i32, fd: RemoteFd },
+    /// The process with this pid spins since cwkill closed the socket of this descriptor, or several.
+    #[error("process {pid} spins since {} closed", closed_socket(*.fd))]
+    OwnerSpins { pid: i32, fd: Option<RemoteFd> },
     /// The peer answered a probe: the connection is in use, or half-closed on purpose.
     #[error("peer is alive")]
     PeerAlive,
     /// The operator interrupted the run before the first act on it.
     #[error("interrupted")]
     Interrupted,
+}
+
+/// The subject of "closed": the socket of descriptor `fd`, or several if it is not known which.
+fn closed_socket(fd: Option<RemoteFd>) -> String {
+    match fd {
+        Some(fd) => format!("the socket of its descriptor {} was", fd.0),
+        None => "several of its sockets were".to_owned(),
+    }
 }
 
 /// How to close a socket although its owner would spin.

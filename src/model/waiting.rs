@@ -12,8 +12,10 @@ pub enum Waiting {
     /// No owner was seen to wait for it.
     #[default]
     Unknown,
+    /// No owner was seen that would spin, but the waits of an owner could not all be read.
+    Unreadable,
     /// Its owners have been told of its end, or are told only once of each change. They do not spin if it is closed.
-    Told,
+    Harmless,
     /// The process with this pid waits for it without asking for input. It would spin if the socket were closed.
     Paused { pid: i32, by: Waiter },
 }
@@ -23,8 +25,13 @@ impl Waiting {
     pub fn would_spin(self) -> Option<SkipReason> {
         match self {
             Waiting::Paused { pid, by } => Some(SkipReason::WouldSpin { pid, by }),
-            Waiting::Unknown | Waiting::Told => None,
+            Waiting::Unknown | Waiting::Unreadable | Waiting::Harmless => None,
         }
+    }
+
+    /// Whether only a close shows if the owners of a socket spin.
+    pub fn is_uncertain(self) -> bool {
+        matches!(self, Waiting::Unknown | Waiting::Unreadable)
     }
 }
 
@@ -50,32 +57,37 @@ impl fmt::Display for Waiter {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Spinning {
     pub process: Arc<Process>,
-    /// The descriptor of the socket that cwkill closed.
-    pub fd: RemoteFd,
-    /// The thread that wakes without end.
-    pub tid: i32,
+    /// The descriptor of the socket that cwkill closed; `None` if it closed several at once, and it is not known which one it is.
+    pub fd: Option<RemoteFd>,
+    /// The thread that wakes without end; `None` if the process has too many threads to tell.
+    pub tid: Option<i32>,
     /// The share of a processor that the thread used before the close, in percent.
     pub before: u32,
     /// The same after the close.
     pub after: u32,
     /// The epoll set that has the socket.
     pub epoll: Option<RemoteFd>,
+    /// The thread was seen in select(2) before.
+    pub in_select: bool,
     /// It no longer spins, because its descriptor was closed too.
     pub ended: bool,
 }
 
 impl Spinning {
-    /// The command that ends it.
-    pub fn next(&self) -> String {
+    /// The command that ends it; `None` if none but a restart of the process is known.
+    pub fn stop_command(&self) -> Option<String> {
         let pid = self.process.id.pid;
-        match self.epoll {
+        match (self.epoll, self.fd) {
             // A descriptor that is closed leaves every epoll set.
-            Some(_) => format!("cwkill reclaim --pid {pid} --reclaim-force"),
+            (Some(_), _) => Some(format!("cwkill reclaim --pid {pid} --reclaim-force")),
+            // /dev/null is always ready, and select(2) returns for it as well.
+            _ if self.in_select => None,
             // poll(2) returns at once for a closed descriptor, too. /dev/null reports nothing that was not asked for.
-            None => format!(
+            (None, Some(fd)) => Some(format!(
                 "gdb -p {pid} -batch -ex 'call (int)dup2((int)open(\"/dev/null\", 2), {})'",
-                self.fd.0
-            ),
+                fd.0
+            )),
+            (None, None) => None,
         }
     }
 }

@@ -11,8 +11,10 @@ use procfs::process::{LimitValue, Limits, Stat, Status};
 
 use super::{ProcFs, Process, ProcessId, leader_exited};
 
-/// cwkill reads at most this many threads of a process.
-pub(super) const THREADS: usize = 512;
+/// cwkill reads at most this many threads of a process, where it looks often.
+const THREADS: usize = 512;
+/// The same where it looks a few times. Three files of each take a tenth of a second.
+pub const MANY_THREADS: usize = 4096;
 
 /// Facts about a process from /proc, apart from its descriptors.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -93,7 +95,7 @@ impl ProcFs {
         tids.into_iter().take(THREADS).find_map(state)
     }
 
-    /// The threads of `process` in uninterruptible sleep (D), among its first 512; empty if it is gone.
+    /// The threads of `process` in uninterruptible sleep (D), among its first 4096; empty if it is gone.
     pub fn uninterruptible(&self, process: &Process) -> Vec<i32> {
         let directory = self.path(&process.id.pid.to_string());
         let Ok(threads) = fs::read_dir(directory.join("task")) else {
@@ -104,7 +106,7 @@ impl ProcFs {
             let stat = fs::read(entry.path().join("stat")).ok()?;
             (thread_state(&stat)? == b'D').then_some(thread)
         };
-        let threads = threads.take(THREADS).filter_map(Result::ok);
+        let threads = threads.take(MANY_THREADS).filter_map(Result::ok);
         let asleep = threads.filter_map(sleeping).collect();
         // Checked last, as above.
         match self.is_alive(process.id) {

@@ -36,6 +36,16 @@ impl Syscall {
         }
     }
 
+    /// Whether it is a select(2) or pselect(2).
+    pub fn is_select(&self) -> bool {
+        match self.number {
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_select => true,
+            libc::SYS_pselect6 => true,
+            _ => false,
+        }
+    }
+
     /// The list of a poll(2) or ppoll(2); empty for another call. A call that the kernel restarted after a stop counts as a
     /// poll(2) if its arguments are those of one. `None` if the list cannot be read. The process has a descriptor table with
     /// `table_size` slots.

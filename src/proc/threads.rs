@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
-use super::status::THREADS;
+use super::status::MANY_THREADS;
 use super::{ProcFs, ProcessId, status_field};
 
 /// A thread at one moment.
@@ -21,6 +21,9 @@ pub struct ThreadSample {
 }
 
 impl ThreadSample {
+    /// In place of a thread: all threads of the process.
+    pub const ALL: i32 = 0;
+
     /// Whether the thread has slept since an `earlier` sample of it, or sleeps now.
     pub fn has_slept(&self, earlier: &ThreadSample) -> bool {
         !self.runnable || self.sleeps != earlier.sleeps
@@ -28,10 +31,11 @@ impl ThreadSample {
 }
 
 impl ProcFs {
-    /// The first 512 threads of process `id`; empty if it is gone.
+    /// The first 4096 threads of process `id`, and if there are more, all threads as one; empty if it is gone.
     pub(crate) fn thread_samples(&self, id: ProcessId) -> Vec<ThreadSample> {
         let tids = self.tids(id.pid).unwrap_or_default();
-        let samples = tids.into_iter().take(THREADS).filter_map(|tid| {
+        let all = (tids.len() > MANY_THREADS).then(|| self.all_threads(id.pid));
+        let samples = tids.into_iter().take(MANY_THREADS).filter_map(|tid| {
             let file = |name: &str| fs::read(self.path(&format!("{}/task/{tid}/{name}", id.pid)));
             let status = file("status").ok()?;
             let schedstat = file("schedstat").unwrap_or_default();
@@ -41,12 +45,28 @@ impl ProcFs {
                 &String::from_utf8_lossy(&schedstat),
             )
         });
-        let samples = samples.collect();
+        let samples = samples.chain(all.flatten()).collect();
         // Checked last: the files may be of a later process with the same pid.
         match self.is_alive(id) {
             true => samples,
             false => Vec::new(),
         }
+    }
+}
+
+impl ProcFs {
+    /// The threads of process `pid` as one, of which only the processor time is known.
+    fn all_threads(&self, pid: i32) -> Option<ThreadSample> {
+        let stat = self.stat(pid).ok()?;
+        let ticks = stat.utime.saturating_add(stat.stime);
+        let milliseconds = ticks.saturating_mul(1000) / procfs::ticks_per_second().max(1);
+        Some(ThreadSample {
+            tid: ThreadSample::ALL,
+            runnable: false,
+            sleeps: 0,
+            ran: Duration::from_millis(milliseconds),
+            waited: Duration::ZERO,
+        })
     }
 }
 
@@ -106,5 +126,11 @@ mod tests {
             ..id
         };
         assert!(proc.thread_samples(later).is_empty(), "another process");
+        let until = std::time::Instant::now() + Duration::from_secs(30);
+        let earlier = proc.all_threads(pid).unwrap();
+        while proc.all_threads(pid).unwrap().ran == earlier.ran {
+            assert!(std::time::Instant::now() < until, "this thread runs");
+        }
+        assert_eq!(earlier.tid, ThreadSample::ALL);
     }
 }

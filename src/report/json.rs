@@ -193,14 +193,15 @@ struct JsonReclaim<'a> {
 struct JsonSpinning<'a> {
     pid: i32,
     comm: &'a str,
-    /// The descriptor of that socket.
-    fd: i32,
-    thread: i32,
+    /// The descriptor of that socket; null if several were closed at once.
+    fd: Option<i32>,
+    /// Null if the process has too many threads to tell.
+    thread: Option<i32>,
     cpu_percent_before: u32,
     cpu_percent: u32,
     /// It no longer spins, because its descriptor was closed.
     ended: bool,
-    /// The command that ends it.
+    /// The command that ends it; null if only a restart does.
     next: Option<String>,
 }
 
@@ -425,12 +426,12 @@ fn json_spinning(one: &Spinning) -> JsonSpinning<'_> {
     JsonSpinning {
         pid: one.process.id.pid,
         comm: &one.process.comm,
-        fd: one.fd.0,
+        fd: one.fd.map(|fd| fd.0),
         thread: one.tid,
         cpu_percent_before: one.before,
         cpu_percent: one.after,
         ended: one.ended,
-        next: (!one.ended).then(|| one.next()),
+        next: one.stop_command().filter(|_| !one.ended),
     }
 }
 

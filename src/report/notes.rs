@@ -140,10 +140,17 @@ fn spinning(run: &Run) -> impl Iterator<Item = String> + '_ {
             ended,
             ..
         } = one;
-        let what = format!("since the socket of descriptor {} was closed", fd.0);
+        let what = match fd {
+            Some(fd) => format!("since the socket of descriptor {} was closed", fd.0),
+            None => "since several of its sockets were closed".to_owned(),
+        };
         if *ended {
             return format!("{process} spun {what}, until the descriptor was closed too");
         }
+        let who = match tid {
+            Some(tid) => format!("its thread {tid} needs"),
+            None => "its threads need".to_owned(),
+        };
         let reason = SkipReason::OwnerSpins {
             pid: process.id.pid,
             fd: *fd,
@@ -155,8 +162,9 @@ fn spinning(run: &Run) -> impl Iterator<Item = String> + '_ {
             left => format!("; {} left alone", counted(left, "other socket")),
         };
         format!(
-            "{process} spins {what}: its thread {tid} needs {after} % of a processor, {before} % before{left}. To end it: {}",
-            one.next()
+            "{process} spins {what}: {who} {after} % of a processor, {before} % before{left}. To end it: {}",
+            one.stop_command()
+                .unwrap_or_else(|| "restart the process".to_owned())
         )
     })
 }

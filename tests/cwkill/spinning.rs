@@ -19,6 +19,10 @@ pub const TESTS: &[Test] = &[
     once!(a_socket_is_closed_if_its_descriptor_is_too),
     once!(a_socket_whose_descriptor_must_stay_open_is_spared),
     once!(what_cannot_be_known_is_tried_on_one_socket),
+    once!(a_socket_that_spins_after_the_first_is_found),
+    once!(a_poll_of_a_process_with_many_threads_is_seen),
+    once!(a_socket_whose_descriptor_stays_open_after_all_is_reported),
+    once!(a_spared_socket_does_not_count_towards_the_limit),
     once!(the_command_in_the_note_ends_the_spin).needs(Need::Gdb),
     once!(a_loop_that_sleeps_between_its_wake_ups_spins_too),
     once!(an_owner_that_is_busy_anyway_does_not_spin),
@@ -210,10 +214,83 @@ fn what_cannot_be_known_is_tried_on_one_socket() -> Result<()> {
         );
         assert_eq!(at(spinning, "/ended"), "false", "{mode}");
         let note = format!("{pid} spins since the socket of descriptor");
-        ran.complains(&note).complains("To end it: gdb -p");
+        // No command ends a select(2).
+        let command = match mode {
+            "loop-select-out" => "To end it: restart the process",
+            _ => "To end it: gdb -p",
+        };
+        ran.complains(&note).complains(command);
         until_it_spins(&lab, &mut owner)?;
     }
     Ok(())
+}
+
+/// The canary is harmless, and the other sockets are not, but that cannot be seen.
+fn a_socket_that_spins_after_the_first_is_found() -> Result<()> {
+    // Because a thread is in uninterruptible sleep: after the canary, four are tried. Because it polls only now and then: all.
+    for (mode, rest, closed) in [
+        ("loop-poll-hidden", 19, 5),
+        ("loop-poll-hidden", 1, 2),
+        ("loop-glances-rest", 19, 20),
+    ] {
+        let lab = Lab::new()?;
+        let mut owner = paused(&lab, mode, 1)?;
+        // The first is certainly the oldest.
+        let until = Instant::now() + Duration::from_millis(200);
+        lab.wait_for(PATIENCE, || Ok(Instant::now() > until))?;
+        ensure!(owner.leak_stuck(rest)?.len() == rest);
+        lab.wait_for(PATIENCE, || Ok(owner.wakes()? == 0))?;
+        let ran = on(&lab, &owner, "--method shutdown")?.exits(4);
+        let json = ran.json();
+        assert_eq!(at(&json, "/summary/closed"), closed.to_string(), "{mode}");
+        let left = with_reason(&ran.sockets(), "owner-spins");
+        assert_eq!(left, rest + 1 - closed, "{mode}");
+        let pid = owner.pid().to_string();
+        assert_eq!(at(&json, "/spinning/0/pid"), pid, "{mode}");
+        // Which of several it was is not known.
+        let is_null = at(&json, "/spinning/0/fd") == "null";
+        assert_eq!(is_null, rest > 1, "{mode}: {json}");
+        until_it_spins(&lab, &mut owner)?;
+    }
+    Ok(())
+}
+
+fn a_poll_of_a_process_with_many_threads_is_seen() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "loop-poll-0", 700)?;
+    ensure!(owner.leak_stuck(3)?.len() == 3);
+    lab.wait_for(PATIENCE, || Ok(owner.wakes()? == 0))?;
+    let ran = on(&lab, &owner, "")?.exits(4);
+    assert_eq!(with_reason(&ran.sockets(), "would-spin"), 3, "{ran:?}");
+    sleeps(&mut owner)
+}
+
+/// cwkill expects to close the descriptors, but cannot stop the process for long enough.
+fn a_socket_whose_descriptor_stays_open_after_all_is_reported() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = paused(&lab, "loop-epoll-0", 3)?;
+    let line = "--reclaim --reclaim-force --reclaim-age 0s --stop-limit 1us";
+    let ran = on(&lab, &owner, line)?.exits(4);
+    let json = ran.json();
+    assert_eq!(at(&json, "/summary/closed"), "3", "{json}");
+    assert_eq!(at(&json, "/reclaim/summary/freed"), "0", "{json}");
+    assert_eq!(at(&json, "/spinning/0/pid"), owner.pid().to_string());
+    assert_eq!(at(&json, "/spinning/0/ended"), "false");
+    let next = at(&json, "/spinning/0/next");
+    assert!(next.starts_with("cwkill reclaim"), "{next}");
+    until_it_spins(&lab, &mut owner)
+}
+
+fn a_spared_socket_does_not_count_towards_the_limit() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut spared = paused(&lab, "loop-epoll-shared", 2)?;
+    let mut idle = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
+    idle.leak_stuck(1)?;
+    let line = format!("--all --min-idle 0s --json --max-kills 1 {RECLAIM} --reclaim-force");
+    let ran = cwkill(&lab, &line)?.exits(4);
+    assert_eq!(with_reason(&ran.sockets(), "would-spin"), 2, "{ran:?}");
+    assert_eq!(at(&ran.json(), "/summary/closed"), "1", "{ran:?}");
+    sleeps(&mut spared)
 }
 
 fn the_command_in_the_note_ends_the_spin() -> Result<()> {

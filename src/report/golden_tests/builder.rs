@@ -91,7 +91,7 @@ fn skip(word: &str) -> SkipReason {
         },
         "owner-spins" => SkipReason::OwnerSpins {
             pid: 4421,
-            fd: RemoteFd(20),
+            fd: Some(RemoteFd(20)),
         },
         "peer-alive" => SkipReason::PeerAlive,
         "interrupted" => SkipReason::Interrupted,
@@ -735,13 +735,22 @@ impl Case {
     pub fn spinning(mut self, who: &'static Who, epoll: Option<i32>, ended: bool) -> Self {
         self.spinning.push(Spinning {
             process: who.owner(20).process,
-            fd: RemoteFd(20),
-            tid: who.1 + 1,
+            fd: Some(RemoteFd(20)),
+            tid: Some(who.1 + 1),
             before: 2,
             after: 99,
             epoll: epoll.map(RemoteFd),
+            in_select: false,
             ended,
         });
+        self
+    }
+
+    /// The last of them spins since several sockets were closed, and waits in select(2).
+    pub fn in_select(mut self) -> Self {
+        if let Some(one) = self.spinning.last_mut() {
+            (one.fd, one.tid, one.in_select) = (None, None, true);
+        }
         self
     }
 

@@ -458,6 +458,8 @@ pub fn acts() -> Vec<Case> {
             ])
             .spinning(&JAVA, None, false)
             .spinning(&NODE, Some(7), false)
+            .spinning(&WORKER, None, false)
+            .in_select()
             .spinning(&WORKER, Some(7), true),
         case("act-nothing-possible", "--all")
             .sockets([skipped(0, "no-method"), skipped(1, "no-method")]),
