@@ -276,7 +276,8 @@ fn interrupted(signals: &[Signal]) -> Result<()> {
 /// Started with SIGHUP ignored, it stays ignored.
 fn nohup_is_respected() -> Result<()> {
     let (lab, _leak) = silent_peer("drained", Family::V4)?;
-    let script = format!("trap '' HUP; exec {CWKILL} --all --allow-spin --method probe --grace 60s --json");
+    let script =
+        format!("trap '' HUP; exec {CWKILL} --all --allow-spin --method probe --grace 60s --json");
     let (before, _) = sent(&lab, 8080)?;
     let sh = lab.app_host().command("sh").args(["-c", &script]);
     let child = sh.stdout(std::process::Stdio::piped()).spawn()?;
