@@ -288,7 +288,7 @@ fn scan_table(
     };
     let fds = open_in(dir, &CString::new(name.as_str())?, OFlag::O_DIRECTORY)?;
     let numbers = fds::list_fds(fds.as_fd())?;
-    let chunks: Vec<(Vec<(RemoteFd, u32)>, Vec<u32>)> = numbers
+    let chunks: Vec<SplitByList> = numbers
         .par_chunks(fds::CHUNK)
         .map(|numbers| split_by_list(fds.as_fd(), numbers, listed))
         .collect::<io::Result<Vec<_>>>()?;
@@ -355,12 +355,15 @@ enum Unlisted {
     Other,
 }
 
+/// The sockets that are not in a list of inodes, and the inodes of those that are.
+type SplitByList = (Vec<(RemoteFd, u32)>, Vec<u32>);
+
 /// The sockets among the descriptors `numbers` in the directory `fds`: those whose inode is not in `listed`, and the inodes of the others.
 fn split_by_list(
     fds: BorrowedFd<'_>,
     numbers: &[i32],
     listed: &HashSet<u32>,
-) -> io::Result<(Vec<(RemoteFd, u32)>, Vec<u32>)> {
+) -> io::Result<SplitByList> {
     let (mut unlisted, mut connections) = (Vec::new(), Vec::new());
     for &number in numbers {
         match fds::read_socket_link(fds, number) {
