@@ -1,5 +1,5 @@
 //! Connections between other hosts that are in CLOSE-WAIT, from the conntrack table: this host is their router, NAT node or mesh. They
-//! are no sockets of this host.
+//! are not sockets of this host.
 
 use std::time::{Duration, Instant};
 

@@ -50,7 +50,7 @@ fn a_connection_in_use_is_left_alone(family: Family) -> Result<()> {
     let marked = listed
         .stdout
         .lines()
-        .filter(|line| line.contains("ms in use "));
+        .filter(|line| line.contains("ms (in use) "));
     assert!(marked.count() > 0, "{listed:?}");
     for line in ["--all", "--all --no-owners --method destroy", "-n"] {
         let ran = as_typed(&lab, line)?.exits(1);
