@@ -153,13 +153,21 @@ impl Granted {
         std::fs::set_permissions(granted.dir.path(), everybody())?;
         std::fs::copy(CWKILL, granted.program())?;
         std::fs::set_permissions(granted.program(), everybody())?;
-        let capabilities = "cap_net_admin,cap_net_raw,cap_sys_ptrace,cap_dac_read_search+ep";
-        let setcap = std::process::Command::new("setcap")
-            .arg(capabilities)
-            .arg(granted.program())
-            .output()
-            .context("run setcap")?;
-        assert!(setcap.status.success(), "{setcap:?}");
+        // What setcap(8) writes (include/uapi/linux/capability.h, struct vfs_cap_data): permitted and effective.
+        const REVISION_2_EFFECTIVE: u32 = 0x0200_0001;
+        let capabilities = [
+            Capability::CAP_NET_ADMIN,
+            Capability::CAP_NET_RAW,
+            Capability::CAP_SYS_PTRACE,
+            Capability::CAP_DAC_READ_SEARCH,
+        ];
+        let permitted = capabilities.map(|capability| 1 << capability.index());
+        let permitted = permitted.into_iter().fold(0_u32, |all, one| all | one);
+        let data = [REVISION_2_EFFECTIVE, permitted, 0, 0, 0];
+        let data: Vec<u8> = data.into_iter().flat_map(u32::to_le_bytes).collect();
+        let flags = rustix::fs::XattrFlags::empty();
+        rustix::fs::setxattr(granted.program(), "security.capability", &data, flags)
+            .context("set the capabilities of a file")?;
         Ok(granted)
     }
 
