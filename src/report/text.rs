@@ -19,11 +19,18 @@ use crate::text::{age, counted, escape};
 /// 100,000 sockets begins at once and needs little memory.
 const BLOCK: usize = 1000;
 
+/// The mark of a socket in use, after its idle time.
+const IN_USE: &str = " (in use)";
+/// The width of the longest time, for example `23h59m`.
+const TIME_WIDTH: u16 = 6;
+/// The width of the longest time in use, `999ms (in use)`.
+const TIME_IN_USE_WIDTH: u16 = 14;
+
 /// Writes the table and the summary.
 pub fn write(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io::Result<()> {
     let layout = Layout::new(run, config);
     let mut header = !config.no_header;
-    let mut widths = Vec::new();
+    let mut widths = layout.least_widths(&run.scan.targets);
     for block in run.scan.targets.chunks(BLOCK) {
         layout.write_block(run, block, header, color, &mut widths, out)?;
         header = false;
@@ -177,6 +184,21 @@ impl Layout {
         }
     }
 
+    /// The widths at which the columns begin. A time is of any width in each block, so with several blocks its column begins as wide
+    /// as it can become.
+    fn least_widths(&self, targets: &[Target]) -> Vec<u16> {
+        if targets.len() <= BLOCK {
+            return Vec::new();
+        }
+        let in_use = |target: &Target| target.socket.is_in_use(self.mark_in_use);
+        let width = |column: &Column| match column {
+            Column::Idle if targets.iter().any(in_use) => TIME_IN_USE_WIDTH,
+            Column::Age | Column::Idle => TIME_WIDTH,
+            _ => 0,
+        };
+        self.columns.iter().map(width).collect()
+    }
+
     /// Writes a block of rows. `widths` has the width of the widest cell of each column so far, so that the columns of
     /// all blocks are aligned.
     fn write_block(
@@ -224,7 +246,7 @@ impl Layout {
 fn idle_text(socket: &Socket, mark_in_use: Duration) -> String {
     match socket.idle {
         None => "-".into(),
-        Some(idle) if socket.is_in_use(mark_in_use) => format!("{} (in use)", age(idle)),
+        Some(idle) if socket.is_in_use(mark_in_use) => age(idle) + IN_USE,
         Some(idle) => age(idle),
     }
 }

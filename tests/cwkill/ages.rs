@@ -21,9 +21,9 @@ use crate::trial::{Need, Test, each_family, once};
 pub const TESTS: &[Test] = &[
     each_family!(a_connection_in_use_is_left_alone),
     once!(a_connection_in_use_is_closed_on_request),
-    each_family!(an_upload_that_is_still_read_is_left_alone),
+    each_family!(an_upload_that_is_still_read_is_left_alone).slow(),
     each_family!(an_idle_open_connection_is_closed_by_its_idle_time),
-    each_family!(an_answered_keepalive_does_not_hide_the_age),
+    each_family!(an_answered_keepalive_does_not_hide_the_age).slow(),
     each_family!(a_probe_makes_nothing_young),
     each_family!(an_owner_that_sends_keeps_its_socket_young),
     once!(a_file_that_cannot_be_used_is_replaced),
@@ -32,6 +32,7 @@ pub const TESTS: &[Test] = &[
     once!(capabilities_do_not_open_the_file).needs(Need::RootOfTheMachine),
     once!(runs_at_once_lose_nothing),
     each_family!(a_leak_of_haproxy_is_seen_and_a_download_through_it_is_not_touched)
+        .slow()
         .needs(Need::Program("haproxy")),
 ];
 

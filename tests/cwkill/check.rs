@@ -49,7 +49,7 @@ fn a_threshold_is_reached_at_exactly_its_value(family: Family) -> Result<()> {
         assert_eq!(label.as_str(), "stuck");
         assert!(value.starts_with(&format!("{stuck};")), "{value}");
         if stuck > 0 {
-            let whose = format!("5 of leaky-app/{}", leak.app().pid());
+            let whose = format!("5 in leaky-app/{}", leak.app().pid());
             assert!(text.contains(&whose), "{text}");
         }
     }

@@ -155,12 +155,7 @@ impl Granted {
         std::fs::set_permissions(granted.program(), everybody())?;
         // What setcap(8) writes (include/uapi/linux/capability.h, struct vfs_cap_data): permitted and effective.
         const REVISION_2_EFFECTIVE: u32 = 0x0200_0001;
-        let capabilities = [
-            Capability::CAP_NET_ADMIN,
-            Capability::CAP_NET_RAW,
-            Capability::CAP_SYS_PTRACE,
-            Capability::CAP_DAC_READ_SEARCH,
-        ];
+        let capabilities = [ADMIN, RAW, PTRACE, SEARCH];
         let permitted = capabilities.map(|capability| 1 << capability.index());
         let permitted = permitted.into_iter().fold(0_u32, |all, one| all | one);
         let data = [REVISION_2_EFFECTIVE, permitted, 0, 0, 0];

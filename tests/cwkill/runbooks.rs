@@ -29,13 +29,13 @@ use crate::trial::{Test, once};
 
 pub const TESTS: &[Test] = &[
     once!(tcp_states_prints_what_is_documented),
-    once!(close_wait_without_a_pid_prints_what_is_documented),
-    once!(from_a_timer_prints_what_is_documented),
-    once!(inside_a_container_or_pod_prints_what_is_documented),
-    once!(nothing_is_found_and_yet_prints_what_is_documented),
-    once!(one_connection_blocks_a_drain_prints_what_is_documented),
-    once!(thousands_of_close_wait_prints_what_is_documented),
-    once!(too_many_open_files_prints_what_is_documented),
+    once!(close_wait_without_a_pid_prints_what_is_documented).slow(),
+    once!(from_a_timer_prints_what_is_documented).slow(),
+    once!(inside_a_container_or_pod_prints_what_is_documented).slow(),
+    once!(nothing_is_found_and_yet_prints_what_is_documented).slow(),
+    once!(one_connection_blocks_a_drain_prints_what_is_documented).slow(),
+    once!(thousands_of_close_wait_prints_what_is_documented).slow(),
+    once!(too_many_open_files_prints_what_is_documented).slow(),
     once!(every_runbook_has_its_parts_and_runs_commands),
     once!(a_wrong_documented_output_is_detected),
     once!(only_varying_values_are_ignored),
@@ -372,6 +372,7 @@ static VARIES: LazyLock<Vec<(Regex, &str)>> = LazyLock::new(|| {
         (r#"("peer":\{"address":"[^"]*","port":)[0-9]+"#, "${1}PORT"),
         (r"\b([0-9]+(\.[0-9]+)?(ms|[smhd]))+\b", "AGE"),
         (r"\bin [0-9]+ s\b", "in AGE"),
+        (r"\b[0-9]+\.[0-9] ms\b", "DURATION"),
         // The number of bytes queued to a peer with a small window.
         (r"\b[0-9]{6,}\b", "BYTES"),
         (r"\s+", " "),

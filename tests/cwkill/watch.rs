@@ -123,12 +123,18 @@ fn json_has_the_new_sockets() -> Result<()> {
     let (lab, leak) = lab("unread", Family::V4, 2)?;
     let later = lab.start("established", Family::V4, count(3))?;
     let command = lab.app_host().command(CWKILL);
-    let command = command.args(["--all", "--method=destroy", "--json", "--watch-refill=5m"]);
+    let command = command.args([
+        "--all",
+        "--allow-spin",
+        "--method=destroy",
+        "--json",
+        "--watch-refill=5m",
+    ]);
     let child = command
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()?;
-    // `destroy` does not sleep, so cwkill sleeps only in the watch.
+    // `destroy` does not sleep, and there is no canary, so cwkill sleeps only in the watch.
     lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::CloseWait)? == 0))?;
     until_it_sleeps(&lab, child.id())?;
     get_stuck(&lab, &later, 3)?;

@@ -20,7 +20,7 @@ pub const TESTS: &[Test] = &[
     each_family!(at_its_limit_a_server_accepts_again_after_the_advice),
     each_family!(processes_of_one_connection_each_are_one_group),
     each_family!(a_worker_with_live_connections_is_not_to_be_ended),
-    each_family!(inherited_descriptors_are_told_from_leaked_ones),
+    each_family!(inherited_descriptors_are_told_from_leaked_ones).slow(),
     once!(an_inherited_connection_to_a_server_is_older_than_its_heir),
     once!(nothing_waits_for_an_executable_on_a_hung_mount).needs(Need::Fuse),
 ];
