@@ -15,7 +15,7 @@
 //! waits while the queue is empty:
 //! - If the owner has just been told that a connection waits, its accept(2) would wait for the next client. So cwkill leaves it the
 //!   last dead connection, unless that one alone fills the backlog.
-//! - If another process empties the queue, the accept(2) of cwkill would wait. An [`Interrupter`] ends it.
+//! - If another process empties the queue, the accept(2) of cwkill would wait. An `Interrupter` ends it.
 
 use std::collections::HashSet;
 use std::io;

@@ -4,7 +4,7 @@
 //! counters do not. So each run writes down the sockets that it sees, with their counters. If a later run sees the same
 //! socket with the same counters, no data has moved in between, and the socket is as old as the first of these runs knew.
 //!
-//! [`entries`] is pure; `encoding` converts it to bytes and back; [`file`] reads and writes the file. The history only ever makes
+//! [`entries`] is pure; `encoding` converts it to bytes and back; `file` reads and writes the file. The history only ever makes
 //! a socket older by the time between two runs that saw it unchanged. If it is lost, sockets are younger, and fewer match.
 
 mod encoding;
