@@ -5,12 +5,12 @@ use netns_harness::{Capability, Family, Lab, TcpState};
 
 use crate::doctor::without;
 use crate::support::{CWKILL, Ran, cwkill, in_state, lab, ran};
-use crate::trial::{Test, once};
+use crate::trial::{Need, Test, once};
 
 pub const TESTS: &[Test] = &[
     once!(without_memory_for_the_report_nothing_is_done),
-    once!(without_threads_every_command_works),
-    once!(a_namespace_that_needs_a_thread_is_named_with_the_limit),
+    once!(without_threads_every_command_works).needs(Need::RootOfTheMachine),
+    once!(a_namespace_that_needs_a_thread_is_named_with_the_limit).needs(Need::RootOfTheMachine),
     once!(a_filter_on_cwkill_itself_is_named),
 ];
 
