@@ -4,7 +4,7 @@ use netlink_packet_core::{Emitable, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader};
 
 /// `struct nlmsghdr`, and an attribute without its value.
 pub(crate) const HEADER_LEN: usize = 16;
-const ATTRIBUTE_LEN: usize = 4;
+pub(crate) const ATTRIBUTE_LEN: usize = 4;
 
 /// Appends a message to `bytes`.
 ///
@@ -17,15 +17,29 @@ pub(crate) fn put_message(
     sequence: u32,
     body: &[u8],
 ) {
+    put_header(bytes, body.len(), message_type, flags, sequence);
+    bytes.extend(body);
+}
+
+/// Appends the header of a message with `body` bytes after the header.
+///
+/// # Panics
+/// As [`put_message`].
+pub(crate) fn put_header(
+    bytes: &mut Vec<u8>,
+    body: usize,
+    message_type: u16,
+    flags: u16,
+    sequence: u32,
+) {
     let mut header = NetlinkHeader::default();
-    header.length = u32::try_from(HEADER_LEN + body.len()).expect("requests are short");
+    header.length = u32::try_from(HEADER_LEN + body).expect("requests are short");
     header.message_type = message_type;
     header.flags = flags;
     header.sequence_number = sequence;
     let start = bytes.len();
     bytes.resize(start + HEADER_LEN, 0);
     header.emit(&mut bytes[start..]);
-    bytes.extend(body);
 }
 
 /// Appends an attribute to `body`, with its padding.

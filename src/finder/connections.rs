@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::FindError;
 use crate::proc::netns::Netns;
 use crate::sock_diag::{
-    Cookie, Detail, DiagId, DumpRequest, Family, Progress, Protocol, SockDiag, SocketMessage,
+    Cookie, Detail, DiagId, DumpRequest, Family, Progress, SockDiag, SocketMessage,
 };
 use crate::tcp::{StateSet, TcpState, Tuple};
 
@@ -56,13 +56,7 @@ pub fn list(
         let mut diag = SockDiag::open().map_err(FindError::Open)?;
         let mut connections = Vec::new();
         for family in Family::ALL {
-            let request = DumpRequest {
-                protocol: Protocol::Tcp,
-                family,
-                states,
-                info: false,
-                bytecode: &[],
-            };
+            let request = DumpRequest::plain(family, states);
             let of = |message| keep(&message).then(|| Connection::of(&message, netns));
             connections.append(&mut diag.dump(&request, of)?);
         }

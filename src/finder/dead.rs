@@ -131,16 +131,11 @@ pub fn listed_inodes(namespaces: &[Arc<Netns>]) -> Result<HashSet<u32>, FindErro
 fn dump_inodes() -> Result<Vec<u32>, FindError> {
     let mut diag = SockDiag::open().map_err(FindError::Open)?;
     let mut inodes = Vec::new();
+    // An entry in TIME-WAIT has no inode. The kernel's list of bound sockets in CLOSE (Linux 6.8) contains dead sockets too, so
+    // it is left out.
+    let states = StateSet::ALL.without(TcpState::TimeWait.into());
     for family in Family::ALL {
-        let request = DumpRequest {
-            protocol: Protocol::Tcp,
-            family,
-            // An entry in TIME-WAIT has no inode. The kernel's list of bound sockets in CLOSE (Linux 6.8) contains
-            // dead sockets too, so it is left out.
-            states: StateSet::ALL.without(TcpState::TimeWait.into()),
-            info: false,
-            bytecode: &[],
-        };
+        let request = DumpRequest::plain(family, states);
         inodes.extend(diag.dump(&request, |message| {
             (message.inode != 0).then_some(message.inode)
         })?);

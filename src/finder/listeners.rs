@@ -18,7 +18,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::model::{Cause, Listener, ListeningSocket, Socket};
-use crate::sock_diag::{DiagId, DumpError, DumpRequest, Family, Protocol, SockDiag, SocketMessage};
+use crate::sock_diag::{DiagId, DumpError, DumpRequest, Family, SockDiag, SocketMessage};
 use crate::tcp::TcpState;
 
 /// The pauses before the lists that show whether a backlog is ever empty. A process that accepts empties its backlog within
@@ -75,13 +75,7 @@ fn dump<T>(
 ) -> Result<Vec<T>, DumpError> {
     let mut kept = Vec::new();
     for family in Family::ALL {
-        let request = DumpRequest {
-            protocol: Protocol::Tcp,
-            family,
-            states: TcpState::Listen.into(),
-            info: false,
-            bytecode: &[],
-        };
+        let request = DumpRequest::plain(family, TcpState::Listen.into());
         kept.extend(diag.dump(&request, &keep)?);
     }
     Ok(kept)

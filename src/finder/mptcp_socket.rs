@@ -1,8 +1,7 @@
 //! What a descriptor tells of an MPTCP socket: its protocol, its state, and its unread bytes.
 
-use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -15,11 +14,8 @@ use super::tcp_info::TcpInfo;
 use crate::model::{Owner, Socket, Target};
 use crate::proc::ProcFs;
 use crate::sock_diag::Protocol;
-use crate::sys::{self, errno_of};
+use crate::sys::{self, Pidfds, errno_of};
 use crate::tcp::TcpState;
-
-/// pidfds open at the same time. The limit of open descriptors is 1024 on many hosts.
-const MAX_PIDFDS: usize = 128;
 
 /// Reads how many bytes of each MPTCP socket are unread, through a duplicate of a descriptor. The kernel's table has the memory that
 /// they take. Without the right to duplicate the descriptor, that number stays.
@@ -27,19 +23,16 @@ pub(super) fn read_queues(proc: &ProcFs, targets: &mut [Target]) {
     let unread = |target: &&mut Target| {
         target.socket.protocol() == Protocol::Mptcp && target.socket.recv_q > 0
     };
-    let mut pidfds = HashMap::new();
+    let mut pidfds = Pidfds::new();
     for target in targets.iter_mut().filter(unread) {
         let socket = &target.socket;
         let bytes = target.owners.iter().find_map(|owner| {
-            let holder = (owner.process.id, owner.tid);
-            if pidfds.len() >= MAX_PIDFDS {
-                pidfds.clear();
-            }
-            let pidfd = pidfds.entry(holder).or_insert_with(|| match holder {
-                (id, None) => proc.open_pidfd(id),
-                (id, Some(tid)) => proc.open_pidfd_of_thread(id, tid),
-            });
-            unread_of(pidfd.as_ref().ok()?.as_fd(), owner, socket)
+            let (id, tid) = (owner.process.id, owner.tid);
+            let open = || match tid {
+                None => proc.open_pidfd(id),
+                Some(tid) => proc.open_pidfd_of_thread(id, tid),
+            };
+            unread_of(pidfds.get((id, tid), open).ok()?, owner, socket)
         });
         if let Some(bytes) = bytes {
             target.socket.recv_q = bytes;

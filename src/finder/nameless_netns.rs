@@ -5,9 +5,9 @@
 //! descriptors cwkill cannot ask for each. It asks only for sockets of TCP and MPTCP that are in no table that it has read, and that
 //! have a selected state or listen. Sockets in a namespace that was read, dead ones, UNIX and UDP sockets are left out.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use nix::sys::stat::fstat;
@@ -18,7 +18,7 @@ use super::owners::DescriptorScan;
 use crate::filter::selectors::Selectors;
 use crate::proc::netns::{self, Netns};
 use crate::proc::{ProcFs, RemoteFd, read_identity};
-use crate::sys;
+use crate::sys::{self, Pidfds};
 use crate::tcp::{StateSet, TcpState};
 
 /// For this number of descriptors or fewer, asking for each is cheaper than a list of all sockets.
@@ -108,7 +108,7 @@ impl Search<'_> {
     fn ask(&self, candidates: &[Candidate], found: &mut Found) {
         let states = self.selectors.states.union(TcpState::Listen.into());
         let mut namespaces = KnownNamespaces::new(self);
-        let mut pidfds: HashMap<i32, Option<OwnedFd>> = HashMap::new();
+        let mut pidfds = Pidfds::new();
         let mut listed = HashSet::new();
         let mut asked = 0;
         for candidate in candidates {
@@ -120,14 +120,11 @@ impl Search<'_> {
                 continue;
             }
             asked += 1;
-            if pidfds.len() > MAX_PIDFDS {
-                pidfds.clear();
-            }
-            let pidfd = pidfds
-                .entry(candidate.pid)
-                .or_insert_with(|| sys::pidfd_open(candidate.pid).ok());
-            let Some(pidfd) = pidfd else { continue };
-            match netns_of(pidfd.as_fd(), candidate, states) {
+            let open = || sys::pidfd_open(candidate.pid);
+            let Ok(pidfd) = pidfds.get(candidate.pid, open) else {
+                continue;
+            };
+            match netns_of(pidfd, candidate, states) {
                 Ok(Some(netns)) if namespaces.is_new(&netns) => {
                     let netns = Arc::new(netns);
                     let inodes = dead::listed_inodes(std::slice::from_ref(&netns));
@@ -148,9 +145,6 @@ impl Search<'_> {
         self.everywhere || own.is_ok_and(is_scanned)
     }
 }
-
-/// pidfds open at the same time. The limit of open descriptors is 1024 on many hosts.
-const MAX_PIDFDS: usize = 128;
 
 /// The network namespace of a socket in one of `states`; `None` if the descriptor is something else by now, or has another state.
 ///

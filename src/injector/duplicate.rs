@@ -3,8 +3,7 @@
 //! cwkill compares SO_COOKIE of the duplicate with the cookie of the target. So it never acts on another socket that has got
 //! the same descriptor number meanwhile.
 
-use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use rustix::net::sockopt;
@@ -12,10 +11,7 @@ use rustix::net::sockopt;
 use crate::model::{MethodError, Owner, Privilege, Target};
 use crate::proc::{ProcFs, ProcessId, TableId};
 use crate::sock_diag::Cookie;
-use crate::sys::{self, Duplicate, errno_of};
-
-/// pidfds open at the same time. The limit of open descriptors is 1024 on many hosts.
-const MAX_PIDFDS: usize = 128;
+use crate::sys::{self, Duplicate, Pidfds, errno_of};
 
 /// Makes duplicates, and keeps the pidfds of the owners for reuse.
 pub struct Duplicator {
@@ -23,7 +19,7 @@ pub struct Duplicator {
     /// Whether the pids in `proc` are those that system calls use.
     same_pids: bool,
     /// By process, and by thread for a table that only a thread has.
-    pidfds: HashMap<TableId, OwnedFd>,
+    pidfds: Pidfds<TableId>,
 }
 
 impl Duplicator {
@@ -32,7 +28,7 @@ impl Duplicator {
         Duplicator {
             same_pids: proc.shows_own_pid_namespace(),
             proc,
-            pidfds: HashMap::new(),
+            pidfds: Pidfds::new(),
         }
     }
 
@@ -74,7 +70,7 @@ impl Duplicator {
     /// A duplicate of the file that the owner's descriptor refers to now.
     fn duplicate(&mut self, owner: &Owner) -> Result<Duplicate, MethodError> {
         let pidfd = self.pidfd(owner.process.id, owner.tid)?;
-        sys::pidfd_getfd(pidfd.as_fd(), owner.fd).map_err(|error| match errno_of(&error) {
+        sys::pidfd_getfd(pidfd, owner.fd).map_err(|error| match errno_of(&error) {
             Errno::EBADF | Errno::ESRCH => MethodError::DescriptorsGone,
             Errno::EPERM => MethodError::NotPermitted(Privilege::Ptrace, Errno::EPERM),
             Errno::ENOSYS => {
@@ -85,44 +81,37 @@ impl Duplicator {
     }
 
     /// A pidfd of the process with this pid and start time, or of one of its threads.
-    fn pidfd(&mut self, id: ProcessId, tid: Option<i32>) -> Result<&OwnedFd, MethodError> {
+    fn pidfd(&mut self, id: ProcessId, tid: Option<i32>) -> Result<BorrowedFd<'_>, MethodError> {
         if !self.same_pids {
             return Err(MethodError::OtherPidNamespace);
         }
-        if !self.pidfds.contains_key(&(id, tid)) {
-            let pidfd = match tid {
-                Some(tid) => self.open_pidfd_of_thread(id, tid),
-                None => self.open_pidfd(id),
-            }?;
-            if self.pidfds.len() >= MAX_PIDFDS {
-                self.pidfds.clear();
-            }
-            self.pidfds.insert((id, tid), pidfd);
-        }
-        Ok(&self.pidfds[&(id, tid)])
-    }
-
-    fn open_pidfd_of_thread(&self, id: ProcessId, tid: i32) -> Result<OwnedFd, MethodError> {
-        self.proc
-            .open_pidfd_of_thread(id, tid)
-            .map_err(|errno| match errno {
-                Errno::ESRCH => MethodError::DescriptorsGone,
-                // The flag for a thread is unknown, or the whole call is.
-                Errno::EINVAL | Errno::ENOSYS => MethodError::NotSupported(
-                    "a descriptor that only one thread has needs Linux 6.9 or later",
-                    errno,
-                ),
-                errno => MethodError::SystemCall("pidfd_open", errno),
-            })
-    }
-
-    fn open_pidfd(&self, id: ProcessId) -> Result<OwnedFd, MethodError> {
-        self.proc.open_pidfd(id).map_err(|errno| match errno {
-            Errno::ESRCH => MethodError::DescriptorsGone,
-            Errno::ENOSYS => {
-                MethodError::NotSupported("pidfd_open needs Linux 5.3 or later", Errno::ENOSYS)
-            }
-            errno => MethodError::SystemCall("pidfd_open", errno),
+        let proc = &self.proc;
+        self.pidfds.get((id, tid), || match tid {
+            Some(tid) => open_pidfd_of_thread(proc, id, tid),
+            None => open_pidfd(proc, id),
         })
     }
+}
+
+fn open_pidfd_of_thread(proc: &ProcFs, id: ProcessId, tid: i32) -> Result<OwnedFd, MethodError> {
+    proc.open_pidfd_of_thread(id, tid)
+        .map_err(|errno| match errno {
+            Errno::ESRCH => MethodError::DescriptorsGone,
+            // The flag for a thread is unknown, or the whole call is.
+            Errno::EINVAL | Errno::ENOSYS => MethodError::NotSupported(
+                "a descriptor that only one thread has needs Linux 6.9 or later",
+                errno,
+            ),
+            errno => MethodError::SystemCall("pidfd_open", errno),
+        })
+}
+
+fn open_pidfd(proc: &ProcFs, id: ProcessId) -> Result<OwnedFd, MethodError> {
+    proc.open_pidfd(id).map_err(|errno| match errno {
+        Errno::ESRCH => MethodError::DescriptorsGone,
+        Errno::ENOSYS => {
+            MethodError::NotSupported("pidfd_open needs Linux 5.3 or later", Errno::ENOSYS)
+        }
+        errno => MethodError::SystemCall("pidfd_open", errno),
+    })
 }

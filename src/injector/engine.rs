@@ -19,7 +19,7 @@ use crate::model::socket::{is_sending_orphan, unsent};
 use crate::model::{Attempt, Method, MethodError, Outcome, SkipReason, Socket, Target};
 use crate::routes::{self, Place};
 use crate::sock_diag::{
-    Cookie, Detail, DiagId, DumpRequest, Family, LookupError, Protocol, SockDiag, SocketMessage,
+    Cookie, Detail, DiagId, DumpRequest, Family, LookupError, SockDiag, SocketMessage,
 };
 use crate::sys::errno_of;
 use crate::tcp::{StateSet, TcpState};
@@ -64,13 +64,7 @@ impl SocketTables for SockDiag {
     fn list(&mut self, states: StateSet) -> io::Result<HashSet<Cookie>> {
         let mut cookies = HashSet::new();
         for family in Family::ALL {
-            let request = DumpRequest {
-                protocol: Protocol::Tcp,
-                family,
-                states,
-                info: false,
-                bytecode: &[],
-            };
+            let request = DumpRequest::plain(family, states);
             let dumped = self.dump(&request, |message| Some(message.id.cookie()));
             cookies.extend(dumped.map_err(io::Error::other)?);
         }

@@ -10,6 +10,7 @@
 pub mod caller;
 mod duplicate;
 pub mod interrupter;
+mod pidfds;
 pub mod ptrace;
 
 use std::io;
@@ -21,6 +22,7 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
 
 pub use duplicate::Duplicate;
+pub use pidfds::Pidfds;
 
 /// The errno of an error of a system call; EIO for an error without one.
 pub fn errno_of(error: &io::Error) -> Errno {

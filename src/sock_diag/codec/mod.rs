@@ -26,8 +26,6 @@ pub const SOCK_DIAG_BY_FAMILY: u16 = 20;
 /// Message type of a request to abort a socket (linux/sock_diag.h).
 pub const SOCK_DESTROY: u16 = 21;
 
-/// `struct nlmsghdr`.
-const NLMSG_HDR_LEN: usize = 16;
 /// `struct inet_diag_sockid`: ports 2+2, addresses 16+16, interface 4, cookie 8.
 const SOCKID_LEN: usize = 48;
 /// The kind of the attribute with `struct tcp_info` or `struct mptcp_info`, and the bit that requests it (linux/inet_diag.h).

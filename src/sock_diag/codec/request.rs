@@ -1,11 +1,11 @@
 //! The bytes of requests: dumps, lookups and SOCK_DESTROY.
 
-use netlink_packet_core::{Emitable, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST};
 
 use super::{
-    DiagId, Family, INET_DIAG_INFO, NLMSG_HDR_LEN, Protocol, SOCK_DESTROY, SOCK_DIAG_BY_FAMILY,
-    SOCKID_LEN,
+    DiagId, Family, INET_DIAG_INFO, Protocol, SOCK_DESTROY, SOCK_DIAG_BY_FAMILY, SOCKID_LEN,
 };
+use crate::netlink::{ATTRIBUTE_LEN, HEADER_LEN, put_attribute, put_header};
 use crate::tcp::StateSet;
 
 /// `struct inet_diag_req_v2`: family, protocol, ext, pad, states 4, id 48.
@@ -16,8 +16,6 @@ const IPPROTO_MPTCP: u32 = 262;
 /// Attribute kinds (linux/inet_diag.h). Kernels before 5.10 do not have INET_DIAG_REQ_PROTOCOL, and ignore it.
 const INET_DIAG_REQ_BYTECODE: u16 = 1;
 const INET_DIAG_REQ_PROTOCOL: u16 = 3;
-/// `struct nlattr`: length 2, kind 2.
-const ATTRIBUTE_HDR_LEN: usize = 4;
 
 /// The sockets that a dump requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +30,17 @@ pub struct DumpRequest<'a> {
 }
 
 impl DumpRequest<'_> {
+    /// The TCP sockets of a family in `states`, without their information and without a filter.
+    pub fn plain(family: Family, states: StateSet) -> Self {
+        DumpRequest {
+            protocol: Protocol::Tcp,
+            family,
+            states,
+            info: false,
+            bytecode: &[],
+        }
+    }
+
     /// The request as one netlink message.
     ///
     /// # Panics
@@ -39,10 +48,10 @@ impl DumpRequest<'_> {
     pub fn encode(&self, sequence: u32) -> Vec<u8> {
         let bytecode = match self.bytecode.len() {
             0 => 0,
-            length => ATTRIBUTE_HDR_LEN + length,
+            length => ATTRIBUTE_LEN + length,
         };
         let body = REQUEST_LEN + protocol_attribute_len(self.protocol) + bytecode;
-        let mut bytes = Vec::with_capacity(NLMSG_HDR_LEN + body);
+        let mut bytes = Vec::with_capacity(HEADER_LEN + body);
         let flags = NLM_F_REQUEST | NLM_F_DUMP;
         put_header(&mut bytes, body, SOCK_DIAG_BY_FAMILY, flags, sequence);
         put_request(
@@ -119,17 +128,6 @@ fn put_destroy_with(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32, flags: u16)
     put_request(bytes, tcp, id.family, StateSet::EMPTY, false, &id.raw);
 }
 
-fn put_header(bytes: &mut Vec<u8>, body: usize, message_type: u16, flags: u16, sequence: u32) {
-    let mut header = NetlinkHeader::default();
-    header.length = u32::try_from(NLMSG_HDR_LEN + body).expect("at most 64 KiB and 76 bytes");
-    header.message_type = message_type;
-    header.flags = flags;
-    header.sequence_number = sequence;
-    let start = bytes.len();
-    bytes.resize(start + NLMSG_HDR_LEN, 0);
-    header.emit(&mut bytes[start..]);
-}
-
 fn put_request(
     bytes: &mut Vec<u8>,
     protocol: Protocol,
@@ -156,13 +154,6 @@ fn put_request(
 fn protocol_attribute_len(protocol: Protocol) -> usize {
     match protocol {
         Protocol::Tcp => 0,
-        Protocol::Mptcp => ATTRIBUTE_HDR_LEN + 4,
+        Protocol::Mptcp => ATTRIBUTE_LEN + 4,
     }
-}
-
-fn put_attribute(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
-    let length = u16::try_from(ATTRIBUTE_HDR_LEN + value.len()).expect("at most 64 KiB");
-    bytes.extend(length.to_ne_bytes());
-    bytes.extend(kind.to_ne_bytes());
-    bytes.extend(value);
 }
