@@ -217,13 +217,14 @@ fn scan_process(
             thread::sleep(RETRY_INTERVAL);
             continue;
         }
-        let mut scanned = scan_table(proc, dir.as_fd(), &process, None, same_pids, listed)?;
-        if same_pids {
-            for of_thread in scan_thread_tables(proc, dir.as_fd(), &process, listed)? {
-                scanned.suspects.extend(of_thread.suspects);
-                scanned.connections.extend(of_thread.connections);
+        let scanned = match scan_tables(proc, dir.as_fd(), &process, same_pids, listed) {
+            // A thread that ends during an execve(2) takes its files in /proc along.
+            Err(error) if is_gone(&error) && proc.is_alive(process.id) => {
+                thread::sleep(RETRY_INTERVAL);
+                continue;
             }
-        }
+            scanned => scanned?,
+        };
         if exec_marker(dir.as_fd())? != before {
             continue;
         }
@@ -247,6 +248,24 @@ struct ScannedTable {
     suspects: Vec<Suspect>,
     used: usize,
     connections: Vec<u32>,
+}
+
+/// The table of the process, with those that only single threads have.
+fn scan_tables(
+    proc: &ProcFs,
+    dir: BorrowedFd<'_>,
+    process: &Process,
+    same_pids: bool,
+    listed: &HashSet<u32>,
+) -> io::Result<ScannedTable> {
+    let mut scanned = scan_table(proc, dir, process, None, same_pids, listed)?;
+    if same_pids {
+        for of_thread in scan_thread_tables(proc, dir, process, listed)? {
+            scanned.suspects.extend(of_thread.suspects);
+            scanned.connections.extend(of_thread.connections);
+        }
+    }
+    Ok(scanned)
 }
 
 /// The tables that only single threads have.

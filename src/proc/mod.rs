@@ -297,17 +297,24 @@ fn has_no_descriptors(stat: &procfs::ProcResult<Stat>) -> bool {
 /// Read twice, it shows whether the process has executed a program in between.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ExecMarker {
-    /// The first thread has exited and others have not. Then /proc shows no descriptors for the pid: the kernel reads the
-    /// table of the first thread (fs/proc/fd.c), which that thread has released.
+    /// The first thread exits or has exited, and others have not. Then /proc shows no descriptors for the pid: the kernel reads
+    /// the table of the first thread (fs/proc/fd.c), which that thread has released.
     LeaderExited,
-    /// The start of the stack. The kernel chooses it at random at each execve(2), unless kernel.randomize_va_space is 0.
-    /// Then it can be the same after an execve(2).
-    Stack(u64),
+    Running {
+        /// The start of the stack. The kernel chooses it at random at each execve(2), unless kernel.randomize_va_space is 0.
+        /// Then it can be the same after an execve(2).
+        stack: u64,
+        /// The process has one thread. During an execve(2) the kernel ends all other threads before it makes the new stack.
+        one_thread: bool,
+    },
 }
 
-/// Whether the first thread has exited and others have not.
+/// Whether the first thread exits or has exited, and others have not. A thread becomes a zombie a while after it has released
+/// its table (kernel/exit.c, do_exit).
 fn leader_exited(stat: &Stat) -> bool {
-    stat.state == 'Z' && stat.num_threads > 1
+    // include/linux/sched.h
+    const PF_EXITING: u32 = 4;
+    (stat.state == 'Z' || stat.flags & PF_EXITING != 0) && stat.num_threads > 1
 }
 
 pub(crate) fn exec_marker(process: BorrowedFd<'_>) -> io::Result<ExecMarker> {
@@ -315,7 +322,10 @@ pub(crate) fn exec_marker(process: BorrowedFd<'_>) -> io::Result<ExecMarker> {
     let stat = Stat::from_read(stat).map_err(stat_error)?;
     Ok(match leader_exited(&stat) {
         true => ExecMarker::LeaderExited,
-        false => ExecMarker::Stack(stat.startstack),
+        false => ExecMarker::Running {
+            stack: stat.startstack,
+            one_thread: stat.num_threads == 1,
+        },
     })
 }
 
