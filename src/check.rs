@@ -77,7 +77,7 @@ pub struct CheckConfig {
     pub percent_of_limit: bool,
 }
 
-/// Scans and compares with the thresholds. `history` learns what the scan has seen.
+/// Scans and compares with the thresholds. Adds to `history` what the scan has seen.
 ///
 /// # Errors
 /// The same as for a listing.
@@ -89,7 +89,7 @@ pub fn run(
     let namespaces = finder::open_namespaces(&config.scope.netns, proc)?;
     let selectors = &config.scope.selectors;
     let scan = finder::find(&namespaces, proc, selectors, history)?;
-    history.learn(&scan, selectors);
+    history.add(&scan, selectors);
     if !config.percent_of_limit {
         return Ok(by_count(&scan, config.thresholds));
     }

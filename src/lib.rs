@@ -16,7 +16,7 @@
 //! | Linux | [`proc`]: /proc; [`sock_diag`]: the kernel's socket tables; [`routes`]: which addresses are of this host; `conntrack`: connection tracking; [`packet`]: raw and packet sockets |
 //! | data | [`model`]: the terms of the glossary as types; [`control`]: clock, pauses and Ctrl-C of a run |
 //! | which sockets | [`filter`]: selectors, expressions of ss(8), the kernel's bytecode |
-//! | what there is | [`privileges`]: rights, and giving them up; [`history`]: what earlier runs have seen; [`finder`]: sockets, owners, listeners, dead descriptors |
+//! | what there is | [`privileges`]: rights, and giving them up; [`history`]: the sockets that earlier runs have seen; [`finder`]: sockets, owners, listeners, dead descriptors |
 //! | acts | [`injector`]: the methods, the plan and the engine that runs it; [`reclaim`]: closing dead descriptors inside their process; [`drain`]: freeing the slots of dead connections in a backlog |
 //! | results | `diagnose`: who leaks and why; `check`: thresholds; `watch`: new stuck sockets; `doctor`: what works here |
 //! | options | [`cli`]: the arguments; [`config`]: their meaning |
@@ -62,8 +62,10 @@
 //! - **coverage**: what could not be seen.
 //! - **scope**: selectors, and the network namespaces they are applied to.
 //! - **age**: how long a socket has been stuck, at least. **idle time**: for how long no data has moved in it, at least.
-//! - **history**: what earlier runs have seen: the sockets with their byte counters and times. For people it is the
-//!   memory between runs.
+//! - **history**: the file with which a run tells later ones which sockets it has seen. A run **adds** an **entry** for each socket, and
+//!   **applies** the entries to the ages and idle times of the sockets that it lists.
+//! - **snapshot**: the state, the unread bytes and the byte counters of a socket at one time. As long as it is the same, no data has
+//!   moved.
 //! - **quiet**: how long a dead socket has been dead, at least.
 //! - **suspect**: an open descriptor of a socket that is in no TCP table. Its **verdict**: dead, never connected, or unknown.
 //! - **to spin**: a thread spins if it wakes without end, because a closed socket is always ready. **paused**: a socket that an owner waits

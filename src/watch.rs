@@ -67,7 +67,7 @@ pub fn watch(
         min_idle: Duration::ZERO,
         ..scope.selectors.clone()
     };
-    // New sockets are in no history, and the listing before has written down the others.
+    // New sockets are not in the history, and the listing before has added the others.
     let history = History::none();
     let scan = || match scope.owners {
         true => finder::find(scope.namespaces, proc, &selectors, &history),

@@ -66,7 +66,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
         memory::check_room(scan.targets.len()).context("nothing was done")?;
     }
     // Before the act, so that no act makes a socket young for the next run.
-    history.learn(&scan, &config.selectors);
+    history.add(&scan, &config.selectors);
     if !quiet {
         terminal.aside(|| say_notes(history.take_notes()));
     }

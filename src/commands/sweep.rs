@@ -155,7 +155,7 @@ impl Sweeper<'_> {
             let (key, begun) = (sockets::netns_key(self.netns, &diag), history::now());
             let keep = |message: SocketMessage| {
                 let mut socket = Socket::from_message(&message);
-                self.history.recall(key, &mut socket, begun);
+                self.history.apply_to(key, &mut socket, begun);
                 self.target(socket, selectors)
             };
             let act = |part: Vec<Target>, since: Instant| {

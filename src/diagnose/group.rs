@@ -108,7 +108,7 @@ impl SocketGroup {
             // Without counters: half of the time is enough evidence, and leaves room for the difference between the clocks of the
             // two scans.
             let by_age = || socket.age.is_none_or(|age| age >= context.elapsed / 2);
-            socket.is_unmoved_since(before).unwrap_or_else(by_age)
+            socket.is_unchanged_since(before).unwrap_or_else(by_age)
         };
         let lasting = |socket: &&&Socket| {
             let before = first.get(&socket.cookie());

@@ -277,7 +277,7 @@ pub struct ListenerDiagnosis {
     pub connections: SocketGroup,
 }
 
-/// Scans twice and evaluates the difference. `history` learns what the scans have seen.
+/// Scans twice and evaluates the difference. Adds to `history` what the scans have seen.
 ///
 /// # Errors
 /// The same as for a listing.
@@ -293,7 +293,7 @@ pub fn run(
     // beginning of one scan to the beginning of the next.
     let begin = Instant::now();
     let first = finder::find(&namespaces, proc, selectors, history)?;
-    history.learn(&first, selectors);
+    history.add(&first, selectors);
     let states: HashMap<ProcessId, Option<char>> = first
         .processes()
         .into_iter()
@@ -306,7 +306,7 @@ pub fn run(
     thread::sleep(sample);
     let elapsed = begin.elapsed();
     let scan = finder::find(&namespaces, proc, selectors, history)?;
-    history.learn(&scan, selectors);
+    history.add(&scan, selectors);
     let (tables, mut failures) = read_tables(&scan, selectors, proc);
     let tables_read = since_boot();
     let (unreadable_processes, hidden_processes) = (tables.unreadable.len(), tables.hidden);

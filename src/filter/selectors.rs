@@ -263,7 +263,7 @@ impl Selectors {
             true => self
                 .min_idle
                 .min(LEFT_UNREAD)
-                .saturating_sub(socket.unmoved_for),
+                .saturating_sub(socket.unchanged_for),
             false => Duration::ZERO,
         }
     }
@@ -435,9 +435,10 @@ mod tests {
 
     #[test]
     fn unread_bytes_need_a_second_look() {
-        let after = |min_idle, recv_q, unmoved_for| {
+        let after = |min_idle, recv_q, unchanged_for| {
             let mut socket = socket();
-            (socket.listed_recv_q, socket.unmoved_for) = (recv_q, Duration::from_secs(unmoved_for));
+            (socket.listed_recv_q, socket.unchanged_for) =
+                (recv_q, Duration::from_secs(unchanged_for));
             let selectors = Selectors {
                 min_idle: Duration::from_secs(min_idle),
                 ..Selectors::default()

@@ -244,12 +244,13 @@ fn add(scan: &mut Scan, netns_scan: NetnsScan) {
     let NetnsScan {
         mut sockets,
         listeners,
-        mut sightings,
+        mut for_history,
         unlisted_subflows,
         ..
     } = netns_scan;
-    scan.sightings.namespaces.append(&mut sightings.namespaces);
-    scan.sightings.sockets.append(&mut sightings.sockets);
+    let update = &mut scan.for_history;
+    update.namespaces.append(&mut for_history.namespaces);
+    update.entries.append(&mut for_history.entries);
     scan.coverage.unlisted_subflows += unlisted_subflows;
     let others = scan.listeners.len();
     scan.listeners.extend(listeners.into_used());

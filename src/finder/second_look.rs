@@ -77,7 +77,8 @@ fn is_read(socket: &Socket, now: &Result<SocketMessage, LookupError>) -> bool {
         Ok(now) => {
             let now = Socket::from_message(now);
             // Without counters, only the unread bytes can be compared.
-            now.listed_recv_q != socket.listed_recv_q || now.is_unmoved_since(socket) == Some(false)
+            now.listed_recv_q != socket.listed_recv_q
+                || now.is_unchanged_since(socket) == Some(false)
         }
     }
 }

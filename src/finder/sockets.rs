@@ -9,7 +9,7 @@ use super::{FindError, addresses, join, mptcp};
 use crate::filter::selectors::Selectors;
 use crate::filter::{self, bytecode};
 use crate::history::{self, History};
-use crate::model::{NetnsKey, Sighting, Sightings, Socket, Target};
+use crate::model::{HistoryUpdate, NetnsKey, NewEntry, Socket, Target};
 use crate::proc::netns::Netns;
 use crate::sock_diag::{DumpError, DumpRequest, Family, Protocol, SockDiag, SocketMessage};
 
@@ -23,8 +23,8 @@ pub(super) struct NetnsScan {
     pub unlisted_subflows: usize,
     /// A name in the expression does not exist in this namespace; it may exist in another.
     pub unresolved: Option<FindError>,
-    /// The sockets for the memory between runs.
-    pub sightings: Sightings,
+    /// What this scan adds to the history.
+    pub for_history: HistoryUpdate,
 }
 
 /// Scans the namespace of the calling thread. `may_split`: whether two threads may share a large dump.
@@ -59,7 +59,7 @@ pub(super) fn scan(
     let (rows, unlisted_subflows) = mptcp::replace(&mut diag, &mut sockets, selectors.states)?;
     sockets.extend(rows.iter().filter_map(|row| matching(row, &selectors)));
     let key = netns_key(netns, &diag);
-    let sightings = recall(&mut sockets, &selectors, history, key, before);
+    let for_history = apply_history(&mut sockets, &selectors, history, key, before);
     addresses::mark_gone(&mut sockets, selectors.address_gone);
     let mut listeners = Listeners::default();
     let with_listener = |target: &Target| target.socket.cause.is_with_listener();
@@ -77,11 +77,11 @@ pub(super) fn scan(
         listeners,
         unlisted_subflows,
         unresolved,
-        sightings,
+        for_history,
     })
 }
 
-/// The name of the namespace in the memory. `diag` was opened in it.
+/// The key of the namespace in the history. `diag` was opened in it.
 pub(crate) fn netns_key(netns: &Netns, diag: &SockDiag) -> NetnsKey {
     NetnsKey {
         inode: netns.inode(),
@@ -89,28 +89,28 @@ pub(crate) fn netns_key(netns: &Netns, diag: &SockDiag) -> NetnsKey {
     }
 }
 
-/// Adds what is remembered to the times of `targets`, and keeps those that match by age and cause. Returns all of them. `before`: from
-/// before the kernel listed them.
-fn recall(
+/// Applies the history to the times of `targets`, and keeps those that match by age and cause. Returns the entries of all of them for
+/// the history. `before`: from before the kernel listed them.
+fn apply_history(
     targets: &mut Vec<Target>,
     selectors: &Selectors,
     history: &History,
     netns: NetnsKey,
     before: Duration,
-) -> Sightings {
-    let mut sightings = Sightings::default();
+) -> HistoryUpdate {
+    let mut update = HistoryUpdate::default();
     if history.is_used() {
         let after = history::now();
-        sightings.namespaces.push(netns);
-        sightings.sockets.reserve(targets.len());
+        update.namespaces.push(netns);
+        update.entries.reserve(targets.len());
         for target in &mut *targets {
-            history.recall(netns, &mut target.socket, before);
-            let sighting = Sighting::of(&target.socket, netns, before, after);
-            sightings.sockets.extend(sighting);
+            history.apply_to(netns, &mut target.socket, before);
+            let entry = NewEntry::of(&target.socket, netns, before, after);
+            update.entries.extend(entry);
         }
     }
     targets.retain(|target| selectors.still_matches(&target.socket));
-    sightings
+    update
 }
 
 /// The number of matching sockets, estimated from the beginning of a dump.

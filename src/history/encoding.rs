@@ -1,4 +1,4 @@
-//! The bytes of the memory file. Pure.
+//! The bytes of the file. Pure.
 //!
 //! A head, then one record per socket, then a checksum. All numbers are little-endian. A file of another boot or time namespace
 //! says nothing about this one, so the head names both.
@@ -6,12 +6,12 @@
 use std::time::Duration;
 
 use super::entries::{Entries, Entry, MAX_ENTRIES};
-use crate::model::{Mark, NetnsKey, SocketKey};
+use crate::model::{NetnsKey, Snapshot, SocketKey};
 use crate::sock_diag::{Cookie, Progress};
 use crate::tcp::TcpState;
 
 /// The first bytes of the file. They change with its format.
-const MAGIC: [u8; 8] = *b"cwkmem02";
+const MAGIC: [u8; 8] = *b"cwkhis01";
 /// Numbers of 64 bits in a record.
 const FIELDS: usize = 11;
 const RECORD: usize = FIELDS * 8;
@@ -48,11 +48,11 @@ pub(super) fn encode(entries: &Entries, epoch: Epoch) -> Vec<u8> {
     bytes.extend_from_slice(&epoch.boot);
     bytes.extend_from_slice(&epoch.time_namespace.to_le_bytes());
     for (key, entry) in &entries.0 {
-        let Mark {
+        let Snapshot {
             state,
             recv_q,
             progress,
-        } = entry.mark;
+        } = entry.snapshot;
         let small = u64::from(state.number()) | u64::from(entry.missed) << 8;
         let fields: [u64; FIELDS] = [
             key.netns.inode,
@@ -64,7 +64,7 @@ pub(super) fn encode(entries: &Entries, epoch: Epoch) -> Vec<u8> {
             progress.written,
             millis(entry.stuck_since),
             millis(entry.idle_since),
-            millis(entry.mark_since),
+            millis(entry.unchanged_since),
             entry.seen.as_secs() << 32 | u64::from(entry.scope),
         ];
         for field in fields {
@@ -109,7 +109,7 @@ pub(super) fn decode(bytes: &[u8], epoch: Epoch, now: Duration) -> Result<Entrie
         let times = [
             entry.stuck_since,
             entry.idle_since,
-            entry.mark_since,
+            entry.unchanged_since,
             entry.seen,
         ];
         if times.into_iter().all(|time| time <= now) {
@@ -130,7 +130,7 @@ fn parse(record: &[u8]) -> (SocketKey, Entry) {
         cookie: Cookie(field(2)),
     };
     let entry = Entry {
-        mark: Mark {
+        snapshot: Snapshot {
             state: TcpState::from_kernel(byte(3, 0)),
             recv_q: (field(3) >> 32) as u32,
             progress: Progress {
@@ -142,7 +142,7 @@ fn parse(record: &[u8]) -> (SocketKey, Entry) {
         missed: byte(3, 8),
         stuck_since: Duration::from_millis(field(7)),
         idle_since: Duration::from_millis(field(8)),
-        mark_since: Duration::from_millis(field(9)),
+        unchanged_since: Duration::from_millis(field(9)),
         seen: Duration::from_secs(field(10) >> 32),
         scope: u32::try_from(field(10) & u64::from(u32::MAX)).unwrap_or(u32::MAX),
     };
@@ -184,7 +184,7 @@ mod tests {
                 cookie: Cookie(cookie),
             };
             let entry = Entry {
-                mark: Mark {
+                snapshot: Snapshot {
                     state: TcpState::CloseWait,
                     recv_q: u32::MAX,
                     progress: Progress {
@@ -195,7 +195,7 @@ mod tests {
                 },
                 stuck_since: Duration::from_millis(1234),
                 idle_since: Duration::from_millis(5678),
-                mark_since: Duration::from_millis(9012),
+                unchanged_since: Duration::from_millis(9012),
                 seen: Duration::from_secs(900_000),
                 scope: u32::MAX,
                 missed: 1,
@@ -225,10 +225,9 @@ mod tests {
             assert!(decode(&wrong, EPOCH, now()).is_err(), "wrong at {index}");
         }
         assert_eq!(decode(b"#!/bin/sh\n", EPOCH, now()), Err(Unusable::Format));
-        // The times of the first format also counted while the host slept.
-        let mut first = bytes.clone();
-        first[..8].copy_from_slice(b"cwkmem01");
-        assert_eq!(decode(&first, EPOCH, now()), Err(Unusable::Format));
+        let mut other = bytes.clone();
+        other[..8].copy_from_slice(b"cwkhis00");
+        assert_eq!(decode(&other, EPOCH, now()), Err(Unusable::Format));
         let longer = [&bytes[..], &[0; RECORD]].concat();
         assert_eq!(decode(&longer, EPOCH, now()), Err(Unusable::Damaged));
     }
@@ -259,7 +258,7 @@ mod tests {
         let changes: [Change; 4] = [
             |entry, later| entry.stuck_since = later,
             |entry, later| entry.idle_since = later,
-            |entry, later| entry.mark_since = later,
+            |entry, later| entry.unchanged_since = later,
             |entry, later| entry.seen = later,
         ];
         for change in changes {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::filter::selectors::Selectors;
 use crate::model::socket::TimeSource;
-use crate::model::{Mark, NetnsKey, Sightings, Socket, SocketKey};
+use crate::model::{HistoryUpdate, NetnsKey, Snapshot, Socket, SocketKey};
 use crate::tcp::StateSet;
 
 /// The maximum number of entries.
@@ -19,17 +19,17 @@ const MISSES: u8 = 2;
 /// Two idle times that differ by no more than this are the same: the clocks of the kernel tick up to ten milliseconds apart.
 const TOLERANCE: Duration = Duration::from_millis(100);
 
-/// What is known of one socket. All times are of the clock of [`super::now`].
+/// One socket in the history. All times are of the clock of [`super::now`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Entry {
-    /// As long as a socket has this mark, the times below are true.
-    pub mark: Mark,
+    /// As long as this is the snapshot of the socket, the times below are true.
+    pub snapshot: Snapshot,
     /// It has been stuck since then, or longer.
     pub stuck_since: Duration,
     /// No data has moved since then, or longer.
     pub idle_since: Duration,
-    /// When a run first saw it with this mark.
-    pub mark_since: Duration,
+    /// When a run first saw it with this snapshot.
+    pub unchanged_since: Duration,
     /// When a run last saw it.
     pub seen: Duration,
     /// The [`Scope`] of that run.
@@ -62,7 +62,7 @@ impl Scope {
 
     /// Whether a run with this scope would have listed the socket of `entry`.
     fn sees(self, entry: &Entry) -> bool {
-        self.states.contains(entry.mark.state) && (self.hash == 0 || self.hash == entry.scope)
+        self.states.contains(entry.snapshot.state) && (self.hash == 0 || self.hash == entry.scope)
     }
 }
 
@@ -77,21 +77,22 @@ fn hash(bytes: &[u8]) -> u32 {
 pub struct Entries(pub(super) HashMap<SocketKey, Entry>);
 
 impl Entries {
-    /// Adds what is known of `socket` to its times.
-    pub fn recall(&self, netns: NetnsKey, socket: &mut Socket, now: Duration) {
+    /// Makes the times of `socket` as long as its entry shows.
+    pub fn apply_to(&self, netns: NetnsKey, socket: &mut Socket, now: Duration) {
         if self.0.is_empty() {
             return;
         }
         let cookie = socket.cookie();
-        let (Some(mark), Some(entry)) = (socket.mark(), self.0.get(&SocketKey { netns, cookie }))
+        let (Some(snapshot), Some(entry)) =
+            (socket.snapshot(), self.0.get(&SocketKey { netns, cookie }))
         else {
             return;
         };
-        if entry.mark == mark {
-            socket.unmoved_for = now.saturating_sub(entry.mark_since);
+        if entry.snapshot == snapshot {
+            socket.unchanged_for = now.saturating_sub(entry.unchanged_since);
             let stuck = now.saturating_sub(entry.stuck_since);
             if socket.age.is_some_and(|age| age < stuck) {
-                (socket.age, socket.age_source) = (Some(stuck), TimeSource::Memory);
+                (socket.age, socket.age_source) = (Some(stuck), TimeSource::History);
             }
             // The clocks of the kernel know a longer time if the application has read since: then the history is right.
             let idle = now.saturating_sub(entry.idle_since);
@@ -99,35 +100,36 @@ impl Entries {
                 .idle
                 .is_some_and(|known| known.abs_diff(idle) > TOLERANCE)
             {
-                (socket.idle, socket.idle_source) = (Some(idle), TimeSource::Memory);
+                (socket.idle, socket.idle_source) = (Some(idle), TimeSource::History);
             }
-        } else if entry.mark.state == mark.state && entry.mark.recv_q != mark.recv_q {
+        } else if entry.snapshot.state == snapshot.state && entry.snapshot.recv_q != snapshot.recv_q
+        {
             // The application has read since then. The clocks of the kernel do not count that.
             let zero = socket.idle.map(|_| Duration::ZERO);
-            (socket.idle, socket.idle_source) = (zero, TimeSource::Memory);
+            (socket.idle, socket.idle_source) = (zero, TimeSource::History);
         }
     }
 
-    /// Takes in what a scan has seen, and drops the sockets that are gone.
-    pub(super) fn learn(&mut self, sightings: &Sightings, scope: Scope, now: Duration) {
+    /// Adds what a scan has seen, and drops the sockets that are gone.
+    pub(super) fn add(&mut self, update: &HistoryUpdate, scope: Scope, now: Duration) {
         for (key, entry) in &mut self.0 {
-            if scope.sees(entry) && sightings.namespaces.contains(&key.netns) {
+            if scope.sees(entry) && update.namespaces.contains(&key.netns) {
                 entry.missed = entry.missed.saturating_add(1);
             }
         }
-        for sighting in &sightings.sockets {
-            let earlier = self.0.get(&sighting.key);
-            let earlier = earlier.filter(|entry| entry.mark == sighting.mark);
+        for new in &update.entries {
+            let earlier = self.0.get(&new.key);
+            let earlier = earlier.filter(|entry| entry.snapshot == new.snapshot);
             let entry = Entry {
-                mark: sighting.mark,
-                stuck_since: sighting.stuck_since,
-                idle_since: sighting.idle_since,
-                mark_since: earlier.map_or(now, |entry| entry.mark_since),
+                snapshot: new.snapshot,
+                stuck_since: new.stuck_since,
+                idle_since: new.idle_since,
+                unchanged_since: earlier.map_or(now, |entry| entry.unchanged_since),
                 seen: now,
                 scope: scope.hash,
                 missed: 0,
             };
-            self.0.insert(sighting.key, entry);
+            self.0.insert(new.key, entry);
         }
         self.0.retain(|_, entry| {
             entry.missed < MISSES && now.saturating_sub(entry.seen) < FORGET_AFTER
@@ -152,10 +154,10 @@ impl Entries {
     pub(super) fn merge(&mut self, other: Entries) {
         for (key, theirs) in other.0 {
             let ours = self.0.entry(key).or_insert(theirs);
-            if ours.mark == theirs.mark {
+            if ours.snapshot == theirs.snapshot {
                 ours.stuck_since = ours.stuck_since.min(theirs.stuck_since);
                 ours.idle_since = ours.idle_since.min(theirs.idle_since);
-                ours.mark_since = ours.mark_since.min(theirs.mark_since);
+                ours.unchanged_since = ours.unchanged_since.min(theirs.unchanged_since);
                 ours.seen = ours.seen.max(theirs.seen);
             } else if ours.seen < theirs.seen {
                 *ours = theirs;
@@ -167,7 +169,7 @@ impl Entries {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Sighting;
+    use crate::model::NewEntry;
     use crate::sock_diag::testdata::stuck;
     use crate::sock_diag::{Cookie, SocketMessage};
     use crate::tcp::TcpState;
@@ -202,7 +204,7 @@ mod tests {
         })
     }
 
-    /// A run at `now` that sees these sockets; returns them with what was remembered.
+    /// A run at `now` that sees these sockets; returns them with their times.
     fn run(
         entries: &mut Entries,
         netns: NetnsKey,
@@ -221,30 +223,30 @@ mod tests {
         [before, after]: [u64; 2],
         messages: &[SocketMessage],
     ) -> Vec<Socket> {
-        let mut sightings = Sightings {
+        let mut update = HistoryUpdate {
             namespaces: vec![netns],
-            sockets: Vec::new(),
+            entries: Vec::new(),
         };
         let see = |message| {
             let mut socket = Socket::from_message(message);
-            entries.recall(netns, &mut socket, at(before));
-            let sighting = Sighting::of(&socket, netns, at(before), at(after));
-            sightings.sockets.extend(sighting);
+            entries.apply_to(netns, &mut socket, at(before));
+            let entry = NewEntry::of(&socket, netns, at(before), at(after));
+            update.entries.extend(entry);
             socket
         };
         let sockets = messages.iter().map(see).collect();
-        entries.learn(&sightings, scope, at(after));
+        entries.add(&update, scope, at(after));
         sockets
     }
 
-    /// Age and idle time, in seconds, and whether they are remembered.
+    /// Age and idle time, in seconds, and whether they are from the history.
     fn times(socket: &Socket) -> (u64, bool, u64, bool) {
-        let is_remembered = |source| source == TimeSource::Memory;
+        let is_from_history = |source| source == TimeSource::History;
         (
             socket.age.unwrap().as_secs(),
-            is_remembered(socket.age_source),
+            is_from_history(socket.age_source),
             socket.idle.unwrap().as_secs(),
-            is_remembered(socket.idle_source),
+            is_from_history(socket.idle_source),
         )
     }
 
@@ -256,7 +258,7 @@ mod tests {
         run_slowly(&mut entries, HERE, all, [1000, 1030], &[message(1, 5)]);
         let second = run(&mut entries, HERE, all, 1040, &[message(1, 0)]);
         assert_eq!(times(&second[0]), (15, true, 15, true));
-        // What the memory knows does not drift, however slow the runs are.
+        // The times in the history do not drift, however slow the runs are.
         for now in [1100, 1200, 1300] {
             let slow = [now, now + 50];
             let later = run_slowly(&mut entries, HERE, all, slow, &[message(1, 0)]);
@@ -279,7 +281,7 @@ mod tests {
             message.recv_q = recv_q;
             let slow = [before, before + 2];
             run_slowly(&mut entries, HERE, all, slow, &[message])[0]
-                .unmoved_for
+                .unchanged_for
                 .as_secs()
         };
         assert_eq!(look(1000, 90), 0, "a single look");

@@ -21,19 +21,19 @@ use crate::sys::caller::as_caller;
 
 /// The directory of root.
 const OF_ROOT: &str = "/run/cwkill";
-/// Names a directory for the file; if it is empty, nothing is remembered.
-const VARIABLE: &str = "CWKILL_MEMORY";
-const NAME: &str = "memory";
+/// Names a directory for the file; if it is empty, there is no history.
+const VARIABLE: &str = "CWKILL_HISTORY";
+const NAME: &str = "history";
 /// A file that is not complete yet.
-const NEW: &str = "memory.new";
+const NEW: &str = "history.new";
 const GROUP_OR_OTHERS_WRITE: u32 = 0o022;
 /// How often to ask for the lock, and the pause in between. Another run holds it for some milliseconds.
 const LOCK_ATTEMPTS: u32 = 50;
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
-/// Where the file is.
+/// The file, and which version of it was read.
 #[derive(Clone, Debug)]
-pub(super) struct Place {
+pub(super) struct HistoryFile {
     directory: PathBuf,
     epoch: Epoch,
     /// The file that was read; `None` if there was none, or if it could not be used.
@@ -75,15 +75,15 @@ impl From<Errno> for FileError {
     }
 }
 
-impl Place {
-    /// `None` if this user has no directory that ends with the host, or does not want to remember.
+impl HistoryFile {
+    /// `None` if this user has no directory that ends with the host, or wants no history.
     pub fn of_this_user() -> Option<Self> {
         let directory = match std::env::var_os(VARIABLE) {
             Some(directory) => PathBuf::from(directory),
             None if getuid().is_root() => OF_ROOT.into(),
             None => Path::new(&std::env::var_os("XDG_RUNTIME_DIR")?).join("cwkill"),
         };
-        Some(Place {
+        Some(HistoryFile {
             epoch: epoch()?,
             known: None,
             directory: directory.is_absolute().then_some(directory)?,
@@ -113,7 +113,7 @@ impl Place {
         }
     }
 
-    /// Writes the entries, together with those that another run has written since [`Place::read`].
+    /// Writes the entries, together with those that another run has written since [`HistoryFile::read`].
     ///
     /// # Errors
     /// In words: they cannot be written. The old file stays.

@@ -1,7 +1,7 @@
-//! The history, for people the memory between runs: how long each socket has been stuck and idle, as far as earlier runs have seen.
+//! The history: which sockets earlier runs have seen, and for how long each has been stuck and idle.
 //!
 //! The clocks of the kernel start again when a keepalive or a window probe is answered, and when cwkill probes a socket. Byte
-//! counters do not. So each run writes down the sockets that it sees, with their counters. If a later run sees the same
+//! counters do not. So each run adds an entry for each socket that it sees, with its counters. If a later run sees the same
 //! socket with the same counters, no data has moved in between, and the socket is as old as the first of these runs knew.
 //!
 //! [`entries`] is pure; `encoding` converts it to bytes and back; `file` reads and writes the file. The history only ever makes
@@ -18,14 +18,14 @@ use nix::time::{ClockId, clock_gettime};
 use crate::filter::selectors::Selectors;
 use crate::model::{NetnsKey, Scan, Socket};
 use entries::{Entries, Scope};
-use file::Place;
+use file::HistoryFile;
 
 /// What earlier runs have seen.
 #[derive(Debug, Default)]
 pub struct History {
     entries: Entries,
-    /// The file; `None` if nothing is remembered.
-    place: Option<Place>,
+    /// `None` if this run has no history.
+    file: Option<HistoryFile>,
     /// Notes for the operator, one per line.
     notes: Vec<String>,
 }
@@ -34,47 +34,46 @@ impl History {
     /// Reads the file of this user. A file that cannot be used counts as empty; a note says why.
     pub fn open() -> Self {
         let mut history = History::default();
-        match Place::of_this_user() {
+        match HistoryFile::of_this_user() {
             None => {}
-            Some(mut place) => {
-                match place.read(now()) {
+            Some(mut file) => {
+                match file.read(now()) {
                     Ok(entries) => history.entries = entries,
                     Err(why) => history.notes.push(format!(
-                        "what earlier runs saw is unknown, so ages can be too small: {why}"
+                        "cannot read the history of earlier runs, so ages can be too small: {why}"
                     )),
                 }
-                history.place = Some(place);
+                history.file = Some(file);
             }
         }
         history
     }
 
-    /// A history that knows nothing and writes nothing.
+    /// An empty history that writes nothing.
     pub fn none() -> Self {
         History::default()
     }
 
-    /// Whether scans must say what they have seen.
+    /// Whether scans must collect entries for it.
     pub fn is_used(&self) -> bool {
-        self.place.is_some()
+        self.file.is_some()
     }
 
-    /// Adds what is known of `socket` to its times. `now`: from before the kernel listed it.
-    pub fn recall(&self, netns: NetnsKey, socket: &mut Socket, now: Duration) {
-        self.entries.recall(netns, socket, now);
+    /// Makes the times of `socket` as long as its entry shows. `now`: from before the kernel listed it.
+    pub fn apply_to(&self, netns: NetnsKey, socket: &mut Socket, now: Duration) {
+        self.entries.apply_to(netns, socket, now);
     }
 
-    /// Takes in what `scan` has seen, and writes it down for the next run. Call it before the first act.
-    pub fn learn(&mut self, scan: &Scan, selectors: &Selectors) {
-        let Some(place) = &mut self.place else {
+    /// Adds what `scan` has seen, and writes the file for the next run. Call it before the first act.
+    pub fn add(&mut self, scan: &Scan, selectors: &Selectors) {
+        let Some(file) = &mut self.file else {
             return;
         };
         let scope = Scope::of(selectors);
-        self.entries.learn(&scan.sightings, scope, now());
-        if let Err(why) = place.write(&mut self.entries, now()) {
-            let note = format!(
-                "cannot save what this run saw: ages in later runs may be too small: {why}"
-            );
+        self.entries.add(&scan.for_history, scope, now());
+        if let Err(why) = file.write(&mut self.entries, now()) {
+            let note =
+                format!("cannot write the history: ages in later runs may be too small: {why}");
             // Two scans of one run can fail for the same reason.
             if !self.notes.contains(&note) {
                 self.notes.push(note);

@@ -16,6 +16,6 @@ pub use drain::{Backlog, DrainReason, DrainResult};
 pub use method::{Method, Privilege};
 pub use reclaim::{InUse, ReclaimOutcome, ReclaimReason};
 pub use scan::{Listener, ListeningSocket, Scan};
-pub use socket::{Mark, NetnsKey, Sighting, Sightings, Socket, SocketKey};
+pub use socket::{HistoryUpdate, NetnsKey, NewEntry, Snapshot, Socket, SocketKey};
 pub use target::{Attempt, Exclusion, MethodError, Outcome, Owner, Plan, SkipReason, Target};
 pub use waiting::{Spinning, Waiter, Waiting};

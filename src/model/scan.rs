@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::model::{Coverage, Owner, Sightings, Target};
+use crate::model::{Coverage, HistoryUpdate, Owner, Target};
 use crate::proc::netns::Netns;
 use crate::proc::{Process, ProcessId, RemoteFd};
 use crate::sock_diag::DiagId;
@@ -26,8 +26,8 @@ pub struct Scan {
     pub listed_at: Duration,
     /// Whether cwkill searched for the owners.
     pub owners_known: bool,
-    /// For the memory between runs; empty if nothing is remembered.
-    pub sightings: Sightings,
+    /// What this scan adds to the history; empty if the run has no history.
+    pub for_history: HistoryUpdate,
     /// The epoll sets of the owners.
     pub epolls: Vec<(Arc<Process>, RemoteFd)>,
     /// The threads of the owners that sleep in select(2).

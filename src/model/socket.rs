@@ -43,8 +43,8 @@ pub struct Socket {
     pub idle_source: TimeSource,
     /// Its byte counters. See [`SocketMessage::progress`].
     pub progress: Option<Progress>,
-    /// For how long it has had its [`Mark`], at least, as earlier runs saw it; zero if none did.
-    pub unmoved_for: Duration,
+    /// For how long it has had its [`Snapshot`], at least, by the history; zero if the history does not have it.
+    pub unchanged_for: Duration,
     /// A lower bound of the age of the connection. See [`connected_for`].
     pub connected_for: Option<Duration>,
     pub cause: Cause,
@@ -60,8 +60,8 @@ pub struct Socket {
 pub enum TimeSource {
     /// From the clocks in `struct tcp_info`.
     Kernel,
-    /// An earlier run saw the socket with the same byte counters.
-    Memory,
+    /// From the history: an earlier run saw the socket with the same byte counters.
+    History,
 }
 
 /// A network namespace, for as long as the host runs.
@@ -80,47 +80,47 @@ pub struct SocketKey {
     pub cookie: Cookie,
 }
 
-/// What stays the same as long as no data moves in a socket and its state does not change.
+/// The facts about a socket that stay the same as long as no data moves in it and its state does not change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mark {
+pub struct Snapshot {
     pub state: TcpState,
     pub recv_q: u32,
     pub progress: Progress,
 }
 
-/// What a scan saw of a socket. The times are since boot.
+/// A socket of a scan, for its entry in the history. The times are since boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sighting {
+pub struct NewEntry {
     pub key: SocketKey,
-    pub mark: Mark,
+    pub snapshot: Snapshot,
     /// It has been stuck since then, or longer.
     pub stuck_since: Duration,
     /// No data has moved since then, or longer.
     pub idle_since: Duration,
 }
 
-/// What a scan saw, for the memory between runs.
+/// What a scan adds to the history.
 #[derive(Clone, Debug, Default)]
-pub struct Sightings {
+pub struct HistoryUpdate {
     /// The namespaces whose sockets were listed.
     pub namespaces: Vec<NetnsKey>,
-    /// Every listed socket, also if it does not match because of its age, its cause or its owner.
-    pub sockets: Vec<Sighting>,
+    /// One for every listed socket, also if it does not match because of its age, its cause or its owner.
+    pub entries: Vec<NewEntry>,
 }
 
-impl Sighting {
+impl NewEntry {
     /// `None` if the kernel reports too little. `before` and `after`: from before and after the kernel listed the socket.
     pub fn of(socket: &Socket, netns: NetnsKey, before: Duration, after: Duration) -> Option<Self> {
         let cookie = socket.cookie();
         let since = |time: Duration, source| match source {
-            // What the memory knew, unchanged: otherwise it would drift from run to run.
-            TimeSource::Memory if !time.is_zero() => before.saturating_sub(time),
+            // The time in the history stays: otherwise it would drift from run to run.
+            TimeSource::History if !time.is_zero() => before.saturating_sub(time),
             // The kernel counted until it listed the socket, at the latest until `after`.
             _ => after.saturating_sub(time),
         };
-        Some(Sighting {
+        Some(NewEntry {
             key: SocketKey { netns, cookie },
-            mark: socket.mark()?,
+            snapshot: socket.snapshot()?,
             stuck_since: since(socket.age?, socket.age_source),
             idle_since: since(socket.idle?, socket.idle_source),
         })
@@ -153,7 +153,7 @@ impl Socket {
             idle: idle(message),
             idle_source: TimeSource::Kernel,
             progress: message.progress,
-            unmoved_for: Duration::ZERO,
+            unchanged_for: Duration::ZERO,
             connected_for: connected_for(message),
             cause: Cause::of(message),
             transparent: message.transparent,
@@ -170,7 +170,7 @@ impl Socket {
             address_gone: self.address_gone,
             ..Socket::from_message(message)
         };
-        match later.is_unmoved_since(self) {
+        match later.is_unchanged_since(self) {
             Some(true) => {
                 if self.age > later.age {
                     (later.age, later.age_source) = (self.age, self.age_source);
@@ -188,13 +188,13 @@ impl Socket {
 
     /// Whether neither data has moved nor the state has changed since an earlier lookup; `None` if the kernel does not have the
     /// counters.
-    pub fn is_unmoved_since(&self, earlier: &Socket) -> Option<bool> {
-        Some(self.mark()? == earlier.mark()?)
+    pub fn is_unchanged_since(&self, earlier: &Socket) -> Option<bool> {
+        Some(self.snapshot()? == earlier.snapshot()?)
     }
 
     /// `None` if the kernel does not have the counters.
-    pub fn mark(&self) -> Option<Mark> {
-        Some(Mark {
+    pub fn snapshot(&self) -> Option<Snapshot> {
+        Some(Snapshot {
             state: self.state,
             recv_q: self.listed_recv_q,
             progress: self.progress?,

@@ -14,7 +14,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::support::{
-    CWKILL, MEMORY, PATIENCE, Ran, alone, as_typed, at, cwkill, in_state, lab, ran,
+    CWKILL, HISTORY, PATIENCE, Ran, alone, as_typed, at, cwkill, in_state, lab, ran,
 };
 use crate::trial::{Need, Test, each_family, once};
 
@@ -134,9 +134,9 @@ fn an_idle_open_connection_is_closed_by_its_idle_time(family: Family) -> Result<
     Ok(())
 }
 
-/// Runs cwkill with a memory in this directory.
-fn remembering(lab: &Lab, directory: &Path, arguments: &str) -> Result<Ran> {
-    let command = lab.app_host().command(CWKILL).env(MEMORY, directory);
+/// Runs cwkill with the history in this directory.
+fn with_history(lab: &Lab, directory: &Path, arguments: &str) -> Result<Ran> {
+    let command = lab.app_host().command(CWKILL).env(HISTORY, directory);
     ran(command.args(arguments.split_whitespace()))
 }
 
@@ -160,32 +160,32 @@ fn directory() -> Result<TempDir> {
 
 fn an_answered_keepalive_does_not_hide_the_age(family: Family) -> Result<()> {
     let (lab, leak) = lab("drained", family, 1)?;
-    let memory = directory()?;
+    let history = directory()?;
     leak.app().set_option(&leak.app_fds(), KEEPALIVE)?;
     lab.wait_for(PATIENCE, || {
-        let sockets = remembering(&lab, memory.path(), "--json")?.sockets();
+        let sockets = with_history(&lab, history.path(), "--json")?.sockets();
         let now = cwkill(&lab, "-n --json")?.sockets();
         Ok(number(&sockets, "age_ms")? >= 4000 && number(&now, "age_ms")? < 2000)
     })?;
-    let socket = &remembering(&lab, memory.path(), "--json")?.sockets()[0];
-    assert_eq!(at(socket, "/age_source"), "memory");
-    // Nothing is known without the memory.
+    let socket = &with_history(&lab, history.path(), "--json")?.sockets()[0];
+    assert_eq!(at(socket, "/age_source"), "history");
+    // Nothing is known without the history.
     let without = cwkill(&lab, "-n --json")?.sockets();
     assert!(number(&without, "age_ms")? < 4000);
     assert_eq!(at(&without[0], "/age_source"), "kernel");
     // Every command uses it.
     let old = "--min-age 4s";
-    remembering(&lab, memory.path(), &format!("check -w 1 -c 1 {old}"))?.exits(2);
-    let diagnosed = remembering(
+    with_history(&lab, history.path(), &format!("check -w 1 -c 1 {old}"))?.exits(2);
+    let diagnosed = with_history(
         &lab,
-        memory.path(),
+        history.path(),
         &format!("diagnose {old} --sample 100ms"),
     )?;
     assert!(diagnosed.stdout.contains("never closes"), "{diagnosed:?}");
-    remembering(&lab, memory.path(), &format!("-n {old}"))?.exits(0);
-    remembering(
+    with_history(&lab, history.path(), &format!("-n {old}"))?.exits(0);
+    with_history(
         &lab,
-        memory.path(),
+        history.path(),
         &format!("--all {old} --no-owners --method destroy"),
     )?
     .exits(0);
@@ -196,16 +196,18 @@ fn an_answered_keepalive_does_not_hide_the_age(family: Family) -> Result<()> {
 fn a_probe_makes_nothing_young(family: Family) -> Result<()> {
     for scenario in ["drained", "not-accepted"] {
         let (lab, _leak) = lab(scenario, family, 1)?;
-        let memory = directory()?;
+        let history = directory()?;
         let line = "-n --json --min-age 1s --min-idle 1s";
         lab.wait_for(PATIENCE, || {
-            Ok(remembering(&lab, memory.path(), line)?.code == Some(0))
+            Ok(with_history(&lab, history.path(), line)?.code == Some(0))
         })?;
         let probe = "--all --min-age 1s --min-idle 1s --method probe --grace 20s --json";
-        let probed = remembering(&lab, memory.path(), probe)?.exits(4).sockets();
+        let probed = with_history(&lab, history.path(), probe)?
+            .exits(4)
+            .sockets();
         assert_eq!(at(&probed[0], "/result/reason_code"), "peer-alive");
-        let later = remembering(&lab, memory.path(), line)?.exits(0).sockets();
-        assert_eq!(at(&later[0], "/age_source"), "memory");
+        let later = with_history(&lab, history.path(), line)?.exits(0).sockets();
+        assert_eq!(at(&later[0], "/age_source"), "history");
         assert!(number(&later, "age_ms")? >= number(&probed, "age_ms")?);
     }
     Ok(())
@@ -215,14 +217,14 @@ fn a_probe_makes_nothing_young(family: Family) -> Result<()> {
 fn an_owner_that_sends_keeps_its_socket_young(family: Family) -> Result<()> {
     let (lab, _half_closed) = lab("half-closed", family, 1)?;
     let _old = lab.start("drained", family, alone(9000, 1))?;
-    let memory = directory()?;
+    let history = directory()?;
     lab.wait_for(PATIENCE, || {
-        let old = remembering(&lab, memory.path(), "-n --json --min-age 3s --port 9000")?;
-        remembering(&lab, memory.path(), "--json")?.exits(0);
+        let old = with_history(&lab, history.path(), "-n --json --min-age 3s --port 9000")?;
+        with_history(&lab, history.path(), "--json")?.exits(0);
         Ok(old.code == Some(0))
     })?;
     for line in ["--min-age 2s", "--min-idle 2s"] {
-        let ran = remembering(&lab, memory.path(), &format!("-n --json {line}"))?.exits(0);
+        let ran = with_history(&lab, history.path(), &format!("-n --json {line}"))?.exits(0);
         let sockets = ran.sockets();
         assert_eq!(sockets.len(), 1, "{ran:?}");
         assert_eq!(at(&sockets[0], "/local/port"), "9000");
@@ -231,10 +233,10 @@ fn an_owner_that_sends_keeps_its_socket_young(family: Family) -> Result<()> {
 }
 
 /// Puts something in the place of the file.
-type Place = Box<dyn Fn() -> Result<()>>;
+type Put = Box<dyn Fn() -> Result<()>>;
 
 /// What takes the place of the file, and why it is not used.
-fn bad_files(at: &Path, beside: &Path) -> Result<Vec<(&'static str, Place)>> {
+fn bad_files(at: &Path, beside: &Path) -> Result<Vec<(&'static str, Put)>> {
     let file = at.to_owned();
     let target = beside.to_owned();
     let with = move |content: Vec<u8>| {
@@ -275,22 +277,22 @@ fn bad_files(at: &Path, beside: &Path) -> Result<Vec<(&'static str, Place)>> {
     ])
 }
 
-/// The run that finds it works all the same, and no socket is older than without a memory.
+/// The run that finds it works all the same, and no socket is older than without a history.
 fn a_file_that_cannot_be_used_is_replaced() -> Result<()> {
     let (lab, leak) = lab("drained", Family::V4, 1)?;
     leak.app().set_option(&leak.app_fds(), KEEPALIVE)?;
-    let memory = directory()?;
-    let file = memory.path().join("memory");
-    remembering(&lab, memory.path(), "")?.exits(0);
-    let beside = memory.path().join("beside");
+    let history = directory()?;
+    let file = history.path().join("history");
+    with_history(&lab, history.path(), "")?.exits(0);
+    let beside = history.path().join("beside");
     fs::write(&beside, "untouched")?;
     for (why, place) in bad_files(&file, &beside)? {
         fs::remove_file(&file)?;
         place()?;
-        let ran = remembering(&lab, memory.path(), "--json")?.exits(0);
+        let ran = with_history(&lab, history.path(), "--json")?.exits(0);
         assert!(ran.stderr.contains(why), "{why}: {ran:?}");
         assert_eq!(at(&ran.sockets()[0], "/age_source"), "kernel", "{why}");
-        let ran = remembering(&lab, memory.path(), "--json")?.exits(0);
+        let ran = with_history(&lab, history.path(), "--json")?.exits(0);
         assert_eq!(ran.stderr, "", "{why}");
     }
     assert_eq!(fs::read_to_string(beside)?, "untouched");
@@ -299,26 +301,26 @@ fn a_file_that_cannot_be_used_is_replaced() -> Result<()> {
 
 fn a_file_that_cannot_be_written_is_a_note() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 2)?;
-    let memory = directory()?;
-    let mounted = memory.path().display();
+    let history = directory()?;
+    let mounted = history.path().display();
     for (prepare, why) in [
         ("mount -o remount,ro,size=64k", "Read-only file system"),
         (
             "head -c 65536 /dev/zero >$M/full; :",
             "No space left on device",
         ),
-        ("mkdir $M/memory; :", "it is not a regular file"),
+        ("mkdir $M/history; :", "it is not a regular file"),
     ] {
         let script = format!(
             "export M={mounted}; mount -t tmpfs -o size=64k,mode=0700 none $M && {{ {prepare} $M; {CWKILL} -n --json; }}"
         );
-        let command = lab.app_host().command("unshare").env(MEMORY, memory.path());
+        let command = lab
+            .app_host()
+            .command("unshare")
+            .env(HISTORY, history.path());
         let ran = ran(command.args(["--mount", "sh", "-c", &script]))?;
         assert!(ran.stderr.contains(why), "{why}: {ran:?}");
-        assert!(
-            ran.stderr.contains("cannot save what this run saw"),
-            "{ran:?}"
-        );
+        assert!(ran.stderr.contains("cannot write the history"), "{ran:?}");
         assert_eq!(at(&ran.json(), "/summary/matched"), "2", "{ran:?}");
     }
     Ok(())
@@ -326,16 +328,16 @@ fn a_file_that_cannot_be_written_is_a_note() -> Result<()> {
 
 fn a_directory_of_others_is_not_used() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 1)?;
-    let memory = directory()?;
-    remembering(&lab, memory.path(), "")?.exits(0);
-    fs::set_permissions(memory.path(), Permissions::from_mode(0o777))?;
-    remembering(&lab, memory.path(), "")?.complains("others can write the directory");
-    fs::set_permissions(memory.path(), Permissions::from_mode(0o755))?;
-    remembering(&lab, memory.path(), "")?.exits(0);
-    std::os::unix::fs::chown(memory.path().join("memory"), Some(NOBODY), None)?;
-    remembering(&lab, memory.path(), "")?.complains("it belongs to another user");
-    std::os::unix::fs::chown(memory.path(), Some(NOBODY), None)?;
-    remembering(&lab, memory.path(), "")?.complains("the directory belongs to another user");
+    let history = directory()?;
+    with_history(&lab, history.path(), "")?.exits(0);
+    fs::set_permissions(history.path(), Permissions::from_mode(0o777))?;
+    with_history(&lab, history.path(), "")?.complains("others can write the directory");
+    fs::set_permissions(history.path(), Permissions::from_mode(0o755))?;
+    with_history(&lab, history.path(), "")?.exits(0);
+    std::os::unix::fs::chown(history.path().join("history"), Some(NOBODY), None)?;
+    with_history(&lab, history.path(), "")?.complains("it belongs to another user");
+    std::os::unix::fs::chown(history.path(), Some(NOBODY), None)?;
+    with_history(&lab, history.path(), "")?.complains("the directory belongs to another user");
     Ok(())
 }
 
@@ -345,19 +347,19 @@ const NOBODY: u32 = 65534;
 /// A user who was granted capabilities must not read or write with them what is root's.
 fn capabilities_do_not_open_the_file() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 1)?;
-    let memory = directory()?;
-    remembering(&lab, memory.path(), "")?.exits(0);
-    fs::set_permissions(memory.path(), Permissions::from_mode(0o700))?;
-    let before = fs::read(memory.path().join("memory"))?;
+    let history = directory()?;
+    with_history(&lab, history.path(), "")?.exits(0);
+    fs::set_permissions(history.path(), Permissions::from_mode(0o700))?;
+    let before = fs::read(history.path().join("history"))?;
     let granted = [
         Capability::CAP_DAC_READ_SEARCH,
         Capability::CAP_DAC_OVERRIDE,
         Capability::CAP_FOWNER,
     ];
-    let command = lab.app_host().command(CWKILL).env(MEMORY, memory.path());
+    let command = lab.app_host().command(CWKILL).env(HISTORY, history.path());
     let ran = ran(command.uid(NOBODY).capabilities(&granted))?;
     assert!(ran.stderr.contains("Permission denied"), "{ran:?}");
-    assert_eq!(fs::read(memory.path().join("memory"))?, before);
+    assert_eq!(fs::read(history.path().join("history"))?, before);
     Ok(())
 }
 
@@ -370,9 +372,9 @@ fn runs_at_once_lose_nothing() -> Result<()> {
     for leak in &leaks {
         leak.app().set_option(&leak.app_fds(), KEEPALIVE)?;
     }
-    let memory = directory()?;
+    let history = directory()?;
     let command = |port: &u16| {
-        let command = lab.app_host().command(CWKILL).env(MEMORY, memory.path());
+        let command = lab.app_host().command(CWKILL).env(HISTORY, history.path());
         command.args(["-n", "--json", "--port", &port.to_string()])
     };
     std::thread::scope(|scope| {
@@ -386,7 +388,7 @@ fn runs_at_once_lose_nothing() -> Result<()> {
         anyhow::Ok(())
     })?;
     lab.wait_for(PATIENCE, || {
-        let all = remembering(&lab, memory.path(), "-n --json --min-age 3s")?;
+        let all = with_history(&lab, history.path(), "-n --json --min-age 3s")?;
         Ok(all.sockets().len() == 24)
     })
 }

@@ -82,15 +82,15 @@ impl Ran {
 }
 
 /// Adds `--min-idle 0s` to a command line of cwkill that acts or lists, unless it gives `--min-idle` itself: the sockets of the
-/// tests are young. Commands that need a shell are changed too. Also lets cwkill remember nothing, unless the environment says where.
+/// tests are young. Commands that need a shell are changed too. cwkill has no history, unless the environment says where.
 /// With [`AS_TYPED`] in its environment, a command stays as it is.
 pub fn take_sockets_in_use(
     arguments: &mut Vec<OsString>,
     environment: &mut Vec<(OsString, OsString)>,
 ) {
     // The tests run side by side, and each knows only its own runs.
-    if !environment.iter().any(|(name, _)| name == MEMORY) {
-        environment.push((MEMORY.into(), OsString::new()));
+    if !environment.iter().any(|(name, _)| name == HISTORY) {
+        environment.push((HISTORY.into(), OsString::new()));
     }
     if environment.iter().any(|(name, _)| name == AS_TYPED) {
         return;
@@ -125,8 +125,8 @@ pub fn take_sockets_in_use(
     }
 }
 
-/// The variable with the directory for what cwkill remembers; empty for nothing.
-pub const MEMORY: &str = "CWKILL_MEMORY";
+/// The variable with the directory for the history; empty for none.
+pub const HISTORY: &str = "CWKILL_HISTORY";
 
 /// See [`take_sockets_in_use`].
 pub const AS_TYPED: &str = "CWKILL_TESTS_AS_TYPED";
