@@ -198,10 +198,13 @@ fn options_named_in_the_readme_exist() -> Result<()> {
     command.build();
     let mut known = options(&command);
     known.extend(command.get_subcommands().flat_map(options));
-    for line in text
-        .lines()
-        .filter(|line| line.trim_start().starts_with("cwkill "))
-    {
+    let commands = text.lines().filter(|line| {
+        let line = line.trim_start();
+        line.strip_prefix("sudo ")
+            .unwrap_or(line)
+            .starts_with("cwkill ")
+    });
+    for line in commands {
         let code = line.split(" #").next().unwrap_or_default();
         for word in code
             .split_whitespace()

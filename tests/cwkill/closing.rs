@@ -390,7 +390,7 @@ fn a_signal_ends_a_run_whose_output_nobody_reads() -> Result<()> {
     Ok(())
 }
 
-/// `netns-harness run unread --count 40 -- cwkill --port 8080`, as the README has it. This program acts as the harness.
+/// `netns-harness run unread --count 40 -- cwkill --port 8080`, as CONTRIBUTING.md has it. This program acts as the harness.
 fn the_harness_command_of_the_readme_closes_forty() -> Result<()> {
     let lab = Lab::new()?;
     let line = format!("run unread --count 40 -- {CWKILL} --port 8080");
