@@ -10,9 +10,9 @@ use nix::sys::ptrace::{self, Options};
 use nix::unistd::Pid;
 use rustix::process::{self, WaitId, WaitIdOptions};
 
-/// The event of a traced thread that waits for its tracer. See [`peek_stop`].
+/// The event of a traced thread that its tracer has not read yet. See [`peek_stop`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Waiting {
+pub enum TraceEvent {
     /// None: the thread runs, or has not reached its stop yet.
     Nothing,
     /// It has stopped with this code: a signal number, and a ptrace event from bit 8 on.
@@ -182,7 +182,7 @@ pub fn seccomp_filter(tid: i32, index: usize) -> io::Result<Vec<u64>> {
 ///
 /// # Errors
 /// ECHILD: the calling thread does not trace it.
-pub fn peek_stop(tid: i32) -> io::Result<Waiting> {
+pub fn peek_stop(tid: i32) -> io::Result<TraceEvent> {
     read_event(tid, WaitIdOptions::NOWAIT)
 }
 
@@ -190,20 +190,20 @@ pub fn peek_stop(tid: i32) -> io::Result<Waiting> {
 ///
 /// # Errors
 /// As [`peek_stop`].
-pub fn take_stop(tid: i32) -> io::Result<Waiting> {
+pub fn take_stop(tid: i32) -> io::Result<TraceEvent> {
     read_event(tid, WaitIdOptions::empty())
 }
 
-fn read_event(tid: i32, flags: WaitIdOptions) -> io::Result<Waiting> {
+fn read_event(tid: i32, flags: WaitIdOptions) -> io::Result<TraceEvent> {
     // A thread has no exit signal, and older kernels wait for it only with __WALL.
     let all = WaitIdOptions::from_bits_retain(libc::__WALL.cast_unsigned());
     let events = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
     let pid = process::Pid::from_raw(tid).ok_or(rustix::io::Errno::SRCH)?;
     let Some(status) = process::waitid(WaitId::Pid(pid), events | all | flags)? else {
-        return Ok(Waiting::Nothing);
+        return Ok(TraceEvent::Nothing);
     };
     let code = status.trapping_signal().or(status.stopping_signal());
-    Ok(code.map_or(Waiting::End, Waiting::Stop))
+    Ok(code.map_or(TraceEvent::End, TraceEvent::Stop))
 }
 
 // include/uapi/linux/ptrace.h and elf.h; the libc crate does not have them for every target.

@@ -18,7 +18,7 @@ use crate::reclaim::error::OwnerError;
 use crate::reclaim::seccomp::{self, SeccompData};
 use crate::reclaim::syscalls::FalseReturnRisk;
 use crate::reclaim::{obstacle, read_text};
-use crate::sys::ptrace::{self, Waiting};
+use crate::sys::ptrace::{self, TraceEvent};
 use crate::sys::{self, errno_of};
 
 /// The time for which cwkill waits for its call if the call does not return. Before the return it cannot restore the thread.
@@ -334,7 +334,7 @@ fn candidates(stopped: &StoppedProcess) -> Result<Vec<Candidate>, ReclaimReason>
         let Some(registers) = thread.registers() else {
             match ptrace::peek_stop(tid) {
                 // It is being killed.
-                Ok(Waiting::End) | Err(_) => continue,
+                Ok(TraceEvent::End) | Err(_) => continue,
                 Ok(_) => return Err(ReclaimReason::Is32bit),
             }
         };

@@ -26,7 +26,7 @@ use crate::proc::syscall::Syscall;
 use crate::reclaim::error::OwnerError;
 use crate::reclaim::obstacle;
 use crate::sys::errno_of;
-use crate::sys::ptrace::{self, Waiting};
+use crate::sys::ptrace::{self, TraceEvent};
 
 /// include/uapi/linux/ptrace.h: the stop of an interrupted thread.
 const EVENT_STOP: i32 = 128;
@@ -92,19 +92,19 @@ impl Thread {
         let mut checks = 0;
         loop {
             let waiting = ptrace::peek_stop(self.tid).or_else(|error| match errno_of(&error) {
-                Errno::ECHILD => Ok(Waiting::End),
+                Errno::ECHILD => Ok(TraceEvent::End),
                 errno => Err(ReclaimReason::SystemCall("waitid", errno)),
             })?;
             self.state = match waiting {
-                Waiting::Nothing => ThreadState::Running,
-                Waiting::End => ThreadState::Ended,
-                Waiting::Stop(SYSCALL_STOP) => {
+                TraceEvent::Nothing => ThreadState::Running,
+                TraceEvent::End => ThreadState::Ended,
+                TraceEvent::Stop(SYSCALL_STOP) => {
                     // If cwkill dies, the kernel would send an unconsumed stop of this kind as a signal.
                     let _ = ptrace::take_stop(self.tid);
                     ThreadState::AtSyscall
                 }
-                Waiting::Stop(code) if code >> 8 == EVENT_STOP => ThreadState::Stopped,
-                Waiting::Stop(code) => ThreadState::AtSignal(code & 0x7f),
+                TraceEvent::Stop(code) if code >> 8 == EVENT_STOP => ThreadState::Stopped,
+                TraceEvent::Stop(code) => ThreadState::AtSignal(code & 0x7f),
             };
             if self.state == ThreadState::Stopped {
                 restart_interrupted_syscall(self.tid);
@@ -149,10 +149,10 @@ impl Thread {
         if matches!(self.state, ThreadState::Seized | ThreadState::Running) {
             // It may have stopped meanwhile. If it has not, the end of cwkill's own thread releases it.
             match ptrace::peek_stop(self.tid) {
-                Ok(Waiting::Stop(code)) if code >> 8 == 0 && code != SYSCALL_STOP => {
+                Ok(TraceEvent::Stop(code)) if code >> 8 == 0 && code != SYSCALL_STOP => {
                     self.state = ThreadState::AtSignal(code);
                 }
-                Ok(Waiting::Stop(_)) => {
+                Ok(TraceEvent::Stop(_)) => {
                     self.state = ThreadState::Stopped;
                     restart_interrupted_syscall(self.tid);
                 }
@@ -201,7 +201,7 @@ impl SeizedThreads {
     pub fn reap_ended(&self) {
         let mut tids = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         tids.retain(|tid| match ptrace::peek_stop(*tid) {
-            Ok(Waiting::End) => {
+            Ok(TraceEvent::End) => {
                 // Only after the end of the thread: this call would also consume a stop, even if it asked waitid(2) for ended
                 // threads only. Source: kernel/exit.c, wait_task_stopped.
                 let _ = ptrace::take_stop(*tid);
@@ -317,12 +317,12 @@ impl StoppedProcess {
         let index = self.threads.iter().position(|t| t.tid == self.pid);
         let state = index.map(|index| self.threads[index].state);
         match ptrace::peek_stop(self.pid) {
-            Ok(Waiting::Stop(_)) if state.is_some_and(|state| state != ThreadState::Ended) => {
+            Ok(TraceEvent::Stop(_)) if state.is_some_and(|state| state != ThreadState::Ended) => {
                 Ok(Leader::Stopped)
             }
-            Ok(waiting @ (Waiting::Stop(_) | Waiting::Nothing)) => {
+            Ok(event @ (TraceEvent::Stop(_) | TraceEvent::Nothing)) => {
                 // cwkill seized it under another number, and has perhaps not interrupted it.
-                if matches!(waiting, Waiting::Nothing) {
+                if matches!(event, TraceEvent::Nothing) {
                     // This fails only if the thread is gone, which the wait for it detects.
                     let _ = ptrace::interrupt(self.pid);
                 }
@@ -335,7 +335,7 @@ impl StoppedProcess {
                 wait_for_stop(proc, self.pid, thread, self.deadline, self.limit)?;
                 Ok(Leader::JustStopped)
             }
-            Ok(Waiting::End) | Err(_) => {
+            Ok(TraceEvent::End) | Err(_) => {
                 // Another thread may get its number.
                 if let Some(index) = index {
                     self.threads.remove(index);
@@ -351,7 +351,9 @@ impl StoppedProcess {
     fn seize(&mut self, proc: &ProcFs, tid: i32, seized: &SeizedThreads) -> Result<(), OwnerError> {
         let once_more = |error: io::Error| match error.raw_os_error() {
             // A thread that cwkill has seized under another number may have this number by now.
-            Some(libc::EPERM) if !matches!(ptrace::peek_stop(tid), Ok(Waiting::End) | Err(_)) => {
+            Some(libc::EPERM)
+                if !matches!(ptrace::peek_stop(tid), Ok(TraceEvent::End) | Err(_)) =>
+            {
                 Ok(())
             }
             // The kernel may refuse a thread whose number went to another while cwkill waited for its exec (fs/exec.c,
