@@ -68,7 +68,8 @@
 //!   moved.
 //! - **quiet**: how long a dead socket has been dead, at least.
 //! - **suspect**: an open descriptor of a socket that is in no TCP table. Its **verdict**: dead, never connected, or unknown.
-//! - **to spin**: a thread spins if it wakes without end, because a closed socket is always ready. **paused**: a socket that an owner waits
+//! - **to spin**: a thread spins if it wakes without end, because a closed socket is always ready. **interest**: the events for which a
+//!   process waits at a socket, by an epoll set or by poll(2). **paused**: a socket that an owner waits
 //!   for without asking for input. If it were closed, the owner would spin.
 //! - **canary**: the socket of an owner that is closed first, to see whether the owner spins.
 //! - **sweep**: to destroy sockets while the kernel still lists the others, without a list of targets first.

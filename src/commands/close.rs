@@ -194,7 +194,7 @@ pub fn find_and_plan(
             look_again(&mut scan, config, control);
         }
         if config.action != Action::List && !config.policy.allow_spin {
-            finder::waiting::find(&mut scan, proc);
+            finder::spin_risk::find(&mut scan, proc);
         }
         plan::decide(&mut scan, &config.policy, privileges);
         if let Some(rules) = &config.reclaim {
@@ -237,7 +237,7 @@ fn look_again(scan: &mut Scan, config: &Config, control: &dyn Control) {
 /// Skips the sockets whose owner would spin, unless the descriptors of all known owners can be closed too.
 fn spare_those_that_stay_open(scan: &mut Scan, rules: &ReclaimRules, proc: &ProcFs) {
     let is_paused =
-        |target: &Target| target.plan.skip.is_none() && target.waiting.would_spin().is_some();
+        |target: &Target| target.plan.skip.is_none() && target.spin_risk.would_spin().is_some();
     if !scan.targets.iter().any(is_paused) {
         return;
     }
@@ -254,7 +254,7 @@ fn spare_those_that_stay_open(scan: &mut Scan, rules: &ReclaimRules, proc: &Proc
         let is_allowed = |judgement: &_| *judgement == Some(ReclaimOutcome::Allowed);
         if !judgements.iter().all(is_allowed) {
             target.plan.methods.clear();
-            target.plan.skip = target.waiting.would_spin();
+            target.plan.skip = target.spin_risk.would_spin();
         }
     }
 }

@@ -18,10 +18,10 @@ pub mod owners;
 pub mod reactions;
 pub mod second_look;
 pub(crate) mod sockets;
+pub mod spin_risk;
 mod tcp_info;
 mod threads;
 pub mod tracked;
-pub mod waiting;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;

@@ -1,4 +1,4 @@
-//! How the owners of the found sockets wait for them: which would spin if their socket were closed.
+//! Which owners of the found sockets would spin if their socket were closed: those that wait for it without asking for input.
 //!
 //! A closed socket reports EPOLLHUP, and no mask keeps it out. A process that waits for the socket but not for input, as event loops
 //! do for back pressure, sleeps on a socket in CLOSE-WAIT, and wakes without end when it is closed. cwkill reads the epoll sets of
@@ -10,36 +10,37 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
+use std::hash::Hash;
 use std::io;
 
 use rayon::prelude::*;
 
-use crate::model::{Owner, Scan, Socket, Target, Waiter, Waiting};
-use crate::proc::epoll::{EpollSet, Watched};
+use crate::model::{Owner, Poller, Scan, Socket, SpinRisk, Target};
+use crate::proc::epoll::{EpollSet, Interest, keep_worst};
 use crate::proc::status::MANY_THREADS;
 use crate::proc::syscall::{Syscall, read_memory};
 use crate::proc::{ProcFs, Process, ProcessId, RemoteFd};
 
-/// How a process waits for a file.
+/// How a process waits for a file: it has registered it with an epoll set, or passed it to poll(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Wait {
-    watched: Watched,
+struct Registration {
+    interest: Interest,
     pid: i32,
-    by: Waiter,
+    by: Poller,
 }
 
-/// What was seen of all owners.
+/// How all owners wait.
 #[derive(Debug, Default)]
-struct Waits {
+struct Registrations {
     /// Members of epoll sets, by inode.
-    by_inode: HashMap<u32, Wait>,
+    by_inode: HashMap<u32, Registration>,
     /// Files for which a process waits, by its descriptor.
-    by_fd: HashMap<(ProcessId, RemoteFd), Wait>,
+    by_fd: HashMap<(ProcessId, RemoteFd), Registration>,
     /// Owners that may wait in a way that could not be read.
     unread: HashSet<ProcessId>,
 }
 
-/// Finds out how the owners of each target wait for it, and writes it to [`Target::waiting`].
+/// Finds out how the owners of each target wait for it, and writes the result to [`Target::spin_risk`].
 pub fn find(scan: &mut Scan, proc: &ProcFs) {
     let owners = scan.targets.iter().flat_map(|target| &target.owners);
     let owners = owners.map(|owner| &*owner.process);
@@ -59,22 +60,22 @@ pub fn find(scan: &mut Scan, proc: &ProcFs) {
         .into_par_iter()
         .map(|(id, process)| (process, Found::of(proc, process, sets(&id))))
         .collect();
-    let mut waits = Waits::default();
+    let mut registrations = Registrations::default();
     scan.in_select.clear();
     for (process, found) in found {
         if !found.complete {
-            waits.unread.insert(process.id);
+            registrations.unread.insert(process.id);
         }
         for set in found.sets {
-            waits.add_set(process, set, &inodes);
+            registrations.add_set(process, set, &inodes);
         }
         for poll in found.polls {
-            waits.add_poll(process.id, poll);
+            registrations.add_poll(process.id, poll);
         }
         scan.in_select.extend(found.in_select);
     }
     for target in &mut scan.targets {
-        target.waiting = waits.of(target);
+        target.spin_risk = registrations.of(target);
     }
 }
 
@@ -140,7 +141,7 @@ impl Found {
             complete &= list.is_some();
             let polls = list.into_iter().flatten().map(|entry| Poll {
                 fd: RemoteFd(entry.fd),
-                watched: Watched::by_poll(entry.events),
+                interest: Interest::by_poll(entry.events),
                 tid,
             });
             self.polls.extend(polls);
@@ -167,77 +168,79 @@ fn epoll_set(proc: &ProcFs, process: &Process, fd: RemoteFd) -> io::Result<Epoll
 /// A descriptor in the list of a thread that sleeps in poll(2).
 struct Poll {
     fd: RemoteFd,
-    watched: Watched,
+    interest: Interest,
     tid: i32,
 }
 
-impl Waits {
+impl Registrations {
     /// Adds the members of `set` that are among `inodes`.
     fn add_set(&mut self, process: &Process, set: EpollSet, inodes: &HashSet<u32>) {
-        let wait = |watched| Wait {
-            watched,
+        let registration = |interest| Registration {
+            interest,
             pid: process.id.pid,
-            by: Waiter::Epoll(RemoteFd(set.fd)),
+            by: Poller::Epoll(RemoteFd(set.fd)),
         };
-        for (inode, watched) in set.by_inode {
+        for (inode, interest) in set.by_inode {
             if let Some(inode) = u32::try_from(inode).ok().filter(|it| inodes.contains(it)) {
-                keep_worst(&mut self.by_inode, inode, wait(watched));
+                keep(&mut self.by_inode, inode, registration(interest));
             }
         }
-        for (fd, watched) in set.by_fd {
-            keep_worst(&mut self.by_fd, (process.id, RemoteFd(fd)), wait(watched));
+        for (fd, interest) in set.by_fd {
+            keep(
+                &mut self.by_fd,
+                (process.id, RemoteFd(fd)),
+                registration(interest),
+            );
         }
     }
 
     fn add_poll(&mut self, id: ProcessId, poll: Poll) {
-        let wait = Wait {
-            watched: poll.watched,
+        let registration = Registration {
+            interest: poll.interest,
             pid: id.pid,
-            by: Waiter::Poll(poll.tid),
+            by: Poller::Poll(poll.tid),
         };
-        keep_worst(&mut self.by_fd, (id, poll.fd), wait);
+        keep(&mut self.by_fd, (id, poll.fd), registration);
     }
 
-    /// How the owners of `target` wait for it. The worst of them counts.
-    fn of(&self, target: &Target) -> Waiting {
+    /// The risk of `target`. The worst of its owners counts.
+    fn of(&self, target: &Target) -> SpinRisk {
         // A number in the table of a single thread is not one of its process.
         let by_fd = |owner: &Owner| match owner.tid {
             None => self.by_fd.get(&(owner.process.id, owner.fd)),
             Some(_) => None,
         };
         let by_inode = target.socket.inode.and_then(|it| self.by_inode.get(&it));
-        let waits = by_inode
+        let registrations = by_inode
             .into_iter()
             .chain(target.owners.iter().filter_map(by_fd));
         let is_unread =
             |owner: &Owner| owner.tid.is_some() || self.unread.contains(&owner.process.id);
-        match waits.max_by_key(|wait| wait.watched) {
-            Some(wait) if spins(wait.watched, &target.socket) => Waiting::Paused {
-                pid: wait.pid,
-                by: wait.by,
+        match registrations.max_by_key(|it| it.interest) {
+            Some(it) if spins(it.interest, &target.socket) => SpinRisk::Paused {
+                pid: it.pid,
+                by: it.by,
             },
-            _ if target.owners.iter().any(is_unread) => Waiting::Unreadable,
-            None => Waiting::Unknown,
-            Some(_) => Waiting::Harmless,
+            _ if target.owners.iter().any(is_unread) => SpinRisk::Unreadable,
+            None => SpinRisk::Unknown,
+            Some(_) => SpinRisk::Harmless,
         }
     }
 }
 
 /// Whether a process that waits for `socket` like this spins when it is closed. If it waits for space to send, and there is space,
 /// then it is awake already, if it waits at all.
-fn spins(watched: Watched, socket: &Socket) -> bool {
-    match watched {
-        Watched::Harmlessly => false,
-        Watched::ForOutput => socket.send_q > 0,
-        Watched::ForNothing => true,
+fn spins(interest: Interest, socket: &Socket) -> bool {
+    match interest {
+        Interest::Harmless => false,
+        Interest::Output => socket.send_q > 0,
+        Interest::Nothing => true,
     }
 }
 
-fn keep_worst<K: std::hash::Hash + Eq>(waits: &mut HashMap<K, Wait>, key: K, wait: Wait) {
-    let known = waits.entry(key).or_insert(wait);
-    if wait.watched > known.watched {
-        *known = wait;
-    }
+/// Adds a registration, unless the one with the same key does as much harm.
+fn keep<K: Hash + Eq>(kept: &mut HashMap<K, Registration>, key: K, registration: Registration) {
+    keep_worst(kept, key, registration, |it| it.interest);
 }
 
 #[cfg(test)]
@@ -255,50 +258,53 @@ mod tests {
         target
     }
 
-    fn epoll(pid: i32, line: &str) -> Waits {
-        let mut waits = Waits::default();
+    fn epoll(pid: i32, line: &str) -> Registrations {
+        let mut registrations = Registrations::default();
         let set = EpollSet::parse(5, line);
-        waits.add_set(&process(pid, "app"), set, &HashSet::from([42]));
-        waits
+        registrations.add_set(&process(pid, "app"), set, &HashSet::from([42]));
+        registrations
     }
 
-    fn poll(waits: &mut Waits, pid: i32, fd: i32, events: u16) {
+    fn poll(registrations: &mut Registrations, pid: i32, fd: i32, events: u16) {
         let poll = Poll {
             fd: RemoteFd(fd),
-            watched: Watched::by_poll(events),
+            interest: Interest::by_poll(events),
             tid: 9,
         };
-        waits.add_poll(process(pid, "app").id, poll);
+        registrations.add_poll(process(pid, "app").id, poll);
     }
 
     #[test]
     fn the_worst_owner_counts() {
         let shared = target(&[(7, 3), (8, 3)], 0);
-        let mut waits = epoll(7, "tfd: 3 events: 19 data: 0 pos:0 ino:2a sdev:9");
-        assert_eq!(waits.of(&shared), Waiting::Harmless);
-        poll(&mut waits, 8, 3, 0);
-        let by = Waiter::Poll(9);
-        assert_eq!(waits.of(&shared), Waiting::Paused { pid: 8, by });
-        let by = Waiter::Epoll(RemoteFd(5));
+        let mut registrations = epoll(7, "tfd: 3 events: 19 data: 0 pos:0 ino:2a sdev:9");
+        assert_eq!(registrations.of(&shared), SpinRisk::Harmless);
+        poll(&mut registrations, 8, 3, 0);
+        let by = Poller::Poll(9);
+        assert_eq!(registrations.of(&shared), SpinRisk::Paused { pid: 8, by });
+        let by = Poller::Epoll(RemoteFd(5));
         // The process has the set, and another descriptor of the socket than the one that was added.
-        let waits = epoll(7, "tfd: 9 events: 18 data: 0 pos:0 ino:2a sdev:9");
-        assert_eq!(waits.of(&shared), Waiting::Paused { pid: 7, by });
+        let registrations = epoll(7, "tfd: 9 events: 18 data: 0 pos:0 ino:2a sdev:9");
+        assert_eq!(registrations.of(&shared), SpinRisk::Paused { pid: 7, by });
     }
 
     #[test]
     fn a_socket_is_harmless_only_if_all_its_owners_could_be_read() {
         let shared = target(&[(7, 3), (8, 3)], 0);
-        let mut waits = epoll(7, "tfd: 3 events: 19 data: 0 pos:0 ino:2a sdev:9");
-        waits.unread.insert(process(8, "app").id);
-        assert_eq!(waits.of(&shared), Waiting::Unreadable);
-        assert_eq!(waits.of(&target(&[(7, 3)], 0)), Waiting::Harmless);
-        assert_eq!(waits.of(&target(&[(8, 4)], 0)), Waiting::Unreadable);
-        poll(&mut waits, 7, 3, 0);
-        let paused = waits.of(&shared);
-        assert!(matches!(paused, Waiting::Paused { .. }), "{paused:?}");
+        let mut registrations = epoll(7, "tfd: 3 events: 19 data: 0 pos:0 ino:2a sdev:9");
+        registrations.unread.insert(process(8, "app").id);
+        assert_eq!(registrations.of(&shared), SpinRisk::Unreadable);
+        assert_eq!(registrations.of(&target(&[(7, 3)], 0)), SpinRisk::Harmless);
+        assert_eq!(
+            registrations.of(&target(&[(8, 4)], 0)),
+            SpinRisk::Unreadable
+        );
+        poll(&mut registrations, 7, 3, 0);
+        let paused = registrations.of(&shared);
+        assert!(matches!(paused, SpinRisk::Paused { .. }), "{paused:?}");
         let mut in_thread = target(&[(7, 4)], 0);
         in_thread.owners[0].tid = Some(9);
-        assert_eq!(waits.of(&in_thread), Waiting::Unreadable);
+        assert_eq!(registrations.of(&in_thread), SpinRisk::Unreadable);
     }
 
     #[test]
@@ -332,21 +338,21 @@ mod tests {
 
     #[test]
     fn another_process_with_the_same_number_does_not_count() {
-        let mut waits = Waits::default();
-        poll(&mut waits, 7, 3, 0);
-        assert_eq!(waits.of(&target(&[(8, 3)], 0)), Waiting::Unknown);
-        assert_eq!(waits.of(&target(&[(7, 4)], 0)), Waiting::Unknown);
+        let mut registrations = Registrations::default();
+        poll(&mut registrations, 7, 3, 0);
+        assert_eq!(registrations.of(&target(&[(8, 3)], 0)), SpinRisk::Unknown);
+        assert_eq!(registrations.of(&target(&[(7, 4)], 0)), SpinRisk::Unknown);
         // Before Linux 5.2 the kernel shows no inodes.
-        let waits = epoll(7, "tfd: 3 events: 18 data: 0");
-        assert_eq!(waits.of(&target(&[(8, 3)], 0)), Waiting::Unknown);
-        assert_ne!(waits.of(&target(&[(7, 3)], 0)), Waiting::Unknown);
+        let registrations = epoll(7, "tfd: 3 events: 18 data: 0");
+        assert_eq!(registrations.of(&target(&[(8, 3)], 0)), SpinRisk::Unknown);
+        assert_ne!(registrations.of(&target(&[(7, 3)], 0)), SpinRisk::Unknown);
     }
 
     #[test]
     fn waiting_for_space_to_send_is_harmless_while_there_is_space() {
-        let waits = epoll(7, "tfd: 3 events: 1c data: 0 pos:0 ino:2a sdev:9");
-        assert_eq!(waits.of(&target(&[(7, 3)], 0)), Waiting::Harmless);
-        let full = waits.of(&target(&[(7, 3)], 1));
-        assert!(matches!(full, Waiting::Paused { .. }), "{full:?}");
+        let registrations = epoll(7, "tfd: 3 events: 1c data: 0 pos:0 ino:2a sdev:9");
+        assert_eq!(registrations.of(&target(&[(7, 3)], 0)), SpinRisk::Harmless);
+        let full = registrations.of(&target(&[(7, 3)], 1));
+        assert!(matches!(full, SpinRisk::Paused { .. }), "{full:?}");
     }
 }

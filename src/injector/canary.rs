@@ -1,6 +1,6 @@
 //! The canary: one socket of each owner is closed first, the oldest, and cwkill looks whether the owner spins.
 //!
-//! A closed socket can wake a process without end, see [`crate::finder::waiting`]. How a process waits is not always visible. So
+//! A closed socket can wake a process without end, see [`crate::finder::spin_risk`]. How a process waits is not always visible. So
 //! cwkill closes one socket, watches the threads of its owners for a moment, and closes the others only if no thread has begun to
 //! spin. If the waits of an owner could not be read, its other sockets follow in growing steps, with a watch after each. At the end
 //! all owners are watched once more: the sockets of one owner need not be waited for in the same way. All owners are watched at the
@@ -21,7 +21,7 @@ use rayon::prelude::*;
 use super::engine::Rules;
 use super::workers;
 use crate::control::Control;
-use crate::model::{Method, Outcome, Owner, Scan, SkipReason, Spinning, Target, Waiting};
+use crate::model::{Method, Outcome, Owner, Scan, SkipReason, SpinRisk, Spinning, Target};
 use crate::proc::epoll::EpollSet;
 use crate::proc::threads::ThreadSample;
 use crate::proc::{FdState, ProcFs, Process, ProcessId, RemoteFd};
@@ -114,7 +114,7 @@ impl<'p> Canaries<'p> {
         }
         let mut spinning = self.watch_and_spare(scan, control);
         let is_unread =
-            |target: &Target| target.waiting == Waiting::Unreadable && needs_canary(target);
+            |target: &Target| target.spin_risk == SpinRisk::Unreadable && needs_canary(target);
         for count in STEPS {
             let chosen = choose(&scan.targets, self.spinning.clone(), count, is_unread);
             if chosen.is_empty() || control.interrupted() {
@@ -156,13 +156,13 @@ impl<'p> Canaries<'p> {
     /// Watches the owners of the sockets that were closed after the canaries: a socket can be waited for in another way than the first
     /// of its owner. Returns those that spin.
     pub fn watch_the_rest(&mut self, scan: &Scan, control: &dyn Control) -> Vec<Spinning> {
-        self.watch_closed(scan, control, |target| target.waiting.is_uncertain())
+        self.watch_closed(scan, control, |target| target.spin_risk.is_uncertain())
     }
 
     /// Watches the owners that would spin if a descriptor of a closed socket is still open. Returns those that spin.
     pub fn watch_paused(&mut self, scan: &Scan, control: &dyn Control) -> Vec<Spinning> {
         self.watch_closed(scan, control, |target| {
-            target.waiting.would_spin().is_some()
+            target.spin_risk.would_spin().is_some()
         })
     }
 
@@ -271,10 +271,10 @@ impl<'p> Canaries<'p> {
             let set = EpollSet::parse(epoll.0, &fdinfo);
             for one in closed {
                 let inode = one.inode.map_or(0, u64::from);
-                if let Some(watched) = set.watches(one.fd.0, inode)
-                    && worst.is_none_or(|(known, _)| watched > known)
+                if let Some(interest) = set.interest_in(one.fd.0, inode)
+                    && worst.is_none_or(|(known, _)| interest > known)
                 {
-                    worst = Some((watched, (one.fd, *epoll)));
+                    worst = Some((interest, (one.fd, *epoll)));
                 }
             }
         }
@@ -325,13 +325,15 @@ fn wait_since(start: Option<Instant>, duration: Duration, control: &dyn Control)
 fn needs_canary(target: &Target) -> bool {
     target.outcome.is_none()
         && target.plan.skip.is_none()
-        && target.waiting.is_uncertain()
+        && target.spin_risk.is_uncertain()
         && !target.owners.is_empty()
 }
 
 /// Whether a socket is closed although an owner would spin, because its descriptor will be closed too.
 fn is_paused(target: &Target) -> bool {
-    target.outcome.is_none() && target.plan.skip.is_none() && target.waiting.would_spin().is_some()
+    target.outcome.is_none()
+        && target.plan.skip.is_none()
+        && target.spin_risk.would_spin().is_some()
 }
 
 /// The indices of the next sockets to close: the `count` oldest of each owner that is not `covered`, among those that `may_go` first.
@@ -510,7 +512,7 @@ mod tests {
         let mut targets: Vec<Target> = [&[7][..], &[7], &[8], &[8, 9], &[9], &[], &[10], &[10]]
             .map(target)
             .into();
-        targets[6].waiting = Waiting::Harmless;
+        targets[6].spin_risk = SpinRisk::Harmless;
         targets[7].plan.skip = Some(SkipReason::OverMaxKills);
         let next =
             |targets: &[Target], covered, count| choose(targets, covered, count, needs_canary);

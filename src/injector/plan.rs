@@ -1,7 +1,7 @@
 //! Plans the methods for each socket, and says why others are excluded. Pure.
 
 use crate::model::socket::unsent;
-use crate::model::{Exclusion, Method, Plan, Scan, SkipReason, Target, Waiter, Waiting};
+use crate::model::{Exclusion, Method, Plan, Poller, Scan, SkipReason, SpinRisk, Target};
 use crate::privileges::Privileges;
 use crate::sock_diag::Protocol;
 
@@ -76,7 +76,7 @@ pub fn plan_one(
     }
     plan.skip = match plan.methods.is_empty() {
         true => Some(SkipReason::NoMethod),
-        false => spin_skip(target.waiting, policy),
+        false => spin_skip(target.spin_risk, policy),
     };
     if plan.skip.is_some() {
         plan.methods.clear();
@@ -85,14 +85,14 @@ pub fn plan_one(
 }
 
 /// The skip of a socket whose owner would spin. A descriptor that is closed leaves every epoll set.
-fn spin_skip(waiting: Waiting, policy: &Policy) -> Option<SkipReason> {
-    match waiting {
+fn spin_skip(risk: SpinRisk, policy: &Policy) -> Option<SkipReason> {
+    match risk {
         _ if policy.allow_spin => None,
-        Waiting::Paused {
-            by: Waiter::Epoll(_),
+        SpinRisk::Paused {
+            by: Poller::Epoll(_),
             ..
         } if policy.frees_epoll_members => None,
-        waiting => waiting.would_spin(),
+        risk => risk.would_spin(),
     }
 }
 
@@ -365,7 +365,7 @@ mod tests {
 
     #[test]
     fn an_owner_that_would_spin_is_spared() {
-        let (epoll, poll) = (Waiter::Epoll(RemoteFd(5)), Waiter::Poll(8));
+        let (epoll, poll) = (Poller::Epoll(RemoteFd(5)), Poller::Poll(8));
         let paused = |by, allow_spin, frees_epoll_members| {
             let policy = Policy {
                 allow_spin,
@@ -373,7 +373,7 @@ mod tests {
                 ..policy()
             };
             let mut target = owned(0);
-            target.waiting = Waiting::Paused { pid: 7, by };
+            target.spin_risk = SpinRisk::Paused { pid: 7, by };
             plan(target, &policy, &ROOT)
         };
         for by in [epoll, poll] {

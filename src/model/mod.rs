@@ -7,8 +7,8 @@ pub mod method;
 pub mod reclaim;
 pub mod scan;
 pub mod socket;
+pub mod spin;
 pub mod target;
-pub mod waiting;
 
 pub use cause::Cause;
 pub use coverage::{Coverage, TrackedCloseWait};
@@ -17,5 +17,5 @@ pub use method::{Method, Privilege};
 pub use reclaim::{InUse, ReclaimOutcome, ReclaimReason};
 pub use scan::{Listener, ListeningSocket, Scan};
 pub use socket::{HistoryUpdate, NetnsKey, NewEntry, Snapshot, Socket, SocketKey};
+pub use spin::{Poller, SpinRisk, Spinning};
 pub use target::{Attempt, Exclusion, MethodError, Outcome, Owner, Plan, SkipReason, Target};
-pub use waiting::{Spinning, Waiter, Waiting};

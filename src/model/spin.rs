@@ -1,4 +1,4 @@
-//! How owners wait for their sockets, and owners that spin.
+//! The risk that an owner spins, and owners that spin.
 
 use std::fmt;
 use std::sync::Arc;
@@ -6,9 +6,9 @@ use std::sync::Arc;
 use crate::model::SkipReason;
 use crate::proc::{Process, RemoteFd};
 
-/// How the owners of a socket wait for it.
+/// Whether an owner would spin if its socket were closed: by the way in which the owners wait for it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Waiting {
+pub enum SpinRisk {
     /// No owner was seen to wait for it.
     #[default]
     Unknown,
@@ -17,38 +17,38 @@ pub enum Waiting {
     /// Its owners have been told of its end, or are told only once of each change. They do not spin if it is closed.
     Harmless,
     /// The process with this pid waits for it without asking for input. It would spin if the socket were closed.
-    Paused { pid: i32, by: Waiter },
+    Paused { pid: i32, by: Poller },
 }
 
-impl Waiting {
+impl SpinRisk {
     /// Why a socket is left alone if its owners wait for it like this.
     pub fn would_spin(self) -> Option<SkipReason> {
         match self {
-            Waiting::Paused { pid, by } => Some(SkipReason::WouldSpin { pid, by }),
-            Waiting::Unknown | Waiting::Unreadable | Waiting::Harmless => None,
+            SpinRisk::Paused { pid, by } => Some(SkipReason::WouldSpin { pid, by }),
+            SpinRisk::Unknown | SpinRisk::Unreadable | SpinRisk::Harmless => None,
         }
     }
 
     /// Whether only a close shows if the owners of a socket spin.
     pub fn is_uncertain(self) -> bool {
-        matches!(self, Waiting::Unknown | Waiting::Unreadable)
+        matches!(self, SpinRisk::Unknown | SpinRisk::Unreadable)
     }
 }
 
-/// What waits for a socket.
+/// The means by which a process waits for a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Waiter {
+pub enum Poller {
     /// The epoll set of this descriptor.
     Epoll(RemoteFd),
     /// This thread, in poll(2).
     Poll(i32),
 }
 
-impl fmt::Display for Waiter {
+impl fmt::Display for Poller {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Waiter::Epoll(fd) => write!(f, "its epoll set (descriptor {})", fd.0),
-            Waiter::Poll(tid) => write!(f, "its thread {tid} in poll()"),
+            Poller::Epoll(fd) => write!(f, "its epoll set (descriptor {})", fd.0),
+            Poller::Poll(tid) => write!(f, "its thread {tid} in poll()"),
         }
     }
 }

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use strum::IntoStaticStr;
 
 use crate::model::method::ORPHANS;
-use crate::model::{Cause, Method, Privilege, ReclaimOutcome, Socket, Waiter, Waiting};
+use crate::model::{Cause, Method, Poller, Privilege, ReclaimOutcome, Socket, SpinRisk};
 use crate::proc::{FdState, Process, RemoteFd};
 use crate::sys::os_error;
 use crate::tcp::TcpState;
@@ -22,8 +22,8 @@ pub struct Target {
     pub owners: Vec<Owner>,
     /// For a socket that was never accepted: the index in [`crate::model::Scan::listeners`] of the listener that would accept it.
     pub listener: Option<usize>,
-    /// How the owners wait for it; unknown in a listing.
-    pub waiting: Waiting,
+    /// Whether an owner would spin if it were closed; unknown in a listing.
+    pub spin_risk: SpinRisk,
     pub plan: Plan,
     /// The methods tried so far, in order.
     pub attempts: Vec<Attempt>,
@@ -112,7 +112,7 @@ pub enum SkipReason {
         "process {pid} would spin: {by} waits for this socket and not for input, and a closed socket wakes it without end ({})",
         how_to_close(*.by)
     )]
-    WouldSpin { pid: i32, by: Waiter },
+    WouldSpin { pid: i32, by: Poller },
     /// The process with this pid spins since cwkill closed the socket of this descriptor, or several.
     #[error("process {pid} spins since {} closed", closed_socket(*.fd))]
     OwnerSpins { pid: i32, fd: Option<RemoteFd> },
@@ -133,13 +133,13 @@ fn closed_socket(fd: Option<RemoteFd>) -> String {
 }
 
 /// How to close a socket although its owner would spin.
-fn how_to_close(by: Waiter) -> &'static str {
+fn how_to_close(by: Poller) -> &'static str {
     match by {
-        Waiter::Epoll(_) => {
+        Poller::Epoll(_) => {
             "--reclaim --reclaim-force closes its descriptor too; --allow-spin allows it"
         }
         // poll(2) returns at once for a descriptor that is closed, too.
-        Waiter::Poll(_) => "--allow-spin allows it",
+        Poller::Poll(_) => "--allow-spin allows it",
     }
 }
 
@@ -334,7 +334,7 @@ impl Target {
             socket,
             owners: Vec::new(),
             listener: None,
-            waiting: Waiting::Unknown,
+            spin_risk: SpinRisk::Unknown,
             plan: Plan::default(),
             attempts: Vec::new(),
             outcome: None,

@@ -1,23 +1,25 @@
 //! The epoll sets of a process, from `/proc/PID/fdinfo`. Pure.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::hash::Hash;
 
-/// How a process is told about a file that it waits for: whether it would wake without end if the file were a socket that has
-/// been closed. A closed socket reports EPOLLHUP, which no mask keeps out.
+/// The events for which a process waits at a file: whether it would wake without end if the file were a socket that has been closed. A
+/// closed socket reports EPOLLHUP, which no mask keeps out.
 ///
 /// In ascending order of harm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Watched {
+pub enum Interest {
     /// It is told of the end of the stream, or of each change only once, or of nothing. So a socket in CLOSE-WAIT has woken it
     /// already, and a close wakes it at most once more.
-    Harmlessly,
+    Harmless,
     /// It is told of free space to send, and not of input.
-    ForOutput,
+    Output,
     /// It is told of neither input nor output. Nothing but the close wakes it, and that without end.
-    ForNothing,
+    Nothing,
 }
 
-impl Watched {
+impl Interest {
     /// From the events of a member of an epoll set. The kernel adds EPOLLERR and EPOLLHUP to those that the process asks for, and
     /// removes them when EPOLLONESHOT has fired. Source: fs/eventpoll.c, do_epoll_ctl, ep_send_events; net/ipv4/tcp.c, tcp_poll.
     pub fn by_epoll(events: u32) -> Self {
@@ -28,16 +30,16 @@ impl Watched {
         const ONCE: u32 = 1 << 31 | 1 << 30; // EPOLLET, EPOLLONESHOT
         match events {
             _ if events & ONCE != 0 || events & HUP == 0 || events & INPUT != 0 => {
-                Watched::Harmlessly
+                Interest::Harmless
             }
-            _ if events & OUTPUT != 0 => Watched::ForOutput,
-            _ => Watched::ForNothing,
+            _ if events & OUTPUT != 0 => Interest::Output,
+            _ => Interest::Nothing,
         }
     }
 
     /// From the events of a `struct pollfd`. Source: fs/select.c, do_pollfd.
     pub fn by_poll(events: u16) -> Self {
-        Watched::by_epoll(u32::from(events) | 0x0018) // EPOLLERR, EPOLLHUP
+        Interest::by_epoll(u32::from(events) | 0x0018) // EPOLLERR, EPOLLHUP
     }
 }
 
@@ -47,9 +49,9 @@ pub struct EpollSet {
     /// Its descriptor.
     pub fd: i32,
     /// Its members by inode. A member stays in the set even if the descriptor that added it has been closed.
-    pub by_inode: HashMap<u64, Watched>,
+    pub by_inode: HashMap<u64, Interest>,
     /// The members by the descriptor that added them, if the kernel does not show inodes (before Linux 5.2).
-    pub by_fd: HashMap<i32, Watched>,
+    pub by_fd: HashMap<i32, Interest>,
 }
 
 impl EpollSet {
@@ -66,39 +68,48 @@ impl EpollSet {
             let events = words.by_ref().skip_while(|word| *word != "events:").nth(1);
             // If the events cannot be read, the member counts as harmful.
             let events = events.and_then(|events| u32::from_str_radix(events, 16).ok());
-            let watched = events.map_or(Watched::ForNothing, Watched::by_epoll);
+            let interest = events.map_or(Interest::Nothing, Interest::by_epoll);
             let inode =
                 words.find_map(|word| u64::from_str_radix(word.strip_prefix("ino:")?, 16).ok());
             // A file is in the set several times if it was added through several descriptors.
             match (inode, number) {
-                (Some(inode), _) => keep_worst(&mut set.by_inode, inode, watched),
-                (None, Some(number)) => keep_worst(&mut set.by_fd, number, watched),
+                (Some(inode), _) => keep_worst(&mut set.by_inode, inode, interest, |it| *it),
+                (None, Some(number)) => keep_worst(&mut set.by_fd, number, interest, |it| *it),
                 (None, None) => {}
             }
         }
         set
     }
 
-    /// How the set watches the file with this inode, which the process has as descriptor `fd`; `None` if it is not a member.
-    pub fn watches(&self, fd: i32, inode: u64) -> Option<Watched> {
+    /// The interest in the file with this inode, which the process has as descriptor `fd`; `None` if it is not a member.
+    pub fn interest_in(&self, fd: i32, inode: u64) -> Option<Interest> {
         let by_inode = self.by_inode.get(&inode);
         by_inode.max(self.by_fd.get(&fd)).copied()
     }
 }
 
-fn keep_worst<K: std::hash::Hash + Eq>(
-    members: &mut HashMap<K, Watched>,
+/// Adds a value, unless the one with the same key does as much harm: the first of two equal ones stays.
+pub fn keep_worst<K: Hash + Eq, V>(
+    kept: &mut HashMap<K, V>,
     key: K,
-    watched: Watched,
+    value: V,
+    interest: impl Fn(&V) -> Interest,
 ) {
-    let known = members.entry(key).or_insert(watched);
-    *known = watched.max(*known);
+    match kept.entry(key) {
+        Entry::Occupied(mut known) if interest(&value) > interest(known.get()) => {
+            known.insert(value);
+        }
+        Entry::Occupied(_) => {}
+        Entry::Vacant(free) => {
+            free.insert(value);
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use Watched::{ForNothing, ForOutput, Harmlessly};
+    use Interest::{Harmless, Nothing, Output};
 
     #[test]
     fn epoll_sets_of_old_and_new_kernels_are_parsed() {
@@ -108,14 +119,14 @@ mod tests {
             tfd:       12 events:       18 data: 7f00\n";
         let expected = EpollSet {
             fd: 4,
-            by_inode: [(42, Harmlessly)].into(),
-            by_fd: [(11, Harmlessly), (12, ForNothing)].into(),
+            by_inode: [(42, Harmless)].into(),
+            by_fd: [(11, Harmless), (12, Nothing)].into(),
         };
         let set = EpollSet::parse(4, text);
         assert_eq!(set, expected);
-        assert_eq!(set.watches(7, 42), Some(Harmlessly));
-        assert_eq!(set.watches(12, 43), Some(ForNothing));
-        assert_eq!(set.watches(7, 43), None, "another file");
+        assert_eq!(set.interest_in(7, 42), Some(Harmless));
+        assert_eq!(set.interest_in(12, 43), Some(Nothing));
+        assert_eq!(set.interest_in(7, 43), None, "another file");
     }
 
     #[test]
@@ -127,38 +138,38 @@ mod tests {
             [line(8, "18"), line(7, "19")],
         ] {
             let set = EpollSet::parse(4, &lines.concat());
-            assert_eq!(set.watches(7, 42), Some(ForNothing));
+            assert_eq!(set.interest_in(7, 42), Some(Nothing));
         }
     }
 
     #[test]
     fn only_a_level_triggered_member_without_input_is_harmful() {
-        for (events, watched) in [
-            (0x18, ForNothing),
-            (0x1a, ForNothing),
-            (0x2000_0018, ForNothing),
-            (0x1c, ForOutput),
-            (0x118, ForOutput),
-            (0x19, Harmlessly),
-            (0x58, Harmlessly),
-            (0x2018, Harmlessly),
-            (0x1d, Harmlessly),
-            (0x8000_0018, Harmlessly),
-            (0x8000_001c, Harmlessly),
-            (0x4000_0018, Harmlessly),
+        for (events, interest) in [
+            (0x18, Nothing),
+            (0x1a, Nothing),
+            (0x2000_0018, Nothing),
+            (0x1c, Output),
+            (0x118, Output),
+            (0x19, Harmless),
+            (0x58, Harmless),
+            (0x2018, Harmless),
+            (0x1d, Harmless),
+            (0x8000_0018, Harmless),
+            (0x8000_001c, Harmless),
+            (0x4000_0018, Harmless),
             // After it has fired.
-            (0x4000_0000, Harmlessly),
+            (0x4000_0000, Harmless),
         ] {
-            assert_eq!(Watched::by_epoll(events), watched, "{events:x}");
+            assert_eq!(Interest::by_epoll(events), interest, "{events:x}");
         }
-        for (events, watched) in [
-            (0, ForNothing),
-            (2, ForNothing),
-            (4, ForOutput),
-            (1, Harmlessly),
-            (0x2000, Harmlessly),
+        for (events, interest) in [
+            (0, Nothing),
+            (2, Nothing),
+            (4, Output),
+            (1, Harmless),
+            (0x2000, Harmless),
         ] {
-            assert_eq!(Watched::by_poll(events), watched, "{events:x}");
+            assert_eq!(Interest::by_poll(events), interest, "{events:x}");
         }
     }
 }

@@ -36,7 +36,7 @@ impl Evidence {
             }
         }
         for epoll in &self.epolls {
-            if epoll.watches(fd, inode).is_some() {
+            if epoll.interest_in(fd, inode).is_some() {
                 return Some(InUse::InEpoll(epoll.fd));
             }
         }

@@ -1,5 +1,5 @@
 use super::*;
-use crate::proc::epoll::Watched;
+use crate::proc::epoll::Interest;
 
 #[test]
 fn each_piece_of_evidence_is_enough() {
@@ -30,9 +30,9 @@ fn each_piece_of_evidence_is_enough() {
             fd: 4,
             by_inode: inodes
                 .iter()
-                .map(|inode| (*inode, Watched::Harmlessly))
+                .map(|inode| (*inode, Interest::Harmless))
                 .collect(),
-            by_fd: fds.iter().map(|fd| (*fd, Watched::Harmlessly)).collect(),
+            by_fd: fds.iter().map(|fd| (*fd, Interest::Harmless)).collect(),
         }],
         ..Evidence::default()
     };

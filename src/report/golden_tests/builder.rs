@@ -15,8 +15,8 @@ use crate::config::{Action, Config, ReclaimConfig};
 use crate::finder::dead::DeadSocket;
 use crate::model::{
     Backlog, Coverage, DrainReason, DrainResult, Exclusion, InUse, Listener, ListeningSocket,
-    Method, MethodError, Outcome, Owner, Plan, Privilege, ReclaimOutcome, ReclaimReason, Scan,
-    SkipReason, Socket, Spinning, Target, Waiter,
+    Method, MethodError, Outcome, Owner, Plan, Poller, Privilege, ReclaimOutcome, ReclaimReason,
+    Scan, SkipReason, Socket, Spinning, Target,
 };
 use crate::proc::cgroup::Cgroup;
 use crate::proc::netns::Netns;
@@ -83,11 +83,11 @@ fn skip(word: &str) -> SkipReason {
         "accepted" => SkipReason::Accepted,
         "would-spin-epoll" => SkipReason::WouldSpin {
             pid: 4421,
-            by: Waiter::Epoll(RemoteFd(5)),
+            by: Poller::Epoll(RemoteFd(5)),
         },
         "would-spin-poll" => SkipReason::WouldSpin {
             pid: 4421,
-            by: Waiter::Poll(4422),
+            by: Poller::Poll(4422),
         },
         "owner-spins" => SkipReason::OwnerSpins {
             pid: 4421,
