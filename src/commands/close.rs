@@ -108,7 +108,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
         reclaim_descriptors(&mut run, rules, &proc, &terminal);
     }
     if let Some(mut canaries) = canaries {
-        let more = canaries.watch_paused(&run.scan, &terminal);
+        let more = canaries.observe_paused(&run.scan, &terminal);
         run.spinning.extend(more);
     }
     // From here on a signal ends cwkill at once, so that a log on a hanging disk or pipe does not block the operator.
@@ -282,7 +282,7 @@ pub fn close<'p>(
     reactions::await_owners(proc, &mut run.scan.targets, config.grace, control);
     // After the owners had time to react, which keeps them awake as well.
     if let Some(canaries) = &mut canaries {
-        let more = canaries.watch_the_rest(&run.scan, control);
+        let more = canaries.observe_the_rest(&run.scan, control);
         run.spinning.extend(more);
     }
     canaries

@@ -1,59 +1,49 @@
 //! The canary: one socket of each owner is closed first, the oldest, and cwkill looks whether the owner spins.
 //!
 //! A closed socket can wake a process without end, see [`crate::finder::spin_risk`]. How a process waits is not always visible. So
-//! cwkill closes one socket, watches the threads of its owners for a moment, and closes the others only if no thread has begun to
-//! spin. If the waits of an owner could not be read, its other sockets follow in growing steps, with a watch after each. At the end
-//! all owners are watched once more: the sockets of one owner need not be waited for in the same way. All owners are watched at the
+//! cwkill closes one socket, observes the threads of its owners for a moment, and closes the others only if no thread has begun to
+//! spin. If the waits of an owner could not be read, its other sockets follow in growing steps, each followed by a look. At the end
+//! all owners are observed once more: the sockets of one owner need not be waited for in the same way. All owners are observed at the
 //! same time.
 //!
-//! A thread spins if it has not slept for a second since the close, although it slept before. A thread that was idle before also
-//! spins if it has needed a processor for half of that second. Time in which it waits for a processor counts too, so the load of the
-//! machine does not matter. A thread that has not slept before the close either cannot be judged, and does not count. If a process
-//! has more threads than cwkill reads, the processor time of all of them counts as well, as if they were one that was idle before.
+//! `thread_usage` decides whether a thread spins.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rayon::prelude::*;
-
 use super::engine::Rules;
+use super::thread_usage::{Usage, begun_to_spin, percent};
 use super::workers;
 use crate::control::Control;
 use crate::model::{Method, Outcome, Owner, Scan, SkipReason, SpinRisk, Spinning, Target};
 use crate::proc::epoll::EpollSet;
-use crate::proc::threads::ThreadSample;
+use crate::proc::threads::ThreadUsage;
 use crate::proc::{FdState, ProcFs, Process, ProcessId, RemoteFd};
 
-/// How long owners are watched before the close.
-const BEFORE: Duration = Duration::from_millis(50);
-/// How many times as long they are watched before the close, if a thread has not slept meanwhile.
-const LOOKS_BEFORE: u32 = 6;
-/// How long owners are watched after the close, if no thread seems to spin.
-const MOMENT: Duration = Duration::from_millis(100);
-/// How often they are watched for that time, if a thread seems to spin.
-const MOMENTS: u32 = 10;
-/// How many sockets of an owner are tried at once until a method acts on one.
-const TRIES: [usize; 8] = [1, 1, 1, 4, 16, 64, 256, 1024];
-/// How many sockets follow the canary, step by step, if it could not be read how their owner waits for them.
-const STEPS: [usize; 5] = [4, 16, 64, 256, 1024];
-
-/// The samples of all threads of some processes at one moment.
-#[derive(Debug, Default)]
-struct Sample {
-    at: Option<Instant>,
-    threads: HashMap<ProcessId, Vec<ThreadSample>>,
-}
+/// How long owners are observed before the close. A thread that works and sleeps in turn sleeps in this time.
+const TIME_BEFORE_CLOSE: Duration = Duration::from_millis(50);
+/// How many times as long they are observed before the close, if a thread has not slept meanwhile: 0.3 s in all.
+const MAX_LOOKS_BEFORE_CLOSE: u32 = 6;
+/// The time between the close and the first look at the owners after it, and between two looks.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+/// The number of looks at an owner that seems to spin: a second in all. Without such a thread, one look is enough.
+const MAX_LOOKS_AFTER_CLOSE: u32 = 10;
+/// How many sockets of an owner are tried at once, try by try, until a method acts on one. Most methods act on the first. The number
+/// grows so that an owner with very many sockets that no method can close does not take as many tries.
+const SOCKETS_PER_TRY: [usize; 8] = [1, 1, 1, 4, 16, 64, 256, 1024];
+/// How many sockets of an owner follow the canary, step by step, if it could not be read how the owner waits for them.
+const SOCKETS_PER_STEP: [usize; 5] = [4, 16, 64, 256, 1024];
 
 /// The owners of which cwkill does not know how they wait for their sockets.
 #[derive(Debug)]
 pub struct Canaries<'p> {
     proc: &'p ProcFs,
     owners: BTreeMap<ProcessId, Arc<Process>>,
-    /// Two samples before the close.
-    before: [Sample; 2],
-    /// The sockets of each owner on which a method has acted since the owner was watched.
+    /// Two readings before the close.
+    before: [Usage; 2],
+    /// The sockets of each owner on which a method has acted since the owner was observed.
     closed: BTreeMap<ProcessId, Vec<Closed>>,
     /// The targets that are, or were, in `closed`.
     noted: HashSet<usize>,
@@ -69,10 +59,10 @@ struct Closed {
 }
 
 impl<'p> Canaries<'p> {
-    /// Begins to watch the owners of `scan`.
+    /// Begins to observe the owners of `scan`.
     pub fn new(scan: &Scan, proc: &'p ProcFs, control: &dyn Control) -> Self {
-        let is_watched = |target: &&Target| needs_canary(target) || is_paused(target);
-        let targets = scan.targets.iter().filter(is_watched);
+        let is_observed = |target: &&Target| needs_canary(target) || is_paused(target);
+        let targets = scan.targets.iter().filter(is_observed);
         let mut owners = BTreeMap::new();
         for owner in targets.flat_map(|target| &target.owners) {
             let process = || Arc::clone(&owner.process);
@@ -86,12 +76,12 @@ impl<'p> Canaries<'p> {
             noted: HashSet::new(),
             spinning: HashSet::new(),
         };
-        canaries.before[0] = Sample::of(&canaries.owners, proc, control);
+        canaries.before[0] = Usage::of(&canaries.owners, proc, control);
         canaries
     }
 
-    /// Closes the canary of each owner, and watches the owners. If one spins, its other sockets are skipped. If it could not be read
-    /// how an owner waits, its other sockets are closed in growing steps, and it is watched after each. Returns the owners that spin.
+    /// Closes the canary of each owner, and observes the owners. If one spins, its other sockets are skipped. If it could not be read
+    /// how an owner waits, its other sockets are closed in growing steps, and it is observed after each. Returns the owners that spin.
     pub fn close_first(
         &mut self,
         scan: &mut Scan,
@@ -102,8 +92,8 @@ impl<'p> Canaries<'p> {
         if self.owners.is_empty() {
             return Vec::new();
         }
-        self.watch_before(control);
-        for count in TRIES {
+        self.observe_before(control);
+        for count in SOCKETS_PER_TRY {
             let covered = self.closed.keys().copied().collect();
             let chosen = choose(&scan.targets, covered, count, needs_canary);
             if chosen.is_empty() || control.interrupted() {
@@ -112,35 +102,35 @@ impl<'p> Canaries<'p> {
             workers::begin(scan, &chosen, methods, rules, self.proc, control);
             self.note_closed(&scan.targets, chosen);
         }
-        let mut spinning = self.watch_and_spare(scan, control);
+        let mut spinning = self.observe_and_spare(scan, control);
         let is_unread =
             |target: &Target| target.spin_risk == SpinRisk::Unreadable && needs_canary(target);
-        for count in STEPS {
+        for count in SOCKETS_PER_STEP {
             let chosen = choose(&scan.targets, self.spinning.clone(), count, is_unread);
             if chosen.is_empty() || control.interrupted() {
                 break;
             }
             workers::begin(scan, &chosen, methods, rules, self.proc, control);
             self.note_closed(&scan.targets, chosen);
-            spinning.extend(self.watch_and_spare(scan, control));
+            spinning.extend(self.observe_and_spare(scan, control));
         }
         spinning
     }
 
-    fn watch_and_spare(&mut self, scan: &mut Scan, control: &dyn Control) -> Vec<Spinning> {
-        let spinning = self.watch(scan, control);
+    fn observe_and_spare(&mut self, scan: &mut Scan, control: &dyn Control) -> Vec<Spinning> {
+        let spinning = self.observe(scan, control);
         for one in &spinning {
             spare(&mut scan.targets, one);
         }
         spinning
     }
 
-    /// Takes the second sample before the close, later if a thread has not slept yet: on a busy machine it may only have waited for a
+    /// Takes the second reading before the close, later if a thread has not slept yet: on a busy machine it may only have waited for a
     /// processor.
-    fn watch_before(&mut self, control: &dyn Control) {
-        for looks in 1..=LOOKS_BEFORE {
-            wait_since(self.before[0].at, BEFORE * looks, control);
-            self.before[1] = Sample::of(&self.owners, self.proc, control);
+    fn observe_before(&mut self, control: &dyn Control) {
+        for looks in 1..=MAX_LOOKS_BEFORE_CLOSE {
+            wait_since(self.before[0].at, TIME_BEFORE_CLOSE * looks, control);
+            self.before[1] = Usage::of(&self.owners, self.proc, control);
             let [first, second] = &self.before;
             let all = |id: &ProcessId| {
                 first
@@ -153,20 +143,20 @@ impl<'p> Canaries<'p> {
         }
     }
 
-    /// Watches the owners of the sockets that were closed after the canaries: a socket can be waited for in another way than the first
+    /// Observes the owners of the sockets that were closed after the canaries: a socket can be waited for in another way than the first
     /// of its owner. Returns those that spin.
-    pub fn watch_the_rest(&mut self, scan: &Scan, control: &dyn Control) -> Vec<Spinning> {
-        self.watch_closed(scan, control, |target| target.spin_risk.is_uncertain())
+    pub fn observe_the_rest(&mut self, scan: &Scan, control: &dyn Control) -> Vec<Spinning> {
+        self.observe_closed(scan, control, |target| target.spin_risk.is_uncertain())
     }
 
-    /// Watches the owners that would spin if a descriptor of a closed socket is still open. Returns those that spin.
-    pub fn watch_paused(&mut self, scan: &Scan, control: &dyn Control) -> Vec<Spinning> {
-        self.watch_closed(scan, control, |target| {
+    /// Observes the owners that would spin if a descriptor of a closed socket is still open. Returns those that spin.
+    pub fn observe_paused(&mut self, scan: &Scan, control: &dyn Control) -> Vec<Spinning> {
+        self.observe_closed(scan, control, |target| {
             target.spin_risk.would_spin().is_some()
         })
     }
 
-    fn watch_closed(
+    fn observe_closed(
         &mut self,
         scan: &Scan,
         control: &dyn Control,
@@ -180,7 +170,7 @@ impl<'p> Canaries<'p> {
         let targets = scan.targets.iter().enumerate();
         let meant = targets.filter(|(_, target)| is_meant(target) && is_open(target));
         self.note_closed(&scan.targets, meant.map(|(index, _)| index));
-        self.watch(scan, control)
+        self.observe(scan, control)
     }
 
     /// Notes those of the targets with these `indices` on which a method has acted.
@@ -202,31 +192,31 @@ impl<'p> Canaries<'p> {
         }
     }
 
-    /// Watches the owners in `closed`. Returns those that spin, without those that did before.
-    fn watch(&mut self, scan: &Scan, control: &dyn Control) -> Vec<Spinning> {
+    /// Observes the owners in `closed`. Returns those that spin, without those that did before.
+    fn observe(&mut self, scan: &Scan, control: &dyn Control) -> Vec<Spinning> {
         let closed = std::mem::take(&mut self.closed);
         let mut suspects: BTreeMap<ProcessId, Arc<Process>> = closed
             .keys()
             .filter(|id| !self.spinning.contains(id))
             .map(|id| (*id, Arc::clone(&self.owners[id])))
             .collect();
-        let first = Sample::of(&suspects, self.proc, control);
+        let first = Usage::of(&suspects, self.proc, control);
         // The threads that have been awake at every look, each with its share of a processor.
         let mut awake: BTreeMap<ProcessId, Vec<(i32, f64)>> = BTreeMap::new();
         let mut last = first.at;
-        for moment in 0..MOMENTS {
+        for look in 0..MAX_LOOKS_AFTER_CLOSE {
             // After Ctrl-C one look must do: cwkill has acted already.
-            if suspects.is_empty() || (moment > 0 && control.interrupted()) {
+            if suspects.is_empty() || (look > 0 && control.interrupted()) {
                 break;
             }
-            wait_until(last, MOMENT, control);
-            let now = Sample::of(&suspects, self.proc, control);
+            wait_until(last, LOOK_INTERVAL, control);
+            let now = Usage::of(&suspects, self.proc, control);
             last = now.at;
             suspects.retain(|id, _| {
                 let mut threads = begun_to_spin(&self.before, &first, &now, *id);
                 let earlier = awake.remove(id).unwrap_or_default();
                 let was_awake = |tid: i32| earlier.iter().any(|(other, _)| *other == tid);
-                threads.retain(|(tid, _)| moment == 0 || was_awake(*tid));
+                threads.retain(|(tid, _)| look == 0 || was_awake(*tid));
                 let spins = !threads.is_empty();
                 awake.insert(*id, threads);
                 spins
@@ -244,7 +234,7 @@ impl<'p> Canaries<'p> {
             Spinning {
                 process: Arc::clone(&self.owners[id]),
                 fd: member.map(|(fd, _)| fd).or(only),
-                tid: Some(tid).filter(|tid| *tid != ThreadSample::ALL),
+                tid: Some(tid).filter(|tid| *tid != ThreadUsage::ALL),
                 before: percent(self.before[0].share(&self.before[1], *id, tid)),
                 after: percent(after),
                 epoll: member.map(|(_, epoll)| epoll),
@@ -291,11 +281,11 @@ pub fn note_ended(spinning: &mut [Spinning], proc: &ProcFs, control: &dyn Contro
     let owners = owners
         .map(|one| (one.process.id, Arc::clone(&one.process)))
         .collect();
-    let first = Sample::of(&owners, proc, control);
-    wait_since(first.at, MOMENT, control);
-    let second = Sample::of(&owners, proc, control);
+    let first = Usage::of(&owners, proc, control);
+    wait_since(first.at, LOOK_INTERVAL, control);
+    let second = Usage::of(&owners, proc, control);
     for one in spinning {
-        let tid = one.tid.unwrap_or(ThreadSample::ALL);
+        let tid = one.tid.unwrap_or(ThreadUsage::ALL);
         one.ended = !first.is_awake(&second, one.process.id, tid);
     }
 }
@@ -383,112 +373,6 @@ fn spare(targets: &mut [Target], spinning: &Spinning) {
     }
 }
 
-/// A thread that needed a processor for less than this share of the time was idle before the close.
-const QUARTER: f64 = 0.25;
-/// A thread that needs a processor for this share of the time is not idle.
-const HALF: f64 = 0.5;
-
-impl Sample {
-    fn of(
-        owners: &BTreeMap<ProcessId, Arc<Process>>,
-        proc: &ProcFs,
-        control: &dyn Control,
-    ) -> Self {
-        let ids: Vec<ProcessId> = owners.keys().copied().collect();
-        let threads = ids
-            .into_par_iter()
-            .map(|id| (id, proc.thread_samples(id)))
-            .collect();
-        Sample {
-            at: Some(control.now()),
-            threads,
-        }
-    }
-
-    fn time_to(&self, later: &Sample) -> Duration {
-        match (self.at, later.at) {
-            (Some(at), Some(later)) => later.saturating_duration_since(at),
-            _ => Duration::ZERO,
-        }
-    }
-
-    /// The threads of a process that were there in both samples.
-    fn pairs<'s>(
-        &'s self,
-        later: &'s Sample,
-        id: ProcessId,
-    ) -> impl Iterator<Item = (&'s ThreadSample, &'s ThreadSample)> {
-        let threads = |sample: &'s Sample| sample.threads.get(&id).map_or(&[][..], |it| it);
-        let first: HashMap<i32, &ThreadSample> = threads(self)
-            .iter()
-            .map(|thread| (thread.tid, thread))
-            .collect();
-        let pair = move |thread: &'s ThreadSample| Some((*first.get(&thread.tid)?, thread));
-        threads(later).iter().filter_map(pair)
-    }
-
-    /// The share of the time between the samples in which a thread needed a processor.
-    fn share(&self, later: &Sample, id: ProcessId, tid: i32) -> f64 {
-        let time = self.time_to(later);
-        let mut pairs = self.pairs(later, id);
-        pairs
-            .find(|(_, thread)| thread.tid == tid)
-            .map_or(0.0, |(from, to)| needed(from, to, time))
-    }
-
-    /// Whether a thread has not slept between the samples, or needed a processor for half of the time.
-    fn is_awake(&self, later: &Sample, id: ProcessId, tid: i32) -> bool {
-        let mut pairs = self.pairs(later, id);
-        let pair = pairs.find(|(_, thread)| thread.tid == tid);
-        pair.is_some_and(|(from, to)| {
-            !to.has_slept(from) || needed(from, to, self.time_to(later)) >= HALF
-        })
-    }
-}
-
-/// The share of `time` between two samples in which a thread ran or waited for a processor.
-fn needed(from: &ThreadSample, to: &ThreadSample, time: Duration) -> f64 {
-    let total = |thread: &ThreadSample| thread.ran + thread.waited;
-    let needed = total(to).saturating_sub(total(from));
-    needed.as_secs_f64() / time.as_secs_f64().max(f64::MIN_POSITIVE)
-}
-
-/// The threads of owner `id` that are awake since the close and were not before, each with its share of a processor.
-fn begun_to_spin(
-    before: &[Sample; 2],
-    after: &Sample,
-    now: &Sample,
-    id: ProcessId,
-) -> Vec<(i32, f64)> {
-    let [first, second] = before;
-    let earlier: HashMap<i32, (&ThreadSample, &ThreadSample)> = first
-        .pairs(second, id)
-        .map(|(from, to)| (to.tid, (from, to)))
-        .collect();
-    let begun = |(from, to): (&ThreadSample, &ThreadSample)| {
-        let (first_of, second_of) = earlier.get(&to.tid)?;
-        let was_idle = !first_of.runnable
-            && !second_of.runnable
-            && needed(first_of, second_of, first.time_to(second)) < QUARTER;
-        let share = needed(from, to, after.time_to(now));
-        let spins = match was_idle {
-            true => !to.has_slept(from) || share >= HALF,
-            false => !to.has_slept(from) && second_of.has_slept(first_of),
-        };
-        spins.then_some((to.tid, share))
-    };
-    after.pairs(now, id).filter_map(begun).collect()
-}
-
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "between 0 and some hundred"
-)]
-fn percent(share: f64) -> u32 {
-    (share * 100.0).round() as u32
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -546,58 +430,5 @@ mod tests {
         }));
         let outcomes: Vec<_> = targets.iter().map(|target| target.outcome).collect();
         assert_eq!(outcomes, [None, left, None, left]);
-    }
-
-    /// A thread that is there at 0, 50, 60 and 160 ms: before and after the close.
-    fn begins(threads: [(bool, u64, u64); 4]) -> bool {
-        let start = Instant::now();
-        let id = process(7, "app").id;
-        let mut times = [0, 50, 60, 160].into_iter();
-        let [first, second, third, fourth] = threads.map(|(runnable, sleeps, ran)| {
-            let thread = ThreadSample {
-                tid: 7,
-                runnable,
-                sleeps,
-                ran: Duration::from_millis(ran / 2),
-                waited: Duration::from_millis(ran - ran / 2),
-            };
-            Sample {
-                at: times.next().map(|time| start + Duration::from_millis(time)),
-                threads: HashMap::from([(id, vec![thread])]),
-            }
-        });
-        !begun_to_spin(&[first, second], &third, &fourth, id).is_empty()
-    }
-
-    #[test]
-    fn a_thread_that_has_not_slept_since_the_close_spins() {
-        let (asleep, awake) = (false, true);
-        let (idle, spins) = ((asleep, 5, 0), (awake, 5, 1));
-        assert!(begins([idle, idle, spins, (awake, 5, 99)]));
-        // The kernel has not added up its times yet.
-        assert!(begins([idle, idle, spins, (awake, 5, 1)]));
-        assert!(!begins([idle, idle, idle, idle]));
-        assert!(!begins([idle, idle, spins, (asleep, 6, 2)]), "it reacted");
-        assert!(!begins([idle, idle, spins, (awake, 7, 40)]), "it works");
-        // It writes a line for every wake-up, and sleeps until the line is written.
-        assert!(begins([idle, idle, (awake, 9, 1), (asleep, 999, 61)]));
-    }
-
-    #[test]
-    fn a_thread_that_was_busy_before_must_cease_to_sleep() {
-        let (asleep, awake) = (false, true);
-        let computes = [
-            (awake, 5, 0),
-            (awake, 5, 50),
-            (awake, 5, 60),
-            (awake, 5, 160),
-        ];
-        assert!(!begins(computes));
-        let (often, later) = ((asleep, 50, 30), (asleep, 60, 36));
-        assert!(!begins([(asleep, 5, 0), often, later, (asleep, 160, 96)]));
-        // The kernel had not added up its wait yet.
-        let waits = (awake, 50, 2);
-        assert!(!begins([(asleep, 5, 0), waits, later, (asleep, 160, 96)]));
-        assert!(begins([(asleep, 5, 0), waits, later, (awake, 60, 96)]));
     }
 }

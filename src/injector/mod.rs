@@ -12,6 +12,7 @@ pub mod plan;
 pub mod probe;
 pub mod rst;
 pub mod shutdown;
+mod thread_usage;
 pub mod workers;
 
 use std::io;

@@ -1,6 +1,6 @@
 //! The proc file system: the list of processes, and the facts about each of them.
 //!
-//! `fds` reads the descriptor table; `epoll` parses epoll sets; `syscall` parses the call of a thread; `threads` samples how much
+//! `fds` reads the descriptor table; `epoll` parses epoll sets; `syscall` parses the call of a thread; `threads` reads how much
 //! threads run; [`status`] reads state, limit, executable and threads; [`cgroup`] parses units and containers; [`netns`] finds
 //! network namespaces; `mounts` reads the mount table. `reclaim` and `doctor` read further files themselves.
 //!
