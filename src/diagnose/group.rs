@@ -358,8 +358,8 @@ mod tests {
         let mut second = before.clone();
         // A keepalive was answered.
         second[0].age = Some(Duration::ZERO);
-        second[1].progress.as_mut().unwrap().written += 1;
-        second[2].progress.as_mut().unwrap().received += 1;
+        second[1].counters.as_mut().unwrap().written += 1;
+        second[2].counters.as_mut().unwrap().received += 1;
         second[3].listed_recv_q += 1;
         let context = GroupContext::default();
         let group = SocketGroup::new(before[..4].iter(), second.iter(), &context);
@@ -393,7 +393,7 @@ mod tests {
     fn without_counters_the_age_decides_about_idle() {
         let aged = |cookie, age| Socket {
             age,
-            progress: None,
+            counters: None,
             ..socket("10.0.0.1:80", "10.0.0.2:5", cookie)
         };
         let seconds = |seconds| Some(Duration::from_secs(seconds));

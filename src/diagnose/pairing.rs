@@ -184,7 +184,7 @@ pub fn other_legs(stuck: &[Leg], stalled: &[Leg]) -> Option<Vec<OtherLeg>> {
 /// Whether `later` is `earlier` at a later lookup, still with bytes that its peer has not acknowledged, and none of them
 /// acknowledged in between. Without byte counters no.
 pub fn is_stalled(earlier: &Connection, later: &Connection) -> bool {
-    let acknowledged = |one: &Connection| one.progress.map(|progress| progress.acked);
+    let acknowledged = |one: &Connection| one.counters.map(|counters| counters.acked);
     later.state == TcpState::Established
         && earlier.send_q > 0
         && later.send_q > 0
@@ -196,7 +196,7 @@ pub fn is_stalled(earlier: &Connection, later: &Connection) -> bool {
 mod tests {
     use super::*;
     use crate::sock_diag::testdata::stuck;
-    use crate::sock_diag::{DiagId, Family, Progress};
+    use crate::sock_diag::{ByteCounters, DiagId, Family};
 
     fn socket(local: &str, peer: &str, cookie: u64, netns: usize) -> Socket {
         Socket {
@@ -218,7 +218,7 @@ mod tests {
             state: TcpState::FinWait2,
             inode: Some(7),
             send_q: 0,
-            progress: None,
+            counters: None,
         }
     }
 
@@ -370,7 +370,7 @@ mod tests {
         let at = |acked, send_q| Connection {
             state: TcpState::Established,
             send_q,
-            progress: Some(Progress {
+            counters: Some(ByteCounters {
                 received: 5,
                 acked,
                 written: 900,
@@ -382,7 +382,7 @@ mod tests {
         assert!(!is_stalled(&at(10, 20), &at(10, 0)));
         assert!(!is_stalled(&at(10, 0), &at(10, 20)));
         let without_counters = Connection {
-            progress: None,
+            counters: None,
             ..at(10, 20)
         };
         assert!(!is_stalled(&without_counters, &without_counters));

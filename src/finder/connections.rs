@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::FindError;
 use crate::proc::netns::Netns;
 use crate::sock_diag::{
-    Cookie, Detail, DiagId, DumpRequest, Family, Progress, SockDiag, SocketMessage,
+    ByteCounters, Cookie, Detail, DiagId, DumpRequest, Family, SockDiag, SocketMessage,
 };
 use crate::tcp::{StateSet, TcpState, Tuple};
 
@@ -21,8 +21,8 @@ pub struct Connection {
     pub inode: Option<u32>,
     /// See [`SocketMessage::send_q`].
     pub send_q: u32,
-    /// See [`SocketMessage::progress`]. Only [`look_up`] fills it in.
-    pub progress: Option<Progress>,
+    /// See [`SocketMessage::counters`]. Only [`look_up`] fills it in.
+    pub counters: Option<ByteCounters>,
 }
 
 impl Connection {
@@ -33,7 +33,7 @@ impl Connection {
             state: message.state,
             inode: (message.inode != 0).then_some(message.inode),
             send_q: message.send_q,
-            progress: message.progress,
+            counters: message.counters,
         }
     }
 

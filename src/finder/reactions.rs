@@ -49,21 +49,21 @@ pub fn await_owners(proc: &ProcFs, targets: &mut [Target], grace: Duration, cont
 }
 
 /// An owner that may be about to close its descriptors.
-struct Wait<'t> {
+struct ReactingOwner<'t> {
     process: ProcessId,
     /// The thread whose table has the descriptors, as [`Owner::tid`].
     tid: Option<i32>,
     /// Its descriptors that are still open, with the inode of each socket.
     open: Vec<(&'t mut Owner, u32)>,
     /// When cwkill last saw that a descriptor was closed.
-    progress: Instant,
+    last_reaction: Instant,
     /// The processor time at the first look since then.
     cpu: Option<Duration>,
     /// How often in a row all its threads were asleep.
     asleep: u32,
 }
 
-impl Wait<'_> {
+impl ReactingOwner<'_> {
     /// Whether it can still close descriptors because of the act.
     fn may_react(&mut self, activity: Activity, now: Instant, grace: Duration) -> bool {
         if !activity.runnable {
@@ -73,7 +73,7 @@ impl Wait<'_> {
         self.asleep = 0;
         let before = *self.cpu.get_or_insert(activity.cpu);
         let used = activity.cpu.saturating_sub(before);
-        used < BUSY_ELSEWHERE && now.saturating_duration_since(self.progress) < grace
+        used < BUSY_ELSEWHERE && now.saturating_duration_since(self.last_reaction) < grace
     }
 
     /// Reads its descriptors again.
@@ -87,7 +87,7 @@ impl Wait<'_> {
         self.open
             .retain(|(owner, _)| owner.after == Some(FdState::Open));
         if self.open.len() < open {
-            self.progress = now;
+            self.last_reaction = now;
             self.cpu = None;
             self.asleep = 0;
         }
@@ -95,8 +95,8 @@ impl Wait<'_> {
 }
 
 /// The descriptors of closed sockets that are still open, by table.
-fn open_descriptors(targets: &mut [Target], now: Instant) -> Vec<Wait<'_>> {
-    let mut waits: BTreeMap<TableId, Wait<'_>> = BTreeMap::new();
+fn open_descriptors(targets: &mut [Target], now: Instant) -> Vec<ReactingOwner<'_>> {
+    let mut waits: BTreeMap<TableId, ReactingOwner<'_>> = BTreeMap::new();
     for target in targets {
         let over = target.outcome.is_some_and(Outcome::is_closed_or_closing);
         let Some(inode) = target.socket.inode.filter(|_| over) else {
@@ -105,11 +105,11 @@ fn open_descriptors(targets: &mut [Target], now: Instant) -> Vec<Wait<'_>> {
         for owner in &mut target.owners {
             if owner.after == Some(FdState::Open) {
                 let (process, tid) = (owner.process.id, owner.tid);
-                let wait = waits.entry((process, tid)).or_insert_with(|| Wait {
+                let wait = waits.entry((process, tid)).or_insert_with(|| ReactingOwner {
                     process,
                     tid,
                     open: Vec::new(),
-                    progress: now,
+                    last_reaction: now,
                     cpu: None,
                     asleep: 0,
                 });
@@ -126,15 +126,15 @@ mod tests {
 
     const GRACE: Duration = Duration::from_secs(1);
 
-    fn wait(now: Instant) -> Wait<'static> {
-        Wait {
+    fn wait(now: Instant) -> ReactingOwner<'static> {
+        ReactingOwner {
             process: ProcessId {
                 pid: 7,
                 start_time: 1,
             },
             tid: None,
             open: Vec::new(),
-            progress: now,
+            last_reaction: now,
             cpu: None,
             asleep: 0,
         }

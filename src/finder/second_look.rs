@@ -101,10 +101,10 @@ mod tests {
         let mut read = message.clone();
         read.recv_q = 400;
         assert!(is_read(&socket, &Ok(read.clone())));
-        read.progress = None;
+        read.counters = None;
         assert!(is_read(&socket, &Ok(read)));
         let mut sent = message.clone();
-        sent.progress.as_mut().unwrap().written += 1;
+        sent.counters.as_mut().unwrap().written += 1;
         assert!(is_read(&socket, &Ok(sent)));
         message.state = TcpState::LastAck;
         assert!(!is_read(&socket, &Ok(message)));

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::entries::{Entries, Entry, MAX_ENTRIES};
 use crate::model::{NetnsKey, Snapshot, SocketKey};
-use crate::sock_diag::{Cookie, Progress};
+use crate::sock_diag::{ByteCounters, Cookie};
 use crate::tcp::TcpState;
 
 /// The first bytes of the file. They change with its format.
@@ -51,7 +51,7 @@ pub(super) fn encode(entries: &Entries, epoch: Epoch) -> Vec<u8> {
         let Snapshot {
             state,
             recv_q,
-            progress,
+            counters,
         } = entry.snapshot;
         let small = u64::from(state.number()) | u64::from(entry.missed) << 8;
         let fields: [u64; FIELDS] = [
@@ -59,9 +59,9 @@ pub(super) fn encode(entries: &Entries, epoch: Epoch) -> Vec<u8> {
             key.netns.cookie,
             key.cookie.0,
             small | u64::from(recv_q) << 32,
-            progress.received,
-            progress.acked,
-            progress.written,
+            counters.received,
+            counters.acked,
+            counters.written,
             millis(entry.stuck_since),
             millis(entry.idle_since),
             millis(entry.unchanged_since),
@@ -133,7 +133,7 @@ fn parse(record: &[u8]) -> (SocketKey, Entry) {
         snapshot: Snapshot {
             state: TcpState::from_kernel(byte(3, 0)),
             recv_q: (field(3) >> 32) as u32,
-            progress: Progress {
+            counters: ByteCounters {
                 received: field(4),
                 acked: field(5),
                 written: field(6),
@@ -187,7 +187,7 @@ mod tests {
                 snapshot: Snapshot {
                     state: TcpState::CloseWait,
                     recv_q: u32::MAX,
-                    progress: Progress {
+                    counters: ByteCounters {
                         received: 1 << 40,
                         acked: cookie,
                         written: u64::MAX,

@@ -317,11 +317,11 @@ mod tests {
         run(&mut entries, HERE, all, 1000, &[message(1, 500)]);
         type Change = fn(&mut SocketMessage);
         let changes: [Change; 5] = [
-            |message| message.progress.as_mut().unwrap().written += 1,
-            |message| message.progress.as_mut().unwrap().acked += 1,
-            |message| message.progress.as_mut().unwrap().received += 1,
+            |message| message.counters.as_mut().unwrap().written += 1,
+            |message| message.counters.as_mut().unwrap().acked += 1,
+            |message| message.counters.as_mut().unwrap().received += 1,
             |message| message.state = TcpState::LastAck,
-            |message| message.progress = None,
+            |message| message.counters = None,
         ];
         for change in changes {
             let mut moved = message(1, 2);
@@ -403,7 +403,7 @@ mod tests {
             &[message(1, 0), message(3, 10)],
         );
         let mut moved = message(2, 0);
-        moved.progress.as_mut().unwrap().written += 1;
+        moved.counters.as_mut().unwrap().written += 1;
         run(
             &mut other,
             HERE,

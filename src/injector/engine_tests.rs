@@ -359,7 +359,7 @@ fn a_socket_that_changed_since_the_plan_is_never_acted_on() {
 fn send_data(socket: &mut SocketMessage) {
     let quiet = socket.quiet.as_mut().unwrap();
     (quiet.last_ack_recv, quiet.last_data_sent) = (Duration::ZERO, Duration::ZERO);
-    socket.progress.as_mut().unwrap().written += 1;
+    socket.counters.as_mut().unwrap().written += 1;
 }
 
 #[test]

@@ -8,7 +8,7 @@ use strum::IntoStaticStr;
 
 use crate::model::Cause;
 use crate::routes::Place;
-use crate::sock_diag::{Cookie, DiagId, Progress, Protocol, SocketMessage};
+use crate::sock_diag::{ByteCounters, Cookie, DiagId, Protocol, SocketMessage};
 use crate::tcp::{TcpState, Tuple};
 
 /// A matched socket, at the time when the kernel listed it.
@@ -41,8 +41,8 @@ pub struct Socket {
     pub idle: Option<Duration>,
     /// How `idle` is known.
     pub idle_source: TimeSource,
-    /// Its byte counters. See [`SocketMessage::progress`].
-    pub progress: Option<Progress>,
+    /// Its byte counters. See [`SocketMessage::counters`].
+    pub counters: Option<ByteCounters>,
     /// For how long it has had its [`Snapshot`], at least, by the history; zero if the history does not have it.
     pub unchanged_for: Duration,
     /// A lower bound of the age of the connection. See [`connected_for`].
@@ -85,7 +85,7 @@ pub struct SocketKey {
 pub struct Snapshot {
     pub state: TcpState,
     pub recv_q: u32,
-    pub progress: Progress,
+    pub counters: ByteCounters,
 }
 
 /// A socket of a scan, for its entry in the history. The times are since boot.
@@ -152,7 +152,7 @@ impl Socket {
             age_source: TimeSource::Kernel,
             idle: idle(message),
             idle_source: TimeSource::Kernel,
-            progress: message.progress,
+            counters: message.counters,
             unchanged_for: Duration::ZERO,
             connected_for: connected_for(message),
             cause: Cause::of(message),
@@ -197,7 +197,7 @@ impl Socket {
         Some(Snapshot {
             state: self.state,
             recv_q: self.listed_recv_q,
-            progress: self.progress?,
+            counters: self.counters?,
         })
     }
 
@@ -397,11 +397,11 @@ mod tests {
         let zero = Some(Duration::ZERO);
         assert_eq!((read.age, read.idle), (zero, zero));
 
-        message.progress.as_mut().unwrap().written += 1;
+        message.counters.as_mut().unwrap().written += 1;
         let sent = before.later(&message);
         assert_eq!((sent.age, sent.idle), (zero, zero));
 
-        message.progress = None;
+        message.counters = None;
         let unknown = before.later(&message);
         assert_eq!((unknown.age, unknown.idle), (zero, hour));
     }

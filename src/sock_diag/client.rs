@@ -186,14 +186,14 @@ impl SockDiag {
             let since = mem::replace(&mut begun, Instant::now());
             match receive(&self.socket, &mut self.buffer[..room]) {
                 Ok(datagram) => {
-                    let progress = assembly.feed(datagram, keep)?;
+                    let state = assembly.feed(datagram, keep)?;
                     if after(&mut assembly.kept, since).is_break() {
                         return Ok(None);
                     }
-                    match progress {
-                        DumpProgress::More => {}
-                        DumpProgress::Complete => return Ok(Some(assembly.kept)),
-                        DumpProgress::Repeat => return Ok(None),
+                    match state {
+                        DumpState::More => {}
+                        DumpState::Complete => return Ok(Some(assembly.kept)),
+                        DumpState::Repeat => return Ok(None),
                     }
                 }
                 // The queue overran. The kernel goes on, so the rest must be read before the dump is repeated.
@@ -472,7 +472,7 @@ fn receive_waiting(socket: &Socket, buffer: &mut [u8], room: usize) -> io::Resul
 
 /// The state of a dump after a datagram.
 #[derive(Debug, PartialEq, Eq)]
-enum DumpProgress {
+enum DumpState {
     More,
     Complete,
     Repeat,
@@ -500,7 +500,7 @@ impl<T> Assembly<T> {
         &mut self,
         datagram: &[u8],
         keep: &mut impl FnMut(SocketMessage) -> Option<T>,
-    ) -> Result<DumpProgress, DumpError> {
+    ) -> Result<DumpState, DumpError> {
         for framed in codec::frames(datagram, self.protocol) {
             let framed = framed.map_err(DumpError::Malformed)?;
             if framed.sequence != self.sequence {
@@ -509,15 +509,15 @@ impl<T> Assembly<T> {
             self.interrupted |= framed.interrupted;
             match framed.frame {
                 Frame::Socket(message) => self.kept.extend(keep(message)),
-                Frame::Done(0) if self.interrupted => return Ok(DumpProgress::Repeat),
-                Frame::Done(0) => return Ok(DumpProgress::Complete),
+                Frame::Done(0) if self.interrupted => return Ok(DumpState::Repeat),
+                Frame::Done(0) => return Ok(DumpState::Complete),
                 Frame::Done(errno) | Frame::Error(errno) => {
                     return Err(io::Error::from_raw_os_error(errno).into());
                 }
                 Frame::Ack | Frame::Other => {}
             }
         }
-        Ok(DumpProgress::More)
+        Ok(DumpState::More)
     }
 }
 
@@ -541,14 +541,14 @@ mod tests {
         bytes
     }
 
-    fn feed(assembly: &mut Assembly<SocketMessage>, datagram: &[u8]) -> DumpProgress {
+    fn feed(assembly: &mut Assembly<SocketMessage>, datagram: &[u8]) -> DumpState {
         assembly.feed(datagram, &mut Some).unwrap()
     }
 
     #[test]
     fn a_whole_dump_is_complete() {
         let mut assembly = Assembly::new(5, Protocol::Tcp);
-        assert_eq!(feed(&mut assembly, &dump(5, 2)), DumpProgress::Complete);
+        assert_eq!(feed(&mut assembly, &dump(5, 2)), DumpState::Complete);
         assert_eq!(assembly.kept.len(), 2);
     }
 
@@ -556,7 +556,7 @@ mod tests {
     fn an_interrupted_dump_is_repeated() {
         let mut assembly = Assembly::new(5, Protocol::Tcp);
         let datagram = dump(5, 2 | NLM_F_DUMP_INTR);
-        assert_eq!(feed(&mut assembly, &datagram), DumpProgress::Repeat);
+        assert_eq!(feed(&mut assembly, &datagram), DumpState::Repeat);
     }
 
     #[test]
@@ -566,8 +566,8 @@ mod tests {
         let mut early = whole[..first].to_vec();
         early[6] |= 0x10;
         let mut assembly = Assembly::new(5, Protocol::Tcp);
-        assert_eq!(feed(&mut assembly, &early), DumpProgress::More);
-        assert_eq!(feed(&mut assembly, &whole[first..]), DumpProgress::Repeat);
+        assert_eq!(feed(&mut assembly, &early), DumpState::More);
+        assert_eq!(feed(&mut assembly, &whole[first..]), DumpState::Repeat);
     }
 
     #[test]
@@ -594,7 +594,7 @@ mod tests {
     #[test]
     fn answers_to_another_request_are_ignored() {
         let mut assembly = Assembly::new(6, Protocol::Tcp);
-        assert_eq!(feed(&mut assembly, &dump(5, 2)), DumpProgress::More);
+        assert_eq!(feed(&mut assembly, &dump(5, 2)), DumpState::More);
         assert!(assembly.kept.is_empty());
     }
 

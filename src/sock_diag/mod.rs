@@ -12,4 +12,6 @@ mod mptcp;
 pub(crate) mod testdata;
 
 pub use client::{DestroyError, DumpError, LookupError, SockDiag};
-pub use codec::{Cookie, Detail, DiagId, DumpRequest, Family, Progress, Protocol, SocketMessage};
+pub use codec::{
+    ByteCounters, Cookie, Detail, DiagId, DumpRequest, Family, Protocol, SocketMessage,
+};

@@ -2,7 +2,9 @@
 
 use std::io;
 
-use super::codec::{Detail, DiagId, DumpRequest, Family, Progress, Protocol, Quiet, SocketMessage};
+use super::codec::{
+    ByteCounters, Detail, DiagId, DumpRequest, Family, Protocol, Quiet, SocketMessage,
+};
 use super::{DumpError, LookupError, SockDiag};
 use crate::tcp::{StateSet, TcpState};
 
@@ -148,8 +150,8 @@ fn add_subflow(row: &mut SocketMessage, subflow: &SocketMessage) {
     if is_fallback {
         row.send_q = row.send_q.saturating_add(subflow.send_q);
         // The sums only show whether data has moved.
-        row.progress = match (row.progress, subflow.progress) {
-            (Some(own), Some(other)) => Some(Progress {
+        row.counters = match (row.counters, subflow.counters) {
+            (Some(own), Some(other)) => Some(ByteCounters {
                 received: own.received.wrapping_add(other.received),
                 acked: own.acked.wrapping_add(other.acked),
                 written: own.written.wrapping_add(other.written),

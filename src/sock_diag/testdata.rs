@@ -1,6 +1,6 @@
 //! Bytes and messages for tests without a kernel.
 
-use super::codec::{Cookie, DiagId, Family, Progress, Quiet, SocketMessage};
+use super::codec::{ByteCounters, Cookie, DiagId, Family, Quiet, SocketMessage};
 use crate::tcp::{TcpState, Tuple};
 use std::time::Duration;
 
@@ -41,7 +41,7 @@ pub(crate) fn stuck(local: &str, peer: &str, cookie: u64) -> SocketMessage {
             last_data_recv: hour,
             last_ack_recv: hour,
         }),
-        progress: Some(Progress {
+        counters: Some(ByteCounters {
             received: 101,
             acked: 2000,
             written: 2000,
@@ -70,7 +70,7 @@ pub(crate) fn listener(family: Family, local: &str, inode: u32) -> SocketMessage
         send_q: 128,
         inode,
         quiet: None,
-        progress: None,
+        counters: None,
         ..stuck("127.0.0.1:1", "127.0.0.1:1", 0)
     }
 }

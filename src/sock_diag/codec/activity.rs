@@ -20,7 +20,7 @@ pub struct Quiet {
 /// The bytes that a connection has moved since its handshake. As long as they stay the same, no data has moved between the
 /// application and the peer, except data that the application reads from the receive queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Progress {
+pub struct ByteCounters {
     /// Bytes that arrived in order. A FIN counts as one.
     pub received: u64,
     /// Bytes that the peer has acknowledged.

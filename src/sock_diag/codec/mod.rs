@@ -14,7 +14,7 @@ mod request;
 #[cfg(test)]
 mod tests;
 
-pub use activity::{Progress, Quiet};
+pub use activity::{ByteCounters, Quiet};
 pub use id::{Cookie, DiagId, Family, Protocol};
 pub use mptcp::MptcpSocket;
 pub(crate) use reply::TCPI_LAST_ACK_RECV;

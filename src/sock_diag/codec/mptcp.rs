@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use netlink_packet_core::NlasIterator;
 
-use super::activity::{Progress, Quiet};
+use super::activity::{ByteCounters, Quiet};
 use super::{u32_at, u64_at};
 
 /// Offsets in `struct mptcp_info`.
@@ -47,7 +47,7 @@ pub(super) struct MptcpInfo {
     /// `None` before Linux 6.10. After a fallback `last_ack_recv` is too long: no MPTCP option comes any more.
     pub quiet: Option<Quiet>,
     /// Counted from the random numbers with which the sequences begin.
-    pub progress: Progress,
+    pub counters: ByteCounters,
 }
 
 /// Parses a `struct mptcp_info`; `None` if it is too short.
@@ -55,12 +55,12 @@ pub(super) fn parse_info(info: &[u8]) -> Option<MptcpInfo> {
     if info.len() < MPTCPI_RCV_NXT + 8 {
         return None;
     }
-    let progress = Progress {
+    let counters = ByteCounters {
         received: u64_at(info, MPTCPI_RCV_NXT),
         acked: u64_at(info, MPTCPI_SND_UNA),
         written: u64_at(info, MPTCPI_WRITE_SEQ),
     };
-    let send_q = progress.written.wrapping_sub(progress.acked);
+    let send_q = counters.written.wrapping_sub(counters.acked);
     let time = |offset| Duration::from_millis(u64::from(u32_at(info, offset)));
     Some(MptcpInfo {
         socket: MptcpSocket {
@@ -68,7 +68,7 @@ pub(super) fn parse_info(info: &[u8]) -> Option<MptcpInfo> {
             is_fallback: u32_at(info, MPTCPI_FLAGS) & MPTCP_INFO_FLAG_FALLBACK != 0,
         },
         send_q: u32::try_from(send_q).unwrap_or(u32::MAX),
-        progress,
+        counters,
         quiet: (info.len() >= MPTCPI_LAST_ACK_RECV + 4).then(|| Quiet {
             last_data_sent: time(MPTCPI_LAST_DATA_SENT),
             last_data_recv: time(MPTCPI_LAST_DATA_RECV),
@@ -123,9 +123,9 @@ mod tests {
         let parsed = parse_info(&info).unwrap();
         assert_eq!(parsed.socket.token, 0x0ac2_f00b);
         assert_eq!((parsed.send_q, parsed.socket.is_fallback), (0, false));
-        let progress = parsed.progress;
-        assert_eq!(progress.acked, progress.written);
-        assert_eq!(progress.received, 0x7a75_7d3d_74ef_b17f);
+        let counters = parsed.counters;
+        assert_eq!(counters.acked, counters.written);
+        assert_eq!(counters.received, 0x7a75_7d3d_74ef_b17f);
         let quiet = parsed.quiet.unwrap();
         assert_eq!(quiet.last_data_sent, Duration::from_millis(2488));
         assert_eq!(quiet.last_ack_recv, Duration::from_millis(948));

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use netlink_packet_core::{NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NlasIterator};
 
-use super::activity::{Progress, Quiet};
+use super::activity::{ByteCounters, Quiet};
 use super::mptcp::{self, MptcpSocket};
 use super::{DiagId, Family, INET_DIAG_INFO, Protocol, SOCK_DIAG_BY_FAMILY, SOCKID_LEN, u32_at};
 use crate::tcp::TcpState;
@@ -53,7 +53,7 @@ pub struct SocketMessage {
     /// The quiet times; `None` if they were not requested, or the kernel did not send them.
     pub quiet: Option<Quiet>,
     /// The byte counters; `None` if they were not requested, or the kernel does not have all of them (before Linux 4.19).
-    pub progress: Option<Progress>,
+    pub counters: Option<ByteCounters>,
     /// Whether an IPv6 socket refuses IPv4; `None` if the kernel does not report it.
     pub v6only: Option<bool>,
     /// The id of the cgroup v2 in which the socket was made: the inode of its directory. `None` if the kernel does not report it
@@ -165,7 +165,7 @@ fn parse_socket(payload: &[u8], protocol: Protocol) -> Result<SocketMessage, Mal
         uid: u32_at(payload, 64),
         inode: u32_at(payload, 68),
         quiet: None,
-        progress: None,
+        counters: None,
         v6only: None,
         cgroup: None,
         transparent: None,
@@ -183,11 +183,11 @@ fn parse_socket(payload: &[u8], protocol: Protocol) -> Result<SocketMessage, Mal
                 message.mptcp = Some(info.socket);
                 message.send_q = info.send_q;
                 message.quiet = info.quiet;
-                message.progress = Some(info.progress);
+                message.counters = Some(info.counters);
             }
             INET_DIAG_INFO => {
                 message.quiet = parse_quiet(attribute.value());
-                message.progress = parse_progress(attribute.value());
+                message.counters = parse_counters(attribute.value());
             }
             INET_DIAG_CGROUP_ID => {
                 let id = attribute.value().first_chunk();
@@ -218,7 +218,7 @@ pub(super) fn parse_quiet(tcp_info: &[u8]) -> Option<Quiet> {
 }
 
 /// `None` if the struct is too short, or for a request socket, whose struct is all zero.
-pub(super) fn parse_progress(tcp_info: &[u8]) -> Option<Progress> {
+pub(super) fn parse_counters(tcp_info: &[u8]) -> Option<ByteCounters> {
     if tcp_info.len() < TCPI_BYTES_RETRANS + 8 {
         return None;
     }
@@ -227,7 +227,7 @@ pub(super) fn parse_progress(tcp_info: &[u8]) -> Option<Progress> {
         u64::from_ne_bytes(eight)
     };
     let sent_once = long(TCPI_BYTES_SENT).wrapping_sub(long(TCPI_BYTES_RETRANS));
-    Some(Progress {
+    Some(ByteCounters {
         received: long(TCPI_BYTES_RECEIVED),
         acked: long(TCPI_BYTES_ACKED),
         written: sent_once.wrapping_add(u64::from(u32_at(tcp_info, TCPI_NOTSENT_BYTES))),

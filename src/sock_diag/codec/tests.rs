@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::reply::{parse_progress, parse_quiet};
+use super::reply::{parse_counters, parse_quiet};
 use super::*;
 use crate::sock_diag::testdata::{DUMP_V4, DUMP_V6, bytes};
 use crate::tcp::{StateSet, TcpState};
@@ -95,8 +95,8 @@ fn unknown_attributes_and_longer_structs_are_passed_over() {
 fn a_shorter_tcp_info_gives_no_age() {
     assert_eq!(parse_quiet(&[0; TCPI_LAST_ACK_RECV + 3]), None);
     assert!(parse_quiet(&[0; TCPI_LAST_ACK_RECV + 4]).is_some());
-    assert_eq!(parse_progress(&[0; 215]), None, "Linux 4.18");
-    assert!(parse_progress(&[0; 216]).is_some());
+    assert_eq!(parse_counters(&[0; 215]), None, "Linux 4.18");
+    assert!(parse_counters(&[0; 216]).is_some());
 }
 
 fn quiet_lookup(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32) {
