@@ -356,7 +356,7 @@ impl Queue<'_> {
         let mut now = now.map_err(|error| failed(lookup, &error))?.into_iter();
         live.retain(|_| match now.next() {
             Some(Ok(message)) => message.inode == 0,
-            Some(Err(LookupError::Gone)) => false,
+            Some(Err(LookupError::NotFound)) => false,
             Some(Err(_)) | None => true,
         });
         Ok(())

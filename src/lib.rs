@@ -47,12 +47,15 @@
 //! - **cookie**: the number that the kernel gives to a socket and to no later one. With it, cwkill asks for exactly this socket.
 //! - **inode**: the number of the file of a socket. It links a socket of the kernel's tables with the descriptors in /proc. A socket
 //!   without a file has none: it was never accepted, or its owner has closed it.
-//! - **address gone**: the local address of a socket is not an address of this host any more: the kernel delivers no segment to it.
+//! - **address gone**: a socket has lost its local address: it is not an address of this host any more, and the kernel delivers no
+//!   segment to it.
 //! - **cause**: why a socket is stuck, from its queues and its inode.
 //! - **method**: a way to close a socket: probe, shutdown, destroy, rst.
 //! - **plan**: the methods to try on a target, in order. **exclusion**: why a method is not among them. **skip**: why a target is left alone.
 //! - **act**: to use a method on a socket, or to close a descriptor inside its process.
 //! - **attempt**: one method tried on one target. **outcome**: what became of a target: closed, closing, gone, skipped, failed.
+//! - **gone**: a socket or descriptor that ended without an act of cwkill. A process has **exited**, a file of /proc is **missing**, and
+//!   a lookup that finds nothing has **not found** its socket.
 //! - **pending**: still without a result: a socket that a method waits for, or a descriptor that reclaim has not decided on.
 //! - **grace**: how long a socket gets to close before the next method.
 //! - **react**: an owner reacts if it closes its descriptor because the connection has ended.

@@ -150,7 +150,7 @@ impl SuggestionInput<'_> {
 pub fn suggest(process: SuggestionInput<'_>) -> Vec<Suggestion> {
     let pid = process.pid;
     let halted = match process.condition {
-        Condition::Gone => return Vec::new(),
+        Condition::Exited => return Vec::new(),
         Condition::Zombie => Some((
             format!("ps -o ppid= -p {pid}"),
             "its parent must reap it".to_owned(),
@@ -411,7 +411,7 @@ mod tests {
         let waits = command(None, Condition::ThreadUninterruptible(43));
         assert_eq!(waits, "cat /proc/42/task/43/wchan");
         assert_eq!(command(None, Condition::Frozen), "cat /proc/42/cgroup");
-        assert_eq!(suggest(input(None, Condition::Gone)), []);
+        assert_eq!(suggest(input(None, Condition::Exited)), []);
     }
 
     #[test]

@@ -24,14 +24,15 @@ pub enum Condition {
     ThreadUninterruptible(i32),
     /// The process has ended, and its parent has not yet waited for it (state Z).
     Zombie,
-    Gone,
+    /// It was not there at the second scan.
+    Exited,
 }
 
 impl Condition {
     /// The condition by the states at the first and the second scan; `None`: the process was not there.
     pub fn of(first: Option<char>, second: Option<char>) -> Condition {
         match (first, second) {
-            (_, None) => Condition::Gone,
+            (_, None) => Condition::Exited,
             (_, Some('T')) => Condition::Stopped,
             (_, Some('t')) => Condition::Traced,
             (_, Some('Z' | 'X')) => Condition::Zombie,
@@ -68,7 +69,7 @@ impl Condition {
             Condition::Uninterruptible => Some("uninterruptible"),
             Condition::ThreadUninterruptible(_) => Some("thread-uninterruptible"),
             Condition::Zombie => Some("zombie"),
-            Condition::Gone => Some("gone"),
+            Condition::Exited => Some("exited"),
         }
     }
 
@@ -94,7 +95,7 @@ impl Condition {
                  system, and no signal reaches them",
             ),
             Condition::Zombie => Some("ended, and not yet reaped by its parent"),
-            Condition::Gone => Some("ended during the scan"),
+            Condition::Exited => Some("ended during the scan"),
         }
     }
 }
@@ -307,7 +308,7 @@ mod tests {
         assert_eq!(Condition::of(None, Some('D')), Condition::Normal);
         assert_eq!(of('S', 'T'), Condition::Stopped);
         assert_eq!(of('T', 'S'), Condition::Normal);
-        assert_eq!(Condition::of(Some('S'), None), Condition::Gone);
+        assert_eq!(Condition::of(Some('S'), None), Condition::Exited);
         let thread = Condition::Normal.with_threads(&[8, 9]);
         assert_eq!(thread, Condition::ThreadUninterruptible(8));
         assert_eq!(Condition::Normal.with_threads(&[]), Condition::Normal);
@@ -324,7 +325,7 @@ mod tests {
             assert_eq!(condition.with_frozen(true), Condition::Frozen);
             assert_eq!(condition.with_frozen(false), condition);
         }
-        assert_eq!(Condition::Gone.with_frozen(true), Condition::Gone);
+        assert_eq!(Condition::Exited.with_frozen(true), Condition::Exited);
     }
 
     #[test]

@@ -6,11 +6,11 @@ use crate::routes;
 /// Sets [`crate::model::Socket::address_gone`] of each target, in the namespace of the calling thread. With `only`, then drops the
 /// others.
 pub(super) fn mark_gone(targets: &mut Vec<Target>, only: bool) {
-    let gone = routes::not_local(targets.iter().map(|target| target.socket.place()));
-    if !gone.is_empty() {
+    let not_local = routes::not_local(targets.iter().map(|target| target.socket.place()));
+    if !not_local.is_empty() {
         for target in targets.iter_mut() {
             let socket = &mut target.socket;
-            socket.address_gone = socket.is_gone_with(&gone);
+            socket.address_gone = socket.has_lost_address(&not_local);
         }
     }
     if only {

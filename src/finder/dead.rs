@@ -43,7 +43,7 @@ use super::{FindError, mptcp_socket, threads};
 use crate::proc::netns::Netns;
 use crate::proc::{
     ExecMarker, ProcFs, Process, RemoteFd, Unreadable, exec_marker, fds, identity, is_denied,
-    is_gone, open_in,
+    is_missing, open_in,
 };
 use crate::sock_diag::{Cookie, DumpRequest, Family, Protocol, SockDiag};
 use crate::sys::{self, errno_of};
@@ -176,7 +176,7 @@ pub fn find(
             Ok(TableScan::DescriptorTable(table)) => scan.tables.push(table),
             Ok(TableScan::LeaderExited(process)) => scan.leader_exited.push(process),
             Ok(TableScan::None) => {}
-            Err(error) if is_gone(&error) => {}
+            Err(error) if is_missing(&error) => {}
             Err(error) if is_denied(&error) => scan.unreadable.extend(proc.unreadable(pid)),
             Err(error) => scan.failed.push((pid, error)),
         }
@@ -219,7 +219,7 @@ fn scan_process(
         }
         let scanned = match scan_tables(proc, dir.as_fd(), &process, same_pids, listed) {
             // A thread that ends during an execve(2) takes its files in /proc along.
-            Err(error) if is_gone(&error) && proc.is_alive(process.id) => {
+            Err(error) if is_missing(&error) && proc.is_alive(process.id) => {
                 thread::sleep(RETRY_INTERVAL);
                 continue;
             }
@@ -280,7 +280,7 @@ fn scan_thread_tables(
         match scan_table(proc, dir, process, Some(tid), true, listed) {
             Ok(found) => tables.push(found),
             // The thread has ended.
-            Err(error) if is_gone(&error) => {}
+            Err(error) if is_missing(&error) => {}
             Err(error) => return Err(error),
         }
     }

@@ -452,7 +452,7 @@ fn count_undecided(namespaces: &[Arc<Netns>], without_owner: &[Target]) -> usize
                     target.socket.inode.is_some()
                         && match answer {
                             Ok(message) => message.inode == 0,
-                            Err(error) => matches!(error, LookupError::Gone),
+                            Err(error) => matches!(error, LookupError::NotFound),
                         }
                 };
                 targets.len() - pairs.filter(is_closed).count()

@@ -21,8 +21,8 @@ use crate::filter::selectors::Selectors;
 use crate::model::{Outcome, Owner, Target};
 use crate::proc::fds::{CHUNK, FdTable, SocketFds, fd_state, read_socket_link, read_table};
 use crate::proc::{
-    FdState, ProcFs, Process, RemoteFd, TableId, Unreadable, identity, is_denied, is_gone, open_in,
-    read_identity,
+    FdState, ProcFs, Process, RemoteFd, TableId, Unreadable, identity, is_denied, is_missing,
+    open_in, read_identity,
 };
 
 /// The owners of a set of sockets.
@@ -230,7 +230,7 @@ pub fn select(
                 let unreadable = denied.then(|| proc.unreadable(pid)).flatten();
                 Ok((owner, process.unreadable.or(unreadable)))
             }
-            Err(error) if is_gone(&error) => Ok((None, process.unreadable)),
+            Err(error) if is_missing(&error) => Ok((None, process.unreadable)),
             Err(error) if is_denied(&error) => Ok((None, proc.unreadable(pid))),
             Err(error) => Err(error),
         }
@@ -294,7 +294,7 @@ fn scan_process(proc: &ProcFs, pid: i32, cancelled: &AtomicBool) -> io::Result<P
         })
     };
     match read() {
-        Err(error) if is_gone(&error) => Ok(ProcessScan::default()),
+        Err(error) if is_missing(&error) => Ok(ProcessScan::default()),
         Err(error) if is_denied(&error) => Ok(ProcessScan {
             table: None,
             unreadable: proc.unreadable(pid),

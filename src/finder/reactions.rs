@@ -105,14 +105,16 @@ fn open_descriptors(targets: &mut [Target], now: Instant) -> Vec<ReactingOwner<'
         for owner in &mut target.owners {
             if owner.after == Some(FdState::Open) {
                 let (process, tid) = (owner.process.id, owner.tid);
-                let wait = waits.entry((process, tid)).or_insert_with(|| ReactingOwner {
-                    process,
-                    tid,
-                    open: Vec::new(),
-                    last_reaction: now,
-                    cpu: None,
-                    asleep: 0,
-                });
+                let wait = waits
+                    .entry((process, tid))
+                    .or_insert_with(|| ReactingOwner {
+                        process,
+                        tid,
+                        open: Vec::new(),
+                        last_reaction: now,
+                        cpu: None,
+                        asleep: 0,
+                    });
                 wait.open.push((owner, inode));
             }
         }

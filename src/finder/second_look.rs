@@ -71,7 +71,7 @@ pub fn look_again(scan: &mut Scan, selectors: &Selectors, control: &dyn Control)
 /// the recheck right before the act says what became of them.
 fn is_read(socket: &Socket, now: &Result<SocketMessage, LookupError>) -> bool {
     match now {
-        Err(LookupError::Gone) => false,
+        Err(LookupError::NotFound) => false,
         Err(LookupError::Errno(_)) => true,
         Ok(now) if now.state != socket.state => false,
         Ok(now) => {
@@ -108,7 +108,7 @@ mod tests {
         assert!(is_read(&socket, &Ok(sent)));
         message.state = TcpState::LastAck;
         assert!(!is_read(&socket, &Ok(message)));
-        assert!(!is_read(&socket, &Err(LookupError::Gone)));
+        assert!(!is_read(&socket, &Err(LookupError::NotFound)));
         let failed = LookupError::Errno(nix::errno::Errno::ENOMEM);
         assert!(is_read(&socket, &Err(failed)));
     }

@@ -19,7 +19,7 @@ use crate::model::{Owner, Poller, Scan, Socket, SpinRisk, Target};
 use crate::proc::epoll::{EpollSet, Interest, keep_worst};
 use crate::proc::status::MANY_THREADS;
 use crate::proc::syscall::{Syscall, read_memory};
-use crate::proc::{ProcFs, Process, ProcessId, RemoteFd};
+use crate::proc::{ProcFs, Process, ProcessId, RemoteFd, is_missing};
 
 /// How a process waits for a file: it has registered it with an epoll set, or passed it to poll(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,7 +125,7 @@ impl Found {
                     let call = call.filter(Syscall::may_be_poll);
                     calls.extend(call.map(|call| (*tid, call)));
                 }
-                Err(error) => complete &= is_gone(&error),
+                Err(error) => complete &= is_missing(&error),
             }
         }
         if calls.is_empty() {
@@ -150,17 +150,12 @@ impl Found {
     }
 }
 
-/// Whether a file of /proc could not be read because its thread or descriptor is gone.
-fn is_gone(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
-}
-
 /// The epoll set of descriptor `fd`, without members if it is gone.
 fn epoll_set(proc: &ProcFs, process: &Process, fd: RemoteFd) -> io::Result<EpollSet> {
     let path = proc.path(&format!("{}/fdinfo/{}", process.id.pid, fd.0));
     match fs::read_to_string(path) {
         Ok(fdinfo) => Ok(EpollSet::parse(fd.0, &fdinfo)),
-        Err(error) if is_gone(&error) => Ok(EpollSet::parse(fd.0, "")),
+        Err(error) if is_missing(&error) => Ok(EpollSet::parse(fd.0, "")),
         Err(error) => Err(error),
     }
 }

@@ -15,7 +15,7 @@ use std::sync::atomic::AtomicBool;
 use rayon::prelude::*;
 
 use crate::proc::fds::read_table;
-use crate::proc::{ProcFs, Process, RemoteFd, identity, is_denied, is_gone};
+use crate::proc::{ProcFs, Process, RemoteFd, identity, is_denied, is_missing};
 use crate::sys;
 
 /// The tables of one process that are compared with each other. A program with more of them has the others searched too late
@@ -44,7 +44,7 @@ pub(super) fn find(proc: &ProcFs, inodes: &HashSet<u32>) -> io::Result<Vec<Threa
         return Ok(Vec::new());
     }
     let of_process = |pid: i32| match scan_process(proc, pid, inodes) {
-        Err(error) if is_gone(&error) || is_denied(&error) => Ok(Vec::new()),
+        Err(error) if is_missing(&error) || is_denied(&error) => Ok(Vec::new()),
         other => other,
     };
     let tables: Vec<Vec<ThreadTable>> = proc
@@ -64,7 +64,7 @@ fn scan_process(proc: &ProcFs, pid: i32, inodes: &HashSet<u32>) -> io::Result<Ve
         let read = || read_table(File::open(path)?.as_fd(), &AtomicBool::new(false));
         let mut sockets = match read() {
             // The thread has ended.
-            Err(error) if is_gone(&error) => continue,
+            Err(error) if is_missing(&error) => continue,
             other => other?.sockets,
         };
         sockets.retain(|(inode, _)| inodes.contains(inode));

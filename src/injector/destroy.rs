@@ -83,7 +83,7 @@ impl Destroy {
                 self.unsupported = true;
                 UNSUPPORTED
             }
-            DestroyError::Gone => MethodError::Gone,
+            DestroyError::NotFound => MethodError::Gone,
             DestroyError::Denied => MethodError::NotPermitted(Privilege::NetAdmin, Errno::EPERM),
             DestroyError::AnswerLost => MethodError::AnswerLost(Errno::ENOBUFS),
             DestroyError::Errno(errno) => MethodError::SystemCall("SOCK_DESTROY", errno),

@@ -201,7 +201,7 @@ impl Batch<'_> {
         for (mut item, now) in lookup(self.kernel, items, detail) {
             let target = item.as_mut();
             match now {
-                Err(LookupError::Gone) => {
+                Err(LookupError::NotFound) => {
                     // The peer answered the segment with RST.
                     if after_segment {
                         target.attempt(method, None);
@@ -224,12 +224,15 @@ impl Batch<'_> {
 
     /// Refuses the targets whose local address is not of this host now, with an attempt that says so. Returns the others. A segment
     /// to the address would leave this host, perhaps for the host that has the address now.
-    pub fn refuse_gone<'t>(&mut self, targets: Vec<&'t mut Target>) -> Vec<&'t mut Target> {
+    pub fn refuse_lost_addresses<'t>(
+        &mut self,
+        targets: Vec<&'t mut Target>,
+    ) -> Vec<&'t mut Target> {
         let not_local = self.not_local(&targets);
-        let (gone, here): (Vec<_>, Vec<_>) = targets
+        let (lost, here): (Vec<_>, Vec<_>) = targets
             .into_iter()
-            .partition(|target| target.socket.is_gone_with(&not_local));
-        for target in gone {
+            .partition(|target| target.socket.has_lost_address(&not_local));
+        for target in lost {
             target.attempt(self.method, Some(MethodError::AddressGone));
         }
         here
@@ -284,13 +287,13 @@ impl Batch<'_> {
     /// Skips the targets whose local address has come back. Returns the others.
     fn leave_reachable<'t>(&mut self, targets: Vec<&'t mut Target>) -> Vec<&'t mut Target> {
         let not_local = self.not_local(&targets);
-        let (gone, back): (Vec<_>, Vec<_>) = targets
-            .into_iter()
-            .partition(|target| target.acted().is_some() || target.socket.is_gone_with(&not_local));
+        let (lost, back): (Vec<_>, Vec<_>) = targets.into_iter().partition(|target| {
+            target.acted().is_some() || target.socket.has_lost_address(&not_local)
+        });
         for target in back {
             target.outcome = Some(Outcome::Skipped(SkipReason::NoLongerSelected));
         }
-        gone
+        lost
     }
 
     /// Waits until the targets on which this method acted last are closed, at most for the grace.
@@ -342,7 +345,7 @@ impl Batch<'_> {
     fn wait(&mut self, pending: Vec<&mut Target>) {
         let note_closed = |target: &mut Target, now: &Lookup| {
             match now {
-                Err(LookupError::Gone) => target.note_vanished(),
+                Err(LookupError::NotFound) => target.note_vanished(),
                 Ok(now) if ends_in_time_wait(&target.socket, now) => target.note_time_wait(),
                 Ok(_) | Err(LookupError::Errno(_)) => return false,
             }
@@ -414,7 +417,7 @@ fn verify(targets: &mut [&mut Target], kernel: &mut dyn SocketTables) {
         .collect();
     for (target, now) in lookup(kernel, open, Detail::Basic) {
         match now {
-            Err(LookupError::Gone) => target.note_vanished(),
+            Err(LookupError::NotFound) => target.note_vanished(),
             Ok(now) if ends_in_time_wait(&target.socket, &now) => target.note_time_wait(),
             Ok(now) if now.state != target.socket.state => {
                 target.outcome = Some(match target.acted() {

@@ -28,7 +28,12 @@ impl Kernel {
 impl SocketTables for Kernel {
     fn lookup(&mut self, ids: &[DiagId], _: Detail) -> io::Result<Vec<Lookup>> {
         let table = self.0.lock().unwrap();
-        let lookup = |id: &DiagId| table.get(&id.cookie()).cloned().ok_or(LookupError::Gone);
+        let lookup = |id: &DiagId| {
+            table
+                .get(&id.cookie())
+                .cloned()
+                .ok_or(LookupError::NotFound)
+        };
         Ok(ids.iter().map(lookup).collect())
     }
 

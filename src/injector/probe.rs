@@ -91,7 +91,7 @@ impl Asked<'_> {
     ) -> Option<Result<(), MethodError>> {
         let is_over = before_lookup >= self.until;
         match after {
-            Err(LookupError::Gone) => Some(Ok(())),
+            Err(LookupError::NotFound) => Some(Ok(())),
             Err(LookupError::Errno(errno)) => is_over.then_some(Err(lookup_failed(*errno))),
             // With the earlier time, a segment from before the probe cannot pass for an answer.
             Ok(after) if has_answered(&self.before, after, before_lookup - self.since) => {
@@ -174,13 +174,13 @@ impl Executor for Probe {
     }
 
     fn act(&mut self, targets: Vec<&mut Target>, batch: &mut Batch<'_>) {
-        let targets = batch.refuse_gone(targets);
+        let targets = batch.refuse_lost_addresses(targets);
         let mut asked = Vec::with_capacity(targets.len());
         let mut unowned = Vec::new();
         for (target, before) in batch.lookup(targets) {
             let before = match before {
                 Ok(before) => before,
-                Err(LookupError::Gone) => {
+                Err(LookupError::NotFound) => {
                     target.record(Method::Probe, Err(MethodError::Gone));
                     continue;
                 }
@@ -506,7 +506,7 @@ mod tests {
         let error = lookup_failed(Errno::ENOBUFS);
         let over = since + PASSED;
         assert_eq!(asked.verdict(&failed, over, over), Some(Err(error)));
-        let gone = Err(LookupError::Gone);
+        let gone = Err(LookupError::NotFound);
         assert_eq!(asked.verdict(&gone, since, since), Some(Ok(())));
     }
 

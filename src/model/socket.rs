@@ -247,7 +247,7 @@ impl Socket {
 
     /// Whether its local address has gone, if the places in `not_local` are not of this host. A transparent proxy uses addresses
     /// of others on purpose, and a rule brings it their packets.
-    pub fn is_gone_with(&self, not_local: &HashSet<Place>) -> bool {
+    pub fn has_lost_address(&self, not_local: &HashSet<Place>) -> bool {
         self.transparent == Some(false) && not_local.contains(&self.place())
     }
 

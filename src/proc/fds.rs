@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use rustix::fs::{RawDir, readlinkat_raw};
 use rustix::path::DecInt;
 
-use super::{ProcFs, ProcessId, is_denied, is_gone};
+use super::{ProcFs, ProcessId, is_denied, is_missing};
 use crate::sys::RemoteFd;
 
 /// Descriptors per unit of parallel work.
@@ -218,7 +218,7 @@ pub(crate) fn fd_state(link: io::Result<Option<u32>>, inode: u32) -> FdState {
 }
 
 fn unreadable_state(error: &io::Error) -> FdState {
-    match is_gone(error) {
+    match is_missing(error) {
         true => FdState::Closed,
         false => FdState::Unknown,
     }

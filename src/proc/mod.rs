@@ -7,7 +7,7 @@
 //! The modules here read no file that can hang on a sick host: never `cmdline` or `maps`, and of `exe` only the link. The exception
 //! is `syscall::read_memory`; its callers first check that no thread is in state D.
 //!
-//! Races: ENOENT and ESRCH mean that the process is gone (`is_gone`). EACCES and EPERM mean that cwkill is not permitted to
+//! Races: ENOENT and ESRCH mean that the process is gone (`is_missing`). EACCES and EPERM mean that cwkill is not permitted to
 //! read the file (`is_denied`). Any other errno is an error.
 
 pub mod cgroup;
@@ -359,7 +359,7 @@ fn stat_error(error: procfs::ProcError) -> io::Error {
 }
 
 /// Whether the error means that the process or the descriptor is gone.
-pub(crate) fn is_gone(error: &io::Error) -> bool {
+pub(crate) fn is_missing(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
 }
 

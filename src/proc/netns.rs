@@ -19,7 +19,7 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 
 use super::mounts::network_namespaces;
-use super::{ProcFs, is_gone};
+use super::{ProcFs, is_missing};
 use crate::sys;
 use crate::sys::caller::as_caller;
 
@@ -294,7 +294,7 @@ fn all(proc: &ProcFs) -> io::Result<Namespaces> {
         let known = match fs::metadata(&path) {
             Ok(metadata) => seen.contains(&id(&metadata)),
             // Also for a zombie and for a kernel thread.
-            Err(error) if is_gone(&error) => true,
+            Err(error) if is_missing(&error) => true,
             // For example a loop of symbolic links.
             Err(_) if is_name(&path) => {
                 found.stale_names.push(stale(&path));
@@ -316,7 +316,7 @@ fn all(proc: &ProcFs) -> io::Result<Namespaces> {
             }
             Ok(_) => {}
             // Another process of the same namespace may still exist.
-            Err(error) if is_gone(&error) => {}
+            Err(error) if is_missing(&error) => {}
             // A plain file, on which a namespace was mounted once, or is in another mount namespace.
             Err(error) if error.kind() == io::ErrorKind::InvalidInput && is_name(&path) => {
                 found.stale_names.push(stale(&path));

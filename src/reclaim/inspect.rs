@@ -31,7 +31,7 @@ use crate::model::{InUse, ReclaimReason};
 use crate::proc::epoll::EpollSet;
 use crate::proc::status::thread_state;
 use crate::proc::syscall::{Syscall, read_memory};
-use crate::proc::{ProcFs, Process, fds, is_gone, status_field};
+use crate::proc::{ProcFs, Process, fds, is_missing, status_field};
 use crate::sys::{self, RemoteFd, errno_of};
 
 /// Attempts to inspect an owner while its /proc entries are incomplete.
@@ -279,7 +279,7 @@ impl<'p> InspectedProcess<'p> {
     /// Whether the number is free in the owner's descriptor table.
     pub fn is_free(&self, fd: RemoteFd) -> bool {
         let link = fds::read_socket_link(self.fd_dir.as_fd(), fd.0);
-        link.is_err_and(|error| is_gone(&error))
+        link.is_err_and(|error| is_missing(&error))
     }
 
     /// Whether a descriptor of the owner is the device null, whatever its path.
@@ -328,7 +328,7 @@ impl<'p> InspectedProcess<'p> {
         for &fd in fds {
             match special_fd(self.fd_dir.as_fd(), fd) {
                 Ok(special_fd) => special_fds.extend(special_fd),
-                Err(error) if is_gone(&error) => {}
+                Err(error) if is_missing(&error) => {}
                 Err(error) => return Err(error),
             }
         }
@@ -346,7 +346,7 @@ impl<'p> InspectedProcess<'p> {
             };
             let fdinfo = match self.read_text(&format!("fdinfo/{fd}")) {
                 Ok(fdinfo) => fdinfo,
-                Err(error) if is_gone(&error) => continue,
+                Err(error) if is_missing(&error) => continue,
                 Err(error) => return Err(error),
             };
             match special_fd {
@@ -366,7 +366,7 @@ impl<'p> InspectedProcess<'p> {
             let path = format!("{}/task/{tid}/syscall", self.pid);
             match read_text(self.proc.path(&path)) {
                 Ok(line) => calls.extend(Syscall::parse(&line).map(|call| (tid, call))),
-                Err(error) if is_gone(&error) => {}
+                Err(error) if is_missing(&error) => {}
                 Err(error) => return Err(error),
             }
         }
@@ -519,7 +519,7 @@ impl<'p> InspectedProcess<'p> {
         };
         match could() {
             Ok(could) => could,
-            Err(error) => !is_gone(&error),
+            Err(error) => !is_missing(&error),
         }
     }
 

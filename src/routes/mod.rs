@@ -47,9 +47,9 @@ pub fn not_local(places: impl Iterator<Item = Place>) -> HashSet<Place> {
     match Routes::open().and_then(|mut routes| routes.are_local(&places)) {
         Err(_) => HashSet::new(),
         Ok(answers) => {
-            let gone = places.into_iter().zip(answers);
-            let gone = gone.filter(|(_, is_local)| *is_local == Some(false));
-            gone.map(|(place, _)| place).collect()
+            let answered = places.into_iter().zip(answers);
+            let not_local = answered.filter(|(_, is_local)| *is_local == Some(false));
+            not_local.map(|(place, _)| place).collect()
         }
     }
 }

@@ -62,7 +62,7 @@ impl From<io::Error> for DumpError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LookupError {
     /// The socket is no longer in the kernel's tables (ENOENT), or another socket has its addresses (ESTALE).
-    Gone,
+    NotFound,
     /// Any other error.
     Errno(Errno),
 }
@@ -73,7 +73,7 @@ pub enum DestroyError {
     /// EOPNOTSUPP: the kernel was built without CONFIG_INET_DIAG_DESTROY, or cannot abort this state.
     NotSupported,
     /// ENOENT or ESTALE: it closed before the act.
-    Gone,
+    NotFound,
     /// EPERM: needs CAP_NET_ADMIN over the network namespace.
     Denied,
     /// The kernel got the request, but its answer did not fit the receive queue.
@@ -209,7 +209,7 @@ impl SockDiag {
         }
     }
 
-    /// Looks up each of `ids`; one result per id, in order. An MPTCP socket whose connection is over is [`LookupError::Gone`].
+    /// Looks up each of `ids`; one result per id, in order. An MPTCP socket whose connection is over is [`LookupError::NotFound`].
     ///
     /// # Errors
     /// The netlink socket itself failed.
@@ -246,7 +246,7 @@ impl SockDiag {
         }
         let read = |answer| match answer {
             Some(Frame::Socket(message)) => Ok(message),
-            Some(Frame::Error(libc::ENOENT | libc::ESTALE)) => Err(LookupError::Gone),
+            Some(Frame::Error(libc::ENOENT | libc::ESTALE)) => Err(LookupError::NotFound),
             Some(Frame::Error(errno)) => Err(LookupError::Errno(Errno::from_raw(errno))),
             Some(_) => Err(LookupError::Errno(Errno::EBADMSG)),
             None => Err(LookupError::Errno(Errno::ENOBUFS)),
@@ -401,7 +401,7 @@ impl AsFd for SockDiag {
 fn destroyed(answer: Option<Frame>) -> Result<(), DestroyError> {
     match answer {
         Some(Frame::Ack) => Ok(()),
-        Some(Frame::Error(libc::ENOENT | libc::ESTALE)) => Err(DestroyError::Gone),
+        Some(Frame::Error(libc::ENOENT | libc::ESTALE)) => Err(DestroyError::NotFound),
         Some(Frame::Error(libc::EOPNOTSUPP)) => Err(DestroyError::NotSupported),
         Some(Frame::Error(libc::EPERM)) => Err(DestroyError::Denied),
         Some(Frame::Error(errno)) => Err(DestroyError::Errno(Errno::from_raw(errno))),

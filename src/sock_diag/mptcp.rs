@@ -68,7 +68,7 @@ impl SockDiag {
                 Protocol::Mptcp => &mut mptcp,
                 Protocol::Tcp => &mut tcp,
             };
-            answers.next().unwrap_or(Err(LookupError::Gone))
+            answers.next().unwrap_or(Err(LookupError::NotFound))
         };
         Ok(ids.iter().map(answer).collect())
     }
@@ -106,7 +106,7 @@ fn joined(id: &DiagId, found: Answer, subflow: Answer) -> Answer {
     let own = |row: &SocketMessage| row.id.cookie() == id.cookie() && row.mptcp.is_some();
     let mut row = match found {
         Ok(row) if own(&row) => row,
-        Ok(_) => return Err(LookupError::Gone),
+        Ok(_) => return Err(LookupError::NotFound),
         Err(error) => return Err(error),
     };
     let subflow = subflow.ok().filter(|subflow| is_subflow(&row, subflow));
@@ -118,7 +118,7 @@ fn joined(id: &DiagId, found: Answer, subflow: Answer) -> Answer {
             add_subflow(&mut row, &subflow);
             Ok(row)
         }
-        (TcpState::Close, _) => Err(LookupError::Gone),
+        (TcpState::Close, _) => Err(LookupError::NotFound),
         (_, Some(subflow)) => {
             add_subflow(&mut row, &subflow);
             Ok(row)
@@ -237,22 +237,29 @@ mod tests {
         let id = row.id;
         let state = |subflow| joined(&id, Ok(row.clone()), subflow).map(|row| row.state);
         assert_eq!(state(Ok(subflow(TcpState::LastAck))), Ok(TcpState::LastAck));
-        assert_eq!(state(Err(LookupError::Gone)), Err(LookupError::Gone));
+        assert_eq!(
+            state(Err(LookupError::NotFound)),
+            Err(LookupError::NotFound)
+        );
         for over in [TcpState::TimeWait, TcpState::Listen, TcpState::Established] {
-            assert_eq!(state(Ok(subflow(over))), Err(LookupError::Gone), "{over}");
+            assert_eq!(
+                state(Ok(subflow(over))),
+                Err(LookupError::NotFound),
+                "{over}"
+            );
         }
         let mut other = subflow(TcpState::LastAck);
         other.subflow_of = Some(8);
-        assert_eq!(state(Ok(other)), Err(LookupError::Gone));
+        assert_eq!(state(Ok(other)), Err(LookupError::NotFound));
     }
 
     #[test]
     fn a_later_socket_with_the_token_is_another() {
         let row = mptcp(false);
         let mut id = row.id;
-        assert!(joined(&id, Ok(row.clone()), Err(LookupError::Gone)).is_ok());
+        assert!(joined(&id, Ok(row.clone()), Err(LookupError::NotFound)).is_ok());
         id = stuck(LOCAL, PEER, 3).id.with_token(7);
-        let answer = joined(&id, Ok(row), Err(LookupError::Gone));
-        assert_eq!(answer, Err(LookupError::Gone));
+        let answer = joined(&id, Ok(row), Err(LookupError::NotFound));
+        assert_eq!(answer, Err(LookupError::NotFound));
     }
 }

@@ -402,7 +402,7 @@ fn silence_means_done_only_if_no_answer_was_lost() -> Result<()> {
             .collect();
         for (at, result) in diag.destroy_together(&mixed)?.iter().enumerate() {
             match (at % 3, result) {
-                (0, Err(DestroyError::Gone)) | (1 | 2, Ok(())) => {}
+                (0, Err(DestroyError::NotFound)) | (1 | 2, Ok(())) => {}
                 other => anyhow::bail!("{at}: {other:?}"),
             }
         }

@@ -186,7 +186,7 @@ impl Executor for Rst {
     }
 
     fn act(&mut self, targets: Vec<&mut Target>, batch: &mut Batch<'_>) {
-        let targets = batch.refuse_gone(targets);
+        let targets = batch.refuse_lost_addresses(targets);
         let mut resolved = self.resolve(targets, batch);
         let mut pending = Vec::with_capacity(resolved.len());
         while !resolved.is_empty() && !batch.control().interrupted() {
@@ -194,10 +194,10 @@ impl Executor for Rst {
             pending.extend(self.send_resets(resolved, batch));
             resolved = rest;
         }
-        let gone = wait_until_gone(pending, batch);
+        let closed = wait_until_closed(pending, batch);
         // Errors do not matter here: from now on the kernel answers every segment of the peer with RST.
         self.wire
-            .send(gone.iter().map(Resolved::reset_to_peer).collect());
+            .send(closed.iter().map(Resolved::reset_to_peer).collect());
     }
 }
 
@@ -281,21 +281,21 @@ pub(super) fn numbers(
 
 /// Waits until the sockets of `pending` are gone, at most for the grace. Records the attempt of each, and returns those that
 /// are gone. Unless the host is busy, the local stack handles a packet on `lo` before send(2) returns.
-fn wait_until_gone<'t>(pending: Vec<Resolved<'t>>, batch: &mut Batch<'_>) -> Vec<Resolved<'t>> {
-    let note_gone = |target: &mut Target, now: &Lookup| {
-        let is_gone = matches!(now, Err(LookupError::Gone));
-        if is_gone {
+fn wait_until_closed<'t>(pending: Vec<Resolved<'t>>, batch: &mut Batch<'_>) -> Vec<Resolved<'t>> {
+    let note_closed = |target: &mut Target, now: &Lookup| {
+        let is_closed = matches!(now, Err(LookupError::NotFound));
+        if is_closed {
             target.record(Method::Rst, Ok(()));
         }
-        is_gone
+        is_closed
     };
     let backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
-    let (gone, left) = batch.wait_until(pending, backoff, note_gone);
+    let (closed, left) = batch.wait_until(pending, backoff, note_closed);
     for item in left {
         item.target
             .record(Method::Rst, Err(MethodError::RstIgnored));
     }
-    gone
+    closed
 }
 
 fn send_error(error: SendError) -> MethodError {
