@@ -4,11 +4,11 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::group;
+use super::counts;
 use super::origin::ListeningPort;
 use super::pairing::{self, EndOwner, Leg, OtherEnd, OtherLeg, Place};
 use super::{ListenerDiagnosis, ProcessDiagnosis};
-use crate::diagnose::group::SocketGroup;
+use crate::diagnose::counts::SocketCounts;
 use crate::finder::FindError;
 use crate::finder::connections::{self, Connection};
 use crate::finder::owners::{self, OwnerScan};
@@ -121,18 +121,18 @@ impl Ends {
         }
     }
 
-    /// Adds to the groups and processes what is known of their other ends.
+    /// Adds to the counts and processes what is known of their other ends.
     pub(super) fn attach(
         mut self,
         scan: &Scan,
-        total: &mut SocketGroup,
-        ownerless: &mut SocketGroup,
+        total: &mut SocketCounts,
+        ownerless: &mut SocketCounts,
         processes: &mut [ProcessDiagnosis],
         listeners: &mut [ListenerDiagnosis],
     ) {
         total.other_ends = self.of(super::sockets(scan));
         ownerless.other_ends = self.of(super::ownerless(scan));
-        let by_process = group::by_process(scan);
+        let by_process = counts::by_process(scan);
         for diagnosis in processes {
             let id = diagnosis.process.id;
             if let Some(sockets) = by_process.get(&id) {
@@ -146,7 +146,7 @@ impl Ends {
                 held.new == 0 && legs == close_wait && legs == held.stuck
             });
         }
-        let by_listener = group::by_listener(scan);
+        let by_listener = counts::by_listener(scan);
         for diagnosis in listeners {
             if let Some(sockets) = by_listener.get(&diagnosis.listener) {
                 diagnosis.connections.other_ends = self.of(sockets.iter().copied());

@@ -2,11 +2,11 @@
 //!
 //! Two scans with a pause between them show the growth. After the second scan cwkill reads the descriptor
 //! tables and the state of each process. [`origin`] finds where their sockets come from, `ends` who is at their other ends.
-//! Four pure modules evaluate the data: [`group`] counts sockets, [`pairing`] finds other ends and other legs, [`verdict`] explains
+//! Four pure modules evaluate the data: [`counts`] counts sockets, [`pairing`] finds other ends and other legs, [`verdict`] explains
 //! causes and process states, [`suggest`] chooses the next command.
 
+pub mod counts;
 mod ends;
-pub mod group;
 pub mod origin;
 pub mod pairing;
 pub mod suggest;
@@ -32,8 +32,8 @@ use crate::proc::status::ProcessStatus;
 use crate::proc::{ProcFs, Process, ProcessId, since_boot};
 use crate::sock_diag::Cookie;
 use crate::text::counted;
+use counts::{CountContext, SocketCounts};
 use ends::{Ends, Sending};
-use group::{GroupContext, SocketGroup};
 use origin::{ListeningPort, Single};
 use pairing::OtherLeg;
 use suggest::{LanguageRuntime, Suggestion, SuggestionInput};
@@ -59,14 +59,14 @@ pub struct Diagnosis {
     /// The time between the two scans.
     pub elapsed: Duration,
     /// All sockets together.
-    pub total: SocketGroup,
+    pub total: SocketCounts,
     /// The processes that hold stuck sockets or dead descriptors, or own a listener with stuck connections. The
     /// process with the most leaked descriptors comes first.
     pub processes: Vec<ProcessDiagnosis>,
     /// The listeners with connections that were not accepted, the listener with the most first.
     pub listeners: Vec<ListenerDiagnosis>,
     /// Sockets without a known owner.
-    pub ownerless: Option<SocketGroup>,
+    pub ownerless: Option<SocketCounts>,
     /// Number of selected processes whose descriptors cwkill may not read.
     pub unreadable_processes: usize,
     /// Number of possibly dead descriptors in processes that are not in `processes`.
@@ -164,7 +164,7 @@ impl Diagnosis {
 pub struct ProcessDiagnosis {
     pub process: Arc<Process>,
     /// The sockets that the process holds a descriptor of. Connections in the queues of its listeners are not among them.
-    pub held: SocketGroup,
+    pub held: SocketCounts,
     /// The number of `held` sockets that other processes hold too.
     pub shared: usize,
     /// The number of connections that wait at its listeners.
@@ -274,7 +274,7 @@ pub struct ListenerDiagnosis {
     pub listener: usize,
     /// Connections waited at both scans, and no connection was accepted in between.
     pub is_stalled: bool,
-    pub connections: SocketGroup,
+    pub connections: SocketCounts,
 }
 
 /// Scans twice and evaluates the difference. Adds to `history` what the scans have seen.
@@ -311,7 +311,7 @@ pub fn run(
     let tables_read = since_boot();
     let (unreadable_processes, hidden_processes) = (tables.unreadable.len(), tables.hidden);
     let listening = listening_ports(&scan.namespaces);
-    let context = GroupContext {
+    let context = CountContext {
         listening_ports: listening.iter().map(|l| (l.netns, l.port)).collect(),
         elapsed,
     };
@@ -335,8 +335,8 @@ pub fn run(
         tables_read,
         proc,
     );
-    let mut of_ownerless = SocketGroup::new(ownerless(&first), ownerless(&scan), &context);
-    let mut total = SocketGroup::new(sockets(&first), sockets(&scan), &context);
+    let mut of_ownerless = SocketCounts::new(ownerless(&first), ownerless(&scan), &context);
+    let mut total = SocketCounts::new(sockets(&first), sockets(&scan), &context);
     let mut listeners = diagnose_listeners(scans, &context);
     let mut ends = Ends::find(&scan, sending, &namespaces.open, &listening, proc);
     failures.extend(ends.failure.take());
@@ -439,7 +439,7 @@ pub(crate) fn read_tables(
 
 /// The [`MAX_SHOWN`] processes with the most sockets, held or waiting at a listener.
 fn most_affected(scan: &Scan) -> impl Iterator<Item = &Process> {
-    let by_process = group::by_process(scan);
+    let by_process = counts::by_process(scan);
     let count = |id: &ProcessId| {
         let sockets = by_process.get(id);
         sockets.map_or(0, |sockets| sockets.held.len() + sockets.waiting)
@@ -467,17 +467,17 @@ fn ownerless(scan: &Scan) -> impl Iterator<Item = &Socket> {
 /// The listeners with stuck connections, the listener with the most first.
 fn diagnose_listeners(
     (first, second): (&Scan, &Scan),
-    context: &GroupContext,
+    context: &CountContext,
 ) -> Vec<ListenerDiagnosis> {
-    let now = group::by_listener(second);
+    let now = counts::by_listener(second);
     let listed: HashSet<Cookie> = sockets(second).map(Socket::cookie).collect();
     let diagnose = |(index, listener): (usize, &Listener)| {
         let now = now.get(&index)?;
-        let before = group::before_at(first, listener, now, &listed);
+        let before = counts::before_at(first, listener, now, &listed);
         let has_shrunk = |socket: &ListeningSocket| {
             waiting_before(first, socket.inode).is_some_and(|before| socket.waiting < before)
         };
-        let connections = SocketGroup::new(before.iter().copied(), now.iter().copied(), context);
+        let connections = SocketCounts::new(before.iter().copied(), now.iter().copied(), context);
         Some(ListenerDiagnosis {
             listener: index,
             is_stalled: !before.is_empty()
@@ -526,7 +526,7 @@ fn netns_of(process: &Process, scan: &Scan, proc: &ProcFs) -> Option<usize> {
 /// all other processes.
 fn diagnose_processes(
     (first, second): (&Scan, &Scan),
-    context: &GroupContext,
+    context: &CountContext,
     scan: DeadScan,
     selectors: &Selectors,
     status_of: impl Fn(&Process) -> (ProcessStatus, Condition),
@@ -564,8 +564,8 @@ fn diagnose_processes(
             .entry(table.process.id)
             .or_insert_with(|| Arc::new(table.process.clone()));
     }
-    let mut before = group::by_process(first);
-    let mut now = group::by_process(second);
+    let mut before = counts::by_process(first);
+    let mut now = counts::by_process(second);
     let diagnose = |(id, process): (ProcessId, Arc<Process>)| {
         let before = before.remove(&id).unwrap_or_default();
         let now = now.remove(&id).unwrap_or_default();
@@ -582,7 +582,7 @@ fn diagnose_processes(
             process,
             shared: now.shared,
             waiting: now.waiting,
-            held: SocketGroup::new(before.held.into_iter(), now.held.into_iter(), context),
+            held: SocketCounts::new(before.held.into_iter(), now.held.into_iter(), context),
             status,
             condition,
             table: tables.remove(&id),

@@ -11,7 +11,7 @@ use crate::tcp::{StateSet, TcpState, Tuple};
 /// A socket of one of the namespaces that were read.
 pub type Place = (usize, Cookie);
 
-/// The other ends of a group's connections that belong to one process and are in one state.
+/// The other ends of connections that belong to one process and are in one state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OtherEnd {
     pub owner: EndOwner,

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use strum::IntoStaticStr;
 
-use super::group::{CauseCount, Service};
+use super::counts::{CauseCount, Service};
 use crate::model::Cause;
 use crate::proc::Process;
 

@@ -207,7 +207,7 @@ fn positive(input: &mut Input<'_>) -> ParseResult<Subtree> {
     next(input);
     let Token::Word(keyword) = first.token else {
         if first.token == Token::Open {
-            return group(input, first.span);
+            return in_parentheses(input, first.span);
         }
         let message = format!("a condition is missing before {}", quoted(first.text));
         return Err(Fault::new(first.span, message, CONDITIONS));
@@ -226,7 +226,7 @@ fn positive(input: &mut Input<'_>) -> ParseResult<Subtree> {
 }
 
 /// Parses from the parenthesis at `open`, which is taken already, to its counterpart.
-fn group(input: &mut Input<'_>, open: Range<usize>) -> ParseResult<Subtree> {
+fn in_parentheses(input: &mut Input<'_>, open: Range<usize>) -> ParseResult<Subtree> {
     input.state.depth += 1;
     if input.state.depth > MAX_DEPTH {
         return Err(too_deep(open));
@@ -353,7 +353,7 @@ fn states(input: &mut Input<'_>) -> ParseResult<Subtree> {
     Ok(Subtree::leaf(Expression::State(set.unwrap_or_default())))
 }
 
-/// The states with this name: a state or a group of states, in any case.
+/// The states with this name: a state or several states, in any case.
 fn state_names(name: &str) -> Option<StateSet> {
     use TcpState::{Close, Listen, SynRecv, SynSent, TimeWait};
     let bucket = StateSet::from_iter([SynRecv, TimeWait]);

@@ -41,42 +41,42 @@ pub enum SendError {
 }
 
 /// Whether a raw socket is IPv6, and the interface that it is bound to, 0 for none.
-type SocketKey = (bool, u32);
+type Binding = (bool, u32);
 
 /// Raw sockets of both families, one per bound interface, opened at first use.
 #[derive(Default)]
-pub struct RawSockets(HashMap<SocketKey, Socket>);
+pub struct RawSockets(HashMap<Binding, Socket>);
 
 impl RawSockets {
     /// Sends each packet, and returns its item with the result. The call does not wait: if the send queue is full, the kernel
     /// refuses the packet (EAGAIN). The queue also fills with packets to a neighbour that has not answered ARP.
     pub fn send<T>(&mut self, packets: Vec<(T, Outgoing)>) -> Vec<(T, Result<(), SendError>)> {
         let mut results = Vec::with_capacity(packets.len());
-        let mut groups: HashMap<SocketKey, Vec<(T, Outgoing)>> = HashMap::new();
+        let mut by_socket: HashMap<Binding, Vec<(T, Outgoing)>> = HashMap::new();
         for (item, packet) in packets {
             let key = (packet.segment.to.is_ipv6(), packet.interface);
-            groups.entry(key).or_default().push((item, packet));
+            by_socket.entry(key).or_default().push((item, packet));
         }
-        for (key, mut group) in groups {
+        for (key, mut packets) in by_socket {
             match self.socket(key) {
                 Ok(socket) => {
-                    while !group.is_empty() {
-                        let rest = group.split_off(group.len().min(BATCH));
-                        send_batch(socket, group, &mut results);
-                        group = rest;
+                    while !packets.is_empty() {
+                        let rest = packets.split_off(packets.len().min(BATCH));
+                        send_batch(socket, packets, &mut results);
+                        packets = rest;
                     }
                 }
                 Err(error) => {
                     let failure = SendError::Open(errno_of(&error));
                     let fail = |(item, _)| (item, Err(failure));
-                    results.extend(group.into_iter().map(fail));
+                    results.extend(packets.into_iter().map(fail));
                 }
             }
         }
         results
     }
 
-    fn socket(&mut self, key: SocketKey) -> io::Result<&Socket> {
+    fn socket(&mut self, key: Binding) -> io::Result<&Socket> {
         match self.0.entry(key) {
             Entry::Occupied(open) => Ok(open.into_mut()),
             Entry::Vacant(entry) => Ok(entry.insert(open(key.0, key.1)?)),

@@ -270,16 +270,16 @@ fn skip_thread_tables(targets: &mut [ReclaimTarget<'_>]) {
     }
 }
 
-/// The pending targets, grouped by owner, in the order of pids.
+/// The pending targets, by owner, in the order of pids.
 fn by_process<'t, 'a>(targets: &'t mut [ReclaimTarget<'a>]) -> Vec<Vec<&'t mut ReclaimTarget<'a>>> {
-    let mut groups: BTreeMap<ProcessId, Vec<&mut ReclaimTarget<'a>>> = BTreeMap::new();
+    let mut by_process: BTreeMap<ProcessId, Vec<&mut ReclaimTarget<'a>>> = BTreeMap::new();
     for target in targets.iter_mut().filter(|target| target.is_pending()) {
-        groups
+        by_process
             .entry(target.owner.process.id)
             .or_default()
             .push(target);
     }
-    groups.into_values().collect()
+    by_process.into_values().collect()
 }
 
 /// The targets without an outcome.
@@ -355,11 +355,11 @@ mod tests {
         let mut owners = [owner(9, 3), owner(7, 4), owner(9, 5), owner(8, 6)];
         owners[3].reclaim = Some(ReclaimOutcome::Gone);
         let mut targets: Vec<ReclaimTarget<'_>> = owners.iter_mut().map(target).collect();
-        let groups: Vec<Vec<i32>> = by_process(&mut targets)
+        let fds: Vec<Vec<i32>> = by_process(&mut targets)
             .into_iter()
             .map(|owned| owned.into_iter().map(|target| target.owner.fd.0).collect())
             .collect();
-        assert_eq!(groups, [vec![4], vec![3, 5]]);
+        assert_eq!(fds, [vec![4], vec![3, 5]]);
     }
 
     #[test]

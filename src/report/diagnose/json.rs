@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::diagnose::group::{AGES, CauseCount, SocketGroup};
+use crate::diagnose::counts::{AGES, CauseCount, SocketCounts};
 use crate::diagnose::pairing::{EndOwner, OtherEnd, OtherLeg};
 use crate::diagnose::suggest::{LanguageRuntime, Suggestion};
 use crate::diagnose::verdict::{self, Circumstance, Verdict};
@@ -28,7 +28,7 @@ pub fn write(diagnosis: &Diagnosis, out: &mut dyn Write) -> io::Result<()> {
         schema_version: SCHEMA_VERSION,
         cwkill_version: env!("CARGO_PKG_VERSION"),
         sample_seconds: elapsed.as_secs_f64(),
-        total: group(&diagnosis.total, elapsed, Circumstance::None),
+        total: counts(&diagnosis.total, elapsed, Circumstance::None),
         processes: diagnosis
             .processes
             .iter()
@@ -42,7 +42,7 @@ pub fn write(diagnosis: &Diagnosis, out: &mut dyn Write) -> io::Result<()> {
         unknown_owner: diagnosis
             .ownerless
             .as_ref()
-            .map(|g| group(g, elapsed, Circumstance::None)),
+            .map(|it| counts(it, elapsed, Circumstance::None)),
         unreadable_processes: diagnosis
             .unreadable_processes
             .max(coverage.unreadable_processes),
@@ -65,10 +65,10 @@ struct DiagnosisDocument<'a> {
     schema_version: u32,
     cwkill_version: &'static str,
     sample_seconds: f64,
-    total: JsonGroup,
+    total: JsonCounts,
     processes: Vec<JsonProcess<'a>>,
     listeners: Vec<JsonDiagnosedListener>,
-    unknown_owner: Option<JsonGroup>,
+    unknown_owner: Option<JsonCounts>,
     unreadable_processes: usize,
     hidden_processes: bool,
     unknown_descriptors: usize,
@@ -82,7 +82,7 @@ struct DiagnosisDocument<'a> {
 }
 
 #[derive(Serialize)]
-struct JsonGroup {
+struct JsonCounts {
     stuck: usize,
     causes: BTreeMap<&'static str, JsonCause>,
     oldest_ms: Option<u64>,
@@ -162,7 +162,7 @@ struct JsonProcess<'a> {
     condition: Option<&'static str>,
     uninterruptible_threads: &'a [i32],
     #[serde(flatten)]
-    held: JsonGroup,
+    held: JsonCounts,
     shared: usize,
     waiting: usize,
     other_leg: Option<Vec<JsonOtherLeg>>,
@@ -209,10 +209,10 @@ struct JsonDiagnosedListener {
     /// Connections waited at both scans, and none was accepted in between.
     stalled: bool,
     #[serde(flatten)]
-    group: JsonGroup,
+    counts: JsonCounts,
 }
 
-fn group(group: &SocketGroup, elapsed: Duration, circumstance: Circumstance<'_>) -> JsonGroup {
+fn counts(counts: &SocketCounts, elapsed: Duration, circumstance: Circumstance<'_>) -> JsonCounts {
     let cause = |(cause, sockets): (&Cause, &CauseCount)| {
         let json = JsonCause {
             count: sockets.count,
@@ -231,26 +231,26 @@ fn group(group: &SocketGroup, elapsed: Duration, circumstance: Circumstance<'_>)
         let port = |&(port, count): &(u16, usize)| JsonPort { port, count };
         listed.map(port).collect()
     };
-    let peers = group.peers.iter().take(MAX_LISTED);
-    JsonGroup {
-        stuck: group.stuck,
-        causes: group.causes.iter().map(cause).collect(),
-        oldest_ms: group
+    let peers = counts.peers.iter().take(MAX_LISTED);
+    JsonCounts {
+        stuck: counts.stuck,
+        causes: counts.causes.iter().map(cause).collect(),
+        oldest_ms: counts
             .oldest
             .map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
-        ages: AGES.iter().zip(group.ages).map(age).collect(),
+        ages: AGES.iter().zip(counts.ages).map(age).collect(),
         growth: JsonGrowth {
-            new: group.new,
-            gone: group.gone,
-            per_minute: group.growth_per_minute(elapsed),
+            new: counts.new,
+            gone: counts.gone,
+            per_minute: counts.growth_per_minute(elapsed),
         },
-        ports: ports(&group.ports),
-        peer_ports: ports(&group.peer_ports),
+        ports: ports(&counts.ports),
+        peer_ports: ports(&counts.peer_ports),
         peers: peers
             .map(|&(address, count)| JsonPeer { address, count })
             .collect(),
-        other_end: (!group.other_ends.is_empty()).then(|| {
-            group
+        other_end: (!counts.other_ends.is_empty()).then(|| {
+            counts
                 .other_ends
                 .iter()
                 .take(MAX_LISTED)
@@ -288,7 +288,7 @@ fn other_leg(leg: &OtherLeg) -> JsonOtherLeg {
 fn process(diagnosis: &ProcessDiagnosis, elapsed: Duration) -> JsonProcess<'_> {
     let process = &diagnosis.process;
     let executable = diagnosis.status.executable.as_deref();
-    let counts = diagnosis.table.as_ref().map(|_| diagnosis.suspect_counts());
+    let suspects = diagnosis.table.as_ref().map(|_| diagnosis.suspect_counts());
     JsonProcess {
         pid: process.id.pid,
         parent: diagnosis.status.parent,
@@ -300,7 +300,7 @@ fn process(diagnosis: &ProcessDiagnosis, elapsed: Duration) -> JsonProcess<'_> {
         state: diagnosis.status.state,
         condition: diagnosis.condition.name(),
         uninterruptible_threads: &diagnosis.uninterruptible_threads,
-        held: group(&diagnosis.held, elapsed, diagnosis.circumstance()),
+        held: counts(&diagnosis.held, elapsed, diagnosis.circumstance()),
         shared: diagnosis.shared,
         waiting: diagnosis.waiting,
         other_leg: diagnosis
@@ -319,9 +319,9 @@ fn process(diagnosis: &ProcessDiagnosis, elapsed: Duration) -> JsonProcess<'_> {
             used: diagnosis.table.as_ref().map(|table| table.used),
             limit: diagnosis.status.limit,
             at_limit: diagnosis.is_at_limit(),
-            dead: counts.map(|counts| counts.dead),
-            never_connected: counts.map(|counts| counts.never_connected),
-            unknown: counts.map(|counts| counts.unknown),
+            dead: suspects.map(|counts| counts.dead),
+            never_connected: suspects.map(|counts| counts.never_connected),
+            unknown: suspects.map(|counts| counts.unknown),
         },
         next: diagnosis.suggestions.first().map(suggestion),
         then: diagnosis.suggestions.get(1).map(suggestion),
@@ -352,7 +352,7 @@ fn listener(
         group_size: listener.group_size,
         possible_sockets: listener.sockets.len(),
         stalled: listener_diagnosis.is_stalled,
-        group: group(
+        counts: counts(
             &listener_diagnosis.connections,
             diagnosis.elapsed,
             diagnosis.circumstance(listener),

@@ -7,7 +7,7 @@ use std::io::{self, Write};
 use std::time::Duration;
 
 use super::bars;
-use crate::diagnose::group::{AGES, SocketGroup};
+use crate::diagnose::counts::{AGES, SocketCounts};
 use crate::diagnose::pairing::{EndOwner, OtherEnd, OtherLeg};
 use crate::diagnose::suggest::Suggestion;
 use crate::diagnose::verdict::Circumstance;
@@ -43,10 +43,10 @@ pub fn write(
     let listeners = &diagnosis.listeners;
     let listener = |listener: &ListenerDiagnosis| listener_block(diagnosis, listener);
     let listeners_shown: Vec<String> = listeners.iter().take(MAX_SHOWN).map(listener).collect();
-    let tail = diagnosis.ownerless.as_ref().map(|group| {
-        let mut block = format!("unknown owner: {}", stuck_text(group, diagnosis.elapsed));
-        push_causes(&mut block, group, Circumstance::None);
-        push_places(&mut block, group);
+    let tail = diagnosis.ownerless.as_ref().map(|counts| {
+        let mut block = format!("unknown owner: {}", stuck_text(counts, diagnosis.elapsed));
+        push_causes(&mut block, counts, Circumstance::None);
+        push_places(&mut block, counts);
         block
     });
     // The prompt takes one row. Each of the two "and N more" lines takes two, with the empty line before it.
@@ -89,7 +89,7 @@ pub fn write(
 }
 
 /// The charts of the causes and of the ages that fit into `columns`.
-fn charts(total: &SocketGroup, columns: usize) -> Vec<String> {
+fn charts(total: &SocketCounts, columns: usize) -> Vec<String> {
     if total.stuck == 0 {
         return Vec::new();
     }
@@ -153,15 +153,15 @@ fn folded(processes: &[ProcessDiagnosis]) -> Vec<(&ProcessDiagnosis, Vec<&Proces
 }
 
 /// The sockets of a process, together with those of its siblings. Workers that share all their sockets have the same ones.
-fn merged(process: &ProcessDiagnosis, similar: &[&ProcessDiagnosis]) -> SocketGroup {
+fn merged(process: &ProcessDiagnosis, similar: &[&ProcessDiagnosis]) -> SocketCounts {
     match process.per_connection {
         false => process.held.clone(),
         true => {
-            let mut groups: BTreeMap<u64, &SocketGroup> = BTreeMap::new();
+            let mut all_counts: BTreeMap<u64, &SocketCounts> = BTreeMap::new();
             for one in std::iter::once(&process).chain(similar) {
-                groups.insert(one.sockets_signature, &one.held);
+                all_counts.insert(one.sockets_signature, &one.held);
             }
-            SocketGroup::merged(groups.into_values())
+            SocketCounts::merged(all_counts.into_values())
         }
     }
 }
@@ -183,12 +183,12 @@ fn summary(diagnosis: &Diagnosis) -> String {
 }
 
 /// The change between the scans, in words.
-fn growth_text(group: &SocketGroup, elapsed: Duration) -> String {
+fn growth_text(counts: &SocketCounts, elapsed: Duration) -> String {
     let time = seconds(elapsed);
-    match (group.new, group.gone) {
+    match (counts.new, counts.gone) {
         (0, 0) => format!("none new in {time}"),
         (new, gone) => {
-            let rate = group.growth_per_minute(elapsed);
+            let rate = counts.growth_per_minute(elapsed);
             let text = format_rate(rate);
             let sign = if rate > 0.0 && text != "0" { "+" } else { "" };
             format!("{sign}{text} a minute ({new} new, {gone} gone in {time})")
@@ -196,15 +196,15 @@ fn growth_text(group: &SocketGroup, elapsed: Duration) -> String {
     }
 }
 
-fn stuck_text(group: &SocketGroup, elapsed: Duration) -> String {
-    if group.stuck + group.gone == 0 {
+fn stuck_text(counts: &SocketCounts, elapsed: Duration) -> String {
+    if counts.stuck + counts.gone == 0 {
         return "no stuck sockets".into();
     }
-    let mut text = format!("{} stuck", group.stuck);
-    if let Some(oldest) = group.oldest {
+    let mut text = format!("{} stuck", counts.stuck);
+    if let Some(oldest) = counts.oldest {
         let _ = write!(text, ", oldest {}", age(oldest));
     }
-    let _ = write!(text, ", {}", growth_text(group, elapsed));
+    let _ = write!(text, ", {}", growth_text(counts, elapsed));
     text
 }
 
@@ -385,35 +385,35 @@ fn listener_block(diagnosis: &Diagnosis, listener_diagnosis: &ListenerDiagnosis)
     block
 }
 
-fn push_causes(block: &mut String, group: &SocketGroup, circumstance: Circumstance<'_>) {
-    for (cause, sockets) in &group.causes {
+fn push_causes(block: &mut String, counts: &SocketCounts, circumstance: Circumstance<'_>) {
+    for (cause, sockets) in &counts.causes {
         let verdict = verdict::cause_verdict(*cause, sockets, circumstance);
         let _ = write!(block, "\n  {} {cause}: {verdict}", sockets.count);
     }
 }
 
 /// The main ports and peers.
-fn push_places(block: &mut String, group: &SocketGroup) {
-    if group.stuck == 0 {
+fn push_places(block: &mut String, counts: &SocketCounts) {
+    if counts.stuck == 0 {
         return;
     }
     let port = |port: &u16| format!(":{port}");
-    let ports = join_counts(&group.ports, port);
-    let peers = join_counts(&group.peers, ToString::to_string);
+    let ports = join_counts(&counts.ports, port);
+    let peers = join_counts(&counts.peers, ToString::to_string);
     let _ = write!(block, "\n  ports {ports}; peers {peers}");
     // Ports that occur once are ephemeral ports of clients, which are of no use to the operator.
-    if group.peer_ports[0].1 > 1 || group.stuck == 1 {
+    if counts.peer_ports[0].1 > 1 || counts.stuck == 1 {
         let _ = write!(
             block,
             "; their ports {}",
-            join_counts(&group.peer_ports, port)
+            join_counts(&counts.peer_ports, port)
         );
     }
-    push_other_ends(block, group);
+    push_other_ends(block, counts);
 }
 
 /// Who is at the other ends, as far as they are on this host.
-fn push_other_ends(block: &mut String, group: &SocketGroup) {
+fn push_other_ends(block: &mut String, counts: &SocketCounts) {
     let text = |end: &OtherEnd| {
         let owner = match &end.owner {
             EndOwner::Process { pid, comm, fd } => {
@@ -423,17 +423,17 @@ fn push_other_ends(block: &mut String, group: &SocketGroup) {
             EndOwner::Unknown => "an unknown process on this host".to_owned(),
             EndOwner::Orphan => "on this host, closed by its process".to_owned(),
         };
-        match group.stuck {
+        match counts.stuck {
             1 => format!("{owner}, {}", end.state),
             stuck => format!("{owner}, {} ({} of {stuck})", end.state, end.count),
         }
     };
-    let named = group.other_ends.iter().take(MAX_NAMED);
+    let named = counts.other_ends.iter().take(MAX_NAMED);
     let mut ends: Vec<String> = named.map(text).collect();
     if ends.is_empty() {
         return;
     }
-    let rest = group.other_ends.iter().skip(MAX_NAMED);
+    let rest = counts.other_ends.iter().skip(MAX_NAMED);
     let rest: usize = rest.map(|end| end.count).sum();
     if rest > 0 {
         ends.push(format!("{rest} of others"));

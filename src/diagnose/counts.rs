@@ -1,4 +1,4 @@
-//! Counts a group of sockets by cause, age, port and peer, and counts new and gone ones. Pure.
+//! Counts sockets by cause, age, port and peer, and counts new and gone ones. Pure.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher, Hash};
@@ -21,9 +21,9 @@ pub const AGES: [(Duration, &str); 5] = [
     (Duration::MAX, "over 1d"),
 ];
 
-/// The sockets of one process, of one listener, or of the whole scan.
+/// The sockets of one process, of one listener, or of the whole scan, counted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct SocketGroup {
+pub struct SocketCounts {
     /// Number of sockets in the second scan.
     pub stuck: usize,
     pub causes: BTreeMap<Cause, CauseCount>,
@@ -73,18 +73,18 @@ pub enum Service {
     CallsOut(u16),
 }
 
-impl SocketGroup {
+impl SocketCounts {
     /// Counts the sockets of the second scan and compares them by cookie with those of the first.
     pub fn new<'a>(
         first: impl Iterator<Item = &'a Socket>,
         second: impl Iterator<Item = &'a Socket>,
-        context: &GroupContext,
-    ) -> SocketGroup {
+        context: &CountContext,
+    ) -> SocketCounts {
         let first: HashMap<Cookie, &Socket> = first.map(|s| (s.cookie(), s)).collect();
         let second: Vec<&Socket> = second.collect();
         let now: HashSet<Cookie> = second.iter().map(|socket| socket.cookie()).collect();
         let mut by_cause: BTreeMap<Cause, Vec<&Socket>> = BTreeMap::new();
-        let mut group = SocketGroup {
+        let mut counts = SocketCounts {
             stuck: second.len(),
             oldest: second.iter().filter_map(|socket| socket.age).max(),
             new: now.iter().filter(|c| !first.contains_key(c)).count(),
@@ -92,13 +92,13 @@ impl SocketGroup {
             ports: by_frequency(second.iter().map(|socket| socket.tuple().local.port())),
             peers: by_frequency(second.iter().map(|socket| socket.tuple().peer.ip())),
             peer_ports: by_frequency(second.iter().map(|socket| socket.tuple().peer.port())),
-            ..SocketGroup::default()
+            ..SocketCounts::default()
         };
         for socket in second {
             by_cause.entry(socket.cause).or_default().push(socket);
             if let Some(age) = socket.age {
                 let class = AGES.iter().position(|(end, _)| age < *end);
-                group.ages[class.unwrap_or(AGES.len() - 1)] += 1;
+                counts.ages[class.unwrap_or(AGES.len() - 1)] += 1;
             }
         }
         let idle = |socket: &&&Socket| {
@@ -130,29 +130,29 @@ impl SocketGroup {
                 services: Service::count(judged, &context.listening_ports),
             }
         };
-        group.causes = by_cause
+        counts.causes = by_cause
             .into_iter()
             .map(|(cause, sockets)| (cause, count_cause(sockets)))
             .collect();
-        group
+        counts
     }
 
-    /// The groups together. Their sockets are different ones.
-    pub fn merged<'a>(groups: impl Iterator<Item = &'a SocketGroup>) -> SocketGroup {
-        let mut all = SocketGroup::default();
-        for group in groups {
-            all.stuck += group.stuck;
-            all.new += group.new;
-            all.gone += group.gone;
-            all.oldest = all.oldest.max(group.oldest);
-            for (sum, count) in all.ages.iter_mut().zip(group.ages) {
+    /// The sum of several counts. Their sockets are different ones.
+    pub fn merged<'a>(all_counts: impl Iterator<Item = &'a SocketCounts>) -> SocketCounts {
+        let mut all = SocketCounts::default();
+        for counts in all_counts {
+            all.stuck += counts.stuck;
+            all.new += counts.new;
+            all.gone += counts.gone;
+            all.oldest = all.oldest.max(counts.oldest);
+            for (sum, count) in all.ages.iter_mut().zip(counts.ages) {
                 *sum += count;
             }
-            add(&mut all.ports, &group.ports);
-            add(&mut all.peers, &group.peers);
-            add(&mut all.peer_ports, &group.peer_ports);
-            all.other_ends.extend_from_slice(&group.other_ends);
-            for (cause, sockets) in &group.causes {
+            add(&mut all.ports, &counts.ports);
+            add(&mut all.peers, &counts.peers);
+            add(&mut all.peer_ports, &counts.peer_ports);
+            all.other_ends.extend_from_slice(&counts.other_ends);
+            for (cause, sockets) in &counts.causes {
                 let sum = all.causes.entry(*cause).or_default();
                 sum.count += sockets.count;
                 sum.close_wait += sockets.close_wait;
@@ -177,9 +177,9 @@ impl SocketGroup {
     }
 }
 
-/// The data beside the sockets that [`SocketGroup::new`] needs.
+/// The data beside the sockets that [`SocketCounts::new`] needs.
 #[derive(Clone, Debug, Default)]
-pub struct GroupContext {
+pub struct CountContext {
     /// The local ports that have a listener, each with the index of its network namespace.
     pub listening_ports: HashSet<(usize, u16)>,
     /// The time between the two scans.
@@ -343,11 +343,11 @@ mod tests {
         let sockets: Vec<Socket> = (0..6)
             .map(|cookie| socket("10.0.0.1:80", "10.0.0.2:5", cookie))
             .collect();
-        let context = GroupContext::default();
-        let group = SocketGroup::new(sockets[..3].iter(), sockets[2..].iter(), &context);
-        assert_eq!((group.stuck, group.new, group.gone), (4, 3, 2));
-        assert!((group.growth_per_minute(Duration::from_secs(5)) - 12.0).abs() < 1e-9);
-        assert_eq!(group.growth_per_minute(Duration::ZERO), 0.0);
+        let context = CountContext::default();
+        let counts = SocketCounts::new(sockets[..3].iter(), sockets[2..].iter(), &context);
+        assert_eq!((counts.stuck, counts.new, counts.gone), (4, 3, 2));
+        assert!((counts.growth_per_minute(Duration::from_secs(5)) - 12.0).abs() < 1e-9);
+        assert_eq!(counts.growth_per_minute(Duration::ZERO), 0.0);
     }
 
     #[test]
@@ -361,9 +361,9 @@ mod tests {
         second[1].counters.as_mut().unwrap().written += 1;
         second[2].counters.as_mut().unwrap().received += 1;
         second[3].listed_recv_q += 1;
-        let context = GroupContext::default();
-        let group = SocketGroup::new(before[..4].iter(), second.iter(), &context);
-        let counts = &group.causes[&Cause::Unread];
+        let context = CountContext::default();
+        let counts = SocketCounts::new(before[..4].iter(), second.iter(), &context);
+        let counts = &counts.causes[&Cause::Unread];
         assert_eq!((counts.count, counts.idle), (5, 1));
     }
 
@@ -380,11 +380,11 @@ mod tests {
             .collect();
         let of = |first: Range<usize>, second: Range<usize>| {
             let first = sockets[first].iter();
-            SocketGroup::new(first, sockets[second].iter(), &GroupContext::default())
+            SocketCounts::new(first, sockets[second].iter(), &CountContext::default())
         };
         let (one, two) = (of(0..3, 1..3), of(3..4, 3..6));
         assert_eq!(
-            SocketGroup::merged([&one, &two].into_iter()),
+            SocketCounts::merged([&one, &two].into_iter()),
             of(0..4, 1..6)
         );
     }
@@ -403,12 +403,12 @@ mod tests {
             aged(3, seconds(1)),
             aged(4, seconds(60)),
         ];
-        let context = GroupContext {
+        let context = CountContext {
             elapsed: Duration::from_secs(10),
-            ..GroupContext::default()
+            ..CountContext::default()
         };
-        let group = SocketGroup::new(second[..3].iter(), second.iter(), &context);
-        let counts = &group.causes[&Cause::Unread];
+        let counts = SocketCounts::new(second[..3].iter(), second.iter(), &context);
+        let counts = &counts.causes[&Cause::Unread];
         assert_eq!((counts.count, counts.idle), (4, 2));
     }
 
@@ -419,19 +419,19 @@ mod tests {
             age: age.map(Duration::from_secs),
             ..socket("10.0.0.1:80", "10.0.0.2:5", 1)
         });
-        let group = SocketGroup::new([].iter(), sockets.iter(), &GroupContext::default());
-        assert_eq!(group.ages, [2, 1, 0, 1, 1]);
-        assert_eq!(group.oldest, Some(Duration::from_secs(86_400)));
+        let counts = SocketCounts::new([].iter(), sockets.iter(), &CountContext::default());
+        assert_eq!(counts.ages, [2, 1, 0, 1, 1]);
+        assert_eq!(counts.oldest, Some(Duration::from_secs(86_400)));
     }
 
     fn services(pairs: &[(&str, &str)], ports: &[u16]) -> Vec<(Service, usize)> {
         let sockets: Vec<Socket> = pairs.iter().map(|(l, p)| socket(l, p, 1)).collect();
-        let context = GroupContext {
+        let context = CountContext {
             listening_ports: ports.iter().map(|port| (0, *port)).collect(),
             elapsed: Duration::ZERO,
         };
-        let group = SocketGroup::new([].iter(), sockets.iter(), &context);
-        group.causes[&Cause::Unread].services.clone()
+        let counts = SocketCounts::new([].iter(), sockets.iter(), &context);
+        counts.causes[&Cause::Unread].services.clone()
     }
 
     #[test]
@@ -478,12 +478,12 @@ mod tests {
             .collect();
         sockets[0].state = TcpState::LastAck;
         sockets[1].cause = Cause::Sending;
-        let group = SocketGroup::new(
+        let counts = SocketCounts::new(
             sockets[..3].iter(),
             sockets.iter(),
-            &GroupContext::default(),
+            &CountContext::default(),
         );
-        let counts = &group.causes[&Cause::Unread];
+        let counts = &counts.causes[&Cause::Unread];
         assert_eq!(
             (counts.count, counts.close_wait, counts.lasting, counts.idle),
             (3, 2, 1, 1)
@@ -492,12 +492,12 @@ mod tests {
         // The cause was another one in the first scan, so the socket has not been sending the whole time.
         let mut before = sockets[1].clone();
         before.cause = Cause::Unread;
-        let group = SocketGroup::new(
+        let counts = SocketCounts::new(
             [before].iter(),
             sockets[1..2].iter(),
-            &GroupContext::default(),
+            &CountContext::default(),
         );
-        assert_eq!(group.causes[&Cause::Sending].lasting, 0);
+        assert_eq!(counts.causes[&Cause::Sending].lasting, 0);
     }
 
     #[test]
