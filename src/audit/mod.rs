@@ -134,7 +134,7 @@ impl Audit {
         summary: String,
     ) -> Option<String> {
         let left = Arc::new(AtomicUsize::new(count + 1));
-        let done = watch(summary, Arc::clone(&left));
+        let done = announce_if_slow(summary, Arc::clone(&left));
         for entry in outcomes.chain([end]) {
             self.put(&entry);
             left.fetch_sub(1, Ordering::Relaxed);
@@ -180,7 +180,7 @@ impl Audit {
 
 /// If the records are not written soon, prints that the work is done and that only records are left. Dropping the returned
 /// sender cancels this.
-fn watch(summary: String, left: Arc<AtomicUsize>) -> mpsc::Sender<()> {
+fn announce_if_slow(summary: String, left: Arc<AtomicUsize>) -> mpsc::Sender<()> {
     const SOON: Duration = Duration::from_secs(2);
     let (done, ended) = mpsc::channel::<()>();
     // If no thread can be started, the message is missing.

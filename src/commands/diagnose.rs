@@ -30,7 +30,7 @@ pub(super) fn run(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
         true,
         scope.selectors.selects_owners(),
     ));
-    let sample = sample.unwrap_or(diagnose::SAMPLE);
+    let sample = sample.unwrap_or(diagnose::DEFAULT_SAMPLE);
     if io::stderr().is_terminal() {
         let time = seconds(sample);
         say(format_args!("scanning twice, {time} apart"));

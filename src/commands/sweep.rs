@@ -17,7 +17,7 @@ use crate::control::Control;
 use crate::filter::selectors::Selectors;
 use crate::filter::{self, bytecode};
 use crate::finder;
-use crate::finder::sockets::{self, Sample};
+use crate::finder::sockets::{self, DumpSplit};
 use crate::history::{self, History};
 use crate::injector::destroy::Destroy;
 use crate::injector::engine;
@@ -129,7 +129,7 @@ impl Sweeper<'_> {
         let Ok(selectors) = self.config.selectors.resolved(&here) else {
             return;
         };
-        if let Sample::Halves(halves) = sockets::sample(&selectors) {
+        if let DumpSplit::Halves(halves) = sockets::split_dump(&selectors) {
             self.control.hold_signals();
             let halves: Vec<_> = halves.iter().zip(swept).collect();
             parallel::side_by_side(halves, 2, |(selectors, swept)| {

@@ -40,7 +40,7 @@ use suggest::{LanguageRuntime, Suggestion, SuggestionInput};
 use verdict::{Circumstance, Condition};
 
 /// The default time between the two scans.
-pub const SAMPLE: Duration = Duration::from_secs(5);
+pub const DEFAULT_SAMPLE: Duration = Duration::from_secs(5);
 
 /// The maximum number of processes, and of listeners, in the report for people: one screen. Only the threads of
 /// these processes are examined.

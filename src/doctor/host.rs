@@ -152,7 +152,7 @@ impl HostInfo {
             repair: repair(),
             raw_v4: raw::try_open(false),
             raw_v6: raw::try_open(true),
-            capture: Capture::open().and_then(|capture| capture.watch(&[])),
+            capture: Capture::open().and_then(|capture| capture.filter_for(&[])),
             ipv6: TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok(),
         })
     }

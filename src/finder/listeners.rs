@@ -135,7 +135,7 @@ impl Listeners {
     }
 
     /// Lists the listeners again, with pauses, until the backlog of each of `waiting` is known, or for a few times.
-    pub fn watch_backlogs<'s>(
+    pub fn read_backlogs<'s>(
         &mut self,
         waiting: impl Iterator<Item = &'s Socket> + Clone,
         diag: &mut SockDiag,

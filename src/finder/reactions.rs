@@ -1,6 +1,6 @@
 //! Waits while owners close the descriptors of closed sockets.
 //!
-//! A program that watches its sockets (poll, epoll, a blocked read) is woken by the kernel before the act returns, so that one of its
+//! A program that waits for its sockets (poll, epoll, a blocked read) is woken by the kernel before the act returns, so that one of its
 //! threads is runnable from then on. If all threads sleep, none of them will close a descriptor because of the act, and cwkill does
 //! not wait. So only owners that react cost time.
 

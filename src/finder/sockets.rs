@@ -47,14 +47,14 @@ pub(super) fn scan(
     };
     // From before the kernel lists the sockets, so that no time becomes too long.
     let before = history::now();
-    let sample = match may_split {
-        true => sample(&selectors),
-        false => Sample::Unknown,
+    let split = match may_split {
+        true => split_dump(&selectors),
+        false => DumpSplit::Unknown,
     };
-    let mut sockets = match sample {
-        Sample::All(sockets) => sockets,
-        Sample::Halves(halves) => dump_in_halves(&mut diag, &selectors, &halves)?,
-        Sample::Unknown => dump(&mut diag, &selectors)?,
+    let mut sockets = match split {
+        DumpSplit::All(sockets) => sockets,
+        DumpSplit::Halves(halves) => dump_in_halves(&mut diag, &selectors, &halves)?,
+        DumpSplit::Unknown => dump(&mut diag, &selectors)?,
     };
     let (rows, unlisted_subflows) = mptcp::replace(&mut diag, &mut sockets, selectors.states)?;
     sockets.extend(rows.iter().filter_map(|row| matching(row, &selectors)));
@@ -67,7 +67,7 @@ pub(super) fn scan(
         listeners = Listeners::read(&mut diag)?;
         let waiting = sockets.iter().filter(|target| with_listener(target));
         let waiting = waiting.map(|target| &target.socket);
-        listeners.watch_backlogs(waiting, &mut diag)?;
+        listeners.read_backlogs(waiting, &mut diag)?;
     }
     for target in sockets.iter_mut().filter(|target| with_listener(target)) {
         target.listener = listeners.accepting(&target.socket);
@@ -113,8 +113,8 @@ fn apply_history(
     update
 }
 
-/// The number of matching sockets, estimated from the beginning of a dump.
-pub(crate) enum Sample {
+/// How a large dump can be split, decided by its first sockets.
+pub(crate) enum DumpSplit {
     /// These few sockets are all that match.
     All(Vec<Target>),
     /// Many match. Two parallel dumps can share the work: each of these selectors selects one half, by the peer port, which
@@ -124,17 +124,17 @@ pub(crate) enum Sample {
     Unknown,
 }
 
-/// Reads the first sockets of a dump. The kernel lists sockets in hash order, so the first ones are a fair sample of all.
-pub(crate) fn sample(selectors: &Selectors) -> Sample {
-    /// With this size the median of the sample splits all sockets to within 2 % of a half, with a probability of 2 in 3.
-    const SAMPLE: usize = 512;
+/// Reads the first sockets of a dump. The kernel lists sockets in hash order, so the first ones stand for all.
+pub(crate) fn split_dump(selectors: &Selectors) -> DumpSplit {
+    /// Read this many sockets before a split: their median splits all to within 2 % of a half, with a probability of 2 in 3.
+    const SPLIT_FROM: usize = 512;
     let bytecode = bytecode::bytecode(&selectors.as_expression(), selectors.states);
     let mut sockets = Vec::new();
     for request in requests(selectors, &bytecode) {
         let keep = |message| matching(&message, selectors);
         let part = |mut more: Vec<Target>, _| {
             sockets.append(&mut more);
-            match sockets.len() < SAMPLE {
+            match sockets.len() < SPLIT_FROM {
                 true => ControlFlow::Continue(()),
                 false => ControlFlow::Break(()),
             }
@@ -142,20 +142,20 @@ pub(crate) fn sample(selectors: &Selectors) -> Sample {
         // The netlink socket of an unfinished dump stays busy, so it is not reused.
         let listed = SockDiag::open().map(|mut diag| diag.stream(&request, keep, part));
         match listed {
-            _ if sockets.len() >= SAMPLE => return halves(selectors, &sockets),
+            _ if sockets.len() >= SPLIT_FROM => return halves(selectors, &sockets),
             Ok(Ok(true)) => {}
-            _ => return Sample::Unknown,
+            _ => return DumpSplit::Unknown,
         }
     }
-    Sample::All(sockets)
+    DumpSplit::All(sockets)
 }
 
-/// The two halves, split at the median peer port of `sample`.
-fn halves(selectors: &Selectors, sample: &[Target]) -> Sample {
+/// The two halves, split at the median peer port of `first`, the first sockets of a dump.
+fn halves(selectors: &Selectors, first: &[Target]) -> DumpSplit {
     if !selectors.peer_ports.is_empty() {
-        return Sample::Unknown;
+        return DumpSplit::Unknown;
     }
-    let mut ports: Vec<u16> = sample
+    let mut ports: Vec<u16> = first
         .iter()
         .map(|target| target.socket.tuple().peer.port())
         .collect();
@@ -168,8 +168,8 @@ fn halves(selectors: &Selectors, sample: &[Target]) -> Sample {
     let lower = half(0..=middle - 1);
     // A half takes half the time only if the kernel filters by port. Without bytecode it does not.
     match bytecode::bytecode(&lower.as_expression(), lower.states).is_empty() {
-        true => Sample::Unknown,
-        false => Sample::Halves(Box::new([lower, half(middle..=u16::MAX)])),
+        true => DumpSplit::Unknown,
+        false => DumpSplit::Halves(Box::new([lower, half(middle..=u16::MAX)])),
     }
 }
 

@@ -28,7 +28,7 @@ pub struct Capture {
 }
 
 impl Capture {
-    /// Opens the packet socket. Until [`Capture::watch`] it has no filter.
+    /// Opens the packet socket. Until [`Capture::filter_for`] it has no filter.
     ///
     /// # Errors
     /// EPERM: needs CAP_NET_RAW over the network namespace. EAFNOSUPPORT: the kernel lacks CONFIG_PACKET.
@@ -46,7 +46,7 @@ impl Capture {
     ///
     /// # Errors
     /// ENOMEM: net.core.optmem_max is too small for the filter.
-    pub fn watch(&self, connections: &[Tuple]) -> io::Result<()> {
+    pub fn filter_for(&self, connections: &[Tuple]) -> io::Result<()> {
         self.socket.attach_filter(&program(connections))?;
         self.drain(|_| {})
     }

@@ -60,7 +60,7 @@ pub fn elicit(
     batch: &Batch<'_>,
 ) -> io::Result<Answers> {
     let tuples: Vec<Tuple> = ids.iter().map(DiagId::tuple).collect();
-    capture.watch(&tuples)?;
+    capture.filter_for(&tuples)?;
     let mut answers = Answers::new(ids);
     let control = batch.control();
     let over = batch.deadline();
