@@ -47,6 +47,7 @@
 //! - **cookie**: the number that the kernel gives to a socket and to no later one. With it, cwkill asks for exactly this socket.
 //! - **inode**: the number of the file of a socket. It links a socket of the kernel's tables with the descriptors in /proc. A socket
 //!   without a file has none: it was never accepted, or its owner has closed it.
+//! - **place**: an address, with the interface to which its socket is bound.
 //! - **address gone**: a socket has lost its local address: it is not an address of this host any more, and the kernel delivers no
 //!   segment to it.
 //! - **cause**: why a socket is stuck, from its queues and its inode.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::counts;
 use super::origin::ListeningPort;
-use super::pairing::{self, EndOwner, Leg, OtherEnd, OtherLeg, Place};
+use super::pairing::{self, EndOwner, Leg, OtherEnd, OtherLeg, ScannedSocket};
 use super::{ListenerDiagnosis, ProcessDiagnosis};
 use crate::diagnose::counts::SocketCounts;
 use crate::finder::FindError;
@@ -47,7 +47,7 @@ impl Sending {
             return Vec::new();
         }
         let key = |connection: &Connection| (connection.netns, connection.cookie());
-        let before: HashMap<Place, Connection> =
+        let before: HashMap<ScannedSocket, Connection> =
             self.0.into_iter().map(|one| (key(&one), one)).collect();
         let earlier: Vec<Connection> = before.values().cloned().collect();
         let (mut now, _) = connections::look_up(namespaces, &earlier);
@@ -62,7 +62,7 @@ impl Sending {
 /// The other ends and the other legs of the sockets of a scan.
 #[derive(Debug, Default)]
 pub(super) struct Ends {
-    ends: HashMap<Place, OtherEnd>,
+    ends: HashMap<ScannedSocket, OtherEnd>,
     legs: HashMap<ProcessId, Vec<OtherLeg>>,
     /// Why other ends may be missing.
     pub failure: Option<String>,
@@ -110,7 +110,7 @@ impl Ends {
             None => legs(&stalled, &in_close_wait, listening, &owners),
             Some(_) => HashMap::new(),
         };
-        let end = |(place, end): (Place, &Connection)| (place, other_end(end, &owners));
+        let end = |(socket, end): (ScannedSocket, &Connection)| (socket, other_end(end, &owners));
         Ends {
             ends: ends.into_iter().map(end).collect(),
             legs,

@@ -8,8 +8,8 @@ use crate::model::Socket;
 use crate::sock_diag::Cookie;
 use crate::tcp::{StateSet, TcpState, Tuple};
 
-/// A socket of one of the namespaces that were read.
-pub type Place = (usize, Cookie);
+/// A socket of a scan: the index of its namespace, and its cookie.
+pub type ScannedSocket = (usize, Cookie);
 
 /// The other ends of connections that belong to one process and are in one state.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,7 +75,7 @@ pub fn states_of_ends(states: impl Iterator<Item = TcpState>) -> StateSet {
 pub fn other_ends<'s, 'c>(
     sockets: impl Iterator<Item = &'s Socket>,
     connections: &'c [Connection],
-) -> HashMap<Place, &'c Connection> {
+) -> HashMap<ScannedSocket, &'c Connection> {
     let mut by_tuple: HashMap<Tuple, Vec<&Connection>> = HashMap::new();
     for connection in connections {
         let same = by_tuple.entry(connection.tuple()).or_default();

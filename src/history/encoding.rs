@@ -65,7 +65,7 @@ pub(super) fn encode(entries: &Entries, epoch: Epoch) -> Vec<u8> {
             millis(entry.stuck_since),
             millis(entry.idle_since),
             millis(entry.unchanged_since),
-            entry.seen.as_secs() << 32 | u64::from(entry.scope),
+            entry.seen.as_secs() << 32 | u64::from(entry.reach),
         ];
         for field in fields {
             bytes.extend_from_slice(&field.to_le_bytes());
@@ -144,7 +144,7 @@ fn parse(record: &[u8]) -> (SocketKey, Entry) {
         idle_since: Duration::from_millis(field(8)),
         unchanged_since: Duration::from_millis(field(9)),
         seen: Duration::from_secs(field(10) >> 32),
-        scope: u32::try_from(field(10) & u64::from(u32::MAX)).unwrap_or(u32::MAX),
+        reach: u32::try_from(field(10) & u64::from(u32::MAX)).unwrap_or(u32::MAX),
     };
     (key, entry)
 }
@@ -197,7 +197,7 @@ mod tests {
                 idle_since: Duration::from_millis(5678),
                 unchanged_since: Duration::from_millis(9012),
                 seen: Duration::from_secs(900_000),
-                scope: u32::MAX,
+                reach: u32::MAX,
                 missed: 1,
             };
             (key, entry)

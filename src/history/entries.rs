@@ -32,21 +32,21 @@ pub(super) struct Entry {
     pub unchanged_since: Duration,
     /// When a run last saw it.
     pub seen: Duration,
-    /// The [`Scope`] of that run.
-    pub scope: u32,
+    /// The [`Reach`] of that run.
+    pub reach: u32,
     /// How many complete lists in a row did not have it.
     pub missed: u8,
 }
 
-/// The sockets that a run can see in a namespace.
+/// Which sockets of a namespace a run lists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Scope {
+pub(super) struct Reach {
     /// A hash of the selectors that a socket cannot leave; 0 if every socket in the states matches.
     hash: u32,
     states: StateSet,
 }
 
-impl Scope {
+impl Reach {
     pub fn of(selectors: &Selectors) -> Self {
         let expression = selectors.as_expression();
         let hash = match expression == Selectors::default().as_expression() {
@@ -54,15 +54,15 @@ impl Scope {
             // The text is the same in every run with the same selectors. If it once is not, entries live longer.
             false => hash(format!("{expression:?}").as_bytes()).max(1),
         };
-        Scope {
+        Reach {
             hash,
             states: selectors.states,
         }
     }
 
-    /// Whether a run with this scope would have listed the socket of `entry`.
+    /// Whether a run with this reach would have listed the socket of `entry`.
     fn sees(self, entry: &Entry) -> bool {
-        self.states.contains(entry.snapshot.state) && (self.hash == 0 || self.hash == entry.scope)
+        self.states.contains(entry.snapshot.state) && (self.hash == 0 || self.hash == entry.reach)
     }
 }
 
@@ -111,9 +111,9 @@ impl Entries {
     }
 
     /// Adds what a scan has seen, and drops the sockets that are gone.
-    pub(super) fn add(&mut self, update: &HistoryUpdate, scope: Scope, now: Duration) {
+    pub(super) fn add(&mut self, update: &HistoryUpdate, reach: Reach, now: Duration) {
         for (key, entry) in &mut self.0 {
-            if scope.sees(entry) && update.namespaces.contains(&key.netns) {
+            if reach.sees(entry) && update.namespaces.contains(&key.netns) {
                 entry.missed = entry.missed.saturating_add(1);
             }
         }
@@ -126,7 +126,7 @@ impl Entries {
                 idle_since: new.idle_since,
                 unchanged_since: earlier.map_or(now, |entry| entry.unchanged_since),
                 seen: now,
-                scope: scope.hash,
+                reach: reach.hash,
                 missed: 0,
             };
             self.0.insert(new.key, entry);
@@ -197,8 +197,8 @@ mod tests {
         message
     }
 
-    fn scope(ports: &[u16]) -> Scope {
-        Scope::of(&Selectors {
+    fn reach(ports: &[u16]) -> Reach {
+        Reach::of(&Selectors {
             ports: ports.iter().map(|&port| port..=port).collect(),
             ..Selectors::default()
         })
@@ -208,18 +208,18 @@ mod tests {
     fn run(
         entries: &mut Entries,
         netns: NetnsKey,
-        scope: Scope,
+        reach: Reach,
         now: u64,
         messages: &[SocketMessage],
     ) -> Vec<Socket> {
-        run_slowly(entries, netns, scope, [now, now], messages)
+        run_slowly(entries, netns, reach, [now, now], messages)
     }
 
     /// A run that has the list of the kernel only some time after it asked: `before` and `after` are the times of both.
     fn run_slowly(
         entries: &mut Entries,
         netns: NetnsKey,
-        scope: Scope,
+        reach: Reach,
         [before, after]: [u64; 2],
         messages: &[SocketMessage],
     ) -> Vec<Socket> {
@@ -235,7 +235,7 @@ mod tests {
             socket
         };
         let sockets = messages.iter().map(see).collect();
-        entries.add(&update, scope, at(after));
+        entries.add(&update, reach, at(after));
         sockets
     }
 
@@ -253,7 +253,7 @@ mod tests {
     #[test]
     fn a_slow_list_makes_nothing_older() {
         let mut entries = Entries::default();
-        let all = scope(&[]);
+        let all = reach(&[]);
         // The kernel lists it at 1030: it has been stuck since 1025.
         run_slowly(&mut entries, HERE, all, [1000, 1030], &[message(1, 5)]);
         let second = run(&mut entries, HERE, all, 1040, &[message(1, 0)]);
@@ -275,7 +275,7 @@ mod tests {
     #[test]
     fn two_looks_know_for_how_long_nothing_was_read() {
         let mut entries = Entries::default();
-        let all = scope(&[]);
+        let all = reach(&[]);
         let mut look = |before: u64, recv_q| {
             let mut message = message(1, 500);
             message.recv_q = recv_q;
@@ -294,7 +294,7 @@ mod tests {
     #[test]
     fn a_socket_with_the_same_counters_grows_older() {
         let mut entries = Entries::default();
-        let all = scope(&[]);
+        let all = reach(&[]);
         let first = run(&mut entries, HERE, all, 1000, &[message(1, 30)]);
         assert_eq!(times(&first[0]), (30, false, 30, false));
         // A keepalive is answered each second.
@@ -313,7 +313,7 @@ mod tests {
     #[test]
     fn a_socket_in_which_data_moves_stays_young() {
         let mut entries = Entries::default();
-        let all = scope(&[]);
+        let all = reach(&[]);
         run(&mut entries, HERE, all, 1000, &[message(1, 500)]);
         type Change = fn(&mut SocketMessage);
         let changes: [Change; 5] = [
@@ -341,7 +341,7 @@ mod tests {
     #[test]
     fn a_cookie_counts_in_its_own_namespace() {
         let mut entries = Entries::default();
-        let all = scope(&[]);
+        let all = reach(&[]);
         run(&mut entries, HERE, all, 1000, &[message(1, 500)]);
         let there = run(&mut entries, THERE, all, 1060, &[message(1, 0)]);
         assert_eq!(times(&there[0]).0, 0);
@@ -356,7 +356,7 @@ mod tests {
             entries.0.contains_key(&SocketKey { netns, cookie })
         };
         let mut entries = Entries::default();
-        let (all, web) = (scope(&[]), scope(&[80]));
+        let (all, web) = (reach(&[]), reach(&[80]));
         run(&mut entries, THERE, all, 900, &[message(3, 0)]);
         run(
             &mut entries,
@@ -368,8 +368,8 @@ mod tests {
         // These see other sockets.
         let mut last_ack = all;
         last_ack.states = TcpState::LastAck.into();
-        for scope in [web, last_ack, web, last_ack] {
-            run(&mut entries, HERE, scope, 1060, &[]);
+        for reach in [web, last_ack, web, last_ack] {
+            run(&mut entries, HERE, reach, 1060, &[]);
         }
         assert!(known(&entries, HERE, 1) && known(&entries, HERE, 2));
         // One list can miss a socket.
@@ -392,7 +392,7 @@ mod tests {
 
     #[test]
     fn two_runs_at_once_lose_nothing_and_make_nothing_older() {
-        let all = scope(&[]);
+        let all = reach(&[]);
         let (mut one, mut other) = (Entries::default(), Entries::default());
         run(&mut one, HERE, all, 1000, &[message(1, 10), message(2, 10)]);
         run(
@@ -428,7 +428,7 @@ mod tests {
     #[test]
     fn the_number_of_entries_is_bounded() {
         let mut entries = Entries::default();
-        let all = scope(&[]);
+        let all = reach(&[]);
         run(&mut entries, HERE, all, 1000, &[message(1, 0)]);
         let entry = *entries.0.values().next().unwrap();
         for cookie in 2..=MAX_ENTRIES as u64 + 2 {

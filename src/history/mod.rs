@@ -17,7 +17,7 @@ use nix::time::{ClockId, clock_gettime};
 
 use crate::filter::selectors::Selectors;
 use crate::model::{NetnsKey, Scan, Socket};
-use entries::{Entries, Scope};
+use entries::{Entries, Reach};
 use file::HistoryFile;
 
 /// What earlier runs have seen.
@@ -69,8 +69,8 @@ impl History {
         let Some(file) = &mut self.file else {
             return;
         };
-        let scope = Scope::of(selectors);
-        self.entries.add(&scan.for_history, scope, now());
+        let reach = Reach::of(selectors);
+        self.entries.add(&scan.for_history, reach, now());
         if let Err(why) = file.write(&mut self.entries, now()) {
             let note =
                 format!("cannot write the history: ages in later runs may be too small: {why}");

@@ -46,7 +46,7 @@ pub fn write(
     let tail = diagnosis.ownerless.as_ref().map(|counts| {
         let mut block = format!("unknown owner: {}", stuck_text(counts, diagnosis.elapsed));
         push_causes(&mut block, counts, Circumstance::None);
-        push_places(&mut block, counts);
+        push_ports_and_peers(&mut block, counts);
         block
     });
     // The prompt takes one row. Each of the two "and N more" lines takes two, with the empty line before it.
@@ -295,7 +295,7 @@ fn process_block(
             "\n  {them} of TCP sockets in no table may be dead: their state could not be read"
         );
     }
-    push_places(&mut block, held);
+    push_ports_and_peers(&mut block, held);
     if let (false, Some(legs)) = (is_group, &diagnosis.other_legs) {
         push_other_legs(&mut block, legs, elapsed);
     }
@@ -381,7 +381,7 @@ fn listener_block(diagnosis: &Diagnosis, listener_diagnosis: &ListenerDiagnosis)
             }
         );
     }
-    push_places(&mut block, &listener_diagnosis.connections);
+    push_ports_and_peers(&mut block, &listener_diagnosis.connections);
     block
 }
 
@@ -393,7 +393,7 @@ fn push_causes(block: &mut String, counts: &SocketCounts, circumstance: Circumst
 }
 
 /// The main ports and peers.
-fn push_places(block: &mut String, counts: &SocketCounts) {
+fn push_ports_and_peers(block: &mut String, counts: &SocketCounts) {
     if counts.stuck == 0 {
         return;
     }
