@@ -212,7 +212,7 @@ pub fn find_and_plan(
         Err(error) if swept.is_empty() => return Err(error),
         Err(error) => {
             let mut scan = finder::empty_scan(namespaces);
-            scan.coverage.unlisted = Some(format!("{error:#}"));
+            scan.coverage.relist_failure = Some(format!("{error:#}"));
             scan
         }
         Ok(scan) => scan,

@@ -93,8 +93,8 @@ impl Ends {
             true => Vec::new(),
             false => {
                 let states = StateSet::from(TcpState::CloseWait);
-                let (listed, unlisted) = connections::list(namespaces, states, &|_| true);
-                error = error.or(unlisted);
+                let (listed, listing_failure) = connections::list(namespaces, states, &|_| true);
+                error = error.or(listing_failure);
                 listed
             }
         };

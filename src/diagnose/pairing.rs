@@ -95,9 +95,9 @@ pub fn other_ends<'s, 'c>(
             false => only(others()),
         }
     };
-    let place = |socket: &Socket| (socket.netns, socket.cookie());
+    let key = |socket: &Socket| (socket.netns, socket.cookie());
     sockets
-        .filter_map(|socket| Some((place(socket), other_end(socket)?)))
+        .filter_map(|socket| Some((key(socket), other_end(socket)?)))
         .collect()
 }
 
@@ -164,9 +164,9 @@ pub fn other_legs(stuck: &[Leg], stalled: &[Leg]) -> Option<Vec<OtherLeg>> {
         return None;
     }
     let mut legs: Vec<OtherLeg> = Vec::new();
-    let mut places: HashMap<SocketAddr, usize> = HashMap::new();
+    let mut indices: HashMap<SocketAddr, usize> = HashMap::new();
     for leg in stalled {
-        let place = *places.entry(leg.peer).or_insert_with(|| {
+        let index = *indices.entry(leg.peer).or_insert_with(|| {
             legs.push(OtherLeg {
                 peer: leg.peer,
                 count: 0,
@@ -174,8 +174,8 @@ pub fn other_legs(stuck: &[Leg], stalled: &[Leg]) -> Option<Vec<OtherLeg>> {
             });
             legs.len() - 1
         });
-        legs[place].count += 1;
-        legs[place].send_q += u64::from(leg.send_q);
+        legs[index].count += 1;
+        legs[index].send_q += u64::from(leg.send_q);
     }
     legs.sort_by(|a, b| b.count.cmp(&a.count).then_with(|| a.peer.cmp(&b.peer)));
     Some(legs)

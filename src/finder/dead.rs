@@ -306,10 +306,10 @@ fn scan_table(
         .par_chunks(fds::CHUNK)
         .map(|numbers| split_by_list(fds.as_fd(), numbers, listed))
         .collect::<io::Result<Vec<_>>>()?;
-    let (unlisted, connections): (Vec<_>, Vec<_>) = chunks.into_iter().unzip();
-    let (unlisted, mut connections) = (unlisted.concat(), connections.concat());
+    let (not_in_table, connections): (Vec<_>, Vec<_>) = chunks.into_iter().unzip();
+    let (not_in_table, mut connections) = (not_in_table.concat(), connections.concat());
     let used = numbers.len();
-    if unlisted.is_empty() {
+    if not_in_table.is_empty() {
         return Ok(ScannedTable {
             used,
             connections,
@@ -323,23 +323,23 @@ fn scan_table(
     };
     let suspect = |&(fd, inode): &(RemoteFd, u32)| {
         if !may_be_tcp(&proc.path(&format!("{}/{name}/{}", process.id.pid, fd.0)))? {
-            return Ok(Unlisted::Other);
+            return Ok(NotInTable::Other);
         }
         let verdict = match &pidfd {
             Ok(pidfd) => examine(pidfd.as_fd(), fd, inode),
             Err(errno) => Some(SuspectVerdict::Unknown(*errno)),
         };
         Ok(match verdict {
-            Some(verdict) => Unlisted::Suspect(Suspect {
+            Some(verdict) => NotInTable::Suspect(Suspect {
                 fd,
                 tid,
                 inode,
                 verdict,
             }),
-            None => Unlisted::Alive(inode),
+            None => NotInTable::Alive(inode),
         })
     };
-    let found: Vec<Unlisted> = unlisted
+    let found: Vec<NotInTable> = not_in_table
         .par_iter()
         .with_min_len(fds::CHUNK)
         .map(suspect)
@@ -347,9 +347,9 @@ fn scan_table(
     let mut suspects = Vec::new();
     for socket in found {
         match socket {
-            Unlisted::Suspect(suspect) => suspects.push(suspect),
-            Unlisted::Alive(inode) => connections.push(inode),
-            Unlisted::Other => {}
+            NotInTable::Suspect(suspect) => suspects.push(suspect),
+            NotInTable::Alive(inode) => connections.push(inode),
+            NotInTable::Other => {}
         }
     }
     suspects.sort_unstable_by_key(|suspect| suspect.fd);
@@ -361,7 +361,7 @@ fn scan_table(
 }
 
 /// A descriptor of a socket that the kernel does not list among those of TCP.
-enum Unlisted {
+enum NotInTable {
     Suspect(Suspect),
     /// A TCP or MPTCP socket that is alive, as one that was connected after the list was made; or a descriptor that is closed by now.
     Alive(u32),
@@ -378,11 +378,11 @@ fn split_by_list(
     numbers: &[i32],
     listed: &HashSet<u32>,
 ) -> io::Result<SplitByList> {
-    let (mut unlisted, mut connections) = (Vec::new(), Vec::new());
+    let (mut not_in_table, mut connections) = (Vec::new(), Vec::new());
     for &number in numbers {
         match fds::read_socket_link(fds, number) {
             Ok(Some(inode)) if !listed.contains(&inode) => {
-                unlisted.push((RemoteFd(number), inode));
+                not_in_table.push((RemoteFd(number), inode));
             }
             Ok(Some(inode)) => connections.push(inode),
             Ok(None) => {}
@@ -391,7 +391,7 @@ fn split_by_list(
             Err(error) => return Err(error),
         }
     }
-    Ok((unlisted, connections))
+    Ok((not_in_table, connections))
 }
 
 /// Whether the kernel names TCP or MPTCP as the protocol of the socket of the descriptor at `path`. A TCP socket that an MPTCP

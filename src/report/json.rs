@@ -49,7 +49,7 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
         }),
         unexamined_descriptors: coverage.unexamined_descriptors,
         unplaced_sockets: coverage.unplaced_sockets,
-        unlisted: coverage.unlisted.as_deref(),
+        relist_failure: coverage.relist_failure.as_deref(),
         backlogs: run.backlogs.as_ref().map(|backlogs| {
             let json = |backlog| json_backlog(run, backlog);
             backlogs.iter().map(json).collect()
@@ -148,7 +148,7 @@ struct Tail<'a> {
     unexamined_descriptors: usize,
     unplaced_sockets: usize,
     /// The error that ended a scan early: more sockets may match.
-    unlisted: Option<&'a str>,
+    relist_failure: Option<&'a str>,
     /// The backlogs with dead connections; `None` without `--drain-backlog`.
     backlogs: Option<Vec<JsonBacklog<'a>>>,
     /// `None` without `--reclaim`.

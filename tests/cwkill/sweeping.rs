@@ -210,7 +210,7 @@ fn half_swept(lab: &Lab, swept: Vec<Target>) -> Result<()> {
     let notes = report::notes::notes(&run).join("\n");
     let unlisted = "could not be listed (cannot apply the expression";
     assert!(notes.contains(unlisted), "{notes}");
-    run.scan.coverage.unlisted = None;
+    run.scan.coverage.relist_failure = None;
     assert_eq!(report::exit_status(&run), ExitStatus::Done);
     Ok(())
 }

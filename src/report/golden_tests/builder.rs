@@ -704,8 +704,8 @@ impl Case {
         self
     }
 
-    pub fn unlisted(mut self, why: &'static str) -> Self {
-        self.coverage.unlisted = Some(why.to_owned());
+    pub fn relist_failure(mut self, why: &'static str) -> Self {
+        self.coverage.relist_failure = Some(why.to_owned());
         self
     }
 

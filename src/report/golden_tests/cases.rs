@@ -515,9 +515,9 @@ pub fn acts() -> Vec<Case> {
             .attempt("shutdown", "denied-ptrace")
             .closed_by("destroy")
             .no_longer_open()]),
-        case("act-unlisted", "--all --no-owners")
+        case("act-relist-failure", "--all --no-owners")
             .sockets([swept(0).closed_by("destroy")])
-            .unlisted("cannot list sockets: no"),
+            .relist_failure("cannot list sockets: no"),
         case("quiet", "--all --quiet").sockets([owned(0).closed_by("shutdown"), owned(1).failed()]),
         done("watched-none", "--all --watch-refill 10s").watched(10_000, []),
         done("watched-none-blind", "--all --watch-refill 10s")
