@@ -6,6 +6,7 @@
  * Every mode has a heartbeat of 1 ms. More modes are in waits.c, works.c, reacts.c, transfers.c, hangs.c, ring.c
  * and spins.c:
  *   idle   THREADS idle threads
+ *   sleeps THREADS threads that sleep
  *   epoll  leaked sockets are in an epoll set
  *   kill, errno, log   a seccomp filter kills the process on close(2), refuses the call, or only logs it
  *   no-open   a seccomp filter kills the process on openat(2)
@@ -297,6 +298,17 @@ static void *idle(void *unused)
     pthread_mutex_lock(&never_lock);
     for (;;)
         pthread_cond_wait(&never, &never_lock);
+    return unused;
+}
+
+/* sleeps */
+
+static void *sleeps(void *unused)
+{
+    for (;;) {
+        struct timespec hour = {3600, 0};
+        clock_nanosleep(CLOCK_MONOTONIC, 0, &hour, NULL);
+    }
     return unused;
 }
 
@@ -687,6 +699,8 @@ int main(int argc, char **argv)
         else if (!strcmp(mode, "idle") || !strcmp(mode, "execs") || !strcmp(mode, "hangs")
             || (has_loop(mode) && i > 0))
             start(idle, NULL);
+        else if (!strcmp(mode, "sleeps"))
+            start(sleeps, NULL);
         else if (!strcmp(mode, "unshared")) {
             static sem_t ready;
             sem_init(&ready, 0, 0);

@@ -57,7 +57,7 @@ impl Syscall {
         }
     }
 
-    /// The harm if this call, in which a thread waits, seems to return 0 because cwkill was killed.
+    /// The harm if this call, in which a thread waits, seems to return the result of cwkill's call because cwkill was killed.
     pub fn false_return_risk(&self) -> FalseReturnRisk {
         /// include/uapi/linux/futex.h: the operation without its flags.
         const FUTEX_COMMAND: u64 = 0x7f;
@@ -70,11 +70,11 @@ impl Syscall {
                 FUTEX_WAIT | FUTEX_WAIT_BITSET => FalseReturnRisk::None,
                 _ => FalseReturnRisk::High,
             },
-            libc::SYS_nanosleep | libc::SYS_clock_nanosleep => FalseReturnRisk::None,
+            libc::SYS_nanosleep | libc::SYS_clock_nanosleep => FalseReturnRisk::Ignored,
             // It continues a sleep, a futex wait with a timeout, or poll(2), with the arguments of that call. The second
             // argument of a sleep is an address or 0. The second argument of poll is the number of descriptors.
             libc::SYS_restart_syscall => match self.arguments[1] {
-                0 | MAX_DESCRIPTORS.. => FalseReturnRisk::None,
+                0 | MAX_DESCRIPTORS.. => FalseReturnRisk::Ignored,
                 _ => FalseReturnRisk::Low,
             },
             libc::SYS_epoll_pwait
@@ -88,10 +88,14 @@ impl Syscall {
     }
 }
 
-/// The harm if a thread's own call seems to return 0 because cwkill was killed while its call replaced the thread's own.
+/// The harm if a thread's own call seems to return another result because cwkill was killed while its call replaced the thread's own.
+/// The calls that close descriptors return 0; those that replace a standard descriptor also return descriptors and an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum FalseReturnRisk {
-    /// The call may return 0 at any time: a spurious wake-up, or a timeout.
+    /// A sleep: any result that is no error is its end.
+    Ignored,
+    /// The call may return 0 at any time: a spurious wake-up. glibc ends the program after another result of a futex wait
+    /// (sysdeps/nptl/futex-internal.h, futex_fatal_error).
     None,
     /// 0 means that no event has occurred.
     Low,

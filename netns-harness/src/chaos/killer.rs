@@ -47,7 +47,8 @@ impl Killer {
         command.extend(["--port".into(), format!("{first},{second}").into()]);
         let options = ["--method", method, "--grace", GRACE, "--min-idle", MIN_IDLE];
         command.extend(options.map(OsString::from));
-        command.push("--json".into());
+        // The server waits for the FIN of some connections with poll(2), and would be left alone for it.
+        command.extend(["--allow-spin".into(), "--json".into()]);
         if let Some(age) = min_age {
             command.extend(["--min-age".into(), format!("{}ms", age.as_millis()).into()]);
         }

@@ -299,10 +299,11 @@ fn sigkill_ends_only_calls_that_may_end() -> Result<()> {
 }
 
 /// While /dev/null is opened and put in the place of standard input, output and error. At any point the next file of the owner gets
-/// another number. At most one descriptor of /dev/null is left behind by each kill.
+/// another number. At most one descriptor of /dev/null is left behind by each kill. Its threads sleep: cwkill prefers such a thread,
+/// which takes any result of a call of cwkill for the end of its sleep.
 fn sigkill_leaves_no_standard_descriptor_free() -> Result<()> {
     let lab = Lab::new()?;
-    let mut owner = LeakyOwner::start(lab.app_host(), Build::Plain, "idle", 4)?;
+    let mut owner = LeakyOwner::start(lab.app_host(), Build::Plain, "sleeps", 4)?;
     owner.order("inetd")?;
     let before = super::links_of(owner.pid())?.len();
     let (mut begun, mut whole, mut kills) = (0, 0, 0);
