@@ -1,33 +1,64 @@
 //! The arguments of `cwkill check`.
 
+use std::time::Duration;
+
 use super::{Selection, values};
+use crate::check::threshold::Threshold;
+
+const AFTER_HELP: &str = "\
+A RANGE is as in the guidelines for monitoring plugins. It alerts outside itself, with @ inside.
+With % the value is how much of its limit of open files (RLIMIT_NOFILE) the leak takes from the
+process that is nearest to its limit.
+  100      more than 100                 10:20    less than 10, or more than 20
+  10:      less than 10                  @10:20   from 10 to 20
+  ~:5      more than 5                   80%      more than 80 % of the limit
+
+Examples:
+  cwkill check -w 100 -c 500 --min-age 1m  sockets that have been stuck for a minute
+  cwkill check -c 0 --process java         CRITICAL as soon as java has a stuck socket
+  cwkill check -w 50% -c 80% --unit tomcat whether the leak is about to use up the descriptors
+
+Exit status: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN (also after wrong usage).";
 
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = AFTER_HELP)]
 pub struct CheckArgs {
     #[command(flatten)]
     pub selection: Selection,
 
-    /// WARNING at N sockets or more
+    /// WARNING outside this range: 100 (more than 100), 10:20, @10:20, 80% (of RLIMIT_NOFILE)
     #[arg(
         short,
         long,
-        value_name = "N",
+        value_name = "RANGE",
         value_parser = values::threshold,
+        allow_hyphen_values = true,
         help_heading = "Thresholds"
     )]
-    pub warning: u64,
+    pub warning: Option<Threshold>,
 
-    /// CRITICAL at N sockets or more
+    /// CRITICAL outside this range
     #[arg(
         short,
         long,
-        value_name = "N",
+        value_name = "RANGE",
         value_parser = values::threshold,
+        allow_hyphen_values = true,
         help_heading = "Thresholds"
     )]
-    pub critical: u64,
+    pub critical: Option<Threshold>,
 
-    /// Thresholds are a percentage of RLIMIT_NOFILE, for the process closest to its limit
+    /// Take every threshold as a percentage, as if it were written with %
     #[arg(long, help_heading = "Thresholds")]
     pub percent_of_limit: bool,
+
+    /// UNKNOWN if the check takes longer: 10 (seconds) or 500ms
+    #[arg(
+        short,
+        long,
+        value_name = "SECONDS",
+        value_parser = values::timeout,
+        help_heading = "Thresholds"
+    )]
+    pub timeout: Option<Duration>,
 }

@@ -21,4 +21,8 @@ pub struct DiagnoseArgs {
     /// Print one JSON document
     #[arg(long, help_heading = "Output")]
     pub json: bool,
+
+    /// Exit with 0 instead of 1 if there is nothing to report
+    #[arg(long, help_heading = "Output")]
+    pub ok_if_none: bool,
 }

@@ -39,8 +39,9 @@ Examples:
   cwkill 'sport = :8080 and dst 10.0.0.0/8'
                                            a filter in the syntax of ss(8)
 
-Exit status: 0 all matched sockets are closed (or something was listed), 1 nothing matched,
-2 wrong usage, 3 could not run at all, 4 some matched sockets are not closed.";
+Exit status: 0 all matched sockets are closed (or something was listed), 1 nothing matched (0 with
+--ok-if-none), 2 wrong usage, 3 could not run at all, 4 some matched sockets are not closed. Sockets
+over --max-kills do not count.";
 
 const DOCTOR_HELP: &str = "\
 Tries every method on connections of its own over loopback, and touches nothing else.
@@ -50,7 +51,7 @@ Exit status: 0 auto works fully, 1 in part (or it could not be tried), 2 wrong u
 /// Close TCP sockets stuck in CLOSE-WAIT without killing the process that leaks them.
 #[derive(Debug, Parser)]
 #[command(name = "cwkill", version, after_help = AFTER_HELP, max_term_width = 100)]
-#[command(args_conflicts_with_subcommands = true)]
+#[command(args_conflicts_with_subcommands = true, propagate_version = true)]
 pub struct Cli {
     /// The arguments without a command: list or close.
     #[command(flatten)]
@@ -191,6 +192,10 @@ pub struct Output {
     /// Print errors only
     #[arg(short, long, conflicts_with_all = ["json", "jsonl", "verbose"])]
     pub quiet: bool,
+
+    /// Exit with 0 instead of 1 if nothing matched
+    #[arg(long)]
+    pub ok_if_none: bool,
 
     /// Print every owner and every attempt
     #[arg(short, long, action = ArgAction::SetTrue)]

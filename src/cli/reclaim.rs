@@ -23,7 +23,7 @@ Examples:
   cwkill reclaim --pid 4711                close them there
 
 Exit status: 0 all of them are closed (or something was listed), 1 there are
-none, 2 wrong usage, 3 could not run at all, 4 some are still open.";
+none (0 with --ok-if-none), 2 wrong usage, 3 could not run at all, 4 some are still open.";
 
 /// The limits for closing descriptors in their owners.
 #[derive(Debug, clap::Args)]

@@ -12,6 +12,7 @@ use ipnet::{IpNet, Ipv4Net};
 use nix::unistd::{Uid, User};
 
 use super::{LogTarget, MethodChoice};
+use crate::check::threshold::Threshold;
 use crate::filter::Services;
 use crate::filter::selectors::UnitName;
 use crate::model::{Cause, Method};
@@ -287,12 +288,23 @@ pub(super) fn positive_duration(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// A threshold of a monitoring plugin. It is reached at this number or more.
-pub(super) fn threshold(text: &str) -> Result<u64, String> {
-    match text.parse() {
-        Ok(0) => Err("0 is always reached; must be 1 or more, for example 100".into()),
-        Ok(number) => Ok(number),
-        Err(_) => Err("not a whole number; for example 100".into()),
+/// A threshold of a monitoring plugin.
+pub(super) fn threshold(text: &str) -> Result<Threshold, String> {
+    text.parse()
+}
+
+/// A time limit. Monitoring systems give a number of seconds.
+pub(super) fn timeout(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse::<u32>().map(u64::from);
+    let limit = seconds.map_or_else(
+        |_| duration(text),
+        |seconds| Ok(Duration::from_secs(seconds)),
+    );
+    match limit {
+        Ok(limit) if !limit.is_zero() => Ok(limit),
+        _ => Err(format!(
+            "`{text}` is not a time limit; for example 10 (seconds) or 500ms"
+        )),
     }
 }
 

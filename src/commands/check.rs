@@ -2,14 +2,16 @@
 
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use super::{drop_capabilities_and_start_threads, refuse, say_notes};
-use crate::check::{self, CheckConfig, Status};
+use crate::check::{self, CheckConfig, CheckResult, Status};
 use crate::cli::CheckArgs;
 use crate::history::History;
 use crate::privileges::capabilities;
 use crate::proc::ProcFs;
-use crate::terminal::print_usage;
+use crate::terminal::{print_usage, say};
 
 pub(super) fn run(args: CheckArgs) -> ExitCode {
     let check = CheckConfig::from_args(args).unwrap_or_else(|error| refuse(&error));
@@ -19,14 +21,43 @@ pub(super) fn run(args: CheckArgs) -> ExitCode {
         true,
         check.scope.selectors.selects_owners(),
     ));
+    if let Some(timeout) = check.timeout {
+        end_after(timeout);
+    }
     let mut history = History::open();
     let result = check::run(&check, &ProcFs::default(), &mut history)
         .unwrap_or_else(|error| check::unknown(&format!("{error:#}")));
     say_notes(history.take_notes());
+    answer(&result).into()
+}
+
+/// A result has been chosen: that of the check, or that of the time limit.
+static ANSWERED: AtomicBool = AtomicBool::new(false);
+
+/// Writes the line. Returns the status. If the time limit has written its line already, waits for the end of the process.
+fn answer(result: &CheckResult) -> Status {
+    while ANSWERED.swap(true, Ordering::SeqCst) {
+        std::thread::park();
+    }
     match writeln!(io::stdout(), "{}", result.line) {
-        Ok(()) => result.status.into(),
+        Ok(()) => result.status,
         // The line was not written, so the monitoring system does not know the status.
-        Err(_) => Status::Unknown.into(),
+        Err(_) => Status::Unknown,
+    }
+}
+
+/// Ends cwkill with UNKNOWN after this time, also if a system call of the check hangs.
+fn end_after(timeout: Duration) {
+    let end = move || {
+        std::thread::sleep(timeout);
+        let why = format!("no result within {}", crate::text::age(timeout));
+        let status = answer(&check::unknown(&why));
+        std::process::exit(status as i32)
+    };
+    if let Err(error) = std::thread::Builder::new().spawn(end) {
+        say(format_args!(
+            "note: --timeout has no effect, because its thread cannot be started: {error}"
+        ));
     }
 }
 

@@ -22,6 +22,7 @@ pub(super) fn run(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
         selection,
         sample,
         json,
+        ok_if_none: _,
     } = args;
     let scope = Scope::from_args(selection).unwrap_or_else(|error| refuse(&error));
     say_notes(&scope.notes);

@@ -38,12 +38,19 @@ pub fn prepare() {
 
 /// Runs the command, and returns the exit status.
 pub fn run(cli: Cli) -> ExitCode {
+    let none_is_ok = match &cli.command {
+        None => cli.args.output.ok_if_none,
+        Some(Command::Diagnose(args)) => args.ok_if_none,
+        Some(Command::Reclaim(args)) => args.output.ok_if_none,
+        Some(_) => false,
+    };
+    let code = |status: ExitStatus| ExitCode::from(status.with_none_ok(none_is_ok));
     let ended = match cli.command {
-        None => close::run(cli.args).map(ExitCode::from),
-        Some(Command::Diagnose(args)) => diagnose::run(args).map(ExitCode::from),
+        None => close::run(cli.args).map(code),
+        Some(Command::Diagnose(args)) => diagnose::run(args).map(code),
         Some(Command::Check(args)) => return check::run(args),
         Some(Command::Doctor(args)) => doctor::run(&args),
-        Some(Command::Reclaim(args)) => reclaim::run(args).map(ExitCode::from),
+        Some(Command::Reclaim(args)) => reclaim::run(args).map(code),
         Some(Command::Completions { shell }) => print_completions(shell),
     };
     ended.unwrap_or_else(|error| {

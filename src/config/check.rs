@@ -1,6 +1,7 @@
 //! The configuration of `cwkill check`.
 
 use super::{invalid, usage};
+use crate::check::threshold::{Threshold, Unit};
 use crate::check::{CheckConfig, Thresholds};
 use crate::cli::CheckArgs;
 use crate::filter::Scope;
@@ -16,22 +17,59 @@ impl CheckConfig {
             warning,
             critical,
             percent_of_limit,
+            timeout,
         } = args;
-        if critical < warning {
+        if warning.is_none() && critical.is_none() {
+            return Err(usage(
+                "a threshold is missing: give --warning, --critical or both, for example -w 100 -c 500",
+            ));
+        }
+        let given = |threshold: Option<Threshold>| match percent_of_limit {
+            true => threshold.map(Threshold::of_limit),
+            false => threshold,
+        };
+        let thresholds = Thresholds {
+            warning: given(warning),
+            critical: given(critical),
+        };
+        let limits = [("-w", thresholds.warning), ("-c", thresholds.critical)]
+            .map(|(option, threshold)| (option, threshold.and_then(upper_limit)));
+        if let [(_, Some((warning, unit))), (_, Some((critical, same)))] = limits
+            && unit == same
+            && critical < warning
+        {
+            let percent = percent(unit);
             return Err(usage(&format!(
-                "-c {critical} is below -w {warning}, so nothing would ever be WARNING: \
-                 for example -w {critical} -c {warning}"
+                "-c {critical}{percent} is below -w {warning}{percent}, so nothing would ever be WARNING: \
+                 for example -w {critical}{percent} -c {warning}{percent}"
             )));
         }
-        if percent_of_limit && critical > 100 {
-            return Err(invalid(&format!(
-                "-c {critical} percent of a limit is never reached; for example -w 50 -c 80"
-            )));
+        for (option, limit) in limits {
+            if let Some((limit, Unit::PercentOfLimit)) = limit
+                && limit >= 100
+            {
+                return Err(invalid(&format!(
+                    "{option} {limit}% never alerts, since a process cannot open more descriptors than its limit; \
+                     for example -w 50% -c 80%"
+                )));
+            }
         }
         Ok(CheckConfig {
             scope: Scope::from_args(selection)?,
-            thresholds: Thresholds { warning, critical },
-            percent_of_limit,
+            thresholds,
+            timeout,
         })
+    }
+}
+
+/// The upper limit of a threshold that has only this, with its unit.
+fn upper_limit(threshold: Threshold) -> Option<(u64, Unit)> {
+    threshold.upper_limit().map(|limit| (limit, threshold.unit))
+}
+
+fn percent(unit: Unit) -> &'static str {
+    match unit {
+        Unit::Sockets => "",
+        Unit::PercentOfLimit => "%",
     }
 }

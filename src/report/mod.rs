@@ -18,7 +18,7 @@ mod golden_tests;
 
 use std::process::ExitCode;
 
-use crate::model::{Backlog, Outcome, ReclaimOutcome, Scan, Spinning};
+use crate::model::{Backlog, Outcome, ReclaimOutcome, Scan, SkipReason, Spinning};
 use crate::proc::ProcessId;
 use crate::reclaim::StopStats;
 use crate::text::counted;
@@ -74,6 +74,8 @@ pub struct SocketCounts {
     /// They changed their state before cwkill acted.
     pub gone: usize,
     pub skipped: usize,
+    /// Those of `skipped` that were left for a later run, because older sockets had reached `--max-kills`.
+    pub over_max_kills: usize,
     /// No method closed them.
     pub failed: usize,
     /// They were left alone because data has moved in them (`--min-idle`). They are not among `matched`.
@@ -88,6 +90,8 @@ impl SocketCounts {
             ..SocketCounts::default()
         };
         for outcome in run.scan.targets.iter().filter_map(|target| target.outcome) {
+            let is_over = outcome == Outcome::Skipped(SkipReason::OverMaxKills);
+            counts.over_max_kills += usize::from(is_over);
             *match outcome {
                 Outcome::Closed(_) => &mut counts.closed,
                 Outcome::Closing(..) => &mut counts.closing,
@@ -109,7 +113,8 @@ impl SocketCounts {
         for (count, name) in [
             (self.closing, "closing"),
             (self.gone, "gone"),
-            (self.skipped, "skipped"),
+            (self.skipped - self.over_max_kills, "skipped"),
+            (self.over_max_kills, "over --max-kills"),
             (self.failed, "failed"),
         ] {
             if count > 0 {
@@ -119,11 +124,12 @@ impl SocketCounts {
         line
     }
 
-    /// The exit status by these counts alone; [`exit_status`] adds the coverage.
+    /// The exit status by these counts alone; [`exit_status`] adds the coverage. A run that was to close at most so many sockets
+    /// has done its job if these are closed.
     pub fn exit_status(&self) -> ExitStatus {
         if self.matched == 0 {
             ExitStatus::NothingMatched
-        } else if self.closing + self.skipped + self.failed > 0 {
+        } else if self.closing + self.skipped - self.over_max_kills + self.failed > 0 {
             ExitStatus::NotAllClosed
         } else {
             ExitStatus::Done
@@ -168,7 +174,7 @@ fn all_reclaimed(scan: &Scan) -> bool {
 ///
 /// | status | meaning |
 /// |---|---|
-/// | 0 | every matched socket is closed and every backlog drained, or the listing or dry run matched something |
+/// | 0 | every matched socket is closed (of those that `--max-kills` allows) and every backlog drained, or the listing or dry run matched something |
 /// | 1 | nothing matched |
 /// | 2 | wrong usage: clap exits with it |
 /// | 3 | the job could not be done at all |
@@ -179,6 +185,16 @@ pub enum ExitStatus {
     NothingMatched = 1,
     Impossible = 3,
     NotAllClosed = 4,
+}
+
+impl ExitStatus {
+    /// The same status, or [`ExitStatus::Done`] if nothing matched and `is_ok` (`--ok-if-none`).
+    pub fn with_none_ok(self, is_ok: bool) -> Self {
+        match self {
+            ExitStatus::NothingMatched if is_ok => ExitStatus::Done,
+            status => status,
+        }
+    }
 }
 
 impl From<ExitStatus> for ExitCode {
@@ -200,7 +216,7 @@ mod tests {
             gone,
             skipped,
             failed,
-            in_use: 0,
+            ..SocketCounts::default()
         };
         let status = |t: SocketCounts| t.exit_status();
         assert_eq!(status(counts(0, 0, 0, 0, 0)), ExitStatus::NothingMatched);
@@ -209,5 +225,42 @@ mod tests {
         assert_eq!(status(counts(5, 1, 0, 0, 0)), ExitStatus::NotAllClosed);
         assert_eq!(status(counts(5, 0, 0, 1, 0)), ExitStatus::NotAllClosed);
         assert_eq!(status(counts(5, 0, 0, 0, 1)), ExitStatus::NotAllClosed);
+    }
+
+    #[test]
+    fn a_run_that_reaches_its_limit_has_done_its_job() {
+        let counts = |closed, skipped, over_max_kills| SocketCounts {
+            matched: 5,
+            closed,
+            skipped,
+            over_max_kills,
+            gone: 5 - closed - skipped,
+            ..SocketCounts::default()
+        };
+        let status = |counts: SocketCounts| counts.exit_status();
+        assert_eq!(status(counts(2, 3, 3)), ExitStatus::Done);
+        assert_eq!(status(counts(0, 3, 3)), ExitStatus::Done, "two are gone");
+        assert_eq!(status(counts(2, 3, 2)), ExitStatus::NotAllClosed);
+        assert_eq!(
+            counts(2, 3, 3).sentence(),
+            "5 sockets matched: 2 closed, 3 over --max-kills"
+        );
+        assert_eq!(
+            counts(2, 3, 2).sentence(),
+            "5 sockets matched: 2 closed, 1 skipped, 2 over --max-kills"
+        );
+    }
+
+    #[test]
+    fn only_the_status_of_nothing_can_be_made_a_success() {
+        use ExitStatus::{Done, Impossible, NotAllClosed, NothingMatched};
+        let with = |is_ok| {
+            [Done, NothingMatched, Impossible, NotAllClosed].map(|it| it.with_none_ok(is_ok))
+        };
+        assert_eq!(with(true), [Done, Done, Impossible, NotAllClosed]);
+        assert_eq!(
+            with(false),
+            [Done, NothingMatched, Impossible, NotAllClosed]
+        );
     }
 }

@@ -74,7 +74,7 @@ fn on_a_terminal_several_processes_need_an_answer() -> Result<()> {
         assert_eq!(stuck()?, left, "{line}");
     }
     let _third = lab.start("unread", Family::V4, alone(8003, 1))?;
-    on_a_terminal(&lab, "--port 8002,8003 --max-kills 2", "y\\n")?.exits(4);
+    on_a_terminal(&lab, "--port 8002,8003 --max-kills 2", "y\\n")?.exits(0);
     assert_eq!(stuck()?, 1);
     let _fourth = lab.start("unread", Family::V4, alone(8004, 1))?;
     let ran = on_a_terminal(&lab, "--all", "")?.exits(0);

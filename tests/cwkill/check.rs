@@ -7,7 +7,7 @@ use crate::support::{CWKILL, Ran, alone, count, cwkill, in_state, lab, ran};
 use crate::trial::{Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
-    each_family!(a_threshold_is_reached_at_exactly_its_value),
+    each_family!(a_threshold_alerts_above_its_value),
     once!(percent_is_of_the_limit_of_the_owner),
     once!(every_failure_is_status_unknown),
     once!(sockets_with_unknown_owners_are_not_ok),
@@ -28,14 +28,25 @@ fn line(ran: &Ran) -> Result<(String, Vec<(String, String)>)> {
     Ok((text.to_owned(), pairs))
 }
 
-fn a_threshold_is_reached_at_exactly_its_value(family: Family) -> Result<()> {
+fn a_threshold_alerts_above_its_value(family: Family) -> Result<()> {
     let (lab, leak) = lab("unread", family, 5)?;
     let _bystanders = lab.start("established", family, count(3))?;
     for (options, code, word) in [
-        ("-w 6 -c 7", 0, "OK"),
-        ("-w 5 -c 6", 1, "WARNING"),
-        ("-w 5 -c 5", 2, "CRITICAL"),
+        ("-w 5 -c 6", 0, "OK"),
+        ("-w 4 -c 5", 1, "WARNING"),
+        ("-w 4 -c 4", 2, "CRITICAL"),
         ("--warning 1 --critical 2", 2, "CRITICAL"),
+        ("-w 4", 1, "WARNING"),
+        ("-c 5", 0, "OK"),
+        ("-c 0", 2, "CRITICAL"),
+        ("-c 0 --port 9", 0, "OK"),
+        ("-w 5: -c 4:", 0, "OK"),
+        ("-w 6: -c 5:", 1, "WARNING"),
+        ("-c 1:4", 2, "CRITICAL"),
+        ("-c 5:5", 0, "OK"),
+        ("-w @5:9 -c ~:9", 1, "WARNING"),
+        ("-w @6:9 -c @0:4", 0, "OK"),
+        ("-w 4 -t 60", 1, "WARNING"),
         ("-w 1 -c 2 --port 9", 0, "OK"),
         ("-w 1 -c 9 --port 8080 --cause unread", 1, "WARNING"),
         ("-w 1 -c 9 sport = :8080", 1, "WARNING"),
@@ -53,9 +64,9 @@ fn a_threshold_is_reached_at_exactly_its_value(family: Family) -> Result<()> {
             assert!(text.contains(&whose), "{text}");
         }
     }
-    let (_, values) = line(&cwkill(&lab, "check -w 6 -c 7")?)?;
+    let (_, values) = line(&cwkill(&lab, "check -w @6:7 -c ~:7")?)?;
     let wanted = [
-        ("stuck", "5;6;7;0;"),
+        ("stuck", "5;@6:7;7;0;"),
         ("not_accepted", "0;;;0;"),
         ("unread", "5;;;0;"),
         ("drained", "0;;;0;"),
@@ -72,8 +83,18 @@ fn percent_is_of_the_limit_of_the_owner() -> Result<()> {
     let pid = leak.app().pid();
     let line = format!("--pid {pid} --nofile=50:");
     ran(lab.app_host().command("prlimit").args(line.split(' ')))?.exits(0);
-    for (options, code) in [("-w 21 -c 90", 0), ("-w 20 -c 90", 1), ("-w 10 -c 20", 2)] {
-        let ran = cwkill(&lab, &format!("check --percent-of-limit {options}"))?.exits(code);
+    for (options, code) in [
+        ("-w 20% -c 90%", 0),
+        ("-w 19% -c 90%", 1),
+        ("-w 10% -c 19%", 2),
+        ("-w 19 -c 90 --percent-of-limit", 1),
+        ("-c 20%:90%", 0),
+        ("-c 21%:90%", 2),
+        // A number of sockets, and a percentage: two owners have 40.
+        ("-w 39 -c 90%", 1),
+        ("-w 19% -c 40", 1),
+    ] {
+        let ran = cwkill(&lab, &format!("check {options}"))?.exits(code);
         let whose = format!("leaky-app/{pid} holds 10 of 50 | percent=20.0%;");
         assert!(ran.stdout.contains(&whose), "{ran:?}");
     }
@@ -86,7 +107,7 @@ fn percent_is_of_the_limit_of_the_owner() -> Result<()> {
         ("--port 8081".to_owned(), 0),
         ("--min-age 1s --port 8080".to_owned(), 0),
     ] {
-        let line = format!("check --percent-of-limit -w 20 -c 90 {selectors}");
+        let line = format!("check -w 19% -c 90% {selectors}");
         let ran = cwkill(&lab, &line)?.exits(code);
         let whose = format!("leaky-app/{pid} holds 10 of 50 (10 of them dead) | percent=20.0%;");
         assert_eq!(ran.stdout.contains(&whose), code == 1);
@@ -105,11 +126,17 @@ fn every_failure_is_status_unknown() -> Result<()> {
     };
     for (options, named) in [
         ("", "--warning"),
-        ("-w 1", "--critical"),
-        ("-w 0 -c 1", "1 or more"),
+        ("-w -5 -c 1", "`-5`"),
         ("-w many -c 1", "many"),
+        ("-w 20:10", "10:20"),
+        ("-w 10:20%", "10%:20%"),
+        ("-w -c 5", "`-c` is not a threshold"),
         ("-w 5 -c 4", "-w 4 -c 5"),
-        ("-w 50 -c 101 --percent-of-limit", "-w 50 -c 80"),
+        ("-w 5% -c 4%", "-w 4% -c 5%"),
+        ("-w 50 -c 101 --percent-of-limit", "-w 50% -c 80%"),
+        ("-w 50% -c 100%", "-w 50% -c 80%"),
+        ("-w 1 -t 0", "10 (seconds)"),
+        ("-w 1 -t soon", "`soon`"),
         ("-w 1 -c 2 --port 80x", "80x"),
         ("-w 1 -c 2 --method destroy", "--method"),
         ("-w 1 -c 2 sport = :8O80", "column 9"),
@@ -124,6 +151,11 @@ fn every_failure_is_status_unknown() -> Result<()> {
         "--port 1 check -w 1 -c 2",
         "`cwkill check --port 1 -w 1 -c 2`",
     )?;
+    // The version is no failure.
+    for option in ["-V", "--version"] {
+        let ran = cwkill(&lab, &format!("check {option}"))?.exits(0);
+        assert!(ran.stdout.contains(env!("CARGO_PKG_VERSION")), "{ran:?}");
+    }
     // The result cannot be written.
     let script = format!("{CWKILL} check -w 5 -c 6 >/dev/full");
     ran(lab.app_host().command("sh").args(["-c", &script]))?.exits(3);
@@ -137,13 +169,15 @@ fn sockets_with_unknown_owners_are_not_ok() -> Result<()> {
         ran(command.args(["check"]).args(options.split(' ')))
     };
     // The number of sockets does not depend on their owners.
-    bare("-w 4 -c 5")?.exits(0);
-    bare("-w 3 -c 5")?.exits(1);
+    bare("-w 3 -c 5")?.exits(0);
+    bare("-w 2 -c 5")?.exits(1);
     // With a selector by owner it does: three sockets may match.
-    let ran = bare("-w 3 -c 5 --process leaky-app")?.exits(3);
+    let ran = bare("-w 2 -c 5 --process leaky-app")?.exits(3);
     assert!(ran.stdout.contains("3 more may match"), "{ran:?}");
-    bare("-w 4 -c 5 --process leaky-app")?.exits(0);
-    let ran = bare("-w 50 -c 80 --percent-of-limit")?.exits(3);
+    bare("-w 3 -c 5 --process leaky-app")?.exits(0);
+    // More of them would end this alert.
+    bare("-c 1: --process leaky-app")?.exits(3);
+    let ran = bare("-w 50% -c 80%")?.exits(3);
     let shown = ran.stdout.contains("the owners of 3 could not be seen");
     assert!(shown, "{ran:?}");
     Ok(())

@@ -14,6 +14,7 @@ pub const TESTS: &[Test] = &[
     once!(a_mention_is_not_a_paragraph),
     once!(closed_output_is_not_an_error),
     once!(options_named_in_the_readme_exist),
+    once!(nothing_is_a_success_if_it_may_be),
 ];
 
 /// A bad command line, the part of it that the error must name, and the good value that the error must suggest.
@@ -108,6 +109,29 @@ fn bad_values_are_named_and_nothing_is_done() -> Result<()> {
         );
     }
     assert_eq!(lab.app_host().ss(&[])?, before);
+    Ok(())
+}
+
+fn nothing_is_a_success_if_it_may_be() -> Result<()> {
+    let lab = Lab::new()?;
+    for line in [
+        "--port 9",
+        "--port 9 -q",
+        "--port 9 -n",
+        "--port 9 --json",
+        "",
+        "diagnose --sample 1ms --port 9",
+        "reclaim -n --process no-such-process",
+        "reclaim --process no-such-process",
+    ] {
+        cwkill(&lab, line)?.exits(1);
+        cwkill(&lab, &format!("{line} --ok-if-none"))?.exits(0);
+    }
+    // What could not be looked at is still no success.
+    let none = lab.app_host().command(CWKILL).capabilities(&[]);
+    ran(none.args(["--all-netns", "--port", "9", "--ok-if-none"]))?.exits(4);
+    cwkill(&lab, "-N no-such-namespace --ok-if-none")?.exits(3);
+    cwkill(&lab, "--port 80x --ok-if-none")?.exits(2);
     Ok(())
 }
 

@@ -67,9 +67,12 @@ fn without_threads_every_command_works() -> Result<()> {
         ("--json".to_owned(), 0),
         ("-n --port 8080".into(), 0),
         (format!("diagnose --sample 1ms --pid {pid}"), 0),
-        (format!("check --warning 1 --critical 2 --pid {pid}"), 2),
-        ("--port 8080 --max-kills 1 --method shutdown".into(), 4),
-        ("--port 8080 --max-kills 1 --method rst".into(), 4),
+        (
+            format!("check --warning 1 --critical 2 --timeout 60 --pid {pid}"),
+            2,
+        ),
+        ("--port 8080 --max-kills 1 --method shutdown".into(), 0),
+        ("--port 8080 --max-kills 1 --method rst".into(), 0),
         ("--port 8080 --method destroy".into(), 0),
         (format!("reclaim -n --pid {pid}"), 0),
     ] {

@@ -327,7 +327,7 @@ fn a_silent_mptcp_peer_leaves_it_closing() -> Result<()> {
 
 fn check_and_diagnose_count_mptcp() -> Result<()> {
     let (lab, leak) = lab("mptcp", Family::V4, 3)?;
-    let line = cwkill(&lab, "check -w 3 -c 10")?.exits(1).stdout;
+    let line = cwkill(&lab, "check -w 2 -c 10")?.exits(1).stdout;
     assert!(line.contains("3 sockets stuck, 3 in leaky-app"), "{line}");
     let diagnosis = cwkill(&lab, "diagnose --sample 10ms --json")?
         .exits(0)

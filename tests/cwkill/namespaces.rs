@@ -324,7 +324,7 @@ fn a_namespace_that_only_sockets_keep_is_found(family: Family) -> Result<()> {
         let ran = outside(&[place, &["-n", "--json"]].concat())?;
         assert_eq!(of(&lab, &ran.sockets())?.len(), 0, "{place:?}");
     }
-    let checked = command_outside(&["check", "-w", "3", "-c", "9", "-p", pid])?.exits(1);
+    let checked = command_outside(&["check", "-w", "2", "-c", "9", "-p", pid])?.exits(1);
     assert!(checked.stdout.contains("3 sockets stuck"), "{checked:?}");
     let diagnosis =
         command_outside(&["diagnose", "--sample", "10ms", "-p", pid, "--json"])?.exits(0);

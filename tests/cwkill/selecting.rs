@@ -110,18 +110,18 @@ fn an_owner_in_another_pid_namespace_may_match(family: Family) -> Result<()> {
             assert_eq!(listed.json()["undecided"], serde_json::json!(5));
             assert!(listed.sockets().is_empty() && !listed.stderr.contains("setcap"));
         }
-        let check = beside(&format!("check -w 5 -c 9 {selector}"))?.exits(3);
+        let check = beside(&format!("check -w 4 -c 9 {selector}"))?.exits(3);
         assert!(check.stdout.contains("5 more may match"), "{check:?}");
-        beside(&format!("check -w 6 -c 9 {selector}"))?.exits(0);
-        beside(&format!("check --percent-of-limit -w 50 -c 80 {selector}"))?.exits(3);
+        beside(&format!("check -w 5 -c 9 {selector}"))?.exits(0);
+        beside(&format!("check -w 50% -c 80% {selector}"))?.exits(3);
         beside(&format!("diagnose --sample 50ms {selector}"))?.exits(4);
     }
     assert_eq!(in_state(&lab, TcpState::CloseWait)?, 5);
     // /proc shows the descriptors of this process, so they are not its sockets.
     beside("-n --pid 1")?.exits(1);
-    beside("check -w 1 -c 2 --pid 1")?.exits(0);
+    beside("check -w 0 -c 2 --pid 1")?.exits(0);
     // Without a selector of owners everything is counted, but the limits of the owners are unknown.
-    beside("check -w 5 -c 6")?.exits(1);
+    beside("check -w 4 -c 6")?.exits(1);
     beside("check --percent-of-limit -w 50 -c 80")?.exits(3);
     // All owners are visible to the others.
     selects(&lab, "--process no-such-name", 0)?;

@@ -43,7 +43,7 @@ fn a_socket_that_only_one_thread_has_is_found_and_closed(family: Family) -> Resu
         "{text}"
     );
     // Also for commands that only count.
-    cwkill(&lab, &format!("check --warning 1 --critical 2 --pid {pid}"))?.exits(2);
+    cwkill(&lab, &format!("check --warning 0 --critical 1 --pid {pid}"))?.exits(2);
     let text = cwkill(&lab, &format!("diagnose --sample 1ms --pid {pid}"))?
         .exits(0)
         .stdout;

@@ -278,7 +278,7 @@ fn only_selected_processes_are_reported(family: Family) -> Result<()> {
     assert_eq!(pids(&format!("--pid {one}"), 0)?, [json!(one)]);
     // The same for the descriptors that a check counts, and for those that a reclaim would close.
     let check = |pid: u32, code: i32| -> Result<String> {
-        let line = format!("check --percent-of-limit -w 1 -c 100 --pid {pid}");
+        let line = format!("check --percent-of-limit -w 1 -c 99 --pid {pid}");
         Ok(cwkill(&lab, &line)?.exits(code).stdout)
     };
     for pid in [guilty, one, other] {

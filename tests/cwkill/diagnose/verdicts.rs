@@ -263,7 +263,7 @@ fn processes_of_one_connection_each_are_one_group(family: Family) -> Result<()> 
         assert!(text.contains("\n8 processes python3: 8 stuck"), "{text}");
         let parent = format!("and 5 more; parent {}\n", server.pid());
         assert!(text.contains(&parent), "{text}");
-        let check = cwkill(&lab, "check -w 1 -c 99 --port 7001")?.exits(1);
+        let check = cwkill(&lab, "check -w 7 -c 99 --port 7001")?.exits(1);
         assert!(
             check.stdout.contains(", 8 in 8 processes named python3,"),
             "{check:?}"
@@ -553,14 +553,21 @@ fn nothing_waits_for_an_executable_on_a_hung_mount() -> Result<()> {
     let opens = lab.app_host().command("timeout");
     let opens = opens.args(["-s", "KILL", "2", "head", "-c", "1", &exe]);
     assert_eq!(ran(opens)?.stdout, "", "the mount does not hang");
+    // A check that waits for such a mount ends in time.
+    let netns = format!("/proc/{pid}/cwd/somewhere");
+    let late = limited(&[CWKILL, "check", "-c", "0", "-t", "500ms", "-N", &netns])?.exits(3);
+    assert_eq!(
+        late.stdout, "CWKILL UNKNOWN: no result within 500ms\n",
+        "{late:?}"
+    );
     for (line, code) in [
         ("-n", 0),
         ("-n --json --all-netns", 0),
         ("-n --reclaim", 0),
         ("diagnose --sample 50ms", 0),
         ("diagnose --sample 50ms --json", 0),
-        ("check -w 1 -c 9", 1),
-        ("check --percent-of-limit -w 1 -c 99", 0),
+        ("check -w 2 -c 9", 1),
+        ("check -w 1% -c 99%", 0),
         ("reclaim -n --process program", 1),
         ("--process program --reclaim --reclaim-age 0s", 0),
         ("doctor", 0),

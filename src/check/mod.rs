@@ -1,11 +1,14 @@
 //! `cwkill check`: compares the number of stuck sockets with thresholds, for a monitoring system.
 //!
 //! The result has the format of monitoring plugins: one line of text, performance data after a bar, and the exit
-//! status. [`by_count`] and [`by_limit`] compute it; both are pure.
+//! status. [`result`] computes it; it is pure. [`threshold`] has the ranges.
+
+pub mod threshold;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::diagnose;
 use crate::filter::Scope;
@@ -16,15 +19,16 @@ use crate::history::History;
 use crate::model::{Cause, Scan};
 use crate::proc::{ProcFs, Process, ProcessId, ProcessKind};
 use crate::text::{age, escape};
+use threshold::{Alert, Fraction, Measure, Threshold, Unit};
 
 /// The status of a monitoring plugin; the number is the exit status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
-    /// Below both thresholds.
+    /// No threshold alerts.
     Ok = 0,
-    /// At or above the warning threshold.
+    /// The warning threshold alerts.
     Warning = 1,
-    /// At or above the critical threshold.
+    /// The critical threshold alerts.
     Critical = 2,
     /// An error, or something that was not visible could change the status.
     Unknown = 3,
@@ -47,25 +51,63 @@ impl From<Status> for std::process::ExitCode {
     }
 }
 
-/// A threshold is reached at this value and above it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The thresholds that were given, one or both.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Thresholds {
-    pub warning: u64,
-    /// Not below `warning`.
-    pub critical: u64,
+    pub warning: Option<Threshold>,
+    pub critical: Option<Threshold>,
 }
 
 impl Thresholds {
-    /// The status if the thresholds are percent and the value is `part` of `whole`. With a `whole` of 100 the
-    /// thresholds are plain numbers.
-    fn judge(self, part: u64, whole: u64) -> Status {
-        let reached =
-            |threshold: u64| u128::from(part) * 100 >= u128::from(threshold) * u128::from(whole);
-        match (reached(self.critical), reached(self.warning)) {
-            (true, _) => Status::Critical,
-            (_, true) => Status::Warning,
-            _ => Status::Ok,
+    fn given(self) -> impl Iterator<Item = Threshold> {
+        self.warning.into_iter().chain(self.critical)
+    }
+
+    /// Whether a threshold is a percentage of a limit.
+    fn use_limits(self) -> bool {
+        self.given()
+            .any(|threshold| threshold.unit == Unit::PercentOfLimit)
+    }
+
+    /// The status. UNKNOWN only if nothing alerts for sure, and something could.
+    fn judge(self, sockets: Measure, of_limit: Option<Measure>) -> Status {
+        let alert = |threshold: Option<Threshold>| {
+            let Some(threshold) = threshold else {
+                return Alert::No;
+            };
+            match (threshold.unit, of_limit) {
+                (Unit::Sockets, _) => threshold.alert(sockets),
+                (Unit::PercentOfLimit, Some(measure)) => threshold.alert(measure),
+                (Unit::PercentOfLimit, None) => Alert::Possible,
+            }
+        };
+        match (alert(self.critical), alert(self.warning)) {
+            (Alert::Yes, _) => Status::Critical,
+            (_, Alert::Yes) => Status::Warning,
+            (Alert::No, Alert::No) => Status::Ok,
+            _ => Status::Unknown,
         }
+    }
+
+    /// Whether a percentage between `low` and `high` decides whether a threshold alerts.
+    fn could_alert(self, low: Fraction, high: Fraction) -> bool {
+        let measure = Measure {
+            at_least: low,
+            at_most: Some(high.max(low)),
+        };
+        let of_limit = |threshold: &Threshold| threshold.unit == Unit::PercentOfLimit;
+        self.given()
+            .filter(of_limit)
+            .any(|threshold| threshold.alert(measure) == Alert::Possible)
+    }
+
+    /// The thresholds of one unit, as performance data write them.
+    fn performance(self, unit: Unit) -> String {
+        let text = |threshold: Option<Threshold>| {
+            let threshold = threshold.filter(|threshold| threshold.unit == unit);
+            threshold.map_or_else(String::new, |threshold| threshold.to_string())
+        };
+        format!("{};{}", text(self.warning), text(self.critical))
     }
 }
 
@@ -73,8 +115,8 @@ impl Thresholds {
 pub struct CheckConfig {
     pub scope: Scope,
     pub thresholds: Thresholds,
-    /// Whether the thresholds are percent of the owner's RLIMIT_NOFILE.
-    pub percent_of_limit: bool,
+    /// The status is UNKNOWN if the check takes longer.
+    pub timeout: Option<Duration>,
 }
 
 /// Scans and compares with the thresholds. Adds to `history` what the scan has seen.
@@ -90,8 +132,8 @@ pub fn run(
     let selectors = &config.scope.selectors;
     let scan = finder::find(&namespaces, proc, selectors, history)?;
     history.add(&scan, selectors);
-    if !config.percent_of_limit {
-        return Ok(by_count(&scan, config.thresholds));
+    if !config.thresholds.use_limits() {
+        return Ok(result(&scan, config.thresholds, None));
     }
     let (dead, failures) = diagnose::read_tables(&scan, selectors, proc);
     let mut unseen = failures;
@@ -102,7 +144,11 @@ pub fn run(
     let usages = usages(&scan, dead, selectors, &|process| {
         proc.status(process).limit
     });
-    Ok(by_limit(&scan, config.thresholds, &usages, &unseen))
+    let limits = Limits {
+        usages: &usages,
+        unseen: &unseen,
+    };
+    Ok(result(&scan, config.thresholds, Some(limits)))
 }
 
 /// The descriptors of a process that a leak takes from its limit.
@@ -180,61 +226,75 @@ pub fn unknown(why: &str) -> CheckResult {
     }
 }
 
-/// Compares the number of sockets with the thresholds.
-pub fn by_count(scan: &Scan, thresholds: Thresholds) -> CheckResult {
-    let stuck = scan.targets.len() as u64;
-    let mut status = thresholds.judge(stuck, 100);
+/// The descriptors of the owners, for thresholds that are a percentage of a limit.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits<'a> {
+    pub usages: &'a [DescriptorUsage],
+    /// A message for each reason why descriptors were not visible.
+    pub unseen: &'a [String],
+}
+
+/// Compares the sockets, and with `limits` the descriptors of the owners, with the thresholds.
+pub fn result(scan: &Scan, thresholds: Thresholds, limits: Option<Limits<'_>>) -> CheckResult {
     let mut text = counted(scan);
+    let stuck = scan.targets.len();
+    let coverage = &scan.coverage;
     // The true number is between `stuck` and this, because undecided sockets may belong to selected processes.
-    let hidden = scan.coverage.undecided + scan.coverage.unlisted_subflows;
-    let upper_bound = stuck + hidden as u64;
-    if status == Status::Ok
-        && (scan.coverage.unseen_namespaces() > 0
-            || scan.coverage.unplaced_sockets + scan.coverage.unexamined_descriptors > 0
-            || thresholds.judge(upper_bound, 100) != Status::Ok)
-    {
-        status = Status::Unknown;
-    }
+    let hidden = coverage.undecided + coverage.unlisted_subflows;
+    let unlimited =
+        coverage.unseen_namespaces() + coverage.unplaced_sockets + coverage.unexamined_descriptors
+            > 0;
+    let sockets = Measure {
+        at_least: Fraction::number(stuck as u64),
+        at_most: (!unlimited).then(|| Fraction::number((stuck + hidden) as u64)),
+    };
+    let stuck = format!("stuck={stuck};{};0;", thresholds.performance(Unit::Sockets));
+    let (of_limit, first) = match limits {
+        None => (None, stuck),
+        Some(limits) => {
+            let (measure, percent) = of_limit(scan, limits, thresholds, &mut text);
+            let dead: u64 = limits.usages.iter().map(|owner| owner.dead).sum();
+            let thresholds = thresholds.performance(Unit::PercentOfLimit);
+            let first = format!("percent={percent:.1}%;{thresholds};0; dead={dead};;;0; {stuck}");
+            (Some(measure), first)
+        }
+    };
     text.push_str(&unseen(scan));
-    let Thresholds { warning, critical } = thresholds;
-    let first = format!("stuck={stuck};{warning};{critical};0;");
+    let status = thresholds.judge(sockets, of_limit);
     CheckResult {
         status,
         line: line(status, &text, &format!("{first} {}", causes(scan))),
     }
 }
 
-/// Compares the descriptors of matched and dead sockets with the thresholds, in percent of the owner's limit. The owner
-/// nearest to its limit decides. `unseen_descriptors` has a message for each reason why descriptors were not visible.
-pub fn by_limit(
+/// How much of its limit the owner nearest to it uses by descriptors of matched and dead sockets; also as a number for people.
+/// Adds this owner to `text`, and what could not be seen.
+fn of_limit(
     scan: &Scan,
+    limits: Limits<'_>,
     thresholds: Thresholds,
-    usages: &[DescriptorUsage],
-    unseen_descriptors: &[String],
-) -> CheckResult {
-    let mut text = counted(scan);
-    let known = usages.iter().filter_map(|owner| {
-        let open = owner.held + owner.dead;
-        Some((owner, open, owner.limit?.max(1)))
-    });
-    // Compares the quotients by cross-multiplication, which is exact.
-    let nearest = known
-        .clone()
-        .filter(|(_, open, _)| *open > 0)
-        .max_by(|a, b| {
-            (u128::from(a.1) * u128::from(b.2)).cmp(&(u128::from(b.1) * u128::from(a.2)))
-        });
-    let (mut status, percent) = match nearest {
-        None => (Status::Ok, 0.0),
-        Some((owner, open, limit)) => {
-            let _ = write!(text, ", {} holds {open} of {limit}", owner.process);
-            if owner.dead > 0 {
-                let _ = write!(text, " ({} of them dead)", owner.dead);
-            }
-            (thresholds.judge(open, limit), percent(open, limit))
-        }
+    text: &mut String,
+) -> (Measure, f64) {
+    let Limits { usages, unseen } = limits;
+    let with_limit = |owner: &DescriptorUsage, open: u64| {
+        let whole = owner.limit?.max(1);
+        Some(Fraction { part: open, whole })
     };
-    let mut unknown: Vec<String> = unseen_descriptors.to_vec();
+    let known = |owner: &DescriptorUsage| with_limit(owner, owner.held + owner.dead);
+    let possible =
+        |owner: &DescriptorUsage| with_limit(owner, owner.held + owner.dead + owner.unknown);
+    let nearest = usages
+        .iter()
+        .filter_map(|owner| Some((owner, known(owner)?)))
+        .filter(|(_, used)| used.part > 0)
+        .max_by(|a, b| a.1.cmp(&b.1));
+    if let Some((owner, Fraction { part, whole })) = nearest {
+        let _ = write!(text, ", {} holds {part} of {whole}", owner.process);
+        if owner.dead > 0 {
+            let _ = write!(text, " ({} of them dead)", owner.dead);
+        }
+    }
+    let mut unknown: Vec<String> = unseen.to_vec();
     // Sockets in flight have no owner. An ownerless socket may also belong to a process that cwkill could not read, or that
     // /proc does not show.
     let coverage = &scan.coverage;
@@ -248,34 +308,29 @@ pub fn by_limit(
     if let Some(owner) = usages.iter().find(|owner| owner.limit.is_none()) {
         unknown.push(format!("the limit of {} could not be read", owner.process));
     }
-    // Possibly dead descriptors matter only if they could reach a threshold.
-    let could_reach = known.clone().find(|(owner, open, limit)| {
-        owner.unknown > 0 && thresholds.judge(open + owner.unknown, *limit) != Status::Ok
-    });
-    if let Some((owner, ..)) = could_reach {
+    let unlimited = !unknown.is_empty() || coverage.may_have_missed();
+    let used = nearest.map_or(Fraction::number(0), |(_, used)| used);
+    let doubtful = usages.iter().filter(|owner| owner.unknown > 0);
+    let doubtful = doubtful.filter_map(|owner| Some((owner, possible(owner)?)));
+    let doubtful = doubtful.max_by(|a, b| a.1.cmp(&b.1));
+    // Descriptors that may be dead are named only if they could change the status.
+    if let Some((owner, most)) = doubtful
+        && thresholds.could_alert(used, most)
+    {
         unknown.push(format!(
             "{} descriptors of {} may be dead ones (not readable)",
             owner.unknown, owner.process
         ));
     }
-    if status == Status::Ok && (!unknown.is_empty() || scan.coverage.may_have_missed()) {
-        status = Status::Unknown;
-    }
     for why in &unknown {
         let _ = write!(text, ", {why}");
     }
-    text.push_str(&unseen(scan));
-    let Thresholds { warning, critical } = thresholds;
-    let dead: u64 = usages.iter().map(|owner| owner.dead).sum();
-    let performance = format!(
-        "percent={percent:.1}%;{warning};{critical};0; dead={dead};;;0; stuck={};;;0; {}",
-        scan.targets.len(),
-        causes(scan)
-    );
-    CheckResult {
-        status,
-        line: line(status, &text, &performance),
-    }
+    let at_most = usages.iter().filter_map(possible).max().unwrap_or(used);
+    let measure = Measure {
+        at_least: used,
+        at_most: (!unlimited).then_some(at_most),
+    };
+    (measure, percent(used.part, used.whole))
 }
 
 /// Rounds down to a tenth, so that a value below a threshold is not shown as equal to it.
@@ -382,10 +437,18 @@ mod tests {
     use crate::proc::testdata::process;
     use crate::sock_diag::testdata::stuck;
 
-    const AT: Thresholds = Thresholds {
-        warning: 10,
-        critical: 20,
-    };
+    /// The thresholds, `-` for one that is not given.
+    fn thresholds(warning: &str, critical: &str) -> Thresholds {
+        let threshold = |text: &str| (text != "-").then(|| text.parse().unwrap());
+        Thresholds {
+            warning: threshold(warning),
+            critical: threshold(critical),
+        }
+    }
+
+    fn by_count(scan: &Scan, warning: &str, critical: &str) -> CheckResult {
+        result(scan, thresholds(warning, critical), None)
+    }
 
     /// `counts[i]` sockets of process `100 + i`.
     fn scan(counts: &[usize]) -> Scan {
@@ -407,31 +470,39 @@ mod tests {
     }
 
     #[test]
-    fn a_threshold_is_reached_at_its_value() {
-        let status = |count| by_count(&scan(&[count]), AT).status;
-        let reached = [0, 9, 10, 19, 20, 21].map(status);
+    fn a_threshold_alerts_above_its_value() {
+        let status =
+            |warning, critical| move |count| by_count(&scan(&[count]), warning, critical).status;
         use Status::{Critical, Ok, Warning};
-        assert_eq!(reached, [Ok, Ok, Warning, Warning, Critical, Critical]);
+        let counts = [0, 10, 11, 20, 21];
+        let both = counts.map(status("10", "20"));
+        assert_eq!(both, [Ok, Ok, Warning, Warning, Critical]);
+        let warning = counts.map(status("10", "-"));
+        assert_eq!(warning, [Ok, Ok, Warning, Warning, Warning]);
+        let critical = counts.map(status("-", "20"));
+        assert_eq!(critical, [Ok, Ok, Ok, Ok, Critical]);
+        let few = counts.map(status("@11:20", "~:20"));
+        assert_eq!(few, [Ok, Ok, Warning, Warning, Critical]);
     }
 
     #[test]
     fn the_result_is_one_line_with_one_bar_for_any_process_name() {
-        let line = by_count(&scan(&[3, 12]), AT).line;
+        let line = by_count(&scan(&[3, 12]), "10", "20:").line;
         let (text, performance) = line.split_once(" | ").unwrap();
-        let expected = "CWKILL WARNING: 15 sockets stuck, 12 in a/b\\nc/101, oldest 1h00m";
+        let expected = "CWKILL CRITICAL: 15 sockets stuck, 12 in a/b\\nc/101, oldest 1h00m";
         assert_eq!(text, expected);
         assert!(!performance.contains('|') && !line.contains('\n'), "{line}");
         let values: Vec<&str> = performance.split(' ').collect();
-        assert_eq!(values[..2], ["stuck=15;10;20;0;", "not_accepted=0;;;0;"]);
+        assert_eq!(values[..2], ["stuck=15;10;20:;0;", "not_accepted=0;;;0;"]);
         assert!(values.contains(&"unread=15;;;0;"), "{values:?}");
     }
 
     #[test]
     fn many_processes_with_a_socket_each_are_counted_together() {
-        let line = by_count(&scan(&[1; 12]), AT).line;
+        let line = by_count(&scan(&[1; 12]), "10", "-").line;
         let expected = "12 sockets stuck, 12 in 12 processes named a/b\\nc, oldest 1h00m |";
         assert!(line.contains(expected), "{line}");
-        let line = by_count(&scan(&[1, 9, 1]), AT).line;
+        let line = by_count(&scan(&[1, 9, 1]), "10", "-").line;
         assert!(line.contains("stuck, 9 in a/b\\nc/101,"), "{line}");
     }
 
@@ -440,7 +511,7 @@ mod tests {
         let status = |change: fn(&mut Coverage), count| {
             let mut scan = scan(&[count]);
             change(&mut scan.coverage);
-            by_count(&scan, AT).status
+            by_count(&scan, "9", "19").status
         };
         use Status::{Critical, Ok, Unknown, Warning};
         assert_eq!(status(|f| f.unreachable_namespaces = 1, 1), Unknown);
@@ -458,7 +529,13 @@ mod tests {
     fn limited(scan: &Scan, limits: &[Option<u64>]) -> CheckResult {
         let limit = |process: &Process| limits[usize::try_from(process.id.pid - 100).unwrap()];
         let usages = usages(scan, DeadScan::default(), &Selectors::default(), &limit);
-        by_limit(scan, AT, &usages, &[])
+        by_limit(scan, &usages)
+    }
+
+    fn by_limit(scan: &Scan, usages: &[DescriptorUsage]) -> CheckResult {
+        let unseen = &[];
+        let limits = Limits { usages, unseen };
+        result(scan, thresholds("10%", "20%"), Some(limits))
     }
 
     #[test]
@@ -469,11 +546,11 @@ mod tests {
         assert!(
             result
                 .line
-                .contains("percent=14.0%;10;20;0; dead=0;;;0; stuck=97;"),
+                .contains("percent=14.0%;10;20;0; dead=0;;;0; stuck=97;;;0;"),
             "{result:?}"
         );
         let exact = |count| limited(&scan(&[count]), &[Some(1000)]).status;
-        assert_eq!([exact(99), exact(100)], [Status::Ok, Status::Warning]);
+        assert_eq!([exact(100), exact(101)], [Status::Ok, Status::Warning]);
     }
 
     #[test]
@@ -485,18 +562,20 @@ mod tests {
             unknown,
             limit: Some(100),
         };
-        let judged = |owner| by_limit(&Scan::default(), AT, &[owner], &[]);
-        let dead = judged(owner(1, 19, 0));
+        let judged = |owner| by_limit(&Scan::default(), &[owner]);
+        let dead = judged(owner(1, 20, 0));
         assert_eq!(dead.status, Status::Critical, "{dead:?}");
         assert!(
-            dead.line.contains("holds 20 of 100 (19 of them dead)"),
+            dead.line.contains("holds 21 of 100 (20 of them dead)"),
             "{dead:?}"
         );
-        assert!(dead.line.contains(" dead=19;;;0; "), "{dead:?}");
-        assert_eq!(judged(owner(1, 0, 8)).status, Status::Ok);
-        let unknown = judged(owner(1, 0, 9));
+        assert!(dead.line.contains(" dead=20;;;0; "), "{dead:?}");
+        let few = judged(owner(1, 0, 9));
+        assert_eq!(few.status, Status::Ok);
+        assert!(!few.line.contains("descriptors of"), "{few:?}");
+        let unknown = judged(owner(1, 0, 10));
         assert_eq!(unknown.status, Status::Unknown);
-        assert!(unknown.line.contains("9 descriptors of"), "{unknown:?}");
+        assert!(unknown.line.contains("10 descriptors of"), "{unknown:?}");
     }
 
     #[test]
@@ -512,6 +591,30 @@ mod tests {
         ownerless.coverage.unreadable_processes = 1;
         assert_eq!(status(&ownerless, &[Some(100)]), Status::Unknown);
         assert_eq!(status(&Scan::default(), &[]), Status::Ok);
+    }
+
+    #[test]
+    fn a_number_and_a_percentage_can_be_combined() {
+        let usage = DescriptorUsage {
+            process: process(100, "p"),
+            held: 90,
+            dead: 0,
+            unknown: 0,
+            limit: Some(100),
+        };
+        let of = |warning, critical| {
+            let usages = &[usage.clone()];
+            let unseen = &[];
+            let limits = Limits { usages, unseen };
+            result(&scan(&[3]), thresholds(warning, critical), Some(limits))
+        };
+        let critical = of("2", "80%");
+        assert_eq!(critical.status, Status::Critical);
+        let values = "percent=90.0%;;80;0; dead=0;;;0; stuck=3;2;;0; ";
+        assert!(critical.line.contains(values), "{critical:?}");
+        assert_eq!(of("2", "95%").status, Status::Warning);
+        assert_eq!(of("80%", "2").status, Status::Critical);
+        assert_eq!(of("3", "90%").status, Status::Ok);
     }
 
     #[test]
