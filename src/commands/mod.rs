@@ -19,13 +19,14 @@ use std::process::ExitCode;
 use anyhow::Context;
 use caps::CapsHashSet;
 use clap::{CommandFactory, Parser};
+use nix::unistd::geteuid;
 
 use crate::audit::Audit;
 use crate::cli::{Cli, Command, Misplaced, better_error};
 use crate::config::{Action, LogOptions};
 use crate::model::Privilege;
 use crate::parallel;
-use crate::privileges::{HOW_TO_GRANT, capabilities, purpose};
+use crate::privileges::{capabilities, hint};
 use crate::proc::ProcFs;
 use crate::report::ExitStatus;
 use crate::terminal::{ignore_file_size_signal, print_usage, say, unless_closed, write_out};
@@ -104,17 +105,9 @@ fn say_notes(notes: impl IntoIterator<Item = impl Display>) {
 
 /// Prints how to get the privileges without which cwkill saw or did less.
 fn say_hints(missing: &[Privilege]) {
-    for need in missing {
-        say(format_args!("hint: {}", purpose(*need)));
-    }
-    if !missing.is_empty() {
-        say(format_args!("hint: {HOW_TO_GRANT}"));
-    }
-    if !missing.is_empty() && ProcFs::default().filters_own_calls() {
-        say(format_args!(
-            "hint: a seccomp filter is on cwkill itself (SystemCallFilter= of its unit, the profile of its container) and may refuse \
-             this whatever its capabilities; `cwkill doctor` tests each method"
-        ));
+    let is_filtered = ProcFs::default().filters_own_calls();
+    if let Some(hint) = hint(missing, geteuid().is_root(), is_filtered) {
+        say(format_args!("hint: {hint}"));
     }
 }
 

@@ -4,6 +4,7 @@
 use caps::Capability;
 
 use super::host::{HostInfo, ProcessCounts};
+use super::meaning::meaning;
 use super::row::{MethodRow, RowBuilder, Support};
 use super::trials::{TrialResult, Trials};
 use crate::model::Method;
@@ -14,6 +15,8 @@ pub struct Advice {
     pub rows: Vec<MethodRow>,
     /// How far the methods of `auto` work together.
     pub auto: Support,
+    /// What the processes that cwkill cannot read mean, one per line.
+    pub meaning: Vec<String>,
 }
 
 impl Advice {
@@ -30,7 +33,15 @@ impl Advice {
         };
         let auto = rows.iter().filter(|row| row.auto).map(|row| row.works);
         let auto = auto.reduce(Support::and).unwrap_or(Support::No);
-        Advice { rows, auto }
+        let meaning = match &trials.list_error {
+            Some(_) => Vec::new(),
+            None => meaning(host, &rows),
+        };
+        Advice {
+            rows,
+            auto,
+            meaning,
+        }
     }
 }
 
@@ -303,9 +314,49 @@ mod tests {
         let shutdown = row(&advice, "shutdown");
         assert_eq!((shutdown.own, shutdown.others), (Support::Yes, Support::No));
         assert_eq!(row(&advice, "destroy").works, Support::No);
-        assert!(row(&advice, "destroy").change[0].contains("setcap"));
+        let change = &row(&advice, "destroy").change[0];
+        let (owner, rest) = change.split_once("\nchmod 0750 ").unwrap();
+        assert!(owner.contains("\nchown root:GROUP "), "{change}");
+        assert!(rest.contains("\nsetcap cap_dac_read_search,"), "{change}");
         assert_eq!(row(&advice, "probe").own, Support::Yes);
         assert_eq!(row(&advice, "probe").others, Support::No);
+    }
+
+    #[test]
+    fn it_says_what_unreadable_processes_mean() {
+        let meaning = |same_user, others| {
+            Advice::new(&host(&ALL, same_user, others), &trials(|_| None)).meaning
+        };
+        assert_eq!(meaning(count(5, 5), count(9, 9)), Vec::<String>::new());
+        assert_eq!(
+            meaning(count(5, 4), count(9, 9)),
+            [
+                "cwkill cannot read 1 of 14 processes (a\\u{1b}/7). A stuck socket of this process is listed without a known owner, \
+                 and --pid, --process, --unit, --container and --cgroup do not find it; destroy and rst close it, shutdown and \
+                 reclaim do not. The other 13 processes are not affected."
+            ]
+        );
+        let all = meaning(count(2, 0), count(2, 0));
+        assert!(all[0].contains("4 of 4 processes (a"), "{all:?}");
+        assert!(!all[0].contains("The other"), "{all:?}");
+        let mut blind = host(&ALL, count(5, 5), count(9, 8));
+        if let Ok(reachability) = &mut blind.reachability {
+            reachability.unreachable[0].seen = true;
+        }
+        blind.namespaces = Ok(NamespaceCounts {
+            unknown_processes: 1,
+            ..NamespaceCounts::default()
+        });
+        let fails = |_| Some(denied(Privilege::NetAdmin));
+        let meaning = Advice::new(&blind, &trials(fails)).meaning;
+        assert!(
+            meaning[0].contains("is listed with its owner; nothing closes it here"),
+            "{meaning:?}"
+        );
+        assert!(
+            meaning[1].contains("namespace of 1 process:"),
+            "{meaning:?}"
+        );
     }
 
     #[test]

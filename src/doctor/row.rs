@@ -82,9 +82,17 @@ pub struct MethodRow {
 /// The maximum number of processes named in a reason.
 const MAX_NAMED: usize = 3;
 
-fn process_name(process: &UnreachableProcess) -> String {
-    let comm = process.comm.as_deref().unwrap_or("?");
-    format!("{}/{}", escape(comm), process.pid)
+/// The names of the first processes.
+pub(super) fn named<'a>(processes: impl Iterator<Item = &'a UnreachableProcess>) -> String {
+    let name = |process: &UnreachableProcess| {
+        let comm = process.comm.as_deref().unwrap_or("?");
+        format!("{}/{}", escape(comm), process.pid)
+    };
+    let mut names: Vec<String> = processes.take(MAX_NAMED + 1).map(name).collect();
+    if names.len() > MAX_NAMED {
+        names[MAX_NAMED] = "...".to_owned();
+    }
+    names.join(", ")
 }
 
 /// Collects the reasons and changes of one row, each once.
@@ -267,16 +275,14 @@ impl<'a> RowBuilder<'a> {
         ] {
             let processes = reachability.unreachable.iter();
             let processes = processes.filter(|process| process.same_user == same_user);
-            let names: Vec<String> = processes.map(process_name).collect();
-            if names.is_empty() {
+            let missing = processes.clone().count();
+            if missing == 0 {
                 continue;
             }
             let why = format!(
-                "{} of {} processes of {users} cannot be reached into ({}{})",
-                names.len(),
+                "{missing} of {} processes of {users} cannot be reached into ({})",
                 count.total,
-                names[..names.len().min(MAX_NAMED)].join(", "),
-                if names.len() > MAX_NAMED { ", ..." } else { "" },
+                named(processes),
             );
             let change = if scope >= 3 {
                 "kernel.yama.ptrace_scope is 3: nothing lifts that but a reboot with another value in /etc/sysctl.d".into()

@@ -8,26 +8,50 @@ use caps::{CapSet, Capability};
 use crate::kernel::KernelVersion;
 use crate::model::Privilege;
 
-/// The purpose of a privilege, as one sentence for the operator.
-pub fn purpose(privilege: Privilege) -> &'static str {
+/// What a privilege is needed for, as a part of a sentence.
+fn need(privilege: Privilege) -> &'static str {
     match privilege {
-        Privilege::NetAdmin => "destroy needs CAP_NET_ADMIN to make the kernel abort a socket",
-        Privilege::NetRaw => {
-            "rst needs CAP_NET_RAW to send and capture single segments; so does probe if the socket has no \
-                 known owner"
-        }
+        Privilege::NetAdmin => "destroy needs CAP_NET_ADMIN",
+        Privilege::NetRaw => "rst and probe need CAP_NET_RAW",
         Privilege::Ptrace => {
-            "to see the descriptors of other users' processes, and to use them for shutdown and --reclaim, \
-                 cwkill needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH; a process of the same user needs \
-                 neither, if it has no capability that cwkill lacks and kernel.yama.ptrace_scope allows it"
+            "the processes of other users need CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH"
         }
     }
 }
 
-/// How to grant all privileges. With only some of them, the remaining methods may be harsher.
-pub const HOW_TO_GRANT: &str = "run cwkill with sudo, or grant its binary the capabilities once: \
-    `setcap cap_dac_read_search,cap_net_admin,cap_net_raw,cap_sys_ptrace+ep \
-    $(command -v cwkill)`, and let only those users run it who may close the connections of every user";
+/// The hint for missing privileges, on one line; `None` if none is missing. With root's uid sudo does not help. `is_filtered`: a
+/// seccomp filter is on cwkill.
+pub fn hint(missing: &[Privilege], is_root: bool, is_filtered: bool) -> Option<String> {
+    if missing.is_empty() {
+        return None;
+    }
+    let needs: Vec<&str> = missing.iter().map(|privilege| need(*privilege)).collect();
+    let needs = needs.join(", ");
+    let filter = match is_filtered {
+        true => {
+            "; or a seccomp filter is on cwkill itself (SystemCallFilter= of its unit, the profile of its container) and refuses it"
+        }
+        false => "",
+    };
+    Some(match is_root {
+        true => {
+            format!(
+                "{needs}, which root may lack here{filter}: `cwkill doctor` says what to change"
+            )
+        }
+        false => format!(
+            "run cwkill with sudo: {needs}{filter} (without sudo: setcap, in three commands that `cwkill doctor` shows)"
+        ),
+    })
+}
+
+/// How to grant all privileges, in several lines. With only some of them, the remaining methods may be harsher. A change of the owner
+/// removes the capabilities, so setcap(8) comes last.
+pub const HOW_TO_GRANT: &str = "run cwkill with sudo; or let a group use it without, by these commands as root, in this order (its members can then close the \
+    connections of every user):\n\
+    chown root:GROUP $(command -v cwkill)\n\
+    chmod 0750 $(command -v cwkill)\n\
+    setcap cap_dac_read_search,cap_net_admin,cap_net_raw,cap_sys_ptrace+ep $(command -v cwkill)";
 
 /// The privileges of this process, and its kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,5 +91,31 @@ impl Privileges {
             Privilege::NetRaw => self.net_raw,
             Privilege::Ptrace => true,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missing_privileges_make_one_line() {
+        let all = [Privilege::NetAdmin, Privilege::NetRaw, Privilege::Ptrace];
+        assert_eq!(hint(&[], false, true), None);
+        assert_eq!(
+            hint(&all[..2], false, false).unwrap(),
+            "run cwkill with sudo: destroy needs CAP_NET_ADMIN, rst and probe need CAP_NET_RAW (without sudo: setcap, in three \
+             commands that `cwkill doctor` shows)"
+        );
+        let of_root = hint(&all, true, true).unwrap();
+        assert!(
+            !of_root.contains("sudo") && !of_root.contains('\n'),
+            "{of_root}"
+        );
+        assert!(
+            of_root.contains("a seccomp filter is on cwkill itself"),
+            "{of_root}"
+        );
+        assert_eq!(HOW_TO_GRANT.lines().count(), 4);
     }
 }

@@ -6,6 +6,7 @@ use caps::Capability;
 use serde::Serialize;
 
 use crate::doctor::Examination;
+use crate::doctor::advice::Advice;
 use crate::doctor::host::{CAPABILITIES, HostInfo, ProcessCounts, UnreachableProcess};
 use crate::doctor::row::{MethodRow, Support};
 
@@ -29,17 +30,32 @@ struct CheckLine {
     detail: String,
 }
 
-/// Writes lines for people.
-pub fn write_text(examination: &Examination, out: &mut dyn Write) -> io::Result<()> {
-    for CheckLine { name, ok, detail } in checks(examination) {
-        let mark = match ok {
-            Some(true) => "ok",
-            Some(false) => "no",
-            None => "-",
-        };
-        writeln!(out, "{name:<21} {mark:<3} {detail}")?;
+/// The verdict in words, with the methods of `auto` that do not work fully.
+fn verdict(advice: &Advice) -> String {
+    let verdict = match advice.auto {
+        Support::Yes => "auto works fully here",
+        Support::Partly => "auto works in part here",
+        Support::Untried => "whether auto works here could not be tested",
+        Support::No => "auto does not work here",
+    };
+    let less = advice.rows.iter();
+    let less = less.filter(|row| row.auto && row.works != Support::Yes);
+    let less: Vec<String> = less
+        .map(|row| format!("{} {}", row.name, row.works.name()))
+        .collect();
+    match advice.auto {
+        Support::Partly => format!("{verdict}: {}", less.join(", ")),
+        _ => verdict.to_owned(),
     }
+}
+
+/// Writes lines for people: the verdict first.
+pub fn write_text(examination: &Examination, out: &mut dyn Write) -> io::Result<()> {
     let advice = &examination.advice;
+    writeln!(out, "{}", verdict(advice))?;
+    for line in &advice.meaning {
+        writeln!(out, "{line}")?;
+    }
     if !advice.rows.is_empty() {
         writeln!(
             out,
@@ -71,19 +87,22 @@ pub fn write_text(examination: &Examination, out: &mut dyn Write) -> io::Result<
         }
     }
     for (change, methods) in changes {
-        writeln!(
-            out,
-            "\nto change, for {}:\n    {change}",
-            methods.join(", ")
-        )?;
+        writeln!(out, "\nto change, for {}:", methods.join(", "))?;
+        for line in change.lines() {
+            writeln!(out, "    {line}")?;
+        }
     }
-    let verdict = match advice.auto {
-        Support::Yes => "auto works fully here",
-        Support::Partly => "auto works in part here",
-        Support::Untried => "whether auto works here could not be tested",
-        Support::No => "auto does not work here",
-    };
-    writeln!(out, "\n{verdict}")
+    writeln!(out)?;
+    for CheckLine { name, ok, detail } in checks(examination) {
+        let mark = match ok {
+            Some(true) => "ok",
+            Some(false) => "no",
+            None => "-",
+        };
+        let line = format!("{name:<21} {mark:<3} {detail}");
+        writeln!(out, "{}", line.trim_end())?;
+    }
+    Ok(())
 }
 
 /// Writes one JSON document.
@@ -93,6 +112,9 @@ pub fn write_json(examination: &Examination, out: &mut dyn Write) -> io::Result<
         schema_version: u32,
         cwkill_version: &'static str,
         auto: Support,
+        /// The verdict and its meaning, in words that may change.
+        verdict: String,
+        meaning: &'a [String],
         methods: &'a [MethodRow],
         unreachable: &'a [UnreachableProcess],
         checks: Vec<CheckLine>,
@@ -101,6 +123,8 @@ pub fn write_json(examination: &Examination, out: &mut dyn Write) -> io::Result<
         schema_version: SCHEMA_VERSION,
         cwkill_version: env!("CARGO_PKG_VERSION"),
         auto: examination.advice.auto,
+        verdict: verdict(&examination.advice),
+        meaning: &examination.advice.meaning,
         methods: &examination.advice.rows,
         unreachable: match &examination.host.reachability {
             Ok(reachability) => &reachability.unreachable,

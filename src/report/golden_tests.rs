@@ -20,7 +20,7 @@ use cases::{acts, dead_cases, listings, plans, reclaims};
 use crate::audit::record::{Caller, Entry};
 use crate::config::{Action, Format};
 use crate::model::Privilege;
-use crate::privileges::purpose;
+use crate::privileges::hint;
 
 #[test]
 fn every_output_is_as_it_was() {
@@ -178,9 +178,11 @@ fn lines(lines: impl IntoIterator<Item = String>) -> String {
     lines.into_iter().map(|line| line + "\n").collect()
 }
 
+/// What a user is told, and root.
 fn hints(missing: impl IntoIterator<Item = Privilege>) -> String {
-    let hint = |privilege: Privilege| format!("{privilege} | {}", purpose(privilege));
-    lines(missing.into_iter().map(hint))
+    let missing: Vec<Privilege> = missing.into_iter().collect();
+    let hints = [false, true].map(|is_root| hint(&missing, is_root, false));
+    lines(hints.into_iter().flatten())
 }
 
 fn status(status: super::ExitStatus) -> String {

@@ -91,7 +91,7 @@ fn the_missing_capability_is_named(family: Family) -> Result<()> {
     let ran = ran(command.args(RST.split(' ')))?
         .exits(4)
         .complains("CAP_NET_RAW")
-        .complains("setcap");
+        .complains("cwkill doctor");
     let sockets = ran.sockets();
     all_have(&sockets, "skipped", "null");
     assert_eq!(skip_reason(&sockets[0]), "rst: needs CAP_NET_RAW");

@@ -460,7 +460,7 @@ fn without_privileges_missing_information_is_reported() -> Result<()> {
         .exits(0)
         .complains("2 sockets without a known owner")
         .complains("could not be read: dead ones among them are not counted")
-        .complains("setcap");
+        .complains("cwkill doctor");
     assert!(ran.stdout.contains("unknown owner: 2 stuck"), "{ran:?}");
     let command = lab.app_host().command(CWKILL).capabilities(&[]);
     let line = format!("diagnose --process leaky-app {QUICK}");
