@@ -603,7 +603,7 @@ mod tests {
             limit: Some(100),
         };
         let of = |warning, critical| {
-            let usages = &[usage.clone()];
+            let usages = std::slice::from_ref(&usage);
             let unseen = &[];
             let limits = Limits { usages, unseen };
             result(&scan(&[3]), thresholds(warning, critical), Some(limits))
