@@ -37,11 +37,16 @@ pub(crate) fn print_usage(error: &clap::Error) {
     };
 }
 
-/// Makes a write beyond RLIMIT_FSIZE fail with EFBIG, as on a full disk. By default SIGXFSZ would end cwkill after its acts, and
-/// their result would be lost. cwkill starts no other program that could inherit this.
-pub(crate) fn ignore_file_size_signal() {
-    // This cannot fail: the signal exists.
+/// Ignores the signals with which the kernel answers a write. cwkill starts no other program that could inherit this.
+///
+/// - SIGXFSZ: a write beyond RLIMIT_FSIZE then fails with EFBIG, as on a full disk. By default the signal would end cwkill after its
+///   acts, and their result would be lost.
+/// - SIGTTOU: with `stty tostop`, a write to the terminal would stop cwkill if it runs in the background, between two acts as
+///   well. Ignored, the kernel writes as without that setting (drivers/tty/tty_jobctrl.c, __tty_check_change).
+pub(crate) fn ignore_signals_of_writes() {
+    // This cannot fail: the signals exist.
     let _ = sys::ignore_signal(libc::SIGXFSZ);
+    let _ = sys::ignore_signal(libc::SIGTTOU);
 }
 
 /// Writes results to stdout, through a buffer.

@@ -489,7 +489,7 @@ static int stuck_socket(void)
     int peer = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (peer < 0 || connect(peer, (void *)&address, sizeof address))
         die("connect");
-    finished.fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+    finished.fd = accept4(listener, NULL, NULL, on_exec);
     if (keeps_peers(mode) ? shutdown(peer, SHUT_WR) : close(peer))
         die("close");
     if (poll(&finished, 1, 20000) != 1)

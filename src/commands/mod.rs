@@ -29,12 +29,12 @@ use crate::parallel;
 use crate::privileges::{capabilities, hint};
 use crate::proc::ProcFs;
 use crate::report::ExitStatus;
-use crate::terminal::{ignore_file_size_signal, print_usage, say, unless_closed, write_out};
+use crate::terminal::{ignore_signals_of_writes, print_usage, say, unless_closed, write_out};
 use crate::text::escape;
 
 /// Must be called first.
 pub fn prepare() {
-    ignore_file_size_signal();
+    ignore_signals_of_writes();
 }
 
 /// Runs the command, and returns the exit status.

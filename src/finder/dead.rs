@@ -26,7 +26,6 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::thread;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -42,8 +41,8 @@ use super::tcp_info::parse_info;
 use super::{FindError, mptcp_socket, threads};
 use crate::proc::netns::Netns;
 use crate::proc::{
-    ExecMarker, ProcFs, Process, RemoteFd, Unreadable, exec_marker, fds, identity, is_denied,
-    is_missing, open_in,
+    ProcFs, Process, RemoteFd, Unreadable, fds, identity, is_denied, is_missing, open_in,
+    read_between_execs,
 };
 use crate::sock_diag::{Cookie, DumpRequest, Family, Protocol, SockDiag};
 use crate::sys::{self, errno_of};
@@ -192,12 +191,6 @@ enum TableScan {
     LeaderExited(Process),
 }
 
-/// Attempts to read a table while the process executes a program. If another thread than the first calls execve(2), the
-/// kernel ends the first thread and gives its place to the other (fs/exec.c, de_thread). In between the table appears to
-/// be empty.
-const MAX_ATTEMPTS: u32 = 20;
-const RETRY_INTERVAL: Duration = Duration::from_millis(1);
-
 fn scan_process(
     proc: &ProcFs,
     pid: i32,
@@ -211,35 +204,20 @@ fn scan_process(
     if !selected(&process) {
         return Ok(TableScan::None);
     }
-    for _ in 0..MAX_ATTEMPTS {
-        let before = exec_marker(dir.as_fd())?;
-        if before == ExecMarker::LeaderExited {
-            thread::sleep(RETRY_INTERVAL);
-            continue;
-        }
-        let scanned = match scan_tables(proc, dir.as_fd(), &process, same_pids, listed) {
-            // A thread that ends during an execve(2) takes its files in /proc along.
-            Err(error) if is_missing(&error) && proc.is_alive(process.id) => {
-                thread::sleep(RETRY_INTERVAL);
-                continue;
-            }
-            scanned => scanned?,
-        };
-        if exec_marker(dir.as_fd())? != before {
-            continue;
-        }
-        // The attribute was read through the pid, which another process may have by now.
-        if !scanned.suspects.is_empty() && !proc.is_alive(process.id) {
-            return Ok(TableScan::None);
-        }
-        return Ok(TableScan::DescriptorTable(DescriptorTable {
-            process,
-            used: scanned.used,
-            suspects: scanned.suspects,
-            connections: scanned.connections,
-        }));
+    let read = || scan_tables(proc, dir.as_fd(), &process, same_pids, listed);
+    let Some(scanned) = read_between_execs(dir.as_fd(), read)? else {
+        return Ok(TableScan::LeaderExited(process));
+    };
+    // The attribute was read through the pid, which another process may have by now.
+    if !scanned.suspects.is_empty() && !proc.is_alive(process.id) {
+        return Ok(TableScan::None);
     }
-    Ok(TableScan::LeaderExited(process))
+    Ok(TableScan::DescriptorTable(DescriptorTable {
+        process,
+        used: scanned.used,
+        suspects: scanned.suspects,
+        connections: scanned.connections,
+    }))
 }
 
 /// What one table has: see [`DescriptorTable`].

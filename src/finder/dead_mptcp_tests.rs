@@ -3,6 +3,7 @@
 use std::mem::MaybeUninit;
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
+use std::thread;
 
 use socket2::{Domain, Socket as Socket2, Type};
 

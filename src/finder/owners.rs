@@ -5,6 +5,9 @@
 //! `/proc/PID/fd`, of owners also `stat` and `cgroup`, and of a process whose descriptors it may not read also `stat`. It never
 //! reads `maps` or follows `exe`, which can block on a sick host. Processes are read in parallel, large descriptor tables in
 //! chunks.
+//!
+//! While a process executes a program, its table can seem to be empty ([`ExecMarker`]). So `stat` is read as well, and the table
+//! again, where an owner is missed: at the second scan, and where a descriptor seems to be closed.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
@@ -21,8 +24,8 @@ use crate::filter::selectors::Selectors;
 use crate::model::{Outcome, Owner, Target};
 use crate::proc::fds::{CHUNK, FdTable, SocketFds, fd_state, read_socket_link, read_table};
 use crate::proc::{
-    FdState, ProcFs, Process, RemoteFd, TableId, Unreadable, identity, is_denied, is_missing,
-    open_in, read_identity,
+    ExecMarker, FdState, ProcFs, Process, RemoteFd, TableId, Unreadable, exec_marker, identity,
+    is_denied, is_missing, open_in, read_between_execs, read_identity,
 };
 
 /// The owners of a set of sockets.
@@ -73,6 +76,15 @@ struct ProcessScan {
 
 /// A process with its sockets and epoll sets.
 type Owned = (Process, SocketFds);
+
+/// How a table is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Care {
+    /// Once. During an execve(2) it may seem to be empty.
+    Quick,
+    /// Again, if the process executes a program meanwhile. That costs two more files for each process.
+    Repeated,
+}
 
 /// How far to trust a scan of /proc that began before the sockets were listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,6 +166,10 @@ impl OwnerScan {
 /// # Errors
 /// /proc cannot be listed, or a file of a process cannot be read for another reason than its end or a missing right.
 pub fn scan(proc: &ProcFs, cancelled: &AtomicBool) -> io::Result<DescriptorScan> {
+    scan_with(proc, cancelled, Care::Quick)
+}
+
+fn scan_with(proc: &ProcFs, cancelled: &AtomicBool, care: Care) -> io::Result<DescriptorScan> {
     let pids = proc.pids()?;
     Ok(DescriptorScan {
         // Process 1 lives as long as its pid namespace, so only hidepid can hide it.
@@ -162,7 +178,7 @@ pub fn scan(proc: &ProcFs, cancelled: &AtomicBool) -> io::Result<DescriptorScan>
             .into_par_iter()
             .map(|pid| match cancelled.load(Ordering::Relaxed) {
                 true => Ok(ProcessScan::default()),
-                false => scan_process(proc, pid, cancelled),
+                false => scan_process(proc, pid, cancelled, care),
             })
             .collect::<io::Result<_>>()?,
     })
@@ -183,19 +199,19 @@ pub(super) fn scan_selected(proc: &ProcFs, selectors: &Selectors) -> io::Result<
         hidden: false,
         processes: selected
             .into_par_iter()
-            .map(|pid| scan_process(proc, pid, &never))
+            .map(|pid| scan_process(proc, pid, &never, Care::Repeated))
             .collect::<io::Result<_>>()?,
     })
 }
 
 /// Whether process `pid` has a descriptor of the socket with this inode. False if cwkill may not read its descriptors.
 pub fn owns(proc: &ProcFs, pid: i32, inode: u32) -> io::Result<bool> {
-    let scan = scan_process(proc, pid, &AtomicBool::new(false))?;
+    let scan = scan_process(proc, pid, &AtomicBool::new(false), Care::Repeated)?;
     let mut sockets = scan.table.iter().flat_map(|(_, table)| &table.sockets);
     Ok(sockets.any(|(other, _)| *other == inode))
 }
 
-/// Finds every process that owns a socket with one of `inodes`.
+/// Finds every process that owns a socket with one of `inodes`, also one that executes a program meanwhile.
 ///
 /// # Errors
 /// As [`scan`].
@@ -203,7 +219,7 @@ pub fn find(proc: &ProcFs, inodes: &HashSet<u32>) -> io::Result<OwnerScan> {
     if inodes.is_empty() {
         return Ok(OwnerScan::default());
     }
-    let scan = scan(proc, &AtomicBool::new(false))?;
+    let scan = scan_with(proc, &AtomicBool::new(false), Care::Repeated)?;
     select(proc, scan, inodes, Trust::TheScan)
 }
 
@@ -273,21 +289,61 @@ pub fn check_still_open(proc: &ProcFs, targets: &mut [Target]) {
     by_table
         .into_par_iter()
         .for_each(|((id, tid), mut owners)| {
-            let table = FdTable::open(proc, id, tid);
-            owners
-                .par_iter_mut()
-                .with_min_len(CHUNK)
-                .for_each(|(owner, inode)| owner.after = Some(table.state(owner.fd, *inode)));
+            check_table(proc, (id, tid), &mut owners);
         });
 }
 
-fn scan_process(proc: &ProcFs, pid: i32, cancelled: &AtomicBool) -> io::Result<ProcessScan> {
+/// Checks which of these descriptors of one table are still open, and writes the result to [`Owner::after`].
+pub(super) fn check_table(proc: &ProcFs, (id, tid): TableId, owners: &mut [(&mut Owner, u32)]) {
+    // Returns whether one of them seems to be closed.
+    let mut read = || {
+        let table = FdTable::open(proc, id, tid);
+        owners
+            .par_iter_mut()
+            .with_min_len(CHUNK)
+            .for_each(|(owner, inode)| owner.after = Some(table.state(owner.fd, *inode)));
+        let is_closed = |(owner, _): &(&mut Owner, u32)| owner.after == Some(FdState::Closed);
+        owners.iter().any(is_closed)
+    };
+    let process = File::open(proc.path(&id.pid.to_string()));
+    let marker = || exec_marker(process.as_ref().ok()?.as_fd()).ok();
+    let before = marker();
+    // A table that only a thread has is not affected by the exit of the first thread.
+    if !read() || tid.is_some() {
+        return;
+    }
+    let after = marker();
+    if let (Ok(process), true) = (
+        &process,
+        before != after || before == Some(ExecMarker::LeaderExited),
+    ) {
+        // If this fails, the process is gone.
+        let _ = read_between_execs(process.as_fd(), || Ok(read()));
+    }
+}
+
+fn scan_process(
+    proc: &ProcFs,
+    pid: i32,
+    cancelled: &AtomicBool,
+    care: Care,
+) -> io::Result<ProcessScan> {
     let read = || -> io::Result<ProcessScan> {
         // This directory keeps referring to the same process. If another process gets the pid, every read below fails with
         // ESRCH.
         let process = File::open(proc.path(&pid.to_string()))?;
-        let dir = open_in(process.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
-        let table = read_table(dir.as_fd(), cancelled)?;
+        let read = || {
+            let dir = open_in(process.as_fd(), c"fd", OFlag::O_DIRECTORY)?;
+            read_table(dir.as_fd(), cancelled)
+        };
+        let table = match care {
+            Care::Quick => read()?,
+            Care::Repeated => match read_between_execs(process.as_fd(), read)? {
+                Some(table) => table,
+                // The first thread has exited, and others run: see `threads`.
+                None => read()?,
+            },
+        };
         Ok(ProcessScan {
             unreadable: table.denied.then(|| proc.unreadable(pid)).flatten(),
             table: (!table.sockets.is_empty()).then_some((pid, table)),
@@ -324,7 +380,11 @@ fn recheck(
     };
     let mut denied = false;
     if !checked.par_iter().with_min_len(CHUNK).all(still_open) {
-        table = read_table(dir.as_fd(), &AtomicBool::new(false))?;
+        let read = || read_table(dir.as_fd(), &AtomicBool::new(false));
+        table = match read_between_execs(process.as_fd(), read)? {
+            Some(table) => table,
+            None => read()?,
+        };
         denied = table.denied;
         table.sockets.retain(|(inode, _)| inodes.contains(inode));
         if table.sockets.is_empty() {

@@ -7,12 +7,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use rayon::prelude::*;
-
-use super::owners::check_still_open;
+use super::owners::{check_still_open, check_table};
 use crate::control::{Backoff, Control, deadline};
 use crate::model::{Outcome, Owner, Target};
-use crate::proc::fds::{CHUNK, FdTable};
 use crate::proc::status::Activity;
 use crate::proc::{FdState, ProcFs, ProcessId, TableId};
 
@@ -78,12 +75,8 @@ impl ReactingOwner<'_> {
 
     /// Reads its descriptors again.
     fn check(&mut self, proc: &ProcFs, now: Instant) {
-        let table = FdTable::open(proc, self.process, self.tid);
         let open = self.open.len();
-        self.open
-            .par_iter_mut()
-            .with_min_len(CHUNK)
-            .for_each(|(owner, inode)| owner.after = Some(table.state(owner.fd, *inode)));
+        check_table(proc, (self.process, self.tid), &mut self.open);
         self.open
             .retain(|(owner, _)| owner.after == Some(FdState::Open));
         if self.open.len() < open {

@@ -2,8 +2,16 @@
 //!
 //! cwkill compares SO_COOKIE of the duplicate with the cookie of the target. So it never acts on another socket that has got
 //! the same descriptor number meanwhile.
+//!
+//! While an owner executes a program, the kernel can say that it has no descriptors ([`ProcFs::has_exited_leader`]). cwkill then
+//! asks again, a few times for all sockets together.
+//!
+//! A duplicate keeps the socket open, and in the epoll sets of the owner, even if the owner closes its own descriptor meanwhile. So
+//! each is dropped as soon as its method is done with it.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::thread;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use rustix::net::sockopt;
@@ -20,7 +28,14 @@ pub struct Duplicator {
     same_pids: bool,
     /// By process, and by thread for a table that only a thread has.
     pidfds: Pidfds<TableId>,
+    /// How many times more it may wait for an owner that executes a program.
+    waits: u32,
 }
+
+/// The waits for owners that execute programs, of all sockets together: an owner whose first thread has exited for good looks the
+/// same.
+const MAX_WAITS: u32 = 20;
+const WAIT: Duration = Duration::from_millis(1);
 
 impl Duplicator {
     /// `proc` is used to identify owners by their start time.
@@ -29,6 +44,7 @@ impl Duplicator {
             same_pids: proc.shows_own_pid_namespace(),
             proc,
             pidfds: Pidfds::new(),
+            waits: MAX_WAITS,
         }
     }
 
@@ -39,6 +55,26 @@ impl Duplicator {
 
     /// A duplicate for the socket with this cookie, from the first of `owners` whose descriptor is still open.
     pub fn of_owners(
+        &mut self,
+        owners: &[Owner],
+        expected: Cookie,
+    ) -> Result<Duplicate, MethodError> {
+        loop {
+            let result = self.of_owners_now(owners, expected);
+            let executes = || {
+                let mut pids = owners.iter().map(|owner| owner.process.id.pid);
+                pids.any(|pid| self.proc.has_exited_leader(pid))
+            };
+            let is_missed = matches!(result, Err(MethodError::DescriptorsGone)) && self.waits > 0;
+            if !is_missed || !executes() {
+                return result;
+            }
+            self.waits -= 1;
+            thread::sleep(WAIT);
+        }
+    }
+
+    fn of_owners_now(
         &mut self,
         owners: &[Owner],
         expected: Cookie,
@@ -69,7 +105,15 @@ impl Duplicator {
 
     /// A duplicate of the file that the owner's descriptor refers to now.
     fn duplicate(&mut self, owner: &Owner) -> Result<Duplicate, MethodError> {
-        let pidfd = self.pidfd(owner.process.id, owner.tid)?;
+        let id = owner.process.id;
+        let tid = match owner.tid {
+            // A thread that has executed a program has the place of the first thread now.
+            Some(tid) if self.pidfd(id, Some(tid)).err() == Some(MethodError::DescriptorsGone) => {
+                None
+            }
+            tid => tid,
+        };
+        let pidfd = self.pidfd(id, tid)?;
         sys::pidfd_getfd(pidfd, owner.fd).map_err(|error| match errno_of(&error) {
             Errno::EBADF | Errno::ESRCH => MethodError::DescriptorsGone,
             Errno::EPERM => MethodError::NotPermitted(Privilege::Ptrace, Errno::EPERM),

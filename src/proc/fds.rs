@@ -187,11 +187,16 @@ pub(crate) struct FdTable {
 impl FdTable {
     /// Opens the table of process `id`, or of its thread `tid`. A later process with the same pid is not opened.
     pub fn open(proc: &ProcFs, id: ProcessId, tid: Option<i32>) -> Self {
-        let path = match tid {
-            Some(tid) => format!("{}/task/{tid}/fd", id.pid),
-            None => format!("{}/fd", id.pid),
+        let of_process = || File::open(proc.path(&format!("{}/fd", id.pid)));
+        let dir = match tid {
+            Some(tid) => match File::open(proc.path(&format!("{}/task/{tid}/fd", id.pid))) {
+                // A thread that has executed a program has the place of the first thread now.
+                Err(error) if is_missing(&error) => of_process(),
+                opened => opened,
+            },
+            None => of_process(),
         };
-        let dir = match File::open(proc.path(&path)) {
+        let dir = match dir {
             Ok(dir) if proc.is_alive(id) => Ok(dir),
             Ok(_) => Err(FdState::Closed),
             Err(error) => Err(unreadable_state(&error)),

@@ -29,6 +29,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::thread;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -194,6 +195,11 @@ impl ProcFs {
         self.stat(pid).is_ok_and(|stat| stat.state != 'Z')
     }
 
+    /// Whether the first thread of process `pid` has exited while others run, as for a moment during an execve(2).
+    pub(crate) fn has_exited_leader(&self, pid: i32) -> bool {
+        self.stat(pid).is_ok_and(|stat| leader_exited(&stat))
+    }
+
     /// The path of `name` in this file system.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.root.join(name)
@@ -327,6 +333,42 @@ pub(crate) fn exec_marker(process: BorrowedFd<'_>) -> io::Result<ExecMarker> {
             one_thread: stat.num_threads == 1,
         },
     })
+}
+
+/// Attempts to read a table while the process executes a program. If another thread than the first calls execve(2), the
+/// kernel ends the first thread and gives its place to the other (fs/exec.c, de_thread). In between the table appears to
+/// be empty.
+const MAX_ATTEMPTS: u32 = 20;
+const RETRY_INTERVAL: Duration = Duration::from_millis(1);
+
+/// The result of `read`, which reads files in the directory `process`, from a moment when the process did not execute a program.
+/// `None`: the first thread has exited and others run, or the process executes one program after the other.
+///
+/// # Errors
+/// As `read`, and as for reading `stat`.
+pub(crate) fn read_between_execs<T>(
+    process: BorrowedFd<'_>,
+    mut read: impl FnMut() -> io::Result<T>,
+) -> io::Result<Option<T>> {
+    for _ in 0..MAX_ATTEMPTS {
+        let before = exec_marker(process)?;
+        if before == ExecMarker::LeaderExited {
+            thread::sleep(RETRY_INTERVAL);
+            continue;
+        }
+        let result = match read() {
+            // A thread that ends during an execve(2) takes its files in /proc along.
+            Err(error) if is_missing(&error) && exec_marker(process).is_ok() => {
+                thread::sleep(RETRY_INTERVAL);
+                continue;
+            }
+            result => result?,
+        };
+        if exec_marker(process)? == before {
+            return Ok(Some(result));
+        }
+    }
+    Ok(None)
 }
 
 pub(crate) fn open_in(dir: BorrowedFd<'_>, name: &CStr, flags: OFlag) -> io::Result<OwnedFd> {

@@ -19,6 +19,9 @@ use codec::Answer;
 const BATCH: usize = 16;
 /// cwkill asks about at most this many addresses at a time. Hosts have few; only a prefix that is local as a whole has more.
 const MAX_PLACES: usize = 4096;
+/// The maximum number of overruns while answers are received. The kernel reports an overrun once and goes on
+/// (net/netlink/af_netlink.c, netlink_overrun), so more of them mean that something else answers in its place.
+const MAX_OVERRUNS: u32 = 1000;
 /// Room for the answers to a datagram of questions. One answer takes about 150 bytes.
 const RECEIVE_BUFFER: usize = 16 * 1024;
 
@@ -126,16 +129,23 @@ impl Routes {
 
     /// Reads the receive queue. The kernel answers inside send(), so an answer that is not in the queue now was lost.
     fn receive(&mut self, first: u32, answers: &mut [Option<bool>]) -> io::Result<()> {
+        let mut overruns = 0;
         loop {
-            let length = match self
+            let received = self
                 .socket
-                .recv(&mut &mut self.buffer[..], libc::MSG_DONTWAIT)
-            {
+                .recv(&mut &mut self.buffer[..], libc::MSG_DONTWAIT);
+            let length = match received {
                 Ok(length) => length,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 // Some answers were lost: they stay unknown.
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => continue,
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                    overruns += 1;
+                    match overruns > MAX_OVERRUNS {
+                        true => return Err(error),
+                        false => continue,
+                    }
+                }
                 Err(error) => return Err(error),
             };
             for (sequence, answer) in codec::answers(&self.buffer[..length]) {

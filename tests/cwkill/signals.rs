@@ -12,6 +12,7 @@ use crate::trial::{Test, once};
 pub const TESTS: &[Test] = &[
     once!(a_limit_or_a_timer_ends_a_run_with_its_report),
     once!(stray_signals_end_no_run_that_acts),
+    once!(a_terminal_does_not_stop_a_run_in_the_background),
     once!(a_full_report_does_not_hide_that_the_work_is_done),
     once!(a_full_log_does_not_hide_that_the_work_is_done),
     once!(a_log_that_is_full_before_the_act_prevents_it),
@@ -72,6 +73,33 @@ fn stray_signals_end_no_run_that_acts() -> Result<()> {
     }
     send(&child, libc::SIGINT)?;
     Ran::of("cwkill", child.wait_with_output()?)?.exits(4);
+    Ok(())
+}
+
+/// With `stty tostop` a write of a process in the background stops it, unless it ignores SIGTTOU.
+fn a_terminal_does_not_stop_a_run_in_the_background() -> Result<()> {
+    for (line, status, left) in [
+        ("--method destroy", 0, 0),
+        ("reclaim --dry-run", 1, 2),
+        ("diagnose --sample 1ms", 0, 2),
+    ] {
+        let (lab, leak) = lab("unread", Family::V4, 2)?;
+        let pid = leak.app().pid();
+        // The first job shows that the terminal stops others.
+        let script = format!(
+            "stty tostop; set -m
+             sh -c 'echo from the background' & job=$!
+             until grep -q ') T' /proc/$job/stat; do :; done
+             kill -KILL $job
+             {CWKILL} {line} --pid {pid} & wait $!"
+        );
+        let command = lab.app_host().command("script");
+        let output = command
+            .args(["-qec", &script, "/dev/null"])
+            .output_within(PATIENCE)?;
+        Ran::of(line, output)?.exits(status);
+        assert_eq!(in_state(&lab, TcpState::CloseWait)?, left, "{line}");
+    }
     Ok(())
 }
 

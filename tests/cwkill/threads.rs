@@ -13,6 +13,7 @@ pub const TESTS: &[Test] = &[
     each_family!(a_socket_that_only_one_thread_has_is_found_and_closed),
     once!(a_process_without_its_first_thread_owns_its_sockets),
     once!(a_dead_descriptor_that_only_one_thread_has_is_shown_and_left),
+    once!(an_owner_that_executes_a_program_keeps_its_sockets),
 ];
 
 /// The thread of process `pid` with a descriptor table of its own: /proc shows another number of descriptors for it.
@@ -110,5 +111,35 @@ fn a_dead_descriptor_that_only_one_thread_has_is_shown_and_left() -> Result<()> 
         }
     }
     assert_eq!(table()?, before);
+    Ok(())
+}
+
+/// A thread that executes a program ends all others and takes the place of the first. For a moment /proc shows no descriptors.
+fn an_owner_that_executes_a_program_keeps_its_sockets() -> Result<()> {
+    const RUNS: usize = 100;
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "execs", 8)?;
+    let began = owner.report()?;
+    let mut missed = Vec::new();
+    for run in 0..RUNS {
+        owner.leak_stuck(1)?;
+        for line in ["--json", "--all --method shutdown --allow-spin --json"] {
+            let ran = cwkill(&lab, line)?;
+            let sockets = ran.sockets();
+            let pid = owner.pid().to_string();
+            let is_owned = sockets.len() == 1 && at(&sockets[0], "/owners/0/pid") == pid;
+            let is_open = |name| at(&sockets[0], name) == "true";
+            let acts = line.starts_with("--all");
+            if !is_owned || acts && !is_open("/result/descriptor_open") {
+                missed.push(format!("run {run}: {ran:?}"));
+            }
+        }
+        // What the act has missed.
+        cwkill(&lab, "--all --method destroy --allow-spin")?;
+    }
+    // On a busy machine an execve(2) can take longer than cwkill waits.
+    assert!(missed.len() < RUNS / 10, "{missed:?}");
+    let execs = owner.report()? - began;
+    assert!(execs >= 60, "{execs}");
     Ok(())
 }
