@@ -44,8 +44,8 @@ use crate::sock_diag::{
     SocketMessage,
 };
 use crate::sys::interrupter::Interrupter;
-use crate::sys::{Duplicate, errno_of, socket_option_bytes};
-use crate::tcp::{StateSet, TcpState};
+use crate::sys::{Duplicate, errno_of};
+use crate::tcp::{StateSet, TcpState, info};
 
 /// Pauses between two looks. A healthy owner accepts a connection within this time.
 const PAUSES: [Duration; 3] = [
@@ -55,10 +55,6 @@ const PAUSES: [Duration; 3] = [
 ];
 /// The time after which a call of accept(2) that waits is ended.
 const ACCEPT_LIMIT: Duration = Duration::from_millis(1);
-/// struct tcp_info: the state, and the number of connections that wait at a listener (tcpi_unacked; net/ipv4/tcp.c,
-/// tcp_get_info).
-const TCPI_STATE: usize = 0;
-const TCPI_UNACKED: usize = 24;
 
 /// Finds the selected backlogs in which dead connections wait, or will wait when the planned targets of `scan` are closed. Writes
 /// a result only if there is a reason not to drain it.
@@ -239,7 +235,7 @@ fn drain_one(
         .of_owners(&backlog.owners, cookie)
         .map_err(DrainReason::NoDuplicate)?;
     let is_tcp = sockopt::socket_protocol(&listener) == Ok(Some(ipproto::TCP));
-    if !is_tcp || tcp_info(listener.as_fd())?.0 != TcpState::Listen.number() {
+    if !is_tcp || state_and_waiting(listener.as_fd())?.0 != TcpState::Listen {
         return Err(DrainReason::NotTcp);
     }
     let diag = SockDiag::open().map_err(|error| failed("opening a netlink socket", &error))?;
@@ -283,7 +279,7 @@ fn drain_one(
             }
         }
     };
-    let (_, waiting) = tcp_info(listener.as_fd())?;
+    let (_, waiting) = state_and_waiting(listener.as_fd())?;
     backlog.socket.waiting = waiting;
     result.left_one = drained.is_ok() && leave > 0 && waiting > 0;
     drained
@@ -320,7 +316,7 @@ impl Queue<'_> {
     /// A connection that may wait there is not dead.
     fn dead(&mut self, is_over: &dyn Fn() -> bool) -> Result<u32, DrainReason> {
         // Before the lists: a connection that waits now is in them, or it is dead.
-        let (_, waiting) = tcp_info(self.listener)?;
+        let (_, waiting) = state_and_waiting(self.listener)?;
         let listed = |error: DumpError| match error {
             DumpError::Io(error) => failed("listing the sockets", &error),
             _ => DrainReason::SystemCall("listing the sockets", Errno::EIO),
@@ -373,7 +369,7 @@ impl Queue<'_> {
             if held.is_over() {
                 return Err(DrainReason::StopLimitReached);
             }
-            let (_, waiting) = tcp_info(self.listener)?;
+            let (_, waiting) = state_and_waiting(self.listener)?;
             if waiting < dead - *drained {
                 return Err(DrainReason::AcceptedElsewhere);
             }
@@ -390,8 +386,8 @@ impl Queue<'_> {
                     return Err(DrainReason::SystemCall("accept", errno));
                 }
             };
-            let (state, _) = tcp_info(accepted.as_fd())?;
-            if state != TcpState::Close.number() {
+            let (state, _) = state_and_waiting(accepted.as_fd())?;
+            if state != TcpState::Close {
                 let peer = SockRef::from(&accepted.as_fd()).peer_addr().ok();
                 let peer = peer.and_then(|peer| peer.as_socket());
                 let peer = peer.map_or("unknown peer".to_owned(), |peer| peer.to_string());
@@ -404,16 +400,12 @@ impl Queue<'_> {
 }
 
 /// The state of a TCP socket, and the number of connections that wait for accept(2) if it listens.
-fn tcp_info(socket: BorrowedFd<'_>) -> Result<(u8, u32), DrainReason> {
-    let mut buffer = [0; 64];
-    let info = socket_option_bytes(socket, libc::IPPROTO_TCP, libc::TCP_INFO, &mut buffer);
+fn state_and_waiting(socket: BorrowedFd<'_>) -> Result<(TcpState, u32), DrainReason> {
+    let mut buffer = [0; 512];
+    let info = info::read(socket, &mut buffer);
     let info = info.map_err(|error| failed("getsockopt TCP_INFO", &error))?;
-    let unacked = info.get(TCPI_UNACKED..TCPI_UNACKED + 4);
-    match (
-        info.get(TCPI_STATE),
-        unacked.and_then(|bytes| bytes.try_into().ok()),
-    ) {
-        (Some(state), Some(unacked)) => Ok((*state, u32::from_ne_bytes(unacked))),
+    match (info.state(), info.unacked()) {
+        (Some(state), Some(waiting)) => Ok((state, waiting)),
         _ => Err(DrainReason::SystemCall(
             "getsockopt TCP_INFO",
             Errno::EBADMSG,

@@ -37,7 +37,7 @@ use rustix::io::{Errno as Rustix, ioctl_fionread};
 use rustix::net::sockopt;
 use socket2::SockRef;
 
-use super::tcp_info::parse_info;
+use super::connection_end::ConnectionEnd;
 use super::{FindError, mptcp_socket, threads};
 use crate::proc::netns::Netns;
 use crate::proc::{
@@ -406,11 +406,7 @@ pub(crate) fn examine(pidfd: BorrowedFd<'_>, fd: RemoteFd, inode: u32) -> Option
 
 /// Whether the socket is alive, and may be in one of `states`. The state of an MPTCP socket that is alive is unknown.
 pub(super) fn may_be_in(socket: BorrowedFd<'_>, states: StateSet) -> io::Result<bool> {
-    let mut info = [0; 512];
-    let info = sys::socket_option_bytes(socket, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info)?;
-    let Some(info) = parse_info(info) else {
-        return Err(Errno::ENODATA.into());
-    };
+    let info = ConnectionEnd::read(socket)?;
     Ok(match mptcp_socket::protocol(socket)? {
         Protocol::Tcp => info.state != TcpState::Close && states.contains(info.state),
         Protocol::Mptcp => mptcp_socket::state(socket, &info)?.0 != TcpState::Close,
@@ -419,12 +415,7 @@ pub(super) fn may_be_in(socket: BorrowedFd<'_>, states: StateSet) -> io::Result<
 
 fn read_verdict(socket: BorrowedFd<'_>) -> io::Result<Option<SuspectVerdict>> {
     let protocol = mptcp_socket::protocol(socket)?;
-    // Longer than any tcp_info so far. The kernel cuts a longer one.
-    let mut info = [0; 512];
-    let info = sys::socket_option_bytes(socket, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info)?;
-    let Some(info) = parse_info(info) else {
-        return Err(Errno::ENODATA.into());
-    };
+    let info = ConnectionEnd::read(socket)?;
     let (state, was_connected, quiet) = match protocol {
         Protocol::Tcp => (info.state, info.was_connected(), info.quiet),
         Protocol::Mptcp => mptcp_socket::state(socket, &info)?,

@@ -8,6 +8,7 @@
 //! [`waiting`] finds out how the owners wait for the sockets. [`second_look`] finds out whether the owners still read, before an act.
 
 mod addresses;
+mod connection_end;
 pub(crate) mod connections;
 pub mod dead;
 pub mod listeners;
@@ -19,7 +20,6 @@ pub mod reactions;
 pub mod second_look;
 pub(crate) mod sockets;
 pub mod spin_risk;
-mod tcp_info;
 mod threads;
 pub mod tracked;
 

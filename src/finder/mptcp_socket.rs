@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
 use socket2::SockRef;
 
-use super::tcp_info::TcpInfo;
+use super::connection_end::ConnectionEnd;
 use crate::model::{Owner, Socket, Target};
 use crate::proc::ProcFs;
 use crate::sock_diag::Protocol;
@@ -65,7 +65,7 @@ pub(super) fn protocol(socket: BorrowedFd<'_>) -> io::Result<Protocol> {
 /// poll(2) reports HUP (net/mptcp/protocol.c, mptcp_poll); in SYN-SENT, only the former.
 pub(super) fn state(
     socket: BorrowedFd<'_>,
-    info: &TcpInfo,
+    info: &ConnectionEnd,
 ) -> io::Result<(TcpState, bool, Duration)> {
     let events = events(socket)?;
     let peer = SockRef::from(&socket).peer_addr();

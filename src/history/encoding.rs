@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use super::entries::{Entries, Entry, MAX_ENTRIES};
+use super::fnv_1a;
 use crate::model::{NetnsKey, Snapshot, SocketKey};
 use crate::sock_diag::{ByteCounters, Cookie};
 use crate::tcp::TcpState;
@@ -154,11 +155,9 @@ fn number(bytes: &[u8]) -> u64 {
     u64::from_le_bytes(*bytes.first_chunk().expect("eight bytes"))
 }
 
-/// FNV-1a over numbers of 64 bits. It finds accidents; against an attacker the file has its owner and mode.
+/// It finds accidents; against an attacker the file has its owner and mode.
 fn checksum(bytes: &[u8]) -> u64 {
-    let step = |sum: u64, eight: &[u8]| (sum ^ number(eight)).wrapping_mul(0x0100_0000_01b3);
-    let sum = bytes.chunks_exact(8).fold(0xcbf2_9ce4_8422_2325, step);
-    sum ^ bytes.len() as u64
+    fnv_1a(bytes.chunks_exact(8).map(number)) ^ bytes.len() as u64
 }
 
 #[cfg(test)]

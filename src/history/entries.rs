@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use super::fnv_1a;
 use crate::filter::selectors::Selectors;
 use crate::model::socket::TimeSource;
 use crate::model::{HistoryUpdate, NetnsKey, Snapshot, Socket, SocketKey};
@@ -52,7 +53,10 @@ impl Reach {
         let hash = match expression == Selectors::default().as_expression() {
             true => 0,
             // The text is the same in every run with the same selectors. If it once is not, entries live longer.
-            false => hash(format!("{expression:?}").as_bytes()).max(1),
+            false => {
+                let hash = fnv_1a(format!("{expression:?}").bytes().map(u64::from));
+                u32::try_from(hash >> 32).unwrap_or(u32::MAX).max(1)
+            }
         };
         Reach {
             hash,
@@ -64,12 +68,6 @@ impl Reach {
     fn sees(self, entry: &Entry) -> bool {
         self.states.contains(entry.snapshot.state) && (self.hash == 0 || self.hash == entry.reach)
     }
-}
-
-/// FNV-1a, which stays the same from version to version.
-fn hash(bytes: &[u8]) -> u32 {
-    let step = |hash: u32, byte: &u8| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
-    bytes.iter().fold(0x811c_9dc5, step)
 }
 
 /// The entries by socket.

@@ -87,6 +87,12 @@ impl History {
     }
 }
 
+/// The hash FNV-1a, which stays the same from version to version.
+pub(crate) fn fnv_1a(values: impl Iterator<Item = u64>) -> u64 {
+    let step = |hash: u64, value: u64| (hash ^ value).wrapping_mul(0x0100_0000_01b3);
+    values.fold(0xcbf2_9ce4_8422_2325, step)
+}
+
 /// The time since boot, without the time in which the host slept. It does not jump when the clock is set.
 ///
 /// The clocks in `struct tcp_info` stand still while the host sleeps (they count jiffies), and no data moves then. With a clock that

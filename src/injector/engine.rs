@@ -102,12 +102,7 @@ pub fn run(
         target.outcome = target.outcome.or(target.plan.skip.map(Outcome::Skipped));
     }
     for executor in executors {
-        let mut batch = Batch {
-            method: executor.method(),
-            kernel,
-            rules,
-            control,
-        };
+        let mut batch = Batch::new(executor.method(), kernel, rules, control);
         batch.run_method(targets, executor.as_mut());
     }
     verify(targets, kernel);
@@ -124,12 +119,7 @@ pub fn begin(
     control: &dyn Control,
 ) {
     for executor in executors {
-        let mut batch = Batch {
-            method: executor.method(),
-            kernel,
-            rules,
-            control,
-        };
+        let mut batch = Batch::new(executor.method(), kernel, rules, control);
         let untouched = targets
             .iter_mut()
             .map(|target| &mut **target)
@@ -147,12 +137,7 @@ pub fn verify_destroyed(
     rules: Rules<'_>,
     control: &dyn Control,
 ) {
-    let mut batch = Batch {
-        method: Method::Destroy,
-        kernel,
-        rules,
-        control,
-    };
+    let mut batch = Batch::new(Method::Destroy, kernel, rules, control);
     batch.wait_for(targets.iter_mut().map(|target| &mut **target).collect());
     verify(targets, kernel);
 }
@@ -163,6 +148,22 @@ pub struct Batch<'a> {
     kernel: &'a mut dyn SocketTables,
     rules: Rules<'a>,
     control: &'a dyn Control,
+}
+
+impl<'a> Batch<'a> {
+    fn new(
+        method: Method,
+        kernel: &'a mut dyn SocketTables,
+        rules: Rules<'a>,
+        control: &'a dyn Control,
+    ) -> Self {
+        Batch {
+            method,
+            kernel,
+            rules,
+            control,
+        }
+    }
 }
 
 impl Batch<'_> {

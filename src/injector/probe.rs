@@ -29,7 +29,7 @@ use crate::packet::raw::Outgoing;
 use crate::proc::ProcFs;
 use crate::sock_diag::{DiagId, LookupError, SocketMessage};
 use crate::sys::{self, Duplicate, errno_of};
-use crate::tcp::{Segment, TcpFlags};
+use crate::tcp::{Segment, TcpFlags, info};
 
 /// Sockets per batch, if the limit of open descriptors permits one duplicate for each.
 const MAX_BATCH: usize = 4096;
@@ -40,11 +40,6 @@ const SHARES: u64 = 16;
 /// The shortest TCP_KEEPIDLE (net/ipv4/tcp.c, tcp_sock_set_keepidle_locked). The kernel sends the probe when this time has
 /// passed since the last segment of the peer.
 pub(super) const KEEP_IDLE: Duration = Duration::from_secs(1);
-/// The fields of struct tcp_info (linux/tcp.h) that are read here, up to the last of them.
-const TCP_INFO_PROBES: usize = 3;
-const TCP_INFO_LAST_DATA_RECV: usize = 52;
-const TCP_INFO_LAST_ACK_RECV: usize = 56;
-const TCP_INFO_LEN: usize = 60;
 /// The longest TCP_KEEPINTVL and the highest TCP_KEEPCNT (include/net/tcp.h).
 const MAX_KEEP_INTERVAL: i32 = 32767;
 const MAX_KEEP_COUNT: i32 = 127;
@@ -310,16 +305,12 @@ pub(super) fn idle(socket: &Duplicate) -> std::io::Result<Duration> {
 
 /// The unanswered probes of a socket, and the time since the last segment of its peer.
 fn probes_and_idle(socket: &Duplicate) -> std::io::Result<(u8, Duration)> {
-    let mut buf = [0; TCP_INFO_LEN];
-    let info =
-        sys::socket_option_bytes(socket.as_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, &mut buf)?;
-    let millis = |at: usize| {
-        let bytes = info.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
-        Duration::from_millis(bytes.map_or(0, u32::from_ne_bytes).into())
-    };
+    let mut buffer = [0; 512];
+    let info = info::read(socket.as_fd(), &mut buffer)?;
+    let data = info.last_data_recv().unwrap_or_default();
+    let ack = info.last_ack_recv().unwrap_or_default();
     // net/ipv4/tcp_timer.c, keepalive_time_elapsed.
-    let idle = millis(TCP_INFO_LAST_DATA_RECV).min(millis(TCP_INFO_LAST_ACK_RECV));
-    Ok((info.get(TCP_INFO_PROBES).copied().unwrap_or(0), idle))
+    Ok((info.probes().unwrap_or(0), data.min(ack)))
 }
 
 impl Keepalive {

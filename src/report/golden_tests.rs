@@ -19,6 +19,7 @@ use cases::{acts, dead_cases, listings, plans, reclaims};
 
 use crate::audit::record::{Caller, Entry};
 use crate::config::{Action, Format};
+use crate::history::fnv_1a;
 use crate::model::Privilege;
 use crate::privileges::hint;
 
@@ -249,15 +250,13 @@ fn unfolded(document: &str) -> String {
     out + "\n"
 }
 
-/// The first and the last lines, and a sum (FNV-1a) over the others.
+/// The first and the last lines, and a hash of the others.
 fn elided(text: &str) -> String {
     let lines: Vec<&str> = text.lines().collect();
     let (head, rest) = lines.split_at(lines.len().min(10));
     let (middle, tail) = rest.split_at(rest.len().saturating_sub(30));
     let bytes = middle.iter().flat_map(|line| line.bytes().chain([b'\n']));
-    let sum = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |sum, byte| {
-        (sum ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
-    });
+    let sum = fnv_1a(bytes.map(u64::from));
     let note = format!("... {} lines with the sum {sum:016x} ...", middle.len());
     let mut text = [head, &[note.as_str()], tail].concat().join("\n");
     text.push('\n');

@@ -1,5 +1,7 @@
-//! States, address pairs, sequence numbers and segments, in the words of RFC 9293 and the kernel. Pure.
+//! States, address pairs, sequence numbers and segments, in the words of RFC 9293 and the kernel. All is pure, except that [`info`]
+//! can ask the kernel about a socket.
 
+pub mod info;
 pub mod segment;
 mod seq;
 mod state;

@@ -63,8 +63,15 @@ enum Phase {
 #[derive(Debug)]
 pub struct RemoteThread {
     stopped: StoppedProcess,
-    /// The index of the thread in `stopped`.
-    thread: usize,
+    thread: ThreadAtCall,
+    phase: Phase,
+}
+
+/// A stopped thread that was brought to the entry of a system call of its own.
+#[derive(Debug)]
+struct ThreadAtCall {
+    /// Its index in the [`StoppedProcess`].
+    index: usize,
     tid: i32,
     /// Its registers at the entry of its own call.
     entry: Registers,
@@ -72,9 +79,8 @@ pub struct RemoteThread {
     own_number: i64,
     /// The registers that it is released with.
     restored: Registers,
-    /// The seccomp filters of the thread.
+    /// Its seccomp filters.
     filters: Vec<Vec<u64>>,
-    phase: Phase,
 }
 
 impl RemoteThread {
@@ -90,14 +96,9 @@ impl RemoteThread {
         low_risk_only: bool,
     ) -> Result<Self, (OwnerError, Duration)> {
         match Self::choose(&mut stopped, proc, low_risk_only) {
-            Ok(chosen) => Ok(RemoteThread {
+            Ok(thread) => Ok(RemoteThread {
                 stopped,
-                thread: chosen.thread,
-                tid: chosen.tid,
-                restored: chosen.restored,
-                entry: chosen.entry,
-                own_number: chosen.own_number,
-                filters: chosen.filters,
+                thread,
                 phase: Phase::AtOwnCall,
             }),
             Err(error) => Err((error, stopped.longest_standstill())),
@@ -108,7 +109,7 @@ impl RemoteThread {
         stopped: &mut StoppedProcess,
         proc: &ProcFs,
         low_risk_only: bool,
-    ) -> Result<Chosen, OwnerError> {
+    ) -> Result<ThreadAtCall, OwnerError> {
         let candidates = candidates(stopped)?;
         let lowest = candidates.first().map(|candidate| candidate.risk);
         if low_risk_only && lowest.is_none_or(|risk| risk > FalseReturnRisk::Low) {
@@ -141,8 +142,8 @@ impl RemoteThread {
             };
             shares = shares.saturating_sub(1);
             if let Some((entry, own_number)) = enter_own_call(stopped, thread, until)? {
-                return Ok(Chosen {
-                    thread,
+                return Ok(ThreadAtCall {
+                    index: thread,
                     tid,
                     restored: Registers::restored(&registers, &entry, own_number),
                     entry,
@@ -161,12 +162,12 @@ impl RemoteThread {
 
     /// Whether the seccomp filters of the thread permit a call.
     pub fn permits(&self, number: i64, arguments: &[u64]) -> bool {
-        permits(&self.filters, &self.entry, number, arguments)
+        permits(&self.thread.filters, &self.thread.entry, number, arguments)
     }
 
     /// Writes into memory of the owner. cwkill does so only where it has mapped a page for it. Returns whether all was written.
     pub fn write(&self, address: u64, bytes: &[u8]) -> bool {
-        write_memory(self.tid, address, bytes)
+        write_memory(self.thread.tid, address, bytes)
     }
 
     /// Makes a system call in the owner and returns its result. `is_done` says whether the call has had its effect.
@@ -190,12 +191,15 @@ impl RemoteThread {
     }
 
     fn thread(&mut self) -> &mut Thread {
-        self.stopped.thread_mut(self.thread)
+        self.stopped.thread_mut(self.thread.index)
     }
 
     /// Moves the thread from the exit of cwkill's call to the entry of its own.
     fn return_to_own_call(&mut self) -> Result<(), OwnerError> {
-        write_registers(self.tid, &self.entry.before_syscall(self.own_number))?;
+        write_registers(
+            self.thread.tid,
+            &self.thread.entry.before_syscall(self.thread.own_number),
+        )?;
         let deadline = self.stopped.deadline();
         for _ in 0..MAX_RESUMES {
             self.thread().resume()?;
@@ -213,17 +217,19 @@ impl RemoteThread {
                     self.phase = Phase::Finished;
                     // It has not reached the instruction yet. It will reach it, and is restored there. The other threads need
                     // not wait for it.
-                    self.stopped.release_others(self.thread);
+                    self.stopped.release_others(self.thread.index);
                     let state = self.thread().wait(Instant::now() + LAST_WAIT);
                     if matches!(state, Ok(ThreadState::AtSyscall)) {
                         self.phase = Phase::AtOwnCall;
                     }
-                    return Err(ReclaimReason::NotStopped(self.tid, self.stopped.limit()).into());
+                    return Err(
+                        ReclaimReason::NotStopped(self.thread.tid, self.stopped.limit()).into(),
+                    );
                 }
                 Ok(ThreadState::AtSignal(_) | ThreadState::Seized) => {
                     // With its former registers the thread behaves as if the signal had come before the stop.
                     self.phase = Phase::Finished;
-                    write_registers(self.tid, &self.restored)?;
+                    write_registers(self.thread.tid, &self.thread.restored)?;
                     return Err(OwnerError::TryAgain);
                 }
                 Err(error) => {
@@ -243,13 +249,13 @@ impl RemoteThread {
         arguments: &[u64],
         is_done: IsDone<'_>,
     ) -> Result<i64, OwnerError> {
-        let replacement = self.entry.with_syscall(number, arguments);
+        let replacement = self.thread.entry.with_syscall(number, arguments);
         // If cwkill is killed between here and the end of this function, the thread continues as if its own call had returned
         // the result of cwkill's call.
         self.phase = Phase::Replaced;
-        write_registers(self.tid, &replacement)?;
+        write_registers(self.thread.tid, &replacement)?;
         #[cfg(target_arch = "aarch64")]
-        ptrace::set_call_number(self.tid, i32::try_from(number).unwrap_or(-1))
+        ptrace::set_call_number(self.thread.tid, i32::try_from(number).unwrap_or(-1))
             .map_err(|error| ReclaimReason::SystemCall("PTRACE_SETREGSET", errno_of(&error)))?;
         self.thread().resume()?;
         self.phase = Phase::InRemoteCall;
@@ -266,7 +272,7 @@ impl RemoteThread {
         // they could close the descriptor and open another file with the same number.
         while matches!(state, Ok(ThreadState::Running)) && Instant::now() < last {
             if is_done() {
-                self.stopped.release_others(self.thread);
+                self.stopped.release_others(self.thread.index);
             }
             state = self.thread().wait(Instant::now() + CHECK_INTERVAL);
         }
@@ -276,8 +282,8 @@ impl RemoteThread {
             ThreadState::Running => return Err(ReclaimReason::CloseHangs.into()),
             _ => return Err(OwnerError::Exited),
         }
-        let result = read_registers(self.tid).map(|registers| registers.result());
-        write_registers(self.tid, &self.restored)?;
+        let result = read_registers(self.thread.tid).map(|registers| registers.result());
+        write_registers(self.thread.tid, &self.thread.restored)?;
         // At the stop limit cwkill makes no more calls. The other threads may run again, so its evidence is out of date.
         if !is_late {
             self.phase = Phase::Restored;
@@ -300,16 +306,6 @@ impl Drop for RemoteThread {
             Phase::Restored | Phase::Finished => Ok(()),
         };
     }
-}
-
-/// A thread at the entry of a call of its own. The fields are as in [`RemoteThread`].
-struct Chosen {
-    thread: usize,
-    tid: i32,
-    entry: Registers,
-    own_number: i64,
-    restored: Registers,
-    filters: Vec<Vec<u64>>,
 }
 
 /// A stopped thread that may make calls for cwkill.

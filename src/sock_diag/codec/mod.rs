@@ -17,7 +17,6 @@ mod tests;
 pub use activity::{ByteCounters, Quiet};
 pub use id::{Cookie, DiagId, Family, Protocol};
 pub use mptcp::MptcpSocket;
-pub(crate) use reply::TCPI_LAST_ACK_RECV;
 pub use reply::{Frame, Framed, Malformed, SocketMessage, frames};
 pub use request::{Detail, DumpRequest, put_destroy, put_destroy_without_ack, put_lookup};
 

@@ -1,13 +1,12 @@
 //! Parses the messages of the kernel: sockets, acknowledgements, errors, and the end of a dump.
 
-use std::time::Duration;
-
 use netlink_packet_core::{NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NlasIterator};
 
 use super::activity::{ByteCounters, Quiet};
 use super::mptcp::{self, MptcpSocket};
 use super::{DiagId, Family, INET_DIAG_INFO, Protocol, SOCK_DIAG_BY_FAMILY, SOCKID_LEN, u32_at};
 use crate::tcp::TcpState;
+use crate::tcp::info::TcpInfo;
 
 /// `struct inet_diag_msg`: family, state, timer, retrans, id 48, expires, rqueue, wqueue, uid, inode.
 const MESSAGE_LEN: usize = 4 + SOCKID_LEN + 5 * 4;
@@ -23,17 +22,6 @@ const TRANSPARENT: u8 = if cfg!(target_endian = "little") {
 } else {
     1 << 2
 };
-/// Offsets in `struct tcp_info`: after eight one-byte fields follow u32 fields; these three are the 10th, 12th and 13th.
-const TCPI_LAST_DATA_SENT: usize = 8 + 9 * 4;
-const TCPI_LAST_DATA_RECV: usize = 8 + 11 * 4;
-pub(crate) const TCPI_LAST_ACK_RECV: usize = 8 + 12 * 4;
-/// Of 64 bits, except `tcpi_notsent_bytes`.
-const TCPI_BYTES_ACKED: usize = 120;
-const TCPI_BYTES_RECEIVED: usize = 128;
-const TCPI_NOTSENT_BYTES: usize = 144;
-const TCPI_BYTES_SENT: usize = 200;
-const TCPI_BYTES_RETRANS: usize = 208;
-
 /// The kernel's description of one socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SocketMessage {
@@ -206,31 +194,22 @@ fn parse_socket(payload: &[u8], protocol: Protocol) -> Result<SocketMessage, Mal
 }
 
 pub(super) fn parse_quiet(tcp_info: &[u8]) -> Option<Quiet> {
-    if tcp_info.len() < TCPI_LAST_ACK_RECV + 4 {
-        return None;
-    }
-    let time = |offset| Duration::from_millis(u64::from(u32_at(tcp_info, offset)));
+    let info = TcpInfo::new(tcp_info);
     Some(Quiet {
-        last_data_sent: time(TCPI_LAST_DATA_SENT),
-        last_data_recv: time(TCPI_LAST_DATA_RECV),
-        last_ack_recv: time(TCPI_LAST_ACK_RECV),
+        last_data_sent: info.last_data_sent()?,
+        last_data_recv: info.last_data_recv()?,
+        last_ack_recv: info.last_ack_recv()?,
     })
 }
 
 /// `None` if the struct is too short, or for a request socket, whose struct is all zero.
 pub(super) fn parse_counters(tcp_info: &[u8]) -> Option<ByteCounters> {
-    if tcp_info.len() < TCPI_BYTES_RETRANS + 8 {
-        return None;
-    }
-    let long = |offset: usize| {
-        let eight = tcp_info[offset..offset + 8].try_into().expect("8 bytes");
-        u64::from_ne_bytes(eight)
-    };
-    let sent_once = long(TCPI_BYTES_SENT).wrapping_sub(long(TCPI_BYTES_RETRANS));
+    let info = TcpInfo::new(tcp_info);
+    let sent_once = info.bytes_sent()?.wrapping_sub(info.bytes_retrans()?);
     Some(ByteCounters {
-        received: long(TCPI_BYTES_RECEIVED),
-        acked: long(TCPI_BYTES_ACKED),
-        written: sent_once.wrapping_add(u64::from(u32_at(tcp_info, TCPI_NOTSENT_BYTES))),
+        received: info.bytes_received()?,
+        acked: info.bytes_acked()?,
+        written: sent_once.wrapping_add(info.notsent_bytes()?.into()),
     })
 }
 
