@@ -46,8 +46,8 @@ pub struct Selection {
     #[arg(long, value_name = "DURATION", value_parser = values::duration)]
     pub min_age: Option<Duration>,
 
-    /// Sockets in which no data has moved in either direction for at least this long; 5s when cwkill acts,
-    /// 0s to take those in use too (by itself it does not make cwkill act)
+    /// Sockets in which no data has moved in either direction for at least this long [default: 5s when cwkill
+    /// acts]; 0s for those in use too
     #[arg(long, value_name = "DURATION", value_parser = values::duration)]
     pub min_idle: Option<Duration>,
 

@@ -40,8 +40,8 @@ impl CheckConfig {
         {
             let percent = percent(unit);
             return Err(usage(&format!(
-                "-c {critical}{percent} is below -w {warning}{percent}, so nothing would ever be WARNING: \
-                 for example -w {critical}{percent} -c {warning}{percent}"
+                "-c {critical}{percent} is below -w {warning}{percent}, so the status would never be WARNING: \
+                 give the smaller number to -w, for example -w {critical}{percent} -c {warning}{percent}"
             )));
         }
         for (option, limit) in limits {

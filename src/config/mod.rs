@@ -139,12 +139,16 @@ impl Config {
             && !acting.dry_run
             && let Some(option) = acting.acting_option()
         {
-            let narrows = narrowing.map_or_else(String::new, |narrowing| {
-                format!("{narrowing} only narrows the selection; ")
+            // With it, --all means less than every stuck socket.
+            let (but, left) = narrowing.map_or_else(Default::default, |narrowing| {
+                (
+                    format!(", and {narrowing} alone is not enough"),
+                    format!(" that {narrowing} leaves"),
+                )
             });
             return Err(usage(&format!(
-                "{narrows}{option} needs a selector that says which sockets to act on: \
-                 for example --port 8080, or --all for everything that is stuck"
+                "{option} needs a selector{but}: add one for the sockets to close, for example --port 8080, \
+                 or --all for every stuck socket{left}"
             )));
         }
         let action = match (selects, acting.dry_run) {

@@ -130,8 +130,8 @@ fn expression(
         (States::Within(states), None) => states,
         (States::Partly, None) => {
             return Err(invalid(
-                "a part of the expression names states and an alternative to it names none, which \
-                 would mean every state: give each its state, or put it first for all, for example \
+                "one side of `or` in the expression names states, and the other does not, so it would match every state: \
+                 name the states on both sides, or once at the beginning, for example \
                  'state close-wait sport = :80 or sport = :443'",
             ));
         }
