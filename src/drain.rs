@@ -48,7 +48,7 @@ use crate::sys::{Duplicate, errno_of};
 use crate::tcp::{StateSet, TcpState, info};
 
 /// Pauses between two looks. A healthy owner accepts a connection within this time.
-const PAUSES: [Duration; 3] = [
+const PAUSES_BETWEEN_LOOKS: [Duration; 3] = [
     Duration::from_millis(1),
     Duration::from_millis(2),
     Duration::from_millis(5),
@@ -120,7 +120,7 @@ fn find_in(
     };
     let mut backlogs: Vec<Backlog> = listeners.into_iter().filter_map(backlog).collect();
     // A connection that is accepted between the two lists would seem dead in one look.
-    for pause in PAUSES {
+    for pause in PAUSES_BETWEEN_LOOKS {
         let mut live = waiting_rows(&mut diag, &addresses)?;
         live.retain(|row| !planned.contains(&row.id.cookie()));
         let waiting = Listeners::read(&mut diag)?.waiting_by_inode();
@@ -332,7 +332,7 @@ impl Queue<'_> {
         live.sort_by_key(|id| id.cookie().0);
         live.dedup_by_key(|id| id.cookie());
         // A connection that another member of a group accepts has an inode soon.
-        for pause in PAUSES {
+        for pause in PAUSES_BETWEEN_LOOKS {
             self.retain_waiting(&mut live)?;
             if live.is_empty() || is_over() {
                 break;

@@ -7,10 +7,10 @@
 use thiserror::Error;
 
 /// Memory for the threads of the acts: 16 stacks of 2 MiB, and their netlink buffers.
-const FOR_THREADS: usize = 48 * MIB;
+const BYTES_FOR_THREADS: usize = 48 * MIB;
 /// Memory for the attempts, the outcome and the lines in the report and the log of one socket or descriptor, in bytes. With 15,000
 /// sockets, 930 were needed with JSON and a log, and 2000 for each descriptor with `cwkill reclaim`.
-const PER_TARGET: usize = 2048;
+const BYTES_PER_TARGET: usize = 2048;
 const MIB: usize = 1 << 20;
 
 /// Too little memory to act.
@@ -26,8 +26,8 @@ pub(crate) struct TooLittle(usize);
 /// It allocates address space and gives it back. The kernel provides no memory for it, so the size costs nothing.
 pub(crate) fn check_room(targets: usize) -> Result<(), TooLittle> {
     let bytes = targets
-        .saturating_mul(PER_TARGET)
-        .saturating_add(FOR_THREADS);
+        .saturating_mul(BYTES_PER_TARGET)
+        .saturating_add(BYTES_FOR_THREADS);
     Vec::<u8>::new()
         .try_reserve_exact(bytes)
         .map_err(|_| TooLittle(bytes))
@@ -40,7 +40,7 @@ mod tests {
     #[test]
     fn a_size_that_no_host_has_is_refused() {
         assert_eq!(check_room(0), Ok(()));
-        let too_little = check_room(usize::MAX / PER_TARGET / 4).unwrap_err();
+        let too_little = check_room(usize::MAX / BYTES_PER_TARGET / 4).unwrap_err();
         assert!(too_little.to_string().contains("MiB"), "{too_little}");
         assert!(check_room(usize::MAX).is_err());
     }

@@ -17,7 +17,7 @@ use crate::tcp::TcpState;
 use crate::text::{format_rate, per_minute, seconds};
 
 /// A socket younger than this is not counted: a server that closes correctly leaves CLOSE-WAIT in less time.
-const MIN_AGE: Duration = Duration::from_millis(100);
+const NEW_SOCKET_MIN_AGE: Duration = Duration::from_millis(100);
 /// The longest time from Ctrl-C to the end of the watch.
 const INTERRUPT_INTERVAL: Duration = Duration::from_millis(50);
 /// The maximum number of processes named in the line for people.
@@ -89,11 +89,14 @@ pub fn cookies(scan: &Scan) -> HashSet<Cookie> {
     targets.map(|target| target.socket.cookie()).collect()
 }
 
-/// Counts the sockets of `scan` that are not `known` and have reached [`MIN_AGE`].
+/// Counts the sockets of `scan` that are not `known` and have reached [`NEW_SOCKET_MIN_AGE`].
 fn count(scan: Scan, known: &HashSet<Cookie>, watched: Duration) -> NewSockets {
     let mut by_id: BTreeMap<Option<ProcessId>, (Option<Arc<Process>>, usize)> = BTreeMap::new();
     for target in &scan.targets {
-        let is_stuck = target.socket.age.is_none_or(|age| age >= MIN_AGE);
+        let is_stuck = target
+            .socket
+            .age
+            .is_none_or(|age| age >= NEW_SOCKET_MIN_AGE);
         if is_stuck && !known.contains(&target.socket.cookie()) {
             let culprit = scan.culprit(target);
             let entry = by_id.entry(culprit.map(|process| process.id)).or_default();

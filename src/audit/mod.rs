@@ -21,7 +21,7 @@ use crate::report::Run;
 use crate::report::reclaim::ReclaimRun;
 use journal::Journal;
 use record::{Caller, Entry};
-use sinks::{Losses, PATIENCE, Rendered, Sink, To};
+use sinks::{Losses, Rendered, SINK_TIMEOUT, Sink, To};
 
 pub struct Audit {
     caller: Caller,
@@ -44,7 +44,7 @@ impl Audit {
             None => (LogTarget::None, false),
         };
         match target {
-            LogTarget::Journald => match Journal::open(PATIENCE) {
+            LogTarget::Journald => match Journal::open(SINK_TIMEOUT) {
                 Ok(journal) => sinks.push(To::Journal(journal)),
                 Err(error) if is_explicit => {
                     return Err(error)
@@ -181,11 +181,12 @@ impl Audit {
 /// If the records are not written soon, prints that the work is done and that only records are left. Dropping the returned
 /// sender cancels this.
 fn announce_if_slow(summary: String, left: Arc<AtomicUsize>) -> mpsc::Sender<()> {
-    const SOON: Duration = Duration::from_secs(2);
+    /// The operator begins to wonder after a second or two.
+    const ANNOUNCE_AFTER: Duration = Duration::from_secs(2);
     let (done, ended) = mpsc::channel::<()>();
     // If no thread can be started, the message is missing.
     let _ = std::thread::Builder::new().spawn(move || {
-        if ended.recv_timeout(SOON) == Err(mpsc::RecvTimeoutError::Timeout) {
+        if ended.recv_timeout(ANNOUNCE_AFTER) == Err(mpsc::RecvTimeoutError::Timeout) {
             let left = left.load(Ordering::Relaxed);
             let _ = writeln!(
                 io::stderr(),

@@ -12,7 +12,7 @@ use super::journal::Journal;
 use crate::text::escape;
 
 /// The time after which a sink that accepts no data is given up. A reader that hangs must not delay the report to the operator.
-pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const SINK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A record in the forms that the sinks need.
 pub(super) struct Rendered<'a> {
@@ -52,7 +52,7 @@ pub(super) struct Sink {
     to: To,
     /// The last line was written only in part.
     torn: bool,
-    /// It accepted no data for [`PATIENCE`].
+    /// It accepted no data for [`SINK_TIMEOUT`].
     given_up: bool,
 }
 
@@ -109,7 +109,7 @@ impl Sink {
                 let text = format!("cwkill: audit: {}", escape(record.message));
                 let stderr = io::stderr();
                 line(&mut self.torn, &text, |bytes| {
-                    write_in_time(stderr.as_fd(), bytes, PATIENCE)
+                    write_in_time(stderr.as_fd(), bytes, SINK_TIMEOUT)
                 })
             }
         }

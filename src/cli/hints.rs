@@ -8,7 +8,7 @@ use clap::{CommandFactory, Parser};
 use super::Cli;
 
 /// A word is a misspelt command at this similarity or more (Jaro-Winkler, 1.0 is equal).
-const SIMILAR: f64 = 0.85;
+const SIMILAR_FROM: f64 = 0.85;
 
 /// A better error for a command line that was refused with `error`, if its meaning can be guessed. `words`: all of the line,
 /// beginning with the program's name.
@@ -72,7 +72,7 @@ fn command_advice(word: &str) -> Option<String> {
         "explain" | "why" => "write `cwkill diagnose`".to_owned(),
         _ => {
             let cli = Cli::command();
-            let similar = |name: &&str| strsim::jaro_winkler(word, name) >= SIMILAR;
+            let similar = |name: &&str| strsim::jaro_winkler(word, name) >= SIMILAR_FROM;
             let names = cli.get_subcommands().map(clap::Command::get_name);
             let name = names.filter(similar).max_by(|a, b| {
                 let similarity = |name| strsim::jaro_winkler(word, name);

@@ -111,9 +111,9 @@ pub struct OwnerSelection {
     pub cgroup: Vec<String>,
 
     /// Every stuck socket
-    #[arg(long, display_order = LAST)]
+    #[arg(long, display_order = LAST_IN_HELP)]
     pub all: bool,
 }
 
 /// The position in the help text after all other selectors.
-const LAST: usize = 999;
+const LAST_IN_HELP: usize = 999;

@@ -150,8 +150,9 @@ fn needed_capabilities(config: &Config) -> caps::CapsHashSet {
     needed
 }
 
-/// The number of sockets for whose outcome a sweep needs memory: it does not know beforehand how many there are.
-const SWEPT: usize = 200_000;
+/// The number of sockets for whose outcomes there must be memory before a sweep. The sweep does not know beforehand how many there are;
+/// few hosts have more.
+const MAX_SWEPT: usize = 200_000;
 
 /// Destroys sockets while the kernel lists them, if that is possible with `config`; see [`sweep`].
 pub fn sweep_if_possible(
@@ -162,7 +163,7 @@ pub fn sweep_if_possible(
     control: &dyn Control,
 ) -> Vec<Target> {
     match &namespaces.open[..] {
-        [netns] if sweep::is_possible(config) && memory::check_room(SWEPT).is_ok() => {
+        [netns] if sweep::is_possible(config) && memory::check_room(MAX_SWEPT).is_ok() => {
             sweep::sweep(config, netns, history, privileges, control)
         }
         _ => Vec::new(),

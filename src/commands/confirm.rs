@@ -8,8 +8,8 @@ use crate::model::Scan;
 use crate::proc::{Process, ProcessId};
 use crate::text::counted;
 
-/// Processes that the question names. It stays on one line.
-const NAMED: usize = 3;
+/// The maximum number of processes that the question names, so that it stays on one line.
+const MAX_NAMED: usize = 3;
 
 /// Whether a person can be asked: a question on stderr is seen, and an answer can be typed.
 pub(super) fn is_possible() -> bool {
@@ -39,11 +39,11 @@ pub(super) fn question(scan: &Scan) -> Option<String> {
     processes.sort_by_key(|(process, count)| (usize::MAX - count, process.id));
     let mut names: Vec<String> = processes
         .iter()
-        .take(NAMED)
+        .take(MAX_NAMED)
         .map(|(process, count)| format!("{process} ({count})"))
         .collect();
-    if processes.len() > NAMED {
-        names.push(counted(processes.len() - NAMED, "other process"));
+    if processes.len() > MAX_NAMED {
+        names.push(counted(processes.len() - MAX_NAMED, "other process"));
     }
     let without_owner = match unowned {
         0 => String::new(),

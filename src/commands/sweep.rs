@@ -31,7 +31,7 @@ use crate::sys::errno_of;
 use crate::tcp::TcpState;
 
 /// A socket that has been stuck for less than this is left to the ordinary run: it may only pass through its state.
-const MIN_AGE: Duration = Duration::from_secs(1);
+const SWEPT_MIN_AGE: Duration = Duration::from_secs(1);
 /// The maximum age of a row when cwkill acts on it. Rows are younger if most sockets match, and older if the kernel must skip
 /// many others.
 const MAX_ROW_AGE: Duration = Duration::from_millis(2);
@@ -225,10 +225,10 @@ impl Sweeper<'_> {
     }
 
     /// The target with its plan, if the kernel's row is enough to destroy the socket: it is selected, has been stuck for
-    /// [`MIN_AGE`], was accepted, is not a subflow, needs no second look, and the plan does not exclude `destroy`.
+    /// [`SWEPT_MIN_AGE`], was accepted, is not a subflow, needs no second look, and the plan does not exclude `destroy`.
     fn target(&self, socket: Socket, selectors: &Selectors) -> Option<Target> {
         let is_eligible = socket.state == TcpState::CloseWait
-            && socket.age.is_some_and(|age| age >= MIN_AGE)
+            && socket.age.is_some_and(|age| age >= SWEPT_MIN_AGE)
             && !socket.cause.is_with_listener()
             // The connection of an MPTCP socket can live on after a subflow.
             && socket.subflow_of.is_none()

@@ -12,7 +12,7 @@ use clap::{ColorChoice, CommandFactory};
 
 use crate::cli::{Acting, Args, Cli, Logging, MethodChoice, Output, flat};
 use crate::filter::Scope;
-use crate::filter::selectors::{IN_USE, Selectors};
+use crate::filter::selectors::{IN_USE_WITHIN, Selectors};
 use crate::injector::engine;
 use crate::injector::plan::Policy;
 use crate::model::Method;
@@ -165,7 +165,7 @@ impl Config {
             ));
         }
         if action != Action::List {
-            selectors.min_idle = min_idle.unwrap_or(IN_USE);
+            selectors.min_idle = min_idle.unwrap_or(IN_USE_WITHIN);
         }
         let methods = methods(&flat(acting.method))?;
         if acting.no_owners {
@@ -217,7 +217,7 @@ impl Config {
             },
             format: output.format(),
             no_header: output.no_header,
-            mark_in_use: min_idle.unwrap_or(IN_USE),
+            mark_in_use: min_idle.unwrap_or(IN_USE_WITHIN),
             verbose: output.verbose,
             color: output.color,
             selectors,
@@ -352,8 +352,8 @@ mod tests {
     #[test]
     fn an_act_leaves_alone_what_is_in_use() {
         let min_idle = |line| config(line).unwrap().selectors.min_idle;
-        assert_eq!(min_idle("--port 1"), IN_USE);
-        assert_eq!(min_idle("--dry-run"), IN_USE);
+        assert_eq!(min_idle("--port 1"), IN_USE_WITHIN);
+        assert_eq!(min_idle("--dry-run"), IN_USE_WITHIN);
         assert_eq!(min_idle(""), Duration::ZERO);
         for line in [
             "--all --min-idle 10m",

@@ -17,9 +17,9 @@ const DIRECTORY: &str = "/proc/sys/net/netfilter";
 /// The table of that namespace.
 const TABLE: &str = "/proc/thread-self/net/nf_conntrack";
 /// The kernel writes a page at a time, whatever the size of the buffer.
-const BUFFER: usize = 4096;
+const BUFFER_BYTES: usize = 4096;
 /// cwkill looks at the clock after this many lines.
-const LINES: usize = 64;
+const LINES_PER_CLOCK_READ: usize = 64;
 
 fn number(name: &str) -> Option<u64> {
     let text = fs::read_to_string(format!("{DIRECTORY}/{name}")).ok()?;
@@ -45,7 +45,7 @@ pub fn close_wait_entries(until: Instant) -> io::Result<(Vec<TrackedEnds>, bool)
 }
 
 fn read(table: impl io::Read, is_over: impl Fn() -> bool) -> io::Result<(Vec<TrackedEnds>, bool)> {
-    let mut table = BufReader::with_capacity(BUFFER, table);
+    let mut table = BufReader::with_capacity(BUFFER_BYTES, table);
     let mut entries = Vec::new();
     let mut line = Vec::new();
     for number in 1.. {
@@ -54,7 +54,7 @@ fn read(table: impl io::Read, is_over: impl Fn() -> bool) -> io::Result<(Vec<Tra
             break;
         }
         entries.extend(entry::close_wait(&line));
-        if number % LINES == 0 && is_over() {
+        if number % LINES_PER_CLOCK_READ == 0 && is_over() {
             return Ok((entries, false));
         }
     }
@@ -76,7 +76,10 @@ mod tests {
             left.get() == 0
         };
         let (entries, complete) = read(table.as_bytes(), is_over).unwrap();
-        assert_eq!((entries.len(), complete), (3 * LINES - 1, false));
+        assert_eq!(
+            (entries.len(), complete),
+            (3 * LINES_PER_CLOCK_READ - 1, false)
+        );
         let (entries, complete) = read(line.repeat(1000).as_bytes(), || false).unwrap();
         assert_eq!((entries.len(), complete), (1000, true));
         let (entries, complete) = read(&b""[..], || true).unwrap();

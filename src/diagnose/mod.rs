@@ -46,11 +46,12 @@ pub const DEFAULT_SAMPLE: Duration = Duration::from_secs(5);
 /// these processes are examined.
 pub const MAX_SHOWN: usize = 10;
 
-/// With so few free descriptors a process is at its limit: some come and go between the look at its table and the next accept(2).
-const FEW_FREE: u64 = 3;
+/// A process with this number of free descriptors or fewer is at its limit: some come and go between the look at its table and the
+/// next accept(2).
+const FREE_AT_LIMIT: u64 = 3;
 
 /// A process with at least this many descriptors of sockets that were never connected is reported for them alone.
-const MANY_NEVER_CONNECTED: usize = 100;
+const NEVER_CONNECTED_FROM: usize = 100;
 
 #[derive(Debug)]
 pub struct Diagnosis {
@@ -218,7 +219,7 @@ impl ProcessDiagnosis {
     pub fn leaked(&self) -> usize {
         let counts = self.suspect_counts();
         let never_connected = match counts.never_connected {
-            0..MANY_NEVER_CONNECTED => 0,
+            0..NEVER_CONNECTED_FROM => 0,
             many => many,
         };
         self.held.stuck + counts.dead + never_connected
@@ -228,7 +229,7 @@ impl ProcessDiagnosis {
     pub fn is_at_limit(&self) -> bool {
         let used = self.table.as_ref().map(|table| table.used as u64);
         used.zip(self.status.limit)
-            .is_some_and(|(used, limit)| used.saturating_add(FEW_FREE) >= limit)
+            .is_some_and(|(used, limit)| used.saturating_add(FREE_AT_LIMIT) >= limit)
     }
 
     /// The fact about the process that explains its sockets.
@@ -544,7 +545,7 @@ fn diagnose_processes(
                 .is_some_and(|local: SocketAddr| selectors.could_match_dead(local)),
             SuspectVerdict::NeverConnected => {
                 never_connected += 1;
-                never_connected >= MANY_NEVER_CONNECTED && selectors.could_match_unbound()
+                never_connected >= NEVER_CONNECTED_FROM && selectors.could_match_unbound()
             }
             SuspectVerdict::Unknown(_) => false,
         })

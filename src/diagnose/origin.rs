@@ -15,9 +15,9 @@ use crate::reclaim::{self, Usage};
 /// A difference of two clocks that proves nothing.
 const CLOCK_ERROR: Duration = Duration::from_millis(100);
 
-/// So many processes with one connection each are a server that has a process for each connection, even if each of them also
-/// accepts connections itself.
-const MANY: usize = 3;
+/// This number of processes, or more, with one connection each are a server that has a process for each connection, even if each of
+/// them also accepts connections itself.
+const PER_CONNECTION_FROM: usize = 3;
 
 /// A listening socket: the index of its network namespace, its port and its inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,7 +137,7 @@ pub fn find(
         }
     }
     for diagnosis in processes {
-        let is_one_of_many = key(diagnosis).is_some_and(|key| sizes[&key] >= MANY);
+        let is_one_of_many = key(diagnosis).is_some_and(|key| sizes[&key] >= PER_CONNECTION_FROM);
         let was_given = diagnosis
             .single_connection
             .is_some_and(|single| single.was_given);

@@ -94,10 +94,10 @@ impl UnitName {
 }
 
 /// By default, a socket in which data has moved within this time is in use.
-pub const IN_USE: Duration = Duration::from_secs(5);
+pub const IN_USE_WITHIN: Duration = Duration::from_secs(5);
 
 /// Unread bytes that stay the same for this time, or for `--min-idle` if that is shorter, count as left unread.
-const LEFT_UNREAD: Duration = Duration::from_secs(5);
+const LEFT_UNREAD_AFTER: Duration = Duration::from_secs(5);
 
 impl Default for Selectors {
     /// Everything in CLOSE-WAIT.
@@ -262,7 +262,7 @@ impl Selectors {
         match socket.has_unread_data() {
             true => self
                 .min_idle
-                .min(LEFT_UNREAD)
+                .min(LEFT_UNREAD_AFTER)
                 .saturating_sub(socket.unchanged_for),
             false => Duration::ZERO,
         }

@@ -15,7 +15,7 @@ pub struct SyntaxError {
 }
 
 /// The number of characters of a long expression that are shown on each side of the error.
-const CONTEXT: usize = 40;
+const CONTEXT_CHARACTERS: usize = 40;
 
 impl SyntaxError {
     pub(super) fn new(text: &str, wrong: Range<usize>, message: String, example: String) -> Self {
@@ -44,8 +44,8 @@ fn plain(c: char) -> char {
 
 /// A part of an expression for a message: in quotes, and cut if it is long.
 pub(super) fn quoted(text: &str) -> String {
-    let mut shown: String = text.chars().map(plain).take(CONTEXT).collect();
-    if text.chars().nth(CONTEXT).is_some() {
+    let mut shown: String = text.chars().map(plain).take(CONTEXT_CHARACTERS).collect();
+    if text.chars().nth(CONTEXT_CHARACTERS).is_some() {
         shown.push('…');
     }
     format!("`{shown}`")
@@ -58,9 +58,9 @@ impl fmt::Display for SyntaxError {
         let wrong = shown(&self.text[self.wrong.clone()]);
         let after = shown(&self.text[self.wrong.end..]);
 
-        let cut_before = before.len().saturating_sub(CONTEXT);
-        let cut_wrong = wrong.len().min(CONTEXT);
-        let cut_after = after.len().min(CONTEXT);
+        let cut_before = before.len().saturating_sub(CONTEXT_CHARACTERS);
+        let cut_wrong = wrong.len().min(CONTEXT_CHARACTERS);
+        let cut_after = after.len().min(CONTEXT_CHARACTERS);
         let left: String = before[cut_before..].iter().collect();
         let middle: String = wrong[..cut_wrong].iter().collect();
         let right: String = match cut_wrong == wrong.len() {

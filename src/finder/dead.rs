@@ -281,7 +281,7 @@ fn scan_table(
     let fds = open_in(dir, &CString::new(name.as_str())?, OFlag::O_DIRECTORY)?;
     let numbers = fds::list_fds(fds.as_fd())?;
     let chunks: Vec<SplitByList> = numbers
-        .par_chunks(fds::CHUNK)
+        .par_chunks(fds::FDS_PER_TASK)
         .map(|numbers| split_by_list(fds.as_fd(), numbers, listed))
         .collect::<io::Result<Vec<_>>>()?;
     let (not_in_table, connections): (Vec<_>, Vec<_>) = chunks.into_iter().unzip();
@@ -319,7 +319,7 @@ fn scan_table(
     };
     let found: Vec<NotInTable> = not_in_table
         .par_iter()
-        .with_min_len(fds::CHUNK)
+        .with_min_len(fds::FDS_PER_TASK)
         .map(suspect)
         .collect::<io::Result<_>>()?;
     let mut suspects = Vec::new();

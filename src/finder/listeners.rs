@@ -23,7 +23,7 @@ use crate::tcp::TcpState;
 
 /// The pauses before the lists that show whether a backlog is ever empty. A process that accepts empties its backlog within
 /// microseconds.
-const PAUSES: [Duration; 4] = [
+const PAUSES_BEFORE_LISTS: [Duration; 4] = [
     Duration::from_millis(1),
     Duration::from_millis(2),
     Duration::from_millis(5),
@@ -140,7 +140,7 @@ impl Listeners {
         waiting: impl Iterator<Item = &'s Socket> + Clone,
         diag: &mut SockDiag,
     ) -> Result<(), DumpError> {
-        for pause in PAUSES {
+        for pause in PAUSES_BEFORE_LISTS {
             let is_unknown = |socket: &Socket| {
                 let group = self.group(socket).map(|group| &self.groups[group]);
                 socket.cause == Cause::NotAccepted

@@ -22,7 +22,7 @@ use crate::sys::{self, Pidfds};
 use crate::tcp::{StateSet, TcpState};
 
 /// For this number of descriptors or fewer, asking for each is cheaper than a list of all sockets.
-const FEW: usize = 256;
+const MAX_SINGLE_QUERIES: usize = 256;
 /// The maximum number of descriptors whose protocol is read, about 2 µs each.
 const MAX_EXAMINED: usize = 262_144;
 /// The maximum number of descriptors that are duplicated, about 8 µs each.
@@ -63,7 +63,7 @@ impl Search<'_> {
     pub fn run(&self, descriptors: &DescriptorScan) -> Found {
         let mut found = Found::default();
         let mut candidates = self.candidates(descriptors);
-        if candidates.len() > FEW
+        if candidates.len() > MAX_SINGLE_QUERIES
             // If a namespace cannot be listed, more sockets are asked for.
             && let Ok(listed) = dead::listed_inodes(self.namespaces)
         {

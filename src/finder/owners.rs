@@ -22,7 +22,7 @@ use rayon::prelude::*;
 use super::threads;
 use crate::filter::selectors::Selectors;
 use crate::model::{Outcome, Owner, Target};
-use crate::proc::fds::{CHUNK, FdTable, SocketFds, fd_state, read_socket_link, read_table};
+use crate::proc::fds::{FDS_PER_TASK, FdTable, SocketFds, fd_state, read_socket_link, read_table};
 use crate::proc::{
     ExecMarker, FdState, ProcFs, Process, RemoteFd, TableId, Unreadable, exec_marker, identity,
     is_denied, is_missing, open_in, read_between_execs, read_identity,
@@ -300,7 +300,7 @@ pub(super) fn check_table(proc: &ProcFs, (id, tid): TableId, owners: &mut [(&mut
         let table = FdTable::open(proc, id, tid);
         owners
             .par_iter_mut()
-            .with_min_len(CHUNK)
+            .with_min_len(FDS_PER_TASK)
             .for_each(|(owner, inode)| owner.after = Some(table.state(owner.fd, *inode)));
         let is_closed = |(owner, _): &(&mut Owner, u32)| owner.after == Some(FdState::Closed);
         owners.iter().any(is_closed)
@@ -379,7 +379,11 @@ fn recheck(
         Trust::Nothing => &table.sockets[..],
     };
     let mut denied = false;
-    if !checked.par_iter().with_min_len(CHUNK).all(still_open) {
+    if !checked
+        .par_iter()
+        .with_min_len(FDS_PER_TASK)
+        .all(still_open)
+    {
         let read = || read_table(dir.as_fd(), &AtomicBool::new(false));
         table = match read_between_execs(process.as_fd(), read)? {
             Some(table) => table,
@@ -528,13 +532,13 @@ mod tests {
     #[test]
     fn a_table_larger_than_a_chunk_is_read_whole() {
         let proc = TestProc::new();
-        let count = i32::try_from(CHUNK * 3 + 1).unwrap();
+        let count = i32::try_from(FDS_PER_TASK * 3 + 1).unwrap();
         let targets: Vec<String> = (0..count)
             .map(|fd| format!("socket:[{}]", fd + 100))
             .collect();
         let fds: Vec<(i32, &str)> = (0..count).zip(targets.iter().map(String::as_str)).collect();
         proc.process(7, "big", &fds);
-        let inodes: Vec<u32> = (100..).take(CHUNK * 3 + 1).collect();
+        let inodes: Vec<u32> = (100..).take(FDS_PER_TASK * 3 + 1).collect();
         assert_eq!(proc.find(&inodes).descriptors.len(), inodes.len());
     }
 

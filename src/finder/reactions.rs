@@ -15,12 +15,12 @@ use crate::proc::{FdState, ProcFs, ProcessId, TableId};
 
 /// A process whose runnable threads have used this much processor time since its last descriptor was closed is busy with something
 /// else.
-const BUSY_ELSEWHERE: Duration = Duration::from_millis(20);
+const BUSY_ELSEWHERE_FROM: Duration = Duration::from_millis(20);
 /// All threads of a process must be asleep at two looks in a row: the kernel wakes them just after it removes the socket from its
 /// table (net/ipv4/tcp.c, tcp_done).
-const ASLEEP: u32 = 2;
+const LOOKS_ASLEEP: u32 = 2;
 /// The longest wait for an owner that goes on closing.
-const LONGEST: Duration = Duration::from_secs(10);
+const MAX_WAIT: Duration = Duration::from_secs(10);
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(20);
 
@@ -29,7 +29,7 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(20);
 pub fn await_owners(proc: &ProcFs, targets: &mut [Target], grace: Duration, control: &dyn Control) {
     check_still_open(proc, targets);
     let mut waits = open_descriptors(targets, control.now());
-    let over = deadline(control.now(), LONGEST);
+    let over = deadline(control.now(), MAX_WAIT);
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     loop {
         let now = control.now();
@@ -65,12 +65,12 @@ impl ReactingOwner<'_> {
     fn may_react(&mut self, activity: Activity, now: Instant, grace: Duration) -> bool {
         if !activity.runnable {
             self.asleep += 1;
-            return self.asleep < ASLEEP;
+            return self.asleep < LOOKS_ASLEEP;
         }
         self.asleep = 0;
         let before = *self.cpu.get_or_insert(activity.cpu);
         let used = activity.cpu.saturating_sub(before);
-        used < BUSY_ELSEWHERE && now.saturating_duration_since(self.last_reaction) < grace
+        used < BUSY_ELSEWHERE_FROM && now.saturating_duration_since(self.last_reaction) < grace
     }
 
     /// Reads its descriptors again.

@@ -13,7 +13,7 @@ use crate::model::{Scan, Socket, Target};
 use crate::sock_diag::{Detail, DiagId, LookupError, SockDiag, SocketMessage};
 
 /// The wait is made of pauses of this length, so that Ctrl-C ends it.
-const PAUSE: Duration = Duration::from_millis(100);
+const INTERRUPT_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How long to wait before the second look, and for how many sockets. It is the same wait for all.
 pub fn needed(scan: &Scan, selectors: &Selectors) -> (Duration, usize) {
@@ -36,7 +36,7 @@ pub fn look_again(scan: &mut Scan, selectors: &Selectors, control: &dyn Control)
         return;
     }
     while !left.is_zero() && !control.interrupted() {
-        let pause = left.min(PAUSE);
+        let pause = left.min(INTERRUPT_INTERVAL);
         control.sleep(pause);
         left -= pause;
     }

@@ -17,7 +17,7 @@ use rayon::prelude::*;
 
 use crate::model::{Owner, Poller, Scan, Socket, SpinRisk, Target};
 use crate::proc::epoll::{EpollSet, Interest, keep_worst};
-use crate::proc::status::MANY_THREADS;
+use crate::proc::status::MAX_THREADS;
 use crate::proc::syscall::{Syscall, read_memory};
 use crate::proc::{ProcFs, Process, ProcessId, RemoteFd, is_missing};
 
@@ -97,7 +97,7 @@ impl Found {
         let tids = proc.tids(process.id.pid).unwrap_or_default();
         let is_stuck = || !proc.uninterruptible(process).is_empty();
         // Of a process with more threads it is not known whether one of them is stuck.
-        if tids.is_empty() || tids.len() > MANY_THREADS || (!epolls.is_empty() && is_stuck()) {
+        if tids.is_empty() || tids.len() > MAX_THREADS || (!epolls.is_empty() && is_stuck()) {
             return found;
         }
         let sets = epolls.iter().map(|fd| epoll_set(proc, process, *fd));

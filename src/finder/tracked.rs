@@ -7,13 +7,13 @@ use crate::conntrack::{self, TrackedEnds};
 use crate::model::{Scan, TrackedCloseWait};
 use crate::routes::{self, Place};
 
-/// The time for the tables of all namespaces together.
-const TIME: Duration = Duration::from_millis(200);
+/// The maximum time for reading the tables of all namespaces together: a note about them is not worth a longer wait.
+const MAX_READ_TIME: Duration = Duration::from_millis(200);
 
 /// Counts the connections of others in CLOSE-WAIT, in the namespaces of `scan`, and writes the result to its coverage. A table that
 /// cwkill cannot read counts as empty.
 pub fn count(scan: &mut Scan) {
-    let until = Instant::now() + TIME;
+    let until = Instant::now() + MAX_READ_TIME;
     let mut tracked = TrackedCloseWait {
         entries: 0,
         complete: true,

@@ -15,10 +15,10 @@ pub(super) const MAX_ENTRIES: usize = 500_000;
 const FORGET_AFTER: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// A socket is gone when this many complete lists in a row do not have it. The kernel can omit a socket if others vanish while it
 /// lists them.
-const MISSES: u8 = 2;
+const MISSING_FROM_LISTS: u8 = 2;
 
 /// Two idle times that differ by no more than this are the same: the clocks of the kernel tick up to ten milliseconds apart.
-const TOLERANCE: Duration = Duration::from_millis(100);
+const IDLE_TOLERANCE: Duration = Duration::from_millis(100);
 
 /// One socket in the history. All times are of the clock of [`super::now`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,7 +96,7 @@ impl Entries {
             let idle = now.saturating_sub(entry.idle_since);
             if socket
                 .idle
-                .is_some_and(|known| known.abs_diff(idle) > TOLERANCE)
+                .is_some_and(|known| known.abs_diff(idle) > IDLE_TOLERANCE)
             {
                 (socket.idle, socket.idle_source) = (Some(idle), TimeSource::History);
             }
@@ -130,7 +130,7 @@ impl Entries {
             self.0.insert(new.key, entry);
         }
         self.0.retain(|_, entry| {
-            entry.missed < MISSES && now.saturating_sub(entry.seen) < FORGET_AFTER
+            entry.missed < MISSING_FROM_LISTS && now.saturating_sub(entry.seen) < FORGET_AFTER
         });
         self.shrink(now);
     }

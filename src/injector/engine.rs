@@ -29,7 +29,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
 /// For this number of sockets or more, one list of the kernel's tables is cheaper than a lookup of each.
-const MANY: usize = 2048;
+const LIST_FROM: usize = 2048;
 
 /// The current state of a socket.
 pub type Lookup = Result<SocketMessage, LookupError>;
@@ -309,7 +309,7 @@ impl Batch<'_> {
         };
         let requested: Vec<&mut Target> = targets.into_iter().filter(requested).collect();
         let pending = match method {
-            Method::Destroy if requested.len() >= MANY => self.not_destroyed(requested),
+            Method::Destroy if requested.len() >= LIST_FROM => self.not_destroyed(requested),
             _ => requested,
         };
         self.wait(pending);

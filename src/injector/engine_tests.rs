@@ -791,7 +791,7 @@ impl SocketTables for Listing {
 /// Destroys many sockets. Socket 7 stays although the kernel acknowledges the request, 8 stays without an acknowledgement, 9
 /// closes without one, and 10 goes to LAST-ACK. Returns the outcomes, and the number of lookups of each socket.
 fn destroy_many(fails: bool) -> (Vec<Option<Outcome>>, HashMap<Cookie, usize>) {
-    let many = u64::try_from(MANY).unwrap();
+    let many = u64::try_from(LIST_FROM).unwrap();
     let mut world = World::new(many).method(Destroy, |kernel, cookie| match cookie {
         7 => Ok(()),
         8 => Err(LOST),

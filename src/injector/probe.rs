@@ -22,6 +22,7 @@ use super::Executor;
 use super::duplicate::Duplicator;
 use super::engine::{Batch, Lookup, lookup_failed};
 use super::rst::{self, Numbers, Wire};
+use super::workers::WORKERS_AT_ONCE;
 use crate::control::{Backoff, deadline};
 use crate::model::{Method, MethodError, Target};
 use crate::packet::capture;
@@ -33,10 +34,10 @@ use crate::tcp::{Segment, TcpFlags, info};
 
 /// Sockets per batch, if the limit of open descriptors permits one duplicate for each.
 const MAX_BATCH: usize = 4096;
-/// Descriptors that are kept free for other files.
-const RESERVED: u64 = 256;
+/// Descriptors that are kept free for the other files of cwkill: namespaces, netlink sockets, the log.
+const DESCRIPTORS_KEPT_FREE: u64 = 256;
 /// Workers that may run in parallel and share the descriptors of this process.
-const SHARES: u64 = 16;
+const WORKERS: u64 = WORKERS_AT_ONCE as u64;
 /// The shortest TCP_KEEPIDLE (net/ipv4/tcp.c, tcp_sock_set_keepidle_locked). The kernel sends the probe when this time has
 /// passed since the last segment of the peer.
 pub(super) const KEEP_IDLE: Duration = Duration::from_secs(1);
@@ -46,7 +47,7 @@ const MAX_KEEP_COUNT: i32 = 127;
 /// The error of the kernel's times in milliseconds: two jiffies at 100 Hz.
 const CLOCK_SLACK: Duration = Duration::from_millis(20);
 /// How long lookups are repeated that do not show whether the peer has answered.
-const IN_DOUBT: Duration = Duration::from_secs(1);
+const MAX_TIME_IN_DOUBT: Duration = Duration::from_secs(1);
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 /// Short, because an interrupted run restores the socket options only after the pause.
 const LONGEST_PAUSE: Duration = Duration::from_millis(10);
@@ -98,9 +99,8 @@ impl Asked<'_> {
                 Some(Err(MethodError::PeerSilent))
             }
             // The lookup took too long to decide. After silence the next method may close the socket, so doubt counts as an answer.
-            Ok(_) => {
-                (before_lookup >= self.until + IN_DOUBT).then_some(Err(MethodError::PeerAlive))
-            }
+            Ok(_) => (before_lookup >= self.until + MAX_TIME_IN_DOUBT)
+                .then_some(Err(MethodError::PeerAlive)),
         }
     }
 }
@@ -410,12 +410,14 @@ pub(super) fn batch_size() -> usize {
         return 1;
     };
     let max_batch = u64::try_from(MAX_BATCH).unwrap_or(u64::MAX);
-    let needed = (max_batch * SHARES + RESERVED).min(hard).max(soft);
+    let needed = (max_batch * WORKERS + DESCRIPTORS_KEPT_FREE)
+        .min(hard)
+        .max(soft);
     let limit = match setrlimit(Resource::RLIMIT_NOFILE, needed, hard) {
         Ok(()) => needed,
         Err(_) => soft,
     };
-    let share = limit.saturating_sub(RESERVED) / SHARES;
+    let share = limit.saturating_sub(DESCRIPTORS_KEPT_FREE) / WORKERS;
     usize::try_from(share)
         .unwrap_or(MAX_BATCH)
         .clamp(1, MAX_BATCH)

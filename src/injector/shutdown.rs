@@ -29,8 +29,8 @@ use crate::sock_diag::Protocol;
 use crate::sys::Duplicate;
 
 /// Sockets per batch without and with keepalive probes. All probes of a batch are sent in one wait.
-const BATCH: usize = 64;
-const PROBED_BATCH: usize = 1024;
+const SOCKETS_PER_BATCH: usize = 64;
+const SOCKETS_PER_PROBED_BATCH: usize = 1024;
 /// A peer that has been quiet for less is not forgotten, whatever other namespaces and hosts on the way have set. The default of
 /// nf_conntrack_tcp_timeout_close_wait is 60 s.
 const SHORTEST_ENTRY: Duration = Duration::from_secs(10);
@@ -67,8 +67,8 @@ impl Shutdown {
             duplicator: Duplicator::new(proc),
             forgotten_after: timeout.map(|timeout| timeout.min(SHORTEST_ENTRY).max(KEEP_IDLE)),
             batch_size: match timeout {
-                None => BATCH,
-                Some(_) => probe::batch_size().min(PROBED_BATCH),
+                None => SOCKETS_PER_BATCH,
+                Some(_) => probe::batch_size().min(SOCKETS_PER_PROBED_BATCH),
             },
         }
     }
@@ -112,7 +112,7 @@ impl Executor for Shutdown {
     fn act(&mut self, mut targets: Vec<&mut Target>, batch: &mut Batch<'_>) {
         let mut probed = Vec::new();
         loop {
-            let rest = targets.split_off(targets.len().min(BATCH));
+            let rest = targets.split_off(targets.len().min(SOCKETS_PER_BATCH));
             for target in targets {
                 match self.begin(target) {
                     Ok(Some(keepalive)) => probed.push(Probed { target, keepalive }),

@@ -17,7 +17,7 @@ use crate::sys::errno_of;
 /// A namespace with more sockets than this gets a second worker.
 const SOCKETS_PER_WORKER: usize = 2048;
 /// Workers at the same time. Most of them only wait, so there may be more than processors.
-const WORKERS_AT_ONCE: usize = 16;
+pub(super) const WORKERS_AT_ONCE: usize = 16;
 /// The step of a worker that can fail before it acts.
 const PREPARATION: &str = "entering the network namespace or opening a netlink socket";
 

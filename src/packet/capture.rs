@@ -18,7 +18,7 @@ use crate::tcp::{Segment, Tuple, segment};
 /// before Linux 6.8), also after the kernel has translated it (net/core/filter.c).
 pub const MAX_PORTS: usize = 512;
 /// A longer packet carries data. IP and TCP headers take up to 60 bytes each, and IPv6 extension headers some more.
-const LONGEST: u32 = 256;
+const MAX_PACKET_BYTES: u32 = 256;
 
 /// The requested size of the receive queue, in bytes.
 const RECEIVE_QUEUE: usize = 4 * 1024 * 1024;
@@ -56,7 +56,7 @@ impl Capture {
     /// # Errors
     /// recvfrom(2) failed. A device that went down (ENETDOWN) is not an error.
     pub fn drain(&self, mut handle: impl FnMut(Segment)) -> io::Result<()> {
-        let mut buffer = [0; LONGEST as usize];
+        let mut buffer = [0; MAX_PACKET_BYTES as usize];
         loop {
             match recvfrom::<LinkAddr>(self.socket.as_raw_fd(), &mut buffer) {
                 Ok((length, Some(address))) => {
@@ -100,7 +100,7 @@ fn program(connections: &[Tuple]) -> Vec<SockFilter> {
     code.load(libc::BPF_W | libc::BPF_ABS, packet_type);
     code.jump(libc::BPF_JEQ, u32::from(libc::PACKET_OUTGOING), NEXT, DROP);
     code.load(libc::BPF_W | libc::BPF_LEN, 0);
-    code.jump(libc::BPF_JGT, LONGEST, DROP, NEXT);
+    code.jump(libc::BPF_JGT, MAX_PACKET_BYTES, DROP, NEXT);
     code.load(libc::BPF_B | libc::BPF_ABS, 0);
     code.put(libc::BPF_ALU | libc::BPF_RSH | libc::BPF_K, 4);
     code.jump(libc::BPF_JEQ, 4, NEXT, V6);
@@ -130,12 +130,12 @@ fn program(connections: &[Tuple]) -> Vec<SockFilter> {
     code.jump(libc::BPF_JA, 0, PORTS, PORTS);
     assert_eq!(code.0.len(), DROP);
     code.put(libc::BPF_RET | libc::BPF_K, 0);
-    code.put(libc::BPF_RET | libc::BPF_K, LONGEST);
+    code.put(libc::BPF_RET | libc::BPF_K, MAX_PACKET_BYTES);
     // A jump spans at most 255 instructions, so every port has its own return.
     for port in ports {
         let after = code.0.len() + 2;
         code.jump(libc::BPF_JEQ, u32::from(port), NEXT, after);
-        code.put(libc::BPF_RET | libc::BPF_K, LONGEST);
+        code.put(libc::BPF_RET | libc::BPF_K, MAX_PACKET_BYTES);
     }
     code.put(libc::BPF_RET | libc::BPF_K, 0);
     code.0

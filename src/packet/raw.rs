@@ -17,8 +17,8 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::sys::{self, errno_of};
 use crate::tcp::Segment;
 
-/// Packets per system call.
-const BATCH: usize = 64;
+/// Packets per sendmmsg(2).
+const PACKETS_PER_CALL: usize = 64;
 
 /// asm-generic/socket.h, since Linux 5.1. The libc crate does not have it.
 const SO_BINDTOIFINDEX: i32 = 62;
@@ -61,7 +61,7 @@ impl RawSockets {
             match self.socket(key) {
                 Ok(socket) => {
                     while !packets.is_empty() {
-                        let rest = packets.split_off(packets.len().min(BATCH));
+                        let rest = packets.split_off(packets.len().min(PACKETS_PER_CALL));
                         send_batch(socket, packets, &mut results);
                         packets = rest;
                     }

@@ -16,10 +16,10 @@ use rustix::path::DecInt;
 use super::{ProcFs, ProcessId, is_denied, is_missing};
 use crate::sys::RemoteFd;
 
-/// Descriptors per unit of parallel work.
-pub(crate) const CHUNK: usize = 512;
+/// Descriptors per unit of parallel work: enough that the start of a unit costs little beside it.
+pub(crate) const FDS_PER_TASK: usize = 512;
 /// A table with at least this many descriptors is read by number, without listing it first.
-const LARGE: i32 = 4096;
+const LARGE_TABLE_FROM: i32 = 4096;
 
 /// The sockets and epoll sets of a descriptor table, or of a part of it.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -51,7 +51,7 @@ pub(crate) fn read_table(dir: BorrowedFd<'_>, done: &AtomicBool) -> io::Result<S
         _ => list_from(dir, tried)?,
     };
     let listed = beyond
-        .par_chunks(CHUNK)
+        .par_chunks(FDS_PER_TASK)
         .filter(|_| !done.load(Ordering::Relaxed))
         .map(|fds| read_sockets(dir, fds.iter().copied()));
     parts.extend(listed.collect::<io::Result<Vec<SocketFds>>>()?);
@@ -71,13 +71,16 @@ fn gather(parts: Vec<SocketFds>) -> SocketFds {
 fn count(dir: BorrowedFd<'_>) -> io::Result<Option<i32>> {
     let size = i32::try_from(fstat(dir)?.st_size).unwrap_or(0);
     // On other file systems the size of a directory means something else.
-    Ok((size >= LARGE && fstatfs(dir)?.filesystem_type() == PROC_SUPER_MAGIC).then_some(size))
+    Ok(
+        (size >= LARGE_TABLE_FROM && fstatfs(dir)?.filesystem_type() == PROC_SUPER_MAGIC)
+            .then_some(size),
+    )
 }
 
 /// Reads the open descriptors below `end`.
 fn read_numbers(dir: BorrowedFd<'_>, end: i32, done: &AtomicBool) -> io::Result<Vec<SocketFds>> {
-    let length = i32::try_from(CHUNK).expect("a small constant");
-    let starts: Vec<i32> = (0..end).step_by(CHUNK).collect();
+    let length = i32::try_from(FDS_PER_TASK).expect("a small constant");
+    let starts: Vec<i32> = (0..end).step_by(FDS_PER_TASK).collect();
     starts
         .into_par_iter()
         .filter(|_| !done.load(Ordering::Relaxed))
@@ -242,7 +245,7 @@ mod tests {
         let limit = hard.min(20_000);
         setrlimit(Resource::RLIMIT_NOFILE, soft.max(limit), hard).unwrap();
         let null = File::open("/dev/null").unwrap();
-        let mut descriptors: Vec<OwnedFd> = (0..2 * LARGE)
+        let mut descriptors: Vec<OwnedFd> = (0..2 * LARGE_TABLE_FROM)
             .map(|_| null.try_clone().unwrap().into())
             .collect();
         let mut index = 0;
@@ -252,7 +255,7 @@ mod tests {
         });
         let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let highest = i32::try_from(limit).unwrap() - 10;
-        let copies = [0, LARGE, 2 * LARGE, highest]
+        let copies = [0, LARGE_TABLE_FROM, 2 * LARGE_TABLE_FROM, highest]
             .map(|least| fcntl(&socket, FcntlArg::F_DUPFD_CLOEXEC(least)).unwrap());
         (descriptors, copies.to_vec())
     }
@@ -262,7 +265,7 @@ mod tests {
         let (_descriptors, numbers) = open_many();
         let dir = File::open("/proc/self/fd").unwrap();
         let tried = count(dir.as_fd()).unwrap().expect("Linux 6.2");
-        assert!(tried >= LARGE);
+        assert!(tried >= LARGE_TABLE_FROM);
         let done = AtomicBool::new(false);
         // Other tests open and close sockets at the same time.
         let of_this_test = |table: SocketFds| -> Vec<(u32, RemoteFd)> {
@@ -277,7 +280,7 @@ mod tests {
         let read = read_table(dir.as_fd(), &done).unwrap();
         assert_eq!(of_this_test(read), listed);
         // The result does not depend on the count: all descriptors beyond it are listed.
-        for tried in [1, LARGE, tried] {
+        for tried in [1, LARGE_TABLE_FROM, tried] {
             let mut parts = read_numbers(dir.as_fd(), tried, &done).unwrap();
             let beyond = list_from(dir.as_fd(), tried).unwrap();
             assert!(beyond.iter().all(|fd| *fd >= tried), "{tried}");

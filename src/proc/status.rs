@@ -12,9 +12,9 @@ use procfs::process::{LimitValue, Limits, Stat, Status};
 use super::{ProcFs, Process, ProcessId, leader_exited};
 
 /// cwkill reads at most this many threads of a process, where it looks often.
-const THREADS: usize = 512;
+const MAX_THREADS_PER_LOOK: usize = 512;
 /// The same where it looks a few times. Three files of each take a tenth of a second.
-pub const MANY_THREADS: usize = 4096;
+pub const MAX_THREADS: usize = 4096;
 
 /// Facts about a process from /proc, apart from its descriptors.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -92,7 +92,7 @@ impl ProcFs {
                 .filter(|state| *state != b'Z')
                 .map(char::from)
         };
-        tids.into_iter().take(THREADS).find_map(state)
+        tids.into_iter().take(MAX_THREADS_PER_LOOK).find_map(state)
     }
 
     /// The threads of `process` in uninterruptible sleep (D), among its first 4096; empty if it is gone.
@@ -106,7 +106,7 @@ impl ProcFs {
             let stat = fs::read(entry.path().join("stat")).ok()?;
             (thread_state(&stat)? == b'D').then_some(thread)
         };
-        let threads = threads.take(MANY_THREADS).filter_map(Result::ok);
+        let threads = threads.take(MAX_THREADS).filter_map(Result::ok);
         let asleep = threads.filter_map(sleeping).collect();
         // Checked last, as above.
         match self.is_alive(process.id) {
@@ -132,7 +132,7 @@ impl ProcFs {
         let Ok(threads) = fs::read_dir(self.path(&format!("{}/task", id.pid))) else {
             return activity;
         };
-        for thread in threads.take(THREADS).filter_map(Result::ok) {
+        for thread in threads.take(MAX_THREADS_PER_LOOK).filter_map(Result::ok) {
             let stat = fs::read(thread.path().join("stat")).ok();
             if stat.and_then(|stat| thread_state(&stat)) == Some(b'R') {
                 activity.runnable = true;

@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
-use super::status::MANY_THREADS;
+use super::status::MAX_THREADS;
 use super::{ProcFs, ProcessId, status_field};
 
 /// How much a thread had run and slept at one moment.
@@ -34,8 +34,8 @@ impl ProcFs {
     /// The first 4096 threads of process `id`, and if there are more, all threads as one; empty if it is gone.
     pub(crate) fn thread_usages(&self, id: ProcessId) -> Vec<ThreadUsage> {
         let tids = self.tids(id.pid).unwrap_or_default();
-        let all = (tids.len() > MANY_THREADS).then(|| self.all_threads(id.pid));
-        let usages = tids.into_iter().take(MANY_THREADS).filter_map(|tid| {
+        let all = (tids.len() > MAX_THREADS).then(|| self.all_threads(id.pid));
+        let usages = tids.into_iter().take(MAX_THREADS).filter_map(|tid| {
             let file = |name: &str| fs::read(self.path(&format!("{}/task/{tid}/{name}", id.pid)));
             let status = file("status").ok()?;
             let schedstat = file("schedstat").unwrap_or_default();

@@ -15,15 +15,15 @@ use super::serialize::{
     to_bytes,
 };
 use super::{Run, SocketCounts, text};
-use crate::filter::selectors::IN_USE;
+use crate::filter::selectors::IN_USE_WITHIN;
 use crate::model::{
     Exclusion, Listener, ListeningSocket, Method, MethodError, Outcome, Owner, Plan, SkipReason,
     Spinning, Target,
 };
 use crate::watch::NewSockets;
 
-/// Number of sockets in a block. The blocks of a long list are serialized in parallel.
-const BLOCK: usize = 512;
+/// Number of sockets that one thread serializes at a time. The blocks of a long list are serialized in parallel.
+const SOCKETS_PER_BLOCK: usize = 512;
 /// The maximum number of blocks in memory.
 const MAX_BLOCKS: usize = 16;
 
@@ -109,10 +109,10 @@ fn write_sockets(
         Ok(bytes)
     };
     let mut is_first = true;
-    for targets in run.scan.targets.chunks(BLOCK * MAX_BLOCKS) {
+    for targets in run.scan.targets.chunks(SOCKETS_PER_BLOCK * MAX_BLOCKS) {
         let blocks: Vec<io::Result<Vec<u8>>> = match targets.len() {
-            0..=BLOCK => vec![block(targets)],
-            _ => targets.par_chunks(BLOCK).map(block).collect(),
+            0..=SOCKETS_PER_BLOCK => vec![block(targets)],
+            _ => targets.par_chunks(SOCKETS_PER_BLOCK).map(block).collect(),
         };
         for block in blocks {
             if !is_first {
@@ -331,7 +331,7 @@ pub(crate) fn json_socket<'a>(run: &'a Run, target: &'a Target) -> JsonSocket<'a
         age_source: socket.age.map(|_| socket.age_source.name()),
         idle_ms: socket.idle.map(millis),
         idle_source: socket.idle.map(|_| socket.idle_source.name()),
-        in_use: socket.is_in_use(IN_USE),
+        in_use: socket.is_in_use(IN_USE_WITHIN),
         cause: socket.cause.name(),
         address_gone: socket.address_gone,
         owners: json_owners(run, &target.owners),

@@ -17,10 +17,10 @@ use crate::text::{age, counted, escape};
 
 /// Number of rows that are laid out together. It is large enough for stable columns, and small enough that a listing of
 /// 100,000 sockets begins at once and needs little memory.
-const BLOCK: usize = 1000;
+const ROWS_PER_BLOCK: usize = 1000;
 
 /// The mark of a socket in use, after its idle time.
-const IN_USE: &str = " (in use)";
+const IN_USE_SUFFIX: &str = " (in use)";
 /// The width of the longest time, for example `23h59m`.
 const TIME_WIDTH: u16 = 6;
 /// The width of the longest time in use, `999ms (in use)`.
@@ -31,7 +31,7 @@ pub fn write(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io
     let layout = Layout::new(run, config);
     let mut header = !config.no_header;
     let mut widths = layout.least_widths(&run.scan.targets);
-    for block in run.scan.targets.chunks(BLOCK) {
+    for block in run.scan.targets.chunks(ROWS_PER_BLOCK) {
         layout.write_block(run, block, header, color, &mut widths, out)?;
         header = false;
     }
@@ -187,7 +187,7 @@ impl Layout {
     /// The widths at which the columns begin. A time is of any width in each block, so with several blocks its column begins as wide
     /// as it can become.
     fn least_widths(&self, targets: &[Target]) -> Vec<u16> {
-        if targets.len() <= BLOCK {
+        if targets.len() <= ROWS_PER_BLOCK {
             return Vec::new();
         }
         let in_use = |target: &Target| target.socket.is_in_use(self.mark_in_use);
@@ -246,7 +246,7 @@ impl Layout {
 fn idle_text(socket: &Socket, mark_in_use: Duration) -> String {
     match socket.idle {
         None => "-".into(),
-        Some(idle) if socket.is_in_use(mark_in_use) => age(idle) + IN_USE,
+        Some(idle) if socket.is_in_use(mark_in_use) => age(idle) + IN_USE_SUFFIX,
         Some(idle) => age(idle),
     }
 }

@@ -16,7 +16,7 @@ use codec::Answer;
 
 /// Questions per datagram. The kernel reserves a page or two for each answer (net/ipv4/route.c, inet_rtm_getroute), and all
 /// answers of a datagram must fit the receive queue (net.core.rmem_default).
-const BATCH: usize = 16;
+const QUESTIONS_PER_DATAGRAM: usize = 16;
 /// cwkill asks about at most this many addresses at a time. Hosts have few; only a prefix that is local as a whole has more.
 const MAX_PLACES: usize = 4096;
 /// The maximum number of overruns while answers are received. The kernel reports an overrun once and goes on
@@ -109,7 +109,10 @@ impl Routes {
     fn ask(&mut self, places: &[Place]) -> io::Result<Vec<Option<bool>>> {
         let mut answers = vec![None; places.len()];
         let mut request = Vec::new();
-        for (places, answers) in places.chunks(BATCH).zip(answers.chunks_mut(BATCH)) {
+        for (places, answers) in places
+            .chunks(QUESTIONS_PER_DATAGRAM)
+            .zip(answers.chunks_mut(QUESTIONS_PER_DATAGRAM))
+        {
             let first = self.sequence.wrapping_add(1);
             request.clear();
             for place in places {
@@ -184,15 +187,15 @@ mod tests {
     #[test]
     fn every_place_has_its_answer() {
         let mut routes = Routes::open().unwrap();
-        let mut places = vec![place("127.0.0.1"); 3 * BATCH];
+        let mut places = vec![place("127.0.0.1"); 3 * QUESTIONS_PER_DATAGRAM];
         // No host has this address of the documentation (RFC 5737).
-        places[BATCH + 1] = place("192.0.2.77");
+        places[QUESTIONS_PER_DATAGRAM + 1] = place("192.0.2.77");
         places[2] = place("fe80::1");
         let answers = routes.are_local(&places).unwrap();
         for (index, answer) in answers.into_iter().enumerate() {
             let expected = match index {
                 2 => None,
-                index if index == BATCH + 1 => Some(false),
+                index if index == QUESTIONS_PER_DATAGRAM + 1 => Some(false),
                 _ => Some(true),
             };
             assert_eq!(answer, expected, "{index}");

@@ -19,7 +19,7 @@ use crate::sys;
 
 /// Room for the answers to a datagram of requests. The kernel fills a datagram of a dump with up to 32 KiB
 /// (net/netlink/af_netlink.c, netlink_dump).
-const RECEIVE_BUFFER: usize = BATCH * ANSWER;
+const RECEIVE_BUFFER: usize = REQUESTS_PER_DATAGRAM * ANSWER_BYTES;
 /// The maximum number of attempts at a dump. An attempt fails if the kernel flags it as interrupted, or if it overruns the receive
 /// queue.
 const DUMP_ATTEMPTS: u32 = 10;
@@ -27,12 +27,12 @@ const DUMP_ATTEMPTS: u32 = 10;
 /// (net/netlink/af_netlink.c, netlink_overrun), so more of them mean that something else answers in its place.
 const MAX_OVERRUNS: u32 = 1000;
 /// Room for one answer. With `struct tcp_info` and all attributes an answer takes about 600 bytes, and new kernels add a few.
-const ANSWER: usize = 2048;
+const ANSWER_BYTES: usize = 2048;
 /// Room for a datagram of [`SockDiag::stream`]. With fewer sockets in a datagram, their descriptions are fresher.
 const STREAM_BUFFER: usize = 16 * 1024;
 /// Requests per datagram. All answers stay in the receive queue until the kernel has processed the whole datagram. 64 answers with
 /// TCP_INFO fit the default queue (net.core.rmem_default).
-const BATCH: usize = 64;
+const REQUESTS_PER_DATAGRAM: usize = 64;
 /// The requested size of the receive queue, in bytes. The kernel limits it to net.core.rmem_max.
 const RECEIVE_QUEUE: usize = 1024 * 1024;
 
@@ -235,9 +235,12 @@ impl SockDiag {
             codec::put_lookup(bytes, id, sequence, detail);
         };
         let mut answers: Vec<Option<Frame>> = ids.iter().map(|_| None).collect();
-        for (ids, answers) in ids.chunks(BATCH).zip(answers.chunks_mut(BATCH)) {
+        for (ids, answers) in ids
+            .chunks(REQUESTS_PER_DATAGRAM)
+            .zip(answers.chunks_mut(REQUESTS_PER_DATAGRAM))
+        {
             // A lookup may be repeated. Answers that did not fit the queue together fit it one by one.
-            let mut batch = BATCH;
+            let mut batch = REQUESTS_PER_DATAGRAM;
             while self.request(protocol, ids, answers, batch, put)? == Completeness::SomeLost
                 && batch > 1
             {
@@ -263,8 +266,17 @@ impl SockDiag {
     /// The netlink socket itself failed. Some of `ids` may be aborted all the same.
     pub fn destroy(&mut self, ids: &[DiagId]) -> io::Result<Vec<Result<(), DestroyError>>> {
         let mut answers: Vec<Option<Frame>> = ids.iter().map(|_| None).collect();
-        for (ids, answers) in ids.chunks(BATCH).zip(answers.chunks_mut(BATCH)) {
-            self.request(Protocol::Tcp, ids, answers, BATCH, codec::put_destroy)?;
+        for (ids, answers) in ids
+            .chunks(REQUESTS_PER_DATAGRAM)
+            .zip(answers.chunks_mut(REQUESTS_PER_DATAGRAM))
+        {
+            self.request(
+                Protocol::Tcp,
+                ids,
+                answers,
+                REQUESTS_PER_DATAGRAM,
+                codec::put_destroy,
+            )?;
         }
         Ok(answers.into_iter().map(destroyed).collect())
     }
@@ -283,7 +295,7 @@ impl SockDiag {
     ) -> io::Result<Vec<Result<(), DestroyError>>> {
         let mut results = Vec::with_capacity(ids.len());
         let mut request = Vec::new();
-        for ids in ids.chunks(BATCH) {
+        for ids in ids.chunks(REQUESTS_PER_DATAGRAM) {
             let first = self.sequence.wrapping_add(1);
             request.clear();
             for (index, id) in ids.iter().enumerate() {

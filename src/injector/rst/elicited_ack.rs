@@ -30,7 +30,7 @@ use crate::tcp::{Segment, Seq, TcpFlags, Tuple};
 
 /// Segments sent before the capture is read. Their answers, each up to 1.3 KiB of kernel memory, fit into the default receive
 /// queue (net.core.rmem_default), even if a device delivers each twice.
-const BURST: usize = 32;
+const SEGMENTS_PER_BURST: usize = 32;
 /// Added to net.ipv4.tcp_invalid_ratelimit, because the kernel measures it in jiffies.
 const RATELIMIT_MARGIN: Duration = Duration::from_millis(20);
 const SHORTEST_RETRY: Duration = Duration::from_millis(100);
@@ -70,7 +70,7 @@ pub fn elicit(
     let mut seq = Seq(half(random.hash_one(0)));
     let ack = Seq(half(random.hash_one(1)));
     loop {
-        for burst in answers.open().chunks(BURST) {
+        for burst in answers.open().chunks(SEGMENTS_PER_BURST) {
             let segment = |&(tuple, interface)| (tuple, bare_ack(tuple, interface, seq, ack));
             for (tuple, result) in raw.send(burst.iter().map(segment).collect()) {
                 answers.sent(tuple, result);

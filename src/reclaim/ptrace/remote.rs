@@ -22,16 +22,16 @@ use crate::sys::ptrace::{self, TraceEvent};
 use crate::sys::{self, errno_of};
 
 /// The time for which cwkill waits for its call if the call does not return. Before the return it cannot restore the thread.
-const LAST_WAIT: Duration = Duration::from_secs(10);
+const MAX_WAIT_FOR_RETURN: Duration = Duration::from_secs(10);
 /// Time between two checks of that call.
 const CHECK_INTERVAL: Duration = Duration::from_millis(1);
 
 /// The time that a thread that computes gets to stop again. On an idle machine it takes some microseconds.
-const STOP_TIME: Duration = Duration::from_millis(10);
+const MAX_TIME_TO_STOP: Duration = Duration::from_millis(10);
 
 /// The maximum number of threads among which the time until the stop limit is divided. Shorter shares would be too short for a
 /// thread on a busy machine.
-const MAX_SHARES: u32 = 3;
+const MAX_THREADS_WITH_A_SHARE: u32 = 3;
 
 /// Attempts to bring a thread to a system call. Other stops can come first.
 const MAX_RESUMES: u32 = 3;
@@ -119,7 +119,7 @@ impl RemoteThread {
         // A running thread gets only a share of the time to make a call.
         let mut shares = u32::try_from(candidates.len())
             .unwrap_or(u32::MAX)
-            .min(MAX_SHARES);
+            .min(MAX_THREADS_WITH_A_SHARE);
         for Candidate {
             thread,
             tid,
@@ -218,7 +218,7 @@ impl RemoteThread {
                     // It has not reached the instruction yet. It will reach it, and is restored there. The other threads need
                     // not wait for it.
                     self.stopped.release_others(self.thread.index);
-                    let state = self.thread().wait(Instant::now() + LAST_WAIT);
+                    let state = self.thread().wait(Instant::now() + MAX_WAIT_FOR_RETURN);
                     if matches!(state, Ok(ThreadState::AtSyscall)) {
                         self.phase = Phase::AtOwnCall;
                     }
@@ -267,7 +267,7 @@ impl RemoteThread {
         let deadline = self.stopped.deadline();
         let mut state = self.thread().wait(deadline);
         let is_late = matches!(state, Ok(ThreadState::Running));
-        let last = Instant::now() + LAST_WAIT;
+        let last = Instant::now() + MAX_WAIT_FOR_RETURN;
         // On a busy machine the call may not have begun yet. Until it has had its effect, the other threads must stay stopped:
         // they could close the descriptor and open another file with the same number.
         while matches!(state, Ok(ThreadState::Running)) && Instant::now() < last {
@@ -295,7 +295,7 @@ impl RemoteThread {
 impl Drop for RemoteThread {
     fn drop(&mut self) {
         // After an error cwkill can do no more for the thread: it is gone, a ptrace request failed, or its call has not returned
-        // within `LAST_WAIT`.
+        // within `MAX_WAIT_FOR_RETURN`.
         let _ = match self.phase {
             // If the thread were released here, a wake-up by cwkill would still be pending during its own call, and some calls
             // then return EINTR. So the thread first makes a call that does nothing. After that it is restored.
@@ -384,7 +384,8 @@ fn enter_own_call(
     until: Instant,
 ) -> Result<Option<(Registers, i64)>, OwnerError> {
     // The thread cannot stop any more in no time, even if the limit is reached.
-    let stops_until = |stopped: &StoppedProcess| stopped.deadline().max(Instant::now() + STOP_TIME);
+    let stops_until =
+        |stopped: &StoppedProcess| stopped.deadline().max(Instant::now() + MAX_TIME_TO_STOP);
     let limit = stopped.limit();
     // A pending stop comes first, for example because of a SIGCONT.
     for _ in 0..MAX_RESUMES {
