@@ -21,6 +21,7 @@ mod listing;
 mod mptcp;
 mod namespaces;
 mod nat;
+mod overview;
 mod probing;
 mod races;
 mod reclaim;
@@ -56,6 +57,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     cli,
     completions,
     listing,
+    overview,
     mptcp,
     selecting,
     ages,
