@@ -13,7 +13,7 @@
 //! |---|---|
 //! | strings, system calls, kernel version, memory, threads | `text`, `sys` (every `unsafe`), [`kernel`], `memory`, `parallel`, `netlink` |
 //! | TCP | [`tcp`]: states, address pairs, sequence numbers, segments |
-//! | Linux | [`proc`]: /proc; [`sock_diag`]: the kernel's socket tables; [`routes`]: which addresses are of this host; `conntrack`: connection tracking; [`packet`]: raw and packet sockets |
+//! | Linux | `bpf`: programs that the kernel runs; [`proc`]: /proc; [`sock_diag`]: the kernel's socket tables; [`routes`]: which addresses are of this host; `conntrack`: connection tracking; [`packet`]: raw and packet sockets |
 //! | data | [`model`]: the terms of the glossary as types; [`control`]: clock, pauses and Ctrl-C of a run |
 //! | which sockets | [`filter`]: selectors, expressions of ss(8), the kernel's bytecode |
 //! | what there is | [`privileges`]: rights, and giving them up; [`history`]: the sockets that earlier runs have seen; [`finder`]: sockets, owners, listeners, dead descriptors |
@@ -41,6 +41,8 @@
 //! - **inherited**: a descriptor that a process got from the process that started it, and does not use. **heir**: such a process.
 //! - **circumstance**: a fact about an owner that explains its sockets better than their causes do.
 //! - **orphan**: a socket that its owner has closed. No process has a descriptor of it; only the kernel uses it.
+//! - **iterator**: a program of cwkill that the kernel runs for each of its objects of a kind, here for each descriptor, while cwkill reads
+//!   its records (BPF).
 //! - **duplicate**: a descriptor of cwkill for a file of another process, mostly a socket of an owner (pidfd_getfd(2)).
 //! - **standard descriptor**: standard input, output or error, number 0, 1 or 2.
 //! - **dead socket**: a socket in CLOSE, in no TCP table, that was connected. **dead descriptor**: an open descriptor of one.
@@ -76,7 +78,6 @@
 //!   process waits at a socket, by an epoll set or by poll(2). **paused**: a socket that an owner waits
 //!   for without asking for input. If it were closed, the owner would spin.
 //! - **canary**: the socket of an owner that is closed first, to see whether the owner spins.
-//! - **overview**: what a terminal shows of a run: one screen, with a row for each process and listener.
 //! - **sweep**: to destroy sockets while the kernel still lists the others, without a list of targets first.
 //! - **intent**: the record in the log, before the act, of a socket or descriptor that cwkill is about to close.
 //! - **reclaim**: to close a dead descriptor inside its process. **evidence**: the facts from /proc that show how the process uses its
@@ -87,6 +88,7 @@
 //! - **privilege**: a right that a method needs: a capability, or the right to attach to the owner.
 
 mod audit;
+mod bpf;
 mod check;
 pub mod cli;
 pub mod commands;

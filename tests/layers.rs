@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: [&[&str]; 11] = [
     &["text", "sys", "kernel", "memory", "parallel", "netlink"],
     &["tcp"],
-    &["proc", "sock_diag", "routes", "conntrack", "packet"],
+    &["bpf", "proc", "sock_diag", "routes", "conntrack", "packet"],
     &["model", "control"],
     &["filter"],
     &["privileges", "history", "finder"],

@@ -8,6 +8,7 @@ use ipnet::IpNet;
 
 use super::values::{self, List};
 use crate::filter::selectors::UnitName;
+use crate::finder::way::UseIterator;
 use crate::model::Cause;
 use crate::tcp::TcpState;
 
@@ -79,6 +80,10 @@ pub struct Selection {
     /// Use every network namespace (by itself it does not make cwkill act)
     #[arg(long)]
     pub all_netns: bool,
+
+    /// Read the descriptors of all processes by an iterator in the kernel instead of /proc
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t = UseIterator::Auto, help_heading = "Search")]
+    pub bpf: UseIterator,
 
     /// Sockets that match this filter of ss(8): 'sport = :8080 and dst 10.0.0.0/8'
     #[arg(value_name = "EXPRESSION")]

@@ -5,17 +5,18 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use super::{drop_capabilities_and_start_threads, refuse, say_notes};
+use super::{drop_capabilities_and_start_threads, open_proc, refuse, say_notes};
 use crate::check::{self, CheckConfig, CheckResult, Status};
 use crate::cli::CheckArgs;
 use crate::history::History;
 use crate::privileges::capabilities;
-use crate::proc::ProcFs;
 use crate::terminal::{print_usage, say};
 
 pub(super) fn run(args: CheckArgs) -> ExitCode {
+    let use_iterator = args.selection.bpf;
     let check = CheckConfig::from_args(args).unwrap_or_else(|error| refuse(&error));
     say_notes(&check.scope.notes);
+    let proc = open_proc(use_iterator, false);
     drop_capabilities_and_start_threads(&capabilities::to_find(
         &check.scope.netns,
         true,
@@ -25,7 +26,8 @@ pub(super) fn run(args: CheckArgs) -> ExitCode {
         end_after(timeout);
     }
     let mut history = History::open();
-    let result = check::run(&check, &ProcFs::default(), &mut history)
+    let result = proc
+        .and_then(|proc| check::run(&check, &proc, &mut history))
         .unwrap_or_else(|error| check::unknown(&format!("{error:#}")));
     say_notes(history.take_notes());
     answer(&result).into()

@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal};
 
 use anyhow::Context;
 
-use super::{drop_capabilities_and_start_threads, refuse, say_hints, say_notes};
+use super::{drop_capabilities_and_start_threads, open_proc, refuse, say_hints, say_notes};
 use crate::cli::DiagnoseArgs;
 use crate::diagnose;
 use crate::filter::Scope;
@@ -12,7 +12,6 @@ use crate::finder::tracked;
 use crate::history::History;
 use crate::model::Privilege;
 use crate::privileges::capabilities;
-use crate::proc::ProcFs;
 use crate::report::{ExitStatus, diagnose as report};
 use crate::terminal::{columns, rows, say, unless_closed, write_out};
 use crate::text::seconds;
@@ -24,8 +23,10 @@ pub(super) fn run(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
         json,
         ok_if_none: _,
     } = args;
+    let use_iterator = selection.bpf;
     let scope = Scope::from_args(selection).unwrap_or_else(|error| refuse(&error));
     say_notes(&scope.notes);
+    let proc = open_proc(use_iterator, false)?;
     drop_capabilities_and_start_threads(&capabilities::to_find(
         &scope.netns,
         true,
@@ -37,7 +38,7 @@ pub(super) fn run(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
         say(format_args!("scanning twice, {time} apart"));
     }
     let mut history = History::open();
-    let diagnosis = diagnose::run(&scope, sample, &ProcFs::default(), &mut history);
+    let diagnosis = diagnose::run(&scope, sample, &proc, &mut history);
     say_notes(history.take_notes());
     let mut diagnosis = diagnosis?;
     if diagnosis.scan.targets.is_empty() {

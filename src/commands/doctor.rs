@@ -7,6 +7,7 @@ use anyhow::Context;
 use super::drop_capabilities_and_start_threads;
 use crate::cli::DoctorArgs;
 use crate::doctor;
+use crate::finder::way;
 use crate::model::Method;
 use crate::privileges::capabilities;
 use crate::proc::ProcFs;
@@ -17,8 +18,10 @@ use crate::terminal::{unless_closed, write_out};
 pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
     let mut needed = capabilities::to_find(&NetnsScope::All, true, true);
     needed.extend(capabilities::to_act(&Method::ALL));
+    let proc = ProcFs::default();
+    let iterator = way::works(&proc).map_err(|error| format!("{:#}", anyhow::Error::from(error)));
     drop_capabilities_and_start_threads(&needed);
-    let examination = doctor::examine(&ProcFs::default())?;
+    let examination = doctor::examine(&proc, iterator)?;
     let written = write_out(|out| match args.json {
         true => report::write_json(&examination, out),
         false => report::write_text(&examination, out),

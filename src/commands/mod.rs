@@ -24,6 +24,7 @@ use nix::unistd::geteuid;
 use crate::audit::Audit;
 use crate::cli::{Cli, Command, Misplaced, better_error};
 use crate::config::{Action, LogOptions};
+use crate::finder::way::{self, UseIterator};
 use crate::model::Privilege;
 use crate::parallel;
 use crate::privileges::{capabilities, hint};
@@ -103,17 +104,37 @@ fn say_notes(notes: impl IntoIterator<Item = impl Display>) {
     }
 }
 
-/// How to get the privileges without which cwkill saw or did less.
-fn hint_line(missing: &[Privilege]) -> Option<String> {
-    let is_filtered = ProcFs::default().filters_own_calls();
-    let hint = hint(missing, geteuid().is_root(), is_filtered)?;
-    Some(format!("hint: {hint}"))
-}
-
 /// Prints how to get the privileges without which cwkill saw or did less.
 fn say_hints(missing: &[Privilege]) {
-    if let Some(hint) = hint_line(missing) {
-        say(format_args!("{hint}"));
+    let is_filtered = ProcFs::default().filters_own_calls();
+    if let Some(hint) = hint(missing, geteuid().is_root(), is_filtered) {
+        say(format_args!("hint: {hint}"));
+    }
+}
+
+/// /proc, with the iterator over all descriptors if `use_iterator` and the host allow it. It must be called before privileges are
+/// dropped. `verbose`: whether to say why the kernel does not accept the iterator.
+///
+/// # Errors
+/// The iterator is needed, and cannot be used.
+fn open_proc(use_iterator: UseIterator, verbose: bool) -> anyhow::Result<ProcFs> {
+    let proc = ProcFs::default();
+    match way::choose(&proc, use_iterator) {
+        Ok(with_iterator) => Ok(with_iterator),
+        Err(error) if use_iterator == UseIterator::Always => {
+            if let Some(log) = error.verifier_log().filter(|_| verbose) {
+                say(format_args!("note: the kernel's verifier: {log}"));
+            }
+            Err(error).context("cannot use the iterator (--bpf always)")
+        }
+        Err(error) => {
+            if let Some(log) = error.verifier_log().filter(|_| verbose) {
+                say(format_args!(
+                    "note: the owners are read from /proc, because {error}; the kernel's verifier: {log}"
+                ));
+            }
+            Ok(proc)
+        }
     }
 }
 

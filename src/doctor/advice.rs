@@ -225,6 +225,7 @@ mod tests {
             raw_v6: Ok(()),
             capture: Ok(()),
             ipv6: true,
+            iterator: Ok(()),
         }
     }
 

@@ -65,6 +65,8 @@ pub struct HostInfo {
     pub capture: io::Result<()>,
     /// The host has an IPv6 loopback address.
     pub ipv6: bool,
+    /// Whether the kernel's iterator over the descriptors of all processes works, or why not.
+    pub iterator: Result<(), String>,
 }
 
 /// Network namespaces, with the one of cwkill.
@@ -118,7 +120,7 @@ impl HostInfo {
     ///
     /// # Errors
     /// The capabilities of this process cannot be read.
-    pub fn read(proc: &ProcFs) -> anyhow::Result<Self> {
+    pub fn read(proc: &ProcFs, iterator: Result<(), String>) -> anyhow::Result<Self> {
         let effective = caps::read(None, CapSet::Effective)
             .context("cannot read the capabilities of this process")?;
         // Yama refuses access to all processes but descendants of cwkill, and logs each refusal in the kernel log
@@ -154,6 +156,7 @@ impl HostInfo {
             raw_v6: raw::try_open(true),
             capture: Capture::open().and_then(|capture| capture.filter_for(&[])),
             ipv6: TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok(),
+            iterator,
         })
     }
 

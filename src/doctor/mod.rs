@@ -25,12 +25,12 @@ pub struct Examination {
     pub advice: Advice,
 }
 
-/// Examines the host. This takes about a second, because a probe waits until its socket has been quiet for a second.
+/// Examines the host. `iterator`: whether the kernel's iterator over all descriptors works, tried before privileges were dropped. This takes about a second, because a probe waits until its socket has been quiet for a second.
 ///
 /// # Errors
 /// The capabilities of this process cannot be read.
-pub fn examine(proc: &ProcFs) -> anyhow::Result<Examination> {
-    let host = HostInfo::read(proc)?;
+pub fn examine(proc: &ProcFs, iterator: Result<(), String>) -> anyhow::Result<Examination> {
+    let host = HostInfo::read(proc, iterator)?;
     let trials = Trials::run(proc);
     let advice = Advice::new(&host, &trials);
     Ok(Examination {

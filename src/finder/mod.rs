@@ -1,17 +1,18 @@
 //! The finder: which sockets are stuck, and who owns them.
 //!
-//! [`find`] lists the sockets (`sockets`) and, at the same time, reads the descriptors of all processes from /proc
-//! ([`owners`]). An MPTCP socket takes the place of its subflows (`mptcp`). `addresses` marks the sockets whose local address is
+//! [`find`] lists the sockets (`sockets`) and, at the same time, reads the descriptors of all processes ([`owners`]), from /proc or by an
+//! iterator of the kernel (`iterated`; [`way`] chooses). An MPTCP socket takes the place of its subflows (`mptcp`). `addresses` marks the sockets whose local address is
 //! gone. A connection that was never accepted gets the listener that would accept it ([`listeners`]). [`dead`] finds descriptors of
 //! sockets that the kernel no longer lists. `connections` lists the sockets around the targets, for `diagnose`. [`tracked`] counts connections of
 //! others that pass through this host. [`reactions`] waits while owners close the descriptors of closed sockets.
-//! [`waiting`] finds out how the owners wait for the sockets. [`second_look`] finds out whether the owners still read, before an act.
-//! [`table_use`] counts the descriptors of some owners, for the overview.
+//! [`spin_risk`] finds out how the owners wait for the sockets. [`second_look`] finds out whether the owners still read, before an act.
 
 mod addresses;
 mod connection_end;
 pub(crate) mod connections;
 pub mod dead;
+mod descriptor_scan;
+mod iterated;
 pub mod listeners;
 mod mptcp;
 mod mptcp_socket;
@@ -21,9 +22,9 @@ pub mod reactions;
 pub mod second_look;
 pub(crate) mod sockets;
 pub mod spin_risk;
-pub mod table_use;
 mod threads;
 pub mod tracked;
+pub mod way;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
@@ -31,7 +32,6 @@ use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{Builder, ScopedJoinHandle};
-use std::time::Duration;
 
 use anyhow::Context;
 use rayon::slice::ParallelSliceMut;
@@ -43,7 +43,9 @@ use crate::parallel;
 use crate::proc::netns::{Namespaces, Netns, NetnsScope};
 use crate::proc::{ProcFs, since_boot};
 use crate::sock_diag::{Detail, DiagId, DumpError, LookupError, SockDiag, SocketMessage};
-use owners::{DescriptorScan, OwnerScan, Trust};
+use crate::tcp::TcpState;
+use descriptor_scan::DescriptorScan;
+use owners::{OwnerScan, Trust};
 use sockets::NetnsScan;
 
 /// Namespaces scanned at the same time.
@@ -76,10 +78,15 @@ pub fn find(
     let cancelled = AtomicBool::new(false);
     // Otherwise only the processes that the operator selects are read.
     let searches_all = namespaces.everywhere && !selectors.selects_owners();
+    // A socket can wait at a listener.
+    let states = selectors.states.union(TcpState::Listen.into());
+    // If the owners decide on which sockets cwkill acts, they must be read after the sockets. From /proc, each descriptor is read again
+    // for that.
+    let side_by_side = proc.iterator().is_none() || !selectors.selects_owners();
     let (listed, descriptors) = std::thread::scope(|scope| {
         // If no thread can be started, the scans run one after the other.
-        let thread = parallel::are_there()
-            .then(|| Builder::new().spawn_scoped(scope, || owners::scan(proc, &cancelled)));
+        let thread = (parallel::are_there() && side_by_side)
+            .then(|| Builder::new().spawn_scoped(scope, || owners::scan(proc, states, &cancelled)));
         let listed = list_sockets(namespaces, selectors, history, false);
         let needed = listed
             .as_ref()
@@ -87,7 +94,7 @@ pub fn find(
         cancelled.store(!needed && !searches_all, Ordering::Relaxed);
         let descriptors = match thread {
             Some(Ok(thread)) => join(thread),
-            Some(Err(_)) | None => owners::scan(proc, &cancelled),
+            Some(Err(_)) | None => owners::scan(proc, states, &cancelled),
         };
         (listed, descriptors)
     });
@@ -177,31 +184,9 @@ pub(crate) fn empty_scan(namespaces: &Namespaces) -> Scan {
     }
 }
 
-/// Sorts targets, the oldest first. Those of the same age are in the order of their addresses, so that two runs show them in the same
-/// order.
-///
-/// The ages of two sockets that became stuck at the same time can differ by some ticks of the kernel's clock, in another way in each
-/// run: the clock goes on while the kernel lists them. So ages with no gap between them count as the same, over at most a second.
+/// Sorts targets, the oldest first.
 pub(crate) fn sort(targets: &mut [Target]) {
-    /// The longest tick, that of CONFIG_HZ=100.
-    const GAP: Duration = Duration::from_millis(10);
-    const SPAN: Duration = Duration::from_secs(1);
     targets.par_sort_by(|a, b| a.socket.oldest_first(&b.socket));
-    let mut rest = targets;
-    while let Some(first) = rest.first() {
-        let oldest = first.socket.age.unwrap_or_default();
-        let is_gap = |pair: &[Target]| match (pair[0].socket.age, pair[1].socket.age) {
-            (Some(before), Some(age)) => before - age > GAP || oldest - age > SPAN,
-            (before, age) => before != age,
-        };
-        let length = rest
-            .windows(2)
-            .position(is_gap)
-            .map_or(rest.len(), |gap| gap + 1);
-        let (same, others) = rest.split_at_mut(length);
-        same.sort_by(|a, b| a.socket.by_address(&b.socket));
-        rest = others;
-    }
 }
 
 /// The matched sockets of all namespaces and their listeners.
@@ -573,41 +558,5 @@ fn cannot_enter(error: &io::Error) -> &'static str {
             "cannot start a thread to enter the network namespace (RLIMIT_NPROC, pids.max of the cgroup)"
         }
         _ => "cannot enter it as a network namespace",
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::Socket;
-    use crate::sock_diag::testdata::stuck;
-
-    /// Targets of these ages in milliseconds, each with a higher port than the one before.
-    fn sorted(ages: &[u64]) -> Vec<usize> {
-        let target = |(port, age): (usize, &u64)| {
-            let message = stuck("10.0.0.1:80", &format!("10.0.0.2:{}", 1000 + port), 1);
-            let mut target = Target::new(Socket::from_message(&message));
-            target.socket.age = (*age > 0).then_some(Duration::from_millis(*age));
-            target
-        };
-        let mut targets: Vec<Target> = ages.iter().enumerate().map(target).collect();
-        sort(&mut targets);
-        let port = |target: &Target| usize::from(target.socket.tuple().peer.port()) - 1000;
-        targets.iter().map(port).collect()
-    }
-
-    #[test]
-    fn sockets_of_one_moment_are_in_the_order_of_their_addresses() {
-        assert_eq!(sorted(&[5000, 5004, 5000, 5008]), [0, 1, 2, 3]);
-        assert_eq!(sorted(&[5004, 5000, 5004, 5004]), [0, 1, 2, 3]);
-        // Older ones come first.
-        assert_eq!(sorted(&[5000, 5011]), [1, 0]);
-        assert_eq!(sorted(&[0, 5000, 0, 9000]), [3, 1, 0, 2]);
-        assert_eq!(sorted(&[]), [0; 0]);
-        // A second at most counts as one moment.
-        let stream: Vec<u64> = (0..300).map(|number| 5000 + number * 10).collect();
-        let sorted = sorted(&stream);
-        assert_eq!(sorted[..2], [199, 200]);
-        assert_eq!(sorted.last(), Some(&97));
     }
 }

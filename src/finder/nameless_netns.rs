@@ -14,7 +14,7 @@ use nix::sys::stat::fstat;
 use rayon::prelude::*;
 
 use super::dead::{self, may_be_tcp};
-use super::owners::DescriptorScan;
+use super::descriptor_scan::DescriptorScan;
 use crate::filter::selectors::Selectors;
 use crate::proc::netns::{self, Netns};
 use crate::proc::{ProcFs, RemoteFd, read_identity};

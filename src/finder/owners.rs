@@ -1,4 +1,4 @@
-//! Who owns a socket: maps socket inodes to processes and their descriptors, from /proc.
+//! Who owns a socket: maps socket inodes to processes and their descriptors, from /proc or by an iterator of the kernel (`iterated`).
 //!
 //! A socket can have many owners (fork(2), SCM_RIGHTS). The kernel does not report how many, so cwkill reads the descriptors
 //! of every process. If a socket has no owner then, it searches the tables of single threads (`threads`). It reads only
@@ -19,7 +19,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nix::fcntl::OFlag;
 use rayon::prelude::*;
 
-use super::threads;
+use super::descriptor_scan::{DescriptorScan, ProcessScan, ThreadScan};
+use super::{iterated, threads};
 use crate::filter::selectors::Selectors;
 use crate::model::{Outcome, Owner, Target};
 use crate::proc::fds::{FDS_PER_TASK, FdTable, SocketFds, fd_state, read_socket_link, read_table};
@@ -27,6 +28,7 @@ use crate::proc::{
     ExecMarker, FdState, ProcFs, Process, RemoteFd, TableId, Unreadable, exec_marker, identity,
     is_denied, is_missing, open_in, read_between_execs, read_identity,
 };
+use crate::tcp::StateSet;
 
 /// The owners of a set of sockets.
 #[derive(Debug, Default)]
@@ -41,6 +43,8 @@ pub struct OwnerScan {
     pub unreadable: Vec<Unreadable>,
     /// /proc does not list the processes of other users: it is mounted with hidepid.
     pub hidden: bool,
+    /// The tables of single threads were read.
+    has_thread_tables: bool,
 }
 
 #[derive(Debug)]
@@ -57,21 +61,6 @@ struct Descriptor {
     /// Index in [`OwnerScan::tables`].
     table: usize,
     fd: RemoteFd,
-}
-
-/// All sockets that each process owns.
-#[derive(Default)]
-pub struct DescriptorScan {
-    processes: Vec<ProcessScan>,
-    hidden: bool,
-}
-
-/// The sockets of one process.
-#[derive(Default)]
-struct ProcessScan {
-    /// Its pid, and its sockets and epoll sets, if it has sockets.
-    table: Option<(i32, SocketFds)>,
-    unreadable: Option<Unreadable>,
 }
 
 /// A process with its sockets and epoll sets.
@@ -94,17 +83,6 @@ pub enum Trust {
     TheScan,
     /// Each descriptor is read again, because the owners decide which sockets cwkill acts on.
     Nothing,
-}
-
-impl DescriptorScan {
-    /// Each process with the inodes and descriptors of its sockets.
-    pub(super) fn sockets(&self) -> impl Iterator<Item = (i32, &[(u32, RemoteFd)])> {
-        let tables = self
-            .processes
-            .iter()
-            .filter_map(|process| process.table.as_ref());
-        tables.map(|(pid, table)| (*pid, &table.sockets[..]))
-    }
 }
 
 impl OwnerScan {
@@ -131,12 +109,45 @@ impl OwnerScan {
     /// # Errors
     /// /proc cannot be listed.
     pub fn add_thread_tables(&mut self, proc: &ProcFs, inodes: &HashSet<u32>) -> io::Result<()> {
+        if self.has_thread_tables {
+            return Ok(());
+        }
         let without_owner = inodes.iter().copied().filter(|inode| !self.has(*inode));
         let found = threads::find(proc, &without_owner.collect())?;
         for table in found {
             self.add(table.process, Some(table.tid), table.sockets);
         }
         self.sort();
+        self.has_thread_tables = true;
+        Ok(())
+    }
+
+    /// Adds the tables in `threads` that have one of `inodes` without an owner yet.
+    fn add_read_thread_tables(
+        &mut self,
+        proc: &ProcFs,
+        threads: Vec<ThreadScan>,
+        inodes: &HashSet<u32>,
+    ) -> io::Result<()> {
+        let mut found = Vec::new();
+        for mut thread in threads {
+            let is_wanted = |(inode, _): &(u32, _)| inodes.contains(inode) && !self.has(*inode);
+            thread.sockets.retain(is_wanted);
+            if thread.sockets.is_empty() {
+                continue;
+            }
+            match identify(proc, thread.pid, thread.started) {
+                Ok(Some(process)) => found.push((Arc::new(process), thread)),
+                Ok(None) => {}
+                Err(error) if is_missing(&error) || is_denied(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        for (process, thread) in found {
+            self.add(process, Some(thread.tid), thread.sockets);
+        }
+        self.sort();
+        self.has_thread_tables = true;
         Ok(())
     }
 
@@ -161,19 +172,36 @@ impl OwnerScan {
     }
 }
 
-/// Reads the descriptors of all processes. It stops early if `cancelled` becomes true; the result is then incomplete.
+/// Reads the descriptors of all processes, at least those of TCP sockets in one of `states`. It stops early if `cancelled` becomes
+/// true; the result is then incomplete.
+///
+/// If the iterator of `proc` fails, /proc is read.
 ///
 /// # Errors
-/// /proc cannot be listed, or a file of a process cannot be read for another reason than its end or a missing right.
-pub fn scan(proc: &ProcFs, cancelled: &AtomicBool) -> io::Result<DescriptorScan> {
-    scan_with(proc, cancelled, Care::Quick)
+/// The iterator has failed, and `proc` needs it. /proc cannot be listed, or a file of a process cannot be read for another reason than
+/// its end or a missing right.
+pub fn scan(proc: &ProcFs, states: StateSet, cancelled: &AtomicBool) -> io::Result<DescriptorScan> {
+    scan_with(proc, states, cancelled, Care::Quick)
 }
 
-fn scan_with(proc: &ProcFs, cancelled: &AtomicBool, care: Care) -> io::Result<DescriptorScan> {
+fn scan_with(
+    proc: &ProcFs,
+    states: StateSet,
+    cancelled: &AtomicBool,
+    care: Care,
+) -> io::Result<DescriptorScan> {
+    if let Some(iterator) = proc.iterator() {
+        match iterated::scan(iterator, proc, states, cancelled) {
+            Ok(scan) => return Ok(scan),
+            Err(error) if proc.needs_iterator() => return Err(io::Error::other(error)),
+            Err(_) => {}
+        }
+    }
     let pids = proc.pids()?;
     Ok(DescriptorScan {
         // Process 1 lives as long as its pid namespace, so only hidepid can hide it.
         hidden: pids.first() != Some(&1),
+        threads: None,
         processes: pids
             .into_par_iter()
             .map(|pid| match cancelled.load(Ordering::Relaxed) {
@@ -197,6 +225,7 @@ pub(super) fn scan_selected(proc: &ProcFs, selectors: &Selectors) -> io::Result<
     let never = AtomicBool::new(false);
     Ok(DescriptorScan {
         hidden: false,
+        threads: None,
         processes: selected
             .into_par_iter()
             .map(|pid| scan_process(proc, pid, &never, Care::Repeated))
@@ -219,7 +248,7 @@ pub fn find(proc: &ProcFs, inodes: &HashSet<u32>) -> io::Result<OwnerScan> {
     if inodes.is_empty() {
         return Ok(OwnerScan::default());
     }
-    let scan = scan_with(proc, &AtomicBool::new(false), Care::Repeated)?;
+    let scan = scan_with(proc, StateSet::ALL, &AtomicBool::new(false), Care::Repeated)?;
     select(proc, scan, inodes, Trust::TheScan)
 }
 
@@ -241,7 +270,14 @@ pub fn select(
         if table.sockets.is_empty() {
             return Ok((None, process.unreadable));
         }
-        match recheck(proc, pid, table, inodes, trust) {
+        let checked = match process.started {
+            Some(started) => identify(proc, pid, started).map(|process| {
+                let owned = process.map(|process| (process, table));
+                (owned, false)
+            }),
+            None => recheck(proc, pid, table, inodes, trust),
+        };
+        match checked {
             Ok((owner, denied)) => {
                 let unreadable = denied.then(|| proc.unreadable(pid)).flatten();
                 Ok((owner, process.unreadable.or(unreadable)))
@@ -271,7 +307,16 @@ pub fn select(
         }
     }
     owners.sort();
+    if let Some(threads) = scan.threads {
+        owners.add_read_thread_tables(proc, threads, inodes)?;
+    }
     Ok(owners)
+}
+
+/// The process with this pid, if it started then.
+fn identify(proc: &ProcFs, pid: i32, started: u64) -> io::Result<Option<Process>> {
+    let process = read_identity(proc, pid)?;
+    Ok((process.id.start_time == started).then_some(process))
 }
 
 /// Checks which descriptors of closed or closing sockets are still open. Writes the result to [`Owner::after`].
@@ -347,13 +392,14 @@ fn scan_process(
         Ok(ProcessScan {
             unreadable: table.denied.then(|| proc.unreadable(pid)).flatten(),
             table: (!table.sockets.is_empty()).then_some((pid, table)),
+            started: None,
         })
     };
     match read() {
         Err(error) if is_missing(&error) => Ok(ProcessScan::default()),
         Err(error) if is_denied(&error) => Ok(ProcessScan {
-            table: None,
             unreadable: proc.unreadable(pid),
+            ..ProcessScan::default()
         }),
         other => other,
     }
@@ -549,7 +595,7 @@ mod tests {
         proc.process(8, "new", &[(3, "socket:[1]")]);
         let root = ProcFs::at(proc.dir.path());
         let inodes = HashSet::from([42, 43]);
-        let scan = || scan(&root, &AtomicBool::new(false)).unwrap();
+        let scan = || scan(&root, StateSet::ALL, &AtomicBool::new(false)).unwrap();
         let (first, second, third) = (scan(), scan(), scan());
         let moved = proc.dir.path().join("8/fd/4");
         fs::rename(proc.dir.path().join("7/fd/6"), moved).unwrap();

@@ -29,6 +29,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -39,6 +40,7 @@ use nix::time::{ClockId, clock_gettime};
 use procfs::FromRead;
 use procfs::process::Stat;
 
+use crate::bpf::descriptors::Descriptors;
 use crate::sys::{self, errno_of};
 use crate::text::escape;
 use cgroup::Cgroup;
@@ -50,6 +52,10 @@ pub use fds::FdState;
 #[derive(Clone, Debug)]
 pub struct ProcFs {
     root: PathBuf,
+    /// The quicker way to all descriptors, if it is to be used.
+    iterator: Option<Arc<Descriptors>>,
+    /// Without the iterator, the descriptors are not read at all.
+    needs_iterator: bool,
 }
 
 /// The identity of a process. A later process with the same pid has another start time.
@@ -121,7 +127,28 @@ impl ProcFs {
     pub fn at(root: impl AsRef<Path>) -> Self {
         ProcFs {
             root: root.as_ref().to_owned(),
+            iterator: None,
+            needs_iterator: false,
         }
+    }
+
+    /// The same file system, with another way to the descriptors of all processes. The iterator must be of the pid namespace of this file
+    /// system. `is_needed`: whether the descriptors must not be read from the file system if the iterator fails.
+    pub(crate) fn with_iterator(&self, iterator: Descriptors, is_needed: bool) -> Self {
+        ProcFs {
+            iterator: Some(Arc::new(iterator)),
+            needs_iterator: is_needed,
+            ..self.clone()
+        }
+    }
+
+    pub(crate) fn needs_iterator(&self) -> bool {
+        self.needs_iterator
+    }
+
+    /// The quicker way to all descriptors; `None`: they are read from this file system.
+    pub(crate) fn iterator(&self) -> Option<&Descriptors> {
+        self.iterator.as_deref()
     }
 
     /// Whether the process still exists. A later process with the same pid does not count.
@@ -173,6 +200,20 @@ impl ProcFs {
         let mut numbers = text.split_whitespace().map(str::parse);
         let (used, _free, limit) = (numbers.next()?, numbers.next()?, numbers.next()?);
         Some((used.ok()?, limit.ok()?))
+    }
+
+    /// What this file system adds to the start times of processes: the kernel's own time since boot differs in a time namespace
+    /// (fs/proc/array.c, do_task_stat).
+    pub(crate) fn boot_time_offset(&self) -> i128 {
+        // Without time namespaces there is no such file.
+        let text = fs::read_to_string(self.path("self/timens_offsets")).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("boottime"));
+        let mut numbers = line.unwrap_or_default().split_whitespace();
+        let mut number = || numbers.next()?.parse::<i128>().ok();
+        match (number(), number()) {
+            (Some(seconds), Some(nanoseconds)) => seconds * 1_000_000_000 + nanoseconds,
+            _ => 0,
+        }
     }
 
     /// Whether this file system shows the pid namespace of cwkill, so that system calls take its pids.
@@ -420,6 +461,17 @@ mod tests {
         let proc = ProcFs::default();
         let second = proc.stat(2).map(|stat| stat.comm).unwrap_or_default();
         assert_eq!(proc.shows_every_process(), second == "kthreadd");
+    }
+
+    #[test]
+    fn a_time_namespace_changes_the_start_times() {
+        assert_eq!(ProcFs::default().boot_time_offset(), 0);
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir_all(root.path().join("self")).unwrap();
+        let offsets = "monotonic           0         0\nboottime          -86400   1000000\n";
+        fs::write(root.path().join("self/timens_offsets"), offsets).unwrap();
+        let offset = ProcFs::at(root.path()).boot_time_offset();
+        assert_eq!(offset, -86_400_000_000_000 + 1_000_000);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use crate::doctor::Examination;
 use crate::doctor::advice::Advice;
 use crate::doctor::host::{CAPABILITIES, HostInfo, ProcessCounts, UnreachableProcess};
 use crate::doctor::row::{MethodRow, Support};
+use crate::finder::way::MANY_FILES;
 
 const SCHEMA_VERSION: u32 = 1;
 
@@ -154,6 +155,7 @@ fn checks(examination: &Examination) -> Vec<CheckLine> {
         raw_v6,
         capture,
         ipv6: _,
+        iterator,
     } = &examination.host;
     let check = |name, ok, detail: String| CheckLine { name, ok, detail };
     let io_check = |name, result: &io::Result<()>| match result {
@@ -260,5 +262,18 @@ fn checks(examination: &Examination) -> Vec<CheckLine> {
         ]),
         Err(error) => checks.push(check("processes", Some(false), error.clone())),
     }
+    checks.push(match iterator {
+        Ok(()) => check(
+            "owners by iterator",
+            Some(true),
+            format!("used if the host has {MANY_FILES} open files or more"),
+        ),
+        // From /proc cwkill finds the same owners.
+        Err(why) => check(
+            "owners by iterator",
+            None,
+            format!("from /proc instead: {why}"),
+        ),
+    });
     checks
 }

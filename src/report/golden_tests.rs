@@ -6,7 +6,6 @@
 
 mod builder;
 mod cases;
-mod screens;
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -17,7 +16,6 @@ use std::time::{Duration, SystemTime};
 use super::{exit_status, json, notes, reclaim, text};
 use builder::{Case, DeadCase, dead_records, records};
 use cases::{acts, dead_cases, listings, plans, reclaims};
-use screens::{screens, shown};
 
 use crate::audit::record::{Caller, Entry};
 use crate::config::{Action, Format};
@@ -40,9 +38,6 @@ fn every_output_is_as_it_was() {
         for (ending, text) in dead_outputs(&case) {
             golden.compare(case.name, ending, &text);
         }
-    }
-    for case in screens() {
-        golden.compare(case.name, "screens.txt", &shown(&case));
     }
     golden.end();
 }

@@ -1,5 +1,5 @@
-//! Thin functions over single system calls. Every `unsafe` of this program is here, in [`interrupter`] and in [`ptrace`], for the calls that nix,
-//! rustix and socket2 do not wrap.
+//! Thin functions over single system calls. Every `unsafe` of this program is here, in [`bpf`], in [`interrupter`] and in [`ptrace`], for the calls
+//! that nix, rustix and socket2 do not wrap.
 //!
 //! Each function that makes a system call returns its errno as [`io::Error`].
 #![expect(
@@ -7,6 +7,7 @@
     reason = "system calls that nix, rustix and socket2 do not wrap, each block argued"
 )]
 
+pub mod bpf;
 pub mod caller;
 mod duplicate;
 pub mod interrupter;

@@ -64,6 +64,7 @@ pub fn run_without(what: &str) -> Result<()> {
         ),
         "netlink: EPERM" => (libc::SYS_socket, libc::EPERM, first_is(AF_NETLINK)?),
         "netlink: EAFNOSUPPORT" => (libc::SYS_socket, libc::EAFNOSUPPORT, first_is(AF_NETLINK)?),
+        "bpf" => (libc::SYS_bpf, libc::EPERM, vec![]),
         "PR_CAPBSET_DROP" => (libc::SYS_prctl, libc::EPERM, first_is(CAPBSET_DROP)?),
         other => bail!("no such filter: {other}"),
     };

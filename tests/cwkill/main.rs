@@ -15,13 +15,13 @@ mod diagnose;
 mod doctor;
 mod expressions;
 mod facts;
+mod iterator;
 mod least_privilege;
 mod limits;
 mod listing;
 mod mptcp;
 mod namespaces;
 mod nat;
-mod overview;
 mod probing;
 mod races;
 mod reclaim;
@@ -57,7 +57,6 @@ const MODULES: &[(&str, &[Test])] = modules![
     cli,
     completions,
     listing,
-    overview,
     mptcp,
     selecting,
     ages,
@@ -76,6 +75,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     states,
     namespaces,
     threads,
+    iterator,
     facts,
     chaos,
     runbooks,

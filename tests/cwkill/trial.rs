@@ -37,6 +37,8 @@ pub enum Need {
     /// The kernel reports what a program opens, to root of the machine.
     Fanotify,
     IoUring,
+    /// The kernel's iterators of BPF: root of the machine, and the kernel's types.
+    Iterator,
     /// Its user may mount file systems that a program serves.
     Fuse,
     /// gdb is installed.
@@ -80,6 +82,10 @@ impl Need {
                     .output()
                     .is_ok(),
                 "gdb is not installed",
+            ),
+            Need::Iterator => (
+                *IS_ROOT && std::path::Path::new("/sys/kernel/btf/vmlinux").exists(),
+                "there is no /sys/kernel/btf/vmlinux, or only root of the machine may load programs of BPF",
             ),
             Need::IoUring => (
                 reclaim::programs::has_io_uring(),

@@ -1,0 +1,333 @@
+//! A small assembler for BPF, as far as iterators need it.
+//!
+//! Each method appends one instruction, except where it says so. Loads take a [`Field`], so the kernel's own description of its types
+//! gives the offset and the size of every access.
+
+use super::btf::{Array, Field, Pointer, Size};
+
+/// An instruction. Source: include/uapi/linux/bpf.h, struct bpf_insn.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Insn {
+    code: u8,
+    /// The destination in the low half, the source in the high half.
+    registers: u8,
+    offset: i16,
+    immediate: i32,
+}
+
+/// A register. A call uses R1 to R5 for its arguments, overwrites them, and returns R0. R6 to R9 survive it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Register {
+    R0,
+    R1,
+    R2,
+    R3,
+    R4,
+    R6 = 6,
+    R7,
+    R8,
+    R9,
+    /// The end of the stack of 512 bytes. Only to read.
+    R10,
+}
+
+use Register::{R0, R10};
+
+/// The part of an instruction code for the width of an access (BPF_B and so on).
+fn width(size: Size) -> u8 {
+    match size {
+        Size::U8 => 0x10,
+        Size::U16 => 0x08,
+        Size::U32 => 0x00,
+        Size::U64 => 0x18,
+    }
+}
+
+/// A helper function of the kernel, by its number in include/uapi/linux/bpf.h.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Helper {
+    /// `bpf_seq_write(seq, data, len)`: 0, or an error if the buffer of the reader is full. The kernel then shows the program the same
+    /// object again at the next read(2).
+    SeqWrite = 127,
+    /// `bpf_get_current_task_btf()`: the thread that reads the iterator.
+    CurrentTask = 158,
+    /// `bpf_sock_from_file(file)`: the socket of a file, or NULL.
+    SockFromFile = 162,
+}
+
+/// A place in a program to which instructions before it jump.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Label(usize);
+
+/// A program under construction.
+#[derive(Debug, Default)]
+pub struct Asm {
+    instructions: Vec<Insn>,
+    /// The instructions that jump, with the label.
+    jumps: Vec<(usize, Label)>,
+    /// The place of each label, once it is known.
+    labels: Vec<Option<usize>>,
+}
+
+// Parts of an instruction code: include/uapi/linux/bpf_common.h and bpf.h.
+const LOAD_64_BITS: u8 = 0x18;
+const LOAD: u8 = 0x61;
+const STORE: u8 = 0x63;
+const STORE_IMMEDIATE: u8 = 0x62;
+const MOVE: u8 = 0xbf;
+const MOVE_IMMEDIATE: u8 = 0xb7;
+const ADD_IMMEDIATE: u8 = 0x07;
+const AND_IMMEDIATE: u8 = 0x57;
+const AND: u8 = 0x5f;
+const SHIFT_LEFT: u8 = 0x6f;
+const JUMP: u8 = 0x05;
+const JUMP_IF_EQUAL_IMMEDIATE: u8 = 0x15;
+const JUMP_IF_NOT_EQUAL_IMMEDIATE: u8 = 0x55;
+const CALL: u8 = 0x85;
+const EXIT: u8 = 0x95;
+/// The source of a 64-bit load that stands for the address of a value in the map with this descriptor (BPF_PSEUDO_MAP_VALUE).
+const OF_MAP_VALUE: u8 = 2;
+
+impl Asm {
+    fn push(&mut self, code: u8, dst: Register, src: u8, offset: i16, immediate: i32) -> &mut Self {
+        self.instructions.push(Insn {
+            code,
+            registers: src << 4 | dst as u8,
+            offset,
+            immediate,
+        });
+        self
+    }
+
+    /// `dst = src`
+    pub fn copy(&mut self, dst: Register, src: Register) -> &mut Self {
+        self.push(MOVE, dst, src as u8, 0, 0)
+    }
+
+    /// `dst = value`
+    pub fn set(&mut self, dst: Register, value: i32) -> &mut Self {
+        self.push(MOVE_IMMEDIATE, dst, 0, 0, value)
+    }
+
+    /// `dst = &value`, of the only element of the array map with this descriptor. Two instructions.
+    pub fn address_of_map_value(&mut self, dst: Register, map: i32) -> &mut Self {
+        self.push(LOAD_64_BITS, dst, OF_MAP_VALUE, 0, map)
+            .push(0, R0, 0, 0, 0)
+    }
+
+    /// `dst += value`
+    pub fn add(&mut self, dst: Register, value: i32) -> &mut Self {
+        self.push(ADD_IMMEDIATE, dst, 0, 0, value)
+    }
+
+    /// `dst &= src`
+    pub fn and(&mut self, dst: Register, src: Register) -> &mut Self {
+        self.push(AND, dst, src as u8, 0, 0)
+    }
+
+    /// `dst = 1 << src`, for a `src` below 64. Two instructions, with a third that tells the verifier so.
+    pub fn bit(&mut self, dst: Register, src: Register) -> &mut Self {
+        self.push(AND_IMMEDIATE, src, 0, 0, 63)
+            .set(dst, 1)
+            .push(SHIFT_LEFT, dst, src as u8, 0, 0)
+    }
+
+    /// `dst = src->field`
+    pub fn load(&mut self, dst: Register, src: Register, field: Field) -> &mut Self {
+        self.load_at(dst, src, field.offset, field.size)
+    }
+
+    /// `dst = src->pointer`
+    pub fn follow(&mut self, dst: Register, src: Register, pointer: &Pointer<'_>) -> &mut Self {
+        self.load_at(dst, src, pointer.offset, Size::U64)
+    }
+
+    /// `dst = *(size *)(src->array + skipped)`
+    pub fn load_chars(
+        &mut self,
+        dst: Register,
+        src: Register,
+        array: &Array,
+        skipped: i16,
+        size: Size,
+    ) -> &mut Self {
+        self.load_at(dst, src, array.offset + skipped, size)
+    }
+
+    /// `dst = *src`, of 64 bits, for a value in a map.
+    pub fn load_value(&mut self, dst: Register, src: Register) -> &mut Self {
+        self.load_at(dst, src, 0, Size::U64)
+    }
+
+    fn load_at(&mut self, dst: Register, src: Register, offset: i16, size: Size) -> &mut Self {
+        self.push(LOAD | width(size), dst, src as u8, offset, 0)
+    }
+
+    /// Writes `src` to the stack, `below` bytes below its end.
+    pub fn spill(&mut self, below: i16, size: Size, src: Register) -> &mut Self {
+        self.push(STORE | width(size), R10, src as u8, -below, 0)
+    }
+
+    /// Writes `value` to the stack, `below` bytes below its end.
+    pub fn spill_value(&mut self, below: i16, size: Size, value: i32) -> &mut Self {
+        self.push(STORE_IMMEDIATE | width(size), R10, 0, -below, value)
+    }
+
+    /// Calls a helper, with what R1 to R5 hold.
+    pub fn call(&mut self, helper: Helper) -> &mut Self {
+        self.push(CALL, R0, 0, 0, helper as i32)
+    }
+
+    /// A label whose place is not known yet.
+    pub fn label(&mut self) -> Label {
+        self.labels.push(None);
+        Label(self.labels.len() - 1)
+    }
+
+    /// Puts `label` before the next instruction.
+    pub fn place(&mut self, label: Label) -> &mut Self {
+        self.labels[label.0] = Some(self.instructions.len());
+        self
+    }
+
+    /// `goto label`
+    pub fn jump(&mut self, label: Label) -> &mut Self {
+        self.jump_if(JUMP, R0, 0, 0, label)
+    }
+
+    /// `if (register == value) goto label`
+    pub fn if_is(&mut self, register: Register, value: i32, label: Label) -> &mut Self {
+        self.jump_if(JUMP_IF_EQUAL_IMMEDIATE, register, 0, value, label)
+    }
+
+    /// `if (register != value) goto label`
+    pub fn if_not(&mut self, register: Register, value: i32, label: Label) -> &mut Self {
+        self.jump_if(JUMP_IF_NOT_EQUAL_IMMEDIATE, register, 0, value, label)
+    }
+
+    fn jump_if(
+        &mut self,
+        code: u8,
+        register: Register,
+        src: u8,
+        value: i32,
+        label: Label,
+    ) -> &mut Self {
+        self.jumps.push((self.instructions.len(), label));
+        self.push(code, register, src, 0, value)
+    }
+
+    /// `return 0`. Two instructions. An iterator program returns 0 to go on with the next object.
+    pub fn go_on(&mut self) -> &mut Self {
+        self.set(R0, 0).push(EXIT, R0, 0, 0, 0)
+    }
+
+    /// The finished program.
+    ///
+    /// # Panics
+    /// A label has no place, or one before a jump to it: the program would have a loop.
+    pub fn finish(mut self) -> Vec<Insn> {
+        for (at, label) in self.jumps {
+            let place = self.labels[label.0].expect("every label has a place");
+            // The offset counts from the next instruction.
+            let distance = place.checked_sub(at + 1).expect("jumps go forward");
+            self.instructions[at].offset = i16::try_from(distance).expect("a short program");
+        }
+        self.instructions
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Register::{R1, R2, R6};
+    use super::*;
+
+    fn code(asm: Asm) -> Vec<(u8, u8, i16, i32)> {
+        let instructions = asm.finish().into_iter();
+        instructions
+            .map(|it| (it.code, it.registers, it.offset, it.immediate))
+            .collect()
+    }
+
+    /// The codes are those of `llvm-objdump -d` for the same lines of C.
+    #[test]
+    fn instructions_are_encoded_as_the_kernel_reads_them() {
+        let mut asm = Asm::default();
+        asm.copy(R6, R1) // r6 = r1
+            .set(R2, -1) // r2 = -1
+            .add(R2, -32) // r2 += -32
+            .and(R1, R2) // r1 &= r2
+            .load(
+                R1,
+                R6,
+                Field {
+                    offset: 18,
+                    size: Size::U8,
+                },
+            ) // r1 = *(u8 *)(r6 + 18)
+            .spill(32, Size::U64, R1) // *(u64 *)(r10 - 32) = r1
+            .spill_value(8, Size::U32, 7) // *(u32 *)(r10 - 8) = 7
+            .call(Helper::SeqWrite) // call 127
+            .go_on(); // r0 = 0, exit
+        assert_eq!(
+            code(asm),
+            [
+                (0xbf, 0x16, 0, 0),
+                (0xb7, 0x02, 0, -1),
+                (0x07, 0x02, 0, -32),
+                (0x5f, 0x21, 0, 0),
+                (0x71, 0x61, 18, 0),
+                (0x7b, 0x1a, -32, 0),
+                (0x62, 0x0a, -8, 7),
+                (0x85, 0x00, 0, 127),
+                (0xb7, 0x00, 0, 0),
+                (0x95, 0x00, 0, 0),
+            ]
+        );
+    }
+
+    #[test]
+    fn the_address_of_a_value_takes_two_instructions() {
+        let mut asm = Asm::default();
+        asm.address_of_map_value(R1, 9);
+        assert_eq!(code(asm), [(0x18, 0x21, 0, 9), (0, 0, 0, 0),]);
+    }
+
+    #[test]
+    fn every_width_has_its_own_code() {
+        let mut asm = Asm::default();
+        for size in [Size::U8, Size::U16, Size::U32, Size::U64] {
+            asm.load(R1, R2, Field { offset: 4, size });
+        }
+        let codes: Vec<u8> = code(asm).iter().map(|it| it.0).collect();
+        assert_eq!(codes, [0x71, 0x69, 0x61, 0x79]);
+    }
+
+    #[test]
+    fn a_jump_counts_from_the_next_instruction() {
+        let mut asm = Asm::default();
+        let (end, other) = (asm.label(), asm.label());
+        asm.if_is(R1, 0, end)
+            .if_not(R1, 7, other)
+            .jump(end)
+            .place(other)
+            .set(R2, 1)
+            .place(end)
+            .go_on();
+        let offsets: Vec<(u8, i16)> = code(asm).iter().map(|it| (it.0, it.2)).collect();
+        let jumps = [(0x15, 3), (0x55, 1), (0x05, 1)];
+        assert_eq!(offsets[..3], jumps);
+    }
+
+    #[test]
+    #[should_panic(expected = "jumps go forward")]
+    fn a_loop_is_refused() {
+        let mut asm = Asm::default();
+        let start = asm.label();
+        asm.place(start).jump(start);
+        asm.finish();
+    }
+}

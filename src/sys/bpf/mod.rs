@@ -1,0 +1,387 @@
+//! bpf(2): iterators, programs that the kernel runs for each of its objects of a kind.
+//!
+//! cwkill writes its few programs itself ([`Asm`]), with the offsets of the running kernel ([`Btf`]). So it needs no compiler, no object file
+//! and no library of C. `crate::bpf` has the programs.
+
+mod asm;
+mod btf;
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::mem;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+pub use asm::{Asm, Helper, Insn, Register};
+pub use btf::{Btf, BtfError, Name, Size};
+
+/// Why an iterator cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum BpfError {
+    #[error(transparent)]
+    Types(#[from] BtfError),
+    /// EPERM: needs CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN, of the first user namespace; or a seccomp filter refuses bpf(2). ENOSYS:
+    /// the kernel has no bpf(2).
+    #[error("bpf(2) refuses {0}")]
+    Refused(&'static str, #[source] io::Error),
+    /// The kernel's verifier does not accept the program. This is what it says.
+    #[error("the kernel's verifier refuses the program: {}", reason(log))]
+    Verifier {
+        log: String,
+        #[source]
+        error: io::Error,
+    },
+    #[error("cannot read the iterator")]
+    Read(#[source] io::Error),
+}
+
+// enum bpf_cmd
+const MAP_CREATE: i32 = 0;
+const MAP_UPDATE_ELEM: i32 = 2;
+const PROG_LOAD: i32 = 5;
+const LINK_CREATE: i32 = 28;
+const ITER_CREATE: i32 = 33;
+
+/// BPF_MAP_TYPE_ARRAY
+const MAP_TYPE_ARRAY: u32 = 2;
+/// BPF_PROG_TYPE_TRACING
+const TRACING: u32 = 26;
+/// BPF_TRACE_ITER
+const TRACE_ITER: u32 = 28;
+
+/// The license of the programs. Some helpers are only for programs that are compatible with the GPL.
+const LICENSE: &std::ffi::CStr = c"Dual MIT/GPL";
+
+/// The prefixes of `union bpf_attr` that the commands use. They have no padding, so the kernel sees zeros behind them.
+#[repr(C)]
+#[derive(Default)]
+struct MapAttr {
+    map_type: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ElementAttr {
+    map_fd: u32,
+    padding: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ProgramAttr {
+    prog_type: u32,
+    insn_cnt: u32,
+    insns: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log_buf: u64,
+    kern_version: u32,
+    prog_flags: u32,
+    prog_name: [u8; 16],
+    prog_ifindex: u32,
+    expected_attach_type: u32,
+    prog_btf_fd: u32,
+    func_info_rec_size: u32,
+    func_info: u64,
+    func_info_cnt: u32,
+    line_info_rec_size: u32,
+    line_info: u64,
+    line_info_cnt: u32,
+    attach_btf_id: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct LinkAttr {
+    prog_fd: u32,
+    target_fd: u32,
+    attach_type: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct IteratorAttr {
+    link_fd: u32,
+    flags: u32,
+}
+
+const _: () = assert!(mem::offset_of!(ProgramAttr, attach_btf_id) == 108);
+const _: () = assert!(mem::offset_of!(ElementAttr, flags) == 24);
+
+/// Calls bpf(2).
+///
+/// Every pointer in `attr` must refer to memory that lives during the call and is as long as `attr` says, writable for `log_buf`. The
+/// callers below are all in this file.
+fn bpf<A>(command: i32, attr: &mut A) -> io::Result<i32> {
+    // SAFETY: `attr` is live and writable, and the size is its own. It is one of the structs above, prefixes of `union bpf_attr` for
+    // `command` with the pointers that the callers have put in; those live on the callers' stacks or heaps during the call.
+    let ret = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attr, mem::size_of::<A>()) };
+    match i32::try_from(ret) {
+        Ok(ret @ 0..) => Ok(ret),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Calls a command of bpf(2) that makes a descriptor.
+fn bpf_fd<A>(command: i32, attr: &mut A) -> io::Result<OwnedFd> {
+    let fd = bpf(command, attr)?;
+    // SAFETY: the kernel has just made this descriptor for the call, so nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn number(fd: RawFd) -> u32 {
+    u32::try_from(fd).expect("a descriptor is not negative")
+}
+
+fn length(bytes: usize) -> u32 {
+    u32::try_from(bytes).expect("a short buffer")
+}
+
+fn address<T: ?Sized>(of: *const T) -> u64 {
+    of.cast::<u8>().addr() as u64
+}
+
+/// A number that programs read and that cwkill can change at any time.
+#[derive(Debug)]
+pub struct Variable(OwnedFd);
+
+impl Variable {
+    /// # Errors
+    /// [`BpfError::Refused`].
+    pub fn new() -> Result<Self, BpfError> {
+        let mut attr = MapAttr {
+            map_type: MAP_TYPE_ARRAY,
+            key_size: 4,
+            value_size: 8,
+            max_entries: 1,
+        };
+        let map = bpf_fd(MAP_CREATE, &mut attr);
+        map.map(Variable)
+            .map_err(|error| BpfError::Refused("a map", error))
+    }
+
+    /// # Errors
+    /// [`BpfError::Refused`].
+    pub fn set(&self, value: u64) -> Result<(), BpfError> {
+        let key = 0_u32;
+        let mut attr = ElementAttr {
+            map_fd: number(self.0.as_raw_fd()),
+            key: address(&raw const key),
+            value: address(&raw const value),
+            ..ElementAttr::default()
+        };
+        let set = bpf(MAP_UPDATE_ELEM, &mut attr);
+        set.map(drop)
+            .map_err(|error| BpfError::Refused("a value of a map", error))
+    }
+
+    /// For [`Asm::address_of_map_value`].
+    pub fn fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// A loaded iterator program, linked to its kind of objects.
+#[derive(Debug)]
+pub struct Iterator {
+    link: OwnedFd,
+}
+
+/// The size of the verifier's log. It keeps the end of a longer one.
+const LOG: usize = 1 << 16;
+
+impl Iterator {
+    /// Loads a program that the kernel runs for each object of an iterator. `name` has at most 15 letters. `target`: the number of the
+    /// function that stands for the iterator, `bpf_iter_NAME`.
+    ///
+    /// # Errors
+    /// [`BpfError::Refused`], or [`BpfError::Verifier`] with what the verifier says.
+    pub fn load(name: &str, program: &[Insn], target: u32) -> Result<Self, BpfError> {
+        let mut prog_name = [0; 16];
+        prog_name[..name.len()].copy_from_slice(name.as_bytes());
+        let mut attr = ProgramAttr {
+            prog_type: TRACING,
+            insn_cnt: length(program.len()),
+            insns: address(program.as_ptr()),
+            license: address(LICENSE.as_ptr()),
+            prog_name,
+            expected_attach_type: TRACE_ITER,
+            attach_btf_id: target,
+            ..ProgramAttr::default()
+        };
+        let loaded = bpf_fd(PROG_LOAD, &mut attr).map_err(|error| {
+            // The log costs time, so the kernel writes it only for a second attempt.
+            let mut log = vec![0_u8; LOG];
+            (attr.log_level, attr.log_size) = (1, length(log.len()));
+            attr.log_buf = address(log.as_mut_ptr());
+            match bpf_fd(PROG_LOAD, &mut attr) {
+                Err(_) if log[0] != 0 => {
+                    let end = log.iter().position(|&byte| byte == 0).unwrap_or(LOG);
+                    let log = String::from_utf8_lossy(&log[..end]).trim_end().to_owned();
+                    BpfError::Verifier { log, error }
+                }
+                _ => BpfError::Refused("to load a program", error),
+            }
+        })?;
+        let mut attr = LinkAttr {
+            prog_fd: number(loaded.as_raw_fd()),
+            attach_type: TRACE_ITER,
+            ..LinkAttr::default()
+        };
+        let link = bpf_fd(LINK_CREATE, &mut attr);
+        // The link keeps the program.
+        link.map(|link| Iterator { link })
+            .map_err(|error| BpfError::Refused("to link an iterator", error))
+    }
+
+    /// Runs the program for all objects, from the first. `each` gets each record of `N` bytes that the program writes, until it returns
+    /// false.
+    ///
+    /// The pid namespace or the network namespace that the kernel iterates over is the one of the calling thread.
+    ///
+    /// # Errors
+    /// [`BpfError::Refused`], [`BpfError::Read`].
+    pub fn run<const N: usize>(
+        &self,
+        mut each: impl FnMut(&[u8; N]) -> bool,
+    ) -> Result<(), BpfError> {
+        let mut attr = IteratorAttr {
+            link_fd: number(self.link.as_raw_fd()),
+            flags: 0,
+        };
+        let iterator = bpf_fd(ITER_CREATE, &mut attr)
+            .map_err(|error| BpfError::Refused("to begin an iterator", error))?;
+        read_records(&mut File::from(iterator), &mut each).map_err(BpfError::Read)
+    }
+}
+
+/// The line of the verifier's log that gives the reason: the last one but for the statistics.
+fn reason(log: &str) -> &str {
+    let mut lines = log.lines().rev();
+    lines
+        .find(|line| !line.starts_with("processed ") && !line.is_empty())
+        .unwrap_or("it does not say why")
+}
+
+/// The kernel answers EAGAIN after a million objects for which the program has written nothing (kernel/bpf/bpf_iter.c,
+/// MAX_ITER_OBJECTS). More such answers than this are not believed: no host has that many descriptors.
+const MAX_PAUSES: u32 = 100_000;
+/// Records per read(2).
+const RECORDS: usize = 4096;
+
+/// Reads records of `N` bytes to the end. A read(2) with room for whole records gets whole records.
+fn read_records<const N: usize>(
+    source: &mut impl Read,
+    each: &mut impl FnMut(&[u8; N]) -> bool,
+) -> io::Result<()> {
+    let mut buffer = vec![0; N * RECORDS];
+    let mut pauses = 0;
+    loop {
+        let read = match source.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && pauses < MAX_PAUSES => {
+                pauses += 1;
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        let (records, rest) = buffer[..read].as_chunks::<N>();
+        if !rest.is_empty() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the kernel returned a part of a record",
+            ));
+        }
+        for record in records {
+            if !each(record) {
+                return Ok(());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Answers each read with the next part.
+    struct Parts(std::vec::IntoIter<io::Result<Vec<u8>>>);
+
+    impl Read for Parts {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let Some(part) = self.0.next() else {
+                return Ok(0);
+            };
+            let part = part?;
+            buffer[..part.len()].copy_from_slice(&part);
+            Ok(part.len())
+        }
+    }
+
+    fn read(parts: Vec<io::Result<Vec<u8>>>, most: usize) -> (Vec<[u8; 2]>, io::Result<()>) {
+        let mut records = Vec::new();
+        let result = read_records(&mut Parts(parts.into_iter()), &mut |record: &[u8; 2]| {
+            records.push(*record);
+            records.len() < most
+        });
+        (records, result)
+    }
+
+    #[test]
+    fn a_pause_or_a_signal_is_not_the_end() {
+        let parts = vec![
+            Ok(vec![1, 2]),
+            Err(io::ErrorKind::WouldBlock.into()),
+            Err(io::ErrorKind::Interrupted.into()),
+            Ok(vec![3, 4, 5, 6]),
+        ];
+        let (records, result) = read(parts, 9);
+        result.unwrap();
+        assert_eq!(records, [[1, 2], [3, 4], [5, 6]]);
+    }
+
+    #[test]
+    fn an_error_and_half_a_record_are_reported() {
+        let (records, result) = read(
+            vec![
+                Ok(vec![1, 2]),
+                Err(io::Error::from_raw_os_error(libc::EFAULT)),
+            ],
+            9,
+        );
+        assert_eq!(records, [[1, 2]]);
+        assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EFAULT));
+        let (_, result) = read(vec![Ok(vec![1, 2, 3])], 9);
+        assert_eq!(result.unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+
+    #[test]
+    fn endless_pauses_end() {
+        let pauses = (0..=MAX_PAUSES).map(|_| Err(io::ErrorKind::WouldBlock.into()));
+        let (_, result) = read(pauses.collect(), 9);
+        assert_eq!(result.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn the_reason_of_the_verifier_stands_before_its_statistics() {
+        let log = "44: (79) r1 = *(u64 *)(r9 +1824)\nR9 invalid mem access 'ptr_or_null_'\nprocessed 32 insns (limit 1000000)";
+        assert_eq!(reason(log), "R9 invalid mem access 'ptr_or_null_'");
+        assert_eq!(reason("processed 1 insns"), "it does not say why");
+    }
+
+    #[test]
+    fn the_reader_can_stop() {
+        let (records, result) = read(vec![Ok(vec![1, 2, 3, 4, 5, 6])], 2);
+        result.unwrap();
+        assert_eq!(records, [[1, 2], [3, 4]]);
+    }
+}
