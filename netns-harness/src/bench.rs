@@ -93,6 +93,7 @@ impl Subject {
 }
 
 const LIST: &str = "list with owners";
+const BY_ITERATOR: &str = "the same, by iterator";
 const KILL: &str = "find, destroy, verify";
 
 impl Bench {
@@ -125,6 +126,16 @@ impl Bench {
                 "the same as a table",
                 Some(LIST),
                 &format!("{cwkill} --all --min-idle 0s --dry-run"),
+            ),
+            Subject::new(
+                BY_ITERATOR,
+                Some(LIST),
+                &format!("{cwkill} --all --min-idle 0s --dry-run --json --bpf always"),
+            ),
+            Subject::new(
+                "the same, from /proc",
+                Some(LIST),
+                &format!("{cwkill} --all --min-idle 0s --dry-run --json --bpf never"),
             ),
             Subject::new("ss -tnp", Some(LIST), "ss -tnp"),
             Subject::new("ss -tn, no owners", Some(LIST), "ss -tn state close-wait"),
@@ -170,6 +181,10 @@ impl Bench {
             listers.clear();
         }
         let mut missing = BTreeMap::new();
+        if !has_iterator(&cwkill)? {
+            listers.retain(|lister| lister.name != BY_ITERATOR);
+            println!("{cwkill} cannot use the kernel's iterator here, so it is not measured");
+        }
         for subjects in [&mut listers, &mut killers] {
             subjects.retain(|subject| {
                 let found = is_found(&subject.arguments[0]);
@@ -258,6 +273,16 @@ impl Bench {
         }
         Ok(leaks)
     }
+}
+
+/// Whether the kernel's iterator over all descriptors works for this user.
+fn has_iterator(cwkill: &str) -> Result<bool> {
+    let ran = Command::new(cwkill)
+        .args(["--bpf", "always", "--port", "1", "--dry-run"])
+        .output()
+        .with_context(|| format!("run {cwkill}"))?;
+    // 3: it could not run.
+    Ok(ran.status.code() != Some(3))
 }
 
 /// The share of the processor time that was used during [`IDLE_WINDOW`].
