@@ -504,3 +504,6 @@ fn check(target: &Target, now: &SocketMessage, method: Method, rules: &Rules<'_>
 #[cfg(test)]
 #[path = "engine_tests.rs"]
 mod tests;
+#[cfg(test)]
+#[path = "engine_world.rs"]
+mod world;

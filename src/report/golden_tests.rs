@@ -6,6 +6,8 @@
 
 mod builder;
 mod cases;
+mod dead_builder;
+mod words;
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -14,8 +16,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use super::{exit_status, json, notes, reclaim, text};
-use builder::{Case, DeadCase, dead_records, records};
+use builder::{Case, records};
 use cases::{acts, dead_cases, listings, plans, reclaims};
+use dead_builder::{DeadCase, dead_records};
 
 use crate::audit::record::{Caller, Entry};
 use crate::config::{Action, Format};

@@ -1,317 +1,36 @@
-//! Runs for the golden tests, built by hand from neutral words. Only this file knows the types of a run.
+//! Runs for the golden tests, built by hand from neutral words. Only `builder`, `dead_builder` and `words` know the
+//! types of a run.
 
-use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
-use nix::errno::Errno;
 
-use crate::audit::record::{Caller, Entry, intents, outcomes, reclaim_intents, reclaim_outcomes};
-use crate::cli::{Cli, Command};
+use super::words::{exclusion, judgement, method, method_error, reclaim_outcome, skip, state};
+use crate::audit::record::{Caller, Entry, intents, outcomes};
+use crate::cli::Cli;
 use crate::commands::sweep;
-use crate::config::{Action, Config, ReclaimConfig};
-use crate::finder::dead::DeadSocket;
+use crate::config::{Action, Config};
 use crate::model::{
-    Backlog, Coverage, DrainReason, DrainResult, Exclusion, InUse, Listener, ListeningSocket,
-    Method, MethodError, Outcome, Owner, Plan, Poller, Privilege, ReclaimOutcome, ReclaimReason,
-    Scan, SkipReason, Socket, Spinning, Target,
+    Backlog, Coverage, DrainReason, DrainResult, Listener, ListeningSocket, Method, Outcome, Owner,
+    Plan, Scan, SkipReason, Socket, Spinning, Target,
 };
 use crate::proc::cgroup::Cgroup;
 use crate::proc::netns::Netns;
 use crate::proc::{FdState, Process, ProcessId, RemoteFd};
 use crate::reclaim::StopStats;
 use crate::report::Run;
-use crate::report::reclaim::{DeadDescriptor, ReclaimRun};
 use crate::sock_diag::testdata::stuck;
-use crate::sock_diag::{Cookie, DiagId, Family, Protocol, SocketMessage};
-use crate::sys::errno_of;
-use crate::tcp::TcpState;
+use crate::sock_diag::{DiagId, Family, SocketMessage};
 use crate::watch::NewSockets;
-
-/// Why a method is not tried, by a word each.
-pub const EXCLUSIONS: [&str; 9] = [
-    "not-accepted",
-    "no-owner",
-    "owners-not-searched",
-    "unsent",
-    "needs-net-admin",
-    "needs-net-raw",
-    "needs-ptrace",
-    "open-connection",
-    "listener",
-];
-
-fn exclusion(word: &str) -> Exclusion {
-    match word {
-        "not-accepted" => Exclusion::NotAccepted,
-        "no-owner" => Exclusion::NoOwner,
-        "owners-not-searched" => Exclusion::OwnersNotSearched,
-        "unsent" => Exclusion::UnsentData(512),
-        "needs-net-admin" => Exclusion::NotPermitted(Privilege::NetAdmin),
-        "needs-net-raw" => Exclusion::NotPermitted(Privilege::NetRaw),
-        "needs-ptrace" => Exclusion::NotPermitted(Privilege::Ptrace),
-        "open-connection" => Exclusion::WrongState(TcpState::Established, "it is open"),
-        "listener" => Exclusion::WrongState(TcpState::Listen, "it listens"),
-        _ => panic!("exclusion {word}"),
-    }
-}
-
-/// Why a socket is skipped, by a word each; `no-method` gives the reasons of its plan.
-pub const SKIPS: [&str; 11] = [
-    "no-method",
-    "over-limit",
-    "unsent",
-    "no-longer-selected",
-    "in-use",
-    "accepted",
-    "would-spin-epoll",
-    "would-spin-poll",
-    "owner-spins",
-    "peer-alive",
-    "interrupted",
-];
-
-fn skip(word: &str) -> SkipReason {
-    match word {
-        "no-method" => SkipReason::NoMethod,
-        "over-limit" => SkipReason::OverMaxKills,
-        "unsent" => SkipReason::UnsentData(77),
-        "no-longer-selected" => SkipReason::NoLongerSelected,
-        "in-use" => SkipReason::InUse,
-        "accepted" => SkipReason::Accepted,
-        "would-spin-epoll" => SkipReason::WouldSpin {
-            pid: 4421,
-            by: Poller::Epoll(RemoteFd(5)),
-        },
-        "would-spin-poll" => SkipReason::WouldSpin {
-            pid: 4421,
-            by: Poller::Poll(4422),
-        },
-        "owner-spins" => SkipReason::OwnerSpins {
-            pid: 4421,
-            fd: Some(RemoteFd(20)),
-        },
-        "peer-alive" => SkipReason::PeerAlive,
-        "interrupted" => SkipReason::Interrupted,
-        _ => panic!("skip {word}"),
-    }
-}
-
-/// Why an attempt did nothing, by a word each.
-pub const ATTEMPTS: [&str; 20] = [
-    "gone",
-    "descriptors-gone",
-    "foreign-proc",
-    "denied-net-admin",
-    "denied-net-raw",
-    "denied-ptrace",
-    "not-supported",
-    "orphan",
-    "unsent",
-    "no-ack",
-    "no-ack-no-repair",
-    "rst-ignored",
-    "peer-alive",
-    "peer-silent",
-    "no-ack-unsupported",
-    "unanswered",
-    "os",
-    "os-unknown-errno",
-    "os-no-errno",
-    "bug",
-];
-
-fn method_error(word: &str) -> MethodError {
-    let denied = |privilege| MethodError::NotPermitted(privilege, Errno::EPERM);
-    match word {
-        "gone" => MethodError::Gone,
-        "descriptors-gone" => MethodError::DescriptorsGone,
-        "foreign-proc" => MethodError::OtherPidNamespace,
-        "denied-net-admin" => denied(Privilege::NetAdmin),
-        "denied-net-raw" => denied(Privilege::NetRaw),
-        "denied-ptrace" => denied(Privilege::Ptrace),
-        "not-supported" => MethodError::NotSupported("the kernel cannot do it", Errno::EOPNOTSUPP),
-        "orphan" => MethodError::OrphanOnOldKernel,
-        "unsent" => MethodError::UnsentData(99),
-        "no-ack" => MethodError::NoAck(None),
-        "no-ack-no-repair" => MethodError::NoAck(Some(Box::new(denied(Privilege::NetAdmin)))),
-        "no-ack-unsupported" => {
-            let repair = MethodError::NotSupported("TCP_REPAIR", Errno::ENOPROTOOPT);
-            MethodError::NoAck(Some(Box::new(repair)))
-        }
-        "rst-ignored" => MethodError::RstIgnored,
-        "peer-alive" => MethodError::PeerAlive,
-        "peer-silent" => MethodError::PeerSilent,
-        "unanswered" => MethodError::AnswerLost(Errno::ENOBUFS),
-        "os" => MethodError::SystemCall("pidfd_getfd", Errno::EMFILE),
-        "os-unknown-errno" => MethodError::SystemCall("preparing", Errno::from_raw(4095)),
-        "os-no-errno" => {
-            MethodError::SystemCall("reading", errno_of(&io::ErrorKind::InvalidData.into()))
-        }
-        "bug" => MethodError::Bug,
-        _ => panic!("attempt {word}"),
-    }
-}
-
-/// Why a descriptor is not closed in its process, by a word each.
-pub const KEPT: [&str; 50] = [
-    "in-call",
-    "in-some-call",
-    "in-epoll",
-    "in-ring",
-    "ring-in-flight",
-    "ring",
-    "ring-worker",
-    "finalizer",
-    "transfer",
-    "unread-1",
-    "unread",
-    "too-young",
-    "no-age",
-    "standard",
-    "ourselves",
-    "traced-by-unknown",
-    "traced",
-    "filter-forbids",
-    "seccomp-replace",
-    "no-null",
-    "other-null",
-    "filter-unread",
-    "shared-table",
-    "shared-unknown",
-    "shared-closed",
-    "no-kcmp",
-    "leader-ended",
-    "executing",
-    "in-vfork",
-    "frozen",
-    "other-table",
-    "table-unread",
-    "foreign",
-    "foreign-call",
-    "foreign-proc",
-    "limit",
-    "uninterruptible",
-    "time-over",
-    "no-call",
-    "unsteady",
-    "denied",
-    "interrupted",
-    "hangs",
-    "still-taken",
-    "bug",
-    "os",
-    "os-no-errno",
-    "hostile-ring-worker",
-    "hostile-tracer",
-    "thread-table",
-];
-
-fn reason(word: &str) -> ReclaimReason {
-    let limit = Duration::from_millis(100);
-    let (tid, number) = (4431, 232);
-    let in_use = match word {
-        "in-call" => InUse::InSyscall { tid, number },
-        "in-some-call" => InUse::MaybeInSyscall { tid, number },
-        "in-epoll" => InUse::InEpoll(4),
-        "in-ring" => InUse::InIoUring(5),
-        "ring-in-flight" => InUse::IoUringInFlight(6),
-        "ring" => InUse::IoUringOpen(7),
-        "ring-worker" => InUse::IoUringWorker("iou-wrk-4421".into()),
-        "hostile-ring-worker" => InUse::IoUringWorker("iou\x1b[2J".into()),
-        "finalizer" => InUse::Finalizer("Finalizer".into()),
-        "transfer" => InUse::Transfer { tid, number },
-        "unread-1" => InUse::Unread(1),
-        "unread" => InUse::Unread(1460),
-        "too-young" => InUse::TooYoung(Duration::from_micros(12_345_678)),
-        "no-age" => InUse::AgeUnknown,
-        "standard" => InUse::StandardDescriptor,
-        _ => {
-            return match word {
-                "ourselves" => ReclaimReason::OwnProcess,
-                "traced-by-unknown" => ReclaimReason::Traced(99, None),
-                "traced" => ReclaimReason::Traced(99, Some("gdb".into())),
-                "hostile-tracer" => ReclaimReason::Traced(99, Some("g\u{202e}db\n".into())),
-                "filter-forbids" => ReclaimReason::SeccompForbidsClose,
-                "filter-unread" => ReclaimReason::SeccompUnreadable(Errno::EACCES),
-                "shared-table" => ReclaimReason::SharedTable(98),
-                "shared-unknown" => ReclaimReason::KcmpNotPermitted(98, Errno::EPERM),
-                "shared-closed" => ReclaimReason::KcmpFailed(98, Errno::EPERM),
-                "no-kcmp" => ReclaimReason::NoKcmp,
-                "leader-ended" => ReclaimReason::LeaderExited,
-                "executing" => ReclaimReason::InExec(tid),
-                "other-table" => ReclaimReason::SeparateTable,
-                "thread-table" => ReclaimReason::ThreadTable(tid),
-                "table-unread" => ReclaimReason::TableUnknown(Errno::EPERM),
-                "foreign" => ReclaimReason::Is32bit,
-                "foreign-call" => ReclaimReason::Makes32bitSyscalls(tid),
-                "foreign-proc" => ReclaimReason::OtherPidNamespace,
-                "limit" => ReclaimReason::NotStopped(tid, limit),
-                "time-over" => ReclaimReason::StopLimitReached(limit),
-                "no-call" => ReclaimReason::NoSyscall(limit),
-                "in-vfork" => ReclaimReason::InVfork(tid),
-                "frozen" => ReclaimReason::Frozen,
-                "uninterruptible" => ReclaimReason::Uninterruptible(tid, limit),
-                "no-null" => ReclaimReason::NoDevNull(Some(Errno::ENOENT)),
-                "other-null" => ReclaimReason::NoDevNull(None),
-                "seccomp-replace" => ReclaimReason::SeccompForbidsReplace,
-                "unsteady" => ReclaimReason::OwnerBusy,
-                "denied" => ReclaimReason::NotPermitted(Errno::EPERM),
-                "interrupted" => ReclaimReason::Interrupted,
-                "hangs" => ReclaimReason::CloseHangs,
-                "still-taken" => ReclaimReason::StillOpen,
-                "bug" => ReclaimReason::Bug,
-                "os" => ReclaimReason::SystemCall("ptrace", Errno::ESRCH),
-                "os-no-errno" => ReclaimReason::SystemCall(
-                    "reading",
-                    errno_of(&io::ErrorKind::UnexpectedEof.into()),
-                ),
-                _ => panic!("reason {word}"),
-            };
-        }
-    };
-    ReclaimReason::InUse(in_use)
-}
-
-/// `freed`, `gone`, `skipped WORD` or `failed WORD`.
-fn reclaim_outcome(words: &str) -> ReclaimOutcome {
-    match words.split_once(' ') {
-        None if words == "freed" => ReclaimOutcome::Freed,
-        None if words == "replaced" => ReclaimOutcome::Replaced,
-        None if words == "gone" => ReclaimOutcome::Gone,
-        Some(("skipped", word)) => ReclaimOutcome::Skipped(reason(word)),
-        Some(("failed", word)) => ReclaimOutcome::Failed(reason(word)),
-        _ => panic!("outcome {words}"),
-    }
-}
-
-/// Of a dry run: the word of a reason, or nothing.
-fn judgement(word: &str) -> ReclaimOutcome {
-    match word {
-        "" => ReclaimOutcome::Allowed,
-        word => ReclaimOutcome::Skipped(reason(word)),
-    }
-}
-
-fn method(name: &str) -> Method {
-    name.parse().expect("a method")
-}
-
-fn state(name: &str) -> TcpState {
-    match name.parse() {
-        Ok(state) => state,
-        Err(()) => TcpState::from_kernel(name.parse().expect("a state or its number")),
-    }
-}
 
 /// A process: its name, number and the text of its /proc/PID/cgroup.
 #[derive(Clone, Copy)]
 pub struct Who(pub &'static str, pub i32, pub &'static str);
 
 impl Who {
-    fn process(&self) -> Arc<Process> {
+    pub(super) fn process(&self) -> Arc<Process> {
         Arc::new(Process {
             id: ProcessId {
                 pid: self.1,
@@ -322,7 +41,7 @@ impl Who {
         })
     }
 
-    fn owner(&self, fd: i32) -> Owner {
+    pub(super) fn owner(&self, fd: i32) -> Owner {
         Owner::new(self.process(), RemoteFd(fd))
     }
 }
@@ -918,7 +637,7 @@ impl Watched {
     }
 }
 
-fn stops(stopped: &[(&'static Who, u64, usize)]) -> Vec<StopStats> {
+pub(super) fn stops(stopped: &[(&'static Who, u64, usize)]) -> Vec<StopStats> {
     let stop = |(who, micros, freed): &(&Who, u64, usize)| StopStats {
         process: who.process(),
         freed: *freed,
@@ -936,186 +655,5 @@ pub fn records<'r>(run: &'r Run, who: &Caller, done: bool) -> Vec<Entry<'r>> {
             [begin].into_iter().chain(intents(run)).collect()
         }
         true => outcomes(run).chain([Entry::end(run)]).collect(),
-    }
-}
-
-/// A descriptor of a dead socket.
-pub struct Dead {
-    who: &'static Who,
-    socket: DeadSocket,
-    fd: i32,
-    inode: u32,
-    /// Of a run that acts, what became of it; else the word of what speaks against it.
-    said: &'static str,
-}
-
-/// On 10.0.0.1:80 and quiet for two minutes.
-pub fn dead(who: &'static Who, fd: i32, inode: u32, cookie: u64) -> Dead {
-    let socket = DeadSocket {
-        protocol: Protocol::Tcp,
-        cookie: Cookie(cookie),
-        local: Some(SocketAddr::from(([10, 0, 0, 1], 80))),
-        quiet: Duration::from_secs(120),
-        unread: 0,
-    };
-    Dead {
-        who,
-        socket,
-        fd,
-        inode,
-        said: "",
-    }
-}
-
-impl Dead {
-    pub fn local(mut self, local: Option<&str>) -> Self {
-        self.socket.local = local.map(|local| local.parse().expect("an address"));
-        self
-    }
-
-    pub fn quiet_ms(mut self, quiet: u64) -> Self {
-        self.socket.quiet = Duration::from_millis(quiet);
-        self
-    }
-
-    pub fn unread(mut self, bytes: u32) -> Self {
-        self.socket.unread = bytes;
-        self
-    }
-
-    pub fn said(mut self, words: &'static str) -> Self {
-        self.said = words;
-        self
-    }
-}
-
-/// A run of `cwkill reclaim`.
-pub struct DeadCase {
-    pub name: &'static str,
-    pub arguments: &'static str,
-    pub colored: bool,
-    descriptors: Vec<Dead>,
-    stopped: Vec<(&'static Who, u64, usize)>,
-    unknown: usize,
-    unreadable: usize,
-    leader_exited: Vec<&'static Who>,
-    failed: Vec<i32>,
-    hidden: bool,
-}
-
-/// A run of `cwkill reclaim` that could see all.
-pub fn dead_case(name: &'static str, arguments: &'static str) -> DeadCase {
-    DeadCase {
-        name,
-        arguments,
-        colored: false,
-        descriptors: Vec::new(),
-        stopped: Vec::new(),
-        unknown: 0,
-        unreadable: 0,
-        leader_exited: Vec::new(),
-        failed: Vec::new(),
-        hidden: false,
-    }
-}
-
-impl DeadCase {
-    pub fn descriptors(mut self, descriptors: impl IntoIterator<Item = Dead>) -> Self {
-        self.descriptors.extend(descriptors);
-        self
-    }
-
-    pub fn colored(mut self) -> Self {
-        self.colored = true;
-        self
-    }
-
-    pub fn stopped(mut self, who: &'static Who, micros: u64, freed: usize) -> Self {
-        self.stopped.push((who, micros, freed));
-        self
-    }
-
-    /// Descriptors that may be of dead sockets.
-    pub fn unknown(mut self, count: usize) -> Self {
-        self.unknown = count;
-        self
-    }
-
-    pub fn unreadable_processes(mut self, count: usize) -> Self {
-        self.unreadable = count;
-        self
-    }
-
-    /// The first thread of this process has ended.
-    pub fn leader_ended(mut self, who: &'static Who) -> Self {
-        self.leader_exited.push(who);
-        self
-    }
-
-    /// The files of this process could not be read.
-    pub fn failed_process(mut self, pid: i32) -> Self {
-        self.failed.push(pid);
-        self
-    }
-
-    pub fn hidden_processes(mut self) -> Self {
-        self.hidden = true;
-        self
-    }
-
-    pub fn config(&self, verbose: bool) -> ReclaimConfig {
-        let words = ["cwkill", "reclaim"].into_iter();
-        let words = words.chain(self.arguments.split_whitespace());
-        let config = Cli::try_parse_from(words).and_then(|cli| match cli.command {
-            Some(Command::Reclaim(args)) => ReclaimConfig::from_args(args),
-            other => panic!("{other:?}"),
-        });
-        let config = config.unwrap_or_else(|error| panic!("{}: {error}", self.name));
-        ReclaimConfig { verbose, ..config }
-    }
-
-    /// The run: before anything is judged or done, or at its end.
-    pub fn run(&self, done: bool) -> ReclaimRun {
-        let acted = done && self.config(false).action == Action::Act;
-        let descriptor = |dead: &Dead| {
-            let mut owner = dead.who.owner(dead.fd);
-            owner.reclaim = match acted {
-                true => Some(reclaim_outcome(dead.said)),
-                false => done.then(|| judgement(dead.said)),
-            };
-            DeadDescriptor {
-                owner,
-                inode: dead.inode,
-                socket: dead.socket,
-            }
-        };
-        let processes = self.leader_exited.iter();
-        let failure = |pid: &i32| (*pid, io::Error::from(Errno::EIO));
-        ReclaimRun {
-            descriptors: self.descriptors.iter().map(descriptor).collect(),
-            acted,
-            stops: stops(&self.stopped),
-            unknown: self.unknown,
-            unreadable: self.unreadable,
-            leader_exited: processes
-                .map(|who| Process::clone(&who.process()))
-                .collect(),
-            failed: self.failed.iter().map(failure).collect(),
-            hidden: self.hidden,
-        }
-    }
-}
-
-/// The audit records of `run`: before anything is done, or after all.
-pub fn dead_records<'r>(run: &'r ReclaimRun, who: &Caller, done: bool) -> Vec<Entry<'r>> {
-    match done {
-        false => {
-            let begin = Entry::begin_reclaim(run, who.sentence());
-            [begin].into_iter().chain(reclaim_intents(run)).collect()
-        }
-        true => {
-            let end = Entry::end_reclaim(run);
-            reclaim_outcomes(run).chain([end]).collect()
-        }
     }
 }

@@ -1,10 +1,8 @@
 //! The runs of the golden tests.
 
-use super::builder::{
-    ATTEMPTS, Case, Dead, DeadCase, Drained, EXCLUSIONS, KEPT, Listening, Matched, SKIPS, Who,
-    case, dead, dead_case, socket,
-};
-
+use super::builder::{Case, Drained, Listening, Matched, Who, case, socket};
+use super::dead_builder::{Dead, DeadCase, dead, dead_case};
+use super::words::{ATTEMPTS, EXCLUSIONS, KEPT, SKIPS};
 use crate::model::DrainReason;
 
 const ID: &str = "0::/system.slice/docker-0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef.scope";
