@@ -78,6 +78,7 @@
 //!   process waits at a socket, by an epoll set or by poll(2). **paused**: a socket that an owner waits
 //!   for without asking for input. If it were closed, the owner would spin.
 //! - **canary**: the socket of an owner that is closed first, to see whether the owner spins.
+//! - **overview**: what a terminal shows of a run: one screen, with a row for each process and listener.
 //! - **sweep**: to destroy sockets while the kernel still lists the others, without a list of targets first.
 //! - **intent**: the record in the log, before the act, of a socket or descriptor that cwkill is about to close.
 //! - **reclaim**: to close a dead descriptor inside its process. **evidence**: the facts from /proc that show how the process uses its

@@ -11,14 +11,29 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::control::Control;
 use crate::model::Method;
+use crate::report::overview::Screen;
 use crate::sys;
-use crate::text::{escape, escape_lines};
+use crate::text::{escape, escape_lines, wrap};
 
 /// Writes a line to stderr. If that fails, there is no other place to report it.
 ///
 /// The message may contain names, and words of the command line that come from another program. They must not move the cursor.
+///
+/// On a terminal the line is broken between words.
 pub(crate) fn say(message: std::fmt::Arguments<'_>) {
-    let _ = writeln!(io::stderr(), "cwkill: {}", escape(&message.to_string()));
+    let line = format!("cwkill: {}", escape(&message.to_string()));
+    for row in broken(&line) {
+        let _ = writeln!(io::stderr(), "{row}");
+    }
+}
+
+/// The rows of a line on stderr.
+pub(crate) fn broken(line: &str) -> Vec<String> {
+    const INDENT: usize = 2;
+    match terminal_size::terminal_size_of(io::stderr()) {
+        Some((width, _)) if width.0 > 0 => wrap(line, width.0.into(), INDENT),
+        _ => vec![line.to_owned()],
+    }
 }
 
 /// Prints what clap has to say about the command line. It may quote words as they are.
@@ -88,6 +103,33 @@ pub(crate) fn columns() -> Option<usize> {
 pub(crate) fn rows() -> Option<usize> {
     let (_, height) = terminal_size::terminal_size_of(io::stdout())?;
     Some(height.0.into()).filter(|rows| *rows > 0)
+}
+
+/// What the terminal on stdout can show; `None` if stdout is not a terminal. One that does not know its size has that of a VT100.
+pub(crate) fn screen(color: ColorChoice) -> Option<Screen> {
+    const USUAL: (usize, usize) = (80, 24);
+    if !io::stdout().is_terminal() {
+        return None;
+    }
+    let size = terminal_size::terminal_size_of(io::stdout());
+    let size = size.map(|(width, height)| (usize::from(width.0), usize::from(height.0)));
+    let (columns, rows) = size
+        .filter(|(columns, rows)| *columns > 0 && *rows > 0)
+        .unwrap_or(USUAL);
+    Some(Screen {
+        columns,
+        rows,
+        color: is_coloured(color),
+        ascii: !is_utf8(),
+    })
+}
+
+/// Whether the locale says that the terminal shows UTF-8: the first of these variables that is set decides (locale(7)).
+fn is_utf8() -> bool {
+    let set = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let locale = ["LC_ALL", "LC_CTYPE", "LANG"].into_iter().find_map(set);
+    let locale = locale.unwrap_or_default().to_ascii_lowercase();
+    locale.ends_with("utf-8") || locale.ends_with("utf8")
 }
 
 /// Signals of an operator who wants cwkill to end.

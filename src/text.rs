@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use unicode_width::UnicodeWidthStr;
+
 /// Escapes control characters, and characters that reorder or hide text.
 ///
 /// A process chooses its own name. The name can contain characters that move the cursor of the operator or forge a line.
@@ -95,6 +97,68 @@ pub fn seconds(time: Duration) -> String {
     }
 }
 
+/// The words as one line, quoted for a shell.
+pub fn shell_line<S: AsRef<str>>(words: &[S]) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_@%+=:,./-".contains(c);
+    let quoted = |word: &S| match word.as_ref() {
+        word if !word.is_empty() && word.chars().all(plain) => word.to_owned(),
+        word => format!("'{}'", word.replace('\'', r"'\''")),
+    };
+    words.iter().map(quoted).collect::<Vec<_>>().join(" ")
+}
+
+/// The number of columns that `text` takes on a terminal.
+pub fn columns_of(text: &str) -> usize {
+    UnicodeWidthStr::width(text)
+}
+
+/// Breaks a line between words, so that no row takes more than `columns`, except one that is a single longer word. All rows but the
+/// first begin with `indent` spaces, if there is room for these and a word.
+pub fn wrap(line: &str, columns: usize, indent: usize) -> Vec<String> {
+    let indent = if indent * 2 < columns { indent } else { 0 };
+    let (mut rows, mut row) = (Vec::new(), String::new());
+    let (mut width, mut is_empty) = (0, true);
+    for word in line.split(' ') {
+        let wide = columns_of(word);
+        if !is_empty && width + 1 + wide > columns {
+            rows.push(std::mem::replace(&mut row, " ".repeat(indent)));
+            (width, is_empty) = (indent, true);
+        }
+        if !is_empty {
+            row.push(' ');
+            width += 1;
+        }
+        row.push_str(word);
+        width += wide;
+        is_empty = false;
+    }
+    rows.push(row);
+    rows
+}
+
+/// A name, escaped, and cut if it takes more than `columns`; then it ends with two dots. An escape is never cut in two. With `ascii`,
+/// every other character is escaped too, for a terminal without UTF-8.
+pub fn short_name(name: &str, columns: usize, ascii: bool) -> String {
+    const CUT: &str = "..";
+    let escaped = |c: char| match ascii && !c.is_ascii() {
+        true => c.escape_default().to_string(),
+        false => escape(c.encode_utf8(&mut [0; 4])),
+    };
+    let whole: String = name.chars().map(escaped).collect();
+    if columns_of(&whole) <= columns {
+        return whole;
+    }
+    let room = columns.saturating_sub(CUT.len());
+    let mut short = String::new();
+    for part in name.chars().map(escaped) {
+        if columns_of(&short) + columns_of(&part) > room {
+            break;
+        }
+        short.push_str(&part);
+    }
+    short + CUT
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -118,6 +182,44 @@ mod tests {
         assert_eq!(text(60), "1m00s");
         assert_eq!(text(3_725), "1h02m");
         assert_eq!(text(90_000), "1d01h");
+    }
+
+    #[test]
+    fn lines_break_between_words() {
+        let line = "one two three";
+        assert_eq!(wrap(line, 13, 2), ["one two three"]);
+        assert_eq!(wrap(line, 12, 2), ["one two", "  three"]);
+        assert_eq!(wrap(line, 7, 2), ["one two", "  three"]);
+        assert_eq!(wrap(line, 6, 2), ["one", "  two", "  three"]);
+        assert_eq!(wrap(line, 3, 2), ["one", "two", "three"]);
+        assert_eq!(wrap(line, 0, 8), ["one", "two", "three"]);
+        assert_eq!(wrap("", 10, 2), [""]);
+        assert_eq!(
+            wrap("a-very-long-word b", 5, 2),
+            ["a-very-long-word", "  b"]
+        );
+    }
+
+    #[test]
+    fn a_long_name_is_cut_between_characters() {
+        assert_eq!(short_name("java", 4, false), "java");
+        assert_eq!(short_name("javas", 4, false), "ja..");
+        let evil = "\x1b\x1b\x1b\x1b";
+        assert_eq!(short_name(evil, 24, false), "\\u{1b}\\u{1b}\\u{1b}\\u{1b}");
+        assert_eq!(short_name(evil, 23, false), "\\u{1b}\\u{1b}\\u{1b}..");
+        assert_eq!(short_name(evil, 1, false), "..");
+        // These characters take two columns each.
+        assert_eq!(short_name("名前名前", 6, false), "名前..");
+        assert_eq!(short_name("é", 9, true), "\\u{e9}");
+    }
+
+    #[test]
+    fn a_line_can_be_pasted_into_a_shell() {
+        assert_eq!(shell_line(&["cwkill", "--port", "80"]), "cwkill --port 80");
+        assert_eq!(
+            shell_line(&["sport = :80", "it's", ""]),
+            r"'sport = :80' 'it'\''s' ''"
+        );
     }
 
     #[test]

@@ -11,6 +11,7 @@ use clap::{CommandFactory, Parser};
 
 use super::Cli;
 use crate::filter::{self, Services};
+use crate::text::shell_line;
 
 /// A command that is not the first argument.
 #[derive(Debug)]
@@ -74,12 +75,8 @@ fn is_command(words: &[OsString]) -> bool {
 
 /// The words as one line, quoted for a shell.
 fn line(words: &[OsString]) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "_@%+=:,./-".contains(c);
-    let quoted = |word: &OsString| match word.to_string_lossy() {
-        word if !word.is_empty() && word.chars().all(plain) => word.into_owned(),
-        word => format!("'{}'", word.replace('\'', r"'\''")),
-    };
-    words.iter().map(quoted).collect::<Vec<_>>().join(" ")
+    let words: Vec<_> = words.iter().map(|word| word.to_string_lossy()).collect();
+    shell_line(&words)
 }
 
 #[cfg(test)]

@@ -88,6 +88,24 @@ pub struct Args {
     pub acting: Acting,
     #[command(flatten)]
     pub output: Output,
+    /// Print at most N rows, or all sockets [default: one screen of processes on a terminal, else all sockets]
+    #[arg(
+        long,
+        value_name = "N|all",
+        value_parser = values::limit,
+        conflicts_with_all = ["json", "jsonl", "quiet"],
+        help_heading = "Output"
+    )]
+    pub limit: Option<Limit>,
+}
+
+/// A value of `--limit`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limit {
+    /// At most so many rows.
+    Rows(usize),
+    /// Every socket.
+    All,
 }
 
 /// The options that say how cwkill acts on the sockets.
@@ -197,7 +215,7 @@ pub struct Output {
     #[arg(long)]
     pub ok_if_none: bool,
 
-    /// Print every owner and every attempt
+    /// Print a row for each socket, every owner and every attempt
     #[arg(short, long, action = ArgAction::SetTrue)]
     pub verbose: bool,
 

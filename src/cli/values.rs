@@ -11,7 +11,7 @@ use globset::{Glob, GlobMatcher};
 use ipnet::{IpNet, Ipv4Net};
 use nix::unistd::{Uid, User};
 
-use super::{LogTarget, MethodChoice};
+use super::{Limit, LogTarget, MethodChoice};
 use crate::check::threshold::Threshold;
 use crate::filter::Services;
 use crate::filter::selectors::UnitName;
@@ -323,6 +323,14 @@ fn method(text: &str) -> Result<MethodChoice, String> {
                 Method::ALL.map(Method::name).join(",")
             )
         }),
+    }
+}
+
+pub(super) fn limit(text: &str) -> Result<Limit, String> {
+    match text.parse() {
+        Ok(rows) if rows > 0 => Ok(Limit::Rows(rows)),
+        _ if text == "all" => Ok(Limit::All),
+        _ => Err("must be a number of at least 1, for example 20, or all".into()),
     }
 }
 

@@ -8,25 +8,26 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 
 use super::{
-    confirm, drop_capabilities_and_start_threads, open_log, open_proc, refuse, say_hints,
+    confirm, drop_capabilities_and_start_threads, hint_line, open_log, open_proc, refuse,
     say_notes, sweep, was_reported,
 };
 use crate::cli::Args;
-use crate::config::{Action, Config, Format};
+use crate::config::{Action, Config, Format, Limit};
 use crate::control::Control;
 use crate::drain;
-use crate::finder::{self, FindError, owners, reactions, second_look, tracked};
+use crate::finder::{self, FindError, owners, reactions, second_look, table_use, tracked};
 use crate::history::History;
 use crate::injector::canary::{self, Canaries};
 use crate::injector::{plan, workers};
 use crate::memory;
 use crate::model::{Outcome, Privilege, ReclaimOutcome, Scan, Target};
 use crate::privileges::{Privileges, capabilities};
-use crate::proc::netns::Namespaces;
+use crate::proc::netns::{Namespaces, NetnsScope, count_others};
 use crate::proc::{FdState, ProcFs};
 use crate::reclaim::{self, ReclaimRules, ReclaimTarget};
+use crate::report::overview::Overview;
 use crate::report::{ExitStatus, Run, backlogs, exit_status, json, notes, text};
-use crate::terminal::{Terminal, is_coloured, say, write_out};
+use crate::terminal::{Terminal, broken, is_coloured, say, screen, write_out};
 use crate::text::{counted, seconds};
 use crate::watch::{self, WatchScope};
 
@@ -393,18 +394,60 @@ fn report(
     if watch_first {
         line = watch_for_new(run, config, namespaces, terminal);
     }
+    let messages = messages(run, config);
+    let overview = overview(run, config, &messages);
     let color = is_coloured(config.color);
-    let written = write_out(|out| match config.format {
-        Format::Table => text::write(run, config, color, out),
-        Format::Json => json::write_document(run, out),
-        Format::JsonLines => json::write_lines(run, out),
-        Format::Quiet => Ok(()),
+    let written = write_out(|out| match (config.format, &overview) {
+        (Format::Table, Some(overview)) => {
+            let proc = ProcFs::default();
+            let tables = table_use::read(&proc, &overview.processes(), &run.scan.namespaces);
+            overview.write(&tables, out)
+        }
+        (Format::Table, None) => text::write(run, config, color, out),
+        (Format::Json, _) => json::write_document(run, out),
+        (Format::JsonLines, _) => json::write_lines(run, out),
+        (Format::Quiet, _) => Ok(()),
     });
-    messages(run, config);
+    for message in &messages {
+        say(format_args!("{message}"));
+    }
+    let next = overview.as_ref().and_then(Overview::next);
+    let written = match (written, next) {
+        (Ok(()), Some(next)) => writeln!(io::stdout(), "{next}"),
+        (written, _) => written,
+    };
     if !watch_first && written.is_ok() {
         line = watch_for_new(run, config, namespaces, terminal);
     }
     (written, line)
+}
+
+/// The overview, if it is to be shown: on a terminal, unless the operator asked for every socket.
+fn overview<'r>(run: &'r Run, config: &'r Config, messages: &[String]) -> Option<Overview<'r>> {
+    if config.format != Format::Table || config.verbose || config.limit == Some(Limit::All) {
+        return None;
+    }
+    let screen = screen(config.color)?;
+    let unseen_namespaces = match config.netns {
+        NetnsScope::Current => count_others(&ProcFs::default(), &run.scan.namespaces),
+        NetnsScope::Named(_) | NetnsScope::All => 0,
+    };
+    let words: Vec<String> = std::env::args_os()
+        .skip(1)
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect();
+    let messages: Vec<String> = messages
+        .iter()
+        .flat_map(|message| broken(&format!("cwkill: {message}")))
+        .collect();
+    Some(Overview::new(
+        run,
+        config,
+        screen,
+        &messages,
+        unseen_namespaces,
+        &words,
+    ))
 }
 
 /// Watches for new stuck sockets, if the operator asked for it and cwkill has acted. Returns the line about them.
@@ -450,18 +493,21 @@ fn watch_for_new(
     }
 }
 
-/// Prints the notes and hints for the operator on stderr.
-fn messages(run: &Run, config: &Config) {
+/// The notes and hints for the operator.
+fn messages(run: &Run, config: &Config) -> Vec<String> {
     if config.format == Format::Quiet {
-        return;
+        return Vec::new();
     }
     // The lines of the table and the document have them already.
-    if config.format == Format::JsonLines {
-        say_notes(backlogs::lines(run));
-    }
-    say_notes(notes::notes(run));
+    let backlogs = match config.format {
+        Format::JsonLines => backlogs::lines(run),
+        Format::Table | Format::Json | Format::Quiet => Vec::new(),
+    };
+    let notes = backlogs.into_iter().chain(notes::notes(run));
+    let mut messages: Vec<String> = notes.map(|note| format!("note: {note}")).collect();
     let is_relevant =
         |privilege: &Privilege| config.action != Action::List || *privilege == Privilege::Ptrace;
     let missing = notes::missing_privileges(run).into_iter();
-    say_hints(&missing.filter(is_relevant).collect::<Vec<_>>());
+    messages.extend(hint_line(&missing.filter(is_relevant).collect::<Vec<_>>()));
+    messages
 }

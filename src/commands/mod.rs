@@ -104,11 +104,17 @@ fn say_notes(notes: impl IntoIterator<Item = impl Display>) {
     }
 }
 
+/// How to get the privileges without which cwkill saw or did less.
+fn hint_line(missing: &[Privilege]) -> Option<String> {
+    let is_filtered = ProcFs::default().filters_own_calls();
+    let hint = hint(missing, geteuid().is_root(), is_filtered)?;
+    Some(format!("hint: {hint}"))
+}
+
 /// Prints how to get the privileges without which cwkill saw or did less.
 fn say_hints(missing: &[Privilege]) {
-    let is_filtered = ProcFs::default().filters_own_calls();
-    if let Some(hint) = hint(missing, geteuid().is_root(), is_filtered) {
-        say(format_args!("hint: {hint}"));
+    if let Some(hint) = hint_line(missing) {
+        say(format_args!("{hint}"));
     }
 }
 

@@ -22,7 +22,7 @@ use crate::reclaim::ReclaimRules;
 use crate::tcp::TcpState;
 use reclaim::reclaim_rules;
 
-pub use crate::cli::LogTarget;
+pub use crate::cli::{Limit, LogTarget};
 pub use reclaim::ReclaimConfig;
 
 /// The options of the audit log.
@@ -74,6 +74,8 @@ pub struct Config {
     pub selectors: Selectors,
     pub netns: NetnsScope,
     pub action: Action,
+    /// Whether a selector says which sockets to act on.
+    pub selects: bool,
     /// Whether an option narrows the selection. Such an option alone does not make cwkill act.
     pub narrows: bool,
     /// Whether to ask on a terminal before closing sockets of several processes.
@@ -92,6 +94,8 @@ pub struct Config {
     pub reclaim: Option<ReclaimRules>,
     pub format: Format,
     pub no_header: bool,
+    /// The rows to print. `None`: one screen on a terminal, else all.
+    pub limit: Option<Limit>,
     /// A listing marks the sockets in which data has moved within this time.
     pub mark_in_use: Duration,
     /// Show every owner and every attempt.
@@ -123,6 +127,7 @@ impl Config {
             selection,
             acting,
             output,
+            limit,
         } = args;
         let names_targets = selection.names_targets();
         let narrowing = selection.narrowing_option();
@@ -191,6 +196,7 @@ impl Config {
         Ok(Config {
             netns,
             action,
+            selects,
             narrows: narrowing.is_some(),
             asks,
             owners: !acting.no_owners,
@@ -217,6 +223,7 @@ impl Config {
             },
             format: output.format(),
             no_header: output.no_header,
+            limit,
             mark_in_use: min_idle.unwrap_or(IN_USE_WITHIN),
             verbose: output.verbose,
             color: output.color,

@@ -41,8 +41,8 @@ use super::connection_end::ConnectionEnd;
 use super::{FindError, mptcp_socket, threads};
 use crate::proc::netns::Netns;
 use crate::proc::{
-    ProcFs, Process, RemoteFd, Unreadable, fds, identity, is_denied, is_missing, open_in,
-    read_between_execs,
+    ProcFs, Process, ProcessId, RemoteFd, Unreadable, fds, identity, is_denied, is_missing,
+    open_in, read_between_execs,
 };
 use crate::sock_diag::{Cookie, DumpRequest, Family, Protocol, SockDiag};
 use crate::sys::{self, errno_of};
@@ -181,6 +181,23 @@ pub fn find(
         }
     }
     Ok(scan)
+}
+
+/// Reads the descriptor tables of these processes alone. A table that cannot be read is missing.
+pub(super) fn tables(
+    proc: &ProcFs,
+    processes: &[ProcessId],
+    listed: &HashSet<u32>,
+) -> Vec<DescriptorTable> {
+    let same_pids = proc.shows_own_pid_namespace();
+    let scan_one = |id: &ProcessId| {
+        let is_it = |process: &Process| process.id == *id;
+        match scan_process(proc, id.pid, same_pids, &is_it, listed) {
+            Ok(TableScan::DescriptorTable(table)) => Some(table),
+            Ok(TableScan::None | TableScan::LeaderExited(_)) | Err(_) => None,
+        }
+    };
+    processes.par_iter().filter_map(scan_one).collect()
 }
 
 /// The result for one process.

@@ -220,9 +220,13 @@ impl Socket {
     /// The order that puts the oldest socket first.
     pub fn oldest_first(&self, other: &Socket) -> Ordering {
         let by_age = other.age.cmp(&self.age);
-        by_age
-            .then_with(|| self.netns.cmp(&other.netns))
-            .then_with(|| self.tuple().cmp(&other.tuple()))
+        by_age.then_with(|| self.by_address(other))
+    }
+
+    /// An order that no age changes.
+    pub fn by_address(&self, other: &Socket) -> Ordering {
+        let by_netns = self.netns.cmp(&other.netns);
+        by_netns.then_with(|| self.tuple().cmp(&other.tuple()))
     }
 
     pub fn tuple(&self) -> Tuple {

@@ -77,6 +77,15 @@ fn count(dir: BorrowedFd<'_>) -> io::Result<Option<i32>> {
     )
 }
 
+/// The number of open descriptors. Before Linux 6.2 the descriptors are listed.
+pub(crate) fn count_open(dir: BorrowedFd<'_>) -> io::Result<usize> {
+    let size = usize::try_from(fstat(dir)?.st_size).unwrap_or(0);
+    match size > 0 && fstatfs(dir)?.filesystem_type() == PROC_SUPER_MAGIC {
+        true => Ok(size),
+        false => Ok(list_fds(dir)?.len()),
+    }
+}
+
 /// Reads the open descriptors below `end`.
 fn read_numbers(dir: BorrowedFd<'_>, end: i32, done: &AtomicBool) -> io::Result<Vec<SocketFds>> {
     let length = i32::try_from(FDS_PER_TASK).expect("a small constant");

@@ -346,6 +346,12 @@ pub(crate) fn ids(proc: &ProcFs) -> io::Result<HashSet<NetnsId>> {
     Ok(paths.filter_map(id_of).collect())
 }
 
+/// The number of namespaces, as [`ids`] finds them, that are not among `seen`; 0 if /proc cannot be read.
+pub fn count_others(proc: &ProcFs, seen: &[Arc<Netns>]) -> usize {
+    let seen: HashSet<NetnsId> = seen.iter().map(|netns| netns.id).collect();
+    ids(proc).map_or(0, |ids| ids.difference(&seen).count())
+}
+
 /// The namespace that process `pid` is in.
 ///
 /// # Errors

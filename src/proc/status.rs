@@ -42,15 +42,7 @@ impl ProcFs {
     /// Reads the status of `process`; all fields are `None` if it is gone.
     pub fn status(&self, process: &Process) -> ProcessStatus {
         let directory = self.path(&process.id.pid.to_string());
-        let number = |limit| match limit {
-            LimitValue::Value(files) => files,
-            LimitValue::Unlimited => u64::MAX,
-        };
-        let limits = Limits::from_file(directory.join("limits")).ok();
-        let limits = limits.map(|limits| {
-            let files = limits.max_open_files;
-            (number(files.soft_limit), number(files.hard_limit))
-        });
+        let limits = self.open_file_limits(process.id.pid);
         let status = Status::from_file(directory.join("status")).ok();
         let program = fs::read_link(directory.join("exe")).ok().map(|path| {
             let path = path.to_string_lossy().into_owned();
@@ -76,6 +68,17 @@ impl ProcFs {
             },
             _ => ProcessStatus::default(),
         }
+    }
+
+    /// The soft and the hard limit RLIMIT_NOFILE of process `pid`.
+    pub(crate) fn open_file_limits(&self, pid: i32) -> Option<(u64, u64)> {
+        let number = |limit| match limit {
+            LimitValue::Value(files) => files,
+            LimitValue::Unlimited => u64::MAX,
+        };
+        let limits = Limits::from_file(self.path(&format!("{pid}/limits"))).ok()?;
+        let files = limits.max_open_files;
+        Some((number(files.soft_limit), number(files.hard_limit)))
     }
 
     /// Whether cwkill itself has a seccomp filter, which may refuse what its capabilities permit.

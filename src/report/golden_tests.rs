@@ -7,6 +7,7 @@
 mod builder;
 mod cases;
 mod dead_builder;
+mod screens;
 mod words;
 
 use std::collections::BTreeSet;
@@ -19,6 +20,7 @@ use super::{exit_status, json, notes, reclaim, text};
 use builder::{Case, records};
 use cases::{acts, dead_cases, listings, plans, reclaims};
 use dead_builder::{DeadCase, dead_records};
+use screens::{screens, shown};
 
 use crate::audit::record::{Caller, Entry};
 use crate::config::{Action, Format};
@@ -41,6 +43,9 @@ fn every_output_is_as_it_was() {
         for (ending, text) in dead_outputs(&case) {
             golden.compare(case.name, ending, &text);
         }
+    }
+    for case in screens() {
+        golden.compare(case.name, "screens.txt", &shown(&case));
     }
     golden.end();
 }

@@ -1,4 +1,4 @@
-//! The reports, for people ([`text`], [`notes`]) and for programs ([`json`]), and the exit status.
+//! The reports, for people ([`overview`] on a terminal, [`text`] elsewhere, [`notes`]) and for programs ([`json`]), and the exit status.
 //!
 //! A report only reads a [`Run`]. The record of an intent reads it before the acts. The commands `reclaim`, `diagnose` and `doctor` have reports of their own.
 
@@ -8,6 +8,7 @@ pub mod diagnose;
 pub mod doctor;
 pub mod json;
 pub mod notes;
+pub mod overview;
 pub mod reclaim;
 pub mod serialize;
 pub mod table;

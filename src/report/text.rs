@@ -9,7 +9,7 @@ use comfy_table::{Cell, CellAlignment, Color};
 
 use super::table::{has_unit, join, names, plain_table, unit_text};
 use super::{Run, SocketCounts, backlogs, descriptors};
-use crate::config::{Action, Config};
+use crate::config::{Action, Config, Limit};
 use crate::model::{Cause, Outcome, Plan, Scan, SkipReason, Socket, Target};
 use crate::sock_diag::Protocol;
 use crate::tcp::TcpState;
@@ -30,10 +30,18 @@ const TIME_IN_USE_WIDTH: u16 = 14;
 pub fn write(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io::Result<()> {
     let layout = Layout::new(run, config);
     let mut header = !config.no_header;
-    let mut widths = layout.least_widths(&run.scan.targets);
-    for block in run.scan.targets.chunks(ROWS_PER_BLOCK) {
+    let (targets, rest) = match config.limit {
+        Some(Limit::Rows(rows)) => run.scan.targets.split_at(rows.min(run.scan.targets.len())),
+        Some(Limit::All) | None => (&run.scan.targets[..], &[][..]),
+    };
+    let mut widths = layout.least_widths(targets);
+    for block in targets.chunks(ROWS_PER_BLOCK) {
         layout.write_block(run, block, header, color, &mut widths, out)?;
         header = false;
+    }
+    if !rest.is_empty() {
+        let more = counted(rest.len(), "more socket");
+        writeln!(out, "and {more}: --limit all")?;
     }
     writeln!(out, "{}", summary(run, config))?;
     for line in backlogs::lines(run) {
@@ -289,7 +297,7 @@ pub(crate) fn units(scan: &Scan, target: &Target, all: bool) -> String {
     }
 }
 
-fn plan_text(plan: &Plan) -> String {
+pub(super) fn plan_text(plan: &Plan) -> String {
     match plan.skip {
         Some(reason) => format!("skip: {}", skip_reason(plan, reason)),
         None => {
@@ -313,15 +321,18 @@ pub(super) fn skip_reason(plan: &Plan, reason: SkipReason) -> String {
     }
 }
 
+/// The attempts that had no effect, with their errors.
+pub(super) fn attempts(target: &Target) -> String {
+    let failed = target.attempts.iter().filter_map(|attempt| {
+        let error = attempt.error.as_ref()?;
+        Some(format!("{}: {error}", attempt.method))
+    });
+    join(failed, "; ")
+}
+
 /// The outcome in words, and its colour; `None` in a listing or dry run.
 pub(crate) fn result(target: &Target, verbose: bool) -> Option<(String, Color)> {
-    let attempts = || {
-        let failed = target.attempts.iter().filter_map(|attempt| {
-            let error = attempt.error.as_ref()?;
-            Some(format!("{}: {error}", attempt.method))
-        });
-        join(failed, "; ")
-    };
+    let attempts = || attempts(target);
     let outcome = target.outcome?;
     let (mut text, color) = match outcome {
         Outcome::Closed(method) => (format!("closed by {method}"), Color::Green),

@@ -22,6 +22,7 @@ mod listing;
 mod mptcp;
 mod namespaces;
 mod nat;
+mod overview;
 mod probing;
 mod races;
 mod reclaim;
@@ -57,6 +58,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     cli,
     completions,
     listing,
+    overview,
     mptcp,
     selecting,
     ages,
