@@ -144,7 +144,7 @@ impl Sweeper<'_> {
         selectors: &Selectors,
         swept: &Mutex<Vec<Target>>,
     ) -> Result<(), DumpError> {
-        let mut destroy = Destroy::open()?;
+        let mut destroy = Destroy::without_descriptors()?;
         let bytecode = bytecode::bytecode(&selectors.as_expression(), selectors.states);
         for request in sockets::requests(selectors, &bytecode) {
             let request = DumpRequest {

@@ -3,37 +3,61 @@
 //! The request contains the cookie from the dump. Without it the kernel would search by address again. If the connection
 //! is gone by then, that search finds the listener, and the kernel would close it (net/ipv4/tcp_diag.c, tcp_diag_destroy;
 //! net/ipv4/inet_diag.c, inet_diag_find_one_icsk).
+//!
+//! The method needs no descriptor. If the socket has one that cwkill can duplicate, a keepalive probe goes first where connection
+//! tracking may have forgotten the connection ([`super::revive`]), so that the RST reaches the peer.
 
 use std::io;
 
 use nix::errno::Errno;
 
 use super::Executor;
+use super::duplicate::Duplicator;
 use super::engine::Batch;
+use super::revive::{Revived, Reviver};
 use crate::model::{Method, MethodError, Privilege, Target};
+use crate::proc::ProcFs;
 use crate::sock_diag::{DestroyError, DiagId, SockDiag};
 use crate::sys::errno_of;
 use crate::tcp::TcpState;
+
+/// Sockets per batch without keepalive probes.
+const SOCKETS_PER_BATCH: usize = 64;
 
 /// Makes the kernel abort sockets. It has its own netlink socket, so it also works during a dump.
 pub struct Destroy {
     diag: SockDiag,
     /// The kernel has answered that it cannot destroy any socket.
     unsupported: bool,
+    /// `None`: no probe is sent before.
+    reviver: Option<(Reviver, Duplicator)>,
 }
 
 /// The kernel's answers, one per id, in the same order.
 type DestroyAnswers = io::Result<Vec<Result<(), DestroyError>>>;
 
 impl Destroy {
-    /// Opens the netlink socket, in the network namespace of the calling thread.
+    /// Opens the netlink socket, in the network namespace of the calling thread. `proc` is used to identify owners by their start
+    /// time.
     ///
     /// # Errors
     /// As [`SockDiag::open`].
-    pub fn open() -> io::Result<Self> {
+    pub fn open(proc: ProcFs) -> io::Result<Self> {
+        Ok(Destroy {
+            reviver: Some((Reviver::new(), Duplicator::new(proc))),
+            ..Self::without_descriptors()?
+        })
+    }
+
+    /// As [`Destroy::open`], for sockets whose owners are not known.
+    ///
+    /// # Errors
+    /// As [`SockDiag::open`].
+    pub fn without_descriptors() -> io::Result<Self> {
         Ok(Destroy {
             diag: SockDiag::open()?,
             unsupported: false,
+            reviver: None,
         })
     }
 
@@ -101,8 +125,32 @@ impl Executor for Destroy {
         Method::Destroy
     }
 
-    fn act(&mut self, targets: Vec<&mut Target>, _: &mut Batch<'_>) {
-        self.request(targets, SockDiag::destroy);
+    fn batch_size(&self) -> usize {
+        let reviver = self.reviver.as_ref();
+        reviver.map_or(SOCKETS_PER_BATCH, |(reviver, _)| {
+            reviver.batch_size(SOCKETS_PER_BATCH)
+        })
+    }
+
+    fn act(&mut self, targets: Vec<&mut Target>, batch: &mut Batch<'_>) {
+        let Revived { others, probed } = match &mut self.reviver {
+            Some((reviver, duplicator)) => reviver.revive(duplicator, targets, batch),
+            None => Revived {
+                others: targets,
+                probed: Vec::new(),
+            },
+        };
+        for (mut targets, after_segment) in [(others, false), (probed, true)] {
+            while !targets.is_empty() {
+                let rest = targets.split_off(targets.len().min(SOCKETS_PER_BATCH));
+                self.request(targets, SockDiag::destroy);
+                if rest.is_empty() {
+                    break;
+                }
+                // A large batch was rechecked too long ago.
+                targets = batch.recheck(rest, after_segment);
+            }
+        }
     }
 }
 

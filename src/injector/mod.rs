@@ -1,6 +1,6 @@
 //! The injector: closes sockets. Each method has its own file. [`plan`] chooses among the methods, [`engine`] runs a plan and
 //! verifies the result, and [`workers`] distributes the targets of a scan over threads. [`canary`] looks whether an owner spins after
-//! the close of its first socket.
+//! the close of its first socket. `revive` sends a keepalive probe before an act, for NAT.
 //!
 //! To add a method: add a variant of [`Method`], a module with an [`Executor`], and a line in [`executors`].
 
@@ -10,6 +10,7 @@ pub mod duplicate;
 pub mod engine;
 pub mod plan;
 pub mod probe;
+mod revive;
 pub mod rst;
 pub mod shutdown;
 mod thread_usage;
@@ -47,7 +48,7 @@ pub fn executors(methods: &[Method], proc: &ProcFs) -> io::Result<Vec<Box<dyn Ex
             Method::Probe => Box::new(probe::Probe::new(proc.clone())),
             Method::Rst => Box::new(rst::Rst::new(proc.clone())),
             Method::Shutdown => Box::new(shutdown::Shutdown::new(proc.clone())),
-            Method::Destroy => Box::new(destroy::Destroy::open()?),
+            Method::Destroy => Box::new(destroy::Destroy::open(proc.clone())?),
         })
     };
     methods.iter().map(build).collect()

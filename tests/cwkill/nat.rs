@@ -7,7 +7,8 @@ use crate::support::{PATIENCE, all_have, alone, at, count, cwkill, in_state, ran
 use crate::trial::{Test, each_family};
 
 pub const TESTS: &[Test] = &[
-    each_family!(shutdown_reaches_a_proxy_behind_an_expired_entry),
+    each_family!(every_method_reaches_a_proxy_behind_an_expired_entry),
+    each_family!(without_a_descriptor_an_rst_does_not_reach_it),
     each_family!(a_fin_alone_does_not_pass_an_expired_entry),
     each_family!(connections_between_other_hosts_are_counted),
 ];
@@ -69,19 +70,31 @@ END",
     })
 }
 
-fn shutdown_reaches_a_proxy_behind_an_expired_entry(family: Family) -> Result<()> {
-    let Mesh { lab, app, .. } = &mesh(family)?;
-    // The answer to the probe does not make the sockets too young.
-    let line = format!(
-        "--pid {} --method shutdown --min-age 2s --min-idle 0s --json",
-        app.pid()
-    );
-    let sockets = cwkill(lab, &line)?.exits(0).sockets();
+fn every_method_reaches_a_proxy_behind_an_expired_entry(family: Family) -> Result<()> {
+    for method in ["shutdown", "destroy", "rst"] {
+        let Mesh { lab, app, .. } = &mesh(family)?;
+        // The answer to the probe does not make the sockets too young.
+        let line = format!(
+            "--pid {} --method {method} --min-age 2s --min-idle 0s --json",
+            app.pid()
+        );
+        let sockets = cwkill(lab, &line)?.exits(0).sockets();
+        assert_eq!(sockets.len(), 3);
+        all_have(&sockets, "closed", method);
+        assert_eq!(in_state(lab, TcpState::CloseWait)?, 0);
+        lab.wait_for(PATIENCE, || Ok(in_state(lab, TcpState::FinWait2)? == 0))?;
+        assert!(app.is_alive());
+    }
+    Ok(())
+}
+
+fn without_a_descriptor_an_rst_does_not_reach_it(family: Family) -> Result<()> {
+    let Mesh { lab, .. } = &mesh(family)?;
+    let line = "--no-owners --method destroy --peer-port 80 --min-age 2s --min-idle 0s --json";
+    let sockets = cwkill(lab, line)?.exits(0).sockets();
     assert_eq!(sockets.len(), 3);
-    all_have(&sockets, "closed", "shutdown");
     assert_eq!(in_state(lab, TcpState::CloseWait)?, 0);
-    lab.wait_for(PATIENCE, || Ok(in_state(lab, TcpState::FinWait2)? == 0))?;
-    assert!(app.is_alive());
+    assert_eq!(in_state(lab, TcpState::FinWait2)?, 3);
     Ok(())
 }
 

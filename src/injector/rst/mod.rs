@@ -7,6 +7,9 @@
 //! (RFC 5961 §3.2), and during the handshake it also checks the acknowledgment number (net/ipv4/tcp_minisocks.c,
 //! tcp_check_req). A listener drops an RST without an answer.
 //!
+//! In repair mode the socket sends nothing. Where connection tracking may have forgotten the connection, a keepalive probe goes first
+//! ([`super::revive`]), so that the RST reaches the peer. An elicited ACK has the same effect.
+//!
 //! The local socket comes first. Once it is gone, the peer gets its RST, so that a half-closed peer is released too. If the
 //! local socket is not gone, cwkill sends the peer nothing.
 
@@ -22,6 +25,7 @@ use nix::errno::Errno;
 use super::Executor;
 use super::duplicate::Duplicator;
 use super::engine::{Batch, Lookup};
+use super::revive::{Revived, Reviver};
 use crate::control::Backoff;
 use crate::model::{Method, MethodError, Privilege, Target};
 use crate::packet::capture::{self, Capture};
@@ -52,6 +56,7 @@ pub struct Rst {
     /// The kernel has not refused repair mode yet; it needs CAP_NET_ADMIN.
     may_repair: bool,
     duplicator: Duplicator,
+    reviver: Reviver,
     wire: Wire,
 }
 
@@ -66,7 +71,7 @@ pub(super) struct Wire {
 struct Resolved<'t> {
     target: &'t mut Target,
     numbers: Numbers,
-    /// cwkill has sent a segment to find the numbers; the peer may have answered it with RST.
+    /// A segment was sent before, for the sake of the numbers or of NAT; the peer may have answered it with RST.
     after_segment: bool,
 }
 
@@ -82,14 +87,17 @@ impl Rst {
         Rst {
             may_repair: true,
             duplicator: Duplicator::new(proc),
+            reviver: Reviver::new(),
             wire: Wire::default(),
         }
     }
 
-    /// Finds the sequence numbers of each target. A target without them gets an attempt with the reason.
+    /// Finds the sequence numbers of each target. A target without them gets an attempt with the reason. `is_probed`: their peers
+    /// were sent a keepalive probe.
     fn resolve<'t>(
         &mut self,
         targets: Vec<&'t mut Target>,
+        is_probed: bool,
         batch: &Batch<'_>,
     ) -> Vec<Resolved<'t>> {
         let mut resolved = Vec::with_capacity(targets.len());
@@ -102,7 +110,7 @@ impl Rst {
                 Some(Ok(numbers)) => resolved.push(Resolved {
                     target,
                     numbers,
-                    after_segment: false,
+                    after_segment: is_probed,
                 }),
                 // Another process checkpoints the socket, and may restore it elsewhere.
                 Some(Err(error)) if error.errno() == Some(Errno::EBUSY) => {
@@ -182,12 +190,15 @@ impl Executor for Rst {
 
     /// The capacity of one capture filter: cwkill waits for all answers together.
     fn batch_size(&self) -> usize {
-        capture::MAX_PORTS
+        let most = capture::MAX_PORTS;
+        self.reviver.batch_size(most).min(most)
     }
 
     fn act(&mut self, targets: Vec<&mut Target>, batch: &mut Batch<'_>) {
         let targets = batch.refuse_lost_addresses(targets);
-        let mut resolved = self.resolve(targets, batch);
+        let Revived { others, probed } = self.reviver.revive(&mut self.duplicator, targets, batch);
+        let mut resolved = self.resolve(others, false, batch);
+        resolved.extend(self.resolve(probed, true, batch));
         let mut pending = Vec::with_capacity(resolved.len());
         while !resolved.is_empty() && !batch.control().interrupted() {
             let rest = resolved.split_off(resolved.len().min(RSTS_AT_ONCE));
