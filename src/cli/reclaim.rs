@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use clap::Arg;
 
-use super::{Logging, Output, OwnerSelection, values};
+use super::values::{self, List};
+use super::{Logging, Output, OwnerSelection};
 
 const AFTER_HELP: &str = "\
 Without a selector it lists descriptors of TCP sockets whose connection is
@@ -48,6 +49,10 @@ pub struct ReclaimArgs {
     #[command(flatten)]
     pub owners: OwnerSelection,
 
+    /// Only descriptors with these numbers, of the processes that --pid names: 7 or 7,9
+    #[arg(long, value_name = "LIST", value_parser = values::list(values::descriptor), requires = "pid", help_heading = "Selectors")]
+    pub fd: Vec<List<i32>>,
+
     /// Show the plan and do nothing
     #[arg(
         short = 'n',
@@ -56,6 +61,10 @@ pub struct ReclaimArgs {
         help_heading = "Reclaiming"
     )]
     pub dry_run: bool,
+
+    /// Put /dev/null in the place of each descriptor instead of closing it: poll(2) returns at once for a number that is closed
+    #[arg(long, help_heading = "Reclaiming")]
+    pub replace: bool,
 
     #[command(flatten)]
     pub reclaiming: Reclaiming,

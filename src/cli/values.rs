@@ -157,6 +157,12 @@ pub(super) fn log_target(text: &str) -> Result<LogTarget, String> {
     }
 }
 
+/// The number of a descriptor.
+pub(super) fn descriptor(text: &str) -> Result<i32, String> {
+    let number = text.parse().ok().filter(|number| *number >= 0);
+    number.ok_or_else(|| format!("`{text}` is not the number of a descriptor; for example 7"))
+}
+
 pub(super) fn pid(text: &str) -> Result<i32, String> {
     match text.parse() {
         Ok(pid) if pid > 0 => Ok(pid),

@@ -15,7 +15,7 @@ use crate::memory;
 use crate::model::{Owner, Privilege};
 use crate::privileges::capabilities;
 use crate::proc::netns::NetnsScope;
-use crate::proc::{ProcFs, Process};
+use crate::proc::{ProcFs, Process, RemoteFd};
 use crate::reclaim::{self, ReclaimTarget};
 use crate::report::ExitStatus;
 use crate::report::reclaim::{self as report, DeadDescriptor, ReclaimRun};
@@ -100,7 +100,9 @@ fn find(config: &ReclaimConfig, proc: &ProcFs) -> anyhow::Result<ReclaimRun> {
     };
     for table in scan.tables {
         let process = Arc::new(table.process);
-        for suspect in table.suspects {
+        let is_chosen = |fd: RemoteFd| config.fds.is_empty() || config.fds.contains(&fd.0);
+        let suspects = table.suspects.into_iter();
+        for suspect in suspects.filter(|suspect| is_chosen(suspect.fd)) {
             match suspect.verdict {
                 SuspectVerdict::Dead(socket) => run.descriptors.push(DeadDescriptor {
                     owner: Owner {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::ColorChoice;
 
 use super::{Action, Format, LogOptions, usage};
-use crate::cli::{ReclaimArgs, Reclaiming};
+use crate::cli::{ReclaimArgs, Reclaiming, flat};
 use crate::filter::selectors::Selectors;
 use crate::reclaim::ReclaimRules;
 
@@ -17,6 +17,7 @@ pub(super) fn reclaim_rules(args: &Reclaiming) -> ReclaimRules {
     ReclaimRules {
         min_age: args.reclaim_age.unwrap_or(DEFAULT_AGE),
         force: args.reclaim_force,
+        replace: false,
         stop_limit: args.stop_limit.unwrap_or(DEFAULT_STOP_LIMIT),
     }
 }
@@ -26,6 +27,8 @@ pub(super) fn reclaim_rules(args: &Reclaiming) -> ReclaimRules {
 pub struct ReclaimConfig {
     /// Select processes only.
     pub selectors: Selectors,
+    /// The numbers of the descriptors; empty for all.
+    pub fds: Vec<i32>,
     pub action: Action,
     pub rules: ReclaimRules,
     pub format: Format,
@@ -44,7 +47,9 @@ impl ReclaimConfig {
     pub fn from_args(args: ReclaimArgs) -> Result<Self, clap::Error> {
         let ReclaimArgs {
             owners,
+            fd,
             dry_run,
+            replace,
             reclaiming,
             logging,
             output,
@@ -52,9 +57,10 @@ impl ReclaimConfig {
         let all = owners.all;
         let selectors = Selectors::of_owners(owners);
         let selects = all || selectors.selects_owners();
-        let needs_selector = match reclaiming.reclaim_force {
-            true => Some("--reclaim-force"),
-            false => logging.given(),
+        let needs_selector = match (reclaiming.reclaim_force, replace) {
+            (true, _) => Some("--reclaim-force"),
+            (false, true) => Some("--replace"),
+            (false, false) => logging.given(),
         };
         if let Some(option) = needs_selector
             && !selects
@@ -67,12 +73,16 @@ impl ReclaimConfig {
         Ok(ReclaimConfig {
             log: LogOptions::from_args(logging, output.verbose),
             selectors,
+            fds: flat(fd),
             action: match (selects, dry_run) {
                 (_, true) => Action::DryRun,
                 (true, false) => Action::Act,
                 (false, false) => Action::List,
             },
-            rules: reclaim_rules(&reclaiming),
+            rules: ReclaimRules {
+                replace,
+                ..reclaim_rules(&reclaiming)
+            },
             format: output.format(),
             no_header: output.no_header,
             verbose: output.verbose,
@@ -115,8 +125,16 @@ mod tests {
             assert_eq!(config(&dry).unwrap().action, Action::DryRun, "{dry}");
         }
         assert_eq!(config("--reclaim-force -n").unwrap().action, Action::DryRun);
-        let error = config("--reclaim-force").unwrap_err();
-        assert!(error.to_string().contains("--pid 4711"), "{error}");
+        for line in ["--reclaim-force", "--replace"] {
+            let error = config(line).unwrap_err();
+            assert!(error.to_string().contains("--pid 4711"), "{error}");
+        }
+        let chosen = config("--pid 7 --fd 3,5 --replace").unwrap();
+        assert_eq!((chosen.fds, chosen.rules.replace), (vec![3, 5], true));
+        let error = config("--fd 3 -n").unwrap_err();
+        assert!(error.to_string().contains("--pid"), "{error}");
+        let error = config("--pid 7 --fd x").unwrap_err();
+        assert!(error.to_string().contains("for example 7"), "{error}");
     }
 
     #[test]
@@ -125,6 +143,7 @@ mod tests {
         let expected = ReclaimRules {
             min_age: Duration::from_secs(60),
             force: false,
+            replace: false,
             stop_limit: Duration::from_millis(100),
         };
         assert_eq!(rules, expected);

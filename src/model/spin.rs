@@ -76,18 +76,19 @@ pub struct Spinning {
 impl Spinning {
     /// The command that ends it; `None` if none but a restart of the process is known.
     pub fn stop_command(&self) -> Option<String> {
-        let pid = self.process.id.pid;
-        match (self.epoll, self.fd) {
+        let only = self.fd.map(|fd| format!(" --fd {}", fd.0));
+        let replaces = match self.epoll {
             // A descriptor that is closed leaves every epoll set.
-            (Some(_), _) => Some(format!("cwkill reclaim --pid {pid} --reclaim-force")),
+            Some(_) => "",
             // /dev/null is always ready, and select(2) returns for it as well.
-            _ if self.in_select => None,
+            None if self.in_select => return None,
             // poll(2) returns at once for a closed descriptor, too. /dev/null reports nothing that was not asked for.
-            (None, Some(fd)) => Some(format!(
-                "gdb -p {pid} -batch -ex 'call (int)dup2((int)open(\"/dev/null\", 2), {})'",
-                fd.0
-            )),
-            (None, None) => None,
-        }
+            None => " --replace",
+        };
+        Some(format!(
+            "cwkill reclaim --pid {}{} --reclaim-force{replaces}",
+            self.process.id.pid,
+            only.unwrap_or_default()
+        ))
     }
 }

@@ -6,7 +6,7 @@
 //!
 //! - `inspect`: the owner as /proc shows it; `in_use`: the decision from that evidence (pure)
 //! - `syscalls`: the descriptors that a system call uses (pure); `seccomp`: whether a filter permits a call (pure)
-//! - `process`: the work on one owner; `replace`: /dev/null in the place of a standard descriptor; `obstacle`: why an owner
+//! - `process`: the work on one owner; `replace`: /dev/null in the place of a descriptor; `obstacle`: why an owner
 //!   cannot be stopped; `ptrace`: stopping it, and system calls in one of its threads
 //! - `hold`: stopping several processes together, for work of other modules
 
@@ -105,8 +105,17 @@ pub struct ReclaimRules {
     pub min_age: Duration,
     /// Close descriptors even if there is evidence that they are in use.
     pub force: bool,
+    /// Put /dev/null in the place of every descriptor, not only of standard ones.
+    pub replace: bool,
     /// Maximum time for which an owner may be stopped.
     pub stop_limit: Duration,
+}
+
+impl ReclaimRules {
+    /// Whether /dev/null takes the place of descriptor `fd`, so that its number never becomes free.
+    pub fn replaces(&self, fd: RemoteFd) -> bool {
+        self.replace || fd.is_standard()
+    }
 }
 
 /// The duration of the stop of one owner, and its result.
@@ -401,6 +410,7 @@ mod tests {
         let rules = ReclaimRules {
             min_age: Duration::from_secs(60),
             force: false,
+            replace: false,
             stop_limit: Duration::from_secs(1),
         };
         let none = Evidence::default();
@@ -440,6 +450,7 @@ mod tests {
         let rules = ReclaimRules {
             min_age: Duration::ZERO,
             force: true,
+            replace: false,
             stop_limit: Duration::from_secs(1),
         };
         let skipped = Some(ReclaimOutcome::Skipped(ReclaimReason::OtherPidNamespace));
@@ -459,6 +470,7 @@ mod tests {
         let rules = ReclaimRules {
             min_age: Duration::ZERO,
             force: false,
+            replace: false,
             stop_limit: Duration::from_secs(1),
         };
         let mut owners = [owner(7, 3), owner(8, 3)];

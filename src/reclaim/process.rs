@@ -186,8 +186,8 @@ fn skip_in_use(
     Ok(())
 }
 
-/// Closes the pending targets, and puts /dev/null in the place of those that are standard descriptors. These come last: at its limit
-/// of descriptors the owner can open /dev/null only after others are closed.
+/// Closes the pending targets, and puts /dev/null in the place of those that are standard descriptors, or of all if the rules say so.
+/// These come last: at its limit of descriptors the owner can open /dev/null only after others are closed.
 ///
 /// # Errors
 /// The error applies to all targets that are still pending.
@@ -208,17 +208,17 @@ fn close_all(
         Ok(())
     };
     let process = &inspection.process;
-    let (standard, others): (Vec<_>, Vec<_>) =
-        pending(targets).partition(|target| target.owner.fd.is_standard());
+    let (replaced, others): (Vec<_>, Vec<_>) =
+        pending(targets).partition(|target| rules.replaces(target.owner.fd));
     close_numbers(remote, process, others, rules, &may_go_on)?;
-    if standard.is_empty() {
+    if replaced.is_empty() {
         return Ok(());
     }
     may_go_on(remote)?;
     let null = DevNull::find_or_open(remote, inspection)?;
-    let replaced = null.replace_all(remote, process, standard, &may_go_on);
+    let result = null.replace_all(remote, process, replaced, &may_go_on);
     null.release(remote);
-    replaced
+    result
 }
 
 /// Closes `targets`. One call closes a run of adjacent numbers.

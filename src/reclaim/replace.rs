@@ -1,4 +1,4 @@
-//! /dev/null in the place of a standard descriptor of the owner.
+//! /dev/null in the place of a descriptor of the owner.
 //!
 //! The owner opens it: no other process can give it a descriptor. The path must be in the memory of the owner, so one of its threads
 //! first maps a page for it (mmap(2)), which is unmapped afterwards. If the owner has /dev/null open already, that descriptor is

@@ -41,8 +41,6 @@ pub enum Need {
     Iterator,
     /// Its user may mount file systems that a program serves.
     Fuse,
-    /// gdb is installed.
-    Gdb,
     /// The kernel runs 32-bit programs.
     Bits32,
     /// A program by its name.
@@ -75,13 +73,6 @@ impl Need {
             Need::Fuse => (
                 *IS_ROOT && std::path::Path::new("/dev/fuse").exists(),
                 "there is no /dev/fuse, or only root of the machine may mount",
-            ),
-            Need::Gdb => (
-                std::process::Command::new("gdb")
-                    .arg("--version")
-                    .output()
-                    .is_ok(),
-                "gdb is not installed",
             ),
             Need::Iterator => (
                 *IS_ROOT && std::path::Path::new("/sys/kernel/btf/vmlinux").exists(),

@@ -72,7 +72,7 @@ fn write_table(
         let (text, color) = match (run.acted, owner.reclaim.as_ref()) {
             (true, outcome) => result(outcome),
             (false, outcome) => match outcome.and_then(ReclaimOutcome::reason) {
-                None if owner.fd.is_standard() => {
+                None if config.rules.replaces(owner.fd) => {
                     ("yes, replaced by /dev/null".to_owned(), Color::Green)
                 }
                 None => ("yes".to_owned(), Color::Green),

@@ -96,6 +96,7 @@ const MOST_KILLS: u64 = 600;
 const RULES: ReclaimRules = ReclaimRules {
     min_age: Duration::ZERO,
     force: false,
+    replace: false,
     stop_limit: Duration::from_secs(20),
 };
 
