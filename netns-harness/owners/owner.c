@@ -23,6 +23,7 @@
  * Each line on stdin is an order. The answer is one line:
  *   leak N    make N dead sockets; their descriptors
  *   scatter N the same, with an open descriptor after each, which must not change
+ *   copy      start a thread that copies the descriptor table
  *   wait      have a thread wait on a pipe, as MODE says; the descriptor of the pipe
  *   onto N    leak a dead socket as descriptor N
  *   inetd     leak a dead socket as descriptors 0, 1 and 2, as a service that inetd started; orders come and go elsewhere
@@ -606,7 +607,13 @@ static void execute(const char *line)
         printf("%d\n", close(number));
     else if (sscanf(line, "use %d", &number) == 1)
         printf("%d\n", use(number));
-    else if (!strncmp(line, "wait", 4))
+    else if (!strncmp(line, "copy", 4)) {
+        static sem_t ready;
+        sem_init(&ready, 0, 0);
+        start(unshared, &ready);
+        sem_wait(&ready);
+        puts("1");
+    } else if (!strncmp(line, "wait", 4))
         printf("%d\n", wait_on(mode, -1));
     else if (sscanf(line, "onto %d", &number) == 1)
         printf("%d\n", leak_onto(number));

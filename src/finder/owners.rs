@@ -151,6 +151,16 @@ impl OwnerScan {
         Ok(())
     }
 
+    /// Adds the tables that single threads of the owners have: a copy there keeps a socket open, too. Those of other processes are not
+    /// searched, see [`OwnerScan::add_thread_tables`].
+    fn add_tables_of_threads(&mut self, proc: &ProcFs, inodes: &HashSet<u32>) -> io::Result<()> {
+        let pids: Vec<i32> = self.tables.iter().map(|it| it.process.id.pid).collect();
+        for table in threads::find_in(proc, pids, inodes)? {
+            self.add(table.process, Some(table.tid), table.sockets);
+        }
+        Ok(())
+    }
+
     fn add(&mut self, process: Arc<Process>, tid: Option<i32>, sockets: Vec<(u32, RemoteFd)>) {
         let table = self.tables.len();
         self.tables.push(Table { process, tid });
@@ -306,6 +316,7 @@ pub fn select(
             owners.add(process, None, table.sockets);
         }
     }
+    owners.add_tables_of_threads(proc, inodes)?;
     owners.sort();
     if let Some(threads) = scan.threads {
         owners.add_read_thread_tables(proc, threads, inodes)?;

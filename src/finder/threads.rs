@@ -2,8 +2,8 @@
 //!
 //! /proc/PID/fd is the table of the first thread. Another thread can have a table of its own (unshare(2) or clone(2) without
 //! CLONE_FILES). After the exit of the first thread, the table of all others is not shown either. This module reads both kinds
-//! through `/proc/PID/task/TID/fd`. That costs one kcmp(2) for each thread of the host, so [`find`] is called only for sockets
-//! that have no other owner.
+//! through `/proc/PID/task/TID/fd`. That costs one kcmp(2) for each thread, so [`find`] reads all processes only for sockets that
+//! have no other owner. For the others, [`find_in`] reads the processes that are known to own one.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -39,16 +39,27 @@ pub(super) struct ThreadTable {
 /// # Errors
 /// /proc cannot be listed.
 pub(super) fn find(proc: &ProcFs, inodes: &HashSet<u32>) -> io::Result<Vec<ThreadTable>> {
+    match inodes.is_empty() {
+        true => Ok(Vec::new()),
+        false => find_in(proc, proc.pids()?, inodes),
+    }
+}
+
+/// As [`find`], but only of the processes `pids`.
+pub(super) fn find_in(
+    proc: &ProcFs,
+    pids: Vec<i32>,
+    inodes: &HashSet<u32>,
+) -> io::Result<Vec<ThreadTable>> {
     // The pids of another pid namespace are not those of kcmp(2).
-    if inodes.is_empty() || !proc.shows_own_pid_namespace() {
+    if !proc.shows_own_pid_namespace() {
         return Ok(Vec::new());
     }
     let of_process = |pid: i32| match scan_process(proc, pid, inodes) {
         Err(error) if is_missing(&error) || is_denied(&error) => Ok(Vec::new()),
         other => other,
     };
-    let tables: Vec<Vec<ThreadTable>> = proc
-        .pids()?
+    let tables: Vec<Vec<ThreadTable>> = pids
         .into_par_iter()
         .map(of_process)
         .collect::<io::Result<_>>()?;

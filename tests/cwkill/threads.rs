@@ -13,6 +13,7 @@ pub const TESTS: &[Test] = &[
     each_family!(a_socket_that_only_one_thread_has_is_found_and_closed),
     once!(a_process_without_its_first_thread_owns_its_sockets),
     once!(a_dead_descriptor_that_only_one_thread_has_is_shown_and_left),
+    once!(a_copy_in_the_table_of_a_thread_counts_as_open),
     once!(an_owner_that_executes_a_program_keeps_its_sockets),
 ];
 
@@ -111,6 +112,29 @@ fn a_dead_descriptor_that_only_one_thread_has_is_shown_and_left() -> Result<()> 
         }
     }
     assert_eq!(table()?, before);
+    Ok(())
+}
+
+/// The process closes its own descriptor, and one of its threads still has a copy.
+fn a_copy_in_the_table_of_a_thread_counts_as_open() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
+    let fd = owner.leak_stuck(1)?[0];
+    owner.order("copy")?;
+    let listed = cwkill(&lab, "--json")?.exits(0).sockets();
+    let owners = listed[0]["owners"].as_array().context("a list")?;
+    assert_eq!(owners.len(), 2, "{listed:#?}");
+    let copy = at(&owners[1], "/thread");
+    let line = "--all --method shutdown --allow-spin --json";
+    let closed = cwkill(&lab, line)?.exits(0).sockets();
+    all_have(&closed, "closed", "shutdown");
+    assert_eq!(at(&closed[0], "/result/descriptor_open"), "true");
+    // Only the copy is left: it is a dead descriptor of the thread.
+    owner.order(&format!("close {fd}"))?;
+    assert_eq!(odd_thread(owner.pid())?.to_string(), copy);
+    let line = format!("reclaim --pid {} -n --json", owner.pid());
+    let dead = cwkill(&lab, &line)?.exits(0).json();
+    assert_eq!(at(&dead, "/descriptors/0/thread"), copy);
     Ok(())
 }
 
