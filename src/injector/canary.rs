@@ -103,6 +103,14 @@ impl<'p> Canaries<'p> {
             self.note_closed(&scan.targets, chosen);
         }
         let mut spinning = self.observe_and_spare(scan, control);
+        for id in self
+            .owners
+            .keys()
+            .filter(|id| self.before[1].is_partial(**id))
+        {
+            let reason = SkipReason::TooManyThreads { pid: id.pid };
+            leave(&mut scan.targets, *id, reason, needs_canary);
+        }
         let is_unread =
             |target: &Target| target.spin_risk == SpinRisk::Unreadable && needs_canary(target);
         for count in SOCKETS_PER_STEP {
@@ -358,17 +366,26 @@ fn choose(
 /// Skips the sockets of an owner that spins, except those on which a method has acted.
 fn spare(targets: &mut [Target], spinning: &Spinning) {
     let id = spinning.process.id;
+    let reason = SkipReason::OwnerSpins {
+        pid: id.pid,
+        fd: spinning.fd,
+    };
+    leave(targets, id, reason, |target| {
+        target.outcome.is_none() && target.plan.skip.is_none()
+    });
+}
+
+/// Skips the sockets of owner `id` that `may_be_left`, except those on which a method has acted.
+fn leave(
+    targets: &mut [Target],
+    id: ProcessId,
+    reason: SkipReason,
+    may_be_left: impl Fn(&Target) -> bool,
+) {
     for target in targets {
         let is_owned = target.owners.iter().any(|owner| owner.process.id == id);
-        if is_owned
-            && target.outcome.is_none()
-            && target.plan.skip.is_none()
-            && target.acted().is_none()
-        {
-            target.outcome = Some(Outcome::Skipped(SkipReason::OwnerSpins {
-                pid: id.pid,
-                fd: spinning.fd,
-            }));
+        if is_owned && may_be_left(target) && target.acted().is_none() {
+            target.outcome = Some(Outcome::Skipped(reason));
         }
     }
 }
@@ -430,5 +447,17 @@ mod tests {
         }));
         let outcomes: Vec<_> = targets.iter().map(|target| target.outcome).collect();
         assert_eq!(outcomes, [None, left, None, left]);
+    }
+
+    #[test]
+    fn the_sockets_of_an_owner_with_too_many_threads_are_left_after_the_canary() {
+        let mut targets: Vec<Target> = [&[7][..], &[7], &[8], &[8, 7], &[7]].map(target).into();
+        targets[0].attempt(Method::Shutdown, None);
+        targets[4].spin_risk = SpinRisk::Harmless;
+        let reason = SkipReason::TooManyThreads { pid: 7 };
+        leave(&mut targets, process(7, "app").id, reason, needs_canary);
+        let left = Some(Outcome::Skipped(reason));
+        let outcomes: Vec<_> = targets.iter().map(|target| target.outcome).collect();
+        assert_eq!(outcomes, [None, left, None, left, None]);
     }
 }

@@ -110,7 +110,10 @@ fn exclusion(
         return Some(Exclusion::WrongState(socket.state, why));
     }
     if socket.protocol() == Protocol::Mptcp && !method.closes_mptcp() {
-        return Some(Exclusion::Mptcp);
+        return Some(match socket.cause.is_with_listener() {
+            true => Exclusion::MptcpNotAccepted,
+            false => Exclusion::Mptcp,
+        });
     }
     if method.needs_descriptor() && target.owners.is_empty() {
         return Some(match socket.cause.is_with_listener() {
@@ -225,6 +228,8 @@ mod tests {
         assert_eq!(backlog.skip, Some(SkipReason::NoMethod));
         let shutdown = (Method::Shutdown, Exclusion::NotAccepted);
         assert!(backlog.excluded.contains(&shutdown));
+        let others = excluded.map(|method| (method, Exclusion::MptcpNotAccepted));
+        assert!(others.iter().all(|one| backlog.excluded.contains(one)));
     }
 
     #[test]

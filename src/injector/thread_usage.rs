@@ -3,7 +3,8 @@
 //! A thread spins if it has not slept for a second since the close, although it slept before. A thread that was idle before also
 //! spins if it has needed a processor for half of that second. Time in which it waits for a processor counts too, so the load of the
 //! machine does not matter. A thread that has not slept before the close either cannot be judged, and does not count. If a process
-//! has more threads than cwkill reads, the processor time of all of them counts as well, as if they were one that was idle before.
+//! has more threads than cwkill reads, the processor time of all of them counts as well, as if they were one that was idle before. On a
+//! busy machine that can miss a spin.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -44,6 +45,12 @@ impl Usage {
             at: Some(control.now()),
             threads,
         }
+    }
+
+    /// Whether process `id` has more threads than cwkill reads.
+    pub fn is_partial(&self, id: ProcessId) -> bool {
+        let threads = self.threads.get(&id).map_or(&[][..], |it| it);
+        threads.iter().any(|thread| thread.tid == ThreadUsage::ALL)
     }
 
     fn time_to(&self, later: &Usage) -> Duration {
@@ -187,5 +194,26 @@ mod tests {
         let waits = (awake, 50, 2);
         assert!(!begins([(asleep, 5, 0), waits, later, (asleep, 160, 96)]));
         assert!(begins([(asleep, 5, 0), waits, later, (awake, 60, 96)]));
+    }
+
+    #[test]
+    fn a_reading_with_a_sum_of_threads_is_partial() {
+        let id = process(7, "app").id;
+        let usage = |tid| Usage {
+            at: None,
+            threads: HashMap::from([(
+                id,
+                vec![ThreadUsage {
+                    tid,
+                    runnable: false,
+                    sleeps: 0,
+                    ran: Duration::ZERO,
+                    waited: Duration::ZERO,
+                }],
+            )]),
+        };
+        assert!(!usage(7).is_partial(id));
+        assert!(usage(ThreadUsage::ALL).is_partial(id));
+        assert!(!Usage::default().is_partial(id));
     }
 }

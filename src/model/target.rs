@@ -116,6 +116,11 @@ pub enum SkipReason {
     /// The process with this pid spins since cwkill closed the socket of this descriptor, or several.
     #[error("process {pid} spins since {} closed", closed_socket(*.fd))]
     OwnerSpins { pid: i32, fd: Option<RemoteFd> },
+    /// The process with this pid has more threads than cwkill observes, so a spin could be missed.
+    #[error(
+        "process {pid} has too many threads to see whether it spins; one of its sockets was closed (--allow-spin closes all)"
+    )]
+    TooManyThreads { pid: i32 },
     /// The peer answered a probe: the connection is in use, or half-closed on purpose.
     #[error("peer is alive")]
     PeerAlive,
@@ -168,6 +173,11 @@ pub enum Exclusion {
     /// cwkill lacks this privilege.
     #[error("needs {0}")]
     NotPermitted(Privilege),
+    /// The socket is one of MPTCP that was never accepted, so it has no descriptor, and the kernel has no other way to close it.
+    #[error(
+        "a never-accepted MPTCP socket has no descriptor, and the kernel cannot destroy it: let its process accept it, or restart the process"
+    )]
+    MptcpNotAccepted,
     /// The method would act on one TCP connection of an MPTCP socket, and not on the MPTCP socket.
     #[error("an MPTCP socket can only be closed through its descriptor")]
     Mptcp,

@@ -194,6 +194,7 @@ fn codes_are_stable() {
             "accepted",
             "would-spin",
             "owner-spins",
+            "too-many-threads",
             "peer-alive",
             "interrupted",
         ]
@@ -207,6 +208,7 @@ fn codes_are_stable() {
             "unsent-data",
             "address-gone",
             "not-permitted",
+            "mptcp-not-accepted",
             "mptcp",
             "wrong-state",
         ]

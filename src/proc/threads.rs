@@ -31,7 +31,7 @@ impl ThreadUsage {
 }
 
 impl ProcFs {
-    /// The first 4096 threads of process `id`, and if there are more, all threads as one; empty if it is gone.
+    /// The first 32,768 threads of process `id`, and if there are more, all threads as one; empty if it is gone.
     pub(crate) fn thread_usages(&self, id: ProcessId) -> Vec<ThreadUsage> {
         let tids = self.tids(id.pid).unwrap_or_default();
         let all = (tids.len() > MAX_THREADS).then(|| self.all_threads(id.pid));

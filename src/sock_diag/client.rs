@@ -257,6 +257,24 @@ impl SockDiag {
         Ok(answers.into_iter().map(destroyed).collect())
     }
 
+    /// As [`SockDiag::destroy`], for MPTCP sockets, to see whether the kernel can do it.
+    #[cfg(test)]
+    pub(super) fn destroy_mptcp(
+        &mut self,
+        ids: &[DiagId],
+    ) -> io::Result<Vec<Result<(), DestroyError>>> {
+        let mut answers: Vec<Option<Frame>> = ids.iter().map(|_| None).collect();
+        // The request for a lookup, with another type. codec::put_destroy asks for TCP only.
+        let put = |bytes: &mut Vec<u8>, id: &DiagId, sequence| {
+            const SOCK_DESTROY: u16 = 21;
+            let start = bytes.len();
+            codec::put_lookup(bytes, id, sequence, Detail::Quiet);
+            bytes[start + 4..start + 6].copy_from_slice(&SOCK_DESTROY.to_ne_bytes());
+        };
+        self.request(Protocol::Mptcp, ids, &mut answers, BATCH, put)?;
+        Ok(answers.into_iter().map(destroyed).collect())
+    }
+
     /// As [`SockDiag::destroy`], but the kernel answers only the last request of each datagram, and each request that fails.
     ///
     /// The kernel processes a datagram in order before it returns from send(), so a request without an answer succeeded. If an

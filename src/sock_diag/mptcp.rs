@@ -262,4 +262,25 @@ mod tests {
         let answer = joined(&id, Ok(row), Err(LookupError::NotFound));
         assert_eq!(answer, Err(LookupError::NotFound));
     }
+
+    /// Otherwise cwkill could destroy MPTCP sockets.
+    #[test]
+    fn the_kernel_destroys_no_mptcp_socket() {
+        use socket2::{Domain, Socket, Type};
+        let socket = || Socket::new(Domain::IPV4, Type::STREAM, Some(MPTCP)).unwrap();
+        const MPTCP: socket2::Protocol = socket2::Protocol::MPTCP;
+        let (listener, client) = (socket(), socket());
+        let address: std::net::SocketAddr = "127.0.0.1:0".parse().unwrap();
+        listener.bind(&address.into()).unwrap();
+        listener.listen(1).unwrap();
+        client.connect(&listener.local_addr().unwrap()).unwrap();
+        let _accepted = listener.accept().unwrap();
+        let port = client.local_addr().unwrap().as_socket().unwrap().port();
+        let mut diag = SockDiag::open().unwrap();
+        let rows = diag.mptcp_connections().unwrap().expect("a table of MPTCP");
+        let of_client = |row: &&SocketMessage| row.id.tuple().local.port() == port;
+        let id = rows.iter().find(of_client).expect("its row").id;
+        let answers = diag.destroy_mptcp(&[id]).unwrap();
+        assert_eq!(answers, [Err(super::super::DestroyError::NotSupported)]);
+    }
 }

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use netns_harness::{Conn, Dial, End, Family, Fd, How, Lab, Leak, Recv, SsRow, TcpState};
 use serde_json::Value;
 
-use crate::support::{PATIENCE, all_have, at, connections, cwkill, lab};
+use crate::support::{PATIENCE, all_have, at, connections, cwkill, lab, ran};
 use crate::trial::{Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
@@ -306,7 +306,19 @@ fn mptcp_in_a_backlog_has_its_listener(family: Family) -> Result<()> {
     let pid = leak.app().pid().to_string();
     assert_eq!(at(&sockets[0], "/listener/owners/0/pid"), pid);
     assert_eq!(at(&sockets[0], "/result/reason_code"), "no-method");
-    Ok(())
+    let excluded = sockets[0]["excluded"].as_array().context("a list")?;
+    let codes: Vec<String> = excluded.iter().map(|one| at(one, "/reason_code")).collect();
+    let never = "mptcp-not-accepted";
+    assert_eq!(codes, ["not-accepted", never, never]);
+    // The text says what to do.
+    let destroy = at(&excluded[1], "/reason");
+    assert!(destroy.contains("let its process accept it"), "{destroy}");
+    // The kernel destroys its subflow, which cwkill does not do.
+    let kill = ["-K", "-tna", "state", "established", "sport", "=", ":8080"];
+    ran(lab.app_host().command("ss").args(kill))?.exits(0);
+    lab.wait_for(PATIENCE, || {
+        Ok(mptcp_in(&lab, TcpState::CloseWait)?.is_empty())
+    })
 }
 
 fn a_silent_mptcp_peer_leaves_it_closing() -> Result<()> {

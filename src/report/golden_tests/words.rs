@@ -14,8 +14,9 @@ use crate::sys::errno_of;
 use crate::tcp::TcpState;
 
 /// Why a method is not tried, by a word each.
-pub const EXCLUSIONS: [&str; 9] = [
+pub const EXCLUSIONS: [&str; 10] = [
     "not-accepted",
+    "mptcp-not-accepted",
     "no-owner",
     "owners-not-searched",
     "unsent",
@@ -29,6 +30,7 @@ pub const EXCLUSIONS: [&str; 9] = [
 pub(super) fn exclusion(word: &str) -> Exclusion {
     match word {
         "not-accepted" => Exclusion::NotAccepted,
+        "mptcp-not-accepted" => Exclusion::MptcpNotAccepted,
         "no-owner" => Exclusion::NoOwner,
         "owners-not-searched" => Exclusion::OwnersNotSearched,
         "unsent" => Exclusion::UnsentData(512),
@@ -42,7 +44,7 @@ pub(super) fn exclusion(word: &str) -> Exclusion {
 }
 
 /// Why a socket is skipped, by a word each; `no-method` gives the reasons of its plan.
-pub const SKIPS: [&str; 11] = [
+pub const SKIPS: [&str; 12] = [
     "no-method",
     "over-limit",
     "unsent",
@@ -52,6 +54,7 @@ pub const SKIPS: [&str; 11] = [
     "would-spin-epoll",
     "would-spin-poll",
     "owner-spins",
+    "too-many-threads",
     "peer-alive",
     "interrupted",
 ];
@@ -72,6 +75,7 @@ pub(super) fn skip(word: &str) -> SkipReason {
             pid: 4421,
             by: Poller::Poll(4422),
         },
+        "too-many-threads" => SkipReason::TooManyThreads { pid: 7 },
         "owner-spins" => SkipReason::OwnerSpins {
             pid: 4421,
             fd: Some(RemoteFd(20)),
