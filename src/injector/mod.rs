@@ -8,6 +8,7 @@ pub mod canary;
 pub mod destroy;
 pub mod duplicate;
 pub mod engine;
+mod keepalive;
 pub mod plan;
 pub mod probe;
 mod revive;

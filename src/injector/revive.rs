@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::duplicate::Duplicator;
 use super::engine::Batch;
-use super::probe::{self, KEEP_IDLE, Keepalive};
+use super::keepalive::{self, KEEP_IDLE, Keepalive};
 use crate::conntrack;
 use crate::control::{Backoff, deadline};
 use crate::model::Target;
@@ -61,7 +61,7 @@ impl Reviver {
         let timeout = conntrack::close_wait_timeout();
         Reviver {
             forgotten_after: timeout.map(|timeout| timeout.min(SHORTEST_ENTRY).max(KEEP_IDLE)),
-            batch_size: timeout.map(|_| probe::batch_size().min(SOCKETS_PER_PROBED_BATCH)),
+            batch_size: timeout.map(|_| keepalive::batch_size().min(SOCKETS_PER_PROBED_BATCH)),
         }
     }
 
@@ -76,7 +76,7 @@ impl Reviver {
         let can_be_asked = target.socket.send_q == 0
             && !target.socket.address_gone
             && target.socket.protocol() == Protocol::Tcp;
-        let is_old = |after| probe::idle(socket).is_ok_and(|idle| idle >= after);
+        let is_old = |after| keepalive::idle(socket).is_ok_and(|idle| idle >= after);
         can_be_asked && self.forgotten_after.is_some_and(is_old)
     }
 

@@ -13,7 +13,7 @@ use nix::sys::socket::{Shutdown as How, shutdown};
 use super::Executor;
 use super::duplicate::Duplicator;
 use super::engine::Batch;
-use super::probe::Keepalive;
+use super::keepalive::Keepalive;
 use super::revive::{Probed, Reviver, wait_until_sent};
 use crate::model::{Method, MethodError, Target};
 use crate::proc::ProcFs;

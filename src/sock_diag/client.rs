@@ -271,7 +271,13 @@ impl SockDiag {
             codec::put_lookup(bytes, id, sequence, Detail::Quiet);
             bytes[start + 4..start + 6].copy_from_slice(&SOCK_DESTROY.to_ne_bytes());
         };
-        self.request(Protocol::Mptcp, ids, &mut answers, BATCH, put)?;
+        self.request(
+            Protocol::Mptcp,
+            ids,
+            &mut answers,
+            REQUESTS_PER_DATAGRAM,
+            put,
+        )?;
         Ok(answers.into_iter().map(destroyed).collect())
     }
 
