@@ -5,6 +5,9 @@ use std::time::Duration;
 use super::{Selection, values};
 use crate::check::threshold::Threshold;
 
+const AFTER_SHORT_HELP: &str =
+    "Ranges, examples, all options: cwkill check --help, man cwkill-check";
+
 const AFTER_HELP: &str = "\
 A RANGE is as in the guidelines for monitoring plugins. It alerts outside itself, with @ inside.
 With % the value is how much of its limit of open files (RLIMIT_NOFILE) the leak takes from the
@@ -21,12 +24,14 @@ Examples:
 Exit status: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN (also after wrong usage).";
 
 #[derive(Debug, clap::Args)]
-#[command(after_long_help = AFTER_HELP)]
+#[command(after_help = AFTER_SHORT_HELP, after_long_help = AFTER_HELP)]
 pub struct CheckArgs {
     #[command(flatten)]
     pub selection: Selection,
 
-    /// WARNING outside this range: 100 (more than 100), 10:20, @10:20, 80% (of RLIMIT_NOFILE)
+    /// WARNING outside this range: 100 (more than 100), 10:20, 80%
+    ///
+    /// A percentage is of the owner's limit of open files (RLIMIT_NOFILE).
     #[arg(
         short,
         long,

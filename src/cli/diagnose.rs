@@ -4,7 +4,21 @@ use std::time::Duration;
 
 use super::{Selection, values};
 
+const AFTER_SHORT_HELP: &str = "All options and examples: cwkill diagnose --help";
+
+const AFTER_HELP: &str = "\
+It scans twice, and never acts.
+
+Examples:
+  cwkill diagnose                          every process with stuck sockets, the worst first
+  cwkill diagnose --port 8080 --sample 30s only this port, with half a minute between the scans
+  cwkill diagnose --pid 4711 --json        one process, for a program
+
+Exit status: 0 there is something to report, 1 there is not (0 with --ok-if-none), 2 wrong usage,
+3 could not run at all, 4 nothing was found, but something could not be looked at.";
+
 #[derive(Debug, clap::Args)]
+#[command(after_help = AFTER_SHORT_HELP, after_long_help = AFTER_HELP)]
 pub struct DiagnoseArgs {
     #[command(flatten)]
     pub selection: Selection,
@@ -23,6 +37,6 @@ pub struct DiagnoseArgs {
     pub json: bool,
 
     /// Exit with 0 instead of 1 if there is nothing to report
-    #[arg(long, help_heading = "Output")]
+    #[arg(long, help_heading = "Output", hide_short_help = true)]
     pub ok_if_none: bool,
 }

@@ -25,6 +25,10 @@ pub use values::{List, flat};
 
 use crate::model::Method;
 
+const AFTER_SHORT_HELP: &str = "\
+Without arguments cwkill lists the stuck sockets. With a port, an address, an owner, an expression
+or --all it closes what matches; --dry-run only shows it. All options: cwkill --help, man cwkill";
+
 const AFTER_HELP: &str = "\
 Without a selector, cwkill lists the stuck sockets and never acts. A selector that says which sockets
 (a port, an address, an owner, an expression, --all) makes it act, unless --dry-run is given.
@@ -50,7 +54,8 @@ Exit status: 0 auto works fully, 1 in part (or it could not be tried), 2 wrong u
 
 /// Close TCP sockets stuck in CLOSE-WAIT without killing the process that leaks them.
 #[derive(Debug, Parser)]
-#[command(name = "cwkill", version, after_help = AFTER_HELP, max_term_width = 100)]
+#[command(name = "cwkill", version, max_term_width = 100)]
+#[command(after_help = AFTER_SHORT_HELP, after_long_help = AFTER_HELP)]
 #[command(args_conflicts_with_subcommands = true, propagate_version = true)]
 pub struct Cli {
     /// The arguments without a command: list or close.
@@ -64,10 +69,10 @@ pub struct Cli {
 pub enum Command {
     /// Show which process leaks, why and how fast, and suggest the next command; never acts
     Diagnose(DiagnoseArgs),
-    /// Compare the number of stuck sockets with thresholds, as a monitoring plugin; never acts
+    /// Compare the number of stuck sockets with thresholds, as a monitoring plugin
     Check(CheckArgs),
     /// Check which methods work on this host and what to fix
-    #[command(after_help = DOCTOR_HELP)]
+    #[command(after_long_help = DOCTOR_HELP)]
     Doctor(DoctorArgs),
     /// Close descriptors of dead sockets inside the processes that leak them
     Reclaim(ReclaimArgs),
@@ -116,28 +121,32 @@ pub struct Acting {
     #[arg(short = 'n', long, visible_alias = "dryrun")]
     pub dry_run: bool,
 
-    /// Do not ask before closing sockets of several processes. cwkill asks only on a terminal, and not with --all
+    /// Do not ask before closing sockets of several processes
+    ///
+    /// cwkill asks only on a terminal, and not with --all.
     #[arg(short, long)]
     pub yes: bool,
 
-    /// Methods to try in this order: probe, shutdown, destroy, rst [default: auto, the last three]
+    /// Of probe, shutdown, destroy, rst, in this order [default: auto]
+    ///
+    /// auto is shutdown, then destroy, then rst.
     #[arg(long, value_name = "auto|LIST", value_parser = values::methods(), hide_possible_values = true)]
     pub method: Vec<List<MethodChoice>>,
 
     /// How long a socket gets to close before the next method [default: 1s]
-    #[arg(long, value_name = "DURATION", value_parser = values::duration)]
+    #[arg(long, value_name = "DURATION", value_parser = values::duration, hide_short_help = true)]
     pub grace: Option<Duration>,
 
     /// Skip the search for owning processes: faster, but `shutdown` is unavailable
-    #[arg(long)]
+    #[arg(long, hide_short_help = true)]
     pub no_owners: bool,
 
     /// Allow the loss of bytes still queued to a peer
-    #[arg(long)]
+    #[arg(long, hide_short_help = true)]
     pub discard_unsent: bool,
 
     /// Close sockets although a process may wake without end afterwards
-    #[arg(long)]
+    #[arg(long, hide_short_help = true)]
     pub allow_spin: bool,
 
     /// Act on at most N sockets, the oldest first
@@ -149,19 +158,18 @@ pub struct Acting {
         long,
         value_name = "DURATION",
         value_parser = values::positive_duration,
-        conflicts_with_all = ["dry_run", "quiet"]
-    )]
+        conflicts_with_all = ["dry_run", "quiet"], hide_short_help = true)]
     pub watch_refill: Option<Duration>,
 
     /// Afterwards, accept and close the dead connections in the backlogs, so that new clients get in. Stops the owners briefly
-    #[arg(long, conflicts_with = "no_owners")]
+    #[arg(long, conflicts_with = "no_owners", hide_short_help = true)]
     pub drain_backlog: bool,
 
     #[command(flatten)]
     pub logging: Logging,
 
     /// Afterwards, close the descriptors of the closed sockets inside their processes; see `cwkill reclaim --help`
-    #[arg(long, conflicts_with = "no_owners")]
+    #[arg(long, conflicts_with = "no_owners", hide_short_help = true)]
     pub reclaim: bool,
 
     #[command(flatten)]
@@ -172,11 +180,11 @@ pub struct Acting {
 #[derive(Debug, clap::Args)]
 pub struct Logging {
     /// Record every act in: journald, stderr or none [default: journald when run by systemd, else stderr with -v]
-    #[arg(long, value_name = "WHERE", value_parser = values::log_target)]
+    #[arg(long, value_name = "WHERE", value_parser = values::log_target, hide_short_help = true)]
     pub log: Option<LogTarget>,
 
     /// Append a JSON line for every act to this file
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", hide_short_help = true)]
     pub log_file: Option<PathBuf>,
 }
 
@@ -200,19 +208,19 @@ pub struct Output {
     pub json: bool,
 
     /// Print one JSON object per socket, one per line
-    #[arg(long)]
+    #[arg(long, hide_short_help = true)]
     pub jsonl: bool,
 
     /// Omit the header of the table
-    #[arg(short = 'H', long)]
+    #[arg(short = 'H', long, hide_short_help = true)]
     pub no_header: bool,
 
     /// Print errors only
-    #[arg(short, long, conflicts_with_all = ["json", "jsonl", "verbose"])]
+    #[arg(short, long, conflicts_with_all = ["json", "jsonl", "verbose"], hide_short_help = true)]
     pub quiet: bool,
 
     /// Exit with 0 instead of 1 if nothing matched
-    #[arg(long)]
+    #[arg(long, hide_short_help = true)]
     pub ok_if_none: bool,
 
     /// Print a row for each socket, every owner and every attempt
@@ -220,7 +228,7 @@ pub struct Output {
     pub verbose: bool,
 
     /// Colour the table; NO_COLOR is respected
-    #[arg(long, value_name = "WHEN", default_value_t = ColorChoice::Auto)]
+    #[arg(long, value_name = "WHEN", default_value_t = ColorChoice::Auto, hide_short_help = true)]
     pub color: ColorChoice,
 }
 

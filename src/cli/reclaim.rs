@@ -7,6 +7,10 @@ use clap::Arg;
 use super::values::{self, List};
 use super::{Logging, Output, OwnerSelection};
 
+const AFTER_SHORT_HELP: &str = "\
+Without a selector it lists the descriptors of connections that are over. With one it closes them
+inside their processes; --dry-run only shows it. All options: cwkill reclaim --help";
+
 const AFTER_HELP: &str = "\
 Without a selector it lists descriptors of TCP sockets whose connection is
 over. With one it closes them inside their processes, unless --dry-run.
@@ -30,21 +34,23 @@ none (0 with --ok-if-none), 2 wrong usage, 3 could not run at all, 4 some are st
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Reclaiming")]
 pub struct Reclaiming {
-    /// Close only descriptors of sockets that have been quiet for at least this long [default: 1m]
-    #[arg(long, value_name = "DURATION", value_parser = values::duration)]
+    /// Close only descriptors that have been quiet for this long [default: 1m]
+    #[arg(long, hide_short_help = true, value_name = "DURATION", value_parser = values::duration)]
     pub reclaim_age: Option<Duration>,
 
-    /// Ignore the safety checks: an epoll set (Go, Node), finalizers (Java), a system call, the age; /dev/null replaces 0, 1 and 2
-    #[arg(long)]
+    /// Ignore the safety checks
+    ///
+    /// They are: an epoll set (Go, Node), finalizers (Java), a system call, the age. /dev/null replaces 0, 1 and 2.
+    #[arg(long, hide_short_help = true)]
     pub reclaim_force: bool,
 
     /// Maximum time for which a process may be stopped [default: 100ms]
-    #[arg(long, value_name = "DURATION", value_parser = values::positive_duration)]
+    #[arg(long, hide_short_help = true, value_name = "DURATION", value_parser = values::positive_duration)]
     pub stop_limit: Option<Duration>,
 }
 
 #[derive(Debug, clap::Args)]
-#[command(after_help = AFTER_HELP, mut_args(of_descriptors))]
+#[command(after_help = AFTER_SHORT_HELP, after_long_help = AFTER_HELP, mut_args(of_descriptors))]
 pub struct ReclaimArgs {
     #[command(flatten)]
     pub owners: OwnerSelection,
@@ -81,16 +87,15 @@ fn of_descriptors(argument: Arg) -> Arg {
     let help = match argument.get_id().as_str() {
         "pid" => "Descriptors of this process",
         "process" => "Descriptors of processes with this name: java or 'php-fpm*'",
-        "unit" => "Descriptors of processes of this systemd unit: nginx, nginx.service or 'php*'",
-        "container" => {
-            "Descriptors of processes of this container: its id, 8 digits of it or more, or its name"
-        }
+        "unit" => "Descriptors of processes of this systemd unit: nginx or 'php*'",
+        "container" => "Descriptors of processes of this container: its id or its name",
         "cgroup" => "Descriptors of processes in this cgroup or below",
         "all" => "Every process",
         "jsonl" => "Print one JSON object per descriptor, one per line",
+        "reclaim_age" | "reclaim_force" | "stop_limit" => return argument.hide_short_help(false),
         _ => return argument,
     };
-    argument.help(help)
+    argument.help(help).long_help(None::<&str>)
 }
 
 impl Reclaiming {

@@ -21,11 +21,11 @@ pub struct Selection {
     pub port: Vec<List<RangeInclusive<u16>>>,
 
     /// Peer ports
-    #[arg(long, value_name = "LIST", value_parser = values::list(values::port_range))]
+    #[arg(long, value_name = "LIST", value_parser = values::list(values::port_range), hide_short_help = true)]
     pub peer_port: Vec<List<RangeInclusive<u16>>>,
 
     /// Local address or network
-    #[arg(long, value_name = "ADDR[/LEN]", value_parser = values::list(values::network))]
+    #[arg(long, value_name = "ADDR[/LEN]", value_parser = values::list(values::network), hide_short_help = true)]
     pub local: Vec<List<IpNet>>,
 
     /// Peer address or network
@@ -36,11 +36,11 @@ pub struct Selection {
     pub owners: OwnerSelection,
 
     /// Sockets of this user
-    #[arg(long, visible_alias = "uid", value_name = "NAME|UID", value_parser = values::list(values::user))]
+    #[arg(long, visible_alias = "uid", value_name = "NAME|UID", value_parser = values::list(values::user), hide_short_help = true)]
     pub user: Vec<List<u32>>,
 
     /// States [default: close-wait]
-    #[arg(long, value_name = "LIST", value_parser = values::states(), hide_possible_values = true)]
+    #[arg(long, value_name = "LIST", value_parser = values::states(), hide_possible_values = true, hide_short_help = true)]
     pub state: Vec<List<TcpState>>,
 
     /// Sockets stuck for at least this long: 90s, 15m, 2h
@@ -49,7 +49,7 @@ pub struct Selection {
 
     /// Sockets in which no data has moved in either direction for at least this long [default: 5s when cwkill
     /// acts]; 0s for those in use too
-    #[arg(long, value_name = "DURATION", value_parser = values::duration)]
+    #[arg(long, value_name = "DURATION", value_parser = values::duration, hide_short_help = true)]
     pub min_idle: Option<Duration>,
 
     /// Causes: not-accepted, unread, drained, sending, handshake, orphan
@@ -57,18 +57,18 @@ pub struct Selection {
     pub cause: Vec<List<Cause>>,
 
     /// Sockets whose local address is no longer on this host, for example after a virtual IP has moved
-    #[arg(long)]
+    #[arg(long, hide_short_help = true)]
     pub address_gone: bool,
 
     /// Connections over IPv4, on sockets of either family
-    #[arg(short = '4', long, conflicts_with = "ipv6")]
+    #[arg(short = '4', long, conflicts_with = "ipv6", hide_short_help = true)]
     pub ipv4: bool,
 
     /// Connections over IPv6
-    #[arg(short = '6', long)]
+    #[arg(short = '6', long, hide_short_help = true)]
     pub ipv6: bool,
 
-    /// Use this network namespace (by itself it does not make cwkill act)
+    /// Use this network namespace (never acts by itself)
     #[arg(
         short = 'N',
         long,
@@ -77,15 +77,15 @@ pub struct Selection {
     )]
     pub netns: Option<String>,
 
-    /// Use every network namespace (by itself it does not make cwkill act)
+    /// Use every network namespace (never acts by itself)
     #[arg(long)]
     pub all_netns: bool,
 
     /// Read the descriptors of all processes by an iterator in the kernel instead of /proc
-    #[arg(long, value_name = "WHEN", value_enum, default_value_t = UseIterator::Auto, help_heading = "Search")]
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t = UseIterator::Auto, help_heading = "Search", hide_short_help = true)]
     pub bpf: UseIterator,
 
-    /// Sockets that match this filter of ss(8): 'sport = :8080 and dst 10.0.0.0/8'
+    /// A filter as for ss(8): 'sport = :8080 and dst 10.0.0.0/8'
     #[arg(value_name = "EXPRESSION")]
     pub expression: Vec<String>,
 }
@@ -99,7 +99,7 @@ pub struct OwnerSelection {
     #[arg(short, long, value_name = "PID", value_parser = values::list(values::pid))]
     pub pid: Vec<List<i32>>,
 
-    /// Sockets of processes with this name: java or java,python3 or 'php-fpm*'
+    /// Sockets of processes with this name: java,python3 or 'php-fpm*'
     #[arg(long, value_name = "GLOB", value_parser = values::list(values::glob))]
     pub process: Vec<List<GlobMatcher>>,
 
@@ -107,12 +107,14 @@ pub struct OwnerSelection {
     #[arg(long, value_name = "NAME", value_parser = values::list(values::unit))]
     pub unit: Vec<List<UnitName>>,
 
-    /// Sockets of this container: its id, 8 digits of it or more, or its name where the cgroup has one
+    /// Sockets of this container: its id or its name
+    ///
+    /// 8 digits of the id are enough. The name is known only where the cgroup has it.
     #[arg(long, value_name = "ID|NAME", value_parser = values::list(values::container))]
     pub container: Vec<List<String>>,
 
     /// Sockets of processes in this cgroup or below
-    #[arg(long, value_name = "PATH", value_parser = values::cgroup)]
+    #[arg(long, value_name = "PATH", value_parser = values::cgroup, hide_short_help = true)]
     pub cgroup: Vec<String>,
 
     /// Every stuck socket

@@ -9,7 +9,7 @@ use anyhow::{Context, anyhow};
 
 use super::{
     confirm, drop_capabilities_and_start_threads, hint_line, open_log, open_proc, refuse,
-    say_notes, sweep, was_reported,
+    say_notes, sweep, time_and_place, was_reported,
 };
 use crate::cli::Args;
 use crate::config::{Action, Config, Format, Limit};
@@ -20,7 +20,7 @@ use crate::history::History;
 use crate::injector::canary::{self, Canaries};
 use crate::injector::{plan, workers};
 use crate::memory;
-use crate::model::{Outcome, Privilege, ReclaimOutcome, Scan, Target};
+use crate::model::{Outcome, Privilege, ReclaimOutcome, Scan, Target, TimeAndPlace};
 use crate::privileges::{Privileges, capabilities};
 use crate::proc::netns::{Namespaces, NetnsScope, count_others};
 use crate::proc::{FdState, ProcFs};
@@ -35,6 +35,7 @@ use crate::watch::{self, WatchScope};
 pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     let (use_iterator, verbose) = (args.selection.bpf, args.output.verbose);
     let config = &Config::from_args(args).unwrap_or_else(|error| refuse(&error));
+    let time_and_place = time_and_place();
     let acts = config.action == Action::Act;
     let quiet = config.format == Format::Quiet;
     if !quiet {
@@ -119,7 +120,13 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     terminal.release_signals();
     let unrecorded = log.and_then(|log| log.finish(&run, text::summary(&run, config)));
 
-    let (written, new_sockets) = report(&mut run, config, &namespaces, &mut terminal);
+    let (written, new_sockets) = report(
+        &mut run,
+        &time_and_place,
+        config,
+        &namespaces,
+        &mut terminal,
+    );
     drop(terminal);
     let written = match (new_sockets, config.format) {
         (Some(line), Format::Table) => written.and_then(|()| writeln!(io::stdout(), "{line}")),
@@ -384,6 +391,7 @@ fn descriptors(target: &mut Target) -> impl Iterator<Item = ReclaimTarget<'_>> {
 /// the new sockets.
 fn report(
     run: &mut Run,
+    time_and_place: &TimeAndPlace,
     config: &Config,
     namespaces: &Namespaces,
     terminal: &mut Terminal,
@@ -404,7 +412,7 @@ fn report(
             overview.write(&tables, out)
         }
         (Format::Table, None) => text::write(run, config, color, out),
-        (Format::Json, _) => json::write_document(run, out),
+        (Format::Json, _) => json::write_document(run, time_and_place, out),
         (Format::JsonLines, _) => json::write_lines(run, out),
         (Format::Quiet, _) => Ok(()),
     });

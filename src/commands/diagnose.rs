@@ -4,7 +4,9 @@ use std::io::{self, IsTerminal};
 
 use anyhow::Context;
 
-use super::{drop_capabilities_and_start_threads, open_proc, refuse, say_hints, say_notes};
+use super::{
+    drop_capabilities_and_start_threads, open_proc, refuse, say_hints, say_notes, time_and_place,
+};
 use crate::cli::DiagnoseArgs;
 use crate::diagnose;
 use crate::filter::Scope;
@@ -25,6 +27,7 @@ pub(super) fn run(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
     } = args;
     let use_iterator = selection.bpf;
     let scope = Scope::from_args(selection).unwrap_or_else(|error| refuse(&error));
+    let time_and_place = time_and_place();
     say_notes(&scope.notes);
     let proc = open_proc(use_iterator, false)?;
     drop_capabilities_and_start_threads(&capabilities::to_find(
@@ -45,7 +48,7 @@ pub(super) fn run(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
         tracked::count(&mut diagnosis.scan);
     }
     let written = write_out(|out| match json {
-        true => report::json::write(&diagnosis, out),
+        true => report::json::write(&diagnosis, &time_and_place, out),
         false => report::text::write(&diagnosis, columns(), rows(), out),
     });
     say_notes(diagnosis.notes());

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 
-use super::drop_capabilities_and_start_threads;
+use super::{drop_capabilities_and_start_threads, time_and_place};
 use crate::cli::DoctorArgs;
 use crate::doctor;
 use crate::finder::way;
@@ -16,6 +16,7 @@ use crate::report::doctor as report;
 use crate::terminal::{unless_closed, write_out};
 
 pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
+    let time_and_place = time_and_place();
     let mut needed = capabilities::to_find(&NetnsScope::All, true, true);
     needed.extend(capabilities::to_act(&Method::ALL));
     let proc = ProcFs::default();
@@ -23,7 +24,7 @@ pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
     drop_capabilities_and_start_threads(&needed);
     let examination = doctor::examine(&proc, iterator)?;
     let written = write_out(|out| match args.json {
-        true => report::write_json(&examination, out),
+        true => report::write_json(&examination, &time_and_place, out),
         false => report::write_text(&examination, out),
     });
     unless_closed(written).context("cannot write the findings")?;

@@ -15,17 +15,19 @@ use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
 use std::io;
 use std::process::ExitCode;
+use std::time::SystemTime;
 
 use anyhow::Context;
 use caps::CapsHashSet;
 use clap::{CommandFactory, Parser};
+use nix::sys::utsname::uname;
 use nix::unistd::geteuid;
 
 use crate::audit::Audit;
 use crate::cli::{Cli, Command, Misplaced, better_error};
 use crate::config::{Action, LogOptions};
 use crate::finder::way::{self, UseIterator};
-use crate::model::Privilege;
+use crate::model::{Privilege, TimeAndPlace};
 use crate::parallel;
 use crate::privileges::{capabilities, hint};
 use crate::proc::ProcFs;
@@ -84,6 +86,16 @@ pub fn refuse(error: &clap::Error) -> ! {
     }
     print_usage(error);
     std::process::exit(error.exit_code())
+}
+
+/// When and where this run begins.
+fn time_and_place() -> TimeAndPlace {
+    let name = uname().map(|name| name.nodename().to_string_lossy().into_owned());
+    TimeAndPlace {
+        time: SystemTime::now(),
+        host: name.unwrap_or_default(),
+        boot_id: ProcFs::default().boot_id(),
+    }
 }
 
 /// Prints the completion script for `shell`.

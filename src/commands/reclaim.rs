@@ -5,7 +5,8 @@ use std::sync::Arc;
 use anyhow::Context;
 
 use super::{
-    drop_capabilities_and_start_threads, open_log, refuse, say_hints, say_notes, was_reported,
+    drop_capabilities_and_start_threads, open_log, refuse, say_hints, say_notes, time_and_place,
+    was_reported,
 };
 use crate::cli::ReclaimArgs;
 use crate::config::{Action, Format, ReclaimConfig};
@@ -23,6 +24,7 @@ use crate::terminal::{Terminal, is_coloured, write_out};
 
 pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
     let config = &ReclaimConfig::from_args(args).unwrap_or_else(|error| refuse(&error));
+    let time_and_place = time_and_place();
     let quiet = config.format == Format::Quiet;
     let acts = config.action == Action::Act;
     let log = open_log(config.action, &config.log)?;
@@ -53,7 +55,7 @@ pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
     let color = is_coloured(config.color);
     let written = write_out(|out| match config.format {
         Format::Table => report::text::write(&run, config, color, out),
-        Format::Json => report::json::write_document(&run, out),
+        Format::Json => report::json::write_document(&run, &time_and_place, out),
         Format::JsonLines => report::json::write_lines(&run, out),
         Format::Quiet => Ok(()),
     });

@@ -9,6 +9,7 @@ pub mod scan;
 pub mod socket;
 pub mod spin;
 pub mod target;
+pub mod time_and_place;
 
 pub use cause::Cause;
 pub use coverage::{Coverage, TrackedCloseWait};
@@ -19,3 +20,4 @@ pub use scan::{Listener, ListeningSocket, Scan};
 pub use socket::{HistoryUpdate, NetnsKey, NewEntry, Snapshot, Socket, SocketKey};
 pub use spin::{Poller, SpinRisk, Spinning};
 pub use target::{Attempt, Exclusion, MethodError, Outcome, Owner, Plan, SkipReason, Target};
+pub use time_and_place::TimeAndPlace;

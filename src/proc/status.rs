@@ -86,6 +86,12 @@ impl ProcFs {
         fs::read_to_string(self.path("self/status")).is_ok_and(|status| has_seccomp_filter(&status))
     }
 
+    /// The kernel's id of this boot; `None` if /proc does not show it.
+    pub fn boot_id(&self) -> Option<String> {
+        let id = fs::read_to_string(self.path("sys/kernel/random/boot_id")).ok()?;
+        Some(id.trim().to_owned())
+    }
+
     /// The state of a thread of process `pid` that has not exited.
     fn state_of_another(&self, pid: i32) -> Option<char> {
         let tids = self.tids(pid).ok()?;

@@ -10,6 +10,8 @@ use crate::doctor::advice::Advice;
 use crate::doctor::host::{CAPABILITIES, HostInfo, ProcessCounts, UnreachableProcess};
 use crate::doctor::row::{MethodRow, Support};
 use crate::finder::way::MANY_FILES;
+use crate::model::TimeAndPlace;
+use crate::report::serialize::{JsonTimeAndPlace, json_time_and_place};
 
 const SCHEMA_VERSION: u32 = 1;
 
@@ -107,11 +109,17 @@ pub fn write_text(examination: &Examination, out: &mut dyn Write) -> io::Result<
 }
 
 /// Writes one JSON document.
-pub fn write_json(examination: &Examination, out: &mut dyn Write) -> io::Result<()> {
+pub fn write_json(
+    examination: &Examination,
+    time_and_place: &TimeAndPlace,
+    out: &mut dyn Write,
+) -> io::Result<()> {
     #[derive(Serialize)]
     struct DoctorDocument<'a> {
         schema_version: u32,
         cwkill_version: &'static str,
+        #[serde(flatten)]
+        time_and_place: JsonTimeAndPlace<'a>,
         auto: Support,
         /// The verdict and its meaning, in words that may change.
         verdict: String,
@@ -123,6 +131,7 @@ pub fn write_json(examination: &Examination, out: &mut dyn Write) -> io::Result<
     let document = DoctorDocument {
         schema_version: SCHEMA_VERSION,
         cwkill_version: env!("CARGO_PKG_VERSION"),
+        time_and_place: json_time_and_place(time_and_place),
         auto: examination.advice.auto,
         verdict: verdict(&examination.advice),
         meaning: &examination.advice.meaning,

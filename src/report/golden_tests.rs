@@ -25,7 +25,7 @@ use screens::{screens, shown};
 use crate::audit::record::{Caller, Entry};
 use crate::config::{Action, Format};
 use crate::history::fnv_1a;
-use crate::model::Privilege;
+use crate::model::{Privilege, TimeAndPlace};
 use crate::privileges::hint;
 
 #[test]
@@ -103,7 +103,9 @@ fn outputs(case: &Case) -> Outputs {
     }
     outputs.push((
         "json",
-        unfolded(&written(|out| json::write_document(&run, out))),
+        unfolded(&written(|out| {
+            json::write_document(&run, &time_and_place(), out)
+        })),
     ));
     outputs.push(("jsonl", written(|out| json::write_lines(&run, out))));
     if case.long {
@@ -154,13 +156,24 @@ fn dead_outputs(case: &DeadCase) -> Outputs {
     }
     outputs.push((
         "json",
-        unfolded(&written(|out| reclaim::json::write_document(&run, out))),
+        unfolded(&written(|out| {
+            reclaim::json::write_document(&run, &time_and_place(), out)
+        })),
     ));
     outputs.push((
         "jsonl",
         written(|out| reclaim::json::write_lines(&run, out)),
     ));
     outputs
+}
+
+/// Neither the time nor the host of the tests.
+fn time_and_place() -> TimeAndPlace {
+    TimeAndPlace {
+        time: SystemTime::UNIX_EPOCH + Duration::from_millis(1_500),
+        host: "db1".to_owned(),
+        boot_id: Some("01234567-89ab-cdef-0123-456789abcdef".to_owned()),
+    }
 }
 
 fn written(write: impl FnOnce(&mut dyn std::io::Write) -> std::io::Result<()>) -> String {

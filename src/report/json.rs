@@ -2,6 +2,7 @@
 //!
 //! The sockets are written in blocks, so the document is never in memory as a whole.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::time::Duration;
 
@@ -9,16 +10,17 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use super::backlogs::{JsonBacklog, json_backlog};
+use super::counts::{self, JsonProcessCount};
 use super::descriptors::{DescriptorCounts, JsonStop, json_stops};
 use super::serialize::{
-    Endpoint, JsonNetns, JsonOwner, SCHEMA_VERSION, endpoint, json_netns, json_owners, put,
-    to_bytes,
+    Endpoint, JsonNetns, JsonOwner, JsonTimeAndPlace, SCHEMA_VERSION, endpoint, json_netns,
+    json_owners, json_time_and_place, put, to_bytes,
 };
 use super::{Run, SocketCounts, text};
 use crate::filter::selectors::IN_USE_WITHIN;
 use crate::model::{
     Exclusion, Listener, ListeningSocket, Method, MethodError, Outcome, Owner, Plan, SkipReason,
-    Spinning, Target,
+    Spinning, Target, TimeAndPlace,
 };
 use crate::watch::NewSockets;
 
@@ -28,10 +30,15 @@ const SOCKETS_PER_BLOCK: usize = 512;
 const MAX_BLOCKS: usize = 16;
 
 /// Writes one document with every socket and the summary.
-pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
+pub fn write_document(
+    run: &Run,
+    time_and_place: &TimeAndPlace,
+    out: &mut dyn Write,
+) -> io::Result<()> {
     let head = Head {
         schema_version: SCHEMA_VERSION,
         cwkill_version: env!("CARGO_PKG_VERSION"),
+        time_and_place: json_time_and_place(time_and_place),
         dry_run: !run.acted,
     };
     let coverage = &run.scan.coverage;
@@ -40,15 +47,15 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
         unreadable_processes: coverage.unreadable_processes,
         hidden_processes: coverage.hidden_processes,
         unreachable_namespaces: coverage.unreachable_namespaces,
-        unknown_namespaces: coverage.unknown_namespaces,
-        undecided: coverage.undecided,
-        unlisted_subflows: coverage.unlisted_subflows,
-        tracked_close_wait: coverage.tracked.map(|tracked| JsonTracked {
+        processes_in_unknown_namespace: coverage.unknown_namespaces,
+        possible_matches: coverage.undecided,
+        mptcp_subflows_in_unknown_state: coverage.unlisted_subflows,
+        conntrack_close_wait: coverage.tracked.map(|tracked| JsonTracked {
             entries: tracked.entries,
             complete: tracked.complete,
         }),
-        unexamined_descriptors: coverage.unexamined_descriptors,
-        unplaced_sockets: coverage.unplaced_sockets,
+        descriptors_not_searched: coverage.unexamined_descriptors,
+        sockets_in_unknown_namespace: coverage.unplaced_sockets,
         relist_failure: coverage.relist_failure.as_deref(),
         backlogs: run.backlogs.as_ref().map(|backlogs| {
             let json = |backlog| json_backlog(run, backlog);
@@ -62,6 +69,8 @@ pub fn write_document(run: &Run, out: &mut dyn Write) -> io::Result<()> {
             },
         }),
         spinning: run.spinning.iter().map(json_spinning).collect(),
+        by_process: counts::sockets_by_process(&run.scan),
+        by_cause: counts::sockets_by_cause(&run.scan),
         summary: SocketCounts::of(run),
         new_sockets: run.new_sockets.as_ref().map(json_new_sockets),
     };
@@ -127,9 +136,11 @@ fn write_sockets(
 
 /// The fields before the sockets.
 #[derive(Serialize)]
-struct Head {
+struct Head<'a> {
     schema_version: u32,
     cwkill_version: &'static str,
+    #[serde(flatten)]
+    time_and_place: JsonTimeAndPlace<'a>,
     dry_run: bool,
 }
 
@@ -140,13 +151,16 @@ struct Tail<'a> {
     unreadable_processes: usize,
     hidden_processes: bool,
     unreachable_namespaces: usize,
-    unknown_namespaces: usize,
-    undecided: usize,
-    unlisted_subflows: usize,
+    /// They may be in a namespace that was not searched.
+    processes_in_unknown_namespace: usize,
+    /// Sockets that were left alone because their owner is unknown: they may match.
+    possible_matches: usize,
+    mptcp_subflows_in_unknown_state: usize,
     /// Conntrack entries of connections of others; `None`: there are none, or cwkill did not look.
-    tracked_close_wait: Option<JsonTracked>,
-    unexamined_descriptors: usize,
-    unplaced_sockets: usize,
+    conntrack_close_wait: Option<JsonTracked>,
+    /// They were not searched for namespaces that only a socket keeps alive.
+    descriptors_not_searched: usize,
+    sockets_in_unknown_namespace: usize,
     /// The error that ended a scan early: more sockets may match.
     relist_failure: Option<&'a str>,
     /// The backlogs with dead connections; `None` without `--drain-backlog`.
@@ -154,6 +168,8 @@ struct Tail<'a> {
     /// `None` without `--reclaim`.
     reclaim: Option<JsonReclaim<'a>>,
     spinning: Vec<JsonSpinning<'a>>,
+    by_process: Vec<JsonProcessCount<'a>>,
+    by_cause: BTreeMap<&'static str, usize>,
     summary: SocketCounts,
     new_sockets: Option<JsonNewSockets<'a>>,
 }
@@ -169,9 +185,10 @@ struct JsonNewSockets<'a> {
     seconds: f64,
     new: usize,
     per_minute: f64,
-    by: Vec<JsonNewSocketsOf<'a>>,
-    undecided: usize,
-    partial: bool,
+    by_process: Vec<JsonNewSocketsOf<'a>>,
+    possible_matches: usize,
+    /// Not every namespace could be searched.
+    incomplete: bool,
 }
 
 /// The new sockets of one process.
@@ -367,7 +384,7 @@ fn listening_sockets(listener: &Listener) -> Vec<JsonListeningSocket> {
     listener.sockets.iter().map(socket).collect()
 }
 
-fn millis(time: Duration) -> u64 {
+pub(super) fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
@@ -408,9 +425,9 @@ fn json_new_sockets(new: &NewSockets) -> JsonNewSockets<'_> {
         seconds: new.watched.as_secs_f64(),
         new: new.new,
         per_minute: new.per_minute(),
-        undecided: new.coverage.undecided,
-        partial: new.coverage.unseen_namespaces() > 0,
-        by: new
+        possible_matches: new.coverage.undecided,
+        incomplete: new.coverage.unseen_namespaces() > 0,
+        by_process: new
             .by
             .iter()
             .map(|(process, new)| JsonNewSocketsOf {

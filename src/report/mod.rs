@@ -3,6 +3,7 @@
 //! A report only reads a [`Run`]. The record of an intent reads it before the acts. The commands `reclaim`, `diagnose` and `doctor` have reports of their own.
 
 pub mod backlogs;
+mod counts;
 pub mod descriptors;
 pub mod diagnose;
 pub mod doctor;

@@ -7,13 +7,30 @@ use serde::Serialize;
 use serde_json::ser::Formatter;
 
 use super::Run;
-use crate::model::Owner;
+use crate::model::{Owner, TimeAndPlace};
 use crate::proc::Process;
 use crate::proc::netns::Netns;
 use crate::text::is_unsafe;
 
 /// Within a version, fields are added and never renamed.
 pub(super) const SCHEMA_VERSION: u32 = 1;
+
+/// When and where a document was made.
+#[derive(Serialize)]
+pub(super) struct JsonTimeAndPlace<'a> {
+    /// The start of the run.
+    time: String,
+    host: &'a str,
+    boot_id: Option<&'a str>,
+}
+
+pub(super) fn json_time_and_place(time_and_place: &TimeAndPlace) -> JsonTimeAndPlace<'_> {
+    JsonTimeAndPlace {
+        time: humantime::format_rfc3339_millis(time_and_place.time).to_string(),
+        host: &time_and_place.host,
+        boot_id: time_and_place.boot_id.as_deref(),
+    }
+}
 
 pub(super) fn to_bytes(value: &impl Serialize) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();

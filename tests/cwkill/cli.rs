@@ -15,6 +15,7 @@ pub const TESTS: &[Test] = &[
     once!(closed_output_is_not_an_error),
     once!(options_named_in_the_readme_exist),
     once!(nothing_is_a_success_if_it_may_be),
+    once!(a_short_help_is_short_and_a_long_one_has_all),
 ];
 
 /// A bad command line, the part of it that the error must name, and the good value that the error must suggest.
@@ -132,6 +133,43 @@ fn nothing_is_a_success_if_it_may_be() -> Result<()> {
     ran(none.args(["--all-netns", "--port", "9", "--ok-if-none"]))?.exits(4);
     cwkill(&lab, "-N no-such-namespace --ok-if-none")?.exits(3);
     cwkill(&lab, "--port 80x --ok-if-none")?.exits(2);
+    Ok(())
+}
+
+fn a_short_help_is_short_and_a_long_one_has_all() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut cli = cwkill::cli::Cli::command();
+    cli.build();
+    let commands = ["diagnose", "check", "doctor", "reclaim", "completions"];
+    for name in [""].into_iter().chain(commands) {
+        let command = match name {
+            "" => &cli,
+            _ => cli.find_subcommand(name).context("no such command")?,
+        };
+        let help = |option: &str| -> Result<String> {
+            let ran = cwkill(&lab, format!("{name} {option}").trim())?.exits(0);
+            assert!(ran.stderr.is_empty(), "{ran:?}");
+            Ok(ran.stdout)
+        };
+        let (short, long) = (help("-h")?, help("--help")?);
+        assert!(short.lines().count() <= 45, "{name} -h is long:\n{short}");
+        for option in options(command) {
+            let has = |text: &str| {
+                let words = text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'));
+                words.into_iter().any(|word| word == option)
+            };
+            assert!(has(&long), "{name} --help lacks {option}:\n{long}");
+        }
+        for line in short.lines().chain(long.lines()) {
+            assert!(line.chars().count() <= 110, "{name}: {line}");
+        }
+        if !["doctor", "completions"].contains(&name) {
+            assert!(short.lines().count() < long.lines().count(), "{name}");
+            assert!(long.contains("Examples:"), "{name}:\n{long}");
+            assert!(long.contains("Exit status: "), "{name}:\n{long}");
+            assert!(short.contains("--help"), "{name}:\n{short}");
+        }
+    }
     Ok(())
 }
 

@@ -9,6 +9,7 @@ use crate::support::{PATIENCE, at, connections, count, cwkill, in_state, lab};
 use crate::trial::{Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
+    once!(a_document_says_when_where_and_how_many),
     each_family!(the_listing_agrees_with_ss),
     each_family!(a_socket_never_accepted_has_its_listener),
     each_family!(all_owners_of_a_shared_socket_are_listed),
@@ -250,5 +251,61 @@ fn without_owners_the_listing_says_so() -> Result<()> {
     assert!(!table.stdout.contains("unknown"), "{table:#?}");
     table.complains("owners were not searched for");
     assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
+    Ok(())
+}
+
+fn a_document_says_when_where_and_how_many() -> Result<()> {
+    let (lab, leak) = lab("unread", Family::V4, 3)?;
+    let _more = lab.start("drained", Family::V4, crate::support::alone(8081, 2))?;
+    let _never = lab.start("not-accepted", Family::V4, count(1))?;
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    let host = nix::sys::utsname::uname()?;
+    let host = host.nodename().to_str().context("UTF-8")?;
+    for line in [
+        "--json",
+        "-n --json",
+        "diagnose --sample 10ms --json",
+        "doctor --json",
+        "reclaim --json",
+        "--all --allow-spin --method destroy --json",
+        "reclaim --process no-such-process --json",
+    ] {
+        // The times of a document have milliseconds.
+        let millis = std::time::Duration::from_millis(1);
+        let before = std::time::SystemTime::now() - millis;
+        let document = cwkill(&lab, line)?.json();
+        let time = humantime::parse_rfc3339(document["time"].as_str().context("no time")?)?;
+        assert!(
+            before <= time && time <= std::time::SystemTime::now(),
+            "{line}"
+        );
+        assert_eq!(document["host"], host, "{line}");
+        assert_eq!(document["boot_id"], boot.trim(), "{line}");
+        let Some(by_cause) = document["by_cause"].as_object() else {
+            assert!(!line.contains("--all"), "{line}");
+            continue;
+        };
+        let causes = [
+            "unread",
+            "drained",
+            "not-accepted",
+            "sending",
+            "handshake",
+            "orphan",
+        ];
+        let counts = causes.map(|cause| by_cause[cause].as_u64());
+        assert_eq!(counts, [3, 2, 1, 0, 0, 0].map(Some), "{line}");
+        let by_process = document["by_process"].as_array().context("no processes")?;
+        let matched = by_process.iter().filter_map(|one| one["matched"].as_u64());
+        assert_eq!(matched.sum::<u64>(), 6, "each socket counts once: {line}");
+        let first = by_process
+            .iter()
+            .find(|one| one["pid"] == leak.app().pid())
+            .context("no such process")?;
+        assert_eq!(first["by_cause"]["unread"], 3, "{first}");
+        let closed = by_process.iter().filter_map(|one| one["closed"].as_u64());
+        let closed: u64 = closed.sum();
+        assert_eq!(closed, if line.contains("--all") { 6 } else { 0 }, "{line}");
+    }
     Ok(())
 }

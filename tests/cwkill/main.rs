@@ -29,6 +29,7 @@ mod reclaim;
 mod resetting;
 mod runbooks;
 mod selecting;
+mod sentences;
 mod signals;
 mod spinning;
 mod states;
@@ -81,6 +82,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     facts,
     chaos,
     runbooks,
+    sentences,
     diagnose,
     diagnose::ends,
     diagnose::verdicts,

@@ -384,7 +384,7 @@ fn a_namespace_that_may_not_be_asked_for_is_reported() -> Result<()> {
     };
     let ran = without()?.exits(4).complains("needs CAP_NET_ADMIN");
     // The two sockets, and the listener.
-    assert_eq!(at(&ran.json(), "/unplaced_sockets"), "3");
+    assert_eq!(at(&ran.json(), "/sockets_in_unknown_namespace"), "3");
     assert_eq!(of(&lab, &ran.sockets())?.len(), 0);
     Ok(())
 }

@@ -157,14 +157,14 @@ END",
     lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::FinWait2)? == 1))?;
     for line in ["--json", "-n --json"] {
         let ran = cwkill(&lab, line)?;
-        assert_eq!(at(&ran.json(), "/tracked_close_wait"), "null", "{ran:?}");
+        assert_eq!(at(&ran.json(), "/conntrack_close_wait"), "null", "{ran:?}");
         assert!(!ran.stderr.contains("conntrack"), "{ran:?}");
     }
     let fds: Vec<Fd> = opened.iter().map(|end| end.fd).collect();
     first.peer().shutdown(&fds, How::Write)?;
     lab.wait_for(PATIENCE, || {
         let ran = cwkill(&lab, "--json")?.exits(1);
-        Ok(at(&ran.json(), "/tracked_close_wait/entries") == "3")
+        Ok(at(&ran.json(), "/conntrack_close_wait/entries") == "3")
     })?;
     let listed = cwkill(&lab, "")?.exits(1);
     let note = "has 3 entries in CLOSE_WAIT of connections between other hosts";

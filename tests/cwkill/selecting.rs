@@ -107,7 +107,7 @@ fn an_owner_in_another_pid_namespace_may_match(family: Family) -> Result<()> {
                 .complains(
                     "5 more sockets may belong to the selected processes: /proc shows no owner",
                 );
-            assert_eq!(listed.json()["undecided"], serde_json::json!(5));
+            assert_eq!(listed.json()["possible_matches"], serde_json::json!(5));
             assert!(listed.sockets().is_empty() && !listed.stderr.contains("hint:"));
         }
         let check = beside(&format!("check -w 4 -c 9 {selector}"))?.exits(3);

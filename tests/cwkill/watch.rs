@@ -144,7 +144,7 @@ fn json_has_the_new_sockets() -> Result<()> {
         .json()["new_sockets"];
     assert_eq!(new_sockets["new"], json!(3));
     let by = json!([{"pid": leak.app().pid(), "comm": "leaky-app", "new": 3}]);
-    assert_eq!(new_sockets["by"], by);
+    assert_eq!(new_sockets["by_process"], by);
     let rate = new_sockets["per_minute"].as_f64().context("no rate")?;
     let seconds = new_sockets["seconds"].as_f64().context("no time")?;
     assert!((rate * seconds - 180.0).abs() < 0.1, "{new_sockets}");

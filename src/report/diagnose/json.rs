@@ -12,8 +12,10 @@ use crate::diagnose::pairing::{EndOwner, OtherEnd, OtherLeg};
 use crate::diagnose::suggest::{LanguageRuntime, Suggestion};
 use crate::diagnose::verdict::{self, Circumstance, Verdict};
 use crate::diagnose::{Diagnosis, ListenerDiagnosis, ProcessDiagnosis};
-use crate::model::Cause;
-use crate::report::serialize::{JsonContainer, container, serializer};
+use crate::model::{Cause, TimeAndPlace};
+use crate::report::serialize::{
+    JsonContainer, JsonTimeAndPlace, container, json_time_and_place, serializer,
+};
 use crate::tcp::TcpState;
 
 const SCHEMA_VERSION: u32 = 1;
@@ -21,12 +23,17 @@ const SCHEMA_VERSION: u32 = 1;
 const MAX_LISTED: usize = 20;
 
 /// Writes one document.
-pub fn write(diagnosis: &Diagnosis, out: &mut dyn Write) -> io::Result<()> {
+pub fn write(
+    diagnosis: &Diagnosis,
+    time_and_place: &TimeAndPlace,
+    out: &mut dyn Write,
+) -> io::Result<()> {
     let elapsed = diagnosis.elapsed;
     let coverage = &diagnosis.scan.coverage;
     let document = DiagnosisDocument {
         schema_version: SCHEMA_VERSION,
         cwkill_version: env!("CARGO_PKG_VERSION"),
+        time_and_place: json_time_and_place(time_and_place),
         sample_seconds: elapsed.as_secs_f64(),
         total: counts(&diagnosis.total, elapsed, Circumstance::None),
         processes: diagnosis
@@ -49,12 +56,12 @@ pub fn write(diagnosis: &Diagnosis, out: &mut dyn Write) -> io::Result<()> {
         hidden_processes: coverage.hidden_processes || diagnosis.hidden_processes,
         unknown_descriptors: diagnosis.unknown_descriptors,
         unreachable_namespaces: coverage.unreachable_namespaces,
-        unknown_namespaces: coverage.unknown_namespaces,
-        undecided: coverage.undecided,
-        unlisted_subflows: coverage.unlisted_subflows,
+        processes_in_unknown_namespace: coverage.unknown_namespaces,
+        possible_matches: coverage.undecided,
+        mptcp_subflows_in_unknown_state: coverage.unlisted_subflows,
         host_at_file_limit: diagnosis.is_host_at_limit,
-        unexamined_descriptors: coverage.unexamined_descriptors,
-        unplaced_sockets: coverage.unplaced_sockets,
+        descriptors_not_searched: coverage.unexamined_descriptors,
+        sockets_in_unknown_namespace: coverage.unplaced_sockets,
     };
     document.serialize(&mut serializer(out))?;
     out.write_all(b"\n")
@@ -64,6 +71,8 @@ pub fn write(diagnosis: &Diagnosis, out: &mut dyn Write) -> io::Result<()> {
 struct DiagnosisDocument<'a> {
     schema_version: u32,
     cwkill_version: &'static str,
+    #[serde(flatten)]
+    time_and_place: JsonTimeAndPlace<'a>,
     sample_seconds: f64,
     total: JsonCounts,
     processes: Vec<JsonProcess<'a>>,
@@ -73,12 +82,12 @@ struct DiagnosisDocument<'a> {
     hidden_processes: bool,
     unknown_descriptors: usize,
     unreachable_namespaces: usize,
-    unknown_namespaces: usize,
-    undecided: usize,
-    unlisted_subflows: usize,
+    processes_in_unknown_namespace: usize,
+    possible_matches: usize,
+    mptcp_subflows_in_unknown_state: usize,
     host_at_file_limit: bool,
-    unexamined_descriptors: usize,
-    unplaced_sockets: usize,
+    descriptors_not_searched: usize,
+    sockets_in_unknown_namespace: usize,
 }
 
 #[derive(Serialize)]

@@ -1,14 +1,17 @@
 //! The report of `cwkill reclaim` for programs. Fields are added, never renamed.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 
 use serde::Serialize;
 
 use super::{DeadDescriptor, ReclaimRun};
-use crate::model::{ReclaimOutcome, ReclaimReason};
+use crate::model::{ReclaimOutcome, ReclaimReason, TimeAndPlace};
+use crate::report::counts::{self, JsonDescriptorCount};
 use crate::report::descriptors::{DescriptorCounts, JsonStop, json_stops};
 use crate::report::serialize::{
-    Endpoint, JsonContainer, SCHEMA_VERSION, container, endpoint, serializer,
+    Endpoint, JsonContainer, JsonTimeAndPlace, SCHEMA_VERSION, container, endpoint,
+    json_time_and_place, serializer,
 };
 use crate::text::escape;
 
@@ -16,12 +19,18 @@ use crate::text::escape;
 struct ReclaimDocument<'a> {
     schema_version: u32,
     cwkill_version: &'static str,
+    #[serde(flatten)]
+    time_and_place: JsonTimeAndPlace<'a>,
     dry_run: bool,
     descriptors: Vec<JsonDeadDescriptor<'a>>,
     owners: Vec<JsonStop<'a>>,
-    unknown: usize,
+    /// Descriptors that may be dead.
+    unknown_descriptors: usize,
     unreadable_processes: usize,
     hidden_processes: bool,
+    by_process: Vec<JsonDescriptorCount<'a>>,
+    /// Those that are kept, by reason code.
+    by_reason: BTreeMap<&'static str, usize>,
     summary: DescriptorCounts,
 }
 
@@ -101,10 +110,15 @@ pub(crate) fn json_dead_descriptor<'a>(
 }
 
 /// Writes one document with every descriptor and the summary.
-pub fn write_document(run: &ReclaimRun, out: &mut dyn Write) -> io::Result<()> {
+pub fn write_document(
+    run: &ReclaimRun,
+    time_and_place: &TimeAndPlace,
+    out: &mut dyn Write,
+) -> io::Result<()> {
     let document = ReclaimDocument {
         schema_version: SCHEMA_VERSION,
         cwkill_version: env!("CARGO_PKG_VERSION"),
+        time_and_place: json_time_and_place(time_and_place),
         dry_run: !run.acted,
         descriptors: run
             .descriptors
@@ -112,9 +126,11 @@ pub fn write_document(run: &ReclaimRun, out: &mut dyn Write) -> io::Result<()> {
             .map(|dead| json_dead_descriptor(run, dead))
             .collect(),
         owners: json_stops(&run.stops),
-        unknown: run.unknown,
+        unknown_descriptors: run.unknown,
         unreadable_processes: run.unreadable + run.leader_exited.len() + run.failed.len(),
         hidden_processes: run.hidden,
+        by_process: counts::descriptors_by_process(run),
+        by_reason: counts::descriptors_by_reason(run),
         summary: run.counts(),
     };
     document.serialize(&mut serializer(out))?;
