@@ -1,14 +1,13 @@
-//! The matched sockets and the dead descriptors counted by process, cause and reason, for the JSON documents.
+//! The matched sockets counted by process and by cause, for the JSON document.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::reclaim::ReclaimRun;
-use super::serialize::{JsonContainer, container};
-use crate::model::{Cause, Outcome, ReclaimOutcome, ReclaimReason, Scan};
-use crate::proc::{Process, ProcessId};
+use super::serialize::{JsonContainer, container, millis};
+use crate::model::{Cause, Outcome, Scan};
+use crate::proc::ProcessId;
 
 /// The matched sockets of one process, or those without a known one. A socket counts for the process that is responsible: the first of
 /// its owners, or the owner of its listener.
@@ -43,9 +42,7 @@ pub(super) fn sockets_by_process(scan: &Scan) -> Vec<JsonProcessCount<'_>> {
             });
         count.matched += 1;
         count.closed += usize::from(matches!(target.outcome, Some(Outcome::Closed(_))));
-        count.oldest_ms = count
-            .oldest_ms
-            .max(target.socket.age.map(super::json::millis));
+        count.oldest_ms = count.oldest_ms.max(target.socket.age.map(millis));
         *count
             .by_cause
             .entry(target.socket.cause.name())
@@ -62,56 +59,6 @@ pub(super) fn sockets_by_cause(scan: &Scan) -> BTreeMap<&'static str, usize> {
         Cause::SELECTABLE.map(|cause| (cause.name(), 0)).into();
     for target in &scan.targets {
         *counts.entry(target.socket.cause.name()).or_default() += 1;
-    }
-    counts
-}
-
-/// The dead descriptors of one process.
-#[derive(Serialize)]
-pub(super) struct JsonDescriptorCount<'a> {
-    pid: i32,
-    comm: &'a str,
-    found: usize,
-    /// Those that could be closed, in a run that does not act.
-    closable: Option<usize>,
-    /// Those that were closed or replaced, in a run that acts.
-    freed: Option<usize>,
-}
-
-/// The dead descriptors by process, most first.
-pub(super) fn descriptors_by_process(run: &ReclaimRun) -> Vec<JsonDescriptorCount<'_>> {
-    let mut counts: BTreeMap<ProcessId, (&Process, [usize; 3])> = BTreeMap::new();
-    for dead in &run.descriptors {
-        let process = &dead.owner.process;
-        let (_, [found, closable, freed]) = counts.entry(process.id).or_insert((process, [0; 3]));
-        *found += 1;
-        match dead.owner.reclaim {
-            Some(ReclaimOutcome::Allowed) => *closable += 1,
-            Some(ReclaimOutcome::Freed | ReclaimOutcome::Replaced) => *freed += 1,
-            _ => {}
-        }
-    }
-    let mut counts: Vec<_> = counts.into_values().collect();
-    counts.sort_by_key(|(process, [found, ..])| (Reverse(*found), process.id));
-    counts
-        .into_iter()
-        .map(|(process, [found, closable, freed])| JsonDescriptorCount {
-            pid: process.id.pid,
-            comm: &process.comm,
-            found,
-            closable: (!run.acted).then_some(closable),
-            freed: run.acted.then_some(freed),
-        })
-        .collect()
-}
-
-/// The dead descriptors that are kept, by the code of the reason.
-pub(super) fn descriptors_by_reason(run: &ReclaimRun) -> BTreeMap<&'static str, usize> {
-    let mut counts = BTreeMap::new();
-    let outcomes = run.descriptors.iter();
-    let outcomes = outcomes.filter_map(|dead| dead.owner.reclaim.as_ref());
-    for reason in outcomes.filter_map(ReclaimOutcome::reason) {
-        *counts.entry(ReclaimReason::code(reason)).or_default() += 1;
     }
     counts
 }

@@ -4,7 +4,6 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
-use std::time::Duration;
 
 use rayon::prelude::*;
 use serde::Serialize;
@@ -14,7 +13,7 @@ use super::counts::{self, JsonProcessCount};
 use super::descriptors::{DescriptorCounts, JsonStop, json_stops};
 use super::serialize::{
     Endpoint, JsonNetns, JsonOwner, JsonTimeAndPlace, SCHEMA_VERSION, endpoint, json_netns,
-    json_owners, json_time_and_place, put, to_bytes,
+    json_owners, json_time_and_place, millis, put, to_bytes,
 };
 use super::{Run, SocketCounts, text};
 use crate::filter::selectors::IN_USE_WITHIN;
@@ -382,10 +381,6 @@ fn listening_sockets(listener: &Listener) -> Vec<JsonListeningSocket> {
         backlog: socket.backlog,
     };
     listener.sockets.iter().map(socket).collect()
-}
-
-pub(super) fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn exclusion((method, why): &(Method, Exclusion)) -> JsonExclusion {

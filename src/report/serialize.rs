@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::ser::Formatter;
@@ -14,6 +15,10 @@ use crate::text::is_unsafe;
 
 /// Within a version, fields are added and never renamed.
 pub(super) const SCHEMA_VERSION: u32 = 1;
+
+pub(super) fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
 
 /// When and where a document was made.
 #[derive(Serialize)]

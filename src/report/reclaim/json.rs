@@ -5,9 +5,9 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 
+use super::counts::{self, JsonDescriptorCount};
 use super::{DeadDescriptor, ReclaimRun};
 use crate::model::{ReclaimOutcome, ReclaimReason, TimeAndPlace};
-use crate::report::counts::{self, JsonDescriptorCount};
 use crate::report::descriptors::{DescriptorCounts, JsonStop, json_stops};
 use crate::report::serialize::{
     Endpoint, JsonContainer, JsonTimeAndPlace, SCHEMA_VERSION, container, endpoint,
@@ -129,8 +129,8 @@ pub fn write_document(
         unknown_descriptors: run.unknown,
         unreadable_processes: run.unreadable + run.leader_exited.len() + run.failed.len(),
         hidden_processes: run.hidden,
-        by_process: counts::descriptors_by_process(run),
-        by_reason: counts::descriptors_by_reason(run),
+        by_process: counts::by_process(run),
+        by_reason: counts::by_reason(run),
         summary: run.counts(),
     };
     document.serialize(&mut serializer(out))?;

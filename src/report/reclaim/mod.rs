@@ -1,5 +1,6 @@
 //! The report of `cwkill reclaim`: [`text`] for people, [`json`] for programs, the notes, and the exit status.
 
+mod counts;
 pub mod json;
 pub mod text;
 
