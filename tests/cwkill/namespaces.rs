@@ -237,7 +237,7 @@ fn namespaces_that_cannot_be_entered_are_counted() -> Result<()> {
     let document = ran.json();
     let count = |field: &str| document[field].as_u64().unwrap_or(0);
     assert!(
-        count("unreachable_namespaces") + count("unknown_namespaces") > 0,
+        count("unreachable_namespaces") + count("processes_in_unknown_namespace") > 0,
         "{ran:?}"
     );
     assert!(ran.stderr.contains("needs CAP_SYS_"), "{ran:?}");
