@@ -246,6 +246,7 @@ mod tests {
     use super::*;
     use nix::fcntl::{FcntlArg, fcntl};
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    use std::io::{Read, Write};
     use std::os::fd::OwnedFd;
 
     /// Opens many descriptors with gaps, and some sockets, which stay open. Returns the former, and the numbers of the sockets.
@@ -296,6 +297,38 @@ mod tests {
             parts.push(read_sockets(dir.as_fd(), beyond.into_iter()).unwrap());
             assert_eq!(of_this_test(gather(parts)), listed, "{tried}");
         }
+    }
+
+    #[test]
+    fn open_descriptors_are_counted() {
+        let directory = tempfile::tempdir().unwrap();
+        for name in ["0", "1", "17"] {
+            File::create(directory.path().join(name)).unwrap();
+        }
+        // Not of /proc, so its size means something else.
+        let elsewhere = File::open(directory.path()).unwrap();
+        assert_eq!(count_open(elsewhere.as_fd()).unwrap(), 3);
+        // Another process, so that no other test opens and closes descriptors of it: it waits for its input.
+        let mut child = std::process::Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut echo = [0];
+        child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+        child
+            .stdout
+            .as_mut()
+            .unwrap()
+            .read_exact(&mut echo)
+            .unwrap();
+        let table = File::open(format!("/proc/{}/fd", child.id())).unwrap();
+        assert_eq!(
+            count_open(table.as_fd()).unwrap(),
+            list_fds(table.as_fd()).unwrap().len()
+        );
+        drop(child.stdin.take());
+        child.wait().unwrap();
     }
 
     #[test]

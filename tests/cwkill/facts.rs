@@ -23,6 +23,7 @@ pub const TESTS: &[Test] = &[
     each_family!(a_keepalive_of_the_peer_is_neither),
     each_family!(an_answer_to_a_window_probe_is_an_ack_and_no_data),
     each_family!(a_retransmission_counts_as_data),
+    each_family!(sockstat_counts_the_sockets_of_a_namespace),
 ];
 
 fn a_fin_counts_as_one_unread_byte(family: Family) -> Result<()> {
@@ -203,5 +204,31 @@ fn a_retransmission_counts_as_data(family: Family) -> Result<()> {
     leak.app().send(&leak.app_fds(), b"lost")?;
     let (_, before) = wait_for_times(&lab, |_, idle| idle >= 100)?;
     wait_for_times(&lab, |age, idle| idle < before && age > idle)?;
+    Ok(())
+}
+
+/// cwkill lists all TCP sockets of a namespace for the overview only if this number is small.
+fn sockstat_counts_the_sockets_of_a_namespace(family: Family) -> Result<()> {
+    const SOCKETS: usize = 50;
+    let lab = Lab::new()?;
+    let used = || -> Result<usize> {
+        let output = lab
+            .app_host()
+            .command("cat")
+            .arg("/proc/self/net/sockstat")
+            .output()?;
+        let text = String::from_utf8(output.stdout)?;
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix("sockets: used "));
+        Ok(line.with_context(|| text.clone())?.trim().parse()?)
+    };
+    let before = used()?;
+    let leak = lab.start("drained", family, count(SOCKETS))?;
+    let during = used()?;
+    assert!(during >= before + SOCKETS, "{before}, {during}");
+    // Those of other hosts are not among them: the peer has as many.
+    assert!(during < before + 2 * SOCKETS, "{before}, {during}");
+    drop(leak);
     Ok(())
 }

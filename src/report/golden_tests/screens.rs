@@ -106,6 +106,10 @@ pub fn screens() -> Vec<Case> {
         acted.push(other(23).gone());
         acted
     };
+    let closed = |number: usize| {
+        let closed = planned(numbered(number, "10.0.0.1:80").owner(&JAVA, 20));
+        closed.closed_by("shutdown").still_open()
+    };
     let dry_run = || {
         let mut sockets: Vec<Matched> = leak(20).into_iter().map(planned).collect();
         sockets.push(
@@ -136,6 +140,26 @@ pub fn screens() -> Vec<Case> {
             .colored(),
         case("screens-dry-run", "--port 80,81,443,8080 -n").sockets(dry_run()),
         case("screens-limit", "--limit 2").sockets(processes(6)),
+        case("screens-reclaim", "--all --reclaim")
+            .sockets([
+                closed(1).reclaim("freed"),
+                closed(2).reclaim("skipped in-epoll"),
+                closed(3).reclaim("skipped in-epoll"),
+                closed(4).reclaim("skipped too-young"),
+            ])
+            .stopped(&JAVA, 850, 1),
+        case("screens-places", "--all-netns --state close-wait,last-ack")
+            .sockets([
+                numbered(1, "10.0.0.1:80").owner(&JAVA, 3),
+                numbered(2, "10.0.0.1:80").owner(&JAVA, 4).netns(1),
+                numbered(3, "10.0.0.1:80").owner(&NODE, 4).netns(1),
+                numbered(4, "10.0.0.1:80")
+                    .owner(&NODE, 5)
+                    .netns(1)
+                    .state("last-ack"),
+                numbered(5, "10.0.0.1:80").inode(0).state("last-ack"),
+            ])
+            .another_netns(4_026_532_001, Some("blue")),
     ]
 }
 
