@@ -122,31 +122,25 @@ impl OwnerScan {
         Ok(())
     }
 
-    /// Adds the tables in `threads` that have one of `inodes` without an owner yet.
+    /// Adds the tables in `threads` that have one of `inodes`, also where another process has a descriptor of it, too.
     fn add_read_thread_tables(
         &mut self,
         proc: &ProcFs,
         threads: Vec<ThreadScan>,
         inodes: &HashSet<u32>,
     ) -> io::Result<()> {
-        let mut found = Vec::new();
         for mut thread in threads {
-            let is_wanted = |(inode, _): &(u32, _)| inodes.contains(inode) && !self.has(*inode);
-            thread.sockets.retain(is_wanted);
+            thread.sockets.retain(|(inode, _)| inodes.contains(inode));
             if thread.sockets.is_empty() {
                 continue;
             }
             match identify(proc, thread.pid, thread.started) {
-                Ok(Some(process)) => found.push((Arc::new(process), thread)),
+                Ok(Some(process)) => self.add(Arc::new(process), Some(thread.tid), thread.sockets),
                 Ok(None) => {}
                 Err(error) if is_missing(&error) || is_denied(&error) => {}
                 Err(error) => return Err(error),
             }
         }
-        for (process, thread) in found {
-            self.add(process, Some(thread.tid), thread.sockets);
-        }
-        self.sort();
         self.has_thread_tables = true;
         Ok(())
     }
@@ -316,11 +310,11 @@ pub fn select(
             owners.add(process, None, table.sockets);
         }
     }
-    owners.add_tables_of_threads(proc, inodes)?;
-    owners.sort();
-    if let Some(threads) = scan.threads {
-        owners.add_read_thread_tables(proc, threads, inodes)?;
+    match scan.threads {
+        Some(threads) => owners.add_read_thread_tables(proc, threads, inodes)?,
+        None => owners.add_tables_of_threads(proc, inodes)?,
     }
+    owners.sort();
     Ok(owners)
 }
 

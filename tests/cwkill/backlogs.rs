@@ -2,17 +2,19 @@
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
+use std::process::Child;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use netns_harness::owners::runtimes::Runtime;
 use netns_harness::{
     Agent, Dial, Endpoint, Family, Fd, How, Lab, Leak, Recv, Signal, SocketOption, SsRow, TcpState,
 };
 use serde_json::{Value, json};
 
-use crate::support::{PATIENCE, Ran, at, count, cwkill, in_state, lab, selects};
-use crate::trial::{Test, each_family, once};
+use crate::support::{PATIENCE, Ran, at, count, cwkill, in_state, lab, ran, selects};
+use crate::trial::{Need, Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
     each_family!(the_hung_member_of_a_group_is_the_culprit),
@@ -25,6 +27,9 @@ pub const TESTS: &[Test] = &[
     each_family!(fact_accept_takes_the_oldest_connection_and_frees_its_slot),
     once!(an_owner_without_o_nonblock_keeps_one_dead_connection),
     once!(a_stopped_or_traced_owner_is_left_as_it_was),
+    each_family!(all_processes_of_a_prefork_server_are_stopped)
+        .needs(Need::Language(Runtime::Python)),
+    once!(a_request_of_tcp_fast_open_is_a_live_connection).needs(Need::Language(Runtime::Python)),
     once!(the_log_has_each_backlog),
     once!(selectors_choose_the_backlogs),
 ];
@@ -553,6 +558,107 @@ fn a_stopped_or_traced_owner_is_left_as_it_was() -> Result<()> {
     assert!(status.contains("State:\tT (stopped)"), "{status}");
     leak.app().signal(Signal::SIGCONT)?;
     assert!(client_gets_in(&leak));
+    Ok(())
+}
+
+/// Three processes accept from one listener.
+fn all_processes_of_a_prefork_server_are_stopped(family: Family) -> Result<()> {
+    let (lab, leak) = full_of_dead(family, 8)?;
+    let children = leak.app().share(&[leak.pair().listener], 2)?;
+    let mut expected: Vec<u64> = children.iter().copied().map(u64::from).collect();
+    expected.push(leak.app().pid().into());
+    expected.sort_unstable();
+    // One that is traced already cannot be stopped, and could accept meanwhile: then nothing is taken.
+    let tracer = Tracer::of(&lab, children[0])?;
+    let line = "--port 8080 --json --drain-backlog --stop-limit 10s";
+    let left = backlog(&cwkill(&lab, line)?.exits(4));
+    assert_eq!(left["drained"], json!(0), "{left:#}");
+    assert_eq!(left["reason_code"], json!("owner-not-stopped"), "{left:#}");
+    assert_eq!(waiting(&lab)?, 8);
+    drop(tracer);
+    let drained = backlog(&cwkill(&lab, line)?.exits(0));
+    assert_eq!(drained["drained"], json!(8), "{drained:#}");
+    let mut owners = pids(&drained);
+    owners.sort_unstable();
+    assert_eq!(owners, expected);
+    assert_eq!(waiting(&lab)?, 0);
+    assert!(client_gets_in(&leak));
+    for child in children {
+        let status = std::fs::read_to_string(format!("/proc/{child}/status"))?;
+        assert!(!status.contains("(stopped)"), "{status}");
+    }
+    Ok(())
+}
+
+/// A process that traces another one without stopping it. It ends when dropped.
+struct Tracer(Child);
+
+impl Tracer {
+    fn of(lab: &Lab, pid: u32) -> Result<Self> {
+        // PTRACE_SEIZE
+        let script = format!(
+            "import ctypes, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+assert libc.ptrace(0x4206, {pid}, None, None) == 0
+time.sleep(600)"
+        );
+        let command = lab.app_host().command("python3");
+        let tracer = Tracer(command.args(["-c", &script]).spawn()?);
+        lab.wait_for(PATIENCE, || {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+            Ok(!status.contains("TracerPid:\t0\n"))
+        })?;
+        Ok(tracer)
+    }
+}
+
+impl Drop for Tracer {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Its handshake is not finished, but accept(2) would return it: with TCP Fast Open it waits in the backlog already.
+fn a_request_of_tcp_fast_open_is_a_live_connection() -> Result<()> {
+    let lab = Lab::new()?;
+    // For each listener, and without a cookie (net.ipv4.tcp_fastopen).
+    let sysctl = "echo 1543 > /proc/sys/net/ipv4/tcp_fastopen";
+    ran(lab.app_host().command("sh").args(["-c", sysctl]))?.exits(0);
+    let leak = lab.start("full-backlog", Family::V4, count(5))?;
+    nonblocking(&leak)?;
+    cwkill(&lab, "--port 8080")?.exits(0);
+    let pair = leak.pair();
+    pair.app.set_backlog(pair.listener, 16)?;
+    // The client does not get the answer to its SYN.
+    let rules =
+        "nft 'add table ip drops; add chain ip drops out { type filter hook output priority 0; };
+                 add rule ip drops out tcp flags & (syn|ack) == (syn|ack) drop'";
+    ran(lab.app_host().command("sh").args(["-c", rules]))?.exits(0);
+    ran(pair.peer_host.command("sh").args(["-c", sysctl]))?.exits(0);
+    let address = pair.app_address;
+    let script = format!(
+        "import socket, time
+s = socket.socket()
+s.settimeout(0)
+try:
+    s.sendto(b'x', socket.MSG_FASTOPEN, ('{}', {}))
+except BlockingIOError:
+    pass
+time.sleep(600)",
+        address.ip(),
+        address.port()
+    );
+    let client = pair.peer_host.command("python3").args(["-c", &script]);
+    let _client = Tracer(client.spawn()?);
+    lab.wait_for(PATIENCE, || Ok(waiting(&lab)? == 6))?;
+    assert_eq!(in_state(&lab, TcpState::SynRecv)?, 1);
+    let line = "--port 8080 --json --drain-backlog --stop-limit 10s";
+    let left = backlog(&cwkill(&lab, line)?.exits(4));
+    assert_eq!(left["drained"], json!(0), "{left:#}");
+    assert_eq!(left["reason_code"], json!("live-connection"), "{left:#}");
+    assert_eq!(waiting(&lab)?, 6);
     Ok(())
 }
 

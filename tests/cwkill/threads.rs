@@ -7,13 +7,14 @@ use netns_harness::owners::{Build, Owner};
 use netns_harness::{Family, Lab, TcpState};
 
 use crate::support::{PATIENCE, all_have, at, cwkill, in_state, lab};
-use crate::trial::{Test, each_family, once};
+use crate::trial::{Need, Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
     each_family!(a_socket_that_only_one_thread_has_is_found_and_closed),
     once!(a_process_without_its_first_thread_owns_its_sockets),
     once!(a_dead_descriptor_that_only_one_thread_has_is_shown_and_left),
     once!(a_copy_in_the_table_of_a_thread_counts_as_open),
+    once!(the_iterator_counts_the_copy_of_a_thread).needs(Need::Iterator),
     once!(an_owner_that_executes_a_program_keeps_its_sockets),
 ];
 
@@ -117,16 +118,24 @@ fn a_dead_descriptor_that_only_one_thread_has_is_shown_and_left() -> Result<()> 
 
 /// The process closes its own descriptor, and one of its threads still has a copy.
 fn a_copy_in_the_table_of_a_thread_counts_as_open() -> Result<()> {
+    copy_counts("--bpf never")
+}
+
+fn the_iterator_counts_the_copy_of_a_thread() -> Result<()> {
+    copy_counts("--bpf always")
+}
+
+fn copy_counts(way: &str) -> Result<()> {
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
     let fd = owner.leak_stuck(1)?[0];
     owner.order("copy")?;
-    let listed = cwkill(&lab, "--json")?.exits(0).sockets();
+    let listed = cwkill(&lab, &format!("{way} --json"))?.exits(0).sockets();
     let owners = listed[0]["owners"].as_array().context("a list")?;
     assert_eq!(owners.len(), 2, "{listed:#?}");
     let copy = at(&owners[1], "/thread");
-    let line = "--all --method shutdown --allow-spin --json";
-    let closed = cwkill(&lab, line)?.exits(0).sockets();
+    let line = format!("{way} --all --method shutdown --allow-spin --json");
+    let closed = cwkill(&lab, &line)?.exits(0).sockets();
     all_have(&closed, "closed", "shutdown");
     assert_eq!(at(&closed[0], "/result/descriptor_open"), "true");
     // Only the copy is left: it is a dead descriptor of the thread.
