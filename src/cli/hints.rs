@@ -5,29 +5,42 @@ use std::ffi::OsString;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, Parser};
 
-use super::Cli;
+use super::{Cli, option_errors};
 
 /// A word is a misspelt command at this similarity or more (Jaro-Winkler, 1.0 is equal).
-const SIMILAR_FROM: f64 = 0.85;
+pub(super) const SIMILAR_FROM: f64 = 0.85;
 
 /// A better error for a command line that was refused with `error`, if its meaning can be guessed. `words`: all of the line,
 /// beginning with the program's name.
 pub fn better_error(words: &[OsString], error: &clap::Error) -> Option<clap::Error> {
-    let message = match unknown_option(error) {
-        Some(option) => option_advice(&option)?.to_owned(),
-        None => {
-            let word = match Cli::try_parse_from(words) {
-                Ok(cli) if cli.command.is_none() => cli.args.selection.expression.first()?.clone(),
-                Ok(_) => return None,
-                Err(_) => words.get(1)?.to_str()?.to_owned(),
-            };
-            if word.starts_with('-') || Cli::command().find_subcommand(&word).is_some() {
-                return None;
-            }
-            format!("`{word}` is not a command: {}", command_advice(&word)?)
-        }
+    let message = guessed(words, error).or_else(|| option_errors::message(words, error))?;
+    let mut cli = Cli::command();
+    cli.build();
+    let name = words.get(1).and_then(|word| word.to_str());
+    let command = name.and_then(|name| cli.find_subcommand_mut(name));
+    Some(match command {
+        Some(command) => command.error(ErrorKind::InvalidSubcommand, message),
+        None => cli.error(ErrorKind::InvalidSubcommand, message),
+    })
+}
+
+/// The advice for a word of another program.
+fn guessed(words: &[OsString], error: &clap::Error) -> Option<String> {
+    if let Some(option) = unknown_option(error) {
+        return Some(option_advice(&option)?.to_owned());
+    }
+    let word = match Cli::try_parse_from(words) {
+        Ok(cli) if cli.command.is_none() => cli.args.selection.expression.first()?.clone(),
+        Ok(_) => return None,
+        Err(_) => words.get(1)?.to_str()?.to_owned(),
     };
-    Some(Cli::command().error(ErrorKind::InvalidSubcommand, message))
+    if word.starts_with('-') || Cli::command().find_subcommand(&word).is_some() {
+        return None;
+    }
+    Some(format!(
+        "`{word}` is not a command: {}",
+        command_advice(&word)?
+    ))
 }
 
 fn unknown_option(error: &clap::Error) -> Option<String> {
@@ -127,7 +140,6 @@ mod tests {
             "sport",
             "diagnose --sample 0s",
             "--reclaim",
-            "--frobnicate",
             "--port 80x",
             "dst",
             "state",

@@ -5,6 +5,7 @@ mod diagnose;
 mod doctor;
 mod hints;
 mod misplaced;
+mod option_errors;
 mod reclaim;
 mod selection;
 mod values;

@@ -73,6 +73,7 @@ pub struct Selection {
         short = 'N',
         long,
         value_name = "NAME|PATH|PID",
+        value_parser = values::netns,
         conflicts_with = "all_netns"
     )]
     pub netns: Option<String>,

@@ -81,6 +81,14 @@ impl<T: Clone + Send + Sync + 'static> TypedValueParser for ListParser<T> {
     }
 }
 
+/// A value in a message.
+fn shown(text: &str) -> String {
+    match text {
+        "" => "an empty value".to_owned(),
+        _ => format!("`{text}`"),
+    }
+}
+
 /// The parts of a list. A comma between braces belongs to a pattern such as `{java,node}`.
 fn parts(text: &str) -> Vec<&str> {
     let mut depth = 0_usize;
@@ -104,7 +112,8 @@ pub(super) fn port_range(text: &str) -> Result<RangeInclusive<u16>, String> {
     let port = |text: &str| match text.parse::<u16>() {
         Ok(port) if port != 0 => Ok(port),
         _ => Err(format!(
-            "`{text}` is not a port, and not a service in /etc/services; for example 8080 or 8080,8443 or 9000-9100 or https"
+            "{} is not a port, and not a service in /etc/services; for example 8080 or 8080,8443 or 9000-9100 or https",
+            shown(text)
         )),
     };
     // The name of a service can contain a dash.
@@ -135,7 +144,8 @@ pub(super) fn network(text: &str) -> Result<IpNet, String> {
     };
     let network = parsed.ok_or_else(|| {
         format!(
-            "`{text}` is not an address or a network; for example 192.0.2.1 or 192.0.2.0/24 or 2001:db8::/32"
+            "{} is not an address or a network; for example 192.0.2.1 or 192.0.2.0/24 or 2001:db8::/32",
+            shown(text)
         )
     })?;
     // IPv4 connections on IPv6 sockets count as IPv4.
@@ -167,7 +177,8 @@ pub(super) fn pid(text: &str) -> Result<i32, String> {
     match text.parse() {
         Ok(pid) if pid > 0 => Ok(pid),
         _ => Err(format!(
-            "`{text}` is not a process number; for example 4711; for a name use --process"
+            "{} is not a process number; for example 4711; for a name use --process",
+            shown(text)
         )),
     }
 }
@@ -176,7 +187,10 @@ pub(super) fn glob(text: &str) -> Result<GlobMatcher, String> {
     match Glob::new(text) {
         Ok(glob) if !text.is_empty() => Ok(glob.compile_matcher()),
         Ok(_) => Err("must not be empty; for example java or 'php-fpm*'".into()),
-        Err(error) => Err(format!("{}; for example java or 'php-fpm*'", error.kind())),
+        Err(error) => Err(format!(
+            "`{text}` is not a pattern: {}; for example java or 'php-fpm*'",
+            error.kind()
+        )),
     }
 }
 
@@ -184,7 +198,10 @@ pub(super) fn unit(text: &str) -> Result<UnitName, String> {
     match UnitName::new(text) {
         Ok(unit) if !text.is_empty() => Ok(unit),
         Ok(_) => Err("must not be empty; for example nginx or nginx.service or 'php*'".into()),
-        Err(error) => Err(format!("{}; for example nginx or 'php*'", error.kind())),
+        Err(error) => Err(format!(
+            "`{text}` is not a pattern: {}; for example nginx or 'php*'",
+            error.kind()
+        )),
     }
 }
 
@@ -244,11 +261,22 @@ pub(super) fn user(text: &str) -> Result<u32, String> {
     match User::from_name(text) {
         Ok(Some(user)) => Ok(user.uid.as_raw()),
         Ok(None) => Err(format!(
-            "this host has no user `{text}`; for example www-data or 33"
+            "{} is not a user of this host; for example www-data or 33",
+            shown(text)
         )),
         Err(errno) => Err(format!(
             "cannot search for the user: {errno}; use the uid, for example 33"
         )),
+    }
+}
+
+/// A network namespace.
+pub(super) fn netns(text: &str) -> Result<String, String> {
+    match text.is_empty() {
+        true => Err(
+            "must not be empty; for example 4711 (a process), a path, or a name that `ip netns` lists".into(),
+        ),
+        false => Ok(text.to_owned()),
     }
 }
 
@@ -260,7 +288,8 @@ pub(super) fn states() -> ListParser<TcpState> {
 fn state(text: &str) -> Result<TcpState, String> {
     text.parse().map_err(|()| {
         format!(
-            "`{text}` is not a TCP state; must be one or more of {}",
+            "{} is not a TCP state; must be one or more of {}",
+            shown(text),
             TcpState::names().collect::<Vec<_>>().join(",")
         )
     })
@@ -277,13 +306,21 @@ fn cause(text: &str) -> Result<Cause, String> {
         .filter(|cause| Cause::SELECTABLE.contains(cause))
         .ok_or_else(|| {
             let names = Cause::SELECTABLE.map(Cause::name).join(",");
-            format!("`{text}` is not a cause; must be one or more of {names}")
+            format!(
+                "{} is not a cause; must be one or more of {names}",
+                shown(text)
+            )
         })
 }
 
 pub(super) fn duration(text: &str) -> Result<Duration, String> {
-    humantime::parse_duration(text)
-        .map_err(|error| format!("{error}; for example 500ms, 90s, 15m or 2h"))
+    humantime::parse_duration(text).map_err(|_| match text.parse::<u64>() {
+        Ok(_) => format!("`{text}` has no unit; for example {text}s, 15m or 2h"),
+        Err(_) => format!(
+            "{} is not a duration; for example 500ms, 90s, 15m or 2h",
+            shown(text)
+        ),
+    })
 }
 
 /// A duration that must not be zero.
@@ -325,7 +362,8 @@ fn method(text: &str) -> Result<MethodChoice, String> {
         "auto" => Ok(MethodChoice::Auto),
         _ => text.parse().map(MethodChoice::Only).map_err(|_| {
             format!(
-                "`{text}` is not a method; must be auto, or one or more of {}",
+                "{} is not a method; must be auto, or one or more of {}",
+                shown(text),
                 Method::ALL.map(Method::name).join(",")
             )
         }),

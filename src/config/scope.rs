@@ -1,5 +1,9 @@
 //! The scope of a command: its selectors and network namespaces.
 
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
 use crate::cli::{OwnerSelection, Selection, flat};
 use crate::filter::selectors::{IpVersion, Selectors};
 use crate::filter::{self, Expression, Scope, Services, States};
@@ -100,6 +104,23 @@ impl Selection {
     }
 }
 
+/// What to write instead of an expression that is only one word and is wrong at `column`.
+fn single_word(text: &str, column: usize) -> Option<String> {
+    if text.parse::<IpAddr>().is_ok() || text.parse::<IpNet>().is_ok() {
+        return Some(format!(
+            "`{text}` alone can mean many things: for the other end use --peer {text}, for this host --local {text}"
+        ));
+    }
+    let is_name = |c: char| c.is_ascii_alphanumeric() || "-_.*".contains(c);
+    let is_word = !text.is_empty() && column == 1 && text.chars().all(is_name);
+    is_word.then(|| {
+        format!(
+            "`{text}` does not begin a condition: for a process use --process {text}, for a unit --unit {text}; \
+             `cwkill --help` lists the commands"
+        )
+    })
+}
+
 /// The expression, and the states to select: those in the expression, or those of `--state`, or CLOSE-WAIT.
 fn expression(
     words: &[String],
@@ -118,8 +139,15 @@ fn expression(
             "`{text}` alone can mean many things: for a port use --port {port}, for a process --pid {port}"
         )));
     }
-    let parsed = filter::parse(&text, &Services::of_this_host())
-        .map_err(|error| invalid(&format!("the expression is wrong at {error}")))?;
+    if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(invalid(&format!(
+            "`{text}` is not a port: for a process use --pid {text}"
+        )));
+    }
+    let parsed = filter::parse(&text, &Services::of_this_host()).map_err(|error| {
+        let advice = single_word(&text, error.column());
+        invalid(&advice.unwrap_or_else(|| format!("the expression is wrong at {error}")))
+    })?;
     let states = match (parsed.expression.states(), named) {
         (States::Unmentioned, _) => default(),
         (_, Some(_)) => {
