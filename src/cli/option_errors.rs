@@ -244,7 +244,10 @@ mod tests {
                 "doctor x",
                 "`cwkill doctor` takes no `x`; see `cwkill doctor --help`",
             ),
-            ("reclaim --fd 20", "--pid is missing; for example --pid 4711"),
+            (
+                "reclaim --fd 20",
+                "--pid is missing; for example --pid 4711",
+            ),
             ("completions", "for example `cwkill completions bash`"),
         ] {
             let said = said(line);

@@ -69,8 +69,6 @@ const BAD: &[(&str, &str, &str)] = &[
     ("192.0.2.1", "`192.0.2.1`", "--peer 192.0.2.1"),
     ("--port=", "an empty value", "8080"),
     ("--netns=", "--netns", "4711"),
-    ("completions", "shell", "cwkill completions bash"),
-    ("completions ksh", "ksh", "bash"),
     ("doctor x", "`x`", "cwkill doctor --help"),
     ("--all -4 -6", "--ipv6", "--help"),
     ("--all --json --jsonl", "--jsonl", "--help"),
