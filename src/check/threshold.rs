@@ -141,7 +141,12 @@ impl FromStr for Threshold {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let bad = || format!("`{text}` is not a threshold; {EXAMPLES}");
+        // A shell replaces a ~ without quotes by a directory.
+        let shell = match text.strip_prefix('@').unwrap_or(text).starts_with('/') {
+            true => " (if it began with ~, the shell has replaced that: put it in quotes)",
+            false => "",
+        };
+        let bad = || format!("`{text}` is not a threshold{shell}; {EXAMPLES}");
         let (alerts_inside, range) = match text.strip_prefix('@') {
             Some(range) => (true, range),
             None => (false, text),
@@ -326,6 +331,7 @@ mod tests {
             ("~", "10:20"),
             ("many", "10:20"),
             ("5x", "10:20"),
+            ("/root:2", "put it in quotes"),
             ("1:2:3", "10:20"),
             ("%", "10:20"),
             ("-5", "10:20"),

@@ -14,7 +14,7 @@ With % the value is how much of its limit of open files (RLIMIT_NOFILE) the leak
 process that is nearest to its limit.
   100      more than 100                 10:20    less than 10, or more than 20
   10:      less than 10                  @10:20   from 10 to 20
-  ~:5      more than 5                   80%      more than 80 % of the limit
+  '~:5'    more than 5 (with quotes)     80%      more than 80 % of the limit
 
 Examples:
   cwkill check -w 100 -c 500 --min-age 1m  sockets that have been stuck for a minute
