@@ -285,8 +285,10 @@ fn thousands_are_destroyed_and_bystanders_live(family: Family) -> Result<()> {
     assert_eq!(sockets.len(), 4500);
     all_have(&sockets, "closed", "destroy");
     let ages: Vec<Option<u64>> = sockets.iter().map(|s| s["age_ms"].as_u64()).collect();
+    // Ages within a second count as equal and sort by address, so that the order is the same in each run.
+    let second_older = |one: &Option<u64>, next: &Option<u64>| one.map(|age| age + 1000) >= *next;
     assert!(
-        ages.is_sorted_by(|one, next| one >= next),
+        ages.is_sorted_by(second_older),
         "not the oldest first: {ages:?}"
     );
     assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
@@ -361,7 +363,7 @@ fn a_limit_takes_the_oldest_first() -> Result<()> {
     })?;
     let _younger = lab.start("drained", Family::V4, alone(9090, 100))?;
     let sockets = cwkill(&lab, &format!("--all {SWEEP} --max-kills 2"))?
-        .exits(4)
+        .exits(0)
         .sockets();
     let closed = sockets
         .iter()

@@ -60,7 +60,7 @@ fn a_program_gets_time_to_react() -> Result<()> {
         let old = cwkill(&lab, &format!("-n --pid {pid} --min-age 3s --json"))?;
         Ok(old.sockets().len() == 3)
     })?;
-    let line = format!("--pid {pid} --reclaim --reclaim-age 3s --json");
+    let line = format!("--pid {pid} --allow-spin --reclaim --reclaim-age 3s --json");
     let ran = cwkill(&lab, &line)?.exits(0);
     for socket in ran.sockets() {
         let outcome = at(&socket, "/result/descriptors/0/outcome");
