@@ -66,6 +66,9 @@
 //!   its cookie, or for very many sockets with one list.
 //! - **nameless namespace**: a network namespace without a process and without a name. A descriptor of a socket keeps it alive.
 //! - **coverage**: what could not be seen.
+//! - **left out**: what may match and is only counted: a socket that is too young or in use, or of an owner that could not be read, and a
+//!   network namespace that the operator has not named.
+//! - **absent owner**: a process, unit, container or cgroup that the operator names, and that does not exist.
 //! - **scope**: selectors, and the network namespaces they are applied to.
 //! - **age**: how long a socket has been stuck, at least. **idle time**: for how long no data has moved in it, at least.
 //! - **history**: the file with which a run tells later ones which sockets it has seen. A run **adds** an **entry** for each socket, and
@@ -84,6 +87,7 @@
 //! - **reclaim**: to close a dead descriptor inside its process. **evidence**: the facts from /proc that show how the process uses its
 //!   descriptors, for example system calls and epoll sets. **in use**: the evidence speaks against closing the descriptor;
 //!   of a socket: data has moved in it within the last seconds (`--min-idle`).
+//! - **advice**: what the operator can do about the descriptors that were kept in a process, with the commands.
 //! - **stop**: all threads of a process stopped by ptrace(2). **remote syscall**: a system call of cwkill in place of a thread's own.
 //! - **caller**: the user who started cwkill. With file capabilities cwkill has more privileges than its caller.
 //! - **privilege**: a right that a method needs: a capability, or the right to attach to the owner.

@@ -128,12 +128,13 @@ pub fn run(
     proc: &ProcFs,
     history: &mut History,
 ) -> anyhow::Result<CheckResult> {
-    let namespaces = finder::open_namespaces(&config.scope.netns, proc)?;
+    let namespaces = finder::open_namespaces(&config.scope.netns, &config.scope.selectors, proc)?;
     let selectors = &config.scope.selectors;
     let scan = finder::find(&namespaces, proc, selectors, history)?;
     history.add(&scan, selectors);
+    let left_out = left_out(&scan, selectors);
     if !config.thresholds.use_limits() {
-        return Ok(result(&scan, config.thresholds, None));
+        return Ok(result(&scan, config.thresholds, None, &left_out));
     }
     let (dead, failures) = diagnose::read_tables(&scan, selectors, proc);
     let mut unseen = failures;
@@ -148,7 +149,15 @@ pub fn run(
         usages: &usages,
         unseen: &unseen,
     };
-    Ok(result(&scan, config.thresholds, Some(limits)))
+    Ok(result(&scan, config.thresholds, Some(limits), &left_out))
+}
+
+/// What was left out although it may match, and the selected owners that do not exist, in words.
+fn left_out(scan: &Scan, selectors: &Selectors) -> String {
+    let absent = scan.coverage.absent_owners.iter().map(ToString::to_string);
+    let left_out = scan.left_out_with_used(selectors.min_age, selectors.min_idle);
+    let parts = absent.chain(left_out);
+    parts.map(|part| format!(", {part}")).collect()
 }
 
 /// The descriptors of a process that a leak takes from its limit.
@@ -234,8 +243,13 @@ pub struct Limits<'a> {
     pub unseen: &'a [String],
 }
 
-/// Compares the sockets, and with `limits` the descriptors of the owners, with the thresholds.
-pub fn result(scan: &Scan, thresholds: Thresholds, limits: Option<Limits<'_>>) -> CheckResult {
+/// Compares the sockets, and with `limits` the descriptors of the owners, with the thresholds. `left_out` says what was not counted.
+pub fn result(
+    scan: &Scan,
+    thresholds: Thresholds,
+    limits: Option<Limits<'_>>,
+    left_out: &str,
+) -> CheckResult {
     let mut text = counted(scan);
     let stuck = scan.targets.len();
     let coverage = &scan.coverage;
@@ -259,7 +273,7 @@ pub fn result(scan: &Scan, thresholds: Thresholds, limits: Option<Limits<'_>>) -
             (Some(measure), first)
         }
     };
-    text.push_str(&unseen(scan));
+    text.push_str(left_out);
     let status = thresholds.judge(sockets, of_limit);
     CheckResult {
         status,
@@ -389,30 +403,6 @@ fn counted(scan: &Scan) -> String {
     text
 }
 
-/// The limits of the scan, in words.
-fn unseen(scan: &Scan) -> String {
-    let mut text = String::new();
-    if scan.coverage.undecided > 0 {
-        let _ = write!(
-            text,
-            ", {} more may match (owners not seen)",
-            scan.coverage.undecided
-        );
-    }
-    if scan.coverage.unlisted_subflows > 0 {
-        let _ = write!(
-            text,
-            ", {} of MPTCP in an unknown state",
-            scan.coverage.unlisted_subflows
-        );
-    }
-    let unplaced = scan.coverage.unplaced_sockets + scan.coverage.unexamined_descriptors;
-    if scan.coverage.unseen_namespaces() + unplaced > 0 {
-        text.push_str(", not every network namespace could be seen");
-    }
-    text
-}
-
 /// The causes as performance data. Causes without sockets are listed too, so that a graph has no gaps.
 fn causes(scan: &Scan) -> String {
     let all = [
@@ -447,7 +437,7 @@ mod tests {
     }
 
     fn by_count(scan: &Scan, warning: &str, critical: &str) -> CheckResult {
-        result(scan, thresholds(warning, critical), None)
+        result(scan, thresholds(warning, critical), None, "")
     }
 
     /// `counts[i]` sockets of process `100 + i`.
@@ -535,7 +525,7 @@ mod tests {
     fn by_limit(scan: &Scan, usages: &[DescriptorUsage]) -> CheckResult {
         let unseen = &[];
         let limits = Limits { usages, unseen };
-        result(scan, thresholds("10%", "20%"), Some(limits))
+        result(scan, thresholds("10%", "20%"), Some(limits), "")
     }
 
     #[test]
@@ -606,7 +596,7 @@ mod tests {
             let usages = std::slice::from_ref(&usage);
             let unseen = &[];
             let limits = Limits { usages, unseen };
-            result(&scan(&[3]), thresholds(warning, critical), Some(limits))
+            result(&scan(&[3]), thresholds(warning, critical), Some(limits), "")
         };
         let critical = of("2", "80%");
         assert_eq!(critical.status, Status::Critical);

@@ -106,7 +106,7 @@ mod tests {
                 "cwkill check --process check",
             ),
             // These commands do not have this option.
-            (&["--port", "1", "reclaim"], "cwkill reclaim --help"),
+            (&["--peer-port", "1", "reclaim"], "cwkill reclaim --help"),
             (&["-v", "doctor"], "cwkill doctor --help"),
         ] {
             let message = message(words).unwrap();

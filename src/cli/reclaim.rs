@@ -1,5 +1,6 @@
 //! Closing dead descriptors: the options of `--reclaim`, and the arguments of `cwkill reclaim`.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use clap::Arg;
@@ -19,13 +20,15 @@ Reclaiming changes the process, not the kernel. The program does not know that
 its descriptor is gone: if it closes or uses the number later, and the kernel
 has given it to a new connection, it hits that one. Go and Java do this by
 themselves, when they collect a connection object that nothing refers to.
-So servers in Go, Java and Node are only touched with --reclaim-force; let them
-collect their garbage first (jcmd PID GC.run). See cwkill-reclaim(8).
+So servers in Go, Java and Node are only touched with --reclaim-force. The last
+lines of a run say what to do first, for example to run jcmd PID GC.run twice.
+See cwkill-reclaim(8).
 
 Examples:
   cwkill reclaim                           list dead descriptors, and which can be closed
   cwkill reclaim --pid 4711 --dry-run      the same for one process
   cwkill reclaim --pid 4711                close them there
+  cwkill reclaim --port 8080               close those of connections to port 8080
 
 Exit status: 0 all of them are closed (or something was listed), 1 there are
 none (0 with --ok-if-none), 2 wrong usage, 3 could not run at all, 4 some are still open.";
@@ -52,6 +55,11 @@ pub struct Reclaiming {
 #[derive(Debug, clap::Args)]
 #[command(after_help = AFTER_SHORT_HELP, after_long_help = AFTER_HELP, mut_args(of_descriptors))]
 pub struct ReclaimArgs {
+    /// Descriptors of sockets with one of these local ports: 8080 or 8080,8443 or 9000-9100 or https. Alone, only in processes of the
+    /// network namespace that cwkill runs in
+    #[arg(long, value_name = "LIST", value_parser = values::list(values::port_range), help_heading = "Selectors")]
+    pub port: Vec<List<RangeInclusive<u16>>>,
+
     #[command(flatten)]
     pub owners: OwnerSelection,
 

@@ -3,28 +3,34 @@
 use std::collections::HashMap;
 use std::io::{self, IsTerminal, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 
 use super::{
-    confirm, drop_capabilities_and_start_threads, hint_line, open_log, open_proc, refuse,
+    confirm, drop_capabilities_and_start_threads, hint_line, kept, open_log, open_proc, refuse,
     say_notes, sweep, time_and_place, was_reported,
 };
 use crate::cli::Args;
 use crate::config::{Action, Config, Format, Limit};
 use crate::control::Control;
 use crate::drain;
-use crate::finder::{self, FindError, owners, reactions, second_look, table_use, tracked};
+use crate::filter::selectors::Selectors;
+use crate::finder::dead::{DescriptorTable, Suspect, SuspectVerdict};
+use crate::finder::{
+    self, FindError, leftovers, owners, reactions, second_look, table_use, tracked,
+};
 use crate::history::History;
 use crate::injector::canary::{self, Canaries};
 use crate::injector::{plan, workers};
 use crate::memory;
 use crate::model::{Outcome, Privilege, ReclaimOutcome, Scan, Target, TimeAndPlace};
 use crate::privileges::{Privileges, capabilities};
-use crate::proc::netns::{Namespaces, NetnsScope, count_others};
-use crate::proc::{FdState, ProcFs};
+use crate::proc::netns::Namespaces;
+use crate::proc::{FdState, ProcFs, Process};
 use crate::reclaim::{self, ReclaimRules, ReclaimTarget};
+use crate::report::advice::KeptBy;
 use crate::report::overview::Overview;
 use crate::report::{ExitStatus, Run, backlogs, exit_status, json, notes, text};
 use crate::terminal::{Terminal, broken, is_coloured, say, screen, write_out};
@@ -51,7 +57,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     drop_capabilities_and_start_threads(&needed_capabilities(config));
     let mut terminal = Terminal::new(acts, quiet)?;
     let mut history = History::open();
-    let namespaces = finder::open_namespaces(&config.netns, &proc)?;
+    let namespaces = finder::open_namespaces(&config.netns, &config.selectors, &proc)?;
     // The log must record each socket before cwkill acts on it, so with a log there is no sweep.
     let swept = match log {
         None => sweep_if_possible(config, &namespaces, &history, &privileges, &terminal),
@@ -111,6 +117,16 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     }
     if let Some(rules) = &config.reclaim {
         reclaim_descriptors(&mut run, rules, &proc, &terminal);
+        let by = KeptBy {
+            rules,
+            closed_sockets: true,
+            predicted: !acts,
+        };
+        let owners = run.scan.targets.iter().flat_map(|target| &target.owners);
+        run.advice = kept::advice(owners, by, &proc);
+    }
+    if run.scan.targets.is_empty() {
+        run.dead_descriptors = dead_descriptors(config, &namespaces, &proc);
     }
     if let Some(mut canaries) = canaries {
         let more = canaries.observe_paused(&run.scan, &terminal);
@@ -118,7 +134,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     }
     // From here on a signal ends cwkill at once, so that a log on a hanging disk or pipe does not block the operator.
     terminal.release_signals();
-    let unrecorded = log.and_then(|log| log.finish(&run, text::summary(&run, config)));
+    let unrecorded = log.and_then(|log| log.finish(&run, text::totals(&run, config)));
 
     let (written, new_sockets) = report(
         &mut run,
@@ -136,7 +152,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
         }
         (None, _) => written,
     };
-    let summary = run.acted.then(|| text::summary(&run, config));
+    let summary = run.acted.then(|| text::totals(&run, config));
     if !was_reported(written, unrecorded, summary.as_deref())? {
         return Ok(ExitStatus::Impossible);
     }
@@ -387,6 +403,33 @@ fn descriptors(target: &mut Target) -> impl Iterator<Item = ReclaimTarget<'_>> {
     })
 }
 
+/// The dead descriptors that the selectors match, by process. `None` if the operator did not ask for descriptors or for owners, or if
+/// they cannot be read.
+fn dead_descriptors(
+    config: &Config,
+    namespaces: &Namespaces,
+    proc: &ProcFs,
+) -> Option<Vec<(Arc<Process>, usize)>> {
+    let selects_owners = config.selectors.selects_owners();
+    if !config.owners || namespaces.nobody || !(config.reclaim.is_some() || selects_owners) {
+        return None;
+    }
+    // How long a dead socket has been dead is not known.
+    let selectors = Selectors {
+        min_age: Duration::ZERO,
+        min_idle: Duration::ZERO,
+        ..config.selectors.clone()
+    };
+    let everywhere = namespaces.everywhere || namespaces.follows_owners;
+    let found = leftovers::find(proc, &selectors, &namespaces.open, everywhere).ok()?;
+    let dead = |table: DescriptorTable| {
+        let is_dead = |suspect: &&Suspect| matches!(suspect.verdict, SuspectVerdict::Dead(_));
+        let count = table.suspects.iter().filter(is_dead).count();
+        (count > 0).then(|| (Arc::new(table.process), count))
+    };
+    Some(found.scan.tables.into_iter().filter_map(dead).collect())
+}
+
 /// Writes the results and the notes, and watches for new stuck sockets if the operator asked for it. Returns the line about
 /// the new sockets.
 fn report(
@@ -436,10 +479,6 @@ fn overview<'r>(run: &'r Run, config: &'r Config, messages: &[String]) -> Option
         return None;
     }
     let screen = screen(config.color)?;
-    let unseen_namespaces = match config.netns {
-        NetnsScope::Current => count_others(&ProcFs::default(), &run.scan.namespaces),
-        NetnsScope::Named(_) | NetnsScope::All => 0,
-    };
     let words: Vec<String> = std::env::args_os()
         .skip(1)
         .map(|word| word.to_string_lossy().into_owned())
@@ -448,14 +487,7 @@ fn overview<'r>(run: &'r Run, config: &'r Config, messages: &[String]) -> Option
         .iter()
         .flat_map(|message| broken(&format!("cwkill: {message}")))
         .collect();
-    Some(Overview::new(
-        run,
-        config,
-        screen,
-        &messages,
-        unseen_namespaces,
-        &words,
-    ))
+    Some(Overview::new(run, config, screen, &messages, &words))
 }
 
 /// Watches for new stuck sockets, if the operator asked for it and cwkill has acted. Returns the line about them.

@@ -8,6 +8,7 @@ pub mod close;
 mod confirm;
 mod diagnose;
 mod doctor;
+mod kept;
 mod reclaim;
 pub mod sweep;
 

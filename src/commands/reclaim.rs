@@ -5,20 +5,23 @@ use std::sync::Arc;
 use anyhow::Context;
 
 use super::{
-    drop_capabilities_and_start_threads, open_log, refuse, say_hints, say_notes, time_and_place,
-    was_reported,
+    drop_capabilities_and_start_threads, kept, open_log, refuse, say_hints, say_notes,
+    time_and_place, was_reported,
 };
 use crate::cli::ReclaimArgs;
 use crate::config::{Action, Format, ReclaimConfig};
 use crate::control::Control;
-use crate::finder::dead::{self, SuspectVerdict};
+use crate::finder::dead::SuspectVerdict;
+use crate::finder::leftovers::{self, Leftovers};
+use crate::finder::selected;
 use crate::memory;
 use crate::model::{Owner, Privilege};
 use crate::privileges::capabilities;
 use crate::proc::netns::NetnsScope;
-use crate::proc::{ProcFs, Process, RemoteFd};
+use crate::proc::{ProcFs, RemoteFd};
 use crate::reclaim::{self, ReclaimTarget};
 use crate::report::ExitStatus;
+use crate::report::advice::KeptBy;
 use crate::report::reclaim::{self as report, DeadDescriptor, ReclaimRun};
 use crate::terminal::{Terminal, is_coloured, write_out};
 
@@ -48,6 +51,13 @@ pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
         true => close(&mut run, config, &proc, &terminal),
         false => reclaim::judge(&mut targets(&mut run), &config.rules, &proc),
     }
+    let by = KeptBy {
+        rules: &config.rules,
+        closed_sockets: false,
+        predicted: !acts,
+    };
+    let owners = run.descriptors.iter().map(|dead| &dead.owner);
+    run.advice = kept::advice(owners, by, &proc);
     terminal.release_signals();
     let summary = || report::summary(&run, config);
     let unrecorded = log.and_then(|log| log.finish_reclaim(&run, summary()));
@@ -77,9 +87,18 @@ fn find(config: &ReclaimConfig, proc: &ProcFs) -> anyhow::Result<ReclaimRun> {
     let current = NetnsScope::Current
         .open(proc)
         .context("cannot find the network namespace of cwkill")?;
-    let listed = dead::listed_inodes(&current.open)?;
-    let selected = |process: &Process| config.selectors.match_owner(process);
-    let scan = dead::find(proc, &selected, &listed).context("cannot list processes")?;
+    let owners = selected::look(proc, &config.selectors).context("cannot list processes")?;
+    if owners.nobody {
+        return Ok(ReclaimRun {
+            absent: owners.absent,
+            ..ReclaimRun::default()
+        });
+    }
+    let Leftovers {
+        scan,
+        elsewhere,
+        without_address,
+    } = leftovers::find(proc, &config.selectors, &current.open, config.everywhere)?;
     let everyone = !config.selectors.selects_owners();
     let unreadable = match everyone || config.selectors.could_match(&scan.unreadable) {
         true => scan.unreadable.len(),
@@ -98,6 +117,9 @@ fn find(config: &ReclaimConfig, proc: &ProcFs) -> anyhow::Result<ReclaimRun> {
         hidden: scan.hidden && (pids.is_empty() || !pids.iter().all(was_read)),
         leader_exited: scan.leader_exited,
         failed: scan.failed,
+        absent: owners.absent,
+        elsewhere,
+        without_address,
         ..ReclaimRun::default()
     };
     for table in scan.tables {

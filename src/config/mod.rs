@@ -23,7 +23,7 @@ use crate::tcp::TcpState;
 use reclaim::reclaim_rules;
 
 pub use crate::cli::{Limit, LogTarget};
-pub use reclaim::ReclaimConfig;
+pub use reclaim::{DEFAULT_RECLAIM_AGE, ReclaimConfig};
 
 /// The options of the audit log.
 #[derive(Clone, Debug, Default)]

@@ -9,13 +9,14 @@ use crate::cli::{ReclaimArgs, Reclaiming, flat};
 use crate::filter::selectors::Selectors;
 use crate::reclaim::ReclaimRules;
 
-const DEFAULT_AGE: Duration = Duration::from_secs(60);
+/// The default of `--reclaim-age`.
+pub const DEFAULT_RECLAIM_AGE: Duration = Duration::from_secs(60);
 const DEFAULT_STOP_LIMIT: Duration = Duration::from_millis(100);
 
 /// The rules from the options, with defaults.
 pub(super) fn reclaim_rules(args: &Reclaiming) -> ReclaimRules {
     ReclaimRules {
-        min_age: args.reclaim_age.unwrap_or(DEFAULT_AGE),
+        min_age: args.reclaim_age.unwrap_or(DEFAULT_RECLAIM_AGE),
         force: args.reclaim_force,
         replace: false,
         stop_limit: args.stop_limit.unwrap_or(DEFAULT_STOP_LIMIT),
@@ -25,10 +26,12 @@ pub(super) fn reclaim_rules(args: &Reclaiming) -> ReclaimRules {
 /// The configuration of `cwkill reclaim`.
 #[derive(Clone, Debug)]
 pub struct ReclaimConfig {
-    /// Select processes only.
+    /// Select owners and local ports only.
     pub selectors: Selectors,
     /// The numbers of the descriptors; empty for all.
     pub fds: Vec<i32>,
+    /// Whether processes of every network namespace are in scope. A port alone means that of one namespace.
+    pub everywhere: bool,
     pub action: Action,
     pub rules: ReclaimRules,
     pub format: Format,
@@ -46,6 +49,7 @@ impl ReclaimConfig {
     /// It is not valid. The message names the arguments and gives a valid example.
     pub fn from_args(args: ReclaimArgs) -> Result<Self, clap::Error> {
         let ReclaimArgs {
+            port,
             owners,
             fd,
             dry_run,
@@ -55,8 +59,11 @@ impl ReclaimConfig {
             output,
         } = args;
         let all = owners.all;
-        let selectors = Selectors::of_owners(owners);
-        let selects = all || selectors.selects_owners();
+        let selectors = Selectors {
+            ports: flat(port),
+            ..Selectors::of_owners(owners)
+        };
+        let selects = all || selectors.selects_owners() || !selectors.ports.is_empty();
         let needs_selector = match (reclaiming.reclaim_force, replace) {
             (true, _) => Some("--reclaim-force"),
             (false, true) => Some("--replace"),
@@ -67,11 +74,12 @@ impl ReclaimConfig {
             && !dry_run
         {
             return Err(usage(&format!(
-                "{option} needs a selector of processes: for example --pid 4711, or --all for every process",
+                "{option} needs a selector: for example --pid 4711 or --port 8080, or --all for every process",
             )));
         }
         Ok(ReclaimConfig {
             log: LogOptions::from_args(logging, output.verbose),
+            everywhere: all || selectors.selects_owners() || selectors.ports.is_empty(),
             selectors,
             fds: flat(fd),
             action: match (selects, dry_run) {
@@ -119,6 +127,8 @@ mod tests {
             "--container x",
             "--cgroup /x",
             "--all",
+            "--port 8080",
+            "--port 8080,9000-9100 --pid 7",
         ] {
             assert_eq!(config(line).unwrap().action, Action::Act, "{line}");
             let dry = format!("{line} -n");
@@ -135,6 +145,15 @@ mod tests {
         assert!(error.to_string().contains("--pid"), "{error}");
         let error = config("--pid 7 --fd x").unwrap_err();
         assert!(error.to_string().contains("for example 7"), "{error}");
+    }
+
+    #[test]
+    fn a_port_alone_is_that_of_one_namespace() {
+        let everywhere = |line| config(line).unwrap().everywhere;
+        assert!(!everywhere("--port 8080") && !everywhere("--port 8080 -n"));
+        for line in ["", "--all --port 8080", "--pid 7 --port 8080", "--unit x"] {
+            assert!(everywhere(line), "{line}");
+        }
     }
 
     #[test]

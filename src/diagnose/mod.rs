@@ -59,6 +59,8 @@ pub struct Diagnosis {
     pub scan: Scan,
     /// The time between the two scans.
     pub elapsed: Duration,
+    /// What was left out although it may match, each with a reason.
+    pub left_out: Vec<String>,
     /// All sockets together.
     pub total: SocketCounts,
     /// The processes that hold stuck sockets or dead descriptors, or own a listener with stuck connections. The
@@ -288,7 +290,7 @@ pub fn run(
     proc: &ProcFs,
     history: &mut History,
 ) -> anyhow::Result<Diagnosis> {
-    let namespaces = finder::open_namespaces(&scope.netns, proc)?;
+    let namespaces = finder::open_namespaces(&scope.netns, &scope.selectors, proc)?;
     let selectors = &scope.selectors;
     // Each scan first lists the sockets and then looks up the owners, so the time between two listings is from the
     // beginning of one scan to the beginning of the next.
@@ -378,6 +380,7 @@ pub fn run(
     }
     Ok(Diagnosis {
         is_own_pid_namespace,
+        left_out: scan.left_out_with_used(selectors.min_age, selectors.min_idle),
         ownerless: (of_ownerless.stuck > 0).then_some(of_ownerless),
         scan,
         elapsed,

@@ -215,18 +215,7 @@ fn reclaim(process: SuggestionInput<'_>) -> String {
 
 /// The command that gives a process at its limit descriptors again, and a remark.
 fn make_room(process: SuggestionInput<'_>, soft: u64, hard: Option<u64>) -> (String, String) {
-    let pid = process.pid;
-    let more = soft.max(1).saturating_mul(2);
-    let (raise, needs) = match hard {
-        Some(hard) if hard > soft => (
-            format!("prlimit --pid {pid} --nofile={}:", more.min(hard)),
-            "",
-        ),
-        _ => (
-            format!("prlimit --pid {pid} --nofile={more}:{more}"),
-            " (needs CAP_SYS_RESOURCE)",
-        ),
-    };
+    let (raise, needs) = raise_limit(process.pid, soft, hard);
     let leaked = process.held + process.dead;
     // These runtimes keep their sockets in epoll sets or have finalizers, so a reclaim would skip the descriptors.
     let is_skipped = matches!(
@@ -243,13 +232,28 @@ fn make_room(process: SuggestionInput<'_>, soft: u64, hard: Option<u64>) -> (Str
         _ if is_skipped => (
             raise,
             format!(
-                "raises its limit{needs}; or {} --reclaim-force",
+                "raises its limit{needs}; then `{}` says how to free {leaked}",
                 reclaim(process)
             ),
         ),
         _ => (
             reclaim(process),
             format!("frees up to {leaked}; or {raise}"),
+        ),
+    }
+}
+
+/// The command that raises the limit of descriptors, and the privilege that it needs.
+pub fn raise_limit(pid: i32, soft: u64, hard: Option<u64>) -> (String, &'static str) {
+    let more = soft.max(1).saturating_mul(2);
+    match hard {
+        Some(hard) if hard > soft => (
+            format!("prlimit --pid {pid} --nofile={}:", more.min(hard)),
+            "",
+        ),
+        _ => (
+            format!("prlimit --pid {pid} --nofile={more}:{more}"),
+            " (needs CAP_SYS_RESOURCE)",
         ),
     }
 }
@@ -423,7 +427,7 @@ mod tests {
         let jvm = at(Some(LanguageRuntime::Jvm), Some(4096));
         let raise = "prlimit --pid 42 --nofile=2048:";
         assert_eq!(commands(jvm), [raise, "kill -QUIT 42"]);
-        let remark = "raises its limit; or cwkill --pid 42 --reclaim --reclaim-force";
+        let remark = "raises its limit; then `cwkill --pid 42 --reclaim` says how to free 5";
         assert_eq!(suggest(jvm)[0].remark, remark);
         let python = at(Some(LanguageRuntime::Python), Some(1024));
         let raise = "prlimit --pid 42 --nofile=2048:2048";

@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use crate::filter::{End, Expression, Namespace, SocketFacts};
 use crate::model::{Cause, Socket};
 use crate::proc::cgroup::{Cgroup, unescape};
-use crate::proc::{Process, Unreadable};
+use crate::proc::{AbsentOwner, OwnerKind, Process, Unreadable};
 use crate::tcp::{StateSet, TcpState, Tuple};
 
 /// A socket matches if it matches every selector. It matches a selector if it matches one of the values. A selector without values
@@ -247,8 +247,17 @@ impl Selectors {
 
     /// Whether the age and the cause of a socket match. They can change while it stays in its state.
     pub fn still_matches(&self, socket: &Socket) -> bool {
-        (self.min_age.is_zero() || socket.age.is_some_and(|age| age >= self.min_age))
-            && (self.causes.is_empty() || self.causes.contains(&socket.cause))
+        !self.finds_too_young(socket) && self.match_cause(socket)
+    }
+
+    /// Whether the cause of a socket matches.
+    pub fn match_cause(&self, socket: &Socket) -> bool {
+        self.causes.is_empty() || self.causes.contains(&socket.cause)
+    }
+
+    /// Whether a socket is left alone because it is younger than `--min-age`, or its age is unknown.
+    pub fn finds_too_young(&self, socket: &Socket) -> bool {
+        !self.min_age.is_zero() && socket.age.is_none_or(|age| age < self.min_age)
     }
 
     /// Whether a socket is left alone because it is in use (`--min-idle`).
@@ -306,6 +315,47 @@ impl Selectors {
             && self.units.is_empty()
             && self.containers.is_empty()
             && self.cgroups.is_empty())
+    }
+
+    /// Whether a selector of owners is given that is not a pid.
+    pub fn selects_owners_by_name(&self) -> bool {
+        !(self.processes.is_empty()
+            && self.units.is_empty()
+            && self.containers.is_empty()
+            && self.cgroups.is_empty())
+    }
+
+    /// The names, units, containers and cgroups that none of `processes` has.
+    pub fn absent_names(&self, processes: &[Process]) -> Vec<AbsentOwner> {
+        let mut absent = Vec::new();
+        let mut add = |kind, value: &str, matches: &dyn Fn(&Process) -> bool| {
+            if !processes.iter().any(matches) {
+                absent.push(AbsentOwner::new(kind, value));
+            }
+        };
+        for glob in &self.processes {
+            let matches = |process: &Process| glob.is_match(&process.comm);
+            add(OwnerKind::Process, glob.glob().glob(), &matches);
+        }
+        for name in &self.units {
+            let matches = |process: &Process| {
+                let unit = process.cgroup.unit.as_deref();
+                unit.is_some_and(|unit| name.matches(unit))
+            };
+            add(OwnerKind::Unit, &name.text, &matches);
+        }
+        for name in &self.containers {
+            let matches = |process: &Process| {
+                let container = process.cgroup.container.as_ref();
+                container.is_some_and(|container| container.is_called(name))
+            };
+            add(OwnerKind::Container, name, &matches);
+        }
+        for path in &self.cgroups {
+            let matches = |process: &Process| process.cgroup.is_below(path);
+            add(OwnerKind::Cgroup, path, &matches);
+        }
+        absent
     }
 
     fn match_cgroup(&self, cgroup: &Cgroup) -> bool {

@@ -3,10 +3,10 @@
 //! [`find`] lists the sockets (`sockets`) and, at the same time, reads the descriptors of all processes ([`owners`]), from /proc or by an
 //! iterator of the kernel (`iterated`; [`way`] chooses). An MPTCP socket takes the place of its subflows (`mptcp`). `addresses` marks the sockets whose local address is
 //! gone. A connection that was never accepted gets the listener that would accept it ([`listeners`]). [`dead`] finds descriptors of
-//! sockets that the kernel no longer lists. `connections` lists the sockets around the targets, for `diagnose`. [`tracked`] counts connections of
+//! sockets that the kernel no longer lists, [`leftovers`] those of them that are selected. `connections` lists the sockets around the targets, for `diagnose`. [`tracked`] counts connections of
 //! others that pass through this host. [`reactions`] waits while owners close the descriptors of closed sockets.
-//! [`spin_risk`] finds out how the owners wait for the sockets. [`second_look`] finds out whether the owners still read, before an act.
-//! [`table_use`] counts the descriptors of some owners, for the overview.
+//! [`selected`] looks for the selected processes. [`spin_risk`] finds out how the owners wait for the sockets. [`second_look`] finds out
+//! whether the owners still read, before an act. [`table_use`] counts the descriptors of some owners, for the overview.
 
 mod addresses;
 mod connection_end;
@@ -14,6 +14,7 @@ pub(crate) mod connections;
 pub mod dead;
 mod descriptor_scan;
 mod iterated;
+pub mod leftovers;
 pub mod listeners;
 mod mptcp;
 mod mptcp_socket;
@@ -21,6 +22,7 @@ mod nameless_netns;
 pub mod owners;
 pub mod reactions;
 pub mod second_look;
+pub mod selected;
 pub(crate) mod sockets;
 pub mod spin_risk;
 pub mod table_use;
@@ -54,15 +56,28 @@ use sockets::NetnsScan;
 /// Namespaces scanned at the same time.
 const NAMESPACES_AT_ONCE: usize = 8;
 
-/// Opens the namespaces of `scope`.
+/// Opens the namespaces of `scope`. If it names none, those of the selected owners are opened too, or without a selector of owners the
+/// others are counted.
 ///
 /// # Errors
-/// As [`NetnsScope::open`].
-pub fn open_namespaces(scope: &NetnsScope, proc: &ProcFs) -> anyhow::Result<Namespaces> {
-    scope.open(proc).with_context(|| match scope {
+/// As [`NetnsScope::open`], or the processes cannot be listed.
+pub fn open_namespaces(
+    scope: &NetnsScope,
+    selectors: &Selectors,
+    proc: &ProcFs,
+) -> anyhow::Result<Namespaces> {
+    let mut namespaces = scope.open(proc).with_context(|| match scope {
         NetnsScope::Named(text) => format!("cannot open the network namespace {text}"),
         NetnsScope::Current | NetnsScope::All => "cannot find the network namespaces".into(),
-    })
+    })?;
+    let is_unnamed = *scope == NetnsScope::Current;
+    if selectors.selects_owners() {
+        let owners = selected::look(proc, selectors).context("cannot list processes")?;
+        owners.add_to(&mut namespaces, proc, is_unnamed);
+    } else if is_unnamed {
+        namespaces.count_left_out(proc);
+    }
+    Ok(namespaces)
 }
 
 /// Finds the sockets that `selectors` match in each of `namespaces`, and their owners. `history`: what earlier runs have seen.
@@ -78,6 +93,12 @@ pub fn find(
     selectors: &Selectors,
     history: &History,
 ) -> Result<Scan, FindError> {
+    if namespaces.nobody {
+        return Ok(Scan {
+            owners_known: true,
+            ..empty_scan(namespaces)
+        });
+    }
     let cancelled = AtomicBool::new(false);
     // Otherwise only the processes that the operator selects are read.
     let searches_all = namespaces.everywhere && !selectors.selects_owners();
@@ -180,6 +201,8 @@ pub(crate) fn empty_scan(namespaces: &Namespaces) -> Scan {
             unreachable_namespaces: namespaces.unreachable,
             unknown_namespaces: namespaces.unknown,
             stale_namespace_names: namespaces.stale_names.clone(),
+            namespaces_not_looked_into: namespaces.left_out,
+            absent_owners: namespaces.absent.clone(),
             namespace_failure: failure.map(|error| format!("opening it: {error}")),
             ..Coverage::default()
         },
@@ -320,6 +343,7 @@ fn add_nameless(
         namespaces: &namespaces.open,
         known: &listed.inodes,
         everywhere: namespaces.everywhere,
+        follows_owners: namespaces.follows_owners,
     };
     let found = search.run(descriptors);
     let coverage = &mut listed.scan.coverage;
@@ -387,8 +411,8 @@ fn attach_owners(scan: &mut Scan, owners: &OwnerScan) {
     }
 }
 
-/// Keeps the selected sockets with their listeners, and counts those that are left alone because they are in use. Returns the
-/// sockets that were left out although they may match, as [`retain_of_owners`].
+/// Keeps the selected sockets with their listeners, and counts those that are left alone because they are too young or in use. Returns
+/// the sockets that were left out although they may match, as [`retain_of_owners`].
 fn retain_selected(
     scan: &mut Scan,
     selectors: &Selectors,
@@ -396,12 +420,16 @@ fn retain_selected(
     shows_descriptors: &dyn Fn(i32) -> bool,
 ) -> Vec<Target> {
     let mut without_owner = retain_of_owners(scan, selectors, owners, shows_descriptors);
-    let is_left = |target: &Target| !selectors.finds_in_use(&target.socket);
-    without_owner.retain(is_left);
+    let is_old = |target: &Target| !selectors.finds_too_young(&target.socket);
+    let is_idle = |target: &Target| !selectors.finds_in_use(&target.socket);
+    without_owner.retain(|target| is_old(target) && is_idle(target));
     let matched = scan.targets.len();
-    scan.targets.retain(is_left);
-    scan.in_use = matched - scan.targets.len();
-    if scan.in_use > 0 {
+    scan.targets.retain(is_old);
+    scan.younger = matched - scan.targets.len();
+    let old = scan.targets.len();
+    scan.targets.retain(is_idle);
+    scan.in_use = old - scan.targets.len();
+    if scan.younger + scan.in_use > 0 {
         retain_used_listeners(scan);
     }
     without_owner

@@ -1,5 +1,6 @@
-//! Nameless network namespaces: no process is in them, and they have no name. A descriptor of a socket keeps such a namespace alive,
-//! for example after setns(2) to another one.
+//! Network namespaces that only sockets lead to. A nameless one has no process and no name; a descriptor of a socket keeps it alive,
+//! for example after setns(2) to another one. For the selected owners cwkill follows their sockets into other namespaces as well,
+//! unless the operator named one.
 //!
 //! /proc does not show the namespace of a socket. SIOCGSKNS on a duplicate of a descriptor tells it. On a host with a million
 //! descriptors cwkill cannot ask for each. It asks only for sockets of TCP and MPTCP that are in no table that it has read, and that
@@ -56,6 +57,8 @@ pub(super) struct Search<'a> {
     pub known: &'a HashSet<u32>,
     /// Whether every namespace is in scope, and not only those of the selected owners' sockets.
     pub everywhere: bool,
+    /// Whether also a namespace is in scope that a process or a name leads to.
+    pub follows_owners: bool,
 }
 
 impl Search<'_> {
@@ -126,7 +129,7 @@ impl Search<'_> {
             };
             match netns_of(pidfd, candidate, states) {
                 Ok(Some(netns)) if namespaces.is_new(&netns) => {
-                    let netns = Arc::new(netns);
+                    let netns = Arc::new(netns.named_if_known());
                     let inodes = dead::listed_inodes(std::slice::from_ref(&netns));
                     listed.extend(inodes.unwrap_or_default());
                     found.namespaces.push(netns);
@@ -181,18 +184,18 @@ impl<'a> KnownNamespaces<'a> {
         KnownNamespaces {
             search,
             ids: search.namespaces.iter().map(|netns| netns.id()).collect(),
-            has_all: search.everywhere,
+            has_all: search.everywhere || search.follows_owners,
         }
     }
 
-    /// Whether no process and no name leads to `netns`, and it was not found before.
+    /// Whether `netns` was not found before, and no process or name leads to it if the search does not follow owners there.
     fn is_new(&mut self, netns: &Netns) -> bool {
         if self.ids.contains(&netns.id()) {
             return false;
         }
         if !self.has_all {
             self.has_all = true;
-            // Without them every namespace would seem nameless.
+            // Without these ids every namespace would seem nameless.
             let Ok(ids) = netns::ids(self.search.proc) else {
                 return false;
             };

@@ -89,7 +89,7 @@ pub(crate) fn netns_key(netns: &Netns, diag: &SockDiag) -> NetnsKey {
     }
 }
 
-/// Applies the history to the times of `targets`, and keeps those that match by age and cause. Returns the entries of all of them for
+/// Applies the history to the times of `targets`, and keeps those that match by cause. Returns the entries of all of them for
 /// the history. `before`: from before the kernel listed them.
 fn apply_history(
     targets: &mut Vec<Target>,
@@ -109,7 +109,7 @@ fn apply_history(
             update.entries.extend(entry);
         }
     }
-    targets.retain(|target| selectors.still_matches(&target.socket));
+    targets.retain(|target| selectors.match_cause(&target.socket));
     update
 }
 

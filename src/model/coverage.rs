@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::proc::AbsentOwner;
 use crate::text::{counted, escape, seconds};
 
 /// The limits of a scan. The default value means that it saw everything.
@@ -25,6 +26,11 @@ pub struct Coverage {
     pub namespace_failure: Option<String>,
     /// The number of processes in an unknown network namespace, which may be one that was not scanned.
     pub unknown_namespaces: usize,
+    /// The number of network namespaces that were left out because the operator named none. cwkill does not see those that only
+    /// processes are in which it may not read. They are not in scope, so they do not count as unseen.
+    pub namespaces_not_looked_into: usize,
+    /// The selected owners that do not exist.
+    pub absent_owners: Vec<AbsentOwner>,
     /// Names of network namespaces for which there is none. They hide nothing, so they do not count as unseen.
     pub stale_namespace_names: Vec<String>,
     /// The number of descriptors that cwkill did not search for network namespaces without a process and a name, because there are
@@ -93,7 +99,8 @@ impl Coverage {
 
     /// The notes for the operator, one per line. `without_owner` is the number of sockets without a known owner.
     pub fn notes(&self, without_owner: usize) -> Vec<String> {
-        let mut notes = Vec::new();
+        let absent = self.absent_owners.iter();
+        let mut notes: Vec<String> = absent.map(ToString::to_string).collect();
         if without_owner > 0 {
             let why = if self.hidden_processes {
                 "/proc does not show the processes of others (hidepid)".to_owned()

@@ -3,6 +3,7 @@
 pub mod cause;
 pub mod coverage;
 pub mod drain;
+mod left_out;
 pub mod method;
 pub mod reclaim;
 pub mod scan;

@@ -311,7 +311,7 @@ pub enum InUse {
     IoUringWorker(String),
     /// A thread with this name closes the descriptors of objects to which the program no longer refers.
     #[error(
-        "its thread {} closes the descriptors of collected objects by number, even after reuse; run the collector first (Java: jcmd PID GC.run), then use --reclaim-force",
+        "its garbage collector may close the number after reuse (thread {})",
         escape(.0)
     )]
     Finalizer(String),

@@ -19,6 +19,9 @@ pub struct Scan {
     pub listeners: Vec<Listener>,
     /// The network namespaces that were scanned.
     pub namespaces: Vec<Arc<Netns>>,
+    /// The number of sockets that match, except that they are younger than `--min-age`, or that their age is unknown. They are not
+    /// among the targets.
+    pub younger: usize,
     /// The number of sockets that match, except that they are in use (`--min-idle`). They are not among the targets.
     pub in_use: usize,
     pub coverage: Coverage,

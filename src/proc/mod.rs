@@ -2,7 +2,8 @@
 //!
 //! `fds` reads the descriptor table; `epoll` parses epoll sets; `syscall` parses the call of a thread; `threads` reads how much
 //! threads run; [`status`] reads state, limit, executable and threads; [`cgroup`] parses units and containers; [`netns`] finds
-//! network namespaces; `mounts` reads the mount table. `reclaim` and `doctor` read further files themselves.
+//! network namespaces; `mounts` reads the mount table; `absent` says which selected owners do not exist. `reclaim` and `doctor` read
+//! further files themselves.
 //!
 //! The modules here read no file that can hang on a sick host: never `cmdline` or `maps`, and of `exe` only the link. The exception
 //! is `syscall::read_memory`; its callers first check that no thread is in state D.
@@ -10,6 +11,7 @@
 //! Races: ENOENT and ESRCH mean that the process is gone (`is_missing`). EACCES and EPERM mean that cwkill is not permitted to
 //! read the file (`is_denied`). Any other errno is an error.
 
+mod absent;
 pub mod cgroup;
 pub(crate) mod epoll;
 pub(crate) mod fds;
@@ -46,6 +48,7 @@ use crate::text::escape;
 use cgroup::Cgroup;
 
 pub use crate::sys::RemoteFd;
+pub use absent::{AbsentOwner, OwnerKind};
 pub use fds::FdState;
 
 /// A mounted proc file system. The root is a parameter, so a test can build a small one.
@@ -65,6 +68,17 @@ pub struct ProcessId {
     pub pid: i32,
     /// The start time, in clock ticks since boot.
     pub start_time: u64,
+}
+
+/// Whether a process exists, as far as cwkill can see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Presence {
+    Shown,
+    /// It exists, and /proc does not show it.
+    Hidden,
+    /// The number is that of a thread of this process.
+    ThreadOf(i32),
+    Absent,
 }
 
 /// The identity of a descriptor table: its process, and a thread if /proc does not show the table for the process.
@@ -259,6 +273,24 @@ impl ProcFs {
         }
         pids.sort_unstable();
         Ok(pids)
+    }
+
+    /// Whether there is a process `pid`; a thread is none. It is found also if hidepid hides it.
+    pub(crate) fn presence(&self, pid: i32) -> Presence {
+        let status = fs::read(self.path(&format!("{pid}/status")));
+        match status {
+            Ok(status) => match status_field(&String::from_utf8_lossy(&status), "Tgid:") {
+                Some(leader) if leader != pid => Presence::ThreadOf(leader),
+                _ => Presence::Shown,
+            },
+            Err(error) if is_denied(&error) => Presence::Hidden,
+            // With hidepid the directory seems not to exist.
+            Err(_) if self.shows_own_pid_namespace() => match sys::pidfd_open(pid) {
+                Err(error) if errno_of(&error) == Errno::ESRCH => Presence::Absent,
+                _ => Presence::Hidden,
+            },
+            Err(_) => Presence::Absent,
+        }
     }
 
     /// The threads of process `pid`, the first one first.
@@ -472,6 +504,19 @@ mod tests {
         fs::write(root.path().join("self/timens_offsets"), offsets).unwrap();
         let offset = ProcFs::at(root.path()).boot_time_offset();
         assert_eq!(offset, -86_400_000_000_000 + 1_000_000);
+    }
+
+    #[test]
+    fn a_thread_is_not_a_process() {
+        let proc = ProcFs::default();
+        let own = i32::try_from(std::process::id()).unwrap();
+        assert_eq!(proc.presence(own), Presence::Shown);
+        // PID_MAX_LIMIT of the kernel (include/linux/threads.h).
+        assert_eq!(proc.presence(4_194_304), Presence::Absent);
+        // A test runs in a thread of its own.
+        let tid = nix::unistd::gettid().as_raw();
+        assert_ne!(tid, own);
+        assert_eq!(proc.presence(tid), Presence::ThreadOf(own));
     }
 
     #[test]

@@ -17,14 +17,18 @@ use std::sync::Arc;
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
+use rayon::prelude::*;
 
 use super::mounts::network_namespaces;
-use super::{ProcFs, is_missing};
+use super::{AbsentOwner, ProcFs, is_missing};
 use crate::sys;
 use crate::sys::caller::as_caller;
 
 /// The directories in which ip-netns(8) and docker keep the names of namespaces.
 const NAME_DIRECTORIES: [&str; 2] = ["/run/netns", "/run/docker/netns"];
+
+/// A thread reads the namespaces of so many processes or more, about 2 µs each.
+const PIDS_AT_ONCE: usize = 64;
 
 /// The device and inode of a namespace in nsfs.
 pub(crate) type NetnsId = (u64, u64);
@@ -65,6 +69,49 @@ pub struct Namespaces {
     pub stale_names: Vec<String>,
     /// Whether every namespace is in scope.
     pub everywhere: bool,
+    /// Whether the namespaces of the sockets of the selected owners are in scope.
+    pub follows_owners: bool,
+    /// The number of namespaces that cwkill can see and that are not in scope, because the operator named none.
+    pub left_out: usize,
+    /// The selected owners that do not exist.
+    pub absent: Vec<AbsentOwner>,
+    /// Whether no process is selected, so that no socket can match.
+    pub nobody: bool,
+}
+
+impl Namespaces {
+    /// Adds the namespaces that these processes are in.
+    pub(crate) fn add_of_processes(&mut self, proc: &ProcFs, pids: &[i32]) {
+        let mut seen: HashSet<NetnsId> = self.open.iter().map(|netns| netns.id()).collect();
+        let names = names();
+        for pid in pids {
+            let path = netns_path(proc, *pid);
+            match fs::metadata(&path).map(|metadata| id(&metadata)) {
+                Ok(id) if seen.contains(&id) => {}
+                // Also of a zombie and of a kernel thread.
+                Err(error) if is_missing(&error) => {}
+                Err(_) => self.unknown += 1,
+                Ok(_) => match Netns::at(&path) {
+                    Ok(netns) if seen.insert(netns.id) => {
+                        self.open.push(Arc::new(netns.with_name_of(&names)));
+                    }
+                    Ok(_) => {}
+                    Err(error) if is_missing(&error) => {}
+                    Err(error) => {
+                        self.unreachable += 1;
+                        self.failure.get_or_insert(error);
+                    }
+                },
+            }
+        }
+    }
+
+    /// Counts the namespaces that are not open.
+    pub(crate) fn count_left_out(&mut self, proc: &ProcFs) {
+        let ids = ids(proc).unwrap_or_default();
+        let is_open = |id: &&NetnsId| self.open.iter().any(|netns| netns.id() == **id);
+        self.left_out = ids.iter().filter(|id| !is_open(id)).count();
+    }
 }
 
 impl NetnsScope {
@@ -109,6 +156,16 @@ impl Netns {
             name: None,
             file: Some(file),
         })
+    }
+
+    /// The same, with the name that `ip netns` or docker gives it.
+    pub(crate) fn named_if_known(self) -> Self {
+        self.with_name_of(&names())
+    }
+
+    fn with_name_of(self, names: &HashMap<NetnsId, String>) -> Self {
+        let name = names.get(&self.id).cloned();
+        Netns { name, ..self }
     }
 
     /// The name, or the inode if it has no name.
@@ -175,8 +232,7 @@ impl Netns {
         if netns.id == current.id {
             return Ok(current);
         }
-        let name = names.get(&netns.id).cloned();
-        Ok(Netns { name, ..netns })
+        Ok(netns.with_name_of(&names))
     }
 
     /// Opens the namespace with this name. `None` if there is none, or if the file of the name is something else: the
@@ -311,8 +367,7 @@ fn all(proc: &ProcFs) -> io::Result<Namespaces> {
         match Netns::at(&path) {
             // The opened file decides: a later process may have taken the pid since the check above.
             Ok(netns) if seen.insert(netns.id) => {
-                let name = names.get(&netns.id).cloned();
-                found.open.push(Arc::new(Netns { name, ..netns }));
+                found.open.push(Arc::new(netns.with_name_of(&names)));
             }
             Ok(_) => {}
             // Another process of the same namespace may still exist.
@@ -339,19 +394,18 @@ fn netns_path(proc: &ProcFs, pid: i32) -> PathBuf {
 /// # Errors
 /// /proc cannot be read.
 pub(crate) fn ids(proc: &ProcFs) -> io::Result<HashSet<NetnsId>> {
-    let processes = proc.pids()?.into_iter().map(|pid| netns_path(proc, pid));
+    let id_of = |path: PathBuf| fs::metadata(path).ok();
+    let pids = proc.pids()?.into_par_iter().with_min_len(PIDS_AT_ONCE);
+    let of_processes = pids.filter_map(|pid| Some(id(&id_of(netns_path(proc, pid))?)));
+    let mut ids: HashSet<NetnsId> = of_processes.collect();
+    // A file of a name that is left over is none of nsfs, and has another device.
+    let nsfs: HashSet<u64> = ids.iter().map(|(device, _)| *device).collect();
     let mounted: Vec<PathBuf> = network_namespaces(&proc.mounts()?).collect();
-    let paths = processes.chain(named_files()).chain(mounted);
-    let id_of = |path: PathBuf| fs::metadata(path).ok().map(|metadata| id(&metadata));
-    Ok(paths.filter_map(id_of).collect())
+    let named = named_files().into_iter().chain(mounted);
+    let of_names = named.filter_map(|path| Some(id(&id_of(path)?)));
+    ids.extend(of_names.filter(|(device, _)| nsfs.contains(device)));
+    Ok(ids)
 }
-
-/// The number of namespaces, as [`ids`] finds them, that are not among `seen`; 0 if /proc cannot be read.
-pub fn count_others(proc: &ProcFs, seen: &[Arc<Netns>]) -> usize {
-    let seen: HashSet<NetnsId> = seen.iter().map(|netns| netns.id).collect();
-    ids(proc).map_or(0, |ids| ids.difference(&seen).count())
-}
-
 /// The namespace that process `pid` is in.
 ///
 /// # Errors

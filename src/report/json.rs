@@ -4,16 +4,18 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
+use std::sync::Arc;
 
 use rayon::prelude::*;
 use serde::Serialize;
 
+use super::advice::{JsonAdvice, json_advice};
 use super::backlogs::{JsonBacklog, json_backlog};
 use super::counts::{self, JsonProcessCount};
 use super::descriptors::{DescriptorCounts, JsonStop, json_stops};
 use super::serialize::{
-    Endpoint, JsonNetns, JsonOwner, JsonTimeAndPlace, SCHEMA_VERSION, endpoint, json_netns,
-    json_owners, json_time_and_place, millis, put, to_bytes,
+    Endpoint, JsonAbsentOwner, JsonNetns, JsonOwner, JsonTimeAndPlace, SCHEMA_VERSION, endpoint,
+    json_absent_owners, json_netns, json_owners, json_time_and_place, millis, put, to_bytes,
 };
 use super::{Run, SocketCounts, text};
 use crate::filter::selectors::IN_USE_WITHIN;
@@ -21,6 +23,7 @@ use crate::model::{
     Exclusion, Listener, ListeningSocket, Method, MethodError, Outcome, Owner, Plan, SkipReason,
     Spinning, Target, TimeAndPlace,
 };
+use crate::proc::Process;
 use crate::watch::NewSockets;
 
 /// Number of sockets that one thread serializes at a time. The blocks of a long list are serialized in parallel.
@@ -47,6 +50,8 @@ pub fn write_document(
         hidden_processes: coverage.hidden_processes,
         unreachable_namespaces: coverage.unreachable_namespaces,
         processes_in_unknown_namespace: coverage.unknown_namespaces,
+        namespaces_not_looked_into: coverage.namespaces_not_looked_into,
+        absent_owners: json_absent_owners(&coverage.absent_owners),
         possible_matches: coverage.undecided,
         mptcp_subflows_in_unknown_state: coverage.unlisted_subflows,
         conntrack_close_wait: coverage.tracked.map(|tracked| JsonTracked {
@@ -60,8 +65,13 @@ pub fn write_document(
             let json = |backlog| json_backlog(run, backlog);
             backlogs.iter().map(json).collect()
         }),
+        dead_descriptors: run
+            .dead_descriptors
+            .as_ref()
+            .map(|dead| dead.iter().map(json_dead).collect()),
         reclaim: run.reclaim_requested.then(|| JsonReclaim {
             owners: json_stops(&run.stops),
+            advice: json_advice(&run.advice),
             summary: match run.acted {
                 true => DescriptorCounts::of_scan(&run.scan),
                 false => DescriptorCounts::default(),
@@ -155,6 +165,9 @@ struct Tail<'a> {
     /// Sockets that were left alone because their owner is unknown: they may match.
     possible_matches: usize,
     mptcp_subflows_in_unknown_state: usize,
+    /// Not in scope, because the operator named none.
+    namespaces_not_looked_into: usize,
+    absent_owners: Vec<JsonAbsentOwner>,
     /// Conntrack entries of connections of others; `None`: there are none, or cwkill did not look.
     conntrack_close_wait: Option<JsonTracked>,
     /// They were not searched for namespaces that only a socket keeps alive.
@@ -164,6 +177,8 @@ struct Tail<'a> {
     relist_failure: Option<&'a str>,
     /// The backlogs with dead connections; `None` without `--drain-backlog`.
     backlogs: Option<Vec<JsonBacklog<'a>>>,
+    /// The dead descriptors that match; `None` if cwkill did not look for them.
+    dead_descriptors: Option<Vec<JsonDead<'a>>>,
     /// `None` without `--reclaim`.
     reclaim: Option<JsonReclaim<'a>>,
     spinning: Vec<JsonSpinning<'a>>,
@@ -198,9 +213,26 @@ struct JsonNewSocketsOf<'a> {
     new: usize,
 }
 
+/// The dead descriptors of one process.
+#[derive(Serialize)]
+struct JsonDead<'a> {
+    pid: i32,
+    comm: &'a str,
+    dead: usize,
+}
+
+fn json_dead((process, dead): &(Arc<Process>, usize)) -> JsonDead<'_> {
+    JsonDead {
+        pid: process.id.pid,
+        comm: &process.comm,
+        dead: *dead,
+    }
+}
+
 #[derive(Serialize)]
 struct JsonReclaim<'a> {
     owners: Vec<JsonStop<'a>>,
+    advice: Vec<JsonAdvice<'a>>,
     summary: DescriptorCounts,
 }
 

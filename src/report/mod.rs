@@ -2,6 +2,7 @@
 //!
 //! A report only reads a [`Run`]. The record of an intent reads it before the acts. The commands `reclaim`, `diagnose` and `doctor` have reports of their own.
 
+pub mod advice;
 pub mod backlogs;
 mod counts;
 pub mod descriptors;
@@ -19,12 +20,14 @@ pub mod text;
 mod golden_tests;
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use crate::model::{Backlog, Outcome, ReclaimOutcome, Scan, SkipReason, Spinning};
-use crate::proc::ProcessId;
+use crate::proc::{Process, ProcessId};
 use crate::reclaim::StopStats;
 use crate::text::counted;
 use crate::watch::NewSockets;
+use advice::Advice;
 
 /// A run of `cwkill` without a command.
 #[derive(Debug)]
@@ -40,6 +43,10 @@ pub struct Run {
     pub stops: Vec<StopStats>,
     /// The backlogs in which dead connections wait, or waited; `None` without `--drain-backlog`.
     pub backlogs: Option<Vec<Backlog>>,
+    /// What to do about the descriptors that `--reclaim` has kept.
+    pub advice: Vec<Advice>,
+    /// The dead descriptors that match, by process; `None` if cwkill did not look for them. It looks only if no socket matches.
+    pub dead_descriptors: Option<Vec<(Arc<Process>, usize)>>,
     /// The sockets that became stuck afterwards; `None` without a watch.
     pub new_sockets: Option<NewSockets>,
 }
@@ -54,6 +61,8 @@ impl Run {
             spinning: Vec::new(),
             stops: Vec::new(),
             backlogs: None,
+            advice: Vec::new(),
+            dead_descriptors: None,
             new_sockets: None,
         }
     }
@@ -82,6 +91,8 @@ pub struct SocketCounts {
     pub failed: usize,
     /// They were left alone because data has moved in them (`--min-idle`). They are not among `matched`.
     pub in_use: usize,
+    /// They match, but are younger than `--min-age`. They are not among `matched`.
+    pub younger: usize,
 }
 
 impl SocketCounts {
@@ -89,6 +100,7 @@ impl SocketCounts {
         let mut counts = SocketCounts {
             matched: run.scan.targets.len(),
             in_use: run.scan.in_use,
+            younger: run.scan.younger,
             ..SocketCounts::default()
         };
         for outcome in run.scan.targets.iter().filter_map(|target| target.outcome) {

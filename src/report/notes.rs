@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use super::Run;
+use super::advice::wait_text;
 use super::table::{self, names};
+use crate::config::DEFAULT_RECLAIM_AGE;
 use crate::model::{
     Cause, DrainReason, Exclusion, MethodError, Outcome, Privilege, Scan, SkipReason, Spinning,
     Target,
@@ -83,9 +85,12 @@ fn descriptors(run: &Run) -> Vec<String> {
             }
         }
     }
-    let advice = match run.reclaim_requested {
-        false => ", only the process can, or --reclaim",
-        true => "",
+    let advice = |command: &str| match run.reclaim_requested {
+        false => format!(
+            ", only the process can, or in {}: {command}",
+            wait_text(DEFAULT_RECLAIM_AGE)
+        ),
+        true => String::new(),
     };
     let mut by_kind: BTreeMap<ProcessKind<'_>, Vec<(&Process, usize)>> = BTreeMap::new();
     for (process, count) in open.into_values() {
@@ -94,10 +99,11 @@ fn descriptors(run: &Run) -> Vec<String> {
             .or_default()
             .push((process, count));
     }
-    let note = |who: String, count: usize| {
+    let note = |who: String, count: usize, command: &str| {
         format!(
-            "{who} {} of closed sockets open: closing a socket does not free the descriptor{advice}",
+            "{who} {} of closed sockets open: closing a socket does not free the descriptor{}",
             counted(count, "descriptor"),
+            advice(command),
         )
     };
     let mut notes: Vec<String> = Vec::new();
@@ -113,9 +119,12 @@ fn descriptors(run: &Run) -> Vec<String> {
                 pids.join(", "),
                 processes.len() - MAX_NAMED,
             );
-            notes.push(note(who, count));
+            notes.push(note(who, count, "cwkill reclaim (lists them)"));
         } else {
-            let one = |(process, count)| note(format!("{process} still has"), count);
+            let one = |(process, count): (&Process, usize)| {
+                let command = format!("cwkill reclaim --pid {}", process.id.pid);
+                note(format!("{process} still has"), count, &command)
+            };
             notes.extend(processes.into_iter().map(one));
         }
     }

@@ -9,8 +9,8 @@ use serde_json::ser::Formatter;
 
 use super::Run;
 use crate::model::{Owner, TimeAndPlace};
-use crate::proc::Process;
 use crate::proc::netns::Netns;
+use crate::proc::{AbsentOwner, Process};
 use crate::text::is_unsafe;
 
 /// Within a version, fields are added and never renamed.
@@ -85,6 +85,24 @@ impl Formatter for TerminalSafe {
         }
         writer.write_all(&fragment.as_bytes()[plain..])
     }
+}
+
+/// A selected owner that does not exist.
+#[derive(Serialize)]
+pub(crate) struct JsonAbsentOwner {
+    /// The option that gave the value; null if several exclude each other.
+    selector: Option<&'static str>,
+    value: String,
+    message: String,
+}
+
+pub(crate) fn json_absent_owners(absent: &[AbsentOwner]) -> Vec<JsonAbsentOwner> {
+    let json = |absent: &AbsentOwner| JsonAbsentOwner {
+        selector: absent.option(),
+        value: absent.value.clone(),
+        message: absent.to_string(),
+    };
+    absent.iter().map(json).collect()
 }
 
 #[derive(Serialize)]

@@ -8,7 +8,7 @@ use std::time::Duration;
 use comfy_table::{Cell, CellAlignment, Color};
 
 use super::table::{has_unit, join, names, plain_table, unit_text};
-use super::{Run, SocketCounts, backlogs, descriptors};
+use super::{Run, SocketCounts, advice, backlogs, descriptors};
 use crate::config::{Action, Config, Limit};
 use crate::model::{Cause, Outcome, Plan, Scan, SkipReason, Socket, Target};
 use crate::sock_diag::Protocol;
@@ -47,10 +47,13 @@ pub fn write(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io
     for line in backlogs::lines(run) {
         writeln!(out, "{line}")?;
     }
-    if run.reclaim_requested && run.acted {
+    if run.reclaim_requested && run.acted && !run.scan.targets.is_empty() {
         for line in descriptors::lines(&run.scan, &run.stops) {
             writeln!(out, "{line}")?;
         }
+    }
+    for line in advice::lines(&run.advice) {
+        writeln!(out, "{line}")?;
     }
     Ok(())
 }
@@ -355,10 +358,19 @@ pub(crate) fn result(target: &Target, verbose: bool) -> Option<(String, Color)> 
 
 /// The line after the table.
 pub fn summary(run: &Run, config: &Config) -> String {
+    last_line(run, config, true)
+}
+
+/// The same without the namespaces that were not looked into.
+pub fn totals(run: &Run, config: &Config) -> String {
+    last_line(run, config, false)
+}
+
+fn last_line(run: &Run, config: &Config, with_namespaces: bool) -> String {
     let counts = SocketCounts::of(run);
-    let in_use = in_use_text(run, config);
+    let left_out = left_out_text(run, config, with_namespaces);
     if run.acted {
-        return counts.sentence() + &in_use;
+        return counts.sentence() + &left_out;
     }
     let sockets = || run.scan.targets.iter().map(|target| &target.socket);
     let mut line = match sockets().all(|socket| socket.state == TcpState::CloseWait) {
@@ -373,13 +385,42 @@ pub fn summary(run: &Run, config: &Config) -> String {
         let separator = if index == 0 { ": " } else { ", " };
         let _ = write!(line, "{separator}{count} {cause}");
     }
-    line.push_str(&in_use);
+    line.push_str(&left_out);
     if config.action == Action::DryRun {
         line.push_str("; dry run, nothing was done");
     } else if config.narrows && counts.matched > 0 {
         line.push_str("; nothing was closed: add --port, --process, ... or --all");
     }
     line
+}
+
+/// What was left out although it may match.
+fn left_out_text(run: &Run, config: &Config, with_namespaces: bool) -> String {
+    let mut parts = run.scan.left_out(config.selectors.min_age);
+    parts.extend(run.scan.namespaces_left_out().filter(|_| with_namespaces));
+    // Both are about sockets that match.
+    parts.insert(usize::from(run.scan.younger > 0), in_use_text(run, config));
+    parts.insert(0, dead_text(run));
+    parts.retain(|part| !part.is_empty());
+    parts.iter().map(|part| format!("; {part}")).collect()
+}
+
+/// The dead descriptors, where no socket matches.
+fn dead_text(run: &Run) -> String {
+    let by = run.dead_descriptors.as_deref().unwrap_or_default();
+    let count = by.iter().map(|(_, count)| count).sum();
+    let dead = counted(count, "dead descriptor");
+    match by {
+        [] => String::new(),
+        [(process, _)] => format!(
+            "{dead} in {process}: cwkill reclaim --pid {}",
+            process.id.pid
+        ),
+        several => format!(
+            "{dead} in {}: cwkill reclaim lists them",
+            counted(several.len(), "process")
+        ),
+    }
 }
 
 /// The sockets in use: those that were left alone, or in a listing those that would be.
@@ -399,7 +440,7 @@ fn in_use_text(run: &Run, config: &Config) -> String {
     match count {
         0 => String::new(),
         _ => format!(
-            "; {count} in use{ending}: data moved in the last {}",
+            "{count} in use{ending}: data moved in the last {}",
             age(limit)
         ),
     }

@@ -90,7 +90,7 @@ const BAD: &[(&str, &str, &str)] = &[
     ("reclaim --pid java", "java", "4711"),
     ("reclaim --reclaim-force", "--reclaim-force", "--pid 4711"),
     ("reclaim --reclaim-age soon", "soon", "90s"),
-    ("reclaim --port 8080", "--port", "--help"),
+    ("reclaim --peer-port 8080", "--peer-port", "--help"),
     ("reclaim 4711", "4711", "--help"),
     (
         "--port 1 diagnose",
@@ -105,7 +105,7 @@ const BAD: &[(&str, &str, &str)] = &[
     (
         "--port 1 reclaim",
         "`reclaim` is a command",
-        "`cwkill reclaim --help`",
+        "`cwkill reclaim --port 1`",
     ),
     ("dst diagnose", "`diagnose` is not an address", "10.0.0.0/8"),
 ];

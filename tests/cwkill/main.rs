@@ -22,6 +22,7 @@ mod listing;
 mod mptcp;
 mod namespaces;
 mod nat;
+mod never_nothing;
 mod overview;
 mod probing;
 mod races;
@@ -77,6 +78,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     races,
     states,
     namespaces,
+    never_nothing,
     threads,
     iterator,
     facts,
@@ -96,6 +98,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     reclaim::act,
     reclaim::evidence,
     reclaim::kill,
+    reclaim::ports,
     reclaim::programs,
     reclaim::reactions,
     reclaim::rights,

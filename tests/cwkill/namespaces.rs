@@ -24,7 +24,7 @@ pub const TESTS: &[Test] = &[
     once!(a_process_that_moves_to_another_still_owns_its_sockets),
     each_family!(a_namespace_that_only_sockets_keep_is_found),
     each_family!(a_listener_leads_to_a_nameless_namespace),
-    once!(sockets_are_not_followed_into_other_namespaces),
+    once!(sockets_are_followed_into_other_namespaces_unless_one_is_named),
     once!(a_namespace_that_may_not_be_asked_for_is_reported),
 ];
 
@@ -357,13 +357,14 @@ fn a_listener_leads_to_a_nameless_namespace(family: Family) -> Result<()> {
     Ok(())
 }
 
-/// A namespace with a process is not in scope unless the operator names it.
-fn sockets_are_not_followed_into_other_namespaces() -> Result<()> {
+/// If the operator names a namespace, another one with a process is not in scope.
+fn sockets_are_followed_into_other_namespaces_unless_one_is_named() -> Result<()> {
     let (lab, leak) = lab("drained", Family::V4, 2)?;
     let elsewhere = leave(&leak)?;
     let resident = lab.app_host().agent("resident")?;
     let pid = leak.app().pid().to_string();
-    outside(&["-p", &pid, "-n", "--json"])?.exits(1);
+    let ran = outside(&["-p", &pid, "-n", "--json"])?.exits(0);
+    assert_eq!(of(&lab, &ran.sockets())?.len(), 2);
     let here = elsewhere.app_host().netns_path();
     let here = here.to_str().context("a path")?;
     outside(&["-N", here, "-p", &pid, "-n", "--json"])?.exits(1);

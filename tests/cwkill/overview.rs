@@ -288,7 +288,7 @@ fn namespaces_that_were_not_looked_into_are_counted() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 1)?;
     let ran = on_a_terminal(&lab, USUAL, "", "")?.exits(0);
     assert!(
-        ran.stdout.contains(" not looked into: --all-netns\n"),
+        ran.stdout.contains(" not looked into (--all-netns)\n"),
         "{ran:?}"
     );
     let ran = on_a_terminal(&lab, USUAL, "", "--all-netns")?;

@@ -54,7 +54,7 @@ impl Control for Now {
 
 /// Finds and plans for all stuck sockets of the network namespace of the calling thread.
 fn find(proc: &ProcFs, methods: &[Method]) -> Result<Scan> {
-    let here = finder::open_namespaces(&NetnsScope::Current, proc)?;
+    let here = finder::open_namespaces(&NetnsScope::Current, &Selectors::default(), proc)?;
     let mut scan = finder::find(&here, proc, &Selectors::default(), &History::none())?;
     let policy = Policy {
         methods: methods.to_vec(),
@@ -357,7 +357,11 @@ fn the_act_goes_through_the_remaining_owners() -> Result<()> {
 
 /// The identities of the stuck sockets in the network namespace of the calling thread.
 fn stuck_ids() -> Result<Vec<DiagId>> {
-    let here = finder::open_namespaces(&NetnsScope::Current, &ProcFs::default())?;
+    let here = finder::open_namespaces(
+        &NetnsScope::Current,
+        &Selectors::default(),
+        &ProcFs::default(),
+    )?;
     let scan = finder::find_sockets(&here, &Selectors::default(), &History::none(), true)?;
     Ok(scan.targets.iter().map(|target| target.socket.id).collect())
 }

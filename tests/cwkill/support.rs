@@ -95,6 +95,7 @@ pub fn take_sockets_in_use(
     if environment.iter().any(|(name, _)| name == AS_TYPED) {
         return;
     }
+    stay_in_this_namespace(arguments);
     let gives_it = |argument: &OsString| argument.to_string_lossy().contains(TAKE_ALL[0]);
     if arguments.iter().any(gives_it) {
         return;
@@ -123,6 +124,28 @@ pub fn take_sockets_in_use(
         }
         *argument = changed.into();
     }
+}
+
+/// Adds the namespace of the host to a command line that selects owners by a name: other tests have owners of the same name in other
+/// namespaces. A command line that names namespaces stays as it is.
+fn stay_in_this_namespace(arguments: &mut Vec<OsString>) {
+    let Some(place) = arguments.iter().position(|argument| argument == CWKILL) else {
+        return;
+    };
+    let has = |options: &[&str]| {
+        let mut given = arguments[place..].iter().map(|one| one.to_string_lossy());
+        given.any(|one| options.contains(&one.split('=').next().unwrap_or_default()))
+    };
+    let by_name = ["--process", "--unit", "--container", "--cgroup"];
+    if has(&by_name) && !has(&["-N", "--netns", "--all-netns", "reclaim"]) {
+        arguments.extend(["-N", "/proc/self/ns/net"].map(OsString::from));
+    }
+}
+
+/// Whether /proc shows the processes of every pid namespace: it is of the initial one.
+pub fn sees_every_process() -> Result<bool> {
+    let link = std::fs::read_link("/proc/self/ns/pid")?;
+    Ok(link.as_os_str() == "pid:[4026531836]")
 }
 
 /// The variable with the directory for the history; empty for none.

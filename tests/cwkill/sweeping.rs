@@ -84,7 +84,8 @@ fn sweep_with(lab: &Lab, idle: &[&str], control: &dyn Control) -> Result<Vec<Tar
     lab.app_host().within(|| {
         let config = config_with(idle, STUCK)?;
         let privileges = Privileges::of_this_thread()?;
-        let namespaces = finder::open_namespaces(&config.netns, &ProcFs::default())?;
+        let namespaces =
+            finder::open_namespaces(&config.netns, &config.selectors, &ProcFs::default())?;
         Ok(close::sweep_if_possible(
             &config,
             &namespaces,
@@ -99,7 +100,8 @@ fn sweep_with(lab: &Lab, idle: &[&str], control: &dyn Control) -> Result<Vec<Tar
 fn left(lab: &Lab) -> Result<Vec<Target>> {
     lab.app_host().within(|| {
         let config = config(STUCK)?;
-        let namespaces = finder::open_namespaces(&config.netns, &ProcFs::default())?;
+        let namespaces =
+            finder::open_namespaces(&config.netns, &config.selectors, &ProcFs::default())?;
         let scan = finder::find_sockets(&namespaces, &config.selectors, &History::none(), true)?;
         Ok(scan.targets)
     })
@@ -191,7 +193,7 @@ fn half_swept(lab: &Lab, swept: Vec<Target>) -> Result<()> {
         let config = config("dev nosuch9")?;
         let privileges = Privileges::of_this_thread()?;
         let proc = ProcFs::default();
-        let namespaces = finder::open_namespaces(&config.netns, &proc)?;
+        let namespaces = finder::open_namespaces(&config.netns, &config.selectors, &proc)?;
         let scan = close::find_and_plan(
             &config,
             &namespaces,

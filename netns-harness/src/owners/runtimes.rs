@@ -85,7 +85,14 @@ impl Runtime {
             Self::Java => {
                 let text = include_str!("../../owners/Echo.java");
                 build_dir.build("Echo.java", text, &["javac", "Echo.java"])?;
-                let words = ["java", "-Xmx64m", "-XX:+UseSerialGC", "-cp"];
+                // It keeps its soft limit. Otherwise it raises that to the hard one, which only CAP_SYS_RESOURCE can raise.
+                let words = [
+                    "java",
+                    "-Xmx64m",
+                    "-XX:+UseSerialGC",
+                    "-XX:-MaxFDLimit",
+                    "-cp",
+                ];
                 Ok(words
                     .map(str::to_owned)
                     .into_iter()
@@ -250,6 +257,73 @@ pub fn recover_unforced(runtime: Runtime, cwkill: &Path) -> Result<Vec<String>> 
     Ok(reasons(&json))
 }
 
+/// What an operator did and got, who cures a server at its limit with the commands that `cwkill` prints.
+#[derive(Debug)]
+pub struct Cure {
+    /// The lines about kept descriptors that `cwkill --reclaim` has printed, without force.
+    pub advice: Vec<String>,
+    /// The commands in them, in order.
+    pub commands: Vec<String>,
+    /// The descriptors that these have freed.
+    pub freed: u64,
+}
+
+/// Lets a server of `runtime` leak until its limit, runs `cwkill --reclaim`, and then the commands that its advice names.
+///
+/// # Errors
+/// The runtime is not installed, a command fails, or the server does not accept again.
+pub fn cure(runtime: Runtime, cwkill: &Path) -> Result<Cure> {
+    let build_dir = BuildDir::new()?;
+    let command = runtime.build(&build_dir)?;
+    let lab = Lab::new()?;
+    let host = lab.app_host();
+    let server = Server::start(host, &command)?;
+    // A class of Java whose initializer fails at the limit stays unusable, so it must have served a connection before.
+    host.within(|| server.serves())?;
+    host.within(|| server.leak_to_the_limit())?;
+    let pid = server.child.id().to_string();
+    let line = ["--pid", &pid, "--reclaim", "--reclaim-age", "1s", "--json"];
+    let closed = host.command(cwkill).args(line).output()?;
+    let closed: Value = serde_json::from_slice(&closed.stdout)?;
+    let advice = closed.pointer("/reclaim/advice").and_then(Value::as_array);
+    let advice = advice.context("no advice")?;
+    let mut cure = Cure {
+        advice: advice.iter().map(|one| one["text"].to_string()).collect(),
+        commands: Vec::new(),
+        freed: 0,
+    };
+    for one in advice {
+        for command in one["commands"].as_array().context("no commands")? {
+            let command = command.as_str().context("a command")?.to_owned();
+            let words: Vec<&str> = command.split(' ').collect();
+            match words[0] {
+                "cwkill" => cure.freed += reclaimed(host, cwkill, &words[1..])?,
+                program => {
+                    let output = host.command(program).args(&words[1..]).output()?;
+                    ensure!(output.status.success(), "{command}: {output:?}");
+                }
+            }
+            cure.commands.push(command);
+        }
+    }
+    host.within(|| server.serves())?;
+    Ok(cure)
+}
+
+/// Runs a command of `cwkill reclaim` until nothing is left. Returns how many descriptors it has freed.
+fn reclaimed(host: &Host, cwkill: &Path, words: &[&str]) -> Result<u64> {
+    let mut freed = 0;
+    wait(TIMEOUT, || {
+        let more = ["--stop-limit", "5s", "--json"];
+        let output = host.command(cwkill).args(words).args(more).output()?;
+        let json: Value = serde_json::from_slice(&output.stdout)?;
+        let count = json.pointer("/summary/freed").and_then(Value::as_u64);
+        freed += count.context("no summary")?;
+        Ok(output.status.code().is_some_and(|code| code <= 1))
+    })?;
+    Ok(freed)
+}
+
 /// A server of a runtime that accepts connections on 127.0.0.1:7400 and has paused reading on them, in the way of the runtime: Node.js
 /// `pause()`, asyncio `pause_reading()`, Java's selector with interest in nothing, Go without a read. Killed when dropped.
 #[derive(Debug)]
@@ -359,7 +433,12 @@ fn address() -> SocketAddr {
 
 impl Server {
     fn start(host: &Host, command: &[String]) -> Result<Self> {
-        let script = format!("ulimit -n {LIMIT}; exec \"$@\" {PORT}");
+        // Go and Node.js raise the soft limit to the hard one.
+        let limit = match command[0].as_str() {
+            "java" => "-S -n",
+            _ => "-n",
+        };
+        let script = format!("ulimit {limit} {LIMIT}; exec \"$@\" {PORT}");
         let mut child = host
             .command("sh")
             .args(["-c", &script, "sh"])

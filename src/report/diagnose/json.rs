@@ -14,7 +14,8 @@ use crate::diagnose::verdict::{self, Circumstance, Verdict};
 use crate::diagnose::{Diagnosis, ListenerDiagnosis, ProcessDiagnosis};
 use crate::model::{Cause, TimeAndPlace};
 use crate::report::serialize::{
-    JsonContainer, JsonTimeAndPlace, container, json_time_and_place, serializer,
+    JsonAbsentOwner, JsonContainer, JsonTimeAndPlace, container, json_absent_owners,
+    json_time_and_place, serializer,
 };
 use crate::tcp::TcpState;
 
@@ -59,6 +60,10 @@ pub fn write(
         processes_in_unknown_namespace: coverage.unknown_namespaces,
         possible_matches: coverage.undecided,
         mptcp_subflows_in_unknown_state: coverage.unlisted_subflows,
+        namespaces_not_looked_into: coverage.namespaces_not_looked_into,
+        absent_owners: json_absent_owners(&coverage.absent_owners),
+        younger: diagnosis.scan.younger,
+        in_use: diagnosis.scan.in_use,
         host_at_file_limit: diagnosis.is_host_at_limit,
         descriptors_not_searched: coverage.unexamined_descriptors,
         sockets_in_unknown_namespace: coverage.unplaced_sockets,
@@ -85,6 +90,12 @@ struct DiagnosisDocument<'a> {
     processes_in_unknown_namespace: usize,
     possible_matches: usize,
     mptcp_subflows_in_unknown_state: usize,
+    namespaces_not_looked_into: usize,
+    absent_owners: Vec<JsonAbsentOwner>,
+    /// They match, but are younger than `--min-age`.
+    younger: usize,
+    /// They match, but data has moved in them within `--min-idle`.
+    in_use: usize,
     host_at_file_limit: bool,
     descriptors_not_searched: usize,
     sockets_in_unknown_namespace: usize,

@@ -179,6 +179,9 @@ fn summary(diagnosis: &Diagnosis) -> String {
     if dead > 0 {
         let _ = write!(line, "; {}", counted(dead, "dead descriptor"));
     }
+    for part in &diagnosis.left_out {
+        let _ = write!(line, "; {part}");
+    }
     line
 }
 

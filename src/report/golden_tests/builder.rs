@@ -12,15 +12,17 @@ use crate::audit::record::{Caller, Entry, intents, outcomes};
 use crate::cli::Cli;
 use crate::commands::sweep;
 use crate::config::{Action, Config};
+use crate::diagnose::suggest::LanguageRuntime;
 use crate::model::{
     Backlog, Coverage, DrainReason, DrainResult, Listener, ListeningSocket, Method, Outcome, Owner,
     Plan, Scan, SkipReason, Socket, Spinning, Target,
 };
 use crate::proc::cgroup::Cgroup;
 use crate::proc::netns::Netns;
-use crate::proc::{FdState, Process, ProcessId, RemoteFd};
-use crate::reclaim::StopStats;
+use crate::proc::{AbsentOwner, FdState, OwnerKind, Process, ProcessId, RemoteFd};
+use crate::reclaim::{ReclaimRules, StopStats};
 use crate::report::Run;
+use crate::report::advice::{Advice, Facts, KeptBy, advise, kept};
 use crate::sock_diag::testdata::stuck;
 use crate::sock_diag::{DiagId, Family, SocketMessage};
 use crate::watch::NewSockets;
@@ -339,11 +341,13 @@ pub struct Case {
     namespaces: Vec<(u64, Option<&'static str>)>,
     sockets: Vec<Matched>,
     in_use: usize,
+    younger: usize,
     coverage: Coverage,
     watched: Option<Watched>,
     stopped: Vec<(&'static Who, u64, usize)>,
     spinning: Vec<Spinning>,
     drained: Vec<Drained>,
+    dead: Vec<(&'static Who, usize)>,
 }
 
 /// In one namespace, in which all can be seen.
@@ -356,15 +360,23 @@ pub fn case(name: &'static str, arguments: &'static str) -> Case {
         namespaces: vec![(4_026_531_840, None)],
         sockets: Vec::new(),
         in_use: 0,
+        younger: 0,
         coverage: Coverage::default(),
         watched: None,
         stopped: Vec::new(),
         spinning: Vec::new(),
         drained: Vec::new(),
+        dead: Vec::new(),
     }
 }
 
 impl Case {
+    /// The dead descriptors of a process, where no socket matches.
+    pub fn dead(mut self, who: &'static Who, count: usize) -> Self {
+        self.dead.push((who, count));
+        self
+    }
+
     pub fn drained(mut self, backlogs: impl IntoIterator<Item = Drained>) -> Self {
         self.drained.extend(backlogs);
         self
@@ -403,6 +415,24 @@ impl Case {
     /// Sockets that are left alone because data has moved in them.
     pub fn in_use(mut self, count: usize) -> Self {
         self.in_use = count;
+        self
+    }
+
+    /// Sockets that are younger than `--min-age`.
+    pub fn younger(mut self, count: usize) -> Self {
+        self.younger = count;
+        self
+    }
+
+    pub fn namespaces_not_looked_into(mut self, count: usize) -> Self {
+        self.coverage.namespaces_not_looked_into = count;
+        self
+    }
+
+    /// A selected owner that does not exist.
+    pub fn absent(mut self, kind: OwnerKind, value: &str) -> Self {
+        let absent = AbsentOwner::new(kind, value);
+        self.coverage.absent_owners.push(absent);
         self
     }
 
@@ -501,6 +531,7 @@ impl Case {
                 .map(|(inode, name)| Arc::new(Netns::example(*inode, *name)))
                 .collect(),
             in_use: self.in_use,
+            younger: self.younger,
             coverage: self.coverage.clone(),
             owners_known: config.owners,
             ..Scan::default()
@@ -530,7 +561,14 @@ impl Case {
         let has_result = acted || config.action != Action::Act;
         let drained = self.drained.iter();
         let backlogs = drained.map(|drained| drained.backlog(has_result)).collect();
+        let owners = scan.targets.iter().flat_map(|target| &target.owners);
+        let rules = config.reclaim.as_ref().filter(|_| reclaimed);
+        let advice = rules.map(|rules| advice(owners, rules, (true, !acted)));
+        let dead = self.dead.iter();
+        let dead = dead.map(|(who, count)| (who.process(), *count)).collect();
         Run {
+            advice: advice.unwrap_or_default(),
+            dead_descriptors: scan.targets.is_empty().then_some(dead),
             acted,
             backlogs: config.drain_backlogs.map(|_| backlogs),
             reclaim_requested: reclaimed,
@@ -656,4 +694,23 @@ pub fn records<'r>(run: &'r Run, who: &Caller, done: bool) -> Vec<Entry<'r>> {
         }
         true => outcomes(run).chain([Entry::end(run)]).collect(),
     }
+}
+
+/// What to do about the descriptors of `owners` that were kept; `run`: whether it has closed the sockets too, and whether it has only
+/// predicted it.
+pub(super) fn advice<'o>(
+    owners: impl Iterator<Item = &'o Owner>,
+    rules: &ReclaimRules,
+    (closed_sockets, predicted): (bool, bool),
+) -> Vec<Advice> {
+    let facts = |process: &Process| Facts {
+        runtime: LanguageRuntime::of(None, &process.comm),
+        reached: None,
+    };
+    let by = KeptBy {
+        rules,
+        closed_sockets,
+        predicted,
+    };
+    advise(&kept(owners, &facts), by)
 }

@@ -4,6 +4,7 @@ use super::builder::{Case, Drained, Listening, Matched, Who, case, socket};
 use super::dead_builder::{Dead, DeadCase, dead, dead_case};
 use super::words::{ATTEMPTS, EXCLUSIONS, KEPT, SKIPS};
 use crate::model::DrainReason;
+use crate::proc::OwnerKind;
 
 const ID: &str = "0::/system.slice/docker-0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef.scope";
 const POD: &str = "0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod8f2a1c3d_1111_2222_3333_444455556666.slice/\
@@ -225,6 +226,23 @@ pub fn listings() -> Vec<Case> {
                 .plan(["destroy"])])
             .in_use(1),
         case("nothing-undecided", "--pid 7").undecided(2),
+        case("nothing-but-younger", "--port 80 --min-age 10m").younger(3),
+        case(
+            "nothing-but-younger-and-in-use",
+            "--port 80 --min-age 10m -n",
+        )
+        .younger(1)
+        .in_use(2),
+        case("nothing-but-dead", "--port 80 --reclaim").dead(&JAVA, 19),
+        case("nothing-but-dead-ones", "--port 80 --reclaim -n")
+            .dead(&JAVA, 19)
+            .dead(&NODE, 1),
+        case("nothing-here", "").namespaces_not_looked_into(3),
+        case("nothing-to-do-here", "--port 80").namespaces_not_looked_into(1),
+        case("nothing-no-process", "--pid 8080").absent(OwnerKind::Pid, "8080"),
+        case("nothing-no-owners", "-n --process evil\u{7} --unit web")
+            .absent(OwnerKind::Process, "evil\u{7}")
+            .absent(OwnerKind::Unit, "web"),
         case("nothing-unreachable-namespace", "--netns all").unreachable_namespaces(1, None),
         case("nothing-unreachable-namespaces", "--netns all")
             .unreachable_namespaces(2, Some("opening it: no")),

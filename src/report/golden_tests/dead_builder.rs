@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::Parser;
 use nix::errno::Errno;
 
-use super::builder::{Who, stops};
+use super::builder::{Who, advice, stops};
 use super::words::{judgement, reclaim_outcome};
 use crate::audit::record::{Caller, Entry, reclaim_intents, reclaim_outcomes};
 use crate::cli::{Cli, Command};
@@ -169,8 +169,14 @@ impl DeadCase {
         };
         let processes = self.leader_exited.iter();
         let failure = |pid: &i32| (*pid, io::Error::from(Errno::EIO));
+        let descriptors: Vec<DeadDescriptor> = self.descriptors.iter().map(descriptor).collect();
         ReclaimRun {
-            descriptors: self.descriptors.iter().map(descriptor).collect(),
+            advice: advice(
+                descriptors.iter().map(|dead| &dead.owner),
+                &self.config(false).rules,
+                (false, !acted),
+            ),
+            descriptors,
             acted,
             stops: stops(&self.stopped),
             unknown: self.unknown,
@@ -180,6 +186,7 @@ impl DeadCase {
                 .collect(),
             failed: self.failed.iter().map(failure).collect(),
             hidden: self.hidden,
+            ..ReclaimRun::default()
         }
     }
 }

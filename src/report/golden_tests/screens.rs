@@ -179,7 +179,8 @@ fn tables(run: &Run) -> HashMap<ProcessId, TableUse> {
 
 /// The screens of a run, one after the other, and what it writes into a pipe.
 pub fn shown(case: &Case) -> String {
-    let (run, config) = (case.run(true), case.config(false));
+    let (mut run, config) = (case.run(true), case.config(false));
+    run.scan.coverage.namespaces_not_looked_into = 2;
     let tables = tables(&run);
     let mut prose = String::new();
     for (columns, rows) in SIZES {
@@ -198,7 +199,7 @@ pub fn shown(case: &Case) -> String {
             .split_whitespace()
             .map(str::to_owned)
             .collect();
-        let overview = Overview::new(&run, &config, screen, &messages, 2, &words);
+        let overview = Overview::new(&run, &config, screen, &messages, &words);
         let mut lines = written(|out| overview.write(&tables, out));
         for message in messages.iter().map(String::as_str).chain(overview.next()) {
             lines += &format!("{message}\n");

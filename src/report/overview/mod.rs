@@ -12,7 +12,7 @@ use std::fmt::Display;
 use std::io::{self, Write};
 
 use super::table::unit_text;
-use super::{Run, backlogs, descriptors, text};
+use super::{Run, advice, backlogs, descriptors, text};
 use crate::config::{Action, Config, Limit};
 use crate::finder::table_use::TableUse;
 use crate::model::Listener;
@@ -61,14 +61,12 @@ pub struct Overview<'r> {
 }
 
 impl<'r> Overview<'r> {
-    /// `messages`: the lines that follow on stderr. `unseen_namespaces`: how many network namespaces the run did not look into.
-    /// `words`: the command line, without the name of the program.
+    /// `messages`: the lines that follow on stderr. `words`: the command line, without the name of the program.
     pub fn new(
         run: &'r Run,
         config: &'r Config,
         screen: Screen,
         messages: &[String],
-        unseen_namespaces: usize,
         words: &[String],
     ) -> Self {
         let is_listing = config.action == Action::List;
@@ -88,20 +86,16 @@ impl<'r> Overview<'r> {
                 labels.extend(are_several.then_some((reason, label)));
             }
         }
-        lines.push(text::summary(run, config));
+        lines.push(text::totals(run, config));
         lines.extend(backlogs::lines(run));
         if run.reclaim_requested && run.acted {
             lines.extend(descriptors::lines(&run.scan, &run.stops));
         }
-        if unseen_namespaces > 0 {
-            lines.push(format!(
-                "{} not looked into: --all-netns",
-                counted(unseen_namespaces, "network namespace")
-            ));
-        }
+        lines.extend(advice::lines(&run.advice));
+        lines.extend(run.scan.namespaces_left_out());
         let broken = |line: &String| wrap(line, screen.columns, INDENT);
         let tail: Vec<String> = lines.iter().flat_map(broken).collect();
-        let next = next::line(run, config, &rows, unseen_namespaces, words);
+        let next = next::line(run, config, &rows, words);
         let height = |line: &String| columns_of(line).div_ceil(screen.columns.max(1)).max(1);
         let below = tail.iter().chain(messages).chain(&next).map(height);
         // The header, the line about more processes, and the prompt.

@@ -7,19 +7,15 @@ use crate::report::Run;
 use crate::text::{escape, shell_line};
 
 /// The line with the next command, if there is one. `words`: the command line of this run, without the name of the program.
-pub fn line(
-    run: &Run,
-    config: &Config,
-    rows: &[Row<'_>],
-    unseen_namespaces: usize,
-    words: &[String],
-) -> Option<String> {
+pub fn line(run: &Run, config: &Config, rows: &[Row<'_>], words: &[String]) -> Option<String> {
     let typed = |more: &[String]| command(&[words, more].concat());
     let without_dry_run = |more: &[String]| command(&[&without_dry_run(words), more].concat());
     let command = match config.action {
         Action::List => match rows.iter().find_map(selector) {
             Some(selector) => typed(&[&selector[..], &["-n".to_owned()]].concat()),
-            None if rows.is_empty() && unseen_namespaces > 0 => typed(&["--all-netns".to_owned()]),
+            None if rows.is_empty() && run.scan.coverage.namespaces_not_looked_into > 0 => {
+                typed(&["--all-netns".to_owned()])
+            }
             None => None,
         },
         Action::DryRun => {
@@ -39,6 +35,10 @@ pub fn line(
 /// After an act: why sockets leak that could not be closed, or how to free the descriptors of those that were.
 fn after_an_act(run: &Run, config: &Config, rows: &[Row<'_>]) -> Option<String> {
     let pid = |row: &Row<'_>| Some(row.process()?.id.pid.to_string());
+    if let Some([(process, _)]) = run.dead_descriptors.as_deref() {
+        let words = ["reclaim", "--pid", &process.id.pid.to_string()].map(str::to_owned);
+        return command(&words).map(|command| format!("next: {command}"));
+    }
     let mut left = rows
         .iter()
         .filter(|row| row.counts.kept + row.counts.failed > 0);
@@ -53,7 +53,12 @@ fn after_an_act(run: &Run, config: &Config, rows: &[Row<'_>]) -> Option<String> 
     }
     let mut open = rows.iter().filter(|row| row.counts.open > 0);
     if run.reclaim_requested {
-        return None;
+        let advice = run.advice.first()?;
+        let command = advice.commands.first()?;
+        return Some(match &advice.after {
+            Some(time) => format!("next, in {time}: {command}"),
+            None => format!("next: {command}"),
+        });
     }
     let words = ["reclaim", "--pid", &open.find_map(pid)?].map(str::to_owned);
     command(&words).map(|command| format!("next, in a minute: {command}"))

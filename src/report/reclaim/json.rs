@@ -8,10 +8,11 @@ use serde::Serialize;
 use super::counts::{self, JsonDescriptorCount};
 use super::{DeadDescriptor, ReclaimRun};
 use crate::model::{ReclaimOutcome, ReclaimReason, TimeAndPlace};
+use crate::report::advice::{JsonAdvice, json_advice};
 use crate::report::descriptors::{DescriptorCounts, JsonStop, json_stops};
 use crate::report::serialize::{
-    Endpoint, JsonContainer, JsonTimeAndPlace, SCHEMA_VERSION, container, endpoint,
-    json_time_and_place, serializer,
+    Endpoint, JsonAbsentOwner, JsonContainer, JsonTimeAndPlace, SCHEMA_VERSION, container,
+    endpoint, json_absent_owners, json_time_and_place, serializer,
 };
 use crate::text::escape;
 
@@ -31,6 +32,12 @@ struct ReclaimDocument<'a> {
     by_process: Vec<JsonDescriptorCount<'a>>,
     /// Those that are kept, by reason code.
     by_reason: BTreeMap<&'static str, usize>,
+    absent_owners: Vec<JsonAbsentOwner>,
+    /// They match, but their process is in another network namespace.
+    in_other_namespaces: usize,
+    /// They may match, but their local port is unknown.
+    of_unknown_port: usize,
+    advice: Vec<JsonAdvice<'a>>,
     summary: DescriptorCounts,
 }
 
@@ -131,6 +138,10 @@ pub fn write_document(
         hidden_processes: run.hidden,
         by_process: counts::by_process(run),
         by_reason: counts::by_reason(run),
+        absent_owners: json_absent_owners(&run.absent),
+        in_other_namespaces: run.elsewhere,
+        of_unknown_port: run.without_address,
+        advice: json_advice(&run.advice),
         summary: run.counts(),
     };
     document.serialize(&mut serializer(out))?;

@@ -4,14 +4,16 @@ mod counts;
 pub mod json;
 pub mod text;
 
+use std::fmt::Write as _;
 use std::io;
 
 use super::ExitStatus;
+use super::advice::Advice;
 use super::descriptors::DescriptorCounts;
 use crate::config::{Action, ReclaimConfig};
 use crate::finder::dead::DeadSocket;
 use crate::model::{Owner, ReclaimOutcome};
-use crate::proc::Process;
+use crate::proc::{AbsentOwner, Process};
 use crate::reclaim::StopStats;
 use crate::text::counted;
 
@@ -43,6 +45,14 @@ pub struct ReclaimRun {
     pub failed: Vec<(i32, io::Error)>,
     /// /proc is mounted with hidepid, so it may hide selected processes.
     pub hidden: bool,
+    /// The selected owners that do not exist.
+    pub absent: Vec<AbsentOwner>,
+    /// The number of dead descriptors that match, except that their process is in another network namespace.
+    pub elsewhere: usize,
+    /// The number of dead descriptors that were left out because their local address is unknown.
+    pub without_address: usize,
+    /// What to do about the descriptors that were kept.
+    pub advice: Vec<Advice>,
 }
 
 impl ReclaimRun {
@@ -84,20 +94,52 @@ pub fn summary(run: &ReclaimRun, config: &ReclaimConfig) -> String {
     let found = counted(run.descriptors.len(), "dead descriptor");
     if run.acted {
         let counts = run.counts();
-        return format!("{found}: {} freed{}", counts.freed, counts.left());
+        let freed = counts.freed;
+        return format!("{found}: {freed} freed{}{}", counts.left(), left_out(run));
     }
     let is_allowed = |outcome: &&ReclaimOutcome| **outcome == ReclaimOutcome::Allowed;
     let allowed = run.outcomes().filter(is_allowed);
-    let mut line = format!("{found}, {} can be closed", allowed.count());
+    let mut line = format!(
+        "{found}, {} can be closed{}",
+        allowed.count(),
+        left_out(run)
+    );
     if config.action == Action::DryRun {
         line.push_str("; dry run, nothing was done");
     }
     line
 }
 
+/// What was left out although it matches otherwise.
+fn left_out(run: &ReclaimRun) -> String {
+    let mut text = String::new();
+    if run.elsewhere > 0 {
+        let _ = write!(text, "; {} in other network namespaces", run.elsewhere);
+    }
+    if run.without_address > 0 {
+        let _ = write!(text, "; {} of an unknown local port", run.without_address);
+    }
+    if run.unknown > 0 {
+        let _ = write!(text, "; {} more may be dead", run.unknown);
+    }
+    text
+}
+
 /// The notes beside the results, one per line.
 pub fn notes(run: &ReclaimRun) -> Vec<String> {
-    let mut notes = Vec::new();
+    let mut notes: Vec<String> = run.absent.iter().map(ToString::to_string).collect();
+    if run.elsewhere > 0 {
+        notes.push(format!(
+            "{} of that port in other network namespaces: --pid, --process, --unit, --container or --all selects them too",
+            counted(run.elsewhere, "more dead descriptor")
+        ));
+    }
+    if run.without_address > 0 {
+        notes.push(format!(
+            "{} left out: the kernel does not report the local port; select them without --port",
+            counted(run.without_address, "dead descriptor")
+        ));
+    }
     if run.unknown > 0 {
         notes.push(format!(
             "{} of TCP may be dead and could not be examined",

@@ -7,6 +7,7 @@ use comfy_table::{Cell, CellAlignment, Color};
 use super::{DeadDescriptor, ReclaimRun, summary};
 use crate::config::{Action, ReclaimConfig};
 use crate::model::ReclaimOutcome;
+use crate::report::advice;
 use crate::report::descriptors::{result, stop_lines};
 use crate::report::table::{has_unit, plain_table, unit_text};
 use crate::sock_diag::Protocol;
@@ -24,6 +25,9 @@ pub fn write(
     }
     writeln!(out, "{}", summary(run, config))?;
     for line in stop_lines(&run.stops) {
+        writeln!(out, "{line}")?;
+    }
+    for line in advice::lines(&run.advice) {
         writeln!(out, "{line}")?;
     }
     Ok(())

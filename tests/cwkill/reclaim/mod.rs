@@ -7,6 +7,7 @@
 pub mod act;
 pub mod evidence;
 pub mod kill;
+pub mod ports;
 pub mod programs;
 pub mod reactions;
 pub mod rights;

@@ -1,0 +1,453 @@
+//! What to do about descriptors that a run has kept: once per process, with the rule of its language runtime. Pure.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use humantime::format_duration;
+use serde::Serialize;
+
+use crate::config::DEFAULT_RECLAIM_AGE;
+use crate::diagnose::suggest::{LanguageRuntime, raise_limit};
+use crate::model::{InUse, Owner, ReclaimOutcome, ReclaimReason};
+use crate::proc::{Process, ProcessId};
+use crate::reclaim::ReclaimRules;
+use crate::text::counted;
+
+/// The maximum number of processes for which people get a line.
+const MAX_SHOWN: usize = 10;
+
+/// The descriptors that were kept in one process.
+#[derive(Debug)]
+pub struct Kept<'a> {
+    pub process: Arc<Process>,
+    /// Why, for each of them.
+    pub reasons: Vec<&'a ReclaimReason>,
+    pub facts: Facts,
+}
+
+/// The facts about a process that decide what to do.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Facts {
+    /// `None`: unknown.
+    pub runtime: Option<LanguageRuntime>,
+    /// Its soft and hard limit of descriptors, if it is at the soft one.
+    pub reached: Option<(u64, Option<u64>)>,
+}
+
+/// The descriptors among `owners` that were kept, by process.
+pub fn kept<'o>(
+    owners: impl Iterator<Item = &'o Owner>,
+    facts: &dyn Fn(&Process) -> Facts,
+) -> Vec<Kept<'o>> {
+    let mut kept: BTreeMap<ProcessId, Kept<'o>> = BTreeMap::new();
+    for owner in owners {
+        if let Some(reason) = owner.reclaim.as_ref().and_then(ReclaimOutcome::reason) {
+            let of_process = kept.entry(owner.process.id).or_insert_with(|| Kept {
+                process: Arc::clone(&owner.process),
+                reasons: Vec::new(),
+                facts: facts(&owner.process),
+            });
+            of_process.reasons.push(reason);
+        }
+    }
+    kept.into_values().collect()
+}
+
+/// What the operator can do about descriptors that were kept in a process. It is printed as one line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Advice {
+    pub process: Arc<Process>,
+    pub kept: usize,
+    /// A stable name of the rule, for programs.
+    pub code: &'static str,
+    /// Without the process.
+    pub text: String,
+    /// How long to wait before the commands.
+    pub after: Option<String>,
+    /// The commands to run, in this order.
+    pub commands: Vec<String>,
+}
+
+impl fmt::Display for Advice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.process, self.text)
+    }
+}
+
+/// The run that has kept the descriptors.
+#[derive(Clone, Copy, Debug)]
+pub struct KeptBy<'a> {
+    pub rules: &'a ReclaimRules,
+    /// It has closed the sockets too, so they have been quiet only since then.
+    pub closed_sockets: bool,
+    /// It has not acted: the descriptors would be kept.
+    pub predicted: bool,
+}
+
+/// The advice for each process, at most one for the rule of its runtime and one for its young sockets.
+pub fn advise(kept: &[Kept<'_>], by: KeptBy<'_>) -> Vec<Advice> {
+    let advice = kept
+        .iter()
+        .flat_map(|one| [runtime_rule(one, by), young(one, by)]);
+    advice.flatten().collect()
+}
+
+fn kept_text(count: usize, by: KeptBy<'_>) -> String {
+    match by.predicted {
+        false => format!("{count} kept"),
+        true => format!("{count} would be kept"),
+    }
+}
+
+/// The rule of the runtime: its event loop or its collector knows the descriptors by their numbers.
+fn runtime_rule(kept: &Kept<'_>, by: KeptBy<'_>) -> Option<Advice> {
+    use LanguageRuntime::{DotNet, Go, Jvm, Node};
+    let pid = kept.process.id.pid;
+    let count = |is: fn(&InUse) -> bool| {
+        let mut count = 0;
+        for reason in &kept.reasons {
+            if let ReclaimReason::InUse(in_use) = reason {
+                count += usize::from(is(in_use));
+            }
+        }
+        count
+    };
+    let collected = count(|in_use| matches!(in_use, InUse::Finalizer(_)));
+    let watched = count(|in_use| matches!(in_use, InUse::InEpoll(_)));
+    let unread = match kept.facts.runtime {
+        Some(Jvm | Go | Node | DotNet) => count(|in_use| matches!(in_use, InUse::Unread(_))),
+        _ => 0,
+    };
+    let total = collected + watched + unread;
+    if total == 0 {
+        return None;
+    }
+    let force = format!("cwkill reclaim --pid {pid} --reclaim-force");
+    let number = kept_text(total, by);
+    let lost = match unread {
+        0 => String::new(),
+        unread => format!(" ({unread} of them have unread bytes, which are lost then)"),
+    };
+    let (code, text, commands) = match kept.facts.runtime {
+        Some(Jvm) => {
+            let collect = format!("jcmd {pid} GC.run");
+            let raise = kept
+                .facts
+                .reached
+                .map(|(soft, hard)| raise_limit(pid, soft, hard));
+            let first = match &raise {
+                Some((raise, needs)) => {
+                    format!("`{raise}`{needs}, since jcmd needs a free descriptor, then ")
+                }
+                None => String::new(),
+            };
+            (
+                "garbage-collector",
+                format!(
+                    "{number}: its garbage collector may close these numbers after reuse. Run {first}`{collect}` twice, then \
+                     `{force}`{lost}"
+                ),
+                raise
+                    .map(|(raise, _)| raise)
+                    .into_iter()
+                    .chain([collect.clone(), collect, force])
+                    .collect(),
+            )
+        }
+        Some(Go) => (
+            "garbage-collector",
+            format!(
+                "{number}: its garbage collector may close these numbers after reuse. Wait 5 minutes (Go collects at least every \
+                 2 minutes), then `{force}`{lost}"
+            ),
+            vec![force],
+        ),
+        Some(Node) => (
+            "event-loop",
+            format!(
+                "{number}: its event loop knows these numbers. If the program destroys the sockets later, it closes other connections \
+                 that have the numbers by then. To free them all the same, run `{force}`{lost}"
+            ),
+            vec![force],
+        ),
+        _ if collected > 0 => (
+            "garbage-collector",
+            format!(
+                "{number}: its garbage collector may close these numbers after reuse. Let it collect twice, then run `{force}`{lost}"
+            ),
+            vec![force],
+        ),
+        _ => (
+            "event-loop",
+            format!(
+                "{number}: they are in its epoll set. If it is a Go program, wait 5 minutes, until its garbage collector has run twice. \
+                 If its event loop closes them later, it closes other connections that have the numbers by then. To free them all the \
+                 same, run `{force}`"
+            ),
+            vec![force],
+        ),
+    };
+    Some(Advice {
+        process: Arc::clone(&kept.process),
+        kept: total,
+        code,
+        text,
+        after: (kept.facts.runtime == Some(Go)).then(|| "5 minutes".to_owned()),
+        commands,
+    })
+}
+
+/// When the sockets will have been quiet for long enough.
+fn young(kept: &Kept<'_>, by: KeptBy<'_>) -> Option<Advice> {
+    let quiet = kept.reasons.iter().filter_map(|reason| match reason {
+        ReclaimReason::InUse(InUse::TooYoung(quiet)) => Some(*quiet),
+        _ => None,
+    });
+    let quiet: Vec<Duration> = quiet.collect();
+    let youngest = *quiet.iter().min()?;
+    let min_age = by.rules.min_age;
+    let wait = match by.closed_sockets {
+        true => min_age,
+        false => min_age.saturating_sub(youngest),
+    };
+    let command = reclaim_command(kept.process.id.pid, min_age);
+    Some(Advice {
+        process: Arc::clone(&kept.process),
+        kept: quiet.len(),
+        code: "too-young",
+        text: format!(
+            "{}: their peers were heard within the last {} (--reclaim-age); in {}: {command}",
+            kept_text(quiet.len(), by),
+            format_duration(min_age),
+            wait_text(wait)
+        ),
+        after: Some(wait_text(wait)),
+        commands: vec![command],
+    })
+}
+
+/// The command that closes the dead descriptors of a process later, with the age of this run.
+fn reclaim_command(pid: i32, min_age: Duration) -> String {
+    let age = match min_age {
+        DEFAULT_RECLAIM_AGE => String::new(),
+        // Without spaces, which would be other arguments.
+        age => format!(
+            " --reclaim-age {}",
+            format_duration(age).to_string().replace(' ', "")
+        ),
+    };
+    format!("cwkill reclaim --pid {pid}{age}")
+}
+
+/// A time to wait, rounded up to seconds, in whole minutes if it is some.
+pub fn wait_text(time: Duration) -> String {
+    let seconds = time.as_secs() + u64::from(time.subsec_nanos() > 0);
+    let count = |count: u64| usize::try_from(count).unwrap_or(usize::MAX);
+    match seconds {
+        60.. if seconds.is_multiple_of(60) => counted(count(seconds / 60), "minute"),
+        _ => counted(count(seconds), "second"),
+    }
+}
+
+/// The lines for people.
+pub fn lines(advice: &[Advice]) -> Vec<String> {
+    let mut lines: Vec<String> = advice
+        .iter()
+        .take(MAX_SHOWN)
+        .map(ToString::to_string)
+        .collect();
+    if advice.len() > MAX_SHOWN {
+        let rest = advice.len() - MAX_SHOWN;
+        lines.push(format!("and {rest} more lines like these: --json has all"));
+    }
+    lines
+}
+
+/// An advice in JSON.
+#[derive(Serialize)]
+pub struct JsonAdvice<'a> {
+    pid: i32,
+    comm: &'a str,
+    kept: usize,
+    advice_code: &'static str,
+    text: &'a str,
+    after: Option<&'a str>,
+    commands: &'a [String],
+}
+
+pub fn json_advice(advice: &[Advice]) -> Vec<JsonAdvice<'_>> {
+    let json = |one| {
+        let Advice {
+            process,
+            kept,
+            code,
+            text,
+            after,
+            commands,
+        }: &Advice = one;
+        JsonAdvice {
+            pid: process.id.pid,
+            comm: &process.comm,
+            kept: *kept,
+            advice_code: code,
+            text,
+            after: after.as_deref(),
+            commands,
+        }
+    };
+    advice.iter().map(json).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proc::testdata::process;
+
+    const RULES: ReclaimRules = ReclaimRules {
+        min_age: Duration::from_secs(60),
+        force: false,
+        replace: false,
+        stop_limit: Duration::from_millis(100),
+    };
+    const RUN: KeptBy<'_> = KeptBy {
+        rules: &RULES,
+        closed_sockets: true,
+        predicted: false,
+    };
+
+    fn advice(
+        runtime: Option<LanguageRuntime>,
+        reasons: &[InUse],
+        reached: Option<(u64, Option<u64>)>,
+        by: KeptBy<'_>,
+    ) -> Vec<Advice> {
+        let reasons: Vec<ReclaimReason> =
+            reasons.iter().cloned().map(ReclaimReason::InUse).collect();
+        let kept = Kept {
+            process: process(4711, "java"),
+            reasons: reasons.iter().collect(),
+            facts: Facts { runtime, reached },
+        };
+        advise(&[kept], by)
+    }
+
+    #[test]
+    fn each_runtime_has_its_rule() {
+        let (jvm, finalizer) = (
+            Some(LanguageRuntime::Jvm),
+            InUse::Finalizer("VM Thread".into()),
+        );
+        let of = advice(jvm, &[finalizer.clone(), finalizer.clone()], None, RUN).remove(0);
+        assert_eq!(
+            of.to_string(),
+            "java/4711: 2 kept: its garbage collector may close these numbers after reuse. Run `jcmd 4711 GC.run` twice, \
+             then `cwkill reclaim --pid 4711 --reclaim-force`"
+        );
+        let collect = "jcmd 4711 GC.run";
+        assert_eq!(
+            of.commands,
+            [
+                collect,
+                collect,
+                "cwkill reclaim --pid 4711 --reclaim-force"
+            ]
+        );
+        let full = advice(
+            jvm,
+            &[finalizer.clone(), InUse::Unread(5)],
+            Some((64, Some(64))),
+            RUN,
+        );
+        let text = full[0].to_string();
+        assert!(
+            text.contains("2 kept") && text.contains("1 of them have unread bytes"),
+            "{text}"
+        );
+        assert!(
+            text.contains(
+                "Run `prlimit --pid 4711 --nofile=128:128` (needs CAP_SYS_RESOURCE), since jcmd"
+            ),
+            "{text}"
+        );
+        assert_eq!(full[0].commands.len(), 4);
+        for (runtime, code, part) in [
+            (
+                Some(LanguageRuntime::Go),
+                "garbage-collector",
+                "Wait 5 minutes",
+            ),
+            (
+                Some(LanguageRuntime::Node),
+                "event-loop",
+                "destroys the sockets",
+            ),
+            (None, "event-loop", "If it is a Go program"),
+        ] {
+            let of = advice(runtime, &[InUse::InEpoll(4)], None, RUN).remove(0);
+            assert_eq!(of.code, code);
+            assert!(of.text.contains(part), "{of}");
+            assert!(
+                of.text
+                    .contains("`cwkill reclaim --pid 4711 --reclaim-force`"),
+                "{of}"
+            );
+        }
+        let mono = advice(None, &[finalizer], None, RUN).remove(0);
+        assert!(mono.text.contains("Let it collect twice"), "{mono}");
+        assert_eq!(advice(None, &[InUse::Unread(5)], None, RUN), []);
+    }
+
+    #[test]
+    fn young_sockets_have_a_time() {
+        let young = [
+            InUse::TooYoung(Duration::from_secs(15)),
+            InUse::TooYoung(Duration::from_secs(50)),
+        ];
+        let text = |by| advice(None, &young, None, by).remove(0).text;
+        let after_close = text(RUN);
+        assert_eq!(
+            after_close,
+            "2 kept: their peers were heard within the last 1m (--reclaim-age); in 1 minute: cwkill reclaim --pid 4711"
+        );
+        let later = text(KeptBy {
+            closed_sockets: false,
+            predicted: true,
+            ..RUN
+        });
+        assert!(later.starts_with("2 would be kept"), "{later}");
+        assert!(
+            later.ends_with("in 45 seconds: cwkill reclaim --pid 4711"),
+            "{later}"
+        );
+        let rules = ReclaimRules {
+            min_age: Duration::from_secs(600),
+            ..RULES
+        };
+        let longer = text(KeptBy {
+            rules: &rules,
+            ..RUN
+        });
+        let ending = "in 10 minutes: cwkill reclaim --pid 4711 --reclaim-age 10m";
+        assert!(longer.ends_with(ending), "{longer}");
+    }
+
+    #[test]
+    fn a_wait_is_rounded_up() {
+        let text = |millis| wait_text(Duration::from_millis(millis));
+        assert_eq!(text(1), "1 second");
+        assert_eq!(text(59_001), "1 minute");
+        assert_eq!(text(90_000), "90 seconds");
+        assert_eq!(text(0), "0 seconds");
+    }
+
+    #[test]
+    fn the_man_page_lists_every_rule() {
+        let page = include_str!("../../man/cwkill-reclaim.8");
+        for code in ["garbage-collector", "event-loop", "too-young"] {
+            let line = format!("\n.B {}\n", code.replace('-', "\\-"));
+            assert!(page.contains(&line), "{code}");
+        }
+    }
+}
