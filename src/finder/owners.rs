@@ -6,7 +6,7 @@
 //! reads `maps` or follows `exe`, which can block on a sick host. Processes are read in parallel, large descriptor tables in
 //! chunks.
 //!
-//! While a process executes a program, its table can seem to be empty ([`ExecMarker`]). So `stat` is read as well, and the table
+//! While a process executes a program, its table can seem to be empty (`ExecMarker`). So `stat` is read as well, and the table
 //! again, where an owner is missed: at the second scan, and where a descriptor seems to be closed.
 
 use std::collections::{BTreeMap, HashSet};

@@ -5,7 +5,7 @@
 //! net/ipv4/inet_diag.c, inet_diag_find_one_icsk).
 //!
 //! The method needs no descriptor. If the socket has one that cwkill can duplicate, a keepalive probe goes first where connection
-//! tracking may have forgotten the connection ([`super::revive`]), so that the RST reaches the peer.
+//! tracking may have forgotten the connection (`revive`), so that the RST reaches the peer.
 
 use std::io;
 

@@ -3,7 +3,7 @@
 //! cwkill compares SO_COOKIE of the duplicate with the cookie of the target. So it never acts on another socket that has got
 //! the same descriptor number meanwhile.
 //!
-//! While an owner executes a program, the kernel can say that it has no descriptors ([`ProcFs::has_exited_leader`]). cwkill then
+//! While an owner executes a program, the kernel can say that it has no descriptors (`ProcFs::has_exited_leader`). cwkill then
 //! asks again, a few times for all sockets together.
 //!
 //! A duplicate keeps the socket open, and in the epoll sets of the owner, even if the owner closes its own descriptor meanwhile. So

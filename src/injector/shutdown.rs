@@ -3,7 +3,7 @@
 //!
 //! cwkill never sets SO_LINGER: the option would stay set, and the owner's own close(2) would then abort the connection.
 //!
-//! Where connection tracking may have forgotten the connection, cwkill first makes the kernel send a keepalive probe ([`super::revive`]).
+//! Where connection tracking may have forgotten the connection, cwkill first makes the kernel send a keepalive probe (`revive`).
 
 use std::os::fd::AsRawFd;
 

@@ -8,7 +8,7 @@
 //! tcp_check_req). A listener drops an RST without an answer.
 //!
 //! In repair mode the socket sends nothing. Where connection tracking may have forgotten the connection, a keepalive probe goes first
-//! ([`super::revive`]), so that the RST reaches the peer. An elicited ACK has the same effect.
+//! (`revive`), so that the RST reaches the peer. An elicited ACK has the same effect.
 //!
 //! The local socket comes first. Once it is gone, the peer gets its RST, so that a half-closed peer is released too. If the
 //! local socket is not gone, cwkill sends the peer nothing.

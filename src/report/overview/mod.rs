@@ -1,5 +1,5 @@
 //! The overview: what a run shows on a terminal. It takes one screen: a row for each process and listener, the reasons that many
-//! sockets share, the totals, and the next command to type. [`rows`] makes the rows, [`layout`] fits them into the terminal, [`next`]
+//! sockets share, the totals, and the next command to type. `rows` makes the rows, `layout` fits them into the terminal, `next`
 //! chooses the command.
 
 mod layout;
