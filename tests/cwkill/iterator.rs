@@ -19,6 +19,8 @@ pub const TESTS: &[Test] = &[
     each_family!(pids_are_those_of_the_own_pid_namespace).needs(Need::Iterator),
     each_family!(an_owner_in_an_inner_pid_namespace_is_found).needs(Need::Iterator),
     once!(a_process_without_its_first_thread_is_found).needs(Need::Iterator),
+    once!(a_copy_in_the_table_of_a_thread_is_found).needs(Need::Iterator),
+    once!(an_owner_that_executes_programs_is_found).needs(Need::Iterator),
     once!(two_capabilities_show_the_owners_of_all_users).needs(Need::Iterator),
     once!(without_the_iterator_proc_is_read),
 ];
@@ -175,6 +177,44 @@ fn a_process_without_its_first_thread_is_found() -> Result<()> {
     owner.leak_stuck(2)?;
     let found = compared(&|way| cwkill(&lab, &format!("-n --all --json {way}")))?;
     assert_eq!(owned(&found), 2);
+    Ok(())
+}
+
+fn a_copy_in_the_table_of_a_thread_is_found() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 1)?;
+    owner.leak_stuck(2)?;
+    owner.order("copy")?;
+    let found = compared(&|way| cwkill(&lab, &format!("-n --all --json {way}")))?;
+    for facts in found.values() {
+        assert_eq!(facts[0].as_array().map(Vec::len), Some(2), "{facts:?}");
+        assert_ne!(at(&facts[0], "/1/thread"), "(nothing there)");
+    }
+    assert_eq!(found.len(), 2);
+    Ok(())
+}
+
+/// A thread that executes a program takes the place of the first, and its table with it.
+fn an_owner_that_executes_programs_is_found() -> Result<()> {
+    const RUNS: usize = 50;
+    let lab = Lab::new()?;
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "execs", 8)?;
+    let began = owner.report()?;
+    owner.leak_stuck(2)?;
+    let mut missed = Vec::new();
+    for _ in 0..RUNS {
+        let ran = cwkill(&lab, "--json --bpf always")?.exits(0);
+        let pid = owner.pid().to_string();
+        let sockets = ran.sockets();
+        assert_eq!(sockets.len(), 2);
+        if !sockets.iter().all(|it| at(it, "/owners/0/pid") == pid) {
+            missed.push(ran);
+        }
+    }
+    // Both passes must hit the moment in which the thread becomes the first one.
+    assert!(missed.len() < RUNS / 10, "{missed:?}");
+    let execs = owner.report()? - began;
+    assert!(execs >= 30, "{execs}");
     Ok(())
 }
 
