@@ -5,10 +5,8 @@ use std::ffi::OsString;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, Parser};
 
+use super::option_errors::SIMILAR_FROM;
 use super::{Cli, option_errors};
-
-/// A word is a misspelt command at this similarity or more (Jaro-Winkler, 1.0 is equal).
-pub(super) const SIMILAR_FROM: f64 = 0.85;
 
 /// A better error for a command line that was refused with `error`, if its meaning can be guessed. `words`: all of the line,
 /// beginning with the program's name.

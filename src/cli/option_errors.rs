@@ -6,7 +6,9 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, Command, CommandFactory};
 
 use super::Cli;
-use super::hints::SIMILAR_FROM;
+
+/// A word is a misspelt command at this similarity or more (Jaro-Winkler, 1.0 is equal).
+pub(super) const SIMILAR_FROM: f64 = 0.85;
 
 /// A value for each option that has one.
 const EXAMPLES: &[(&str, &str)] = &[
