@@ -87,7 +87,7 @@ fn new_sockets_are_counted_and_their_owner_named(family: Family) -> Result<()> {
 fn no_new_sockets_are_reported_as_none() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 4)?;
     // Sockets that were skipped are not new.
-    let ran = cwkill(&lab, "--all --max-kills 2 --watch-refill 300ms")?.exits(4);
+    let ran = cwkill(&lab, "--all --max-kills 2 --watch-refill 300ms")?.exits(0);
     assert!(ran.stdout.contains("\nnone new in "), "{ran:?}");
     // cwkill watches even if there was nothing to close.
     let ran = cwkill(&lab, "--port 9 --watch-refill 300ms")?.exits(1);
