@@ -692,7 +692,7 @@ fn selectors_choose_the_backlogs() -> Result<()> {
         ("--port 8000-9000".into(), true),
         ("--all".into(), true),
         (format!("--pid {pid}"), true),
-        (format!("--pid {}", std::process::id()), false),
+        (format!("--pid {}", leak.peer().pid()), false),
         ("--process leaky-app".into(), true),
         // The peers of dead connections are not known.
         ("--peer 10.0.0.0/8".into(), false),

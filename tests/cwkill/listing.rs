@@ -89,7 +89,7 @@ fn a_socket_never_accepted_has_its_listener(family: Family) -> Result<()> {
     // The owner of the listener is responsible, so it selects the socket.
     let pid = leak.app().pid();
     cwkill(&lab, &format!("--pid {pid} --dry-run"))?.exits(0);
-    let other = std::process::id();
+    let other = leak.peer().pid();
     cwkill(&lab, &format!("--pid {other} --dry-run"))?.exits(1);
     Ok(())
 }
