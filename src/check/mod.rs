@@ -138,11 +138,18 @@ pub fn run(
     }
     let (dead, failures) = diagnose::read_tables(&scan, selectors, proc);
     let mut unseen = failures;
+    let is_partial = dead.hidden || !dead.unreadable.is_empty() || !dead.leader_exited.is_empty();
     // Without root some processes are always unreadable, so this matters only if particular processes were selected.
-    if selectors.selects_owners() && (dead.hidden || !dead.unreadable.is_empty()) {
+    if selectors.selects_owners() && is_partial {
         unseen.push("the dead descriptors of the selected processes could not be read".to_owned());
     }
-    let usages = usages(&scan, dead, selectors, &|process| {
+    // How long a dead socket has been dead is not known.
+    let of_any_age = Selectors {
+        min_age: Duration::ZERO,
+        min_idle: Duration::ZERO,
+        ..selectors.clone()
+    };
+    let usages = usages(&scan, dead, &of_any_age, &|process| {
         proc.status(process).limit
     });
     let limits = Limits {

@@ -49,7 +49,7 @@ impl CheckConfig {
                 && limit >= 100
             {
                 return Err(invalid(&format!(
-                    "{option} {limit}% never alerts, since a process cannot open more descriptors than its limit; \
+                    "{option} {limit}% is more than a process can open, unless its limit is lowered meanwhile; \
                      for example -w 50% -c 80%"
                 )));
             }

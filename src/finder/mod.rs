@@ -48,7 +48,7 @@ use crate::parallel;
 use crate::proc::netns::{Namespaces, Netns, NetnsScope};
 use crate::proc::{ProcFs, since_boot};
 use crate::sock_diag::{Detail, DiagId, DumpError, LookupError, SockDiag, SocketMessage};
-use crate::tcp::TcpState;
+use crate::tcp::{StateSet, TcpState};
 use descriptor_scan::DescriptorScan;
 use owners::{OwnerScan, Trust};
 use sockets::NetnsScan;
@@ -102,11 +102,14 @@ pub fn find(
     let cancelled = AtomicBool::new(false);
     // Otherwise only the processes that the operator selects are read.
     let searches_all = namespaces.everywhere && !selectors.selects_owners();
-    // A socket can wait at a listener.
-    let states = selectors.states.union(TcpState::Listen.into());
     // If the owners decide on which sockets cwkill acts, they must be read after the sockets. From /proc, each descriptor is read again
     // for that.
     let side_by_side = proc.iterator().is_none() || !selectors.selects_owners();
+    // A socket can wait at a listener. Beside the list, a socket may change its state between two of its owners.
+    let states = match side_by_side {
+        true => StateSet::ALL,
+        false => selectors.states.union(TcpState::Listen.into()),
+    };
     let (listed, descriptors) = std::thread::scope(|scope| {
         // If no thread can be started, the scans run one after the other.
         let thread = (parallel::are_there() && side_by_side)

@@ -137,7 +137,10 @@ impl OwnerScan {
             match identify(proc, thread.pid, thread.started) {
                 Ok(Some(process)) => self.add(Arc::new(process), Some(thread.tid), thread.sockets),
                 Ok(None) => {}
-                Err(error) if is_missing(&error) || is_denied(&error) => {}
+                Err(error) if is_missing(&error) => {}
+                Err(error) if is_denied(&error) => {
+                    self.unreadable.extend(proc.unreadable(thread.pid));
+                }
                 Err(error) => return Err(error),
             }
         }

@@ -133,6 +133,7 @@ impl Executor for Destroy {
     }
 
     fn act(&mut self, targets: Vec<&mut Target>, batch: &mut Batch<'_>) {
+        let batch_size = self.batch_size();
         let Revived { others, probed } = match &mut self.reviver {
             Some((reviver, duplicator)) => reviver.revive(duplicator, targets, batch),
             None => Revived {
@@ -140,15 +141,17 @@ impl Executor for Destroy {
                 probed: Vec::new(),
             },
         };
+        // The probes take time, and so does a large batch. The owner may have written meanwhile.
+        let mut is_fresh = batch_size == SOCKETS_PER_BATCH;
         for (mut targets, after_segment) in [(others, false), (probed, true)] {
             while !targets.is_empty() {
                 let rest = targets.split_off(targets.len().min(SOCKETS_PER_BATCH));
-                self.request(targets, SockDiag::destroy);
-                if rest.is_empty() {
-                    break;
+                if !is_fresh {
+                    targets = batch.recheck(targets, after_segment);
                 }
-                // A large batch was rechecked too long ago.
-                targets = batch.recheck(rest, after_segment);
+                self.request(targets, SockDiag::destroy);
+                is_fresh = false;
+                targets = rest;
             }
         }
     }

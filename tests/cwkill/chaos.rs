@@ -27,8 +27,8 @@ const ACTS: u64 = 100;
 const YOUNG_ACTS: u64 = 10;
 const STREAMS: u64 = 21;
 
-/// Longest duration of a run. It ends as soon as it has its acts, on an idle machine after a fifteenth of this.
-const SECONDS: u64 = 180;
+/// Longest duration of a run. It ends as soon as it has its acts, on an idle machine after a twentieth of this.
+const SECONDS: u64 = 300;
 
 fn options(seconds: u64) -> Options {
     Options {
