@@ -133,7 +133,8 @@ impl Executor for Destroy {
     }
 
     fn act(&mut self, targets: Vec<&mut Target>, batch: &mut Batch<'_>) {
-        let batch_size = self.batch_size();
+        // A large batch was rechecked too long ago: the owner may have written meanwhile.
+        let mut is_fresh = targets.len() <= SOCKETS_PER_BATCH;
         let Revived { others, probed } = match &mut self.reviver {
             Some((reviver, duplicator)) => reviver.revive(duplicator, targets, batch),
             None => Revived {
@@ -141,8 +142,6 @@ impl Executor for Destroy {
                 probed: Vec::new(),
             },
         };
-        // The probes take time, and so does a large batch. The owner may have written meanwhile.
-        let mut is_fresh = batch_size == SOCKETS_PER_BATCH;
         for (mut targets, after_segment) in [(others, false), (probed, true)] {
             while !targets.is_empty() {
                 let rest = targets.split_off(targets.len().min(SOCKETS_PER_BATCH));
