@@ -62,11 +62,7 @@ pub fn watch(
     proc: &ProcFs,
     control: &dyn Control,
 ) -> Result<NewSockets, FindError> {
-    let selectors = Selectors {
-        min_age: Duration::ZERO,
-        min_idle: Duration::ZERO,
-        ..scope.selectors.clone()
-    };
+    let selectors = scope.selectors.of_any_age();
     // New sockets are not in the history, and the listing before has added the others.
     let history = History::none();
     let scan = || match scope.owners {

@@ -144,12 +144,7 @@ pub fn run(
         unseen.push("the dead descriptors of the selected processes could not be read".to_owned());
     }
     // How long a dead socket has been dead is not known.
-    let of_any_age = Selectors {
-        min_age: Duration::ZERO,
-        min_idle: Duration::ZERO,
-        ..selectors.clone()
-    };
-    let usages = usages(&scan, dead, &of_any_age, &|process| {
+    let usages = usages(&scan, dead, &selectors.of_any_age(), &|process| {
         proc.status(process).limit
     });
     let limits = Limits {

@@ -16,7 +16,6 @@ use crate::cli::Args;
 use crate::config::{Action, Config, Format, Limit};
 use crate::control::Control;
 use crate::drain;
-use crate::filter::selectors::Selectors;
 use crate::finder::dead::{DescriptorTable, Suspect, SuspectVerdict};
 use crate::finder::{
     self, FindError, leftovers, owners, reactions, second_look, table_use, tracked,
@@ -415,11 +414,7 @@ fn dead_descriptors(
         return None;
     }
     // How long a dead socket has been dead is not known.
-    let selectors = Selectors {
-        min_age: Duration::ZERO,
-        min_idle: Duration::ZERO,
-        ..config.selectors.clone()
-    };
+    let selectors = config.selectors.of_any_age();
     let everywhere = namespaces.everywhere || namespaces.follows_owners;
     let found = leftovers::find(proc, &selectors, &namespaces.open, everywhere).ok()?;
     let dead = |table: DescriptorTable| {

@@ -125,6 +125,15 @@ impl Default for Selectors {
 }
 
 impl Selectors {
+    /// The same selectors without the minimum age and the minimum idle time.
+    pub fn of_any_age(&self) -> Selectors {
+        Selectors {
+            min_age: Duration::ZERO,
+            min_idle: Duration::ZERO,
+            ..self.clone()
+        }
+    }
+
     /// Whether cwkill need not request IPv4 sockets.
     pub fn selects_only_ipv6(&self) -> bool {
         self.ip_version == Some(IpVersion::V6)
