@@ -8,7 +8,7 @@ use netns_harness::{Capability, Family, Lab, scenario};
 use serde_json::Value;
 
 use crate::doctor::without;
-use crate::support::{CWKILL, PATIENCE, Ran, at, count, cwkill, lab, ran};
+use crate::support::{CWKILL, PATIENCE, Ran, at, count, cwkill, lab, leaderless, ran};
 use crate::trial::{Need, Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
@@ -169,11 +169,7 @@ fn an_owner_in_an_inner_pid_namespace_is_found(family: Family) -> Result<()> {
 /// /proc/PID/fd is empty for it.
 fn a_process_without_its_first_thread_is_found() -> Result<()> {
     let lab = Lab::new()?;
-    let mut owner = Owner::start(lab.app_host(), Build::Plain, "leaderless", 3)?;
-    let first = format!("/proc/{}/stat", owner.pid());
-    lab.wait_for(PATIENCE, || {
-        Ok(std::fs::read_to_string(&first)?.contains(") Z "))
-    })?;
+    let mut owner = leaderless(&lab)?;
     owner.leak_stuck(2)?;
     let found = compared(&|way| cwkill(&lab, &format!("-n --all --json {way}")))?;
     assert_eq!(owned(&found), 2);

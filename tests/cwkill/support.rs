@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use netns_harness::owners::{Build, Owner};
 use netns_harness::{Agent, AgentOptions, Dial, Family, How, Lab, Leak, Options, SsRow, TcpState};
 use serde_json::Value;
 
@@ -184,6 +185,16 @@ pub fn until_it_sleeps(lab: &Lab, pid: u32) -> Result<()> {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
         Ok(wchan.contains("nanosleep") || stat.contains(") Z "))
     })
+}
+
+/// A process whose first thread has ended, with others that run. The kernel shows no descriptors under its /proc/PID/fd.
+pub fn leaderless(lab: &Lab) -> Result<Owner> {
+    let owner = Owner::start(lab.app_host(), Build::Plain, "leaderless", 2)?;
+    let first = format!("/proc/{}/stat", owner.pid());
+    lab.wait_for(PATIENCE, || {
+        Ok(std::fs::read_to_string(&first)?.contains(") Z "))
+    })?;
+    Ok(owner)
 }
 
 /// `count` sockets on port 8080.

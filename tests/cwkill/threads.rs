@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use netns_harness::owners::{Build, Owner};
 use netns_harness::{Family, Lab, TcpState};
 
-use crate::support::{PATIENCE, all_have, at, cwkill, in_state, lab};
+use crate::support::{all_have, at, cwkill, in_state, lab, leaderless};
 use crate::trial::{Need, Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
@@ -68,11 +68,7 @@ fn a_socket_that_only_one_thread_has_is_found_and_closed(family: Family) -> Resu
 /// The kernel shows no descriptors under /proc/PID/fd, and the process still runs.
 fn a_process_without_its_first_thread_owns_its_sockets() -> Result<()> {
     let lab = Lab::new()?;
-    let mut owner = Owner::start(lab.app_host(), Build::Plain, "leaderless", 2)?;
-    let first = format!("/proc/{}/stat", owner.pid());
-    lab.wait_for(PATIENCE, || {
-        Ok(std::fs::read_to_string(&first)?.contains(") Z "))
-    })?;
+    let mut owner = leaderless(&lab)?;
     owner.leak_stuck(2)?;
     let line = format!("diagnose --sample 1ms --pid {}", owner.pid());
     let text = cwkill(&lab, &line)?.exits(0).stdout;

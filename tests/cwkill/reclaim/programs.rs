@@ -4,8 +4,8 @@ use anyhow::{Context, Result};
 use netns_harness::Lab;
 use netns_harness::owners::{Build, Owner};
 
-use super::{descriptors, left, links_of, number, outcomes, reclaim, reports_the_truth, states};
-use crate::support::{PATIENCE, at};
+use super::{descriptors, left, links_of, number, outcomes, reclaim, reports_the_truth};
+use crate::support::{at, leaderless};
 use crate::trial::{Need, Test, once};
 
 pub const TESTS: &[Test] = &[
@@ -58,8 +58,7 @@ fn descriptors_that_an_io_uring_may_use_are_skipped() -> Result<()> {
 /// For such a process, the kernel shows no descriptors under /proc/PID/fd.
 fn a_process_without_its_first_thread_is_skipped() -> Result<()> {
     let lab = Lab::new()?;
-    let mut owner = Owner::start(lab.app_host(), Build::Plain, "leaderless", 2)?;
-    lab.wait_for(PATIENCE, || Ok(states(owner.pid())?.contains(&'Z')))?;
+    let mut owner = leaderless(&lab)?;
     owner.leak(2)?;
     let table = || -> Result<usize> {
         let mut most = 0;
