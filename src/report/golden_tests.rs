@@ -20,7 +20,7 @@ use super::{exit_status, json, notes, reclaim, text};
 use builder::{Case, records};
 use cases::{acts, dead_cases, listings, plans, reclaims};
 use dead_builder::{DeadCase, dead_records};
-use screens::{screens, shown};
+use screens::{many, screens, shown};
 
 use crate::audit::record::{Caller, Entry};
 use crate::config::{Action, Format};
@@ -48,6 +48,17 @@ fn every_output_is_as_it_was() {
         golden.compare(case.name, "screens.txt", &shown(&case));
     }
     golden.end();
+}
+
+/// The first block has only small numbers, the second has large ones.
+#[test]
+fn the_columns_of_all_blocks_are_aligned() {
+    let case = many("many", "", 1001);
+    let table = written(|out| text::write(&case.run(true), &case.config(false), false, out));
+    let rows = table.lines().filter(|line| line.starts_with("java"));
+    let columns: BTreeSet<_> = rows.filter_map(|row| row.find("unread")).collect();
+    assert!(table.contains("4000000"), "{table}");
+    assert_eq!(columns.len(), 1, "{columns:?}");
 }
 
 /// How a table can be shown: with `-v`, in colour, and the options that say so.

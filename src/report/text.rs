@@ -195,14 +195,26 @@ impl Layout {
         }
     }
 
-    /// The widths at which the columns begin. A time is of any width in each block, so with several blocks its column begins as wide
-    /// as it can become.
+    /// The widths at which the columns begin. Times and numbers are of any width in each block, so with several blocks their columns
+    /// begin as wide as they will become.
     fn least_widths(&self, targets: &[Target]) -> Vec<u16> {
         if targets.len() <= ROWS_PER_BLOCK {
             return Vec::new();
         }
         let in_use = |target: &Target| target.socket.is_in_use(self.mark_in_use);
+        let digits = |number: &dyn Fn(&Target) -> u32| {
+            let largest = targets.iter().map(number).max().unwrap_or(0);
+            largest.checked_ilog10().map_or(1, |power| power as u16 + 1)
+        };
         let width = |column: &Column| match column {
+            Column::Fd => digits(&|target| {
+                target
+                    .owners
+                    .first()
+                    .map_or(0, |owner| owner.fd.0.unsigned_abs())
+            }),
+            Column::RecvQ => digits(&|target| target.socket.recv_q),
+            Column::SendQ => digits(&|target| target.socket.send_q),
             Column::Idle if targets.iter().any(in_use) => TIME_IN_USE_WIDTH,
             Column::Age | Column::Idle => TIME_WIDTH,
             _ => 0,

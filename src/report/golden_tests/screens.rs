@@ -43,6 +43,18 @@ fn numbered(index: usize, local: &str) -> Matched {
     socket(local, &peer, cookie(index)).age_ms(3_600_000 - number)
 }
 
+/// So many sockets of one process; the last one has a large descriptor and much to read.
+pub fn many(name: &'static str, arguments: &'static str, count: usize) -> Case {
+    let one = |number: usize| {
+        let last = number + 1 == count;
+        let (fd, queued) = if last { (20_000, 4_000_000) } else { (7, 1) };
+        numbered(number, "10.0.0.1:8080")
+            .owner(&JAVA, fd)
+            .queues(queued, 0)
+    };
+    case(name, arguments).sockets((0..count).map(one))
+}
+
 /// A process for each number.
 fn worker(number: i32) -> &'static Who {
     Box::leak(Box::new(Who("worker", 10_000 + number, "0::/")))
