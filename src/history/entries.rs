@@ -13,6 +13,10 @@ use crate::tcp::StateSet;
 pub(super) const MAX_ENTRIES: usize = 500_000;
 /// An entry that no run has seen for this time is dropped.
 const FORGET_AFTER: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+/// Of the entries that no run has seen for [`FEWER_AFTER`], only the latest of this number are kept: a namespace that has vanished is
+/// never looked into again, and each run reads the whole file.
+const MAX_UNSEEN: usize = 20_000;
+const FEWER_AFTER: Duration = Duration::from_secs(60 * 60);
 /// A socket is gone when this many complete lists in a row do not have it. The kernel can omit a socket if others vanish while it
 /// lists them.
 const MISSING_FROM_LISTS: u8 = 2;
@@ -132,7 +136,22 @@ impl Entries {
         self.0.retain(|_, entry| {
             entry.missed < MISSING_FROM_LISTS && now.saturating_sub(entry.seen) < FORGET_AFTER
         });
+        self.drop_unseen(now);
         self.shrink(now);
+    }
+
+    /// Drops the entries over [`MAX_UNSEEN`], those first that were seen least lately.
+    fn drop_unseen(&mut self, now: Duration) {
+        let is_unseen = |entry: &Entry| now.saturating_sub(entry.seen) >= FEWER_AFTER;
+        let unseen = self.0.iter().filter(|(_, entry)| is_unseen(entry));
+        let mut unseen: Vec<(Duration, SocketKey)> =
+            unseen.map(|(key, entry)| (entry.seen, *key)).collect();
+        if unseen.len() > MAX_UNSEEN {
+            unseen.select_nth_unstable_by_key(MAX_UNSEEN, |(seen, _)| std::cmp::Reverse(*seen));
+            for (_, key) in &unseen[MAX_UNSEEN..] {
+                self.0.remove(key);
+            }
+        }
     }
 
     /// Drops entries over the maximum, those that this run has not seen first.
@@ -421,6 +440,30 @@ mod tests {
             };
             assert_eq!([since(1), since(2), since(3)], [at(990), at(1002), at(991)]);
         }
+    }
+
+    #[test]
+    fn few_entries_of_vanished_namespaces_stay() {
+        let mut entries = Entries::default();
+        let all = reach(&[]);
+        run(&mut entries, HERE, all, 1000, &[message(1, 0)]);
+        let entry = *entries.0.values().next().unwrap();
+        for cookie in 2..MAX_UNSEEN as u64 + 10 {
+            let cookie = Cookie(cookie);
+            let seen = at(1000 + cookie.0 % 2);
+            let key = SocketKey {
+                netns: THERE,
+                cookie,
+            };
+            entries.0.insert(key, Entry { seen, ..entry });
+        }
+        let before = entries.0.len();
+        run(&mut entries, HERE, all, 1500, &[message(1, 0)]);
+        assert_eq!(entries.0.len(), before, "a run may come back soon");
+        run(&mut entries, HERE, all, 5000, &[message(1, 0)]);
+        assert_eq!(entries.0.len(), MAX_UNSEEN + 1);
+        let latest = entries.0.values().filter(|entry| entry.seen == at(1001));
+        assert_eq!(latest.count(), MAX_UNSEEN / 2 + 4, "the latest stay");
     }
 
     #[test]
