@@ -8,7 +8,7 @@ use netns_harness::{Family, Lab, Leak, TcpState};
 use serde_json::Value;
 
 use crate::support::{
-    CWKILL, Ran, TAKE_ALL, all_have, at, carries_data, count, cwkill, in_state, lab,
+    CWKILL, Ran, TAKE_ALL, all_have, at, carries_data, count, cwkill, cwkill_outside, in_state, lab,
 };
 use crate::trial::{Need, Test, each_family, once};
 
@@ -30,16 +30,13 @@ pub const TESTS: &[Test] = &[
 
 /// Runs cwkill in our own namespace, in which no socket is stuck.
 fn outside(arguments: &[&str]) -> Result<Ran> {
-    let output = Command::new(CWKILL)
-        .args(TAKE_ALL)
-        .args(arguments)
-        .output()?;
+    let output = cwkill_outside().args(TAKE_ALL).args(arguments).output()?;
     Ran::of(&arguments.join(" "), output)
 }
 
 /// Runs a command of cwkill in our own namespace.
 fn command_outside(arguments: &[&str]) -> Result<Ran> {
-    let output = Command::new(CWKILL).args(arguments).output()?;
+    let output = cwkill_outside().args(arguments).output()?;
     Ran::of(&arguments.join(" "), output)
 }
 

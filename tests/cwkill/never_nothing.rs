@@ -5,7 +5,9 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use netns_harness::{AgentOptions, Family, Lab, TcpState};
 
-use crate::support::{CWKILL, Ran, all_have, as_typed, at, cwkill, in_state, lab, leaker, settled};
+use crate::support::{
+    Ran, all_have, as_typed, at, cwkill, cwkill_outside, in_state, lab, leaker, settled,
+};
 use crate::trial::{Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
@@ -30,7 +32,7 @@ const LOOKING: [&str; 3] = ["", "-n", "diagnose --sample 10ms"];
 
 /// Runs cwkill in our own namespace.
 fn outside(line: &str) -> Result<Ran> {
-    let mut command = Command::new(CWKILL);
+    let mut command = cwkill_outside();
     command.args(line.split_whitespace());
     Ran::of(line, command.output()?)
 }

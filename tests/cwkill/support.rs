@@ -161,6 +161,13 @@ pub const TAKE_ALL: [&str; 2] = ["--min-idle", "0s"];
 /// The commands of cwkill, which have selectors of their own.
 const COMMANDS: [&str; 4] = ["diagnose", "check", "doctor", "reclaim"];
 
+/// cwkill in our own namespace, without a history: the sockets of all tests would be in it.
+pub fn cwkill_outside() -> std::process::Command {
+    let mut command = std::process::Command::new(CWKILL);
+    command.env(HISTORY, "");
+    command
+}
+
 /// Runs cwkill on the leaking host.
 pub fn cwkill(lab: &Lab, arguments: &str) -> Result<Ran> {
     let command = lab.app_host().command(CWKILL);

@@ -1,12 +1,10 @@
 //! Dead descriptors by their local port, and what is said about those that are kept.
 
-use std::process::Command;
-
 use anyhow::Result;
 use netns_harness::{Family, Lab, Leak};
 
 use super::{descriptors, number};
-use crate::support::{CWKILL, Ran, alone, at, cwkill, lab};
+use crate::support::{Ran, alone, at, cwkill, cwkill_outside, lab};
 use crate::trial::{Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
@@ -124,7 +122,7 @@ fn a_port_alone_is_that_of_this_namespace() -> Result<()> {
     let elsewhere = lab.start("drained", Family::V4, port)?;
     cwkill(&lab, "--all --allow-spin --method destroy")?.exits(0);
     let outside = |line: &str| -> Result<Ran> {
-        let output = Command::new(CWKILL).args(line.split(' ')).output()?;
+        let output = cwkill_outside().args(line.split(' ')).output()?;
         Ran::of(line, output)
     };
     let ran = outside("reclaim --port 18431 -n --json")?;
