@@ -204,7 +204,7 @@ impl Layout {
         let in_use = |target: &Target| target.socket.is_in_use(self.mark_in_use);
         let digits = |number: &dyn Fn(&Target) -> u32| {
             let largest = targets.iter().map(number).max().unwrap_or(0);
-            largest.checked_ilog10().map_or(1, |power| power as u16 + 1)
+            u16::try_from(largest.to_string().len()).unwrap_or(u16::MAX)
         };
         let width = |column: &Column| match column {
             Column::Fd => digits(&|target| {
