@@ -145,7 +145,7 @@ fn copy_counts(way: &str) -> Result<()> {
 
 /// A thread that executes a program ends all others and takes the place of the first. For a moment /proc shows no descriptors.
 fn an_owner_that_executes_a_program_keeps_its_sockets() -> Result<()> {
-    const RUNS: usize = 100;
+    const RUNS: usize = 50;
     let lab = Lab::new()?;
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "execs", 8)?;
     let began = owner.report()?;
@@ -169,6 +169,6 @@ fn an_owner_that_executes_a_program_keeps_its_sockets() -> Result<()> {
     // On a busy machine an execve(2) can take longer than cwkill waits.
     assert!(missed.len() < RUNS / 10, "{missed:?}");
     let execs = owner.report()? - began;
-    assert!(execs >= 60, "{execs}");
+    assert!(execs >= 30, "{execs}");
     Ok(())
 }
