@@ -172,8 +172,26 @@ pub struct DescriptorUsage {
     pub dead: u64,
     /// Descriptors of sockets that may be dead.
     pub unknown: u64,
+    /// Open descriptors of every kind; `None` if unreadable.
+    pub used: Option<u64>,
     /// The soft RLIMIT_NOFILE; `None` if unreadable.
     pub limit: Option<u64>,
+}
+
+impl DescriptorUsage {
+    fn is_at_limit(&self) -> bool {
+        diagnose::is_at_limit(self.used, self.limit)
+    }
+
+    /// How much of its limit these descriptors of the leak are. With the last free descriptor the leak has all that it can get.
+    fn share(&self, leaked: u64) -> Option<Fraction> {
+        let whole = self.limit?.max(1);
+        let part = match self.is_at_limit() && leaked > 0 {
+            true => whole,
+            false => leaked,
+        };
+        Some(Fraction { part, whole })
+    }
 }
 
 /// The processes with matched sockets, or with dead sockets that the selectors could match.
@@ -188,6 +206,7 @@ fn usages(
         held: 0,
         dead: 0,
         unknown: 0,
+        used: None,
         limit: None,
     };
     let mut usages: BTreeMap<ProcessId, DescriptorUsage> = BTreeMap::new();
@@ -202,6 +221,7 @@ fn usages(
     for table in dead.tables {
         let usage = usages.entry(table.process.id);
         let usage = usage.or_insert_with(|| new(Arc::new(table.process)));
+        usage.used = Some(table.used as u64);
         for suspect in table.suspects {
             match suspect.verdict {
                 SuspectVerdict::Dead(DeadSocket {
@@ -292,22 +312,25 @@ fn of_limit(
     text: &mut String,
 ) -> (Measure, f64) {
     let Limits { usages, unseen } = limits;
-    let with_limit = |owner: &DescriptorUsage, open: u64| {
-        let whole = owner.limit?.max(1);
-        Some(Fraction { part: open, whole })
-    };
-    let known = |owner: &DescriptorUsage| with_limit(owner, owner.held + owner.dead);
-    let possible =
-        |owner: &DescriptorUsage| with_limit(owner, owner.held + owner.dead + owner.unknown);
+    let known = |owner: &DescriptorUsage| owner.share(owner.held + owner.dead);
+    let possible = |owner: &DescriptorUsage| owner.share(owner.held + owner.dead + owner.unknown);
     let nearest = usages
         .iter()
         .filter_map(|owner| Some((owner, known(owner)?)))
         .filter(|(_, used)| used.part > 0)
         .max_by(|a, b| a.1.cmp(&b.1));
-    if let Some((owner, Fraction { part, whole })) = nearest {
-        let _ = write!(text, ", {} holds {part} of {whole}", owner.process);
+    if let Some((owner, Fraction { whole, .. })) = nearest {
+        let leaked = owner.held + owner.dead;
+        let _ = write!(
+            text,
+            ", {} has lost {leaked} of {whole} descriptors",
+            owner.process
+        );
         if owner.dead > 0 {
             let _ = write!(text, " ({} of them dead)", owner.dead);
+        }
+        if owner.is_at_limit() {
+            text.push_str(" and is at its limit");
         }
     }
     let mut unknown: Vec<String> = unseen.to_vec();
@@ -534,7 +557,10 @@ mod tests {
     fn the_owner_nearest_to_its_limit_counts() {
         let result = limited(&scan(&[90, 7]), &[Some(1000), Some(50)]);
         assert_eq!(result.status, Status::Warning, "14 percent of 50");
-        assert!(result.line.contains("c/101 holds 7 of 50 |"), "{result:?}");
+        assert!(
+            result.line.contains("c/101 has lost 7 of 50 descriptors |"),
+            "{result:?}"
+        );
         assert!(
             result
                 .line
@@ -552,13 +578,15 @@ mod tests {
             held,
             dead,
             unknown,
+            used: None,
             limit: Some(100),
         };
         let judged = |owner| by_limit(&Scan::default(), &[owner]);
         let dead = judged(owner(1, 20, 0));
         assert_eq!(dead.status, Status::Critical, "{dead:?}");
         assert!(
-            dead.line.contains("holds 21 of 100 (20 of them dead)"),
+            dead.line
+                .contains("has lost 21 of 100 descriptors (20 of them dead)"),
             "{dead:?}"
         );
         assert!(dead.line.contains(" dead=20;;;0; "), "{dead:?}");
@@ -568,6 +596,27 @@ mod tests {
         let unknown = judged(owner(1, 0, 10));
         assert_eq!(unknown.status, Status::Unknown);
         assert!(unknown.line.contains("10 descriptors of"), "{unknown:?}");
+    }
+
+    #[test]
+    fn at_its_limit_an_owner_has_lost_all_that_it_can() {
+        let judged = |held, used| {
+            let owner = DescriptorUsage {
+                process: process(100, "p"),
+                held,
+                dead: 0,
+                unknown: 0,
+                used: Some(used),
+                limit: Some(100),
+            };
+            by_limit(&Scan::default(), &[owner])
+        };
+        let full = judged(6, 100);
+        assert_eq!(full.status, Status::Critical, "{full:?}");
+        let text = "p/100 has lost 6 of 100 descriptors and is at its limit | percent=100.0%;";
+        assert!(full.line.contains(text), "{full:?}");
+        assert_eq!(judged(6, 96).status, Status::Ok, "four are free");
+        assert_eq!(judged(0, 100).status, Status::Ok, "not by a leak");
     }
 
     #[test]
@@ -592,6 +641,7 @@ mod tests {
             held: 90,
             dead: 0,
             unknown: 0,
+            used: None,
             limit: Some(100),
         };
         let of = |warning, critical| {

@@ -50,6 +50,12 @@ pub const MAX_SHOWN: usize = 10;
 /// next accept(2).
 const FREE_AT_LIMIT: u64 = 3;
 
+/// Whether a process with so many open descriptors has almost no free one. `None`: unknown.
+pub(crate) fn is_at_limit(used: Option<u64>, limit: Option<u64>) -> bool {
+    used.zip(limit)
+        .is_some_and(|(used, limit)| used.saturating_add(FREE_AT_LIMIT) >= limit)
+}
+
 /// A process with at least this many descriptors of sockets that were never connected is reported for them alone.
 const NEVER_CONNECTED_FROM: usize = 100;
 
@@ -230,8 +236,7 @@ impl ProcessDiagnosis {
     /// Whether it has almost no free descriptor.
     pub fn is_at_limit(&self) -> bool {
         let used = self.table.as_ref().map(|table| table.used as u64);
-        used.zip(self.status.limit)
-            .is_some_and(|(used, limit)| used.saturating_add(FREE_AT_LIMIT) >= limit)
+        is_at_limit(used, self.status.limit)
     }
 
     /// The fact about the process that explains its sockets.

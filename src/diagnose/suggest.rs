@@ -94,6 +94,12 @@ impl LanguageRuntime {
         whole.or_else(versioned).map(|row| row.1)
     }
 
+    /// Whether its programs keep their sockets in epoll sets or have finalizers, so that a reclaim would skip the descriptors.
+    pub fn knows_numbers(self) -> bool {
+        use LanguageRuntime::{DotNet, Go, Jvm, Node};
+        matches!(self, Jvm | Go | Node | DotNet)
+    }
+
     /// The name in JSON.
     pub fn name(self) -> &'static str {
         match self {
@@ -198,6 +204,13 @@ pub fn suggest(process: SuggestionInput<'_>) -> Vec<Suggestion> {
                 ),
             ),
         ],
+        // What the operator has closed is dead, and nothing is stuck any more.
+        (None, None, None) if process.held == 0 && process.dead > 0 => {
+            vec![
+                (reclaim(process), dead_remark(process)),
+                stack_command(process),
+            ]
+        }
         (None, None, None) => vec![stack_command(process)],
     };
     let suggestion = |(command, remark)| Suggestion { command, remark };
@@ -213,23 +226,23 @@ fn reclaim(process: SuggestionInput<'_>) -> String {
     }
 }
 
+fn dead_remark(process: SuggestionInput<'_>) -> String {
+    match process.runtime.is_some_and(LanguageRuntime::knows_numbers) {
+        true => format!("says how to free its {} dead descriptors", process.dead),
+        false => format!(
+            "frees those of its {} dead descriptors that it does not use",
+            process.dead
+        ),
+    }
+}
+
 /// The command that gives a process at its limit descriptors again, and a remark.
 fn make_room(process: SuggestionInput<'_>, soft: u64, hard: Option<u64>) -> (String, String) {
     let (raise, needs) = raise_limit(process.pid, soft, hard);
     let leaked = process.held + process.dead;
-    // These runtimes keep their sockets in epoll sets or have finalizers, so a reclaim would skip the descriptors.
-    let is_skipped = matches!(
-        process.runtime,
-        Some(
-            LanguageRuntime::Jvm
-                | LanguageRuntime::Go
-                | LanguageRuntime::Node
-                | LanguageRuntime::DotNet
-        )
-    );
     match leaked {
         0 => (raise, format!("raises its limit{needs}")),
-        _ if is_skipped => (
+        _ if process.runtime.is_some_and(LanguageRuntime::knows_numbers) => (
             raise,
             format!(
                 "raises its limit{needs}; then `{}` says how to free {leaked}",

@@ -370,8 +370,13 @@ pub(super) fn check_table(proc: &ProcFs, (id, tid): TableId, owners: &mut [(&mut
         &process,
         before != after || before == Some(ExecMarker::LeaderExited),
     ) {
-        // If this fails, the process is gone.
-        let _ = read_between_execs(process.as_fd(), || Ok(read()));
+        // An error: the process is gone.
+        if let Ok(None) = read_between_execs(process.as_fd(), || Ok(read())) {
+            let closed = owners
+                .iter_mut()
+                .filter(|(owner, _)| owner.after == Some(FdState::Closed));
+            closed.for_each(|(owner, _)| owner.after = Some(FdState::Unknown));
+        }
     }
 }
 

@@ -186,7 +186,7 @@ pub enum FdState {
     Open,
     /// It was closed, or refers to something else, or its process is gone.
     Closed,
-    /// cwkill is not permitted to read it.
+    /// cwkill is not permitted to read it, or the process executes a program meanwhile.
     Unknown,
 }
 

@@ -36,6 +36,21 @@ pub struct Facts {
     pub reached: Option<(u64, Option<u64>)>,
 }
 
+impl Kept<'_> {
+    fn knows_numbers(&self) -> bool {
+        self.facts
+            .runtime
+            .is_some_and(LanguageRuntime::knows_numbers)
+    }
+
+    /// The number of descriptors that are in use in this way.
+    fn count(&self, is: fn(&InUse) -> bool) -> usize {
+        let is_so =
+            |reason: &&&ReclaimReason| matches!(reason, ReclaimReason::InUse(in_use) if is(in_use));
+        self.reasons.iter().filter(is_so).count()
+    }
+}
+
 /// The descriptors among `owners` that were kept, by process.
 pub fn kept<'o>(
     owners: impl Iterator<Item = &'o Owner>,
@@ -86,11 +101,11 @@ pub struct KeptBy<'a> {
     pub predicted: bool,
 }
 
-/// The advice for each process, at most one for the rule of its runtime and one for its young sockets.
+/// The advice for each process, at most one for the rule of its runtime, one for its unread bytes and one for its young sockets.
 pub fn advise(kept: &[Kept<'_>], by: KeptBy<'_>) -> Vec<Advice> {
     let advice = kept
         .iter()
-        .flat_map(|one| [runtime_rule(one, by), young(one, by)]);
+        .flat_map(|one| [runtime_rule(one, by), unread(one, by), young(one, by)]);
     advice.flatten().collect()
 }
 
@@ -103,28 +118,19 @@ fn kept_text(count: usize, by: KeptBy<'_>) -> String {
 
 /// The rule of the runtime: its event loop or its collector knows the descriptors by their numbers.
 fn runtime_rule(kept: &Kept<'_>, by: KeptBy<'_>) -> Option<Advice> {
-    use LanguageRuntime::{DotNet, Go, Jvm, Node};
+    use LanguageRuntime::{Go, Jvm, Node};
     let pid = kept.process.id.pid;
-    let count = |is: fn(&InUse) -> bool| {
-        let mut count = 0;
-        for reason in &kept.reasons {
-            if let ReclaimReason::InUse(in_use) = reason {
-                count += usize::from(is(in_use));
-            }
-        }
-        count
-    };
-    let collected = count(|in_use| matches!(in_use, InUse::Finalizer(_)));
-    let watched = count(|in_use| matches!(in_use, InUse::InEpoll(_)));
-    let unread = match kept.facts.runtime {
-        Some(Jvm | Go | Node | DotNet) => count(|in_use| matches!(in_use, InUse::Unread(_))),
-        _ => 0,
+    let collected = kept.count(|in_use| matches!(in_use, InUse::Finalizer(_)));
+    let watched = kept.count(|in_use| matches!(in_use, InUse::InEpoll(_)));
+    let unread = match kept.knows_numbers() {
+        true => kept.count(is_unread),
+        false => 0,
     };
     let total = collected + watched + unread;
     if total == 0 {
         return None;
     }
-    let force = format!("cwkill reclaim --pid {pid} --reclaim-force");
+    let force = force_command(pid);
     let number = kept_text(total, by);
     let lost = match unread {
         0 => String::new(),
@@ -197,6 +203,34 @@ fn runtime_rule(kept: &Kept<'_>, by: KeptBy<'_>) -> Option<Advice> {
         after: (kept.facts.runtime == Some(Go)).then(|| "5 minutes".to_owned()),
         commands,
     })
+}
+
+/// What the program may still read, where its runtime has no rule for that.
+fn unread(kept: &Kept<'_>, by: KeptBy<'_>) -> Option<Advice> {
+    let count = match kept.knows_numbers() {
+        true => 0,
+        false => kept.count(is_unread),
+    };
+    let force = force_command(kept.process.id.pid);
+    (count > 0).then(|| Advice {
+        process: Arc::clone(&kept.process),
+        kept: count,
+        code: "unread",
+        text: format!(
+            "{}: the program may still read their unread bytes. To free them all the same, and to lose these bytes, run `{force}`",
+            kept_text(count, by)
+        ),
+        after: None,
+        commands: vec![force],
+    })
+}
+
+fn is_unread(in_use: &InUse) -> bool {
+    matches!(in_use, InUse::Unread(_))
+}
+
+fn force_command(pid: i32) -> String {
+    format!("cwkill reclaim --pid {pid} --reclaim-force")
 }
 
 /// When the sockets will have been quiet for long enough.
@@ -396,7 +430,22 @@ mod tests {
         }
         let mono = advice(None, &[finalizer], None, RUN).remove(0);
         assert!(mono.text.contains("Let it collect twice"), "{mono}");
-        assert_eq!(advice(None, &[InUse::Unread(5)], None, RUN), []);
+    }
+
+    #[test]
+    fn unread_bytes_need_force() {
+        let both = [InUse::Unread(5), InUse::InEpoll(4), InUse::Unread(7)];
+        for runtime in [None, Some(LanguageRuntime::Python)] {
+            let of = advice(runtime, &both, None, RUN);
+            let kept: Vec<_> = of.iter().map(|one| (one.code, one.kept)).collect();
+            assert_eq!(kept, [("event-loop", 1), ("unread", 2)]);
+            assert_eq!(
+                of[1].commands,
+                ["cwkill reclaim --pid 4711 --reclaim-force"]
+            );
+        }
+        let node = advice(Some(LanguageRuntime::Node), &both, None, RUN);
+        assert_eq!((node.len(), node[0].kept), (1, 3));
     }
 
     #[test]
@@ -445,7 +494,7 @@ mod tests {
     #[test]
     fn the_man_page_lists_every_rule() {
         let page = include_str!("../../man/cwkill-reclaim.8");
-        for code in ["garbage-collector", "event-loop", "too-young"] {
+        for code in ["garbage-collector", "event-loop", "unread", "too-young"] {
             let line = format!("\n.B {}\n", code.replace('-', "\\-"));
             assert!(page.contains(&line), "{code}");
         }

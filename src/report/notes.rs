@@ -1,6 +1,7 @@
 //! The notes beside the results: the limits of closing a socket, the limits of the scan, and the missing privileges.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::iter::Sum;
 use std::net::IpAddr;
 
 use super::Run;
@@ -61,6 +62,36 @@ fn not_accepting(scan: &Scan) -> Vec<String> {
     listeners.into_iter().map(note).collect()
 }
 
+/// Descriptors of closed sockets that are still open.
+#[derive(Clone, Copy, Default)]
+struct StillOpen {
+    descriptors: usize,
+    /// Those whose sockets have unread bytes. `cwkill reclaim` keeps them.
+    unread: usize,
+}
+
+impl Sum for StillOpen {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |sum, one| StillOpen {
+            descriptors: sum.descriptors + one.descriptors,
+            unread: sum.unread + one.unread,
+        })
+    }
+}
+
+impl StillOpen {
+    /// Who can close them, and when.
+    fn advice(self, command: &str) -> String {
+        let wait = wait_text(DEFAULT_RECLAIM_AGE);
+        // Force is not advised here: in some runtimes it needs more. `cwkill reclaim` knows the runtime.
+        let kept = match self.unread {
+            0 => String::new(),
+            unread => format!(" (keeps {unread} with unread bytes, and says how to free them)"),
+        };
+        format!(", only the process can, or in {wait}: {command}{kept}")
+    }
+}
+
 /// The descriptors of closed sockets that are still open, by process.
 fn descriptors(run: &Run) -> Vec<String> {
     let closed = || run.scan.targets.iter().filter(|target| target.is_closed());
@@ -70,46 +101,44 @@ fn descriptors(run: &Run) -> Vec<String> {
                     closes it, and a process that waits for it without reading may spin";
         return left.then(|| note.to_owned()).into_iter().collect();
     }
-    let mut open: BTreeMap<ProcessId, (&Process, usize)> = BTreeMap::new();
+    let mut open: BTreeMap<ProcessId, (&Process, StillOpen)> = BTreeMap::new();
     let mut unknown = 0;
     for target in closed() {
         unknown += usize::from(target.is_without_known_owner());
         for owner in &target.owners {
             match owner.after {
                 Some(FdState::Open) => {
-                    let process = &owner.process;
-                    open.entry(process.id).or_insert((process, 0)).1 += 1;
+                    let (_, still) = open
+                        .entry(owner.process.id)
+                        .or_insert_with(|| (&owner.process, StillOpen::default()));
+                    still.descriptors += 1;
+                    still.unread += usize::from(target.socket.has_unread_data());
                 }
                 Some(FdState::Unknown) => unknown += 1,
                 Some(FdState::Closed) | None => {}
             }
         }
     }
-    let advice = |command: &str| match run.reclaim_requested {
-        false => format!(
-            ", only the process can, or in {}: {command}",
-            wait_text(DEFAULT_RECLAIM_AGE)
-        ),
-        true => String::new(),
-    };
-    let mut by_kind: BTreeMap<ProcessKind<'_>, Vec<(&Process, usize)>> = BTreeMap::new();
-    for (process, count) in open.into_values() {
+    let mut by_kind: BTreeMap<ProcessKind<'_>, Vec<(&Process, StillOpen)>> = BTreeMap::new();
+    for (process, still) in open.into_values() {
         by_kind
             .entry(process.kind())
             .or_default()
-            .push((process, count));
+            .push((process, still));
     }
-    let note = |who: String, count: usize, command: &str| {
+    let note = |who: String, still: StillOpen, command: &str| {
+        let advice = match run.reclaim_requested {
+            false => still.advice(command),
+            true => String::new(),
+        };
         format!(
-            "{who} {} of closed sockets open: closing a socket does not free the descriptor{}",
-            counted(count, "descriptor"),
-            advice(command),
+            "{who} {} of closed sockets open: closing a socket does not free the descriptor{advice}",
+            counted(still.descriptors, "descriptor"),
         )
     };
     let mut notes: Vec<String> = Vec::new();
     for (kind, processes) in by_kind {
         if processes.len() > MAX_NAMED {
-            let count = processes.iter().map(|(_, count)| count).sum();
             let named = processes.iter().take(MAX_NAMED);
             let pids: Vec<String> = named.map(|(p, _)| p.id.pid.to_string()).collect();
             let who = format!(
@@ -119,11 +148,12 @@ fn descriptors(run: &Run) -> Vec<String> {
                 pids.join(", "),
                 processes.len() - MAX_NAMED,
             );
-            notes.push(note(who, count, "cwkill reclaim (lists them)"));
+            let all = processes.iter().map(|(_, still)| *still).sum();
+            notes.push(note(who, all, "cwkill reclaim --pid PID"));
         } else {
-            let one = |(process, count): (&Process, usize)| {
+            let one = |(process, still): (&Process, StillOpen)| {
                 let command = format!("cwkill reclaim --pid {}", process.id.pid);
-                note(format!("{process} still has"), count, &command)
+                note(format!("{process} still has"), still, &command)
             };
             notes.extend(processes.into_iter().map(one));
         }

@@ -554,8 +554,11 @@ fn a_stopped_or_traced_owner_is_left_as_it_was() -> Result<()> {
     leak.app().stop()?;
     let ran = cwkill(&lab, "--port 8080 --json --drain-backlog --stop-limit 10s")?.exits(0);
     assert_eq!(backlog(&ran)["drained"], json!(5));
-    let status = std::fs::read_to_string(format!("/proc/{}/status", leak.app().pid()))?;
-    assert!(status.contains("State:\tT (stopped)"), "{status}");
+    // A tracer that leaves sets it running; it stops again as soon as it gets a processor.
+    let status = format!("/proc/{}/status", leak.app().pid());
+    lab.wait_for(PATIENCE, || {
+        Ok(std::fs::read_to_string(&status)?.contains("State:\tT (stopped)"))
+    })?;
     leak.app().signal(Signal::SIGCONT)?;
     assert!(client_gets_in(&leak));
     Ok(())

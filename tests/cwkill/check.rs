@@ -95,7 +95,7 @@ fn percent_is_of_the_limit_of_the_owner() -> Result<()> {
         ("-w 19% -c 40", 1),
     ] {
         let ran = cwkill(&lab, &format!("check {options}"))?.exits(code);
-        let whose = format!("leaky-app/{pid} holds 10 of 50");
+        let whose = format!("leaky-app/{pid} has lost 10 of 50 descriptors");
         assert!(ran.stdout.contains(&whose), "{ran:?}");
         assert!(ran.stdout.contains(" | percent=20.0%;"), "{ran:?}");
     }
@@ -111,7 +111,7 @@ fn percent_is_of_the_limit_of_the_owner() -> Result<()> {
     ] {
         let line = format!("check -w 19% -c 90% {selectors}");
         let ran = cwkill(&lab, &line)?.exits(code);
-        let whose = format!("leaky-app/{pid} holds 10 of 50 (10 of them dead)");
+        let whose = format!("leaky-app/{pid} has lost 10 of 50 descriptors (10 of them dead)");
         assert_eq!(ran.stdout.contains(&whose), code == 1);
         assert_eq!(ran.stdout.contains(" | percent=20.0%;"), code == 1);
     }

@@ -157,17 +157,18 @@ fn an_owner_that_executes_a_program_keeps_its_sockets() -> Result<()> {
             let sockets = ran.sockets();
             let pid = owner.pid().to_string();
             let is_owned = sockets.len() == 1 && at(&sockets[0], "/owners/0/pid") == pid;
-            let is_open = |name| at(&sockets[0], name) == "true";
-            let acts = line.starts_with("--all");
-            if !is_owned || acts && !is_open("/result/descriptor_open") {
+            let open = is_owned.then(|| at(&sockets[0], "/result/descriptor_open"));
+            let open = open.filter(|_| line.starts_with("--all"));
+            assert_ne!(open.as_deref(), Some("false"), "run {run}: {ran:?}");
+            if !is_owned || open.is_some_and(|open| open != "true") {
                 missed.push(format!("run {run}: {ran:?}"));
             }
         }
         // What the act has missed.
         cwkill(&lab, "--all --method destroy --allow-spin")?;
     }
-    // On a busy machine an execve(2) can take longer than cwkill waits.
-    assert!(missed.len() < RUNS / 10, "{missed:?}");
+    // On a busy machine an execve(2) can take longer than cwkill waits. A single look misses half of them.
+    assert!(missed.len() < RUNS / 2, "{missed:?}");
     let execs = owner.report()? - began;
     assert!(execs >= 30, "{execs}");
     Ok(())

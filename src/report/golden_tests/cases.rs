@@ -477,6 +477,15 @@ pub fn acts() -> Vec<Case> {
             .spinning(&WORKER, None, false)
             .in_select()
             .spinning(&WORKER, Some(7), true),
+        case("act-unread-bytes", "--all").sockets([
+            owned(0).queues(8, 0).closed_by("shutdown").still_open(),
+            owned(1).queues(1, 0).closed_by("shutdown").still_open(),
+            numbered(2)
+                .owner(&NODE, 7)
+                .queues(8, 0)
+                .closed_by("shutdown")
+                .still_open(),
+        ]),
         case("act-nothing-possible", "--all")
             .sockets([skipped(0, "no-method"), skipped(1, "no-method")]),
         case("act-failures", "--all").sockets(one_each(&ATTEMPTS, failing)),

@@ -285,9 +285,9 @@ fn only_selected_processes_are_reported(family: Family) -> Result<()> {
         let line = format!("--pid {pid} --nofile=60:");
         ran(lab.app_host().command("prlimit").args(line.split(' ')))?.exits(0);
     }
-    let dead = format!("/{guilty} holds 2 of 60 (2 of them dead)");
+    let dead = format!("/{guilty} has lost 2 of 60 descriptors (2 of them dead)");
     assert!(check(guilty, 1)?.contains(&dead));
-    assert!(check(one, 1)?.contains(&format!("/{one} holds 2 of 60")));
+    assert!(check(one, 1)?.contains(&format!("/{one} has lost 2 of 60 descriptors")));
     assert!(check(other, 0)?.contains(" dead=0;"));
     cwkill(&lab, &format!("reclaim -n --pid {other}"))?.exits(1);
     Ok(())

@@ -1,6 +1,6 @@
 //! Owners that handle the end of a connection themselves after some time: cwkill does not close their descriptors before.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use netns_harness::owners::{Build, Owner};
 use netns_harness::{Family, Lab};
 
@@ -88,12 +88,28 @@ fn descriptors_with_unread_data_are_skipped() -> Result<()> {
         "skipped",
         "can still read 30000 bytes",
     )?;
+    let force = format!("cwkill reclaim --pid {pid} --reclaim-force");
+    assert_eq!(at(&ran.json(), "/advice/0/advice_code"), "unread");
+    assert_eq!(at(&ran.json(), "/advice/0/commands/0"), force);
     assert_eq!(owner.order(&format!("read {}", fds[0]))?, BYTES);
     // The socket that has been read is closed, the other only with --reclaim-force.
     let ran = reclaim(&own, pid, "--json")?.exits(4);
     assert_eq!(number(&ran.json(), "/summary/freed"), 1);
     let ran = reclaim(&own, pid, "--json --reclaim-force")?.exits(0);
     assert_eq!(number(&ran.json(), "/summary/freed"), 1);
+
+    // What a run that closes such sockets says to type, and what that command says.
+    let (closing, leak) = lab("unread", Family::V4, 3)?;
+    let pid = leak.app().pid();
+    let ran = cwkill(&closing, "--port 8080 --allow-spin")?.exits(0);
+    let command = format!("cwkill reclaim --pid {pid} (keeps 3 with unread bytes, and says how");
+    ran.complains(&command);
+    let kept = cwkill(&closing, &format!("reclaim --pid {pid} --json"))?.exits(4);
+    let force = format!("cwkill reclaim --pid {pid} --reclaim-force");
+    assert_eq!(at(&kept.json(), "/advice/0/commands/0"), force);
+    let typed = force.strip_prefix("cwkill ").context("a command")?;
+    let freed = cwkill(&closing, &format!("{typed} --json"))?.exits(0);
+    assert_eq!(number(&freed.json(), "/summary/freed"), 3);
 
     // The operator has seen these bytes in RECV-Q and closed the socket, so the descriptor may be closed.
     let (lab, _leak) = lab("unread", Family::V4, 3)?;
