@@ -85,20 +85,20 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     if !acts && run.scan.targets.is_empty() {
         tracked::count(&mut run.scan);
     }
+    if config.drain_backlogs.is_some() {
+        let found = drain::find(&run.scan, &config.selectors, &proc);
+        run.backlogs = Some(found.context("cannot find the backlogs")?);
+    }
     // After a sweep the question would come too late. A sweep needs --no-owners, so it does not know the processes.
     if acts
         && config.asks
         && config.owners
         && confirm::is_possible()
-        && let Some(question) = confirm::question(&run.scan)
+        && let Some(question) = confirm::question(&run, config)
         && !terminal.aside(|| confirm::agrees(&question))
     {
         say(format_args!("nothing was closed"));
         return Ok(ExitStatus::NotAllClosed);
-    }
-    if config.drain_backlogs.is_some() {
-        let found = drain::find(&run.scan, &config.selectors, &proc);
-        run.backlogs = Some(found.context("cannot find the backlogs")?);
     }
     // A run without a match leaves no record.
     let has_backlogs = run.backlogs.iter().flatten().next().is_some();

@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::sync::Arc;
 
-use crate::model::Scan;
+use crate::config::Config;
+use crate::model::Backlog;
 use crate::proc::{Process, ProcessId};
+use crate::report::Run;
 use crate::text::counted;
 
 /// The maximum number of processes that the question names, so that it stays on one line.
@@ -16,8 +18,9 @@ pub(super) fn is_possible() -> bool {
     io::stdin().is_terminal() && io::stderr().is_terminal()
 }
 
-/// The question, if the plan closes sockets of more than one process. Sockets without a known owner count as one process.
-pub(super) fn question(scan: &Scan) -> Option<String> {
+/// The question, if the plan is about more than one process. Sockets without a known owner count as one process.
+pub(super) fn question(run: &Run, config: &Config) -> Option<String> {
+    let scan = &run.scan;
     let planned = scan
         .targets
         .iter()
@@ -32,6 +35,13 @@ pub(super) fn question(scan: &Scan) -> Option<String> {
             None => unowned += 1,
         }
     }
+    let backlogs = run.backlogs.iter().flatten();
+    let backlogs: Vec<&Backlog> = backlogs.filter(|it| it.result.is_none()).collect();
+    for owner in backlogs.iter().filter_map(|it| it.owners.first()) {
+        by_process
+            .entry(owner.process.id)
+            .or_insert((&owner.process, 0));
+    }
     if by_process.len() + usize::from(unowned > 0) < 2 {
         return None;
     }
@@ -40,7 +50,11 @@ pub(super) fn question(scan: &Scan) -> Option<String> {
     let mut names: Vec<String> = processes
         .iter()
         .take(MAX_NAMED)
-        .map(|(process, count)| format!("{process} ({count})"))
+        .map(|(process, count)| match count {
+            // Only its backlog is drained.
+            0 => process.to_string(),
+            _ => format!("{process} ({count})"),
+        })
         .collect();
     if processes.len() > MAX_NAMED {
         names.push(counted(processes.len() - MAX_NAMED, "other process"));
@@ -49,8 +63,17 @@ pub(super) fn question(scan: &Scan) -> Option<String> {
         0 => String::new(),
         _ => format!(", and {unowned} without a known owner"),
     };
+    let reclaim = match config.reclaim {
+        Some(_) => ", and their descriptors",
+        None => "",
+    };
+    let drain = match backlogs[..] {
+        [] => String::new(),
+        [one] => format!("; it drains the backlog of {}", one.local),
+        _ => format!("; it drains {} backlogs", backlogs.len()),
+    };
     Some(format!(
-        "this closes {} of {}{without_owner}. Continue? [y/N] ",
+        "this closes {} of {}{without_owner}{reclaim}{drain}. Continue? [y/N] ",
         counted(sockets, "socket"),
         names.join(", ")
     ))
@@ -67,14 +90,17 @@ pub(super) fn agrees(question: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
-    use crate::model::{Owner, SkipReason, Socket, Target};
+    use crate::cli::Cli;
+    use crate::model::{DrainResult, ListeningSocket, Owner, Scan, SkipReason, Socket, Target};
     use crate::proc::RemoteFd;
     use crate::proc::testdata::process;
     use crate::sock_diag::testdata::stuck;
 
-    /// Sockets of these processes; 0 is a socket without a known owner.
-    fn scan(pids: &[i32]) -> Scan {
+    /// A run for sockets of these processes; 0 is a socket without a known owner.
+    fn run(pids: &[i32]) -> Run {
         let target = |pid: &i32| {
             let message = stuck("10.0.0.1:80", "10.0.0.2:5", 1);
             let mut target = Target::new(Socket::from_message(&message));
@@ -83,32 +109,71 @@ mod tests {
             }
             target
         };
-        Scan {
+        Run::new(Scan {
             targets: pids.iter().map(target).collect(),
             ..Scan::default()
-        }
+        })
+    }
+
+    fn asked(run: &Run, line: &str) -> Option<String> {
+        let cli = Cli::try_parse_from(line.split(' ')).expect("a command line");
+        question(run, &Config::from_args(cli.args).expect("a configuration"))
     }
 
     #[test]
     fn one_process_needs_no_question() {
-        assert_eq!(question(&scan(&[])), None);
-        assert_eq!(question(&scan(&[7, 7, 7])), None);
-        assert_eq!(question(&scan(&[0, 0])), None);
-        let mut skipped = scan(&[7, 8]);
-        skipped.targets[1].plan.skip = Some(SkipReason::OverMaxKills);
-        assert_eq!(question(&skipped), None);
+        let of = |pids: &[i32]| asked(&run(pids), "cwkill --all");
+        assert_eq!(of(&[]), None);
+        assert_eq!(of(&[7, 7, 7]), None);
+        assert_eq!(of(&[0, 0]), None);
+        let mut skipped = run(&[7, 8]);
+        skipped.scan.targets[1].plan.skip = Some(SkipReason::OverMaxKills);
+        assert_eq!(asked(&skipped, "cwkill --all"), None);
     }
 
     #[test]
     fn the_question_names_the_largest() {
         assert_eq!(
-            question(&scan(&[7, 8, 8])).unwrap(),
+            asked(&run(&[7, 8, 8]), "cwkill --all").unwrap(),
             "this closes 3 sockets of app/8 (2), app/7 (1). Continue? [y/N] "
         );
         assert_eq!(
-            question(&scan(&[1, 2, 3, 4, 5, 5, 0])).unwrap(),
+            asked(&run(&[1, 2, 3, 4, 5, 5, 0]), "cwkill --all").unwrap(),
             "this closes 7 sockets of app/5 (2), app/1 (1), app/2 (1), 2 other processes, and 1 without a known owner. \
              Continue? [y/N] "
         );
+    }
+
+    #[test]
+    fn the_question_names_what_is_done_inside_the_processes() {
+        assert_eq!(
+            asked(&run(&[7, 8]), "cwkill --all --reclaim").unwrap(),
+            "this closes 2 sockets of app/7 (1), app/8 (1), and their descriptors. Continue? [y/N] "
+        );
+        let mut drains = run(&[7]);
+        let mut backlog = Backlog {
+            netns: 0,
+            local: "10.0.0.1:80".parse().unwrap(),
+            socket: ListeningSocket {
+                id: stuck("10.0.0.1:80", "0.0.0.0:0", 2).id,
+                inode: 5,
+                waiting: 5,
+                backlog: 4,
+                cgroup: None,
+            },
+            group_size: 1,
+            owners: vec![Owner::new(process(9, "app"), RemoteFd(4))],
+            waiting_before: 5,
+            dead: 5,
+            result: None,
+        };
+        drains.backlogs = Some(vec![backlog.clone()]);
+        assert_eq!(
+            asked(&drains, "cwkill --all --drain-backlog").unwrap(),
+            "this closes 1 socket of app/7 (1), app/9; it drains the backlog of 10.0.0.1:80. Continue? [y/N] "
+        );
+        backlog.result = Some(DrainResult::default());
+        drains.backlogs = Some(vec![backlog]);
+        assert_eq!(asked(&drains, "cwkill --all --drain-backlog"), None);
     }
 }
