@@ -138,7 +138,9 @@ pub fn run(
     }
     let (dead, failures) = diagnose::read_tables(&scan, selectors, proc);
     let mut unseen = failures;
-    let is_partial = dead.hidden || !dead.unreadable.is_empty() || !dead.leader_exited.is_empty();
+    let is_unnamed = scan.coverage.unnamed.containers > 0;
+    let is_partial =
+        is_unnamed || dead.hidden || !dead.unreadable.is_empty() || !dead.leader_exited.is_empty();
     // Without root some processes are always unreadable, so this matters only if particular processes were selected.
     if selectors.selects_owners() && is_partial {
         unseen.push("the dead descriptors of the selected processes could not be read".to_owned());

@@ -1,12 +1,14 @@
 //! The options that select sockets and network namespaces.
 
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use globset::GlobMatcher;
 use ipnet::IpNet;
 
 use super::values::{self, List};
+use crate::filter::containers::{ContainerName, NamePattern, PodName};
 use crate::filter::selectors::UnitName;
 use crate::finder::way::UseIterator;
 use crate::model::Cause;
@@ -108,15 +110,31 @@ pub struct OwnerSelection {
     #[arg(long, value_name = "NAME", value_parser = values::list(values::unit))]
     pub unit: Vec<List<UnitName>>,
 
-    /// Sockets of this container: its id or its name
+    /// Sockets of this container: its name or its id: web or 'web-*' or 3f4a9b2c
     ///
-    /// 8 digits of the id are enough. The name is known only where the cgroup has it.
-    #[arg(long, value_name = "ID|NAME", value_parser = values::list(values::container))]
-    pub container: Vec<List<String>>,
+    /// 8 digits of the id are enough. The name comes from files of docker, podman, containerd, CRI-O and the kubelet.
+    #[arg(long, value_name = "NAME|ID", value_parser = values::list(values::container))]
+    pub container: Vec<List<ContainerName>>,
+
+    /// Sockets of this pod: web-5c9 or 'shop/web-*'
+    #[arg(long, value_name = "[NAMESPACE/]NAME", value_parser = values::list(values::pod))]
+    pub pod: Vec<List<PodName>>,
+
+    /// Sockets of the pods of this kubernetes namespace
+    #[arg(long, value_name = "NAME", value_parser = values::list(values::namespace), hide_short_help = true)]
+    pub namespace: Vec<List<NamePattern>>,
+
+    /// Sockets of the containers of this service of docker compose
+    #[arg(long, value_name = "NAME", value_parser = values::list(values::compose_service), hide_short_help = true)]
+    pub compose_service: Vec<List<NamePattern>>,
 
     /// Sockets of processes in this cgroup or below
     #[arg(long, value_name = "PATH", value_parser = values::cgroup, hide_short_help = true)]
     pub cgroup: Vec<String>,
+
+    /// Read the names of containers below this directory
+    #[arg(long, value_name = "DIR", value_parser = values::host_root, default_value = "/", hide_default_value = true, help_heading = "Search", hide_short_help = true)]
+    pub host_root: PathBuf,
 
     /// Every stuck socket
     #[arg(long, display_order = LAST_IN_HELP)]

@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Arg;
@@ -14,6 +15,7 @@ use nix::unistd::{Uid, User};
 use super::{Limit, LogTarget, MethodChoice};
 use crate::check::threshold::Threshold;
 use crate::filter::Services;
+use crate::filter::containers::{ContainerName, NamePattern, PodName};
 use crate::filter::selectors::UnitName;
 use crate::model::{Cause, Method};
 use crate::tcp::TcpState;
@@ -205,10 +207,57 @@ pub(super) fn unit(text: &str) -> Result<UnitName, String> {
     }
 }
 
-pub(super) fn container(text: &str) -> Result<String, String> {
+pub(super) fn container(text: &str) -> Result<ContainerName, String> {
+    named(
+        text,
+        "my-leaky-app, 'web-*' or 3f4a9b2c1d0e",
+        ContainerName::new,
+    )
+}
+
+pub(super) fn pod(text: &str) -> Result<PodName, String> {
+    let example = "web-5c9, 'web-*' or 'shop/web-*'";
+    if text.split('/').any(str::is_empty) || text.matches('/').count() > 1 {
+        return Err(format!(
+            "`{text}` is not a pod, or a namespace and a pod; for example {example}"
+        ));
+    }
+    named(text, example, PodName::new)
+}
+
+pub(super) fn namespace(text: &str) -> Result<NamePattern, String> {
+    if text.contains('/') {
+        return Err(format!(
+            "`{text}` is not a namespace of kubernetes; for example shop. For a pod use --pod, for a network namespace --netns"
+        ));
+    }
+    named(text, "shop or 'team-*'", NamePattern::new)
+}
+
+pub(super) fn compose_service(text: &str) -> Result<NamePattern, String> {
+    named(text, "web or 'worker*'", NamePattern::new)
+}
+
+fn named<T>(
+    text: &str,
+    example: &str,
+    parse: impl Fn(&str) -> Result<T, globset::Error>,
+) -> Result<T, String> {
+    match parse(text) {
+        _ if text.is_empty() => Err(format!("must not be empty; for example {example}")),
+        Ok(value) => Ok(value),
+        Err(error) => Err(format!(
+            "`{text}` is not a pattern: {}; for example {example}",
+            error.kind()
+        )),
+    }
+}
+
+/// The root directory of a host, whose files name the containers.
+pub(super) fn host_root(text: &str) -> Result<PathBuf, String> {
     match text.is_empty() {
-        true => Err("must be an id or a name; for example 3f4a9b2c1d0e".into()),
-        false => Ok(text.to_owned()),
+        true => Err("must not be empty; for example /host".into()),
+        false => Ok(text.into()),
     }
 }
 

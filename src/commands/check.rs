@@ -14,9 +14,10 @@ use crate::terminal::{print_usage, say};
 
 pub(super) fn run(args: CheckArgs) -> ExitCode {
     let use_iterator = args.selection.bpf;
+    let host_root = args.selection.owners.host_root.clone();
     let check = CheckConfig::from_args(args).unwrap_or_else(|error| refuse(&error));
     say_notes(&check.scope.notes);
-    let proc = open_proc(use_iterator, false);
+    let proc = open_proc(use_iterator, false, &host_root, &check.scope.selectors);
     drop_capabilities_and_start_threads(&capabilities::to_find(
         &check.scope.netns,
         true,

@@ -39,6 +39,7 @@ use crate::watch::{self, WatchScope};
 /// The whole run, from its arguments to its exit status.
 pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     let (use_iterator, verbose) = (args.selection.bpf, args.output.verbose);
+    let host_root = args.selection.owners.host_root.clone();
     let config = &Config::from_args(args).unwrap_or_else(|error| refuse(&error));
     let time_and_place = time_and_place();
     let acts = config.action == Action::Act;
@@ -50,7 +51,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     let privileges = Privileges::of_this_thread()?;
     let log = open_log(config.action, &config.log)?;
     let proc = match config.owners {
-        true => open_proc(use_iterator, verbose)?,
+        true => open_proc(use_iterator, verbose, &host_root, &config.selectors)?,
         false => ProcFs::default(),
     };
     drop_capabilities_and_start_threads(&needed_capabilities(config));
@@ -140,6 +141,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
         &time_and_place,
         config,
         &namespaces,
+        &proc,
         &mut terminal,
     );
     drop(terminal);
@@ -432,21 +434,21 @@ fn report(
     time_and_place: &TimeAndPlace,
     config: &Config,
     namespaces: &Namespaces,
+    proc: &ProcFs,
     terminal: &mut Terminal,
 ) -> (io::Result<()>, Option<String>) {
     // A JSON document contains the result of the watch. A person reads the table while cwkill watches.
     let watch_first = config.format == Format::Json;
     let mut line = None;
     if watch_first {
-        line = watch_for_new(run, config, namespaces, terminal);
+        line = watch_for_new(run, config, namespaces, proc, terminal);
     }
     let messages = messages(run, config);
     let overview = overview(run, config, &messages);
     let color = is_coloured(config.color);
     let written = write_out(|out| match (config.format, &overview) {
         (Format::Table, Some(overview)) => {
-            let proc = ProcFs::default();
-            let tables = table_use::read(&proc, &overview.processes(), &run.scan.namespaces);
+            let tables = table_use::read(proc, &overview.processes(), &run.scan.namespaces);
             overview.write(&tables, out)
         }
         (Format::Table, None) => text::write(run, config, color, out),
@@ -463,7 +465,7 @@ fn report(
         (written, _) => written,
     };
     if !watch_first && written.is_ok() {
-        line = watch_for_new(run, config, namespaces, terminal);
+        line = watch_for_new(run, config, namespaces, proc, terminal);
     }
     (written, line)
 }
@@ -490,6 +492,7 @@ fn watch_for_new(
     run: &mut Run,
     config: &Config,
     namespaces: &Namespaces,
+    proc: &ProcFs,
     terminal: &mut Terminal,
 ) -> Option<String> {
     let duration = config.watch_refill?;
@@ -510,7 +513,7 @@ fn watch_for_new(
         owners: config.owners,
     };
     let known = watch::cookies(&run.scan);
-    let new = watch::watch(scope, known, duration, &ProcFs::default(), terminal);
+    let new = watch::watch(scope, known, duration, proc, terminal);
     terminal.release_signals();
     match new {
         Ok(new) => {

@@ -26,10 +26,11 @@ pub(super) fn run(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
         ok_if_none: _,
     } = args;
     let use_iterator = selection.bpf;
+    let host_root = selection.owners.host_root.clone();
     let scope = Scope::from_args(selection).unwrap_or_else(|error| refuse(&error));
     let time_and_place = time_and_place();
     say_notes(&scope.notes);
-    let proc = open_proc(use_iterator, false)?;
+    let proc = open_proc(use_iterator, false, &host_root, &scope.selectors)?;
     drop_capabilities_and_start_threads(&capabilities::to_find(
         &scope.netns,
         true,

@@ -15,6 +15,7 @@ pub mod sweep;
 use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
 use std::io;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::SystemTime;
 
@@ -27,12 +28,14 @@ use nix::unistd::geteuid;
 use crate::audit::Audit;
 use crate::cli::{Cli, Command, Misplaced, better_error};
 use crate::config::{Action, LogOptions};
+use crate::filter::selectors::Selectors;
 use crate::finder::way::{self, UseIterator};
 use crate::model::{Privilege, TimeAndPlace};
 use crate::parallel;
 use crate::privileges::{capabilities, hint};
 use crate::proc::ProcFs;
 use crate::report::ExitStatus;
+use crate::sys::caller::as_caller;
 use crate::terminal::{ignore_signals_of_writes, print_usage, say, unless_closed, write_out};
 use crate::text::escape;
 
@@ -131,13 +134,33 @@ fn say_hints(missing: &[Privilege]) {
     }
 }
 
-/// /proc, with the iterator over all descriptors if `use_iterator` and the host allow it. It must be called before privileges are
+/// /proc, with the names of the containers of the host whose root directory is `host_root`.
+///
+/// # Errors
+/// `host_root` is not a directory that the caller may use.
+fn proc_with_names(host_root: &Path, selectors: &Selectors) -> anyhow::Result<ProcFs> {
+    if host_root != Path::new("/") {
+        as_caller(|| std::fs::read_dir(host_root).map(drop)).with_context(|| {
+            let path = host_root.to_string_lossy();
+            format!("cannot use --host-root {}", escape(&path))
+        })?;
+    }
+    let by_name = !selectors.containers.is_empty();
+    Ok(ProcFs::default().with_names(host_root, by_name))
+}
+
+/// As [`proc_with_names`], with the iterator over all descriptors if `use_iterator` and the host allow it. It must be called before privileges are
 /// dropped. `verbose`: whether to say why the kernel does not accept the iterator.
 ///
 /// # Errors
 /// The iterator is needed, and cannot be used.
-fn open_proc(use_iterator: UseIterator, verbose: bool) -> anyhow::Result<ProcFs> {
-    let proc = ProcFs::default();
+fn open_proc(
+    use_iterator: UseIterator,
+    verbose: bool,
+    host_root: &Path,
+    selectors: &Selectors,
+) -> anyhow::Result<ProcFs> {
+    let proc = proc_with_names(host_root, selectors)?;
     match way::choose(&proc, use_iterator) {
         Ok(with_iterator) => Ok(with_iterator),
         Err(error) if use_iterator == UseIterator::Always => {

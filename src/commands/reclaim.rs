@@ -5,8 +5,8 @@ use std::sync::Arc;
 use anyhow::Context;
 
 use super::{
-    drop_capabilities_and_start_threads, kept, open_log, refuse, say_hints, say_notes,
-    time_and_place, was_reported,
+    drop_capabilities_and_start_threads, kept, open_log, proc_with_names, refuse, say_hints,
+    say_notes, time_and_place, was_reported,
 };
 use crate::cli::ReclaimArgs;
 use crate::config::{Action, Format, ReclaimConfig};
@@ -26,6 +26,7 @@ use crate::report::reclaim::{self as report, DeadDescriptor, ReclaimRun};
 use crate::terminal::{Terminal, is_coloured, write_out};
 
 pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
+    let host_root = args.owners.host_root.clone();
     let config = &ReclaimConfig::from_args(args).unwrap_or_else(|error| refuse(&error));
     let time_and_place = time_and_place();
     let quiet = config.format == Format::Quiet;
@@ -37,7 +38,7 @@ pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
     }
     drop_capabilities_and_start_threads(&needed);
     let mut terminal = Terminal::new(acts, quiet)?;
-    let proc = ProcFs::default();
+    let proc = proc_with_names(&host_root, &config.selectors)?;
     let mut run = find(config, &proc)?;
     if acts {
         memory::check_room(run.descriptors.len()).context("nothing was done")?;
@@ -91,6 +92,7 @@ fn find(config: &ReclaimConfig, proc: &ProcFs) -> anyhow::Result<ReclaimRun> {
     if owners.nobody {
         return Ok(ReclaimRun {
             absent: owners.absent,
+            owner_notes: owners.notes,
             ..ReclaimRun::default()
         });
     }
@@ -98,6 +100,7 @@ fn find(config: &ReclaimConfig, proc: &ProcFs) -> anyhow::Result<ReclaimRun> {
         scan,
         elsewhere,
         without_address,
+        without_name,
     } = leftovers::find(proc, &config.selectors, &current.open, config.everywhere)?;
     let everyone = !config.selectors.selects_owners();
     let unreadable = match everyone || config.selectors.could_match(&scan.unreadable) {
@@ -120,6 +123,9 @@ fn find(config: &ReclaimConfig, proc: &ProcFs) -> anyhow::Result<ReclaimRun> {
         absent: owners.absent,
         elsewhere,
         without_address,
+        without_name,
+        unnamed: owners.unnamed,
+        owner_notes: owners.notes,
         ..ReclaimRun::default()
     };
     for table in scan.tables {

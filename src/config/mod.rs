@@ -177,7 +177,7 @@ impl Config {
             if selectors.selects_owners() {
                 return Err(usage(
                     "--no-owners cannot be combined with a selector of owners (--pid, --process, --unit, \
-                     --container, --cgroup); select sockets by --port or an expression",
+                     --container, --pod, --namespace, --compose-service, --cgroup); select sockets by --port or an expression",
                 ));
             }
             if acting.reclaim {
@@ -315,6 +315,7 @@ mod tests {
             "--user 0",
             "--min-age 0s",
             "--min-idle 1m",
+            "--host-root /",
             "--address-gone",
             "--cause unread",
             "-4",
@@ -342,6 +343,9 @@ mod tests {
             "--process x",
             "--unit nginx",
             "--container web",
+            "--pod shop/web-*",
+            "--namespace shop",
+            "--compose-service web",
             "--cgroup /system.slice",
             "sport = :80",
             "state close-wait sport = :80",

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::cli::{OwnerSelection, Selection, flat};
+use crate::filter::containers::ContainerSelectors;
 use crate::filter::selectors::{IpVersion, Selectors};
 use crate::filter::{self, Expression, Scope, Services, States};
 use crate::proc::netns::NetnsScope;
@@ -58,7 +59,12 @@ impl Selectors {
             pids: flat(owners.pid).into_iter().collect(),
             processes: flat(owners.process),
             units: flat(owners.unit),
-            containers: flat(owners.container),
+            containers: ContainerSelectors {
+                containers: flat(owners.container),
+                pods: flat(owners.pod),
+                namespaces: flat(owners.namespace),
+                compose_services: flat(owners.compose_service),
+            },
             cgroups: owners.cgroup,
             ..Selectors::default()
         }
@@ -79,6 +85,9 @@ impl Selection {
                 && owners.process.is_empty()
                 && owners.unit.is_empty()
                 && owners.container.is_empty()
+                && owners.pod.is_empty()
+                && owners.namespace.is_empty()
+                && owners.compose_service.is_empty()
                 && owners.cgroup.is_empty())
     }
 

@@ -164,6 +164,7 @@ impl Diagnosis {
         self.unknown_descriptors > 0
             || (self.selects_owners
                 && (self.unreadable_processes > 0
+                    || self.scan.coverage.unnamed.containers > 0
                     || self.hidden_processes
                     || !self.failures.is_empty()))
     }

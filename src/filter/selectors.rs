@@ -9,6 +9,7 @@ use std::time::Duration;
 use globset::{GlobBuilder, GlobMatcher};
 use ipnet::IpNet;
 
+use crate::filter::containers::{ContainerSelectors, Match};
 use crate::filter::{End, Expression, Namespace, SocketFacts};
 use crate::model::{Cause, Socket};
 use crate::proc::cgroup::{Cgroup, unescape};
@@ -34,8 +35,8 @@ pub struct Selectors {
     pub processes: Vec<GlobMatcher>,
     /// systemd units of owners.
     pub units: Vec<UnitName>,
-    /// Containers of owners: an id, a prefix of an id, or a name.
-    pub containers: Vec<String>,
+    /// Containers of owners.
+    pub containers: ContainerSelectors,
     /// Owners in one of these cgroups or below.
     pub cgroups: Vec<String>,
     /// Users of the socket's inode.
@@ -111,7 +112,7 @@ impl Default for Selectors {
             pids: BTreeSet::new(),
             processes: Vec::new(),
             units: Vec::new(),
-            containers: Vec::new(),
+            containers: ContainerSelectors::default(),
             cgroups: Vec::new(),
             users: BTreeSet::new(),
             states: StateSet::from(TcpState::CloseWait),
@@ -293,7 +294,17 @@ impl Selectors {
 
     /// Whether `owner` is selected.
     pub fn match_owner(&self, owner: &Process) -> bool {
-        self.match_process(owner.id.pid, Some(&owner.comm)) && self.match_cgroup(&owner.cgroup)
+        self.of_owner(owner) == Match::Yes
+    }
+
+    /// Whether `owner` is selected. That is unknown if the name of its container could not be read.
+    pub fn of_owner(&self, owner: &Process) -> Match {
+        let matches =
+            self.match_process(owner.id.pid, Some(&owner.comm)) && self.match_cgroup(&owner.cgroup);
+        match matches {
+            true => self.containers.of(owner.cgroup.container.as_ref()),
+            false => Match::No,
+        }
     }
 
     /// Whether one of these processes, which cwkill could not read, may be a selected owner.
@@ -353,28 +364,18 @@ impl Selectors {
             };
             add(OwnerKind::Unit, &name.text, &matches);
         }
-        for name in &self.containers {
-            let matches = |process: &Process| {
-                let container = process.cgroup.container.as_ref();
-                container.is_some_and(|container| container.is_called(name))
-            };
-            add(OwnerKind::Container, name, &matches);
-        }
         for path in &self.cgroups {
             let matches = |process: &Process| process.cgroup.is_below(path);
             add(OwnerKind::Cgroup, path, &matches);
         }
+        absent.extend(self.containers.absent(processes));
         absent
     }
 
     fn match_cgroup(&self, cgroup: &Cgroup) -> bool {
         let unit = || cgroup.unit.as_deref();
-        let container = || cgroup.container.as_ref();
         (self.units.is_empty()
             || unit().is_some_and(|unit| self.units.iter().any(|name| name.matches(unit))))
-            && (self.containers.is_empty()
-                || container()
-                    .is_some_and(|c| self.containers.iter().any(|name| c.is_called(name))))
             && (self.cgroups.is_empty() || self.cgroups.iter().any(|path| cgroup.is_below(path)))
     }
 }
@@ -400,6 +401,7 @@ fn in_networks(networks: &[IpNet], address: IpAddr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::filter::containers::ContainerName;
     use crate::proc::ProcessId;
     use crate::sock_diag::testdata::stuck;
     use crate::sock_diag::{Cookie, DiagId, Family, SocketMessage};
@@ -599,8 +601,11 @@ mod tests {
         assert_eq!(unit("session-3.scope"), [3]);
         assert_eq!(unit("session-3"), none, "only .service may be left out");
         assert_eq!(unit("*"), [1, 3]);
-        assert_eq!(who(&|s| s.containers = vec![id[..12].into()]), [2]);
-        assert_eq!(who(&|s| s.containers = vec!["web".into()]), none);
+        let container = |name: &str| {
+            who(&|s| s.containers.containers = vec![ContainerName::new(name).unwrap()])
+        };
+        assert_eq!(container(&id[..12]), [2]);
+        assert_eq!(container("web"), none);
         assert_eq!(who(&|s| s.cgroups = vec!["/system.slice".into()]), [1]);
         assert_eq!(who(&|s| s.cgroups = vec!["/".into()]), [1, 2, 3, 4]);
         assert_eq!(

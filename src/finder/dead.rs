@@ -217,7 +217,7 @@ fn scan_process(
 ) -> io::Result<TableScan> {
     // This directory keeps referring to the same process, even if another process gets the pid.
     let dir = File::open(proc.path(&pid.to_string()))?;
-    let process = identity(dir.as_fd(), pid)?;
+    let process = identity(proc, dir.as_fd(), pid)?;
     if !selected(&process) {
         return Ok(TableScan::None);
     }
@@ -229,6 +229,10 @@ fn scan_process(
     if !scanned.suspects.is_empty() && !proc.is_alive(process.id) {
         return Ok(TableScan::None);
     }
+    let process = match scanned.suspects.is_empty() {
+        true => process,
+        false => proc.to_show(process),
+    };
     Ok(TableScan::DescriptorTable(DescriptorTable {
         process,
         used: scanned.used,

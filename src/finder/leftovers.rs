@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::FindError;
 use super::dead::{self, DeadScan, SuspectVerdict};
+use crate::filter::containers::Match;
 use crate::filter::selectors::Selectors;
 use crate::proc::netns::{self, Netns};
 use crate::proc::{ProcFs, Process};
@@ -17,6 +18,8 @@ pub struct Leftovers {
     pub elsewhere: usize,
     /// The number of dead descriptors of selected owners that were left out because their local address is unknown.
     pub without_address: usize,
+    /// The number of descriptors that may be dead and selected: the name of the container of their process could not be read.
+    pub without_name: usize,
 }
 
 /// Finds the dead descriptors that match. `listed`: the namespaces whose socket tables are read first. `everywhere`: whether processes
@@ -31,7 +34,7 @@ pub fn find(
     everywhere: bool,
 ) -> Result<Leftovers, FindError> {
     let inodes = dead::listed_inodes(listed)?;
-    let selected = |process: &Process| selectors.match_owner(process);
+    let selected = |process: &Process| selectors.of_owner(process) != Match::No;
     let mut found = Leftovers {
         scan: dead::find(proc, &selected, &inodes)?,
         ..Leftovers::default()
@@ -59,6 +62,11 @@ pub fn find(
             let suspects = table.suspects.drain(..);
             found.elsewhere += suspects.filter(|suspect| is_dead(suspect.verdict)).count();
         }
+        if selectors.of_owner(&table.process) == Match::Unknown {
+            found.without_name += table.suspects.drain(..).count();
+        }
     }
+    let tables = &mut found.scan.tables;
+    tables.retain(|table| selectors.match_owner(&table.process));
     Ok(found)
 }

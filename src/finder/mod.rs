@@ -41,6 +41,7 @@ use std::time::Duration;
 use anyhow::Context;
 use rayon::slice::ParallelSliceMut;
 
+use crate::filter::containers::Match;
 use crate::filter::selectors::Selectors;
 use crate::history::History;
 use crate::model::{Coverage, Listener, Owner, Scan, Target};
@@ -169,11 +170,13 @@ pub fn find(
     scan.coverage.unreadable_processes = owners.unreadable.len();
     scan.coverage.other_pid_namespaces =
         scan.without_known_owner() > 0 && !proc.shows_every_process();
-    let without_owner = retain_selected(&mut scan, selectors, &owners, &|pid| {
+    let possible = retain_selected(&mut scan, selectors, &owners, &|pid| {
         proc.shows_descriptors(pid)
     });
-    scan.coverage.undecided =
-        count_undecided(&scan.namespaces, &without_owner) + scan.coverage.undecided_in_group;
+    let without_owner = count_undecided(&scan.namespaces, &possible.without_owner);
+    let coverage = &mut scan.coverage;
+    coverage.undecided_by_name = count_undecided(&scan.namespaces, &possible.without_name);
+    coverage.undecided = without_owner + coverage.undecided_by_name + coverage.undecided_in_group;
     sort(&mut scan.targets);
     Ok(scan)
 }
@@ -206,6 +209,8 @@ pub(crate) fn empty_scan(namespaces: &Namespaces) -> Scan {
             stale_namespace_names: namespaces.stale_names.clone(),
             namespaces_not_looked_into: namespaces.left_out,
             absent_owners: namespaces.absent.clone(),
+            unnamed: namespaces.unnamed.clone(),
+            owner_notes: namespaces.notes.clone(),
             namespace_failure: failure.map(|error| format!("opening it: {error}")),
             ..Coverage::default()
         },
@@ -414,6 +419,15 @@ fn attach_owners(scan: &mut Scan, owners: &OwnerScan) {
     }
 }
 
+/// Sockets that were left out although they may match.
+#[derive(Default)]
+struct Possible {
+    /// No process that cwkill could read has them.
+    without_owner: Vec<Target>,
+    /// The name of the container of their owner could not be read.
+    without_name: Vec<Target>,
+}
+
 /// Keeps the selected sockets with their listeners, and counts those that are left alone because they are too young or in use. Returns
 /// the sockets that were left out although they may match, as [`retain_of_owners`].
 fn retain_selected(
@@ -421,11 +435,13 @@ fn retain_selected(
     selectors: &Selectors,
     owners: &OwnerScan,
     shows_descriptors: &dyn Fn(i32) -> bool,
-) -> Vec<Target> {
-    let mut without_owner = retain_of_owners(scan, selectors, owners, shows_descriptors);
+) -> Possible {
+    let mut possible = retain_of_owners(scan, selectors, owners, shows_descriptors);
     let is_old = |target: &Target| !selectors.finds_too_young(&target.socket);
     let is_idle = |target: &Target| !selectors.finds_in_use(&target.socket);
-    without_owner.retain(|target| is_old(target) && is_idle(target));
+    for targets in [&mut possible.without_owner, &mut possible.without_name] {
+        targets.retain(|target| is_old(target) && is_idle(target));
+    }
     let matched = scan.targets.len();
     scan.targets.retain(is_old);
     scan.younger = matched - scan.targets.len();
@@ -435,25 +451,26 @@ fn retain_selected(
     if scan.younger + scan.in_use > 0 {
         retain_used_listeners(scan);
     }
-    without_owner
+    possible
 }
 
 /// Keeps the sockets that have a selected owner, or whose listener has one, and the listeners of these sockets. Selected owners
-/// come first. Returns the sockets that were left out although they may match: no process that cwkill could read has them.
+/// come first. Returns the sockets that were left out although they may match.
 /// `shows_descriptors` says whether /proc shows the descriptors of a pid.
 fn retain_of_owners(
     scan: &mut Scan,
     selectors: &Selectors,
     owners: &OwnerScan,
     shows_descriptors: &dyn Fn(i32) -> bool,
-) -> Vec<Target> {
+) -> Possible {
     scan.targets
         .retain(|target| selectors.match_user(target.socket.uid));
     if !selectors.selects_owners() {
-        return Vec::new();
+        return Possible::default();
     }
-    let selected = |owner: &Owner| selectors.match_owner(&owner.process);
-    let decide = |listener: &Listener| Selected::by_listener(listener, owners, &selected);
+    let of_owner = |owner: &Owner| selectors.of_owner(&owner.process);
+    let selected = |owner: &Owner| of_owner(owner) == Match::Yes;
+    let decide = |listener: &Listener| Selected::by_listener(listener, owners, &of_owner);
     let by_listener: Vec<Selected> = scan.listeners.iter().map(decide).collect();
     for listener in &mut scan.listeners {
         listener.owners.sort_by_key(|owner| !selected(owner));
@@ -461,26 +478,27 @@ fn retain_of_owners(
     let may_be_unseen = scan.coverage.hidden_processes
         || selectors.could_match(&owners.unreadable)
         || selectors.could_match_unseen(shows_descriptors);
-    let mut without_owner = Vec::new();
+    let mut possible = Possible::default();
     let mut undecided_in_group = 0;
     for mut target in std::mem::take(&mut scan.targets) {
         target.owners.sort_by_key(|owner| !selected(owner));
         let decided = match target.listener {
             Some(listener) => by_listener[listener],
-            None => Selected::by_owners(&target.owners, &selected),
+            None => Selected::by_owners(&target.owners, &of_owner),
         };
         // Neither an orphan nor a connection whose listener has been closed has an owner.
         let has_owner = target.socket.inode.is_some() || target.listener.is_some();
         match decided {
             Selected::Yes => scan.targets.push(target),
             Selected::PartOfGroup => undecided_in_group += 1,
-            Selected::NoOwner if may_be_unseen && has_owner => without_owner.push(target),
+            Selected::NoOwner if may_be_unseen && has_owner => possible.without_owner.push(target),
+            Selected::Unnamed => possible.without_name.push(target),
             Selected::NoOwner | Selected::No => {}
         }
     }
     scan.coverage.undecided_in_group = undecided_in_group;
     retain_used_listeners(scan);
-    without_owner
+    possible
 }
 
 /// Drops the listeners that are not of a target.
@@ -536,16 +554,19 @@ enum Selected {
     No,
     /// It has no known owner.
     NoOwner,
+    /// The name of the container of its owner could not be read.
+    Unnamed,
     /// It waits at one of several listening sockets, and only some of these have a selected owner.
     PartOfGroup,
 }
 
 impl Selected {
-    fn by_owners(owners: &[Owner], selected: &impl Fn(&Owner) -> bool) -> Self {
-        match owners {
-            [] => Selected::NoOwner,
-            owners if owners.iter().any(selected) => Selected::Yes,
-            _ => Selected::No,
+    fn by_owners(owners: &[Owner], of_owner: &impl Fn(&Owner) -> Match) -> Self {
+        match owners.iter().map(of_owner).max() {
+            None => Selected::NoOwner,
+            Some(Match::Yes) => Selected::Yes,
+            Some(Match::Unknown) => Selected::Unnamed,
+            Some(Match::No) => Selected::No,
         }
     }
 
@@ -553,13 +574,13 @@ impl Selected {
     fn by_listener(
         listener: &Listener,
         owners: &OwnerScan,
-        selected: &impl Fn(&Owner) -> bool,
+        of_owner: &impl Fn(&Owner) -> Match,
     ) -> Self {
         let by_socket: Vec<Selected> = listener
             .inodes()
             .map(|inode| {
                 let owners: Vec<Owner> = owners.of(inode).collect();
-                Selected::by_owners(&owners, selected)
+                Selected::by_owners(&owners, of_owner)
             })
             .collect();
         let are_all = |answer| by_socket.iter().all(|one| *one == answer);
@@ -569,6 +590,8 @@ impl Selected {
             Selected::PartOfGroup
         } else if by_socket.contains(&Selected::NoOwner) {
             Selected::NoOwner
+        } else if by_socket.contains(&Selected::Unnamed) {
+            Selected::Unnamed
         } else {
             Selected::No
         }

@@ -16,6 +16,7 @@ use rayon::prelude::*;
 
 use super::dead::{self, may_be_tcp};
 use super::descriptor_scan::DescriptorScan;
+use crate::filter::containers::Match;
 use crate::filter::selectors::Selectors;
 use crate::proc::netns::{self, Netns};
 use crate::proc::{ProcFs, RemoteFd, read_identity};
@@ -98,7 +99,7 @@ impl Search<'_> {
                 .collect();
             let is_selected = || {
                 let process = read_identity(self.proc, pid);
-                process.is_ok_and(|process| self.selectors.match_owner(&process))
+                process.is_ok_and(|process| self.selectors.of_owner(&process) != Match::No)
             };
             if !of_process.is_empty() && (!self.selectors.selects_owners() || is_selected()) {
                 candidates.extend(of_process);

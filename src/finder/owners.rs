@@ -21,6 +21,7 @@ use rayon::prelude::*;
 
 use super::descriptor_scan::{DescriptorScan, ProcessScan, ThreadScan};
 use super::{iterated, threads};
+use crate::filter::containers::Match;
 use crate::filter::selectors::Selectors;
 use crate::model::{Outcome, Owner, Target};
 use crate::proc::fds::{FDS_PER_TASK, FdTable, SocketFds, fd_state, read_socket_link, read_table};
@@ -226,7 +227,7 @@ fn scan_with(
 pub(super) fn scan_selected(proc: &ProcFs, selectors: &Selectors) -> io::Result<DescriptorScan> {
     let is_selected = |pid: &i32| {
         let process = read_identity(proc, *pid);
-        process.is_ok_and(|process| selectors.match_owner(&process))
+        process.is_ok_and(|process| selectors.of_owner(&process) != Match::No)
     };
     let selected: Vec<i32> = proc.pids()?.into_iter().filter(is_selected).collect();
     let never = AtomicBool::new(false);
@@ -324,7 +325,7 @@ pub fn select(
 /// The process with this pid, if it started then.
 fn identify(proc: &ProcFs, pid: i32, started: u64) -> io::Result<Option<Process>> {
     let process = read_identity(proc, pid)?;
-    Ok((process.id.start_time == started).then_some(process))
+    Ok((process.id.start_time == started).then(|| proc.to_show(process)))
 }
 
 /// Checks which descriptors of closed or closing sockets are still open. Writes the result to [`Owner::after`].
@@ -454,7 +455,8 @@ fn recheck(
             return Ok((None, denied));
         }
     }
-    Ok((Some((identity(process.as_fd(), pid)?, table)), denied))
+    let process = identity(proc, process.as_fd(), pid)?;
+    Ok((Some((proc.to_show(process), table)), denied))
 }
 
 #[cfg(test)]

@@ -5,9 +5,12 @@ use std::io;
 
 use rayon::prelude::*;
 
+use crate::filter::containers::Match;
 use crate::filter::selectors::Selectors;
 use crate::proc::netns::Namespaces;
-use crate::proc::{AbsentOwner, OwnerKind, Presence, ProcFs, Process, is_missing, read_identity};
+use crate::proc::{
+    AbsentOwner, OwnerKind, Presence, ProcFs, Process, Unnamed, is_missing, read_identity,
+};
 
 /// A thread reads so many processes or more, about 20 µs each.
 const AT_ONCE: usize = 16;
@@ -18,6 +21,10 @@ pub struct SelectedOwners {
     pub pids: Vec<i32>,
     /// The selected owners that do not exist.
     pub absent: Vec<AbsentOwner>,
+    /// Processes that may be selected: the name of their container could not be read.
+    pub unnamed: Unnamed,
+    /// Notes on names that several containers have.
+    pub notes: Vec<String>,
     /// Whether no process is selected. Not if one may be selected that /proc does not show.
     pub nobody: bool,
 }
@@ -71,15 +78,19 @@ pub fn look(proc: &ProcFs, selectors: &Selectors) -> io::Result<SelectedOwners> 
     }
     let selected = processes.iter().filter(|one| selectors.match_owner(one));
     let pids: Vec<i32> = selected.map(|process| process.id.pid).collect();
+    let may_be = |one: &&Process| selectors.of_owner(one) == Match::Unknown;
+    let unnamed = Unnamed::of(processes.iter().filter(may_be));
     // A process of another pid namespace may have the name, and there the number may be that of another process.
     let sees_all = proc.shows_every_process() && (!is_hidden || no_pid_exists);
-    let nobody = pids.is_empty() && sees_all;
+    let nobody = pids.is_empty() && unnamed.pids.is_empty() && sees_all;
     if nobody && absent.is_empty() {
         absent.push(AbsentOwner::new(OwnerKind::Together, ""));
     }
     Ok(SelectedOwners {
         pids,
         absent,
+        notes: selectors.containers.names_of_several(&processes),
+        unnamed,
         nobody,
     })
 }
@@ -90,7 +101,10 @@ impl SelectedOwners {
         if follows {
             namespaces.follows_owners = true;
             namespaces.add_of_processes(proc, &self.pids);
+            namespaces.add_of_processes(proc, &self.unnamed.pids);
         }
+        namespaces.unnamed = self.unnamed;
+        namespaces.notes = self.notes;
         namespaces.absent = self.absent;
         namespaces.nobody = self.nobody;
     }

@@ -86,7 +86,7 @@ fn scan_process(proc: &ProcFs, pid: i32, inodes: &HashSet<u32>) -> io::Result<Ve
     if tables.is_empty() {
         return Ok(Vec::new());
     }
-    let process = Arc::new(identity(dir.as_fd(), pid)?);
+    let process = Arc::new(proc.to_show(identity(proc, dir.as_fd(), pid)?));
     let table = |(tid, sockets)| ThreadTable {
         process: Arc::clone(&process),
         tid,

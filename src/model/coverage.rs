@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::proc::AbsentOwner;
+use crate::proc::{AbsentOwner, Unnamed};
 use crate::text::{counted, escape, seconds};
 
 /// The limits of a scan. The default value means that it saw everything.
@@ -15,11 +15,18 @@ pub struct Coverage {
     /// Some sockets have no known owner, and /proc does not show the processes of every pid namespace. They may own these.
     pub other_pid_namespaces: bool,
     /// The number of sockets that may match, and were left out only because cwkill does not know their owner, or because they are
-    /// counted in `undecided_in_group`.
+    /// counted in `undecided_in_group` or `undecided_by_name`.
     pub undecided: usize,
     /// The number of sockets that wait at one of several listening sockets with SO_REUSEPORT, and were left out only because
     /// not all of these have a selected owner.
     pub undecided_in_group: usize,
+    /// The number of sockets that may match, and were left out only because the name of the container of their owner could not be
+    /// read. `undecided` includes them.
+    pub undecided_by_name: usize,
+    /// The containers that may be selected: their names could not be read.
+    pub unnamed: Unnamed,
+    /// Notes on the selected owners.
+    pub owner_notes: Vec<String>,
     /// The number of network namespaces that cwkill could not enter.
     pub unreachable_namespaces: usize,
     /// Why cwkill could not enter the first of them.
@@ -83,7 +90,7 @@ impl Coverage {
 
     /// The number of sockets that may match, and were left out because cwkill does not know their owner.
     pub fn undecided_by_owner(&self) -> usize {
-        self.undecided - self.undecided_in_group
+        self.undecided - self.undecided_in_group - self.undecided_by_name
     }
 
     /// The number of network namespaces that were not scanned, plus the number of processes in unknown ones.
@@ -101,6 +108,16 @@ impl Coverage {
     pub fn notes(&self, without_owner: usize) -> Vec<String> {
         let absent = self.absent_owners.iter();
         let mut notes: Vec<String> = absent.map(ToString::to_string).collect();
+        notes.extend(self.owner_notes.iter().cloned());
+        if self.undecided_by_name > 0 {
+            notes.push(format!(
+                "{} may belong to the selected containers: {}; left alone",
+                counted(self.undecided_by_name, "more socket"),
+                self.unnamed.note()
+            ));
+        } else if self.unnamed.containers > 0 {
+            notes.push(self.unnamed.note());
+        }
         if without_owner > 0 {
             let why = if self.hidden_processes {
                 "/proc does not show the processes of others (hidepid)".to_owned()

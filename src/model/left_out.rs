@@ -49,6 +49,9 @@ impl Scan {
         let coverage = &self.coverage;
         if coverage.undecided > 0 {
             let why = match coverage.has_hidden_owners() {
+                _ if coverage.undecided == coverage.undecided_by_name => {
+                    "the name of their container could not be read"
+                }
                 true if coverage.undecided_in_group == 0 => "of processes that could not be read",
                 _ => "their owner is unknown",
             };

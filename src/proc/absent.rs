@@ -23,6 +23,11 @@ pub enum OwnerKind {
     Process,
     Unit,
     Container,
+    /// Of kubernetes or podman.
+    Pod,
+    /// Of kubernetes.
+    Namespace,
+    ComposeService,
     Cgroup,
     /// Each of the values exists, and no process has all of them.
     Together,
@@ -43,6 +48,9 @@ impl AbsentOwner {
             OwnerKind::Process => Some("--process"),
             OwnerKind::Unit => Some("--unit"),
             OwnerKind::Container => Some("--container"),
+            OwnerKind::Pod => Some("--pod"),
+            OwnerKind::Namespace => Some("--namespace"),
+            OwnerKind::ComposeService => Some("--compose-service"),
             OwnerKind::Cgroup => Some("--cgroup"),
             OwnerKind::Together => None,
         }
@@ -81,9 +89,15 @@ impl fmt::Display for AbsentOwner {
             }
             OwnerKind::Unit => write!(f, "no process is in the unit {value}"),
             OwnerKind::Container => write!(f, "no process is in the container {value}"),
+            OwnerKind::Pod => write!(f, "no process is in the pod {value}"),
+            OwnerKind::Namespace => write!(
+                f,
+                "no process is in the kubernetes namespace {value}; for a network namespace use --netns"
+            ),
+            OwnerKind::ComposeService => write!(f, "no process is in the compose service {value}"),
             OwnerKind::Cgroup => write!(f, "no process is in the cgroup {value}"),
             OwnerKind::Together => f.write_str(
-                "no process matches all of --pid, --process, --unit, --container and --cgroup together",
+                "no process matches all of --pid, --process, --unit, --cgroup and the selectors of containers together",
             ),
         }
     }
@@ -134,6 +148,21 @@ mod tests {
                 OwnerKind::Container,
                 "web",
                 "no process is in the container web",
+            ),
+            (
+                OwnerKind::Pod,
+                "shop/web-*",
+                "no process is in the pod shop/web-*",
+            ),
+            (
+                OwnerKind::Namespace,
+                "blue",
+                "no process is in the kubernetes namespace blue; for a network namespace use --netns",
+            ),
+            (
+                OwnerKind::ComposeService,
+                "web",
+                "no process is in the compose service web",
             ),
             (
                 OwnerKind::Cgroup,

@@ -2,11 +2,12 @@
 //!
 //! Every runtime puts the processes of a container into a cgroup, and the path of that cgroup contains the id or the name of the
 //! container. systemd does the same for units. cwkill asks no runtime, so it cannot hang, and it knows the containers of all
-//! runtimes at once. Facts that are not in the path, for example the name of a docker container, are unknown.
+//! runtimes at once. `containers` adds the facts that are not in the path, for example the name of a docker container.
 //!
 //! Source: cgroups(7). The tests have the paths of each runtime.
 
 use std::fmt;
+use std::sync::Arc;
 
 /// The cgroups of a process in all hierarchies, with the unit and the container that follow from them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -24,14 +25,32 @@ pub struct Container {
     pub runtime: Runtime,
     /// The id that the runtime gave it; most runtimes use 64 hexadecimal digits.
     pub id: Option<String>,
-    /// The name, if the runtime puts it into the path.
+    /// The name, from the path or from a file of the runtime. In a pod, the one that its manifest gives.
     pub name: Option<String>,
     /// The UID of its kubernetes pod, as kubectl shows it.
     pub pod_uid: Option<String>,
+    pub facts: Facts,
+}
+
+/// What only the files of a runtime say about a container.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// The image, as the runtime names it.
+    pub image: Option<String>,
+    /// The name of its kubernetes pod.
+    pub pod: Option<String>,
+    /// The kubernetes namespace of the pod.
+    pub namespace: Option<String>,
+    /// The service of docker compose that it is a part of.
+    pub compose_service: Option<String>,
+    /// Whether all of these were read: what is `None` does not exist.
+    pub was_read: bool,
+    /// Why the files could not be read.
+    pub unread: Option<Arc<str>>,
 }
 
 /// A program that runs containers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Runtime {
     /// dockerd.
     Docker,
@@ -64,6 +83,13 @@ impl Runtime {
     }
 }
 
+impl Runtime {
+    /// Whether its containers may be in a namespace of kubernetes.
+    pub(crate) fn may_be_of_kubernetes(self) -> bool {
+        !matches!(self, Runtime::Podman | Runtime::Nspawn | Runtime::Lxc)
+    }
+}
+
 impl fmt::Display for Runtime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
@@ -73,25 +99,68 @@ impl fmt::Display for Runtime {
 /// The shortest prefix of a container id that selects the container. Runtimes print 12 digits.
 pub const MIN_ID_PREFIX: usize = 8;
 
-/// The runtime with the name or the abbreviated id: `docker 3f4a9b2c1d0e`, `lxc web`.
+/// The shortest text that is clear: `shop/web-5c9 (php)` in a pod, `my-leaky-app`, `lxc web`, or the runtime with the abbreviated id:
+/// `docker 3f4a9b2c1d0e`.
 impl fmt::Display for Container {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = self.name.as_deref().or(self.id.as_deref()).unwrap_or("?");
-        match is_id(name) {
-            true => write!(f, "{} {}", self.runtime, &name[..12]),
-            false => write!(f, "{} {name}", self.runtime),
+        let name = self.name.as_deref();
+        if let Some(pod) = &self.facts.pod {
+            if let Some(namespace) = &self.facts.namespace {
+                write!(f, "{namespace}/")?;
+            }
+            f.write_str(pod)?;
+            return name.map_or(Ok(()), |name| write!(f, " ({name})"));
+        }
+        match (name, &self.id) {
+            // It comes from a file of the runtime, so it has an id too.
+            (Some(name), Some(_)) => f.write_str(name),
+            _ => f.write_str(&self.with_id()),
         }
     }
 }
 
+/// The first digits of an id, as runtimes print them.
+pub(crate) fn short_id(id: &str) -> &str {
+    match is_id(id) {
+        true => &id[..12],
+        false => id,
+    }
+}
+
 impl Container {
-    /// Whether `text` is its name, its id, or a prefix of the id with at least [`MIN_ID_PREFIX`] digits.
-    pub fn is_called(&self, text: &str) -> bool {
-        let prefix = |id: &str| {
-            let abbreviates = text.len() >= MIN_ID_PREFIX && id.starts_with(text);
-            id == text || (is_id(id) && abbreviates)
-        };
-        self.name.as_deref() == Some(text) || self.id.as_deref().is_some_and(prefix)
+    /// The runtime with the abbreviated id, or with the name if there is no id. No other container has the same.
+    pub(crate) fn with_id(&self) -> String {
+        let id = self.id.as_deref().map(short_id);
+        let name = id.or(self.name.as_deref()).unwrap_or("?");
+        format!("{} {name}", self.runtime)
+    }
+
+    /// Whether `text` is its id, or a prefix of it with at least [`MIN_ID_PREFIX`] digits.
+    pub fn has_id(&self, text: &str) -> bool {
+        let abbreviates = |id: &str| text.len() >= MIN_ID_PREFIX && id.starts_with(text);
+        self.id
+            .as_deref()
+            .is_some_and(|id| id == text || (is_id(id) && abbreviates(id)))
+    }
+
+    /// Whether it may have a name that could not be read.
+    pub fn may_have_a_name(&self) -> bool {
+        self.name.is_none() && self.has_unread_facts()
+    }
+
+    /// Whether it may be in a pod that could not be read.
+    pub fn may_be_in_a_pod(&self) -> bool {
+        self.facts.pod.is_none() && self.has_unread_facts()
+    }
+
+    /// Whether it may be of a compose service that could not be read.
+    pub fn may_be_of_a_service(&self) -> bool {
+        self.facts.compose_service.is_none() && self.has_unread_facts()
+    }
+
+    /// Nothing else than its cgroup describes a container of systemd-nspawn or LXC.
+    fn has_unread_facts(&self) -> bool {
+        self.id.is_some() && !self.facts.was_read
     }
 }
 
@@ -189,6 +258,7 @@ fn container_at(parts: &[&str], index: usize) -> Option<Container> {
             id: Some(id.to_owned()),
             name: None,
             pod_uid: None,
+            facts: Facts::default(),
         })
     };
     let named = |runtime, name: &str| {
@@ -197,6 +267,7 @@ fn container_at(parts: &[&str], index: usize) -> Option<Container> {
             id: None,
             name: Some(unescape(name)),
             pod_uid: None,
+            facts: Facts::default(),
         })
     };
 

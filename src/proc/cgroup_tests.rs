@@ -310,19 +310,38 @@ fn a_name_that_looks_like_a_mark_of_the_kernel_is_a_name_too() {
 }
 
 #[test]
-fn a_container_is_called_by_its_id_or_name() {
-    let docker = Cgroup::parse(&expand("0::/docker/{ID}")).container.unwrap();
-    assert!(docker.is_called(ID));
-    assert!(docker.is_called(&ID[..12]) && docker.is_called(&ID[..8]));
-    assert!(!docker.is_called(&ID[..7]), "too short to mean one");
-    assert!(!docker.is_called(&OTHER[..12]) && !docker.is_called(""));
-    let lxc = Cgroup::parse("0::/lxc.payload.webserver-1")
-        .container
-        .unwrap();
-    assert!(lxc.is_called("webserver-1"));
+fn the_id_of_a_container_may_be_abbreviated() {
+    let docker = container(&format!("docker/{ID}"));
+    assert!(docker.has_id(ID));
+    assert!(docker.has_id(&ID[..12]) && docker.has_id(&ID[..8]));
+    assert!(!docker.has_id(&ID[..7]), "too short to mean one");
+    assert!(!docker.has_id(&OTHER[..12]) && !docker.has_id(""));
+    assert!(docker.may_have_a_name() && docker.may_be_in_a_pod());
+    let lxc = container("lxc.payload.webserver-1");
+    assert!(!lxc.has_id("webserver-1"));
+    assert!(!lxc.may_have_a_name() && !lxc.may_be_in_a_pod());
+}
+
+#[test]
+fn a_container_is_shown_by_the_shortest_clear_text() {
+    let lxc = container("lxc.payload.webserver-1");
     assert_eq!(lxc.to_string(), "lxc webserver-1");
-    assert_eq!(docker.to_string(), "docker 3f4a9b2c1d0e");
-    assert!(!lxc.is_called("webserver"), "names are not abbreviated");
+    let mut one = container(&format!("docker/{ID}"));
+    assert_eq!(one.to_string(), "docker 3f4a9b2c1d0e");
+    one.name = Some("my-leaky-app".into());
+    assert_eq!(one.to_string(), "my-leaky-app");
+    one.name = Some("php".into());
+    one.facts.pod = Some("web-5c9".into());
+    assert_eq!(one.to_string(), "web-5c9 (php)");
+    one.facts.namespace = Some("shop".into());
+    assert_eq!(one.to_string(), "shop/web-5c9 (php)");
+    one.name = None;
+    assert_eq!(one.to_string(), "shop/web-5c9");
+}
+
+fn container(path: &str) -> Container {
+    let cgroup = Cgroup::parse(&format!("0::/{path}"));
+    cgroup.container.expect("a container")
 }
 
 #[test]

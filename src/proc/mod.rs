@@ -1,7 +1,8 @@
 //! The proc file system: the list of processes, and the facts about each of them.
 //!
 //! `fds` reads the descriptor table; `epoll` parses epoll sets; `syscall` parses the call of a thread; `threads` reads how much
-//! threads run; [`status`] reads state, limit, executable and threads; [`cgroup`] parses units and containers; [`netns`] finds
+//! threads run; [`status`] reads state, limit, executable and threads; [`cgroup`] parses units and containers, of which `containers`
+//! reads the names; [`netns`] finds
 //! network namespaces; `mounts` reads the mount table; `absent` says which selected owners do not exist. `reclaim` and `doctor` read
 //! further files themselves.
 //!
@@ -13,6 +14,7 @@
 
 mod absent;
 pub mod cgroup;
+mod containers;
 pub(crate) mod epoll;
 pub(crate) mod fds;
 mod freezer;
@@ -46,9 +48,11 @@ use crate::bpf::descriptors::Descriptors;
 use crate::sys::{self, errno_of};
 use crate::text::escape;
 use cgroup::Cgroup;
+use containers::Names;
 
 pub use crate::sys::RemoteFd;
 pub use absent::{AbsentOwner, OwnerKind};
+pub use containers::Unnamed;
 pub use fds::FdState;
 
 /// A mounted proc file system. The root is a parameter, so a test can build a small one.
@@ -59,6 +63,8 @@ pub struct ProcFs {
     iterator: Option<Arc<Descriptors>>,
     /// Without the iterator, the descriptors are not read at all.
     needs_iterator: bool,
+    /// The names of containers, if they are to be read.
+    names: Option<Arc<Names>>,
 }
 
 /// The identity of a process. A later process with the same pid has another start time.
@@ -143,7 +149,25 @@ impl ProcFs {
             root: root.as_ref().to_owned(),
             iterator: None,
             needs_iterator: false,
+            names: None,
         }
+    }
+
+    /// The same file system, with the names of the containers of the host whose root directory is `host_root`. `of_all`: whether
+    /// processes are selected by these names, so that they are read of every process; otherwise only of those that are shown.
+    pub(crate) fn with_names(&self, host_root: &Path, of_all: bool) -> Self {
+        ProcFs {
+            names: Some(Arc::new(Names::of(host_root, &self.root, of_all))),
+            ..self.clone()
+        }
+    }
+
+    /// `process` with the name of its container, to be shown.
+    pub(crate) fn to_show(&self, mut process: Process) -> Process {
+        if let Some(names) = &self.names {
+            names.complete(&mut process.cgroup);
+        }
+        process
     }
 
     /// The same file system, with another way to the descriptors of all processes. The iterator must be of the pid namespace of this file
@@ -204,7 +228,8 @@ impl ProcFs {
     /// The process with this pid; `None` if there is none, or cwkill is not permitted to read it.
     pub(crate) fn process(&self, pid: i32) -> Option<Process> {
         let dir = File::open(self.path(&pid.to_string())).ok()?;
-        identity(dir.as_fd(), pid).ok()
+        let process = identity(self, dir.as_fd(), pid).ok()?;
+        Some(self.to_show(process))
     }
 
     /// The number of open files of the whole host, and its limit (fs.file-max). At the limit, only a process with CAP_SYS_ADMIN can
@@ -342,14 +367,19 @@ pub(crate) fn status_field<T: FromStr>(status: &str, name: &str) -> Option<T> {
     line.trim().parse().ok()
 }
 
-/// Reads the identity, name and cgroups of process `pid`.
+/// Reads the identity, name and cgroups of process `pid`, as [`identity`].
 pub(crate) fn read_identity(proc: &ProcFs, pid: i32) -> io::Result<Process> {
     let dir = File::open(proc.path(&pid.to_string()))?;
-    identity(dir.as_fd(), pid)
+    identity(proc, dir.as_fd(), pid)
 }
 
-/// Reads the identity, name and cgroups of process `pid` from its directory `process`.
-pub(crate) fn identity(process: BorrowedFd<'_>, pid: i32) -> io::Result<Process> {
+/// Reads the identity, name and cgroups of process `pid` from its directory `process` in `proc`. The name of its container is read if
+/// processes are selected by it; see [`ProcFs::to_show`].
+pub(crate) fn identity(proc: &ProcFs, process: BorrowedFd<'_>, pid: i32) -> io::Result<Process> {
+    let mut cgroup = read_cgroup(process)?;
+    if let Some(names) = proc.names.as_ref().filter(|names| names.of_all) {
+        names.complete(&mut cgroup);
+    }
     let stat = File::from(open_in(process, c"stat", OFlag::empty())?);
     let stat = Stat::from_read(stat).map_err(stat_error)?;
     Ok(Process {
@@ -358,7 +388,7 @@ pub(crate) fn identity(process: BorrowedFd<'_>, pid: i32) -> io::Result<Process>
             start_time: stat.starttime,
         },
         comm: stat.comm,
-        cgroup: read_cgroup(process)?,
+        cgroup,
     })
 }
 

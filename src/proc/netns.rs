@@ -20,7 +20,7 @@ use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 use rayon::prelude::*;
 
 use super::mounts::network_namespaces;
-use super::{AbsentOwner, ProcFs, is_missing};
+use super::{AbsentOwner, ProcFs, Unnamed, is_missing};
 use crate::sys;
 use crate::sys::caller::as_caller;
 
@@ -75,6 +75,10 @@ pub struct Namespaces {
     pub left_out: usize,
     /// The selected owners that do not exist.
     pub absent: Vec<AbsentOwner>,
+    /// Processes that may be selected: the name of their container could not be read.
+    pub unnamed: Unnamed,
+    /// Notes on the selected owners.
+    pub notes: Vec<String>,
     /// Whether no process is selected, so that no socket can match.
     pub nobody: bool,
 }

@@ -53,6 +53,7 @@ pub fn write_document(
         namespaces_not_looked_into: coverage.namespaces_not_looked_into,
         absent_owners: json_absent_owners(&coverage.absent_owners),
         possible_matches: coverage.undecided,
+        unnamed_containers: coverage.unnamed.containers,
         mptcp_subflows_in_unknown_state: coverage.unlisted_subflows,
         conntrack_close_wait: coverage.tracked.map(|tracked| JsonTracked {
             entries: tracked.entries,
@@ -164,6 +165,8 @@ struct Tail<'a> {
     processes_in_unknown_namespace: usize,
     /// Sockets that were left alone because their owner is unknown: they may match.
     possible_matches: usize,
+    /// Containers that may be selected, and whose names could not be read.
+    unnamed_containers: usize,
     mptcp_subflows_in_unknown_state: usize,
     /// Not in scope, because the operator named none.
     namespaces_not_looked_into: usize,

@@ -129,7 +129,13 @@ pub(crate) struct JsonContainer<'a> {
     runtime: &'static str,
     id: Option<&'a str>,
     name: Option<&'a str>,
+    image: Option<&'a str>,
+    pod: Option<&'a str>,
+    namespace: Option<&'a str>,
     pod_uid: Option<&'a str>,
+    compose_service: Option<&'a str>,
+    /// Why some of these are unknown.
+    unread: Option<&'a str>,
 }
 
 pub(crate) fn container(process: &Process) -> Option<JsonContainer<'_>> {
@@ -138,7 +144,12 @@ pub(crate) fn container(process: &Process) -> Option<JsonContainer<'_>> {
         runtime: container.runtime.name(),
         id: container.id.as_deref(),
         name: container.name.as_deref(),
+        image: container.facts.image.as_deref(),
+        pod: container.facts.pod.as_deref(),
+        namespace: container.facts.namespace.as_deref(),
         pod_uid: container.pod_uid.as_deref(),
+        compose_service: container.facts.compose_service.as_deref(),
+        unread: container.facts.unread.as_deref(),
     })
 }
 

@@ -37,18 +37,18 @@ fn in_cgroup2(script: &str) -> Result<()> {
 }
 
 /// The cgroups of one test. They are removed when this is dropped.
-struct Cgroups {
+pub struct Cgroups {
     root: String,
 }
 
 impl Cgroups {
-    fn new(test: &str) -> Self {
+    pub fn new(test: &str) -> Self {
         Cgroups {
             root: format!("cwkill-test-{}-{test}", std::process::id()),
         }
     }
 
-    fn put(&self, pid: u32, path: &str) -> Result<()> {
+    pub fn put(&self, pid: u32, path: &str) -> Result<()> {
         let dir = format!("{}/{path}", self.root);
         in_cgroup2(&format!("mkdir -p {dir}; echo {pid} > {dir}/cgroup.procs"))
     }
@@ -174,6 +174,13 @@ fn units_containers_and_cgroups_select_sockets() -> Result<()> {
         &format!("system.slice/docker-{ID}.scope"),
     )?;
     cgroups.put(lxc.app().pid(), "lxc.payload.web/app")?;
+    // Its name is known, so it is no other.
+    let host = tempfile::tempdir()?;
+    let containers = host.path().join("var/lib/docker/containers").join(ID);
+    std::fs::create_dir_all(&containers)?;
+    let config = format!(r#"{{"ID":"{ID}","Name":"/shop"}}"#);
+    std::fs::write(containers.join("config.v2.json"), config)?;
+    let names = format!("--host-root {}", host.path().display());
     let root = &cgroups.root;
     let cases = [
         ("--unit leaky@a-b".to_owned(), 1),
@@ -199,7 +206,7 @@ fn units_containers_and_cgroups_select_sockets() -> Result<()> {
         ("--all".into(), 15),
     ];
     for (selector, expected) in cases {
-        selects(&lab, &selector, expected)?;
+        selects(&lab, &format!("{selector} {names}"), expected)?;
     }
 
     let field = |port, pointer| -> Result<String> {
@@ -217,7 +224,7 @@ fn units_containers_and_cgroups_select_sockets() -> Result<()> {
         assert!(table.contains(text), "no {text:?} in\n{table}");
     }
 
-    cwkill(&lab, "--container web --method destroy")?.exits(0);
+    cwkill(&lab, &format!("--container web --method destroy {names}"))?.exits(0);
     assert_eq!(cwkill(&lab, "--all -n --json")?.sockets().len(), 11);
     assert!(plain.app().is_alive());
     Ok(())

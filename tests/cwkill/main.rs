@@ -11,6 +11,7 @@ mod check;
 mod cli;
 mod closing;
 mod completions;
+mod containers;
 mod diagnose;
 mod doctor;
 mod expressions;
@@ -63,6 +64,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     overview,
     mptcp,
     selecting,
+    containers,
     ages,
     asking,
     expressions,

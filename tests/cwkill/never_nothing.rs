@@ -229,10 +229,6 @@ fn a_process_that_does_not_exist_is_named() -> Result<()> {
             "no process is in the unit nobody.service",
         ),
         (
-            "--container nobody-web".into(),
-            "no process is in the container nobody-web",
-        ),
-        (
             "--cgroup /no/such".into(),
             "no process is in the cgroup /no/such",
         ),

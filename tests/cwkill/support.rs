@@ -137,7 +137,15 @@ fn stay_in_this_namespace(arguments: &mut Vec<OsString>) {
         let mut given = arguments[place..].iter().map(|one| one.to_string_lossy());
         given.any(|one| options.contains(&one.split('=').next().unwrap_or_default()))
     };
-    let by_name = ["--process", "--unit", "--container", "--cgroup"];
+    let by_name = [
+        "--process",
+        "--unit",
+        "--container",
+        "--pod",
+        "--namespace",
+        "--compose-service",
+        "--cgroup",
+    ];
     if has(&by_name) && !has(&["-N", "--netns", "--all-netns", "reclaim"]) {
         arguments.extend(["-N", "/proc/self/ns/net"].map(OsString::from));
     }

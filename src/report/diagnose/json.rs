@@ -59,6 +59,7 @@ pub fn write(
         unreachable_namespaces: coverage.unreachable_namespaces,
         processes_in_unknown_namespace: coverage.unknown_namespaces,
         possible_matches: coverage.undecided,
+        unnamed_containers: coverage.unnamed.containers,
         mptcp_subflows_in_unknown_state: coverage.unlisted_subflows,
         namespaces_not_looked_into: coverage.namespaces_not_looked_into,
         absent_owners: json_absent_owners(&coverage.absent_owners),
@@ -89,6 +90,8 @@ struct DiagnosisDocument<'a> {
     unreachable_namespaces: usize,
     processes_in_unknown_namespace: usize,
     possible_matches: usize,
+    /// Containers that may be selected, and whose names could not be read.
+    unnamed_containers: usize,
     mptcp_subflows_in_unknown_state: usize,
     namespaces_not_looked_into: usize,
     absent_owners: Vec<JsonAbsentOwner>,

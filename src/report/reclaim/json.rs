@@ -37,6 +37,10 @@ struct ReclaimDocument<'a> {
     in_other_namespaces: usize,
     /// They may match, but their local port is unknown.
     of_unknown_port: usize,
+    /// They may match, but the name of their container could not be read.
+    in_unnamed_containers: usize,
+    /// Containers that may be selected, and whose names could not be read.
+    unnamed_containers: usize,
     advice: Vec<JsonAdvice<'a>>,
     summary: DescriptorCounts,
 }
@@ -141,6 +145,8 @@ pub fn write_document(
         absent_owners: json_absent_owners(&run.absent),
         in_other_namespaces: run.elsewhere,
         of_unknown_port: run.without_address,
+        in_unnamed_containers: run.without_name,
+        unnamed_containers: run.unnamed.containers,
         advice: json_advice(&run.advice),
         summary: run.counts(),
     };

@@ -13,7 +13,7 @@ use super::descriptors::DescriptorCounts;
 use crate::config::{Action, ReclaimConfig};
 use crate::finder::dead::DeadSocket;
 use crate::model::{Owner, ReclaimOutcome};
-use crate::proc::{AbsentOwner, Process};
+use crate::proc::{AbsentOwner, Process, Unnamed};
 use crate::reclaim::StopStats;
 use crate::text::counted;
 
@@ -51,6 +51,12 @@ pub struct ReclaimRun {
     pub elsewhere: usize,
     /// The number of dead descriptors that were left out because their local address is unknown.
     pub without_address: usize,
+    /// The number of descriptors that may be dead and selected: the name of the container of their process could not be read.
+    pub without_name: usize,
+    /// The containers that may be selected: their names could not be read.
+    pub unnamed: Unnamed,
+    /// Notes on the selected owners.
+    pub owner_notes: Vec<String>,
     /// What to do about the descriptors that were kept.
     pub advice: Vec<Advice>,
 }
@@ -59,7 +65,7 @@ impl ReclaimRun {
     /// Whether some selected processes or descriptors were not visible.
     pub fn has_blind_spots(&self) -> bool {
         let unread = self.unreadable + self.leader_exited.len() + self.failed.len();
-        self.unknown + unread > 0 || self.hidden
+        self.unknown + self.without_name + unread > 0 || self.hidden
     }
 
     pub fn counts(&self) -> DescriptorCounts {
@@ -122,15 +128,26 @@ fn left_out(run: &ReclaimRun) -> String {
     if run.unknown > 0 {
         let _ = write!(text, "; {} more may be dead", run.unknown);
     }
+    if run.without_name > 0 {
+        let _ = write!(
+            text,
+            "; {} more in containers without a known name",
+            run.without_name
+        );
+    }
     text
 }
 
 /// The notes beside the results, one per line.
 pub fn notes(run: &ReclaimRun) -> Vec<String> {
     let mut notes: Vec<String> = run.absent.iter().map(ToString::to_string).collect();
+    notes.extend(run.owner_notes.iter().cloned());
+    if run.unnamed.containers > 0 {
+        notes.push(run.unnamed.note());
+    }
     if run.elsewhere > 0 {
         notes.push(format!(
-            "{} of that port in other network namespaces: --pid, --process, --unit, --container or --all selects them too",
+            "{} of that port in other network namespaces: --pid, --process, --unit, --container, --pod or --all selects them too",
             counted(run.elsewhere, "more dead descriptor")
         ));
     }

@@ -1,0 +1,306 @@
+//! Which files name the containers of a runtime.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::PathBuf;
+
+use super::files::{HostRoot, MAX_FILE, MAX_TABLE, ReadError, Why};
+use super::parse::{self, Entry};
+use crate::proc::cgroup::Runtime;
+
+/// Where runtimes keep their bundles.
+const TASKS: [&str; 4] = [
+    "/run/containerd",
+    "/run/k3s/containerd",
+    "/run/docker/containerd/daemon",
+    "/var/snap/microk8s/common/run/containerd",
+];
+const DOCKER_ROOTS: [&str; 2] = ["/var/lib/docker", "/var/snap/docker/common/var-lib-docker"];
+const STORAGE_ROOT: &str = "/var/lib/containers/storage";
+/// The storage drivers, each of which has a table of its own.
+const DRIVERS: [&str; 4] = ["overlay", "vfs", "btrfs", "zfs"];
+/// The second one is of containers that do not outlive a boot.
+const TABLES: [&str; 2] = ["containers.json", "volatile-containers.json"];
+
+/// A container, as its cgroup shows it.
+#[derive(Clone, Debug)]
+pub(super) struct Wanted {
+    pub runtime: Runtime,
+    pub id: String,
+    pub pod_uid: Option<String>,
+    /// The user whose systemd runs it; `None` for root.
+    pub user: Option<u32>,
+}
+
+/// Reads the files, each one at most once if it is about more than one container.
+pub(super) struct Sources {
+    root: HostRoot,
+    /// The directory with the processes, in which a running dockerd is found.
+    proc: PathBuf,
+    docker_roots: Option<Vec<String>>,
+    roots_of_running: Option<Vec<String>>,
+    storage_root: Option<String>,
+    tables: HashMap<String, Result<HashMap<String, Entry>, String>>,
+    directories: HashMap<String, Vec<String>>,
+}
+
+/// The entry of a container; `Ok(None)` if no file is about it.
+type Found = Result<Option<Entry>, ReadError>;
+
+impl Sources {
+    pub fn new(root: HostRoot, proc: PathBuf) -> Self {
+        Sources {
+            root,
+            proc,
+            docker_roots: None,
+            roots_of_running: None,
+            storage_root: None,
+            tables: HashMap::new(),
+            directories: HashMap::new(),
+        }
+    }
+
+    /// What the files say about a container.
+    ///
+    /// # Errors
+    /// Why its name is unknown.
+    pub fn look_up(&mut self, wanted: &Wanted) -> Result<Entry, String> {
+        let mut failure = None;
+        let mut partial = None;
+        for source in sources(wanted.runtime) {
+            match source(self, wanted) {
+                Ok(Some(entry)) if entry.name.is_some() => return Ok(entry),
+                Ok(Some(entry)) => {
+                    partial.get_or_insert(entry);
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    failure.get_or_insert(error.to_string());
+                }
+            }
+        }
+        match (partial, failure) {
+            (Some(entry), _) => Ok(entry),
+            (None, Some(failure)) => Err(failure),
+            (None, None) => Err(format!(
+                "no file about it, for example {}",
+                self.root.path(&example(wanted)).display()
+            )),
+        }
+    }
+
+    fn docker(&mut self, wanted: &Wanted) -> Found {
+        let mut roots = self.docker_roots();
+        if let Some(home) = self.home(wanted) {
+            roots.insert(0, format!("{home}/.local/share/docker"));
+        }
+        if let Some(entry) = self.docker_below(&roots, wanted)? {
+            return Ok(Some(entry));
+        }
+        let others = self.roots_of_running();
+        self.docker_below(&others, wanted)
+    }
+
+    fn docker_below(&self, roots: &[String], wanted: &Wanted) -> Found {
+        let id = &wanted.id;
+        for root in roots {
+            let path = format!("{root}/containers/{id}/config.v2.json");
+            if let Some(text) = self.read_if_there(&path, MAX_FILE)? {
+                return self.parsed(&path, parse::docker(&text, id)).map(Some);
+            }
+        }
+        Ok(None)
+    }
+
+    /// The data roots of the usual configuration.
+    fn docker_roots(&mut self) -> Vec<String> {
+        if self.docker_roots.is_none() {
+            let configured = self.docker_root_in("/etc/docker/daemon.json");
+            let roots = configured
+                .into_iter()
+                .chain(DOCKER_ROOTS.map(str::to_owned));
+            self.docker_roots = Some(roots.collect());
+        }
+        self.docker_roots.clone().unwrap_or_default()
+    }
+
+    fn docker_root_in(&self, config: &str) -> Option<String> {
+        let text = self.root.read(config, MAX_FILE).ok()?;
+        parse::docker_data_root(&text)
+    }
+
+    /// The data roots in the arguments of running daemons. They are searched only if the usual roots do not have a container.
+    fn roots_of_running(&mut self) -> Vec<String> {
+        if self.roots_of_running.is_none() {
+            let mut roots = Vec::new();
+            let processes = fs::read_dir(&self.proc).into_iter().flatten().flatten();
+            for process in processes {
+                let directory = process.path();
+                if fs::read(directory.join("comm")).is_ok_and(|comm| comm == b"dockerd\n") {
+                    let arguments = fs::read(directory.join("cmdline")).unwrap_or_default();
+                    let (root, config) = parse::dockerd_arguments(&arguments);
+                    let configured = || self.docker_root_in(&config?);
+                    roots.extend(root.or_else(configured));
+                }
+            }
+            self.roots_of_running = Some(roots);
+        }
+        self.roots_of_running.clone().unwrap_or_default()
+    }
+
+    fn storage(&mut self, wanted: &Wanted) -> Found {
+        let root = match (wanted.user, self.home(wanted)) {
+            (Some(_), Some(home)) => format!("{home}/.local/share/containers/storage"),
+            (Some(_), None) => return Ok(None),
+            (None, _) => self.storage_root(),
+        };
+        for driver in DRIVERS {
+            for table in TABLES {
+                let path = format!("{root}/{driver}-containers/{table}");
+                if let Some(entry) = self.table(&path)?.get(&wanted.id) {
+                    return Ok(Some(entry.clone()));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// The table at `path`; empty if there is none.
+    fn table(&mut self, path: &str) -> Result<&HashMap<String, Entry>, ReadError> {
+        if !self.tables.contains_key(path) {
+            let table = match self.read_if_there(path, MAX_TABLE)? {
+                Some(text) => parse::storage(&text),
+                None => Ok(HashMap::new()),
+            };
+            self.tables.insert(path.to_owned(), table);
+        }
+        let table = self.tables[path].as_ref();
+        table.map_err(|why| self.root.error(path, Why::Content(why.clone())))
+    }
+
+    fn storage_root(&mut self) -> String {
+        if self.storage_root.is_none() {
+            let configured = || {
+                let text = self
+                    .root
+                    .read("/etc/containers/storage.conf", MAX_FILE)
+                    .ok()?;
+                parse::storage_root(&String::from_utf8_lossy(&text))
+            };
+            self.storage_root = Some(configured().unwrap_or_else(|| STORAGE_ROOT.to_owned()));
+        }
+        self.storage_root.clone().unwrap_or_default()
+    }
+
+    /// The bundle of containerd.
+    fn task(&mut self, wanted: &Wanted) -> Found {
+        for base in TASKS {
+            let tasks = format!("{base}/io.containerd.runtime.v2.task");
+            for namespace in self.names(&tasks) {
+                let path = format!("{tasks}/{namespace}/{}/config.json", wanted.id);
+                if let Some(text) = self.read_if_there(&path, MAX_FILE)? {
+                    return self.parsed(&path, parse::oci(&text)).map(Some);
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// The bundle of CRI-O.
+    fn userdata(&mut self, wanted: &Wanted) -> Found {
+        for root in ["/run/containers/storage".to_owned(), self.storage_root()] {
+            for driver in DRIVERS {
+                let id = &wanted.id;
+                let path = format!("{root}/{driver}-containers/{id}/userdata/config.json");
+                if let Some(text) = self.read_if_there(&path, MAX_FILE)? {
+                    return self.parsed(&path, parse::oci(&text)).map(Some);
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// The names that the kubelet gives to logs.
+    fn logs(&mut self, wanted: &Wanted) -> Found {
+        let names = self.names("/var/log/containers");
+        if let Some(entry) = parse::log_of_container(names.iter().map(String::as_str), &wanted.id) {
+            return Ok(Some(entry));
+        }
+        let Some(uid) = &wanted.pod_uid else {
+            return Ok(None);
+        };
+        let names = self.names("/var/log/pods");
+        Ok(parse::log_of_pod(names.iter().map(String::as_str), uid))
+    }
+
+    /// The names in a directory; none if it cannot be read.
+    fn names(&mut self, path: &str) -> Vec<String> {
+        let read = || self.root.names(path).unwrap_or_default();
+        if !self.directories.contains_key(path) {
+            let names = read();
+            self.directories.insert(path.to_owned(), names);
+        }
+        self.directories[path].clone()
+    }
+
+    /// The home directory of the user who runs a container.
+    fn home(&self, wanted: &Wanted) -> Option<String> {
+        let uid = wanted.user.filter(|uid| *uid != 0)?;
+        let text = self.root.read("/etc/passwd", MAX_FILE).ok()?;
+        parse::home_of(&String::from_utf8_lossy(&text), uid)
+    }
+
+    fn read_if_there(&self, path: &str, limit: u64) -> Result<Option<Vec<u8>>, ReadError> {
+        match self.root.read(path, limit) {
+            Ok(text) => Ok(Some(text)),
+            Err(error) if error.is_missing() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn parsed(&self, path: &str, entry: Result<Entry, String>) -> Result<Entry, ReadError> {
+        entry.map_err(|why| self.root.error(path, Why::Content(why)))
+    }
+}
+
+type Source = fn(&mut Sources, &Wanted) -> Found;
+
+/// The sources for the containers of a runtime, the best first.
+fn sources(runtime: Runtime) -> &'static [Source] {
+    match runtime {
+        Runtime::Docker => &[Sources::docker, Sources::logs],
+        Runtime::Podman => &[Sources::storage],
+        Runtime::CriO => &[Sources::userdata, Sources::storage, Sources::logs],
+        Runtime::Containerd => &[Sources::task, Sources::logs],
+        Runtime::Kubernetes => &[
+            Sources::task,
+            Sources::userdata,
+            Sources::docker,
+            Sources::logs,
+        ],
+        // Their cgroups have the names.
+        Runtime::Nspawn | Runtime::Lxc => &[],
+    }
+}
+
+/// A file that would have the name.
+fn example(wanted: &Wanted) -> String {
+    let id = &wanted.id;
+    match wanted.runtime {
+        Runtime::Docker => format!("{}/containers/{id}/config.v2.json", DOCKER_ROOTS[0]),
+        Runtime::Podman if wanted.user.is_some() => {
+            "~/.local/share/containers/storage/overlay-containers/containers.json".to_owned()
+        }
+        Runtime::Podman | Runtime::CriO => {
+            format!("{STORAGE_ROOT}/overlay-containers/containers.json")
+        }
+        _ => format!(
+            "{}/io.containerd.runtime.v2.task/k8s.io/{id}/config.json",
+            TASKS[0]
+        ),
+    }
+}
+
+#[cfg(test)]
+#[path = "sources_tests.rs"]
+mod tests;
