@@ -110,14 +110,14 @@ pub struct OwnerSelection {
     #[arg(long, value_name = "NAME", value_parser = values::list(values::unit))]
     pub unit: Vec<List<UnitName>>,
 
-    /// Sockets of this container: its name or its id: web or 'web-*' or 3f4a9b2c
+    /// Sockets of this container: web, 'web-*' or 3f4a9b2c
     ///
     /// 8 digits of the id are enough. The name comes from files of docker, podman, containerd, CRI-O and the kubelet.
     #[arg(long, value_name = "NAME|ID", value_parser = values::list(values::container))]
     pub container: Vec<List<ContainerName>>,
 
     /// Sockets of this pod: web-5c9 or 'shop/web-*'
-    #[arg(long, value_name = "[NAMESPACE/]NAME", value_parser = values::list(values::pod))]
+    #[arg(long, value_name = "[NAMESPACE/]NAME", value_parser = values::list(values::pod), hide_short_help = true)]
     pub pod: Vec<List<PodName>>,
 
     /// Sockets of the pods of this kubernetes namespace

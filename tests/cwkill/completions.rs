@@ -69,7 +69,7 @@ fn bash_completes_every_option_and_command() -> Result<()> {
             assert!(offered.contains(&option), "{line} {option}: {offered:?}");
         }
     }
-    assert_eq!(offered("cwkill --po")?, ["--port"]);
+    assert_eq!(offered("cwkill --por")?, ["--port"]);
     assert_eq!(offered("cwkill --method d")?, ["destroy"]);
     assert_eq!(offered("cwkill --cause u")?, ["unread"]);
     assert_eq!(offered("cwkill diagnose --state last")?, ["last-ack"]);
