@@ -6,6 +6,9 @@
 //! all owners are observed once more: the sockets of one owner need not be waited for in the same way. All owners are observed at the
 //! same time.
 //!
+//! Only a socket on which a method has acted shows how its owner waits. If it was refused, the next one is tried. If
+//! [`SOCKETS_PER_TRY`] were refused, the other sockets of the owner are left: they would be closed without a look.
+//!
 //! `thread_usage` decides whether a thread spins.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -31,7 +34,8 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 /// The number of looks at an owner that seems to spin: a second in all. Without such a thread, one look is enough.
 const MAX_LOOKS_AFTER_CLOSE: u32 = 10;
 /// How many sockets of an owner are tried at once, try by try, until a method acts on one. Most methods act on the first. The number
-/// grows so that an owner with very many sockets that no method can close does not take as many tries.
+/// grows so that an owner with very many sockets that no method can close does not take as many tries. In a step of
+/// [`SOCKETS_PER_STEP`] a try has at least as many sockets as the step.
 const SOCKETS_PER_TRY: [usize; 8] = [1, 1, 1, 4, 16, 64, 256, 1024];
 /// How many sockets of an owner follow the canary, step by step, if it could not be read how the owner waits for them.
 const SOCKETS_PER_STEP: [usize; 5] = [4, 16, 64, 256, 1024];
@@ -92,16 +96,22 @@ impl<'p> Canaries<'p> {
         if self.owners.is_empty() {
             return Vec::new();
         }
+        let proc = self.proc;
+        let begin = |scan: &mut Scan, chosen: &[usize]| {
+            workers::begin(scan, chosen, methods, rules, proc, control);
+        };
+        self.close_in_steps(scan, &begin, control)
+    }
+
+    /// [`Canaries::close_first`], with `begin` to use the methods on the sockets with some indices.
+    fn close_in_steps(
+        &mut self,
+        scan: &mut Scan,
+        begin: &dyn Fn(&mut Scan, &[usize]),
+        control: &dyn Control,
+    ) -> Vec<Spinning> {
         self.observe_before(control);
-        for count in SOCKETS_PER_TRY {
-            let covered = self.closed.keys().copied().collect();
-            let chosen = choose(&scan.targets, covered, count, needs_canary);
-            if chosen.is_empty() || control.interrupted() {
-                break;
-            }
-            workers::begin(scan, &chosen, methods, rules, self.proc, control);
-            self.note_closed(&scan.targets, chosen);
-        }
+        self.close_some(scan, 1, needs_canary, begin, control);
         let mut spinning = self.observe_and_spare(scan, control);
         for id in self
             .owners
@@ -114,15 +124,43 @@ impl<'p> Canaries<'p> {
         let is_unread =
             |target: &Target| target.spin_risk == SpinRisk::Unreadable && needs_canary(target);
         for count in SOCKETS_PER_STEP {
-            let chosen = choose(&scan.targets, self.spinning.clone(), count, is_unread);
-            if chosen.is_empty() || control.interrupted() {
+            if !self.close_some(scan, count, is_unread, begin, control) {
                 break;
             }
-            workers::begin(scan, &chosen, methods, rules, self.proc, control);
-            self.note_closed(&scan.targets, chosen);
             spinning.extend(self.observe_and_spare(scan, control));
         }
         spinning
+    }
+
+    /// Closes some of the sockets of each owner that `may_go`, the oldest: `count`, and if no method acts on any of these, the next
+    /// ones. The sockets of an owner of which none of [`SOCKETS_PER_TRY`] was closed are left. Returns whether there were any.
+    fn close_some(
+        &mut self,
+        scan: &mut Scan,
+        count: usize,
+        may_go: impl Fn(&Target) -> bool,
+        begin: &dyn Fn(&mut Scan, &[usize]),
+        control: &dyn Control,
+    ) -> bool {
+        let is_untried = |target: &Target| may_go(target) && target.attempts.is_empty();
+        let mut any = false;
+        for at_once in SOCKETS_PER_TRY {
+            let closed = self.closed.keys();
+            let covered = closed.chain(&self.spinning).copied().collect();
+            let chosen = choose(&scan.targets, covered, at_once.max(count), is_untried);
+            if chosen.is_empty() || control.interrupted() {
+                return any;
+            }
+            any = true;
+            begin(scan, &chosen);
+            self.note_closed(&scan.targets, chosen);
+        }
+        let refused = |id: &&ProcessId| !self.closed.contains_key(id);
+        for id in self.owners.keys().filter(refused) {
+            let reason = SkipReason::CanaryRefused { pid: id.pid };
+            leave(&mut scan.targets, *id, reason, is_untried);
+        }
+        any
     }
 
     fn observe_and_spare(&mut self, scan: &mut Scan, control: &dyn Control) -> Vec<Spinning> {
@@ -334,7 +372,7 @@ fn is_paused(target: &Target) -> bool {
         && target.spin_risk.would_spin().is_some()
 }
 
-/// The indices of the next sockets to close: the `count` oldest of each owner that is not `covered`, among those that `may_go` first.
+/// The indices of the next sockets to close: the `count` oldest of each owner that is not `covered`, among those that `may_go`.
 /// The targets are sorted, the oldest first.
 fn choose(
     targets: &[Target],
@@ -345,7 +383,7 @@ fn choose(
     let mut left: HashMap<ProcessId, usize> = covered.into_iter().map(|id| (id, 0)).collect();
     let mut chosen = Vec::new();
     for (index, target) in targets.iter().enumerate() {
-        if may_go(target) && target.attempts.is_empty() {
+        if may_go(target) {
             let mut is_chosen = false;
             for owner in &target.owners {
                 let left = left.entry(owner.process.id).or_insert(count);
@@ -392,8 +430,10 @@ fn leave(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use super::*;
-    use crate::model::{Owner, Plan, Socket};
+    use crate::model::{MethodError, Owner, Plan, Socket};
     use crate::proc::testdata::process;
     use crate::sock_diag::testdata::stuck;
 
@@ -415,8 +455,8 @@ mod tests {
             .into();
         targets[6].spin_risk = SpinRisk::Harmless;
         targets[7].plan.skip = Some(SkipReason::OverMaxKills);
-        let next =
-            |targets: &[Target], covered, count| choose(targets, covered, count, needs_canary);
+        let is_untried = |target: &Target| needs_canary(target) && target.attempts.is_empty();
+        let next = |targets: &[Target], covered, count| choose(targets, covered, count, is_untried);
         assert_eq!(next(&targets, HashSet::new(), 1), [0, 2, 3]);
         assert_eq!(next(&targets, HashSet::new(), 2), [0, 1, 2, 3, 4]);
         // The first was left alone, so the next is tried.
@@ -459,5 +499,87 @@ mod tests {
         let left = Some(Outcome::Skipped(reason));
         let outcomes: Vec<_> = targets.iter().map(|target| target.outcome).collect();
         assert_eq!(outcomes, [None, left, None, left, None]);
+    }
+
+    /// A clock that moves only during pauses.
+    struct Clock(Instant, Mutex<Duration>);
+
+    impl Control for Clock {
+        fn now(&self) -> Instant {
+            self.0 + *self.1.lock().unwrap()
+        }
+        fn sleep(&self, duration: Duration) {
+            *self.1.lock().unwrap() += duration;
+        }
+        fn interrupted(&self) -> bool {
+            false
+        }
+        fn progress(&self, _: Method, _: usize) {}
+    }
+
+    /// Closes `count` sockets of process 7, except those for whose index `refused` is true. Returns the scan, and how many were closed
+    /// in each step.
+    fn close_in_steps(
+        count: usize,
+        risk: SpinRisk,
+        refused: impl Fn(usize) -> bool,
+    ) -> (Scan, Vec<usize>) {
+        let new = |_| Target {
+            spin_risk: risk,
+            ..target(&[7])
+        };
+        let mut scan = Scan {
+            targets: (0..count).map(new).collect(),
+            ..Scan::default()
+        };
+        let proc = ProcFs::at("/nonexistent");
+        let clock = Clock(Instant::now(), Mutex::default());
+        let steps = Mutex::new(Vec::new());
+        let begin = |scan: &mut Scan, chosen: &[usize]| {
+            for &index in chosen {
+                let error = refused(index).then_some(MethodError::DescriptorsGone);
+                scan.targets[index].attempt(Method::Shutdown, error);
+            }
+            let closed = chosen.iter().filter(|&&index| !refused(index)).count();
+            steps.lock().unwrap().push(closed);
+        };
+        let mut canaries = Canaries::new(&scan, &proc, &clock);
+        canaries.close_in_steps(&mut scan, &begin, &clock);
+        (scan, steps.into_inner().unwrap())
+    }
+
+    fn left(scan: &Scan) -> usize {
+        let left = Some(Outcome::Skipped(SkipReason::CanaryRefused { pid: 7 }));
+        let targets = scan.targets.iter();
+        targets.filter(|target| target.outcome == left).count()
+    }
+
+    #[test]
+    fn a_socket_that_is_refused_is_no_canary() {
+        let (scan, closed) = close_in_steps(20, SpinRisk::Unknown, |index| index < 2);
+        assert_eq!((closed, left(&scan)), (vec![0, 0, 1], 0));
+        // The others are closed after that.
+        assert!(scan.targets[3..].iter().all(|it| it.attempts.is_empty()));
+    }
+
+    #[test]
+    fn without_a_canary_the_rest_is_left() {
+        let tried: usize = SOCKETS_PER_TRY.iter().sum();
+        let (scan, _) = close_in_steps(tried + 30, SpinRisk::Unknown, |index| index < tried);
+        assert_eq!(left(&scan), 30);
+        // Those that were refused keep their own reasons.
+        assert!(scan.targets[..tried].iter().all(|it| it.outcome.is_none()));
+        let (scan, _) = close_in_steps(tried + 30, SpinRisk::Unknown, |index| index + 1 < tried);
+        assert_eq!(left(&scan), 0);
+    }
+
+    /// A step is larger than the one before only if that closed a socket.
+    #[test]
+    fn a_step_without_a_close_is_repeated() {
+        let (scan, closed) = close_in_steps(100, SpinRisk::Unreadable, |_| false);
+        assert_eq!((closed, left(&scan)), (vec![1, 4, 16, 64, 15], 0));
+        let tried: usize = SOCKETS_PER_TRY.iter().map(|&count| count.max(4)).sum();
+        let (scan, _) = close_in_steps(tried + 11, SpinRisk::Unreadable, |index| index > 0);
+        assert_eq!(left(&scan), 10);
     }
 }

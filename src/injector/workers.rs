@@ -84,8 +84,12 @@ pub fn begin(
             engine::begin(&mut targets, &mut executors, &mut diag, rules, control);
             Ok(())
         };
-        // If this fails, `close` fails as well, and says why.
-        let _ = namespaces[netns].within(&mut begin);
+        let begun = namespaces[netns].within(&mut begin).and_then(|begun| begun);
+        if let Err(error) = begun {
+            for target in targets {
+                target.fail_unfinished(MethodError::SystemCall(PREPARATION, errno_of(&error)));
+            }
+        }
     };
     let shares = by_netns.into_iter().collect();
     parallel::side_by_side(shares, WORKERS_AT_ONCE, work);

@@ -121,6 +121,11 @@ pub enum SkipReason {
         "process {pid} has too many threads to see whether it spins; one of its sockets was closed (--allow-spin closes all)"
     )]
     TooManyThreads { pid: i32 },
+    /// No method could close any of the oldest sockets of the process with this pid, so it is not known whether it would spin.
+    #[error(
+        "none of the oldest sockets of process {pid} could be closed, so cwkill has not seen whether it would spin (--allow-spin closes all)"
+    )]
+    CanaryRefused { pid: i32 },
     /// The peer answered a probe: the connection is in use, or half-closed on purpose.
     #[error("peer is alive")]
     PeerAlive,

@@ -195,6 +195,7 @@ fn codes_are_stable() {
             "would-spin",
             "owner-spins",
             "too-many-threads",
+            "canary-refused",
             "peer-alive",
             "interrupted",
         ]

@@ -44,7 +44,7 @@ pub(super) fn exclusion(word: &str) -> Exclusion {
 }
 
 /// Why a socket is skipped, by a word each; `no-method` gives the reasons of its plan.
-pub const SKIPS: [&str; 12] = [
+pub const SKIPS: [&str; 13] = [
     "no-method",
     "over-limit",
     "unsent",
@@ -55,6 +55,7 @@ pub const SKIPS: [&str; 12] = [
     "would-spin-poll",
     "owner-spins",
     "too-many-threads",
+    "canary-refused",
     "peer-alive",
     "interrupted",
 ];
@@ -76,6 +77,7 @@ pub(super) fn skip(word: &str) -> SkipReason {
             by: Poller::Poll(4422),
         },
         "too-many-threads" => SkipReason::TooManyThreads { pid: 7 },
+        "canary-refused" => SkipReason::CanaryRefused { pid: 7 },
         "owner-spins" => SkipReason::OwnerSpins {
             pid: 4421,
             fd: Some(RemoteFd(20)),
