@@ -32,7 +32,7 @@ use crate::filter::selectors::Selectors;
 use crate::finder::way::{self, UseIterator};
 use crate::model::{Privilege, TimeAndPlace};
 use crate::parallel;
-use crate::privileges::{capabilities, hint};
+use crate::privileges::{capabilities, held, hint};
 use crate::proc::ProcFs;
 use crate::report::ExitStatus;
 use crate::sys::caller::as_caller;
@@ -123,7 +123,8 @@ fn say_notes(notes: impl IntoIterator<Item = impl Display>) {
 /// How to get the privileges without which cwkill saw or did less.
 fn hint_line(missing: &[Privilege]) -> Option<String> {
     let is_filtered = ProcFs::default().filters_own_calls();
-    let hint = hint(missing, geteuid().is_root(), is_filtered)?;
+    let held = held(missing);
+    let hint = hint(missing, &held, geteuid().is_root(), is_filtered)?;
     Some(format!("hint: {hint}"))
 }
 

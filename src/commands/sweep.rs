@@ -186,7 +186,11 @@ impl Sweeper<'_> {
         part.retain(|target| {
             !matches!(
                 target.attempts.last().and_then(|last| last.error.as_ref()),
-                Some(MethodError::NotPermitted(..) | MethodError::NotSupported(..))
+                Some(
+                    MethodError::NotPermitted(..)
+                        | MethodError::RefusedDespitePrivilege(..)
+                        | MethodError::NotSupported(..)
+                )
             )
         });
         let refused = part.len() < done;

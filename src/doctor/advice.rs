@@ -386,6 +386,12 @@ mod tests {
             |trial: Trial| (trial.method == Method::Destroy).then(|| denied(Privilege::NetAdmin));
         let reach = count(1, 1);
         let advice = Advice::new(&host(&ALL, reach, reach), &trials(refused));
+        assert!(row(&advice, "destroy").change[0].contains("security module"));
+        let inside = HostInfo {
+            first_user_namespace: Some(false),
+            ..host(&ALL, reach, reach)
+        };
+        let advice = Advice::new(&inside, &trials(refused));
         assert!(row(&advice, "destroy").change[0].contains("user namespace"));
         let advice = Advice::new(&host(&[], reach, reach), &trials(refused));
         assert!(row(&advice, "destroy").change[0].contains("--cap-add NET_ADMIN"));

@@ -177,13 +177,16 @@ impl<'a> RowBuilder<'a> {
     /// The change that would prevent `error`.
     fn remedy(&self, error: &MethodError) -> String {
         match error {
-            MethodError::NotPermitted(Privilege::NetAdmin, _) => self.how_to_grant(Capability::CAP_NET_ADMIN),
-            MethodError::NotPermitted(Privilege::NetRaw, _) => self.how_to_grant(Capability::CAP_NET_RAW),
             // In a trial cwkill itself is the owner, so only a seccomp filter can forbid this.
-            MethodError::NotPermitted(Privilege::Ptrace, _) => {
+            MethodError::NotPermitted(Privilege::Ptrace, _)
+            | MethodError::RefusedDespitePrivilege(Privilege::Ptrace, _) => {
                 "a filter of system calls forbids it: allow pidfd_open and pidfd_getfd in the seccomp profile of the \
                  container or unit"
                     .into()
+            }
+            MethodError::NotPermitted(privilege, _)
+            | MethodError::RefusedDespitePrivilege(privilege, _) => {
+                self.how_to_grant(privilege.capability())
             }
             MethodError::NotSupported(..) if self.name == Method::Destroy.name() => {
                 "a kernel with CONFIG_INET_DIAG_DESTROY=y; rst does the same without it".into()
@@ -205,7 +208,11 @@ impl<'a> RowBuilder<'a> {
     pub(super) fn how_to_grant(&self, capability: Capability) -> String {
         let short = capability.to_string();
         let short = short.trim_start_matches("CAP_");
-        if self.host.has(capability) {
+        if self.host.has(capability) && self.host.first_user_namespace == Some(true) {
+            "cwkill has the capability, so a security module (SELinux, AppArmor, smack) or a seccomp filter on cwkill forbids it: \
+             see `dmesg` and `ausearch -m avc`"
+                .into()
+        } else if self.host.has(capability) {
             "the network namespace is not of this user namespace, so the capability does not count there: run cwkill in the \
              user namespace that made the network namespace (nsenter --preserve-credentials -U -n -t PID), or as root outside"
                 .into()

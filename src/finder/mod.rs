@@ -39,16 +39,21 @@ use std::thread::{Builder, ScopedJoinHandle};
 use std::time::Duration;
 
 use anyhow::Context;
+use caps::Capability;
+use nix::errno::Errno;
 use rayon::slice::ParallelSliceMut;
 
 use crate::filter::containers::Match;
 use crate::filter::selectors::Selectors;
 use crate::history::History;
+use crate::model::method::refused;
 use crate::model::{Coverage, Listener, Owner, Scan, Target};
 use crate::parallel;
+use crate::privileges;
 use crate::proc::netns::{Namespaces, Netns, NetnsScope};
 use crate::proc::{ProcFs, since_boot};
 use crate::sock_diag::{Detail, DiagId, DumpError, LookupError, SockDiag, SocketMessage};
+use crate::sys::errno_of;
 use crate::tcp::{StateSet, TcpState};
 use descriptor_scan::DescriptorScan;
 use owners::{OwnerScan, Trust};
@@ -201,11 +206,13 @@ pub fn find_sockets(
 /// A scan of `namespaces` without sockets. Its coverage says which namespaces could not be opened.
 pub(crate) fn empty_scan(namespaces: &Namespaces) -> Scan {
     let failure = namespaces.failure.as_ref();
+    let unknown = namespaces.unknown_because.as_ref();
     Scan {
         namespaces: namespaces.open.clone(),
         coverage: Coverage {
             unreachable_namespaces: namespaces.unreachable,
             unknown_namespaces: namespaces.unknown,
+            unknown_namespace_failure: unknown.map(|error| why(Capability::CAP_SYS_PTRACE, error)),
             stale_namespace_names: namespaces.stale_names.clone(),
             namespaces_not_looked_into: namespaces.left_out,
             absent_owners: namespaces.absent.clone(),
@@ -215,6 +222,17 @@ pub(crate) fn empty_scan(namespaces: &Namespaces) -> Scan {
             ..Coverage::default()
         },
         ..Scan::default()
+    }
+}
+
+/// Why cwkill could not see something that needs `capability`.
+fn why(capability: Capability, error: &io::Error) -> String {
+    match errno_of(error) {
+        Errno::EPERM | Errno::EACCES if !privileges::has_capability(capability) => {
+            format!("needs {capability}")
+        }
+        Errno::EPERM | Errno::EACCES => format!("{error}: {}", refused(capability)),
+        _ => error.to_string(),
     }
 }
 
@@ -357,6 +375,9 @@ fn add_nameless(
     let coverage = &mut listed.scan.coverage;
     coverage.unexamined_descriptors = found.unexamined;
     coverage.unplaced_sockets = found.unplaced;
+    coverage.unplaced_failure = found
+        .unplaced_because
+        .map(|error| why(Capability::CAP_NET_ADMIN, &error));
     let first = listed.scan.namespaces.len();
     let netns_scans = scan_namespaces(&found.namespaces, selectors, history, true, false);
     listed.scan.namespaces.extend(found.namespaces);
@@ -629,15 +650,23 @@ fn why_no_sock_diag(error: &io::Error) -> &'static str {
     }
 }
 
-fn cannot_enter(error: &io::Error) -> &'static str {
-    match error.raw_os_error() {
-        Some(libc::EPERM) => "cannot enter the network namespace (needs CAP_SYS_ADMIN)",
+fn cannot_enter(error: &io::Error) -> String {
+    let capability = Capability::CAP_SYS_ADMIN;
+    let text = match errno_of(error) {
+        Errno::EPERM if privileges::has_capability(capability) => {
+            return format!(
+                "cannot enter the network namespace ({})",
+                refused(capability)
+            );
+        }
+        Errno::EPERM => "cannot enter the network namespace (needs CAP_SYS_ADMIN)",
         // To enter one takes a thread of its own.
-        Some(libc::EAGAIN) => {
+        Errno::EAGAIN => {
             "cannot start a thread to enter the network namespace (RLIMIT_NPROC, pids.max of the cgroup)"
         }
         _ => "cannot enter it as a network namespace",
-    }
+    };
+    text.to_owned()
 }
 
 #[cfg(test)]

@@ -38,6 +38,8 @@ pub(super) struct Found {
     pub unexamined: usize,
     /// The number of matching sockets whose namespace is unknown: SIOCGSKNS needs CAP_NET_ADMIN.
     pub unplaced: usize,
+    /// Why the namespace of the first of them is unknown.
+    pub unplaced_because: Option<io::Error>,
 }
 
 /// A descriptor of a socket.
@@ -136,7 +138,11 @@ impl Search<'_> {
                     found.namespaces.push(netns);
                 }
                 Ok(_) => {}
-                Err(_) => found.unplaced += usize::from(self.may_be_nameless(candidate.pid)),
+                Err(error) if self.may_be_nameless(candidate.pid) => {
+                    found.unplaced += 1;
+                    found.unplaced_because.get_or_insert(error);
+                }
+                Err(_) => {}
             }
         }
     }

@@ -16,6 +16,7 @@ use super::duplicate::Duplicator;
 use super::engine::Batch;
 use super::revive::{Revived, Reviver};
 use crate::model::{Method, MethodError, Privilege, Target};
+use crate::privileges;
 use crate::proc::ProcFs;
 use crate::sock_diag::{DestroyError, DiagId, SockDiag};
 use crate::sys::errno_of;
@@ -108,7 +109,7 @@ impl Destroy {
                 UNSUPPORTED
             }
             DestroyError::NotFound => MethodError::Gone,
-            DestroyError::Denied => MethodError::NotPermitted(Privilege::NetAdmin, Errno::EPERM),
+            DestroyError::Denied => privileges::not_permitted(Privilege::NetAdmin, Errno::EPERM),
             DestroyError::AnswerLost => MethodError::AnswerLost(Errno::ENOBUFS),
             DestroyError::Errno(errno) => MethodError::SystemCall("SOCK_DESTROY", errno),
         }

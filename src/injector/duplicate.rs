@@ -17,6 +17,7 @@ use nix::errno::Errno;
 use rustix::net::sockopt;
 
 use crate::model::{MethodError, Owner, Privilege, Target};
+use crate::privileges;
 use crate::proc::{ProcFs, ProcessId, TableId};
 use crate::sock_diag::Cookie;
 use crate::sys::{self, Duplicate, Pidfds, errno_of};
@@ -116,7 +117,7 @@ impl Duplicator {
         let pidfd = self.pidfd(id, tid)?;
         sys::pidfd_getfd(pidfd, owner.fd).map_err(|error| match errno_of(&error) {
             Errno::EBADF | Errno::ESRCH => MethodError::DescriptorsGone,
-            Errno::EPERM => MethodError::NotPermitted(Privilege::Ptrace, Errno::EPERM),
+            Errno::EPERM => privileges::not_permitted(Privilege::Ptrace, Errno::EPERM),
             Errno::ENOSYS => {
                 MethodError::NotSupported("pidfd_getfd needs Linux 5.6 or later", Errno::ENOSYS)
             }

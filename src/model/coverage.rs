@@ -33,6 +33,8 @@ pub struct Coverage {
     pub namespace_failure: Option<String>,
     /// The number of processes in an unknown network namespace, which may be one that was not scanned.
     pub unknown_namespaces: usize,
+    /// Why the namespace of the first of them is unknown.
+    pub unknown_namespace_failure: Option<String>,
     /// The number of network namespaces that were left out because the operator named none. cwkill does not see those that only
     /// processes are in which it may not read. They are not in scope, so they do not count as unseen.
     pub namespaces_not_looked_into: usize,
@@ -45,6 +47,8 @@ pub struct Coverage {
     pub unexamined_descriptors: usize,
     /// The number of sockets of the selected owners in an unknown network namespace, which may be one that was not scanned.
     pub unplaced_sockets: usize,
+    /// Why the namespace of the first of them is unknown.
+    pub unplaced_failure: Option<String>,
     /// The number of TCP connections that match, but are subflows of MPTCP sockets, which the kernel cannot list.
     pub unlisted_subflows: usize,
     /// Connections of others in CLOSE-WAIT that pass through this host. `None`: there are none, or cwkill did not look.
@@ -164,8 +168,11 @@ impl Coverage {
         }
         if self.unknown_namespaces > 0 {
             notes.push(format!(
-                "the network namespaces of {} are unknown (needs CAP_SYS_PTRACE)",
-                counted(self.unknown_namespaces, "process")
+                "the network namespaces of {} are unknown ({})",
+                counted(self.unknown_namespaces, "process"),
+                self.unknown_namespace_failure
+                    .as_deref()
+                    .unwrap_or("needs CAP_SYS_PTRACE")
             ));
         }
         if self.unexamined_descriptors > 0 {
@@ -176,8 +183,11 @@ impl Coverage {
         }
         if self.unplaced_sockets > 0 {
             notes.push(format!(
-                "{} in an unknown network namespace (needs CAP_NET_ADMIN)",
-                counted(self.unplaced_sockets, "socket")
+                "{} in an unknown network namespace ({})",
+                counted(self.unplaced_sockets, "socket"),
+                self.unplaced_failure
+                    .as_deref()
+                    .unwrap_or("needs CAP_NET_ADMIN")
             ));
         }
         if self.unlisted_subflows > 0 {

@@ -102,10 +102,13 @@ impl DrainReason {
         self.into()
     }
 
-    /// The privilege that is missing.
+    /// The privilege that is missing, or that the kernel did not accept.
     pub fn privilege(&self) -> Option<Privilege> {
         match self {
-            DrainReason::NoDuplicate(MethodError::NotPermitted(privilege, _)) => Some(*privilege),
+            DrainReason::NoDuplicate(
+                MethodError::NotPermitted(privilege, _)
+                | MethodError::RefusedDespitePrivilege(privilege, _),
+            ) => Some(*privilege),
             DrainReason::OwnerNotStopped(_, reason) => reason.privilege(),
             _ => None,
         }

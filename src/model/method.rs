@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use caps::Capability;
 use strum::{Display, EnumString, IntoStaticStr};
 
 use crate::kernel::KernelVersion;
@@ -140,6 +141,30 @@ pub enum Privilege {
     NetRaw,
     /// The right to attach to the owner: pidfd_getfd (kernel/pid.c, __pidfd_fget).
     Ptrace,
+}
+
+impl Privilege {
+    /// The capability that stands for it.
+    pub fn capability(self) -> Capability {
+        match self {
+            Privilege::NetAdmin => Capability::CAP_NET_ADMIN,
+            Privilege::NetRaw => Capability::CAP_NET_RAW,
+            Privilege::Ptrace => Capability::CAP_SYS_PTRACE,
+        }
+    }
+
+    /// What to say if the kernel refuses something although cwkill has the capability.
+    pub(crate) fn refused(self) -> String {
+        refused(self.capability())
+    }
+}
+
+/// What to say if the kernel refuses something although cwkill has `capability`.
+pub(crate) fn refused(capability: Capability) -> String {
+    format!(
+        "the kernel refuses it although cwkill has {capability}: a security module, a seccomp filter or another user namespace, \
+         see `cwkill doctor`"
+    )
 }
 
 impl fmt::Display for Privilege {

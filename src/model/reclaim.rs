@@ -174,6 +174,9 @@ pub enum ReclaimReason {
     /// cwkill is not permitted to inspect or stop the owner.
     #[error("{error}: needs {need}", error = os_error(.0), need = Privilege::Ptrace)]
     NotPermitted(Errno),
+    /// cwkill has CAP_SYS_PTRACE, and may not inspect or stop the owner all the same.
+    #[error("{error}: {refused}", error = os_error(.0), refused = Privilege::Ptrace.refused())]
+    RefusedDespitePrivilege(Errno),
     /// The operator interrupted the run before cwkill came to the descriptor.
     #[error("interrupted")]
     Interrupted,
@@ -200,11 +203,13 @@ impl ReclaimReason {
         }
     }
 
-    /// The privilege that is missing.
+    /// The privilege that is missing, or that the kernel did not accept.
     pub fn privilege(&self) -> Option<Privilege> {
         let missing = matches!(
             self,
-            ReclaimReason::NotPermitted(_) | ReclaimReason::KcmpNotPermitted(..)
+            ReclaimReason::NotPermitted(_)
+                | ReclaimReason::RefusedDespitePrivilege(_)
+                | ReclaimReason::KcmpNotPermitted(..)
         );
         missing.then_some(Privilege::Ptrace)
     }
@@ -250,6 +255,7 @@ impl ReclaimReason {
             | ReclaimReason::NoSyscall(_)
             | ReclaimReason::OwnerBusy
             | ReclaimReason::NotPermitted(_)
+            | ReclaimReason::RefusedDespitePrivilege(_)
             | ReclaimReason::CloseHangs
             | ReclaimReason::StillOpen
             | ReclaimReason::Bug
@@ -437,6 +443,7 @@ mod tests {
                 "no-syscall",
                 "owner-busy",
                 "not-permitted",
+                "refused-despite-privilege",
                 "interrupted",
                 "close-hangs",
                 "still-open",

@@ -212,6 +212,9 @@ pub enum MethodError {
     /// A privilege is missing; the kernel's answer is kept.
     #[error("{}: needs {}", os_error(.1), .0)]
     NotPermitted(Privilege, Errno),
+    /// cwkill has the capability, and the kernel refuses all the same; its answer is kept.
+    #[error("{}: {}", os_error(.1), .0.refused())]
+    RefusedDespitePrivilege(Privilege, Errno),
     /// The kernel does not have the feature; the text names it.
     #[error("{}: {}", os_error(.1), .0)]
     NotSupported(&'static str, Errno),
@@ -286,6 +289,7 @@ impl MethodError {
     pub fn errno(&self) -> Option<Errno> {
         match self {
             MethodError::NotPermitted(_, errno)
+            | MethodError::RefusedDespitePrivilege(_, errno)
             | MethodError::NotSupported(_, errno)
             | MethodError::AnswerLost(errno)
             | MethodError::SystemCall(_, errno) => Some(*errno),

@@ -221,6 +221,7 @@ fn codes_are_stable() {
             "descriptors-gone",
             "other-pid-namespace",
             "not-permitted",
+            "refused-despite-privilege",
             "not-supported",
             "orphan-on-old-kernel",
             "unsent-data",

@@ -4,9 +4,10 @@ pub mod capabilities;
 
 use anyhow::Context;
 use caps::{CapSet, Capability};
+use nix::errno::Errno;
 
 use crate::kernel::KernelVersion;
-use crate::model::Privilege;
+use crate::model::{MethodError, Privilege};
 
 /// What a privilege is needed for, as a part of a sentence.
 fn need(privilege: Privilege) -> &'static str {
@@ -19,11 +20,34 @@ fn need(privilege: Privilege) -> &'static str {
     }
 }
 
-/// The hint for missing privileges, on one line; `None` if none is missing. With root's uid sudo does not help. `is_filtered`: a
-/// seccomp filter is on cwkill.
-pub fn hint(missing: &[Privilege], is_root: bool, is_filtered: bool) -> Option<String> {
+/// The hint for privileges that the kernel did not accept, on one line; `None` if there are none. Those of `lacking` that are in `held`
+/// are not missing, so the operator must not be told to get them. With root's uid sudo does not help. `is_filtered`: a seccomp filter
+/// is on cwkill.
+pub fn hint(
+    lacking: &[Privilege],
+    held: &[Privilege],
+    is_root: bool,
+    is_filtered: bool,
+) -> Option<String> {
+    let (refused, missing): (Vec<Privilege>, Vec<Privilege>) = lacking
+        .iter()
+        .partition(|privilege| held.contains(privilege));
     if missing.is_empty() {
-        return None;
+        let refused: Vec<String> = refused
+            .iter()
+            .map(|it| it.capability().to_string())
+            .collect();
+        return (!refused.is_empty()).then(|| {
+            let filter = match is_filtered {
+                true => "the seccomp filter that is on cwkill itself, ",
+                false => "",
+            };
+            format!(
+                "cwkill has {}, and the kernel refused all the same: {filter}a security module or another user namespace may be \
+                 the reason; `cwkill doctor` says more",
+                refused.join(" and ")
+            )
+        });
     }
     let needs: Vec<&str> = missing.iter().map(|privilege| need(*privilege)).collect();
     let needs = needs.join(", ");
@@ -43,6 +67,36 @@ pub fn hint(missing: &[Privilege], is_root: bool, is_filtered: bool) -> Option<S
             "run cwkill with sudo: {needs}{filter} (without sudo: setcap, in three commands that `cwkill doctor` shows)"
         ),
     })
+}
+
+/// Whether the calling thread has the capability for `privilege`. If the kernel refuses all the same, the reason is another: a security
+/// module, a seccomp filter, or the capability counts in the user namespace of cwkill only.
+pub fn is_held(privilege: Privilege) -> bool {
+    has_capability(privilege.capability())
+}
+
+/// Those of `privileges` that the calling thread has, so that they are not what is missing. To read processes takes two capabilities.
+pub fn held(privileges: &[Privilege]) -> Vec<Privilege> {
+    let reads = |privilege: &Privilege| match privilege {
+        Privilege::Ptrace => has_capability(Capability::CAP_DAC_READ_SEARCH),
+        Privilege::NetAdmin | Privilege::NetRaw => true,
+    };
+    let mut held = privileges.to_vec();
+    held.retain(|privilege| is_held(*privilege) && reads(privilege));
+    held
+}
+
+/// Whether `capability` is effective in the calling thread.
+pub fn has_capability(capability: Capability) -> bool {
+    caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false)
+}
+
+/// The error of a method after the kernel has answered with `errno` that cwkill may not do something for which it needs `privilege`.
+pub fn not_permitted(privilege: Privilege, errno: Errno) -> MethodError {
+    match is_held(privilege) {
+        true => MethodError::RefusedDespitePrivilege(privilege, errno),
+        false => MethodError::NotPermitted(privilege, errno),
+    }
 }
 
 /// How to grant all privileges, in several lines. With only some of them, the remaining methods may be harsher. A change of the owner
@@ -101,13 +155,13 @@ mod tests {
     #[test]
     fn missing_privileges_make_one_line() {
         let all = [Privilege::NetAdmin, Privilege::NetRaw, Privilege::Ptrace];
-        assert_eq!(hint(&[], false, true), None);
+        assert_eq!(hint(&[], &[], false, true), None);
         assert_eq!(
-            hint(&all[..2], false, false).unwrap(),
+            hint(&all[..2], &[], false, false).unwrap(),
             "run cwkill with sudo: destroy needs CAP_NET_ADMIN, rst and probe need CAP_NET_RAW (without sudo: setcap, in three \
              commands that `cwkill doctor` shows)"
         );
-        let of_root = hint(&all, true, true).unwrap();
+        let of_root = hint(&all, &[], true, true).unwrap();
         assert!(
             !of_root.contains("sudo") && !of_root.contains('\n'),
             "{of_root}"
@@ -117,5 +171,17 @@ mod tests {
             "{of_root}"
         );
         assert_eq!(HOW_TO_GRANT.lines().count(), 4);
+        // What cwkill has is not missing.
+        let ptrace = [Privilege::Ptrace];
+        let refused = hint(&ptrace, &ptrace, true, false).unwrap();
+        assert!(
+            refused.contains("security module") && !refused.contains("need"),
+            "{refused}"
+        );
+        let others = hint(&all, &ptrace, true, false).unwrap();
+        assert!(
+            others.contains("CAP_NET_RAW") && !others.contains("CAP_SYS_PTRACE"),
+            "{others}"
+        );
     }
 }

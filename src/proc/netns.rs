@@ -65,6 +65,8 @@ pub struct Namespaces {
     pub failure: Option<io::Error>,
     /// The number of processes whose namespace is unknown.
     pub unknown: usize,
+    /// Why the namespace of the first of them is unknown.
+    pub unknown_because: Option<io::Error>,
     /// Names without a namespace: it is gone, or mounted only in another mount namespace.
     pub stale_names: Vec<String>,
     /// Whether every namespace is in scope.
@@ -94,7 +96,10 @@ impl Namespaces {
                 Ok(id) if seen.contains(&id) => {}
                 // Also of a zombie and of a kernel thread.
                 Err(error) if is_missing(&error) => {}
-                Err(_) => self.unknown += 1,
+                Err(error) => {
+                    self.unknown += 1;
+                    self.unknown_because.get_or_insert(error);
+                }
                 Ok(_) => match Netns::at(&path) {
                     Ok(netns) if seen.insert(netns.id) => {
                         self.open.push(Arc::new(netns.with_name_of(&names)));
@@ -360,8 +365,9 @@ fn all(proc: &ProcFs) -> io::Result<Namespaces> {
                 found.stale_names.push(stale(&path));
                 true
             }
-            Err(_) => {
+            Err(error) => {
                 found.unknown += 1;
+                found.unknown_because.get_or_insert(error);
                 true
             }
         };

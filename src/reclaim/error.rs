@@ -4,7 +4,8 @@ use std::io;
 
 use nix::errno::Errno;
 
-use crate::model::ReclaimReason;
+use crate::model::{Privilege, ReclaimReason};
+use crate::privileges;
 use crate::sys::errno_of;
 
 /// Why cwkill stops working on an owner, or on a part of its descriptors.
@@ -28,6 +29,14 @@ impl OwnerError {
     }
 }
 
+/// The reason why the kernel does not let cwkill inspect or stop an owner.
+pub(super) fn not_permitted(errno: Errno) -> ReclaimReason {
+    match privileges::is_held(Privilege::Ptrace) {
+        true => ReclaimReason::RefusedDespitePrivilege(errno),
+        false => ReclaimReason::NotPermitted(errno),
+    }
+}
+
 impl From<ReclaimReason> for OwnerError {
     fn from(reason: ReclaimReason) -> Self {
         OwnerError::Reason(reason)
@@ -38,7 +47,7 @@ impl From<Errno> for OwnerError {
     fn from(errno: Errno) -> Self {
         match errno {
             Errno::ESRCH | Errno::ENOENT => OwnerError::Exited,
-            Errno::EPERM | Errno::EACCES => ReclaimReason::NotPermitted(errno).into(),
+            Errno::EPERM | Errno::EACCES => not_permitted(errno).into(),
             errno => ReclaimReason::SystemCall("reading the process", errno).into(),
         }
     }

@@ -14,7 +14,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::thread;
 
-use caps::{CapSet, Capability};
 use nix::errno::Errno;
 use nix::sys::stat::makedev;
 use rustix::fs::readlinkat_raw;
@@ -27,7 +26,8 @@ use super::ptrace::{StoppedProcess, Thread};
 use super::syscalls::SyscallFds;
 use super::{RETRY_INTERVAL, ReclaimRules, ReclaimTarget, read_text};
 use crate::finder::dead::{self, SuspectVerdict};
-use crate::model::{InUse, ReclaimReason};
+use crate::model::{InUse, Privilege, ReclaimReason};
+use crate::privileges;
 use crate::proc::epoll::EpollSet;
 use crate::proc::status::thread_state;
 use crate::proc::syscall::{Syscall, read_memory};
@@ -486,9 +486,7 @@ impl<'p> InspectedProcess<'p> {
                     Errno::ESRCH => continue,
                     Errno::EPERM if !self.could_share(other) => continue,
                     errno => {
-                        let ptrace = Capability::CAP_SYS_PTRACE;
-                        let has_ptrace =
-                            caps::has_cap(None, CapSet::Effective, ptrace).unwrap_or(false);
+                        let has_ptrace = privileges::is_held(Privilege::Ptrace);
                         ReclaimReason::not_compared(other, errno, has_ptrace)
                     }
                 },

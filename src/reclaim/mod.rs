@@ -397,7 +397,9 @@ mod tests {
         ] {
             assert_eq!(settled(reason.into()), Some(outcome));
         }
-        let denied = ReclaimReason::NotPermitted(Errno::EPERM);
+        // Whether the tests have the capability or not.
+        let denied = error::not_permitted(Errno::EPERM);
+        assert_eq!(denied.privilege(), Some(crate::model::Privilege::Ptrace));
         assert_eq!(
             settled(Errno::EPERM.into()),
             Some(ReclaimOutcome::Failed(denied))

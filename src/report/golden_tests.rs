@@ -214,7 +214,7 @@ fn lines(lines: impl IntoIterator<Item = String>) -> String {
 /// What a user is told, and root.
 fn hints(missing: impl IntoIterator<Item = Privilege>) -> String {
     let missing: Vec<Privilege> = missing.into_iter().collect();
-    let hints = [false, true].map(|is_root| hint(&missing, is_root, false));
+    let hints = [false, true].map(|is_root| hint(&missing, &[], is_root, false));
     lines(hints.into_iter().flatten())
 }
 

@@ -266,7 +266,8 @@ fn addresses_gone(scan: &Scan) -> Option<String> {
     ))
 }
 
-/// The missing privileges that kept a socket open or its owner unknown, or would do so in a run that acts.
+/// The privileges that were missing, or that the kernel did not accept, so that a socket stayed open or its owner unknown, or that would
+/// be missing in a run that acts.
 pub fn missing_privileges(run: &Run) -> BTreeSet<Privilege> {
     let mut missing = BTreeSet::new();
     let coverage = &run.scan.coverage;
@@ -308,7 +309,11 @@ pub fn missing_privileges(run: &Run) -> BTreeSet<Privilege> {
                 }),
         );
         for attempt in &target.attempts {
-            if let Some(MethodError::NotPermitted(privilege, _)) = attempt.error {
+            if let Some(
+                MethodError::NotPermitted(privilege, _)
+                | MethodError::RefusedDespitePrivilege(privilege, _),
+            ) = attempt.error
+            {
                 missing.insert(privilege);
             }
         }

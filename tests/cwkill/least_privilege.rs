@@ -23,6 +23,7 @@ pub const TESTS: &[Test] = &[
     once!(commands_hold_only_the_capabilities_they_need),
     once!(reclaim_runs_with_its_capabilities_and_not_with_fewer),
     once!(an_owner_with_the_same_capabilities_can_be_reached),
+    once!(a_capability_that_does_not_help_is_not_said_to_be_missing),
     once!(capabilities_that_cannot_be_dropped_are_reported),
     once!(descriptors_of_another_user_need_both_capabilities).needs(Need::RootOfTheMachine),
     once!(the_log_is_opened_with_the_rights_of_the_caller).needs(Need::RootOfTheMachine),
@@ -491,6 +492,42 @@ fn an_owner_with_the_same_capabilities_can_be_reached() -> Result<()> {
     )?;
     with(&lab, None, &[], "--all --method shutdown")?.exits(4);
     with(&lab, None, &[BIND], "--all --method shutdown")?.exits(0);
+    Ok(())
+}
+
+/// As root of a user namespace cwkill has all capabilities, and they do not count for what is outside: the kernel answers as if a
+/// security module refused.
+fn a_capability_that_does_not_help_is_not_said_to_be_missing() -> Result<()> {
+    let (lab, _leak) = lab("silent-peer", Family::V4, 1)?;
+    let inside = |line: &str| {
+        let command = lab.app_host().command("unshare");
+        let command = command.args(["--user", "--map-root-user", CWKILL]);
+        ran(command.args(line.split_whitespace()))
+    };
+    let misleads = |ran: &Ran| {
+        let advice = ["needs CAP_", "need CAP_", "sudo", "may lack"];
+        let mut advice = advice.iter();
+        advice.any(|words| ran.stderr.contains(words) || ran.stdout.contains(words))
+    };
+    let said = "although cwkill has CAP_SYS_PTRACE";
+    for line in ["--all-netns -n", "--all-netns"] {
+        let ran = inside(line)?.complains(said).complains("doctor");
+        assert!(!misleads(&ran), "{ran:?}");
+        // The answer of the kernel.
+        assert!(ran.stderr.contains("Permission denied"), "{ran:?}");
+    }
+    for line in ["diagnose", "reclaim"] {
+        let ran = inside(line)?.complains("cwkill has CAP_SYS_PTRACE, and the kernel refused");
+        assert!(!misleads(&ran), "{ran:?}");
+    }
+    let ran = inside("--all --method destroy --allow-spin --json")?.exits(4);
+    assert!(!misleads(&ran), "{ran:?}");
+    for socket in ran.sockets() {
+        let code = at(&socket, "/result/reason_code");
+        assert_eq!(code, "refused-despite-privilege", "{socket}");
+    }
+    ran.complains("CAP_NET_ADMIN");
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 1);
     Ok(())
 }
 

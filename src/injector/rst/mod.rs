@@ -30,6 +30,7 @@ use crate::control::Backoff;
 use crate::model::{Method, MethodError, Privilege, Target};
 use crate::packet::capture::{self, Capture};
 use crate::packet::raw::{Outgoing, RawSockets, SendError};
+use crate::privileges;
 use crate::proc::ProcFs;
 use crate::sock_diag::{DiagId, LookupError};
 use crate::sys::errno_of;
@@ -149,7 +150,8 @@ impl Rst {
         let numbers = socket.and_then(|socket| repair::numbers(socket.as_fd()));
         if matches!(
             numbers,
-            Err(MethodError::NotPermitted(Privilege::NetAdmin, _))
+            Err(MethodError::NotPermitted(Privilege::NetAdmin, _)
+                | MethodError::RefusedDespitePrivilege(Privilege::NetAdmin, _))
         ) {
             self.may_repair = false;
         }
@@ -321,7 +323,7 @@ fn send_error(error: SendError) -> MethodError {
 
 fn open_error(what: &'static str, errno: Errno) -> MethodError {
     match errno {
-        Errno::EPERM => MethodError::NotPermitted(Privilege::NetRaw, errno),
+        Errno::EPERM => privileges::not_permitted(Privilege::NetRaw, errno),
         _ => MethodError::SystemCall(what, errno),
     }
 }

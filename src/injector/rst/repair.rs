@@ -11,6 +11,7 @@ use nix::errno::Errno;
 
 use super::Numbers;
 use crate::model::{MethodError, Privilege};
+use crate::privileges;
 use crate::sys::{self, errno_of};
 use crate::tcp::Seq;
 
@@ -26,11 +27,11 @@ const TCP_SEND_QUEUE: i32 = 2;
 /// Reads the numbers of the connection of `socket`.
 ///
 /// # Errors
-/// [`MethodError::NotPermitted`]: cwkill needs CAP_NET_ADMIN over the socket's network namespace. EBUSY: another process has
+/// [`MethodError::NotPermitted`] or [`MethodError::RefusedDespitePrivilege`]: cwkill needs CAP_NET_ADMIN over the socket's network namespace. EBUSY: another process has
 /// put the socket into repair mode, to checkpoint it.
 pub fn numbers(socket: BorrowedFd<'_>) -> Result<Numbers, MethodError> {
     let mode = RepairMode::enter(socket).map_err(|error| match errno_of(&error) {
-        Errno::EPERM => MethodError::NotPermitted(Privilege::NetAdmin, Errno::EPERM),
+        Errno::EPERM => privileges::not_permitted(Privilege::NetAdmin, Errno::EPERM),
         errno => MethodError::SystemCall("TCP_REPAIR", errno),
     })?;
     mode.numbers()

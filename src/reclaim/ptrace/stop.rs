@@ -23,7 +23,7 @@ use crate::model::ReclaimReason;
 use crate::proc::ProcFs;
 use crate::proc::status::thread_state;
 use crate::proc::syscall::Syscall;
-use crate::reclaim::error::OwnerError;
+use crate::reclaim::error::{OwnerError, not_permitted};
 use crate::reclaim::obstacle;
 use crate::sys::errno_of;
 use crate::sys::ptrace::{self, TraceEvent};
@@ -374,7 +374,7 @@ impl StoppedProcess {
             // The kernel answers EPERM both for a missing privilege and for a thread that has ended and is still listed, for
             // example the first thread of a process whose others run on.
             Errno::EPERM if has_ended(proc, self.pid, tid) => Ok(()),
-            errno @ Errno::EPERM => Err(ReclaimReason::NotPermitted(errno).into()),
+            errno @ Errno::EPERM => Err(not_permitted(errno).into()),
             errno => Err(ReclaimReason::SystemCall("PTRACE_SEIZE", errno).into()),
         })
     }

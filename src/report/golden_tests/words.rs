@@ -89,13 +89,14 @@ pub(super) fn skip(word: &str) -> SkipReason {
 }
 
 /// Why an attempt did nothing, by a word each.
-pub const ATTEMPTS: [&str; 20] = [
+pub const ATTEMPTS: [&str; 21] = [
     "gone",
     "descriptors-gone",
     "foreign-proc",
     "denied-net-admin",
     "denied-net-raw",
     "denied-ptrace",
+    "refused-ptrace",
     "not-supported",
     "orphan",
     "unsent",
@@ -121,6 +122,7 @@ pub(super) fn method_error(word: &str) -> MethodError {
         "denied-net-admin" => denied(Privilege::NetAdmin),
         "denied-net-raw" => denied(Privilege::NetRaw),
         "denied-ptrace" => denied(Privilege::Ptrace),
+        "refused-ptrace" => MethodError::RefusedDespitePrivilege(Privilege::Ptrace, Errno::EPERM),
         "not-supported" => MethodError::NotSupported("the kernel cannot do it", Errno::EOPNOTSUPP),
         "orphan" => MethodError::OrphanOnOldKernel,
         "unsent" => MethodError::UnsentData(99),
