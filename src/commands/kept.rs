@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use crate::diagnose::inside::Inside;
 use crate::diagnose::suggest::LanguageRuntime;
 use crate::model::Owner;
 use crate::proc::{ProcFs, Process};
@@ -23,6 +24,7 @@ pub(super) fn advice<'o>(
         let reached = status.limit.filter(|limit| used + FEW_FREE >= *limit);
         Facts {
             runtime: LanguageRuntime::of(status.executable.as_deref(), &process.comm),
+            inside: Inside::of(&process.cgroup, &status.pids),
             reached: reached.map(|soft| (soft, status.hard_limit)),
         }
     };

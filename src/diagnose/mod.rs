@@ -7,6 +7,7 @@
 
 pub mod counts;
 mod ends;
+pub mod inside;
 pub mod origin;
 pub mod pairing;
 pub mod suggest;
@@ -34,6 +35,7 @@ use crate::sock_diag::Cookie;
 use crate::text::counted;
 use counts::{CountContext, SocketCounts};
 use ends::{Ends, Sending};
+use inside::Inside;
 use origin::{ListeningPort, Single};
 use pairing::OtherLeg;
 use suggest::{LanguageRuntime, Suggestion, SuggestionInput};
@@ -372,7 +374,9 @@ pub fn run(
     for diagnosis in processes.iter_mut().filter(|_| is_own_pid_namespace) {
         let status = &diagnosis.status;
         let reached = status.limit.filter(|_| diagnosis.is_at_limit());
+        let inside = Inside::of(&diagnosis.process.cgroup, &status.pids);
         diagnosis.suggestions = suggest::suggest(SuggestionInput {
+            inside: inside.as_ref(),
             pid: diagnosis.process.id.pid,
             runtime: diagnosis.runtime,
             condition: diagnosis.condition,

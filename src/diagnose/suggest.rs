@@ -1,6 +1,7 @@
 //! The language runtime of a process, and the command that shows where the process hangs. Pure: cwkill prints
 //! the command and never runs it.
 
+use super::inside::Inside;
 use super::verdict::Condition;
 use crate::proc::Process;
 
@@ -143,6 +144,8 @@ pub struct SuggestionInput<'a> {
     pub inherited_from: Option<&'a Process>,
     /// It is one of many processes with one connection each.
     pub per_connection: bool,
+    /// The way into its container, if it is in one.
+    pub inside: Option<&'a Inside>,
 }
 
 impl SuggestionInput<'_> {
@@ -278,7 +281,14 @@ fn stack_without_descriptor(process: SuggestionInput<'_>) -> (String, String) {
         // jcmd and jstack connect to a socket of the JVM, which would have to accept them.
         Some(LanguageRuntime::Jvm) if process.catches(libc::SIGQUIT) => (
             format!("kill -QUIT {pid}"),
-            "prints the stacks to its standard output; jcmd needs a free descriptor".to_owned(),
+            match process.inside.and_then(Inside::logs) {
+                Some(logs) => {
+                    format!("prints the stacks to its output: `{logs}`; jcmd needs a free descriptor")
+                }
+                None => {
+                    "prints the stacks to its standard output; jcmd needs a free descriptor".into()
+                }
+            },
         ),
         Some(LanguageRuntime::Go) => (
             format!("dlv attach {pid}"),
@@ -316,12 +326,16 @@ fn stack_command(process: SuggestionInput<'_>) -> (String, String) {
         }
         None => return debugger(pid),
         Some(LanguageRuntime::Jvm) => (
-            format!("jcmd {pid} Thread.print"),
+            inside_or_here(process, false, &|pid| format!("jcmd {pid} Thread.print")),
             "as its user; or jstack".to_owned(),
         ),
         // SIGQUIT prints the goroutines too, but then it ends the program.
         Some(LanguageRuntime::Go) => (
-            "curl 'http://127.0.0.1:PORT/debug/pprof/goroutine?debug=2'".to_owned(),
+            match process.inside {
+                // An image of a Go program has no curl.
+                Some(_) => format!("nsenter -t {pid} -n {PPROF}"),
+                None => PPROF.to_owned(),
+            },
             format!(
                 "if it serves that; else `dlv attach {pid}`, then `goroutines -t`: this stops it meanwhile, and at `exit` answer n to \"kill the process?\": Enter kills it; never SIGQUIT, which ends it"
             ),
@@ -331,7 +345,7 @@ fn stack_command(process: SuggestionInput<'_>) -> (String, String) {
             "pauses it meanwhile; --native adds C".to_owned(),
         ),
         Some(LanguageRuntime::Node) => (
-            format!("node inspect -p {pid}"),
+            inside_or_here(process, true, &|pid| format!("node inspect -p {pid}")),
             "opens its debugger on 127.0.0.1:9229 and leaves it open".to_owned(),
         ),
         Some(LanguageRuntime::Ruby) => (
@@ -339,11 +353,28 @@ fn stack_command(process: SuggestionInput<'_>) -> (String, String) {
             "as its user or root; pauses it meanwhile".to_owned(),
         ),
         Some(LanguageRuntime::DotNet) => (
-            format!("dotnet-stack report -p {pid}"),
+            inside_or_here(process, false, &|pid| {
+                format!("dotnet-stack report -p {pid}")
+            }),
             "as its user".to_owned(),
         ),
     };
     (command, remark)
+}
+
+const PPROF: &str = "curl 'http://127.0.0.1:PORT/debug/pprof/goroutine?debug=2'";
+
+/// A command of a tool that speaks with the process, and has to be where it is: in its container, if it is in one.
+fn inside_or_here(
+    process: SuggestionInput<'_>,
+    needs_terminal: bool,
+    command: &dyn Fn(i32) -> String,
+) -> String {
+    match process.inside {
+        Some(inside) if needs_terminal => inside.run_on_terminal(&command(inside.pid)),
+        Some(inside) => inside.run(&command(inside.pid)),
+        None => command(process.pid),
+    }
 }
 
 /// The command for a process of unknown runtime, and a remark.
@@ -404,6 +435,7 @@ mod tests {
             reached: None,
             inherited_from: None,
             per_connection: false,
+            inside: None,
         }
     }
 
@@ -429,6 +461,44 @@ mod tests {
         assert_eq!(waits, "cat /proc/42/task/43/wchan");
         assert_eq!(command(None, Condition::Frozen), "cat /proc/42/cgroup");
         assert_eq!(suggest(input(None, Condition::Exited)), []);
+    }
+
+    #[test]
+    fn the_command_fits_the_container() {
+        let cgroup = crate::diagnose::inside::tests::cgroup;
+        let docker = cgroup("/docker/{ID}", Some("my-leaky-app"), None);
+        let inside = Inside::of(&docker, &[42, 1]);
+        let of = |runtime| SuggestionInput {
+            inside: inside.as_ref(),
+            ..input(runtime, Condition::Normal)
+        };
+        let command = |runtime| suggest(of(Some(runtime)))[0].command.clone();
+        assert_eq!(
+            command(LanguageRuntime::Jvm),
+            "docker exec my-leaky-app jcmd 1 Thread.print"
+        );
+        assert_eq!(
+            command(LanguageRuntime::Node),
+            "docker exec -it my-leaky-app node inspect -p 1"
+        );
+        assert_eq!(
+            command(LanguageRuntime::DotNet),
+            "docker exec my-leaky-app dotnet-stack report -p 1"
+        );
+        assert!(command(LanguageRuntime::Go).starts_with("nsenter -t 42 -n curl 'http://127"));
+        // These work from the host, and are hardly in the image.
+        assert_eq!(command(LanguageRuntime::Python), "py-spy dump --pid 42");
+        assert!(suggest(of(None))[0].command.starts_with("gdb -p 42"));
+        let at_limit = SuggestionInput {
+            reached: Some((64, None)),
+            ..of(Some(LanguageRuntime::Jvm))
+        };
+        let quit = &suggest(at_limit)[1];
+        assert_eq!(quit.command, "kill -QUIT 42");
+        assert!(
+            quit.remark.contains("`docker logs my-leaky-app`"),
+            "{quit:?}"
+        );
     }
 
     #[test]

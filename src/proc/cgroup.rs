@@ -190,6 +190,16 @@ impl Cgroup {
         cgroup
     }
 
+    /// The user whose systemd runs it: 1000 of `/user.slice/user-1000.slice/...`; `None` for root.
+    pub fn user(&self) -> Option<u32> {
+        let user = |part: &str| {
+            let uid = part.strip_prefix("user-")?.strip_suffix(".slice")?;
+            uid.parse().ok().filter(|uid| *uid != 0)
+        };
+        let mut paths = self.paths.iter();
+        paths.find_map(|path| path.split('/').find_map(user))
+    }
+
     /// Whether the process is in the cgroup `path` or below it, in any hierarchy.
     pub fn is_below(&self, path: &str) -> bool {
         let path = path.trim_end_matches('/');

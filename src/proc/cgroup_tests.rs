@@ -365,3 +365,12 @@ proptest! {
         unescape(&text);
     }
 }
+
+#[test]
+fn the_user_who_runs_a_container() {
+    let user = |path: &str| Cgroup::parse(&format!("0::{path}")).user();
+    let of_user = "/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-77.scope";
+    assert_eq!(user(of_user), Some(1000));
+    assert_eq!(user("/user.slice/user-0.slice/session-1.scope"), None);
+    assert_eq!(user("/machine.slice/libpod-77.scope"), None);
+}

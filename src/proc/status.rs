@@ -36,6 +36,9 @@ pub struct ProcessStatus {
     /// The signals for which it has a handler: bit N - 1 for signal N (SigCgt in proc_pid_status(5)); `None` if cwkill cannot
     /// read them.
     pub caught: Option<u64>,
+    /// Its numbers in the pid namespaces that it is in, that of /proc first and its own last (NSpid in proc_pid_status(5)). Empty if
+    /// cwkill cannot read them.
+    pub pids: Vec<i32>,
 }
 
 impl ProcFs {
@@ -57,7 +60,8 @@ impl ProcFs {
                     false => stat.state,
                 }),
                 parent: Some(stat.ppid),
-                caught: status.map(|status| status.sigcgt),
+                caught: status.as_ref().map(|status| status.sigcgt),
+                pids: status.and_then(|status| status.nspid).unwrap_or_default(),
                 limit: limits.map(|(soft, _)| soft),
                 hard_limit: limits.map(|(_, hard)| hard),
                 executable: program.as_ref().map(|path| {

@@ -9,6 +9,7 @@ use humantime::format_duration;
 use serde::Serialize;
 
 use crate::config::DEFAULT_RECLAIM_AGE;
+use crate::diagnose::inside::Inside;
 use crate::diagnose::suggest::{LanguageRuntime, raise_limit};
 use crate::model::{InUse, Owner, ReclaimOutcome, ReclaimReason};
 use crate::proc::{Process, ProcessId};
@@ -28,12 +29,14 @@ pub struct Kept<'a> {
 }
 
 /// The facts about a process that decide what to do.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Facts {
     /// `None`: unknown.
     pub runtime: Option<LanguageRuntime>,
     /// Its soft and hard limit of descriptors, if it is at the soft one.
     pub reached: Option<(u64, Option<u64>)>,
+    /// The way into its container, if it is in one.
+    pub inside: Option<Inside>,
 }
 
 impl Kept<'_> {
@@ -138,7 +141,10 @@ fn runtime_rule(kept: &Kept<'_>, by: KeptBy<'_>) -> Option<Advice> {
     };
     let (code, text, commands) = match kept.facts.runtime {
         Some(Jvm) => {
-            let collect = format!("jcmd {pid} GC.run");
+            let collect = match &kept.facts.inside {
+                Some(inside) => inside.run(&format!("jcmd {} GC.run", inside.pid)),
+                None => format!("jcmd {pid} GC.run"),
+            };
             let raise = kept
                 .facts
                 .reached
@@ -337,6 +343,7 @@ pub fn json_advice(advice: &[Advice]) -> Vec<JsonAdvice<'_>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::proc::cgroup::Cgroup;
     use crate::proc::testdata::process;
 
     const RULES: ReclaimRules = ReclaimRules {
@@ -362,7 +369,11 @@ mod tests {
         let kept = Kept {
             process: process(4711, "java"),
             reasons: reasons.iter().collect(),
-            facts: Facts { runtime, reached },
+            facts: Facts {
+                runtime,
+                reached,
+                inside: None,
+            },
         };
         advise(&[kept], by)
     }
@@ -387,6 +398,25 @@ mod tests {
                 collect,
                 "cwkill reclaim --pid 4711 --reclaim-force"
             ]
+        );
+        let reasons = [ReclaimReason::InUse(finalizer.clone())];
+        let mut in_docker = Cgroup::parse(&format!("0::/docker/{}\n", "3f4a9b2c".repeat(8)));
+        in_docker.container.as_mut().unwrap().name = Some("web".into());
+        let kept = Kept {
+            process: process(4711, "java"),
+            reasons: reasons.iter().collect(),
+            facts: Facts {
+                runtime: jvm,
+                reached: None,
+                inside: Inside::of(&in_docker, &[4711, 1]),
+            },
+        };
+        let advice_inside = advise(&[kept], RUN).remove(0);
+        assert_eq!(advice_inside.commands[0], "docker exec web jcmd 1 GC.run");
+        assert!(
+            advice_inside
+                .text
+                .contains("`docker exec web jcmd 1 GC.run` twice")
         );
         let full = advice(
             jvm,

@@ -8,12 +8,13 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use netns_harness::{Family, Lab, Leak, TcpState};
+use netns_harness::{Family, How, Lab, Leak, TcpState};
 use serde_json::json;
 
 use crate::cgroups::Cgroups;
 use crate::support::{
-    CWKILL, Ran, all_have, alone, at, count, cwkill, cwkill_outside, in_state, lab, ran, selects,
+    CWKILL, PATIENCE, Ran, all_have, alone, at, count, cwkill, cwkill_outside, in_state, lab, ran,
+    selects,
 };
 use crate::trial::{Need, Test, each_family, once};
 
@@ -28,6 +29,7 @@ pub const TESTS: &[Test] = &[
     once!(a_file_system_that_hangs_is_left_alone).needs(Need::RootOfTheMachine),
     once!(a_host_root_that_is_none_is_refused),
     once!(an_absent_container_is_named),
+    once!(the_next_command_fits_the_container).needs(Need::RootOfTheMachine),
 ];
 
 /// The root directory of a host, with the files of its runtimes.
@@ -449,5 +451,50 @@ fn an_absent_container_is_named() -> Result<()> {
             ran(host.args(words))?.exits(1).complains(text);
         }
     }
+    Ok(())
+}
+
+/// A program with the name of a language runtime and a stuck socket, in a pid namespace of its own. Its number there is 1: the last one
+/// of NSpid.
+fn the_next_command_fits_the_container() -> Result<()> {
+    let lab = Lab::new()?;
+    let cgroups = Cgroups::new("next");
+    let (host, id) = (Host::new()?, id(13));
+    host.docker(&id, "next-command")?;
+    let program = host.path("/bin/dotnet")?;
+    fs::copy("/bin/bash", &program)?;
+    let peer = lab.app_host().agent("peer")?;
+    let listener = peer.listen("127.0.0.1:7000".parse()?, false, 8)?;
+    let script = "exec 5<>/dev/tcp/127.0.0.1/7000; read -r _";
+    let unshare = ["--pid", "--fork", "--kill-child"];
+    let command = lab.app_host().command("unshare").args(unshare);
+    let command = command.arg(&program).args(["-c", script]);
+    let mut child = command.stdin(std::process::Stdio::piped()).spawn()?;
+    let ends = peer.accept(listener, 1, PATIENCE)?;
+    peer.shutdown(&[ends[0].fd], How::Write)?;
+    lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::CloseWait)? == 1))?;
+    let next = |line: &str| -> Result<(serde_json::Value, String)> {
+        let line = format!("diagnose --sample 50ms --json {line} {}", host.option());
+        let process = cwkill(&lab, &line)?.exits(0).json()["processes"][0].clone();
+        let command = at(&process, "/next/command");
+        Ok((process, command))
+    };
+    let (process, command) = next("")?;
+    let pid = process["pid"].as_u64().context("a pid")?;
+    assert_eq!(command, format!("dotnet-stack report -p {pid}"));
+    let path = format!("system.slice/docker-{id}.scope");
+    cgroups.put(u32::try_from(pid)?, &path)?;
+    let (_, command) = next("--container next-command")?;
+    assert_eq!(command, "docker exec next-command dotnet-stack report -p 1");
+    host.pod(&id, "shop", "web-5c9", "app")?;
+    let path = format!("kubepods.slice/cri-containerd-{id}.scope");
+    cgroups.put(u32::try_from(pid)?, &path)?;
+    let (_, command) = next("--pod web-5c9")?;
+    assert_eq!(
+        command,
+        "kubectl exec -n shop web-5c9 -c app -- dotnet-stack report -p 1"
+    );
+    child.kill()?;
+    child.wait()?;
     Ok(())
 }

@@ -113,7 +113,7 @@ impl Names {
 
     /// Adds to the container of `cgroup` what the files say about it.
     pub fn complete(&self, cgroup: &mut Cgroup) {
-        let user = parse::user_of(&cgroup.paths);
+        let user = cgroup.user();
         let Some(container) = &mut cgroup.container else {
             return;
         };

@@ -302,19 +302,6 @@ pub(super) fn home_of(passwd: &str, uid: u32) -> Option<String> {
     passwd.lines().find_map(home)
 }
 
-/// The user whose systemd runs a cgroup: 1000 of `/user.slice/user-1000.slice/...`.
-pub(super) fn user_of(cgroups: &[String]) -> Option<u32> {
-    let user = |part: &str| {
-        part.strip_prefix("user-")?
-            .strip_suffix(".slice")?
-            .parse()
-            .ok()
-    };
-    cgroups
-        .iter()
-        .find_map(|path| path.split('/').find_map(user))
-}
-
 fn is_absolute(path: &str) -> bool {
     path.starts_with('/') && path.len() <= MAX_VALUE
 }

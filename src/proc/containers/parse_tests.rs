@@ -210,10 +210,4 @@ fn the_home_of_the_user_who_runs_a_container() {
         "root:x:0:0:root:/root:/bin/sh\nann:x:1000:1000:,,,:/home/ann:/bin/sh\nbroken:1001\n";
     assert_eq!(home_of(passwd, 1000), Some("/home/ann".into()));
     assert_eq!(home_of(passwd, 1001), None);
-    let cgroup = "/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-77.scope";
-    assert_eq!(user_of(&[cgroup.to_owned()]), Some(1000));
-    assert_eq!(
-        user_of(&["/machine.slice/libpod-77.scope".to_owned()]),
-        None
-    );
 }

@@ -245,7 +245,7 @@ impl Sources {
 
     /// The home directory of the user who runs a container.
     fn home(&self, wanted: &Wanted) -> Option<String> {
-        let uid = wanted.user.filter(|uid| *uid != 0)?;
+        let uid = wanted.user?;
         let text = self.root.read("/etc/passwd", MAX_FILE).ok()?;
         parse::home_of(&String::from_utf8_lossy(&text), uid)
     }

@@ -706,6 +706,7 @@ pub(super) fn advice<'o>(
     let facts = |process: &Process| Facts {
         runtime: LanguageRuntime::of(None, &process.comm),
         reached: None,
+        inside: None,
     };
     let by = KeptBy {
         rules,
