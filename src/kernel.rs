@@ -14,6 +14,9 @@ impl KernelVersion {
     /// treats it as a kernel without the fix.
     pub const ABORTS_ORPHANS: KernelVersion = KernelVersion(6, 11);
 
+    /// From this version on, bpf(2) needs no capability for what is loaded already.
+    pub const FREES_LOADED_ITERATORS: KernelVersion = KernelVersion(5, 19);
+
     /// The version of the running kernel; 0.0 if it cannot be read.
     pub fn running() -> Self {
         uname()

@@ -41,8 +41,8 @@
 //! - **inherited**: a descriptor that a process got from the process that started it, and does not use. **heir**: such a process.
 //! - **circumstance**: a fact about an owner that explains its sockets better than their causes do.
 //! - **orphan**: a socket that its owner has closed. No process has a descriptor of it; only the kernel uses it.
-//! - **iterator**: a program of cwkill that the kernel runs for each of its objects of a kind, here for each descriptor, while cwkill reads
-//!   its records (BPF).
+//! - **iterator**: a program of cwkill that the kernel runs for each of its objects of a kind, here for each descriptor or each TCP socket,
+//!   while cwkill reads its records (BPF). **walk**: one such run over all sockets.
 //! - **duplicate**: a descriptor of cwkill for a file of another process, mostly a socket of an owner (pidfd_getfd(2)).
 //! - **standard descriptor**: standard input, output or error, number 0, 1 or 2.
 //! - **dead socket**: a socket in CLOSE, in no TCP table, that was connected. **dead descriptor**: an open descriptor of one.
@@ -62,6 +62,7 @@
 //! - **pending**: still without a result: a socket that a method waits for, or a descriptor that reclaim has not decided on.
 //! - **grace**: how long a socket gets to close before the next method.
 //! - **react**: an owner reacts if it closes its descriptor because the connection has ended.
+//! - **at one instant**: with the lock of the socket held, so that nothing can change between the judgement and the act.
 //! - **recheck**: a lookup by cookie right before an act. **verify**: to look in the kernel's tables for the socket after an act: by
 //!   its cookie, or for very many sockets with one list.
 //! - **nameless namespace**: a network namespace without a process and without a name. A descriptor of a socket keeps it alive.

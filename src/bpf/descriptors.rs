@@ -68,12 +68,13 @@ impl Descriptors {
     ) -> Result<(), DescriptorsError> {
         self.states.set(states.mask().into())?;
         let mut too_deep = false;
-        self.iterator.run(|record: &[u8; RECORD]| {
+        let mut one = |record: &[u8; RECORD]| {
             let descriptor = parse(record);
             too_deep = descriptor.pid == TOO_DEEP;
             // A process without a pid has just ended.
             !too_deep && (descriptor.pid == 0 || each(descriptor))
-        })?;
+        };
+        self.iterator.run(|records| records.iter().all(&mut one))?;
         match too_deep {
             true => Err(DescriptorsError::TooDeep),
             false => Ok(()),

@@ -18,11 +18,14 @@ pub(super) fn run(args: CheckArgs) -> ExitCode {
     let check = CheckConfig::from_args(args).unwrap_or_else(|error| refuse(&error));
     say_notes(&check.scope.notes);
     let proc = open_proc(use_iterator, false, &host_root, &check.scope.selectors);
-    drop_capabilities_and_start_threads(&capabilities::to_find(
-        &check.scope.netns,
-        true,
-        check.scope.selectors.selects_owners(),
-    ));
+    drop_capabilities_and_start_threads(
+        &capabilities::to_find(
+            &check.scope.netns,
+            true,
+            check.scope.selectors.selects_owners(),
+        ),
+        proc.as_ref().ok(),
+    );
     if let Some(timeout) = check.timeout {
         end_after(timeout);
     }

@@ -9,8 +9,8 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 
 use super::{
-    confirm, drop_capabilities_and_start_threads, hint_line, kept, open_log, open_proc, refuse,
-    say_notes, sweep, time_and_place, was_reported,
+    confirm, drop_capabilities_and_start_threads, hint_line, kept, open_destroyer, open_log,
+    open_proc, refuse, say_notes, sweep, time_and_place, was_reported,
 };
 use crate::cli::Args;
 use crate::config::{Action, Config, Format, Limit};
@@ -22,9 +22,10 @@ use crate::finder::{
 };
 use crate::history::History;
 use crate::injector::canary::{self, Canaries};
+use crate::injector::engine::Rules;
 use crate::injector::{plan, workers};
 use crate::memory;
-use crate::model::{Outcome, Privilege, ReclaimOutcome, Scan, Target, TimeAndPlace};
+use crate::model::{Method, Outcome, Privilege, ReclaimOutcome, Scan, Target, TimeAndPlace};
 use crate::privileges::{Privileges, capabilities};
 use crate::proc::netns::Namespaces;
 use crate::proc::{FdState, ProcFs, Process};
@@ -54,14 +55,20 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
         true => open_proc(use_iterator, verbose, &host_root, &config.selectors)?,
         false => ProcFs::default(),
     };
-    drop_capabilities_and_start_threads(&needed_capabilities(config));
+    let destroys = config.policy.methods.contains(&Method::Destroy) && privileges.net_admin;
+    let destroyer = match acts && destroys {
+        true => open_destroyer(use_iterator, verbose)?,
+        false => None,
+    };
+    drop_capabilities_and_start_threads(&needed_capabilities(config), Some(&proc));
     let mut terminal = Terminal::new(acts, quiet)?;
     let mut history = History::open();
     let namespaces = finder::open_namespaces(&config.netns, &config.selectors, &proc)?;
     // The log must record each socket before cwkill acts on it, so with a log there is no sweep.
-    let swept = match log {
-        None => sweep_if_possible(config, &namespaces, &history, &privileges, &terminal),
-        Some(_) => Vec::new(),
+    // The iterator is as quick, and judges each socket at the instant of the act.
+    let swept = match (&log, &destroyer) {
+        (None, None) => sweep_if_possible(config, &namespaces, &history, &privileges, &terminal),
+        _ => Vec::new(),
     };
     let scan = find_and_plan(
         config,
@@ -110,7 +117,11 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     }
     let mut canaries = None;
     if acts {
-        canaries = close(&mut run, config, &privileges, &proc, &terminal);
+        let rules = Rules {
+            destroyer: destroyer.as_ref(),
+            ..config.rules(&privileges)
+        };
+        canaries = close(&mut run, config, rules, &proc, &terminal);
         if let Some(stop_limit) = config.drain_backlogs {
             drain_backlogs(&mut run, stop_limit, &proc, &terminal);
         }
@@ -293,15 +304,16 @@ fn spare_those_that_stay_open(scan: &mut Scan, rules: &ReclaimRules, proc: &Proc
 pub fn close<'p>(
     run: &mut Run,
     config: &Config,
-    privileges: &Privileges,
+    rules: Rules<'_>,
     proc: &'p ProcFs,
     control: &dyn Control,
 ) -> Option<Canaries<'p>> {
     control.hold_signals();
-    if let Some(rules) = &config.reclaim {
-        reclaim::skip_used_by_syscalls(&mut reclaim_targets(&mut run.scan), rules, proc);
+    if let Some(reclaim_rules) = &config.reclaim {
+        let mut descriptors = reclaim_targets(&mut run.scan);
+        reclaim::skip_used_by_syscalls(&mut descriptors, reclaim_rules, proc);
     }
-    let (rules, methods) = (config.rules(privileges), &config.policy.methods[..]);
+    let methods = &config.policy.methods[..];
     let mut canaries = (!config.policy.allow_spin).then(|| Canaries::new(&run.scan, proc, control));
     if let Some(canaries) = &mut canaries {
         run.spinning = canaries.close_first(&mut run.scan, methods, rules, control);

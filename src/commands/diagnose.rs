@@ -31,11 +31,10 @@ pub(super) fn run(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
     let time_and_place = time_and_place();
     say_notes(&scope.notes);
     let proc = open_proc(use_iterator, false, &host_root, &scope.selectors)?;
-    drop_capabilities_and_start_threads(&capabilities::to_find(
-        &scope.netns,
-        true,
-        scope.selectors.selects_owners(),
-    ));
+    drop_capabilities_and_start_threads(
+        &capabilities::to_find(&scope.netns, true, scope.selectors.selects_owners()),
+        Some(&proc),
+    );
     let sample = sample.unwrap_or(diagnose::DEFAULT_SAMPLE);
     if io::stderr().is_terminal() {
         let time = seconds(sample);

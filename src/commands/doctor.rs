@@ -7,7 +7,8 @@ use anyhow::Context;
 use super::{drop_capabilities_and_start_threads, time_and_place};
 use crate::cli::DoctorArgs;
 use crate::doctor;
-use crate::finder::way;
+use crate::finder::way::{self, NotUsed, UseIterator};
+use crate::injector::way::ByIterator;
 use crate::model::Method;
 use crate::privileges::capabilities;
 use crate::proc::ProcFs;
@@ -17,12 +18,14 @@ use crate::terminal::{unless_closed, write_out};
 
 pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
     let time_and_place = time_and_place();
+    let proc = ProcFs::default();
     let mut needed = capabilities::to_find(&NetnsScope::All, true, true);
     needed.extend(capabilities::to_act(&Method::ALL));
-    let proc = ProcFs::default();
-    let iterator = way::works(&proc).map_err(|error| format!("{:#}", anyhow::Error::from(error)));
-    drop_capabilities_and_start_threads(&needed);
-    let examination = doctor::examine(&proc, iterator)?;
+    let why = |error: NotUsed| format!("{:#}", anyhow::Error::from(error));
+    let iterator = way::works(&proc).map_err(why);
+    let destroyer = ByIterator::choose(&proc, UseIterator::Auto).map_err(why);
+    drop_capabilities_and_start_threads(&needed, None);
+    let examination = doctor::examine(&proc, iterator, destroyer)?;
     let written = write_out(|out| match args.json {
         true => report::write_json(&examination, &time_and_place, out),
         false => report::write_text(&examination, out),

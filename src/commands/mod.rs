@@ -29,7 +29,9 @@ use crate::audit::Audit;
 use crate::cli::{Cli, Command, Misplaced, better_error};
 use crate::config::{Action, LogOptions};
 use crate::filter::selectors::Selectors;
-use crate::finder::way::{self, UseIterator};
+use crate::finder::way::{self, NotUsed, UseIterator};
+use crate::injector::way::ByIterator;
+use crate::kernel::KernelVersion;
 use crate::model::{Privilege, TimeAndPlace};
 use crate::parallel;
 use crate::privileges::{capabilities, held, hint};
@@ -162,29 +164,71 @@ fn open_proc(
     selectors: &Selectors,
 ) -> anyhow::Result<ProcFs> {
     let proc = proc_with_names(host_root, selectors)?;
-    match way::choose(&proc, use_iterator) {
-        Ok(with_iterator) => Ok(with_iterator),
-        Err(error) if use_iterator == UseIterator::Always => {
-            if let Some(log) = error.verifier_log().filter(|_| verbose) {
-                say(format_args!("note: the kernel's verifier: {log}"));
-            }
-            Err(error).context("cannot use the iterator (--bpf always)")
+    let chosen = way::choose(&proc, use_iterator);
+    let used = unless_not_used(
+        chosen,
+        use_iterator,
+        verbose,
+        "the owners are read from /proc",
+    );
+    Ok(used?.unwrap_or(proc))
+}
+
+/// The iterator that destroys sockets, if `use_iterator` and the host allow it. As [`open_proc`].
+///
+/// # Errors
+/// The iterator is needed, and cannot be used.
+fn open_destroyer(use_iterator: UseIterator, verbose: bool) -> anyhow::Result<Option<ByIterator>> {
+    let chosen = ByIterator::choose(&ProcFs::default(), use_iterator);
+    unless_not_used(
+        chosen,
+        use_iterator,
+        verbose,
+        "sockets are destroyed by SOCK_DESTROY",
+    )
+}
+
+/// What was `chosen`; `None` for `instead`, the other way.
+///
+/// # Errors
+/// The iterator is needed, and cannot be used.
+fn unless_not_used<T>(
+    chosen: Result<T, NotUsed>,
+    use_iterator: UseIterator,
+    verbose: bool,
+    instead: &str,
+) -> anyhow::Result<Option<T>> {
+    let error = match chosen {
+        Ok(chosen) => return Ok(Some(chosen)),
+        Err(error) => error,
+    };
+    let log = error.verifier_log().filter(|_| verbose);
+    if use_iterator == UseIterator::Always {
+        if let Some(log) = log {
+            say(format_args!("note: the kernel's verifier: {log}"));
         }
-        Err(error) => {
-            if let Some(log) = error.verifier_log().filter(|_| verbose) {
-                say(format_args!(
-                    "note: the owners are read from /proc, because {error}; the kernel's verifier: {log}"
-                ));
-            }
-            Ok(proc)
-        }
+        return Err(error).context("cannot use the iterator (--bpf always)");
     }
+    if let Some(log) = log {
+        say(format_args!(
+            "note: {instead}, because {error}; the kernel's verifier: {log}"
+        ));
+    }
+    Ok(None)
 }
 
 /// Drops all capabilities except those that are `needed`, then starts the worker threads. If dropping fails, cwkill goes on
-/// with more privileges than it needs.
-fn drop_capabilities_and_start_threads(needed: &CapsHashSet) {
-    if let Err(error) = capabilities::drop_all_but(needed) {
+/// with more privileges than it needs. `proc`: may have an iterator, which needs a capability on old kernels.
+fn drop_capabilities_and_start_threads(needed: &CapsHashSet, proc: Option<&ProcFs>) {
+    let mut needed = needed.clone();
+    if let Some(proc) = proc.filter(|proc| proc.iterator().is_some()) {
+        let kernel = KernelVersion::running();
+        needed.extend(capabilities::to_read_iterators(
+            kernel,
+            proc.forbids_bpf_to_users(),
+        ));
+    }
+    if let Err(error) = capabilities::drop_all_but(&needed) {
         say(format_args!(
             "note: more privileges are held than needed: {error:#}"
         ));

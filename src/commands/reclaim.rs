@@ -36,7 +36,7 @@ pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
     if acts {
         needed.extend(capabilities::to_reclaim());
     }
-    drop_capabilities_and_start_threads(&needed);
+    drop_capabilities_and_start_threads(&needed, None);
     let mut terminal = Terminal::new(acts, quiet)?;
     let proc = proc_with_names(&host_root, &config.selectors)?;
     let mut run = find(config, &proc)?;

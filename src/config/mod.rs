@@ -115,6 +115,7 @@ impl Config {
             discard_unsent: self.policy.discard_unsent,
             selectors: &self.selectors,
             kernel_version: privileges.kernel_version,
+            destroyer: None,
         }
     }
 

@@ -257,6 +257,7 @@ mod tests {
         };
         Trials {
             list_error: None,
+            by_iterator: None,
             results: trials
                 .map(trial)
                 .map(|trial| (trial, fails(trial).unwrap_or(TrialResult::Succeeded)))
@@ -443,6 +444,7 @@ mod tests {
     #[test]
     fn without_a_list_of_sockets_nothing_works() {
         let without_list = Trials {
+            by_iterator: None,
             list_error: Some("no sock_diag".into()),
             results: Vec::new(),
         };

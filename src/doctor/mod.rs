@@ -13,6 +13,7 @@ pub mod meaning;
 pub mod row;
 pub mod trials;
 
+use crate::injector::way::ByIterator;
 use crate::proc::ProcFs;
 use advice::Advice;
 use host::HostInfo;
@@ -21,20 +22,29 @@ use trials::Trials;
 #[derive(Debug)]
 pub struct Examination {
     pub host: HostInfo,
+    /// Why the iterator that destroys sockets cannot be loaded.
+    pub not_by_iterator: Option<String>,
     pub trials: Trials,
     pub advice: Advice,
 }
 
-/// Examines the host. `iterator`: whether the kernel's iterator over all descriptors works, tried before privileges were dropped. This takes about a second, because a probe waits until its socket has been quiet for a second.
+/// Examines the host. `iterator`: whether the kernel's iterator over all descriptors works, tried before privileges were dropped.
+/// `destroyer`: the iterator that destroys sockets, loaded before. This takes about a second, because a probe waits until its socket has
+/// been quiet for a second.
 ///
 /// # Errors
 /// The capabilities of this process cannot be read.
-pub fn examine(proc: &ProcFs, iterator: Result<(), String>) -> anyhow::Result<Examination> {
+pub fn examine(
+    proc: &ProcFs,
+    iterator: Result<(), String>,
+    destroyer: Result<ByIterator, String>,
+) -> anyhow::Result<Examination> {
     let host = HostInfo::read(proc, iterator)?;
-    let trials = Trials::run(proc);
+    let trials = Trials::run(proc, destroyer.as_ref().ok());
     let advice = Advice::new(&host, &trials);
     Ok(Examination {
         host,
+        not_by_iterator: destroyer.err(),
         trials,
         advice,
     })

@@ -10,6 +10,7 @@ use crate::finder;
 use crate::history::History;
 use crate::injector;
 use crate::injector::engine::{self, Rules};
+use crate::injector::way::ByIterator;
 use crate::kernel::KernelVersion;
 use crate::model::{Method, MethodError, Outcome, Scan, SkipReason, Target};
 use crate::proc::ProcFs;
@@ -42,6 +43,9 @@ const TRIALS: [Trial; 7] = [
     trial(Method::Probe, false, true),
 ];
 
+/// The trial of `destroy` by the iterator.
+const BY_ITERATOR: Trial = trial(Method::Destroy, false, true);
+
 const fn trial(method: Method, ipv6: bool, use_owner: bool) -> Trial {
     Trial {
         method,
@@ -63,12 +67,16 @@ pub struct Trials {
     /// Why cwkill cannot list any sockets. Then there are no results.
     pub list_error: Option<String>,
     pub results: Vec<(Trial, TrialResult)>,
+    /// The result of `destroy` by the iterator; `None` if it could not be loaded.
+    pub by_iterator: Option<TrialResult>,
 }
 
 impl Trials {
-    pub fn run(proc: &ProcFs) -> Self {
+    /// Runs all trials, and `destroy` by the iterator too, if there is one.
+    pub fn run(proc: &ProcFs, destroyer: Option<&ByIterator>) -> Self {
         let stuck: Vec<io::Result<StuckConnection>> = TRIALS
             .iter()
+            .chain(destroyer.map(|_| &BY_ITERATOR))
             .map(|trial| StuckConnection::new(trial.ipv6))
             .collect();
         let ports: Vec<u16> = stuck
@@ -82,19 +90,23 @@ impl Trials {
                 return Trials {
                     list_error: Some(why),
                     results: Vec::new(),
+                    by_iterator: None,
                 };
             }
         };
-        let run = |(trial, stuck): (&Trial, &io::Result<StuckConnection>)| {
-            let result = match stuck {
-                Ok(stuck) => run_trial(*trial, stuck, &found, proc),
-                Err(error) => TrialResult::NotRun(no_connection(error, trial.ipv6)),
-            };
-            (*trial, result)
+        let run = |trial: Trial, stuck: &io::Result<StuckConnection>, destroyer| match stuck {
+            Ok(stuck) => run_trial(trial, stuck, &found, proc, destroyer),
+            Err(error) => TrialResult::NotRun(no_connection(error, trial.ipv6)),
         };
+        let results = TRIALS.iter().zip(&stuck);
         Trials {
             list_error: None,
-            results: TRIALS.iter().zip(&stuck).map(run).collect(),
+            results: results
+                .map(|(trial, stuck)| (*trial, run(*trial, stuck, None)))
+                .collect(),
+            by_iterator: stuck
+                .get(TRIALS.len())
+                .map(|stuck| run(BY_ITERATOR, stuck, destroyer)),
         }
     }
 
@@ -173,7 +185,13 @@ fn find(proc: &ProcFs, ports: &[u16]) -> Result<Scan, String> {
     }
 }
 
-fn run_trial(trial: Trial, stuck: &StuckConnection, scan: &Scan, proc: &ProcFs) -> TrialResult {
+fn run_trial(
+    trial: Trial,
+    stuck: &StuckConnection,
+    scan: &Scan,
+    proc: &ProcFs,
+    destroyer: Option<&ByIterator>,
+) -> TrialResult {
     // Another process may have connected to the same port before the listener was closed.
     let ends = (stuck.local, stuck.peer);
     let is_local_end =
@@ -194,6 +212,7 @@ fn run_trial(trial: Trial, stuck: &StuckConnection, scan: &Scan, proc: &ProcFs) 
         discard_unsent: false,
         selectors: &Selectors::default(),
         kernel_version: KernelVersion::running(),
+        destroyer,
     };
     let opened =
         SockDiag::open().and_then(|diag| Ok((diag, injector::executors(&[trial.method], proc)?)));

@@ -260,6 +260,12 @@ impl Selectors {
         !self.finds_too_young(socket) && self.match_cause(socket)
     }
 
+    /// Whether [`Selectors::still_matches`] or [`Selectors::finds_in_use`] can change while no data moves in a socket, or with data that
+    /// moves.
+    pub fn depend_on_data(&self) -> bool {
+        !(self.min_age.is_zero() && self.min_idle.is_zero() && self.causes.is_empty())
+    }
+
     /// Whether the cause of a socket matches.
     pub fn match_cause(&self, socket: &Socket) -> bool {
         self.causes.is_empty() || self.causes.contains(&socket.cause)

@@ -1,4 +1,7 @@
-//! `destroy`: SOCK_DESTROY. The kernel aborts the socket, sends RST and discards queued data.
+//! `destroy`: the kernel aborts the socket, sends RST and discards queued data. The better way is an iterator ([`by_iterator`]); this file
+//! has SOCK_DESTROY, for where the iterator does not work or does not pay.
+//!
+//! [`by_iterator`]: super::by_iterator
 //!
 //! The request contains the cookie from the dump. Without it the kernel would search by address again. If the connection
 //! is gone by then, that search finds the listener, and the kernel would close it (net/ipv4/tcp_diag.c, tcp_diag_destroy;
@@ -131,6 +134,29 @@ impl Executor for Destroy {
         reviver.map_or(SOCKETS_PER_BATCH, |(reviver, _)| {
             reviver.batch_size(SOCKETS_PER_BATCH)
         })
+    }
+
+    fn act_at_one_instant<'t>(
+        &mut self,
+        targets: Vec<&'t mut Target>,
+        batch: &mut Batch<'_>,
+    ) -> Vec<&'t mut Target> {
+        match batch.rules().destroyer {
+            Some(by_iterator) if by_iterator.pays(targets.len()) => {
+                let size = self.batch_size();
+                by_iterator.destroy(
+                    targets,
+                    batch,
+                    &mut |targets, batch| match &mut self.reviver {
+                        Some((reviver, duplicator)) => {
+                            reviver.revive_all(duplicator, targets, size, batch)
+                        }
+                        None => targets,
+                    },
+                )
+            }
+            _ => targets,
+        }
     }
 
     fn act(&mut self, targets: Vec<&mut Target>, batch: &mut Batch<'_>) {

@@ -3,7 +3,7 @@
 //!
 //! The engine rechecks the sockets of a batch ([`Executor::batch_size`]) right before the method acts on them. A socket that
 //! has changed since it was planned is left alone. The application may still write in the microseconds between the recheck
-//! and the act. No method can close this gap.
+//! and the act. Only `destroy` by the iterator closes this gap ([`Executor::act_at_one_instant`]).
 
 use std::collections::HashSet;
 use std::io;
@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use super::Executor;
+use super::way::ByIterator;
 use crate::control::{Backoff, Control, deadline};
 use crate::filter::selectors::Selectors;
 use crate::kernel::KernelVersion;
@@ -86,6 +87,8 @@ pub struct Rules<'a> {
     /// A socket that these no longer match is left alone.
     pub selectors: &'a Selectors,
     pub kernel_version: KernelVersion,
+    /// The better way to destroy sockets, if it can be used.
+    pub destroyer: Option<&'a ByIterator>,
 }
 
 /// Runs the plan of each target and gives it an outcome. A target that already has an outcome is left alone.
@@ -164,6 +167,10 @@ impl<'a> Batch<'a> {
             control,
         }
     }
+
+    pub(super) fn rules(&self) -> Rules<'a> {
+        self.rules
+    }
 }
 
 impl Batch<'_> {
@@ -190,12 +197,19 @@ impl Batch<'_> {
     /// Looks up the socket of each item, and returns the items whose socket has not changed since the plan. The others get
     /// their outcome, or an attempt with the reason. `after_segment`: the executor has sent a segment that may have closed them.
     pub fn recheck<T: AsMut<Target>>(&mut self, items: Vec<T>, after_segment: bool) -> Vec<T> {
-        let Selectors {
-            min_age, min_idle, ..
-        } = self.rules.selectors;
-        let detail = match min_age.is_zero() && min_idle.is_zero() {
-            true => Detail::Basic,
-            false => Detail::Quiet,
+        let eligible = self.look_again(items, after_segment).into_iter();
+        eligible.map(|(item, _)| item).collect()
+    }
+
+    /// As [`Batch::recheck`], with the socket of each item as it is now.
+    pub(super) fn look_again<T: AsMut<Target>>(
+        &mut self,
+        items: Vec<T>,
+        after_segment: bool,
+    ) -> Vec<(T, SocketMessage)> {
+        let detail = match self.rules.selectors.depend_on_data() {
+            true => Detail::Quiet,
+            false => Detail::Basic,
         };
         let method = self.method;
         let mut eligible = Vec::with_capacity(items.len());
@@ -214,7 +228,7 @@ impl Batch<'_> {
                 }
                 Ok(now) if ends_in_time_wait(&target.socket, &now) => target.note_time_wait(),
                 Ok(now) => match check(target, &now, method, &self.rules) {
-                    Check::Act => eligible.push(item),
+                    Check::Act => eligible.push((item, now)),
                     Check::Decide(outcome) => target.outcome = Some(outcome),
                     Check::Refuse(error) => target.attempt(method, Some(error)),
                 },
@@ -267,15 +281,14 @@ impl Batch<'_> {
                 let mut attempts = target.attempts.iter();
                 attempts.all(|attempt| attempt.method != method)
             });
-        for chunk in planned.chunks_mut(executor.batch_size()) {
+        let all = planned.iter_mut().map(|target| &mut **target).collect();
+        let mut left = executor.act_at_one_instant(all, self);
+        for chunk in left.chunks_mut(executor.batch_size()) {
             if self.control.interrupted() {
                 break;
             }
-            let mut chunk: Vec<&mut Target> =
-                chunk.iter_mut().map(|target| &mut **target).collect();
-            if self.rules.selectors.address_gone {
-                chunk = self.leave_reachable(chunk);
-            }
+            let chunk = chunk.iter_mut().map(|target| &mut **target).collect();
+            let chunk = self.leave_reachable(chunk);
             let eligible = self.recheck(chunk, false);
             let count = eligible.len();
             executor.act(eligible, self);
@@ -285,8 +298,14 @@ impl Batch<'_> {
         planned
     }
 
-    /// Skips the targets whose local address has come back. Returns the others.
-    fn leave_reachable<'t>(&mut self, targets: Vec<&'t mut Target>) -> Vec<&'t mut Target> {
+    /// If only sockets without their local address are selected: skips the targets whose address has come back. Returns the others.
+    pub(super) fn leave_reachable<'t>(
+        &mut self,
+        targets: Vec<&'t mut Target>,
+    ) -> Vec<&'t mut Target> {
+        if !self.rules.selectors.address_gone {
+            return targets;
+        }
         let not_local = self.not_local(&targets);
         let (lost, back): (Vec<_>, Vec<_>) = targets.into_iter().partition(|target| {
             target.acted().is_some() || target.socket.has_lost_address(&not_local)

@@ -613,6 +613,7 @@ fn sockets_destroyed_before_are_verified() {
         discard_unsent: false,
         selectors: &world.selectors,
         kernel_version: world.version,
+        destroyer: None,
     };
     let mut targets: Vec<&mut Target> = world.targets.iter_mut().collect();
     verify_destroyed(&mut targets, &mut world.kernel, rules, &world.clock);

@@ -176,6 +176,7 @@ impl World {
             discard_unsent: self.discard_unsent,
             selectors: &self.selectors,
             kernel_version: self.version,
+            destroyer: None,
         };
         let targets = self.targets.iter_mut().enumerate();
         let mut targets: Vec<&mut Target> = targets
@@ -199,6 +200,7 @@ impl World {
             discard_unsent: self.discard_unsent,
             selectors: &self.selectors,
             kernel_version: self.version,
+            destroyer: None,
         };
         let mut targets: Vec<&mut Target> = self.targets.iter_mut().collect();
         let executors = &mut self.executors;

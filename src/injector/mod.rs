@@ -1,9 +1,10 @@
 //! The injector: closes sockets. Each method has its own file. [`plan`] chooses among the methods, [`engine`] runs a plan and
 //! verifies the result, and [`workers`] distributes the targets of a scan over threads. [`canary`] looks whether an owner spins after
-//! the close of its first socket. `revive` sends a keepalive probe before an act, for NAT.
+//! the close of its first socket. [`way`] chooses how `destroy` works. `revive` sends a keepalive probe before an act, for NAT.
 //!
 //! To add a method: add a variant of [`Method`], a module with an [`Executor`], and a line in [`executors`].
 
+mod by_iterator;
 pub mod canary;
 pub mod destroy;
 pub mod duplicate;
@@ -15,6 +16,7 @@ mod revive;
 pub mod rst;
 pub mod shutdown;
 mod thread_usage;
+pub mod way;
 pub mod workers;
 
 use std::io;
@@ -32,6 +34,16 @@ pub trait Executor {
     /// calls [`Batch::recheck`] again before its irreversible step.
     fn batch_size(&self) -> usize {
         64
+    }
+
+    /// Acts on those of `targets` that it can judge and act on at one instant, and returns the others. The engine rechecks these, and then
+    /// calls [`Executor::act`]. The engine has not rechecked `targets`. It calls this once for all of them.
+    fn act_at_one_instant<'t>(
+        &mut self,
+        targets: Vec<&'t mut Target>,
+        _batch: &mut Batch<'_>,
+    ) -> Vec<&'t mut Target> {
+        targets
     }
 
     /// Acts on `targets`, which have just been rechecked, and records an attempt for each ([`Target::record`]). Success means

@@ -109,6 +109,28 @@ impl Reviver {
         }
     }
 
+    /// As [`Reviver::revive`], `size` targets at a time. Returns all that are left.
+    pub fn revive_all<'t>(
+        &self,
+        duplicator: &mut Duplicator,
+        mut targets: Vec<&'t mut Target>,
+        size: usize,
+        batch: &mut Batch<'_>,
+    ) -> Vec<&'t mut Target> {
+        if self.forgotten_after.is_none() {
+            return targets;
+        }
+        let mut left = Vec::with_capacity(targets.len());
+        while !targets.is_empty() && !batch.control().interrupted() {
+            let rest = targets.split_off(targets.len().min(size));
+            let revived = self.revive(duplicator, targets, batch);
+            left.extend(revived.others);
+            left.extend(revived.probed);
+            targets = rest;
+        }
+        left
+    }
+
     fn start(&self, duplicator: &mut Duplicator, target: &Target) -> Option<Keepalive> {
         if self.forgotten_after.is_none() || target.owners.is_empty() {
             return None;

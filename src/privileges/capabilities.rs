@@ -8,6 +8,7 @@ use anyhow::Context;
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::sys::prctl;
 
+use crate::kernel::KernelVersion;
 use crate::model::Method;
 use crate::proc::netns::NetnsScope;
 
@@ -44,6 +45,16 @@ pub fn to_act(methods: &[Method]) -> CapsHashSet {
         Method::Rst => &[Capability::CAP_NET_RAW, Capability::CAP_NET_ADMIN],
     };
     methods.iter().flat_map(needs).copied().collect()
+}
+
+/// The capabilities for reading iterators that are loaded: none since Linux 5.19. Before, every call of bpf(2) needed CAP_BPF or
+/// CAP_SYS_ADMIN, unless `kernel.unprivileged_bpf_disabled` was 0 (kernel/bpf/syscall.c, __sys_bpf; commit c8644cd0efe7). `forbidden`:
+/// whether it is not 0.
+pub fn to_read_iterators(kernel: KernelVersion, forbidden: bool) -> CapsHashSet {
+    match forbidden && kernel < KernelVersion::FREES_LOADED_ITERATORS {
+        true => [Capability::CAP_BPF, Capability::CAP_SYS_ADMIN].into(),
+        false => CapsHashSet::new(),
+    }
 }
 
 /// The capability for closing descriptors inside their owners, in addition to [`to_find`]: CAP_SYS_ADMIN reads seccomp filters
@@ -113,6 +124,15 @@ mod tests {
         assert_eq!(added(to_find(&NetnsScope::All, true, false)), follow);
         assert_eq!(added(to_find(&NetnsScope::Current, true, true)), follow);
         assert_eq!(added(to_find(&NetnsScope::All, false, false)), enter);
+    }
+
+    #[test]
+    fn a_loaded_iterator_needs_a_capability_on_old_kernels_only() {
+        let needs = |kernel, forbidden| to_read_iterators(kernel, forbidden).len();
+        assert_eq!(needs(KernelVersion(5, 18), true), 2);
+        assert_eq!(needs(KernelVersion(5, 18), false), 0);
+        assert_eq!(needs(KernelVersion(5, 19), true), 0);
+        assert_eq!(needs(KernelVersion(6, 18), true), 0);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use crate::doctor::Examination;
 use crate::doctor::advice::Advice;
 use crate::doctor::host::{CAPABILITIES, HostInfo, ProcessCounts, UnreachableProcess};
 use crate::doctor::row::{MethodRow, Support};
+use crate::doctor::trials::TrialResult;
 use crate::finder::way::MANY_FILES;
 use crate::model::TimeAndPlace;
 use crate::report::serialize::{JsonTimeAndPlace, json_time_and_place};
@@ -284,5 +285,33 @@ fn checks(examination: &Examination) -> Vec<CheckLine> {
             format!("from /proc instead: {why}"),
         ),
     });
+    let by_sock_destroy = |why: String| {
+        check(
+            "destroy by iterator",
+            None,
+            format!("by SOCK_DESTROY instead: {why}"),
+        )
+    };
+    checks.extend(
+        match (
+            &examination.not_by_iterator,
+            &examination.trials.by_iterator,
+        ) {
+            (Some(why), _) => Some(by_sock_destroy(why.clone())),
+            (None, Some(TrialResult::Succeeded)) => Some(check(
+                "destroy by iterator",
+                Some(true),
+                "each socket is judged and destroyed at one instant".into(),
+            )),
+            (None, Some(TrialResult::Failed(error))) => {
+                Some(check("destroy by iterator", Some(false), error.to_string()))
+            }
+            (None, Some(TrialResult::NotRun(why))) => {
+                Some(check("destroy by iterator", None, why.clone()))
+            }
+            // The sockets cannot be listed; another line says so.
+            (None, None) => None,
+        },
+    );
     checks
 }

@@ -53,7 +53,7 @@ impl Control for Now {
 }
 
 /// Finds and plans for all stuck sockets of the network namespace of the calling thread.
-fn find(proc: &ProcFs, methods: &[Method]) -> Result<Scan> {
+pub fn find(proc: &ProcFs, methods: &[Method]) -> Result<Scan> {
     let here = finder::open_namespaces(&NetnsScope::Current, &Selectors::default(), proc)?;
     let mut scan = finder::find(&here, proc, &Selectors::default(), &History::none())?;
     let policy = Policy {
@@ -82,6 +82,7 @@ fn act(
         discard_unsent: false,
         selectors: &selectors,
         kernel_version: KernelVersion::running(),
+        destroyer: None,
     };
     let mut targets: Vec<&mut Target> = scan.targets.iter_mut().collect();
     let mut executors = executors(methods, proc)?;

@@ -204,7 +204,7 @@ fn half_swept(lab: &Lab, swept: Vec<Target>) -> Result<()> {
             &Now,
         )?;
         let mut run = Run::new(scan);
-        close::close(&mut run, &config, &privileges, &proc, &Now);
+        close::close(&mut run, &config, config.rules(&privileges), &proc, &Now);
         Ok(run)
     })?;
     assert_eq!(run.scan.targets.len(), destroyed);

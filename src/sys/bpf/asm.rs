@@ -49,9 +49,15 @@ fn width(size: Size) -> u8 {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]
 pub enum Helper {
+    /// `bpf_map_lookup_elem(map, key)`: the address of the value, or NULL.
+    MapLookup = 1,
+    /// `bpf_get_socket_cookie(sk)`: the socket's cookie. It gets one now if it had none.
+    SocketCookie = 46,
     /// `bpf_seq_write(seq, data, len)`: 0, or an error if the buffer of the reader is full. The kernel then shows the program the same
     /// object again at the next read(2).
     SeqWrite = 127,
+    /// `bpf_skc_to_tcp_sock(sk)`: the same socket as a `struct tcp_sock`, or NULL if it is no full socket.
+    ToTcpSock = 137,
     /// `bpf_get_current_task_btf()`: the thread that reads the iterator.
     CurrentTask = 158,
     /// `bpf_sock_from_file(file)`: the socket of a file, or NULL.
@@ -80,14 +86,23 @@ const STORE_IMMEDIATE: u8 = 0x62;
 const MOVE: u8 = 0xbf;
 const MOVE_IMMEDIATE: u8 = 0xb7;
 const ADD_IMMEDIATE: u8 = 0x07;
+const ADD: u8 = 0x0f;
+const SUBTRACT: u8 = 0x1f;
+const SUBTRACT_32_BITS: u8 = 0x1c;
 const AND_IMMEDIATE: u8 = 0x57;
 const AND: u8 = 0x5f;
 const SHIFT_LEFT: u8 = 0x6f;
 const JUMP: u8 = 0x05;
 const JUMP_IF_EQUAL_IMMEDIATE: u8 = 0x15;
 const JUMP_IF_NOT_EQUAL_IMMEDIATE: u8 = 0x55;
+const JUMP_IF_GREATER: u8 = 0x2d;
+const JUMP_IF_NOT_EQUAL: u8 = 0x5d;
 const CALL: u8 = 0x85;
 const EXIT: u8 = 0x95;
+/// The source of a 64-bit load that stands for the map with this descriptor (BPF_PSEUDO_MAP_FD).
+const OF_MAP: u8 = 1;
+/// The source of a call of a function of the kernel that is not a helper (BPF_PSEUDO_KFUNC_CALL).
+const OF_KERNEL: u8 = 2;
 /// The source of a 64-bit load that stands for the address of a value in the map with this descriptor (BPF_PSEUDO_MAP_VALUE).
 const OF_MAP_VALUE: u8 = 2;
 
@@ -118,9 +133,29 @@ impl Asm {
             .push(0, R0, 0, 0, 0)
     }
 
+    /// `dst = &map`, of the map with this descriptor. Two instructions.
+    pub fn address_of_map(&mut self, dst: Register, map: i32) -> &mut Self {
+        self.push(LOAD_64_BITS, dst, OF_MAP, 0, map)
+            .push(0, R0, 0, 0, 0)
+    }
+
     /// `dst += value`
     pub fn add(&mut self, dst: Register, value: i32) -> &mut Self {
         self.push(ADD_IMMEDIATE, dst, 0, 0, value)
+    }
+
+    /// `dst += src`
+    pub fn add_register(&mut self, dst: Register, src: Register) -> &mut Self {
+        self.push(ADD, dst, src as u8, 0, 0)
+    }
+
+    /// `dst -= src`, in 64 bits or in 32. The upper half of `dst` is zero after 32 bits.
+    pub fn subtract(&mut self, dst: Register, src: Register, size: Size) -> &mut Self {
+        let code = match size {
+            Size::U64 => SUBTRACT,
+            Size::U8 | Size::U16 | Size::U32 => SUBTRACT_32_BITS,
+        };
+        self.push(code, dst, src as u8, 0, 0)
     }
 
     /// `dst &= src`
@@ -162,7 +197,8 @@ impl Asm {
         self.load_at(dst, src, 0, Size::U64)
     }
 
-    fn load_at(&mut self, dst: Register, src: Register, offset: i16, size: Size) -> &mut Self {
+    /// `dst = *(size *)(src + offset)`, for what cwkill has put into a map.
+    pub fn load_at(&mut self, dst: Register, src: Register, offset: i16, size: Size) -> &mut Self {
         self.push(LOAD | width(size), dst, src as u8, offset, 0)
     }
 
@@ -179,6 +215,12 @@ impl Asm {
     /// Calls a helper, with what R1 to R5 hold.
     pub fn call(&mut self, helper: Helper) -> &mut Self {
         self.push(CALL, R0, 0, 0, helper as i32)
+    }
+
+    /// Calls a function of the kernel, by its number in the kernel's types, with what R1 to R5 hold.
+    pub fn call_kernel(&mut self, function: u32) -> &mut Self {
+        let number = i32::try_from(function).expect("the kernel has fewer types");
+        self.push(CALL, R0, OF_KERNEL, 0, number)
     }
 
     /// A label whose place is not known yet.
@@ -206,6 +248,16 @@ impl Asm {
     /// `if (register != value) goto label`
     pub fn if_not(&mut self, register: Register, value: i32, label: Label) -> &mut Self {
         self.jump_if(JUMP_IF_NOT_EQUAL_IMMEDIATE, register, 0, value, label)
+    }
+
+    /// `if (register != other) goto label`
+    pub fn if_differs(&mut self, register: Register, other: Register, label: Label) -> &mut Self {
+        self.jump_if(JUMP_IF_NOT_EQUAL, register, other as u8, 0, label)
+    }
+
+    /// `if (register > other) goto label`, without signs.
+    pub fn if_greater(&mut self, register: Register, other: Register, label: Label) -> &mut Self {
+        self.jump_if(JUMP_IF_GREATER, register, other as u8, 0, label)
     }
 
     fn jump_if(
@@ -294,6 +346,35 @@ mod tests {
         let mut asm = Asm::default();
         asm.address_of_map_value(R1, 9);
         assert_eq!(code(asm), [(0x18, 0x21, 0, 9), (0, 0, 0, 0),]);
+    }
+
+    /// As llvm-objdump shows them.
+    #[test]
+    fn maps_registers_and_functions_of_the_kernel_are_encoded() {
+        let mut asm = Asm::default();
+        let end = asm.label();
+        asm.address_of_map(R1, 9) // r1 = map of descriptor 9
+            .subtract(R1, R2, Size::U32) // w1 -= w2
+            .subtract(R1, R2, Size::U64) // r1 -= r2
+            .add_register(R1, R2) // r1 += r2
+            .if_differs(R1, R2, end) // if r1 != r2 goto
+            .if_greater(R1, R2, end) // if r1 > r2 goto
+            .call_kernel(4711) // call kernel function 4711
+            .place(end)
+            .go_on();
+        assert_eq!(
+            code(asm)[..8],
+            [
+                (0x18, 0x11, 0, 9),
+                (0, 0, 0, 0),
+                (0x1c, 0x21, 0, 0),
+                (0x1f, 0x21, 0, 0),
+                (0x0f, 0x21, 0, 0),
+                (0x5d, 0x21, 2, 0),
+                (0x2d, 0x21, 1, 0),
+                (0x85, 0x20, 0, 4711),
+            ]
+        );
     }
 
     #[test]

@@ -5,14 +5,19 @@
 
 mod asm;
 mod btf;
+mod maps;
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
+use nix::errno::Errno;
+
+use super::errno_of;
 pub use asm::{Asm, Helper, Insn, Register};
 pub use btf::{Btf, BtfError, Name, Size};
+pub use maps::{Table, Variable};
 
 /// Why an iterator cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -34,15 +39,27 @@ pub enum BpfError {
     Read(#[source] io::Error),
 }
 
+impl BpfError {
+    /// The errno of the system call, or that of a kernel that lacks something.
+    pub fn errno(&self) -> Errno {
+        match self {
+            BpfError::Types(_) => Errno::EOPNOTSUPP,
+            BpfError::Refused(_, error)
+            | BpfError::Verifier { error, .. }
+            | BpfError::Read(error) => errno_of(error),
+        }
+    }
+}
+
 // enum bpf_cmd
 const MAP_CREATE: i32 = 0;
 const MAP_UPDATE_ELEM: i32 = 2;
 const PROG_LOAD: i32 = 5;
+const MAP_UPDATE_BATCH: i32 = 26;
+const MAP_DELETE_BATCH: i32 = 27;
 const LINK_CREATE: i32 = 28;
 const ITER_CREATE: i32 = 33;
 
-/// BPF_MAP_TYPE_ARRAY
-const MAP_TYPE_ARRAY: u32 = 2;
 /// BPF_PROG_TYPE_TRACING
 const TRACING: u32 = 26;
 /// BPF_TRACE_ITER
@@ -52,25 +69,6 @@ const TRACE_ITER: u32 = 28;
 const LICENSE: &std::ffi::CStr = c"Dual MIT/GPL";
 
 /// The prefixes of `union bpf_attr` that the commands use. They have no padding, so the kernel sees zeros behind them.
-#[repr(C)]
-#[derive(Default)]
-struct MapAttr {
-    map_type: u32,
-    key_size: u32,
-    value_size: u32,
-    max_entries: u32,
-}
-
-#[repr(C)]
-#[derive(Default)]
-struct ElementAttr {
-    map_fd: u32,
-    padding: u32,
-    key: u64,
-    value: u64,
-    flags: u64,
-}
-
 #[repr(C)]
 #[derive(Default)]
 struct ProgramAttr {
@@ -113,12 +111,11 @@ struct IteratorAttr {
 }
 
 const _: () = assert!(mem::offset_of!(ProgramAttr, attach_btf_id) == 108);
-const _: () = assert!(mem::offset_of!(ElementAttr, flags) == 24);
 
 /// Calls bpf(2).
 ///
 /// Every pointer in `attr` must refer to memory that lives during the call and is as long as `attr` says, writable for `log_buf`. The
-/// callers below are all in this file.
+/// callers are all in this file and in `maps`.
 fn bpf<A>(command: i32, attr: &mut A) -> io::Result<i32> {
     // SAFETY: `attr` is live and writable, and the size is its own. It is one of the structs above, prefixes of `union bpf_attr` for
     // `command` with the pointers that the callers have put in; those live on the callers' stacks or heaps during the call.
@@ -146,46 +143,6 @@ fn length(bytes: usize) -> u32 {
 
 fn address<T: ?Sized>(of: *const T) -> u64 {
     of.cast::<u8>().addr() as u64
-}
-
-/// A number that programs read and that cwkill can change at any time.
-#[derive(Debug)]
-pub struct Variable(OwnedFd);
-
-impl Variable {
-    /// # Errors
-    /// [`BpfError::Refused`].
-    pub fn new() -> Result<Self, BpfError> {
-        let mut attr = MapAttr {
-            map_type: MAP_TYPE_ARRAY,
-            key_size: 4,
-            value_size: 8,
-            max_entries: 1,
-        };
-        let map = bpf_fd(MAP_CREATE, &mut attr);
-        map.map(Variable)
-            .map_err(|error| BpfError::Refused("a map", error))
-    }
-
-    /// # Errors
-    /// [`BpfError::Refused`].
-    pub fn set(&self, value: u64) -> Result<(), BpfError> {
-        let key = 0_u32;
-        let mut attr = ElementAttr {
-            map_fd: number(self.0.as_raw_fd()),
-            key: address(&raw const key),
-            value: address(&raw const value),
-            ..ElementAttr::default()
-        };
-        let set = bpf(MAP_UPDATE_ELEM, &mut attr);
-        set.map(drop)
-            .map_err(|error| BpfError::Refused("a value of a map", error))
-    }
-
-    /// For [`Asm::address_of_map_value`].
-    pub fn fd(&self) -> RawFd {
-        self.0.as_raw_fd()
-    }
 }
 
 /// A loaded iterator program, linked to its kind of objects.
@@ -241,8 +198,8 @@ impl Iterator {
             .map_err(|error| BpfError::Refused("to link an iterator", error))
     }
 
-    /// Runs the program for all objects, from the first. `each` gets each record of `N` bytes that the program writes, until it returns
-    /// false.
+    /// Runs the program for all objects, from the first. `each` gets the records of `N` bytes that the program has written, as they come,
+    /// until it returns false. It also gets none of them now and then, so that it can stop.
     ///
     /// The pid namespace or the network namespace that the kernel iterates over is the one of the calling thread.
     ///
@@ -250,7 +207,7 @@ impl Iterator {
     /// [`BpfError::Refused`], [`BpfError::Read`].
     pub fn run<const N: usize>(
         &self,
-        mut each: impl FnMut(&[u8; N]) -> bool,
+        mut each: impl FnMut(&[[u8; N]]) -> bool,
     ) -> Result<(), BpfError> {
         let mut attr = IteratorAttr {
             link_fd: number(self.link.as_raw_fd()),
@@ -279,7 +236,7 @@ const RECORDS: usize = 4096;
 /// Reads records of `N` bytes to the end. A read(2) with room for whole records gets whole records.
 fn read_records<const N: usize>(
     source: &mut impl Read,
-    each: &mut impl FnMut(&[u8; N]) -> bool,
+    each: &mut impl FnMut(&[[u8; N]]) -> bool,
 ) -> io::Result<()> {
     let mut buffer = vec![0; N * RECORDS];
     let mut pauses = 0;
@@ -290,7 +247,7 @@ fn read_records<const N: usize>(
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock && pauses < MAX_PAUSES => {
                 pauses += 1;
-                continue;
+                0
             }
             Err(error) => return Err(error),
         };
@@ -301,10 +258,8 @@ fn read_records<const N: usize>(
                 "the kernel returned a part of a record",
             ));
         }
-        for record in records {
-            if !each(record) {
-                return Ok(());
-            }
+        if !each(records) {
+            return Ok(());
         }
     }
 }
@@ -329,8 +284,8 @@ mod tests {
 
     fn read(parts: Vec<io::Result<Vec<u8>>>, most: usize) -> (Vec<[u8; 2]>, io::Result<()>) {
         let mut records = Vec::new();
-        let result = read_records(&mut Parts(parts.into_iter()), &mut |record: &[u8; 2]| {
-            records.push(*record);
+        let result = read_records(&mut Parts(parts.into_iter()), &mut |part: &[[u8; 2]]| {
+            records.extend(part);
             records.len() < most
         });
         (records, result)
@@ -380,8 +335,10 @@ mod tests {
 
     #[test]
     fn the_reader_can_stop() {
-        let (records, result) = read(vec![Ok(vec![1, 2, 3, 4, 5, 6])], 2);
+        let parts = vec![Ok(vec![1, 2, 3, 4]), Ok(vec![5, 6])];
+        let (records, result) = read(parts, 1);
         result.unwrap();
+        // What has been read has happened, so it is all reported.
         assert_eq!(records, [[1, 2], [3, 4]]);
     }
 }
