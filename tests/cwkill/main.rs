@@ -3,6 +3,7 @@
 mod addresses;
 mod ages;
 mod asking;
+mod at_one_instant;
 mod audit;
 mod backlogs;
 mod cgroups;
@@ -83,6 +84,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     never_nothing,
     threads,
     iterator,
+    at_one_instant,
     facts,
     chaos,
     runbooks,

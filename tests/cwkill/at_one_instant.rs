@@ -1,0 +1,496 @@
+//! `destroy` by the kernel's iterator: each socket is judged and destroyed at one instant, and everything else is as by SOCK_DESTROY.
+
+use std::collections::{BTreeMap, HashSet};
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use netns_harness::{Capability, Family, Lab, Leak, TcpState, scenario};
+
+use cwkill::control::Control;
+use cwkill::filter::selectors::Selectors;
+use cwkill::finder::way::UseIterator;
+use cwkill::injector::engine::{self, Lookup, Rules, SocketTables};
+use cwkill::injector::executors;
+use cwkill::injector::way::ByIterator;
+use cwkill::kernel::KernelVersion;
+use cwkill::model::{Method, Outcome, SkipReason, Target};
+use cwkill::proc::ProcFs;
+use cwkill::sock_diag::{Cookie, Detail, DiagId, SockDiag};
+use cwkill::tcp::StateSet;
+
+use crate::doctor::without;
+use crate::races::{Now, find};
+use crate::support::{PATIENCE, at, connections, count, cwkill, in_state, lab, ran};
+use crate::trial::{Need, Test, each_family, once};
+
+pub const TESTS: &[Test] = &[
+    each_family!(both_ways_have_the_same_outcomes).needs(Need::Iterator),
+    each_family!(what_changes_after_the_plan_is_left_with_its_reason).needs(Need::Iterator),
+    each_family!(a_socket_accepted_meanwhile_is_left).needs(Need::Iterator),
+    each_family!(the_program_alone_sees_every_change).needs(Need::Iterator),
+    once!(unsent_bytes_are_lost_only_if_allowed).needs(Need::Iterator),
+    once!(thousands_are_destroyed_and_reported).needs(Need::Iterator),
+    once!(an_interrupted_walk_reports_what_it_has_destroyed).needs(Need::Iterator),
+    once!(without_the_rights_sock_destroy_is_used).needs(Need::Iterator),
+    once!(where_bpf_is_refused_sock_destroy_is_used),
+    once!(doctor_tries_both_ways).needs(Need::Iterator),
+    once!(no_byte_is_lost_while_owners_send)
+        .needs(Need::Iterator)
+        .slow(),
+];
+
+/// All states but LISTEN.
+const STATES: &str =
+    "close-wait,established,syn-sent,syn-recv,fin-wait-1,fin-wait-2,time-wait,last-ack,closing";
+
+/// How many sockets were in each state, with what happened to them and why.
+type Outcomes = BTreeMap<[String; 4], usize>;
+
+fn outcomes_by(way: &str, scenario: &str, family: Family) -> Result<(Outcomes, usize)> {
+    let lab = Lab::new()?;
+    let _leak = lab
+        .start(scenario, family, count(3))
+        .context(scenario.to_owned())?;
+    // Open connections are closed only with a minimum idle time.
+    let line = format!(
+        "--all --method destroy --allow-spin --json --state {STATES} --min-idle 1ms --bpf {way}"
+    );
+    let mut outcomes = Outcomes::new();
+    for socket in cwkill(&lab, &line)?.sockets() {
+        let parts = [
+            "/state",
+            "/result/outcome",
+            "/result/method",
+            "/result/reason_code",
+        ];
+        *outcomes
+            .entry(parts.map(|part| at(&socket, part)))
+            .or_default() += 1;
+    }
+    Ok((outcomes, connections(&lab)?.len()))
+}
+
+fn both_ways_have_the_same_outcomes(family: Family) -> Result<()> {
+    let mut closed = 0;
+    for scenario in scenario::listed() {
+        let name = scenario.name;
+        // Its owners send all the time, so what happens depends on the moment.
+        if name == "half-closed" {
+            continue;
+        }
+        let by_sock_destroy = outcomes_by("never", name, family)?;
+        let by_iterator = outcomes_by("always", name, family)?;
+        assert_eq!(by_iterator, by_sock_destroy, "{name}");
+        let of_method = by_iterator
+            .0
+            .iter()
+            .filter(|(parts, _)| parts[2] == "destroy");
+        closed += of_method.map(|(_, count)| count).sum::<usize>();
+    }
+    assert!(closed > 30, "{closed}");
+    Ok(())
+}
+
+/// The kernel's socket tables as they were at first. If they are `outdated`, no recheck sees a change.
+struct Tables {
+    diag: SockDiag,
+    outdated: Option<BTreeMap<u64, Lookup>>,
+}
+
+impl Tables {
+    fn new(ids: &[DiagId], are_outdated: bool) -> Result<Self> {
+        let mut diag = SockDiag::open()?;
+        let answers = diag.lookup(ids, Detail::Quiet)?;
+        let cookies = ids.iter().map(|id| id.cookie().0);
+        let outdated = are_outdated.then(|| cookies.zip(answers).collect());
+        Ok(Tables { diag, outdated })
+    }
+}
+
+impl SocketTables for Tables {
+    fn lookup(&mut self, ids: &[DiagId], detail: Detail) -> io::Result<Vec<Lookup>> {
+        match &self.outdated {
+            Some(known) => Ok(ids.iter().map(|id| known[&id.cookie().0].clone()).collect()),
+            None => self.diag.lookup(ids, detail),
+        }
+    }
+
+    fn list(&mut self, states: StateSet) -> io::Result<HashSet<Cookie>> {
+        self.diag.list(states)
+    }
+}
+
+/// How a run differs from the usual one.
+#[derive(Default)]
+struct Run {
+    min_idle: Duration,
+    discard_unsent: bool,
+    outdated: bool,
+}
+
+impl Run {
+    /// Finds all stuck sockets of the leaking host, runs `change`, then destroys them by the iterator. Returns them in the order of
+    /// `leak`.
+    fn destroy_after(
+        &self,
+        lab: &Lab,
+        leak: &Leak,
+        control: &(dyn Control + Sync),
+        change: impl FnOnce() -> Result<()> + Send,
+    ) -> Result<Vec<Target>> {
+        let by_iterator = ByIterator::choose(&ProcFs::default(), UseIterator::Always)?;
+        let mut targets = lab.app_host().within(|| {
+            let proc = ProcFs::default();
+            let mut scan = find(&proc, &[Method::Destroy])?;
+            let ids: Vec<DiagId> = scan.targets.iter().map(|it| it.socket.id).collect();
+            let mut kernel = Tables::new(&ids, self.outdated)?;
+            change()?;
+            let selectors = Selectors {
+                min_idle: self.min_idle,
+                ..Selectors::default()
+            };
+            let rules = Rules {
+                grace: Duration::from_millis(200),
+                discard_unsent: self.discard_unsent,
+                selectors: &selectors,
+                kernel_version: KernelVersion::running(),
+                destroyer: Some(&by_iterator),
+            };
+            let mut targets: Vec<&mut Target> = scan.targets.iter_mut().collect();
+            let mut executors = executors(&[Method::Destroy], &proc)?;
+            engine::run(&mut targets, &mut executors, &mut kernel, rules, control);
+            Ok(scan.targets)
+        })?;
+        let place = |target: &Target| {
+            let peer = target.socket.tuple().peer.port();
+            leak.conns()
+                .iter()
+                .position(|conn| conn.peer.port() == peer)
+        };
+        targets.sort_by_key(place);
+        Ok(targets)
+    }
+}
+
+fn outcomes(targets: &[Target]) -> Vec<Outcome> {
+    targets.iter().filter_map(|target| target.outcome).collect()
+}
+
+const CLOSED: Outcome = Outcome::Closed(Method::Destroy);
+const IN_USE: Outcome = Outcome::Skipped(SkipReason::InUse);
+
+fn unsent(bytes: u32) -> Outcome {
+    Outcome::Skipped(SkipReason::UnsentData(bytes))
+}
+
+/// The owner reads from the first socket, writes to the second, closes the third, and leaves the fourth as it is. The peer gets nothing.
+fn use_three(leak: &Leak) -> Result<()> {
+    let fds = leak.app_fds();
+    leak.app().recv(fds[0], 1, PATIENCE)?;
+    leak.pair().set_link(false)?;
+    leak.app().send(&[fds[1]], b"four")?;
+    leak.app().close(&[fds[2]])?;
+    Ok(())
+}
+
+fn what_changes_after_the_plan_is_left_with_its_reason(family: Family) -> Result<()> {
+    let (here, leak) = lab("unread", family, 4)?;
+    let run = Run::default();
+    let targets = run.destroy_after(&here, &leak, &Now, || use_three(&leak))?;
+    // That the owner reads matters only with --min-idle.
+    assert_eq!(
+        outcomes(&targets),
+        [CLOSED, unsent(4), Outcome::Gone, CLOSED]
+    );
+    assert_eq!(in_state(&here, TcpState::CloseWait)?, 1);
+
+    let (here, leak) = lab("unread", family, 4)?;
+    let run = Run {
+        min_idle: Duration::from_millis(1),
+        ..Run::default()
+    };
+    let targets = run.destroy_after(&here, &leak, &Now, || use_three(&leak))?;
+    assert_eq!(outcomes(&targets), [IN_USE, IN_USE, Outcome::Gone, CLOSED]);
+    assert_eq!(in_state(&here, TcpState::CloseWait)?, 2);
+    Ok(())
+}
+
+fn a_socket_accepted_meanwhile_is_left(family: Family) -> Result<()> {
+    let (lab, leak) = lab("not-accepted", family, 2)?;
+    let accept = || {
+        leak.app().accept(leak.pair().listener, 1, PATIENCE)?;
+        Ok(())
+    };
+    let mut found = outcomes(&Run::default().destroy_after(&lab, &leak, &Now, accept)?);
+    found.sort_by_key(|outcome| *outcome != CLOSED);
+    assert_eq!(found, [CLOSED, Outcome::Skipped(SkipReason::Accepted)]);
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 1);
+    Ok(())
+}
+
+/// Every lookup has the answer from before the change. So only the program can see it, as in the moment after a recheck.
+fn the_program_alone_sees_every_change(family: Family) -> Result<()> {
+    let run = Run {
+        outdated: true,
+        ..Run::default()
+    };
+    let (here, leak) = lab("unread", family, 2)?;
+    let targets = run.destroy_after(&here, &leak, &Now, || {
+        leak.pair().set_link(false)?;
+        leak.app().send(&leak.app_fds()[..1], b"seven!!")
+    })?;
+    assert_eq!(targets[0].outcome, Some(unsent(7)), "{targets:?}");
+    assert_eq!(in_state(&here, TcpState::CloseWait)?, 1);
+
+    let run = Run {
+        min_idle: Duration::from_millis(1),
+        ..run
+    };
+    // What was written and acknowledged counts too.
+    for change in ["reads", "writes", "accepts"] {
+        let scenario = if change == "accepts" {
+            "not-accepted"
+        } else {
+            "unread"
+        };
+        let (here, leak) = lab(scenario, family, 1)?;
+        let app = leak.app();
+        let targets = run.destroy_after(&here, &leak, &Now, || {
+            match change {
+                "reads" => drop(app.recv(leak.app_fds()[0], 1, PATIENCE)?),
+                "writes" => {
+                    app.send(&leak.app_fds(), b"and so on")?;
+                    here.wait_for(PATIENCE, || Ok(connections(&here)?[0].send_q == 0))?;
+                }
+                _ => drop(app.accept(leak.pair().listener, 1, PATIENCE)?),
+            }
+            Ok(())
+        })?;
+        assert_eq!(outcomes(&targets), [IN_USE], "{change}");
+        assert_eq!(in_state(&here, TcpState::CloseWait)?, 1, "{change}");
+    }
+    Ok(())
+}
+
+fn unsent_bytes_are_lost_only_if_allowed() -> Result<()> {
+    let (lab, _leak) = lab("sending", Family::V4, 2)?;
+    let line = "--all --method destroy --allow-spin --json --bpf always";
+    for socket in cwkill(&lab, line)?.exits(4).sockets() {
+        assert_eq!(at(&socket, "/plan"), "[]");
+    }
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 2);
+    cwkill(&lab, &format!("{line} --discard-unsent"))?.exits(0);
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
+    Ok(())
+}
+
+/// More than one read(2) of the iterator has room for.
+const MANY: usize = 5000;
+
+fn thousands_are_destroyed_and_reported() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V6, MANY)?;
+    let line = "--all --method destroy --allow-spin --json --bpf always";
+    let sockets = cwkill(&lab, line)?.exits(0).sockets();
+    assert_eq!(sockets.len(), MANY);
+    crate::support::all_have(&sockets, "closed", "destroy");
+    assert_eq!(connections(&lab)?.len(), 0);
+    Ok(())
+}
+
+/// Ctrl-C as soon as one of the stuck sockets is gone.
+struct CtrlC<'l>(&'l Lab);
+
+impl Control for CtrlC<'_> {
+    fn now(&self) -> Instant {
+        Now.now()
+    }
+    fn sleep(&self, duration: Duration) {
+        Now.sleep(duration);
+    }
+    fn interrupted(&self) -> bool {
+        in_state(self.0, TcpState::CloseWait).is_ok_and(|left| left < MANY)
+    }
+    fn progress(&self, _: Method, _: usize) {}
+}
+
+fn an_interrupted_walk_reports_what_it_has_destroyed() -> Result<()> {
+    let (lab, leak) = lab("drained", Family::V4, MANY)?;
+    let targets = Run::default().destroy_after(&lab, &leak, &CtrlC(&lab), || Ok(()))?;
+    let with = |outcome| {
+        let targets = targets.iter();
+        targets.filter(|it| it.outcome == Some(outcome)).count()
+    };
+    let closed = with(CLOSED);
+    let left = with(Outcome::Skipped(SkipReason::Interrupted));
+    assert!(closed > 0 && left > 0, "{closed} and {left}");
+    assert_eq!(closed + left, MANY);
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, left);
+    Ok(())
+}
+
+fn without_the_rights_sock_destroy_is_used() -> Result<()> {
+    use Capability::{CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON};
+    for (capabilities, way, status) in [
+        (&[CAP_NET_ADMIN][..], "auto", 0),
+        (&[CAP_NET_ADMIN, CAP_BPF], "auto", 0),
+        (&[CAP_NET_ADMIN, CAP_BPF], "always", 3),
+        (&[CAP_NET_ADMIN, CAP_BPF, CAP_PERFMON], "always", 0),
+    ] {
+        let (lab, _leak) = lab("not-accepted", Family::V4, 1)?;
+        let line = format!("--all --no-owners --method destroy --bpf {way}");
+        let command = lab.app_host().command(crate::support::CWKILL);
+        let command = command
+            .capabilities(capabilities)
+            .args(line.split_whitespace());
+        let ran = ran(command)?.exits(status);
+        let left = usize::from(status != 0);
+        assert_eq!(in_state(&lab, TcpState::CloseWait)?, left, "{ran:?}");
+        if status != 0 {
+            ran.complains("cannot use the iterator (--bpf always)");
+        }
+    }
+    Ok(())
+}
+
+/// A seccomp filter refuses bpf(2), as that of a container does.
+fn where_bpf_is_refused_sock_destroy_is_used() -> Result<()> {
+    let (lab, _leak) = lab("not-accepted", Family::V4, 1)?;
+    let run = |way: &str| {
+        let line = format!("--all --no-owners --method destroy --bpf {way}");
+        ran(without(&lab, "bpf")?.args(line.split_whitespace()))
+    };
+    run("always")?
+        .exits(3)
+        .complains("cannot use the iterator (--bpf always)");
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 1);
+    run("auto")?.exits(0);
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
+    Ok(())
+}
+
+fn doctor_tries_both_ways() -> Result<()> {
+    let lab = Lab::new()?;
+    let line = |document: &serde_json::Value| -> Option<serde_json::Value> {
+        let checks = document["checks"].as_array()?.iter();
+        let mut lines = checks.filter(|check| check["name"] == "destroy by iterator");
+        lines.next().cloned()
+    };
+    let works = line(&cwkill(&lab, "doctor --json")?.json()).context("no line")?;
+    assert_eq!(works["ok"], true, "{works}");
+    let refused = ran(without(&lab, "bpf")?.args(["doctor", "--json"]))?.json();
+    let refused = line(&refused).context("no line")?;
+    assert_eq!(refused["ok"], serde_json::Value::Null, "{refused}");
+    assert!(
+        at(&refused, "/detail").contains("SOCK_DESTROY instead"),
+        "{refused}"
+    );
+    Ok(())
+}
+
+/// Connections whose clients have finished, and whose servers go on sending.
+struct HalfOpen {
+    servers: Vec<TcpStream>,
+    clients: Vec<TcpStream>,
+}
+
+impl HalfOpen {
+    /// On loopback, in the namespace of the calling thread.
+    fn new(count: usize) -> Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let (mut servers, mut clients) = (Vec::new(), Vec::new());
+        for _ in 0..count {
+            let client = TcpStream::connect(listener.local_addr()?)?;
+            socket2::SockRef::from(&client).set_recv_buffer_size(2048)?;
+            let (server, _) = listener.accept()?;
+            server.set_nodelay(true)?;
+            server.set_nonblocking(true)?;
+            client.set_nonblocking(true)?;
+            client.shutdown(Shutdown::Write)?;
+            servers.push(server);
+            clients.push(client);
+        }
+        Ok(HalfOpen { servers, clients })
+    }
+
+    /// Sends on all connections, and reads at the other ends, while `run` works. Returns how many connections were closed, and how
+    /// many bytes send(2) took that never arrived on them.
+    fn lost_during(&self, run: impl FnOnce() -> Result<()>) -> Result<(usize, u64)> {
+        let over = AtomicBool::new(false);
+        let read_all = |got: &mut Vec<u64>| {
+            let mut buffer = [0; 4096];
+            for (mut client, got) in self.clients.iter().zip(got) {
+                while let Ok(read @ 1..) = client.read(&mut buffer) {
+                    *got += read as u64;
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                let mut got = vec![0; self.clients.len()];
+                while !over.load(Ordering::Relaxed) {
+                    read_all(&mut got);
+                }
+                read_all(&mut got);
+                got
+            });
+            let sender = scope.spawn(|| {
+                let mut sent = vec![(0, false); self.servers.len()];
+                while !over.load(Ordering::Relaxed) {
+                    for (mut server, (bytes, closed)) in self.servers.iter().zip(&mut sent) {
+                        match server.write(&[0; 1000]) {
+                            Ok(written) => *bytes += written as u64,
+                            Err(error) => *closed |= error.kind() != io::ErrorKind::WouldBlock,
+                        }
+                    }
+                }
+                sent
+            });
+            let ran = run();
+            over.store(true, Ordering::Relaxed);
+            let sent = sender.join().expect("the sender does not panic");
+            let got = reader.join().expect("the reader does not panic");
+            ran?;
+            let closed = sent.iter().zip(got).filter(|((_, closed), _)| *closed);
+            let (mut count, mut lost) = (0, 0);
+            for ((sent, _), got) in closed {
+                count += 1;
+                lost += sent - got;
+            }
+            Ok((count, lost))
+        })
+    }
+}
+
+/// The worst case for an abort: owners that send all the time.
+fn no_byte_is_lost_while_owners_send() -> Result<()> {
+    const CONNECTIONS: usize = 2000;
+    const LEAST: usize = 4000;
+    let lab = Lab::new()?;
+    let lost_by = |way: &str| -> Result<(usize, u64)> {
+        let (mut count, mut lost) = (0, 0);
+        let deadline = Instant::now() + PATIENCE * 2;
+        while count < LEAST && Instant::now() < deadline {
+            let half_open = lab.app_host().within(|| HalfOpen::new(CONNECTIONS))?;
+            let (closed, bytes) = half_open.lost_during(|| {
+                for _ in 0..5 {
+                    let line = format!("--all --no-owners --method destroy --quiet --bpf {way}");
+                    cwkill(&lab, &line)?;
+                }
+                Ok(())
+            })?;
+            count += closed;
+            lost += bytes;
+        }
+        Ok((count, lost))
+    };
+    let (closed, lost) = lost_by("always")?;
+    println!("by iterator: {closed} closed, {lost} bytes lost");
+    assert!(closed >= LEAST, "{closed}");
+    assert_eq!(lost, 0);
+    let (closed, lost) = lost_by("never")?;
+    println!("by SOCK_DESTROY: {closed} closed, {lost} bytes lost");
+    Ok(())
+}
