@@ -5,8 +5,8 @@ use std::sync::Arc;
 use anyhow::Context;
 
 use super::{
-    drop_capabilities_and_start_threads, kept, open_log, proc_with_names, refuse, say_hints,
-    say_notes, time_and_place, was_reported,
+    drop_capabilities_and_start_threads, hint_line, kept, open_log, proc_with_names, refuse,
+    time_and_place, was_reported,
 };
 use crate::cli::ReclaimArgs;
 use crate::config::{Action, Format, ReclaimConfig};
@@ -23,7 +23,7 @@ use crate::reclaim::{self, ReclaimTarget};
 use crate::report::ExitStatus;
 use crate::report::advice::KeptBy;
 use crate::report::reclaim::{self as report, DeadDescriptor, ReclaimRun};
-use crate::terminal::{Terminal, is_coloured, write_out};
+use crate::terminal::{Terminal, broken, is_coloured, say, screen, write_out};
 
 pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
     let host_root = args.owners.host_root.clone();
@@ -63,18 +63,30 @@ pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
     let summary = || report::summary(&run, config);
     let unrecorded = log.and_then(|log| log.finish_reclaim(&run, summary()));
     drop(terminal);
-    let color = is_coloured(config.color);
-    let written = write_out(|out| match config.format {
-        Format::Table => report::text::write(&run, config, color, out),
-        Format::Json => report::json::write_document(&run, &time_and_place, out),
-        Format::JsonLines => report::json::write_lines(&run, out),
-        Format::Quiet => Ok(()),
-    });
+    let mut messages: Vec<String> = Vec::new();
     if !quiet {
-        say_notes(report::notes(&run));
+        let notes = report::notes(&run).into_iter();
+        messages.extend(notes.map(|note| format!("note: {note}")));
         if report::lacks_privileges(&run) {
-            say_hints(&[Privilege::Ptrace]);
+            messages.extend(hint_line(&[Privilege::Ptrace]));
         }
+    }
+    let color = is_coloured(config.color);
+    let written = write_out(|out| match (config.format, screen(config.color)) {
+        (Format::Table, Some(screen)) if !config.verbose => {
+            let below = messages.iter();
+            let below: Vec<String> = below
+                .flat_map(|message| broken(&format!("cwkill: {message}")))
+                .collect();
+            report::screen::write(&run, config, screen, &below, out)
+        }
+        (Format::Table, _) => report::text::write(&run, config, color, out),
+        (Format::Json, _) => report::json::write_document(&run, &time_and_place, out),
+        (Format::JsonLines, _) => report::json::write_lines(&run, out),
+        (Format::Quiet, _) => Ok(()),
+    });
+    for message in &messages {
+        say(format_args!("{message}"));
     }
     let summary = run.acted.then(summary);
     match was_reported(written, unrecorded, summary.as_deref())? {

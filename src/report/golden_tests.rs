@@ -16,11 +16,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use super::overview::Screen;
 use super::{exit_status, json, notes, reclaim, text};
 use builder::{Case, records};
 use cases::{acts, dead_cases, listings, plans, reclaims};
 use dead_builder::{DeadCase, dead_records};
-use screens::{many, screens, shown};
+use screens::{check, many, screens, shown};
 
 use crate::audit::record::{Caller, Entry};
 use crate::config::{Action, Format};
@@ -144,6 +145,19 @@ fn dead_outputs(case: &DeadCase) -> Outputs {
         );
     }
     let config = case.config(false);
+    if config.format != Format::Quiet {
+        for (columns, rows) in [(80, 24), (40, 24)] {
+            let screen = Screen {
+                columns,
+                rows,
+                color: false,
+                ascii: true,
+            };
+            let shown = written(|out| reclaim::screen::write(&run, &config, screen, &[], out));
+            check(&shown, screen);
+            section(&mut prose, &format!("{columns}x{rows}"), &shown);
+        }
+    }
     section(&mut prose, "notes", &lines(reclaim::notes(&run)));
     let lacking = reclaim::lacks_privileges(&run).then_some(Privilege::Ptrace);
     section(&mut prose, "missing privileges", &hints(lacking));

@@ -16,7 +16,7 @@ use crate::diagnose::{
 };
 use crate::model::ListeningSocket;
 use crate::report::table::{backlogs, by_process, place};
-use crate::text::{age, counted, escape, format_rate, seconds};
+use crate::text::{age, columns_of, counted, escape, format_rate, seconds, wrap};
 
 /// The maximum number of ports, peers or threads named in one line.
 const MAX_NAMED: usize = 3;
@@ -28,37 +28,53 @@ pub fn write(
     rows: Option<usize>,
     out: &mut dyn Write,
 ) -> io::Result<()> {
-    let mut head = summary(diagnosis);
-    for chart in columns
-        .into_iter()
-        .flat_map(|columns| charts(&diagnosis.total, columns))
-    {
-        let _ = write!(head, "\n\n{chart}");
-    }
+    let mut head = wrapped(&summary(diagnosis), columns);
     let processes = folded(&diagnosis.processes);
     let process = |(process, similar): &(&ProcessDiagnosis, Vec<&ProcessDiagnosis>)| {
-        process_block(process, similar, diagnosis.elapsed)
+        let mut block = wrapped(&process_block(process, similar, diagnosis.elapsed), columns);
+        push_suggestions(&mut block, &process.suggestions, columns);
+        block
     };
     let processes_shown: Vec<String> = processes.iter().take(MAX_SHOWN).map(process).collect();
     let listeners = &diagnosis.listeners;
-    let listener = |listener: &ListenerDiagnosis| listener_block(diagnosis, listener);
+    let listener =
+        |listener: &ListenerDiagnosis| wrapped(&listener_block(diagnosis, listener), columns);
     let listeners_shown: Vec<String> = listeners.iter().take(MAX_SHOWN).map(listener).collect();
     let tail = diagnosis.ownerless.as_ref().map(|counts| {
         let mut block = format!("unknown owner: {}", stuck_text(counts, diagnosis.elapsed));
         push_causes(&mut block, counts, Circumstance::None);
         push_ports_and_peers(&mut block, counts);
-        block
+        wrapped(&block, columns)
     });
     // The prompt takes one row. Each of the two "and N more" lines takes two, with the empty line before it.
-    let taken = height(&head) + tail.as_deref().map_or(0, height) + 5;
-    let room = rows.map(|rows| rows.saturating_sub(taken));
-    let of_listeners = listeners_shown.first().map_or(0, |block| height(block));
+    let taken =
+        height(&head, columns) + tail.as_deref().map_or(0, |tail| height(tail, columns)) + 5;
+    let mut room = rows.map(|rows| rows.saturating_sub(taken));
+    let of_listeners = listeners_shown
+        .first()
+        .map_or(0, |block| height(block, columns));
+    // The charts repeat what the blocks say, so the blocks come first.
+    let least = of_listeners
+        + processes_shown
+            .first()
+            .map_or(0, |block| height(block, columns));
+    for chart in columns
+        .into_iter()
+        .flat_map(|columns| charts(&diagnosis.total, columns))
+    {
+        if room.is_some_and(|room| room < least + height(&chart, columns)) {
+            continue;
+        }
+        room = room.map(|room| room - height(&chart, columns));
+        let _ = write!(head, "\n\n{chart}");
+    }
     let (processes_fit, used) = fitting(
         &processes_shown,
         room.map(|room| room.saturating_sub(of_listeners)),
+        columns,
     );
     let room = room.map(|room| room.saturating_sub(used));
-    let (listeners_fit, _) = fitting(&listeners_shown, room);
+    let (listeners_fit, _) = fitting(&listeners_shown, room, columns);
 
     writeln!(out, "{head}")?;
     for block in &processes_shown[..processes_fit] {
@@ -72,7 +88,8 @@ pub fn write(
             |(process, similar): &(&ProcessDiagnosis, Vec<_>)| merged(process, similar).stuck;
         let stuck: usize = rest.map(stuck).sum();
         let stuck = counted(stuck, "stuck socket");
-        writeln!(out, "\nand {count} more with {stuck}: --json has all")?;
+        let more = format!("and {count} more with {stuck}: --json has all");
+        writeln!(out, "\n{}", wrapped(&more, columns))?;
     }
     for block in &listeners_shown[..listeners_fit] {
         writeln!(out, "\n{block}")?;
@@ -80,7 +97,8 @@ pub fn write(
     let rest = listeners.len() - listeners_fit;
     if rest > 0 {
         let count = counted(rest, "listener");
-        writeln!(out, "\nand {count} more: --json has all")?;
+        let more = format!("and {count} more: --json has all");
+        writeln!(out, "\n{}", wrapped(&more, columns))?;
     }
     match tail {
         Some(block) => writeln!(out, "\n{block}"),
@@ -103,16 +121,46 @@ fn charts(total: &SocketCounts, columns: usize) -> Vec<String> {
         .collect()
 }
 
-/// The number of rows of a block with the empty row before it. Lines that the terminal wraps count as one row.
-fn height(block: &str) -> usize {
-    block.lines().count() + 1
+/// A block whose lines are broken between words where they are wider than a terminal.
+fn wrapped(block: &str, columns: Option<usize>) -> String {
+    /// The spaces before the later rows of a broken line, more than before any line.
+    const INDENT: usize = 4;
+    let Some(columns) = columns else {
+        return block.to_owned();
+    };
+    let rows = block.lines().flat_map(|line| wrap(line, columns, INDENT));
+    rows.collect::<Vec<_>>().join("\n")
+}
+
+/// The commands to run next. They are not broken, so that they can be copied; what they do stands below if it has no room beside.
+fn push_suggestions(block: &mut String, suggestions: &[Suggestion], columns: Option<usize>) {
+    let words = ["next", "then"].into_iter().zip(suggestions);
+    for (word, Suggestion { command, remark }) in words {
+        let line = format!("  {word}: {command}");
+        let whole = format!("{line}  ({remark})");
+        match columns {
+            Some(columns) if columns_of(&whole) > columns => {
+                let remark = wrapped(&format!("    ({remark})"), Some(columns));
+                let _ = write!(block, "\n{line}\n{remark}");
+            }
+            _ => {
+                let _ = write!(block, "\n{whole}");
+            }
+        }
+    }
+}
+
+/// The number of rows of a block with the empty row before it. The terminal breaks a command that is wider.
+fn height(block: &str, columns: Option<usize>) -> usize {
+    let rows = |line: &str| columns.map_or(1, |columns| columns_of(line).div_ceil(columns).max(1));
+    block.lines().map(rows).sum::<usize>() + 1
 }
 
 /// The number of `blocks` that fit into `room` rows, and the rows they take. At least one block is always shown.
-fn fitting(blocks: &[String], room: Option<usize>) -> (usize, usize) {
+fn fitting(blocks: &[String], room: Option<usize>, columns: Option<usize>) -> (usize, usize) {
     let mut used = 0;
     for (index, block) in blocks.iter().enumerate() {
-        let with = used + height(block);
+        let with = used + height(block, columns);
         if index > 0 && room.is_some_and(|room| with > room) {
             return (index, used);
         }
@@ -313,10 +361,6 @@ fn process_block(
         }
         (None, _) => block.push_str("\n  descriptors: could not be read"),
     }
-    let words = ["next", "then"].into_iter().zip(&diagnosis.suggestions);
-    for (word, Suggestion { command, remark }) in words {
-        let _ = write!(block, "\n  {word}: {command}  ({remark})");
-    }
     block
 }
 
@@ -492,8 +536,33 @@ mod tests {
             (Some(4), (1, 3)),
             (Some(0), (1, 3)),
         ] {
-            assert_eq!(fitting(&blocks, room), expected, "{room:?}");
+            assert_eq!(fitting(&blocks, room, None), expected, "{room:?}");
         }
-        assert_eq!(fitting(&[], Some(0)), (0, 0));
+        assert_eq!(fitting(&[], Some(0), None), (0, 0));
+    }
+
+    #[test]
+    fn prose_is_broken_between_words_and_commands_are_not() {
+        let suggestion = Suggestion {
+            command: "gdb -p 4711 -batch -ex 'thread apply all bt'".into(),
+            remark: "stops it while symbols load, which can take long".into(),
+        };
+        let shown = |columns| {
+            let prose =
+                "java/4711: 3 stuck\n  3 drained: it has read all bytes, and has not closed";
+            let mut block = wrapped(prose, columns);
+            push_suggestions(&mut block, std::slice::from_ref(&suggestion), columns);
+            block
+        };
+        assert_eq!(shown(None).lines().count(), 3);
+        assert_eq!(shown(Some(200)), shown(None));
+        let narrow = shown(Some(40));
+        assert_eq!(
+            narrow,
+            "java/4711: 3 stuck\n  3 drained: it has read all bytes, and\n    has not closed\n  \
+             next: gdb -p 4711 -batch -ex 'thread apply all bt'\n    (stops it while symbols load, which\n    can take long)"
+        );
+        // The command takes two rows.
+        assert_eq!(height(&narrow, Some(40)), narrow.lines().count() + 2);
     }
 }

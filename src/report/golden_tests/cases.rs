@@ -721,6 +721,13 @@ pub fn dead_cases() -> Vec<DeadCase> {
         dead_case("dead-dry-run", "--all -n")
             .descriptors(judged())
             .descriptors(some()),
+        dead_case("dead-many", "").descriptors((0..60).map(|number| {
+            at(number).said(match number % 4 {
+                0 => "unread",
+                1 => "in-epoll",
+                _ => "",
+            })
+        })),
         dead_case("dead-dry-run-one", "--all -n").descriptors([at(0)]),
         dead_case("dead-act", "--all")
             .descriptors(outcomes)

@@ -231,14 +231,14 @@ pub fn shown(case: &Case) -> String {
 }
 
 /// No row is broken by the terminal, except one word that is wider, and all rows fit with the prompt.
-fn check(lines: &str, screen: Screen) {
+pub fn check(lines: &str, screen: Screen) {
     for line in lines.lines().filter(|line| !line.starts_with("next")) {
         let fits = columns_of(line) <= screen.columns;
         assert!(fits || screen.columns < 40, "{screen:?}: {line}");
     }
     let count = lines.lines().count();
     assert!(
-        count < screen.rows || screen.rows < 24 || screen.columns < 40,
+        count < screen.rows || screen.rows < 24 || screen.columns < 80,
         "{screen:?}: {count} rows\n{lines}"
     );
 }

@@ -2,9 +2,9 @@
 //! sockets share, the totals, and the next command to type. `rows` makes the rows, `layout` fits them into the terminal, `next`
 //! chooses the command.
 
-mod layout;
+pub(super) mod layout;
 mod next;
-mod reasons;
+pub(super) mod reasons;
 mod rows;
 
 use std::collections::{BTreeMap, HashMap};
@@ -30,6 +30,29 @@ pub struct Screen {
     pub color: bool,
     /// It shows no character outside ASCII.
     pub ascii: bool,
+}
+
+impl Screen {
+    /// The rows of a line.
+    pub fn broken(self, line: &str) -> Vec<String> {
+        wrap(line, self.columns, INDENT)
+    }
+
+    /// How many of `all` rows of a table to show, if these lines follow `below` it: as many as fit. A screen without room has some all
+    /// the same.
+    pub fn rows_shown<'l>(self, all: usize, below: impl Iterator<Item = &'l String>) -> usize {
+        let height = |line: &String| columns_of(line).div_ceil(self.columns.max(1)).max(1);
+        // The header, the line about more rows, and the prompt.
+        let taken = below.map(height).sum::<usize>() + 3;
+        let room = self.rows.saturating_sub(taken);
+        let shown = match all {
+            // Then there is no line about more.
+            all if all <= room + 1 => all,
+            _ if self.rows < LOW => room.max(1),
+            _ => room.max(MIN_ROWS),
+        };
+        shown.min(all)
+    }
 }
 
 /// So many rows are shown on any terminal that is not [`LOW`].
@@ -93,25 +116,13 @@ impl<'r> Overview<'r> {
         }
         lines.extend(advice::lines(&run.advice));
         lines.extend(run.scan.namespaces_left_out());
-        let broken = |line: &String| wrap(line, screen.columns, INDENT);
-        let tail: Vec<String> = lines.iter().flat_map(broken).collect();
+        let tail: Vec<String> = lines.iter().flat_map(|line| screen.broken(line)).collect();
         let next = next::line(run, config, &rows, words);
-        let height = |line: &String| columns_of(line).div_ceil(screen.columns.max(1)).max(1);
-        let below = tail.iter().chain(messages).chain(&next).map(height);
-        // The header, the line about more processes, and the prompt.
-        let taken = below.sum::<usize>() + 3;
+        let below = tail.iter().chain(messages).chain(&next);
         let shown = match config.limit {
             Some(Limit::Rows(limit)) => limit,
             Some(Limit::All) => rows.len(),
-            None => {
-                let room = screen.rows.saturating_sub(taken);
-                match rows.len() {
-                    // Then there is no line about more.
-                    all if all <= room + 1 => all,
-                    _ if screen.rows < LOW => room.max(1),
-                    _ => room.max(MIN_ROWS),
-                }
-            }
+            None => screen.rows_shown(rows.len(), below),
         };
         Overview {
             run,
@@ -160,7 +171,7 @@ impl<'r> Overview<'r> {
                 counted(rest.len(), kind),
                 counted(sockets, "socket"),
             );
-            for line in wrap(&more, self.screen.columns, INDENT) {
+            for line in self.screen.broken(&more) {
                 writeln!(out, "{line}")?;
             }
         }

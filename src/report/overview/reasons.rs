@@ -94,6 +94,11 @@ fn line(kind: Kind, texts: &BTreeMap<String, usize>) -> String {
         Kind::Closing => format!("{count} closing"),
         Kind::DescriptorKept => format!("{} kept", counted(count, "descriptor")),
     };
+    with_words(words, texts)
+}
+
+/// One line about the `texts` of a reason, each with the number of those that it explains: `words` say what these are.
+pub fn with_words(words: impl Fn(usize) -> String, texts: &BTreeMap<String, usize>) -> String {
     if texts.len() <= MAX_TEXTS {
         let parts = texts
             .iter()

@@ -2,6 +2,7 @@
 
 mod counts;
 pub mod json;
+pub mod screen;
 pub mod text;
 
 use std::fmt::Write as _;
