@@ -1,7 +1,7 @@
 //! Parses the values of options. Each error message gives the reason and a valid example.
 
 use std::ffi::OsStr;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -145,6 +145,13 @@ pub(super) fn network(text: &str) -> Result<IpNet, String> {
         false => text.parse::<IpAddr>().ok().map(IpNet::from),
     };
     let network = parsed.ok_or_else(|| {
+        if let Ok(address) = text.parse::<SocketAddr>() {
+            let (ip, port) = (address.ip(), address.port());
+            return format!(
+                "{} has a port: give the address alone, {ip}, and the port with --port {port} (of this host) or --peer-port {port}",
+                shown(text)
+            );
+        }
         format!(
             "{} is not an address or a network; for example 192.0.2.1 or 192.0.2.0/24 or 2001:db8::/32",
             shown(text)
@@ -475,6 +482,10 @@ mod tests {
         assert_eq!(text("::ffff:10.0.0.0/104"), Ok("10.0.0.0/8".into()));
         assert_eq!(text("::ffff:0.0.0.0/80"), Ok("::ffff:0.0.0.0/80".into()));
         assert_eq!(text("2001:db8::/32"), Ok("2001:db8::/32".into()));
+        for pasted in ["10.0.0.1:80", "[2001:db8::1]:80"] {
+            let error = network(pasted).unwrap_err();
+            assert!(error.contains("--port 80"), "{error}");
+        }
         for bad in ["", "10.0.0", "10.0.0.1/33", "fe80::/129", "host"] {
             assert!(network(bad).is_err(), "{bad}");
         }

@@ -137,7 +137,13 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
         run.advice = kept::advice(owners, by, &proc);
     }
     if run.scan.targets.is_empty() {
-        run.dead_descriptors = dead_descriptors(config, &namespaces, &proc);
+        match dead_descriptors(config, &namespaces, &proc) {
+            Ok(dead) => run.dead_descriptors = dead,
+            Err(error) => {
+                let error = anyhow::Error::from(error);
+                run.dead_descriptors_failure = Some(format!("{error:#}"));
+            }
+        }
     }
     if let Some(mut canaries) = canaries {
         let more = canaries.observe_paused(&run.scan, &terminal);
@@ -416,27 +422,33 @@ fn descriptors(target: &mut Target) -> impl Iterator<Item = ReclaimTarget<'_>> {
     })
 }
 
-/// The dead descriptors that the selectors match, by process. `None` if the operator did not ask for descriptors or for owners, or if
-/// they cannot be read.
+/// Processes with dead descriptors, and how many each has.
+type DeadByProcess = Vec<(Arc<Process>, usize)>;
+
+/// The dead descriptors that the selectors match, by process. `None` if the operator did not ask for descriptors or for owners.
+///
+/// # Errors
+/// The sockets or the processes cannot be listed.
 fn dead_descriptors(
     config: &Config,
     namespaces: &Namespaces,
     proc: &ProcFs,
-) -> Option<Vec<(Arc<Process>, usize)>> {
+) -> Result<Option<DeadByProcess>, FindError> {
     let selects_owners = config.selectors.selects_owners();
     if !config.owners || namespaces.nobody || !(config.reclaim.is_some() || selects_owners) {
-        return None;
+        return Ok(None);
     }
     // How long a dead socket has been dead is not known.
     let selectors = config.selectors.of_any_age();
     let everywhere = namespaces.everywhere || namespaces.follows_owners;
-    let found = leftovers::find(proc, &selectors, &namespaces.open, everywhere).ok()?;
+    let found = leftovers::find(proc, &selectors, &namespaces.open, everywhere)?;
     let dead = |table: DescriptorTable| {
         let is_dead = |suspect: &&Suspect| matches!(suspect.verdict, SuspectVerdict::Dead(_));
         let count = table.suspects.iter().filter(is_dead).count();
         (count > 0).then(|| (Arc::new(table.process), count))
     };
-    Some(found.scan.tables.into_iter().filter_map(dead).collect())
+    let tables = found.scan.tables.into_iter();
+    Ok(Some(tables.filter_map(dead).collect()))
 }
 
 /// Writes the results and the notes, and watches for new stuck sockets if the operator asked for it. Returns the line about
@@ -560,4 +572,26 @@ fn messages(run: &Run, config: &Config) -> Vec<String> {
     let missing = notes::missing_privileges(run).into_iter();
     messages.extend(hint_line(&missing.filter(is_relevant).collect::<Vec<_>>()));
     messages
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::Cli;
+
+    #[test]
+    fn dead_descriptors_that_cannot_be_looked_for_are_an_error() {
+        let cli = Cli::try_parse_from(["cwkill", "--pid", "4711", "-n"]).unwrap();
+        let config = Config::from_args(cli.args).unwrap();
+        let no_proc = ProcFs::at("/nonexistent");
+        let error = dead_descriptors(&config, &Namespaces::default(), &no_proc).unwrap_err();
+        let text = format!("{:#}", anyhow::Error::from(error));
+        assert!(text.contains("os error 2"), "{text}");
+        let mut run = Run::new(Scan::default());
+        run.dead_descriptors_failure = Some(text.clone());
+        let notes = notes::notes(&run);
+        assert!(notes.iter().any(|note| note.contains(&text)), "{notes:?}");
+    }
 }

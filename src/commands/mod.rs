@@ -79,6 +79,10 @@ pub fn refuse(error: &clap::Error) -> ! {
     let words: Vec<OsString> = std::env::args_os()
         .map(|word| escape(&word.to_string_lossy()).into())
         .collect();
+    if let Some(help) = help_of_help(&words) {
+        print_usage(&help);
+        std::process::exit(help.exit_code());
+    }
     let quoted = Cli::try_parse_from(&words).err();
     let quoted = quoted.filter(|quoted| quoted.kind() == error.kind());
     let misplaced = Misplaced::find(&words);
@@ -87,11 +91,42 @@ pub fn refuse(error: &clap::Error) -> ! {
     let hint = better_error(&words, quoted.as_ref().unwrap_or(error));
     let better = misplaced.or(hint.as_ref()).or(quoted.as_ref());
     let error = better.unwrap_or(error);
+    let of_command = with_own_usage(&words, error);
+    let error = of_command.as_ref().unwrap_or(error);
     if command.or(words.get(1).map(AsRef::as_ref)) == Some(OsStr::new("check")) {
         check::unknown_by_usage(error);
     }
     print_usage(error);
     std::process::exit(error.exit_code())
+}
+
+/// The help for `cwkill help -h` and `cwkill help COMMAND --help`, which clap does not know.
+fn help_of_help(words: &[OsString]) -> Option<clap::Error> {
+    let (program, rest) = words.split_first()?;
+    let (first, rest) = rest.split_first()?;
+    let last = rest.last()?;
+    if first != "help" || (last != "-h" && last != "--help") {
+        return None;
+    }
+    let is_command = |word: &OsString| Cli::command().find_subcommand(word).is_some();
+    let (_, names) = rest.split_last()?;
+    if !names.iter().all(is_command) {
+        return None;
+    }
+    let error = Cli::try_parse_from([std::slice::from_ref(program), rest].concat()).err()?;
+    (!error.use_stderr()).then_some(error)
+}
+
+/// The same error with the usage of the command that `words` name, if it has that of the whole program.
+fn with_own_usage(words: &[OsString], error: &clap::Error) -> Option<clap::Error> {
+    let mut cli = Cli::command();
+    cli.build();
+    let name = words.get(1)?.to_str()?;
+    let command = cli.find_subcommand_mut(name)?;
+    let text = error.to_string();
+    let (message, _) = text.split_once("\n\nUsage: cwkill [OPTIONS]")?;
+    let message = message.strip_prefix("error: ").unwrap_or(message);
+    Some(command.error(error.kind(), message))
 }
 
 /// When and where this run begins.
@@ -269,4 +304,48 @@ fn was_reported(
         say(format_args!("the work is done ({summary}), but {why}"));
     }
     Ok(missing.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(line: &str) -> Vec<OsString> {
+        let line = format!("cwkill {line}");
+        line.split(' ').map(OsString::from).collect()
+    }
+
+    #[test]
+    fn an_error_has_the_usage_of_its_command() {
+        let error = crate::config::usage("a threshold is missing");
+        let text = |line: &str| {
+            let own = with_own_usage(&words(line), &error);
+            own.map(|error| error.to_string())
+        };
+        let check = text("check --port 80").expect("another usage");
+        assert!(
+            check.starts_with("error: a threshold is missing\n"),
+            "{check}"
+        );
+        assert!(check.contains("Usage: cwkill check [OPTIONS]"), "{check}");
+        assert!(text("reclaim").unwrap().contains("Usage: cwkill reclaim"));
+        assert_eq!(text("--port 80"), None);
+    }
+
+    #[test]
+    fn help_has_help() {
+        let text = |line: &str| help_of_help(&words(line)).map(|help| help.to_string());
+        for (line, like) in [
+            ("help -h", "-h"),
+            ("help --help", "--help"),
+            ("help check -h", "check -h"),
+            ("help reclaim --help", "reclaim --help"),
+        ] {
+            let expected = Cli::try_parse_from(words(like)).unwrap_err().to_string();
+            assert_eq!(text(line), Some(expected), "{line}");
+        }
+        for line in ["help", "help check", "help nonsense -h", "-h"] {
+            assert_eq!(text(line), None, "{line}");
+        }
+    }
 }

@@ -429,6 +429,8 @@ mod tests {
             ("state close-wait --state close-wait", "--state and `state`"),
             ("state close-wait or sport = :80", "every state"),
             ("sport = :8O80 -n", "column 9"),
+            ("10.78.1.1:8080", "--local 10.78.1.1 --port 8080"),
+            ("[2001:db8::1]:443", "--peer 2001:db8::1 --peer-port 443"),
         ] {
             let error = config(line).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{line}");

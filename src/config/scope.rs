@@ -1,6 +1,6 @@
 //! The scope of a command: its selectors and network namespaces.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
@@ -115,6 +115,13 @@ impl Selection {
 
 /// What to write instead of an expression that is only one word and is wrong at `column`.
 fn single_word(text: &str, column: usize) -> Option<String> {
+    // As tables show it.
+    if let Ok(address) = text.parse::<SocketAddr>() {
+        let (ip, port) = (address.ip(), address.port());
+        return Some(format!(
+            "`{text}` alone can mean many things: for this host --local {ip} --port {port}, for the other end --peer {ip} --peer-port {port}"
+        ));
+    }
     if text.parse::<IpAddr>().is_ok() || text.parse::<IpNet>().is_ok() {
         return Some(format!(
             "`{text}` alone can mean many things: for the other end use --peer {text}, for this host --local {text}"

@@ -154,8 +154,12 @@ impl Diagnosis {
     pub fn lacks_privileges(&self) -> bool {
         let coverage = &self.scan.coverage;
         let unknown = |process: &ProcessDiagnosis| process.suspect_counts().unknown > 0;
+        let has_no_owner =
+            |one: &ListenerDiagnosis| self.scan.listeners[one.listener].owners.is_empty();
         (coverage.has_hidden_owners()
-            && (coverage.undecided_by_owner() > 0 || self.ownerless.is_some()))
+            && (coverage.undecided_by_owner() > 0
+                || self.ownerless.is_some()
+                || self.listeners.iter().any(has_no_owner)))
             || self.processes.iter().any(unknown)
             || self.are_descriptors_unseen()
     }
@@ -471,10 +475,10 @@ fn sockets(scan: &Scan) -> impl Iterator<Item = &Socket> {
     scan.targets.iter().map(|target| &target.socket)
 }
 
-/// The sockets without a known owner.
+/// The sockets without a known owner. Those that wait at a listener count there, also if its owner is unknown.
 fn ownerless(scan: &Scan) -> impl Iterator<Item = &Socket> {
     let targets = scan.targets.iter();
-    let ownerless = targets.filter(|target| scan.responsible(target).is_empty());
+    let ownerless = targets.filter(|target| target.owners.is_empty() && target.listener.is_none());
     ownerless.map(|target| &target.socket)
 }
 

@@ -73,8 +73,10 @@ impl fmt::Display for AbsentOwner {
             }
             OwnerKind::Process => {
                 write!(f, "no process has the name {value}")?;
-                if value.parse::<i32>().is_ok() {
-                    return write!(f, "; for a process number use --pid {value}");
+                // Also a name with its number, as tables show it.
+                let number = value.rsplit('/').next().unwrap_or_default();
+                if number.parse::<u32>().is_ok() {
+                    return write!(f, "; for a process number use --pid {number}");
                 }
                 // Of a pattern it is unknown what it should match.
                 let is_pattern = self.value.contains(['*', '?', '[', '{', '\\']);
@@ -132,6 +134,16 @@ mod tests {
                 OwnerKind::Process,
                 "4711",
                 "no process has the name 4711; for a process number use --pid 4711",
+            ),
+            (
+                OwnerKind::Process,
+                "leaky-app/14142",
+                "no process has the name leaky-app/14142; for a process number use --pid 14142",
+            ),
+            (
+                OwnerKind::Process,
+                "kworker/u8",
+                "no process has the name kworker/u8",
             ),
             (
                 OwnerKind::Process,

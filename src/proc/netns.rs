@@ -228,7 +228,18 @@ impl Netns {
     fn named(text: &str, proc: &ProcFs) -> io::Result<Self> {
         let netns = match Named::of(text) {
             Named::Path(path) => as_caller(|| Self::at(&path)),
-            Named::Pid(pid) => Self::at(&proc.path(&format!("{pid}/ns/net"))),
+            Named::Pid(pid) => {
+                let netns = Self::at(&proc.path(&format!("{pid}/ns/net")));
+                netns.map_err(|error| match error.kind() {
+                    io::ErrorKind::NotFound => io::Error::new(
+                        error.kind(),
+                        format!(
+                            "there is no process {pid}; give a process number, a name that `ip netns` lists, or a path"
+                        ),
+                    ),
+                    _ => error,
+                })
+            }
             Named::Name => Self::with_name(text).ok_or_else(|| {
                 io::Error::new(
                     io::ErrorKind::NotFound,

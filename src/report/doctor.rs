@@ -13,6 +13,7 @@ use crate::doctor::trials::TrialResult;
 use crate::finder::way::MANY_FILES;
 use crate::model::TimeAndPlace;
 use crate::report::serialize::{JsonTimeAndPlace, json_time_and_place};
+use crate::text::counted;
 
 const SCHEMA_VERSION: u32 = 1;
 
@@ -258,8 +259,10 @@ fn checks(examination: &Examination) -> Vec<CheckLine> {
                 "network namespaces",
                 Some(counts.enterable == counts.total && counts.unknown_processes == 0),
                 format!(
-                    "{} of {} can be entered; unknown for {} processes",
-                    counts.enterable, counts.total, counts.unknown_processes
+                    "{} of {} can be entered; unknown for {}",
+                    counts.enterable,
+                    counts.total,
+                    counted(counts.unknown_processes, "process")
                 ),
             ),
             Err(error) => check("network namespaces", Some(false), error.clone()),

@@ -47,6 +47,8 @@ pub struct Run {
     pub advice: Vec<Advice>,
     /// The dead descriptors that match, by process; `None` if cwkill did not look for them. It looks only if no socket matches.
     pub dead_descriptors: Option<Vec<(Arc<Process>, usize)>>,
+    /// Why cwkill could not look for dead descriptors.
+    pub dead_descriptors_failure: Option<String>,
     /// The sockets that became stuck afterwards; `None` without a watch.
     pub new_sockets: Option<NewSockets>,
 }
@@ -63,6 +65,7 @@ impl Run {
             backlogs: None,
             advice: Vec::new(),
             dead_descriptors: None,
+            dead_descriptors_failure: None,
             new_sockets: None,
         }
     }

@@ -31,6 +31,11 @@ pub fn notes(run: &Run) -> Vec<String> {
     }
     notes.extend(addresses_gone(scan));
     notes.extend(scan.coverage.notes(scan.without_known_owner()));
+    if let Some(why) = &run.dead_descriptors_failure {
+        notes.push(format!(
+            "dead descriptors could not be looked for, so there may be some: {why}"
+        ));
+    }
     notes
 }
 

@@ -569,6 +569,7 @@ impl Case {
         Run {
             advice: advice.unwrap_or_default(),
             dead_descriptors: scan.targets.is_empty().then_some(dead),
+            dead_descriptors_failure: None,
             acted,
             backlogs: config.drain_backlogs.map(|_| backlogs),
             reclaim_requested: reclaimed,

@@ -394,10 +394,10 @@ fn shares<T: Display>(counts: &BTreeMap<T, usize>) -> Cell {
     match &shares[..] {
         [] => Cell::new("-"),
         [(only, _)] => Cell::new(only),
-        [first, rest @ ..] => {
+        [(first, _), ..] => {
             let all: Vec<String> = shares.iter().map(text).collect();
             let mut cell = Cell::new(all.join(", "));
-            cell.short = Some(format!("{} +{}", text(first), rest.len()));
+            cell.short = Some(format!("{first}, others"));
             cell
         }
     }

@@ -29,6 +29,7 @@ pub const TESTS: &[Test] = &[
     once!(growth_is_counted_by_cookie),
     once!(shared_sockets_count_for_each_owner),
     once!(without_privileges_missing_information_is_reported),
+    each_family!(connections_at_a_listener_of_an_unknown_owner_count_once),
     once!(a_runtime_and_a_sleeping_thread_are_named),
     once!(bars_need_a_known_width),
     once!(a_closed_pipe_is_not_an_error),
@@ -466,6 +467,29 @@ fn without_privileges_missing_information_is_reported() -> Result<()> {
     let line = format!("diagnose --process leaky-app {QUICK}");
     let ran = crate::support::ran(command.args(line.split(' ')))?.exits(4);
     assert_eq!(ran.json()["possible_matches"], json!(2));
+    Ok(())
+}
+
+fn connections_at_a_listener_of_an_unknown_owner_count_once(family: Family) -> Result<()> {
+    let lab = Lab::new()?;
+    let _waiting = lab.start("not-accepted", family, alone(8001, 3))?;
+    let _accepted = lab.start("unread", family, alone(8002, 2))?;
+    let document = |line: &str| {
+        let command = lab.app_host().command(CWKILL).capabilities(&[]);
+        ran(command.args(line.split(' ')))
+    };
+    let ran = document(&format!("diagnose {QUICK}"))?.exits(0);
+    let json = ran.json();
+    assert_eq!(json["total"]["stuck"], json!(5));
+    let listeners = json["listeners"].as_array().context("listeners")?;
+    assert_eq!(listeners.len(), 1, "{json:#}");
+    assert_eq!(listeners[0]["stuck"], json!(3), "{json:#}");
+    // Only those that were accepted.
+    assert_eq!(json["unknown_owner"]["stuck"], json!(2), "{json:#}");
+    let only_waiting = document(&format!("diagnose --port 8001 {QUICK}"))?;
+    assert_eq!(only_waiting.json()["unknown_owner"], json!(null));
+    // Its owner is still a matter of privileges.
+    only_waiting.complains("cwkill doctor");
     Ok(())
 }
 
