@@ -113,17 +113,19 @@ impl Names {
 
     /// Adds to the container of `cgroup` what the files say about it.
     pub fn complete(&self, cgroup: &mut Cgroup) {
+        // Without an id, its name is in its cgroup.
+        let is_new =
+            |container: &Container| container.id.is_some() && container.facts == Facts::default();
+        if !cgroup.container.as_ref().is_some_and(is_new) {
+            return;
+        }
         let user = cgroup.user();
         let Some(container) = &mut cgroup.container else {
             return;
         };
         let Some(id) = &container.id else {
-            // Its name is in its cgroup.
             return;
         };
-        if container.facts != Facts::default() {
-            return;
-        }
         let wanted = Wanted {
             runtime: container.runtime,
             id: id.clone(),

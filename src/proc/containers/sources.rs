@@ -101,15 +101,35 @@ impl Sources {
         self.docker_below(&others, wanted)
     }
 
-    fn docker_below(&self, roots: &[String], wanted: &Wanted) -> Found {
-        let id = &wanted.id;
+    fn docker_below(&mut self, roots: &[String], wanted: &Wanted) -> Found {
         for root in roots {
-            let path = format!("{root}/containers/{id}/config.v2.json");
-            if let Some(text) = self.read_if_there(&path, MAX_FILE)? {
-                return self.parsed(&path, parse::docker(&text, id)).map(Some);
+            if let Some(entry) = self.docker_in(root, wanted)? {
+                return Ok(Some(entry));
+            }
+            // With users of its own (userns-remap), a daemon has its files one directory below.
+            let is_of_users = |name: &&String| {
+                let ids = name.split_once('.');
+                ids.is_some_and(|(uid, gid)| {
+                    uid.parse::<u32>().is_ok() && gid.parse::<u32>().is_ok()
+                })
+            };
+            let names = self.names(root);
+            for name in names.iter().filter(is_of_users) {
+                if let Some(entry) = self.docker_in(&format!("{root}/{name}"), wanted)? {
+                    return Ok(Some(entry));
+                }
             }
         }
         Ok(None)
+    }
+
+    fn docker_in(&self, root: &str, wanted: &Wanted) -> Found {
+        let id = &wanted.id;
+        let path = format!("{root}/containers/{id}/config.v2.json");
+        match self.read_if_there(&path, MAX_FILE)? {
+            Some(text) => self.parsed(&path, parse::docker(&text, id)).map(Some),
+            None => Ok(None),
+        }
     }
 
     /// The data roots of the usual configuration.

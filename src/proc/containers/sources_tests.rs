@@ -74,6 +74,11 @@ fn each_runtime_has_its_files() {
         ),
         (
             &[Docker],
+            format!("/var/lib/docker/165536.165536{file}"),
+            docker_file("a"),
+        ),
+        (
+            &[Docker],
             format!("/var/snap/docker/common/var-lib-docker{file}"),
             docker_file("a"),
         ),
