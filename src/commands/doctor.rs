@@ -4,21 +4,21 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 
-use super::{drop_capabilities_and_start_threads, time_and_place};
+use super::{drop_capabilities_and_start_threads, proc_with_names, time_and_place};
 use crate::cli::DoctorArgs;
 use crate::doctor;
+use crate::filter::selectors::Selectors;
 use crate::finder::way::{self, NotUsed, UseIterator};
 use crate::injector::way::ByIterator;
 use crate::model::Method;
 use crate::privileges::capabilities;
-use crate::proc::ProcFs;
 use crate::proc::netns::NetnsScope;
 use crate::report::doctor as report;
 use crate::terminal::{unless_closed, write_out};
 
 pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
     let time_and_place = time_and_place();
-    let proc = ProcFs::default();
+    let proc = proc_with_names(&args.host_root, &Selectors::default())?;
     let mut needed = capabilities::to_find(&NetnsScope::All, true, true);
     needed.extend(capabilities::to_act(&Method::ALL));
     let why = |error: NotUsed| format!("{:#}", anyhow::Error::from(error));

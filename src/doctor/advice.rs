@@ -226,6 +226,7 @@ mod tests {
             capture: Ok(()),
             ipv6: true,
             iterator: Ok(()),
+            container_names: Ok(Default::default()),
         }
     }
 

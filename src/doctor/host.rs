@@ -13,6 +13,7 @@ use nix::sys::utsname::uname;
 use nix::unistd::{geteuid, getpid};
 use socket2::{Domain, Socket, Type};
 
+use super::container_names::{self, ContainerNames};
 use crate::finder::owners;
 use crate::injector::rst::repair::RepairMode;
 use crate::packet::capture::Capture;
@@ -67,6 +68,8 @@ pub struct HostInfo {
     pub ipv6: bool,
     /// Whether the kernel's iterator over the descriptors of all processes works, or why not.
     pub iterator: Result<(), String>,
+    /// The containers whose names can be read.
+    pub container_names: Result<ContainerNames, String>,
 }
 
 /// Network namespaces, with the one of cwkill.
@@ -157,6 +160,7 @@ impl HostInfo {
             capture: Capture::open().and_then(|capture| capture.filter_for(&[])),
             ipv6: TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok(),
             iterator,
+            container_names: container_names::read(proc).map_err(|error| error.to_string()),
         })
     }
 

@@ -3,11 +3,12 @@
 //! cwkill opens connections of its own over loopback and runs every method on them with the same engine as for real
 //! targets. Facts that no trial can show are read from the system.
 //!
-//! [`host`] reads the facts, [`trials`] runs the methods, [`advice`] concludes, with one [`row`] per method, and
+//! [`host`] reads the facts, with [`container_names`], [`trials`] runs the methods, [`advice`] concludes, with one [`row`] per method, and
 //! [`meaning`] says what unreadable processes mean (all pure).
 //! To add a method to the report, add its trials and a function in [`advice`].
 
 pub mod advice;
+pub mod container_names;
 pub mod host;
 pub mod meaning;
 pub mod row;

@@ -7,13 +7,15 @@ use serde::Serialize;
 
 use crate::doctor::Examination;
 use crate::doctor::advice::Advice;
+use crate::doctor::container_names::{ContainerNames, NameCounts};
 use crate::doctor::host::{CAPABILITIES, HostInfo, ProcessCounts, UnreachableProcess};
 use crate::doctor::row::{MethodRow, Support};
 use crate::doctor::trials::TrialResult;
 use crate::finder::way::MANY_FILES;
 use crate::model::TimeAndPlace;
+use crate::proc::cgroup::Runtime;
 use crate::report::serialize::{JsonTimeAndPlace, json_time_and_place};
-use crate::text::counted;
+use crate::text::{counted, escape};
 
 const SCHEMA_VERSION: u32 = 1;
 
@@ -167,6 +169,7 @@ fn checks(examination: &Examination) -> Vec<CheckLine> {
         capture,
         ipv6: _,
         iterator,
+        container_names,
     } = &examination.host;
     let check = |name, ok, detail: String| CheckLine { name, ok, detail };
     let io_check = |name, result: &io::Result<()>| match result {
@@ -316,5 +319,27 @@ fn checks(examination: &Examination) -> Vec<CheckLine> {
             (None, None) => None,
         },
     );
+    checks.push(match container_names {
+        Ok(counts) => names_check(counts),
+        Err(error) => check("container names", Some(false), error.clone()),
+    });
     checks
+}
+
+/// Of which containers the names are known.
+fn names_check(counts: &ContainerNames) -> CheckLine {
+    let of_runtime = |(runtime, counts): (&Runtime, &NameCounts)| {
+        let why = counts.why.as_ref();
+        let why = why.map_or_else(String::new, |why| format!(" ({why})"));
+        format!("{runtime} {} of {}{why}", counts.named, counts.total)
+    };
+    let parts: Vec<String> = counts.iter().map(of_runtime).collect();
+    CheckLine {
+        name: "container names",
+        ok: (!parts.is_empty()).then(|| counts.values().all(|one| one.named == one.total)),
+        detail: match parts.is_empty() {
+            true => "no container is running".to_owned(),
+            false => escape(&parts.join(", ")),
+        },
+    }
 }

@@ -99,7 +99,8 @@ impl HostRoot {
         if !metadata.is_file() {
             return Err(error(Why::NoFile));
         }
-        let mut text = Vec::new();
+        let length = metadata.len().min(limit);
+        let mut text = Vec::with_capacity(usize::try_from(length).unwrap_or_default() + 1);
         let read = file.take(limit + 1).read_to_end(&mut text);
         read.map_err(|e| error(Why::Io(e)))?;
         match text.len() as u64 > limit {
