@@ -113,12 +113,13 @@ pub fn columns_of(text: &str) -> usize {
 }
 
 /// Breaks a line between words, so that no row takes more than `columns`, except one that is a single longer word. All rows but the
-/// first begin with `indent` spaces, if there is room for these and a word.
+/// first begin with `indent` spaces, if there is room for these and a word. A command between backquotes stays on one row if it fits
+/// there, so that it can be copied.
 pub fn wrap(line: &str, columns: usize, indent: usize) -> Vec<String> {
     let indent = if indent * 2 < columns { indent } else { 0 };
     let (mut rows, mut row) = (Vec::new(), String::new());
     let (mut width, mut is_empty) = (0, true);
-    for word in line.split(' ') {
+    for word in unbroken(line, columns - indent) {
         let wide = columns_of(word);
         if !is_empty && width + 1 + wide > columns {
             rows.push(std::mem::replace(&mut row, " ".repeat(indent)));
@@ -134,6 +135,29 @@ pub fn wrap(line: &str, columns: usize, indent: usize) -> Vec<String> {
     }
     rows.push(row);
     rows
+}
+
+/// The words of a line, and its commands between backquotes, as far as these fit into `columns`.
+fn unbroken(line: &str, columns: usize) -> impl Iterator<Item = &str> {
+    let mut rest = Some(line);
+    std::iter::from_fn(move || {
+        let text = rest?;
+        let space = |from: usize| text[from..].find(' ').map(|at| from + at);
+        let word_end = space(0);
+        let command = text[..word_end.unwrap_or(text.len())].find('`');
+        let close = command.and_then(|open| Some(open + 1 + text[open + 1..].find('`')?));
+        let command_end = close.map(|close| space(close));
+        let end = match command_end {
+            Some(end) if columns_of(&text[..end.unwrap_or(text.len())]) <= columns => end,
+            _ => word_end,
+        };
+        let (word, after) = match end {
+            Some(end) => (&text[..end], Some(&text[end + 1..])),
+            None => (text, None),
+        };
+        rest = after;
+        Some(word)
+    })
 }
 
 /// A name, escaped, and cut if it takes more than `columns`; then it ends with two dots. An escape is never cut in two. With `ascii`,
@@ -194,6 +218,15 @@ mod tests {
         assert_eq!(wrap(line, 3, 2), ["one", "two", "three"]);
         assert_eq!(wrap(line, 0, 8), ["one", "two", "three"]);
         assert_eq!(wrap("", 10, 2), [""]);
+        assert_eq!(
+            wrap("run `ls -l`, then `a long command`", 20, 2),
+            ["run `ls -l`, then", "  `a long command`"]
+        );
+        assert_eq!(
+            wrap("run `a long command`", 12, 2),
+            ["run `a long", "  command`"]
+        );
+        assert_eq!(wrap("one `two three", 9, 0), ["one `two", "three"]);
         assert_eq!(
             wrap("a-very-long-word b", 5, 2),
             ["a-very-long-word", "  b"]

@@ -182,7 +182,7 @@ pub struct DescriptorUsage {
 
 impl DescriptorUsage {
     fn is_at_limit(&self) -> bool {
-        diagnose::is_at_limit(self.used, self.limit)
+        diagnose::limit::is_reached(self.used, self.limit)
     }
 
     /// How much of its limit these descriptors of the leak are. With the last free descriptor the leak has all that it can get.

@@ -3,13 +3,12 @@
 use std::fs;
 
 use crate::diagnose::inside::Inside;
+use crate::diagnose::limit::{self, ReachedLimit};
 use crate::diagnose::suggest::LanguageRuntime;
 use crate::model::Owner;
+use crate::privileges::may_raise_hard_limits;
 use crate::proc::{ProcFs, Process};
 use crate::report::advice::{Advice, Facts, KeptBy, advise, kept};
-
-/// With so few free descriptors a process is at its limit.
-const FEW_FREE: u64 = 3;
 
 /// The advice about the descriptors among `owners` that were kept.
 pub(super) fn advice<'o>(
@@ -20,12 +19,18 @@ pub(super) fn advice<'o>(
     let facts = |process: &Process| {
         let status = proc.status(process);
         let used = fs::read_dir(proc.path(&format!("{}/fd", process.id.pid)));
-        let used = used.map_or(0, |fds| fds.count() as u64);
-        let reached = status.limit.filter(|limit| used + FEW_FREE >= *limit);
+        let used = used.ok().map(|fds| fds.count() as u64);
+        let reached = status
+            .limit
+            .filter(|_| limit::is_reached(used, status.limit));
         Facts {
             runtime: LanguageRuntime::of(status.executable.as_deref(), &process.comm),
             inside: Inside::of(&process.cgroup, &status.pids),
-            reached: reached.map(|soft| (soft, status.hard_limit)),
+            reached: reached.map(|soft| ReachedLimit {
+                soft,
+                hard: status.hard_limit,
+                may_raise_hard: may_raise_hard_limits(),
+            }),
         }
     };
     advise(&kept(owners, &facts), by)

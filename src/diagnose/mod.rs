@@ -8,6 +8,7 @@
 pub mod counts;
 mod ends;
 pub mod inside;
+pub mod limit;
 pub mod origin;
 pub mod pairing;
 pub mod suggest;
@@ -28,6 +29,7 @@ use crate::finder::dead::{self, DeadScan, DescriptorTable, SuspectVerdict};
 use crate::finder::{self, listeners};
 use crate::history::History;
 use crate::model::{Listener, ListeningSocket, Scan, Socket};
+use crate::privileges::may_raise_hard_limits;
 use crate::proc::netns::Netns;
 use crate::proc::status::ProcessStatus;
 use crate::proc::{ProcFs, Process, ProcessId, since_boot};
@@ -36,6 +38,7 @@ use crate::text::counted;
 use counts::{CountContext, SocketCounts};
 use ends::{Ends, Sending};
 use inside::Inside;
+use limit::ReachedLimit;
 use origin::{ListeningPort, Single};
 use pairing::OtherLeg;
 use suggest::{LanguageRuntime, Suggestion, SuggestionInput};
@@ -47,16 +50,6 @@ pub const DEFAULT_SAMPLE: Duration = Duration::from_secs(5);
 /// The maximum number of processes, and of listeners, in the report for people: one screen. Only the threads of
 /// these processes are examined.
 pub const MAX_SHOWN: usize = 10;
-
-/// A process with this number of free descriptors or fewer is at its limit: some come and go between the look at its table and the
-/// next accept(2).
-const FREE_AT_LIMIT: u64 = 3;
-
-/// Whether a process with so many open descriptors has almost no free one. `None`: unknown.
-pub(crate) fn is_at_limit(used: Option<u64>, limit: Option<u64>) -> bool {
-    used.zip(limit)
-        .is_some_and(|(used, limit)| used.saturating_add(FREE_AT_LIMIT) >= limit)
-}
 
 /// A process with at least this many descriptors of sockets that were never connected is reported for them alone.
 const NEVER_CONNECTED_FROM: usize = 100;
@@ -243,7 +236,7 @@ impl ProcessDiagnosis {
     /// Whether it has almost no free descriptor.
     pub fn is_at_limit(&self) -> bool {
         let used = self.table.as_ref().map(|table| table.used as u64);
-        is_at_limit(used, self.status.limit)
+        limit::is_reached(used, self.status.limit)
     }
 
     /// The fact about the process that explains its sockets.
@@ -374,11 +367,17 @@ pub fn run(
             diagnosis.uninterruptible_threads = both;
         }
     }
+    let may_raise_hard = may_raise_hard_limits();
     // In another pid namespace the number names another process, so a command would act on the wrong one.
     for diagnosis in processes.iter_mut().filter(|_| is_own_pid_namespace) {
         let status = &diagnosis.status;
         let reached = status.limit.filter(|_| diagnosis.is_at_limit());
         let inside = Inside::of(&diagnosis.process.cgroup, &status.pids);
+        let reached = reached.map(|soft| ReachedLimit {
+            soft,
+            hard: status.hard_limit,
+            may_raise_hard,
+        });
         diagnosis.suggestions = suggest::suggest(SuggestionInput {
             inside: inside.as_ref(),
             pid: diagnosis.process.id.pid,
@@ -387,7 +386,7 @@ pub fn run(
             caught: status.caught,
             held: diagnosis.held.stuck,
             dead: diagnosis.suspect_counts().dead,
-            reached: reached.map(|soft| (soft, status.hard_limit)),
+            reached,
             inherited_from: diagnosis.inherited_from.as_deref(),
             per_connection: diagnosis.per_connection,
         });

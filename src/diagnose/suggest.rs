@@ -2,6 +2,7 @@
 //! the command and never runs it.
 
 use super::inside::Inside;
+use super::limit::ReachedLimit;
 use super::verdict::Condition;
 use crate::proc::Process;
 
@@ -138,8 +139,8 @@ pub struct SuggestionInput<'a> {
     pub held: usize,
     /// Descriptors of dead sockets.
     pub dead: usize,
-    /// Its soft and hard limit of descriptors, if it is at the soft one.
-    pub reached: Option<(u64, Option<u64>)>,
+    /// Its limit of descriptors, if it is at the limit.
+    pub reached: Option<ReachedLimit>,
     /// The process that its sockets come from, if it does not use them.
     pub inherited_from: Option<&'a Process>,
     /// It is one of many processes with one connection each.
@@ -194,10 +195,9 @@ pub fn suggest(process: SuggestionInput<'_>) -> Vec<Suggestion> {
             reclaim(process),
             format!("closes them here; then set FD_CLOEXEC (close_fds) in {from}"),
         )],
-        (None, Some((soft, hard)), None) => vec![
-            make_room(process, soft, hard),
-            stack_without_descriptor(process),
-        ],
+        (None, Some(limit), None) => {
+            vec![make_room(process, limit), stack_without_descriptor(process)]
+        }
         (None, None, None) if process.per_connection => vec![
             stack_command(process),
             (
@@ -240,11 +240,17 @@ fn dead_remark(process: SuggestionInput<'_>) -> String {
 }
 
 /// The command that gives a process at its limit descriptors again, and a remark.
-fn make_room(process: SuggestionInput<'_>, soft: u64, hard: Option<u64>) -> (String, String) {
-    let (raise, needs) = raise_limit(process.pid, soft, hard);
+fn make_room(process: SuggestionInput<'_>, limit: ReachedLimit) -> (String, String) {
+    let (raise, needs) = limit.raise(process.pid);
     let leaked = process.held + process.dead;
     match leaked {
         0 => (raise, format!("raises its limit{needs}")),
+        _ if !limit.can_be_raised() => (
+            reclaim(process),
+            format!(
+                "frees up to {leaked}, or says how; its limit cannot be raised here (nobody has CAP_SYS_RESOURCE): on the host run {raise}"
+            ),
+        ),
         _ if process.runtime.is_some_and(LanguageRuntime::knows_numbers) => (
             raise,
             format!(
@@ -255,21 +261,6 @@ fn make_room(process: SuggestionInput<'_>, soft: u64, hard: Option<u64>) -> (Str
         _ => (
             reclaim(process),
             format!("frees up to {leaked}; or {raise}"),
-        ),
-    }
-}
-
-/// The command that raises the limit of descriptors, and the privilege that it needs.
-pub fn raise_limit(pid: i32, soft: u64, hard: Option<u64>) -> (String, &'static str) {
-    let more = soft.max(1).saturating_mul(2);
-    match hard {
-        Some(hard) if hard > soft => (
-            format!("prlimit --pid {pid} --nofile={}:", more.min(hard)),
-            "",
-        ),
-        _ => (
-            format!("prlimit --pid {pid} --nofile={more}:{more}"),
-            " (needs CAP_SYS_RESOURCE)",
         ),
     }
 }
@@ -490,7 +481,11 @@ mod tests {
         assert_eq!(command(LanguageRuntime::Python), "py-spy dump --pid 42");
         assert!(suggest(of(None))[0].command.starts_with("gdb -p 42"));
         let at_limit = SuggestionInput {
-            reached: Some((64, None)),
+            reached: Some(ReachedLimit {
+                soft: 64,
+                hard: None,
+                may_raise_hard: true,
+            }),
             ..of(Some(LanguageRuntime::Jvm))
         };
         let quit = &suggest(at_limit)[1];
@@ -504,12 +499,16 @@ mod tests {
     #[test]
     fn at_its_limit_a_process_first_needs_descriptors() {
         let at = |runtime, hard| SuggestionInput {
-            reached: Some((1024, hard)),
+            reached: Some(ReachedLimit {
+                soft: 1024,
+                hard,
+                may_raise_hard: true,
+            }),
             ..input(runtime, Condition::Normal)
         };
         let jvm = at(Some(LanguageRuntime::Jvm), Some(4096));
-        let raise = "prlimit --pid 42 --nofile=2048:";
-        assert_eq!(commands(jvm), [raise, "kill -QUIT 42"]);
+        let raise_soft = "prlimit --pid 42 --nofile=2048:";
+        assert_eq!(commands(jvm), [raise_soft, "kill -QUIT 42"]);
         let remark = "raises its limit; then `cwkill --pid 42 --reclaim` says how to free 5";
         assert_eq!(suggest(jvm)[0].remark, remark);
         let python = at(Some(LanguageRuntime::Python), Some(1024));
@@ -526,6 +525,13 @@ mod tests {
         assert!(commands(deaf)[1].starts_with("gdb"), "SIGQUIT would end it");
         let dead = SuggestionInput { held: 0, ..python };
         assert_eq!(commands(dead)[0], "cwkill reclaim --pid 42");
+        // Nobody here may raise the limit.
+        let mut bound = jvm;
+        bound.reached.as_mut().unwrap().may_raise_hard = false;
+        assert_eq!(commands(bound)[0], raise_soft, "its hard limit is higher");
+        bound.reached.as_mut().unwrap().hard = Some(1024);
+        assert_eq!(commands(bound)[0], "cwkill --pid 42 --reclaim");
+        assert!(suggest(bound)[0].remark.contains("on the host run prlimit"));
         // What fills the table is not leaked sockets.
         let other = SuggestionInput {
             held: 0,
@@ -548,11 +554,29 @@ mod tests {
     }
 
     #[test]
+    fn what_was_closed_is_freed_first() {
+        let closed = |runtime| SuggestionInput {
+            held: 0,
+            ..input(runtime, Condition::Normal)
+        };
+        let reclaim = "cwkill reclaim --pid 42";
+        assert_eq!(commands(closed(None))[0], reclaim);
+        assert!(commands(closed(None))[1].starts_with("gdb"));
+        let java = suggest(closed(Some(LanguageRuntime::Jvm)));
+        assert_eq!(java[0].command, reclaim);
+        assert_eq!(java[0].remark, "says how to free its 2 dead descriptors");
+    }
+
+    #[test]
     fn an_heir_is_freed_and_a_process_of_one_connection_is_ended() {
         let from = crate::proc::testdata::process(7, "server");
         let heir = SuggestionInput {
             inherited_from: Some(&from),
-            reached: Some((64, None)),
+            reached: Some(ReachedLimit {
+                soft: 64,
+                hard: None,
+                may_raise_hard: true,
+            }),
             ..input(None, Condition::Normal)
         };
         assert_eq!(commands(heir), ["cwkill --pid 42 --reclaim"]);

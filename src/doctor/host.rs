@@ -18,6 +18,7 @@ use crate::finder::owners;
 use crate::injector::rst::repair::RepairMode;
 use crate::packet::capture::Capture;
 use crate::packet::raw;
+use crate::privileges::FIRST_USER_NAMESPACE;
 use crate::proc::netns::NetnsScope;
 use crate::proc::status::has_seccomp_filter;
 use crate::proc::{ProcFs, mounts};
@@ -180,10 +181,6 @@ fn has_kcmp() -> bool {
     let compared = sys::share_descriptors(own, own);
     compared.map_or_else(|error| error.raw_os_error() != Some(libc::ENOSYS), |_| true)
 }
-
-/// The inode of the initial user namespace, the same on every host (include/linux/proc_ns.h, PROC_USER_INIT_INO). /proc/self/uid_map
-/// does not identify it, because another user namespace can map all users too.
-const FIRST_USER_NAMESPACE: u64 = 0xEFFF_FFFD;
 
 fn read_number(path: &str) -> Option<u64> {
     fs::read_to_string(path).ok()?.trim().parse().ok()

@@ -2,6 +2,8 @@
 
 pub mod capabilities;
 
+use std::os::unix::fs::MetadataExt;
+
 use anyhow::Context;
 use caps::{CapSet, Capability};
 use nix::errno::Errno;
@@ -106,6 +108,18 @@ pub const HOW_TO_GRANT: &str = "run cwkill with sudo; or let a group use it with
     chown root:GROUP $(command -v cwkill)\n\
     chmod 0750 $(command -v cwkill)\n\
     setcap cap_dac_read_search,cap_net_admin,cap_net_raw,cap_sys_ptrace+ep $(command -v cwkill)";
+
+/// The inode of the initial user namespace, the same on every host (include/linux/proc_ns.h, PROC_USER_INIT_INO). /proc/self/uid_map
+/// does not identify it, because another user namespace can map all users too.
+pub const FIRST_USER_NAMESPACE: u64 = 0xEFFF_FFFD;
+
+/// Whether root can raise the hard limit of another process here: CAP_SYS_RESOURCE can be had, and it is one of the initial user
+/// namespace, which is the one that counts (kernel/sys.c, do_prlimit).
+pub fn may_raise_hard_limits() -> bool {
+    let namespace = std::fs::metadata("/proc/thread-self/ns/user");
+    let is_first = namespace.is_ok_and(|it| it.ino() == FIRST_USER_NAMESPACE);
+    is_first && caps::has_cap(None, CapSet::Bounding, Capability::CAP_SYS_RESOURCE).unwrap_or(true)
+}
 
 /// The privileges of this process, and its kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

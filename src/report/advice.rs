@@ -10,9 +10,10 @@ use serde::Serialize;
 
 use crate::config::DEFAULT_RECLAIM_AGE;
 use crate::diagnose::inside::Inside;
-use crate::diagnose::suggest::{LanguageRuntime, raise_limit};
+use crate::diagnose::limit::ReachedLimit;
+use crate::diagnose::suggest::LanguageRuntime;
 use crate::model::{InUse, Owner, ReclaimOutcome, ReclaimReason};
-use crate::proc::{Process, ProcessId};
+use crate::proc::{Process, ProcessId, RemoteFd};
 use crate::reclaim::ReclaimRules;
 use crate::text::counted;
 
@@ -23,8 +24,8 @@ const MAX_SHOWN: usize = 10;
 #[derive(Debug)]
 pub struct Kept<'a> {
     pub process: Arc<Process>,
-    /// Why, for each of them.
-    pub reasons: Vec<&'a ReclaimReason>,
+    /// Each with the reason.
+    pub descriptors: Vec<(RemoteFd, &'a ReclaimReason)>,
     pub facts: Facts,
 }
 
@@ -33,8 +34,8 @@ pub struct Kept<'a> {
 pub struct Facts {
     /// `None`: unknown.
     pub runtime: Option<LanguageRuntime>,
-    /// Its soft and hard limit of descriptors, if it is at the soft one.
-    pub reached: Option<(u64, Option<u64>)>,
+    /// Its limit of descriptors, if it is at the limit.
+    pub reached: Option<ReachedLimit>,
     /// The way into its container, if it is in one.
     pub inside: Option<Inside>,
 }
@@ -48,9 +49,10 @@ impl Kept<'_> {
 
     /// The number of descriptors that are in use in this way.
     fn count(&self, is: fn(&InUse) -> bool) -> usize {
-        let is_so =
-            |reason: &&&ReclaimReason| matches!(reason, ReclaimReason::InUse(in_use) if is(in_use));
-        self.reasons.iter().filter(is_so).count()
+        let reasons = self.descriptors.iter().map(|(_, reason)| reason);
+        reasons
+            .filter(|reason| matches!(reason, ReclaimReason::InUse(in_use) if is(in_use)))
+            .count()
     }
 }
 
@@ -64,10 +66,10 @@ pub fn kept<'o>(
         if let Some(reason) = owner.reclaim.as_ref().and_then(ReclaimOutcome::reason) {
             let of_process = kept.entry(owner.process.id).or_insert_with(|| Kept {
                 process: Arc::clone(&owner.process),
-                reasons: Vec::new(),
+                descriptors: Vec::new(),
                 facts: facts(&owner.process),
             });
-            of_process.reasons.push(reason);
+            of_process.descriptors.push((owner.fd, reason));
         }
     }
     kept.into_values().collect()
@@ -145,24 +147,16 @@ fn runtime_rule(kept: &Kept<'_>, by: KeptBy<'_>) -> Option<Advice> {
                 Some(inside) => inside.run(&format!("jcmd {} GC.run", inside.pid)),
                 None => format!("jcmd {pid} GC.run"),
             };
-            let raise = kept
-                .facts
-                .reached
-                .map(|(soft, hard)| raise_limit(pid, soft, hard));
-            let first = match &raise {
-                Some((raise, needs)) => {
-                    format!("`{raise}`{needs}, since jcmd needs a free descriptor, then ")
-                }
-                None => String::new(),
-            };
+            let room = kept.facts.reached.map(|limit| room_for_jcmd(kept, limit));
+            let (first, command) = room.unzip();
             (
                 "garbage-collector",
                 format!(
-                    "{number}: its garbage collector may close these numbers after reuse. Run {first}`{collect}` twice, then \
-                     `{force}`{lost}"
+                    "{number}: its garbage collector may close these numbers after reuse. Run {}`{collect}` twice, then \
+                     `{force}`{lost}",
+                    first.unwrap_or_default()
                 ),
-                raise
-                    .map(|(raise, _)| raise)
+                command
                     .into_iter()
                     .chain([collect.clone(), collect, force])
                     .collect(),
@@ -211,6 +205,26 @@ fn runtime_rule(kept: &Kept<'_>, by: KeptBy<'_>) -> Option<Advice> {
     })
 }
 
+/// Descriptors that are freed so that jcmd can attach. It needs two for its socket, and the JVM opens some files for its classes.
+const FREE_FOR_JCMD: usize = 10;
+
+/// The step before jcmd, as the start of a sentence, and its command: a JVM at its limit cannot accept the connection of jcmd.
+fn room_for_jcmd(kept: &Kept<'_>, limit: ReachedLimit) -> (String, String) {
+    let pid = kept.process.id.pid;
+    let (raise, needs) = limit.raise(pid);
+    if limit.can_be_raised() {
+        let text = format!("`{raise}`{needs}, since jcmd needs a free descriptor, then ");
+        return (text, raise);
+    }
+    let fds = kept.descriptors.iter().rev().take(FREE_FOR_JCMD);
+    let fds: Vec<String> = fds.map(|(fd, _)| fd.0.to_string()).collect();
+    let some = format!("{} --fd {}", force_command(pid), fds.join(","));
+    let text = format!(
+        "`{some}`, since jcmd needs free descriptors, and the limit cannot be raised here (on the host: `{raise}`), then "
+    );
+    (text, some)
+}
+
 /// What the program may still read, where its runtime has no rule for that.
 fn unread(kept: &Kept<'_>, by: KeptBy<'_>) -> Option<Advice> {
     let count = match kept.knows_numbers() {
@@ -241,10 +255,13 @@ fn force_command(pid: i32) -> String {
 
 /// When the sockets will have been quiet for long enough.
 fn young(kept: &Kept<'_>, by: KeptBy<'_>) -> Option<Advice> {
-    let quiet = kept.reasons.iter().filter_map(|reason| match reason {
-        ReclaimReason::InUse(InUse::TooYoung(quiet)) => Some(*quiet),
-        _ => None,
-    });
+    let quiet = kept
+        .descriptors
+        .iter()
+        .filter_map(|(_, reason)| match reason {
+            ReclaimReason::InUse(InUse::TooYoung(quiet)) => Some(*quiet),
+            _ => None,
+        });
     let quiet: Vec<Duration> = quiet.collect();
     let youngest = *quiet.iter().min()?;
     let min_age = by.rules.min_age;
@@ -361,14 +378,14 @@ mod tests {
     fn advice(
         runtime: Option<LanguageRuntime>,
         reasons: &[InUse],
-        reached: Option<(u64, Option<u64>)>,
+        reached: Option<ReachedLimit>,
         by: KeptBy<'_>,
     ) -> Vec<Advice> {
         let reasons: Vec<ReclaimReason> =
             reasons.iter().cloned().map(ReclaimReason::InUse).collect();
         let kept = Kept {
             process: process(4711, "java"),
-            reasons: reasons.iter().collect(),
+            descriptors: (7..).map(RemoteFd).zip(&reasons).collect(),
             facts: Facts {
                 runtime,
                 reached,
@@ -376,6 +393,14 @@ mod tests {
             },
         };
         advise(&[kept], by)
+    }
+
+    fn full_at_64(may_raise_hard: bool) -> ReachedLimit {
+        ReachedLimit {
+            soft: 64,
+            hard: Some(64),
+            may_raise_hard,
+        }
     }
 
     #[test]
@@ -404,7 +429,7 @@ mod tests {
         in_docker.container.as_mut().unwrap().name = Some("web".into());
         let kept = Kept {
             process: process(4711, "java"),
-            reasons: reasons.iter().collect(),
+            descriptors: (7..).map(RemoteFd).zip(&reasons).collect(),
             facts: Facts {
                 runtime: jvm,
                 reached: None,
@@ -421,7 +446,7 @@ mod tests {
         let full = advice(
             jvm,
             &[finalizer.clone(), InUse::Unread(5)],
-            Some((64, Some(64))),
+            Some(full_at_64(true)),
             RUN,
         );
         let text = full[0].to_string();
@@ -436,6 +461,16 @@ mod tests {
             "{text}"
         );
         assert_eq!(full[0].commands.len(), 4);
+        // Nobody here may raise the limit: some numbers are freed first.
+        let many = vec![finalizer.clone(); 12];
+        let bound = advice(jvm, &many, Some(full_at_64(false)), RUN).remove(0);
+        let some = "cwkill reclaim --pid 4711 --reclaim-force --fd 18,17,16,15,14,13,12,11,10,9";
+        assert_eq!(bound.commands[0], some);
+        assert_eq!(bound.commands.len(), 4);
+        assert!(
+            bound.text.contains("on the host: `prlimit --pid 4711"),
+            "{bound}"
+        );
         for (runtime, code, part) in [
             (
                 Some(LanguageRuntime::Go),

@@ -93,7 +93,7 @@ impl StillOpen {
             0 => String::new(),
             unread => format!(" (keeps {unread} with unread bytes, and says how to free them)"),
         };
-        format!(", only the process can, or in {wait}: {command}{kept}")
+        format!(", only the process can, or you, after {wait}: `{command}`{kept}")
     }
 }
 

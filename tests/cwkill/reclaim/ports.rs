@@ -144,6 +144,8 @@ fn a_plain_close_names_the_next_command() -> Result<()> {
     let pid = leak.app().pid();
     cwkill(&lab, "--port 8080 --allow-spin")?
         .exits(0)
-        .complains(&format!("or in 1 minute: cwkill reclaim --pid {pid}"));
+        .complains(&format!(
+            "or you, after 1 minute: `cwkill reclaim --pid {pid}`"
+        ));
     Ok(())
 }

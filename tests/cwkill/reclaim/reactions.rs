@@ -102,7 +102,7 @@ fn descriptors_with_unread_data_are_skipped() -> Result<()> {
     let (closing, leak) = lab("unread", Family::V4, 3)?;
     let pid = leak.app().pid();
     let ran = cwkill(&closing, "--port 8080 --allow-spin")?.exits(0);
-    let command = format!("cwkill reclaim --pid {pid} (keeps 3 with unread bytes, and says how");
+    let command = format!("`cwkill reclaim --pid {pid}` (keeps 3 with unread bytes, and says how");
     ran.complains(&command);
     let kept = cwkill(&closing, &format!("reclaim --pid {pid} --json"))?.exits(4);
     let force = format!("cwkill reclaim --pid {pid} --reclaim-force");
