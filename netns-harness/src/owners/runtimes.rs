@@ -268,11 +268,19 @@ pub struct Cure {
     pub freed: u64,
 }
 
+/// Whether the limit of a server can be raised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HardLimit {
+    Higher,
+    /// Its hard limit is its soft one, and cwkill runs without CAP_SYS_RESOURCE, which nobody can get.
+    Reached,
+}
+
 /// Lets a server of `runtime` leak until its limit, runs `cwkill --reclaim`, and then the commands that its advice names.
 ///
 /// # Errors
 /// The runtime is not installed, a command fails, or the server does not accept again.
-pub fn cure(runtime: Runtime, cwkill: &Path) -> Result<Cure> {
+pub fn cure(runtime: Runtime, cwkill: &Path, limit: HardLimit) -> Result<Cure> {
     let build_dir = BuildDir::new()?;
     let command = runtime.build(&build_dir)?;
     let lab = Lab::new()?;
@@ -283,7 +291,22 @@ pub fn cure(runtime: Runtime, cwkill: &Path) -> Result<Cure> {
     host.within(|| server.leak_to_the_limit())?;
     let pid = server.child.id().to_string();
     let line = ["--pid", &pid, "--reclaim", "--reclaim-age", "1s", "--json"];
-    let closed = host.command(cwkill).args(line).output()?;
+    let closed = match limit {
+        HardLimit::Higher => host.command(cwkill),
+        HardLimit::Reached => {
+            let line = format!("--pid {pid} --nofile={LIMIT}:{LIMIT}");
+            let lowered = host.command("prlimit").args(line.split(' ')).output()?;
+            ensure!(lowered.status.success(), "{lowered:?}");
+            let without = [
+                "--bounding-set",
+                "-sys_resource",
+                "--inh-caps",
+                "-sys_resource",
+            ];
+            host.command("setpriv").args(without).args([cwkill])
+        }
+    };
+    let closed = closed.args(line).output()?;
     let closed: Value = serde_json::from_slice(&closed.stdout)?;
     let advice = closed.pointer("/reclaim/advice").and_then(Value::as_array);
     let advice = advice.context("no advice")?;

@@ -1,7 +1,7 @@
 //! Servers at EMFILE, in several languages.
 
 use anyhow::Result;
-use netns_harness::owners::runtimes::{self, Runtime};
+use netns_harness::owners::runtimes::{self, HardLimit, Runtime};
 
 use crate::support::CWKILL;
 use crate::trial::{Need, Test, once};
@@ -12,6 +12,8 @@ pub const TESTS: &[Test] = &[
     once!(python_at_emfile_accepts_again),
     once!(java_is_left_to_its_garbage_collector).needs(Need::Language(Runtime::Java)),
     once!(the_printed_commands_cure_java_at_emfile).needs(Need::Language(Runtime::Java)),
+    once!(the_printed_commands_cure_java_whose_limit_nobody_can_raise)
+        .needs(Need::Language(Runtime::Java)),
     once!(the_printed_commands_cure_go_at_emfile).needs(Need::Language(Runtime::Go)),
     once!(the_printed_commands_cure_node_at_emfile).needs(Need::Language(Runtime::Node)),
     once!(go_at_emfile_accepts_again).needs(Need::Language(Runtime::Go)),
@@ -45,7 +47,7 @@ fn java_is_left_to_its_garbage_collector() -> Result<()> {
 }
 
 fn the_printed_commands_cure_java_at_emfile() -> Result<()> {
-    let cure = runtimes::cure(Runtime::Java, CWKILL.as_ref())?;
+    let cure = runtimes::cure(Runtime::Java, CWKILL.as_ref(), HardLimit::Higher)?;
     let [raise, first, second, last] = &cure.commands[..] else {
         panic!("{cure:?}");
     };
@@ -61,8 +63,19 @@ fn the_printed_commands_cure_java_at_emfile() -> Result<()> {
     Ok(())
 }
 
+fn the_printed_commands_cure_java_whose_limit_nobody_can_raise() -> Result<()> {
+    let cure = runtimes::cure(Runtime::Java, CWKILL.as_ref(), HardLimit::Reached)?;
+    let some = cure.commands[0].split_once(" --reclaim-force --fd ");
+    let (command, fds) = some.unwrap_or_else(|| panic!("{cure:?}"));
+    assert!(command.starts_with("cwkill reclaim --pid "), "{cure:?}");
+    assert_eq!(fds.split(',').count(), 10, "{cure:?}");
+    assert!(cure.advice[0].contains("cannot be raised here"), "{cure:?}");
+    assert!(cure.freed > 10, "{cure:?}");
+    Ok(())
+}
+
 fn the_printed_commands_cure_go_at_emfile() -> Result<()> {
-    let cure = runtimes::cure(Runtime::Go, CWKILL.as_ref())?;
+    let cure = runtimes::cure(Runtime::Go, CWKILL.as_ref(), HardLimit::Higher)?;
     let forces = cure.commands[0].ends_with(" --reclaim-force");
     assert!(forces && cure.commands.len() == 1, "{cure:?}");
     assert!(cure.freed > 10, "{cure:?}");
@@ -71,7 +84,7 @@ fn the_printed_commands_cure_go_at_emfile() -> Result<()> {
 
 /// Node.js takes a socket out of its epoll set when it has ended, and keeps the descriptor. So after some time nothing needs force.
 fn the_printed_commands_cure_node_at_emfile() -> Result<()> {
-    let cure = runtimes::cure(Runtime::Node, CWKILL.as_ref())?;
+    let cure = runtimes::cure(Runtime::Node, CWKILL.as_ref(), HardLimit::Higher)?;
     assert!(cure.freed > 10, "{cure:?}");
     assert!(cure.advice.len() <= 2, "{cure:?}");
     Ok(())
