@@ -277,7 +277,7 @@ fn stack_without_descriptor(process: SuggestionInput<'_>) -> (String, String) {
                     format!("prints the stacks to its output: `{logs}`; jcmd needs a free descriptor")
                 }
                 None => {
-                    "prints the stacks to its standard output; jcmd needs a free descriptor".into()
+                    "prints the stacks to its standard output and does not end it; jcmd needs a free descriptor".into()
                 }
             },
         ),

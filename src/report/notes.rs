@@ -222,10 +222,6 @@ fn backlogs(run: &Run) -> Vec<String> {
             *closed.entry(listener).or_default() += 1;
         }
     }
-    let advice = match run.backlogs {
-        None => ", or --drain-backlog",
-        Some(_) => "",
-    };
     let note = |(index, count): (usize, usize)| {
         let listener = &scan.listeners[index];
         let (owner, _) = names(scan, &listener.owners, false);
@@ -236,6 +232,13 @@ fn backlogs(run: &Run) -> Vec<String> {
         // Connections that the listener has accepted since then no longer take a slot.
         let taken = count.min(usize::try_from(listener.waiting()).unwrap_or(usize::MAX));
         (taken > 0).then(|| {
+            let advice = match run.backlogs {
+                None => format!(
+                    ", or `cwkill --port {} --drain-backlog`",
+                    listener.local.port()
+                ),
+                Some(_) => String::new(),
+            };
             format!(
                 "{} still take{} a slot in the backlog of {} ({owner}, backlog {}): only its accept() frees them{advice}",
                 counted(taken, "closed connection"),
