@@ -146,7 +146,7 @@ fn unbroken(line: &str, columns: usize) -> impl Iterator<Item = &str> {
         let word_end = space(0);
         let command = text[..word_end.unwrap_or(text.len())].find('`');
         let close = command.and_then(|open| Some(open + 1 + text[open + 1..].find('`')?));
-        let command_end = close.map(|close| space(close));
+        let command_end = close.map(space);
         let end = match command_end {
             Some(end) if columns_of(&text[..end.unwrap_or(text.len())]) <= columns => end,
             _ => word_end,
