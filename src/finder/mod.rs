@@ -131,25 +131,29 @@ pub fn find(
         };
         (listed, descriptors)
     });
-    let mut listed = listed?;
+    let (mut listed, mut descriptors) = (listed?, descriptors);
     let is_complete = searches_all || !listed.inodes.is_empty();
     if namespaces.everywhere || selectors.selects_owners() {
         let selected;
-        let descriptors = match &descriptors {
+        let of_sockets = match &descriptors {
             Ok(descriptors) if is_complete => descriptors,
             _ => {
                 selected = owners::scan_selected(proc, selectors)?;
                 &selected
             }
         };
-        add_nameless(
+        let are_there_more = add_nameless(
             &mut listed,
             namespaces,
-            descriptors,
+            of_sockets,
             proc,
             selectors,
             history,
         );
+        // Their sockets were listed after the descriptors were read.
+        if are_there_more && !side_by_side {
+            descriptors = owners::scan(proc, states, &AtomicBool::new(false));
+        }
     }
     let Listed { mut scan, inodes } = listed;
     let mut owners = match inodes.is_empty() {
@@ -354,7 +358,7 @@ fn join<T>(thread: ScopedJoinHandle<'_, T>) -> T {
     thread.join().unwrap_or_else(|panic| resume_unwind(panic))
 }
 
-/// Adds the sockets in namespaces that only a socket keeps alive.
+/// Adds the sockets in namespaces that only a socket keeps alive. Returns whether there are such namespaces.
 fn add_nameless(
     listed: &mut Listed,
     namespaces: &Namespaces,
@@ -362,7 +366,7 @@ fn add_nameless(
     proc: &ProcFs,
     selectors: &Selectors,
     history: &History,
-) {
+) -> bool {
     let search = nameless_netns::Search {
         proc,
         selectors,
@@ -379,6 +383,7 @@ fn add_nameless(
         .unplaced_because
         .map(|error| why(Capability::CAP_NET_ADMIN, &error));
     let first = listed.scan.namespaces.len();
+    let are_there_any = !found.namespaces.is_empty();
     let netns_scans = scan_namespaces(&found.namespaces, selectors, history, true, false);
     listed.scan.namespaces.extend(found.namespaces);
     for netns_scan in netns_scans {
@@ -398,6 +403,7 @@ fn add_nameless(
         }
     }
     listed.inodes = inodes(&listed.scan);
+    are_there_any
 }
 
 /// Scans every namespace, [`NAMESPACES_AT_ONCE`] at the same time. Each socket gets the index of its namespace. `several`: whether

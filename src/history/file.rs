@@ -229,7 +229,7 @@ fn is_missing(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound
 }
 
-/// Waits for runs that write at this moment.
+/// Waits for runs that write at this moment. A reader needs no lock: a file that has the name is complete.
 fn lock(directory: OwnedFd) -> Result<Flock<OwnedFd>, FileError> {
     let mut directory = directory;
     for _ in 0..LOCK_ATTEMPTS {
@@ -240,5 +240,7 @@ fn lock(directory: OwnedFd) -> Result<Flock<OwnedFd>, FileError> {
         }
         std::thread::sleep(LOCK_PAUSE);
     }
-    Err(FileError::Refused("another run is writing it"))
+    Err(FileError::Refused(
+        "another run of cwkill has kept it locked for half a second; the next run adds the sockets of this one",
+    ))
 }

@@ -28,6 +28,7 @@ pub const TESTS: &[Test] = &[
     each_family!(an_owner_that_sends_keeps_its_socket_young),
     once!(a_file_that_cannot_be_used_is_replaced),
     once!(a_file_that_cannot_be_written_is_a_note),
+    once!(a_locked_file_is_read_and_its_writer_gives_up),
     once!(a_directory_of_others_is_not_used).needs(Need::RootOfTheMachine),
     once!(capabilities_do_not_open_the_file).needs(Need::RootOfTheMachine),
     once!(runs_at_once_lose_nothing),
@@ -323,6 +324,26 @@ fn a_file_that_cannot_be_written_is_a_note() -> Result<()> {
         assert!(ran.stderr.contains("cannot write the history"), "{ran:?}");
         assert_eq!(at(&ran.json(), "/summary/matched"), "2", "{ran:?}");
     }
+    Ok(())
+}
+
+/// Another run holds the lock for longer than a run waits.
+fn a_locked_file_is_read_and_its_writer_gives_up() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V4, 2)?;
+    let history = directory()?;
+    with_history(&lab, history.path(), "")?.exits(0);
+    let written = fs::read(history.path().join("history"))?;
+    let directory = fs::File::open(history.path())?;
+    directory.lock()?;
+    let ran = with_history(&lab, history.path(), "--json")?.exits(0);
+    assert_eq!(at(&ran.json(), "/summary/matched"), "2", "{ran:?}");
+    assert!(!ran.stderr.contains("cannot read the history"), "{ran:?}");
+    ran.complains("another run of cwkill has kept it locked")
+        .complains("ages in later runs may be too small");
+    assert_eq!(fs::read(history.path().join("history"))?, written);
+    drop(directory);
+    let ran = with_history(&lab, history.path(), "")?.exits(0);
+    assert!(!ran.stderr.contains("history"), "{ran:?}");
     Ok(())
 }
 

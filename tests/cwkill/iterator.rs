@@ -17,6 +17,7 @@ pub const TESTS: &[Test] = &[
     once!(both_ways_find_the_owners_of_every_namespace).needs(Need::Iterator),
     once!(both_ways_see_how_owners_wait).needs(Need::Iterator),
     each_family!(pids_are_those_of_the_own_pid_namespace).needs(Need::Iterator),
+    each_family!(start_times_are_those_of_the_own_time_namespace),
     each_family!(an_owner_in_an_inner_pid_namespace_is_found).needs(Need::Iterator),
     once!(a_process_without_its_first_thread_is_found).needs(Need::Iterator),
     once!(a_copy_in_the_table_of_a_thread_is_found).needs(Need::Iterator),
@@ -128,6 +129,26 @@ fn pids_are_those_of_the_own_pid_namespace(family: Family) -> Result<()> {
         ran(command.args(line.split_whitespace()))
     })?;
     assert_eq!((found.len(), owned(&found)), (2, 0));
+    Ok(())
+}
+
+/// /proc shows start times in the time namespace of its reader, and the iterator those of the kernel. An owner whose start times differ
+/// would count as another process with its pid.
+fn start_times_are_those_of_the_own_time_namespace(family: Family) -> Result<()> {
+    let (lab, leak) = lab("drained", family, 2)?;
+    let pid = leak.app().pid();
+    for offset in ["100000", "-1"] {
+        for line in ["--all".to_owned(), format!("--pid {pid}")] {
+            let found = compared(&|way| {
+                let unshare = format!("--time --boottime {offset} --fork --kill-child");
+                let command = lab.app_host().command("unshare");
+                let command = command.args(unshare.split(' ')).arg(CWKILL);
+                let line = format!("-n {line} --min-idle 0s --json {way}");
+                ran(command.args(line.split_whitespace()))
+            })?;
+            assert_eq!((found.len(), owned(&found)), (2, 2), "{offset} {line}");
+        }
+    }
     Ok(())
 }
 
