@@ -160,15 +160,16 @@ impl Executor for Destroy {
     }
 
     fn act(&mut self, targets: Vec<&mut Target>, batch: &mut Batch<'_>) {
-        // A large batch was rechecked too long ago: the owner may have written meanwhile.
-        let mut is_fresh = targets.len() <= SOCKETS_PER_BATCH;
+        let is_small = targets.len() <= SOCKETS_PER_BATCH;
         let Revived { others, probed } = match &mut self.reviver {
-            Some((reviver, duplicator)) => reviver.revive(duplicator, targets, batch),
+            Some((reviver, duplicator)) => reviver.revive_unchecked(duplicator, targets, batch),
             None => Revived {
                 others: targets,
                 probed: Vec::new(),
             },
         };
+        // A large batch was rechecked too long ago, and so was one that has waited for its probes: the owner may have written meanwhile.
+        let mut is_fresh = is_small && probed.is_empty();
         for (mut targets, after_segment) in [(others, false), (probed, true)] {
             while !targets.is_empty() {
                 let rest = targets.split_off(targets.len().min(SOCKETS_PER_BATCH));

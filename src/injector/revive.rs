@@ -80,13 +80,31 @@ impl Reviver {
         can_be_asked && self.forgotten_after.is_some_and(is_old)
     }
 
-    /// Makes the kernel send a probe to the peer of each target that may be forgotten, as far as a descriptor can be duplicated. Then
-    /// it restores the options and closes the duplicates. If a probe was sent, all targets are rechecked.
+    /// As [`Reviver::revive_unchecked`]. If a probe was sent, all targets are rechecked.
     pub fn revive<'t>(
         &self,
         duplicator: &mut Duplicator,
         targets: Vec<&'t mut Target>,
         batch: &mut Batch<'_>,
+    ) -> Revived<'t> {
+        let Revived { others, probed } = self.revive_unchecked(duplicator, targets, batch);
+        if probed.is_empty() {
+            return Revived { others, probed };
+        }
+        Revived {
+            others: batch.recheck(others, false),
+            probed: batch.recheck(probed, true),
+        }
+    }
+
+    /// Makes the kernel send a probe to the peer of each target that may be forgotten, as far as a descriptor can be duplicated. Then
+    /// it restores the options and closes the duplicates. If a probe was sent, time has passed: the caller must recheck all targets
+    /// before it acts.
+    pub fn revive_unchecked<'t>(
+        &self,
+        duplicator: &mut Duplicator,
+        targets: Vec<&'t mut Target>,
+        batch: &Batch<'_>,
     ) -> Revived<'t> {
         let (mut others, mut probed) = (Vec::with_capacity(targets.len()), Vec::new());
         for target in targets {
@@ -95,18 +113,11 @@ impl Reviver {
                 None => others.push(target),
             }
         }
-        if probed.is_empty() {
-            return Revived {
-                others,
-                probed: Vec::new(),
-            };
+        if !probed.is_empty() {
+            wait_until_sent(&probed, batch);
         }
-        wait_until_sent(&probed, batch);
         let probed = probed.into_iter().map(|item| item.target).collect();
-        Revived {
-            others: batch.recheck(others, false),
-            probed: batch.recheck(probed, true),
-        }
+        Revived { others, probed }
     }
 
     /// As [`Reviver::revive`], `size` targets at a time. Returns all that are left.
