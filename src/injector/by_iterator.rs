@@ -88,7 +88,7 @@ impl ByIterator {
                 match verdict {
                     Verdict::Destroyed => {
                         destroyed += 1;
-                        target.record(Method::Destroy, Ok(()));
+                        target.acted_at_one_instant(Method::Destroy);
                     }
                     Verdict::Refused(Errno::EOPNOTSUPP) => others.push(target),
                     Verdict::Refused(errno) => target.record(Method::Destroy, Err(refused(errno))),

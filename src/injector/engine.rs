@@ -345,13 +345,11 @@ impl Batch<'_> {
         let Ok(listed) = self.kernel.list(states) else {
             return requested;
         };
-        let acknowledged = Attempt {
-            method: Method::Destroy,
-            error: None,
-        };
+        let is_acknowledged =
+            |last: &Attempt| last.method == Method::Destroy && last.error.is_none();
         let (confirmed, unconfirmed): (Vec<_>, Vec<_>) =
             requested.into_iter().partition(|target| {
-                target.attempts.last() == Some(&acknowledged)
+                target.attempts.last().is_some_and(is_acknowledged)
                     && target.socket.state == TcpState::CloseWait
                     && !listed.contains(&target.socket.cookie())
             });

@@ -224,7 +224,11 @@ impl World {
 }
 
 pub(super) fn attempt(method: Method, error: Option<MethodError>) -> Attempt {
-    Attempt { method, error }
+    Attempt {
+        method,
+        error,
+        at_one_instant: false,
+    }
 }
 
 pub(super) fn skipped(reason: SkipReason) -> Option<Outcome> {

@@ -177,6 +177,7 @@ mod tests {
         let bug = |method| Attempt {
             method,
             error: Some(MethodError::Bug),
+            at_one_instant: false,
         };
         assert_eq!(
             targets[3].attempts,

@@ -63,6 +63,8 @@ pub struct Attempt {
     pub method: Method,
     /// Why the method had no effect; `None` if it acted.
     pub error: Option<MethodError>,
+    /// Whether the socket was judged at the instant of the act.
+    pub at_one_instant: bool,
 }
 
 /// The result for a matched socket.
@@ -414,7 +416,19 @@ impl Target {
     pub fn attempt(&mut self, method: Method, error: Option<MethodError>) {
         // Most targets have one attempt, and a run can have very many targets.
         self.attempts.reserve_exact(1);
-        self.attempts.push(Attempt { method, error });
+        self.attempts.push(Attempt {
+            method,
+            error,
+            at_one_instant: false,
+        });
+    }
+
+    /// Adds the attempt of a method that has judged the socket at the instant of its act.
+    pub fn acted_at_one_instant(&mut self, method: Method) {
+        self.attempt(method, None);
+        if let Some(last) = self.attempts.last_mut() {
+            last.at_one_instant = true;
+        }
     }
 
     /// The last method that acted without an error.

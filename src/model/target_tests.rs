@@ -120,6 +120,7 @@ fn a_run_that_broke_off_fails_the_targets_without_an_outcome() {
     let bug = |method| Attempt {
         method,
         error: Some(MethodError::Bug),
+        at_one_instant: false,
     };
 
     let mut untouched = target();

@@ -362,6 +362,9 @@ struct JsonAttempt {
     error: Option<String>,
     reason_code: Option<&'static str>,
     errno: Option<String>,
+    /// `Some(true)` if the socket was judged at the instant of the act.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    at_one_instant: Option<bool>,
 }
 
 pub(crate) fn json_socket<'a>(run: &'a Run, target: &'a Target) -> JsonSocket<'a> {
@@ -506,6 +509,7 @@ fn result(target: &Target, outcome: Outcome) -> JsonResult {
                     errno: error
                         .and_then(MethodError::errno)
                         .map(|errno| format!("{errno:?}")),
+                    at_one_instant: attempt.at_one_instant.then_some(true),
                 }
             })
             .collect(),

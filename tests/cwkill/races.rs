@@ -159,6 +159,7 @@ fn failed(method: Method, error: MethodError) -> Attempt {
     Attempt {
         method,
         error: Some(error),
+        at_one_instant: false,
     }
 }
 
