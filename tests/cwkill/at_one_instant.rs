@@ -32,6 +32,7 @@ pub const TESTS: &[Test] = &[
     each_family!(a_socket_accepted_meanwhile_is_left).needs(Need::Iterator),
     each_family!(the_program_alone_sees_every_change).needs(Need::Iterator),
     once!(unsent_bytes_are_lost_only_if_allowed).needs(Need::Iterator),
+    each_family!(a_walk_is_through_the_namespace_of_the_sockets).needs(Need::Iterator),
     once!(thousands_are_destroyed_and_reported).needs(Need::Iterator),
     once!(an_interrupted_walk_reports_what_it_has_destroyed).needs(Need::Iterator),
     once!(without_the_rights_sock_destroy_is_used).needs(Need::Iterator),
@@ -287,6 +288,32 @@ fn unsent_bytes_are_lost_only_if_allowed() -> Result<()> {
     Ok(())
 }
 
+/// How many sockets were destroyed at one instant.
+fn at_one_instant(sockets: &[serde_json::Value]) -> usize {
+    let was = |socket: &&serde_json::Value| {
+        socket["result"]["attempts"]
+            .as_array()
+            .is_some_and(|attempts| attempts.iter().any(|it| it["at_one_instant"] == true))
+    };
+    sockets.iter().filter(was).count()
+}
+
+/// cwkill runs in another namespace than the sockets, and has to enter theirs.
+fn a_walk_is_through_the_namespace_of_the_sockets(family: Family) -> Result<()> {
+    let (here, _leak) = lab("drained", family, 2)?;
+    let (there, leak) = lab("drained", family, 3)?;
+    let pid = leak.app().pid();
+    let line = format!("-N {pid} --all --method destroy --allow-spin --json");
+    let sockets = cwkill(&here, &line)?.exits(0).sockets();
+    assert_eq!((sockets.len(), at_one_instant(&sockets)), (3, 3));
+    assert_eq!(in_state(&there, TcpState::CloseWait)?, 0);
+    assert_eq!(in_state(&here, TcpState::CloseWait)?, 2);
+    let line = "--all --method destroy --allow-spin --json --bpf never";
+    let sockets = cwkill(&here, line)?.exits(0).sockets();
+    assert_eq!((sockets.len(), at_one_instant(&sockets)), (2, 0));
+    Ok(())
+}
+
 /// More than one read(2) of the iterator has room for.
 const MANY: usize = 5000;
 
@@ -296,6 +323,7 @@ fn thousands_are_destroyed_and_reported() -> Result<()> {
     let sockets = cwkill(&lab, line)?.exits(0).sockets();
     assert_eq!(sockets.len(), MANY);
     crate::support::all_have(&sockets, "closed", "destroy");
+    assert_eq!(at_one_instant(&sockets), MANY);
     assert_eq!(connections(&lab)?.len(), 0);
     Ok(())
 }
