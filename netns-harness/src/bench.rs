@@ -95,6 +95,7 @@ impl Subject {
 const LIST: &str = "list with owners";
 const BY_ITERATOR: &str = "the same, by iterator";
 const KILL: &str = "find, destroy, verify";
+const KILL_BY_ITERATOR: &str = "destroy by iterator";
 
 impl Bench {
     /// Measures and prints the table.
@@ -149,6 +150,20 @@ impl Bench {
                 &format!("{cwkill} --all --min-idle 0s --method destroy --no-owners --quiet"),
             ),
             Subject::new(
+                KILL_BY_ITERATOR,
+                Some(KILL),
+                &format!(
+                    "{cwkill} --all --min-idle 0s --method destroy --no-owners --quiet --bpf always"
+                ),
+            ),
+            Subject::new(
+                "destroy by SOCK_DESTROY",
+                Some(KILL),
+                &format!(
+                    "{cwkill} --all --min-idle 0s --method destroy --no-owners --quiet --bpf never"
+                ),
+            ),
+            Subject::new(
                 "the same, with JSON",
                 Some(KILL),
                 &format!("{cwkill} --all --min-idle 0s --method destroy --no-owners --json"),
@@ -181,9 +196,15 @@ impl Bench {
             listers.clear();
         }
         let mut missing = BTreeMap::new();
-        if !has_iterator(&cwkill)? {
-            listers.retain(|lister| lister.name != BY_ITERATOR);
-            println!("{cwkill} cannot use the kernel's iterator here, so it is not measured");
+        let checks = doctor(&cwkill)?;
+        for (subjects, name, check) in [
+            (&mut listers, BY_ITERATOR, "owners by iterator"),
+            (&mut killers, KILL_BY_ITERATOR, "destroy by iterator"),
+        ] {
+            if !checks.contains(&format!(r#"{{"name":"{check}","ok":true"#)) {
+                subjects.retain(|subject| subject.name != name);
+                println!("no {check} here, so it is not measured");
+            }
         }
         for subjects in [&mut listers, &mut killers] {
             subjects.retain(|subject| {
@@ -275,14 +296,13 @@ impl Bench {
     }
 }
 
-/// Whether the kernel's iterator over all descriptors works for this user.
-fn has_iterator(cwkill: &str) -> Result<bool> {
+/// The document of `cwkill doctor`.
+fn doctor(cwkill: &str) -> Result<String> {
     let ran = Command::new(cwkill)
-        .args(["--bpf", "always", "--port", "1", "--dry-run"])
+        .args(["doctor", "--json"])
         .output()
         .with_context(|| format!("run {cwkill}"))?;
-    // 3: it could not run.
-    Ok(ran.status.code() != Some(3))
+    Ok(String::from_utf8_lossy(&ran.stdout).into_owned())
 }
 
 /// The share of the processor time that was used during [`IDLE_WINDOW`].
