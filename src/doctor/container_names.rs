@@ -36,7 +36,8 @@ fn count(containers: impl Iterator<Item = Container>) -> ContainerNames {
     let mut seen = BTreeSet::new();
     let mut counts = ContainerNames::new();
     for container in containers {
-        if !seen.insert(container.with_id()) {
+        let (runtime, id) = container.key();
+        if !seen.insert((runtime, id.to_owned())) {
             continue;
         }
         let counts = counts.entry(container.runtime).or_default();

@@ -1,6 +1,6 @@
 //! The selectors of containers: by name or id, by pod, by kubernetes namespace, by compose service.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use globset::{Glob, GlobMatcher};
 
@@ -196,9 +196,9 @@ impl ContainerSelectors {
     pub fn names_of_several(&self, processes: &[Process]) -> Vec<String> {
         const MAX_NAMED: usize = 3;
         let mut notes = Vec::new();
-        let mut note = |option: &str, text: &str, found: BTreeSet<String>| {
+        let mut note = |option: &str, text: &str, found: Vec<String>| {
             if found.len() > 1 {
-                let named: Vec<&str> = found.iter().take(MAX_NAMED).map(String::as_str).collect();
+                let named = &found[..found.len().min(MAX_NAMED)];
                 let more = found.len() - named.len();
                 let more = if more > 0 {
                     format!(" and {more} more")
@@ -220,7 +220,8 @@ impl ContainerSelectors {
         };
         for name in self.containers.iter().filter(|name| name.0.means_one()) {
             let matching = containers().filter(|one| name.of(one) == Match::Yes);
-            let found = matching.map(|one| crate::text::escape(&one.with_id()));
+            let found: BTreeMap<_, _> = matching.map(|one| (one.key(), one.with_id())).collect();
+            let found = found.values().map(|text| crate::text::escape(text));
             note("--container", &name.0.text, found.collect());
         }
         for pod in self.pods.iter().filter(|pod| pod.name.means_one()) {
@@ -230,7 +231,8 @@ impl ContainerSelectors {
                 let pod = one.facts.pod.as_deref().unwrap_or("?");
                 crate::text::escape(&format!("{namespace}/{pod}"))
             };
-            note("--pod", &pod.text, matching.map(name).collect());
+            let found: BTreeSet<String> = matching.map(name).collect();
+            note("--pod", &pod.text, found.into_iter().collect());
         }
         notes
     }

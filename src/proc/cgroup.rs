@@ -128,7 +128,13 @@ pub(crate) fn short_id(id: &str) -> &str {
 }
 
 impl Container {
-    /// The runtime with the abbreviated id, or with the name if there is no id. No other container has the same.
+    /// What no other container has: its runtime with its id, or with its name if there is none.
+    pub(crate) fn key(&self) -> (Runtime, &str) {
+        let id = self.id.as_deref().or(self.name.as_deref());
+        (self.runtime, id.unwrap_or_default())
+    }
+
+    /// The runtime with the abbreviated id, or with the name if there is no id.
     pub(crate) fn with_id(&self) -> String {
         let id = self.id.as_deref().map(short_id);
         let name = id.or(self.name.as_deref()).unwrap_or("?");

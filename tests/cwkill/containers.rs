@@ -30,6 +30,7 @@ pub const TESTS: &[Test] = &[
     once!(a_host_root_that_is_none_is_refused),
     once!(an_absent_container_is_named),
     once!(the_next_command_fits_the_container).needs(Need::RootOfTheMachine),
+    once!(doctor_counts_the_names).needs(Need::RootOfTheMachine),
 ];
 
 /// The root directory of a host, with the files of its runtimes.
@@ -496,5 +497,44 @@ fn the_next_command_fits_the_container() -> Result<()> {
     );
     child.kill()?;
     child.wait()?;
+    Ok(())
+}
+
+/// Other tests may have containers of docker too, whose names this host root does not have.
+fn doctor_counts_the_names() -> Result<()> {
+    let lab = Lab::new()?;
+    let cgroups = Cgroups::new("doctor");
+    let (host, known, unknown) = (Host::new()?, id(14), id(15));
+    host.docker(&known, "known")?;
+    let names = |containers: &[&str]| -> Result<serde_json::Value> {
+        let mut children = Vec::new();
+        for container in containers {
+            let child = std::process::Command::new("sleep").arg("600").spawn()?;
+            let path = format!("system.slice/docker-{container}.scope");
+            cgroups.put(child.id(), &path)?;
+            children.push(child);
+        }
+        let line = format!("doctor --json {}", host.option());
+        let document = cwkill(&lab, &line)?.json();
+        for child in &mut children {
+            child.kill()?;
+            child.wait()?;
+        }
+        let checks = document["checks"].as_array().context("checks")?;
+        let found = checks
+            .iter()
+            .find(|check| check["name"] == "container names");
+        Ok(found.context("no line about names")?.clone())
+    };
+    let found = names(&[&known])?;
+    let detail = at(&found, "/detail");
+    assert!(detail.contains("docker 1 of "), "{detail}");
+    let found = names(&[&known, &unknown])?;
+    assert_eq!(found["ok"], json!(false));
+    let detail = at(&found, "/detail");
+    assert!(
+        detail.contains("docker 1 of ") && detail.contains("config.v2.json"),
+        "{detail}"
+    );
     Ok(())
 }
