@@ -98,7 +98,7 @@ impl Destroyer {
     /// same order.
     ///
     /// # Errors
-    /// The kernel refuses a step. Nothing was destroyed, except if reading failed, which no kernel is known to do.
+    /// The kernel refuses a step before anything was destroyed. If a later read fails, for lack of memory, the verdicts so far count.
     pub fn destroy(
         &self,
         chosen: &[Chosen],
@@ -168,7 +168,10 @@ impl Program {
         });
         // If this fails, the next pass has another number, and perhaps less room.
         let _ = self.chosen.remove(&keys);
-        ran.map(|()| verdicts)
+        match ran {
+            Err(error) if verdicts.iter().all(|it| *it == Verdict::NotSeen) => Err(error),
+            _ => Ok(verdicts),
+        }
     }
 }
 

@@ -185,7 +185,7 @@ impl DescriptorUsage {
         diagnose::limit::is_reached(self.used, self.limit)
     }
 
-    /// How much of its limit these descriptors of the leak are. With the last free descriptor the leak has all that it can get.
+    /// How much of its limit these descriptors of the leak are. With at most three free ones the leak has all that it can get.
     fn share(&self, leaked: u64) -> Option<Fraction> {
         let whole = self.limit?.max(1);
         let part = match self.is_at_limit() && leaked > 0 {

@@ -64,19 +64,27 @@ pub(super) fn question(run: &Run, config: &Config) -> Option<String> {
         _ => format!(", and {unowned} without a known owner"),
     };
     let reclaim = match config.reclaim {
-        Some(_) => ", and their descriptors",
+        Some(_) => ", with their descriptors",
         None => "",
     };
     let drain = match backlogs[..] {
         [] => String::new(),
-        [one] => format!("; it drains the backlog of {}", one.local),
-        _ => format!("; it drains {} backlogs", backlogs.len()),
+        [one] => format!("the backlog of {}", one.local),
+        _ => format!("{} backlogs", backlogs.len()),
     };
-    Some(format!(
-        "this closes {} of {}{without_owner}{reclaim}{drain}. Continue? [y/N] ",
-        counted(sockets, "socket"),
-        names.join(", ")
-    ))
+    let who = names.join(", ");
+    let what = match (sockets, drain.is_empty()) {
+        (0, _) => format!("this drains {drain} of {who}"),
+        (_, true) => format!(
+            "this closes {} of {who}{without_owner}{reclaim}",
+            counted(sockets, "socket")
+        ),
+        (_, false) => format!(
+            "this closes {} of {who}{without_owner}{reclaim}, and drains {drain}",
+            counted(sockets, "socket")
+        ),
+    };
+    Some(format!("{what}. Continue? [y/N] "))
 }
 
 /// Asks, and reads the answer. Only `y` and `yes` agree; the end of the input does not.
@@ -148,7 +156,7 @@ mod tests {
     fn the_question_names_what_is_done_inside_the_processes() {
         assert_eq!(
             asked(&run(&[7, 8]), "cwkill --all --reclaim").unwrap(),
-            "this closes 2 sockets of app/7 (1), app/8 (1), and their descriptors. Continue? [y/N] "
+            "this closes 2 sockets of app/7 (1), app/8 (1), with their descriptors. Continue? [y/N] "
         );
         let mut drains = run(&[7]);
         let mut backlog = Backlog {
@@ -170,7 +178,7 @@ mod tests {
         drains.backlogs = Some(vec![backlog.clone()]);
         assert_eq!(
             asked(&drains, "cwkill --all --drain-backlog").unwrap(),
-            "this closes 1 socket of app/7 (1), app/9; it drains the backlog of 10.0.0.1:80. Continue? [y/N] "
+            "this closes 1 socket of app/7 (1), app/9, and drains the backlog of 10.0.0.1:80. Continue? [y/N] "
         );
         backlog.result = Some(DrainResult::default());
         drains.backlogs = Some(vec![backlog]);

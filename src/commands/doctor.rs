@@ -8,7 +8,7 @@ use super::{drop_capabilities_and_start_threads, proc_with_names, time_and_place
 use crate::cli::DoctorArgs;
 use crate::doctor;
 use crate::filter::selectors::Selectors;
-use crate::finder::way::{self, NotUsed, UseIterator};
+use crate::finder::way::{self, NotUsed};
 use crate::injector::way::ByIterator;
 use crate::model::Method;
 use crate::privileges::capabilities;
@@ -23,7 +23,7 @@ pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
     needed.extend(capabilities::to_act(&Method::ALL));
     let why = |error: NotUsed| format!("{:#}", anyhow::Error::from(error));
     let iterator = way::works(&proc).map_err(why);
-    let destroyer = ByIterator::choose(&proc, UseIterator::Auto).map_err(why);
+    let destroyer = ByIterator::works(&proc).map_err(why);
     drop_capabilities_and_start_threads(&needed, None);
     let examination = doctor::examine(&proc, iterator, destroyer)?;
     let written = write_out(|out| match args.json {

@@ -214,7 +214,7 @@ fn open_proc(
 /// # Errors
 /// The iterator is needed, and cannot be used.
 fn open_destroyer(use_iterator: UseIterator, verbose: bool) -> anyhow::Result<Option<ByIterator>> {
-    let chosen = ByIterator::choose(&ProcFs::default(), use_iterator);
+    let chosen = ByIterator::choose(use_iterator);
     unless_not_used(
         chosen,
         use_iterator,

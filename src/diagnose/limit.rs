@@ -26,7 +26,8 @@ impl ReachedLimit {
         self.may_raise_hard || self.hard.is_some_and(|hard| hard > self.soft)
     }
 
-    /// The command that raises the limit of process `pid`, and the privilege that it needs.
+    /// The command that raises the limit of process `pid`, and the privilege that it needs. Where nobody can raise it, as in a
+    /// container, the process may have another number on the host, so the command has none.
     pub fn raise(self, pid: i32) -> (String, &'static str) {
         let more = self.soft.max(1).saturating_mul(2);
         match self.hard {
@@ -34,12 +35,13 @@ impl ReachedLimit {
                 format!("prlimit --pid {pid} --nofile={}:", more.min(hard)),
                 "",
             ),
-            _ => (
+            _ if self.may_raise_hard => (
                 format!("prlimit --pid {pid} --nofile={more}:{more}"),
-                match self.may_raise_hard {
-                    true => " (needs CAP_SYS_RESOURCE)",
-                    false => " (needs CAP_SYS_RESOURCE, which nobody has here: run it on the host)",
-                },
+                " (needs CAP_SYS_RESOURCE)",
+            ),
+            _ => (
+                format!("prlimit --pid PID --nofile={more}:{more}"),
+                " (on the host, with the PID that it has there: nobody has CAP_SYS_RESOURCE here)",
             ),
         }
     }
@@ -66,7 +68,7 @@ mod tests {
             assert!(limit(hard, true).can_be_raised());
             assert!(!limit(hard, false).can_be_raised());
             let (command, needs) = limit(hard, false).raise(42);
-            assert_eq!(command, "prlimit --pid 42 --nofile=2048:2048");
+            assert_eq!(command, "prlimit --pid PID --nofile=2048:2048");
             assert!(needs.contains("on the host"), "{needs}");
         }
     }

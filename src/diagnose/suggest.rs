@@ -247,9 +247,7 @@ fn make_room(process: SuggestionInput<'_>, limit: ReachedLimit) -> (String, Stri
         0 => (raise, format!("raises its limit{needs}")),
         _ if !limit.can_be_raised() => (
             reclaim(process),
-            format!(
-                "frees up to {leaked}, or says how; its limit cannot be raised here (nobody has CAP_SYS_RESOURCE): on the host run {raise}"
-            ),
+            format!("frees up to {leaked}, or says how; or {raise}{needs}"),
         ),
         _ if process.runtime.is_some_and(LanguageRuntime::knows_numbers) => (
             raise,
@@ -531,7 +529,7 @@ mod tests {
         assert_eq!(commands(bound)[0], raise_soft, "its hard limit is higher");
         bound.reached.as_mut().unwrap().hard = Some(1024);
         assert_eq!(commands(bound)[0], "cwkill --pid 42 --reclaim");
-        assert!(suggest(bound)[0].remark.contains("on the host run prlimit"));
+        assert!(suggest(bound)[0].remark.contains("or prlimit --pid PID"));
         // What fills the table is not leaked sockets.
         let other = SuggestionInput {
             held: 0,

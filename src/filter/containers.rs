@@ -81,13 +81,21 @@ impl ContainerName {
     }
 
     fn of(&self, container: &Container) -> Match {
-        let is_id = container.has_id(&self.0.text);
-        let by_pattern = container.id.as_deref().is_some_and(|id| self.0.matches(id));
-        if is_id || by_pattern {
+        let by_pattern = || {
+            let id = container.id.as_deref();
+            self.has_start_of_an_id() && id.is_some_and(|id| self.0.matches(id))
+        };
+        if container.has_id(&self.0.text) || by_pattern() {
             return Match::Yes;
         }
         let may_be_called_so = container.may_have_a_name() && !self.is_like_an_id();
         self.0.of(container.name.as_deref(), may_be_called_so)
+    }
+
+    /// Whether a pattern begins with enough of an id. `db*` and `*a` are patterns for names, and some id always fits.
+    fn has_start_of_an_id(&self) -> bool {
+        let digits = self.0.text.bytes().take_while(u8::is_ascii_hexdigit);
+        digits.count() >= MIN_ID_PREFIX
     }
 
     /// Whether the operator means an id. A container can have such a name, but hardly one that cannot be read.
@@ -308,7 +316,8 @@ mod tests {
             ("other", Unknown, No),
             (ID, Yes, Yes),
             (&ID[..8], Yes, Yes),
-            ("3f4a*", Yes, Yes),
+            ("3f4a*", Unknown, No),
+            ("*a", Unknown, No),
             // Too short for an id, and no name.
             (&ID[..7], Unknown, No),
             // Nobody means a name with that.

@@ -42,6 +42,8 @@ impl ByIterator {
             let rest = targets.split_off(targets.len().min(CAPACITY));
             let part = batch.leave_reachable(targets);
             let part = prepare(part, batch);
+            // That takes a while, and an address can come back meanwhile.
+            let part = batch.leave_reachable(part);
             self.destroy_part(part, batch, &mut others);
             targets = rest;
         }
@@ -78,7 +80,7 @@ impl ByIterator {
             let verdicts = match self.destroyer.destroy(&chosen, || !control.interrupted()) {
                 Ok(verdicts) => verdicts,
                 Err(error) => {
-                    self.give_up(items, &error, others);
+                    give_up(items, &error);
                     return;
                 }
             };
@@ -109,23 +111,13 @@ impl ByIterator {
             items = look_again(changed, batch, others);
         }
     }
+}
 
-    fn give_up<'t>(
-        &self,
-        items: Vec<Item<'t>>,
-        error: &BpfError,
-        others: &mut Vec<&'t mut Target>,
-    ) {
-        let targets = items.into_iter().map(|item| item.target);
-        match self.always {
-            false => others.extend(targets),
-            true => {
-                for target in targets {
-                    let error = MethodError::SystemCall("bpf", error.errno());
-                    target.record(Method::Destroy, Err(error));
-                }
-            }
-        }
+/// The operator has asked for the iterator, so nothing else is tried.
+fn give_up(items: Vec<Item<'_>>, error: &BpfError) {
+    for Item { target, .. } in items {
+        let error = MethodError::SystemCall("bpf", error.errno());
+        target.record(Method::Destroy, Err(error));
     }
 }
 

@@ -7,7 +7,7 @@
 //! same time.
 //!
 //! Only a socket on which a method has acted shows how its owner waits. If it was refused, the next one is tried. If
-//! [`SOCKETS_PER_TRY`] were refused, the other sockets of the owner are left: they would be closed without a look.
+//! `SOCKETS_PER_TRY` were refused, the other sockets of the owner are left: they would be closed without a look.
 //!
 //! `thread_usage` decides whether a thread spins.
 

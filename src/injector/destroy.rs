@@ -1,7 +1,5 @@
-//! `destroy`: the kernel aborts the socket, sends RST and discards queued data. The better way is an iterator ([`by_iterator`]); this file
-//! has SOCK_DESTROY, for where the iterator does not work or does not pay.
-//!
-//! [`by_iterator`]: super::by_iterator
+//! `destroy`: the kernel aborts the socket, sends RST and discards queued data. The better way is an iterator (`by_iterator`); this file
+//! has SOCK_DESTROY, which needs no request for it.
 //!
 //! The request contains the cookie from the dump. Without it the kernel would search by address again. If the connection
 //! is gone by then, that search finds the listener, and the kernel would close it (net/ipv4/tcp_diag.c, tcp_diag_destroy;
@@ -142,7 +140,7 @@ impl Executor for Destroy {
         batch: &mut Batch<'_>,
     ) -> Vec<&'t mut Target> {
         match batch.rules().destroyer {
-            Some(by_iterator) if by_iterator.pays(targets.len()) => {
+            Some(by_iterator) => {
                 let size = self.batch_size();
                 by_iterator.destroy(
                     targets,

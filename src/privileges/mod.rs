@@ -3,6 +3,7 @@
 pub mod capabilities;
 
 use std::os::unix::fs::MetadataExt;
+use std::sync::LazyLock;
 
 use anyhow::Context;
 use caps::{CapSet, Capability};
@@ -113,12 +114,17 @@ pub const HOW_TO_GRANT: &str = "run cwkill with sudo; or let a group use it with
 /// does not identify it, because another user namespace can map all users too.
 pub const FIRST_USER_NAMESPACE: u64 = 0xEFFF_FFFD;
 
-/// Whether root can raise the hard limit of another process here: CAP_SYS_RESOURCE can be had, and it is one of the initial user
-/// namespace, which is the one that counts (kernel/sys.c, do_prlimit).
-pub fn may_raise_hard_limits() -> bool {
+/// See [`may_raise_hard_limits`]. cwkill drops its bounding set early, so the set is read before.
+static MAY_RAISE_HARD_LIMITS: LazyLock<bool> = LazyLock::new(|| {
     let namespace = std::fs::metadata("/proc/thread-self/ns/user");
     let is_first = namespace.is_ok_and(|it| it.ino() == FIRST_USER_NAMESPACE);
     is_first && caps::has_cap(None, CapSet::Bounding, Capability::CAP_SYS_RESOURCE).unwrap_or(true)
+});
+
+/// Whether root can raise the hard limit of another process here: CAP_SYS_RESOURCE can be had, and it is one of the initial user
+/// namespace, which is the one that counts (kernel/sys.c, do_prlimit). It holds for the time before capabilities were dropped.
+pub fn may_raise_hard_limits() -> bool {
+    *MAY_RAISE_HARD_LIMITS
 }
 
 /// The privileges of this process, and its kernel.

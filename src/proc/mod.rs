@@ -247,23 +247,6 @@ impl ProcFs {
         value.is_ok_and(|value| value.trim() != "0")
     }
 
-    /// The number of TCP sockets in the tables of the kernel, in all network namespaces; `None` if it cannot be read. Those in TIME-WAIT are
-    /// of the namespace of the calling thread only.
-    pub(crate) fn tcp_sockets(&self) -> Option<usize> {
-        let text = fs::read_to_string(self.path("thread-self/net/sockstat")).ok()?;
-        let mut words = text
-            .lines()
-            .find_map(|line| line.strip_prefix("TCP: "))?
-            .split(' ');
-        let mut sum = 0;
-        while let (Some(name), Some(number)) = (words.next(), words.next()) {
-            if matches!(name, "alloc" | "tw") {
-                sum += number.parse::<usize>().ok()?;
-            }
-        }
-        Some(sum)
-    }
-
     /// What this file system adds to the start times of processes: the kernel's own time since boot differs in a time namespace
     /// (fs/proc/array.c, do_task_stat).
     pub(crate) fn boot_time_offset(&self) -> i128 {
@@ -580,18 +563,5 @@ mod tests {
         fs::create_dir_all(full.path().join("sys/fs")).unwrap();
         fs::write(full.path().join("sys/fs/file-nr"), "100\t0\t100\n").unwrap();
         assert_eq!(ProcFs::at(full.path()).open_files(), Some((100, 100)));
-    }
-
-    #[test]
-    fn sockets_in_time_wait_are_in_the_kernels_tables_too() {
-        let root = tempfile::tempdir().unwrap();
-        let proc = ProcFs::at(root.path());
-        assert_eq!(proc.tcp_sockets(), None);
-        fs::create_dir_all(root.path().join("thread-self/net")).unwrap();
-        let text =
-            "sockets: used 13\nTCP: inuse 5 orphan 1 tw 70 alloc 30 mem 2\nUDP: inuse 9 mem 9\n";
-        fs::write(root.path().join("thread-self/net/sockstat"), text).unwrap();
-        assert_eq!(proc.tcp_sockets(), Some(100));
-        assert!(ProcFs::default().tcp_sockets().is_some());
     }
 }

@@ -216,11 +216,24 @@ fn room_for_jcmd(kept: &Kept<'_>, limit: ReachedLimit) -> (String, String) {
         let text = format!("`{raise}`{needs}, since jcmd needs a free descriptor, then ");
         return (text, raise);
     }
-    let fds = kept.descriptors.iter().rev().take(FREE_FOR_JCMD);
-    let fds: Vec<String> = fds.map(|(fd, _)| fd.0.to_string()).collect();
+    // Only those whose loss costs no bytes, the youngest first: a program has used a young number least.
+    let is_collected = |reason: &ReclaimReason| {
+        matches!(
+            reason,
+            ReclaimReason::InUse(InUse::Finalizer(_) | InUse::InEpoll(_))
+        )
+    };
+    let collected = kept
+        .descriptors
+        .iter()
+        .filter(|(_, reason)| is_collected(reason));
+    let mut fds: Vec<i32> = collected.map(|(fd, _)| fd.0).collect();
+    fds.sort_unstable_by_key(|fd| std::cmp::Reverse(*fd));
+    fds.truncate(FREE_FOR_JCMD);
+    let fds: Vec<String> = fds.iter().map(ToString::to_string).collect();
     let some = format!("{} --fd {}", force_command(pid), fds.join(","));
     let text = format!(
-        "`{some}`, since jcmd needs free descriptors, and the limit cannot be raised here (on the host: `{raise}`), then "
+        "`{some}` (jcmd needs free descriptors; this is a risk for these numbers alone, or `{raise}`{needs}), then "
     );
     (text, some)
 }
@@ -467,10 +480,7 @@ mod tests {
         let some = "cwkill reclaim --pid 4711 --reclaim-force --fd 18,17,16,15,14,13,12,11,10,9";
         assert_eq!(bound.commands[0], some);
         assert_eq!(bound.commands.len(), 4);
-        assert!(
-            bound.text.contains("on the host: `prlimit --pid 4711"),
-            "{bound}"
-        );
+        assert!(bound.text.contains("or `prlimit --pid PID"), "{bound}");
         for (runtime, code, part) in [
             (
                 Some(LanguageRuntime::Go),

@@ -100,7 +100,7 @@ fn a_filter_on_cwkill_itself_is_named() -> Result<()> {
         let command = without(&lab, filter)?;
         ran(command.args(line.split_whitespace()))
     };
-    let hint = "a seccomp filter is on cwkill itself";
+    let hint = "seccomp filter that is on cwkill itself";
     filtered("pidfd_getfd: EPERM", "--all --method shutdown")?
         .exits(4)
         .complains(hint);
