@@ -303,7 +303,7 @@ fn a_walk_is_through_the_namespace_of_the_sockets(family: Family) -> Result<()> 
     let (here, _leak) = lab("drained", family, 2)?;
     let (there, leak) = lab("drained", family, 3)?;
     let pid = leak.app().pid();
-    let line = format!("-N {pid} --all --method destroy --allow-spin --json");
+    let line = format!("-N {pid} --all --method destroy --allow-spin --json --bpf always");
     let sockets = cwkill(&here, &line)?.exits(0).sockets();
     assert_eq!((sockets.len(), at_one_instant(&sockets)), (3, 3));
     assert_eq!(in_state(&there, TcpState::CloseWait)?, 0);
