@@ -90,13 +90,15 @@ pub(crate) fn is_coloured(choice: ColorChoice) -> bool {
     }
 }
 
-/// The width of the output in columns: COLUMNS from the environment, or the width of the terminal.
+/// The width of the output in columns: COLUMNS from the environment, or the width of the terminal. A terminal that does not know its size
+/// says 0.
 pub(crate) fn columns() -> Option<usize> {
     let from_environment = std::env::var("COLUMNS").ok();
     let from_environment = from_environment.and_then(|columns| columns.parse().ok());
-    from_environment
-        .filter(|columns| *columns > 0)
-        .or_else(|| comfy_table::Table::new().width().map(usize::from))
+    let of_terminal = || comfy_table::Table::new().width().map(usize::from);
+    let is_known = |columns: &usize| *columns > 0;
+    let from_environment = from_environment.filter(is_known);
+    from_environment.or_else(|| of_terminal().filter(is_known))
 }
 
 /// The rows of the terminal, if stdout is one.

@@ -100,14 +100,19 @@ pub(super) fn docker(text: &[u8], id: &str) -> Result<Entry, String> {
         Some(config) => (config.image, config.labels.unwrap_or_default()),
         None => Default::default(),
     };
-    let of_labels = Entry::from_labels(&labels);
-    // Docker puts a slash before the name. The kubelet composes a name of parts that its labels have too.
+    // Docker puts a slash before the name.
     let own = value(file.name.strip_prefix('/').unwrap_or(&file.name));
-    Ok(Entry {
-        name: match of_labels.pod {
-            Some(_) => of_labels.name.or(own),
-            None => own,
+    // The kubelet composes a name of parts that its labels have too. Labels of an image are among those of its containers, so under
+    // another name these labels are not the kubelet's.
+    let of_labels = match own.as_deref().and_then(kubelet_name) {
+        Some(_) => Entry::from_labels(&labels),
+        None => Entry {
+            compose_service: Entry::from_labels(&labels).compose_service,
+            ..Entry::default()
         },
+    };
+    Ok(Entry {
+        name: of_labels.name.or(own),
         image: image.as_deref().and_then(value),
         is_complete: true,
         ..of_labels
@@ -142,7 +147,9 @@ pub(super) fn storage(text: &[u8]) -> Result<HashMap<String, Entry>, String> {
         let metadata = row.metadata.unwrap_or_default();
         let metadata: Metadata = serde_json::from_str(&metadata).unwrap_or_default();
         let first = row.names.unwrap_or_default().into_iter().next();
-        let of_kubelet = first.as_deref().and_then(kubelet_name);
+        // Podman has no pod here, and lets people choose such a name.
+        let of_kubelet = first.as_deref().filter(|_| metadata.pod.is_some());
+        let of_kubelet = of_kubelet.and_then(kubelet_name);
         let entry = Entry {
             name: first.or(metadata.name).as_deref().and_then(value),
             image: metadata.image.as_deref().and_then(value),

@@ -2,7 +2,10 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use nix::unistd::geteuid;
 
 use super::files::{HostRoot, MAX_FILE, MAX_TABLE, ReadError, Why};
 use super::parse::{self, Entry};
@@ -156,7 +159,9 @@ impl Sources {
             let processes = fs::read_dir(&self.proc).into_iter().flatten().flatten();
             for process in processes {
                 let directory = process.path();
-                if fs::read(directory.join("comm")).is_ok_and(|comm| comm == b"dockerd\n") {
+                if fs::read(directory.join("comm")).is_ok_and(|comm| comm == b"dockerd\n")
+                    && self.is_trusted(&directory)
+                {
                     let arguments = fs::read(directory.join("cmdline")).unwrap_or_default();
                     let (root, config) = parse::dockerd_arguments(&arguments);
                     let configured = || self.docker_root_in(&config?);
@@ -166,6 +171,16 @@ impl Sources {
             self.roots_of_running = Some(roots);
         }
         self.roots_of_running.clone().unwrap_or_default()
+    }
+
+    /// Whether a process of this name can be the daemon of the host: everybody may give a process of his own that name, and so may the
+    /// root of a container.
+    fn is_trusted(&self, process: &Path) -> bool {
+        let uid = fs::metadata(process).map(|process| process.uid());
+        let is_ours = uid.is_ok_and(|uid| uid == 0 || uid == geteuid().as_raw());
+        let mounts = |process: &Path| fs::read_link(process.join("ns/mnt")).ok();
+        let of_host = mounts(&self.proc.join("1"));
+        is_ours && (of_host.is_none() || of_host == mounts(process))
     }
 
     fn storage(&mut self, wanted: &Wanted) -> Found {

@@ -152,7 +152,11 @@ fn push_suggestions(block: &mut String, suggestions: &[Suggestion], columns: Opt
 
 /// The number of rows of a block with the empty row before it. The terminal breaks a command that is wider.
 fn height(block: &str, columns: Option<usize>) -> usize {
-    let rows = |line: &str| columns.map_or(1, |columns| columns_of(line).div_ceil(columns).max(1));
+    let rows = |line: &str| {
+        columns.map_or(1, |columns| {
+            columns_of(line).div_ceil(columns.max(1)).max(1)
+        })
+    };
     block.lines().map(rows).sum::<usize>() + 1
 }
 
