@@ -211,8 +211,8 @@ const FREE_FOR_JCMD: usize = 10;
 /// The step before jcmd, as the start of a sentence, and its command: a JVM at its limit cannot accept the connection of jcmd.
 fn room_for_jcmd(kept: &Kept<'_>, limit: ReachedLimit) -> (String, String) {
     let pid = kept.process.id.pid;
-    let (raise, needs) = limit.raise(pid);
     if limit.can_be_raised() {
+        let (raise, needs) = limit.raise(pid);
         let text = format!("`{raise}`{needs}, since jcmd needs a free descriptor, then ");
         return (text, raise);
     }
@@ -233,7 +233,7 @@ fn room_for_jcmd(kept: &Kept<'_>, limit: ReachedLimit) -> (String, String) {
     let fds: Vec<String> = fds.iter().map(ToString::to_string).collect();
     let some = format!("{} --fd {}", force_command(pid), fds.join(","));
     let text = format!(
-        "`{some}` (jcmd needs free descriptors; this is a risk for these numbers alone, or `{raise}`{needs}), then "
+        "`{some}`, so that jcmd can attach (nobody has CAP_SYS_RESOURCE here to raise the limit), then "
     );
     (text, some)
 }
@@ -480,7 +480,10 @@ mod tests {
         let some = "cwkill reclaim --pid 4711 --reclaim-force --fd 18,17,16,15,14,13,12,11,10,9";
         assert_eq!(bound.commands[0], some);
         assert_eq!(bound.commands.len(), 4);
-        assert!(bound.text.contains("or `prlimit --pid PID"), "{bound}");
+        assert!(
+            bound.text.contains("nobody has CAP_SYS_RESOURCE"),
+            "{bound}"
+        );
         for (runtime, code, part) in [
             (
                 Some(LanguageRuntime::Go),
