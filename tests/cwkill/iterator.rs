@@ -17,7 +17,7 @@ pub const TESTS: &[Test] = &[
     once!(both_ways_find_the_owners_of_every_namespace).needs(Need::Iterator),
     once!(both_ways_see_how_owners_wait).needs(Need::Iterator),
     each_family!(pids_are_those_of_the_own_pid_namespace).needs(Need::Iterator),
-    each_family!(start_times_are_those_of_the_own_time_namespace),
+    each_family!(start_times_are_those_of_the_own_time_namespace).needs(Need::Iterator),
     each_family!(an_owner_in_an_inner_pid_namespace_is_found).needs(Need::Iterator),
     once!(a_process_without_its_first_thread_is_found).needs(Need::Iterator),
     once!(a_copy_in_the_table_of_a_thread_is_found).needs(Need::Iterator),
