@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::io::{self, Write};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use comfy_table::{Cell, CellAlignment, Color};
@@ -195,8 +196,8 @@ impl Layout {
         }
     }
 
-    /// The widths at which the columns begin. Times and numbers are of any width in each block, so with several blocks their columns
-    /// begin as wide as they will become.
+    /// The widths at which the columns begin. Times, numbers and addresses are of any width in each block, so with several blocks their
+    /// columns begin as wide as they will become.
     fn least_widths(&self, targets: &[Target]) -> Vec<u16> {
         if targets.len() <= ROWS_PER_BLOCK {
             return Vec::new();
@@ -206,6 +207,10 @@ impl Layout {
             let largest = targets.iter().map(number).max().unwrap_or(0);
             u16::try_from(largest.to_string().len()).unwrap_or(u16::MAX)
         };
+        let address = |address: &dyn Fn(&Target) -> SocketAddr| {
+            let longest = targets.iter().map(|target| length(address(target))).max();
+            u16::try_from(longest.unwrap_or(0)).unwrap_or(u16::MAX)
+        };
         let width = |column: &Column| match column {
             Column::Fd => digits(&|target| {
                 target
@@ -213,6 +218,8 @@ impl Layout {
                     .first()
                     .map_or(0, |owner| owner.fd.0.unsigned_abs())
             }),
+            Column::Local => address(&|target| target.socket.tuple().local),
+            Column::Peer => address(&|target| target.socket.tuple().peer),
             Column::RecvQ => digits(&|target| target.socket.recv_q),
             Column::SendQ => digits(&|target| target.socket.send_q),
             Column::Idle if targets.iter().any(in_use) => TIME_IN_USE_WIDTH,
@@ -263,6 +270,20 @@ impl Layout {
         }
         Ok(())
     }
+}
+
+/// The length of an address with its port, as it is shown.
+fn length(address: SocketAddr) -> usize {
+    struct Length(usize);
+    impl std::fmt::Write for Length {
+        fn write_str(&mut self, text: &str) -> std::fmt::Result {
+            self.0 += text.len();
+            Ok(())
+        }
+    }
+    let mut length = Length(0);
+    let _ = write!(length, "{address}");
+    length.0
 }
 
 /// The time without data, with a mark for a socket that cwkill would leave alone.

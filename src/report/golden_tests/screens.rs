@@ -43,14 +43,18 @@ fn numbered(index: usize, local: &str) -> Matched {
     socket(local, &peer, cookie(index)).age_ms(3_600_000 - number)
 }
 
-/// So many sockets of one process; the last one has a large descriptor and much to read.
+/// So many sockets of one process; the last one has a large descriptor, much to read and long ports.
 pub fn many(name: &'static str, arguments: &'static str, count: usize) -> Case {
     let one = |number: usize| {
-        let last = number + 1 == count;
-        let (fd, queued) = if last { (20_000, 4_000_000) } else { (7, 1) };
-        numbered(number, "10.0.0.1:8080")
-            .owner(&JAVA, fd)
-            .queues(queued, 0)
+        let at = |local: &str, peer: &str, fd, queued| {
+            socket(local, peer, cookie(number))
+                .owner(&JAVA, fd)
+                .queues(queued, 0)
+        };
+        match number + 1 == count {
+            true => at("10.0.0.1:18080", "10.0.0.200:65000", 20_000, 4_000_000),
+            false => at("10.0.0.1:80", "10.0.0.2:1024", 7, 1),
+        }
     };
     case(name, arguments).sockets((0..count).map(one))
 }
