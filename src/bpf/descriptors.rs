@@ -5,6 +5,7 @@
 //! and nothing can change between the name of a process and its table. A socket without a descriptor is not seen: one that was
 //! never accepted, an orphan, or one that is on its way to another process.
 
+use super::part;
 use crate::sys::RemoteFd;
 use crate::sys::bpf::{Asm, BpfError, Btf, BtfError, Helper, Insn, Iterator, Name, Size, Variable};
 use crate::tcp::StateSet;
@@ -104,23 +105,15 @@ const TOO_DEEP: i32 = -1;
 const LEVELS: u32 = 8;
 
 fn parse(record: &[u8; RECORD]) -> Descriptor {
-    let half = |from_end: i16| {
-        let at = RECORD - usize::from(from_end.unsigned_abs());
-        record[at..][..4].try_into().expect("4 bytes")
-    };
-    let whole = |from_end: i16| {
-        let at = RECORD - usize::from(from_end.unsigned_abs());
-        record[at..][..8].try_into().expect("8 bytes")
-    };
-    let inode = u32::from_ne_bytes(half(INODE));
+    let inode = u32::from_ne_bytes(part(record, INODE));
     Descriptor {
-        pid: i32::from_ne_bytes(half(PID)),
-        tid: i32::from_ne_bytes(half(TID)),
-        fd: RemoteFd(i32::from_ne_bytes(half(FD))),
+        pid: i32::from_ne_bytes(part(record, PID)),
+        tid: i32::from_ne_bytes(part(record, TID)),
+        fd: RemoteFd(i32::from_ne_bytes(part(record, FD))),
         // No socket has number 0 (fs/inode.c, get_next_ino).
         inode: (inode != 0).then_some(inode),
-        started: u64::from_ne_bytes(whole(STARTED)),
-        table: u64::from_ne_bytes(whole(TABLE)),
+        started: u64::from_ne_bytes(part(record, STARTED)),
+        table: u64::from_ne_bytes(part(record, TABLE)),
     }
 }
 

@@ -11,6 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 
+use super::part;
 use crate::sys::bpf::{Asm, BpfError, Btf, BtfError, Helper, Insn, Iterator, Name, Size};
 use crate::sys::bpf::{Table, Variable};
 use crate::tcp::{StateSet, TcpState};
@@ -245,17 +246,12 @@ impl Chosen {
 
 /// The index of the socket in a record, and the verdict on it.
 fn parse(record: &[u8; RECORD]) -> (usize, Verdict) {
-    let part = |from_end: i16| {
-        let at = RECORD - usize::from(from_end.unsigned_abs());
-        let bytes: [u8; 4] = record[at..][..4].try_into().expect("4 bytes");
-        bytes
-    };
-    let index = u32::from_ne_bytes(part(RECORD_INDEX));
-    let verdict = match i32::from_ne_bytes(part(RECORD_VERDICT)) {
+    let index = u32::from_ne_bytes(part(record, RECORD_INDEX));
+    let verdict = match i32::from_ne_bytes(part(record, RECORD_VERDICT)) {
         DESTROYED => Verdict::Destroyed,
-        UNSENT => Verdict::Unsent(u32::from_ne_bytes(part(RECORD_SEND_Q))),
+        UNSENT => Verdict::Unsent(u32::from_ne_bytes(part(record, RECORD_SEND_Q))),
         REFUSED => {
-            let error = i32::from_ne_bytes(part(RECORD_ERROR));
+            let error = i32::from_ne_bytes(part(record, RECORD_ERROR));
             Verdict::Refused(Errno::from_raw(error.saturating_neg()))
         }
         _ => Verdict::Changed,

@@ -9,3 +9,9 @@ pub mod descriptors;
 pub mod destroyer;
 
 pub use crate::sys::bpf::BpfError;
+
+/// The `L` bytes of a record at a place from its end: a program has the record on its stack, which grows downwards.
+fn part<const N: usize, const L: usize>(record: &[u8; N], from_end: i16) -> [u8; L] {
+    let at = N - usize::from(from_end.unsigned_abs());
+    *record[at..].first_chunk().expect("a place in the record")
+}
