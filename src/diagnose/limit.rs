@@ -1,4 +1,7 @@
-//! A process at its limit of open descriptors (RLIMIT_NOFILE), and the command that raises it. Pure.
+//! A process at its limit of open descriptors (RLIMIT_NOFILE), and the command that raises it.
+
+use crate::privileges::may_raise_hard_limits;
+use crate::proc::status::ProcessStatus;
 
 /// A process with this number of free descriptors or fewer is at its limit: some come and go between the look at its table and the
 /// next accept(2).
@@ -10,7 +13,7 @@ pub struct ReachedLimit {
     pub soft: u64,
     /// `None`: unknown.
     pub hard: Option<u64>,
-    /// Whether root can raise hard limits here: see [`crate::privileges::may_raise_hard_limits`].
+    /// Whether root can raise hard limits here: see [`may_raise_hard_limits`].
     pub may_raise_hard: bool,
 }
 
@@ -21,6 +24,16 @@ pub fn is_reached(used: Option<u64>, soft: Option<u64>) -> bool {
 }
 
 impl ReachedLimit {
+    /// The limit of a process with so many open descriptors; `None` if it has not reached it, or if that is unknown.
+    pub fn of(used: Option<u64>, status: &ProcessStatus) -> Option<Self> {
+        let soft = status.limit.filter(|_| is_reached(used, status.limit))?;
+        Some(ReachedLimit {
+            soft,
+            hard: status.hard_limit,
+            may_raise_hard: may_raise_hard_limits(),
+        })
+    }
+
     /// Whether the limit can be raised from here.
     pub fn can_be_raised(self) -> bool {
         self.may_raise_hard || self.hard.is_some_and(|hard| hard > self.soft)

@@ -29,7 +29,6 @@ use crate::finder::dead::{self, DeadScan, DescriptorTable, SuspectVerdict};
 use crate::finder::{self, listeners};
 use crate::history::History;
 use crate::model::{Listener, ListeningSocket, Scan, Socket};
-use crate::privileges::may_raise_hard_limits;
 use crate::proc::netns::Netns;
 use crate::proc::status::ProcessStatus;
 use crate::proc::{ProcFs, Process, ProcessId, since_boot};
@@ -235,8 +234,12 @@ impl ProcessDiagnosis {
 
     /// Whether it has almost no free descriptor.
     pub fn is_at_limit(&self) -> bool {
-        let used = self.table.as_ref().map(|table| table.used as u64);
-        limit::is_reached(used, self.status.limit)
+        limit::is_reached(self.used(), self.status.limit)
+    }
+
+    /// The number of its open descriptors.
+    fn used(&self) -> Option<u64> {
+        self.table.as_ref().map(|table| table.used as u64)
     }
 
     /// The fact about the process that explains its sockets.
@@ -367,17 +370,10 @@ pub fn run(
             diagnosis.uninterruptible_threads = both;
         }
     }
-    let may_raise_hard = may_raise_hard_limits();
     // In another pid namespace the number names another process, so a command would act on the wrong one.
     for diagnosis in processes.iter_mut().filter(|_| is_own_pid_namespace) {
         let status = &diagnosis.status;
-        let reached = status.limit.filter(|_| diagnosis.is_at_limit());
         let inside = Inside::of(&diagnosis.process.cgroup, &status.pids);
-        let reached = reached.map(|soft| ReachedLimit {
-            soft,
-            hard: status.hard_limit,
-            may_raise_hard,
-        });
         diagnosis.suggestions = suggest::suggest(SuggestionInput {
             inside: inside.as_ref(),
             pid: diagnosis.process.id.pid,
@@ -386,7 +382,7 @@ pub fn run(
             caught: status.caught,
             held: diagnosis.held.stuck,
             dead: diagnosis.suspect_counts().dead,
-            reached,
+            reached: ReachedLimit::of(diagnosis.used(), status),
             inherited_from: diagnosis.inherited_from.as_deref(),
             per_connection: diagnosis.per_connection,
         });

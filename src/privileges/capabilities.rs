@@ -72,6 +72,7 @@ pub fn to_reclaim() -> CapsHashSet {
 /// # Errors
 /// A seccomp filter refuses a step. The other steps are done all the same; the error is the first refusal.
 pub fn drop_all_but(needed: &CapsHashSet) -> anyhow::Result<()> {
+    // It reads the bounding set once, which is cleared below.
     super::may_raise_hard_limits();
     let mut first_error = Ok(());
     let mut note = |result: anyhow::Result<()>| {
