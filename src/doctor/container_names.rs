@@ -45,10 +45,7 @@ fn count(containers: impl Iterator<Item = Container>) -> ContainerNames {
         match container.may_have_a_name() {
             false => counts.named += 1,
             true => {
-                let why = container.facts.unread.as_deref();
-                let why = why.unwrap_or("no file has it");
-                let first = || format!("{}: {why}", container.with_id());
-                counts.why.get_or_insert_with(first);
+                counts.why.get_or_insert_with(|| container.why_unnamed());
             }
         }
     }

@@ -141,6 +141,12 @@ impl Container {
         format!("{} {name}", self.runtime)
     }
 
+    /// Why its name could not be read, with its id.
+    pub(crate) fn why_unnamed(&self) -> String {
+        let why = self.facts.unread.as_deref().unwrap_or("no file has it");
+        format!("{}: {why}", self.with_id())
+    }
+
     /// Whether `text` is its id, or a prefix of it with at least [`MIN_ID_PREFIX`] digits.
     pub fn has_id(&self, text: &str) -> bool {
         let abbreviates = |id: &str| text.len() >= MIN_ID_PREFIX && id.starts_with(text);

@@ -30,7 +30,7 @@ pub(super) struct HostRoot {
 #[derive(Debug)]
 pub(super) struct ReadError {
     path: PathBuf,
-    why: Why,
+    pub why: Why,
 }
 
 #[derive(Debug)]
@@ -53,8 +53,13 @@ impl ReadError {
 
 impl fmt::Display for ReadError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: ", self.path.display())?;
-        match &self.why {
+        write!(f, "{}: {}", self.path.display(), self.why)
+    }
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
             Why::Io(error) => error.fmt(f),
             Why::Link => f.write_str("it is a symbolic link"),
             Why::NoFile => f.write_str("it is not a regular file"),

@@ -48,11 +48,7 @@ impl Unnamed {
                 continue;
             };
             if containers.insert((container.runtime, &container.id)) {
-                unnamed.why.get_or_insert_with(|| {
-                    let why = container.facts.unread.as_deref();
-                    let why = why.unwrap_or("no file has it");
-                    format!("{}: {why}", container.with_id())
-                });
+                unnamed.why.get_or_insert_with(|| container.why_unnamed());
             }
         }
         unnamed.containers = containers.len();

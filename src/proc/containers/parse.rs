@@ -104,10 +104,11 @@ pub(super) fn docker(text: &[u8], id: &str) -> Result<Entry, String> {
     let own = value(file.name.strip_prefix('/').unwrap_or(&file.name));
     // The kubelet composes a name of parts that its labels have too. Labels of an image are among those of its containers, so under
     // another name these labels are not the kubelet's.
+    let of_labels = Entry::from_labels(&labels);
     let of_labels = match own.as_deref().and_then(kubelet_name) {
-        Some(_) => Entry::from_labels(&labels),
+        Some(_) => of_labels,
         None => Entry {
-            compose_service: Entry::from_labels(&labels).compose_service,
+            compose_service: of_labels.compose_service,
             ..Entry::default()
         },
     };

@@ -203,9 +203,11 @@ impl Sources {
     /// The table at `path`; empty if there is none.
     fn table(&mut self, path: &str) -> Result<&HashMap<String, Entry>, ReadError> {
         if !self.tables.contains_key(path) {
-            let table = match self.read_if_there(path, MAX_TABLE)? {
-                Some(text) => parse::storage(&text),
-                None => Ok(HashMap::new()),
+            let table = match self.read_if_there(path, MAX_TABLE) {
+                Ok(Some(text)) => parse::storage(&text),
+                Ok(None) => Ok(HashMap::new()),
+                // Kept, so that it is not read again for each container.
+                Err(error) => Err(error.why.to_string()),
             };
             self.tables.insert(path.to_owned(), table);
         }
