@@ -73,16 +73,12 @@ pub(super) fn question(run: &Run, config: &Config) -> Option<String> {
         _ => format!("{} backlogs", backlogs.len()),
     };
     let who = names.join(", ");
+    let closed = counted(sockets, "socket");
+    let closes = format!("this closes {closed} of {who}{without_owner}{reclaim}");
     let what = match (sockets, drain.is_empty()) {
         (0, _) => format!("this drains {drain} of {who}"),
-        (_, true) => format!(
-            "this closes {} of {who}{without_owner}{reclaim}",
-            counted(sockets, "socket")
-        ),
-        (_, false) => format!(
-            "this closes {} of {who}{without_owner}{reclaim}, and drains {drain}",
-            counted(sockets, "socket")
-        ),
+        (_, true) => closes,
+        (_, false) => format!("{closes}, and drains {drain}"),
     };
     Some(format!("{what}. Continue? [y/N] "))
 }

@@ -1,5 +1,5 @@
-//! `destroy`: the kernel aborts the socket, sends RST and discards queued data. The better way is an iterator (`by_iterator`); this file
-//! has SOCK_DESTROY, which needs no request for it.
+//! `destroy`: the kernel aborts the socket, sends RST and discards queued data. With `--bpf always` an iterator does
+//! that (`by_iterator`). This file has SOCK_DESTROY, the usual way.
 //!
 //! The request contains the cookie from the dump. Without it the kernel would search by address again. If the connection
 //! is gone by then, that search finds the listener, and the kernel would close it (net/ipv4/tcp_diag.c, tcp_diag_destroy;
