@@ -126,5 +126,14 @@ fn main() -> std::process::ExitCode {
         eprintln!("{error:#}");
         return std::process::ExitCode::FAILURE;
     }
-    libtest_mimic::run(&Arguments::from_args(), trial::trials(MODULES)).exit_code()
+    let mut arguments = Arguments::from_args();
+    arguments
+        .test_threads
+        .get_or_insert_with(two_for_each_processor);
+    libtest_mimic::run(&arguments, trial::trials(MODULES)).exit_code()
+}
+
+/// The tests mostly wait for states of sockets. With one for each processor it would be idle most of the time.
+fn two_for_each_processor() -> usize {
+    2 * std::thread::available_parallelism().map_or(1, usize::from)
 }
