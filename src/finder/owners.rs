@@ -362,8 +362,9 @@ pub(super) fn check_table(proc: &ProcFs, (id, tid): TableId, owners: &mut [(&mut
     let process = File::open(proc.path(&id.pid.to_string()));
     let marker = || exec_marker(process.as_ref().ok()?.as_fd()).ok();
     let before = marker();
-    // A table that only a thread has is not affected by the exit of the first thread.
-    if !read() || tid.is_some() {
+    // A thread that executes a program takes the place of the first one. A table of a thread that is still there is as it was read.
+    let is_there = |tid| proc.path(&format!("{}/task/{tid}", id.pid)).exists();
+    if !read() || tid.is_some_and(is_there) {
         return;
     }
     let after = marker();
