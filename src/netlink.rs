@@ -1,10 +1,15 @@
-//! Netlink messages (netlink(7)): writing a request, and splitting a datagram. Pure.
+//! Netlink messages (netlink(7)): writing a request, splitting a datagram, and bearing lost answers. Pure.
+
+use std::io;
 
 use netlink_packet_core::{Emitable, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader};
 
 /// `struct nlmsghdr`, and an attribute without its value.
 pub(crate) const HEADER_LEN: usize = 16;
 pub(crate) const ATTRIBUTE_LEN: usize = 4;
+/// The maximum number of overruns while one answer is received. The kernel reports an overrun once and goes on
+/// (net/netlink/af_netlink.c, netlink_overrun), so more of them mean that something else answers in its place.
+const MAX_OVERRUNS: u32 = 1000;
 
 /// Appends a message to `bytes`.
 ///
@@ -74,9 +79,41 @@ pub(crate) fn errno(message: &NetlinkBuffer<&[u8]>) -> Option<i32> {
     Some(i32::from_ne_bytes(*errno).saturating_neg())
 }
 
+/// The overruns of a receive queue while one answer is received. At each, the kernel has lost datagrams.
+#[derive(Debug, Default)]
+pub(crate) struct Overruns(u32);
+
+impl Overruns {
+    /// Counts `error` of recv(2) as an overrun.
+    ///
+    /// # Errors
+    /// `error`: it is another one than ENOBUFS, or there were more than [`MAX_OVERRUNS`].
+    pub(crate) fn note(&mut self, error: io::Error) -> io::Result<()> {
+        self.0 += 1;
+        match error.raw_os_error() == Some(libc::ENOBUFS) && self.0 <= MAX_OVERRUNS {
+            true => Ok(()),
+            false => Err(error),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn overruns_without_end_are_an_error() {
+        let no_room = || io::Error::from_raw_os_error(libc::ENOBUFS);
+        let mut overruns = Overruns::default();
+        for _ in 0..MAX_OVERRUNS {
+            overruns.note(no_room()).unwrap();
+        }
+        let error = overruns.note(no_room()).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOBUFS));
+        let other = io::Error::from_raw_os_error(libc::ENOMEM);
+        let error = Overruns::default().note(other).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOMEM));
+    }
 
     #[test]
     fn a_datagram_is_split_into_its_messages() {

@@ -12,16 +12,14 @@ use std::net::IpAddr;
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
+use crate::netlink::Overruns;
 use codec::Answer;
 
 /// Questions per datagram. The kernel reserves a page or two for each answer (net/ipv4/route.c, inet_rtm_getroute), and all
 /// answers of a datagram must fit the receive queue (net.core.rmem_default).
 const QUESTIONS_PER_DATAGRAM: usize = 16;
 /// cwkill asks about at most this many addresses at a time. Hosts have few; only a prefix that is local as a whole has more.
-const MAX_PLACES: usize = 4096;
-/// The maximum number of overruns while answers are received. The kernel reports an overrun once and goes on
-/// (net/netlink/af_netlink.c, netlink_overrun), so more of them mean that something else answers in its place.
-const MAX_OVERRUNS: u32 = 1000;
+pub const MAX_PLACES: usize = 4096;
 /// Room for the answers to a datagram of questions. One answer takes about 150 bytes.
 const RECEIVE_BUFFER: usize = 16 * 1024;
 
@@ -130,36 +128,44 @@ impl Routes {
         Ok(answers)
     }
 
-    /// Reads the receive queue. The kernel answers inside send(), so an answer that is not in the queue now was lost.
     fn receive(&mut self, first: u32, answers: &mut [Option<bool>]) -> io::Result<()> {
-        let mut overruns = 0;
-        loop {
-            let received = self
-                .socket
-                .recv(&mut &mut self.buffer[..], libc::MSG_DONTWAIT);
-            let length = match received {
-                Ok(length) => length,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                // Some answers were lost: they stay unknown.
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
-                    overruns += 1;
-                    match overruns > MAX_OVERRUNS {
-                        true => return Err(error),
-                        false => continue,
-                    }
-                }
-                Err(error) => return Err(error),
-            };
-            for (sequence, answer) in codec::answers(&self.buffer[..length]) {
-                let index = usize::try_from(sequence.wrapping_sub(first));
-                if let Some(known) = index.ok().and_then(|index| answers.get_mut(index)) {
-                    *known = match answer {
-                        Answer::Local => Some(true),
-                        Answer::NotLocal => Some(false),
-                        Answer::Unknown => None,
-                    };
-                }
+        let socket = &self.socket;
+        let next = |mut buffer: &mut [u8]| socket.recv(&mut buffer, libc::MSG_DONTWAIT);
+        receive(next, &mut self.buffer, first, answers)
+    }
+}
+
+/// Reads the receive queue, with `next` for one datagram. The kernel answers inside send(), so an answer that is not in the queue now
+/// was lost.
+///
+/// # Errors
+/// ENOBUFS: the queue overran without end. Otherwise the error of `next`.
+fn receive(
+    mut next: impl FnMut(&mut [u8]) -> io::Result<usize>,
+    buffer: &mut [u8],
+    first: u32,
+    answers: &mut [Option<bool>],
+) -> io::Result<()> {
+    let mut overruns = Overruns::default();
+    loop {
+        let length = match next(buffer) {
+            Ok(length) => length,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            // Some answers were lost: they stay unknown.
+            Err(error) => {
+                overruns.note(error)?;
+                continue;
+            }
+        };
+        for (sequence, answer) in codec::answers(&buffer[..length]) {
+            let index = usize::try_from(sequence.wrapping_sub(first));
+            if let Some(known) = index.ok().and_then(|index| answers.get_mut(index)) {
+                *known = match answer {
+                    Answer::Local => Some(true),
+                    Answer::NotLocal => Some(false),
+                    Answer::Unknown => None,
+                };
             }
         }
     }
@@ -201,5 +207,48 @@ mod tests {
             assert_eq!(answer, expected, "{index}");
         }
         assert_eq!(routes.are_local(&[]).unwrap(), []);
+    }
+
+    fn no_room() -> io::Error {
+        io::Error::from_raw_os_error(libc::ENOBUFS)
+    }
+
+    #[test]
+    fn a_queue_that_overruns_without_end_is_an_error() {
+        let mut calls = 0;
+        let next = |_: &mut [u8]| {
+            calls += 1;
+            assert!(calls < 100_000, "it does not end");
+            Err(no_room())
+        };
+        let error = receive(next, &mut [0; 64], 1, &mut [None; 2]).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOBUFS));
+        assert!(calls > 1, "one overrun is borne");
+    }
+
+    /// The kernel reports the loss once, and goes on. What arrived counts, and the rest stays unknown.
+    #[test]
+    fn after_an_overrun_the_answers_that_arrived_count() {
+        // No route: the address is not local.
+        let mut answer = Vec::new();
+        let errno = (-libc::ENETUNREACH).to_ne_bytes();
+        crate::netlink::put_message(&mut answer, netlink_packet_core::NLMSG_ERROR, 0, 8, &errno);
+        let length = answer.len();
+        let mut steps = [
+            Err(no_room()),
+            Err(io::ErrorKind::Interrupted.into()),
+            Ok(length),
+            Err(no_room()),
+            Err(io::ErrorKind::WouldBlock.into()),
+        ]
+        .into_iter();
+        let next = |buffer: &mut [u8]| {
+            buffer[..length].copy_from_slice(&answer);
+            steps.next().unwrap()
+        };
+        let mut answers = [None; 3];
+        receive(next, &mut [0; 64], 7, &mut answers).unwrap();
+        assert_eq!(answers, [None, Some(false), None]);
+        assert!(steps.next().is_none());
     }
 }

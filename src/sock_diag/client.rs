@@ -16,14 +16,12 @@ use nix::sys::socket::{MsgFlags, MultiHeaders, recvmmsg};
 
 use super::assembly::{Assembly, DumpError, DumpState, repeat};
 use super::codec::{self, Detail, DiagId, DumpRequest, Frame, Malformed, Protocol, SocketMessage};
+use crate::netlink::Overruns;
 use crate::sys;
 
 /// Room for the answers to a datagram of requests. The kernel fills a datagram of a dump with up to 32 KiB
 /// (net/netlink/af_netlink.c, netlink_dump).
 const RECEIVE_BUFFER: usize = REQUESTS_PER_DATAGRAM * ANSWER_BYTES;
-/// The maximum number of overruns while one answer is received. The kernel reports an overrun once and goes on
-/// (net/netlink/af_netlink.c, netlink_overrun), so more of them mean that something else answers in its place.
-const MAX_OVERRUNS: u32 = 1000;
 /// Room for one answer. With `struct tcp_info` and all attributes an answer takes about 600 bytes, and new kernels add a few.
 const ANSWER_BYTES: usize = 2048;
 /// Room for a datagram of [`SockDiag::stream`]. With fewer sockets in a datagram, their descriptions are fresher.
@@ -157,7 +155,7 @@ impl SockDiag {
         let mut begun = Instant::now();
         self.socket.send(&request.encode(sequence), 0)?;
         let mut assembly = Assembly::new(sequence, request.protocol);
-        let mut overruns = 0;
+        let mut overruns = Overruns::default();
         loop {
             let since = mem::replace(&mut begun, Instant::now());
             match receive(&self.socket, &mut self.buffer[..room]) {
@@ -173,14 +171,10 @@ impl SockDiag {
                     }
                 }
                 // The queue overran. The kernel goes on, so the rest must be read before the dump is repeated.
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                Err(error) => {
+                    overruns.note(error)?;
                     assembly.interrupted = true;
-                    overruns += 1;
-                    if overruns > MAX_OVERRUNS {
-                        return Err(error.into());
-                    }
                 }
-                Err(error) => return Err(error.into()),
             }
         }
     }
@@ -358,7 +352,7 @@ impl SockDiag {
         // With fewer answers, each may be longer.
         let room = self.buffer.len() / answers.len().max(1);
         let mut lost = false;
-        let mut overruns = 0;
+        let mut overruns = Overruns::default();
         loop {
             let waiting = match until {
                 Until::All => answers.iter().any(Option::is_none),
@@ -370,15 +364,12 @@ impl SockDiag {
             let lengths = match receive_waiting(&self.socket, &mut self.buffer, room) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(lost),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                Err(error) => {
+                    overruns.note(error)?;
                     lost = true;
-                    overruns += 1;
-                    match overruns > MAX_OVERRUNS {
-                        true => return Err(error),
-                        false => continue,
-                    }
+                    continue;
                 }
-                other => other?,
+                Ok(lengths) => lengths,
             };
             for (slot, length) in self.buffer.chunks(room).zip(lengths) {
                 // A longer datagram was cut, so it is lost.
