@@ -10,7 +10,7 @@ use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
 use std::time::{Duration, Instant};
 
-pub use entry::TrackedEnds;
+pub use entry::{TrackedEnds, TranslatedConnection};
 
 /// The settings and counters of the network namespace of the calling thread.
 const DIRECTORY: &str = "/proc/sys/net/netfilter";
@@ -20,6 +20,16 @@ const TABLE: &str = "/proc/thread-self/net/nf_conntrack";
 const BUFFER_BYTES: usize = 4096;
 /// cwkill looks at the clock after this many lines.
 const LINES_PER_CLOCK_READ: usize = 64;
+/// cwkill keeps at most this many entries of a table: a few megabytes.
+const MAX_KEPT: usize = 65_536;
+
+/// What was read of a table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TablePart<T> {
+    pub entries: Vec<T>,
+    /// Whether the whole table was read.
+    pub complete: bool,
+}
 
 fn number(name: &str) -> Option<u64> {
     let text = fs::read_to_string(format!("{DIRECTORY}/{name}")).ok()?;
@@ -31,58 +41,147 @@ pub fn close_wait_timeout() -> Option<Duration> {
     number("nf_conntrack_tcp_timeout_close_wait").map(Duration::from_secs)
 }
 
-/// The entries in CLOSE_WAIT of the namespace of the calling thread, and whether these are all. Reads until `until` at most: a table
-/// can have millions of entries.
+/// The entries in CLOSE_WAIT of the namespace of the calling thread. A table can have millions of entries, so cwkill reads until `until`
+/// at most, and keeps a bounded number.
 ///
 /// # Errors
 /// ENOENT: the kernel has no such file, or connection tracking is not loaded. EACCES: cwkill may not read it.
-pub fn close_wait_entries(until: Instant) -> io::Result<(Vec<TrackedEnds>, bool)> {
-    // Without an entry the kernel would still walk the whole hash table.
-    if number("nf_conntrack_count") == Some(0) {
-        return Ok((Vec::new(), true));
-    }
-    read(File::open(TABLE)?, || Instant::now() >= until)
+pub fn close_wait_entries(until: Instant) -> io::Result<TablePart<TrackedEnds>> {
+    read_table(until, entry::close_wait)
 }
 
-fn read(table: impl io::Read, is_over: impl Fn() -> bool) -> io::Result<(Vec<TrackedEnds>, bool)> {
+/// As [`close_wait_entries`]: the connections of which NAT changes an address, in any state, as far as `keep` wants them.
+///
+/// # Errors
+/// As [`close_wait_entries`].
+pub fn translated_connections(
+    until: Instant,
+    keep: impl Fn(&TranslatedConnection) -> bool,
+) -> io::Result<TablePart<TranslatedConnection>> {
+    read_table(until, |line| entry::translated(line).filter(&keep))
+}
+
+fn read_table<T>(
+    until: Instant,
+    parse: impl FnMut(&[u8]) -> Option<T>,
+) -> io::Result<TablePart<T>> {
+    // Without an entry the kernel would still walk the hash table, which all namespaces share.
+    if number("nf_conntrack_count") == Some(0) {
+        return Ok(TablePart {
+            entries: Vec::new(),
+            complete: true,
+        });
+    }
+    read(File::open(TABLE)?, || Instant::now() >= until, parse)
+}
+
+fn read<T>(
+    table: impl io::Read,
+    is_over: impl Fn() -> bool,
+    mut parse: impl FnMut(&[u8]) -> Option<T>,
+) -> io::Result<TablePart<T>> {
     let mut table = BufReader::with_capacity(BUFFER_BYTES, table);
     let mut entries = Vec::new();
     let mut line = Vec::new();
-    for number in 1.. {
+    for number in 0.. {
+        // Also before the first line: a read(2) can walk over the entries of all other namespaces.
+        if entries.len() >= MAX_KEPT || (number % LINES_PER_CLOCK_READ == 0 && is_over()) {
+            return Ok(TablePart {
+                entries,
+                complete: false,
+            });
+        }
         line.clear();
         if table.read_until(b'\n', &mut line)? == 0 {
             break;
         }
-        entries.extend(entry::close_wait(&line));
-        if number % LINES_PER_CLOCK_READ == 0 && is_over() {
-            return Ok((entries, false));
-        }
+        entries.extend(parse(&line));
     }
-    Ok((entries, true))
+    Ok(TablePart {
+        entries,
+        complete: true,
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
 
-    #[test]
-    fn a_table_of_a_million_entries_is_read_only_in_part() {
-        let line = "ipv4     2 tcp      6 58 CLOSE_WAIT src=10.0.1.2 dst=10.0.1.100 sport=1 dport=80 src=10.0.2.2 \
-                    dst=10.0.2.1 sport=8080 dport=1 mark=0 zone=0 use=2\n";
-        let table = format!("unknown\n{}", line.repeat(1000));
-        let left = std::cell::Cell::new(3);
+    const LINE: &str = "ipv4     2 tcp      6 58 CLOSE_WAIT src=10.0.1.2 dst=10.0.1.100 sport=1 dport=80 src=10.0.2.2 \
+                        dst=10.0.2.1 sport=8080 dport=1 mark=0 zone=0 use=2\n";
+
+    /// Writes `lines` lines as they are read, and counts those that were begun.
+    struct Lines<'c> {
+        lines: usize,
+        begun: &'c Cell<usize>,
+        rest: &'static [u8],
+    }
+
+    impl io::Read for Lines<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            if self.rest.is_empty() && self.begun.get() < self.lines {
+                self.begun.set(self.begun.get() + 1);
+                self.rest = LINE.as_bytes();
+            }
+            self.rest.read(buffer)
+        }
+    }
+
+    /// Reads a table of `lines` until the clock was read `looks` times. Also returns how many lines were begun.
+    fn read_lines(lines: usize, looks: usize) -> (TablePart<TrackedEnds>, usize) {
+        let (begun, left) = (Cell::new(0), Cell::new(looks));
+        let table = Lines {
+            lines,
+            begun: &begun,
+            rest: &[],
+        };
         let is_over = || {
-            left.set(left.get() - 1);
+            left.set(left.get().saturating_sub(1));
             left.get() == 0
         };
-        let (entries, complete) = read(table.as_bytes(), is_over).unwrap();
-        assert_eq!(
-            (entries.len(), complete),
-            (3 * LINES_PER_CLOCK_READ - 1, false)
-        );
-        let (entries, complete) = read(line.repeat(1000).as_bytes(), || false).unwrap();
-        assert_eq!((entries.len(), complete), (1000, true));
-        let (entries, complete) = read(&b""[..], || true).unwrap();
-        assert_eq!((entries.len(), complete), (0, true));
+        let part = read(table, is_over, entry::close_wait).unwrap();
+        (part, begun.get())
+    }
+
+    #[test]
+    fn of_a_million_entries_only_those_before_the_deadline_are_read() {
+        let (part, begun) = read_lines(1_000_000, 4);
+        assert_eq!(part.entries.len(), 3 * LINES_PER_CLOCK_READ);
+        assert!(!part.complete);
+        assert!(begun <= 3 * LINES_PER_CLOCK_READ + 1, "{begun}");
+    }
+
+    #[test]
+    fn of_a_million_entries_a_bounded_number_is_kept() {
+        let (part, begun) = read_lines(1_000_000, usize::MAX);
+        assert_eq!((part.entries.len(), part.complete), (MAX_KEPT, false));
+        assert!(begun <= MAX_KEPT + 1, "{begun}");
+        // Entries that are not kept take no room.
+        let table = Lines {
+            lines: 1_000_000,
+            begun: &Cell::new(0),
+            rest: &[],
+        };
+        let part: TablePart<()> = read(table, || false, |_| None).unwrap();
+        assert!(part.entries.is_empty() && part.complete);
+    }
+
+    #[test]
+    fn a_small_table_is_read_to_its_end() {
+        let (part, _) = read_lines(1000, usize::MAX);
+        assert_eq!((part.entries.len(), part.complete), (1000, true));
+        let (part, _) = read_lines(0, usize::MAX);
+        assert_eq!((part.entries.len(), part.complete), (0, true));
+        let other = read(&b"unknown\n"[..], || false, entry::close_wait).unwrap();
+        assert!(other.entries.is_empty() && other.complete);
+    }
+
+    #[test]
+    fn nothing_is_read_after_the_deadline() {
+        let (part, begun) = read_lines(1000, 1);
+        assert_eq!((part.entries.len(), part.complete), (0, false));
+        assert_eq!(begun, 0);
     }
 }

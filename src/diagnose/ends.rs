@@ -2,24 +2,31 @@
 //! still has to send on the other connections of its pairs.
 
 use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::counts;
+use super::nat::{self, Translations};
 use super::origin::ListeningPort;
-use super::pairing::{self, EndOwner, Leg, OtherEnd, OtherLeg, ScannedSocket};
+use super::pairing::{self, EndOwner, KnownBy, Leg, OtherEnd, OtherLeg, ScannedSocket, key};
 use super::{ListenerDiagnosis, ProcessDiagnosis};
 use crate::diagnose::counts::SocketCounts;
 use crate::finder::FindError;
 use crate::finder::connections::{self, Connection};
 use crate::finder::owners::{self, OwnerScan};
+use crate::finder::tracked;
 use crate::model::{Scan, Socket};
 use crate::proc::netns::Netns;
 use crate::proc::{ProcFs, ProcessId};
-use crate::sock_diag::SocketMessage;
+use crate::sock_diag::{Protocol, SocketMessage};
 use crate::tcp::{StateSet, TcpState, Tuple};
 
 /// With more connections that have bytes to send, no legs are named: the host is busy, and each takes a lookup.
 const MAX_SENDING: usize = 4096;
+
+/// Of more connections that may have gone through NAT, none are compared: each takes two lookups.
+const MAX_COMPARED: usize = 4096;
 
 /// The connections that had bytes for their peers at the first scan.
 #[derive(Debug, Default)]
@@ -83,10 +90,31 @@ impl Ends {
         let states = pairing::states_of_ends(sockets().map(|socket| socket.state));
         let (mut found, mut error) = (Vec::new(), None);
         if states != StateSet::EMPTY {
-            let keep = |message: &SocketMessage| wanted.contains(&message.id.tuple());
-            (found, error) = connections::list(&scan.namespaces, states, &keep);
+            // Across NAT any socket that has sent its FIN can be the other end.
+            let keep = |message: &SocketMessage| {
+                is_after_fin(message.state) || wanted.contains(&message.id.tuple())
+            };
+            let with_mptcp = sockets().any(|socket| socket.protocol() == Protocol::Mptcp);
+            (found, error) = match with_mptcp {
+                true => connections::list_with_mptcp(&scan.namespaces, states, &keep),
+                false => connections::list(&scan.namespaces, states, &keep),
+            };
         }
-        let ends = pairing::other_ends(sockets(), &found);
+        let by_addresses = |socket: &Socket| Some(reversed(socket));
+        let direct = pairing::other_ends(sockets(), &found, by_addresses);
+        let mut ends = known_by(KnownBy::Addresses, direct);
+        let unpaired = sockets().filter(|socket| {
+            socket.state == TcpState::CloseWait && !ends.contains_key(&key(socket))
+        });
+        let unpaired: Vec<&Socket> = unpaired.collect();
+        // Which of several sockets it is, only a complete list tells.
+        if error.is_none() {
+            let across_nat = across_nat(&unpaired, &found, &wanted, &scan.namespaces);
+            match across_nat {
+                Ok(across_nat) => ends.extend(across_nat),
+                Err(cause) => error = Some(cause),
+            }
+        }
         let stalled = sending.stalled(namespaces);
         // The selectors may match only some of the sockets in CLOSE-WAIT that a process has.
         let in_close_wait = match stalled.is_empty() {
@@ -98,7 +126,7 @@ impl Ends {
                 listed
             }
         };
-        let of_ends = ends.values().filter_map(|end| end.inode);
+        let of_ends = ends.values().filter_map(|(end, _)| end.inode);
         let of_legs = stalled.iter().chain(&in_close_wait);
         let of_legs = of_legs.filter_map(|connection| connection.inode);
         let inodes: HashSet<u32> = of_ends.chain(of_legs).collect();
@@ -110,7 +138,9 @@ impl Ends {
             None => legs(&stalled, &in_close_wait, listening, &owners),
             Some(_) => HashMap::new(),
         };
-        let end = |(socket, end): (ScannedSocket, &Connection)| (socket, other_end(end, &owners));
+        let end = |(socket, (end, known_by)): (ScannedSocket, KnownEnd<'_>)| {
+            (socket, other_end(end, known_by, &owners))
+        };
         Ends {
             ends: ends.into_iter().map(end).collect(),
             legs,
@@ -155,12 +185,117 @@ impl Ends {
     }
 
     fn of<'s>(&self, sockets: impl Iterator<Item = &'s Socket>) -> Vec<OtherEnd> {
-        let end = |socket: &Socket| self.ends.get(&(socket.netns, socket.cookie())).cloned();
+        let end = |socket: &Socket| self.ends.get(&key(socket)).cloned();
         pairing::count(sockets.filter_map(end))
     }
 }
 
-fn other_end(end: &Connection, owners: &OwnerScan) -> OtherEnd {
+/// The socket at the other end, and how it is known.
+type KnownEnd<'c> = (&'c Connection, KnownBy);
+
+fn known_by(
+    how: KnownBy,
+    ends: HashMap<ScannedSocket, &Connection>,
+) -> HashMap<ScannedSocket, KnownEnd<'_>> {
+    let ends = ends.into_iter();
+    ends.map(|(socket, end)| (socket, (end, how))).collect()
+}
+
+fn is_after_fin(state: TcpState) -> bool {
+    matches!(state, TcpState::FinWait1 | TcpState::FinWait2)
+}
+
+/// The other ends of `unpaired` sockets in CLOSE-WAIT, among `found`, if NAT changes an address between the two. Those with a pair in
+/// `direct` are the other ends of other sockets, or could be.
+fn across_nat<'c>(
+    unpaired: &[&Socket],
+    found: &'c [Connection],
+    direct: &HashSet<Tuple>,
+    namespaces: &[Arc<Netns>],
+) -> Result<HashMap<ScannedSocket, KnownEnd<'c>>, FindError> {
+    let is_free = |end: &&Connection| is_after_fin(end.state) && !direct.contains(&end.tuple());
+    if unpaired.is_empty() || !found.iter().any(|end| is_free(&end)) {
+        return Ok(HashMap::new());
+    }
+    let tuples: HashSet<Tuple> = unpaired.iter().map(|socket| socket.tuple()).collect();
+    let translations = Translations::new(&tracked::translated(namespaces, &tuples));
+    let sockets = || unpaired.iter().copied();
+    let by_conntrack = |socket: &Socket| translations.of(socket.tuple());
+    let by_conntrack = pairing::other_ends(sockets(), found, by_conntrack);
+    let mut ends = known_by(KnownBy::Conntrack, by_conntrack);
+    // Without an entry any more.
+    let is_left = |socket: &&Socket| {
+        socket.protocol() == Protocol::Tcp && translations.of(socket.tuple()).is_none()
+    };
+    let left: HashSet<ScannedSocket> = sockets().filter(is_left).map(key).collect();
+    let by_last_segment = by_last_segment(&left, found, namespaces)?;
+    let taken: HashSet<ScannedSocket> = ends
+        .values()
+        .map(|(end, _)| (end.netns, end.cookie()))
+        .collect();
+    let is_free = |end: &Connection| !taken.contains(&(end.netns, end.cookie()));
+    let mut by_last_segment = known_by(KnownBy::LastSegment, by_last_segment);
+    by_last_segment.retain(|_, (end, _)| is_free(end));
+    ends.extend(by_last_segment);
+    Ok(ends)
+}
+
+/// The other end of each of `left` whose last segment came when that of one of `found` came, if NAT has left one address as it was.
+fn by_last_segment<'c>(
+    left: &HashSet<ScannedSocket>,
+    found: &'c [Connection],
+    namespaces: &[Arc<Netns>],
+) -> Result<HashMap<ScannedSocket, &'c Connection>, FindError> {
+    let none = || Ok(HashMap::new());
+    let ends: Vec<&Connection> = found.iter().filter(|end| is_after_fin(end.state)).collect();
+    if left.is_empty() || ends.is_empty() {
+        return none();
+    }
+    let addresses: HashSet<SocketAddr> = ends
+        .iter()
+        .flat_map(|end| [end.tuple().local, end.tuple().peer])
+        .collect();
+    // All that could be meant, whichever the selectors match.
+    let keep = |message: &SocketMessage| {
+        let Tuple { local, peer } = message.id.tuple();
+        addresses.contains(&local) || addresses.contains(&peer)
+    };
+    let states = StateSet::from(TcpState::CloseWait);
+    let (close_wait, error) = connections::list(namespaces, states, &keep);
+    if let Some(error) = error {
+        return Err(error);
+    }
+    let mut pairs = nat::with_one_address(&close_wait, &ends);
+    let id = |connection: &Connection| (connection.netns, connection.cookie());
+    pairs.retain(|(stuck, _)| left.contains(&id(&close_wait[*stuck])));
+    if pairs.is_empty() || pairs.len() > MAX_COMPARED {
+        return none();
+    }
+    let both = pairs.iter();
+    let both = both.flat_map(|(stuck, end)| [&close_wait[*stuck], ends[*end]]);
+    let both: Vec<Connection> = both.cloned().collect();
+    let begin = Instant::now();
+    let (now, error) = connections::look_up(namespaces, &both);
+    let took = begin.elapsed();
+    if let Some(error) = error {
+        return Err(error);
+    }
+    let now: HashMap<ScannedSocket, Connection> =
+        now.into_iter().map(|one| (id(&one), one)).collect();
+    let is_end = |(stuck, end): &(usize, usize)| {
+        let stuck = now.get(&id(&close_wait[*stuck]));
+        let end = now.get(&id(ends[*end]));
+        stuck
+            .zip(end)
+            .is_some_and(|(stuck, end)| nat::had_the_same_end(stuck, end, took))
+    };
+    let pairs = pairs.iter().filter(|pair| is_end(pair));
+    Ok(pairs
+        .map(|(stuck, end)| (id(&close_wait[*stuck]), ends[*end]))
+        .collect())
+}
+
+fn other_end(end: &Connection, known_by: KnownBy, owners: &OwnerScan) -> OtherEnd {
     let owner = end.inode.map(|inode| owners.of(inode).next());
     OtherEnd {
         owner: match owner {
@@ -173,6 +308,7 @@ fn other_end(end: &Connection, owners: &OwnerScan) -> OtherEnd {
             None => EndOwner::Orphan,
         },
         state: end.state,
+        known_by,
         count: 1,
     }
 }

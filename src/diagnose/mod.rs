@@ -2,13 +2,14 @@
 //!
 //! Two scans with a pause between them show the growth. After the second scan cwkill reads the descriptor
 //! tables and the state of each process. [`origin`] finds where their sockets come from, `ends` who is at their other ends.
-//! Four pure modules evaluate the data: [`counts`] counts sockets, [`pairing`] finds other ends and other legs, [`verdict`] explains
-//! causes and process states, [`suggest`] chooses the next command.
+//! Five pure modules evaluate the data: [`counts`] counts sockets, [`pairing`] finds other ends and other legs, [`nat`] other ends of which
+//! NAT has changed the address, [`verdict`] explains causes and process states, [`suggest`] chooses the next command.
 
 pub mod counts;
 mod ends;
 pub mod inside;
 pub mod limit;
+mod nat;
 pub mod origin;
 pub mod pairing;
 pub mod suggest;

@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 
+use strum::IntoStaticStr;
+
 use crate::finder::connections::Connection;
 use crate::model::Socket;
 use crate::sock_diag::Cookie;
@@ -16,7 +18,27 @@ pub type ScannedSocket = (usize, Cookie);
 pub struct OtherEnd {
     pub owner: EndOwner,
     pub state: TcpState,
+    pub known_by: KnownBy,
     pub count: usize,
+}
+
+/// How it is known that a socket is the other end of another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, IntoStaticStr)]
+#[strum(serialize_all = "kebab-case")]
+pub enum KnownBy {
+    /// It has the reversed pair of addresses.
+    Addresses,
+    /// NAT changes an address between the two, and conntrack has both pairs.
+    Conntrack,
+    /// NAT changes an address between the two. The other address, the last segment and the bytes agree, and those of no other socket.
+    LastSegment,
+}
+
+impl KnownBy {
+    /// The code in JSON.
+    pub fn code(self) -> &'static str {
+        self.into()
+    }
 }
 
 /// Who has the socket at the other end.
@@ -68,13 +90,15 @@ pub fn states_of_ends(states: impl Iterator<Item = TcpState>) -> StateSet {
     })
 }
 
-/// The other end of each of `sockets`, among `connections`: the socket with the reversed address pair.
+/// The other end of each of `sockets`, among `connections`: the socket with the pair of addresses that `pair_of_end` gives for it. Without
+/// NAT that is the reversed pair.
 ///
 /// Other namespaces can have the same addresses. So a socket of the same namespace comes first. Loopback addresses do not leave
 /// the namespace. If several sockets are possible, none is taken.
 pub fn other_ends<'s, 'c>(
     sockets: impl Iterator<Item = &'s Socket>,
     connections: &'c [Connection],
+    pair_of_end: impl Fn(&Socket) -> Option<Tuple>,
 ) -> HashMap<ScannedSocket, &'c Connection> {
     let mut by_tuple: HashMap<Tuple, Vec<&Connection>> = HashMap::new();
     for connection in connections {
@@ -82,7 +106,8 @@ pub fn other_ends<'s, 'c>(
         same.push(connection);
     }
     let other_end = |socket: &Socket| {
-        let possible = by_tuple.get(&socket.tuple().reversed())?;
+        let pair = pair_of_end(socket)?;
+        let possible = by_tuple.get(&pair)?;
         // A socket can be connected to itself.
         let is_itself = |end: &Connection| end.cookie() == socket.cookie();
         let others = || possible.iter().copied().filter(|end| !is_itself(end));
@@ -90,15 +115,21 @@ pub fn other_ends<'s, 'c>(
         if others().any(|end| is_here(&end)) {
             return only(others().filter(is_here));
         }
-        match socket.tuple().local.ip().is_loopback() {
+        let Tuple { local, peer } = socket.tuple();
+        let addresses = [local, peer, pair.local, pair.peer];
+        match addresses.iter().any(|address| address.ip().is_loopback()) {
             true => None,
             false => only(others()),
         }
     };
-    let key = |socket: &Socket| (socket.netns, socket.cookie());
     sockets
         .filter_map(|socket| Some((key(socket), other_end(socket)?)))
         .collect()
+}
+
+/// See [`ScannedSocket`].
+pub fn key(socket: &Socket) -> ScannedSocket {
+    (socket.netns, socket.cookie())
 }
 
 fn only<T>(mut values: impl Iterator<Item = T>) -> Option<T> {
@@ -106,12 +137,12 @@ fn only<T>(mut values: impl Iterator<Item = T>) -> Option<T> {
     values.next().is_none().then_some(first)
 }
 
-/// Counts `ends` by process and state, the most frequent first.
+/// Counts `ends` by process, state and how they are known, the most frequent first.
 pub fn count(ends: impl Iterator<Item = OtherEnd>) -> Vec<OtherEnd> {
-    let mut counts: HashMap<(EndOwner, u8), OtherEnd> = HashMap::new();
+    let mut counts: HashMap<(EndOwner, u8, KnownBy), OtherEnd> = HashMap::new();
     for mut end in ends {
         let descriptor = end.owner.take_fd();
-        let key = (end.owner.clone(), end.state.number());
+        let key = (end.owner.clone(), end.state.number(), end.known_by);
         match counts.get_mut(&key) {
             Some(known) => {
                 known.count += end.count;
@@ -128,7 +159,11 @@ pub fn count(ends: impl Iterator<Item = OtherEnd>) -> Vec<OtherEnd> {
         let by_count = b.count.cmp(&a.count);
         let by_owner = || a.owner.cmp(&b.owner);
         let by_state = || a.state.number().cmp(&b.state.number());
-        by_count.then_with(by_owner).then_with(by_state)
+        let by_way = || a.known_by.cmp(&b.known_by);
+        by_count
+            .then_with(by_owner)
+            .then_with(by_state)
+            .then_with(by_way)
     });
     counts
 }
@@ -219,11 +254,13 @@ mod tests {
             inode: Some(7),
             send_q: 0,
             counters: None,
+            last_segment: None,
         }
     }
 
     fn cookie_of_end(socket: &Socket, connections: &[Connection]) -> Option<u64> {
-        let ends = other_ends(std::iter::once(socket), connections);
+        let reversed = |socket: &Socket| Some(socket.tuple().reversed());
+        let ends = other_ends(std::iter::once(socket), connections, reversed);
         let end = ends.get(&(socket.netns, socket.cookie()))?;
         Some(end.cookie().0)
     }
@@ -272,6 +309,28 @@ mod tests {
     }
 
     #[test]
+    fn across_nat_the_end_has_the_pair_that_conntrack_gives() {
+        let (app, service, proxy) = ("10.0.0.1:4000", "10.96.0.9:80", "10.0.0.1:15001");
+        let here = socket(app, service, 1, 0);
+        let found = |pair: (&str, &str), ends: &[Connection]| {
+            let pair = Tuple {
+                local: pair.0.parse().unwrap(),
+                peer: pair.1.parse().unwrap(),
+            };
+            let ends = other_ends(std::iter::once(&here), ends, |_| Some(pair));
+            ends.get(&key(&here)).map(|end| end.cookie().0)
+        };
+        let end = |netns| [connection(proxy, app, 2, netns)];
+        assert_eq!(found((proxy, app), &end(0)), Some(2));
+        assert_eq!(found((proxy, app), &end(1)), Some(2));
+        assert_eq!(found((service, app), &end(0)), None);
+        let proxy = "127.0.0.1:15001";
+        let end = |netns| [connection(proxy, app, 2, netns)];
+        assert_eq!(found((proxy, app), &end(0)), Some(2));
+        assert_eq!(found((proxy, app), &end(1)), None);
+    }
+
+    #[test]
     fn a_socket_is_not_its_own_other_end() {
         let a = "127.0.0.1:80";
         let same = [connection(a, a, 1, 0)];
@@ -297,6 +356,7 @@ mod tests {
                 fd,
             },
             state,
+            known_by: KnownBy::Addresses,
             count: 1,
         };
         let orphan = OtherEnd {
@@ -317,6 +377,11 @@ mod tests {
         };
         let counted = count(ends.into_iter());
         assert_eq!(counted, [three.clone(), end(9, Some(3), two), orphan]);
+        // What is known in another way is told apart.
+        let mut across_nat = end(7, None, two);
+        across_nat.known_by = KnownBy::Conntrack;
+        let both = count([end(7, None, two), across_nat.clone()].into_iter());
+        assert_eq!(both, [end(7, None, two), across_nat]);
         // Counts can be added.
         assert_eq!(count(counted.clone().into_iter()), counted);
     }

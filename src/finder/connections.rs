@@ -1,9 +1,11 @@
 //! Sockets of the namespaces that were read, whichever the selectors match: the other ends of the targets, and the other
 //! connections of their owners.
 
+use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::FindError;
+use super::{FindError, mptcp};
 use crate::proc::netns::Netns;
 use crate::sock_diag::{
     ByteCounters, Cookie, Detail, DiagId, DumpRequest, Family, SockDiag, SocketMessage,
@@ -23,6 +25,8 @@ pub struct Connection {
     pub send_q: u32,
     /// See [`SocketMessage::counters`]. Only [`look_up`] fills it in.
     pub counters: Option<ByteCounters>,
+    /// The time since the last acceptable segment of the peer. Only [`look_up`] fills it in.
+    pub last_segment: Option<Duration>,
 }
 
 impl Connection {
@@ -34,6 +38,7 @@ impl Connection {
             inode: (message.inode != 0).then_some(message.inode),
             send_q: message.send_q,
             counters: message.counters,
+            last_segment: message.quiet.map(|quiet| quiet.last_ack_recv),
         }
     }
 
@@ -46,7 +51,7 @@ impl Connection {
     }
 }
 
-/// Lists the sockets in `states` that `keep` wants. Also returns the first error: the sockets of its namespace are missing.
+/// Lists the TCP sockets in `states` that `keep` wants. Also returns the first error: the sockets of its namespace are missing.
 pub fn list(
     namespaces: &[Arc<Netns>],
     states: StateSet,
@@ -54,17 +59,47 @@ pub fn list(
 ) -> (Vec<Connection>, Option<FindError>) {
     in_each(namespaces, &|netns| {
         let mut diag = SockDiag::open().map_err(FindError::Open)?;
-        let mut connections = Vec::new();
-        for family in Family::ALL {
-            let request = DumpRequest::plain(family, states);
-            let of = |message| keep(&message).then(|| Connection::of(&message, netns));
-            connections.append(&mut diag.dump(&request, of)?);
-        }
+        list_tcp(&mut diag, states, keep, netns)
+    })
+}
+
+/// As [`list`], with MPTCP sockets in place of their subflows. After a fallback the subflow stays: its state is that of the connection.
+pub fn list_with_mptcp(
+    namespaces: &[Arc<Netns>],
+    states: StateSet,
+    keep: &(dyn Fn(&SocketMessage) -> bool + Sync),
+) -> (Vec<Connection>, Option<FindError>) {
+    in_each(namespaces, &|netns| {
+        let mut diag = SockDiag::open().map_err(FindError::Open)?;
+        let mut connections = list_tcp(&mut diag, states, keep, netns)?;
+        // An MPTCP socket exists at least as long as its subflows, so it is listed after them.
+        let mut rows = mptcp::connections(&mut diag)?.unwrap_or_default();
+        rows.retain(|row| row.mptcp.is_some_and(|mptcp| !mptcp.is_fallback));
+        let tuples: HashSet<Tuple> = rows.iter().map(|row| row.id.tuple()).collect();
+        connections.retain(|connection| !tuples.contains(&connection.tuple()));
+        let is_wanted = |row: &&SocketMessage| states.contains(row.state) && keep(row);
+        let wanted = rows.iter().filter(is_wanted);
+        connections.extend(wanted.map(|row| Connection::of(row, netns)));
         Ok(connections)
     })
 }
 
-/// Looks up the same sockets again, with their byte counters. Those that are gone are left out.
+fn list_tcp(
+    diag: &mut SockDiag,
+    states: StateSet,
+    keep: &(dyn Fn(&SocketMessage) -> bool + Sync),
+    netns: usize,
+) -> Result<Vec<Connection>, FindError> {
+    let mut connections = Vec::new();
+    for family in Family::ALL {
+        let request = DumpRequest::plain(family, states);
+        let of = |message| keep(&message).then(|| Connection::of(&message, netns));
+        connections.append(&mut diag.dump(&request, of)?);
+    }
+    Ok(connections)
+}
+
+/// Looks up the same sockets again, with their byte counters and times. Those that are gone are left out.
 pub fn look_up(
     namespaces: &[Arc<Netns>],
     connections: &[Connection],

@@ -3,8 +3,8 @@
 //! [`find`] lists the sockets (`sockets`) and, at the same time, reads the descriptors of all processes ([`owners`]), from /proc or by an
 //! iterator of the kernel (`iterated`; [`way`] chooses). An MPTCP socket takes the place of its subflows (`mptcp`). `addresses` marks the sockets whose local address is
 //! gone. A connection that was never accepted gets the listener that would accept it ([`listeners`]). [`dead`] finds descriptors of
-//! sockets that the kernel no longer lists, [`leftovers`] those of them that are selected. `connections` lists the sockets around the targets, for `diagnose`. [`tracked`] counts connections of
-//! others that pass through this host. [`reactions`] waits while owners close the descriptors of closed sockets.
+//! sockets that the kernel no longer lists, [`leftovers`] those of them that are selected. `connections` lists the sockets around the targets, for `diagnose`. [`tracked`] reads the conntrack tables:
+//! connections of others that pass through this host, and NAT. [`reactions`] waits while owners close the descriptors of closed sockets.
 //! [`selected`] looks for the selected processes. [`spin_risk`] finds out how the owners wait for the sockets. [`second_look`] finds out
 //! whether the owners still read, before an act. [`table_use`] counts the descriptors of some owners, for the overview.
 

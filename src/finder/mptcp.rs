@@ -24,15 +24,20 @@ pub(super) fn replace(
     targets: &mut Vec<Target>,
     states: StateSet,
 ) -> Result<(Vec<SocketMessage>, usize), FindError> {
-    let listed = match has_mptcp() {
-        true => diag.mptcp_connections()?,
-        false => Some(Vec::new()),
-    };
+    let listed = connections(diag)?;
     let unlisted = remove_subflows(targets, listed.as_deref());
     let mut rows = listed.unwrap_or_default();
     rows.retain(|row| states.contains(row.state));
     diag.add_subflows(&mut rows).map_err(FindError::Lookup)?;
     Ok((rows, unlisted))
+}
+
+/// The MPTCP sockets that have a connection. `None`: the kernel cannot list them.
+pub(super) fn connections(diag: &mut SockDiag) -> Result<Option<Vec<SocketMessage>>, FindError> {
+    match has_mptcp() {
+        true => Ok(diag.mptcp_connections()?),
+        false => Ok(Some(Vec::new())),
+    }
 }
 
 /// Whether this kernel has MPTCP. Without it, a request for MPTCP sockets makes the kernel start modprobe(8).

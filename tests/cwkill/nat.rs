@@ -1,7 +1,10 @@
 //! Connections in the conntrack table: NAT whose entry has expired, and connections of others. The tests need nft(8).
 
-use anyhow::Result;
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result};
 use netns_harness::{Agent, Dial, Family, Fd, How, Lab, Leak, TcpState};
+use serde_json::{Value, json};
 
 use crate::support::{PATIENCE, all_have, alone, at, count, cwkill, in_state, ran};
 use crate::trial::{Test, each_family};
@@ -11,6 +14,10 @@ pub const TESTS: &[Test] = &[
     each_family!(without_a_descriptor_an_rst_does_not_reach_it),
     each_family!(a_fin_alone_does_not_pass_an_expired_entry),
     each_family!(connections_between_other_hosts_are_counted),
+    each_family!(conntrack_tells_the_other_end),
+    each_family!(without_an_entry_the_last_segment_tells_the_other_end),
+    each_family!(a_socket_of_an_earlier_connection_is_not_the_other_end),
+    each_family!(the_application_is_the_other_end_of_its_proxy),
 ];
 
 /// An application whose connections to port 80 of another host are redirected to a proxy on its own host, as a service mesh does.
@@ -18,9 +25,9 @@ pub const TESTS: &[Test] = &[
 struct Mesh {
     lab: Lab,
     /// The other host, with a connection that is in use.
-    _bystander: Leak,
+    bystander: Leak,
     app: Agent,
-    _proxy: Agent,
+    proxy: Agent,
     fds: Vec<Fd>,
 }
 
@@ -31,20 +38,41 @@ fn sh(lab: &Lab, script: &str) -> Result<()> {
 }
 
 fn mesh(family: Family) -> Result<Mesh> {
+    // The default is a minute.
+    mesh_that_forgets_after(family, 1)
+}
+
+/// A mesh whose conntrack keeps an entry in CLOSE_WAIT for some seconds.
+fn mesh_that_forgets_after(family: Family, seconds: u32) -> Result<Mesh> {
+    let (mesh, accepted) = connected_mesh(family, seconds)?;
+    mesh.proxy.shutdown(&accepted, How::Write)?;
+    let Mesh { lab, app, .. } = &mesh;
+    lab.wait_for(PATIENCE, || Ok(in_state(lab, TcpState::FinWait2)? == 3))?;
+    let old = format!("-n --pid {} --min-age 3s --min-idle 0s", app.pid());
+    lab.wait_for(PATIENCE, || {
+        let found = cwkill(lab, &format!("{old} --json"))?;
+        Ok(found.code == Some(0) && found.sockets().len() == 3)
+    })?;
+    Ok(mesh)
+}
+
+/// A mesh in which nobody has finished, and the proxy's descriptors.
+fn connected_mesh(family: Family, seconds: u32) -> Result<(Mesh, Vec<Fd>)> {
     let lab = Lab::new()?;
     let bystander = lab.start("established", family, count(1))?;
-    // The default is a minute.
     sh(
         &lab,
-        "echo 1 > /proc/sys/net/netfilter/nf_conntrack_tcp_timeout_close_wait
-         nft -f - <<END
-         table inet mesh {
-             chain out {
-                 type nat hook output priority -100
-                 tcp dport 80 redirect to :15001
-             }
-         }
-END",
+        &format!(
+            "echo {seconds} > /proc/sys/net/netfilter/nf_conntrack_tcp_timeout_close_wait
+             nft -f - <<END
+             table inet mesh {{
+                 chain out {{
+                     type nat hook output priority -100
+                     tcp dport 80 redirect to :15001
+                 }}
+             }}
+END"
+        ),
     )?;
     let proxy = lab.app_host().agent("proxy")?;
     let listener = proxy.listen("[::]:15001".parse()?, false, 16)?;
@@ -54,20 +82,14 @@ END",
     let ends = app.connect(server, 3, Dial::default(), PATIENCE)?;
     let accepted = proxy.accept(listener, 3, PATIENCE)?;
     let accepted: Vec<Fd> = accepted.iter().map(|end| end.fd).collect();
-    proxy.shutdown(&accepted, How::Write)?;
-    lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::FinWait2)? == 3))?;
-    let old = format!("-n --pid {} --min-age 3s --min-idle 0s", app.pid());
-    lab.wait_for(PATIENCE, || {
-        let found = cwkill(&lab, &format!("{old} --json"))?;
-        Ok(found.code == Some(0) && found.sockets().len() == 3)
-    })?;
-    Ok(Mesh {
+    let mesh = Mesh {
         lab,
-        _bystander: bystander,
+        bystander,
         app,
-        _proxy: proxy,
+        proxy,
         fds: ends.iter().map(|end| end.fd).collect(),
-    })
+    };
+    Ok((mesh, accepted))
 }
 
 fn every_method_reaches_a_proxy_behind_an_expired_entry(family: Family) -> Result<()> {
@@ -174,5 +196,103 @@ END",
     cwkill(&lab, "diagnose --sample 100ms")?
         .exits(1)
         .complains(note);
+    Ok(())
+}
+
+/// What `diagnose` says of the other ends of the sockets of the process with this pid.
+fn other_ends(lab: &Lab, pid: u32) -> Result<Value> {
+    let line = format!("diagnose --pid {pid} --sample 50ms --json");
+    let document = cwkill(lab, &line)?.exits(0).json();
+    Ok(document["total"]["other_end"].clone())
+}
+
+fn end(owner: &Agent, count: usize, known_by: &str) -> Value {
+    json!([{ "pid": owner.pid(), "comm": owner.comm(), "fd": null, "orphan": false, "state": "fin-wait-2",
+        "known_by": known_by, "count": count }])
+}
+
+/// The text of `diagnose` contains `wanted`.
+#[track_caller]
+fn says(lab: &Lab, pid: u32, wanted: &str) -> Result<()> {
+    let line = format!("diagnose --pid {pid} --sample 50ms");
+    let text = cwkill(lab, &line)?.exits(0).stdout;
+    assert!(text.contains(wanted), "wanted {wanted:?} in\n{text}");
+    Ok(())
+}
+
+/// The number of lines of the conntrack table with `word`.
+fn tracked(lab: &Lab, word: &str) -> Result<usize> {
+    let table = ran(lab.app_host().command("cat").arg("/proc/net/nf_conntrack"))?.exits(0);
+    let lines = table.stdout.lines();
+    Ok(lines.filter(|line| line.contains(word)).count())
+}
+
+fn conntrack_tells_the_other_end(family: Family) -> Result<()> {
+    let mesh = mesh_that_forgets_after(family, 600)?;
+    let (lab, pid) = (&mesh.lab, mesh.app.pid());
+    assert_eq!(tracked(lab, "CLOSE_WAIT")?, 3);
+    assert_eq!(other_ends(lab, pid)?, end(&mesh.proxy, 3, "conntrack"));
+    let proxy = mesh.proxy.pid();
+    let wanted =
+        format!("\n  other end: proxy/{proxy} on this host behind NAT, FIN-WAIT-2 (3 of 3)\n");
+    says(lab, pid, &wanted)
+}
+
+fn without_an_entry_the_last_segment_tells_the_other_end(family: Family) -> Result<()> {
+    let mesh = mesh(family)?;
+    let (lab, pid) = (&mesh.lab, mesh.app.pid());
+    lab.wait_for(PATIENCE, || Ok(tracked(lab, "dport=80 ")? == 0))?;
+    assert_eq!(other_ends(lab, pid)?, end(&mesh.proxy, 3, "last-segment"));
+    let proxy = mesh.proxy.pid();
+    let wanted = format!(
+        "\n  other end: proxy/{proxy} on this host behind NAT (by the time of its last segment), FIN-WAIT-2 (3 of 3)\n"
+    );
+    says(lab, pid, &wanted)
+}
+
+/// The proxy still waits for the FIN of a connection that its client has aborted, and which NAT has lost. Then a new connection with the
+/// port of that one goes to another host, and is stuck.
+fn a_socket_of_an_earlier_connection_is_not_the_other_end(family: Family) -> Result<()> {
+    let mesh = mesh(family)?;
+    let (lab, app) = (&mesh.lab, &mesh.app);
+    lab.wait_for(PATIENCE, || Ok(tracked(lab, "dport=80 ")? == 0))?;
+    let to_server = || lab.app_host().ss(&["dport", "=", ":80"]);
+    let from = to_server()?.first().context("no connection")?.local;
+    let from = SocketAddr::new(from.ip().to_canonical(), from.port());
+    app.close(&mesh.fds)?;
+    lab.wait_for(PATIENCE, || Ok(to_server()?.is_empty()))?;
+    assert_eq!(in_state(lab, TcpState::FinWait2)?, 3);
+
+    let server = mesh.bystander.peer();
+    let address = mesh.bystander.conns()[0].peer.ip().to_canonical();
+    let address = SocketAddr::new(address, 7070);
+    let listener = server.listen(address, false, 16)?;
+    let dial = Dial {
+        from: Some(from),
+        ..Dial::default()
+    };
+    app.connect(address, 1, dial, PATIENCE)?;
+    let accepted = server.accept(listener, 1, PATIENCE)?;
+    server.shutdown(&[accepted[0].fd], How::Write)?;
+    lab.wait_for(PATIENCE, || Ok(in_state(lab, TcpState::CloseWait)? == 1))?;
+    assert_eq!(other_ends(lab, app.pid())?, json!(null));
+    Ok(())
+}
+
+/// The other direction: the application has finished, and the proxy leaks.
+fn the_application_is_the_other_end_of_its_proxy(family: Family) -> Result<()> {
+    for (seconds, known_by) in [(600, "conntrack"), (1, "last-segment")] {
+        let (mesh, _) = connected_mesh(family, seconds)?;
+        let (lab, app) = (&mesh.lab, &mesh.app);
+        app.shutdown(&mesh.fds, How::Write)?;
+        lab.wait_for(PATIENCE, || Ok(in_state(lab, TcpState::FinWait2)? == 3))?;
+        let is_known = known_by == "conntrack";
+        lab.wait_for(
+            PATIENCE,
+            || Ok((tracked(lab, "dport=80 ")? > 0) == is_known),
+        )?;
+        let ends = other_ends(lab, mesh.proxy.pid())?;
+        assert_eq!(ends, end(app, 3, known_by), "{known_by}");
+    }
     Ok(())
 }

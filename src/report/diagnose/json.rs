@@ -126,6 +126,7 @@ struct JsonOtherEnd {
     /// Its process has closed it.
     orphan: bool,
     state: &'static str,
+    known_by: &'static str,
     count: usize,
 }
 
@@ -294,6 +295,7 @@ fn other_end(end: &OtherEnd) -> JsonOtherEnd {
         fd,
         orphan: end.owner == EndOwner::Orphan,
         state: end.state.name(),
+        known_by: end.known_by.code(),
         count: end.count,
     }
 }

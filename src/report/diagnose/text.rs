@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::bars;
 use crate::diagnose::counts::{AGES, SocketCounts};
-use crate::diagnose::pairing::{EndOwner, OtherEnd, OtherLeg};
+use crate::diagnose::pairing::{EndOwner, KnownBy, OtherEnd, OtherLeg};
 use crate::diagnose::suggest::Suggestion;
 use crate::diagnose::verdict::Circumstance;
 use crate::diagnose::{
@@ -474,9 +474,14 @@ fn push_other_ends(block: &mut String, counts: &SocketCounts) {
             EndOwner::Unknown => "an unknown process on this host".to_owned(),
             EndOwner::Orphan => "on this host, closed by its process".to_owned(),
         };
+        let nat = match end.known_by {
+            KnownBy::Addresses => "",
+            KnownBy::Conntrack => " behind NAT",
+            KnownBy::LastSegment => " behind NAT (by the time of its last segment)",
+        };
         match counts.stuck {
-            1 => format!("{owner}, {}", end.state),
-            stuck => format!("{owner}, {} ({} of {stuck})", end.state, end.count),
+            1 => format!("{owner}{nat}, {}", end.state),
+            stuck => format!("{owner}{nat}, {} ({} of {stuck})", end.state, end.count),
         }
     };
     let named = counts.other_ends.iter().take(MAX_NAMED);

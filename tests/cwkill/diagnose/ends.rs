@@ -15,13 +15,16 @@ pub const TESTS: &[Test] = &[
     each_family!(the_other_end_in_the_same_namespace_is_named),
     each_family!(the_leg_that_keeps_a_proxy_is_named),
     each_family!(an_end_of_a_waiting_connection_belongs_to_its_listener),
+    each_family!(the_other_end_of_mptcp_is_an_mptcp_socket),
+    each_family!(the_other_end_of_a_fallback_is_named),
     once!(a_slow_download_is_not_a_leg),
 ];
 
 fn ends(owner: &Agent, fd: Option<Fd>, count: u64) -> Value {
     let (pid, comm) = (owner.pid(), owner.comm());
     let fd = fd.map(|fd| fd.0);
-    json!([{ "pid": pid, "comm": comm, "fd": fd, "orphan": false, "state": "fin-wait-2", "count": count }])
+    json!([{ "pid": pid, "comm": comm, "fd": fd, "orphan": false, "state": "fin-wait-2",
+        "known_by": "addresses", "count": count }])
 }
 
 fn the_other_end_in_another_namespace_is_named(family: Family) -> Result<()> {
@@ -51,7 +54,8 @@ fn the_other_end_in_another_namespace_is_named(family: Family) -> Result<()> {
     peer.close(closed)?;
     let mut expected = ends(peer, Some(open[0]), 1);
     let orphans = json!({
-        "pid": null, "comm": null, "fd": null, "orphan": true, "state": "fin-wait-2", "count": 2
+        "pid": null, "comm": null, "fd": null, "orphan": true, "state": "fin-wait-2", "known_by": "addresses",
+        "count": 2
     });
     expected
         .as_array_mut()
@@ -134,6 +138,51 @@ fn an_end_of_a_waiting_connection_belongs_to_its_listener(family: Family) -> Res
     let document = cwkill(&lab, &line)?.exits(0).json();
     let listener = block(&document, "listeners", "port", 8004)?;
     assert_eq!(listener["other_end"], ends(leak.peer(), None, 2));
+    Ok(())
+}
+
+/// Its subflow stays in ESTABLISHED.
+fn the_other_end_of_mptcp_is_an_mptcp_socket(family: Family) -> Result<()> {
+    let lab = Lab::new()?;
+    let leak = lab.start("mptcp", family, alone(8005, 2))?;
+    let pid = leak.app().pid();
+    lab.wait_for(PATIENCE, || {
+        let rows = leak.pair().peer_host.ss_mptcp(&[])?;
+        let finished = rows.iter().filter(|row| row.state == TcpState::FinWait2);
+        Ok(finished.count() == 2)
+    })?;
+    let line = format!("diagnose --all-netns --pid {pid} {QUICK}");
+    let document = cwkill(&lab, &line)?.exits(0).json();
+    let expected = ends(leak.peer(), None, 2);
+    assert_eq!(process(&document, pid)?["other_end"], expected);
+
+    // The same pair from the other side: the states of the MPTCP sockets, not those of the subflows.
+    let line = format!(
+        "diagnose --all-netns --state fin-wait-2 --pid {} {QUICK}",
+        leak.peer().pid()
+    );
+    let document = cwkill(&lab, &line)?.exits(0).json();
+    let end = &process(&document, leak.peer().pid())?["other_end"][0];
+    assert_eq!(
+        (&end["pid"], &end["state"], &end["count"]),
+        (&json!(pid), &json!("close-wait"), &json!(2))
+    );
+    Ok(())
+}
+
+fn the_other_end_of_a_fallback_is_named(family: Family) -> Result<()> {
+    let lab = Lab::new()?;
+    let leak = lab.start("mptcp-fallback", family, alone(8006, 2))?;
+    let pid = leak.app().pid();
+    lab.wait_for(PATIENCE, || {
+        let rows = leak.pair().peer_host.ss(&[])?;
+        let finished = rows.iter().filter(|row| row.state == TcpState::FinWait2);
+        Ok(finished.count() == 2)
+    })?;
+    let line = format!("diagnose --all-netns --pid {pid} {QUICK}");
+    let document = cwkill(&lab, &line)?.exits(0).json();
+    let expected = ends(leak.peer(), None, 2);
+    assert_eq!(process(&document, pid)?["other_end"], expected);
     Ok(())
 }
 
