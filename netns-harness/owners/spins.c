@@ -4,6 +4,7 @@
  *
  *   loop-epoll-0, loop-epoll-pri, loop-epoll-out   level-triggered, for nothing, urgent data, or space to send, of which there is none
  *   loop-epoll-et, loop-epoll-once                 told once
+ *   loop-epoll-dup                                 the set has the sockets by descriptors that were closed; duplicates keep them
  *   loop-epoll-nested                              the set with the sockets is in another set
  *   loop-epoll-forked                              a child has the set, and both have the sockets
  *   loop-epoll-shared                              another process shares the descriptor table
@@ -12,6 +13,8 @@
  *   loop-select, loop-select-out                   in no set of select(2), or in the one for space to send
  *   loop-glances                                   polls once per millisecond, and without a pause if something has happened
  *   loop-glances-rest                              the same for all but the first
+ *   loop-seldom                                    polls once a second, and never without a pause
+ *   loop-seldom-spins                              polls once a second, and without a pause if something has happened
  *   loop-logs                                      polls every 30 ms, and works and sleeps a little for every event, as for a line in a log
  *   busy                                           in no loop; a thread computes all the time, another most of the time
  */
@@ -86,13 +89,13 @@ static void drop_news(void)
 static void *polls(void *unused)
 {
     static struct pollfd list[MAX + 1];
-    int glances = strncmp(kind, "loop-poll-", 10) != 0;
+    int glances = strncmp(kind, "loop-poll-", 10) != 0, seldom = !strncmp(kind, "loop-seldom", 11);
     for (;;) {
         int events = poll(list, list_all(list), glances ? 0 : -1);
         if (events > 0)
             atomic_fetch_add(wakes, 1);
-        if (events <= 0)
-            sleep_us(is("loop-logs") ? 30000 : 1000);
+        if (events <= 0 || is("loop-seldom"))
+            sleep_us(is("loop-logs") ? 30000 : seldom ? 999000 : 1000);
         else if (is("loop-logs"))
             for (int64_t until = now_ns() + 300000; now_ns() < until;)
                 ;
@@ -180,7 +183,12 @@ void pause_reading(int fd)
     if (inner >= 0) {
         uint32_t events = is("loop-epoll-out") ? EPOLLOUT : is("loop-epoll-pri") ? EPOLLPRI : is("loop-epoll-et") ? EPOLLET
             : is("loop-epoll-once") ? EPOLLONESHOT : 0;
-        add(inner, fd, events);
+        int added = is("loop-epoll-dup") ? fcntl(fd, F_DUPFD_CLOEXEC, 0) : fd;
+        if (added < 0)
+            die("dup");
+        add(inner, added, events);
+        if (added != fd)
+            close(added);
         return;
     }
     if (atomic_load(&known) == MAX)

@@ -172,4 +172,40 @@ mod tests {
             assert_eq!(Interest::by_poll(events), interest, "{events:x}");
         }
     }
+
+    /// The kernel goes on to list the number under which the member was added. Another file can have this number by now.
+    #[test]
+    fn fact_a_duplicate_keeps_a_member_whose_descriptor_is_closed() {
+        use nix::sys::stat::fstat;
+        use rustix::event::epoll;
+        use std::os::fd::AsRawFd;
+        use std::os::unix::net::UnixStream;
+
+        let (socket, peer) = UnixStream::pair().unwrap();
+        let (inode, other) = (fstat(&socket).unwrap().st_ino, fstat(&peer).unwrap().st_ino);
+        let set = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
+        let nothing = epoll::EventFlags::empty();
+        epoll::add(&set, &socket, epoll::EventData::new_u64(0), nothing).unwrap();
+        let fdinfo = || {
+            let path = format!("/proc/thread-self/fdinfo/{}", set.as_raw_fd());
+            std::fs::read_to_string(path).unwrap()
+        };
+        let closed = socket.as_raw_fd();
+        let duplicate = socket.try_clone().unwrap();
+        drop(socket);
+        let text = fdinfo();
+        let mut members = text.lines().filter_map(|line| line.strip_prefix("tfd:"));
+        let number = members
+            .next()
+            .and_then(|line| line.split_whitespace().next());
+        assert_eq!(number, Some(closed.to_string().as_str()), "{text}");
+        let members = EpollSet::parse(0, &text);
+        assert_eq!(
+            members.interest_in(duplicate.as_raw_fd(), inode),
+            Some(Nothing)
+        );
+        assert_eq!(members.interest_in(closed, other), None, "another file");
+        drop(duplicate);
+        assert_eq!(EpollSet::parse(0, &fdinfo()), EpollSet::default());
+    }
 }

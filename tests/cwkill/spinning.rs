@@ -26,6 +26,8 @@ pub const TESTS: &[Test] = &[
     once!(a_spared_socket_does_not_count_towards_the_limit),
     once!(the_command_in_the_note_ends_the_spin),
     once!(a_loop_that_sleeps_between_its_wake_ups_spins_too),
+    once!(a_loop_that_wakes_once_a_second_does_not_spin),
+    once!(a_loop_that_looks_once_a_second_can_spin_after_the_watch),
     once!(an_owner_that_is_busy_anyway_does_not_spin),
     once!(each_owner_has_its_own_canary),
     once!(node_pauses).needs(Need::Language(Runtime::Node)),
@@ -81,8 +83,9 @@ fn with_reason(sockets: &[Value], code: &str) -> usize {
     reasons.filter(|reason| reason == code).count()
 }
 
-const WOULD_SPIN: [&str; 7] = [
+const WOULD_SPIN: [&str; 8] = [
     "loop-epoll-0",
+    "loop-epoll-dup",
     "loop-epoll-pri",
     "loop-epoll-out",
     "loop-epoll-nested",
@@ -116,7 +119,12 @@ fn a_loop_that_would_spin_is_spared() -> Result<()> {
 
 /// This is what the other tests rest on.
 fn a_full_close_by_any_method_wakes_a_paused_loop_without_end() -> Result<()> {
-    for mode in ["loop-epoll-0", "loop-poll-0", "loop-epoll-forked"] {
+    for mode in [
+        "loop-epoll-0",
+        "loop-epoll-dup",
+        "loop-poll-0",
+        "loop-epoll-forked",
+    ] {
         for method in ["shutdown", "destroy", "rst"] {
             let lab = Lab::new()?;
             let mut owner = paused(&lab, mode, 2)?;
@@ -151,7 +159,12 @@ fn a_loop_that_is_told_once_is_no_obstacle() -> Result<()> {
 const RECLAIM: &str = "--reclaim --reclaim-age 0s --stop-limit 5s";
 
 fn a_socket_is_closed_if_its_descriptor_is_too() -> Result<()> {
-    for mode in ["loop-epoll-0", "loop-epoll-pri", "loop-epoll-nested"] {
+    for mode in [
+        "loop-epoll-0",
+        "loop-epoll-dup",
+        "loop-epoll-pri",
+        "loop-epoll-nested",
+    ] {
         let lab = Lab::new()?;
         let mut owner = paused(&lab, mode, 3)?;
         // Without force, a descriptor in an epoll set stays open.
@@ -336,6 +349,42 @@ fn a_loop_that_sleeps_between_its_wake_ups_spins_too() -> Result<()> {
         runs.push(ran);
     }
     panic!("it was not seen to spin: {runs:?}")
+}
+
+/// Its sockets wake it at each look, and it sleeps a second all the same.
+fn a_loop_that_wakes_once_a_second_does_not_spin() -> Result<()> {
+    let lab = Lab::new()?;
+    let mut owner = paused(&lab, "loop-seldom", 5)?;
+    let ran = on(&lab, &owner, "")?.exits(0);
+    assert_eq!(at(&ran.json(), "/summary/closed"), "5");
+    assert_eq!(at(&ran.json(), "/spinning"), "[]");
+    assert!(!ran.stderr.contains("spin"), "{ran:?}");
+    // It has seen the closed sockets.
+    owner.wakes()?;
+    lab.wait_for(PATIENCE, || Ok(owner.wakes()? > 0))?;
+    sleeps(&mut owner)
+}
+
+/// The manual says so. What cwkill says is true in any case: the loop looks during the watch, or after it.
+fn a_loop_that_looks_once_a_second_can_spin_after_the_watch() -> Result<()> {
+    for _ in 0..3 {
+        let lab = Lab::new()?;
+        let mut owner = paused(&lab, "loop-seldom-spins", 3)?;
+        let ran = on(&lab, &owner, "")?;
+        match at(&ran.json(), "/spinning") == "[]" {
+            true => {
+                assert!(!ran.stderr.contains("spin"), "{ran:?}");
+                ran.exits(0)
+            }
+            false => {
+                let pid = owner.pid().to_string();
+                assert_eq!(at(&ran.json(), "/spinning/0/pid"), pid, "{ran:?}");
+                ran.exits(4)
+            }
+        };
+        until_it_spins(&lab, &mut owner)?;
+    }
+    Ok(())
 }
 
 fn an_owner_that_is_busy_anyway_does_not_spin() -> Result<()> {
