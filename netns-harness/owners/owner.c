@@ -631,6 +631,8 @@ static void execute(const char *line)
         printf("%ld\n", atomic_exchange(&longest_gap, 0) / 1000);
     else if (!strncmp(line, "taken", 5))
         printf("%ld\n", taken());
+    else if (!strncmp(line, "accepted", 8))
+        printf("%ld\n", accepted_by_ring());
     else if (!strncmp(line, "wakes", 5))
         printf("%ld\n", take_wakes());
     else if (!strncmp(line, "forgiven", 8))
@@ -697,7 +699,7 @@ int main(int argc, char **argv)
     } else if (has_transfer(mode))
         transfer(mode);
     else if (has_ring(mode))
-        be_in_ring(mode);
+        be_in_ring(mode, listener);
     if (has_loop(mode))
         be_looping(mode);
     for (int i = 0; i < atoi(threads); i++) {

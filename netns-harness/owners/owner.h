@@ -56,5 +56,6 @@ long take_wakes(void);
 
 /* ring.c */
 int has_ring(const char *mode);
-void be_in_ring(const char *mode);
+void be_in_ring(const char *mode, int listener);
+long accepted_by_ring(void);
 void put_into_ring(const char *mode, int fd);

@@ -6,6 +6,8 @@
  *   ring-polls   a poll of a pipe is in flight
  *   ring-sq      its descriptor is closed, its memory is still mapped; a kernel thread takes requests
  *   ring-wq      the same, and a kernel thread waits in a request
+ *   ring-accepts     the ring accepts every connection at the listening socket (multishot, Linux 5.19)
+ *   ring-accepts-wq  a kernel thread accepts one connection there, and another waits in a request
  */
 #include "owner.h"
 #include <dirent.h>
@@ -13,6 +15,11 @@
 #include <linux/io_uring.h>
 #include <poll.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
+
+#ifndef IORING_ACCEPT_MULTISHOT
+#define IORING_ACCEPT_MULTISHOT 1
+#endif
 
 enum { ENTRIES = 8 };
 
@@ -69,9 +76,23 @@ static void until_there_is(const char *name)
     die(name);
 }
 
-void be_in_ring(const char *mode)
+/* The completions so far that gave a descriptor, if nothing but accept was requested. */
+long accepted_by_ring(void)
+{
+    unsigned tail = atomic_load(word(params.cq_off.tail));
+    struct io_uring_cqe *completions = (void *)(rings + params.cq_off.cqes);
+    long accepted = 0;
+    if (tail > params.cq_entries)
+        die("too many completions");
+    for (unsigned i = 0; i < tail; i++)
+        accepted += completions[i].res >= 0;
+    return accepted;
+}
+
+void be_in_ring(const char *mode, int listener)
 {
     int sq = !strcmp(mode, "ring-sq"), wq = !strcmp(mode, "ring-wq");
+    int accepts = !strcmp(mode, "ring-accepts"), accepts_wq = !strcmp(mode, "ring-accepts-wq");
     params.flags = sq ? IORING_SETUP_SQPOLL : 0;
     params.sq_thread_idle = 3600 * 1000;
     ring = (int)syscall(SYS_io_uring_setup, ENTRIES, &params);
@@ -98,9 +119,17 @@ void be_in_ring(const char *mode)
         die("pipe2");
     if (!strcmp(mode, "ring-polls"))
         submit((struct io_uring_sqe){.opcode = IORING_OP_POLL_ADD, .fd = pipe_ends[0], .poll32_events = POLLIN});
-    if (wq)
+    if (accepts)
+        submit((struct io_uring_sqe){.opcode = IORING_OP_ACCEPT, .ioprio = IORING_ACCEPT_MULTISHOT, .fd = listener,
+            .accept_flags = SOCK_CLOEXEC});
+    if (accepts_wq)
+        submit((struct io_uring_sqe){.opcode = IORING_OP_ACCEPT, .flags = IOSQE_ASYNC, .fd = listener,
+            .accept_flags = SOCK_CLOEXEC});
+    if (wq || accepts_wq)
         submit((struct io_uring_sqe){.opcode = IORING_OP_READ, .flags = IOSQE_ASYNC, .fd = pipe_ends[0],
             .addr = (uintptr_t)&byte, .len = 1});
+    if (accepts_wq)
+        until_there_is("iou-wrk-");
     if (sq || wq) {
         /* The mappings keep the ring alive. */
         close(ring);

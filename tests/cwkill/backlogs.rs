@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use netns_harness::owners::runtimes::Runtime;
+use netns_harness::owners::{Build, Owner};
 use netns_harness::{
     Agent, Dial, Endpoint, Family, Fd, How, Lab, Leak, Recv, Signal, SocketOption, SsRow, TcpState,
 };
@@ -30,6 +31,8 @@ pub const TESTS: &[Test] = &[
     each_family!(all_processes_of_a_prefork_server_are_stopped)
         .needs(Need::Language(Runtime::Python)),
     once!(a_request_of_tcp_fast_open_is_a_live_connection).needs(Need::Language(Runtime::Python)),
+    once!(a_backlog_whose_owner_accepts_through_io_uring_is_drained).needs(Need::IoUring),
+    once!(an_owner_for_which_a_kernel_thread_accepts_is_not_stopped).needs(Need::IoUring),
     once!(the_log_has_each_backlog),
     once!(selectors_choose_the_backlogs),
 ];
@@ -492,6 +495,106 @@ fn an_owner_that_accepts_while_its_backlog_is_drained_loses_no_client(
         }
         Ok(())
     })
+}
+
+/// A server that accepts through an io_uring, and clients beside it.
+struct RingServer {
+    lab: Lab,
+    owner: Owner,
+    clients: Agent,
+    address: SocketAddr,
+}
+
+impl RingServer {
+    fn new(mode: &str) -> Result<Self> {
+        let lab = Lab::new()?;
+        let owner = Owner::start(lab.app_host(), Build::Plain, mode, 1)?;
+        let rows = lab.app_host().ss(&[])?.into_iter();
+        let mut listeners = rows.filter(|row| row.state == TcpState::Listen);
+        let address = listeners.next().context("it does not listen")?.local;
+        Ok(RingServer {
+            owner,
+            clients: lab.app_host().agent("clients")?,
+            lab,
+            address,
+        })
+    }
+
+    fn waiting(&self) -> Result<u32> {
+        let rows = self.lab.app_host().ss(&[])?;
+        let mut listeners = rows.iter().filter(|row| row.local == self.address);
+        let listener = listeners.find(|row| row.state == TcpState::Listen);
+        Ok(listener.context("the listener is gone")?.recv_q)
+    }
+
+    /// Clients connect and go. Waits until this number waits for accept(2).
+    fn come_and_go(&self, clients: usize, waiting: u32) -> Result<()> {
+        let ends = self
+            .clients
+            .connect(self.address, clients, Dial::default(), PATIENCE)?;
+        self.clients.close(&fds(&ends))?;
+        self.lab.wait_for(PATIENCE, || {
+            let stuck = in_state(&self.lab, TcpState::CloseWait)?;
+            Ok(self.waiting()? == waiting && stuck == clients)
+        })
+    }
+
+    fn drain(&self) -> Result<Ran> {
+        let port = self.address.port();
+        let line = format!("--port {port} --json --drain-backlog --stop-limit 10s --min-idle 0s");
+        cwkill(&self.lab, &line)
+    }
+
+    fn accepted(&mut self) -> Result<usize> {
+        Ok(self.owner.order("accepted")?.trim().parse()?)
+    }
+}
+
+/// A multishot accept takes every connection when it arrives. So a backlog fills only while its owner is stopped. The kernel then takes
+/// nothing for it.
+fn a_backlog_whose_owner_accepts_through_io_uring_is_drained() -> Result<()> {
+    let mut server = RingServer::new("ring-accepts")?;
+    server.owner.signal(Signal::SIGSTOP)?;
+    server.come_and_go(5, 5)?;
+    let drained = backlog(&server.drain()?.exits(0));
+    // Its listening socket waits without O_NONBLOCK.
+    assert_eq!(drained["drained"], json!(4), "{drained:#}");
+    assert_eq!(drained["left_one"], json!(true), "{drained:#}");
+    assert_eq!(server.waiting()?, 1);
+    server.owner.signal(Signal::SIGCONT)?;
+    let mut accepted = 0;
+    let lab = Lab::new()?;
+    lab.wait_for(PATIENCE, || {
+        accepted = server.accepted()?;
+        Ok(accepted == 1)
+    })?;
+    // It accepts as before.
+    let end = server
+        .clients
+        .connect(server.address, 1, Dial::default(), PATIENCE)?;
+    lab.wait_for(PATIENCE, || {
+        accepted = server.accepted()?;
+        Ok(accepted == 2)
+    })?;
+    let is_open = |row: &SsRow| row.local == end[0].local && row.state == TcpState::Established;
+    assert!(server.lab.app_host().ss(&[])?.iter().any(is_open));
+    server.owner.report()?;
+    Ok(())
+}
+
+/// cwkill cannot stop a kernel thread that works for an io_uring, and it could accept meanwhile.
+fn an_owner_for_which_a_kernel_thread_accepts_is_not_stopped() -> Result<()> {
+    let mut server = RingServer::new("ring-accepts-wq")?;
+    // It takes the first.
+    server.come_and_go(5, 4)?;
+    let ran = server.drain()?.exits(4);
+    let left = backlog(&ran);
+    assert_eq!(left["drained"], json!(0), "{left:#}");
+    assert_eq!(left["reason_code"], json!("owner-not-stopped"), "{left:#}");
+    assert!(ran.stdout.contains("iou-wrk-"), "{ran:?}");
+    assert_eq!(server.waiting()?, 4);
+    server.owner.report()?;
+    Ok(())
 }
 
 fn only_the_hung_member_of_a_group_is_drained(family: Family) -> Result<()> {
