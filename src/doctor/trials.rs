@@ -1,6 +1,6 @@
 //! Trials: runs each method on a stuck loopback connection of cwkill itself, with the real finder and engine.
 
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
@@ -148,6 +148,12 @@ impl StuckConnection {
                 Err(error) => return Err(error),
             }
         };
+        // Bytes both ways, all read, so that no counter of the socket is 0.
+        for (mut from, mut to) in [(&peer, &app), (&app, &peer)] {
+            to.set_read_timeout(Some(TRIAL_TIMEOUT))?;
+            from.write_all(b"trial")?;
+            to.read_exact(&mut [0; 5])?;
+        }
         peer.shutdown(std::net::Shutdown::Write)?;
         socket2::SockRef::from(&peer).set_linger(Some(Duration::ZERO))?;
         Ok(StuckConnection {
@@ -207,10 +213,18 @@ fn run_trial(
         target.owners = found.owners.clone();
     }
     target.plan.methods = vec![trial.method];
+    let selectors = match destroyer {
+        // With a minimum idle time, as by default, it compares the counters too.
+        Some(_) => Selectors {
+            min_idle: POLL_INTERVAL,
+            ..Selectors::default()
+        },
+        None => Selectors::default(),
+    };
     let rules = Rules {
         grace: TRIAL_TIMEOUT,
         discard_unsent: false,
-        selectors: &Selectors::default(),
+        selectors: &selectors,
         kernel_version: KernelVersion::running(),
         destroyer,
     };
@@ -229,7 +243,11 @@ fn run_trial(
         rules,
         &SystemClock,
     );
+    let is_by_iterator = target.attempts.iter().any(|attempt| attempt.at_one_instant);
     match target.outcome {
+        Some(Outcome::Closed(_)) if destroyer.is_some() && !is_by_iterator => {
+            TrialResult::NotRun("the walk did not show our own socket".into())
+        }
         Some(Outcome::Closed(_) | Outcome::Closing(_, TcpState::LastAck)) => TrialResult::Succeeded,
         // The peer in a trial is alive, so a probe succeeds if it detects that.
         Some(Outcome::Skipped(SkipReason::PeerAlive)) if trial.method == Method::Probe => {
