@@ -42,7 +42,8 @@
 //! - **circumstance**: a fact about an owner that explains its sockets better than their causes do.
 //! - **orphan**: a socket that its owner has closed. No process has a descriptor of it; only the kernel uses it.
 //! - **iterator**: a program of cwkill that the kernel runs for each of its objects of a kind, here for each descriptor or each TCP socket,
-//!   while cwkill reads its records (BPF). **walk**: one such run over all sockets.
+//!   while cwkill reads its records (BPF). **walk**: one such run over all sockets. **walker**: the child process of cwkill that makes it.
+//! - **held up**: a walk that waits for the lock of a socket whose owner hangs. cwkill **leaves** the walk then.
 //! - **duplicate**: a descriptor of cwkill for a file of another process, mostly a socket of an owner (pidfd_getfd(2)).
 //! - **standard descriptor**: standard input, output or error, number 0, 1 or 2.
 //! - **dead socket**: a socket in CLOSE, in no TCP table, that was connected. **dead descriptor**: an open descriptor of one.

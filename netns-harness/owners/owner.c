@@ -4,7 +4,7 @@
  *   owner MODE [THREADS]
  *
  * Every mode has a heartbeat of 1 ms. More modes are in waits.c, works.c, reacts.c, transfers.c, hangs.c, ring.c
- * and spins.c:
+ * and spins.c, more orders in locks.c:
  *   idle   THREADS idle threads
  *   sleeps THREADS threads that sleep
  *   epoll  leaked sockets are in an epoll set
@@ -42,6 +42,8 @@
  *   close N   close descriptor N
  *   finish    complete a transfer
  *   hang WHEN have a thread execute a program whose exec hangs; how many have hung
+ *   lock      have a thread receive, and keep the lock of an open connection until `unlock`; its descriptor
+ *   unlock    let that thread go on; the number of bytes that it has received
  *   seal      make /proc/PID unreadable for other processes of the user
  *   gap       the longest time between two heartbeats since the last `gap`, in microseconds
  *   report    `ok COUNT`, or the first failure
@@ -575,6 +577,15 @@ static void compute(int milliseconds)
         ;
 }
 
+/* An open connection with unread bytes. */
+static int open_socket(void)
+{
+    int peer = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (peer < 0 || connect(peer, (void *)&address, sizeof address) || write(peer, "bytes", 5) != 5)
+        die("connect");
+    return accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+}
+
 static void execute(const char *line)
 {
     int number = 0;
@@ -625,6 +636,10 @@ static void execute(const char *line)
         printf("%ld\n", finish_transfer());
     else if (!strncmp(line, "hang ", 5))
         printf("%d\n", hang(line + 5));
+    else if (!strncmp(line, "lock", 4))
+        printf("%d\n", lock(open_socket()));
+    else if (!strncmp(line, "unlock", 6))
+        printf("%ld\n", unlock());
     else if (!strncmp(line, "seal", 4))
         printf("%d\n", prctl(PR_SET_DUMPABLE, 0, 0, 0, 0));
     else if (!strncmp(line, "gap", 3))

@@ -46,6 +46,10 @@ long finish_transfer(void);
 void be_hanging(void);
 int hang(const char *when);
 
+/* locks.c */
+int lock(int fd);
+long unlock(void);
+
 /* spins.c */
 int has_loop(const char *mode);
 int keeps_peers(const char *mode);

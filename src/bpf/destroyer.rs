@@ -3,36 +3,52 @@
 //! The kernel runs the program with the lock of each socket held. So the application can neither write nor read between the comparison and
 //! the abort, and no segment of the peer is processed. SOCK_DESTROY cannot give that: its request only names the socket.
 //!
-//! The program reports a socket first, and destroys it only if there was room for the report. Otherwise the kernel shows it the same socket
-//! again at the next read(2), and it would find an aborted one that nobody has heard of.
+//! Before the program destroys a socket, it puts its verdict into memory that it shares with cwkill, if no verdict is there: cwkill can put one
+//! there, too, at one instant. So cwkill knows of each socket whether it was destroyed, whatever becomes of the walk, and can take the
+//! sockets back that the walk has not reached.
+//!
+//! A child process makes the walk ([`Walker`]), since the kernel can let it wait for the lock of a socket whose owner hangs.
 
-use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use super::part;
 use crate::sys::bpf::{Asm, BpfError, Btf, BtfError, Helper, Insn, Iterator, Name, Size};
-use crate::sys::bpf::{Table, Variable};
+use crate::sys::bpf::{Shared, Table, Variable, Walker};
 use crate::tcp::{StateSet, TcpState};
 
 /// The loaded programs. Threads can use them at the same time.
 #[derive(Debug)]
 pub struct Destroyer {
     programs: Vec<Mutex<Program>>,
+    /// A walk was held up. Another one would be, too.
+    held_up: AtomicBool,
 }
 
-/// A program with its own maps. Only one thread uses it at a time.
+/// A program with its own maps and its own child process. Only one thread uses it at a time.
 #[derive(Debug)]
 struct Program {
+    maps: Maps,
     iterator: Iterator,
+    walker: Walker,
+    passes: u32,
+}
+
+/// The memory that a program shares with cwkill.
+#[derive(Debug)]
+struct Maps {
     /// The states of the chosen sockets.
     states: Variable,
     /// The chosen sockets by their cookies, each with the number of the pass for which it was chosen.
     chosen: Table<CHOSEN>,
     /// The number of this pass.
     pass: Variable,
-    passes: u32,
+    /// The verdict on each of the chosen sockets. The first one counts.
+    verdicts: Shared,
+    /// The number of sockets that the walk has shown.
+    shown: Shared,
 }
 
 /// A socket to destroy, as it was last seen.
@@ -65,6 +81,7 @@ pub struct Data {
 pub enum Verdict {
     /// The program has not seen it in the state that was expected.
     NotSeen,
+    /// The program has called bpf_sock_destroy, or was about to when the walk was left.
     Destroyed,
     /// It was left alone, because it has changed.
     Changed,
@@ -72,6 +89,36 @@ pub enum Verdict {
     Unsent(u32),
     /// The kernel has not destroyed it.
     Refused(Errno),
+    /// The walk was left before it reached the socket, and does not destroy it any more.
+    NotReached,
+}
+
+/// The result of a walk.
+#[derive(Debug)]
+pub struct Walk {
+    /// The verdict on each of the chosen sockets, in the same order.
+    pub verdicts: Vec<Verdict>,
+    pub end: End,
+}
+
+/// How a walk ended.
+#[derive(Debug)]
+pub enum End {
+    /// It has shown all sockets.
+    Whole,
+    /// The caller has stopped it, or an earlier one.
+    Stopped,
+    /// It waited too long for the lock of a socket.
+    HeldUp,
+    Failed(BpfError),
+}
+
+impl Walk {
+    /// A walk that has not begun.
+    fn none(chosen: &[Chosen], end: End) -> Self {
+        let verdicts = vec![Verdict::NotReached; chosen.len()];
+        Walk { verdicts, end }
+    }
 }
 
 /// The number of sockets that one pass takes.
@@ -79,33 +126,56 @@ pub const CAPACITY: usize = 1 << 16;
 /// The number of programs, for threads on several processors.
 const PROGRAMS: usize = 2;
 
+/// How long a walk may show no further socket. An owner has the lock of its socket for microseconds, or while one page of its memory is read from
+/// a disk. A busy machine may not run the walker for a while.
+pub const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a walk may take in all. One of ten million sockets takes 5 s.
+const LONGEST_WALK: Duration = Duration::from_secs(60);
+/// How often cwkill looks whether the walk goes on, in milliseconds.
+const INTERVAL: u16 = 10;
+
 impl Destroyer {
-    /// Loads the programs. To use them takes no capability, not even CAP_NET_ADMIN.
+    /// Loads the programs, and starts a process for each. To use them takes no capability, not even CAP_NET_ADMIN.
     ///
     /// # Errors
     /// The kernel lacks something that they need (Linux 6.5), or refuses them.
     pub fn load() -> Result<Self, BpfError> {
-        let btf = Btf::of_kernel(&NAMES)?;
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let load = |_| Program::load(&btf).map(Mutex::new);
-        let programs = (0..processors.min(PROGRAMS)).map(load);
+        let maps = (0..processors.min(PROGRAMS)).map(|_| Maps::new());
+        // Before the types are read, which takes longer: without the capabilities it ends here.
+        let maps = maps.collect::<Result<Vec<_>, _>>()?;
+        let btf = Btf::of_kernel(&NAMES)?;
+        let mut programs = Vec::new();
+        for maps in maps {
+            match Program::load(&btf, maps) {
+                Ok(program) => programs.push(Mutex::new(program)),
+                // One is enough.
+                Err(BpfError::Walker(_)) if !programs.is_empty() => break,
+                Err(error) => return Err(error),
+            }
+        }
         Ok(Destroyer {
-            programs: programs.collect::<Result<_, _>>()?,
+            programs,
+            held_up: AtomicBool::new(false),
         })
     }
 
     /// Walks all TCP sockets of the network namespace of the calling thread once, and destroys those of `chosen`, of which there are at
-    /// most [`CAPACITY`], that are as expected. Stops early if `go_on` returns false. Returns the verdict on each of `chosen`, in the
-    /// same order.
-    ///
-    /// # Errors
-    /// The kernel refuses a step before anything was destroyed. If a later read fails, for lack of memory, the verdicts so far count.
-    pub fn destroy(
-        &self,
-        chosen: &[Chosen],
-        go_on: impl Fn() -> bool,
-    ) -> Result<Vec<Verdict>, BpfError> {
-        self.idle_program().destroy(chosen, go_on)
+    /// most [`CAPACITY`], that are as expected. Leaves the walk if `go_on` returns false, or if it is held up.
+    pub fn destroy(&self, chosen: &[Chosen], go_on: impl Fn() -> bool) -> Walk {
+        if self.is_held_up() {
+            return Walk::none(chosen, End::HeldUp);
+        }
+        let walk = self.idle_program().destroy(chosen, go_on);
+        if matches!(walk.end, End::HeldUp) {
+            self.held_up.store(true, Ordering::Relaxed);
+        }
+        walk
+    }
+
+    /// Whether a walk was held up by the lock of a socket.
+    pub fn is_held_up(&self) -> bool {
+        self.held_up.load(Ordering::Relaxed)
     }
 
     /// A program that no other thread uses now, or the first one when it becomes free.
@@ -120,58 +190,107 @@ impl Destroyer {
     }
 }
 
+impl Maps {
+    fn new() -> Result<Self, BpfError> {
+        Ok(Maps {
+            states: Variable::new()?,
+            chosen: Table::new(u32::try_from(CAPACITY).expect("a small number"))?,
+            pass: Variable::new()?,
+            verdicts: Shared::new(CAPACITY)?,
+            shown: Shared::new(1)?,
+        })
+    }
+
+    /// The number of sockets that the walk has shown so far.
+    fn shown(&self) -> u64 {
+        self.shown.numbers()[0].load(Ordering::Relaxed)
+    }
+}
+
 impl Program {
-    fn load(btf: &Btf) -> Result<Self, BpfError> {
-        let (states, pass) = (Variable::new()?, Variable::new()?);
-        let chosen = Table::new(u32::try_from(CAPACITY).expect("a small number"))?;
-        let maps = Maps {
-            states: states.fd(),
-            pass: pass.fd(),
-            chosen: chosen.fd(),
-        };
+    fn load(btf: &Btf, maps: Maps) -> Result<Self, BpfError> {
         let (program, target) = program(btf, &maps)?;
         let iterator = Iterator::load("cwkill_destroy", &program, target)?;
         Ok(Program {
+            maps,
             iterator,
-            states,
-            chosen,
-            pass,
+            walker: Walker::start().map_err(BpfError::Walker)?,
             passes: 0,
         })
     }
 
-    fn destroy(
-        &mut self,
-        chosen: &[Chosen],
-        go_on: impl Fn() -> bool,
-    ) -> Result<Vec<Verdict>, BpfError> {
-        let mut verdicts = vec![Verdict::NotSeen; chosen.len()];
-        if chosen.is_empty() {
-            return Ok(verdicts);
+    fn destroy(&mut self, chosen: &[Chosen], go_on: impl Fn() -> bool) -> Walk {
+        // An earlier walk was left. It still uses the maps.
+        if self.walker.is_walking() {
+            return Walk::none(chosen, End::Stopped);
         }
+        if chosen.is_empty() {
+            return Walk::none(chosen, End::Whole);
+        }
+        let keys: Vec<u64> = chosen.iter().map(|socket| socket.cookie).collect();
+        let begun = self.begin(chosen, &keys);
+        let end = match begun {
+            Ok(()) => self.walk(go_on),
+            Err(error) => End::Failed(error),
+        };
+        let verdicts = &self.maps.verdicts.numbers()[..chosen.len()];
+        if !matches!(end, End::Whole) {
+            let (none, not_reached) = (NOT_SEEN.into(), NOT_REACHED.into());
+            for verdict in verdicts {
+                let order = Ordering::SeqCst;
+                // An error is the verdict of the program.
+                let _ = verdict.compare_exchange(none, not_reached, order, order);
+            }
+        }
+        if !self.walker.is_walking() {
+            // If this fails, the next pass has another number, and perhaps less room.
+            let _ = self.maps.chosen.remove(&keys);
+        }
+        let verdicts = verdicts.iter().map(|it| parse(it.load(Ordering::SeqCst)));
+        Walk {
+            verdicts: verdicts.collect(),
+            end,
+        }
+    }
+
+    /// Tells the program which sockets are chosen, and begins the walk.
+    fn begin(&mut self, chosen: &[Chosen], keys: &[u64]) -> Result<(), BpfError> {
         self.passes += 1;
-        self.pass.set(self.passes.into())?;
+        let maps = &self.maps;
+        maps.pass.set(self.passes.into())?;
         let states = chosen.iter().map(|socket| StateSet::from(socket.state));
         let states = states.reduce(StateSet::union);
-        self.states.set(states.map_or(0, |it| it.mask().into()))?;
-        let keys: Vec<u64> = chosen.iter().map(|socket| socket.cookie).collect();
+        maps.states.set(states.map_or(0, |it| it.mask().into()))?;
+        for verdict in &maps.verdicts.numbers()[..chosen.len()] {
+            verdict.store(NOT_SEEN.into(), Ordering::SeqCst);
+        }
         let value = |(index, socket): (u32, &Chosen)| socket.value(index, self.passes);
         let values: Vec<_> = (0..).zip(chosen).map(value).collect();
-        self.chosen.put(&keys, &values)?;
-        let ran = self.iterator.run(|records: &[[u8; RECORD]]| {
-            for record in records {
-                let (index, verdict) = parse(record);
-                if let Some(slot) = verdicts.get_mut(index) {
-                    *slot = verdict;
-                }
+        maps.chosen.put(keys, &values)?;
+        let iterator = self.iterator.begin()?;
+        self.walker.begin(&iterator).map_err(BpfError::Walker)
+    }
+
+    /// Waits for the end of the walk.
+    fn walk(&mut self, go_on: impl Fn() -> bool) -> End {
+        let begun = Instant::now();
+        let mut last = (self.maps.shown(), begun);
+        loop {
+            match self.walker.result(INTERVAL) {
+                Some(Ok(())) => return End::Whole,
+                Some(Err(error)) => return End::Failed(BpfError::Read(error)),
+                None => {}
             }
-            go_on()
-        });
-        // If this fails, the next pass has another number, and perhaps less room.
-        let _ = self.chosen.remove(&keys);
-        match ran {
-            Err(error) if verdicts.iter().all(|it| *it == Verdict::NotSeen) => Err(error),
-            _ => Ok(verdicts),
+            if !go_on() {
+                return End::Stopped;
+            }
+            let (shown, now) = (self.maps.shown(), Instant::now());
+            if shown != last.0 {
+                last = (shown, now);
+            }
+            if now - last.1 > PATIENCE || now - begun > LONGEST_WALK {
+                return End::HeldUp;
+            }
         }
     }
 }
@@ -199,22 +318,21 @@ const COMPARE_DATA: i16 = 40;
 const INDEX: i16 = 44;
 const PASS: i16 = 48;
 
-/// The size of a record: what the program reports of a socket. The constants are the places of its parts, from the end, as the program has
-/// it on its stack.
-const RECORD: usize = 16;
-const RECORD_INDEX: i16 = 16;
-const RECORD_SEND_Q: i16 = 12;
-const RECORD_VERDICT: i16 = 8;
-const RECORD_ERROR: i16 = 4;
-/// The cookie, which the program has below its record.
-const KEY: i16 = 24;
+// The places of what the program has on its stack, from the end.
+const KEY: i16 = 8;
+const VERDICT: i16 = 16;
+const INDEX_KEY: i16 = 24;
 
-// The verdicts in a record.
-const DESTROYED: i32 = 1;
-const CHANGED: i32 = 2;
-const UNSENT: i32 = 3;
-/// After a record with DESTROYED.
-const REFUSED: i32 = 4;
+// The lower half of a verdict in the shared memory. The upper half of UNSENT are the bytes, that of REFUSED is the errno, below 0.
+const NOT_SEEN: u32 = 0;
+const DESTROYED: u32 = 1;
+const CHANGED: u32 = 2;
+const UNSENT: u32 = 3;
+/// After DESTROYED.
+const REFUSED: u32 = 4;
+/// Only cwkill puts it there.
+const NOT_REACHED: u32 = 5;
+const UPPER_HALF: i32 = 32;
 
 impl Chosen {
     /// Its value in the map, for this pass.
@@ -244,26 +362,21 @@ impl Chosen {
     }
 }
 
-/// The index of the socket in a record, and the verdict on it.
-fn parse(record: &[u8; RECORD]) -> (usize, Verdict) {
-    let index = u32::from_ne_bytes(part(record, RECORD_INDEX));
-    let verdict = match i32::from_ne_bytes(part(record, RECORD_VERDICT)) {
+/// The verdict that stands in the shared memory.
+fn parse(verdict: u64) -> Verdict {
+    let bytes = verdict.to_le_bytes();
+    let [lower, upper] = [0, 4].map(|at| {
+        let half = bytes[at..].first_chunk().expect("one of two halves");
+        u32::from_le_bytes(*half)
+    });
+    match lower {
+        NOT_SEEN => Verdict::NotSeen,
         DESTROYED => Verdict::Destroyed,
-        UNSENT => Verdict::Unsent(u32::from_ne_bytes(part(record, RECORD_SEND_Q))),
-        REFUSED => {
-            let error = i32::from_ne_bytes(part(record, RECORD_ERROR));
-            Verdict::Refused(Errno::from_raw(error.saturating_neg()))
-        }
+        UNSENT => Verdict::Unsent(upper),
+        REFUSED => Verdict::Refused(Errno::from_raw(upper.cast_signed().saturating_neg())),
+        NOT_REACHED => Verdict::NotReached,
         _ => Verdict::Changed,
-    };
-    (usize::try_from(index).unwrap_or(usize::MAX), verdict)
-}
-
-/// The descriptors of the maps of a program.
-struct Maps {
-    states: RawFd,
-    pass: RawFd,
-    chosen: RawFd,
+    }
 }
 
 /// The program, and the number of the function that stands for its iterator.
@@ -273,8 +386,7 @@ fn program(btf: &Btf, maps: &Maps) -> Result<(Vec<Insn>, u32), BtfError> {
     let target = btf.function("bpf_iter_tcp")?;
     let bpf_sock_destroy = btf.function("bpf_sock_destroy")?;
     let ctx = btf.structure("bpf_iter__tcp")?;
-    let (ctx_meta, ctx_sk) = (ctx.pointer("meta")?, ctx.pointer("sk_common")?);
-    let meta_seq = ctx_meta.to.pointer("seq")?;
+    let ctx_sk = ctx.pointer("sk_common")?;
     let sk_state = ctx_sk.to.number("skc_state", Size::U8)?;
 
     let tcp_sock = btf.structure("tcp_sock")?;
@@ -287,19 +399,23 @@ fn program(btf: &Btf, maps: &Maps) -> Result<(Vec<Insn>, u32), BtfError> {
     let (bytes_received, bytes_acked) = (counter("bytes_received")?, counter("bytes_acked")?);
     let (bytes_sent, bytes_retrans) = (counter("bytes_sent")?, counter("bytes_retrans")?);
 
+    let number = |verdict: u32| i32::try_from(verdict).expect("a small number");
     let mut asm = Asm::default();
     let (end, report) = (asm.label(), asm.label());
-    let (context, sk, tp, seen) = (R6, R7, R8, R9);
+    let (verdict, sk, tp, seen) = (R6, R7, R8, R9);
 
     // struct sock_common *sk = ctx->sk_common;
     // if (!sk) return 0;
-    asm.copy(context, R1)
-        .follow(sk, context, &ctx_sk)
-        .if_is(sk, 0, end);
+    asm.follow(sk, R1, &ctx_sk).if_is(sk, 0, end);
+    // shown++;
+    asm.address_of_map_value(R2, maps.shown.fd())
+        .load_value(R1, R2)
+        .add(R1, 1)
+        .store_at(R2, 0, Size::U64, R1);
     // if (!(1 << sk->skc_state & states)) return 0;
     asm.load(R2, sk, sk_state)
         .bit(R1, R2)
-        .address_of_map_value(R2, maps.states)
+        .address_of_map_value(R2, maps.states.fd())
         .load_value(R2, R2)
         .and(R1, R2)
         .if_is(R1, 0, end);
@@ -315,7 +431,7 @@ fn program(btf: &Btf, maps: &Maps) -> Result<(Vec<Insn>, u32), BtfError> {
         .spill(KEY, Size::U64, R0);
     // struct chosen *seen = bpf_map_lookup_elem(&chosen, &cookie);
     // if (!seen) return 0;
-    asm.address_of_map(R1, maps.chosen)
+    asm.address_of_map(R1, maps.chosen.fd())
         .copy(R2, R10)
         .add(R2, -i32::from(KEY))
         .call(Helper::MapLookup)
@@ -323,7 +439,7 @@ fn program(btf: &Btf, maps: &Maps) -> Result<(Vec<Insn>, u32), BtfError> {
         .copy(seen, R0);
     // if (seen->pass != pass) return 0;
     asm.load_at(R1, seen, PASS, Size::U32)
-        .address_of_map_value(R2, maps.pass)
+        .address_of_map_value(R2, maps.pass.fd())
         .load_value(R2, R2)
         .if_differs(R1, R2, end);
     // if (sk->skc_state != seen->state) return 0;
@@ -331,20 +447,30 @@ fn program(btf: &Btf, maps: &Maps) -> Result<(Vec<Insn>, u32), BtfError> {
         .load_at(R2, seen, STATE, Size::U32)
         .if_differs(R1, R2, end);
 
-    // struct record record = { .index = seen->index, .send_q = tp->write_seq - tp->snd_una, .verdict = UNSENT };
+    // u64 *verdict = bpf_map_lookup_elem(&verdicts, &seen->index);
+    // if (!verdict) return 0;
     asm.load_at(R1, seen, INDEX, Size::U32)
-        .spill(RECORD_INDEX, Size::U32, R1)
-        .load(R1, tp, write_seq)
+        .spill(INDEX_KEY, Size::U32, R1)
+        .address_of_map(R1, maps.verdicts.fd())
+        .copy(R2, R10)
+        .add(R2, -i32::from(INDEX_KEY))
+        .call(Helper::MapLookup)
+        .if_is(R0, 0, end)
+        .copy(verdict, R0);
+    // u32 send_q = tp->write_seq - tp->snd_una;
+    // u64 mine = (u64)send_q << 32 | UNSENT;
+    asm.load(R1, tp, write_seq)
         .load(R2, tp, snd_una)
         .subtract(R1, R2, Size::U32)
-        .spill(RECORD_SEND_Q, Size::U32, R1)
-        .spill_value(RECORD_VERDICT, Size::U32, UNSENT)
-        .spill_value(RECORD_ERROR, Size::U32, 0);
-    // if (record.send_q > seen->max_send_q) goto report;
+        .copy(R2, R1)
+        .shift_left(R2, UPPER_HALF)
+        .add(R2, number(UNSENT))
+        .spill(VERDICT, Size::U64, R2);
+    // if (send_q > seen->max_send_q) goto report;
     asm.load_at(R2, seen, MAX_SEND_Q, Size::U32)
         .if_greater(R1, R2, report);
-    // record.verdict = CHANGED;
-    asm.spill_value(RECORD_VERDICT, Size::U32, CHANGED);
+    // mine = CHANGED;
+    asm.spill_value(VERDICT, Size::U64, number(CHANGED));
     // if ((tp->sk_socket ? 1 : 0) != seen->accepted) goto report;
     let has_no_socket = asm.label();
     asm.load_at(R2, seen, ACCEPTED, Size::U32)
@@ -383,35 +509,28 @@ fn program(btf: &Btf, maps: &Maps) -> Result<(Vec<Insn>, u32), BtfError> {
         .load_at(R2, seen, WRITTEN, Size::U64)
         .if_differs(R1, R2, report);
 
-    // bpf_seq_write(ctx->meta->seq, &record, sizeof(record));
-    let write_record = |asm: &mut Asm| {
-        asm.follow(R1, context, &ctx_meta)
-            .follow(R1, R1, &meta_seq)
-            .copy(R2, R10)
-            .add(R2, -i32::from(RECORD_INDEX))
-            .set(R3, i32::from(RECORD_INDEX))
-            .call(Helper::SeqWrite);
-    };
     // is_as_seen:
-    // record.verdict = DESTROYED;
-    // if (bpf_seq_write(...)) return 0;
+    // mine = DESTROYED;
     asm.place(is_as_seen)
-        .spill_value(RECORD_VERDICT, Size::U32, DESTROYED);
-    write_record(&mut asm);
-    asm.if_not(R0, 0, end);
+        .spill_value(VERDICT, Size::U64, number(DESTROYED));
+    // report:
+    // if (cmpxchg(verdict, NOT_SEEN, mine) != NOT_SEEN) return 0;
+    asm.place(report)
+        .load_at(R1, R10, -VERDICT, Size::U64)
+        .set(R0, number(NOT_SEEN))
+        .compare_and_exchange(verdict, R1)
+        .if_not(R0, number(NOT_SEEN), end);
+    // if (mine != DESTROYED) return 0;
+    asm.if_not(R1, number(DESTROYED), end);
     // int error = bpf_sock_destroy(sk);
     // if (!error) return 0;
     asm.copy(R1, sk)
         .call_kernel(bpf_sock_destroy)
         .if_is(R0, 0, end);
-    // record.verdict = REFUSED;
-    // record.error = error;
-    asm.spill_value(RECORD_VERDICT, Size::U32, REFUSED)
-        .spill(RECORD_ERROR, Size::U32, R0);
-    // report:
-    // bpf_seq_write(...);
-    asm.place(report);
-    write_record(&mut asm);
+    // *verdict = (u64)error << 32 | REFUSED;
+    asm.shift_left(R0, UPPER_HALF)
+        .add(R0, number(REFUSED))
+        .store_at(verdict, 0, Size::U64, R0);
     // return 0;
     asm.place(end).go_on();
     Ok((asm.finish(), target))
@@ -453,18 +572,17 @@ mod tests {
     }
 
     #[test]
-    fn a_record_tells_the_verdict() {
-        let record = |parts: [i32; 4]| {
-            let mut record = [0; RECORD];
-            for (at, part) in (0..).step_by(4).zip(parts) {
-                record[at..at + 4].copy_from_slice(&part.to_ne_bytes());
-            }
-            parse(&record)
+    fn a_number_in_the_shared_memory_is_a_verdict() {
+        let number = |upper: i32, lower: u32| {
+            u64::from(upper.cast_unsigned()) << UPPER_HALF | u64::from(lower)
         };
-        assert_eq!(record([5, 0, 1, 0]), (5, Verdict::Destroyed));
-        assert_eq!(record([6, 9, 2, 0]), (6, Verdict::Changed));
-        assert_eq!(record([7, 9, 3, 0]), (7, Verdict::Unsent(9)));
+        assert_eq!(parse(0), Verdict::NotSeen);
+        assert_eq!(parse(number(0, DESTROYED)), Verdict::Destroyed);
+        assert_eq!(parse(number(0, CHANGED)), Verdict::Changed);
+        assert_eq!(parse(number(9, UNSENT)), Verdict::Unsent(9));
+        assert_eq!(parse(number(-1, UNSENT)), Verdict::Unsent(u32::MAX));
         let refused = Verdict::Refused(Errno::ENOENT);
-        assert_eq!(record([8, 0, 4, -2]), (8, refused));
+        assert_eq!(parse(number(-2, REFUSED)), refused);
+        assert_eq!(parse(number(0, NOT_REACHED)), Verdict::NotReached);
     }
 }

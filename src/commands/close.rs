@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, ensure};
 
 use super::{
     confirm, drop_capabilities_and_start_threads, hint_line, kept, open_destroyer, open_log,
@@ -17,12 +17,14 @@ use crate::config::{Action, Config, Format, Limit};
 use crate::control::Control;
 use crate::drain;
 use crate::finder::dead::{DescriptorTable, Suspect, SuspectVerdict};
+use crate::finder::way::UseIterator;
 use crate::finder::{
     self, FindError, leftovers, owners, reactions, second_look, table_use, tracked,
 };
 use crate::history::History;
 use crate::injector::canary::{self, Canaries};
 use crate::injector::engine::Rules;
+use crate::injector::way::ByIterator;
 use crate::injector::{plan, workers};
 use crate::memory;
 use crate::model::{Method, Outcome, Privilege, ReclaimOutcome, Scan, Target, TimeAndPlace};
@@ -36,6 +38,10 @@ use crate::report::{ExitStatus, Run, backlogs, exit_status, json, notes, text};
 use crate::terminal::{Terminal, broken, is_coloured, say, screen, write_out};
 use crate::text::{counted, seconds};
 use crate::watch::{self, WatchScope};
+
+/// Why sockets were not judged at the instant of the act although the iterator can be used.
+const HELD_UP: &str = "an owner hangs and keeps the lock of its TCP socket, so the iterator could not walk on; a process \"cwkill-walk\" \
+                       ends when the lock is free";
 
 /// The whole run, from its arguments to its exit status.
 pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
@@ -55,9 +61,13 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
         true => open_proc(use_iterator, verbose, &host_root, &config.selectors)?,
         false => ProcFs::default(),
     };
-    let destroys = config.policy.methods.contains(&Method::Destroy) && privileges.net_admin;
-    let destroyer = match acts && destroys {
-        true => open_destroyer(use_iterator, verbose)?,
+    let destroys = acts && config.policy.methods.contains(&Method::Destroy);
+    ensure!(
+        !destroys || privileges.net_admin || use_iterator != UseIterator::Always,
+        "cannot use the iterator (--bpf always): the method destroy needs CAP_NET_ADMIN by each way; leave it out (for example --method shutdown), or leave --bpf always out",
+    );
+    let destroyer = match destroys && privileges.net_admin {
+        true => open_destroyer(use_iterator, verbose, &proc)?,
         false => None,
     };
     drop_capabilities_and_start_threads(&needed_capabilities(config), Some(&proc));
@@ -122,6 +132,10 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
             ..config.rules(&privileges)
         };
         canaries = close(&mut run, config, rules, &proc, &terminal);
+        let was_held_up = destroyer.as_ref().is_some_and(ByIterator::was_held_up);
+        if was_held_up && !quiet {
+            terminal.aside(|| say_notes([HELD_UP]));
+        }
         if let Some(stop_limit) = config.drain_backlogs {
             drain_backlogs(&mut run, stop_limit, &proc, &terminal);
         }

@@ -213,14 +213,22 @@ fn open_proc(
 ///
 /// # Errors
 /// The iterator is needed, and cannot be used.
-fn open_destroyer(use_iterator: UseIterator, verbose: bool) -> anyhow::Result<Option<ByIterator>> {
-    let chosen = ByIterator::choose(use_iterator);
-    unless_not_used(
-        chosen,
-        use_iterator,
-        verbose,
-        "sockets are destroyed by SOCK_DESTROY",
-    )
+fn open_destroyer(
+    use_iterator: UseIterator,
+    verbose: bool,
+    proc: &ProcFs,
+) -> anyhow::Result<Option<ByIterator>> {
+    let instead = "sockets are destroyed by SOCK_DESTROY";
+    match ByIterator::choose(proc, use_iterator) {
+        Err(error)
+            if verbose && use_iterator == UseIterator::Auto && error.verifier_log().is_none() =>
+        {
+            let error = anyhow::Error::from(error);
+            say(format_args!("note: {instead}, because {error:#}"));
+            Ok(None)
+        }
+        chosen => unless_not_used(chosen, use_iterator, verbose, instead),
+    }
 }
 
 /// What was `chosen`; `None` for `instead`, the other way.

@@ -26,9 +26,6 @@ pub enum NotUsed {
     SeccompFilter,
     #[error("/proc is of another pid namespace, or hides processes")]
     OtherProcesses,
-    /// The walk takes the lock of every socket in the namespace, and a process that hangs in a page fault can hold its own.
-    #[error("only with --bpf always: a socket whose owner hangs would hold the walk up")]
-    OnlyOnRequest,
     #[error(transparent)]
     Bpf(#[from] BpfError),
 }

@@ -7,9 +7,9 @@
 use nix::errno::Errno;
 
 use super::engine::{Batch, Rules};
+use super::revive::Revived;
 use super::way::ByIterator;
-use crate::bpf::BpfError;
-use crate::bpf::destroyer::{CAPACITY, Chosen, Data, Verdict};
+use crate::bpf::destroyer::{CAPACITY, Chosen, Data, End, Verdict, Walk};
 use crate::model::socket::unsent;
 use crate::model::{Method, MethodError, Outcome, SkipReason, Socket, Target};
 use crate::sock_diag::Protocol;
@@ -18,47 +18,65 @@ use crate::tcp::TcpState;
 /// How often cwkill tries a socket that changes again and again.
 const PASSES: usize = 3;
 
-/// A socket to destroy.
-struct Item<'t> {
+/// A target that is about to be destroyed.
+struct Doomed<'t> {
     target: &'t mut Target,
-    chosen: Chosen,
+    /// Its peer was sent a probe, and may answer it with RST.
+    probed: bool,
+}
+
+impl AsMut<Target> for Doomed<'_> {
+    fn as_mut(&mut self) -> &mut Target {
+        self.target
+    }
 }
 
 /// What to do with targets right before the act. Returns those that are left.
-type Prepare<'p> =
-    dyn for<'t> FnMut(Vec<&'t mut Target>, &mut Batch<'_>) -> Vec<&'t mut Target> + 'p;
+type Prepare<'p> = dyn for<'t> FnMut(Vec<&'t mut Target>, &mut Batch<'_>) -> Revived<'t> + 'p;
 
 impl ByIterator {
     /// Destroys `targets`, of which the engine has rechecked none, and records an attempt for each on which it acted. `prepare` is called
-    /// before. Returns the targets that only SOCK_DESTROY can destroy.
+    /// before. Returns the targets that are left to SOCK_DESTROY.
     pub(super) fn destroy<'t>(
         &self,
         mut targets: Vec<&'t mut Target>,
         batch: &mut Batch<'_>,
         prepare: &mut Prepare<'_>,
     ) -> Vec<&'t mut Target> {
+        let can_be_walked = targets.iter().filter(|target| is_full(&target.socket));
+        let count = can_be_walked.count();
+        if count == 0 || !self.pays(count) {
+            return targets;
+        }
         let mut others = Vec::new();
         while !targets.is_empty() && !batch.control().interrupted() {
             let rest = targets.split_off(targets.len().min(CAPACITY));
             let part = batch.leave_reachable(targets);
-            let part = prepare(part, batch);
-            // That takes a while, and an address can come back meanwhile.
-            let part = batch.leave_reachable(part);
+            let Revived {
+                others: quiet,
+                probed,
+            } = prepare(part, batch);
+            let mut part = Vec::with_capacity(quiet.len() + probed.len());
+            for (targets, probed) in [(quiet, false), (probed, true)] {
+                // That took a while, and an address can come back meanwhile.
+                let targets = batch.leave_reachable(targets).into_iter();
+                part.extend(targets.map(|target| Doomed { target, probed }));
+            }
             self.destroy_part(part, batch, &mut others);
             targets = rest;
         }
         others
     }
 
-    /// As [`ByIterator::destroy`], for one pass. Adds those that only SOCK_DESTROY can destroy to `others`.
+    /// As [`ByIterator::destroy`], for one pass. Adds those that are left to SOCK_DESTROY to `others`.
     fn destroy_part<'t>(
         &self,
-        targets: Vec<&'t mut Target>,
+        doomed: Vec<Doomed<'t>>,
         batch: &mut Batch<'_>,
         others: &mut Vec<&'t mut Target>,
     ) {
-        let (mut items, mut unknown) = (Vec::with_capacity(targets.len()), Vec::new());
-        for target in targets {
+        let (mut chosen, mut unknown) = (Vec::with_capacity(doomed.len()), Vec::new());
+        for Doomed { target, probed } in doomed {
             if !is_full(&target.socket) {
                 others.push(target);
                 continue;
@@ -66,82 +84,88 @@ impl ByIterator {
             // After an earlier method the socket differs from what was planned for.
             let known = target.acted().is_none();
             match known.then(|| choose(target, &target.socket, batch.rules())) {
-                Some(Some(chosen)) => items.push(Item { target, chosen }),
-                _ => unknown.push(target),
+                Some(Some(socket)) => chosen.push((Doomed { target, probed }, socket)),
+                _ => unknown.push(Doomed { target, probed }),
             }
         }
-        items.extend(look_again(unknown, batch, others));
+        chosen.extend(look_again(unknown, batch, others));
         for pass in 1..=PASSES {
-            if items.is_empty() || batch.control().interrupted() {
+            if chosen.is_empty() || batch.control().interrupted() {
                 return;
             }
-            let chosen: Vec<Chosen> = items.iter().map(|item| item.chosen).collect();
+            let (doomed, sockets): (Vec<Doomed<'t>>, Vec<Chosen>) = chosen.into_iter().unzip();
             let control = batch.control();
-            let verdicts = match self.destroyer.destroy(&chosen, || !control.interrupted()) {
-                Ok(verdicts) => verdicts,
-                Err(error) => {
-                    give_up(items, &error);
-                    return;
-                }
-            };
+            let Walk { verdicts, end } =
+                self.destroyer.destroy(&sockets, || !control.interrupted());
             let mut destroyed = 0;
             let mut changed = Vec::new();
-            for (Item { target, .. }, verdict) in items.into_iter().zip(verdicts) {
+            for (it, verdict) in doomed.into_iter().zip(verdicts) {
                 match verdict {
                     Verdict::Destroyed => {
                         destroyed += 1;
-                        target.acted_at_one_instant(Method::Destroy);
+                        it.target.acted_at_one_instant(Method::Destroy);
                     }
-                    Verdict::Refused(Errno::EOPNOTSUPP) => others.push(target),
-                    Verdict::Refused(errno) => target.record(Method::Destroy, Err(refused(errno))),
-                    Verdict::NotSeen | Verdict::Changed | Verdict::Unsent(_) => {
-                        changed.push((target, verdict));
+                    Verdict::Refused(Errno::EOPNOTSUPP) => others.push(it.target),
+                    Verdict::Refused(errno) => {
+                        it.target.record(Method::Destroy, Err(refused(errno)));
                     }
+                    Verdict::NotSeen
+                    | Verdict::Changed
+                    | Verdict::Unsent(_)
+                    | Verdict::NotReached => changed.push((it, verdict)),
                 }
             }
             batch.control().progress(Method::Destroy, destroyed);
             if batch.control().interrupted() {
                 return;
             }
-            if pass == PASSES {
+            if pass == PASSES && matches!(end, End::Whole) {
                 leave(changed, others);
                 return;
             }
-            let changed = changed.into_iter().map(|(target, _)| target).collect();
-            items = look_again(changed, batch, others);
+            let changed = changed.into_iter().map(|(it, _)| it).collect();
+            chosen = look_again(changed, batch, others);
+            let why = match end {
+                End::Whole => continue,
+                End::Stopped | End::HeldUp => MethodError::WalkHeldUp,
+                End::Failed(error) => MethodError::SystemCall("bpf", error.errno()),
+            };
+            for (Doomed { target, .. }, _) in chosen {
+                match self.is_required {
+                    // The operator has asked for the iterator, so nothing else is tried.
+                    true => target.record(Method::Destroy, Err(why.clone())),
+                    false => others.push(target),
+                }
+            }
+            return;
         }
     }
 }
 
-/// The operator has asked for the iterator, so nothing else is tried.
-fn give_up(items: Vec<Item<'_>>, error: &BpfError) {
-    for Item { target, .. } in items {
-        let error = MethodError::SystemCall("bpf", error.errno());
-        target.record(Method::Destroy, Err(error));
-    }
-}
-
-/// Rechecks `targets`, and chooses them by what they are now.
+/// Rechecks the targets, and chooses them by what they are now.
 fn look_again<'t>(
-    targets: Vec<&'t mut Target>,
+    doomed: Vec<Doomed<'t>>,
     batch: &mut Batch<'_>,
     others: &mut Vec<&'t mut Target>,
-) -> Vec<Item<'t>> {
-    let mut items = Vec::with_capacity(targets.len());
-    for (target, now) in batch.look_again(targets, false) {
-        let now = Socket::from_message(&now);
-        let chosen = is_full(&now).then(|| choose(target, &now, batch.rules()));
-        match chosen.flatten() {
-            Some(chosen) => items.push(Item { target, chosen }),
-            None => others.push(target),
+) -> Vec<(Doomed<'t>, Chosen)> {
+    let mut chosen = Vec::with_capacity(doomed.len());
+    let (probed, quiet): (Vec<_>, Vec<_>) = doomed.into_iter().partition(|it| it.probed);
+    for (doomed, after_segment) in [(quiet, false), (probed, true)] {
+        for (it, now) in batch.look_again(doomed, after_segment) {
+            let now = Socket::from_message(&now);
+            let socket = is_full(&now).then(|| choose(it.target, &now, batch.rules()));
+            match socket.flatten() {
+                Some(socket) => chosen.push((it, socket)),
+                None => others.push(it.target),
+            }
         }
     }
-    items
+    chosen
 }
 
 /// Leaves the targets alone that were different at each pass. The iterator has shown them all but those that were not seen.
-fn leave<'t>(changed: Vec<(&'t mut Target, Verdict)>, others: &mut Vec<&'t mut Target>) {
-    for (target, verdict) in changed {
+fn leave<'t>(changed: Vec<(Doomed<'t>, Verdict)>, others: &mut Vec<&'t mut Target>) {
+    for (Doomed { target, .. }, verdict) in changed {
         match verdict {
             Verdict::Unsent(send_q) => {
                 let unsent = unsent(target.socket.state, send_q);

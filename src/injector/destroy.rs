@@ -1,5 +1,5 @@
-//! `destroy`: the kernel aborts the socket, sends RST and discards queued data. With `--bpf always` an iterator does
-//! that (`by_iterator`). This file has SOCK_DESTROY, the usual way.
+//! `destroy`: the kernel aborts the socket, sends RST and discards queued data. Where it can and where it pays, an iterator does
+//! that (`by_iterator`). This file has SOCK_DESTROY, the other way.
 //!
 //! The request contains the cookie from the dump. Without it the kernel would search by address again. If the connection
 //! is gone by then, that search finds the listener, and the kernel would close it (net/ipv4/tcp_diag.c, tcp_diag_destroy;
@@ -149,11 +149,11 @@ impl Executor for Destroy {
                         Some((reviver, duplicator)) => {
                             reviver.revive_all(duplicator, targets, size, batch)
                         }
-                        None => targets,
+                        None => Revived::without_probes(targets),
                     },
                 )
             }
-            _ => targets,
+            None => targets,
         }
     }
 
@@ -161,10 +161,7 @@ impl Executor for Destroy {
         let is_small = targets.len() <= SOCKETS_PER_BATCH;
         let Revived { others, probed } = match &mut self.reviver {
             Some((reviver, duplicator)) => reviver.revive_unchecked(duplicator, targets, batch),
-            None => Revived {
-                others: targets,
-                probed: Vec::new(),
-            },
+            None => Revived::without_probes(targets),
         };
         // A large batch was rechecked too long ago, and so was one that has waited for its probes: the owner may have written meanwhile.
         let mut is_fresh = is_small && probed.is_empty();

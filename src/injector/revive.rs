@@ -55,6 +55,15 @@ pub(super) struct Revived<'t> {
     pub probed: Vec<&'t mut Target>,
 }
 
+impl<'t> Revived<'t> {
+    pub fn without_probes(others: Vec<&'t mut Target>) -> Self {
+        Revived {
+            others,
+            probed: Vec::new(),
+        }
+    }
+}
+
 impl Reviver {
     /// Reads the settings of the namespace of the calling thread.
     pub fn new() -> Self {
@@ -120,26 +129,29 @@ impl Reviver {
         Revived { others, probed }
     }
 
-    /// As [`Reviver::revive`], `size` targets at a time. Returns all that are left.
+    /// Rechecks `targets`, and then does as [`Reviver::revive`], `size` of them at a time. If connection tracking is not loaded, it does
+    /// neither.
     pub fn revive_all<'t>(
         &self,
         duplicator: &mut Duplicator,
         mut targets: Vec<&'t mut Target>,
         size: usize,
         batch: &mut Batch<'_>,
-    ) -> Vec<&'t mut Target> {
+    ) -> Revived<'t> {
         if self.forgotten_after.is_none() {
-            return targets;
+            return Revived::without_probes(targets);
         }
-        let mut left = Vec::with_capacity(targets.len());
+        let mut all = Revived::without_probes(Vec::with_capacity(targets.len()));
         while !targets.is_empty() && !batch.control().interrupted() {
             let rest = targets.split_off(targets.len().min(size));
-            let revived = self.revive(duplicator, targets, batch);
-            left.extend(revived.others);
-            left.extend(revived.probed);
+            // A probe must not go out on a socket that is in use again.
+            let part = batch.recheck(targets, false);
+            let Revived { others, probed } = self.revive(duplicator, part, batch);
+            all.others.extend(others);
+            all.probed.extend(probed);
             targets = rest;
         }
-        left
+        all
     }
 
     fn start(&self, duplicator: &mut Duplicator, target: &Target) -> Option<Keepalive> {

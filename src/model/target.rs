@@ -250,6 +250,11 @@ pub enum MethodError {
     /// The kernel got the request, and its answer was lost.
     #[error("the kernel's answer was lost: {}", os_error(.0))]
     AnswerLost(Errno),
+    /// The walk of the iterator was given up before it came to the socket: some owner hangs while it has the lock of its own socket.
+    #[error(
+        "not reached: an owner hangs and keeps the lock of its socket, for which the iterator waits (without --bpf always SOCK_DESTROY is used)"
+    )]
+    WalkHeldUp,
     /// A step ended in a bug in cwkill.
     #[error("a bug in cwkill, list again to see the state")]
     Bug,
@@ -305,6 +310,7 @@ impl MethodError {
             | MethodError::RstIgnored
             | MethodError::PeerAlive
             | MethodError::PeerSilent
+            | MethodError::WalkHeldUp
             | MethodError::Bug => None,
         }
     }

@@ -232,6 +232,7 @@ fn codes_are_stable() {
             "peer-alive",
             "peer-silent",
             "answer-lost",
+            "walk-held-up",
             "bug",
             "system-call",
         ]

@@ -307,7 +307,7 @@ fn checks(examination: &Examination) -> Vec<CheckLine> {
             (None, Some(TrialResult::Succeeded)) => Some(check(
                 "destroy by iterator",
                 Some(true),
-                "with --bpf always: each socket is judged and destroyed at one instant".into(),
+                "each socket is judged and destroyed at one instant".into(),
             )),
             (None, Some(TrialResult::Failed(error))) => {
                 Some(check("destroy by iterator", Some(false), error.to_string()))

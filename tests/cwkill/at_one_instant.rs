@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use netns_harness::{Capability, Family, Lab, Leak, TcpState, scenario};
+use netns_harness::owners::{Build, Owner};
+use netns_harness::{Capability, Family, Lab, Leak, SocketOption, TcpState, scenario};
 
 use cwkill::control::Control;
 use cwkill::filter::selectors::Selectors;
@@ -22,6 +23,7 @@ use cwkill::sock_diag::{Cookie, Detail, DiagId, SockDiag};
 use cwkill::tcp::StateSet;
 
 use crate::doctor::without;
+use crate::nat::sh;
 use crate::races::{Now, find};
 use crate::support::{PATIENCE, at, connections, count, cwkill, in_state, lab, ran};
 use crate::trial::{Need, Test, each_family, once};
@@ -34,8 +36,13 @@ pub const TESTS: &[Test] = &[
     once!(unsent_bytes_are_lost_only_if_allowed).needs(Need::Iterator),
     each_family!(a_walk_is_through_the_namespace_of_the_sockets).needs(Need::Iterator),
     once!(thousands_are_destroyed_and_reported).needs(Need::Iterator),
+    once!(an_owner_that_hangs_does_not_hold_cwkill_up).needs(Need::Iterator),
+    once!(with_always_what_a_walk_has_not_reached_stays).needs(Need::Iterator),
     once!(an_interrupted_walk_reports_what_it_has_destroyed).needs(Need::Iterator),
+    each_family!(no_probe_goes_out_on_a_socket_that_has_changed).needs(Need::Iterator),
+    each_family!(a_reset_after_a_probe_is_the_work_of_cwkill).needs(Need::Iterator),
     once!(without_the_rights_sock_destroy_is_used).needs(Need::Iterator),
+    once!(always_needs_the_right_to_destroy).needs(Need::Iterator),
     once!(where_bpf_is_refused_sock_destroy_is_used),
     once!(doctor_tries_both_ways).needs(Need::Iterator),
     once!(no_byte_is_lost_while_owners_send)
@@ -95,28 +102,38 @@ fn both_ways_have_the_same_outcomes(family: Family) -> Result<()> {
     Ok(())
 }
 
+/// What happens after each lookup.
+type AfterLookup<'h> = &'h mut (dyn FnMut() -> Result<()> + Send);
+
 /// The kernel's socket tables as they were at first. If they are `outdated`, no recheck sees a change.
-struct Tables {
+struct Tables<'h> {
     diag: SockDiag,
     outdated: Option<BTreeMap<u64, Lookup>>,
+    after_lookup: AfterLookup<'h>,
 }
 
-impl Tables {
-    fn new(ids: &[DiagId], are_outdated: bool) -> Result<Self> {
+impl<'h> Tables<'h> {
+    fn new(ids: &[DiagId], are_outdated: bool, after_lookup: AfterLookup<'h>) -> Result<Self> {
         let mut diag = SockDiag::open()?;
         let answers = diag.lookup(ids, Detail::Quiet)?;
         let cookies = ids.iter().map(|id| id.cookie().0);
         let outdated = are_outdated.then(|| cookies.zip(answers).collect());
-        Ok(Tables { diag, outdated })
+        Ok(Tables {
+            diag,
+            outdated,
+            after_lookup,
+        })
     }
 }
 
-impl SocketTables for Tables {
+impl SocketTables for Tables<'_> {
     fn lookup(&mut self, ids: &[DiagId], detail: Detail) -> io::Result<Vec<Lookup>> {
-        match &self.outdated {
-            Some(known) => Ok(ids.iter().map(|id| known[&id.cookie().0].clone()).collect()),
-            None => self.diag.lookup(ids, detail),
-        }
+        let answers = match &self.outdated {
+            Some(known) => ids.iter().map(|id| known[&id.cookie().0].clone()).collect(),
+            None => self.diag.lookup(ids, detail)?,
+        };
+        (self.after_lookup)().map_err(io::Error::other)?;
+        Ok(answers)
     }
 
     fn list(&mut self, states: StateSet) -> io::Result<HashSet<Cookie>> {
@@ -142,12 +159,24 @@ impl Run {
         control: &(dyn Control + Sync),
         change: impl FnOnce() -> Result<()> + Send,
     ) -> Result<Vec<Target>> {
-        let by_iterator = ByIterator::choose(UseIterator::Always)?;
+        self.destroy_while(lab, leak, control, change, &mut || Ok(()))
+    }
+
+    /// As [`Run::destroy_after`], with something that happens after each lookup.
+    fn destroy_while(
+        &self,
+        lab: &Lab,
+        leak: &Leak,
+        control: &(dyn Control + Sync),
+        change: impl FnOnce() -> Result<()> + Send,
+        after_lookup: AfterLookup<'_>,
+    ) -> Result<Vec<Target>> {
+        let by_iterator = ByIterator::choose(&ProcFs::default(), UseIterator::Always)?;
         let mut targets = lab.app_host().within(|| {
             let proc = ProcFs::default();
             let mut scan = find(&proc, &[Method::Destroy])?;
             let ids: Vec<DiagId> = scan.targets.iter().map(|it| it.socket.id).collect();
-            let mut kernel = Tables::new(&ids, self.outdated)?;
+            let mut kernel = Tables::new(&ids, self.outdated, after_lookup)?;
             change()?;
             let selectors = Selectors {
                 min_idle: self.min_idle,
@@ -328,10 +357,71 @@ fn thousands_are_destroyed_and_reported() -> Result<()> {
     Ok(())
 }
 
-/// Ctrl-C as soon as one of the stuck sockets is gone.
-struct CtrlC<'l>(&'l Lab);
+/// A process that keeps the lock of an open connection on the leaking host.
+fn hanging(lab: &Lab) -> Result<Owner> {
+    let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 0)?;
+    owner.lock_a_socket()?;
+    Ok(owner)
+}
 
-impl Control for CtrlC<'_> {
+/// The processes of cwkill on the leaking host that make a walk.
+fn walkers(lab: &Lab) -> Result<usize> {
+    let here = format!("net:[{}]", lab.app_host().netns_inode()?);
+    let is_walker = |process: &std::path::Path| {
+        std::fs::read_to_string(process.join("comm")).is_ok_and(|name| name == "cwkill-walk\n")
+            && std::fs::read_link(process.join("ns/net")).is_ok_and(|it| it.as_os_str() == &*here)
+    };
+    let processes = std::fs::read_dir("/proc")?.map_while(io::Result::ok);
+    Ok(processes.filter(|it| is_walker(&it.path())).count())
+}
+
+/// Enough that a socket between them is hardly the first or the last one of a walk.
+const SEVERAL: usize = 300;
+
+fn an_owner_that_hangs_does_not_hold_cwkill_up() -> Result<()> {
+    let (lab, _leak) = lab("unread", Family::V4, SEVERAL)?;
+    let mut owner = hanging(&lab)?;
+    let line = "--all --method destroy --allow-spin --json";
+    let ran = cwkill(&lab, line)?.exits(0).complains("keeps the lock");
+    let sockets = ran.sockets();
+    assert_eq!(sockets.len(), SEVERAL);
+    crate::support::all_have(&sockets, "closed", "destroy");
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
+    // cwkill has ended, and nobody waits for its child.
+    assert_eq!(walkers(&lab)?, 1);
+    assert_eq!(owner.unlock_the_socket()?, 5);
+    lab.wait_for(PATIENCE, || Ok(walkers(&lab)? == 0))?;
+    assert!(owner.is_alive());
+    Ok(())
+}
+
+fn with_always_what_a_walk_has_not_reached_stays() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V6, SEVERAL)?;
+    let mut owner = hanging(&lab)?;
+    let line = "--all --method destroy --allow-spin --json --bpf always";
+    let sockets = cwkill(&lab, line)?.exits(4).sockets();
+    let with = |place: &str, code: &str| {
+        let found = sockets.iter().filter(|socket| at(socket, place) == code);
+        found.count()
+    };
+    let closed = with("/result/outcome", "closed");
+    let left = with("/result/reason_code", "walk-held-up");
+    assert_eq!(closed + left, SEVERAL);
+    assert_eq!(at_one_instant(&sockets), closed);
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, left);
+    // The walk goes on, and destroys nothing any more.
+    owner.unlock_the_socket()?;
+    lab.wait_for(PATIENCE, || Ok(walkers(&lab)? == 0))?;
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, left);
+    cwkill(&lab, line)?.exits(if left > 0 { 0 } else { 1 });
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
+    Ok(())
+}
+
+/// Ctrl-C as soon as a walk of this process waits for a lock.
+struct CtrlC;
+
+impl Control for CtrlC {
     fn now(&self) -> Instant {
         Now.now()
     }
@@ -339,23 +429,106 @@ impl Control for CtrlC<'_> {
         Now.sleep(duration);
     }
     fn interrupted(&self) -> bool {
-        in_state(self.0, TcpState::CloseWait).is_ok_and(|left| left < MANY)
+        let ours = format!("PPid:\t{}\n", std::process::id());
+        let waits = |process: &std::path::Path| {
+            let read = |name| std::fs::read_to_string(process.join(name)).unwrap_or_default();
+            let status = read("status");
+            status.contains("Name:\tcwkill-walk\n")
+                && status.contains(&ours)
+                && read("wchan").contains("lock_sock")
+        };
+        let mut processes = std::fs::read_dir("/proc").expect("/proc").flatten();
+        processes.any(|process| waits(&process.path()))
     }
     fn progress(&self, _: Method, _: usize) {}
 }
 
+/// An owner that hangs keeps the walk where it is, so Ctrl-C comes in its middle.
 fn an_interrupted_walk_reports_what_it_has_destroyed() -> Result<()> {
-    let (lab, leak) = lab("drained", Family::V4, MANY)?;
-    let targets = Run::default().destroy_after(&lab, &leak, &CtrlC(&lab), || Ok(()))?;
+    let (lab, leak) = lab("drained", Family::V4, SEVERAL)?;
+    let mut owner = hanging(&lab)?;
+    let targets = Run::default().destroy_after(&lab, &leak, &CtrlC, || Ok(()))?;
     let with = |outcome| {
         let targets = targets.iter();
         targets.filter(|it| it.outcome == Some(outcome)).count()
     };
     let closed = with(CLOSED);
     let left = with(Outcome::Skipped(SkipReason::Interrupted));
-    assert!(closed > 0 && left > 0, "{closed} and {left}");
-    assert_eq!(closed + left, MANY);
+    assert_eq!(closed + left, SEVERAL);
+    assert!(CtrlC.interrupted(), "the walk does not wait");
+    owner.unlock_the_socket()?;
     assert_eq!(in_state(&lab, TcpState::CloseWait)?, left);
+    Ok(())
+}
+
+/// The keepalive probes that the leaking host has sent.
+fn probes(lab: &Lab) -> Result<u64> {
+    lab.app_host().within(|| {
+        let text = std::fs::read_to_string("/proc/thread-self/net/netstat")?;
+        let mut lines = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("TcpExt: "));
+        let (names, values) = lines.next().zip(lines.next()).context("no TcpExt")?;
+        let mut pairs = names.split(' ').zip(values.split(' '));
+        let (_, value) = pairs
+            .find(|(name, _)| *name == "TCPKeepAlive")
+            .context("no TCPKeepAlive")?;
+        Ok(value.parse()?)
+    })
+}
+
+/// A lab with sockets whose peers connection tracking may have forgotten.
+fn forgotten(family: Family, sockets: usize) -> Result<(Lab, Leak)> {
+    let (lab, leak) = lab("unread", family, sockets)?;
+    sh(
+        &lab,
+        "echo 1 > /proc/sys/net/netfilter/nf_conntrack_tcp_timeout_close_wait",
+    )?;
+    lab.wait_for(PATIENCE, || {
+        let line = "--all --dry-run --json --min-age 2s --method destroy";
+        Ok(cwkill(&lab, line)?.sockets().len() == sockets)
+    })?;
+    Ok((lab, leak))
+}
+
+fn no_probe_goes_out_on_a_socket_that_has_changed(family: Family) -> Result<()> {
+    let (lab, leak) = forgotten(family, 2)?;
+    let run = Run {
+        min_idle: Duration::from_millis(1),
+        ..Run::default()
+    };
+    let targets = run.destroy_after(&lab, &leak, &Now, || {
+        leak.app().recv(leak.app_fds()[0], 1, PATIENCE)?;
+        Ok(())
+    })?;
+    assert_eq!(outcomes(&targets), [IN_USE, CLOSED]);
+    assert_eq!(probes(&lab)?, 1);
+    Ok(())
+}
+
+/// The peer resets the connection after the probe, and after the recheck that follows it.
+fn a_reset_after_a_probe_is_the_work_of_cwkill(family: Family) -> Result<()> {
+    let (lab, leak) = forgotten(family, 1)?;
+    let peers: Vec<_> = leak
+        .conns()
+        .iter()
+        .filter_map(|conn| conn.peer_fd)
+        .collect();
+    leak.peer()
+        .set_option(&peers, SocketOption::Linger(Some(0)))?;
+    let mut is_reset = false;
+    let mut reset = || {
+        if !is_reset && probes(&lab)? > 0 {
+            is_reset = true;
+            leak.peer().close(&peers)?;
+            lab.wait_for(PATIENCE, || Ok(connections(&lab)?.is_empty()))?;
+        }
+        Ok(())
+    };
+    let targets = Run::default().destroy_while(&lab, &leak, &Now, || Ok(()), &mut reset)?;
+    assert_eq!(outcomes(&targets), [CLOSED]);
+    assert!(!targets[0].attempts[0].at_one_instant, "{targets:?}");
+    assert!(is_reset);
     Ok(())
 }
 
@@ -380,6 +553,20 @@ fn without_the_rights_sock_destroy_is_used() -> Result<()> {
             ran.complains("cannot use the iterator (--bpf always)");
         }
     }
+    Ok(())
+}
+
+fn always_needs_the_right_to_destroy() -> Result<()> {
+    use Capability::{CAP_BPF, CAP_PERFMON};
+    let (lab, _leak) = lab("not-accepted", Family::V4, 1)?;
+    let command = lab.app_host().command(crate::support::CWKILL);
+    let line = "--all --no-owners --method destroy --bpf always";
+    let capabilities = [CAP_BPF, CAP_PERFMON];
+    let command = command
+        .capabilities(&capabilities)
+        .args(line.split_whitespace());
+    ran(command)?.exits(3).complains("needs CAP_NET_ADMIN");
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 1);
     Ok(())
 }
 

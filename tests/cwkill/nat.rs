@@ -32,7 +32,7 @@ struct Mesh {
 }
 
 /// Runs `script` on the leaking host.
-fn sh(lab: &Lab, script: &str) -> Result<()> {
+pub fn sh(lab: &Lab, script: &str) -> Result<()> {
     ran(lab.app_host().command("sh").args(["-ec", script]))?.exits(0);
     Ok(())
 }

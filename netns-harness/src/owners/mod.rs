@@ -50,6 +50,7 @@ impl BuildDir {
         let sources = [
             ("owner.h", include_str!("../../owners/owner.h")),
             ("hangs.c", include_str!("../../owners/hangs.c")),
+            ("locks.c", include_str!("../../owners/locks.c")),
             ("reacts.c", include_str!("../../owners/reacts.c")),
             ("ring.c", include_str!("../../owners/ring.c")),
             ("spins.c", include_str!("../../owners/spins.c")),
@@ -60,7 +61,7 @@ impl BuildDir {
         for (name, text) in sources {
             fs::write(self.path(name), text)?;
         }
-        let compiler = "cc -O2 -pthread -o owner owner.c hangs.c reacts.c ring.c spins.c transfers.c waits.c works.c";
+        let compiler = "cc -O2 -pthread -o owner owner.c hangs.c locks.c reacts.c ring.c spins.c transfers.c waits.c works.c";
         let compiler: Vec<&str> = compiler.split(' ').collect();
         let text = include_str!("../../owners/owner.c");
         self.build("owner.c", text, &[&compiler, flags].concat())?;
@@ -242,6 +243,22 @@ impl Owner {
     /// The program does not answer.
     pub fn leak(&mut self, count: usize) -> Result<Vec<i32>> {
         self.order_fds(&format!("leak {count}"))
+    }
+
+    /// Has a thread of the program keep the lock of an open connection, as if it waited for a page of a dead file server.
+    ///
+    /// # Errors
+    /// The program does not answer: it needs userfaultfd(2) with CAP_SYS_PTRACE.
+    pub fn lock_a_socket(&mut self) -> Result<()> {
+        self.order("lock").map(drop)
+    }
+
+    /// Lets that thread go on. It then has received what was there.
+    ///
+    /// # Errors
+    /// The program does not answer.
+    pub fn unlock_the_socket(&mut self) -> Result<usize> {
+        Ok(self.order("unlock")?.parse()?)
     }
 
     /// Lets the program leak dead sockets with 30000 unread bytes. Returns their descriptors.

@@ -89,7 +89,7 @@ pub(super) fn skip(word: &str) -> SkipReason {
 }
 
 /// Why an attempt did nothing, by a word each.
-pub const ATTEMPTS: [&str; 21] = [
+pub const ATTEMPTS: [&str; 22] = [
     "gone",
     "descriptors-gone",
     "foreign-proc",
@@ -111,6 +111,7 @@ pub const ATTEMPTS: [&str; 21] = [
     "os-unknown-errno",
     "os-no-errno",
     "bug",
+    "walk-held-up",
 ];
 
 pub(super) fn method_error(word: &str) -> MethodError {
@@ -142,6 +143,7 @@ pub(super) fn method_error(word: &str) -> MethodError {
             MethodError::SystemCall("reading", errno_of(&io::ErrorKind::InvalidData.into()))
         }
         "bug" => MethodError::Bug,
+        "walk-held-up" => MethodError::WalkHeldUp,
         _ => panic!("attempt {word}"),
     }
 }

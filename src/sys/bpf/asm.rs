@@ -92,6 +92,9 @@ const SUBTRACT_32_BITS: u8 = 0x1c;
 const AND_IMMEDIATE: u8 = 0x57;
 const AND: u8 = 0x5f;
 const SHIFT_LEFT: u8 = 0x6f;
+const SHIFT_LEFT_IMMEDIATE: u8 = 0x67;
+/// On 64 bits of memory.
+const ATOMIC: u8 = 0xdb;
 const JUMP: u8 = 0x05;
 const JUMP_IF_EQUAL_IMMEDIATE: u8 = 0x15;
 const JUMP_IF_NOT_EQUAL_IMMEDIATE: u8 = 0x55;
@@ -99,6 +102,8 @@ const JUMP_IF_GREATER: u8 = 0x2d;
 const JUMP_IF_NOT_EQUAL: u8 = 0x5d;
 const CALL: u8 = 0x85;
 const EXIT: u8 = 0x95;
+/// The immediate of ATOMIC (BPF_CMPXCHG).
+const COMPARE_AND_EXCHANGE: i32 = 0xf1;
 /// The source of a 64-bit load that stands for the map with this descriptor (BPF_PSEUDO_MAP_FD).
 const OF_MAP: u8 = 1;
 /// The source of a call of a function of the kernel that is not a helper (BPF_PSEUDO_KFUNC_CALL).
@@ -210,6 +215,21 @@ impl Asm {
     /// Writes `value` to the stack, `below` bytes below its end.
     pub fn spill_value(&mut self, below: i16, size: Size, value: i32) -> &mut Self {
         self.push(STORE_IMMEDIATE | width(size), R10, 0, -below, value)
+    }
+
+    /// `*(size *)(dst + offset) = src`, for a value in a map.
+    pub fn store_at(&mut self, dst: Register, offset: i16, size: Size, src: Register) -> &mut Self {
+        self.push(STORE | width(size), dst, src as u8, offset, 0)
+    }
+
+    /// `dst <<= bits`
+    pub fn shift_left(&mut self, dst: Register, bits: i32) -> &mut Self {
+        self.push(SHIFT_LEFT_IMMEDIATE, dst, 0, 0, bits)
+    }
+
+    /// At one instant: `old = *dst; if (old == R0) *dst = new; R0 = old`, of 64 bits.
+    pub fn compare_and_exchange(&mut self, dst: Register, new: Register) -> &mut Self {
+        self.push(ATOMIC, dst, new as u8, 0, COMPARE_AND_EXCHANGE)
     }
 
     /// Calls a helper, with what R1 to R5 hold.
@@ -375,6 +395,21 @@ mod tests {
                 (0x85, 0x20, 0, 4711),
             ]
         );
+    }
+
+    /// As llvm-objdump shows them.
+    #[test]
+    fn a_value_in_a_map_is_changed_at_one_instant() {
+        let mut asm = Asm::default();
+        asm.shift_left(R1, 32) // r1 <<= 32
+            .store_at(R2, 8, Size::U64, R1) // *(u64 *)(r2 + 8) = r1
+            .compare_and_exchange(R6, R1); // r0 = cmpxchg_64(r6 + 0, r0, r1)
+        let codes = [
+            (0x67, 0x01, 0, 32),
+            (0x7b, 0x12, 8, 0),
+            (0xdb, 0x16, 0, 0xf1),
+        ];
+        assert_eq!(code(asm), codes);
     }
 
     #[test]

@@ -1,7 +1,11 @@
 //! Maps: memory that a program and cwkill share.
 
+use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::ptr::{self, NonNull};
+use std::slice;
+use std::sync::atomic::AtomicU64;
 
 use super::{
     BpfError, MAP_CREATE, MAP_DELETE_BATCH, MAP_UPDATE_BATCH, MAP_UPDATE_ELEM, address, bpf,
@@ -14,6 +18,8 @@ const ARRAY: u32 = 2;
 
 /// BPF_F_NO_PREALLOC
 const NO_PREALLOC: u32 = 1;
+/// BPF_F_MMAPABLE
+const MMAPABLE: u32 = 1 << 10;
 
 #[repr(C)]
 #[derive(Default)]
@@ -87,6 +93,73 @@ impl Variable {
     /// For [`super::Asm::address_of_map_value`].
     pub fn fd(&self) -> RawFd {
         self.0.as_raw_fd()
+    }
+}
+
+/// Numbers of 64 bits that programs and cwkill change at the same time, each at one instant.
+#[derive(Debug)]
+pub struct Shared {
+    map: OwnedFd,
+    first: NonNull<AtomicU64>,
+    count: usize,
+}
+
+// SAFETY: the memory belongs to this value alone, and is only reached as atomic numbers.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    /// `count` numbers, all 0.
+    ///
+    /// # Errors
+    /// [`BpfError::Refused`].
+    pub fn new(count: usize) -> Result<Self, BpfError> {
+        let map = create(&mut MapAttr {
+            map_type: ARRAY,
+            key_size: 4,
+            value_size: 8,
+            max_entries: length(count),
+            map_flags: MMAPABLE,
+        })?;
+        // SAFETY: no address is asked for, so no other memory of cwkill changes. The kernel keeps the numbers one after the other from the
+        // start of the map (kernel/bpf/arraymap.c, array_map_mmap).
+        let mapped = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                count * mem::size_of::<AtomicU64>(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                map.as_raw_fd(),
+                0,
+            )
+        };
+        match NonNull::new(mapped.cast()) {
+            Some(first) if mapped != libc::MAP_FAILED => Ok(Shared { map, first, count }),
+            _ => Err(BpfError::Refused(
+                "the memory of a map",
+                io::Error::last_os_error(),
+            )),
+        }
+    }
+
+    pub fn numbers(&self) -> &[AtomicU64] {
+        // SAFETY: the memory is mapped until the drop of this value, has `count` numbers, and begins at a page, so it is aligned. Programs
+        // change it by atomic instructions and by whole stores of 64 bits.
+        unsafe { slice::from_raw_parts(self.first.as_ptr(), self.count) }
+    }
+
+    /// For [`super::Asm::address_of_map`], and for [`super::Asm::address_of_map_value`] if it is one number.
+    pub fn fd(&self) -> RawFd {
+        self.map.as_raw_fd()
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let length = self.count * mem::size_of::<AtomicU64>();
+        // SAFETY: this is the mapping of `new`, and `numbers` cannot be borrowed any more.
+        unsafe { libc::munmap(self.first.as_ptr().cast(), length) };
     }
 }
 

@@ -6,6 +6,7 @@
 mod asm;
 mod btf;
 mod maps;
+mod walker;
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -17,7 +18,8 @@ use nix::errno::Errno;
 use super::errno_of;
 pub use asm::{Asm, Helper, Insn, Register};
 pub use btf::{Btf, BtfError, Name, Size};
-pub use maps::{Table, Variable};
+pub use maps::{Shared, Table, Variable};
+pub use walker::Walker;
 
 /// Why an iterator cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +39,8 @@ pub enum BpfError {
     },
     #[error("cannot read the iterator")]
     Read(#[source] io::Error),
+    #[error("cannot start the process that reads the iterator")]
+    Walker(#[source] io::Error),
 }
 
 impl BpfError {
@@ -46,7 +50,8 @@ impl BpfError {
             BpfError::Types(_) => Errno::EOPNOTSUPP,
             BpfError::Refused(_, error)
             | BpfError::Verifier { error, .. }
-            | BpfError::Read(error) => errno_of(error),
+            | BpfError::Read(error)
+            | BpfError::Walker(error) => errno_of(error),
         }
     }
 }
@@ -209,13 +214,22 @@ impl Iterator {
         &self,
         mut each: impl FnMut(&[[u8; N]]) -> bool,
     ) -> Result<(), BpfError> {
+        let iterator = self.begin()?;
+        read_records(&mut File::from(iterator), &mut each).map_err(BpfError::Read)
+    }
+
+    /// A descriptor that runs the program for all objects, from the first, while it is read. As [`Iterator::run`], it is for the namespace of
+    /// the thread that begins it, whoever reads it.
+    ///
+    /// # Errors
+    /// [`BpfError::Refused`].
+    pub fn begin(&self) -> Result<OwnedFd, BpfError> {
         let mut attr = IteratorAttr {
             link_fd: number(self.link.as_raw_fd()),
             flags: 0,
         };
-        let iterator = bpf_fd(ITER_CREATE, &mut attr)
-            .map_err(|error| BpfError::Refused("to begin an iterator", error))?;
-        read_records(&mut File::from(iterator), &mut each).map_err(BpfError::Read)
+        bpf_fd(ITER_CREATE, &mut attr)
+            .map_err(|error| BpfError::Refused("to begin an iterator", error))
     }
 }
 
