@@ -1,7 +1,8 @@
 //! What the running kernel says about its own types (BTF): the offsets of fields, and the numbers of functions.
 //!
 //! A field that the kernel lacks, or has in another size, is [`BtfError::NotHere`] with its name. Every length and number in the data is
-//! checked before it is used: cut or altered data gives an error, and never an access outside of the struct.
+//! checked before it is used: cut or altered data gives an error, and never an access outside of the struct. A field must also lie between
+//! its neighbours, and no other may have its name.
 //!
 //! Source: include/uapi/linux/btf.h, Documentation/bpf/btf.rst.
 
@@ -298,23 +299,15 @@ impl Btf {
         if outer.kind != STRUCT && outer.kind != UNION {
             return Ok(None);
         }
+        let mut only = None;
         for index in 0..outer.count {
-            let at = outer.at + TYPE + MEMBER * index;
-            let field = u32_at(&self.bytes, at)?;
-            let (type_id, place) = (u32_at(&self.bytes, at + 4)?, u32_at(&self.bytes, at + 8)?);
-            let (bits, is_bit_field) = match outer.has_bit_fields {
-                true => (place & 0xff_ffff, place >> 24 != 0),
-                false => (place, false),
-            };
+            let (field, own) = self.nth_member(&outer, index)?;
             let found = if self.is_named(field, name) {
-                Some(Member {
-                    bits,
-                    is_bit_field,
-                    type_id,
-                })
-            } else if field == 0 && !is_bit_field {
-                self.member(type_id, name, depth + 1)?.map(|inner| Member {
-                    bits: bits.saturating_add(inner.bits),
+                Some(own)
+            } else if field == 0 && !own.is_bit_field {
+                let inner = self.member(own.type_id, name, depth + 1)?;
+                inner.map(|inner| Member {
+                    bits: own.bits.saturating_add(inner.bits),
                     ..inner
                 })
             } else {
@@ -323,16 +316,78 @@ impl Btf {
             let Some(found) = found else {
                 continue;
             };
-            // A flexible array has size 0 and begins at the end of its struct at most.
-            if !found.is_bit_field {
-                let end = u64::from(found.bits) / 8 + u64::from(self.size(found.type_id)?);
-                if end > u64::from(outer.size_or_type) {
-                    return Err(BtfError::Malformed("a field outside of its struct"));
-                }
+            if only.is_some() {
+                return Err(BtfError::Malformed("two fields with one name"));
             }
-            return Ok(Some(found));
+            self.check_place(&outer, index, &own)?;
+            only = Some(found);
         }
-        Ok(None)
+        Ok(only)
+    }
+
+    /// The offset of its name and the field with this index of a struct or union.
+    fn nth_member(&self, outer: &Type, index: usize) -> Result<(u32, Member), BtfError> {
+        let at = outer.at + TYPE + MEMBER * index;
+        let place = u32_at(&self.bytes, at + 8)?;
+        let (bits, is_bit_field) = match outer.has_bit_fields {
+            true => (place & 0xff_ffff, place >> 24 != 0),
+            false => (place, false),
+        };
+        let type_id = u32_at(&self.bytes, at + 4)?;
+        let member = Member {
+            bits,
+            is_bit_field,
+            type_id,
+        };
+        Ok((u32_at(&self.bytes, at)?, member))
+    }
+
+    /// Checks that a field lies in its struct, and in a struct between its neighbours. So an offset that is wrong by more than the gap
+    /// beside the field is not taken for a right one.
+    fn check_place(&self, outer: &Type, index: usize, own: &Member) -> Result<(), BtfError> {
+        if own.is_bit_field {
+            return Ok(());
+        }
+        // A flexible array has size 0 and begins at the end of its struct at most.
+        let end = u64::from(own.bits) + 8 * u64::from(self.size(own.type_id)?);
+        if end > 8 * u64::from(outer.size_or_type) {
+            return Err(BtfError::Malformed("a field outside of its struct"));
+        }
+        if outer.kind == UNION {
+            return match own.bits {
+                0 => Ok(()),
+                _ => Err(BtfError::Malformed("a field of a union behind its start")),
+            };
+        }
+        let before = match index.checked_sub(1) {
+            Some(before) => {
+                let (_, before) = self.nth_member(outer, before)?;
+                // The size of some types is not known here, and a bit field ends anywhere behind its start.
+                let size = match before.is_bit_field {
+                    true => 0,
+                    false => self.size(before.type_id).unwrap_or(0),
+                };
+                u64::from(before.bits) + 8 * u64::from(size)
+            }
+            None => 0,
+        };
+        let after = match index + 1 < outer.count {
+            true => u64::from(self.nth_member(outer, index + 1)?.1.bits),
+            false => u64::MAX,
+        };
+        match before <= u64::from(own.bits) && end <= after {
+            true => Ok(()),
+            false => Err(BtfError::Malformed("fields that overlap")),
+        }
+    }
+
+    /// The end of the last field of a struct, in bytes.
+    fn end_of_fields(&self, outer: &Type) -> Result<u64, BtfError> {
+        let Some(last) = outer.count.checked_sub(1) else {
+            return Ok(0);
+        };
+        let (_, last) = self.nth_member(outer, last)?;
+        Ok(u64::from(last.bits) / 8 + u64::from(self.size(last.type_id)?))
     }
 
     /// Whether the name at this offset is `text`.
@@ -421,6 +476,11 @@ impl<'b> Struct<'b> {
         if found.kind != STRUCT {
             return Err(self.not_here(path, ", an array of structs"));
         }
+        if self.btf.end_of_fields(&found)?.next_multiple_of(8) != u64::from(found.size_or_type) {
+            return Err(BtfError::Malformed(
+                "a struct that is not as long as its fields",
+            ));
+        }
         let element = Struct { btf: self.btf, id };
         let first = element.number(inner, size)?.offset;
         let base = self.offset(&member, path, 4)?;
@@ -494,6 +554,7 @@ struct Type {
 }
 
 /// A field.
+#[derive(Clone, Copy)]
 struct Member {
     /// Its offset in bits.
     bits: u32,
