@@ -17,7 +17,7 @@ use crate::agent::Agent;
 use crate::lab::{Family, Lab, Leak, Listen, Options};
 use crate::owners::stops;
 use crate::program::{beside_this_program, is_found};
-use crate::{TcpState, privilege, scenario};
+use crate::{TcpState, lost_bytes, privilege, scenario};
 
 /// Age of the sockets when a command kills them. On a real host they are older, and cwkill checks sockets younger than a
 /// second twice.
@@ -61,6 +61,9 @@ pub struct Bench {
     /// Instead measure how long `cwkill reclaim` and gdb stop a process
     #[arg(long, conflicts_with_all = ["list_only", "kill_only", "sockets", "scenario"])]
     reclaim: bool,
+    /// Instead destroy at least as many sockets as --sockets says while their owners send, and count the bytes that are lost
+    #[arg(long, conflicts_with_all = ["list_only", "kill_only", "reclaim", "scenario"])]
+    lost_bytes: bool,
 }
 
 /// One command line and its measurements.
@@ -117,6 +120,9 @@ impl Bench {
             self.sockets > 0,
             "--sockets must be greater than 0, for example 1000"
         );
+        if self.lost_bytes {
+            return lost_bytes::run(&cwkill, self.sockets);
+        }
         let mut listers = vec![
             Subject::new(
                 LIST,

@@ -39,6 +39,7 @@ pub mod cli;
 mod host;
 mod kernel;
 mod lab;
+pub mod lost_bytes;
 pub mod owners;
 mod privilege;
 mod program;

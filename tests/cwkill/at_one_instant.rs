@@ -1,12 +1,11 @@
 //! `destroy` by the kernel's iterator: each socket is judged and destroyed at one instant, and everything else is as by SOCK_DESTROY.
 
 use std::collections::{BTreeMap, HashSet};
-use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::io;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use netns_harness::lost_bytes::by_command;
 use netns_harness::owners::{Build, Owner};
 use netns_harness::{Capability, Family, Lab, Leak, SocketOption, TcpState, scenario};
 
@@ -25,7 +24,7 @@ use cwkill::tcp::StateSet;
 use crate::doctor::without;
 use crate::nat::sh;
 use crate::races::{Now, find};
-use crate::support::{PATIENCE, at, connections, count, cwkill, in_state, lab, ran};
+use crate::support::{CWKILL, PATIENCE, at, connections, count, cwkill, in_state, lab, ran};
 use crate::trial::{Need, Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
@@ -542,7 +541,7 @@ fn without_the_rights_sock_destroy_is_used() -> Result<()> {
     ] {
         let (lab, _leak) = lab("not-accepted", Family::V4, 1)?;
         let line = format!("--all --no-owners --method destroy --bpf {way}");
-        let command = lab.app_host().command(crate::support::CWKILL);
+        let command = lab.app_host().command(CWKILL);
         let command = command
             .capabilities(capabilities)
             .args(line.split_whitespace());
@@ -605,107 +604,15 @@ fn doctor_tries_both_ways() -> Result<()> {
     Ok(())
 }
 
-/// Connections whose clients have finished, and whose servers go on sending.
-struct HalfOpen {
-    servers: Vec<TcpStream>,
-    clients: Vec<TcpStream>,
-}
-
-impl HalfOpen {
-    /// On loopback, in the namespace of the calling thread.
-    fn new(count: usize) -> Result<Self> {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-        let (mut servers, mut clients) = (Vec::new(), Vec::new());
-        for _ in 0..count {
-            let client = TcpStream::connect(listener.local_addr()?)?;
-            socket2::SockRef::from(&client).set_recv_buffer_size(2048)?;
-            let (server, _) = listener.accept()?;
-            server.set_nodelay(true)?;
-            server.set_nonblocking(true)?;
-            client.set_nonblocking(true)?;
-            client.shutdown(Shutdown::Write)?;
-            servers.push(server);
-            clients.push(client);
-        }
-        Ok(HalfOpen { servers, clients })
-    }
-
-    /// Sends on all connections, and reads at the other ends, while `run` works. Returns how many connections were closed, and how
-    /// many bytes send(2) took that never arrived on them.
-    fn lost_during(&self, run: impl FnOnce() -> Result<()>) -> Result<(usize, u64)> {
-        let over = AtomicBool::new(false);
-        let read_all = |got: &mut Vec<u64>| {
-            let mut buffer = [0; 4096];
-            for (mut client, got) in self.clients.iter().zip(got) {
-                while let Ok(read @ 1..) = client.read(&mut buffer) {
-                    *got += read as u64;
-                }
-            }
-        };
-        std::thread::scope(|scope| {
-            let reader = scope.spawn(|| {
-                let mut got = vec![0; self.clients.len()];
-                while !over.load(Ordering::Relaxed) {
-                    read_all(&mut got);
-                }
-                read_all(&mut got);
-                got
-            });
-            let sender = scope.spawn(|| {
-                let mut sent = vec![(0, false); self.servers.len()];
-                while !over.load(Ordering::Relaxed) {
-                    for (mut server, (bytes, closed)) in self.servers.iter().zip(&mut sent) {
-                        match server.write(&[0; 1000]) {
-                            Ok(written) => *bytes += written as u64,
-                            Err(error) => *closed |= error.kind() != io::ErrorKind::WouldBlock,
-                        }
-                    }
-                }
-                sent
-            });
-            let ran = run();
-            over.store(true, Ordering::Relaxed);
-            let sent = sender.join().expect("the sender does not panic");
-            let got = reader.join().expect("the reader does not panic");
-            ran?;
-            let closed = sent.iter().zip(got).filter(|((_, closed), _)| *closed);
-            let (mut count, mut lost) = (0, 0);
-            for ((sent, _), got) in closed {
-                count += 1;
-                lost += sent - got;
-            }
-            Ok((count, lost))
-        })
-    }
-}
-
 /// The worst case for an abort: owners that send all the time.
 fn no_byte_is_lost_while_owners_send() -> Result<()> {
-    const CONNECTIONS: usize = 2000;
     const LEAST: usize = 4000;
     let lab = Lab::new()?;
-    let lost_by = |way: &str| -> Result<(usize, u64)> {
-        let (mut count, mut lost) = (0, 0);
-        let deadline = Instant::now() + PATIENCE * 2;
-        while count < LEAST && Instant::now() < deadline {
-            let half_open = lab.app_host().within(|| HalfOpen::new(CONNECTIONS))?;
-            let (closed, bytes) = half_open.lost_during(|| {
-                for _ in 0..5 {
-                    let line = format!("--all --no-owners --method destroy --quiet --bpf {way}");
-                    cwkill(&lab, &line)?;
-                }
-                Ok(())
-            })?;
-            count += closed;
-            lost += bytes;
-        }
-        Ok((count, lost))
-    };
-    let (closed, lost) = lost_by("always")?;
-    println!("by iterator: {closed} closed, {lost} bytes lost");
-    assert!(closed >= LEAST, "{closed}");
-    assert_eq!(lost, 0);
-    let (closed, lost) = lost_by("never")?;
-    println!("by SOCK_DESTROY: {closed} closed, {lost} bytes lost");
+    let line =
+        format!("{CWKILL} --all --min-idle 0s --no-owners --method destroy --quiet --bpf always");
+    let line: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+    let losses = by_command(&lab, &line, LEAST)?;
+    assert!(losses.closed >= LEAST, "{losses:?}");
+    assert_eq!((losses.with_losses, losses.bytes), (0, 0), "{losses:?}");
     Ok(())
 }
