@@ -59,7 +59,8 @@ pub(super) fn protocol(socket: BorrowedFd<'_>) -> io::Result<Protocol> {
 }
 
 /// The state of the MPTCP socket, whether it is or was connected, and the time since the last acceptable segment. `info` is the
-/// TCP_INFO of the socket, which is that of its first subflow.
+/// TCP_INFO of the socket, which is that of its first subflow. That one can be over while the MPTCP socket still waits for another
+/// subflow (net/mptcp/protocol.c, mptcp_close_timeout); then the state is unknown.
 ///
 /// No option has the state of the MPTCP socket. In CLOSE, getpeername(2) fails with ENOTCONN (net/ipv4/af_inet.c, inet_getname) and
 /// poll(2) reports HUP (net/mptcp/protocol.c, mptcp_poll); in SYN-SENT, only the former.
@@ -71,7 +72,11 @@ pub(super) fn state(
     let peer = SockRef::from(&socket).peer_addr();
     let is_unconnected = peer.is_err_and(|error| errno_of(&error) == Errno::ENOTCONN);
     if !is_unconnected || !events.contains(PollFlags::HUP) {
-        return Ok((info.state, true, info.quiet));
+        let state = match info.state {
+            TcpState::Close => TcpState::Unknown(0),
+            state => state,
+        };
+        return Ok((state, true, info.quiet));
     }
     let mut mptcp_info = [0; 512];
     let mptcp_info = sys::socket_option_bytes(socket, SOL_MPTCP, MPTCP_INFO, &mut mptcp_info);

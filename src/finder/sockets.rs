@@ -4,6 +4,8 @@ use std::ops::ControlFlow;
 use std::thread;
 use std::time::Duration;
 
+use rayon::prelude::*;
+
 use super::listeners::Listeners;
 use super::{FindError, addresses, join, mptcp};
 use crate::filter::selectors::Selectors;
@@ -102,12 +104,11 @@ fn apply_history(
     if history.is_used() {
         let after = history::now();
         update.namespaces.push(netns);
-        update.entries.reserve(targets.len());
-        for target in &mut *targets {
+        let entry = |target: &mut Target| {
             history.apply_to(netns, &mut target.socket, before);
-            let entry = NewEntry::of(&target.socket, netns, before, after);
-            update.entries.extend(entry);
-        }
+            NewEntry::of(&target.socket, netns, before, after)
+        };
+        update.entries = targets.par_iter_mut().filter_map(entry).collect();
     }
     targets.retain(|target| selectors.match_cause(&target.socket));
     update

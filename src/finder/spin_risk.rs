@@ -74,9 +74,9 @@ pub fn find(scan: &mut Scan, proc: &ProcFs) {
         }
         scan.in_select.extend(found.in_select);
     }
-    for target in &mut scan.targets {
+    scan.targets.par_iter_mut().for_each(|target| {
         target.spin_risk = registrations.of(target);
-    }
+    });
 }
 
 /// How one owner waits.

@@ -1,5 +1,7 @@
 //! Plans the methods for each socket, and says why others are excluded. Pure.
 
+use rayon::prelude::*;
+
 use crate::model::socket::unsent;
 use crate::model::{Exclusion, Method, Plan, Poller, Scan, SkipReason, SpinRisk, Target};
 use crate::privileges::Privileges;
@@ -31,9 +33,11 @@ pub fn build(scan: &mut Scan, policy: &Policy, privileges: &Privileges) {
 /// Plans every target of `scan` that has no outcome yet, without the limit on the number of targets. A target with an outcome keeps
 /// its plan.
 pub fn decide(scan: &mut Scan, policy: &Policy, privileges: &Privileges) {
-    for target in scan.targets.iter_mut().filter(|it| it.outcome.is_none()) {
+    let undecided = scan.targets.par_iter_mut();
+    let undecided = undecided.filter(|target| target.outcome.is_none());
+    undecided.for_each(|target| {
         target.plan = plan_one(target, scan.owners_known, policy, privileges);
-    }
+    });
 }
 
 /// Skips all but the first `max_kills` targets of `scan` that have no outcome yet and would be acted on. After everything that can
