@@ -13,10 +13,11 @@ use crate::tcp::StateSet;
 pub(super) const MAX_ENTRIES: usize = 500_000;
 /// An entry that no run has seen for this time is dropped.
 const FORGET_AFTER: Duration = Duration::from_secs(7 * 24 * 60 * 60);
-/// Of the entries that no run has seen for [`FEWER_AFTER`], only the latest of this number are kept: a namespace that has vanished is
-/// never looked into again, and each run reads the whole file.
+/// The maximum number of unseen entries. The latest are kept: a namespace that has vanished is never looked into again, and each run
+/// reads the whole file.
 const MAX_UNSEEN: usize = 20_000;
-const FEWER_AFTER: Duration = Duration::from_secs(60 * 60);
+/// An entry that no run has seen for this time is unseen.
+const UNSEEN_AFTER: Duration = Duration::from_secs(60 * 60);
 /// A socket is gone when this many complete lists in a row do not have it. The kernel can omit a socket if others vanish while it
 /// lists them.
 const MISSING_FROM_LISTS: u8 = 2;
@@ -96,7 +97,7 @@ impl Entries {
             if socket.age.is_some_and(|age| age < stuck) {
                 (socket.age, socket.age_source) = (Some(stuck), TimeSource::History);
             }
-            // The clocks of the kernel know a longer time if the application has read since: then the history is right.
+            // The kernel's idle time ignores reads by the application, so it can be too long. The history counts them, so it wins.
             let idle = now.saturating_sub(entry.idle_since);
             if socket
                 .idle
@@ -137,34 +138,31 @@ impl Entries {
             entry.missed < MISSING_FROM_LISTS && now.saturating_sub(entry.seen) < FORGET_AFTER
         });
         self.drop_unseen(now);
-        self.shrink(now);
+        self.shrink();
     }
 
-    /// Drops the entries over [`MAX_UNSEEN`], those first that were seen least lately.
+    /// Keeps at most [`MAX_UNSEEN`] of the unseen entries, the latest.
     fn drop_unseen(&mut self, now: Duration) {
-        let is_unseen = |entry: &Entry| now.saturating_sub(entry.seen) >= FEWER_AFTER;
-        let unseen = self.0.iter().filter(|(_, entry)| is_unseen(entry));
-        let mut unseen: Vec<(Duration, SocketKey)> =
-            unseen.map(|(key, entry)| (entry.seen, *key)).collect();
-        if unseen.len() > MAX_UNSEEN {
-            unseen.select_nth_unstable_by_key(MAX_UNSEEN, |(seen, _)| std::cmp::Reverse(*seen));
-            for (_, key) in &unseen[MAX_UNSEEN..] {
+        let is_unseen = |entry: &Entry| now.saturating_sub(entry.seen) >= UNSEEN_AFTER;
+        self.keep_latest(MAX_UNSEEN, is_unseen);
+    }
+
+    /// Keeps at most [`MAX_ENTRIES`], those that were seen last.
+    pub(super) fn shrink(&mut self) {
+        self.keep_latest(MAX_ENTRIES, |_| true);
+    }
+
+    /// Keeps at most `max` of the entries that `counts`, those that were seen last.
+    fn keep_latest(&mut self, max: usize, counts: impl Fn(&Entry) -> bool) {
+        let counted = self.0.iter().filter(|(_, entry)| counts(entry));
+        let mut counted: Vec<(Duration, SocketKey)> =
+            counted.map(|(key, entry)| (entry.seen, *key)).collect();
+        if counted.len() > max {
+            counted.select_nth_unstable_by_key(max, |(seen, _)| std::cmp::Reverse(*seen));
+            for (_, key) in &counted[max..] {
                 self.0.remove(key);
             }
         }
-    }
-
-    /// Drops entries over the maximum, those that this run has not seen first.
-    fn shrink(&mut self, now: Duration) {
-        if self.0.len() > MAX_ENTRIES {
-            self.0.retain(|_, entry| entry.seen == now);
-        }
-        let mut left = MAX_ENTRIES;
-        self.0.retain(|_, _| {
-            let keep = left > 0;
-            left = left.saturating_sub(1);
-            keep
-        });
     }
 
     /// Adds the entries that another run has written meanwhile.
@@ -483,6 +481,8 @@ mod tests {
             );
         }
         run(&mut entries, HERE, all, 1001, &[message(1, 0)]);
-        assert_eq!(entries.0.len(), 1, "those of this run stay");
+        assert_eq!(entries.0.len(), MAX_ENTRIES);
+        let of_this_run = entries.0.values().filter(|entry| entry.seen == at(1001));
+        assert_eq!(of_this_run.count(), 1, "the latest stay");
     }
 }

@@ -129,11 +129,13 @@ impl HistoryFile {
             _ => {}
         }
         let directory = lock(self.open_directory()?)?;
-        // A file that cannot be used is replaced.
-        if let Ok(Some((others, stamp))) = self.read_in(&directory, now)
+        // A file that cannot be used is replaced. One that this run has read is not read again.
+        if let Ok(Some((file, stamp))) = open_file(&directory)
             && self.known != Some(stamp)
+            && let Ok(others) = self.decode_file(file, stamp, now)
         {
             entries.merge(others);
+            entries.shrink();
         }
         // A run that was killed may have left one.
         match unlinkat(&*directory, NEW, UnlinkatFlags::NoRemoveDir) {
@@ -178,40 +180,51 @@ impl HistoryFile {
         directory: &OwnedFd,
         now: Duration,
     ) -> Result<Option<(Entries, Stamp)>, FileError> {
-        // Without O_NONBLOCK, opening a FIFO would wait for a writer.
-        let flags = OFlag::O_RDONLY
-            | OFlag::O_NOFOLLOW
-            | OFlag::O_NONBLOCK
-            | OFlag::O_NOCTTY
-            | OFlag::O_CLOEXEC;
-        let file = match openat(directory, NAME, flags, Mode::empty()) {
-            Err(Errno::ENOENT) => return Ok(None),
-            Err(Errno::ELOOP) => return Err(FileError::Refused("it is a symbolic link")),
-            other => other?,
+        let Some((file, stamp)) = open_file(directory)? else {
+            return Ok(None);
         };
-        let stat = fstat(&file)?;
-        if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
-            return Err(FileError::Refused("it is not a regular file"));
-        }
-        if stat.st_uid != getuid().as_raw() {
-            return Err(FileError::Refused("it belongs to another user"));
-        }
-        if stat.st_mode & GROUP_OR_OTHERS_WRITE != 0 {
-            return Err(FileError::Refused("others can write it"));
-        }
-        if usize::try_from(stat.st_size).is_ok_and(|size| size > MAX_BYTES) {
-            return Err(FileError::Refused("it is too large"));
-        }
-        let mut bytes = Vec::with_capacity(usize::try_from(stat.st_size).unwrap_or(0));
+        Ok(Some((self.decode_file(file, stamp, now)?, stamp)))
+    }
+
+    fn decode_file(&self, file: File, stamp: Stamp, now: Duration) -> Result<Entries, FileError> {
+        let mut bytes = Vec::with_capacity(usize::try_from(stamp.size).unwrap_or(0));
         let limit = u64::try_from(MAX_BYTES).unwrap_or(u64::MAX);
-        File::from(file).take(limit).read_to_end(&mut bytes)?;
-        let entries = decode(&bytes, self.epoch, now)?;
-        Ok(Some((entries, Stamp::of(&stat))))
+        file.take(limit).read_to_end(&mut bytes)?;
+        Ok(decode(&bytes, self.epoch, now)?)
     }
 
     fn describe(&self, error: &FileError) -> String {
         format!("{}: {error}", self.directory.join(NAME).display())
     }
+}
+
+/// Opens the file, if it can only be of this user; `None` if there is none.
+fn open_file(directory: &OwnedFd) -> Result<Option<(File, Stamp)>, FileError> {
+    // Without O_NONBLOCK, opening a FIFO would wait for a writer.
+    let flags = OFlag::O_RDONLY
+        | OFlag::O_NOFOLLOW
+        | OFlag::O_NONBLOCK
+        | OFlag::O_NOCTTY
+        | OFlag::O_CLOEXEC;
+    let file = match openat(directory, NAME, flags, Mode::empty()) {
+        Err(Errno::ENOENT) => return Ok(None),
+        Err(Errno::ELOOP) => return Err(FileError::Refused("it is a symbolic link")),
+        other => other?,
+    };
+    let stat = fstat(&file)?;
+    if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
+        return Err(FileError::Refused("it is not a regular file"));
+    }
+    if stat.st_uid != getuid().as_raw() {
+        return Err(FileError::Refused("it belongs to another user"));
+    }
+    if stat.st_mode & GROUP_OR_OTHERS_WRITE != 0 {
+        return Err(FileError::Refused("others can write it"));
+    }
+    if usize::try_from(stat.st_size).is_ok_and(|size| size > MAX_BYTES) {
+        return Err(FileError::Refused("it is too large"));
+    }
+    Ok(Some((File::from(file), Stamp::of(&stat))))
 }
 
 /// The boot and the time namespace; `None` if /proc does not show the boot.
