@@ -259,6 +259,7 @@ fn drain_one(
                 .iter()
                 .map(|owner| Arc::clone(&owner.process))
                 .collect();
+            processes.sort_by_key(|process| process.id);
             processes.dedup_by_key(|process| process.id);
             let (stop_time, done) = while_stopped(&processes, stop_limit, proc, |held| {
                 let mut drained = 0;
@@ -279,9 +280,11 @@ fn drain_one(
             }
         }
     };
-    let (_, waiting) = state_and_waiting(listener.as_fd())?;
-    backlog.socket.waiting = waiting;
-    result.left_one = drained.is_ok() && leave > 0 && waiting > 0;
+    // What was done is reported even if this fails.
+    if let Ok((_, waiting)) = state_and_waiting(listener.as_fd()) {
+        backlog.socket.waiting = waiting;
+        result.left_one = drained.is_ok() && leave > 0 && waiting > 0;
+    }
     drained
 }
 
@@ -319,7 +322,11 @@ impl Queue<'_> {
         let (_, waiting) = state_and_waiting(self.listener)?;
         let listed = |error: DumpError| match error {
             DumpError::Io(error) => failed("listing the sockets", &error),
-            _ => DrainReason::SystemCall("listing the sockets", Errno::EIO),
+            DumpError::Malformed(_) => {
+                DrainReason::SystemCall("listing the sockets", Errno::EBADMSG)
+            }
+            // They change too fast.
+            DumpError::Incomplete => DrainReason::SystemCall("listing the sockets", Errno::EAGAIN),
         };
         let mut live: Vec<DiagId> = Vec::new();
         // Twice, because a list can omit a socket while others vanish.

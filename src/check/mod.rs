@@ -18,7 +18,7 @@ use crate::finder::dead::{DeadScan, DeadSocket, SuspectVerdict};
 use crate::history::History;
 use crate::model::{Cause, Scan};
 use crate::proc::{ProcFs, Process, ProcessId, ProcessKind};
-use crate::text::{age, escape};
+use crate::text::{age, counted, escape};
 use threshold::{Alert, Fraction, Measure, Threshold, Unit};
 
 /// The status of a monitoring plugin; the number is the exit status.
@@ -274,17 +274,17 @@ pub fn result(
     limits: Option<Limits<'_>>,
     left_out: &str,
 ) -> CheckResult {
-    let mut text = counted(scan);
+    let mut text = stuck_text(scan);
     let stuck = scan.targets.len();
     let coverage = &scan.coverage;
     // The true number is between `stuck` and this, because undecided sockets may belong to selected processes.
-    let hidden = coverage.undecided + coverage.unlisted_subflows;
-    let unlimited =
+    let may_match = coverage.undecided + coverage.unlisted_subflows;
+    let has_blind_spots =
         coverage.unseen_namespaces() + coverage.unplaced_sockets + coverage.unexamined_descriptors
             > 0;
     let sockets = Measure {
         at_least: Fraction::number(stuck as u64),
-        at_most: (!unlimited).then(|| Fraction::number((stuck + hidden) as u64)),
+        at_most: (!has_blind_spots).then(|| Fraction::number((stuck + may_match) as u64)),
     };
     let stuck = format!("stuck={stuck};{};0;", thresholds.performance(Unit::Sockets));
     let (of_limit, first) = match limits {
@@ -344,7 +344,8 @@ fn of_limit(
         false => 0,
     };
     if ownerless > 0 {
-        unknown.push(format!("the owners of {ownerless} could not be seen"));
+        let sockets = counted(ownerless, "socket");
+        unknown.push(format!("the owners of {sockets} could not be seen"));
     }
     if let Some(owner) = usages.iter().find(|owner| owner.limit.is_none()) {
         unknown.push(format!("the limit of {} could not be read", owner.process));
@@ -359,8 +360,12 @@ fn of_limit(
         && thresholds.could_alert(used, most)
     {
         unknown.push(format!(
-            "{} descriptors of {} may be dead ones (not readable)",
-            owner.unknown, owner.process
+            "{} of {} may be dead: not readable",
+            counted(
+                usize::try_from(owner.unknown).unwrap_or(usize::MAX),
+                "descriptor"
+            ),
+            owner.process
         ));
     }
     for why in &unknown {
@@ -394,7 +399,7 @@ fn line(status: Status, text: &str, performance: &str) -> String {
 }
 
 /// The number of stuck sockets, the process with the most of them, and the age of the oldest.
-fn counted(scan: &Scan) -> String {
+fn stuck_text(scan: &Scan) -> String {
     let mut text = match scan.targets.len() {
         1 => "1 socket stuck".to_owned(),
         stuck => format!("{stuck} sockets stuck"),

@@ -5,6 +5,8 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use caps::CapsHashSet;
+
 use super::{drop_capabilities_and_start_threads, open_proc, refuse, say_notes};
 use crate::check::{self, CheckConfig, CheckResult, Status};
 use crate::cli::CheckArgs;
@@ -17,6 +19,10 @@ pub(super) fn run(args: CheckArgs) -> ExitCode {
     let host_root = args.selection.owners.host_root.clone();
     let check = CheckConfig::from_args(args).unwrap_or_else(|error| refuse(&error));
     say_notes(&check.scope.notes);
+    // Before everything that can hang.
+    if let Some(timeout) = check.timeout {
+        end_after(timeout);
+    }
     let proc = open_proc(use_iterator, false, &host_root, &check.scope.selectors);
     drop_capabilities_and_start_threads(
         &capabilities::to_find(
@@ -26,9 +32,6 @@ pub(super) fn run(args: CheckArgs) -> ExitCode {
         ),
         proc.as_ref().ok(),
     );
-    if let Some(timeout) = check.timeout {
-        end_after(timeout);
-    }
     let mut history = History::open();
     let result = proc
         .and_then(|proc| check::run(&check, &proc, &mut history))
@@ -55,6 +58,8 @@ fn answer(result: &CheckResult) -> Status {
 /// Ends cwkill with UNKNOWN after this time, also if a system call of the check hangs.
 fn end_after(timeout: Duration) {
     let end = move || {
+        // It is started before the other threads drop theirs. If this fails, the thread only holds what it does not use.
+        let _ = capabilities::drop_all_but(&CapsHashSet::new());
         std::thread::sleep(timeout);
         let why = format!("no result within {}", crate::text::age(timeout));
         let status = answer(&check::unknown(&why));

@@ -180,8 +180,10 @@ pub enum ReclaimReason {
     /// The operator interrupted the run before cwkill came to the descriptor.
     #[error("interrupted")]
     Interrupted,
-    /// close(2) in the owner has not returned, so cwkill could not restore the thread.
-    #[error("close() in its process has not returned; one of its threads was released as it was")]
+    /// A system call that cwkill made in the owner has not returned, so cwkill could not restore the thread.
+    #[error(
+        "a system call that cwkill made in its process has not returned; the thread that made it was released as it was"
+    )]
     CloseHangs,
     /// close(2) returned, and the number is still in use.
     #[error("closed, and the number is still in use")]

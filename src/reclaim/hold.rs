@@ -106,7 +106,7 @@ fn check(process: &Process, proc: &ProcFs) -> Result<(), OwnerError> {
     let inspected = InspectedProcess::open(proc, process)?;
     inspected.ensure_stoppable()?;
     // These threads work for the process, and cannot be stopped.
-    if let Some(name) = inspected.io_uring_worker() {
+    if let Some(name) = inspected.io_uring_worker()? {
         return Err(ReclaimReason::InUse(InUse::IoUringWorker(name)).into());
     }
     match inspected.current_transfer()? {

@@ -86,7 +86,7 @@ impl<'p> Inspection<'p> {
             syscalls: calls.iter().map(call).collect(),
             epolls,
             io_urings,
-            io_uring_worker: process.io_uring_worker(),
+            io_uring_worker: process.io_uring_worker()?,
             ..Evidence::default()
         })
     }
@@ -118,8 +118,8 @@ impl<'p> Inspection<'p> {
             evidence.syscalls = process.fds_used_by(&calls);
             evidence.transfer = process.transfer(&calls);
             (evidence.epolls, evidence.io_urings) = process.epolls_and_io_urings(&special_fds)?;
-            evidence.io_uring_worker = process.io_uring_worker();
-            evidence.finalizer = process.finalizer();
+            evidence.io_uring_worker = process.io_uring_worker()?;
+            evidence.finalizer = process.finalizer()?;
         } else if let Ok(calls) = process.syscalls() {
             evidence.transfer = process.transfer(&calls);
         }
@@ -393,7 +393,7 @@ impl<'p> InspectedProcess<'p> {
         found.map(|(tid, call)| (*tid, call.number))
     }
 
-    fn finalizer(&self) -> Option<String> {
+    fn finalizer(&self) -> io::Result<Option<String>> {
         self.thread_name(&runs_finalizers)
     }
 
@@ -405,7 +405,7 @@ impl<'p> InspectedProcess<'p> {
         if self.proc.is_frozen(self.pid) {
             return Err(ReclaimReason::Frozen.into());
         }
-        match self.tracer() {
+        match self.tracer()? {
             Some(tracer) => Err(ReclaimReason::Traced(tracer, comm(self.proc, tracer)).into()),
             None => Ok(()),
         }
@@ -417,7 +417,7 @@ impl<'p> InspectedProcess<'p> {
     }
 
     /// The name of a thread that works for an io_uring.
-    pub fn io_uring_worker(&self) -> Option<String> {
+    pub fn io_uring_worker(&self) -> io::Result<Option<String>> {
         self.thread_name(&works_for_io_uring)
     }
 
@@ -428,13 +428,31 @@ impl<'p> InspectedProcess<'p> {
     }
 
     /// The first name of a thread that `matches`.
-    fn thread_name(&self, matches: &dyn Fn(&str) -> bool) -> Option<String> {
-        let tasks = fs::read_dir(self.proc.path(&format!("{}/task", self.pid))).ok()?;
-        let name = |task: io::Result<fs::DirEntry>| {
-            let tid = task.ok()?.file_name().to_str()?.parse().ok()?;
-            comm(self.proc, tid).filter(|name| matches(name))
-        };
-        tasks.into_iter().find_map(name)
+    fn thread_name(&self, matches: &dyn Fn(&str) -> bool) -> io::Result<Option<String>> {
+        self.first_in_threads("comm", |comm| {
+            let name = comm.trim_end();
+            matches(name).then(|| name.to_owned())
+        })
+    }
+
+    /// What `find` finds in the first file `name` of a thread. A thread that ends meanwhile is left out.
+    fn first_in_threads<T>(
+        &self,
+        name: &str,
+        find: impl Fn(&str) -> Option<T>,
+    ) -> io::Result<Option<T>> {
+        for tid in self.proc.tids(self.pid)? {
+            match self.read_text(&format!("task/{tid}/{name}")) {
+                Ok(text) => {
+                    if let Some(found) = find(&text) {
+                        return Ok(Some(found));
+                    }
+                }
+                Err(error) if is_missing(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
     }
 
     /// Whether the owner still runs; it may have executed another program.
@@ -456,13 +474,10 @@ impl<'p> InspectedProcess<'p> {
     }
 
     /// The process that traces a thread of the owner.
-    fn tracer(&self) -> Option<i32> {
-        let tasks = fs::read_dir(self.proc.path(&format!("{}/task", self.pid))).ok()?;
-        let tracer = |task: io::Result<fs::DirEntry>| {
-            let status = read_text(task.ok()?.path().join("status")).ok()?;
-            status_field(&status, "TracerPid:").filter(|tracer| *tracer != 0)
-        };
-        tasks.into_iter().find_map(tracer)
+    fn tracer(&self) -> io::Result<Option<i32>> {
+        self.first_in_threads("status", |status| {
+            status_field(status, "TracerPid:").filter(|tracer| *tracer != 0)
+        })
     }
 
     /// Fails if another process among `processes` shares the owner's descriptor table or may share it (clone(2) with

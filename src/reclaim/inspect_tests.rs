@@ -115,7 +115,7 @@ fn a_name_that_is_not_utf8_hides_nothing() {
         fd_dir: File::open(root.path()).unwrap(),
     };
     assert_eq!(process.ensure_leader(), Ok(()));
-    assert_eq!(process.tracer(), Some(9));
+    assert_eq!(process.tracer().unwrap(), Some(9));
     assert_eq!(process.table_size(), 64);
     let calls = process.syscalls().unwrap();
     assert_eq!(process.transfer(&calls), Some((8, libc::SYS_write)));

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use super::error::{OwnerError, not_permitted};
+use super::error::OwnerError;
 use super::inspect::{InspectedProcess, Inspection};
 use super::ptrace::{RemoteThread, SeizedThreads, StoppedProcess};
 use super::replace::{DevNull, MayGoOn};
@@ -177,7 +177,10 @@ fn skip_in_use(
         }
         target.owner.reclaim = match inspection.process.unread(target) {
             Ok(None) => Some(ReclaimOutcome::Gone),
-            Err(errno) => Some(not_permitted(errno).into_outcome()),
+            Err(errno) => Some(match OwnerError::from(errno) {
+                OwnerError::Reason(reason) => reason.into_outcome(),
+                OwnerError::Exited | OwnerError::TryAgain => ReclaimOutcome::Gone,
+            }),
             Ok(Some(unread)) => target
                 .in_use(&evidence, unread, rules)
                 .map(|in_use| ReclaimOutcome::Skipped(ReclaimReason::InUse(in_use))),

@@ -9,8 +9,8 @@ use super::advice::wait_text;
 use super::table::{self, names};
 use crate::config::DEFAULT_RECLAIM_AGE;
 use crate::model::{
-    Cause, DrainReason, Exclusion, MethodError, Outcome, Privilege, Scan, SkipReason, Spinning,
-    Target,
+    Cause, DrainReason, Exclusion, MethodError, Outcome, Owner, Privilege, Scan, SkipReason,
+    Spinning, Target,
 };
 use crate::proc::{FdState, Process, ProcessId, ProcessKind};
 use crate::text::{counted, escape};
@@ -109,7 +109,9 @@ fn descriptors(run: &Run) -> Vec<String> {
     let mut open: BTreeMap<ProcessId, (&Process, StillOpen)> = BTreeMap::new();
     let mut unknown = 0;
     for target in closed() {
-        unknown += usize::from(target.is_without_known_owner());
+        let is_unknown = |owner: &Owner| owner.after == Some(FdState::Unknown);
+        let cannot_tell = target.is_without_known_owner() || target.owners.iter().any(is_unknown);
+        unknown += usize::from(cannot_tell);
         for owner in &target.owners {
             match owner.after {
                 Some(FdState::Open) => {
@@ -119,8 +121,7 @@ fn descriptors(run: &Run) -> Vec<String> {
                     still.descriptors += 1;
                     still.unread += usize::from(target.socket.has_unread_data());
                 }
-                Some(FdState::Unknown) => unknown += 1,
-                Some(FdState::Closed) | None => {}
+                Some(FdState::Unknown | FdState::Closed) | None => {}
             }
         }
     }

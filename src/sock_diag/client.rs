@@ -376,7 +376,7 @@ impl SockDiag {
                 lost |= length > room;
                 let datagram = slot.get(..length).unwrap_or_default();
                 for framed in codec::frames(datagram, protocol) {
-                    let framed = framed.map_err(|Malformed(defect)| io::Error::other(defect))?;
+                    let framed = framed.map_err(|Malformed(_)| io::Error::from(Errno::EBADMSG))?;
                     let answer = usize::try_from(framed.sequence.wrapping_sub(first))
                         .ok()
                         .and_then(|index| answers.get_mut(index));
@@ -437,11 +437,8 @@ fn receive<'b>(socket: &Socket, buffer: &'b mut [u8]) -> io::Result<&'b [u8]> {
             other => break other?,
         }
     };
-    buffer.get(..length).ok_or_else(|| {
-        io::Error::other(format!(
-            "a datagram of {length} bytes does not fit the receive buffer"
-        ))
-    })
+    // The datagram was longer than the buffer.
+    buffer.get(..length).ok_or_else(|| Errno::EMSGSIZE.into())
 }
 
 /// Receives the datagrams that are in the queue, up to one per `room` bytes of `buffer`, without waiting. Returns their lengths; a
