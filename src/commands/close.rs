@@ -74,11 +74,12 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     let mut terminal = Terminal::new(acts, quiet)?;
     let mut history = History::open();
     let namespaces = finder::open_namespaces(&config.netns, &config.selectors, &proc)?;
-    // The log must record each socket before cwkill acts on it, so with a log there is no sweep.
-    // The iterator is as quick, and judges each socket at the instant of the act.
-    let swept = match (&log, &destroyer) {
-        (None, None) => sweep_if_possible(config, &namespaces, &history, &privileges, &terminal),
-        _ => Vec::new(),
+    // The log must record each socket before cwkill acts on it, so with a log there is no sweep. With --bpf always each socket is judged at
+    // the instant of the act; for very many sockets that takes longer.
+    let may_sweep = log.is_none() && use_iterator != UseIterator::Always;
+    let swept = match may_sweep {
+        true => sweep_if_possible(config, &namespaces, &history, &privileges, &terminal),
+        false => Vec::new(),
     };
     let scan = find_and_plan(
         config,

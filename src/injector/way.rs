@@ -17,11 +17,12 @@ pub struct ByIterator {
     allowance: Allowance,
 }
 
-/// SOCK_DESTROY of a socket with its recheck takes as long as the walk over this many sockets.
-const SOCKETS_PER_TARGET: usize = 16;
+/// A walk takes 0.65 us of processor time for each socket, and SOCK_DESTROY with its recheck takes about 6 us more for each target than the
+/// iterator: in all as long as the walk over this many sockets (docs/decisions/bpf.md).
+const SOCKETS_PER_TARGET: usize = 10;
 /// A walk over no socket takes as long as the walk over this many: the hash table has many empty buckets.
 const EMPTY_TABLE: usize = 5_000;
-/// A run may walk over this many sockets even if SOCK_DESTROY were quicker. That takes a tenth of a second of one processor.
+/// A run may walk over this many sockets even if SOCK_DESTROY were quicker. That takes 0.13 s of one processor.
 const ALLOWANCE: usize = 200_000;
 
 impl ByIterator {
@@ -112,7 +113,7 @@ mod tests {
         let allowance = Allowance(AtomicUsize::new(ALLOWANCE));
         let covers = |targets, all| allowance.covers(targets, all);
         assert!(!covers(10, 1_000_000));
-        assert!(covers(100_000, 1_000_000), "no allowance is needed");
+        assert!(covers(200_000, 1_000_000), "no allowance is needed");
         assert!(covers(1, 100_000), "allowed");
         assert!(!covers(1, 100_000), "the allowance is used up");
         assert!(covers(1, 50_000), "but for a smaller table");
@@ -120,7 +121,7 @@ mod tests {
         // Many namespaces with one socket each.
         let walks = (0..1000).filter(|_| covers(1, 0)).count();
         assert!(walks < 10, "{walks}");
-        assert!(covers(1000, 10_000));
+        assert!(covers(2000, 10_000));
     }
 
     #[test]
