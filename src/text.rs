@@ -69,6 +69,17 @@ pub fn counted(count: usize, noun: &str) -> String {
     format!("{count} {noun}{ending}")
 }
 
+/// So many processes, by their `names` if these are known of all: `sshd/812 and cron/4`, or `12 processes`.
+pub fn named_or_counted(count: usize, names: &[String]) -> String {
+    match names.split_last() {
+        Some((last, [])) if count == 1 => last.clone(),
+        Some((last, others)) if count == names.len() => {
+            format!("{} and {last}", others.join(", "))
+        }
+        _ => counted(count, "process"),
+    }
+}
+
 /// Converts a count over `time` to a rate per minute; 0 if `time` is zero.
 pub fn per_minute(count: usize, time: Duration) -> f64 {
     match time.is_zero() {
@@ -186,6 +197,20 @@ pub fn short_name(name: &str, columns: usize, ascii: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn few_processes_are_named() {
+        let names = ["sshd/812", "cron/4", "process 7"].map(str::to_owned);
+        assert_eq!(named_or_counted(1, &names[..1]), "sshd/812");
+        assert_eq!(named_or_counted(2, &names[..2]), "sshd/812 and cron/4");
+        assert_eq!(
+            named_or_counted(3, &names),
+            "sshd/812, cron/4 and process 7"
+        );
+        assert_eq!(named_or_counted(12, &[]), "12 processes");
+        assert_eq!(named_or_counted(1, &[]), "1 process");
+        assert_eq!(named_or_counted(4, &names), "4 processes");
+    }
 
     #[test]
     fn nothing_reaches_the_terminal_that_moves_it() {

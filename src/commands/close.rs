@@ -7,16 +7,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, ensure};
+use clap::ColorChoice;
 
 use super::{
     confirm, drop_capabilities_and_start_threads, hint_line, kept, open_destroyer, open_log,
-    open_proc, refuse, say_notes, sweep, time_and_place, was_reported,
+    open_proc, refuse, say_notes, sweep, time_and_place, typed_words, was_reported,
 };
 use crate::cli::Args;
-use crate::config::{Action, Config, Format, Limit};
+use crate::config::{Action, Config, DEFAULT_RECLAIM_RULES, Format, Limit};
 use crate::control::Control;
+use crate::diagnose::limit::is_reached;
 use crate::drain;
-use crate::finder::dead::{DescriptorTable, Suspect, SuspectVerdict};
+use crate::finder::dead::{DeadSocket, SuspectVerdict};
 use crate::finder::way::UseIterator;
 use crate::finder::{
     self, FindError, leftovers, owners, reactions, second_look, table_use, tracked,
@@ -27,14 +29,14 @@ use crate::injector::engine::Rules;
 use crate::injector::way::ByIterator;
 use crate::injector::{plan, workers};
 use crate::memory;
-use crate::model::{Method, Outcome, Privilege, ReclaimOutcome, Scan, Target, TimeAndPlace};
+use crate::model::{Method, Outcome, Owner, Privilege, ReclaimOutcome, Scan, Target, TimeAndPlace};
 use crate::privileges::{Privileges, capabilities};
 use crate::proc::netns::Namespaces;
-use crate::proc::{FdState, ProcFs, Process};
+use crate::proc::{FdState, ProcFs, ProcessId};
 use crate::reclaim::{self, ReclaimRules, ReclaimTarget};
-use crate::report::advice::KeptBy;
+use crate::report::advice::{Advice, KeptBy, reclaim_command};
 use crate::report::overview::Overview;
-use crate::report::{ExitStatus, Run, backlogs, exit_status, json, notes, text};
+use crate::report::{DeadOfProcess, ExitStatus, Run, backlogs, exit_status, json, notes, text};
 use crate::terminal::{Terminal, broken, is_coloured, say, screen, write_out};
 use crate::text::{counted, seconds};
 use crate::watch::{self, WatchScope};
@@ -153,7 +155,11 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     }
     if run.scan.targets.is_empty() {
         match dead_descriptors(config, &namespaces, &proc) {
-            Ok(dead) => run.dead_descriptors = dead,
+            Ok(None) => {}
+            Ok(Some((dead, advice))) => {
+                run.dead_descriptors = Some(dead);
+                run.advice = advice;
+            }
             Err(error) => {
                 let error = anyhow::Error::from(error);
                 run.dead_descriptors_failure = Some(format!("{error:#}"));
@@ -168,7 +174,11 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     terminal.release_signals();
     let unrecorded = log.and_then(|log| log.finish(&run, text::totals(&run, config)));
 
-    let (written, new_sockets) = report(
+    let Reported {
+        written,
+        new_sockets,
+        next,
+    } = report(
         &mut run,
         &time_and_place,
         config,
@@ -184,6 +194,10 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
             written
         }
         (None, _) => written,
+    };
+    let written = match next {
+        Some(next) => written.and_then(|()| writeln!(io::stdout(), "{next}")),
+        None => written,
     };
     let summary = run.acted.then(|| text::totals(&run, config));
     if !was_reported(written, unrecorded, summary.as_deref())? {
@@ -437,10 +451,11 @@ fn descriptors(target: &mut Target) -> impl Iterator<Item = ReclaimTarget<'_>> {
     })
 }
 
-/// Processes with dead descriptors, and how many each has.
-type DeadByProcess = Vec<(Arc<Process>, usize)>;
+/// Dead descriptors by process, and what to do about those that cannot be closed now.
+type DeadByProcess = (Vec<DeadOfProcess>, Vec<Advice>);
 
-/// The dead descriptors that the selectors match, by process. `None` if the operator did not ask for descriptors or for owners.
+/// The dead descriptors that the selectors match, by process, and what to do about those that cannot be closed now. `None` if the
+/// operator did not ask for descriptors or for owners.
 ///
 /// # Errors
 /// The sockets or the processes cannot be listed.
@@ -457,17 +472,58 @@ fn dead_descriptors(
     let selectors = config.selectors.of_any_age();
     let everywhere = namespaces.everywhere || namespaces.follows_owners;
     let found = leftovers::find(proc, &selectors, &namespaces.open, everywhere)?;
-    let dead = |table: DescriptorTable| {
-        let is_dead = |suspect: &&Suspect| matches!(suspect.verdict, SuspectVerdict::Dead(_));
-        let count = table.suspects.iter().filter(is_dead).count();
-        (count > 0).then(|| (Arc::new(table.process), count))
+    let mut dead: Vec<(Owner, u32, DeadSocket)> = Vec::new();
+    for table in found.scan.tables {
+        let process = Arc::new(table.process);
+        for suspect in table.suspects {
+            if let SuspectVerdict::Dead(socket) = suspect.verdict {
+                let owner = Owner {
+                    tid: suspect.tid,
+                    ..Owner::new(Arc::clone(&process), suspect.fd)
+                };
+                dead.push((owner, suspect.inode, socket));
+            }
+        }
+    }
+    // The next run would decide by these.
+    let rules = config.reclaim.as_ref().unwrap_or(&DEFAULT_RECLAIM_RULES);
+    let mut targets: Vec<ReclaimTarget<'_>> = dead
+        .iter_mut()
+        .map(|(owner, inode, socket)| ReclaimTarget::dead(owner, *inode, socket))
+        .collect();
+    reclaim::judge(&mut targets, rules, proc);
+    let by = KeptBy {
+        rules,
+        closed_sockets: false,
+        predicted: true,
     };
-    let tables = found.scan.tables.into_iter();
-    Ok(Some(tables.filter_map(dead).collect()))
+    let advice = kept::advice(dead.iter().map(|(owner, ..)| owner), by, proc);
+    let of_process = |of_process: &[(Owner, u32, DeadSocket)]| {
+        let process = &of_process[0].0.process;
+        let is_closable = |(owner, ..): &&(Owner, u32, DeadSocket)| {
+            owner.reclaim == Some(ReclaimOutcome::Allowed)
+        };
+        DeadOfProcess {
+            process: Arc::clone(process),
+            count: of_process.len(),
+            closable: of_process.iter().filter(is_closable).count(),
+            command: reclaim_command(process.id.pid, rules),
+        }
+    };
+    let by_process = dead.chunk_by(|a, b| a.0.process.id == b.0.process.id);
+    Ok(Some((by_process.map(of_process).collect(), advice)))
 }
 
-/// Writes the results and the notes, and watches for new stuck sockets if the operator asked for it. Returns the line about
-/// the new sockets.
+/// The report, and the lines that follow it.
+struct Reported {
+    written: io::Result<()>,
+    /// About the new sockets.
+    new_sockets: Option<String>,
+    /// The next command, which comes last.
+    next: Option<String>,
+}
+
+/// Writes the results and the notes, and watches for new stuck sockets if the operator asked for it.
 fn report(
     run: &mut Run,
     time_and_place: &TimeAndPlace,
@@ -475,7 +531,7 @@ fn report(
     namespaces: &Namespaces,
     proc: &ProcFs,
     terminal: &mut Terminal,
-) -> (io::Result<()>, Option<String>) {
+) -> Reported {
     // A JSON document contains the result of the watch. A person reads the table while cwkill watches.
     let watch_first = config.format == Format::Json;
     let mut line = None;
@@ -483,47 +539,67 @@ fn report(
         line = watch_for_new(run, config, namespaces, proc, terminal);
     }
     let messages = messages(run, config);
-    let overview = overview(run, config, &messages);
+    let overview = overview(run, config, &messages, proc);
     let color = is_coloured(config.color);
     let written = write_out(|out| match (config.format, &overview) {
         (Format::Table, Some(overview)) => {
             let tables = table_use::read(proc, &overview.processes(), &run.scan.namespaces);
             overview.write(&tables, out)
         }
-        (Format::Table, None) => text::write(run, config, color, out),
+        (Format::Table, None) => text::write(run, config, color, width(config.color), out),
         (Format::Json, _) => json::write_document(run, time_and_place, out),
-        (Format::JsonLines, _) => json::write_lines(run, out),
+        (Format::JsonLines, _) => json::write_lines(run, time_and_place, out),
         (Format::Quiet, _) => Ok(()),
     });
     for message in &messages {
         say(format_args!("{message}"));
     }
     let next = overview.as_ref().and_then(Overview::next);
-    let written = match (written, next) {
-        (Ok(()), Some(next)) => writeln!(io::stdout(), "{next}"),
-        (written, _) => written,
-    };
+    let next = next.map(str::to_owned);
+    drop(overview);
     if !watch_first && written.is_ok() {
         line = watch_for_new(run, config, namespaces, proc, terminal);
     }
-    (written, line)
+    Reported {
+        written,
+        new_sockets: line,
+        next,
+    }
+}
+
+/// The columns of the terminal on stdout, if it is one.
+fn width(color: ColorChoice) -> Option<usize> {
+    screen(color).map(|screen| screen.columns)
 }
 
 /// The overview, if it is to be shown: on a terminal, unless the operator asked for every socket.
-fn overview<'r>(run: &'r Run, config: &'r Config, messages: &[String]) -> Option<Overview<'r>> {
+fn overview<'r>(
+    run: &'r Run,
+    config: &'r Config,
+    messages: &[String],
+    proc: &ProcFs,
+) -> Option<Overview<'r>> {
     if config.format != Format::Table || config.verbose || config.limit == Some(Limit::All) {
         return None;
     }
     let screen = screen(config.color)?;
-    let words: Vec<String> = std::env::args_os()
-        .skip(1)
-        .map(|word| word.to_string_lossy().into_owned())
-        .collect();
     let messages: Vec<String> = messages
         .iter()
         .flat_map(|message| broken(&format!("cwkill: {message}")))
         .collect();
-    Some(Overview::new(run, config, screen, &messages, &words))
+    let is_at_limit = |id: ProcessId| {
+        let used = table_use::count_used(proc, id.pid).map(|used| used as u64);
+        let limit = proc.open_file_limits(id.pid).map(|(soft, _)| soft);
+        is_reached(used, limit) && proc.is_alive(id)
+    };
+    Some(Overview::new(
+        run,
+        config,
+        screen,
+        &messages,
+        &typed_words(),
+        &is_at_limit,
+    ))
 }
 
 /// Watches for new stuck sockets, if the operator asked for it and cwkill has acted. Returns the line about them.

@@ -1,10 +1,9 @@
 //! The descriptors that a run has kept, with the facts about their processes that decide what to do.
 
-use std::fs;
-
 use crate::diagnose::inside::Inside;
 use crate::diagnose::limit::ReachedLimit;
 use crate::diagnose::suggest::LanguageRuntime;
+use crate::finder::table_use;
 use crate::model::Owner;
 use crate::proc::{ProcFs, Process};
 use crate::report::advice::{Advice, Facts, KeptBy, advise, kept};
@@ -17,8 +16,7 @@ pub(super) fn advice<'o>(
 ) -> Vec<Advice> {
     let facts = |process: &Process| {
         let status = proc.status(process);
-        let used = fs::read_dir(proc.path(&format!("{}/fd", process.id.pid)));
-        let used = used.ok().map(|fds| fds.count() as u64);
+        let used = table_use::count_used(proc, process.id.pid).map(|used| used as u64);
         Facts {
             runtime: LanguageRuntime::of(status.executable.as_deref(), &process.comm),
             inside: Inside::of(&process.cgroup, &status.pids),

@@ -139,6 +139,14 @@ fn time_and_place() -> TimeAndPlace {
     }
 }
 
+/// The command line, without the name of the program.
+fn typed_words() -> Vec<String> {
+    let words = std::env::args_os().skip(1);
+    words
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect()
+}
+
 /// Prints the completion script for `shell`.
 fn print_completions(shell: clap_complete::Shell) -> anyhow::Result<ExitCode> {
     let written = write_out(|out| {

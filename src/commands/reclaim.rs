@@ -1,12 +1,13 @@
 //! `cwkill reclaim`: closes the descriptors of dead sockets.
 
+use std::io::{self, Write};
 use std::sync::Arc;
 
 use anyhow::Context;
 
 use super::{
     drop_capabilities_and_start_threads, hint_line, kept, open_log, proc_with_names, refuse,
-    time_and_place, was_reported,
+    time_and_place, typed_words, was_reported,
 };
 use crate::cli::ReclaimArgs;
 use crate::config::{Action, Format, ReclaimConfig};
@@ -18,8 +19,8 @@ use crate::memory;
 use crate::model::{Owner, Privilege};
 use crate::privileges::capabilities;
 use crate::proc::netns::NetnsScope;
-use crate::proc::{ProcFs, RemoteFd};
-use crate::reclaim::{self, ReclaimTarget};
+use crate::proc::{ProcFs, RemoteFd, Unreadable};
+use crate::reclaim::{self, ReclaimRules, ReclaimTarget};
 use crate::report::ExitStatus;
 use crate::report::advice::KeptBy;
 use crate::report::reclaim::{self as report, DeadDescriptor, ReclaimRun};
@@ -50,15 +51,23 @@ pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
     }
     match acts {
         true => close(&mut run, config, &proc, &terminal),
-        false => reclaim::judge(&mut targets(&mut run), &config.rules, &proc),
+        false => reclaim::judge(&mut targets(&mut run.descriptors), &config.rules, &proc),
     }
+    // Those that were not named may need less than force.
+    let rules = ReclaimRules {
+        force: false,
+        ..config.rules
+    };
     let by = KeptBy {
-        rules: &config.rules,
+        rules: &rules,
         closed_sockets: false,
         predicted: !acts,
     };
-    let owners = run.descriptors.iter().map(|dead| &dead.owner);
-    run.advice = kept::advice(owners, by, &proc);
+    if acts {
+        reclaim::judge(&mut targets(&mut run.not_named), &rules, &proc);
+    }
+    let all = run.descriptors.iter().chain(&run.not_named);
+    run.advice = kept::advice(all.map(|dead| &dead.owner), by, &proc);
     terminal.release_signals();
     let summary = || report::summary(&run, config);
     let unrecorded = log.and_then(|log| log.finish_reclaim(&run, summary()));
@@ -72,22 +81,34 @@ pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
         }
     }
     let color = is_coloured(config.color);
+    let is_screen = config.format == Format::Table && !config.verbose;
+    let next = match is_screen && screen(config.color).is_some() {
+        true => report::next::line(&run, config, &typed_words()),
+        false => None,
+    };
     let written = write_out(|out| match (config.format, screen(config.color)) {
         (Format::Table, Some(screen)) if !config.verbose => {
             let below = messages.iter();
             let below: Vec<String> = below
                 .flat_map(|message| broken(&format!("cwkill: {message}")))
                 .collect();
-            report::screen::write(&run, config, screen, &below, out)
+            report::screen::write(&run, config, screen, &below, next.as_ref(), out)
         }
-        (Format::Table, _) => report::text::write(&run, config, color, out),
+        (Format::Table, screen) => {
+            let columns = screen.map(|screen| screen.columns);
+            report::text::write(&run, config, color, columns, out)
+        }
         (Format::Json, _) => report::json::write_document(&run, &time_and_place, out),
-        (Format::JsonLines, _) => report::json::write_lines(&run, out),
+        (Format::JsonLines, _) => report::json::write_lines(&run, &time_and_place, out),
         (Format::Quiet, _) => Ok(()),
     });
     for message in &messages {
         say(format_args!("{message}"));
     }
+    let written = match next {
+        Some(next) => written.and_then(|()| writeln!(io::stdout(), "{next}")),
+        None => written,
+    };
     let summary = run.acted.then(summary);
     match was_reported(written, unrecorded, summary.as_deref())? {
         true => Ok(report::exit_status(&run)),
@@ -116,8 +137,8 @@ fn find(config: &ReclaimConfig, proc: &ProcFs) -> anyhow::Result<ReclaimRun> {
     } = leftovers::find(proc, &config.selectors, &current.open, config.everywhere)?;
     let everyone = !config.selectors.selects_owners();
     let unreadable = match everyone || config.selectors.could_match(&scan.unreadable) {
-        true => scan.unreadable.len(),
-        false => 0,
+        true => &scan.unreadable[..],
+        false => &[],
     };
     // If every process that was selected by its pid was read, none of them is hidden.
     let was_read = |pid: &i32| {
@@ -128,7 +149,8 @@ fn find(config: &ReclaimConfig, proc: &ProcFs) -> anyhow::Result<ReclaimRun> {
     };
     let pids = &config.selectors.pids;
     let mut run = ReclaimRun {
-        unreadable,
+        unreadable: unreadable.len(),
+        unreadable_names: Unreadable::names(unreadable),
         hidden: scan.hidden && (pids.is_empty() || !pids.iter().all(was_read)),
         leader_exited: scan.leader_exited,
         failed: scan.failed,
@@ -143,18 +165,24 @@ fn find(config: &ReclaimConfig, proc: &ProcFs) -> anyhow::Result<ReclaimRun> {
     for table in scan.tables {
         let process = Arc::new(table.process);
         let is_chosen = |fd: RemoteFd| config.fds.is_empty() || config.fds.contains(&fd.0);
-        let suspects = table.suspects.into_iter();
-        for suspect in suspects.filter(|suspect| is_chosen(suspect.fd)) {
+        for suspect in table.suspects {
+            let is_chosen = is_chosen(suspect.fd);
             match suspect.verdict {
-                SuspectVerdict::Dead(socket) => run.descriptors.push(DeadDescriptor {
-                    owner: Owner {
-                        tid: suspect.tid,
-                        ..Owner::new(Arc::clone(&process), suspect.fd)
-                    },
-                    inode: suspect.inode,
-                    socket,
-                }),
-                SuspectVerdict::Unknown(_) => run.unknown += 1,
+                SuspectVerdict::Dead(socket) => {
+                    let dead = DeadDescriptor {
+                        owner: Owner {
+                            tid: suspect.tid,
+                            ..Owner::new(Arc::clone(&process), suspect.fd)
+                        },
+                        inode: suspect.inode,
+                        socket,
+                    };
+                    match is_chosen {
+                        true => run.descriptors.push(dead),
+                        false => run.not_named.push(dead),
+                    }
+                }
+                SuspectVerdict::Unknown(_) => run.unknown += usize::from(is_chosen),
                 SuspectVerdict::NeverConnected => {}
             }
         }
@@ -168,13 +196,14 @@ fn close(run: &mut ReclaimRun, config: &ReclaimConfig, proc: &ProcFs, control: &
     if !run.descriptors.is_empty() {
         reclaim::let_owners_react(&config.rules, control);
     }
-    run.stops = reclaim::reclaim(&mut targets(run), &config.rules, proc, control);
+    let mut targets = targets(&mut run.descriptors);
+    run.stops = reclaim::reclaim(&mut targets, &config.rules, proc, control);
     run.acted = true;
 }
 
-fn targets(run: &mut ReclaimRun) -> Vec<ReclaimTarget<'_>> {
-    let descriptors = run.descriptors.iter_mut();
+fn targets(descriptors: &mut [DeadDescriptor]) -> Vec<ReclaimTarget<'_>> {
     descriptors
+        .iter_mut()
         .map(|dead| ReclaimTarget::dead(&mut dead.owner, dead.inode, &dead.socket))
         .collect()
 }

@@ -23,7 +23,7 @@ use crate::tcp::TcpState;
 use reclaim::reclaim_rules;
 
 pub use crate::cli::{Limit, LogTarget};
-pub use reclaim::{DEFAULT_RECLAIM_AGE, ReclaimConfig};
+pub use reclaim::{DEFAULT_RECLAIM_AGE, DEFAULT_RECLAIM_RULES, ReclaimConfig};
 
 /// The options of the audit log.
 #[derive(Clone, Debug, Default)]

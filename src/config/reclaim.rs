@@ -12,14 +12,21 @@ use crate::reclaim::ReclaimRules;
 /// The default of `--reclaim-age`.
 pub const DEFAULT_RECLAIM_AGE: Duration = Duration::from_secs(60);
 const DEFAULT_STOP_LIMIT: Duration = Duration::from_millis(100);
+/// The rules without any option.
+pub const DEFAULT_RECLAIM_RULES: ReclaimRules = ReclaimRules {
+    min_age: DEFAULT_RECLAIM_AGE,
+    force: false,
+    replace: false,
+    stop_limit: DEFAULT_STOP_LIMIT,
+};
 
 /// The rules from the options, with defaults.
 pub(super) fn reclaim_rules(args: &Reclaiming) -> ReclaimRules {
     ReclaimRules {
         min_age: args.reclaim_age.unwrap_or(DEFAULT_RECLAIM_AGE),
         force: args.reclaim_force,
-        replace: false,
         stop_limit: args.stop_limit.unwrap_or(DEFAULT_STOP_LIMIT),
+        ..DEFAULT_RECLAIM_RULES
     }
 }
 
@@ -30,6 +37,8 @@ pub struct ReclaimConfig {
     pub selectors: Selectors,
     /// The numbers of the descriptors; empty for all.
     pub fds: Vec<i32>,
+    /// Whether a selector says which descriptors: only then cwkill acts.
+    pub selects: bool,
     /// Whether processes of every network namespace are in scope. A port alone means that of one namespace.
     pub everywhere: bool,
     pub action: Action,
@@ -82,6 +91,7 @@ impl ReclaimConfig {
             everywhere: all || selectors.selects_owners() || selectors.ports.is_empty(),
             selectors,
             fds: flat(fd),
+            selects,
             action: match (selects, dry_run) {
                 (_, true) => Action::DryRun,
                 (true, false) => Action::Act,

@@ -26,15 +26,16 @@ use std::time::{Duration, Instant};
 
 use crate::filter::Scope;
 use crate::filter::selectors::Selectors;
+use crate::finder;
 use crate::finder::dead::{self, DeadScan, DescriptorTable, SuspectVerdict};
-use crate::finder::{self, listeners};
+use crate::finder::listeners::{self, ListedListener};
 use crate::history::History;
 use crate::model::{Listener, ListeningSocket, Scan, Socket};
 use crate::proc::netns::Netns;
 use crate::proc::status::ProcessStatus;
-use crate::proc::{ProcFs, Process, ProcessId, since_boot};
+use crate::proc::{ProcFs, Process, ProcessId, Unreadable, since_boot};
 use crate::sock_diag::Cookie;
-use crate::text::counted;
+use crate::text::{counted, named_or_counted};
 use counts::{CountContext, SocketCounts};
 use ends::{Ends, Sending};
 use inside::Inside;
@@ -64,8 +65,8 @@ pub struct Diagnosis {
     pub left_out: Vec<String>,
     /// All sockets together.
     pub total: SocketCounts,
-    /// The processes that hold stuck sockets or dead descriptors, or own a listener with stuck connections. The
-    /// process with the most leaked descriptors comes first.
+    /// The processes that hold stuck sockets or dead descriptors, or own a listener with stuck connections, and those that the operator
+    /// names by their pids. The process with the most leaked descriptors comes first.
     pub processes: Vec<ProcessDiagnosis>,
     /// The listeners with connections that were not accepted, the listener with the most first.
     pub listeners: Vec<ListenerDiagnosis>,
@@ -73,6 +74,8 @@ pub struct Diagnosis {
     pub ownerless: Option<SocketCounts>,
     /// Number of selected processes whose descriptors cwkill may not read.
     pub unreadable_processes: usize,
+    /// Their names, if they are few.
+    pub unreadable_names: Vec<String>,
     /// Number of possibly dead descriptors in processes that are not in `processes`.
     pub unknown_descriptors: usize,
     /// /proc does not show the processes of other users (hidepid).
@@ -95,7 +98,7 @@ impl Diagnosis {
         if self.unreadable_processes > 0 {
             notes.push(format!(
                 "the descriptors of {} could not be read: dead ones among them are not counted",
-                counted(self.unreadable_processes, "process")
+                named_or_counted(self.unreadable_processes, &self.unreadable_names)
             ));
         }
         if self.unknown_descriptors > 0 {
@@ -197,6 +200,8 @@ pub struct ProcessDiagnosis {
     pub per_connection: bool,
     /// If it seems to be a proxy: the connections for which it keeps the stuck ones. See [`pairing::other_legs`].
     pub other_legs: Option<Vec<OtherLeg>>,
+    /// Its listening sockets, if it leaks nothing: it is reported because the operator names it by its pid.
+    pub accepting: Vec<ListeningPort>,
     /// The commands to run, the first one first.
     pub suggestions: Vec<Suggestion>,
 }
@@ -231,6 +236,11 @@ impl ProcessDiagnosis {
             many => many,
         };
         self.held.stuck + counts.dead + never_connected
+    }
+
+    /// Whether it leaks nothing, and no stuck connection waits at its listeners.
+    pub fn is_healthy(&self) -> bool {
+        self.leaked() + self.waiting == 0
     }
 
     /// Whether it has almost no free descriptor.
@@ -322,6 +332,7 @@ pub fn run(
     let (tables, mut failures) = read_tables(&scan, selectors, proc);
     let tables_read = since_boot();
     let (unreadable_processes, hidden_processes) = (tables.unreadable.len(), tables.hidden);
+    let unreadable_names = Unreadable::names(&tables.unreadable);
     let listening = listening_ports(&scan.namespaces);
     let context = CountContext {
         listening_ports: listening.iter().map(|l| (l.netns, l.port)).collect(),
@@ -338,6 +349,12 @@ pub fn run(
                 condition.with_frozen(proc.is_frozen(process.id.pid)),
             )
         });
+    for diagnosis in processes.iter_mut().filter(|one| one.is_healthy()) {
+        let inodes = diagnosis.table.iter().flat_map(|table| &table.connections);
+        let inodes: HashSet<u32> = inodes.copied().collect();
+        let own = listening.iter().filter(|one| inodes.contains(&one.inode));
+        diagnosis.accepting = own.copied().collect();
+    }
     let netns_of = |process: &Process| netns_of(process, &scan, proc);
     origin::find(
         &mut processes,
@@ -373,6 +390,13 @@ pub fn run(
     }
     // In another pid namespace the number names another process, so a command would act on the wrong one.
     for diagnosis in processes.iter_mut().filter(|_| is_own_pid_namespace) {
+        // Nothing is to be done about it, unless it can open nothing or does not run.
+        if diagnosis.is_healthy()
+            && !diagnosis.is_at_limit()
+            && diagnosis.condition == Condition::Normal
+        {
+            continue;
+        }
         let status = &diagnosis.status;
         let inside = Inside::of(&diagnosis.process.cgroup, &status.pids);
         diagnosis.suggestions = suggest::suggest(SuggestionInput {
@@ -398,6 +422,7 @@ pub fn run(
         processes,
         listeners,
         unreadable_processes,
+        unreadable_names,
         unknown_descriptors,
         hidden_processes,
         selects_owners: selectors.selects_owners(),
@@ -519,13 +544,18 @@ fn waiting_before(first: &Scan, inode: u32) -> Option<u32> {
 /// The ports with a listener. Errors are ignored: without the ports of a namespace
 /// the service of a socket is guessed from the ports of the connections.
 fn listening_ports(namespaces: &[Arc<Netns>]) -> Vec<ListeningPort> {
-    let ports = |netns: &Arc<Netns>| netns.within(listeners::ports).ok()?.ok();
-    let listening = |(netns, ports): (usize, Option<Vec<(u16, u32)>>)| {
-        let ports = ports.into_iter().flatten();
-        ports.map(move |(port, inode)| ListeningPort { netns, port, inode })
+    let listed = |netns: &Arc<Netns>| netns.within(listeners::list).ok()?.ok();
+    let listening = |(netns, listed): (usize, Option<Vec<ListedListener>>)| {
+        let listed = listed.into_iter().flatten();
+        listed.map(move |listener| ListeningPort {
+            netns,
+            port: listener.port,
+            inode: listener.inode,
+            waiting: listener.waiting,
+        })
     };
-    let ports = namespaces.iter().map(ports).enumerate();
-    ports.flat_map(listening).collect()
+    let listed = namespaces.iter().map(listed).enumerate();
+    listed.flat_map(listening).collect()
 }
 
 /// The index of the network namespace of a process, among those that were scanned.
@@ -578,6 +608,15 @@ fn diagnose_processes(
             .entry(table.process.id)
             .or_insert_with(|| Arc::new(table.process.clone()));
     }
+    // The operator who has cured a process wants to see how it is.
+    let named = tables
+        .values()
+        .filter(|table| selectors.pids.contains(&table.process.id.pid));
+    for table in named {
+        processes
+            .entry(table.process.id)
+            .or_insert_with(|| Arc::new(table.process.clone()));
+    }
     let mut before = counts::by_process(first);
     let mut now = counts::by_process(second);
     let diagnose = |(id, process): (ProcessId, Arc<Process>)| {
@@ -586,6 +625,7 @@ fn diagnose_processes(
         let (status, condition) = status_of(&process);
         ProcessDiagnosis {
             runtime: LanguageRuntime::of(status.executable.as_deref(), &process.comm),
+            accepting: Vec::new(),
             suggestions: Vec::new(),
             inherited_from: None,
             single_connection: None,
@@ -603,8 +643,11 @@ fn diagnose_processes(
         }
     };
     let mut processes: Vec<ProcessDiagnosis> = processes.into_iter().map(diagnose).collect();
-    // A process without leaked descriptors and without waiting connections has no part in the leak.
-    processes.retain(|process| process.leaked() + process.waiting > 0);
+    // A process without leaked descriptors and without waiting connections has no part in the leak. It is reported only if it is named.
+    let is_named = |process: &ProcessDiagnosis| {
+        selectors.pids.contains(&process.process.id.pid) && process.table.is_some()
+    };
+    processes.retain(|process| !process.is_healthy() || is_named(process));
     processes.sort_by_key(|process| std::cmp::Reverse((process.leaked(), process.waiting)));
     let suspects = tables.values().flat_map(|table| &table.suspects);
     let unknown = suspects.filter(|suspect| matches!(suspect.verdict, SuspectVerdict::Unknown(_)));

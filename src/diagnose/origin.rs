@@ -25,6 +25,8 @@ pub struct ListeningPort {
     pub netns: usize,
     pub port: u16,
     pub inode: u32,
+    /// The connections that wait for accept(2).
+    pub waiting: u32,
 }
 
 /// The leaked sockets of one process.

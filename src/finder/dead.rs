@@ -52,7 +52,7 @@ use crate::tcp::{StateSet, TcpState};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DescriptorTable {
     pub process: Process,
-    /// The number of its open descriptors of every kind.
+    /// The number of its taken descriptor numbers: see [`fds::count_used`].
     pub used: usize,
     /// Its descriptors of TCP sockets that the kernel does not list, by number. Those of the tables of single threads follow.
     pub suspects: Vec<Suspect>,
@@ -307,7 +307,7 @@ fn scan_table(
         .collect::<io::Result<Vec<_>>>()?;
     let (not_in_table, connections): (Vec<_>, Vec<_>) = chunks.into_iter().unzip();
     let (not_in_table, mut connections) = (not_in_table.concat(), connections.concat());
-    let used = numbers.len();
+    let used = fds::count_used_beside(fds.as_fd(), numbers.len())?;
     if not_in_table.is_empty() {
         return Ok(ScannedTable {
             used,

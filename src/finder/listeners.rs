@@ -81,14 +81,26 @@ fn dump<T>(
     Ok(kept)
 }
 
-/// The ports of all listeners in the network namespace of the calling thread, each with the inode of the listener. A port can occur
-/// more than once.
+/// A listening socket in the list of all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ListedListener {
+    pub port: u16,
+    pub inode: u32,
+    /// The connections that wait for accept(2).
+    pub waiting: u32,
+}
+
+/// All listening sockets in the network namespace of the calling thread. A port can occur more than once.
 ///
 /// # Errors
 /// As [`SockDiag::open`] and [`SockDiag::dump`].
-pub fn ports() -> Result<Vec<(u16, u32)>, DumpError> {
+pub fn list() -> Result<Vec<ListedListener>, DumpError> {
     dump(&mut SockDiag::open()?, |message| {
-        Some((message.id.tuple().local.port(), message.inode))
+        Some(ListedListener {
+            port: message.id.tuple().local.port(),
+            inode: message.inode,
+            waiting: message.recv_q,
+        })
     })
 }
 

@@ -52,7 +52,7 @@ use crate::model::{Coverage, Listener, Owner, Scan, Target};
 use crate::parallel;
 use crate::privileges;
 use crate::proc::netns::{Namespaces, Netns, NetnsScope};
-use crate::proc::{ProcFs, since_boot};
+use crate::proc::{ProcFs, Unreadable, since_boot};
 use crate::sock_diag::DumpError;
 use crate::sys::errno_of;
 use crate::tcp::{StateSet, TcpState};
@@ -180,7 +180,11 @@ pub fn find(
     scan.owners_known = true;
     scan.epolls = std::mem::take(&mut owners.epolls);
     scan.coverage.hidden_processes = owners.hidden;
+    // A process with tables of single threads may be there for each.
+    owners.unreadable.sort_by_key(|process| process.pid);
+    owners.unreadable.dedup_by_key(|process| process.pid);
     scan.coverage.unreadable_processes = owners.unreadable.len();
+    scan.coverage.unreadable_names = Unreadable::names(&owners.unreadable);
     scan.coverage.other_pid_namespaces =
         scan.without_known_owner() > 0 && !proc.shows_every_process();
     let possible = retain_selected(&mut scan, selectors, &owners, &|pid| {

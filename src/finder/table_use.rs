@@ -21,7 +21,7 @@ const MAX_NAMESPACES: usize = 16;
 /// The descriptor table of a process, in numbers. Each is `None` if it is unknown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TableUse {
-    /// Its open descriptors of every kind.
+    /// Its taken descriptor numbers: see [`fds::count_used`].
     pub used: Option<usize>,
     /// The soft limit RLIMIT_NOFILE.
     pub limit: Option<u64>,
@@ -36,9 +36,8 @@ pub fn read(
     namespaces: &[Arc<Netns>],
 ) -> HashMap<ProcessId, TableUse> {
     let use_of = |id: &ProcessId| {
-        let directory = File::open(proc.path(&format!("{}/fd", id.pid))).ok();
         let table = TableUse {
-            used: directory.and_then(|directory| fds::count_open(directory.as_fd()).ok()),
+            used: count_used(proc, id.pid),
             limit: proc.open_file_limits(id.pid).map(|(soft, _)| soft),
             dead: None,
         };
@@ -67,6 +66,12 @@ pub fn read(
         }
     }
     tables
+}
+
+/// The number of taken descriptor numbers of process `pid`; `None` if cwkill cannot read it.
+pub(crate) fn count_used(proc: &ProcFs, pid: i32) -> Option<usize> {
+    let directory = File::open(proc.path(&format!("{pid}/fd"))).ok()?;
+    fds::count_used(directory.as_fd()).ok()
 }
 
 /// The inodes of all TCP sockets in these namespaces; `None` if there are too many, or they cannot be listed.

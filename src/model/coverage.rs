@@ -3,13 +3,15 @@
 use std::time::Duration;
 
 use crate::proc::{AbsentOwner, Unnamed};
-use crate::text::{counted, escape, seconds};
+use crate::text::{counted, escape, named_or_counted, seconds};
 
 /// The limits of a scan. The default value means that it saw everything.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Coverage {
     /// The number of processes whose descriptors cwkill could not read. They may own sockets without a known owner.
     pub unreadable_processes: usize,
+    /// Their names, if they are few.
+    pub unreadable_names: Vec<String>,
     /// /proc does not show the processes of other users (hidepid). They may own any socket.
     pub hidden_processes: bool,
     /// Some sockets have no known owner, and /proc does not show the processes of every pid namespace. They may own these.
@@ -92,6 +94,11 @@ impl Coverage {
         self.unreadable_processes > 0 || self.hidden_processes
     }
 
+    /// The processes whose descriptors cwkill could not read.
+    fn unreadable(&self) -> String {
+        named_or_counted(self.unreadable_processes, &self.unreadable_names)
+    }
+
     /// The number of sockets that may match, and were left out because cwkill does not know their owner.
     pub fn undecided_by_owner(&self) -> usize {
         self.undecided - self.undecided_in_group - self.undecided_by_name
@@ -126,10 +133,7 @@ impl Coverage {
             let why = if self.hidden_processes {
                 "/proc does not show the processes of others (hidepid)".to_owned()
             } else if self.unreadable_processes > 0 {
-                format!(
-                    "{} could not be read",
-                    counted(self.unreadable_processes, "process")
-                )
+                format!("{} could not be read", self.unreadable())
             } else {
                 "in flight over a Unix socket, held by the kernel, or owned in another pid namespace"
                     .to_owned()
@@ -141,9 +145,12 @@ impl Coverage {
         }
         if self.undecided_by_owner() > 0 {
             let why = match self.has_hidden_owners() {
-                true => ", whose descriptors could not be read",
+                true if self.hidden_processes || self.unreadable_names.is_empty() => {
+                    ", whose descriptors could not be read".to_owned()
+                }
+                true => format!(": {} could not be read", self.unreadable()),
                 false => {
-                    ": /proc shows no owner of them (another pid namespace, in flight, or held by the kernel)"
+                    ": /proc shows no owner of them (another pid namespace, in flight, or held by the kernel)".to_owned()
                 }
             };
             notes.push(format!(

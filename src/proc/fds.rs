@@ -69,21 +69,30 @@ fn gather(parts: Vec<SocketFds>) -> SocketFds {
 /// The number of open descriptors of a large table; `None` for a small one, and before Linux 6.2, which does not report it
 /// (fs/proc/fd.c, proc_fd_getattr).
 fn count(dir: BorrowedFd<'_>) -> io::Result<Option<i32>> {
-    let size = i32::try_from(fstat(dir)?.st_size).unwrap_or(0);
-    // On other file systems the size of a directory means something else.
-    Ok(
-        (size >= LARGE_TABLE_FROM && fstatfs(dir)?.filesystem_type() == PROC_SUPER_MAGIC)
-            .then_some(size),
-    )
+    let size = reported_count(dir)?.and_then(|count| i32::try_from(count).ok());
+    Ok(size.filter(|size| *size >= LARGE_TABLE_FROM))
 }
 
-/// The number of open descriptors. Before Linux 6.2 the descriptors are listed.
-pub(crate) fn count_open(dir: BorrowedFd<'_>) -> io::Result<usize> {
-    let size = usize::try_from(fstat(dir)?.st_size).unwrap_or(0);
-    match size > 0 && fstatfs(dir)?.filesystem_type() == PROC_SUPER_MAGIC {
-        true => Ok(size),
-        false => Ok(list_fds(dir)?.len()),
+/// The number of taken descriptor numbers. These are the open descriptors, and those that the kernel has reserved for a system call
+/// that has not ended, for example an accept(2) that waits: the limit RLIMIT_NOFILE counts them too, and the directory does not list
+/// them. Before Linux 6.2 the descriptors are listed.
+pub(crate) fn count_used(dir: BorrowedFd<'_>) -> io::Result<usize> {
+    match reported_count(dir)? {
+        Some(count) => Ok(count),
+        None => Ok(list_fds(dir)?.len()),
     }
+}
+
+/// The same, if the directory has been listed already: `listed` descriptors.
+pub(crate) fn count_used_beside(dir: BorrowedFd<'_>, listed: usize) -> io::Result<usize> {
+    Ok(reported_count(dir)?.unwrap_or(listed))
+}
+
+/// The count that the kernel reports since Linux 6.2.
+fn reported_count(dir: BorrowedFd<'_>) -> io::Result<Option<usize>> {
+    let size = usize::try_from(fstat(dir)?.st_size).unwrap_or(0);
+    // On other file systems the size of a directory means something else.
+    Ok((size > 0 && fstatfs(dir)?.filesystem_type() == PROC_SUPER_MAGIC).then_some(size))
 }
 
 /// Reads the open descriptors below `end`.
@@ -307,7 +316,7 @@ mod tests {
         }
         // Not of /proc, so its size means something else.
         let elsewhere = File::open(directory.path()).unwrap();
-        assert_eq!(count_open(elsewhere.as_fd()).unwrap(), 3);
+        assert_eq!(count_used(elsewhere.as_fd()).unwrap(), 3);
         // Another process, so that no other test opens and closes descriptors of it: it waits for its input.
         let mut child = std::process::Command::new("cat")
             .stdin(std::process::Stdio::piped())
@@ -323,11 +332,34 @@ mod tests {
             .read_exact(&mut echo)
             .unwrap();
         let table = File::open(format!("/proc/{}/fd", child.id())).unwrap();
-        assert_eq!(
-            count_open(table.as_fd()).unwrap(),
-            list_fds(table.as_fd()).unwrap().len()
-        );
+        let listed = list_fds(table.as_fd()).unwrap().len();
+        assert_eq!(count_used(table.as_fd()).unwrap(), listed);
+        // The size, not a list, wherever the kernel reports it.
+        assert_eq!(count_used_beside(table.as_fd(), 1000).unwrap(), listed);
+        assert_eq!(count_used_beside(elsewhere.as_fd(), 1000).unwrap(), 1000);
         drop(child.stdin.take());
+        child.wait().unwrap();
+    }
+
+    /// An accept(2) that waits has a number already (net/socket.c, __sys_accept4), and the limit counts it.
+    #[test]
+    fn a_number_that_accept_waits_with_is_counted() {
+        let script = "import socket; s = socket.create_server(('127.0.0.1', 0)); s.accept()";
+        let mut child = std::process::Command::new("python3")
+            .args(["-c", script])
+            .spawn()
+            .unwrap();
+        let counts = || {
+            let table = File::open(format!("/proc/{}/fd", child.id())).unwrap();
+            let listed = list_fds(table.as_fd()).unwrap().len();
+            (count_used(table.as_fd()).unwrap(), listed)
+        };
+        let start = std::time::Instant::now();
+        while counts().0 != counts().1 + 1 {
+            assert!(start.elapsed().as_secs() < 30, "{:?}", counts());
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        child.kill().unwrap();
         child.wait().unwrap();
     }
 

@@ -116,6 +116,27 @@ pub struct Unreadable {
     pub comm: Option<String>,
 }
 
+impl Unreadable {
+    /// The names of `all`, if they are few; otherwise none.
+    pub(crate) fn names(all: &[Unreadable]) -> Vec<String> {
+        /// With more than these, their number says more than their names.
+        const MAX_NAMED: usize = 3;
+        match all.len() {
+            0..=MAX_NAMED => all.iter().map(ToString::to_string).collect(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+impl fmt::Display for Unreadable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.comm {
+            Some(comm) => write!(f, "{}/{}", escape(comm), self.pid),
+            None => write!(f, "process {}", self.pid),
+        }
+    }
+}
+
 impl Process {
     /// The command and the place where it runs. Processes that are equal in both do the same work.
     pub(crate) fn kind(&self) -> ProcessKind<'_> {

@@ -282,7 +282,7 @@ fn young(kept: &Kept<'_>, by: KeptBy<'_>) -> Option<Advice> {
         true => min_age,
         false => min_age.saturating_sub(youngest),
     };
-    let command = reclaim_command(kept.process.id.pid, min_age);
+    let command = reclaim_command(kept.process.id.pid, by.rules);
     Some(Advice {
         process: Arc::clone(&kept.process),
         kept: quiet.len(),
@@ -298,9 +298,9 @@ fn young(kept: &Kept<'_>, by: KeptBy<'_>) -> Option<Advice> {
     })
 }
 
-/// The command that closes the dead descriptors of a process later, with the age of this run.
-fn reclaim_command(pid: i32, min_age: Duration) -> String {
-    let age = match min_age {
+/// The command that closes the dead descriptors of a process, with the rules of this run.
+pub fn reclaim_command(pid: i32, rules: &ReclaimRules) -> String {
+    let age = match rules.min_age {
         DEFAULT_RECLAIM_AGE => String::new(),
         // Without spaces, which would be other arguments.
         age => format!(
@@ -308,7 +308,8 @@ fn reclaim_command(pid: i32, min_age: Duration) -> String {
             format_duration(age).to_string().replace(' ', "")
         ),
     };
-    format!("cwkill reclaim --pid {pid}{age}")
+    let force = if rules.force { " --reclaim-force" } else { "" };
+    format!("cwkill reclaim --pid {pid}{age}{force}")
 }
 
 /// A time to wait, rounded up to seconds, in whole minutes if it is some.

@@ -21,7 +21,7 @@ use super::{exit_status, json, notes, reclaim, text};
 use builder::{Case, records};
 use cases::{acts, dead_cases, listings, plans, reclaims};
 use dead_builder::{DeadCase, dead_records};
-use screens::{check, many, screens, shown};
+use screens::{check, check_width, many, screens, shown};
 
 use crate::audit::record::{Caller, Entry};
 use crate::config::{Action, Format};
@@ -55,7 +55,7 @@ fn every_output_is_as_it_was() {
 #[test]
 fn the_columns_of_all_blocks_are_aligned() {
     let case = many("many", "", 1001);
-    let table = written(|out| text::write(&case.run(true), &case.config(false), false, out));
+    let table = written(|out| text::write(&case.run(true), &case.config(false), false, None, out));
     let rows = table.lines().filter(|line| line.starts_with("java"));
     let columns: BTreeSet<_> = rows.filter_map(|row| row.find("unread")).collect();
     assert!(table.contains("4000000"), "{table}");
@@ -80,7 +80,7 @@ fn outputs(case: &Case) -> Outputs {
         if (color && !case.colored) || config.format == Format::Quiet {
             continue;
         }
-        let table = written(|out| text::write(&run, &config, color, out));
+        let table = written(|out| text::write(&run, &config, color, None, out));
         section(
             &mut prose,
             format!("cwkill {}{how}", case.arguments).trim_end(),
@@ -119,7 +119,10 @@ fn outputs(case: &Case) -> Outputs {
             json::write_document(&run, &time_and_place(), out)
         })),
     ));
-    outputs.push(("jsonl", written(|out| json::write_lines(&run, out))));
+    outputs.push((
+        "jsonl",
+        written(|out| json::write_lines(&run, &time_and_place(), out)),
+    ));
     if case.long {
         outputs
             .iter_mut()
@@ -137,7 +140,7 @@ fn dead_outputs(case: &DeadCase) -> Outputs {
         if (color && !case.colored) || config.format == Format::Quiet {
             continue;
         }
-        let table = written(|out| reclaim::text::write(&run, &config, color, out));
+        let table = written(|out| reclaim::text::write(&run, &config, color, None, out));
         section(
             &mut prose,
             format!("cwkill reclaim {}{how}", case.arguments).trim_end(),
@@ -153,9 +156,22 @@ fn dead_outputs(case: &DeadCase) -> Outputs {
                 color: false,
                 ascii: true,
             };
-            let shown = written(|out| reclaim::screen::write(&run, &config, screen, &[], out));
+            let words = format!("reclaim {}", case.arguments);
+            let words: Vec<String> = words.split_whitespace().map(str::to_owned).collect();
+            let next = reclaim::next::line(&run, &config, &words);
+            let mut shown = written(|out| {
+                reclaim::screen::write(&run, &config, screen, &[], next.as_ref(), out)
+            });
+            shown.extend(next.iter().map(|next| format!("{next}\n")));
             check(&shown, screen);
             section(&mut prose, &format!("{columns}x{rows}"), &shown);
+        }
+        for columns in [80, 50] {
+            let config = case.config(true);
+            let shown =
+                written(|out| reclaim::text::write(&run, &config, false, Some(columns), out));
+            check_width(&shown, columns);
+            section(&mut prose, &format!("-v with {columns} columns"), &shown);
         }
     }
     section(&mut prose, "notes", &lines(reclaim::notes(&run)));
@@ -187,7 +203,7 @@ fn dead_outputs(case: &DeadCase) -> Outputs {
     ));
     outputs.push((
         "jsonl",
-        written(|out| reclaim::json::write_lines(&run, out)),
+        written(|out| reclaim::json::write_lines(&run, &time_and_place(), out)),
     ));
     outputs
 }

@@ -4,7 +4,6 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
-use std::sync::Arc;
 
 use rayon::prelude::*;
 use serde::Serialize;
@@ -15,15 +14,15 @@ use super::counts::{self, JsonProcessCount};
 use super::descriptors::{DescriptorCounts, JsonStop, json_stops};
 use super::serialize::{
     Endpoint, JsonAbsentOwner, JsonNetns, JsonOwner, JsonTimeAndPlace, SCHEMA_VERSION, endpoint,
-    json_absent_owners, json_netns, json_owners, json_time_and_place, millis, put, to_bytes,
+    json_absent_owners, json_netns, json_owners, json_time, json_time_and_place, millis, put,
+    to_bytes,
 };
-use super::{Run, SocketCounts, text};
+use super::{DeadOfProcess, Run, SocketCounts, text};
 use crate::filter::selectors::IN_USE_WITHIN;
 use crate::model::{
     Exclusion, Listener, ListeningSocket, Method, MethodError, Outcome, Owner, Plan, SkipReason,
     Spinning, Target, TimeAndPlace,
 };
-use crate::proc::Process;
 use crate::watch::NewSockets;
 
 /// Number of sockets that one thread serializes at a time. The blocks of a long list are serialized in parallel.
@@ -95,10 +94,16 @@ pub fn write_document(
 }
 
 /// Writes one line per socket, each a JSON object.
-pub fn write_lines(run: &Run, out: &mut dyn Write) -> io::Result<()> {
+pub fn write_lines(
+    run: &Run,
+    time_and_place: &TimeAndPlace,
+    out: &mut dyn Write,
+) -> io::Result<()> {
+    let time = &json_time(time_and_place);
     write_sockets(run, out, b"\n", |socket, bytes| {
         let line = SocketLine {
             schema_version: SCHEMA_VERSION,
+            time,
             owners_known: run.scan.owners_known,
             socket,
         };
@@ -222,13 +227,16 @@ struct JsonDead<'a> {
     pid: i32,
     comm: &'a str,
     dead: usize,
+    /// Those that `cwkill reclaim` would close.
+    closable: usize,
 }
 
-fn json_dead((process, dead): &(Arc<Process>, usize)) -> JsonDead<'_> {
+fn json_dead(dead: &DeadOfProcess) -> JsonDead<'_> {
     JsonDead {
-        pid: process.id.pid,
-        comm: &process.comm,
-        dead: *dead,
+        pid: dead.process.id.pid,
+        comm: &dead.process.comm,
+        dead: dead.count,
+        closable: dead.closable,
     }
 }
 
@@ -259,6 +267,8 @@ struct JsonSpinning<'a> {
 #[derive(Serialize)]
 struct SocketLine<'a> {
     schema_version: u32,
+    /// The start of the run.
+    time: &'a str,
     owners_known: bool,
     #[serde(flatten)]
     socket: JsonSocket<'a>,

@@ -45,12 +45,24 @@ pub struct Run {
     pub backlogs: Option<Vec<Backlog>>,
     /// What to do about the descriptors that `--reclaim` has kept.
     pub advice: Vec<Advice>,
-    /// The dead descriptors that match, by process; `None` if cwkill did not look for them. It looks only if no socket matches.
-    pub dead_descriptors: Option<Vec<(Arc<Process>, usize)>>,
+    /// The dead descriptors that match, by process; `None` if cwkill did not look for them. It looks only if no socket matches. `advice`
+    /// is about those that cannot be closed now.
+    pub dead_descriptors: Option<Vec<DeadOfProcess>>,
     /// Why cwkill could not look for dead descriptors.
     pub dead_descriptors_failure: Option<String>,
     /// The sockets that became stuck afterwards; `None` without a watch.
     pub new_sockets: Option<NewSockets>,
+}
+
+/// The dead descriptors of one process.
+#[derive(Clone, Debug)]
+pub struct DeadOfProcess {
+    pub process: Arc<Process>,
+    pub count: usize,
+    /// The number of those that nothing speaks against closing.
+    pub closable: usize,
+    /// Closes these.
+    pub command: String,
 }
 
 impl Run {

@@ -29,9 +29,14 @@ pub(super) struct JsonTimeAndPlace<'a> {
     boot_id: Option<&'a str>,
 }
 
+/// The time of a run, in RFC 3339.
+pub(super) fn json_time(time_and_place: &TimeAndPlace) -> String {
+    humantime::format_rfc3339_millis(time_and_place.time).to_string()
+}
+
 pub(super) fn json_time_and_place(time_and_place: &TimeAndPlace) -> JsonTimeAndPlace<'_> {
     JsonTimeAndPlace {
-        time: humantime::format_rfc3339_millis(time_and_place.time).to_string(),
+        time: json_time(time_and_place),
         host: &time_and_place.host,
         boot_id: time_and_place.boot_id.as_deref(),
     }

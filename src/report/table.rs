@@ -5,8 +5,9 @@ use std::fmt::Write as _;
 use comfy_table::{ContentArrangement, Table, presets};
 
 use crate::model::{Listener, ListeningSocket, Owner, Scan};
+use crate::proc::Process;
 use crate::proc::cgroup::{Cgroup, unescape};
-use crate::text::escape;
+use crate::text::{escape, short_name, wrap};
 
 /// A table without lines. Each column is as wide as its widest cell.
 pub(super) fn plain_table(color: bool) -> Table {
@@ -20,9 +21,88 @@ pub(super) fn plain_table(color: bool) -> Table {
     table
 }
 
+/// With less room for the sentences of its last column, a table loses another column.
+const LEAST_SENTENCE: usize = 24;
+/// If it has none left to lose, the sentences get so much all the same.
+const LEAST_WORD: usize = 8;
+
+/// The worth of a column that is never dropped.
+pub(super) const KEPT: u8 = u8::MAX;
+
+/// One column of a table that is to fit into a terminal.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wanted {
+    /// The columns with the lowest worth are dropped first; [`KEPT`] is never dropped.
+    pub worth: u8,
+    /// The columns of the terminal that its widest cell takes; of sentences `None`: they are broken between words.
+    pub width: Option<usize>,
+}
+
+/// Which columns of a table fit into `room` columns of a terminal, and what is left there for sentences.
+pub(super) fn fit(columns: &[Wanted], room: usize) -> (Vec<bool>, usize) {
+    /// The space between two columns.
+    const GAP: usize = 2;
+    let mut kept = vec![true; columns.len()];
+    loop {
+        let shown = || columns.iter().zip(&kept).filter(|(_, kept)| **kept);
+        let fixed: usize = shown()
+            .filter_map(|(column, _)| column.width)
+            .map(|width| width + GAP)
+            .sum();
+        let has_sentences = shown().any(|(column, _)| column.width.is_none());
+        let needed = match has_sentences {
+            true => fixed + LEAST_SENTENCE,
+            false => fixed.saturating_sub(GAP),
+        };
+        let worths = shown().map(|(column, _)| column.worth);
+        let least = worths.filter(|worth| *worth != KEPT).min();
+        match least {
+            Some(least) if needed > room => {
+                for (column, kept) in columns.iter().zip(&mut kept) {
+                    *kept &= column.worth != least;
+                }
+            }
+            _ => return (kept, room.saturating_sub(fixed).max(LEAST_WORD)),
+        }
+    }
+}
+
+/// The lines of a text below a table, broken between words where they are wider than the terminal.
+pub(super) fn broken(line: &str, columns: Option<usize>) -> Vec<String> {
+    /// The spaces before the later rows of a broken line.
+    const INDENT: usize = 2;
+    match columns {
+        Some(columns) => wrap(line, columns, INDENT),
+        None => vec![line.to_owned()],
+    }
+}
+
 /// The names of the processes and the numbers of their descriptors. Without `all`, only the first process and its first
 /// descriptor, with the number of the others.
 pub(super) fn names(scan: &Scan, owners: &[Owner], all: bool) -> (String, String) {
+    names_within(scan, owners, all, usize::MAX)
+}
+
+/// The longest name that the kernel keeps of a process. Only a name with escapes takes more columns.
+const NAME_WIDTH: usize = 15;
+
+/// The name and the number of a process, for a terminal: the name is cut if it has many escapes.
+pub(super) fn short_process(process: &Process) -> String {
+    process_within(process, NAME_WIDTH)
+}
+
+fn process_within(process: &Process, width: usize) -> String {
+    let name = short_name(&process.comm, width, false);
+    format!("{name}/{}", process.id.pid)
+}
+
+/// The same for a terminal without room.
+pub(super) fn short_names(scan: &Scan, owners: &[Owner]) -> (String, String) {
+    names_within(scan, owners, false, NAME_WIDTH)
+}
+
+/// The same with names of at most `width` columns.
+fn names_within(scan: &Scan, owners: &[Owner], all: bool, width: usize) -> (String, String) {
     let mut processes: Vec<&[Owner]> = by_process(owners).collect();
     let (count, first_fds) = match processes.first() {
         None if !scan.owners_known => return ("-".into(), "-".into()),
@@ -32,7 +112,7 @@ pub(super) fn names(scan: &Scan, owners: &[Owner], all: bool) -> (String, String
     if !all {
         processes.truncate(1);
     }
-    let name = |owners: &&[Owner]| owners[0].process.to_string();
+    let name = |owners: &&[Owner]| process_within(&owners[0].process, width);
     let fds = |owners: &&[Owner]| match all {
         true => join(owners.iter().map(ToString::to_string), ","),
         false => owners[0].to_string(),
@@ -85,4 +165,29 @@ pub(super) fn unit_text(cgroup: &Cgroup, all: bool) -> String {
         let _ = write!(name, " pod {pod}");
     }
     escape(&name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_least_worthy_columns_are_dropped_first() {
+        let column = |worth, width| Wanted { worth, width };
+        let columns = [
+            column(KEPT, Some(10)),
+            column(20, Some(20)),
+            column(30, Some(8)),
+            column(KEPT, None),
+        ];
+        let fitting = |room| fit(&columns, room);
+        assert_eq!(fitting(100), (vec![true; 4], 100 - 44));
+        assert_eq!(fitting(68), (vec![true; 4], 24));
+        assert_eq!(fitting(67), (vec![true, false, true, true], 67 - 22));
+        assert_eq!(fitting(45), (vec![true, false, false, true], 45 - 12));
+        assert_eq!(fitting(5), (vec![true, false, false, true], LEAST_WORD));
+        // Without sentences the last column needs no space after it.
+        assert_eq!(fit(&columns[..3], 42).0, [true; 3]);
+        assert_eq!(fit(&columns[..3], 41).0, [true, false, true]);
+    }
 }

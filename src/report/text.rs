@@ -6,15 +6,17 @@ use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use comfy_table::{Cell, CellAlignment, Color};
+use comfy_table::{Cell, CellAlignment, Color, ColumnConstraint, Width};
 
-use super::table::{has_unit, join, names, plain_table, unit_text};
+use super::table::{
+    KEPT, Wanted, broken, fit, has_unit, join, names, plain_table, short_names, unit_text,
+};
 use super::{Run, SocketCounts, advice, backlogs, descriptors};
 use crate::config::{Action, Config, Limit};
-use crate::model::{Cause, Outcome, Plan, Scan, SkipReason, Socket, Target};
+use crate::model::{Cause, Outcome, Owner, Plan, Scan, SkipReason, Socket, Target};
 use crate::sock_diag::Protocol;
 use crate::tcp::TcpState;
-use crate::text::{age, counted, escape};
+use crate::text::{age, columns_of, counted, escape};
 
 /// Number of rows that are laid out together. It is large enough for stable columns, and small enough that a listing of
 /// 100,000 sockets begins at once and needs little memory.
@@ -27,15 +29,24 @@ const TIME_WIDTH: u16 = 6;
 /// The width of the longest time in use, `999ms (in use)`.
 const TIME_IN_USE_WIDTH: u16 = 14;
 
-/// Writes the table and the summary.
-pub fn write(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io::Result<()> {
-    let layout = Layout::new(run, config);
+/// Writes the table and the summary. `columns`: of the terminal, if `out` is one.
+pub fn write(
+    run: &Run,
+    config: &Config,
+    color: bool,
+    columns: Option<usize>,
+    out: &mut dyn Write,
+) -> io::Result<()> {
+    let mut layout = Layout::new(run, config);
     let mut header = !config.no_header;
     let (targets, rest) = match config.limit {
         Some(Limit::Rows(rows)) => run.scan.targets.split_at(rows.min(run.scan.targets.len())),
         Some(Limit::All) | None => (&run.scan.targets[..], &[][..]),
     };
-    let mut widths = layout.least_widths(targets);
+    let mut widths = match columns {
+        Some(columns) => layout.fit(run, targets, columns),
+        None => layout.least_widths(targets),
+    };
     for block in targets.chunks(ROWS_PER_BLOCK) {
         layout.write_block(run, block, header, color, &mut widths, out)?;
         header = false;
@@ -44,16 +55,13 @@ pub fn write(run: &Run, config: &Config, color: bool, out: &mut dyn Write) -> io
         let more = counted(rest.len(), "more socket");
         writeln!(out, "and {more}: --limit all")?;
     }
-    writeln!(out, "{}", summary(run, config))?;
-    for line in backlogs::lines(run) {
-        writeln!(out, "{line}")?;
-    }
+    let mut lines = vec![summary(run, config)];
+    lines.extend(backlogs::lines(run));
     if run.reclaim_requested && run.acted && !run.scan.targets.is_empty() {
-        for line in descriptors::lines(&run.scan, &run.stops) {
-            writeln!(out, "{line}")?;
-        }
+        lines.extend(descriptors::lines(&run.scan, &run.stops));
     }
-    for line in advice::lines(&run.advice) {
+    lines.extend(advice::lines(&run.advice));
+    for line in lines.iter().flat_map(|line| broken(line, columns)) {
         writeln!(out, "{line}")?;
     }
     Ok(())
@@ -107,6 +115,25 @@ impl Column {
         )
     }
 
+    /// The columns with the lowest worth are dropped first from a terminal without room.
+    fn worth(self) -> u8 {
+        match self {
+            Column::Process | Column::Plan | Column::Result => KEPT,
+            Column::Local => 80,
+            Column::Cause => 70,
+            Column::Age => 65,
+            Column::Peer => 60,
+            Column::Fd => 55,
+            Column::State => 50,
+            Column::Idle => 40,
+            Column::RecvQ => 30,
+            Column::SendQ => 25,
+            Column::Protocol => 20,
+            Column::Netns => 15,
+            Column::Unit => 10,
+        }
+    }
+
     /// The cell of `target`. `process` and `fd` are its [`owner_cells`].
     fn cell(
         self,
@@ -121,7 +148,7 @@ impl Column {
             Column::Netns => Cell::new(escape(&scan.netns(target).label())),
             Column::Process => Cell::new(process),
             Column::Fd => Cell::new(fd),
-            Column::Unit => Cell::new(units(scan, target, verbose)),
+            Column::Unit => Cell::new(units(scan, target, layout.all_owners)),
             Column::Protocol => Cell::new(socket.protocol()),
             Column::State => Cell::new(socket.state),
             Column::Local => Cell::new(socket.tuple().local),
@@ -130,10 +157,7 @@ impl Column {
             Column::Idle => Cell::new(idle_text(socket, layout.mark_in_use)),
             Column::RecvQ => Cell::new(socket.recv_q),
             Column::SendQ => Cell::new(socket.send_q),
-            Column::Cause if socket.address_gone => {
-                Cell::new(format!("{}, address gone", socket.cause))
-            }
-            Column::Cause => Cell::new(socket.cause),
+            Column::Cause => Cell::new(cause_text(socket)),
             Column::Plan | Column::Result => last_cell(run, target, verbose),
         }
     }
@@ -159,6 +183,10 @@ fn last_cell(run: &Run, target: &Target, verbose: bool) -> Cell {
 struct Layout {
     columns: Vec<Column>,
     verbose: bool,
+    /// Every owner of a socket is named.
+    all_owners: bool,
+    /// The room for the sentences of the last column; `None`: they are not broken.
+    sentence: Option<u16>,
     /// Sockets in which data has moved within this time are marked. Only in a listing: otherwise they are not among the targets, or
     /// the operator wants them.
     mark_in_use: Duration,
@@ -189,6 +217,8 @@ impl Layout {
         Layout {
             columns,
             verbose: config.verbose,
+            all_owners: config.verbose,
+            sentence: None,
             mark_in_use: match config.action {
                 Action::List => config.mark_in_use,
                 Action::DryRun | Action::Act => Duration::ZERO,
@@ -229,6 +259,66 @@ impl Layout {
         self.columns.iter().map(width).collect()
     }
 
+    /// Fits the table into a terminal with so many columns: only the first owner of each socket is named, then columns are dropped, and the
+    /// sentences of the last one are broken between words. Returns the widths of the columns.
+    fn fit(&mut self, run: &Run, targets: &[Target], columns: usize) -> Vec<u16> {
+        // Any number: only whether there is one matters before the columns are known.
+        self.sentence = Some(0);
+        let mut wanted = self.wanted(run, targets);
+        let (kept, _) = fit(&wanted, columns);
+        if kept.contains(&false) {
+            self.all_owners = false;
+            wanted = self.wanted(run, targets);
+        }
+        let (kept, sentence) = fit(&wanted, columns);
+        let is_kept = |index: &usize| kept[*index];
+        let shown: Vec<usize> = (0..wanted.len()).filter(is_kept).collect();
+        self.columns = shown.iter().map(|index| self.columns[*index]).collect();
+        self.sentence = u16::try_from(sentence).ok();
+        let width = |index: &usize| wanted[*index].width.unwrap_or(0);
+        let narrow = |width| u16::try_from(width).unwrap_or(u16::MAX);
+        shown.iter().map(width).map(narrow).collect()
+    }
+
+    /// What each column takes.
+    fn wanted(&self, run: &Run, targets: &[Target]) -> Vec<Wanted> {
+        let scan = &run.scan;
+        let widest = |width: &dyn Fn(&Target) -> usize| targets.iter().map(width).max();
+        let digits = |number: u32| number.to_string().len();
+        let in_use = |target: &Target| target.socket.is_in_use(self.mark_in_use);
+        let of_state = |target: &Target| target.socket.state.to_string().len();
+        let owners = |target: &Target| owner_cells(scan, target, self);
+        let width = |column: Column| {
+            let cells = match column {
+                Column::Plan | Column::Result => return None,
+                Column::Netns => {
+                    let labels = scan.namespaces.iter();
+                    labels
+                        .map(|netns| columns_of(&escape(&netns.label())))
+                        .max()
+                }
+                Column::Process => widest(&|target| columns_of(&owners(target).0)),
+                Column::Fd => widest(&|target| columns_of(&owners(target).1)),
+                Column::Unit => widest(&|target| columns_of(&units(scan, target, self.all_owners))),
+                Column::Protocol => Some(Protocol::Mptcp.to_string().len()),
+                Column::State => widest(&of_state),
+                Column::Local => widest(&|target| length(target.socket.tuple().local)),
+                Column::Peer => widest(&|target| length(target.socket.tuple().peer)),
+                Column::Idle if targets.iter().any(in_use) => Some(TIME_IN_USE_WIDTH.into()),
+                Column::Age | Column::Idle => Some(TIME_WIDTH.into()),
+                Column::RecvQ => widest(&|target| digits(target.socket.recv_q)),
+                Column::SendQ => widest(&|target| digits(target.socket.send_q)),
+                Column::Cause => widest(&|target| cause_text(&target.socket).len()),
+            };
+            Some(cells.unwrap_or(0).max(column.header().len()))
+        };
+        let wanted = |column: &Column| Wanted {
+            worth: column.worth(),
+            width: width(*column),
+        };
+        self.columns.iter().map(wanted).collect()
+    }
+
     /// Writes a block of rows. `widths` has the width of the widest cell of each column so far, so that the columns of
     /// all blocks are aligned.
     fn write_block(
@@ -245,7 +335,7 @@ impl Layout {
             table.set_header(self.columns.iter().map(|column| column.header()));
         }
         for target in rows {
-            let (process, fd) = owner_cells(&run.scan, target, self.verbose);
+            let (process, fd) = owner_cells(&run.scan, target, self);
             let cell = |column: &Column| column.cell(run, target, (&process, &fd), self);
             table.add_row(self.columns.iter().map(cell));
         }
@@ -258,9 +348,12 @@ impl Layout {
         for ((laid_out, column), width) in table.column_iter_mut().zip(&self.columns).zip(&*widths)
         {
             laid_out.set_padding((0, 2));
-            laid_out.set_constraint(comfy_table::ColumnConstraint::LowerBoundary(
-                comfy_table::Width::Fixed(width + 2),
-            ));
+            laid_out.set_constraint(match (column, self.sentence) {
+                (Column::Plan | Column::Result, Some(sentence)) => {
+                    ColumnConstraint::UpperBoundary(Width::Fixed(sentence))
+                }
+                _ => ColumnConstraint::LowerBoundary(Width::Fixed(width + 2)),
+            });
             if column.is_number() {
                 laid_out.set_cell_alignment(CellAlignment::Right);
             }
@@ -269,6 +362,13 @@ impl Layout {
             writeln!(out, "{}", line.trim_end())?;
         }
         Ok(())
+    }
+}
+
+fn cause_text(socket: &Socket) -> String {
+    match socket.address_gone {
+        true => format!("{}, address gone", socket.cause),
+        false => socket.cause.to_string(),
     }
 }
 
@@ -296,12 +396,16 @@ fn idle_text(socket: &Socket, mark_in_use: Duration) -> String {
 }
 
 /// The cells for the owner of a socket and for its descriptor.
-fn owner_cells(scan: &Scan, target: &Target, verbose: bool) -> (String, String) {
+fn owner_cells(scan: &Scan, target: &Target, layout: &Layout) -> (String, String) {
+    let names = |owners: &[Owner]| match layout.sentence {
+        Some(_) if !layout.all_owners => short_names(scan, owners),
+        _ => names(scan, owners, layout.all_owners),
+    };
     if target.socket.cause == Cause::Orphan {
         return ("(orphan)".into(), "-".into());
     }
     if let Some(listener) = scan.listener(target) {
-        let (process, _) = names(scan, &listener.owners, verbose);
+        let (process, _) = names(&listener.owners);
         return match listener.sockets.len() {
             1 => (format!("{process} (listener)"), "-".into()),
             several => (
@@ -310,7 +414,7 @@ fn owner_cells(scan: &Scan, target: &Target, verbose: bool) -> (String, String) 
             ),
         };
     }
-    names(scan, &target.owners, verbose)
+    names(&target.owners)
 }
 
 /// The container or the unit of the first owner; with `all`, of all owners.
@@ -441,14 +545,14 @@ fn left_out_text(run: &Run, config: &Config, with_namespaces: bool) -> String {
 /// The dead descriptors, where no socket matches.
 fn dead_text(run: &Run) -> String {
     let by = run.dead_descriptors.as_deref().unwrap_or_default();
-    let count = by.iter().map(|(_, count)| count).sum();
+    let count = by.iter().map(|one| one.count).sum();
     let dead = counted(count, "dead descriptor");
     match by {
         [] => String::new(),
-        [(process, _)] => format!(
-            "{dead} in {process}: cwkill reclaim --pid {}",
-            process.id.pid
-        ),
+        [one] if one.closable == 0 => {
+            format!("{dead} in {}, none can be closed now", one.process)
+        }
+        [one] => format!("{dead} in {}: {}", one.process, one.command),
         several => format!(
             "{dead} in {}: cwkill reclaim lists them",
             counted(several.len(), "process")

@@ -154,6 +154,10 @@ fn json_lines_have_one_line_per_socket() -> Result<()> {
     for line in &lines {
         assert_eq!(at(line, "/schema_version"), "1");
         assert_eq!(at(line, "/local/port"), "8080");
+        // The start of the run.
+        assert_eq!(at(line, "/time"), at(&lines[0], "/time"));
+        let age = humantime::parse_rfc3339(&at(line, "/time"))?.elapsed()?;
+        assert!(age < PATIENCE, "{line}");
     }
     Ok(())
 }

@@ -20,6 +20,11 @@ pub const TESTS: &[Test] = &[
     once!(namespaces_that_were_not_looked_into_are_counted),
     once!(a_hostile_name_takes_little_room),
     once!(two_runs_have_the_same_order),
+    once!(many_processes_of_one_kind_have_one_row),
+    once!(every_socket_fits_into_a_narrow_terminal),
+    each_family!(at_its_limit_a_process_needs_its_descriptors_freed),
+    once!(the_next_command_comes_last),
+    once!(after_a_part_is_freed_the_rest_has_a_command),
 ];
 
 /// Runs cwkill on a terminal of this size, after `before`.
@@ -44,6 +49,12 @@ fn on_a_terminal(
 }
 
 const USUAL: (usize, usize) = (80, 24);
+
+/// The last line, without the option that only tests add.
+fn last(ran: &Ran) -> String {
+    let last = ran.stdout.lines().last().unwrap_or_default();
+    last.replace("--min-idle 0s ", "")
+}
 
 /// The row that begins with `name`, in words.
 #[track_caller]
@@ -127,7 +138,7 @@ fn every_socket_is_shown_on_request() -> Result<()> {
             .count()
     };
     for line in ["-v", "--limit all"] {
-        let ran = on_a_terminal(&lab, USUAL, "", line)?.exits(0);
+        let ran = on_a_terminal(&lab, (120, 24), "", line)?.exits(0);
         assert_eq!(rows(&ran), 41, "{ran:?}");
         assert!(ran.stdout.contains("RECV-Q"), "{ran:?}");
     }
@@ -308,6 +319,150 @@ fn a_hostile_name_takes_little_room() -> Result<()> {
     let short = format!("\\u{{1b}}\\u{{1b}}../{} ", leaker.pid());
     assert!(ran.stdout.contains(&short), "{ran:?}");
     assert!(ran.stdout.contains("FDS/LIMIT"), "{ran:?}");
+    Ok(())
+}
+
+fn many_processes_of_one_kind_have_one_row() -> Result<()> {
+    const PROCESSES: u16 = 10;
+    let lab = Lab::new()?;
+    let leaks: Vec<_> = (0..PROCESSES)
+        .map(|number| lab.start("drained", Family::V4, alone(8001 + number, 2)))
+        .collect::<Result<_>>()?;
+    let ran = on_a_terminal(&lab, (120, 24), "", "")?.exits(0);
+    let row = row(&ran, "leaky-app");
+    assert_eq!(
+        row[..4],
+        ["leaky-app", "(10", "processes)", "20"],
+        "{ran:?}"
+    );
+    assert_eq!(ran.stdout.matches("leaky-app (").count(), 1, "{ran:?}");
+    assert!(ran.stdout.contains("FDS/LIMIT"), "{ran:?}");
+    assert_eq!(last(&ran), "next: cwkill --process leaky-app -n");
+    let all = on_a_terminal(&lab, (120, 24), "", "-v")?.exits(0);
+    for leak in &leaks {
+        assert!(
+            all.stdout
+                .contains(&format!("leaky-app/{} ", leak.app().pid())),
+            "{all:?}"
+        );
+    }
+    // Other tests have processes of this name in other namespaces.
+    let line = "--process leaky-app -N /proc/self/ns/net --allow-spin -y";
+    let acted = on_a_terminal(&lab, (120, 24), "", line)?.exits(0);
+    let next = "next, in a minute: cwkill reclaim --process leaky-app";
+    assert_eq!(last(&acted), next);
+    Ok(())
+}
+
+fn every_socket_fits_into_a_narrow_terminal() -> Result<()> {
+    let lab = Lab::new()?;
+    let _first = lab.start("drained", Family::V4, alone(8001, 2))?;
+    let _second = lab.start("unread", Family::V6, alone(8002, 1))?;
+    let _third = lab.start("not-accepted", Family::V6, alone(8003, 1))?;
+    for (columns, line) in [
+        (80, "-v"),
+        (40, "-v"),
+        (80, "--limit all -n"),
+        (60, "-v -n"),
+    ] {
+        let ran = on_a_terminal(&lab, (columns, 24), "", line)?.exits(0);
+        for line in ran.stdout.lines() {
+            let is_one_word = line.split_whitespace().count() == 1;
+            assert!(line.len() <= columns || is_one_word, "{columns}: {ran:?}");
+        }
+        assert!(ran.stdout.contains("leaky-app/"), "{ran:?}");
+    }
+    Ok(())
+}
+
+/// The next command of a listing and of a dry run frees them too.
+fn at_its_limit_a_process_needs_its_descriptors_freed(family: Family) -> Result<()> {
+    let (lab, leak) = lab("drained", family, 3)?;
+    let pid = leak.app().pid();
+    let used = std::fs::read_dir(format!("/proc/{pid}/fd"))?.count();
+    let limit = |free: usize| -> Result<()> {
+        let line = format!("--pid {pid} --nofile={}:", used + free);
+        let command = lab.app_host().command("prlimit");
+        crate::support::ran(command.args(line.split(' ')))?.exits(0);
+        Ok(())
+    };
+    let last = |line: &str| -> Result<String> {
+        Ok(last(&on_a_terminal(&lab, USUAL, "", line)?.exits(0)))
+    };
+    limit(30)?;
+    assert_eq!(last("")?, format!("next: cwkill --pid {pid} -n"));
+    limit(1)?;
+    let listed = format!("next: cwkill --pid {pid} --reclaim -n");
+    assert_eq!(last("")?, listed);
+    let dry = format!("next: cwkill --pid {pid} --reclaim");
+    assert_eq!(last(&format!("--pid {pid} -n"))?, dry);
+    assert_eq!(last("-n")?, dry);
+    assert_eq!(last(&format!("--pid {pid} --reclaim -n"))?, dry);
+    Ok(())
+}
+
+fn the_next_command_comes_last() -> Result<()> {
+    let (lab, leak) = lab("drained", Family::V4, 2)?;
+    let line = "--port 8080 --allow-spin --watch-refill 300ms";
+    let ran = on_a_terminal(&lab, USUAL, "", line)?.exits(0);
+    let lines: Vec<&str> = ran.stdout.lines().collect();
+    let next = format!(
+        "next, in a minute: cwkill reclaim --pid {}",
+        leak.app().pid()
+    );
+    assert_eq!(lines.last(), Some(&next.as_str()), "{ran:?}");
+    let before = lines[lines.len() - 2];
+    assert!(before.starts_with("none new in "), "{ran:?}");
+    Ok(())
+}
+
+fn after_a_part_is_freed_the_rest_has_a_command() -> Result<()> {
+    let (lab, leak) = lab("drained", Family::V4, 3)?;
+    let pid = leak.app().pid();
+    cwkill(&lab, "--port 8080 --allow-spin")?.exits(0);
+    // None is free: a command that frees none is not the next one.
+    let ran = on_a_terminal(&lab, USUAL, "", &format!("--pid {pid} --drain-backlog"))?;
+    let next = format!("minute: cwkill reclaim --pid {pid}\n");
+    let later = ran.stdout.rsplit_once("next, in ");
+    let (_, later) = later.with_context(|| format!("no next command: {ran:?}"))?;
+    assert!(
+        later.ends_with(&next) || later.contains(" seconds: "),
+        "{ran:?}"
+    );
+    let first = leak.app_fds()[0];
+    let line = format!("reclaim --pid {pid} --fd {first} --reclaim-force --reclaim-age 0s");
+    let ran = on_a_terminal(&lab, USUAL, "", &line)?.exits(0);
+    assert!(
+        ran.stdout
+            .contains("1 dead descriptor: 1 freed; 2 more that --fd leaves alone\n"),
+        "{ran:?}"
+    );
+    let next = format!("\nnext: cwkill reclaim --pid {pid} --reclaim-age 0s\n");
+    assert!(ran.stdout.ends_with(&next), "{ran:?}");
+    let line = format!(
+        "reclaim --pid {pid} --fd {} --reclaim-force",
+        leak.app_fds()[1]
+    );
+    let ran = on_a_terminal(&lab, USUAL, "", &line)?.exits(0);
+    let (_, later) = ran.stdout.rsplit_once("next, in ").context("a command")?;
+    assert!(
+        later.contains(&format!(": cwkill reclaim --pid {pid}\n")),
+        "{ran:?}"
+    );
+    // A listing and a dry run lead to the act.
+    let listed = on_a_terminal(&lab, USUAL, "", "reclaim --reclaim-age 0s")?.exits(0);
+    // The peer has more, of its own ends.
+    let most = leak.peer().pid();
+    let next = format!("\nnext: cwkill reclaim --pid {most} --reclaim-age 0s -n\n");
+    assert!(listed.stdout.ends_with(&next), "{listed:?}");
+    let line = format!("reclaim --pid {pid} --reclaim-age 0s");
+    let dry = on_a_terminal(&lab, USUAL, "", &format!("{line} -n"))?.exits(0);
+    assert!(
+        dry.stdout.ends_with(&format!("\nnext: cwkill {line}\n")),
+        "{dry:?}"
+    );
+    let done = on_a_terminal(&lab, USUAL, "", &line)?.exits(0);
+    assert!(!done.stdout.contains("next"), "{done:?}");
     Ok(())
 }
 

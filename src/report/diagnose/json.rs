@@ -31,17 +31,19 @@ pub fn write(
 ) -> io::Result<()> {
     let elapsed = diagnosis.elapsed;
     let coverage = &diagnosis.scan.coverage;
+    let all = |healthy: bool| {
+        let processes = diagnosis.processes.iter();
+        let wanted = processes.filter(|process| process.is_healthy() == healthy);
+        wanted.map(|one| process(one, elapsed)).collect()
+    };
     let document = DiagnosisDocument {
         schema_version: SCHEMA_VERSION,
         cwkill_version: env!("CARGO_PKG_VERSION"),
         time_and_place: json_time_and_place(time_and_place),
         sample_seconds: elapsed.as_secs_f64(),
         total: counts(&diagnosis.total, elapsed, Circumstance::None),
-        processes: diagnosis
-            .processes
-            .iter()
-            .map(|p| process(p, elapsed))
-            .collect(),
+        processes: all(false),
+        healthy_processes: all(true),
         listeners: diagnosis
             .listeners
             .iter()
@@ -82,6 +84,8 @@ struct DiagnosisDocument<'a> {
     sample_seconds: f64,
     total: JsonCounts,
     processes: Vec<JsonProcess<'a>>,
+    /// Those that the operator names by their pids, and that leak nothing.
+    healthy_processes: Vec<JsonProcess<'a>>,
     listeners: Vec<JsonDiagnosedListener>,
     unknown_owner: Option<JsonCounts>,
     unreadable_processes: usize,

@@ -1,7 +1,7 @@
 //! The diagnosis for people: a summary, charts where there is room, and a block for each process and
 //! listener.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::time::Duration;
@@ -10,7 +10,7 @@ use super::bars;
 use crate::diagnose::counts::{AGES, SocketCounts};
 use crate::diagnose::pairing::{EndOwner, KnownBy, OtherEnd, OtherLeg};
 use crate::diagnose::suggest::Suggestion;
-use crate::diagnose::verdict::Circumstance;
+use crate::diagnose::verdict::{Circumstance, Condition};
 use crate::diagnose::{
     Diagnosis, ListenerDiagnosis, MAX_SHOWN, ProcessDiagnosis, SuspectCounts, verdict,
 };
@@ -359,13 +359,50 @@ fn process_block(
         (Some(used), Some(limit)) => {
             let percent = (used as u128 * 100) / u128::from(limit.max(1));
             let _ = write!(block, "\n  descriptors: {used} of {limit} ({percent}%)");
+            // The kernel gives out no number at or above the limit.
+            if used as u64 > limit {
+                block.push_str(": the limit was lowered after they were opened");
+            }
         }
         (Some(used), None) => {
             let _ = write!(block, "\n  descriptors: {used}, limit unknown");
         }
         (None, _) => block.push_str("\n  descriptors: could not be read"),
     }
+    push_accepting(&mut block, diagnosis);
     block
+}
+
+/// Whether connections wait at the listeners of a process that leaks nothing.
+fn push_accepting(block: &mut String, diagnosis: &ProcessDiagnosis) {
+    let listeners = &diagnosis.accepting;
+    if listeners.is_empty() {
+        return;
+    }
+    let ports: BTreeSet<u16> = listeners.iter().map(|listener| listener.port).collect();
+    let named = ports.iter().take(MAX_NAMED);
+    let mut names: Vec<String> = named.map(|port| format!(":{port}")).collect();
+    if ports.len() > MAX_NAMED {
+        names.push(format!("{} more", ports.len() - MAX_NAMED));
+    }
+    let at = names.join(", ");
+    let waiting: u64 = listeners
+        .iter()
+        .map(|listener| u64::from(listener.waiting))
+        .sum();
+    let waiting = usize::try_from(waiting).unwrap_or(usize::MAX);
+    let runs = diagnosis.condition == Condition::Normal;
+    let _ = match waiting {
+        0 if runs && !diagnosis.is_at_limit() => {
+            write!(block, "\n  it can accept, and no connection waits at {at}")
+        }
+        0 => write!(block, "\n  no connection waits at {at}"),
+        1 => write!(block, "\n  1 connection waits at {at} for accept(2)"),
+        _ => write!(
+            block,
+            "\n  {waiting} connections wait at {at} for accept(2)"
+        ),
+    };
 }
 
 /// The suspects of a process, together with those of its siblings.

@@ -21,8 +21,8 @@ use crate::proc::cgroup::Cgroup;
 use crate::proc::netns::Netns;
 use crate::proc::{AbsentOwner, FdState, OwnerKind, Process, ProcessId, RemoteFd};
 use crate::reclaim::{ReclaimRules, StopStats};
-use crate::report::Run;
 use crate::report::advice::{Advice, Facts, KeptBy, advise, kept};
+use crate::report::{DeadOfProcess, Run};
 use crate::sock_diag::testdata::stuck;
 use crate::sock_diag::{DiagId, Family, SocketMessage};
 use crate::watch::NewSockets;
@@ -565,7 +565,13 @@ impl Case {
         let rules = config.reclaim.as_ref().filter(|_| reclaimed);
         let advice = rules.map(|rules| advice(owners, rules, (true, !acted)));
         let dead = self.dead.iter();
-        let dead = dead.map(|(who, count)| (who.process(), *count)).collect();
+        let dead = dead.map(|(who, count)| DeadOfProcess {
+            process: who.process(),
+            count: *count,
+            closable: *count,
+            command: format!("cwkill reclaim --pid {}", who.1),
+        });
+        let dead = dead.collect();
         Run {
             advice: advice.unwrap_or_default(),
             dead_descriptors: scan.targets.is_empty().then_some(dead),

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use super::builder::{Case, Listening, Matched, Who, case, socket};
 use super::{elided, notes, section, text, written};
+use crate::diagnose::limit::is_reached;
 use crate::finder::table_use::TableUse;
 use crate::proc::ProcessId;
 use crate::report::Run;
@@ -23,6 +24,9 @@ static WEB: Listening = Listening("[::]:443", 129, 128, &[(&NGINX, 6)]);
 
 /// A table in a pipe with more lines is shown only in part.
 const LONG: usize = 40;
+
+/// A run with more sockets is not shown with -v.
+const SHORT: usize = 100;
 
 /// The sizes of a terminal.
 const SIZES: [(usize, usize); 4] = [(80, 24), (120, 40), (20, 24), (80, 3)];
@@ -91,15 +95,43 @@ fn leak(count: usize) -> Vec<Matched> {
     (0..count).map(one).collect()
 }
 
+/// A process for each number, with a name of its own.
+fn distinct(number: i32) -> &'static Who {
+    let name: &'static str = Box::leak(format!("worker{number}").into_boxed_str());
+    Box::leak(Box::new(Who(name, 10_000 + number, "0::/")))
+}
+
 /// Processes with sockets of their own, each with fewer than the one before.
-fn processes(count: i32) -> Vec<Matched> {
+fn processes(count: i32, who: fn(i32) -> &'static Who) -> Vec<Matched> {
     let sockets = |number: i32| {
-        let who = worker(number);
+        let who = who(number);
         let count = usize::try_from(1 + 20 / (number + 1)).expect("a count");
         let first = usize::try_from(number).expect("a number") * 30;
         (first..first + count).map(move |number| numbered(number, "10.0.0.1:9000").owner(who, 4))
     };
     (0..count).flat_map(sockets).collect()
+}
+
+/// A process for each connection, two of which share theirs with a process of another kind.
+fn one_kind(count: i32) -> Vec<Matched> {
+    let mut sockets: Vec<Matched> = (0..count)
+        .map(|number| {
+            let index = usize::try_from(number).expect("a number");
+            numbered(index, "10.0.0.1:22").owner(worker(number), 3)
+        })
+        .collect();
+    sockets.push(
+        numbered(100, "10.0.0.1:22")
+            .owner(worker(0), 4)
+            .owner(&JAVA, 9),
+    );
+    sockets.push(
+        numbered(101, "10.0.0.1:22")
+            .owner(worker(1), 4)
+            .owner(worker(2), 5),
+    );
+    sockets.push(numbered(102, "10.0.0.1:8080").owner(&NODE, 4));
+    sockets
 }
 
 pub fn screens() -> Vec<Case> {
@@ -140,7 +172,15 @@ pub fn screens() -> Vec<Case> {
         case("screens-5", "").sockets(leak(5)),
         case("screens-5000", "").sockets(leak(5000)),
         case("screens-100000", "").sockets(leak(100_000)),
-        case("screens-processes", "").sockets(processes(10_000)),
+        case("screens-processes", "").sockets(processes(10_000, distinct)),
+        case("screens-one-kind", "").sockets(one_kind(60)),
+        case("screens-one-kind-act", "--all").sockets(
+            one_kind(60)
+                .into_iter()
+                .map(|socket| planned(socket).closed_by("shutdown").still_open()),
+        ),
+        case("screens-one-kind-many", "").sockets(processes(10_000, worker)),
+        case("screens-few-of-a-kind", "").sockets(processes(9, worker)),
         case("screens-nothing", ""),
         case("screens-names", "").sockets([
             numbered(1, "10.0.0.1:80").owner(&ESCAPES, 3),
@@ -155,7 +195,7 @@ pub fn screens() -> Vec<Case> {
             .sockets(act())
             .colored(),
         case("screens-dry-run", "--port 80,81,443,8080 -n").sockets(dry_run()),
-        case("screens-limit", "--limit 2").sockets(processes(6)),
+        case("screens-limit", "--limit 2").sockets(processes(6, distinct)),
         case("screens-reclaim", "--all --reclaim")
             .sockets([
                 closed(1).reclaim("freed"),
@@ -215,7 +255,11 @@ pub fn shown(case: &Case) -> String {
             .split_whitespace()
             .map(str::to_owned)
             .collect();
-        let overview = Overview::new(&run, &config, screen, &messages, &words);
+        let is_at_limit = |id: ProcessId| {
+            let table = tables.get(&id).copied().unwrap_or_default();
+            is_reached(table.used.map(|used| used as u64), table.limit)
+        };
+        let overview = Overview::new(&run, &config, screen, &messages, &words, &is_at_limit);
         let mut lines = written(|out| overview.write(&tables, out));
         for message in messages.iter().map(String::as_str).chain(overview.next()) {
             lines += &format!("{message}\n");
@@ -225,13 +269,40 @@ pub fn shown(case: &Case) -> String {
         }
         section(&mut prose, &format!("{columns}x{rows}"), &lines);
     }
-    let table = written(|out| text::write(&run, &config, case.colored, out));
+    let table = written(|out| text::write(&run, &config, case.colored, None, out));
     let table = match table.lines().count() > LONG {
         true => elided(&table),
         false => table,
     };
     section(&mut prose, "in a pipe", &table);
+    // Laid out twice, a long table takes its time.
+    if run.scan.targets.len() > SHORT {
+        return prose;
+    }
+    let verbose = case.config(true);
+    for columns in [80, 40] {
+        let table = written(|out| text::write(&run, &verbose, case.colored, Some(columns), out));
+        if !case.colored {
+            check_width(&table, columns);
+        }
+        let table = match table.lines().count() > LONG {
+            true => elided(&table),
+            false => table,
+        };
+        section(&mut prose, &format!("-v with {columns} columns"), &table);
+    }
     prose
+}
+
+/// No line of a table is wider than the terminal, except one word.
+pub fn check_width(lines: &str, columns: usize) {
+    for line in lines.lines() {
+        let is_one_word = line.split_whitespace().count() == 1;
+        assert!(
+            columns_of(line) <= columns || is_one_word,
+            "{columns}: {line}"
+        );
+    }
 }
 
 /// No row is broken by the terminal, except one word that is wider, and all rows fit with the prompt.

@@ -1,9 +1,9 @@
-//! The overview: what a run shows on a terminal. It takes one screen: a row for each process and listener, the reasons that many
-//! sockets share, the totals, and the next command to type. `rows` makes the rows, `layout` fits them into the terminal, `next`
-//! chooses the command.
+//! The overview: what a run shows on a terminal. It takes one screen: a row for each process and listener, with one row for many
+//! processes of the same kind, the reasons that many sockets share, the totals, and the next command to type. `rows` makes the rows,
+//! `layout` fits them into the terminal, `next` chooses the command.
 
 pub(super) mod layout;
-mod next;
+pub(in crate::report) mod next;
 pub(super) mod reasons;
 mod rows;
 
@@ -67,6 +67,8 @@ const UNIT_WIDTH: usize = 24;
 const INDENT: usize = 2;
 /// A process with less than this part of its descriptors free is marked.
 const NEARLY_FULL: u128 = 90;
+/// The descriptors of more processes of one kind are not counted.
+const MAX_COUNTED: usize = 64;
 
 /// The overview of a run.
 #[derive(Debug)]
@@ -84,13 +86,15 @@ pub struct Overview<'r> {
 }
 
 impl<'r> Overview<'r> {
-    /// `messages`: the lines that follow on stderr. `words`: the command line, without the name of the program.
+    /// `messages`: the lines that follow on stderr. `words`: the command line, without the name of the program. `is_at_limit`: whether a
+    /// process has almost no free descriptor.
     pub fn new(
         run: &'r Run,
         config: &'r Config,
         screen: Screen,
         messages: &[String],
         words: &[String],
+        is_at_limit: &dyn Fn(ProcessId) -> bool,
     ) -> Self {
         let is_listing = config.action == Action::List;
         let rows = rows::rows(run, !is_listing);
@@ -117,7 +121,7 @@ impl<'r> Overview<'r> {
         lines.extend(advice::lines(&run.advice));
         lines.extend(run.scan.namespaces_left_out());
         let tail: Vec<String> = lines.iter().flat_map(|line| screen.broken(line)).collect();
-        let next = next::line(run, config, &rows, words);
+        let next = next::line(run, config, &rows, words, is_at_limit);
         let below = tail.iter().chain(messages).chain(&next);
         let shown = match config.limit {
             Some(Limit::Rows(limit)) => limit,
@@ -139,9 +143,7 @@ impl<'r> Overview<'r> {
     /// The processes whose descriptors the table shows.
     pub fn processes(&self) -> Vec<ProcessId> {
         let shown = self.rows[..self.shown].iter();
-        let mut ids: Vec<ProcessId> = shown
-            .filter_map(|row| row.process().map(|process| process.id))
-            .collect();
+        let mut ids: Vec<ProcessId> = shown.flat_map(counted_processes).collect();
         ids.sort_unstable();
         ids.dedup();
         ids
@@ -162,15 +164,15 @@ impl<'r> Overview<'r> {
         if !rest.is_empty() {
             let sockets: usize = rest.iter().map(|row| row.sockets).sum();
             let is_process = |row: &Row<'_>| matches!(row.subject, Subject::Process(_));
-            let kind = match rest.iter().all(is_process) {
-                true => "more process",
-                false => "more row",
+            let rows = match rest.iter().all(is_process) {
+                true => {
+                    let processes = rest.iter().map(|row| row.processes.len());
+                    counted(processes.sum(), "more process")
+                }
+                false => counted(rest.len(), "more row"),
             };
-            let more = format!(
-                "and {} with {}: -v shows all",
-                counted(rest.len(), kind),
-                counted(sockets, "socket"),
-            );
+            let sockets = counted(sockets, "socket");
+            let more = format!("and {rows} with {sockets}: -v shows all");
             for line in self.screen.broken(&more) {
                 writeln!(out, "{line}")?;
             }
@@ -207,11 +209,7 @@ impl<'r> Overview<'r> {
         tables: &HashMap<ProcessId, TableUse>,
         width: usize,
     ) -> Vec<Column> {
-        let table_of = |row: &Row<'_>| {
-            let process = row.process();
-            let table = process.and_then(|process| tables.get(&process.id));
-            table.copied().unwrap_or_default()
-        };
+        let table_of = |row: &Row<'_>| table_of(row, tables);
         let count = |header, worth, color, value: fn(&Counts) -> usize| Column {
             header,
             worth,
@@ -332,8 +330,9 @@ impl<'r> Overview<'r> {
 
     /// Who is responsible, in at most `width` columns, if that leaves room for the number and two columns of the name.
     fn name(&self, row: &Row<'_>, width: usize) -> String {
+        /// Columns of a name that always remain.
+        const LEAST: usize = 2;
         let of_process = |process: &Process, ending: &str| {
-            const LEAST: usize = 2;
             let number = format!("/{}", process.id.pid);
             let rest = match number.len() + ending.len() + LEAST <= width {
                 true => number + ending,
@@ -347,6 +346,12 @@ impl<'r> Overview<'r> {
             false => "-",
         };
         match row.subject {
+            Subject::Process(process) if row.is_folded() => {
+                let number = format!(" ({} processes)", row.processes.len());
+                let ending = with_others(number, row.others);
+                let room = width.saturating_sub(ending.len()).clamp(LEAST, NAME_WIDTH);
+                short_name(&process.comm, room, self.screen.ascii) + &ending
+            }
             Subject::Process(process) => {
                 of_process(process, &with_others(String::new(), row.others))
             }
@@ -434,7 +439,45 @@ fn ports(row: &Row<'_>) -> Cell {
     cell
 }
 
-/// The open descriptors against their limit.
+/// The processes of a row whose descriptors are counted for it.
+fn counted_processes(row: &Row<'_>) -> Vec<ProcessId> {
+    match row.processes.len() {
+        // A listener.
+        0 => row
+            .process()
+            .map(|process| process.id)
+            .into_iter()
+            .collect(),
+        1..=MAX_COUNTED => row.processes.clone(),
+        _ => Vec::new(),
+    }
+}
+
+/// The descriptors of a row: those of the process that is nearest to its limit, and the dead ones of all its processes.
+fn table_of(row: &Row<'_>, tables: &HashMap<ProcessId, TableUse>) -> TableUse {
+    let processes = counted_processes(row);
+    let tables = || processes.iter().filter_map(|id| tables.get(id));
+    let fullest = tables().max_by(|a, b| {
+        let key = |table: &TableUse| {
+            let limit = table.limit.unwrap_or(u64::MAX).max(1);
+            table.used.map(|used| used as f64 / limit as f64)
+        };
+        key(a)
+            .partial_cmp(&key(b))
+            .unwrap_or(std::cmp::Ordering::Equal)
+    });
+    let Some(fullest) = fullest else {
+        return TableUse::default();
+    };
+    let are_all_known = tables().count() == processes.len();
+    let dead = tables().map(|table| table.dead).sum::<Option<usize>>();
+    TableUse {
+        dead: dead.filter(|_| are_all_known),
+        ..*fullest
+    }
+}
+
+/// The taken descriptors against their limit.
 fn fds(table: TableUse) -> Cell {
     let limit = match table.limit {
         None => "?".to_owned(),

@@ -2,72 +2,125 @@
 
 use super::rows::{Row, Subject};
 use crate::config::{Action, Config};
+use crate::proc::ProcessId;
 use crate::proc::netns::NetnsScope;
 use crate::report::Run;
+use crate::report::advice::Advice;
 use crate::text::{escape, shell_line};
 
 /// The line with the next command, if there is one. `words`: the command line of this run, without the name of the program.
-pub fn line(run: &Run, config: &Config, rows: &[Row<'_>], words: &[String]) -> Option<String> {
+/// `is_at_limit`: whether a process has almost no free descriptor. For such a one the command frees the descriptors, too.
+pub fn line(
+    run: &Run,
+    config: &Config,
+    rows: &[Row<'_>],
+    words: &[String],
+    is_at_limit: &dyn Fn(ProcessId) -> bool,
+) -> Option<String> {
+    let planned = || rows.iter().filter(|row| row.counts.planned > 0);
+    let reclaim = || "--reclaim".to_owned();
+    // The most urgent row, with what frees its descriptors; else the first one.
+    let selected = |rows: &mut dyn Iterator<Item = &Row<'_>>| {
+        let rows: Vec<&Row<'_>> = rows.collect();
+        let full = first_at_limit(&rows, config, is_at_limit);
+        let full = full.and_then(|row| Some([selector(row)?, vec![reclaim()]].concat()));
+        full.or_else(|| rows.iter().find_map(|row| selector(row)))
+    };
     let typed = |more: &[String]| command(&[words, more].concat());
     let without_dry_run = |more: &[String]| command(&[&without_dry_run(words), more].concat());
     let command = match config.action {
-        Action::List => match rows.iter().find_map(selector) {
-            Some(selector) => typed(&[&selector[..], &["-n".to_owned()]].concat()),
+        Action::List => match selected(&mut rows.iter()) {
+            Some(selected) => typed(&[&selected[..], &["-n".to_owned()]].concat()),
             None if rows.is_empty() && run.scan.coverage.namespaces_not_looked_into > 0 => {
                 typed(&["--all-netns".to_owned()])
             }
             None => None,
         },
-        Action::DryRun => {
-            let mut planned = rows.iter().filter(|row| row.counts.planned > 0);
-            match config.selects {
-                true => planned.next().and_then(|_| without_dry_run(&[])),
-                false => planned
-                    .find_map(selector)
-                    .and_then(|selector| without_dry_run(&selector)),
-            }
+        Action::DryRun if config.selects => {
+            let planned: Vec<&Row<'_>> = planned().collect();
+            let full = first_at_limit(&planned, config, is_at_limit).map(|_| reclaim());
+            let first = planned.first();
+            first.and_then(|_| without_dry_run(&Vec::from_iter(full)))
         }
+        Action::DryRun => selected(&mut planned()).and_then(|selected| without_dry_run(&selected)),
         Action::Act => return after_an_act(run, config, rows),
     };
     command.map(|command| format!("next: {command}"))
 }
 
+/// Of so many processes cwkill looks whether they are at their limit: those with the most sockets.
+const MAX_LOOKED_AT: usize = 64;
+
+/// The first row with a process that has almost no free descriptor; `None` also if descriptors are to be freed anyway.
+fn first_at_limit<'a, 'r>(
+    rows: &[&'a Row<'r>],
+    config: &Config,
+    is_at_limit: &dyn Fn(ProcessId) -> bool,
+) -> Option<&'a Row<'r>> {
+    let processes = rows
+        .iter()
+        .flat_map(|row| row.processes.iter().map(move |process| (*row, *process)));
+    let mut first = processes.take(MAX_LOOKED_AT);
+    let full = first.find(|(_, process)| config.reclaim.is_none() && is_at_limit(*process));
+    full.map(|(row, _)| row)
+}
+
 /// After an act: why sockets leak that could not be closed, or how to free the descriptors of those that were.
 fn after_an_act(run: &Run, config: &Config, rows: &[Row<'_>]) -> Option<String> {
-    let pid = |row: &Row<'_>| Some(row.process()?.id.pid.to_string());
-    if let Some([(process, _)]) = run.dead_descriptors.as_deref() {
-        let words = ["reclaim", "--pid", &process.id.pid.to_string()].map(str::to_owned);
-        return command(&words).map(|command| format!("next: {command}"));
+    let next = |words: Vec<String>| command(&words).map(|command| format!("next: {command}"));
+    if let Some([dead]) = run.dead_descriptors.as_deref() {
+        return match dead.closable {
+            0 => of_advice(&run.advice),
+            _ => Some(format!("next: {}", dead.command)),
+        };
     }
     let mut left = rows
         .iter()
         .filter(|row| row.counts.kept + row.counts.failed > 0);
-    if let Some(pid) = left.find_map(pid) {
-        let mut words = ["diagnose", "--pid", &pid].map(str::to_owned).to_vec();
+    if let Some(owner) = left.find_map(owner) {
+        let mut words = [vec!["diagnose".to_owned()], owner].concat();
         match &config.netns {
             NetnsScope::Current => {}
             NetnsScope::Named(name) => words.extend(["--netns".to_owned(), name.clone()]),
             NetnsScope::All => words.push("--all-netns".to_owned()),
         }
-        return command(&words).map(|command| format!("next: {command}"));
+        return next(words);
+    }
+    if run.reclaim_requested {
+        return of_advice(&run.advice);
     }
     let mut open = rows.iter().filter(|row| row.counts.open > 0);
-    if run.reclaim_requested {
-        let advice = run.advice.first()?;
-        let command = advice.commands.first()?;
-        return Some(match &advice.after {
-            Some(time) => format!("next, in {time}: {command}"),
-            None => format!("next: {command}"),
-        });
-    }
-    let words = ["reclaim", "--pid", &open.find_map(pid)?].map(str::to_owned);
+    let words = [vec!["reclaim".to_owned()], open.find_map(owner)?].concat();
     command(&words).map(|command| format!("next, in a minute: {command}"))
+}
+
+/// The first command of the advice about descriptors that were kept.
+pub(in crate::report) fn of_advice(advice: &[Advice]) -> Option<String> {
+    let advice = advice.iter().find(|one| !one.commands.is_empty())?;
+    let command = &advice.commands[0];
+    Some(match &advice.after {
+        Some(time) => format!("next, in {time}: {command}"),
+        None => format!("next: {command}"),
+    })
+}
+
+/// Selects the owners of a row.
+fn owner(row: &Row<'_>) -> Option<Vec<String>> {
+    let process = row.process()?;
+    // A name may have characters that a pattern has.
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.+:/ ".contains(c);
+    Some(
+        match row.is_folded() && process.comm.chars().all(is_plain) {
+            true => vec!["--process".into(), process.comm.clone()],
+            false => vec!["--pid".into(), process.id.pid.to_string()],
+        },
+    )
 }
 
 /// Selects the sockets of a row.
 fn selector(row: &Row<'_>) -> Option<Vec<String>> {
     match row.subject {
-        Subject::Process(process) => Some(vec!["--pid".into(), process.id.pid.to_string()]),
+        Subject::Process(_) => owner(row),
         Subject::Listener(listener) => {
             Some(vec!["--port".into(), listener.local.port().to_string()])
         }
@@ -76,7 +129,7 @@ fn selector(row: &Row<'_>) -> Option<Vec<String>> {
 }
 
 /// A command line to paste; `None` if a word has characters that must not reach a terminal.
-fn command(words: &[String]) -> Option<String> {
+pub(in crate::report) fn command(words: &[String]) -> Option<String> {
     let is_safe = |word: &String| escape(word) == *word;
     let words: Vec<String> = ["cwkill".to_owned()]
         .into_iter()
@@ -86,7 +139,7 @@ fn command(words: &[String]) -> Option<String> {
 }
 
 /// The command line without `--dry-run`.
-fn without_dry_run(words: &[String]) -> Vec<String> {
+pub(in crate::report) fn without_dry_run(words: &[String]) -> Vec<String> {
     let mut left = Vec::with_capacity(words.len());
     for word in words {
         if ["-n", "--dry-run", "--dryrun"].contains(&word.as_str()) {

@@ -1,4 +1,4 @@
-//! The rows of the overview: one for each process and listener.
+//! The rows of the overview: one for each process and listener, and one for many processes of the same kind.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -7,13 +7,19 @@ use std::time::Duration;
 
 use super::reasons::{self, Reason};
 use crate::model::{Cause, Listener, Outcome, Scan, Target};
-use crate::proc::{FdState, Process, ProcessId};
+use crate::proc::{FdState, Process, ProcessId, ProcessKind};
 use crate::report::Run;
 
-/// The sockets of one process or listener.
+/// So many processes of one kind have one row: a screen of equal rows hides the others.
+const FOLDED_FROM: usize = 10;
+
+/// The sockets of one process or listener, or of many processes of the same kind.
 #[derive(Debug)]
 pub struct Row<'r> {
+    /// Of many processes, the one with the most sockets.
     pub subject: Subject<'r>,
+    /// The processes of a row of processes, those with the most sockets first.
+    pub processes: Vec<ProcessId>,
     /// The number of other processes that have descriptors of the same sockets.
     pub others: usize,
     /// The number of sockets.
@@ -67,8 +73,13 @@ enum Key {
 
 impl<'r> Row<'r> {
     fn new(subject: Subject<'r>) -> Self {
+        let processes = match subject {
+            Subject::Process(process) => vec![process.id],
+            Subject::Listener(_) | Subject::Unknown | Subject::Kernel => Vec::new(),
+        };
         Row {
             subject,
+            processes,
             others: 0,
             sockets: 0,
             oldest: None,
@@ -91,6 +102,29 @@ impl<'r> Row<'r> {
         }
     }
 
+    /// Whether it is about many processes of the same kind.
+    pub fn is_folded(&self) -> bool {
+        self.processes.len() > 1
+    }
+
+    /// Adds the row of another process of the same kind. Who else has its sockets is set later.
+    fn merge(&mut self, other: Row<'r>) {
+        self.processes.extend(other.processes);
+        self.sockets += other.sockets;
+        self.oldest = self.oldest.max(other.oldest);
+        add_counts(&mut self.causes, other.causes);
+        add_counts(&mut self.states, other.states);
+        for (port, count) in other.local_ports {
+            *self.local_ports.entry(port).or_default() += count;
+        }
+        for (port, count) in other.peer_ports {
+            *self.peer_ports.entry(port).or_default() += count;
+        }
+        self.namespaces.extend(other.namespaces);
+        self.counts.merge(other.counts);
+        self.reasons.extend(other.reasons);
+    }
+
     fn add(&mut self, target: &Target, with_reasons: bool) {
         let socket = &target.socket;
         let tuple = socket.tuple();
@@ -109,7 +143,23 @@ impl<'r> Row<'r> {
     }
 }
 
+fn add_counts<T: Ord>(counts: &mut BTreeMap<T, usize>, others: BTreeMap<T, usize>) {
+    for (key, count) in others {
+        *counts.entry(key).or_default() += count;
+    }
+}
+
 impl Counts {
+    fn merge(&mut self, other: Counts) {
+        self.closed += other.closed;
+        self.closing += other.closing;
+        self.gone += other.gone;
+        self.kept += other.kept;
+        self.failed += other.failed;
+        self.planned += other.planned;
+        self.open += other.open;
+    }
+
     fn add(&mut self, target: &Target) {
         *match target.outcome {
             Some(Outcome::Closed(_)) => &mut self.closed,
@@ -145,6 +195,56 @@ fn place<'r>(scan: &'r Scan, target: &'r Target) -> (Key, Subject<'r>) {
     }
 }
 
+/// The kind of the processes of a row.
+fn kind<'r>(row: &Row<'r>) -> Option<ProcessKind<'r>> {
+    match row.subject {
+        Subject::Process(process) => Some(process.kind()),
+        Subject::Listener(_) | Subject::Unknown | Subject::Kernel => None,
+    }
+}
+
+/// The rows, with one for all processes of a kind that has many. `others`: for each row by its index, the other processes that have
+/// descriptors of its sockets.
+fn folded(rows: Vec<Row<'_>>, mut others: HashMap<usize, HashSet<ProcessId>>) -> Vec<Row<'_>> {
+    let mut by_kind: HashMap<ProcessKind<'_>, usize> = HashMap::new();
+    for row in rows.iter().filter_map(kind) {
+        *by_kind.entry(row).or_default() += 1;
+    }
+    let mut places: HashMap<ProcessKind<'_>, usize> = HashMap::new();
+    let mut indexed: Vec<(usize, Row<'_>)> = rows.into_iter().enumerate().collect();
+    // The process with the most sockets gives its row to the others of its kind.
+    indexed.sort_by_cached_key(|(_, row)| (Reverse(row.sockets), row.processes.first().copied()));
+    let mut folded: Vec<(Row<'_>, HashSet<ProcessId>)> = Vec::with_capacity(indexed.len());
+    for (index, row) in indexed {
+        let others = others.remove(&index).unwrap_or_default();
+        let many = kind(&row).filter(|kind| by_kind[kind] >= FOLDED_FROM);
+        match many.and_then(|kind| places.get(&kind).copied()) {
+            Some(place) => {
+                let (first, first_others) = &mut folded[place];
+                first.merge(row);
+                first_others.extend(others);
+            }
+            None => {
+                if let Some(kind) = many {
+                    places.insert(kind, folded.len());
+                }
+                folded.push((row, others));
+            }
+        }
+    }
+    let mut rows = Vec::with_capacity(folded.len());
+    for (mut row, mut others) in folded {
+        if row.is_folded() {
+            for process in &row.processes {
+                others.remove(process);
+            }
+        }
+        row.others = others.len();
+        rows.push(row);
+    }
+    rows
+}
+
 /// The rows, that with the most sockets first. Rows with as many keep the order of their process numbers, so that a later run shows
 /// them in the same order.
 pub fn rows(run: &Run, with_reasons: bool) -> Vec<Row<'_>> {
@@ -168,9 +268,7 @@ pub fn rows(run: &Run, with_reasons: bool) -> Vec<Row<'_>> {
             }
         }
     }
-    for (index, others) in others {
-        rows[index].others = others.len();
-    }
+    let mut rows = folded(rows, others);
     for row in &mut rows {
         if let Subject::Listener(listener) = row.subject {
             let ids: BTreeSet<ProcessId> = listener

@@ -12,7 +12,7 @@ use crate::report::advice::{JsonAdvice, json_advice};
 use crate::report::descriptors::{DescriptorCounts, JsonStop, json_stops};
 use crate::report::serialize::{
     Endpoint, JsonAbsentOwner, JsonContainer, JsonTimeAndPlace, SCHEMA_VERSION, container,
-    endpoint, json_absent_owners, json_time_and_place, serializer,
+    endpoint, json_absent_owners, json_time, json_time_and_place, serializer,
 };
 use crate::text::escape;
 
@@ -48,6 +48,8 @@ struct ReclaimDocument<'a> {
 #[derive(Serialize)]
 struct DescriptorLine<'a> {
     schema_version: u32,
+    /// The start of the run.
+    time: &'a str,
     #[serde(flatten)]
     descriptor: JsonDeadDescriptor<'a>,
 }
@@ -155,10 +157,16 @@ pub fn write_document(
 }
 
 /// Writes one line per descriptor, each a JSON object.
-pub fn write_lines(run: &ReclaimRun, out: &mut dyn Write) -> io::Result<()> {
+pub fn write_lines(
+    run: &ReclaimRun,
+    time_and_place: &TimeAndPlace,
+    out: &mut dyn Write,
+) -> io::Result<()> {
+    let time = &json_time(time_and_place);
     for dead in &run.descriptors {
         let line = DescriptorLine {
             schema_version: SCHEMA_VERSION,
+            time,
             descriptor: json_dead_descriptor(run, dead),
         };
         line.serialize(&mut serializer(out))?;

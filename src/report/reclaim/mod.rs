@@ -2,6 +2,7 @@
 
 mod counts;
 pub mod json;
+pub mod next;
 pub mod screen;
 pub mod text;
 
@@ -16,7 +17,7 @@ use crate::finder::dead::DeadSocket;
 use crate::model::{Owner, ReclaimOutcome};
 use crate::proc::{AbsentOwner, Process, Unnamed};
 use crate::reclaim::StopStats;
-use crate::text::counted;
+use crate::text::{counted, named_or_counted};
 
 #[derive(Clone, Debug)]
 pub struct DeadDescriptor {
@@ -31,6 +32,8 @@ pub struct DeadDescriptor {
 #[derive(Debug, Default)]
 pub struct ReclaimRun {
     pub descriptors: Vec<DeadDescriptor>,
+    /// Dead descriptors of the processes that `--pid` names, which `--fd` leaves alone. A run that acts judges them, to say how to go on.
+    pub not_named: Vec<DeadDescriptor>,
     /// Whether descriptors were to be closed. Without it each outcome is only a prediction.
     pub acted: bool,
     /// The owners that were stopped.
@@ -40,6 +43,8 @@ pub struct ReclaimRun {
     pub unknown: usize,
     /// Number of selected processes that cwkill is not permitted to read.
     pub unreadable: usize,
+    /// Their names, if they are few.
+    pub unreadable_names: Vec<String>,
     /// Processes whose first thread has exited. /proc no longer shows their descriptors.
     pub leader_exited: Vec<Process>,
     /// The pids of processes whose files could not be read, with the error.
@@ -126,6 +131,13 @@ fn left_out(run: &ReclaimRun) -> String {
     if run.without_address > 0 {
         let _ = write!(text, "; {} of an unknown local port", run.without_address);
     }
+    if !run.not_named.is_empty() {
+        let _ = write!(
+            text,
+            "; {} more that --fd leaves alone",
+            run.not_named.len()
+        );
+    }
     if run.unknown > 0 {
         let _ = write!(text, "; {} more may be dead", run.unknown);
     }
@@ -167,7 +179,7 @@ pub fn notes(run: &ReclaimRun) -> Vec<String> {
     if run.unreadable > 0 {
         notes.push(format!(
             "{} could not be read",
-            counted(run.unreadable, "process")
+            named_or_counted(run.unreadable, &run.unreadable_names)
         ));
     }
     for process in &run.leader_exited {

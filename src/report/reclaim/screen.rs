@@ -25,12 +25,13 @@ const LEAST_TABLE: usize = 7;
 /// The kind of a result that has a reason: its word, and the stable code of the reason.
 type Kind = (&'static str, &'static str);
 
-/// Writes the screen. `messages`: the rows that follow on stderr.
+/// Writes the screen. `messages`: the rows that follow on stderr. `next`: the line with the next command, which follows them.
 pub fn write(
     run: &ReclaimRun,
     config: &ReclaimConfig,
     screen: Screen,
     messages: &[String],
+    next: Option<&String>,
     out: &mut dyn Write,
 ) -> io::Result<()> {
     let mut totals = vec![summary(run, config)];
@@ -43,7 +44,7 @@ pub fn write(
     let mut reasons = reasons(run);
     let room = screen
         .rows
-        .saturating_sub(totals.len() + messages.len() + LEAST_TABLE);
+        .saturating_sub(totals.len() + messages.len() + usize::from(next.is_some()) + LEAST_TABLE);
     let fitting = fitting(&reasons, screen, room);
     let others = reasons.split_off(fitting);
     let are_several = reasons.len() + others.len() > 1;
@@ -64,7 +65,7 @@ pub fn write(
     }
     let mut tail = broken(&lines);
     tail.extend(totals);
-    let below = tail.iter().chain(messages);
+    let below = tail.iter().chain(messages).chain(next);
     let all = run.descriptors.len();
     let shown = screen.rows_shown(all, below);
     if shown > 0 {

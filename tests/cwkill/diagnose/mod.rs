@@ -33,6 +33,8 @@ pub const TESTS: &[Test] = &[
     once!(a_runtime_and_a_sleeping_thread_are_named),
     once!(bars_need_a_known_width),
     once!(a_closed_pipe_is_not_an_error),
+    once!(a_named_process_is_reported_after_its_cure),
+    once!(more_descriptors_than_the_limit_are_explained),
 ];
 
 const QUICK: &str = "--sample 50ms --json";
@@ -595,6 +597,66 @@ fn bars_need_a_known_width() -> Result<()> {
         let is = (bars("unread"), bars("drained"), bars("under 1m"));
         assert_eq!(is, drawn, "{columns:?}: {text}");
     }
+    Ok(())
+}
+
+fn a_named_process_is_reported_after_its_cure() -> Result<()> {
+    let (lab, leak) = lab("drained", Family::V4, 3)?;
+    let pid = leak.app().pid();
+    cwkill(
+        &lab,
+        &format!("--pid {pid} --allow-spin --reclaim --reclaim-age 0s"),
+    )?
+    .exits(0);
+    let text = cwkill(&lab, &format!("diagnose --sample 50ms --pid {pid}"))?
+        .exits(1)
+        .stdout;
+    assert!(
+        text.contains(&format!("leaky-app/{pid}: no stuck sockets\n")),
+        "{text}"
+    );
+    let used = std::fs::read_dir(format!("/proc/{pid}/fd"))?.count();
+    assert!(
+        text.contains(&format!("\n  descriptors: {used} of ")),
+        "{text}"
+    );
+    assert!(
+        text.contains("\n  it can accept, and no connection waits at :8080\n"),
+        "{text}"
+    );
+    assert!(!text.contains("next: "), "{text}");
+    let document = cwkill(&lab, &format!("diagnose {QUICK} --pid {pid}"))?
+        .exits(1)
+        .json();
+    assert_eq!(document["processes"], json!([]));
+    assert_eq!(document["healthy_processes"][0]["pid"], json!(pid));
+    // Without its pid it is one of many.
+    let text = cwkill(&lab, "diagnose --sample 50ms")?.exits(1).stdout;
+    assert!(!text.contains("descriptors: "), "{text}");
+    // A connection that waits is not accepted, whatever the descriptors say.
+    let address = leak.conns()[0].local;
+    let _client = leak.peer().connect(address, 1, Dial::default(), PATIENCE)?;
+    lab.wait_for(PATIENCE, || {
+        let text = cwkill(&lab, &format!("diagnose --sample 50ms --pid {pid}"))?.stdout;
+        Ok(text.contains("\n  1 connection waits at :8080 for accept(2)\n"))
+    })
+}
+
+fn more_descriptors_than_the_limit_are_explained() -> Result<()> {
+    let (lab, leak) = lab("drained", Family::V4, 3)?;
+    let pid = leak.app().pid();
+    let used = std::fs::read_dir(format!("/proc/{pid}/fd"))?.count();
+    let line = format!("--pid {pid} --nofile={}:", used - 1);
+    ran(lab.app_host().command("prlimit").args(line.split(' ')))?.exits(0);
+    let text = cwkill(&lab, &format!("diagnose --sample 50ms --pid {pid}"))?
+        .exits(0)
+        .stdout;
+    let more = format!("\n  descriptors: {used} of {} (1", used - 1);
+    assert!(text.contains(&more), "{text}");
+    assert!(
+        text.contains("%): the limit was lowered after they were opened\n"),
+        "{text}"
+    );
     Ok(())
 }
 

@@ -76,21 +76,27 @@ fn a_young_descriptor_has_a_time_and_a_command(family: Family) -> Result<()> {
     assert_eq!(ran.stdout.matches(&next).count(), 1, "{ran:?}");
 
     // The sockets are dead, so nothing matches any more. That is not all.
-    let line = format!(
-        "0 sockets matched: 0 closed; 3 dead descriptors in leaky-app/{pid}: cwkill reclaim --pid {pid}"
-    );
-    for again in [
-        "--port 8080 --reclaim".to_owned(),
-        "--port 8080 --reclaim --reclaim-age 0s".into(),
-        format!("--pid {pid}"),
-    ] {
+    let line = format!("0 sockets matched: 0 closed; 3 dead descriptors in leaky-app/{pid}");
+    // A command that would free nothing is not printed, but when it will.
+    for again in ["--port 8080 --reclaim".to_owned(), format!("--pid {pid}")] {
         let ran = cwkill(&lab, &again)?.exits(1);
+        let line = format!("{line}, none can be closed now");
         assert!(ran.stdout.contains(&line), "{ran:?}");
+        assert!(ran.stdout.contains(": 3 would be kept: "), "{ran:?}");
+        assert!(
+            ran.stdout
+                .contains(&format!(": cwkill reclaim --pid {pid}\n")),
+            "{ran:?}"
+        );
     }
+    let ran = cwkill(&lab, "--port 8080 --reclaim --reclaim-age 0s")?.exits(1);
+    let line = format!("{line}: cwkill reclaim --pid {pid} --reclaim-age 0s");
+    assert!(ran.stdout.contains(&line), "{ran:?}");
     let document = cwkill(&lab, "--port 8080 --reclaim --json")?
         .exits(1)
         .json();
     assert_eq!(number(&document, "/dead_descriptors/0/dead"), 3);
+    assert_eq!(number(&document, "/dead_descriptors/0/closable"), 0);
     assert_eq!(at(&document, "/dead_descriptors/0/pid"), pid.to_string());
     assert_eq!(at(&document, "/dead_descriptors/1"), "(nothing there)");
 

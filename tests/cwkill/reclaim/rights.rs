@@ -32,7 +32,7 @@ fn without_rights_nothing_is_done_and_the_reason_is_reported() -> Result<()> {
     let command = lab.app_host().command(CWKILL).args(line.split_whitespace());
     let ran = ran(command.capabilities(&[]))?.exits(4);
     // The owner has more capabilities than cwkill, so cwkill cannot read its descriptors although the uid is the same.
-    ran.complains("1 process could not be read")
+    ran.complains(&format!("/{} could not be read", owner.pid()))
         .complains("CAP_SYS_PTRACE");
     assert_eq!(owner.descriptors()?, before);
     Ok(())
@@ -74,7 +74,7 @@ fn a_process_of_another_user_is_reported() -> Result<()> {
         );
         let command = lab.app_host().command(CWKILL).uid(NOBODY);
         let ran = ran(command.args(line.split_whitespace()))?.exits(4);
-        ran.complains("1 process could not be read")
+        ran.complains(&format!("/{} could not be read", owner.pid()))
             .complains("CAP_SYS_PTRACE");
         assert_eq!(owner.descriptors()?, before);
     }
