@@ -92,6 +92,8 @@
 //! - **advice**: what the operator can do about the descriptors that were kept in a process, with the commands.
 //! - **stop**: all threads of a process stopped by ptrace(2). **remote syscall**: a system call of cwkill in place of a thread's own.
 //! - **caller**: the user who started cwkill. With file capabilities cwkill has more privileges than its caller.
+//! - **confinement**: what keeps cwkill from the rest of the host: the container that it runs in, its pid namespace, its seccomp filter, its
+//!   security label.
 //! - **privilege**: a right that a method needs: a capability, or the right to attach to the owner.
 
 mod audit;

@@ -17,6 +17,7 @@ use crate::injector::engine;
 use crate::injector::plan::Policy;
 use crate::model::Method;
 use crate::privileges::Privileges;
+use crate::proc::OWNER_OPTIONS;
 use crate::proc::netns::NetnsScope;
 use crate::reclaim::ReclaimRules;
 use crate::tcp::TcpState;
@@ -176,10 +177,10 @@ impl Config {
         let methods = methods(&flat(acting.method))?;
         if acting.no_owners {
             if selectors.selects_owners() {
-                return Err(usage(
-                    "--no-owners cannot be combined with a selector of owners (--pid, --process, --unit, \
-                     --container, --pod, --namespace, --compose-service, --cgroup); select sockets by --port or an expression",
-                ));
+                return Err(usage(&format!(
+                    "--no-owners cannot be combined with a selector of owners ({OWNER_OPTIONS}); select sockets by --port or an \
+                     expression"
+                )));
             }
             if acting.reclaim {
                 return Err(usage(

@@ -183,7 +183,7 @@ fn rows_without_list(host: &HostInfo, why: &str) -> Vec<MethodRow> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::host::{NamespaceCounts, Reachability, UnreachableProcess};
+    use crate::doctor::host::{NamespaceCounts, Reachability, UnreachableProcess, testdata};
     use crate::doctor::trials::Trial;
     use crate::model::{MethodError, Privilege};
 
@@ -192,41 +192,22 @@ mod tests {
         same_user: ProcessCounts,
         others: ProcessCounts,
     ) -> HostInfo {
+        let unreachable = [(same_user, true), (others, false)]
+            .into_iter()
+            .flat_map(|(count, same_user)| (count.reachable..count.total).map(move |_| same_user))
+            .map(|same_user| UnreachableProcess {
+                pid: 7,
+                comm: Some("a\u{1b}".into()),
+                same_user,
+                seen: false,
+            });
         HostInfo {
-            kernel: "6.18.0".into(),
-            uid: 0,
-            capabilities: capabilities.iter().copied().collect(),
-            first_user_namespace: Some(true),
-            has_seccomp_filter: false,
-            user_namespaces_forbidden: None,
-            ptrace_scope: None,
-            hidepid: None,
-            namespaces: Ok(NamespaceCounts::default()),
             reachability: Ok(Reachability {
                 same_user,
                 others,
-                unreachable: [(same_user, true), (others, false)]
-                    .into_iter()
-                    .flat_map(|(count, same_user)| {
-                        (count.reachable..count.total).map(move |_| same_user)
-                    })
-                    .map(|same_user| UnreachableProcess {
-                        pid: 7,
-                        comm: Some("a\u{1b}".into()),
-                        same_user,
-                        seen: false,
-                    })
-                    .collect(),
+                unreachable: unreachable.collect(),
             }),
-            pidfd_getfd: Ok(()),
-            kcmp: true,
-            repair: Ok(()),
-            raw_v4: Ok(()),
-            raw_v6: Ok(()),
-            capture: Ok(()),
-            ipv6: true,
-            iterator: Ok(()),
-            container_names: Ok(Default::default()),
+            ..testdata::host(capabilities)
         }
     }
 
@@ -335,8 +316,8 @@ mod tests {
             meaning(count(5, 4), count(9, 9)),
             [
                 "cwkill cannot read 1 of 14 processes (a\\u{1b}/7). A stuck socket of this process is listed without a known owner, \
-                 and --pid, --process, --unit, --container and --cgroup do not find it; destroy and rst close it, shutdown and \
-                 reclaim do not. The other 13 processes are not affected."
+                 and no selector of owners (--pid, --process, --unit, --container, --pod, --namespace, --compose-service, --cgroup) \
+                 finds it; destroy and rst close it, shutdown and reclaim do not. The other 13 processes are not affected."
             ]
         );
         let all = meaning(count(2, 0), count(2, 0));

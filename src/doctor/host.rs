@@ -13,6 +13,7 @@ use nix::sys::utsname::uname;
 use nix::unistd::{geteuid, getpid};
 use socket2::{Domain, Socket, Type};
 
+use super::confinement::Confinement;
 use super::container_names::{self, ContainerNames};
 use crate::finder::owners;
 use crate::injector::rst::repair::RepairMode;
@@ -71,6 +72,8 @@ pub struct HostInfo {
     pub iterator: Result<(), String>,
     /// The containers whose names can be read.
     pub container_names: Result<ContainerNames, String>,
+    /// What confines cwkill.
+    pub confinement: Confinement,
 }
 
 /// Network namespaces, with the one of cwkill.
@@ -162,6 +165,7 @@ impl HostInfo {
             ipv6: TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok(),
             iterator,
             container_names: container_names::read(proc).map_err(|error| error.to_string()),
+            confinement: Confinement::read(proc),
         })
     }
 
@@ -290,6 +294,37 @@ fn duplicate_own() -> io::Result<()> {
 
 fn repair() -> io::Result<()> {
     RepairMode::enter(socket()?.as_fd()).map(drop)
+}
+
+#[cfg(test)]
+pub(super) mod testdata {
+    use super::*;
+
+    /// A host on which nothing is missing but capabilities.
+    pub fn host(capabilities: &[Capability]) -> HostInfo {
+        HostInfo {
+            kernel: "6.18.0".into(),
+            uid: 0,
+            capabilities: capabilities.iter().copied().collect(),
+            first_user_namespace: Some(true),
+            has_seccomp_filter: false,
+            user_namespaces_forbidden: None,
+            ptrace_scope: None,
+            hidepid: None,
+            namespaces: Ok(NamespaceCounts::default()),
+            reachability: Ok(Reachability::default()),
+            pidfd_getfd: Ok(()),
+            kcmp: true,
+            repair: Ok(()),
+            raw_v4: Ok(()),
+            raw_v6: Ok(()),
+            capture: Ok(()),
+            ipv6: true,
+            iterator: Ok(()),
+            container_names: Ok(ContainerNames::default()),
+            confinement: Confinement::default(),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use super::host::{HostInfo, UnreachableProcess};
 use super::row::{MethodRow, Support, named};
 use crate::model::Method;
+use crate::proc::OWNER_OPTIONS;
 use crate::text::counted;
 
 /// What follows from processes that cwkill cannot read, one sentence or two for each kind. Empty if it can read all.
@@ -10,7 +11,7 @@ pub fn meaning(host: &HostInfo, rows: &[MethodRow]) -> Vec<String> {
     let mut meaning = Vec::new();
     let closes = closes(rows);
     let consequence = format!(
-        "is listed without a known owner, and --pid, --process, --unit, --container and --cgroup do not find it; {closes}"
+        "is listed without a known owner, and no selector of owners ({OWNER_OPTIONS}) finds it; {closes}"
     );
     if host.hides_others() {
         meaning.push(format!(

@@ -3,14 +3,16 @@
 //! cwkill opens connections of its own over loopback and runs every method on them with the same engine as for real
 //! targets. Facts that no trial can show are read from the system.
 //!
-//! [`host`] reads the facts, with [`container_names`], [`trials`] runs the methods, [`advice`] concludes, with one [`row`] per method, and
-//! [`meaning`] says what unreadable processes mean (all pure).
+//! [`host`] reads the facts, with [`container_names`] and [`confinement`], [`trials`] runs the methods, [`advice`] concludes, with one
+//! [`row`] per method, [`meaning`] says what unreadable processes mean, and [`missing`] what the settings of a container lack (all pure).
 //! To add a method to the report, add its trials and a function in [`advice`].
 
 pub mod advice;
+pub mod confinement;
 pub mod container_names;
 pub mod host;
 pub mod meaning;
+pub mod missing;
 pub mod row;
 pub mod trials;
 
@@ -18,6 +20,7 @@ use crate::injector::way::ByIterator;
 use crate::proc::ProcFs;
 use advice::Advice;
 use host::HostInfo;
+use missing::Missing;
 use trials::Trials;
 
 #[derive(Debug)]
@@ -27,6 +30,8 @@ pub struct Examination {
     pub not_by_iterator: Option<String>,
     pub trials: Trials,
     pub advice: Advice,
+    /// What the settings of the container lack that cwkill runs in.
+    pub missing: Missing,
 }
 
 /// Examines the host. `iterator`: whether the kernel's iterator over all descriptors works, tried before privileges were dropped.
@@ -43,7 +48,9 @@ pub fn examine(
     let host = HostInfo::read(proc, iterator)?;
     let trials = Trials::run(proc, destroyer.as_ref().ok());
     let advice = Advice::new(&host, &trials);
+    let missing = Missing::on(&host);
     Ok(Examination {
+        missing,
         host,
         not_by_iterator: destroyer.err(),
         trials,

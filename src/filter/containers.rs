@@ -123,10 +123,8 @@ impl PodName {
     fn of(&self, container: &Container) -> Match {
         let unknown = container.may_be_in_a_pod();
         let name = self.name.of(container.facts.pod.as_deref(), unknown);
-        let namespace = self.namespace.as_ref().map_or(Match::Yes, |namespace| {
-            // A pod without a namespace is one of podman, or its namespace is unknown.
-            namespace.of(container.facts.namespace.as_deref(), unknown)
-        });
+        let namespace = self.namespace.as_ref();
+        let namespace = namespace.map_or(Match::Yes, |name| of_namespace(name, container));
         name.min(namespace)
     }
 }
@@ -200,8 +198,8 @@ impl ContainerSelectors {
         absent
     }
 
-    /// Notes on plain names that several containers or pods have; all of them are selected.
-    pub fn names_of_several(&self, processes: &[Process]) -> Vec<String> {
+    /// Notes on plain names that several containers or pods have. `selected`: the processes that all selectors select.
+    pub fn names_of_several(&self, selected: &[&Process]) -> Vec<String> {
         const MAX_NAMED: usize = 3;
         let mut notes = Vec::new();
         let mut note = |option: &str, text: &str, found: Vec<String>| {
@@ -222,7 +220,7 @@ impl ContainerSelectors {
             }
         };
         let containers = || {
-            processes
+            selected
                 .iter()
                 .filter_map(|one| one.cgroup.container.as_ref())
         };
@@ -357,6 +355,33 @@ mod tests {
         let podman = of_path(&format!("/machine.slice/libpod-{ID}.scope"));
         assert_eq!(of("namespace", "shop", &podman), No, "not of kubernetes");
         assert_eq!(of("compose-service", "web", &podman), Unknown);
+        assert_eq!(of("pod", "web", &podman), No, "its cgroup is in no pod");
+        let pod = format!("libpod_pod_{}", "c0ffee00".repeat(8));
+        for (path, in_a_pod) in [
+            (
+                format!("/machine.slice/machine-{pod}.slice/libpod-{ID}.scope"),
+                Unknown,
+            ),
+            (format!("/libpod_parent/{ID}/libpod-{ID}"), Unknown),
+            (
+                format!("/system.slice/web.service/libpod-payload-{ID}"),
+                Unknown,
+            ),
+            (format!("/libpod_parent/libpod-{ID}"), No),
+        ] {
+            let podman = of_path(&path);
+            assert_eq!(of("pod", "web", &podman), in_a_pod, "{path}");
+            assert_eq!(
+                of("pod", "shop/web", &podman),
+                No,
+                "{path}: in no namespace"
+            );
+        }
+        assert!(
+            podman
+                .why_unnamed()
+                .contains("podman keeps pods and labels")
+        );
         assert_eq!(ContainerSelectors::default().of(None), Yes);
     }
 
@@ -396,7 +421,8 @@ mod tests {
             id: Some(other),
             ..named("web")
         };
-        let found = processes(vec![named("web"), named("web"), second, named("api")]);
+        let all = processes(vec![named("web"), named("web"), second, named("api")]);
+        let found: Vec<&Process> = all.iter().collect();
         let notes = selectors("container", "web").names_of_several(&found);
         assert_eq!(
             notes,
@@ -409,7 +435,11 @@ mod tests {
                 .names_of_several(&found)
                 .is_empty()
         );
+        let both = &found[..2];
+        let one = selectors("container", "web").names_of_several(both);
+        assert!(one.is_empty(), "another selector has left one: {one:?}");
         let pods = processes(vec![in_pod("shop", "web", "a"), in_pod("bank", "web", "b")]);
+        let pods: Vec<&Process> = pods.iter().collect();
         let notes = selectors("pod", "web").names_of_several(&pods);
         assert_eq!(
             notes,

@@ -77,7 +77,8 @@ pub fn look(proc: &ProcFs, selectors: &Selectors) -> io::Result<SelectedOwners> 
         absent.extend(selectors.absent_names(&processes));
     }
     let selected = processes.iter().filter(|one| selectors.match_owner(one));
-    let pids: Vec<i32> = selected.map(|process| process.id.pid).collect();
+    let selected: Vec<&Process> = selected.collect();
+    let pids: Vec<i32> = selected.iter().map(|process| process.id.pid).collect();
     let may_be = |one: &&Process| selectors.of_owner(one) == Match::Unknown;
     let unnamed = Unnamed::of(processes.iter().filter(may_be));
     // A process of another pid namespace may have the name, and there the number may be that of another process.
@@ -89,7 +90,7 @@ pub fn look(proc: &ProcFs, selectors: &Selectors) -> io::Result<SelectedOwners> 
     Ok(SelectedOwners {
         pids,
         absent,
-        notes: selectors.containers.names_of_several(&processes),
+        notes: selectors.containers.names_of_several(&selected),
         unnamed,
         nobody,
     })

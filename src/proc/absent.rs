@@ -33,6 +33,10 @@ pub enum OwnerKind {
     Together,
 }
 
+/// The options that name owners, as a list in a sentence.
+pub const OWNER_OPTIONS: &str =
+    "--pid, --process, --unit, --container, --pod, --namespace, --compose-service, --cgroup";
+
 impl AbsentOwner {
     pub fn new(kind: OwnerKind, value: impl fmt::Display) -> Self {
         AbsentOwner {
@@ -98,8 +102,9 @@ impl fmt::Display for AbsentOwner {
             ),
             OwnerKind::ComposeService => write!(f, "no process is in the compose service {value}"),
             OwnerKind::Cgroup => write!(f, "no process is in the cgroup {value}"),
-            OwnerKind::Together => f.write_str(
-                "no process matches all of --pid, --process, --unit, --cgroup and the selectors of containers together",
+            OwnerKind::Together => write!(
+                f,
+                "no process matches all of {OWNER_OPTIONS} that were given"
             ),
         }
     }

@@ -29,6 +29,9 @@ pub struct Container {
     pub name: Option<String>,
     /// The UID of its kubernetes pod, as kubectl shows it.
     pub pod_uid: Option<String>,
+    /// Whether it may be in a pod of podman, whose name is in a database. The cgroup of a pod shows it; of a container that is split off into
+    /// the cgroup of a unit, it is unknown.
+    pub may_be_in_pod_of_podman: bool,
     pub facts: Facts,
 }
 
@@ -143,7 +146,11 @@ impl Container {
 
     /// Why its name could not be read, with its id.
     pub(crate) fn why_unnamed(&self) -> String {
-        let why = self.facts.unread.as_deref().unwrap_or("no file has it");
+        let unknown = match self.runtime {
+            Runtime::Podman => "podman keeps pods and labels in a database",
+            _ => "no file has it",
+        };
+        let why = self.facts.unread.as_deref().unwrap_or(unknown);
         format!("{}: {why}", self.with_id())
     }
 
@@ -162,7 +169,11 @@ impl Container {
 
     /// Whether it may be in a pod that could not be read.
     pub fn may_be_in_a_pod(&self) -> bool {
-        self.facts.pod.is_none() && self.has_unread_facts()
+        let may_be = match self.runtime {
+            Runtime::Podman => self.may_be_in_pod_of_podman,
+            _ => self.has_unread_facts(),
+        };
+        self.facts.pod.is_none() && may_be
     }
 
     /// Whether it may be of a compose service that could not be read.
@@ -267,7 +278,19 @@ fn container(parts: &[&str]) -> Option<Container> {
         .find_map(|index| Some((index, container_at(parts, index)?)))?;
     // The part of the container may name the pod too: `kubepods-pod….slice:cri-containerd:…`.
     container.pod_uid = parts[..=index].iter().rev().find_map(|part| pod_uid(part));
+    container.may_be_in_pod_of_podman =
+        container.runtime == Runtime::Podman && may_be_in_pod_of_podman(parts, index);
     Some(container)
+}
+
+/// Whether the container of podman that the part `index` names may be in a pod: `machine-libpod_pod_ID.slice` with systemd,
+/// `libpod_parent/ID` without. `libpod-payload-ID` is below the unit that started it, in a pod or not.
+fn may_be_in_pod_of_podman(parts: &[&str], index: usize) -> bool {
+    let above = &parts[..index];
+    let is_below = |pair: &[&str]| pair[0] == "libpod_parent" && is_id(pair[1]);
+    parts[index].starts_with("libpod-payload-")
+        || above.iter().any(|part| part.contains("libpod_pod_"))
+        || above.windows(2).any(is_below)
 }
 
 /// The container that the part `index` names. Its neighbours decide in some cases.
@@ -280,6 +303,7 @@ fn container_at(parts: &[&str], index: usize) -> Option<Container> {
             id: Some(id.to_owned()),
             name: None,
             pod_uid: None,
+            may_be_in_pod_of_podman: false,
             facts: Facts::default(),
         })
     };
@@ -289,6 +313,7 @@ fn container_at(parts: &[&str], index: usize) -> Option<Container> {
             id: None,
             name: Some(unescape(name)),
             pod_uid: None,
+            may_be_in_pod_of_podman: false,
             facts: Facts::default(),
         })
     };

@@ -51,7 +51,8 @@ use cgroup::Cgroup;
 use containers::Names;
 
 pub use crate::sys::RemoteFd;
-pub use absent::{AbsentOwner, OwnerKind};
+pub use absent::{AbsentOwner, OWNER_OPTIONS, OwnerKind};
+pub use containers::NameDirectory;
 pub use containers::Unnamed;
 pub use fds::FdState;
 
@@ -171,6 +172,17 @@ impl ProcFs {
             iterator: None,
             needs_iterator: false,
             names: None,
+        }
+    }
+
+    /// The directories with the names of containers that exist on the host; none if names are not to be read.
+    ///
+    /// # Errors
+    /// The root directory of the host cannot be opened, or a file system does not answer.
+    pub(crate) fn name_directories(&self) -> Result<Vec<NameDirectory>, String> {
+        match &self.names {
+            Some(names) => names.directories(),
+            None => Ok(Vec::new()),
         }
     }
 

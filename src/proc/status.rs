@@ -170,10 +170,14 @@ fn time_on_cpu(schedstat: &str) -> Duration {
 
 /// Whether the process of this /proc/PID/status has a seccomp filter (fs/proc/array.c, task_seccomp).
 pub(crate) fn has_seccomp_filter(status: &str) -> bool {
-    let mode = status
-        .lines()
-        .find_map(|line| line.strip_prefix("Seccomp:"));
-    mode.is_some_and(|mode| mode.trim() == "2")
+    seccomp_mode(status) == Some(2)
+}
+
+/// The mode of seccomp(2) in the text of /proc/PID/status: 0 without, 1 strict, 2 with a filter; `None` if the kernel has no seccomp.
+pub(crate) fn seccomp_mode(status: &str) -> Option<u8> {
+    let mut lines = status.lines();
+    let mode = lines.find_map(|line| line.strip_prefix("Seccomp:"))?;
+    mode.trim().parse().ok()
 }
 
 /// The state in a `stat` file: it follows the name, which may contain any bytes.

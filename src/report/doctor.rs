@@ -7,12 +7,15 @@ use serde::Serialize;
 
 use crate::doctor::Examination;
 use crate::doctor::advice::Advice;
+use crate::doctor::confinement::{Confinement, Engine};
 use crate::doctor::container_names::{ContainerNames, NameCounts};
 use crate::doctor::host::{CAPABILITIES, HostInfo, ProcessCounts, UnreachableProcess};
+use crate::doctor::missing::{Missing, MissingOption};
 use crate::doctor::row::{MethodRow, Support};
 use crate::doctor::trials::TrialResult;
 use crate::finder::way::MANY_FILES;
 use crate::model::TimeAndPlace;
+use crate::proc::NameDirectory;
 use crate::proc::cgroup::Runtime;
 use crate::report::serialize::{JsonTimeAndPlace, json_time_and_place};
 use crate::text::{counted, escape};
@@ -99,6 +102,7 @@ pub fn write_text(examination: &Examination, out: &mut dyn Write) -> io::Result<
             writeln!(out, "    {line}")?;
         }
     }
+    write_missing(&examination.missing, out)?;
     writeln!(out)?;
     for CheckLine { name, ok, detail } in checks(examination) {
         let mark = match ok {
@@ -108,6 +112,32 @@ pub fn write_text(examination: &Examination, out: &mut dyn Write) -> io::Result<
         };
         let line = format!("{name:<21} {mark:<3} {detail}");
         writeln!(out, "{}", line.trim_end())?;
+    }
+    Ok(())
+}
+
+/// Writes what the settings of the container lack.
+fn write_missing(missing: &Missing, out: &mut dyn Write) -> io::Result<()> {
+    let Missing {
+        run_options,
+        manifest,
+    } = missing;
+    if !run_options.is_empty() {
+        let options: Vec<&str> = run_options.iter().map(|it| it.option.as_str()).collect();
+        writeln!(
+            out,
+            "\nmissing in the `docker run` or `podman run` line of this container:"
+        )?;
+        writeln!(out, "    {}", options.join(" "))?;
+        for MissingOption { option, without } in run_options {
+            writeln!(out, "    without {option}: {without}")?;
+        }
+    }
+    if !manifest.is_empty() {
+        writeln!(out, "\nmissing below `spec` in the manifest of this pod:")?;
+        for line in manifest {
+            writeln!(out, "    {line}")?;
+        }
     }
     Ok(())
 }
@@ -130,6 +160,7 @@ pub fn write_json(
         meaning: &'a [String],
         methods: &'a [MethodRow],
         unreachable: &'a [UnreachableProcess],
+        confinement: JsonConfinement<'a>,
         checks: Vec<CheckLine>,
     }
     let document = DoctorDocument {
@@ -144,9 +175,102 @@ pub fn write_json(
             Ok(reachability) => &reachability.unreachable,
             Err(_) => &[],
         },
+        confinement: json_confinement(examination),
         checks: checks(examination),
     };
     writeln!(out, "{}", crate::report::serialize::line(&document))
+}
+
+/// What confines cwkill.
+#[derive(Serialize)]
+struct JsonConfinement<'a> {
+    /// What runs the container; null without one.
+    container: Option<&'a str>,
+    first_pid_namespace: bool,
+    seccomp_mode: Option<u8>,
+    label: Option<&'a str>,
+    name_directories: &'a [NameDirectory],
+    missing: &'a Missing,
+}
+
+fn json_confinement(examination: &Examination) -> JsonConfinement<'_> {
+    let confinement = &examination.host.confinement;
+    JsonConfinement {
+        container: confinement.container.as_ref().map(Engine::name),
+        first_pid_namespace: confinement.first_pid_namespace,
+        seccomp_mode: confinement.seccomp,
+        label: confinement.label.as_deref(),
+        name_directories: match &confinement.name_directories {
+            Ok(directories) => directories,
+            Err(_) => &[],
+        },
+        missing: &examination.missing,
+    }
+}
+
+/// The lines about what confines cwkill.
+fn confinement_checks(examination: &Examination) -> [CheckLine; 5] {
+    let Confinement {
+        container,
+        first_pid_namespace,
+        netns_of_init: _,
+        seccomp,
+        label,
+        name_directories,
+    } = &examination.host.confinement;
+    let check = |name, ok, detail: String| CheckLine { name, ok, detail };
+    let found = name_directories.as_deref().unwrap_or_default();
+    let directory = |one: &NameDirectory| match &one.error {
+        None => one.path.clone(),
+        Some(error) => format!("not {} ({error})", one.path),
+    };
+    let names: Vec<String> = found.iter().map(directory).collect();
+    [
+        check(
+            "container",
+            None,
+            match container {
+                None => "cwkill runs in none".to_owned(),
+                Some(engine) => format!("cwkill runs in one: {}", escape(engine.name())),
+            },
+        ),
+        check(
+            "pid namespace",
+            Some(*first_pid_namespace),
+            match first_pid_namespace {
+                true => "the first: every process of the host is seen".to_owned(),
+                false => "not the first: processes outside it are not seen".to_owned(),
+            },
+        ),
+        check(
+            "seccomp filter",
+            None,
+            match seccomp {
+                None => "unknown".to_owned(),
+                Some(0) => "none".to_owned(),
+                Some(2) => {
+                    "on cwkill: reclaim then leaves alone processes that have one".to_owned()
+                }
+                Some(mode) => format!("mode {mode}"),
+            },
+        ),
+        check(
+            "security label",
+            None,
+            escape(label.as_deref().unwrap_or("none")),
+        ),
+        match name_directories {
+            Err(error) => check("files with names", Some(false), escape(error)),
+            Ok(found) => check(
+                "files with names",
+                (!found.is_empty()).then(|| found.iter().all(|one| one.error.is_none())),
+                match names.is_empty() {
+                    true => "no directory of a container runtime is seen here".to_owned(),
+                    false => escape(&names.join(", ")),
+                },
+            ),
+        },
+    ]
 }
 
 fn checks(examination: &Examination) -> Vec<CheckLine> {
@@ -170,6 +294,7 @@ fn checks(examination: &Examination) -> Vec<CheckLine> {
         ipv6: _,
         iterator,
         container_names,
+        confinement: _,
     } = &examination.host;
     let check = |name, ok, detail: String| CheckLine { name, ok, detail };
     let io_check = |name, result: &io::Result<()>| match result {
@@ -323,6 +448,7 @@ fn checks(examination: &Examination) -> Vec<CheckLine> {
         Ok(counts) => names_check(counts),
         Err(error) => check("container names", Some(false), error.clone()),
     });
+    checks.extend(confinement_checks(examination));
     checks
 }
 

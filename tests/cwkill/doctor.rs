@@ -32,6 +32,8 @@ pub const TESTS: &[Test] = &[
     once!(doctor_agrees_with_reclaim),
     once!(doctor_leaves_other_sockets_alone),
     once!(a_reader_that_leaves_early_is_not_an_error),
+    once!(what_a_container_lacks_is_named),
+    once!(another_pid_namespace_is_named),
     once!(doctor_agrees_for_an_unprivileged_user).needs(Need::RootOfTheMachine),
     once!(doctor_agrees_on_sockets_of_other_users).needs(Need::RootOfTheMachine),
     once!(a_proc_that_hides_processes_is_named).needs(Need::RootOfTheMachine),
@@ -523,5 +525,97 @@ fn a_proc_that_hides_processes_is_named() -> Result<()> {
     })?;
     let change = works(&findings, "shutdown", "change");
     assert!(change.contains("hidepid=0"), "{change}");
+    Ok(())
+}
+
+/// The options that are missing in `docker run`.
+fn missing_options(document: &Value) -> Vec<String> {
+    let options = document["confinement"]["missing"]["run_options"].as_array();
+    let options = options.into_iter().flatten();
+    options.map(|one| at(one, "/option")).collect()
+}
+
+/// The variables are those that an engine sets.
+fn what_a_container_lacks_is_named() -> Result<()> {
+    let lab = Lab::new()?;
+    let examined = |variable: (&str, &str), capabilities: &[Capability]| -> Result<Ran> {
+        let command = lab.app_host().command(CWKILL).args(["doctor", "--json"]);
+        ran(command
+            .env(variable.0, variable.1)
+            .capabilities(capabilities))
+    };
+    let docker = examined(("container", "docker"), &[ADMIN, RAW])?.json();
+    assert_eq!(at(&docker, "/confinement/container"), "docker");
+    let missing = missing_options(&docker);
+    for option in ["SYS_PTRACE", "DAC_READ_SEARCH", "SYS_ADMIN"] {
+        assert!(
+            missing.contains(&format!("--cap-add={option}")),
+            "{missing:?}"
+        );
+    }
+    for option in ["--cap-add=NET_ADMIN", "--cap-add=NET_RAW", "--user=0"] {
+        assert!(!missing.contains(&option.to_owned()), "{missing:?}");
+    }
+    let manifest = &docker["confinement"]["missing"]["manifest"];
+    assert_eq!(manifest, &Value::Array(Vec::new()));
+    let pod = examined(("KUBERNETES_SERVICE_HOST", "10.0.0.1"), &[ADMIN, RAW])?.json();
+    assert_eq!(at(&pod, "/confinement/container"), "kubernetes");
+    assert!(missing_options(&pod).is_empty(), "{pod}");
+    let manifest = pod["confinement"]["missing"]["manifest"].to_string();
+    let lines = "capabilities: {add: [SYS_PTRACE, DAC_READ_SEARCH, SYS_ADMIN]}";
+    assert!(manifest.contains(lines), "{manifest}");
+    // The same in words.
+    let command = lab.app_host().command(CWKILL).arg("doctor");
+    let text = ran(command.env("container", "docker").capabilities(&[ADMIN]))?.stdout;
+    assert!(text.contains("\nmissing in the `docker run`"), "{text}");
+    assert!(
+        text.contains("\n    without --cap-add=NET_RAW: no rst, no probe"),
+        "{text}"
+    );
+    // A filter forbids what cwkill needs.
+    let program = std::env::current_exe()?;
+    let command = lab.app_host().command(&program);
+    let command = command.args([CWKILL, "doctor", "--json"]);
+    let command = command
+        .env("container", "docker")
+        .env(WITHOUT, "pidfd_getfd: EPERM");
+    let document = ran(command)?.json();
+    assert_eq!(document["confinement"]["seccomp_mode"], Value::from(2));
+    let missing = missing_options(&document);
+    let option = "--security-opt=seccomp=unconfined".to_owned();
+    assert!(missing.contains(&option), "{missing:?}");
+    // Without a sign of a container nothing is missing in one.
+    if crate::support::sees_every_process()? && !in_a_container() {
+        let document = ran(lab.app_host().command(CWKILL).args(["doctor", "--json"]))?.json();
+        assert_eq!(document["confinement"]["container"], Value::Null);
+        assert!(missing_options(&document).is_empty(), "{document}");
+    }
+    Ok(())
+}
+
+/// Whether these tests run in a container, by what cwkill looks at too.
+fn in_a_container() -> bool {
+    let variables = ["container", "KUBERNETES_SERVICE_HOST"];
+    let files = ["/.dockerenv", "/run/.containerenv"];
+    let cgroup = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    variables
+        .iter()
+        .any(|name| std::env::var_os(name).is_some())
+        || files.iter().any(|file| std::path::Path::new(file).exists())
+        || cgroup.lines().any(|line| !line.ends_with(":/"))
+}
+
+fn another_pid_namespace_is_named() -> Result<()> {
+    let lab = Lab::new()?;
+    let words = "--pid --fork --mount-proc --kill-child";
+    let command = lab.app_host().command("unshare").args(words.split(' '));
+    let document = ran(command.args([CWKILL, "doctor", "--json"]))?.json();
+    let confinement = &document["confinement"];
+    assert_eq!(confinement["first_pid_namespace"], Value::from(false));
+    assert_ne!(confinement["container"], Value::Null);
+    let manifest = confinement["missing"]["manifest"].to_string();
+    let options = missing_options(&document);
+    let is_named = options.contains(&"--pid=host".to_owned()) || manifest.contains("hostPID: true");
+    assert!(is_named, "{confinement}");
     Ok(())
 }

@@ -65,7 +65,15 @@ impl Unnamed {
     }
 }
 
-/// How long a file may take.
+/// A directory in which a runtime keeps files with the names of containers.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct NameDirectory {
+    pub path: String,
+    /// Why cwkill cannot read it.
+    pub error: Option<String>,
+}
+
+/// How long the files of a container may take.
 const PATIENCE: Duration = Duration::from_secs(3);
 
 /// The names of the containers of a host.
@@ -153,6 +161,28 @@ impl Names {
         };
         state.known.insert(key, answer.clone());
         answer
+    }
+
+    /// The directories with names that exist.
+    ///
+    /// # Errors
+    /// The root cannot be opened, or a file system does not answer.
+    pub fn directories(&self) -> Result<Vec<NameDirectory>, String> {
+        let (found, directories) = mpsc::channel();
+        let (path, proc) = (self.host_root.clone(), self.proc.clone());
+        let work = move || {
+            let root = as_caller(|| HostRoot::open(&path, Arc::default()));
+            let listed = match root {
+                Ok(root) => Ok(Sources::new(root, proc).existing_directories()),
+                Err(error) => Err(format!("{}: {error}", path.display())),
+            };
+            // The other end goes away if it has waited for too long.
+            let _ = found.send(listed);
+        };
+        let thread = Builder::new().spawn(work);
+        thread.map_err(|error| format!("cannot start a thread that reads them: {error}"))?;
+        let answer = directories.recv_timeout(PATIENCE);
+        answer.unwrap_or_else(|_| Err(format!("no answer within {} s", PATIENCE.as_secs())))
     }
 
     /// Starts the thread.

@@ -290,14 +290,25 @@ pub(super) fn dockerd_arguments(text: &[u8]) -> (Option<String>, Option<String>)
     )
 }
 
-/// `graphroot` in storage.conf of containers/storage, which is TOML.
-pub(super) fn storage_root(text: &str) -> Option<String> {
+/// The value of a setting in storage.conf of containers/storage, which is TOML.
+pub(super) fn storage_setting(text: &str, wanted: &str) -> Option<String> {
     let value = |line: &str| {
         let (key, value) = line.split_once('=')?;
         let value = value.trim().strip_prefix('"')?.split('"').next()?;
-        (key.trim() == "graphroot" && is_absolute(value)).then(|| value.to_owned())
+        (key.trim() == wanted && !value.is_empty()).then(|| value.to_owned())
     };
     text.lines().find_map(value)
+}
+
+/// A path in storage.conf with its variables, of which the settings for users may have these; `None` if it is no absolute path then.
+pub(super) fn with_variables(path: &str, home: &str, uid: u32) -> Option<String> {
+    let uid = uid.to_string();
+    let path = path
+        .replace("${HOME}", home)
+        .replace("$HOME", home)
+        .replace("${UID}", &uid)
+        .replace("$UID", &uid);
+    (is_absolute(&path) && !path.contains('$')).then_some(path)
 }
 
 /// The home directory of a user in the text of passwd(5).

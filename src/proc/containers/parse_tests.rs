@@ -200,8 +200,14 @@ fn roots_in_configurations() {
     assert_eq!(of(&["dockerd", "--data-root"]), (None, None));
     assert_eq!(of(&["dockerd", "-H", "fd://"]), (None, None));
     let storage = "[storage]\ndriver = \"overlay\"\n# graphroot = \"/no\"\ngraphroot = \"/srv/storage\" # here\n";
-    assert_eq!(storage_root(storage), Some("/srv/storage".into()));
-    assert_eq!(storage_root("graphroot = relative\n"), None);
+    let setting = |text| storage_setting(text, "graphroot");
+    assert_eq!(setting(storage), Some("/srv/storage".into()));
+    assert_eq!(setting("graphroot = relative\n"), None);
+    let path = |text| with_variables(text, "/home/ann", 1000);
+    assert_eq!(path("$HOME/s").as_deref(), Some("/home/ann/s"));
+    assert_eq!(path("/srv/${UID}").as_deref(), Some("/srv/1000"));
+    assert_eq!(path("relative"), None);
+    assert_eq!(path("/srv/$USER"), None, "its value is unknown");
 }
 
 #[test]

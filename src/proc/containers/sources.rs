@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use nix::unistd::geteuid;
 
+use super::NameDirectory;
 use super::files::{HostRoot, MAX_FILE, MAX_TABLE, ReadError, Why};
 use super::parse::{self, Entry};
 use crate::proc::cgroup::Runtime;
@@ -44,11 +45,39 @@ pub(super) struct Sources {
     roots_of_running: Option<Vec<String>>,
     storage_root: Option<String>,
     tables: HashMap<String, Result<HashMap<String, Entry>, String>>,
-    directories: HashMap<String, Vec<String>>,
+    directories: HashMap<String, Result<Vec<String>, String>>,
 }
 
 /// The entry of a container; `Ok(None)` if no file is about it.
 type Found = Result<Option<Entry>, ReadError>;
+
+/// A search in several places. A place that cannot be read does not keep it from the others.
+#[derive(Default)]
+struct Search {
+    entry: Option<Entry>,
+    failure: Option<ReadError>,
+}
+
+impl Search {
+    /// Adds what a place has. Whether it has the entry.
+    fn has_found(&mut self, found: Found) -> bool {
+        match found {
+            Ok(entry) => self.entry = entry,
+            Err(error) => {
+                self.failure.get_or_insert(error);
+            }
+        }
+        self.entry.is_some()
+    }
+
+    /// The entry; or why it may be in a place that could not be read.
+    fn end(self) -> Found {
+        match (self.entry, self.failure) {
+            (None, Some(failure)) => Err(failure),
+            (entry, _) => Ok(entry),
+        }
+    }
+}
 
 impl Sources {
     pub fn new(root: HostRoot, proc: PathBuf) -> Self {
@@ -92,35 +121,71 @@ impl Sources {
         }
     }
 
+    /// The directories with names that exist.
+    pub fn existing_directories(&mut self) -> Vec<NameDirectory> {
+        let mut paths: Vec<String> = Vec::new();
+        for root in self
+            .docker_roots()
+            .into_iter()
+            .chain(self.roots_of_running())
+        {
+            paths.push(format!("{root}/containers"));
+        }
+        let storage = self.storage_root();
+        for root in [storage.as_str(), "/run/containers/storage"] {
+            paths.extend(DRIVERS.map(|driver| format!("{root}/{driver}-containers")));
+        }
+        paths.extend(TASKS.map(|base| format!("{base}/io.containerd.runtime.v2.task")));
+        paths.extend(["/var/log/containers", "/var/log/pods"].map(str::to_owned));
+        let mut found: Vec<NameDirectory> = Vec::new();
+        for path in paths {
+            let error = match self.root.names(&path) {
+                Ok(_) => None,
+                Err(error) if error.is_missing() => continue,
+                Err(error) => Some(error.why.to_string()),
+            };
+            let path = self.root.path(&path).display().to_string();
+            if found.iter().all(|known| known.path != path) {
+                found.push(NameDirectory { path, error });
+            }
+        }
+        found
+    }
+
     fn docker(&mut self, wanted: &Wanted) -> Found {
         let mut roots = self.docker_roots();
         if let Some(home) = self.home(wanted) {
             roots.insert(0, format!("{home}/.local/share/docker"));
         }
-        if let Some(entry) = self.docker_below(&roots, wanted)? {
-            return Ok(Some(entry));
+        let mut search = Search::default();
+        for root in &roots {
+            let found = self.docker_below(root, wanted);
+            if search.has_found(found) {
+                return search.end();
+            }
         }
-        let others = self.roots_of_running();
-        self.docker_below(&others, wanted)
+        for root in self.roots_of_running() {
+            let found = self.docker_below(&root, wanted);
+            if search.has_found(found) {
+                break;
+            }
+        }
+        search.end()
     }
 
-    fn docker_below(&mut self, roots: &[String], wanted: &Wanted) -> Found {
-        for root in roots {
-            if let Some(entry) = self.docker_in(root, wanted)? {
+    fn docker_below(&mut self, root: &str, wanted: &Wanted) -> Found {
+        if let Some(entry) = self.docker_in(root, wanted)? {
+            return Ok(Some(entry));
+        }
+        // With users of its own (userns-remap), a daemon has its files one directory below.
+        let is_of_users = |name: &&String| {
+            let ids = name.split_once('.');
+            ids.is_some_and(|(uid, gid)| uid.parse::<u32>().is_ok() && gid.parse::<u32>().is_ok())
+        };
+        let names = self.names(root)?;
+        for name in names.iter().filter(is_of_users) {
+            if let Some(entry) = self.docker_in(&format!("{root}/{name}"), wanted)? {
                 return Ok(Some(entry));
-            }
-            // With users of its own (userns-remap), a daemon has its files one directory below.
-            let is_of_users = |name: &&String| {
-                let ids = name.split_once('.');
-                ids.is_some_and(|(uid, gid)| {
-                    uid.parse::<u32>().is_ok() && gid.parse::<u32>().is_ok()
-                })
-            };
-            let names = self.names(root);
-            for name in names.iter().filter(is_of_users) {
-                if let Some(entry) = self.docker_in(&format!("{root}/{name}"), wanted)? {
-                    return Ok(Some(entry));
-                }
             }
         }
         Ok(None)
@@ -185,19 +250,22 @@ impl Sources {
 
     fn storage(&mut self, wanted: &Wanted) -> Found {
         let root = match (wanted.user, self.home(wanted)) {
-            (Some(_), Some(home)) => format!("{home}/.local/share/containers/storage"),
+            (Some(uid), Some(home)) => self.storage_root_of(uid, &home),
             (Some(_), None) => return Ok(None),
             (None, _) => self.storage_root(),
         };
+        let mut search = Search::default();
         for driver in DRIVERS {
             for table in TABLES {
                 let path = format!("{root}/{driver}-containers/{table}");
-                if let Some(entry) = self.table(&path)?.get(&wanted.id) {
-                    return Ok(Some(entry.clone()));
+                let found = self.table(&path);
+                let found = found.map(|table| table.get(&wanted.id).cloned());
+                if search.has_found(found) {
+                    return search.end();
                 }
             }
         }
-        Ok(None)
+        search.end()
     }
 
     /// The table at `path`; empty if there is none.
@@ -222,22 +290,47 @@ impl Sources {
                     .root
                     .read("/etc/containers/storage.conf", MAX_FILE)
                     .ok()?;
-                parse::storage_root(&String::from_utf8_lossy(&text))
+                let value = parse::storage_setting(&String::from_utf8_lossy(&text), "graphroot")?;
+                parse::with_variables(&value, "/root", 0)
             };
             self.storage_root = Some(configured().unwrap_or_else(|| STORAGE_ROOT.to_owned()));
         }
         self.storage_root.clone().unwrap_or_default()
     }
 
+    /// The storage of a user: that of his own configuration, or of the configuration for all users, or the usual one.
+    fn storage_root_of(&self, uid: u32, home: &str) -> String {
+        let setting = |path: &str, key: &str| {
+            let text = self.root.read(path, MAX_FILE).ok()?;
+            let value = parse::storage_setting(&String::from_utf8_lossy(&text), key)?;
+            parse::with_variables(&value, home, uid)
+        };
+        let own = format!("{home}/.config/containers/storage.conf");
+        setting(&own, "graphroot")
+            .or_else(|| setting(&own, "rootless_storage_path"))
+            .or_else(|| setting("/etc/containers/storage.conf", "rootless_storage_path"))
+            .unwrap_or_else(|| format!("{home}/.local/share/containers/storage"))
+    }
+
     /// The bundle of containerd.
     fn task(&mut self, wanted: &Wanted) -> Found {
+        let mut search = Search::default();
         for base in TASKS {
             let tasks = format!("{base}/io.containerd.runtime.v2.task");
-            for namespace in self.names(&tasks) {
-                let path = format!("{tasks}/{namespace}/{}/config.json", wanted.id);
-                if let Some(text) = self.read_if_there(&path, MAX_FILE)? {
-                    return self.parsed(&path, parse::oci(&text)).map(Some);
-                }
+            let found = self.task_below(&tasks, wanted);
+            if search.has_found(found) {
+                break;
+            }
+        }
+        search.end()
+    }
+
+    /// Below the directory with one for each of containerd's namespaces: `k8s.io`, `default`, `moby`, or whatever nerdctl is told.
+    fn task_below(&mut self, tasks: &str, wanted: &Wanted) -> Found {
+        for namespace in self.names(tasks)? {
+            let path = format!("{tasks}/{namespace}/{}/config.json", wanted.id);
+            if let Some(text) = self.read_if_there(&path, MAX_FILE)? {
+                return self.parsed(&path, parse::oci(&text)).map(Some);
             }
         }
         Ok(None)
@@ -245,39 +338,54 @@ impl Sources {
 
     /// The bundle of CRI-O.
     fn userdata(&mut self, wanted: &Wanted) -> Found {
+        let mut search = Search::default();
         for root in ["/run/containers/storage".to_owned(), self.storage_root()] {
             for driver in DRIVERS {
                 let id = &wanted.id;
                 let path = format!("{root}/{driver}-containers/{id}/userdata/config.json");
-                if let Some(text) = self.read_if_there(&path, MAX_FILE)? {
-                    return self.parsed(&path, parse::oci(&text)).map(Some);
+                let found = self.read_if_there(&path, MAX_FILE).and_then(|text| {
+                    let parsed = |text: Vec<u8>| self.parsed(&path, parse::oci(&text));
+                    text.map(parsed).transpose()
+                });
+                if search.has_found(found) {
+                    return search.end();
                 }
             }
         }
-        Ok(None)
+        search.end()
     }
 
     /// The names that the kubelet gives to logs.
     fn logs(&mut self, wanted: &Wanted) -> Found {
-        let names = self.names("/var/log/containers");
-        if let Some(entry) = parse::log_of_container(names.iter().map(String::as_str), &wanted.id) {
-            return Ok(Some(entry));
+        let mut search = Search::default();
+        let names = self
+            .names("/var/log/containers")
+            .map(|names| parse::log_of_container(names.iter().map(String::as_str), &wanted.id));
+        if search.has_found(names) {
+            return search.end();
         }
-        let Some(uid) = &wanted.pod_uid else {
-            return Ok(None);
-        };
-        let names = self.names("/var/log/pods");
-        Ok(parse::log_of_pod(names.iter().map(String::as_str), uid))
+        if let Some(uid) = &wanted.pod_uid {
+            let names = self
+                .names("/var/log/pods")
+                .map(|names| parse::log_of_pod(names.iter().map(String::as_str), uid));
+            search.has_found(names);
+        }
+        search.end()
     }
 
-    /// The names in a directory; none if it cannot be read.
-    fn names(&mut self, path: &str) -> Vec<String> {
-        let read = || self.root.names(path).unwrap_or_default();
+    /// The names in a directory; none if there is no such directory.
+    fn names(&mut self, path: &str) -> Result<Vec<String>, ReadError> {
         if !self.directories.contains_key(path) {
-            let names = read();
+            let names = match self.root.names(path) {
+                Ok(names) => Ok(names),
+                Err(error) if error.is_missing() => Ok(Vec::new()),
+                // Kept, so that it is not read again for each container.
+                Err(error) => Err(error.why.to_string()),
+            };
             self.directories.insert(path.to_owned(), names);
         }
-        self.directories[path].clone()
+        let names = self.directories[path].clone();
+        names.map_err(|why| self.root.error(path, Why::Content(why)))
     }
 
     /// The home directory of the user who runs a container.

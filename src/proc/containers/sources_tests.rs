@@ -236,6 +236,146 @@ fn what_cannot_be_read_is_named() {
     assert_eq!(host.name(Runtime::Docker, None), Ok(Some("php".into())));
 }
 
+/// As nerdctl names them, with any namespace of containerd.
+#[test]
+fn any_namespace_of_containerd_is_searched() {
+    let host = Host::new();
+    let tasks = "/run/containerd/io.containerd.runtime.v2.task";
+    let labels =
+        r#"{"ociVersion":"1.1.0","annotations":{"nerdctl/name":"a","nerdctl/namespace":"blue"}}"#;
+    host.write(&format!("{tasks}/k8s.io/other/config.json"), bundle("b"));
+    host.write(&format!("{tasks}/blue/{ID}/config.json"), labels);
+    assert_eq!(host.name(Runtime::Containerd, None), Ok(Some("a".into())));
+}
+
+#[test]
+fn the_storage_of_a_user_is_where_the_configuration_says() {
+    let own = "/home/ann/.config/containers/storage.conf";
+    let all = "/etc/containers/storage.conf";
+    for (config, text, storage) in [
+        (own, "[storage]\ngraphroot = \"/srv/ann\"\n", "/srv/ann"),
+        (
+            own,
+            "[storage]\ngraphroot = \"$HOME/pods\"\n",
+            "/home/ann/pods",
+        ),
+        (
+            own,
+            "[storage]\nrootless_storage_path = \"/srv/$UID\"\n",
+            "/srv/1000",
+        ),
+        (
+            all,
+            "[storage]\ngraphroot = \"/srv/of-root\"\nrootless_storage_path = \"/srv/${UID}/s\"\n",
+            "/srv/1000/s",
+        ),
+        // What is no path after all is left aside.
+        (
+            own,
+            "[storage]\ngraphroot = \"$SOMEWHERE/pods\"\n",
+            "/home/ann/.local/share/containers/storage",
+        ),
+    ] {
+        let host = Host::new();
+        host.write("/etc/passwd", "ann:x:1000:1000::/home/ann:/bin/sh\n");
+        host.write(config, text);
+        host.write(
+            &format!("{storage}/overlay-containers/containers.json"),
+            table("a"),
+        );
+        let name = host.name(Runtime::Podman, Some(1000));
+        assert_eq!(name, Ok(Some("a".into())), "{config}: {text}");
+    }
+}
+
+/// The directory of the container is still listed, and its files are gone.
+#[test]
+fn a_container_that_was_removed_meanwhile_has_no_file() {
+    let host = Host::new();
+    let tasks = "/run/containerd/io.containerd.runtime.v2.task/default";
+    host.write(&format!("{tasks}/{ID}/init.pid"), "7");
+    host.write(&format!("/var/lib/docker/containers/{ID}/hostname"), "a");
+    host.write(
+        "/var/lib/containers/storage/overlay-containers/containers.json",
+        "[]",
+    );
+    for runtime in [Runtime::Containerd, Runtime::Docker, Runtime::Podman] {
+        let why = host.name(runtime, None).unwrap_err();
+        assert!(why.starts_with("no file about it"), "{runtime}: {why}");
+    }
+    // A file that is just written is not read as half a name.
+    host.write(&format!("{tasks}/{ID}/config.json"), "");
+    let why = host.name(Runtime::Containerd, None).unwrap_err();
+    assert!(why.contains("config.json: it ends too early"), "{why}");
+}
+
+/// Runs `work` on a thread that may read only what the modes of the files allow.
+fn without_override(work: impl FnOnce() + Send) {
+    use caps::{CapSet, Capability};
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            for capability in [
+                Capability::CAP_DAC_OVERRIDE,
+                Capability::CAP_DAC_READ_SEARCH,
+            ] {
+                caps::drop(None, CapSet::Effective, capability).unwrap();
+            }
+            work();
+        });
+        thread.join().unwrap();
+    });
+}
+
+#[test]
+fn what_may_not_be_read_is_said_with_its_error() {
+    use std::os::unix::fs::PermissionsExt;
+    let forbid = |host: &Host, path: &str| {
+        let path = host.dir.path().join(path.trim_start_matches('/'));
+        fs::set_permissions(path, fs::Permissions::from_mode(0o000)).unwrap();
+    };
+    let file = format!("/var/lib/docker/containers/{ID}/config.v2.json");
+    let tasks = "/run/containerd/io.containerd.runtime.v2.task";
+    let storage = "/var/lib/containers/storage";
+    let table_of = format!("{storage}/overlay-containers/containers.json");
+    for (runtime, written, text, forbidden) in [
+        (Runtime::Docker, &file, docker_file("a"), file.as_str()),
+        (Runtime::Docker, &file, docker_file("a"), "/var/lib/docker"),
+        (
+            Runtime::Containerd,
+            &format!("{tasks}/blue/{ID}/config.json"),
+            bundle("a"),
+            tasks,
+        ),
+        (Runtime::Podman, &table_of, table("a"), storage),
+        (
+            Runtime::Kubernetes,
+            &format!("/var/log/containers/web_shop_php-{ID}.log"),
+            String::new(),
+            "/var/log/containers",
+        ),
+    ] {
+        let host = Host::new();
+        host.write(written, text);
+        forbid(&host, forbidden);
+        without_override(|| {
+            let why = host.name(runtime, None).unwrap_err();
+            assert!(
+                why.contains(forbidden) && why.ends_with("Permission denied (os error 13)"),
+                "{runtime} {forbidden}: {why}"
+            );
+        });
+    }
+    // Another place that may be read is searched all the same.
+    let host = Host::new();
+    host.write(&format!("{tasks}/blue/x"), "");
+    forbid(&host, tasks);
+    host.write(
+        &format!("/run/k3s/containerd/io.containerd.runtime.v2.task/k8s.io/{ID}/config.json"),
+        bundle("a"),
+    );
+    without_override(|| assert_eq!(host.name(Runtime::Containerd, None), Ok(Some("a".into()))));
+}
+
 /// The table has very many that have exited; only the ids that are asked for are opened.
 #[test]
 fn a_table_is_read_once() {

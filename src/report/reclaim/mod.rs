@@ -15,7 +15,7 @@ use super::descriptors::DescriptorCounts;
 use crate::config::{Action, ReclaimConfig};
 use crate::finder::dead::DeadSocket;
 use crate::model::{Owner, ReclaimOutcome};
-use crate::proc::{AbsentOwner, Process, Unnamed};
+use crate::proc::{AbsentOwner, OWNER_OPTIONS, Process, Unnamed};
 use crate::reclaim::StopStats;
 use crate::text::{counted, named_or_counted};
 
@@ -160,7 +160,7 @@ pub fn notes(run: &ReclaimRun) -> Vec<String> {
     }
     if run.elsewhere > 0 {
         notes.push(format!(
-            "{} of that port in other network namespaces: --pid, --process, --unit, --container, --pod or --all selects them too",
+            "{} of that port in other network namespaces: a selector of owners ({OWNER_OPTIONS}) or --all selects them too",
             counted(run.elsewhere, "more dead descriptor")
         ));
     }
