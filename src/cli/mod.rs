@@ -31,22 +31,22 @@ Without arguments cwkill lists the stuck sockets. With a port, an address, an ow
 or --all it closes what matches; --dry-run only shows it. All options: cwkill --help, man cwkill";
 
 const AFTER_HELP: &str = "\
-Without a selector, cwkill lists the stuck sockets and never acts. A selector that says which sockets
-(a port, an address, an owner, an expression, --all) makes it act, unless --dry-run is given.
---state, --min-age, --min-idle, --cause, --user, -4, --netns and the like never make it act by
-themselves. Different selectors must all match; a selector matches if any of its values does.
+Without a selector, cwkill lists the stuck sockets and never acts. With a port, an address, an
+owner, an expression or --all it closes what matches, unless --dry-run is given. --state,
+--min-age, --min-idle, --address-gone, --cause, --user, -4, -6, --netns and --all-netns never make
+it act by themselves. A socket must match all selectors, and one value of each.
 
 Examples:
   cwkill                                   list the stuck sockets, their owners and causes
   cwkill --port 8080 --dry-run             show the plan for each socket
   cwkill --port 8080                       close them, verify and report
-  cwkill --process 'java*' --min-age 1h    only sockets of java, stuck for at least an hour
+  cwkill --process 'java*' --min-age 1h    close sockets of java, stuck for at least an hour
   cwkill 'sport = :8080 and dst 10.0.0.0/8'
-                                           a filter in the syntax of ss(8)
+                                           close what this filter of ss(8) selects
 
 Exit status: 0 all matched sockets are closed (or something was listed), 1 nothing matched (0 with
---ok-if-none), 2 wrong usage, 3 could not run at all, 4 some matched sockets are not closed. Sockets
-over --max-kills do not count.";
+--ok-if-none), 2 wrong usage, 3 could not run at all, 4 some sockets that match or may match are
+not closed, or a process spins. Sockets over --max-kills do not count.";
 
 const DOCTOR_HELP: &str = "\
 Tries every method on connections of its own over loopback, and touches nothing else.
@@ -128,9 +128,9 @@ pub struct Acting {
     #[arg(short, long)]
     pub yes: bool,
 
-    /// Of probe, shutdown, destroy, rst, in this order [default: auto]
+    /// The methods to try, in the order given [default: auto]
     ///
-    /// auto is shutdown, then destroy, then rst.
+    /// The methods are probe, shutdown, destroy and rst. auto is shutdown, then destroy, then rst.
     #[arg(long, value_name = "auto|LIST", value_parser = values::methods(), hide_possible_values = true)]
     pub method: Vec<List<MethodChoice>>,
 
@@ -146,7 +146,7 @@ pub struct Acting {
     #[arg(long, hide_short_help = true)]
     pub discard_unsent: bool,
 
-    /// Close sockets although a process may wake without end afterwards
+    /// Close sockets even if a process would spin (use a whole processor) afterwards
     #[arg(long, hide_short_help = true)]
     pub allow_spin: bool,
 
@@ -224,7 +224,7 @@ pub struct Output {
     #[arg(long, hide_short_help = true)]
     pub ok_if_none: bool,
 
-    /// Print a row for each socket, every owner and every attempt
+    /// Print a row for each socket or descriptor, every owner and every attempt
     #[arg(short, long, action = ArgAction::SetTrue)]
     pub verbose: bool,
 

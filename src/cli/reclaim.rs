@@ -37,13 +37,14 @@ none (0 with --ok-if-none), 2 wrong usage, 3 could not run at all, 4 some are st
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Reclaiming")]
 pub struct Reclaiming {
-    /// Close only descriptors that have been quiet for this long [default: 1m]
+    /// Close only descriptors of sockets that have been quiet for at least this long [default: 1m]
     #[arg(long, hide_short_help = true, value_name = "DURATION", value_parser = values::duration)]
     pub reclaim_age: Option<Duration>,
 
     /// Ignore the safety checks
     ///
-    /// They are: an epoll set (Go, Node), finalizers (Java), a system call, the age. /dev/null replaces 0, 1 and 2.
+    /// They are: an epoll set (Go, Node.js), finalizers (Java, .NET), a system call, an unfinished transfer, an io_uring, unread bytes
+    /// (which are lost), the age. /dev/null replaces the standard descriptors 0, 1 and 2.
     #[arg(long, hide_short_help = true)]
     pub reclaim_force: bool,
 

@@ -26,11 +26,11 @@ pub struct Selection {
     #[arg(long, value_name = "LIST", value_parser = values::list(values::port_range), hide_short_help = true)]
     pub peer_port: Vec<List<RangeInclusive<u16>>>,
 
-    /// Local address or network
+    /// Local addresses or networks
     #[arg(long, value_name = "ADDR[/LEN]", value_parser = values::list(values::network), hide_short_help = true)]
     pub local: Vec<List<IpNet>>,
 
-    /// Peer address or network
+    /// Peer addresses or networks
     #[arg(long, value_name = "ADDR[/LEN]", value_parser = values::list(values::network))]
     pub peer: Vec<List<IpNet>>,
 
@@ -50,7 +50,7 @@ pub struct Selection {
     pub min_age: Option<Duration>,
 
     /// Sockets in which no data has moved in either direction for at least this long [default: 5s when cwkill
-    /// acts]; 0s for those in use too
+    /// acts or plans, else 0s]
     #[arg(long, value_name = "DURATION", value_parser = values::duration, hide_short_help = true)]
     pub min_idle: Option<Duration>,
 
@@ -98,7 +98,7 @@ pub struct Selection {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Selectors")]
 pub struct OwnerSelection {
-    /// Sockets of this process (of its listener, if never accepted)
+    /// Sockets that this process holds, or that wait at its listener
     #[arg(short, long, value_name = "PID", value_parser = values::list(values::pid))]
     pub pid: Vec<List<i32>>,
 
@@ -112,7 +112,7 @@ pub struct OwnerSelection {
 
     /// Sockets of this container: web, 'web-*' or 3f4a9b2c
     ///
-    /// 8 digits of the id are enough. The name comes from files of docker, podman, containerd, CRI-O and the kubelet.
+    /// The first 8 digits of the id are enough. The name comes from files of docker, podman, containerd, CRI-O and the kubelet.
     #[arg(long, value_name = "NAME|ID", value_parser = values::list(values::container))]
     pub container: Vec<List<ContainerName>>,
 
@@ -136,7 +136,7 @@ pub struct OwnerSelection {
     #[arg(long, value_name = "DIR", value_parser = values::host_root, default_value = "/", hide_default_value = true, help_heading = "Search", hide_short_help = true)]
     pub host_root: PathBuf,
 
-    /// Every stuck socket
+    /// Every stuck socket of the searched network namespaces
     #[arg(long, display_order = LAST_IN_HELP)]
     pub all: bool,
 }
