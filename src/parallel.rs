@@ -48,7 +48,7 @@ fn start(threads: usize) -> Vec<Sender<ThreadBuilder>> {
 }
 
 /// Whether the pool has threads of its own, so that another thread may give it work and wait.
-pub(crate) fn are_there() -> bool {
+pub(crate) fn has_threads() -> bool {
     rayon::current_num_threads() > 1
 }
 

@@ -72,7 +72,7 @@ pub(crate) fn write_out(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) ->
 }
 
 /// The result of writing to stdout. If the reader has closed it, that is not an error.
-pub(crate) fn unless_closed(written: io::Result<()>) -> io::Result<()> {
+pub(crate) fn ignore_closed_reader(written: io::Result<()>) -> io::Result<()> {
     match written {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         other => other,

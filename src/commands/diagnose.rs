@@ -15,7 +15,7 @@ use crate::history::History;
 use crate::model::Privilege;
 use crate::privileges::capabilities;
 use crate::report::{ExitStatus, diagnose as report};
-use crate::terminal::{columns, rows, say, unless_closed, write_out};
+use crate::terminal::{columns, ignore_closed_reader, rows, say, write_out};
 use crate::text::seconds;
 
 pub(super) fn run(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
@@ -55,6 +55,6 @@ pub(super) fn run(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
     if diagnosis.lacks_privileges() {
         say_hints(&[Privilege::Ptrace]);
     }
-    unless_closed(written).context("cannot write the diagnosis")?;
+    ignore_closed_reader(written).context("cannot write the diagnosis")?;
     Ok(report::exit_status(&diagnosis))
 }

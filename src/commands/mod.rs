@@ -38,7 +38,9 @@ use crate::privileges::{capabilities, held, hint};
 use crate::proc::ProcFs;
 use crate::report::ExitStatus;
 use crate::sys::caller::as_caller;
-use crate::terminal::{ignore_signals_of_writes, print_usage, say, unless_closed, write_out};
+use crate::terminal::{
+    ignore_closed_reader, ignore_signals_of_writes, print_usage, say, write_out,
+};
 use crate::text::escape;
 
 /// Must be called first.
@@ -155,7 +157,7 @@ fn print_completions(shell: clap_complete::Shell) -> anyhow::Result<ExitCode> {
         clap_complete::generate(shell, &mut Cli::command(), "cwkill", &mut script);
         out.write_all(&script)
     });
-    unless_closed(written).context("cannot write the completion script")?;
+    ignore_closed_reader(written).context("cannot write the completion script")?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -208,7 +210,7 @@ fn open_proc(
 ) -> anyhow::Result<ProcFs> {
     let proc = proc_with_names(host_root, selectors)?;
     let chosen = way::choose(&proc, use_iterator);
-    let used = unless_not_used(
+    let used = used_or_note(
         chosen,
         use_iterator,
         verbose,
@@ -235,7 +237,7 @@ fn open_destroyer(
             say(format_args!("note: {instead}, because {error:#}"));
             Ok(None)
         }
-        chosen => unless_not_used(chosen, use_iterator, verbose, instead),
+        chosen => used_or_note(chosen, use_iterator, verbose, instead),
     }
 }
 
@@ -243,7 +245,7 @@ fn open_destroyer(
 ///
 /// # Errors
 /// The iterator is needed, and cannot be used.
-fn unless_not_used<T>(
+fn used_or_note<T>(
     chosen: Result<T, NotUsed>,
     use_iterator: UseIterator,
     verbose: bool,
@@ -310,7 +312,7 @@ fn was_reported(
     summary: Option<&str>,
 ) -> anyhow::Result<bool> {
     // If the reader closed stdout, or nothing but the report failed, the exit status still describes the acts.
-    let unwritten = match unless_closed(written) {
+    let unwritten = match ignore_closed_reader(written) {
         Err(error) if summary.is_some() => Some(format!("its report cannot be written: {error}")),
         other => other.context("cannot write the listing").map(|()| None)?,
     };

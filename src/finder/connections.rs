@@ -111,7 +111,7 @@ pub fn look_up(
             return Ok(Vec::new());
         }
         let mut diag = SockDiag::open().map_err(FindError::Open)?;
-        let answers = diag.lookup(&ids, Detail::Quiet);
+        let answers = diag.lookup(&ids, Detail::TcpInfo);
         let answers = answers.map_err(FindError::Lookup)?.into_iter();
         let found = answers.filter_map(|answer| Some(Connection::of(&answer.ok()?, netns)));
         Ok(found.collect())

@@ -120,7 +120,7 @@ pub fn find(
     };
     let (listed, descriptors) = std::thread::scope(|scope| {
         // If no thread can be started, the scans run one after the other.
-        let thread = (parallel::are_there() && side_by_side)
+        let thread = (parallel::has_threads() && side_by_side)
             .then(|| Builder::new().spawn_scoped(scope, || owners::scan(proc, states, &cancelled)));
         // The iterator takes less time than the list, so two threads share the list.
         let may_split = proc.iterator().is_some();

@@ -53,7 +53,7 @@ pub fn look_again(scan: &mut Scan, selectors: &Selectors, control: &dyn Control)
             .iter()
             .map(|&at| scan.targets[at].socket.id)
             .collect();
-        let looked = netns.within(|| SockDiag::open()?.lookup(&ids, Detail::Quiet));
+        let looked = netns.within(|| SockDiag::open()?.lookup(&ids, Detail::TcpInfo));
         // If it fails, it is unknown whether they are read.
         let answers = looked.and_then(|answers| answers).ok();
         for (index, at) in looked_at.into_iter().enumerate() {

@@ -1,12 +1,12 @@
 //! `destroy` by the kernel's iterator ([`crate::bpf::destroyer`]): each socket is judged and destroyed at one instant.
 //!
-//! cwkill judges sockets as always, by [`Batch::recheck`] and the plan. The iterator destroys a socket only if nothing has changed in it
+//! cwkill judges sockets as always, by [`MethodRun::recheck`] and the plan. The iterator destroys a socket only if nothing has changed in it
 //! since it was judged. What has changed is rechecked and tried again, or left alone for the reason that the recheck finds. So all
 //! reasons are those of SOCK_DESTROY, and nothing can happen between the judgement and the act.
 
 use nix::errno::Errno;
 
-use super::engine::{Batch, Rules};
+use super::engine::{MethodRun, Rules};
 use super::revive::Revived;
 use super::way::ByIterator;
 use crate::bpf::destroyer::{CAPACITY, Chosen, Data, End, Verdict, Walk};
@@ -32,7 +32,7 @@ impl AsMut<Target> for Doomed<'_> {
 }
 
 /// What to do with targets right before the act. Returns those that are left.
-type Prepare<'p> = dyn for<'t> FnMut(Vec<&'t mut Target>, &mut Batch<'_>) -> Revived<'t> + 'p;
+type Prepare<'p> = dyn for<'t> FnMut(Vec<&'t mut Target>, &mut MethodRun<'_>) -> Revived<'t> + 'p;
 
 impl ByIterator {
     /// Destroys `targets`, of which the engine has rechecked none, and records an attempt for each on which it acted. `prepare` is called
@@ -40,7 +40,7 @@ impl ByIterator {
     pub(super) fn destroy<'t>(
         &self,
         mut targets: Vec<&'t mut Target>,
-        batch: &mut Batch<'_>,
+        run: &mut MethodRun<'_>,
         prepare: &mut Prepare<'_>,
     ) -> Vec<&'t mut Target> {
         let can_be_walked = targets.iter().filter(|target| is_full(&target.socket));
@@ -49,20 +49,20 @@ impl ByIterator {
             return targets;
         }
         let mut others = Vec::new();
-        while !targets.is_empty() && !batch.control().interrupted() {
+        while !targets.is_empty() && !run.control().interrupted() {
             let rest = targets.split_off(targets.len().min(CAPACITY));
-            let part = batch.leave_reachable(targets);
+            let part = run.skip_returned_addresses(targets);
             let Revived {
                 others: quiet,
                 probed,
-            } = prepare(part, batch);
+            } = prepare(part, run);
             let mut part = Vec::with_capacity(quiet.len() + probed.len());
             for (targets, probed) in [(quiet, false), (probed, true)] {
                 // That took a while, and an address can come back meanwhile.
-                let targets = batch.leave_reachable(targets).into_iter();
+                let targets = run.skip_returned_addresses(targets).into_iter();
                 part.extend(targets.map(|target| Doomed { target, probed }));
             }
-            self.destroy_part(part, batch, &mut others);
+            self.destroy_part(part, run, &mut others);
             targets = rest;
         }
         others
@@ -72,7 +72,7 @@ impl ByIterator {
     fn destroy_part<'t>(
         &self,
         doomed: Vec<Doomed<'t>>,
-        batch: &mut Batch<'_>,
+        run: &mut MethodRun<'_>,
         others: &mut Vec<&'t mut Target>,
     ) {
         let (mut chosen, mut unknown) = (Vec::with_capacity(doomed.len()), Vec::new());
@@ -83,18 +83,18 @@ impl ByIterator {
             }
             // After an earlier method the socket differs from what was planned for.
             let known = target.acted().is_none();
-            match known.then(|| choose(target, &target.socket, batch.rules())) {
+            match known.then(|| choose(target, &target.socket, run.rules())) {
                 Some(Some(socket)) => chosen.push((Doomed { target, probed }, socket)),
                 _ => unknown.push(Doomed { target, probed }),
             }
         }
-        chosen.extend(look_again(unknown, batch, others));
+        chosen.extend(look_again(unknown, run, others));
         for pass in 1..=PASSES {
-            if chosen.is_empty() || batch.control().interrupted() {
+            if chosen.is_empty() || run.control().interrupted() {
                 return;
             }
             let (doomed, sockets): (Vec<Doomed<'t>>, Vec<Chosen>) = chosen.into_iter().unzip();
-            let control = batch.control();
+            let control = run.control();
             let Walk { verdicts, end } =
                 self.destroyer.destroy(&sockets, || !control.interrupted());
             let mut destroyed = 0;
@@ -115,8 +115,8 @@ impl ByIterator {
                     | Verdict::NotReached => changed.push((it, verdict)),
                 }
             }
-            batch.control().progress(Method::Destroy, destroyed);
-            if batch.control().interrupted() {
+            run.control().progress(Method::Destroy, destroyed);
+            if run.control().interrupted() {
                 return;
             }
             if pass == PASSES && matches!(end, End::Whole) {
@@ -124,7 +124,7 @@ impl ByIterator {
                 return;
             }
             let changed = changed.into_iter().map(|(it, _)| it).collect();
-            chosen = look_again(changed, batch, others);
+            chosen = look_again(changed, run, others);
             let why = match end {
                 End::Whole => continue,
                 End::Stopped | End::HeldUp => MethodError::WalkHeldUp,
@@ -145,15 +145,15 @@ impl ByIterator {
 /// Rechecks the targets, and chooses them by what they are now.
 fn look_again<'t>(
     doomed: Vec<Doomed<'t>>,
-    batch: &mut Batch<'_>,
+    run: &mut MethodRun<'_>,
     others: &mut Vec<&'t mut Target>,
 ) -> Vec<(Doomed<'t>, Chosen)> {
     let mut chosen = Vec::with_capacity(doomed.len());
     let (probed, quiet): (Vec<_>, Vec<_>) = doomed.into_iter().partition(|it| it.probed);
     for (doomed, after_segment) in [(quiet, false), (probed, true)] {
-        for (it, now) in batch.look_again(doomed, after_segment) {
+        for (it, now) in run.look_again(doomed, after_segment) {
             let now = Socket::from_message(&now);
-            let socket = is_full(&now).then(|| choose(it.target, &now, batch.rules()));
+            let socket = is_full(&now).then(|| choose(it.target, &now, run.rules()));
             match socket.flatten() {
                 Some(socket) => chosen.push((it, socket)),
                 None => others.push(it.target),

@@ -14,7 +14,7 @@ use nix::errno::Errno;
 
 use super::Executor;
 use super::duplicate::Duplicator;
-use super::engine::Batch;
+use super::engine::MethodRun;
 use super::revive::{Revived, Reviver};
 use crate::model::{Method, MethodError, Privilege, Target};
 use crate::privileges;
@@ -137,30 +137,26 @@ impl Executor for Destroy {
     fn act_at_one_instant<'t>(
         &mut self,
         targets: Vec<&'t mut Target>,
-        batch: &mut Batch<'_>,
+        run: &mut MethodRun<'_>,
     ) -> Vec<&'t mut Target> {
-        match batch.rules().destroyer {
+        match run.rules().destroyer {
             Some(by_iterator) => {
                 let size = self.batch_size();
-                by_iterator.destroy(
-                    targets,
-                    batch,
-                    &mut |targets, batch| match &mut self.reviver {
-                        Some((reviver, duplicator)) => {
-                            reviver.revive_all(duplicator, targets, size, batch)
-                        }
-                        None => Revived::without_probes(targets),
-                    },
-                )
+                by_iterator.destroy(targets, run, &mut |targets, run| match &mut self.reviver {
+                    Some((reviver, duplicator)) => {
+                        reviver.revive_all(duplicator, targets, size, run)
+                    }
+                    None => Revived::without_probes(targets),
+                })
             }
             None => targets,
         }
     }
 
-    fn act(&mut self, targets: Vec<&mut Target>, batch: &mut Batch<'_>) {
+    fn act(&mut self, targets: Vec<&mut Target>, run: &mut MethodRun<'_>) {
         let is_small = targets.len() <= SOCKETS_PER_BATCH;
         let Revived { others, probed } = match &mut self.reviver {
-            Some((reviver, duplicator)) => reviver.revive_unchecked(duplicator, targets, batch),
+            Some((reviver, duplicator)) => reviver.revive_unchecked(duplicator, targets, run),
             None => Revived::without_probes(targets),
         };
         // A large batch was rechecked too long ago, and so was one that has waited for its probes: the owner may have written meanwhile.
@@ -169,7 +165,7 @@ impl Executor for Destroy {
             while !targets.is_empty() {
                 let rest = targets.split_off(targets.len().min(SOCKETS_PER_BATCH));
                 if !is_fresh {
-                    targets = batch.recheck(targets, after_segment);
+                    targets = run.recheck(targets, after_segment);
                 }
                 self.request(targets, SockDiag::destroy);
                 is_fresh = false;

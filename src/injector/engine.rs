@@ -105,8 +105,8 @@ pub fn run(
         target.outcome = target.outcome.or(target.plan.skip.map(Outcome::Skipped));
     }
     for executor in executors {
-        let mut batch = Batch::new(executor.method(), kernel, rules, control);
-        batch.run_method(targets, executor.as_mut());
+        let mut run = MethodRun::new(executor.method(), kernel, rules, control);
+        run.run_method(targets, executor.as_mut());
     }
     verify(targets, kernel);
 }
@@ -122,12 +122,12 @@ pub fn begin(
     control: &dyn Control,
 ) {
     for executor in executors {
-        let mut batch = Batch::new(executor.method(), kernel, rules, control);
+        let mut run = MethodRun::new(executor.method(), kernel, rules, control);
         let untouched = targets
             .iter_mut()
             .map(|target| &mut **target)
             .filter(|target| target.acted().is_none());
-        batch.act(untouched, executor.as_mut());
+        run.act(untouched, executor.as_mut());
     }
 }
 
@@ -140,27 +140,27 @@ pub fn verify_destroyed(
     rules: Rules<'_>,
     control: &dyn Control,
 ) {
-    let mut batch = Batch::new(Method::Destroy, kernel, rules, control);
-    batch.wait_for(targets.iter_mut().map(|target| &mut **target).collect());
+    let mut run = MethodRun::new(Method::Destroy, kernel, rules, control);
+    run.wait_for(targets.iter_mut().map(|target| &mut **target).collect());
     verify(targets, kernel);
 }
 
-/// The context of one method: an executor looks up sockets through it.
-pub struct Batch<'a> {
+/// A method at work in one namespace: what an executor may ask and do.
+pub struct MethodRun<'a> {
     method: Method,
     kernel: &'a mut dyn SocketTables,
     rules: Rules<'a>,
     control: &'a dyn Control,
 }
 
-impl<'a> Batch<'a> {
+impl<'a> MethodRun<'a> {
     fn new(
         method: Method,
         kernel: &'a mut dyn SocketTables,
         rules: Rules<'a>,
         control: &'a dyn Control,
     ) -> Self {
-        Batch {
+        MethodRun {
             method,
             kernel,
             rules,
@@ -173,7 +173,7 @@ impl<'a> Batch<'a> {
     }
 }
 
-impl Batch<'_> {
+impl MethodRun<'_> {
     /// The time to wait for answers.
     pub fn grace(&self) -> Duration {
         self.rules.grace
@@ -191,7 +191,7 @@ impl Batch<'_> {
 
     /// Looks up the socket of each item.
     pub fn lookup<T: AsMut<Target>>(&mut self, items: Vec<T>) -> Vec<(T, Lookup)> {
-        lookup(self.kernel, items, Detail::Quiet)
+        lookup(self.kernel, items, Detail::TcpInfo)
     }
 
     /// Looks up the socket of each item, and returns the items whose socket has not changed since the plan. The others get
@@ -201,14 +201,14 @@ impl Batch<'_> {
         eligible.map(|(item, _)| item).collect()
     }
 
-    /// As [`Batch::recheck`], with the socket of each item as it is now.
+    /// As [`MethodRun::recheck`], with the socket of each item as it is now.
     pub(super) fn look_again<T: AsMut<Target>>(
         &mut self,
         items: Vec<T>,
         after_segment: bool,
     ) -> Vec<(T, SocketMessage)> {
         let detail = match self.rules.selectors.depend_on_data() {
-            true => Detail::Quiet,
+            true => Detail::TcpInfo,
             false => Detail::Basic,
         };
         let method = self.method;
@@ -288,7 +288,7 @@ impl Batch<'_> {
                 break;
             }
             let chunk = chunk.iter_mut().map(|target| &mut **target).collect();
-            let chunk = self.leave_reachable(chunk);
+            let chunk = self.skip_returned_addresses(chunk);
             let eligible = self.recheck(chunk, false);
             let count = eligible.len();
             executor.act(eligible, self);
@@ -299,7 +299,7 @@ impl Batch<'_> {
     }
 
     /// If only sockets without their local address are selected: skips the targets whose address has come back. Returns the others.
-    pub(super) fn leave_reachable<'t>(
+    pub(super) fn skip_returned_addresses<'t>(
         &mut self,
         targets: Vec<&'t mut Target>,
     ) -> Vec<&'t mut Target> {

@@ -402,9 +402,9 @@ impl Executor for Slow {
         1000
     }
 
-    fn act(&mut self, targets: Vec<&mut Target>, batch: &mut Batch<'_>) {
+    fn act(&mut self, targets: Vec<&mut Target>, run: &mut MethodRun<'_>) {
         (self.change)(&self.kernel);
-        for target in batch.recheck(targets, self.after_segment) {
+        for target in run.recheck(targets, self.after_segment) {
             let cookie = target.socket.cookie().0;
             self.eligible.lock().unwrap().push(cookie);
             target.record(Destroy, close(&self.kernel, cookie));

@@ -58,7 +58,7 @@ impl Executor for Scripted {
         self.method
     }
 
-    fn act(&mut self, targets: Vec<&mut Target>, _: &mut Batch<'_>) {
+    fn act(&mut self, targets: Vec<&mut Target>, _: &mut MethodRun<'_>) {
         for target in targets {
             let cookie = target.socket.cookie().0;
             self.acted_on.lock().unwrap().push(cookie);
@@ -75,7 +75,7 @@ impl Executor for Stopped {
         Shutdown
     }
 
-    fn act(&mut self, _: Vec<&mut Target>, _: &mut Batch<'_>) {}
+    fn act(&mut self, _: Vec<&mut Target>, _: &mut MethodRun<'_>) {}
 }
 
 /// A clock that moves only during pauses.

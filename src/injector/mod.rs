@@ -23,7 +23,7 @@ use std::io;
 
 use crate::model::{Method, Target};
 use crate::proc::ProcFs;
-use engine::Batch;
+use engine::MethodRun;
 
 /// Executes one method in one network namespace.
 pub trait Executor {
@@ -31,7 +31,7 @@ pub trait Executor {
 
     /// The number of sockets per call of [`Executor::act`]. The engine rechecks all of them before the call, so a larger batch
     /// means more time between the recheck and the act. A method that needs larger batches, because it waits for answers,
-    /// calls [`Batch::recheck`] again before its irreversible step.
+    /// calls [`MethodRun::recheck`] again before its irreversible step.
     fn batch_size(&self) -> usize {
         64
     }
@@ -41,14 +41,14 @@ pub trait Executor {
     fn act_at_one_instant<'t>(
         &mut self,
         targets: Vec<&'t mut Target>,
-        _batch: &mut Batch<'_>,
+        _run: &mut MethodRun<'_>,
     ) -> Vec<&'t mut Target> {
         targets
     }
 
     /// Acts on `targets`, which have just been rechecked, and records an attempt for each ([`Target::record`]). Success means
     /// that the kernel accepted the request, not that the socket is closed. After Ctrl-C the remaining targets get no attempt.
-    fn act(&mut self, targets: Vec<&mut Target>, batch: &mut Batch<'_>);
+    fn act(&mut self, targets: Vec<&mut Target>, run: &mut MethodRun<'_>);
 }
 
 /// The executors of `methods`, in that order, for the network namespace of the calling thread.

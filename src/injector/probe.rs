@@ -18,7 +18,7 @@ use nix::errno::Errno;
 
 use super::Executor;
 use super::duplicate::Duplicator;
-use super::engine::{Batch, Lookup, lookup_failed};
+use super::engine::{Lookup, MethodRun, lookup_failed};
 use super::keepalive::{self, KEEP_IDLE, Keepalive};
 use super::rst::{self, Numbers, Wire};
 use crate::control::{Backoff, deadline};
@@ -118,10 +118,10 @@ impl Probe {
     fn ask_by_segments<'t>(
         &mut self,
         unowned: Vec<Asked<'t>>,
-        batch: &Batch<'_>,
+        run: &MethodRun<'_>,
     ) -> Vec<Asked<'t>> {
         let ids: Vec<DiagId> = unowned.iter().map(|asked| asked.target.socket.id).collect();
-        let answers = self.wire.elicit(&ids, batch);
+        let answers = self.wire.elicit(&ids, run);
         let mut probes = Vec::new();
         let mut waiting = Vec::with_capacity(unowned.len());
         for asked in unowned {
@@ -137,7 +137,7 @@ impl Probe {
             }
         }
         self.wire.send(probes);
-        let until = batch.deadline();
+        let until = run.deadline();
         for asked in &mut waiting {
             asked.until = until;
         }
@@ -154,11 +154,11 @@ impl Executor for Probe {
         self.batch_size
     }
 
-    fn act(&mut self, targets: Vec<&mut Target>, batch: &mut Batch<'_>) {
-        let targets = batch.refuse_lost_addresses(targets);
+    fn act(&mut self, targets: Vec<&mut Target>, run: &mut MethodRun<'_>) {
+        let targets = run.refuse_lost_addresses(targets);
         let mut asked = Vec::with_capacity(targets.len());
         let mut unowned = Vec::new();
-        for (target, before) in batch.lookup(targets) {
+        for (target, before) in run.lookup(targets) {
             let before = match before {
                 Ok(before) => before,
                 Err(LookupError::NotFound) => {
@@ -170,10 +170,10 @@ impl Executor for Probe {
                     continue;
                 }
             };
-            if batch.control().interrupted() {
+            if run.control().interrupted() {
                 continue;
             }
-            let since = batch.control().now();
+            let since = run.control().now();
             if target.owners.is_empty() {
                 unowned.push(Asked {
                     target,
@@ -200,7 +200,7 @@ impl Executor for Probe {
                         keepalive,
                         before,
                         since,
-                        until: deadline(since + KEEP_IDLE.saturating_sub(idle), batch.grace()),
+                        until: deadline(since + KEEP_IDLE.saturating_sub(idle), run.grace()),
                     });
                 }
                 Err(error) => target.record(Method::Probe, Err(error)),
@@ -208,22 +208,22 @@ impl Executor for Probe {
         }
         while !unowned.is_empty() {
             let rest = unowned.split_off(unowned.len().min(capture::MAX_PORTS));
-            asked.extend(self.ask_by_segments(unowned, batch));
+            asked.extend(self.ask_by_segments(unowned, run));
             unowned = rest;
         }
-        await_answers(asked, batch);
+        await_answers(asked, run);
     }
 }
 
 /// Waits for each of `asked` until the socket is gone, the peer has answered, or the time is over. Records the attempts.
-fn await_answers(mut asked: Vec<Asked<'_>>, batch: &mut Batch<'_>) {
+fn await_answers(mut asked: Vec<Asked<'_>>, run: &mut MethodRun<'_>) {
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     loop {
         // On a busy machine much time can pass between these two and the kernel's answer to the lookup.
-        let before_lookup = batch.control().now();
-        let answers = batch.lookup(asked);
-        let after_lookup = batch.control().now();
-        let interrupted = batch.control().interrupted();
+        let before_lookup = run.control().now();
+        let answers = run.lookup(asked);
+        let after_lookup = run.control().now();
+        let interrupted = run.control().interrupted();
         asked = Vec::new();
         for (mut item, after) in answers {
             match item.verdict(&after, before_lookup, after_lookup) {
@@ -238,7 +238,7 @@ fn await_answers(mut asked: Vec<Asked<'_>>, batch: &mut Batch<'_>) {
         if asked.is_empty() {
             return;
         }
-        backoff.sleep(batch.control(), after_lookup + LONGEST_PAUSE);
+        backoff.sleep(run.control(), after_lookup + LONGEST_PAUSE);
     }
 }
 

@@ -10,7 +10,7 @@
 use std::time::Duration;
 
 use super::duplicate::Duplicator;
-use super::engine::Batch;
+use super::engine::MethodRun;
 use super::keepalive::{self, KEEP_IDLE, Keepalive};
 use crate::conntrack;
 use crate::control::{Backoff, deadline};
@@ -94,15 +94,15 @@ impl Reviver {
         &self,
         duplicator: &mut Duplicator,
         targets: Vec<&'t mut Target>,
-        batch: &mut Batch<'_>,
+        run: &mut MethodRun<'_>,
     ) -> Revived<'t> {
-        let Revived { others, probed } = self.revive_unchecked(duplicator, targets, batch);
+        let Revived { others, probed } = self.revive_unchecked(duplicator, targets, run);
         if probed.is_empty() {
             return Revived { others, probed };
         }
         Revived {
-            others: batch.recheck(others, false),
-            probed: batch.recheck(probed, true),
+            others: run.recheck(others, false),
+            probed: run.recheck(probed, true),
         }
     }
 
@@ -113,7 +113,7 @@ impl Reviver {
         &self,
         duplicator: &mut Duplicator,
         targets: Vec<&'t mut Target>,
-        batch: &Batch<'_>,
+        run: &MethodRun<'_>,
     ) -> Revived<'t> {
         let (mut others, mut probed) = (Vec::with_capacity(targets.len()), Vec::new());
         for target in targets {
@@ -123,7 +123,7 @@ impl Reviver {
             }
         }
         if !probed.is_empty() {
-            wait_until_sent(&probed, batch);
+            wait_until_sent(&probed, run);
         }
         let probed = probed.into_iter().map(|item| item.target).collect();
         Revived { others, probed }
@@ -136,17 +136,17 @@ impl Reviver {
         duplicator: &mut Duplicator,
         mut targets: Vec<&'t mut Target>,
         size: usize,
-        batch: &mut Batch<'_>,
+        run: &mut MethodRun<'_>,
     ) -> Revived<'t> {
         if self.forgotten_after.is_none() {
             return Revived::without_probes(targets);
         }
         let mut all = Revived::without_probes(Vec::with_capacity(targets.len()));
-        while !targets.is_empty() && !batch.control().interrupted() {
+        while !targets.is_empty() && !run.control().interrupted() {
             let rest = targets.split_off(targets.len().min(size));
             // A probe must not go out on a socket that is in use again.
-            let part = batch.recheck(targets, false);
-            let Revived { others, probed } = self.revive(duplicator, part, batch);
+            let part = run.recheck(targets, false);
+            let Revived { others, probed } = self.revive(duplicator, part, run);
             all.others.extend(others);
             all.probed.extend(probed);
             targets = rest;
@@ -167,8 +167,8 @@ impl Reviver {
 }
 
 /// Waits until the kernel has sent the probes. It sends them in the order of their start, all within a tick.
-pub(super) fn wait_until_sent(probed: &[Probed<'_>], batch: &Batch<'_>) {
-    let control = batch.control();
+pub(super) fn wait_until_sent(probed: &[Probed<'_>], run: &MethodRun<'_>) {
+    let control = run.control();
     let until = deadline(control.now(), PROBE_SENT);
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     let first_and_last = [probed.first(), probed.last()].into_iter().flatten();

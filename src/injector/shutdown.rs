@@ -12,7 +12,7 @@ use nix::sys::socket::{Shutdown as How, shutdown};
 
 use super::Executor;
 use super::duplicate::Duplicator;
-use super::engine::Batch;
+use super::engine::MethodRun;
 use super::keepalive::Keepalive;
 use super::revive::{Probed, Reviver, wait_until_sent};
 use crate::model::{Method, MethodError, Target};
@@ -63,7 +63,7 @@ impl Executor for Shutdown {
         self.reviver.batch_size(SOCKETS_PER_BATCH)
     }
 
-    fn act(&mut self, mut targets: Vec<&mut Target>, batch: &mut Batch<'_>) {
+    fn act(&mut self, mut targets: Vec<&mut Target>, run: &mut MethodRun<'_>) {
         let mut probed = Vec::new();
         loop {
             let rest = targets.split_off(targets.len().min(SOCKETS_PER_BATCH));
@@ -78,13 +78,13 @@ impl Executor for Shutdown {
                 break;
             }
             // A large batch was rechecked too long ago.
-            targets = batch.recheck(rest, false);
+            targets = run.recheck(rest, false);
         }
         if probed.is_empty() {
             return;
         }
-        wait_until_sent(&probed, batch);
-        for Probed { target, keepalive } in batch.recheck(probed, true) {
+        wait_until_sent(&probed, run);
+        for Probed { target, keepalive } in run.recheck(probed, true) {
             let result = match shut_down(keepalive.socket()) {
                 // The peer has answered the probe with RST.
                 Err(MethodError::Gone) => Ok(()),

@@ -67,14 +67,14 @@ impl Syscall {
         const MAX_DESCRIPTORS: u64 = 1 << 31;
         match self.number {
             libc::SYS_futex => match self.arguments[1] & FUTEX_COMMAND {
-                FUTEX_WAIT | FUTEX_WAIT_BITSET => FalseReturnRisk::None,
+                FUTEX_WAIT | FUTEX_WAIT_BITSET => FalseReturnRisk::ZeroOnly,
                 _ => FalseReturnRisk::High,
             },
-            libc::SYS_nanosleep | libc::SYS_clock_nanosleep => FalseReturnRisk::Ignored,
+            libc::SYS_nanosleep | libc::SYS_clock_nanosleep => FalseReturnRisk::AnyResult,
             // It continues a sleep, a futex wait with a timeout, or poll(2), with the arguments of that call. The second
             // argument of a sleep is an address or 0. The second argument of poll is the number of descriptors.
             libc::SYS_restart_syscall => match self.arguments[1] {
-                0 | MAX_DESCRIPTORS.. => FalseReturnRisk::Ignored,
+                0 | MAX_DESCRIPTORS.. => FalseReturnRisk::AnyResult,
                 _ => FalseReturnRisk::Low,
             },
             libc::SYS_epoll_pwait
@@ -93,10 +93,10 @@ impl Syscall {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum FalseReturnRisk {
     /// A sleep: any result that is no error is its end.
-    Ignored,
+    AnyResult,
     /// The call may return 0 at any time: a spurious wake-up. glibc ends the program after another result of a futex wait
     /// (sysdeps/nptl/futex-internal.h, futex_fatal_error).
-    None,
+    ZeroOnly,
     /// 0 means that no event has occurred.
     Low,
     /// The program may take 0 for a result.

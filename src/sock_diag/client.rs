@@ -262,7 +262,7 @@ impl SockDiag {
         let put = |bytes: &mut Vec<u8>, id: &DiagId, sequence| {
             const SOCK_DESTROY: u16 = 21;
             let start = bytes.len();
-            codec::put_lookup(bytes, id, sequence, Detail::Quiet);
+            codec::put_lookup(bytes, id, sequence, Detail::TcpInfo);
             bytes[start + 4..start + 6].copy_from_slice(&SOCK_DESTROY.to_ne_bytes());
         };
         self.request(

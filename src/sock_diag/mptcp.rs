@@ -42,7 +42,7 @@ impl SockDiag {
     /// The netlink socket itself failed.
     pub fn add_subflows(&mut self, rows: &mut [SocketMessage]) -> io::Result<()> {
         let ids: Vec<DiagId> = rows.iter().map(|row| row.id.any_tcp()).collect();
-        let subflows = self.lookup_in(Protocol::Tcp, &ids, Detail::Quiet)?;
+        let subflows = self.lookup_in(Protocol::Tcp, &ids, Detail::TcpInfo)?;
         for (row, subflow) in rows.iter_mut().zip(subflows) {
             if let Ok(subflow) = subflow
                 && is_subflow(row, &subflow)
@@ -74,9 +74,9 @@ impl SockDiag {
     }
 
     fn lookup_mptcp(&mut self, ids: &[DiagId]) -> io::Result<Vec<Answer>> {
-        let found = self.lookup_in(Protocol::Mptcp, ids, Detail::Quiet)?;
+        let found = self.lookup_in(Protocol::Mptcp, ids, Detail::TcpInfo)?;
         let tcp_ids: Vec<DiagId> = ids.iter().map(|id| id.any_tcp()).collect();
-        let subflows = self.lookup_in(Protocol::Tcp, &tcp_ids, Detail::Quiet)?;
+        let subflows = self.lookup_in(Protocol::Tcp, &tcp_ids, Detail::TcpInfo)?;
         let answers = ids.iter().zip(found).zip(subflows);
         Ok(answers
             .map(|((id, found), subflow)| joined(id, found, subflow))

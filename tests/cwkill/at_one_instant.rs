@@ -114,7 +114,7 @@ struct Tables<'h> {
 impl<'h> Tables<'h> {
     fn new(ids: &[DiagId], are_outdated: bool, after_lookup: AfterLookup<'h>) -> Result<Self> {
         let mut diag = SockDiag::open()?;
-        let answers = diag.lookup(ids, Detail::Quiet)?;
+        let answers = diag.lookup(ids, Detail::TcpInfo)?;
         let cookies = ids.iter().map(|id| id.cookie().0);
         let outdated = are_outdated.then(|| cookies.zip(answers).collect());
         Ok(Tables {

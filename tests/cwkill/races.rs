@@ -136,7 +136,7 @@ struct OutdatedOnce {
 impl OutdatedOnce {
     fn new(id: DiagId) -> Result<Self> {
         let mut diag = SockDiag::open()?;
-        let outdated = Some(diag.lookup(&[id], Detail::Quiet)?);
+        let outdated = Some(diag.lookup(&[id], Detail::TcpInfo)?);
         Ok(OutdatedOnce { outdated, diag })
     }
 }
@@ -375,7 +375,7 @@ fn lost_answers_are_not_taken_for_others() -> Result<()> {
     lab.app_host().within(|| {
         let ids = stuck_ids()?;
         let mut tiny = SockDiag::with_queue(1)?;
-        let seen = tiny.lookup(&ids, Detail::Quiet)?;
+        let seen = tiny.lookup(&ids, Detail::TcpInfo)?;
         assert_eq!(seen.iter().filter(|look| look.is_ok()).count(), 200);
         let mut lost = 0;
         for result in tiny.destroy(&ids)? {

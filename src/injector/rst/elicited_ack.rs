@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use super::Numbers;
 use crate::control::Backoff;
-use crate::injector::engine::Batch;
+use crate::injector::engine::MethodRun;
 use crate::packet::capture::Capture;
 use crate::packet::raw::{Outgoing, RawSockets, SendError};
 use crate::sock_diag::DiagId;
@@ -49,7 +49,7 @@ pub enum Answer {
     NotAsked,
 }
 
-/// Sends a segment to each socket of `ids` and waits for the answers, at most for the grace of `batch`.
+/// Sends a segment to each socket of `ids` and waits for the answers, at most for the grace of `run`.
 ///
 /// # Errors
 /// The capture fails.
@@ -57,13 +57,13 @@ pub fn elicit(
     ids: &[DiagId],
     raw: &mut RawSockets,
     capture: &Capture,
-    batch: &Batch<'_>,
+    run: &MethodRun<'_>,
 ) -> io::Result<Answers> {
     let tuples: Vec<Tuple> = ids.iter().map(DiagId::tuple).collect();
     capture.filter_for(&tuples)?;
     let mut answers = Answers::new(ids);
-    let control = batch.control();
-    let over = batch.deadline();
+    let control = run.control();
+    let over = run.deadline();
     let retry = retry_after();
     // Random, so that they cannot be predicted. The acknowledgment number becomes the sequence number of a listener's RST.
     let random = RandomState::new();

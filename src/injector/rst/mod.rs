@@ -24,7 +24,7 @@ use nix::errno::Errno;
 
 use super::Executor;
 use super::duplicate::Duplicator;
-use super::engine::{Batch, Lookup};
+use super::engine::{Lookup, MethodRun};
 use super::revive::{Revived, Reviver};
 use crate::control::Backoff;
 use crate::model::{Method, MethodError, Privilege, Target};
@@ -99,12 +99,12 @@ impl Rst {
         &mut self,
         targets: Vec<&'t mut Target>,
         is_probed: bool,
-        batch: &Batch<'_>,
+        run: &MethodRun<'_>,
     ) -> Vec<Resolved<'t>> {
         let mut resolved = Vec::with_capacity(targets.len());
         let mut unresolved = Vec::new();
         for target in targets {
-            if batch.control().interrupted() {
+            if run.control().interrupted() {
                 continue;
             }
             match self.repair(target) {
@@ -125,7 +125,7 @@ impl Rst {
             .iter()
             .map(|(target, _)| target.socket.id)
             .collect();
-        let answers = self.wire.elicit(&ids, batch);
+        let answers = self.wire.elicit(&ids, run);
         for (target, repair_error) in unresolved {
             match numbers(&answers, &target.socket.id) {
                 Ok(Some(numbers)) => resolved.push(Resolved {
@@ -133,7 +133,7 @@ impl Rst {
                     numbers,
                     after_segment: true,
                 }),
-                Ok(None) if batch.control().interrupted() => {}
+                Ok(None) if run.control().interrupted() => {}
                 Ok(None) => target.record(Method::Rst, Err(MethodError::NoAck(repair_error))),
                 Err(error) => target.record(Method::Rst, Err(error)),
             }
@@ -162,11 +162,11 @@ impl Rst {
     fn send_resets<'t>(
         &mut self,
         resolved: Vec<Resolved<'t>>,
-        batch: &mut Batch<'_>,
+        run: &mut MethodRun<'_>,
     ) -> Vec<Resolved<'t>> {
         let (elicited, repaired) = resolved.into_iter().partition(|item| item.after_segment);
-        let mut eligible = batch.recheck(repaired, false);
-        eligible.extend(batch.recheck(elicited, true));
+        let mut eligible = run.recheck(repaired, false);
+        eligible.extend(run.recheck(elicited, true));
         let packets = eligible
             .into_iter()
             .map(|item| {
@@ -196,18 +196,18 @@ impl Executor for Rst {
         self.reviver.batch_size(most).min(most)
     }
 
-    fn act(&mut self, targets: Vec<&mut Target>, batch: &mut Batch<'_>) {
-        let targets = batch.refuse_lost_addresses(targets);
-        let Revived { others, probed } = self.reviver.revive(&mut self.duplicator, targets, batch);
-        let mut resolved = self.resolve(others, false, batch);
-        resolved.extend(self.resolve(probed, true, batch));
+    fn act(&mut self, targets: Vec<&mut Target>, run: &mut MethodRun<'_>) {
+        let targets = run.refuse_lost_addresses(targets);
+        let Revived { others, probed } = self.reviver.revive(&mut self.duplicator, targets, run);
+        let mut resolved = self.resolve(others, false, run);
+        resolved.extend(self.resolve(probed, true, run));
         let mut pending = Vec::with_capacity(resolved.len());
-        while !resolved.is_empty() && !batch.control().interrupted() {
+        while !resolved.is_empty() && !run.control().interrupted() {
             let rest = resolved.split_off(resolved.len().min(RSTS_AT_ONCE));
-            pending.extend(self.send_resets(resolved, batch));
+            pending.extend(self.send_resets(resolved, run));
             resolved = rest;
         }
-        let closed = wait_until_closed(pending, batch);
+        let closed = wait_until_closed(pending, run);
         // Errors do not matter here: from now on the kernel answers every segment of the peer with RST.
         self.wire
             .send(closed.iter().map(Resolved::reset_to_peer).collect());
@@ -255,7 +255,7 @@ impl Wire {
     pub(super) fn elicit(
         &mut self,
         ids: &[DiagId],
-        batch: &Batch<'_>,
+        run: &MethodRun<'_>,
     ) -> Result<Answers, MethodError> {
         let failure = |error: io::Error| open_error("packet socket", errno_of(&error));
         if self.capture.is_none() && !ids.is_empty() {
@@ -264,7 +264,7 @@ impl Wire {
         match &self.capture {
             None => Ok(Answers::default()),
             Some(capture) => {
-                elicited_ack::elicit(ids, &mut self.raw, capture, batch).map_err(failure)
+                elicited_ack::elicit(ids, &mut self.raw, capture, run).map_err(failure)
             }
         }
     }
@@ -294,7 +294,7 @@ pub(super) fn numbers(
 
 /// Waits until the sockets of `pending` are gone, at most for the grace. Records the attempt of each, and returns those that
 /// are gone. Unless the host is busy, the local stack handles a packet on `lo` before send(2) returns.
-fn wait_until_closed<'t>(pending: Vec<Resolved<'t>>, batch: &mut Batch<'_>) -> Vec<Resolved<'t>> {
+fn wait_until_closed<'t>(pending: Vec<Resolved<'t>>, run: &mut MethodRun<'_>) -> Vec<Resolved<'t>> {
     let note_closed = |target: &mut Target, now: &Lookup| {
         let is_closed = matches!(now, Err(LookupError::NotFound));
         if is_closed {
@@ -303,7 +303,7 @@ fn wait_until_closed<'t>(pending: Vec<Resolved<'t>>, batch: &mut Batch<'_>) -> V
         is_closed
     };
     let backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
-    let (closed, left) = batch.wait_until(pending, backoff, note_closed);
+    let (closed, left) = run.wait_until(pending, backoff, note_closed);
     for item in left {
         item.target
             .record(Method::Rst, Err(MethodError::RstIgnored));

@@ -74,8 +74,8 @@ impl DumpRequest<'_> {
 pub enum Detail {
     /// State, queues, inode.
     Basic,
-    /// The quiet times of `struct tcp_info` too. The kernel locks the socket for them.
-    Quiet,
+    /// `struct tcp_info` too: the quiet times and the byte counters. The kernel locks the socket for it.
+    TcpInfo,
 }
 
 /// Appends a lookup of exactly the socket `id` to `bytes`. The kernel finds an MPTCP socket by its token alone, and the answer
@@ -103,7 +103,7 @@ pub fn put_lookup(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32, detail: Detai
         id.family,
         StateSet::EMPTY,
         // Without the token in `struct mptcp_info`, the answer could not be looked up again.
-        detail == Detail::Quiet || protocol == Protocol::Mptcp,
+        detail == Detail::TcpInfo || protocol == Protocol::Mptcp,
         &raw,
     );
 }

@@ -100,7 +100,7 @@ fn a_shorter_tcp_info_gives_no_age() {
 }
 
 fn quiet_lookup(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32) {
-    put_lookup(bytes, id, sequence, Detail::Quiet);
+    put_lookup(bytes, id, sequence, Detail::TcpInfo);
 }
 
 #[test]
