@@ -84,7 +84,8 @@ impl Settings {
         Settings {
             host_pid: !confinement.first_pid_namespace,
             // Behind another pid namespace it is unknown, and the same line has both.
-            host_network: confinement.netns_of_init != Some(true),
+            host_network: !confinement.first_pid_namespace
+                || confinement.netns_of_init == Some(false),
             root: host.uid != 0,
             capabilities: CAPABILITIES.into_iter().filter(lacks).collect(),
             // cwkill has tried it on a socket of its own, so nothing else forbids it.
@@ -262,6 +263,15 @@ mod tests {
             ]
         );
         assert!(Missing::on(&host).manifest.is_empty());
+        let mut host = complete(Engine::Docker);
+        for (netns, missing) in [(None, 0), (Some(true), 0), (Some(false), 1)] {
+            host.confinement.netns_of_init = netns;
+            assert_eq!(
+                options(&host).len(),
+                missing,
+                "{netns:?}: process 1 cannot be read"
+            );
+        }
         let mut host = complete(Engine::Podman);
         host.pidfd_getfd = Err(std::io::Error::from_raw_os_error(libc::EPERM));
         host.uid = 1000;
