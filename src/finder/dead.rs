@@ -52,7 +52,7 @@ use crate::tcp::{StateSet, TcpState};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DescriptorTable {
     pub process: Process,
-    /// The number of its taken descriptor numbers: see [`fds::count_used`].
+    /// The number of its taken descriptor numbers: see `fds::count_used`.
     pub used: usize,
     /// Its descriptors of TCP sockets that the kernel does not list, by number. Those of the tables of single threads follow.
     pub suspects: Vec<Suspect>,

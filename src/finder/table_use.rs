@@ -21,7 +21,7 @@ const MAX_NAMESPACES: usize = 16;
 /// The descriptor table of a process, in numbers. Each is `None` if it is unknown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TableUse {
-    /// Its taken descriptor numbers: see [`fds::count_used`].
+    /// Its taken descriptor numbers: see `fds::count_used`.
     pub used: Option<usize>,
     /// The soft limit RLIMIT_NOFILE.
     pub limit: Option<u64>,

@@ -63,7 +63,7 @@ fn of_others(entries: &[TrackedEnds]) -> (usize, bool) {
 
 /// The connections of which NAT in one of `namespaces` changes an address, and of which an end sees one of the `wanted` pairs.
 ///
-/// At most [`MAX_TRANSLATION_TIME`] is spent. A table that cannot be read to its end counts as empty, because what is missing may
+/// At most `MAX_TRANSLATION_TIME` is spent. A table that cannot be read to its end counts as empty, because what is missing may
 /// contradict.
 pub fn translated(namespaces: &[Arc<Netns>], wanted: &HashSet<Tuple>) -> Vec<TranslatedConnection> {
     let until = Instant::now() + MAX_TRANSLATION_TIME;

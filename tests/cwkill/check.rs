@@ -181,7 +181,9 @@ fn sockets_with_unknown_owners_are_not_ok() -> Result<()> {
     // More of them would end this alert.
     bare("-c 1: --process leaky-app")?.exits(3);
     let ran = bare("-w 50% -c 80%")?.exits(3);
-    let shown = ran.stdout.contains("the owners of 3 sockets could not be seen");
+    let shown = ran
+        .stdout
+        .contains("the owners of 3 sockets could not be seen");
     assert!(shown, "{ran:?}");
     Ok(())
 }

@@ -127,9 +127,12 @@ fn main() -> std::process::ExitCode {
         return std::process::ExitCode::FAILURE;
     }
     let mut arguments = Arguments::from_args();
-    arguments
-        .test_threads
-        .get_or_insert_with(two_for_each_processor);
+    // The slow tests keep the processors busy.
+    if !arguments.ignored && !arguments.include_ignored {
+        arguments
+            .test_threads
+            .get_or_insert_with(two_for_each_processor);
+    }
     libtest_mimic::run(&arguments, trial::trials(MODULES)).exit_code()
 }
 
