@@ -13,7 +13,7 @@ use crate::control::Control;
 use crate::model::Method;
 use crate::report::overview::Screen;
 use crate::sys;
-use crate::text::{escape, escape_lines, wrap};
+use crate::text::{self, escape, escape_lines};
 
 /// Writes a line to stderr. If that fails, there is no other place to report it.
 ///
@@ -29,11 +29,9 @@ pub(crate) fn say(message: std::fmt::Arguments<'_>) {
 
 /// The rows of a line on stderr.
 pub(crate) fn broken(line: &str) -> Vec<String> {
-    const INDENT: usize = 2;
-    match terminal_size::terminal_size_of(io::stderr()) {
-        Some((width, _)) if width.0 > 0 => wrap(line, width.0.into(), INDENT),
-        _ => vec![line.to_owned()],
-    }
+    let size = terminal_size::terminal_size_of(io::stderr());
+    let columns = size.map(|(width, _)| usize::from(width.0));
+    text::broken(line, columns.filter(|columns| *columns > 0))
 }
 
 /// Prints what clap has to say about the command line. It may quote words as they are.

@@ -123,6 +123,16 @@ pub fn columns_of(text: &str) -> usize {
     UnicodeWidthStr::width(text)
 }
 
+/// The rows of a line on a terminal with so many columns, if it is one; see [`wrap`].
+pub fn broken(line: &str, columns: Option<usize>) -> Vec<String> {
+    /// The spaces before all rows but the first.
+    const INDENT: usize = 2;
+    match columns {
+        Some(columns) => wrap(line, columns, INDENT),
+        None => vec![line.to_owned()],
+    }
+}
+
 /// Breaks a line between words, so that no row takes more than `columns`, except one that is a single longer word. All rows but the
 /// first begin with `indent` spaces, if there is room for these and a word. A command between backquotes stays on one row if it fits
 /// there, so that it can be copied.

@@ -1,4 +1,5 @@
 //! The reports, for people ([`overview`] on a terminal, [`text`] elsewhere, [`notes`]) and for programs ([`json`]), and the exit status.
+//! `layout` fits tables into a terminal.
 //!
 //! A report only reads a [`Run`]. The record of an intent reads it before the acts. The commands `reclaim`, `diagnose` and `doctor` have reports of their own.
 
@@ -9,6 +10,7 @@ pub mod descriptors;
 pub mod diagnose;
 pub mod doctor;
 pub mod json;
+mod layout;
 pub mod notes;
 pub mod overview;
 pub mod reclaim;

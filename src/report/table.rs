@@ -4,10 +4,11 @@ use std::fmt::Write as _;
 
 use comfy_table::{ContentArrangement, Table, presets};
 
+use super::layout::{GAP, keep_what_fits};
 use crate::model::{Listener, ListeningSocket, Owner, Scan};
 use crate::proc::Process;
 use crate::proc::cgroup::{Cgroup, unescape};
-use crate::text::{escape, short_name, wrap};
+use crate::text::{escape, short_name};
 
 /// A table without lines. Each column is as wide as its widest cell.
 pub(super) fn plain_table(color: bool) -> Table {
@@ -26,13 +27,10 @@ const LEAST_SENTENCE: usize = 24;
 /// If it has none left to lose, the sentences get so much all the same.
 const LEAST_WORD: usize = 8;
 
-/// The worth of a column that is never dropped.
-pub(super) const KEPT: u8 = u8::MAX;
-
 /// One column of a table that is to fit into a terminal.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Wanted {
-    /// The columns with the lowest worth are dropped first; [`KEPT`] is never dropped.
+    /// See [`keep_what_fits`].
     pub worth: u8,
     /// The columns of the terminal that its widest cell takes; of sentences `None`: they are broken between words.
     pub width: Option<usize>,
@@ -40,41 +38,25 @@ pub(super) struct Wanted {
 
 /// Which columns of a table fit into `room` columns of a terminal, and what is left there for sentences.
 pub(super) fn fit(columns: &[Wanted], room: usize) -> (Vec<bool>, usize) {
-    /// The space between two columns.
-    const GAP: usize = 2;
-    let mut kept = vec![true; columns.len()];
-    loop {
-        let shown = || columns.iter().zip(&kept).filter(|(_, kept)| **kept);
-        let fixed: usize = shown()
-            .filter_map(|(column, _)| column.width)
-            .map(|width| width + GAP)
-            .sum();
-        let has_sentences = shown().any(|(column, _)| column.width.is_none());
-        let needed = match has_sentences {
-            true => fixed + LEAST_SENTENCE,
-            false => fixed.saturating_sub(GAP),
+    let shown = |is_kept: &[bool]| -> Vec<Option<usize>> {
+        let shown = columns.iter().zip(is_kept).filter(|(_, kept)| **kept);
+        shown.map(|(column, _)| column.width).collect()
+    };
+    // Of all columns but sentences, each with the space after it.
+    let fixed = |widths: &[Option<usize>]| -> usize {
+        widths.iter().flatten().map(|width| width + GAP).sum()
+    };
+    let worths: Vec<u8> = columns.iter().map(|column| column.worth).collect();
+    let is_kept = keep_what_fits(&worths, |is_kept| {
+        let widths = shown(is_kept);
+        let needed = match widths.contains(&None) {
+            true => fixed(&widths) + LEAST_SENTENCE,
+            false => fixed(&widths).saturating_sub(GAP),
         };
-        let worths = shown().map(|(column, _)| column.worth);
-        let least = worths.filter(|worth| *worth != KEPT).min();
-        match least {
-            Some(least) if needed > room => {
-                for (column, kept) in columns.iter().zip(&mut kept) {
-                    *kept &= column.worth != least;
-                }
-            }
-            _ => return (kept, room.saturating_sub(fixed).max(LEAST_WORD)),
-        }
-    }
-}
-
-/// The lines of a text below a table, broken between words where they are wider than the terminal.
-pub(super) fn broken(line: &str, columns: Option<usize>) -> Vec<String> {
-    /// The spaces before the later rows of a broken line.
-    const INDENT: usize = 2;
-    match columns {
-        Some(columns) => wrap(line, columns, INDENT),
-        None => vec![line.to_owned()],
-    }
+        needed <= room
+    });
+    let left = room.saturating_sub(fixed(&shown(&is_kept)));
+    (is_kept, left.max(LEAST_WORD))
 }
 
 /// The names of the processes and the numbers of their descriptors. Without `all`, only the first process and its first
@@ -170,6 +152,7 @@ pub(super) fn unit_text(cgroup: &Cgroup, all: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::layout::KEPT;
 
     #[test]
     fn the_least_worthy_columns_are_dropped_first() {

@@ -8,15 +8,14 @@ use std::time::Duration;
 
 use comfy_table::{Cell, CellAlignment, Color, ColumnConstraint, Width};
 
-use super::table::{
-    KEPT, Wanted, broken, fit, has_unit, join, names, plain_table, short_names, unit_text,
-};
+use super::layout::KEPT;
+use super::table::{Wanted, fit, has_unit, join, names, plain_table, short_names, unit_text};
 use super::{Run, SocketCounts, advice, backlogs, descriptors};
 use crate::config::{Action, Config, Limit};
 use crate::model::{Cause, Outcome, Owner, Plan, Scan, SkipReason, Socket, Target};
 use crate::sock_diag::Protocol;
 use crate::tcp::TcpState;
-use crate::text::{age, columns_of, counted, escape};
+use crate::text::{age, broken, columns_of, counted, escape};
 
 /// Number of rows that are laid out together. It is large enough for stable columns, and small enough that a listing of
 /// 100,000 sockets begins at once and needs little memory.

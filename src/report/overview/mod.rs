@@ -1,8 +1,7 @@
 //! The overview: what a run shows on a terminal. It takes one screen: a row for each process and listener, with one row for many
 //! processes of the same kind, the reasons that many sockets share, the totals, and the next command to type. `rows` makes the rows,
-//! `layout` fits them into the terminal, `next` chooses the command.
+//! `next` chooses the command.
 
-pub(super) mod layout;
 pub(in crate::report) mod next;
 pub(super) mod reasons;
 mod rows;
@@ -11,14 +10,14 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt::Display;
 use std::io::{self, Write};
 
+use super::layout::{self, Cell, Color, Column, KEPT};
 use super::table::unit_text;
 use super::{Run, advice, backlogs, descriptors, text};
 use crate::config::{Action, Config, Limit};
 use crate::finder::table_use::TableUse;
 use crate::model::Listener;
 use crate::proc::{Process, ProcessId};
-use crate::text::{age, columns_of, counted, short_name, wrap};
-use layout::{Cell, Color, Column};
+use crate::text::{age, broken, columns_of, counted, short_name};
 use reasons::Reason;
 use rows::{Counts, Row, Subject};
 
@@ -35,7 +34,7 @@ pub struct Screen {
 impl Screen {
     /// The rows of a line.
     pub fn broken(self, line: &str) -> Vec<String> {
-        wrap(line, self.columns, INDENT)
+        broken(line, Some(self.columns))
     }
 
     /// How many of `all` rows of a table to show, if these lines follow `below` it: as many as fit. A screen without room has some all
@@ -63,8 +62,6 @@ const LOW: usize = 12;
 const NAME_WIDTH: usize = 15;
 /// The longest name of a unit or container in the table.
 const UNIT_WIDTH: usize = 24;
-/// The spaces before the later rows of a broken line.
-const INDENT: usize = 2;
 /// A process with less than this part of its descriptors free is marked.
 const NEARLY_FULL: u128 = 90;
 /// The descriptors of more processes of one kind are not counted.
@@ -229,23 +226,21 @@ impl<'r> Overview<'r> {
             cells: rows.iter().map(cell).collect(),
         };
         let any = |value: fn(&Counts) -> usize| rows.iter().any(|row| value(&row.counts) > 0);
-        let mut columns = vec![column("PROCESS", Column::KEPT, false, &|row| {
+        let mut columns = vec![column("PROCESS", KEPT, false, &|row| {
             Cell::new(self.name(row, width))
         })];
         match self.config.action {
-            Action::List => columns.push(column("STUCK", Column::KEPT, true, &|row| {
-                Cell::new(row.sockets)
-            })),
+            Action::List => {
+                columns.push(column("STUCK", KEPT, true, &|row| Cell::new(row.sockets)))
+            }
             Action::DryRun => {
-                columns.push(count("TO CLOSE", Column::KEPT, None, |counts| {
-                    counts.planned
-                }));
+                columns.push(count("TO CLOSE", KEPT, None, |counts| counts.planned));
                 let kept = |counts: &Counts| counts.kept;
-                columns.push(count("KEPT", Column::KEPT, Some(Color::Yellow), kept));
+                columns.push(count("KEPT", KEPT, Some(Color::Yellow), kept));
             }
             Action::Act => {
                 let closed = |counts: &Counts| counts.closed;
-                columns.push(count("CLOSED", Column::KEPT, Some(Color::Green), closed));
+                columns.push(count("CLOSED", KEPT, Some(Color::Green), closed));
                 for (header, color, value) in [
                     (
                         "CLOSING",
@@ -257,10 +252,10 @@ impl<'r> Overview<'r> {
                     columns.extend(any(value).then(|| count(header, 90, Some(color), value)));
                 }
                 let kept = |counts: &Counts| counts.kept;
-                columns.push(count("KEPT", Column::KEPT, Some(Color::Yellow), kept));
+                columns.push(count("KEPT", KEPT, Some(Color::Yellow), kept));
                 let failed = |counts: &Counts| counts.failed;
                 if any(failed) {
-                    columns.push(count("FAILED", Column::KEPT, Some(Color::Red), failed));
+                    columns.push(count("FAILED", KEPT, Some(Color::Red), failed));
                 }
             }
         }

@@ -8,8 +8,8 @@ use crate::config::{Action, ReclaimConfig};
 use crate::model::ReclaimOutcome;
 use crate::report::advice;
 use crate::report::descriptors::stop_lines;
+use crate::report::layout::{self, Cell, Color, Column, KEPT};
 use crate::report::overview::Screen;
-use crate::report::overview::layout::{self, Cell, Color, Column};
 use crate::report::overview::reasons::{label, with_words};
 use crate::report::table::{has_unit, unit_text};
 use crate::sock_diag::Protocol;
@@ -166,7 +166,7 @@ fn columns(
         cells: rows.iter().map(cell).collect(),
     };
     let mut columns = vec![
-        column("PROCESS", Column::KEPT, false, &|dead| {
+        column("PROCESS", KEPT, false, &|dead| {
             let process = &dead.owner.process;
             let name = |width| {
                 let name = short_name(&process.comm, width, screen.ascii);
@@ -174,7 +174,7 @@ fn columns(
             };
             with_short(name(NAME_WIDTHS.0), name(NAME_WIDTHS.1))
         }),
-        column("FD", Column::KEPT, false, &|dead| {
+        column("FD", KEPT, false, &|dead| {
             with_short(dead.owner.to_string(), dead.owner.fd.0.to_string())
         }),
     ];
@@ -204,7 +204,7 @@ fn columns(
         Action::Act => "RESULT",
         Action::List | Action::DryRun => "CLOSABLE",
     };
-    columns.push(column(header, Column::KEPT, false, &|dead| {
+    columns.push(column(header, KEPT, false, &|dead| {
         let (word, color) = word(run, config, dead);
         let short = word.replace(" by /dev/null", "").replace(", replaced", "");
         with_short(word.to_owned(), short).color(Some(color))

@@ -9,11 +9,10 @@ use crate::config::{Action, ReclaimConfig};
 use crate::model::ReclaimOutcome;
 use crate::report::advice;
 use crate::report::descriptors::{result, stop_lines};
-use crate::report::table::{
-    KEPT, Wanted, broken, fit, has_unit, plain_table, short_process, unit_text,
-};
+use crate::report::layout::KEPT;
+use crate::report::table::{Wanted, fit, has_unit, plain_table, short_process, unit_text};
 use crate::sock_diag::Protocol;
-use crate::text::age;
+use crate::text::{age, broken};
 
 /// Writes the table and the summary. `columns`: of the terminal, if `out` is one.
 pub fn write(

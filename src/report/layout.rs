@@ -5,7 +5,9 @@ use std::fmt::Write as _;
 use crate::text::columns_of;
 
 /// The space between two columns.
-const GAP: usize = 2;
+pub const GAP: usize = 2;
+/// The worth of a column that is never dropped.
+pub const KEPT: u8 = u8::MAX;
 
 /// A colour of a cell, as the parameter of the escape sequence SGR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,15 +44,13 @@ impl Cell {
 #[derive(Clone, Debug)]
 pub struct Column {
     pub header: &'static str,
-    /// The columns with the lowest worth are dropped first; [`Column::KEPT`] is never dropped.
+    /// The columns with the lowest worth are dropped first; [`KEPT`] is never dropped.
     pub worth: u8,
     pub is_number: bool,
     pub cells: Vec<Cell>,
 }
 
 impl Column {
-    pub const KEPT: u8 = u8::MAX;
-
     fn width(&self) -> usize {
         let cells = self.cells.iter().map(|cell| columns_of(&cell.text));
         cells.chain([self.header.len()]).max().unwrap_or(0)
@@ -71,23 +71,41 @@ pub fn fit(mut columns: Vec<Column>, width: usize) -> Vec<Column> {
     if total(&columns) > width {
         columns.iter_mut().for_each(Column::shorten);
     }
-    while total(&columns) > width {
-        let droppable = columns
-            .iter()
-            .filter(|column| column.worth != Column::KEPT)
-            .map(|column| column.worth);
-        let Some(least) = droppable.min() else {
+    let worths: Vec<u8> = columns.iter().map(|column| column.worth).collect();
+    let widths: Vec<usize> = columns.iter().map(Column::width).collect();
+    let is_kept = keep_what_fits(&worths, |is_kept| {
+        let kept = widths.iter().zip(is_kept).filter(|(_, is_kept)| **is_kept);
+        total_of(kept.map(|(width, _)| *width)) <= width
+    });
+    let mut is_kept = is_kept.into_iter();
+    columns.retain(|_| is_kept.next().unwrap_or(true));
+    columns
+}
+
+/// Which columns are left when those with the lowest worth are dropped until the others `fit`. [`KEPT`] is never dropped.
+pub fn keep_what_fits(worths: &[u8], fit: impl Fn(&[bool]) -> bool) -> Vec<bool> {
+    let mut is_kept = vec![true; worths.len()];
+    while !fit(&is_kept) {
+        let columns = worths.iter().zip(&is_kept);
+        let droppable = columns.filter(|(worth, is_kept)| **is_kept && **worth != KEPT);
+        let Some(least) = droppable.map(|(worth, _)| *worth).min() else {
             break;
         };
-        columns.retain(|column| column.worth != least);
+        for (worth, is_kept) in worths.iter().zip(&mut is_kept) {
+            *is_kept &= *worth != least;
+        }
     }
-    columns
+    is_kept
 }
 
 /// The width of a row.
 pub fn total(columns: &[Column]) -> usize {
-    let widths: usize = columns.iter().map(Column::width).sum();
-    widths + GAP * columns.len().saturating_sub(1)
+    total_of(columns.iter().map(Column::width))
+}
+
+fn total_of(widths: impl Iterator<Item = usize>) -> usize {
+    let with_gaps: usize = widths.map(|width| width + GAP).sum();
+    with_gaps.saturating_sub(GAP)
 }
 
 /// The lines of the table.
@@ -155,7 +173,7 @@ mod tests {
         let mut causes = column("CAUSES", 5, &["drained", "unread 1, drained 2"]);
         causes.cells[1].short = Some("drained 2 +1".into());
         vec![
-            column("PROCESS", Column::KEPT, &["java/1", "node/22"]),
+            column("PROCESS", KEPT, &["java/1", "node/22"]),
             column("STUCK", 7, &["1", "1000"]),
             causes,
             column("PORTS", 3, &["80", ""]),
