@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, ensure};
 use clap::ColorChoice;
 
+use super::reclaim::targets_of;
 use super::{
     confirm, drop_capabilities_and_start_threads, hint_line, kept, open_destroyer, open_log,
     open_proc, refuse, say_notes, sweep, time_and_place, typed_words, was_reported,
@@ -18,7 +19,7 @@ use crate::config::{Action, Config, DEFAULT_RECLAIM_RULES, Format, Limit};
 use crate::control::Control;
 use crate::diagnose::limit::is_reached;
 use crate::drain;
-use crate::finder::dead::{DeadSocket, SuspectVerdict};
+use crate::finder::dead::SuspectVerdict;
 use crate::finder::way::UseIterator;
 use crate::finder::{
     self, FindError, leftovers, owners, reactions, second_look, table_use, tracked,
@@ -29,13 +30,14 @@ use crate::injector::engine::Rules;
 use crate::injector::way::ByIterator;
 use crate::injector::{plan, workers};
 use crate::memory;
-use crate::model::{Method, Outcome, Owner, Privilege, ReclaimOutcome, Scan, Target, TimeAndPlace};
+use crate::model::{Method, Outcome, Privilege, ReclaimOutcome, Scan, Target, TimeAndPlace};
 use crate::privileges::{Privileges, capabilities};
 use crate::proc::netns::Namespaces;
 use crate::proc::{FdState, ProcFs, ProcessId};
 use crate::reclaim::{self, ReclaimRules, ReclaimTarget};
 use crate::report::advice::{Advice, KeptBy, reclaim_command};
 use crate::report::overview::Overview;
+use crate::report::reclaim::DeadDescriptor;
 use crate::report::{DeadOfProcess, ExitStatus, Run, backlogs, exit_status, json, notes, text};
 use crate::terminal::{Terminal, broken, is_coloured, say, screen, write_out};
 use crate::text::{counted, seconds};
@@ -472,37 +474,28 @@ fn dead_descriptors(
     let selectors = config.selectors.of_any_age();
     let everywhere = namespaces.everywhere || namespaces.follows_owners;
     let found = leftovers::find(proc, &selectors, &namespaces.open, everywhere)?;
-    let mut dead: Vec<(Owner, u32, DeadSocket)> = Vec::new();
+    let mut dead: Vec<DeadDescriptor> = Vec::new();
     for table in found.scan.tables {
         let process = Arc::new(table.process);
         for suspect in table.suspects {
             if let SuspectVerdict::Dead(socket) = suspect.verdict {
-                let owner = Owner {
-                    tid: suspect.tid,
-                    ..Owner::new(Arc::clone(&process), suspect.fd)
-                };
-                dead.push((owner, suspect.inode, socket));
+                dead.push(DeadDescriptor::new(&process, &suspect, socket));
             }
         }
     }
     // The next run would decide by these.
     let rules = config.reclaim.as_ref().unwrap_or(&DEFAULT_RECLAIM_RULES);
-    let mut targets: Vec<ReclaimTarget<'_>> = dead
-        .iter_mut()
-        .map(|(owner, inode, socket)| ReclaimTarget::dead(owner, *inode, socket))
-        .collect();
-    reclaim::judge(&mut targets, rules, proc);
+    reclaim::judge(&mut targets_of(&mut dead), rules, proc);
     let by = KeptBy {
         rules,
         closed_sockets: false,
         predicted: true,
     };
-    let advice = kept::advice(dead.iter().map(|(owner, ..)| owner), by, proc);
-    let of_process = |of_process: &[(Owner, u32, DeadSocket)]| {
-        let process = &of_process[0].0.process;
-        let is_closable = |(owner, ..): &&(Owner, u32, DeadSocket)| {
-            owner.reclaim == Some(ReclaimOutcome::Allowed)
-        };
+    let advice = kept::advice(dead.iter().map(|dead| &dead.owner), by, proc);
+    let of_process = |of_process: &[DeadDescriptor]| {
+        let process = &of_process[0].owner.process;
+        let is_closable =
+            |dead: &&DeadDescriptor| dead.owner.reclaim == Some(ReclaimOutcome::Allowed);
         DeadOfProcess {
             process: Arc::clone(process),
             count: of_process.len(),
@@ -510,7 +503,7 @@ fn dead_descriptors(
             command: reclaim_command(process.id.pid, rules),
         }
     };
-    let by_process = dead.chunk_by(|a, b| a.0.process.id == b.0.process.id);
+    let by_process = dead.chunk_by(|a, b| a.owner.process.id == b.owner.process.id);
     Ok(Some((by_process.map(of_process).collect(), advice)))
 }
 
@@ -588,9 +581,8 @@ fn overview<'r>(
         .flat_map(|message| broken(&format!("cwkill: {message}")))
         .collect();
     let is_at_limit = |id: ProcessId| {
-        let used = table_use::count_used(proc, id.pid).map(|used| used as u64);
-        let limit = proc.open_file_limits(id.pid).map(|(soft, _)| soft);
-        is_reached(used, limit) && proc.is_alive(id)
+        let table = table_use::of(proc, id).unwrap_or_default();
+        is_reached(table.used.map(|used| used as u64), table.limit)
     };
     Some(Overview::new(
         run,

@@ -16,7 +16,7 @@ use crate::finder::dead::SuspectVerdict;
 use crate::finder::leftovers::{self, Leftovers};
 use crate::finder::selected;
 use crate::memory;
-use crate::model::{Owner, Privilege};
+use crate::model::Privilege;
 use crate::privileges::capabilities;
 use crate::proc::netns::NetnsScope;
 use crate::proc::{ProcFs, RemoteFd, Unreadable};
@@ -51,7 +51,7 @@ pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
     }
     match acts {
         true => close(&mut run, config, &proc, &terminal),
-        false => reclaim::judge(&mut targets(&mut run.descriptors), &config.rules, &proc),
+        false => reclaim::judge(&mut targets_of(&mut run.descriptors), &config.rules, &proc),
     }
     // Those that were not named may need less than force.
     let rules = ReclaimRules {
@@ -64,7 +64,7 @@ pub(super) fn run(args: ReclaimArgs) -> anyhow::Result<ExitStatus> {
         predicted: !acts,
     };
     if acts {
-        reclaim::judge(&mut targets(&mut run.not_named), &rules, &proc);
+        reclaim::judge(&mut targets_of(&mut run.not_named), &rules, &proc);
     }
     let all = run.descriptors.iter().chain(&run.not_named);
     run.advice = kept::advice(all.map(|dead| &dead.owner), by, &proc);
@@ -169,14 +169,7 @@ fn find(config: &ReclaimConfig, proc: &ProcFs) -> anyhow::Result<ReclaimRun> {
             let is_chosen = is_chosen(suspect.fd);
             match suspect.verdict {
                 SuspectVerdict::Dead(socket) => {
-                    let dead = DeadDescriptor {
-                        owner: Owner {
-                            tid: suspect.tid,
-                            ..Owner::new(Arc::clone(&process), suspect.fd)
-                        },
-                        inode: suspect.inode,
-                        socket,
-                    };
+                    let dead = DeadDescriptor::new(&process, &suspect, socket);
                     match is_chosen {
                         true => run.descriptors.push(dead),
                         false => run.not_named.push(dead),
@@ -196,12 +189,12 @@ fn close(run: &mut ReclaimRun, config: &ReclaimConfig, proc: &ProcFs, control: &
     if !run.descriptors.is_empty() {
         reclaim::let_owners_react(&config.rules, control);
     }
-    let mut targets = targets(&mut run.descriptors);
+    let mut targets = targets_of(&mut run.descriptors);
     run.stops = reclaim::reclaim(&mut targets, &config.rules, proc, control);
     run.acted = true;
 }
 
-fn targets(descriptors: &mut [DeadDescriptor]) -> Vec<ReclaimTarget<'_>> {
+pub(super) fn targets_of(descriptors: &mut [DeadDescriptor]) -> Vec<ReclaimTarget<'_>> {
     descriptors
         .iter_mut()
         .map(|dead| ReclaimTarget::dead(&mut dead.owner, dead.inode, &dead.socket))

@@ -35,15 +35,7 @@ pub fn read(
     processes: &[ProcessId],
     namespaces: &[Arc<Netns>],
 ) -> HashMap<ProcessId, TableUse> {
-    let use_of = |id: &ProcessId| {
-        let table = TableUse {
-            used: count_used(proc, id.pid),
-            limit: proc.open_file_limits(id.pid).map(|(soft, _)| soft),
-            dead: None,
-        };
-        // Checked last: by now another process may have the pid.
-        proc.is_alive(*id).then_some((*id, table))
-    };
+    let use_of = |id: &ProcessId| Some((*id, of(proc, *id)?));
     let mut tables: HashMap<ProcessId, TableUse> =
         processes.par_iter().filter_map(use_of).collect();
     let used: usize = tables.values().filter_map(|table| table.used).sum();
@@ -66,6 +58,17 @@ pub fn read(
         }
     }
     tables
+}
+
+/// The use of the descriptor table of one process, without its dead descriptors; `None` if it has ended.
+pub fn of(proc: &ProcFs, id: ProcessId) -> Option<TableUse> {
+    let table = TableUse {
+        used: count_used(proc, id.pid),
+        limit: proc.open_file_limits(id.pid).map(|(soft, _)| soft),
+        dead: None,
+    };
+    // Checked last: by now another process may have the pid.
+    proc.is_alive(id).then_some(table)
 }
 
 /// The number of taken descriptor numbers of process `pid`; `None` if cwkill cannot read it.

@@ -8,12 +8,13 @@ pub mod text;
 
 use std::fmt::Write as _;
 use std::io;
+use std::sync::Arc;
 
 use super::ExitStatus;
 use super::advice::Advice;
 use super::descriptors::DescriptorCounts;
 use crate::config::{Action, ReclaimConfig};
-use crate::finder::dead::DeadSocket;
+use crate::finder::dead::{DeadSocket, Suspect};
 use crate::model::{Owner, ReclaimOutcome};
 use crate::proc::{AbsentOwner, OWNER_OPTIONS, Process, Unnamed};
 use crate::reclaim::StopStats;
@@ -26,6 +27,20 @@ pub struct DeadDescriptor {
     /// The inode of the socket.
     pub inode: u32,
     pub socket: DeadSocket,
+}
+
+impl DeadDescriptor {
+    /// The descriptor `suspect` of `process`, with its dead socket.
+    pub fn new(process: &Arc<Process>, suspect: &Suspect, socket: DeadSocket) -> Self {
+        DeadDescriptor {
+            owner: Owner {
+                tid: suspect.tid,
+                ..Owner::new(Arc::clone(process), suspect.fd)
+            },
+            inode: suspect.inode,
+            socket,
+        }
+    }
 }
 
 /// A run of `cwkill reclaim`.
