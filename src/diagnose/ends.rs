@@ -13,7 +13,7 @@ use super::pairing::{self, EndOwner, KnownBy, Leg, OtherEnd, OtherLeg, ScannedSo
 use super::{ListenerDiagnosis, ProcessDiagnosis};
 use crate::diagnose::counts::SocketCounts;
 use crate::finder::FindError;
-use crate::finder::connections::{self, Connection};
+use crate::finder::connections::{self, Connection, Subflows};
 use crate::finder::owners::{self, OwnerScan};
 use crate::finder::tracked;
 use crate::model::{Scan, Socket};
@@ -41,7 +41,10 @@ impl Sending {
         }
         // An error means that fewer are known. A pair is then not named, because the numbers differ.
         let established = StateSet::from(TcpState::Established);
-        let (listed, _) = connections::list(namespaces, established, &|message| message.send_q > 0);
+        let (listed, _) =
+            connections::list(namespaces, established, Subflows::Listed, &|message| {
+                message.send_q > 0
+            });
         match listed.len() {
             0..=MAX_SENDING => Sending(connections::look_up(namespaces, &listed).0),
             _ => Sending::default(),
@@ -94,11 +97,11 @@ impl Ends {
             let keep = |message: &SocketMessage| {
                 is_after_fin(message.state) || wanted.contains(&message.id.tuple())
             };
-            let with_mptcp = sockets().any(|socket| socket.protocol() == Protocol::Mptcp);
-            (found, error) = match with_mptcp {
-                true => connections::list_with_mptcp(&scan.namespaces, states, &keep),
-                false => connections::list(&scan.namespaces, states, &keep),
+            let subflows = match sockets().any(|socket| socket.protocol() == Protocol::Mptcp) {
+                true => Subflows::Replaced,
+                false => Subflows::Listed,
             };
+            (found, error) = connections::list(&scan.namespaces, states, subflows, &keep);
         }
         let by_addresses = |socket: &Socket| Some(reversed(socket));
         let direct = pairing::other_ends(sockets(), &found, by_addresses);
@@ -121,7 +124,8 @@ impl Ends {
             true => Vec::new(),
             false => {
                 let states = StateSet::from(TcpState::CloseWait);
-                let (listed, listing_failure) = connections::list(namespaces, states, &|_| true);
+                let (listed, listing_failure) =
+                    connections::list(namespaces, states, Subflows::Listed, &|_| true);
                 error = error.or(listing_failure);
                 listed
             }
@@ -229,13 +233,9 @@ fn across_nat<'c>(
     };
     let left: HashSet<ScannedSocket> = sockets().filter(is_left).map(key).collect();
     let by_last_segment = by_last_segment(&left, found, namespaces)?;
-    let taken: HashSet<ScannedSocket> = ends
-        .values()
-        .map(|(end, _)| (end.netns, end.cookie()))
-        .collect();
-    let is_free = |end: &Connection| !taken.contains(&(end.netns, end.cookie()));
+    let taken: HashSet<ScannedSocket> = ends.values().map(|(end, _)| end.key()).collect();
     let mut by_last_segment = known_by(KnownBy::LastSegment, by_last_segment);
-    by_last_segment.retain(|_, (end, _)| is_free(end));
+    by_last_segment.retain(|_, (end, _)| !taken.contains(&end.key()));
     ends.extend(by_last_segment);
     Ok(ends)
 }
@@ -261,13 +261,12 @@ fn by_last_segment<'c>(
         addresses.contains(&local) || addresses.contains(&peer)
     };
     let states = StateSet::from(TcpState::CloseWait);
-    let (close_wait, error) = connections::list(namespaces, states, &keep);
+    let (close_wait, error) = connections::list(namespaces, states, Subflows::Listed, &keep);
     if let Some(error) = error {
         return Err(error);
     }
     let mut pairs = nat::with_one_address(&close_wait, &ends);
-    let id = |connection: &Connection| (connection.netns, connection.cookie());
-    pairs.retain(|(stuck, _)| left.contains(&id(&close_wait[*stuck])));
+    pairs.retain(|(stuck, _)| left.contains(&close_wait[*stuck].key()));
     if pairs.is_empty() || pairs.len() > MAX_COMPARED {
         return none();
     }
@@ -281,17 +280,17 @@ fn by_last_segment<'c>(
         return Err(error);
     }
     let now: HashMap<ScannedSocket, Connection> =
-        now.into_iter().map(|one| (id(&one), one)).collect();
+        now.into_iter().map(|one| (one.key(), one)).collect();
     let is_end = |(stuck, end): &(usize, usize)| {
-        let stuck = now.get(&id(&close_wait[*stuck]));
-        let end = now.get(&id(ends[*end]));
+        let stuck = now.get(&close_wait[*stuck].key());
+        let end = now.get(&ends[*end].key());
         stuck
             .zip(end)
             .is_some_and(|(stuck, end)| nat::had_the_same_end(stuck, end, took))
     };
     let pairs = pairs.iter().filter(|pair| is_end(pair));
     Ok(pairs
-        .map(|(stuck, end)| (id(&close_wait[*stuck]), ends[*end]))
+        .map(|(stuck, end)| (close_wait[*stuck].key(), ends[*end]))
         .collect())
 }
 

@@ -600,19 +600,12 @@ fn diagnose_processes(
         .filter(|(_, process)| selectors.match_owner(process))
         .map(|(id, process)| (id, Arc::clone(process)))
         .collect();
-    let tables_with_leaks = tables
-        .values()
-        .filter(|table| has_selected_descriptors(table));
-    for table in tables_with_leaks {
-        processes
-            .entry(table.process.id)
-            .or_insert_with(|| Arc::new(table.process.clone()));
-    }
     // The operator who has cured a process wants to see how it is.
-    let named = tables
+    let is_named = |process: &Process| selectors.pids.contains(&process.id.pid);
+    let of_interest = tables
         .values()
-        .filter(|table| selectors.pids.contains(&table.process.id.pid));
-    for table in named {
+        .filter(|table| has_selected_descriptors(table) || is_named(&table.process));
+    for table in of_interest {
         processes
             .entry(table.process.id)
             .or_insert_with(|| Arc::new(table.process.clone()));
@@ -644,10 +637,7 @@ fn diagnose_processes(
     };
     let mut processes: Vec<ProcessDiagnosis> = processes.into_iter().map(diagnose).collect();
     // A process without leaked descriptors and without waiting connections has no part in the leak. It is reported only if it is named.
-    let is_named = |process: &ProcessDiagnosis| {
-        selectors.pids.contains(&process.process.id.pid) && process.table.is_some()
-    };
-    processes.retain(|process| !process.is_healthy() || is_named(process));
+    processes.retain(|one| !one.is_healthy() || (is_named(&one.process) && one.table.is_some()));
     processes.sort_by_key(|process| std::cmp::Reverse((process.leaked(), process.waiting)));
     let suspects = tables.values().flat_map(|table| &table.suspects);
     let unknown = suspects.filter(|suspect| matches!(suspect.verdict, SuspectVerdict::Unknown(_)));

@@ -49,29 +49,40 @@ impl Connection {
     pub fn cookie(&self) -> Cookie {
         self.id.cookie()
     }
+
+    /// Its namespace and its cookie. No other socket has both.
+    pub fn key(&self) -> (usize, Cookie) {
+        (self.netns, self.cookie())
+    }
 }
 
-/// Lists the TCP sockets in `states` that `keep` wants. Also returns the first error: the sockets of its namespace are missing.
+/// What stands in a list for the subflows of MPTCP sockets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Subflows {
+    /// They themselves.
+    Listed,
+    /// Their MPTCP socket. After a fallback the subflow stays: its state is that of the connection.
+    Replaced,
+}
+
+/// Lists the sockets in `states` that `keep` wants. Also returns the first error: the sockets of its namespace are missing.
 pub fn list(
     namespaces: &[Arc<Netns>],
     states: StateSet,
+    subflows: Subflows,
     keep: &(dyn Fn(&SocketMessage) -> bool + Sync),
 ) -> (Vec<Connection>, Option<FindError>) {
     in_each(namespaces, &|netns| {
         let mut diag = SockDiag::open().map_err(FindError::Open)?;
-        list_tcp(&mut diag, states, keep, netns)
-    })
-}
-
-/// As [`list`], with MPTCP sockets in place of their subflows. After a fallback the subflow stays: its state is that of the connection.
-pub fn list_with_mptcp(
-    namespaces: &[Arc<Netns>],
-    states: StateSet,
-    keep: &(dyn Fn(&SocketMessage) -> bool + Sync),
-) -> (Vec<Connection>, Option<FindError>) {
-    in_each(namespaces, &|netns| {
-        let mut diag = SockDiag::open().map_err(FindError::Open)?;
-        let mut connections = list_tcp(&mut diag, states, keep, netns)?;
+        let mut connections = Vec::new();
+        for family in Family::ALL {
+            let request = DumpRequest::plain(family, states);
+            let of = |message| keep(&message).then(|| Connection::of(&message, netns));
+            connections.append(&mut diag.dump(&request, of)?);
+        }
+        if subflows == Subflows::Listed {
+            return Ok(connections);
+        }
         // An MPTCP socket exists at least as long as its subflows, so it is listed after them.
         let mut rows = mptcp::connections(&mut diag)?.unwrap_or_default();
         rows.retain(|row| row.mptcp.is_some_and(|mptcp| !mptcp.is_fallback));
@@ -82,21 +93,6 @@ pub fn list_with_mptcp(
         connections.extend(wanted.map(|row| Connection::of(row, netns)));
         Ok(connections)
     })
-}
-
-fn list_tcp(
-    diag: &mut SockDiag,
-    states: StateSet,
-    keep: &(dyn Fn(&SocketMessage) -> bool + Sync),
-    netns: usize,
-) -> Result<Vec<Connection>, FindError> {
-    let mut connections = Vec::new();
-    for family in Family::ALL {
-        let request = DumpRequest::plain(family, states);
-        let of = |message| keep(&message).then(|| Connection::of(&message, netns));
-        connections.append(&mut diag.dump(&request, of)?);
-    }
-    Ok(connections)
 }
 
 /// Looks up the same sockets again, with their byte counters and times. Those that are gone are left out.

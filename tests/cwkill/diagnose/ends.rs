@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result};
-use netns_harness::{Agent, Dial, Endpoint, Family, Fd, How, Lab, Recv, TcpState};
+use netns_harness::{Agent, Dial, Endpoint, Family, Fd, How, Lab, Leak, Recv, SsRow, TcpState};
 use serde_json::{Value, json};
 
 use super::{QUICK, block, process};
@@ -146,15 +146,7 @@ fn the_other_end_of_mptcp_is_an_mptcp_socket(family: Family) -> Result<()> {
     let lab = Lab::new()?;
     let leak = lab.start("mptcp", family, alone(8005, 2))?;
     let pid = leak.app().pid();
-    lab.wait_for(PATIENCE, || {
-        let rows = leak.pair().peer_host.ss_mptcp(&[])?;
-        let finished = rows.iter().filter(|row| row.state == TcpState::FinWait2);
-        Ok(finished.count() == 2)
-    })?;
-    let line = format!("diagnose --all-netns --pid {pid} {QUICK}");
-    let document = cwkill(&lab, &line)?.exits(0).json();
-    let expected = ends(leak.peer(), None, 2);
-    assert_eq!(process(&document, pid)?["other_end"], expected);
+    names_both_peers(&lab, &leak, || leak.pair().peer_host.ss_mptcp(&[]))?;
 
     // The same pair from the other side: the states of the MPTCP sockets, not those of the subflows.
     let line = format!(
@@ -173,14 +165,19 @@ fn the_other_end_of_mptcp_is_an_mptcp_socket(family: Family) -> Result<()> {
 fn the_other_end_of_a_fallback_is_named(family: Family) -> Result<()> {
     let lab = Lab::new()?;
     let leak = lab.start("mptcp-fallback", family, alone(8006, 2))?;
-    let pid = leak.app().pid();
+    names_both_peers(&lab, &leak, || leak.pair().peer_host.ss(&[]))
+}
+
+/// Waits until both peers have finished, which `rows` shows, and asks `diagnose` for the other ends of the application.
+fn names_both_peers(lab: &Lab, leak: &Leak, rows: impl Fn() -> Result<Vec<SsRow>>) -> Result<()> {
     lab.wait_for(PATIENCE, || {
-        let rows = leak.pair().peer_host.ss(&[])?;
+        let rows = rows()?;
         let finished = rows.iter().filter(|row| row.state == TcpState::FinWait2);
         Ok(finished.count() == 2)
     })?;
+    let pid = leak.app().pid();
     let line = format!("diagnose --all-netns --pid {pid} {QUICK}");
-    let document = cwkill(&lab, &line)?.exits(0).json();
+    let document = cwkill(lab, &line)?.exits(0).json();
     let expected = ends(leak.peer(), None, 2);
     assert_eq!(process(&document, pid)?["other_end"], expected);
     Ok(())
