@@ -22,9 +22,18 @@ const TASKS: [&str; 4] = [
 const DOCKER_ROOTS: [&str; 2] = ["/var/lib/docker", "/var/snap/docker/common/var-lib-docker"];
 const STORAGE_ROOT: &str = "/var/lib/containers/storage";
 /// The storage drivers, each of which has a table of its own.
+const LOGS_OF_CONTAINERS: &str = "/var/log/containers";
+const LOGS_OF_PODS: &str = "/var/log/pods";
+/// Of containers/storage, for what does not outlive a boot.
+const VOLATILE_STORAGE: &str = "/run/containers/storage";
 const DRIVERS: [&str; 4] = ["overlay", "vfs", "btrfs", "zfs"];
 /// The second one is of containers that do not outlive a boot.
 const TABLES: [&str; 2] = ["containers.json", "volatile-containers.json"];
+
+/// The directory with the bundles of a containerd.
+fn tasks_below(base: &str) -> String {
+    format!("{base}/io.containerd.runtime.v2.task")
+}
 
 /// A container, as its cgroup shows it.
 #[derive(Clone, Debug)]
@@ -132,11 +141,11 @@ impl Sources {
             paths.push(format!("{root}/containers"));
         }
         let storage = self.storage_root();
-        for root in [storage.as_str(), "/run/containers/storage"] {
+        for root in [storage.as_str(), VOLATILE_STORAGE] {
             paths.extend(DRIVERS.map(|driver| format!("{root}/{driver}-containers")));
         }
-        paths.extend(TASKS.map(|base| format!("{base}/io.containerd.runtime.v2.task")));
-        paths.extend(["/var/log/containers", "/var/log/pods"].map(str::to_owned));
+        paths.extend(TASKS.map(tasks_below));
+        paths.extend([LOGS_OF_CONTAINERS, LOGS_OF_PODS].map(str::to_owned));
         let mut found: Vec<NameDirectory> = Vec::new();
         for path in paths {
             let error = match self.root.names(&path) {
@@ -316,7 +325,7 @@ impl Sources {
     fn task(&mut self, wanted: &Wanted) -> Found {
         let mut search = Search::default();
         for base in TASKS {
-            let tasks = format!("{base}/io.containerd.runtime.v2.task");
+            let tasks = tasks_below(base);
             let found = self.task_below(&tasks, wanted);
             if search.has_found(found) {
                 break;
@@ -339,7 +348,7 @@ impl Sources {
     /// The bundle of CRI-O.
     fn userdata(&mut self, wanted: &Wanted) -> Found {
         let mut search = Search::default();
-        for root in ["/run/containers/storage".to_owned(), self.storage_root()] {
+        for root in [VOLATILE_STORAGE.to_owned(), self.storage_root()] {
             for driver in DRIVERS {
                 let id = &wanted.id;
                 let path = format!("{root}/{driver}-containers/{id}/userdata/config.json");
@@ -359,14 +368,14 @@ impl Sources {
     fn logs(&mut self, wanted: &Wanted) -> Found {
         let mut search = Search::default();
         let names = self
-            .names("/var/log/containers")
+            .names(LOGS_OF_CONTAINERS)
             .map(|names| parse::log_of_container(names.iter().map(String::as_str), &wanted.id));
         if search.has_found(names) {
             return search.end();
         }
         if let Some(uid) = &wanted.pod_uid {
             let names = self
-                .names("/var/log/pods")
+                .names(LOGS_OF_PODS)
                 .map(|names| parse::log_of_pod(names.iter().map(String::as_str), uid));
             search.has_found(names);
         }
@@ -439,10 +448,7 @@ fn example(wanted: &Wanted) -> String {
         Runtime::Podman | Runtime::CriO => {
             format!("{STORAGE_ROOT}/overlay-containers/containers.json")
         }
-        _ => format!(
-            "{}/io.containerd.runtime.v2.task/k8s.io/{id}/config.json",
-            TASKS[0]
-        ),
+        _ => format!("{}/k8s.io/{id}/config.json", tasks_below(TASKS[0])),
     }
 }
 

@@ -114,11 +114,13 @@ impl<'r> Row<'r> {
         self.oldest = self.oldest.max(other.oldest);
         add_counts(&mut self.causes, other.causes);
         add_counts(&mut self.states, other.states);
-        for (port, count) in other.local_ports {
-            *self.local_ports.entry(port).or_default() += count;
-        }
-        for (port, count) in other.peer_ports {
-            *self.peer_ports.entry(port).or_default() += count;
+        for (ports, others) in [
+            (&mut self.local_ports, other.local_ports),
+            (&mut self.peer_ports, other.peer_ports),
+        ] {
+            for (port, count) in others {
+                *ports.entry(port).or_default() += count;
+            }
         }
         self.namespaces.extend(other.namespaces);
         self.counts.merge(other.counts);

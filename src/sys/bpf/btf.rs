@@ -349,7 +349,7 @@ impl Btf {
             return Ok(());
         }
         // A flexible array has size 0 and begins at the end of its struct at most.
-        let end = u64::from(own.bits) + 8 * u64::from(self.size(own.type_id)?);
+        let end = self.end(own)?;
         if end > 8 * u64::from(outer.size_or_type) {
             return Err(BtfError::Malformed("a field outside of its struct"));
         }
@@ -363,11 +363,10 @@ impl Btf {
             Some(before) => {
                 let (_, before) = self.nth_member(outer, before)?;
                 // The size of some types is not known here, and a bit field ends anywhere behind its start.
-                let size = match before.is_bit_field {
-                    true => 0,
-                    false => self.size(before.type_id).unwrap_or(0),
-                };
-                u64::from(before.bits) + 8 * u64::from(size)
+                match before.is_bit_field {
+                    true => before.bits.into(),
+                    false => self.end(&before).unwrap_or(before.bits.into()),
+                }
             }
             None => 0,
         };
@@ -381,13 +380,18 @@ impl Btf {
         }
     }
 
+    /// The end of a field that is no bit field, in bits.
+    fn end(&self, member: &Member) -> Result<u64, BtfError> {
+        Ok(u64::from(member.bits) + 8 * u64::from(self.size(member.type_id)?))
+    }
+
     /// The end of the last field of a struct, in bytes.
     fn end_of_fields(&self, outer: &Type) -> Result<u64, BtfError> {
         let Some(last) = outer.count.checked_sub(1) else {
             return Ok(0);
         };
         let (_, last) = self.nth_member(outer, last)?;
-        Ok(u64::from(last.bits) / 8 + u64::from(self.size(last.type_id)?))
+        Ok(self.end(&last)? / 8)
     }
 
     /// Whether the name at this offset is `text`.

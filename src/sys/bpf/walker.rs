@@ -10,10 +10,10 @@
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::{self, MaybeUninit};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::ptr;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, SigmaskHow};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 use rustix::net::{
@@ -113,31 +113,20 @@ impl Drop for Walker {
     }
 }
 
-/// All signals are blocked in this thread until it is dropped.
-struct BlockedSignals(libc::sigset_t);
+/// All signals are blocked in this thread until it is dropped. The value is the mask before.
+struct BlockedSignals(SigSet);
 
 impl BlockedSignals {
     fn all() -> io::Result<Self> {
-        // SAFETY: all bytes zero is a value of this type, an empty set.
-        let mut all: libc::sigset_t = unsafe { mem::zeroed() };
-        // SAFETY: as above.
-        let mut before: libc::sigset_t = unsafe { mem::zeroed() };
-        // SAFETY: `all` is live and writable.
-        unsafe { libc::sigfillset(&raw mut all) };
-        // SAFETY: `all` is live and only read, `before` is live and writable.
-        match unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before) } {
-            0 => Ok(BlockedSignals(before)),
-            errno => Err(io::Error::from_raw_os_error(errno)),
-        }
+        let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
+        Ok(BlockedSignals(before))
     }
 }
 
 impl Drop for BlockedSignals {
     fn drop(&mut self) {
-        // SAFETY: the set is live and only read, and the old mask is not asked for.
-        unsafe {
-            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, ptr::null_mut());
-        }
+        // Fails only with another `how`.
+        let _ = self.0.thread_set_mask();
     }
 }
 
