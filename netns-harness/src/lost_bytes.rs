@@ -21,6 +21,9 @@ const PIECE: usize = 1000;
 const AT_A_TIME: usize = 4000;
 /// How often a command runs for the same connections. Each time it leaves those that have unsent bytes.
 const RUNS: usize = 5;
+/// After so many groups of connections in a row of which it closes none, a command is given up. On a busy machine one group may have unsent
+/// bytes all the time.
+const FRUITLESS: usize = 10;
 
 /// Connections whose clients have finished, and whose servers go on sending. Both ends belong to this process.
 #[derive(Debug)]
@@ -125,27 +128,33 @@ impl HalfOpen {
 /// Closes connections with a command, in the namespace of `lab`'s application, until it has closed `least`.
 ///
 /// # Errors
-/// The connections cannot be made, the command cannot be started, or it closes none.
+/// The connections cannot be made, the command cannot be started, or it closes none [`FRUITLESS`] times in a row.
 pub fn by_command(lab: &Lab, line: &[String], least: usize) -> Result<Losses> {
     let mut all = Losses::default();
+    let mut fruitless = 0;
     while all.closed < least {
+        let mut last = None;
         let some = lab.app_host().within(|| {
             let connections = HalfOpen::new(AT_A_TIME)?;
             connections.losses_during(|| {
                 for _ in 0..RUNS {
                     // Its exit status says that some sockets were left, and it is the same if none was.
-                    Command::new(&line[0])
+                    let ran = Command::new(&line[0])
                         .args(&line[1..])
                         .stdin(Stdio::null())
-                        .stdout(Stdio::null())
-                        .stderr(Stdio::null())
-                        .status()
+                        .output()
                         .with_context(|| format!("run {}", line[0]))?;
+                    last = Some(ran);
                 }
                 Ok(())
             })
         })?;
-        ensure!(some.closed > 0, "{} closes nothing", line.join(" "));
+        fruitless = if some.closed == 0 { fruitless + 1 } else { 0 };
+        ensure!(
+            fruitless < FRUITLESS,
+            "{} closes nothing: {last:?}",
+            line.join(" ")
+        );
         all.closed += some.closed;
         all.with_losses += some.with_losses;
         all.bytes += some.bytes;
