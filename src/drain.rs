@@ -37,7 +37,7 @@ use crate::finder::owners;
 use crate::injector::duplicate::Duplicator;
 use crate::model::{Backlog, DrainReason, DrainResult, Listener, ListeningSocket, Scan, Target};
 use crate::proc::netns::Netns;
-use crate::proc::{ProcFs, Process};
+use crate::proc::{Inodes, ProcFs, Process};
 use crate::reclaim::{Held, while_stopped};
 use crate::sock_diag::{
     Cookie, Detail, DiagId, DumpError, DumpRequest, Family, LookupError, Protocol, SockDiag,
@@ -62,7 +62,7 @@ const ACCEPT_LIMIT: Duration = Duration::from_millis(1);
 /// # Errors
 /// The listeners cannot be listed, or the processes.
 pub fn find(scan: &Scan, selectors: &Selectors, proc: &ProcFs) -> io::Result<Vec<Backlog>> {
-    let matched: HashSet<u32> = scan.listeners.iter().flat_map(Listener::inodes).collect();
+    let matched: Inodes = scan.listeners.iter().flat_map(Listener::inodes).collect();
     let planned = |target: &&Target| target.listener.is_some() && target.plan.skip.is_none();
     let planned = scan.targets.iter().filter(planned);
     let planned: HashSet<Cookie> = planned.map(|target| target.socket.cookie()).collect();
@@ -75,7 +75,7 @@ pub fn find(scan: &Scan, selectors: &Selectors, proc: &ProcFs) -> io::Result<Vec
         let found = netns.within(|| find_in(index, &is_selected, &planned))?;
         backlogs.extend(found.map_err(io::Error::other)?);
     }
-    let inodes: HashSet<u32> = backlogs
+    let inodes: Inodes = backlogs
         .iter()
         .map(|backlog| backlog.socket.inode)
         .collect();
@@ -225,7 +225,7 @@ fn drain_one(
     let cannot_list = |error: io::Error| failed("listing the processes", &error);
     // A process that is created after this list is not in it, so it is checked while the owners are stopped.
     let pids: HashSet<i32> = proc.pids().map_err(cannot_list)?.into_iter().collect();
-    let owners = owners::find(proc, &HashSet::from([inode])).map_err(cannot_list)?;
+    let owners = owners::find(proc, &Inodes::from_iter([inode])).map_err(cannot_list)?;
     backlog.owners = owners.of(inode).collect();
     if backlog.owners.is_empty() {
         return Err(DrainReason::NoOwner);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::pairing::{self, OtherEnd};
 use crate::model::{Cause, Listener, Scan, Socket, Target};
-use crate::proc::ProcessId;
+use crate::proc::{Inodes, ProcessId};
 use crate::sock_diag::Cookie;
 use crate::tcp::TcpState;
 use crate::text::per_minute;
@@ -310,7 +310,7 @@ pub fn before_at<'a>(
     second: &HashSet<Cookie>,
 ) -> Vec<&'a Socket> {
     let waiting: HashSet<Cookie> = waiting.iter().map(|socket| socket.cookie()).collect();
-    let inodes: HashSet<u32> = listener.inodes().collect();
+    let inodes: Inodes = listener.inodes().collect();
     let belongs = |target: &&Target| {
         let cookie = target.socket.cookie();
         let was_here = || {

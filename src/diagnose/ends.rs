@@ -18,7 +18,7 @@ use crate::finder::owners::{self, OwnerScan};
 use crate::finder::tracked;
 use crate::model::{Scan, Socket};
 use crate::proc::netns::Netns;
-use crate::proc::{ProcFs, ProcessId};
+use crate::proc::{Inodes, ProcFs, ProcessId};
 use crate::sock_diag::{Protocol, SocketMessage};
 use crate::tcp::{StateSet, TcpState, Tuple};
 
@@ -133,7 +133,7 @@ impl Ends {
         let of_ends = ends.values().filter_map(|(end, _)| end.inode);
         let of_legs = stalled.iter().chain(&in_close_wait);
         let of_legs = of_legs.filter_map(|connection| connection.inode);
-        let inodes: HashSet<u32> = of_ends.chain(of_legs).collect();
+        let inodes: Inodes = of_ends.chain(of_legs).collect();
         let owners = owners::find(proc, &inodes).unwrap_or_else(|cause| {
             error.get_or_insert(FindError::Processes(cause));
             OwnerScan::default()

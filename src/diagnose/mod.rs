@@ -33,7 +33,7 @@ use crate::history::History;
 use crate::model::{Listener, ListeningSocket, Scan, Socket};
 use crate::proc::netns::Netns;
 use crate::proc::status::ProcessStatus;
-use crate::proc::{ProcFs, Process, ProcessId, Unreadable, since_boot};
+use crate::proc::{Inodes, ProcFs, Process, ProcessId, Unreadable, since_boot};
 use crate::sock_diag::Cookie;
 use crate::text::{counted, named_or_counted};
 use counts::{CountContext, SocketCounts};
@@ -351,7 +351,7 @@ pub fn run(
         });
     for diagnosis in processes.iter_mut().filter(|one| one.is_healthy()) {
         let inodes = diagnosis.table.iter().flat_map(|table| &table.connections);
-        let inodes: HashSet<u32> = inodes.copied().collect();
+        let inodes: Inodes = inodes.copied().collect();
         let own = listening.iter().filter(|one| inodes.contains(&one.inode));
         diagnosis.accepting = own.copied().collect();
     }
@@ -438,7 +438,7 @@ pub(crate) fn read_tables(
     selectors: &Selectors,
     proc: &ProcFs,
 ) -> (DeadScan, Vec<String>) {
-    let (mut listed, mut failures) = (HashSet::new(), Vec::new());
+    let (mut listed, mut failures) = (Inodes::default(), Vec::new());
     for netns in &scan.namespaces {
         match dead::listed_inodes(std::slice::from_ref(netns)) {
             Ok(inodes) => listed.extend(inodes),

@@ -9,7 +9,7 @@ use super::ProcessDiagnosis;
 use crate::finder::dead::{DescriptorTable, SuspectVerdict};
 use crate::finder::owners;
 use crate::model::Scan;
-use crate::proc::{ProcFs, Process, ProcessId, RemoteFd};
+use crate::proc::{Inodes, ProcFs, Process, ProcessId, RemoteFd};
 use crate::reclaim::{self, Usage};
 
 /// A difference of two clocks that proves nothing.
@@ -37,7 +37,7 @@ struct Leaked {
     /// The local ports, with the network namespace.
     ports: BTreeSet<(usize, u16)>,
     /// The sockets.
-    inodes: HashSet<u32>,
+    inodes: Inodes,
     /// The other owners.
     others: HashSet<ProcessId>,
     /// The latest time at which the oldest connection can have been made, since boot.
@@ -101,7 +101,7 @@ pub fn find(
         .flat_map(|l| l.ports.iter().copied())
         .collect();
     let listeners = listener_owners(&ports, listening, proc);
-    let listening: HashSet<u32> = listening.iter().map(|listener| listener.inode).collect();
+    let listening: Inodes = listening.iter().map(|listener| listener.inode).collect();
     let mut programs = HashMap::new();
     for (diagnosis, leaked) in processes.iter_mut().zip(&leaked) {
         let at_ports = || {
@@ -149,11 +149,7 @@ pub fn find(
 
 /// Whether a process is known to have no TCP connection except those with the inodes `leaked`: to end it then cuts no other client off.
 /// `listening` has the inodes of the listeners.
-fn has_no_other(
-    table: Option<&DescriptorTable>,
-    leaked: &HashSet<u32>,
-    listening: &HashSet<u32>,
-) -> bool {
+fn has_no_other(table: Option<&DescriptorTable>, leaked: &Inodes, listening: &Inodes) -> bool {
     let Some(table) = table else {
         return false;
     };
@@ -235,7 +231,7 @@ fn listener_owners(
     let at_ports = listening
         .iter()
         .filter(|l| ports.contains(&(l.netns, l.port)));
-    let inodes: HashSet<u32> = at_ports.clone().map(|listener| listener.inode).collect();
+    let inodes: Inodes = at_ports.clone().map(|listener| listener.inode).collect();
     // Without the owners of the listeners the verdicts are those of the causes.
     let owners = owners::find(proc, &inodes).unwrap_or_default();
     let mut by_port: HashMap<(usize, u16), Vec<Arc<Process>>> = HashMap::new();
@@ -372,7 +368,7 @@ mod tests {
 
     #[test]
     fn a_process_with_another_connection_is_not_there_for_one() {
-        let set = |inodes: &[u32]| inodes.iter().copied().collect::<HashSet<u32>>();
+        let set = |inodes: &[u32]| inodes.iter().copied().collect::<Inodes>();
         let (leaked, listening) = (set(&[10]), set(&[20, 21]));
         let unknown = |inode| Suspect {
             fd: RemoteFd(9),

@@ -22,7 +22,7 @@ use crate::packet::raw;
 use crate::privileges::FIRST_USER_NAMESPACE;
 use crate::proc::netns::NetnsScope;
 use crate::proc::status::has_seccomp_filter;
-use crate::proc::{ProcFs, mounts};
+use crate::proc::{Inodes, ProcFs, mounts};
 use crate::sys::{self, RemoteFd};
 
 /// The capabilities that cwkill can use, in the order of the report.
@@ -234,7 +234,7 @@ fn reachability(proc: &ProcFs, probe: bool) -> io::Result<Reachability> {
             "/proc shows another pid namespace than cwkill runs in",
         ));
     }
-    let unreadable: HashSet<i32> = owners::find(proc, &HashSet::from([NO_INODE]))?
+    let unreadable: HashSet<i32> = owners::find(proc, &Inodes::from_iter([NO_INODE]))?
         .unreadable
         .into_iter()
         .map(|process| process.pid)

@@ -18,7 +18,6 @@
 //! alone. tcp_disconnect keeps the receive space, and a refusal counts as a received segment. So a socket that was
 //! dissolved, then refused, and that its program is about to connect again would seem dead. [measured on Linux 6.18]
 
-use std::collections::HashSet;
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
@@ -41,7 +40,7 @@ use super::connection_end::ConnectionEnd;
 use super::{FindError, mptcp_socket, threads};
 use crate::proc::netns::Netns;
 use crate::proc::{
-    ProcFs, Process, ProcessId, RemoteFd, Unreadable, fds, identity, is_denied, is_missing,
+    Inodes, ProcFs, Process, ProcessId, RemoteFd, Unreadable, fds, identity, is_denied, is_missing,
     open_in, read_between_execs,
 };
 use crate::sock_diag::{Cookie, DumpRequest, Family, Protocol, SockDiag};
@@ -118,8 +117,8 @@ pub struct DeadScan {
 ///
 /// # Errors
 /// A namespace cannot be entered, or its sockets cannot be listed.
-pub fn listed_inodes(namespaces: &[Arc<Netns>]) -> Result<HashSet<u32>, FindError> {
-    let mut inodes = HashSet::new();
+pub fn listed_inodes(namespaces: &[Arc<Netns>]) -> Result<Inodes, FindError> {
+    let mut inodes = Inodes::default();
     for netns in namespaces {
         let dumped = netns.within(dump_inodes).map_err(FindError::Enter)?;
         inodes.extend(dumped?);
@@ -152,7 +151,7 @@ fn dump_inodes() -> Result<Vec<u32>, FindError> {
 pub fn find(
     proc: &ProcFs,
     selected: &(dyn Fn(&Process) -> bool + Sync),
-    listed: &HashSet<u32>,
+    listed: &Inodes,
 ) -> io::Result<DeadScan> {
     let same_pids = proc.shows_own_pid_namespace();
     let pids = proc.pids()?;
@@ -187,7 +186,7 @@ pub fn find(
 pub(super) fn tables(
     proc: &ProcFs,
     processes: &[ProcessId],
-    listed: &HashSet<u32>,
+    listed: &Inodes,
 ) -> Vec<DescriptorTable> {
     let same_pids = proc.shows_own_pid_namespace();
     let scan_one = |id: &ProcessId| {
@@ -213,7 +212,7 @@ fn scan_process(
     pid: i32,
     same_pids: bool,
     selected: &(dyn Fn(&Process) -> bool + Sync),
-    listed: &HashSet<u32>,
+    listed: &Inodes,
 ) -> io::Result<TableScan> {
     // This directory keeps referring to the same process, even if another process gets the pid.
     let dir = File::open(proc.path(&pid.to_string()))?;
@@ -255,7 +254,7 @@ fn scan_tables(
     dir: BorrowedFd<'_>,
     process: &Process,
     same_pids: bool,
-    listed: &HashSet<u32>,
+    listed: &Inodes,
 ) -> io::Result<ScannedTable> {
     let mut scanned = scan_table(proc, dir, process, None, same_pids, listed)?;
     if same_pids {
@@ -272,7 +271,7 @@ fn scan_thread_tables(
     proc: &ProcFs,
     dir: BorrowedFd<'_>,
     process: &Process,
-    listed: &HashSet<u32>,
+    listed: &Inodes,
 ) -> io::Result<Vec<ScannedTable>> {
     let mut tables = Vec::new();
     for tid in threads::own_tables(process.id.pid, &proc.tids(process.id.pid)?) {
@@ -293,7 +292,7 @@ fn scan_table(
     process: &Process,
     tid: Option<i32>,
     same_pids: bool,
-    listed: &HashSet<u32>,
+    listed: &Inodes,
 ) -> io::Result<ScannedTable> {
     let name = match tid {
         Some(tid) => format!("task/{tid}/fd"),
@@ -372,11 +371,7 @@ enum NotInTable {
 type SplitByList = (Vec<(RemoteFd, u32)>, Vec<u32>);
 
 /// The sockets among the descriptors `numbers` in the directory `fds`: those whose inode is not in `listed`, and the inodes of the others.
-fn split_by_list(
-    fds: BorrowedFd<'_>,
-    numbers: &[i32],
-    listed: &HashSet<u32>,
-) -> io::Result<SplitByList> {
+fn split_by_list(fds: BorrowedFd<'_>, numbers: &[i32], listed: &Inodes) -> io::Result<SplitByList> {
     let (mut not_in_table, mut connections) = (Vec::new(), Vec::new());
     for &number in numbers {
         match fds::read_socket_link(fds, number) {
@@ -571,7 +566,7 @@ mod tests {
         let inode = u32::try_from(fstat(&listener).unwrap().st_ino).unwrap();
         let proc = ProcFs::default();
         let own = i32::try_from(std::process::id()).unwrap();
-        let scan = find(&proc, &|process| process.id.pid == own, &HashSet::new()).unwrap();
+        let scan = find(&proc, &|process| process.id.pid == own, &Inodes::default()).unwrap();
         let mut suspects = scan.tables.iter().flat_map(|table| &table.suspects);
         assert!(!suspects.any(|suspect| suspect.inode == inode));
     }

@@ -7,7 +7,7 @@
 //! targets, for `diagnose`. [`tracked`] reads the conntrack tables: connections of others that pass through this host, and NAT.
 //! [`reactions`] waits while owners close the descriptors of closed sockets. [`selected`] looks for the selected processes, and `retain`
 //! drops the sockets of others. [`spin_risk`] finds out how the owners wait for the sockets. [`second_look`] finds out
-//! whether the owners still read, before an act. [`table_use`] counts the descriptors of some owners, for the overview.
+//! whether the owners still read, before an act. `order` puts the oldest first. [`table_use`] counts the descriptors of some owners, for the overview.
 
 mod addresses;
 mod connection_end;
@@ -20,6 +20,7 @@ pub mod listeners;
 mod mptcp;
 mod mptcp_socket;
 mod nameless_netns;
+mod order;
 pub mod owners;
 pub mod reactions;
 mod retain;
@@ -32,13 +33,11 @@ mod threads;
 pub mod tracked;
 pub mod way;
 
-use std::collections::HashSet;
 use std::io;
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{Builder, ScopedJoinHandle};
-use std::time::Duration;
 
 use anyhow::Context;
 use caps::Capability;
@@ -48,15 +47,16 @@ use rayon::prelude::*;
 use crate::filter::selectors::Selectors;
 use crate::history::History;
 use crate::model::method::refused;
-use crate::model::{Coverage, Listener, Owner, Scan, Target};
+use crate::model::{Coverage, Listener, Owner, Scan};
 use crate::parallel;
 use crate::privileges;
 use crate::proc::netns::{Namespaces, Netns, NetnsScope};
-use crate::proc::{ProcFs, Unreadable, since_boot};
+use crate::proc::{Inodes, ProcFs, Unreadable, since_boot};
 use crate::sock_diag::DumpError;
 use crate::sys::errno_of;
 use crate::tcp::{StateSet, TcpState};
 use descriptor_scan::DescriptorScan;
+pub(crate) use order::sort;
 use owners::{OwnerScan, Trust};
 use retain::{count_undecided, retain_selected};
 use sockets::NetnsScan;
@@ -248,39 +248,12 @@ fn why(capability: Capability, error: &io::Error) -> String {
     }
 }
 
-/// Sorts targets, the oldest first. Those of the same age are in the order of their addresses, so that two runs show them in the same
-/// order.
-///
-/// The ages of two sockets that became stuck at the same time can differ by some ticks of the kernel's clock, in another way in each
-/// run: the clock goes on while the kernel lists them. So ages with no gap between them count as the same, over at most a second.
-pub(crate) fn sort(targets: &mut [Target]) {
-    /// The longest tick, that of CONFIG_HZ=100.
-    const GAP: Duration = Duration::from_millis(10);
-    const SPAN: Duration = Duration::from_secs(1);
-    targets.par_sort_by(|a, b| a.socket.oldest_first(&b.socket));
-    let mut rest = targets;
-    while let Some(first) = rest.first() {
-        let oldest = first.socket.age.unwrap_or_default();
-        let is_gap = |pair: &[Target]| match (pair[0].socket.age, pair[1].socket.age) {
-            (Some(before), Some(age)) => before - age > GAP || oldest - age > SPAN,
-            (before, age) => before != age,
-        };
-        let length = rest
-            .windows(2)
-            .position(is_gap)
-            .map_or(rest.len(), |gap| gap + 1);
-        let (same, others) = rest.split_at_mut(length);
-        same.par_sort_by(|a, b| a.socket.by_address(&b.socket));
-        rest = others;
-    }
-}
-
 /// The matched sockets of all namespaces and their listeners.
 struct Listed {
     /// Without owners.
     scan: Scan,
     /// The inodes of the matched sockets and of their listeners.
-    inodes: HashSet<u32>,
+    inodes: Inodes,
 }
 
 /// Lists the sockets of every namespace. `may_split`: whether two threads may share a large dump.
@@ -329,7 +302,7 @@ fn list_sockets(
 }
 
 /// The inodes of the sockets of `scan` and of their listeners.
-fn inodes(scan: &Scan) -> HashSet<u32> {
+fn inodes(scan: &Scan) -> Inodes {
     let inodes = scan.targets.iter().filter_map(|target| target.socket.inode);
     let of_listeners = scan.listeners.iter().flat_map(Listener::inodes);
     inodes.chain(of_listeners).collect()
@@ -502,40 +475,4 @@ fn cannot_enter(error: &io::Error) -> String {
         _ => "cannot enter it as a network namespace",
     };
     text.to_owned()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::Socket;
-    use crate::sock_diag::testdata::stuck;
-
-    /// Targets of these ages in milliseconds, each with a higher port than the one before.
-    fn sorted(ages: &[u64]) -> Vec<usize> {
-        let target = |(port, age): (usize, &u64)| {
-            let message = stuck("10.0.0.1:80", &format!("10.0.0.2:{}", 1000 + port), 1);
-            let mut target = Target::new(Socket::from_message(&message));
-            target.socket.age = (*age > 0).then_some(Duration::from_millis(*age));
-            target
-        };
-        let mut targets: Vec<Target> = ages.iter().enumerate().map(target).collect();
-        sort(&mut targets);
-        let port = |target: &Target| usize::from(target.socket.tuple().peer.port()) - 1000;
-        targets.iter().map(port).collect()
-    }
-
-    #[test]
-    fn sockets_of_one_moment_are_in_the_order_of_their_addresses() {
-        assert_eq!(sorted(&[5000, 5004, 5000, 5008]), [0, 1, 2, 3]);
-        assert_eq!(sorted(&[5004, 5000, 5004, 5004]), [0, 1, 2, 3]);
-        // Older ones come first.
-        assert_eq!(sorted(&[5000, 5011]), [1, 0]);
-        assert_eq!(sorted(&[0, 5000, 0, 9000]), [3, 1, 0, 2]);
-        assert_eq!(sorted(&[]), [0; 0]);
-        // A second at most counts as one moment.
-        let stream: Vec<u64> = (0..300).map(|number| 5000 + number * 10).collect();
-        let sorted = sorted(&stream);
-        assert_eq!(sorted[..2], [199, 200]);
-        assert_eq!(sorted.last(), Some(&97));
-    }
 }

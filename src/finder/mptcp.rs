@@ -4,6 +4,7 @@
 //! connection is over, its subflows can still be in ESTABLISHED, or gone. So cwkill lists the MPTCP sockets themselves, and leaves
 //! out their subflows. After a fallback to TCP there is one subflow; it and its MPTCP socket are one target.
 
+use crate::proc::Inodes;
 use std::collections::HashSet;
 use std::sync::OnceLock;
 
@@ -60,7 +61,7 @@ fn remove_subflows(targets: &mut Vec<Target>, listed: Option<&[SocketMessage]>) 
         .iter()
         .filter_map(|row| Some(row.mptcp?.token))
         .collect();
-    let inodes: HashSet<u32> = rows
+    let inodes: Inodes = rows
         .iter()
         .map(|row| row.inode)
         .filter(|&inode| inode != 0)

@@ -19,7 +19,7 @@ use super::descriptor_scan::DescriptorScan;
 use crate::filter::containers::Match;
 use crate::filter::selectors::Selectors;
 use crate::proc::netns::{self, Netns};
-use crate::proc::{ProcFs, RemoteFd, read_identity};
+use crate::proc::{Inodes, ProcFs, RemoteFd, read_identity};
 use crate::sys::{self, Pidfds};
 use crate::tcp::{StateSet, TcpState};
 
@@ -57,7 +57,7 @@ pub(super) struct Search<'a> {
     /// The namespaces that were read.
     pub namespaces: &'a [Arc<Netns>],
     /// The inodes of sockets that were found in them.
-    pub known: &'a HashSet<u32>,
+    pub known: &'a Inodes,
     /// Whether every namespace is in scope, and not only those of the selected owners' sockets.
     pub everywhere: bool,
     /// Whether also a namespace is in scope that a process or a name leads to.

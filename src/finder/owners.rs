@@ -9,7 +9,7 @@
 //! While a process executes a program, its table can seem to be empty (`ExecMarker`). So `stat` is read as well, and the table
 //! again, where an owner is missed: at the second scan, and where a descriptor seems to be closed.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -26,8 +26,8 @@ use crate::filter::selectors::Selectors;
 use crate::model::{Outcome, Owner, Target};
 use crate::proc::fds::{FDS_PER_TASK, FdTable, SocketFds, fd_state, read_socket_link, read_table};
 use crate::proc::{
-    ExecMarker, FdState, ProcFs, Process, RemoteFd, TableId, Unreadable, exec_marker, identity,
-    is_denied, is_missing, open_in, read_between_execs, read_identity,
+    ExecMarker, FdState, Inodes, ProcFs, Process, RemoteFd, TableId, Unreadable, exec_marker,
+    identity, is_denied, is_missing, open_in, read_between_execs, read_identity,
 };
 use crate::tcp::StateSet;
 
@@ -109,7 +109,7 @@ impl OwnerScan {
     ///
     /// # Errors
     /// /proc cannot be listed.
-    pub fn add_thread_tables(&mut self, proc: &ProcFs, inodes: &HashSet<u32>) -> io::Result<()> {
+    pub fn add_thread_tables(&mut self, proc: &ProcFs, inodes: &Inodes) -> io::Result<()> {
         if self.has_thread_tables {
             return Ok(());
         }
@@ -128,7 +128,7 @@ impl OwnerScan {
         &mut self,
         proc: &ProcFs,
         threads: Vec<ThreadScan>,
-        inodes: &HashSet<u32>,
+        inodes: &Inodes,
     ) -> io::Result<()> {
         for mut thread in threads {
             thread.sockets.retain(|(inode, _)| inodes.contains(inode));
@@ -151,7 +151,7 @@ impl OwnerScan {
 
     /// Adds the tables that single threads of the owners have: a copy there keeps a socket open, too. Those of other processes are not
     /// searched, see [`OwnerScan::add_thread_tables`].
-    fn add_tables_of_threads(&mut self, proc: &ProcFs, inodes: &HashSet<u32>) -> io::Result<()> {
+    fn add_tables_of_threads(&mut self, proc: &ProcFs, inodes: &Inodes) -> io::Result<()> {
         let pids: Vec<i32> = self.tables.iter().map(|it| it.process.id.pid).collect();
         for table in threads::find_in(proc, pids, inodes)? {
             self.add(table.process, Some(table.tid), table.sockets);
@@ -255,7 +255,7 @@ pub fn owns(proc: &ProcFs, pid: i32, inode: u32) -> io::Result<bool> {
 ///
 /// # Errors
 /// As [`scan`].
-pub fn find(proc: &ProcFs, inodes: &HashSet<u32>) -> io::Result<OwnerScan> {
+pub fn find(proc: &ProcFs, inodes: &Inodes) -> io::Result<OwnerScan> {
     if inodes.is_empty() {
         return Ok(OwnerScan::default());
     }
@@ -270,7 +270,7 @@ pub fn find(proc: &ProcFs, inodes: &HashSet<u32>) -> io::Result<OwnerScan> {
 pub fn select(
     proc: &ProcFs,
     scan: DescriptorScan,
-    inodes: &HashSet<u32>,
+    inodes: &Inodes,
     trust: Trust,
 ) -> io::Result<OwnerScan> {
     let select_one = |process: ProcessScan| -> io::Result<(Option<Owned>, Option<Unreadable>)> {
@@ -429,7 +429,7 @@ fn recheck(
     proc: &ProcFs,
     pid: i32,
     mut table: SocketFds,
-    inodes: &HashSet<u32>,
+    inodes: &Inodes,
     trust: Trust,
 ) -> io::Result<(Option<Owned>, bool)> {
     let process = File::open(proc.path(&pid.to_string()))?;

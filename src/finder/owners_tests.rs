@@ -146,7 +146,7 @@ fn a_socket_that_moves_after_the_scan_is_not_its_old_owners() {
     proc.process(7, "old", &[(5, "socket:[42]"), (6, "socket:[43]")]);
     proc.process(8, "new", &[(3, "socket:[1]")]);
     let root = ProcFs::at(proc.dir.path());
-    let inodes = HashSet::from([42, 43]);
+    let inodes = Inodes::from_iter([42, 43]);
     let scan = || scan(&root, StateSet::ALL, &AtomicBool::new(false)).unwrap();
     let (first, second, third) = (scan(), scan(), scan());
     let moved = proc.dir.path().join("8/fd/4");
@@ -183,8 +183,13 @@ fn a_process_that_vanishes_is_ignored() {
 #[test]
 fn without_inodes_nothing_is_read() {
     let nowhere = ProcFs::at("/nonexistent");
-    assert!(find(&nowhere, &HashSet::new()).unwrap().tables.is_empty());
-    assert!(find(&nowhere, &HashSet::from([1])).is_err());
+    assert!(
+        find(&nowhere, &Inodes::default())
+            .unwrap()
+            .tables
+            .is_empty()
+    );
+    assert!(find(&nowhere, &Inodes::from_iter([1])).is_err());
 }
 
 #[test]

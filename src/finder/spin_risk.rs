@@ -19,7 +19,7 @@ use crate::model::{Owner, Poller, Scan, Socket, SpinRisk, Target};
 use crate::proc::epoll::{EpollSet, Interest, keep_worst};
 use crate::proc::status::MAX_THREADS;
 use crate::proc::syscall::{Syscall, read_memory};
-use crate::proc::{ProcFs, Process, ProcessId, RemoteFd, is_missing};
+use crate::proc::{Inodes, ProcFs, Process, ProcessId, RemoteFd, is_missing};
 
 /// How a process waits for a file: it has registered it with an epoll set, or passed it to poll(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,7 +50,7 @@ pub fn find(scan: &mut Scan, proc: &ProcFs) {
         .map(|process| (process.id, process))
         .collect();
     let inodes = scan.targets.iter().filter_map(|it| it.socket.inode);
-    let inodes: HashSet<u32> = inodes.collect();
+    let inodes: Inodes = inodes.collect();
     let mut epolls: BTreeMap<ProcessId, Vec<RemoteFd>> = BTreeMap::new();
     for (process, fd) in &scan.epolls {
         epolls.entry(process.id).or_default().push(*fd);
@@ -169,7 +169,7 @@ struct Poll {
 
 impl Registrations {
     /// Adds the members of `set` that are among `inodes`.
-    fn add_set(&mut self, process: &Process, set: EpollSet, inodes: &HashSet<u32>) {
+    fn add_set(&mut self, process: &Process, set: EpollSet, inodes: &Inodes) {
         let registration = |interest| Registration {
             interest,
             pid: process.id.pid,
@@ -256,7 +256,7 @@ mod tests {
     fn epoll(pid: i32, line: &str) -> Registrations {
         let mut registrations = Registrations::default();
         let set = EpollSet::parse(5, line);
-        registrations.add_set(&process(pid, "app"), set, &HashSet::from([42]));
+        registrations.add_set(&process(pid, "app"), set, &Inodes::from_iter([42]));
         registrations
     }
 

@@ -1,6 +1,6 @@
 //! How full the descriptor tables of some processes are, and how many dead descriptors they have, for the overview.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::dead::{self, SuspectVerdict};
 use crate::proc::netns::Netns;
-use crate::proc::{ProcFs, ProcessId, fds};
+use crate::proc::{Inodes, ProcFs, ProcessId, fds};
 
 /// Dead descriptors are counted only if the tables have at most this many descriptors together: each costs some microseconds.
 const MAX_DESCRIPTORS: usize = 16_384;
@@ -78,7 +78,7 @@ pub(crate) fn count_used(proc: &ProcFs, pid: i32) -> Option<usize> {
 }
 
 /// The inodes of all TCP sockets in these namespaces; `None` if there are too many, or they cannot be listed.
-fn listed_inodes(proc: &ProcFs, namespaces: &[Arc<Netns>]) -> Option<HashSet<u32>> {
+fn listed_inodes(proc: &ProcFs, namespaces: &[Arc<Netns>]) -> Option<Inodes> {
     if namespaces.len() > MAX_NAMESPACES {
         return None;
     }

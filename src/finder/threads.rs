@@ -5,7 +5,6 @@
 //! through `/proc/PID/task/TID/fd`. That costs one kcmp(2) for each thread, so [`find`] reads all processes only for sockets that
 //! have no other owner. For the others, [`find_in`] reads the processes that are known to own one.
 
-use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -15,7 +14,7 @@ use std::sync::atomic::AtomicBool;
 use rayon::prelude::*;
 
 use crate::proc::fds::read_table;
-use crate::proc::{ProcFs, Process, RemoteFd, identity, is_denied, is_missing};
+use crate::proc::{Inodes, ProcFs, Process, RemoteFd, identity, is_denied, is_missing};
 use crate::sys;
 
 /// The tables of one process that are compared with each other. A program with more of them has the others searched too late
@@ -38,7 +37,7 @@ pub(super) struct ThreadTable {
 ///
 /// # Errors
 /// /proc cannot be listed.
-pub(super) fn find(proc: &ProcFs, inodes: &HashSet<u32>) -> io::Result<Vec<ThreadTable>> {
+pub(super) fn find(proc: &ProcFs, inodes: &Inodes) -> io::Result<Vec<ThreadTable>> {
     match inodes.is_empty() {
         true => Ok(Vec::new()),
         false => find_in(proc, proc.pids()?, inodes),
@@ -49,7 +48,7 @@ pub(super) fn find(proc: &ProcFs, inodes: &HashSet<u32>) -> io::Result<Vec<Threa
 pub(super) fn find_in(
     proc: &ProcFs,
     pids: Vec<i32>,
-    inodes: &HashSet<u32>,
+    inodes: &Inodes,
 ) -> io::Result<Vec<ThreadTable>> {
     // The pids of another pid namespace are not those of kcmp(2).
     if !proc.shows_own_pid_namespace() {
@@ -66,7 +65,7 @@ pub(super) fn find_in(
     Ok(tables.into_iter().flatten().collect())
 }
 
-fn scan_process(proc: &ProcFs, pid: i32, inodes: &HashSet<u32>) -> io::Result<Vec<ThreadTable>> {
+fn scan_process(proc: &ProcFs, pid: i32, inodes: &Inodes) -> io::Result<Vec<ThreadTable>> {
     // This directory keeps referring to the same process, even if another process gets the pid.
     let dir = File::open(proc.path(&pid.to_string()))?;
     let mut tables = Vec::new();

@@ -1,7 +1,8 @@
 //! The entries of the history. Pure.
 
-use std::collections::HashMap;
 use std::time::Duration;
+
+use foldhash::HashMap;
 
 use super::fnv_1a;
 use crate::filter::selectors::Selectors;

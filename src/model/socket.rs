@@ -1,6 +1,5 @@
 //! A socket, from the kernel's tables.
 
-use std::cmp::Ordering;
 use std::collections::HashSet;
 use std::time::Duration;
 
@@ -215,18 +214,6 @@ impl Socket {
             _ => 0,
         };
         self.inode.is_some() && self.listed_recv_q > fin
-    }
-
-    /// The order that puts the oldest socket first.
-    pub fn oldest_first(&self, other: &Socket) -> Ordering {
-        let by_age = other.age.cmp(&self.age);
-        by_age.then_with(|| self.by_address(other))
-    }
-
-    /// An order that no age changes.
-    pub fn by_address(&self, other: &Socket) -> Ordering {
-        let by_netns = self.netns.cmp(&other.netns);
-        by_netns.then_with(|| self.tuple().cmp(&other.tuple()))
     }
 
     pub fn tuple(&self) -> Tuple {

@@ -56,6 +56,9 @@ pub use containers::NameDirectory;
 pub use containers::Unnamed;
 pub use fds::FdState;
 
+/// Inodes of sockets. A run asks for each of up to a million descriptors whether its inode is one of them.
+pub type Inodes = foldhash::HashSet<u32>;
+
 /// A mounted proc file system. The root is a parameter, so a test can build a small one.
 #[derive(Clone, Debug)]
 pub struct ProcFs {

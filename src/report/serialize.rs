@@ -60,9 +60,7 @@ pub(crate) fn line(value: &impl Serialize) -> String {
     String::from_utf8(bytes).expect("JSON is UTF-8")
 }
 
-pub(crate) fn serializer(
-    out: &mut dyn Write,
-) -> serde_json::Serializer<&mut dyn Write, TerminalSafe> {
+pub(crate) fn serializer<W: Write>(out: W) -> serde_json::Serializer<W, TerminalSafe> {
     serde_json::Serializer::with_formatter(out, TerminalSafe)
 }
 

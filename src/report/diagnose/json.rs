@@ -71,7 +71,7 @@ pub fn write(
         descriptors_not_searched: coverage.unexamined_descriptors,
         sockets_in_unknown_namespace: coverage.unplaced_sockets,
     };
-    document.serialize(&mut serializer(out))?;
+    document.serialize(&mut serializer(&mut *out))?;
     out.write_all(b"\n")
 }
 

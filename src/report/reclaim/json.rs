@@ -152,7 +152,7 @@ pub fn write_document(
         advice: json_advice(&run.advice),
         summary: run.counts(),
     };
-    document.serialize(&mut serializer(out))?;
+    document.serialize(&mut serializer(&mut *out))?;
     out.write_all(b"\n")
 }
 
@@ -169,7 +169,7 @@ pub fn write_lines(
             time,
             descriptor: json_dead_descriptor(run, dead),
         };
-        line.serialize(&mut serializer(out))?;
+        line.serialize(&mut serializer(&mut *out))?;
         out.write_all(b"\n")?;
     }
     Ok(())

@@ -1,6 +1,5 @@
 //! If cwkill ends at any point, the owner goes on.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -12,7 +11,7 @@ use netns_harness::{Lab, Signal};
 use cwkill::control::Control;
 use cwkill::finder::dead::{self, DeadSocket, SuspectVerdict};
 use cwkill::model::{Method, Owner, ReclaimOutcome, ReclaimReason};
-use cwkill::proc::ProcFs;
+use cwkill::proc::{Inodes, ProcFs};
 use cwkill::reclaim::{ReclaimRules, ReclaimTarget};
 
 use super::{is_traced, reclaim};
@@ -40,7 +39,7 @@ fn dead(owner: &LeakyOwner) -> Result<Vec<Dead>> {
     let scan = dead::find(
         &ProcFs::default(),
         &|process| process.id.pid == pid,
-        &HashSet::new(),
+        &Inodes::default(),
     )?;
     let table = scan.tables.into_iter().next().context("no such process")?;
     let process = Arc::new(table.process);
