@@ -331,7 +331,10 @@ fn add(scan: &mut Scan, netns_scan: NetnsScan) {
             target.socket.uid = scan.listeners[listener].uid;
         }
     }
-    scan.targets.append(&mut sockets);
+    match scan.targets.is_empty() {
+        true => scan.targets = sockets,
+        false => scan.targets.append(&mut sockets),
+    }
 }
 
 /// The result of a thread. If the thread panicked, this panics too.

@@ -122,18 +122,24 @@ impl Entries {
             }
         }
         for new in &update.entries {
-            let earlier = self.0.get(&new.key);
-            let earlier = earlier.filter(|entry| entry.snapshot == new.snapshot);
             let entry = Entry {
                 snapshot: new.snapshot,
                 stuck_since: new.stuck_since,
                 idle_since: new.idle_since,
-                unchanged_since: earlier.map_or(now, |entry| entry.unchanged_since),
+                unchanged_since: now,
                 seen: now,
                 reach: reach.hash,
                 missed: 0,
             };
-            self.0.insert(new.key, entry);
+            let place = self.0.entry(new.key).or_insert(entry);
+            let unchanged_since = match place.snapshot == new.snapshot {
+                true => place.unchanged_since,
+                false => now,
+            };
+            *place = Entry {
+                unchanged_since,
+                ..entry
+            };
         }
         self.0.retain(|_, entry| {
             entry.missed < MISSING_FROM_LISTS && now.saturating_sub(entry.seen) < FORGET_AFTER
@@ -155,14 +161,15 @@ impl Entries {
 
     /// Keeps at most `max` of the entries that `counts`, those that were seen last.
     fn keep_latest(&mut self, max: usize, counts: impl Fn(&Entry) -> bool) {
+        if self.0.values().filter(|entry| counts(entry)).count() <= max {
+            return;
+        }
         let counted = self.0.iter().filter(|(_, entry)| counts(entry));
         let mut counted: Vec<(Duration, SocketKey)> =
             counted.map(|(key, entry)| (entry.seen, *key)).collect();
-        if counted.len() > max {
-            counted.select_nth_unstable_by_key(max, |(seen, _)| std::cmp::Reverse(*seen));
-            for (_, key) in &counted[max..] {
-                self.0.remove(key);
-            }
+        counted.select_nth_unstable_by_key(max, |(seen, _)| std::cmp::Reverse(*seen));
+        for (_, key) in &counted[max..] {
+            self.0.remove(key);
         }
     }
 

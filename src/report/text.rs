@@ -6,7 +6,8 @@ use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use comfy_table::{Cell, CellAlignment, Color, ColumnConstraint, Width};
+use comfy_table::{Cell, CellAlignment, Color, ColumnConstraint, Table, Width};
+use rayon::prelude::*;
 
 use super::layout::KEPT;
 use super::table::{Wanted, fit, has_unit, join, names, plain_table, short_names, unit_text};
@@ -20,6 +21,8 @@ use crate::text::{age, broken, columns_of, counted, escape};
 /// Number of rows that are laid out together. It is large enough for stable columns, and small enough that a listing of
 /// 100,000 sockets begins at once and needs little memory.
 const ROWS_PER_BLOCK: usize = 1000;
+/// The maximum number of blocks in memory. They are laid out in parallel.
+const BLOCKS_AT_ONCE: usize = 8;
 
 /// The mark of a socket in use, after its idle time.
 const IN_USE_SUFFIX: &str = " (in use)";
@@ -46,9 +49,22 @@ pub fn write(
         Some(columns) => layout.fit(run, targets, columns),
         None => layout.least_widths(targets),
     };
-    for block in targets.chunks(ROWS_PER_BLOCK) {
-        layout.write_block(run, block, header, color, &mut widths, out)?;
+    for rows in targets.chunks(ROWS_PER_BLOCK * BLOCKS_AT_ONCE) {
+        let mut tables = in_blocks(rows, |rows| layout.table(run, rows, color));
+        if header && let Some(first) = tables.first_mut() {
+            first.set_header(layout.columns.iter().map(|column| column.header()));
+        }
         header = false;
+        for table in &mut tables {
+            layout.align(table, &mut widths);
+        }
+        for text in tables
+            .into_par_iter()
+            .map(|table| lines(&table))
+            .collect::<Vec<_>>()
+        {
+            out.write_all(text.as_bytes())?;
+        }
     }
     if !rest.is_empty() {
         let more = counted(rest.len(), "more socket");
@@ -318,26 +334,20 @@ impl Layout {
         self.columns.iter().map(wanted).collect()
     }
 
-    /// Writes a block of rows. `widths` has the width of the widest cell of each column so far, so that the columns of
-    /// all blocks are aligned.
-    fn write_block(
-        &self,
-        run: &Run,
-        rows: &[Target],
-        header: bool,
-        color: bool,
-        widths: &mut Vec<u16>,
-        out: &mut dyn Write,
-    ) -> io::Result<()> {
+    /// A block of rows.
+    fn table(&self, run: &Run, rows: &[Target], color: bool) -> Table {
         let mut table = plain_table(color);
-        if header {
-            table.set_header(self.columns.iter().map(|column| column.header()));
-        }
         for target in rows {
             let (process, fd) = owner_cells(&run.scan, target, self);
             let cell = |column: &Column| column.cell(run, target, (&process, &fd), self);
             table.add_row(self.columns.iter().map(cell));
         }
+        table
+    }
+
+    /// Gives the columns of `table` their widths. `widths` has the width of the widest cell of each column so far, so that the columns of
+    /// all blocks are aligned.
+    fn align(&self, table: &mut Table, widths: &mut Vec<u16>) {
         table.discover_columns();
         let needed = table.column_max_content_widths();
         widths.resize(needed.len(), 0);
@@ -357,11 +367,24 @@ impl Layout {
                 laid_out.set_cell_alignment(CellAlignment::Right);
             }
         }
-        for line in table.lines() {
-            writeln!(out, "{}", line.trim_end())?;
-        }
-        Ok(())
     }
+}
+
+/// The blocks of `rows`. Those of a long list are made in parallel.
+fn in_blocks<T: Send>(rows: &[Target], block: impl Fn(&[Target]) -> T + Send + Sync) -> Vec<T> {
+    match rows.len() {
+        0..=ROWS_PER_BLOCK => vec![block(rows)],
+        _ => rows.par_chunks(ROWS_PER_BLOCK).map(block).collect(),
+    }
+}
+
+fn lines(table: &Table) -> String {
+    let mut text = String::new();
+    for line in table.lines() {
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
 }
 
 fn cause_text(socket: &Socket) -> String {
