@@ -21,6 +21,7 @@
 //! | results | `diagnose`: who leaks and why; `check`: thresholds; `watch`: new stuck sockets; `doctor`: what works here |
 //! | options | [`cli`]: the arguments; [`config`]: their meaning |
 //! | words | [`report`]: tables, JSON, notes, exit status; `audit`: the log |
+//! | the daemon | [`daemon`]: its configuration and its policies |
 //! | the program | `terminal`; [`commands`]: one file for each command, and the sweep |
 //!
 //! # Glossary
@@ -104,6 +105,7 @@ pub mod commands;
 pub mod config;
 mod conntrack;
 pub mod control;
+pub mod daemon;
 mod diagnose;
 mod doctor;
 pub mod drain;

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The modules from the lowest layer to the highest; `src/lib.rs` says what each is for.
-const LAYERS: [&[&str]; 11] = [
+const LAYERS: [&[&str]; 12] = [
     &["text", "sys", "kernel", "memory", "parallel", "netlink"],
     &["tcp"],
     &["bpf", "proc", "sock_diag", "routes", "conntrack", "packet"],
@@ -19,6 +19,7 @@ const LAYERS: [&[&str]; 11] = [
     &["diagnose", "check", "watch", "doctor"],
     &["cli", "config"],
     &["report", "audit"],
+    &["daemon"],
     &["terminal", "commands"],
 ];
 

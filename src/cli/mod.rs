@@ -8,7 +8,7 @@ mod misplaced;
 mod option_errors;
 mod reclaim;
 mod selection;
-mod values;
+pub(crate) mod values;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -20,6 +20,7 @@ pub use diagnose::DiagnoseArgs;
 pub use doctor::DoctorArgs;
 pub use hints::better_error;
 pub use misplaced::Misplaced;
+pub(crate) use option_errors::example_value;
 pub use reclaim::{ReclaimArgs, Reclaiming};
 pub use selection::{OwnerSelection, Selection};
 pub use values::{List, flat};

@@ -52,8 +52,13 @@ const EXAMPLES: &[(&str, &str)] = &[
 /// The option with a value: `--port 8080`.
 fn example(argument: &Arg) -> Option<String> {
     let long = argument.get_long()?;
+    Some(format!("--{long} {}", example_value(long)?))
+}
+
+/// A value for the option with this long name, quoted for a shell.
+pub(crate) fn example_value(long: &str) -> Option<&'static str> {
     let (_, value) = EXAMPLES.iter().find(|(option, _)| *option == long)?;
-    Some(format!("--{long} {value}"))
+    Some(value)
 }
 
 /// A better message for this error about an option, if there is one. `words`: all of the command line.

@@ -192,7 +192,7 @@ pub(super) fn pid(text: &str) -> Result<i32, String> {
     }
 }
 
-pub(super) fn glob(text: &str) -> Result<GlobMatcher, String> {
+pub(crate) fn glob(text: &str) -> Result<GlobMatcher, String> {
     match Glob::new(text) {
         Ok(glob) if !text.is_empty() => Ok(glob.compile_matcher()),
         Ok(_) => Err("must not be empty; for example java or 'php-fpm*'".into()),
@@ -203,7 +203,7 @@ pub(super) fn glob(text: &str) -> Result<GlobMatcher, String> {
     }
 }
 
-pub(super) fn unit(text: &str) -> Result<UnitName, String> {
+pub(crate) fn unit(text: &str) -> Result<UnitName, String> {
     match UnitName::new(text) {
         Ok(unit) if !text.is_empty() => Ok(unit),
         Ok(_) => Err("must not be empty; for example nginx or nginx.service or 'php*'".into()),
@@ -310,7 +310,7 @@ pub(super) fn cgroup(text: &str) -> Result<String, String> {
     }
 }
 
-pub(super) fn user(text: &str) -> Result<u32, String> {
+pub(crate) fn user(text: &str) -> Result<u32, String> {
     if let Ok(uid) = text.parse() {
         return Ok(Uid::from_raw(uid).as_raw());
     }
@@ -369,7 +369,7 @@ fn cause(text: &str) -> Result<Cause, String> {
         })
 }
 
-pub(super) fn duration(text: &str) -> Result<Duration, String> {
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|_| match text.parse::<u64>() {
         Ok(_) => format!("`{text}` has no unit; for example {text}s, 15m or 2h"),
         Err(_) => format!(

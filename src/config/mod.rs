@@ -267,7 +267,7 @@ impl Output {
 }
 
 /// The methods of `--method` in order, without duplicates.
-fn methods(choices: &[MethodChoice]) -> Result<Vec<Method>, clap::Error> {
+pub(crate) fn methods(choices: &[MethodChoice]) -> Result<Vec<Method>, clap::Error> {
     let mut methods = Vec::new();
     for choice in choices {
         match choice {

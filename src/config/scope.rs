@@ -74,7 +74,7 @@ impl Selectors {
 impl Selection {
     /// Whether an option names the sockets to act on: cwkill then acts on them. The expression is not considered; see
     /// [`Expression::says_more_than_states`].
-    pub(super) fn names_targets(&self) -> bool {
+    pub(crate) fn names_targets(&self) -> bool {
         let owners = &self.owners;
         owners.all
             || !(self.port.is_empty()

@@ -1,0 +1,5 @@
+//! `cwkill daemon`: sweeps at intervals, exports what it saw, and closes by policy.
+//!
+//! [`config`]: the files of the configuration.
+
+pub mod config;
