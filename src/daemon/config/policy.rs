@@ -226,9 +226,13 @@ fn breaker(source: Source<'_>, raw: &RawBreaker) -> Result<BreakerRules, ConfigE
         Duration::ZERO => Err("must be greater than zero; for example \"1h\"".to_owned()),
         time => Ok(time),
     };
+    let sweeps = |value: &toml::Value| match reader::count(value)? {
+        sweeps @ 2.. => Ok(sweeps),
+        _ => Err("must be at least 2: one sweep proves nothing; for example 3".to_owned()),
+    };
     Ok(BreakerRules {
         sweeps: source
-            .read("sweeps", &raw.sweeps, reader::count)?
+            .read("sweeps", &raw.sweeps, sweeps)?
             .unwrap_or(default.sweeps),
         failures: source
             .read("failures", &raw.failures, reader::percent)?
