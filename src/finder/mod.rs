@@ -227,6 +227,7 @@ pub(crate) fn empty_scan(namespaces: &Namespaces) -> Scan {
             unknown_namespace_failure: unknown.map(|error| why(Capability::CAP_SYS_PTRACE, error)),
             stale_namespace_names: namespaces.stale_names.clone(),
             namespaces_not_looked_into: namespaces.left_out,
+            sockets_not_looked_into: namespaces.left_out_sockets,
             absent_owners: namespaces.absent.clone(),
             unnamed: namespaces.unnamed.clone(),
             owner_notes: namespaces.notes.clone(),

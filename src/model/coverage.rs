@@ -40,6 +40,8 @@ pub struct Coverage {
     /// The number of network namespaces that were left out because the operator named none. cwkill does not see those that only
     /// processes are in which it may not read. They are not in scope, so they do not count as unseen.
     pub namespaces_not_looked_into: usize,
+    /// The number of TCP sockets in these, of which some may be stuck. `None` if it is not known of each namespace.
+    pub sockets_not_looked_into: Option<usize>,
     /// The selected owners that do not exist.
     pub absent_owners: Vec<AbsentOwner>,
     /// Names of network namespaces for which there is none. They hide nothing, so they do not count as unseen.
@@ -107,6 +109,11 @@ impl Coverage {
     /// The number of network namespaces that were not scanned, plus the number of processes in unknown ones.
     pub fn unseen_namespaces(&self) -> usize {
         self.unreachable_namespaces + self.unknown_namespaces
+    }
+
+    /// Whether the namespaces that were not looked into may have sockets.
+    pub fn may_be_elsewhere(&self) -> bool {
+        self.namespaces_not_looked_into > 0 && self.sockets_not_looked_into != Some(0)
     }
 
     /// Whether more sockets may match than were found.

@@ -20,14 +20,17 @@ impl Scan {
         parts
     }
 
-    /// The number of network namespaces that were not looked into, if there are any.
+    /// The number of network namespaces that were not looked into, if there are any, and what may be in them.
     pub fn namespaces_left_out(&self) -> Option<String> {
         let count = self.coverage.namespaces_not_looked_into;
         let text = || {
-            format!(
-                "{} not looked into (--all-netns)",
-                counted(count, "network namespace")
-            )
+            let namespaces = counted(count, "network namespace");
+            let sockets = match self.coverage.sockets_not_looked_into {
+                None => String::new(),
+                Some(0) => return format!("{namespaces} without TCP sockets not looked into"),
+                Some(sockets) => format!(", with at most {}", counted(sockets, "TCP socket")),
+            };
+            format!("{namespaces} not looked into{sockets} (--all-netns)")
         };
         (count > 0).then(text)
     }
@@ -122,6 +125,42 @@ mod tests {
         assert_eq!(
             of(0, coverage),
             "1 more may match: their owner is unknown; 1 network namespace not looked into (--all-netns)"
+        );
+    }
+
+    #[test]
+    fn sockets_that_were_not_looked_at_have_a_bound() {
+        let of_sockets = |sockets| {
+            let coverage = Coverage {
+                namespaces_not_looked_into: 2,
+                sockets_not_looked_into: sockets,
+                ..Coverage::default()
+            };
+            of(0, coverage)
+        };
+        let before = "2 network namespaces not looked into";
+        assert_eq!(of_sockets(None), format!("{before} (--all-netns)"));
+        assert_eq!(
+            of_sockets(Some(0)),
+            "2 network namespaces without TCP sockets not looked into"
+        );
+        assert_eq!(
+            of_sockets(Some(1)),
+            format!("{before}, with at most 1 TCP socket (--all-netns)")
+        );
+        assert_eq!(
+            of_sockets(Some(14)),
+            format!("{before}, with at most 14 TCP sockets (--all-netns)")
+        );
+        assert_eq!(
+            of(
+                0,
+                Coverage {
+                    sockets_not_looked_into: Some(0),
+                    ..Coverage::default()
+                }
+            ),
+            ""
         );
     }
 }

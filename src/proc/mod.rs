@@ -3,8 +3,8 @@
 //! `fds` reads the descriptor table; `epoll` parses epoll sets; `syscall` parses the call of a thread; `threads` reads how much
 //! threads run; [`status`] reads state, limit, executable and threads; [`cgroup`] parses units and containers, of which `containers`
 //! reads the names; [`netns`] finds
-//! network namespaces; `mounts` reads the mount table; `absent` says which selected owners do not exist. `reclaim` and `doctor` read
-//! further files themselves.
+//! network namespaces; `protocols` counts the sockets in one; `mounts` reads the mount table; `absent` says which selected owners do
+//! not exist. `reclaim` and `doctor` read further files themselves.
 //!
 //! The modules here read no file that can hang on a sick host: never `cmdline` or `maps`, and of `exe` only the link. The exception
 //! is `syscall::read_memory`; its callers first check that no thread is in state D.
@@ -20,6 +20,7 @@ pub(crate) mod fds;
 mod freezer;
 pub(crate) mod mounts;
 pub mod netns;
+mod protocols;
 pub mod status;
 pub(crate) mod syscall;
 #[cfg(test)]

@@ -30,6 +30,9 @@ const NAME_DIRECTORIES: [&str; 2] = ["/run/netns", "/run/docker/netns"];
 /// A thread reads the namespaces of so many processes or more, about 2 µs each.
 const PIDS_AT_ONCE: usize = 64;
 
+/// The sockets of at most so many namespaces are counted, about 70 µs each.
+const COUNTED_NAMESPACES: usize = 256;
+
 /// The device and inode of a namespace in nsfs.
 pub(crate) type NetnsId = (u64, u64);
 
@@ -75,6 +78,8 @@ pub struct Namespaces {
     pub follows_owners: bool,
     /// The number of namespaces that cwkill can see and that are not in scope, because the operator named none.
     pub left_out: usize,
+    /// The number of TCP sockets in these; `None` if it is not known of each.
+    pub left_out_sockets: Option<usize>,
     /// The selected owners that do not exist.
     pub absent: Vec<AbsentOwner>,
     /// Processes that may be selected: the name of their container could not be read.
@@ -115,11 +120,21 @@ impl Namespaces {
         }
     }
 
-    /// Counts the namespaces that are not open.
+    /// Counts the namespaces that are not open, and the sockets in them.
     pub(crate) fn count_left_out(&mut self, proc: &ProcFs) {
-        let ids = ids(proc).unwrap_or_default();
-        let is_open = |id: &&NetnsId| self.open.iter().any(|netns| netns.id() == **id);
-        self.left_out = ids.iter().filter(|id| !is_open(id)).count();
+        let mut left_out = seen(proc).unwrap_or_default();
+        for netns in &self.open {
+            left_out.remove(&netns.id());
+        }
+        self.left_out = left_out.len();
+        let is_known = left_out.len() <= COUNTED_NAMESPACES;
+        self.left_out_sockets = match is_known {
+            true => {
+                let each = left_out.into_par_iter();
+                each.map(|(id, pid)| tcp_sockets(proc, id, pid?)).sum()
+            }
+            false => None,
+        };
     }
 }
 
@@ -415,18 +430,32 @@ fn netns_path(proc: &ProcFs, pid: i32) -> PathBuf {
 /// # Errors
 /// /proc cannot be read.
 pub(crate) fn ids(proc: &ProcFs) -> io::Result<HashSet<NetnsId>> {
-    let id_of = |path: PathBuf| fs::metadata(path).ok();
-    let pids = proc.pids()?.into_par_iter().with_min_len(PIDS_AT_ONCE);
-    let of_processes = pids.filter_map(|pid| Some(id(&id_of(netns_path(proc, pid))?)));
-    let mut ids: HashSet<NetnsId> = of_processes.collect();
-    // A file of a name that is left over is none of nsfs, and has another device.
-    let nsfs: HashSet<u64> = ids.iter().map(|(device, _)| *device).collect();
-    let mounted: Vec<PathBuf> = network_namespaces(&proc.mounts()?).collect();
-    let named = named_files().into_iter().chain(mounted);
-    let of_names = named.filter_map(|path| Some(id(&id_of(path)?)));
-    ids.extend(of_names.filter(|(device, _)| nsfs.contains(device)));
-    Ok(ids)
+    Ok(seen(proc)?.into_keys().collect())
 }
+
+/// The same namespaces, each with a process that is in it, if there is one.
+fn seen(proc: &ProcFs) -> io::Result<HashMap<NetnsId, Option<i32>>> {
+    let id_of = |path: PathBuf| Some(id(&fs::metadata(path).ok()?));
+    let pids = proc.pids()?.into_par_iter().with_min_len(PIDS_AT_ONCE);
+    let of_processes = pids.filter_map(|pid| Some((id_of(netns_path(proc, pid))?, Some(pid))));
+    let mut seen: HashMap<NetnsId, Option<i32>> = of_processes.collect();
+    // A file of a name that is left over is none of nsfs, and has another device.
+    let nsfs: HashSet<u64> = seen.keys().map(|(device, _)| *device).collect();
+    let mounted: Vec<PathBuf> = network_namespaces(&proc.mounts()?).collect();
+    let named = named_files().into_iter().chain(mounted).filter_map(id_of);
+    for id in named.filter(|(device, _)| nsfs.contains(device)) {
+        seen.entry(id).or_default();
+    }
+    Ok(seen)
+}
+
+/// The number of TCP sockets in a namespace; `None` if it cannot be read, or if the process is not in that namespace any more.
+fn tcp_sockets(proc: &ProcFs, netns: NetnsId, pid: i32) -> Option<usize> {
+    let sockets = proc.tcp_sockets_around(pid)?;
+    let is_in_it = id_of_process(proc, pid).is_ok_and(|id| id == netns);
+    is_in_it.then_some(sockets)
+}
+
 /// The namespace that process `pid` is in.
 ///
 /// # Errors

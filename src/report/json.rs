@@ -50,6 +50,7 @@ pub fn write_document(
         unreachable_namespaces: coverage.unreachable_namespaces,
         processes_in_unknown_namespace: coverage.unknown_namespaces,
         namespaces_not_looked_into: coverage.namespaces_not_looked_into,
+        sockets_not_looked_into: coverage.sockets_not_looked_into,
         absent_owners: json_absent_owners(&coverage.absent_owners),
         possible_matches: coverage.undecided,
         unnamed_containers: coverage.unnamed.containers,
@@ -175,6 +176,8 @@ struct Tail<'a> {
     mptcp_subflows_in_unknown_state: usize,
     /// Not in scope, because the operator named none.
     namespaces_not_looked_into: usize,
+    /// All their TCP sockets; `None`: not known of each namespace.
+    sockets_not_looked_into: Option<usize>,
     absent_owners: Vec<JsonAbsentOwner>,
     /// Conntrack entries of connections of others; `None`: there are none, or cwkill did not look.
     conntrack_close_wait: Option<JsonTracked>,

@@ -64,6 +64,7 @@ pub fn write(
         unnamed_containers: coverage.unnamed.containers,
         mptcp_subflows_in_unknown_state: coverage.unlisted_subflows,
         namespaces_not_looked_into: coverage.namespaces_not_looked_into,
+        sockets_not_looked_into: coverage.sockets_not_looked_into,
         absent_owners: json_absent_owners(&coverage.absent_owners),
         younger: diagnosis.scan.younger,
         in_use: diagnosis.scan.in_use,
@@ -98,6 +99,8 @@ struct DiagnosisDocument<'a> {
     unnamed_containers: usize,
     mptcp_subflows_in_unknown_state: usize,
     namespaces_not_looked_into: usize,
+    /// All their TCP sockets; `None`: not known of each namespace.
+    sockets_not_looked_into: Option<usize>,
     absent_owners: Vec<JsonAbsentOwner>,
     /// They match, but are younger than `--min-age`.
     younger: usize,

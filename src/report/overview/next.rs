@@ -31,7 +31,7 @@ pub fn line(
     let command = match config.action {
         Action::List => match selected(&mut rows.iter()) {
             Some(selected) => typed(&[&selected[..], &["-n".to_owned()]].concat()),
-            None if rows.is_empty() && run.scan.coverage.namespaces_not_looked_into > 0 => {
+            None if rows.is_empty() && run.scan.coverage.may_be_elsewhere() => {
                 typed(&["--all-netns".to_owned()])
             }
             None => None,
