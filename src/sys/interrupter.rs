@@ -7,6 +7,7 @@ use std::ptr;
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::sys::time::TimeSpec;
 use nix::unistd::gettid;
 
 /// cwkill uses this signal for nothing else. By default a process ignores it, so one that comes late does no harm.
@@ -40,10 +41,7 @@ impl Interrupter {
             timer,
             _not_send: PhantomData,
         };
-        let interval = libc::timespec {
-            tv_sec: libc::time_t::try_from(interval.as_secs()).unwrap_or(libc::time_t::MAX),
-            tv_nsec: libc::c_long::from(interval.subsec_nanos().cast_signed()),
-        };
+        let interval = *TimeSpec::from_duration(interval).as_ref();
         let times = libc::itimerspec {
             it_interval: interval,
             it_value: interval,
