@@ -88,8 +88,11 @@ impl Settings {
                 || confinement.netns_of_init == Some(false),
             root: host.uid != 0,
             capabilities: CAPABILITIES.into_iter().filter(lacks).collect(),
-            // cwkill has tried it on a socket of its own, so nothing else forbids it.
-            seccomp: confinement.seccomp == Some(2) && host.pidfd_getfd.is_err(),
+            // cwkill has tried it on a socket of its own, so nothing else forbids it. The filters of docker and containerd let it
+            // through with this capability.
+            seccomp: confinement.seccomp == Some(2)
+                && host.pidfd_getfd.is_err()
+                && host.has(Capability::CAP_SYS_PTRACE),
             module: module.filter(|_| unreachable > 0 && host.has(Capability::CAP_SYS_PTRACE)),
             host_root: matches!(&confinement.name_directories, Ok(found) if found.is_empty()),
         }
@@ -191,8 +194,10 @@ fn short(capability: Capability) -> String {
 
 fn without_capability(capability: Capability) -> &'static str {
     match capability {
-        Capability::CAP_NET_ADMIN => "no destroy, no rst; leave it out to observe only",
-        Capability::CAP_NET_RAW => "no rst, no probe; leave it out to observe only",
+        Capability::CAP_NET_ADMIN => "no destroy; leave it out to observe only",
+        Capability::CAP_NET_RAW => {
+            "no rst, no probe of a socket without a known owner; leave it out to observe only"
+        }
         Capability::CAP_SYS_PTRACE => "no owners of other users, no shutdown, no reclaim",
         Capability::CAP_DAC_READ_SEARCH => "no descriptors of other users",
         Capability::CAP_SYS_ADMIN => "no other network namespace, no reclaim",
@@ -277,6 +282,10 @@ mod tests {
         host.uid = 1000;
         let expected = ["--user=0", "--security-opt=seccomp=unconfined"];
         assert_eq!(options(&host), expected);
+        // The usual filters let it through with the capability.
+        host.capabilities.remove(&Capability::CAP_SYS_PTRACE);
+        assert_eq!(options(&host), ["--user=0", "--cap-add=SYS_PTRACE"]);
+        host.capabilities.insert(Capability::CAP_SYS_PTRACE);
         // On an old kernel there is no filter to lift.
         host.confinement.seccomp = Some(0);
         assert_eq!(options(&host), ["--user=0"]);
