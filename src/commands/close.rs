@@ -22,7 +22,7 @@ use crate::drain;
 use crate::finder::dead::SuspectVerdict;
 use crate::finder::way::UseIterator;
 use crate::finder::{
-    self, FindError, leftovers, owners, reactions, second_look, table_use, tracked,
+    self, FindError, leftovers, reactions, second_look, still_open, table_use, tracked,
 };
 use crate::history::History;
 use crate::injector::canary::{self, Canaries};
@@ -402,7 +402,7 @@ fn reclaim_descriptors(run: &mut Run, rules: &ReclaimRules, proc: &ProcFs, contr
     }
     if owners_may_react {
         reclaim::let_owners_react(rules, control);
-        owners::check_still_open(proc, &mut run.scan.targets);
+        still_open::check_still_open(proc, &mut run.scan.targets);
     }
     let mut targets = reclaim_targets(&mut run.scan);
     for target in &mut targets {

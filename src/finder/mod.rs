@@ -7,7 +7,7 @@
 //! targets, for `diagnose`. [`tracked`] reads the conntrack tables: connections of others that pass through this host, and NAT.
 //! [`reactions`] waits while owners close the descriptors of closed sockets. [`selected`] looks for the selected processes, and `retain`
 //! drops the sockets of others. [`spin_risk`] finds out how the owners wait for the sockets. [`second_look`] finds out
-//! whether the owners still read, before an act. `order` puts the oldest first. [`table_use`] counts the descriptors of some owners, for the overview.
+//! whether the owners still read, before an act. `order` puts the oldest first. [`still_open`] looks which descriptors of closed sockets are left. [`table_use`] counts the descriptors of some owners, for the overview.
 
 mod addresses;
 mod connection_end;
@@ -28,6 +28,7 @@ pub mod second_look;
 pub mod selected;
 pub(crate) mod sockets;
 pub mod spin_risk;
+pub mod still_open;
 pub mod table_use;
 mod threads;
 pub mod tracked;

@@ -9,7 +9,6 @@
 //! While a process executes a program, its table can seem to be empty (`ExecMarker`). So `stat` is read as well, and the table
 //! again, where an owner is missed: at the second scan, and where a descriptor seems to be closed.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -23,11 +22,11 @@ use super::descriptor_scan::{DescriptorScan, ProcessScan, ThreadScan};
 use super::{iterated, threads};
 use crate::filter::containers::Match;
 use crate::filter::selectors::Selectors;
-use crate::model::{Outcome, Owner, Target};
-use crate::proc::fds::{FDS_PER_TASK, FdTable, SocketFds, fd_state, read_socket_link, read_table};
+use crate::model::Owner;
+use crate::proc::fds::{FDS_PER_TASK, SocketFds, fd_state, read_socket_link, read_table};
 use crate::proc::{
-    ExecMarker, FdState, Inodes, ProcFs, Process, RemoteFd, TableId, Unreadable, exec_marker,
-    identity, is_denied, is_missing, open_in, read_between_execs, read_identity,
+    FdState, Inodes, ProcFs, Process, RemoteFd, Unreadable, identity, is_denied, is_missing,
+    open_in, read_between_execs, read_identity,
 };
 use crate::tcp::StateSet;
 
@@ -329,60 +328,6 @@ pub fn select(
 fn identify(proc: &ProcFs, pid: i32, started: u64) -> io::Result<Option<Process>> {
     let process = read_identity(proc, pid)?;
     Ok((process.id.start_time == started).then(|| proc.to_show(process)))
-}
-
-/// Checks which descriptors of closed or closing sockets are still open. Writes the result to [`Owner::after`].
-pub fn check_still_open(proc: &ProcFs, targets: &mut [Target]) {
-    let mut by_table: BTreeMap<TableId, Vec<(&mut Owner, u32)>> = BTreeMap::new();
-    for target in targets {
-        let over = target.outcome.is_some_and(Outcome::is_closed_or_closing);
-        if let Some(inode) = target.socket.inode.filter(|_| over) {
-            for owner in &mut target.owners {
-                let owners = by_table.entry((owner.process.id, owner.tid)).or_default();
-                owners.push((owner, inode));
-            }
-        }
-    }
-    by_table
-        .into_par_iter()
-        .for_each(|((id, tid), mut owners)| {
-            check_table(proc, (id, tid), &mut owners);
-        });
-}
-
-/// Checks which of these descriptors of one table are still open, and writes the result to [`Owner::after`].
-pub(super) fn check_table(proc: &ProcFs, (id, tid): TableId, owners: &mut [(&mut Owner, u32)]) {
-    // Returns whether one of them seems to be closed.
-    let mut read = || {
-        let table = FdTable::open(proc, id, tid);
-        owners
-            .par_iter_mut()
-            .with_min_len(FDS_PER_TASK)
-            .for_each(|(owner, inode)| owner.after = Some(table.state(owner.fd, *inode)));
-        let is_closed = |(owner, _): &(&mut Owner, u32)| owner.after == Some(FdState::Closed);
-        owners.iter().any(is_closed)
-    };
-    let process = File::open(proc.path(&id.pid.to_string()));
-    let marker = || exec_marker(process.as_ref().ok()?.as_fd()).ok();
-    let before = marker();
-    // A thread that executes a program takes the place of the first one. A table of a thread that is still there is as it was read.
-    let is_there = |tid| proc.path(&format!("{}/task/{tid}", id.pid)).exists();
-    if !read() || tid.is_some_and(is_there) {
-        return;
-    }
-    let after = marker();
-    if let (Ok(process), true) = (
-        &process,
-        before != after || before == Some(ExecMarker::LeaderExited),
-    ) {
-        // An error: the process is gone.
-        if let Ok(None) = read_between_execs(process.as_fd(), || Ok(read())) {
-            let closed = owners
-                .iter_mut()
-                .filter(|(owner, _)| owner.after == Some(FdState::Closed));
-            closed.for_each(|(owner, _)| owner.after = Some(FdState::Unknown));
-        }
-    }
 }
 
 fn scan_process(

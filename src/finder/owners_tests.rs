@@ -198,7 +198,7 @@ fn a_descriptor_used_again_is_not_still_open() {
     proc.process(7, "p", &[(3, "socket:[42]"), (4, "socket:[99]")]);
     let process = &proc.find(&[42]).tables[0].process;
     let states = |id| {
-        let table = FdTable::open(&proc.proc(), id, None);
+        let table = crate::proc::fds::FdTable::open(&proc.proc(), id, None);
         [3, 4, 5].map(|fd| table.state(RemoteFd(fd), 42))
     };
     use FdState::{Closed, Open};

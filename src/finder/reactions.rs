@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::owners::{check_still_open, check_table};
+use super::still_open::{check_still_open, check_table};
 use crate::control::{Backoff, Control, deadline};
 use crate::model::{Outcome, Owner, Target};
 use crate::proc::status::Activity;
