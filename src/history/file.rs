@@ -228,7 +228,7 @@ fn open_file(directory: &OwnedFd) -> Result<Option<(File, Stamp)>, FileError> {
 }
 
 /// The boot and the time namespace; `None` if /proc does not show the boot.
-fn epoch() -> Option<Epoch> {
+pub(super) fn epoch() -> Option<Epoch> {
     let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
     let digits: String = id.chars().filter(char::is_ascii_hexdigit).collect();
     let namespace = fs::metadata("/proc/thread-self/ns/time");

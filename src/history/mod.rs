@@ -101,6 +101,14 @@ pub fn now() -> Duration {
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from)
 }
 
+/// Names the boot, and the clock of [`now`] in it: a time namespace can have another. `None` if /proc does not show the boot.
+pub fn clock() -> Option<String> {
+    file::epoch().map(|epoch| {
+        let boot = u128::from_be_bytes(epoch.boot);
+        format!("{boot:032x}-{}", epoch.time_namespace)
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -2,8 +2,9 @@
 //! their names.
 //!
 //! `files` reads them; `raw` has their structure; `reader` reads single values, `selectors` those of `match`, `policy` a whole policy,
-//! and [`protect`] what no policy may touch; `error` says where something is wrong.
+//! and [`protect`] what no policy may touch; `error` says where something is wrong. [`describe`] says in words what a configuration does.
 
+pub mod describe;
 mod error;
 mod files;
 mod policy;

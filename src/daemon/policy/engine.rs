@@ -74,7 +74,21 @@ impl Kept {
         self
     }
 
-    /// A daemon goes on with it in another boot, or with another clock: no socket and no process is the same.
+    /// A daemon goes on with it in the same boot, by another clock.
+    pub fn with_other_clock(mut self, now: Duration) -> Self {
+        let acted = std::mem::take(&mut self.acted).into_iter();
+        let now_ms = ms_up(now);
+        let renewed = acted.map(|(key, acted)| {
+            let seen_ms = now_ms;
+            (key, Acted { seen_ms, ..acted })
+        });
+        Kept {
+            acted: renewed.collect(),
+            ..self.rebooted(now)
+        }
+    }
+
+    /// A daemon goes on with it in another boot: no socket and no process is the same.
     pub fn rebooted(mut self, now: Duration) -> Self {
         self.host.rebase(now);
         for known in self.known.values_mut() {

@@ -1,14 +1,17 @@
-//! The policies: which stuck sockets each of them would close in a sweep, and whether it may. Pure.
+//! The policies: which stuck sockets each of them would close in a sweep, and whether it may. Pure, except [`state`].
 //!
-//! [`engine`] decides: it keeps what was seen in earlier sweeps, the budgets (`ledger`) and the circuit breakers ([`breaker`]).
+//! [`matching`] compares the sockets of a scan with the selectors of the policies. [`engine`] decides: it keeps what was seen in earlier
+//! sweeps, the budgets (`ledger`) and the circuit breakers ([`breaker`]). [`state`] keeps budgets, breakers and intents in a file.
 //!
-//! An act goes in this order: [`engine::Engine::decide`], [`engine::Engine::reserve`], what the engine keeps is written, the act,
-//! [`engine::Engine::settle`], it is written again. If the first write fails, nothing is done. So a daemon that was killed loses no budget
-//! and acts on nothing twice.
+//! An act goes in this order: [`engine::Engine::decide`], [`engine::Engine::reserve`], the state file is written, the act,
+//! [`engine::Engine::settle`], the state file is written. If the first write fails, nothing is done. So a daemon that was killed loses no
+//! budget and acts on nothing twice.
 
 pub mod breaker;
 pub mod engine;
 mod ledger;
+pub mod matching;
+pub mod state;
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, SystemTime};
