@@ -199,6 +199,15 @@ impl ProcFs {
         }
     }
 
+    /// The same file system, which reads the names of containers anew: they may have changed.
+    pub(crate) fn with_names_renewed(&self) -> Self {
+        let renewed = self.names.as_ref().and_then(|names| names.renewed());
+        ProcFs {
+            names: renewed.map(Arc::new).or_else(|| self.names.clone()),
+            ..self.clone()
+        }
+    }
+
     /// `process` with the name of its container, to be shown.
     pub(crate) fn to_show(&self, mut process: Process) -> Process {
         if let Some(names) = &self.names {

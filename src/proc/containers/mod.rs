@@ -16,7 +16,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::Builder;
+use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use files::HostRoot;
@@ -89,6 +89,8 @@ pub(crate) struct Names {
 struct State {
     known: HashMap<(Runtime, String), Result<Entry, Arc<str>>>,
     reader: Option<Result<Reader, Arc<str>>>,
+    /// A reader that has not answered in time.
+    late: Option<JoinHandle<()>>,
 }
 
 /// The thread that reads.
@@ -96,6 +98,7 @@ struct Reader {
     requests: Sender<Wanted>,
     answers: Receiver<Result<Entry, String>>,
     reading: Arc<Mutex<PathBuf>>,
+    thread: JoinHandle<()>,
 }
 
 impl fmt::Debug for Names {
@@ -153,7 +156,8 @@ impl Names {
             Ok(started) => match started.ask(wanted) {
                 Ok(answer) => answer.map_err(Arc::from),
                 Err(why) => {
-                    *reader = Err(Arc::clone(&why));
+                    let failed = std::mem::replace(reader, Err(Arc::clone(&why)));
+                    state.late = failed.ok().map(|reader| reader.thread);
                     Err(why)
                 }
             },
@@ -161,6 +165,14 @@ impl Names {
         };
         state.known.insert(key, answer.clone());
         answer
+    }
+
+    /// The same, without what was read so far. `None` while a file system does not answer: another reader would hang as well.
+    pub fn renewed(&self) -> Option<Self> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let hangs = |thread: &JoinHandle<()>| !thread.is_finished();
+        let is_new = !state.late.as_ref().is_some_and(hangs);
+        is_new.then(|| Names::of(&self.host_root, &self.proc, self.of_all))
     }
 
     /// The directories with names that exist.
@@ -209,11 +221,13 @@ impl Names {
             }
         };
         let thread = Builder::new().spawn(work);
-        thread.map_err(|error| format!("cannot start a thread that reads it: {error}"))?;
+        let thread =
+            thread.map_err(|error| format!("cannot start a thread that reads it: {error}"))?;
         Ok(Reader {
             requests,
             answers,
             reading,
+            thread,
         })
     }
 }
