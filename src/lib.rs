@@ -21,7 +21,7 @@
 //! | results | `diagnose`: who leaks and why; `check`: thresholds; `watch`: new stuck sockets; `doctor`: what works here |
 //! | options | [`cli`]: the arguments; [`config`]: their meaning |
 //! | words | [`report`]: tables, JSON, notes, exit status; `audit`: the log |
-//! | the daemon | [`daemon`]: its configuration and its policies |
+//! | the daemon | [`daemon`]: its configuration and its policies, the numbers of its sweeps, and how they are served |
 //! | the program | `terminal`; [`commands`]: one file for each command, and the sweep |
 //!
 //! # Glossary

@@ -1,6 +1,7 @@
 //! The command line. Each value is parsed here; [`crate::config`] validates their combination.
 
 mod check;
+mod daemon;
 mod diagnose;
 mod doctor;
 mod hints;
@@ -16,6 +17,7 @@ use std::time::Duration;
 use clap::{ArgAction, ColorChoice, Parser, Subcommand};
 
 pub use check::CheckArgs;
+pub use daemon::DaemonArgs;
 pub use diagnose::DiagnoseArgs;
 pub use doctor::DoctorArgs;
 pub use hints::better_error;
@@ -78,6 +80,8 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Close descriptors of dead sockets inside the processes that leak them
     Reclaim(ReclaimArgs),
+    /// Sweep at intervals, and serve the numbers to Prometheus; never acts
+    Daemon(DaemonArgs),
     /// Print the completion script for a shell
     Completions {
         /// The shell

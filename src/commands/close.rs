@@ -176,18 +176,38 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     terminal.release_signals();
     let unrecorded = log.and_then(|log| log.finish(&run, text::totals(&run, config)));
 
-    let Reported {
-        written,
-        new_sockets,
-        next,
-    } = report(
+    let status = conclude(
         &mut run,
         &time_and_place,
         config,
         &namespaces,
         &proc,
-        &mut terminal,
-    );
+        terminal,
+        unrecorded,
+    )?;
+    // cwkill exits now; freeing a large result would only take time.
+    std::mem::forget(run);
+    Ok(status)
+}
+
+/// Writes the report, and returns the exit status. `unrecorded`: what the log lacks.
+///
+/// # Errors
+/// A listing could not be written.
+pub(super) fn conclude(
+    run: &mut Run,
+    time_and_place: &TimeAndPlace,
+    config: &Config,
+    namespaces: &Namespaces,
+    proc: &ProcFs,
+    mut terminal: Terminal,
+    unrecorded: Option<String>,
+) -> anyhow::Result<ExitStatus> {
+    let Reported {
+        written,
+        new_sockets,
+        next,
+    } = report(run, time_and_place, config, namespaces, proc, &mut terminal);
     drop(terminal);
     let written = match (new_sockets, config.format) {
         (Some(line), Format::Table) => written.and_then(|()| writeln!(io::stdout(), "{line}")),
@@ -201,14 +221,11 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
         Some(next) => written.and_then(|()| writeln!(io::stdout(), "{next}")),
         None => written,
     };
-    let summary = run.acted.then(|| text::totals(&run, config));
+    let summary = run.acted.then(|| text::totals(run, config));
     if !was_reported(written, unrecorded, summary.as_deref())? {
         return Ok(ExitStatus::Impossible);
     }
-    let status = exit_status(&run);
-    // cwkill exits now; freeing a large result would only take time.
-    std::mem::forget(run);
-    Ok(status)
+    Ok(exit_status(run))
 }
 
 fn needed_capabilities(config: &Config) -> caps::CapsHashSet {

@@ -6,6 +6,7 @@
 mod check;
 pub mod close;
 mod confirm;
+mod daemon;
 mod diagnose;
 mod doctor;
 mod kept;
@@ -63,6 +64,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Some(Command::Check(args)) => return check::run(args),
         Some(Command::Doctor(args)) => doctor::run(&args),
         Some(Command::Reclaim(args)) => reclaim::run(args).map(code),
+        Some(Command::Daemon(args)) => daemon::run(&args),
         Some(Command::Completions { shell }) => print_completions(shell),
     };
     ended.unwrap_or_else(|error| {

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
-use clap::{ColorChoice, CommandFactory};
+use clap::{ColorChoice, CommandFactory, Parser};
 
 use crate::cli::{Acting, Args, Cli, Logging, MethodChoice, Output, flat};
 use crate::filter::Scope;
@@ -118,6 +118,13 @@ impl Config {
             kernel_version: privileges.kernel_version,
             destroyer: None,
         }
+    }
+
+    /// That of `cwkill` without arguments, in the namespaces of `netns`.
+    pub fn of_listing(netns: NetnsScope) -> Self {
+        let cli = Cli::try_parse_from(["cwkill"]).expect("arguments are not needed");
+        let config = Config::from_args(cli.args).expect("arguments are not needed");
+        Config { netns, ..config }
     }
 
     /// Validates the combination of the arguments.
@@ -300,7 +307,6 @@ pub(crate) fn usage(message: &str) -> clap::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::Parser;
 
     fn config(line: &str) -> Result<Config, clap::Error> {
         let words = std::iter::once("cwkill").chain(line.split_whitespace());

@@ -4,7 +4,7 @@
 //! `NAME.json` is the JSON document, broken into lines between its values; `NAME.jsonl` are the JSON lines; `NAME.audit.jsonl` are
 //! the records of the audit log. `CWKILL_RENEW_GOLDEN=1 cargo test --lib golden` writes them anew.
 
-mod builder;
+pub(crate) mod builder;
 mod cases;
 mod dead_builder;
 mod screens;

@@ -19,7 +19,7 @@ pub mod table;
 pub mod text;
 
 #[cfg(test)]
-mod golden_tests;
+pub(crate) mod golden_tests;
 
 use std::process::ExitCode;
 use std::sync::Arc;

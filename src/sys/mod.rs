@@ -17,6 +17,7 @@ pub mod ptrace;
 use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
@@ -222,6 +223,35 @@ pub fn share_heap_if_address_space_is_limited() {
     }
     #[cfg(not(target_env = "gnu"))]
     let _ = is_limited;
+}
+
+/// The descriptors that the service manager has passed to this process (sd_listen_fds(3)); none if it has passed none, or at a second
+/// call. Call it before this process opens anything.
+///
+/// # Errors
+/// EBADF: one of them is not open.
+pub fn passed_descriptors() -> io::Result<Vec<OwnedFd>> {
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    const FIRST: i32 = 3;
+    let number = |name| std::env::var(name).ok()?.parse().ok();
+    let count: i32 = match number("LISTEN_PID") == i32::try_from(std::process::id()).ok() {
+        true => number("LISTEN_FDS").unwrap_or(0),
+        false => 0,
+    };
+    if count <= 0 || TAKEN.swap(true, Ordering::Relaxed) {
+        return Ok(Vec::new());
+    }
+    let passed = FIRST..FIRST.saturating_add(count);
+    let take = |fd| {
+        // SAFETY: every argument is an integer, so the kernel accesses no memory of this process.
+        let set = unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+        match set {
+            // SAFETY: it is open, and this process had it from its start. Nothing in it owns such a descriptor, and it is taken only once.
+            0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    passed.map(take).collect()
 }
 
 /// The network namespace of a socket, as a descriptor of its file in nsfs.

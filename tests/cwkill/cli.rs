@@ -158,7 +158,14 @@ fn a_short_help_is_short_and_a_long_one_has_all() -> Result<()> {
     let lab = Lab::new()?;
     let mut cli = cwkill::cli::Cli::command();
     cli.build();
-    let commands = ["diagnose", "check", "doctor", "reclaim", "completions"];
+    let commands = [
+        "diagnose",
+        "check",
+        "doctor",
+        "reclaim",
+        "daemon",
+        "completions",
+    ];
     for name in [""].into_iter().chain(commands) {
         let command = match name {
             "" => &cli,

@@ -13,6 +13,7 @@ mod cli;
 mod closing;
 mod completions;
 mod containers;
+mod daemon;
 mod diagnose;
 mod doctor;
 mod expressions;
@@ -94,6 +95,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     diagnose::verdicts,
     check,
     watch,
+    daemon,
     least_privilege,
     limits,
     audit,

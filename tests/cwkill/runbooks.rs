@@ -32,6 +32,7 @@ pub const TESTS: &[Test] = &[
     once!(close_wait_without_a_pid_prints_what_is_documented).slow(),
     once!(from_a_timer_prints_what_is_documented).slow(),
     once!(inside_a_container_or_pod_prints_what_is_documented).slow(),
+    once!(leave_it_running_prints_what_is_documented).slow(),
     once!(nothing_is_found_and_yet_prints_what_is_documented).slow(),
     once!(one_connection_blocks_a_drain_prints_what_is_documented).slow(),
     once!(thousands_of_close_wait_prints_what_is_documented).slow(),
@@ -42,10 +43,11 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// Each has a test above.
-const RUNBOOKS: [&str; 7] = [
+const RUNBOOKS: [&str; 8] = [
     "close-wait-without-a-pid",
     "from-a-timer",
     "inside-a-container-or-pod",
+    "leave-it-running",
     "nothing-is-found-and-yet",
     "one-connection-blocks-a-drain",
     "thousands-of-close-wait",
@@ -87,6 +89,10 @@ fn close_wait_without_a_pid_prints_what_is_documented() -> Result<()> {
 
 fn from_a_timer_prints_what_is_documented() -> Result<()> {
     prints_what_is_documented("runbooks/from-a-timer.md")
+}
+
+fn leave_it_running_prints_what_is_documented() -> Result<()> {
+    prints_what_is_documented("runbooks/leave-it-running.md")
 }
 
 fn inside_a_container_or_pod_prints_what_is_documented() -> Result<()> {

@@ -1,0 +1,332 @@
+//! `cwkill daemon`: sweeps at intervals, and serves the numbers.
+//!
+//! `settings` reads the configuration, `sweep` is one sweep, `own` says what the daemon itself uses.
+
+mod own;
+mod settings;
+mod sweep;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, anyhow};
+
+use super::close::conclude;
+use super::{drop_capabilities_and_start_threads, open_proc, say_notes, time_and_place};
+use crate::cli::DaemonArgs;
+use crate::config::Config;
+use crate::daemon::alarm::{Alarm, Wake};
+use crate::daemon::http::{Published, Server};
+use crate::daemon::listener::Listener;
+use crate::daemon::lock::{self, DaemonLock};
+use crate::daemon::metrics::{LastSweep, Metrics};
+use crate::daemon::observation::{Changes, Known};
+use crate::daemon::systemd::ServiceManager;
+use crate::filter::selectors::Selectors;
+use crate::finder::tracked;
+use crate::history::History;
+use crate::privileges::{Privileges, capabilities};
+use crate::proc::since_boot;
+use crate::report::{ExitStatus, notes};
+use crate::sys;
+use crate::terminal::{Terminal, say};
+use crate::text::age;
+use settings::Settings;
+use sweep::{Sweep, Sweeper};
+
+/// The exit status of wrong usage, and of a configuration that is wrong.
+const WRONG: u8 = 2;
+
+pub(super) fn run(args: &DaemonArgs) -> anyhow::Result<ExitCode> {
+    let passed =
+        sys::passed_descriptors().context("cannot use the socket of the service manager")?;
+    let config = match settings::read(args) {
+        Ok(config) => config,
+        Err(error) => {
+            say(format_args!("{error:#}"));
+            return Ok(WRONG.into());
+        }
+    };
+    let settings = Settings::of(args, config)?;
+    if args.check_config {
+        return settings.explain();
+    }
+    if args.once {
+        return once(args, &settings).map(ExitCode::from);
+    }
+    let _lock = DaemonLock::take(&lock::directory())?;
+    let has_socket = !passed.is_empty();
+    let listener = Listener::open(&settings.listen, passed)?;
+    let manager = ServiceManager::of_environment().unwrap_or_else(|error| {
+        say(format_args!(
+            "note: the service manager is not told how the daemon is: {error}"
+        ));
+        ServiceManager::default()
+    });
+    let alarm = Alarm::new().context("cannot handle signals")?;
+    let sweeper = prepare(args, &settings)?;
+    let published = Arc::new(Published::default());
+    let server = listener
+        .map(|listener| Server::start(listener, Arc::clone(&published)))
+        .transpose()
+        .context("cannot start the server for metrics")?;
+    let mut daemon = Daemon {
+        args,
+        metrics: Metrics::new(settings.interval),
+        settings,
+        sweeper,
+        server,
+        has_socket,
+        published,
+        known: None,
+        succeeded: None,
+        failure: None,
+        was_partial: false,
+    };
+    daemon.say_start();
+    daemon.run(&alarm, &manager)?;
+    manager.stopping();
+    Ok(ExitStatus::Done.into())
+}
+
+/// Opens what the sweeps need, drops the privileges that they do not, and starts the threads.
+fn prepare(args: &DaemonArgs, settings: &Settings) -> anyhow::Result<Sweeper> {
+    let privileges = Privileges::of_this_thread()?;
+    let proc = open_proc(args.bpf, false, &settings.host_root, &Selectors::default())?;
+    let needed = capabilities::to_find(&settings.netns(), true, false);
+    drop_capabilities_and_start_threads(&needed, Some(&proc));
+    Ok(Sweeper {
+        config: Config::of_listing(settings.netns()),
+        proc,
+        privileges,
+        history: History::open(),
+    })
+}
+
+/// A single sweep, reported as a listing is.
+fn once(args: &DaemonArgs, settings: &Settings) -> anyhow::Result<ExitStatus> {
+    let time_and_place = time_and_place();
+    let mut sweeper = prepare(args, settings)?;
+    let terminal = Terminal::new(false, false)?;
+    let sweep = sweeper.sweep(&terminal)?;
+    terminal.aside(|| {
+        say_notes(sweeper.history.take_notes());
+        say_notes(&sweep.failures);
+    });
+    let mut metrics = Metrics::new(settings.interval);
+    let Sweep {
+        mut run,
+        namespaces,
+        proc,
+        observation,
+        took,
+        ..
+    } = sweep;
+    metrics.add(
+        LastSweep {
+            observation,
+            at: SystemTime::now(),
+            took,
+        },
+        Changes::default(),
+    );
+    if let (Some(textfile), Some(text)) = (&settings.textfile, metrics.text()) {
+        let written = textfile.write(&text);
+        written.with_context(|| format!("cannot write {}", textfile.path().display()))?;
+    }
+    // Only if it would be said that nothing is stuck.
+    if run.scan.targets.is_empty() {
+        tracked::count(&mut run.scan);
+    }
+    conclude(
+        &mut run,
+        &time_and_place,
+        &sweeper.config,
+        &namespaces,
+        &proc,
+        terminal,
+        None,
+    )
+}
+
+/// The state of the daemon between two sweeps.
+struct Daemon<'a> {
+    args: &'a DaemonArgs,
+    settings: Settings,
+    sweeper: Sweeper,
+    metrics: Metrics,
+    server: Option<Server>,
+    /// Whether the server has the socket of the service manager.
+    has_socket: bool,
+    published: Arc<Published>,
+    /// The stuck sockets of the last sweep that did not fail.
+    known: Option<Known>,
+    /// When that sweep ended, as a time since boot.
+    succeeded: Option<Duration>,
+    /// Why the last sweep failed.
+    failure: Option<String>,
+    /// Whether the last sweep did not see everything.
+    was_partial: bool,
+}
+
+impl Daemon<'_> {
+    /// Sweeps until a signal ends it.
+    ///
+    /// # Errors
+    /// The first sweep fails, or the kernel refuses to wait.
+    fn run(&mut self, alarm: &Alarm, manager: &ServiceManager) -> anyhow::Result<()> {
+        let mut is_first = true;
+        loop {
+            let began = since_boot();
+            let status = match self.sweep(alarm) {
+                Ok(status) => status,
+                Err(error) if is_first => return Err(error).context("the first sweep failed"),
+                Err(error) => self.fail(&error),
+            };
+            match is_first {
+                true => manager.ready(&status),
+                false => manager.status(&status),
+            }
+            is_first = false;
+            loop {
+                manager.alive();
+                let due = began + self.settings.interval;
+                let wake = alarm.wait(due, manager.watchdog()).context("cannot wait")?;
+                match wake {
+                    Wake::Due => break,
+                    Wake::Watchdog => {}
+                    Wake::Reload => {
+                        manager.reloading();
+                        self.reload();
+                        manager.ready(&status);
+                    }
+                    Wake::Stop => return Ok(()),
+                }
+            }
+        }
+    }
+
+    /// One sweep. Returns a sentence about it.
+    fn sweep(&mut self, alarm: &Alarm) -> anyhow::Result<String> {
+        let sweep = catch_unwind(AssertUnwindSafe(|| self.sweeper.sweep(alarm)));
+        let sweep = sweep.unwrap_or_else(|_| Err(anyhow!("a bug in cwkill")))?;
+        say_notes(self.sweeper.history.take_notes());
+        self.say_changes(&sweep);
+        let Sweep {
+            run,
+            namespaces,
+            observation,
+            took,
+            ..
+        } = sweep;
+        let (known, changes) = match &self.known {
+            Some(before) => before.next(&run.scan),
+            None => (Known::first(&run.scan), Changes::default()),
+        };
+        self.known = Some(known);
+        // Before the daemon counts what it holds itself.
+        drop((run, namespaces));
+        let sentence = observation.sentence();
+        self.succeeded = Some(since_boot());
+        let last = LastSweep {
+            observation,
+            at: SystemTime::now(),
+            took,
+        };
+        self.metrics.add(last, changes);
+        self.publish();
+        Ok(sentence)
+    }
+
+    /// Counts a sweep that failed. The numbers of the last one stay. Returns a sentence about it.
+    fn fail(&mut self, error: &anyhow::Error) -> String {
+        let sentence = format!("the sweep failed: {error:#}");
+        if self.failure.as_ref() != Some(&sentence) {
+            say(format_args!("{sentence}"));
+        }
+        self.failure = Some(sentence.clone());
+        self.metrics.failed += 1;
+        self.publish();
+        sentence
+    }
+
+    fn publish(&mut self) {
+        self.metrics.own = own::usage();
+        let text = self.metrics.text();
+        if let (Some(textfile), Some(text)) = (&self.settings.textfile, &text)
+            && let Err(error) = textfile.write(text)
+        {
+            let path = textfile.path();
+            say(format_args!("cannot write {}: {error}", path.display()));
+        }
+        let interval = self.settings.interval;
+        self.published.set(text, self.succeeded, interval);
+    }
+
+    /// Reads the configuration again. Of one that is wrong, or that cannot be used, nothing is taken over.
+    fn reload(&mut self) {
+        let taken = self.take_over();
+        self.metrics.is_configuration_old = taken.is_err();
+        match taken {
+            Ok(()) => {
+                self.metrics.reloads += 1;
+                say(format_args!("the configuration was read again"));
+                self.say_start();
+            }
+            Err(error) => {
+                self.metrics.failed_reloads += 1;
+                say(format_args!("the configuration stays as it was: {error:#}"));
+            }
+        }
+        self.publish();
+    }
+
+    /// # Errors
+    /// The configuration is wrong, or the daemon cannot do what it says. Nothing has changed then.
+    fn take_over(&mut self) -> anyhow::Result<()> {
+        let new = Settings::of(self.args, settings::read(self.args)?)?;
+        self.settings.check_reload(&new)?;
+        if new.listen != self.settings.listen && !self.has_socket {
+            let listener = Listener::open(&new.listen, Vec::new())?;
+            let start = |listener| Server::start(listener, Arc::clone(&self.published));
+            let server = listener.map(start).transpose();
+            self.server = server.context("cannot start the server for metrics")?;
+        }
+        self.metrics.interval = new.interval;
+        self.settings = new;
+        Ok(())
+    }
+
+    fn say_start(&self) {
+        let scope = match self.settings.all_netns {
+            true => "every network namespace",
+            false => "this network namespace",
+        };
+        let interval = age(self.settings.interval);
+        let at = match &self.server {
+            Some(server) => format!("metrics at {}", server.name()),
+            None => "no metrics are served".to_owned(),
+        };
+        say(format_args!(
+            "watching {scope} every {interval}; {at}; nothing is closed"
+        ));
+    }
+
+    /// Says what is different from the sweep before: that a sweep succeeds again, and that not everything can be seen.
+    fn say_changes(&mut self, sweep: &Sweep) {
+        if self.failure.take().is_some() {
+            say(format_args!("the sweep succeeds again"));
+        }
+        let is_partial = sweep.observation.is_partial || !sweep.failures.is_empty();
+        if is_partial && !self.was_partial {
+            say_notes(notes::notes(&sweep.run));
+            say_notes(&sweep.failures);
+        }
+        if self.was_partial && !is_partial {
+            say(format_args!("everything can be seen again"));
+        }
+        self.was_partial = is_partial;
+    }
+}

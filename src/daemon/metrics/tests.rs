@@ -1,0 +1,252 @@
+//! The text of a built sweep, compared byte for byte with `golden.prom`, and what holds for every text.
+//!
+//! `CWKILL_RENEW_GOLDEN=1 cargo test --lib golden` writes the file anew.
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use super::*;
+use crate::daemon::observation::Known;
+use crate::finder::dead::{DeadScan, DeadSocket, DescriptorTable, Suspect, SuspectVerdict};
+use crate::model::Scan;
+use crate::proc::cgroup::{Cgroup, Facts};
+use crate::proc::{Process, ProcessId, RemoteFd};
+use crate::report::golden_tests::builder::{Listening, Who, case, socket};
+use crate::sock_diag::{Cookie, Protocol};
+
+const POD: &str = "0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod8f2a1c3d_1111_2222_3333_444455556666.slice/\
+    cri-containerd-fedcba9876543210fedcba9876543210fedcba9876543210fedcba9876543210.scope";
+
+static JAVA: Who = Who("java", 4421, "0::/system.slice/tomcat.service");
+static OTHER_JAVA: Who = Who("java", 4422, "0::/system.slice/tomcat.service");
+static EVIL: Who = Who("e\"v\\i\nl\u{1b}", 666, "0::/");
+static NGINX: Who = Who("nginx", 812, "0::/system.slice/nginx.service");
+static WEB: Listening = Listening("0.0.0.0:80", 3, 128, &[(&NGINX, 6)]);
+
+/// A scan of two namespaces, with a socket of each kind.
+fn scan() -> Scan {
+    case("metrics", "")
+        .another_netns(4_026_532_000, Some("blue"))
+        .unreadable_processes(2)
+        .sockets([
+            socket("10.0.0.1:80", "10.0.0.2:5001", 1)
+                .owner(&JAVA, 7)
+                .queues(0, 0)
+                .age_ms(90_000_000),
+            socket("10.0.0.1:80", "10.0.0.2:5002", 2)
+                .owner(&OTHER_JAVA, 8)
+                .queues(1461, 0)
+                .age_ms(61_500),
+            // Two processes have it, and it counts once.
+            socket("10.0.0.1:80", "10.0.0.2:5003", 3)
+                .owner(&JAVA, 9)
+                .owner(&EVIL, 9)
+                .queues(1, 77)
+                .age_ms(500),
+            socket("10.0.0.1:80", "10.0.0.2:5004", 4)
+                .waits_at(&WEB)
+                .age_ms(700_000),
+            socket("10.0.0.1:80", "10.0.0.2:5005", 5)
+                .queues(0, 0)
+                .ageless(),
+            socket("10.0.0.1:80", "10.0.0.2:5006", 6)
+                .netns(1)
+                .owner(&EVIL, 4)
+                .queues(0, 0)
+                .age_ms(3_600_000),
+        ])
+        .run(false)
+        .scan
+}
+
+fn table(process: Process, used: usize, verdicts: Vec<SuspectVerdict>) -> DescriptorTable {
+    let suspect = |(fd, verdict)| Suspect {
+        fd: RemoteFd(fd),
+        tid: None,
+        inode: 1000,
+        verdict,
+    };
+    DescriptorTable {
+        process,
+        used,
+        suspects: (20..).zip(verdicts).map(suspect).collect(),
+        connections: Vec::new(),
+    }
+}
+
+fn process(comm: &str, pid: i32, cgroup: &str) -> Process {
+    Process {
+        id: ProcessId {
+            pid,
+            start_time: 1000,
+        },
+        comm: comm.to_owned(),
+        cgroup: Cgroup::parse(cgroup),
+    }
+}
+
+fn dead() -> SuspectVerdict {
+    SuspectVerdict::Dead(DeadSocket {
+        protocol: Protocol::Tcp,
+        cookie: Cookie(9),
+        local: None,
+        quiet: Duration::ZERO,
+        unread: 0,
+    })
+}
+
+/// Tables of processes with stuck sockets, of one with dead descriptors only, and of one that leaks nothing.
+fn tables() -> DeadScan {
+    let mut in_pod = process("php-fpm", 1300, POD);
+    let container = in_pod.cgroup.container.as_mut().expect("a container");
+    container.name = Some("php".to_owned());
+    container.facts = Facts {
+        pod: Some("web-5c9".to_owned()),
+        namespace: Some("shop".to_owned()),
+        was_read: true,
+        ..Facts::default()
+    };
+    DeadScan {
+        tables: vec![
+            table(process(JAVA.0, JAVA.1, JAVA.2), 900, vec![dead(), dead()]),
+            table(
+                process(OTHER_JAVA.0, OTHER_JAVA.1, OTHER_JAVA.2),
+                30,
+                vec![],
+            ),
+            table(
+                in_pod,
+                64,
+                vec![
+                    dead(),
+                    SuspectVerdict::NeverConnected,
+                    SuspectVerdict::Unknown(nix::errno::Errno::EPERM),
+                ],
+            ),
+            table(process("quiet", 1, "0::/init.scope"), 10, vec![]),
+        ],
+        ..DeadScan::default()
+    }
+}
+
+fn metrics() -> Metrics {
+    let limit = |id: ProcessId| (id.pid != 1300).then_some(1024);
+    let last = |scan: &Scan| LastSweep {
+        observation: Observation::of(scan, &tables(), &limit),
+        at: SystemTime::UNIX_EPOCH + Duration::from_millis(1_796_000_000_250),
+        took: Duration::from_micros(12_500),
+    };
+    let (first, second) = (Scan::default(), scan());
+    let mut metrics = Metrics::new(Duration::from_secs(30));
+    metrics.add(last(&first), Changes::default());
+    metrics.failed += 1;
+    metrics.own = OwnUse {
+        cpu: Some(Duration::from_millis(1250)),
+        resident_bytes: Some(12 << 20),
+        descriptors: Some(9),
+        threads: None,
+    };
+    let (known, _) = Known::first(&first).next(&second);
+    let (_, changes) = known.next(&second);
+    metrics.add(last(&second), changes);
+    metrics
+}
+
+#[test]
+fn golden_metrics_are_as_they_were() {
+    let path = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/src/daemon/metrics/golden.prom"
+    );
+    let text = metrics().text().unwrap();
+    if std::env::var_os("CWKILL_RENEW_GOLDEN").is_some_and(|value| value == "1") {
+        fs::write(path, text).unwrap();
+        return;
+    }
+    let expected = fs::read_to_string(path).unwrap();
+    assert!(text == expected, "{path} differs:\n{text}");
+}
+
+#[test]
+fn before_the_first_sweep_there_is_no_text() {
+    assert_eq!(Metrics::new(Duration::from_secs(30)).text(), None);
+}
+
+/// The series of a text, without their values.
+fn series(text: &str) -> Vec<&str> {
+    let lines = text.lines().filter(|line| !line.starts_with('#'));
+    lines.map(|line| line.rsplit_once(' ').unwrap().0).collect()
+}
+
+#[test]
+fn a_host_with_nothing_has_every_series_that_is_known_in_advance() {
+    let mut nothing = Metrics::new(Duration::from_secs(30));
+    let observation = Observation::of(&Scan::default(), &DeadScan::default(), &|_| None);
+    nothing.add(
+        LastSweep {
+            observation,
+            at: SystemTime::UNIX_EPOCH,
+            took: Duration::ZERO,
+        },
+        Changes::default(),
+    );
+    nothing.own = metrics().own;
+    let (nothing, something) = (nothing.text().unwrap(), metrics().text().unwrap());
+    let known: BTreeSet<_> = series(&nothing).into_iter().collect();
+    let all: BTreeSet<_> = series(&something).into_iter().collect();
+    let later: Vec<_> = all.difference(&known).collect();
+    assert!(
+        later
+            .iter()
+            .all(|series| series.starts_with("cwkill_owner_")),
+        "{later:?}"
+    );
+    assert!(known.is_subset(&all));
+    assert_eq!(series(&something).len(), all.len(), "a series comes twice");
+}
+
+#[test]
+fn no_label_has_a_pid_or_an_address() {
+    let text = metrics().text().unwrap();
+    let number = |wanted: &str| {
+        let labels = text.lines().filter_map(|line| line.split_once('{'));
+        let labels = labels.filter_map(|(_, rest)| rest.rsplit_once('}'));
+        labels.filter(|(labels, _)| labels.contains(wanted)).count()
+    };
+    for wanted in ["4421", "666", "10.0.0", ":80", "5001"] {
+        assert_eq!(number(wanted), 0, "{wanted}");
+    }
+    assert!(number("tomcat.service") > 0);
+}
+
+#[test]
+fn many_owners_have_a_bounded_number_of_series() {
+    let owner = |number: i32| {
+        let who = process(&format!("leaky-{number}"), 5000 + number, "0::/");
+        table(who, 10, vec![dead()])
+    };
+    let tables = DeadScan {
+        tables: (0..500).map(owner).collect(),
+        ..DeadScan::default()
+    };
+    let observation = Observation::of(&Scan::default(), &tables, &|_| Some(100));
+    assert_eq!(observation.kinds_of_owners, 500);
+    assert_eq!(
+        observation.owners.len(),
+        crate::daemon::observation::MAX_OWNERS + 1
+    );
+    let other = &observation.owners[&OwnerLabels::other()];
+    assert_eq!(other.dead, 450);
+    assert_eq!(observation.dead, 500);
+}
+
+#[test]
+fn a_sentence_says_how_it_is() {
+    let observation = metrics().last.unwrap().observation;
+    assert_eq!(
+        observation.sentence(),
+        "6 stuck sockets, the oldest for 1d01h, 3 dead descriptors (most of java; 5 kinds of owners); not everything could be seen"
+    );
+    let nothing = Observation::of(&Scan::default(), &DeadScan::default(), &|_| None);
+    assert_eq!(nothing.sentence(), "no stuck socket");
+}

@@ -1,0 +1,536 @@
+//! The numbers of one sweep: stuck sockets by cause and age, their owners, dead descriptors, and what could not be seen. Pure.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
+
+use strum::{IntoStaticStr, VariantArray};
+
+use crate::finder::dead::{DeadScan, SuspectVerdict};
+use crate::model::{Cause, Scan};
+use crate::proc::{Process, ProcessId};
+use crate::sock_diag::Cookie;
+use crate::text::{age, counted, escape};
+
+/// The causes that a socket in CLOSE-WAIT can have.
+pub const CAUSES: [Cause; 4] = [
+    Cause::NotAccepted,
+    Cause::Unread,
+    Cause::Drained,
+    Cause::Sending,
+];
+
+/// So many owners have numbers of their own; the others share [`OwnerLabels::other`]. Each is a series for each of its numbers.
+pub const MAX_OWNERS: usize = 50;
+
+/// The name in [`Observation::unseen`] of the descriptors for which it cannot be told whether they are dead.
+pub const MAY_BE_DEAD: &str = "descriptors-that-may-be-dead";
+
+/// For how long sockets have been stuck, in classes. The name is the variant in kebab case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "kebab-case")]
+pub enum AgeClass {
+    #[strum(serialize = "under-1m")]
+    UnderOneMinute,
+    #[strum(serialize = "1m-to-10m")]
+    UnderTenMinutes,
+    #[strum(serialize = "10m-to-1h")]
+    UnderOneHour,
+    #[strum(serialize = "1h-to-1d")]
+    UnderOneDay,
+    #[strum(serialize = "over-1d")]
+    OverOneDay,
+    /// The kernel does not report it.
+    Unknown,
+}
+
+impl AgeClass {
+    fn of(age: Option<Duration>) -> Self {
+        match age.map(|age| age.as_secs()) {
+            None => AgeClass::Unknown,
+            Some(0..60) => AgeClass::UnderOneMinute,
+            Some(60..600) => AgeClass::UnderTenMinutes,
+            Some(600..3600) => AgeClass::UnderOneHour,
+            Some(3600..86_400) => AgeClass::UnderOneDay,
+            Some(_) => AgeClass::OverOneDay,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        self.into()
+    }
+}
+
+/// A kind of owner: processes that are equal in all of these do the same work. Text that a process can choose is escaped; a part that does
+/// not exist is empty.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct OwnerLabels {
+    pub process: String,
+    pub unit: String,
+    /// The kubernetes namespace of its pod.
+    pub namespace: String,
+    pub pod: String,
+    /// The name of its container; without one, the runtime with the abbreviated id.
+    pub container: String,
+}
+
+impl OwnerLabels {
+    fn of(process: &Process) -> Self {
+        let text = |text: Option<&str>| text.map(escape).unwrap_or_default();
+        let container = process.cgroup.container.as_ref();
+        OwnerLabels {
+            process: escape(&process.comm),
+            unit: text(process.cgroup.unit.as_deref()),
+            namespace: text(container.and_then(|it| it.facts.namespace.as_deref())),
+            pod: text(container.and_then(|it| it.facts.pod.as_deref())),
+            container: container.map_or_else(String::new, |container| {
+                let name = container.name.as_deref();
+                name.map_or_else(|| escape(&container.with_id()), escape)
+            }),
+        }
+    }
+
+    /// Of the sockets whose owner is not known.
+    fn unknown() -> Self {
+        OwnerLabels {
+            process: "(unknown)".to_owned(),
+            unit: String::new(),
+            namespace: String::new(),
+            pod: String::new(),
+            container: String::new(),
+        }
+    }
+
+    /// Of all owners beyond [`MAX_OWNERS`].
+    pub fn other() -> Self {
+        let other = || "other".to_owned();
+        OwnerLabels {
+            process: other(),
+            unit: other(),
+            namespace: other(),
+            pod: other(),
+            container: other(),
+        }
+    }
+}
+
+/// The descriptors of a process that are open, and how many it may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DescriptorUse {
+    pub open: u64,
+    /// The soft limit RLIMIT_NOFILE.
+    pub limit: u64,
+}
+
+impl DescriptorUse {
+    /// Whether less of the limit is left than in the `other` process, in proportion.
+    fn is_fuller_than(self, other: DescriptorUse) -> bool {
+        u128::from(self.open) * u128::from(other.limit)
+            > u128::from(other.open) * u128::from(self.limit)
+    }
+}
+
+/// What the processes of one kind have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OwnerNumbers {
+    /// Stuck sockets that they are responsible for. Each counts for one process only.
+    pub stuck: u64,
+    /// The age of the oldest of these.
+    pub oldest: Duration,
+    /// Descriptors of dead sockets.
+    pub dead: u64,
+    /// The descriptors of the process that is nearest to its limit; `None` if those of none could be read.
+    pub fullest: Option<DescriptorUse>,
+}
+
+impl OwnerNumbers {
+    fn leaked(&self) -> u64 {
+        self.stuck + self.dead
+    }
+
+    fn merge(&mut self, other: &OwnerNumbers) {
+        self.stuck += other.stuck;
+        self.oldest = self.oldest.max(other.oldest);
+        self.dead += other.dead;
+        if let Some(descriptors) = other.fullest {
+            self.see(descriptors);
+        }
+    }
+
+    fn see(&mut self, descriptors: DescriptorUse) {
+        if self
+            .fullest
+            .is_none_or(|fullest| descriptors.is_fuller_than(fullest))
+        {
+            self.fullest = Some(descriptors);
+        }
+    }
+}
+
+/// What one sweep has found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Observation {
+    /// Stuck sockets. Causes and ages without any are missing.
+    pub stuck: BTreeMap<(Cause, AgeClass), u64>,
+    /// The age of the oldest stuck socket of each cause.
+    pub oldest: BTreeMap<Cause, Duration>,
+    /// Dead descriptors of all processes.
+    pub dead: u64,
+    /// The owners with the most stuck sockets and dead descriptors, and one for all others.
+    pub owners: BTreeMap<OwnerLabels, OwnerNumbers>,
+    /// The kinds of owners, also those without numbers of their own.
+    pub kinds_of_owners: usize,
+    /// The network namespaces that were read.
+    pub namespaces: usize,
+    /// What could not be seen, by its name. Every name is there.
+    pub unseen: BTreeMap<&'static str, u64>,
+    /// Whether a stuck socket or its owner may have been missed.
+    pub is_partial: bool,
+}
+
+impl Observation {
+    /// `limit`: the soft limit RLIMIT_NOFILE of a process, if it can be read.
+    pub fn of(scan: &Scan, dead: &DeadScan, limit: &dyn Fn(ProcessId) -> Option<u64>) -> Self {
+        let mut observation = Observation {
+            namespaces: scan.namespaces.len(),
+            unseen: unseen(scan, dead),
+            is_partial: scan.coverage.may_have_missed()
+                || scan.coverage.has_hidden_owners()
+                || scan.coverage.other_pid_namespaces,
+            ..Observation::default()
+        };
+        let mut owners = Owners::default();
+        for target in &scan.targets {
+            let socket = &target.socket;
+            let class = (socket.cause, AgeClass::of(socket.age));
+            *observation.stuck.entry(class).or_default() += 1;
+            let age = socket.age.unwrap_or_default();
+            let oldest = observation.oldest.entry(socket.cause).or_default();
+            *oldest = age.max(*oldest);
+            let numbers = match scan.culprit(target) {
+                Some(process) => owners.of(process),
+                None => owners.unknown.get_or_insert_default(),
+            };
+            numbers.stuck += 1;
+            numbers.oldest = numbers.oldest.max(age);
+        }
+        for table in &dead.tables {
+            let is_dead = |verdict: &SuspectVerdict| matches!(verdict, SuspectVerdict::Dead(_));
+            let suspects = table.suspects.iter();
+            let count = suspects.filter(|one| is_dead(&one.verdict)).count() as u64;
+            observation.dead += count;
+            if count > 0 {
+                owners.of(&table.process).dead += count;
+            }
+            // Of a process that leaks nothing, nobody asks for the limit.
+            if let Some(numbers) = owners.get(table.process.id)
+                && let Some(limit) = limit(table.process.id)
+            {
+                numbers.see(DescriptorUse {
+                    open: table.used as u64,
+                    limit,
+                });
+            }
+        }
+        let by_kind = owners.by_kind();
+        observation.kinds_of_owners = by_kind.len();
+        observation.owners = largest(by_kind, MAX_OWNERS);
+        observation
+    }
+
+    pub fn stuck_of(&self, cause: Cause, class: AgeClass) -> u64 {
+        self.stuck.get(&(cause, class)).copied().unwrap_or(0)
+    }
+
+    /// All stuck sockets.
+    pub fn all_stuck(&self) -> u64 {
+        self.stuck.values().sum()
+    }
+
+    /// One sentence for `systemctl status`.
+    pub fn sentence(&self) -> String {
+        let counted =
+            |number: u64, noun| counted(usize::try_from(number).unwrap_or(usize::MAX), noun);
+        let mut text = match self.all_stuck() {
+            0 => "no stuck socket".to_owned(),
+            stuck => {
+                let sockets = counted(stuck, "stuck socket");
+                let oldest = self.oldest.values().max().copied().unwrap_or_default();
+                format!("{sockets}, the oldest for {}", age(oldest))
+            }
+        };
+        if self.dead > 0 {
+            text += &format!(", {}", counted(self.dead, "dead descriptor"));
+        }
+        let leaking = self
+            .owners
+            .iter()
+            .max_by_key(|(_, numbers)| numbers.leaked());
+        if let Some((owner, _)) = leaking
+            && self.kinds_of_owners > 0
+        {
+            text += &match self.kinds_of_owners {
+                1 => format!(" ({})", owner.process),
+                kinds => format!(" (most of {}; {kinds} kinds of owners)", owner.process),
+            };
+        }
+        if self.is_partial {
+            text += "; not everything could be seen";
+        }
+        text
+    }
+}
+
+/// The numbers of each process, until they are joined by kind. With 100,000 sockets, texts are made for each process only.
+#[derive(Default)]
+struct Owners {
+    by_process: HashMap<ProcessId, (OwnerLabels, OwnerNumbers)>,
+    unknown: Option<OwnerNumbers>,
+}
+
+impl Owners {
+    fn of(&mut self, process: &Process) -> &mut OwnerNumbers {
+        let entry = self.by_process.entry(process.id);
+        &mut entry
+            .or_insert_with(|| (OwnerLabels::of(process), OwnerNumbers::default()))
+            .1
+    }
+
+    fn get(&mut self, id: ProcessId) -> Option<&mut OwnerNumbers> {
+        self.by_process.get_mut(&id).map(|(_, numbers)| numbers)
+    }
+
+    fn by_kind(self) -> HashMap<OwnerLabels, OwnerNumbers> {
+        let unknown = self
+            .unknown
+            .map(|numbers| (OwnerLabels::unknown(), numbers));
+        let mut by_kind: HashMap<OwnerLabels, OwnerNumbers> = HashMap::new();
+        for (labels, numbers) in self.by_process.into_values().chain(unknown) {
+            by_kind.entry(labels).or_default().merge(&numbers);
+        }
+        by_kind
+    }
+}
+
+/// The `most` owners that leak most, and the sum of the others under one name. Of those that leak the same, the first by name.
+fn largest(
+    by_kind: HashMap<OwnerLabels, OwnerNumbers>,
+    most: usize,
+) -> BTreeMap<OwnerLabels, OwnerNumbers> {
+    let mut all: Vec<_> = by_kind.into_iter().collect();
+    all.sort_by(|(one, a), (other, b)| (b.leaked(), one).cmp(&(a.leaked(), other)));
+    let others = all.split_off(most.min(all.len()));
+    let mut owners: BTreeMap<OwnerLabels, OwnerNumbers> = all.into_iter().collect();
+    for (_, numbers) in others {
+        owners
+            .entry(OwnerLabels::other())
+            .or_default()
+            .merge(&numbers);
+    }
+    owners
+}
+
+fn unseen(scan: &Scan, dead: &DeadScan) -> BTreeMap<&'static str, u64> {
+    let coverage = &scan.coverage;
+    let suspects = dead.tables.iter().flat_map(|table| &table.suspects);
+    let maybe_dead = suspects.filter(|it| matches!(it.verdict, SuspectVerdict::Unknown(_)));
+    let tables = dead.unreadable.len() + dead.leader_exited.len() + dead.failed.len();
+    [
+        ("processes", coverage.unreadable_processes),
+        (
+            "processes-of-others",
+            usize::from(coverage.hidden_processes),
+        ),
+        ("namespaces", coverage.unreachable_namespaces),
+        ("namespaces-of-processes", coverage.unknown_namespaces),
+        ("sockets-without-owner", scan.without_known_owner()),
+        ("sockets-without-namespace", coverage.unplaced_sockets),
+        ("descriptors", coverage.unexamined_descriptors),
+        ("descriptor-tables", tables),
+        (MAY_BE_DEAD, maybe_dead.count()),
+        ("mptcp-subflows", coverage.unlisted_subflows),
+    ]
+    .map(|(name, count)| (name, count as u64))
+    .into()
+}
+
+/// The stuck sockets of a sweep, to compare with those of the next one.
+///
+/// A server that closes properly has sockets in CLOSE-WAIT for a moment, others at each sweep. So a socket counts as one that has become
+/// stuck when it is seen for the second time. It is **settled** then.
+#[derive(Debug, Default)]
+pub struct Known(HashMap<(u64, Cookie), Seen>);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Seen {
+    cause: Cause,
+    is_settled: bool,
+}
+
+/// How the stuck sockets of a sweep differ from those of the sweep before, by cause.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Sockets that have settled.
+    pub new: BTreeMap<Cause, u64>,
+    /// Sockets that had settled and are not stuck any more, by the cause they had.
+    pub ended: BTreeMap<Cause, u64>,
+}
+
+impl Known {
+    /// Those of the first sweep. When they became stuck is before the time of the daemon, so they have settled already.
+    pub fn first(scan: &Scan) -> Self {
+        Known::of(sockets(scan), |_| true)
+    }
+
+    /// Those of the sweep after this one, and what has changed.
+    pub fn next(&self, scan: &Scan) -> (Self, Changes) {
+        self.compare(sockets(scan))
+    }
+
+    fn of(
+        sockets: impl Iterator<Item = ((u64, Cookie), Cause)>,
+        is_settled: impl Fn(&(u64, Cookie)) -> bool,
+    ) -> Self {
+        let seen = |(key, cause)| {
+            let is_settled = is_settled(&key);
+            (key, Seen { cause, is_settled })
+        };
+        Known(sockets.map(seen).collect())
+    }
+
+    fn compare(&self, sockets: impl Iterator<Item = ((u64, Cookie), Cause)>) -> (Self, Changes) {
+        let later = Known::of(sockets, |key| self.0.contains_key(key));
+        let mut changes = Changes::default();
+        for (key, now) in &later.0 {
+            let was_settled = self.0.get(key).is_some_and(|before| before.is_settled);
+            if now.is_settled && !was_settled {
+                *changes.new.entry(now.cause).or_default() += 1;
+            }
+        }
+        for (key, before) in &self.0 {
+            if before.is_settled && !later.0.contains_key(key) {
+                *changes.ended.entry(before.cause).or_default() += 1;
+            }
+        }
+        (later, changes)
+    }
+}
+
+/// The stuck sockets of a sweep, each with its namespace and its cause.
+fn sockets(scan: &Scan) -> impl Iterator<Item = ((u64, Cookie), Cause)> + '_ {
+    scan.targets.iter().map(|target| {
+        let key = (scan.netns(target).inode(), target.socket.cookie());
+        (key, target.socket.cause)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn labels(process: &str) -> OwnerLabels {
+        OwnerLabels {
+            process: process.to_owned(),
+            ..OwnerLabels::unknown()
+        }
+    }
+
+    fn numbers(stuck: u64, dead: u64) -> OwnerNumbers {
+        OwnerNumbers {
+            stuck,
+            dead,
+            ..OwnerNumbers::default()
+        }
+    }
+
+    #[test]
+    fn classes_have_no_gap() {
+        let class = |seconds| AgeClass::of(Some(Duration::from_secs(seconds))).name();
+        let limits = [0, 59, 60, 599, 600, 3599, 3600, 86_399, 86_400, u64::MAX];
+        assert_eq!(
+            limits.map(class),
+            [
+                "under-1m",
+                "under-1m",
+                "1m-to-10m",
+                "1m-to-10m",
+                "10m-to-1h",
+                "10m-to-1h",
+                "1h-to-1d",
+                "1h-to-1d",
+                "over-1d",
+                "over-1d"
+            ]
+        );
+        assert_eq!(AgeClass::of(None).name(), "unknown");
+    }
+
+    #[test]
+    fn the_owners_that_leak_most_are_named_and_the_others_are_summed() {
+        let all = HashMap::from([
+            (labels("a"), numbers(1, 0)),
+            (labels("b"), numbers(0, 9)),
+            (labels("c"), numbers(1, 0)),
+            (labels("d"), numbers(3, 0)),
+            (labels("e"), numbers(0, 1)),
+        ]);
+        let named = largest(all.clone(), 2);
+        let expected = [
+            (labels("b"), numbers(0, 9)),
+            (labels("d"), numbers(3, 0)),
+            (OwnerLabels::other(), numbers(2, 1)),
+        ];
+        assert_eq!(named, expected.into());
+        assert_eq!(largest(all.clone(), 5).len(), 5);
+        // No owner can take the name of the others, and make a series twice.
+        let clash = HashMap::from([
+            (OwnerLabels::other(), numbers(7, 0)),
+            (labels("a"), numbers(1, 0)),
+        ]);
+        assert_eq!(
+            largest(clash, 1),
+            [(OwnerLabels::other(), numbers(8, 0))].into()
+        );
+    }
+
+    #[test]
+    fn the_process_nearest_to_its_limit_counts() {
+        let mut numbers = OwnerNumbers::default();
+        for (open, limit) in [(10, 1024), (900, 65_536), (90, 100), (91, u64::MAX)] {
+            numbers.see(DescriptorUse { open, limit });
+        }
+        assert_eq!(
+            numbers.fullest,
+            Some(DescriptorUse {
+                open: 90,
+                limit: 100
+            })
+        );
+    }
+
+    #[test]
+    fn a_socket_is_new_when_it_is_seen_again() {
+        let sweep = |cookies: &[(u64, u64)]| {
+            let socket = |&(netns, cookie): &_| ((netns, Cookie(cookie)), Cause::Drained);
+            cookies.iter().map(socket).collect::<Vec<_>>()
+        };
+        let counts = |changes: &Changes| {
+            let sum = |by_cause: &BTreeMap<Cause, u64>| by_cause.values().sum::<u64>();
+            (sum(&changes.new), sum(&changes.ended))
+        };
+        let mut known = Known::of(sweep(&[(1, 10), (1, 11)]).into_iter(), |_| true);
+        for (cookies, expected) in [
+            (&[(1, 10), (1, 11)][..], (0, 0)),
+            // The cookie of another namespace is another socket.
+            (&[(1, 11), (2, 10), (2, 12)], (0, 1)),
+            (&[(1, 11), (2, 10)], (1, 0)),
+            (&[(1, 11), (2, 10)], (0, 0)),
+            // It was only passing through before.
+            (&[(1, 11), (2, 12)], (0, 1)),
+            (&[], (0, 1)),
+        ] {
+            let (later, changes) = known.compare(sweep(cookies).into_iter());
+            assert_eq!(counts(&changes), expected, "{cookies:?}");
+            known = later;
+        }
+    }
+}
