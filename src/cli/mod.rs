@@ -99,7 +99,7 @@ pub struct Args {
     pub acting: Acting,
     #[command(flatten)]
     pub output: Output,
-    /// Print at most N rows, or all sockets [default: one screen of processes on a terminal, else all sockets]
+    /// Print at most N rows, or all sockets [default: one screen on a terminal, else all]
     #[arg(
         long,
         value_name = "N|all",

@@ -47,6 +47,9 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("critical", "500"),
     ("timeout", "10"),
     ("fd", "20 --pid 4711"),
+    ("config", "/etc/cwkill/daemon.toml"),
+    ("interval", "1m"),
+    ("textfile", "/var/lib/prometheus/node-exporter"),
 ];
 
 /// The option with a value: `--port 8080`.
