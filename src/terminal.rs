@@ -35,18 +35,32 @@ pub(crate) fn broken(line: &str) -> Vec<String> {
 }
 
 /// Prints what clap has to say about the command line. It may quote words as they are.
+///
+/// clap breaks the lines of a help; those of an error are broken here.
 pub(crate) fn print_usage(error: &clap::Error) {
     let is_safe = |word: std::ffi::OsString| {
         let word = word.to_string_lossy();
         escape(&word) == word
     };
-    let plain = || escape_lines(&error.render().to_string());
+    let is_safe = std::env::args_os().all(is_safe);
+    let rendered = error.render();
+    let plain = escape_lines(&rendered.to_string());
     // If printing fails, there is no other place to report it.
-    let _ = match (std::env::args_os().all(is_safe), error.use_stderr()) {
-        // In colour.
-        (true, _) => error.print(),
-        (false, true) => write!(io::stderr(), "{}", plain()),
-        (false, false) => write!(io::stdout(), "{}", plain()),
+    let _ = match (is_safe, error.use_stderr()) {
+        (true, false) => error.print(),
+        (false, false) => write!(io::stdout(), "{plain}"),
+        (_, true) => {
+            let styled = rendered.ansi().to_string();
+            let lines = match is_safe {
+                true => plain.lines().zip(styled.lines()),
+                false => plain.lines().zip(plain.lines()),
+            };
+            let mut rows =
+                lines.flat_map(|(plain, shown)| text::broken_alike(shown, &broken(plain)));
+            // Without colours if stderr is no terminal.
+            let mut out = anstream::stderr();
+            rows.try_for_each(|row| writeln!(out, "{row}"))
+        }
     };
 }
 

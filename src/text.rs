@@ -158,6 +158,21 @@ pub fn wrap(line: &str, columns: usize, indent: usize) -> Vec<String> {
     rows
 }
 
+/// Breaks a line with sequences for colours where `rows` are broken, which [`broken`] has made of the same line without them.
+pub fn broken_alike(styled: &str, rows: &[String]) -> Vec<String> {
+    let mut words = styled.split(' ');
+    let row = |row: &String| {
+        let text = row.trim_start_matches(' ');
+        let indent = &row[..row.len() - text.len()];
+        let words: Vec<&str> = words.by_ref().take(text.split(' ').count()).collect();
+        format!("{indent}{}", words.join(" "))
+    };
+    match rows {
+        [] | [_] => vec![styled.to_owned()],
+        rows => rows.iter().map(row).collect(),
+    }
+}
+
 /// The words of a line, and its commands between backquotes, as far as these fit into `columns`.
 fn unbroken(line: &str, columns: usize) -> impl Iterator<Item = &str> {
     let mut rest = Some(line);
@@ -231,6 +246,32 @@ mod tests {
         assert_eq!(escape_lines("a\x1bb\n\tc\n"), "a\\u{1b}b\n\\tc\n");
         // So a message of escaped parts can be escaped as a whole.
         assert_eq!(escape(&escape("a\nb\x1b")), escape("a\nb\x1b"));
+    }
+
+    #[test]
+    fn a_coloured_line_is_broken_as_the_same_line_without_colours() {
+        let plain = "error: there is no --force: to lose bytes use `--a b`";
+        let styled =
+            "\x1b[31merror:\x1b[0m there is no \x1b[1m--force\x1b[0m: to lose bytes use `--a b`";
+        let rows = broken(plain, Some(24));
+        assert_eq!(
+            rows,
+            [
+                "error: there is no",
+                "  --force: to lose bytes",
+                "  use `--a b`"
+            ]
+        );
+        assert_eq!(
+            broken_alike(styled, &rows),
+            [
+                "\x1b[31merror:\x1b[0m there is no",
+                "  \x1b[1m--force\x1b[0m: to lose bytes",
+                "  use `--a b`"
+            ]
+        );
+        assert_eq!(broken_alike(styled, &broken(plain, None)), [styled]);
+        assert_eq!(broken_alike("", &broken("", Some(24))), [""]);
     }
 
     #[test]

@@ -9,17 +9,17 @@ const AFTER_SHORT_HELP: &str =
     "Ranges, examples, all options: cwkill check --help, man cwkill-check";
 
 const AFTER_HELP: &str = "\
-A RANGE is as in the guidelines for monitoring plugins. It alerts outside itself, with @ inside.
-With % the value is how much of its limit of open files (RLIMIT_NOFILE) the leak takes from the
+A RANGE is as in the guidelines for monitoring plugins. It alerts outside itself, with @ inside. \
+With % the value is how much of its limit of open files (RLIMIT_NOFILE) the leak takes from the \
 process that is nearest to its limit.
   100      more than 100                 10:20    less than 10, or more than 20
   10:      less than 10                  @10:20   from 10 to 20
   '~:5'    more than 5 (with quotes)     80%      more than 80 % of the limit
 
 Examples:
-  cwkill check -w 100 -c 500 --min-age 1m  sockets that have been stuck for a minute
-  cwkill check -c 0 --process java         CRITICAL as soon as java has a stuck socket
-  cwkill check -w 50% -c 80% --unit tomcat whether the leak is about to use up the descriptors
+  cwkill check -w 100 -c 500 --min-age 1m  those stuck for a minute or more
+  cwkill check -c 0 --process java         CRITICAL if java has one
+  cwkill check -w 50% -c 80% --unit tomcat in percent of its limit of files
 
 Exit status: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN (also after wrong usage).";
 

@@ -10,11 +10,11 @@ const AFTER_HELP: &str = "\
 It scans twice, and never acts.
 
 Examples:
-  cwkill diagnose                          every process with stuck sockets, the worst first
-  cwkill diagnose --port 8080 --sample 30s only this port, with half a minute between the scans
+  cwkill diagnose                          every process, the worst first
+  cwkill diagnose --port 8080 --sample 30s one port, scans 30 s apart
   cwkill diagnose --pid 4711 --json        one process, for a program
 
-Exit status: 0 there is something to report, 1 there is not (0 with --ok-if-none), 2 wrong usage,
+Exit status: 0 there is something to report, 1 there is not (0 with --ok-if-none), 2 wrong usage, \
 3 could not run at all, 4 nothing was found, but something could not be looked at.";
 
 #[derive(Debug, clap::Args)]

@@ -30,25 +30,25 @@ pub use values::{List, flat};
 use crate::model::Method;
 
 const AFTER_SHORT_HELP: &str = "\
-Without arguments cwkill lists the stuck sockets. With a port, an address, an owner, an expression
+Without arguments cwkill lists the stuck sockets. With a port, an address, an owner, an expression \
 or --all it closes what matches; --dry-run only shows it. All options: cwkill --help, man cwkill";
 
 const AFTER_HELP: &str = "\
-Without a selector, cwkill lists the stuck sockets and never acts. With a port, an address, an
-owner, an expression or --all it closes what matches, unless --dry-run is given. --state,
---min-age, --min-idle, --address-gone, --cause, --user, -4, -6, --netns and --all-netns never make
+Without a selector, cwkill lists the stuck sockets and never acts. With a port, an address, an \
+owner, an expression or --all it closes what matches, unless --dry-run is given. --state, \
+--min-age, --min-idle, --address-gone, --cause, --user, -4, -6, --netns and --all-netns never make \
 it act by themselves. A socket must match all selectors, and one value of each.
 
 Examples:
-  cwkill                                   list the stuck sockets, their owners and causes
+  cwkill                                   list the stuck sockets and causes
   cwkill --port 8080 --dry-run             show the plan for each socket
   cwkill --port 8080                       close them, verify and report
-  cwkill --process 'java*' --min-age 1h    close sockets of java, stuck for at least an hour
+  cwkill --process 'java*' --min-age 1h    those stuck for an hour or more
   cwkill 'sport = :8080 and dst 10.0.0.0/8'
-                                           close what this filter of ss(8) selects
+                                           what this filter of ss(8) matches
 
-Exit status: 0 all matched sockets are closed (or something was listed), 1 nothing matched (0 with
---ok-if-none), 2 wrong usage, 3 could not run at all, 4 some sockets that match or may match are
+Exit status: 0 all matched sockets are closed (or something was listed), 1 nothing matched (0 with \
+--ok-if-none), 2 wrong usage, 3 could not run at all, 4 some sockets that match or may match are \
 not closed, or a process spins. Sockets over --max-kills do not count.";
 
 const DOCTOR_HELP: &str = "\
@@ -263,6 +263,26 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    /// clap breaks long lines, so a paragraph is one line, and a line of a table or an example must fit.
+    #[test]
+    fn what_stands_after_the_options_fits_a_terminal_of_80_columns() {
+        let root = Cli::command();
+        for command in std::iter::once(&root).chain(root.get_subcommands()) {
+            let texts = [command.get_after_help(), command.get_after_long_help()];
+            for text in texts.into_iter().flatten().map(ToString::to_string) {
+                let is_prose = |line: &str| !line.is_empty() && !line.starts_with("  ");
+                let lines: Vec<&str> = text.lines().collect();
+                for line in lines.iter().filter(|line| !is_prose(line)) {
+                    assert!(line.len() <= 80, "{}: {line}", command.get_name());
+                }
+                for pair in lines.windows(2) {
+                    let is_broken = is_prose(pair[0]) && is_prose(pair[1]);
+                    assert!(!is_broken, "{}: {pair:?}", command.get_name());
+                }
+            }
+        }
     }
 
     #[test]

@@ -9,28 +9,28 @@ use super::values::{self, List};
 use super::{Logging, Output, OwnerSelection};
 
 const AFTER_SHORT_HELP: &str = "\
-Without a selector it lists the descriptors of connections that are over. With one it closes them
+Without a selector it lists the descriptors of connections that are over. With one it closes them \
 inside their processes; --dry-run only shows it. All options: cwkill reclaim --help";
 
 const AFTER_HELP: &str = "\
-Without a selector it lists descriptors of TCP sockets whose connection is
+Without a selector it lists descriptors of TCP sockets whose connection is \
 over. With one it closes them inside their processes, unless --dry-run.
 
-Reclaiming changes the process, not the kernel. The program does not know that
-its descriptor is gone: if it closes or uses the number later, and the kernel
-has given it to a new connection, it hits that one. Go and Java do this by
-themselves, when they collect a connection object that nothing refers to.
-So servers in Go, Java and Node are only touched with --reclaim-force. The last
-lines of a run say what to do first, for example to run jcmd PID GC.run twice.
+Reclaiming changes the process, not the kernel. The program does not know that \
+its descriptor is gone: if it closes or uses the number later, and the kernel \
+has given it to a new connection, it hits that one. Go and Java do this by \
+themselves, when they collect a connection object that nothing refers to. \
+So servers in Go, Java and Node are only touched with --reclaim-force. The last \
+lines of a run say what to do first, for example to run jcmd PID GC.run twice. \
 See cwkill-reclaim(8).
 
 Examples:
-  cwkill reclaim                           list dead descriptors, and which can be closed
+  cwkill reclaim                           list dead descriptors
   cwkill reclaim --pid 4711 --dry-run      the same for one process
   cwkill reclaim --pid 4711                close them there
-  cwkill reclaim --port 8080               close those of connections to port 8080
+  cwkill reclaim --port 8080               those of connections to 8080
 
-Exit status: 0 all of them are closed (or something was listed), 1 there are
+Exit status: 0 all of them are closed (or something was listed), 1 there are \
 none (0 with --ok-if-none), 2 wrong usage, 3 could not run at all, 4 some are still open.";
 
 /// The limits for closing descriptors in their owners.

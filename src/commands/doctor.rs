@@ -14,7 +14,7 @@ use crate::model::Method;
 use crate::privileges::capabilities;
 use crate::proc::netns::NetnsScope;
 use crate::report::doctor as report;
-use crate::terminal::{ignore_closed_reader, write_out};
+use crate::terminal::{columns, ignore_closed_reader, write_out};
 
 pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
     let time_and_place = time_and_place();
@@ -28,7 +28,7 @@ pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
     let examination = doctor::examine(&proc, iterator, destroyer)?;
     let written = write_out(|out| match args.json {
         true => report::write_json(&examination, &time_and_place, out),
-        false => report::write_text(&examination, out),
+        false => report::write_text(&examination, columns(), out),
     });
     ignore_closed_reader(written).context("cannot write the findings")?;
     Ok(report::status(&examination).into())

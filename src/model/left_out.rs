@@ -28,9 +28,9 @@ impl Scan {
             let sockets = match self.coverage.sockets_not_looked_into {
                 None => String::new(),
                 Some(0) => return format!("{namespaces} without TCP sockets not looked into"),
-                Some(sockets) => format!(", with at most {}", counted(sockets, "TCP socket")),
+                Some(sockets) => format!(": at most {}", counted(sockets, "TCP socket")),
             };
-            format!("{namespaces} not looked into{sockets} (--all-netns)")
+            format!("{namespaces} not looked into (--all-netns){sockets}")
         };
         (count > 0).then(text)
     }
@@ -146,11 +146,11 @@ mod tests {
         );
         assert_eq!(
             of_sockets(Some(1)),
-            format!("{before}, with at most 1 TCP socket (--all-netns)")
+            format!("{before} (--all-netns): at most 1 TCP socket")
         );
         assert_eq!(
             of_sockets(Some(14)),
-            format!("{before}, with at most 14 TCP sockets (--all-netns)")
+            format!("{before} (--all-netns): at most 14 TCP sockets")
         );
         assert_eq!(
             of(

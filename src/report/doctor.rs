@@ -18,7 +18,7 @@ use crate::model::TimeAndPlace;
 use crate::proc::NameDirectory;
 use crate::proc::cgroup::Runtime;
 use crate::report::serialize::{JsonTimeAndPlace, json_time_and_place};
-use crate::text::{counted, escape};
+use crate::text::{counted, escape, wrap};
 
 const SCHEMA_VERSION: u32 = 1;
 
@@ -59,32 +59,38 @@ fn verdict(advice: &Advice) -> String {
     }
 }
 
-/// Writes lines for people: the verdict first.
-pub fn write_text(examination: &Examination, out: &mut dyn Write) -> io::Result<()> {
+/// Writes lines for people: the verdict first. `columns`: the width of the terminal, if it is one.
+pub fn write_text(
+    examination: &Examination,
+    columns: Option<usize>,
+    out: &mut dyn Write,
+) -> io::Result<()> {
     let advice = &examination.advice;
-    writeln!(out, "{}", verdict(advice))?;
+    let mut lines = Lines { out, columns };
+    lines.put(&verdict(advice), 2)?;
     for line in &advice.meaning {
-        writeln!(out, "{line}")?;
+        lines.put(line, 2)?;
     }
     if !advice.rows.is_empty() {
-        writeln!(
-            out,
-            "\n{:<10} {:<8} {:<14} {:<14} {:<14}",
+        lines.put("", 0)?;
+        let header = format!(
+            "{:<10} {:<8} {:<14} {:<14} {:<14}",
             "METHOD", "WORKS", "THIS USER'S", "OTHERS'", "WITHOUT OWNER"
-        )?;
+        );
+        lines.put(&header, 0)?;
     }
     for row in &advice.rows {
         let ownerless = row.ownerless.map_or("-", Support::name);
-        writeln!(
-            out,
+        let line = format!(
             "{:<10} {:<8} {:<14} {:<14} {ownerless}",
             row.name,
             row.works.name(),
             row.own.name(),
             row.others.name(),
-        )?;
+        );
+        lines.put(&line, 0)?;
         for why in &row.why {
-            writeln!(out, "    why: {why}")?;
+            lines.put(&format!("    why: {why}"), 6)?;
         }
     }
     let mut changes: Vec<(&str, Vec<&str>)> = Vec::new();
@@ -97,13 +103,19 @@ pub fn write_text(examination: &Examination, out: &mut dyn Write) -> io::Result<
         }
     }
     for (change, methods) in changes {
-        writeln!(out, "\nto change, for {}:", methods.join(", "))?;
-        for line in change.lines() {
-            writeln!(out, "    {line}")?;
+        lines.put("", 0)?;
+        lines.put(&format!("to change, for {}:", methods.join(", ")), 2)?;
+        let mut parts = change.lines();
+        if let Some(sentence) = parts.next() {
+            lines.put(&format!("    {sentence}"), 6)?;
+        }
+        // Commands, to be copied: they are not broken.
+        for command in parts {
+            lines.put_whole(&format!("    {command}"))?;
         }
     }
-    write_missing(&examination.missing, out)?;
-    writeln!(out)?;
+    write_missing(&examination.missing, &mut lines)?;
+    lines.put("", 0)?;
     for CheckLine { name, ok, detail } in checks(examination) {
         let mark = match ok {
             Some(true) => "ok",
@@ -111,32 +123,59 @@ pub fn write_text(examination: &Examination, out: &mut dyn Write) -> io::Result<
             None => "-",
         };
         let line = format!("{name:<21} {mark:<3} {detail}");
-        writeln!(out, "{}", line.trim_end())?;
+        lines.put(line.trim_end(), DETAIL)?;
     }
     Ok(())
 }
 
+/// The column in which the detail of a check begins.
+const DETAIL: usize = 26;
+
+/// Where lines go.
+struct Lines<'w> {
+    out: &'w mut dyn Write,
+    /// The width of the terminal, if it is one.
+    columns: Option<usize>,
+}
+
+impl Lines<'_> {
+    /// Writes a line, broken between words. All rows but the first begin with `indent` spaces.
+    fn put(&mut self, line: &str, indent: usize) -> io::Result<()> {
+        let Some(columns) = self.columns else {
+            return self.put_whole(line);
+        };
+        wrap(line, columns, indent)
+            .iter()
+            .try_for_each(|row| self.put_whole(row))
+    }
+
+    fn put_whole(&mut self, line: &str) -> io::Result<()> {
+        writeln!(self.out, "{line}")
+    }
+}
+
 /// Writes what the settings of the container lack.
-fn write_missing(missing: &Missing, out: &mut dyn Write) -> io::Result<()> {
+fn write_missing(missing: &Missing, lines: &mut Lines<'_>) -> io::Result<()> {
     let Missing {
         run_options,
         manifest,
     } = missing;
     if !run_options.is_empty() {
         let options: Vec<&str> = run_options.iter().map(|it| it.option.as_str()).collect();
-        writeln!(
-            out,
-            "\nmissing in the `docker run` or `podman run` line of this container:"
-        )?;
-        writeln!(out, "    {}", options.join(" "))?;
+        lines.put("", 0)?;
+        let title = "missing in the `docker run` or `podman run` line of this container:";
+        lines.put(title, 2)?;
+        // To be copied, as the manifest below.
+        lines.put_whole(&format!("    {}", options.join(" ")))?;
         for MissingOption { option, without } in run_options {
-            writeln!(out, "    without {option}: {without}")?;
+            lines.put(&format!("    without {option}: {without}"), 6)?;
         }
     }
     if !manifest.is_empty() {
-        writeln!(out, "\nmissing below `spec` in the manifest of this pod:")?;
+        lines.put("", 0)?;
+        lines.put("missing below `spec` in the manifest of this pod:", 2)?;
         for line in manifest {
-            writeln!(out, "    {line}")?;
+            lines.put_whole(&format!("    {line}"))?;
         }
     }
     Ok(())

@@ -204,6 +204,9 @@ fn no_path_is_followed_with_file_capabilities() -> Result<()> {
         "diagnose -N",
         "check -w 1 -c 2 -N",
         "--all --log-file",
+        "--host-root",
+        "check -w 1 -c 2 --host-root",
+        "reclaim --host-root",
     ] {
         let said = |name: &str| -> Result<String> {
             let ran = granted.run(&lab, &format!("{option} {}", below(name)))?;

@@ -19,6 +19,7 @@ pub const TESTS: &[Test] = &[
     once!(a_terminal_without_colors_or_utf8_gets_none),
     once!(a_terminal_may_change_its_size_meanwhile),
     once!(namespaces_that_were_not_looked_into_are_counted),
+    once!(messages_break_no_word),
     once!(a_hostile_name_takes_little_room),
     once!(two_runs_have_the_same_order),
     once!(many_processes_of_one_kind_have_one_row),
@@ -299,11 +300,41 @@ fn a_terminal_may_change_its_size_meanwhile() -> Result<()> {
 fn namespaces_that_were_not_looked_into_are_counted() -> Result<()> {
     let (lab, _leak) = lab("drained", Family::V4, 1)?;
     let ran = on_a_terminal(&lab, USUAL, "", "")?.exits(0);
-    let text =
-        Regex::new(" not looked into(, with at most [0-9]+ TCP sockets?)? \\(--all-netns\\)\n")?;
+    let text = Regex::new(" not looked into \\(--all-netns\\)(: at most [0-9]+ TCP sockets?)?\n")?;
     assert!(text.is_match(&ran.stdout), "{ran:?}");
     let ran = on_a_terminal(&lab, USUAL, "", "--all-netns")?;
     assert!(!ran.stdout.contains("not looked into"), "{ran:?}");
+    Ok(())
+}
+
+/// Long lines of errors and of `doctor` are broken between words, also with colours.
+fn messages_break_no_word() -> Result<()> {
+    let lab = Lab::new()?;
+    let sequence = Regex::new("\x1b\\[[0-9;]*m")?;
+    for (line, text, code) in [
+        (
+            "kill 8080",
+            "cwkill closes sockets as soon as a selector",
+            2,
+        ),
+        ("--all --force", "use --reclaim-force", 2),
+        ("--cause foo", "not-accepted,unread,drained,sending", 2),
+        // The space tells the test support where the word ends.
+        ("doctor ", "CAP_NET_ADMIN CAP_NET_RAW", 0),
+    ] {
+        for colours in ["", "unset NO_COLOR;"] {
+            let ran = on_a_terminal(&lab, USUAL, colours, line)?;
+            assert!(ran.code == Some(code) || line == "doctor ", "{ran:?}");
+            let plain = sequence.replace_all(&ran.stdout, "");
+            let rows: Vec<&str> = plain
+                .lines()
+                .map(|row| row.trim_end_matches('\r'))
+                .collect();
+            assert!(rows.iter().all(|row| row.len() <= 80), "{ran:?}");
+            let words: Vec<&str> = plain.split_whitespace().collect();
+            assert!(words.join(" ").contains(text), "{ran:?}");
+        }
+    }
     Ok(())
 }
 

@@ -392,7 +392,7 @@ static VARIES: LazyLock<Vec<(Regex, &str)>> = LazyLock::new(|| {
 /// The tests run side by side, each in a namespace of its own.
 static NAMESPACES_OF_OTHERS: LazyLock<Regex> = LazyLock::new(|| {
     Regex::new(
-        r"[;,] [0-9]+ network namespaces? (without TCP sockets not looked into|not looked into(, with at most [0-9]+ TCP sockets?)? \(--all-netns\))",
+        r"[;,] [0-9]+ network namespaces? (without TCP sockets not looked into|not looked into \(--all-netns\)(: at most [0-9]+ TCP sockets?)?)",
     )
     .expect("fixed and valid")
 });
