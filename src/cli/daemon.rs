@@ -10,18 +10,18 @@ const AFTER_SHORT_HELP: &str = "\
 Metrics, the service manager, all options: cwkill daemon --help, man cwkill-daemon";
 
 const AFTER_HELP: &str = "\
-The daemon counts the sockets in CLOSE-WAIT, their owners and causes, and serves the numbers to
+The daemon counts the sockets in CLOSE-WAIT, their owners and causes, and serves the numbers to \
 Prometheus. It closes nothing.
 
 Examples:
-  cwkill daemon                            serve http://127.0.0.1:9979/metrics and /healthz
+  cwkill daemon                            serve metrics on 127.0.0.1:9979
   cwkill daemon --once                     one sweep, as a listing
   cwkill daemon --check-config             whether the configuration is right
   cwkill daemon --once --textfile /var/lib/prometheus/node-exporter
                                            from a timer, for node_exporter
 
-Exit status: 0 stopped by a signal, 2 wrong usage or a wrong configuration, 3 could not start; with
---once that of cwkill: 0 something was listed, 1 nothing matched, 3 could not run at all, 4 not
+Exit status: 0 stopped by a signal, 2 wrong usage or a wrong configuration, 3 could not start; with \
+--once that of cwkill: 0 something was listed, 1 nothing matched, 3 could not run at all, 4 not \
 everything could be seen.";
 
 #[derive(Debug, clap::Args)]
