@@ -49,10 +49,10 @@ pub(super) fn run(args: &DaemonArgs) -> anyhow::Result<ExitCode> {
             return Ok(WRONG.into());
         }
     };
-    let settings = Settings::of(args, config)?;
     if args.check_config {
-        return settings.explain();
+        return settings::explain(args, config);
     }
+    let settings = Settings::of(args, config)?;
     if args.once {
         return once(args, &settings).map(ExitCode::from);
     }

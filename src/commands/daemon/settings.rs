@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, bail, ensure};
 
@@ -11,7 +11,6 @@ use crate::daemon::config::{DaemonConfig, Listen, Mode};
 use crate::daemon::textfile::TextFile;
 use crate::proc::netns::NetnsScope;
 use crate::terminal::{ignore_closed_reader, say, write_out};
-use crate::text::age;
 
 /// How the daemon sweeps, and where it serves.
 #[derive(Clone, Debug)]
@@ -21,8 +20,6 @@ pub(super) struct Settings {
     pub all_netns: bool,
     pub textfile: Option<TextFile>,
     pub host_root: PathBuf,
-    /// The files that were read.
-    files: Vec<PathBuf>,
 }
 
 impl Settings {
@@ -38,7 +35,6 @@ impl Settings {
             all_netns: config.all_netns,
             textfile: textfile.map(|it| open_textfile(it)).transpose()?,
             host_root: args.host_root.clone().unwrap_or(config.host_root),
-            files: config.files,
         })
     }
 
@@ -65,42 +61,18 @@ impl Settings {
         }
         Ok(())
     }
+}
 
-    /// Prints what the configuration means.
-    ///
-    /// # Errors
-    /// It cannot be written.
-    pub fn explain(&self) -> anyhow::Result<ExitCode> {
-        let scope = match self.all_netns {
-            true => "every network namespace",
-            false => "the network namespace of the daemon",
-        };
-        let serves = match &self.listen {
-            Listen::Address(address) => format!("serves metrics at {address}"),
-            Listen::Unix(path) => format!("serves metrics at unix:{}", path.display()),
-            Listen::Systemd => "serves metrics at the socket of the service manager".to_owned(),
-            Listen::None => "serves no metrics".to_owned(),
-        };
-        let written = write_out(|out| {
-            for file in &self.files {
-                writeln!(out, "read {}", file.display())?;
-            }
-            if self.files.is_empty() {
-                writeln!(
-                    out,
-                    "there is no configuration file; these are the defaults"
-                )?;
-            }
-            writeln!(out, "looks into {scope} every {}", age(self.interval))?;
-            writeln!(out, "{serves}")?;
-            if let Some(textfile) = &self.textfile {
-                writeln!(out, "writes {}", textfile.path().display())?;
-            }
-            writeln!(out, "closes nothing")
-        });
-        ignore_closed_reader(written).context("cannot write what the configuration means")?;
-        Ok(ExitCode::SUCCESS)
-    }
+/// Prints what the configuration means, with the options of the command line.
+///
+/// # Errors
+/// It cannot be written.
+pub(super) fn explain(args: &DaemonArgs, mut config: DaemonConfig) -> anyhow::Result<ExitCode> {
+    config.interval = args.interval.unwrap_or(config.interval);
+    let lines = config.sentences(SystemTime::now(), &[]);
+    let written = write_out(|out| lines.iter().try_for_each(|line| writeln!(out, "{line}")));
+    ignore_closed_reader(written).context("cannot write what the configuration means")?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Reads the configuration.
