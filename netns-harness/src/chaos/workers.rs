@@ -68,7 +68,7 @@ impl<T: Serialize> EventSender<T> {
 
 /// The niceness of the workers (setpriority(2)). They have a hundred threads. Beside them, a killer of equal rank gets so little processor
 /// time that most sockets are gone before it acts.
-const NICENESS: i32 = 19;
+const NICENESS: i32 = 15;
 
 /// Runs one worker to its end.
 pub(crate) fn run_worker(role: &WorkerRole) -> Result<()> {
