@@ -20,6 +20,7 @@ use crate::config::{LogOptions, LogTarget};
 use crate::report::Run;
 use crate::report::reclaim::ReclaimRun;
 use journal::Journal;
+pub use record::ByPolicy;
 use record::{Caller, Entry};
 use sinks::{Losses, Rendered, SINK_TIMEOUT, Sink, To};
 
@@ -71,6 +72,28 @@ impl Audit {
             sinks: sinks.into_iter().map(Sink::new).collect(),
             losses: Losses::default(),
         }))
+    }
+
+    /// The log of a policy of the daemon. Acts of a daemon always have one: without a journal and a file, standard error.
+    ///
+    /// # Errors
+    /// As [`Audit::open`].
+    pub fn of_policy(options: &LogOptions, policy: ByPolicy) -> anyhow::Result<Audit> {
+        let opened = match Audit::open(options)? {
+            Some(audit) => audit,
+            None => {
+                let target = Some(LogTarget::Stderr);
+                let options = LogOptions {
+                    target,
+                    ..options.clone()
+                };
+                Audit::open(&options)?.context("there is no log")?
+            }
+        };
+        Ok(Audit {
+            caller: opened.caller.by(policy),
+            ..opened
+        })
     }
 
     /// Writes the intents: the run, and each socket that it is about to act on.
@@ -231,6 +254,27 @@ mod tests {
             let error = format!("{:#}", Audit::open(&options).err().unwrap());
             assert!(error.contains(&path.display().to_string()), "{error}");
         }
+    }
+
+    #[test]
+    fn an_act_of_a_policy_is_recorded_with_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("acts.jsonl");
+        let options = LogOptions {
+            target: Some(LogTarget::None),
+            file: Some(path.clone()),
+            verbose: false,
+        };
+        let policy = ByPolicy {
+            policy: "web".to_owned(),
+            sweep: 12,
+        };
+        let mut audit = Audit::of_policy(&options, policy).unwrap();
+        audit
+            .begin(&Run::new(crate::model::Scan::default()))
+            .unwrap();
+        let text = std::fs::read_to_string(path).unwrap();
+        assert!(text.contains(r#""policy":"web","sweep":12,"#), "{text}");
     }
 
     #[test]

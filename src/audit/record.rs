@@ -26,9 +26,21 @@ pub struct Caller {
     sudo_user: Option<String>,
     /// The uid of the login session, which su(1) and sudo(8) do not change (/proc/PID/loginuid); `None` if there was no login.
     login_uid: Option<u32>,
+    /// The policy of the daemon by which it acts.
+    #[serde(flatten)]
+    policy: Option<ByPolicy>,
     /// The command line without the program's name; only in the first record of a run.
     #[serde(skip)]
     arguments: Vec<String>,
+}
+
+/// The policy of the daemon by which a run acts.
+#[derive(Clone, Debug, Serialize)]
+pub struct ByPolicy {
+    /// Its name.
+    pub policy: String,
+    /// The number of the sweep, counted over all starts of the daemon.
+    pub sweep: u64,
 }
 
 impl Caller {
@@ -43,7 +55,16 @@ impl Caller {
             sudo_user: std::env::var_os("SUDO_USER").map(text),
             // include/linux/audit.h, AUDIT_UID_UNSET.
             login_uid: login_uid.ok().filter(|&uid| uid != u32::MAX),
+            policy: None,
             arguments: std::env::args_os().skip(1).map(text).collect(),
+        }
+    }
+
+    /// The same, as it acts by a policy of the daemon.
+    pub fn by(self, policy: ByPolicy) -> Self {
+        Caller {
+            policy: Some(policy),
+            ..self
         }
     }
 
@@ -56,6 +77,7 @@ impl Caller {
             uid: 0,
             sudo_user: Some("al\"ice\n".into()),
             login_uid: None,
+            policy: None,
             arguments: vec!["--all".into()],
         }
     }
@@ -85,6 +107,9 @@ impl Caller {
     /// The caller in words.
     pub fn sentence(&self) -> String {
         let mut known = Vec::new();
+        if let Some(by) = &self.policy {
+            known.push(format!("policy {}, sweep {}", by.policy, by.sweep));
+        }
         if let Some(name) = &self.sudo_user {
             known.push(format!("sudo by {}", escape(name)));
         }

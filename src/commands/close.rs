@@ -400,7 +400,12 @@ fn drain_backlogs(run: &mut Run, stop_limit: Duration, proc: &ProcFs, control: &
 }
 
 /// Closes the descriptors of closed sockets in their owners. In a dry run, decides which ones could be closed.
-fn reclaim_descriptors(run: &mut Run, rules: &ReclaimRules, proc: &ProcFs, control: &dyn Control) {
+pub(super) fn reclaim_descriptors(
+    run: &mut Run,
+    rules: &ReclaimRules,
+    proc: &ProcFs,
+    control: &dyn Control,
+) {
     run.reclaim_requested = true;
     if !run.acted {
         reclaim::judge(&mut reclaim_targets(&mut run.scan), rules, proc);

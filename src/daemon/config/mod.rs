@@ -177,6 +177,11 @@ impl DaemonConfig {
         Ok(config)
     }
 
+    /// Whether a policy may act.
+    pub fn acts(&self) -> bool {
+        self.policies.iter().any(|policy| policy.mode == Mode::Act)
+    }
+
     /// The configuration of one file with this text.
     ///
     /// # Errors

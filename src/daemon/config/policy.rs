@@ -54,6 +54,17 @@ pub struct Policy {
     pub place: Place,
 }
 
+impl Policy {
+    /// The namespaces that it selects from. `all_netns`: whether the daemon looks into all.
+    pub fn scope(&self, all_netns: bool) -> NetnsScope {
+        match &self.netns {
+            Some(name) => NetnsScope::Named(name.clone()),
+            None if all_netns => NetnsScope::All,
+            None => NetnsScope::Current,
+        }
+    }
+}
+
 /// Whether a policy may act.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {

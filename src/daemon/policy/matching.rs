@@ -107,7 +107,7 @@ impl<'a> Collector<'a> {
             let key = key_of(scan, target);
             let sockets = &mut self.facts.sockets;
             let index = *self.indices.entry(key).or_insert_with(|| {
-                sockets.push(stuck_socket(key, scan, target, protection));
+                sockets.push(stuck_socket(scan, target, protection));
                 sockets.len() - 1
             });
             let readiness = readiness(selectors, target);
@@ -129,12 +129,8 @@ fn netns_key(inode: u64) -> NetnsKey {
     NetnsKey { inode, cookie: 0 }
 }
 
-fn stuck_socket(
-    key: SocketKey,
-    scan: &Scan,
-    target: &Target,
-    protection: &Protection,
-) -> StuckSocket {
+/// The facts about a target that the engine needs.
+pub fn stuck_socket(scan: &Scan, target: &Target, protection: &Protection) -> StuckSocket {
     let socket = &target.socket;
     let responsible = scan.responsible(target);
     let mut owners: Vec<ProcessId> = responsible.iter().map(|it| it.process.id).collect();
@@ -145,7 +141,7 @@ fn stuck_socket(
         .iter()
         .map(|owner: &Owner| -> &Process { &owner.process });
     StuckSocket {
-        key,
+        key: key_of(scan, target),
         age: socket.age,
         has_unknown_owner: owners.is_empty() && (waits || socket.inode.is_some()),
         owners,

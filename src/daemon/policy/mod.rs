@@ -86,6 +86,8 @@ pub enum Hold {
     BreakerOpen,
     /// The state file cannot be used, so it is not known how much was done.
     StateUnusable,
+    /// Its sockets could not be listed again before the act.
+    Unlisted,
     /// The state file could not be written: what cannot be recorded is not done.
     StateUnwritten,
     /// The log could not be written: what cannot be recorded is not done.
@@ -107,6 +109,7 @@ impl Hold {
             Hold::New => "it is new or has changed, and observes one sweep first",
             Hold::BreakerOpen => "its circuit breaker is open",
             Hold::StateUnusable => "the state file cannot be used",
+            Hold::Unlisted => "its sockets cannot be listed again",
             Hold::StateUnwritten => "the state file cannot be written",
             Hold::LogUnwritten => "the log cannot be written",
         }
