@@ -11,12 +11,12 @@ Metrics, the service manager, all options: cwkill daemon --help, man cwkill-daem
 
 const AFTER_HELP: &str = "\
 The daemon counts the sockets in CLOSE-WAIT, their owners and causes, and serves the numbers to \
-Prometheus. It closes nothing.
+Prometheus. It closes only what a policy of its configuration with mode = \"act\" selects.
 
 Examples:
   cwkill daemon                            serve metrics on 127.0.0.1:9979
   cwkill daemon --once                     one sweep, as a listing
-  cwkill daemon --check-config             whether the configuration is right
+  cwkill daemon --check-config             what the configuration does, in words
   cwkill daemon --once --textfile /var/lib/prometheus/node-exporter
                                            from a timer, for node_exporter
 
@@ -36,9 +36,13 @@ pub struct DaemonArgs {
     #[arg(long, conflicts_with = "check_config")]
     pub once: bool,
 
-    /// Read the configuration, say what it means, and exit
+    /// Read the configuration, say what each policy would do and how many sockets it matches now, and exit
     #[arg(long)]
     pub check_config: bool,
+
+    /// Close the circuit breaker of this policy, and let it act again on sockets that it could not close
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["once", "check_config"])]
+    pub reset: Option<String>,
 
     /// From the start of a sweep to the start of the next, instead of the configured time: 30s, 5m
     #[arg(long, value_name = "DURATION", value_parser = values::positive_duration)]

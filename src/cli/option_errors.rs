@@ -50,6 +50,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("config", "/etc/cwkill/daemon.toml"),
     ("interval", "1m"),
     ("textfile", "/var/lib/prometheus/node-exporter"),
+    ("reset", "tomcat-leak"),
 ];
 
 /// The option with a value: `--port 8080`.

@@ -45,28 +45,28 @@ pub const TESTS: &[Test] = &[
 const ADDRESS: &str = "127.0.0.1:9979";
 
 /// The state directory, the configuration and the socket of a daemon.
-struct Place(TempDir);
+pub struct Place(TempDir);
 
 impl Place {
     /// With a configuration that listens on a Unix socket. A scrape over TCP would have sockets in the tables that are tested.
-    fn new() -> Result<Self> {
+    pub fn new() -> Result<Self> {
         let place = Place(TempDir::new()?);
         place.configure(&format!("listen = \"unix:{}\"", place.path("socket")))?;
         Ok(place)
     }
 
     /// Writes the lines of the table `daemon`.
-    fn configure(&self, lines: &str) -> Result<()> {
+    pub fn configure(&self, lines: &str) -> Result<()> {
         let text = format!("[daemon]\n{lines}\n");
         Ok(std::fs::write(self.path("daemon.toml"), text)?)
     }
 
-    fn path(&self, name: &str) -> String {
+    pub fn path(&self, name: &str) -> String {
         self.0.path().join(name).display().to_string()
     }
 
     /// A daemon without a pause between its sweeps, unless the `arguments` say otherwise.
-    fn command<'l>(&self, lab: &'l Lab, arguments: &str) -> HostCommand<'l> {
+    pub fn command<'l>(&self, lab: &'l Lab, arguments: &str) -> HostCommand<'l> {
         let interval = match arguments.contains("--interval") {
             true => &[][..],
             false => &["--interval", "20ms"],
@@ -81,8 +81,8 @@ impl Place {
 }
 
 /// A daemon on the leaking host.
-struct Daemon<'l> {
-    lab: &'l Lab,
+pub struct Daemon<'l> {
+    pub lab: &'l Lab,
     child: Child,
     /// All that it has said.
     said: Arc<Mutex<String>>,
@@ -92,11 +92,11 @@ struct Daemon<'l> {
 
 impl<'l> Daemon<'l> {
     /// Starts it, and waits for the end of its first sweep.
-    fn start(lab: &'l Lab, place: &Place) -> Result<Self> {
+    pub fn start(lab: &'l Lab, place: &Place) -> Result<Self> {
         Self::start_with(lab, place, "")
     }
 
-    fn start_with(lab: &'l Lab, place: &Place, arguments: &str) -> Result<Self> {
+    pub fn start_with(lab: &'l Lab, place: &Place, arguments: &str) -> Result<Self> {
         let mut daemon = Self::spawn(lab, place, place.command(lab, arguments))?;
         daemon.wait_until("the first sweep has ended", |daemon| {
             Ok(daemon
@@ -126,7 +126,7 @@ impl<'l> Daemon<'l> {
         })
     }
 
-    fn said(&self) -> String {
+    pub fn said(&self) -> String {
         self.said
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -134,7 +134,7 @@ impl<'l> Daemon<'l> {
     }
 
     /// Waits for a state. `what` is for the message.
-    fn wait_until(&mut self, what: &str, is_so: impl Fn(&Self) -> Result<bool>) -> Result<()> {
+    pub fn wait_until(&mut self, what: &str, is_so: impl Fn(&Self) -> Result<bool>) -> Result<()> {
         let waited = self.lab.wait_for(PATIENCE, || {
             if let Ok(text) = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())) {
                 ensure!(
@@ -187,19 +187,19 @@ impl<'l> Daemon<'l> {
     }
 
     /// Waits until this many more sweeps have ended.
-    fn wait_for_sweeps(&mut self, more: f64) -> Result<()> {
+    pub fn wait_for_sweeps(&mut self, more: f64) -> Result<()> {
         let before = self.metrics()?.sweeps();
         self.wait_until("sweeps go on", |daemon| {
             Ok(daemon.metrics()?.sweeps() >= before + more)
         })
     }
 
-    fn signal(&self, signal: Signal) -> Result<()> {
+    pub fn signal(&self, signal: Signal) -> Result<()> {
         Ok(kill(Pid::from_raw(self.child.id().try_into()?), signal)?)
     }
 
     /// Ends it by a signal. Returns what it has said.
-    fn end(&mut self, signal: Signal) -> Result<(Option<i32>, String)> {
+    pub fn end(&mut self, signal: Signal) -> Result<(Option<i32>, String)> {
         self.signal(signal)?;
         let code = self.child.wait()?.code();
         if let Some(reader) = self.reader.take() {

@@ -14,6 +14,7 @@ mod closing;
 mod completions;
 mod containers;
 mod daemon;
+mod daemon_policies;
 mod diagnose;
 mod doctor;
 mod expressions;
@@ -96,6 +97,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     check,
     watch,
     daemon,
+    daemon_policies,
     least_privilege,
     limits,
     audit,

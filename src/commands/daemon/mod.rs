@@ -1,8 +1,10 @@
 //! `cwkill daemon`: sweeps at intervals, and serves the numbers.
 //!
-//! `settings` reads the configuration, `sweep` is one sweep, `own` says what the daemon itself uses.
+//! `settings` reads the configuration, `sweep` is one sweep, `policies` decides by it, `act` closes, `own` says what the daemon itself uses.
 
+mod act;
 mod own;
+mod policies;
 mod settings;
 mod sweep;
 
@@ -18,21 +20,26 @@ use super::{drop_capabilities_and_start_threads, open_proc, say_notes, time_and_
 use crate::cli::DaemonArgs;
 use crate::config::Config;
 use crate::daemon::alarm::{Alarm, Wake};
+use crate::daemon::config::describe::MatchedNow;
+use crate::daemon::config::{DaemonConfig, Mode};
 use crate::daemon::http::{Published, Server};
 use crate::daemon::listener::Listener;
 use crate::daemon::lock::{self, DaemonLock};
 use crate::daemon::metrics::{LastSweep, Metrics};
 use crate::daemon::observation::{Changes, Known};
+use crate::daemon::policy::state;
 use crate::daemon::systemd::ServiceManager;
 use crate::filter::selectors::Selectors;
 use crate::finder::tracked;
 use crate::history::History;
+use crate::model::Method;
 use crate::privileges::{Privileges, capabilities};
 use crate::proc::since_boot;
 use crate::report::{ExitStatus, notes};
 use crate::sys;
-use crate::terminal::{Terminal, say};
-use crate::text::age;
+use crate::terminal::{Terminal, ignore_closed_reader, say, write_out};
+use crate::text::{age, escape};
+use policies::Policies;
 use settings::Settings;
 use sweep::{Sweep, Sweeper};
 
@@ -50,7 +57,10 @@ pub(super) fn run(args: &DaemonArgs) -> anyhow::Result<ExitCode> {
         }
     };
     if args.check_config {
-        return settings::explain(args, config);
+        return check_config(args, config);
+    }
+    if let Some(name) = &args.reset {
+        return order_reset(&config, name);
     }
     let settings = Settings::of(args, config)?;
     if args.once {
@@ -74,6 +84,7 @@ pub(super) fn run(args: &DaemonArgs) -> anyhow::Result<ExitCode> {
         .context("cannot start the server for metrics")?;
     let mut daemon = Daemon {
         args,
+        policies: Policies::open(&settings.config, &lock::directory()),
         metrics: Metrics::new(settings.interval),
         settings,
         sweeper,
@@ -95,7 +106,12 @@ pub(super) fn run(args: &DaemonArgs) -> anyhow::Result<ExitCode> {
 fn prepare(args: &DaemonArgs, settings: &Settings) -> anyhow::Result<Sweeper> {
     let privileges = Privileges::of_this_thread()?;
     let proc = open_proc(args.bpf, false, &settings.host_root, &Selectors::default())?;
-    let needed = capabilities::to_find(&settings.netns(), true, false);
+    let mut needed = capabilities::to_find(&settings.netns(), true, false);
+    if settings.config.acts() {
+        // A reload may bring other methods.
+        needed.extend(capabilities::to_act(&Method::ALL));
+        needed.extend(capabilities::to_reclaim());
+    }
     drop_capabilities_and_start_threads(&needed, Some(&proc));
     Ok(Sweeper {
         config: Config::of_listing(settings.netns()),
@@ -103,6 +119,68 @@ fn prepare(args: &DaemonArgs, settings: &Settings) -> anyhow::Result<Sweeper> {
         privileges,
         history: History::open(),
     })
+}
+
+/// Says what the configuration does, and how many sockets its policies match now.
+///
+/// # Errors
+/// It cannot be written.
+fn check_config(args: &DaemonArgs, mut config: DaemonConfig) -> anyhow::Result<ExitCode> {
+    let matched = || -> anyhow::Result<Vec<Option<MatchedNow>>> {
+        // The text file is not opened: a check changes nothing.
+        let listing = DaemonConfig {
+            textfile: None,
+            ..config.clone()
+        };
+        let mut sweeper = prepare(args, &Settings::of(args, listing)?)?;
+        let sweep = sweeper.sweep(&Terminal::new(false, false)?)?;
+        let scan = &sweep.run.scan;
+        Ok(policies::matched_now(&config, scan, &sweep.proc, &sweeper))
+    };
+    let matched = match config.policies.is_empty() {
+        true => Vec::new(),
+        false => matched().unwrap_or_else(|error| {
+            say(format_args!(
+                "note: the sockets cannot be listed: {error:#}"
+            ));
+            Vec::new()
+        }),
+    };
+    config.interval = args.interval.unwrap_or(config.interval);
+    let lines = config.sentences(SystemTime::now(), &matched);
+    let written = write_out(|out| lines.iter().try_for_each(|line| writeln!(out, "{line}")));
+    ignore_closed_reader(written).context("cannot write what the configuration means")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Orders the daemon that runs, or the next one, to close the breaker of a policy.
+///
+/// # Errors
+/// The order cannot be written.
+fn order_reset(config: &DaemonConfig, name: &str) -> anyhow::Result<ExitCode> {
+    let names: Vec<&str> = config.policies.iter().map(|it| it.name.as_str()).collect();
+    if !names.contains(&name) {
+        let known = match names.is_empty() {
+            true => "there is none".to_owned(),
+            false => format!("they are {}", names.join(", ")),
+        };
+        say(format_args!(
+            "there is no policy `{}`: {known}",
+            escape(name)
+        ));
+        return Ok(WRONG.into());
+    }
+    let directory = lock::directory();
+    state::order_reset(&directory, name).with_context(|| {
+        format!(
+            "cannot write the order to the state directory {}",
+            directory.display()
+        )
+    })?;
+    say(format_args!(
+        "policy {name}: its circuit breaker is reset at the next sweep of the daemon"
+    ));
+    Ok(ExitCode::SUCCESS)
 }
 
 /// A single sweep, reported as a listing is.
@@ -156,6 +234,7 @@ struct Daemon<'a> {
     args: &'a DaemonArgs,
     settings: Settings,
     sweeper: Sweeper,
+    policies: Policies,
     metrics: Metrics,
     server: Option<Server>,
     /// Whether the server has the socket of the service manager.
@@ -219,6 +298,7 @@ impl Daemon<'_> {
             namespaces,
             observation,
             took,
+            proc,
             ..
         } = sweep;
         let (known, changes) = match &self.known {
@@ -226,9 +306,17 @@ impl Daemon<'_> {
             None => (Known::first(&run.scan), Changes::default()),
         };
         self.known = Some(known);
+        let (policies, sweeper) = (&mut self.policies, &self.sweeper);
+        let decided = catch_unwind(AssertUnwindSafe(|| {
+            policies.sweep(&run.scan, &proc, sweeper, alarm)
+        }));
+        let decided = decided.unwrap_or_else(|_| Some("the policies: a bug in cwkill".to_owned()));
         // Before the daemon counts what it holds itself.
-        drop((run, namespaces));
-        let sentence = observation.sentence();
+        drop((run, namespaces, proc));
+        let mut sentence = observation.sentence();
+        if let Some(decided) = decided {
+            sentence = format!("{sentence}; {decided}");
+        }
         self.succeeded = Some(since_boot());
         let last = LastSweep {
             observation,
@@ -295,6 +383,7 @@ impl Daemon<'_> {
             self.server = server.context("cannot start the server for metrics")?;
         }
         self.metrics.interval = new.interval;
+        self.policies.configure(&new.config);
         self.settings = new;
         Ok(())
     }
@@ -309,8 +398,18 @@ impl Daemon<'_> {
             Some(server) => format!("metrics at {}", server.name()),
             None => "no metrics are served".to_owned(),
         };
+        let policies = &self.settings.config.policies;
+        let acting: Vec<&str> = policies
+            .iter()
+            .filter(|policy| policy.mode == Mode::Act)
+            .map(|policy| policy.name.as_str())
+            .collect();
+        let closed = match acting.is_empty() {
+            true => "nothing is closed".to_owned(),
+            false => format!("sockets are closed by policy {}", acting.join(", ")),
+        };
         say(format_args!(
-            "watching {scope} every {interval}; {at}; nothing is closed"
+            "watching {scope} every {interval}; {at}; {closed}"
         ));
     }
 

@@ -1,16 +1,14 @@
 //! The configuration with the options of the command line, which come before it.
 
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 
 use crate::cli::DaemonArgs;
-use crate::daemon::config::{DaemonConfig, Listen, Mode};
+use crate::daemon::config::{DaemonConfig, Listen};
 use crate::daemon::textfile::TextFile;
 use crate::proc::netns::NetnsScope;
-use crate::terminal::{ignore_closed_reader, say, write_out};
 
 /// How the daemon sweeps, and where it serves.
 #[derive(Clone, Debug)]
@@ -20,6 +18,8 @@ pub(super) struct Settings {
     pub all_netns: bool,
     pub textfile: Option<TextFile>,
     pub host_root: PathBuf,
+    /// The whole configuration.
+    pub config: DaemonConfig,
 }
 
 impl Settings {
@@ -31,10 +31,11 @@ impl Settings {
         let textfile = args.textfile.as_ref().or(config.textfile.as_ref());
         Ok(Settings {
             interval: args.interval.unwrap_or(config.interval),
-            listen: config.listen,
+            listen: config.listen.clone(),
             all_netns: config.all_netns,
             textfile: textfile.map(|it| open_textfile(it)).transpose()?,
-            host_root: args.host_root.clone().unwrap_or(config.host_root),
+            host_root: args.host_root.as_ref().unwrap_or(&config.host_root).clone(),
+            config,
         })
     }
 
@@ -59,44 +60,21 @@ impl Settings {
                 "{name} takes effect only at the start: systemctl restart cwkill-daemon"
             );
         }
+        ensure!(
+            self.config.acts() || !new.config.acts(),
+            "a first policy with mode = \"act\" takes effect only at the start, because the daemon has dropped the privileges for it: \
+             systemctl restart cwkill-daemon"
+        );
         Ok(())
     }
-}
-
-/// Prints what the configuration means, with the options of the command line.
-///
-/// # Errors
-/// It cannot be written.
-pub(super) fn explain(args: &DaemonArgs, mut config: DaemonConfig) -> anyhow::Result<ExitCode> {
-    config.interval = args.interval.unwrap_or(config.interval);
-    let lines = config.sentences(SystemTime::now(), &[]);
-    let written = write_out(|out| lines.iter().try_for_each(|line| writeln!(out, "{line}")));
-    ignore_closed_reader(written).context("cannot write what the configuration means")?;
-    Ok(ExitCode::SUCCESS)
 }
 
 /// Reads the configuration.
 ///
 /// # Errors
-/// It is wrong, or it wants what this version cannot do.
+/// It is wrong.
 pub(super) fn read(args: &DaemonArgs) -> anyhow::Result<DaemonConfig> {
-    let config = DaemonConfig::load(args.config.as_deref())?;
-    if let Some(policy) = config.policies.iter().find(|it| it.mode == Mode::Act) {
-        bail!(
-            "{}:{}: the policy `{}` has mode = \"act\", and this version of the daemon only counts: remove the policy, and close \
-             by cwkill.timer meanwhile",
-            policy.file.display(),
-            policy.place,
-            policy.name
-        );
-    }
-    if let Some(policy) = config.policies.first() {
-        say(format_args!(
-            "note: the policy `{}` has no effect: this version of the daemon counts all stuck sockets, and evaluates no policy",
-            policy.name
-        ));
-    }
-    Ok(config)
+    Ok(DaemonConfig::load(args.config.as_deref())?)
 }
 
 fn open_textfile(directory: &Path) -> anyhow::Result<TextFile> {

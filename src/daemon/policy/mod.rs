@@ -179,3 +179,21 @@ pub enum ActResult {
     /// Methods were tried, and it is still there.
     Failed,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use breaker::Trip;
+
+    #[test]
+    fn the_manual_has_every_code() {
+        let manual = include_str!("../../../man/cwkill-daemon.8");
+        let holds = Hold::VARIANTS.iter().map(|hold| hold.code());
+        let reasons = Reason::VARIANTS.iter().map(|reason| reason.code());
+        let trips = Trip::VARIANTS.iter().map(|trip| trip.code());
+        for code in holds.chain(reasons).chain(trips) {
+            let code = code.replace('-', "\\-");
+            assert!(manual.contains(&code), "{code}");
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! One batch of acts of a policy: the same way as `cwkill` goes, for the sockets that the engine has chosen.
+//!
+//! The sockets are found anew by the selectors of the policy, and only those with a chosen cookie stay. What is written in the state file
+//! and in the log comes before the acts; without either, nothing is done.
+
+use std::collections::{HashMap, HashSet};
+
+use super::policies::now;
+use super::sweep::Sweeper;
+use crate::audit::{Audit, ByPolicy};
+use crate::commands::close::{close, find_and_plan, reclaim_descriptors};
+use crate::config::{Config, LogOptions};
+use crate::control::Control;
+use crate::daemon::config::{DaemonConfig, Policy};
+use crate::daemon::policy::engine::Engine;
+use crate::daemon::policy::matching::{key_of, stuck_socket};
+use crate::daemon::policy::state::StateFile;
+use crate::daemon::policy::{ActResult, Decision, Hold, SweepFacts};
+use crate::finder;
+use crate::model::{Outcome, SocketKey, Target};
+use crate::proc::ProcFs;
+use crate::report::{Run, text};
+use crate::terminal::say;
+
+/// What an act needs.
+pub(super) struct Acting<'a> {
+    pub config: &'a DaemonConfig,
+    pub facts: &'a SweepFacts,
+    pub proc: &'a ProcFs,
+    pub sweeper: &'a Sweeper,
+    pub control: &'a dyn Control,
+}
+
+/// Acts as `decision` says. Returns why nothing was done.
+pub(super) fn act(
+    engine: &mut Engine,
+    file: Option<&StateFile>,
+    decision: &Decision,
+    acting: &Acting<'_>,
+) -> Option<Hold> {
+    let Some(file) = file else {
+        return Some(Hold::StateUnusable);
+    };
+    let policy = &acting.config.policies[decision.policy];
+    let say = |why: &str| say(format_args!("policy {}: {why}", policy.name));
+    let config = command_of(policy, acting.config);
+    let mut run = match find(policy, &config, decision, acting) {
+        Ok(run) => run,
+        Err(error) => {
+            say(&format!(
+                "nothing was done, because its sockets cannot be listed again: {error:#}"
+            ));
+            return Some(Hold::Unlisted);
+        }
+    };
+    engine.reserve(now(), decision, acting.facts);
+    if let Err(error) = file.write(&engine.kept()) {
+        engine.cancel(now(), decision, acting.facts);
+        say(&format!(
+            "nothing was done, because the state cannot be written: {error}"
+        ));
+        return Some(Hold::StateUnwritten);
+    }
+    let log = Audit::of_policy(
+        &config.log,
+        ByPolicy {
+            policy: policy.name.clone(),
+            sweep: engine.sweep_number(),
+        },
+    );
+    let log = log.and_then(|mut log| log.begin(&run).map(|()| log));
+    let log = match log {
+        Ok(log) => log,
+        Err(error) => {
+            engine.cancel(now(), decision, acting.facts);
+            say(&format!(
+                "nothing was done, because the log cannot be written: {error:#}"
+            ));
+            return Some(Hold::LogUnwritten);
+        }
+    };
+    let rules = config.rules(&acting.sweeper.privileges);
+    let canaries = close(&mut run, &config, rules, acting.proc, acting.control);
+    if let Some(rules) = &config.reclaim {
+        reclaim_descriptors(&mut run, rules, acting.proc, acting.control);
+    }
+    if let Some(mut canaries) = canaries {
+        let more = canaries.observe_paused(&run.scan, acting.control);
+        run.spinning.extend(more);
+    }
+    let summary = text::totals(&run, &config);
+    if let Some(unrecorded) = log.finish(&run, summary.clone()) {
+        say(&unrecorded);
+    }
+    say(&summary);
+    let results = results(&run, decision, acting);
+    let spins = run.spinning.iter().any(|one| !one.ended);
+    if let Some(change) = engine.settle(now(), decision, acting.facts, &results, spins) {
+        say(&change.sentence());
+    }
+    None
+}
+
+/// The same as a configuration of `cwkill`.
+fn command_of(policy: &Policy, config: &DaemonConfig) -> Config {
+    let scope = policy.scope(config.all_netns);
+    let mut command = Config::of_policy(
+        policy.selectors.clone(),
+        scope,
+        policy.methods.clone(),
+        policy.reclaim,
+    );
+    command.log = LogOptions {
+        file: config.log_file.clone(),
+        ..LogOptions::default()
+    };
+    command
+}
+
+/// Finds and plans the sockets of the policy again, and keeps those that were chosen and are still not protected.
+///
+/// # Errors
+/// They cannot be listed.
+fn find(
+    policy: &Policy,
+    config: &Config,
+    decision: &Decision,
+    acting: &Acting<'_>,
+) -> anyhow::Result<Run> {
+    let Acting {
+        proc,
+        sweeper,
+        control,
+        ..
+    } = *acting;
+    let namespaces = finder::open_namespaces(&config.netns, &policy.selectors, proc)?;
+    let mut scan = find_and_plan(
+        config,
+        &namespaces,
+        &sweeper.history,
+        Vec::new(),
+        &sweeper.privileges,
+        proc,
+        control,
+    )?;
+    let chosen = decision.chosen.iter();
+    let chosen: HashSet<SocketKey> = chosen.map(|&it| acting.facts.sockets[it].key).collect();
+    let protection = &acting.config.protection;
+    let targets = std::mem::take(&mut scan.targets);
+    let is_meant = |target: &Target| {
+        let socket = stuck_socket(&scan, target, protection);
+        chosen.contains(&socket.key) && socket.protected.is_none() && !socket.has_unknown_owner
+    };
+    let kept = targets.into_iter().filter(is_meant).collect();
+    scan.targets = kept;
+    Ok(Run::new(scan))
+}
+
+/// What became of the chosen sockets, in their order.
+fn results(run: &Run, decision: &Decision, acting: &Acting<'_>) -> Vec<ActResult> {
+    let of_target = |target: &Target| (key_of(&run.scan, target), result(target));
+    let by_key: HashMap<SocketKey, ActResult> = run.scan.targets.iter().map(of_target).collect();
+    let result = |&index: &usize| {
+        // A socket that was not found again was not touched.
+        let key = acting.facts.sockets[index].key;
+        by_key.get(&key).copied().unwrap_or(ActResult::Untouched)
+    };
+    decision.chosen.iter().map(result).collect()
+}
+
+fn result(target: &Target) -> ActResult {
+    let was_tried = target.maybe_closed_by().is_some();
+    match target.outcome {
+        Some(outcome) if outcome.is_closed_or_closing() => ActResult::Closed,
+        Some(Outcome::Gone) if was_tried => ActResult::Closed,
+        Some(Outcome::Failed) => ActResult::Failed,
+        // A peer that answered a probe, for example.
+        _ if was_tried => ActResult::Failed,
+        _ => ActResult::Untouched,
+    }
+}

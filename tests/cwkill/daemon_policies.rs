@@ -1,0 +1,286 @@
+//! The policies of `cwkill daemon`: what they close and what they never touch, also over restarts and SIGKILL.
+//!
+//! A policy that acts waits for a minute or more, and nothing can make a socket older. So these tests take that minute, too.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use netns_harness::{Family, Lab, TcpState};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::daemon::{Daemon, Place};
+use crate::support::{PATIENCE, alone, as_typed, at, in_state, lab, ran};
+use crate::trial::{Test, once};
+
+pub const TESTS: &[Test] = &[
+    once!(a_policy_in_observe_mode_says_what_it_would_close),
+    once!(a_policy_acts_within_its_budgets_and_never_on_a_protected_port).slow(),
+    once!(a_leak_that_refills_opens_the_breaker).slow(),
+    once!(an_owner_that_ends_after_an_act_opens_the_breaker).slow(),
+    once!(a_killed_daemon_acts_on_nothing_twice).slow(),
+    once!(a_damaged_state_file_keeps_the_policies_from_acting),
+    once!(a_breaker_of_an_unknown_policy_cannot_be_reset),
+];
+
+/// The port of the scenarios that have no other.
+const PORT: u16 = 8080;
+
+/// A policy that acts on everything that is a minute old, with these further lines.
+fn acting(lines: &str) -> String {
+    format!(
+        "\n[[policy]]\nname = \"all\"\nmode = \"act\"\nexpires = 2100-01-01\nmatch = {{ all = true }}\nmin_age = \"1m\"\n\
+         share = \"100%\"\n{lines}\n"
+    )
+}
+
+/// The configuration of a daemon of `place`, with a log.
+fn configure(place: &Place, more: &str) -> Result<()> {
+    place.configure(&format!(
+        "listen = \"unix:{}\"\nlog_file = \"{}\"\n{more}",
+        place.path("socket"),
+        place.path("acts.jsonl")
+    ))
+}
+
+/// Waits until this many sockets are over a minute old.
+fn wait_for_age(lab: &Lab, sockets: usize) -> Result<()> {
+    lab.wait_for(2 * PATIENCE, || {
+        let listed = as_typed(lab, "--min-age 61s --json")?;
+        let listed: Value = serde_json::from_str(&listed.stdout)?;
+        Ok(at(&listed, "/summary/matched") == sockets.to_string())
+    })
+}
+
+/// The records of the log.
+fn records(place: &Place) -> Result<Vec<Value>> {
+    let text = match std::fs::read_to_string(place.path("acts.jsonl")) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+        other => other?,
+    };
+    // A daemon that was killed may have written half of a line.
+    Ok(text
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect())
+}
+
+/// The records of this event.
+fn events(place: &Place, event: &str) -> Result<Vec<Value>> {
+    let mut records = records(place)?;
+    records.retain(|record| at(record, "/event") == event);
+    Ok(records)
+}
+
+/// How often a value occurs in the records.
+fn counts(records: &[Value], pointer: &str) -> BTreeMap<String, usize> {
+    let mut counts = BTreeMap::new();
+    for record in records {
+        *counts.entry(at(record, pointer)).or_default() += 1;
+    }
+    counts
+}
+
+fn a_policy_in_observe_mode_says_what_it_would_close() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V4, 3)?;
+    let place = Place::new()?;
+    let policy = |port: u16| {
+        format!(
+            "\n[[policy]]\nname = \"web\"\nmatch = {{ port = {port} }}\nmin_idle = \"0s\"\nshare = \"100%\"\n\
+             kills_per_sweep = 2\n"
+        )
+    };
+    configure(&place, &policy(PORT))?;
+    let mut daemon = Daemon::start(&lab, &place)?;
+    daemon.wait_until("the policy says what it would do", |daemon| {
+        Ok(daemon.said().contains(
+            "policy web: would close 2 sockets of 3, but it only observes; left alone: 1 policy-sweep-budget",
+        ))
+    })?;
+    daemon.wait_for_sweeps(3.0)?;
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 3);
+    assert!(records(&place)?.is_empty());
+    configure(&place, &policy(PORT + 1))?;
+    daemon.signal(Signal::SIGHUP)?;
+    daemon.wait_until("the other policy selects nothing", |daemon| {
+        let said = daemon.said();
+        Ok(said.contains("policy web: would close 0 sockets of 0, but it only observes"))
+    })?;
+    configure(&place, &policy(PORT))?;
+    let said = ran(place.command(&lab, "--check-config"))?.exits(0).stdout;
+    for part in [
+        "now it selects 3 sockets, of which 3 are old and idle enough",
+        "policy web (",
+        "observes, and closes nothing",
+    ] {
+        assert!(said.contains(part), "{said}");
+    }
+    Ok(())
+}
+
+fn a_policy_acts_within_its_budgets_and_never_on_a_protected_port() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V4, 6)?;
+    let _protected = lab.start("drained", Family::V4, alone(9090, 5))?;
+    let place = Place::new()?;
+    let config = format!(
+        "[protect]\nports = [9090]\n{}",
+        acting("kills_per_sweep = 2\nkills_per_hour = 3")
+    );
+    configure(&place, &config)?;
+    wait_for_age(&lab, 11)?;
+    let mut daemon = Daemon::start(&lab, &place)?;
+    let left = |lab: &Lab| in_state(lab, TcpState::CloseWait);
+    daemon.wait_until("its budget is used up", |daemon| {
+        Ok(left(daemon.lab)? == 8 && daemon.said().contains("policy-hour-budget"))
+    })?;
+    daemon.wait_for_sweeps(3.0)?;
+    assert_eq!(left(&lab)?, 8);
+    let (code, _) = daemon.end(Signal::SIGTERM)?;
+    assert_eq!(code, Some(0));
+    // The budget is that of the hour, not of the daemon.
+    let mut next = Daemon::start(&lab, &place)?;
+    next.wait_for_sweeps(5.0)?;
+    assert_eq!(left(&lab)?, 8);
+    let (code, said) = next.end(Signal::SIGTERM)?;
+    assert_eq!(code, Some(0));
+    assert!(said.contains("5 protected"), "{said}");
+
+    let intents = events(&place, "intent")?;
+    assert_eq!(intents.len(), 3);
+    assert!(counts(&intents, "/sweep").values().all(|count| *count <= 2));
+    assert_eq!(counts(&intents, "/policy"), [("all".to_owned(), 3)].into());
+    assert_eq!(
+        counts(&intents, "/socket/local/port"),
+        [(PORT.to_string(), 3)].into()
+    );
+    let outcomes = events(&place, "outcome")?;
+    assert_eq!(
+        counts(&outcomes, "/socket/result/outcome"),
+        [("closed".to_owned(), 3)].into()
+    );
+    Ok(())
+}
+
+fn a_leak_that_refills_opens_the_breaker() -> Result<()> {
+    /// So many that it opens even if a new leak sometimes comes too late for a sweep.
+    const SOCKETS: usize = 40;
+    let (lab, _leak) = lab("drained", Family::V4, SOCKETS)?;
+    let place = Place::new()?;
+    configure(&place, &acting("kills_per_sweep = 2"))?;
+    wait_for_age(&lab, SOCKETS)?;
+    let mut daemon = Daemon::start_with(&lab, &place, "--interval 3s")?;
+    let mut leaks = Vec::new();
+    let is_open = |daemon: &Daemon<'_>| {
+        let said = daemon.said();
+        said.contains("its circuit breaker opens: as many sockets come back as it closes")
+    };
+    while !is_open(&daemon) {
+        let (before, port) = (2 * leaks.len(), 9100 + u16::try_from(leaks.len())?);
+        ensure!(before < SOCKETS, "it never opened: {}", daemon.said());
+        daemon.wait_until("it acts, or its breaker opens", |daemon| {
+            Ok(events(&place, "outcome")?.len() > before || is_open(daemon))
+        })?;
+        leaks.push(lab.start("drained", Family::V4, alone(port, 2))?);
+    }
+    ensure!(leaks.len() >= 3, "three acts in a row, not {}", leaks.len());
+    let before = events(&place, "intent")?.len();
+    daemon.wait_for_sweeps(2.0)?;
+    assert_eq!(events(&place, "intent")?.len(), before);
+    let said = daemon.said();
+    assert!(said.contains("but its circuit breaker is open"), "{said}");
+    // Over a restart as well, until the operator closes it.
+    daemon.end(Signal::SIGTERM)?;
+    let mut next = Daemon::start(&lab, &place)?;
+    next.wait_for_sweeps(5.0)?;
+    assert_eq!(events(&place, "intent")?.len(), before);
+    ran(place.command(&lab, "--reset all"))?.exits(0);
+    next.wait_until("it acts again", |_| {
+        Ok(events(&place, "intent")?.len() > before)
+    })
+}
+
+fn an_owner_that_ends_after_an_act_opens_the_breaker() -> Result<()> {
+    let (lab, leak) = lab("drained", Family::V4, 40)?;
+    let _other = lab.start("drained", Family::V4, alone(9090, 3))?;
+    let place = Place::new()?;
+    configure(
+        &place,
+        &acting("kills_per_sweep = 1\nbreaker = { sweeps = 1000 }"),
+    )?;
+    wait_for_age(&lab, 43)?;
+    let mut daemon = Daemon::start(&lab, &place)?;
+    daemon.wait_until("it acts", |_| Ok(!events(&place, "outcome")?.is_empty()))?;
+    leak.app().kill()?;
+    daemon.wait_until("its breaker opens", |daemon| {
+        let said = daemon.said();
+        Ok(said.contains("its circuit breaker opens: an owner ended soon after an act"))
+    })?;
+    let before = events(&place, "intent")?.len();
+    daemon.wait_for_sweeps(3.0)?;
+    assert_eq!(events(&place, "intent")?.len(), before);
+    Ok(())
+}
+
+fn a_killed_daemon_acts_on_nothing_twice() -> Result<()> {
+    const SOCKETS: usize = 80;
+    const KILLS_PER_HOUR: usize = 60;
+    const POINTS: u64 = 50;
+    let (lab, _leak) = lab("drained", Family::V4, SOCKETS)?;
+    let place = Place::new()?;
+    configure(
+        &place,
+        &acting(&format!(
+            "kills_per_sweep = 3\nkills_per_hour = {KILLS_PER_HOUR}"
+        )),
+    )?;
+    wait_for_age(&lab, SOCKETS)?;
+    for point in 0..POINTS {
+        let mut daemon = Daemon::start(&lab, &place)?;
+        // Not a wait for a state: the kill is to come at any point of a sweep.
+        std::thread::sleep(Duration::from_millis(point * 37 % 1500));
+        daemon.end(Signal::SIGKILL)?;
+    }
+    let intents = events(&place, "intent")?;
+    let by_cookie = counts(&intents, "/socket/cookie");
+    assert!(by_cookie.values().all(|count| *count == 1), "{by_cookie:?}");
+    assert!(counts(&intents, "/sweep").values().all(|count| *count <= 3));
+    assert!(intents.len() <= KILLS_PER_HOUR, "{}", intents.len());
+    let left = in_state(&lab, TcpState::CloseWait)?;
+    assert!(left >= SOCKETS - KILLS_PER_HOUR, "{left} are left");
+    // Otherwise nothing was tested.
+    assert!(left < SOCKETS, "nothing was closed");
+    Ok(())
+}
+
+fn a_damaged_state_file_keeps_the_policies_from_acting() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V4, 1)?;
+    let place = Place::new()?;
+    configure(&place, &acting(""))?;
+    let path = place.path("policies.json");
+    for (text, why) in [
+        ("{\"version\":1,\"clock\":\"x\"}\n0\n", "is damaged"),
+        ("{\"version\":7}\n0\n", "is of another version (7"),
+    ] {
+        std::fs::write(&path, text)?;
+        let mut daemon = Daemon::start(&lab, &place)?;
+        daemon.wait_until("the policy only observes", |daemon| {
+            Ok(daemon.said().contains("but the state file cannot be used"))
+        })?;
+        let (_, said) = daemon.end(Signal::SIGTERM)?;
+        assert!(said.contains(why) && said.contains(&path), "{said}");
+        assert_eq!(std::fs::read_to_string(&path)?, text, "the file stays");
+    }
+    Ok(())
+}
+
+fn a_breaker_of_an_unknown_policy_cannot_be_reset() -> Result<()> {
+    let lab = Lab::new()?;
+    let place = Place::new()?;
+    configure(&place, &acting(""))?;
+    ran(place.command(&lab, "--reset al"))?
+        .exits(2)
+        .complains("there is no policy `al`: they are all");
+    ran(place.command(&lab, "--reset all"))?.exits(0);
+    Ok(())
+}
