@@ -153,7 +153,7 @@ impl<'l> Daemon<'l> {
         })
     }
 
-    fn get(&self, path: &str) -> Result<Answer> {
+    pub fn get(&self, path: &str) -> Result<Answer> {
         self.request(&format!("GET {path} HTTP/1.1\r\nHost: h\r\n\r\n"))
     }
 
@@ -226,10 +226,10 @@ fn collect(stderr: ChildStderr, into: &Mutex<String>) {
 
 /// An answer of the server.
 #[derive(Debug)]
-struct Answer {
+pub struct Answer {
     status: u16,
     head: String,
-    body: String,
+    pub body: String,
 }
 
 impl Answer {

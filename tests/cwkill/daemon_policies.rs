@@ -99,6 +99,14 @@ fn a_policy_in_observe_mode_says_what_it_would_close() -> Result<()> {
         ))
     })?;
     daemon.wait_for_sweeps(3.0)?;
+    let metrics = daemon.get("/metrics")?.body;
+    for series in [
+        "cwkill_policy_selected_sockets{policy=\"web\"} 3",
+        "cwkill_policy_chosen_sockets{policy=\"web\"} 2",
+        "cwkill_policy_held{policy=\"web\",reason=\"observe-mode\"} 1",
+    ] {
+        assert!(metrics.lines().any(|line| line == series), "{metrics}");
+    }
     assert_eq!(in_state(&lab, TcpState::CloseWait)?, 3);
     assert!(records(&place)?.is_empty());
     configure(&place, &policy(PORT + 1))?;

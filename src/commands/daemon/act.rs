@@ -4,19 +4,21 @@
 //! and in the log comes before the acts; without either, nothing is done.
 
 use std::collections::{HashMap, HashSet};
+use std::time::SystemTime;
 
-use super::policies::now;
 use super::sweep::Sweeper;
 use crate::audit::{Audit, ByPolicy};
 use crate::commands::close::{close, find_and_plan, reclaim_descriptors};
 use crate::config::{Config, LogOptions};
 use crate::control::Control;
 use crate::daemon::config::{DaemonConfig, Policy};
+use crate::daemon::policy::breaker::Change;
 use crate::daemon::policy::engine::Engine;
 use crate::daemon::policy::matching::{key_of, stuck_socket};
 use crate::daemon::policy::state::StateFile;
-use crate::daemon::policy::{ActResult, Decision, Hold, SweepFacts};
+use crate::daemon::policy::{ActResult, Decision, Hold, Now, SweepFacts};
 use crate::finder;
+use crate::history;
 use crate::model::{Outcome, SocketKey, Target};
 use crate::proc::ProcFs;
 use crate::report::{Run, text};
@@ -31,15 +33,26 @@ pub(super) struct Acting<'a> {
     pub control: &'a dyn Control,
 }
 
-/// Acts as `decision` says. Returns why nothing was done.
+/// What became of a batch.
+pub(super) struct Batch {
+    /// In the order of the chosen sockets.
+    pub results: Vec<ActResult>,
+    /// What the breaker has done because of it.
+    pub change: Option<Change>,
+}
+
+/// Acts as `decision` says.
+///
+/// # Errors
+/// Nothing was done, for this reason.
 pub(super) fn act(
     engine: &mut Engine,
     file: Option<&StateFile>,
     decision: &Decision,
     acting: &Acting<'_>,
-) -> Option<Hold> {
+) -> Result<Batch, Hold> {
     let Some(file) = file else {
-        return Some(Hold::StateUnusable);
+        return Err(Hold::StateUnusable);
     };
     let policy = &acting.config.policies[decision.policy];
     let say = |why: &str| say(format_args!("policy {}: {why}", policy.name));
@@ -50,7 +63,7 @@ pub(super) fn act(
             say(&format!(
                 "nothing was done, because its sockets cannot be listed again: {error:#}"
             ));
-            return Some(Hold::Unlisted);
+            return Err(Hold::Unlisted);
         }
     };
     engine.reserve(now(), decision, acting.facts);
@@ -59,7 +72,7 @@ pub(super) fn act(
         say(&format!(
             "nothing was done, because the state cannot be written: {error}"
         ));
-        return Some(Hold::StateUnwritten);
+        return Err(Hold::StateUnwritten);
     }
     let log = Audit::of_policy(
         &config.log,
@@ -76,7 +89,7 @@ pub(super) fn act(
             say(&format!(
                 "nothing was done, because the log cannot be written: {error:#}"
             ));
-            return Some(Hold::LogUnwritten);
+            return Err(Hold::LogUnwritten);
         }
     };
     let rules = config.rules(&acting.sweeper.privileges);
@@ -95,10 +108,11 @@ pub(super) fn act(
     say(&summary);
     let results = results(&run, decision, acting);
     let spins = run.spinning.iter().any(|one| !one.ended);
-    if let Some(change) = engine.settle(now(), decision, acting.facts, &results, spins) {
+    let change = engine.settle(now(), decision, acting.facts, &results, spins);
+    if let Some(change) = change {
         say(&change.sentence());
     }
-    None
+    Ok(Batch { results, change })
 }
 
 /// The same as a configuration of `cwkill`.
@@ -177,5 +191,12 @@ fn result(target: &Target) -> ActResult {
         // A peer that answered a probe, for example.
         _ if was_tried => ActResult::Failed,
         _ => ActResult::Untouched,
+    }
+}
+
+pub(super) fn now() -> Now {
+    Now {
+        wall: SystemTime::now(),
+        since_boot: history::now(),
     }
 }

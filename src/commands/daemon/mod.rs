@@ -323,6 +323,7 @@ impl Daemon<'_> {
             at: SystemTime::now(),
             took,
         };
+        self.metrics.policies.clone_from(&self.policies.numbers);
         self.metrics.add(last, changes);
         self.publish();
         Ok(sentence)

@@ -1,19 +1,20 @@
 //! The policies of the daemon: what each would close in a sweep, what it closes, and what is said about it.
 
 use std::path::Path;
-use std::time::SystemTime;
 
 use anyhow::Context;
 
-use super::act::{self, Acting};
+use super::act::{self, Acting, now};
 use super::sweep::Sweeper;
 use crate::control::Control;
 use crate::daemon::config::describe::MatchedNow;
 use crate::daemon::config::{DaemonConfig, Policy};
+use crate::daemon::metrics::policies::{OfPolicies, PolicyNumbers};
+use crate::daemon::policy::breaker::{Change, Status};
 use crate::daemon::policy::engine::Engine;
 use crate::daemon::policy::matching::Collector;
 use crate::daemon::policy::state::StateFile;
-use crate::daemon::policy::{Decision, Now, Readiness, SweepFacts};
+use crate::daemon::policy::{ActResult, Decision, Now, Readiness, SweepFacts};
 use crate::finder;
 use crate::history;
 use crate::model::Scan;
@@ -27,6 +28,8 @@ pub(super) struct Policies {
     pub(super) engine: Engine,
     /// `None` if no policy acts, or if the file cannot be used.
     pub(super) file: Option<StateFile>,
+    /// For the metrics.
+    pub(super) numbers: OfPolicies,
     /// What was said of each policy last.
     said: Vec<String>,
     /// The scans that failed, by policy, as they were said last.
@@ -46,6 +49,7 @@ impl Policies {
             }
         };
         Policies {
+            numbers: OfPolicies::default(),
             said: Vec::new(),
             failures: Vec::new(),
             config: config.clone(),
@@ -58,6 +62,8 @@ impl Policies {
     pub fn configure(&mut self, config: &DaemonConfig) {
         self.engine.configure(config);
         self.config = config.clone();
+        let is_configured = |name: &String| config.policies.iter().any(|it| it.name == *name);
+        self.numbers.policies.retain(|name, _| is_configured(name));
         self.said.clear();
         self.failures.clear();
     }
@@ -98,10 +104,23 @@ impl Policies {
                 sweeper,
                 control,
             };
-            let held = act::act(&mut self.engine, self.file.as_ref(), decision, &acting);
-            decision.hold = held;
+            match act::act(&mut self.engine, self.file.as_ref(), decision, &acting) {
+                Err(hold) => decision.hold = Some(hold),
+                Ok(batch) => {
+                    let numbers = self.numbers.policies.entry(name.clone()).or_default();
+                    for result in batch.results {
+                        *match result {
+                            ActResult::Closed => &mut numbers.acts.closed,
+                            ActResult::Failed => &mut numbers.acts.failed,
+                            ActResult::Untouched => &mut numbers.acts.untouched,
+                        } += 1;
+                    }
+                    count_opened(numbers, batch.change);
+                }
+            }
         }
         self.write();
+        self.count(now, &decisions);
         let sentences: Vec<String> = decisions.iter().map(|it| self.sentence(it)).collect();
         for (index, sentence) in sentences.iter().enumerate() {
             if self.said.get(index) != Some(sentence) {
@@ -110,6 +129,28 @@ impl Policies {
         }
         self.said.clone_from(&sentences);
         Some(sentences.join("; "))
+    }
+
+    /// Takes the decisions into the numbers.
+    fn count(&mut self, now: Now, decisions: &[Decision]) {
+        self.numbers.host_budget_left = self.engine.host_left_in_hour(now);
+        for decision in decisions {
+            let index = decision.policy;
+            let policy = &self.config.policies[index];
+            let numbers = self
+                .numbers
+                .policies
+                .entry(policy.name.clone())
+                .or_default();
+            numbers.selected = decision.selected as u64;
+            numbers.chosen = decision.chosen.len() as u64;
+            numbers.hold = decision.hold;
+            numbers.left.clone_from(&decision.left);
+            numbers.status = self.engine.status(index);
+            numbers.budget_left = self.engine.left_in_hour(index, now);
+            numbers.expires = policy.expires.as_ref().map(|end| end.at);
+            count_opened(numbers, decision.change);
+        }
     }
 
     /// What the sweep has seen of the sockets that the policies select.
@@ -202,6 +243,13 @@ impl Policies {
     }
 }
 
+/// Counts a breaker that has opened.
+fn count_opened(numbers: &mut PolicyNumbers, change: Option<Change>) {
+    if let Some(Status::Open { why, .. }) = change.map(|change| change.to) {
+        *numbers.opened.entry(why).or_default() += 1;
+    }
+}
+
 /// How many sockets each policy matches now, for `--check-config`.
 pub(super) fn matched_now(
     config: &DaemonConfig,
@@ -285,11 +333,4 @@ fn opened(config: &DaemonConfig, directory: &Path) -> anyhow::Result<(Engine, St
     let file = StateFile::new(directory.to_owned(), clock);
     let kept = file.read(history::now())?;
     Ok((Engine::with(config, kept), file))
-}
-
-pub(super) fn now() -> Now {
-    Now {
-        wall: SystemTime::now(),
-        since_boot: history::now(),
-    }
 }

@@ -3,8 +3,7 @@
 use std::fmt::Display;
 use std::time::SystemTime;
 
-use super::{DaemonConfig, Level, Listen, Mode, Percent, Policy, Protection};
-use crate::daemon::policy::breaker::HALF_OPEN;
+use super::{DaemonConfig, HALF_OPEN, Level, Listen, Mode, Percent, Policy, Protection};
 use crate::text::{age, counted, escape, shell_line};
 
 /// How many sockets a policy selects now, and how many of them it would close if nothing but its selectors counted.

@@ -21,7 +21,7 @@ use toml::Spanned;
 
 pub use error::{ConfigError, Place};
 pub use files::DEFAULT_FILE;
-pub use policy::{BreakerRules, Mode, Policy};
+pub use policy::{BreakerRules, HALF_OPEN, Mode, Policy};
 pub use protect::{Protected, Protection};
 
 use error::Source;

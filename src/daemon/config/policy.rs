@@ -16,6 +16,9 @@ use crate::proc::netns::NetnsScope;
 /// A policy that acts says that a socket must have been stuck or idle for so long, or longer.
 const LEAST_WAIT: Duration = Duration::from_secs(60);
 
+/// As many sockets a half-open breaker lets through in a sweep.
+pub const HALF_OPEN: usize = 10;
+
 /// One policy.
 #[derive(Clone, Debug)]
 pub struct Policy {

@@ -5,6 +5,7 @@
 //! socket: each would make a series that is never seen again.
 
 mod exposition;
+pub mod policies;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
@@ -16,6 +17,7 @@ use strum::VariantArray;
 use super::observation::{AgeClass, CAUSES, Changes, Observation, OwnerLabels, OwnerNumbers};
 use crate::model::Cause;
 use exposition::{Exposition, Labels, Value};
+use policies::OfPolicies;
 
 /// The type of the text, for HTTP.
 pub use prometheus_text::CONTENT_TYPE;
@@ -60,6 +62,7 @@ pub struct Metrics {
     /// Whether the last reload has failed, so that an older configuration is in use.
     pub is_configuration_old: bool,
     pub own: OwnUse,
+    pub policies: OfPolicies,
 }
 
 impl Metrics {
@@ -94,6 +97,7 @@ impl Metrics {
         of_sockets(&last.observation, &mut all);
         of_owners(&last.observation.owners, &mut all);
         self.of_sweeps(last, &mut all);
+        policies::add(&self.policies, &mut all);
         self.of_daemon(&mut all);
         let mut registry = Registry::default();
         registry.register_collector(Box::new(all));

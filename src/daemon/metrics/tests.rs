@@ -250,3 +250,56 @@ fn a_sentence_says_how_it_is() {
     let nothing = Observation::of(&Scan::default(), &DeadScan::default(), &|_| None);
     assert_eq!(nothing.sentence(), "no stuck socket");
 }
+
+#[test]
+fn every_series_of_a_policy_is_there_from_the_start() {
+    use crate::daemon::policy::breaker::Trip;
+    use crate::daemon::policy::{Hold, Reason};
+    use policies::{OfPolicies, PolicyNumbers};
+
+    let mut all = exposition::Exposition::default();
+    policies::add(&OfPolicies::default(), &mut all);
+    assert!(text_of(all).is_empty(), "there is no policy");
+
+    let numbers = PolicyNumbers {
+        selected: 7,
+        hold: Some(Hold::New),
+        left: [(Reason::TooYoung, 3)].into(),
+        ..PolicyNumbers::default()
+    };
+    let of = OfPolicies {
+        policies: [("web".to_owned(), numbers)].into(),
+        host_budget_left: 5,
+    };
+    let mut all = exposition::Exposition::default();
+    policies::add(&of, &mut all);
+    let text = text_of(all);
+    for series in [
+        "cwkill_policy_selected_sockets{policy=\"web\"} 7",
+        "cwkill_policy_left_sockets{policy=\"web\",reason=\"too-young\"} 3",
+        "cwkill_policy_held{policy=\"web\",reason=\"new\"} 1",
+        "cwkill_policy_breaker{policy=\"web\",state=\"closed\"} 1",
+        "cwkill_policy_breaker{policy=\"web\",state=\"open\"} 0",
+        "cwkill_policy_acts_total{policy=\"web\",result=\"failed\"} 0",
+        "cwkill_budget_left 5",
+    ] {
+        assert!(text.lines().any(|line| line == series), "{series}:\n{text}");
+    }
+    for (metric, expected) in [
+        ("cwkill_policy_left_sockets{", Reason::VARIANTS.len()),
+        ("cwkill_policy_held{", Hold::VARIANTS.len()),
+        ("cwkill_policy_breaker_opened_total{", Trip::VARIANTS.len()),
+    ] {
+        let lines = text.lines().filter(|line| line.starts_with(metric));
+        assert_eq!(lines.count(), expected, "{metric}");
+    }
+}
+
+/// The text of these metrics alone.
+fn text_of(all: exposition::Exposition) -> String {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(all));
+    let mut text = String::new();
+    prometheus_text::encode(&mut text, &registry).unwrap();
+    text
+}

@@ -7,11 +7,8 @@ use serde::{Deserialize, Serialize};
 use strum::{IntoStaticStr, VariantArray};
 
 use super::ledger::ms_up;
-use crate::daemon::config::BreakerRules;
+use crate::daemon::config::{BreakerRules, HALF_OPEN};
 use crate::proc::ProcessId;
-
-/// As many sockets a half-open breaker lets through in a sweep.
-pub const HALF_OPEN: usize = 10;
 
 /// The breaker compares with at most so many sweeps, and with those of the last hour.
 const MAX_SAMPLES: usize = 240;
@@ -25,7 +22,18 @@ const SMALLEST_SURGE: usize = 100;
 
 /// Why a breaker opens. Its code is the variant in kebab case, and stable.
 #[derive(
-    Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, IntoStaticStr, VariantArray,
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    Serialize,
+    Deserialize,
+    IntoStaticStr,
+    VariantArray,
 )]
 #[strum(serialize_all = "kebab-case")]
 #[serde(rename_all = "kebab-case")]

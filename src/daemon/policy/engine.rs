@@ -4,10 +4,10 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
-use super::breaker::{self, Breaker, Change, Done, Seen, Status};
+use super::breaker::{Breaker, Change, Done, Seen, Status};
 use super::ledger::{Ledger, ms_up};
 use super::{ActResult, Decision, Hold, Now, Readiness, Reason, SweepFacts};
-use crate::daemon::config::{DaemonConfig, Limits, Mode, Policy};
+use crate::daemon::config::{DaemonConfig, HALF_OPEN, Limits, Mode, Policy};
 use crate::model::{NetnsKey, SocketKey};
 use crate::proc::ProcessId;
 
@@ -407,7 +407,7 @@ impl Engine {
         let count = |number: u32| usize::try_from(number).unwrap_or(usize::MAX);
         let used = known.ledger.used(now.since_boot);
         let half_open = match known.breaker.status() {
-            Status::HalfOpen { .. } => breaker::HALF_OPEN,
+            Status::HalfOpen { .. } => HALF_OPEN,
             Status::Closed | Status::Open { .. } => usize::MAX,
         };
         let chooser = Chooser {

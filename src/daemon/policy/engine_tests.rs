@@ -422,10 +422,7 @@ fn half_open_it_acts_on_ten() {
     trial.engine.acted.clear();
     let decision = trial.act(&facts);
     assert_eq!(decision.change.unwrap().to.code(), "half-open");
-    assert_eq!(
-        (decision.hold, decision.chosen.len()),
-        (None, breaker::HALF_OPEN)
-    );
+    assert_eq!((decision.hold, decision.chosen.len()), (None, HALF_OPEN));
     assert_eq!(left(&decision), [(Reason::HalfOpen, 10)]);
 }
 
