@@ -1,8 +1,8 @@
 //! The directory with the state of the daemon. Its lock makes sure that there is one daemon.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -13,6 +13,7 @@ const OF_ROOT: &str = "/var/lib/cwkill";
 /// systemd names the directory of its `StateDirectory=` here.
 const VARIABLE: &str = "STATE_DIRECTORY";
 const LOCK: &str = "daemon.lock";
+const OWNER_ONLY: u32 = 0o600;
 
 /// Where the state is, from the environment.
 pub fn directory() -> PathBuf {
@@ -45,7 +46,8 @@ pub struct DaemonLock {
 }
 
 impl DaemonLock {
-    /// Makes the directory if it is not there, and locks it.
+    /// Makes the directory if it is not there, and locks it. Who can open the file can lock it (flock(2)), and so keep the daemon from
+    /// starting: it is for its owner only.
     ///
     /// # Errors
     /// Another daemon has the lock, or the directory cannot be used.
@@ -55,7 +57,7 @@ impl DaemonLock {
             let path = at.display().to_string();
             |source| LockError::Io { path, source }
         };
-        match DirBuilder::new().mode(0o755).create(directory) {
+        match DirBuilder::new().mode(0o700).create(directory) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 return Err(failed(directory)(error));
             }
@@ -66,10 +68,13 @@ impl DaemonLock {
             .write(true)
             .create(true)
             .truncate(false)
-            .mode(0o644)
+            .mode(OWNER_ONLY)
             .custom_flags(libc::O_NOFOLLOW)
             .open(&path)
             .map_err(failed(&path))?;
+        // It may have been there before.
+        let owner_only = Permissions::from_mode(OWNER_ONLY);
+        file.set_permissions(owner_only).map_err(failed(&path))?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(mut file) => {
                 // Only for the message of a second daemon.
@@ -116,6 +121,19 @@ mod tests {
         assert!(error.to_string().contains(&own), "{error}");
         drop(lock);
         DaemonLock::take(&directory).unwrap();
+    }
+
+    #[test]
+    fn no_other_user_can_open_the_lock() {
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        let place = tempfile::tempdir().unwrap();
+        let directory = place.path().join("cwkill");
+        let file = directory.join(LOCK);
+        drop(DaemonLock::take(&directory).unwrap());
+        assert_eq!((mode(&directory), mode(&file)), (0o700, 0o600));
+        fs::set_permissions(&file, Permissions::from_mode(0o666)).unwrap();
+        let _lock = DaemonLock::take(&directory).unwrap();
+        assert_eq!(mode(&file), 0o600);
     }
 
     #[test]
