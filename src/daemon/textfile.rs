@@ -1,8 +1,8 @@
 //! The metrics as a file for the textfile collector of node_exporter.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// node_exporter reads the files with this ending.
@@ -26,17 +26,24 @@ impl TextFile {
         })
     }
 
+    /// Whether a file can be written there: makes one, and removes it.
+    ///
+    /// # Errors
+    /// It cannot: another user has the directory, or the service manager has made it read-only.
+    pub fn try_write(&self) -> io::Result<()> {
+        let new = self.directory.join(NEW);
+        remove_rest(&new)?;
+        write_new(&new, "")?;
+        fs::remove_file(&new)
+    }
+
     /// Replaces the file. A reader sees the old one or the new one, complete, also if the host loses its power meanwhile.
     ///
     /// # Errors
     /// It cannot be written. The old file stays.
     pub fn write(&self, text: &str) -> io::Result<()> {
         let (new, path) = (self.directory.join(NEW), self.path());
-        // A daemon that was killed may have left one. Another user's link must not be followed.
-        match fs::remove_file(&new) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+        remove_rest(&new)?;
         let written = write_new(&new, text).and_then(|()| fs::rename(&new, &path));
         if let Err(error) = written {
             let _ = fs::remove_file(&new);
@@ -50,13 +57,23 @@ impl TextFile {
     }
 }
 
-/// The file may be read by every user, as node_exporter is none in particular.
+/// A daemon that was killed may have left one. Another user's link must not be followed.
+fn remove_rest(new: &Path) -> io::Result<()> {
+    match fs::remove_file(new) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// The file may be read by every user, as node_exporter is none in particular. The umask of a service is often 077, so the mode is set after
+/// the file is made.
 fn write_new(path: &Path, text: &str) -> io::Result<()> {
     let mut file = OpenOptions::new()
         .write(true)
         .create_new(true)
         .mode(0o644)
         .open(path)?;
+    file.set_permissions(Permissions::from_mode(0o644))?;
     file.write_all(text.as_bytes())?;
     file.sync_all()
 }
@@ -77,6 +94,18 @@ mod tests {
         let names: Vec<_> = fs::read_dir(directory.path()).unwrap().collect();
         assert_eq!(names.len(), 1, "{names:?}");
         assert!(TextFile::in_directory(&file.path()).is_err());
+    }
+
+    #[test]
+    fn a_trial_leaves_nothing_and_fails_where_writing_would() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = TextFile::in_directory(directory.path()).unwrap();
+        file.try_write().unwrap();
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+        // Root may write into any directory, but not where there is none.
+        fs::remove_dir(directory.path()).unwrap();
+        let error = file.try_write().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
 
     #[test]
