@@ -9,6 +9,9 @@ use nix::time::{ClockId, clock_gettime};
 
 use crate::text::escape;
 
+/// How long a message that the manager must get waits for room in its queue.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// The service manager, if one has started the daemon.
 #[derive(Debug, Default)]
 pub struct ServiceManager {
@@ -34,6 +37,7 @@ impl ServiceManager {
                 let socket = UnixDatagram::unbound()?;
                 // A manager that does not read must not stop the sweeps.
                 socket.set_nonblocking(true)?;
+                socket.set_write_timeout(Some(PATIENCE))?;
                 Some((socket, address(&name)?))
             }
         };
@@ -47,7 +51,7 @@ impl ServiceManager {
 
     /// The first sweep has ended.
     pub fn ready(&self, status: &str) {
-        self.tell(&format!("READY=1\n{}", status_line(status)));
+        self.tell_surely(&format!("READY=1\n{}", status_line(status)));
     }
 
     pub fn status(&self, status: &str) {
@@ -64,11 +68,20 @@ impl ServiceManager {
     /// A reload begins. [`ServiceManager::ready`] ends it.
     pub fn reloading(&self) {
         let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
-        self.tell(&format!("RELOADING=1\nMONOTONIC_USEC={}", now.as_micros()));
+        self.tell_surely(&format!("RELOADING=1\nMONOTONIC_USEC={}", now.as_micros()));
     }
 
     pub fn stopping(&self) {
         self.tell("STOPPING=1\nSTATUS=stopping");
+    }
+
+    /// Waits for room in the queue of the manager: without this message it would take the start or the reload for hung.
+    fn tell_surely(&self, message: &str) {
+        if let Some((socket, _)) = &self.to {
+            let _ = socket.set_nonblocking(false);
+            self.tell(message);
+            let _ = socket.set_nonblocking(true);
+        }
     }
 
     /// If the message does not arrive, there is nobody else to tell.
@@ -123,6 +136,34 @@ mod tests {
         for limit in [None, Some(""), Some("0"), Some("x")] {
             assert_eq!(watchdog(limit, None), None);
         }
+    }
+
+    #[test]
+    fn a_full_queue_takes_no_message_that_matters() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("notify");
+        let manager_end = UnixDatagram::bind(&path).unwrap();
+        let socket = UnixDatagram::unbound().unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let manager = ServiceManager {
+            to: Some((socket, address(path.to_str().unwrap()).unwrap())),
+            watchdog: Some(Duration::from_secs(1)),
+        };
+        let filler = UnixDatagram::unbound().unwrap();
+        filler.set_nonblocking(true).unwrap();
+        while filler.send_to(b"full", &path).is_ok() {}
+        // Neither waits.
+        manager.alive();
+        manager.status("lost");
+        let ready = std::thread::spawn(move || manager.ready("ready"));
+        let mut buffer = [0; 256];
+        let mut last = Vec::new();
+        while !last.starts_with(b"READY") {
+            let length = manager_end.recv(&mut buffer).unwrap();
+            last = buffer[..length].to_vec();
+            assert!(last == b"full" || last == b"READY=1\nSTATUS=ready");
+        }
+        ready.join().unwrap();
     }
 
     #[test]
