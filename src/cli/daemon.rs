@@ -45,7 +45,7 @@ pub struct DaemonArgs {
     pub reset: Option<String>,
 
     /// From the start of a sweep to the start of the next, instead of the configured time: 30s, 5m
-    #[arg(long, value_name = "DURATION", value_parser = values::positive_duration)]
+    #[arg(long, value_name = "DURATION", value_parser = values::sweep_interval)]
     pub interval: Option<Duration>,
 
     /// Write the metrics to cwkill.prom in this directory, for the textfile collector of node_exporter,

@@ -387,6 +387,16 @@ pub(super) fn positive_duration(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// The time between two sweeps of the daemon, as its configuration allows it. Tests sweep more often, and less than this floor would be
+/// taken for a typing error.
+pub(super) fn sweep_interval(text: &str) -> Result<Duration, String> {
+    let range = Duration::from_millis(10)..=Duration::from_secs(86_400);
+    match duration(text)? {
+        interval if range.contains(&interval) => Ok(interval),
+        _ => Err("must be between a second and a day, for example 30s or 5m".into()),
+    }
+}
+
 /// A threshold of a monitoring plugin.
 pub(super) fn threshold(text: &str) -> Result<Threshold, String> {
     text.parse()
