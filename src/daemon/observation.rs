@@ -1,6 +1,7 @@
 //! The numbers of one sweep: stuck sockets by cause and age, their owners, dead descriptors, and what could not be seen. Pure.
 
-use std::collections::{BTreeMap, HashMap};
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
 use strum::{IntoStaticStr, VariantArray};
@@ -65,6 +66,8 @@ impl AgeClass {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct OwnerLabels {
     pub process: String,
+    /// Empty in a container: there it has the id of the container, and the container has labels of its own. The numbers of transient units
+    /// are masked.
     pub unit: String,
     /// The kubernetes namespace of its pod.
     pub namespace: String,
@@ -79,7 +82,10 @@ impl OwnerLabels {
         let container = process.cgroup.container.as_ref();
         OwnerLabels {
             process: escape(&process.comm),
-            unit: text(process.cgroup.unit.as_deref()),
+            unit: match (container, process.cgroup.unit.as_deref()) {
+                (None, Some(unit)) => escape(&lasting_name(unit)),
+                _ => String::new(),
+            },
             namespace: text(container.and_then(|it| it.facts.namespace.as_deref())),
             pod: text(container.and_then(|it| it.facts.pod.as_deref())),
             container: container.map_or_else(String::new, |container| {
@@ -111,6 +117,43 @@ impl OwnerLabels {
             container: other(),
         }
     }
+}
+
+/// The name of a unit without what is another at each start: a series for each session or connection would never end.
+///
+/// Scopes are always transient, and so are the units of systemd-run(1) (`run-`) and those that dbus-broker starts (`dbus-:`). A socket unit
+/// with Accept=yes has an instance `NUMBER-ENDS` for each connection (systemd.socket(5)). Other instances are names that an
+/// administrator has given, such as `postgresql@15-main.service`.
+fn lasting_name(unit: &str) -> Cow<'_, str> {
+    let Some((name, kind)) = unit.rsplit_once('.') else {
+        return unit.into();
+    };
+    if kind == "scope" || name.starts_with("run-") || name.starts_with("dbus-:") {
+        return format!("{}.{kind}", masked(name)).into();
+    }
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|it| it.is_ascii_digit());
+    if let Some((template, instance)) = name.split_once('@')
+        && let Some((number, ends)) = instance.split_once('-')
+        && is_number(number)
+        && (ends.contains(':') || ends.split('-').all(is_number))
+    {
+        return format!("{template}@*.{kind}").into();
+    }
+    unit.into()
+}
+
+/// With `*` for each word that has a digit, or that is a part of an id in hexadecimal.
+fn masked(name: &str) -> String {
+    let is_part_of_id =
+        |word: &str| word.len() >= 4 && word.bytes().all(|it| it.is_ascii_hexdigit());
+    let mut text = String::new();
+    for part in name.split_inclusive(['-', '_', '.', '@', ':']) {
+        let word = part.trim_end_matches(['-', '_', '.', '@', ':']);
+        let varies = word.bytes().any(|it| it.is_ascii_digit()) || is_part_of_id(word);
+        text += if varies { "*" } else { word };
+        text += &part[word.len()..];
+    }
+    text
 }
 
 /// The descriptors of a process that are open, and how many it may have.
@@ -166,6 +209,43 @@ impl OwnerNumbers {
     }
 }
 
+/// What was left out on purpose.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NotLookedInto {
+    pub namespaces: u64,
+    /// Their TCP sockets, of which some may be stuck; `None` if it is not known of each.
+    pub sockets: Option<u64>,
+}
+
+impl NotLookedInto {
+    fn of(scan: &Scan) -> Self {
+        let coverage = &scan.coverage;
+        let sockets = match coverage.namespaces_not_looked_into {
+            0 => Some(0),
+            _ => coverage.sockets_not_looked_into,
+        };
+        NotLookedInto {
+            namespaces: coverage.namespaces_not_looked_into as u64,
+            sockets: sockets.map(|count| count as u64),
+        }
+    }
+
+    /// For a sentence; `None` if there can be no stuck socket.
+    fn text(self) -> Option<String> {
+        let namespaces = counted_u64(self.namespaces, "network namespace");
+        match self.sockets {
+            Some(0) => None,
+            Some(sockets) => {
+                let sockets = counted_u64(sockets, "TCP socket");
+                Some(format!(
+                    "{namespaces} with at most {sockets} not looked into"
+                ))
+            }
+            None => Some(format!("{namespaces} not looked into")),
+        }
+    }
+}
+
 /// What one sweep has found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observation {
@@ -181,6 +261,8 @@ pub struct Observation {
     pub kinds_of_owners: usize,
     /// The network namespaces that were read.
     pub namespaces: usize,
+    /// The network namespaces that were left out, because the daemon looks into its own only.
+    pub not_looked_into: NotLookedInto,
     /// What could not be seen, by its name. Every name is there.
     pub unseen: BTreeMap<&'static str, u64>,
     /// Whether a stuck socket or its owner may have been missed.
@@ -192,6 +274,7 @@ impl Observation {
     pub fn of(scan: &Scan, dead: &DeadScan, limit: &dyn Fn(ProcessId) -> Option<u64>) -> Self {
         let mut observation = Observation {
             namespaces: scan.namespaces.len(),
+            not_looked_into: NotLookedInto::of(scan),
             unseen: unseen(scan, dead),
             is_partial: scan.coverage.may_have_missed()
                 || scan.coverage.has_hidden_owners()
@@ -248,18 +331,16 @@ impl Observation {
 
     /// One sentence for `systemctl status`.
     pub fn sentence(&self) -> String {
-        let counted =
-            |number: u64, noun| counted(usize::try_from(number).unwrap_or(usize::MAX), noun);
         let mut text = match self.all_stuck() {
             0 => "no stuck socket".to_owned(),
             stuck => {
-                let sockets = counted(stuck, "stuck socket");
+                let sockets = counted_u64(stuck, "stuck socket");
                 let oldest = self.oldest.values().max().copied().unwrap_or_default();
                 format!("{sockets}, the oldest for {}", age(oldest))
             }
         };
         if self.dead > 0 {
-            text += &format!(", {}", counted(self.dead, "dead descriptor"));
+            text += &format!(", {}", counted_u64(self.dead, "dead descriptor"));
         }
         let leaking = self
             .owners
@@ -273,11 +354,18 @@ impl Observation {
                 kinds => format!(" (most of {}; {kinds} kinds of owners)", owner.process),
             };
         }
+        if let Some(not_looked_into) = self.not_looked_into.text() {
+            text += &format!("; {not_looked_into}");
+        }
         if self.is_partial {
             text += "; not everything could be seen";
         }
         text
     }
+}
+
+fn counted_u64(number: u64, noun: &str) -> String {
+    counted(usize::try_from(number).unwrap_or(usize::MAX), noun)
 }
 
 /// The numbers of each process, until they are joined by kind. With 100,000 sockets, texts are made for each process only.
@@ -382,8 +470,13 @@ impl Known {
     }
 
     /// Those of the sweep after this one, and what has changed.
+    ///
+    /// If a namespace could not be entered, or processes are in an unknown one, then a namespace that was not read has not ended, and its
+    /// sockets stay known.
     pub fn next(&self, scan: &Scan) -> (Self, Changes) {
-        self.compare(sockets(scan))
+        let read: HashSet<u64> = scan.namespaces.iter().map(|netns| netns.inode()).collect();
+        let has_ended = scan.coverage.unseen_namespaces() == 0;
+        self.compare(sockets(scan), |netns| has_ended || read.contains(&netns))
     }
 
     fn of(
@@ -397,8 +490,16 @@ impl Known {
         Known(sockets.map(seen).collect())
     }
 
-    fn compare(&self, sockets: impl Iterator<Item = ((u64, Cookie), Cause)>) -> (Self, Changes) {
-        let later = Known::of(sockets, |key| self.0.contains_key(key));
+    /// `is_known`: whether a socket of this namespace that is not in `sockets` has ended.
+    fn compare(
+        &self,
+        sockets: impl Iterator<Item = ((u64, Cookie), Cause)>,
+        is_known: impl Fn(u64) -> bool,
+    ) -> (Self, Changes) {
+        let mut later = Known::of(sockets, |key| self.0.contains_key(key));
+        for (key, before) in self.0.iter().filter(|((netns, _), _)| !is_known(*netns)) {
+            later.0.entry(*key).or_insert(*before);
+        }
         let mut changes = Changes::default();
         for (key, now) in &later.0 {
             let was_settled = self.0.get(key).is_some_and(|before| before.is_settled);
@@ -508,6 +609,52 @@ mod tests {
     }
 
     #[test]
+    fn a_namespace_that_was_not_read_has_not_ended() {
+        let socket = |netns, cookie| ((netns, Cookie(cookie)), Cause::Drained);
+        let both = || [socket(1, 10), socket(2, 20)].into_iter();
+        let known = Known::of(both(), |_| true);
+        let (known, changes) = known.compare([socket(1, 10)].into_iter(), |netns| netns == 1);
+        assert_eq!(changes, Changes::default());
+        // It is read again, with the same socket and another.
+        let again = both().chain([socket(2, 21)]);
+        let (known, changes) = known.compare(again, |_| true);
+        assert_eq!(changes, Changes::default());
+        let (_, changes) = known.compare([socket(1, 10)].into_iter(), |_| true);
+        assert_eq!(changes.ended, [(Cause::Drained, 1)].into());
+    }
+
+    #[test]
+    fn units_that_come_and_go_have_one_name() {
+        for (unit, expected) in [
+            ("tomcat.service", "tomcat.service"),
+            ("postgresql@15-main.service", "postgresql@15-main.service"),
+            ("user@1000.service", "user@1000.service"),
+            ("getty@tty1.service", "getty@tty1.service"),
+            ("system-getty.slice", "system-getty.slice"),
+            ("session-12.scope", "session-*.scope"),
+            ("session-c1.scope", "session-*.scope"),
+            ("run-u123.service", "run-*.service"),
+            ("run-p12-i34.service", "run-*-*.service"),
+            ("run-r0123456789abcdef0123456789abcdef.scope", "run-*.scope"),
+            ("app-gnome-firefox-1234.scope", "app-gnome-firefox-*.scope"),
+            (
+                "vte-spawn-0b7f3b0a-52c1-beef-9d0c-aabbccddeeff.scope",
+                "vte-spawn-*-*-*-*-*.scope",
+            ),
+            (
+                "dbus-:1.2-org.x.Portal@0.service",
+                "dbus-:*.*-org.x.Portal@*.service",
+            ),
+            ("sshd@3-10.0.0.1:22-10.0.0.2:5000.service", "sshd@*.service"),
+            ("sshd@3-fe80::1:22-fe80::2:5000.service", "sshd@*.service"),
+            ("coredump@3-4211-0.service", "coredump@*.service"),
+            ("nothing", "nothing"),
+        ] {
+            assert_eq!(lasting_name(unit), expected);
+        }
+    }
+
+    #[test]
     fn a_socket_is_new_when_it_is_seen_again() {
         let sweep = |cookies: &[(u64, u64)]| {
             let socket = |&(netns, cookie): &_| ((netns, Cookie(cookie)), Cause::Drained);
@@ -528,7 +675,7 @@ mod tests {
             (&[(1, 11), (2, 12)], (0, 1)),
             (&[], (0, 1)),
         ] {
-            let (later, changes) = known.compare(sweep(cookies).into_iter());
+            let (later, changes) = known.compare(sweep(cookies).into_iter(), |_| true);
             assert_eq!(counts(&changes), expected, "{cookies:?}");
             known = later;
         }

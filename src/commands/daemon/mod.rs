@@ -193,7 +193,7 @@ fn once(args: &DaemonArgs, settings: &Settings) -> anyhow::Result<ExitStatus> {
         say_notes(sweeper.history.take_notes());
         say_notes(&sweep.failures);
     });
-    let mut metrics = Metrics::new(settings.interval);
+    let mut metrics = Metrics::of_one_sweep();
     let Sweep {
         mut run,
         namespaces,
@@ -210,15 +210,11 @@ fn once(args: &DaemonArgs, settings: &Settings) -> anyhow::Result<ExitStatus> {
         },
         Changes::default(),
     );
-    if let (Some(textfile), Some(text)) = (&settings.textfile, metrics.text()) {
-        let written = textfile.write(&text);
-        written.with_context(|| format!("cannot write {}", textfile.path().display()))?;
-    }
     // Only if it would be said that nothing is stuck.
     if run.scan.targets.is_empty() {
         tracked::count(&mut run.scan);
     }
-    conclude(
+    let status = conclude(
         &mut run,
         &time_and_place,
         &sweeper.config,
@@ -226,7 +222,13 @@ fn once(args: &DaemonArgs, settings: &Settings) -> anyhow::Result<ExitStatus> {
         &proc,
         terminal,
         None,
-    )
+    )?;
+    // After the listing, which a directory that cannot be used must not hold back.
+    if let (Some(textfile), Some(text)) = (&settings.textfile, metrics.text_for_collector()) {
+        let written = textfile.write(&text);
+        written.with_context(|| format!("cannot write {}", textfile.path().display()))?;
+    }
+    Ok(status)
 }
 
 /// The state of the daemon between two sweeps.
@@ -344,14 +346,17 @@ impl Daemon<'_> {
     fn publish(&mut self) {
         self.metrics.own = own::usage();
         let text = self.metrics.text();
-        if let (Some(textfile), Some(text)) = (&self.settings.textfile, &text)
-            && let Err(error) = textfile.write(text)
+        if let Some(textfile) = &self.settings.textfile
+            && let Some(text) = self.metrics.text_for_collector()
+            && let Err(error) = textfile.write(&text)
         {
             let path = textfile.path();
             say(format_args!("cannot write {}: {error}", path.display()));
         }
         let interval = self.settings.interval;
-        self.published.set(text, self.succeeded, interval);
+        let took = self.metrics.last.as_ref().map(|last| last.took);
+        self.published
+            .set(text, self.succeeded, interval, took.unwrap_or_default());
     }
 
     /// Reads the configuration again. Of one that is wrong, or that cannot be used, nothing is taken over.
@@ -383,7 +388,7 @@ impl Daemon<'_> {
             let server = listener.map(start).transpose();
             self.server = server.context("cannot start the server for metrics")?;
         }
-        self.metrics.interval = new.interval;
+        self.metrics.interval = Some(new.interval);
         self.policies.configure(&new.config);
         self.settings = new;
         Ok(())

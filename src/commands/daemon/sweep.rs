@@ -56,8 +56,10 @@ impl Sweeper {
         self.history.add(&scan, selectors);
         let (dead, failures) = read_tables(&scan, selectors, &proc);
         let limit = |id: ProcessId| proc.open_file_limits(id.pid).map(|(soft, _)| soft);
+        let mut observation = Observation::of(&scan, &dead, &limit);
+        observation.is_partial |= !failures.is_empty();
         Ok(Sweep {
-            observation: Observation::of(&scan, &dead, &limit),
+            observation,
             took: began.elapsed(),
             run: Run::new(scan),
             namespaces,

@@ -48,6 +48,11 @@ impl Connection {
         self.deadline
     }
 
+    /// Whether it can be closed at once for a new one: its request is not complete, or the kernel has taken all of its answer.
+    pub fn may_give_way(&self) -> bool {
+        !matches!(self.phase, Phase::Sending { .. })
+    }
+
     /// For what it waits.
     pub fn interest(&self) -> PollFlags {
         match self.phase {

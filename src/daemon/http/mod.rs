@@ -21,15 +21,20 @@ use rustix::net::{SocketFlags, accept_with};
 use super::listener::Listener;
 use crate::proc::since_boot;
 use connection::Connection;
+use message::{Answer, Request};
 
 pub use published::Published;
 
 /// Connections at the same time. Others wait in the backlog of the listener.
 const MAX_CONNECTIONS: usize = 64;
-/// If all are taken, the oldest gives way to a new one once it is this old: a client that reads gets the whole answer in less.
+/// If all are taken, and each client still reads its answer, the oldest gives way to a new one once it is this old: a client that reads gets
+/// the whole answer in less. One that has sent no request gives way at once.
 const FULL_TURN: Duration = Duration::from_secs(1);
 /// How long to accept nothing after accept(2) has failed for want of memory or descriptors.
 const PAUSE: Duration = Duration::from_millis(200);
+
+/// What a request is answered with.
+type Answering<'a> = dyn Fn(&Request) -> Answer + 'a;
 
 /// A thread that serves. It ends when this is dropped.
 #[derive(Debug)]
@@ -53,6 +58,11 @@ impl Server {
             stop,
             name,
         })
+    }
+
+    /// Whether the thread has ended although nobody has told it to: it has panicked.
+    pub fn has_ended(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
     /// Where it listens, for people.
@@ -80,7 +90,9 @@ fn serve(listener: &Listener, stopped: &UnixStream, published: &Published) {
         let oldest = connections.iter().map(|it| it.began).min();
         let has_room = connections.len() < MAX_CONNECTIONS;
         let may_accept = match oldest {
-            Some(oldest) if !has_room => (oldest + FULL_TURN).max(accepts_from),
+            Some(oldest) if !has_room && !connections.iter().any(Connection::may_give_way) => {
+                (oldest + FULL_TURN).max(accepts_from)
+            }
             _ => accepts_from,
         };
         let mut fds = vec![PollFd::from_borrowed_fd(stopped.as_fd(), PollFlags::IN)];
@@ -115,31 +127,59 @@ fn serve(listener: &Listener, stopped: &UnixStream, published: &Published) {
         });
         // Only the listener is left.
         if of_connection.next() == Some(&true) {
-            accepts_from = accept_all(listener, &mut connections, now);
+            accepts_from = accept_all(listener, &mut connections, now, &answer);
         }
     }
 }
 
 /// Accepts while there is room. Returns from when on to accept again.
-fn accept_all(listener: &Listener, connections: &mut Vec<Connection>, now: Instant) -> Instant {
+fn accept_all(
+    listener: &Listener,
+    connections: &mut Vec<Connection>,
+    now: Instant,
+    answer: &Answering<'_>,
+) -> Instant {
     loop {
-        if connections.len() >= MAX_CONNECTIONS {
-            let oldest = (0..connections.len()).min_by_key(|&at| connections[at].began);
-            match oldest {
-                Some(at) if connections[at].began + FULL_TURN <= now => {
-                    drop(connections.swap_remove(at))
-                }
-                _ => return now,
-            }
+        if !has_room(connections, now, answer) {
+            return now;
         }
         match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-            Ok(socket) => connections.push(Connection::new(socket, now)),
+            Ok(socket) => {
+                // Most clients have sent their request by now. Then no other client can take their place before the answer.
+                let mut connection = Connection::new(socket, now);
+                if connection.proceed(now, answer).is_ok() {
+                    connections.push(connection);
+                }
+            }
             Err(Errno::AGAIN) => return now,
             // The client has given up (accept(2)).
             Err(Errno::INTR | Errno::CONNABORTED | Errno::PROTO) => {}
             Err(_) => return now + PAUSE,
         }
     }
+}
+
+/// Whether there is room for one more connection. If there is none, the oldest that may give way does.
+fn has_room(connections: &mut Vec<Connection>, now: Instant, answer: &Answering<'_>) -> bool {
+    if connections.len() < MAX_CONNECTIONS {
+        return true;
+    }
+    // What has arrived meanwhile counts.
+    connections.retain_mut(|connection| {
+        !connection.may_give_way() || connection.proceed(now, answer).is_ok()
+    });
+    if connections.len() < MAX_CONNECTIONS {
+        return true;
+    }
+    let may_go =
+        |at: &usize| connections[*at].may_give_way() || connections[*at].began + FULL_TURN <= now;
+    let oldest = (0..connections.len()).filter(may_go).min_by_key(|&at| {
+        let connection = &connections[at];
+        (!connection.may_give_way(), connection.began)
+    });
+    let Some(oldest) = oldest else { return false };
+    connections.swap_remove(oldest);
+    true
 }
 
 /// Rounded up, so that a deadline has passed when poll(2) returns.
@@ -172,7 +212,8 @@ mod tests {
         let listener = listener("127.0.0.1:0");
         let published = Arc::new(Published::default());
         let text = "x".repeat(size);
-        published.set(Some(text), Some(since_boot()), Duration::from_secs(60));
+        let minute = Duration::from_secs(60);
+        published.set(Some(text), Some(since_boot()), minute, Duration::ZERO);
         let server = Server::start(listener, published).unwrap();
         let address = server.name().to_owned();
         (server, address)
@@ -211,6 +252,81 @@ mod tests {
         }
         assert_eq!(get(&address, SCRAPE), ("HTTP/1.1 200 OK".to_owned(), size));
         drop(server);
+    }
+
+    /// A connection without a request at `began`, and the end of its client.
+    fn connection(began: Instant) -> (Connection, UnixStream) {
+        let (socket, client) = UnixStream::pair().unwrap();
+        socket.set_nonblocking(true).unwrap();
+        (Connection::new(socket.into(), began), client)
+    }
+
+    /// `MAX_CONNECTIONS` of them, the oldest last.
+    fn full(now: Instant) -> (Vec<Connection>, Vec<UnixStream>) {
+        let age = |number: usize| Duration::from_millis(number as u64);
+        (0..MAX_CONNECTIONS)
+            .map(|number| connection(now - age(number)))
+            .unzip()
+    }
+
+    #[test]
+    fn a_client_without_a_request_gives_way_at_once() {
+        let answer = |_: &Request| Answer::line(message::Status::Ok, "ok", false);
+        let now = Instant::now();
+        let (mut connections, mut clients) = full(now);
+        // The oldest has sent its request after the last look: it is answered. Its answer is in its socket then.
+        let mut oldest = clients.pop().unwrap();
+        oldest.write_all(SCRAPE).unwrap();
+        assert!(has_room(&mut connections, now, &answer));
+        let mut text = String::new();
+        oldest.read_to_string(&mut text).unwrap();
+        assert!(text.starts_with("HTTP/1.1 200 OK"), "{text}");
+        let (another, _its_client) = connection(now);
+        connections.push(another);
+        assert_eq!(connections.len(), MAX_CONNECTIONS);
+        assert!(has_room(&mut connections, now, &answer));
+        let oldest = clients.pop().unwrap();
+        oldest.set_nonblocking(true).unwrap();
+        assert_eq!((&oldest).read(&mut [0]).unwrap(), 0, "it is closed");
+        let younger = clients.pop().unwrap();
+        younger.set_nonblocking(true).unwrap();
+        let error = (&younger).read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "it is open");
+    }
+
+    #[test]
+    fn a_client_that_gets_its_answer_has_a_turn() {
+        // More than a socket takes.
+        let body: Arc<[u8]> = vec![b'x'; 32 << 20].into();
+        let answer =
+            |_: &Request| Answer::new(message::Status::Ok, "text/plain", Arc::clone(&body), false);
+        let began = Instant::now();
+        let mut clients = Vec::new();
+        let mut connections = Vec::new();
+        for _ in 0..MAX_CONNECTIONS {
+            let (mut connection, mut client) = connection(began);
+            client.write_all(SCRAPE).unwrap();
+            connection.proceed(began, &answer).unwrap();
+            connections.push(connection);
+            clients.push(client);
+        }
+        assert!(!has_room(&mut connections, began, &answer));
+        assert_eq!(connections.len(), MAX_CONNECTIONS);
+        assert!(has_room(&mut connections, began + FULL_TURN, &answer));
+        assert_eq!(connections.len(), MAX_CONNECTIONS - 1);
+    }
+
+    #[test]
+    fn a_thread_that_has_ended_is_noticed() {
+        let (mut server, _) = server(1);
+        assert!(!server.has_ended());
+        server.stop.write_all(&[0]).unwrap();
+        while !server.thread.as_ref().unwrap().is_finished() {
+            std::thread::yield_now();
+        }
+        assert!(server.has_ended());
+        server.thread = None;
+        assert!(server.has_ended());
     }
 
     #[test]

@@ -8,8 +8,8 @@ use super::message::{Answer, Request, Status};
 use crate::daemon::metrics::CONTENT_TYPE;
 use crate::text::age;
 
-/// The last sweep may be this many intervals ago.
-const MAX_INTERVALS: u32 = 3;
+/// The last sweep may be this many times as long ago as an interval or a sweep takes.
+const MAX_TIMES: u32 = 3;
 
 /// The result of the last sweep, for the threads that serve it.
 #[derive(Debug, Default)]
@@ -21,15 +21,23 @@ struct Last {
     /// When the last sweep ended that did not fail, as a time since boot.
     succeeded: Option<Duration>,
     interval: Duration,
+    took: Duration,
 }
 
 impl Published {
-    /// Takes over the metrics. `succeeded`: when the last sweep ended that did not fail, as a time since boot.
-    pub fn set(&self, metrics: Option<String>, succeeded: Option<Duration>, interval: Duration) {
+    /// Takes over the metrics. `succeeded`: when the last sweep ended that did not fail, as a time since boot; `took`: how long it took.
+    pub fn set(
+        &self,
+        metrics: Option<String>,
+        succeeded: Option<Duration>,
+        interval: Duration,
+        took: Duration,
+    ) {
         let last = Last {
             metrics: metrics.map(|text| text.into_bytes().into()),
             succeeded,
             interval,
+            took,
         };
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = last;
     }
@@ -65,11 +73,15 @@ impl Last {
         };
         let ago = now.saturating_sub(succeeded);
         let text = format!("the last sweep that succeeded ended {} ago", age(ago));
-        match ago <= self.interval.saturating_mul(MAX_INTERVALS) {
+        // A sweep that takes longer than the interval is followed by the next at once.
+        let (usual, what) = match self.interval >= self.took {
+            true => (self.interval, "intervals"),
+            false => (self.took, "sweeps"),
+        };
+        match ago <= usual.saturating_mul(MAX_TIMES) {
             true => (Status::Ok, text),
             false => {
-                let interval = age(self.interval);
-                let text = format!("{text}, more than {MAX_INTERVALS} intervals of {interval}");
+                let text = format!("{text}, more than {MAX_TIMES} {what} of {}", age(usual));
                 (Status::ServiceUnavailable, text)
             }
         }
@@ -105,7 +117,11 @@ mod tests {
     fn an_old_sweep_is_unhealthy_and_still_served() {
         let published = Published::default();
         let seconds = Duration::from_secs;
-        published.set(Some("x 1\n".to_owned()), Some(seconds(100)), seconds(30));
+        let set = |took| {
+            let text = Some("x 1\n".to_owned());
+            published.set(text, Some(seconds(100)), seconds(30), seconds(took));
+        };
+        set(1);
         let ago = "the last sweep that succeeded ended";
         assert_eq!(
             get(&published, "/healthz", 190),
@@ -122,5 +138,15 @@ mod tests {
         );
         // A clock of another time namespace does not make it negative.
         assert_eq!(get(&published, "/healthz", 0), format!("200 {ago} 0ms ago"));
+        // Sweeps that take longer than their interval.
+        set(100);
+        assert_eq!(
+            get(&published, "/healthz", 400),
+            format!("200 {ago} 5m00s ago")
+        );
+        assert_eq!(
+            get(&published, "/healthz", 401),
+            format!("503 {ago} 5m01s ago, more than 3 sweeps of 1m40s")
+        );
     }
 }

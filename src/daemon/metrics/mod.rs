@@ -44,7 +44,8 @@ pub struct LastSweep {
 /// Everything that the metrics say.
 #[derive(Clone, Debug, Default)]
 pub struct Metrics {
-    pub interval: Duration,
+    /// `None` for a single sweep: when the next one is, a timer knows.
+    pub interval: Option<Duration>,
     /// `None` before the first sweep.
     pub last: Option<LastSweep>,
     /// Sweeps that saw everything.
@@ -69,9 +70,14 @@ impl Metrics {
     /// Of a daemon that starts.
     pub fn new(interval: Duration) -> Self {
         Metrics {
-            interval,
+            interval: Some(interval),
             ..Metrics::default()
         }
+    }
+
+    /// Of a single sweep.
+    pub fn of_one_sweep() -> Self {
+        Metrics::default()
     }
 
     /// Adds a sweep that has found something out. `changes`: since the sweep before.
@@ -92,6 +98,18 @@ impl Metrics {
 
     /// All metrics as text; `None` before the first sweep: then nothing is known, and zeros would be a lie.
     pub fn text(&self) -> Option<String> {
+        let mut all = self.without_own_use()?;
+        self.of_own_use(&mut all);
+        encode(all)
+    }
+
+    /// As [`Metrics::text`], for the textfile collector of node_exporter, without the metrics of a process: node_exporter has its own under
+    /// the same names, and would refuse the file for them.
+    pub fn text_for_collector(&self) -> Option<String> {
+        encode(self.without_own_use()?)
+    }
+
+    fn without_own_use(&self) -> Option<Exposition> {
         let last = self.last.as_ref()?;
         let mut all = Exposition::default();
         of_sockets(&last.observation, &mut all);
@@ -99,12 +117,7 @@ impl Metrics {
         self.of_sweeps(last, &mut all);
         policies::add(&self.policies, &mut all);
         self.of_daemon(&mut all);
-        let mut registry = Registry::default();
-        registry.register_collector(Box::new(all));
-        let mut text = String::new();
-        // A String takes everything.
-        prometheus_text::encode(&mut text, &registry).ok()?;
-        Some(text)
+        Some(all)
     }
 
     fn of_sweeps(&self, last: &LastSweep, all: &mut Exposition) {
@@ -149,12 +162,24 @@ impl Metrics {
         all.gauge(
             "cwkill_sweep_interval_seconds",
             "The configured time from the start of a sweep to the start of the next.",
-            single(self.interval.into()),
+            self.interval
+                .map(|interval| (Labels::new(), interval.into())),
         );
         all.gauge(
             "cwkill_namespaces",
             "Network namespaces whose sockets were read.",
             single((last.observation.namespaces as u64).into()),
+        );
+        let left_out = last.observation.not_looked_into;
+        all.gauge(
+            "cwkill_namespaces_not_looked_into",
+            "Network namespaces that were left out, because all_netns is not set.",
+            single(left_out.namespaces.into()),
+        );
+        all.gauge(
+            "cwkill_sockets_not_looked_into",
+            "TCP sockets in these, of which some may be stuck. Missing if it is not known of each namespace.",
+            left_out.sockets.map(|count| (Labels::new(), count.into())),
         );
         let unseen = last.observation.unseen.iter();
         all.gauge(
@@ -183,6 +208,9 @@ impl Metrics {
             "The version of cwkill; the value is always 1.",
             [(vec![("version", version)], Value::Count(1))],
         );
+    }
+
+    fn of_own_use(&self, all: &mut Exposition) {
         let own = self.own;
         all.counter(
             "process_cpu_seconds",
@@ -205,6 +233,15 @@ impl Metrics {
             all.gauge(name, help, value.map(|value| (Labels::new(), value.into())));
         }
     }
+}
+
+fn encode(all: Exposition) -> Option<String> {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(all));
+    let mut text = String::new();
+    // A String takes everything.
+    prometheus_text::encode(&mut text, &registry).ok()?;
+    Some(text)
 }
 
 fn cause_label(cause: Cause) -> Labels {

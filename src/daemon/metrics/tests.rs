@@ -28,6 +28,7 @@ fn scan() -> Scan {
     case("metrics", "")
         .another_netns(4_026_532_000, Some("blue"))
         .unreadable_processes(2)
+        .namespaces_not_looked_into(3)
         .sockets([
             socket("10.0.0.1:80", "10.0.0.2:5001", 1)
                 .owner(&JAVA, 7)
@@ -168,6 +169,37 @@ fn golden_metrics_are_as_they_were() {
 }
 
 #[test]
+fn a_text_for_the_collector_has_no_names_of_others() {
+    let metrics = metrics();
+    let (all, text) = (
+        metrics.text().unwrap(),
+        metrics.text_for_collector().unwrap(),
+    );
+    let is_own = |line: &str| line.contains(" process_") || line.starts_with("process_");
+    let without: Vec<_> = all.lines().filter(|line| !is_own(line)).collect();
+    assert_eq!(text.lines().collect::<Vec<_>>(), without);
+    assert!(without.len() < all.lines().count());
+}
+
+#[test]
+fn a_single_sweep_has_no_interval() {
+    let mut single = Metrics::of_one_sweep();
+    single.add(metrics().last.unwrap(), Changes::default());
+    let text = single.text_for_collector().unwrap();
+    let of_interval = |line: &&str| line.starts_with("cwkill_sweep_interval_seconds");
+    assert_eq!(text.lines().filter(of_interval).count(), 0);
+    assert_eq!(
+        metrics()
+            .text()
+            .unwrap()
+            .lines()
+            .filter(of_interval)
+            .count(),
+        1
+    );
+}
+
+#[test]
 fn before_the_first_sweep_there_is_no_text() {
     assert_eq!(Metrics::new(Duration::from_secs(30)).text(), None);
 }
@@ -245,7 +277,7 @@ fn a_sentence_says_how_it_is() {
     let observation = metrics().last.unwrap().observation;
     assert_eq!(
         observation.sentence(),
-        "6 stuck sockets, the oldest for 1d01h, 3 dead descriptors (most of java; 5 kinds of owners); not everything could be seen"
+        "6 stuck sockets, the oldest for 1d01h, 3 dead descriptors (most of java; 5 kinds of owners); 3 network namespaces not looked into; not everything could be seen"
     );
     let nothing = Observation::of(&Scan::default(), &DeadScan::default(), &|_| None);
     assert_eq!(nothing.sentence(), "no stuck socket");
