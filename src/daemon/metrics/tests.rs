@@ -25,7 +25,7 @@ static WEB: Listening = Listening("0.0.0.0:80", 3, 128, &[(&NGINX, 6)]);
 
 /// A scan of two namespaces, with a socket of each kind.
 fn scan() -> Scan {
-    case("metrics", "")
+    let mut scan = case("metrics", "")
         .another_netns(4_026_532_000, Some("blue"))
         .unreadable_processes(2)
         .namespaces_not_looked_into(3)
@@ -57,7 +57,9 @@ fn scan() -> Scan {
                 .age_ms(3_600_000),
         ])
         .run(false)
-        .scan
+        .scan;
+    scan.coverage.sockets_not_looked_into = Some(5000);
+    scan
 }
 
 fn table(process: Process, used: usize, verdicts: Vec<SuspectVerdict>) -> DescriptorTable {
@@ -277,7 +279,7 @@ fn a_sentence_says_how_it_is() {
     let observation = metrics().last.unwrap().observation;
     assert_eq!(
         observation.sentence(),
-        "6 stuck sockets, the oldest for 1d01h, 3 dead descriptors (most of java; 5 kinds of owners); 3 network namespaces not looked into; not everything could be seen"
+        "6 stuck sockets, the oldest for 1d01h, 3 dead descriptors (most of java; 5 kinds of owners); 3 network namespaces with at most 5000 TCP sockets not looked into; not everything could be seen"
     );
     let nothing = Observation::of(&Scan::default(), &DeadScan::default(), &|_| None);
     assert_eq!(nothing.sentence(), "no stuck socket");
