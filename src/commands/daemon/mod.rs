@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, ensure};
 
 use super::close::conclude;
 use super::{drop_capabilities_and_start_threads, open_proc, say_notes, time_and_place};
@@ -62,7 +62,13 @@ pub(super) fn run(args: &DaemonArgs) -> anyhow::Result<ExitCode> {
     if let Some(name) = &args.reset {
         return order_reset(&config, name);
     }
-    let settings = Settings::of(args, config)?;
+    let settings = match Settings::of(args, config) {
+        Ok(settings) => settings,
+        Err(error) => {
+            say(format_args!("{error:#}"));
+            return Ok(WRONG.into());
+        }
+    };
     if args.once {
         return once(args, &settings).map(ExitCode::from);
     }
@@ -77,6 +83,8 @@ pub(super) fn run(args: &DaemonArgs) -> anyhow::Result<ExitCode> {
     });
     let alarm = Alarm::new().context("cannot handle signals")?;
     let sweeper = prepare(args, &settings)?;
+    // With the privileges that are left.
+    settings.try_textfile()?;
     let published = Arc::new(Published::default());
     let server = listener
         .map(|listener| Server::start(listener, Arc::clone(&published)))
@@ -95,6 +103,7 @@ pub(super) fn run(args: &DaemonArgs) -> anyhow::Result<ExitCode> {
         succeeded: None,
         failure: None,
         was_partial: false,
+        unwritten: None,
     };
     daemon.say_start();
     daemon.run(&alarm, &manager)?;
@@ -250,13 +259,15 @@ struct Daemon<'a> {
     failure: Option<String>,
     /// Whether the last sweep did not see everything.
     was_partial: bool,
+    /// Why the text file could not be written the last time.
+    unwritten: Option<String>,
 }
 
 impl Daemon<'_> {
     /// Sweeps until a signal ends it.
     ///
     /// # Errors
-    /// The first sweep fails, or the kernel refuses to wait.
+    /// The first sweep fails, the kernel refuses to wait, or the server has ended.
     fn run(&mut self, alarm: &Alarm, manager: &ServiceManager) -> anyhow::Result<()> {
         let mut is_first = true;
         loop {
@@ -268,24 +279,41 @@ impl Daemon<'_> {
             };
             match is_first {
                 true => manager.ready(&status),
-                false => manager.status(&status),
+                false => manager.status(&self.with_reload(&status)),
             }
             is_first = false;
             loop {
                 manager.alive();
                 let due = began + self.settings.interval;
                 let wake = alarm.wait(due, manager.watchdog()).context("cannot wait")?;
+                // A daemon without it looks alive, and answers nobody.
+                ensure!(
+                    !self.server.as_ref().is_some_and(Server::has_ended),
+                    "the server for metrics has ended: a bug in cwkill"
+                );
                 match wake {
-                    Wake::Due => break,
+                    Wake::Due => {
+                        // The time that it has waited is not that of the sweep.
+                        manager.alive();
+                        break;
+                    }
                     Wake::Watchdog => {}
                     Wake::Reload => {
                         manager.reloading();
                         self.reload();
-                        manager.ready(&status);
+                        manager.ready(&self.with_reload(&status));
                     }
                     Wake::Stop => return Ok(()),
                 }
             }
+        }
+    }
+
+    /// The sentence about the last sweep, with the reload that systemctl(1) reports as done, also if it was refused.
+    fn with_reload(&self, status: &str) -> String {
+        match self.metrics.is_configuration_old {
+            true => format!("{status}; the last reload was refused"),
+            false => status.to_owned(),
         }
     }
 
@@ -346,17 +374,34 @@ impl Daemon<'_> {
     fn publish(&mut self) {
         self.metrics.own = own::usage();
         let text = self.metrics.text();
-        if let Some(textfile) = &self.settings.textfile
-            && let Some(text) = self.metrics.text_for_collector()
-            && let Err(error) = textfile.write(&text)
-        {
-            let path = textfile.path();
-            say(format_args!("cannot write {}: {error}", path.display()));
-        }
+        self.write_textfile();
         let interval = self.settings.interval;
         let took = self.metrics.last.as_ref().map(|last| last.took);
         self.published
             .set(text, self.succeeded, interval, took.unwrap_or_default());
+    }
+
+    /// Writes the text file. Says once that it cannot be written, and that it can be written again.
+    fn write_textfile(&mut self) {
+        let Some(textfile) = &self.settings.textfile else {
+            self.unwritten = None;
+            return;
+        };
+        let Some(text) = self.metrics.text_for_collector() else {
+            return;
+        };
+        let path = textfile.path();
+        let why = textfile.write(&text).err().map(|error| {
+            let sentence = format!("cannot write {}: {error}", path.display());
+            if self.unwritten.as_ref() != Some(&sentence) {
+                say(format_args!("{sentence}"));
+            }
+            sentence
+        });
+        if self.unwritten.is_some() && why.is_none() {
+            say(format_args!("{} is written again", path.display()));
+        }
+        self.unwritten = why;
     }
 
     /// Reads the configuration again. Of one that is wrong, or that cannot be used, nothing is taken over.
@@ -382,6 +427,7 @@ impl Daemon<'_> {
     fn take_over(&mut self) -> anyhow::Result<()> {
         let new = Settings::of(self.args, settings::read(self.args)?)?;
         self.settings.check_reload(&new)?;
+        new.try_textfile()?;
         if new.listen != self.settings.listen && !self.has_socket {
             let listener = Listener::open(&new.listen, Vec::new())?;
             let start = |listener| Server::start(listener, Arc::clone(&self.published));

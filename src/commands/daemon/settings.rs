@@ -1,6 +1,7 @@
 //! The configuration with the options of the command line, which come before it.
 
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -26,14 +27,25 @@ impl Settings {
     /// Opens what `config` names.
     ///
     /// # Errors
-    /// The directory for the text file cannot be used.
+    /// The directory for the text file is none. The message has the place in the configuration.
     pub fn of(args: &DaemonArgs, config: DaemonConfig) -> anyhow::Result<Self> {
-        let textfile = args.textfile.as_ref().or(config.textfile.as_ref());
+        let textfile = match (&args.textfile, &config.textfile) {
+            (Some(directory), _) => {
+                let opened = TextFile::in_directory(directory);
+                Some(opened.with_context(|| format!("--textfile {}", directory.display()))?)
+            }
+            (None, Some(directory)) => {
+                let opened = TextFile::in_directory(directory);
+                let error = |why: io::Error| config.textfile_error(&why);
+                Some(opened.map_err(error)?)
+            }
+            (None, None) => None,
+        };
         Ok(Settings {
             interval: args.interval.unwrap_or(config.interval),
             listen: config.listen.clone(),
             all_netns: config.all_netns,
-            textfile: textfile.map(|it| open_textfile(it)).transpose()?,
+            textfile,
             host_root: args.host_root.as_ref().unwrap_or(&config.host_root).clone(),
             config,
         })
@@ -44,6 +56,22 @@ impl Settings {
             true => NetnsScope::All,
             false => NetnsScope::Current,
         }
+    }
+
+    /// Whether the text file can be written with the privileges of this process.
+    ///
+    /// # Errors
+    /// It cannot.
+    pub fn try_textfile(&self) -> anyhow::Result<()> {
+        let Some(textfile) = &self.textfile else {
+            return Ok(());
+        };
+        textfile.try_write().with_context(|| {
+            format!(
+                "cannot write {}: its directory must belong to the user of the daemon, and be in ReadWritePaths= of its unit",
+                textfile.path().display()
+            )
+        })
     }
 
     /// Whether a daemon that runs with these settings can go on with `new` ones.
@@ -75,9 +103,4 @@ impl Settings {
 /// It is wrong.
 pub(super) fn read(args: &DaemonArgs) -> anyhow::Result<DaemonConfig> {
     Ok(DaemonConfig::load(args.config.as_deref())?)
-}
-
-fn open_textfile(directory: &Path) -> anyhow::Result<TextFile> {
-    let opened = TextFile::in_directory(directory);
-    opened.with_context(|| format!("cannot write metrics into {}", directory.display()))
 }

@@ -13,6 +13,7 @@ mod raw;
 mod reader;
 mod selectors;
 
+use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -37,6 +38,8 @@ pub struct DaemonConfig {
     pub all_netns: bool,
     /// A directory of node_exporter for a file with the metrics.
     pub textfile: Option<PathBuf>,
+    /// Where it is configured.
+    pub textfile_at: Option<(PathBuf, Place)>,
     /// The root directory of the host, below which the names of containers are.
     pub host_root: PathBuf,
     /// A file that gets a line for every act.
@@ -145,6 +148,7 @@ impl Default for DaemonConfig {
             listen: Listen::Address(SocketAddr::from(([127, 0, 0, 1], 9979))),
             all_netns: false,
             textfile: None,
+            textfile_at: None,
             host_root: PathBuf::from("/"),
             log_file: None,
             limits: Limits {
@@ -182,6 +186,23 @@ impl DaemonConfig {
         self.policies.iter().any(|policy| policy.mode == Mode::Act)
     }
 
+    /// That the directory for the text file cannot be used, with its place.
+    pub fn textfile_error(&self, why: &io::Error) -> ConfigError {
+        let directory = self.textfile.clone().unwrap_or_default();
+        let message = format!("`textfile`: cannot use {}: {why}", directory.display());
+        match self.textfile_at.clone() {
+            Some((file, place)) => ConfigError::Wrong {
+                file,
+                place,
+                message,
+            },
+            None => ConfigError::Unreadable {
+                path: directory,
+                source: why.kind().into(),
+            },
+        }
+    }
+
     /// The configuration of one file with this text.
     ///
     /// # Errors
@@ -216,6 +237,8 @@ impl DaemonConfig {
         }
         if let Some(textfile) = source.read("textfile", &daemon.textfile, reader::directory)? {
             self.textfile = Some(textfile);
+            let place = daemon.textfile.as_ref().map(|it| source.place(&it.span()));
+            self.textfile_at = place.map(|place| (source.path.to_owned(), place));
         }
         if let Some(root) = source.read("host_root", &daemon.host_root, reader::host_root)? {
             self.host_root = root;

@@ -33,6 +33,17 @@ fn process(comm: &str, cgroup: &str) -> Process {
 }
 
 #[test]
+fn an_error_of_the_text_file_has_its_place() {
+    let config =
+        DaemonConfig::parse("[daemon]\ninterval = \"10s\"\ntextfile = \"/nowhere\"\n").unwrap();
+    let error = config.textfile_error(&std::io::ErrorKind::NotFound.into());
+    assert_eq!(
+        error.to_string(),
+        "daemon.toml:3:12: `textfile`: cannot use /nowhere: entity not found"
+    );
+}
+
+#[test]
 fn without_policies_it_observes() {
     let config = DaemonConfig::parse("").unwrap();
     assert_eq!(config.interval, Duration::from_secs(30));
