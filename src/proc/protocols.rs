@@ -11,7 +11,7 @@ impl ProcFs {
     /// The number of TCP sockets in the network namespace of a process, whatever their state: all that are hashed, so each that
     /// waits for an application, and no TIME-WAIT. An MPTCP socket counts beside its subflows. `None`: it cannot be read.
     ///
-    /// The kernel keeps this number, so reading it takes 70 µs [measured] however many sockets there are. It needs no privilege.
+    /// The kernel keeps this number, so reading it takes 70 µs (measured) however many sockets there are. It needs no privilege.
     pub(crate) fn tcp_sockets_around(&self, pid: i32) -> Option<usize> {
         let text = fs::read_to_string(self.path(&format!("{pid}/net/protocols"))).ok()?;
         tcp_sockets(&text)
