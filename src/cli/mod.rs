@@ -80,7 +80,7 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Close descriptors of dead sockets inside the processes that leak them
     Reclaim(ReclaimArgs),
-    /// Sweep at intervals, and serve the numbers to Prometheus; never acts
+    /// Sweep at intervals, serve the numbers to Prometheus, and close by policy
     Daemon(DaemonArgs),
     /// Print the completion script for a shell
     Completions {
@@ -99,7 +99,7 @@ pub struct Args {
     pub acting: Acting,
     #[command(flatten)]
     pub output: Output,
-    /// Print at most N rows, or all sockets [default: one screen on a terminal, else all]
+    /// Print at most N rows, or all [default: one screen on a terminal, else all]
     #[arg(
         long,
         value_name = "N|all",
