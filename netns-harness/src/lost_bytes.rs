@@ -128,7 +128,7 @@ impl HalfOpen {
 /// Closes connections with a command, in the namespace of `lab`'s application, until it has closed `least`.
 ///
 /// # Errors
-/// The connections cannot be made, the command cannot be started, or it closes none [`FRUITLESS`] times in a row.
+/// The connections cannot be made, the command cannot be started, or it closes none of several groups in a row.
 pub fn by_command(lab: &Lab, line: &[String], least: usize) -> Result<Losses> {
     let mut all = Losses::default();
     let mut fruitless = 0;
