@@ -21,8 +21,8 @@ pub enum ConfigError {
         message: String,
     },
     /// A file or directory cannot be read.
-    #[error("cannot read {}: {source}", path.display())]
-    Unreadable { path: PathBuf, source: io::Error },
+    #[error("cannot read {}: {error}", path.display())]
+    Unreadable { path: PathBuf, error: io::Error },
 }
 
 /// A place in a file, counted from 1. The column counts characters.

@@ -64,9 +64,9 @@ fn text(path: &Path) -> io::Result<String> {
     fs::read_to_string(path)
 }
 
-fn unreadable(path: &Path, source: io::Error) -> ConfigError {
+fn unreadable(path: &Path, error: io::Error) -> ConfigError {
     ConfigError::Unreadable {
         path: path.to_owned(),
-        source,
+        error,
     }
 }

@@ -198,7 +198,7 @@ impl DaemonConfig {
             },
             None => ConfigError::Unreadable {
                 path: directory,
-                source: why.kind().into(),
+                error: why.kind().into(),
             },
         }
     }

@@ -39,8 +39,8 @@ pub struct StateFile {
 /// Why it is not known what was done before.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    #[error("cannot read {}: {source}", path.display())]
-    Unreadable { path: PathBuf, source: io::Error },
+    #[error("cannot read {}: {error}", path.display())]
+    Unreadable { path: PathBuf, error: io::Error },
     #[error(
         "{} is of another version ({version}, and this cwkill has {VERSION}): move it away once no policy acted within the last hour",
         path.display()
@@ -96,7 +96,7 @@ impl StateFile {
         let path = self.directory.join(NAME);
         let text = match read_text(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Kept::default()),
-            Err(source) => return Err(StateError::Unreadable { path, source }),
+            Err(error) => return Err(StateError::Unreadable { path, error }),
             Ok(text) => text,
         };
         let (clock, kept) = decode(&text).map_err(|why| match why {
