@@ -554,16 +554,18 @@ impl RingServer {
 /// nothing for it.
 fn a_backlog_whose_owner_accepts_through_io_uring_is_drained() -> Result<()> {
     let mut server = RingServer::new("ring-accepts")?;
+    let lab = Lab::new()?;
     server.owner.signal(Signal::SIGSTOP)?;
+    stopped(&lab, server.owner.pid())?;
     server.come_and_go(5, 5)?;
     let drained = backlog(&server.drain()?.exits(0));
     // Its listening socket waits without O_NONBLOCK.
     assert_eq!(drained["drained"], json!(4), "{drained:#}");
     assert_eq!(drained["left_one"], json!(true), "{drained:#}");
     assert_eq!(server.waiting()?, 1);
+    stopped(&lab, server.owner.pid())?;
     server.owner.signal(Signal::SIGCONT)?;
     let mut accepted = 0;
-    let lab = Lab::new()?;
     lab.wait_for(PATIENCE, || {
         accepted = server.accepted()?;
         Ok(accepted == 1)
@@ -652,16 +654,21 @@ fn an_owner_without_o_nonblock_keeps_one_dead_connection() -> Result<()> {
     Ok(())
 }
 
+/// Waits until process `pid` is stopped, by a signal or again after cwkill has let go of it. A tracer that leaves sets it running; it stops as
+/// soon as it gets a processor, and a SIGCONT that comes earlier has no effect.
+fn stopped(lab: &Lab, pid: u32) -> Result<()> {
+    let status = format!("/proc/{pid}/status");
+    lab.wait_for(PATIENCE, || {
+        Ok(std::fs::read_to_string(&status)?.contains("State:\tT (stopped)"))
+    })
+}
+
 fn a_stopped_or_traced_owner_is_left_as_it_was() -> Result<()> {
     let (lab, leak) = full_of_dead(Family::V4, 5)?;
     leak.app().stop()?;
     let ran = cwkill(&lab, "--port 8080 --json --drain-backlog --stop-limit 10s")?.exits(0);
     assert_eq!(backlog(&ran)["drained"], json!(5));
-    // A tracer that leaves sets it running; it stops again as soon as it gets a processor.
-    let status = format!("/proc/{}/status", leak.app().pid());
-    lab.wait_for(PATIENCE, || {
-        Ok(std::fs::read_to_string(&status)?.contains("State:\tT (stopped)"))
-    })?;
+    stopped(&lab, leak.app().pid())?;
     leak.app().signal(Signal::SIGCONT)?;
     assert!(client_gets_in(&leak));
     Ok(())
