@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread::{self, Builder};
 
 use rayon::ThreadBuilder;
+use rayon::prelude::*;
 
 use crate::sys;
 
@@ -86,6 +87,18 @@ pub(crate) fn side_by_side<I: Send, T: Send>(
         });
     }
     results
+}
+
+/// The results of `work` on blocks of at most `size` items, in order. The blocks of a long list are worked on in parallel.
+pub fn in_blocks<T: Sync, R: Send>(
+    items: &[T],
+    size: usize,
+    work: impl Fn(&[T]) -> R + Send + Sync,
+) -> Vec<R> {
+    match items.len() <= size {
+        true => vec![work(items)],
+        false => items.par_chunks(size).map(work).collect(),
+    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,6 @@
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 
-use rayon::prelude::*;
 use serde::Serialize;
 
 use super::advice::{JsonAdvice, json_advice};
@@ -23,6 +22,7 @@ use crate::model::{
     Exclusion, Listener, ListeningSocket, Method, MethodError, Outcome, Owner, Plan, SkipReason,
     Spinning, Target, TimeAndPlace,
 };
+use crate::parallel::in_blocks;
 use crate::watch::NewSockets;
 
 /// Number of sockets that one thread serializes at a time. The blocks of a long list are serialized in parallel.
@@ -123,7 +123,7 @@ fn write_sockets(
     separator: &[u8],
     put: impl Fn(JsonSocket<'_>, &mut Vec<u8>) -> io::Result<()> + Sync,
 ) -> io::Result<()> {
-    let block = |targets: &[Target]| {
+    let block = |targets: &[Target]| -> io::Result<Vec<u8>> {
         let mut bytes = Vec::with_capacity(targets.len() * 512);
         for (index, target) in targets.iter().enumerate() {
             if index > 0 {
@@ -135,11 +135,7 @@ fn write_sockets(
     };
     let mut is_first = true;
     for targets in run.scan.targets.chunks(SOCKETS_PER_BLOCK * MAX_BLOCKS) {
-        let blocks: Vec<io::Result<Vec<u8>>> = match targets.len() {
-            0..=SOCKETS_PER_BLOCK => vec![block(targets)],
-            _ => targets.par_chunks(SOCKETS_PER_BLOCK).map(block).collect(),
-        };
-        for block in blocks {
+        for block in in_blocks(targets, SOCKETS_PER_BLOCK, block) {
             if !is_first {
                 out.write_all(separator)?;
             }

@@ -14,6 +14,7 @@ use super::table::{Wanted, fit, has_unit, join, names, plain_table, short_names,
 use super::{Run, SocketCounts, advice, backlogs, descriptors};
 use crate::config::{Action, Config, Limit};
 use crate::model::{Cause, Outcome, Owner, Plan, Scan, SkipReason, Socket, Target};
+use crate::parallel::in_blocks;
 use crate::sock_diag::Protocol;
 use crate::tcp::TcpState;
 use crate::text::{age, broken, columns_of, counted, escape};
@@ -50,7 +51,7 @@ pub fn write(
         None => layout.least_widths(targets),
     };
     for rows in targets.chunks(ROWS_PER_BLOCK * BLOCKS_AT_ONCE) {
-        let mut tables = in_blocks(rows, |rows| layout.table(run, rows, color));
+        let mut tables = in_blocks(rows, ROWS_PER_BLOCK, |rows| layout.table(run, rows, color));
         if header && let Some(first) = tables.first_mut() {
             first.set_header(layout.columns.iter().map(|column| column.header()));
         }
@@ -367,14 +368,6 @@ impl Layout {
                 laid_out.set_cell_alignment(CellAlignment::Right);
             }
         }
-    }
-}
-
-/// The blocks of `rows`. Those of a long list are made in parallel.
-fn in_blocks<T: Send>(rows: &[Target], block: impl Fn(&[Target]) -> T + Send + Sync) -> Vec<T> {
-    match rows.len() {
-        0..=ROWS_PER_BLOCK => vec![block(rows)],
-        _ => rows.par_chunks(ROWS_PER_BLOCK).map(block).collect(),
     }
 }
 

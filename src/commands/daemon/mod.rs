@@ -470,7 +470,7 @@ impl Daemon<'_> {
         if self.failure.take().is_some() {
             say(format_args!("the sweep succeeds again"));
         }
-        let is_partial = sweep.observation.is_partial || !sweep.failures.is_empty();
+        let is_partial = sweep.observation.is_partial;
         if is_partial && !self.was_partial {
             say_notes(notes::notes(&sweep.run));
             say_notes(&sweep.failures);

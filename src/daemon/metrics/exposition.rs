@@ -57,12 +57,7 @@ impl Exposition {
         help: &'static str,
         series: impl IntoIterator<Item = (Labels, Value)>,
     ) {
-        self.0.push(Metric {
-            name,
-            help,
-            is_counter: false,
-            series: series.into_iter().collect(),
-        });
+        self.add(false, name, help, series);
     }
 
     /// Adds a metric that only grows. Its `name` is without the ending `_total`.
@@ -72,10 +67,20 @@ impl Exposition {
         help: &'static str,
         series: impl IntoIterator<Item = (Labels, Value)>,
     ) {
+        self.add(true, name, help, series);
+    }
+
+    fn add(
+        &mut self,
+        is_counter: bool,
+        name: &'static str,
+        help: &'static str,
+        series: impl IntoIterator<Item = (Labels, Value)>,
+    ) {
         self.0.push(Metric {
             name,
             help,
-            is_counter: true,
+            is_counter,
             series: series.into_iter().collect(),
         });
     }
