@@ -22,7 +22,7 @@
 //! | options | [`cli`]: the arguments; [`config`]: their meaning |
 //! | words | [`report`]: tables, JSON, notes, exit status; `audit`: the log |
 //! | the daemon | [`daemon`]: its configuration and its policies, the numbers of its sweeps, and how they are served |
-//! | the program | `terminal`; [`commands`]: one file for each command, and the sweep |
+//! | the program | `terminal`; [`commands`]: one file for each command |
 //!
 //! # Glossary
 //! - **stuck socket**: a socket in CLOSE-WAIT, or in the states that `--state` names.
@@ -85,7 +85,6 @@
 //!   for without asking for input. If it were closed, the owner would spin.
 //! - **canary**: the socket of an owner that is closed first, to see whether the owner spins.
 //! - **overview**: what a terminal shows of a run: one screen, with a row for each process and listener.
-//! - **sweep**: to destroy sockets while the kernel still lists the others, without a list of targets first.
 //! - **intent**: the record in the log, before the act, of a socket or descriptor that cwkill is about to close.
 //! - **reclaim**: to close a dead descriptor inside its process. **evidence**: the facts from /proc that show how the process uses its
 //!   descriptors, for example system calls and epoll sets. **in use**: the evidence speaks against closing the descriptor;

@@ -67,7 +67,7 @@ pub fn watch(
     let history = History::none();
     let scan = || match scope.owners {
         true => finder::find(scope.namespaces, proc, &selectors, &history),
-        false => finder::find_sockets(scope.namespaces, &selectors, &history, true),
+        false => finder::find_sockets(scope.namespaces, &selectors, &history),
     };
     known.extend(cookies(&scan()?));
     let begin = control.now();

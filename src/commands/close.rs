@@ -2,17 +2,16 @@
 
 use std::collections::HashMap;
 use std::io::{self, IsTerminal, Write};
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow, ensure};
+use anyhow::{Context, ensure};
 use clap::ColorChoice;
 
 use super::reclaim::targets_of;
 use super::{
     confirm, drop_capabilities_and_start_threads, hint_line, kept, open_destroyer, open_log,
-    open_proc, refuse, say_notes, sweep, time_and_place, typed_words, was_reported,
+    open_proc, refuse, say_notes, time_and_place, typed_words, was_reported,
 };
 use crate::cli::Args;
 use crate::config::{Action, Config, DEFAULT_RECLAIM_RULES, Format, Limit};
@@ -78,24 +77,15 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     let mut terminal = Terminal::new(acts, quiet)?;
     let mut history = History::open();
     let namespaces = finder::open_namespaces(&config.netns, &config.selectors, &proc)?;
-    // The log must record each socket before cwkill acts on it, so with a log there is no sweep. With --bpf always each socket is judged at
-    // the instant of the act; for very many sockets that takes longer.
-    let may_sweep = log.is_none() && use_iterator != UseIterator::Always;
-    let swept = match may_sweep {
-        true => sweep_if_possible(config, &namespaces, &history, &privileges, &terminal),
-        false => Vec::new(),
-    };
     let scan = find_and_plan(
         config,
         &namespaces,
         &history,
-        swept,
         &privileges,
         &proc,
         &terminal,
     )?;
-    // A sweep has made sure of its memory.
-    if acts && scan.targets.iter().all(|target| target.outcome.is_none()) {
+    if acts {
         memory::check_room(scan.targets.len()).context("nothing was done")?;
     }
     // Before the act, so that no act makes a socket young for the next run.
@@ -112,7 +102,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
         let found = drain::find(&run.scan, &config.selectors, &proc);
         run.backlogs = Some(found.context("cannot find the backlogs")?);
     }
-    // After a sweep the question would come too late. A sweep needs --no-owners, so it does not know the processes.
+    // Without owners cwkill does not know the processes.
     if acts
         && config.asks
         && config.owners
@@ -243,75 +233,34 @@ fn needed_capabilities(config: &Config) -> caps::CapsHashSet {
     needed
 }
 
-/// The number of sockets for whose outcomes there must be memory before a sweep. The sweep does not know beforehand how many there are;
-/// few hosts have more.
-const MAX_SWEPT: usize = 200_000;
-
-/// Destroys sockets while the kernel lists them, if that is possible with `config`; see [`sweep`].
-pub fn sweep_if_possible(
-    config: &Config,
-    namespaces: &Namespaces,
-    history: &History,
-    privileges: &Privileges,
-    control: &dyn Control,
-) -> Vec<Target> {
-    match &namespaces.open[..] {
-        [netns] if sweep::is_possible(config) && memory::check_room(MAX_SWEPT).is_ok() => {
-            sweep::sweep(config, netns, history, privileges, control)
-        }
-        _ => Vec::new(),
-    }
-}
-
-/// Finds the sockets and plans the methods for each. Adds those that were `swept` before. Before an act, and in a dry run, it may wait
-/// some seconds to see whether unread bytes are read.
+/// Finds the sockets and plans the methods for each. Before an act, and in a dry run, it may wait some seconds to see whether unread
+/// bytes are read.
 ///
 /// # Errors
-/// No sockets can be found, and none were swept. If some were swept, the error goes into the coverage instead, so that they
-/// are still reported.
+/// No sockets can be found.
 pub fn find_and_plan(
     config: &Config,
     namespaces: &Namespaces,
     history: &History,
-    swept: Vec<Target>,
     privileges: &Privileges,
     proc: &ProcFs,
     control: &dyn Control,
-) -> anyhow::Result<Scan> {
-    let search = || -> Result<Scan, FindError> {
-        let mut scan = match config.owners {
-            true => finder::find(namespaces, proc, &config.selectors, history),
-            // After a sweep few sockets are left.
-            false => finder::find_sockets(namespaces, &config.selectors, history, swept.is_empty()),
-        }?;
-        if config.action != Action::List {
-            look_again(&mut scan, config, control);
-        }
-        if config.action != Action::List && !config.policy.allow_spin {
-            finder::spin_risk::find(&mut scan, proc);
-        }
-        plan::decide(&mut scan, &config.policy, privileges);
-        if let Some(rules) = &config.reclaim {
-            spare_those_that_stay_open(&mut scan, rules, proc);
-        }
-        plan::limit(&mut scan, config.policy.max_kills);
-        Ok(scan)
-    };
-    let found = match catch_unwind(AssertUnwindSafe(search)) {
-        Err(panic) if swept.is_empty() => resume_unwind(panic),
-        Err(_) => Err(anyhow!("a bug in cwkill")),
-        Ok(found) => found.map_err(anyhow::Error::from),
-    };
-    let mut scan = match found {
-        Err(error) if swept.is_empty() => return Err(error),
-        Err(error) => {
-            let mut scan = finder::empty_scan(namespaces);
-            scan.coverage.relist_failure = Some(format!("{error:#}"));
-            scan
-        }
-        Ok(scan) => scan,
-    };
-    sweep::merge(&mut scan, swept, config);
+) -> Result<Scan, FindError> {
+    let mut scan = match config.owners {
+        true => finder::find(namespaces, proc, &config.selectors, history),
+        false => finder::find_sockets(namespaces, &config.selectors, history),
+    }?;
+    if config.action != Action::List {
+        look_again(&mut scan, config, control);
+    }
+    if config.action != Action::List && !config.policy.allow_spin {
+        finder::spin_risk::find(&mut scan, proc);
+    }
+    plan::decide(&mut scan, &config.policy, privileges);
+    if let Some(rules) = &config.reclaim {
+        spare_those_that_stay_open(&mut scan, rules, proc);
+    }
+    plan::limit(&mut scan, config.policy.max_kills);
     Ok(scan)
 }
 

@@ -1,4 +1,4 @@
-//! The commands, one file for each, and their common parts. `confirm` and `sweep` are parts of `close`.
+//! The commands, one file for each, and their common parts. `confirm` is a part of `close`.
 //!
 //! A command validates its arguments, drops the privileges that it does not need, does its work, and reports: results on
 //! stdout, everything else on stderr. `close` is `cwkill` without a command: it lists or closes sockets.
@@ -11,7 +11,6 @@ mod diagnose;
 mod doctor;
 mod kept;
 mod reclaim;
-pub mod sweep;
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Display;

@@ -199,8 +199,7 @@ pub fn find(
     Ok(scan)
 }
 
-/// Finds the sockets without their owners, so `selectors` must not select owners. `may_split`: whether two threads may share
-/// a large dump.
+/// Finds the sockets without their owners, so `selectors` must not select owners.
 ///
 /// # Errors
 /// As [`find`], except that /proc is not read.
@@ -208,16 +207,15 @@ pub fn find_sockets(
     namespaces: &Namespaces,
     selectors: &Selectors,
     history: &History,
-    may_split: bool,
 ) -> Result<Scan, FindError> {
-    let Listed { mut scan, .. } = list_sockets(namespaces, selectors, history, may_split)?;
+    let Listed { mut scan, .. } = list_sockets(namespaces, selectors, history, true)?;
     retain_selected(&mut scan, selectors, &OwnerScan::default(), &|_| true);
     sort(&mut scan.targets);
     Ok(scan)
 }
 
 /// A scan of `namespaces` without sockets. Its coverage says which namespaces could not be opened.
-pub(crate) fn empty_scan(namespaces: &Namespaces) -> Scan {
+fn empty_scan(namespaces: &Namespaces) -> Scan {
     let failure = namespaces.failure.as_ref();
     let unknown = namespaces.unknown_because.as_ref();
     Scan {

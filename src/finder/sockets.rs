@@ -1,6 +1,5 @@
 //! The matched sockets of one network namespace, listed by the kernel.
 
-use std::ops::ControlFlow;
 use std::thread;
 use std::time::Duration;
 
@@ -13,6 +12,7 @@ use crate::filter::{self, bytecode};
 use crate::history::{self, History};
 use crate::model::{HistoryUpdate, NetnsKey, NewEntry, Socket, Target};
 use crate::proc::netns::Netns;
+use crate::sock_diag::client::FirstSockets;
 use crate::sock_diag::{DumpError, DumpRequest, Family, Protocol, SockDiag, SocketMessage};
 
 /// The sockets of a namespace that match by the kernel's data, without their owners.
@@ -84,7 +84,7 @@ pub(super) fn scan(
 }
 
 /// The key of the namespace in the history. `diag` was opened in it.
-pub(crate) fn netns_key(netns: &Netns, diag: &SockDiag) -> NetnsKey {
+fn netns_key(netns: &Netns, diag: &SockDiag) -> NetnsKey {
     NetnsKey {
         inode: netns.inode(),
         cookie: diag.netns_cookie().unwrap_or(0),
@@ -115,7 +115,7 @@ fn apply_history(
 }
 
 /// How a large dump can be split, decided by its first sockets.
-pub(crate) enum DumpSplit {
+enum DumpSplit {
     /// These few sockets are all that match.
     All(Vec<Target>),
     /// Many match. Two parallel dumps can share the work: each of these selectors selects one half, by the peer port, which
@@ -126,25 +126,21 @@ pub(crate) enum DumpSplit {
 }
 
 /// Reads the first sockets of a dump. The kernel lists sockets in hash order, so the first ones stand for all.
-pub(crate) fn split_dump(selectors: &Selectors) -> DumpSplit {
+fn split_dump(selectors: &Selectors) -> DumpSplit {
     /// Read this many sockets before a split: their median splits all to within 2 % of a half, with a probability of 2 in 3.
     const SPLIT_FROM: usize = 512;
     let bytecode = bytecode::bytecode(&selectors.as_expression(), selectors.states);
     let mut sockets = Vec::new();
     for request in requests(selectors, &bytecode) {
         let keep = |message| matching(&message, selectors);
-        let part = |mut more: Vec<Target>, _| {
-            sockets.append(&mut more);
-            match sockets.len() < SPLIT_FROM {
-                true => ControlFlow::Continue(()),
-                false => ControlFlow::Break(()),
-            }
-        };
+        let more = SPLIT_FROM - sockets.len();
         // The netlink socket of an unfinished dump stays busy, so it is not reused.
-        let listed = SockDiag::open().map(|mut diag| diag.stream(&request, keep, part));
-        match listed {
-            _ if sockets.len() >= SPLIT_FROM => return halves(selectors, &sockets),
-            Ok(Ok(true)) => {}
+        match SockDiag::open().map(|mut diag| diag.first(&request, keep, more)) {
+            Ok(Ok(FirstSockets::Enough(mut first))) => {
+                sockets.append(&mut first);
+                return halves(selectors, &sockets);
+            }
+            Ok(Ok(FirstSockets::All(mut all))) if all.len() < more => sockets.append(&mut all),
             _ => return DumpSplit::Unknown,
         }
     }
@@ -200,7 +196,7 @@ fn matching(message: &SocketMessage, selectors: &Selectors) -> Option<Target> {
 }
 
 /// The dump requests whose answers contain every socket that `selectors` match.
-pub(crate) fn requests<'b>(
+fn requests<'b>(
     selectors: &Selectors,
     bytecode: &'b [u8],
 ) -> impl Iterator<Item = DumpRequest<'b>> {

@@ -26,17 +26,14 @@ use crate::tcp::TcpState;
 /// Sockets per batch without keepalive probes.
 const SOCKETS_PER_BATCH: usize = 64;
 
-/// Makes the kernel abort sockets. It has its own netlink socket, so it also works during a dump.
+/// Makes the kernel abort sockets.
 pub struct Destroy {
     diag: SockDiag,
     /// The kernel has answered that it cannot destroy any socket.
     unsupported: bool,
-    /// `None`: no probe is sent before.
-    reviver: Option<(Reviver, Duplicator)>,
+    reviver: Reviver,
+    duplicator: Duplicator,
 }
-
-/// The kernel's answers, one per id, in the same order.
-type DestroyAnswers = io::Result<Vec<Result<(), DestroyError>>>;
 
 impl Destroy {
     /// Opens the netlink socket, in the network namespace of the calling thread. `proc` is used to identify owners by their start
@@ -46,33 +43,14 @@ impl Destroy {
     /// As [`SockDiag::open`].
     pub fn open(proc: ProcFs) -> io::Result<Self> {
         Ok(Destroy {
-            reviver: Some((Reviver::new(), Duplicator::new(proc))),
-            ..Self::without_descriptors()?
-        })
-    }
-
-    /// As [`Destroy::open`], for sockets whose owners are not known.
-    ///
-    /// # Errors
-    /// As [`SockDiag::open`].
-    pub fn without_descriptors() -> io::Result<Self> {
-        Ok(Destroy {
             diag: SockDiag::open()?,
             unsupported: false,
-            reviver: None,
+            reviver: Reviver::new(),
+            duplicator: Duplicator::new(proc),
         })
     }
 
-    /// Aborts `targets`; the kernel acknowledges several requests with one answer ([`SockDiag::destroy_together`]).
-    pub fn destroy_together(&mut self, targets: Vec<&mut Target>) {
-        self.request(targets, SockDiag::destroy_together);
-    }
-
-    fn request(
-        &mut self,
-        targets: Vec<&mut Target>,
-        destroy: impl FnOnce(&mut SockDiag, &[DiagId]) -> DestroyAnswers,
-    ) {
+    fn request(&mut self, targets: Vec<&mut Target>) {
         if self.unsupported {
             for target in targets {
                 target.record(Method::Destroy, Err(UNSUPPORTED));
@@ -80,7 +58,7 @@ impl Destroy {
             return;
         }
         let ids: Vec<DiagId> = targets.iter().map(|target| target.socket.id).collect();
-        match destroy(&mut self.diag, &ids) {
+        match self.diag.destroy(&ids) {
             Ok(answers) => {
                 for (target, answer) in targets.into_iter().zip(answers) {
                     let result = answer.map_err(|error| self.explain(error, target.socket.state));
@@ -128,10 +106,7 @@ impl Executor for Destroy {
     }
 
     fn batch_size(&self) -> usize {
-        let reviver = self.reviver.as_ref();
-        reviver.map_or(SOCKETS_PER_BATCH, |(reviver, _)| {
-            reviver.batch_size(SOCKETS_PER_BATCH)
-        })
+        self.reviver.batch_size(SOCKETS_PER_BATCH)
     }
 
     fn act_at_one_instant<'t>(
@@ -142,11 +117,9 @@ impl Executor for Destroy {
         match run.rules().destroyer {
             Some(by_iterator) => {
                 let size = self.batch_size();
-                by_iterator.destroy(targets, run, &mut |targets, run| match &mut self.reviver {
-                    Some((reviver, duplicator)) => {
-                        reviver.revive_all(duplicator, targets, size, run)
-                    }
-                    None => Revived::without_probes(targets),
+                by_iterator.destroy(targets, run, &mut |targets, run| {
+                    let duplicator = &mut self.duplicator;
+                    self.reviver.revive_all(duplicator, targets, size, run)
                 })
             }
             None => targets,
@@ -155,10 +128,8 @@ impl Executor for Destroy {
 
     fn act(&mut self, targets: Vec<&mut Target>, run: &mut MethodRun<'_>) {
         let is_small = targets.len() <= SOCKETS_PER_BATCH;
-        let Revived { others, probed } = match &mut self.reviver {
-            Some((reviver, duplicator)) => reviver.revive_unchecked(duplicator, targets, run),
-            None => Revived::without_probes(targets),
-        };
+        let duplicator = &mut self.duplicator;
+        let Revived { others, probed } = self.reviver.revive_unchecked(duplicator, targets, run);
         // A large batch was rechecked too long ago, and so was one that has waited for its probes: the owner may have written meanwhile.
         let mut is_fresh = is_small && probed.is_empty();
         for (mut targets, after_segment) in [(others, false), (probed, true)] {
@@ -167,7 +138,7 @@ impl Executor for Destroy {
                 if !is_fresh {
                     targets = run.recheck(targets, after_segment);
                 }
-                self.request(targets, SockDiag::destroy);
+                self.request(targets);
                 is_fresh = false;
                 targets = rest;
             }

@@ -131,20 +131,6 @@ pub fn begin(
     }
 }
 
-/// Verifies targets on which SOCK_DESTROY has already been used, and gives each its outcome.
-///
-/// `kernel` must belong to the network namespace of these sockets.
-pub fn verify_destroyed(
-    targets: &mut [&mut Target],
-    kernel: &mut dyn SocketTables,
-    rules: Rules<'_>,
-    control: &dyn Control,
-) {
-    let mut run = MethodRun::new(Method::Destroy, kernel, rules, control);
-    run.wait_for(targets.iter_mut().map(|target| &mut **target).collect());
-    verify(targets, kernel);
-}
-
 /// A method at work in one namespace: what an executor may ask and do.
 pub struct MethodRun<'a> {
     method: Method,

@@ -595,31 +595,3 @@ fn a_list_confirms_many_destroyed_sockets_and_nothing_else() {
         }
     }
 }
-
-#[test]
-fn sockets_destroyed_before_are_verified() {
-    let mut world = World::new(3);
-    for (target, result) in world
-        .targets
-        .iter_mut()
-        .zip([Ok(()), Ok(()), Err(MethodError::Gone)])
-    {
-        target.record(Destroy, result);
-    }
-    world.kernel.remove(1);
-    world.kernel.remove(3);
-    let rules = Rules {
-        grace: Duration::from_secs(1),
-        discard_unsent: false,
-        selectors: &world.selectors,
-        kernel_version: world.version,
-        destroyer: None,
-    };
-    let mut targets: Vec<&mut Target> = world.targets.iter_mut().collect();
-    verify_destroyed(&mut targets, &mut world.kernel, rules, &world.clock);
-    assert_eq!(
-        world.outcomes(),
-        [closed(Destroy), Some(Outcome::Failed), Some(Outcome::Gone)]
-    );
-    assert_eq!(world.clock.waited(), Duration::from_secs(1));
-}

@@ -57,8 +57,6 @@ pub struct Coverage {
     pub unlisted_subflows: usize,
     /// Connections of others in CLOSE-WAIT that pass through this host. `None`: there are none, or cwkill did not look.
     pub tracked: Option<TrackedCloseWait>,
-    /// Why cwkill could not list the sockets again after it had destroyed some.
-    pub relist_failure: Option<String>,
 }
 
 /// Connections between other hosts whose conntrack entry is in CLOSE_WAIT.
@@ -224,9 +222,6 @@ impl Coverage {
             ));
         }
         notes.extend(self.tracked.as_ref().map(TrackedCloseWait::note));
-        if let Some(why) = &self.relist_failure {
-            notes.push(format!("the remaining sockets could not be listed ({why})"));
-        }
         notes
     }
 }

@@ -101,8 +101,7 @@ fn outputs(case: &Case) -> Outputs {
     }
     section(&mut prose, "exit status", &status(exit_status(&run)));
     let mut outputs = Vec::new();
-    // What is swept is never logged.
-    if config.action == Action::Act && !case.has_swept() {
+    if config.action == Action::Act {
         let (caller, before) = (Caller::example(), case.run(false));
         let mut entries = records(&before, &caller, false);
         entries.extend(records(&run, &caller, true));

@@ -61,7 +61,6 @@ pub fn write_document(
         }),
         descriptors_not_searched: coverage.unexamined_descriptors,
         sockets_in_unknown_namespace: coverage.unplaced_sockets,
-        relist_failure: coverage.relist_failure.as_deref(),
         backlogs: run.backlogs.as_ref().map(|backlogs| {
             let json = |backlog| json_backlog(run, backlog);
             backlogs.iter().map(json).collect()
@@ -181,7 +180,6 @@ struct Tail<'a> {
     descriptors_not_searched: usize,
     sockets_in_unknown_namespace: usize,
     /// The error that ended a scan early: more sockets may match.
-    relist_failure: Option<&'a str>,
     /// The backlogs with dead connections; `None` without `--drain-backlog`.
     backlogs: Option<Vec<JsonBacklog<'a>>>,
     /// The dead descriptors that match; `None` if cwkill did not look for them.

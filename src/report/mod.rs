@@ -181,7 +181,6 @@ pub fn exit_status(run: &Run) -> ExitStatus {
         _ if run.acted && backlogs.clone().any(Backlog::is_left) => ExitStatus::NotAllClosed,
         ExitStatus::NothingMatched if backlogs.next().is_some() => ExitStatus::Done,
         ExitStatus::Done if coverage.undecided > 0 && run.acted => ExitStatus::NotAllClosed,
-        ExitStatus::Done if coverage.relist_failure.is_some() => ExitStatus::NotAllClosed,
         ExitStatus::Done if run.acted && !all_reclaimed(&run.scan) => ExitStatus::NotAllClosed,
         ExitStatus::Done if run.spinning.iter().any(|one| !one.ended) => ExitStatus::NotAllClosed,
         status => status,

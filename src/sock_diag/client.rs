@@ -1,14 +1,10 @@
 //! The netlink socket: dumps, lookups by id, and SOCK_DESTROY.
 //!
 //! A datagram carries one request for a dump, or several lookups or destroys. The kernel answers a dump with many messages, and a
-//! lookup or a destroy with one. A destroy can be sent without NLM_F_ACK; then the kernel answers only if it fails. A request is
-//! about the network namespace in which the netlink socket was opened.
+//! lookup or a destroy with one. A request is about the network namespace in which the netlink socket was opened.
 
 use std::io::{self, IoSliceMut};
-use std::mem;
-use std::ops::ControlFlow;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::time::Instant;
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG};
 use nix::errno::Errno;
@@ -24,8 +20,8 @@ use crate::sys;
 const RECEIVE_BUFFER: usize = REQUESTS_PER_DATAGRAM * ANSWER_BYTES;
 /// Room for one answer. With `struct tcp_info` and all attributes an answer takes about 600 bytes, and new kernels add a few.
 const ANSWER_BYTES: usize = 2048;
-/// Room for a datagram of [`SockDiag::stream`]. With fewer sockets in a datagram, their descriptions are fresher.
-const STREAM_BUFFER: usize = 16 * 1024;
+/// Room for a datagram of [`SockDiag::first`], so that the kernel does not list many more sockets than are enough.
+const FIRST_BUFFER: usize = 16 * 1024;
 /// Requests per datagram. All answers stay in the receive queue until the kernel has processed the whole datagram. 64 answers with
 /// TCP_INFO fit the default queue (net.core.rmem_default).
 const REQUESTS_PER_DATAGRAM: usize = 64;
@@ -113,63 +109,51 @@ impl SockDiag {
         request: &DumpRequest,
         mut keep: impl FnMut(SocketMessage) -> Option<T>,
     ) -> Result<Vec<T>, DumpError> {
-        let all = |_: &mut Vec<T>, _| ControlFlow::Continue(());
-        repeat(|| self.dump_once(request, RECEIVE_BUFFER, &mut keep, all))
+        let all = usize::MAX;
+        repeat(
+            || match self.dump_once(request, RECEIVE_BUFFER, &mut keep, all)? {
+                FirstSockets::All(sockets) | FirstSockets::Enough(sockets) => Ok(Some(sockets)),
+                FirstSockets::Repeat => Ok(None),
+            },
+        )
     }
 
-    /// Lists sockets once, datagram by datagram, and returns whether the list is complete. `keep` returns the data to keep of each
-    /// socket. `part` then works on the data of one datagram while the next one waits. It also gets an instant: the kernel wrote
-    /// the datagram after it.
-    ///
-    /// The list can be complete only if `part` closes no sockets. The kernel resumes a hash bucket at the number of sockets that it
-    /// has listed from it, so each closed socket hides another (net/ipv4/tcp_diag.c, tcp_diag_dump). After a break, the rest of the
-    /// dump still waits in this netlink socket.
+    /// Lists sockets once, until `enough` of them are kept or all are listed. `keep` returns the data to keep of each socket. After a
+    /// break, the rest of the dump still waits in this netlink socket.
     ///
     /// # Errors
-    /// As [`SockDiag::dump`], except that an incomplete list is not an error.
-    pub fn stream<T>(
+    /// As [`SockDiag::dump`], except that a list that must be repeated is [`FirstSockets::Repeat`].
+    pub fn first<T>(
         &mut self,
         request: &DumpRequest,
         mut keep: impl FnMut(SocketMessage) -> Option<T>,
-        mut part: impl FnMut(Vec<T>, Instant) -> ControlFlow<()>,
-    ) -> Result<bool, DumpError> {
-        let part = |kept: &mut Vec<T>, since| part(mem::take(kept), since);
-        let rest = self.dump_once(request, STREAM_BUFFER, &mut keep, part)?;
-        Ok(rest.is_some())
+        enough: usize,
+    ) -> Result<FirstSockets<T>, DumpError> {
+        self.dump_once(request, FIRST_BUFFER, &mut keep, enough)
     }
 
-    /// Does one dump, in datagrams of at most `room` bytes; `None` if it must be repeated, or `after` broke it off.
-    ///
-    /// cwkill calls `after` for each datagram. It may take the kept data, and gets an instant: the kernel wrote the datagram after
-    /// it.
+    /// Does one dump, in datagrams of at most `room` bytes, until `enough` sockets are kept.
     fn dump_once<T>(
         &mut self,
         request: &DumpRequest,
         room: usize,
         keep: &mut impl FnMut(SocketMessage) -> Option<T>,
-        mut after: impl FnMut(&mut Vec<T>, Instant) -> ControlFlow<()>,
-    ) -> Result<Option<Vec<T>>, DumpError> {
+        enough: usize,
+    ) -> Result<FirstSockets<T>, DumpError> {
         let sequence = self.next_sequence();
-        // The kernel writes the first datagram in send(), and each further one in the recv() of the one before
-        // (net/netlink/af_netlink.c, __netlink_dump_start and netlink_recvmsg).
-        let mut begun = Instant::now();
         self.socket.send(&request.encode(sequence), 0)?;
         let mut assembly = Assembly::new(sequence, request.protocol);
         let mut overruns = Overruns::default();
         loop {
-            let since = mem::replace(&mut begun, Instant::now());
             match receive(&self.socket, &mut self.buffer[..room]) {
-                Ok(datagram) => {
-                    let state = assembly.feed(datagram, keep)?;
-                    if after(&mut assembly.kept, since).is_break() {
-                        return Ok(None);
+                Ok(datagram) => match assembly.feed(datagram, keep)? {
+                    DumpState::Complete => return Ok(FirstSockets::All(assembly.kept)),
+                    DumpState::Repeat => return Ok(FirstSockets::Repeat),
+                    DumpState::More if assembly.kept.len() >= enough => {
+                        return Ok(FirstSockets::Enough(assembly.kept));
                     }
-                    match state {
-                        DumpState::More => {}
-                        DumpState::Complete => return Ok(Some(assembly.kept)),
-                        DumpState::Repeat => return Ok(None),
-                    }
-                }
+                    DumpState::More => {}
+                },
                 // The queue overran. The kernel goes on, so the rest must be read before the dump is repeated.
                 Err(error) => {
                     overruns.note(error)?;
@@ -275,40 +259,6 @@ impl SockDiag {
         Ok(answers.into_iter().map(destroyed).collect())
     }
 
-    /// As [`SockDiag::destroy`], but the kernel answers only the last request of each datagram, and each request that fails.
-    ///
-    /// The kernel processes a datagram in order before it returns from send(), so a request without an answer succeeded. If an
-    /// answer does not fit the queue, recv() reports an overrun. Then a request without an answer counts as
-    /// [`DestroyError::AnswerLost`].
-    ///
-    /// # Errors
-    /// As [`SockDiag::destroy`].
-    pub fn destroy_together(
-        &mut self,
-        ids: &[DiagId],
-    ) -> io::Result<Vec<Result<(), DestroyError>>> {
-        let mut results = Vec::with_capacity(ids.len());
-        let mut request = Vec::new();
-        for ids in ids.chunks(REQUESTS_PER_DATAGRAM) {
-            let first = self.sequence.wrapping_add(1);
-            request.clear();
-            for (index, id) in ids.iter().enumerate() {
-                let put = match index + 1 == ids.len() {
-                    true => codec::put_destroy,
-                    false => codec::put_destroy_without_ack,
-                };
-                put(&mut request, id, self.next_sequence());
-            }
-            self.socket.send(&request, 0)?;
-            let mut answers: Vec<Option<Frame>> = ids.iter().map(|_| None).collect();
-            let lost = self.receive_answers(Protocol::Tcp, first, &mut answers, Until::Last)?;
-            let complete = !lost && answers.last().is_some_and(Option::is_some);
-            let or_ack = |answer: Option<Frame>| answer.or(complete.then_some(Frame::Ack));
-            results.extend(answers.into_iter().map(|answer| destroyed(or_ack(answer))));
-        }
-        Ok(results)
-    }
-
     /// Sends one request for each of `ids` without an answer, `batch` of them per datagram. Assigns the answers by sequence number.
     fn request(
         &mut self,
@@ -331,7 +281,7 @@ impl SockDiag {
             }
             if !request.is_empty() {
                 self.socket.send(&request, 0)?;
-                self.receive_answers(protocol, first, answers, Until::All)?;
+                self.receive_answers(protocol, first, answers)?;
             }
         }
         Ok(match answers.iter().all(Option::is_some) {
@@ -340,40 +290,28 @@ impl SockDiag {
         })
     }
 
-    /// Reads the receive queue, and returns whether an answer was lost because it did not fit. The kernel answers inside send(), so
-    /// an answer that is not in the queue now was lost or never sent.
+    /// Reads the receive queue. The kernel answers inside send(), so an answer that is not in the queue now was lost or never sent.
     fn receive_answers(
         &mut self,
         protocol: Protocol,
         first: u32,
         answers: &mut [Option<Frame>],
-        until: Until,
-    ) -> io::Result<bool> {
+    ) -> io::Result<()> {
         // With fewer answers, each may be longer.
         let room = self.buffer.len() / answers.len().max(1);
-        let mut lost = false;
         let mut overruns = Overruns::default();
-        loop {
-            let waiting = match until {
-                Until::All => answers.iter().any(Option::is_none),
-                Until::Last => answers.last().is_some_and(Option::is_none),
-            };
-            if !waiting {
-                return Ok(lost);
-            }
+        while answers.iter().any(Option::is_none) {
             let lengths = match receive_waiting(&self.socket, &mut self.buffer, room) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(lost),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
                     overruns.note(error)?;
-                    lost = true;
                     continue;
                 }
                 Ok(lengths) => lengths,
             };
             for (slot, length) in self.buffer.chunks(room).zip(lengths) {
                 // A longer datagram was cut, so it is lost.
-                lost |= length > room;
                 let datagram = slot.get(..length).unwrap_or_default();
                 for framed in codec::frames(datagram, protocol) {
                     let framed = framed.map_err(|Malformed(_)| io::Error::from(Errno::EBADMSG))?;
@@ -386,6 +324,7 @@ impl SockDiag {
                 }
             }
         }
+        Ok(())
     }
 
     fn next_sequence(&mut self) -> u32 {
@@ -413,12 +352,14 @@ fn destroyed(answer: Option<Frame>) -> Result<(), DestroyError> {
     }
 }
 
-/// The answers to wait for.
-#[derive(Clone, Copy)]
-enum Until {
-    All,
-    /// The kernel answers in order, so all earlier answers come before it.
-    Last,
+/// How a dump ended, with what was kept of its sockets.
+pub enum FirstSockets<T> {
+    /// These are all.
+    All(Vec<T>),
+    /// There are perhaps more.
+    Enough(Vec<T>),
+    /// The list has gaps, so the dump must be repeated.
+    Repeat,
 }
 
 /// Whether the kernel answered every request.

@@ -39,10 +39,10 @@ mod signals;
 mod spinning;
 mod states;
 mod support;
-mod sweeping;
 mod threads;
 mod trial;
 mod watch;
+mod without_owners;
 
 use libtest_mimic::Arguments;
 use trial::Test;
@@ -74,7 +74,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     closing,
     backlogs,
     spinning,
-    sweeping,
+    without_owners,
     resetting,
     probing,
     addresses,

@@ -152,7 +152,6 @@ fn find(
         config,
         &namespaces,
         &sweeper.history,
-        Vec::new(),
         &sweeper.privileges,
         proc,
         control,

@@ -48,7 +48,6 @@ impl Sweeper {
             &self.config,
             &namespaces,
             &self.history,
-            Vec::new(),
             &self.privileges,
             &proc,
             control,

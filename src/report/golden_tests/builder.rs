@@ -10,7 +10,6 @@ use clap::Parser;
 use super::words::{exclusion, judgement, method, method_error, reclaim_outcome, skip, state};
 use crate::audit::record::{Caller, Entry, intents, outcomes};
 use crate::cli::Cli;
-use crate::commands::sweep;
 use crate::config::{Action, Config};
 use crate::diagnose::suggest::LanguageRuntime;
 use crate::model::{
@@ -84,7 +83,6 @@ pub struct Matched {
     over_limit: bool,
     attempts: Vec<(&'static str, Option<&'static str>)>,
     ended: Option<Ended>,
-    swept: bool,
     address_gone: bool,
 }
 
@@ -101,7 +99,6 @@ pub fn socket(local: &str, peer: &str, cookie: u64) -> Matched {
         over_limit: false,
         attempts: Vec::new(),
         ended: None,
-        swept: false,
         address_gone: false,
     }
 }
@@ -233,12 +230,6 @@ impl Matched {
 
     pub fn failed(self) -> Self {
         self.ended(Ended::Failed)
-    }
-
-    /// Closed while the sockets were listed.
-    pub fn swept(mut self) -> Self {
-        self.swept = true;
-        self
     }
 
     fn last_owner(mut self, change: impl FnOnce(&mut Holder)) -> Self {
@@ -453,11 +444,6 @@ impl Case {
         self
     }
 
-    pub fn relist_failure(mut self, why: &'static str) -> Self {
-        self.coverage.relist_failure = Some(why.to_owned());
-        self
-    }
-
     /// New stuck sockets that came within a time, by process.
     pub fn watched<const N: usize>(
         mut self,
@@ -509,10 +495,6 @@ impl Case {
         self
     }
 
-    pub fn has_swept(&self) -> bool {
-        self.sockets.iter().any(|socket| socket.swept)
-    }
-
     pub fn config(&self, verbose: bool) -> Config {
         let words = ["cwkill"].into_iter();
         let words = words.chain(self.arguments.split_whitespace());
@@ -538,7 +520,6 @@ impl Case {
         };
         let acted = done && config.action == Action::Act;
         let reclaimed = config.reclaim.is_some() && (acted || config.action != Action::Act);
-        let mut swept = Vec::new();
         for matched in &self.sockets {
             let mut target = matched.found(config.owners);
             target.listener = matched.listener.map(|it| {
@@ -546,18 +527,14 @@ impl Case {
                 let accepting = accepting.map(|(who, fd)| who.owner(*fd)).collect();
                 place(&mut scan.listeners, it, accepting, &matched.group)
             });
-            if acted || matched.swept {
+            if acted {
                 matched.act(&mut target);
             }
             if reclaimed {
                 matched.reclaimed(&mut target);
             }
-            match matched.swept {
-                true => swept.push(target),
-                false => scan.targets.push(target),
-            }
+            scan.targets.push(target);
         }
-        sweep::merge(&mut scan, swept, config);
         let has_result = acted || config.action != Action::Act;
         let drained = self.drained.iter();
         let backlogs = drained.map(|drained| drained.backlog(has_result)).collect();

@@ -412,7 +412,6 @@ pub fn acts() -> Vec<Case> {
             .plan(["destroy"])
             .exclude("shutdown", "owners-not-searched")
     };
-    let swept = |number| unowned(number).swept();
     let four = || {
         numbered(0)
             .owner(&JAVA, 3)
@@ -525,24 +524,11 @@ pub fn acts() -> Vec<Case> {
             .sockets([owned(0).closed_by("shutdown").no_longer_open()])
             .undecided(1),
         case("act-interrupted", "--all").sockets(interrupted),
-        case("act-swept", "--all --no-owners").sockets([
-            unowned(3)
-                .age_ms(5000)
-                .attempt("destroy", "not-supported")
-                .failed(),
-            swept(2).age_ms(4000).closed_by("destroy"),
-            swept(1).age_ms(6000).closed_by("destroy"),
-            swept(0).age_ms(4000).gone(),
-            unowned(4).age_ms(9000).gone(),
-        ]),
         case("act-harsher-did-it", "--all").sockets([owned(0)
             .exclude("rst", "needs-net-raw")
             .attempt("shutdown", "denied-ptrace")
             .closed_by("destroy")
             .no_longer_open()]),
-        case("act-relist-failure", "--all --no-owners")
-            .sockets([swept(0).closed_by("destroy")])
-            .relist_failure("cannot list sockets: no"),
         case("quiet", "--all --quiet").sockets([owned(0).closed_by("shutdown"), owned(1).failed()]),
         done("watched-none", "--all --watch-refill 10s").watched(10_000, []),
         done("watched-none-blind", "--all --watch-refill 10s")

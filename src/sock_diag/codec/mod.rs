@@ -18,7 +18,7 @@ pub use activity::{ByteCounters, Quiet};
 pub use id::{Cookie, DiagId, Family, Protocol};
 pub use mptcp::MptcpSocket;
 pub use reply::{Frame, Framed, Malformed, SocketMessage, frames};
-pub use request::{Detail, DumpRequest, put_destroy, put_destroy_without_ack, put_lookup};
+pub use request::{Detail, DumpRequest, put_destroy, put_lookup};
 
 /// Message type of requests and of replies that describe a socket (linux/sock_diag.h).
 pub const SOCK_DIAG_BY_FAMILY: u16 = 20;

@@ -113,16 +113,6 @@ pub fn put_lookup(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32, detail: Detai
 /// Without the cookie in `id` the kernel would abort the listener if the connection is gone.
 pub fn put_destroy(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32) {
     let flags = NLM_F_REQUEST | NLM_F_ACK;
-    put_destroy_with(bytes, id, sequence, flags);
-}
-
-/// As [`put_destroy`], but with an answer only if the request fails. netlink reports an error whatever the flags are
-/// (net/netlink/af_netlink.c, netlink_rcv_skb).
-pub fn put_destroy_without_ack(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32) {
-    put_destroy_with(bytes, id, sequence, NLM_F_REQUEST);
-}
-
-fn put_destroy_with(bytes: &mut Vec<u8>, id: &DiagId, sequence: u32, flags: u16) {
     put_header(bytes, REQUEST_LEN, SOCK_DESTROY, flags, sequence);
     let tcp = Protocol::Tcp;
     put_request(bytes, tcp, id.family, StateSet::EMPTY, false, &id.raw);
