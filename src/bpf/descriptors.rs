@@ -5,7 +5,7 @@
 //! and nothing can change between the name of a process and its table. A socket without a descriptor is not seen: one that was
 //! never accepted, an orphan, or one that is on its way to another process.
 
-use super::part;
+use super::{KernelTypes, part};
 use crate::sys::RemoteFd;
 use crate::sys::bpf::{Asm, BpfError, Btf, BtfError, Helper, Insn, Iterator, Name, Size, Variable};
 use crate::tcp::StateSet;
@@ -49,10 +49,10 @@ impl Descriptors {
     ///
     /// # Errors
     /// The kernel lacks something that the program reads, or refuses the program.
-    pub fn load() -> Result<Self, BpfError> {
-        let btf = Btf::of_kernel(&NAMES)?;
+    pub fn load(types: &KernelTypes) -> Result<Self, BpfError> {
+        let btf = types.get()?;
         let states = Variable::new()?;
-        let (program, target) = program(&btf, &states)?;
+        let (program, target) = program(btf, &states)?;
         let iterator = Iterator::load("cwkill_fds", &program, target)?;
         Ok(Descriptors { iterator, states })
     }
@@ -83,7 +83,7 @@ impl Descriptors {
     }
 }
 
-const NAMES: [Name; 3] = [
+pub(super) const NAMES: [Name; 3] = [
     Name::Function("bpf_iter_task_file"),
     Name::Struct("bpf_iter__task_file"),
     Name::Struct("socket"),

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
+use super::KernelTypes;
 use crate::sys::bpf::{Asm, BpfError, Btf, BtfError, Helper, Insn, Iterator, Name, Size};
 use crate::sys::bpf::{Shared, Table, Variable, Walker};
 use crate::tcp::{StateSet, TcpState};
@@ -139,15 +140,15 @@ impl Destroyer {
     ///
     /// # Errors
     /// The kernel lacks something that they need (Linux 6.5), or refuses them.
-    pub fn load() -> Result<Self, BpfError> {
+    pub fn load(types: &KernelTypes) -> Result<Self, BpfError> {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let maps = (0..processors.min(PROGRAMS)).map(|_| Maps::new());
         // Before the types are read, which takes longer: without the capabilities it ends here.
         let maps = maps.collect::<Result<Vec<_>, _>>()?;
-        let btf = Btf::of_kernel(&NAMES)?;
+        let btf = types.get()?;
         let mut programs = Vec::new();
         for maps in maps {
-            match Program::load(&btf, maps) {
+            match Program::load(btf, maps) {
                 Ok(program) => programs.push(Mutex::new(program)),
                 // One is enough.
                 Err(BpfError::Walker(_)) if !programs.is_empty() => break,
@@ -295,7 +296,7 @@ impl Program {
     }
 }
 
-const NAMES: [Name; 4] = [
+pub(super) const NAMES: [Name; 4] = [
     Name::Function("bpf_iter_tcp"),
     Name::Function("bpf_sock_destroy"),
     Name::Struct("bpf_iter__tcp"),

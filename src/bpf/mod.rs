@@ -8,7 +8,25 @@
 pub mod descriptors;
 pub mod destroyer;
 
+use std::cell::OnceCell;
+
 pub use crate::sys::bpf::BpfError;
+use crate::sys::bpf::Btf;
+
+/// The kernel's types, as far as the programs name them. They are read when a program first needs them: that takes 10 ms.
+#[derive(Debug, Default)]
+pub struct KernelTypes(OnceCell<Btf>);
+
+impl KernelTypes {
+    fn get(&self) -> Result<&Btf, BpfError> {
+        if let Some(types) = self.0.get() {
+            return Ok(types);
+        }
+        let names = [&descriptors::NAMES[..], &destroyer::NAMES[..]].concat();
+        let types = Btf::of_kernel(&names)?;
+        Ok(self.0.get_or_init(|| types))
+    }
+}
 
 /// The `L` bytes of a record at a place from its end: a program has the record on its stack, which grows downwards.
 fn part<const N: usize, const L: usize>(record: &[u8; N], from_end: i16) -> [u8; L] {

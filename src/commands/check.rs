@@ -8,6 +8,7 @@ use std::time::Duration;
 use caps::CapsHashSet;
 
 use super::{drop_capabilities_and_start_threads, open_proc, refuse, say_notes};
+use crate::bpf::KernelTypes;
 use crate::check::{self, CheckConfig, CheckResult, Status};
 use crate::cli::CheckArgs;
 use crate::history::History;
@@ -23,7 +24,13 @@ pub(super) fn run(args: CheckArgs) -> ExitCode {
     if let Some(timeout) = check.timeout {
         end_after(timeout);
     }
-    let proc = open_proc(use_iterator, false, &host_root, &check.scope.selectors);
+    let proc = open_proc(
+        use_iterator,
+        false,
+        &host_root,
+        &check.scope.selectors,
+        &KernelTypes::default(),
+    );
     drop_capabilities_and_start_threads(
         &capabilities::to_find(
             &check.scope.netns,

@@ -13,6 +13,7 @@ use super::{
     confirm, drop_capabilities_and_start_threads, hint_line, kept, open_destroyer, open_log,
     open_proc, refuse, say_notes, time_and_place, typed_words, was_reported,
 };
+use crate::bpf::KernelTypes;
 use crate::cli::Args;
 use crate::config::{Action, Config, DEFAULT_RECLAIM_RULES, Format, Limit};
 use crate::control::Control;
@@ -60,8 +61,9 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     // Read before privileges are dropped: the plan depends on the granted ones, even in a dry run that uses none.
     let privileges = Privileges::of_this_thread()?;
     let log = open_log(config.action, &config.log)?;
+    let types = KernelTypes::default();
     let proc = match config.owners {
-        true => open_proc(use_iterator, verbose, &host_root, &config.selectors)?,
+        true => open_proc(use_iterator, verbose, &host_root, &config.selectors, &types)?,
         false => ProcFs::default(),
     };
     let destroys = acts && config.policy.methods.contains(&Method::Destroy);
@@ -70,21 +72,16 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
         "cannot use the iterator (--bpf always): the method destroy needs CAP_NET_ADMIN by each way; leave it out (for example --method shutdown), or leave --bpf always out",
     );
     let destroyer = match destroys && privileges.net_admin {
-        true => open_destroyer(use_iterator, verbose, &proc)?,
+        true => open_destroyer(use_iterator, verbose, &proc, &types)?,
         false => None,
     };
+    // They take 10 MB.
+    drop(types);
     drop_capabilities_and_start_threads(&needed_capabilities(config), Some(&proc));
     let mut terminal = Terminal::new(acts, quiet)?;
     let mut history = History::open();
     let namespaces = finder::open_namespaces(&config.netns, &config.selectors, &proc)?;
-    let scan = find_and_plan(
-        config,
-        &namespaces,
-        &history,
-        &privileges,
-        &proc,
-        &terminal,
-    )?;
+    let scan = find_and_plan(config, &namespaces, &history, &privileges, &proc, &terminal)?;
     if acts {
         memory::check_room(scan.targets.len()).context("nothing was done")?;
     }

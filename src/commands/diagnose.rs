@@ -7,6 +7,7 @@ use anyhow::Context;
 use super::{
     drop_capabilities_and_start_threads, open_proc, refuse, say_hints, say_notes, time_and_place,
 };
+use crate::bpf::KernelTypes;
 use crate::cli::DiagnoseArgs;
 use crate::diagnose;
 use crate::filter::Scope;
@@ -30,7 +31,13 @@ pub(super) fn run(args: DiagnoseArgs) -> anyhow::Result<ExitStatus> {
     let scope = Scope::from_args(selection).unwrap_or_else(|error| refuse(&error));
     let time_and_place = time_and_place();
     say_notes(&scope.notes);
-    let proc = open_proc(use_iterator, false, &host_root, &scope.selectors)?;
+    let proc = open_proc(
+        use_iterator,
+        false,
+        &host_root,
+        &scope.selectors,
+        &KernelTypes::default(),
+    )?;
     drop_capabilities_and_start_threads(
         &capabilities::to_find(&scope.netns, true, scope.selectors.selects_owners()),
         Some(&proc),

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 
 use super::{drop_capabilities_and_start_threads, proc_with_names, time_and_place};
+use crate::bpf::KernelTypes;
 use crate::cli::DoctorArgs;
 use crate::doctor;
 use crate::filter::selectors::Selectors;
@@ -22,8 +23,9 @@ pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
     let mut needed = capabilities::to_find(&NetnsScope::All, true, true);
     needed.extend(capabilities::to_act(&Method::ALL));
     let why = |error: NotUsed| format!("{:#}", anyhow::Error::from(error));
-    let iterator = way::works(&proc).map_err(why);
-    let destroyer = ByIterator::works(&proc).map_err(why);
+    let types = KernelTypes::default();
+    let iterator = way::works(&proc, &types).map_err(why);
+    let destroyer = ByIterator::works(&proc, &types).map_err(why);
     drop_capabilities_and_start_threads(&needed, None);
     let examination = doctor::examine(&proc, iterator, destroyer)?;
     let written = write_out(|out| match args.json {

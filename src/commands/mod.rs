@@ -26,6 +26,7 @@ use nix::sys::utsname::uname;
 use nix::unistd::geteuid;
 
 use crate::audit::Audit;
+use crate::bpf::KernelTypes;
 use crate::cli::{Cli, Command, Misplaced, better_error};
 use crate::config::{Action, LogOptions};
 use crate::filter::selectors::Selectors;
@@ -208,9 +209,10 @@ fn open_proc(
     verbose: bool,
     host_root: &Path,
     selectors: &Selectors,
+    types: &KernelTypes,
 ) -> anyhow::Result<ProcFs> {
     let proc = proc_with_names(host_root, selectors)?;
-    let chosen = way::choose(&proc, use_iterator);
+    let chosen = way::choose(&proc, use_iterator, types);
     let used = used_or_note(
         chosen,
         use_iterator,
@@ -228,9 +230,10 @@ fn open_destroyer(
     use_iterator: UseIterator,
     verbose: bool,
     proc: &ProcFs,
+    types: &KernelTypes,
 ) -> anyhow::Result<Option<ByIterator>> {
     let instead = "sockets are destroyed by SOCK_DESTROY";
-    match ByIterator::choose(proc, use_iterator) {
+    match ByIterator::choose(proc, use_iterator, types) {
         Err(error)
             if verbose && use_iterator == UseIterator::Auto && error.verifier_log().is_none() =>
         {

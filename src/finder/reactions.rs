@@ -24,25 +24,26 @@ const MAX_WAIT: Duration = Duration::from_secs(10);
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(20);
 
-/// Checks which descriptors of closed or closing sockets are still open, and writes the result to [`Owner::after`]. While an owner
-/// reacts, this waits for it: at most for `grace` without a closed descriptor, and ten seconds in all.
+/// Waits while owners react to the end of their sockets: at most for `grace` without a closed descriptor, and ten seconds in all. Then
+/// checks which descriptors of closed or closing sockets are still open, and writes the result to [`Owner::after`].
 pub fn await_owners(proc: &ProcFs, targets: &mut [Target], grace: Duration, control: &dyn Control) {
-    check_still_open(proc, targets);
-    let mut waits = open_descriptors(targets, control.now());
+    let mut waits = descriptors(targets, control.now());
     let over = deadline(control.now(), MAX_WAIT);
     let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
     loop {
         let now = control.now();
         waits.retain_mut(|wait| wait.may_react(proc.activity(wait.process), now, grace));
         if waits.is_empty() || now >= over || control.interrupted() {
-            return;
+            break;
         }
         backoff.sleep(control, over);
-        for wait in &mut waits {
+        // An owner that sleeps may have very many.
+        for wait in waits.iter_mut().filter(|wait| wait.asleep == 0) {
             wait.check(proc, control.now());
         }
         waits.retain(|wait| !wait.open.is_empty());
     }
+    check_still_open(proc, targets);
 }
 
 /// An owner that may be about to close its descriptors.
@@ -50,7 +51,7 @@ struct ReactingOwner<'t> {
     process: ProcessId,
     /// The thread whose table has the descriptors, as [`Owner::tid`].
     tid: Option<i32>,
-    /// Its descriptors that are still open, with the inode of each socket.
+    /// Its descriptors that may be open, with the inode of each socket.
     open: Vec<(&'t mut Owner, u32)>,
     /// When cwkill last saw that a descriptor was closed.
     last_reaction: Instant,
@@ -87,8 +88,8 @@ impl ReactingOwner<'_> {
     }
 }
 
-/// The descriptors of closed sockets that are still open, by table.
-fn open_descriptors(targets: &mut [Target], now: Instant) -> Vec<ReactingOwner<'_>> {
+/// The descriptors of closed sockets, by table.
+fn descriptors(targets: &mut [Target], now: Instant) -> Vec<ReactingOwner<'_>> {
     let mut waits: BTreeMap<TableId, ReactingOwner<'_>> = BTreeMap::new();
     for target in targets {
         let over = target.outcome.is_some_and(Outcome::is_closed_or_closing);
@@ -96,20 +97,18 @@ fn open_descriptors(targets: &mut [Target], now: Instant) -> Vec<ReactingOwner<'
             continue;
         };
         for owner in &mut target.owners {
-            if owner.after == Some(FdState::Open) {
-                let (process, tid) = (owner.process.id, owner.tid);
-                let wait = waits
-                    .entry((process, tid))
-                    .or_insert_with(|| ReactingOwner {
-                        process,
-                        tid,
-                        open: Vec::new(),
-                        last_reaction: now,
-                        cpu: None,
-                        asleep: 0,
-                    });
-                wait.open.push((owner, inode));
-            }
+            let (process, tid) = (owner.process.id, owner.tid);
+            let wait = waits
+                .entry((process, tid))
+                .or_insert_with(|| ReactingOwner {
+                    process,
+                    tid,
+                    open: Vec::new(),
+                    last_reaction: now,
+                    cpu: None,
+                    asleep: 0,
+                });
+            wait.open.push((owner, inode));
         }
     }
     waits.into_values().collect()

@@ -1,6 +1,7 @@
 //! By which way the descriptors of all processes are read: by the kernel's iterator or from /proc.
 
 use crate::bpf::BpfError;
+pub use crate::bpf::KernelTypes;
 use crate::bpf::descriptors::Descriptors;
 use crate::proc::ProcFs;
 
@@ -48,7 +49,7 @@ pub const MANY_FILES: u64 = 10_000;
 ///
 /// # Errors
 /// Why not. The file system can be used without it.
-pub fn choose(proc: &ProcFs, use_it: UseIterator) -> Result<ProcFs, NotUsed> {
+pub fn choose(proc: &ProcFs, use_it: UseIterator, types: &KernelTypes) -> Result<ProcFs, NotUsed> {
     match use_it {
         UseIterator::Always => {}
         UseIterator::Never => return Err(NotUsed::Never),
@@ -63,7 +64,7 @@ pub fn choose(proc: &ProcFs, use_it: UseIterator) -> Result<ProcFs, NotUsed> {
             }
         }
     }
-    let iterator = load(proc)?;
+    let iterator = load(proc, types)?;
     Ok(proc.with_iterator(iterator, use_it == UseIterator::Always))
 }
 
@@ -71,17 +72,17 @@ pub fn choose(proc: &ProcFs, use_it: UseIterator) -> Result<ProcFs, NotUsed> {
 ///
 /// # Errors
 /// Why it does not work.
-pub fn works(proc: &ProcFs) -> Result<(), NotUsed> {
+pub fn works(proc: &ProcFs, types: &KernelTypes) -> Result<(), NotUsed> {
     match proc.filters_own_calls() {
         true => Err(NotUsed::SeccompFilter),
-        false => load(proc).map(drop),
+        false => load(proc, types).map(drop),
     }
 }
 
-fn load(proc: &ProcFs) -> Result<Descriptors, NotUsed> {
+fn load(proc: &ProcFs, types: &KernelTypes) -> Result<Descriptors, NotUsed> {
     // Names and cgroups of processes are read from /proc in any case. Only hidepid can hide process 1.
     if !proc.shows_own_pid_namespace() || !proc.path("1").exists() {
         return Err(NotUsed::OtherProcesses);
     }
-    Ok(Descriptors::load()?)
+    Ok(Descriptors::load(types)?)
 }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::bpf::KernelTypes;
 use crate::bpf::destroyer::Destroyer;
 use crate::finder::way::{NotUsed, UseIterator};
 use crate::proc::ProcFs;
@@ -30,14 +31,18 @@ impl ByIterator {
     ///
     /// # Errors
     /// Why not. Then SOCK_DESTROY is used.
-    pub fn choose(proc: &ProcFs, use_it: UseIterator) -> Result<Self, NotUsed> {
+    pub fn choose(
+        proc: &ProcFs,
+        use_it: UseIterator,
+        types: &KernelTypes,
+    ) -> Result<Self, NotUsed> {
         match use_it {
             UseIterator::Never => return Err(NotUsed::Never),
             UseIterator::Auto if proc.filters_own_calls() => return Err(NotUsed::SeccompFilter),
             UseIterator::Auto | UseIterator::Always => {}
         }
         Ok(ByIterator {
-            destroyer: Destroyer::load()?,
+            destroyer: Destroyer::load(types)?,
             is_required: use_it == UseIterator::Always,
             proc: proc.clone(),
             allowance: Allowance(AtomicUsize::new(ALLOWANCE)),
@@ -48,10 +53,10 @@ impl ByIterator {
     ///
     /// # Errors
     /// Why not.
-    pub fn works(proc: &ProcFs) -> Result<Self, NotUsed> {
+    pub fn works(proc: &ProcFs, types: &KernelTypes) -> Result<Self, NotUsed> {
         match proc.filters_own_calls() {
             true => Err(NotUsed::SeccompFilter),
-            false => Self::choose(proc, UseIterator::Always),
+            false => Self::choose(proc, UseIterator::Always, types),
         }
     }
 

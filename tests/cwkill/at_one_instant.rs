@@ -11,7 +11,7 @@ use netns_harness::{Capability, Family, Lab, Leak, SocketOption, TcpState, scena
 
 use cwkill::control::Control;
 use cwkill::filter::selectors::Selectors;
-use cwkill::finder::way::UseIterator;
+use cwkill::finder::way::{KernelTypes, UseIterator};
 use cwkill::injector::engine::{self, Lookup, Rules, SocketTables};
 use cwkill::injector::executors;
 use cwkill::injector::way::ByIterator;
@@ -172,7 +172,11 @@ impl Run {
         change: impl FnOnce() -> Result<()> + Send,
         after_lookup: AfterLookup<'_>,
     ) -> Result<Vec<Target>> {
-        let by_iterator = ByIterator::choose(&ProcFs::default(), UseIterator::Always)?;
+        let by_iterator = ByIterator::choose(
+            &ProcFs::default(),
+            UseIterator::Always,
+            &KernelTypes::default(),
+        )?;
         let mut targets = lab.app_host().within(|| {
             let proc = ProcFs::default();
             let mut scan = find(&proc, &[Method::Destroy])?;

@@ -44,7 +44,9 @@ fn an_unknown_interface_destroys_nothing() -> Result<()> {
 fn thousands_are_destroyed_and_bystanders_live(family: Family) -> Result<()> {
     let (lab, leak) = lab("drained", family, 4500)?;
     let bystanders = lab.start("established", family, alone(9090, 3))?;
-    let sockets = cwkill(&lab, &format!("--all {DESTROY}"))?.exits(0).sockets();
+    let sockets = cwkill(&lab, &format!("--all {DESTROY}"))?
+        .exits(0)
+        .sockets();
     assert_eq!(sockets.len(), 4500);
     all_have(&sockets, "closed", "destroy");
     let ages: Vec<Option<u64>> = sockets.iter().map(|s| s["age_ms"].as_u64()).collect();

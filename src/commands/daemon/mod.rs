@@ -17,6 +17,7 @@ use anyhow::{Context, anyhow, ensure};
 
 use super::close::conclude;
 use super::{drop_capabilities_and_start_threads, open_proc, say_notes, time_and_place};
+use crate::bpf::KernelTypes;
 use crate::cli::DaemonArgs;
 use crate::config::Config;
 use crate::daemon::alarm::{Alarm, Wake};
@@ -114,7 +115,13 @@ pub(super) fn run(args: &DaemonArgs) -> anyhow::Result<ExitCode> {
 /// Opens what the sweeps need, drops the privileges that they do not, and starts the threads.
 fn prepare(args: &DaemonArgs, settings: &Settings) -> anyhow::Result<Sweeper> {
     let privileges = Privileges::of_this_thread()?;
-    let proc = open_proc(args.bpf, false, &settings.host_root, &Selectors::default())?;
+    let proc = open_proc(
+        args.bpf,
+        false,
+        &settings.host_root,
+        &Selectors::default(),
+        &KernelTypes::default(),
+    )?;
     let mut needed = capabilities::to_find(&settings.netns(), true, false);
     if settings.config.acts() {
         // A reload may bring other methods.
