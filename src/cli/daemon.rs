@@ -44,6 +44,10 @@ pub struct DaemonArgs {
     #[arg(long, value_name = "NAME", conflicts_with_all = ["once", "check_config"])]
     pub reset: Option<String>,
 
+    /// Close nothing: every policy only observes, whatever its mode
+    #[arg(long, conflicts_with = "reset")]
+    pub observe: bool,
+
     /// From the start of a sweep to the start of the next, instead of the configured time: 30s, 5m
     #[arg(long, value_name = "DURATION", value_parser = values::sweep_interval)]
     pub interval: Option<Duration>,

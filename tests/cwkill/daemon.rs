@@ -200,6 +200,13 @@ impl<'l> Daemon<'l> {
         Ok(kill(Pid::from_raw(self.child.id().try_into()?), signal)?)
     }
 
+    /// Its effective capabilities, as bits.
+    pub fn effective_capabilities(&self) -> Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+        Ok(u64::from_str_radix(line.context("CapEff")?.trim(), 16)?)
+    }
+
     /// Ends it by a signal. Returns what it has said.
     pub fn end(&mut self, signal: Signal) -> Result<(Option<i32>, String)> {
         self.signal(signal)?;

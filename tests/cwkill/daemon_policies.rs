@@ -16,6 +16,7 @@ use crate::trial::{Test, once};
 
 pub const TESTS: &[Test] = &[
     once!(a_policy_in_observe_mode_says_what_it_would_close),
+    once!(no_policy_acts_if_the_command_line_forbids_it),
     once!(a_policy_acts_within_its_budgets_and_never_on_a_protected_port).slow(),
     once!(a_leak_that_refills_opens_the_breaker).slow(),
     once!(an_owner_that_ends_after_an_act_opens_the_breaker).slow(),
@@ -26,6 +27,9 @@ pub const TESTS: &[Test] = &[
 
 /// The port of the scenarios that have no other.
 const PORT: u16 = 8080;
+
+/// CAP_NET_ADMIN and CAP_NET_RAW.
+const CAN_ACT: u64 = 1 << 12 | 1 << 13;
 
 /// A policy that acts on everything that is a minute old, with these further lines.
 fn acting(lines: &str) -> String {
@@ -124,6 +128,46 @@ fn a_policy_in_observe_mode_says_what_it_would_close() -> Result<()> {
     ] {
         assert!(said.contains(part), "{said}");
     }
+    Ok(())
+}
+
+/// Also after a reload, and without the privileges for an act.
+fn no_policy_acts_if_the_command_line_forbids_it() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V4, 3)?;
+    let place = Place::new()?;
+    configure(&place, &acting(""))?;
+    let mut daemon = Daemon::start_with(&lab, &place, "--observe")?;
+    let is_held = |daemon: &mut Daemon<'_>| {
+        daemon.wait_until("its policy is held", |daemon| {
+            let held = "cwkill_policy_held{policy=\"all\",reason=\"observe-mode\"} 1";
+            Ok(daemon
+                .get("/metrics")?
+                .body
+                .lines()
+                .any(|line| line == held))
+        })
+    };
+    is_held(&mut daemon)?;
+    let kept = "nothing is closed (--observe keeps policy all from acting)";
+    assert!(daemon.said().contains(kept), "{}", daemon.said());
+    assert_eq!(daemon.effective_capabilities()? & CAN_ACT, 0);
+    configure(&place, &acting("kills_per_hour = 7"))?;
+    daemon.signal(Signal::SIGHUP)?;
+    daemon.wait_until("it has read the configuration again", |daemon| {
+        Ok(daemon.said().matches(kept).count() == 2)
+    })?;
+    is_held(&mut daemon)?;
+    let said = ran(place.command(&lab, "--check-config --observe"))?
+        .exits(0)
+        .stdout;
+    assert!(
+        said.contains("--observe keeps policy all from acting"),
+        "{said}"
+    );
+    daemon.end(Signal::SIGTERM)?;
+    let mut acts = Daemon::start(&lab, &place)?;
+    assert_eq!(acts.effective_capabilities()? & CAN_ACT, CAN_ACT);
+    acts.end(Signal::SIGTERM)?;
     Ok(())
 }
 

@@ -464,7 +464,7 @@ impl Daemon<'_> {
             .map(|policy| policy.name.as_str())
             .collect();
         let closed = match acting.is_empty() {
-            true => "nothing is closed".to_owned(),
+            true => format!("nothing is closed{}", settings::kept(&self.settings.config)),
             false => format!("sockets are closed by policy {}", acting.join(", ")),
         };
         say(format_args!(

@@ -97,10 +97,22 @@ impl Settings {
     }
 }
 
+/// The policies that would act without `--observe`, to be put after a sentence.
+pub(super) fn kept(config: &DaemonConfig) -> String {
+    match config.kept_from_acting.as_slice() {
+        [] => String::new(),
+        kept => format!(" (--observe keeps policy {} from acting)", kept.join(", ")),
+    }
+}
+
 /// Reads the configuration.
 ///
 /// # Errors
 /// It is wrong.
 pub(super) fn read(args: &DaemonArgs) -> anyhow::Result<DaemonConfig> {
-    Ok(DaemonConfig::load(args.config.as_deref())?)
+    let mut config = DaemonConfig::load(args.config.as_deref())?;
+    if args.observe {
+        config.observe();
+    }
+    Ok(config)
 }

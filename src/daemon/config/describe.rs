@@ -42,6 +42,12 @@ impl DaemonConfig {
             lines.push("there is no policy: it only observes".to_owned());
             return lines;
         }
+        if !self.kept_from_acting.is_empty() {
+            lines.push(format!(
+                "--observe keeps policy {} from acting",
+                self.kept_from_acting.join(", ")
+            ));
+        }
         let limits = &self.limits;
         lines.push(format!(
             "all policies together act on {} at most in a sweep, and on {} in an hour",

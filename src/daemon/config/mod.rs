@@ -48,6 +48,8 @@ pub struct DaemonConfig {
     pub protection: Protection,
     /// In the order of the files, and in each in the order of the lines.
     pub policies: Vec<Policy>,
+    /// The policies with `mode = "act"` that the command line keeps from acting.
+    pub kept_from_acting: Vec<String>,
     /// The files that were read.
     pub files: Vec<PathBuf>,
 }
@@ -157,6 +159,7 @@ impl Default for DaemonConfig {
             },
             protection: Protection::default(),
             policies: Vec::new(),
+            kept_from_acting: Vec::new(),
             files: Vec::new(),
         }
     }
@@ -184,6 +187,16 @@ impl DaemonConfig {
     /// Whether a policy may act.
     pub fn acts(&self) -> bool {
         self.policies.iter().any(|policy| policy.mode == Mode::Act)
+    }
+
+    /// Lets every policy only observe, whatever its mode.
+    pub fn observe(&mut self) {
+        for policy in &mut self.policies {
+            if policy.mode == Mode::Act {
+                policy.mode = Mode::Observe;
+                self.kept_from_acting.push(policy.name.clone());
+            }
+        }
     }
 
     /// That the directory for the text file cannot be used, with its place.

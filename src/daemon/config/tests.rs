@@ -277,6 +277,24 @@ fn an_error_has_its_place_and_a_good_value() {
 }
 
 #[test]
+fn the_command_line_can_keep_every_policy_from_acting() {
+    let text = "[[policy]]\nname = \"a\"\nmatch = { port = 1 }\nmode = \"act\"\nexpires = 2027-01-31\nmin_age = \"1m\"\n\
+                [[policy]]\nname = \"b\"\nmatch = { port = 2 }\n";
+    let mut config = DaemonConfig::parse(text).unwrap();
+    assert!(config.acts());
+    config.observe();
+    assert!(!config.acts());
+    assert_eq!(config.kept_from_acting, ["a"]);
+    let said = config.sentences(SystemTime::UNIX_EPOCH, &[]);
+    let line = "--observe keeps policy a from acting";
+    assert!(said.iter().any(|said| said == line), "{said:?}");
+    let observes = said
+        .iter()
+        .filter(|said| said.ends_with("observes, and closes nothing"));
+    assert_eq!(observes.count(), 2, "{said:?}");
+}
+
+#[test]
 fn a_policy_that_acts_says_until_when_and_how_long_it_waits() {
     let complete = "mode = \"act\"\nexpires = 2027-01-31\nmin_age = \"1m\"";
     assert_eq!(policy(complete).unwrap().mode, Mode::Act);
