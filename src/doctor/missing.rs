@@ -146,8 +146,19 @@ impl Settings {
             context.push("runAsUser: 0".to_owned());
         }
         if !self.capabilities.is_empty() {
-            let names: Vec<String> = self.capabilities.iter().map(|it| short(*it)).collect();
-            context.push(format!("capabilities: {{add: [{}]}}", names.join(", ")));
+            let names = |set: &mut dyn Iterator<Item = &Capability>| {
+                let names: Vec<String> = set.map(|capability| short(*capability)).collect();
+                names.join(", ")
+            };
+            let mut line = format!(
+                "capabilities: {{add: [{}]}}",
+                names(&mut self.capabilities.iter())
+            );
+            let to_act = names(&mut self.capabilities.iter().filter(|it| is_only_to_act(**it)));
+            if !to_act.is_empty() {
+                line.push_str(&format!("  # {to_act}: only to act"));
+            }
+            context.push(line);
         }
         if self.seccomp {
             context.push("seccompProfile: {type: Unconfined}".to_owned());
@@ -190,6 +201,14 @@ const FORBIDS: &str = "the security module may forbid to look into other process
 fn short(capability: Capability) -> String {
     let name = capability.to_string();
     name.trim_start_matches("CAP_").to_owned()
+}
+
+/// Whether who only observes leaves it out.
+fn is_only_to_act(capability: Capability) -> bool {
+    matches!(
+        capability,
+        Capability::CAP_NET_ADMIN | Capability::CAP_NET_RAW
+    )
 }
 
 fn without_capability(capability: Capability) -> &'static str {
@@ -311,6 +330,18 @@ mod tests {
             ]
         );
         assert!(options(&host).is_empty());
+        // As a pod that only observes.
+        let mut host = complete(Engine::Kubernetes);
+        host.capabilities.remove(&Capability::CAP_NET_ADMIN);
+        host.capabilities.remove(&Capability::CAP_NET_RAW);
+        assert_eq!(
+            Missing::on(&host).manifest,
+            [
+                "containers:",
+                "- securityContext:",
+                "    capabilities: {add: [NET_ADMIN, NET_RAW]}  # NET_ADMIN, NET_RAW: only to act",
+            ]
+        );
     }
 
     #[test]
