@@ -202,7 +202,7 @@ impl ContainerSelectors {
     pub fn names_of_several(&self, selected: &[&Process]) -> Vec<String> {
         const MAX_NAMED: usize = 3;
         let mut notes = Vec::new();
-        let mut note = |option: &str, text: &str, found: Vec<String>| {
+        let mut note = |option: &str, text: &str, common: &str, found: Vec<String>| {
             if found.len() > 1 {
                 let named = &found[..found.len().min(MAX_NAMED)];
                 let more = found.len() - named.len();
@@ -212,7 +212,7 @@ impl ContainerSelectors {
                     String::new()
                 };
                 notes.push(format!(
-                    "{option} {}: {} have this name, and all are selected: {}{more}",
+                    "{option} {}: {} have {common}, and all are selected: {}{more}",
                     crate::text::escape(text),
                     crate::text::counted(found.len(), option.trim_start_matches('-')),
                     named.join(", ")
@@ -227,8 +227,14 @@ impl ContainerSelectors {
         for name in self.containers.iter().filter(|name| name.0.means_one()) {
             let matching = containers().filter(|one| name.of(one) == Match::Yes);
             let found: BTreeMap<_, _> = matching.map(|one| (one.key(), one.with_id())).collect();
+            // Runtimes choose ids at random, each for itself.
+            let by_id = containers().any(|one| one.has_id(&name.0.text));
+            let common = match by_id {
+                true => "an id that begins like this",
+                false => "this name",
+            };
             let found = found.values().map(|text| crate::text::escape(text));
-            note("--container", &name.0.text, found.collect());
+            note("--container", &name.0.text, common, found.collect());
         }
         for pod in self.pods.iter().filter(|pod| pod.name.means_one()) {
             let matching = containers().filter(|one| pod.of(one) == Match::Yes);
@@ -238,7 +244,7 @@ impl ContainerSelectors {
                 crate::text::escape(&format!("{namespace}/{pod}"))
             };
             let found: BTreeSet<String> = matching.map(name).collect();
-            note("--pod", &pod.text, found.into_iter().collect());
+            note("--pod", &pod.text, "this name", found.into_iter().collect());
         }
         notes
     }
@@ -412,6 +418,24 @@ mod tests {
             !found.is_empty()
         };
         assert!(absent(named("api")) && !absent(named("web")) && !absent(docker()));
+    }
+
+    #[test]
+    fn two_runtimes_can_have_ids_that_begin_alike() {
+        let start = &ID[..12];
+        let other = format!("{start}{}", "0".repeat(52));
+        let podman = of_path(&format!("/machine.slice/libpod-{other}.scope"));
+        let selectors = selectors("container", start);
+        assert_eq!(selectors.of(Some(&docker())), Match::Yes);
+        assert_eq!(selectors.of(Some(&podman)), Match::Yes);
+        let all = processes(vec![docker(), podman]);
+        let found: Vec<&Process> = all.iter().collect();
+        assert_eq!(
+            selectors.names_of_several(&found),
+            [format!(
+                "--container {start}: 2 containers have an id that begins like this, and all are selected: docker {start}, podman {start}"
+            )]
+        );
     }
 
     #[test]
