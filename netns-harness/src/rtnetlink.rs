@@ -1,4 +1,4 @@
-//! The three rtnetlink requests of a lab: create a veth pair, add an address, set a link up or down. Replaces `ip`.
+//! The rtnetlink requests of a lab: create a veth pair or a VRF, add an address, set a link up or down or into a VRF. Replaces `ip`.
 //!
 //! Invariant: every call acts in the network namespace of the calling thread.
 
@@ -12,7 +12,7 @@ use netlink_packet_core::{
 };
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    InfoData, InfoKind, InfoVeth, InfoVrf, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -36,6 +36,31 @@ pub(crate) fn add_veth(name: &str, peer_name: &str, peer_netns: BorrowedFd<'_>) 
         NLM_F_CREATE | NLM_F_EXCL,
     )
     .with_context(|| format!("create the veth pair {name}"))
+}
+
+/// Creates a VRF with this routing table.
+pub(crate) fn add_vrf(name: &str, table: u32) -> Result<()> {
+    let mut link = LinkMessage::default();
+    link.attributes.push(LinkAttribute::IfName(name.to_owned()));
+    link.attributes.push(LinkAttribute::LinkInfo(vec![
+        LinkInfo::Kind(InfoKind::Vrf),
+        LinkInfo::Data(InfoData::Vrf(vec![InfoVrf::TableId(table)])),
+    ]));
+    request(
+        RouteNetlinkMessage::NewLink(link),
+        NLM_F_CREATE | NLM_F_EXCL,
+    )
+    .with_context(|| format!("create the VRF {name}"))
+}
+
+/// Puts a link into a VRF.
+pub(crate) fn set_controller(name: &str, controller: &str) -> Result<()> {
+    let mut link = LinkMessage::default();
+    link.header.index = index(name)?;
+    link.attributes
+        .push(LinkAttribute::Controller(index(controller)?));
+    request(RouteNetlinkMessage::SetLink(link), 0)
+        .with_context(|| format!("put link {name} into {controller}"))
 }
 
 /// Sets a link up or down.

@@ -382,7 +382,15 @@ impl Agent {
         self.call("open files", &Request::OpenFiles { count })
     }
 
-    /// Closes the descriptors of [`Self::open_files`].
+    /// Opens `count` TCP sockets that are in no table of the kernel: never bound, never connected.
+    ///
+    /// # Errors
+    /// EMFILE at the limit of descriptors.
+    pub fn open_sockets(&self, count: usize) -> Result<()> {
+        self.call("open sockets", &Request::OpenSockets { count })
+    }
+
+    /// Closes the descriptors of [`Self::open_files`] and [`Self::open_sockets`].
     ///
     /// # Errors
     /// The agent has ended.

@@ -94,6 +94,8 @@ pub enum SocketOption {
     NonBlocking(bool),
     /// TCP_REPAIR.
     Repair(bool),
+    /// TCP_ULP "tls", and TLS_TX and TLS_RX with the same key: TLS 1.2 with AES-128-GCM.
+    KernelTls,
 }
 
 /// The result of one read.
@@ -252,7 +254,11 @@ pub(crate) enum Request {
     OpenFiles {
         count: usize,
     },
-    /// Close the descriptors of `OpenFiles`.
+    /// Open TCP sockets that are in no table of the kernel: never bound, never connected.
+    OpenSockets {
+        count: usize,
+    },
+    /// Close the descriptors of `OpenFiles` and `OpenSockets`.
     CloseFiles,
     /// Enter the network namespace at this path. Open sockets stay in theirs.
     Enter {

@@ -20,7 +20,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::prctl;
-use nix::sys::socket::sockopt::TcpRepair;
+use nix::sys::socket::sockopt::{TcpRepair, TcpTlsRx, TcpTlsTx, TcpUlp, TlsCryptoInfo};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, setsockopt, socketpair,
 };
@@ -85,7 +85,7 @@ struct Server {
     comm: String,
     sockets: BTreeMap<Fd, Arc<Socket>>,
     children: Vec<Child>,
-    files: Vec<File>,
+    files: Vec<OwnedFd>,
     /// Unix sockets whose buffers hold descriptors.
     in_flight: Vec<(OwnedFd, OwnedFd)>,
     sending: Option<Sending>,
@@ -160,7 +160,14 @@ impl Server {
             }
             Request::OpenFiles { count } => {
                 for _ in 0..count {
-                    self.files.push(File::open("/dev/null")?);
+                    self.files.push(File::open("/dev/null")?.into());
+                }
+                json(())
+            }
+            Request::OpenSockets { count } => {
+                for _ in 0..count {
+                    let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+                    self.files.push(socket.into());
                 }
                 json(())
             }
@@ -595,6 +602,20 @@ fn fill(socket: &Socket, offset: u64, len: u64) -> io::Result<u64> {
     Ok(sent)
 }
 
+/// A key that protects nothing.
+fn tls_key() -> TlsCryptoInfo {
+    TlsCryptoInfo::Aes128Gcm(libc::tls12_crypto_info_aes_gcm_128 {
+        info: libc::tls_crypto_info {
+            version: libc::TLS_1_2_VERSION,
+            cipher_type: libc::TLS_CIPHER_AES_GCM_128,
+        },
+        iv: [1; libc::TLS_CIPHER_AES_GCM_128_IV_SIZE],
+        key: [2; libc::TLS_CIPHER_AES_GCM_128_KEY_SIZE],
+        salt: [3; libc::TLS_CIPHER_AES_GCM_128_SALT_SIZE],
+        rec_seq: [0; libc::TLS_CIPHER_AES_GCM_128_REC_SEQ_SIZE],
+    })
+}
+
 fn set_option(socket: &Socket, option: SocketOption) -> io::Result<()> {
     match option {
         SocketOption::RecvBuffer(bytes) => socket.set_recv_buffer_size(bytes),
@@ -615,5 +636,10 @@ fn set_option(socket: &Socket, option: SocketOption) -> io::Result<()> {
         SocketOption::DropIncoming(false) => socket.detach_filter(),
         SocketOption::NonBlocking(on) => socket.set_nonblocking(on),
         SocketOption::Repair(on) => Ok(setsockopt(socket, TcpRepair, &u32::from(on))?),
+        SocketOption::KernelTls => {
+            setsockopt(socket, TcpUlp::default(), b"tls")?;
+            setsockopt(socket, TcpTlsTx, &tls_key())?;
+            Ok(setsockopt(socket, TcpTlsRx, &tls_key())?)
+        }
     }
 }

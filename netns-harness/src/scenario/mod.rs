@@ -12,6 +12,7 @@ mod fin_wait_2;
 mod forked;
 mod full_backlog;
 mod half_closed;
+mod ktls;
 mod last_ack;
 mod mptcp;
 mod mptcp_fallback;
@@ -31,6 +32,7 @@ mod thread_table;
 mod threads;
 mod time_wait;
 mod unread;
+mod vrf;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -75,6 +77,8 @@ pub const ALL: &[&Scenario] = &[
     &established::SCENARIO,
     &mptcp::SCENARIO,
     &mptcp_fallback::SCENARIO,
+    &ktls::SCENARIO,
+    &vrf::SCENARIO,
     &must_fail::SCENARIO,
 ];
 
