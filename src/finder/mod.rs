@@ -358,6 +358,7 @@ fn add_nameless(
         known: &listed.inodes,
         everywhere: namespaces.everywhere,
         follows_owners: namespaces.follows_owners,
+        bounds: nameless_netns::Bounds::USUAL,
     };
     let found = search.run(descriptors);
     let coverage = &mut listed.scan.coverage;

@@ -25,10 +25,23 @@ use crate::tcp::{StateSet, TcpState};
 
 /// For this number of descriptors or fewer, asking for each is cheaper than a list of all sockets.
 const MAX_SINGLE_QUERIES: usize = 256;
-/// The maximum number of descriptors whose protocol is read, about 2 µs each.
-const MAX_EXAMINED: usize = 262_144;
-/// The maximum number of descriptors that are duplicated, about 8 µs each.
-const MAX_ASKED: usize = 65_536;
+
+/// What a search costs at most.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bounds {
+    /// The maximum number of descriptors whose protocol is read, about 2 µs each.
+    examined: usize,
+    /// The maximum number of descriptors that are duplicated, about 8 µs each.
+    asked: usize,
+}
+
+impl Bounds {
+    /// Those of a run.
+    pub const USUAL: Bounds = Bounds {
+        examined: 262_144,
+        asked: 65_536,
+    };
+}
 
 /// The nameless namespaces that the search has found.
 #[derive(Debug, Default)]
@@ -62,6 +75,7 @@ pub(super) struct Search<'a> {
     pub everywhere: bool,
     /// Whether also a namespace is in scope that a process or a name leads to.
     pub follows_owners: bool,
+    pub bounds: Bounds,
 }
 
 impl Search<'_> {
@@ -78,8 +92,9 @@ impl Search<'_> {
         // fork(2) shares sockets.
         let mut seen = HashSet::with_capacity(candidates.len());
         candidates.retain(|candidate| seen.insert(candidate.inode));
-        found.unexamined = candidates.len().saturating_sub(MAX_EXAMINED);
-        candidates.truncate(MAX_EXAMINED);
+        let Bounds { examined, .. } = self.bounds;
+        found.unexamined = candidates.len().saturating_sub(examined);
+        candidates.truncate(examined);
         let of_tcp = |candidate: &Candidate| {
             let path = format!("{}/fd/{}", candidate.pid, candidate.fd.0);
             may_be_tcp(&self.proc.path(&path)).unwrap_or(false)
@@ -121,7 +136,7 @@ impl Search<'_> {
             if listed.contains(&candidate.inode) {
                 continue;
             }
-            if asked == MAX_ASKED {
+            if asked == self.bounds.asked {
                 found.unexamined += 1;
                 continue;
             }
@@ -209,5 +224,77 @@ impl<'a> KnownNamespaces<'a> {
             self.ids.extend(ids);
         }
         self.ids.insert(netns.id())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, UdpSocket};
+    use std::os::fd::AsRawFd;
+
+    use super::*;
+    use crate::finder::descriptor_scan::ProcessScan;
+    use crate::proc::fds::SocketFds;
+    use crate::proc::netns::NetnsScope;
+
+    /// How many of these descriptors of the test process are left out within `bounds`.
+    fn left_out(sockets: &[BorrowedFd<'_>], bounds: Bounds) -> usize {
+        let proc = ProcFs::default();
+        let entry = |socket: &BorrowedFd<'_>| {
+            let inode = fstat(socket).unwrap().st_ino.try_into().unwrap();
+            (inode, RemoteFd(socket.as_raw_fd()))
+        };
+        let table = SocketFds {
+            sockets: sockets.iter().map(entry).collect(),
+            ..SocketFds::default()
+        };
+        let own = i32::try_from(std::process::id()).unwrap();
+        let scan = DescriptorScan {
+            processes: vec![ProcessScan {
+                table: Some((own, table)),
+                ..ProcessScan::default()
+            }],
+            ..DescriptorScan::default()
+        };
+        let search = Search {
+            proc: &proc,
+            selectors: &Selectors::default(),
+            namespaces: &NetnsScope::Current.open(&proc).unwrap().open,
+            known: &Inodes::default(),
+            everywhere: true,
+            follows_owners: false,
+            bounds,
+        };
+        let found = search.run(&scan);
+        assert!(found.namespaces.is_empty(), "all are in this namespace");
+        found.unexamined
+    }
+
+    #[test]
+    fn what_a_bound_leaves_out_is_counted() {
+        let tcp: Vec<TcpListener> = (0..5)
+            .map(|_| TcpListener::bind("127.0.0.1:0").unwrap())
+            .collect();
+        let udp: Vec<UdpSocket> = (0..3)
+            .map(|_| UdpSocket::bind("127.0.0.1:0").unwrap())
+            .collect();
+        let duplicate = tcp[0].try_clone().unwrap();
+        // The sockets of UDP are examined, and cwkill need not ask for them. The duplicate is one socket more often.
+        let mut sockets: Vec<BorrowedFd<'_>> = udp.iter().map(AsFd::as_fd).collect();
+        sockets.extend(tcp.iter().map(AsFd::as_fd));
+        sockets.push(duplicate.as_fd());
+        for ((examined, asked), expected) in [
+            ((8, 5), 0),
+            ((8, 4), 1),
+            ((8, 0), 5),
+            // Of the six, three are of TCP.
+            ((6, 5), 2),
+            ((6, 2), 2 + 1),
+            ((0, 5), 8),
+        ] {
+            let bounds = Bounds { examined, asked };
+            assert_eq!(left_out(&sockets, bounds), expected, "{bounds:?}");
+        }
+        assert_eq!(left_out(&sockets, Bounds::USUAL), 0);
     }
 }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::{Context, Result};
 use netns_harness::{Family, Lab, Leak, TcpState};
+use nix::sys::resource::{Resource, getrlimit};
 use serde_json::Value;
 
 use crate::support::{
@@ -20,12 +21,14 @@ pub const TESTS: &[Test] = &[
     once!(a_namespace_that_cannot_be_opened_is_named),
     once!(namespaces_that_cannot_be_entered_are_counted),
     once!(a_name_without_a_namespace_hides_nothing).needs(Need::RootOfTheMachine),
+    once!(a_namespace_that_is_only_mounted_is_found).needs(Need::RootOfTheMachine),
     once!(a_namespace_that_disappears_is_not_an_error),
     once!(a_process_that_moves_to_another_still_owns_its_sockets),
     each_family!(a_namespace_that_only_sockets_keep_is_found),
     each_family!(a_listener_leads_to_a_nameless_namespace),
     once!(sockets_are_followed_into_other_namespaces_unless_one_is_named),
     once!(a_namespace_that_may_not_be_asked_for_is_reported),
+    once!(sockets_beyond_the_bound_are_counted).slow(),
 ];
 
 /// Runs cwkill in our own namespace, in which no socket is stuck.
@@ -266,6 +269,32 @@ fn a_name_without_a_namespace_hides_nothing() -> Result<()> {
     Ok(())
 }
 
+/// A mount that is left over keeps a namespace alive: no process is in it, and it has no name.
+fn a_namespace_that_is_only_mounted_is_found() -> Result<()> {
+    let (lab, leak) = lab("drained", Family::V4, 3)?;
+    let elsewhere = leave(&leak)?;
+    // The name has what the kernel escapes in the list of mounts.
+    let script = "mount -t tmpfs none /mnt && touch \"/mnt/left over\" && mount --bind $1 \"/mnt/left over\" && \
+                  shift && exec \"$@\"";
+    let path = lab.app_host().netns_path();
+    let run = |arguments: &[&str]| -> Result<Ran> {
+        let command = elsewhere.app_host().command("unshare");
+        let command = command
+            .args(["--mount", "sh", "-c", script, "sh"])
+            .arg(&path);
+        crate::support::ran(command.arg(CWKILL).args(arguments))
+    };
+    let line = ["--all-netns", "--no-owners", "--json"];
+    assert_eq!(of(&lab, &run(&line)?.exits(0).sockets())?.len(), 3);
+    let sockets = run(&["-N", "/mnt/left over", "--all", "--json"])?
+        .exits(0)
+        .sockets();
+    assert_eq!(sockets.len(), 3);
+    all_have(&sockets, "closed", "shutdown");
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
+    Ok(())
+}
+
 fn an_interface_of_another_namespace_is_not_an_error() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
     let name = "only-here";
@@ -384,5 +413,52 @@ fn a_namespace_that_may_not_be_asked_for_is_reported() -> Result<()> {
     // The two sockets, and the listener.
     assert_eq!(at(&ran.json(), "/sockets_in_unknown_namespace"), "3");
     assert_eq!(of(&lab, &ran.sockets())?.len(), 0);
+    Ok(())
+}
+
+/// cwkill asks for the namespace of at most this many sockets. See NOTES in cwkill(8).
+const MOST_ASKED: usize = 65_536;
+
+/// Sockets that are in no table of the kernel, and so may be in a nameless namespace.
+fn sockets_beyond_the_bound_are_counted() -> Result<()> {
+    const MORE: usize = 3;
+    let lab = Lab::new()?;
+    let (_, limit) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    // An agent has a few descriptors of its own.
+    let each = usize::try_from(limit)?.saturating_sub(100).min(MOST_ASKED);
+    let mut hoarders = Vec::new();
+    let mut left = MOST_ASKED;
+    while left > 0 {
+        let count = left.min(each);
+        hoarders.push(lab.app_host().agent("hoarder")?);
+        hoarders[hoarders.len() - 1].open_sockets(count)?;
+        left -= count;
+    }
+    let path = lab.app_host().netns_path();
+    let place = path.to_str().context("a path")?;
+    let owners = ["-N", place, "--process", "hoarder"];
+    let run = |code: i32, not_searched: usize| -> Result<Ran> {
+        let ran = outside(&[&owners[..], &["-n", "--json"]].concat())?.exits(code);
+        let json = ran.json();
+        assert_eq!(
+            at(&json, "/descriptors_not_searched"),
+            not_searched.to_string()
+        );
+        assert_eq!(at(&json, "/summary/matched"), "0");
+        Ok(ran)
+    };
+    run(1, 0)?;
+
+    let last = &hoarders[hoarders.len() - 1];
+    last.open_sockets(MORE)?;
+    run(4, MORE)?.complains("3 descriptors not searched for network namespaces");
+    // Nothing was found, and that is not the same as that there is nothing.
+    command_outside(&[&["check", "-w", "1", "-c", "2"], &owners[..]].concat())?.exits(3);
+    let diagnosis = [&["diagnose", "--sample", "1ms", "--json"], &owners[..]].concat();
+    let diagnosed = command_outside(&diagnosis)?.json();
+    assert_eq!(
+        at(&diagnosed, "/descriptors_not_searched"),
+        MORE.to_string()
+    );
     Ok(())
 }
