@@ -7,7 +7,7 @@
 mod entry;
 
 use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Read};
 use std::time::{Duration, Instant};
 
 pub use entry::{TrackedEnds, TranslatedConnection};
@@ -22,6 +22,8 @@ const BUFFER_BYTES: usize = 4096;
 const LINES_PER_CLOCK_READ: usize = 64;
 /// cwkill keeps at most this many entries of a table: a few megabytes.
 const MAX_KEPT: usize = 65_536;
+/// The maximum length of a line. Those of the kernel have a few hundred bytes; what has more is no entry.
+const MAX_LINE_BYTES: u64 = 4096;
 
 /// What was read of a table.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,7 +94,8 @@ fn read<T>(
             });
         }
         line.clear();
-        if table.read_until(b'\n', &mut line)? == 0 {
+        let mut rest = table.by_ref().take(MAX_LINE_BYTES);
+        if rest.read_until(b'\n', &mut line)? == 0 {
             break;
         }
         entries.extend(parse(&line));
@@ -176,6 +179,23 @@ mod tests {
         assert_eq!((part.entries.len(), part.complete), (0, true));
         let other = read(&b"unknown\n"[..], || false, entry::close_wait).unwrap();
         assert!(other.entries.is_empty() && other.complete);
+    }
+
+    #[test]
+    fn a_table_without_end_is_read_until_the_deadline() {
+        for table in [
+            // A line that does not end, and lines without a word.
+            &mut io::repeat(b'x') as &mut dyn Read,
+            &mut io::repeat(b'\n'),
+        ] {
+            let looks = Cell::new(0);
+            let is_over = || {
+                looks.set(looks.get() + 1);
+                looks.get() == 100
+            };
+            let part = read(table, is_over, entry::close_wait).unwrap();
+            assert_eq!((part.entries.len(), part.complete), (0, false));
+        }
     }
 
     #[test]

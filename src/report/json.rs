@@ -12,9 +12,9 @@ use super::backlogs::{JsonBacklog, json_backlog};
 use super::counts::{self, JsonProcessCount};
 use super::descriptors::{DescriptorCounts, JsonStop, json_stops};
 use super::serialize::{
-    Endpoint, JsonAbsentOwner, JsonNetns, JsonOwner, JsonTimeAndPlace, SCHEMA_VERSION, endpoint,
-    json_absent_owners, json_netns, json_owners, json_time, json_time_and_place, millis, put,
-    to_bytes,
+    Endpoint, JsonAbsentOwner, JsonNetns, JsonOwner, JsonTimeAndPlace, JsonTracked, SCHEMA_VERSION,
+    endpoint, json_absent_owners, json_netns, json_owners, json_time, json_time_and_place,
+    json_tracked, millis, put, to_bytes,
 };
 use super::{DeadOfProcess, Run, SocketCounts, text};
 use crate::filter::selectors::IN_USE_WITHIN;
@@ -55,10 +55,7 @@ pub fn write_document(
         possible_matches: coverage.undecided,
         unnamed_containers: coverage.unnamed.containers,
         mptcp_subflows_in_unknown_state: coverage.unlisted_subflows,
-        conntrack_close_wait: coverage.tracked.map(|tracked| JsonTracked {
-            entries: tracked.entries,
-            complete: tracked.complete,
-        }),
+        conntrack_close_wait: coverage.tracked.map(json_tracked),
         descriptors_not_searched: coverage.unexamined_descriptors,
         sockets_in_unknown_namespace: coverage.unplaced_sockets,
         backlogs: run.backlogs.as_ref().map(|backlogs| {
@@ -191,12 +188,6 @@ struct Tail<'a> {
     by_cause: BTreeMap<&'static str, usize>,
     summary: SocketCounts,
     new_sockets: Option<JsonNewSockets<'a>>,
-}
-
-#[derive(Serialize)]
-struct JsonTracked {
-    entries: usize,
-    complete: bool,
 }
 
 #[derive(Serialize)]

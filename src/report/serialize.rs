@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::ser::Formatter;
 
 use super::Run;
-use crate::model::{Owner, TimeAndPlace};
+use crate::model::{Owner, TimeAndPlace, TrackedCloseWait};
 use crate::proc::netns::Netns;
 use crate::proc::{AbsentOwner, Process};
 use crate::text::is_unsafe;
@@ -106,6 +106,20 @@ pub(crate) fn json_absent_owners(absent: &[AbsentOwner]) -> Vec<JsonAbsentOwner>
         message: absent.to_string(),
     };
     absent.iter().map(json).collect()
+}
+
+/// Conntrack entries of connections of others.
+#[derive(Serialize)]
+pub(crate) struct JsonTracked {
+    entries: usize,
+    complete: bool,
+}
+
+pub(crate) fn json_tracked(tracked: TrackedCloseWait) -> JsonTracked {
+    JsonTracked {
+        entries: tracked.entries,
+        complete: tracked.complete,
+    }
 }
 
 #[derive(Serialize)]

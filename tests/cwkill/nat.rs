@@ -6,14 +6,15 @@ use anyhow::{Context, Result};
 use netns_harness::{Agent, Dial, Family, Fd, How, Lab, Leak, TcpState};
 use serde_json::{Value, json};
 
-use crate::support::{PATIENCE, all_have, alone, at, count, cwkill, in_state, ran};
-use crate::trial::{Test, each_family};
+use crate::support::{CWKILL, PATIENCE, Ran, all_have, alone, at, count, cwkill, in_state, ran};
+use crate::trial::{Need, Test, each_family, once};
 
 pub const TESTS: &[Test] = &[
     each_family!(every_method_reaches_a_proxy_behind_an_expired_entry),
     each_family!(without_a_descriptor_an_rst_does_not_reach_it),
     each_family!(a_fin_alone_does_not_pass_an_expired_entry),
     each_family!(connections_between_other_hosts_are_counted),
+    once!(a_table_that_may_not_be_read_is_not_spoken_of).needs(Need::RootOfTheMachine),
     each_family!(conntrack_tells_the_other_end),
     each_family!(without_an_entry_the_last_segment_tells_the_other_end),
     each_family!(a_socket_of_an_earlier_connection_is_not_the_other_end),
@@ -134,8 +135,18 @@ fn a_fin_alone_does_not_pass_an_expired_entry(family: Family) -> Result<()> {
     Ok(())
 }
 
-/// The leaking host is the router between two peers.
-fn connections_between_other_hosts_are_counted(family: Family) -> Result<()> {
+/// The leaking host is the router between two peers, which have three connections through it.
+struct Router {
+    lab: Lab,
+    /// The connection of the router itself with the peer that connects.
+    first: Leak,
+    /// That with the peer that accepts.
+    _second: Leak,
+    /// The descriptors of the peer that connects.
+    opened: Vec<Fd>,
+}
+
+fn router(family: Family) -> Result<Router> {
     let lab = Lab::new()?;
     let [first, second] = [
         lab.start("established", family, alone(8080, 1))?,
@@ -174,28 +185,78 @@ END",
         .peer()
         .connect((to, 9000).into(), 3, Dial::default(), PATIENCE)?;
     let _accepted = server.accept(listener, 3, PATIENCE)?;
+    Ok(Router {
+        opened: opened.iter().map(|end| end.fd).collect(),
+        lab,
+        first,
+        _second: second,
+    })
+}
+
+impl Router {
+    /// One side of the connections through the router has finished.
+    fn half_close(&self) -> Result<()> {
+        self.first.peer().shutdown(&self.opened, How::Write)?;
+        self.lab.wait_for(PATIENCE, || {
+            let ran = cwkill(&self.lab, "--json")?.exits(1);
+            Ok(at(&ran.json(), "/conntrack_close_wait/entries") == "3")
+        })
+    }
+}
+
+fn connections_between_other_hosts_are_counted(family: Family) -> Result<()> {
+    let router = router(family)?;
+    let lab = &router.lab;
     // A connection of this host has an entry in CLOSE_WAIT as well, and is not counted.
-    first.app().shutdown(&first.app_fds(), How::Write)?;
-    lab.wait_for(PATIENCE, || Ok(in_state(&lab, TcpState::FinWait2)? == 1))?;
+    let own = &router.first;
+    own.app().shutdown(&own.app_fds(), How::Write)?;
+    lab.wait_for(PATIENCE, || Ok(in_state(lab, TcpState::FinWait2)? == 1))?;
     for line in ["--json", "-n --json"] {
-        let ran = cwkill(&lab, line)?;
+        let ran = cwkill(lab, line)?;
         assert_eq!(at(&ran.json(), "/conntrack_close_wait"), "null", "{ran:?}");
         assert!(!ran.stderr.contains("conntrack"), "{ran:?}");
     }
-    let fds: Vec<Fd> = opened.iter().map(|end| end.fd).collect();
-    first.peer().shutdown(&fds, How::Write)?;
-    lab.wait_for(PATIENCE, || {
-        let ran = cwkill(&lab, "--json")?.exits(1);
-        Ok(at(&ran.json(), "/conntrack_close_wait/entries") == "3")
-    })?;
-    let listed = cwkill(&lab, "")?.exits(1);
+    router.half_close()?;
+    let listed = cwkill(lab, "")?.exits(1);
     let note = "has 3 entries in CLOSE_WAIT of connections between other hosts";
     let listed = listed.complains(note);
     assert!(listed.stdout.contains("0 sockets stuck"), "{listed:?}");
-    cwkill(&lab, "-n")?.exits(1).complains(note);
-    cwkill(&lab, "diagnose --sample 100ms")?
+    cwkill(lab, "-n")?.exits(1).complains(note);
+    cwkill(lab, "diagnose --sample 100ms")?
         .exits(1)
         .complains(note);
+    let diagnosis = cwkill(lab, "diagnose --sample 100ms --json")?.exits(1);
+    assert_eq!(
+        diagnosis.json()["conntrack_close_wait"],
+        json!({ "entries": 3, "complete": true })
+    );
+    Ok(())
+}
+
+/// A user who has no right to read the table. What it has is unknown, and nothing is said of it.
+fn a_table_that_may_not_be_read_is_not_spoken_of() -> Result<()> {
+    const NOBODY: u32 = 65534;
+    let router = router(Family::V4)?;
+    router.half_close()?;
+    let as_nobody = |line: &str| -> Result<Ran> {
+        let command = router.lab.app_host().command(CWKILL).uid(NOBODY);
+        ran(command.args(line.split_whitespace()))
+    };
+    let table = router.lab.app_host().command("cat").uid(NOBODY);
+    ran(table.arg("/proc/net/nf_conntrack"))?
+        .exits(1)
+        .complains("Permission denied");
+    for line in ["--json", "-n --json", "diagnose --sample 1ms --json"] {
+        let ran = as_nobody(line)?.exits(1);
+        assert_eq!(at(&ran.json(), "/conntrack_close_wait"), "null", "{ran:?}");
+        assert!(!ran.stderr.contains("conntrack"), "{ran:?}");
+    }
+    for line in ["", "-n", "diagnose --sample 1ms"] {
+        let ran = as_nobody(line)?.exits(1);
+        let all = format!("{}{}", ran.stdout, ran.stderr);
+        assert!(!all.contains("conntrack"), "{ran:?}");
+        assert!(!all.contains("CLOSE_WAIT"), "{ran:?}");
+    }
     Ok(())
 }
 

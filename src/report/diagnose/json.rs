@@ -14,8 +14,8 @@ use crate::diagnose::verdict::{self, Circumstance, Verdict};
 use crate::diagnose::{Diagnosis, ListenerDiagnosis, ProcessDiagnosis};
 use crate::model::{Cause, TimeAndPlace};
 use crate::report::serialize::{
-    JsonAbsentOwner, JsonContainer, JsonTimeAndPlace, container, json_absent_owners,
-    json_time_and_place, serializer,
+    JsonAbsentOwner, JsonContainer, JsonTimeAndPlace, JsonTracked, container, json_absent_owners,
+    json_time_and_place, json_tracked, serializer,
 };
 use crate::tcp::TcpState;
 
@@ -71,6 +71,7 @@ pub fn write(
         host_at_file_limit: diagnosis.is_host_at_limit,
         descriptors_not_searched: coverage.unexamined_descriptors,
         sockets_in_unknown_namespace: coverage.unplaced_sockets,
+        conntrack_close_wait: coverage.tracked.map(json_tracked),
     };
     document.serialize(&mut serializer(&mut *out))?;
     out.write_all(b"\n")
@@ -109,6 +110,8 @@ struct DiagnosisDocument<'a> {
     host_at_file_limit: bool,
     descriptors_not_searched: usize,
     sockets_in_unknown_namespace: usize,
+    /// `None`: there are none, or cwkill did not look.
+    conntrack_close_wait: Option<JsonTracked>,
 }
 
 #[derive(Serialize)]
