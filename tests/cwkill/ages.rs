@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use netns_harness::{
-    Agent, Capability, Dial, Endpoint, Family, Fd, How, Lab, Recv, SocketOption, TcpState,
+    Agent, Capability, Dial, Drained, Endpoint, Family, Fd, How, Lab, Leak, Recv, SocketOption,
+    TcpState,
 };
 use serde_json::Value;
 use tempfile::TempDir;
@@ -21,6 +22,7 @@ use crate::trial::{Need, Test, each_family, once};
 pub const TESTS: &[Test] = &[
     each_family!(a_connection_in_use_is_left_alone),
     once!(a_connection_in_use_is_closed_on_request),
+    once!(a_download_is_cut_only_in_a_pause_of_more_than_five_seconds).slow(),
     each_family!(an_upload_that_is_still_read_is_left_alone).slow(),
     each_family!(an_idle_open_connection_is_closed_by_its_idle_time),
     each_family!(an_answered_keepalive_does_not_hide_the_age).slow(),
@@ -80,6 +82,77 @@ fn a_connection_in_use_is_closed_on_request() -> Result<()> {
     let sockets = cwkill(&lab, "--all --min-idle 0s --json")?.sockets();
     assert_eq!(at(&sockets[0], "/result/method"), "shutdown");
     assert_eq!(at(&sockets[0], "/in_use"), "true");
+    Ok(())
+}
+
+/// Servers send on half-closed connections with pauses, and cwkill runs again and again, at every moment of the pauses.
+fn a_download_is_cut_only_in_a_pause_of_more_than_five_seconds() -> Result<()> {
+    const PAUSES_MS: [u64; 4] = [100, 1000, 4000, 6000];
+    /// Of each family.
+    const DOWNLOADS: usize = 4;
+    /// The agent sends this many bytes at a time.
+    const AT_ONCE: u32 = 16;
+    const RUNS: usize = 30;
+    let lab = Lab::new()?;
+    let mut ports = 8001..;
+    let mut servers: Vec<(u64, u16, Leak)> = Vec::new();
+    for (pause, family) in PAUSES_MS
+        .iter()
+        .flat_map(|pause| Family::ALL.map(|it| (*pause, it)))
+    {
+        let port = ports.next().context("no port")?;
+        let server = lab.start("drained", family, alone(port, DOWNLOADS))?;
+        let interval = Duration::from_millis(pause);
+        server.app().start_sending(&server.app_fds(), interval)?;
+        servers.push((pause, port, server));
+    }
+    let with = |wanted: u64| servers.iter().filter(move |(pause, _, _)| *pause == wanted);
+    // How many bytes have arrived of each download that has not ended.
+    let arrived = |(_, _, server): &(u64, u16, Leak)| -> Result<Vec<u32>> {
+        let mut rows = server.pair().peer_host.ss(&[])?;
+        rows.retain(|row| row.state == TcpState::FinWait2);
+        Ok(rows.iter().map(|row| row.recv_q).collect())
+    };
+    let mut runs = 0;
+    lab.wait_for(5 * PATIENCE, || {
+        let ran = as_typed(&lab, "--port 8001-8012 --allow-spin --json")?;
+        for socket in ran.sockets() {
+            let code = at(&socket, "/result/reason_code");
+            // Its server has sent between the list and the act.
+            assert!(["null", "in-use"].contains(&code.as_str()), "{socket:#}");
+        }
+        runs += 1;
+        let slow: Vec<Vec<u32>> = with(4000).map(&arrived).collect::<Result<_>>()?;
+        let paused: Vec<Vec<u32>> = with(6000).map(&arrived).collect::<Result<_>>()?;
+        let past_two_pauses = slow.concat().iter().all(|bytes| *bytes > 2 * AT_ONCE);
+        Ok(runs >= RUNS && past_two_pauses && paused.concat().is_empty())
+    })?;
+    let mut open = lab.app_host().ss(&[])?;
+    open.retain(|row| row.state == TcpState::CloseWait);
+    let cut = PAUSES_MS.map(|pause| {
+        let left = |(_, port, _): &(u64, u16, Leak)| {
+            open.iter().filter(|row| row.local.port() == *port).count()
+        };
+        let downloads = DOWNLOADS * Family::ALL.len();
+        (pause, downloads - with(pause).map(left).sum::<usize>())
+    });
+    let all = DOWNLOADS * Family::ALL.len();
+    assert_eq!(
+        cut,
+        [(100, 0), (1000, 0), (4000, 0), (6000, all)],
+        "{runs} runs"
+    );
+    // What was not cut is whole.
+    for (pause, _, server) in &servers {
+        let sent = server.app().stop_sending()?;
+        if *pause < 6000 {
+            server.app().shutdown(&server.app_fds(), How::Write)?;
+            let got = server.peer().drain(&server.peer_fds(), PATIENCE)?;
+            let whole =
+                |(download, sent): (&Drained, &u64)| download.intact && download.bytes == *sent;
+            assert!(got.iter().zip(&sent).all(whole), "{got:?}, {sent:?}");
+        }
+    }
     Ok(())
 }
 
