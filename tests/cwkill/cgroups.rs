@@ -15,6 +15,9 @@ pub const TESTS: &[Test] = &[
     once!(a_proc_that_hides_processes_is_named).needs(Need::RootOfTheMachine),
     once!(a_frozen_owner_is_neither_stopped_nor_leaking).needs(Need::RootOfTheMachine),
     once!(cgroup_in_an_expression_is_where_the_socket_was_made).needs(Need::RootOfTheMachine),
+    once!(the_kernel_refuses_a_newline_in_the_name_of_a_cgroup).needs(Need::RootOfTheMachine),
+    once!(a_hostile_cgroup_is_one_owner_and_does_not_reach_the_terminal)
+        .needs(Need::RootOfTheMachine),
 ];
 
 /// Whether this user can make cgroups: only root of the machine can mount cgroup2.
@@ -58,8 +61,8 @@ impl Drop for Cgroups {
     fn drop(&mut self) {
         // The processes move back to the root, and then their cgroups are empty and can be removed.
         let _ = in_cgroup2(&format!(
-            "for procs in $(find {0} -name cgroup.procs); do \
-                 for pid in $(cat $procs); do echo $pid > cgroup.procs || true; done; \
+            "for pid in $(find {0} -name cgroup.procs -exec cat {{}} +); do \
+                 echo $pid > cgroup.procs || true; \
              done; find {0} -depth -type d -exec rmdir {{}} +",
             self.root
         ));
@@ -227,6 +230,47 @@ fn units_containers_and_cgroups_select_sockets() -> Result<()> {
     cwkill(&lab, &format!("--container web --method destroy {names}"))?.exits(0);
     assert_eq!(cwkill(&lab, "--all -n --json")?.sockets().len(), 11);
     assert!(plain.app().is_alive());
+    Ok(())
+}
+
+/// /proc/PID/cgroup has a line for each hierarchy, so a newline in a path would forge one. Source: kernel/cgroup/cgroup.c, cgroup_mkdir.
+fn the_kernel_refuses_a_newline_in_the_name_of_a_cgroup() -> Result<()> {
+    let name = format!("cwkill-test-{}-a\n0::forged", std::process::id());
+    let refused = in_cgroup2(&format!("mkdir '{name}'")).unwrap_err();
+    assert!(
+        refused.to_string().contains("Invalid argument"),
+        "{refused:#}"
+    );
+    Ok(())
+}
+
+/// With every other byte that could mean something to cwkill or to a terminal.
+fn a_hostile_cgroup_is_one_owner_and_does_not_reach_the_terminal() -> Result<()> {
+    const NAME: &str = "a:0::b\tc d\x1bc\\n\r.service";
+    let (lab, leak) = crate::support::lab("drained", Family::V4, 2)?;
+    let cgroups = Cgroups::new("hostile");
+    let dir = format!("{}/system.slice/{NAME}", cgroups.root);
+    in_cgroup2(&format!(
+        "mkdir -p '{dir}'; echo {} > '{dir}/cgroup.procs'",
+        leak.app().pid()
+    ))?;
+    let sockets = cwkill(&lab, "--json")?.exits(0).sockets();
+    assert_eq!(sockets.len(), 2);
+    assert_eq!(at(&sockets[0], "/owners/0/unit"), NAME);
+    for line in ["", "--port 8080 -n", "diagnose --sample 1ms", "check -c 0"] {
+        let ran = cwkill(&lab, line)?;
+        let all = format!("{}{}", ran.stdout, ran.stderr);
+        assert!(!all.contains(['\x1b', '\r', '\t']), "{ran:?}");
+    }
+    let select = |option: &str, value: &str| -> Result<usize> {
+        let command = lab.app_host().command(CWKILL);
+        Ok(ran(command.args(["-n", "--json", option, value]))?
+            .sockets()
+            .len())
+    };
+    assert_eq!(select("--cgroup", &format!("/{dir}"))?, 2);
+    assert_eq!(select("--cgroup", "/b")?, 0);
+    assert_eq!(select("--unit", "a:0::b*")?, 2);
     Ok(())
 }
 

@@ -1,10 +1,16 @@
 //! Behaviour of the kernel that cwkill relies on. A failure here means that this kernel behaves differently, not that
 //! cwkill is wrong.
 
+use std::io::Write as _;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd as _;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use netns_harness::{Family, Host, How, Lab, Leak, Recv, SocketOption, TcpState};
+use rustix::buffer::spare_capacity;
+use rustix::event::{Timespec, epoll};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 
 use crate::support::{CWKILL, PATIENCE, at, connections, count, cwkill, in_state, lab, ran};
 use crate::trial::{Test, each_family};
@@ -24,6 +30,7 @@ pub const TESTS: &[Test] = &[
     each_family!(an_answer_to_a_window_probe_is_an_ack_and_no_data),
     each_family!(a_retransmission_counts_as_data),
     each_family!(sockstat_counts_the_sockets_of_a_namespace),
+    each_family!(a_duplicate_keeps_the_entry_in_an_epoll_set),
 ];
 
 fn a_fin_counts_as_one_unread_byte(family: Family) -> Result<()> {
@@ -205,6 +212,47 @@ fn a_retransmission_counts_as_data(family: Family) -> Result<()> {
     let (_, before) = wait_for_times(&lab, |_, idle| idle >= 100)?;
     wait_for_times(&lab, |age, idle| idle < before && age > idle)?;
     Ok(())
+}
+
+/// While cwkill has a duplicate of a socket, the owner's epoll set names the descriptor that the owner has closed. The entry goes with the
+/// duplicate. Source: fs/eventpoll.c, eventpoll_release_file, which the last reference to a file calls.
+fn a_duplicate_keeps_the_entry_in_an_epoll_set(family: Family) -> Result<()> {
+    const LOOKS: usize = 20;
+    let lab = Lab::new()?;
+    lab.app_host().within(|| {
+        let (listens, connects) = match family {
+            Family::V4 => ("127.0.0.1:0", "127.0.0.1"),
+            Family::V6 => ("[::1]:0", "::1"),
+            Family::Mapped => ("[::]:0", "127.0.0.1"),
+        };
+        let listener = TcpListener::bind(listens)?;
+        let to = SocketAddr::new(connects.parse()?, listener.local_addr()?.port());
+        let mut peer = TcpStream::connect(to)?;
+        let (accepted, _) = listener.accept()?;
+        let closed = accepted.as_raw_fd();
+        let name = u64::try_from(closed)?;
+        let set = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let data = epoll::EventData::new_u64(name);
+        epoll::add(&set, &accepted, data, epoll::EventFlags::IN)?;
+        let ready = || -> Result<Vec<u64>> {
+            let mut events = Vec::with_capacity(LOOKS);
+            let now = Timespec::default();
+            epoll::wait(&set, spare_capacity(&mut events), Some(&now))?;
+            Ok(events.iter().map(|event| event.data.u64()).collect())
+        };
+        // As cwkill makes it.
+        let own = pidfd_open(getpid(), PidfdFlags::empty())?;
+        let duplicate = pidfd_getfd(&own, closed, PidfdGetfdFlags::empty())?;
+        drop(accepted);
+        peer.write_all(b"more")?;
+        lab.wait_for(PATIENCE, || Ok(!ready()?.is_empty()))?;
+        for _ in 0..LOOKS {
+            assert_eq!(ready()?, [name]);
+        }
+        drop(duplicate);
+        // Another test may be starting a process, which has all descriptors for a moment.
+        lab.wait_for(PATIENCE, || Ok(ready()?.is_empty()))
+    })
 }
 
 /// cwkill lists all TCP sockets of a namespace for the overview only if this number is small.
