@@ -83,10 +83,10 @@ impl Search<'_> {
     pub fn run(&self, descriptors: &DescriptorScan) -> Found {
         let mut found = Found::default();
         let mut candidates = self.candidates(descriptors);
-        if candidates.len() > MAX_SINGLE_QUERIES
-            // If a namespace cannot be listed, more sockets are asked for.
-            && let Ok(listed) = dead::listed_inodes(self.namespaces)
-        {
+        // If a namespace cannot be listed, more sockets are asked for.
+        let mut listed = (candidates.len() > MAX_SINGLE_QUERIES)
+            .then(|| dead::listed_inodes(self.namespaces).unwrap_or_default());
+        if let Some(listed) = &listed {
             candidates.retain(|candidate| !listed.contains(&candidate.inode));
         }
         // fork(2) shares sockets.
@@ -100,7 +100,15 @@ impl Search<'_> {
             may_be_tcp(&self.proc.path(&path)).unwrap_or(false)
         };
         let candidates: Vec<Candidate> = candidates.into_par_iter().filter(of_tcp).collect();
-        self.ask(&candidates, &mut found);
+        let mut unplaced = self.ask(&candidates, &mut found);
+        if !unplaced.is_empty() {
+            // Nothing tells the namespace of these, but most of them may be in a table that was read, for example those that listen.
+            let listed = listed
+                .get_or_insert_with(|| dead::listed_inodes(self.namespaces).unwrap_or_default());
+            unplaced.retain(|(inode, _)| !listed.contains(inode));
+        }
+        found.unplaced = unplaced.len();
+        found.unplaced_because = unplaced.into_iter().next().map(|(_, error)| error);
         found
     }
 
@@ -125,13 +133,15 @@ impl Search<'_> {
         candidates
     }
 
-    /// Asks for the namespace of each of `candidates` that has a selected state.
-    fn ask(&self, candidates: &[Candidate], found: &mut Found) {
+    /// Asks for the namespace of each of `candidates` that has a selected state. Returns the inodes of those for which the kernel refuses
+    /// to tell it, and which may be in a nameless one.
+    fn ask(&self, candidates: &[Candidate], found: &mut Found) -> Vec<(u32, io::Error)> {
         let states = self.selectors.states.union(TcpState::Listen.into());
         let mut namespaces = KnownNamespaces::new(self);
         let mut pidfds = Pidfds::new();
         let mut listed = HashSet::new();
         let mut asked = 0;
+        let mut unplaced = Vec::new();
         for candidate in candidates {
             if listed.contains(&candidate.inode) {
                 continue;
@@ -154,12 +164,12 @@ impl Search<'_> {
                 }
                 Ok(_) => {}
                 Err(error) if self.may_be_nameless(candidate.pid) => {
-                    found.unplaced += 1;
-                    found.unplaced_because.get_or_insert(error);
+                    unplaced.push((candidate.inode, error));
                 }
                 Err(_) => {}
             }
         }
+        unplaced
     }
 
     /// Whether a socket of process `pid` in an unknown namespace may be in a nameless one. If the process is in a namespace that the

@@ -9,7 +9,8 @@ use nix::sys::resource::{Resource, getrlimit};
 use serde_json::Value;
 
 use crate::support::{
-    CWKILL, Ran, TAKE_ALL, all_have, at, carries_data, count, cwkill, cwkill_outside, in_state, lab,
+    CWKILL, Ran, TAKE_ALL, all_have, alone, at, carries_data, count, cwkill, cwkill_outside,
+    in_state, lab,
 };
 use crate::trial::{Need, Test, each_family, once};
 
@@ -29,6 +30,7 @@ pub const TESTS: &[Test] = &[
     once!(sockets_are_followed_into_other_namespaces_unless_one_is_named),
     once!(a_namespace_that_may_not_be_asked_for_is_reported),
     once!(sockets_beyond_the_bound_are_counted).slow(),
+    once!(a_listener_in_a_namespace_that_was_read_is_not_missed),
 ];
 
 /// Runs cwkill in our own namespace, in which no socket is stuck.
@@ -460,5 +462,23 @@ fn sockets_beyond_the_bound_are_counted() -> Result<()> {
         at(&diagnosed, "/descriptors_not_searched"),
         MORE.to_string()
     );
+    Ok(())
+}
+
+/// The kernel does not tell where a listener is either, but it is in a table that was read.
+fn a_listener_in_a_namespace_that_was_read_is_not_missed() -> Result<()> {
+    use netns_harness::Capability::{CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, CAP_SYS_PTRACE};
+    let lab = Lab::new()?;
+    let leak = lab.start("established", Family::V4, count(2))?;
+    let _other = lab.start("drained", Family::V4, alone(8081, 1))?;
+    let pid = leak.app().pid().to_string();
+    for selector in [&["-p", &pid][..], &["--port", "8081,8080", "-p", &pid]] {
+        let command = lab.app_host().command(CWKILL);
+        let command = command.capabilities(&[CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, CAP_SYS_PTRACE]);
+        let ran = crate::support::ran(command.args(selector).args(["-n", "--json"]))?;
+        let document = ran.json();
+        assert_eq!(at(&document, "/sockets_in_unknown_namespace"), "0");
+        assert!(!ran.stderr.contains("unknown network namespace"), "{ran:?}");
+    }
     Ok(())
 }
