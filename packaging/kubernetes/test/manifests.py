@@ -209,7 +209,10 @@ def main():
         running = of_chart({"mode": mode, "interval": "1s", "policies": POLICY})
         check_confined(running, capabilities)
         check_valid(running)
-        pathlib.Path(sys.argv[1], f"{mode}.json").write_text(json.dumps({**modes[mode], "running": running}))
+        # Whole or not at all: the other half waits for it.
+        written = pathlib.Path(sys.argv[1], "new")
+        written.write_text(json.dumps({**modes[mode], "running": running}))
+        written.rename(written.with_name(f"{mode}.json"))
     print("manifests: kustomize and helm agree, valid for Kubernetes", ", ".join(VERSIONS))
     return None
 
