@@ -24,6 +24,7 @@ PATIENCE = 180
 # As containerd with the cgroup driver of systemd names it.
 ID = "3f4a9b2c" * 8
 POD = "kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod8bd1fb9b_72ff_4a6f_8f9e_5d0f3a6c2b17.slice"
+POD_OF_CWKILL = "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod5a0c7a52_0d8b_4b0e_9d55_6f1f1b1f7c11.slice"
 LEAK = """
 import socket, sys, threading
 listener = socket.create_server(("127.0.0.1", 8080))
@@ -139,7 +140,11 @@ class Pod:
         return script
 
     def command(self, *arguments):
-        return ["unshare", "--mount", "--net", "sh", self.script, *arguments]
+        # In a cgroup of its own, which is the root of its cgroup namespace: it sees the cgroups of others as /../..
+        cgroup = CGROUP / POD_OF_CWKILL / f"cri-containerd-{'c0ffee00' * 8}.scope"
+        cgroup.mkdir(parents=True, exist_ok=True)
+        enter = 'echo $$ >"$1/cgroup.procs"; shift; exec unshare --cgroup --mount --net sh "$@"'
+        return ["sh", "-ec", enter, "sh", cgroup, self.script, *arguments]
 
     def cwkill(self, *arguments):
         found = subprocess.run(self.command("/cwkill", *arguments), text=True, capture_output=True)
