@@ -1,6 +1,8 @@
 //! The kernel's iterator over all descriptors: it finds the owners that /proc shows.
 
 use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader};
+use std::process::Stdio;
 
 use anyhow::{Context, Result};
 use netns_harness::owners::{Build, Owner};
@@ -14,6 +16,7 @@ use crate::trial::{Need, Test, each_family, once};
 pub const TESTS: &[Test] = &[
     once!(the_kernel_accepts_the_program).needs(Need::Iterator),
     each_family!(both_ways_find_the_same_owners).needs(Need::Iterator),
+    once!(both_ways_find_the_same_owners_on_a_busy_host).needs(Need::Iterator),
     once!(both_ways_find_the_owners_of_every_namespace).needs(Need::Iterator),
     once!(both_ways_see_how_owners_wait).needs(Need::Iterator),
     each_family!(pids_are_those_of_the_own_pid_namespace).needs(Need::Iterator),
@@ -82,6 +85,43 @@ fn both_ways_find_the_same_owners(family: Family) -> Result<()> {
         with_owner += owned(&found);
     }
     assert!(with_owner > 20, "{with_owner}");
+    Ok(())
+}
+
+/// Opens and closes descriptors in a table of 15,000, at numbers all over it, and starts and ends processes, until its input ends.
+const BUSY: &str = "
+import os, random, select, socket
+null = os.open('/dev/null', os.O_RDONLY)
+table = [os.dup(null) for _ in range(15000)]
+print('busy', flush=True)
+while not select.select([0], [], [], 0)[0]:
+    for _ in range(200):
+        at = random.randrange(len(table))
+        os.close(table[at])
+        table[at] = random.choice([lambda: os.dup(null), lambda: socket.socket().detach()])()
+    child = os.fork()
+    if child == 0:
+        os.closerange(0, 5000)
+        os._exit(0)
+    os.waitpid(child, 0)
+";
+
+fn both_ways_find_the_same_owners_on_a_busy_host() -> Result<()> {
+    let (lab, _leak) = lab("forked", Family::V4, 20)?;
+    let python = lab.app_host().command("python3").args(["-c", BUSY]);
+    let mut busy = (python.stdin(Stdio::piped()))
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut line = String::new();
+    BufReader::new(busy.stdout.take().context("no output")?).read_line(&mut line)?;
+    assert_eq!(line, "busy\n");
+    for _ in 0..10 {
+        let found = compared(&|way| cwkill(&lab, &format!("-n --all --json {way}")))?;
+        assert_eq!(owned(&found), 20);
+    }
+    assert_eq!(busy.try_wait()?, None, "it was busy all the time");
+    drop(busy.stdin.take());
+    assert!(busy.wait()?.success());
     Ok(())
 }
 
