@@ -229,7 +229,9 @@ impl RemoteThread {
                 Ok(ThreadState::AtSignal(_) | ThreadState::Seized) => {
                     // With its former registers the thread behaves as if the signal had come before the stop.
                     self.phase = Phase::Finished;
-                    write_registers(self.thread.tid, &self.thread.restored)?;
+                    let tid = self.thread.tid;
+                    let current = read_registers(tid).ok_or(OwnerError::Exited)?;
+                    write_registers(tid, &self.thread.restored.at_signal(&current))?;
                     return Err(OwnerError::TryAgain);
                 }
                 Err(error) => {

@@ -1,9 +1,10 @@
 //! aarch64. Source: arch/arm64/include/uapi/asm/ptrace.h (struct user_pt_regs), arch/arm64/kernel/signal.c
 //! (do_signal), arch/arm64/kernel/syscall.c.
 //!
-//! Two things differ from x86-64. The number of a call has its own register set
+//! Three things differ from x86-64. The number of a call has its own register set
 //! ([`crate::sys::ptrace::set_call_number`]), so x8 keeps the program's value. If the kernel will restart a call, it moves the
-//! thread back to the instruction before the tracer sees it, and the result of the call is lost.
+//! thread back to the instruction before the tracer sees it, and the result of the call is lost. At the entry and the exit of a call the
+//! tracer sees another value in x7, and the kernel ignores what the tracer writes there (arch/arm64/kernel/ptrace.c, report_syscall).
 
 use crate::proc::syscall::Syscall;
 
@@ -12,6 +13,8 @@ use crate::proc::syscall::Syscall;
 pub struct Registers(pub [u64; 34]);
 
 const X0: usize = 0;
+/// At the entry and the exit of a call, the tracer sees 0 or 1 in place of its value.
+const X7: usize = 7;
 const X8: usize = 8;
 const PC: usize = 32;
 
@@ -76,6 +79,13 @@ impl Registers {
     pub fn restored(_at_stop: &Self, entry: &Self, number: i64) -> Self {
         entry.before_syscall(number)
     }
+
+    /// These registers, for a thread that has stopped for a signal. `current` are those of this stop, with its own x7.
+    pub fn at_signal(&self, current: &Self) -> Self {
+        let mut registers = *self;
+        registers.0[X7] = current.0[X7];
+        registers
+    }
 }
 
 #[cfg(test)]
@@ -107,6 +117,15 @@ mod tests {
         }
         let restored = Registers::restored(&thread(0x1000), &entry, FUTEX.cast_signed());
         assert_eq!(restored, before);
+    }
+
+    #[test]
+    fn a_signal_leaves_x7_as_it_is() {
+        let mut entry = thread(0x1004);
+        // The kernel shows that this is the entry of a call.
+        entry.0[X7] = 0;
+        let restored = Registers::restored(&thread(0x1000), &entry, FUTEX.cast_signed());
+        assert_eq!(restored.at_signal(&thread(0x1000)), thread(0x1000));
     }
 
     #[test]

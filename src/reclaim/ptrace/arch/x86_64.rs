@@ -103,6 +103,11 @@ impl Registers {
             false => entry.before_syscall(number),
         }
     }
+
+    /// These registers, for a thread that has stopped for a signal.
+    pub fn at_signal(&self, _current: &Self) -> Self {
+        *self
+    }
 }
 
 /// arch/x86/entry/syscalls/syscall_64.tbl; libc does not have it.
