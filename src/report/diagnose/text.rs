@@ -325,8 +325,11 @@ fn process_block(
         let _ = write!(block, "\n  {}", verdict::AT_LIMIT);
     }
     if diagnosis.waiting > 0 {
-        let waiting = counted(diagnosis.waiting, "stuck connection");
-        let _ = write!(block, "\n  {waiting} wait at its listener, see below");
+        let waiting = match diagnosis.waiting {
+            1 => "1 stuck connection waits".to_owned(),
+            waiting => format!("{waiting} stuck connections wait"),
+        };
+        let _ = write!(block, "\n  {waiting} at its listener, see below");
     }
     let SuspectCounts {
         dead,

@@ -204,6 +204,12 @@ pub fn screens() -> Vec<Case> {
                 closed(4).reclaim("skipped too-young"),
             ])
             .stopped(&JAVA, 850, 1),
+        case("screens-over-limit", "--port 80 --max-kills 1").sockets([
+            closed(1),
+            planned(numbered(2, "10.0.0.1:80").owner(&JAVA, 21))
+                .over_limit()
+                .skipped("over-limit"),
+        ]),
         case("screens-places", "--all-netns --state close-wait,last-ack")
             .sockets([
                 numbered(1, "10.0.0.1:80").owner(&JAVA, 3),

@@ -2,6 +2,7 @@
 
 use super::rows::{Row, Subject};
 use crate::config::{Action, Config};
+use crate::model::{Outcome, SkipReason};
 use crate::proc::ProcessId;
 use crate::proc::netns::NetnsScope;
 use crate::report::Run;
@@ -43,7 +44,7 @@ pub fn line(
             first.and_then(|_| without_dry_run(&Vec::from_iter(full)))
         }
         Action::DryRun => selected(&mut planned()).and_then(|selected| without_dry_run(&selected)),
-        Action::Act => return after_an_act(run, config, rows),
+        Action::Act => return after_an_act(run, config, rows, words),
     };
     command.map(|command| format!("next: {command}"))
 }
@@ -65,14 +66,23 @@ fn first_at_limit<'a, 'r>(
     full.map(|(row, _)| row)
 }
 
-/// After an act: why sockets leak that could not be closed, or how to free the descriptors of those that were.
-fn after_an_act(run: &Run, config: &Config, rows: &[Row<'_>]) -> Option<String> {
+/// After an act: the same command, if nothing but `--max-kills` kept sockets; why sockets leak that could not be closed; or how to free
+/// the descriptors of those that were.
+fn after_an_act(run: &Run, config: &Config, rows: &[Row<'_>], words: &[String]) -> Option<String> {
     let next = |words: Vec<String>| command(&words).map(|command| format!("next: {command}"));
     if let Some([dead]) = run.dead_descriptors.as_deref() {
         return match dead.closable {
             0 => of_advice(&run.advice),
             _ => Some(format!("next: {}", dead.command)),
         };
+    }
+    let left = run.scan.targets.iter().filter_map(|target| target.outcome);
+    let mut left = left
+        .filter(|outcome| matches!(outcome, Outcome::Skipped(_) | Outcome::Failed))
+        .peekable();
+    let is_over = |outcome| outcome == Outcome::Skipped(SkipReason::OverMaxKills);
+    if left.peek().is_some() && left.all(is_over) {
+        return next(words.to_vec());
     }
     let mut left = rows
         .iter()
@@ -94,9 +104,15 @@ fn after_an_act(run: &Run, config: &Config, rows: &[Row<'_>]) -> Option<String> 
     command(&words).map(|command| format!("next, in a minute: {command}"))
 }
 
-/// The first command of the advice about descriptors that were kept.
+/// The first command of the advice about descriptors that were kept. One that ignores the safety checks, and so can lose bytes, is only
+/// named if there is no other.
 pub(in crate::report) fn of_advice(advice: &[Advice]) -> Option<String> {
-    let advice = advice.iter().find(|one| !one.commands.is_empty())?;
+    let first = |one: &&Advice| one.commands.first().cloned();
+    let with_command = || advice.iter().filter(|one| first(one).is_some());
+    let is_safe = |one: &&Advice| first(one).is_some_and(|it| !it.contains("--reclaim-force"));
+    let advice = with_command()
+        .find(is_safe)
+        .or_else(|| with_command().next())?;
     let command = &advice.commands[0];
     Some(match &advice.after {
         Some(time) => format!("next, in {time}: {command}"),
@@ -159,6 +175,28 @@ pub(in crate::report) fn without_dry_run(words: &[String]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::proc::testdata::process;
+
+    #[test]
+    fn what_may_lose_bytes_is_named_last() {
+        let advice = |after: Option<&str>, command: &str| Advice {
+            process: process(7, "app"),
+            kept: 1,
+            code: "unread",
+            text: String::new(),
+            after: after.map(str::to_owned),
+            commands: vec![command.to_owned()],
+        };
+        let forced = advice(None, "cwkill reclaim --pid 7 --reclaim-force");
+        let later = advice(Some("1 minute"), "cwkill reclaim --pid 7");
+        let next = of_advice(&[forced.clone(), later]);
+        assert_eq!(next.unwrap(), "next, in 1 minute: cwkill reclaim --pid 7");
+        let next = of_advice(&[forced]);
+        assert_eq!(
+            next.unwrap(),
+            "next: cwkill reclaim --pid 7 --reclaim-force"
+        );
+    }
 
     #[test]
     fn a_dry_run_is_followed_by_the_same_command() {
