@@ -30,8 +30,8 @@ pub use values::{List, flat};
 use crate::model::Method;
 
 const AFTER_SHORT_HELP: &str = "\
-Without arguments cwkill lists the stuck sockets. With a port, an address, an owner, an expression \
-or --all it closes what matches; --dry-run only shows it. All options: cwkill --help, man cwkill";
+Without a selector it lists. With a port, an address, an owner, an expression or --all it closes \
+what matches; -n only shows it. All options: cwkill --help";
 
 const AFTER_HELP: &str = "\
 Without a selector, cwkill lists the stuck sockets and never acts. With a port, an address, an \
@@ -56,7 +56,7 @@ Tries every method on connections of its own over loopback, and touches nothing 
 
 Exit status: 0 auto works fully, 1 in part (or it could not be tried), 2 wrong usage, 3 not at all.";
 
-/// Close TCP sockets stuck in CLOSE-WAIT without killing the process that leaks them.
+/// Close TCP sockets stuck in CLOSE-WAIT, not the process that leaks them.
 #[derive(Debug, Parser)]
 #[command(name = "cwkill", version, max_term_width = 100)]
 #[command(after_help = AFTER_SHORT_HELP, after_long_help = AFTER_HELP)]
@@ -71,16 +71,16 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Show which process leaks, why and how fast, and suggest the next command; never acts
+    /// Show who leaks, why, how fast, and what to do next; never acts
     Diagnose(DiagnoseArgs),
-    /// Compare the number of stuck sockets with thresholds, as a monitoring plugin
+    /// Compare the stuck sockets with thresholds, as a monitoring plugin
     Check(CheckArgs),
     /// Check which methods work on this host and what to fix
     #[command(after_long_help = DOCTOR_HELP)]
     Doctor(DoctorArgs),
-    /// Close descriptors of dead sockets inside the processes that leak them
+    /// Close descriptors of dead sockets inside the leaking processes
     Reclaim(ReclaimArgs),
-    /// Sweep at intervals, serve the numbers to Prometheus, and close by policy
+    /// Sweep at intervals, serve Prometheus metrics, close by policy
     Daemon(DaemonArgs),
     /// Print the completion script for a shell
     Completions {
@@ -99,7 +99,7 @@ pub struct Args {
     pub acting: Acting,
     #[command(flatten)]
     pub output: Output,
-    /// Print at most N rows, or all [default: one screen on a terminal, else all]
+    /// At most N rows [default: one screen, in a pipe all]
     #[arg(
         long,
         value_name = "N|all",
@@ -127,13 +127,13 @@ pub struct Acting {
     #[arg(short = 'n', long, visible_alias = "dryrun")]
     pub dry_run: bool,
 
-    /// Do not ask before closing sockets of several processes
+    /// Do not ask before closing for several processes
     ///
     /// cwkill asks only on a terminal, and not with --all.
     #[arg(short, long)]
     pub yes: bool,
 
-    /// The methods to try, in the order given [default: auto]
+    /// Methods to try, in this order [default: auto]
     ///
     /// The methods are probe, shutdown, destroy and rst. auto is shutdown, then destroy, then rst.
     #[arg(long, value_name = "auto|LIST", value_parser = values::methods(), hide_possible_values = true)]
@@ -229,7 +229,7 @@ pub struct Output {
     #[arg(long, hide_short_help = true)]
     pub ok_if_none: bool,
 
-    /// Print a row for each socket or descriptor, every owner and every attempt
+    /// A row for each socket, with every owner and attempt
     #[arg(short, long, action = ArgAction::SetTrue)]
     pub verbose: bool,
 

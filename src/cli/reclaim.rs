@@ -56,15 +56,16 @@ pub struct Reclaiming {
 #[derive(Debug, clap::Args)]
 #[command(after_help = AFTER_SHORT_HELP, after_long_help = AFTER_HELP, mut_args(of_descriptors))]
 pub struct ReclaimArgs {
-    /// Descriptors of sockets with one of these local ports: 8080 or 8080,8443 or 9000-9100 or https. Alone, only in processes of the
-    /// network namespace that cwkill runs in
+    /// Descriptors of sockets with these local ports: 8080,8443 or https
+    ///
+    /// Without another selector, only in processes of the network namespace that cwkill runs in.
     #[arg(long, value_name = "LIST", value_parser = values::list(values::port_range), help_heading = "Selectors")]
     pub port: Vec<List<RangeInclusive<u16>>>,
 
     #[command(flatten)]
     pub owners: OwnerSelection,
 
-    /// Only descriptors with these numbers, of the processes that --pid names: 7 or 7,9
+    /// Only these numbers, in the processes of --pid: 7,9
     #[arg(long, value_name = "LIST", value_parser = values::list(values::descriptor), requires = "pid", help_heading = "Selectors")]
     pub fd: Vec<List<i32>>,
 
@@ -77,7 +78,9 @@ pub struct ReclaimArgs {
     )]
     pub dry_run: bool,
 
-    /// Put /dev/null in the place of each descriptor instead of closing it: poll(2) returns at once for a number that is closed
+    /// Put /dev/null in the place of each descriptor
+    ///
+    /// It is not closed then: for a number that is closed, poll(2) returns at once.
     #[arg(long, help_heading = "Reclaiming")]
     pub replace: bool,
 
@@ -97,7 +100,7 @@ fn of_descriptors(argument: Arg) -> Arg {
         "pid" => "Descriptors of this process",
         "process" => "Descriptors of processes with this name: java or 'php-fpm*'",
         "unit" => "Descriptors of processes of this systemd unit: nginx or 'php*'",
-        "container" => "Descriptors of processes of this container: its name or its id",
+        "container" => "Descriptors of processes of this container: name or id",
         "pod" => "Descriptors of processes of this pod: web-5c9 or 'shop/web-*'",
         "namespace" => "Descriptors of processes of the pods of this kubernetes namespace",
         "compose_service" => "Descriptors of processes of this service of docker compose",

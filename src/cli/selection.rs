@@ -18,7 +18,7 @@ use crate::tcp::TcpState;
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Selectors")]
 pub struct Selection {
-    /// Local ports: 8080 or 8080,8443 or 9000-9100 or https
+    /// Local ports: 8080,8443 or 9000-9100 or https
     #[arg(long, value_name = "LIST", value_parser = values::list(values::port_range))]
     pub port: Vec<List<RangeInclusive<u16>>>,
 
@@ -45,7 +45,7 @@ pub struct Selection {
     #[arg(long, value_name = "LIST", value_parser = values::states(), hide_possible_values = true, hide_short_help = true)]
     pub state: Vec<List<TcpState>>,
 
-    /// Sockets stuck for at least this long: 90s, 15m, 2h
+    /// Sockets stuck for at least this long: 90s, 15m
     #[arg(long, value_name = "DURATION", value_parser = values::duration)]
     pub min_age: Option<Duration>,
 
@@ -54,7 +54,9 @@ pub struct Selection {
     #[arg(long, value_name = "DURATION", value_parser = values::duration, hide_short_help = true)]
     pub min_idle: Option<Duration>,
 
-    /// Causes: not-accepted, unread, drained, sending, handshake, orphan
+    /// Causes: not-accepted, unread, drained, sending
+    ///
+    /// In other states than close-wait also handshake and orphan.
     #[arg(long, value_name = "LIST", value_parser = values::causes(), hide_possible_values = true)]
     pub cause: Vec<List<Cause>>,
 
@@ -80,7 +82,7 @@ pub struct Selection {
     )]
     pub netns: Option<String>,
 
-    /// Use every network namespace (never acts by itself)
+    /// Use all network namespaces (never acts by itself)
     #[arg(long)]
     pub all_netns: bool,
 
@@ -88,7 +90,7 @@ pub struct Selection {
     #[arg(long, value_name = "WHEN", value_enum, default_value_t = UseIterator::Auto, help_heading = "Search", hide_short_help = true)]
     pub bpf: UseIterator,
 
-    /// A filter as for ss(8): 'sport = :8080 and dst 10.0.0.0/8'
+    /// As for ss(8): 'sport = :80 and dst 10.0.0.0/8'
     #[arg(value_name = "EXPRESSION")]
     pub expression: Vec<String>,
 }
@@ -98,19 +100,19 @@ pub struct Selection {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Selectors")]
 pub struct OwnerSelection {
-    /// Sockets that this process holds, or that wait at its listener
+    /// Sockets of this process and of its listeners
     #[arg(short, long, value_name = "PID", value_parser = values::list(values::pid))]
     pub pid: Vec<List<i32>>,
 
-    /// Sockets of processes with this name: java,python3 or 'php-fpm*'
+    /// Sockets of processes of this name: java,'php*'
     #[arg(long, value_name = "GLOB", value_parser = values::list(values::glob))]
     pub process: Vec<List<GlobMatcher>>,
 
-    /// Sockets of this systemd unit: nginx, nginx.service or 'php*'
+    /// Sockets of this systemd unit: nginx or 'php*'
     #[arg(long, value_name = "NAME", value_parser = values::list(values::unit))]
     pub unit: Vec<List<UnitName>>,
 
-    /// Sockets of this container: web, 'web-*' or 3f4a9b2c
+    /// Sockets of this container: web, 'web-*', 3f4a9b2c
     ///
     /// The first 8 digits of the id are enough. The name comes from files of docker, podman, containerd, CRI-O and the kubelet.
     #[arg(long, value_name = "NAME|ID", value_parser = values::list(values::container))]
@@ -136,7 +138,7 @@ pub struct OwnerSelection {
     #[arg(long, value_name = "DIR", value_parser = values::host_root, default_value = "/", hide_default_value = true, help_heading = "Search", hide_short_help = true)]
     pub host_root: PathBuf,
 
-    /// Every stuck socket of the searched network namespaces
+    /// Every stuck socket of the searched namespaces
     #[arg(long, display_order = LAST_IN_HELP)]
     pub all: bool,
 }

@@ -346,7 +346,7 @@ fn state(text: &str) -> Result<TcpState, String> {
         format!(
             "{} is not a TCP state; must be one or more of {}",
             shown(text),
-            TcpState::names().collect::<Vec<_>>().join(",")
+            TcpState::names().collect::<Vec<_>>().join(", ")
         )
     })
 }
@@ -361,7 +361,7 @@ fn cause(text: &str) -> Result<Cause, String> {
         .ok()
         .filter(|cause| Cause::SELECTABLE.contains(cause))
         .ok_or_else(|| {
-            let names = Cause::SELECTABLE.map(Cause::name).join(",");
+            let names = Cause::SELECTABLE.map(Cause::name).join(", ");
             format!(
                 "{} is not a cause; must be one or more of {names}",
                 shown(text)
@@ -430,7 +430,7 @@ fn method(text: &str) -> Result<MethodChoice, String> {
             format!(
                 "{} is not a method; must be auto, or one or more of {}",
                 shown(text),
-                Method::ALL.map(Method::name).join(",")
+                Method::ALL.map(Method::name).join(", ")
             )
         }),
     }

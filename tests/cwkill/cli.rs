@@ -178,6 +178,15 @@ fn a_short_help_is_short_and_a_long_one_has_all() -> Result<()> {
         };
         let (short, long) = (help("-h")?, help("--help")?);
         assert!(short.lines().count() <= 45, "{name} -h is long:\n{short}");
+        // On a terminal of the usual width as well.
+        let line = format!("{name} -h");
+        let narrow = lab.app_host().command(CWKILL).env("COLUMNS", "80");
+        let narrow = ran(narrow.args(line.split_whitespace()))?;
+        assert!(
+            narrow.stdout.lines().count() <= 45,
+            "{name} -h is long:\n{}",
+            narrow.stdout
+        );
         for option in options(command) {
             let has = |text: &str| {
                 let words = text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'));

@@ -316,7 +316,7 @@ fn messages_break_no_word() -> Result<()> {
             2,
         ),
         ("--all --force", "use --reclaim-force", 2),
-        ("--cause foo", "not-accepted,unread,drained,sending", 2),
+        ("--cause foo", "not-accepted, unread, drained, sending", 2),
         // The space tells the test support where the word ends.
         ("doctor ", "CAP_NET_ADMIN CAP_NET_RAW", 0),
     ] {

@@ -237,7 +237,7 @@ fn an_error_has_its_place_and_a_good_value() {
         ),
         (
             &format!("{head}match = {{ cause = [\"drained\", \"x\"] }}"),
-            &[":3:19: ", "not-accepted,unread"],
+            &[":3:19: ", "not-accepted, unread"],
         ),
         (
             &format!("{head}match = {{ expression = \"sport = :8O80\" }}"),
