@@ -352,6 +352,73 @@ mod tests {
         Config::from_args(Cli::try_parse_from(words)?.args)
     }
 
+    /// The options that say which sockets to close.
+    const SELECTORS: [&str; 13] = [
+        "--all",
+        "--port 1",
+        "--peer-port 1",
+        "--local 127.0.0.1",
+        "--peer ::1",
+        "--pid 1",
+        "--process x",
+        "--unit nginx",
+        "--container web",
+        "--pod shop/web-*",
+        "--namespace shop",
+        "--compose-service web",
+        "--cgroup /system.slice",
+    ];
+
+    /// A valid value of an option that takes one.
+    fn value_of(option: &str) -> &'static str {
+        match option {
+            "user" => "0",
+            "state" => "last-ack",
+            "cause" => "unread",
+            "method" => "auto",
+            "netns" => "1",
+            "host-root" | "log-file" => "/",
+            "log" => "none",
+            "max-kills" | "limit" => "3",
+            "bpf" | "color" => "never",
+            "min-age" | "min-idle" | "grace" | "watch-refill" | "reclaim-age" | "stop-limit" => {
+                "1m"
+            }
+            other => panic!("give a valid value of --{other} here"),
+        }
+    }
+
+    /// The command line has more options with time. A new one is a selector only if it stands in the list above.
+    #[test]
+    fn no_other_option_makes_it_act() {
+        let command = Cli::command();
+        let long = |argument: &clap::Arg| argument.get_long().map(str::to_owned);
+        let is_selector = |name: &str| {
+            let of = |line: &&str| line.split(' ').next() == Some(&format!("--{name}"));
+            SELECTORS.iter().any(of)
+        };
+        let others: Vec<String> = command
+            .get_arguments()
+            .filter(|argument| !["help", "version"].contains(&argument.get_id().as_str()))
+            .filter_map(|argument| {
+                let name = long(argument).filter(|name| !is_selector(name))?;
+                Some(match argument.get_action().takes_values() {
+                    true => format!("--{name} {}", value_of(&name)),
+                    false => format!("--{name}"),
+                })
+            })
+            .collect();
+        assert!(others.len() > 30, "{others:?}");
+        for first in &others {
+            for second in others.iter().chain([&String::new()]) {
+                // Some need a selector, and some exclude each other.
+                if let Ok(config) = config(&format!("{first} {second}")) {
+                    assert_ne!(config.action, Action::Act, "{first} {second}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn only_a_selector_makes_it_act() {
         for line in ["", "--json", "-v", "-H", "--color never", "--min-idle 1m"] {
@@ -366,6 +433,8 @@ mod tests {
             "--address-gone",
             "--cause unread",
             "-4",
+            "-6",
+            "--bpf never",
             "-N 1",
             "--all-netns",
             "--state last-ack",
@@ -375,29 +444,16 @@ mod tests {
             let chosen = |index: &usize| set & 1 << index != 0;
             let chosen = (0..narrowing.len()).filter(chosen);
             let line: Vec<&str> = chosen.map(|index| narrowing[index]).collect();
-            // Two ways to name states are refused, and so are two ways to name namespaces.
+            // Two ways to name states are refused, and so are two families and two ways to name namespaces.
             if let Ok(config) = config(&line.join(" ")) {
                 assert_eq!(config.action, Action::List, "{line:?}");
             }
         }
-        for line in [
-            "--all",
-            "--port 1",
-            "--peer-port 1",
-            "--local 127.0.0.1",
-            "--peer ::1",
-            "-p 1",
-            "--process x",
-            "--unit nginx",
-            "--container web",
-            "--pod shop/web-*",
-            "--namespace shop",
-            "--compose-service web",
-            "--cgroup /system.slice",
+        for line in SELECTORS.iter().copied().chain([
             "sport = :80",
             "state close-wait sport = :80",
             "--min-age 1h --port 1",
-        ] {
+        ]) {
             assert_eq!(config(line).unwrap().action, Action::Act, "{line}");
             let dry = format!("{line} -n");
             assert_eq!(config(&dry).unwrap().action, Action::DryRun, "{dry}");

@@ -1,14 +1,20 @@
 //! What lists, what acts, and the question on a terminal.
 
-use anyhow::Result;
+use std::io::{BufReader, Read as _};
+use std::path::Path;
+use std::process::Stdio;
+
+use anyhow::{Context, Result};
 use netns_harness::{Family, Lab, TcpState};
 
-use crate::support::{CWKILL, Ran, alone, cwkill, in_state, lab};
+use crate::support::{CWKILL, PATIENCE, Ran, alone, cwkill, in_state, lab};
 use crate::trial::{Test, once};
 
 pub const TESTS: &[Test] = &[
     once!(an_option_that_only_narrows_closes_nothing),
     once!(on_a_terminal_several_processes_need_an_answer),
+    once!(a_terminal_that_goes_away_is_no_answer),
+    once!(without_a_terminal_to_show_it_nothing_is_asked),
     once!(a_list_accepts_a_comma_at_its_end_and_a_service),
 ];
 
@@ -21,7 +27,9 @@ fn an_option_that_only_narrows_closes_nothing() -> Result<()> {
         "--min-idle 1ms",
         "--cause unread",
         "-4",
+        "-6",
         "--user 0",
+        "--address-gone",
         "--all-netns",
     ];
     for first in narrowing {
@@ -30,9 +38,21 @@ fn an_option_that_only_narrows_closes_nothing() -> Result<()> {
                 true => first.to_owned(),
                 false => format!("{first} {second}"),
             };
-            let listed = cwkill(&lab, &line)?.exits(0);
-            let advises = listed.stdout.contains("nothing was closed: add --port");
-            assert!(advises || line == "--all-netns", "{line}: {listed:?}");
+            let ran = cwkill(&lab, &line)?;
+            // Only one family at a time.
+            if line.contains("-4") && line.contains("-6") {
+                ran.exits(2);
+                continue;
+            }
+            match line.contains("-6") || line.contains("--address-gone") {
+                // Sockets of others, in other namespaces, may match.
+                true => assert!(matches!(ran.code, Some(0 | 1 | 4)), "{line}: {ran:?}"),
+                false => {
+                    let listed = ran.exits(0);
+                    let advises = listed.stdout.contains("nothing was closed: add --port");
+                    assert!(advises || line == "--all-netns", "{line}: {listed:?}");
+                }
+            }
             assert_eq!(in_state(&lab, TcpState::CloseWait)?, 2, "{line}");
         }
     }
@@ -76,10 +96,67 @@ fn on_a_terminal_several_processes_need_an_answer() -> Result<()> {
     let _third = lab.start("unread", Family::V4, alone(8003, 1))?;
     on_a_terminal(&lab, "--port 8002,8003 --max-kills 2", "y\\n")?.exits(0);
     assert_eq!(stuck()?, 1);
+    let _more = lab.start("drained", Family::V4, alone(8005, 2))?;
+    for line in [
+        "--port 8003,8005 --yes --max-kills 1",
+        "--port 8003,8005 -y",
+    ] {
+        let ran = on_a_terminal(&lab, line, "")?.exits(0);
+        assert!(!ran.stdout.contains("[y/N]"), "{ran:?}");
+    }
+    assert_eq!(stuck()?, 0);
     let _fourth = lab.start("unread", Family::V4, alone(8004, 1))?;
     let ran = on_a_terminal(&lab, "--all", "")?.exits(0);
     assert!(!ran.stdout.contains("[y/N]"), "{ran:?}");
     assert_eq!(stuck()?, 0);
+    Ok(())
+}
+
+/// The terminal goes away while cwkill asks. Nothing is closed, even if cwkill ignores the hangup, as under nohup(1).
+fn a_terminal_that_goes_away_is_no_answer() -> Result<()> {
+    let lab = Lab::new()?;
+    let _first = lab.start("unread", Family::V4, alone(8001, 3))?;
+    let _second = lab.start("drained", Family::V4, alone(8002, 2))?;
+    for before in ["", "trap \"\" HUP; "] {
+        let inside = format!("{before}echo pid=$$=; exec {CWKILL} --min-idle 0s --port 8001,8002");
+        let mut terminal = lab
+            .app_host()
+            .command("script")
+            .args(["-qec", &inside, "/dev/null"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let mut shown = String::new();
+        let mut stdout = BufReader::new(terminal.stdout.take().context("no stdout")?).bytes();
+        while !shown.contains("[y/N]") {
+            let byte = stdout
+                .next()
+                .with_context(|| format!("no question: {shown}"))??;
+            shown.push(byte.into());
+        }
+        let pid = shown.split('=').nth(1).context("no process number")?;
+        let process = format!("/proc/{pid}");
+        assert!(Path::new(&process).exists(), "{shown}");
+        terminal.kill()?;
+        terminal.wait()?;
+        lab.wait_for(PATIENCE, || Ok(!Path::new(&process).exists()))?;
+        assert_eq!(in_state(&lab, TcpState::CloseWait)?, 5, "{shown}");
+    }
+    Ok(())
+}
+
+/// As in watch(1), which leaves a command only the input of the terminal.
+fn without_a_terminal_to_show_it_nothing_is_asked() -> Result<()> {
+    let lab = Lab::new()?;
+    let _first = lab.start("unread", Family::V4, alone(8001, 3))?;
+    let _second = lab.start("drained", Family::V4, alone(8002, 2))?;
+    let listed = on_a_terminal(&lab, "2>&1 | cat", "")?.exits(0);
+    let rows = listed.stdout.lines();
+    assert_eq!(rows.filter(|row| row.contains("10.78.")).count(), 5);
+    assert!(!listed.stdout.contains("next:"), "{listed:?}");
+    let ran = on_a_terminal(&lab, "--port 8001,8002 2>&1 | cat", "")?.exits(0);
+    assert!(!ran.stdout.contains("[y/N]"), "{ran:?}");
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
     Ok(())
 }
 
