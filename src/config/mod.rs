@@ -134,35 +134,20 @@ impl Config {
         methods: Vec<Method>,
         reclaims: bool,
     ) -> Self {
-        let mark_in_use = selectors.min_idle;
+        let listing = Config::of_listing(netns);
         Config {
+            mark_in_use: selectors.min_idle,
             selectors,
-            netns,
             action: Action::Act,
             selects: true,
-            narrows: false,
-            asks: false,
-            owners: true,
             policy: Policy {
                 methods,
-                discard_unsent: false,
-                max_kills: None,
                 has_min_time: true,
-                allow_spin: false,
-                frees_epoll_members: false,
+                ..listing.policy
             },
-            grace: DEFAULT_GRACE,
-            watch_refill: None,
-            log: LogOptions::default(),
-            drain_backlogs: None,
             reclaim: reclaims.then_some(DEFAULT_RECLAIM_RULES),
             format: Format::Quiet,
-            no_header: false,
-            limit: None,
-            mark_in_use,
-            verbose: false,
-            color: ColorChoice::Never,
-            notes: Vec::new(),
+            ..listing
         }
     }
 

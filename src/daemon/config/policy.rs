@@ -172,9 +172,7 @@ pub(super) fn read(source: Source<'_>, raw: &Spanned<RawPolicy>) -> Result<Polic
         reclaim: source
             .read("reclaim", &raw.reclaim, reader::flag)?
             .unwrap_or(false),
-        windows: source
-            .read_list("window", &raw.window, reader::window)?
-            .unwrap_or_default(),
+        windows: source.read_list("window", &raw.window, reader::window)?,
         breaker: breaker(source, &raw.breaker)?,
         selectors: Selectors {
             min_age: min_age.unwrap_or_default(),

@@ -170,26 +170,10 @@ impl Protection {
             let text = text(value)?;
             values::glob(&text).map(|_| text)
         };
-        units.extend(
-            source
-                .read_list("units", &raw.units, unit)?
-                .unwrap_or_default(),
-        );
-        processes.extend(
-            source
-                .read_list("processes", &raw.processes, process)?
-                .unwrap_or_default(),
-        );
-        ports.extend(
-            source
-                .read_list("ports", &raw.ports, port)?
-                .unwrap_or_default(),
-        );
-        users.extend(
-            source
-                .read_list("users", &raw.users, user)?
-                .unwrap_or_default(),
-        );
+        units.extend(source.read_list("units", &raw.units, unit)?);
+        processes.extend(source.read_list("processes", &raw.processes, process)?);
+        ports.extend(source.read_list("ports", &raw.ports, port)?);
+        users.extend(source.read_list("users", &raw.users, user)?);
         let both = Protection::new(units, processes, ports, users);
         both.map_err(|why| source.error(&(0..0), why))
     }
@@ -221,7 +205,6 @@ fn take_out(
         }
     };
     let named = source.read_list(name, field, known)?;
-    let named = named.unwrap_or_default();
     protected.retain(|one| !named.contains(one));
     Ok(())
 }

@@ -37,10 +37,11 @@ impl Source<'_> {
         name: &str,
         field: &Field,
         parse: impl Fn(&Value) -> Result<T, String>,
-    ) -> Result<Option<Vec<T>>, ConfigError> {
-        self.read(name, field, |value| {
+    ) -> Result<Vec<T>, ConfigError> {
+        let list = self.read(name, field, |value| {
             items(value).iter().map(&parse).collect()
-        })
+        })?;
+        Ok(list.unwrap_or_default())
     }
 }
 
