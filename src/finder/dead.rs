@@ -120,18 +120,23 @@ pub struct DeadScan {
 pub fn listed_inodes(namespaces: &[Arc<Netns>]) -> Result<Inodes, FindError> {
     let mut inodes = Inodes::default();
     for netns in namespaces {
-        let dumped = netns.within(dump_inodes).map_err(FindError::Enter)?;
-        inodes.extend(dumped?);
+        inodes.extend(listed_inodes_in(netns, StateSet::ALL)?);
     }
     Ok(inodes)
 }
 
-fn dump_inodes() -> Result<Vec<u32>, FindError> {
+/// As [`listed_inodes`], of the sockets in one of `states` in one namespace.
+pub(super) fn listed_inodes_in(netns: &Netns, states: StateSet) -> Result<Vec<u32>, FindError> {
+    let dumped = netns.within(|| dump_inodes(states));
+    dumped.map_err(FindError::Enter)?
+}
+
+fn dump_inodes(states: StateSet) -> Result<Vec<u32>, FindError> {
     let mut diag = SockDiag::open().map_err(FindError::Open)?;
     let mut inodes = Vec::new();
     // An entry in TIME-WAIT has no inode. The kernel's list of bound sockets in CLOSE (Linux 6.8) contains dead sockets too, so
     // it is left out.
-    let states = StateSet::ALL.without(TcpState::TimeWait.into());
+    let states = states.without(TcpState::TimeWait.into());
     for family in Family::ALL {
         let request = DumpRequest::plain(family, states);
         inodes.extend(diag.dump(&request, |message| {
@@ -314,13 +319,39 @@ fn scan_table(
             ..ScannedTable::default()
         });
     }
+    let (suspects, alive) = classify(proc, process.id, tid, same_pids, &not_in_table)?;
+    connections.extend(alive);
+    Ok(ScannedTable {
+        suspects,
+        used,
+        connections,
+    })
+}
+
+/// The suspects among descriptors of sockets that the kernel does not list, by number, and the inodes of the TCP sockets among them that are
+/// alive. The descriptors are in the table of the process, or of its thread `tid`. `same_pids`: whether the pids of `proc` are those of system
+/// calls.
+///
+/// # Errors
+/// A file of the process cannot be read, as after its end.
+pub(super) fn classify(
+    proc: &ProcFs,
+    id: ProcessId,
+    tid: Option<i32>,
+    same_pids: bool,
+    descriptors: &[(RemoteFd, u32)],
+) -> io::Result<(Vec<Suspect>, Vec<u32>)> {
+    let directory = match tid {
+        Some(tid) => format!("{}/task/{tid}/fd", id.pid),
+        None => format!("{}/fd", id.pid),
+    };
     let pidfd = match (same_pids, tid) {
-        (true, Some(tid)) => proc.open_pidfd_of_thread(process.id, tid),
-        (true, None) => proc.open_pidfd(process.id),
+        (true, Some(tid)) => proc.open_pidfd_of_thread(id, tid),
+        (true, None) => proc.open_pidfd(id),
         (false, _) => Err(Errno::ESRCH),
     };
     let suspect = |&(fd, inode): &(RemoteFd, u32)| {
-        if !may_be_tcp(&proc.path(&format!("{}/{name}/{}", process.id.pid, fd.0)))? {
+        if !may_be_tcp(&proc.path(&format!("{directory}/{}", fd.0)))? {
             return Ok(NotInTable::Other);
         }
         let verdict = match &pidfd {
@@ -337,25 +368,21 @@ fn scan_table(
             None => NotInTable::Alive(inode),
         })
     };
-    let found: Vec<NotInTable> = not_in_table
+    let found: Vec<NotInTable> = descriptors
         .par_iter()
         .with_min_len(fds::FDS_PER_TASK)
         .map(suspect)
         .collect::<io::Result<_>>()?;
-    let mut suspects = Vec::new();
+    let (mut suspects, mut alive) = (Vec::new(), Vec::new());
     for socket in found {
         match socket {
             NotInTable::Suspect(suspect) => suspects.push(suspect),
-            NotInTable::Alive(inode) => connections.push(inode),
+            NotInTable::Alive(inode) => alive.push(inode),
             NotInTable::Other => {}
         }
     }
     suspects.sort_unstable_by_key(|suspect| suspect.fd);
-    Ok(ScannedTable {
-        suspects,
-        used,
-        connections,
-    })
+    Ok((suspects, alive))
 }
 
 /// A descriptor of a socket that the kernel does not list among those of TCP.

@@ -190,6 +190,29 @@ mod tests {
     }
 
     #[test]
+    fn the_descriptors_of_other_sockets_are_those_that_were_not_looked_for() {
+        let scan = scanned(
+            &[
+                descriptor(7, 7, 1, 3, Some(42)),
+                descriptor(7, 7, 1, 4, Some(43)),
+                descriptor(7, 8, 2, 5, Some(44)),
+                descriptor(9, 9, 3, 3, Some(42)),
+            ],
+            0,
+        );
+        let others = scan.others(&[42].into_iter().collect());
+        assert!(others.by_iterator);
+        let tables = others.tables.iter();
+        let tables: Vec<_> = tables.map(|it| (it.pid, it.tid, &it.sockets[..])).collect();
+        let expected = [
+            (7, None, &[(43, RemoteFd(4))][..]),
+            (7, Some(8), &[(44, RemoteFd(5))][..]),
+        ];
+        assert_eq!(tables, expected);
+        assert!(others.tables.iter().all(|it| it.started == Some(701)));
+    }
+
+    #[test]
     fn start_times_are_those_of_proc() {
         assert_eq!(start_time(7_019_999_999, 0), 701);
         assert_eq!(start_time(7_019_999_999, 2_000_000_001), 902);

@@ -3,7 +3,8 @@
 //! [`find`] lists the sockets (`sockets`) and, at the same time, reads the descriptors of all processes ([`owners`]), from /proc or by an
 //! iterator of the kernel (`iterated`; [`way`] chooses). An MPTCP socket takes the place of its subflows (`mptcp`). `addresses` marks the sockets whose local address is
 //! gone. A connection that was never accepted gets the listener that would accept it ([`listeners`]). [`dead`] finds descriptors of
-//! sockets that the kernel no longer lists, [`leftovers`] those of them that are selected. `connections` lists the sockets around the
+//! sockets that the kernel no longer lists, [`dead_among_others`] finds them in what was read for the owners, [`leftovers`] those of them that are
+//! selected. `connections` lists the sockets around the
 //! targets, for `diagnose`. [`tracked`] reads the conntrack tables: connections of others that pass through this host, and NAT.
 //! [`reactions`] waits while owners close the descriptors of closed sockets. [`selected`] looks for the selected processes, and `retain`
 //! drops the sockets of others. [`spin_risk`] finds out how the owners wait for the sockets. [`second_look`] finds out
@@ -13,6 +14,7 @@ mod addresses;
 mod connection_end;
 pub(crate) mod connections;
 pub mod dead;
+pub mod dead_among_others;
 mod descriptor_scan;
 mod iterated;
 pub mod leftovers;
@@ -56,7 +58,7 @@ use crate::proc::{Inodes, ProcFs, Unreadable, since_boot};
 use crate::sock_diag::DumpError;
 use crate::sys::errno_of;
 use crate::tcp::{StateSet, TcpState};
-use descriptor_scan::DescriptorScan;
+use descriptor_scan::{DescriptorScan, OtherDescriptors};
 pub(crate) use order::sort;
 use owners::{OwnerScan, Trust};
 use retain::{count_undecided, retain_selected};
@@ -102,27 +104,81 @@ pub fn find(
     selectors: &Selectors,
     history: &History,
 ) -> Result<Scan, FindError> {
+    let (mut scan, _) = search(namespaces, proc, selectors, history, Wanted::Owners)?;
+    sort(&mut scan.targets);
+    Ok(scan)
+}
+
+/// As [`find`], for `selectors` that select no owners. The sockets are in no order. Also returns the descriptors of the other sockets that may be
+/// dead, read in the same pass.
+///
+/// # Errors
+/// As [`find`].
+pub fn find_with_others(
+    namespaces: &Namespaces,
+    proc: &ProcFs,
+    selectors: &Selectors,
+    history: &History,
+) -> Result<(Scan, OtherDescriptors), FindError> {
+    search(namespaces, proc, selectors, history, Wanted::AllDescriptors)
+}
+
+/// Which descriptors are read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    /// As far as owners are needed.
+    Owners,
+    /// All, also if no socket matches.
+    AllDescriptors,
+}
+
+/// The states in which a descriptor is of interest, in addition to the selected ones.
+fn states_of_interest(wanted: Wanted) -> StateSet {
+    // A socket can wait at a listener.
+    let listen = StateSet::from(TcpState::Listen);
+    match wanted {
+        Wanted::Owners => listen,
+        // A dead socket, and one that was stuck when it was listed.
+        Wanted::AllDescriptors => listen
+            .union(TcpState::Close.into())
+            .union(TcpState::LastAck.into()),
+    }
+}
+
+fn search(
+    namespaces: &Namespaces,
+    proc: &ProcFs,
+    selectors: &Selectors,
+    history: &History,
+    wanted: Wanted,
+) -> Result<(Scan, OtherDescriptors), FindError> {
     if namespaces.nobody {
-        return Ok(Scan {
+        let scan = Scan {
             owners_known: true,
             ..empty_scan(namespaces)
-        });
+        };
+        return Ok((scan, OtherDescriptors::default()));
     }
+    let wants_all = wanted == Wanted::AllDescriptors;
     let cancelled = AtomicBool::new(false);
     // Otherwise only the processes that the operator selects are read.
-    let searches_all = namespaces.everywhere && !selectors.selects_owners();
+    let searches_all = wants_all || namespaces.everywhere && !selectors.selects_owners();
     // If the owners decide on which sockets cwkill acts, they must be read after the sockets. From /proc, each descriptor is read again
-    // for that.
-    let side_by_side = proc.iterator().is_none() || !selectors.selects_owners();
-    // A socket can wait at a listener. Beside the list, a socket may change its state between two of its owners.
+    // for that. The iterator then need not report the sockets that were in no state of interest.
+    let side_by_side = proc.iterator().is_none() || !selectors.selects_owners() && !wants_all;
+    // Beside the list, a socket may change its state between two of its owners.
     let states = match side_by_side {
         true => StateSet::ALL,
-        false => selectors.states.union(TcpState::Listen.into()),
+        false => selectors.states.union(states_of_interest(wanted)),
+    };
+    let read = || match wanted {
+        Wanted::Owners => owners::scan(proc, states, &cancelled),
+        Wanted::AllDescriptors => owners::scan_to_end(proc, states),
     };
     let (listed, descriptors) = std::thread::scope(|scope| {
         // If no thread can be started, the scans run one after the other.
         let thread = (parallel::has_threads() && side_by_side)
-            .then(|| Builder::new().spawn_scoped(scope, || owners::scan(proc, states, &cancelled)));
+            .then(|| Builder::new().spawn_scoped(scope, read));
         // The iterator takes less time than the list, so two threads share the list.
         let may_split = proc.iterator().is_some();
         let listed = list_sockets(namespaces, selectors, history, may_split);
@@ -132,7 +188,7 @@ pub fn find(
         cancelled.store(!needed && !searches_all, Ordering::Relaxed);
         let descriptors = match thread {
             Some(Ok(thread)) => join(thread),
-            Some(Err(_)) | None => owners::scan(proc, states, &cancelled),
+            Some(Err(_)) | None => read(),
         };
         (listed, descriptors)
     });
@@ -161,6 +217,15 @@ pub fn find(
         }
     }
     let Listed { mut scan, inodes } = listed;
+    let others = match wanted {
+        Wanted::Owners => OtherDescriptors::default(),
+        Wanted::AllDescriptors => {
+            let read = descriptors?;
+            let others = read.others(&inodes);
+            descriptors = Ok(read);
+            others
+        }
+    };
     let mut owners = match inodes.is_empty() {
         true => OwnerScan::default(),
         false => {
@@ -195,8 +260,7 @@ pub fn find(
     let coverage = &mut scan.coverage;
     coverage.undecided_by_name = count_undecided(&scan.namespaces, &possible.without_name);
     coverage.undecided = without_owner + coverage.undecided_by_name + coverage.undecided_in_group;
-    sort(&mut scan.targets);
-    Ok(scan)
+    Ok((scan, others))
 }
 
 /// Finds the sockets without their owners, so `selectors` must not select owners.
@@ -268,7 +332,8 @@ fn list_sockets(
     // If a name in the expression exists in none of the namespaces, it is a mistake: `not dev` would match every socket.
     let (mut resolved, mut unresolved) = (false, None);
     let several = scan.namespaces.len() > 1;
-    for netns_scan in scan_namespaces(&scan.namespaces, selectors, history, several, may_split) {
+    let scanned = scan_namespaces(&scan.namespaces, selectors, history, several, may_split);
+    for (index, netns_scan) in scanned.into_iter().enumerate() {
         let mut netns_scan = match netns_scan {
             Ok(netns_scan) => netns_scan,
             // No namespace could be listed.
@@ -277,6 +342,7 @@ fn list_sockets(
             }
             Err(error) => {
                 failed += 1;
+                scan.unlisted.push(index);
                 first_failure.get_or_insert(error);
                 continue;
             }
@@ -371,7 +437,7 @@ fn add_nameless(
     let are_there_any = !found.namespaces.is_empty();
     let netns_scans = scan_namespaces(&found.namespaces, selectors, history, true, false);
     listed.scan.namespaces.extend(found.namespaces);
-    for netns_scan in netns_scans {
+    for (index, netns_scan) in netns_scans.into_iter().enumerate() {
         match netns_scan {
             Ok(mut netns_scan) => {
                 for target in &mut netns_scan.sockets {
@@ -380,6 +446,7 @@ fn add_nameless(
                 add(&mut listed.scan, netns_scan);
             }
             Err(error) => {
+                listed.scan.unlisted.push(first + index);
                 let coverage = &mut listed.scan.coverage;
                 coverage.unreachable_namespaces += 1;
                 let failure = || format!("{:#}", anyhow::Error::from(error));

@@ -194,6 +194,11 @@ pub fn scan(proc: &ProcFs, states: StateSet, cancelled: &AtomicBool) -> io::Resu
     scan_with(proc, states, cancelled, Care::Quick)
 }
 
+/// As [`scan`], to the end, and also of a process that executes a program meanwhile.
+pub(super) fn scan_to_end(proc: &ProcFs, states: StateSet) -> io::Result<DescriptorScan> {
+    scan_with(proc, states, &AtomicBool::new(false), Care::Repeated)
+}
+
 fn scan_with(
     proc: &ProcFs,
     states: StateSet,
@@ -258,7 +263,7 @@ pub fn find(proc: &ProcFs, inodes: &Inodes) -> io::Result<OwnerScan> {
     if inodes.is_empty() {
         return Ok(OwnerScan::default());
     }
-    let scan = scan_with(proc, StateSet::ALL, &AtomicBool::new(false), Care::Repeated)?;
+    let scan = scan_to_end(proc, StateSet::ALL)?;
     select(proc, scan, inodes, Trust::TheScan)
 }
 

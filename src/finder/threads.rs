@@ -13,6 +13,7 @@ use std::sync::atomic::AtomicBool;
 
 use rayon::prelude::*;
 
+use super::descriptor_scan::OtherTable;
 use crate::proc::fds::read_table;
 use crate::proc::{Inodes, ProcFs, Process, RemoteFd, identity, is_denied, is_missing};
 use crate::sys;
@@ -20,6 +21,9 @@ use crate::sys;
 /// The tables of one process that are compared with each other. A program with more of them has the others searched too late
 /// to be of use: comparing each thread with each table would take too long.
 const MAX_TABLES: usize = 16;
+
+/// Sockets by inode.
+type Sockets = Vec<(u32, RemoteFd)>;
 
 /// The sockets in the table of one thread.
 #[derive(Debug)]
@@ -65,23 +69,58 @@ pub(super) fn find_in(
     Ok(tables.into_iter().flatten().collect())
 }
 
-fn scan_process(proc: &ProcFs, pid: i32, inodes: &Inodes) -> io::Result<Vec<ThreadTable>> {
-    // This directory keeps referring to the same process, even if another process gets the pid.
-    let dir = File::open(proc.path(&pid.to_string()))?;
+/// All sockets in the tables that /proc/PID/fd does not show, of all processes. Processes are left out as by [`find`].
+///
+/// # Errors
+/// As [`find`].
+pub(super) fn scan_all(proc: &ProcFs) -> io::Result<Vec<OtherTable>> {
+    if !proc.shows_own_pid_namespace() {
+        return Ok(Vec::new());
+    }
+    let of_process = |pid: i32| match tables(proc, pid) {
+        Err(error) if is_missing(&error) || is_denied(&error) => Ok(Vec::new()),
+        Err(error) => Err(error),
+        Ok(tables) => {
+            let table = |(tid, sockets)| OtherTable {
+                pid,
+                tid: Some(tid),
+                started: None,
+                sockets,
+            };
+            Ok(tables.into_iter().map(table).collect())
+        }
+    };
+    let tables: Vec<Vec<_>> = proc
+        .pids()?
+        .into_par_iter()
+        .map(of_process)
+        .collect::<io::Result<_>>()?;
+    Ok(tables.into_iter().flatten().collect())
+}
+
+/// The sockets in the tables that only single threads of process `pid` have, by thread.
+fn tables(proc: &ProcFs, pid: i32) -> io::Result<Vec<(i32, Sockets)>> {
     let mut tables = Vec::new();
     for tid in own_tables(pid, &proc.tids(pid)?) {
         let path = proc.path(&format!("{pid}/task/{tid}/fd"));
         let read = || read_table(File::open(path)?.as_fd(), &AtomicBool::new(false));
-        let mut sockets = match read() {
+        match read() {
             // The thread has ended.
-            Err(error) if is_missing(&error) => continue,
-            other => other?.sockets,
-        };
-        sockets.retain(|(inode, _)| inodes.contains(inode));
-        if !sockets.is_empty() {
-            tables.push((tid, sockets));
+            Err(error) if is_missing(&error) => {}
+            other => tables.push((tid, other?.sockets)),
         }
     }
+    Ok(tables)
+}
+
+fn scan_process(proc: &ProcFs, pid: i32, inodes: &Inodes) -> io::Result<Vec<ThreadTable>> {
+    // This directory keeps referring to the same process, even if another process gets the pid.
+    let dir = File::open(proc.path(&pid.to_string()))?;
+    let mut tables = tables(proc, pid)?;
+    for (_, sockets) in &mut tables {
+        sockets.retain(|(inode, _)| inodes.contains(inode));
+    }
+    tables.retain(|(_, sockets)| !sockets.is_empty());
     if tables.is_empty() {
         return Ok(Vec::new());
     }

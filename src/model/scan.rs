@@ -19,6 +19,8 @@ pub struct Scan {
     pub listeners: Vec<Listener>,
     /// The network namespaces that were scanned.
     pub namespaces: Vec<Arc<Netns>>,
+    /// The indices in `namespaces` of those whose sockets could not be listed, or not all of them. The coverage counts them as unreachable.
+    pub unlisted: Vec<usize>,
     /// The number of sockets that match, except that they are younger than `--min-age`, or that their age is unknown. They are not
     /// among the targets.
     pub younger: usize,
