@@ -21,8 +21,8 @@ Examples:
                                            from a timer, for node_exporter
 
 Exit status: 0 stopped by a signal, 2 wrong usage or a wrong configuration, 3 could not start; with \
---once that of cwkill: 0 something was listed, 1 nothing matched, 3 could not run at all, 4 not \
-everything could be seen.";
+--once that of cwkill: 0 something was listed, 1 nothing matched, 3 could not run at all, or a policy \
+could not act, 4 not everything could be seen, or a policy failed to close a socket.";
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = AFTER_SHORT_HELP, after_long_help = AFTER_HELP)]
@@ -32,7 +32,7 @@ pub struct DaemonArgs {
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
-    /// Sweep once, print what was found, and exit
+    /// Sweep once, print what was found, carry out the policies, and exit
     #[arg(long, conflicts_with = "check_config")]
     pub once: bool,
 

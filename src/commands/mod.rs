@@ -212,7 +212,28 @@ fn open_proc(
     types: &KernelTypes,
 ) -> anyhow::Result<ProcFs> {
     let proc = proc_with_names(host_root, selectors)?;
-    let chosen = way::choose(&proc, use_iterator, types);
+    let chosen = way::choose(&proc, use_iterator, way::MANY_FILES, types);
+    proc_by(proc, chosen, use_iterator, verbose)
+}
+
+/// As [`open_proc`], for a command that scans often: the time to load the iterator does not matter.
+fn open_proc_for_long(
+    use_iterator: UseIterator,
+    host_root: &Path,
+    selectors: &Selectors,
+    types: &KernelTypes,
+) -> anyhow::Result<ProcFs> {
+    let proc = proc_with_names(host_root, selectors)?;
+    let chosen = way::choose(&proc, use_iterator, 0, types);
+    proc_by(proc, chosen, use_iterator, false)
+}
+
+fn proc_by(
+    proc: ProcFs,
+    chosen: Result<ProcFs, NotUsed>,
+    use_iterator: UseIterator,
+    verbose: bool,
+) -> anyhow::Result<ProcFs> {
     let used = used_or_note(
         chosen,
         use_iterator,

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use strum::{IntoStaticStr, VariantArray};
 
-use crate::finder::dead::{DeadScan, SuspectVerdict};
+use crate::finder::dead::{Suspect, SuspectVerdict};
+use crate::finder::dead_among_others::DeadDescriptors;
 use crate::model::{Cause, Scan};
 use crate::proc::{Process, ProcessId};
 use crate::sock_diag::Cookie;
@@ -270,15 +271,20 @@ pub struct Observation {
 }
 
 impl Observation {
-    /// `limit`: the soft limit RLIMIT_NOFILE of a process, if it can be read.
-    pub fn of(scan: &Scan, dead: &DeadScan, limit: &dyn Fn(ProcessId) -> Option<u64>) -> Self {
+    /// `descriptors`: how many descriptors a process has open, if it can be read. It is asked of those that leak.
+    pub fn of(
+        scan: &Scan,
+        dead: &DeadDescriptors,
+        descriptors: &dyn Fn(ProcessId) -> Option<DescriptorUse>,
+    ) -> Self {
         let mut observation = Observation {
-            namespaces: scan.namespaces.len(),
+            namespaces: scan.namespaces.len() - scan.unlisted.len(),
             not_looked_into: NotLookedInto::of(scan),
             unseen: unseen(scan, dead),
             is_partial: scan.coverage.may_have_missed()
                 || scan.coverage.has_hidden_owners()
-                || scan.coverage.other_pid_namespaces,
+                || scan.coverage.other_pid_namespaces
+                || !dead.failures.is_empty(),
             ..Observation::default()
         };
         let mut owners = Owners::default();
@@ -296,24 +302,15 @@ impl Observation {
             numbers.stuck += 1;
             numbers.oldest = numbers.oldest.max(age);
         }
-        for table in &dead.tables {
-            let is_dead = |verdict: &SuspectVerdict| matches!(verdict, SuspectVerdict::Dead(_));
-            let suspects = table.suspects.iter();
-            let count = suspects.filter(|one| is_dead(&one.verdict)).count() as u64;
+        for (process, suspects) in &dead.processes {
+            let is_dead = |one: &&Suspect| matches!(one.verdict, SuspectVerdict::Dead(_));
+            let count = suspects.iter().filter(is_dead).count() as u64;
             observation.dead += count;
             if count > 0 {
-                owners.of(&table.process).dead += count;
-            }
-            // Of a process that leaks nothing, nobody asks for the limit.
-            if let Some(numbers) = owners.get(table.process.id)
-                && let Some(limit) = limit(table.process.id)
-            {
-                numbers.see(DescriptorUse {
-                    open: table.used as u64,
-                    limit,
-                });
+                owners.of(process).dead += count;
             }
         }
+        owners.see(descriptors);
         let by_kind = owners.by_kind();
         observation.kinds_of_owners = by_kind.len();
         observation.owners = largest(by_kind, MAX_OWNERS);
@@ -383,8 +380,10 @@ impl Owners {
             .1
     }
 
-    fn get(&mut self, id: ProcessId) -> Option<&mut OwnerNumbers> {
-        self.by_process.get_mut(&id).map(|(_, numbers)| numbers)
+    fn see(&mut self, descriptors: &dyn Fn(ProcessId) -> Option<DescriptorUse>) {
+        for (id, (_, numbers)) in &mut self.by_process {
+            numbers.fullest = descriptors(*id);
+        }
     }
 
     fn by_kind(self) -> HashMap<OwnerLabels, OwnerNumbers> {
@@ -417,11 +416,10 @@ fn largest(
     owners
 }
 
-fn unseen(scan: &Scan, dead: &DeadScan) -> BTreeMap<&'static str, u64> {
+fn unseen(scan: &Scan, dead: &DeadDescriptors) -> BTreeMap<&'static str, u64> {
     let coverage = &scan.coverage;
-    let suspects = dead.tables.iter().flat_map(|table| &table.suspects);
+    let suspects = dead.processes.iter().flat_map(|(_, suspects)| suspects);
     let maybe_dead = suspects.filter(|it| matches!(it.verdict, SuspectVerdict::Unknown(_)));
-    let tables = dead.unreadable.len() + dead.leader_exited.len() + dead.failed.len();
     [
         ("processes", coverage.unreadable_processes),
         (
@@ -433,7 +431,7 @@ fn unseen(scan: &Scan, dead: &DeadScan) -> BTreeMap<&'static str, u64> {
         ("sockets-without-owner", scan.without_known_owner()),
         ("sockets-without-namespace", coverage.unplaced_sockets),
         ("descriptors", coverage.unexamined_descriptors),
-        ("descriptor-tables", tables),
+        ("descriptor-tables", dead.unreadable),
         (MAY_BE_DEAD, maybe_dead.count()),
         ("mptcp-subflows", coverage.unlisted_subflows),
     ]
@@ -446,7 +444,7 @@ fn unseen(scan: &Scan, dead: &DeadScan) -> BTreeMap<&'static str, u64> {
 /// A server that closes properly has sockets in CLOSE-WAIT for a moment, others at each sweep. So a socket counts as one that has become
 /// stuck when it is seen for the second time. It is **settled** then.
 #[derive(Debug, Default)]
-pub struct Known(HashMap<(u64, Cookie), Seen>);
+pub struct Known(foldhash::HashMap<(u64, Cookie), Seen>);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Seen {
@@ -471,10 +469,14 @@ impl Known {
 
     /// Those of the sweep after this one, and what has changed.
     ///
-    /// If a namespace could not be entered, or processes are in an unknown one, then a namespace that was not read has not ended, and its
-    /// sockets stay known.
+    /// If a namespace could not be entered or listed to the end, or processes are in an unknown one, then a namespace that was not read has
+    /// not ended, and its sockets stay known.
     pub fn next(&self, scan: &Scan) -> (Self, Changes) {
-        let read: HashSet<u64> = scan.namespaces.iter().map(|netns| netns.inode()).collect();
+        let namespaces = scan.namespaces.iter().enumerate();
+        let read: HashSet<u64> = namespaces
+            .filter(|(index, _)| !scan.unlisted.contains(index))
+            .map(|(_, netns)| netns.inode())
+            .collect();
         let has_ended = scan.coverage.unseen_namespaces() == 0;
         self.compare(sockets(scan), |netns| has_ended || read.contains(&netns))
     }
@@ -526,7 +528,12 @@ fn sockets(scan: &Scan) -> impl Iterator<Item = ((u64, Cookie), Cause)> + '_ {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::model::{Socket, Target};
+    use crate::proc::netns::Netns;
+    use crate::sock_diag::testdata::stuck;
 
     fn labels(process: &str) -> OwnerLabels {
         OwnerLabels {
@@ -621,6 +628,43 @@ mod tests {
         assert_eq!(changes, Changes::default());
         let (_, changes) = known.compare([socket(1, 10)].into_iter(), |_| true);
         assert_eq!(changes.ended, [(Cause::Drained, 1)].into());
+    }
+
+    /// Two namespaces with a socket each.
+    fn scan_of_two() -> Scan {
+        let target = |netns: usize| {
+            let message = stuck("10.0.0.1:80", "10.0.0.2:5", netns as u64 + 1);
+            let mut target = Target::new(Socket::from_message(&message));
+            target.socket.netns = netns;
+            target
+        };
+        Scan {
+            targets: vec![target(0), target(1)],
+            namespaces: [1, 2].map(|it| Arc::new(Netns::example(it, None))).into(),
+            ..Scan::default()
+        }
+    }
+
+    #[test]
+    fn the_sockets_of_a_namespace_that_was_not_listed_to_the_end_have_not_ended() {
+        let known = Known::first(&scan_of_two());
+        let mut partial = scan_of_two();
+        partial.targets.pop();
+        partial.unlisted.push(1);
+        partial.coverage.unreachable_namespaces = 1;
+        let (later, changes) = known.next(&partial);
+        assert_eq!(changes, Changes::default());
+        let observation = Observation::of(&partial, &DeadDescriptors::default(), &|_| None);
+        assert_eq!(observation.namespaces, 1);
+        assert_eq!(observation.unseen["namespaces"], 1);
+        assert!(observation.is_partial);
+        // It is listed again, and the socket has gone.
+        let mut whole = scan_of_two();
+        whole.targets.pop();
+        let (_, changes) = later.next(&whole);
+        assert_eq!(changes.ended.values().sum::<u64>(), 1);
+        // A list that is complete counts at once.
+        assert_eq!(known.next(&whole).1, changes);
     }
 
     #[test]

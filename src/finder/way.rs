@@ -45,17 +45,22 @@ impl NotUsed {
 pub const MANY_FILES: u64 = 10_000;
 
 /// The file system with the iterator, if `use_it` and the host allow it. Must be called with the capabilities for it; they are not
-/// needed later.
+/// needed later. `from`: it pays on a host with so many open files, see [`MANY_FILES`].
 ///
 /// # Errors
 /// Why not. The file system can be used without it.
-pub fn choose(proc: &ProcFs, use_it: UseIterator, types: &KernelTypes) -> Result<ProcFs, NotUsed> {
+pub fn choose(
+    proc: &ProcFs,
+    use_it: UseIterator,
+    from: u64,
+    types: &KernelTypes,
+) -> Result<ProcFs, NotUsed> {
     match use_it {
         UseIterator::Always => {}
         UseIterator::Never => return Err(NotUsed::Never),
         UseIterator::Auto => {
             if let Some((open, _)) = proc.open_files()
-                && open < MANY_FILES
+                && open < from
             {
                 return Err(NotUsed::FewFiles(open));
             }

@@ -60,6 +60,11 @@ impl ByIterator {
         }
     }
 
+    /// A run begins: it has its own allowance. Of a daemon, each batch of acts is a run.
+    pub fn begin_run(&self) {
+        self.allowance.0.store(ALLOWANCE, Ordering::Relaxed);
+    }
+
     /// Whether a walk was given up because it waited for the lock of a socket.
     pub fn was_held_up(&self) -> bool {
         self.destroyer.is_held_up()

@@ -1,10 +1,11 @@
 //! One matched socket on its way through a run: its owners, its plan, the attempts and the outcome.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use strum::IntoStaticStr;
+use strum::{IntoStaticStr, VariantNames};
 
 use crate::model::method::ORPHANS;
 use crate::model::{Cause, Method, Poller, Privilege, ReclaimOutcome, Socket, SpinRisk};
@@ -84,11 +85,13 @@ pub enum Outcome {
     Failed,
 }
 
+/// The code of a failure without an error: no method reports one, and the socket is there.
+const STILL_THERE: &str = "still-there";
+
 /// Why a socket is left alone.
 ///
 /// Its code in JSON and in the log is the variant in kebab case, and stable.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error, IntoStaticStr)]
-#[cfg_attr(test, derive(strum::VariantNames))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error, IntoStaticStr, VariantNames)]
 #[strum(serialize_all = "kebab-case")]
 pub enum SkipReason {
     /// No method can be used; [`Plan::excluded`] has the reason for each.
@@ -196,8 +199,7 @@ pub enum Exclusion {
 /// Why a method had no effect on a socket, or none that cwkill could see.
 ///
 /// Its code in JSON and in the log is the variant in kebab case, and stable.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, IntoStaticStr)]
-#[cfg_attr(test, derive(strum::VariantNames))]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, IntoStaticStr, VariantNames)]
 #[strum(serialize_all = "kebab-case")]
 pub enum MethodError {
     /// The socket closed before the act.
@@ -373,13 +375,20 @@ impl Target {
         matches!(self.outcome, Some(Outcome::Closed(_)))
     }
 
+    /// Every code that [`Target::reason_code`] can return, each once.
+    pub fn reason_codes() -> BTreeSet<&'static str> {
+        let of_skipped = SkipReason::VARIANTS.iter();
+        let of_failed = MethodError::VARIANTS.iter().chain([&STILL_THERE]);
+        of_skipped.chain(of_failed).copied().collect()
+    }
+
     /// The code of the reason for which it was skipped or is still there.
     pub fn reason_code(&self) -> Option<&'static str> {
         match self.outcome? {
             Outcome::Skipped(reason) => Some(reason.code()),
             Outcome::Failed => {
                 let last = self.attempts.last().and_then(|last| last.error.as_ref());
-                Some(last.map_or("still-there", MethodError::code))
+                Some(last.map_or(STILL_THERE, MethodError::code))
             }
             Outcome::Closed(_) | Outcome::Closing(..) | Outcome::Gone => None,
         }

@@ -5,13 +5,13 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use netns_harness::{Family, Lab, TcpState};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::daemon::{Daemon, Place};
-use crate::support::{PATIENCE, alone, as_typed, at, in_state, lab, ran};
+use crate::support::{CWKILL, PATIENCE, alone, as_typed, at, count, in_state, lab, ran};
 use crate::trial::{Test, once};
 
 pub const TESTS: &[Test] = &[
@@ -21,6 +21,8 @@ pub const TESTS: &[Test] = &[
     once!(a_leak_that_refills_opens_the_breaker).slow(),
     once!(an_owner_that_ends_after_an_act_opens_the_breaker).slow(),
     once!(a_killed_daemon_acts_on_nothing_twice).slow(),
+    once!(policies_that_wait_for_a_minute_side_by_side).slow(),
+    once!(a_single_sweep_leaves_the_policies_to_the_daemon_that_runs),
     once!(a_damaged_state_file_keeps_the_policies_from_acting),
     once!(a_breaker_of_an_unknown_policy_cannot_be_reset),
 ];
@@ -302,6 +304,232 @@ fn a_killed_daemon_acts_on_nothing_twice() -> Result<()> {
     assert!(left >= SOCKETS - KILLS_PER_HOUR, "{left} are left");
     // Otherwise nothing was tested.
     assert!(left < SOCKETS, "nothing was closed");
+    Ok(())
+}
+
+/// Most of the time each of these waits for its sockets to become old.
+fn policies_that_wait_for_a_minute_side_by_side() -> Result<()> {
+    type Named = (&'static str, fn() -> Result<()>);
+    let tests: [Named; 5] = [
+        (
+            "a signal in the middle of a batch",
+            a_signal_in_the_middle_of_a_batch_ends_it_with_its_records,
+        ),
+        ("reclaim", a_policy_that_reclaims_frees_the_descriptors),
+        (
+            "another namespace",
+            a_policy_acts_in_the_namespace_that_it_names,
+        ),
+        ("single sweeps", single_sweeps_carry_out_policies),
+        (
+            "a full disk",
+            on_a_full_disk_nothing_is_closed_and_sweeps_go_on,
+        ),
+    ];
+    std::thread::scope(|scope| {
+        for (name, thread) in tests.map(|(name, test)| (name, scope.spawn(test))) {
+            let ended = thread.join();
+            ended
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+                .context(name)?;
+        }
+        Ok(())
+    })
+}
+
+/// A daemon that shuts sockets down and waits for their silent peers.
+fn a_signal_in_the_middle_of_a_batch_ends_it_with_its_records() -> Result<()> {
+    const SOCKETS: usize = 20;
+    let (lab, _leak) = lab("silent-peer", Family::V4, SOCKETS)?;
+    let place = Place::new()?;
+    configure(
+        &place,
+        &acting("methods = [\"shutdown\"]\nkills_per_hour = 100"),
+    )?;
+    wait_for_age(&lab, SOCKETS)?;
+    let mut daemon = Daemon::start(&lab, &place)?;
+    daemon.wait_until("it waits for the answer of a peer", |daemon| {
+        Ok(in_state(daemon.lab, TcpState::LastAck)? > 0)
+    })?;
+    let (code, said) = daemon.end(Signal::SIGTERM)?;
+    assert_eq!(code, Some(0), "{said}");
+    let (intents, outcomes) = (events(&place, "intent")?, events(&place, "outcome")?);
+    assert_eq!(intents.len(), SOCKETS);
+    assert_eq!(
+        counts(&intents, "/socket/cookie"),
+        counts(&outcomes, "/socket/cookie")
+    );
+    // What was begun is recorded as begun, and what was not as left alone.
+    let results = counts(&outcomes, "/socket/result/outcome");
+    let closing = in_state(&lab, TcpState::LastAck)?;
+    let result = |outcome: &str| results.get(outcome).copied().unwrap_or(0);
+    assert_eq!(result("closing"), closing, "{results:?}");
+    assert_eq!(closing + result("skipped"), SOCKETS, "{results:?}");
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, SOCKETS - closing);
+    assert_eq!(events(&place, "end")?.len(), 1);
+    // The batch is over, and what was left alone counts for no budget.
+    let state = std::fs::read_to_string(place.path("policies.json"))?;
+    let state: Value = serde_json::from_str(state.lines().next().unwrap_or_default())?;
+    assert_eq!(at(&state, "/policies/all/acts/0/over"), "true", "{state}");
+    assert_eq!(
+        at(&state, "/policies/all/acts/0/count"),
+        closing.to_string()
+    );
+    // The next daemon goes on with those.
+    let mut next = Daemon::start(&lab, &place)?;
+    next.wait_until("it acts on the others", |daemon| {
+        Ok(in_state(daemon.lab, TcpState::CloseWait)? == 0)
+    })
+}
+
+fn a_policy_that_reclaims_frees_the_descriptors() -> Result<()> {
+    const SOCKETS: usize = 10;
+    let (lab, leak) = lab("drained", Family::V4, SOCKETS)?;
+    let _bystanders = lab.start("established", Family::V4, count(3))?;
+    let place = Place::new()?;
+    configure(
+        &place,
+        &acting(
+            "methods = [\"destroy\"]\nreclaim = true\nkills_per_sweep = 1\nkills_per_hour = 100",
+        ),
+    )?;
+    wait_for_age(&lab, SOCKETS)?;
+    let descriptors = || -> Result<usize> {
+        let table = std::fs::read_dir(format!("/proc/{}/fd", leak.app().pid()))?;
+        Ok(table.count())
+    };
+    let before = descriptors()?;
+    let mut daemon = Daemon::start(&lab, &place)?;
+    daemon.wait_until("every socket is closed", |daemon| {
+        Ok(in_state(daemon.lab, TcpState::CloseWait)? == 0
+            && events(&place, "outcome")?.len() == SOCKETS)
+    })?;
+    let (_, said) = daemon.end(Signal::SIGTERM)?;
+    let freed = counts(
+        &events(&place, "outcome")?,
+        "/socket/result/descriptors/0/outcome",
+    );
+    let freed = freed.get("freed").copied().unwrap_or(0);
+    assert_eq!(descriptors()?, before - freed, "{said}");
+    // A busy machine may stop a process for too long, which leaves its descriptor.
+    assert!(freed > 0, "{said}");
+    assert_eq!(in_state(&lab, TcpState::Established)?, 3);
+    Ok(())
+}
+
+fn a_policy_acts_in_the_namespace_that_it_names() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V4, 3)?;
+    let (other, leak) = crate::support::lab("drained", Family::V4, 2)?;
+    let place = Place::new()?;
+    let policy = acting("").replace(
+        "all = true",
+        &format!("all = true, netns = \"/proc/{}/ns/net\"", leak.app().pid()),
+    );
+    configure(&place, &policy)?;
+    wait_for_age(&lab, 3)?;
+    wait_for_age(&other, 2)?;
+    let mut daemon = Daemon::start(&lab, &place)?;
+    daemon.wait_until("the sockets there are closed", |_| {
+        Ok(in_state(&other, TcpState::CloseWait)? == 0 && events(&place, "outcome")?.len() == 2)
+    })?;
+    daemon.wait_for_sweeps(3.0)?;
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 3, "not here");
+    // It is observed and exported as every policy is.
+    let metrics = daemon.get("/metrics")?.body;
+    let series = "cwkill_policy_acts_total{policy=\"all\",result=\"closed\"} 2";
+    assert!(metrics.lines().any(|line| line == series), "{metrics}");
+    Ok(())
+}
+
+/// As from a timer. Only a policy that needs no earlier sweep of the same process can act.
+fn single_sweeps_carry_out_policies() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V4, 4)?;
+    let place = Place::new()?;
+    wait_for_age(&lab, 4)?;
+    let sweep = || ran(place.command(&lab, "--once"));
+    let left = || in_state(&lab, TcpState::CloseWait);
+    configure(&place, &acting("confirm = 2"))?;
+    for _ in 0..3 {
+        let ran = sweep()?.exits(0);
+        assert!(ran.stdout.contains("4 sockets stuck"), "{ran:?}");
+    }
+    sweep()?.exits(0).complains("4 not-confirmed");
+    assert_eq!(left()?, 4);
+    configure(&place, &acting("confirm = 1\nkills_per_sweep = 3"))?;
+    sweep()?.exits(0).complains("observes one sweep first");
+    assert_eq!(left()?, 4);
+    // What it lists was stuck before the acts.
+    let ran = sweep()?.exits(0).complains("acted on 3 sockets of 4");
+    assert!(ran.stdout.contains("4 sockets stuck"), "{ran:?}");
+    assert_eq!(left()?, 1);
+    assert_eq!(events(&place, "outcome")?.len(), 3);
+    // What cannot be recorded is not done, and the status says so.
+    let text = std::fs::read_to_string(place.path("policies.json"))?;
+    std::fs::write(place.path("policies.json"), text.replace("version", "v"))?;
+    sweep()?.exits(3).complains("the state file cannot be used");
+    assert_eq!(left()?, 1);
+    std::fs::write(place.path("policies.json"), text)?;
+    sweep()?.exits(0);
+    assert_eq!(left()?, 0);
+    sweep()?.exits(1);
+    Ok(())
+}
+
+/// No file can grow, as on a full disk.
+fn on_a_full_disk_nothing_is_closed_and_sweeps_go_on() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V4, 2)?;
+    let place = Place::new()?;
+    configure(&place, &acting("confirm = 1"))?;
+    wait_for_age(&lab, 2)?;
+    let script = format!(
+        "ulimit -f 0; exec {CWKILL} daemon --interval 20ms --config {}",
+        place.path("daemon.toml")
+    );
+    let command = lab
+        .app_host()
+        .command("sh")
+        .args(["-c", &script])
+        .env("STATE_DIRECTORY", place.path(""));
+    let mut daemon = Daemon::spawn(&lab, &place, command)?;
+    daemon.wait_until("the policy says why it does not act", |daemon| {
+        let said = daemon.said();
+        Ok(
+            said.contains("nothing was done, because the state cannot be written: File too large")
+                && said.contains("but the state file cannot be written"),
+        )
+    })?;
+    daemon.wait_for_sweeps(3.0)?;
+    let metrics = daemon.get("/metrics")?.body;
+    let series = "cwkill_policy_held{policy=\"all\",reason=\"state-unwritten\"} 1";
+    assert!(metrics.lines().any(|line| line == series), "{metrics}");
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 2);
+    // There is room again, but the log is no file.
+    daemon.end(Signal::SIGKILL)?;
+    std::fs::create_dir(place.path("acts.jsonl"))?;
+    let mut next = Daemon::start(&lab, &place)?;
+    next.wait_until("the policy says why it does not act", |daemon| {
+        Ok(daemon
+            .said()
+            .contains("nothing was done, because the log cannot be written"))
+    })?;
+    next.wait_for_sweeps(3.0)?;
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 2);
+    // What was not done counts for no budget.
+    std::fs::remove_dir(place.path("acts.jsonl"))?;
+    next.wait_until("it acts", |daemon| {
+        Ok(in_state(daemon.lab, TcpState::CloseWait)? == 0)
+    })
+}
+
+fn a_single_sweep_leaves_the_policies_to_the_daemon_that_runs() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V4, 1)?;
+    let place = Place::new()?;
+    configure(&place, &acting(""))?;
+    let _daemon = Daemon::start(&lab, &place)?;
+    let ran = ran(place.command(&lab, "--once"))?
+        .exits(0)
+        .complains("no policy is carried out: another cwkill daemon runs already");
+    assert!(ran.stdout.contains("1 socket stuck"), "{ran:?}");
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 //! The sockets are found anew by the selectors of the policy, and only those with a chosen cookie stay. What is written in the state file
 //! and in the log comes before the acts; without either, nothing is done.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::SystemTime;
 
 use super::sweep::Sweeper;
@@ -12,6 +12,7 @@ use crate::commands::close::{close, find_and_plan, reclaim_descriptors};
 use crate::config::{Config, LogOptions};
 use crate::control::Control;
 use crate::daemon::config::{DaemonConfig, Policy};
+use crate::daemon::metrics::policies::GONE;
 use crate::daemon::policy::breaker::Change;
 use crate::daemon::policy::engine::Engine;
 use crate::daemon::policy::matching::{key_of, stuck_socket};
@@ -19,6 +20,7 @@ use crate::daemon::policy::state::StateFile;
 use crate::daemon::policy::{ActResult, Decision, Hold, Now, SweepFacts};
 use crate::finder;
 use crate::history;
+use crate::injector::engine::Rules;
 use crate::model::{Outcome, SocketKey, Target};
 use crate::proc::ProcFs;
 use crate::report::{Run, text};
@@ -37,6 +39,8 @@ pub(super) struct Acting<'a> {
 pub(super) struct Batch {
     /// In the order of the chosen sockets.
     pub results: Vec<ActResult>,
+    /// Why sockets were not closed, each with its number.
+    pub not_closed: BTreeMap<&'static str, u64>,
     /// What the breaker has done because of it.
     pub change: Option<Change>,
 }
@@ -92,7 +96,14 @@ pub(super) fn act(
             return Err(Hold::LogUnwritten);
         }
     };
-    let rules = config.rules(&acting.sweeper.privileges);
+    let destroyer = acting.sweeper.destroyer.as_ref();
+    if let Some(destroyer) = destroyer {
+        destroyer.begin_run();
+    }
+    let rules = Rules {
+        destroyer,
+        ..config.rules(&acting.sweeper.privileges)
+    };
     let canaries = close(&mut run, &config, rules, acting.proc, acting.control);
     if let Some(rules) = &config.reclaim {
         reclaim_descriptors(&mut run, rules, acting.proc, acting.control);
@@ -112,7 +123,11 @@ pub(super) fn act(
     if let Some(change) = change {
         say(&change.sentence());
     }
-    Ok(Batch { results, change })
+    Ok(Batch {
+        not_closed: not_closed(&run, decision),
+        results,
+        change,
+    })
 }
 
 /// The same as a configuration of `cwkill`.
@@ -179,6 +194,21 @@ fn results(run: &Run, decision: &Decision, acting: &Acting<'_>) -> Vec<ActResult
         by_key.get(&key).copied().unwrap_or(ActResult::Untouched)
     };
     decision.chosen.iter().map(result).collect()
+}
+
+/// How many of the chosen sockets were not closed, by the reason. Those that were not found again are gone.
+fn not_closed(run: &Run, decision: &Decision) -> BTreeMap<&'static str, u64> {
+    let mut reasons = BTreeMap::new();
+    let unclosed = run.scan.targets.iter();
+    for target in unclosed.filter(|target| result(target) != ActResult::Closed) {
+        let reason = target.reason_code().unwrap_or(GONE);
+        *reasons.entry(reason).or_default() += 1;
+    }
+    let lost = decision.chosen.len().saturating_sub(run.scan.targets.len());
+    if lost > 0 {
+        *reasons.entry(GONE).or_default() += lost as u64;
+    }
+    reasons
 }
 
 fn result(target: &Target) -> ActResult {

@@ -1,8 +1,10 @@
 //! `cwkill daemon`: sweeps at intervals, and serves the numbers.
 //!
-//! `settings` reads the configuration, `sweep` is one sweep, `policies` decides by it, `act` closes, `own` says what the daemon itself uses.
+//! `settings` reads the configuration, `sweep` is one sweep, `policies` decides by it, `act` closes, `once` is a single sweep without a daemon,
+//! `own` says what the daemon itself uses.
 
 mod act;
+mod once;
 mod own;
 mod policies;
 mod settings;
@@ -15,8 +17,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, anyhow, ensure};
 
-use super::close::conclude;
-use super::{drop_capabilities_and_start_threads, open_proc, say_notes, time_and_place};
+use super::{drop_capabilities_and_start_threads, open_destroyer, open_proc_for_long, say_notes};
 use crate::bpf::KernelTypes;
 use crate::cli::DaemonArgs;
 use crate::config::Config;
@@ -31,14 +32,13 @@ use crate::daemon::observation::{Changes, Known};
 use crate::daemon::policy::state;
 use crate::daemon::systemd::ServiceManager;
 use crate::filter::selectors::Selectors;
-use crate::finder::tracked;
 use crate::history::History;
 use crate::model::Method;
 use crate::privileges::{Privileges, capabilities};
 use crate::proc::since_boot;
-use crate::report::{ExitStatus, notes};
+use crate::report::ExitStatus;
 use crate::sys;
-use crate::terminal::{Terminal, ignore_closed_reader, say, write_out};
+use crate::terminal::{ignore_closed_reader, say, write_out};
 use crate::text::{age, escape};
 use policies::Policies;
 use settings::Settings;
@@ -71,7 +71,7 @@ pub(super) fn run(args: &DaemonArgs) -> anyhow::Result<ExitCode> {
         }
     };
     if args.once {
-        return once(args, &settings).map(ExitCode::from);
+        return once::run(args, &settings).map(ExitCode::from);
     }
     let _lock = DaemonLock::take(&lock::directory())?;
     let has_socket = !passed.is_empty();
@@ -85,7 +85,10 @@ pub(super) fn run(args: &DaemonArgs) -> anyhow::Result<ExitCode> {
     let alarm = Alarm::new().context("cannot handle signals")?;
     let sweeper = prepare(args, &settings)?;
     // With the privileges that are left.
-    settings.try_textfile()?;
+    if let Err(error) = settings.try_textfile() {
+        say(format_args!("{error:#}"));
+        return Ok(WRONG.into());
+    }
     let published = Arc::new(Published::default());
     let server = listener
         .map(|listener| Server::start(listener, Arc::clone(&published)))
@@ -115,14 +118,17 @@ pub(super) fn run(args: &DaemonArgs) -> anyhow::Result<ExitCode> {
 /// Opens what the sweeps need, drops the privileges that they do not, and starts the threads.
 fn prepare(args: &DaemonArgs, settings: &Settings) -> anyhow::Result<Sweeper> {
     let privileges = Privileges::of_this_thread()?;
-    let proc = open_proc(
-        args.bpf,
-        false,
-        &settings.host_root,
-        &Selectors::default(),
-        &KernelTypes::default(),
-    )?;
+    let types = KernelTypes::default();
+    let proc = open_proc_for_long(args.bpf, &settings.host_root, &Selectors::default(), &types)?;
     let mut needed = capabilities::to_find(&settings.netns(), true, false);
+    for policy in &settings.config.policies {
+        let scope = policy.scope(settings.all_netns);
+        needed.extend(capabilities::to_find(&scope, true, false));
+    }
+    let destroyer = match settings.config.acts() && privileges.net_admin {
+        true => open_destroyer(args.bpf, false, &proc, &types)?,
+        false => None,
+    };
     if settings.config.acts() {
         // A reload may bring other methods.
         needed.extend(capabilities::to_act(&Method::ALL));
@@ -133,6 +139,7 @@ fn prepare(args: &DaemonArgs, settings: &Settings) -> anyhow::Result<Sweeper> {
         config: Config::of_listing(settings.netns()),
         proc,
         privileges,
+        destroyer,
         history: History::open(),
     })
 }
@@ -149,9 +156,13 @@ fn check_config(args: &DaemonArgs, mut config: DaemonConfig) -> anyhow::Result<E
             ..config.clone()
         };
         let mut sweeper = prepare(args, &Settings::of(args, listing)?)?;
-        let sweep = sweeper.sweep(&Terminal::new(false, false)?)?;
-        let scan = &sweep.run.scan;
-        Ok(policies::matched_now(&config, scan, &sweep.proc, &sweeper))
+        let sweep = sweeper.sweep()?;
+        Ok(policies::matched_now(
+            &config,
+            &sweep.scan,
+            &sweep.proc,
+            &sweeper,
+        ))
     };
     let matched = match config.policies.is_empty() {
         true => Vec::new(),
@@ -197,54 +208,6 @@ fn order_reset(config: &DaemonConfig, name: &str) -> anyhow::Result<ExitCode> {
         "policy {name}: its circuit breaker is reset at the next sweep of the daemon"
     ));
     Ok(ExitCode::SUCCESS)
-}
-
-/// A single sweep, reported as a listing is.
-fn once(args: &DaemonArgs, settings: &Settings) -> anyhow::Result<ExitStatus> {
-    let time_and_place = time_and_place();
-    let mut sweeper = prepare(args, settings)?;
-    let terminal = Terminal::new(false, false)?;
-    let sweep = sweeper.sweep(&terminal)?;
-    terminal.aside(|| {
-        say_notes(sweeper.history.take_notes());
-        say_notes(&sweep.failures);
-    });
-    let mut metrics = Metrics::of_one_sweep();
-    let Sweep {
-        mut run,
-        namespaces,
-        proc,
-        observation,
-        took,
-        ..
-    } = sweep;
-    metrics.add(
-        LastSweep {
-            observation,
-            at: SystemTime::now(),
-            took,
-        },
-        Changes::default(),
-    );
-    // Only if it would be said that nothing is stuck.
-    if run.scan.targets.is_empty() {
-        tracked::count(&mut run.scan);
-    }
-    let status = conclude(
-        &mut run,
-        &time_and_place,
-        &sweeper.config,
-        &namespaces,
-        &proc,
-        terminal,
-        None,
-    )?;
-    // After the listing, which a directory that cannot be used must not hold back.
-    if let (Some(textfile), Some(text)) = (&settings.textfile, metrics.text_for_collector()) {
-        let written = textfile.write(&text);
-        written.with_context(|| format!("cannot write {}", textfile.path().display()))?;
-    }
-    Ok(status)
 }
 
 /// The state of the daemon between two sweeps.
@@ -326,12 +289,12 @@ impl Daemon<'_> {
 
     /// One sweep. Returns a sentence about it.
     fn sweep(&mut self, alarm: &Alarm) -> anyhow::Result<String> {
-        let sweep = catch_unwind(AssertUnwindSafe(|| self.sweeper.sweep(alarm)));
+        let sweep = catch_unwind(AssertUnwindSafe(|| self.sweeper.sweep()));
         let sweep = sweep.unwrap_or_else(|_| Err(anyhow!("a bug in cwkill")))?;
         say_notes(self.sweeper.history.take_notes());
         self.say_changes(&sweep);
         let Sweep {
-            run,
+            scan,
             namespaces,
             observation,
             took,
@@ -339,17 +302,17 @@ impl Daemon<'_> {
             ..
         } = sweep;
         let (known, changes) = match &self.known {
-            Some(before) => before.next(&run.scan),
-            None => (Known::first(&run.scan), Changes::default()),
+            Some(before) => before.next(&scan),
+            None => (Known::first(&scan), Changes::default()),
         };
         self.known = Some(known);
         let (policies, sweeper) = (&mut self.policies, &self.sweeper);
         let decided = catch_unwind(AssertUnwindSafe(|| {
-            policies.sweep(&run.scan, &proc, sweeper, alarm)
+            policies.sweep(&scan, &proc, sweeper, alarm)
         }));
         let decided = decided.unwrap_or_else(|_| Some("the policies: a bug in cwkill".to_owned()));
         // Before the daemon counts what it holds itself.
-        drop((run, namespaces, proc));
+        drop((scan, namespaces, proc));
         let mut sentence = observation.sentence();
         if let Some(decided) = decided {
             sentence = format!("{sentence}; {decided}");
@@ -479,7 +442,8 @@ impl Daemon<'_> {
         }
         let is_partial = sweep.observation.is_partial;
         if is_partial && !self.was_partial {
-            say_notes(notes::notes(&sweep.run));
+            let scan = &sweep.scan;
+            say_notes(scan.coverage.notes(scan.without_known_owner()));
             say_notes(&sweep.failures);
         }
         if self.was_partial && !is_partial {

@@ -14,7 +14,7 @@ use crate::daemon::policy::breaker::{Change, Status};
 use crate::daemon::policy::engine::Engine;
 use crate::daemon::policy::matching::Collector;
 use crate::daemon::policy::state::StateFile;
-use crate::daemon::policy::{ActResult, Decision, Now, Readiness, SweepFacts};
+use crate::daemon::policy::{ActResult, Decision, Hold, Now, Readiness, SweepFacts};
 use crate::finder;
 use crate::history;
 use crate::model::Scan;
@@ -34,6 +34,17 @@ pub(super) struct Policies {
     said: Vec<String>,
     /// The scans that failed, by policy, as they were said last.
     failures: Vec<Option<String>>,
+    success: Success,
+}
+
+/// Whether the last sweep did what the policies want, for the exit status of `--once`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Success {
+    AsWanted,
+    /// An act failed.
+    NotAllClosed,
+    /// A policy could not act, because something could not be read or written.
+    NothingDone,
 }
 
 impl Policies {
@@ -52,6 +63,7 @@ impl Policies {
             numbers: OfPolicies::default(),
             said: Vec::new(),
             failures: Vec::new(),
+            success: Success::AsWanted,
             config: config.clone(),
             engine,
             file,
@@ -85,6 +97,7 @@ impl Policies {
         if self.is_empty() {
             return None;
         }
+        self.success = Success::AsWanted;
         let facts = self.facts(scan, proc, sweeper);
         let now = now();
         let mut decisions = self.engine.decide(now, &facts);
@@ -108,6 +121,12 @@ impl Policies {
                 Err(hold) => decision.hold = Some(hold),
                 Ok(batch) => {
                     let numbers = self.numbers.policies.entry(name.clone()).or_default();
+                    if batch.results.contains(&ActResult::Failed) {
+                        self.success = Success::NotAllClosed;
+                    }
+                    for (reason, count) in batch.not_closed {
+                        *numbers.not_closed.entry(reason).or_default() += count;
+                    }
                     for result in batch.results {
                         *match result {
                             ActResult::Closed => &mut numbers.acts.closed,
@@ -120,6 +139,10 @@ impl Policies {
             }
         }
         self.write();
+        let holds = decisions.iter().filter_map(|decision| decision.hold);
+        if holds.into_iter().any(Hold::is_failure) {
+            self.success = Success::NothingDone;
+        }
         self.count(now, &decisions);
         let sentences: Vec<String> = decisions.iter().map(|it| self.sentence(it)).collect();
         for (index, sentence) in sentences.iter().enumerate() {
@@ -129,6 +152,11 @@ impl Policies {
         }
         self.said.clone_from(&sentences);
         Some(sentences.join("; "))
+    }
+
+    /// Of the last sweep.
+    pub fn success(&self) -> Success {
+        self.success
     }
 
     /// Takes the decisions into the numbers.

@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::{anyhow, ensure};
 
 use crate::cli::DaemonArgs;
 use crate::daemon::config::{DaemonConfig, Listen};
@@ -18,6 +18,8 @@ pub(super) struct Settings {
     pub listen: Listen,
     pub all_netns: bool,
     pub textfile: Option<TextFile>,
+    /// Its directory, if the command line names it.
+    textfile_option: Option<PathBuf>,
     pub host_root: PathBuf,
     /// The whole configuration.
     pub config: DaemonConfig,
@@ -29,26 +31,29 @@ impl Settings {
     /// # Errors
     /// The directory for the text file is none. The message has the place in the configuration.
     pub fn of(args: &DaemonArgs, config: DaemonConfig) -> anyhow::Result<Self> {
-        let textfile = match (&args.textfile, &config.textfile) {
-            (Some(directory), _) => {
-                let opened = TextFile::in_directory(directory);
-                Some(opened.with_context(|| format!("--textfile {}", directory.display()))?)
-            }
-            (None, Some(directory)) => {
-                let opened = TextFile::in_directory(directory);
-                let error = |why: io::Error| config.textfile_error(&why);
-                Some(opened.map_err(error)?)
-            }
-            (None, None) => None,
-        };
-        Ok(Settings {
+        let mut settings = Settings {
             interval: args.interval.unwrap_or(config.interval),
             listen: config.listen.clone(),
             all_netns: config.all_netns,
-            textfile,
+            textfile: None,
+            textfile_option: args.textfile.clone(),
             host_root: args.host_root.as_ref().unwrap_or(&config.host_root).clone(),
             config,
-        })
+        };
+        let configured = settings.config.textfile.as_ref();
+        if let Some(directory) = args.textfile.as_ref().or(configured) {
+            let opened = TextFile::in_directory(directory);
+            settings.textfile = Some(opened.map_err(|error| settings.textfile_error(&error))?);
+        }
+        Ok(settings)
+    }
+
+    /// That the directory for the text file cannot be used, with its place: a line of the configuration or the option.
+    pub fn textfile_error(&self, why: &io::Error) -> anyhow::Error {
+        match &self.textfile_option {
+            Some(directory) => anyhow!("--textfile {}: {why}", directory.display()),
+            None => self.config.textfile_error(why).into(),
+        }
     }
 
     pub fn netns(&self) -> NetnsScope {
@@ -61,15 +66,15 @@ impl Settings {
     /// Whether the text file can be written with the privileges of this process.
     ///
     /// # Errors
-    /// It cannot.
+    /// It cannot. The message has its place.
     pub fn try_textfile(&self) -> anyhow::Result<()> {
         let Some(textfile) = &self.textfile else {
             return Ok(());
         };
-        textfile.try_write().with_context(|| {
-            format!(
-                "cannot write {}: its directory must belong to the user of the daemon, and be in ReadWritePaths= of its unit",
-                textfile.path().display()
+        textfile.try_write().map_err(|why| {
+            anyhow!(
+                "{:#}; it must belong to the user of the daemon, and be in ReadWritePaths= of its unit",
+                self.textfile_error(&why)
             )
         })
     }
@@ -88,6 +93,11 @@ impl Settings {
                 "{name} takes effect only at the start: systemctl restart cwkill-daemon"
             );
         }
+        ensure!(
+            self.config.names_netns() || !new.config.names_netns() || self.all_netns,
+            "a first policy with netns takes effect only at the start, because the daemon has dropped the privileges for it: \
+             systemctl restart cwkill-daemon"
+        );
         ensure!(
             self.config.acts() || !new.config.acts(),
             "a first policy with mode = \"act\" takes effect only at the start, because the daemon has dropped the privileges for it: \

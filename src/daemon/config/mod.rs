@@ -199,6 +199,11 @@ impl DaemonConfig {
         }
     }
 
+    /// Whether a policy names a network namespace.
+    pub fn names_netns(&self) -> bool {
+        self.policies.iter().any(|policy| policy.netns.is_some())
+    }
+
     /// That the directory for the text file cannot be used, with its place.
     pub fn textfile_error(&self, why: &io::Error) -> ConfigError {
         let directory = self.textfile.clone().unwrap_or_default();

@@ -8,6 +8,7 @@ use strum::VariantArray;
 use super::exposition::{Exposition, Labels, Value};
 use crate::daemon::policy::breaker::{Status, Trip};
 use crate::daemon::policy::{Hold, Reason};
+use crate::model::Target;
 
 /// The numbers of a policy.
 #[derive(Clone, Debug, Default)]
@@ -24,9 +25,14 @@ pub struct PolicyNumbers {
     pub expires: Option<SystemTime>,
     /// Its acts since the start of the daemon.
     pub acts: ActCounts,
+    /// Why chosen sockets were not closed since the start of the daemon, by the code of the record, or [`GONE`].
+    pub not_closed: BTreeMap<&'static str, u64>,
     /// How often its breaker has opened since the start of the daemon.
     pub opened: BTreeMap<Trip, u64>,
 }
+
+/// The reason of the sockets that were gone before the act.
+pub const GONE: &str = "gone";
 
 /// How many chosen sockets had which result.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -130,6 +136,17 @@ pub(super) fn add(of: &OfPolicies, all: &mut Exposition) {
         "cwkill_policy_acts",
         "Sockets that the policy has chosen and was allowed to close, by the result. Those of untouched were gone, or spared at the last look.",
         acts,
+    );
+    let not_closed = of.policies.iter().flat_map(|(name, numbers)| {
+        Target::reason_codes().into_iter().map(move |reason| {
+            let count = numbers.not_closed.get(reason).copied().unwrap_or(0);
+            (two(name, "reason", reason), count.into())
+        })
+    });
+    all.counter(
+        "cwkill_policy_not_closed",
+        "Sockets of failed and untouched acts, by the reason_code of their records; gone for those that were gone.",
+        not_closed,
     );
     all.gauge(
         "cwkill_policy_budget_left",

@@ -6,8 +6,9 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use super::*;
-use crate::daemon::observation::Known;
-use crate::finder::dead::{DeadScan, DeadSocket, DescriptorTable, Suspect, SuspectVerdict};
+use crate::daemon::observation::{DescriptorUse, Known};
+use crate::finder::dead::{DeadSocket, Suspect, SuspectVerdict};
+use crate::finder::dead_among_others::DeadDescriptors;
 use crate::model::Scan;
 use crate::proc::cgroup::{Cgroup, Facts};
 use crate::proc::{Process, ProcessId, RemoteFd};
@@ -62,19 +63,14 @@ fn scan() -> Scan {
     scan
 }
 
-fn table(process: Process, used: usize, verdicts: Vec<SuspectVerdict>) -> DescriptorTable {
+fn table(process: Process, verdicts: Vec<SuspectVerdict>) -> (Process, Vec<Suspect>) {
     let suspect = |(fd, verdict)| Suspect {
         fd: RemoteFd(fd),
         tid: None,
         inode: 1000,
         verdict,
     };
-    DescriptorTable {
-        process,
-        used,
-        suspects: (20..).zip(verdicts).map(suspect).collect(),
-        connections: Vec::new(),
-    }
+    (process, (20..).zip(verdicts).map(suspect).collect())
 }
 
 fn process(comm: &str, pid: i32, cgroup: &str) -> Process {
@@ -98,8 +94,8 @@ fn dead() -> SuspectVerdict {
     })
 }
 
-/// Tables of processes with stuck sockets, of one with dead descriptors only, and of one that leaks nothing.
-fn tables() -> DeadScan {
+/// Suspects of a process with stuck sockets, and of one with dead descriptors only.
+fn tables() -> DeadDescriptors {
     let mut in_pod = process("php-fpm", 1300, POD);
     let container = in_pod.cgroup.container.as_mut().expect("a container");
     container.name = Some("php".to_owned());
@@ -109,33 +105,31 @@ fn tables() -> DeadScan {
         was_read: true,
         ..Facts::default()
     };
-    DeadScan {
-        tables: vec![
-            table(process(JAVA.0, JAVA.1, JAVA.2), 900, vec![dead(), dead()]),
-            table(
-                process(OTHER_JAVA.0, OTHER_JAVA.1, OTHER_JAVA.2),
-                30,
-                vec![],
-            ),
+    DeadDescriptors {
+        processes: vec![
+            table(process(JAVA.0, JAVA.1, JAVA.2), vec![dead(), dead()]),
             table(
                 in_pod,
-                64,
                 vec![
                     dead(),
                     SuspectVerdict::NeverConnected,
                     SuspectVerdict::Unknown(nix::errno::Errno::EPERM),
                 ],
             ),
-            table(process("quiet", 1, "0::/init.scope"), 10, vec![]),
         ],
-        ..DeadScan::default()
+        ..DeadDescriptors::default()
     }
 }
 
 fn metrics() -> Metrics {
-    let limit = |id: ProcessId| (id.pid != 1300).then_some(1024);
+    let descriptors = |id: ProcessId| {
+        let (_, open) = [(JAVA.1, 900), (OTHER_JAVA.1, 30)]
+            .into_iter()
+            .find(|(pid, _)| *pid == id.pid)?;
+        Some(DescriptorUse { open, limit: 1024 })
+    };
     let last = |scan: &Scan| LastSweep {
-        observation: Observation::of(scan, &tables(), &limit),
+        observation: Observation::of(scan, &tables(), &descriptors),
         at: SystemTime::UNIX_EPOCH + Duration::from_millis(1_796_000_000_250),
         took: Duration::from_micros(12_500),
     };
@@ -215,7 +209,7 @@ fn series(text: &str) -> Vec<&str> {
 #[test]
 fn a_host_with_nothing_has_every_series_that_is_known_in_advance() {
     let mut nothing = Metrics::new(Duration::from_secs(30));
-    let observation = Observation::of(&Scan::default(), &DeadScan::default(), &|_| None);
+    let observation = Observation::of(&Scan::default(), &DeadDescriptors::default(), &|_| None);
     nothing.add(
         LastSweep {
             observation,
@@ -257,13 +251,13 @@ fn no_label_has_a_pid_or_an_address() {
 fn many_owners_have_a_bounded_number_of_series() {
     let owner = |number: i32| {
         let who = process(&format!("leaky-{number}"), 5000 + number, "0::/");
-        table(who, 10, vec![dead()])
+        table(who, vec![dead()])
     };
-    let tables = DeadScan {
-        tables: (0..500).map(owner).collect(),
-        ..DeadScan::default()
+    let tables = DeadDescriptors {
+        processes: (0..500).map(owner).collect(),
+        ..DeadDescriptors::default()
     };
-    let observation = Observation::of(&Scan::default(), &tables, &|_| Some(100));
+    let observation = Observation::of(&Scan::default(), &tables, &|_| None);
     assert_eq!(observation.kinds_of_owners, 500);
     assert_eq!(
         observation.owners.len(),
@@ -281,7 +275,7 @@ fn a_sentence_says_how_it_is() {
         observation.sentence(),
         "6 stuck sockets, the oldest for 1d01h, 3 dead descriptors (most of java; 5 kinds of owners); 3 network namespaces with at most 5000 TCP sockets not looked into; not everything could be seen"
     );
-    let nothing = Observation::of(&Scan::default(), &DeadScan::default(), &|_| None);
+    let nothing = Observation::of(&Scan::default(), &DeadDescriptors::default(), &|_| None);
     assert_eq!(nothing.sentence(), "no stuck socket");
 }
 
@@ -289,6 +283,7 @@ fn a_sentence_says_how_it_is() {
 fn every_series_of_a_policy_is_there_from_the_start() {
     use crate::daemon::policy::breaker::Trip;
     use crate::daemon::policy::{Hold, Reason};
+    use crate::model::Target;
     use policies::{OfPolicies, PolicyNumbers};
 
     let mut all = exposition::Exposition::default();
@@ -299,6 +294,7 @@ fn every_series_of_a_policy_is_there_from_the_start() {
         selected: 7,
         hold: Some(Hold::New),
         left: [(Reason::TooYoung, 3)].into(),
+        not_closed: [("peer-alive", 4)].into(),
         ..PolicyNumbers::default()
     };
     let of = OfPolicies {
@@ -315,6 +311,8 @@ fn every_series_of_a_policy_is_there_from_the_start() {
         "cwkill_policy_breaker{policy=\"web\",state=\"closed\"} 1",
         "cwkill_policy_breaker{policy=\"web\",state=\"open\"} 0",
         "cwkill_policy_acts_total{policy=\"web\",result=\"failed\"} 0",
+        "cwkill_policy_not_closed_total{policy=\"web\",reason=\"peer-alive\"} 4",
+        "cwkill_policy_not_closed_total{policy=\"web\",reason=\"gone\"} 0",
         "cwkill_budget_left 5",
     ] {
         assert!(text.lines().any(|line| line == series), "{series}:\n{text}");
@@ -323,6 +321,10 @@ fn every_series_of_a_policy_is_there_from_the_start() {
         ("cwkill_policy_left_sockets{", Reason::VARIANTS.len()),
         ("cwkill_policy_held{", Hold::VARIANTS.len()),
         ("cwkill_policy_breaker_opened_total{", Trip::VARIANTS.len()),
+        (
+            "cwkill_policy_not_closed_total{",
+            Target::reason_codes().len(),
+        ),
     ] {
         let lines = text.lines().filter(|line| line.starts_with(metric));
         assert_eq!(lines.count(), expected, "{metric}");

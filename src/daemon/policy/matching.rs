@@ -86,14 +86,9 @@ impl<'a> Collector<'a> {
     }
 
     fn note_listed(&mut self, scan: &Scan) {
-        let of_history = scan.for_history.namespaces.iter().map(|netns| netns.inode);
-        // Without a history, nobody has noted which namespaces could not be listed.
-        let all = scan.namespaces.iter().map(|netns| netns.inode());
-        let inodes: Vec<u64> = match scan.for_history.namespaces.is_empty() {
-            true => all.collect(),
-            false => of_history.collect(),
-        };
-        for key in inodes.into_iter().map(netns_key) {
+        let namespaces = scan.namespaces.iter().enumerate();
+        let listed = namespaces.filter(|(index, _)| !scan.unlisted.contains(index));
+        for key in listed.map(|(_, netns)| netns_key(netns.inode())) {
             if !self.facts.listed.contains(&key) {
                 self.facts.listed.push(key);
             }

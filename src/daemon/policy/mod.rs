@@ -100,6 +100,20 @@ impl Hold {
         self.into()
     }
 
+    /// Whether something is wrong, that the operator must mend.
+    pub fn is_failure(self) -> bool {
+        match self {
+            Hold::StateUnusable | Hold::Unlisted | Hold::StateUnwritten | Hold::LogUnwritten => {
+                true
+            }
+            Hold::ObserveMode
+            | Hold::Expired
+            | Hold::OutsideWindow
+            | Hold::New
+            | Hold::BreakerOpen => false,
+        }
+    }
+
     /// The same in words.
     pub fn sentence(self) -> &'static str {
         match self {
