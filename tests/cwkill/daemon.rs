@@ -27,6 +27,7 @@ pub const TESTS: &[Test] = &[
     once!(one_sweep_is_reported_as_a_listing),
     once!(a_text_file_is_complete_at_any_time),
     once!(a_text_file_is_for_every_reader_and_has_no_names_of_others),
+    once!(a_directory_that_cannot_be_written_is_named_with_its_place),
     once!(health_is_that_of_the_last_sweep),
     once!(scrapes_that_never_read_block_nobody),
     once!(an_address_in_use_is_an_error_before_anything_else),
@@ -108,7 +109,7 @@ impl<'l> Daemon<'l> {
         Ok(daemon)
     }
 
-    fn spawn(lab: &'l Lab, place: &Place, command: HostCommand<'_>) -> Result<Self> {
+    pub fn spawn(lab: &'l Lab, place: &Place, command: HostCommand<'_>) -> Result<Self> {
         Self::with_stdin(lab, place, command.stdin(Stdio::null()))
     }
 
@@ -476,6 +477,25 @@ fn a_text_file_is_for_every_reader_and_has_no_names_of_others() -> Result<()> {
     let begins = |name: &str| text.lines().any(|line| line.starts_with(name));
     assert!(begins("cwkill_sweep_last_success_timestamp_seconds "));
     assert!(!begins("process_") && !begins("cwkill_sweep_interval_seconds "));
+    Ok(())
+}
+
+/// Not even root writes there: the daemon has given up the right to ignore the mode.
+fn a_directory_that_cannot_be_written_is_named_with_its_place() -> Result<()> {
+    let lab = Lab::new()?;
+    let (place, directory) = (Place::new()?, TempDir::new()?);
+    let read_only = std::fs::Permissions::from_mode(0o555);
+    std::fs::set_permissions(directory.path(), read_only)?;
+    let path = directory.path().display();
+    ran(place.command(&lab, &format!("--textfile {path}")))?
+        .exits(2)
+        .complains(&format!("--textfile {path}: Permission denied"))
+        .complains("ReadWritePaths=");
+    place.configure(&format!("textfile = \"{path}\""))?;
+    ran(place.command(&lab, ""))?
+        .exits(2)
+        .complains("daemon.toml:2:12: `textfile`")
+        .complains("ReadWritePaths=");
     Ok(())
 }
 
@@ -921,11 +941,14 @@ fn encoded(query: &str) -> String {
 fn a_prometheus_answers_every_query_of_the_dashboard() -> Result<()> {
     let (lab, _leak) = lab("unread", Family::V4, 2)?;
     let place = Place::new()?;
-    place.configure(&format!("listen = \"{ADDRESS}\""))?;
+    // With a policy, whose end is far away.
+    place.configure(&format!(
+        "listen = \"{ADDRESS}\"\n[[policy]]\nname = \"web\"\nmatch = {{ port = 8080 }}\nexpires = 2100-01-01\n"
+    ))?;
     let mut daemon = Daemon::spawn(&lab, &place, place.command(&lab, ""))?;
     let prometheus = Prometheus::start(&lab)?;
     let queries = queries()?;
-    assert!(queries.len() > 15, "{queries:?}");
+    assert!(queries.len() > 25, "{queries:?}");
     for query in queries {
         // A rate needs two scrapes.
         daemon.wait_until(&query, |_| {
@@ -946,6 +969,6 @@ fn a_prometheus_answers_every_query_of_the_dashboard() -> Result<()> {
         let rules = rules["groups"][0]["rules"].as_array().cloned();
         let is_fine =
             |rule: &Value| at(rule, "/health") == "ok" && at(rule, "/state") == "inactive";
-        Ok(rules.is_some_and(|rules| rules.len() == 7 && rules.iter().all(is_fine)))
+        Ok(rules.is_some_and(|rules| rules.len() == 12 && rules.iter().all(is_fine)))
     })
 }
