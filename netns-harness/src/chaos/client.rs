@@ -39,6 +39,11 @@ const LONG_LIVED: u32 = 10;
 /// One client in this many connects to the listener that accepts with a delay.
 const DELAYED: u32 = 4;
 
+/// The longest pause between two replies of a stream, in milliseconds, as far as [`MOST_REPLIES`] are enough.
+const STREAM_PAUSE_MS: u32 = 8;
+/// The most replies of a stream. With more, the streams of a long minimum age would take all processor time.
+const MOST_REPLIES: u32 = 1000;
+
 /// The clients' part of the [`super::Options`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Config {
@@ -49,7 +54,9 @@ pub(crate) struct Config {
     pub clients: u16,
     pub seed: u64,
     /// The killers act on sockets of at least this age: stuck connections last longer, half-closed streams stay younger.
-    pub min_age_ms: Option<u16>,
+    pub min_age_ms: Option<u32>,
+    /// Stuck connections last longer than the minimum age by at most one of these times, in milliseconds.
+    pub held_ms: [u32; 4],
 }
 
 /// Counters of the clients.
@@ -330,25 +337,25 @@ impl<'a> Client<'a> {
     /// Sends a request and a FIN, then reads the replies. Used with `--min-age` only.
     fn stream(&mut self, mut connection: Connection, id: u64) {
         let min_age_ms = self.config.min_age_ms.unwrap_or(0);
+        // The stream lasts twice the minimum age: a pause is half of the longest one on average.
+        let pause_ms = (min_age_ms * 4 / MOST_REPLIES).max(STREAM_PAUSE_MS);
+        let replies = min_age_ms * 4 / pause_ms + 1;
         let header = Header {
             id,
             round: 0,
             request: self.payload(),
             reply: self.random.up_to(2 << 10),
-            // About 4 ms each: the stream lasts twice the minimum age.
             then: Then::Stream {
-                replies: min_age_ms / 2 + 1,
+                replies: u16::try_from(replies).unwrap_or(u16::MAX),
+                pause_ms: u16::try_from(pause_ms).unwrap_or(u16::MAX),
             },
-        };
-        let Then::Stream { replies } = header.then else {
-            unreachable!("set above")
         };
         let mut replies_read = 0;
         let done = connection
             .send_request(&header)
             .and_then(|()| end_requests(&connection))
             .and_then(|()| {
-                while replies_read < u32::from(replies) {
+                while replies_read < replies {
                     connection.read_reply(&header, replies_read)?;
                     replies_read += 1;
                 }
@@ -366,15 +373,9 @@ impl<'a> Client<'a> {
 
     /// Sends some bytes and a FIN. From then on the server's socket is stuck, and a killer may close it.
     fn stuck(&mut self, mut connection: Connection, id: u64) -> Result<()> {
-        let ms = match self.random.up_to(3) {
-            0 => self.random.up_to(5),
-            1 => self.random.up_to(50),
-            // Long enough for a killer on a busy machine. On an idle one, the killer closes it earlier.
-            2 => self.random.up_to(500),
-            _ => self.random.up_to(2000),
-        };
-        let ms = ms + u32::from(self.config.min_age_ms.unwrap_or(0));
-        let ms = u16::try_from(ms).unwrap_or(u16::MAX);
+        let times = self.config.held_ms;
+        let longest = times[usize::try_from(self.random.up_to(3)).unwrap_or(0)];
+        let ms = self.random.up_to(longest) + self.config.min_age_ms.unwrap_or(0);
         let header = Header {
             id,
             round: 0,

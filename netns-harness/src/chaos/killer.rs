@@ -102,6 +102,24 @@ pub struct KillStats {
 impl KillStats {
     pub(super) const COLUMNS: &str =
         "method        runs  matched     acts   closed closing     gone  skipped  failed  longest";
+
+    /// Counts a socket with its result.
+    pub(super) fn add(&mut self, result: JsonResult) -> Result<()> {
+        self.matched += 1;
+        self.acts += u64::from(!result.attempts.is_empty());
+        match result.outcome.as_str() {
+            "closed" => self.closed += 1,
+            "closing" => self.closing += 1,
+            "gone" => self.gone += 1,
+            "skipped" => self.skipped += 1,
+            "failed" => self.failed += 1,
+            other => bail!("unknown outcome of cwkill: {other}"),
+        }
+        if matches!(result.outcome.as_str(), "skipped" | "failed") {
+            *self.reasons.entry(reason(&result)).or_default() += 1;
+        }
+        Ok(())
+    }
 }
 
 impl fmt::Display for KillStats {
@@ -139,8 +157,9 @@ struct JsonSocket {
     result: Option<JsonResult>,
 }
 
+/// The result of a socket, in the document and in the log of `cwkill`.
 #[derive(Deserialize)]
-struct JsonResult {
+pub(super) struct JsonResult {
     outcome: String,
     reason: Option<String>,
     attempts: Vec<JsonAttempt>,
@@ -222,20 +241,7 @@ fn run(killer: &Killer, stats: &mut KillStats) -> Result<()> {
     let document: Document = serde_json::from_slice(&output.stdout)
         .with_context(|| format!("read the JSON of {name}"))?;
     for socket in document.sockets {
-        let result = socket.result.context("a socket without a result")?;
-        stats.matched += 1;
-        stats.acts += u64::from(!result.attempts.is_empty());
-        match result.outcome.as_str() {
-            "closed" => stats.closed += 1,
-            "closing" => stats.closing += 1,
-            "gone" => stats.gone += 1,
-            "skipped" => stats.skipped += 1,
-            "failed" => stats.failed += 1,
-            other => bail!("unknown outcome of {name}: {other}"),
-        }
-        if matches!(result.outcome.as_str(), "skipped" | "failed") {
-            *stats.reasons.entry(reason(&result)).or_default() += 1;
-        }
+        stats.add(socket.result.context("a socket without a result")?)?;
     }
     Ok(())
 }

@@ -15,7 +15,7 @@
 //! - a connection that is idle or sending while others are closed: some bystanders last as long as the run
 //! - a half-closed stream, which looks stuck but is in use; it must stay younger than `--min-age`
 //!
-//! - `killer`: runs `cwkill` or another command, and adds up its results
+//! - `killer`: runs `cwkill` or another command, and adds up its results; `daemon` runs `cwkill daemon` instead
 //! - `server`, `client`: the two worker processes; `wire`: the protocol between them
 //! - `workers`: starts the workers and reads their events
 //! - `report`: the result of a run
@@ -23,6 +23,7 @@
 //! A detector that cannot fail proves nothing. [`Killer::other`] runs killers that are wrong on purpose.
 
 mod client;
+mod daemon;
 mod killer;
 mod random;
 mod report;
@@ -40,6 +41,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
+pub use daemon::Daemon;
 pub use killer::{KillStats, Killer};
 pub use report::Report;
 pub use wire::Loss;
@@ -49,6 +51,7 @@ use server::ServerStats;
 pub(crate) use workers::run_worker;
 use workers::{Event, EventSender, Progress, Worker};
 
+use crate::host::Host;
 use crate::kernel::TcpState;
 use crate::lab::{Family, Lab};
 use crate::{privilege, program};
@@ -59,8 +62,14 @@ const STACK: usize = 128 << 10;
 /// The source port of the first client.
 const FIRST_PORT: u16 = 20_000;
 
-/// How long the last connections may take after the run.
+/// How long the last connections may take after the run, in addition to those that last longer than the minimum age.
 const END_DEADLINE: Duration = Duration::from_secs(90);
+
+/// Stuck connections last longer than the minimum age by at most one of these times, in milliseconds. The long ones are for a killer on a
+/// busy machine; on an idle one, the killer closes them earlier.
+const HELD_MS: [u32; 4] = [5, 50, 500, 2000];
+/// The same for the daemon, which decides about all of them and then acts on one after the other.
+const HELD_BEFORE_DAEMON_MS: [u32; 4] = [50, 2000, 10_000, 20_000];
 
 /// Sysctls of the clients' host, so that a 4-tuple can be used again within milliseconds.
 const CLIENT_SYSCTLS: [(&str, &str); 2] = [
@@ -130,6 +139,33 @@ impl Options {
 /// The run itself failed: a worker did not start or end, or a killer did not work. Harm that the killers did is in the report.
 pub fn run(options: &Options, killers: &[Killer]) -> Result<Report> {
     ensure!(!killers.is_empty(), "no killer to run");
+    run_with(options, HELD_MS, |host, until, is_done| {
+        killer::run_all(host, killers, until, options.acts, is_done)
+    })
+}
+
+/// Runs the daemon among bystanders. Its minimum age is a minute.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_daemon(options: &Options, daemon: &Daemon) -> Result<Report> {
+    let options = &Options {
+        min_age: Some(daemon::MIN_AGE),
+        ..options.clone()
+    };
+    run_with(options, HELD_BEFORE_DAEMON_MS, |host, until, is_done| {
+        daemon::run(host, daemon, options, until, is_done)
+    })
+}
+
+/// Whether the run is over, from whether every killer has attempted to close enough sockets.
+type IsDone<'a> = dyn FnMut(bool) -> Result<bool> + Send + 'a;
+
+fn run_with(
+    options: &Options,
+    held_ms: [u32; 4],
+    run_killers: impl FnOnce(&Host, Instant, &mut IsDone<'_>) -> Result<Vec<KillStats>>,
+) -> Result<Report> {
     let ports = options.ports();
     ensure!(ports[0] != ports[1], "there is no port after {}", ports[0]);
     let lab = Lab::new()?;
@@ -146,12 +182,15 @@ pub fn run(options: &Options, killers: &[Killer]) -> Result<Report> {
     let (app, peer) = link.addresses(options.family);
     let min_age_ms = options
         .min_age
-        .map(|age| u16::try_from(age.as_millis()).context("the minimum age is more than a minute"))
+        .map(|age| u32::try_from(age.as_millis()).context("the minimum age is too long"))
         .transpose()?;
+    let min_age = options.min_age.unwrap_or_default();
+    let longest_leak = min_age + held_ms.map(u64::from).map(Duration::from_millis)[3];
     let server_config = server::Config {
         listen: ports.map(|port| SocketAddr::new(options.family.any(), port)),
         v6_only: options.family == Family::V6,
         seed: options.seed,
+        longest_leak,
     };
     let client_config = client::Config {
         servers: ports.map(|port| SocketAddr::new(app, port)),
@@ -159,6 +198,7 @@ pub fn run(options: &Options, killers: &[Killer]) -> Result<Report> {
         clients: options.connections,
         seed: options.seed,
         min_age_ms,
+        held_ms,
     };
     let mut server = Worker::start(lab.app_host(), "server", WorkerRole::Server(server_config))?;
     let mut clients = Worker::start(
@@ -168,16 +208,18 @@ pub fn run(options: &Options, killers: &[Killer]) -> Result<Report> {
     )?;
 
     let began = Instant::now();
-    let is_done = |acts_reached| {
+    let mut is_done = |acts_reached| {
         let Progress { losses, streams } = clients.progress()?;
         let streams_reached = options.streams.is_none_or(|wanted| streams >= wanted);
         let lost = options.losses.is_some_and(|wanted| losses >= wanted);
         Ok(lost || acts_reached && streams_reached)
     };
     let until = began + options.time;
-    let kill_stats = killer::run_all(lab.app_host(), killers, until, options.acts, is_done)?;
+    let kill_stats = run_killers(lab.app_host(), until, &mut is_done)?;
     ensure!(clients.is_alive(), "the client process is gone");
-    let (lost_by_clients, client_stats): (_, ClientStats) = clients.finish(END_DEADLINE)?;
+    // A half-closed stream lasts twice the minimum age.
+    let end_deadline = END_DEADLINE + longest_leak + 2 * min_age;
+    let (lost_by_clients, client_stats): (_, ClientStats) = clients.finish(end_deadline)?;
     let duration = began.elapsed();
 
     let listening = |socket: &crate::KernelSocket| {
@@ -187,7 +229,7 @@ pub fn run(options: &Options, killers: &[Killer]) -> Result<Report> {
     let listeners = sockets.iter().filter(|socket| listening(socket)).count();
     let server_alive = server.is_alive();
     let (lost_by_server, server_stats): (_, ServerStats) = match server_alive {
-        true => server.finish(END_DEADLINE)?,
+        true => server.finish(end_deadline)?,
         false => Default::default(),
     };
     // If both sides of a connection report a loss, it counts once. The client's report has more details.
@@ -210,7 +252,7 @@ pub fn run(options: &Options, killers: &[Killer]) -> Result<Report> {
 /// The command line of `netns-harness chaos`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Chaos {
-    /// Longest duration of the run, in seconds
+    /// Longest duration of the run, in seconds; the daemon acts after the first minute
     #[arg(long, value_name = "N", default_value = "30", value_parser = clap::value_parser!(u64).range(1..))]
     seconds: u64,
     /// End as soon as every method has attempted to close N sockets; fewer are a fault
@@ -237,6 +279,9 @@ pub(crate) struct Chaos {
     /// The cwkill program to run
     #[arg(long, value_name = "PATH", default_value = "cwkill")]
     cwkill: PathBuf,
+    /// Run `cwkill daemon` with a policy for each method instead of cwkill. Its minimum age is a minute
+    #[arg(long, conflicts_with_all = ["min_age_ms", "instead"])]
+    daemon: bool,
     /// Run this on the server's host instead of cwkill, to see whether its harm is detected; for example `ss -K sport = :8080`
     #[arg(long, value_name = "COMMAND", conflicts_with_all = ["method", "cwkill", "acts"])]
     instead: Option<String>,
@@ -270,7 +315,23 @@ impl Chaos {
             seed,
             min_age: self.min_age_ms.map(|ms| Duration::from_millis(ms.into())),
         };
-        let killers = match &self.instead {
+        let report = match self.daemon {
+            true => {
+                let cwkill_program = program::beside_this_program(&self.cwkill)?;
+                run_daemon(&options, &Daemon::new(&cwkill_program, &self.method))?
+            }
+            false => run(&options, &self.killers(&options)?)?,
+        };
+        println!("{report}");
+        let faults = report.faults();
+        for fault in &faults {
+            println!("FAULT: {fault}");
+        }
+        Ok(i32::from(!faults.is_empty()))
+    }
+
+    fn killers(&self, options: &Options) -> Result<Vec<Killer>> {
+        Ok(match &self.instead {
             Some(command) => {
                 let words: Vec<_> = command.split_whitespace().collect();
                 let Some(name) = words.first() else {
@@ -285,13 +346,6 @@ impl Chaos {
                 };
                 self.method.iter().map(|method| cwkill(method)).collect()
             }
-        };
-        let report = run(&options, &killers)?;
-        println!("{report}");
-        let faults = report.faults();
-        for fault in &faults {
-            println!("FAULT: {fault}");
-        }
-        Ok(i32::from(!faults.is_empty()))
+        })
     }
 }

@@ -26,11 +26,8 @@ const BACKLOG: i32 = 8192;
 /// The longest time that a connection waits at the second listener, in milliseconds.
 const ACCEPT_DELAY_MS: u32 = 40;
 
-/// The longest pause between two replies of a stream, in milliseconds.
-const STREAM_PAUSE_MS: u32 = 8;
-
 /// How long the server waits for a FIN, in milliseconds: as long as for a bystander's bytes.
-const FIN_TIMEOUT_MS: u16 = 20_000;
+const FIN_TIMEOUT_MS: u32 = 20_000;
 
 /// The server's part of the [`super::Options`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -39,6 +36,8 @@ pub(crate) struct Config {
     pub listen: [SocketAddr; 2],
     pub v6_only: bool,
     pub seed: u64,
+    /// The longest time for which it leaks a connection.
+    pub longest_leak: Duration,
 }
 
 /// Counters of the server.
@@ -92,7 +91,7 @@ pub(super) fn run(config: &Config) -> Result<()> {
     })?;
     // A thread returns early if its listener was closed.
     io::copy(&mut io::stdin().lock(), &mut io::sink()).context("wait for the end")?;
-    let until = Instant::now() + BYTE_TIMEOUT + BYTE_TIMEOUT;
+    let until = Instant::now() + BYTE_TIMEOUT + BYTE_TIMEOUT + config.longest_leak;
     while server.busy.load(Ordering::Acquire) > 0 {
         ensure!(
             Instant::now() < until,
@@ -201,7 +200,8 @@ impl Server {
                     self.stats().leaked += 1;
                     return;
                 }
-                Then::Stream { replies } => {
+                Then::Stream { replies, pause_ms } => {
+                    let replies = (replies, pause_ms);
                     ("stream", stream(connection, &header, replies, &mut random))
                 }
                 Then::More | Then::ServerCloses | Then::ClientCloses => {
@@ -238,7 +238,7 @@ impl Server {
 
 /// Behaves as a program that forgets to close. Until the FIN has arrived, the connection is a bystander and must not be
 /// closed.
-fn leak(connection: &mut Connection, read: bool, watch: bool, ms: u16) {
+fn leak(connection: &mut Connection, read: bool, watch: bool, ms: u32) {
     // nix has no constant for POLLRDHUP.
     wait_for(
         connection,
@@ -256,24 +256,25 @@ fn leak(connection: &mut Connection, read: bool, watch: bool, ms: u16) {
     }
 }
 
-fn wait_for(connection: &Connection, events: PollFlags, ms: u16) {
+fn wait_for(connection: &Connection, events: PollFlags, ms: u32) {
     let mut waiting = [PollFd::new(connection.stream.as_fd(), events)];
     // No signal has a handler here, and the descriptor is valid: poll(2) cannot end early.
-    let _ = poll(&mut waiting, PollTimeout::from(ms));
+    let timeout = PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX);
+    let _ = poll(&mut waiting, timeout);
 }
 
 /// Reads the request up to the FIN, then replies with pauses.
 fn stream(
     connection: &mut Connection,
     header: &Header,
-    replies: u16,
+    (replies, pause_ms): (u16, u16),
     random: &mut Random,
 ) -> Result<(), WireError> {
     connection.read_request(header)?;
     connection.read_end()?;
     for reply in 0..replies {
         connection.send_reply(header, reply.into())?;
-        thread::sleep(random.pause(STREAM_PAUSE_MS));
+        thread::sleep(random.pause(pause_ms.into()));
     }
     Ok(())
 }

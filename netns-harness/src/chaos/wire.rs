@@ -44,10 +44,11 @@ pub(super) enum Then {
         read: bool,
         /// The server closes early if it notices that the connection is dead.
         watch: bool,
-        ms: u16,
+        ms: u32,
     },
-    /// The client sends FIN, and the server sends `replies` replies with pauses: a half-closed connection in use.
-    Stream { replies: u16 },
+    /// The client sends FIN, and the server sends `replies` replies with pauses of up to `pause_ms` milliseconds: a half-closed connection in
+    /// use.
+    Stream { replies: u16, pause_ms: u16 },
 }
 
 /// The beginning of a request. On the wire it is JSON after two bytes with its length.
