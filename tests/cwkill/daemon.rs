@@ -29,7 +29,7 @@ pub const TESTS: &[Test] = &[
     once!(a_text_file_is_for_every_reader_and_has_no_names_of_others),
     once!(a_directory_that_cannot_be_written_is_named_with_its_place),
     once!(health_is_that_of_the_last_sweep),
-    once!(scrapes_that_never_read_block_nobody),
+    once!(scrapes_that_never_read_do_not_block_a_thousand_others),
     once!(an_address_in_use_is_an_error_before_anything_else),
     once!(a_second_daemon_refuses),
     once!(a_signal_ends_it_and_frees_its_place),
@@ -520,7 +520,7 @@ fn health_is_that_of_the_last_sweep() -> Result<()> {
     Ok(())
 }
 
-fn scrapes_that_never_read_block_nobody() -> Result<()> {
+fn scrapes_that_never_read_do_not_block_a_thousand_others() -> Result<()> {
     let lab = Lab::new()?;
     let place = Place::new()?;
     let mut daemon = Daemon::start(&lab, &place)?;
@@ -534,7 +534,7 @@ fn scrapes_that_never_read_block_nobody() -> Result<()> {
     }
     daemon.wait_for_sweeps(3.0)?;
     let answers: Vec<Result<Answer>> = std::thread::scope(|scope| {
-        let scrapes: Vec<_> = (0..100)
+        let scrapes: Vec<_> = (0..1000)
             .map(|_| scope.spawn(|| daemon.get("/metrics")))
             .collect();
         let join = |scrape: std::thread::ScopedJoinHandle<'_, _>| scrape.join().expect("no panic");
