@@ -416,6 +416,7 @@ fn descriptors(target: &mut Target) -> impl Iterator<Item = ReclaimTarget<'_>> {
             cookie: socket.cookie(),
             age: socket.age,
             unread: 0,
+            kernel_tls: false,
             may_lose: socket.recv_q,
         })
     })

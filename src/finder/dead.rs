@@ -96,6 +96,9 @@ pub struct DeadSocket {
     /// Bytes that the program has not read. It still can: the kernel keeps them until the last descriptor is closed
     /// (net/ipv4/tcp.c, tcp_done; net/ipv4/af_inet.c, inet_sock_destruct).
     pub unread: u32,
+    /// TLS in the kernel is on. It keeps the rest of a record that the program has read in part, and nothing counts these bytes
+    /// (net/tls/tls_sw.c, process_rx_list).
+    pub kernel_tls: bool,
 }
 
 /// The result of [`find`].
@@ -479,10 +482,19 @@ fn read_verdict(socket: BorrowedFd<'_>) -> io::Result<Option<SuspectVerdict>> {
                 local: local.and_then(|address| address.as_socket()).map(canonical),
                 quiet,
                 unread,
+                kernel_tls: has_kernel_tls(socket),
             }))
         }
         _ => None,
     })
+}
+
+/// Whether TLS in the kernel (TCP_ULP) is on at a TCP socket. Without the option, for example at one of MPTCP, it is not.
+fn has_kernel_tls(socket: BorrowedFd<'_>) -> bool {
+    // TCP_ULP_NAME_MAX of include/net/tcp.h.
+    let mut name = [0; 16];
+    sys::socket_option_bytes(socket, libc::IPPROTO_TCP, libc::TCP_ULP, &mut name)
+        .is_ok_and(|name| name.starts_with(b"tls\0"))
 }
 
 #[cfg(test)]

@@ -336,6 +336,11 @@ pub enum InUse {
     /// It holds this many bytes that its program can still read.
     #[error("its process can still read {}, which --reclaim-force loses", bytes(*.0))]
     Unread(u32),
+    /// TLS in the kernel may keep bytes that its program can still read, and that nothing counts.
+    #[error(
+        "TLS in the kernel may keep the rest of a record that its process can still read, which --reclaim-force loses"
+    )]
+    KernelTls,
     /// It has been quiet only for this long.
     #[error("quiet for only {} (--reclaim-age)", format_duration(whole_millis(*.0)))]
     TooYoung(Duration),
@@ -467,6 +472,7 @@ mod tests {
                 "finalizer",
                 "transfer",
                 "unread",
+                "kernel-tls",
                 "too-young",
                 "age-unknown",
             ]

@@ -25,7 +25,7 @@ use super::obstacle;
 use super::ptrace::{StoppedProcess, Thread};
 use super::syscalls::SyscallFds;
 use super::{RETRY_INTERVAL, ReclaimRules, ReclaimTarget, read_text};
-use crate::finder::dead::{self, SuspectVerdict};
+use crate::finder::dead::{self, DeadSocket, SuspectVerdict};
 use crate::model::{InUse, Privilege, ReclaimReason};
 use crate::privileges;
 use crate::proc::epoll::EpollSet;
@@ -265,11 +265,11 @@ impl<'p> InspectedProcess<'p> {
         read_text(self.proc.path(&format!("{}/{name}", self.pid)))
     }
 
-    /// The unread bytes of the dead socket of `target`; `None` if its descriptor is something else by now.
-    pub fn unread(&self, target: &ReclaimTarget) -> Result<Option<u32>, Errno> {
+    /// The dead socket of `target`; `None` if its descriptor is something else by now.
+    pub fn dead_socket(&self, target: &ReclaimTarget) -> Result<Option<DeadSocket>, Errno> {
         match dead::examine(self.pidfd.as_fd(), target.owner.fd, target.inode) {
             Some(SuspectVerdict::Dead(socket)) if socket.cookie == target.cookie => {
-                Ok(Some(socket.unread))
+                Ok(Some(socket))
             }
             Some(SuspectVerdict::Unknown(errno)) => Err(errno),
             _ => Ok(None),

@@ -62,6 +62,8 @@ pub struct ReclaimTarget<'a> {
     /// Unread bytes when cwkill found the socket; 0 if the socket was alive then, because more could arrive. cwkill reads their
     /// number again during the stop.
     pub unread: u32,
+    /// Whether TLS in the kernel may keep more bytes than those. Known of a dead socket.
+    pub kernel_tls: bool,
     /// Unread bytes in the listing from which the operator had the socket closed; their loss is accepted. 0 if cwkill found the
     /// socket dead.
     pub may_lose: u32,
@@ -76,6 +78,7 @@ impl<'a> ReclaimTarget<'a> {
             cookie: dead.cookie,
             age: Some(dead.quiet),
             unread: dead.unread,
+            kernel_tls: dead.kernel_tls,
             may_lose: 0,
         }
     }
@@ -91,6 +94,7 @@ impl<'a> ReclaimTarget<'a> {
             // cwkill never leaves such a number free: the program would take the next file that it opens for its input or output.
             false if self.owner.fd.is_standard() => Some(InUse::StandardDescriptor),
             false if unread > self.may_lose => Some(InUse::Unread(unread)),
+            false if self.kernel_tls => Some(InUse::KernelTls),
             false => evidence
                 .against(self.owner.fd.0, self.inode)
                 .or_else(|| too_young(self.age, rules.min_age)),
@@ -339,6 +343,7 @@ mod tests {
             cookie: Cookie(5),
             age: Some(Duration::from_secs(60)),
             unread: 0,
+            kernel_tls: false,
             may_lose: 0,
         }
     }
@@ -424,6 +429,10 @@ mod tests {
         target.may_lose = 5;
         assert_eq!(in_use(&target, 5), None);
         assert_eq!(in_use(&target, 6), Some(InUse::Unread(6)));
+        target.kernel_tls = true;
+        assert_eq!(in_use(&target, 5), Some(InUse::KernelTls));
+        assert_eq!(in_use(&target, 6), Some(InUse::Unread(6)));
+        target.kernel_tls = false;
         target.age = None;
         assert_eq!(in_use(&target, 0), Some(InUse::AgeUnknown));
         let java = Evidence {

@@ -175,15 +175,18 @@ fn skip_in_use(
             target.owner.reclaim = Some(reason.into_outcome());
             continue;
         }
-        target.owner.reclaim = match inspection.process.unread(target) {
+        target.owner.reclaim = match inspection.process.dead_socket(target) {
             Ok(None) => Some(ReclaimOutcome::Gone),
             Err(errno) => Some(match OwnerError::from(errno) {
                 OwnerError::Reason(reason) => reason.into_outcome(),
                 OwnerError::Exited | OwnerError::TryAgain => ReclaimOutcome::Gone,
             }),
-            Ok(Some(unread)) => target
-                .in_use(&evidence, unread, rules)
-                .map(|in_use| ReclaimOutcome::Skipped(ReclaimReason::InUse(in_use))),
+            Ok(Some(dead)) => {
+                target.kernel_tls = dead.kernel_tls;
+                target
+                    .in_use(&evidence, dead.unread, rules)
+                    .map(|in_use| ReclaimOutcome::Skipped(ReclaimReason::InUse(in_use)))
+            }
         };
     }
     Ok(())

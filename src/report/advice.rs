@@ -259,7 +259,7 @@ fn unread(kept: &Kept<'_>, by: KeptBy<'_>) -> Option<Advice> {
 }
 
 fn is_unread(in_use: &InUse) -> bool {
-    matches!(in_use, InUse::Unread(_))
+    matches!(in_use, InUse::Unread(_) | InUse::KernelTls)
 }
 
 fn force_command(pid: i32) -> String {

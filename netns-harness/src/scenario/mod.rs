@@ -13,6 +13,7 @@ mod forked;
 mod full_backlog;
 mod half_closed;
 mod ktls;
+mod ktls_partial;
 mod last_ack;
 mod mptcp;
 mod mptcp_fallback;
@@ -78,6 +79,7 @@ pub const ALL: &[&Scenario] = &[
     &mptcp::SCENARIO,
     &mptcp_fallback::SCENARIO,
     &ktls::SCENARIO,
+    &ktls_partial::SCENARIO,
     &vrf::SCENARIO,
     &must_fail::SCENARIO,
 ];

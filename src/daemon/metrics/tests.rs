@@ -91,6 +91,7 @@ fn dead() -> SuspectVerdict {
         local: None,
         quiet: Duration::ZERO,
         unread: 0,
+        kernel_tls: false,
     })
 }
 

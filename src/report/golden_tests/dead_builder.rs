@@ -35,6 +35,7 @@ pub fn dead(who: &'static Who, fd: i32, inode: u32, cookie: u64) -> Dead {
         local: Some(SocketAddr::from(([10, 0, 0, 1], 80))),
         quiet: Duration::from_secs(120),
         unread: 0,
+        kernel_tls: false,
     };
     Dead {
         who,

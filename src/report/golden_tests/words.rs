@@ -149,7 +149,7 @@ pub(super) fn method_error(word: &str) -> MethodError {
 }
 
 /// Why a descriptor is not closed in its process, by a word each.
-pub const KEPT: [&str; 50] = [
+pub const KEPT: [&str; 51] = [
     "in-call",
     "in-some-call",
     "in-epoll",
@@ -200,6 +200,7 @@ pub const KEPT: [&str; 50] = [
     "hostile-ring-worker",
     "hostile-tracer",
     "thread-table",
+    "kernel-tls",
 ];
 
 pub(super) fn reason(word: &str) -> ReclaimReason {
@@ -218,6 +219,7 @@ pub(super) fn reason(word: &str) -> ReclaimReason {
         "transfer" => InUse::Transfer { tid, number },
         "unread-1" => InUse::Unread(1),
         "unread" => InUse::Unread(1460),
+        "kernel-tls" => InUse::KernelTls,
         "too-young" => InUse::TooYoung(Duration::from_micros(12_345_678)),
         "no-age" => InUse::AgeUnknown,
         "standard" => InUse::StandardDescriptor,
