@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, ErrorKind};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -171,19 +171,20 @@ pub(super) fn run(
             ..KillStats::default()
         })
         .collect();
-    let mut command = Command::new(&daemon.program);
-    command
+    let name = daemon.program.display().to_string();
+    let what_it_said = || fs::read_to_string(&said).unwrap_or_default();
+    // It ends with the harness.
+    let command = host
+        .command(&name)
         .args(["daemon", "--interval", INTERVAL, "--config"])
-        .arg(&config)
+        .args([&config])
         .env("STATE_DIRECTORY", &place.0)
         .env("CWKILL_HISTORY", &place.0)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(File::create(&said).context("write what it says")?);
-    let name = daemon.program.display().to_string();
-    let what_it_said = || fs::read_to_string(&said).unwrap_or_default();
-    let spawn = || command.spawn().with_context(|| format!("start {name}"));
-    let mut child = Killed(host.within(spawn)?);
+    let spawned = command.spawn();
+    let mut child = Killed(spawned.with_context(|| format!("start {name}"))?);
     loop {
         log.read(&mut stats)?;
         let has_enough = |stats: &KillStats| options.acts.is_some_and(|acts| stats.acts >= acts);
