@@ -232,17 +232,9 @@ impl Lab {
     pub fn wait_for(
         &self,
         deadline: Duration,
-        mut condition: impl FnMut() -> Result<bool>,
+        condition: impl FnMut() -> Result<bool>,
     ) -> Result<()> {
-        let until = Instant::now() + deadline;
-        while !condition()? {
-            ensure!(
-                Instant::now() < until,
-                "the condition did not hold within {deadline:?}"
-            );
-            std::thread::sleep(POLL_INTERVAL);
-        }
-        Ok(())
+        wait_for(deadline, condition)
     }
 
     fn pair_for(&self, scenario: &Scenario, family: Family, options: Options) -> Result<Arc<Pair>> {
@@ -333,6 +325,22 @@ impl Lab {
             sealed: Mutex::new(false),
         })
     }
+}
+
+/// As [`Lab::wait_for`].
+///
+/// # Errors
+/// `condition` fails, or does not hold within `deadline`.
+pub fn wait_for(deadline: Duration, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
+    let until = Instant::now() + deadline;
+    while !condition()? {
+        ensure!(
+            Instant::now() < until,
+            "the condition did not hold within {deadline:?}"
+        );
+        std::thread::sleep(POLL_INTERVAL);
+    }
+    Ok(())
 }
 
 /// A peer's host and its link to the application's host. Link N has the networks 10.78.N.0/24 and fd78:0:0:N::/64.

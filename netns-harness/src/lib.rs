@@ -19,7 +19,7 @@
 //! It needs root or unprivileged user namespaces, and no other program. When the calling program ends, for whatever reason,
 //! the kernel removes the lab.
 //!
-//! - `lab`: hosts, links, applications and peers
+//! - `lab`: hosts, links, applications and peers; [`Routed`]: a client and a server with a router between them
 //! - `scenario`: the stuck states, one per file
 //! - `host`: a network namespace and the processes in it
 //! - `agent`: the processes that own the sockets, and their handles
@@ -44,6 +44,7 @@ pub mod owners;
 mod privilege;
 mod program;
 mod role;
+mod router;
 mod rtnetlink;
 mod run;
 pub mod scenario;
@@ -58,10 +59,11 @@ pub use agent::{
 pub use caps::Capability;
 pub use host::{Host, HostCommand, Rewrite, rewrite_commands};
 pub use kernel::{KernelSocket, TcpState, canonical};
-pub use lab::{Conn, Family, Lab, Leak, Listen, Options, Pair};
+pub use lab::{Conn, Family, Lab, Leak, Listen, Options, Pair, wait_for};
 pub use nix::sys::signal::Signal;
 pub use privilege::{FORCE_USERNS, ensure_privileges};
 pub use role::run_role;
+pub use router::{Routed, Side};
 pub use ss::{SsOwner, SsRow};
 pub use verify::{check, verify};
 

@@ -1,4 +1,5 @@
-//! The rtnetlink requests of a lab: create a veth pair or a VRF, add an address, set a link up or down or into a VRF. Replaces `ip`.
+//! The rtnetlink requests of a lab: create a veth pair or a VRF, add an address or a default route, set a link up or down or into a VRF.
+//! Replaces `ip`.
 //!
 //! Invariant: every call acts in the network namespace of the calling thread.
 
@@ -13,6 +14,9 @@ use netlink_packet_core::{
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVeth, InfoVrf, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -80,11 +84,7 @@ pub(crate) fn set_link(name: &str, up: bool) -> Result<()> {
 /// Adds an address that is usable at once, without duplicate address detection.
 pub(crate) fn add_address(name: &str, address: IpAddr, prefix_len: u8) -> Result<()> {
     let mut message = AddressMessage::default();
-    message.header.family = if address.is_ipv4() {
-        AddressFamily::Inet
-    } else {
-        AddressFamily::Inet6
-    };
+    message.header.family = family(address);
     message.header.prefix_len = prefix_len;
     message.header.flags = AddressHeaderFlags::Nodad;
     message.header.index = index(name)?;
@@ -97,6 +97,33 @@ pub(crate) fn add_address(name: &str, address: IpAddr, prefix_len: u8) -> Result
         NLM_F_CREATE | NLM_F_EXCL,
     )
     .with_context(|| format!("add {address} to {name}"))
+}
+
+/// Sends everything that has no other route to `gateway`.
+pub(crate) fn add_default_route(gateway: IpAddr) -> Result<()> {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(gateway);
+    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    message.header.protocol = RouteProtocol::Static;
+    message.header.scope = RouteScope::Universe;
+    message.header.kind = RouteType::Unicast;
+    let address = match gateway {
+        IpAddr::V4(address) => RouteAddress::Inet(address),
+        IpAddr::V6(address) => RouteAddress::Inet6(address),
+    };
+    message.attributes = vec![RouteAttribute::Gateway(address)];
+    request(
+        RouteNetlinkMessage::NewRoute(message),
+        NLM_F_CREATE | NLM_F_EXCL,
+    )
+    .with_context(|| format!("add the default route by {gateway}"))
+}
+
+fn family(address: IpAddr) -> AddressFamily {
+    match address {
+        IpAddr::V4(_) => AddressFamily::Inet,
+        IpAddr::V6(_) => AddressFamily::Inet6,
+    }
 }
 
 fn index(name: &str) -> Result<u32> {
