@@ -71,6 +71,20 @@ pub(crate) fn messages(datagram: &[u8]) -> impl Iterator<Item = NetlinkBuffer<&[
     })
 }
 
+/// The attributes in `bytes`: kind, without the bits for nesting and byte order, and value. One that is cut short ends the list.
+pub(crate) fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    const KIND_MASK: u16 = 0x3fff;
+    let mut rest = bytes;
+    std::iter::from_fn(move || {
+        let length = usize::from(u16::from_ne_bytes(*rest.first_chunk()?));
+        let kind = u16::from_ne_bytes(*rest.get(2..)?.first_chunk()?);
+        let value = rest.get(ATTRIBUTE_LEN..length)?;
+        // Attributes start at multiples of four bytes. The last one may lack its padding.
+        rest = &rest[length.next_multiple_of(4).min(rest.len())..];
+        Some((kind & KIND_MASK, value))
+    })
+}
+
 /// The errno of an error message, 0 for an acknowledgement; `None` for any other message.
 pub(crate) fn errno(message: &NetlinkBuffer<&[u8]>) -> Option<i32> {
     let is_error = message.message_type() == NLMSG_ERROR;
@@ -113,6 +127,20 @@ mod tests {
         let other = io::Error::from_raw_os_error(libc::ENOMEM);
         let error = Overruns::default().note(other).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOMEM));
+    }
+
+    #[test]
+    fn attributes_are_split_at_their_lengths() {
+        let mut body = Vec::new();
+        put_attribute(&mut body, 0x8003, &[1, 2, 3]);
+        put_attribute(&mut body, 7, &[]);
+        put_attribute(&mut body, 9, &[4]);
+        let expected: [(u16, &[u8]); 3] = [(3, &[1, 2, 3]), (7, &[]), (9, &[4])];
+        assert_eq!(attributes(&body).collect::<Vec<_>>(), expected);
+        // The last one without its padding, and cut.
+        assert_eq!(attributes(&body[..body.len() - 3]).count(), 3);
+        assert_eq!(attributes(&body[..body.len() - 4]).count(), 2);
+        assert_eq!(attributes(&[3, 0, 1, 0, 4, 0, 1, 0]).count(), 0);
     }
 
     #[test]

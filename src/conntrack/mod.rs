@@ -1,16 +1,30 @@
 //! Connection tracking (conntrack): the table with which the kernel does NAT and stateful filtering.
 //!
-//! Nothing here loads a kernel module. The table is read from /proc/net/nf_conntrack, which exists only while connection tracking
-//! is loaded. A request over netlink would load nf_conntrack_netlink (net/netfilter/nfnetlink.c, nfnetlink_rcv_msg), and needs
-//! CAP_NET_ADMIN. See docs/decisions/conntrack-by-proc.md.
+//! There are two ways to read it:
+//! - This file reads /proc/net/nf_conntrack, for notes beside a report about sockets. It loads no kernel module: the file exists only
+//!   while connection tracking is loaded. See docs/decisions/conntrack-by-proc.md.
+//! - [`client`] asks over netlink, for `cwkill gateway`. That makes the kernel load nf_conntrack_netlink, and needs CAP_NET_ADMIN. See
+//!   docs/decisions/gateway.md. [`codec`] has the messages, `state` the states, and `timeouts` what a timeout says about the last packet.
 
+pub mod client;
+pub mod codec;
 mod entry;
+mod state;
+mod timeouts;
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read};
 use std::time::{Duration, Instant};
 
+use strum::VariantArray;
+
+use codec::PolicyKeeper;
+
+pub use client::{Conntrack, Delete};
+pub use codec::{DumpFilter, Entry};
 pub use entry::{TrackedEnds, TranslatedConnection};
+pub use state::ConntrackState;
+pub use timeouts::Timeouts;
 
 /// The settings and counters of the network namespace of the calling thread.
 const DIRECTORY: &str = "/proc/sys/net/netfilter";
@@ -38,9 +52,53 @@ fn number(name: &str) -> Option<u64> {
     text.trim().parse().ok()
 }
 
+/// A timeout of TCP, by the end of its name.
+fn timeout(name: &str) -> Option<Duration> {
+    number(&format!("nf_conntrack_tcp_timeout_{name}")).map(Duration::from_secs)
+}
+
 /// How long this namespace keeps the entry of a connection whose one side is closed; `None` if connection tracking is not loaded.
 pub fn close_wait_timeout() -> Option<Duration> {
-    number("nf_conntrack_tcp_timeout_close_wait").map(Duration::from_secs)
+    timeout("close_wait")
+}
+
+/// The timeouts of the namespace of the calling thread. `conntrack` was opened in it.
+pub fn timeouts(conntrack: &mut Conntrack) -> Timeouts {
+    // What cannot be listed may have policies.
+    let mut has = |keeper| conntrack.has_policies(keeper).unwrap_or(true);
+    let by_policy = [
+        (PolicyKeeper::NfTables, "nf_tables"),
+        (PolicyKeeper::Cttimeout, "nfnetlink_cttimeout"),
+    ]
+    .into_iter()
+    .any(|(keeper, module)| !is_known_to_be_missing(module) && has(keeper));
+    let of_state = |state: &ConntrackState| Some((*state, timeout(state.timeout_name()?)?));
+    let shorter = ["max_retrans", "unacknowledged", "close"];
+    Timeouts {
+        of_state: ConntrackState::VARIANTS
+            .iter()
+            .filter_map(of_state)
+            .collect(),
+        shorter: shorter.into_iter().filter_map(timeout).collect(),
+        by_policy,
+    }
+}
+
+/// Whether a kernel module that needs nf_conntrack is not loaded, so that a request to it would load it. If nf_conntrack is a module
+/// itself, such a module cannot be a part of the kernel.
+fn is_known_to_be_missing(module: &str) -> bool {
+    let loaded = fs::read_to_string("/proc/modules").unwrap_or_default();
+    let is_loaded = |name: &str| {
+        let mut names = loaded.lines().filter_map(|line| line.split(' ').next());
+        names.any(|loaded| loaded == name)
+    };
+    is_loaded("nf_conntrack") && !is_loaded(module)
+}
+
+/// How many entries the table of the namespace of the calling thread has, of all protocols, and how many it may have. `None` if
+/// connection tracking is not loaded.
+pub fn table_use() -> Option<(u64, u64)> {
+    Some((number("nf_conntrack_count")?, number("nf_conntrack_max")?))
 }
 
 /// The entries in CLOSE_WAIT of the namespace of the calling thread. A table can have millions of entries, so cwkill reads until `until`

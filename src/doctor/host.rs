@@ -15,9 +15,10 @@ use socket2::{Domain, Socket, Type};
 
 use super::confinement::Confinement;
 use super::container_names::{self, ContainerNames};
+use crate::conntrack;
 use crate::finder::owners;
 use crate::injector::rst::repair::RepairMode;
-use crate::packet::capture::Capture;
+use crate::packet::capture::{Capture, Seen};
 use crate::packet::raw;
 use crate::privileges::FIRST_USER_NAMESPACE;
 use crate::proc::netns::NetnsScope;
@@ -66,6 +67,8 @@ pub struct HostInfo {
     pub raw_v6: io::Result<()>,
     /// The packet socket that captures the elicited ACK for an `rst` without an owner.
     pub capture: io::Result<()>,
+    /// How many entries conntrack has in this network namespace, and how many it may have; `None` if it is not loaded.
+    pub tracked: Option<(u64, u64)>,
     /// The host has an IPv6 loopback address.
     pub ipv6: bool,
     /// Whether the kernel's iterator over the descriptors of all processes works, or why not.
@@ -161,7 +164,8 @@ impl HostInfo {
             repair: repair(),
             raw_v4: raw::try_open(false),
             raw_v6: raw::try_open(true),
-            capture: Capture::open().and_then(|capture| capture.filter_for(&[])),
+            capture: Capture::open().and_then(|capture| capture.filter_for(Seen::Leaving, &[])),
+            tracked: conntrack::table_use(),
             ipv6: TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok(),
             iterator,
             container_names: container_names::read(proc).map_err(|error| error.to_string()),
@@ -319,6 +323,7 @@ pub(super) mod testdata {
             raw_v4: Ok(()),
             raw_v6: Ok(()),
             capture: Ok(()),
+            tracked: None,
             ipv6: true,
             iterator: Ok(()),
             container_names: Ok(ContainerNames::default()),

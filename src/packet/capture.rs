@@ -1,4 +1,4 @@
-//! A packet socket that captures the outgoing ACKs of this host, through a filter in the kernel.
+//! A packet socket that captures the ACKs that leave this host, or the answers that arrive at it, through a filter in the kernel.
 //!
 //! Only a packet socket for all protocols sees outgoing packets (net/core/dev.c, dev_queue_xmit_nit). With SOCK_DGRAM every packet
 //! starts at its IP header, whatever the link layer is. The socket sees a packet once per device that it passes (VLAN, bridge). It
@@ -27,6 +27,15 @@ pub struct Capture {
     socket: Socket,
 }
 
+/// The segments that a filter lets through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// Bare ACKs that leave this host.
+    Leaving,
+    /// Bare ACKs, RSTs and SYNs that arrive at this host, also those that it forwards. They are seen before netfilter.
+    Arriving,
+}
+
 impl Capture {
     /// Opens the packet socket. Until [`Capture::filter_for`] it has no filter.
     ///
@@ -42,12 +51,12 @@ impl Capture {
         Ok(Capture { socket })
     }
 
-    /// Captures only bare ACKs with the ports of these connections from now on, and drops all earlier packets.
+    /// Captures only segments with the ports of these connections from now on, and drops all earlier packets.
     ///
     /// # Errors
     /// ENOMEM: net.core.optmem_max is too small for the filter.
-    pub fn filter_for(&self, connections: &[Tuple]) -> io::Result<()> {
-        self.socket.attach_filter(&program(connections))?;
+    pub fn filter_for(&self, seen: Seen, connections: &[Tuple]) -> io::Result<()> {
+        self.socket.attach_filter(&program(seen, connections))?;
         self.drain(|_| {})
     }
 
@@ -73,17 +82,17 @@ impl Capture {
     }
 }
 
-/// The filter, in classic BPF. It accepts outgoing bare ACKs from the local ports of `connections`, or to their peer ports.
+/// The filter, in classic BPF. It accepts what is to be `seen` from the local ports of `connections`, or to their peer ports.
 ///
 /// It compares the side with more different ports, because these select better than the one port of a busy server. The filter
 /// cannot parse IPv6 extension headers, so it accepts every packet that has some.
-fn program(connections: &[Tuple]) -> Vec<SockFilter> {
+fn program(seen: Seen, connections: &[Tuple]) -> Vec<SockFilter> {
     // Indexes of instructions.
     const V6: usize = 13;
     const TCP: usize = 21;
-    const DROP: usize = 26;
-    const ACCEPT: usize = 27;
-    const PORTS: usize = 28;
+    const DROP: usize = 27;
+    const ACCEPT: usize = 28;
+    const PORTS: usize = 29;
 
     let local: BTreeSet<u16> = connections.iter().map(|t| t.local.port()).collect();
     let peer: BTreeSet<u16> = connections.iter().map(|t| t.peer.port()).collect();
@@ -98,7 +107,16 @@ fn program(connections: &[Tuple]) -> Vec<SockFilter> {
     // A negative offset addresses metadata of the kernel, not the packet.
     let packet_type = (libc::SKF_AD_OFF + libc::SKF_AD_PKTTYPE).cast_unsigned();
     code.load(libc::BPF_W | libc::BPF_ABS, packet_type);
-    code.jump(libc::BPF_JEQ, u32::from(libc::PACKET_OUTGOING), NEXT, DROP);
+    let (leaving, arriving, rst) = match seen {
+        Seen::Leaving => (NEXT, DROP, DROP),
+        Seen::Arriving => (DROP, NEXT, NEXT),
+    };
+    code.jump(
+        libc::BPF_JEQ,
+        u32::from(libc::PACKET_OUTGOING),
+        leaving,
+        arriving,
+    );
     code.load(libc::BPF_W | libc::BPF_LEN, 0);
     code.jump(libc::BPF_JGT, MAX_PACKET_BYTES, DROP, NEXT);
     code.load(libc::BPF_B | libc::BPF_ABS, 0);
@@ -121,11 +139,12 @@ fn program(connections: &[Tuple]) -> Vec<SockFilter> {
     code.jump(libc::BPF_JEQ, 51, ACCEPT, NEXT);
     code.jump(libc::BPF_JEQ, 60, ACCEPT, DROP);
     code.put(libc::BPF_LDX | libc::BPF_IMM, 40);
-    // TCP at X: of FIN, SYN, RST and ACK, only ACK is set.
+    // TCP at X: of FIN, SYN, RST and ACK, only ACK is set; or perhaps SYN or RST.
     assert_eq!(code.0.len(), TCP);
     code.load(libc::BPF_B | libc::BPF_IND, 13);
     code.put(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, 0x17);
-    code.jump(libc::BPF_JEQ, 0x10, NEXT, DROP);
+    code.jump(libc::BPF_JEQ, 0x10, TCP + 4, rst);
+    code.jump(libc::BPF_JSET, 0x06, NEXT, DROP);
     code.load(libc::BPF_H | libc::BPF_IND, offset);
     code.jump(libc::BPF_JA, 0, PORTS, PORTS);
     assert_eq!(code.0.len(), DROP);

@@ -330,6 +330,7 @@ fn checks(examination: &Examination) -> Vec<CheckLine> {
         raw_v4,
         raw_v6,
         capture,
+        tracked,
         ipv6: _,
         iterator,
         container_names,
@@ -435,6 +436,21 @@ fn checks(examination: &Examination) -> Vec<CheckLine> {
             Err(error) => check("network namespaces", Some(false), error.clone()),
         },
     ];
+    // A request over netlink would load conntrack where it is not.
+    checks.push(match tracked {
+        None | Some((0, _)) => check(
+            "gateway",
+            None,
+            "conntrack tracks nothing in this network namespace: no forwarded connection is known".into(),
+        ),
+        Some((used, most)) => check(
+            "gateway",
+            Some(used < most && has(Capability::CAP_NET_ADMIN)),
+            format!(
+                "conntrack has {used} of {most} entries; the list needs CAP_NET_ADMIN, --probe and --cut CAP_NET_RAW too"
+            ),
+        ),
+    });
     match reachability {
         Ok(reach) => checks.extend([
             processes("this user's processes", reach.same_user),

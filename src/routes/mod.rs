@@ -1,10 +1,12 @@
-//! The kernel's routing decision for an address: is it an address of this host?
+//! The kernel's routing decisions: is an address one of this host? Where does a packet to another host go (`path`)?
 //!
 //! cwkill asks the kernel for the route to the address (RTM_GETROUTE, rtnetlink(7)), not for the list of addresses. A prefix can be
 //! local without an address on a device, for example `local 10.0.0.0/8 dev lo` of an anycast service, and ip_nonlocal_bind does not
 //! matter. Each question costs some microseconds, however large the tables are, and needs no privilege.
 
 mod codec;
+mod path;
+mod path_codec;
 
 use std::collections::HashSet;
 use std::io;
@@ -14,6 +16,7 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
 use crate::netlink::Overruns;
 use codec::Answer;
+pub use path::{NoPath, Paths};
 
 /// Questions per datagram. The kernel reserves a page or two for each answer (net/ipv4/route.c, inet_rtm_getroute), and all
 /// answers of a datagram must fit the receive queue (net.core.rmem_default).
@@ -44,15 +47,19 @@ pub fn not_local(places: impl Iterator<Item = Place>) -> HashSet<Place> {
         }
         last = Some(place);
     }
-    let places: Vec<Place> = different.into_iter().collect();
-    match Routes::open().and_then(|mut routes| routes.are_local(&places)) {
-        Err(_) => HashSet::new(),
-        Ok(answers) => {
-            let answered = places.into_iter().zip(answers);
-            let not_local = answered.filter(|(_, is_local)| *is_local == Some(false));
-            not_local.map(|(place, _)| place).collect()
-        }
-    }
+    each_not_local(different).unwrap_or_default()
+}
+
+/// As [`not_local`], of any number of places.
+///
+/// # Errors
+/// The kernel could not be asked.
+pub fn each_not_local(places: HashSet<Place>) -> io::Result<HashSet<Place>> {
+    let places: Vec<Place> = places.into_iter().collect();
+    let answers = Routes::open()?.are_local(&places)?;
+    let answered = places.into_iter().zip(answers);
+    let not_local = answered.filter(|(_, is_local)| *is_local == Some(false));
+    Ok(not_local.map(|(place, _)| place).collect())
 }
 
 /// An rtnetlink socket in the network namespace of the thread that opened it.

@@ -1,4 +1,4 @@
-//! Thin functions over single system calls. Every `unsafe` of this program is here, in [`bpf`], in [`interrupter`] and in [`ptrace`], for the calls
+//! Thin functions over single system calls. Every `unsafe` of this program is here, in [`bpf`], in [`interrupter`], in [`link`] and in [`ptrace`], for the calls
 //! that nix, rustix and socket2 do not wrap.
 //!
 //! Each function that makes a system call returns its errno as [`io::Error`].
@@ -11,6 +11,7 @@ pub mod bpf;
 pub mod caller;
 mod duplicate;
 pub mod interrupter;
+pub mod link;
 mod pidfds;
 pub mod ptrace;
 

@@ -23,7 +23,7 @@ use std::time::Duration;
 use super::Numbers;
 use crate::control::Backoff;
 use crate::injector::engine::MethodRun;
-use crate::packet::capture::Capture;
+use crate::packet::capture::{Capture, Seen};
 use crate::packet::raw::{Outgoing, RawSockets, SendError};
 use crate::sock_diag::DiagId;
 use crate::tcp::{Segment, Seq, TcpFlags, Tuple};
@@ -60,7 +60,7 @@ pub fn elicit(
     run: &MethodRun<'_>,
 ) -> io::Result<Answers> {
     let tuples: Vec<Tuple> = ids.iter().map(DiagId::tuple).collect();
-    capture.filter_for(&tuples)?;
+    capture.filter_for(Seen::Leaving, &tuples)?;
     let mut answers = Answers::new(ids);
     let control = run.control();
     let over = run.deadline();
