@@ -13,7 +13,7 @@
 //! |---|---|
 //! | strings, system calls, kernel version, memory, threads | `text`, `sys` (every `unsafe`), [`kernel`], `memory`, `parallel`, `netlink` |
 //! | TCP | [`tcp`]: states, address pairs, sequence numbers, segments |
-//! | Linux | `bpf`: programs that the kernel runs; [`proc`]: /proc; [`sock_diag`]: the kernel's socket tables; [`routes`]: which addresses are of this host; `conntrack`: connection tracking; [`packet`]: raw and packet sockets |
+//! | Linux | `bpf`: programs that the kernel runs; [`proc`]: /proc; [`sock_diag`]: the kernel's socket tables; [`routes`]: which addresses are of this host; `conntrack`: connection tracking, by /proc and by netlink; [`packet`]: raw and packet sockets |
 //! | data | [`model`]: the terms of the glossary as types; [`control`]: clock, pauses and Ctrl-C of a run |
 //! | which sockets | [`filter`]: selectors, expressions of ss(8), the kernel's bytecode |
 //! | what there is | [`privileges`]: rights, and giving them up; [`history`]: the sockets that earlier runs have seen; [`finder`]: sockets, owners, listeners, dead descriptors |
@@ -35,6 +35,9 @@
 //!   kernel does not tell at which.
 //! - **backlog**: the queue of a listening socket with the connections that wait for accept(2). Each takes a **slot** until it is
 //!   accepted, also when it is dead. **drain**: to free the slots of dead connections. (The cause `drained` is about unread bytes.)
+//! - **forwarded connection**: a connection between other hosts that this host routes. conntrack has an **entry** for it. Its **original
+//!   direction** is that of the packets of the end that has opened it; the **source** is that end, the **destination** the address to
+//!   which it has connected.
 //! - **subflow**: a TCP connection that is a part of an MPTCP connection. The MPTCP socket is the one that has a descriptor and is
 //!   stuck.
 //! - **other end**: the socket at the other end of a connection, if it is in a namespace that was read.

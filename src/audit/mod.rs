@@ -4,6 +4,7 @@
 //! cwkill opens the log and writes the intents before it acts. If either fails, it does not act. [`record`] builds the records.
 
 mod file;
+pub mod forwarded;
 mod journal;
 pub mod record;
 mod sinks;
@@ -18,7 +19,9 @@ use nix::sys::stat::fstat;
 
 use crate::config::{LogOptions, LogTarget};
 use crate::report::Run;
+use crate::report::gateway::ForwardedRun;
 use crate::report::reclaim::ReclaimRun;
+use forwarded::ForwardedRecord;
 use journal::Journal;
 pub use record::ByPolicy;
 use record::{Caller, Entry};
@@ -114,6 +117,16 @@ impl Audit {
         self.intend(record::reclaim_intents(run))
     }
 
+    /// Writes the intents: each forwarded connection that the run is about to ask or to end.
+    ///
+    /// # Errors
+    /// As [`Audit::begin`].
+    pub fn begin_gateway(&mut self, run: &ForwardedRun) -> anyhow::Result<()> {
+        let begin = ForwardedRecord::begin(run, self.caller.sentence());
+        self.put(&Entry::Forwarded(begin));
+        self.intend(ForwardedRecord::intents(run).map(Entry::Forwarded))
+    }
+
     fn intend<'a>(&mut self, intents: impl Iterator<Item = Entry<'a>>) -> anyhow::Result<()> {
         for entry in intents {
             if let Some(why) = self.losses.sentence() {
@@ -147,6 +160,13 @@ impl Audit {
             Entry::end_reclaim(run),
             summary,
         )
+    }
+
+    /// Writes the outcome of each forwarded connection, and the end of the run; otherwise as [`Audit::finish`].
+    pub fn finish_gateway(self, run: &ForwardedRun, summary: String) -> Option<String> {
+        let outcomes = ForwardedRecord::outcomes(run).map(Entry::Forwarded);
+        let end = Entry::Forwarded(ForwardedRecord::end(run));
+        self.put_all(outcomes, run.scan.connections.len(), end, summary)
     }
 
     fn put_all<'a>(

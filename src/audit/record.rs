@@ -5,6 +5,7 @@ use std::time::SystemTime;
 
 use serde::Serialize;
 
+use super::forwarded::ForwardedRecord;
 use crate::model::{Method, Outcome, Owner, ReclaimOutcome, Scan, Target};
 use crate::proc::{Process, ProcessId};
 use crate::report::backlogs::{self, JsonBacklog, json_backlog};
@@ -202,6 +203,8 @@ pub enum Entry<'a> {
         #[serde(skip)]
         outcome: Option<&'a ReclaimOutcome>,
     },
+    /// A record of a run on forwarded connections.
+    Forwarded(ForwardedRecord<'a>),
     /// The run on sockets is over.
     End {
         /// How many sockets had which outcome.
@@ -352,6 +355,7 @@ impl Entry<'_> {
                 "outcome"
             }
             Entry::End { .. } | Entry::EndReclaim { .. } => "end",
+            Entry::Forwarded(record) => record.event(),
         }
     }
 
@@ -424,6 +428,7 @@ impl Entry<'_> {
                 format!("{}: {result}", descriptor.sentence())
             }
             Entry::End { summary } => summary.sentence(),
+            Entry::Forwarded(record) => record.message(),
             Entry::EndReclaim { summary } => {
                 format!(
                     "{} descriptors: {} freed{}",
@@ -439,6 +444,7 @@ impl Entry<'_> {
     pub fn outcome(&self) -> Option<&'static str> {
         match self {
             Entry::ReclaimOutcome { outcome, .. } => Some(outcome.as_ref()?.name()),
+            Entry::Forwarded(record) => record.outcome(),
             _ => Some(self.socket()?.result.as_ref()?.outcome),
         }
     }
@@ -450,12 +456,18 @@ impl Entry<'_> {
 
     /// The local address of the socket.
     pub fn local(&self) -> Option<String> {
-        Some(self.socket()?.local.to_string())
+        match self {
+            Entry::Forwarded(record) => record.local(),
+            _ => Some(self.socket()?.local.to_string()),
+        }
     }
 
     /// The peer's address.
     pub fn peer(&self) -> Option<String> {
-        Some(self.socket()?.peer.to_string())
+        match self {
+            Entry::Forwarded(record) => record.peer(),
+            _ => Some(self.socket()?.peer.to_string()),
+        }
     }
 
     /// The cookie of the socket.
@@ -473,6 +485,7 @@ impl Entry<'_> {
         match self {
             Entry::Outcome { target, .. } => target.outcome == Some(Outcome::Failed),
             Entry::DrainOutcome { is_left, .. } => *is_left,
+            Entry::Forwarded(record) => record.is_failure(),
             Entry::ReclaimOutcome { outcome, .. } => {
                 matches!(outcome, Some(ReclaimOutcome::Failed(_)))
             }

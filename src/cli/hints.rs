@@ -60,7 +60,8 @@ fn option_advice(option: &str) -> Option<&'static str> {
         }
         "--name" | "--comm" => "for a process by name use --process, for example --process java",
         "--host" | "--ip" | "--address" => {
-            "for an address use --local or --peer, for example --peer 192.0.2.1"
+            "for an address use --local or --peer, for example --peer 192.0.2.1; for connections between other hosts, which this \
+             one routes, `cwkill gateway --host 192.0.2.1`"
         }
         "--timeout" => "how long a socket gets to close is --grace, for example --grace 5s",
         "--older-than" | "--age" => "for an age use --min-age, for example --min-age 10m",
@@ -80,6 +81,7 @@ fn command_advice(word: &str) -> Option<String> {
         }
         "version" => "write `cwkill --version`".to_owned(),
         "free" | "fds" => "write `cwkill reclaim`".to_owned(),
+        "router" | "conntrack" | "forward" | "nat" => "write `cwkill gateway`".to_owned(),
         "explain" | "why" => "write `cwkill diagnose`".to_owned(),
         _ => {
             let cli = Cli::command();

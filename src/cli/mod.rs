@@ -4,6 +4,7 @@ mod check;
 mod daemon;
 mod diagnose;
 mod doctor;
+mod gateway;
 mod hints;
 mod misplaced;
 mod option_errors;
@@ -20,6 +21,7 @@ pub use check::CheckArgs;
 pub use daemon::DaemonArgs;
 pub use diagnose::DiagnoseArgs;
 pub use doctor::DoctorArgs;
+pub use gateway::{ForwardedActing, ForwardedSelection, GatewayArgs};
 pub use hints::better_error;
 pub use misplaced::Misplaced;
 pub(crate) use option_errors::example_value;
@@ -82,6 +84,8 @@ pub enum Command {
     Reclaim(ReclaimArgs),
     /// Sweep at intervals, serve Prometheus metrics, close by policy
     Daemon(DaemonArgs),
+    /// List connections between other hosts that are routed through this one, and end them
+    Gateway(GatewayArgs),
     /// Print the completion script for a shell
     Completions {
         /// The shell

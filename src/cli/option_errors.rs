@@ -51,6 +51,18 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("interval", "1m"),
     ("textfile", "/var/lib/prometheus/node-exporter"),
     ("reset", "tomcat-leak"),
+    ("src", "10.0.0.0/8"),
+    ("dst", "192.0.2.1"),
+    ("sport", "1024-65535"),
+    ("dport", "443"),
+    ("host", "192.0.2.1"),
+    ("nat-src", "192.0.2.1"),
+    ("nat-dst", "10.9.2.2"),
+    ("mark", "0x10/0xf0"),
+    ("zone", "7"),
+    ("conntrack-state", "close-wait"),
+    ("connection", "10.9.1.2:40000,10.9.2.2:443"),
+    ("rate", "1000"),
 ];
 
 /// The option with a value: `--port 8080`.
@@ -252,7 +264,7 @@ mod tests {
             ("doctor --port 1", "--port is an option of `cwkill`"),
             (
                 "diagnose --quiet",
-                "--quiet is an option of `cwkill` and `cwkill reclaim`, not of `cwkill diagnose`",
+                "--quiet is an option of `cwkill` and `cwkill reclaim` and `cwkill gateway`, not of `cwkill diagnose`",
             ),
             ("reclaim 4711", "for a process use --pid 4711"),
             (

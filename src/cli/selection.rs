@@ -57,7 +57,7 @@ pub struct Selection {
     /// Causes: not-accepted, unread, drained, sending
     ///
     /// In other states than close-wait also handshake and orphan.
-    #[arg(long, value_name = "LIST", value_parser = values::causes(), hide_possible_values = true)]
+    #[arg(long, value_name = "LIST", value_parser = values::causes(), hide_possible_values = true, hide_short_help = true)]
     pub cause: Vec<List<Cause>>,
 
     /// Sockets whose local address is no longer on this host, for example after a virtual IP has moved

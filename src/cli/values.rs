@@ -14,8 +14,10 @@ use nix::unistd::{Uid, User};
 
 use super::{Limit, LogTarget, MethodChoice};
 use crate::check::threshold::Threshold;
+use crate::conntrack::ConntrackState;
 use crate::filter::Services;
 use crate::filter::containers::{ContainerName, NamePattern, PodName};
+use crate::filter::forwarded::Mark;
 use crate::filter::selectors::UnitName;
 use crate::model::{Cause, Method};
 use crate::tcp::TcpState;
@@ -351,6 +353,79 @@ fn state(text: &str) -> Result<TcpState, String> {
     })
 }
 
+/// A list of states of conntrack.
+pub(super) fn conntrack_states() -> ListParser<ConntrackState> {
+    list(conntrack_state).of(ConntrackState::names())
+}
+
+fn conntrack_state(text: &str) -> Result<ConntrackState, String> {
+    text.to_ascii_lowercase()
+        .replace('_', "-")
+        .parse()
+        .map_err(|_| {
+            format!(
+                "{} is not a state of conntrack; must be one or more of {}",
+                shown(text),
+                ConntrackState::names().collect::<Vec<_>>().join(",")
+            )
+        })
+}
+
+/// A mark, with a mask or without.
+pub(super) fn mark(text: &str) -> Result<Mark, String> {
+    let number = |text: &str| match text.strip_prefix("0x") {
+        Some(hexadecimal) => u32::from_str_radix(hexadecimal, 16).ok(),
+        None => text.parse().ok(),
+    };
+    let (value, mask) = match text.split_once('/') {
+        Some((value, mask)) => (number(value), number(mask)),
+        None => (number(text), Some(u32::MAX)),
+    };
+    match (value, mask) {
+        (Some(value), Some(mask)) => Ok(Mark { value, mask }),
+        _ => Err(format!(
+            "{} is not a mark; for example 7 or 0x10 or 0x10/0xf0",
+            shown(text)
+        )),
+    }
+}
+
+/// The addresses of the two ends of a connection.
+pub(super) fn connection(text: &str) -> Result<[SocketAddr; 2], String> {
+    let (one, other) = text.split_once(',').unwrap_or((text, ""));
+    match (one.parse(), other.parse()) {
+        (Ok(one), Ok(other)) if SocketAddr::is_ipv4(&one) == SocketAddr::is_ipv4(&other) => {
+            Ok([one, other])
+        }
+        _ => Err(format!(
+            "{} is not a connection, two addresses of one family with their ports; for example 10.9.1.2:40000,10.9.2.2:443 or \
+             [fd00::1]:40000,[fd00::2]:443",
+            shown(text)
+        )),
+    }
+}
+
+/// A number of packets a second.
+pub(super) fn rate(text: &str) -> Result<u32, String> {
+    let rate = text.parse().ok().filter(|rate| *rate > 0);
+    rate.ok_or_else(|| {
+        format!(
+            "{} is not a number of packets a second; for example 1000",
+            shown(text)
+        )
+    })
+}
+
+/// The number of a zone.
+pub(super) fn zone(text: &str) -> Result<u16, String> {
+    text.parse().map_err(|_| {
+        format!(
+            "{} is not a zone of conntrack, a number from 0 to 65535; for example 7",
+            shown(text)
+        )
+    })
+}
+
 /// A list of causes.
 pub(super) fn causes() -> ListParser<Cause> {
     list(cause).of(Cause::SELECTABLE.map(Cause::name))
@@ -499,6 +574,34 @@ mod tests {
         for bad in ["", "10.0.0", "10.0.0.1/33", "fe80::/129", "host"] {
             assert!(network(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn marks_have_masks() {
+        let mark = |text| super::mark(text).map(|mark| (mark.value, mark.mask));
+        assert_eq!(mark("7"), Ok((7, u32::MAX)));
+        assert_eq!(mark("0x10/0xF0"), Ok((16, 240)));
+        assert_eq!(mark("16/240"), Ok((16, 240)));
+        for bad in ["", "0x", "-1", "7/", "/7", "7/8/9", "4294967296", "a"] {
+            assert!(mark(bad).unwrap_err().contains("0x10/0xf0"), "{bad}");
+        }
+        for bad in ["", "-1", "65536", "x"] {
+            assert!(zone(bad).unwrap_err().contains("for example 7"), "{bad}");
+        }
+        for bad in [
+            "",
+            "10.0.0.1:5",
+            "10.0.0.1:5,10.0.0.2",
+            "10.0.0.1:5,[::1]:6",
+        ] {
+            assert!(
+                connection(bad).unwrap_err().contains("10.9.2.2:443"),
+                "{bad}"
+            );
+        }
+        assert!(connection("[::1]:5,[::2]:6").is_ok() && rate("0").is_err());
+        assert_eq!(conntrack_state("CLOSE_WAIT"), Ok(ConntrackState::CloseWait));
+        assert!(conntrack_state("shut").unwrap_err().contains("close-wait"));
     }
 
     #[test]

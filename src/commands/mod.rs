@@ -9,6 +9,7 @@ mod confirm;
 mod daemon;
 mod diagnose;
 mod doctor;
+mod gateway;
 mod kept;
 mod reclaim;
 
@@ -55,6 +56,7 @@ pub fn run(cli: Cli) -> ExitCode {
         None => cli.args.output.ok_if_none,
         Some(Command::Diagnose(args)) => args.ok_if_none,
         Some(Command::Reclaim(args)) => args.output.ok_if_none,
+        Some(Command::Gateway(args)) => args.output.ok_if_none,
         Some(_) => false,
     };
     let code = |status: ExitStatus| ExitCode::from(status.with_none_ok(none_is_ok));
@@ -64,6 +66,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Some(Command::Check(args)) => return check::run(args),
         Some(Command::Doctor(args)) => doctor::run(&args),
         Some(Command::Reclaim(args)) => reclaim::run(args).map(code),
+        Some(Command::Gateway(args)) => gateway::run(args).map(code),
         Some(Command::Daemon(args)) => daemon::run(&args),
         Some(Command::Completions { shell }) => print_completions(shell),
     };

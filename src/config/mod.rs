@@ -1,6 +1,7 @@
 //! The configuration of each command: validated arguments, with defaults.
 
 mod check;
+mod gateway;
 mod reclaim;
 mod scope;
 
@@ -24,6 +25,7 @@ use crate::tcp::TcpState;
 use reclaim::reclaim_rules;
 
 pub use crate::cli::{Limit, LogTarget};
+pub use gateway::GatewayConfig;
 pub use reclaim::{DEFAULT_RECLAIM_AGE, DEFAULT_RECLAIM_RULES, ReclaimConfig};
 
 /// The options of the audit log.

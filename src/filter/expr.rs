@@ -151,6 +151,21 @@ impl Expression {
         }
     }
 
+    /// The first word of the expression that is about a socket of this host, and not about addresses and ports.
+    pub fn word_about_a_socket(&self) -> Option<&'static str> {
+        match self {
+            Expression::All(parts) | Expression::Any(parts) => {
+                parts.iter().find_map(Expression::word_about_a_socket)
+            }
+            Expression::Not(inner) => inner.word_about_a_socket(),
+            Expression::Port(..) | Expression::Address(..) => None,
+            Expression::State(_) => Some("state"),
+            Expression::Interface(_) => Some("dev"),
+            Expression::Cgroup(_) => Some("cgroup"),
+            Expression::Autobound(_) => Some("autobound"),
+        }
+    }
+
     /// The states in which the expression, or its negation, can be true; `None` if it does not restrict them.
     fn possible_states(&self, negated: bool) -> Option<StateSet> {
         match (self, negated) {
@@ -236,6 +251,19 @@ mod tests {
             "autobound",
         ] {
             assert!(tree(text).says_more_than_states(), "{text}");
+        }
+    }
+
+    #[test]
+    fn words_about_sockets_are_found() {
+        for (text, word) in [
+            ("sport = :80 or not ( dst 10/8 )", None),
+            ("sport = :80 and not ( state close-wait )", Some("state")),
+            ("dst 10/8 or dev eth0", Some("dev")),
+            ("cgroup /a", Some("cgroup")),
+            ("not autobound", Some("autobound")),
+        ] {
+            assert_eq!(tree(text).word_about_a_socket(), word, "{text}");
         }
     }
 

@@ -1,12 +1,14 @@
 //! The selection of sockets: the selectors of the command line, and expressions in the syntax of ss(8).
 //!
-//! - [`selectors`]: the options, with those of [`containers`]; [`expr`]: the tree of an expression
+//! - [`selectors`]: the options, with those of [`containers`]; [`forwarded`]: those for connections that are routed through this host;
+//!   [`expr`]: the tree of an expression
 //! - `parse`: text to tree, with `lexer`, `host`, `services` and `syntax_error`
 //! - [`matches`](mod@matches): compares a tree with a socket; [`bytecode`]: the same tree as a filter that the kernel runs
 
 pub mod bytecode;
 pub mod containers;
 pub mod expr;
+pub mod forwarded;
 mod host;
 mod lexer;
 pub mod matches;

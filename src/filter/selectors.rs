@@ -186,18 +186,22 @@ impl Selectors {
 
     /// The part of [`Selectors::match_socket`] that cannot change while a socket stays in its state.
     pub fn match_fixed(&self, socket: &Socket) -> bool {
-        let version = match socket.is_ipv4() {
+        self.states.contains(socket.state) && self.match_addresses(&SocketFacts::from(socket))
+    }
+
+    /// Whether the addresses, the ports and the expression match.
+    pub fn match_addresses(&self, facts: &SocketFacts) -> bool {
+        let Tuple { local, peer } = facts.tuple;
+        let version = match local.is_ipv4() {
             true => IpVersion::V4,
             false => IpVersion::V6,
         };
-        let Tuple { local, peer } = socket.tuple();
-        self.states.contains(socket.state)
-            && in_ranges(&self.ports, local.port())
+        in_ranges(&self.ports, local.port())
             && in_ranges(&self.peer_ports, peer.port())
             && in_networks(&self.local, local.ip())
             && in_networks(&self.peer, peer.ip())
             && self.ip_version.is_none_or(|selected| selected == version)
-            && self.expression.matches(&SocketFacts::from(socket))
+            && self.expression.matches(facts)
     }
 
     /// Whether a dead socket with this local address can match. The local address is the only known fact about it, so it matches
@@ -273,7 +277,12 @@ impl Selectors {
 
     /// Whether a socket is left alone because it is younger than `--min-age`, or its age is unknown.
     pub fn finds_too_young(&self, socket: &Socket) -> bool {
-        !self.min_age.is_zero() && socket.age.is_none_or(|age| age < self.min_age)
+        self.finds_age_too_young(socket.age)
+    }
+
+    /// As [`Selectors::finds_too_young`].
+    pub fn finds_age_too_young(&self, age: Option<Duration>) -> bool {
+        !self.min_age.is_zero() && age.is_none_or(|age| age < self.min_age)
     }
 
     /// Whether a socket is left alone because it is in use (`--min-idle`).
@@ -400,7 +409,7 @@ fn in_ranges(ranges: &[RangeInclusive<u16>], port: u16) -> bool {
     ranges.is_empty() || ranges.iter().any(|range| range.contains(&port))
 }
 
-fn in_networks(networks: &[IpNet], address: IpAddr) -> bool {
+pub(super) fn in_networks(networks: &[IpNet], address: IpAddr) -> bool {
     networks.is_empty() || networks.iter().any(|network| network.contains(&address))
 }
 

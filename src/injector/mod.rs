@@ -1,6 +1,7 @@
 //! The injector: closes sockets. Each method has its own file. [`plan`] chooses among the methods, [`engine`] runs a plan and
 //! verifies the result, and [`workers`] distributes the targets of a scan over threads. [`canary`] looks whether an owner spins after
 //! the close of its first socket. [`way`] chooses how `destroy` works. `revive` sends a keepalive probe before an act, for NAT.
+//! [`gateway`] ends connections of other hosts, which have no socket here.
 //!
 //! To add a method: add a variant of [`Method`], a module with an [`Executor`], and a line in [`executors`].
 
@@ -9,6 +10,7 @@ pub mod canary;
 pub mod destroy;
 pub mod duplicate;
 pub mod engine;
+pub mod gateway;
 mod keepalive;
 pub mod plan;
 pub mod probe;

@@ -3,6 +3,7 @@
 pub mod cause;
 pub mod coverage;
 pub mod drain;
+pub mod forwarded;
 mod left_out;
 pub mod method;
 pub mod reclaim;
@@ -15,6 +16,10 @@ pub mod time_and_place;
 pub use cause::Cause;
 pub use coverage::{Coverage, TrackedCloseWait};
 pub use drain::{Backlog, DrainReason, DrainResult};
+pub use forwarded::{
+    EndReport, EndState, EntryDeletion, Forwarded, ForwardedAct, ForwardedFailure,
+    ForwardedOutcome, ForwardedScan, ForwardedSkip, forwarded_outcome,
+};
 pub use method::{Method, Privilege};
 pub use reclaim::{InUse, ReclaimOutcome, ReclaimReason};
 pub use scan::{Listener, ListeningSocket, Scan};

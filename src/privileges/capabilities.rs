@@ -47,6 +47,13 @@ pub fn to_act(methods: &[Method]) -> CapsHashSet {
     methods.iter().flat_map(needs).copied().collect()
 }
 
+/// The capabilities for forwarded connections: CAP_NET_ADMIN reads conntrack (net/netfilter/nfnetlink.c, nfnetlink_rcv), and CAP_NET_RAW
+/// opens the packet sockets of a run that `acts`.
+pub fn for_gateway(acts: bool) -> CapsHashSet {
+    let raw = acts.then_some(Capability::CAP_NET_RAW);
+    [Capability::CAP_NET_ADMIN].into_iter().chain(raw).collect()
+}
+
 /// The capabilities for reading iterators that are loaded: none since Linux 5.19. Before, every call of bpf(2) needed CAP_BPF or
 /// CAP_SYS_ADMIN, unless `kernel.unprivileged_bpf_disabled` was 0 (kernel/bpf/syscall.c, __sys_bpf; commit c8644cd0efe7). `forbidden`:
 /// whether it is not 0.

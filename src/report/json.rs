@@ -14,7 +14,7 @@ use super::descriptors::{DescriptorCounts, JsonStop, json_stops};
 use super::serialize::{
     Endpoint, JsonAbsentOwner, JsonNetns, JsonOwner, JsonTimeAndPlace, JsonTracked, SCHEMA_VERSION,
     endpoint, json_absent_owners, json_netns, json_owners, json_time, json_time_and_place,
-    json_tracked, millis, put, to_bytes,
+    json_tracked, millis, put, write_around,
 };
 use super::{DeadOfProcess, Run, SocketCounts, text};
 use crate::filter::selectors::IN_USE_WITHIN;
@@ -80,14 +80,9 @@ pub fn write_document(
         summary: SocketCounts::of(run),
         new_sockets: run.new_sockets.as_ref().map(json_new_sockets),
     };
-    // One JSON object, written in three parts: a string of all sockets would be too large.
-    let (head, tail) = (to_bytes(&head)?, to_bytes(&tail)?);
-    out.write_all(head.strip_suffix(b"}").unwrap_or(&head))?;
-    out.write_all(b",\"sockets\":[")?;
-    write_sockets(run, out, b",", |socket, bytes| put(&socket, bytes))?;
-    out.write_all(b"],")?;
-    out.write_all(tail.strip_prefix(b"{").unwrap_or(&tail))?;
-    out.write_all(b"\n")
+    write_around(&head, "sockets", &tail, out, |out| {
+        write_sockets(run, out, b",", |socket, bytes| put(&socket, bytes))
+    })
 }
 
 /// Writes one line per socket, each a JSON object.

@@ -48,6 +48,24 @@ pub(super) fn to_bytes(value: &impl Serialize) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Writes one JSON object: the fields of `head`, the array `name`, and the fields of `tail`. `write_items` writes the items of the array,
+/// which would be too large in memory.
+pub(super) fn write_around(
+    head: &impl Serialize,
+    name: &str,
+    tail: &impl Serialize,
+    out: &mut dyn Write,
+    write_items: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<()> {
+    let (head, tail) = (to_bytes(head)?, to_bytes(tail)?);
+    out.write_all(head.strip_suffix(b"}").unwrap_or(&head))?;
+    write!(out, ",\"{name}\":[")?;
+    write_items(out)?;
+    out.write_all(b"],")?;
+    out.write_all(tail.strip_prefix(b"{").unwrap_or(&tail))?;
+    out.write_all(b"\n")
+}
+
 pub(super) fn put(value: &impl Serialize, bytes: &mut Vec<u8>) -> io::Result<()> {
     Ok(value.serialize(&mut serializer(bytes))?)
 }

@@ -97,6 +97,15 @@ const BAD: &[(&str, &str, &str)] = &[
     ("reclaim --reclaim-age soon", "soon", "90s"),
     ("reclaim --peer-port 8080", "--peer-port", "--help"),
     ("reclaim 4711", "4711", "--help"),
+    ("gateway --mark 7/8/9", "`7/8/9`", "0x10/0xf0"),
+    ("gateway --zone x", "`x`", "7"),
+    ("gateway --conntrack-state shut", "`shut`", "close-wait"),
+    ("gateway --host 10.0.0", "10.0.0", "192.0.2.0/24"),
+    ("gateway --pid 4711", "--pid", "--help"),
+    ("gateway 443", "`443`", "--dport 443"),
+    ("gateway 192.0.2.1", "`192.0.2.1`", "--host 192.0.2.1"),
+    ("gateway state established", "`state`", "--conntrack-state"),
+    ("--all --host 192.0.2.1", "--host", "cwkill gateway"),
     (
         "--port 1 diagnose",
         "`diagnose` is a command",
@@ -164,6 +173,7 @@ fn a_short_help_is_short_and_a_long_one_has_all() -> Result<()> {
         "doctor",
         "reclaim",
         "daemon",
+        "gateway",
         "completions",
     ];
     for name in [""].into_iter().chain(commands) {

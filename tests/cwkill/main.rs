@@ -19,6 +19,8 @@ mod diagnose;
 mod doctor;
 mod expressions;
 mod facts;
+mod gateway;
+mod gateway_cut;
 mod iterator;
 mod least_privilege;
 mod limits;
@@ -88,6 +90,8 @@ const MODULES: &[(&str, &[Test])] = modules![
     iterator,
     at_one_instant,
     facts,
+    gateway,
+    gateway_cut,
     chaos,
     runbooks,
     sentences,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::Parser;
 use cwkill::cli::{Cli, Command};
-use cwkill::config::{Action, Config, ReclaimConfig};
+use cwkill::config::{Action, Config, GatewayConfig, ReclaimConfig};
 
 use crate::trial::{Test, once};
 
@@ -110,6 +110,7 @@ fn acts(command: &str) -> Result<bool> {
     Ok(match cli.command {
         None => Config::from_args(cli.args)?.action == Action::Act,
         Some(Command::Reclaim(args)) => ReclaimConfig::from_args(args)?.action == Action::Act,
+        Some(Command::Gateway(args)) => GatewayConfig::from_args(args)?.action == Action::Act,
         Some(_) => false,
     })
 }

@@ -167,7 +167,9 @@ pub const AS_TYPED: &str = "CWKILL_TESTS_AS_TYPED";
 pub const TAKE_ALL: [&str; 2] = ["--min-idle", "0s"];
 
 /// The commands of cwkill, which have selectors of their own.
-const COMMANDS: [&str; 5] = ["diagnose", "check", "doctor", "reclaim", "daemon"];
+const COMMANDS: [&str; 6] = [
+    "diagnose", "check", "doctor", "reclaim", "daemon", "gateway",
+];
 
 /// cwkill in our own namespace, without a history: the sockets of all tests would be in it.
 pub fn cwkill_outside() -> std::process::Command {

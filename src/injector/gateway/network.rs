@@ -1,0 +1,75 @@
+//! Sends segments below netfilter and captures the answers.
+
+use std::hash::{BuildHasher, RandomState};
+use std::io;
+use std::net::SocketAddr;
+
+use super::Network;
+use crate::packet::capture::{Capture, Seen};
+use crate::packet::link::LinkSender;
+use crate::routes::{NoPath, Paths};
+use crate::tcp::{Segment, Seq, Tuple};
+
+/// Why a segment was not sent.
+#[derive(Debug)]
+pub enum SendFailure {
+    NoPath(NoPath),
+    Send(io::Error),
+}
+
+/// The network namespace of the thread that opened it.
+pub struct LinkNetwork {
+    sender: LinkSender,
+    capture: Capture,
+    paths: Paths,
+    /// Keyed with random bits of the kernel.
+    random: RandomState,
+    drawn: u64,
+}
+
+impl LinkNetwork {
+    /// Opens the sockets.
+    ///
+    /// # Errors
+    /// EPERM: needs CAP_NET_RAW over the network namespace.
+    pub fn open() -> io::Result<Self> {
+        Ok(LinkNetwork {
+            sender: LinkSender::open()?,
+            capture: Capture::open()?,
+            paths: Paths::open()?,
+            random: RandomState::new(),
+            drawn: 0,
+        })
+    }
+}
+
+impl Network for LinkNetwork {
+    fn find_path(&mut self, to: SocketAddr, other: SocketAddr) -> Result<(), NoPath> {
+        self.paths.to(to.ip(), other.ip()).map(drop)
+    }
+
+    fn listen(&mut self, views: &[Tuple]) -> io::Result<()> {
+        self.capture.filter_for(Seen::Arriving, views)
+    }
+
+    fn send(
+        &mut self,
+        segment: &Segment,
+        to: SocketAddr,
+        other: SocketAddr,
+    ) -> Result<(), SendFailure> {
+        let path = self.paths.to(to.ip(), other.ip());
+        let path = path.map_err(SendFailure::NoPath)?;
+        self.sender.send(segment, path).map_err(SendFailure::Send)
+    }
+
+    fn drain(&mut self, handle: &mut dyn FnMut(Segment)) -> io::Result<()> {
+        self.capture.drain(handle)
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "32 random bits are enough")]
+    fn random(&mut self) -> Seq {
+        self.drawn += 1;
+        Seq(self.random.hash_one(self.drawn) as u32)
+    }
+}
