@@ -1,4 +1,4 @@
-//! Ends connections that are routed through this host: asks both ends, resets them, verifies, and deletes the entry of conntrack.
+//! Ends connections that are routed through this host: asks both ends, deletes the entry of conntrack, resets the ends, and verifies.
 //!
 //! `questions` decides what to send (pure), [`Network`] sends and captures. A batch takes one round trip, or about a second if an end is
 //! silent. A connection is looked up again right before its ends are asked, a SYN of a new one with the same addresses ends the questions, and
@@ -23,7 +23,7 @@ use crate::model::{
 };
 use crate::packet::capture::MAX_PORTS;
 use crate::routes::NoPath;
-use crate::tcp::{Segment, Seq, Tuple};
+use crate::tcp::{Segment, Seq, TcpFlags, Tuple};
 use questions::Questions;
 
 /// The connections of a batch: a filter compares the port of each of their ends.
@@ -198,7 +198,7 @@ fn with_paths<'c>(
     left
 }
 
-/// Asks the ends of a batch, resets and verifies, and deletes the entries.
+/// Asks the ends of a batch, deletes the entries, resets and verifies.
 fn act(
     mut batch: Vec<&mut Forwarded>,
     rules: &ForwardedRules<'_>,
@@ -211,7 +211,13 @@ fn act(
     let mut exchange = Exchange {
         questions: Questions::new(rules.act, &views, rules.retry, control.now()),
         failures: vec![None; batch.len()],
+        deleted: vec![None; batch.len()],
+        entries: batch
+            .iter()
+            .map(|connection| connection.entry.clone())
+            .collect(),
         views,
+        table,
         network,
         control,
         pace,
@@ -221,6 +227,7 @@ fn act(
         // A new connection may have the addresses by now, and the id of the entry. Its entry must stay.
         exchange.read_answers();
         connection.ends = exchange.questions.reports(index);
+        connection.deleted = exchange.deleted[index].take();
         if exchange.questions.is_reopened(index) {
             connection.outcome = Some(ForwardedOutcome::Gone);
             continue;
@@ -241,7 +248,13 @@ fn act(
             _ => false,
         };
         if is_over && connection.entry.id.is_some() {
-            connection.deleted = Some(delete(&connection.entry, table));
+            connection.deleted = Some(match connection.deleted.take() {
+                Some(deleted) => deleted,
+                None => delete(&connection.entry, exchange.table),
+            });
+            if connection.deleted == Some(EntryDeletion::Deleted) {
+                delete_picked_up(&connection.entry, exchange.table);
+            }
         }
         connection.outcome = Some(outcome);
     }
@@ -256,12 +269,30 @@ fn delete(entry: &Entry, table: &mut dyn Table) -> EntryDeletion {
     }
 }
 
+/// Deletes what conntrack has made of the last answers of the ends (loose pick-up), if it is there.
+fn delete_picked_up(entry: &Entry, table: &mut dyn Table) {
+    for original in [entry.original, entry.reply] {
+        let named = Entry {
+            original,
+            ..entry.clone()
+        };
+        if let Ok(Some(found)) = table.lookup(&named) {
+            // It times out in any case.
+            let _ = table.delete(&found);
+        }
+    }
+}
+
 /// The questions and answers of one batch.
 struct Exchange<'x> {
     questions: Questions,
     /// Why the ends of a connection cannot be reached.
     failures: Vec<Option<ForwardedFailure>>,
+    /// What became of the entries that were to be deleted.
+    deleted: Vec<Option<EntryDeletion>>,
+    entries: Vec<Entry>,
     views: Vec<[Tuple; 2]>,
+    table: &'x mut dyn Table,
     network: &'x mut dyn Network,
     control: &'x dyn Control,
     pace: &'x mut Pace,
@@ -302,10 +333,30 @@ impl Exchange<'_> {
         for segment in captured {
             let (seq, nonce) = (self.network.random(), self.network.random());
             let now = self.control.now();
-            for (index, segment) in self.questions.note(&segment, seq, nonce, now) {
+            let due = self.questions.note(&segment, seq, nonce, now);
+            if let Some((index, _)) = due.iter().find(|(_, it)| it.flags == TcpFlags::RST)
+                && !self.may_reset(index / 2)
+            {
+                self.questions.stop(*index);
+                continue;
+            }
+            for (index, segment) in due {
                 self.send(index, &segment);
             }
         }
+    }
+
+    /// Deletes the entry before the first RST, which passes conntrack by: with the entry of the old connection, which it takes for alive, a
+    /// new one of the ends would lose segments as invalid. Returns whether the entry was still there.
+    fn may_reset(&mut self, connection: usize) -> bool {
+        let entry = &self.entries[connection];
+        if entry.id.is_none() || self.deleted[connection].is_some() {
+            return true;
+        }
+        let deleted = delete(entry, self.table);
+        let was_there = deleted != EntryDeletion::Gone;
+        self.deleted[connection] = Some(deleted);
+        was_there
     }
 
     fn send(&mut self, index: usize, segment: &Segment) {

@@ -75,7 +75,7 @@ impl Questions {
         }
     }
 
-    /// Whether a new connection has the addresses of the connection with this index.
+    /// Whether a new connection has the addresses of the connection with this index, or its entry has vanished.
     pub fn is_reopened(&self, connection: usize) -> bool {
         self.reopened[connection]
     }
@@ -83,6 +83,15 @@ impl Questions {
     /// The reports of both ends of the connection with this index.
     pub fn reports(&self, connection: usize) -> [EndReport; 2] {
         [0, 1].map(|side| self.ends[connection * 2 + side].report)
+    }
+
+    /// The entry of the connection of this end has vanished, so no RST was sent: nothing more is asked.
+    pub fn stop(&mut self, index: usize) {
+        self.reopened[index / 2] = true;
+        let end = &mut self.ends[index];
+        end.report.resets = end.report.resets.saturating_sub(1);
+        end.due = None;
+        self.ends[index ^ 1].due = None;
     }
 
     /// When the next question is due; `None` if nothing more is to be asked.

@@ -104,11 +104,17 @@ impl Table for Entries {
     }
 
     fn delete(&mut self, entry: &Entry) -> io::Result<Delete> {
+        if self.is_busy {
+            self.deleted.push(entry.clone());
+            return Ok(Delete::Offloaded);
+        }
+        let count = self.now.len();
+        self.now.retain(|one| one.id != entry.id);
+        if self.now.len() == count {
+            return Ok(Delete::Gone);
+        }
         self.deleted.push(entry.clone());
-        Ok(match self.is_busy {
-            true => Delete::Offloaded,
-            false => Delete::Deleted,
-        })
+        Ok(Delete::Deleted)
     }
 }
 
@@ -134,7 +140,7 @@ fn living(entries: &[Entry]) -> Hosts {
 fn run_on(
     entries: &[Entry],
     selectors: &ForwardedSelectors,
-    table: &mut Entries,
+    table: &mut dyn Table,
     hosts: &mut Hosts,
     rate: u32,
 ) -> (Vec<Forwarded>, Duration) {
@@ -194,6 +200,41 @@ fn only_the_entry_that_was_listed_is_acted_on() {
     // For each end a question, an RST, and another question.
     assert_eq!(hosts.sent.len(), 6);
     assert_eq!(connections[1].ends, [EndReport::default(); 2]);
+}
+
+/// A table whose entries vanish after they were looked up.
+struct Vanishing(Entries);
+
+impl Table for Vanishing {
+    fn lookup(&mut self, entry: &Entry) -> io::Result<Option<Entry>> {
+        let found = self.0.lookup(entry);
+        self.0.now.clear();
+        found
+    }
+
+    fn delete(&mut self, entry: &Entry) -> io::Result<Delete> {
+        self.0.delete(entry)
+    }
+}
+
+#[test]
+fn without_its_entry_a_connection_gets_no_rst() {
+    let entries = [entry(1)];
+    let mut table = Vanishing(Entries {
+        now: entries.to_vec(),
+        ..Entries::default()
+    });
+    let mut hosts = living(&entries);
+    let all = ForwardedSelectors::default();
+    let (connections, _) = run_on(&entries, &all, &mut table, &mut hosts, 20_000);
+    assert_eq!(outcomes(&connections), ["gone"]);
+    assert!(
+        hosts
+            .sent
+            .iter()
+            .all(|segment| segment.flags == TcpFlags::ACK)
+    );
+    assert_eq!(connections[0].ends.map(|end| end.resets), [0, 0]);
 }
 
 #[test]
