@@ -55,7 +55,7 @@ pub struct GatewayArgs {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Selectors")]
 pub struct ForwardedSelection {
-    /// Addresses or networks of the source, which has opened the connection
+    /// Addresses or networks of the source: the opener
     #[arg(long, alias = "local", value_name = "ADDR[/LEN]", value_parser = values::list(values::network))]
     pub src: Vec<List<IpNet>>,
 
@@ -67,11 +67,11 @@ pub struct ForwardedSelection {
     #[arg(long, alias = "port", value_name = "LIST", value_parser = values::list(values::port_range))]
     pub sport: Vec<List<RangeInclusive<u16>>>,
 
-    /// Ports of the destination, before NAT: 443 or 80,443 or 9000-9100 or https
+    /// Ports of the destination, before NAT: 80,443 or https
     #[arg(long, alias = "peer-port", value_name = "LIST", value_parser = values::list(values::port_range))]
     pub dport: Vec<List<RangeInclusive<u16>>>,
 
-    /// Addresses or networks of either end, before or after NAT
+    /// Addresses or networks of either end, also after NAT
     #[arg(long, value_name = "ADDR[/LEN]", value_parser = values::list(values::network))]
     pub host: Vec<List<IpNet>>,
 
@@ -84,7 +84,7 @@ pub struct ForwardedSelection {
     pub nat_dst: Vec<List<IpNet>>,
 
     /// Marks of conntrack: 7, 0x10, or 0x10/0xf0 for some of its bits
-    #[arg(long, value_name = "VALUE[/MASK]", value_parser = values::list(values::mark))]
+    #[arg(long, value_name = "VALUE[/MASK]", value_parser = values::list(values::mark), hide_short_help = true)]
     pub mark: Vec<List<Mark>>,
 
     /// Zones of conntrack
@@ -92,10 +92,10 @@ pub struct ForwardedSelection {
     pub zone: Vec<List<u16>>,
 
     /// States of conntrack: established, close-wait, fin-wait and others
-    #[arg(long, value_name = "LIST", value_parser = values::conntrack_states(), hide_possible_values = true)]
+    #[arg(long, value_name = "LIST", value_parser = values::conntrack_states(), hide_possible_values = true, hide_short_help = true)]
     pub conntrack_state: Vec<List<ConntrackState>>,
 
-    /// Connections in which conntrack has seen no packet for at least this long: 90s, 15m, 2h
+    /// Without a packet for at least this long: 90s, 15m, 2h
     #[arg(long, value_name = "DURATION", value_parser = values::duration)]
     pub min_age: Option<Duration>,
 
@@ -108,14 +108,14 @@ pub struct ForwardedSelection {
     pub ipv6: bool,
 
     /// This connection, also if conntrack does not know it: the addresses of both ends
-    #[arg(long, value_name = "A:PORT,B:PORT", value_parser = values::connection)]
+    #[arg(long, value_name = "A:PORT,B:PORT", value_parser = values::connection, hide_short_help = true)]
     pub connection: Vec<[SocketAddr; 2]>,
 
     /// Every forwarded connection
     #[arg(long)]
     pub all: bool,
 
-    /// A filter as for ss(8), about the original direction: 'src 10.0.0.0/8 and dport = :443'
+    /// A filter as for ss(8): 'src 10.0.0.0/8 and dport = :443'
     #[arg(value_name = "EXPRESSION")]
     pub expression: Vec<String>,
 }
@@ -124,15 +124,15 @@ pub struct ForwardedSelection {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Action")]
 pub struct ForwardedActing {
-    /// Ask both ends, and end only what one of them has forgotten
+    /// Ask both ends, and end only what one has forgotten
     #[arg(long, conflicts_with = "cut")]
     pub probe: bool,
 
-    /// End the connections that match: reset both ends, verify, and delete the entry
+    /// End what matches: reset both ends, and verify
     #[arg(long)]
     pub cut: bool,
 
-    /// Also cut ESTABLISHED connections of any age, which may be in use
+    /// Also cut ESTABLISHED connections of any age
     #[arg(long)]
     pub active: bool,
 
@@ -140,7 +140,7 @@ pub struct ForwardedActing {
     #[arg(short = 'n', long, visible_alias = "dryrun")]
     pub dry_run: bool,
 
-    /// Act on at most N connections, the longest quiet first
+    /// At most N connections, the longest quiet first
     #[arg(long, value_name = "N", value_parser = values::kills)]
     pub max_kills: Option<usize>,
 
@@ -156,7 +156,7 @@ pub struct ForwardedActing {
 fn of_connections(argument: Arg) -> Arg {
     let help = match argument.get_id().as_str() {
         "jsonl" => "Print one JSON object per connection, one per line",
-        "verbose" => "Also print what is left of each timeout, the status, the zone and the id",
+        "verbose" => "Also print status, zone, id and what is left of timeouts",
         _ => return argument,
     };
     argument.help(help).long_help(None::<&str>)

@@ -84,7 +84,7 @@ pub enum Command {
     Reclaim(ReclaimArgs),
     /// Sweep at intervals, serve Prometheus metrics, close by policy
     Daemon(DaemonArgs),
-    /// List connections between other hosts that are routed through this one, and end them
+    /// List and end connections between other hosts, on their router
     Gateway(GatewayArgs),
     /// Print the completion script for a shell
     Completions {

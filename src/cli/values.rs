@@ -366,7 +366,7 @@ fn conntrack_state(text: &str) -> Result<ConntrackState, String> {
             format!(
                 "{} is not a state of conntrack; must be one or more of {}",
                 shown(text),
-                ConntrackState::names().collect::<Vec<_>>().join(",")
+                ConntrackState::names().collect::<Vec<_>>().join(", ")
             )
         })
 }
