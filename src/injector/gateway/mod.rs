@@ -7,7 +7,7 @@
 mod network;
 mod questions;
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::io;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -327,23 +327,36 @@ impl Exchange<'_> {
 
     /// Reads what was captured, and sends what follows from it.
     fn read_answers(&mut self) {
-        let mut captured = Vec::new();
-        // After an error of the capture the ends seem silent.
-        let _ = self.network.drain(&mut |segment| captured.push(segment));
-        for segment in captured {
+        let mut captured = VecDeque::new();
+        self.capture(&mut captured);
+        while let Some(segment) = captured.pop_front() {
             let (seq, nonce) = (self.network.random(), self.network.random());
             let now = self.control.now();
             let due = self.questions.note(&segment, seq, nonce, now);
-            if let Some((index, _)) = due.iter().find(|(_, it)| it.flags == TcpFlags::RST)
-                && !self.may_reset(index / 2)
-            {
-                self.questions.stop(*index);
-                continue;
+            if let Some((index, _)) = due.iter().find(|(_, it)| it.flags == TcpFlags::RST) {
+                // A SYN that has arrived since the answer: the entry may be that of the new connection.
+                self.capture(&mut captured);
+                if self.questions.is_reopened(index / 2) || !self.may_reset(index / 2) {
+                    self.questions.stop(*index);
+                    continue;
+                }
             }
             for (index, segment) in due {
                 self.send(index, &segment);
             }
         }
+    }
+
+    /// Appends what was captured since the last call. SYNs count at once.
+    fn capture(&mut self, captured: &mut VecDeque<Segment>) {
+        let questions = &mut self.questions;
+        // After an error of the capture the ends seem silent.
+        let _ = self
+            .network
+            .drain(&mut |segment| match segment.flags & TcpFlags::SYN {
+                0 => captured.push_back(segment),
+                _ => questions.note_syn(&segment),
+            });
     }
 
     /// Deletes the entry before the first RST, which passes conntrack by: with the entry of the old connection, which it takes for alive, a

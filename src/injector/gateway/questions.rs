@@ -133,6 +133,19 @@ impl Questions {
         self.ends[index].due = None;
     }
 
+    /// A SYN has passed this host.
+    pub fn note_syn(&mut self, segment: &Segment) {
+        let view = Tuple {
+            local: segment.from,
+            peer: segment.to,
+        };
+        if let Some(&index) = self.by_view.get(&view) {
+            self.reopened[index / 2] = true;
+            self.ends[index].due = None;
+            self.ends[index ^ 1].due = None;
+        }
+    }
+
     /// What to send to the end after a segment that has passed this host; empty if nothing.
     pub fn note(
         &mut self,
@@ -149,12 +162,6 @@ impl Questions {
             return Vec::new();
         };
         let control = TcpFlags::SYN | TcpFlags::RST | TcpFlags::FIN | TcpFlags::ACK;
-        if segment.flags & TcpFlags::SYN != 0 {
-            self.reopened[index / 2] = true;
-            self.ends[index].due = None;
-            self.ends[index ^ 1].due = None;
-            return Vec::new();
-        }
         let end = &mut self.ends[index];
         if end.due.is_none() {
             return Vec::new();
