@@ -1,7 +1,7 @@
 //! Sends segments to a neighbour on a link, below netfilter.
 //!
 //! A segment that a raw IP socket sends passes conntrack on its way out. On a NAT gateway conntrack then takes it for a connection of this
-//! host, and gives it another source port [measured]. A packet socket hands its packets to the device.
+//! host, and gives it another source port (measured). A packet socket hands its packets to the device.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -29,7 +29,7 @@ impl LinkSender {
     /// Sends a segment to the neighbour.
     ///
     /// # Errors
-    /// As [`send_to_link`]. EINVAL: the addresses of the segment are of different families.
+    /// The errno of sendto(2). EINVAL: the addresses of the segment are of different families.
     pub fn send(&self, segment: &Segment, to: LinkDestination) -> io::Result<()> {
         let packet = segment
             .encode()
