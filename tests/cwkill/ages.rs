@@ -87,7 +87,8 @@ fn a_connection_in_use_is_closed_on_request() -> Result<()> {
 
 /// Servers send on half-closed connections with pauses, and cwkill runs again and again, at every moment of the pauses.
 fn a_download_is_cut_only_in_a_pause_of_more_than_five_seconds() -> Result<()> {
-    const PAUSES_MS: [u64; 4] = [100, 1000, 4000, 6000];
+    // On a busy machine a pause can take two seconds longer.
+    const PAUSES_MS: [u64; 4] = [100, 1000, 3000, 6000];
     /// Of each family.
     const DOWNLOADS: usize = 4;
     /// The agent sends this many bytes at a time.
@@ -122,7 +123,7 @@ fn a_download_is_cut_only_in_a_pause_of_more_than_five_seconds() -> Result<()> {
             assert!(["null", "in-use"].contains(&code.as_str()), "{socket:#}");
         }
         runs += 1;
-        let slow: Vec<Vec<u32>> = with(4000).map(&arrived).collect::<Result<_>>()?;
+        let slow: Vec<Vec<u32>> = with(3000).map(&arrived).collect::<Result<_>>()?;
         let paused: Vec<Vec<u32>> = with(6000).map(&arrived).collect::<Result<_>>()?;
         let past_two_pauses = slow.concat().iter().all(|bytes| *bytes > 2 * AT_ONCE);
         Ok(runs >= RUNS && past_two_pauses && paused.concat().is_empty())
@@ -139,7 +140,7 @@ fn a_download_is_cut_only_in_a_pause_of_more_than_five_seconds() -> Result<()> {
     let all = DOWNLOADS * Family::ALL.len();
     assert_eq!(
         cut,
-        [(100, 0), (1000, 0), (4000, 0), (6000, all)],
+        [(100, 0), (1000, 0), (3000, 0), (6000, all)],
         "{runs} runs"
     );
     // What was not cut is whole.

@@ -88,11 +88,13 @@ fn both_ways_find_the_same_owners(family: Family) -> Result<()> {
     Ok(())
 }
 
-/// Opens and closes descriptors in a table of 15,000, at numbers all over it, and starts and ends processes, until its input ends.
+/// Opens and closes descriptors in a table of up to 15,000, at numbers all over it, and starts and ends processes, until its input ends.
 const BUSY: &str = "
-import os, random, select, socket
+import os, random, resource, select, socket
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 null = os.open('/dev/null', os.O_RDONLY)
-table = [os.dup(null) for _ in range(15000)]
+table = [os.dup(null) for _ in range(min(15000, most - 100))]
 print('busy', flush=True)
 while not select.select([0], [], [], 0)[0]:
     for _ in range(200):
