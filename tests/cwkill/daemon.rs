@@ -1,6 +1,6 @@
 //! `cwkill daemon`: what it serves, how it is told to go on or to end, and what does not stop it.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
@@ -603,7 +603,13 @@ impl Manager {
 
     fn next(&self) -> Result<String> {
         let mut buffer = [0; 4096];
-        let length = self.0.recv(&mut buffer).context("no message")?;
+        let length = loop {
+            match self.0.recv(&mut buffer) {
+                // A signal of another test of this process.
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                other => break other.context("no message")?,
+            }
+        };
         Ok(String::from_utf8(buffer[..length].to_vec())?)
     }
 
