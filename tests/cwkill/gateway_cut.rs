@@ -1,6 +1,6 @@
 //! `cwkill gateway --probe` and `--cut`: both ends are looked at with `ss`, and the entry with a list. The tests need nft(8).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -481,18 +481,25 @@ fn a_thousand_connections_are_cut_in_one_run() -> Result<()> {
 /// The client opens every second connection again on the same addresses while the old ones are cut.
 fn connections_that_are_opened_again_meanwhile_live() -> Result<()> {
     const COUNT: usize = 200;
+    // The new connections must be younger until the end of the run.
+    const OLD: &str = "--min-age 20s";
+    let mut scenes = Vec::new();
     for nat in [Nat::Masquerade, Nat::None, Nat::Both] {
         let gateway = Gateway::start(Family::V4, nat)?;
         let opened = gateway
             .client
             .connect(gateway.to, COUNT, Dial::default(), PATIENCE)?;
         gateway.server.accept(gateway.listener, COUNT, PATIENCE)?;
-        let old = "--min-age 1s";
-        wait_for(PATIENCE, || Ok(gateway.listed(old)?.len() == COUNT))?;
+        scenes.push((nat, gateway, opened));
+    }
+    for (nat, gateway, opened) in &scenes {
+        wait_for(3 * PATIENCE, || Ok(gateway.listed(OLD)?.len() == COUNT))?;
+        // So slow that connections are opened again during all of it.
+        let line = format!("gateway --all --cut --json --rate 500 {OLD}");
         let command = gateway.lab.router.command(CWKILL);
-        let mut cut = command
-            .args(["gateway", "--all", "--cut", "--min-age", "1s"])
-            .stdout(std::process::Stdio::null())
+        let cut = command
+            .args(line.split(' '))
+            .stdout(std::process::Stdio::piped())
             .spawn()?;
         let mut again = Vec::new();
         for end in opened.iter().step_by(2) {
@@ -508,14 +515,42 @@ fn connections_that_are_opened_again_meanwhile_live() -> Result<()> {
             let accepted = gateway.server.accept(gateway.listener, 1, PATIENCE)?;
             again.push((new[0], accepted[0]));
         }
-        // Some may be skipped as too young: they are the new ones.
-        let status = cut.wait()?;
-        assert!(matches!(status.code(), Some(0 | 4)), "{status:?}");
-        for pair in again {
-            carries_data(&gateway, pair)?;
+        let output = cut.wait_with_output()?;
+        assert!(
+            matches!(output.status.code(), Some(0 | 4)),
+            "{nat:?}: {output:?}"
+        );
+        for pair in &again {
+            carries_data(gateway, *pair)?;
         }
-        assert_eq!(connections(&gateway.lab.client)?, COUNT / 2, "{nat:?}");
-        assert_eq!(connections(&gateway.lab.server)?, COUNT / 2, "{nat:?}");
+        let document: Value = serde_json::from_slice(&output.stdout)?;
+        let mut outcomes = BTreeMap::new();
+        for one in document["connections"].as_array().context("no list")? {
+            let port = one["original"]["src"]["port"].as_u64().context("no port")?;
+            outcomes.insert(port, at(one, "/result/outcome"));
+        }
+        let left: BTreeSet<u64> = gateway
+            .lab
+            .client
+            .ss(&["state", "connected"])?
+            .iter()
+            .map(|row| row.local.port().into())
+            .collect();
+        // Those that stay open are ended. Those of which the client has closed the old one may have any outcome, and live.
+        for (index, end) in opened.iter().enumerate() {
+            let port = u64::from(end.local.port());
+            let is_again = index % 2 == 0;
+            let outcome = outcomes.get(&port).map(String::as_str);
+            assert!(
+                is_again || matches!(outcome, Some("cut" | "half" | "skipped")),
+                "{nat:?}: {port}: {outcome:?}"
+            );
+            if is_again || outcome == Some("cut") {
+                assert_eq!(left.contains(&port), is_again, "{nat:?}: {port}");
+            }
+        }
+        let cut = outcomes.values().filter(|outcome| *outcome == "cut");
+        assert!(cut.count() > COUNT / 4, "{nat:?}: {outcomes:?}");
     }
     Ok(())
 }
