@@ -85,9 +85,13 @@ fn check(
     acting: &ForwardedActing,
 ) -> Result<(), clap::Error> {
     let names_one = !selectors.connections.is_empty();
-    if names_one && (all || selects_otherwise(selectors)) {
+    // One that such a selector leaves out would count as one without an entry, and be cut unchecked.
+    let is_narrowed = !selectors.states.is_empty()
+        || !selectors.zones.is_empty()
+        || selectors.original.ip_version.is_some();
+    if names_one && (all || is_narrowed || selects_otherwise(selectors)) {
         return Err(usage(
-            "--connection names one connection, and needs no other selector; for example --connection 10.9.1.2:40000,10.9.2.2:443",
+            "--connection names one connection, and takes no other selector but --min-age; for example --connection 10.9.1.2:40000,10.9.2.2:443",
         ));
     }
     let Some(act) = act else {
@@ -327,7 +331,19 @@ mod tests {
             ("--connection 10.0.0.1:1,10.0.0.2:2 --cut", "--active"),
             (
                 "--connection 10.0.0.1:1,10.0.0.2:2 --all --probe",
-                "--connection",
+                "--connection 10.9.1.2:40000",
+            ),
+            (
+                "--connection 10.0.0.1:1,10.0.0.2:2 --cut --conntrack-state close-wait",
+                "--connection 10.9.1.2:40000",
+            ),
+            (
+                "--connection 10.0.0.1:1,10.0.0.2:2 --cut --active --zone 7",
+                "--connection 10.9.1.2:40000",
+            ),
+            (
+                "--connection 10.0.0.1:1,10.0.0.2:2 -6",
+                "--connection 10.9.1.2:40000",
             ),
             ("--host 192.0.2.1 --max-kills 5", "--cut"),
             ("--active", "--cut or --probe"),
