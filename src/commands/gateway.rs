@@ -35,7 +35,9 @@ pub(super) fn run(args: GatewayArgs) -> anyhow::Result<ExitStatus> {
     drop_capabilities_and_start_threads(&capabilities::for_gateway(acts), None);
     let mut terminal = Terminal::new(acts, quiet)?;
     let mut scan = forwarded::find(&config.selectors)?;
-    forwarded::limit(&mut scan, config.max_kills);
+    if let Some(act) = config.act {
+        forwarded::limit(&mut scan, &config.selectors, act, config.max_kills);
+    }
     let mut run = ForwardedRun {
         scan,
         act: config.act,
@@ -45,11 +47,14 @@ pub(super) fn run(args: GatewayArgs) -> anyhow::Result<ExitStatus> {
     if let (Some(act), true) = (config.act, acts) {
         let mut network = LinkNetwork::open()
             .context("nothing was done: cannot open a packet socket, which needs CAP_NET_RAW")?;
+        // Before the intents are logged: each must get an outcome.
+        let mut table =
+            Conntrack::open().context("nothing was done: cannot open a socket to conntrack")?;
         if let Some(log) = &mut log {
             let begun = terminal.aside(|| log.begin_gateway(&run));
             begun.context("nothing was done")?;
         }
-        act_on(&mut run, act, config, &mut network, &terminal)?;
+        act_on(&mut run, act, config, &mut table, &mut network, &terminal);
     }
     terminal.release_signals();
     let summary = || report::summary(&run, config);
@@ -77,10 +82,10 @@ fn act_on(
     run: &mut ForwardedRun,
     act: ForwardedAct,
     config: &GatewayConfig,
+    table: &mut Conntrack,
     network: &mut LinkNetwork,
     control: &dyn Control,
-) -> anyhow::Result<()> {
-    let mut table = Conntrack::open()?;
+) {
     control.hold_signals();
     let rules = ForwardedRules {
         act,
@@ -89,13 +94,6 @@ fn act_on(
         rate: config.rate,
         retry: RETRY,
     };
-    gateway::run(
-        &mut run.scan.connections,
-        &rules,
-        &mut table,
-        network,
-        control,
-    );
+    gateway::run(&mut run.scan.connections, &rules, table, network, control);
     run.acted = true;
-    Ok(())
 }

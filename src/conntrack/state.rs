@@ -55,6 +55,11 @@ impl ConntrackState {
         self.into()
     }
 
+    /// Whether the connection is being opened.
+    pub fn is_being_opened(self) -> bool {
+        matches!(self, Self::SynSent | Self::SynRecv | Self::SynSent2)
+    }
+
     /// The name of the sysctl with its timeout, without its prefix; `None`: the kernel has none for it.
     pub(super) fn timeout_name(self) -> Option<&'static str> {
         Some(match self {

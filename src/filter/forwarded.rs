@@ -89,6 +89,11 @@ impl ForwardedSelectors {
         self.original.finds_age_too_young(quiet)
     }
 
+    /// Whether a connection is left alone because it is being opened, and `--conntrack-state` does not name that.
+    pub fn finds_being_opened(&self, entry: &Entry) -> bool {
+        self.states.is_empty() && entry.state.is_some_and(ConntrackState::is_being_opened)
+    }
+
     /// The families to list: whether IPv6.
     pub fn families(&self) -> &'static [bool] {
         match self.original.ip_version {
@@ -254,6 +259,24 @@ mod tests {
             ..ForwardedSelectors::default()
         };
         assert!(!selectors.matches(&unknown));
+    }
+
+    #[test]
+    fn what_is_being_opened_must_be_named() {
+        use ConntrackState::{CloseWait, Established, SynRecv, SynSent, SynSent2};
+        let of = |state| Entry {
+            state: Some(state),
+            ..entry()
+        };
+        let mut selectors = ForwardedSelectors::default();
+        for state in [SynSent, SynRecv, SynSent2] {
+            assert!(selectors.finds_being_opened(&of(state)));
+        }
+        for state in [Established, CloseWait] {
+            assert!(!selectors.finds_being_opened(&of(state)));
+        }
+        selectors.states = [SynRecv].into();
+        assert!(!selectors.finds_being_opened(&of(SynRecv)));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use anyhow::Context;
 
 use crate::conntrack::{self, Conntrack, Entry};
 use crate::filter::forwarded::ForwardedSelectors;
-use crate::model::{Forwarded, ForwardedScan, ForwardedSkip};
+use crate::model::{Forwarded, ForwardedAct, ForwardedScan, ForwardedSkip};
 use crate::routes::{self, Place};
 
 /// The connections of the network namespace of the calling thread that match.
@@ -58,11 +58,28 @@ pub fn find(selectors: &ForwardedSelectors) -> anyhow::Result<ForwardedScan> {
     Ok(scan)
 }
 
-/// Leaves alone all but the first `max_kills`.
-pub fn limit(scan: &mut ForwardedScan, max_kills: Option<usize>) {
-    let first = max_kills.unwrap_or(usize::MAX);
-    for connection in scan.connections.iter_mut().skip(first) {
-        connection.skip = Some(ForwardedSkip::OverMaxKills);
+/// Leaves alone what `act` must not touch, and of the others all but the first `max_kills`.
+pub fn limit(
+    scan: &mut ForwardedScan,
+    selectors: &ForwardedSelectors,
+    act: ForwardedAct,
+    max_kills: Option<usize>,
+) {
+    let mut left = max_kills.unwrap_or(usize::MAX);
+    for connection in &mut scan.connections {
+        let zone = connection.entry.zone.id;
+        let is_named = act == ForwardedAct::Cut && selectors.zones.contains(&zone);
+        connection.skip = match left {
+            _ if selectors.finds_being_opened(&connection.entry) => {
+                Some(ForwardedSkip::BeingOpened)
+            }
+            _ if zone != 0 && !is_named => Some(ForwardedSkip::OtherZone),
+            0 => Some(ForwardedSkip::OverMaxKills),
+            _ => {
+                left -= 1;
+                None
+            }
+        };
     }
 }
 
@@ -77,5 +94,55 @@ fn place(address: IpAddr) -> Place {
     Place {
         address,
         interface: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conntrack::ConntrackState;
+    use crate::conntrack::codec::Zone;
+
+    #[test]
+    fn what_an_act_must_not_touch_does_not_count_for_the_limit() {
+        let example = Entry::example("10.0.0.1:5", "10.0.0.2:80");
+        let opening = Entry {
+            state: Some(ConntrackState::SynRecv),
+            ..example.clone()
+        };
+        let in_zone = Entry {
+            zone: Zone {
+                id: 7,
+                ..Zone::default()
+            },
+            ..example.clone()
+        };
+        let entries = [opening, in_zone, example.clone(), example];
+        let codes = |act, selectors: &ForwardedSelectors, max_kills| -> Vec<&str> {
+            let connections = entries.iter().cloned();
+            let mut scan = ForwardedScan {
+                connections: connections.map(|it| Forwarded::new(it, None)).collect(),
+                ..ForwardedScan::default()
+            };
+            limit(&mut scan, selectors, act, max_kills);
+            let skips = scan.connections.iter().map(|one| one.skip);
+            skips
+                .map(|skip| skip.map_or("none", ForwardedSkip::code))
+                .collect()
+        };
+        let all = ForwardedSelectors::default();
+        let [opening, zone, over] = ["being-opened", "other-zone", "over-max-kills"];
+        let (probe, cut) = (ForwardedAct::Probe, ForwardedAct::Cut);
+        for act in [probe, cut] {
+            assert_eq!(codes(act, &all, None), [opening, zone, "none", "none"]);
+            assert_eq!(codes(act, &all, Some(1)), [opening, zone, "none", over]);
+        }
+        let named = ForwardedSelectors {
+            zones: [0, 7].into(),
+            states: [ConntrackState::SynRecv, ConntrackState::Established].into(),
+            ..ForwardedSelectors::default()
+        };
+        assert_eq!(codes(probe, &named, None), ["none", zone, "none", "none"]);
+        assert_eq!(codes(cut, &named, Some(3)), ["none", "none", "none", over]);
     }
 }

@@ -84,11 +84,6 @@ impl EndState {
     pub fn name(self) -> &'static str {
         self.into()
     }
-
-    /// Whether its connection is over.
-    pub fn is_over(self) -> bool {
-        matches!(self, EndState::Gone | EndState::Quiet)
-    }
 }
 
 /// One end of a connection.
@@ -102,6 +97,17 @@ pub struct EndReport {
     pub resets: u8,
 }
 
+impl EndReport {
+    /// Whether its connection is over. Silence shows it only after an RST.
+    pub fn is_over(self) -> bool {
+        match self.now {
+            EndState::Gone => true,
+            EndState::Quiet => self.resets > 0,
+            EndState::NotAsked | EndState::Silent | EndState::Alive => false,
+        }
+    }
+}
+
 /// What became of a connection.
 #[derive(Clone, Debug, PartialEq, Eq, IntoStaticStr)]
 #[cfg_attr(test, derive(strum::VariantNames))]
@@ -111,7 +117,7 @@ pub enum ForwardedOutcome {
     Cut,
     /// One end, or both, had forgotten it, and now both have lost it.
     Healed,
-    /// One end has lost it, and the other was silent.
+    /// One end has lost it, and the other was silent, or in a probe still has it.
     Half,
     /// An end still has it.
     Alive,
@@ -141,6 +147,12 @@ pub enum ForwardedSkip {
     NoLongerSelected,
     #[error("not reached: the run was interrupted")]
     Interrupted,
+    /// It has no numbers yet that its ends agree on.
+    #[error("being opened: name its state with --conntrack-state")]
+    BeingOpened,
+    /// Zones can have the same addresses with other routes. cwkill asks the routes of the main table.
+    #[error("not in the default zone: for a cut name its zone with --zone")]
+    OtherZone,
 }
 
 impl ForwardedSkip {
@@ -197,10 +209,11 @@ impl EntryDeletion {
 
 /// The outcome of a connection whose ends were asked.
 pub fn forwarded_outcome(act: ForwardedAct, ends: [EndReport; 2]) -> ForwardedOutcome {
-    let [one, other] = ends.map(|end| end.now);
     let was_reset = ends.iter().any(|end| end.resets > 0);
-    match (one.is_over(), other.is_over()) {
-        _ if one == EndState::Alive || other == EndState::Alive => ForwardedOutcome::Alive,
+    let is_alive = ends.iter().any(|end| end.now == EndState::Alive);
+    match ends.map(EndReport::is_over).into() {
+        (true, false) | (false, true) if act == ForwardedAct::Probe => ForwardedOutcome::Half,
+        _ if is_alive => ForwardedOutcome::Alive,
         (true, true) if act == ForwardedAct::Cut && was_reset => ForwardedOutcome::Cut,
         (true, true) => ForwardedOutcome::Healed,
         (false, false) => ForwardedOutcome::Failed(ForwardedFailure::NoAnswer),
@@ -252,7 +265,10 @@ mod tests {
             assert_eq!(name(cut, one, other), expected, "{one:?} {other:?}");
             assert_eq!(name(cut, other, one), expected, "{one:?} {other:?}");
         }
-        assert_eq!(name(probe, end(Gone, 0), end(Gone, 1)), "healed");
+        assert_eq!(name(probe, end(Gone, 0), end(Gone, 0)), "healed");
+        assert_eq!(name(probe, end(Gone, 0), end(Alive, 0)), "half");
+        assert_eq!(name(probe, end(Gone, 0), end(Quiet, 0)), "half");
+        assert_eq!(name(probe, end(Silent, 0), end(Alive, 0)), "alive");
         assert_eq!(name(probe, end(Alive, 0), end(Alive, 0)), "alive");
         assert_eq!(name(probe, end(Gone, 0), end(Silent, 0)), "half");
     }

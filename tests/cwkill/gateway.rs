@@ -391,7 +391,7 @@ fn without_connection_tracking_it_says_why_nothing_is_listed() -> Result<()> {
         .connect(gateway.to, 1, Dial::default(), PATIENCE)?;
     assert_eq!(opened.len(), 1);
     let ran = gateway.gateway("")?.exits(1);
-    let ran = ran.complains("tracks nothing in this network namespace");
+    let ran = ran.complains("has no entries in this network namespace now");
     assert_eq!(ran.stdout, "0 forwarded connections\n");
     Ok(())
 }

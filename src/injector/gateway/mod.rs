@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 pub use network::{LinkNetwork, SendFailure};
 
-use crate::conntrack::{Conntrack, Delete, Entry, Timeouts};
+use crate::conntrack::{Conntrack, ConntrackState, Delete, Entry, Timeouts};
 use crate::control::Control;
 use crate::filter::forwarded::ForwardedSelectors;
 use crate::model::{
@@ -99,6 +99,7 @@ pub fn run(
         }
     }
     let mut pace = Pace::new(rules.rate);
+    let batch_size = batch_size(rules.rate);
     while !pending.is_empty() {
         if control.interrupted() {
             let skipped = ForwardedOutcome::Skipped(ForwardedSkip::Interrupted);
@@ -107,7 +108,7 @@ pub fn run(
                 .for_each(|connection| connection.outcome = Some(skipped.clone()));
             return;
         }
-        let (batch, rest) = next_batch(pending);
+        let (batch, rest) = next_batch(pending, batch_size);
         pending = rest;
         let batch = with_paths(batch, network);
         // From here on a SYN is seen: what is looked up now is what is asked.
@@ -129,13 +130,22 @@ pub fn run(
     }
 }
 
+/// The connections of a batch, so that its questions take a tenth of a second at most: an answer must not wait long for the RST, nor the
+/// operator for the end.
+fn batch_size(rate: u32) -> usize {
+    usize::try_from(rate / 20).map_or(BATCH, |size| size.clamp(1, BATCH))
+}
+
 /// The first connections, as far as their answers can be told apart: with zones, several have the same addresses.
-fn next_batch(pending: Vec<&mut Forwarded>) -> (Vec<&mut Forwarded>, Vec<&mut Forwarded>) {
+fn next_batch(
+    pending: Vec<&mut Forwarded>,
+    size: usize,
+) -> (Vec<&mut Forwarded>, Vec<&mut Forwarded>) {
     let mut views: HashSet<Tuple> = HashSet::new();
     let (mut batch, mut rest) = (Vec::new(), Vec::new());
     for connection in pending {
         let is_new =
-            batch.len() < BATCH && !connection.views().iter().any(|view| views.contains(view));
+            batch.len() < size && !connection.views().iter().any(|view| views.contains(view));
         match is_new {
             true => {
                 views.extend(connection.views());
@@ -162,7 +172,10 @@ fn recheck<'c>(
         let outcome = match table.lookup(&connection.entry) {
             Ok(Some(now)) if now.id == connection.entry.id => {
                 let quiet = rules.timeouts.quiet(&now);
-                match rules.selectors.matches(&now) && !rules.selectors.finds_too_young(quiet) {
+                let selectors = rules.selectors;
+                let is_left_alone =
+                    selectors.finds_too_young(quiet) || selectors.finds_being_opened(&now);
+                match selectors.matches(&now) && !is_left_alone {
                     true => {
                         left.push(connection);
                         continue;
@@ -242,7 +255,9 @@ fn act(
             None => forwarded_outcome(rules.act, connection.ends),
         };
         let is_over = match outcome {
-            ForwardedOutcome::Cut | ForwardedOutcome::Healed => true,
+            ForwardedOutcome::Cut => true,
+            // Hosts that answer RST in the main table may not be those of another zone.
+            ForwardedOutcome::Healed => connection.entry.zone.id == 0,
             // The mapping of NAT leads the silent end to the one that has forgotten the connection.
             ForwardedOutcome::Half => rules.act == ForwardedAct::Cut,
             _ => false,
@@ -276,7 +291,13 @@ fn delete_picked_up(entry: &Entry, table: &mut dyn Table) {
             original,
             ..entry.clone()
         };
-        if let Ok(Some(found)) = table.lookup(&named) {
+        // One that is being opened was not picked up, and one that has these addresses only after NAT is another.
+        let is_new = |found: &Entry| {
+            found.original != original || found.state.is_some_and(ConntrackState::is_being_opened)
+        };
+        if let Ok(Some(found)) = table.lookup(&named)
+            && !is_new(&found)
+        {
             // It times out in any case.
             let _ = table.delete(&found);
         }
@@ -307,6 +328,9 @@ impl Exchange<'_> {
             }
             let due = self.questions.due(self.control.now());
             for burst in due.chunks(BURST) {
+                if self.control.interrupted() {
+                    return;
+                }
                 for &index in burst {
                     let (seq, nonce) = (self.network.random(), self.network.random());
                     let now = self.control.now();

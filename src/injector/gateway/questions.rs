@@ -30,8 +30,8 @@ struct End {
     report: EndReport,
     /// The acknowledgment number of each question that was sent: an RST must have one of them.
     nonces: Vec<Seq>,
-    /// Whether it is to be ended.
-    is_doomed: bool,
+    /// Whether it is asked once more because the other end has forgotten the connection.
+    is_asked_again: bool,
     /// When it is asked again; `None`: no more.
     due: Option<Instant>,
     /// From when on an ACK counts as an answer to the last question: one that was on its way before an RST says nothing.
@@ -58,7 +58,7 @@ impl Questions {
             view: *view,
             report: EndReport::default(),
             nonces: Vec::new(),
-            is_doomed: act == ForwardedAct::Cut,
+            is_asked_again: false,
             due: Some(now),
             deaf_until: None,
             silences: 0,
@@ -200,7 +200,7 @@ impl Questions {
             end.report.first = EndState::Alive;
         }
         end.silences = 0;
-        if !end.is_doomed || end.report.resets >= MAX_RESETS {
+        if self.act == ForwardedAct::Probe || end.report.resets >= MAX_RESETS {
             end.due = None;
             self.settle(index, now);
             return Vec::new();
@@ -218,7 +218,8 @@ impl Questions {
     }
 
     /// If one end has forgotten a connection that is only probed, the other is asked again: the RST of the first may have reached it. If it
-    /// has not, it is ended.
+    /// has not, the other is left alone. What answers RST in the place of an end (a firewall, a proxy, another host behind the same address)
+    /// does not show that the end has forgotten it.
     fn settle(&mut self, index: usize, now: Instant) {
         if self.reopened[index / 2] {
             return;
@@ -238,10 +239,10 @@ impl Questions {
         };
         let retry = self.retry;
         let end = &mut self.ends[living];
-        if end.is_doomed {
+        if end.is_asked_again {
             return;
         }
-        end.is_doomed = true;
+        end.is_asked_again = true;
         end.silences = 0;
         // At once: one that is gone answers without a limit. Only an answer after the limit counts as life.
         end.due = Some(now);

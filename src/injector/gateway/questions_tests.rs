@@ -26,6 +26,8 @@ struct Peer {
     is_deaf: bool,
     /// Its numbers move with each answer: data arrives all the time.
     moves: bool,
+    /// No RST arrives at it.
+    is_shielded: bool,
     last_answer: Option<Instant>,
 }
 
@@ -33,10 +35,15 @@ const LIVING: Peer = Peer {
     rcv_nxt: Some(5_000),
     is_deaf: false,
     moves: false,
+    is_shielded: false,
     last_answer: None,
 };
 const FORGETFUL: Peer = Peer {
     rcv_nxt: None,
+    ..LIVING
+};
+const SHIELDED: Peer = Peer {
+    is_shielded: true,
     ..LIVING
 };
 const DEAF: Peer = Peer {
@@ -63,7 +70,7 @@ impl Peer {
             return is_question.then(|| answer(segment.ack, Seq(0), TcpFlags::RST));
         };
         if segment.flags == TcpFlags::RST {
-            if segment.seq == Seq(rcv_nxt) {
+            if segment.seq == Seq(rcv_nxt) && !self.is_shielded {
                 self.rcv_nxt = None;
             }
             return None;
@@ -191,6 +198,23 @@ fn a_probe_heals_without_a_forged_reset() {
         );
         assert_eq!((reports[living].resets, peers[living].rcv_nxt), (0, None));
         assert_eq!(took, Duration::ZERO);
+    }
+}
+
+/// Something else may have answered RST, so what is still alive gets none from here.
+#[test]
+fn a_probe_never_sends_a_reset() {
+    for peers in [[FORGETFUL, SHIELDED], [SHIELDED, FORGETFUL]] {
+        let living = usize::from(peers[0].rcv_nxt.is_none());
+        let (reports, took, peers) = talk(ForwardedAct::Probe, peers);
+        let expected = EndReport {
+            first: EndState::Alive,
+            now: EndState::Alive,
+            resets: 0,
+        };
+        assert_eq!((reports[living], took), (expected, RETRY));
+        assert_eq!(reports[1 - living].now, EndState::Gone);
+        assert_eq!(peers[living].rcv_nxt, LIVING.rcv_nxt);
     }
 }
 

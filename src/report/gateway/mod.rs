@@ -94,7 +94,15 @@ pub fn exit_status(run: &ForwardedRun) -> ExitStatus {
         Some(ForwardedAct::Cut) => counts.alive,
         Some(ForwardedAct::Probe) | None => 0,
     };
-    match counts.half + counts.skipped - counts.over_max_kills + counts.failed + left {
+    let opening = ForwardedOutcome::Skipped(ForwardedSkip::BeingOpened);
+    // Nobody has forgotten what is being opened.
+    let is_fine = |outcome: Option<&ForwardedOutcome>| {
+        run.act == Some(ForwardedAct::Probe) && outcome == Some(&opening)
+    };
+    let connections = run.scan.connections.iter();
+    let fine = connections.filter(|connection| is_fine(connection.outcome.as_ref()));
+    let skipped = counts.skipped - counts.over_max_kills - fine.count();
+    match counts.half + skipped + counts.failed + left {
         _ if counts.matched == 0 => ExitStatus::NothingMatched,
         0 if !deletions.any(is_kept) => ExitStatus::Done,
         _ => ExitStatus::NotAllClosed,
@@ -130,7 +138,10 @@ pub fn notes(run: &ForwardedRun, config: &GatewayConfig) -> Vec<String> {
     let scan = &run.scan;
     let is_empty = scan.connections.is_empty();
     match scan.table_use {
-        Some((0, _)) | None => notes.push(
+        Some((0, _)) => notes.push(
+            "conntrack has no entries in this network namespace now".to_owned(),
+        ),
+        None => notes.push(
             "conntrack tracks nothing in this network namespace: it begins where a rule of nftables or iptables needs it \
              (NAT, ct state)"
                 .to_owned(),
@@ -211,7 +222,7 @@ mod tests {
             ..ForwardedScan::default()
         };
         let said = |table_use, line| notes(&run(of(table_use)), &config(line)).join("\n");
-        assert!(said(Some((0, 100)), "").contains("tracks nothing"));
+        assert!(said(Some((0, 100)), "").contains("has no entries"));
         assert!(said(None, "").contains("tracks nothing"));
         assert!(said(Some((100, 100)), "").contains("is full (100 entries"));
         assert!(said(Some((9, 100)), "--sport 443").contains("--dport"));
@@ -274,6 +285,11 @@ mod tests {
             status(ForwardedAct::Probe, &[Alive, Healed]),
             ExitStatus::Done
         );
+        let opening = Skipped(ForwardedSkip::BeingOpened);
+        let probe = ForwardedAct::Probe;
+        assert_eq!(status(probe, &[Alive, opening.clone()]), ExitStatus::Done);
+        assert_eq!(status(cut, &[Cut, opening]), ExitStatus::NotAllClosed);
+        assert_eq!(status(probe, &[Half]), ExitStatus::NotAllClosed);
         let run = acted(cut, &[Cut, Cut, over, Alive]);
         assert_eq!(
             run.counts().sentence(),
