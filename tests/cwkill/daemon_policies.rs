@@ -23,6 +23,7 @@ pub const TESTS: &[Test] = &[
     once!(a_killed_daemon_acts_on_nothing_twice).slow(),
     once!(policies_that_wait_for_a_minute_side_by_side).slow(),
     once!(a_single_sweep_leaves_the_policies_to_the_daemon_that_runs),
+    once!(who_does_not_act_leaves_the_orders_to_reset_to_the_next_daemon),
     once!(a_damaged_state_file_keeps_the_policies_from_acting),
     once!(a_breaker_of_an_unknown_policy_cannot_be_reset),
 ];
@@ -531,6 +532,28 @@ fn a_single_sweep_leaves_the_policies_to_the_daemon_that_runs() -> Result<()> {
         .complains("no policy is carried out: another cwkill daemon runs already");
     assert!(ran.stdout.contains("1 socket stuck"), "{ran:?}");
     Ok(())
+}
+
+fn who_does_not_act_leaves_the_orders_to_reset_to_the_next_daemon() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V4, 1)?;
+    let place = Place::new()?;
+    configure(&place, &acting(""))?;
+    let order = place.path("reset-all");
+    let is_there = || std::path::Path::new(&order).exists();
+    let mut daemon = Daemon::start_with(&lab, &place, "--observe")?;
+    ran(place.command(&lab, "--reset all"))?.exits(0);
+    daemon.wait_for_sweeps(2.0)?;
+    assert!(is_there(), "{}", daemon.said());
+    for arguments in ["--once", "--once --observe"] {
+        let ran = ran(place.command(&lab, arguments))?.exits(0);
+        assert!(is_there(), "{arguments}: {ran:?}");
+    }
+    daemon.end(Signal::SIGTERM)?;
+    let mut next = Daemon::start(&lab, &place)?;
+    next.wait_until("it carries out the order, and removes it", |daemon| {
+        let said = "policy all: its circuit breaker was reset";
+        Ok(!is_there() && daemon.said().contains(said))
+    })
 }
 
 fn a_damaged_state_file_keeps_the_policies_from_acting() -> Result<()> {

@@ -26,7 +26,7 @@ use crate::text::counted;
 pub(super) struct Policies {
     config: DaemonConfig,
     pub(super) engine: Engine,
-    /// `None` if no policy acts, or if the file cannot be used.
+    /// `None` if the file cannot be used. While no policy acts it is only read: another daemon may have the lock.
     pub(super) file: Option<StateFile>,
     /// For the metrics.
     pub(super) numbers: OfPolicies,
@@ -195,9 +195,10 @@ impl Policies {
         facts
     }
 
-    /// Closes the breakers that the operator has ordered to close.
+    /// Closes the breakers that the operator has ordered to close. While no policy acts nothing is kept, so the orders are left to the
+    /// next daemon that acts.
     fn carry_out_resets(&mut self) {
-        let Some(file) = self.file.clone() else {
+        let Some(file) = self.file.clone().filter(|_| self.config.acts()) else {
             return;
         };
         let names = match file.resets() {
