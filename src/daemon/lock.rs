@@ -29,7 +29,7 @@ pub fn directory() -> PathBuf {
 /// Why the directory cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
-    #[error("another cwkill daemon runs already{}: it has locked {path}", of_process(.pid))]
+    #[error("another cwkill daemon, or cwkill daemon --once, runs already{}: it has locked {path}", of_process(.pid))]
     Locked { path: String, pid: Option<i32> },
     #[error("cannot use the state directory {path}")]
     Io { path: String, source: io::Error },

@@ -21,7 +21,7 @@ use super::sweep::Sweep;
 pub(super) fn run(args: &DaemonArgs, settings: &Settings) -> anyhow::Result<ExitStatus> {
     let time_and_place = time_and_place();
     let config = settings.config.clone();
-    let (config, _lock) = with_own_policies(config)?;
+    let (config, lock) = with_own_policies(config)?;
     let mut sweeper = super::prepare(args, settings)?;
     let terminal = Terminal::new(config.acts(), false)?;
     let sweep = sweeper.sweep()?;
@@ -48,6 +48,8 @@ pub(super) fn run(args: &DaemonArgs, settings: &Settings) -> anyhow::Result<Exit
     );
     let mut policies = Policies::open(&config, &lock::directory());
     policies.sweep(&scan, &proc, &sweeper, &terminal);
+    // A reader of the listing that waits must keep no daemon from starting.
+    drop(lock);
     metrics.policies.clone_from(&policies.numbers);
     finder::sort(&mut scan.targets);
     plan::decide(&mut scan, &sweeper.config.policy, &sweeper.privileges);
