@@ -340,10 +340,11 @@ impl Breaker {
         self.samples.retain(is_recent);
     }
 
-    /// Whether as many more than usual came back as the last act closed; `None` if there was none.
+    /// Whether as many more than usual came back as the last act closed; `None` if there was none. A sweep that does not know what is new
+    /// leaves it to the next.
     fn judge_last_act(&mut self, new: Option<usize>) -> Option<bool> {
-        let closed = self.closed.take()?;
         let new = u32::try_from(new?).unwrap_or(u32::MAX);
+        let closed = self.closed.take()?;
         if closed == 0 {
             return None;
         }

@@ -72,6 +72,17 @@ fn a_leak_that_refills_opens_it_in_three_sweeps() {
 }
 
 #[test]
+fn a_sweep_that_does_not_know_what_is_new_leaves_the_act_to_the_next() {
+    let mut trial = Trial::new();
+    for sweep in 1..=3 {
+        assert_eq!(trial.act(10, 0), None);
+        assert_eq!(trial.sweep_with(100, None, &[]), None);
+        let expected = (sweep == 3).then_some(Trip::Refill);
+        assert_eq!(opened(trial.sweep(100, 10)), expected, "sweep {sweep}");
+    }
+}
+
+#[test]
 fn a_steady_leak_is_no_refill() {
     // As many become old enough as leak, sweep after sweep: a timeout for a leak.
     for leak in [
