@@ -15,7 +15,7 @@ Prometheus. It closes only what a policy of its configuration with mode = \"act\
 
 Examples:
   cwkill daemon                            serve metrics on 127.0.0.1:9979
-  cwkill daemon --once                     one sweep, as a listing
+  cwkill daemon --once --observe           one sweep, as a listing, without acts
   cwkill daemon --check-config             what the configuration does, in words
   cwkill daemon --once --textfile /var/lib/prometheus/node-exporter
                                            from a timer, for node_exporter
