@@ -23,6 +23,7 @@ pub const TESTS: &[Test] = &[
     once!(a_killed_daemon_acts_on_nothing_twice).slow(),
     once!(policies_that_wait_for_a_minute_side_by_side).slow(),
     once!(a_single_sweep_leaves_the_policies_to_the_daemon_that_runs),
+    once!(a_policy_whose_sockets_cannot_be_listed_cannot_act),
     once!(who_does_not_act_leaves_the_orders_to_reset_to_the_next_daemon),
     once!(a_damaged_state_file_keeps_the_policies_from_acting),
     once!(a_breaker_of_an_unknown_policy_cannot_be_reset),
@@ -531,6 +532,27 @@ fn a_single_sweep_leaves_the_policies_to_the_daemon_that_runs() -> Result<()> {
         "no policy is carried out: another cwkill daemon, or cwkill daemon --once, runs already",
     );
     assert!(ran.stdout.contains("1 socket stuck"), "{ran:?}");
+    Ok(())
+}
+
+fn a_policy_whose_sockets_cannot_be_listed_cannot_act() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V4, 1)?;
+    let place = Place::new()?;
+    let policy = acting("confirm = 1").replace("all = true", "all = true, netns = \"/gone\"");
+    configure(&place, &policy)?;
+    for sweep in ["the first", "the second"] {
+        let ran = ran(place.command(&lab, "--once"))?
+            .exits(3)
+            .complains("but its sockets cannot be listed");
+        assert!(ran.stdout.contains("1 socket stuck"), "{sweep}: {ran:?}");
+    }
+    let mut daemon = Daemon::start(&lab, &place)?;
+    let series = "cwkill_policy_held{policy=\"all\",reason=\"unlisted\"} 1";
+    daemon.wait_until("its policy is held", |daemon| {
+        let metrics = daemon.get("/metrics")?.body;
+        Ok(metrics.lines().any(|line| line == series))
+    })?;
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 1);
     Ok(())
 }
 

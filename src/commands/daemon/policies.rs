@@ -41,7 +41,7 @@ pub(super) struct Policies {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Success {
     AsWanted,
-    /// An act failed.
+    /// An act failed, or a signal came before the acts.
     NotAllClosed,
     /// A policy could not act, because something could not be read or written.
     NothingDone,
@@ -101,13 +101,18 @@ impl Policies {
         let facts = self.facts(scan, proc, sweeper);
         let now = now();
         let mut decisions = self.engine.decide(now, &facts);
+        hold_unlisted(&mut decisions, &self.failures);
         for decision in &mut decisions {
             let name = &self.config.policies[decision.policy].name;
             if let Some(change) = decision.change {
                 say(format_args!("policy {name}: {}", change.sentence()));
             }
-            let is_idle = decision.hold.is_some() || decision.chosen.is_empty();
-            if is_idle || control.interrupted() {
+            if decision.hold.is_some() || decision.chosen.is_empty() {
+                continue;
+            }
+            if control.interrupted() {
+                decision.hold = Some(Hold::Interrupted);
+                self.success = Success::NotAllClosed;
                 continue;
             }
             let acting = Acting {
@@ -121,7 +126,9 @@ impl Policies {
                 Err(hold) => decision.hold = Some(hold),
                 Ok(batch) => {
                     let numbers = self.numbers.policies.entry(name.clone()).or_default();
-                    if batch.results.contains(&ActResult::Failed) {
+                    let was_cut_short =
+                        control.interrupted() && batch.results.contains(&ActResult::Untouched);
+                    if was_cut_short || batch.results.contains(&ActResult::Failed) {
                         self.success = Success::NotAllClosed;
                     }
                     for (reason, count) in batch.not_closed {
@@ -272,6 +279,17 @@ impl Policies {
     }
 }
 
+/// Holds the policies whose own sockets could not be listed, for the reason in `failures`. What they select is not known, so they have
+/// nothing to act on.
+fn hold_unlisted(decisions: &mut [Decision], failures: &[Option<String>]) {
+    for decision in decisions {
+        let would_act = matches!(decision.hold, None | Some(Hold::New));
+        if would_act && matches!(failures.get(decision.policy), Some(Some(_))) {
+            decision.hold = Some(Hold::Unlisted);
+        }
+    }
+}
+
 /// Counts a breaker that has opened.
 fn count_opened(numbers: &mut PolicyNumbers, change: Option<Change>) {
     if let Some(Status::Open { why, .. }) = change.map(|change| change.to) {
@@ -362,4 +380,35 @@ fn opened(config: &DaemonConfig, directory: &Path) -> anyhow::Result<(Engine, St
     let file = StateFile::new(directory.to_owned(), clock);
     let kept = file.read(history::now())?;
     Ok((Engine::with(config, kept), file))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[test]
+    fn a_policy_whose_sockets_cannot_be_listed_does_not_seem_to_act() {
+        let failed = Some("its sockets cannot be listed".to_owned());
+        let cases = [
+            (None, &failed, Some(Hold::Unlisted)),
+            (Some(Hold::New), &failed, Some(Hold::Unlisted)),
+            (Some(Hold::Expired), &failed, Some(Hold::Expired)),
+            (Some(Hold::ObserveMode), &failed, Some(Hold::ObserveMode)),
+            (None, &None, None),
+        ];
+        for (hold, failure, expected) in cases {
+            let mut decisions = [Decision {
+                policy: 0,
+                selected: 0,
+                chosen: Vec::new(),
+                hold,
+                left: BTreeMap::new(),
+                change: None,
+            }];
+            hold_unlisted(&mut decisions, std::slice::from_ref(failure));
+            assert_eq!(decisions[0].hold, expected, "{hold:?}");
+        }
+    }
 }

@@ -86,12 +86,14 @@ pub enum Hold {
     BreakerOpen,
     /// The state file cannot be used, so it is not known how much was done.
     StateUnusable,
-    /// Its sockets could not be listed again before the act.
+    /// Its sockets could not be listed, or not again before the act.
     Unlisted,
     /// The state file could not be written: what cannot be recorded is not done.
     StateUnwritten,
     /// The log could not be written: what cannot be recorded is not done.
     LogUnwritten,
+    /// A signal ends the daemon.
+    Interrupted,
 }
 
 impl Hold {
@@ -110,7 +112,8 @@ impl Hold {
             | Hold::Expired
             | Hold::OutsideWindow
             | Hold::New
-            | Hold::BreakerOpen => false,
+            | Hold::BreakerOpen
+            | Hold::Interrupted => false,
         }
     }
 
@@ -123,9 +126,10 @@ impl Hold {
             Hold::New => "it is new or has changed, and observes one sweep first",
             Hold::BreakerOpen => "its circuit breaker is open",
             Hold::StateUnusable => "the state file cannot be used",
-            Hold::Unlisted => "its sockets cannot be listed again",
+            Hold::Unlisted => "its sockets cannot be listed",
             Hold::StateUnwritten => "the state file cannot be written",
             Hold::LogUnwritten => "the log cannot be written",
+            Hold::Interrupted => "a signal came before its acts",
         }
     }
 }
