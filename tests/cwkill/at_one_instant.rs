@@ -363,14 +363,14 @@ fn thousands_are_destroyed_and_reported() -> Result<()> {
 }
 
 /// A process that keeps the lock of an open connection on the leaking host.
-fn hanging(lab: &Lab) -> Result<Owner> {
+pub fn hanging(lab: &Lab) -> Result<Owner> {
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 0)?;
     owner.lock_a_socket()?;
     Ok(owner)
 }
 
 /// The processes of cwkill on the leaking host that make a walk.
-fn walkers(lab: &Lab) -> Result<usize> {
+pub fn walkers(lab: &Lab) -> Result<usize> {
     let here = format!("net:[{}]", lab.app_host().netns_inode()?);
     let is_walker = |process: &std::path::Path| {
         std::fs::read_to_string(process.join("comm")).is_ok_and(|name| name == "cwkill-walk\n")

@@ -10,9 +10,10 @@ use netns_harness::{Family, Lab, TcpState};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
+use crate::at_one_instant::walkers;
 use crate::daemon::{Daemon, Place};
 use crate::support::{CWKILL, PATIENCE, alone, as_typed, at, count, in_state, lab, ran};
-use crate::trial::{Test, once};
+use crate::trial::{Need, Test, once};
 
 pub const TESTS: &[Test] = &[
     once!(a_policy_in_observe_mode_says_what_it_would_close),
@@ -25,6 +26,7 @@ pub const TESTS: &[Test] = &[
     once!(a_single_sweep_leaves_the_policies_to_the_daemon_that_runs),
     once!(a_policy_whose_sockets_cannot_be_listed_cannot_act),
     once!(who_does_not_act_leaves_the_orders_to_reset_to_the_next_daemon),
+    once!(only_a_policy_that_destroys_loads_the_program_for_it).needs(Need::Iterator),
     once!(a_damaged_state_file_keeps_the_policies_from_acting),
     once!(a_breaker_of_an_unknown_policy_cannot_be_reset),
 ];
@@ -172,6 +174,20 @@ fn no_policy_acts_if_the_command_line_forbids_it() -> Result<()> {
     let mut acts = Daemon::start(&lab, &place)?;
     assert_eq!(acts.effective_capabilities()? & CAN_ACT, CAN_ACT);
     acts.end(Signal::SIGTERM)?;
+    Ok(())
+}
+
+/// The program comes with processes that make its walks.
+fn only_a_policy_that_destroys_loads_the_program_for_it() -> Result<()> {
+    let (lab, _leak) = lab("drained", Family::V4, 1)?;
+    let place = Place::new()?;
+    for (method, has_walkers) in [("shutdown", false), ("destroy", true)] {
+        configure(&place, &acting(&format!("methods = [\"{method}\"]")))?;
+        let mut daemon = Daemon::start_with(&lab, &place, "--bpf always")?;
+        assert_eq!(walkers(&lab)? > 0, has_walkers, "{method}");
+        daemon.end(Signal::SIGTERM)?;
+        lab.wait_for(PATIENCE, || Ok(walkers(&lab)? == 0))?;
+    }
     Ok(())
 }
 

@@ -17,7 +17,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, anyhow, ensure};
 
-use super::{drop_capabilities_and_start_threads, open_destroyer, open_proc_for_long, say_notes};
+use super::{drop_capabilities_and_start_threads, open_proc_for_long, say_notes};
 use crate::bpf::KernelTypes;
 use crate::cli::DaemonArgs;
 use crate::config::Config;
@@ -32,9 +32,12 @@ use crate::daemon::observation::{Changes, Known};
 use crate::daemon::policy::state;
 use crate::daemon::systemd::ServiceManager;
 use crate::filter::selectors::Selectors;
+use crate::finder::way::UseIterator;
 use crate::history::History;
+use crate::injector::way::ByIterator;
 use crate::model::Method;
 use crate::privileges::{Privileges, capabilities};
+use crate::proc::ProcFs;
 use crate::proc::since_boot;
 use crate::report::ExitStatus;
 use crate::sys;
@@ -125,8 +128,8 @@ fn prepare(args: &DaemonArgs, settings: &Settings) -> anyhow::Result<Sweeper> {
         let scope = policy.scope(settings.all_netns);
         needed.extend(capabilities::to_find(&scope, true, false));
     }
-    let destroyer = match settings.config.acts() && privileges.net_admin {
-        true => open_destroyer(args.bpf, false, &proc, &types)?,
+    let destroyer = match settings.config.destroys() && privileges.net_admin {
+        true => open_destroyer(args.bpf, &proc, &types),
         false => None,
     };
     if settings.config.acts() {
@@ -142,6 +145,24 @@ fn prepare(args: &DaemonArgs, settings: &Settings) -> anyhow::Result<Sweeper> {
         destroyer,
         history: History::open(),
     })
+}
+
+/// The iterator that destroys sockets, if `use_iterator` and the host allow it. The host is no reason to end: it can allow the one that reads
+/// owners, for which `use_iterator` is meant, and not this one.
+fn open_destroyer(
+    use_iterator: UseIterator,
+    proc: &ProcFs,
+    types: &KernelTypes,
+) -> Option<ByIterator> {
+    let chosen = ByIterator::choose(proc, use_iterator, types);
+    if let Err(error) = &chosen
+        && use_iterator == UseIterator::Always
+    {
+        say(format_args!(
+            "note: sockets are destroyed by SOCK_DESTROY, because {error}"
+        ));
+    }
+    chosen.ok()
 }
 
 /// Says what the configuration does, and how many sockets its policies match now.

@@ -28,6 +28,8 @@ pub use protect::{Protected, Protection};
 use error::Source;
 use raw::{Field, RawFile};
 
+use crate::model::Method;
+
 /// What the daemon is to do.
 #[derive(Clone, Debug)]
 pub struct DaemonConfig {
@@ -187,6 +189,12 @@ impl DaemonConfig {
     /// Whether a policy may act.
     pub fn acts(&self) -> bool {
         self.policies.iter().any(|policy| policy.mode == Mode::Act)
+    }
+
+    /// Whether a policy may act by `destroy`.
+    pub fn destroys(&self) -> bool {
+        let destroys = |it: &Policy| it.mode == Mode::Act && it.methods.contains(&Method::Destroy);
+        self.policies.iter().any(destroys)
     }
 
     /// Lets every policy only observe, whatever its mode.

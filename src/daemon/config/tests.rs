@@ -44,6 +44,19 @@ fn an_error_of_the_text_file_has_its_place() {
 }
 
 #[test]
+fn only_a_policy_that_acts_with_the_method_destroys() {
+    let acting = "mode = \"act\"\nexpires = 2100-01-01\nmin_age = \"1m\"\n";
+    let destroys = |lines: &str| {
+        let text = format!("[[policy]]\nname = \"a\"\nmatch = {{ port = 8080 }}\n{lines}\n");
+        DaemonConfig::parse(&text).unwrap().destroys()
+    };
+    assert!(destroys(acting));
+    assert!(destroys(&format!("{acting}methods = [\"destroy\"]")));
+    assert!(!destroys(&format!("{acting}methods = [\"shutdown\"]")));
+    assert!(!destroys("methods = [\"destroy\"]"));
+}
+
+#[test]
 fn without_policies_it_observes() {
     let config = DaemonConfig::parse("").unwrap();
     assert_eq!(config.interval, Duration::from_secs(30));
