@@ -9,6 +9,7 @@
 //!
 //! A child process makes the walk ([`Walker`]), since the kernel can let it wait for the lock of a socket whose owner hangs.
 
+use std::mem;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -24,7 +25,7 @@ use crate::tcp::{StateSet, TcpState};
 #[derive(Debug)]
 pub struct Destroyer {
     programs: Vec<Mutex<Program>>,
-    /// A walk was held up. Another one would be, too.
+    /// A walk was held up. Another one would be, too, until that one has come to its end.
     held_up: AtomicBool,
 }
 
@@ -35,6 +36,8 @@ struct Program {
     iterator: Iterator,
     walker: Walker,
     passes: u32,
+    /// The cookies that a walk has left in the map, because it was left itself.
+    left: Vec<u64>,
 }
 
 /// The memory that a program shares with cwkill.
@@ -174,6 +177,17 @@ impl Destroyer {
         walk
     }
 
+    /// Forgets that a walk was held up, if every walk that was left has come to its end since: then the lock is free.
+    pub fn begin_again(&self) {
+        let ended = |program: &Mutex<Program>| {
+            let mut program = program.lock().unwrap_or_else(PoisonError::into_inner);
+            program.is_idle()
+        };
+        if self.programs.iter().all(ended) {
+            self.held_up.store(false, Ordering::Relaxed);
+        }
+    }
+
     /// Whether a walk was held up by the lock of a socket.
     pub fn is_held_up(&self) -> bool {
         self.held_up.load(Ordering::Relaxed)
@@ -217,12 +231,13 @@ impl Program {
             iterator,
             walker: Walker::start().map_err(BpfError::Walker)?,
             passes: 0,
+            left: Vec::new(),
         })
     }
 
     fn destroy(&mut self, chosen: &[Chosen], go_on: impl Fn() -> bool) -> Walk {
         // An earlier walk was left. It still uses the maps.
-        if self.walker.is_walking() {
+        if !self.is_idle() {
             return Walk::none(chosen, End::Stopped);
         }
         if chosen.is_empty() {
@@ -243,15 +258,26 @@ impl Program {
                 let _ = verdict.compare_exchange(none, not_reached, order, order);
             }
         }
-        if !self.walker.is_walking() {
-            // If this fails, the next pass has another number, and perhaps less room.
-            let _ = self.maps.chosen.remove(&keys);
-        }
         let verdicts = verdicts.iter().map(|it| parse(it.load(Ordering::SeqCst)));
-        Walk {
-            verdicts: verdicts.collect(),
-            end,
+        let verdicts = verdicts.collect();
+        self.left = keys;
+        // What was chosen leaves the map now, or after the walk.
+        self.is_idle();
+        Walk { verdicts, end }
+    }
+
+    /// Whether no walk uses the maps. Notices the end of a walk that was left.
+    fn is_idle(&mut self) -> bool {
+        // Its result is of no use: its sockets were taken back.
+        if self.walker.is_walking() && self.walker.result(0).is_none() {
+            return false;
         }
+        let left = mem::take(&mut self.left);
+        if !left.is_empty() {
+            // If this fails, the next pass has another number, and perhaps less room.
+            let _ = self.maps.chosen.remove(&left);
+        }
+        true
     }
 
     /// Tells the program which sockets are chosen, and begins the walk.

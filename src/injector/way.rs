@@ -60,8 +60,10 @@ impl ByIterator {
         }
     }
 
-    /// A run begins: it has its own allowance. Of a daemon, each batch of acts is a run.
+    /// A run begins: it has its own allowance, and walks again if the lock that has held up an earlier walk is free. Of a daemon, each batch of
+    /// acts is a run.
     pub fn begin_run(&self) {
+        self.destroyer.begin_again();
         self.allowance.0.store(ALLOWANCE, Ordering::Relaxed);
     }
 

@@ -37,6 +37,7 @@ pub const TESTS: &[Test] = &[
     once!(thousands_are_destroyed_and_reported).needs(Need::Iterator),
     once!(an_owner_that_hangs_does_not_hold_cwkill_up).needs(Need::Iterator),
     once!(with_always_what_a_walk_has_not_reached_stays).needs(Need::Iterator),
+    once!(a_walk_is_made_again_as_soon_as_the_lock_is_free).needs(Need::Iterator),
     once!(an_interrupted_walk_reports_what_it_has_destroyed).needs(Need::Iterator),
     each_family!(no_probe_goes_out_on_a_socket_that_has_changed).needs(Need::Iterator),
     each_family!(a_reset_after_a_probe_is_the_work_of_cwkill).needs(Need::Iterator),
@@ -172,11 +173,19 @@ impl Run {
         change: impl FnOnce() -> Result<()> + Send,
         after_lookup: AfterLookup<'_>,
     ) -> Result<Vec<Target>> {
-        let by_iterator = ByIterator::choose(
-            &ProcFs::default(),
-            UseIterator::Always,
-            &KernelTypes::default(),
-        )?;
+        self.destroy_by(&iterator()?, lab, leak, control, change, after_lookup)
+    }
+
+    /// As [`Run::destroy_while`], by an iterator that may have been used before.
+    fn destroy_by(
+        &self,
+        by_iterator: &ByIterator,
+        lab: &Lab,
+        leak: &Leak,
+        control: &(dyn Control + Sync),
+        change: impl FnOnce() -> Result<()> + Send,
+        after_lookup: AfterLookup<'_>,
+    ) -> Result<Vec<Target>> {
         let mut targets = lab.app_host().within(|| {
             let proc = ProcFs::default();
             let mut scan = find(&proc, &[Method::Destroy])?;
@@ -192,7 +201,7 @@ impl Run {
                 discard_unsent: self.discard_unsent,
                 selectors: &selectors,
                 kernel_version: KernelVersion::running(),
-                destroyer: Some(&by_iterator),
+                destroyer: Some(by_iterator),
             };
             let mut targets: Vec<&mut Target> = scan.targets.iter_mut().collect();
             let mut executors = executors(&[Method::Destroy], &proc)?;
@@ -208,6 +217,15 @@ impl Run {
         targets.sort_by_key(place);
         Ok(targets)
     }
+}
+
+fn iterator() -> Result<ByIterator> {
+    let types = KernelTypes::default();
+    Ok(ByIterator::choose(
+        &ProcFs::default(),
+        UseIterator::Always,
+        &types,
+    )?)
 }
 
 fn outcomes(targets: &[Target]) -> Vec<Outcome> {
@@ -363,7 +381,7 @@ fn thousands_are_destroyed_and_reported() -> Result<()> {
 }
 
 /// A process that keeps the lock of an open connection on the leaking host.
-pub fn hanging(lab: &Lab) -> Result<Owner> {
+fn hanging(lab: &Lab) -> Result<Owner> {
     let mut owner = Owner::start(lab.app_host(), Build::Plain, "idle", 0)?;
     owner.lock_a_socket()?;
     Ok(owner)
@@ -439,6 +457,33 @@ fn with_always_what_a_walk_has_not_reached_stays() -> Result<()> {
     lab.wait_for(PATIENCE, || Ok(walkers(&lab)? == 0))?;
     assert_eq!(in_state(&lab, TcpState::CloseWait)?, left);
     cwkill(&lab, line)?.exits(if left > 0 { 0 } else { 1 });
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
+    Ok(())
+}
+
+/// As of a daemon, which has the same iterator for all its batches.
+fn a_walk_is_made_again_as_soon_as_the_lock_is_free() -> Result<()> {
+    let (lab, leak) = lab("drained", Family::V4, SEVERAL)?;
+    let mut owner = hanging(&lab)?;
+    let iterator = iterator()?;
+    let destroy = || {
+        iterator.begin_run();
+        let mut nothing = || Ok(());
+        Run::default().destroy_by(&iterator, &lab, &leak, &Now, || Ok(()), &mut nothing)
+    };
+    destroy()?;
+    assert!(iterator.was_held_up());
+    let left = in_state(&lab, TcpState::CloseWait)?;
+    assert!(left > 0, "nothing is left to try again");
+    destroy()?;
+    assert!(iterator.was_held_up());
+    assert_eq!(in_state(&lab, TcpState::CloseWait)?, left);
+    owner.unlock_the_socket()?;
+    lab.wait_for(PATIENCE, || {
+        iterator.begin_run();
+        Ok(!iterator.was_held_up())
+    })?;
+    assert_eq!(outcomes(&destroy()?), vec![CLOSED; left]);
     assert_eq!(in_state(&lab, TcpState::CloseWait)?, 0);
     Ok(())
 }

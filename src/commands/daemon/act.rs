@@ -21,10 +21,14 @@ use crate::daemon::policy::{ActResult, Decision, Hold, Now, SweepFacts};
 use crate::finder;
 use crate::history;
 use crate::injector::engine::Rules;
-use crate::model::{Outcome, SocketKey, Target};
+use crate::injector::way::ByIterator;
+use crate::model::{Method, Outcome, SocketKey, Target};
 use crate::proc::ProcFs;
 use crate::report::{Run, text};
 use crate::terminal::say;
+
+/// Why sockets were not judged at the instant of the act although the iterator can be used.
+const HELD_UP: &str = "an owner hangs and keeps the lock of its TCP socket, so the iterator cannot walk on until the lock is free";
 
 /// What an act needs.
 pub(super) struct Acting<'a> {
@@ -111,6 +115,11 @@ pub(super) fn act(
     if let Some(mut canaries) = canaries {
         let more = canaries.observe_paused(&run.scan, acting.control);
         run.spinning.extend(more);
+    }
+    // Another policy does not care, and the next batch that destroys looks again.
+    let destroys = policy.methods.contains(&Method::Destroy);
+    if destroys && destroyer.is_some_and(ByIterator::was_held_up) {
+        say(HELD_UP);
     }
     let summary = text::totals(&run, &config);
     if let Some(unrecorded) = log.finish(&run, summary.clone()) {
