@@ -26,6 +26,7 @@ pub const TESTS: &[Test] = &[
     once!(a_single_sweep_leaves_the_policies_to_the_daemon_that_runs),
     once!(a_policy_whose_sockets_cannot_be_listed_cannot_act),
     once!(who_does_not_act_leaves_the_orders_to_reset_to_the_next_daemon),
+    once!(a_policy_that_observes_follows_its_owners_as_one_that_acts),
     once!(only_a_policy_that_destroys_loads_the_program_for_it).needs(Need::Iterator),
     once!(a_damaged_state_file_keeps_the_policies_from_acting),
     once!(a_breaker_of_an_unknown_policy_cannot_be_reset),
@@ -36,6 +37,9 @@ const PORT: u16 = 8080;
 
 /// CAP_NET_ADMIN and CAP_NET_RAW.
 const CAN_ACT: u64 = 1 << 12 | 1 << 13;
+
+/// CAP_NET_ADMIN and CAP_SYS_ADMIN.
+const CAN_FOLLOW: u64 = 1 << 12 | 1 << 21;
 
 /// A policy that acts on everything that is a minute old, with these further lines.
 fn acting(lines: &str) -> String {
@@ -174,6 +178,40 @@ fn no_policy_acts_if_the_command_line_forbids_it() -> Result<()> {
     let mut acts = Daemon::start(&lab, &place)?;
     assert_eq!(acts.effective_capabilities()? & CAN_ACT, CAN_ACT);
     acts.end(Signal::SIGTERM)?;
+    Ok(())
+}
+
+/// Only if it has a list of its own. Then the daemon keeps the privileges for it from its start on.
+fn a_policy_that_observes_follows_its_owners_as_one_that_acts() -> Result<()> {
+    let (here, _leak) = lab("drained", Family::V4, 1)?;
+    let (_there, leak) = lab("drained", Family::V4, 3)?;
+    let place = Place::new()?;
+    let policy = |more: &str| {
+        let pid = leak.app().pid();
+        format!(
+            "\n[[policy]]\nname = \"web\"\nmatch = {{ pid = {pid}{more} }}\nmin_idle = \"0s\"\nshare = \"100%\"\n"
+        )
+    };
+    let expression = format!(", expression = \"sport = :{PORT}\"");
+    configure(&place, &policy(""))?;
+    let mut daemon = Daemon::start(&here, &place)?;
+    daemon.wait_until("it looks only here", |daemon| {
+        Ok(daemon.said().contains("would close 0 sockets of 0"))
+    })?;
+    assert_eq!(daemon.effective_capabilities()? & CAN_FOLLOW, 0);
+    configure(&place, &policy(&expression))?;
+    daemon.signal(Signal::SIGHUP)?;
+    daemon.wait_until("it refuses what it has no privileges for", |daemon| {
+        let said = daemon.said();
+        Ok(said.contains("a first policy with owners and an expression"))
+    })?;
+    daemon.end(Signal::SIGTERM)?;
+    let mut daemon = Daemon::start(&here, &place)?;
+    daemon.wait_until("it looks there", |daemon| {
+        Ok(daemon.said().contains("would close 3 sockets of 3"))
+    })?;
+    assert_eq!(daemon.effective_capabilities()? & CAN_FOLLOW, CAN_FOLLOW);
+    daemon.end(Signal::SIGTERM)?;
     Ok(())
 }
 

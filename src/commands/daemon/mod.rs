@@ -123,10 +123,13 @@ fn prepare(args: &DaemonArgs, settings: &Settings) -> anyhow::Result<Sweeper> {
     let privileges = Privileges::of_this_thread()?;
     let types = KernelTypes::default();
     let proc = open_proc_for_long(args.bpf, &settings.host_root, &Selectors::default(), &types)?;
+    let config = Config::of_listing(settings.netns());
     let mut needed = capabilities::to_find(&settings.netns(), true, false);
     for policy in &settings.config.policies {
         let scope = policy.scope(settings.all_netns);
-        needed.extend(capabilities::to_find(&scope, true, false));
+        // It looks by itself where its owners are.
+        let follows = policy.follows_owners(config.selectors.states);
+        needed.extend(capabilities::to_find(&scope, true, follows));
     }
     let destroyer = match settings.config.destroys() && privileges.net_admin {
         true => open_destroyer(args.bpf, &proc, &types),
@@ -139,7 +142,7 @@ fn prepare(args: &DaemonArgs, settings: &Settings) -> anyhow::Result<Sweeper> {
     }
     drop_capabilities_and_start_threads(&needed, Some(&proc));
     Ok(Sweeper {
-        config: Config::of_listing(settings.netns()),
+        config,
         proc,
         privileges,
         destroyer,

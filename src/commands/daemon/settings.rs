@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{anyhow, ensure};
 
 use crate::cli::DaemonArgs;
+use crate::config::Config;
 use crate::daemon::config::{DaemonConfig, Listen};
 use crate::daemon::textfile::TextFile;
 use crate::proc::netns::NetnsScope;
@@ -101,6 +102,17 @@ impl Settings {
         ensure!(
             self.config.acts() || !new.config.acts(),
             "a first policy with mode = \"act\" takes effect only at the start, because the daemon has dropped the privileges for it: \
+             systemctl restart cwkill-daemon"
+        );
+        let states = Config::of_listing(self.netns()).selectors.states;
+        let follows = |config: &DaemonConfig| {
+            (config.policies.iter()).any(|policy| policy.follows_owners(states))
+        };
+        // The privileges of acts and of all_netns include those for it.
+        let can_follow = self.config.acts() || self.all_netns || follows(&self.config);
+        ensure!(
+            can_follow || !follows(&new.config),
+            "a first policy with owners and an expression, a state or netns takes effect only at the start, because the daemon has dropped the privileges for it: \
              systemctl restart cwkill-daemon"
         );
         Ok(())

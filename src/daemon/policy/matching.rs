@@ -28,6 +28,11 @@ impl Policy {
             && self.selectors.expression == Expression::TRUE
             && self.selectors.states.union(states) == states
     }
+
+    /// Whether the scan of its own follows its owners into their namespaces. `states`: those of the shared scan, which follows nobody.
+    pub fn follows_owners(&self, states: StateSet) -> bool {
+        !self.can_share_scan(states) && self.selectors.selects_owners()
+    }
 }
 
 impl<'a> Collector<'a> {
@@ -335,6 +340,21 @@ mod tests {
             selected(&facts(&policy("process = \"java\"", ""), &scan)),
             [1]
         );
+    }
+
+    #[test]
+    fn a_policy_with_owners_and_a_scan_of_its_own_follows_them() {
+        let follows = |selectors: &str| {
+            let config = DaemonConfig::parse(&policy(selectors, "")).unwrap();
+            config.policies[0].follows_owners(TcpState::CloseWait.into())
+        };
+        assert!(!follows("unit = \"a.service\""));
+        assert!(!follows("expression = \"sport = :80\""));
+        assert!(follows(
+            "unit = \"a.service\", expression = \"sport = :80\""
+        ));
+        assert!(follows("process = \"java\", state = \"last-ack\""));
+        assert!(follows("process = \"java\", netns = \"blue\""));
     }
 
     #[test]
