@@ -53,12 +53,7 @@ pub fn limit(scan: &mut Scan, max_kills: Option<usize>) {
 }
 
 /// The plan for one target, without the limit on the number of targets.
-pub fn plan_one(
-    target: &Target,
-    owners_known: bool,
-    policy: &Policy,
-    privileges: &Privileges,
-) -> Plan {
+fn plan_one(target: &Target, owners_known: bool, policy: &Policy, privileges: &Privileges) -> Plan {
     let mut plan = Plan::default();
     for &method in &policy.methods {
         match exclusion(method, target, policy, privileges) {

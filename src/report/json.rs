@@ -171,7 +171,6 @@ struct Tail<'a> {
     /// They were not searched for namespaces that only a socket keeps alive.
     descriptors_not_searched: usize,
     sockets_in_unknown_namespace: usize,
-    /// The error that ended a scan early: more sockets may match.
     /// The backlogs with dead connections; `None` without `--drain-backlog`.
     backlogs: Option<Vec<JsonBacklog<'a>>>,
     /// The dead descriptors that match; `None` if cwkill did not look for them.
