@@ -101,7 +101,6 @@ impl Policies {
         let facts = self.facts(scan, proc, sweeper);
         let now = now();
         let mut decisions = self.engine.decide(now, &facts);
-        hold_unlisted(&mut decisions, &self.failures);
         for decision in &mut decisions {
             let name = &self.config.policies[decision.policy].name;
             if let Some(change) = decision.change {
@@ -279,17 +278,6 @@ impl Policies {
     }
 }
 
-/// Holds the policies whose own sockets could not be listed, for the reason in `failures`. What they select is not known, so they have
-/// nothing to act on.
-fn hold_unlisted(decisions: &mut [Decision], failures: &[Option<String>]) {
-    for decision in decisions {
-        let would_act = matches!(decision.hold, None | Some(Hold::New));
-        if would_act && matches!(failures.get(decision.policy), Some(Some(_))) {
-            decision.hold = Some(Hold::Unlisted);
-        }
-    }
-}
-
 /// Counts a breaker that has opened.
 fn count_opened(numbers: &mut PolicyNumbers, change: Option<Change>) {
     if let Some(Status::Open { why, .. }) = change.map(|change| change.to) {
@@ -345,7 +333,11 @@ fn collect(
         .watched()
         .into_iter()
         .filter(|id| has_ended(proc, *id));
-    (collector.finish(&limit, ended.collect()), failures)
+    let mut facts = collector.finish(&limit, ended.collect());
+    facts.unlisted = (0..failures.len())
+        .filter(|&index| failures[index].is_some())
+        .collect();
+    (facts, failures)
 }
 
 /// The sockets that the selectors of a policy select, without its times.
@@ -380,35 +372,4 @@ fn opened(config: &DaemonConfig, directory: &Path) -> anyhow::Result<(Engine, St
     let file = StateFile::new(directory.to_owned(), clock);
     let kept = file.read(history::now())?;
     Ok((Engine::with(config, kept), file))
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-
-    use super::*;
-
-    #[test]
-    fn a_policy_whose_sockets_cannot_be_listed_does_not_seem_to_act() {
-        let failed = Some("its sockets cannot be listed".to_owned());
-        let cases = [
-            (None, &failed, Some(Hold::Unlisted)),
-            (Some(Hold::New), &failed, Some(Hold::Unlisted)),
-            (Some(Hold::Expired), &failed, Some(Hold::Expired)),
-            (Some(Hold::ObserveMode), &failed, Some(Hold::ObserveMode)),
-            (None, &None, None),
-        ];
-        for (hold, failure, expected) in cases {
-            let mut decisions = [Decision {
-                policy: 0,
-                selected: 0,
-                chosen: Vec::new(),
-                hold,
-                left: BTreeMap::new(),
-                change: None,
-            }];
-            hold_unlisted(&mut decisions, std::slice::from_ref(failure));
-            assert_eq!(decisions[0].hold, expected, "{hold:?}");
-        }
-    }
 }

@@ -389,7 +389,11 @@ impl Engine {
         let selected = facts.selected.get(index).map_or(&[][..], Vec::as_slice);
         let policy = &self.policies[index];
         let memory = &mut self.memories[index];
-        let new = memory.observe(self.sweep, selected, facts);
+        let is_unlisted = facts.unlisted.contains(&index);
+        let new = match is_unlisted {
+            false => memory.observe(self.sweep, selected, facts),
+            true => None,
+        };
         let known = self.known.entry(policy.name.clone()).or_default();
         let ended = facts.ended.iter().copied().collect();
         let seen = Seen {
@@ -398,9 +402,11 @@ impl Engine {
             ended: &ended,
         };
         let change = known.breaker.observe(&policy.breaker, now.since_boot, seen);
-        let hold = hold(policy, now, known, self.is_usable);
-        let is_new = known.fingerprint != Some(policy.fingerprint);
-        if is_new {
+        let hold = match hold(policy, now, known, self.is_usable) {
+            None | Some(Hold::New) if is_unlisted => Some(Hold::Unlisted),
+            hold => hold,
+        };
+        if !is_unlisted {
             known.fingerprint = Some(policy.fingerprint);
         }
         memory.update_active(policy, selected, facts);

@@ -212,6 +212,52 @@ fn a_namespace_that_was_not_listed_breaks_the_row_and_makes_nothing_new() {
 }
 
 #[test]
+fn a_sweep_that_could_not_list_the_sockets_of_a_policy_says_nothing_about_them() {
+    let unlisted = SweepFacts {
+        unlisted: HashSet::from([0]),
+        ..facts([], 1)
+    };
+    let all = facts([1, 2, 3], 1);
+
+    // It is not the sweep that a new policy observes.
+    let mut trial = Trial::new(&acting("a", ""));
+    assert_eq!(trial.decide(&unlisted)[0].hold, Some(Hold::Unlisted));
+    assert_eq!(trial.decide(&all)[0].hold, Some(Hold::New));
+    assert_eq!(trial.decide(&all)[0].hold, None);
+    // What holds the policy back anyway is said first.
+    let observing = with(ACTS, "mode = \"act\"", "mode = \"observe\"");
+    let mut observes = Trial::new(&acting("a", "").replace(ACTS, &observing));
+    assert_eq!(observes.decide(&unlisted)[0].hold, Some(Hold::ObserveMode));
+
+    // It breaks the row of sweeps that a socket must be ready in.
+    let confirmed = acting("a", "").replace(ACTS, &with(ACTS, "confirm = 1", "confirm = 2"));
+    let mut trial = Trial::begun(&confirmed);
+    trial.decide(&all);
+    trial.decide(&unlisted);
+    assert_eq!(trial.decide(&all)[0].chosen.len(), 0);
+    assert_eq!(trial.decide(&all)[0].chosen.len(), 3);
+
+    // The breaker judges an act by the next sweep that listed them: as many have come back, twice.
+    let mut trial = Trial::begun(&acting("a", "breaker = { sweeps = 2 }"));
+    for cookies in [[1, 2, 3], [4, 5, 6]] {
+        assert_eq!(trial.act(&facts(cookies, 1)).chosen.len(), 3);
+        assert_eq!(trial.decide(&unlisted)[0].change, None);
+    }
+    let change = trial.decide(&facts([7, 8, 9], 1))[0].change;
+    let why = change.map(|change| change.to);
+    assert!(
+        matches!(
+            why,
+            Some(Status::Open {
+                why: Trip::Refill,
+                ..
+            })
+        ),
+        "{why:?}"
+    );
+}
+
+#[test]
 fn what_speaks_against_a_socket() {
     let mut trial = Trial::begun(&acting("a", ""));
     let mut facts = facts(1..=5, 1);

@@ -13,7 +13,7 @@ mod ledger;
 pub mod matching;
 pub mod state;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, SystemTime};
 
 use strum::{IntoStaticStr, VariantArray};
@@ -62,6 +62,8 @@ pub struct SweepFacts {
     pub sockets: Vec<StuckSocket>,
     /// For each policy the sockets that it selects, as indices into `sockets`.
     pub selected: Vec<Vec<(usize, Readiness)>>,
+    /// The policies whose own sockets could not be listed: what they select is not known.
+    pub unlisted: HashSet<usize>,
     /// The namespaces whose sockets were listed.
     pub listed: Vec<NetnsKey>,
     /// The soft limit of open files (RLIMIT_NOFILE) of the owners, if it is known.
