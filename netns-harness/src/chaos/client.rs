@@ -55,6 +55,8 @@ pub(crate) struct Config {
     pub seed: u64,
     /// The killers act on sockets of at least this age: stuck connections last longer, half-closed streams stay younger.
     pub min_age_ms: Option<u32>,
+    /// How many connections of a hundred get stuck.
+    pub stuck_percent: u32,
     /// Stuck connections last longer than the minimum age by at most one of these times, in milliseconds.
     pub held_ms: [u32; 4],
 }
@@ -209,7 +211,7 @@ impl<'a> Client<'a> {
             let id = u64::from(self.number) << 40 | self.connections;
             if u32::from(self.number) % LONG_LIVED == 0 {
                 self.bystander(connection, id, None);
-            } else if self.random.once_in(2) {
+            } else if self.random.up_to(99) < self.config.stuck_percent {
                 self.stuck(connection, id)?;
             } else if self.config.min_age_ms.is_some() && self.random.once_in(3) {
                 self.stream(connection, id);
@@ -278,7 +280,8 @@ impl<'a> Client<'a> {
     fn bystander(&mut self, mut connection: Connection, id: u64, rounds: Option<u32>) {
         let (kind, pause_ms) = match rounds {
             Some(_) => ("bystander", 20),
-            None => ("long-lived", 40),
+            // Pauses that are shorter would take most of the processor time.
+            None => ("long-lived", 200),
         };
         let end = match self.random.up_to(2) {
             0 => End::ServerCloses,

@@ -105,6 +105,8 @@ pub struct Options {
     pub port: u16,
     /// Seed of the random numbers.
     pub seed: u64,
+    /// How many connections of a hundred get stuck. The others are bystanders; so is every tenth client, which has a single connection.
+    pub stuck_percent: u32,
     /// The `--min-age` of the killers. Adds half-closed streams that stay younger. Reduces the number of acts.
     pub min_age: Option<Duration>,
 }
@@ -120,6 +122,7 @@ impl Default for Options {
             family: Family::V4,
             port: 8080,
             seed: 1,
+            stuck_percent: 50,
             min_age: None,
         }
     }
@@ -198,6 +201,7 @@ fn run_with(
         clients: options.connections,
         seed: options.seed,
         min_age_ms,
+        stuck_percent: options.stuck_percent,
         held_ms,
     };
     let mut server = Worker::start(lab.app_host(), "server", WorkerRole::Server(server_config))?;
@@ -273,6 +277,9 @@ pub(crate) struct Chaos {
     /// Seed of the random numbers [default: a new one for each run]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
+    /// How many connections of a hundred get stuck; with more, there are more acts and fewer bystanders
+    #[arg(long, value_name = "N", default_value = "50", value_parser = clap::value_parser!(u32).range(1..=99))]
+    stuck_percent: u32,
     /// The `--min-age` of cwkill; adds half-closed streams that stay younger
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u16).range(500..=20000))]
     min_age_ms: Option<u16>,
@@ -313,6 +320,7 @@ impl Chaos {
             family: self.family,
             port: self.port,
             seed,
+            stuck_percent: self.stuck_percent,
             min_age: self.min_age_ms.map(|ms| Duration::from_millis(ms.into())),
         };
         let report = match self.daemon {
