@@ -62,11 +62,23 @@ impl Walker {
         })
     }
 
-    /// Has the walker read `iterator` to its end. It must not be walking.
+    /// Has the walker read `iterator` to its end. It must not be walking. If somebody has killed it, perhaps the OOM killer, another one is
+    /// started.
     ///
     /// # Errors
-    /// EPIPE: somebody has killed it.
+    /// As [`Walker::start`]. EPIPE: the other one was killed, too.
     pub fn begin(&mut self, iterator: &OwnedFd) -> io::Result<()> {
+        let mut sent = self.send(iterator);
+        if matches!(&sent, Err(error) if error.raw_os_error() == Some(libc::EPIPE)) {
+            *self = Walker::start()?;
+            sent = self.send(iterator);
+        }
+        sent?;
+        self.is_walking = true;
+        Ok(())
+    }
+
+    fn send(&self, iterator: &OwnedFd) -> io::Result<()> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         let fds = [iterator.as_fd()];
@@ -74,7 +86,6 @@ impl Walker {
         assert!(fits, "room for one descriptor");
         let byte = [IoSlice::new(&[0])];
         rustix::net::sendmsg(&self.channel, &byte, &mut control, SendFlags::NOSIGNAL)?;
-        self.is_walking = true;
         Ok(())
     }
 
@@ -259,6 +270,11 @@ mod tests {
         rustix::process::kill_process(raw, rustix::process::Signal::KILL).unwrap();
         let error = walker.result(LONG).unwrap().unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ESRCH));
+        // The next walk has another walker.
+        let (ours, theirs) = pipe();
+        drop(theirs);
+        walker.begin(&ours).unwrap();
+        walker.result(LONG).unwrap().unwrap();
     }
 
     /// A walker that is held up does not keep cwkill from going on, and ends later.
