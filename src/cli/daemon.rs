@@ -17,7 +17,7 @@ Examples:
   cwkill daemon                            serve metrics on 127.0.0.1:9979
   cwkill daemon --once --observe           one sweep, as a listing, without acts
   cwkill daemon --check-config             what the configuration does, in words
-  cwkill daemon --once --textfile /var/lib/prometheus/node-exporter
+  cwkill daemon --once --observe --textfile /var/lib/prometheus/node-exporter
                                            from a timer, for node_exporter
 
 Exit status: 0 stopped by a signal, 2 wrong usage or a wrong configuration, 3 could not start; with \

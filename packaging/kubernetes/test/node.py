@@ -281,6 +281,9 @@ def prepare_node():
 def remove_cgroups(web):
     web.kill()
     web.wait()
+    # After a failure there may be more. The kernel removes a cgroup only when its processes are gone.
+    (CGROUP / "cgroup.kill").write_text("1")
+    wait_until("the processes of the test", lambda: "populated 0" in (CGROUP / "cgroup.events").read_text())
     for directory, _, _ in os.walk(CGROUP, topdown=False):
         os.rmdir(directory)
 

@@ -229,7 +229,7 @@ fn order_reset(config: &DaemonConfig, name: &str) -> anyhow::Result<ExitCode> {
         )
     })?;
     say(format_args!(
-        "policy {name}: its circuit breaker is reset at the next sweep of the daemon"
+        "policy {name}: the daemon closes its circuit breaker at its next sweep, or when it starts"
     ));
     Ok(ExitCode::SUCCESS)
 }

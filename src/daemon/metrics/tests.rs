@@ -2,11 +2,14 @@
 //!
 //! `CWKILL_RENEW_GOLDEN=1 cargo test --lib golden` writes the file anew.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
+use super::policies::{ActCounts, PolicyNumbers};
 use super::*;
 use crate::daemon::observation::{DescriptorUse, Known};
+use crate::daemon::policy::breaker::{Status, Trip};
+use crate::daemon::policy::{Hold, Reason};
 use crate::finder::dead::{DeadSocket, Suspect, SuspectVerdict};
 use crate::finder::dead_among_others::DeadDescriptors;
 use crate::model::Scan;
@@ -122,6 +125,39 @@ fn tables() -> DeadDescriptors {
     }
 }
 
+/// One that has acted, and one whose breaker is open.
+fn policies() -> OfPolicies {
+    let acts = PolicyNumbers {
+        selected: 40,
+        chosen: 12,
+        left: BTreeMap::from([(Reason::TooYoung, 25), (Reason::OwnerShare, 3)]),
+        budget_left: 88,
+        expires: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(1_798_761_600)),
+        acts: ActCounts {
+            closed: 10,
+            failed: 1,
+            untouched: 1,
+        },
+        not_closed: BTreeMap::from([("gone", 1), ("would-spin", 1)]),
+        ..PolicyNumbers::default()
+    };
+    let open = PolicyNumbers {
+        selected: 7,
+        hold: Some(Hold::BreakerOpen),
+        status: Status::Open {
+            since_ms: 1000,
+            why: Trip::Refill,
+        },
+        budget_left: 60,
+        opened: BTreeMap::from([(Trip::Refill, 1)]),
+        ..PolicyNumbers::default()
+    };
+    OfPolicies {
+        policies: BTreeMap::from([("leaks".to_owned(), acts), ("idle".to_owned(), open)]),
+        host_budget_left: 188,
+    }
+}
+
 fn metrics() -> Metrics {
     let descriptors = |id: ProcessId| {
         let (_, open) = [(JAVA.1, 900), (OTHER_JAVA.1, 30)]
@@ -144,6 +180,7 @@ fn metrics() -> Metrics {
         descriptors: Some(9),
         threads: None,
     };
+    metrics.policies = policies();
     let (known, _) = Known::first(&first).next(&second);
     let (_, changes) = known.next(&second);
     metrics.add(last(&second), changes);
@@ -220,6 +257,13 @@ fn a_host_with_nothing_has_every_series_that_is_known_in_advance() {
         Changes::default(),
     );
     nothing.own = metrics().own;
+    nothing.policies = policies();
+    for numbers in nothing.policies.policies.values_mut() {
+        *numbers = PolicyNumbers {
+            expires: numbers.expires,
+            ..PolicyNumbers::default()
+        };
+    }
     let (nothing, something) = (nothing.text().unwrap(), metrics().text().unwrap());
     let known: BTreeSet<_> = series(&nothing).into_iter().collect();
     let all: BTreeSet<_> = series(&something).into_iter().collect();
