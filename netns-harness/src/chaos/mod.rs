@@ -69,7 +69,7 @@ const END_DEADLINE: Duration = Duration::from_secs(90);
 /// busy machine; on an idle one, the killer closes them earlier.
 const HELD_MS: [u32; 4] = [5, 50, 500, 2000];
 /// The same for the daemon, which decides about all of them and then acts on one after the other.
-const HELD_BEFORE_DAEMON_MS: [u32; 4] = [50, 2000, 10_000, 20_000];
+const HELD_BEFORE_DAEMON_MS: [u32; 4] = [2000, 10_000, 20_000, 40_000];
 
 /// Sysctls of the clients' host, so that a 4-tuple can be used again within milliseconds.
 const CLIENT_SYSCTLS: [(&str, &str); 2] = [
