@@ -16,6 +16,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::random::Random;
 use super::wire::{BYTE_TIMEOUT, Connection, Header, Side, Then, WireError, errno_name};
+use super::workers::give_way;
 use super::{Event, EventSender, STACK};
 
 /// In a handshake that took longer, a segment was lost or dropped: the kernel retransmits after one second.
@@ -125,7 +126,10 @@ pub(super) fn run(config: &Config) -> Result<()> {
                 let client = Client::new(config, number, &stop, &events)?;
                 thread::Builder::new()
                     .stack_size(STACK)
-                    .spawn_scoped(scope, move || client.run())
+                    .spawn_scoped(scope, move || {
+                        give_way();
+                        client.run()
+                    })
                     .context("start a client")
             })
             .collect::<Result<Vec<_>>>()

@@ -1,5 +1,6 @@
 //! The result of a run: counters, losses and faults.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
@@ -161,6 +162,13 @@ impl fmt::Display for Report {
             clients.streams
         )?;
         writeln!(f, "bystanders lost      {}", self.losses.len())?;
+        let mut errors = BTreeMap::new();
+        for loss in &self.losses {
+            *errors.entry(loss.error.to_string()).or_insert(0) += 1;
+        }
+        for (error, count) in errors {
+            writeln!(f, "             {count} {error}")?;
+        }
         writeln!(
             f,
             "stuck connections    {stuck} (the client read FIN {}, RST {}, nothing {}; it forgot {})",

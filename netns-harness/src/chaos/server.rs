@@ -18,6 +18,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::random::Random;
 use super::wire::{BYTE_TIMEOUT, Connection, Header, Side, Then, WireError};
+use super::workers::give_way;
 use super::{Event, EventSender, STACK};
 use crate::lab::POLL_INTERVAL;
 
@@ -178,6 +179,7 @@ impl Server {
         thread::Builder::new()
             .stack_size(STACK)
             .spawn(move || {
+                give_way();
                 server.handle(&mut connection, Random::new(seed, 0));
                 // Closed before the connection counts as done.
                 drop(connection);

@@ -153,7 +153,7 @@ pub struct Loss {
     sent: u64,
     received: u64,
     age_ms: u128,
-    error: WireError,
+    pub(super) error: WireError,
 }
 
 impl fmt::Display for Loss {

@@ -66,14 +66,19 @@ impl<T: Serialize> EventSender<T> {
     }
 }
 
-/// The niceness of the workers (setpriority(2)). They have a hundred threads. Beside them, a killer of equal rank gets so little processor
-/// time that most sockets are gone before it acts.
+/// The niceness of a thread with a connection (setpriority(2)). There are hundreds. Beside them, a killer of equal rank gets so little
+/// processor time that most sockets are gone before it acts, and the threads that accept get so little that connections wait for minutes.
 const NICENESS: i32 = 15;
+
+/// Lowers the priority of this thread, which has a connection.
+pub(super) fn give_way() {
+    // Everybody may lower it. In Linux each thread has its own.
+    let _ = rustix::process::nice(NICENESS);
+}
 
 /// Runs one worker to its end.
 pub(crate) fn run_worker(role: &WorkerRole) -> Result<()> {
     raise_descriptor_limit()?;
-    rustix::process::nice(NICENESS).context("lower the worker's priority")?;
     match role {
         WorkerRole::Server(config) => server::run(config),
         WorkerRole::Clients(config) => client::run(config),
