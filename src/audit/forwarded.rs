@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::model::{Forwarded, ForwardedOutcome};
+use crate::model::{Forwarded, ForwardedAct, ForwardedOutcome};
 use crate::report::gateway::json::{JsonForwarded, json_forwarded};
 use crate::report::gateway::{ForwardedCounts, ForwardedRun, text};
 
@@ -15,6 +15,13 @@ pub enum ForwardedRecord<'a> {
         matched: usize,
         to_act_on: usize,
         /// The caller in words.
+        #[serde(skip)]
+        caller: String,
+    },
+    /// A watch, which has not found its connections yet.
+    Watch {
+        act: &'static str,
+        watch: bool,
         #[serde(skip)]
         caller: String,
     },
@@ -42,6 +49,15 @@ impl<'a> ForwardedRecord<'a> {
             act: run.act.map(|act| act.name()),
             matched: connections.len(),
             to_act_on: connections.iter().filter(|one| one.skip.is_none()).count(),
+            caller,
+        }
+    }
+
+    /// The first record of a watch.
+    pub fn begin_watch(act: ForwardedAct, caller: String) -> Self {
+        ForwardedRecord::Watch {
+            act: act.name(),
+            watch: true,
             caller,
         }
     }
@@ -76,7 +92,7 @@ impl<'a> ForwardedRecord<'a> {
 
     pub fn event(&self) -> &'static str {
         match self {
-            ForwardedRecord::Begin { .. } => "begin",
+            ForwardedRecord::Begin { .. } | ForwardedRecord::Watch { .. } => "begin",
             ForwardedRecord::Intent { .. } => "intent",
             ForwardedRecord::Outcome { .. } => "outcome",
             ForwardedRecord::End { .. } => "end",
@@ -95,6 +111,9 @@ impl<'a> ForwardedRecord<'a> {
                 "{caller}: about to {} {to_act_on} of {matched} forwarded connections",
                 act.unwrap_or("list")
             ),
+            ForwardedRecord::Watch { act, caller, .. } => {
+                format!("{caller}: about to {act} forwarded connections as they come")
+            }
             ForwardedRecord::Intent { named, .. } => {
                 format!("{}: to be asked", text::named(named))
             }
@@ -129,7 +148,9 @@ impl<'a> ForwardedRecord<'a> {
             ForwardedRecord::Intent { named, .. } | ForwardedRecord::Outcome { named, .. } => {
                 Some(named)
             }
-            ForwardedRecord::Begin { .. } | ForwardedRecord::End { .. } => None,
+            ForwardedRecord::Begin { .. }
+            | ForwardedRecord::Watch { .. }
+            | ForwardedRecord::End { .. } => None,
         }
     }
 }

@@ -18,9 +18,10 @@ use anyhow::{Context, bail};
 use nix::sys::stat::fstat;
 
 use crate::config::{LogOptions, LogTarget};
-use crate::report::Run;
-use crate::report::gateway::ForwardedRun;
+use crate::model::ForwardedAct;
+use crate::report::gateway::{ForwardedCounts, ForwardedRun};
 use crate::report::reclaim::ReclaimRun;
+use crate::report::{Run, SocketCounts};
 use forwarded::ForwardedRecord;
 use journal::Journal;
 pub use record::ByPolicy;
@@ -108,6 +109,27 @@ impl Audit {
         self.intend(record::intents(run).chain(record::drain_intents(run)))
     }
 
+    /// Writes the intents alone: the sockets of a watch that have come together.
+    ///
+    /// # Errors
+    /// As [`Audit::begin`].
+    pub fn intend_more(&mut self, run: &Run) -> anyhow::Result<()> {
+        self.intend(record::intents(run))
+    }
+
+    /// Writes the outcomes of such sockets. What is missing is known at the next intent, or at the end.
+    pub fn record(&mut self, run: &Run) {
+        for outcome in record::outcomes(run) {
+            self.put(&outcome);
+        }
+    }
+
+    /// Writes the end of a watch; otherwise as [`Audit::finish`].
+    pub fn finish_watch(self, counts: SocketCounts, summary: String) -> Option<String> {
+        let end = Entry::End { summary: counts };
+        self.put_all(std::iter::empty(), 0, end, summary)
+    }
+
     /// Writes the intents: each descriptor that the run is about to close.
     ///
     /// # Errors
@@ -124,7 +146,37 @@ impl Audit {
     pub fn begin_gateway(&mut self, run: &ForwardedRun) -> anyhow::Result<()> {
         let begin = ForwardedRecord::begin(run, self.caller.sentence());
         self.put(&Entry::Forwarded(begin));
+        self.intend_gateway(run)
+    }
+
+    /// Writes the beginning of a watch, which is about to end connections as they come.
+    ///
+    /// # Errors
+    /// As [`Audit::begin`].
+    pub fn begin_gateway_watch(&mut self, act: ForwardedAct) -> anyhow::Result<()> {
+        let begin = ForwardedRecord::begin_watch(act, self.caller.sentence());
+        self.intend([Entry::Forwarded(begin)].into_iter())
+    }
+
+    /// Writes the intents alone: the connections of a watch that have come together.
+    ///
+    /// # Errors
+    /// As [`Audit::begin`].
+    pub fn intend_gateway(&mut self, run: &ForwardedRun) -> anyhow::Result<()> {
         self.intend(ForwardedRecord::intents(run).map(Entry::Forwarded))
+    }
+
+    /// Writes the outcomes of such connections. What is missing is known at the next intent, or at the end.
+    pub fn record_gateway(&mut self, run: &ForwardedRun) {
+        for outcome in ForwardedRecord::outcomes(run) {
+            self.put(&Entry::Forwarded(outcome));
+        }
+    }
+
+    /// Writes the end of a watch; otherwise as [`Audit::finish`].
+    pub fn finish_gateway_watch(self, counts: ForwardedCounts, summary: String) -> Option<String> {
+        let end = Entry::Forwarded(ForwardedRecord::End { summary: counts });
+        self.put_all(std::iter::empty(), 0, end, summary)
     }
 
     fn intend<'a>(&mut self, intents: impl Iterator<Item = Entry<'a>>) -> anyhow::Result<()> {

@@ -19,7 +19,8 @@ All options: cwkill gateway --help";
 const AFTER_HELP: &str = "\
 It lists the TCP connections between other hosts that this host routes, with NAT both ways, from \
 conntrack. --probe asks both ends and ends only what one of them has forgotten; --cut ends what \
-matches. Both need a selector, and --dry-run only shows what they would do. Addresses and ports are \
+matches. Both need a selector, and --dry-run only shows what they would do. --watch goes on with \
+each connection that comes, as soon as it is open. Addresses and ports are \
 those of the original direction: the source has opened the connection. Connections that end on this \
 host are counted, and left to `cwkill`.
 
@@ -34,6 +35,8 @@ Examples:
   cwkill gateway 'src 10.0.0.0/8 and dport = :443' --min-age 1h --cut
                                            end quiet ones of a network
   cwkill gateway --all --probe             end what one end has forgotten
+  cwkill gateway --host 192.0.2.7 --cut --active --watch --for 10m
+                                           end them as they come
 
 Exit status: 0 all that matched are ended (a probe: or alive; or something was listed), 1 nothing \
 matched (0 with --ok-if-none), 2 wrong usage, 3 could not run at all, 4 some are not ended.";
@@ -143,6 +146,14 @@ pub struct ForwardedActing {
     /// At most N connections, the longest quiet first
     #[arg(long, value_name = "N", value_parser = values::kills)]
     pub max_kills: Option<usize>,
+
+    /// Go on with what comes, until Ctrl-C, --for or --max-kills
+    #[arg(long)]
+    pub watch: bool,
+
+    /// End the watch after this time: 90s, 15m, 2h
+    #[arg(long = "for", value_name = "DURATION", value_parser = values::positive_duration)]
+    pub watch_for: Option<Duration>,
 
     /// Send at most N packets a second [default: 20000]
     #[arg(long, value_name = "N", value_parser = values::rate, hide_short_help = true)]

@@ -171,6 +171,16 @@ pub struct Acting {
         conflicts_with_all = ["dry_run", "quiet"], hide_short_help = true)]
     pub watch_refill: Option<Duration>,
 
+    /// Go on with the sockets that come, until Ctrl-C, --for or --max-kills
+    ///
+    /// Connections with `--state established` are closed in use or not, unless --min-idle or --min-age is given.
+    #[arg(long, hide_short_help = true)]
+    pub watch: bool,
+
+    /// End the watch after this time: 90s, 15m, 2h
+    #[arg(long = "for", value_name = "DURATION", value_parser = values::positive_duration, hide_short_help = true)]
+    pub watch_for: Option<Duration>,
+
     /// Afterwards, accept and close the dead connections in the backlogs, so that new clients get in. Stops the owners briefly
     #[arg(long, conflicts_with = "no_owners", hide_short_help = true)]
     pub drain_backlog: bool,

@@ -35,6 +35,7 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("grace", "5s"),
     ("max-kills", "100"),
     ("watch-refill", "10s"),
+    ("for", "10m"),
     ("log", "stderr"),
     ("log-file", "/var/log/cwkill/acts.jsonl"),
     ("reclaim-age", "5m"),

@@ -13,6 +13,7 @@ use super::{
     confirm, drop_capabilities_and_start_threads, hint_line, kept, open_destroyer, open_log,
     open_proc, refuse, say_notes, time_and_place, typed_words, was_reported,
 };
+use crate::audit::Audit;
 use crate::bpf::KernelTypes;
 use crate::cli::Args;
 use crate::config::{Action, Config, DEFAULT_RECLAIM_RULES, Format, Limit};
@@ -44,18 +45,30 @@ use crate::text::{counted, seconds};
 use crate::watch::{self, WatchScope};
 
 /// Why sockets were not judged at the instant of the act although the iterator can be used.
-const HELD_UP: &str = "an owner hangs and keeps the lock of its TCP socket, so the iterator could not walk on; a process \"cwkill-walk\" \
+pub(super) const HELD_UP: &str = "an owner hangs and keeps the lock of its TCP socket, so the iterator could not walk on; a process \"cwkill-walk\" \
                        ends when the lock is free";
 
-/// The whole run, from its arguments to its exit status.
-pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
+/// What a run needs. The privileges that it does not need are dropped.
+pub(super) struct Prepared {
+    pub config: Config,
+    pub time_and_place: TimeAndPlace,
+    pub privileges: Privileges,
+    pub proc: ProcFs,
+    pub destroyer: Option<ByIterator>,
+    pub log: Option<Audit>,
+}
+
+/// Everything before the search.
+///
+/// # Errors
+/// The log cannot be written, or the iterator is needed and cannot be used.
+pub(super) fn prepare(args: Args) -> anyhow::Result<Prepared> {
     let (use_iterator, verbose) = (args.selection.bpf, args.output.verbose);
     let host_root = args.selection.owners.host_root.clone();
-    let config = &Config::from_args(args).unwrap_or_else(|error| refuse(&error));
+    let config = Config::from_args(args).unwrap_or_else(|error| refuse(&error));
     let time_and_place = time_and_place();
     let acts = config.action == Action::Act;
-    let quiet = config.format == Format::Quiet;
-    if !quiet {
+    if config.format != Format::Quiet {
         say_notes(&config.notes);
     }
     // Read before privileges are dropped: the plan depends on the granted ones, even in a dry run that uses none.
@@ -77,7 +90,30 @@ pub(super) fn run(args: Args) -> anyhow::Result<ExitStatus> {
     };
     // They take 10 MB.
     drop(types);
-    drop_capabilities_and_start_threads(&needed_capabilities(config), Some(&proc));
+    drop_capabilities_and_start_threads(&needed_capabilities(&config), Some(&proc));
+    Ok(Prepared {
+        config,
+        time_and_place,
+        privileges,
+        proc,
+        destroyer,
+        log,
+    })
+}
+
+/// The whole run, to its exit status.
+pub(super) fn run(prepared: Prepared) -> anyhow::Result<ExitStatus> {
+    let Prepared {
+        config,
+        time_and_place,
+        privileges,
+        proc,
+        destroyer,
+        log,
+    } = prepared;
+    let config = &config;
+    let acts = config.action == Action::Act;
+    let quiet = config.format == Format::Quiet;
     let mut terminal = Terminal::new(acts, quiet)?;
     let mut history = History::open();
     let namespaces = finder::open_namespaces(&config.netns, &config.selectors, &proc)?;
@@ -243,10 +279,36 @@ pub fn find_and_plan(
     proc: &ProcFs,
     control: &dyn Control,
 ) -> Result<Scan, FindError> {
-    let mut scan = match config.owners {
+    let scan = find(config, namespaces, history, proc)?;
+    let max_kills = config.policy.max_kills;
+    Ok(decide(scan, config, max_kills, privileges, proc, control))
+}
+
+/// Finds the sockets, as the configuration wants it.
+///
+/// # Errors
+/// No sockets can be found.
+pub(super) fn find(
+    config: &Config,
+    namespaces: &Namespaces,
+    history: &History,
+    proc: &ProcFs,
+) -> Result<Scan, FindError> {
+    match config.owners {
         true => finder::find(namespaces, proc, &config.selectors, history),
         false => finder::find_sockets(namespaces, &config.selectors, history),
-    }?;
+    }
+}
+
+/// Plans the methods for each of the sockets, for at most `max_kills` of them.
+pub(super) fn decide(
+    mut scan: Scan,
+    config: &Config,
+    max_kills: Option<usize>,
+    privileges: &Privileges,
+    proc: &ProcFs,
+    control: &dyn Control,
+) -> Scan {
     if config.action != Action::List {
         look_again(&mut scan, config, control);
     }
@@ -257,8 +319,8 @@ pub fn find_and_plan(
     if let Some(rules) = &config.reclaim {
         spare_those_that_stay_open(&mut scan, rules, proc);
     }
-    plan::limit(&mut scan, config.policy.max_kills);
-    Ok(scan)
+    plan::limit(&mut scan, max_kills);
+    scan
 }
 
 /// Removes the sockets whose owner still reads, and says why this takes time.
@@ -530,7 +592,7 @@ fn report(
 }
 
 /// The columns of the terminal on stdout, if it is one.
-fn width(color: ColorChoice) -> Option<usize> {
+pub(super) fn width(color: ColorChoice) -> Option<usize> {
     screen(color).map(|screen| screen.columns)
 }
 
@@ -608,7 +670,7 @@ fn watch_for_new(
 }
 
 /// The notes and hints for the operator.
-fn messages(run: &Run, config: &Config) -> Vec<String> {
+pub(super) fn messages(run: &Run, config: &Config) -> Vec<String> {
     if config.format == Format::Quiet {
         return Vec::new();
     }

@@ -5,14 +5,13 @@ use std::time::Duration;
 use anyhow::Context;
 
 use super::{
-    drop_capabilities_and_start_threads, open_log, refuse, say_notes, time_and_place, was_reported,
+    drop_capabilities_and_start_threads, open_log, say_notes, time_and_place, was_reported,
 };
-use crate::cli::GatewayArgs;
 use crate::config::{Action, Format, GatewayConfig};
 use crate::conntrack::Conntrack;
 use crate::control::Control;
 use crate::finder::forwarded;
-use crate::injector::gateway::{self, ForwardedRules, LinkNetwork};
+use crate::injector::gateway::{self, ForwardedRules, LinkNetwork, Pace};
 use crate::model::ForwardedAct;
 use crate::privileges::capabilities;
 use crate::report::ExitStatus;
@@ -23,8 +22,7 @@ use crate::terminal::{Terminal, screen, write_out};
 /// jiffies.
 const RETRY: Duration = Duration::from_millis(520);
 
-pub(super) fn run(args: GatewayArgs) -> anyhow::Result<ExitStatus> {
-    let config = &GatewayConfig::from_args(args).unwrap_or_else(|error| refuse(&error));
+pub(super) fn run(config: &GatewayConfig) -> anyhow::Result<ExitStatus> {
     let time_and_place = time_and_place();
     let quiet = config.format == Format::Quiet;
     let acts = config.action == Action::Act;
@@ -54,7 +52,16 @@ pub(super) fn run(args: GatewayArgs) -> anyhow::Result<ExitStatus> {
             let begun = terminal.aside(|| log.begin_gateway(&run));
             begun.context("nothing was done")?;
         }
-        act_on(&mut run, act, config, &mut table, &mut network, &terminal);
+        let pace = &mut Pace::new(config.rate);
+        act_on(
+            &mut run,
+            act,
+            config,
+            &mut table,
+            &mut network,
+            &terminal,
+            pace,
+        );
     }
     terminal.release_signals();
     let summary = || report::summary(&run, config);
@@ -78,13 +85,14 @@ pub(super) fn run(args: GatewayArgs) -> anyhow::Result<ExitStatus> {
 }
 
 /// Asks and ends the connections.
-fn act_on(
+pub(super) fn act_on(
     run: &mut ForwardedRun,
     act: ForwardedAct,
     config: &GatewayConfig,
     table: &mut Conntrack,
     network: &mut LinkNetwork,
     control: &dyn Control,
+    pace: &mut Pace,
 ) {
     control.hold_signals();
     let rules = ForwardedRules {
@@ -94,6 +102,13 @@ fn act_on(
         rate: config.rate,
         retry: RETRY,
     };
-    gateway::run(&mut run.scan.connections, &rules, table, network, control);
+    gateway::run(
+        &mut run.scan.connections,
+        &rules,
+        table,
+        network,
+        control,
+        pace,
+    );
     run.acted = true;
 }

@@ -5,11 +5,13 @@
 
 mod check;
 pub mod close;
+mod close_watch;
 mod confirm;
 mod daemon;
 mod diagnose;
 mod doctor;
 mod gateway;
+mod gateway_watch;
 mod kept;
 mod reclaim;
 
@@ -28,8 +30,8 @@ use nix::unistd::geteuid;
 
 use crate::audit::Audit;
 use crate::bpf::KernelTypes;
-use crate::cli::{Cli, Command, Misplaced, better_error};
-use crate::config::{Action, LogOptions};
+use crate::cli::{Args, Cli, Command, GatewayArgs, Misplaced, better_error};
+use crate::config::{Action, GatewayConfig, LogOptions};
 use crate::filter::selectors::Selectors;
 use crate::finder::way::{self, NotUsed, UseIterator};
 use crate::injector::way::ByIterator;
@@ -61,12 +63,12 @@ pub fn run(cli: Cli) -> ExitCode {
     };
     let code = |status: ExitStatus| ExitCode::from(status.with_none_ok(none_is_ok));
     let ended = match cli.command {
-        None => close::run(cli.args).map(code),
+        None => run_close(cli.args).map(code),
         Some(Command::Diagnose(args)) => diagnose::run(args).map(code),
         Some(Command::Check(args)) => return check::run(args),
         Some(Command::Doctor(args)) => doctor::run(&args),
         Some(Command::Reclaim(args)) => reclaim::run(args).map(code),
-        Some(Command::Gateway(args)) => gateway::run(args).map(code),
+        Some(Command::Gateway(args)) => run_gateway(args).map(code),
         Some(Command::Daemon(args)) => daemon::run(&args),
         Some(Command::Completions { shell }) => print_completions(shell),
     };
@@ -74,6 +76,23 @@ pub fn run(cli: Cli) -> ExitCode {
         say(format_args!("{error:#}"));
         ExitStatus::Impossible.into()
     })
+}
+
+/// `cwkill` without a command.
+fn run_close(args: Args) -> anyhow::Result<ExitStatus> {
+    let prepared = close::prepare(args)?;
+    match prepared.config.watch {
+        Some(watch) => close_watch::run(prepared, watch),
+        None => close::run(prepared),
+    }
+}
+
+fn run_gateway(args: GatewayArgs) -> anyhow::Result<ExitStatus> {
+    let config = GatewayConfig::from_args(args).unwrap_or_else(|error| refuse(&error));
+    match config.watch {
+        Some(watch) => gateway_watch::run(&config, watch),
+        None => gateway::run(&config),
+    }
 }
 
 /// Reports a wrong command line and exits, with the exit status of the intended command.

@@ -1,12 +1,13 @@
 //! The configuration of `cwkill gateway`.
 
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use clap::ColorChoice;
 use ipnet::IpNet;
 
 use super::{Action, Format, LogOptions, invalid, usage};
-use crate::cli::{ForwardedActing, ForwardedSelection, GatewayArgs, flat};
+use crate::cli::{ForwardedActing, ForwardedSelection, GatewayArgs, Output, flat};
 use crate::conntrack::ConntrackState;
 use crate::filter::forwarded::ForwardedSelectors;
 use crate::filter::selectors::{IpVersion, Selectors};
@@ -23,6 +24,7 @@ pub struct GatewayConfig {
     /// What to do to the connections; `None` in a listing.
     pub act: Option<ForwardedAct>,
     pub max_kills: Option<usize>,
+    pub watch: Option<Watch>,
     /// Packets a second.
     pub rate: u32,
     pub log: LogOptions,
@@ -33,6 +35,13 @@ pub struct GatewayConfig {
     pub color: ColorChoice,
     /// Notes for the operator, one per line.
     pub notes: Vec<String>,
+}
+
+/// Whether to go on with the connections that come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Watch {
+    /// For how long; `None`: until Ctrl-C.
+    pub duration: Option<Duration>,
 }
 
 impl GatewayConfig {
@@ -59,11 +68,15 @@ impl GatewayConfig {
             (Some(_), false) => Action::Act,
             (None, false) => Action::List,
         };
+        check_watch(&selectors, act, &acting, &output)?;
         check(&selectors, all, act, action, &acting)?;
         Ok(GatewayConfig {
             action,
             act,
             max_kills: acting.max_kills,
+            watch: acting.watch.then_some(Watch {
+                duration: acting.watch_for,
+            }),
             rate: acting.rate.unwrap_or(DEFAULT_RATE),
             log: LogOptions::from_args(acting.logging, output.verbose),
             selectors,
@@ -74,6 +87,34 @@ impl GatewayConfig {
             notes,
         })
     }
+}
+
+/// Checks that the options make sense with `--watch`.
+fn check_watch(
+    selectors: &ForwardedSelectors,
+    act: Option<ForwardedAct>,
+    acting: &ForwardedActing,
+    output: &Output,
+) -> Result<(), clap::Error> {
+    let message = match acting.watch {
+        false if acting.watch_for.is_some() => {
+            "--for says how long to watch: add --watch, for example --host 192.0.2.1 --cut --active --watch --for 10m"
+        }
+        false => return Ok(()),
+        true if act == Some(ForwardedAct::Probe) => {
+            "--watch goes on with new connections, and nobody has forgotten a new one: give --cut instead of --probe, or \
+             start --probe from a timer"
+        }
+        true if output.json => {
+            "--json is one document, which a watch would never end: give --jsonl for one object per connection, as it comes"
+        }
+        true if !selectors.original.min_age.is_zero() => {
+            "--watch goes on with new connections, and a new one has no age: give --active instead of --min-age, or start it \
+             from a timer without --watch"
+        }
+        true => return Ok(()),
+    };
+    Err(usage(message))
 }
 
 /// Checks that the options of an act make sense together.
@@ -121,6 +162,12 @@ fn check(
         selectors.states.is_empty() || selectors.states.contains(&ConntrackState::Established);
     let is_careful = acting.active || !selectors.original.min_age.is_zero();
     if act == ForwardedAct::Cut && action == Action::Act && may_be_in_use && !is_careful {
+        if acting.watch {
+            return Err(usage(
+                "a watch ends connections as soon as they are open, and an ESTABLISHED one may be in use: say that with --active, \
+                 or give other states, for example --conntrack-state close-wait",
+            ));
+        }
         return Err(usage(
             "an ESTABLISHED connection may be in use: say how long no packet must have passed, for example --min-age 1h, or \
              --active for any, or give other states, for example --conntrack-state close-wait",
@@ -243,7 +290,6 @@ mod tests {
     use crate::cli::{Cli, Command};
     use crate::filter::forwarded::Mark;
     use clap::Parser;
-    use std::time::Duration;
 
     fn config(words: &[&str]) -> Result<GatewayConfig, clap::Error> {
         let words = ["cwkill", "gateway"].iter().chain(words);
@@ -349,6 +395,34 @@ mod tests {
             ("--active", "--cut or --probe"),
             ("--log-file /tmp/x", "--probe"),
             ("--all --probe --cut", "--cut"),
+        ] {
+            let error = of(line).unwrap_err().to_string();
+            assert!(error.contains(good), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_watch_goes_on_with_new_connections() {
+        let of = |line: &str| config(&line.split_whitespace().collect::<Vec<_>>());
+        let minute = Some(Duration::from_secs(60));
+        for (line, duration) in [
+            ("--host 192.0.2.1 --cut --active --watch", None),
+            ("--all --cut --active --watch --for 1m --jsonl", minute),
+            ("--all --cut --watch --conntrack-state close-wait", None),
+            ("--cut --watch -n", None),
+            ("--watch", None),
+        ] {
+            assert_eq!(of(line).unwrap().watch, Some(Watch { duration }), "{line}");
+        }
+        assert_eq!(of("--all --cut --active").unwrap().watch, None);
+        for (line, good) in [
+            ("--host 192.0.2.1 --cut --watch", "--active"),
+            ("--cut --active --watch", "--host 192.0.2.1"),
+            ("--host 192.0.2.1 --cut --active --for 10m", "--watch"),
+            ("--host 192.0.2.1 --probe --watch", "--cut"),
+            ("--host 192.0.2.1 --cut --active --watch --json", "--jsonl"),
+            ("--host 192.0.2.1 --cut --min-age 1h --watch", "--active"),
+            ("--watch --max-kills 5", "--cut"),
         ] {
             let error = of(line).unwrap_err().to_string();
             assert!(error.contains(good), "{line}: {error}");

@@ -25,7 +25,7 @@ use crate::tcp::TcpState;
 use reclaim::reclaim_rules;
 
 pub use crate::cli::{Limit, LogTarget};
-pub use gateway::GatewayConfig;
+pub use gateway::{GatewayConfig, Watch};
 pub use reclaim::{DEFAULT_RECLAIM_AGE, DEFAULT_RECLAIM_RULES, ReclaimConfig};
 
 /// The options of the audit log.
@@ -88,6 +88,8 @@ pub struct Config {
     pub policy: Policy,
     /// The time that a socket gets to close before the next method.
     pub grace: Duration,
+    /// Whether to go on with the sockets that come.
+    pub watch: Option<Watch>,
     /// The time for which to watch for new stuck sockets after the act.
     pub watch_refill: Option<Duration>,
     pub log: LogOptions,
@@ -167,6 +169,7 @@ impl Config {
         let names_targets = selection.names_targets();
         let narrowing = selection.narrowing_option();
         let asks = !selection.owners.all && !acting.yes;
+        check_watch(&acting, &output, limit)?;
         let min_idle = selection.min_idle;
         let Scope {
             mut selectors,
@@ -196,16 +199,22 @@ impl Config {
             (true, false) => Action::Act,
             (false, false) => Action::List,
         };
+        // Who watches for open connections wants the new ones, which are in use.
+        let takes_new = acting.watch && selectors.states.contains(TcpState::Established);
         if action == Action::Act
             && selectors.states.contains(TcpState::Established)
-            && !has_min_time
+            && !(has_min_time || takes_new)
         {
             return Err(usage(
                 "an ESTABLISHED connection may be in use: say how long it must have been idle, for example --min-idle 1h",
             ));
         }
         if action != Action::List {
-            selectors.min_idle = min_idle.unwrap_or(IN_USE_WITHIN);
+            let unless_given = match takes_new {
+                true => Duration::ZERO,
+                false => IN_USE_WITHIN,
+            };
+            selectors.min_idle = min_idle.unwrap_or(unless_given);
         }
         let methods = methods(&flat(acting.method))?;
         if acting.no_owners {
@@ -239,11 +248,14 @@ impl Config {
                 methods,
                 discard_unsent: acting.discard_unsent,
                 max_kills: acting.max_kills,
-                has_min_time,
+                has_min_time: has_min_time || takes_new,
                 allow_spin: acting.allow_spin,
                 frees_epoll_members: acting.reclaim && acting.reclaiming.reclaim_force,
             },
             grace: acting.grace.unwrap_or(DEFAULT_GRACE),
+            watch: acting.watch.then_some(Watch {
+                duration: acting.watch_for,
+            }),
             watch_refill: acting.watch_refill,
             log: LogOptions::from_args(acting.logging, output.verbose),
             drain_backlogs: acting.drain_backlog.then_some(rules.stop_limit),
@@ -268,6 +280,28 @@ impl Config {
     }
 }
 
+/// Checks that the options make sense with `--watch`.
+fn check_watch(acting: &Acting, output: &Output, limit: Option<Limit>) -> Result<(), clap::Error> {
+    let message = match acting.watch {
+        false if acting.watch_for.is_some() => {
+            "--for says how long to watch: add --watch, for example --port 8080 --watch --for 10m"
+        }
+        false => return Ok(()),
+        true if output.json => {
+            "--json is one document, which a watch would never end: give --jsonl for one object per socket, as it comes"
+        }
+        true if acting.watch_refill.is_some() => {
+            "--watch-refill counts the sockets that come after one act, and --watch closes them: give one of them"
+        }
+        true if acting.drain_backlog => "--drain-backlog is done once: run it without --watch",
+        true if limit.is_some() => {
+            "--limit is about one table, and --watch prints a row for each socket as it comes: omit --limit"
+        }
+        true => return Ok(()),
+    };
+    Err(usage(message))
+}
+
 impl Acting {
     /// The first given option that makes sense only if cwkill acts.
     fn acting_option(&self) -> Option<&'static str> {
@@ -277,6 +311,7 @@ impl Acting {
             ("--discard-unsent", self.discard_unsent),
             ("--allow-spin", self.allow_spin),
             ("--max-kills", self.max_kills.is_some()),
+            ("--watch", self.watch),
             ("--watch-refill", self.watch_refill.is_some()),
             ("--reclaim", self.reclaim),
             ("--yes", self.yes),
@@ -368,9 +403,8 @@ mod tests {
             "log" => "none",
             "max-kills" | "limit" => "3",
             "bpf" | "color" => "never",
-            "min-age" | "min-idle" | "grace" | "watch-refill" | "reclaim-age" | "stop-limit" => {
-                "1m"
-            }
+            "min-age" | "min-idle" | "grace" | "watch-refill" | "for" | "reclaim-age"
+            | "stop-limit" => "1m",
             other => panic!("give a valid value of --{other} here"),
         }
     }
@@ -403,6 +437,40 @@ mod tests {
                     assert_ne!(config.action, Action::Act, "{first} {second}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_watch_takes_open_connections_in_use_or_not() {
+        let minute = Duration::from_secs(60);
+        for (line, min_idle) in [
+            ("--port 8080 --watch", IN_USE_WITHIN),
+            ("--port 8080 --watch -n", IN_USE_WITHIN),
+            (
+                "--peer 10.1.2.3 --state established --watch",
+                Duration::ZERO,
+            ),
+            (
+                "--peer 10.1.2.3 --state established --watch --min-idle 1m --for 1m",
+                minute,
+            ),
+        ] {
+            let config = config(line).unwrap();
+            assert_eq!(config.selectors.min_idle, min_idle, "{line}");
+            let duration = line.contains("--for").then_some(minute);
+            assert_eq!(config.watch, Some(Watch { duration }), "{line}");
+        }
+        for (line, good) in [
+            ("--watch", "--port 8080"),
+            ("--port 1 --for 1m", "--watch"),
+            ("--port 1 --watch --json", "--jsonl"),
+            ("--port 1 --watch --watch-refill 1m", "--watch-refill"),
+            ("--port 1 --watch --drain-backlog", "--drain-backlog"),
+            ("--port 1 --watch --limit 3", "--limit"),
+            ("--port 1 --state established", "--min-idle 1h"),
+        ] {
+            let error = config(line).unwrap_err().to_string();
+            assert!(error.contains(good), "{line}: {error}");
         }
     }
 

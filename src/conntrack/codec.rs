@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use netlink_packet_core::{
-    NLA_F_NESTED, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NetlinkBuffer,
+    NLA_F_NESTED, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NetlinkBuffer,
 };
 
 use super::state::ConntrackState;
@@ -377,6 +377,27 @@ fn answer(message: &NetlinkBuffer<&[u8]>) -> Answer {
         },
         _ => Answer::Other,
     }
+}
+
+/// An entry that the kernel has made or changed. A message about a change has only a part of the entry: the addresses, the zone, the id,
+/// the status, and of the state and the mark what has changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// The kernel has made the entry.
+    pub is_new: bool,
+    pub entry: Entry,
+}
+
+/// The events of TCP in a datagram. Bytes that are not netlink end the list.
+pub fn events(datagram: &[u8]) -> impl Iterator<Item = Event> {
+    netlink::messages(datagram).filter_map(|message| {
+        let is_of_entry = message.message_type() == CT_NEW;
+        let entry = entry(message.payload()).filter(|_| is_of_entry)?;
+        Some(Event {
+            is_new: message.flags() & NLM_F_CREATE != 0,
+            entry,
+        })
+    })
 }
 
 fn be16(bytes: &[u8]) -> Option<u16> {

@@ -309,3 +309,23 @@ proptest! {
         let _ = answers(&message).count();
     }
 }
+
+#[test]
+fn an_event_says_whether_the_entry_is_new() {
+    let entry = Entry::example("10.0.0.1:5", "10.0.0.2:80");
+    let mut made = kernel_message(&entry, TCP, 0);
+    // NLM_F_CREATE | NLM_F_EXCL, in the header of the message.
+    made[6..8].copy_from_slice(&0x600_u16.to_ne_bytes());
+    let changed = kernel_message(&entry, TCP, 0);
+    let other = kernel_message(&entry, 17, 0);
+    let datagram = [made, changed, other].concat();
+    let event = |is_new| Event {
+        is_new,
+        entry: entry.clone(),
+    };
+    let read: Vec<Event> = events(&datagram).collect();
+    assert_eq!(read, [event(true), event(false)]);
+    for cut in 0..datagram.len() {
+        let _ = events(&datagram[..cut]).count();
+    }
+}

@@ -4,11 +4,12 @@
 //! - This file reads /proc/net/nf_conntrack, for notes beside a report about sockets. It loads no kernel module: the file exists only
 //!   while connection tracking is loaded. See docs/decisions/conntrack-by-proc.md.
 //! - [`client`] asks over netlink, for `cwkill gateway`. That makes the kernel load nf_conntrack_netlink, and needs CAP_NET_ADMIN. See
-//!   docs/decisions/gateway.md. [`codec`] has the messages, `state` the states, and `timeouts` what a timeout says about the last packet.
+//!   docs/decisions/gateway.md. [`codec`] has the messages, `events` hears of new and changed entries, `state` has the states, and `timeouts` what a timeout says about the last packet.
 
 pub mod client;
 pub mod codec;
 mod entry;
+mod events;
 mod state;
 mod timeouts;
 
@@ -21,8 +22,9 @@ use strum::VariantArray;
 use codec::PolicyKeeper;
 
 pub use client::{Conntrack, Delete};
-pub use codec::{DumpFilter, Entry};
+pub use codec::{DumpFilter, Entry, Event};
 pub use entry::{TrackedEnds, TranslatedConnection};
+pub use events::Events;
 pub use state::ConntrackState;
 pub use timeouts::Timeouts;
 
@@ -99,6 +101,13 @@ fn is_known_to_be_missing(module: &str) -> bool {
 /// connection tracking is not loaded.
 pub fn table_use() -> Option<(u64, u64)> {
     Some((number("nf_conntrack_count")?, number("nf_conntrack_max")?))
+}
+
+/// Whether the namespace of the calling thread sends events about its entries; `None` if connection tracking is not loaded.
+pub fn sends_events() -> Option<bool> {
+    number("nf_conntrack_count")?;
+    // A kernel without them (CONFIG_NF_CONNTRACK_EVENTS) has no such setting.
+    Some(number("nf_conntrack_events").unwrap_or(0) != 0)
 }
 
 /// The entries in CLOSE_WAIT of the namespace of the calling thread. A table can have millions of entries, so cwkill reads until `until`

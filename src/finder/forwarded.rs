@@ -6,7 +6,8 @@ use std::net::IpAddr;
 
 use anyhow::Context;
 
-use crate::conntrack::{self, Conntrack, Entry};
+use crate::conntrack::client::ConntrackError;
+use crate::conntrack::{self, Conntrack, Entry, Timeouts};
 use crate::filter::forwarded::ForwardedSelectors;
 use crate::model::{Forwarded, ForwardedAct, ForwardedScan, ForwardedSkip};
 use crate::routes::{self, Place};
@@ -17,17 +18,8 @@ use crate::routes::{self, Place};
 /// Conntrack or the routes cannot be read.
 pub fn find(selectors: &ForwardedSelectors) -> anyhow::Result<ForwardedScan> {
     let mut conntrack = Conntrack::open()?;
-    let filter = selectors.dump_filter();
-    let mut entries: Vec<Entry> = Vec::new();
-    for ipv6 in selectors.families() {
-        let keep = |entry: Entry| selectors.matches(&entry).then_some(entry);
-        entries.extend(conntrack.dump(*ipv6, &filter, keep)?);
-    }
+    let mut entries = matching(selectors, &mut conntrack)?;
     let timeouts = conntrack::timeouts(&mut conntrack);
-    let mut scan = ForwardedScan {
-        table_use: conntrack::table_use(),
-        ..ForwardedScan::default()
-    };
     // Those that the operator names, and that conntrack does not know.
     for [one, other] in &selectors.connections {
         let by_hand = Entry::by_hand(*one, *other);
@@ -36,6 +28,39 @@ pub fn find(selectors: &ForwardedSelectors) -> anyhow::Result<ForwardedScan> {
             entries.push(by_hand);
         }
     }
+    Ok(ForwardedScan {
+        table_use: conntrack::table_use(),
+        ..sort_out(entries, selectors, timeouts)?
+    })
+}
+
+/// The entries that match, apart from their age, with those of connections that end on this host.
+///
+/// # Errors
+/// Conntrack cannot be read.
+pub fn matching(
+    selectors: &ForwardedSelectors,
+    conntrack: &mut Conntrack,
+) -> Result<Vec<Entry>, ConntrackError> {
+    let filter = selectors.dump_filter();
+    let mut entries: Vec<Entry> = Vec::new();
+    for ipv6 in selectors.families() {
+        let keep = |entry: Entry| selectors.matches(&entry).then_some(entry);
+        entries.extend(conntrack.dump(*ipv6, &filter, keep)?);
+    }
+    Ok(entries)
+}
+
+/// Those of the entries that are of forwarded connections, and old enough. The others are counted.
+///
+/// # Errors
+/// The routes cannot be read.
+pub fn sort_out(
+    entries: Vec<Entry>,
+    selectors: &ForwardedSelectors,
+    timeouts: Timeouts,
+) -> anyhow::Result<ForwardedScan> {
+    let mut scan = ForwardedScan::default();
     let elsewhere = routes::each_not_local(ends(&entries))
         .context("cannot ask the kernel which addresses are of this host")?;
     for entry in entries {

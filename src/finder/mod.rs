@@ -5,12 +5,13 @@
 //! gone. A connection that was never accepted gets the listener that would accept it ([`listeners`]). [`dead`] finds descriptors of
 //! sockets that the kernel no longer lists, [`dead_among_others`] finds them in what was read for the owners, [`leftovers`] those of them that are
 //! selected. `connections` lists the sockets around the
-//! targets, for `diagnose`. [`forwarded`] finds the connections that are routed through this host, for `gateway`. [`tracked`] reads the conntrack tables: connections of others that pass through this host, and NAT.
+//! targets, for `diagnose`. [`forwarded`] finds the connections that are routed through this host, for `gateway`, and [`arrivals`] those that come while it watches. [`tracked`] reads the conntrack tables: connections of others that pass through this host, and NAT.
 //! [`reactions`] waits while owners close the descriptors of closed sockets. [`selected`] looks for the selected processes, and `retain`
 //! drops the sockets of others. [`spin_risk`] finds out how the owners wait for the sockets. [`second_look`] finds out
 //! whether the owners still read, before an act. `order` puts the oldest first. [`still_open`] looks which descriptors of closed sockets are left. [`table_use`] counts the descriptors of some owners, for the overview.
 
 mod addresses;
+pub mod arrivals;
 mod connection_end;
 pub(crate) mod connections;
 pub mod dead;

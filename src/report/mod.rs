@@ -135,6 +135,19 @@ impl SocketCounts {
         counts
     }
 
+    /// Adds the sockets of a later part of a watch. Those that were left alone are counted anew each time, so the last count stays.
+    pub fn add(&mut self, more: SocketCounts) {
+        self.matched += more.matched;
+        self.closed += more.closed;
+        self.closing += more.closing;
+        self.gone += more.gone;
+        self.skipped += more.skipped;
+        self.over_max_kills += more.over_max_kills;
+        self.failed += more.failed;
+        self.in_use = more.in_use;
+        self.younger = more.younger;
+    }
+
     /// One line for people.
     pub fn sentence(&self) -> String {
         let mut line = format!(

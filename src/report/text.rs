@@ -40,33 +40,11 @@ pub fn write(
     columns: Option<usize>,
     out: &mut dyn Write,
 ) -> io::Result<()> {
-    let mut layout = Layout::new(run, config);
-    let mut header = !config.no_header;
     let (targets, rest) = match config.limit {
         Some(Limit::Rows(rows)) => run.scan.targets.split_at(rows.min(run.scan.targets.len())),
         Some(Limit::All) | None => (&run.scan.targets[..], &[][..]),
     };
-    let mut widths = match columns {
-        Some(columns) => layout.fit(run, targets, columns),
-        None => layout.least_widths(targets),
-    };
-    for rows in targets.chunks(ROWS_PER_BLOCK * BLOCKS_AT_ONCE) {
-        let mut tables = in_blocks(rows, ROWS_PER_BLOCK, |rows| layout.table(run, rows, color));
-        if header && let Some(first) = tables.first_mut() {
-            first.set_header(layout.columns.iter().map(|column| column.header()));
-        }
-        header = false;
-        for table in &mut tables {
-            layout.align(table, &mut widths);
-        }
-        for text in tables
-            .into_par_iter()
-            .map(|table| lines(&table))
-            .collect::<Vec<_>>()
-        {
-            out.write_all(text.as_bytes())?;
-        }
-    }
+    Rows::default().write(run, targets, config, (color, columns), out)?;
     if !rest.is_empty() {
         let more = counted(rest.len(), "more socket");
         writeln!(out, "and {more}: --limit all")?;
@@ -81,6 +59,56 @@ pub fn write(
         writeln!(out, "{line}")?;
     }
     Ok(())
+}
+
+/// The rows of a table, which may come in several parts.
+#[derive(Default)]
+pub struct Rows {
+    /// Those of the last part.
+    columns: Vec<Column>,
+    widths: Vec<u16>,
+}
+
+impl Rows {
+    /// Writes a row for each of `targets`, after a header if the last part had other columns.
+    pub fn write(
+        &mut self,
+        run: &Run,
+        targets: &[Target],
+        config: &Config,
+        (color, columns): (bool, Option<usize>),
+        out: &mut dyn Write,
+    ) -> io::Result<()> {
+        let mut layout = Layout::new(run, config);
+        let widths = match columns {
+            Some(columns) => layout.fit(run, targets, columns),
+            None => layout.least_widths(targets),
+        };
+        let is_other = self.columns != layout.columns;
+        let mut header = is_other && !config.no_header;
+        if is_other || columns.is_some() {
+            self.columns.clone_from(&layout.columns);
+            self.widths = widths;
+        }
+        for rows in targets.chunks(ROWS_PER_BLOCK * BLOCKS_AT_ONCE) {
+            let mut tables = in_blocks(rows, ROWS_PER_BLOCK, |rows| layout.table(run, rows, color));
+            if header && let Some(first) = tables.first_mut() {
+                first.set_header(layout.columns.iter().map(|column| column.header()));
+            }
+            header = false;
+            for table in &mut tables {
+                layout.align(table, &mut self.widths);
+            }
+            for text in tables
+                .into_par_iter()
+                .map(|table| lines(&table))
+                .collect::<Vec<_>>()
+            {
+                out.write_all(text.as_bytes())?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A column of the table.

@@ -32,7 +32,7 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// The connections that `ss` shows on a host.
-fn connections(host: &Host) -> Result<usize> {
+pub fn connections(host: &Host) -> Result<usize> {
     let rows = host.ss(&["state", "connected"])?;
     Ok(rows
         .iter()
@@ -73,7 +73,7 @@ fn selector(pairs: &[(Endpoint, Endpoint)]) -> String {
 
 /// Asserts that bytes go both ways.
 #[track_caller]
-fn carries_data(gateway: &Gateway, (client, server): (Endpoint, Endpoint)) -> Result<()> {
+pub fn carries_data(gateway: &Gateway, (client, server): (Endpoint, Endpoint)) -> Result<()> {
     let mut ways: [(&Agent, Fd, &Agent, Fd); 2] = [
         (&gateway.client, client.fd, &gateway.server, server.fd),
         (&gateway.server, server.fd, &gateway.client, client.fd),
@@ -265,7 +265,7 @@ fn a_neighbour_that_does_not_answer_is_said() -> Result<()> {
 }
 
 /// The segments that the TCP of a host has got.
-fn segments_in(host: &Host) -> Result<String> {
+pub fn segments_in(host: &Host) -> Result<String> {
     let snmp = ran(host.command("cat").arg("/proc/net/snmp"))?
         .exits(0)
         .stdout;

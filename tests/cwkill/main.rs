@@ -10,6 +10,7 @@ mod cgroups;
 mod chaos;
 mod check;
 mod cli;
+mod close_watch;
 mod closing;
 mod completions;
 mod containers;
@@ -21,6 +22,7 @@ mod expressions;
 mod facts;
 mod gateway;
 mod gateway_cut;
+mod gateway_watch;
 mod iterator;
 mod least_privilege;
 mod limits;
@@ -73,6 +75,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     ages,
     asking,
     expressions,
+    close_watch,
     closing,
     backlogs,
     spinning,
@@ -92,6 +95,7 @@ const MODULES: &[(&str, &[Test])] = modules![
     facts,
     gateway,
     gateway_cut,
+    gateway_watch,
     chaos,
     runbooks,
     sentences,

@@ -83,13 +83,14 @@ impl Table for Conntrack {
     }
 }
 
-/// Acts on the connections that have no reason to be skipped. Afterwards each has an outcome.
+/// Acts on the connections that have no reason to be skipped. Afterwards each has an outcome. `pace` goes on after earlier acts of this run.
 pub fn run(
     connections: &mut [Forwarded],
     rules: &ForwardedRules<'_>,
     table: &mut dyn Table,
     network: &mut dyn Network,
     control: &dyn Control,
+    pace: &mut Pace,
 ) {
     let mut pending: Vec<&mut Forwarded> = Vec::with_capacity(connections.len());
     for connection in connections {
@@ -98,7 +99,6 @@ pub fn run(
             None => pending.push(connection),
         }
     }
-    let mut pace = Pace::new(rules.rate);
     let batch_size = batch_size(rules.rate);
     while !pending.is_empty() {
         if control.interrupted() {
@@ -126,13 +126,13 @@ pub fn run(
                 Vec::new()
             }
         };
-        act(batch, rules, table, network, control, &mut pace);
+        act(batch, rules, table, network, control, pace);
     }
 }
 
 /// The connections of a batch, so that its questions take a tenth of a second at most: an answer must not wait long for the RST, nor the
 /// operator for the end.
-fn batch_size(rate: u32) -> usize {
+pub fn batch_size(rate: u32) -> usize {
     usize::try_from(rate / 20).map_or(BATCH, |size| size.clamp(1, BATCH))
 }
 
@@ -411,7 +411,7 @@ impl Exchange<'_> {
 }
 
 /// Keeps the number of packets a second below a limit.
-struct Pace {
+pub struct Pace {
     gap: Duration,
     /// When the next packet may leave.
     next: Option<Instant>,
@@ -421,7 +421,8 @@ impl Pace {
     /// After a pause, this much may leave at once.
     const CREDIT: Duration = Duration::from_millis(5);
 
-    fn new(rate: u32) -> Self {
+    /// `rate`: the packets per second.
+    pub fn new(rate: u32) -> Self {
         Pace {
             gap: Duration::from_secs(1) / rate.max(1),
             next: None,

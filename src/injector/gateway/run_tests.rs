@@ -157,7 +157,8 @@ fn run_on(
         rate,
         retry: Duration::from_millis(520),
     };
-    run(&mut connections, &rules, table, hosts, &clock);
+    let mut pace = Pace::new(rules.rate);
+    run(&mut connections, &rules, table, hosts, &clock, &mut pace);
     (connections, clock.now() - start)
 }
 

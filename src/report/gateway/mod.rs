@@ -1,7 +1,8 @@
-//! The report of `cwkill gateway`: [`text`] for people, [`json`] for programs, the notes, and the exit status.
+//! The report of `cwkill gateway`: [`text`] for people, [`json`] for programs, [`watch`] for `--watch`, the notes, and the exit status.
 
 pub mod json;
 pub mod text;
+pub mod watch;
 
 use serde::Serialize;
 
@@ -57,9 +58,43 @@ impl ForwardedRun {
         }
         counts
     }
+
+    /// The number of entries that could not be deleted, for another reason than a flow table.
+    fn entries_kept(&self) -> usize {
+        let is_kept = |deleted: &&EntryDeletion| matches!(deleted, EntryDeletion::Failed(_));
+        let connections = self.scan.connections.iter();
+        let deletions = connections.filter_map(|connection| connection.deleted.as_ref());
+        deletions.filter(is_kept).count()
+    }
 }
 
 impl ForwardedCounts {
+    fn add(&mut self, more: ForwardedCounts) {
+        self.matched += more.matched;
+        self.cut += more.cut;
+        self.healed += more.healed;
+        self.half += more.half;
+        self.alive += more.alive;
+        self.gone += more.gone;
+        self.skipped += more.skipped;
+        self.over_max_kills += more.over_max_kills;
+        self.failed += more.failed;
+    }
+
+    /// `entries_kept`: the number of entries that could not be deleted.
+    fn exit_status(self, act: Option<ForwardedAct>, entries_kept: usize) -> ExitStatus {
+        let alive = match act {
+            Some(ForwardedAct::Cut) => self.alive,
+            Some(ForwardedAct::Probe) | None => 0,
+        };
+        let skipped = self.skipped - self.over_max_kills;
+        match self.half + skipped + self.failed + alive + entries_kept {
+            _ if self.matched == 0 => ExitStatus::NothingMatched,
+            0 => ExitStatus::Done,
+            _ => ExitStatus::NotAllClosed,
+        }
+    }
+
     /// One line for people.
     pub fn sentence(&self) -> String {
         let named = [
@@ -86,14 +121,6 @@ impl ForwardedCounts {
 
 /// A run is not complete if a connection may still be there. A probe leaves alone what is alive: that is its job.
 pub fn exit_status(run: &ForwardedRun) -> ExitStatus {
-    let counts = run.counts();
-    let is_kept = |deleted: &EntryDeletion| matches!(deleted, EntryDeletion::Failed(_));
-    let connections = run.scan.connections.iter();
-    let mut deletions = connections.filter_map(|connection| connection.deleted.as_ref());
-    let left = match run.act {
-        Some(ForwardedAct::Cut) => counts.alive,
-        Some(ForwardedAct::Probe) | None => 0,
-    };
     let opening = ForwardedOutcome::Skipped(ForwardedSkip::BeingOpened);
     // Nobody has forgotten what is being opened.
     let is_fine = |outcome: Option<&ForwardedOutcome>| {
@@ -101,12 +128,9 @@ pub fn exit_status(run: &ForwardedRun) -> ExitStatus {
     };
     let connections = run.scan.connections.iter();
     let fine = connections.filter(|connection| is_fine(connection.outcome.as_ref()));
-    let skipped = counts.skipped - counts.over_max_kills - fine.count();
-    match counts.half + skipped + counts.failed + left {
-        _ if counts.matched == 0 => ExitStatus::NothingMatched,
-        0 if !deletions.any(is_kept) => ExitStatus::Done,
-        _ => ExitStatus::NotAllClosed,
-    }
+    let mut counts = run.counts();
+    counts.skipped -= fine.count();
+    counts.exit_status(run.act, run.entries_kept())
 }
 
 /// The line after the table.
@@ -132,6 +156,15 @@ pub fn summary(run: &ForwardedRun, config: &GatewayConfig) -> String {
     line
 }
 
+/// The note where conntrack is not loaded.
+pub fn without_conntrack() -> Option<String> {
+    Some(
+        "conntrack tracks nothing in this network namespace: it begins where a rule of nftables or iptables needs it (NAT, ct \
+         state)"
+            .to_owned(),
+    )
+}
+
 /// The notes beside the results, one per line.
 pub fn notes(run: &ForwardedRun, config: &GatewayConfig) -> Vec<String> {
     let mut notes = Vec::new();
@@ -141,11 +174,7 @@ pub fn notes(run: &ForwardedRun, config: &GatewayConfig) -> Vec<String> {
         Some((0, _)) => notes.push(
             "conntrack has no entries in this network namespace now".to_owned(),
         ),
-        None => notes.push(
-            "conntrack tracks nothing in this network namespace: it begins where a rule of nftables or iptables needs it \
-             (NAT, ct state)"
-                .to_owned(),
-        ),
+        None => notes.extend(without_conntrack()),
         Some((used, most)) if used >= most => notes.push(format!(
             "the table of conntrack is full ({used} entries, net.netfilter.nf_conntrack_max is {most}): connections that were \
              opened since are not tracked, and not listed"

@@ -26,8 +26,8 @@ pub fn write(
 }
 
 /// A column of the table.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Column {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Column {
     Source,
     Destination,
     NatSource,
@@ -44,7 +44,7 @@ enum Column {
 }
 
 impl Column {
-    fn header(self) -> &'static str {
+    pub(super) fn header(self) -> &'static str {
         match self {
             Column::Source => "SOURCE",
             Column::Destination => "DESTINATION",
@@ -83,7 +83,7 @@ impl Column {
     }
 
     /// Addresses, states and numbers: nothing that a stranger has chosen freely.
-    fn text(self, connection: &Forwarded, run: &ForwardedRun, verbose: bool) -> String {
+    pub(super) fn text(self, connection: &Forwarded, run: &ForwardedRun, verbose: bool) -> String {
         let entry = &connection.entry;
         let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
         match self {
@@ -186,6 +186,19 @@ fn columns_for(run: &ForwardedRun, config: &GatewayConfig) -> Vec<Column> {
     columns
 }
 
+/// One row, with `text` for each column.
+pub(super) fn row(columns: &[Column], widths: &[usize], text: &dyn Fn(Column) -> String) -> String {
+    let mut line = String::new();
+    for (column, width) in columns.iter().zip(widths) {
+        let text = text(*column);
+        line += &match column.is_number() {
+            true => format!("{text:>width$}{:GAP$}", ""),
+            false => format!("{text:<width$}{:GAP$}", ""),
+        };
+    }
+    line.trim_end().to_owned()
+}
+
 /// A table can have a million rows, so the texts are made twice: for the widths, and to be written.
 fn write_table(
     run: &ForwardedRun,
@@ -215,17 +228,8 @@ fn write_table(
         let mut is_kept = kept.iter();
         widths.retain(|_| *is_kept.next().unwrap_or(&true));
     }
-    let mut write_row = |text: &dyn Fn(Column) -> String| {
-        let mut line = String::new();
-        for (column, width) in columns.iter().zip(&widths) {
-            let text = text(*column);
-            line += &match column.is_number() {
-                true => format!("{text:>width$}{:GAP$}", ""),
-                false => format!("{text:<width$}{:GAP$}", ""),
-            };
-        }
-        writeln!(out, "{}", line.trim_end())
-    };
+    let mut write_row =
+        |text: &dyn Fn(Column) -> String| writeln!(out, "{}", row(&columns, &widths, text));
     if !config.no_header {
         write_row(&|column| column.header().to_owned())?;
     }

@@ -1,0 +1,355 @@
+//! `cwkill gateway --watch`: connections are ended as they come. The tests need nft(8).
+
+use std::io::{BufRead, BufReader, Read};
+use std::net::SocketAddr;
+use std::process::{Child, ChildStdout, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use netns_harness::{Dial, Endpoint, Family, Fd, HostCommand, Recv, Side, wait_for};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::gateway::{Gateway, Nat};
+use crate::gateway_cut::{carries_data, connections, segments_in};
+use crate::support::{CWKILL, PATIENCE, Ran, at, ran};
+use crate::trial::{Test, each_family, once};
+
+pub const TESTS: &[Test] = &[
+    each_family!(connections_are_cut_as_they_come_and_bystanders_live),
+    once!(ctrl_c_ends_a_watch_in_order),
+    once!(a_watch_ends_by_itself),
+    once!(a_dry_run_of_a_watch_sends_nothing),
+    once!(a_watch_without_an_act_lists_what_comes),
+    once!(lost_events_are_said_and_made_up_for),
+    once!(without_events_the_table_is_listed),
+    once!(each_connection_of_a_watch_is_recorded),
+];
+
+/// A watch that runs.
+pub struct Watching {
+    child: Child,
+    rows: BufReader<ChildStdout>,
+}
+
+impl Watching {
+    fn start(gateway: &Gateway, line: &str) -> Result<Self> {
+        let command = gateway.lab.router.command(CWKILL).arg("gateway");
+        Watching::run(command.args(line.split_whitespace()))
+    }
+
+    pub fn run(command: HostCommand<'_>) -> Result<Self> {
+        let mut child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let rows = BufReader::new(child.stdout.take().context("no stdout")?);
+        Ok(Watching { child, rows })
+    }
+
+    /// The next line, which it writes when something has come.
+    pub fn line(&mut self) -> Result<String> {
+        let mut line = String::new();
+        assert!(self.rows.read_line(&mut line)? > 0, "it has ended");
+        Ok(line)
+    }
+
+    /// The next object of a watch with `--jsonl`.
+    pub fn object(&mut self) -> Result<Value> {
+        serde_json::from_str(&self.line()?).context("a line that is no object")
+    }
+
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        Ok(kill(Pid::from_raw(self.child.id().try_into()?), signal)?)
+    }
+
+    /// What is left to read after its end, with what it has said on standard error.
+    pub fn ended(mut self) -> Result<Ran> {
+        let mut rest = Vec::new();
+        self.rows.read_to_end(&mut rest)?;
+        let mut output = self.child.wait_with_output()?;
+        output.stdout = rest;
+        Ran::of("cwkill gateway --watch", output)
+    }
+
+    pub fn interrupted(self) -> Result<Ran> {
+        self.signal(Signal::SIGINT)?;
+        self.ended()
+    }
+}
+
+/// Dials without waiting: the connection may be cut before anybody has seen it open.
+fn dial(gateway: &Gateway) -> Result<Endpoint> {
+    let dial = Dial {
+        detached: true,
+        ..Dial::default()
+    };
+    Ok(gateway.client.connect(gateway.to, 1, dial, PATIENCE)?[0])
+}
+
+/// Forgets the connections that wait for accept(2): those that were cut are among them.
+fn listen_anew(gateway: &mut Gateway) -> Result<()> {
+    gateway.server.close(&[gateway.listener])?;
+    let any = if gateway.to.is_ipv4() {
+        "0.0.0.0"
+    } else {
+        "::"
+    };
+    let address = SocketAddr::new(any.parse()?, 7000);
+    gateway.listener = gateway.server.listen(address, gateway.to.is_ipv6(), 64)?;
+    Ok(())
+}
+
+#[track_caller]
+fn is_reset(gateway: &Gateway, fd: Fd) -> Result<()> {
+    let got = gateway.client.recv(fd, 100, PATIENCE)?;
+    assert_eq!(got, Recv::Failed(libc::ECONNRESET));
+    Ok(())
+}
+
+/// A connection to another port of the server.
+fn bystander(gateway: &Gateway, listener: Fd, to: SocketAddr) -> Result<(Endpoint, Endpoint)> {
+    let opened = gateway.client.connect(to, 1, Dial::default(), PATIENCE)?;
+    let accepted = gateway.server.accept(listener, 1, PATIENCE)?;
+    Ok((opened[0], accepted[0]))
+}
+
+/// Neither host has a connection on the port of the server.
+fn all_are_over(gateway: &Gateway, left: usize) -> Result<()> {
+    for host in [&gateway.lab.client, &gateway.lab.server] {
+        wait_for(PATIENCE, || Ok(connections(host)? == left))?;
+    }
+    Ok(())
+}
+
+fn connections_are_cut_as_they_come_and_bystanders_live(family: Family) -> Result<()> {
+    const COUNT: usize = 40;
+    let mut gateway = Gateway::start(family, Nat::Masquerade)?;
+    let other = SocketAddr::new(Side::Server.host(family), 7001);
+    let any = if other.is_ipv4() { "0.0.0.0" } else { "::" };
+    let listener = gateway.server.listen(
+        SocketAddr::new(any.parse()?, 7001),
+        family == Family::V6,
+        64,
+    )?;
+    let mut bystanders = vec![bystander(&gateway, listener, other)?];
+    let before = gateway.connect(1)?[0].0;
+    let line = "--dport 7000 --cut --active --watch --jsonl";
+    let mut watching = Watching::start(&gateway, line)?;
+    // It hears events from before the first list on.
+    is_reset(&gateway, before.fd)?;
+    for nth in 0..COUNT {
+        let fd = dial(&gateway)?.fd;
+        is_reset(&gateway, fd)?;
+        if nth % 8 == 0 {
+            bystanders.push(bystander(&gateway, listener, other)?);
+        }
+    }
+    let mut cut = 0;
+    while cut < COUNT + 1 {
+        let object = watching.object()?;
+        assert_eq!(at(&object, "/result/outcome"), "cut", "{object:#}");
+        assert_eq!(at(&object, "/original/dst/port"), "7000", "{object:#}");
+        cut += 1;
+    }
+    all_are_over(&gateway, bystanders.len())?;
+    let ran = watching.interrupted()?.exits(0);
+    assert_eq!(ran.stdout, "", "{ran:?}");
+    let summary = format!(
+        "{} forwarded connections: {} cut; watched for",
+        COUNT + 1,
+        COUNT + 1
+    );
+    ran.complains(&summary);
+    for pair in bystanders {
+        carries_data(&gateway, pair)?;
+    }
+    // Nobody ends what comes now.
+    listen_anew(&mut gateway)?;
+    let after = gateway.connect(1)?[0];
+    carries_data(&gateway, after)
+}
+
+/// The batch in flight gets its RSTs, its verdicts and its records.
+fn ctrl_c_ends_a_watch_in_order() -> Result<()> {
+    let gateway = Gateway::start(Family::V4, Nat::None)?;
+    let pairs = gateway.connect(3)?;
+    // So slow that Ctrl-C comes before the last packet.
+    let line = "--all --cut --active --watch --rate 20 -v";
+    let mut watching = Watching::start(&gateway, line)?;
+    let header = watching.line()?;
+    assert!(header.starts_with("SOURCE"), "{header}");
+    watching.signal(Signal::SIGINT)?;
+    let ran = watching.ended()?;
+    let cut = ran
+        .stdout
+        .matches("cut: source gone, destination gone")
+        .count();
+    assert!(cut >= 1, "{ran:?}");
+    let left = connections(&gateway.lab.client)?;
+    assert_eq!(left, connections(&gateway.lab.server)?, "{ran:?}");
+    assert_eq!(left, pairs.len() - cut, "{ran:?}");
+    let summary = ran.stdout.lines().last().unwrap_or_default();
+    assert!(summary.contains("watched for"), "{ran:?}");
+    // What it knew of and did not reach is said.
+    let (status, is_said) = match left {
+        0 => (0, false),
+        _ => (4, true),
+    };
+    assert_eq!(summary.contains("not reached"), is_said, "{ran:?}");
+    ran.exits(status);
+    Ok(())
+}
+
+fn a_watch_ends_by_itself() -> Result<()> {
+    let mut gateway = Gateway::start(Family::V4, Nat::None)?;
+    let nothing = "--host 192.0.2.1 --cut --active --watch --for 100ms";
+    let ran = gateway.gateway(nothing)?.exits(1);
+    let expected = "0 forwarded connections; watched for";
+    assert!(ran.stdout.starts_with(expected), "{ran:?}");
+    gateway
+        .gateway(&format!("{nothing} --ok-if-none"))?
+        .exits(0);
+    // By the number: the third is left alone.
+    gateway.connect(1)?;
+    let line = "--all --cut --active --watch --max-kills 2 --jsonl";
+    let mut watching = Watching::start(&gateway, line)?;
+    watching.object()?;
+    is_reset(&gateway, dial(&gateway)?.fd)?;
+    assert_eq!(at(&watching.object()?, "/result/outcome"), "cut");
+    watching.ended()?.exits(0).complains("2 cut; watched for");
+    listen_anew(&mut gateway)?;
+    let third = gateway.connect(1)?[0];
+    carries_data(&gateway, third)
+}
+
+fn a_dry_run_of_a_watch_sends_nothing() -> Result<()> {
+    let gateway = Gateway::start(Family::V4, Nat::Masquerade)?;
+    let first = gateway.connect(1)?[0];
+    let mut watching = Watching::start(&gateway, "--all --cut --watch -n --jsonl")?;
+    let object = watching.object()?;
+    assert_eq!(at(&object, "/plan"), "cut", "{object:#}");
+    assert_eq!(at(&object, "/result"), "null", "{object:#}");
+    let second = gateway.connect(1)?[0];
+    let object = watching.object()?;
+    let port = second.0.local.port().to_string();
+    assert_eq!(at(&object, "/original/src/port"), port);
+    carries_data(&gateway, first)?;
+    carries_data(&gateway, second)?;
+    let hosts = [&gateway.lab.client, &gateway.lab.server];
+    let all = || -> Result<[String; 2]> { Ok([segments_in(hosts[0])?, segments_in(hosts[1])?]) };
+    let mut before = all()?;
+    wait_for(PATIENCE, || {
+        std::thread::sleep(Duration::from_millis(100));
+        let now = all()?;
+        let is_same = now == before;
+        before = now;
+        Ok(is_same)
+    })?;
+    let ran = watching.interrupted()?.exits(0);
+    assert_eq!(ran.stdout, "", "each is shown once: {ran:?}");
+    ran.complains("dry run, nothing was sent");
+    gateway
+        .gateway("--all --cut --watch -n --for 100ms")?
+        .exits(0);
+    assert_eq!(all()?, before);
+    Ok(())
+}
+
+fn a_watch_without_an_act_lists_what_comes() -> Result<()> {
+    let gateway = Gateway::start(Family::V4, Nat::Both)?;
+    gateway.connect(1)?;
+    let mut watching = Watching::start(&gateway, "--watch")?;
+    let header = watching.line()?;
+    assert!(
+        header.contains("NAT-SRC") && !header.contains("PLAN"),
+        "{header}"
+    );
+    watching.line()?;
+    let new = gateway.connect(1)?[0];
+    let row = watching.line()?;
+    assert!(row.starts_with(&new.0.local.to_string()), "{row}");
+    assert!(row.trim_end().ends_with("ESTABLISHED"), "{row}");
+    let ran = watching.interrupted()?.exits(0);
+    assert!(
+        ran.stdout
+            .starts_with("2 forwarded connections; watched for"),
+        "{ran:?}"
+    );
+    carries_data(&gateway, new)
+}
+
+/// While it is stopped, more events come than its queue takes.
+fn lost_events_are_said_and_made_up_for() -> Result<()> {
+    let gateway = Gateway::start(Family::V4, Nat::None)?;
+    let first = gateway.connect(1)?[0].0;
+    let line = "--dport 7000 --cut --active --watch --jsonl";
+    let mut watching = Watching::start(&gateway, line)?;
+    is_reset(&gateway, first.fd)?;
+    assert_eq!(at(&watching.object()?, "/result/outcome"), "cut");
+    watching.signal(Signal::SIGSTOP)?;
+    // Each datagram makes an entry, and so an event.
+    let server = Side::Server.host(Family::V4);
+    let script =
+        format!("for port in {{1..25000}}; do echo > /dev/udp/{server}/$port; done; exit 0");
+    ran(gateway.lab.client.command("bash").args(["-c", &script]))?.exits(0);
+    let new = gateway.connect(1)?[0].0;
+    watching.signal(Signal::SIGCONT)?;
+    is_reset(&gateway, new.fd)?;
+    assert_eq!(at(&watching.object()?, "/result/outcome"), "cut");
+    watching
+        .interrupted()?
+        .exits(0)
+        .complains("some are lost: the table is listed again")
+        .complains("events were lost 1 time");
+    Ok(())
+}
+
+fn without_events_the_table_is_listed() -> Result<()> {
+    let gateway = Gateway::start(Family::V4, Nat::None)?;
+    gateway.sh("echo 0 > /proc/sys/net/netfilter/nf_conntrack_events")?;
+    gateway.connect(1)?;
+    let mut watching = Watching::start(&gateway, "--all --cut --active --watch --jsonl")?;
+    watching.object()?;
+    is_reset(&gateway, dial(&gateway)?.fd)?;
+    assert_eq!(at(&watching.object()?, "/result/outcome"), "cut");
+    watching
+        .interrupted()?
+        .exits(0)
+        .complains("nf_conntrack_events is 0");
+    Ok(())
+}
+
+fn each_connection_of_a_watch_is_recorded() -> Result<()> {
+    let gateway = Gateway::start(Family::V4, Nat::Both)?;
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("acts.jsonl");
+    let line = "--all --cut --active --watch --log-file /nowhere/log";
+    gateway
+        .gateway(line)?
+        .exits(3)
+        .complains("nothing was done");
+    gateway.connect(1)?;
+    let line = format!(
+        "--all --cut --active --watch --jsonl --log-file {}",
+        path.display()
+    );
+    let mut watching = Watching::start(&gateway, &line)?;
+    watching.object()?;
+    is_reset(&gateway, dial(&gateway)?.fd)?;
+    watching.object()?;
+    watching.interrupted()?.exits(0);
+    let text = std::fs::read_to_string(&path)?;
+    let records: Vec<Value> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).context("a record"))
+        .collect::<Result<_>>()?;
+    let events: Vec<String> = records.iter().map(|record| at(record, "/event")).collect();
+    let expected = ["begin", "intent", "outcome", "intent", "outcome", "end"];
+    assert_eq!(events, expected, "{text}");
+    assert_eq!(at(&records[0], "/watch"), "true", "{text}");
+    assert_eq!(at(&records[4], "/connection/result/outcome"), "cut");
+    assert_eq!(at(&records[5], "/summary/cut"), "2");
+    Ok(())
+}
