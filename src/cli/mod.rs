@@ -151,6 +151,10 @@ pub struct Acting {
     #[arg(long, hide_short_help = true)]
     pub no_owners: bool,
 
+    /// Also close connections that are in use, ESTABLISHED ones too
+    #[arg(long, hide_short_help = true, conflicts_with = "min_idle")]
+    pub active: bool,
+
     /// Allow the loss of bytes still queued to a peer
     #[arg(long, hide_short_help = true)]
     pub discard_unsent: bool,

@@ -176,7 +176,8 @@ impl Config {
             netns,
             notes,
         } = Scope::from_args(selection)?;
-        let has_min_time = !(selectors.min_age.is_zero() && selectors.min_idle.is_zero());
+        let has_min_time =
+            acting.active || !(selectors.min_age.is_zero() && selectors.min_idle.is_zero());
         let selects = names_targets || selectors.expression.says_more_than_states();
         if !selects
             && !acting.dry_run
@@ -206,11 +207,11 @@ impl Config {
             && !(has_min_time || takes_new)
         {
             return Err(usage(
-                "an ESTABLISHED connection may be in use: say how long it must have been idle, for example --min-idle 1h",
+                "an ESTABLISHED connection may be in use: say how long it must have been idle, for example --min-idle 1h, or --active for any",
             ));
         }
         if action != Action::List {
-            let unless_given = match takes_new {
+            let unless_given = match takes_new || acting.active {
                 true => Duration::ZERO,
                 false => IN_USE_WITHIN,
             };
@@ -308,6 +309,7 @@ impl Acting {
         [
             ("--method", !self.method.is_empty()),
             ("--grace", self.grace.is_some()),
+            ("--active", self.active),
             ("--discard-unsent", self.discard_unsent),
             ("--allow-spin", self.allow_spin),
             ("--max-kills", self.max_kills.is_some()),
@@ -532,6 +534,7 @@ mod tests {
             assert_eq!(min_idle(line), Duration::from_secs(600), "{line}");
         }
         assert_eq!(min_idle("--all --min-idle 0s"), Duration::ZERO);
+        assert_eq!(min_idle("--all --active"), Duration::ZERO);
     }
 
     #[test]
@@ -549,6 +552,7 @@ mod tests {
         for line in [
             "--port 1 --state established --min-age 1h",
             "--port 1 --state established --min-idle 1h",
+            "--port 1 --state established --active",
             "--port 1 --state established -n",
             "--state established",
         ] {
@@ -561,6 +565,7 @@ mod tests {
         for line in [
             "--method destroy",
             "--grace 2s",
+            "--active",
             "--discard-unsent",
             "--allow-spin",
             "--max-kills 3",

@@ -81,8 +81,8 @@ impl Method {
         is_affected && kernel < KernelVersion::ABORTS_ORPHANS
     }
 
-    /// Why the state of `socket` forbids the method on this kernel. `has_min_time`: the operator gave a minimum age or a minimum
-    /// idle time. cwkill never closes an open connection without one of them.
+    /// Why the state of `socket` forbids the method on this kernel. `has_min_time`: the operator gave a minimum age, a minimum
+    /// idle time or `--active`. cwkill never closes an open connection without one of them.
     pub fn forbidden_by_state(
         self,
         socket: &Socket,
